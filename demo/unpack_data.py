@@ -1,0 +1,36 @@
+"""Unpacks the embedded data set into class folders of PNG files, as anybody's images would lie there.
+
+python demo/unpack_data.py --out demo/data/fashion_mnist
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+ARCHIVE = Path(__file__).parent / "data" / "fashion_mnist_12k.npz"
+
+
+def unpack(out: Path) -> None:
+    """Writes out/{train,val}/CLASS/NNNNN.png: 10,000 and 2,000 grey images of 28 x 28 pixels in 10 classes."""
+    archive = np.load(ARCHIVE, allow_pickle=False)
+    for split in ("train", "val"):
+        for name in archive["classes"]:
+            (out / split / _folder(name)).mkdir(parents=True, exist_ok=True)
+        for number, (image, label) in enumerate(
+            zip(archive[f"{split}_images"], archive[f"{split}_labels"], strict=True)
+        ):
+            Image.fromarray(image).save(out / split / _folder(archive["classes"][label]) / f"{number:05}.png")
+
+
+def _folder(class_name: str) -> str:
+    return class_name.lower().replace("/", "_").replace(" ", "_")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description="Unpack the embedded Fashion-MNIST images into class folders of PNG files."
+    )
+    parser.add_argument("--out", type=Path, default=ARCHIVE.parent / "fashion_mnist", help="folder to make")
+    unpack(parser.parse_args().out)

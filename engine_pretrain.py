@@ -1,0 +1,51 @@
+"""What a batch of masked pre-training computes (He et al. 2021, section 3)."""
+
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+from util import loop, pictures
+from util.transforms import Normalize
+
+
+def train_one_epoch(
+    model: nn.Module,
+    data_loader: DataLoader,
+    optimizer: Optimizer,
+    *,
+    mask_ratio: float,
+    normalize: Normalize,
+    **loop_options: Any,
+) -> None:
+    """Trains a masked autoencoder for an epoch.
+
+    Args:
+        model: called as `MaskedAutoencoderViT` is.
+        data_loader: batches of uint8 images (B, c, H, W), labels (unused) and noise (B, N) that chooses the masks.
+        normalize: images to the model's input, on the device.
+        loop_options: of `util.loop.run_epoch`.
+    """
+
+    def compute_loss(batch: Any) -> Tensor:
+        images, _, noise = batch
+        return model(normalize(images), mask_ratio, noise=noise, loss_only=True)
+
+    loop.run_epoch(compute_loss, model, data_loader, optimizer, **loop_options)
+
+
+def reconstruction_picture(
+    model: Any, batch: Any, mask_ratio: float, normalize: Normalize, scale: int = 1
+) -> np.ndarray:
+    """A picture, uint8 (height, width, c), with a row an image: original, masked, prediction, pasted.
+
+    Args:
+        model: a `MaskedAutoencoderViT`.
+        batch: images, labels and noise as `train_one_epoch` takes them.
+        scale: enlarges each pixel so many times.
+    """
+    images, _, noise = loop.to_device(batch, normalize.mean.device)
+    painted = model.reconstruct(normalize(images), mask_ratio, noise=noise)
+    return pictures.tile(painted[:4], normalize.inverse, scale)

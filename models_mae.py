@@ -1,0 +1,321 @@
+"""The masked autoencoder of He et al. 2021, "Masked Autoencoders Are Scalable Vision Learners" (arXiv 2111.06377).
+
+    >>> import torch, models_mae
+    >>> model = models_mae.mae_vit_mini_patch4(in_chans=1)
+    >>> loss, pred, mask = model(torch.rand(2, 1, 32, 32))
+    >>> pred.shape, mask.shape
+    (torch.Size([2, 64, 16]), torch.Size([2, 64]))
+
+Letters in shapes: B images, c channels, H x W pixels, p pixels to a patch's side, N patches, K patches kept, D channels
+of an encoder token, E of a decoder token. Parameter names are those of the published checkpoints.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from models_vit import LAYER_NORM, SIZES, Block, NormLayer, PatchEmbed
+from util.masking import noise_from_mask
+from util.pos_embed import Size, sincos_table
+
+# He et al. 2021, table 1: 8 blocks of 512 channels whatever the encoder; the small models get decoders to match.
+PUBLISHED_DECODER = {"decoder_embed_dim": 512, "decoder_depth": 8, "decoder_num_heads": 16}
+DECODERS = {
+    "mini_patch4": {"decoder_embed_dim": 64, "decoder_depth": 1, "decoder_num_heads": 2},
+    "tiny_patch16": {"decoder_embed_dim": 192, "decoder_depth": 4, "decoder_num_heads": 3},
+    "small_patch16": {"decoder_embed_dim": 256, "decoder_depth": 4, "decoder_num_heads": 8},
+    "base_patch16": PUBLISHED_DECODER,
+    "large_patch16": PUBLISHED_DECODER,
+    "huge_patch14": PUBLISHED_DECODER,
+}
+
+TARGET_EPS = 1e-6  # added to the variance of a target patch that is normalised
+
+
+class Reconstruction(NamedTuple):
+    """What `MaskedAutoencoderViT.reconstruct` returns; pictures are (B, c, H, W) in the value range of its input."""
+
+    original: Tensor
+    masked: Tensor  # removed patches are 0, the mean colour of normalised images
+    prediction: Tensor  # the decoder's output for every patch, visible ones too
+    pasted: Tensor  # the prediction where patches were removed, the original elsewhere
+    mask: Tensor  # (B, N), 0 kept, 1 removed
+
+
+class MaskedAutoencoderViT(nn.Module):
+    """Asymmetric encoder-decoder: a ViT on the visible patches only, a small transformer that fills in the rest.
+
+    Images of another size than `img_size` are taken too: the fixed position tables are recomputed for their grid.
+
+    Args:
+        norm_pix_loss: predict each patch normalised by its own mean and variance (section 3, "Reconstruction target").
+    """
+
+    def __init__(
+        self,
+        img_size: Size = 224,
+        patch_size: Size = 16,
+        in_chans: int = 3,
+        embed_dim: int = 1024,
+        depth: int = 24,
+        num_heads: int = 16,
+        decoder_embed_dim: int = 512,
+        decoder_depth: int = 8,
+        decoder_num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        norm_layer: NormLayer = LAYER_NORM,
+        norm_pix_loss: bool = False,
+    ) -> None:
+        super().__init__()
+        self.norm_pix_loss = norm_pix_loss
+        self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
+        rows, columns = self.patch_embed.patch_size
+
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        # Fixed, yet parameters: the published files hold the tables under these names.
+        self.pos_embed = nn.Parameter(sincos_table(embed_dim, self.grid_size).clone(), requires_grad=False)
+        self.blocks = nn.ModuleList(
+            [Block(embed_dim, num_heads, mlp_ratio, norm_layer=norm_layer) for _ in range(depth)]
+        )
+        self.norm = norm_layer(embed_dim)
+
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
+        self.decoder_pos_embed = nn.Parameter(
+            sincos_table(decoder_embed_dim, self.grid_size).clone(), requires_grad=False
+        )
+        self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
+        self.decoder_blocks = nn.ModuleList(
+            [
+                Block(decoder_embed_dim, decoder_num_heads, mlp_ratio, norm_layer=norm_layer)
+                for _ in range(decoder_depth)
+            ]
+        )
+        self.decoder_norm = norm_layer(decoder_embed_dim)
+        self.decoder_pred = nn.Linear(decoder_embed_dim, rows * columns * in_chans)
+        self.initialize_weights()
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """(rows, columns) of patches in an image of the model's own size."""
+        return self.patch_embed.grid_size
+
+    @property
+    def num_patches(self) -> int:
+        """N, for an image of the model's own size."""
+        return self.patch_embed.num_patches
+
+    def initialize_weights(self) -> None:
+        """Xavier-uniform linear weights, patch projection included, zero biases, tokens of std .02 (appendix A.1)."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))
+        nn.init.normal_(self.cls_token, std=0.02)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    # ------------------------------------------------------------------------------------- patches and pixels
+
+    def patchify(self, imgs: Tensor) -> Tensor:
+        """(B, c, H, W) -> (B, N, p·p·c): patches row-major; in a patch (row, column, channel), channel fastest."""
+        rows, columns = self.patch_embed.grid_of(*imgs.shape[-2:])
+        p, q = self.patch_embed.patch_size
+        x = imgs.reshape(imgs.shape[0], imgs.shape[1], rows, p, columns, q)
+        return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+
+    def unpatchify(self, x: Tensor, grid_size: tuple[int, int] | None = None) -> Tensor:
+        """The inverse of `patchify`; `grid_size` is the (rows, columns) of patches, the model's own by default."""
+        rows, columns = grid_size or self.grid_size
+        p, q = self.patch_embed.patch_size
+        x = x.reshape(x.shape[0], rows, columns, p, q, -1)
+        return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+
+    # --------------------------------------------------------------------------- the paper's three steps (figure 1)
+
+    def random_masking(
+        self, x: Tensor, mask_ratio: float, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Keeps the int(N·(1 - mask_ratio)) tokens of smallest noise (section 3, "Masking").
+
+        Args:
+            x: tokens (B, N, D).
+            noise: (B, N), drawn by torch.rand unless given. It is the only random number a forward pass takes, so
+                that a seed keeps the same patches as in the published code.
+
+        Returns:
+            The kept tokens (B, K, D) in ascending order of noise; the mask (B, N), 0 for kept and 1 for removed;
+            ids_restore (B, N), the place of each patch among the kept followed by the removed ones.
+
+        Raises:
+            ValueError: the ratio is outside [0, 1) or keeps no patch.
+        """
+        B, N, D = x.shape
+        # The truncation of floating-point error (100 patches at .9 keep 9) is kept: published runs had it.
+        num_kept = int(N * (1 - mask_ratio))
+        if not 0 <= mask_ratio < 1 or num_kept == 0:
+            raise ValueError(
+                f"mask_ratio {mask_ratio} keeps {num_kept} of {N} patches; it must be in [0, 1) and keep one"
+            )
+        if noise is None:
+            noise = torch.rand(B, N, device=x.device)
+        ids_shuffle = torch.argsort(noise, dim=1, stable=True)
+        ids_restore = torch.argsort(ids_shuffle, dim=1)
+        ids_keep = ids_shuffle[:, :num_kept]
+        x_masked = torch.gather(x, 1, ids_keep.unsqueeze(-1).expand(-1, -1, D))
+        mask = (ids_restore >= num_kept).to(torch.float32)
+        return x_masked, mask, ids_restore
+
+    def forward_encoder(
+        self, imgs: Tensor, mask_ratio: float, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Images -> latent (B, K + 1, D) of the class token and the visible patches, mask and ids_restore (B, N)."""
+        pos_embed = self._table(self.pos_embed, imgs)
+        x = self.patch_embed(imgs) + pos_embed[:, 1:]
+        x, mask, ids_restore = self.random_masking(x, mask_ratio, noise)
+        cls_token = self.cls_token + pos_embed[:, :1]
+        x = torch.cat([cls_token.expand(x.shape[0], -1, -1), x], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x), mask, ids_restore
+
+    def forward_decoder(self, latent: Tensor, ids_restore: Tensor, decoder_pos_embed: Tensor | None = None) -> Tensor:
+        """Latent (B, K + 1, D) -> predictions for all patches (B, N, p·p·c)."""
+        if decoder_pos_embed is None:
+            decoder_pos_embed = self.decoder_pos_embed
+        x = self.decoder_embed(latent)
+        num_removed = ids_restore.shape[1] + 1 - x.shape[1]
+        patches = torch.cat([x[:, 1:], self.mask_token.to(x.dtype).expand(x.shape[0], num_removed, -1)], dim=1)
+        patches = torch.gather(patches, 1, ids_restore.unsqueeze(-1).expand(-1, -1, x.shape[2]))
+        x = torch.cat([x[:, :1], patches], dim=1) + decoder_pos_embed
+        for block in self.decoder_blocks:
+            x = block(x)
+        return self.decoder_pred(self.decoder_norm(x))[:, 1:]
+
+    def forward_loss(self, imgs: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
+        """Mean squared error of the removed patches' pixels; exactly 0 when none is removed (section 3, eq. of MSE)."""
+        target = self.patchify(imgs)
+        if self.norm_pix_loss:
+            mean, std = _patch_statistics(target)
+            target = (target - mean) / std
+        loss = (pred - target).square().mean(dim=-1)  # (B, N)
+        return (loss * mask).sum() / mask.sum().clamp(min=1)
+
+    # ------------------------------------------------------------------------------------------------ ways to use it
+
+    def forward(
+        self,
+        imgs: Tensor,
+        mask_ratio: float = 0.75,
+        *,
+        mask: Tensor | None = None,
+        noise: Tensor | None = None,
+        loss_only: bool = False,
+    ) -> Any:
+        """Images (B, c, H, W) -> (loss, predictions (B, N, p·p·c), mask (B, N)), or the loss alone.
+
+        Args:
+            mask: patches to remove (1 or True), as (B, N), (B, rows, columns) or per pixel (B, H, W), where one
+                removed pixel removes its patch. It overrides `mask_ratio`; every image must keep as many patches.
+            noise: (B, N); the patches of smallest noise are kept. Drawn by torch.rand unless given.
+            loss_only: for training, where nothing else is needed.
+        """
+        if mask is not None:
+            noise, mask_ratio = self._order_of(mask, imgs)
+        latent, patch_mask, ids_restore = self.forward_encoder(imgs, mask_ratio, noise)
+        pred = self.forward_decoder(latent, ids_restore, self._table(self.decoder_pos_embed, imgs))
+        loss = self.forward_loss(imgs, pred, patch_mask)
+        return loss if loss_only else (loss, pred, patch_mask)
+
+    def forward_features(self, imgs: Tensor) -> Tensor:
+        """Images -> normalised encoder tokens (B, N + 1, D), class token first; nothing is masked, order is kept."""
+        pos_embed = self._table(self.pos_embed, imgs)
+        x = self.patch_embed(imgs)
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + pos_embed
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    @torch.no_grad()
+    def reconstruct(
+        self, imgs: Tensor, mask_ratio: float = 0.75, *, mask: Tensor | None = None, noise: Tensor | None = None
+    ) -> Reconstruction:
+        """Hides patches of images (B, c, H, W) and paints them again; arguments as in `forward`.
+
+        A model trained with `norm_pix_loss` predicts patches without their mean and contrast. To make a picture,
+        these are taken FROM THE ORIGINAL patch, so that such pictures look better than the model alone could paint.
+        """
+        _, pred, patch_mask = self.forward(imgs, mask_ratio, mask=mask, noise=noise)
+        target = self.patchify(imgs)
+        pred = pred.to(target.dtype)
+        if self.norm_pix_loss:
+            mean, std = _patch_statistics(target)
+            pred = pred * std + mean
+        removed = patch_mask.unsqueeze(-1).to(target.dtype)
+        grid = self.patch_embed.grid_of(*imgs.shape[-2:])
+        return Reconstruction(
+            original=imgs,
+            masked=self.unpatchify(target * (1 - removed), grid),
+            prediction=self.unpatchify(pred, grid),
+            pasted=self.unpatchify(target * (1 - removed) + pred * removed, grid),
+            mask=patch_mask,
+        )
+
+    def _table(self, table: Tensor, imgs: Tensor) -> Tensor:
+        """The position table that fits the images: the model's own, or one computed for their patch grid."""
+        grid = self.patch_embed.grid_of(*imgs.shape[-2:])
+        return table if grid == self.grid_size else sincos_table(table.shape[-1], grid).to(table)
+
+    def _order_of(self, mask: Tensor, imgs: Tensor) -> tuple[Tensor, float]:
+        """A caller's mask as (noise, mask_ratio) that make `random_masking` remove just its patches."""
+        grid = self.patch_embed.grid_of(*imgs.shape[-2:])
+        noise, num_kept = noise_from_mask(mask.to(imgs.device), grid, self.patch_embed.patch_size)
+        num_patches = grid[0] * grid[1]
+        # Half a patch more than asked for, against the truncation of floating-point error.
+        return noise, max(0.0, 1 - (num_kept + 0.5) / num_patches)
+
+
+def _patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each patch (B, N, 1); the variance is the unbiased one, as published."""
+    return patches.mean(dim=-1, keepdim=True), (patches.var(dim=-1, keepdim=True) + TARGET_EPS).sqrt()
+
+
+def _mae(size: str, **kwargs: Any) -> MaskedAutoencoderViT:
+    return MaskedAutoencoderViT(**{**SIZES[size], **DECODERS[size], **kwargs})
+
+
+def mae_vit_mini_patch4(**kwargs: Any) -> MaskedAutoencoderViT:
+    """128 wide, 4 deep, 4 heads; decoder 64 wide, 1 deep. For pictures of about 32 pixels."""
+    return _mae("mini_patch4", **kwargs)
+
+
+def mae_vit_tiny_patch16(**kwargs: Any) -> MaskedAutoencoderViT:
+    """192 wide, 12 deep, 3 heads; decoder 192 wide, 4 deep."""
+    return _mae("tiny_patch16", **kwargs)
+
+
+def mae_vit_small_patch16(**kwargs: Any) -> MaskedAutoencoderViT:
+    """384 wide, 12 deep, 6 heads; decoder 256 wide, 4 deep."""
+    return _mae("small_patch16", **kwargs)
+
+
+def mae_vit_base_patch16(**kwargs: Any) -> MaskedAutoencoderViT:
+    """ViT-B/16: 768 wide, 12 deep, 12 heads; 111,907,840 parameters with the two fixed tables."""
+    return _mae("base_patch16", **kwargs)
+
+
+def mae_vit_large_patch16(**kwargs: Any) -> MaskedAutoencoderViT:
+    """ViT-L/16: 1024 wide, 24 deep, 16 heads; 329,541,888 parameters with the two fixed tables."""
+    return _mae("large_patch16", **kwargs)
+
+
+def mae_vit_huge_patch14(**kwargs: Any) -> MaskedAutoencoderViT:
+    """ViT-H/14: 1280 wide, 32 deep, 16 heads; 657,074,508 parameters with the two fixed tables."""
+    return _mae("huge_patch14", **kwargs)
+
+
+# The published code has each of its three models under a second name that spells the decoder out.
+mae_vit_base_patch16_dec512d8b = mae_vit_base_patch16
+mae_vit_large_patch16_dec512d8b = mae_vit_large_patch16
+mae_vit_huge_patch14_dec512d8b = mae_vit_huge_patch14

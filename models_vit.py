@@ -1,0 +1,227 @@
+"""The Vision Transformer: blocks shared by every model here, and the classifier for fine-tuning and probing.
+
+    >>> import torch, models_vit
+    >>> model = models_vit.vit_mini_patch4(num_classes=10, in_chans=1, global_pool=True)
+    >>> model(torch.rand(2, 1, 32, 32)).shape
+    torch.Size([2, 10])
+
+Letters in shapes: B images, c channels, H x W pixels, p pixels to a patch's side, N patches, L tokens, D channels of a
+token, h heads. Parameter names are those of the published checkpoints.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, trunc_normal_
+from torch import Tensor, nn
+
+from util.pos_embed import Size, resize_pos_embed, to_pair
+
+NormLayer = Callable[[int], nn.Module]
+
+# Published models were trained with eps 1e-6; PyTorch's default is 1e-5, transformers' ViT has 1e-12.
+LAYER_NORM: NormLayer = partial(nn.LayerNorm, eps=1e-6)
+
+# B, L and H are He et al. 2021's; tiny and small are the field's usual ones; mini is for pictures of about 32 pixels.
+SIZES: dict[str, dict[str, Any]] = {
+    "mini_patch4": {"img_size": 32, "patch_size": 4, "embed_dim": 128, "depth": 4, "num_heads": 4},
+    "tiny_patch16": {"patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3},
+    "small_patch16": {"patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6},
+    "base_patch16": {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12},
+    "large_patch16": {"patch_size": 16, "embed_dim": 1024, "depth": 24, "num_heads": 16},
+    "huge_patch14": {"patch_size": 14, "embed_dim": 1280, "depth": 32, "num_heads": 16},
+}
+
+
+class PatchEmbed(nn.Module):
+    """Cuts images into patches and embeds each: (B, c, H, W) -> (B, N, D), patches in row-major order.
+
+    Raises:
+        ValueError: the image's sides are not multiples of the patch's.
+    """
+
+    def __init__(self, img_size: Size, patch_size: Size, in_chans: int, embed_dim: int) -> None:
+        super().__init__()
+        self.img_size = to_pair(img_size)
+        self.patch_size = to_pair(patch_size)
+        self.in_chans = in_chans
+        self.grid_size = self.grid_of(*self.img_size)
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
+        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=self.patch_size, stride=self.patch_size)
+
+    def grid_of(self, height: int, width: int) -> tuple[int, int]:
+        """(rows, columns) of patches in an image of height x width pixels."""
+        rows, columns = self.patch_size
+        if height % rows or width % columns or not height or not width:
+            raise ValueError(
+                f"images of {height}x{width} pixels can't be cut into patches of {rows}x{columns}: "
+                f"choose an --input_size whose sides are multiples of --patch_size"
+            )
+        return height // rows, width // columns
+
+    def forward(self, imgs: Tensor) -> Tensor:
+        self.grid_of(*imgs.shape[-2:])
+        return self.proj(imgs).flatten(2).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, (B, L, D) -> (B, L, D)."""
+
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"{dim} channels can't be divided among {num_heads} heads")
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, L, D = x.shape
+        q, k, v = self.qkv(x).reshape(B, L, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
+        x = F.scaled_dot_product_attention(q, k, v)  # (B, h, L, D/h)
+        return self.proj(x.transpose(1, 2).reshape(B, L, D))
+
+
+class Mlp(nn.Module):
+    """Two linear layers with a GELU (the exact one, erf) between them, on each token alone."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block, (B, L, D) -> (B, L, D)."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        norm_layer: NormLayer = LAYER_NORM,
+        drop_path: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.norm1 = norm_layer(dim)
+        self.attn = Attention(dim, num_heads, qkv_bias)
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+        self.norm2 = norm_layer(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class VisionTransformer(nn.Module):
+    """The classifier: the MAE's encoder on all patches, with trained positions and a linear head.
+
+    Images of another size than `img_size` are taken too: the position table is interpolated to their patch grid.
+
+    Args:
+        drop_path_rate: stochastic depth of the last block, from 0 at the first block linearly.
+        global_pool: classify the mean of the patch tokens, normalised after pooling (`fc_norm`), as published for
+            fine-tuning; otherwise the normalised class token (`norm`).
+    """
+
+    def __init__(
+        self,
+        img_size: Size = 224,
+        patch_size: Size = 16,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        norm_layer: NormLayer = LAYER_NORM,
+        drop_path_rate: float = 0.0,
+        global_pool: bool = False,
+    ) -> None:
+        super().__init__()
+        self.global_pool = global_pool
+        self.num_classes = num_classes
+        self.embed_dim = embed_dim
+        self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.patch_embed.num_patches + 1, embed_dim))
+        rates = [drop_path_rate * i / max(1, depth - 1) for i in range(depth)]
+        self.blocks = nn.ModuleList(
+            [Block(embed_dim, num_heads, mlp_ratio, qkv_bias, norm_layer, drop_path=rate) for rate in rates]
+        )
+        # The order of registration is the published optimizer states': norm before the head, fc_norm after it.
+        if not global_pool:
+            self.norm = norm_layer(embed_dim)
+        self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
+        if global_pool:
+            self.fc_norm = norm_layer(embed_dim)
+        self.initialize_weights()
+
+    def initialize_weights(self) -> None:
+        """From scratch: truncated normal of std .02 for linear weights, class token and positions, zero biases."""
+        trunc_normal_(self.pos_embed, std=0.02)
+        trunc_normal_(self.cls_token, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward_features(self, imgs: Tensor) -> Tensor:
+        """Images (B, c, H, W) -> pooled features (B, D)."""
+        grid = self.patch_embed.grid_of(*imgs.shape[-2:])
+        pos_embed = resize_pos_embed(self.pos_embed, self.patch_embed.grid_size, grid)
+        x = self.patch_embed(imgs)
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + pos_embed
+        for block in self.blocks:
+            x = block(x)
+        if self.global_pool:
+            return self.fc_norm(x[:, 1:].mean(dim=1))  # the class token takes no part
+        return self.norm(x)[:, 0]
+
+    def forward(self, imgs: Tensor) -> Tensor:
+        """Images (B, c, H, W) -> logits (B, num_classes)."""
+        return self.head(self.forward_features(imgs))
+
+
+def _vit(size: str, **kwargs: Any) -> VisionTransformer:
+    return VisionTransformer(**{**SIZES[size], **kwargs})
+
+
+def vit_mini_patch4(**kwargs: Any) -> VisionTransformer:
+    """128 wide, 4 deep, 4 heads, for pictures of about 32 pixels."""
+    return _vit("mini_patch4", **kwargs)
+
+
+def vit_tiny_patch16(**kwargs: Any) -> VisionTransformer:
+    """192 wide, 12 deep, 3 heads."""
+    return _vit("tiny_patch16", **kwargs)
+
+
+def vit_small_patch16(**kwargs: Any) -> VisionTransformer:
+    """384 wide, 12 deep, 6 heads."""
+    return _vit("small_patch16", **kwargs)
+
+
+def vit_base_patch16(**kwargs: Any) -> VisionTransformer:
+    """768 wide, 12 deep, 12 heads: 86,567,656 parameters at 1000 classes."""
+    return _vit("base_patch16", **kwargs)
+
+
+def vit_large_patch16(**kwargs: Any) -> VisionTransformer:
+    """1024 wide, 24 deep, 16 heads: 304,326,632 parameters at 1000 classes."""
+    return _vit("large_patch16", **kwargs)
+
+
+def vit_huge_patch14(**kwargs: Any) -> VisionTransformer:
+    """1280 wide, 32 deep, 16 heads: 632,045,800 parameters at 1000 classes."""
+    return _vit("huge_patch14", **kwargs)

@@ -1,0 +1,1 @@
+"""What the mains and engines are made of: one subject a module."""

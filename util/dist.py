@@ -1,0 +1,119 @@
+"""Processes and devices: the only reader of the launcher's environment variables.
+
+One process needs no launcher. Several are started by torchrun, which sets RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and
+MASTER_PORT. Every function here works in one process too, where it does nothing.
+"""
+
+import contextlib
+import logging
+import os
+import sys
+
+import torch
+import torch.distributed as td
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that `--device` names; `auto` is CUDA where there is one, else Apple's MPS, else the CPU.
+
+    Raises:
+        ValueError: the device is not on this machine.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device {name} is not a device; give auto, cpu, cuda, cuda:N or mps") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {name}, but PyTorch sees no CUDA device here; give --device cpu or auto")
+    return device
+
+
+def init(device_name: str, dist_url: str = "env://") -> torch.device:
+    """Joins the process group if a launcher started several processes; returns this process's device."""
+    device = choose_device(device_name)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not td.is_initialized():
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        td.init_process_group(backend, init_method=dist_url, rank=int(os.environ["RANK"]),
+                              world_size=int(os.environ["WORLD_SIZE"]))  # fmt: skip
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    setup_logging()
+    return device
+
+
+def setup_logging() -> None:
+    """Rank 0 logs everything from INFO on; the others only warnings, with their rank."""
+    logging.basicConfig(
+        level=logging.INFO if is_main() else logging.WARNING,
+        format="%(message)s" if is_main() else f"[rank {rank()}] %(levelname)s: %(message)s",
+        stream=sys.stdout,
+        force=True,
+    )
+    logging.captureWarnings(True)
+
+
+def teardown() -> None:
+    """Leaves the process group."""
+    if td.is_initialized():
+        td.destroy_process_group()
+
+
+def rank() -> int:
+    """This process's number among all."""
+    return td.get_rank() if td.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes there are."""
+    return td.get_world_size() if td.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes and logs."""
+    return rank() == 0
+
+
+def processes_here() -> int:
+    """How many of the processes share this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+
+
+def barrier() -> None:
+    """Waits until every process has come here."""
+    if td.is_initialized():
+        td.barrier()
+
+
+def mean_over_processes(value: Tensor) -> Tensor:
+    """The mean of `value` over all processes, the same tensor in each."""
+    if world_size() == 1:
+        return value
+    value = value.clone()
+    td.all_reduce(value)
+    return value / world_size()
+
+
+def wrap(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model as DistributedDataParallel where there are several processes, else itself."""
+    if world_size() == 1:
+        return model
+    device_ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside `wrap`."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def gradient_sync(model: nn.Module, enabled: bool) -> contextlib.AbstractContextManager[None]:
+    """Around a backward pass: whether gradients are averaged over the processes (once an accumulation group)."""
+    if enabled or not isinstance(model, DistributedDataParallel):
+        return contextlib.nullcontext()
+    return model.no_sync()

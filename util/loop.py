@@ -1,0 +1,185 @@
+"""The training loop. There is one; engines bring what a batch computes."""
+
+import logging
+import math
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+from util import dist
+from util.precision import Precision
+from util.runlog import Meters, NullLog, Stopwatch
+
+logger = logging.getLogger(__name__)
+
+STEPS_LATE = 4  # how long a step's numbers travel to the host; by then the device has them, and nobody waits
+MAX_SKIPS_IN_A_ROW = 20
+
+
+class NonFiniteLoss(ArithmeticError):
+    """A loss or gradient was infinite or not a number, and the run was told to stop on it."""
+
+
+class BetweenSteps(Protocol):
+    """What must happen between two steps; `checkpoint.Saver` does it, `checkpoint.NullSaver` does nothing."""
+
+    def due(self) -> bool:
+        """Whether the state is to be saved now."""
+
+    def save(self, epoch: int, steps_done: int, meters: dict[str, Any]) -> None:
+        """Saves the state after so many batches of an epoch."""
+
+    def save_emergency(self, epoch: int, steps_done: int, meters: dict[str, Any]) -> str:
+        """Saves the state under a name of its own, which it returns, before the run ends on an error."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """An optimizer step whose loss and gradient norm are still on their way to the host."""
+
+    done: int  # batches of the epoch, with this step's
+    batches: int  # accumulated in this step
+    lr: float
+
+
+def run_epoch(
+    compute_loss: Callable[[Any], Tensor],
+    model: nn.Module,
+    loader: DataLoader,
+    optimizer: Optimizer,
+    *,
+    epoch: int,
+    schedule: Callable[[float], float],
+    precision: Precision,
+    first_step: int = 0,
+    accum_iter: int = 1,
+    clip_grad: float | None = None,
+    on_nonfinite: str = "abort",
+    meters: Meters,
+    log: NullLog,
+    saver: BetweenSteps,
+) -> None:
+    """Trains for an epoch, or the rest of one. The host never waits for the device in it.
+
+    Args:
+        compute_loss: a batch, on the device, to its loss.
+        loader: its batch sampler (`datasets.EpochBatches`) can start in the middle of an epoch.
+        schedule: sets the learning rate for a fractional epoch and returns it.
+        first_step: batches of this epoch that an earlier run has done; a multiple of `accum_iter`.
+        accum_iter: batches to an optimizer step. The last step of an epoch takes what is left, weighted rightly.
+        on_nonfinite: what a loss or gradient that is not finite does: "abort" the run, or "skip" the step.
+        meters: the epoch's sums so far, added to.
+
+    Raises:
+        NonFiniteLoss: with "abort", or after too many skipped steps in a row. The weights are those of before.
+    """
+    sampler: Any = loader.batch_sampler
+    sampler.seek(epoch, first_step)
+    num_steps = len(sampler)
+    watch = Stopwatch()
+    log.begin_epoch(epoch, first_step, num_steps, sampler.images_per_step, watch)
+    pending = PendingSteps()
+    guard = NonFiniteGuard(on_nonfinite, precision.overflow_is_normal)
+    model.train()
+
+    def read(keep: int) -> None:
+        for step, loss, grad_norm in pending.read(keep):
+            if guard.is_finite(loss, grad_norm):
+                meters.add(loss, step.lr, step.batches)
+                log.step(step.done, step.lr, loss, grad_norm)
+            else:
+                meters.skipped_steps += 1
+                guard.report(
+                    epoch, step, loss, grad_norm, lambda: saver.save_emergency(epoch, done, meters.state_dict())
+                )
+
+    group_loss = torch.zeros((), device=precision.device)
+    for done, batch in enumerate(watch.watch(loader), start=first_step + 1):
+        place = (done - 1) % accum_iter
+        batches = min(accum_iter, num_steps - (done - 1 - place))
+        if place == 0:
+            lr = schedule(epoch + (done - 1) / num_steps)
+        with dist.gradient_sync(model, enabled=place == batches - 1):
+            with precision.autocast():
+                loss = compute_loss(to_device(batch, precision.device)) / batches
+            precision.backward(loss)
+        group_loss = group_loss + loss.detach()
+        if place < batches - 1:
+            continue
+        group_loss = dist.mean_over_processes(group_loss)  # one rank's NaN is everybody's
+        grad_norm = precision.step(optimizer, group_loss, clip_grad)
+        pending.push(Step(done, batches, lr), torch.stack([group_loss, grad_norm]))
+        group_loss = torch.zeros((), device=precision.device)
+        read(keep=STEPS_LATE)
+        if saver.due():
+            read(keep=0)
+            saver.save(epoch, done, meters.state_dict())
+    read(keep=0)
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """A batch of tensors, nested in lists or tuples, on the device."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    return [to_device(part, device) for part in batch]
+
+
+class PendingSteps:
+    """Losses and gradient norms on their way from the device, read some steps later."""
+
+    def __init__(self) -> None:
+        self.queue: deque[tuple[Step, Tensor, torch.cuda.Event | None]] = deque()
+
+    def push(self, step: Step, values: Tensor) -> None:
+        """Starts the copy of a step's (loss, gradient norm)."""
+        arrived = None
+        if values.is_cuda:
+            values = torch.empty(2, pin_memory=True).copy_(values, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+        self.queue.append((step, values, arrived))
+
+    def read(self, keep: int) -> Iterator[tuple[Step, float, float]]:
+        """The oldest steps with their numbers, until `keep` are left on their way."""
+        while len(self.queue) > keep:
+            step, values, arrived = self.queue.popleft()
+            if arrived is not None:
+                arrived.synchronize()
+            loss, grad_norm = values.tolist()
+            yield step, loss, grad_norm
+
+
+class NonFiniteGuard:
+    """Decides what a non-finite step means. All ranks see the same numbers, so that all decide alike."""
+
+    def __init__(self, policy: str, overflow_is_normal: bool) -> None:
+        self.policy = policy
+        self.overflow_is_normal = overflow_is_normal
+        self.in_a_row = 0
+
+    def is_finite(self, loss: float, grad_norm: float) -> bool:
+        """Whether a step was an ordinary one; under fp16 overflowing gradients are, while the scaler adapts."""
+        finite = math.isfinite(loss) and (self.overflow_is_normal or math.isfinite(grad_norm))
+        if finite:
+            self.in_a_row = 0
+        return finite
+
+    def report(self, epoch: int, step: Step, loss: float, grad_norm: float, save: Callable[[], str]) -> None:
+        """Warns of a skipped step, or ends the run with what to try."""
+        self.in_a_row += 1
+        what = f"epoch {epoch}, batch {step.done - 1}: loss {loss}, gradient norm {grad_norm}, lr {step.lr:.3g}"
+        if self.policy == "skip" and self.in_a_row < MAX_SKIPS_IN_A_ROW:
+            logger.warning(f"{what}; the step is skipped")
+            return
+        where = save()
+        saved = f"The weights, which this step did not change, are in {where}. " if where else ""
+        raise NonFiniteLoss(
+            f"{what} ({self.in_a_row} such in a row). {saved}Try --clip_grad 1.0, a lower --blr, --amp off (or bf16 "
+            f"in place of fp16), or --on_nonfinite skip if it happens rarely."
+        )

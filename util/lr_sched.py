@@ -1,0 +1,31 @@
+"""The learning rate: linear scaling with the batch, warm-up, half a cosine (Goyal et al. 2017; He et al. 2021, A.1)."""
+
+import math
+from argparse import Namespace
+
+from torch.optim import Optimizer
+
+
+def scaled_lr(lr: float | None, blr: float, effective_batch_size: int) -> float:
+    """`lr` if given, else blr x effective batch / 256 (batch size x accumulation x processes)."""
+    return blr * effective_batch_size / 256 if lr is None else lr
+
+
+def adjust_learning_rate(optimizer: Optimizer, epoch: float, args: Namespace) -> float:
+    """Sets the learning rate of a moment of training in every parameter group, times the group's `lr_scale`.
+
+    Args:
+        epoch: fractional: 1.5 is the middle of the second epoch.
+        args: has `lr`, `min_lr`, `warmup_epochs` and `epochs`.
+
+    Returns:
+        The learning rate of groups whose `lr_scale` is 1.
+    """
+    if epoch < args.warmup_epochs:
+        lr = args.lr * epoch / args.warmup_epochs
+    else:
+        progress = (epoch - args.warmup_epochs) / (args.epochs - args.warmup_epochs)
+        lr = args.min_lr + (args.lr - args.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+    return lr

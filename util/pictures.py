@@ -1,0 +1,28 @@
+"""Pictures to look at, made from tensors."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+GAP = 2  # pixels between pictures
+
+
+def tile(columns: Sequence[Tensor], to_pixels: Callable[[Tensor], Tensor], scale: int = 1) -> np.ndarray:
+    """Sets batches of images side by side, an image a row, as one picture.
+
+    Args:
+        columns: batches (B, c, H, W), such as the first four of `MaskedAutoencoderViT.reconstruct`.
+        to_pixels: brings their values into 0 to 1 (`transforms.Normalize.inverse`).
+        scale: enlarges each pixel so many times.
+
+    Returns:
+        uint8 (height, width, c), on white.
+    """
+    rows = torch.stack([to_pixels(column.float()) for column in columns], dim=1)  # (B, columns, c, H, W)
+    rows = rows.repeat_interleave(scale, dim=-2).repeat_interleave(scale, dim=-1)
+    rows = torch.nn.functional.pad(rows, (0, GAP, 0, GAP), value=1.0)
+    B, count, c, height, width = rows.shape
+    picture = rows.permute(0, 3, 1, 4, 2).reshape(B * height, count * width, c)[:-GAP, :-GAP]
+    return (picture * 255).round().to(torch.uint8).cpu().numpy()

@@ -1,0 +1,98 @@
+"""Position tables: the fixed 2-D sine-cosine table of the MAE, and interpolation of a classifier's trained one."""
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Size = int | tuple[int, int]
+
+
+def to_pair(size: Size | list[int]) -> tuple[int, int]:
+    """(rows, columns) of a size given as one number, for squares, or as two."""
+    if isinstance(size, int):
+        return size, size
+    rows, columns = size
+    return rows, columns
+
+
+def get_1d_sincos_pos_embed_from_grid(embed_dim: int, pos: np.ndarray) -> np.ndarray:
+    """Encodes positions (M,) as (M, embed_dim) float64: the sines of all frequencies, then their cosines."""
+    if embed_dim % 2:
+        raise ValueError(f"a sine-cosine table needs an even number of channels, got {embed_dim}")
+    half = embed_dim // 2
+    omega = 1.0 / 10000 ** (np.arange(half, dtype=np.float64) / half)
+    angles = np.outer(np.asarray(pos, dtype=np.float64).reshape(-1), omega)
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+
+
+def get_2d_sincos_pos_embed(embed_dim: int, grid_size: Size, cls_token: bool = False) -> np.ndarray:
+    """The fixed table of He et al. 2021, appendix A.1 ("we use the sine-cosine version").
+
+    The first half of the channels encodes the column (x), the second half the row (y). The other order would read
+    more naturally, but all published weights were trained with this one.
+
+    Args:
+        embed_dim: channels, a multiple of 4.
+        grid_size: (rows, columns) of the patch grid, or the side of a square one.
+        cls_token: put a row of zeros, the class token's, before the patches' rows.
+
+    Returns:
+        (rows * columns [+ 1], embed_dim) float64, patches in row-major order.
+    """
+    if embed_dim % 4:
+        raise ValueError(f"a 2-D sine-cosine table needs a multiple of 4 channels, got {embed_dim}")
+    rows, columns = to_pair(grid_size)
+    y, x = np.mgrid[:rows, :columns]
+    table = np.concatenate(
+        [
+            get_1d_sincos_pos_embed_from_grid(embed_dim // 2, x),
+            get_1d_sincos_pos_embed_from_grid(embed_dim // 2, y),
+        ],
+        axis=1,
+    )
+    return np.concatenate([np.zeros((1, embed_dim)), table]) if cls_token else table
+
+
+@lru_cache(maxsize=32)
+def sincos_table(embed_dim: int, grid_size: tuple[int, int]) -> Tensor:
+    """`get_2d_sincos_pos_embed` with the class token's row, as a (1, N + 1, embed_dim) float32 tensor."""
+    return torch.from_numpy(get_2d_sincos_pos_embed(embed_dim, grid_size, cls_token=True)).float().unsqueeze(0)
+
+
+def resize_pos_embed(pos_embed: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
+    """A trained table (1, N + 1, D) resampled bicubically from one patch grid to another; the class row is kept."""
+    if old_grid == new_grid:
+        return pos_embed
+    cls_row, patches = pos_embed[:, :1], pos_embed[:, 1:]
+    patches = patches.reshape(1, *old_grid, -1).permute(0, 3, 1, 2)
+    patches = F.interpolate(patches.float(), size=new_grid, mode="bicubic", align_corners=False).to(pos_embed.dtype)
+    return torch.cat([cls_row, patches.flatten(2).transpose(1, 2)], dim=1)
+
+
+def interpolate_pos_embed(model: Any, checkpoint_model: dict[str, Tensor]) -> None:
+    """Fits `checkpoint_model["pos_embed"]` in place to `model`'s patch grid (He et al. 2021, section 4.1: 448 pixels).
+
+    A checkpoint does not tell its grid, only its number of patches: a square is assumed unless the number of patches
+    already is the model's.
+
+    Raises:
+        ValueError: the checkpoint's patches neither match the model's nor form a square.
+    """
+    if "pos_embed" not in checkpoint_model:
+        return
+    table = checkpoint_model["pos_embed"]
+    new_grid = model.patch_embed.grid_size
+    num_patches = table.shape[1] - 1
+    if num_patches == new_grid[0] * new_grid[1]:
+        return
+    side = round(num_patches**0.5)
+    if side * side != num_patches:
+        raise ValueError(
+            f"the checkpoint's position table has {num_patches} patches, which is no square; "
+            f"it can only be loaded into a model of the size it was trained at (--input_size, --patch_size)"
+        )
+    checkpoint_model["pos_embed"] = resize_pos_embed(table, (side, side), new_grid)

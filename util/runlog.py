@@ -1,0 +1,221 @@
+"""What a run tells: the header, a progress bar or lines, log.txt and TensorBoard. Off rank 0 it is a `NullLog`."""
+
+import json
+import logging
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from util import dist
+
+logger = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+@dataclass
+class Meters:
+    """Sums over the batches of an epoch; plain numbers, so that a checkpoint in the middle of an epoch holds them."""
+
+    loss: float = 0.0
+    lr: float = 0.0
+    batches: int = 0
+    skipped_steps: int = 0
+
+    def add(self, loss: float, lr: float, batches: int) -> None:
+        """Counts a step of so many batches, with their mean loss."""
+        self.loss += loss * batches
+        self.lr += lr * batches
+        self.batches += batches
+
+    def means(self) -> dict[str, float]:
+        """The epoch's entries in log.txt."""
+        count = max(1, self.batches)
+        stats = {"train_lr": self.lr / count, "train_loss": self.loss / count}
+        return stats | ({"skipped_steps": self.skipped_steps} if self.skipped_steps else {})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values for a checkpoint; `Meters(**state)` is the way back."""
+        return asdict(self)
+
+
+class Stopwatch:
+    """How the loop's time divides between waiting for data and the rest."""
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
+        self.waited = 0.0
+
+    def watch(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """Passes batches on and adds up the time until each of them came."""
+        iterator = iter(batches)
+        while True:
+            asked = time.perf_counter()
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            self.waited += time.perf_counter() - asked
+            yield batch
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the start."""
+        return time.perf_counter() - self.started
+
+    @property
+    def wait_share(self) -> float:
+        """Part of the time, 0 to 1, in which the loop had nothing to compute."""
+        return self.waited / max(self.seconds, 1e-9)
+
+
+class NullLog:
+    """Tells nothing: what processes other than rank 0 have."""
+
+    def begin_epoch(self, epoch: int, first_step: int, num_steps: int, images_per_step: int, watch: Stopwatch) -> None:
+        """The loop starts an epoch at one of its steps (batches)."""
+
+    def step(self, step: int, lr: float, loss: float, grad_norm: float) -> None:
+        """A step's numbers; it comes a few steps late, when they have reached the host. `step` counts batches done."""
+
+    def end_epoch(self, stats: dict[str, Any]) -> None:
+        """The epoch's entries for log.txt."""
+
+    def picture(self, tag: str, picture: np.ndarray, epoch: int) -> None:
+        """A uint8 picture (H, W, c) for TensorBoard."""
+
+    def close(self) -> None:
+        """Writes out what is still buffered."""
+
+
+class RunLog(NullLog):
+    """Tells everything, once: what rank 0 has.
+
+    Args:
+        output_dir: where log.txt grows, a JSON object an epoch.
+        log_dir: where TensorBoard's files go.
+        epochs: of the whole run, for the time left.
+        first_epoch: lines and scalars from this epoch on, left by a run that was stopped, are dropped.
+    """
+
+    def __init__(self, output_dir: Path, log_dir: Path, epochs: int, first_epoch: int = 0, first_x: int = 0) -> None:
+        self.path = output_dir / "log.txt"
+        self.epochs = epochs
+        _drop_lines_from(self.path, first_epoch)
+        self.writer = SummaryWriter(str(log_dir), purge_step=first_x or None)
+        self.bar: tqdm | None = None
+
+    def begin_epoch(self, epoch: int, first_step: int, num_steps: int, images_per_step: int, watch: Stopwatch) -> None:
+        self.epoch, self.first_step, self.num_steps = epoch, first_step, num_steps
+        self.images_per_step, self.watch = images_per_step, watch
+        self.last_line = -SECONDS_BETWEEN_LINES  # so that the first step shows at once
+        if sys.stderr.isatty():
+            self.bar = tqdm(
+                total=num_steps * images_per_step,
+                initial=first_step * images_per_step,
+                desc=f"epoch {epoch}/{self.epochs}",
+                unit="img",
+                unit_scale=True,
+                leave=False,
+            )
+
+    def step(self, step: int, lr: float, loss: float, grad_norm: float) -> None:
+        x = int(1000 * (self.epoch + (step - 1) / self.num_steps))  # the published code's axis: thousandths of an epoch
+        self.writer.add_scalar("train_loss", loss, x)
+        self.writer.add_scalar("lr", lr, x)
+        self.writer.add_scalar("grad_norm", grad_norm, x)
+        watch = self.watch
+        done = step - self.first_step
+        seconds_a_step = watch.seconds / done
+        left = seconds_a_step * ((self.epochs - self.epoch) * self.num_steps - step)
+        if self.bar is not None:
+            self.bar.set_postfix_str(
+                f"loss {loss:.4f}, lr {lr:.2e}, data wait {watch.wait_share:.0%}, run ends in {_duration(left)}", False
+            )
+            self.bar.update(step * self.images_per_step - self.bar.n)
+        elif watch.seconds - self.last_line >= SECONDS_BETWEEN_LINES:
+            self.last_line = watch.seconds
+            logger.info(
+                f"epoch {self.epoch} [{step:>{len(str(self.num_steps))}}/{self.num_steps}]  loss {loss:.4f}  "
+                f"lr {lr:.2e}  grad {grad_norm:.3g}  {self.images_per_step / seconds_a_step:,.0f} images/s  "
+                f"data wait {watch.wait_share:.0%}  left {_duration(left)}"
+            )
+
+    def end_epoch(self, stats: dict[str, Any]) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+        watch = self.watch
+        rate = (self.num_steps - self.first_step) * self.images_per_step / watch.seconds
+        self.writer.add_scalar("perf/images_per_s", rate, self.epoch)
+        self.writer.add_scalar("perf/data_wait", watch.wait_share, self.epoch)
+        self.writer.flush()
+        line = stats | {
+            "epoch": self.epoch,
+            "seconds": round(watch.seconds, 3),
+            "images_per_s": round(rate, 1),
+            "data_wait": round(watch.wait_share, 4),
+        }
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        logger.info(
+            f"epoch {self.epoch} done in {_duration(watch.seconds)}: loss {stats['train_loss']:.4f}, "
+            f"{rate:,.0f} images/s, data wait {watch.wait_share:.0%}"
+        )
+
+    def picture(self, tag: str, picture: np.ndarray, epoch: int) -> None:
+        self.writer.add_image(tag, picture, epoch, dataformats="HWC")
+        self.writer.flush()
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+def log_header(model: nn.Module, args: Namespace, *, device: str, precision: str, lr: float) -> None:
+    """Logs what a run is made of, and warns of settings that can't be meant."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    effective = args.batch_size * args.accum_iter * dist.world_size()
+    logger.info("settings: " + " ".join(f"{key}={value}" for key, value in sorted(vars(args).items())))
+    logger.info(f"{args.model}: {trained:,} trained parameters, on {device} in {precision}")
+    logger.info(
+        f"effective batch size {effective} = {args.batch_size} x {args.accum_iter} accumulated x {dist.world_size()} "
+        f"processes; learning rate {lr:.3g}" + ("" if args.lr else f" = blr {args.blr:g} x {effective} / 256")
+    )
+    if args.warmup_epochs >= args.epochs:
+        logger.warning(
+            f"--warmup_epochs {args.warmup_epochs:g} of --epochs {args.epochs}: the learning rate will only rise"
+        )
+
+
+def open_log(output_dir: Path, log_dir: Path, epochs: int, first_epoch: int = 0, first_x: int = 0) -> NullLog:
+    """The log of this process: a `RunLog` on rank 0, a `NullLog` elsewhere."""
+    return RunLog(output_dir, log_dir, epochs, first_epoch, first_x) if dist.is_main() else NullLog()
+
+
+def _drop_lines_from(path: Path, first_epoch: int) -> None:
+    """Keeps the lines of epochs before `first_epoch`: a resumed run writes the others again."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            if line.endswith("\n") and json.loads(line)["epoch"] < first_epoch:
+                kept.append(line)
+        except (ValueError, KeyError):  # a line that a crash cut off
+            continue
+    path.write_text("".join(kept), encoding="utf-8")
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"

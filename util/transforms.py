@@ -1,0 +1,86 @@
+"""From decoded pictures to training batches: statistics, augmentation, and normalisation on the device."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.transforms import InterpolationMode, v2
+
+from util.pos_embed import Size, to_pair
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+Transform = Callable[[Image.Image], Tensor]
+
+
+def channel_statistics(
+    in_chans: int, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
+) -> tuple[list[float], list[float]]:
+    """Mean and std of each channel, of pixels in 0 to 1: given, or ImageNet's, or for other channels its average.
+
+    Raises:
+        ValueError: `--mean` or `--std` has not one value a channel.
+    """
+
+    def choose(flag: str, given: Sequence[float] | None, imagenet: tuple[float, ...]) -> list[float]:
+        if given is None:
+            return list(imagenet) if in_chans == 3 else [sum(imagenet) / 3] * in_chans
+        if len(given) != in_chans:
+            raise ValueError(f"{flag} has {len(given)} values for {in_chans} channels; give one a channel")
+        return list(given)
+
+    return choose("--mean", mean, IMAGENET_MEAN), choose("--std", std, IMAGENET_STD)
+
+
+class Normalize(nn.Module):
+    """uint8 images (B, c, H, W) to normalised fp32 ones, on their device; and pixels back to 0 to 1."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1))
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(-1, 1, 1))
+
+    def forward(self, imgs: Tensor) -> Tensor:
+        return (imgs.float() / 255 - self.mean) / self.std
+
+    def inverse(self, imgs: Tensor) -> Tensor:
+        """Normalised images -> values in 0 to 1, clipped."""
+        return (imgs * self.std + self.mean).clamp(0, 1)
+
+
+def pretrain_transform(input_size: Size, crop_scale: Sequence[float] = (0.2, 1.0)) -> Transform:
+    """Random resized crop and flip, nothing more (He et al. 2021, A.1: "We do not use color jittering...").
+
+    Args:
+        crop_scale: least and greatest share of the image's area in a crop.
+    """
+    return v2.Compose(
+        [
+            v2.RandomResizedCrop(to_pair(input_size), tuple(crop_scale), interpolation=InterpolationMode.BICUBIC),
+            v2.RandomHorizontalFlip(),
+            v2.PILToTensor(),
+        ]
+    )
+
+
+def eval_transform(input_size: Size) -> Transform:
+    """Scales the picture to cover input_size / .875 (input_size itself above 224 pixels) and cuts out the centre."""
+    height, width = to_pair(input_size)
+    crop_ratio = 0.875 if max(height, width) <= 224 else 1.0
+    scaled = (int(height / crop_ratio), int(width / crop_ratio))
+
+    def transform(picture: Image.Image) -> Tensor:
+        if scaled[0] == scaled[1]:
+            size: list[int] = [scaled[0]]  # torchvision's rounding, the published numbers'
+        else:
+            factor = max(scaled[0] / picture.height, scaled[1] / picture.width)
+            size = [max(scaled[0], round(picture.height * factor)), max(scaled[1], round(picture.width * factor))]
+        picture = v2.functional.resize(picture, size, interpolation=InterpolationMode.BICUBIC)
+        return v2.functional.pil_to_tensor(v2.functional.center_crop(picture, [height, width]))
+
+    return transform
