@@ -1,0 +1,70 @@
+"""Fixtures: real image files, small models, and runs of the real scripts."""
+
+import os
+import random
+import sys
+from pathlib import Path
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the claims tested bit for bit are the CPU's
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+import main_pretrain  # noqa: E402
+from models_mae import mae_vit_mini_patch4  # noqa: E402
+from util import cli  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+    np.random.seed(0)
+    random.seed(0)
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory) -> Path:
+    """22 small JPEG and PNG files: in train/{cat,dog}/, of several sizes, grey ones among them."""
+    root = tmp_path_factory.mktemp("pictures")
+    generator = np.random.default_rng(0)
+    for number in range(22):
+        folder = root / "train" / ("cat" if number % 2 else "dog")
+        folder.mkdir(parents=True, exist_ok=True)
+        height, width = generator.integers(20, 60, size=2)
+        coarse = generator.integers(0, 256, size=(4, 5, 3), dtype=np.uint8)
+        picture = Image.fromarray(coarse).resize((int(width), int(height)), Image.Resampling.BICUBIC)
+        if number % 5 == 0:
+            picture = picture.convert("L")
+        picture.save(folder / f"{number:02}.{'jpg' if number % 3 else 'PNG'}")
+    return root
+
+
+@pytest.fixture
+def mini_mae():
+    """The smallest MAE, for grey images of 16 pixels: 16 patches."""
+    return mae_vit_mini_patch4(img_size=16, in_chans=1)
+
+
+@pytest.fixture
+def pretrain(pictures, tmp_path):
+    """Runs main_pretrain.py's `main` in this process, with small settings; returns the output folder."""
+
+    def run(name: str = "run", **flags) -> Path:
+        out = tmp_path / name
+        settings = {
+            "data_path": pictures, "output_dir": out, "log_dir": out, "model": "mae_vit_mini_patch4",
+            "input_size": 16, "batch_size": 4, "epochs": 2, "warmup_epochs": 1, "blr": 0.01, "num_workers": 0,
+            "device": "cpu", "vis_every": 0,
+        } | flags  # fmt: skip
+        argv = []
+        for flag, value in settings.items():
+            argv += [f"--{flag}"] if value is True else [f"--{flag}", *str(value).split()]
+        main_pretrain.main(cli.parse(main_pretrain.get_args_parser(), argv))
+        return out
+
+    return run

@@ -1,0 +1,299 @@
+"""The masked autoencoder: published names and counts, two independent implementations, and its mathematics."""
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+
+import models_mae
+from models_mae import MaskedAutoencoderViT
+
+
+def build(**kwargs) -> MaskedAutoencoderViT:
+    settings = {
+        "img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 4,
+        "decoder_embed_dim": 16, "decoder_depth": 2, "decoder_num_heads": 2,
+    }  # fmt: skip
+    return MaskedAutoencoderViT(**(settings | kwargs))
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("mae_vit_base_patch16", 111_907_840),
+        ("mae_vit_large_patch16", 329_541_888),
+        ("mae_vit_huge_patch14", 657_074_508),
+    ],
+)
+def test_published_parameter_counts(name, count):
+    with torch.device("meta"):
+        model = getattr(models_mae, name)()
+    assert sum(p.numel() for p in model.parameters()) == count
+    assert getattr(models_mae, f"{name}_dec512d8b") is getattr(models_mae, name)
+
+
+def block_keys(prefix: str) -> list[str]:
+    return [
+        f"{prefix}.{layer}.{kind}"
+        for layer in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+        for kind in ("weight", "bias")
+    ]
+
+
+def test_published_keys_in_order():
+    keys = ["cls_token", "pos_embed", "mask_token", "decoder_pos_embed", "patch_embed.proj.weight",
+            "patch_embed.proj.bias", *block_keys("blocks.0"), *block_keys("blocks.1"), "norm.weight", "norm.bias",
+            "decoder_embed.weight", "decoder_embed.bias", *block_keys("decoder_blocks.0"),
+            *block_keys("decoder_blocks.1"), "decoder_norm.weight", "decoder_norm.bias", "decoder_pred.weight",
+            "decoder_pred.bias"]  # fmt: skip
+    model = build()
+    assert list(model.state_dict()) == keys
+    assert [name for name, _ in model.named_parameters()] == keys
+    assert model.patch_embed.proj.weight.shape == (32, 3, 4, 4)
+    assert model.decoder_pred.weight.shape == (48, 16)
+
+
+def test_initial_weights():
+    model = build(embed_dim=256, decoder_embed_dim=256, num_heads=4)
+    fan = 256 + 3 * 4 * 4
+    bound = (6 / fan) ** 0.5
+    weight = model.patch_embed.proj.weight
+    assert weight.abs().max() <= bound
+    assert weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.02)
+    assert model.patch_embed.proj.bias.abs().max() > 0  # nn.Conv2d's own
+    assert model.cls_token.std().item() == pytest.approx(0.02, rel=0.15)
+    assert model.mask_token.std().item() == pytest.approx(0.02, rel=0.15)
+    assert all((m.bias == 0).all() for m in model.modules() if isinstance(m, torch.nn.Linear))
+    assert {m.eps for m in model.modules() if isinstance(m, torch.nn.LayerNorm)} == {1e-6}
+    assert not model.pos_embed.requires_grad
+    assert not model.decoder_pos_embed.requires_grad
+
+
+# ------------------------------------------------------------------------------------------- other implementations
+
+
+def transformers_twin(model: MaskedAutoencoderViT, img_size: int, in_chans: int):
+    """transformers' ViTMAE with the model's weights; its own LayerNorm eps would be 1e-12."""
+    from transformers import ViTMAEConfig, ViTMAEForPreTraining
+
+    D, E = model.cls_token.shape[-1], model.mask_token.shape[-1]
+    twin = ViTMAEForPreTraining(
+        ViTMAEConfig(
+            hidden_size=D, num_hidden_layers=len(model.blocks), num_attention_heads=4, intermediate_size=4 * D,
+            decoder_hidden_size=E, decoder_num_hidden_layers=len(model.decoder_blocks), decoder_num_attention_heads=2,
+            decoder_intermediate_size=4 * E, image_size=img_size, patch_size=4, num_channels=in_chans,
+            layer_norm_eps=1e-6, norm_pix_loss=model.norm_pix_loss, mask_ratio=0.75,
+        )
+    ).eval()  # fmt: skip
+    names = {
+        "cls_token": "vit.embeddings.cls_token",
+        "pos_embed": "vit.embeddings.position_embeddings",
+        "patch_embed.proj": "vit.embeddings.patch_embeddings.projection",
+        "norm": "vit.layernorm",
+        "mask_token": "decoder.mask_token",
+        **{f"decoder_{part}": f"decoder.decoder_{part}" for part in ("embed", "pos_embed", "norm", "pred")},
+    }
+    inside = {"norm1": "layernorm_before", "norm2": "layernorm_after", "attn.proj": "attention.o_proj",
+              "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}  # fmt: skip
+    for ours, theirs, blocks in (
+        ("blocks", "vit.layers", model.blocks),
+        ("decoder_blocks", "decoder.decoder_layers", model.decoder_blocks),
+    ):
+        names |= {f"{ours}.{i}.{a}": f"{theirs}.{i}.{b}" for i in range(len(blocks)) for a, b in inside.items()}
+    state = {}
+    for key, value in model.state_dict().items():
+        stem, _, kind = key.rpartition(".")
+        if stem.endswith("attn.qkv"):
+            prefix = stem.replace("decoder_blocks", "decoder.decoder_layers").replace("attn.qkv", "attention")
+            prefix = prefix if prefix.startswith("decoder") else prefix.replace("blocks", "vit.layers", 1)
+            for part, name in zip(value.chunk(3), "qkv", strict=True):
+                state[f"{prefix}.{name}_proj.{kind}"] = part
+        else:
+            state[names[key] if key in names else f"{names[stem]}.{kind}"] = value
+    twin.load_state_dict(state)  # strict: every tensor of theirs is ours
+    return twin
+
+
+@pytest.mark.parametrize("norm_pix_loss", [False, True])
+@pytest.mark.parametrize("in_chans", [1, 3])
+def test_agrees_with_transformers(norm_pix_loss, in_chans):
+    model = build(norm_pix_loss=norm_pix_loss, in_chans=in_chans).eval()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.05 * torch.randn_like(parameter)  # biases and norms too
+    twin = transformers_twin(model, 16, in_chans)
+    imgs, noise = torch.randn(3, in_chans, 16, 16), torch.rand(3, 16)
+    loss, pred, mask = model(imgs, 0.75, noise=noise)
+    theirs = twin(pixel_values=imgs, noise=noise)
+    assert torch.equal(mask, theirs.mask)
+    torch.testing.assert_close(pred, theirs.logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(loss, theirs.loss, rtol=1e-5, atol=1e-6)
+    assert torch.equal(model(imgs, 0.75, noise=noise, loss_only=True), loss)
+
+
+def test_encoder_agrees_with_timm():
+    import timm
+
+    model = build(img_size=(16, 24)).eval()
+    twin = timm.models.VisionTransformer(
+        img_size=(16, 24),
+        patch_size=4,
+        embed_dim=32,
+        depth=2,
+        num_heads=4,
+        num_classes=0,
+        global_pool="",
+        class_token=True,
+    ).eval()
+    state = {k: v for k, v in model.state_dict().items() if "decoder" not in k and k != "mask_token"}
+    twin.load_state_dict(state)
+    imgs = torch.randn(2, 3, 16, 24)
+    torch.testing.assert_close(model.forward_features(imgs), twin.forward_features(imgs), rtol=1e-5, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------- the paper's mathematics
+
+
+def test_gradients_against_finite_differences():
+    model = MaskedAutoencoderViT(
+        img_size=4, patch_size=2, in_chans=1, embed_dim=8, depth=1, num_heads=2, decoder_embed_dim=4, decoder_depth=1,
+        decoder_num_heads=2, norm_pix_loss=True,
+    ).double()  # fmt: skip
+    imgs, noise = torch.randn(2, 1, 4, 4, dtype=torch.float64), torch.rand(2, 4)
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+
+    def loss(*values):
+        parameters = dict(zip(names, values, strict=True))
+        return torch.func.functional_call(model, parameters, (imgs, 0.5), {"noise": noise, "loss_only": True})
+
+    values = [p.detach().clone().requires_grad_() for p in model.parameters() if p.requires_grad]
+    assert gradcheck(loss, values, eps=1e-6, atol=1e-6, fast_mode=True)
+
+
+def test_seed_keeps_the_published_patches():
+    """One torch.rand(B, N) is all that a bare forward draws; the smallest values are kept."""
+    model, imgs = build(), torch.randn(2, 3, 16, 16)
+    torch.manual_seed(7)
+    _, _, mask = model(imgs)
+    after = torch.rand(1)
+    torch.manual_seed(7)
+    noise = torch.rand(2, 16)
+    assert torch.equal(torch.rand(1), after)
+    kept = torch.zeros(2, 16).scatter(1, noise.argsort(dim=1)[:, :4], 1)
+    assert torch.equal(mask, 1 - kept)
+
+
+def test_random_masking_contract():
+    model = build()
+    x, noise = torch.randn(2, 10, 6), torch.rand(2, 10)
+    kept, mask, ids_restore = model.random_masking(x, 0.65, noise)
+    assert kept.shape == (2, 3, 6)  # int(10 x .35)
+    order = noise.argsort(dim=1)
+    for b in range(2):
+        assert torch.equal(kept[b], x[b, order[b, :3]])
+        assert torch.equal(order[b][ids_restore[b]], torch.arange(10))
+        assert mask[b].sum() == 7
+        assert not mask[b, order[b, :3]].any()
+
+
+@pytest.mark.parametrize(("patches", "ratio", "kept"), [(100, 0.9, 9), (25, 0.8, 4), (196, 0.75, 49), (16, 0, 16)])
+def test_number_kept_is_truncated_as_published(patches, ratio, kept):
+    assert build().random_masking(torch.zeros(1, patches, 4), ratio)[0].shape[1] == kept
+
+
+@pytest.mark.parametrize("ratio", [1.0, -0.1, 0.99, 1.5])
+def test_impossible_ratio(ratio):
+    with pytest.raises(ValueError, match="mask_ratio"):
+        build()(torch.zeros(1, 3, 16, 16), ratio)
+
+
+def test_nothing_masked_is_a_loss_of_zero_with_a_gradient():
+    model = build()
+    loss, _, mask = model(torch.randn(2, 3, 16, 16), 0.0)
+    loss.backward()
+    assert loss == 0
+    assert not mask.any()
+    assert model.decoder_pred.weight.grad is not None
+
+
+def test_loss_is_the_mean_over_removed_patches():
+    model = build(norm_pix_loss=True)
+    imgs = torch.randn(2, 3, 16, 16)
+    pred, mask = torch.randn(2, 16, 48), (torch.rand(2, 16) < 0.5).float()
+    total, count = 0.0, 0
+    for b in range(2):
+        for n in range(16):
+            row, column = divmod(n, 4)
+            patch = imgs[b, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4].permute(1, 2, 0).flatten()
+            if mask[b, n]:
+                target = (patch - patch.mean()) / (patch.var(unbiased=True) + 1e-6) ** 0.5
+                total, count = total + ((pred[b, n] - target) ** 2).mean(), count + 1
+    torch.testing.assert_close(model.forward_loss(imgs, pred, mask), total / count)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "p", "q", "chans"), [(16, 16, 4, 4, 3), (8, 24, 4, 8, 1), (6, 10, 2, 5, 13)]
+)
+def test_patchify_and_back(height, width, p, q, chans):
+    model = build(img_size=(height, width), patch_size=(p, q), in_chans=chans)
+    imgs = torch.randn(2, chans, height, width)
+    patches = model.patchify(imgs)
+    assert patches.shape == (2, (height // p) * (width // q), p * q * chans)
+    assert torch.equal(patches[:, 1].reshape(2, p, q, chans).permute(0, 3, 1, 2), imgs[:, :, :p, q : 2 * q])
+    assert torch.equal(model.unpatchify(patches), imgs)
+
+
+def test_another_image_size_recomputes_the_tables():
+    small, large = build(), build(img_size=(8, 24))
+    large.load_state_dict({k: v for k, v in small.state_dict().items() if "pos_embed" not in k}, strict=False)
+    imgs, noise = torch.randn(2, 3, 8, 24), torch.rand(2, 12)
+    for ours, theirs in zip(small(imgs, noise=noise), large(imgs, noise=noise), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    with pytest.raises(ValueError, match="--input_size"):
+        small(torch.zeros(1, 3, 18, 16))
+
+
+def test_a_given_mask_is_the_mask():
+    model, imgs = build(), torch.randn(2, 3, 16, 16)
+    mask = torch.rand(2, 16).argsort(dim=1) < 11
+    for given in (mask, mask.float(), mask.reshape(2, 4, 4)):
+        assert torch.equal(model(imgs, mask=given)[2], mask.float())
+    one_pixel = torch.zeros(2, 16, 16, dtype=torch.bool)
+    one_pixel[:, 5, 9] = True
+    assert model(imgs, mask=one_pixel)[2].nonzero().tolist() == [[0, 6], [1, 6]]
+    for number_removed in range(16):
+        mask = torch.arange(16).expand(2, -1) < number_removed
+        assert torch.equal(model(imgs, mask=mask)[2], mask.float())
+
+
+def test_reconstruct():
+    model = build(norm_pix_loss=True)
+    imgs = torch.randn(2, 3, 16, 16)
+    painted = model.reconstruct(imgs, noise=torch.rand(2, 16))
+    removed = model.unpatchify(painted.mask.unsqueeze(-1).expand(-1, -1, 48)).bool()
+    assert torch.equal(painted.original, imgs)
+    assert torch.equal(painted.masked, imgs.masked_fill(removed, 0))
+    assert torch.equal(painted.pasted, torch.where(removed, painted.prediction, imgs))
+    target, pred = model.patchify(imgs), model.patchify(painted.prediction)
+    # A prediction of zeros, un-normalised, is the mean of the original patch.
+    model.decoder_pred.weight.data.zero_()
+    flat = model.patchify(model.reconstruct(imgs).prediction)
+    torch.testing.assert_close(flat, target.mean(dim=-1, keepdim=True).expand_as(flat))
+    assert not torch.allclose(pred, flat)
+
+
+def test_features_are_deterministic_and_complete():
+    model, imgs = build().eval(), torch.randn(2, 3, 16, 16)
+    features = model.forward_features(imgs)
+    assert features.shape == (2, 17, 32)
+    assert torch.equal(features, model.forward_features(imgs))
+    latent, _, ids = model.forward_encoder(imgs, 0.0, noise=torch.arange(16.0).expand(2, -1))
+    assert torch.equal(ids, torch.arange(16).expand(2, -1))
+    torch.testing.assert_close(latent, features)
+
+
+def test_loss_is_fp32_under_autocast():
+    model, imgs = build(norm_pix_loss=True), torch.randn(2, 3, 16, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, pred, _ = model(imgs)
+    assert loss.dtype == torch.float32
+    assert pred.dtype == torch.bfloat16

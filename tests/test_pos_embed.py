@@ -1,0 +1,57 @@
+"""Position tables."""
+
+import numpy as np
+import pytest
+import torch
+
+import models_vit
+from util.pos_embed import get_2d_sincos_pos_embed, interpolate_pos_embed, resize_pos_embed
+
+
+def test_first_half_encodes_the_column():
+    table = get_2d_sincos_pos_embed(16, (3, 5)).reshape(3, 5, 16)
+    omega = 1 / 10000 ** (np.arange(4) / 4)
+    for y in range(3):
+        for x in range(5):
+            expected = [np.sin(x * omega), np.cos(x * omega), np.sin(y * omega), np.cos(y * omega)]
+            np.testing.assert_allclose(table[y, x], np.concatenate(expected), rtol=0, atol=1e-15)
+
+
+def test_class_row_is_zero_and_square_is_the_diagonal_case():
+    table = get_2d_sincos_pos_embed(8, 4, cls_token=True)
+    assert table.shape == (17, 8)
+    assert table.dtype == np.float64
+    assert not table[0].any()
+    np.testing.assert_array_equal(table[1:], get_2d_sincos_pos_embed(8, (4, 4)))
+
+
+def test_same_coordinates_same_entries():
+    square = get_2d_sincos_pos_embed(8, 6).reshape(6, 6, 8)
+    np.testing.assert_array_equal(square[:2, :5].reshape(10, 8), get_2d_sincos_pos_embed(8, (2, 5)))
+
+
+def test_channels_must_be_a_multiple_of_4():
+    with pytest.raises(ValueError, match="multiple of 4"):
+        get_2d_sincos_pos_embed(6, 4)
+
+
+def test_interpolation_agrees_with_timm():
+    from timm.layers import resample_abs_pos_embed
+
+    table = torch.randn(1, 17, 8)
+    ours = resize_pos_embed(table, (4, 4), (7, 7))
+    theirs = resample_abs_pos_embed(table, [7, 7], [4, 4], interpolation="bicubic", antialias=False)
+    torch.testing.assert_close(ours, theirs)
+    assert torch.equal(ours[:, 0], table[:, 0])
+
+
+def test_interpolate_pos_embed_changes_the_checkpoint_in_place():
+    model = models_vit.vit_mini_patch4(img_size=(16, 24))
+    checkpoint = {"pos_embed": torch.randn(1, 65, 128)}
+    interpolate_pos_embed(model, checkpoint)
+    assert checkpoint["pos_embed"].shape == model.pos_embed.shape
+    same = {"pos_embed": model.pos_embed.data}
+    interpolate_pos_embed(model, same)
+    assert same["pos_embed"] is model.pos_embed.data or torch.equal(same["pos_embed"], model.pos_embed)
+    with pytest.raises(ValueError, match="no square"):
+        interpolate_pos_embed(model, {"pos_embed": torch.zeros(1, 12, 128)})
