@@ -15,6 +15,9 @@ from PIL import Image
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+torch.set_num_threads(1)  # the models here are small, and several tests may share the machine
+os.environ["OMP_NUM_THREADS"] = "1"  # the same in the processes that tests start
+
 import main_pretrain  # noqa: E402
 from models_mae import mae_vit_mini_patch4  # noqa: E402
 from util import cli  # noqa: E402
@@ -29,10 +32,10 @@ def _seeded():
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory) -> Path:
-    """22 small JPEG and PNG files: in train/{cat,dog}/, of several sizes, grey ones among them."""
+    """24 small JPEG and PNG files: in train/{cat,dog}/, of several sizes, grey ones among them."""
     root = tmp_path_factory.mktemp("pictures")
     generator = np.random.default_rng(0)
-    for number in range(22):
+    for number in range(24):
         folder = root / "train" / ("cat" if number % 2 else "dog")
         folder.mkdir(parents=True, exist_ok=True)
         height, width = generator.integers(20, 60, size=2)

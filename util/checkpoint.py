@@ -11,6 +11,7 @@ import logging
 import os
 import pickle
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,7 @@ def read(path: Path | str) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint {path}")
     try:
+        _check_names(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -99,6 +101,18 @@ def read(path: Path | str) -> dict[str, Any]:
     if digest is not None and digest != compute_digest(state):
         raise CheckpointError(f"{path} is damaged: its content does not match its digest")
     return state
+
+
+def _check_names(path: Path) -> None:
+    """Compares the part that holds names and plain values with its checksum, which torch.load does not.
+
+    Damage in it could rename `digest` itself, and ours would pass for a foreign file, which has none.
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                if name.endswith("data.pkl"):
+                    archive.read(name)
 
 
 # -------------------------------------------------------------------------------------------------------- one run

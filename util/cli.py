@@ -234,7 +234,13 @@ def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentPar
     except (ValueError, OSError, ArithmeticError) as error:
         if args.debug:
             traceback.print_exc()
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        print(f"{parser.prog}: error: {_sentence(error)}", file=sys.stderr)
         sys.exit(1)
     finally:
         dist.teardown()
+
+
+def _sentence(error: Exception) -> str:
+    """An error's message. Those from a loader's worker bring its traceback along, message last."""
+    text = str(error).strip()
+    return text.splitlines()[-1].partition(": ")[2] if "Original Traceback" in text else text

@@ -37,6 +37,9 @@ class Source(Protocol):
 
     def __getitem__(self, index: int) -> tuple[bytes, int]: ...
 
+    def name(self, index: int) -> str:
+        """How to call a sample when it can't be read."""
+
 
 class ImageFiles:
     """The image files below a folder, nested or flat, in the order of their names.
@@ -69,6 +72,10 @@ class ImageFiles:
     def __getitem__(self, index: int) -> tuple[bytes, int]:
         with open(self.paths[index], "rb") as file:
             return file.read(), self.labels[index]
+
+    def name(self, index: int) -> str:
+        """The file's path."""
+        return self.paths[index]
 
 
 def _image_files(folder: str) -> Iterator[str]:
@@ -117,7 +124,10 @@ class Samples(Dataset):
     def __getitem__(self, place: tuple[int, int]) -> tuple[Tensor, int, Tensor]:
         epoch, index = place
         data, label = self.source[index]
-        picture = decode(data, self.in_chans)
+        try:
+            picture = decode(data, self.in_chans)
+        except OSError as error:  # Pillow's, for bytes that are no picture or cut short
+            raise ValueError(f"{self.source.name(index)} can't be read as an image: {error}") from error
         seed_sample(self.seed, epoch, index)
         noise = torch.rand(self.num_noise)  # first, so that the mask stays the same under another augmentation
         return self.transform(picture), label, noise

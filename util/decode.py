@@ -12,7 +12,7 @@ def decode(data: bytes, in_chans: int) -> Image.Image:
 
     Raises:
         ValueError: there is no kind of picture with so many channels.
-        PIL.UnidentifiedImageError, OSError: the bytes are no image, or damaged.
+        OSError: the bytes are no image, or damaged.
     """
     if in_chans not in MODES:
         raise ValueError(f"--in_chans {in_chans}: image files can be read as 1 (grey) or 3 (RGB) channels")

@@ -64,6 +64,7 @@ class Precision:
         Returns:
             The global norm of the gradient before clipping, on the device.
         """
+        assert getattr(optimizer, "_step_supports_amp_scaling", False), "the optimizer must heed found_inf (fused=True)"
         self.scaler.unscale_(optimizer)
         gradients = [p.grad for p in _parameters(optimizer) if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)

@@ -1,0 +1,131 @@
+"""Flags, defaults and recipes."""
+
+import re
+
+import pytest
+import yaml
+from conftest import ROOT
+
+import main_pretrain
+from util import cli
+
+PUBLISHED = {
+    "batch_size": 64, "epochs": 400, "accum_iter": 1, "model": "mae_vit_large_patch16", "input_size": 224,
+    "mask_ratio": 0.75, "norm_pix_loss": False, "weight_decay": 0.05, "lr": None, "blr": 1e-3, "min_lr": 0.0,
+    "warmup_epochs": 40, "output_dir": "./output_dir", "log_dir": "./output_dir", "seed": 0, "resume": "",
+    "start_epoch": 0, "num_workers": 10, "pin_mem": True, "world_size": 1, "local_rank": -1, "dist_on_itp": False,
+    "dist_url": "env://",
+}  # fmt: skip
+
+
+def parse(*argv):
+    return cli.parse(main_pretrain.get_args_parser(), argv)
+
+
+def test_published_flags_and_defaults():
+    args = vars(parse())
+    assert {flag: args[flag] for flag in PUBLISHED} == PUBLISHED
+    assert args["device"] == "auto"
+    assert args["data_path"] is None
+    assert main_pretrain.get_args_parser().parse_args([]).epochs == 400  # also without `cli.parse`
+
+
+def test_published_spellings():
+    args = parse(
+        "--no_pin_mem", "--norm_pix_loss", "--local-rank", "3", "--input_size", "32", "48", "--patch_size", "8"
+    )
+    assert (args.pin_mem, args.norm_pix_loss, args.local_rank) == (False, True, 3)
+    assert (args.input_size, args.patch_size) == ([32, 48], 8)
+    assert parse("--pin_mem", "--local_rank", "1").local_rank == 1
+
+
+def test_help_teaches_every_flag(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse("--help")
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    actions = main_pretrain.get_args_parser()._actions
+    for action in actions:
+        assert action.help, action.dest
+        assert action.option_strings[0] in text
+        takes_value = action.nargs != 0
+        default = f"(default: {action.default})"
+        if takes_value:
+            assert default in re.sub(r"\s+", " ", text), action.dest
+    assert max(map(len, text.splitlines())) <= 120
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--mask_ratio", "1.0"], r"--mask_ratio: must be in \[0, 1\), got 1.0"),
+        (["--mask_ratio", "-0.5"], r"--mask_ratio: must be in \[0, 1\)"),
+        (["--model", "mae_vit_basic"], "--model: invalid choice: 'mae_vit_basic'.*mae_vit_base_patch16"),
+        (["--batch_size", "0"], "--batch_size: must be at least 1"),
+        (["--input_size", "1", "2", "3"], "--input_size: takes one number or two"),
+        (["--epoch", "3"], "unrecognized arguments: --epoch"),
+        (["--config", "nowhere.yaml"], "there is no file nowhere.yaml"),
+    ],
+)
+def test_wrong_flags(argv, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(*argv)
+    assert stop.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def recipe(tmp_path, text):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_flags_win_over_the_recipe_and_the_recipe_over_defaults(tmp_path):
+    path = recipe(
+        tmp_path, "epochs: 7\nblr: 1e-4\ninput_size: [16, 32]\nnorm_pix_loss: true\npin_mem: false\nlr: null\n"
+    )
+    args = parse("--config", path, "--epochs", "9")
+    assert (args.epochs, args.blr, args.input_size) == (9, 1e-4, [16, 32])
+    assert (args.norm_pix_loss, args.pin_mem, args.lr) == (True, False, None)
+    assert parse("--epochs", "9", f"--config={path}").epochs == 9
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("mask_ration: 0.5\n", "no flag 'mask_ration'; did you mean 'mask_ratio'?"),
+        ("mask_ratio: 2\n", "must be in [0, 1)"),
+        ("epochs: true\n", "epochs takes a value"),
+        ("- epochs\n", "`flag: value` lines"),
+        ("epochs: [1\n", "is not YAML"),
+        ("config: other.yaml\n", "no flag 'config'"),
+        ("!!python/object/apply:os.mkdir [/tmp/executed]\n", "is not YAML"),
+    ],
+)
+def test_wrong_recipes(text, message, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        parse("--config", recipe(tmp_path, text))
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("recipes/pretrain_*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_parses_and_sets_what_it_says(path):
+    args = vars(parse("--config", str(path)))
+    for key, value in yaml.safe_load(path.read_text()).items():
+        assert args[key] == value
+
+
+def test_errors_are_sentences_and_debug_shows_the_traceback(capsys, monkeypatch):
+    def fail(args):
+        raise ValueError("--data_path: there is no folder x")
+
+    for argv, traced in (([], False), (["--debug"], True)):
+        parser = cli.parser("fails")
+        parser.add_argument("--debug", action="store_true")
+        monkeypatch.setattr("sys.argv", ["main.py", *argv])
+        with pytest.raises(SystemExit) as stop:
+            cli.run(fail, parser)
+        error = capsys.readouterr().err
+        assert stop.value.code == 1
+        assert "error: --data_path: there is no folder x" in error
+        assert ("Traceback" in error) is traced

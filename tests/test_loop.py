@@ -1,0 +1,145 @@
+"""The training loop: accumulation, the learning rate's moments, and steps that are not finite."""
+
+import math
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from util import loop
+from util.checkpoint import NullSaver
+from util.datasets import EpochBatches
+from util.precision import Precision
+from util.runlog import Meters, NullLog
+
+
+class Numbers(Dataset):
+    """28 samples of 3 numbers, asked for as (epoch, index)."""
+
+    def __init__(self):
+        self.values = torch.randn(28, 3)
+
+    def __len__(self):
+        return 28
+
+    def __getitem__(self, place):
+        return self.values[place[1]]
+
+
+class RecordingSaver(NullSaver):
+    def __init__(self):
+        self.emergencies = []
+
+    def save_emergency(self, epoch, steps_done, meters):
+        self.emergencies.append((epoch, steps_done))
+        return "checkpoint-emergency.pth"
+
+
+def train(batch_size=4, accum_iter=1, lr=0.1, spoil=lambda step, loss: loss, saver=None, meters=None, **options):
+    torch.manual_seed(0)
+    samples = Numbers()
+    model = torch.nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, fused=True)
+    seen, moments = [], []
+
+    def compute_loss(batch):
+        seen.append(batch)
+        return spoil(len(seen), model(batch).square().mean())
+
+    def schedule(epoch):
+        moments.append(epoch)
+        return lr
+
+    meters = Meters() if meters is None else meters
+    loader = DataLoader(samples, batch_sampler=EpochBatches(len(samples), batch_size, seed=0))
+    loop.run_epoch(
+        compute_loss, model, loader, optimizer,
+        epoch=3, schedule=schedule, precision=Precision("off", torch.device("cpu")), accum_iter=accum_iter,
+        meters=meters, log=NullLog(), saver=saver or NullSaver(), **options,
+    )  # fmt: skip
+    return model, seen, moments, meters
+
+
+def reference_run(groups, seen, lr=0.1):
+    """The same training, each group in one batch."""
+    torch.manual_seed(0)
+    Numbers()
+    model = torch.nn.Linear(3, 1)
+    losses = []
+    for group in groups:
+        model.zero_grad()
+        loss = model(torch.cat([seen[i] for i in group])).square().mean()
+        loss.backward()
+        losses.append(loss.item())
+        with torch.no_grad():
+            for p in model.parameters():
+                p -= lr * p.grad
+    return model, losses
+
+
+def test_seven_batches_in_groups_of_three_are_all_used():
+    model, seen, moments, meters = train(accum_iter=3)
+    assert len(seen) == 7
+    twin, losses = reference_run([(0, 1, 2), (3, 4, 5), (6,)], seen)
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert moments == pytest.approx([3, 3 + 3 / 7, 3 + 6 / 7])
+    stats = meters.means()
+    assert stats["train_loss"] == pytest.approx((3 * losses[0] + 3 * losses[1] + losses[2]) / 7, rel=1e-5)
+    assert stats["train_lr"] == pytest.approx(0.1)
+
+
+def test_starts_in_the_middle():
+    _, seen, moments, _ = train()
+    _, rest, later, _ = train(first_step=5)
+    assert len(rest) == 2
+    assert all(torch.equal(a, b) for a, b in zip(rest, seen[5:], strict=True))
+    assert later == moments[5:]
+
+
+def test_clip_grad_bounds_the_step():
+    model, _, _, _ = train(batch_size=28, clip_grad=1e-3, lr=1.0)
+    torch.manual_seed(0)
+    Numbers()
+    start = torch.nn.Linear(3, 1)
+    step = torch.cat([(a - b).flatten() for a, b in zip(model.parameters(), start.parameters(), strict=True)])
+    assert step.norm().item() == pytest.approx(1e-3, rel=1e-3)
+
+
+def nan_at(*steps):
+    return lambda step, loss: loss * (math.nan if step in steps else 1.0)
+
+
+def test_skip_leaves_the_weights_as_without_the_step():
+    saver = RecordingSaver()
+    model, seen, _, meters = train(spoil=nan_at(3), on_nonfinite="skip", saver=saver)
+    twin, losses = reference_run([(0,), (1,), (3,), (4,), (5,), (6,)], seen)
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert meters.skipped_steps == 1
+    assert meters.means()["train_loss"] == pytest.approx(sum(losses) / 6, rel=1e-5)
+    assert not saver.emergencies
+
+
+def test_abort_saves_and_says_what_to_try():
+    saver = RecordingSaver()
+    with pytest.raises(loop.NonFiniteLoss, match=r"epoch 3, batch 1.*--clip_grad"):
+        train(spoil=nan_at(2), saver=saver)
+    assert saver.emergencies == [(3, 2 + loop.STEPS_LATE)]
+
+
+def test_an_infinite_loss_with_a_finite_gradient_is_caught():
+    with pytest.raises(loop.NonFiniteLoss):
+        train(spoil=lambda step, loss: loss + (math.inf if step == 2 else 0))
+
+
+def test_skipping_has_an_end():
+    with pytest.raises(loop.NonFiniteLoss, match="20 such in a row"):
+        train(batch_size=1, spoil=lambda step, loss: loss * math.nan, on_nonfinite="skip")
+
+
+def test_an_optimizer_that_would_ignore_the_guard_is_refused():
+    precision = Precision("off", torch.device("cpu"))
+    weight = torch.nn.Parameter(torch.ones(1))
+    with pytest.raises(AssertionError, match="found_inf"):
+        precision.step(torch.optim.SGD([weight], lr=1.0), torch.tensor(1.0), None)

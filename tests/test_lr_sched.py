@@ -1,0 +1,37 @@
+"""The learning rate, with timm's scheduler as an oracle."""
+
+from argparse import Namespace
+
+import pytest
+import torch
+from timm.scheduler import CosineLRScheduler
+
+from util.lr_sched import adjust_learning_rate, scaled_lr
+
+
+def optimizer_of(*scales):
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], **({"lr_scale": s} if s else {})} for s in scales]
+    return torch.optim.SGD(groups, lr=1.0)
+
+
+def test_published_formula():
+    args = Namespace(lr=2.0, min_lr=0.5, warmup_epochs=4, epochs=12)
+    optimizer = optimizer_of(None, 0.25)
+    expected = {0: 0.0, 1: 0.5, 4: 2.0, 8: 1.25, 12: 0.5, 6: 0.5 + 1.5 * (1 + 2**-0.5) / 2}
+    for epoch, lr in expected.items():
+        assert adjust_learning_rate(optimizer, epoch, args) == pytest.approx(lr)
+        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([lr, lr / 4])
+
+
+def test_agrees_with_timm():
+    args = Namespace(lr=1e-3, min_lr=1e-6, warmup_epochs=40, epochs=400)
+    ours, theirs = optimizer_of(None), torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
+    scheduler = CosineLRScheduler(theirs, t_initial=360, lr_min=1e-6, warmup_t=40, warmup_prefix=True)
+    for epoch in range(0, 400, 7):
+        scheduler.step(epoch)
+        assert adjust_learning_rate(ours, epoch, args) == pytest.approx(theirs.param_groups[0]["lr"], rel=1e-6)
+
+
+def test_linear_scaling():
+    assert scaled_lr(None, 1.5e-4, 4096) == pytest.approx(2.4e-3)
+    assert scaled_lr(1e-2, 1.5e-4, 4096) == 1e-2

@@ -1,0 +1,227 @@
+"""The real script: what it leaves, that it continues exactly, and what it says to wrong inputs."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import main_pretrain
+from util import checkpoint, cli, datasets, loop
+
+
+def weights(out, name="checkpoint-1.pth"):
+    return checkpoint.read(out / name)["model"]
+
+
+def assert_equal(a, b):
+    assert a.keys() == b.keys()
+    assert [key for key in a if not torch.equal(a[key], b[key])] == []
+
+
+def assert_close(a, b):
+    """Two runs that add up in another order. Keys' biases are left out: their gradient is zero but for rounding."""
+    ours, theirs = weights(a), weights(b)
+    for name in ours:
+        if not name.endswith("qkv.bias"):
+            torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=2e-5)
+    for line_a, line_b in zip(lines(a), lines(b), strict=True):
+        assert line_a["train_loss"] == pytest.approx(line_b["train_loss"], rel=1e-5)
+
+
+def lines(out):
+    return [json.loads(line) for line in (out / "log.txt").read_text().splitlines()]
+
+
+def test_leaves_what_the_published_code_leaves(pretrain):
+    out = pretrain(vis_every=1)
+    assert sorted(p.name for p in out.glob("*.pth")) == ["checkpoint-0.pth", "checkpoint-1.pth"]
+    state = torch.load(out / "checkpoint-1.pth", weights_only=True)
+    assert {"model", "optimizer", "epoch", "scaler", "args"} <= state.keys()
+    assert state["epoch"] == 1
+    assert state["args"]["model"] == "mae_vit_mini_patch4"
+    assert [g["weight_decay"] for g in state["optimizer"]["param_groups"]] == [0.0, 0.05]
+    assert [line["epoch"] for line in lines(out)] == [0, 1]
+    assert {"train_lr", "train_loss", "epoch"} <= lines(out)[0].keys()
+    events = EventAccumulator(str(out)).Reload()
+    assert [e.step for e in events.Scalars("train_loss")] == [int(1000 * (i / 6)) for i in range(12)]
+    assert events.Scalars("lr")[6].value == pytest.approx(0.01 * 4 / 256)
+    assert len(events.Images("reconstruction")) == 2
+
+
+def test_weight_decay_groups_are_the_published_ones(mini_mae):
+    """The group without decay first; class and mask tokens decay, having more than one dimension."""
+    from timm.optim import param_groups_weight_decay
+
+    no_decay, decay = param_groups_weight_decay(mini_mae, 0.05)
+    names = {id(p): name for name, p in mini_mae.named_parameters()}
+    free = [names[id(p)] for p in no_decay["params"]]
+    assert all(name.endswith(".bias") or ".norm" in name or "norm." in name for name in free)
+    assert {"cls_token", "mask_token"} <= {names[id(p)] for p in decay["params"]}
+    assert len(free) + len(decay["params"]) == len(names) - 2  # all but the fixed tables
+
+
+def test_the_loss_falls(pretrain):
+    out = pretrain(epochs=12, blr=0.1, warmup_epochs=2)
+    losses = [line["train_loss"] for line in lines(out)]
+    assert losses[-1] < 0.75 * losses[0]
+
+
+def test_the_same_command_gives_the_same_run(pretrain):
+    assert_equal(weights(pretrain("a")), weights(pretrain("b")))
+    a, c = weights(pretrain("c", seed=1)), weights(pretrain("d", seed=2))
+    assert not torch.equal(a["cls_token"], c["cls_token"])
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop_after(monkeypatch, method, calls):
+    """Makes the run die after so many calls of a saver's method, as a killed process would."""
+    original, count = getattr(checkpoint.Saver, method), iter(range(1, 1000))
+
+    def save_and_stop(self, *args):
+        original(self, *args)
+        if next(count) == calls:
+            raise Stopped
+
+    monkeypatch.setattr(checkpoint.Saver, method, save_and_stop)
+
+
+@pytest.mark.parametrize("accum_iter", [1, 2])
+@pytest.mark.parametrize(("method", "calls"), [("save_epoch", 2), ("save", 1), ("save", 5)])
+def test_stopped_and_resumed_equals_uninterrupted(pretrain, monkeypatch, accum_iter, method, calls):
+    settings = {"epochs": 4, "accum_iter": accum_iter, "save_minutes": 0, "save_every": 1, "clip_grad": 1.0}
+    whole = pretrain("whole", **settings)
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_after(patch, method, calls)
+        pretrain("parts", **settings)
+    parts = pretrain("parts", **settings, resume="auto")
+    a, b = (checkpoint.read(out / "checkpoint-3.pth") for out in (whole, parts))
+    assert_equal(a["model"], b["model"])
+    for number, state in a["optimizer"]["state"].items():
+        assert_equal(state, b["optimizer"]["state"][number])
+    for ours, theirs in zip(lines(whole), lines(parts), strict=True):
+        for key in ("epoch", "train_loss", "train_lr"):
+            assert ours[key] == theirs[key]
+
+
+def test_workers_change_nothing(pretrain, monkeypatch):
+    monkeypatch.setattr(datasets.os, "sched_getaffinity", lambda pid: range(8))
+    assert_equal(weights(pretrain("one", num_workers=1)), weights(pretrain("four", num_workers=4)))
+
+
+def test_accumulation_equals_a_large_batch(pretrain):
+    assert_close(pretrain("small", batch_size=3, accum_iter=4), pretrain("large", batch_size=12))
+
+
+def test_two_processes_equal_one(pretrain, pictures, tmp_path):
+    one = pretrain("one", batch_size=8)
+    two = tmp_path / "two"
+    subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29617",
+         "main_pretrain.py", "--data_path", pictures, "--output_dir", two, "--log_dir", two, "--model",
+         "mae_vit_mini_patch4", "--input_size", "16", "--batch_size", "4", "--epochs", "2", "--warmup_epochs", "1",
+         "--blr", "0.01", "--num_workers", "0", "--device", "cpu", "--vis_every", "0"],
+        cwd=ROOT, check=True, capture_output=True, timeout=300,
+    )  # fmt: skip
+    assert_close(one, two)
+
+
+def test_init_from_takes_the_weights_alone(pretrain):
+    out = pretrain("first")
+    assert_equal(weights(out), weights(pretrain("next", init_from=out / "checkpoint-1.pth", lr=0.0)))
+
+
+def test_a_nan_ends_the_run_with_an_emergency_state(pretrain, monkeypatch, tmp_path):
+    from models_mae import MaskedAutoencoderViT
+
+    forward_loss, calls = MaskedAutoencoderViT.forward_loss, iter(range(100))
+    monkeypatch.setattr(
+        MaskedAutoencoderViT,
+        "forward_loss",
+        lambda self, *a: forward_loss(self, *a) * (float("nan") if next(calls) == 3 else 1),
+    )
+    with pytest.raises(loop.NonFiniteLoss, match=r"epoch 0, batch 3.*checkpoint-emergency.pth.*--blr"):
+        pretrain("nan")
+    state = checkpoint.read(tmp_path / "nan" / "checkpoint-emergency.pth")
+    assert all(torch.isfinite(w).all() for w in state["model"].values())
+
+
+# ---------------------------------------------------------------------------------------------------- wrong inputs
+
+
+def fails(capsys, monkeypatch, *argv) -> str:
+    """Runs the script as the command line does; returns what it says."""
+    monkeypatch.setattr("sys.argv", ["main_pretrain.py", "--device", "cpu", *map(str, argv)])
+    with pytest.raises(SystemExit) as stop:
+        cli.run(main_pretrain.main, main_pretrain.get_args_parser())
+    said = capsys.readouterr().err
+    assert stop.value.code not in (0, None)
+    assert "Traceback" not in said
+    return said
+
+
+def test_wrong_inputs_are_answered_in_sentences(pretrain, pictures, tmp_path, capsys, monkeypatch):
+    out = pretrain("good")
+    good = out / "checkpoint-1.pth"
+    mini = ["--model", "mae_vit_mini_patch4", "--input_size", "16", "--batch_size", "4", "--num_workers", "0"]
+    here = ["--data_path", pictures, "--output_dir", tmp_path / "wrong", *mini]
+
+    def said(*argv):
+        return fails(capsys, monkeypatch, *argv)
+
+    assert "--data_path is needed" in said(*mini, "--output_dir", tmp_path / "wrong")
+    assert "there is no folder" in said(*here, "--data_path", tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    assert "--data_path: no images under" in said(*here, "--data_path", tmp_path / "empty")
+    assert "lower --batch_size" in said(*here, "--batch_size", "25")
+    assert "multiples of --patch_size" in said(*here, "--input_size", "18")
+    assert "--in_chans 5" in said(*here, "--in_chans", "5")
+    assert "--mean has 2 values for 3 channels" in said(*here, "--mean", "0.5", "0.5")
+    assert "mask_ratio 0.99 keeps 0 of 16 patches" in said(*here, "--mask_ratio", "0.99")
+    assert "already holds a run" in said(*here, "--output_dir", out)
+    assert "another architecture" in said(*here, "--resume", good, "--in_chans", "1")
+    assert "--accum_iter 2 restores" in said(*here, "--resume", good, "--batch_size", "2")
+    assert "there is no checkpoint" in said(*here, "--resume", tmp_path / "nothing.pth")
+
+    truncated = tmp_path / "truncated.pth"
+    truncated.write_bytes(good.read_bytes()[:5000])
+    assert "is damaged" in said(*here, "--resume", truncated)
+    bare = tmp_path / "bare.pth"
+    torch.save({"model": weights(out)}, bare)
+    assert "give it to --init_from" in said(*here, "--resume", bare)
+    assert "--init_from" in said(*here, "--init_from", good, "--in_chans", "1")
+    if not torch.cuda.is_available():
+        assert "no CUDA device" in said(*here, "--device", "cuda")
+    assert "--device abacus is not a device" in said(*here, "--device", "abacus")
+    assert "--amp fp16 needs a GPU" in said(*here, "--amp", "fp16")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_file_that_is_no_image_is_named(tmp_path, capsys, monkeypatch, workers):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(4):
+        Image.new("RGB", (20, 20)).save(folder / f"{number}.png")
+    (folder / "broken.jpg").write_bytes(b"not a picture")
+    argv = ["--data_path", folder, "--output_dir", tmp_path / "out", "--model", "mae_vit_mini_patch4", "--input_size",
+            "16", "--batch_size", "5", "--num_workers", workers, "--epochs", "1"]  # fmt: skip
+    said = fails(capsys, monkeypatch, *argv)
+    assert f"error: {folder / 'broken.jpg'} can't be read as an image" in said
+
+
+def test_the_script_itself_exits_with_a_sentence(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "main_pretrain.py", "--data_path", tmp_path / "nowhere", "--output_dir", tmp_path / "out",
+         "--model", "mae_vit_mini_patch4", "--input_size", "16"],
+        cwd=ROOT, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.strip().endswith(f"there is no folder {tmp_path / 'nowhere'}")
+    assert "Traceback" not in done.stderr

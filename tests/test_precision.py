@@ -1,0 +1,45 @@
+"""What --amp means."""
+
+import pytest
+import torch
+
+from util.precision import Precision, amp_dtype
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def test_auto_is_off_on_cpu_and_mps():
+    assert amp_dtype("auto", CPU) is None
+    assert amp_dtype("auto", torch.device("mps")) is None
+
+
+@pytest.mark.parametrize(("native", "expected"), [(True, torch.bfloat16), (False, torch.float16)])
+def test_auto_on_cuda_asks_for_native_bf16(native, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native or including_emulation)
+    assert amp_dtype("auto", CUDA) is expected
+
+
+def test_fp16_on_cpu_is_refused_with_the_remedy():
+    with pytest.raises(ValueError, match="--amp bf16"):
+        amp_dtype("fp16", CPU)
+
+
+def test_bf16_computes_in_bf16_and_keeps_fp32_weights():
+    precision = Precision("bf16", CPU)
+    layer = torch.nn.Linear(8, 8)
+    with precision.autocast():
+        out = layer(torch.randn(2, 8))
+    precision.backward(out.float().square().mean())
+    assert out.dtype == torch.bfloat16
+    assert layer.weight.grad.dtype == torch.float32
+    assert precision.name == "bf16"
+
+
+def test_norm_is_of_the_whole_gradient_before_clipping():
+    weights = [torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(3))]
+    optimizer = torch.optim.SGD(weights, lr=1.0, fused=True)
+    weights[0].grad, weights[1].grad = torch.full((2,), 3.0), torch.full((3,), 4.0)
+    norm = Precision("off", CPU).step(optimizer, torch.tensor(0.0), clip_grad=1.0)
+    assert norm.item() == pytest.approx((2 * 9 + 3 * 16) ** 0.5)
+    assert torch.cat([w.detach() for w in weights]).norm().item() == pytest.approx(1.0, rel=1e-4)
+    assert weights[0].grad is None

@@ -1,0 +1,63 @@
+"""Statistics, crops and normalisation."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import transforms as tv
+
+from util import transforms
+
+
+@pytest.fixture
+def photo():
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, size=(50, 70, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize(("size", "resized"), [(32, 36), (224, 256), (256, 256)])
+def test_evaluation_is_torchvisions_pixel_for_pixel(photo, size, resized):
+    oracle = tv.Compose(
+        [tv.Resize(resized, interpolation=tv.InterpolationMode.BICUBIC), tv.CenterCrop(size), tv.PILToTensor()]
+    )
+    assert torch.equal(transforms.eval_transform(size)(photo), oracle(photo))
+
+
+@pytest.mark.parametrize("size", [(32, 48), (48, 16)])
+def test_rectangular_evaluation_covers(photo, size):
+    out = transforms.eval_transform(size)(photo)
+    assert out.shape == (3, *size)
+    white = transforms.eval_transform(size)(Image.new("RGB", (70, 50), "white"))
+    assert (white == 255).all()
+
+
+def test_pretraining_crops_the_published_share(photo):
+    wide = Image.fromarray(np.tile(np.arange(0, 256, dtype=np.uint8), (256, 1)))
+    transform, spans = transforms.pretrain_transform(64), []
+    for _ in range(300):
+        row = transform(wide)[0, 32].float()
+        spans.append((row.max() - row.min()).item() / 255)
+    assert 0.35 < min(spans) < 0.5  # sqrt(.2) of the side, narrower with a tall ratio
+    assert max(spans) > 0.95
+    out = transforms.pretrain_transform((16, 24))(photo)
+    assert out.dtype == torch.uint8
+    assert out.shape == (3, 16, 24)
+
+
+def test_normalize_and_back():
+    mean, std = transforms.channel_statistics(3)
+    assert mean == [0.485, 0.456, 0.406]
+    assert std == [0.229, 0.224, 0.225]
+    normalize = transforms.Normalize(mean, std)
+    imgs = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
+    oracle = tv.Normalize(mean, std)(imgs.float() / 255)
+    torch.testing.assert_close(normalize(imgs), oracle)
+    torch.testing.assert_close(normalize.inverse(normalize(imgs)), imgs.float() / 255)
+
+
+def test_statistics_of_other_channel_counts():
+    mean, std = transforms.channel_statistics(5)
+    assert mean == pytest.approx([(0.485 + 0.456 + 0.406) / 3] * 5)
+    assert std == pytest.approx([(0.229 + 0.224 + 0.225) / 3] * 5)
+    assert transforms.channel_statistics(2, [0.1, 0.2], [1, 2]) == ([0.1, 0.2], [1, 2])
+    with pytest.raises(ValueError, match="--std has 3 values for 2 channels"):
+        transforms.channel_statistics(2, [0.1, 0.2], [1, 1, 1])
