@@ -2,12 +2,11 @@
 
 from typing import Any
 
-import numpy as np
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from util import loop, pictures
+from util import loop
 from util.transforms import Normalize
 
 
@@ -34,18 +33,3 @@ def train_one_epoch(
         return model(normalize(images), mask_ratio, noise=noise, loss_only=True)
 
     loop.run_epoch(compute_loss, model, data_loader, optimizer, **loop_options)
-
-
-def reconstruction_picture(
-    model: Any, batch: Any, mask_ratio: float, normalize: Normalize, scale: int = 1
-) -> np.ndarray:
-    """A picture, uint8 (height, width, c), with a row an image: original, masked, prediction, pasted.
-
-    Args:
-        model: a `MaskedAutoencoderViT`.
-        batch: images, labels and noise as `train_one_epoch` takes them.
-        scale: enlarges each pixel so many times.
-    """
-    images, _, noise = loop.to_device(batch, normalize.mean.device)
-    painted = model.reconstruct(normalize(images), mask_ratio, noise=noise)
-    return pictures.tile(painted[:4], normalize.inverse, scale)

@@ -20,8 +20,8 @@ import torch
 from timm.optim import param_groups_weight_decay
 
 import models_mae
-from engine_pretrain import reconstruction_picture, train_one_epoch
-from util import checkpoint, cli, datasets, dist, lr_sched, runlog, transforms, weights
+from engine_pretrain import train_one_epoch
+from util import checkpoint, cli, datasets, dist, lr_sched, pictures, runlog, transforms, weights
 from util.precision import Precision
 
 logger = logging.getLogger(__name__)
@@ -49,10 +49,7 @@ def main(args: Namespace) -> None:
     checkpoint.prepare_output_dir(output_dir, args.resume)
     torch.manual_seed(args.seed)
 
-    shape = {"img_size": args.input_size, "in_chans": args.in_chans, "norm_pix_loss": args.norm_pix_loss}
-    if args.patch_size is not None:
-        shape["patch_size"] = args.patch_size
-    model = getattr(models_mae, args.model)(**shape)
+    model = models_mae.build(vars(args))
     if args.init_from:
         weights.init_mae(model, args.init_from)
     model.to(device)
@@ -90,7 +87,7 @@ def main(args: Namespace) -> None:
     saver = checkpoint.open_saver(
         output_dir, collect, progress, epochs=args.epochs, save_every=args.save_every, save_minutes=args.save_minutes
     )
-    examples = datasets.examples(
+    images, _, noise = datasets.examples(
         datasets.Samples(
             source,
             transforms.eval_transform(args.input_size),
@@ -122,7 +119,8 @@ def main(args: Namespace) -> None:
         )
         progress.next_epoch()
         if args.vis_every and dist.is_main() and (epoch % args.vis_every == 0 or epoch == args.epochs - 1):
-            log.picture("reconstruction", reconstruction_picture(model, examples, args.mask_ratio, normalize), epoch)
+            picture = pictures.reconstruction(model, images, noise, normalize, args.mask_ratio)
+            log.picture("reconstruction", picture, epoch)
         # The line first: a run stopped between the two writes that epoch, and its line, again.
         log.end_epoch(meters.means())
         saver.save_epoch(epoch)

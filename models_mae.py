@@ -10,6 +10,7 @@ Letters in shapes: B images, c channels, H x W pixels, p pixels to a patch's sid
 of an encoder token, E of a decoder token. Parameter names are those of the published checkpoints.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -313,6 +314,14 @@ def mae_vit_large_patch16(**kwargs: Any) -> MaskedAutoencoderViT:
 def mae_vit_huge_patch14(**kwargs: Any) -> MaskedAutoencoderViT:
     """ViT-H/14: 1280 wide, 32 deep, 16 heads; 657,074,508 parameters with the two fixed tables."""
     return _mae("huge_patch14", **kwargs)
+
+
+def build(settings: Mapping[str, Any]) -> MaskedAutoencoderViT:
+    """The model of a run, from its command line's settings, which stand as `args` in its checkpoints."""
+    shape = {"img_size": settings["input_size"], "in_chans": settings["in_chans"]}
+    if settings["patch_size"] is not None:
+        shape["patch_size"] = settings["patch_size"]
+    return globals()[settings["model"]](**shape, norm_pix_loss=settings["norm_pix_loss"])
 
 
 # The published code has each of its three models under a second name that spells the decoder out.

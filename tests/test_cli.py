@@ -30,6 +30,12 @@ def test_published_flags_and_defaults():
     assert main_pretrain.get_args_parser().parse_args([]).epochs == 400  # also without `cli.parse`
 
 
+def test_log_dir_follows_output_dir():
+    assert parse("--output_dir", "runs/a").log_dir == "runs/a"
+    assert parse("--output_dir", "runs/a", "--log_dir=runs/b").log_dir == "runs/b"
+    assert parse().log_dir == "./output_dir"
+
+
 def test_published_spellings():
     args = parse(
         "--no_pin_mem", "--norm_pix_loss", "--local-rank", "3", "--input_size", "32", "48", "--patch_size", "8"
@@ -122,6 +128,7 @@ def test_errors_are_sentences_and_debug_shows_the_traceback(capsys, monkeypatch)
     for argv, traced in (([], False), (["--debug"], True)):
         parser = cli.parser("fails")
         parser.add_argument("--debug", action="store_true")
+        parser.add_argument("--output_dir")
         monkeypatch.setattr("sys.argv", ["main.py", *argv])
         with pytest.raises(SystemExit) as stop:
             cli.run(fail, parser)

@@ -79,7 +79,12 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("run")
     group.add_argument("--config", metavar="YAML", help="recipe that sets defaults; flags given beside it win")
     group.add_argument("--output_dir", default="./output_dir", metavar="DIR", help="checkpoints and log.txt go here")
-    group.add_argument("--log_dir", default="./output_dir", metavar="DIR", help="TensorBoard's files go here")
+    group.add_argument(
+        "--log_dir",
+        default="./output_dir",
+        metavar="DIR",
+        help="TensorBoard's files go here; --output_dir if only that is given",
+    )
     group.add_argument(
         "--resume", default="", metavar="FILE|auto",
         help="continue a run from this checkpoint; auto: from the newest in --output_dir that is whole, or start",
@@ -193,7 +198,11 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config")
     config = first.parse_known_args(argv)[0].config
-    return parser.parse_args((_recipe_flags(parser, Path(config)) if config else []) + argv)
+    argv = (_recipe_flags(parser, Path(config)) if config else []) + argv
+    args = parser.parse_args(argv)
+    if not any(flag.partition("=")[0] == "--log_dir" for flag in argv):
+        args.log_dir = args.output_dir  # the published default is one fixed folder, in which all runs would meet
+    return args
 
 
 def _recipe_flags(parser: argparse.ArgumentParser, path: Path) -> list[str]:

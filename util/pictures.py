@@ -1,10 +1,13 @@
 """Pictures to look at, made from tensors."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from util.transforms import Normalize
 
 GAP = 2  # pixels between pictures
 
@@ -26,3 +29,18 @@ def tile(columns: Sequence[Tensor], to_pixels: Callable[[Tensor], Tensor], scale
     B, count, c, height, width = rows.shape
     picture = rows.permute(0, 3, 1, 4, 2).reshape(B * height, count * width, c)[:-GAP, :-GAP]
     return (picture * 255).round().to(torch.uint8).cpu().numpy()
+
+
+def reconstruction(
+    model: Any, images: Tensor, noise: Tensor, normalize: Normalize, mask_ratio: float = 0.75, scale: int = 1
+) -> np.ndarray:
+    """What a masked autoencoder makes of images: a row each with original, masked, prediction, pasted.
+
+    Args:
+        model: a `MaskedAutoencoderViT`; its `reconstruct` says how targets that were normalised are shown.
+        images: uint8 (B, c, H, W).
+        noise: (B, N), which chooses the masks.
+    """
+    device = normalize.mean.device
+    painted = model.reconstruct(normalize(images.to(device)), mask_ratio, noise=noise.to(device))
+    return tile(painted[:4], normalize.inverse, scale)

@@ -1,0 +1,126 @@
+"""What pre-training was worth: a picture, the loss curve, and a table of linear-probe accuracy.
+
+    python demo/report.py --checkpoint demo/output/pretrain/checkpoint-0.pth --data_path demo/data/fashion_mnist \\
+        --out demo/output
+"""
+
+import argparse
+import json
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the demo runs from a clone
+
+import matplotlib.pyplot as plt
+
+import models_mae
+from inference.model import LoadedMAE, load_mae
+from util import datasets, pictures
+
+PICTURES = 8
+REGULARISATION = (0.01, 0.1)  # inverse strengths tried for every row
+HELD_OUT = 2000  # training images that choose between them
+ITERATIONS = 150
+
+
+def read_images(loaded: LoadedMAE, data_path: str, split: str) -> tuple[torch.Tensor, np.ndarray]:
+    """All images of a split, uint8 (n, c, H, W), and their labels (n,)."""
+    samples = datasets.Samples(
+        datasets.open_source(data_path, split), loaded.transform, in_chans=loaded.settings["in_chans"], seed=0
+    )
+    images, labels, _ = zip(*(samples[0, index] for index in range(len(samples))), strict=True)
+    return torch.stack(images), np.array(labels)
+
+
+@torch.inference_mode()
+def encode(model: models_mae.MaskedAutoencoderViT, loaded: LoadedMAE, images: torch.Tensor) -> np.ndarray:
+    """The class token beside the mean of the patch tokens, nothing masked: (n, 2 D)."""
+    parts = []
+    for batch in images.split(500):
+        tokens = model.forward_features(loaded.normalize(batch))
+        parts.append(torch.cat([tokens[:, 0], tokens[:, 1:].mean(dim=1)], dim=1))
+    return torch.cat(parts).numpy()
+
+
+def probe(train: np.ndarray, labels: np.ndarray, test: np.ndarray, test_labels: np.ndarray) -> float:
+    """Test accuracy of logistic regression on standardised features; held-out training images choose its strength."""
+
+    def fit(strength: float, features: np.ndarray, targets: np.ndarray) -> Pipeline:
+        return make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=ITERATIONS)).fit(
+            features, targets
+        )
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # every row stops after as many iterations
+        order = np.random.default_rng(0).permutation(len(labels))
+        held, rest = order[:HELD_OUT], order[HELD_OUT:]
+        best = max(REGULARISATION, key=lambda c: fit(c, train[rest], labels[rest]).score(train[held], labels[held]))
+        return fit(best, train, labels).score(test, test_labels)
+
+
+def draw_reconstructions(loaded: LoadedMAE, images: torch.Tensor, path: Path) -> None:
+    """Eight test images, spread over the classes: original, masked, prediction, pasted."""
+    chosen = images[np.linspace(0, len(images) - 1, PICTURES, dtype=int)]
+    noise = torch.rand(PICTURES, loaded.model.num_patches, generator=torch.Generator().manual_seed(0))
+    ratio = loaded.settings["mask_ratio"]
+    picture = pictures.reconstruction(loaded.model, chosen, noise, loaded.normalize, ratio, scale=3)
+    figure = plt.figure(figsize=(picture.shape[1] / 100, picture.shape[0] / 100 + 0.4), dpi=100)
+    axes = figure.add_axes((0, 0, 1, picture.shape[0] / (picture.shape[0] + 40)))
+    axes.imshow(picture.squeeze(), cmap="gray", vmin=0, vmax=255)
+    axes.axis("off")
+    for column, title in enumerate(("original", f"masked {ratio:.0%}", "prediction", "pasted")):
+        axes.text((column + 0.5) * picture.shape[1] / 4, -8, title, ha="center")
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def draw_loss(log: Path, path: Path) -> None:
+    """The training loss of each epoch, from log.txt."""
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    figure, axes = plt.subplots(figsize=(6, 4), dpi=100, layout="constrained")
+    axes.plot([line["epoch"] + 1 for line in lines], [line["train_loss"] for line in lines], marker=".")
+    axes.set(xlabel="epoch", ylabel="mean squared error of removed patches", title="Masked pre-training")
+    axes.grid(alpha=0.3)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Writes reconstructions.png, loss.png, table.md and results.json, and prints the table."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    loaded = load_mae(args.checkpoint)
+    torch.manual_seed(loaded.settings["seed"])
+    untrained = models_mae.build(loaded.settings).eval()
+    train, labels = read_images(loaded, args.data_path, "train")
+    test, test_labels = read_images(loaded, args.data_path, "val")
+    draw_reconstructions(loaded, test, args.out / "reconstructions.png")
+    draw_loss(args.checkpoint.parent / "log.txt", args.out / "loss.png")
+
+    rows = {
+        "raw pixels": lambda images: images.flatten(1).numpy() / 255,
+        "untrained encoder": lambda images: encode(untrained, loaded, images),
+        "pre-trained encoder": lambda images: encode(loaded.model, loaded, images),
+    }
+    results = {name: probe(see(train), labels, see(test), test_labels) for name, see in rows.items()}
+    table = ["| logistic regression on | test accuracy |", "|---|---|"]
+    table += [f"| {name} | {accuracy:.1%} |" for name, accuracy in results.items()]
+    (args.out / "table.md").write_text("\n".join(table) + "\n")
+    (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    print(f"\n{len(labels):,} labelled training images, {len(test_labels):,} test images:\n", *table, sep="\n")
+    print(f"\npictures: {args.out / 'reconstructions.png'} and {args.out / 'loss.png'}; table: {args.out / 'table.md'}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Picture, loss curve and linear-probe table of a pre-training run.")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="of main_pretrain.py; log.txt lies beside it")
+    parser.add_argument("--data_path", required=True, help="class folders in train/ and val/")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the pictures and the table")
+    main(parser.parse_args())
