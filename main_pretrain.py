@@ -45,6 +45,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(args: Namespace) -> None:
     """Trains for `args.epochs` epochs; leaves checkpoints, log.txt and TensorBoard's files."""
     device = dist.init(args.device, args.dist_url)
+    runlog.start_logging()
     output_dir = Path(args.output_dir)
     checkpoint.prepare_output_dir(output_dir, args.resume)
     torch.manual_seed(args.seed)

@@ -231,12 +231,19 @@ class MaskedAutoencoderViT(nn.Module):
 
     def forward_features(self, imgs: Tensor) -> Tensor:
         """Images -> normalised encoder tokens (B, N + 1, D), class token first; nothing is masked, order is kept."""
+        return self.get_intermediate_layers(imgs)[0]
+
+    def get_intermediate_layers(self, imgs: Tensor, n: int = 1, norm: bool = True) -> list[Tensor]:
+        """The tokens after each of the last `n` encoder blocks, as in `forward_features`; `norm`: normalised or raw."""
         pos_embed = self._table(self.pos_embed, imgs)
         x = self.patch_embed(imgs)
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + pos_embed
-        for block in self.blocks:
+        layers = []
+        for number, block in enumerate(self.blocks, start=1):
             x = block(x)
-        return self.norm(x)
+            if number > len(self.blocks) - n:
+                layers.append(self.norm(x) if norm else x)
+        return layers
 
     @torch.no_grad()
     def reconstruct(

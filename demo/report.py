@@ -42,11 +42,11 @@ def read_images(loaded: LoadedMAE, data_path: str, split: str) -> tuple[torch.Te
 
 @torch.inference_mode()
 def encode(model: models_mae.MaskedAutoencoderViT, loaded: LoadedMAE, images: torch.Tensor) -> np.ndarray:
-    """The class token beside the mean of the patch tokens, nothing masked: (n, 2 D)."""
+    """The class token beside the mean of the patch tokens, after each block, nothing masked: (n, depth x 2 D)."""
     parts = []
     for batch in images.split(500):
-        tokens = model.forward_features(loaded.normalize(batch))
-        parts.append(torch.cat([tokens[:, 0], tokens[:, 1:].mean(dim=1)], dim=1))
+        layers = model.get_intermediate_layers(loaded.normalize(batch), n=len(model.blocks), norm=False)
+        parts.append(torch.cat([part for x in layers for part in (x[:, 0], x[:, 1:].mean(dim=1))], dim=1))
     return torch.cat(parts).numpy()
 
 

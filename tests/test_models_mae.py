@@ -289,6 +289,9 @@ def test_features_are_deterministic_and_complete():
     latent, _, ids = model.forward_encoder(imgs, 0.0, noise=torch.arange(16.0).expand(2, -1))
     assert torch.equal(ids, torch.arange(16).expand(2, -1))
     torch.testing.assert_close(latent, features)
+    first, last = model.get_intermediate_layers(imgs, n=2, norm=False)
+    torch.testing.assert_close(model.blocks[1](first), last)
+    torch.testing.assert_close(model.norm(last), features)
 
 
 def test_loss_is_fp32_under_autocast():

@@ -5,9 +5,7 @@ MASTER_PORT. Every function here works in one process too, where it does nothing
 """
 
 import contextlib
-import logging
 import os
-import sys
 
 import torch
 import torch.distributed as td
@@ -43,19 +41,7 @@ def init(device_name: str, dist_url: str = "env://") -> torch.device:
                               world_size=int(os.environ["WORLD_SIZE"]))  # fmt: skip
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    setup_logging()
     return device
-
-
-def setup_logging() -> None:
-    """Rank 0 logs everything from INFO on; the others only warnings, with their rank."""
-    logging.basicConfig(
-        level=logging.INFO if is_main() else logging.WARNING,
-        format="%(message)s" if is_main() else f"[rank {rank()}] %(levelname)s: %(message)s",
-        stream=sys.stdout,
-        force=True,
-    )
-    logging.captureWarnings(True)
 
 
 def teardown() -> None:

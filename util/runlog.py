@@ -22,6 +22,24 @@ logger = logging.getLogger(__name__)
 SECONDS_BETWEEN_LINES = 10.0
 
 
+class _LineHandler(logging.StreamHandler):
+    """Writes above a progress bar that is on the screen."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stdout)
+
+
+def start_logging() -> None:
+    """Rank 0 logs everything from INFO on, to stdout; the others only warnings, with their rank."""
+    logging.basicConfig(
+        level=logging.INFO if dist.is_main() else logging.WARNING,
+        format="%(message)s" if dist.is_main() else f"[rank {dist.rank()}] %(levelname)s: %(message)s",
+        handlers=[_LineHandler()],
+        force=True,
+    )
+    logging.captureWarnings(True)
+
+
 @dataclass
 class Meters:
     """Sums over the batches of an epoch; plain numbers, so that a checkpoint in the middle of an epoch holds them."""

@@ -1,0 +1,30 @@
+"""Pictures of tensors."""
+
+import numpy as np
+import torch
+
+from util import pictures
+from util.transforms import Normalize
+
+
+def test_tile_sets_images_side_by_side():
+    first, second = torch.zeros(2, 3, 4, 5), torch.ones(2, 3, 4, 5)
+    second[1, 0] = 0.5
+    picture = pictures.tile([first, second], lambda x: x)
+    assert picture.shape == (2 * 4 + pictures.GAP, 2 * 5 + pictures.GAP, 3)
+    assert (picture[:4, :5] == 0).all()
+    assert (picture[:4, 5:] == 255).all()
+    assert picture[-1, -1].tolist() == [128, 255, 255]
+    assert pictures.tile([first], lambda x: x, scale=3).shape == (2 * 12 + pictures.GAP, 15, 3)
+
+
+def test_reconstruction_shows_the_models_own_pictures(mini_mae):
+    images = torch.randint(0, 256, (2, 1, 16, 16), dtype=torch.uint8)
+    noise = torch.rand(2, 16)
+    normalize = Normalize([0.4], [0.3])
+    picture = pictures.reconstruction(mini_mae, images, noise, normalize, 0.5)
+    assert picture.shape == (2 * 16 + pictures.GAP, 4 * 16 + 3 * pictures.GAP, 1)
+    assert np.array_equal(picture[:16, :16, 0], images[0, 0])
+    pasted = mini_mae.reconstruct(normalize(images), 0.5, noise=noise).pasted
+    expected = (normalize.inverse(pasted)[1, 0] * 255).round().to(torch.uint8)
+    assert np.array_equal(picture[-16:, -16:, 0], expected)
