@@ -99,6 +99,8 @@ def main(args: Namespace) -> None:
         EXAMPLES,
     )
 
+    if progress.epoch >= args.epochs:
+        logger.info(f"nothing is left to do: the run has its {args.epochs} epochs")
     for epoch in range(progress.epoch, args.epochs):
         meters = runlog.Meters(**progress.meters)
         train_one_epoch(

@@ -27,7 +27,7 @@ from util import datasets, pictures
 
 PICTURES = 8
 REGULARISATION = (0.01, 0.1)  # inverse strengths tried for every row
-HELD_OUT = 2000  # training images that choose between them
+HELD_OUT = 0.2  # of the training images choose between them
 ITERATIONS = 150
 
 
@@ -61,7 +61,7 @@ def probe(train: np.ndarray, labels: np.ndarray, test: np.ndarray, test_labels: 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # every row stops after as many iterations
         order = np.random.default_rng(0).permutation(len(labels))
-        held, rest = order[:HELD_OUT], order[HELD_OUT:]
+        held, rest = np.split(order, [int(HELD_OUT * len(order))])
         best = max(REGULARISATION, key=lambda c: fit(c, train[rest], labels[rest]).score(train[held], labels[held]))
         return fit(best, train, labels).score(test, test_labels)
 

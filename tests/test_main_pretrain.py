@@ -94,7 +94,7 @@ def stop_after(monkeypatch, method, calls):
 
 
 @pytest.mark.parametrize("accum_iter", [1, 2])
-@pytest.mark.parametrize(("method", "calls"), [("save_epoch", 2), ("save", 1), ("save", 5)])
+@pytest.mark.parametrize(("method", "calls"), [("save_epoch", 2), ("save", 1), ("save", 3), ("save", 6)])
 def test_stopped_and_resumed_equals_uninterrupted(pretrain, monkeypatch, accum_iter, method, calls):
     settings = {"epochs": 4, "accum_iter": accum_iter, "save_minutes": 0, "save_every": 1, "clip_grad": 1.0}
     whole = pretrain("whole", **settings)

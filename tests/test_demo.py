@@ -1,0 +1,58 @@
+"""The demo's own parts; `.ci/run` runs the whole."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+
+def script(*argv, cwd=ROOT):
+    subprocess.run([sys.executable, *map(str, argv)], cwd=cwd, check=True, capture_output=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def unpacked(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("images")
+    script("demo/unpack_data.py", "--out", out)
+    return out
+
+
+def test_unpacked_files_are_the_archives_images(unpacked):
+    archive = np.load(ROOT / "demo/data/fashion_mnist_12k.npz")
+    assert len(list(unpacked.glob("train/*/*.png"))) == 10_000
+    assert len(list(unpacked.glob("val/*/*.png"))) == 2_000
+    assert len(list((unpacked / "train").iterdir())) == 10
+    for number in (0, 7, 1999):
+        (path,) = unpacked.glob(f"val/*/{number:05}.png")
+        assert np.array_equal(np.array(Image.open(path)), archive["val_images"][number])
+        name = archive["classes"][archive["val_labels"][number]]
+        assert path.parent.name == name.lower().replace("/", "_").replace(" ", "_")
+
+
+def test_report_of_a_small_run(unpacked, pretrain, tmp_path):
+    data = tmp_path / "data"
+    for split, count in (("train", 40), ("val", 8)):
+        for folder in (unpacked / split).iterdir():
+            (data / split / folder.name).mkdir(parents=True)
+            for path in sorted(folder.iterdir())[:count]:
+                (data / split / folder.name / path.name).symlink_to(path)
+    run = pretrain(data_path=data, input_size=28, in_chans=1, batch_size=50, mean=0.286, std=0.353)
+    out = tmp_path / "report"
+    script("demo/report.py", "--checkpoint", run / "checkpoint-1.pth", "--data_path", data, "--out", out)
+    results = json.loads((out / "results.json").read_text())
+    assert list(results) == ["raw pixels", "untrained encoder", "pre-trained encoder"]
+    assert all(0.4 < accuracy < 1 for accuracy in results.values())
+    assert f"| raw pixels | {results['raw pixels']:.1%} |" in (out / "table.md").read_text()
+    picture = np.array(Image.open(out / "reconstructions.png").convert("L")).astype(float)
+    assert picture.std() > 30  # not blank
+    assert (out / "loss.png").stat().st_size > 5000
+
+
+def test_photographs_are_there():
+    sizes = {path.name: Image.open(path).size for path in (ROOT / "demo/photos").glob("*.jpg")}
+    assert sizes == {"astronaut.jpg": (512, 512), "chelsea.jpg": (451, 300), "coffee.jpg": (600, 400)}
