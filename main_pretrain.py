@@ -2,7 +2,8 @@
 
 A small model on the pictures of demo/data, under a minute on a CPU:
 
-    python main_pretrain.py --config recipes/pretrain_fashion_mnist.yaml --epochs 1 --output_dir /tmp/mae
+    python demo/unpack_data.py
+    python main_pretrain.py --config recipes/pretrain_fashion_mnist.yaml --epochs 2 --output_dir runs/fashion
 
 The published recipe on ImageNet, 8 GPUs of one machine:
 
@@ -13,6 +14,7 @@ The published recipe on ImageNet, 8 GPUs of one machine:
 import argparse
 import logging
 from argparse import Namespace
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +23,8 @@ from timm.optim import param_groups_weight_decay
 
 import models_mae
 from engine_pretrain import train_one_epoch
-from util import checkpoint, cli, datasets, dist, lr_sched, pictures, runlog, transforms, weights
+from util import cli, datasets, dist, lr_sched, pictures, runlog, runstate, transforms, weights
+from util.loop import NonFiniteGuard
 from util.precision import Precision
 
 logger = logging.getLogger(__name__)
@@ -47,7 +50,7 @@ def main(args: Namespace) -> None:
     device = dist.init(args.device, args.dist_url)
     runlog.start_logging()
     output_dir = Path(args.output_dir)
-    checkpoint.prepare_output_dir(output_dir, args.resume)
+    runstate.prepare_output_dir(output_dir, args.resume)
     torch.manual_seed(args.seed)
 
     model = models_mae.build(vars(args))
@@ -56,78 +59,70 @@ def main(args: Namespace) -> None:
     model.to(device)
 
     source = datasets.open_source(args.data_path, "train")
-    samples = datasets.Samples(
-        source,
-        transforms.pretrain_transform(args.input_size, args.crop_scale),
-        in_chans=args.in_chans,
-        seed=args.seed,
-        num_noise=model.num_patches,
+    drawn = {"in_chans": args.in_chans, "seed": args.seed, "num_noise": model.num_patches}
+    augment = transforms.pretrain_transform(args.input_size, args.crop_scale, args.hflip)
+    samples = datasets.Samples(source, augment, **drawn)
+    examples = datasets.examples(
+        datasets.Samples(source, transforms.eval_transform(args.input_size), **drawn), EXAMPLES
     )
-    loader = datasets.train_loader(samples, args.batch_size, args.seed, args.num_workers, args.pin_mem)
+    pin_memory = args.pin_mem and device.type == "cuda"
+    loader = datasets.train_loader(samples, args.batch_size, args.seed, args.num_workers, pin_memory)
     normalize = transforms.Normalize(*transforms.channel_statistics(args.in_chans, args.mean, args.std)).to(device)
 
     global_batch_size = args.batch_size * dist.world_size()
     effective_batch_size = global_batch_size * args.accum_iter
+    logger.info("settings: " + " ".join(f"{name}={value}" for name, value in sorted(vars(args).items())))
     lr = lr_sched.scaled_lr(args.lr, args.blr, effective_batch_size)
     # The published groups: no decay on biases and 1-D weights, and so decay on the class and mask tokens.
     groups = param_groups_weight_decay(model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
     schedule = partial(lr_sched.adjust_learning_rate, optimizer, args=Namespace(**{**vars(args), "lr": lr}))
     precision = Precision(args.amp, device)
+    logger.info(f"{args.model} on {device} in {precision.name}, {dist.world_size()} process(es)")
 
-    progress = checkpoint.Progress(effective_batch_size, global_batch_size, args.start_epoch)
-    state = checkpoint.find(args.resume, output_dir)
-    if state is not None:
-        checkpoint.restore_training(state, model, optimizer, precision.scaler, progress)
-    wrapped = dist.wrap(model, device)
-
-    runlog.log_header(model, args, device=str(device), precision=precision.name, lr=lr)
-    first_x = int(1000 * (progress.epoch + progress.first_step / len(loader)))
-    log = runlog.open_log(output_dir, Path(args.log_dir), args.epochs, progress.epoch, first_x)
-    collect = partial(checkpoint.training_state, model, optimizer, precision.scaler, vars(args))
-    saver = checkpoint.open_saver(
+    progress = runstate.Progress(effective_batch_size, global_batch_size, args.start_epoch)
+    runstate.resume(args.resume, output_dir, model, optimizer, precision.scaler, vars(args), progress)
+    collect = partial(runstate.collect, model, optimizer, precision.scaler, vars(args))
+    saver = runstate.open_saver(
         output_dir, collect, progress, epochs=args.epochs, save_every=args.save_every, save_minutes=args.save_minutes
     )
-    images, _, noise = datasets.examples(
-        datasets.Samples(
-            source,
-            transforms.eval_transform(args.input_size),
-            in_chans=args.in_chans,
-            seed=args.seed,
-            num_noise=model.num_patches,
-        ),
-        EXAMPLES,
-    )
+    first_x = int(1000 * (progress.epoch + progress.first_step / len(loader)))
+    step_options = {
+        "schedule": schedule,
+        "precision": precision,
+        "guard": NonFiniteGuard(args.on_nonfinite, precision.overflow_is_normal),
+        "accum_iter": args.accum_iter,
+        "clip_grad": args.clip_grad,
+        "saver": saver,
+    }
+    wrapped = dist.wrap(model, device)
 
     if progress.epoch >= args.epochs:
         logger.info(f"nothing is left to do: the run has its {args.epochs} epochs")
-    for epoch in range(progress.epoch, args.epochs):
-        meters = runlog.Meters(**progress.meters)
-        train_one_epoch(
-            wrapped,
-            loader,
-            optimizer,
-            mask_ratio=args.mask_ratio,
-            normalize=normalize,
-            epoch=epoch,
-            first_step=progress.first_step,
-            schedule=schedule,
-            precision=precision,
-            accum_iter=args.accum_iter,
-            clip_grad=args.clip_grad,
-            on_nonfinite=args.on_nonfinite,
-            meters=meters,
-            log=log,
-            saver=saver,
-        )
-        progress.next_epoch()
-        if args.vis_every and dist.is_main() and (epoch % args.vis_every == 0 or epoch == args.epochs - 1):
-            picture = pictures.reconstruction(model, images, noise, normalize, args.mask_ratio)
-            log.picture("reconstruction", picture, epoch)
-        # The line first: a run stopped between the two writes that epoch, and its line, again.
-        log.end_epoch(meters.means())
-        saver.save_epoch(epoch)
-    log.close()
+    with closing(runlog.open_log(output_dir, Path(args.log_dir), args.epochs, progress.epoch, first_x)) as log:
+        for epoch in range(progress.epoch, args.epochs):
+            meters = runlog.Meters(**progress.meters)
+            train_one_epoch(
+                wrapped,
+                loader,
+                optimizer,
+                mask_ratio=args.mask_ratio,
+                normalize=normalize,
+                epoch=epoch,
+                first_step=progress.first_step,
+                meters=meters,
+                log=log,
+                **step_options,
+            )
+            progress.next_epoch()
+            # The line first: a run stopped between the two writes that epoch, and its line, again.
+            log.end_epoch(meters.means())
+            saver.save_epoch(epoch)
+            if args.vis_every and dist.is_main() and (epoch % args.vis_every == 0 or epoch == args.epochs - 1):
+                images, _, noise = examples
+                log.picture(
+                    "reconstruction", pictures.reconstruction(model, images, noise, normalize, args.mask_ratio), epoch
+                )
 
 
 if __name__ == "__main__":

@@ -161,6 +161,8 @@ class MaskedAutoencoderViT(nn.Module):
             )
         if noise is None:
             noise = torch.rand(B, N, device=x.device)
+        elif noise.shape != (B, N):
+            raise ValueError(f"noise or mask must be given for {B} images of {N} patches; got {tuple(noise.shape)}")
         ids_shuffle = torch.argsort(noise, dim=1, stable=True)
         ids_restore = torch.argsort(ids_shuffle, dim=1)
         ids_keep = ids_shuffle[:, :num_kept]
@@ -174,7 +176,10 @@ class MaskedAutoencoderViT(nn.Module):
         """Images -> latent (B, K + 1, D) of the class token and the visible patches, mask and ids_restore (B, N)."""
         pos_embed = self._table(self.pos_embed, imgs)
         x = self.patch_embed(imgs) + pos_embed[:, 1:]
-        x, mask, ids_restore = self.random_masking(x, mask_ratio, noise)
+        # Subclasses made for the published code override the three steps without the arguments that are new here:
+        # these are passed only where they are needed.
+        given = {} if noise is None else {"noise": noise}
+        x, mask, ids_restore = self.random_masking(x, mask_ratio, **given)
         cls_token = self.cls_token + pos_embed[:, :1]
         x = torch.cat([cls_token.expand(x.shape[0], -1, -1), x], dim=1)
         for block in self.blocks:
@@ -224,8 +229,11 @@ class MaskedAutoencoderViT(nn.Module):
         """
         if mask is not None:
             noise, mask_ratio = self._order_of(mask, imgs)
-        latent, patch_mask, ids_restore = self.forward_encoder(imgs, mask_ratio, noise)
-        pred = self.forward_decoder(latent, ids_restore, self._table(self.decoder_pos_embed, imgs))
+        given = {} if noise is None else {"noise": noise}
+        latent, patch_mask, ids_restore = self.forward_encoder(imgs, mask_ratio, **given)
+        table = self._table(self.decoder_pos_embed, imgs)
+        other = {} if table is self.decoder_pos_embed else {"decoder_pos_embed": table}
+        pred = self.forward_decoder(latent, ids_restore, **other)
         loss = self.forward_loss(imgs, pred, patch_mask)
         return loss if loss_only else (loss, pred, patch_mask)
 
@@ -324,7 +332,13 @@ def mae_vit_huge_patch14(**kwargs: Any) -> MaskedAutoencoderViT:
 
 
 def build(settings: Mapping[str, Any]) -> MaskedAutoencoderViT:
-    """The model of a run, from its command line's settings, which stand as `args` in its checkpoints."""
+    """The model of a run, from its command line's settings, which stand as `args` in its checkpoints.
+
+    Raises:
+        ValueError: the run's model is no masked autoencoder.
+    """
+    if not settings["model"].startswith("mae_vit_") or settings["model"] not in globals():
+        raise ValueError(f"{settings['model']} is no masked autoencoder")
     shape = {"img_size": settings["input_size"], "in_chans": settings["in_chans"]}
     if settings["patch_size"] is not None:
         shape["patch_size"] = settings["patch_size"]

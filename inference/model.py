@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import models_mae
 from models_mae import MaskedAutoencoderViT
-from util import checkpoint, transforms
+from util import checkpoint, runstate, transforms
 from util.checkpoint import CheckpointError
 from util.transforms import Normalize, Transform
 
@@ -30,7 +30,7 @@ def load_mae(path: Path | str) -> LoadedMAE:
     if not isinstance(settings, dict):
         raise CheckpointError(f"{path} does not tell how its model was built; it is none of our checkpoints")
     model = models_mae.build(settings)
-    checkpoint.restore_model(model, state)
+    runstate.restore_model(model, state)
     statistics = transforms.channel_statistics(settings["in_chans"], settings["mean"], settings["std"])
     transform = transforms.eval_transform(settings["input_size"])
     return LoadedMAE(model.eval(), transform, transforms.Normalize(*statistics), settings)

@@ -5,12 +5,13 @@ import copy
 import os
 import pickle
 import random
+import subprocess
 
 import pytest
 import torch
 
 from util import checkpoint
-from util.checkpoint import CheckpointError, Progress
+from util.checkpoint import CheckpointError
 
 
 def example_state():
@@ -75,20 +76,20 @@ def test_damaged_files_are_refused_or_equal(tmp_path):
     assert refused > 300
 
 
-def test_a_failed_write_leaves_the_previous_file(tmp_path, monkeypatch):
-    path = tmp_path / "checkpoint-last.pth"
-    checkpoint.write(example_state(), path)
-    before = path.read_bytes()
-
-    def disk_full(state, file):
-        file.write(b"half a file")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", disk_full)
-    with pytest.raises(OSError, match="No space"):
+def test_a_full_disk_leaves_the_previous_file(tmp_path):
+    """A real full disk: a memory file system of 1 MB."""
+    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path]).returncode:
+        pytest.skip("only root can mount a small file system")
+    try:
+        path = tmp_path / "checkpoint-last.pth"
         checkpoint.write(example_state(), path)
-    assert path.read_bytes() == before
-    assert os.listdir(tmp_path) == ["checkpoint-last.pth"]
+        before = path.read_bytes()
+        with pytest.raises(OSError, match=r"can't write .*checkpoint-last.pth .*free space"):
+            checkpoint.write({"model": {"weight": torch.randn(1000, 1000)}}, path)
+        assert path.read_bytes() == before
+        assert os.listdir(tmp_path) == ["checkpoint-last.pth"]
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
 
 
 class Attack:
@@ -128,61 +129,26 @@ def test_what_is_no_checkpoint(tmp_path):
             checkpoint.read(tmp_path / name)
 
 
-def test_auto_takes_the_newest_that_is_whole(tmp_path, caplog):
-    assert checkpoint.find("auto", tmp_path) is None
+def test_newest_is_the_furthest_that_is_whole(tmp_path, caplog):
+    assert checkpoint.read_newest(tmp_path) is None
     for number in range(3):
         path = tmp_path / f"checkpoint-{number}.pth"
         checkpoint.write(example_state() | {"epoch": number}, path)
-        os.utime(path, (number, number))
-    assert checkpoint.find("auto", tmp_path)["epoch"] == 2
+        os.utime(path, (9 - number, 9 - number))  # the times of a copied folder mean nothing
+    rolling = tmp_path / "checkpoint-last.pth"
+    position = {"epoch": 3, "images_done": 8}
+    checkpoint.write(example_state() | {"epoch": 2, "progress": position}, rolling)
+    assert checkpoint.read_newest(tmp_path)["progress"] == position
+    whole = rolling.read_bytes()
+    middle = whole.index(example_weights(rolling))
+    rolling.write_bytes(whole[:middle] + b"\xff" + whole[middle + 1 :])  # found only when the digest is compared
+    assert checkpoint.read_newest(tmp_path)["epoch"] == 2
     path.write_bytes(path.read_bytes()[:-100])
-    os.utime(path, (9, 9))
-    assert checkpoint.find("auto", tmp_path)["epoch"] == 1
-    assert "skips" in caplog.text
-    assert "checkpoint-2.pth" in caplog.text
-    assert checkpoint.find("", tmp_path) is None
+    assert checkpoint.read_newest(tmp_path)["epoch"] == 1
+    assert "skips checkpoint-last.pth" in caplog.text
+    assert "skips checkpoint-2.pth" in caplog.text
 
 
-def test_a_used_folder_needs_resume(tmp_path):
-    (tmp_path / "job.log").write_text("a launcher's file is no run")
-    checkpoint.prepare_output_dir(tmp_path, "")
-    (tmp_path / "log.txt").write_text("{}\n")
-    with pytest.raises(ValueError, match="--resume auto"):
-        checkpoint.prepare_output_dir(tmp_path, "")
-    checkpoint.prepare_output_dir(tmp_path, "auto")
-
-
-def test_progress_counts_images():
-    saved = {"epoch": 4, "images_done": 96, "effective_batch_size": 48, "meters": {}}
-    progress = Progress(effective_batch_size=48, global_batch_size=12)
-    progress.restore({"epoch": 3, "progress": saved})
-    assert (progress.epoch, progress.first_step) == (4, 8)
-    with pytest.raises(CheckpointError, match="--accum_iter 6 restores"):
-        Progress(effective_batch_size=8, global_batch_size=8).restore({"progress": saved})
-    with pytest.raises(CheckpointError, match="another --batch_size"):
-        Progress(effective_batch_size=64, global_batch_size=64).restore({"progress": saved})
-    foreign = Progress(48, 48)
-    foreign.restore({"epoch": 19})
-    assert (foreign.epoch, foreign.first_step) == (20, 0)
-
-
-def test_another_architecture_is_named(mini_mae):
-    from models_mae import mae_vit_mini_patch4
-
-    state = {"model": mae_vit_mini_patch4(img_size=16, in_chans=3).state_dict(), "args": {"model": "x", "in_chans": 3}}
-    with pytest.raises(CheckpointError, match=r"3 tensors differ .* --model x --in_chans 3; --resume needs the same"):
-        checkpoint.restore_model(mini_mae, state)
-
-
-def test_optimizer_state_of_an_older_torch(mini_mae):
-    """The published code's groups know no fused option; ours stay fused."""
-    weight = torch.nn.Parameter(torch.ones(3))
-    optimizer = torch.optim.AdamW([weight], lr=1.0, fused=True)
-    old_group = {"lr": 0.5, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.05, "amsgrad": False, "params": [0]}
-    old_state = {0: {"step": 11, "exp_avg": torch.ones(3), "exp_avg_sq": torch.ones(3)}}
-    checkpoint.restore_optimizer(optimizer, {"state": old_state, "param_groups": [old_group]})
-    assert optimizer.param_groups[0]["fused"] is True
-    assert optimizer.param_groups[0]["weight_decay"] == 0.05
-    weight.grad = torch.ones(3)
-    optimizer.step()
-    assert optimizer.state[weight]["step"] == 12
+def example_weights(path) -> bytes:
+    """The bytes of a tensor as they stand in the file."""
+    return checkpoint.read(path)["model"]["weight"].numpy().tobytes()

@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import torch
 import yaml
 from conftest import ROOT
 
@@ -69,6 +70,11 @@ def test_help_teaches_every_flag(capsys):
         (["--model", "mae_vit_basic"], "--model: invalid choice: 'mae_vit_basic'.*mae_vit_base_patch16"),
         (["--batch_size", "0"], "--batch_size: must be at least 1"),
         (["--input_size", "1", "2", "3"], "--input_size: takes one number or two"),
+        (["--clip_grad", "-1"], "--clip_grad: must be above 0"),
+        (["--std", "0"], "--std: must be above 0"),
+        (["--mean", "123.7"], r"--mean: must be in \[0, 1\]"),
+        (["--seed", "-1"], r"--seed: must be in \[0, 2\^32\)"),
+        (["--blr=-1e-3"], "--blr: must not be negative"),
         (["--epoch", "3"], "unrecognized arguments: --epoch"),
         (["--config", "nowhere.yaml"], "there is no file nowhere.yaml"),
     ],
@@ -78,6 +84,11 @@ def test_wrong_flags(argv, message, capsys):
         parse(*argv)
     assert stop.value.code == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_settings_without_effect_warn(caplog):
+    parse("--world_size", "8")
+    assert "--world_size and --dist_on_itp have no effect" in caplog.text
 
 
 def recipe(tmp_path, text):
@@ -94,6 +105,7 @@ def test_flags_win_over_the_recipe_and_the_recipe_over_defaults(tmp_path):
     assert (args.epochs, args.blr, args.input_size) == (9, 1e-4, [16, 32])
     assert (args.norm_pix_loss, args.pin_mem, args.lr) == (True, False, None)
     assert parse("--epochs", "9", f"--config={path}").epochs == 9
+    assert parse("--config", path, "--no_norm_pix_loss", "--pin_mem").norm_pix_loss is False
 
 
 @pytest.mark.parametrize(
@@ -122,17 +134,21 @@ def test_every_recipe_parses_and_sets_what_it_says(path):
 
 
 def test_errors_are_sentences_and_debug_shows_the_traceback(capsys, monkeypatch):
-    def fail(args):
-        raise ValueError("--data_path: there is no folder x")
+    def run(error, *flags):
+        def main(args):
+            raise error
 
-    for argv, traced in (([], False), (["--debug"], True)):
-        parser = cli.parser("fails")
-        parser.add_argument("--debug", action="store_true")
-        parser.add_argument("--output_dir")
-        monkeypatch.setattr("sys.argv", ["main.py", *argv])
+        monkeypatch.setattr("sys.argv", ["main.py", *flags])
         with pytest.raises(SystemExit) as stop:
-            cli.run(fail, parser)
-        error = capsys.readouterr().err
-        assert stop.value.code == 1
-        assert "error: --data_path: there is no folder x" in error
-        assert ("Traceback" in error) is traced
+            cli.run(main, main_pretrain.get_args_parser())
+        return stop.value.code, capsys.readouterr().err
+
+    code, said = run(ValueError("--data_path: there is no folder x"))
+    assert code == 1
+    assert said.endswith("error: --data_path: there is no folder x\n")
+    assert "Traceback" not in said
+    assert "Traceback" in run(ValueError("x"), "--debug")[1]
+    assert "halve --batch_size 64 and double --accum_iter" in run(torch.OutOfMemoryError("CUDA out of memory"))[1]
+    code, said = run(KeyboardInterrupt())
+    assert code == 130
+    assert "--resume auto goes on" in said

@@ -61,6 +61,15 @@ def test_a_sample_depends_on_seed_epoch_and_index_alone(pictures):
     assert not equal(make_samples(pictures, seed=1)[2, 5], first)
 
 
+def test_sampling_leaves_the_processs_own_generators_alone(pictures):
+    samples = make_samples(pictures)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    _ = samples[0, 1]
+    assert torch.equal(torch.rand(3), expected)
+
+
 def test_noise_does_not_depend_on_the_augmentation(pictures):
     samples = make_samples(pictures)
     other = Samples(samples.source, transforms.eval_transform(16), in_chans=3, seed=0, num_noise=16)
@@ -70,8 +79,8 @@ def test_noise_does_not_depend_on_the_augmentation(pictures):
 def test_noise_is_uniform_and_independent_between_neighbours():
     rows = []
     for index in range(4000):
-        datasets.seed_sample(0, 3, index)
-        rows.append(torch.rand(16))
+        with datasets.seeded_for(0, 3, index):
+            rows.append(torch.rand(16))
     noise = torch.stack(rows).double()
     assert noise.mean().item() == pytest.approx(0.5, abs=0.005)
     assert noise.var().item() == pytest.approx(1 / 12, abs=0.002)

@@ -15,7 +15,6 @@ def test_one_process_needs_no_launcher():
     assert (dist.rank(), dist.world_size(), dist.is_main()) == (0, 1, True)
     model = torch.nn.Linear(2, 2)
     assert dist.wrap(model, torch.device("cpu")) is model
-    assert dist.unwrap(model) is model
     value = torch.tensor(3.0)
     assert dist.mean_over_processes(value) is value
     dist.barrier()
@@ -26,8 +25,32 @@ def test_one_process_needs_no_launcher():
 def test_devices():
     assert dist.choose_device("cpu") == torch.device("cpu")
     assert dist.choose_device("auto").type in ("cpu", "cuda", "mps")
-    with pytest.raises(ValueError, match="is not a device"):
-        dist.choose_device("abacus")
+    for name in ("abacus", "meta", "cuda:x"):
+        with pytest.raises(ValueError, match="give auto, cpu, cuda, cuda:N or mps"):
+            dist.choose_device(name)
+    if not torch.backends.mps.is_available():
+        with pytest.raises(ValueError, match="no MPS device"):
+            dist.choose_device("mps")
+
+
+def test_cuda_devices_have_a_number(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert dist.init("auto") == dist.init("cuda") == torch.device("cuda", 0)
+    assert dist.init("cuda:1") == torch.device("cuda", 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert dist.init("auto") == torch.device("cuda", 1)
+    assert {device.index for device in chosen} == {0, 1}
+    with pytest.raises(ValueError, match="needs CUDA device 2, and there are 2 here"):
+        dist.init("cuda:2")
+
+
+def test_half_an_environment_is_explained(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="RANK is not: start several processes with torchrun"):
+        dist.init("cpu")
 
 
 CODE = """
@@ -51,7 +74,7 @@ dist.teardown()
 def test_two_processes_average_only_when_told(tmp_path):
     (tmp_path / "code.py").write_text(CODE)
     subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29618", "code.py"],
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "code.py"],
         cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, capture_output=True,
         timeout=120,
     )  # fmt: skip

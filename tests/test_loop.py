@@ -7,10 +7,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from util import loop
-from util.checkpoint import NullSaver
 from util.datasets import EpochBatches
 from util.precision import Precision
 from util.runlog import Meters, NullLog
+from util.runstate import NullSaver
 
 
 class Numbers(Dataset):
@@ -35,7 +35,8 @@ class RecordingSaver(NullSaver):
         return "checkpoint-emergency.pth"
 
 
-def train(batch_size=4, accum_iter=1, lr=0.1, spoil=lambda step, loss: loss, saver=None, meters=None, **options):
+def train(batch_size=4, accum_iter=1, lr=0.1, spoil=lambda step, loss: loss, policy="abort", saver=None, guard=None,
+          **options):  # fmt: skip
     torch.manual_seed(0)
     samples = Numbers()
     model = torch.nn.Linear(3, 1)
@@ -50,11 +51,12 @@ def train(batch_size=4, accum_iter=1, lr=0.1, spoil=lambda step, loss: loss, sav
         moments.append(epoch)
         return lr
 
-    meters = Meters() if meters is None else meters
+    meters = Meters()
     loader = DataLoader(samples, batch_sampler=EpochBatches(len(samples), batch_size, seed=0))
     loop.run_epoch(
         compute_loss, model, loader, optimizer,
         epoch=3, schedule=schedule, precision=Precision("off", torch.device("cpu")), accum_iter=accum_iter,
+        guard=guard or loop.NonFiniteGuard(policy),
         meters=meters, log=NullLog(), saver=saver or NullSaver(), **options,
     )  # fmt: skip
     return model, seen, moments, meters
@@ -112,7 +114,7 @@ def nan_at(*steps):
 
 def test_skip_leaves_the_weights_as_without_the_step():
     saver = RecordingSaver()
-    model, seen, _, meters = train(spoil=nan_at(3), on_nonfinite="skip", saver=saver)
+    model, seen, _, meters = train(spoil=nan_at(3), policy="skip", saver=saver)
     twin, losses = reference_run([(0,), (1,), (3,), (4,), (5,), (6,)], seen)
     for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs)
@@ -134,12 +136,42 @@ def test_an_infinite_loss_with_a_finite_gradient_is_caught():
 
 
 def test_skipping_has_an_end():
+    guard = loop.NonFiniteGuard("skip")  # one for the whole run: epochs here have 7 steps
+    train(spoil=lambda step, loss: loss * math.nan, guard=guard)
+    _, _, _, meters = train(spoil=lambda step, loss: loss * math.nan, guard=guard)
+    assert meters.means() == {"train_lr": None, "train_loss": None, "skipped_steps": 7}
     with pytest.raises(loop.NonFiniteLoss, match="20 such in a row"):
-        train(batch_size=1, spoil=lambda step, loss: loss * math.nan, on_nonfinite="skip")
+        train(spoil=lambda step, loss: loss * math.nan, guard=guard)
+
+
+def test_overflow_is_normal_under_fp16_until_it_does_not_end():
+    guard = loop.NonFiniteGuard("abort", overflow_is_normal=True)
+    assert all(guard.accepts(1.0, math.inf) for _ in range(loop.MAX_SKIPS_IN_A_ROW - 1))
+    assert guard.accepts(1.0, 2.0)
+    assert all(guard.accepts(1.0, math.inf) for _ in range(loop.MAX_SKIPS_IN_A_ROW - 1))
+    assert not guard.accepts(1.0, math.inf)
+    assert not loop.NonFiniteGuard("abort", overflow_is_normal=True).accepts(math.nan, 1.0)
+    assert not loop.NonFiniteGuard("abort").accepts(1.0, math.inf)
 
 
 def test_an_optimizer_that_would_ignore_the_guard_is_refused():
     precision = Precision("off", torch.device("cpu"))
     weight = torch.nn.Parameter(torch.ones(1))
     with pytest.raises(AssertionError, match="found_inf"):
-        precision.step(torch.optim.SGD([weight], lr=1.0), torch.tensor(1.0), None)
+        precision.step(torch.optim.SGD([weight], lr=1.0), None)
+
+
+def test_a_state_saved_in_between_counts_the_steps_on_their_way():
+    class Saves(NullSaver):
+        def __init__(self):
+            self.saved = []
+
+        def due(self):
+            return True
+
+        def save(self, epoch, steps_done, meters):
+            self.saved.append((steps_done, meters["batches"]))
+
+    saver = Saves()
+    train(saver=saver)
+    assert saver.saved == [(n, n) for n in range(1, 7)]  # after the last batch, the epoch's end saves

@@ -35,3 +35,4 @@ def test_agrees_with_timm():
 def test_linear_scaling():
     assert scaled_lr(None, 1.5e-4, 4096) == pytest.approx(2.4e-3)
     assert scaled_lr(1e-2, 1.5e-4, 4096) == 1e-2
+    assert scaled_lr(0.0, 1.5e-4, 4096) == 0.0

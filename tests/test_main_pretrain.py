@@ -11,7 +11,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main_pretrain
-from util import checkpoint, cli, datasets, loop
+from util import checkpoint, cli, datasets, loop, runstate
 
 
 def weights(out, name="checkpoint-1.pth"):
@@ -23,9 +23,9 @@ def assert_equal(a, b):
     assert [key for key in a if not torch.equal(a[key], b[key])] == []
 
 
-def assert_close(a, b):
+def assert_close(a, b, name="checkpoint-1.pth"):
     """Two runs that add up in another order. Keys' biases are left out: their gradient is zero but for rounding."""
-    ours, theirs = weights(a), weights(b)
+    ours, theirs = weights(a, name), weights(b, name)
     for name in ours:
         if not name.endswith("qkv.bias"):
             torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=2e-5)
@@ -83,14 +83,14 @@ class Stopped(Exception):
 
 def stop_after(monkeypatch, method, calls):
     """Makes the run die after so many calls of a saver's method, as a killed process would."""
-    original, count = getattr(checkpoint.Saver, method), iter(range(1, 1000))
+    original, count = getattr(runstate.Saver, method), iter(range(1, 1000))
 
     def save_and_stop(self, *args):
         original(self, *args)
         if next(count) == calls:
             raise Stopped
 
-    monkeypatch.setattr(checkpoint.Saver, method, save_and_stop)
+    monkeypatch.setattr(runstate.Saver, method, save_and_stop)
 
 
 @pytest.mark.parametrize("accum_iter", [1, 2])
@@ -120,17 +120,38 @@ def test_accumulation_equals_a_large_batch(pretrain):
     assert_close(pretrain("small", batch_size=3, accum_iter=4), pretrain("large", batch_size=12))
 
 
+def torchrun(processes, pictures, out, *flags):
+    """main_pretrain.py as `pretrain` runs it, in several processes."""
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes,
+        "main_pretrain.py",
+        "--data_path", pictures, "--output_dir", out, "--model", "mae_vit_mini_patch4", "--input_size", 16,
+        "--warmup_epochs", 1, "--blr", 0.01, "--num_workers", 0, "--device", "cpu", "--vis_every", 0, *flags,
+    ]  # fmt: skip
+    return subprocess.run([str(part) for part in command], cwd=ROOT, check=True, capture_output=True, timeout=300)
+
+
 def test_two_processes_equal_one(pretrain, pictures, tmp_path):
     one = pretrain("one", batch_size=8)
-    two = tmp_path / "two"
-    subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29617",
-         "main_pretrain.py", "--data_path", pictures, "--output_dir", two, "--log_dir", two, "--model",
-         "mae_vit_mini_patch4", "--input_size", "16", "--batch_size", "4", "--epochs", "2", "--warmup_epochs", "1",
-         "--blr", "0.01", "--num_workers", "0", "--device", "cpu", "--vis_every", "0"],
-        cwd=ROOT, check=True, capture_output=True, timeout=300,
-    )  # fmt: skip
-    assert_close(one, two)
+    torchrun(2, pictures, tmp_path / "two", "--batch_size", 4, "--epochs", 2)
+    assert_close(one, tmp_path / "two")
+
+
+def test_resumed_with_another_number_of_processes(pretrain, pictures, tmp_path, monkeypatch):
+    settings = {"batch_size": 8, "epochs": 3, "save_every": 1}
+    whole = pretrain("whole", **settings)
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_after(patch, "save_epoch", 1)
+        pretrain("parts", **settings)
+    torchrun(2, pictures, tmp_path / "parts", "--batch_size", 4, "--epochs", 3, "--resume", "auto")
+    assert_close(whole, tmp_path / "parts", "checkpoint-2.pth")
+
+
+def test_changed_settings_are_told(pretrain, capsys):
+    pretrain("run", epochs=2)
+    pretrain("run", epochs=2, resume="auto", mask_ratio=0.5, num_workers=1)
+    warned = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert warned == ["warning: --mask_ratio was 0.75 in the run that is continued, and is 0.5 from now on"]
 
 
 def test_init_from_takes_the_weights_alone(pretrain):
@@ -186,8 +207,10 @@ def test_wrong_inputs_are_answered_in_sentences(pretrain, pictures, tmp_path, ca
     assert "--mean has 2 values for 3 channels" in said(*here, "--mean", "0.5", "0.5")
     assert "mask_ratio 0.99 keeps 0 of 16 patches" in said(*here, "--mask_ratio", "0.99")
     assert "already holds a run" in said(*here, "--output_dir", out)
-    assert "another architecture" in said(*here, "--resume", good, "--in_chans", "1")
-    assert "--accum_iter 2 restores" in said(*here, "--resume", good, "--batch_size", "2")
+    continued = [*here, "--output_dir", out, "--resume", good]
+    assert "another architecture" in said(*continued, "--in_chans", "1")
+    assert "--accum_iter 2 restores" in said(*continued, "--batch_size", "2")
+    assert "already holds a run" in said(*here, "--output_dir", pretrain("other"), "--resume", good)
     assert "there is no checkpoint" in said(*here, "--resume", tmp_path / "nothing.pth")
 
     truncated = tmp_path / "truncated.pth"
@@ -195,11 +218,12 @@ def test_wrong_inputs_are_answered_in_sentences(pretrain, pictures, tmp_path, ca
     assert "is damaged" in said(*here, "--resume", truncated)
     bare = tmp_path / "bare.pth"
     torch.save({"model": weights(out)}, bare)
-    assert "give it to --init_from" in said(*here, "--resume", bare)
-    assert "--init_from" in said(*here, "--init_from", good, "--in_chans", "1")
+    assert "--init_from takes its weights" in said(*here, "--resume", bare)
+    assert "has in another shape 3 tensors" in said(*here, "--init_from", good, "--in_chans", "1")
+    assert "--crop_scale 1.0 0.2" in said(*here, "--crop_scale", "1", "0.2")
     if not torch.cuda.is_available():
         assert "no CUDA device" in said(*here, "--device", "cuda")
-    assert "--device abacus is not a device" in said(*here, "--device", "abacus")
+    assert "--device abacus: give auto" in said(*here, "--device", "abacus")
     assert "--amp fp16 needs a GPU" in said(*here, "--amp", "fp16")
 
 
@@ -213,7 +237,7 @@ def test_a_file_that_is_no_image_is_named(tmp_path, capsys, monkeypatch, workers
     argv = ["--data_path", folder, "--output_dir", tmp_path / "out", "--model", "mae_vit_mini_patch4", "--input_size",
             "16", "--batch_size", "5", "--num_workers", workers, "--epochs", "1"]  # fmt: skip
     said = fails(capsys, monkeypatch, *argv)
-    assert f"error: {folder / 'broken.jpg'} can't be read as an image" in said
+    assert f"error: {folder / 'broken.jpg'}: can't be read as an image" in said
 
 
 def test_the_script_itself_exits_with_a_sentence(tmp_path):

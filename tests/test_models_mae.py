@@ -265,6 +265,30 @@ def test_a_given_mask_is_the_mask():
         assert torch.equal(model(imgs, mask=mask)[2], mask.float())
 
 
+def test_noise_and_mask_must_be_given_for_every_image():
+    model, imgs = build(), torch.randn(4, 3, 16, 16)
+    for given in ({"noise": torch.rand(1, 16)}, {"mask": torch.arange(16)[None] < 8}, {"noise": torch.rand(4, 15)}):
+        with pytest.raises(ValueError, match="for 4 images of 16 patches"):
+            model(imgs, **given)
+
+
+def test_subclasses_with_the_published_signatures_work():
+    class KeepsTheFirst(MaskedAutoencoderViT):
+        def random_masking(self, x, mask_ratio):
+            return super().random_masking(x, mask_ratio, torch.arange(16.0).expand(len(x), -1))
+
+        def forward_encoder(self, x, mask_ratio):
+            return super().forward_encoder(x, mask_ratio)
+
+        def forward_decoder(self, x, ids_restore):
+            return super().forward_decoder(x, ids_restore)
+
+    model = KeepsTheFirst(img_size=16, patch_size=4, embed_dim=32, depth=1, num_heads=4, decoder_embed_dim=16,
+                          decoder_depth=1, decoder_num_heads=2)  # fmt: skip
+    _, _, mask = model(torch.randn(2, 3, 16, 16), 0.75)
+    assert mask.tolist() == [[0.0] * 4 + [1.0] * 12] * 2
+
+
 def test_reconstruct():
     model = build(norm_pix_loss=True)
     imgs = torch.randn(2, 3, 16, 16)

@@ -54,4 +54,14 @@ def test_interpolate_pos_embed_changes_the_checkpoint_in_place():
     interpolate_pos_embed(model, same)
     assert same["pos_embed"] is model.pos_embed.data or torch.equal(same["pos_embed"], model.pos_embed)
     with pytest.raises(ValueError, match="no square"):
-        interpolate_pos_embed(model, {"pos_embed": torch.zeros(1, 12, 128)})
+        interpolate_pos_embed(model, {"pos_embed": torch.zeros(1, 13, 128)})
+
+
+def test_a_square_table_in_a_grid_of_as_many_patches_is_resampled():
+    table = torch.randn(1, 17, 128)
+    model = models_vit.vit_mini_patch4(img_size=(8, 32))  # 2 x 8, not 4 x 4
+    published, own = {"pos_embed": table}, {"pos_embed": table}
+    interpolate_pos_embed(model, published)
+    assert torch.equal(published["pos_embed"], resize_pos_embed(table, (4, 4), (2, 8)))
+    interpolate_pos_embed(model, own, old_grid=(2, 8))
+    assert torch.equal(own["pos_embed"], table)

@@ -39,7 +39,24 @@ def test_norm_is_of_the_whole_gradient_before_clipping():
     weights = [torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(3))]
     optimizer = torch.optim.SGD(weights, lr=1.0, fused=True)
     weights[0].grad, weights[1].grad = torch.full((2,), 3.0), torch.full((3,), 4.0)
-    norm = Precision("off", CPU).step(optimizer, torch.tensor(0.0), clip_grad=1.0)
+    norm = Precision("off", CPU).step(optimizer, clip_grad=1.0)
     assert norm.item() == pytest.approx((2 * 9 + 3 * 16) ** 0.5)
     assert torch.cat([w.detach() for w in weights]).norm().item() == pytest.approx(1.0, rel=1e-4)
     assert weights[0].grad is None
+
+
+@pytest.mark.parametrize(("loss", "gradient"), [(float("inf"), 1.0), (1.0, float("inf")), (float("nan"), 1.0)])
+def test_fp16_steps_that_are_not_finite_change_nothing(loss, gradient):
+    """The scaler's path, on a CPU; an infinite loss whose formula has a finite gradient among them."""
+    precision = Precision("off", CPU)
+    precision.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
+    precision.backward((weight * gradient).sum() + (loss if gradient == 1.0 else 0.0))
+    norm = precision.step(optimizer, None)
+    assert not torch.isfinite(norm)
+    assert torch.equal(weight.detach(), torch.ones(3))
+    assert precision.scaler.get_scale() == 2.0
+    precision.backward(weight.sum())
+    assert precision.step(optimizer, None).item() == pytest.approx(3**0.5)
+    assert not torch.equal(weight.detach(), torch.ones(3))

@@ -1,6 +1,7 @@
 """What a run tells."""
 
 import json
+import math
 import os
 import pty
 import re
@@ -17,12 +18,14 @@ from util.runlog import Meters, RunLog, Stopwatch
 
 def test_meters_are_means_over_batches():
     meters = Meters()
-    meters.add(loss=2.0, lr=0.1, batches=3)
-    meters.add(loss=6.0, lr=0.5, batches=1)
+    meters.add(loss=2.0, grad_norm=1.0, lr=0.1, batches=3)
+    meters.add(loss=6.0, grad_norm=1.0, lr=0.5, batches=1)
     assert meters.means() == pytest.approx({"train_loss": 3.0, "train_lr": 0.2})
     assert Meters(**meters.state_dict()) == meters
-    meters.skipped_steps = 2
-    assert meters.means()["skipped_steps"] == 2
+    meters.add(loss=math.nan, grad_norm=1.0, lr=0.5, batches=1)
+    meters.add(loss=1.0, grad_norm=math.inf, lr=0.5, batches=1)
+    assert meters.means() == pytest.approx({"train_loss": 3.0, "train_lr": 0.2, "skipped_steps": 2})
+    assert Meters().means() == {"train_loss": None, "train_lr": None}
 
 
 def test_stopwatch_counts_the_wait_alone():

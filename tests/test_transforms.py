@@ -22,10 +22,16 @@ def test_evaluation_is_torchvisions_pixel_for_pixel(photo, size, resized):
     assert torch.equal(transforms.eval_transform(size)(photo), oracle(photo))
 
 
-@pytest.mark.parametrize("size", [(32, 48), (48, 16)])
+@pytest.mark.parametrize("size", [(32, 48), (48, 16), (256, 240)])
 def test_rectangular_evaluation_covers(photo, size):
     out = transforms.eval_transform(size)(photo)
     assert out.shape == (3, *size)
+    covered = (int(size[0] / 0.875), int(size[1] / 0.875))
+    factor = max(covered[0] / 50, covered[1] / 70)
+    resized = photo.resize((max(covered[1], round(70 * factor)), max(covered[0], round(50 * factor))), Image.BICUBIC)
+    left, top = (resized.width - size[1]) / 2, (resized.height - size[0]) / 2
+    expected = resized.crop((round(left), round(top), round(left) + size[1], round(top) + size[0]))
+    assert torch.equal(out, tv.functional.pil_to_tensor(expected))
     white = transforms.eval_transform(size)(Image.new("RGB", (70, 50), "white"))
     assert (white == 255).all()
 
@@ -41,6 +47,16 @@ def test_pretraining_crops_the_published_share(photo):
     out = transforms.pretrain_transform((16, 24))(photo)
     assert out.dtype == torch.uint8
     assert out.shape == (3, 16, 24)
+
+
+def test_flip_and_crop_can_be_turned_off(photo):
+    plain = transforms.pretrain_transform(50, crop_scale=(1, 1), hflip=0)
+    square = photo.crop((0, 0, 50, 50))
+    assert torch.equal(plain(square), tv.functional.pil_to_tensor(square))
+    flipped = transforms.pretrain_transform(50, crop_scale=(1, 1), hflip=1)(square)
+    assert torch.equal(flipped.flip(-1), tv.functional.pil_to_tensor(square))
+    with pytest.raises(ValueError, match=r"--crop_scale 0.5 0.2"):
+        transforms.pretrain_transform(50, crop_scale=(0.5, 0.2))
 
 
 def test_normalize_and_back():

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from util import dist
@@ -30,9 +31,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 
 def parser(description: str) -> argparse.ArgumentParser:
     """A parser for a main, without --help, so that it can be another's parent; `run` adds that."""
-    return argparse.ArgumentParser(
-        description=description, formatter_class=_Help, add_help=False, allow_abbrev=False, conflict_handler="resolve"
-    )
+    return argparse.ArgumentParser(description=description, formatter_class=_Help, add_help=False, allow_abbrev=False)
 
 
 # ---------------------------------------------------------------------------------------------------- kinds of value
@@ -54,6 +53,30 @@ def non_negative(text: str) -> float:
     return value
 
 
+def positive(text: str) -> float:
+    """A number above 0."""
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+    return value
+
+
+def share(text: str) -> float:
+    """A number in [0, 1]."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be in [0, 1], got {text}")
+    return value
+
+
+def seed(text: str) -> int:
+    """An integer that all random generators take."""
+    value = int(text)
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"must be in [0, 2^32), got {text}")
+    return value
+
+
 def ratio(text: str) -> float:
     """A number in [0, 1)."""
     value = float(text)
@@ -69,6 +92,13 @@ class _Size(argparse.Action):
         if len(values) > 2:
             raise argparse.ArgumentError(self, f"takes one number or two (height, width), got {len(values)}")
         setattr(namespace, self.dest, values[0] if len(values) == 1 else list(values))
+
+
+def _add_switch(group: argparse._ArgumentGroup, name: str, default: bool, text: str) -> None:
+    """--NAME and --no_NAME, so that a flag can undo what a recipe or a default says."""
+    on, off = (" (the default)", "") if default else ("", " (the default)")
+    group.add_argument(f"--{name}", action="store_true", default=default, help=text + on)
+    group.add_argument(f"--no_{name}", action="store_false", dest=name, default=default, help=f"not so{off}")
 
 
 # ----------------------------------------------------------------------------------------------------- option groups
@@ -97,7 +127,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         "--save_minutes", default=15.0, type=non_negative, metavar="M",
         help="minutes between states in checkpoint-last.pth, also in the middle of an epoch",
     )  # fmt: skip
-    group.add_argument("--seed", default=0, type=int, help="of the weights, the order, the crops and the masks")
+    group.add_argument("--seed", default=0, type=seed, help="of the weights, the order, the crops and the masks")
     group.add_argument("--device", default="auto", help="auto (cuda, else mps, else cpu), cpu, cuda, cuda:N or mps")
     group.add_argument(
         "--amp", default="auto", choices=AMP_CHOICES, help="mixed precision; auto: bf16 or fp16 on CUDA, else off"
@@ -114,13 +144,14 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
         help="pixels of a side, or height and width",
     )  # fmt: skip
     group.add_argument("--in_chans", default=3, type=positive_int, metavar="C", help="channels: 3 is RGB, 1 is grey")
-    group.add_argument("--mean", type=float, nargs="+", metavar="M", help="of each channel, 0 to 1; None is ImageNet's")
-    group.add_argument("--std", type=float, nargs="+", metavar="S", help="of each channel, 0 to 1; None is ImageNet's")
+    group.add_argument("--mean", type=share, nargs="+", metavar="M", help="of each channel, 0 to 1; None is ImageNet's")
+    group.add_argument(
+        "--std", type=positive, nargs="+", metavar="S", help="of each channel, 0 to 1; None is ImageNet's"
+    )
     group.add_argument(
         "--num_workers", default=10, type=int, metavar="N", help="processes that load data, at most one a core"
     )
-    group.add_argument("--pin_mem", action="store_true", default=True, help="load into pinned memory (the default)")
-    group.add_argument("--no_pin_mem", action="store_false", dest="pin_mem", help="load into ordinary memory")
+    _add_switch(group, "pin_mem", True, "load into pinned memory, which a GPU reads faster")
 
 
 def add_model_options(parser: argparse.ArgumentParser, models: Sequence[str], default: str) -> None:
@@ -142,13 +173,17 @@ def add_optimizer_options(parser: argparse.ArgumentParser) -> None:
         "--accum_iter", default=1, type=positive_int, metavar="N",
         help="batches to an optimizer step; effective batch = batch_size x accum_iter x processes",
     )  # fmt: skip
-    group.add_argument("--weight_decay", default=0.05, type=float, metavar="W", help="not on biases and 1-D weights")
-    group.add_argument("--lr", type=float, help="highest learning rate; None: blr x effective batch / 256")
-    group.add_argument("--blr", default=1e-3, type=float, help="base learning rate, for a batch of 256")
-    group.add_argument("--min_lr", default=0.0, type=float, metavar="LR", help="learning rate at the end of the cosine")
+    group.add_argument(
+        "--weight_decay", default=0.05, type=non_negative, metavar="W", help="not on biases and 1-D weights"
+    )
+    group.add_argument("--lr", type=non_negative, help="highest learning rate; None: blr x effective batch / 256")
+    group.add_argument("--blr", default=1e-3, type=non_negative, help="base learning rate, for a batch of 256")
+    group.add_argument(
+        "--min_lr", default=0.0, type=non_negative, metavar="LR", help="learning rate at the end of the cosine"
+    )
     group.add_argument("--warmup_epochs", default=40, type=non_negative, metavar="N", help="epochs of linear warm-up")
     group.add_argument(
-        "--clip_grad", type=float, metavar="NORM", help="largest norm of the gradient; None: no clipping"
+        "--clip_grad", type=positive, metavar="NORM", help="largest norm of the gradient; None: no clipping"
     )
     group.add_argument(
         "--on_nonfinite", default="abort", choices=("abort", "skip"),
@@ -160,13 +195,14 @@ def add_pretrain_options(parser: argparse.ArgumentParser) -> None:
     """What only masked pre-training has."""
     group = parser.add_argument_group("masked pre-training")
     group.add_argument("--mask_ratio", default=0.75, type=ratio, metavar="R", help="share of the patches removed")
-    group.add_argument(
-        "--norm_pix_loss", action="store_true", help="predict patches normalised by their own mean and variance"
-    )
+    _add_switch(group, "norm_pix_loss", False, "predict patches normalised by their own mean and variance")
     group.add_argument(
         "--crop_scale", default=[0.2, 1.0], type=float, nargs=2, metavar=("MIN", "MAX"),
         help="share of the image's area that a random crop takes",
     )  # fmt: skip
+    group.add_argument(
+        "--hflip", default=0.5, type=share, metavar="P", help="chance of a horizontal flip; 0 where left is not right"
+    )
     group.add_argument("--init_from", default="", metavar="FILE", help="start from this file's weights (nothing else)")
     group.add_argument(
         "--vis_every",
@@ -202,6 +238,8 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
     args = parser.parse_args(argv)
     if not any(flag.partition("=")[0] == "--log_dir" for flag in argv):
         args.log_dir = args.output_dir  # the published default is one fixed folder, in which all runs would meet
+    if args.dist_on_itp or args.world_size != 1:
+        logger.warning("--world_size and --dist_on_itp have no effect: the launcher decides (torchrun)")
     return args
 
 
@@ -231,22 +269,32 @@ def _recipe_flags(parser: argparse.ArgumentParser, path: Path) -> list[str]:
         elif isinstance(value, list):
             flags += [f"--{key}", *map(str, value)]
         elif value is not None:
-            flags += [f"--{key}", str(value)]
+            flags.append(f"--{key}={value}")
     return flags
 
 
 def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:
-    """Parses the command line and runs `main`. What goes wrong ends in a sentence and exit code 1."""
+    """Parses the command line and runs `main`. What goes wrong ends in a sentence and an exit code above 0."""
     args = parse(parser)
     try:
         main(args)
+    except torch.OutOfMemoryError as error:
+        _fail(parser, args, error, f"out of memory: halve --batch_size {args.batch_size} and double --accum_iter", 1)
     except (ValueError, OSError, ArithmeticError) as error:
-        if args.debug:
-            traceback.print_exc()
-        print(f"{parser.prog}: error: {_sentence(error)}", file=sys.stderr)
-        sys.exit(1)
-    finally:
-        dist.teardown()
+        _fail(parser, args, error, _sentence(error), 1)
+    except KeyboardInterrupt as error:
+        _fail(parser, args, error, "interrupted; the same command with --resume auto goes on from the last state", 130)
+    # Not after an error: processes that still run would wait for this one, or it for them.
+    dist.teardown()
+
+
+def _fail(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, error: BaseException, said: str, code: int
+) -> None:
+    if args.debug:
+        traceback.print_exception(error)
+    print(f"{parser.prog}: error: {said}", file=sys.stderr)
+    sys.exit(code)
 
 
 def _sentence(error: Exception) -> str:

@@ -4,6 +4,7 @@ What a sample looks like (its crop, its flip, its mask) depends on (seed, epoch,
 batch on (seed, epoch) and the effective batch: never on the number of workers or processes.
 """
 
+import contextlib
 import logging
 import os
 import random
@@ -17,7 +18,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
 
 from util import dist
 from util.decode import decode
@@ -126,11 +127,11 @@ class Samples(Dataset):
         data, label = self.source[index]
         try:
             picture = decode(data, self.in_chans)
-        except OSError as error:  # Pillow's, for bytes that are no picture or cut short
-            raise ValueError(f"{self.source.name(index)} can't be read as an image: {error}") from error
-        seed_sample(self.seed, epoch, index)
-        noise = torch.rand(self.num_noise)  # first, so that the mask stays the same under another augmentation
-        return self.transform(picture), label, noise
+        except ValueError as error:
+            raise ValueError(f"{self.source.name(index)}: {error}") from error
+        with seeded_for(self.seed, epoch, index):
+            noise = torch.rand(self.num_noise)  # first, so that the mask stays the same under another augmentation
+            return self.transform(picture), label, noise
 
 
 def examples(samples: Samples, count: int) -> list[Tensor]:
@@ -139,24 +140,32 @@ def examples(samples: Samples, count: int) -> list[Tensor]:
     return default_collate([samples[0, int(index)] for index in indices])
 
 
-def seed_sample(seed: int, epoch: int, index: int) -> None:
-    """Seeds every generator that an augmentation may use for one sample.
+@contextlib.contextmanager
+def seeded_for(seed: int, epoch: int, index: int) -> Iterator[None]:
+    """Seeds every generator that an augmentation may use, for one sample.
 
-    A checksum makes the 32 bits that the generators take: within an epoch no two samples share them.
+    A checksum makes the 32 bits that the generators take: within an epoch no two samples share them. In the training
+    process itself (no workers) the generators go on afterwards as if nothing had been drawn.
     """
     key = zlib.crc32(struct.pack("<3q", seed, epoch, index))
+    before = None if get_worker_info() else (torch.get_rng_state(), random.getstate(), np.random.get_state())
     # torch.manual_seed would look for every kind of device first: 72 µs in place of 1.
     torch.default_generator.manual_seed(key)
     random.seed(key)
     np.random.seed(key)
+    yield
+    if before is not None:
+        torch.set_rng_state(before[0])
+        random.setstate(before[1])
+        np.random.set_state(before[2])
 
 
 class EpochBatches(Sampler[list[tuple[int, int]]]):
     """This process's batches of (epoch, index); `seek` chooses the epoch and the batch to begin with.
 
     Every epoch is a permutation of the data set drawn from (seed, epoch). Consecutive images of it make the batches of
-    all processes, so that any number of processes sees the same images in the same step. What does not fill the last
-    batch is left out, another part in each epoch.
+    all processes, so that any number of processes sees the same images in the same step (batch size x accumulation x
+    processes being the same). What does not fill the last batch is left out, another part in each epoch.
 
     Raises:
         ValueError: there are fewer images than one batch takes.
@@ -200,7 +209,7 @@ def train_loader(samples: Samples, batch_size: int, seed: int, num_workers: int,
 
     More workers than processor cores would only take turns: `num_workers` counts up to this process's share of them.
     """
-    cores = max(1, len(os.sched_getaffinity(0)) // dist.processes_here())
+    cores = max(1, _cores() // dist.processes_here())
     if num_workers > cores:
         logger.info(f"--num_workers {num_workers}: this process has {cores} processor cores, using {cores} workers")
     workers = min(num_workers, cores)
@@ -208,6 +217,12 @@ def train_loader(samples: Samples, batch_size: int, seed: int, num_workers: int,
         samples,
         batch_sampler=EpochBatches(len(samples), batch_size, seed),
         num_workers=workers,
-        pin_memory=pin_memory and torch.cuda.is_available(),
+        pin_memory=pin_memory,
         persistent_workers=workers > 0,
     )
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

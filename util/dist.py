@@ -16,29 +16,54 @@ from torch.nn.parallel import DistributedDataParallel
 def choose_device(name: str) -> torch.device:
     """The device that `--device` names; `auto` is CUDA where there is one, else Apple's MPS, else the CPU.
 
+    Under a launcher, "cuda" is the GPU of this process's place on its machine.
+
     Raises:
         ValueError: the device is not on this machine.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"--device {name} is not a device; give auto, cpu, cuda, cuda:N or mps") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda", "mps") or (index and not index.isdecimal()):
+        raise ValueError(f"--device {name}: give auto, cpu, cuda, cuda:N or mps")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(f"--device {name}, but PyTorch sees no MPS device here; give --device cpu or auto")
+    if kind != "cuda":
+        return torch.device(kind)
+    if not torch.cuda.is_available():
         raise ValueError(f"--device {name}, but PyTorch sees no CUDA device here; give --device cpu or auto")
-    return device
+    number, count = int(index or _launched("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if number >= count:
+        raise ValueError(
+            f"this process needs CUDA device {number}, and there are {count} here: lower torchrun's --nproc_per_node, "
+            f"or the number in --device"
+        )
+    return torch.device("cuda", number)
+
+
+def _launched(variable: str, default: int | None = None) -> int:
+    value = os.environ.get(variable, default)
+    if value is None:
+        raise ValueError(
+            f"WORLD_SIZE is set in the environment and {variable} is not: start several processes with torchrun, "
+            f"or unset WORLD_SIZE for one"
+        )
+    return int(value)
 
 
 def init(device_name: str, dist_url: str = "env://") -> torch.device:
     """Joins the process group if a launcher started several processes; returns this process's device."""
     device = choose_device(device_name)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not td.is_initialized():
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    world_size = _launched("WORLD_SIZE", 1)
+    if world_size > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
-        td.init_process_group(backend, init_method=dist_url, rank=int(os.environ["RANK"]),
-                              world_size=int(os.environ["WORLD_SIZE"]))  # fmt: skip
+        td.init_process_group(
+            backend,
+            init_method=dist_url,
+            rank=_launched("RANK"),
+            world_size=world_size,
+            device_id=device if device.type == "cuda" else None,
+        )
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
@@ -91,11 +116,6 @@ def wrap(model: nn.Module, device: torch.device) -> nn.Module:
         return model
     device_ids = [device.index] if device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside `wrap`."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def gradient_sync(model: nn.Module, enabled: bool) -> contextlib.AbstractContextManager[None]:

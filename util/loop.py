@@ -27,7 +27,7 @@ class NonFiniteLoss(ArithmeticError):
 
 
 class BetweenSteps(Protocol):
-    """What must happen between two steps; `checkpoint.Saver` does it, `checkpoint.NullSaver` does nothing."""
+    """What must happen between two steps; `runstate.Saver` does it, `runstate.NullSaver` does nothing."""
 
     def due(self) -> bool:
         """Whether the state is to be saved now."""
@@ -57,27 +57,27 @@ def run_epoch(
     epoch: int,
     schedule: Callable[[float], float],
     precision: Precision,
+    guard: "NonFiniteGuard",
     first_step: int = 0,
     accum_iter: int = 1,
     clip_grad: float | None = None,
-    on_nonfinite: str = "abort",
     meters: Meters,
     log: NullLog,
     saver: BetweenSteps,
 ) -> None:
-    """Trains for an epoch, or the rest of one. The host never waits for the device in it.
+    """Trains for an epoch, or the rest of one. No step waits for the device; saving a state does.
 
     Args:
         compute_loss: a batch, on the device, to its loss.
         loader: its batch sampler (`datasets.EpochBatches`) can start in the middle of an epoch.
         schedule: sets the learning rate for a fractional epoch and returns it.
+        guard: decides what steps mean whose loss or gradient is not finite.
         first_step: batches of this epoch that an earlier run has done; a multiple of `accum_iter`.
         accum_iter: batches to an optimizer step. The last step of an epoch takes what is left, weighted rightly.
-        on_nonfinite: what a loss or gradient that is not finite does: "abort" the run, or "skip" the step.
         meters: the epoch's sums so far, added to.
 
     Raises:
-        NonFiniteLoss: with "abort", or after too many skipped steps in a row. The weights are those of before.
+        NonFiniteLoss: as the guard decides. The weights are those of before the bad steps.
     """
     sampler: Any = loader.batch_sampler
     sampler.seek(epoch, first_step)
@@ -85,19 +85,15 @@ def run_epoch(
     watch = Stopwatch()
     log.begin_epoch(epoch, first_step, num_steps, sampler.images_per_step, watch)
     pending = PendingSteps()
-    guard = NonFiniteGuard(on_nonfinite, precision.overflow_is_normal)
     model.train()
 
-    def read(keep: int) -> None:
+    def read(keep: int, done: int) -> None:
         for step, loss, grad_norm in pending.read(keep):
-            if guard.is_finite(loss, grad_norm):
-                meters.add(loss, step.lr, step.batches)
-                log.step(step.done, step.lr, loss, grad_norm)
-            else:
-                meters.skipped_steps += 1
-                guard.report(
-                    epoch, step, loss, grad_norm, lambda: saver.save_emergency(epoch, done, meters.state_dict())
-                )
+            meters.add(loss, grad_norm, step.lr, step.batches)
+            log.step(step.done, step.lr, loss, grad_norm)
+            if not guard.accepts(loss, grad_norm):
+                what = f"epoch {epoch}, batch {step.done - 1}: loss {loss}, gradient norm {grad_norm}, lr {step.lr:.3g}"
+                guard.react(what, lambda: saver.save_emergency(epoch, done, pending.add_to(meters).state_dict()))
 
     group_loss = torch.zeros((), device=precision.device)
     for done, batch in enumerate(watch.watch(loader), start=first_step + 1):
@@ -112,15 +108,14 @@ def run_epoch(
         group_loss = group_loss + loss.detach()
         if place < batches - 1:
             continue
-        group_loss = dist.mean_over_processes(group_loss)  # one rank's NaN is everybody's
-        grad_norm = precision.step(optimizer, group_loss, clip_grad)
+        grad_norm = precision.step(optimizer, clip_grad)
+        group_loss = dist.mean_over_processes(group_loss)  # all see the same numbers, and so act on them alike
         pending.push(Step(done, batches, lr), torch.stack([group_loss, grad_norm]))
         group_loss = torch.zeros((), device=precision.device)
-        read(keep=STEPS_LATE)
-        if saver.due():
-            read(keep=0)
-            saver.save(epoch, done, meters.state_dict())
-    read(keep=0)
+        read(STEPS_LATE, done)
+        if done < num_steps and saver.due():  # after the last step, the epoch's end saves
+            saver.save(epoch, done, pending.add_to(meters).state_dict())
+    read(0, num_steps)
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
@@ -146,38 +141,54 @@ class PendingSteps:
         self.queue.append((step, values, arrived))
 
     def read(self, keep: int) -> Iterator[tuple[Step, float, float]]:
-        """The oldest steps with their numbers, until `keep` are left on their way."""
+        """Takes out the oldest steps with their numbers, until `keep` are left on their way."""
         while len(self.queue) > keep:
             step, values, arrived = self.queue.popleft()
-            if arrived is not None:
-                arrived.synchronize()
-            loss, grad_norm = values.tolist()
-            yield step, loss, grad_norm
+            yield step, *_numbers(values, arrived)
+
+    def add_to(self, meters: Meters) -> Meters:
+        """A copy of the meters that counts the steps on their way too; they stay, to be read at their time."""
+        total = Meters(**meters.state_dict())
+        for step, values, arrived in self.queue:
+            total.add(*_numbers(values, arrived), step.lr, step.batches)
+        return total
+
+
+def _numbers(values: Tensor, arrived: torch.cuda.Event | None) -> tuple[float, float]:
+    if arrived is not None:
+        arrived.synchronize()
+    loss, grad_norm = values.tolist()
+    return loss, grad_norm
 
 
 class NonFiniteGuard:
-    """Decides what a non-finite step means. All ranks see the same numbers, so that all decide alike."""
+    """Decides what a step means whose loss or gradient is not finite. All processes see the same numbers.
 
-    def __init__(self, policy: str, overflow_is_normal: bool) -> None:
+    Args:
+        policy: "abort" the run at the first one, or "skip" it, up to MAX_SKIPS_IN_A_ROW.
+        overflow_is_normal: gradients overflow now and then (fp16), which is nobody's fault while the scaler adapts.
+    """
+
+    def __init__(self, policy: str, overflow_is_normal: bool = False) -> None:
         self.policy = policy
         self.overflow_is_normal = overflow_is_normal
         self.in_a_row = 0
 
-    def is_finite(self, loss: float, grad_norm: float) -> bool:
-        """Whether a step was an ordinary one; under fp16 overflowing gradients are, while the scaler adapts."""
-        finite = math.isfinite(loss) and (self.overflow_is_normal or math.isfinite(grad_norm))
-        if finite:
+    def accepts(self, loss: float, grad_norm: float) -> bool:
+        """Whether a step needs no reaction."""
+        if math.isfinite(loss) and math.isfinite(grad_norm):
             self.in_a_row = 0
-        return finite
-
-    def report(self, epoch: int, step: Step, loss: float, grad_norm: float, save: Callable[[], str]) -> None:
-        """Warns of a skipped step, or ends the run with what to try."""
+            return True
         self.in_a_row += 1
-        what = f"epoch {epoch}, batch {step.done - 1}: loss {loss}, gradient norm {grad_norm}, lr {step.lr:.3g}"
+        return self.overflow_is_normal and math.isfinite(loss) and self.in_a_row < MAX_SKIPS_IN_A_ROW
+
+    def react(self, what: str, save: Callable[[], str]) -> None:
+        """Warns of a skipped step, or saves and ends the run with what to try."""
         if self.policy == "skip" and self.in_a_row < MAX_SKIPS_IN_A_ROW:
             logger.warning(f"{what}; the step is skipped")
             return
         where = save()
+        dist.barrier()  # a process that ends earlier would have the launcher kill the one that writes
         saved = f"The weights, which this step did not change, are in {where}. " if where else ""
         raise NonFiniteLoss(
             f"{what} ({self.in_a_row} such in a row). {saved}Try --clip_grad 1.0, a lower --blr, --amp off (or bf16 "

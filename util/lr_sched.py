@@ -1,14 +1,24 @@
 """The learning rate: linear scaling with the batch, warm-up, half a cosine (Goyal et al. 2017; He et al. 2021, A.1)."""
 
+import logging
 import math
 from argparse import Namespace
 
 from torch.optim import Optimizer
 
+logger = logging.getLogger(__name__)
+
 
 def scaled_lr(lr: float | None, blr: float, effective_batch_size: int) -> float:
-    """`lr` if given, else blr x effective batch / 256 (batch size x accumulation x processes)."""
-    return blr * effective_batch_size / 256 if lr is None else lr
+    """`lr` if given, else blr x effective batch / 256; logs which."""
+    if lr is not None:
+        logger.info(f"{effective_batch_size} images to a step; learning rate {lr:.3g}")
+        return lr
+    lr = blr * effective_batch_size / 256
+    logger.info(
+        f"{effective_batch_size} images to a step; learning rate {lr:.3g} = blr {blr:g} x images to a step / 256"
+    )
+    return lr
 
 
 def adjust_learning_rate(optimizer: Optimizer, epoch: float, args: Namespace) -> float:

@@ -73,26 +73,28 @@ def resize_pos_embed(pos_embed: Tensor, old_grid: tuple[int, int], new_grid: tup
     return torch.cat([cls_row, patches.flatten(2).transpose(1, 2)], dim=1)
 
 
-def interpolate_pos_embed(model: Any, checkpoint_model: dict[str, Tensor]) -> None:
+def interpolate_pos_embed(
+    model: Any, checkpoint_model: dict[str, Tensor], old_grid: tuple[int, int] | None = None
+) -> None:
     """Fits `checkpoint_model["pos_embed"]` in place to `model`'s patch grid (He et al. 2021, section 4.1: 448 pixels).
 
-    A checkpoint does not tell its grid, only its number of patches: a square is assumed unless the number of patches
-    already is the model's.
+    Args:
+        old_grid: (rows, columns) of the checkpoint's patches. A published file does not tell it, and is square.
 
     Raises:
-        ValueError: the checkpoint's patches neither match the model's nor form a square.
+        ValueError: the grid is unknown: neither given nor square, nor are there as many patches as the model has.
     """
     if "pos_embed" not in checkpoint_model:
         return
     table = checkpoint_model["pos_embed"]
     new_grid = model.patch_embed.grid_size
     num_patches = table.shape[1] - 1
-    if num_patches == new_grid[0] * new_grid[1]:
-        return
-    side = round(num_patches**0.5)
-    if side * side != num_patches:
+    if old_grid is None:
+        side = round(num_patches**0.5)
+        old_grid = (side, side) if side * side == num_patches else new_grid
+    if old_grid[0] * old_grid[1] != num_patches:
         raise ValueError(
             f"the checkpoint's position table has {num_patches} patches, which is no square; "
             f"it can only be loaded into a model of the size it was trained at (--input_size, --patch_size)"
         )
-    checkpoint_model["pos_embed"] = resize_pos_embed(table, (side, side), new_grid)
+    checkpoint_model["pos_embed"] = resize_pos_embed(table, old_grid, new_grid)

@@ -31,7 +31,8 @@ class Precision:
     """Autocast, and the optimizer step in that precision. Weights, gradients and the loss are fp32 throughout.
 
     A step whose loss or gradient is not finite leaves the weights as they were. That is decided on the device, inside
-    the fused optimizer (`found_inf`), so that the host need not wait for it.
+    the fused optimizer (`found_inf`), so that the host need not wait for it. A loss that is not finite spoils its whole
+    gradient, and so, once gradients are averaged, that of every process.
     """
 
     def __init__(self, amp: str, device: torch.device) -> None:
@@ -51,14 +52,14 @@ class Precision:
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
 
     def backward(self, loss: Tensor) -> None:
-        """Adds the gradients of `loss`."""
-        self.scaler.scale(loss).backward()
+        """Adds the gradients of `loss`; they are NaN if it is not finite, even where its formula's would be finite."""
+        spoil = torch.where(torch.isfinite(loss.detach()), 1.0, float("nan"))
+        self.scaler.scale(loss * spoil).backward()
 
-    def step(self, optimizer: Optimizer, loss: Tensor, clip_grad: float | None) -> Tensor:
-        """Clips, steps and clears the gradients; a non-finite `loss` or gradient makes it a step of nothing.
+    def step(self, optimizer: Optimizer, clip_grad: float | None) -> Tensor:
+        """Clips, steps and clears the gradients; one that is not finite makes it a step of nothing.
 
         Args:
-            loss: the accumulation group's, the same on every process, so that all of them skip the same steps.
             clip_grad: largest global norm of the gradient, or None.
 
         Returns:
@@ -74,7 +75,7 @@ class Precision:
             self.scaler.step(optimizer)  # looks at its own found_inf
         else:
             # What GradScaler sets for optimizers that take its verdict on the device; here it is ours.
-            vars(optimizer).update(grad_scale=None, found_inf=(~torch.isfinite(loss + norm)).float())
+            vars(optimizer).update(grad_scale=None, found_inf=(~torch.isfinite(norm)).float())
             optimizer.step()
         self.scaler.update()
         optimizer.zero_grad(set_to_none=True)

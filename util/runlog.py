@@ -2,16 +2,15 @@
 
 import json
 import logging
+import math
 import sys
 import time
-from argparse import Namespace
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -26,14 +25,18 @@ class _LineHandler(logging.StreamHandler):
     """Writes above a progress bar that is on the screen."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stdout)
+        try:
+            prefix = "warning: " if record.levelno >= logging.WARNING else ""
+            tqdm.write(prefix + self.format(record), file=sys.stdout)
+        except Exception:  # a log that can't be written, to a closed pipe say, must not end a run
+            self.handleError(record)
 
 
 def start_logging() -> None:
     """Rank 0 logs everything from INFO on, to stdout; the others only warnings, with their rank."""
     logging.basicConfig(
         level=logging.INFO if dist.is_main() else logging.WARNING,
-        format="%(message)s" if dist.is_main() else f"[rank {dist.rank()}] %(levelname)s: %(message)s",
+        format="%(message)s" if dist.is_main() else f"[rank {dist.rank()}] %(message)s",
         handlers=[_LineHandler()],
         force=True,
     )
@@ -49,16 +52,19 @@ class Meters:
     batches: int = 0
     skipped_steps: int = 0
 
-    def add(self, loss: float, lr: float, batches: int) -> None:
-        """Counts a step of so many batches, with their mean loss."""
+    def add(self, loss: float, grad_norm: float, lr: float, batches: int) -> None:
+        """Counts a step of so many batches with their mean loss; one that was not finite changed nothing."""
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            self.skipped_steps += 1
+            return
         self.loss += loss * batches
         self.lr += lr * batches
         self.batches += batches
 
-    def means(self) -> dict[str, float]:
-        """The epoch's entries in log.txt."""
-        count = max(1, self.batches)
-        stats = {"train_lr": self.lr / count, "train_loss": self.loss / count}
+    def means(self) -> dict[str, float | None]:
+        """The epoch's entries in log.txt; None where no step counted."""
+        count = self.batches
+        stats = {"train_lr": self.lr / count if count else None, "train_loss": self.loss / count if count else None}
         return stats | ({"skipped_steps": self.skipped_steps} if self.skipped_steps else {})
 
     def state_dict(self) -> dict[str, Any]:
@@ -72,6 +78,7 @@ class Stopwatch:
     def __init__(self) -> None:
         self.started = time.perf_counter()
         self.waited = 0.0
+        self.batches = 0
 
     def watch(self, batches: Iterable[Any]) -> Iterator[Any]:
         """Passes batches on and adds up the time until each of them came."""
@@ -84,11 +91,17 @@ class Stopwatch:
                 return
             self.waited += time.perf_counter() - asked
             yield batch
+            self.batches += 1
 
     @property
     def seconds(self) -> float:
         """Seconds since the start."""
         return time.perf_counter() - self.started
+
+    @property
+    def seconds_a_batch(self) -> float:
+        """Mean time of a batch, waiting included."""
+        return self.seconds / max(1, self.batches)
 
     @property
     def wait_share(self) -> float:
@@ -122,14 +135,15 @@ class RunLog(NullLog):
         output_dir: where log.txt grows, a JSON object an epoch.
         log_dir: where TensorBoard's files go.
         epochs: of the whole run, for the time left.
-        first_epoch: lines and scalars from this epoch on, left by a run that was stopped, are dropped.
+        first_epoch: lines from this epoch on, left by a run that was stopped, are dropped.
+        first_x: the same for TensorBoard's scalars, in thousandths of an epoch.
     """
 
     def __init__(self, output_dir: Path, log_dir: Path, epochs: int, first_epoch: int = 0, first_x: int = 0) -> None:
         self.path = output_dir / "log.txt"
         self.epochs = epochs
         _drop_lines_from(self.path, first_epoch)
-        self.writer = SummaryWriter(str(log_dir), purge_step=first_x or None)
+        self.writer = SummaryWriter(str(log_dir), purge_step=first_x)
         self.bar: tqdm | None = None
 
     def begin_epoch(self, epoch: int, first_step: int, num_steps: int, images_per_step: int, watch: Stopwatch) -> None:
@@ -152,9 +166,7 @@ class RunLog(NullLog):
         self.writer.add_scalar("lr", lr, x)
         self.writer.add_scalar("grad_norm", grad_norm, x)
         watch = self.watch
-        done = step - self.first_step
-        seconds_a_step = watch.seconds / done
-        left = seconds_a_step * ((self.epochs - self.epoch) * self.num_steps - step)
+        left = watch.seconds_a_batch * ((self.epochs - self.epoch) * self.num_steps - step)
         if self.bar is not None:
             self.bar.set_postfix_str(
                 f"loss {loss:.4f}, lr {lr:.2e}, data wait {watch.wait_share:.0%}, run ends in {_duration(left)}", False
@@ -164,7 +176,7 @@ class RunLog(NullLog):
             self.last_line = watch.seconds
             logger.info(
                 f"epoch {self.epoch} [{step:>{len(str(self.num_steps))}}/{self.num_steps}]  loss {loss:.4f}  "
-                f"lr {lr:.2e}  grad {grad_norm:.3g}  {self.images_per_step / seconds_a_step:,.0f} images/s  "
+                f"lr {lr:.2e}  grad {grad_norm:.3g}  {self.images_per_step / watch.seconds_a_batch:,.0f} images/s  "
                 f"data wait {watch.wait_share:.0%}  left {_duration(left)}"
             )
 
@@ -173,7 +185,7 @@ class RunLog(NullLog):
             self.bar.close()
             self.bar = None
         watch = self.watch
-        rate = (self.num_steps - self.first_step) * self.images_per_step / watch.seconds
+        rate = self.images_per_step / watch.seconds_a_batch if watch.batches else 0.0
         self.writer.add_scalar("perf/images_per_s", rate, self.epoch)
         self.writer.add_scalar("perf/data_wait", watch.wait_share, self.epoch)
         self.writer.flush()
@@ -186,7 +198,7 @@ class RunLog(NullLog):
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         logger.info(
-            f"epoch {self.epoch} done in {_duration(watch.seconds)}: loss {stats['train_loss']:.4f}, "
+            f"epoch {self.epoch} done in {_duration(watch.seconds)}: loss {stats['train_loss'] or math.nan:.4f}, "
             f"{rate:,.0f} images/s, data wait {watch.wait_share:.0%}"
         )
 
@@ -195,23 +207,9 @@ class RunLog(NullLog):
         self.writer.flush()
 
     def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
         self.writer.close()
-
-
-def log_header(model: nn.Module, args: Namespace, *, device: str, precision: str, lr: float) -> None:
-    """Logs what a run is made of, and warns of settings that can't be meant."""
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    effective = args.batch_size * args.accum_iter * dist.world_size()
-    logger.info("settings: " + " ".join(f"{key}={value}" for key, value in sorted(vars(args).items())))
-    logger.info(f"{args.model}: {trained:,} trained parameters, on {device} in {precision}")
-    logger.info(
-        f"effective batch size {effective} = {args.batch_size} x {args.accum_iter} accumulated x {dist.world_size()} "
-        f"processes; learning rate {lr:.3g}" + ("" if args.lr else f" = blr {args.blr:g} x {effective} / 256")
-    )
-    if args.warmup_epochs >= args.epochs:
-        logger.warning(
-            f"--warmup_epochs {args.warmup_epochs:g} of --epochs {args.epochs}: the learning rate will only rise"
-        )
 
 
 def open_log(output_dir: Path, log_dir: Path, epochs: int, first_epoch: int = 0, first_x: int = 0) -> NullLog:
@@ -230,7 +228,9 @@ def _drop_lines_from(path: Path, first_epoch: int) -> None:
                 kept.append(line)
         except (ValueError, KeyError):  # a line that a crash cut off
             continue
-    path.write_text("".join(kept), encoding="utf-8")
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.replace(path)
 
 
 def _duration(seconds: float) -> str:

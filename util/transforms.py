@@ -53,25 +53,32 @@ class Normalize(nn.Module):
         return (imgs * self.std + self.mean).clamp(0, 1)
 
 
-def pretrain_transform(input_size: Size, crop_scale: Sequence[float] = (0.2, 1.0)) -> Transform:
+def pretrain_transform(input_size: Size, crop_scale: Sequence[float] = (0.2, 1.0), hflip: float = 0.5) -> Transform:
     """Random resized crop and flip, nothing more (He et al. 2021, A.1: "We do not use color jittering...").
 
     Args:
         crop_scale: least and greatest share of the image's area in a crop.
+        hflip: chance of a horizontal flip.
+
+    Raises:
+        ValueError: `crop_scale` is no range within (0, 1].
     """
+    least, greatest = crop_scale
+    if not 0 < least <= greatest <= 1:
+        raise ValueError(f"--crop_scale {least} {greatest}: give the least and the greatest share, above 0 and up to 1")
     return v2.Compose(
         [
             v2.RandomResizedCrop(to_pair(input_size), tuple(crop_scale), interpolation=InterpolationMode.BICUBIC),
-            v2.RandomHorizontalFlip(),
+            v2.RandomHorizontalFlip(hflip),
             v2.PILToTensor(),
         ]
     )
 
 
 def eval_transform(input_size: Size) -> Transform:
-    """Scales the picture to cover input_size / .875 (input_size itself above 224 pixels) and cuts out the centre."""
+    """Scales the picture to cover input_size / .875 (a square above 224 pixels: input_size) and cuts out the centre."""
     height, width = to_pair(input_size)
-    crop_ratio = 0.875 if max(height, width) <= 224 else 1.0
+    crop_ratio = 1.0 if height == width > 224 else 0.875
     scaled = (int(height / crop_ratio), int(width / crop_ratio))
 
     def transform(picture: Image.Image) -> Tensor:

@@ -1,0 +1,288 @@
+"""Where a run stands: collected, saved between steps, and put back.
+
+`checkpoint-{epoch}.pth` is the state after an epoch, counted from 0; `checkpoint-last.pth` the newest one, also in the
+middle of an epoch; `checkpoint-emergency.pth` that of a run that ended on an error.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from util import checkpoint, dist
+from util.checkpoint import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+LAST, EMERGENCY = "checkpoint-last.pth", "checkpoint-emergency.pth"
+RETRY_SECONDS = 60.0  # after a state that could not be written
+
+# Settings that a resumed run may change without being another run.
+FREE_SETTINGS = {"accum_iter", "batch_size", "config", "data_path", "debug", "device", "dist_on_itp", "dist_url",
+                 "init_from", "local_rank", "log_dir", "num_workers", "output_dir", "pin_mem", "resume", "save_every",
+                 "save_minutes", "start_epoch", "vis_every", "world_size"}  # fmt: skip
+
+
+class Progress:
+    """The epoch a run is in, and how many images of it are done, by all processes together.
+
+    Args:
+        effective_batch_size: images to an optimizer step: batch size x accumulation x processes.
+        global_batch_size: images to a batch of all processes: batch size x processes.
+    """
+
+    def __init__(self, effective_batch_size: int, global_batch_size: int, start_epoch: int = 0) -> None:
+        self.effective_batch_size = effective_batch_size
+        self.global_batch_size = global_batch_size
+        self.epoch = start_epoch
+        self.first_step = 0
+        self.meters: dict[str, Any] = {}  # of `runlog.Meters`
+
+    def next_epoch(self) -> None:
+        """An epoch is finished."""
+        self.epoch, self.first_step, self.meters = self.epoch + 1, 0, {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Takes the position of a checkpoint; a file of the published code stands at the end of its epoch.
+
+        Raises:
+            CheckpointError: the run had another effective batch.
+        """
+        saved = state.get("progress")
+        if saved is None:
+            self.epoch = state["epoch"] + 1
+            return
+        if saved["effective_batch_size"] != self.effective_batch_size:
+            accum_iter, rest = divmod(saved["effective_batch_size"], self.global_batch_size)
+            remedy = f"--accum_iter {accum_iter}" if accum_iter and not rest else "another --batch_size"
+            raise CheckpointError(
+                f"the checkpoint's run took {saved['effective_batch_size']} images to a step, this one would take "
+                f"{self.effective_batch_size}: {remedy} restores that"
+            )
+        if saved["images_done"] % self.global_batch_size:
+            raise CheckpointError(
+                f"the checkpoint stands {saved['images_done']} images into its epoch, which is no multiple of this "
+                f"run's {self.global_batch_size} (--batch_size x processes): resume with a --batch_size that divides "
+                f"it, or from the checkpoint of a whole epoch"
+            )
+        self.epoch = saved["epoch"]
+        self.first_step = saved["images_done"] // self.global_batch_size
+        self.meters = saved["meters"]
+
+
+def prepare_output_dir(output_dir: Path, resume: str) -> None:
+    """Makes the folder of a run, and refuses one that holds a run unless that is the one to be continued.
+
+    Raises:
+        ValueError: it holds a run, and `resume` is neither "auto" nor a file of it.
+    """
+    continues = resume == "auto" or (resume and Path(resume).resolve().parent == output_dir.resolve())
+    if dist.is_main() and not continues:
+        holds = sorted(p.name for p in output_dir.glob("*") if p.name == "log.txt" or p.suffix == ".pth")
+        if holds:
+            raise ValueError(
+                f"--output_dir {output_dir} already holds a run ({', '.join(holds[:3])}): continue it with "
+                f"--resume auto, or give another --output_dir"
+            )
+    output_dir.mkdir(parents=True, exist_ok=True)
+
+
+def collect(model: nn.Module, optimizer: Optimizer, scaler: torch.amp.GradScaler, settings: dict) -> dict[str, Any]:
+    """What a checkpoint holds beside the position of its run."""
+    rng = {"cpu": torch.get_rng_state()}
+    if next(model.parameters()).is_cuda:
+        rng["cuda"] = torch.cuda.get_rng_state()
+    return {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scaler": scaler.state_dict(),
+        "args": settings,
+        "rng": rng,
+    }
+
+
+def resume(
+    which: str,
+    output_dir: Path,
+    model: nn.Module,
+    optimizer: Optimizer,
+    scaler: torch.amp.GradScaler,
+    settings: dict[str, Any],
+    progress: Progress,
+) -> None:
+    """Puts model, optimizer, scaler, random generators and position back to where a run stood.
+
+    Args:
+        which: a checkpoint's path; "auto" for the newest in `output_dir`, if any; "" for none.
+        settings: of this run; a warning tells which differ from the checkpoint's.
+
+    Raises:
+        CheckpointError: the file can't be read, holds weights only, or is of another architecture or effective batch.
+    """
+    state = checkpoint.read_newest(output_dir) if which == "auto" else checkpoint.read(which) if which else None
+    if state is not None:
+        missing = {"model", "optimizer", "epoch"} - state.keys()
+        if missing:
+            raise CheckpointError(
+                f"--resume {which}: it has no {' and no '.join(sorted(missing))}, so that no run can be continued from "
+                f"it; --init_from takes its weights"
+            )
+        progress.restore(state)
+        restore_model(model, state)
+        restore_optimizer(optimizer, state["optimizer"])
+        if scaler.is_enabled() and state.get("scaler"):
+            scaler.load_state_dict(state["scaler"])
+        _restore_rng(state.get("rng", {}))
+        _warn_of_changes(state.get("args", {}), settings)
+    here = torch.tensor([progress.epoch, progress.first_step], device=next(model.parameters()).device)
+    if not torch.equal(dist.mean_over_processes(here.float()), here.float()):
+        raise CheckpointError(f"the processes found different checkpoints: --output_dir {output_dir} must be shared")
+
+
+def restore_model(model: nn.Module, state: dict[str, Any]) -> None:
+    """Loads a checkpoint's weights, all of them.
+
+    Raises:
+        CheckpointError: the file is of another architecture.
+    """
+    weights: dict[str, Tensor] = state.get("model", state)
+    ours = model.state_dict()
+    differing = [n for n in ours if n not in weights or weights[n].shape != ours[n].shape]
+    differing += [n for n in weights if n not in ours]
+    if differing:
+        args = state.get("args", {})
+        args = args if isinstance(args, dict) else vars(args)
+        told = [
+            f"--{name} {args[name]}" for name in ("model", "input_size", "patch_size", "in_chans") if args.get(name)
+        ]
+        raise CheckpointError(
+            f"the checkpoint is of another architecture than this run's model: {len(differing)} tensors differ "
+            f"({', '.join(differing[:3])}, ...). Give the settings that it was made with: "
+            f"{' '.join(told) or 'the file does not tell them'}"
+        )
+    model.load_state_dict(weights)
+
+
+def restore_optimizer(optimizer: Optimizer, saved: dict[str, Any]) -> None:
+    """Loads an optimizer's moments; its settings stay this run's.
+
+    So a file of the published code, whose PyTorch knew no fused optimizers, leaves ours fused.
+    """
+    groups = [
+        {**ours, "params": group["params"]}
+        for group, ours in zip(saved["param_groups"], optimizer.param_groups, strict=True)
+    ]
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+
+
+def _restore_rng(rng: dict[str, Tensor]) -> None:
+    if "cpu" in rng:
+        torch.set_rng_state(rng["cpu"])
+    if "cuda" in rng and torch.cuda.is_available():
+        torch.cuda.set_rng_state(rng["cuda"])
+
+
+def _warn_of_changes(saved: Any, settings: dict[str, Any]) -> None:
+    saved = saved if isinstance(saved, dict) else vars(saved)
+    for name in sorted(saved.keys() & settings.keys() - FREE_SETTINGS):
+        if saved[name] != settings[name]:
+            logger.warning(
+                f"--{name} was {saved[name]} in the run that is continued, and is {settings[name]} from now on"
+            )
+
+
+class NullSaver:
+    """Saves nothing: what processes other than rank 0 have."""
+
+    def due(self) -> bool:
+        """Whether a rolling state is to be saved now."""
+        return False
+
+    def save(self, epoch: int, steps_done: int, meters: dict[str, Any]) -> None:
+        """Saves the rolling state after so many batches of an epoch."""
+
+    def save_epoch(self, epoch: int) -> None:
+        """Saves the milestone of a finished epoch, if it is one."""
+
+    def save_emergency(self, epoch: int, steps_done: int, meters: dict[str, Any]) -> str:
+        """Saves the state of a run that is about to end on an error, and returns the file's name."""
+        return ""
+
+
+class Saver(NullSaver):
+    """Writes a run's states: milestones that stay, and a rolling `checkpoint-last.pth`.
+
+    Args:
+        collect: gives the state, without the run's position.
+        save_every: epochs between milestones; the last epoch is one too.
+        save_minutes: minutes between rolling states.
+    """
+
+    def __init__(
+        self,
+        output_dir: Path,
+        collect: Callable[[], dict[str, Any]],
+        progress: Progress,
+        *,
+        epochs: int,
+        save_every: int,
+        save_minutes: float,
+    ) -> None:
+        self.output_dir = output_dir
+        self.collect = collect
+        self.progress = progress
+        self.epochs = epochs
+        self.save_every = save_every
+        self.save_seconds = 60 * save_minutes
+        self.next_save = time.monotonic() + self.save_seconds
+
+    def due(self) -> bool:
+        return time.monotonic() >= self.next_save
+
+    def save(self, epoch: int, steps_done: int, meters: dict[str, Any]) -> None:
+        try:
+            self._write(LAST, epoch, steps_done, meters)
+        except OSError as error:
+            logger.warning(f"{error}. The run goes on and tries again in a minute.")
+            self.next_save = time.monotonic() + RETRY_SECONDS
+
+    def save_epoch(self, epoch: int) -> None:
+        if epoch % self.save_every == 0 or epoch == self.epochs - 1:
+            try:
+                self._write(f"checkpoint-{epoch}.pth", epoch + 1, 0, {})
+            except OSError as error:
+                if epoch == self.epochs - 1:
+                    raise
+                logger.warning(f"{error}. The run goes on without this state.")
+
+    def save_emergency(self, epoch: int, steps_done: int, meters: dict[str, Any]) -> str:
+        try:
+            return str(self._write(EMERGENCY, epoch, steps_done, meters))
+        except OSError as error:
+            logger.warning(str(error))
+            return ""
+
+    def _write(self, name: str, epoch: int, steps_done: int, meters: dict[str, Any]) -> Path:
+        position = {
+            "epoch": epoch,
+            "images_done": steps_done * self.progress.global_batch_size,
+            "effective_batch_size": self.progress.effective_batch_size,
+            "meters": meters,
+        }
+        path = self.output_dir / name
+        checkpoint.write({**self.collect(), "epoch": epoch - 1, "progress": position}, path)
+        self.next_save = time.monotonic() + self.save_seconds
+        logger.info(f"saved {path}")
+        return path
+
+
+def open_saver(
+    output_dir: Path, collect: Callable[[], dict[str, Any]], progress: Progress, **options: Any
+) -> Saver | NullSaver:
+    """The saver of this process: a `Saver` on rank 0, a `NullSaver` elsewhere."""
+    return Saver(output_dir, collect, progress, **options) if dist.is_main() else NullSaver()
