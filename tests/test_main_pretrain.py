@@ -120,15 +120,14 @@ def test_accumulation_equals_a_large_batch(pretrain):
     assert_close(pretrain("small", batch_size=3, accum_iter=4), pretrain("large", batch_size=12))
 
 
-def torchrun(processes, pictures, out, *flags):
+def torchrun(processes, pictures, out, *flags, script="main_pretrain.py", check=True):
     """main_pretrain.py as `pretrain` runs it, in several processes."""
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes,
-        "main_pretrain.py",
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes, script,
         "--data_path", pictures, "--output_dir", out, "--model", "mae_vit_mini_patch4", "--input_size", 16,
         "--warmup_epochs", 1, "--blr", 0.01, "--num_workers", 0, "--device", "cpu", "--vis_every", 0, *flags,
     ]  # fmt: skip
-    return subprocess.run([str(part) for part in command], cwd=ROOT, check=True, capture_output=True, timeout=300)
+    return subprocess.run([str(part) for part in command], cwd=ROOT, check=check, capture_output=True, timeout=300)
 
 
 def test_two_processes_equal_one(pretrain, pictures, tmp_path):
@@ -249,3 +248,32 @@ def test_the_script_itself_exits_with_a_sentence(tmp_path):
     assert done.returncode == 1
     assert done.stderr.strip().endswith(f"there is no folder {tmp_path / 'nowhere'}")
     assert "Traceback" not in done.stderr
+
+
+ONE_RANK_NAN = """
+import sys, time
+sys.path.insert(0, {root!r})
+import main_pretrain
+from models_mae import MaskedAutoencoderViT
+from util import checkpoint, cli, dist
+forward_loss, write, calls = MaskedAutoencoderViT.forward_loss, checkpoint.write, iter(range(1000))
+def spoiled(self, *given):
+    return forward_loss(self, *given) * (float("nan") if next(calls) >= 2 and dist.rank() == 1 else 1)
+def slowly(*given):
+    time.sleep(3)
+    write(*given)
+MaskedAutoencoderViT.forward_loss, checkpoint.write = spoiled, slowly
+cli.run(main_pretrain.main, main_pretrain.get_args_parser())
+"""
+
+
+def test_one_processs_nan_ends_all_after_the_state_is_saved(pictures, tmp_path):
+    """The write is slowed: a process that ended before it was done would have torchrun kill the writer."""
+    (tmp_path / "main_pretrain_spoiled.py").write_text(ONE_RANK_NAN.format(root=str(ROOT)))
+    done = torchrun(2, pictures, tmp_path / "out", "--batch_size", 2, "--epochs", 9, "--save_every", 99,
+                    script=tmp_path / "main_pretrain_spoiled.py", check=False)  # fmt: skip
+    assert done.returncode != 0
+    assert "epoch 0, batch 2: loss nan" in done.stderr.decode()
+    state = checkpoint.read(tmp_path / "out" / "checkpoint-emergency.pth")
+    assert state["progress"]["meters"]["batches"] == 2
+    assert all(torch.isfinite(weight).all() for weight in state["model"].values())
