@@ -5,7 +5,9 @@ from collections.abc import Callable, Sequence
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torchvision.transforms import InterpolationMode, v2
+from torchvision import transforms as T
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as TF
 
 from util.pos_embed import Size, to_pair
 
@@ -66,11 +68,11 @@ def pretrain_transform(input_size: Size, crop_scale: Sequence[float] = (0.2, 1.0
     least, greatest = crop_scale
     if not 0 < least <= greatest <= 1:
         raise ValueError(f"--crop_scale {least} {greatest}: give the least and the greatest share, above 0 and up to 1")
-    return v2.Compose(
+    return T.Compose(
         [
-            v2.RandomResizedCrop(to_pair(input_size), tuple(crop_scale), interpolation=InterpolationMode.BICUBIC),
-            v2.RandomHorizontalFlip(hflip),
-            v2.PILToTensor(),
+            T.RandomResizedCrop(to_pair(input_size), tuple(crop_scale), interpolation=InterpolationMode.BICUBIC),
+            T.RandomHorizontalFlip(hflip),
+            T.PILToTensor(),
         ]
     )
 
@@ -87,7 +89,7 @@ def eval_transform(input_size: Size) -> Transform:
         else:
             factor = max(scaled[0] / picture.height, scaled[1] / picture.width)
             size = [max(scaled[0], round(picture.height * factor)), max(scaled[1], round(picture.width * factor))]
-        picture = v2.functional.resize(picture, size, interpolation=InterpolationMode.BICUBIC)
-        return v2.functional.pil_to_tensor(v2.functional.center_crop(picture, [height, width]))
+        picture = TF.resize(picture, size, interpolation=InterpolationMode.BICUBIC)
+        return TF.pil_to_tensor(TF.center_crop(picture, [height, width]))
 
     return transform
