@@ -2,6 +2,7 @@
 
 import os
 import random
+import socket
 import sys
 from pathlib import Path
 
@@ -21,6 +22,15 @@ os.environ["OMP_NUM_THREADS"] = "1"  # the same in the processes that tests star
 import main_pretrain  # noqa: E402
 from models_mae import mae_vit_mini_patch4  # noqa: E402
 from util import cli  # noqa: E402
+
+
+def torchrun(processes: int) -> list[str]:
+    """The command that starts a script in several processes, on a machine whose own name may lead nowhere."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes),
+            "--master_addr", "127.0.0.1", "--master_port", str(port)]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

@@ -2,11 +2,10 @@
 
 import os
 import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, torchrun
 
 from util import dist
 
@@ -56,17 +55,20 @@ def test_half_an_environment_is_explained(monkeypatch):
 CODE = """
 import torch
 from util import dist
-device = dist.init("cpu")
-model = dist.wrap(torch.nn.Linear(1, 1, bias=False), device)
-x = torch.full((1, 1), dist.rank() + 1.0)
-with dist.gradient_sync(model, enabled=False):
-    model(x).sum().backward()
-alone = model.module.weight.grad.item()
-with dist.gradient_sync(model, enabled=True):
-    model(x).sum().backward()
-mean = dist.mean_over_processes(torch.tensor(float(dist.rank())))
-line = f"{dist.rank()}/{dist.world_size()} {alone} {model.module.weight.grad.item()} {mean.item()}"
-open(f"out{dist.rank()}", "w").write(line)
+
+def main(device):
+    model = dist.wrap(torch.nn.Linear(1, 1, bias=False), device)
+    x = torch.full((1, 1), dist.rank() + 1.0)
+    with dist.gradient_sync(model, enabled=False):
+        model(x).sum().backward()
+    alone = model.module.weight.grad.item()
+    with dist.gradient_sync(model, enabled=True):
+        model(x).sum().backward()
+    mean = dist.mean_over_processes(torch.tensor(float(dist.rank())))
+    line = f"{dist.rank()}/{dist.world_size()} {alone} {model.module.weight.grad.item()} {mean.item()}"
+    open(f"out{dist.rank()}", "w").write(line)
+
+main(dist.init("cpu"))
 dist.teardown()
 """
 
@@ -74,7 +76,7 @@ dist.teardown()
 def test_two_processes_average_only_when_told(tmp_path):
     (tmp_path / "code.py").write_text(CODE)
     subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "code.py"],
+        [*torchrun(2), "code.py"],
         cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, capture_output=True,
         timeout=120,
     )  # fmt: skip

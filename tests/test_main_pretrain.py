@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, torchrun
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -120,10 +120,10 @@ def test_accumulation_equals_a_large_batch(pretrain):
     assert_close(pretrain("small", batch_size=3, accum_iter=4), pretrain("large", batch_size=12))
 
 
-def torchrun(processes, pictures, out, *flags, script="main_pretrain.py", check=True):
+def in_processes(processes, pictures, out, *flags, script="main_pretrain.py", check=True):
     """main_pretrain.py as `pretrain` runs it, in several processes."""
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes, script,
+        *torchrun(processes), script,
         "--data_path", pictures, "--output_dir", out, "--model", "mae_vit_mini_patch4", "--input_size", 16,
         "--warmup_epochs", 1, "--blr", 0.01, "--num_workers", 0, "--device", "cpu", "--vis_every", 0, *flags,
     ]  # fmt: skip
@@ -132,7 +132,7 @@ def torchrun(processes, pictures, out, *flags, script="main_pretrain.py", check=
 
 def test_two_processes_equal_one(pretrain, pictures, tmp_path):
     one = pretrain("one", batch_size=8)
-    torchrun(2, pictures, tmp_path / "two", "--batch_size", 4, "--epochs", 2)
+    in_processes(2, pictures, tmp_path / "two", "--batch_size", 4, "--epochs", 2)
     assert_close(one, tmp_path / "two")
 
 
@@ -142,7 +142,7 @@ def test_resumed_with_another_number_of_processes(pretrain, pictures, tmp_path, 
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         stop_after(patch, "save_epoch", 1)
         pretrain("parts", **settings)
-    torchrun(2, pictures, tmp_path / "parts", "--batch_size", 4, "--epochs", 3, "--resume", "auto")
+    in_processes(2, pictures, tmp_path / "parts", "--batch_size", 4, "--epochs", 3, "--resume", "auto")
     assert_close(whole, tmp_path / "parts", "checkpoint-2.pth")
 
 
@@ -270,7 +270,7 @@ cli.run(main_pretrain.main, main_pretrain.get_args_parser())
 def test_one_processs_nan_ends_all_after_the_state_is_saved(pictures, tmp_path):
     """The write is slowed: a process that ended before it was done would have torchrun kill the writer."""
     (tmp_path / "main_pretrain_spoiled.py").write_text(ONE_RANK_NAN.format(root=str(ROOT)))
-    done = torchrun(2, pictures, tmp_path / "out", "--batch_size", 2, "--epochs", 9, "--save_every", 99,
+    done = in_processes(2, pictures, tmp_path / "out", "--batch_size", 2, "--epochs", 9, "--save_every", 99,
                     script=tmp_path / "main_pretrain_spoiled.py", check=False)  # fmt: skip
     assert done.returncode != 0
     assert "epoch 0, batch 2: loss nan" in done.stderr.decode()

@@ -5,6 +5,7 @@ MASTER_PORT. Every function here works in one process too, where it does nothing
 """
 
 import contextlib
+import gc
 import os
 
 import torch
@@ -70,8 +71,9 @@ def init(device_name: str, dist_url: str = "env://") -> torch.device:
 
 
 def teardown() -> None:
-    """Leaves the process group."""
+    """Leaves the process group. A wrapped model must be gone by then: its threads would abort the process at exit."""
     if td.is_initialized():
+        gc.collect()
         td.destroy_process_group()
 
 
