@@ -74,7 +74,7 @@ def draw_reconstructions(loaded: LoadedMAE, images: torch.Tensor, path: Path) ->
     axes.imshow(picture.squeeze(), cmap="gray", vmin=0, vmax=255)
     axes.axis("off")
     for column, title in enumerate(("original", f"masked {ratio:.0%}", "prediction", "pasted")):
-        axes.text((column + 0.5) * picture.shape[1] / 4, -8, title, ha="center")
+        axes.text((column + 0.5) * picture.shape[1] / 4, -8, title, ha="center", fontsize=8)
     figure.savefig(path)
     plt.close(figure)
 
