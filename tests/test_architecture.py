@@ -24,7 +24,7 @@ ARROWS = {
     r"util\.weights": r"util\.(dist|pos_embed|checkpoint)",
     r"util\.datasets": r"util\.(dist|transforms|decode)",
     r"util\.pictures": r"util\.transforms",
-    r"util\.transforms": r"util\.pos_embed",
+    r"util\.transforms": r"util\.(pos_embed|decode)",
     r"util\.\w+": r"",  # the rest are leaves
 }
 # Optional packages, each imported in one file only.

@@ -1,59 +1,322 @@
-"""Bytes to pixels."""
+"""Bytes to pixels: a table of odd files with the pixels that each must give, and damaged ones."""
 
 import io
+import signal
+import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
+import torch
 from PIL import Image
 
-from util.decode import decode
+from util import transforms
+from util.decode import MAX_PIXELS, BadImage, decode, size_of
+
+IMAGEMAGICK = Path(__file__).parent / "fixtures" / "imagemagick"
+RAMP = np.arange(0, 252, 7, dtype=np.uint8).reshape(3, 4, 3)  # of make_imagemagick.sh
+GENERATOR = np.random.default_rng(0)
+RGB = GENERATOR.integers(0, 256, size=(5, 6, 3), dtype=np.uint8)
+ALPHA = GENERATOR.integers(0, 256, size=(5, 6, 1), dtype=np.uint8)
+GREY = RGB[:, :, :1]
+DEEP = GENERATOR.integers(0, 65536, size=(5, 6, 13), dtype=np.uint16)
+FLOATS = GENERATOR.normal(size=(5, 6, 13)).astype(np.float32)
+UNIT = DEEP.astype(np.float32) / 65535
 
 
-def encoded(picture, kind):
+def saved(picture, kind, **options) -> bytes:
+    if isinstance(picture, np.ndarray):
+        picture = Image.fromarray(picture.squeeze())
     buffer = io.BytesIO()
-    picture.save(buffer, kind)
+    picture.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
-def test_grey_and_colour():
-    pixels = np.random.default_rng(0).integers(0, 256, size=(6, 7, 3), dtype=np.uint8)
-    assert np.array_equal(decode(encoded(Image.fromarray(pixels), "PNG"), 3), pixels)
-    grey = Image.fromarray(pixels[..., 0])
-    assert np.array_equal(decode(encoded(grey, "PNG"), 1), pixels[..., 0])
-    assert np.array_equal(decode(encoded(grey, "PNG"), 3), np.repeat(pixels[..., :1], 3, axis=2))
+def tiff(pixels, photometric="minisblack", **options) -> bytes:
+    buffer = io.BytesIO()
+    tifffile.imwrite(buffer, pixels, photometric=photometric, **options)
+    return buffer.getvalue()
 
 
-def test_no_image_and_no_such_channels():
-    with pytest.raises(ValueError, match="can't be read as an image"):
-        decode(b"not an image", 3)
-    with pytest.raises(ValueError, match="--in_chans 5"):
-        decode(encoded(Image.new("RGB", (2, 2)), "PNG"), 5)
+def npy(array) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
 
 
-def test_damaged_bytes_are_an_error_of_one_kind():
-    pixels = np.random.default_rng(0).integers(0, 256, size=(40, 50, 3), dtype=np.uint8)
-    generator = np.random.default_rng(1)
-    for kind in ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF"):
-        whole = encoded(Image.fromarray(pixels), kind)
-        for _ in range(40):
-            damaged = bytearray(whole)
-            damaged[generator.integers(len(whole))] ^= 1 << generator.integers(8)
-            try:
-                assert decode(bytes(damaged), 3).mode == "RGB"
-            except ValueError as error:
-                assert "can't be read as an image" in str(error)
+def png(pixels, depth, colour_type, extra=b"") -> bytes:
+    """A PNG file by hand: kinds that Pillow can't write. Rows are not filtered."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    height, width = pixels.shape[:2]
+    rows = b"".join(b"\0" + row.astype(">u2" if depth == 16 else "u1").tobytes() for row in pixels)
+    header = struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0)
+    parts = chunk(b"IHDR", header) + extra + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + parts
 
 
-def test_deep_pixels_are_not_clipped_silently():
-    deep = Image.fromarray(np.array([[0, 300], [40000, 65535]], dtype=np.uint16))
-    with pytest.raises(ValueError, match="more than 8 bits"):
-        decode(encoded(deep, "PNG"), 1)
+def transparent(value) -> bytes:
+    data = b"tRNS" + b"".join(struct.pack(">H", v) for v in value)
+    return struct.pack(">I", 2 * len(value)) + data + struct.pack(">I", zlib.crc32(data))
 
 
-def test_bombs_are_refused_by_their_header():
-    header = encoded(Image.new("1", (8, 8)), "PNG")
-    bomb = header.replace((8).to_bytes(4, "big") * 2, (20_000).to_bytes(4, "big") * 2)
-    bomb = bomb[:29] + zlib.crc32(bomb[12:29]).to_bytes(4, "big") + bomb[33:]
-    with pytest.raises(ValueError, match="exceeds limit"):
-        decode(bomb, 3)
+def bmp_top_down(pixels) -> bytes:
+    """A BMP file by hand: 24 bits, rows from the top, which a negative height means."""
+    height, width = pixels.shape[:2]
+    rows = b"".join(row[:, ::-1].tobytes().ljust(-(-3 * width // 4) * 4, b"\0") for row in pixels)
+    header = struct.pack("<IiiHHIIiiII", 40, width, -height, 1, 24, 0, len(rows), 0, 0, 0, 0)
+    return b"BM" + struct.pack("<IHHI", 54 + len(rows), 0, 0, 54) + header + rows
+
+
+def over_white(colour, alpha):
+    """Pillow's rounding in `alpha_composite`, over an opaque white."""
+    blended = colour.astype(int) * alpha * 255 + 255 * 255 * (255 - alpha.astype(int))
+    return np.round(blended / 255 / 255)
+
+
+def luminance(rgb):
+    return np.round(rgb @ [0.299, 0.587, 0.114])[:, :, None]
+
+
+def flat(*values):
+    return np.tile(np.array(values, dtype=np.uint8), (16, 16, 1))
+
+
+def magick(name) -> bytes:
+    return (IMAGEMAGICK / name).read_bytes()
+
+
+RGBA = np.concatenate([RGB, ALPHA], axis=2)
+CMYK = GENERATOR.integers(0, 256, size=(5, 6, 4), dtype=np.uint8)
+INK = 255 - CMYK[:, :, 3:].astype(int)
+PALETTE = np.array([[10, 20, 30], [200, 100, 50], [0, 255, 0]], dtype=np.uint8)
+INDICES = GENERATOR.integers(0, 3, size=(5, 6), dtype=np.uint8)
+COLOURED = Image.fromarray(INDICES).copy()
+COLOURED.putpalette(PALETTE.tobytes())
+BITS = (GREY > 127).astype(np.uint8) * 255
+FOUR = np.concatenate([DEEP[:, :, :3], DEEP[:, :, 3:4]], axis=2)
+BLENDED = UNIT[:, :, :3] * UNIT[:, :, 3:4] + 1 - UNIT[:, :, 3:4]
+
+# name: (bytes, --in_chans, expected pixels (H, W, c) in 0 to 255, or float where the file is deeper, tolerance)
+TABLE = {
+    "PNG, colour": (saved(RGB, "PNG"), 3, RGB),
+    "PNG, grey as colour": (saved(GREY, "PNG"), 3, GREY.repeat(3, axis=2)),
+    "PNG, colour as grey": (saved(RGB, "PNG"), 1, luminance(RGB), 1),
+    "PNG, alpha over white": (saved(RGBA, "PNG"), 3, over_white(RGB, ALPHA), 1),
+    "PNG, alpha as a channel": (saved(RGBA, "PNG"), 4, RGBA),
+    "PNG, grey and alpha": (
+        saved(Image.merge("LA", [Image.fromarray(GREY[..., 0]), Image.fromarray(ALPHA[..., 0])]), "PNG"),
+        1, over_white(GREY, ALPHA), 1,
+    ),
+    "PNG, palette": (saved(COLOURED, "PNG"), 3, PALETTE[INDICES]),
+    "PNG, palette with a transparent colour": (
+        saved(COLOURED, "PNG", transparency=1), 3, np.where(INDICES[..., None] == 1, 255, PALETTE[INDICES]),
+    ),
+    "PNG, palette's own channels": (saved(COLOURED, "PNG", transparency=b"\0\xff\xff"), 4,
+        np.concatenate([PALETTE[INDICES], np.where(INDICES[..., None] == 0, 0, 255)], axis=2)),
+    "PNG, one bit": (saved(Image.fromarray(BITS[..., 0]).convert("1"), "PNG"), 1, BITS),
+    "PNG, 16 bits grey": (saved(DEEP[..., :1], "PNG"), 1, UNIT[..., :1]),
+    "PNG, 16 bits grey as colour": (saved(DEEP[..., :1], "PNG"), 3, UNIT[..., :1].repeat(3, axis=2)),
+    "PNG, 16 bits with a transparent grey": (
+        png(DEEP[..., :1], 16, 0, transparent(DEEP[2, 3, :1])), 1,
+        np.where(DEEP[..., :1] == DEEP[2, 3, 0], 1.0, UNIT[..., :1]).astype(np.float32),
+    ),
+    "PNG, 16 bits colour, of which Pillow reads 8": (png(DEEP[..., :3], 16, 2), 3, DEEP[..., :3] >> 8),
+    "PNG, colour with a transparent one": (
+        png(RGB, 8, 2, transparent(RGB[1, 1])), 3,
+        np.where((RGB[1, 1] == RGB).all(axis=2, keepdims=True), 255, RGB),
+    ),
+    "JPEG, flat grey": (saved(flat(100)[..., :1], "JPEG"), 3, flat(100, 100, 100)),
+    "JPEG, CMYK": (saved(Image.fromarray(CMYK * 0 + np.uint8(40), "CMYK").resize((16, 16)), "JPEG", quality=100), 3,
+        flat(*[255 - 40 - round(215 * 40 / 255)] * 3), 1),
+    "BMP, rows from the top": (bmp_top_down(RGB), 3, RGB),
+    "GIF, palette": (saved(COLOURED, "GIF"), 3, PALETTE[INDICES]),
+    "GIF, first of two frames": (
+        saved(COLOURED, "GIF", save_all=True, append_images=[Image.new("P", (6, 5))]), 3, PALETTE[INDICES],
+    ),
+    "PGM, text": (b"P2\n# by hand\n2 1\n255\n7 250\n", 1, np.array([[[7], [250]]])),
+    "PGM, 16 bits": (b"P5 2 1 65535\n" + struct.pack(">HH", 300, 65535), 1,
+        np.array([[[300 / 65535], [1.0]]], dtype=np.float32)),
+    "WebP, lossless with alpha": (saved(RGBA, "WEBP", lossless=True, exact=True), 3, over_white(RGB, ALPHA), 1),
+    "JPEG 2000, lossless": (saved(RGB, "JPEG2000"), 3, RGB),
+    "TIFF, CMYK": (tiff(CMYK, "separated"), 3, INK - np.round(INK * CMYK[:, :, :3] / 255), 1),
+    "TIFF, white is zero": (tiff(GREY[..., 0], "miniswhite"), 1, 255 - GREY),
+    "TIFF, 16 bits, white is zero": (tiff(DEEP[..., 0], "miniswhite"), 1, 1 - UNIT[..., :1]),
+    "TIFF, 16 bits colour": (tiff(DEEP[..., :3], "rgb"), 3, UNIT[..., :3]),
+    "TIFF, 16 bits colour as grey": (
+        tiff(DEEP[..., :3], "rgb"), 1, UNIT[..., :3] @ np.float32([[0.299], [0.587], [0.114]]),
+    ),
+    "TIFF, 16 bits, alpha": (tiff(FOUR, "rgb", extrasamples=["unassalpha"]), 3, BLENDED),
+    "TIFF, 8 bits, alpha": (tiff(RGBA, "rgb", extrasamples=["unassalpha"]), 3, over_white(RGB, ALPHA), 1),
+    "TIFF, 13 channels of 16 bits": (tiff(DEEP, planarconfig="contig"), 13, UNIT),
+    "TIFF, 13 channels in planes, big-endian": (
+        tiff(np.moveaxis(DEEP, 2, 0), planarconfig="separate", byteorder=">"), 13, UNIT,
+    ),
+    "TIFF, 13 channels of 8 bits": (tiff((DEEP >> 8).astype(np.uint8), planarconfig="contig"), 13, DEEP >> 8),
+    "TIFF, 13 pages": (tiff(np.moveaxis(DEEP, 2, 0)), 13, UNIT),
+    "TIFF, 13 channels of float, in tiles": (
+        tiff(np.tile(FLOATS, (4, 3, 1)), planarconfig="contig", tile=(16, 16)), 13, np.tile(FLOATS, (4, 3, 1)),
+    ),
+    "TIFF, float, deflated": (tiff(FLOATS[..., 0], compression="zlib", predictor=True), 1, FLOATS[..., :1]),
+    "TIFF, 8 bits and a fourth channel that is not alpha": (
+        tiff(RGBA, "rgb", extrasamples=["unspecified"]), 4, RGBA,
+    ),
+    "BigTIFF": (tiff(DEEP[..., 0], bigtiff=True), 1, UNIT[..., :1]),
+    "npy, channels last": (npy(RGB), 3, RGB),
+    "npy, channels first": (npy(np.moveaxis(DEEP, 2, 0)), 13, UNIT),
+    "npy, grey, Fortran order": (npy(np.asfortranarray(FLOATS[..., 0])), 1, FLOATS[..., :1]),
+    "npy, big-endian": (npy(DEEP.astype(">u2")), 13, UNIT),
+    "npy, double": (npy(FLOATS.astype(np.float64)), 13, FLOATS),
+    **{f"ImageMagick, {name}": (magick(name), 3, RAMP) for name in (
+        "rgb.png", "interlaced.png", "palette.png", "rgb.bmp", "rgb.ppm", "lossless.webp", "lzw.tif", "zip.tif",
+        "big_endian.tif", "deep.png",
+    )},
+    **{f"ImageMagick, {name}": (magick(name), 3, RAMP.astype(np.float32) / 255, 1e-6) for name in (
+        "deep.tif", "deep_lzw.tif", "float.tif",
+    )},
+    "ImageMagick, alpha.png": (magick("alpha.png"), 3, np.round(RAMP * 0.4 + 255 * 0.6), 1),
+    "ImageMagick, gray.jpg": (magick("gray.jpg"), 1, flat(100)),
+    "ImageMagick, progressive.jpg": (magick("progressive.jpg"), 3, flat(100, 100, 100)),
+    "ImageMagick, cmyk.jpg": (magick("cmyk.jpg"), 3, flat(200, 200, 200)),
+    "ImageMagick, cmyk.tif": (magick("cmyk.tif"), 3, np.tile([184, 138, 230], (3, 4, 1))),
+}  # fmt: skip
+
+
+def pixels_of(picture) -> np.ndarray:
+    """(H, W, c)."""
+    if isinstance(picture, torch.Tensor):
+        return picture.permute(1, 2, 0).numpy()
+    return np.atleast_3d(np.asarray(picture))
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_odd_files_give_exactly_these_pixels(name):
+    data, in_chans, expected, *tolerance = TABLE[name]
+    found = pixels_of(decode(data, in_chans))
+    assert found.dtype == (np.float32 if expected.dtype == np.float32 else np.uint8)
+    assert found.shape == expected.shape
+    np.testing.assert_allclose(found.astype(float), expected, rtol=0, atol=tolerance[0] if tolerance else 1e-7)
+
+
+def test_eight_bits_of_one_or_three_channels_are_pillows():
+    """So that torchvision's published crops and resizes apply to them."""
+    for name, (data, in_chans, expected, *_) in TABLE.items():
+        is_picture = isinstance(decode(data, in_chans), Image.Image)
+        assert is_picture == (in_chans in (1, 3) and expected.dtype != np.float32), name
+
+
+def test_transforms_take_what_is_decoded():
+    """Deep images are tensors; the same draws cut and turn them as they do pictures."""
+    deep, shallow = decode(saved((RGB[..., 0].astype(np.uint16) * 257), "PNG"), 1), decode(saved(GREY, "PNG"), 1)
+    for transform in (
+        transforms.pretrain_transform(8),
+        transforms.eval_transform(8),
+        transforms.eval_transform((4, 8)),
+    ):
+        made = []
+        for picture in (deep, shallow):
+            torch.manual_seed(3)
+            made.append(transforms.to_unit_range(transform(picture)))
+        assert made[0].dtype == torch.float32
+        assert made[0].shape == made[1].shape
+        torch.testing.assert_close(made[0].clamp(0, 1), made[1], rtol=0, atol=0.02)
+
+
+def test_images_that_a_library_has_opened():
+    assert np.array_equal(decode(Image.fromarray(RGBA), 3), decode(saved(RGBA, "PNG"), 3))
+    assert np.array_equal(decode(torch.from_numpy(RGB).permute(2, 0, 1), 1), decode(saved(RGB, "PNG"), 1))
+
+
+BOMB = png(np.zeros((1, 1, 1)), 1, 0).replace(struct.pack(">II", 1, 1), struct.pack(">II", 20_000, 20_000))
+BOMB = BOMB[:29] + struct.pack(">I", zlib.crc32(BOMB[12:29])) + BOMB[33:]
+
+BAD = {
+    "empty": (b"", 3, "the file is empty"),
+    "text": (b"not an image", 3, "not an image of a known format"),
+    "postscript, which Pillow would hand to another program": (b"%!PS-Adobe-3.0 EPSF-3.0\n", 3, "known format"),
+    "truncated JPEG": (saved(flat(1, 2, 3), "JPEG")[:-40], 3, "(?i)truncated"),
+    "truncated PNG": (saved(RGB, "PNG")[:-30], 3, "can't be read as an image"),
+    "truncated TIFF": (tiff(DEEP, planarconfig="contig")[:-300], 13, "truncated"),
+    "truncated npy": (npy(DEEP)[:-1], 13, "truncated"),
+    "PNG bomb": (BOMB, 1, "too large to decode"),
+    "npy bomb": (npy(np.zeros((1, 1), dtype=np.uint8)).replace(b"(1, 1)", b"(20000, 20000)"), 1, "more than the"),
+    "TIFF bomb": (tiff(np.zeros((20000, 20000), dtype=np.uint8), compression="zlib"), 1, "more than the"),
+    "colour for 5 channels": (saved(RGB, "PNG"), 5, "it has 3 channels, and --in_chans is 5"),
+    "grey for 2 channels": (saved(GREY, "PNG"), 2, "it has 1 channel, and --in_chans is 2"),
+    "13 channels for colour": (tiff(DEEP, planarconfig="contig"), 3, "it has 13 channels, and --in_chans is 3"),
+    "an array for colour": (npy(DEEP), 3, r"shape \(5, 6, 13\) has no 3 channels"),
+    "not a number": (npy(np.full((4, 4), np.nan)), 1, "not finite"),
+    "integers without a range": (npy(np.ones((4, 4), dtype=np.int64)), 1, "range of its int64 pixels is unknown"),
+    "32-bit TIFF": (tiff(np.ones((4, 4), dtype=np.uint32)), 1, "range of its uint32 pixels is unknown"),
+    "one axis": (npy(np.ones(4, dtype=np.uint8)), 1, r"shape \(4,\) is no image"),
+    "no pixels": (npy(np.ones((0, 4), dtype=np.uint8)), 1, r"shape \(0, 4\) is no image"),
+    "pickled objects": (npy(np.array([[{}, {}]])), 1, "Python objects"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_files_are_refused_in_a_sentence(name):
+    data, in_chans, said = BAD[name]
+    with pytest.raises(BadImage, match=said) as raised:
+        decode(data, in_chans)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_missing_codec_is_named(monkeypatch):
+    def without(*_):
+        raise ValueError("<COMPRESSION.LZW: 5> requires the 'imagecodecs' package")
+
+    monkeypatch.setattr(tifffile.TiffPage, "asarray", without)
+    with pytest.raises(BadImage, match="requires the 'imagecodecs' package"):
+        decode(magick("deep_lzw.tif"), 3)
+
+
+def declared_size(data) -> tuple[int, int]:
+    """(height, width) as the file's own header states them, by other code than `decode`'s where there is any."""
+    if data.startswith(b"\x93NUMPY"):
+        shape = np.load(io.BytesIO(data)).shape
+        return (shape[1], shape[2]) if shape[0] == 13 else (shape[0], shape[1])
+    if data[:2] in (b"II", b"MM"):
+        with tifffile.TiffFile(io.BytesIO(data)) as file:
+            return file.pages.first.imagelength, file.pages.first.imagewidth
+    picture = Image.open(io.BytesIO(data))
+    return picture.height, picture.width
+
+
+def test_300_mutated_files(recwarn):
+    """No crash, no hang, and what is read has the size that the file states, its channels, and makes a sample."""
+    wide = GENERATOR.integers(0, 256, size=(40, 50, 3), dtype=np.uint8)
+    deep = GENERATOR.integers(0, 65536, size=(13, 40, 50), dtype=np.uint16)
+    whole = [
+        *((saved(wide, kind), 3) for kind in ("PNG", "JPEG", "BMP", "GIF", "WEBP", "PPM", "TIFF", "JPEG2000")),
+        (tiff(deep), 13), (tiff(np.moveaxis(deep, 0, 2), planarconfig="contig", compression="zlib"), 13),
+        (tiff(deep[:3], "rgb", planarconfig="separate", tile=(16, 16)), 3), (npy(deep), 13),
+    ]  # fmt: skip
+    transform, read, generator = transforms.pretrain_transform(16), 0, np.random.default_rng(1)
+    for number in range(300):
+        data, in_chans = whole[number % len(whole)]
+        mutated = bytearray(data)
+        reach = len(mutated) if number % 2 else min(len(mutated), 200)  # every other file in its header
+        for place in generator.integers(reach, size=1 + number % 4):
+            mutated[place] = generator.integers(256)
+        signal.alarm(20)
+        try:
+            picture = decode(bytes(mutated), in_chans)
+        except BadImage as error:
+            assert "\n" not in str(error)
+        else:
+            read += 1
+            assert size_of(picture) == declared_size(bytes(mutated))
+            assert pixels_of(picture).shape == (*size_of(picture), in_chans)
+            assert transform(picture).shape == (in_chans, 16, 16)
+        finally:
+            signal.alarm(0)
+    assert 30 < read < 270
+
+
+def test_the_limit_is_pillows():
+    assert MAX_PIXELS == 2 * Image.MAX_IMAGE_PIXELS

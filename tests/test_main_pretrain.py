@@ -202,7 +202,7 @@ def test_wrong_inputs_are_answered_in_sentences(pretrain, pictures, tmp_path, ca
     assert "--data_path: no images under" in said(*here, "--data_path", tmp_path / "empty")
     assert "lower --batch_size" in said(*here, "--batch_size", "25")
     assert "multiples of --patch_size" in said(*here, "--input_size", "18")
-    assert "--in_chans 5" in said(*here, "--in_chans", "5")
+    assert "it has 3 channels, and --in_chans is 5" in said(*here, "--in_chans", "5")
     assert "--mean has 2 values for 3 channels" in said(*here, "--mean", "0.5", "0.5")
     assert "mask_ratio 0.99 keeps 0 of 16 patches" in said(*here, "--mask_ratio", "0.99")
     assert "already holds a run" in said(*here, "--output_dir", out)
@@ -236,7 +236,7 @@ def test_a_file_that_is_no_image_is_named(tmp_path, capsys, monkeypatch, workers
     argv = ["--data_path", folder, "--output_dir", tmp_path / "out", "--model", "mae_vit_mini_patch4", "--input_size",
             "16", "--batch_size", "5", "--num_workers", workers, "--epochs", "1"]  # fmt: skip
     said = fails(capsys, monkeypatch, *argv)
-    assert f"error: {folder / 'broken.jpg'}: can't be read as an image" in said
+    assert f"error: {folder / 'broken.jpg'}: the file is not an image of a known format" in said
 
 
 def test_the_script_itself_exits_with_a_sentence(tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from util.masking import noise_from_mask
+from util.masking import block_mask, grid_mask, noise_from_mask, random_mask
 
 
 def test_every_form_of_a_mask_means_the_same():
@@ -32,3 +32,42 @@ def test_one_pixel_removes_its_patch():
 def test_impossible_masks(mask, message):
     with pytest.raises(ValueError, match=message):
         noise_from_mask(mask, (2, 2), (4, 4))
+
+
+@pytest.mark.parametrize("sampler", [random_mask, block_mask])
+@pytest.mark.parametrize("ratio", [0.5, 0.75])
+def test_samplers_remove_their_share_in_every_image(sampler, ratio):
+    generator = torch.Generator().manual_seed(0)
+    masks = sampler(200, (14, 12), ratio, generator)
+    assert masks.dtype == torch.bool
+    assert set((~masks).flatten(1).sum(dim=1).tolist()) == {int(168 * (1 - ratio))}
+    assert len(torch.unique(masks.flatten(1), dim=0)) > 190
+    assert torch.equal(sampler(200, (14, 12), ratio, torch.Generator().manual_seed(0)), masks)
+    often = masks.float().mean(dim=0)
+    if sampler is random_mask:
+        assert (often - ratio).abs().max() < 0.14  # four standard deviations
+    assert often.amax(dim=0).min() > 0.1  # blocks reach every column and row
+    assert often.amax(dim=1).min() > 0.1
+
+
+def neighbours_alike(masks):
+    return (masks[:, :, 1:] == masks[:, :, :-1]).float().mean().item()
+
+
+def test_blocks_hang_together():
+    generator = torch.Generator().manual_seed(0)
+    scattered = neighbours_alike(random_mask(100, (14, 14), 0.5, generator))
+    assert scattered == pytest.approx(0.5, abs=0.02)
+    assert neighbours_alike(block_mask(100, (14, 14), 0.5, generator)) > 0.8
+
+
+def test_the_grid_keeps_one_of_four():
+    masks = grid_mask(2, (4, 6))
+    assert masks.shape == (2, 4, 6)
+    assert (~masks[1]).nonzero().tolist() == [[0, 0], [0, 2], [0, 4], [2, 0], [2, 2], [2, 4]]
+
+
+def test_models_take_what_samplers_make(mini_mae):
+    imgs = torch.rand(3, 1, 16, 16)
+    for mask in (random_mask(3, (4, 4), 0.75), block_mask(3, (4, 4), 0.75), grid_mask(3, (4, 4))):
+        assert torch.equal(mini_mae(imgs, mask=mask)[2], mask.flatten(1).float())

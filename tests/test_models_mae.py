@@ -324,3 +324,27 @@ def test_loss_is_fp32_under_autocast():
         loss, pred, _ = model(imgs)
     assert loss.dtype == torch.float32
     assert pred.dtype == torch.bfloat16
+
+
+def test_a_transposed_image_through_a_transposed_model_gives_the_transposed_result():
+    sizes = {"in_chans": 2, "embed_dim": 32, "depth": 2, "num_heads": 2, "decoder_embed_dim": 16,
+             "decoder_depth": 1, "decoder_num_heads": 2}  # fmt: skip
+    model = MaskedAutoencoderViT(img_size=(12, 20), patch_size=(4, 2), **sizes)
+    other = MaskedAutoencoderViT(img_size=(20, 12), patch_size=(2, 4), **sizes)
+    weights = model.state_dict()
+    weights["patch_embed.proj.weight"] = weights["patch_embed.proj.weight"].transpose(2, 3)
+    for name in ("decoder_pred.weight", "decoder_pred.bias"):
+        weights[name] = weights[name].unflatten(0, (4, 2, 2)).transpose(0, 1).flatten(0, 2)
+    for name in ("pos_embed", "decoder_pos_embed"):
+        patches = weights[name][:, 1:].unflatten(1, (3, 10)).transpose(1, 2).flatten(1, 2)
+        weights[name] = torch.cat([weights[name][:, :1], patches], dim=1)
+        # Half of the channels tell the column, half the row: they change places in the transposed model's own table.
+        torch.testing.assert_close(other.get_parameter(name), weights[name].roll(weights[name].shape[2] // 2, dims=2))
+    other.load_state_dict(weights)
+    imgs, noise = torch.randn(2, 2, 12, 20), torch.rand(2, 30)
+    turned = noise.unflatten(1, (3, 10)).transpose(1, 2).flatten(1)
+    loss, pred, mask = model(imgs, noise=noise)
+    loss_t, pred_t, mask_t = other(imgs.transpose(2, 3), noise=turned)
+    torch.testing.assert_close(loss_t, loss)
+    torch.testing.assert_close(other.unpatchify(pred_t), model.unpatchify(pred).transpose(2, 3))
+    assert torch.equal(mask_t, mask.unflatten(1, (3, 10)).transpose(1, 2).flatten(1))

@@ -1,25 +1,190 @@
-"""From an image file's bytes to pixels."""
+"""From an image file's bytes to pixels.
+
+A decoded image is a Pillow picture where it has 8 bits and one or three channels, so that the classic transforms apply
+bit for bit. Else it is a tensor (c, H, W): uint8, or float32 with 16-bit values scaled to 0 to 1 and float values as
+they are.
+"""
 
 import io
+import logging
+from typing import Any
 
-from PIL import Image
+import numpy as np
+import tifffile
+import torch
+from PIL import Image, UnidentifiedImageError
+from tifffile import EXTRASAMPLE, PHOTOMETRIC
+from torch import Tensor
 
+Picture = Image.Image | Tensor
+
+# The formats that are read, by Pillow's names. It knows more, for some of which it starts other programs.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "PPM", "TIFF", "JPEG2000", "AVIF")
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".pbm", ".pnm",
+            ".tif", ".tiff", ".jp2", ".avif", ".npy")  # fmt: skip
 MODES = {1: "L", 3: "RGB"}
-DEEP = {"I", "F", "I;16", "I;16L", "I;16B", "I;16N"}  # Pillow would clip these to 255
+LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R 601-2, as Pillow's own conversion from colour to grey
+MAX_PIXELS = 178_956_970  # Pillow's limit, kept for all formats: small files could fill the memory when decoded
+MAX_CHANNELS = 4096
+ALPHA = (EXTRASAMPLE.ASSOCALPHA, EXTRASAMPLE.UNASSALPHA)
+
+logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what it reports of a damaged file is raised here
 
 
-def decode(data: bytes, in_chans: int) -> Image.Image:
-    """An image file's bytes -> a picture of `in_chans` channels: 1 is grey, 3 is RGB.
+class BadImage(ValueError):
+    """What a data set holds at some place can't be made into the image that is wanted."""
+
+
+def decode(data: bytes | Picture, in_chans: int) -> Picture:
+    """An image file's bytes, or an image that a library has opened -> a picture of `in_chans` channels.
+
+    Grey becomes colour by repetition and colour grey by luminance; what is transparent is laid over white; CMYK goes
+    through Pillow's conversion. Other numbers of channels must be the file's own. Of several frames the first counts,
+    but TIFF pages of one channel each, if there are `in_chans` of them, are its channels.
 
     Raises:
-        ValueError: the bytes are no image, damaged, too large, or of a kind that has no such channels.
+        BadImage: not an image, damaged, too large, or of another number of channels.
     """
-    if in_chans not in MODES:
-        raise ValueError(f"--in_chans {in_chans}: image files can be read as 1 (grey) or 3 (RGB) channels")
     try:
-        picture = Image.open(io.BytesIO(data))
-        if picture.mode in DEEP:
-            raise ValueError(f"pixels of more than 8 bits (Pillow's mode {picture.mode}) can't be read yet")
+        return fit_channels(read(data, in_chans) if isinstance(data, bytes) else data, in_chans)
+    except BadImage:
+        raise
+    except Exception as error:  # decoders raise whatever damaged bytes lead them to
+        raise BadImage(f"can't be read as an image ({type(error).__name__}: {' '.join(str(error).split())})") from error
+
+
+def read(data: bytes, in_chans: int) -> Picture:
+    """The image as its file has it; `in_chans` tells what several TIFF pages mean. Raises what decoders raise."""
+    if data.startswith(b"\x93NUMPY"):
+        return _read_npy(data, in_chans)
+    if data.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
+        return _read_tiff(data, in_chans)
+    return _read_with_pillow(data)
+
+
+def fit_channels(picture: Picture, in_chans: int) -> Picture:
+    """A picture with the given number of channels, as `decode` describes; raises BadImage where it has others."""
+    if isinstance(picture, Tensor):
+        return _fit_tensor(picture, in_chans)
+    if in_chans in MODES:
+        if picture.has_transparency_data:
+            picture = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
         return picture.convert(MODES[in_chans])
-    except Exception as error:  # Pillow raises whatever damaged bytes lead it to; above 178 million pixels, it refuses
-        raise ValueError(f"can't be read as an image: {error}") from error
+    if picture.mode == "P":
+        picture = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
+    return _fit_tensor(_tensor(np.atleast_3d(np.asarray(picture))), in_chans)
+
+
+def size_of(picture: Picture) -> tuple[int, int]:
+    """(height, width)."""
+    return (picture.shape[1], picture.shape[2]) if isinstance(picture, Tensor) else (picture.height, picture.width)
+
+
+def _fit_tensor(picture: Tensor, in_chans: int) -> Picture:
+    own = len(picture)
+    if own not in (in_chans, *MODES) or (own != in_chans and in_chans not in MODES):
+        raise BadImage(f"it has {own} channel{'s' * (own > 1)}, and --in_chans is {in_chans}")
+    if picture.dtype == torch.uint8 and own in MODES:
+        pixels = picture.permute(1, 2, 0).contiguous().numpy()
+        return Image.fromarray(pixels[:, :, 0] if own == 1 else pixels).convert(MODES[in_chans])
+    if (own, in_chans) == (3, 1):
+        return (picture * torch.tensor(LUMINANCE).view(3, 1, 1)).sum(dim=0, keepdim=True)
+    return picture.expand(in_chans, -1, -1)
+
+
+def _check_size(height: int, width: int) -> None:
+    if height * width > MAX_PIXELS:
+        raise BadImage(f"its {width} x {height} pixels are more than the {MAX_PIXELS:,} that are decoded")
+
+
+def _read_with_pillow(data: bytes) -> Picture:
+    try:
+        picture = Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError:
+        raise BadImage("the file is not an image of a known format" if data else "the file is empty") from None
+    except Image.DecompressionBombError as error:
+        raise BadImage(f"too large to decode: {error}") from None
+    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PPM", "PNG")):
+        pixels = np.array(picture, dtype=np.uint16)
+        if "transparency" in picture.info:  # one grey value
+            pixels[pixels == picture.info["transparency"]] = 65535
+        return _tensor(pixels[:, :, None])
+    if picture.mode in ("I", "F"):
+        raise BadImage("it has 32 bits a pixel, whose range is unknown; save it as float32 in a .npy or TIFF file")
+    return picture
+
+
+def _read_npy(data: bytes, in_chans: int) -> Tensor:
+    """(H, W), or (H, W, c) or (c, H, W), whichever has `in_chans` channels, else 1 or 3 of them."""
+    stream = io.BytesIO(data)
+    version = np.lib.format.read_magic(stream)
+    if version not in ((1, 0), (2, 0)):
+        raise BadImage(f"a .npy file of version {version} is no plain array")
+    header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran_order, dtype = header(stream)
+    if len(shape) not in (2, 3) or min(shape) < 1:
+        raise BadImage(f"an array of shape {shape} is no image: it must be (H, W), (H, W, c) or (c, H, W)")
+    if dtype.hasobject:
+        raise BadImage("an array of Python objects is no image")
+    axis = None
+    if len(shape) == 3:
+        fitting = [a for sizes in ((in_chans,), MODES) for a in (2, 0) if shape[a] in sizes]
+        if not fitting:
+            raise BadImage(f"an array of shape {shape} has no {in_chans} channels, neither last nor first")
+        axis = fitting[0]
+    _check_size(*(size for a, size in enumerate(shape) if a != axis))
+    count = int(np.prod(shape, dtype=object))
+    if stream.tell() + count * dtype.itemsize > len(data):
+        raise BadImage("the file is truncated")
+    array = np.frombuffer(data, dtype, count, offset=stream.tell()).reshape(shape, order="F" if fortran_order else "C")
+    return _tensor(array[:, :, None] if axis is None else np.moveaxis(array, axis, 2))
+
+
+def _read_tiff(data: bytes, in_chans: int) -> Picture:
+    """What Pillow knows of 8 bits by Pillow; deeper pixels, which it would cut to 8 bits, and channels by tifffile."""
+    with tifffile.TiffFile(io.BytesIO(data)) as file:
+        page = file.pages.first
+        _check_size(page.imagelength, page.imagewidth)
+        if page.samplesperpixel > MAX_CHANNELS or page.imagedepth > 1:
+            raise BadImage(f"a TIFF file of {page.samplesperpixel} channels and {page.imagedepth} levels is no image")
+        plain = page.photometric in (PHOTOMETRIC.MINISBLACK, PHOTOMETRIC.MINISWHITE, PHOTOMETRIC.RGB)
+        channels_are_pages = page.samplesperpixel == 1 and in_chans > 1 and len(file.pages) == in_chans
+        of_pillow = page.bitspersample <= 8 and page.samplesperpixel <= 4 and set(page.extrasamples) <= set(ALPHA)
+        if not plain or page.bitspersample < 8 or (of_pillow and not channels_are_pages):
+            return _read_with_pillow(data)
+        pages: Any = file.pages if channels_are_pages else [page]
+        pixels = np.concatenate([_page_pixels(p, len(data)) for p in pages], axis=2)
+    return _tensor(pixels) if pixels.shape[2] == in_chans else _over_white(_tensor(pixels), page.extrasamples)
+
+
+def _page_pixels(page: tifffile.TiffPage, num_bytes: int) -> np.ndarray:
+    """(H, W, c); tifffile would fill what a truncated file lacks with zeros."""
+    if any(at + size > num_bytes or not size for at, size in zip(page.dataoffsets, page.databytecounts, strict=True)):
+        raise BadImage("the file is truncated")
+    pixels = page.asarray()
+    if page.photometric == PHOTOMETRIC.MINISWHITE and pixels.dtype.kind == "u":
+        pixels = np.iinfo(pixels.dtype).max - pixels
+    pixels = np.moveaxis(pixels, 0, 2) if page.axes == "SYX" else pixels
+    return pixels.reshape(page.imagelength, page.imagewidth, page.samplesperpixel)
+
+
+def _over_white(picture: Tensor, extrasamples: tuple[int, ...]) -> Tensor:
+    """Lays a picture whose last channel is its alpha over white."""
+    if len(extrasamples) != 1 or extrasamples[0] not in ALPHA or picture.dtype == torch.uint8:
+        return picture
+    colour, alpha = picture[:-1], picture[-1:]
+    return (colour if extrasamples[0] == EXTRASAMPLE.ASSOCALPHA else colour * alpha) + (1 - alpha)
+
+
+def _tensor(pixels: np.ndarray) -> Tensor:
+    """(H, W, c) as a file has it -> (c, H, W), uint8 or float32."""
+    if pixels.dtype.kind == "u" and pixels.dtype.itemsize == 2:  # in either byte order
+        pixels = pixels.astype(np.float32) / 65535
+    elif pixels.dtype.kind == "f":
+        pixels = pixels.astype(np.float32)
+        if not np.isfinite(pixels).all():
+            raise BadImage("it holds values that are not finite")
+    elif pixels.dtype != np.uint8:
+        raise BadImage(f"the range of its {pixels.dtype} pixels is unknown; save them as uint8, uint16 or float32")
+    return torch.from_numpy(np.array(np.moveaxis(pixels, 2, 0), order="C"))

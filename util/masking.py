@@ -1,4 +1,10 @@
-"""Which patches are removed. Everywhere: 0 (False) is kept, 1 (True) is removed."""
+"""Which patches are removed. Everywhere: 0 (False) is kept, 1 (True) is removed.
+
+The three samplers that the paper compares (section 4.1 and figure 6) make masks (B, rows, columns) for the models'
+`mask=`. Training needs none of them: the model draws the random one itself.
+"""
+
+import math
 
 import torch
 from torch import Tensor
@@ -38,3 +44,49 @@ def noise_from_mask(mask: Tensor, grid_size: tuple[int, int], patch_size: tuple[
     if num_kept == 0:
         raise ValueError("a mask must keep at least one patch")
     return removed.float(), num_kept
+
+
+def random_mask(
+    batch_size: int, grid_size: tuple[int, int], mask_ratio: float, generator: torch.Generator | None = None
+) -> Tensor:
+    """Patches drawn without replacement, as the model itself draws them -> bool (B, rows, columns)."""
+    noise = torch.rand(batch_size, math.prod(grid_size), generator=generator)
+    removed = noise.argsort(dim=1).argsort(dim=1) >= _num_kept(grid_size, mask_ratio)
+    return removed.unflatten(1, grid_size)
+
+
+def block_mask(
+    batch_size: int, grid_size: tuple[int, int], mask_ratio: float, generator: torch.Generator | None = None
+) -> Tensor:
+    """Large random rectangles, as BEiT draws them (Bao et al. 2021, algorithm 1) -> bool (B, rows, columns).
+
+    Blocks of 16 patches at least and sides of 3:10 to 10:3 are added until the share is reached; the last one is cut
+    off row by row, so that every image keeps as many patches.
+    """
+    rows, columns = grid_size
+    num_removed = rows * columns - _num_kept(grid_size, mask_ratio)
+    masks = torch.zeros(batch_size, rows, columns, dtype=torch.bool)
+    for mask in masks:
+        while (left := num_removed - int(mask.sum())) > 0:
+            share, log_ratio, down, right = torch.rand(4, generator=generator).tolist()
+            area = 16 + share * max(0, left - 16)
+            ratio = math.exp((2 * log_ratio - 1) * math.log(10 / 3))
+            height = min(rows, max(1, round(math.sqrt(area * ratio))))
+            width = min(columns, max(1, round(math.sqrt(area / ratio))))
+            top, start = int(down * (rows - height + 1)), int(right * (columns - width + 1))
+            block = torch.zeros_like(mask)
+            block[top : top + height, start : start + width] = True
+            new = (block & ~mask).flatten().nonzero()[:left, 0]
+            mask.view(-1)[new] = True
+    return masks
+
+
+def grid_mask(batch_size: int, grid_size: tuple[int, int], step: int = 2) -> Tensor:
+    """Keeps one patch of every `step` x `step`, the first, of four in the paper -> bool (B, rows, columns)."""
+    mask = torch.ones(grid_size, dtype=torch.bool)
+    mask[::step, ::step] = False
+    return mask.expand(batch_size, -1, -1)
+
+
+def _num_kept(grid_size: tuple[int, int], mask_ratio: float) -> int:
+    return int(math.prod(grid_size) * (1 - mask_ratio))  # truncated, as `MaskedAutoencoderViT.random_masking` does

@@ -3,18 +3,18 @@
 from collections.abc import Callable, Sequence
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torchvision import transforms as T
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
+from util.decode import Picture, size_of
 from util.pos_embed import Size, to_pair
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-Transform = Callable[[Image.Image], Tensor]
+Transform = Callable[[Picture], Tensor]
 
 
 def channel_statistics(
@@ -36,8 +36,13 @@ def channel_statistics(
     return choose("--mean", mean, IMAGENET_MEAN), choose("--std", std, IMAGENET_STD)
 
 
+def to_unit_range(imgs: Tensor) -> Tensor:
+    """uint8 images to 0 to 1; those of deeper files are float already, and stay in their own range."""
+    return imgs.float() / 255 if imgs.dtype == torch.uint8 else imgs
+
+
 class Normalize(nn.Module):
-    """uint8 images (B, c, H, W) to normalised fp32 ones, on their device; and pixels back to 0 to 1."""
+    """Images (B, c, H, W), uint8 or float, to normalised fp32 ones, on their device; and pixels back to 0 to 1."""
 
     mean: Tensor
     std: Tensor
@@ -48,7 +53,7 @@ class Normalize(nn.Module):
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(-1, 1, 1))
 
     def forward(self, imgs: Tensor) -> Tensor:
-        return (imgs.float() / 255 - self.mean) / self.std
+        return (to_unit_range(imgs) - self.mean) / self.std
 
     def inverse(self, imgs: Tensor) -> Tensor:
         """Normalised images -> values in 0 to 1, clipped."""
@@ -72,9 +77,14 @@ def pretrain_transform(input_size: Size, crop_scale: Sequence[float] = (0.2, 1.0
         [
             T.RandomResizedCrop(to_pair(input_size), tuple(crop_scale), interpolation=InterpolationMode.BICUBIC),
             T.RandomHorizontalFlip(hflip),
-            T.PILToTensor(),
+            to_tensor,
         ]
     )
+
+
+def to_tensor(picture: Picture) -> Tensor:
+    """A decoded picture as it is, as a tensor (c, H, W)."""
+    return picture if isinstance(picture, Tensor) else TF.pil_to_tensor(picture)
 
 
 def eval_transform(input_size: Size) -> Transform:
@@ -83,13 +93,14 @@ def eval_transform(input_size: Size) -> Transform:
     crop_ratio = 1.0 if height == width > 224 else 0.875
     scaled = (int(height / crop_ratio), int(width / crop_ratio))
 
-    def transform(picture: Image.Image) -> Tensor:
+    def transform(picture: Picture) -> Tensor:
         if scaled[0] == scaled[1]:
             size: list[int] = [scaled[0]]  # torchvision's rounding, the published numbers'
         else:
-            factor = max(scaled[0] / picture.height, scaled[1] / picture.width)
-            size = [max(scaled[0], round(picture.height * factor)), max(scaled[1], round(picture.width * factor))]
+            own_height, own_width = size_of(picture)
+            factor = max(scaled[0] / own_height, scaled[1] / own_width)
+            size = [max(scaled[0], round(own_height * factor)), max(scaled[1], round(own_width * factor))]
         picture = TF.resize(picture, size, interpolation=InterpolationMode.BICUBIC)
-        return TF.pil_to_tensor(TF.center_crop(picture, [height, width]))
+        return to_tensor(TF.center_crop(picture, [height, width]))
 
     return transform
