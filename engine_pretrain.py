@@ -4,7 +4,6 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
 
 from util import loop
 from util.transforms import Normalize
@@ -12,7 +11,7 @@ from util.transforms import Normalize
 
 def train_one_epoch(
     model: nn.Module,
-    data_loader: DataLoader,
+    data_loader: loop.Loader,
     optimizer: Optimizer,
     *,
     mask_ratio: float,
@@ -23,7 +22,7 @@ def train_one_epoch(
 
     Args:
         model: called as `MaskedAutoencoderViT` is.
-        data_loader: batches of uint8 images (B, c, H, W), labels (unused) and noise (B, N) that chooses the masks.
+        data_loader: batches of images (B, c, H, W), labels (unused), and noise (B, N) that chooses the masks.
         normalize: images to the model's input, on the device.
         loop_options: of `util.loop.run_epoch`.
     """

@@ -23,7 +23,7 @@ from timm.optim import param_groups_weight_decay
 
 import models_mae
 from engine_pretrain import train_one_epoch
-from util import cli, datasets, dist, lr_sched, pictures, runlog, runstate, transforms, weights
+from util import cli, datasets, dist, loader, lr_sched, pictures, runlog, runstate, transforms, weights
 from util.loop import NonFiniteGuard
 from util.precision import Precision
 
@@ -58,15 +58,17 @@ def main(args: Namespace) -> None:
         weights.init_mae(model, args.init_from)
     model.to(device)
 
-    source = datasets.open_source(args.data_path, "train")
-    drawn = {"in_chans": args.in_chans, "seed": args.seed, "num_noise": model.num_patches}
-    augment = transforms.pretrain_transform(args.input_size, args.crop_scale, args.hflip)
-    samples = datasets.Samples(source, augment, **drawn)
-    examples = datasets.examples(
-        datasets.Samples(source, transforms.eval_transform(args.input_size), **drawn), EXAMPLES
+    source = datasets.open_source(
+        "train", args.data_path, args.train_list, args.dataset, download=args.download, num_images=args.num_images
     )
+    drawn = {"in_chans": args.in_chans, "seed": args.seed, "num_noise": model.num_patches,
+             "on_bad_image": args.on_bad_image}  # fmt: skip
+    samples = loader.Samples(
+        source, transforms.pretrain_transform(args.input_size, args.crop_scale, args.hflip), **drawn
+    )
+    examples = loader.examples(loader.Samples(source, transforms.eval_transform(args.input_size), **drawn), EXAMPLES)
     pin_memory = args.pin_mem and device.type == "cuda"
-    loader = datasets.train_loader(samples, args.batch_size, args.seed, args.num_workers, pin_memory)
+    batches = loader.TrainLoader(samples, args.batch_size, args.seed, args.num_workers, pin_memory)
     normalize = transforms.Normalize(*transforms.channel_statistics(args.in_chans, args.mean, args.std)).to(device)
 
     global_batch_size = args.batch_size * dist.world_size()
@@ -86,7 +88,7 @@ def main(args: Namespace) -> None:
     saver = runstate.open_saver(
         output_dir, collect, progress, epochs=args.epochs, save_every=args.save_every, save_minutes=args.save_minutes
     )
-    first_x = int(1000 * (progress.epoch + progress.first_step / len(loader)))
+    first_x = int(1000 * (progress.epoch + progress.first_step / len(batches)))
     step_options = {
         "schedule": schedule,
         "precision": precision,
@@ -104,7 +106,7 @@ def main(args: Namespace) -> None:
             meters = runlog.Meters(**progress.meters)
             train_one_epoch(
                 wrapped,
-                loader,
+                batches,
                 optimizer,
                 mask_ratio=args.mask_ratio,
                 normalize=normalize,
@@ -116,7 +118,7 @@ def main(args: Namespace) -> None:
             )
             progress.next_epoch()
             # The line first: a run stopped between the two writes that epoch, and its line, again.
-            log.end_epoch(meters.means())
+            log.end_epoch(meters.means() | batches.counts())
             saver.save_epoch(epoch)
             if args.vis_every and dist.is_main() and (epoch % args.vis_every == 0 or epoch == args.epochs - 1):
                 images, _, noise = examples

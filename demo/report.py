@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
-from torchvision.transforms.functional import pil_to_tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the demo runs from a clone
 
@@ -22,7 +21,8 @@ import matplotlib.pyplot as plt
 
 import models_mae
 from inference.model import LoadedMAE, load_mae
-from util import datasets, pictures
+from util import datasets, loader, pictures
+from util.transforms import to_tensor
 
 PICTURES = 8
 STRENGTHS = (0.1, 1.0)  # inverse regularisation; held-out training images choose for each row
@@ -32,11 +32,11 @@ ITERATIONS = 100
 
 def read_images(loaded: LoadedMAE, data_path: str, split: str) -> tuple[torch.Tensor, np.ndarray]:
     """All images of a split, uint8 (n, c, H, W), and their labels (n,)."""
-    source = datasets.open_source(data_path, split)
+    source = datasets.open_source(split, data_path)
     # As they are: they have the model's size, and the usual centre crop would cut their borders off.
-    samples = datasets.Samples(source, pil_to_tensor, in_chans=loaded.settings["in_chans"], seed=0)
-    images, labels, _ = zip(*(samples[0, index] for index in range(len(samples))), strict=True)
-    return torch.stack(images), np.array(labels)
+    samples = loader.Samples(source, to_tensor, in_chans=loaded.settings["in_chans"], seed=0)
+    made = [samples[0, index] for index in range(len(samples))]
+    return torch.stack([sample.image for sample in made]), np.array([sample.label for sample in made])
 
 
 @torch.inference_mode()

@@ -22,13 +22,18 @@ ARROWS = {
     r"util\.runstate": r"util\.(checkpoint|dist)",
     r"util\.runlog": r"util\.dist",
     r"util\.weights": r"util\.(dist|pos_embed|checkpoint)",
-    r"util\.datasets": r"util\.(dist|transforms|decode)",
+    r"util\.datasets": r"util\.(cli|archives|decode|library_sets|loader|sources|transforms)",
+    r"util\.loader": r"util\.(dist|decode|library_sets|sources|transforms)",
+    r"util\.library_sets": r"util\.(dist|archives|decode|sources)",
+    r"util\.archives": r"util\.(decode|sources)",
+    r"util\.sources": r"util\.decode",
     r"util\.pictures": r"util\.transforms",
     r"util\.transforms": r"util\.(pos_embed|decode)",
     r"util\.\w+": r"",  # the rest are leaves
 }
 # Optional packages, each imported in one file only.
-OPTIONAL = {"gradio", "onnx", "onnxruntime", "onnxscript", "transformers", "torchcodec", "datasets", "submitit"}
+OPTIONAL = {"gradio", "onnx", "onnxruntime", "onnxscript", "transformers", "torchcodec", "datasets", "submitit",
+            "webdataset"}  # fmt: skip
 
 
 def modules() -> dict[str, Path]:

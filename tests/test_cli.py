@@ -72,7 +72,7 @@ def test_help_teaches_every_flag(capsys):
         (["--input_size", "1", "2", "3"], "--input_size: takes one number or two"),
         (["--clip_grad", "-1"], "--clip_grad: must be above 0"),
         (["--std", "0"], "--std: must be above 0"),
-        (["--mean", "123.7"], r"--mean: must be in \[0, 1\]"),
+        (["--hflip", "2"], r"--hflip: must be in \[0, 1\]"),
         (["--seed", "-1"], r"--seed: must be in \[0, 2\^32\)"),
         (["--blr=-1e-3"], "--blr: must not be negative"),
         (["--epoch", "3"], "unrecognized arguments: --epoch"),

@@ -4,26 +4,24 @@ import math
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset
 
 from util import loop
-from util.datasets import EpochBatches
+from util.loader import EpochBatches
 from util.precision import Precision
 from util.runlog import Meters, NullLog
 from util.runstate import NullSaver
 
 
-class Numbers(Dataset):
-    """28 samples of 3 numbers, asked for as (epoch, index)."""
+class Numbers(EpochBatches):
+    """Batches of 28 samples of 3 numbers."""
 
-    def __init__(self):
+    def __init__(self, batch_size):
+        super().__init__(28, batch_size, seed=0)
         self.values = torch.randn(28, 3)
 
-    def __len__(self):
-        return 28
-
-    def __getitem__(self, place):
-        return self.values[place[1]]
+    def __iter__(self):
+        for batch in super().__iter__():
+            yield torch.stack([self.values[index] for _, index in batch])
 
 
 class RecordingSaver(NullSaver):
@@ -38,7 +36,7 @@ class RecordingSaver(NullSaver):
 def train(batch_size=4, accum_iter=1, lr=0.1, spoil=lambda step, loss: loss, policy="abort", saver=None, guard=None,
           **options):  # fmt: skip
     torch.manual_seed(0)
-    samples = Numbers()
+    batches = Numbers(batch_size)
     model = torch.nn.Linear(3, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, fused=True)
     seen, moments = [], []
@@ -52,9 +50,8 @@ def train(batch_size=4, accum_iter=1, lr=0.1, spoil=lambda step, loss: loss, pol
         return lr
 
     meters = Meters()
-    loader = DataLoader(samples, batch_sampler=EpochBatches(len(samples), batch_size, seed=0))
     loop.run_epoch(
-        compute_loss, model, loader, optimizer,
+        compute_loss, model, batches, optimizer,
         epoch=3, schedule=schedule, precision=Precision("off", torch.device("cpu")), accum_iter=accum_iter,
         guard=guard or loop.NonFiniteGuard(policy),
         meters=meters, log=NullLog(), saver=saver or NullSaver(), **options,
@@ -65,7 +62,7 @@ def train(batch_size=4, accum_iter=1, lr=0.1, spoil=lambda step, loss: loss, pol
 def reference_run(groups, seen, lr=0.1):
     """The same training, each group in one batch."""
     torch.manual_seed(0)
-    Numbers()
+    Numbers(4)
     model = torch.nn.Linear(3, 1)
     losses = []
     for group in groups:
@@ -102,7 +99,7 @@ def test_starts_in_the_middle():
 def test_clip_grad_bounds_the_step():
     model, _, _, _ = train(batch_size=28, clip_grad=1e-3, lr=1.0)
     torch.manual_seed(0)
-    Numbers()
+    Numbers(4)
     start = torch.nn.Linear(3, 1)
     step = torch.cat([(a - b).flatten() for a, b in zip(model.parameters(), start.parameters(), strict=True)])
     assert step.norm().item() == pytest.approx(1e-3, rel=1e-3)

@@ -1,6 +1,7 @@
 """Pictures of tensors."""
 
 import numpy as np
+import pytest
 import torch
 
 from util import pictures
@@ -28,3 +29,11 @@ def test_reconstruction_shows_the_models_own_pictures(mini_mae):
     pasted = mini_mae.reconstruct(normalize(images), 0.5, noise=noise).pasted
     expected = (normalize.inverse(pasted)[1, 0] * 255).round().to(torch.uint8)
     assert np.array_equal(picture[-16:, -16:, 0], expected)
+
+
+@pytest.mark.parametrize(("channels", "shown"), [(1, 1), (2, 1), (3, 3), (13, 3)])
+def test_other_channel_counts_show_the_first(channels, shown):
+    images = torch.rand(2, channels, 4, 5)
+    picture = pictures.tile([images, images], lambda x: x)
+    assert picture.shape == (2 * 4 + pictures.GAP, 2 * 5 + pictures.GAP, shown)
+    assert np.array_equal(picture[:4, :5], (images[0, :shown].permute(1, 2, 0) * 255).round().byte())

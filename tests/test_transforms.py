@@ -70,6 +70,13 @@ def test_normalize_and_back():
     torch.testing.assert_close(normalize.inverse(normalize(imgs)), imgs.float() / 255)
 
 
+def test_statistics_in_0_to_255_are_noticed():
+    normalize = transforms.Normalize([123.7], [58.4])
+    with pytest.raises(ValueError, match=r"--mean 123.7: pixels of 8 bits count as 0 to 1; divide"):
+        normalize(torch.zeros(1, 1, 2, 2, dtype=torch.uint8))
+    assert normalize(torch.full((1, 1, 2, 2), 123.7)).abs().max() < 1e-6  # a float image has its own range
+
+
 def test_statistics_of_other_channel_counts():
     mean, std = transforms.channel_statistics(5)
     assert mean == pytest.approx([(0.485 + 0.456 + 0.406) / 3] * 5)

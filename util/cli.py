@@ -138,20 +138,45 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 def add_data_options(parser: argparse.ArgumentParser) -> None:
     """What the samples are."""
     group = parser.add_argument_group("data")
-    group.add_argument("--data_path", metavar="DIR", help="folder of images, flat or nested, or one with train/ in it")
+    group.add_argument(
+        "--data_path", metavar="PATH",
+        help="folder of images, flat or nested, or one with train/ in it; or a tar or zip file of such a folder",
+    )  # fmt: skip
+    add_source_options(group)
+    group.add_argument(
+        "--on_bad_image", default="error", choices=("error", "skip"),
+        help="where an image can't be read: end the run, or take another in its place, up to a tenth of an epoch's",
+    )  # fmt: skip
     group.add_argument(
         "--input_size", default=224, type=positive_int, nargs="+", action=_Size, metavar=("H", "W"),
         help="pixels of a side, or height and width",
     )  # fmt: skip
-    group.add_argument("--in_chans", default=3, type=positive_int, metavar="C", help="channels: 3 is RGB, 1 is grey")
-    group.add_argument("--mean", type=share, nargs="+", metavar="M", help="of each channel, 0 to 1; None is ImageNet's")
+    group.add_argument("--mean", type=float, nargs="+", metavar="M", help="of each channel, 0 to 1; None is ImageNet's")
     group.add_argument(
         "--std", type=positive, nargs="+", metavar="S", help="of each channel, 0 to 1; None is ImageNet's"
     )
+    _add_switch(group, "pin_mem", True, "load into pinned memory, which a GPU reads faster")
+
+
+def add_source_options(group: argparse._ActionsContainer) -> None:
+    """Where images come from other than --data_path, and how they are read."""
+    group.add_argument(
+        "--train_list", metavar="FILE",
+        help="text, CSV or JSON file that names the images: a path, and a label if you like",
+    )  # fmt: skip
+    group.add_argument(
+        "--dataset", metavar="NAME",
+        help="a data set of torchvision by its class, CIFAR10 or STL10:unlabeled, with its files in --data_path; "
+        "hf:NAME_OR_FOLDER, of Hugging Face; wds:SHARDS, of WebDataset: s/{000..127}.tar",
+    )  # fmt: skip
+    group.add_argument("--download", action="store_true", help="let torchvision fetch the files of --dataset")
+    group.add_argument(
+        "--num_images", type=positive_int, metavar="N", help="images in shards at URLs, which can't be counted"
+    )
+    group.add_argument("--in_chans", default=3, type=positive_int, metavar="C", help="channels: 3 is RGB, 1 is grey")
     group.add_argument(
         "--num_workers", default=10, type=int, metavar="N", help="processes that load data, at most one a core"
     )
-    _add_switch(group, "pin_mem", True, "load into pinned memory, which a GPU reads faster")
 
 
 def add_model_options(parser: argparse.ArgumentParser, models: Sequence[str], default: str) -> None:
@@ -236,9 +261,9 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
     config = first.parse_known_args(argv)[0].config
     argv = (_recipe_flags(parser, Path(config)) if config else []) + argv
     args = parser.parse_args(argv)
-    if not any(flag.partition("=")[0] == "--log_dir" for flag in argv):
+    if "log_dir" in args and not any(flag.partition("=")[0] == "--log_dir" for flag in argv):
         args.log_dir = args.output_dir  # the published default is one fixed folder, in which all runs would meet
-    if args.dist_on_itp or args.world_size != 1:
+    if "dist_on_itp" in args and (args.dist_on_itp or args.world_size != 1):
         logger.warning("--world_size and --dist_on_itp have no effect: the launcher decides (torchrun)")
     return args
 
@@ -291,7 +316,7 @@ def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentPar
 def _fail(
     parser: argparse.ArgumentParser, args: argparse.Namespace, error: BaseException, said: str, code: int
 ) -> None:
-    if args.debug:
+    if "debug" in args and args.debug:
         traceback.print_exception(error)
     print(f"{parser.prog}: error: {said}", file=sys.stderr)
     sys.exit(code)

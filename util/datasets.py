@@ -1,228 +1,200 @@
-"""Where samples come from, in which order, and how they reach the loop.
+"""Opens any data set, and checks one before a long run.
 
-What a sample looks like (its crop, its flip, its mask) depends on (seed, epoch, index) alone, and which samples make a
-batch on (seed, epoch) and the effective batch: never on the number of workers or processes.
+    python -m util.datasets IMAGES
+    python -m util.datasets IMAGES.zip --in_chans 1
+
+tells how many images there are, of which sizes, channels and classes, which can't be read and why, the mean and
+standard deviation of each channel (for --mean and --std), and how many images a second are decoded.
 """
 
-import contextlib
+import argparse
 import logging
-import os
-import random
-import struct
+import sys
 import time
-import zlib
+from collections import Counter
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
-from util import dist
-from util.decode import decode
-from util.transforms import Transform
-
-logger = logging.getLogger(__name__)
-
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"})
-
-
-class Source(Protocol):
-    """A data set before decoding: the bytes of an image file, and its label (-1 where there are no classes)."""
-
-    classes: list[str]
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> tuple[bytes, int]: ...
-
-    def name(self, index: int) -> str:
-        """How to call a sample when it can't be read."""
+from util import cli
+from util.archives import Archive
+from util.decode import BadImage, Picture, fit_channels, read, size_of
+from util.library_sets import HuggingFaceSet, Shards, TorchvisionSet
+from util.loader import up_to_cores
+from util.sources import Source, find_files, read_list
+from util.transforms import to_tensor, to_unit_range
 
 
-class ImageFiles:
-    """The image files below a folder, nested or flat, in the order of their names.
+def open_source(
+    split: str,
+    data_path: str | None = None,
+    file_list: str | None = None,
+    dataset: str | None = None,
+    *,
+    download: bool = False,
+    num_images: int | None = None,
+) -> Source | Shards:
+    """The images of a data set, whatever it is.
 
     Args:
-        root: the folder. If all its images lie in its sub-folders, these are the classes, in the order of their names.
+        split: "train" or "val": which list this is, or which part of a data set that has parts.
+        data_path: a folder of images, or one with the folder `split` in it, or a tar or zip file of either; with a
+            list, where its relative paths start; with torchvision's data sets, where their files are.
+        file_list: a file that names the images.
+        dataset: a name of torchvision's, hf:NAME_OR_FOLDER, or wds:SHARDS.
+        download: let torchvision fetch its files.
+        num_images: in shards that can't be counted.
 
     Raises:
-        ValueError: no such folder, or no image in it.
+        ValueError: nothing was named, or there is nothing under the name.
     """
-
-    def __init__(self, root: Path) -> None:
-        if not root.is_dir():
-            raise ValueError(f"--data_path: there is no folder {root}")
-        started = time.perf_counter()
-        self.paths = sorted(_image_files(str(root)))
-        if not self.paths:
-            raise ValueError(
-                f"--data_path: no images under {root} (looked in all its folders for {', '.join(sorted(SUFFIXES))})"
-            )
-        folders = [os.path.relpath(path, root).split(os.sep)[:-1] for path in self.paths]
-        self.classes = sorted({parts[0] for parts in folders}) if all(folders) else []
-        numbers = {name: number for number, name in enumerate(self.classes)}
-        self.labels = [numbers[parts[0]] if self.classes else -1 for parts in folders]
-        logger.info(f"{len(self):,} images under {root}, found in {time.perf_counter() - started:.1f} s")
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> tuple[bytes, int]:
-        with open(self.paths[index], "rb") as file:
-            return file.read(), self.labels[index]
-
-    def name(self, index: int) -> str:
-        """The file's path."""
-        return self.paths[index]
+    root = Path(data_path) if data_path else None
+    if file_list and dataset:
+        raise ValueError(f"--{split}_list and --dataset both name images; give one of them")
+    if dataset:
+        kind, _, name = dataset.partition(":")
+        if kind == "hf":
+            return HuggingFaceSet(name, split)
+        if kind == "wds":
+            return Shards(name, num_images)
+        return TorchvisionSet(dataset, split, data_path, download)
+    if file_list:
+        return read_list(Path(file_list), root, f"--{split}_list")
+    if root is None:
+        raise ValueError(
+            "--data_path is needed: a folder of images, or one with the folder train/ in it, or a tar or zip file of "
+            "one (or else --train_list or --dataset)"
+        )
+    if root.is_file():
+        return Archive(root, split)
+    if not root.is_dir():
+        raise ValueError(f"--data_path: there is no folder or archive {root}")
+    return find_files(root / split if (root / split).is_dir() else root)
 
 
-def _image_files(folder: str) -> Iterator[str]:
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                yield from _image_files(entry.path)
-            elif os.path.splitext(entry.name)[1].lower() in SUFFIXES:
-                yield entry.path
+# ---------------------------------------------------------------------------------------------- checking a data set
+
+SHOWN = 20  # unreadable images that are named
 
 
-def open_source(data_path: str | None, split: str) -> Source:
-    """The images of a data set: those in its folder `split` ("train", "val") if it has one, else all.
+class Look(NamedTuple):
+    """What there is to know of one image; of an unreadable one, its name and why."""
 
-    Raises:
-        ValueError: no path, no such folder, or no image in it.
-    """
-    if not data_path:
-        raise ValueError("--data_path is needed: a folder of images, or one with the folder train/ in it")
-    root = Path(data_path)
-    return ImageFiles(root / split if (root / split).is_dir() else root)
+    label: int
+    size: tuple[int, int] = (0, 0)  # height, width
+    channels: int = 0  # the file's own
+    deep: bool = False  # more than 8 bits
+    sums: np.ndarray | None = None  # of values and of squares (2, in_chans), in 0 to 1
+    unreadable: tuple[str, str] | None = None
 
 
-class Samples(Dataset):
-    """Decoded, augmented samples of a source, asked for by (epoch, index).
+class Looks(Dataset):
+    """Looks at the images of a source, one an item."""
 
-    Args:
-        num_noise: random numbers that go with each sample: in pre-training one a patch, which choose its mask.
-
-    Returns of each item:
-        The image as a uint8 tensor (c, H, W), its label, its noise (num_noise,).
-    """
-
-    def __init__(self, source: Source, transform: Transform, *, in_chans: int, seed: int, num_noise: int = 0) -> None:
+    def __init__(self, source: Source, in_chans: int) -> None:
         self.source = source
-        self.transform = transform
         self.in_chans = in_chans
-        self.seed = seed
-        self.num_noise = num_noise
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, place: tuple[int, int]) -> tuple[Tensor, int, Tensor]:
-        epoch, index = place
-        data, label = self.source[index]
+    def __getitem__(self, index: int) -> Look:
         try:
-            picture = decode(data, self.in_chans)
-        except ValueError as error:
-            raise ValueError(f"{self.source.name(index)}: {error}") from error
-        with seeded_for(self.seed, epoch, index):
-            noise = torch.rand(self.num_noise)  # first, so that the mask stays the same under another augmentation
-            return self.transform(picture), label, noise
+            return look_at(*self.source[index], self.in_chans)
+        except Exception as error:  # whatever damaged bytes lead a decoder to
+            return Look(-1, unreadable=(self.source.name(index), " ".join(str(error).split())))
 
 
-def examples(samples: Samples, count: int) -> list[Tensor]:
-    """A batch of up to `count` samples, evenly spread over the data set: the same ones in every epoch and run."""
-    indices = np.unique(np.linspace(0, len(samples) - 1, count, dtype=int))
-    return default_collate([samples[0, int(index)] for index in indices])
+def look_at(data: bytes | Picture, label: int, in_chans: int) -> Look:
+    """Decodes an image; raises what decoders raise."""
+    own = read(data, in_chans) if isinstance(data, bytes) else data
+    values = to_unit_range(to_tensor(fit_channels(own, in_chans))).double().flatten(1)
+    sums = torch.stack([values.sum(dim=1), values.square().sum(dim=1)]).numpy()
+    channels = len(own) if isinstance(own, torch.Tensor) else len(own.getbands())
+    return Look(label, size_of(own), channels, isinstance(own, torch.Tensor) and own.is_floating_point(), sums)
 
 
-@contextlib.contextmanager
-def seeded_for(seed: int, epoch: int, index: int) -> Iterator[None]:
-    """Seeds every generator that an augmentation may use, for one sample.
+def look_at_all(source: Source | Shards, in_chans: int, indices: list[int], num_workers: int) -> Iterator[Look]:
+    """Looks at the chosen images; streamed ones from the start, as many."""
+    if isinstance(source, Shards):
+        unreadable: list[Look] = []
 
-    A checksum makes the 32 bits that the generators take: within an epoch no two samples share them. In the training
-    process itself (no workers) the generators go on afterwards as if nothing had been drawn.
-    """
-    key = zlib.crc32(struct.pack("<3q", seed, epoch, index))
-    before = None if get_worker_info() else (torch.get_rng_state(), random.getstate(), np.random.get_state())
-    # torch.manual_seed would look for every kind of device first: 72 µs in place of 1.
-    torch.default_generator.manual_seed(key)
-    random.seed(key)
-    np.random.seed(key)
-    yield
-    if before is not None:
-        torch.set_rng_state(before[0])
-        random.setstate(before[1])
-        np.random.set_state(before[2])
+        def report(name: str, error: Exception) -> bool:
+            unreadable.append(Look(-1, unreadable=(name, str(error))))
+            return True
 
-
-class EpochBatches(Sampler[list[tuple[int, int]]]):
-    """This process's batches of (epoch, index); `seek` chooses the epoch and the batch to begin with.
-
-    Every epoch is a permutation of the data set drawn from (seed, epoch). Consecutive images of it make the batches of
-    all processes, so that any number of processes sees the same images in the same step (batch size x accumulation x
-    processes being the same). What does not fill the last batch is left out, another part in each epoch.
-
-    Raises:
-        ValueError: there are fewer images than one batch takes.
-    """
-
-    def __init__(self, num_images: int, batch_size: int, seed: int) -> None:
-        self.num_images = num_images
-        self.batch_size = batch_size
-        self.seed = seed
-        self.epoch = 0
-        self.first_step = 0
-        if not len(self):
-            raise ValueError(
-                f"--batch_size {batch_size} x {dist.world_size()} processes is more than the {num_images} images "
-                f"there are; lower --batch_size"
-            )
-
-    @property
-    def images_per_step(self) -> int:
-        """Images in the batches of all processes together."""
-        return self.batch_size * dist.world_size()
-
-    def seek(self, epoch: int, first_step: int = 0) -> None:
-        """Chooses what the next iteration yields."""
-        self.epoch, self.first_step = epoch, first_step
-
-    def __len__(self) -> int:
-        return self.num_images // self.images_per_step
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch = self.epoch
-        order = np.random.default_rng([self.seed, epoch]).permutation(self.num_images)
-        for step in range(self.first_step, len(self)):
-            start = step * self.images_per_step
-            mine = order[start + dist.rank() : start + self.images_per_step : dist.world_size()]
-            yield [(epoch, int(index)) for index in mine]
+        for name, data, label in islice(source.stream([0], 0, 1, report, laps=1), len(indices)):
+            try:
+                yield look_at(data, label, in_chans)
+            except Exception as error:
+                report(name, error)
+        yield from unreadable
+    else:
+        for batch in DataLoader(Looks(source, in_chans), 16, sampler=indices, num_workers=num_workers, collate_fn=list):
+            yield from batch
 
 
-def train_loader(samples: Samples, batch_size: int, seed: int, num_workers: int, pin_memory: bool) -> DataLoader:
-    """Batches for `loop.run_epoch`: images uint8 (B, c, H, W), labels (B,), noise (B, num_noise).
+def report_on(source: Source | Shards, looks: list[Look], seconds: float) -> list[str]:
+    """The lines that the command prints."""
+    good = [look for look in looks if look.sums is not None]
+    bad = [look.unreadable for look in looks if look.unreadable]
+    lines = [f"images      {len(source):,}" + (f", of which {len(looks):,} were read" * (len(looks) < len(source)))]
+    counts = Counter(look.label for look in good if look.label >= 0)
+    if counts:
+        of_each = [counts[label] for label in range(max(len(source.classes), max(counts) + 1))]
+        lines.append(f"classes     {len(of_each)}, of {min(of_each):,} to {max(of_each):,} images")
+    else:
+        lines.append("classes     none: pre-training needs no labels")
+    lines.append(f"unreadable  {len(bad):,}" + "".join(f"\n            {name}: {why}" for name, why in bad[:SHOWN]))
+    if good:
+        heights, widths = np.array([look.size for look in good]).T
+        spread = f"; {heights.min()} to {heights.max()} x {widths.min()} to {widths.max()}"
+        (size, most), *others = Counter(look.size for look in good).most_common()
+        lines.append(f"sizes       {size[0]} x {size[1]} (height x width): {most:,} images" + spread * bool(others))
+        channels = Counter(look.channels for look in good).most_common()
+        lines.append("channels    " + ", ".join(f"{number}: {count:,} images" for number, count in channels))
+        lines.append(f"depth       {sum(look.deep for look in good):,} images of more than 8 bits")
+        mean, squares = sum(look.sums for look in good) / (heights * widths).sum()  # type: ignore[misc]
+        lines.append("--mean      " + " ".join(f"{value:.4f}" for value in mean))
+        lines.append("--std       " + " ".join(f"{value:.4f}" for value in np.sqrt(np.maximum(squares - mean**2, 0))))
+    lines.append(f"speed       {len(looks) / seconds:,.0f} images/s read and decoded")
+    return lines
 
-    More workers than processor cores would only take turns: `num_workers` counts up to this process's share of them.
-    """
-    cores = max(1, _cores() // dist.processes_here())
-    if num_workers > cores:
-        logger.info(f"--num_workers {num_workers}: this process has {cores} processor cores, using {cores} workers")
-    workers = min(num_workers, cores)
-    return DataLoader(
-        samples,
-        batch_sampler=EpochBatches(len(samples), batch_size, seed),
-        num_workers=workers,
-        pin_memory=pin_memory,
-        persistent_workers=workers > 0,
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The flags of the command."""
+    parser = cli.parser("Checks a data set before a long run. Exit code 1 where images can't be read.")
+    parser.add_argument("data_path", nargs="?", metavar="PATH", help="as --data_path of the mains")
+    cli.add_source_options(parser)
+    parser.add_argument(
+        "--split", default="train", choices=("train", "val"), help="the part to look at, where there are parts"
     )
+    parser.add_argument(
+        "--limit", type=cli.positive_int, metavar="N", help="look at N images, evenly spread; None: all"
+    )
+    return parser
 
 
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):  # not on macOS
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def main(args: argparse.Namespace) -> None:
+    """Prints the report."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    source = open_source(
+        args.split, args.data_path, args.train_list, args.dataset, download=args.download, num_images=args.num_images
+    )
+    indices = np.unique(np.linspace(0, len(source) - 1, args.limit or len(source), dtype=int)).tolist()
+    workers = up_to_cores(args.num_workers)
+    started = time.perf_counter()
+    looks = list(tqdm(look_at_all(source, args.in_chans, indices, workers), total=len(indices), disable=None))
+    print("\n".join(report_on(source, looks, time.perf_counter() - started)))
+    if any(look.unreadable for look in looks):
+        raise BadImage("there are unreadable images; --on_bad_image skip leaves them out of a run, up to a tenth")
+
+
+if __name__ == "__main__":
+    cli.run(main, get_args_parser())

@@ -7,6 +7,7 @@ MASTER_PORT. Every function here works in one process too, where it does nothing
 import contextlib
 import gc
 import os
+from typing import Any
 
 import torch
 import torch.distributed as td
@@ -110,6 +111,14 @@ def mean_over_processes(value: Tensor) -> Tensor:
     value = value.clone()
     td.all_reduce(value)
     return value / world_size()
+
+
+def gather(value: Any) -> list[Any]:
+    """Every process's `value` (any small object), in the order of ranks, in each process."""
+    values = [value] * world_size()
+    if td.is_initialized():
+        td.all_gather_object(values, value)
+    return values
 
 
 def wrap(model: nn.Module, device: torch.device) -> nn.Module:

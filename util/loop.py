@@ -10,7 +10,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
 
 from util import dist
 from util.precision import Precision
@@ -39,6 +38,22 @@ class BetweenSteps(Protocol):
         """Saves the state under a name of its own, which it returns, before the run ends on an error."""
 
 
+class Loader(Protocol):
+    """Batches of an epoch, or the rest of one; `loader.TrainLoader` gives them."""
+
+    @property
+    def images_per_step(self) -> int:
+        """Images in the batches of all processes together."""
+
+    def seek(self, epoch: int, first_step: int) -> None:
+        """Chooses what the next iteration yields."""
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch."""
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+
 @dataclass(frozen=True)
 class Step:
     """An optimizer step whose loss and gradient norm are still on their way to the host."""
@@ -51,7 +66,7 @@ class Step:
 def run_epoch(
     compute_loss: Callable[[Any], Tensor],
     model: nn.Module,
-    loader: DataLoader,
+    loader: Loader,
     optimizer: Optimizer,
     *,
     epoch: int,
@@ -69,7 +84,7 @@ def run_epoch(
 
     Args:
         compute_loss: a batch, on the device, to its loss.
-        loader: its batch sampler (`datasets.EpochBatches`) can start in the middle of an epoch.
+        loader: can start in the middle of an epoch.
         schedule: sets the learning rate for a fractional epoch and returns it.
         guard: decides what steps mean whose loss or gradient is not finite.
         first_step: batches of this epoch that an earlier run has done; a multiple of `accum_iter`.
@@ -79,11 +94,10 @@ def run_epoch(
     Raises:
         NonFiniteLoss: as the guard decides. The weights are those of before the bad steps.
     """
-    sampler: Any = loader.batch_sampler
-    sampler.seek(epoch, first_step)
-    num_steps = len(sampler)
+    loader.seek(epoch, first_step)
+    num_steps = len(loader)
     watch = Stopwatch()
-    log.begin_epoch(epoch, first_step, num_steps, sampler.images_per_step, watch)
+    log.begin_epoch(epoch, first_step, num_steps, loader.images_per_step, watch)
     pending = PendingSteps()
     model.train()
 

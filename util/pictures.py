@@ -21,9 +21,10 @@ def tile(columns: Sequence[Tensor], to_pixels: Callable[[Tensor], Tensor], scale
         scale: enlarges each pixel so many times.
 
     Returns:
-        uint8 (height, width, c), on white.
+        uint8 (height, width, 1 or 3), on white; of more channels the first three, of two the first.
     """
-    rows = torch.stack([to_pixels(column.float()) for column in columns], dim=1)  # (B, columns, c, H, W)
+    shown = 3 if columns[0].shape[1] >= 3 else 1
+    rows = torch.stack([to_pixels(column.float())[:, :shown] for column in columns], dim=1)  # (B, columns, c, H, W)
     rows = rows.repeat_interleave(scale, dim=-2).repeat_interleave(scale, dim=-1)
     rows = torch.nn.functional.pad(rows, (0, GAP, 0, GAP), value=1.0)
     B, count, c, height, width = rows.shape

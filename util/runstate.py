@@ -24,8 +24,9 @@ RETRY_SECONDS = 60.0  # after a state that could not be written
 
 # Settings that a resumed run may change without being another run.
 FREE_SETTINGS = {"accum_iter", "batch_size", "config", "data_path", "debug", "device", "dist_on_itp", "dist_url",
-                 "init_from", "local_rank", "log_dir", "num_workers", "output_dir", "pin_mem", "resume", "save_every",
-                 "save_minutes", "start_epoch", "vis_every", "world_size"}  # fmt: skip
+                 "download", "init_from", "local_rank", "log_dir", "num_workers", "on_bad_image", "output_dir",
+                 "pin_mem", "resume", "save_every", "save_minutes", "start_epoch", "train_list", "vis_every",
+                 "world_size"}  # fmt: skip
 
 
 class Progress:

@@ -49,10 +49,14 @@ class Normalize(nn.Module):
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
+        self.fits_bytes = all(0 <= value <= 1 for value in mean)
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1))
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(-1, 1, 1))
 
     def forward(self, imgs: Tensor) -> Tensor:
+        if imgs.dtype == torch.uint8 and not self.fits_bytes:
+            given = " ".join(f"{value:g}" for value in self.mean.flatten().tolist())
+            raise ValueError(f"--mean {given}: pixels of 8 bits count as 0 to 1; divide --mean and --std by 255")
         return (to_unit_range(imgs) - self.mean) / self.std
 
     def inverse(self, imgs: Tensor) -> Tensor:

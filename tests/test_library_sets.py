@@ -1,0 +1,282 @@
+"""Data sets of torchvision, Hugging Face and WebDataset, written by these libraries or in their layout."""
+
+import builtins
+import io
+import json
+import struct
+from pathlib import Path
+
+import datasets as hugging_face
+import numpy as np
+import pytest
+import torch
+import webdataset
+from PIL import Image
+
+from util import loader, transforms
+from util.datasets import open_source
+from util.decode import BadImage, decode
+from util.library_sets import Shards, TorchvisionSet
+
+PIXELS = np.random.default_rng(0).integers(0, 256, size=(40, 9, 9), dtype=np.uint8)
+
+
+def png(pixels) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+# ------------------------------------------------------------------------------------------------------- torchvision
+
+
+def write_idx(path: Path, array) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.tobytes())
+
+
+@pytest.fixture
+def fashion(tmp_path):
+    """FashionMNIST's own file format, with 30 images to train and 10 to test."""
+    raw = tmp_path / "FashionMNIST" / "raw"
+    for part, pixels in (("train", PIXELS[:30]), ("t10k", PIXELS[30:])):
+        write_idx(raw / f"{part}-images-idx3-ubyte", pixels)
+        write_idx(raw / f"{part}-labels-idx1-ubyte", np.arange(len(pixels), dtype=np.uint8) % 10)
+    return tmp_path
+
+
+def test_a_set_with_a_train_switch(fashion):
+    source = open_source("train", str(fashion), dataset="FashionMNIST")
+    assert len(source) == 30
+    assert source.classes[0] == "T-shirt/top"
+    image, label = source[13]
+    assert label == 3
+    assert np.array_equal(decode(image, 1), PIXELS[13])
+    assert source.name(13) == "FashionMNIST[13]"
+    assert len(open_source("val", str(fashion), dataset="FashionMNIST")) == 10
+
+
+def write_food(root: Path, train, test) -> None:
+    meta = root / "food-101" / "meta"
+    meta.mkdir(parents=True)
+    for split, names in (("train", train), ("test", test)):
+        listed: dict = {"apple_pie": [], "waffles": []}
+        for name in names:
+            path = root / "food-101" / "images" / f"{name}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8)).save(path)
+            listed[name.split("/")[0]].append(name)
+        (meta / f"{split}.json").write_text(json.dumps(listed))
+
+
+def test_a_set_of_files_with_named_splits(tmp_path):
+    """Their bytes come to our own decoder; `val` is the part that comes nearest."""
+    write_food(tmp_path, ["apple_pie/1", "waffles/2", "waffles/3"], ["waffles/4"])
+    source = open_source("train", str(tmp_path), dataset="Food101")
+    assert [source[index][1] for index in range(3)] == [0, 1, 1]
+    assert source[0][0] == (tmp_path / "food-101/images/apple_pie/1.jpg").read_bytes()
+    assert source.classes == ["apple_pie", "waffles"]
+    assert len(open_source("val", str(tmp_path), dataset="Food101")) == 1
+    (tmp_path / "food-101/images/apple_pie/1.jpg").unlink()
+    with pytest.raises(FileNotFoundError):
+        _ = source[0]
+
+
+def test_a_split_of_its_own(tmp_path):
+    for version, name in (("2017", "Plants"), ("2021_train_mini", "00000_a_b_c_d_e_f_g")):
+        folder = tmp_path / version / name / ("leaf" if version == "2017" else "")
+        folder.mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(folder / "1.jpg")
+    source = open_source("train", str(tmp_path), dataset="INaturalist:2021_train_mini")
+    assert len(source) == 1
+    assert source[0][1] == 0
+
+
+def test_sets_without_files():
+    assert len(TorchvisionSet("FakeData", "train", None, False)) == 1000
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "said"),
+    [
+        ("CIFAR11", "here", "torchvision has no data set of this name"),
+        ("os", "here", "torchvision has no data set of this name"),
+        ("CIFAR10", None, "--dataset CIFAR10 needs --data_path"),
+        ("CIFAR10", "here", "torchvision says: Dataset not found.*--download fetches them there"),
+        ("Food101:nowhere", "here", r"--dataset Food101:nowhere: torchvision says: .*nowhere"),
+        ("CIFAR10:extra", "here", "--dataset CIFAR10:extra: CIFAR10 has no splits of its own"),
+    ],
+)
+def test_wrong_names(name, path, said, tmp_path):
+    with pytest.raises(ValueError, match=said):
+        open_source("train", path and str(tmp_path), dataset=name)
+
+
+def test_no_part_for_validation(tmp_path):
+    with pytest.raises(ValueError, match="EuroSAT: torchvision's has no images for validation; give --val_list"):
+        open_source("val", str(tmp_path), dataset="EuroSAT")
+
+
+# ------------------------------------------------------------------------------------------------------ Hugging Face
+
+
+@pytest.fixture
+def table():
+    features = hugging_face.Features(
+        {"note": hugging_face.Value("string"), "picture": hugging_face.Image(),
+         "kind": hugging_face.ClassLabel(names=["shirt", "shoe"])}
+    )  # fmt: skip
+    rows = {"note": ["x"] * 30, "picture": [{"bytes": png(p), "path": None} for p in PIXELS[:30]],
+            "kind": [n % 2 for n in range(30)]}  # fmt: skip
+    return hugging_face.Dataset.from_dict(rows, features=features)
+
+
+def test_parquet_in_a_folder(table, tmp_path):
+    table.to_parquet(tmp_path / "train-00000-of-00001.parquet")
+    source = open_source("train", dataset=f"hf:{tmp_path}")
+    assert len(source) == 30
+    assert source.classes == ["shirt", "shoe"]
+    assert source[5] == (png(PIXELS[5]), 1)
+    assert source.name(5) == f"hf:{tmp_path}[5]"
+    with pytest.raises(ValueError, match="it has no part for val, only train"):
+        open_source("val", dataset=f"hf:{tmp_path}")
+
+
+def test_as_saved_and_as_image_folder(table, tmp_path):
+    table.save_to_disk(tmp_path / "saved")
+    hugging_face.DatasetDict({"train": table, "test": table}).save_to_disk(tmp_path / "parts")
+    for folder in ("saved", "parts"):
+        assert open_source("train", dataset=f"hf:{tmp_path / folder}")[5] == (png(PIXELS[5]), 1)
+    assert len(open_source("val", dataset=f"hf:{tmp_path / 'parts'}")) == 30
+    for name in ("train/a/1.png", "train/b/2.png"):
+        (tmp_path / "images" / name).parent.mkdir(parents=True)
+        (tmp_path / "images" / name).write_bytes(png(PIXELS[0]))
+    source = open_source("train", dataset=f"hf:{tmp_path / 'images'}")
+    assert [source[0], source[1]] == [(png(PIXELS[0]), 0), (png(PIXELS[0]), 1)]
+
+
+def test_sets_without_images(table, tmp_path):
+    table.remove_columns("picture").to_parquet(tmp_path / "a" / "train.parquet")
+    with pytest.raises(ValueError, match="no column holds images: note, kind"):
+        open_source("train", dataset=f"hf:{tmp_path / 'a'}")
+    with pytest.raises(ValueError, match=r"--dataset hf:.*nowhere: "):
+        open_source("train", dataset=f"hf:{tmp_path / 'nowhere'}")
+    empty = table.add_item({"note": "", "picture": None, "kind": 0})
+    empty.to_parquet(tmp_path / "b" / "train.parquet")
+    with pytest.raises(BadImage, match="no image in this row"):
+        _ = open_source("train", dataset=f"hf:{tmp_path / 'b'}")[30]
+
+
+@pytest.mark.parametrize(("package", "dataset"), [("datasets", "hf:any"), ("webdataset", "wds:any.tar")])
+def test_a_missing_package_is_named(monkeypatch, package, dataset):
+    real = builtins.__import__
+
+    def without(name, *rest):
+        if name == package:
+            raise ImportError(name)
+        return real(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ValueError, match=rf'needs the package {package}: pip install "\.\[(hf|wds)\]"'):
+        open_source("train", dataset=dataset)
+
+
+# -------------------------------------------------------------------------------------------------------- WebDataset
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """40 images in 4 shards, one of the images bad."""
+    with webdataset.ShardWriter(str(tmp_path / "set-%03d.tar"), maxcount=10, verbose=0) as writer:
+        for number, pixels in enumerate(PIXELS):
+            data = b"" if number == 17 else png(pixels)
+            writer.write({"__key__": f"{number:03}", "png": data, "cls": number % 10, "json": {"number": number}})
+    return tmp_path
+
+
+def batches_of(shards, num_workers=0, on_bad_image="skip", batch_size=8, pattern="set-{000..003}.tar"):
+    source = open_source("train", dataset=f"wds:{shards}/{pattern}")
+    samples = loader.Samples(source, transforms.to_tensor, in_chans=1, seed=0, num_noise=4, on_bad_image=on_bad_image)
+    return loader.TrainLoader(samples, batch_size, 0, num_workers, False)
+
+
+def seen(batches, epoch, first_step=0) -> list[int]:
+    """The images of an epoch, by their numbers."""
+    number_of = {p.tobytes(): number for number, p in enumerate(PIXELS)}
+    batches.seek(epoch, first_step)
+    return [number_of[image.numpy().tobytes()] for images, _, _ in batches for image in images]
+
+
+@pytest.mark.parametrize("pattern", ["set-{000..003}.tar", "set-*.tar"])
+def test_an_epoch_streams_every_image_once(shards, pattern):
+    batches = batches_of(shards, batch_size=13, pattern=pattern)
+    assert len(batches) == 3
+    first, second = seen(batches, 0), seen(batches, 1)
+    assert sorted(first) == sorted(set(range(40)) - {17})
+    assert sorted(first) == sorted(second)
+    assert first != second
+    assert seen(batches, 0) == first
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_workers_share_the_stream(shards, workers, monkeypatch):
+    monkeypatch.setattr(loader.os, "sched_getaffinity", lambda pid: range(8))
+    batches = batches_of(shards, workers, batch_size=5)
+    for epoch in (0, 1):
+        assert len(seen(batches, epoch)) == 40
+        assert len(set(seen(batches, epoch))) > 20
+    assert len(seen(batches, 2, first_step=5)) == 15
+
+
+def test_labels_and_noise_go_with_the_image(shards):
+    batches = batches_of(shards)
+    batches.seek(0)
+    numbers = {p.tobytes(): number for number, p in enumerate(PIXELS)}
+    noise_of = {}
+    for images, labels, noise in batches:
+        for image, label, drawn in zip(images, labels, noise, strict=True):
+            number = numbers[image.numpy().tobytes()]
+            assert label == number % 10
+            noise_of[number] = drawn
+    other = batches_of(shards, batch_size=3)
+    other.seek(0)
+    image, _, noise = next(iter(other))
+    assert torch.equal(noise[0], noise_of[numbers[image[0].numpy().tobytes()]])
+
+
+def test_a_bad_image_of_a_stream_is_named(shards, caplog):
+    seen(batches_of(shards), 0)
+    assert "set-001.tar: 017: the file is empty; another image takes its place" in caplog.text
+    assert "1 of the epoch's 40 images can't be read" in caplog.text
+    with pytest.raises(BadImage, match=r"set-001.tar: 017: the file is empty \(--on_bad_image skip"):
+        seen(batches_of(shards, on_bad_image="error"), 0)
+
+
+def test_a_damaged_shard_is_named(shards, caplog):
+    batches = batches_of(shards)
+    whole = (shards / "set-002.tar").read_bytes()
+    (shards / "set-002.tar").write_bytes(whole[: len(whole) // 2 + 100])
+    assert set(seen(batches, 0)) < set(range(40))
+    assert "set-002.tar" in caplog.text
+
+
+def test_examples_of_a_stream(shards):
+    samples = batches_of(shards).batches.dataset.samples
+    images, _, noise = loader.examples(samples, 6)
+    assert images.shape == (6, 1, 9, 9)
+    assert noise.shape == (6, 4)
+    assert torch.equal(loader.examples(samples, 6)[0], images)
+
+
+def test_wrong_shards(tmp_path):
+    with pytest.raises(ValueError, match=r"there is no file .*a-000.tar"):
+        Shards(f"{tmp_path}/a-{{000..003}}.tar", None)
+    with pytest.raises(ValueError, match=r"there is no file .*\*.tar"):
+        Shards(f"{tmp_path}/*.tar", None)
+    with pytest.raises(ValueError, match="can't be counted; give --num_images"):
+        Shards("https://example.org/{000..003}.tar", None)
+    assert len(Shards("https://example.org/{000..003}.tar", 1000)) == 1000
+    with webdataset.TarWriter(str(tmp_path / "none.tar")) as writer:
+        writer.write({"__key__": "a", "txt": "nothing"})
+    with pytest.raises(ValueError, match="no images in its 1 shards"):
+        Shards(f"{tmp_path}/none.tar", None)

@@ -1,0 +1,207 @@
+"""Samples, their order, and those that can't be read."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from util import dist, loader, transforms
+from util.datasets import open_source
+from util.decode import BadImage
+from util.loader import EpochBatches, Samples, TrainLoader
+
+
+def make_samples(pictures, seed=0, num_noise=16, **options):
+    transform = transforms.pretrain_transform(16)
+    source = open_source("train", str(pictures))
+    return Samples(source, transform, in_chans=3, seed=seed, num_noise=num_noise, **options)
+
+
+def equal(a, b):
+    return torch.equal(a[0], b[0]) and torch.equal(a[2], b[2])
+
+
+def test_a_sample_depends_on_seed_epoch_and_index_alone(pictures):
+    samples = make_samples(pictures)
+    first = samples[2, 5]
+    assert first[0].dtype == torch.uint8
+    assert first[0].shape == (3, 16, 16)
+    assert first[2].shape == (16,)
+    torch.rand(100)
+    _ = samples[0, 3]
+    assert equal(samples[2, 5], first)
+    assert not equal(samples[3, 5], first)
+    assert not torch.equal(samples[2, 6][2], first[2])
+    assert not equal(make_samples(pictures, seed=1)[2, 5], first)
+
+
+def test_sampling_leaves_the_processs_own_generators_alone(pictures):
+    samples = make_samples(pictures)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    _ = samples[0, 1]
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_noise_does_not_depend_on_the_augmentation(pictures):
+    samples = make_samples(pictures)
+    other = Samples(samples.source, transforms.eval_transform(16), in_chans=3, seed=0, num_noise=16)
+    assert torch.equal(samples[1, 7][2], other[1, 7][2])
+
+
+def test_noise_is_uniform_and_independent_between_neighbours():
+    rows = []
+    for index in range(4000):
+        with loader.seeded_for(0, 3, index):
+            rows.append(torch.rand(16))
+    noise = torch.stack(rows).double()
+    assert noise.mean().item() == pytest.approx(0.5, abs=0.005)
+    assert noise.var().item() == pytest.approx(1 / 12, abs=0.002)
+    columns = torch.corrcoef(noise.T) - torch.eye(16)
+    neighbours = torch.corrcoef(torch.cat([noise[:-1].T, noise[1:].T]))[:16, 16:]
+    assert columns.abs().max() < 0.07  # four standard deviations of 4000 independent pairs
+    assert neighbours.abs().max() < 0.07
+    assert len(np.unique(noise[:, 0])) == 4000
+
+
+def test_order_is_a_new_permutation_each_epoch():
+    batches = EpochBatches(103, 10, seed=0)
+    epochs = []
+    for epoch in (0, 1):
+        batches.seek(epoch)
+        places = [place for batch in batches for place in batch]
+        assert {e for e, _ in places} == {epoch}
+        epochs.append([index for _, index in places])
+    assert len(batches) == 10
+    assert all(len(set(order)) == 100 for order in epochs)
+    assert epochs[0] != epochs[1]
+    again = EpochBatches(103, 10, seed=0)
+    again.seek(1, first_step=4)
+    assert [index for batch in again for _, index in batch] == epochs[1][40:]
+
+
+def test_processes_share_a_batch(monkeypatch):
+    whole = [sorted(i for _, i in batch) for batch in EpochBatches(50, 8, seed=3)]
+    monkeypatch.setattr(dist, "world_size", lambda: 2)
+    halves = []
+    for rank in (0, 1):
+        monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
+        halves.append([[i for _, i in batch] for batch in EpochBatches(50, 4, seed=3)])
+    assert [sorted(a + b) for a, b in zip(*halves, strict=True)] == whole
+
+
+def test_fewer_images_than_a_batch():
+    with pytest.raises(ValueError, match="lower --batch_size"):
+        EpochBatches(7, 8, seed=0)
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_workers_change_nothing(pictures, workers, monkeypatch):
+    monkeypatch.setattr(loader.os, "sched_getaffinity", lambda pid: range(8))
+    alone = list(TrainLoader(make_samples(pictures), 4, 0, 0, False))
+    together = TrainLoader(make_samples(pictures), 4, 0, workers, False)
+    assert together.batches.num_workers == workers
+    for a, b in zip(alone, together, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_persistent_workers_follow_the_epoch(pictures, monkeypatch):
+    batches = TrainLoader(make_samples(pictures), 4, 0, 1, False)
+    batches.seek(0)
+    first = next(iter(batches))
+    batches.seek(1)
+    second = next(iter(batches))
+    assert not torch.equal(first[2], second[2])
+
+
+def test_examples_are_always_the_same(pictures):
+    samples = make_samples(pictures)
+    images, labels, noise = loader.examples(samples, 8)
+    assert images.shape[0] == labels.shape[0] == noise.shape[0] == 8
+    assert torch.equal(loader.examples(samples, 8)[0], images)
+    assert loader.examples(samples, 100)[0].shape[0] == 24
+
+
+# ------------------------------------------------------------------------------------------------------- bad images
+
+
+@pytest.fixture
+def half_bad(tmp_path):
+    """40 small images, three of them bad in as many ways; names in order."""
+    generator = np.random.default_rng(0)
+    for number in range(40):
+        pixels = generator.integers(0, 256, size=(9, 9, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number:02}.png")
+    (tmp_path / "07.png").write_bytes(b"")
+    (tmp_path / "11.png").write_bytes((tmp_path / "12.png").read_bytes()[:-40])
+    (tmp_path / "30.png").unlink()
+    (tmp_path / "30.png").symlink_to(tmp_path / "nowhere.png")
+    return tmp_path
+
+
+def epoch_of(batches, epoch):
+    batches.seek(epoch)
+    return torch.cat([images for images, _, _ in batches])
+
+
+def test_bad_images_end_the_run_by_default(half_bad):
+    samples = make_samples(half_bad)
+    for index, said in ((7, "07.png: the file is empty"), (11, "11.png: can't be read"), (30, "30.png: No such file")):
+        with pytest.raises(BadImage, match=f"{said}.*--on_bad_image skip"):
+            _ = samples[0, index]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_skipped_images_are_named_once_and_counted(half_bad, caplog, workers):
+    batches = TrainLoader(make_samples(half_bad, on_bad_image="skip"), 8, 0, workers, False)
+    first = epoch_of(batches, 0)
+    assert len(first) == 40
+    named = [r.message.partition(":")[0].rpartition("/")[2] for r in caplog.records if "takes its place" in r.message]
+    assert sorted(named) == ["07.png", "11.png", "30.png"]
+    assert "3 of the epoch's 40 images can't be read" in caplog.text
+    assert batches.counts() == {"bad_images": 3}
+    caplog.clear()
+    second = epoch_of(batches, 1)
+    assert "takes its place" not in caplog.text
+    assert "3 of the epoch's 40" in caplog.text
+    assert not torch.equal(first, second)
+
+
+def test_what_takes_a_bad_images_place_is_always_the_same(half_bad):
+    one, two = (TrainLoader(make_samples(half_bad, on_bad_image="skip"), 8, 0, w, False) for w in (0, 2))
+    assert torch.equal(epoch_of(one, 3), epoch_of(two, 3))
+
+
+def test_good_images_are_those_of_a_run_that_skips_nothing(pictures):
+    assert equal(make_samples(pictures)[1, 2], make_samples(pictures, on_bad_image="skip")[1, 2])
+
+
+def test_more_than_a_tenth_bad_ends_the_run(half_bad):
+    (half_bad / "00.png").write_bytes(b"")
+    exactly_a_tenth = TrainLoader(make_samples(half_bad, on_bad_image="skip"), 8, 0, 0, False)
+    epoch_of(exactly_a_tenth, 0)
+    (half_bad / "01.png").write_bytes(b"")
+    with pytest.raises(
+        BadImage, match=r"5 of the epoch's 40 images can't be read, more than 10%; one of them: /.*png: "
+    ):
+        epoch_of(TrainLoader(make_samples(half_bad, on_bad_image="skip"), 8, 0, 0, False), 0)
+
+
+def test_a_set_of_bad_images_only_ends_at_once(half_bad):
+    for path in half_bad.iterdir():
+        path.unlink()
+        path.write_bytes(b"")
+    with pytest.raises(BadImage, match=r"20 images in a row can't be read; the last is .*: the file is empty"):
+        epoch_of(TrainLoader(make_samples(half_bad, on_bad_image="skip"), 8, 0, 0, False), 0)
+
+
+def test_files_of_8_and_of_16_bits_meet_in_a_batch(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, size=(16, 16), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    Image.fromarray(pixels.astype(np.uint16) * 257).save(tmp_path / "b.png")
+    samples = Samples(open_source("train", str(tmp_path)), transforms.to_tensor, in_chans=1, seed=0)
+    (images, _, _) = next(iter(TrainLoader(samples, 2, 0, 0, False)))
+    assert images.dtype == torch.float32
+    torch.testing.assert_close(images[0], images[1])
+    torch.testing.assert_close(images[0, 0], torch.from_numpy(pixels).float() / 255)

@@ -1,0 +1,186 @@
+"""Folders and lists of files."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from util.sources import Strings, find_files, printable, read_list
+
+
+def save(path, grey=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L", (4, 4), grey).save(path)
+
+
+def names(source):
+    return [source.names[index] for index in range(len(source))]
+
+
+def test_class_folders(pictures):
+    source = find_files(pictures / "train")
+    assert source.classes == ["cat", "dog"]
+    assert [source[index][1] for index in range(24)] == list(source.labels)
+    assert np.bincount(source.labels).tolist() == [12, 12]
+    assert names(source) == sorted(names(source))
+    assert source[3][0] == (pictures / "train" / source.names[3]).read_bytes()
+    assert source.name(3) == str(pictures / "train" / source.names[3])
+
+
+def test_flat_and_nested_folders_have_no_classes(tmp_path):
+    for name in ("0.png", "1.PNG", "deep/er/UPPER.JPG", "x/y.Tif"):
+        save(tmp_path / name)
+    source = find_files(tmp_path)
+    assert names(source) == ["0.png", "1.PNG", "deep/er/UPPER.JPG", "x/y.Tif"]
+    assert source.classes == []
+    assert set(source.labels) == {-1}
+
+
+def test_hidden_files_and_other_files_are_passed_over(tmp_path):
+    for name in ("a/1.png", "b/2.png", "a/.3.png", ".hidden/4.png", ".DS_Store.png"):
+        save(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "png").write_text("no picture")
+    source = find_files(tmp_path)
+    assert names(source) == ["a/1.png", "b/2.png"]
+    assert source.classes == ["a", "b"]
+
+
+def test_an_empty_class_folder_is_told_and_stays_a_class(tmp_path, caplog):
+    """So that the others keep the numbers that torchvision's ImageFolder gives them."""
+    save(tmp_path / "a/1.png")
+    save(tmp_path / "c/1.png")
+    (tmp_path / "b").mkdir()
+    source = find_files(tmp_path)
+    assert source.classes == ["a", "b", "c"]
+    assert list(source.labels) == [0, 2]
+    assert "the class folder b holds no images" in caplog.text
+
+
+def test_links_are_followed_and_loops_are_not(tmp_path, caplog):
+    save(tmp_path / "elsewhere/1.png")
+    save(tmp_path / "images/2.png")
+    (tmp_path / "images/linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "images/again").symlink_to(tmp_path / "images")
+    (tmp_path / "elsewhere/up").symlink_to(tmp_path / "images")
+    (tmp_path / "images/itself").symlink_to(tmp_path / "images/itself")
+    (tmp_path / "images/itself.png").symlink_to(tmp_path / "images/itself.png")
+    assert names(find_files(tmp_path / "images")) == ["2.png", "itself.png", "linked/1.png"]
+    assert caplog.text.count("leads back to a folder above it; not followed") == 2
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    folder = os.fsdecode(b"caf\xe9")
+    save(tmp_path / folder / os.fsdecode(b"gr\xfc\xdf.png"), 7)
+    save(tmp_path / "ok\n" / "1.png")
+    source = find_files(tmp_path)
+    assert source[0][0].startswith(b"\x89PNG")
+    assert source.classes == ["caf\\udce9", "ok\\n"]
+    assert source.name(0).endswith("caf\\udce9/gr\\udcfc\\udcdf.png")
+    source.name(0).encode()
+
+
+def test_nothing_there(tmp_path):
+    with pytest.raises(ValueError, match=r"no images under .*\(looked in all its folders for \.jpg"):
+        find_files(tmp_path)
+    (tmp_path / "000.tar").touch()
+    with pytest.raises(ValueError, match=r"for shards of WebDataset: --dataset wds:.*/\*\.tar"):
+        find_files(tmp_path)
+
+
+def test_strings_are_a_list_in_two_arrays():
+    strings = ["", "a", "ü\udce9", "", "longer"]
+    packed = Strings(strings)
+    assert [packed[index] for index in range(len(packed))] == strings
+    assert printable("a\udce9\nb") == "a\\udce9\\nb"
+
+
+# ------------------------------------------------------------------------------------------------------------- lists
+
+
+@pytest.fixture
+def listed(tmp_path):
+    for name in ("a.png", "with blank.png", "sub/c.png"):
+        save(tmp_path / name)
+
+    def read(name, content, root=None):
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        return read_list(tmp_path / name, root, "--train_list")
+
+    return read
+
+
+NAMES = ["a.png", "with blank.png", "sub/c.png"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("list.txt", "a.png\nwith blank.png\n\nsub/c.png\n"),
+        ("list", "\ufeffa.png\r\nwith blank.png\r\nsub/c.png"),
+        ("list.csv", 'a.png\n"with blank.png"\nsub/c.png\n'),
+        ("list.csv", "number,Path\n1,a.png\n2,with blank.png\n3,sub/c.png\n"),
+        ("list.json", json.dumps(NAMES)),
+        ("list.json", json.dumps([{"path": name} for name in NAMES])),
+    ],
+)
+def test_lists_without_labels(listed, name, content):
+    source = listed(name, content)
+    assert names(source) == NAMES
+    assert source.classes == []
+    assert source[1][0].startswith(b"\x89PNG")
+    assert source[1][1] == -1
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("list.txt", "a.png dog\nwith blank.png  cat\nsub/c.png dog\n"),
+        ("list.txt", "a.png\tdog\nwith blank.png\tcat\nsub/c.png\tdog\n"),
+        ("list.csv", "a.png,dog\nwith blank.png, cat\nsub/c.png,dog\n"),
+        ("list.csv", "label,path\ndog,a.png\ncat,with blank.png\ndog,sub/c.png\n"),
+        ("list.json", json.dumps([["a.png", "dog"], ["with blank.png", "cat"], ["sub/c.png", "dog"]])),
+        ("list.json", json.dumps([{"path": n, "label": c} for n, c in zip(NAMES, ["dog", "cat", "dog"], strict=True)])),
+    ],
+)
+def test_lists_with_labels(listed, name, content):
+    source = listed(name, content)
+    assert names(source) == NAMES
+    assert source.classes == ["cat", "dog"]
+    assert list(source.labels) == [1, 0, 1]
+
+
+def test_numbers_mean_themselves(listed):
+    source = listed("list.txt", "a.png 3\nsub/c.png 0\n")
+    assert source.classes == ["0", "1", "2", "3"]
+    assert list(source.labels) == [3, 0]
+    assert list(listed("list.json", '[["a.png", 1]]').labels) == [1]
+
+
+def test_relative_paths_start_at_the_root(listed, tmp_path):
+    assert len(listed("list.txt", "c.png\n", root=tmp_path / "sub")) == 1
+    assert len(listed("list.txt", f"{tmp_path}/a.png\n", root=tmp_path / "sub")) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("list.txt", "", "names no files"),
+        ("list.txt", "nowhere.png\n", "its first file, .*nowhere.png, does not exist; relative paths start at"),
+        ("list.txt", "a.png 1\nsub/c.png\n", "only 1 of its 2 files have a label"),
+        ("list.json", "{", "can't be read .*give a path and a label a line, CSV"),
+        ("list.json", '{"a": 1}', "can't be read .*it is no list"),
+        ("list.json", '[{"file": "a.png"}]', "can't be read .*'path'"),
+        ("list.csv", "label,path\ndog\n", "can't be read"),
+    ],
+)
+def test_wrong_lists(listed, name, content, said):
+    with pytest.raises(ValueError, match=said):
+        listed(name, content)
+
+
+def test_no_list(tmp_path):
+    with pytest.raises(ValueError, match="--val_list: there is no file"):
+        read_list(tmp_path / "list.txt", None, "--val_list")

@@ -1,0 +1,236 @@
+"""Where the bytes of images come from: the protocol, folders, and lists of files.
+
+Every source keeps to one protocol, `Source`; what it holds is found once, in the main process, and handed to the
+loading processes in a few arrays, which they share.
+"""
+
+import csv
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from util.decode import SUFFIXES, Picture
+
+logger = logging.getLogger(__name__)
+
+KINDS = ", ".join(SUFFIXES)
+
+
+class Source(Protocol):
+    """A data set before decoding: the bytes of image files, or what a library decodes itself, and labels.
+
+    Labels count the entries of `classes`; they are -1 where there are none.
+    """
+
+    classes: list[str]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[bytes | Picture, int]:
+        """Raises OSError or `BadImage` where there is nothing to be had."""
+
+    def name(self, index: int) -> str:
+        """How to call a sample, in a message; printable."""
+
+
+class Strings:
+    """Strings in two arrays: of a list, every process that reads it would come to hold a copy, string by string,
+    because counting references writes to their memory."""
+
+    def __init__(self, strings: Sequence[str]) -> None:
+        parts = [string.encode("utf-8", "surrogateescape") for string in strings]
+        self.ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
+        self.bytes = np.frombuffer(b"".join(parts), dtype=np.uint8)
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, index: int) -> str:
+        start = self.ends[index - 1] if index else 0
+        return self.bytes[start : self.ends[index]].tobytes().decode("utf-8", "surrogateescape")
+
+
+def printable(name: str) -> str:
+    """A file's name for messages: names need not be UTF-8, nor fit on a line."""
+    return name.encode("utf-8", "backslashreplace").decode().replace("\n", "\\n")
+
+
+# ----------------------------------------------------------------------------------------------------------- folders
+
+
+class Files:
+    """Image files, found by `find_files` or `read_list`.
+
+    Args:
+        root: the folder that the names start in.
+        labels: of each name, counting `classes`; -1 where there are none.
+    """
+
+    def __init__(self, root: Path, names: Sequence[str], classes: list[str], labels: np.ndarray) -> None:
+        self.root = str(root)
+        self.names = Strings(names)
+        self.classes = classes
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> tuple[bytes, int]:
+        with open(self._path(index), "rb") as file:
+            return file.read(), int(self.labels[index])
+
+    def name(self, index: int) -> str:
+        """The file's path."""
+        return printable(self._path(index))
+
+    def _path(self, index: int) -> str:
+        return os.path.join(self.root, self.names[index])
+
+
+def find_files(root: Path) -> Files:
+    """The image files below a folder, nested or flat, in the order of their names; hidden ones are passed over.
+
+    If all of them lie in sub-folders, these are the classes, in the order of their names.
+
+    Raises:
+        ValueError: no image there.
+    """
+    started = time.perf_counter()
+    names = sorted(os.path.relpath(path, root) for path in _image_files(str(root), ()))
+    if not names:
+        hint = f"; for shards of WebDataset: --dataset wds:{root}/*.tar" if any(root.glob("*.tar")) else ""
+        raise ValueError(f"--data_path: no images under {root} (looked in all its folders for {KINDS}){hint}")
+    folders = [entry.name for entry in os.scandir(root) if not entry.name.startswith(".") and _is_folder(entry)]
+    logger.info(f"{len(names):,} images under {root}, found in {time.perf_counter() - started:.1f} s")
+    return Files(root, names, *classes_of(names, folders))
+
+
+def _image_files(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
+    """Follows links to folders, but not into a folder that it is in already."""
+    status = os.stat(folder)
+    here = (status.st_dev, status.st_ino)
+    if here in above:
+        logger.warning(f"{printable(folder)} leads back to a folder above it; not followed")
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if _is_folder(entry):
+                yield from _image_files(entry.path, (*above, here))
+            elif entry.name.lower().endswith(SUFFIXES):
+                yield entry.path
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def classes_of(names: Sequence[str], folders: Sequence[str] = ()) -> tuple[list[str], np.ndarray]:
+    """Classes and labels by the first folder of each name; none if there is a name without a folder."""
+    first = [name.partition("/")[0] if "/" in name else "" for name in names]
+    if not all(first):
+        return [], np.full(len(names), -1)
+    classes = sorted({*first, *folders})
+    for empty in sorted(set(folders) - set(first)):
+        logger.warning(f"the class folder {printable(empty)} holds no images; it stays a class")
+    numbers = {name: number for number, name in enumerate(classes)}
+    return [printable(name) for name in classes], np.array([numbers[name] for name in first])
+
+
+# ------------------------------------------------------------------------------------------------------------- lists
+
+
+def read_list(path: Path, root: Path | None, flag: str) -> Files:
+    """The image files that a list names, in its order.
+
+    Args:
+        path: text with a path a line, and a label behind it, after blanks; CSV of path and label, with or without a
+            header that has a column `path` (and `label`); or JSON, a list of paths, of [path, label] or of
+            {"path": ..., "label": ...}. Labels are numbers from 0 or names.
+        root: where relative paths start; the list's own folder by default.
+        flag: that named the list, for messages.
+
+    Raises:
+        ValueError: no such list, of another form, or with labels for a part of its files only.
+    """
+    if not path.is_file():
+        raise ValueError(f"{flag}: there is no file {path}")
+    text = os.fsdecode(path.read_bytes()).removeprefix("\ufeff")
+    try:
+        rows = {".csv": _csv_rows, ".json": _json_rows}.get(path.suffix.lower(), _text_rows)(text)
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise ValueError(
+            f"{flag} {path}: can't be read ({type(error).__name__}: {error}); give a path and a label a line, CSV with "
+            f"the columns path and label, or JSON"
+        ) from error
+    if not rows:
+        raise ValueError(f"{flag} {path}: names no files")
+    labels = [label for _, label in rows if label is not None]
+    if 0 < len(labels) < len(rows):
+        raise ValueError(f"{flag} {path}: only {len(labels)} of its {len(rows)} files have a label")
+    files = Files(root or path.parent, [name for name, _ in rows], *_number(labels, len(rows)))
+    if not os.path.exists(files._path(0)):
+        raise ValueError(
+            f"{flag} {path}: its first file, {files.name(0)}, does not exist; relative paths start at --data_path, or "
+            f"where the list is"
+        )
+    return files
+
+
+Row = tuple[str, str | None]
+
+
+def _text_rows(text: str) -> list[Row]:
+    """A line is a path if it ends as image files do, or has no blanks; else what is behind the last ones is a label."""
+    rows: list[Row] = []
+    for line in filter(None, map(str.strip, text.splitlines())):
+        if line.lower().endswith(SUFFIXES) or len(line.split()) == 1:
+            rows.append((line, None))
+        else:
+            path, label = line.rsplit("\t", 1) if "\t" in line else line.rsplit(maxsplit=1)
+            rows.append((path.strip(), label.strip()))
+    return rows
+
+
+def _csv_rows(text: str) -> list[Row]:
+    lines = [row for row in csv.reader(text.splitlines()) if row]
+    header = [cell.strip().lower() for cell in lines[0]] if lines else []
+    path, label = 0, 1
+    if "path" in header:
+        path, label = header.index("path"), header.index("label") if "label" in header else len(header)
+        lines = lines[1:]
+    return [(row[path], row[label].strip() if len(row) > label else None) for row in lines]
+
+
+def _json_rows(text: str) -> list[Row]:
+    def row(entry: Any) -> Row:
+        if isinstance(entry, str):
+            return entry, None
+        path, label = (entry["path"], entry.get("label")) if isinstance(entry, dict) else (entry[0], entry[1])
+        return str(path), None if label is None else str(label)
+
+    entries = json.loads(text)
+    if not isinstance(entries, list):
+        raise ValueError("it is no list")
+    return [row(entry) for entry in entries]
+
+
+def _number(labels: Sequence[str], count: int) -> tuple[list[str], np.ndarray]:
+    """Numbers mean themselves; names are numbered in their order."""
+    if not labels:
+        return [], np.full(count, -1)
+    if all(label.isdecimal() for label in labels):
+        numbers = np.array([int(label) for label in labels])
+        return [str(number) for number in range(numbers.max() + 1)], numbers
+    names, numbers = np.unique(labels, return_inverse=True)
+    return [printable(str(name)) for name in names], numbers
