@@ -26,6 +26,7 @@ from engine_pretrain import train_one_epoch
 from util import cli, datasets, dist, loader, lr_sched, pictures, runlog, runstate, transforms, weights
 from util.loop import NonFiniteGuard
 from util.precision import Precision
+from util.samples import Samples
 
 logger = logging.getLogger(__name__)
 
@@ -63,10 +64,8 @@ def main(args: Namespace) -> None:
     )
     drawn = {"in_chans": args.in_chans, "seed": args.seed, "num_noise": model.num_patches,
              "on_bad_image": args.on_bad_image}  # fmt: skip
-    samples = loader.Samples(
-        source, transforms.pretrain_transform(args.input_size, args.crop_scale, args.hflip), **drawn
-    )
-    examples = loader.examples(loader.Samples(source, transforms.eval_transform(args.input_size), **drawn), EXAMPLES)
+    samples = Samples(source, transforms.pretrain_transform(args.input_size, args.crop_scale, args.hflip), **drawn)
+    examples = loader.examples(Samples(source, transforms.eval_transform(args.input_size), **drawn), EXAMPLES)
     pin_memory = args.pin_mem and device.type == "cuda"
     batches = loader.TrainLoader(samples, args.batch_size, args.seed, args.num_workers, pin_memory)
     normalize = transforms.Normalize(*transforms.channel_statistics(args.in_chans, args.mean, args.std)).to(device)

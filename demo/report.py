@@ -21,7 +21,8 @@ import matplotlib.pyplot as plt
 
 import models_mae
 from inference.model import LoadedMAE, load_mae
-from util import datasets, loader, pictures
+from util import datasets, pictures
+from util.samples import Samples
 from util.transforms import to_tensor
 
 PICTURES = 8
@@ -34,7 +35,7 @@ def read_images(loaded: LoadedMAE, data_path: str, split: str) -> tuple[torch.Te
     """All images of a split, uint8 (n, c, H, W), and their labels (n,)."""
     source = datasets.open_source(split, data_path)
     # As they are: they have the model's size, and the usual centre crop would cut their borders off.
-    samples = loader.Samples(source, to_tensor, in_chans=loaded.settings["in_chans"], seed=0)
+    samples = Samples(source, to_tensor, in_chans=loaded.settings["in_chans"], seed=0)
     made = [samples[0, index] for index in range(len(samples))]
     return torch.stack([sample.image for sample in made]), np.array([sample.label for sample in made])
 

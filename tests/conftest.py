@@ -21,7 +21,9 @@ os.environ["OMP_NUM_THREADS"] = "1"  # the same in the processes that tests star
 
 import main_pretrain  # noqa: E402
 from models_mae import mae_vit_mini_patch4  # noqa: E402
-from util import cli  # noqa: E402
+from util import cli, transforms  # noqa: E402
+from util.datasets import open_source  # noqa: E402
+from util.samples import Samples  # noqa: E402
 
 
 def torchrun(processes: int) -> list[str]:
@@ -31,6 +33,13 @@ def torchrun(processes: int) -> list[str]:
         port = free.getsockname()[1]
     return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes),
             "--master_addr", "127.0.0.1", "--master_port", str(port)]  # fmt: skip
+
+
+def make_samples(folder: Path, seed: int = 0, num_noise: int = 16, **options) -> Samples:
+    """Crops of 16 pixels of a folder's images."""
+    source = open_source("train", str(folder))
+    transform = transforms.pretrain_transform(16)
+    return Samples(source, transform, in_chans=3, seed=seed, num_noise=num_noise, **options)
 
 
 @pytest.fixture(autouse=True)

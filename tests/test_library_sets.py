@@ -17,6 +17,7 @@ from util import loader, transforms
 from util.datasets import open_source
 from util.decode import BadImage, decode
 from util.library_sets import Shards, TorchvisionSet
+from util.samples import Samples
 
 PIXELS = np.random.default_rng(0).integers(0, 256, size=(40, 9, 9), dtype=np.uint8)
 
@@ -196,7 +197,7 @@ def shards(tmp_path):
 
 def batches_of(shards, num_workers=0, on_bad_image="skip", batch_size=8, pattern="set-{000..003}.tar"):
     source = open_source("train", dataset=f"wds:{shards}/{pattern}")
-    samples = loader.Samples(source, transforms.to_tensor, in_chans=1, seed=0, num_noise=4, on_bad_image=on_bad_image)
+    samples = Samples(source, transforms.to_tensor, in_chans=1, seed=0, num_noise=4, on_bad_image=on_bad_image)
     return loader.TrainLoader(samples, batch_size, 0, num_workers, False)
 
 

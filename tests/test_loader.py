@@ -1,68 +1,18 @@
-"""Samples, their order, and those that can't be read."""
+"""The order of samples, their batches, and those that can't be read."""
+
+import random
 
 import numpy as np
 import pytest
 import torch
+from conftest import make_samples
 from PIL import Image
 
 from util import dist, loader, transforms
 from util.datasets import open_source
 from util.decode import BadImage
-from util.loader import EpochBatches, Samples, TrainLoader
-
-
-def make_samples(pictures, seed=0, num_noise=16, **options):
-    transform = transforms.pretrain_transform(16)
-    source = open_source("train", str(pictures))
-    return Samples(source, transform, in_chans=3, seed=seed, num_noise=num_noise, **options)
-
-
-def equal(a, b):
-    return torch.equal(a[0], b[0]) and torch.equal(a[2], b[2])
-
-
-def test_a_sample_depends_on_seed_epoch_and_index_alone(pictures):
-    samples = make_samples(pictures)
-    first = samples[2, 5]
-    assert first[0].dtype == torch.uint8
-    assert first[0].shape == (3, 16, 16)
-    assert first[2].shape == (16,)
-    torch.rand(100)
-    _ = samples[0, 3]
-    assert equal(samples[2, 5], first)
-    assert not equal(samples[3, 5], first)
-    assert not torch.equal(samples[2, 6][2], first[2])
-    assert not equal(make_samples(pictures, seed=1)[2, 5], first)
-
-
-def test_sampling_leaves_the_processs_own_generators_alone(pictures):
-    samples = make_samples(pictures)
-    torch.manual_seed(5)
-    expected = torch.rand(3)
-    torch.manual_seed(5)
-    _ = samples[0, 1]
-    assert torch.equal(torch.rand(3), expected)
-
-
-def test_noise_does_not_depend_on_the_augmentation(pictures):
-    samples = make_samples(pictures)
-    other = Samples(samples.source, transforms.eval_transform(16), in_chans=3, seed=0, num_noise=16)
-    assert torch.equal(samples[1, 7][2], other[1, 7][2])
-
-
-def test_noise_is_uniform_and_independent_between_neighbours():
-    rows = []
-    for index in range(4000):
-        with loader.seeded_for(0, 3, index):
-            rows.append(torch.rand(16))
-    noise = torch.stack(rows).double()
-    assert noise.mean().item() == pytest.approx(0.5, abs=0.005)
-    assert noise.var().item() == pytest.approx(1 / 12, abs=0.002)
-    columns = torch.corrcoef(noise.T) - torch.eye(16)
-    neighbours = torch.corrcoef(torch.cat([noise[:-1].T, noise[1:].T]))[:16, 16:]
-    assert columns.abs().max() < 0.07  # four standard deviations of 4000 independent pairs
-    assert neighbours.abs().max() < 0.07
-    assert len(np.unique(noise[:, 0])) == 4000
+from util.loader import EpochBatches, TrainLoader
+from util.samples import Samples
 
 
 def test_order_is_a_new_permutation_each_epoch():
@@ -173,10 +123,6 @@ def test_what_takes_a_bad_images_place_is_always_the_same(half_bad):
     assert torch.equal(epoch_of(one, 3), epoch_of(two, 3))
 
 
-def test_good_images_are_those_of_a_run_that_skips_nothing(pictures):
-    assert equal(make_samples(pictures)[1, 2], make_samples(pictures, on_bad_image="skip")[1, 2])
-
-
 def test_more_than_a_tenth_bad_ends_the_run(half_bad):
     (half_bad / "00.png").write_bytes(b"")
     exactly_a_tenth = TrainLoader(make_samples(half_bad, on_bad_image="skip"), 8, 0, 0, False)
@@ -205,3 +151,32 @@ def test_files_of_8_and_of_16_bits_meet_in_a_batch(tmp_path):
     assert images.dtype == torch.float32
     torch.testing.assert_close(images[0], images[1])
     torch.testing.assert_close(images[0, 0], torch.from_numpy(pixels).float() / 255)
+
+
+# -------------------------------------------------------------------------------------------------------- evaluation
+
+
+@pytest.mark.parametrize("processes", [1, 2, 5])
+def test_evaluation_takes_each_image_once(pictures, processes, monkeypatch):
+    monkeypatch.setattr(dist, "world_size", lambda: processes)
+    seen = []
+    for rank in range(processes):
+        monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
+        for images, labels, _ in loader.eval_loader(make_samples(pictures), 7, 0, False):
+            assert len(images) == len(labels) <= 7
+            seen += [image.numpy().tobytes() for image in images]
+    assert len(seen) == len(set(seen)) == 24
+
+
+def test_what_a_batch_draws_depends_on_its_place_alone(pictures):
+    """Dropped paths and mixtures are the same in a run that was stopped before this batch."""
+
+    def draws(first_step):
+        batches = TrainLoader(make_samples(pictures), 4, 0, 0, False)
+        batches.seek(2, first_step)
+        return [(torch.rand(1).item(), np.random.rand(), random.random()) for _ in batches]
+
+    whole = draws(0)
+    torch.rand(17)
+    assert draws(3) == whole[3:]
+    assert len(set(whole)) == 6

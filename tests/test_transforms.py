@@ -1,12 +1,17 @@
 """Statistics, crops and normalisation."""
 
+import pickle
+import random
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data import auto_augment, create_transform
 from torchvision import transforms as tv
 
 from util import transforms
+from util.transforms import IMAGENET_MEAN
 
 
 @pytest.fixture
@@ -84,3 +89,89 @@ def test_statistics_of_other_channel_counts():
     assert transforms.channel_statistics(2, [0.1, 0.2], [1, 2]) == ([0.1, 0.2], [1, 2])
     with pytest.raises(ValueError, match="--std has 3 values for 2 channels"):
         transforms.channel_statistics(2, [0.1, 0.2], [1, 1, 1])
+
+
+# ------------------------------------------------------------------------------------------------------- fine-tuning
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_finetune_transform_is_timms(photo, mode):
+    """The same draws give the same pixels as timm's own transform, but for its normalisation."""
+    photo = photo.convert(mode)
+    mean = IMAGENET_MEAN if mode == "RGB" else (0.5,)
+    ours = transforms.finetune_transform(32, mean, "rand-m9-mstd0.5-inc1")
+    theirs = create_transform(
+        (len(mean), 32, 32), is_training=True, auto_augment="rand-m9-mstd0.5-inc1", interpolation="bicubic", mean=mean,
+        normalize=False,
+    )  # fmt: skip
+    seen = set()
+    for seed in range(40):
+        made = []
+        for transform in (ours, theirs):
+            torch.manual_seed(seed)
+            np.random.seed(seed)
+            random.seed(seed)
+            made.append(transform(photo))
+        assert torch.equal(made[0], made[1])
+        assert made[0].shape == (len(mean), 32, 32)
+        seen.add(made[0].float().mean().item())
+    assert len(seen) == 40
+
+
+def test_posterizing_to_no_bits_leaves_black(photo):
+    """Pillow refuses 0 bits, which rand-m9-mstd0.5-inc1 asks for in one of some hundred pictures."""
+    op = auto_augment.NAME_TO_OP["PosterizeIncreasing"]
+    assert not np.asarray(op(photo, 0)).any()
+    assert np.array_equal(op(photo, 8), photo)
+    assert np.array_equal(op(photo, 3), np.asarray(photo) & 0b11100000)
+    transform = transforms.finetune_transform(8, IMAGENET_MEAN, "rand-m10-n4-mstd1.5-inc1")
+    for seed in range(300):
+        random.seed(seed)
+        np.random.seed(seed)
+        assert transform(photo).shape == (3, 8, 8)
+
+
+def test_finetune_transform_without_policy_takes_any_image():
+    transform = transforms.finetune_transform((16, 24), [0.5] * 5, "none")
+    assert transform(torch.rand(5, 40, 50)).shape == (5, 16, 24)
+    with pytest.raises(ValueError, match=r"--aa and --color_jitter change pictures of 8 bits.*give --aa none"):
+        transforms.finetune_transform(16, [0.5] * 5, "rand-m9")(torch.rand(5, 40, 50))
+    with pytest.raises(ValueError, match="--aa abc: timm knows no such policy"):
+        transforms.finetune_transform(16, IMAGENET_MEAN, "abc")
+
+
+def test_probe_crop_draws_once(photo):
+    """Area and ratio as published, rounded and clipped to the picture; the first draw counts."""
+    crop = transforms._CropOnce(16, scale=(0.08, 1.0))
+    areas, ratios = [], []
+    for seed in range(2000):
+        random.seed(seed)
+        top, left, height, width = crop.get_params(photo, (0.08, 1.0), (3 / 4, 4 / 3))
+        assert 0 <= top <= 50 - height
+        assert 0 <= left <= 70 - width
+        random.seed(seed)
+        area = 3500 * random.uniform(0.08, 1)
+        ratio = np.exp(random.uniform(np.log(3 / 4), np.log(4 / 3)))
+        assert height == min(round((area / ratio) ** 0.5), 50)
+        assert width == min(round((area * ratio) ** 0.5), 70)
+        areas.append(area / 3500)
+        ratios.append(np.log(ratio))
+    assert np.mean(areas) == pytest.approx(0.54, abs=0.02)
+    assert np.mean(ratios) == pytest.approx(0, abs=0.02)
+    assert transforms.probe_transform((16, 24))(photo).shape == (3, 16, 24)
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [transforms.pretrain_transform(16), transforms.eval_transform((16, 24)), transforms.probe_transform(16),
+     transforms.finetune_transform(16, IMAGENET_MEAN, "rand-m9-mstd0.5-inc1"), transforms.to_tensor],
+)  # fmt: skip
+def test_loading_processes_that_are_not_forked_get_transforms_too(transform, photo):
+    copy = pickle.loads(pickle.dumps(transform))
+    made = []
+    for one in (transform, copy):
+        torch.manual_seed(0)
+        random.seed(0)
+        np.random.seed(0)
+        made.append(one(photo))
+    assert torch.equal(*made)

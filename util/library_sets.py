@@ -55,7 +55,17 @@ class TorchvisionSet:
             self._open(make, given | {"download": True}, parts)
         dist.barrier()
         self.images = self._open(make, given, parts)
-        self.classes = _class_names(self.images)
+        listed = _listed_labels(self.images)
+        self.classes = _class_names(self.images, listed)
+        self._labels = listed if self.classes else np.full(len(self), -1)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """The labels of all samples; of data sets that don't list them, found by reading all, once."""
+        if self._labels is None:
+            logger.info(f"{self.title} does not list its labels: reading all {len(self):,} samples for them")
+            self._labels = np.array([self[index][1] for index in range(len(self))])
+        return self._labels
 
     def _parts(self, make: type, takes: Any, split: str, part: str) -> list[dict[str, Any]]:
         """The settings that choose a part of the data set, of which the first that the class knows is the one."""
@@ -104,16 +114,21 @@ def _read_bytes(path: str | Path) -> bytes:
     return Path(path).read_bytes()
 
 
-def _class_names(images: Any) -> list[str]:
+def _listed_labels(images: Any) -> np.ndarray | None:
+    """The labels that a data set of torchvision lists, if they are numbers, one a sample."""
+    for attribute in ("targets", "labels", "_labels"):
+        listed = getattr(images, attribute, None)
+        if listed is not None and len(listed) == len(images) and np.asarray(listed).dtype.kind in "iu":
+            return np.asarray(listed).reshape(len(images), -1)[:, 0].astype(np.int64)
+    return None
+
+
+def _class_names(images: Any, listed: np.ndarray | None) -> list[str]:
     for attribute in ("classes", "categories", "all_categories"):
         names = getattr(images, attribute, None)
         if isinstance(names, (list, tuple)) and names:
             return [name if isinstance(name, str) else ", ".join(map(str, name)) for name in names]
-    for attribute in ("targets", "labels", "_labels"):
-        labels = getattr(images, attribute, None)
-        if labels is not None and len(labels) and np.issubdtype(np.asarray(labels).dtype, np.integer):
-            return [str(number) for number in range(int(np.max(labels)) + 1)]
-    return []
+    return [] if listed is None else [str(number) for number in range(int(listed.max()) + 1)]
 
 
 class HuggingFaceSet:
@@ -143,6 +158,7 @@ class HuggingFaceSet:
             raise ValueError(f"--dataset {self.title}: no column holds images: {', '.join(map(str, features))}")
         label = next((c for c, kind in features.items() if isinstance(kind, datasets.ClassLabel)), None)
         self.classes = list(features[label].names) if label else []
+        self.labels = np.array([-1 if n is None else n for n in table[label]] if label else [-1] * len(table))
         self.table = table.select_columns([image, *([label] if label else [])])
         self.table = self.table.cast_column(image, datasets.Image(decode=False))
         self.image, self.label = image, label

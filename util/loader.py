@@ -1,197 +1,29 @@
-"""How samples reach the loop: decoded, augmented, in which order, and what happens to those that can't be read.
+"""How samples reach the loop: in which order and batches, and the count of those that could not be read.
 
-What a sample looks like (its crop, its flip, its mask) depends on (seed, epoch, index) alone, and which samples make a
-batch on (seed, epoch) and the effective batch: never on the number of workers or processes. Streamed shards are the
-exception: their samples look the same in any batch, but meet in other ones.
+Which samples make a batch depends on (seed, epoch) and the effective batch: never on the number of workers or
+processes. What is drawn for a batch as a whole depends on (seed, epoch, step, rank). Streamed shards are the exception:
+their samples look the same in any batch, but meet in other ones.
 """
 
-import contextlib
-import itertools
 import logging
 import os
-import random
-import struct
-import zlib
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Sampler
 
 from util import dist
-from util.decode import BadImage, Picture, decode
+from util.decode import BadImage
 from util.library_sets import Shards
-from util.sources import Source
-from util.transforms import Transform, to_unit_range
+from util.samples import Bad, Sample, Samples, StreamedSamples, seed_python
+from util.transforms import to_unit_range
 
 logger = logging.getLogger(__name__)
 
 MAX_BAD_SHARE = 0.1  # of an epoch's images; more of them mean that something else is wrong
-MAX_BAD_IN_A_ROW = 20
-
-Bad = tuple[str, str]  # a sample's name, and why it can't be read
-
-
-class Sample(NamedTuple):
-    """What a loading process makes of one place of an epoch, before batches are formed."""
-
-    image: Tensor  # uint8 or float (c, H, W)
-    label: int
-    noise: Tensor  # (num_noise,)
-    bad: list[Bad]  # found on the way; this sample stands in for the first of them
-
-
-class Samples(Dataset):
-    """Decoded, augmented samples of a source, asked for by (epoch, index).
-
-    Args:
-        num_noise: random numbers that go with each sample: in pre-training one a patch, which choose its mask.
-        on_bad_image: "error", or "skip": another sample, drawn by (seed, epoch, index), takes the place.
-    """
-
-    def __init__(
-        self,
-        source: Source | Shards,
-        transform: Transform,
-        *,
-        in_chans: int,
-        seed: int,
-        num_noise: int = 0,
-        on_bad_image: str = "error",
-    ) -> None:
-        self.source = source
-        self.transform = transform
-        self.in_chans = in_chans
-        self.seed = seed
-        self.num_noise = num_noise
-        self.skips = on_bad_image == "skip"
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, place: tuple[int, int]) -> Sample:
-        epoch, index = place
-        picture, label, bad = self._read(epoch, index)
-        return self.finish(picture, label, bad, epoch, index)
-
-    def finish(self, picture: Picture, label: int, bad: list[Bad], epoch: int, number: int) -> Sample:
-        """Augments a decoded picture with the random numbers of (seed, epoch, number)."""
-        with seeded_for(self.seed, epoch, number):
-            noise = torch.rand(self.num_noise)  # first, so that the mask stays the same under another augmentation
-            return Sample(self.transform(picture), label, noise, bad)
-
-    def refuse(self, name: str, error: Exception, bad: list[Bad]) -> None:
-        """Notes a sample that can't be read, or ends the run: at once, or where all seem to be so."""
-        reason = (isinstance(error, OSError) and error.strerror) or str(error)
-        if not self.skips:
-            raise BadImage(f"{name}: {reason} (--on_bad_image skip leaves such images out)") from error
-        bad.append((name, reason))
-        if len(bad) >= MAX_BAD_IN_A_ROW:
-            raise BadImage(f"{len(bad)} images in a row can't be read; the last is {name}: {reason}") from error
-
-    def _read(self, epoch: int, index: int) -> tuple[Picture, int, list[Bad]]:
-        assert not isinstance(self.source, Shards), "streamed samples come from StreamedSamples"
-        bad: list[Bad] = []
-        for candidate in self._candidates(epoch, index):
-            try:
-                data, label = self.source[candidate]
-                return decode(data, self.in_chans), label, bad
-            except (BadImage, OSError) as error:
-                self.refuse(self.source.name(candidate), error, bad)
-        raise AssertionError("candidates never end")
-
-    def _candidates(self, epoch: int, index: int) -> Iterator[int]:
-        """The index itself, then what may stand in for it."""
-        yield index
-        generator = np.random.default_rng([self.seed, epoch, index])
-        while True:
-            yield int(generator.integers(len(self.source)))
-
-
-class StreamedSamples(IterableDataset):
-    """Samples of streamed shards. Every loading process gets its own part of them, and makes whole batches of it.
-
-    Args:
-        samples: augments, and decides about bad images; its source are the shards.
-    """
-
-    def __init__(self, samples: Samples, shards: Shards) -> None:
-        self.samples = samples
-        self.shards = shards
-        # Epoch, first batch, end, batch size; in shared memory, because workers outlive an epoch.
-        self.place = torch.zeros(4, dtype=torch.int64).share_memory_()
-
-    def seek(self, epoch: int, first_step: int, num_steps: int, batch_size: int) -> None:
-        """Chooses what the next iteration yields: batches from `first_step` to `num_steps` of an epoch."""
-        self.place.copy_(torch.tensor([epoch, first_step, num_steps, batch_size]))
-
-    def __iter__(self) -> Iterator[Sample]:
-        epoch, first_step, num_steps, batch_size = self.place.tolist()
-        info = get_worker_info()
-        worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        batches = len(range(first_step + worker, num_steps, workers))  # workers take turns
-        yield from itertools.islice(self._stream(epoch, first_step, worker, workers), batches * batch_size)
-
-    def _stream(self, epoch: int, first_step: int, worker: int, workers: int) -> Iterator[Sample]:
-        bad: list[Bad] = []
-
-        def report(name: str, error: Exception) -> bool:
-            self.samples.refuse(name, error, bad)
-            return True
-
-        part, parts = dist.rank() * workers + worker, dist.world_size() * workers
-        for name, data, label in self.shards.stream([self.samples.seed, epoch, first_step], part, parts, report):
-            try:
-                picture = decode(data, self.samples.in_chans)
-            except BadImage as error:
-                self.samples.refuse(name, error, bad)
-                continue
-            yield self.samples.finish(picture, label, bad, epoch, zlib.crc32(name.encode()))
-            bad = []
-
-
-def examples(samples: Samples, count: int) -> list[Tensor]:
-    """A batch of up to `count` samples, evenly spread over the data set: the same ones in every epoch and run."""
-    if isinstance(samples.source, Shards):
-        stream = StreamedSamples(samples, samples.source)
-        stream.seek(0, 0, 1, min(count, len(samples)))
-        chosen = list(stream)
-    else:
-        indices = np.unique(np.linspace(0, len(samples) - 1, count, dtype=int))
-        chosen = [samples[0, int(index)] for index in indices]
-    return _collate(chosen)[0]
-
-
-def _collate(samples: list[Sample]) -> tuple[list[Tensor], list[Bad]]:
-    """Images (B, c, H, W), labels (B,), noise (B, num_noise); and what was bad."""
-    images = [sample.image for sample in samples]
-    if len({image.dtype for image in images}) > 1:  # files of 8 and of 16 bits
-        images = [to_unit_range(image) for image in images]
-    labels = torch.tensor([sample.label for sample in samples])
-    noise = torch.stack([sample.noise for sample in samples])
-    return [torch.stack(images), labels, noise], [bad for sample in samples for bad in sample.bad]
-
-
-@contextlib.contextmanager
-def seeded_for(seed: int, epoch: int, index: int) -> Iterator[None]:
-    """Seeds every generator that an augmentation may use, for one sample.
-
-    A checksum makes the 32 bits that the generators take: within an epoch no two samples share them. In the training
-    process itself (no workers) the generators go on afterwards as if nothing had been drawn.
-    """
-    key = zlib.crc32(struct.pack("<3q", seed, epoch, index))
-    before = None if get_worker_info() else (torch.get_rng_state(), random.getstate(), np.random.get_state())
-    # torch.manual_seed would look for every kind of device first: 72 µs in place of 1.
-    torch.default_generator.manual_seed(key)
-    random.seed(key)
-    np.random.seed(key)
-    yield
-    if before is not None:
-        torch.set_rng_state(before[0])
-        random.setstate(before[1])
-        np.random.set_state(before[2])
 
 
 class EpochBatches(Sampler[list[tuple[int, int]]]):
@@ -276,12 +108,13 @@ class TrainLoader:
 
     def __iter__(self) -> Iterator[list[Tensor]]:
         found: dict[str, str] = {}
-        for batch, bad in self.batches:
+        for step, (batch, bad) in enumerate(self.batches, start=self.order.first_step):
             for name, reason in bad:
                 found[name] = reason
                 if name not in self.named:
                     self.named.add(name)
                     logger.warning(f"{name}: {reason}; another image takes its place")
+            _seed_all(self.order.seed, self.order.epoch, step, dist.rank())
             yield batch
         self._count(found)
 
@@ -303,6 +136,51 @@ class TrainLoader:
             )
         if found:
             logger.warning(f"{self.num_bad:,} of the epoch's {num_images:,} images can't be read")
+
+
+def eval_loader(samples: Samples, batch_size: int, num_workers: int, pin_memory: bool) -> DataLoader:
+    """This process's share of a data set, for evaluation; each sample comes once, in one of the processes."""
+    mine = [(0, index) for index in range(dist.rank(), len(samples), dist.world_size())]
+    batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
+    return DataLoader(
+        samples,
+        batch_sampler=batches,
+        collate_fn=_collate_good,
+        num_workers=up_to_cores(num_workers),
+        pin_memory=pin_memory,
+    )
+
+
+def examples(samples: Samples, count: int) -> list[Tensor]:
+    """A batch of up to `count` samples, evenly spread over the data set: the same ones in every epoch and run."""
+    if isinstance(samples.source, Shards):
+        stream = StreamedSamples(samples, samples.source)
+        stream.seek(0, 0, 1, min(count, len(samples)))
+        chosen = list(stream)
+    else:
+        indices = np.unique(np.linspace(0, len(samples) - 1, count, dtype=int))
+        chosen = [samples[0, int(index)] for index in indices]
+    return _collate_good(chosen)
+
+
+def _collate_good(samples: list[Sample]) -> list[Tensor]:
+    return _collate(samples)[0]
+
+
+def _collate(samples: list[Sample]) -> tuple[list[Tensor], list[Bad]]:
+    """Images (B, c, H, W), labels (B,), noise (B, num_noise); and what was bad."""
+    images = [sample.image for sample in samples]
+    if len({image.dtype for image in images}) > 1:  # files of 8 and of 16 bits
+        images = [to_unit_range(image) for image in images]
+    labels = torch.tensor([sample.label for sample in samples])
+    noise = torch.stack([sample.noise for sample in samples])
+    return [torch.stack(images), labels, noise], [bad for sample in samples for bad in sample.bad]
+
+
+def _seed_all(*of: int) -> None:
+    """For what is drawn for a batch as a whole, such as dropped paths and mixtures: so that a run that goes on in the
+    middle of an epoch draws it as if it had not been stopped."""
+    torch.manual_seed(seed_python(*of))
 
 
 def up_to_cores(num_workers: int) -> int:

@@ -30,6 +30,10 @@ class Source(Protocol):
 
     classes: list[str]
 
+    @property
+    def labels(self) -> np.ndarray:
+        """The labels of all samples."""
+
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> tuple[bytes | Picture, int]:

@@ -1,8 +1,13 @@
 """From decoded pictures to training batches: statistics, augmentation, and normalisation on the device."""
 
+import math
+import random
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
+from PIL import Image, ImageOps
+from timm.data import auto_augment, create_transform
 from torch import Tensor, nn
 from torchvision import transforms as T
 from torchvision.transforms import InterpolationMode
@@ -86,6 +91,78 @@ def pretrain_transform(input_size: Size, crop_scale: Sequence[float] = (0.2, 1.0
     )
 
 
+def finetune_transform(
+    input_size: Size, mean: Sequence[float], aa: str | None = None, color_jitter: float | None = None
+) -> Transform:
+    """timm's augmentation for supervised training: crop (area .08 to 1), flip, and RandAugment or the like.
+
+    Random erasing comes later, after normalisation, on the device.
+
+    Args:
+        mean: of each channel; the colour that fills what RandAugment's shifts and turns leave bare.
+        aa: timm's name of a policy, such as rand-m9-mstd0.5-inc1; None or "none" for no such.
+        color_jitter: strength of random brightness, contrast and saturation; has no effect beside `aa`.
+
+    Raises:
+        ValueError: timm does not know the policy.
+    """
+    policy = None if aa in (None, "", "none") else aa
+    try:
+        crop, change, _ = create_transform(
+            (len(mean), *to_pair(input_size)),
+            is_training=True,
+            color_jitter=color_jitter,
+            auto_augment=policy,
+            interpolation="bicubic",
+            mean=tuple(mean),
+            std=(1.0,) * len(mean),
+            separate=True,
+        )
+    except (AssertionError, KeyError, ValueError) as error:
+        raise ValueError(f"--aa {aa}: timm knows no such policy ({error}); give one of its, or none") from error
+    return T.Compose(
+        [crop, partial(_change_bytes, change=change), to_tensor] if change.transforms else [crop, to_tensor]
+    )
+
+
+def _change_bytes(picture: Picture, change: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    if isinstance(picture, Tensor):
+        raise ValueError(
+            "--aa and --color_jitter change pictures of 8 bits with 1 or 3 channels only; give --aa none and no "
+            "--color_jitter"
+        )
+    return change(picture)
+
+
+def _posterize(picture: Image.Image, bits: int, **_: object) -> Image.Image:
+    """Keeps so many bits of each value; none at all, which strong policies ask for now and then, leaves black."""
+    return ImageOps.posterize(picture, bits) if 1 <= bits <= 8 else picture.point(lambda value: value * (bits > 8))
+
+
+# timm hands 0 bits on to Pillow, which took them once and refuses them now.
+auto_augment.NAME_TO_OP.update({name: _posterize for name in auto_augment.NAME_TO_OP if name.startswith("Posterize")})
+
+
+class _CropOnce(T.RandomResizedCrop):
+    """Draws area and ratio once, and clips the sides to the picture, where torchvision's draws up to ten times."""
+
+    @staticmethod
+    def get_params(img: Picture, scale: Sequence[float], ratio: Sequence[float]) -> tuple[int, int, int, int]:
+        height, width = size_of(img)
+        area = height * width * random.uniform(*scale)
+        aspect = math.exp(random.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        crop_height = min(round(math.sqrt(area / aspect)), height)
+        crop_width = min(round(math.sqrt(area * aspect)), width)
+        top, left = random.randint(0, height - crop_height), random.randint(0, width - crop_width)
+        return top, left, crop_height, crop_width
+
+
+def probe_transform(input_size: Size) -> Transform:
+    """The published augmentation of linear probing: one draw of a crop (area .08 to 1), and a flip."""
+    crop = _CropOnce(to_pair(input_size), scale=(0.08, 1.0), interpolation=InterpolationMode.BICUBIC)
+    return T.Compose([crop, T.RandomHorizontalFlip(), to_tensor])
+
+
 def to_tensor(picture: Picture) -> Tensor:
     """A decoded picture as it is, as a tensor (c, H, W)."""
     return picture if isinstance(picture, Tensor) else TF.pil_to_tensor(picture)
@@ -96,15 +173,16 @@ def eval_transform(input_size: Size) -> Transform:
     height, width = to_pair(input_size)
     crop_ratio = 1.0 if height == width > 224 else 0.875
     scaled = (int(height / crop_ratio), int(width / crop_ratio))
+    return T.Compose([partial(_cover, size=scaled), T.CenterCrop((height, width)), to_tensor])
 
-    def transform(picture: Picture) -> Tensor:
-        if scaled[0] == scaled[1]:
-            size: list[int] = [scaled[0]]  # torchvision's rounding, the published numbers'
-        else:
-            own_height, own_width = size_of(picture)
-            factor = max(scaled[0] / own_height, scaled[1] / own_width)
-            size = [max(scaled[0], round(own_height * factor)), max(scaled[1], round(own_width * factor))]
-        picture = TF.resize(picture, size, interpolation=InterpolationMode.BICUBIC)
-        return to_tensor(TF.center_crop(picture, [height, width]))
 
-    return transform
+def _cover(picture: Picture, size: tuple[int, int]) -> Picture:
+    """Scales a picture to cover (height, width)."""
+    height, width = size
+    if height == width:
+        sides = [height]  # torchvision's rounding, the published numbers'
+    else:
+        own_height, own_width = size_of(picture)
+        factor = max(height / own_height, width / own_width)
+        sides = [max(height, round(own_height * factor)), max(width, round(own_width * factor))]
+    return TF.resize(picture, sides, interpolation=InterpolationMode.BICUBIC)

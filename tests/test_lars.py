@@ -1,0 +1,70 @@
+"""LARS against timm's, and its formula by hand."""
+
+import torch
+from timm.optim import Lars
+
+from util.lars import LARS
+
+
+def parameters():
+    torch.manual_seed(0)
+    return [torch.nn.Parameter(torch.randn(3, 4)), torch.nn.Parameter(torch.randn(3)),
+            torch.nn.Parameter(torch.zeros(2, 2))]  # fmt: skip
+
+
+def steps(optimizer, weights, count=5):
+    torch.manual_seed(1)
+    for _ in range(count):
+        for weight in weights:
+            weight.grad = torch.randn_like(weight)
+        optimizer.step()
+    return [weight.detach().clone() for weight in weights]
+
+
+def test_agrees_with_timm_on_matrices():
+    ours, theirs = parameters()[:1], parameters()[:1]
+    expected = steps(Lars(theirs, lr=0.5, momentum=0.9, weight_decay=0, always_adapt=True), theirs)
+    found = steps(LARS(ours, lr=0.5), ours)
+    torch.testing.assert_close(found, expected)
+
+
+def test_vectors_take_plain_momentum_steps():
+    ours, theirs = parameters()[1:2], parameters()[1:2]
+    expected = steps(torch.optim.SGD(theirs, lr=0.5, momentum=0.9), theirs)
+    torch.testing.assert_close(steps(LARS(ours, lr=0.5, weight_decay=0.3), ours), expected)
+
+
+def test_the_formula():
+    weight = torch.nn.Parameter(torch.tensor([[3.0, 4.0]]))
+    optimizer = LARS([weight], lr=0.1, weight_decay=0.5, trust_coefficient=0.01)
+    weight.grad = torch.tensor([[1.5, -2.0]])
+    gradient = torch.tensor([[3.0, 0.0]])  # with the decay; its norm is 3, the weight's 5
+    momentum = gradient * 0.01 * 5 / 3
+    expected = torch.tensor([[3.0, 4.0]]) - 0.1 * momentum
+    optimizer.step()
+    torch.testing.assert_close(weight.detach(), expected)
+    weight.grad = torch.zeros(1, 2)
+    decay = 0.5 * expected
+    momentum = 0.9 * momentum + decay * 0.01 * expected.norm() / decay.norm()
+    optimizer.step()
+    torch.testing.assert_close(weight.detach(), expected - 0.1 * momentum)
+
+
+def test_weights_of_zero_can_leave_it():
+    weights = parameters()
+    assert steps(LARS(weights, lr=0.1), weights, 1)[2].abs().sum() > 0
+
+
+def test_a_step_with_found_inf_changes_nothing():
+    weights = parameters()
+    optimizer = LARS(weights, lr=0.1)
+    before = steps(optimizer, weights, 2)
+    momenta = [optimizer.state[w]["momentum"].clone() for w in weights]
+    optimizer.found_inf = torch.tensor(1.0)
+    for weight in weights:
+        weight.grad = torch.full_like(weight, float("nan"))
+    optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, weights, strict=True))
+    assert all(torch.equal(m, optimizer.state[w]["momentum"]) for m, w in zip(momenta, weights, strict=True))
+    optimizer.found_inf = torch.tensor(0.0)
+    assert not torch.equal(steps(optimizer, weights, 1)[0], before[0])

@@ -1,0 +1,60 @@
+"""Layer-wise decay: the published groups, and timm's as the second opinion."""
+
+import pytest
+import torch
+from timm.optim import param_groups_layer_decay
+
+from models_vit import vit_mini_patch4
+from util.lr_decay import get_layer_id_for_vit, param_groups_lrd
+
+FREE = ["pos_embed", "cls_token"]
+
+
+@pytest.fixture
+def model():
+    return vit_mini_patch4(img_size=16, num_classes=5, global_pool=True)
+
+
+def settings_of(groups, model):
+    names = {id(p): n for n, p in model.named_parameters()}
+    return {names[id(p)]: (g["lr_scale"], g["weight_decay"]) for g in groups for p in g["params"]}
+
+
+def test_scales_and_decay(model):
+    found = settings_of(param_groups_lrd(model, 0.05, FREE, layer_decay=0.5), model)
+    assert found.keys() == dict(model.named_parameters()).keys()
+    assert found["cls_token"] == found["pos_embed"] == (0.5**5, 0.0)
+    assert found["patch_embed.proj.weight"] == (0.5**5, 0.05)
+    assert found["blocks.0.attn.qkv.weight"] == (0.5**4, 0.05)
+    assert found["blocks.3.mlp.fc2.bias"] == (0.5, 0.0)
+    assert found["head.weight"] == (1.0, 0.05)
+    assert found["fc_norm.weight"] == found["head.bias"] == (1.0, 0.0)
+
+
+def test_without_the_list_tokens_decay(model):
+    assert settings_of(param_groups_lrd(model), model)["cls_token"][1] == 0.05
+
+
+def test_agrees_with_timm(model):
+    import timm
+
+    twin = timm.create_model(
+        "vit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=128, depth=4, num_heads=4, num_classes=5,
+        global_pool="avg", class_token=True, fc_norm=True,
+    )  # fmt: skip
+    theirs = settings_of(param_groups_layer_decay(twin, 0.05, FREE, layer_decay=0.65), twin)
+    ours = settings_of(param_groups_lrd(model, 0.05, FREE, layer_decay=0.65), model)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert ours[name] == pytest.approx(theirs[name]), name
+
+
+def test_frozen_parameters_are_in_no_group(model):
+    model.blocks.requires_grad_(False)
+    assert not any(name.startswith("blocks") for name in settings_of(param_groups_lrd(model), model))
+
+
+def test_groups_train(model):
+    optimizer = torch.optim.AdamW(param_groups_lrd(model), lr=0.1)
+    assert len(optimizer.param_groups) == 2 * 6
+    assert get_layer_id_for_vit("head.weight", 5) == 5

@@ -1,0 +1,61 @@
+"""Samples depend on the seed, the epoch and their index alone."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_samples
+
+from util import transforms
+from util.samples import Samples, seeded_for
+
+
+def equal(a, b):
+    return torch.equal(a[0], b[0]) and torch.equal(a[2], b[2])
+
+
+def test_a_sample_depends_on_seed_epoch_and_index_alone(pictures):
+    samples = make_samples(pictures)
+    first = samples[2, 5]
+    assert first[0].dtype == torch.uint8
+    assert first[0].shape == (3, 16, 16)
+    assert first[2].shape == (16,)
+    torch.rand(100)
+    _ = samples[0, 3]
+    assert equal(samples[2, 5], first)
+    assert not equal(samples[3, 5], first)
+    assert not torch.equal(samples[2, 6][2], first[2])
+    assert not equal(make_samples(pictures, seed=1)[2, 5], first)
+
+
+def test_sampling_leaves_the_processs_own_generators_alone(pictures):
+    samples = make_samples(pictures)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    _ = samples[0, 1]
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_noise_does_not_depend_on_the_augmentation(pictures):
+    samples = make_samples(pictures)
+    other = Samples(samples.source, transforms.eval_transform(16), in_chans=3, seed=0, num_noise=16)
+    assert torch.equal(samples[1, 7][2], other[1, 7][2])
+
+
+def test_noise_is_uniform_and_independent_between_neighbours():
+    rows = []
+    for index in range(4000):
+        with seeded_for(0, 3, index):
+            rows.append(torch.rand(16))
+    noise = torch.stack(rows).double()
+    assert noise.mean().item() == pytest.approx(0.5, abs=0.005)
+    assert noise.var().item() == pytest.approx(1 / 12, abs=0.002)
+    columns = torch.corrcoef(noise.T) - torch.eye(16)
+    neighbours = torch.corrcoef(torch.cat([noise[:-1].T, noise[1:].T]))[:16, 16:]
+    assert columns.abs().max() < 0.07  # four standard deviations of 4000 independent pairs
+    assert neighbours.abs().max() < 0.07
+    assert len(np.unique(noise[:, 0])) == 4000
+
+
+def test_good_images_are_those_of_a_run_that_skips_nothing(pictures):
+    assert equal(make_samples(pictures)[1, 2], make_samples(pictures, on_bad_image="skip")[1, 2])

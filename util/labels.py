@@ -1,0 +1,122 @@
+"""What a classifier needs of a data set: its classes, and parts of it."""
+
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+
+from util.decode import Picture
+from util.sources import Source
+
+logger = logging.getLogger(__name__)
+
+
+class Part:
+    """A part of a source; or all of it, with labels that count other classes.
+
+    Args:
+        indices: of the samples that are taken.
+        classes: that the labels count from now on, and
+        numbers: for each of the source's own labels, its new one.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        indices: np.ndarray,
+        classes: list[str] | None = None,
+        numbers: np.ndarray | None = None,
+    ) -> None:
+        self.source = source
+        self.indices = indices
+        self.classes = source.classes if classes is None else classes
+        self.numbers = np.arange(len(source.classes)) if numbers is None else numbers
+        self.labels = self.numbers[source.labels[indices]]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> tuple[bytes | Picture, int]:
+        data, label = self.source[int(self.indices[index])]
+        return data, int(self.numbers[label])
+
+    def name(self, index: int) -> str:
+        """As the source calls the sample."""
+        return self.source.name(int(self.indices[index]))
+
+
+def check_classes(train: Source, val: Source, nb_classes: int | None) -> list[str]:
+    """The classes of a training and a validation set, which must be the same.
+
+    Raises:
+        ValueError: there are none, they differ, or `nb_classes` is another number.
+    """
+    for flag, source in (("train", train), ("val", val)):
+        require_labels(source, flag)
+    only_train, only_val = sorted(set(train.classes) - set(val.classes)), sorted(set(val.classes) - set(train.classes))
+    if only_train or only_val:
+        raise ValueError(
+            "training and validation set have different classes: "
+            + "; ".join(
+                f"only {side}: {_some(names)}" for side, names in (("train", only_train), ("val", only_val)) if names
+            )
+        )
+    if nb_classes not in (None, len(train.classes)):
+        raise ValueError(f"the data has {len(train.classes)} classes, and --nb_classes is {nb_classes}; leave it out")
+    return train.classes
+
+
+def require_labels(source: Source, split: str) -> None:
+    """Raises ValueError where a source has no labels, or lacks some."""
+    if not source.classes or (np.asarray(source.labels) < 0).any():
+        raise ValueError(
+            f"the images of {split} have no classes, which supervised training and evaluation need: give class "
+            f"folders ({split}/CLASS/IMAGE), or a --{split}_list with labels"
+        )
+
+
+def counted_as(source: Source, classes: Sequence[str]) -> Source:
+    """A source whose labels count a model's classes, of which it may lack some.
+
+    Raises:
+        ValueError: it has a class that the model does not know.
+    """
+    if source.classes == list(classes):
+        return source
+    unknown = sorted(set(source.classes) - set(classes))
+    if unknown:
+        raise ValueError(
+            f"{len(unknown)} of the {len(source.classes)} classes of the images are none of the model's "
+            f"{len(classes)}: {_some(unknown)}"
+        )
+    logger.warning(f"the images are of {len(source.classes)} of the model's {len(classes)} classes")
+    number_of = {name: number for number, name in enumerate(classes)}
+    numbers = np.array([number_of[name] for name in source.classes])
+    return Part(source, np.arange(len(source)), list(classes), numbers)
+
+
+def some_of_each_class(source: Source, count: int, seed: int) -> Source:
+    """`count` samples of every class, drawn by `seed`; a greater count holds the same ones and more.
+
+    Raises:
+        ValueError: a class has fewer.
+    """
+    generator = np.random.default_rng(seed)
+    labels, chosen = np.asarray(source.labels), []
+    for number, name in enumerate(source.classes):
+        own = generator.permutation(np.flatnonzero(labels == number))
+        if len(own) < count:
+            raise ValueError(f"--train_per_class {count}: the class {name} has {len(own)} images")
+        chosen.append(own[:count])
+    return Part(source, np.sort(np.concatenate(chosen)))
+
+
+def hold_out(source: Source, share: float, seed: int) -> tuple[Source, Source]:
+    """A source in two: the larger part, and a `share` of it, drawn by `seed`."""
+    order = np.random.default_rng(seed).permutation(len(source))
+    count = round(share * len(source))
+    return Part(source, np.sort(order[count:])), Part(source, np.sort(order[:count]))
+
+
+def _some(names: Sequence[str], shown: int = 5) -> str:
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")

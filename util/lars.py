@@ -1,0 +1,63 @@
+"""LARS (You et al. 2017), for linear probing with large batches."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+class LARS(Optimizer):
+    """Momentum SGD whose step is in proportion to each weight's norm. Biases and 1-D weights: plain momentum SGD.
+
+    g += wd·w; g *= trust·|w|/|g| (1 where either norm is 0); m = momentum·m + g; w -= lr·m.
+
+    Heeds `found_inf`, as fused optimizers do (`precision.Precision.step`): where it is not 0, nothing changes, and the
+    host need not know.
+    """
+
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 0.0,
+        weight_decay: float = 0.0,
+        momentum: float = 0.9,
+        trust_coefficient: float = 0.001,
+    ) -> None:
+        super().__init__(
+            params,
+            {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "trust_coefficient": trust_coefficient},
+        )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Takes a step for every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    self._step_one(weight, weight.grad, group)
+        return loss
+
+    def _step_one(self, weight: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        if weight.ndim > 1:
+            gradient = gradient + group["weight_decay"] * weight
+            weight_norm, gradient_norm = weight.norm(), gradient.norm()
+            trust = group["trust_coefficient"] * weight_norm / gradient_norm
+            gradient = gradient * torch.where((weight_norm > 0) & (gradient_norm > 0), trust, 1.0)
+        state = self.state[weight]
+        old = state.setdefault("momentum", torch.zeros_like(weight))
+        new = group["momentum"] * old + gradient
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is not None:
+            new, step = torch.where(found_inf > 0, old, new), torch.where(found_inf > 0, 0.0, new)
+        else:
+            step = new
+        old.copy_(new)
+        weight.sub_(group["lr"] * step)

@@ -1,0 +1,171 @@
+"""What loading processes make of a source: decoded, augmented samples, and what happens to those that can't be read.
+
+What a sample looks like (its crop, its flip, its mask) depends on (seed, epoch, index) alone: never on the number of
+workers or processes.
+"""
+
+import contextlib
+import itertools
+import random
+import struct
+import zlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
+
+from util import dist
+from util.decode import BadImage, Picture, decode
+from util.library_sets import Shards
+from util.sources import Source
+from util.transforms import Transform
+
+MAX_BAD_IN_A_ROW = 20
+
+Bad = tuple[str, str]  # a sample's name, and why it can't be read
+
+
+class Sample(NamedTuple):
+    """What a loading process makes of one place of an epoch, before batches are formed."""
+
+    image: Tensor  # uint8 or float (c, H, W)
+    label: int
+    noise: Tensor  # (num_noise,)
+    bad: list[Bad]  # found on the way; this sample stands in for the first of them
+
+
+class Samples(Dataset):
+    """Decoded, augmented samples of a source, asked for by (epoch, index).
+
+    Args:
+        num_noise: random numbers that go with each sample: in pre-training one a patch, which choose its mask.
+        on_bad_image: "error", or "skip": another sample, drawn by (seed, epoch, index), takes the place.
+    """
+
+    def __init__(
+        self,
+        source: Source | Shards,
+        transform: Transform,
+        *,
+        in_chans: int,
+        seed: int,
+        num_noise: int = 0,
+        on_bad_image: str = "error",
+    ) -> None:
+        self.source = source
+        self.transform = transform
+        self.in_chans = in_chans
+        self.seed = seed
+        self.num_noise = num_noise
+        self.skips = on_bad_image == "skip"
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, place: tuple[int, int]) -> Sample:
+        epoch, index = place
+        picture, label, bad = self._read(epoch, index)
+        return self.finish(picture, label, bad, epoch, index)
+
+    def finish(self, picture: Picture, label: int, bad: list[Bad], epoch: int, number: int) -> Sample:
+        """Augments a decoded picture with the random numbers of (seed, epoch, number)."""
+        with seeded_for(self.seed, epoch, number):
+            noise = torch.rand(self.num_noise)  # first, so that the mask stays the same under another augmentation
+            return Sample(self.transform(picture), label, noise, bad)
+
+    def refuse(self, name: str, error: Exception, bad: list[Bad]) -> None:
+        """Notes a sample that can't be read, or ends the run: at once, or where all seem to be so."""
+        reason = (isinstance(error, OSError) and error.strerror) or str(error)
+        if not self.skips:
+            raise BadImage(f"{name}: {reason} (--on_bad_image skip leaves such images out)") from error
+        bad.append((name, reason))
+        if len(bad) >= MAX_BAD_IN_A_ROW:
+            raise BadImage(f"{len(bad)} images in a row can't be read; the last is {name}: {reason}") from error
+
+    def _read(self, epoch: int, index: int) -> tuple[Picture, int, list[Bad]]:
+        assert not isinstance(self.source, Shards), "streamed samples come from StreamedSamples"
+        bad: list[Bad] = []
+        for candidate in self._candidates(epoch, index):
+            try:
+                data, label = self.source[candidate]
+                return decode(data, self.in_chans), label, bad
+            except (BadImage, OSError) as error:
+                self.refuse(self.source.name(candidate), error, bad)
+        raise AssertionError("candidates never end")
+
+    def _candidates(self, epoch: int, index: int) -> Iterator[int]:
+        """The index itself, then what may stand in for it."""
+        yield index
+        generator = np.random.default_rng([self.seed, epoch, index])
+        while True:
+            yield int(generator.integers(len(self.source)))
+
+
+class StreamedSamples(IterableDataset):
+    """Samples of streamed shards. Every loading process gets its own part of them, and makes whole batches of it.
+
+    Args:
+        samples: augments, and decides about bad images; its source are the shards.
+    """
+
+    def __init__(self, samples: Samples, shards: Shards) -> None:
+        self.samples = samples
+        self.shards = shards
+        # Epoch, first batch, end, batch size; in shared memory, because workers outlive an epoch.
+        self.place = torch.zeros(4, dtype=torch.int64).share_memory_()
+
+    def seek(self, epoch: int, first_step: int, num_steps: int, batch_size: int) -> None:
+        """Chooses what the next iteration yields: batches from `first_step` to `num_steps` of an epoch."""
+        self.place.copy_(torch.tensor([epoch, first_step, num_steps, batch_size]))
+
+    def __iter__(self) -> Iterator[Sample]:
+        epoch, first_step, num_steps, batch_size = self.place.tolist()
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        batches = len(range(first_step + worker, num_steps, workers))  # workers take turns
+        yield from itertools.islice(self._stream(epoch, first_step, worker, workers), batches * batch_size)
+
+    def _stream(self, epoch: int, first_step: int, worker: int, workers: int) -> Iterator[Sample]:
+        bad: list[Bad] = []
+
+        def report(name: str, error: Exception) -> bool:
+            self.samples.refuse(name, error, bad)
+            return True
+
+        part, parts = dist.rank() * workers + worker, dist.world_size() * workers
+        for name, data, label in self.shards.stream([self.samples.seed, epoch, first_step], part, parts, report):
+            try:
+                picture = decode(data, self.samples.in_chans)
+            except BadImage as error:
+                self.samples.refuse(name, error, bad)
+                continue
+            yield self.samples.finish(picture, label, bad, epoch, zlib.crc32(name.encode()))
+            bad = []
+
+
+@contextlib.contextmanager
+def seeded_for(seed: int, epoch: int, index: int) -> Iterator[None]:
+    """Seeds every generator that an augmentation may use, for one sample.
+
+    A checksum makes the 32 bits that the generators take: within an epoch no two samples share them. In the training
+    process itself (no workers) the generators go on afterwards as if nothing had been drawn.
+    """
+    before = None if get_worker_info() else (torch.get_rng_state(), random.getstate(), np.random.get_state())
+    # torch.manual_seed would look for every kind of device first: 72 µs in place of 1.
+    torch.default_generator.manual_seed(seed_python(seed, epoch, index))
+    yield
+    if before is not None:
+        torch.set_rng_state(before[0])
+        random.setstate(before[1])
+        np.random.set_state(before[2])
+
+
+def seed_python(*of: int) -> int:
+    """Seeds Python's and NumPy's generators by some numbers, and returns a seed for PyTorch's."""
+    key = zlib.crc32(struct.pack(f"<{len(of)}q", *of))
+    random.seed(key)
+    np.random.seed(key)
+    return key
