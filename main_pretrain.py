@@ -12,23 +12,19 @@ The published recipe on ImageNet, 8 GPUs of one machine:
 """
 
 import argparse
-import logging
 from argparse import Namespace
-from contextlib import closing
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from timm.optim import param_groups_weight_decay
 
 import models_mae
 from engine_pretrain import train_one_epoch
-from util import cli, datasets, dist, loader, lr_sched, pictures, runlog, runstate, transforms, weights
-from util.loop import NonFiniteGuard
+from util import cli, datasets, dist, epochs, loader, options, pictures, runlog, runstate, transforms, weights
 from util.precision import Precision
 from util.samples import Samples
-
-logger = logging.getLogger(__name__)
 
 MODELS = sorted(name for name in vars(models_mae) if name.startswith("mae_vit_"))
 EXAMPLES = 8  # images in TensorBoard's picture of reconstructions
@@ -37,12 +33,12 @@ EXAMPLES = 8  # images in TensorBoard's picture of reconstructions
 def get_args_parser() -> argparse.ArgumentParser:
     """All flags, with the published defaults."""
     parser = cli.parser("Masked pre-training of a Vision Transformer (He et al. 2021).")
-    cli.add_run_options(parser)
-    cli.add_data_options(parser)
-    cli.add_model_options(parser, MODELS, default="mae_vit_large_patch16")
-    cli.add_pretrain_options(parser)
-    cli.add_optimizer_options(parser)
-    cli.add_distributed_options(parser)
+    options.add_run_options(parser)
+    options.add_data_options(parser)
+    options.add_model_options(parser, MODELS, default="mae_vit_large_patch16")
+    options.add_pretrain_options(parser)
+    options.add_optimizer_options(parser)
+    options.add_distributed_options(parser)
     return parser
 
 
@@ -50,8 +46,7 @@ def main(args: Namespace) -> None:
     """Trains for `args.epochs` epochs; leaves checkpoints, log.txt and TensorBoard's files."""
     device = dist.init(args.device, args.dist_url)
     runlog.start_logging()
-    output_dir = Path(args.output_dir)
-    runstate.prepare_output_dir(output_dir, args.resume)
+    runstate.prepare_output_dir(Path(args.output_dir), args.resume)
     torch.manual_seed(args.seed)
 
     model = models_mae.build(vars(args))
@@ -70,60 +65,26 @@ def main(args: Namespace) -> None:
     batches = loader.TrainLoader(samples, args.batch_size, args.seed, args.num_workers, pin_memory)
     normalize = transforms.Normalize(*transforms.channel_statistics(args.in_chans, args.mean, args.std)).to(device)
 
-    global_batch_size = args.batch_size * dist.world_size()
-    effective_batch_size = global_batch_size * args.accum_iter
-    logger.info("settings: " + " ".join(f"{name}={value}" for name, value in sorted(vars(args).items())))
-    lr = lr_sched.scaled_lr(args.lr, args.blr, effective_batch_size)
     # The published groups: no decay on biases and 1-D weights, and so decay on the class and mask tokens.
     groups = param_groups_weight_decay(model, args.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
-    schedule = partial(lr_sched.adjust_learning_rate, optimizer, args=Namespace(**{**vars(args), "lr": lr}))
-    precision = Precision(args.amp, device)
-    logger.info(f"{args.model} on {device} in {precision.name}, {dist.world_size()} process(es)")
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
 
-    progress = runstate.Progress(effective_batch_size, global_batch_size, args.start_epoch)
-    runstate.resume(args.resume, output_dir, model, optimizer, precision.scaler, vars(args), progress)
-    collect = partial(runstate.collect, model, optimizer, precision.scaler, vars(args))
-    saver = runstate.open_saver(
-        output_dir, collect, progress, epochs=args.epochs, save_every=args.save_every, save_minutes=args.save_minutes
+    def draw_examples(epoch: int, log: runlog.NullLog) -> dict[str, Any]:
+        if args.vis_every and dist.is_main() and (epoch % args.vis_every == 0 or epoch == args.epochs - 1):
+            images, _, noise = examples
+            picture = pictures.reconstruction(model, images, noise, normalize, args.mask_ratio)
+            log.picture("reconstruction", picture, epoch)
+        return {}
+
+    epochs.run(
+        model,
+        optimizer,
+        batches,
+        Precision(args.amp, device),
+        vars(args),
+        train_one_epoch=partial(train_one_epoch, mask_ratio=args.mask_ratio, normalize=normalize),
+        after_epoch=draw_examples,
     )
-    first_x = int(1000 * (progress.epoch + progress.first_step / len(batches)))
-    step_options = {
-        "schedule": schedule,
-        "precision": precision,
-        "guard": NonFiniteGuard(args.on_nonfinite, precision.overflow_is_normal),
-        "accum_iter": args.accum_iter,
-        "clip_grad": args.clip_grad,
-        "saver": saver,
-    }
-    wrapped = dist.wrap(model, device)
-
-    if progress.epoch >= args.epochs:
-        logger.info(f"nothing is left to do: the run has its {args.epochs} epochs")
-    with closing(runlog.open_log(output_dir, Path(args.log_dir), args.epochs, progress.epoch, first_x)) as log:
-        for epoch in range(progress.epoch, args.epochs):
-            meters = runlog.Meters(**progress.meters)
-            train_one_epoch(
-                wrapped,
-                batches,
-                optimizer,
-                mask_ratio=args.mask_ratio,
-                normalize=normalize,
-                epoch=epoch,
-                first_step=progress.first_step,
-                meters=meters,
-                log=log,
-                **step_options,
-            )
-            progress.next_epoch()
-            # The line first: a run stopped between the two writes that epoch, and its line, again.
-            log.end_epoch(meters.means() | batches.counts())
-            saver.save_epoch(epoch)
-            if args.vis_every and dist.is_main() and (epoch % args.vis_every == 0 or epoch == args.epochs - 1):
-                images, _, noise = examples
-                log.picture(
-                    "reconstruction", pictures.reconstruction(model, images, noise, normalize, args.mask_ratio), epoch
-                )
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ Letters in shapes: B images, c channels, H x W pixels, p pixels to a patch's sid
 token, h heads. Parameter names are those of the published checkpoints.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -225,3 +225,37 @@ def vit_large_patch16(**kwargs: Any) -> VisionTransformer:
 def vit_huge_patch14(**kwargs: Any) -> VisionTransformer:
     """1280 wide, 32 deep, 16 heads: 632,045,800 parameters at 1000 classes."""
     return _vit("huge_patch14", **kwargs)
+
+
+def freeze_below(model: VisionTransformer, num_blocks: int) -> None:
+    """Leaves the last `num_blocks` blocks, what comes after them, and nothing else to be trained (section 4.3, "Partial
+    fine-tuning").
+
+    Raises:
+        ValueError: the model has fewer blocks.
+    """
+    if not 0 <= num_blocks <= len(model.blocks):
+        raise ValueError(f"--unfreeze_blocks {num_blocks}: the model has {len(model.blocks)} blocks")
+    model.requires_grad_(False)
+    trained = [model.head, model.fc_norm if model.global_pool else model.norm]
+    for module in [*list(model.blocks)[len(model.blocks) - num_blocks :], *trained]:
+        module.requires_grad_(True)
+
+
+def build(settings: Mapping[str, Any]) -> VisionTransformer:
+    """The classifier of a run, from its command line's settings, which stand as `args` in its checkpoints.
+
+    Raises:
+        ValueError: the run's model is no classifier.
+    """
+    if not settings["model"].startswith("vit_") or settings["model"] not in globals():
+        raise ValueError(f"{settings['model']} is no classifier")
+    shape = {"img_size": settings["input_size"], "in_chans": settings["in_chans"]}
+    if settings["patch_size"] is not None:
+        shape["patch_size"] = settings["patch_size"]
+    return globals()[settings["model"]](
+        **shape,
+        num_classes=settings["nb_classes"],
+        drop_path_rate=settings.get("drop_path", 0.0),
+        global_pool=settings["global_pool"],
+    )

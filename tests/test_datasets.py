@@ -1,5 +1,6 @@
 """Opening any data set, and the command that checks one."""
 
+import shutil
 import subprocess
 import sys
 
@@ -17,14 +18,23 @@ from util.sources import Files
 def test_the_folder_of_a_split_or_all(pictures):
     assert len(open_source("train", str(pictures))) == 24
     assert open_source("train", str(pictures)).classes == ["cat", "dog"]
-    assert isinstance(open_source("val", str(pictures)), Files)  # it has no val/, so that all are meant
+    assert len(open_source("train", str(pictures / "train" / "cat"))) == 12
+
+
+def test_training_images_never_pass_for_validation(pictures, tmp_path):
+    with pytest.raises(ValueError, match=r"there is no folder val/ in it; give that, or --val_list"):
+        open_source("val", str(pictures))
+    with pytest.raises(ValueError, match=r"set.zip: there is no folder val/ in it; give that, or --val_list"):
+        open_source("val", shutil.make_archive(str(tmp_path / "set"), "zip", pictures))
+    shutil.copytree(pictures / "train", tmp_path / "only" / "val")
+    assert isinstance(open_source("val", str(tmp_path / "only")), Files)
+    with pytest.raises(ValueError, match=r"there is no folder train/ in it"):
+        open_source("train", str(tmp_path / "only"))
 
 
 def test_lists_and_archives(pictures, tmp_path):
     (tmp_path / "list.txt").write_text("dog/00.PNG\n")
     assert len(open_source("train", str(pictures / "train"), str(tmp_path / "list.txt"))) == 1
-    import shutil
-
     assert isinstance(open_source("train", shutil.make_archive(str(tmp_path / "set"), "zip", pictures)), Archive)
 
 

@@ -11,12 +11,16 @@ import pytest
 import yaml
 from conftest import ROOT
 
+import main_finetune
 import main_pretrain
 from util import cli
 
 DOCUMENTS = sorted(ROOT.glob("*.md"))
 SCRIPTS = sorted(ROOT.glob("main_*.py"))
-PARSERS = {"main_pretrain.py": main_pretrain.get_args_parser}
+PARSERS = {
+    "main_pretrain.py": main_pretrain.get_args_parser,
+    "main_finetune.py": main_finetune.get_args_parser,
+}
 
 
 def commands(text: str) -> list[str]:

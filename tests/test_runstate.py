@@ -81,7 +81,7 @@ def test_rolling_states_come_by_the_clock(tmp_path):
     state = checkpoint.read(tmp_path / "checkpoint-last.pth")
     assert state["epoch"] == 2
     assert state["progress"] == {
-        "epoch": 3, "images_done": 16, "effective_batch_size": 16, "meters": {"loss": 1.0}
+        "epoch": 3, "images_done": 16, "effective_batch_size": 16, "meters": {"loss": 1.0}, "best_accuracy": -1.0
     }  # fmt: skip
 
 
@@ -95,3 +95,16 @@ def test_a_state_that_cannot_be_written_does_not_end_the_run(tmp_path, caplog):
     assert saver.save_emergency(0, 1, {}) == ""
     with pytest.raises(OSError, match="can't write"):
         saver.save_epoch(49)  # the result of the run
+
+
+def test_the_best_state_is_kept_beside_the_milestones(tmp_path):
+    saver = make_saver(tmp_path)
+    for epoch, accuracy in ((1, 50.0), (2, 70.0), (3, 60.0), (4, 70.0)):
+        saver.save_epoch(epoch, accuracy)
+    assert [p.name for p in tmp_path.glob("*.pth")] == ["checkpoint-best.pth"]
+    state = checkpoint.read(tmp_path / "checkpoint-best.pth")
+    assert state["epoch"] == 2
+    assert state["progress"]["best_accuracy"] == 70.0
+    resumed = runstate.Progress(state["progress"]["effective_batch_size"], 8)
+    resumed.restore(state)
+    assert resumed.best_accuracy == 70.0

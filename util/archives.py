@@ -34,7 +34,7 @@ class Archive:
     def __init__(self, path: Path, split: str) -> None:
         started = time.perf_counter()
         members = find_members(path)
-        names = sorted(_below(list(members), split).items())
+        names = sorted(_below(list(members), split, path).items())
         if not names:
             raise ValueError(f"--data_path: no images in {path} (looked for {KINDS})")
         self.path = str(path)
@@ -132,14 +132,16 @@ def _is_image(name: str) -> bool:
     return name.lower().endswith(SUFFIXES) and not hidden
 
 
-def _below(members: Sequence[str], split: str) -> dict[str, str]:
-    """The members of a split, by their names below it."""
+def _below(members: Sequence[str], split: str, path: Path) -> dict[str, str]:
+    """The members of a split by their names below it; all of them where there are no splits."""
     names = {posixpath.normpath(member): member for member in members}
     for _ in range(2):
-        if any(name.startswith(f"{split}/") for name in names):
-            return {name.removeprefix(f"{split}/"): m for name, m in names.items() if name.startswith(f"{split}/")}
         tops = {name.partition("/")[0] if "/" in name else "" for name in names}
-        if len(tops) != 1 or "" in tops:
+        if split in tops:
+            return {name.removeprefix(f"{split}/"): m for name, m in names.items() if name.startswith(f"{split}/")}
+        if len(tops) != 1 or tops <= {"", "train", "val"}:
             break
         names = {name.partition("/")[2]: member for name, member in names.items()}
+    if names and (split == "val" or "val" in tops):  # never the images of the other part
+        raise ValueError(f"--data_path {path}: there is no folder {split}/ in it; give that, or --{split}_list")
     return names

@@ -22,7 +22,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from util import cli
+from util import cli, options
 from util.archives import Archive
 from util.decode import BadImage, Picture, fit_channels, read, size_of
 from util.library_sets import HuggingFaceSet, Shards, TorchvisionSet
@@ -75,7 +75,11 @@ def open_source(
         return Archive(root, split)
     if not root.is_dir():
         raise ValueError(f"--data_path: there is no folder or archive {root}")
-    return find_files(root / split if (root / split).is_dir() else root)
+    if (root / split).is_dir():
+        return find_files(root / split)
+    if split == "val" or (root / "val").is_dir():  # never the images of the other part
+        raise ValueError(f"--data_path {root}: there is no folder {split}/ in it; give that, or --{split}_list")
+    return find_files(root)
 
 
 # ---------------------------------------------------------------------------------------------- checking a data set
@@ -171,12 +175,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     """The flags of the command."""
     parser = cli.parser("Checks a data set before a long run. Exit code 1 where images can't be read.")
     parser.add_argument("data_path", nargs="?", metavar="PATH", help="as --data_path of the mains")
-    cli.add_source_options(parser)
+    options.add_source_options(parser)
     parser.add_argument(
         "--split", default="train", choices=("train", "val"), help="the part to look at, where there are parts"
     )
     parser.add_argument(
-        "--limit", type=cli.positive_int, metavar="N", help="look at N images, evenly spread; None: all"
+        "--limit", type=options.positive_int, metavar="N", help="look at N images, evenly spread; None: all"
     )
     return parser
 

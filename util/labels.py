@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from util.decode import Picture
+from util.library_sets import Shards
 from util.sources import Source
 
 logger = logging.getLogger(__name__)
@@ -49,10 +50,8 @@ def check_classes(train: Source, val: Source, nb_classes: int | None) -> list[st
     """The classes of a training and a validation set, which must be the same.
 
     Raises:
-        ValueError: there are none, they differ, or `nb_classes` is another number.
+        ValueError: they differ, or `nb_classes` is another number.
     """
-    for flag, source in (("train", train), ("val", val)):
-        require_labels(source, flag)
     only_train, only_val = sorted(set(train.classes) - set(val.classes)), sorted(set(val.classes) - set(train.classes))
     if only_train or only_val:
         raise ValueError(
@@ -66,13 +65,20 @@ def check_classes(train: Source, val: Source, nb_classes: int | None) -> list[st
     return train.classes
 
 
-def require_labels(source: Source, split: str) -> None:
-    """Raises ValueError where a source has no labels, or lacks some."""
+def require(source: Source | Shards, split: str) -> Source:
+    """The source itself, if all its images have labels.
+
+    Raises:
+        ValueError: they have none, or it is a stream, which has no end that an evaluation could reach.
+    """
+    if isinstance(source, Shards):
+        raise ValueError(f"{source.title}: streamed shards serve pre-training only; unpack them, or pack a zip file")
     if not source.classes or (np.asarray(source.labels) < 0).any():
         raise ValueError(
             f"the images of {split} have no classes, which supervised training and evaluation need: give class "
             f"folders ({split}/CLASS/IMAGE), or a --{split}_list with labels"
         )
+    return source
 
 
 def counted_as(source: Source, classes: Sequence[str]) -> Source:

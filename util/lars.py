@@ -1,6 +1,6 @@
 """LARS (You et al. 2017), for linear probing with large batches."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -33,17 +33,13 @@ class LARS(Optimizer):
         )
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Takes a step for every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        assert closure is None
         for group in self.param_groups:
             for weight in group["params"]:
                 if weight.grad is not None:
                     self._step_one(weight, weight.grad, group)
-        return loss
 
     def _step_one(self, weight: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         if weight.ndim > 1:

@@ -77,6 +77,7 @@ class Stopwatch:
 
     def __init__(self) -> None:
         self.started = time.perf_counter()
+        self.ended: float | None = None
         self.waited = 0.0
         self.batches = 0
 
@@ -88,6 +89,7 @@ class Stopwatch:
             try:
                 batch = next(iterator)
             except StopIteration:
+                self.ended = time.perf_counter()
                 return
             self.waited += time.perf_counter() - asked
             yield batch
@@ -95,8 +97,8 @@ class Stopwatch:
 
     @property
     def seconds(self) -> float:
-        """Seconds since the start."""
-        return time.perf_counter() - self.started
+        """Seconds from the start to the last batch's end, or to now."""
+        return (self.ended or time.perf_counter()) - self.started
 
     @property
     def seconds_a_batch(self) -> float:
@@ -137,11 +139,21 @@ class RunLog(NullLog):
         epochs: of the whole run, for the time left.
         first_epoch: lines from this epoch on, left by a run that was stopped, are dropped.
         first_x: the same for TensorBoard's scalars, in thousandths of an epoch.
+        loss_tag: the loss's name in TensorBoard.
     """
 
-    def __init__(self, output_dir: Path, log_dir: Path, epochs: int, first_epoch: int = 0, first_x: int = 0) -> None:
+    def __init__(
+        self,
+        output_dir: Path,
+        log_dir: Path,
+        epochs: int,
+        first_epoch: int = 0,
+        first_x: int = 0,
+        loss_tag: str = "train_loss",
+    ) -> None:
         self.path = output_dir / "log.txt"
         self.epochs = epochs
+        self.loss_tag = loss_tag
         _drop_lines_from(self.path, first_epoch)
         self.writer = SummaryWriter(str(log_dir), purge_step=first_x)
         self.bar: tqdm | None = None
@@ -162,7 +174,7 @@ class RunLog(NullLog):
 
     def step(self, step: int, lr: float, loss: float, grad_norm: float) -> None:
         x = int(1000 * (self.epoch + (step - 1) / self.num_steps))  # the published code's axis: thousandths of an epoch
-        self.writer.add_scalar("train_loss", loss, x)
+        self.writer.add_scalar(self.loss_tag, loss, x)
         self.writer.add_scalar("lr", lr, x)
         self.writer.add_scalar("grad_norm", grad_norm, x)
         watch = self.watch
@@ -186,6 +198,9 @@ class RunLog(NullLog):
             self.bar = None
         watch = self.watch
         rate = self.images_per_step / watch.seconds_a_batch if watch.batches else 0.0
+        for name, value in stats.items():
+            if name.startswith("test_"):
+                self.writer.add_scalar(f"perf/{name}", value, self.epoch)
         self.writer.add_scalar("perf/images_per_s", rate, self.epoch)
         self.writer.add_scalar("perf/data_wait", watch.wait_share, self.epoch)
         self.writer.flush()
@@ -212,9 +227,9 @@ class RunLog(NullLog):
         self.writer.close()
 
 
-def open_log(output_dir: Path, log_dir: Path, epochs: int, first_epoch: int = 0, first_x: int = 0) -> NullLog:
+def open_log(output_dir: Path, log_dir: Path, epochs: int, **options: Any) -> NullLog:
     """The log of this process: a `RunLog` on rank 0, a `NullLog` elsewhere."""
-    return RunLog(output_dir, log_dir, epochs, first_epoch, first_x) if dist.is_main() else NullLog()
+    return RunLog(output_dir, log_dir, epochs, **options) if dist.is_main() else NullLog()
 
 
 def _drop_lines_from(path: Path, first_epoch: int) -> None:

@@ -1,7 +1,8 @@
 """Where a run stands: collected, saved between steps, and put back.
 
 `checkpoint-{epoch}.pth` is the state after an epoch, counted from 0; `checkpoint-last.pth` the newest one, also in the
-middle of an epoch; `checkpoint-emergency.pth` that of a run that ended on an error.
+middle of an epoch; `checkpoint-best.pth` that of the best accuracy; `checkpoint-emergency.pth` that of a run that ended
+on an error.
 """
 
 import logging
@@ -19,14 +20,14 @@ from util.checkpoint import CheckpointError
 
 logger = logging.getLogger(__name__)
 
-LAST, EMERGENCY = "checkpoint-last.pth", "checkpoint-emergency.pth"
+LAST, BEST, EMERGENCY = "checkpoint-last.pth", "checkpoint-best.pth", "checkpoint-emergency.pth"
 RETRY_SECONDS = 60.0  # after a state that could not be written
 
 # Settings that a resumed run may change without being another run.
-FREE_SETTINGS = {"accum_iter", "batch_size", "config", "data_path", "debug", "device", "dist_on_itp", "dist_url",
-                 "download", "init_from", "local_rank", "log_dir", "num_workers", "on_bad_image", "output_dir",
-                 "pin_mem", "resume", "save_every", "save_minutes", "start_epoch", "train_list", "vis_every",
-                 "world_size"}  # fmt: skip
+FREE_SETTINGS = {"accum_iter", "batch_size", "config", "data_path", "debug", "device", "dist_eval", "dist_on_itp",
+                 "dist_url", "download", "eval", "finetune", "init_from", "local_rank", "log_dir", "num_workers",
+                 "on_bad_image", "output_dir", "pin_mem", "report", "resume", "save_every", "save_minutes",
+                 "start_epoch", "train_list", "val_list", "vis_every", "world_size"}  # fmt: skip
 
 
 class Progress:
@@ -43,6 +44,7 @@ class Progress:
         self.epoch = start_epoch
         self.first_step = 0
         self.meters: dict[str, Any] = {}  # of `runlog.Meters`
+        self.best_accuracy = -1.0  # of the epochs so far, where there is an accuracy
 
     def next_epoch(self) -> None:
         """An epoch is finished."""
@@ -71,6 +73,7 @@ class Progress:
                 f"run's {self.global_batch_size} (--batch_size x processes): resume with a --batch_size that divides "
                 f"it, or from the checkpoint of a whole epoch"
             )
+        self.best_accuracy = saved.get("best_accuracy", -1.0)
         self.epoch = saved["epoch"]
         self.first_step = saved["images_done"] // self.global_batch_size
         self.meters = saved["meters"]
@@ -207,8 +210,8 @@ class NullSaver:
     def save(self, epoch: int, steps_done: int, meters: dict[str, Any]) -> None:
         """Saves the rolling state after so many batches of an epoch."""
 
-    def save_epoch(self, epoch: int) -> None:
-        """Saves the milestone of a finished epoch, if it is one."""
+    def save_epoch(self, epoch: int, accuracy: float | None = None) -> None:
+        """Saves the milestone of a finished epoch, if it is one, and the best state, if its accuracy is that."""
 
     def save_emergency(self, epoch: int, steps_done: int, meters: dict[str, Any]) -> str:
         """Saves the state of a run that is about to end on an error, and returns the file's name."""
@@ -252,10 +255,16 @@ class Saver(NullSaver):
             logger.warning(f"{error}. The run goes on and tries again in a minute.")
             self.next_save = time.monotonic() + RETRY_SECONDS
 
-    def save_epoch(self, epoch: int) -> None:
+    def save_epoch(self, epoch: int, accuracy: float | None = None) -> None:
+        names = []
+        if accuracy is not None and accuracy > self.progress.best_accuracy:
+            self.progress.best_accuracy = accuracy
+            names.append(BEST)
         if epoch % self.save_every == 0 or epoch == self.epochs - 1:
+            names.append(f"checkpoint-{epoch}.pth")
+        for name in names:
             try:
-                self._write(f"checkpoint-{epoch}.pth", epoch + 1, 0, {})
+                self._write(name, epoch + 1, 0, {})
             except OSError as error:
                 if epoch == self.epochs - 1:
                     raise
@@ -274,6 +283,7 @@ class Saver(NullSaver):
             "images_done": steps_done * self.progress.global_batch_size,
             "effective_batch_size": self.progress.effective_batch_size,
             "meters": meters,
+            "best_accuracy": self.progress.best_accuracy,
         }
         path = self.output_dir / name
         checkpoint.write({**self.collect(), "epoch": epoch - 1, "progress": position}, path)

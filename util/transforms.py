@@ -111,7 +111,7 @@ def finetune_transform(
         crop, change, _ = create_transform(
             (len(mean), *to_pair(input_size)),
             is_training=True,
-            color_jitter=color_jitter,
+            color_jitter=color_jitter,  # type: ignore[arg-type]  # None is no jitter
             auto_augment=policy,
             interpolation="bicubic",
             mean=tuple(mean),

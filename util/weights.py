@@ -1,39 +1,209 @@
-"""The door for weights: anybody's file into a model of ours."""
+"""The one door for weights: anybody's file, or a published name, into a model of ours.
+
+What a file holds is told apart by its names: an encoder, an encoder with its decoder, or a classifier.
+"""
 
 import logging
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from torch import nn
+import safetensors.torch
+import torch
+from torch import Tensor, nn
 
-from util import checkpoint
+from util import checkpoint, dist, published
 from util.checkpoint import CheckpointError
+from util.foreign import to_ours
+from util.pos_embed import interpolate_pos_embed, to_pair
+from util.published import CLASSIFIER, ENCODER, FULL
 
 logger = logging.getLogger(__name__)
 
-FIXED_TABLES = {"pos_embed", "decoder_pos_embed"}  # recomputed by every model, so that a file's may be of another size
+FIXED_TABLES = {"pos_embed", "decoder_pos_embed"}  # recomputed by every MAE, so that a file's may be of another size
+ADAPT_CHOICES = ("error", "mean", "repeat", "skip")
 
 
-def init_mae(model: nn.Module, path: Path | str) -> None:
+class Weights(NamedTuple):
+    """A file's tensors under our names, and what else it tells."""
+
+    tensors: dict[str, Tensor]
+    settings: dict[str, Any]  # of the run that made it, if it is one of ours
+    kind: str  # ENCODER, FULL or CLASSIFIER
+    source: str  # the file or name, for messages
+
+    @property
+    def grid_size(self) -> tuple[int, int] | None:
+        """(rows, columns) of patches that the position table is for, if the file tells."""
+        if not {"input_size", "patch_size"} <= self.settings.keys():
+            return None
+        height, width = to_pair(self.settings["input_size"])
+        p, q = self.tensors["patch_embed.proj.weight"].shape[2:]
+        return height // p, width // q
+
+
+def read(name: Path | str) -> Weights:
+    """Reads a file of ours, of the published code, of mmpretrain, transformers or timm, or fetches a published name.
+
+    Raises:
+        CheckpointError: damaged, or no weights of a Vision Transformer.
+        ValueError: no such file or name, or it can't be downloaded.
+    """
+    path = Path(name)
+    if not path.is_file():
+        if path.suffix or len(path.parts) > 1:
+            raise CheckpointError(f"there is no file {path}")
+        if dist.is_main():
+            published.fetch(str(name))
+        dist.barrier()
+        path = published.fetch(str(name))
+    if path.suffix == ".safetensors":
+        try:
+            state: dict[str, Any] = safetensors.torch.load_file(path)
+        except Exception as error:
+            raise CheckpointError(f"{path} is damaged or no safetensors file: {error}") from error
+    else:
+        state = checkpoint.read(path)
+    held = next((state[key] for key in ("model", "state_dict") if isinstance(state.get(key), dict)), state)
+    tensors = to_ours({key: value for key, value in held.items() if isinstance(value, Tensor)})
+    if "patch_embed.proj.weight" not in tensors:
+        raise CheckpointError(f"{path} holds no weights of a Vision Transformer: {_some(held)}")
+    settings = state.get("args", {})
+    settings = settings if isinstance(settings, dict) else vars(settings)
+    return Weights(tensors, settings if "digest" not in held else {}, _kind(tensors), str(name))
+
+
+def _kind(tensors: dict[str, Tensor]) -> str:
+    if any(name.startswith("head.") for name in tensors):
+        return CLASSIFIER
+    return FULL if "decoder_pred.weight" in tensors else ENCODER
+
+
+def init_mae(model: nn.Module, name: Path | str) -> None:
     """Starts a masked autoencoder from a file's weights: all of them, or the encoder's alone.
 
     Raises:
         CheckpointError: the file lacks encoder weights, has others' names, or other shapes than the model's.
     """
-    state = checkpoint.read(path)
-    weights = {k: v for k, v in state.get("model", state).items() if k not in FIXED_TABLES}
+    file = read(name)
+    weights = {k: v for k, v in file.tensors.items() if k not in FIXED_TABLES}
     ours = {k: v for k, v in model.state_dict().items() if k not in FIXED_TABLES}
-    decoder = {name for name in ours if name.startswith("decoder_") or name == "mask_token"}
     missing = ours.keys() - weights.keys()
-    if missing == decoder:
-        logger.warning(f"{path} has an encoder only: the decoder starts untrained")
+    if missing == {name for name in ours if name.startswith("decoder_") or name == "mask_token"}:
+        logger.warning(f"{name} has an encoder only: the decoder starts untrained")
         missing = set()
-    unexpected = weights.keys() - ours.keys()
-    reshaped = {name for name in ours.keys() & weights.keys() if ours[name].shape != weights[name].shape}
+    _require(file, "--init_from", missing, weights.keys() - ours.keys(), _reshaped(weights, ours))
+    model.load_state_dict(weights, strict=False)
+    logger.info(f"weights from {name}")
+
+
+def load_encoder(model: nn.Module, name: Path | str, adapt_input: str = "error") -> bool:
+    """Starts a classifier from an encoder; its head too if the file has one of as many classes.
+
+    The position table is interpolated to the model's patch grid.
+
+    Args:
+        model: a `models_vit.VisionTransformer`.
+        adapt_input: what becomes of the patch projection when the file has other channels: "error"; each of ours gets
+            the "mean" of the file's; the file's "repeat" in turn; or it starts untrained ("skip"). Mean and repeat are
+            scaled so that the sum of all channels' weights stays.
+
+    Returns:
+        Whether the head is the file's.
+
+    Raises:
+        CheckpointError: the file lacks weights, holds others, or has other shapes than the model's.
+    """
+    file = read(name)
+    ours = model.state_dict()
+    pooled = "fc_norm.weight" in ours
+    weights = {
+        key: value
+        for key, value in file.tensors.items()
+        if not key.startswith("decoder_") and key != "mask_token" and not (pooled and key.startswith("norm."))
+    }
+    head = {key for key in weights if key.startswith("head.")}
+    fits = bool(head) and head == {k for k in ours if k.startswith("head.")} and not _reshaped(weights, ours) & head
+    if not fits:
+        weights = {key: value for key, value in weights.items() if key not in head}
+    _adapt_input(file, weights, model, adapt_input)
+    interpolate_pos_embed(model, weights, file.grid_size)
+    may_lack = {"fc_norm.weight", "fc_norm.bias"} | {key for key in ours if key.startswith("head.")}
+    if adapt_input == "skip":
+        may_lack |= {key for key in ours if key.startswith("patch_embed.")}
+    missing = ours.keys() - weights.keys() - may_lack
+    _require(file, "--finetune", missing, weights.keys() - ours.keys(), _reshaped(weights, ours))
+    model.load_state_dict(weights, strict=False)
+    logger.info(f"weights from {name} ({file.kind})" + (", its head too" if fits else ""))
+    return fits
+
+
+def read_classifier(name: Path | str) -> Weights:
+    """Reads a file that must hold a classifier.
+
+    Raises:
+        CheckpointError: it holds an encoder only.
+    """
+    file = read(name)
+    if file.kind != CLASSIFIER:
+        raise CheckpointError(
+            f"{name} holds an {file.kind}, which classifies nothing: train a head on it (--finetune), or take a "
+            f"fine-tuned file, such as mae_finetuned_vit_base"
+        )
+    return file
+
+
+def load_classifier(model: nn.Module, file: Weights) -> None:
+    """Loads a classifier, all of it; the position table is interpolated to the model's patch grid.
+
+    Raises:
+        CheckpointError: it is of another architecture.
+    """
+    weights, ours = dict(file.tensors), model.state_dict()
+    if weights["pos_embed"].shape[2] == ours["pos_embed"].shape[2]:
+        interpolate_pos_embed(model, weights, file.grid_size)
+    _require(file, "--resume", ours.keys() - weights.keys(), weights.keys() - ours.keys(), _reshaped(weights, ours))
+    model.load_state_dict(weights)
+
+
+def _adapt_input(file: Weights, weights: dict[str, Tensor], model: nn.Module, how: str) -> None:
+    """Fits the patch projection (D, c, p, p) to the model's number of channels, in place."""
+    name = "patch_embed.proj.weight"
+    theirs, wanted = weights[name], model.state_dict()[name].shape
+    if theirs.shape[1] == wanted[1]:
+        return
+    if how == "error":
+        raise CheckpointError(
+            f"{file.source} is for {theirs.shape[1]} channels, the model has --in_chans {wanted[1]}: choose "
+            f"--adapt_input mean (each channel starts from their mean), repeat (they are taken in turn) or skip (the "
+            f"patch projection starts untrained)"
+        )
+    if how == "skip":
+        del weights[name], weights["patch_embed.proj.bias"]
+        return
+    source = theirs.mean(dim=1, keepdim=True) if how == "mean" else theirs
+    taken = torch.arange(wanted[1]) % source.shape[1]
+    weights[name] = source[:, taken] * (theirs.shape[1] / wanted[1])
+
+
+def _reshaped(weights: dict[str, Tensor], ours: dict[str, Tensor]) -> set[str]:
+    return {name for name in ours.keys() & weights.keys() if ours[name].shape != weights[name].shape}
+
+
+def _require(file: Weights, flag: str, missing: set[str], unexpected: set[str], reshaped: set[str]) -> None:
+    """Raises CheckpointError, with the names and the remedy, where weights do not fit."""
     for problem, names in (("lacks", missing), ("holds besides", unexpected), ("has in another shape", reshaped)):
         if names:
+            made = [f"--{key} {file.settings[key]}" for key in ("model", "patch_size", "in_chans", "global_pool")
+                    if file.settings.get(key) is not None]  # fmt: skip
+            pooling = "; it pools patch tokens: --global_pool" if "fc_norm.weight" in unexpected else ""
+            pooling = "; it takes the class token: --cls_token" if "fc_norm.weight" in missing else pooling
             raise CheckpointError(
-                f"--init_from {path} {problem} {len(names)} tensors ({', '.join(sorted(names)[:3])}, ...): "
-                f"give --model, --patch_size and --in_chans as it was trained with"
+                f"{flag} {file.source} ({file.kind}) {problem} {len(names)} tensors ({_some(names)}): give --model, "
+                f"--patch_size and --in_chans as it was trained with{': ' * bool(made)}{' '.join(made)}{pooling}"
             )
-    model.load_state_dict(weights, strict=False)
-    logger.info(f"weights from {path}")
+
+
+def _some(names: Iterable[str], shown: int = 3) -> str:
+    names = sorted(names)
+    return ", ".join(names[:shown]) + (", ..." if len(names) > shown else "")

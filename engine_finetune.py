@@ -1,0 +1,142 @@
+"""What a batch of supervised training computes, and how a classifier is evaluated; for fine-tuning and probing."""
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+
+from util import dist, labels, loop, report, weights
+from util.precision import Precision
+from util.sources import Source
+from util.transforms import Normalize
+
+logger = logging.getLogger(__name__)
+
+TOP = 5
+
+
+def train_one_epoch(
+    model: nn.Module,
+    data_loader: loop.Loader,
+    optimizer: Optimizer,
+    *,
+    criterion: nn.Module,
+    normalize: Normalize,
+    erase: Callable[[Tensor], Tensor] | None = None,
+    mixup: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+    **loop_options: Any,
+) -> None:
+    """Trains a classifier for an epoch.
+
+    Args:
+        model: images (B, c, H, W) to logits (B, classes).
+        data_loader: batches of images, labels (B,), and noise (unused).
+        criterion: logits and labels, or mixed targets (B, classes), to the loss.
+        normalize: images to the model's input, on the device.
+        erase: random erasing of normalised images.
+        mixup: timm's mixup and cutmix.
+        loop_options: of `util.loop.run_epoch`.
+    """
+
+    def compute_loss(batch: Any) -> Tensor:
+        images, targets, _ = batch
+        images = normalize(images)
+        if erase is not None:
+            images = erase(images)
+        if mixup is not None:
+            images, targets = mixup(images, targets)
+        return criterion(model(images), targets)
+
+    loop.run_epoch(compute_loss, model, data_loader, optimizer, **loop_options)
+
+
+class Evaluation(NamedTuple):
+    """A classifier's answers on a data set: every sample once, whatever the batches and processes were."""
+
+    labels: np.ndarray  # (n,)
+    predictions: np.ndarray  # (n,), the most likely class
+    num_in_top: int | None  # samples whose label is among the TOP most likely; None with fewer classes
+    loss: float  # mean cross-entropy over the samples
+
+    @property
+    def acc1(self) -> float:
+        """Per cent of the samples whose most likely class is right."""
+        return 100 * float((self.labels == self.predictions).mean())
+
+    def stats(self) -> dict[str, float]:
+        """The entries of log.txt."""
+        top = {} if self.num_in_top is None else {f"test_acc{TOP}": 100 * self.num_in_top / len(self.labels)}
+        return {"test_acc1": self.acc1, **top, "test_loss": self.loss}
+
+    def __str__(self) -> str:
+        """The published line."""
+        top = "" if self.num_in_top is None else f" Acc@{TOP} {100 * self.num_in_top / len(self.labels):.3f}"
+        return f"* Acc@1 {self.acc1:.3f}{top} loss {self.loss:.3f}"
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module, data_loader: Iterable[list[Tensor]], *, normalize: Normalize, precision: Precision
+) -> Evaluation:
+    """Evaluates a classifier on this process's batches, and puts those of all processes together."""
+    model.eval()
+    answers: list[tuple[Tensor, Tensor, Tensor]] = []
+    loss = torch.zeros((), dtype=torch.float64, device=precision.device)
+    num_classes = 0
+    for batch in data_loader:
+        images, labels, _ = loop.to_device(batch, precision.device)
+        with precision.autocast():
+            logits = model(normalize(images))
+        logits, num_classes = logits.float(), logits.shape[1]
+        loss += F.cross_entropy(logits, labels, reduction="none").double().sum()
+        top = logits.topk(min(TOP, num_classes)).indices
+        answers.append((labels, logits.argmax(dim=1), (top == labels[:, None]).any(dim=1)))
+    mine = [torch.cat(column).cpu().numpy() for column in zip(*answers, strict=True)] or [np.zeros(0, dtype=int)] * 3
+    everywhere = dist.gather((mine, loss.item(), num_classes))
+    labels, predictions, in_top = (np.concatenate([part[0][column] for part in everywhere]) for column in range(3))
+    return Evaluation(
+        labels=labels,
+        predictions=predictions,
+        num_in_top=int(in_top.sum()) if max(part[2] for part in everywhere) >= TOP else None,
+        loss=sum(part[1] for part in everywhere) / len(labels),
+    )
+
+
+def load_for_evaluation(
+    build: Callable[[Mapping[str, Any]], nn.Module], settings: Mapping[str, Any], val: Source
+) -> tuple[nn.Module, Source]:
+    """The classifier that `--resume` or `--finetune` names, and the images with labels that count its classes.
+
+    Raises:
+        ValueError: no file is named, it holds no classifier or one of another architecture, or the images have classes
+            that it does not know.
+    """
+    name = settings["resume"] or settings["finetune"]
+    if not name or name == "auto":
+        raise ValueError("--eval needs --resume or --finetune: the file of a classifier, or a published name")
+    file = weights.read_classifier(name)
+    head = file.tensors.get("head.weight", file.tensors.get("head.1.weight"))
+    num_classes = 0 if head is None else len(head)
+    known = file.settings.get("classes")
+    if settings["nb_classes"] not in (None, num_classes):
+        raise ValueError(f"{name} knows {num_classes} classes, and --nb_classes is {settings['nb_classes']}")
+    if known:
+        val = labels.counted_as(val, known)
+    elif len(val.classes) != num_classes:
+        raise ValueError(f"{name} knows {num_classes} classes, and the images are of {len(val.classes)}")
+    model = build({**settings, "nb_classes": num_classes})
+    weights.load_classifier(model, file)
+    return model, val
+
+
+def tell(scores: Evaluation, classes: Sequence[str], folder: str | None) -> None:
+    """Logs the published line, and writes the report that `--report` asks for."""
+    logger.info(str(scores))
+    if folder and dist.is_main():
+        report.write(Path(folder), classes, scores.labels, scores.predictions)

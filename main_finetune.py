@@ -1,0 +1,152 @@
+"""Fine-tuning: a pre-trained encoder, or none, to a classifier of your classes.
+
+Under a minute on a CPU, from scratch on a few labels (--finetune FILE starts from a file of main_pretrain.py):
+
+    python demo/unpack_data.py
+    python main_finetune.py --model vit_mini_patch4 --patch_size 7 --input_size 28 --in_chans 1 --aa none --reprob 0 \\
+        --data_path demo/data/fashion_mnist --train_per_class 50 --epochs 5 --output_dir runs/few_labels
+
+The published recipe on ImageNet, 8 GPUs of one machine (the effective batch is 1024):
+
+    torchrun --nproc_per_node 8 main_finetune.py --config recipes/finetune_vit_base.yaml --data_path IMAGENET \\
+        --batch_size 128 --finetune mae_pretrain_vit_base --output_dir runs/base_finetuned --resume auto
+"""
+
+import argparse
+import logging
+from argparse import Namespace
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data import Mixup
+from timm.data.random_erasing import RandomErasing
+from timm.layers import trunc_normal_
+from timm.loss import SoftTargetCrossEntropy
+from torch import nn
+
+import models_vit
+from engine_finetune import Evaluation, evaluate, load_for_evaluation, tell, train_one_epoch
+from util import cli, datasets, dist, epochs, labels, loader, options, runlog, runstate, transforms, weights
+from util.lr_decay import param_groups_lrd
+from util.precision import Precision
+from util.samples import Samples
+from util.sources import Source
+
+logger = logging.getLogger(__name__)
+
+MODELS = sorted(name for name in vars(models_vit) if name.startswith("vit_"))
+HEAD_STD = 2e-5  # of a new head's weights, as published: the encoder is not shaken by it
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """All flags, with the published defaults."""
+    parser = cli.parser("Fine-tuning of a Vision Transformer to a classifier (He et al. 2021, appendix A.1).")
+    options.add_run_options(parser)
+    options.add_data_options(parser)
+    options.add_model_options(parser, MODELS, default="vit_large_patch16")
+    options.add_supervised_options(parser, global_pool=True)
+    options.add_finetune_options(parser)
+    options.add_optimizer_options(parser)
+    options.add_distributed_options(parser)
+    parser.set_defaults(epochs=50, min_lr=1e-6, warmup_epochs=5, save_every=1)
+    return parser
+
+
+def main(args: Namespace) -> None:
+    """Trains for `args.epochs` epochs, evaluating after each; or, with --eval, evaluates once."""
+    device = dist.init(args.device, args.dist_url)
+    runlog.start_logging()
+    torch.manual_seed(args.seed)
+    precision = Precision(args.amp, device)
+    open_split = partial(datasets.open_source, data_path=args.data_path, dataset=args.dataset, download=args.download)
+    val = labels.require(open_split("val", file_list=args.val_list), "val")
+    statistics = transforms.channel_statistics(args.in_chans, args.mean, args.std)
+    normalize = transforms.Normalize(*statistics).to(device)
+    reads = {"in_chans": args.in_chans, "seed": args.seed}
+    fetches = {"num_workers": args.num_workers, "pin_memory": args.pin_mem and device.type == "cuda"}
+
+    def prepare_test(val: Source) -> Callable[[nn.Module], Evaluation]:
+        samples = Samples(val, transforms.eval_transform(args.input_size), **reads)
+        batches = loader.eval_loader(samples, args.batch_size, **fetches)
+        return partial(evaluate, data_loader=batches, normalize=normalize, precision=precision)
+
+    if args.eval:
+        model, val = load_for_evaluation(models_vit.build, vars(args), val)
+        tell(prepare_test(val)(model.to(device)), val.classes, args.report)
+        return
+
+    runstate.prepare_output_dir(Path(args.output_dir), args.resume)
+    train = labels.require(open_split("train", file_list=args.train_list), "train")
+    classes = labels.check_classes(train, val, args.nb_classes)
+    settings = {**vars(args), "nb_classes": len(classes), "classes": classes}
+    if args.train_per_class:
+        train = labels.some_of_each_class(train, args.train_per_class, args.seed)
+    model = models_vit.build(settings)
+    if args.finetune and not weights.load_encoder(model, args.finetune, args.adapt_input):
+        trunc_normal_(model.head.weight, std=HEAD_STD)
+    if args.unfreeze_blocks is not None:
+        models_vit.freeze_below(model, args.unfreeze_blocks)
+    model.to(device)
+
+    augment = transforms.finetune_transform(args.input_size, statistics[0], args.aa, args.color_jitter)
+    samples = Samples(train, augment, on_bad_image=args.on_bad_image, **reads)
+    batches = loader.TrainLoader(samples, args.batch_size, args.seed, **fetches)
+    mixup = mixing(args, len(classes))
+    if mixup:
+        criterion: nn.Module = SoftTargetCrossEntropy()
+    else:  # of no smoothing it is the plain cross-entropy
+        criterion = nn.CrossEntropyLoss(label_smoothing=args.smoothing)
+    erase = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device=str(device))
+    groups = param_groups_lrd(model, args.weight_decay, ("pos_embed", "cls_token"), args.layer_decay)
+    optimizer = torch.optim.AdamW(groups, lr=0.0, fused=True)
+    num_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    logger.info(f"{num_parameters:,} parameters to train, {len(train):,} images of {len(classes)} classes")
+
+    test = prepare_test(val)
+
+    def test_epoch(epoch: int, log: runlog.NullLog) -> dict[str, Any]:
+        scores = test(model)
+        tell(scores, classes, args.report)
+        return {**scores.stats(), "n_parameters": num_parameters}
+
+    epochs.run(
+        model,
+        optimizer,
+        batches,
+        precision,
+        settings,
+        train_one_epoch=partial(
+            train_one_epoch, criterion=criterion, normalize=normalize, erase=erase if args.reprob else None, mixup=mixup
+        ),
+        after_epoch=test_epoch,
+        loss_tag="loss",
+    )
+
+
+def mixing(args: Namespace, num_classes: int) -> Mixup | None:
+    """timm's mixup and cutmix, where they are asked for.
+
+    Raises:
+        ValueError: they mix pairs, and the batch is odd.
+    """
+    if not (args.mixup or args.cutmix or args.cutmix_minmax):
+        return None
+    if args.batch_size % 2:
+        raise ValueError(f"--batch_size {args.batch_size}: --mixup and --cutmix mix pairs; give an even number")
+    return Mixup(
+        mixup_alpha=args.mixup,
+        cutmix_alpha=args.cutmix,
+        cutmix_minmax=args.cutmix_minmax,
+        prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob,
+        mode=args.mixup_mode,
+        label_smoothing=args.smoothing,
+        num_classes=num_classes,
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main, get_args_parser())

@@ -1,0 +1,60 @@
+"""Evaluation: every sample once, a true mean, whatever the batches are."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_samples
+from sklearn.metrics import log_loss, top_k_accuracy_score
+
+from engine_finetune import Evaluation, evaluate
+from models_vit import vit_mini_patch4
+from util import loader, transforms
+from util.precision import Precision
+
+
+@pytest.fixture
+def test_of(pictures):
+    normalize = transforms.Normalize(*transforms.channel_statistics(3))
+
+    def run(batch_size, num_classes=7):
+        torch.manual_seed(0)
+        model = vit_mini_patch4(img_size=16, num_classes=num_classes)
+        torch.nn.init.normal_(model.head.weight, std=0.1)
+        batches = loader.eval_loader(make_samples(pictures), batch_size, 0, False)
+        return model, batches, evaluate(
+            model, batches, normalize=normalize, precision=Precision("off", torch.device("cpu"))
+        )  # fmt: skip
+
+    return run
+
+
+def test_is_scikit_learns_on_all_samples(test_of):
+    model, batches, scores = test_of(7)
+    model.eval()
+    normalize = transforms.Normalize(*transforms.channel_statistics(3))
+    with torch.no_grad():
+        logits = torch.cat([model(normalize(images)) for images, _, _ in batches]).double()
+    labels = np.concatenate([labels for _, labels, _ in batches])
+    assert scores.loss == pytest.approx(log_loss(labels, logits.softmax(1), labels=range(7)), rel=1e-6)
+    assert scores.acc1 == pytest.approx(100 * top_k_accuracy_score(labels, logits, k=1, labels=range(7)))
+    assert scores.num_in_top == 24 * top_k_accuracy_score(labels, logits, k=5, labels=range(7))
+    assert np.array_equal(scores.labels, labels)
+
+
+def test_batches_change_nothing(test_of):
+    one, other = test_of(7)[2], test_of(64)[2]
+    assert np.array_equal(one.predictions, other.predictions)
+    assert one.num_in_top == other.num_in_top
+    assert one.loss == pytest.approx(other.loss, rel=1e-6)
+
+
+def test_top_5_needs_5_classes(test_of):
+    assert test_of(8, num_classes=4)[2].num_in_top is None
+    assert "Acc@5" not in str(test_of(8, num_classes=4)[2])
+    assert set(test_of(8, num_classes=4)[2].stats()) == {"test_acc1", "test_loss"}
+
+
+def test_the_published_line():
+    scores = Evaluation(np.array([1, 2, 3]), np.array([1, 2, 0]), 3, 0.7314)
+    assert str(scores) == "* Acc@1 66.667 Acc@5 100.000 loss 0.731"
+    assert scores.stats() == {"test_acc1": pytest.approx(200 / 3), "test_acc5": 100.0, "test_loss": 0.7314}

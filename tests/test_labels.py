@@ -1,0 +1,72 @@
+"""Classes that must agree, and parts of a data set."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from util import labels
+from util.library_sets import Shards
+from util.sources import find_files
+
+
+def folders(root, **counts):
+    for name, count in counts.items():
+        (root / name).mkdir(parents=True)
+        for number in range(count):
+            Image.new("L", (4, 4), number).save(root / name / f"{number}.png")
+    return find_files(root)
+
+
+def test_classes_must_be_the_same(tmp_path):
+    train = folders(tmp_path / "train", cat=2, dog=3, emu=1)
+    assert labels.check_classes(train, folders(tmp_path / "val", cat=1, dog=1, emu=1), None) == ["cat", "dog", "emu"]
+    assert labels.check_classes(train, train, 3) == ["cat", "dog", "emu"]
+    with pytest.raises(ValueError, match="different classes: only train: dog, emu; only val: fox"):
+        labels.check_classes(train, folders(tmp_path / "other", cat=1, fox=1), None)
+    with pytest.raises(ValueError, match="the data has 3 classes, and --nb_classes is 1000"):
+        labels.check_classes(train, train, 1000)
+
+
+def test_images_without_labels(tmp_path):
+    folders(tmp_path / "flat", deep=2)
+    Image.new("L", (4, 4)).save(tmp_path / "flat" / "1.png")
+    flat = find_files(tmp_path / "flat")
+    with pytest.raises(ValueError, match=r"the images of val have no classes.*val/CLASS/IMAGE.*--val_list"):
+        labels.require(flat, "val")
+    with pytest.raises(ValueError, match="streamed shards serve pre-training only"):
+        labels.require(Shards("https://example.org/{0..3}.tar", 10), "train")
+    named = folders(tmp_path / "named", cat=1)
+    assert labels.require(named, "val") is named
+
+
+def test_labels_count_the_models_classes(tmp_path, caplog):
+    source = folders(tmp_path, cat=1, emu=2)
+    assert labels.counted_as(source, ["cat", "emu"]) is source
+    mapped = labels.counted_as(source, ["ant", "cat", "dog", "emu"])
+    assert [mapped[index][1] for index in range(3)] == list(mapped.labels) == [1, 3, 3]
+    assert mapped.classes == ["ant", "cat", "dog", "emu"]
+    assert mapped.name(2) == source.name(2)
+    assert mapped[2][0] == source[2][0]
+    assert "of 2 of the model's 4 classes" in caplog.text
+    with pytest.raises(ValueError, match="1 of the 2 classes of the images are none of the model's 2: emu"):
+        labels.counted_as(source, ["cat", "dog"])
+
+
+def test_some_of_each_class_grow_with_their_number(tmp_path):
+    source = folders(tmp_path, cat=9, dog=7)
+    few, more = (labels.some_of_each_class(source, count, seed=0) for count in (2, 5))
+    assert np.bincount(few.labels).tolist() == [2, 2]
+    assert np.bincount(more.labels).tolist() == [5, 5]
+    assert {few.name(i) for i in range(4)} < {more.name(i) for i in range(10)}
+    other = labels.some_of_each_class(source, 5, seed=1)
+    assert {other.name(i) for i in range(10)} != {more.name(i) for i in range(10)}
+    with pytest.raises(ValueError, match="--train_per_class 8: the class dog has 7 images"):
+        labels.some_of_each_class(source, 8, seed=0)
+
+
+def test_held_out_images_are_in_no_other_part(tmp_path):
+    source = folders(tmp_path, cat=9, dog=11)
+    rest, held = labels.hold_out(source, 0.2, seed=0)
+    assert (len(rest), len(held)) == (16, 4)
+    names = [part.name(i) for part in (rest, held) for i in range(len(part))]
+    assert sorted(names) == sorted(source.name(i) for i in range(20))

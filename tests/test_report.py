@@ -1,0 +1,33 @@
+"""What --report writes."""
+
+import csv
+
+import numpy as np
+from PIL import Image
+
+from util import report
+
+
+def rows(path):
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.reader(file))
+
+
+def test_tables_and_picture(tmp_path):
+    labels, predictions = np.array([0, 0, 0, 1, 1]), np.array([0, 2, 2, 1, 1])
+    report.write(tmp_path / "new", ["cat", "dog", "emu"], labels, predictions)
+    assert rows(tmp_path / "new" / "classes.csv")[1:] == [
+        ["cat", "3", "1", "0.3333", "emu"],
+        ["dog", "2", "2", "1.0000", ""],
+        ["emu", "0", "0", "", ""],
+    ]
+    matrix = rows(tmp_path / "new" / "confusion.csv")
+    assert matrix[0][1:] == ["cat", "dog", "emu"]
+    assert [[int(cell) for cell in row[1:]] for row in matrix[1:]] == [[1, 0, 2], [0, 2, 0], [0, 0, 0]]
+    assert Image.open(tmp_path / "new" / "confusion.png").width > 200
+
+
+def test_many_classes(tmp_path):
+    labels = np.arange(300)
+    report.write(tmp_path, [str(n) for n in labels], labels, labels)
+    assert Image.open(tmp_path / "confusion.png").height <= 1300

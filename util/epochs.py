@@ -1,0 +1,82 @@
+"""A run from its first epoch, or from where it was stopped, to its last: resume, train, evaluate, log, save."""
+
+import logging
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from util import dist, lr_sched, runlog, runstate
+from util.loop import NonFiniteGuard
+from util.precision import Precision
+
+logger = logging.getLogger(__name__)
+
+
+def run(
+    model: nn.Module,
+    optimizer: Optimizer,
+    batches: Any,
+    precision: Precision,
+    settings: Mapping[str, Any],
+    *,
+    train_one_epoch: Callable[..., None],
+    after_epoch: Callable[[int, runlog.NullLog], dict[str, Any]],
+    loss_tag: str = "train_loss",
+) -> None:
+    """Trains to the end of the last epoch.
+
+    Args:
+        optimizer: its learning rate is set from `settings` in every step; a group may have an `lr_scale`.
+        batches: a `loader.TrainLoader`.
+        settings: the command line's, which become the checkpoints' `args`. Those of `cli.add_run_options` and
+            `cli.add_optimizer_options` count here.
+        train_one_epoch: an engine's, with what is its own already given.
+        after_epoch: what else there is to do with the trained model; returns entries for log.txt, of which
+            `test_acc1` decides about checkpoint-best.pth.
+        loss_tag: the loss's name in TensorBoard.
+    """
+    args = Namespace(**settings)
+    output_dir = Path(args.output_dir)
+    global_batch_size = args.batch_size * dist.world_size()
+    effective_batch_size = global_batch_size * args.accum_iter
+    logger.info("settings: " + " ".join(f"{name}={value}" for name, value in sorted(settings.items())))
+    args.lr = lr_sched.scaled_lr(args.lr, args.blr, effective_batch_size)
+    logger.info(f"{args.model} on {precision.device} in {precision.name}, {dist.world_size()} process(es)")
+
+    progress = runstate.Progress(effective_batch_size, global_batch_size, args.start_epoch)
+    runstate.resume(args.resume, output_dir, model, optimizer, precision.scaler, dict(settings), progress)
+    collect = partial(runstate.collect, model, optimizer, precision.scaler, dict(settings))
+    saver = runstate.open_saver(
+        output_dir, collect, progress, epochs=args.epochs, save_every=args.save_every, save_minutes=args.save_minutes
+    )
+    train = partial(
+        train_one_epoch,
+        dist.wrap(model, precision.device),
+        batches,
+        optimizer,
+        schedule=partial(lr_sched.adjust_learning_rate, optimizer, args=args),
+        precision=precision,
+        guard=NonFiniteGuard(args.on_nonfinite, precision.overflow_is_normal),
+        accum_iter=args.accum_iter,
+        clip_grad=args.clip_grad,
+        saver=saver,
+    )
+    if progress.epoch >= args.epochs:
+        logger.info(f"nothing is left to do: the run has its {args.epochs} epochs")
+    first_x = int(1000 * (progress.epoch + progress.first_step / len(batches)))
+    open_log = partial(runlog.open_log, output_dir, Path(args.log_dir), args.epochs)
+    with closing(open_log(first_epoch=progress.epoch, first_x=first_x, loss_tag=loss_tag)) as log:
+        for epoch in range(progress.epoch, args.epochs):
+            meters = runlog.Meters(**progress.meters)
+            train(epoch=epoch, first_step=progress.first_step, meters=meters, log=log)
+            progress.next_epoch()
+            found = after_epoch(epoch, log)
+            # The line first: a run stopped between the two writes that epoch, and its line, again.
+            log.end_epoch(meters.means() | found | batches.counts())
+            saver.save_epoch(epoch, found.get("test_acc1"))

@@ -1,0 +1,286 @@
+"""Every flag, once, in groups. A main takes the groups that it needs and sets its task's defaults."""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from util.precision import AMP_CHOICES
+from util.weights import ADAPT_CHOICES
+
+# ---------------------------------------------------------------------------------------------------- kinds of value
+
+
+def positive_int(text: str) -> int:
+    """An integer of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return value
+
+
+def non_negative(text: str) -> float:
+    """A number of at least 0."""
+    value = float(text)
+    if not value >= 0:
+        raise argparse.ArgumentTypeError(f"must not be negative, got {text}")
+    return value
+
+
+def positive(text: str) -> float:
+    """A number above 0."""
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+    return value
+
+
+def share(text: str) -> float:
+    """A number in [0, 1]."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be in [0, 1], got {text}")
+    return value
+
+
+def seed(text: str) -> int:
+    """An integer that all random generators take."""
+    value = int(text)
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"must be in [0, 2^32), got {text}")
+    return value
+
+
+def ratio(text: str) -> float:
+    """A number in [0, 1)."""
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"must be in [0, 1), got {text}")
+    return value
+
+
+class _Size(argparse.Action):
+    """One number for a square, two for height and width; one stays a plain number."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if len(values) > 2:
+            raise argparse.ArgumentError(self, f"takes one number or two (height, width), got {len(values)}")
+        setattr(namespace, self.dest, values[0] if len(values) == 1 else list(values))
+
+
+def _add_switch(group: argparse._ArgumentGroup, name: str, default: bool, text: str) -> None:
+    """--NAME and --no_NAME, so that a flag can undo what a recipe or a default says."""
+    on, off = (" (the default)", "") if default else ("", " (the default)")
+    group.add_argument(f"--{name}", action="store_true", default=default, help=text + on)
+    group.add_argument(f"--no_{name}", action="store_false", dest=name, default=default, help=f"not so{off}")
+
+
+# ----------------------------------------------------------------------------------------------------- option groups
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """Where a run reads its settings, writes its files, and computes."""
+    group = parser.add_argument_group("run")
+    group.add_argument("--config", metavar="YAML", help="recipe that sets defaults; flags given beside it win")
+    group.add_argument("--output_dir", default="./output_dir", metavar="DIR", help="checkpoints and log.txt go here")
+    group.add_argument(
+        "--log_dir",
+        default="./output_dir",
+        metavar="DIR",
+        help="TensorBoard's files go here; --output_dir if only that is given",
+    )
+    group.add_argument(
+        "--resume", default="", metavar="FILE|auto",
+        help="continue a run from this checkpoint; auto: from the newest in --output_dir that is whole, or start",
+    )  # fmt: skip
+    group.add_argument("--start_epoch", default=0, type=int, metavar="N", help="first epoch, where nothing is resumed")
+    group.add_argument(
+        "--save_every", default=20, type=positive_int, metavar="N", help="epochs between checkpoints kept"
+    )
+    group.add_argument(
+        "--save_minutes", default=15.0, type=non_negative, metavar="M",
+        help="minutes between states in checkpoint-last.pth, also in the middle of an epoch",
+    )  # fmt: skip
+    group.add_argument("--seed", default=0, type=seed, help="of the weights, the order, the crops and the masks")
+    group.add_argument("--device", default="auto", help="auto (cuda, else mps, else cpu), cpu, cuda, cuda:N or mps")
+    group.add_argument(
+        "--amp", default="auto", choices=AMP_CHOICES, help="mixed precision; auto: bf16 or fp16 on CUDA, else off"
+    )
+    group.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def add_data_options(parser: argparse.ArgumentParser) -> None:
+    """What the samples are."""
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--data_path", metavar="PATH",
+        help="folder of images, flat or nested, or one with train/ in it; or a tar or zip file of such a folder",
+    )  # fmt: skip
+    add_source_options(group)
+    group.add_argument(
+        "--on_bad_image", default="error", choices=("error", "skip"),
+        help="where an image can't be read: end the run, or take another in its place, up to a tenth of an epoch's",
+    )  # fmt: skip
+    group.add_argument(
+        "--input_size", default=224, type=positive_int, nargs="+", action=_Size, metavar=("H", "W"),
+        help="pixels of a side, or height and width",
+    )  # fmt: skip
+    group.add_argument("--mean", type=float, nargs="+", metavar="M", help="of each channel, 0 to 1; None is ImageNet's")
+    group.add_argument(
+        "--std", type=positive, nargs="+", metavar="S", help="of each channel, 0 to 1; None is ImageNet's"
+    )
+    _add_switch(group, "pin_mem", True, "load into pinned memory, which a GPU reads faster")
+
+
+def add_source_options(group: argparse._ActionsContainer) -> None:
+    """Where images come from other than --data_path, and how they are read."""
+    group.add_argument(
+        "--train_list", metavar="FILE",
+        help="text, CSV or JSON file that names the images: a path, and a label if you like",
+    )  # fmt: skip
+    group.add_argument(
+        "--dataset", metavar="NAME",
+        help="a data set of torchvision by its class, CIFAR10 or STL10:unlabeled, with its files in --data_path; "
+        "hf:NAME_OR_FOLDER, of Hugging Face; wds:SHARDS, of WebDataset: s/{000..127}.tar",
+    )  # fmt: skip
+    group.add_argument("--download", action="store_true", help="let torchvision fetch the files of --dataset")
+    group.add_argument(
+        "--num_images", type=positive_int, metavar="N", help="images in shards at URLs, which can't be counted"
+    )
+    group.add_argument("--in_chans", default=3, type=positive_int, metavar="C", help="channels: 3 is RGB, 1 is grey")
+    group.add_argument(
+        "--num_workers", default=10, type=int, metavar="N", help="processes that load data, at most one a core"
+    )
+
+
+def add_model_options(parser: argparse.ArgumentParser, models: Sequence[str], default: str) -> None:
+    """Which network."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", default=default, choices=models, metavar="NAME", help=f"one of {', '.join(models)}")
+    group.add_argument(
+        "--patch_size", type=positive_int, nargs="+", action=_Size, metavar=("P", "P"),
+        help="pixels of a patch's side, or height and width; None is the model's own",
+    )  # fmt: skip
+
+
+def add_optimizer_options(parser: argparse.ArgumentParser) -> None:
+    """How it is trained."""
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--batch_size", default=64, type=positive_int, metavar="N", help="images a process and batch")
+    group.add_argument("--epochs", default=400, type=positive_int, metavar="N", help="passes over the data")
+    group.add_argument(
+        "--accum_iter", default=1, type=positive_int, metavar="N",
+        help="batches to an optimizer step; effective batch = batch_size x accum_iter x processes",
+    )  # fmt: skip
+    group.add_argument(
+        "--weight_decay", default=0.05, type=non_negative, metavar="W", help="not on biases and 1-D weights"
+    )
+    group.add_argument("--lr", type=non_negative, help="highest learning rate; None: blr x effective batch / 256")
+    group.add_argument("--blr", default=1e-3, type=non_negative, help="base learning rate, for a batch of 256")
+    group.add_argument(
+        "--min_lr", default=0.0, type=non_negative, metavar="LR", help="learning rate at the end of the cosine"
+    )
+    group.add_argument("--warmup_epochs", default=40, type=non_negative, metavar="N", help="epochs of linear warm-up")
+    group.add_argument(
+        "--clip_grad", type=positive, metavar="NORM", help="largest norm of the gradient; None: no clipping"
+    )
+    group.add_argument(
+        "--on_nonfinite", default="abort", choices=("abort", "skip"),
+        help="when a loss or gradient is not finite: save and end the run, or leave the step out",
+    )  # fmt: skip
+
+
+def add_pretrain_options(parser: argparse.ArgumentParser) -> None:
+    """What only masked pre-training has."""
+    group = parser.add_argument_group("masked pre-training")
+    group.add_argument("--mask_ratio", default=0.75, type=ratio, metavar="R", help="share of the patches removed")
+    _add_switch(group, "norm_pix_loss", False, "predict patches normalised by their own mean and variance")
+    group.add_argument(
+        "--crop_scale", default=[0.2, 1.0], type=float, nargs=2, metavar=("MIN", "MAX"),
+        help="share of the image's area that a random crop takes",
+    )  # fmt: skip
+    group.add_argument(
+        "--hflip", default=0.5, type=share, metavar="P", help="chance of a horizontal flip; 0 where left is not right"
+    )
+    group.add_argument("--init_from", default="", metavar="FILE", help="start from this file's weights (nothing else)")
+    group.add_argument(
+        "--vis_every",
+        default=20,
+        type=int,
+        metavar="N",
+        help="epochs between TensorBoard pictures of reconstructions; 0: none",
+    )
+
+
+def add_supervised_options(parser: argparse.ArgumentParser, global_pool: bool) -> None:
+    """What training and evaluating a classifier has."""
+    group = parser.add_argument_group("classifier")
+    group.add_argument(
+        "--finetune", default="", metavar="FILE|NAME",
+        help="start from these weights: a file of ours or of others, or a published name such as mae_pretrain_vit_base",
+    )  # fmt: skip
+    group.add_argument(
+        "--adapt_input", default="error", choices=ADAPT_CHOICES,
+        help="where --finetune is for other channels: each of ours starts from their mean, they repeat in turn, or the "
+        "patch projection starts untrained (skip)",
+    )  # fmt: skip
+    group.add_argument("--val_list", metavar="FILE", help="as --train_list, for validation")
+    group.add_argument(
+        "--nb_classes", type=positive_int, metavar="N", help="a check on the data, which tells the classes itself"
+    )
+    group.add_argument(
+        "--train_per_class", type=positive_int, metavar="N", help="train on N images of each class, drawn by --seed"
+    )
+    on, off = (" (the default)", "") if global_pool else ("", " (the default)")
+    group.add_argument(
+        "--global_pool", action="store_true", default=global_pool, help="classify the mean of patch tokens" + on
+    )
+    group.add_argument(
+        "--cls_token", action="store_false", dest="global_pool", default=global_pool,
+        help="classify the class token" + off,
+    )  # fmt: skip
+    group.add_argument("--eval", action="store_true", help="evaluate --resume (or --finetune) and end; needs val/ only")
+    group.add_argument(
+        "--dist_eval", action="store_true", help="without effect: processes always share the evaluation, exactly"
+    )
+    group.add_argument(
+        "--report", metavar="DIR", help="write accuracy by class and the confusion matrix there, as CSV and picture"
+    )
+
+
+def add_finetune_options(parser: argparse.ArgumentParser) -> None:
+    """What fine-tuning changes in the model, and how its images are augmented."""
+    group = parser.add_argument_group("fine-tuning")
+    group.add_argument("--drop_path", default=0.1, type=ratio, metavar="R", help="stochastic depth of the last block")
+    group.add_argument(
+        "--layer_decay", default=0.75, type=positive, metavar="D", help="learning rate of a layer to that above it"
+    )
+    group.add_argument(
+        "--unfreeze_blocks", type=int, metavar="K", help="train the last K blocks and the head only; None: everything"
+    )
+    group = parser.add_argument_group("augmentation")
+    group.add_argument("--color_jitter", type=non_negative, metavar="S", help="strength, where there is no --aa")
+    group.add_argument("--aa", default="rand-m9-mstd0.5-inc1", metavar="POLICY", help="timm's name of one, or none")
+    group.add_argument("--smoothing", default=0.1, type=ratio, metavar="S", help="label smoothing")
+    group.add_argument("--reprob", default=0.25, type=share, metavar="P", help="chance of random erasing")
+    group.add_argument("--remode", default="pixel", choices=("const", "rand", "pixel"), help="what fills the erased")
+    group.add_argument("--recount", default=1, type=positive_int, metavar="N", help="most rectangles erased")
+    group.add_argument("--resplit", action="store_true", help="without effect; accepted for old scripts")
+    group.add_argument("--mixup", default=0.0, type=non_negative, metavar="A", help="alpha of mixup; 0: none")
+    group.add_argument("--cutmix", default=0.0, type=non_negative, metavar="A", help="alpha of cutmix; 0: none")
+    group.add_argument(
+        "--cutmix_minmax", type=share, nargs=2, metavar=("MIN", "MAX"), help="share of a side in place of an alpha"
+    )
+    group.add_argument("--mixup_prob", default=1.0, type=share, metavar="P", help="chance of either")
+    group.add_argument("--mixup_switch_prob", default=0.5, type=share, metavar="P", help="of cutmix, where both are on")
+    group.add_argument("--mixup_mode", default="batch", choices=("batch", "pair", "elem"), help="what shares a draw")
+
+
+def add_distributed_options(parser: argparse.ArgumentParser) -> None:
+    """Flags of launchers. Ranks and counts come from the environment that torchrun sets."""
+    group = parser.add_argument_group("several processes (start with torchrun)")
+    group.add_argument("--world_size", default=1, type=int, help="taken from the launcher; accepted for old scripts")
+    group.add_argument(
+        "--local_rank", "--local-rank", default=-1, type=int, help="taken from the launcher; accepted for old scripts"
+    )
+    group.add_argument("--dist_on_itp", action="store_true", help="without effect; accepted for old scripts")
+    group.add_argument("--dist_url", default="env://", help="where the processes meet")
