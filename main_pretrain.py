@@ -60,7 +60,7 @@ def main(args: Namespace) -> None:
     drawn = {"in_chans": args.in_chans, "seed": args.seed, "num_noise": model.num_patches,
              "on_bad_image": args.on_bad_image}  # fmt: skip
     samples = Samples(source, transforms.pretrain_transform(args.input_size, args.crop_scale, args.hflip), **drawn)
-    examples = loader.examples(Samples(source, transforms.eval_transform(args.input_size), **drawn), EXAMPLES)
+    whole = Samples(source, transforms.eval_transform(args.input_size), **drawn)
     pin_memory = args.pin_mem and device.type == "cuda"
     batches = loader.TrainLoader(samples, args.batch_size, args.seed, args.num_workers, pin_memory)
     normalize = transforms.Normalize(*transforms.channel_statistics(args.in_chans, args.mean, args.std)).to(device)
@@ -71,7 +71,7 @@ def main(args: Namespace) -> None:
 
     def draw_examples(epoch: int, log: runlog.NullLog) -> dict[str, Any]:
         if args.vis_every and dist.is_main() and (epoch % args.vis_every == 0 or epoch == args.epochs - 1):
-            images, _, noise = examples
+            images, _, noise = loader.examples(whole, EXAMPLES)
             picture = pictures.reconstruction(model, images, noise, normalize, args.mask_ratio)
             log.picture("reconstruction", picture, epoch)
         return {}

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from models_vit import LAYER_NORM, SIZES, Block, NormLayer, PatchEmbed
-from util.masking import noise_from_mask
+from util.masking import noise_from_mask, num_kept
 from util.pos_embed import Size, sincos_table
 
 # He et al. 2021, table 1: 8 blocks of 512 channels whatever the encoder; the small models get decoders to match.
@@ -153,21 +153,18 @@ class MaskedAutoencoderViT(nn.Module):
             ValueError: the ratio is outside [0, 1) or keeps no patch.
         """
         B, N, D = x.shape
-        # The truncation of floating-point error (100 patches at .9 keep 9) is kept: published runs had it.
-        num_kept = int(N * (1 - mask_ratio))
-        if not 0 <= mask_ratio < 1 or num_kept == 0:
-            raise ValueError(
-                f"mask_ratio {mask_ratio} keeps {num_kept} of {N} patches; it must be in [0, 1) and keep one"
-            )
+        kept = num_kept(N, mask_ratio)
+        if not 0 <= mask_ratio < 1 or kept == 0:
+            raise ValueError(f"mask_ratio {mask_ratio} keeps {kept} of {N} patches; it must be in [0, 1) and keep one")
         if noise is None:
             noise = torch.rand(B, N, device=x.device)
         elif noise.shape != (B, N):
             raise ValueError(f"noise or mask must be given for {B} images of {N} patches; got {tuple(noise.shape)}")
         ids_shuffle = torch.argsort(noise, dim=1, stable=True)
         ids_restore = torch.argsort(ids_shuffle, dim=1)
-        ids_keep = ids_shuffle[:, :num_kept]
+        ids_keep = ids_shuffle[:, :kept]
         x_masked = torch.gather(x, 1, ids_keep.unsqueeze(-1).expand(-1, -1, D))
-        mask = (ids_restore >= num_kept).to(torch.float32)
+        mask = (ids_restore >= kept).to(torch.float32)
         return x_masked, mask, ids_restore
 
     def forward_encoder(
@@ -286,10 +283,10 @@ class MaskedAutoencoderViT(nn.Module):
     def _order_of(self, mask: Tensor, imgs: Tensor) -> tuple[Tensor, float]:
         """A caller's mask as (noise, mask_ratio) that make `random_masking` remove just its patches."""
         grid = self.patch_embed.grid_of(*imgs.shape[-2:])
-        noise, num_kept = noise_from_mask(mask.to(imgs.device), grid, self.patch_embed.patch_size)
+        noise, kept = noise_from_mask(mask.to(imgs.device), grid, self.patch_embed.patch_size)
         num_patches = grid[0] * grid[1]
         # Half a patch more than asked for, against the truncation of floating-point error.
-        return noise, max(0.0, 1 - (num_kept + 0.5) / num_patches)
+        return noise, max(0.0, 1 - (kept + 0.5) / num_patches)
 
 
 def _patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:

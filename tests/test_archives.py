@@ -1,8 +1,11 @@
 """Tar and zip files read in place."""
 
+import io
 import os
 import shutil
+import stat
 import subprocess
+import tarfile
 import zipfile
 from multiprocessing import get_context
 from pathlib import Path
@@ -17,17 +20,21 @@ from util.sources import find_files
 @pytest.fixture(params=["zip", "tar", "zip, stored", "tar of ./", "zip in a folder", "tar with a hard link"])
 def packed(request, pictures, tmp_path):
     """`pictures`, packed in several ways."""
-    if request.param in ("zip", "tar"):
-        return shutil.make_archive(str(tmp_path / "set"), request.param, pictures)
-    if request.param == "zip, stored":
+    return Path(pack(request.param, pictures, tmp_path))
+
+
+def pack(how, pictures, tmp_path):
+    if how in ("zip", "tar"):
+        return shutil.make_archive(str(tmp_path / "set"), how, pictures)
+    if how == "zip, stored":
         with zipfile.ZipFile(tmp_path / "stored.zip", "w") as archive:
             for path in pictures.rglob("*.*"):
                 archive.write(path, path.relative_to(pictures))
         return tmp_path / "stored.zip"
-    if request.param == "tar of ./":
+    if how == "tar of ./":
         subprocess.run(["tar", "-cf", tmp_path / "dot.tar", "-C", pictures, "."], check=True)
         return tmp_path / "dot.tar"
-    if request.param == "zip in a folder":
+    if how == "zip in a folder":
         return shutil.make_archive(str(tmp_path / "set"), "zip", pictures.parent, pictures.name)
     copy = tmp_path / "copy"
     shutil.copytree(pictures, copy)
@@ -51,7 +58,7 @@ def _sum(archive):
 
 def test_processes_read_at_once(pictures, tmp_path):
     """Forked ones inherit the open file, others get the source as bytes; none moves another's place."""
-    archive = Archive(shutil.make_archive(str(tmp_path / "set"), "zip", pictures), "train")
+    archive = Archive(Path(shutil.make_archive(str(tmp_path / "set"), "zip", pictures)), "train")
     expected = _sum(archive)
     for method in ("fork", "spawn"):
         with get_context(method).Pool(4) as pool:
@@ -96,7 +103,7 @@ def test_damage_is_noticed(pictures, tmp_path):
 
 
 def test_archives_that_cant_be_read_in_place(pictures, tmp_path):
-    compressed = shutil.make_archive(str(tmp_path / "set"), "gztar", pictures)
+    compressed = Path(shutil.make_archive(str(tmp_path / "set"), "gztar", pictures))
     with pytest.raises(ValueError, match=r"set.tar.gz is neither a zip file nor an uncompressed tar file"):
         Archive(compressed, "train")
     with zipfile.ZipFile(tmp_path / "bz2.zip", "w", zipfile.ZIP_BZIP2) as archive:
@@ -107,3 +114,97 @@ def test_archives_that_cant_be_read_in_place(pictures, tmp_path):
         archive.writestr("readme.txt", "nothing")
     with pytest.raises(ValueError, match=r"no images in .*empty.zip \(looked for .jpg"):
         Archive(tmp_path / "empty.zip", "train")
+
+
+def tar_of(path, names, contents=b"12345"):
+    with tarfile.open(path, "w") as archive:
+        for name in names:
+            member = tarfile.TarInfo(name)
+            member.size = len(contents)
+            archive.addfile(member, io.BytesIO(contents))
+    return path
+
+
+def test_a_damaged_or_cut_tar_is_not_taken_for_a_shorter_one(tmp_path):
+    names = [f"{number}.png" for number in range(10)]
+    whole = tar_of(tmp_path / "whole.tar", names).read_bytes()
+    assert len(Archive(tmp_path / "whole.tar", "train")) == 10
+    damaged = bytearray(whole)
+    damaged[4 * 1024 + 10] ^= 1
+    for name, data, last in (
+        ("damaged", damaged, "3.png"), ("at a member", whole[: 6 * 1024], "5.png"), ("in one", whole[:6300], "5.png"),
+    ):  # fmt: skip
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(ValueError, match=f"is damaged or cut off after {last}"):
+            Archive(tmp_path / name, "train")
+
+
+def test_files_with_holes_and_links(tmp_path, caplog):
+    (tmp_path / "in").mkdir()
+    with (tmp_path / "in" / "1.npy").open("wb") as file:
+        file.truncate(1 << 20)
+        file.seek(1 << 19)
+        file.write(b"some")
+    subprocess.run(["tar", "-cSf", tmp_path / "sparse.tar", "-C", tmp_path, "in"], check=True)
+    with pytest.raises(ValueError, match=r"1.npy is stored with holes, as tar -S does"):
+        Archive(tmp_path / "sparse.tar", "train")
+    for name in ("links.tar", "links.zip"):
+        folder = tmp_path / name.replace(".", "")
+        (folder / "a").mkdir(parents=True)
+        (folder / "b").mkdir()
+        (folder / "a" / "1.png").write_bytes(b"one")
+        (folder / "b" / "2.png").symlink_to("../a/1.png")
+        (folder / "b" / "3.png").symlink_to("/nowhere.png")
+        if name == "links.tar":
+            subprocess.run(["tar", "-cf", tmp_path / name, "-C", folder, "."], check=True)
+        else:
+            with zipfile.ZipFile(tmp_path / name, "w") as archive:
+                archive.write(folder / "a" / "1.png", "a/1.png")
+                for link in ("2.png", "3.png"):
+                    member = zipfile.ZipInfo(f"b/{link}")
+                    member.external_attr = (stat.S_IFLNK | 0o777) << 16
+                    archive.writestr(member, os.readlink(folder / "b" / link))
+        source = Archive(tmp_path / name, "train")
+        assert [source[i] for i in range(len(source))] == [(b"one", 0), (b"one", 1)]
+    assert caplog.text.count("1 links lead out of the archive or nowhere, such as") == 2
+
+
+def test_a_tar_that_ends_in_a_zip_is_a_tar(tmp_path):
+    with zipfile.ZipFile(tmp_path / "inner.zip", "w") as archive:
+        archive.writestr("m.png", "m")
+    subprocess.run(["touch", tmp_path / "1.png"], check=True)
+    subprocess.run(["tar", "-b", "1", "-cf", tmp_path / "set.tar", "-C", tmp_path, "1.png", "inner.zip"], check=True)
+    assert Archive(tmp_path / "set.tar", "train").names[0] == "1.png"
+
+
+@pytest.mark.parametrize("separator", ["/", "\\"])
+def test_deeply_nested_splits_are_found(tmp_path, separator):
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+        for name in ("home/me/data/train/a/1.png", "home/me/data/train/b/2.png", "home/me/data/val/a/3.png"):
+            archive.writestr(name, name)
+    data = (tmp_path / "set.zip").read_bytes()
+    (tmp_path / "set.zip").write_bytes(data.replace(b"/", separator.encode()))
+    source = Archive(tmp_path / "set.zip", "train")
+    assert source.classes == ["a", "b"]
+    assert len(source) == 2
+    assert len(Archive(tmp_path / "set.zip", "val")) == 1
+
+
+def test_zip_bombs_are_not_unpacked(tmp_path):
+    with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("1.png", bytes(50_000_000))
+    source = Archive(tmp_path / "bomb.zip", "train")
+    source.places[0][3] = 1000  # what a header that lies would say
+    with pytest.raises(BadImage, match="the checksum does not fit"):
+        _ = source[0]
+    source.places[0][3] = 5 << 30
+    with pytest.raises(BadImage, match="it would unpack to 5,368,709,120 bytes"):
+        _ = source[0]
+
+
+def test_open_files_are_closed(pictures, tmp_path):
+    path = Path(shutil.make_archive(str(tmp_path / "set"), "tar", pictures))
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        _ = Archive(path, "train")[0]
+    assert len(os.listdir("/proc/self/fd")) == before

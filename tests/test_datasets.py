@@ -63,8 +63,8 @@ def test_the_command_on_good_images(pictures):
     assert "1: 5 images" in said["channels"]
     pixels = [np.asarray(Image.open(path).convert("RGB")) for path in (pictures / "train").rglob("*.*")]
     values = np.concatenate([p.reshape(-1, 3) for p in pixels]) / 255
-    np.testing.assert_allclose(np.array(said["--mean"].split(), float), values.mean(axis=0), atol=6e-5)
-    np.testing.assert_allclose(np.array(said["--std"].split(), float), values.std(axis=0), atol=6e-5)
+    np.testing.assert_allclose(np.array(said["--mean"].split(), float), values.mean(axis=0), atol=6e-4)
+    np.testing.assert_allclose(np.array(said["--std"].split(), float), values.std(axis=0), atol=6e-4)
     heights = [len(p) for p in pixels]
     assert f"{min(heights)} to {max(heights)} x" in said["sizes"]
     assert "images/s read and decoded" in said["speed"]
@@ -104,3 +104,12 @@ def test_looks_at_streams(tmp_path):
     looks = list(datasets.look_at_all(source, 1, [0, 1, 2, 3], 0))
     assert [look.size for look in looks] == [(6, 8)] * 3 + [(0, 0)]
     assert looks[3].unreadable == (f"{tmp_path}/a.tar: 0", "the file is empty")
+
+
+def test_flags_without_effect_warn(pictures, caplog):
+    open_source("train", str(pictures), download=True, num_images=7)
+    assert "--download has no effect here" in caplog.text
+    assert "--num_images has no effect here" in caplog.text
+    caplog.clear()
+    open_source("train", str(pictures))
+    assert "no effect" not in caplog.text

@@ -209,6 +209,29 @@ def test_eight_bits_of_one_or_three_channels_are_pillows():
         assert is_picture == (in_chans in (1, 3) and expected.dtype != np.float32), name
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_tiff_files_are_turned_alike_by_both_decoders(orientation):
+    tag = [(274, 3, 1, orientation, True)]
+    eight = pixels_of(decode(tiff(GREY[..., 0], extratags=tag), 1))
+    sixteen = pixels_of(decode(tiff(GREY[..., 0].astype(np.uint16) * 257, extratags=tag), 1))
+    np.testing.assert_allclose(sixteen * 255, eight, atol=1e-4)
+    assert eight.shape == ((5, 6, 1) if orientation < 5 else (6, 5, 1))
+
+
+def test_twelve_bits_are_scaled_by_their_own_range():
+    values = np.array([[0, 4095], [2048, 1]], dtype=np.uint16)
+    file = tiff(values, bitspersample=12)
+    np.testing.assert_allclose(pixels_of(decode(file, 1))[..., 0], values / 4095, atol=1e-7)
+
+
+def test_pages_of_other_sizes_are_no_channels():
+    buffer = io.BytesIO()
+    with tifffile.TiffWriter(buffer) as writer:
+        for side in (8, 4, 2):  # a picture and its overviews
+            writer.write(np.full((side, side), 1000 * side, dtype=np.uint16), photometric="minisblack")
+    assert pixels_of(decode(buffer.getvalue(), 3)).shape == (8, 8, 3)
+
+
 def test_transforms_take_what_is_decoded():
     """Deep images are tensors; the same draws cut and turn them as they do pictures."""
     deep, shallow = decode(saved((RGB[..., 0].astype(np.uint16) * 257), "PNG"), 1), decode(saved(GREY, "PNG"), 1)
@@ -249,6 +272,23 @@ BAD = {
     "grey for 2 channels": (saved(GREY, "PNG"), 2, "it has 1 channel, and --in_chans is 2"),
     "13 channels for colour": (tiff(DEEP, planarconfig="contig"), 3, "it has 13 channels, and --in_chans is 3"),
     "an array for colour": (npy(DEEP), 3, r"shape \(5, 6, 13\) has no 3 channels"),
+    "a great many channels for colour": (
+        tiff(np.zeros((9, 9, 100), dtype=np.uint16), planarconfig="contig"),
+        3,
+        "it has 100 channels",
+    ),
+    "too many channels": (
+        npy(np.zeros((1, 1, 1), dtype=np.uint8)).replace(b"(1, 1, 1)", b"(9000, 9000, 9)"),
+        9,
+        "too much to decode",
+    ),
+    "CMYK for 4 channels": (magick("cmyk.tif"), 4, "it has 3 channels, and --in_chans is 4"),
+    "signed bytes": (tiff(np.ones((4, 4), dtype=np.int8)), 1, "range of its int8 pixels is unknown"),
+    "float colour with alpha to 255": (
+        tiff(np.full((4, 4, 4), 200, dtype=np.float32), "rgb", extrasamples=["unassalpha"]),
+        3,
+        "not in 0 to 1",
+    ),
     "not a number": (npy(np.full((4, 4), np.nan)), 1, "not finite"),
     "integers without a range": (npy(np.ones((4, 4), dtype=np.int64)), 1, "range of its int64 pixels is unknown"),
     "32-bit TIFF": (tiff(np.ones((4, 4), dtype=np.uint32)), 1, "range of its uint32 pixels is unknown"),
@@ -271,7 +311,7 @@ def test_a_missing_codec_is_named(monkeypatch):
         raise ValueError("<COMPRESSION.LZW: 5> requires the 'imagecodecs' package")
 
     monkeypatch.setattr(tifffile.TiffPage, "asarray", without)
-    with pytest.raises(BadImage, match="requires the 'imagecodecs' package"):
+    with pytest.raises(BadImage, match=r'needs the package imagecodecs: pip install "\.\[tiff\]"'):
         decode(magick("deep_lzw.tif"), 3)
 
 

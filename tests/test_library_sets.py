@@ -1,15 +1,18 @@
 """Data sets of torchvision, Hugging Face and WebDataset, written by these libraries or in their layout."""
 
 import builtins
+import gzip
 import io
 import json
 import struct
+import tarfile
 from pathlib import Path
 
 import datasets as hugging_face
 import numpy as np
 import pytest
 import torch
+import torchvision
 import webdataset
 from PIL import Image
 
@@ -91,6 +94,28 @@ def test_a_split_of_its_own(tmp_path):
     source = open_source("train", str(tmp_path), dataset="INaturalist:2021_train_mini")
     assert len(source) == 1
     assert source[0][1] == 0
+
+
+def test_parts_for_training_and_validation_do_not_overlap(tmp_path):
+    """torchvision's FGVCAircraft is `trainval` by default, which holds `val`."""
+    data = tmp_path / "fgvc-aircraft-2013b" / "data"
+    (data / "images").mkdir(parents=True)
+    (data / "variants.txt").write_text("707\n747\n")
+    for part, names in (("train", "a b"), ("val", "c"), ("trainval", "a b c"), ("test", "d")):
+        (data / f"images_variant_{part}.txt").write_text("".join(f"{name} 707\n" for name in names.split()))
+    for name in "abcd":
+        Image.new("RGB", (8, 8)).save(data / "images" / f"{name}.jpg")
+    assert len(open_source("train", str(tmp_path), dataset="FGVCAircraft")) == 2
+    assert len(open_source("val", str(tmp_path), dataset="FGVCAircraft")) == 1
+    assert len(open_source("train", str(tmp_path), dataset="FGVCAircraft:trainval")) == 3
+
+
+def test_download_reaches_classes_that_hand_it_on(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torchvision.datasets.EMNIST, "download", lambda self: asked.append(self.root))
+    with pytest.raises(ValueError, match="EMNIST:letters: torchvision says"):
+        open_source("train", str(tmp_path), dataset="EMNIST:letters", download=True)
+    assert asked == [str(tmp_path)]
 
 
 def test_sets_without_files():
@@ -248,7 +273,7 @@ def test_labels_and_noise_go_with_the_image(shards):
 def test_a_bad_image_of_a_stream_is_named(shards, caplog):
     seen(batches_of(shards), 0)
     assert "set-001.tar: 017: the file is empty; another image takes its place" in caplog.text
-    assert "1 of the epoch's 40 images can't be read" in caplog.text
+    assert "1 of this epoch's images (40 since it began or went on) can't be read" in caplog.text
     with pytest.raises(BadImage, match=r"set-001.tar: 017: the file is empty \(--on_bad_image skip"):
         seen(batches_of(shards, on_bad_image="error"), 0)
 
@@ -258,7 +283,29 @@ def test_a_damaged_shard_is_named(shards, caplog):
     whole = (shards / "set-002.tar").read_bytes()
     (shards / "set-002.tar").write_bytes(whole[: len(whole) // 2 + 100])
     assert set(seen(batches, 0)) < set(range(40))
-    assert "set-002.tar" in caplog.text
+    assert "set-002.tar: the shard can't be read to its end" in caplog.text
+
+
+def test_samples_are_counted_as_webdataset_makes_them(tmp_path, caplog):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name in ("000.jpg", "000.mask.png", "001.jpg", "n01.x.png"):
+            member = tarfile.TarInfo(name)
+            member.size = 3
+            archive.addfile(member, io.BytesIO(b"abc"))
+    assert len(Shards(f"{tmp_path}/a.tar", None)) == 3
+    assert "samples with several images (4 in 3)" in caplog.text
+    (tmp_path / "b.tar.gz").write_bytes(gzip.compress((tmp_path / "a.tar").read_bytes()))
+    with pytest.raises(ValueError, match="to stream it without counting its images, give --num_images"):
+        Shards(f"{tmp_path}/b.tar.gz", None)
+    assert len(list(Shards(f"{tmp_path}/b.tar.gz", 3).stream([0], 0, 1, lambda *_: False, laps=1))) == 3
+
+
+def test_labels_that_are_no_numbers_are_none(tmp_path):
+    with webdataset.TarWriter(str(tmp_path / "a.tar")) as writer:
+        writer.write({"__key__": "a", "png": png(PIXELS[0]), "cls": b"cat"})
+        writer.write({"__key__": "b", "png": png(PIXELS[1]), "cls": b"7"})
+    stream = Shards(f"{tmp_path}/a.tar", None).stream([0], 0, 1, lambda *_: False, laps=1)
+    assert sorted(label for _, _, label in stream) == [-1, 7]
 
 
 def test_examples_of_a_stream(shards):

@@ -109,12 +109,12 @@ def test_skipped_images_are_named_once_and_counted(half_bad, caplog, workers):
     assert len(first) == 40
     named = [r.message.partition(":")[0].rpartition("/")[2] for r in caplog.records if "takes its place" in r.message]
     assert sorted(named) == ["07.png", "11.png", "30.png"]
-    assert "3 of the epoch's 40 images can't be read" in caplog.text
+    assert "3 of this epoch's images (40 since it began or went on) can't be read" in caplog.text
     assert batches.counts() == {"bad_images": 3}
     caplog.clear()
     second = epoch_of(batches, 1)
     assert "takes its place" not in caplog.text
-    assert "3 of the epoch's 40" in caplog.text
+    assert "3 of this epoch's images" in caplog.text
     assert not torch.equal(first, second)
 
 
@@ -129,7 +129,7 @@ def test_more_than_a_tenth_bad_ends_the_run(half_bad):
     epoch_of(exactly_a_tenth, 0)
     (half_bad / "01.png").write_bytes(b"")
     with pytest.raises(
-        BadImage, match=r"5 of the epoch's 40 images can't be read, more than 10%; one of them: /.*png: "
+        BadImage, match=r"5 of the 40 images of an epoch can't be read, more than 10%; one of them: /.*png: "
     ):
         epoch_of(TrainLoader(make_samples(half_bad, on_bad_image="skip"), 8, 0, 0, False), 0)
 

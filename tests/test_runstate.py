@@ -81,7 +81,8 @@ def test_rolling_states_come_by_the_clock(tmp_path):
     state = checkpoint.read(tmp_path / "checkpoint-last.pth")
     assert state["epoch"] == 2
     assert state["progress"] == {
-        "epoch": 3, "images_done": 16, "effective_batch_size": 16, "meters": {"loss": 1.0}, "best_accuracy": -1.0
+        "epoch": 3, "images_done": 16, "effective_batch_size": 16, "meters": {"loss": 1.0}, "best_accuracy": -1.0,
+        "num_images": None,
     }  # fmt: skip
 
 
@@ -108,3 +109,12 @@ def test_the_best_state_is_kept_beside_the_milestones(tmp_path):
     resumed = runstate.Progress(state["progress"]["effective_batch_size"], 8)
     resumed.restore(state)
     assert resumed.best_accuracy == 70.0
+
+
+def test_an_epoch_goes_on_with_the_same_images_only(caplog):
+    position = {"effective_batch_size": 8, "epoch": 3, "meters": {}, "num_images": 160}
+    progress = runstate.Progress(8, 8, num_images=161)
+    progress.restore({"progress": {**position, "images_done": 0}})
+    assert "had 160 images, and has 161 now" in caplog.text
+    with pytest.raises(CheckpointError, match="in the middle of an epoch of 160 images, and now there are 161"):
+        progress.restore({"progress": {**position, "images_done": 16}})

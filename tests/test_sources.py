@@ -68,7 +68,24 @@ def test_links_are_followed_and_loops_are_not(tmp_path, caplog):
     (tmp_path / "images/itself").symlink_to(tmp_path / "images/itself")
     (tmp_path / "images/itself.png").symlink_to(tmp_path / "images/itself.png")
     assert names(find_files(tmp_path / "images")) == ["2.png", "itself.png", "linked/1.png"]
-    assert caplog.text.count("leads back to a folder above it; not followed") == 2
+    assert caplog.text.count("leads to a folder that is counted already; left out") == 2
+
+
+def test_folders_that_link_to_each_other_count_once(tmp_path):
+    for name in "abcdefg":
+        save(tmp_path / name / "1.png")
+    for name in "abcdefg":
+        for other in "abcdefg":
+            (tmp_path / name / f"to_{other}").symlink_to(tmp_path / other)
+    source = find_files(tmp_path)
+    assert len(source) == 49  # below each of seven classes, all seven
+    assert np.bincount(source.labels).tolist() == [7] * 7
+
+
+def test_pipes_are_no_files(tmp_path):
+    save(tmp_path / "1.png")
+    os.mkfifo(tmp_path / "2.png")
+    assert names(find_files(tmp_path)) == ["1.png"]
 
 
 def test_names_that_are_not_utf8(tmp_path):
@@ -157,6 +174,8 @@ def test_numbers_mean_themselves(listed):
     assert source.classes == ["0", "1", "2", "3"]
     assert list(source.labels) == [3, 0]
     assert list(listed("list.json", '[["a.png", 1]]').labels) == [1]
+    assert list(listed("list.csv", "path,label\na.png,1.0\nsub/c.png,10.0\n").labels) == [1, 10]
+    assert listed("list.csv", "path,label\na.png,-1\nsub/c.png,\n").classes == []
 
 
 def test_relative_paths_start_at_the_root(listed, tmp_path):
@@ -174,6 +193,10 @@ def test_relative_paths_start_at_the_root(listed, tmp_path):
         ("list.json", '{"a": 1}', "can't be read .*it is no list"),
         ("list.json", '[{"file": "a.png"}]', "can't be read .*'path'"),
         ("list.csv", "label,path\ndog\n", "can't be read"),
+        ("list.csv", "path,label\na.png,cat\nsub/c.png,\n", "only 1 of its 2 files have a label"),
+        ("list.csv", 'a.png,"' + "x" * 200_000, "can't be read .*field larger"),
+        ("list.txt", "a.png 20231105\n", "labels that are numbers count classes from 0; these go to 20231105"),
+        ("list.txt", "a\0.png\n", "it has a zero byte"),
     ],
 )
 def test_wrong_lists(listed, name, content, said):

@@ -41,6 +41,13 @@ def test_rectangular_evaluation_covers(photo, size):
     assert (white == 255).all()
 
 
+def test_a_strip_is_cut_before_it_is_scaled():
+    strip = Image.fromarray(np.random.default_rng(0).integers(0, 256, size=(2, 60_000), dtype=np.uint8))
+    out = transforms.eval_transform(224)(strip)  # 15 gigabytes, if it were scaled whole
+    middle = strip.crop((29_990, 0, 30_010, 2)).resize((2560, 256), Image.BICUBIC)
+    assert torch.equal(out, tv.functional.pil_to_tensor(tv.functional.center_crop(middle, 224)))
+
+
 def test_pretraining_crops_the_published_share(photo):
     wide = Image.fromarray(np.tile(np.arange(0, 256, dtype=np.uint8), (256, 1)))
     transform, spans = transforms.pretrain_transform(64), []
@@ -80,6 +87,7 @@ def test_statistics_in_0_to_255_are_noticed():
     with pytest.raises(ValueError, match=r"--mean 123.7: pixels of 8 bits count as 0 to 1; divide"):
         normalize(torch.zeros(1, 1, 2, 2, dtype=torch.uint8))
     assert normalize(torch.full((1, 1, 2, 2), 123.7)).abs().max() < 1e-6  # a float image has its own range
+    assert normalize.inverse(normalize(torch.full((1, 1, 2, 2), 123.7))).mean() == pytest.approx(0.5)
 
 
 def test_statistics_of_other_channel_counts():

@@ -3,13 +3,15 @@
 import logging
 import os
 import posixpath
+import stat
 import struct
 import tarfile
 import time
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,26 +21,36 @@ from util.sources import KINDS, Strings, classes_of, printable
 logger = logging.getLogger(__name__)
 
 STORED, DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
+MAX_BYTES = 4 << 30  # of a member when unpacked; small ones could fill the memory
+
+
+class Place(NamedTuple):
+    """Where a member is: in a tar its data, in a zip its header, which the data follow."""
+
+    start: int
+    size: int  # as stored
+    method: int = STORED
+    unpacked: int = 0  # bytes, of a zip's member
+    checksum: int = 0  # CRC-32, of a zip's member
 
 
 class Archive:
-    """The images of one tar or zip file, read in place; its members are looked up once.
+    """The images of one tar or zip file; its members are looked up once.
 
-    They count as if the archive were unpacked: a folder that everything is in is passed over, `split` is taken if it
-    is there, and the folders below are the classes.
+    They count as if the archive were unpacked: folders that everything is in are passed over, `split` is taken if it is
+    there, and the folders below are the classes.
 
     Raises:
-        ValueError: not an archive that can be read in place, or no image in it.
+        ValueError: not an archive that can be read in place, damaged, or no image in it.
     """
 
     def __init__(self, path: Path, split: str) -> None:
         started = time.perf_counter()
-        members = find_members(path)
-        names = sorted(_below(list(members), split, path).items())
+        self.is_zip, members = find_members(path)
+        names = sorted(_below(members, split, path).items())
         if not names:
             raise ValueError(f"--data_path: no images in {path} (looked for {KINDS})")
         self.path = str(path)
-        self.is_zip = zipfile.is_zipfile(path)
         self.names = Strings([name for name, _ in names])
         self.places = np.array([members[member] for _, member in names], dtype=np.int64)
         self.classes, self.labels = classes_of([name for name, _ in names])
@@ -49,26 +61,34 @@ class Archive:
         return len(self.names)
 
     def __getitem__(self, index: int) -> tuple[bytes, int]:
-        return self._member(*map(int, self.places[index])), int(self.labels[index])
+        return self._member(Place(*self.places[index].tolist())), int(self.labels[index])
+
+    def __del__(self) -> None:
+        process, file = getattr(self, "file", None) or (0, 0)
+        if process == os.getpid():
+            os.close(file)
 
     def name(self, index: int) -> str:
         """The archive's path and the member's."""
         return printable(f"{self.path}: {self.names[index]}")
 
-    def _member(self, start: int, size: int, method: int, checksum: int) -> bytes:
+    def _member(self, place: Place) -> bytes:
         """Reads at a place of the file that no other process moves."""
         if self.file is None or self.file[0] != os.getpid():
             self.file = (os.getpid(), os.open(self.path, os.O_RDONLY))
         file = self.file[1]
         if not self.is_zip:
-            return _read_at(file, start, size)
-        signature, name_length, extra_length = struct.unpack("<4s22xHH", _read_at(file, start, 30))
-        data = _read_at(file, start + 30 + name_length + extra_length, size)
+            return _read_at(file, place.start, place.size)
+        if place.unpacked > MAX_BYTES:
+            raise BadImage(f"it would unpack to {place.unpacked:,} bytes, more than the {MAX_BYTES:,} that are read")
+        signature, name_length, extra_length = struct.unpack("<4s22xHH", _read_at(file, place.start, 30))
+        data = _read_at(file, place.start + 30 + name_length + extra_length, place.size)
         try:
-            data = zlib.decompress(data, -zlib.MAX_WBITS) if method == DEFLATED else data
+            if place.method == DEFLATED:
+                data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, place.unpacked + 1)
         except zlib.error as error:
             raise BadImage(f"the archive is damaged here: {error}") from error
-        if signature != b"PK\3\4" or zlib.crc32(data) != checksum:
+        if signature != b"PK\3\4" or zlib.crc32(data) != place.checksum:
             raise BadImage("the archive is damaged here: the checksum does not fit")
         return data
 
@@ -82,66 +102,107 @@ def _read_at(file: int, start: int, size: int) -> bytes:
     return data
 
 
-Place = tuple[int, int, int, int]  # start and bytes in the archive, compression and checksum (both zip's)
-
-
-def find_members(path: Path) -> dict[str, Place]:
-    """Name and place of every image in a tar or zip file.
+def find_members(path: Path) -> tuple[bool, dict[str, Place]]:
+    """Whether a file is a zip (or else a tar) file, and name and place of every image in it.
 
     Raises:
         ValueError: it is neither, damaged, or its members can't be read where they are.
     """
     try:
-        return dict(_zip_members(path) if zipfile.is_zipfile(path) else _tar_members(path))
-    except (tarfile.TarError, zipfile.BadZipFile) as error:
-        raise ValueError(
-            f"{path} is neither a zip file nor an uncompressed tar file, which can be read in place ({error}); unpack "
-            f"it, or pack its files again so"
-        ) from error
+        archive = tarfile.open(path, "r:")  # noqa: SIM115  # first: a tar file may end in a zip file
+    except tarfile.TarError:
+        if not zipfile.is_zipfile(path):
+            raise ValueError(
+                f"{path} is neither a zip file nor an uncompressed tar file, which can be read in place; unpack it, or "
+                f"pack its files again so"
+            ) from None
+        return True, _zip_members(path)
+    with archive:
+        return False, _tar_members(archive, path)
 
 
-def _tar_members(path: Path) -> Iterator[tuple[str, Place]]:
-    with tarfile.open(path, "r:") as archive:
-        places: dict[str, Place] = {}
+def _tar_members(archive: tarfile.TarFile, path: Path) -> dict[str, Place]:
+    places: dict[str, Place] = {}
+    links: dict[str, str] = {}
+    last = "its beginning"
+    try:
         for member in archive:
-            if not _is_image(member.name):
-                continue
+            last = printable(member.name)
+            if member.issparse() and _is_image(member.name):
+                raise ValueError(f"{path}: {last} is stored with holes, as tar -S does; pack the files again without")
             if member.isreg():
-                places[member.name] = (member.offset_data, member.size, STORED, 0)
-            elif member.islnk() and member.linkname in places:  # the same file under a second name
-                places[member.name] = places[member.linkname]
-            if member.name in places:
-                yield member.name, places[member.name]
+                places[member.name] = Place(member.offset_data, member.size)
+            elif member.islnk():
+                links[member.name] = member.linkname
+            elif member.issym():
+                links[member.name] = posixpath.join(posixpath.dirname(member.name), member.linkname)
+        ended = _ends_with_zeros(path, archive.offset)
+    except (tarfile.TarError, UnicodeError) as error:
+        raise ValueError(f"{path} is damaged or cut off after {last}: {error}") from error
+    if not ended:  # tarfile takes a header that makes no sense for the end
+        raise ValueError(f"{path} is damaged or cut off after {last}")
+    return _images_of(places, links)
 
 
-def _zip_members(path: Path) -> Iterator[tuple[str, Place]]:
-    with zipfile.ZipFile(path) as archive:
-        for member in archive.infolist():
-            if member.is_dir() or not _is_image(member.filename):
-                continue
-            if member.flag_bits & 1 or member.compress_type not in (STORED, DEFLATED):
-                raise ValueError(
-                    f"{path}: {printable(member.filename)} is encrypted, or compressed by another method than deflate; "
-                    f"pack the files again without"
+def _ends_with_zeros(path: Path, offset: int) -> bool:
+    with path.open("rb") as file:
+        file.seek(offset)
+        return file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
+
+
+def _zip_members(path: Path) -> dict[str, Place]:
+    places: dict[str, Place] = {}
+    links: dict[str, str] = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.infolist():
+                name = member.filename.replace("\\", "/")  # old packers on Windows
+                if member.is_dir() or not _is_image(name):
+                    continue
+                if member.flag_bits & 1 or member.compress_type not in (STORED, DEFLATED):
+                    raise ValueError(
+                        f"{path}: {printable(name)} is encrypted, or compressed by another method than deflate; pack "
+                        f"the files again without"
+                    )
+                if stat.S_ISLNK(member.external_attr >> 16):
+                    links[name] = posixpath.join(posixpath.dirname(name), archive.read(member).decode())
+                    continue
+                places[name] = Place(
+                    member.header_offset, member.compress_size, member.compress_type, member.file_size, member.CRC
                 )
-            yield member.filename, (member.header_offset, member.compress_size, member.compress_type, member.CRC)
+    except (zipfile.BadZipFile, NotImplementedError, IndexError, UnicodeError) as error:
+        raise ValueError(f"{path} is damaged, or a zip file of a kind that can't be read: {error}") from error
+    return _images_of(places, links)
+
+
+def _images_of(places: dict[str, Place], links: dict[str, str]) -> dict[str, Place]:
+    """Images, and links to files; those that lead nowhere are told."""
+    normal = {posixpath.normpath(name): place for name, place in places.items()}
+    images = {name: place for name, place in places.items() if _is_image(name)}
+    lost = [name for name in links if _is_image(name) and posixpath.normpath(links[name]) not in normal]
+    images |= {name: normal[posixpath.normpath(links[name])] for name in links if _is_image(name) and name not in lost}
+    if lost:
+        logger.warning(f"{len(lost)} links lead out of the archive or nowhere, such as {printable(lost[0])}: left out")
+    return images
 
 
 def _is_image(name: str) -> bool:
-    hidden = any((part.startswith(".") and part != ".") or part == "__MACOSX" for part in name.split("/"))
+    hidden = any((part.startswith(".") and part not in (".", "..")) or part == "__MACOSX" for part in name.split("/"))
     return name.lower().endswith(SUFFIXES) and not hidden
 
 
-def _below(members: Sequence[str], split: str, path: Path) -> dict[str, str]:
+def _below(members: Iterable[str], split: str, path: Path) -> dict[str, str]:
     """The members of a split by their names below it; all of them where there are no splits."""
     names = {posixpath.normpath(member): member for member in members}
-    for _ in range(2):
+    while names:
         tops = {name.partition("/")[0] if "/" in name else "" for name in names}
         if split in tops:
             return {name.removeprefix(f"{split}/"): m for name, m in names.items() if name.startswith(f"{split}/")}
-        if len(tops) != 1 or tops <= {"", "train", "val"}:
+        if (split == "val" and "train" in tops) or "val" in tops:  # never the images of the other part
+            raise ValueError(f"--data_path {path}: there is no folder {split}/ in it; give that, or --{split}_list")
+        if len(tops) != 1 or "" in tops:
             break
         names = {name.partition("/")[2]: member for name, member in names.items()}
-    if names and (split == "val" or "val" in tops):  # never the images of the other part
-        raise ValueError(f"--data_path {path}: there is no folder {split}/ in it; give that, or --{split}_list")
+    if names and split == "val":
+        raise ValueError(f"--data_path {path}: there is no folder val/ in it; give that, or --val_list")
     return names

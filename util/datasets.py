@@ -30,6 +30,8 @@ from util.loader import up_to_cores
 from util.sources import Source, find_files, read_list
 from util.transforms import to_tensor, to_unit_range
 
+logger = logging.getLogger(__name__)
+
 
 def open_source(
     split: str,
@@ -49,16 +51,23 @@ def open_source(
         file_list: a file that names the images.
         dataset: a name of torchvision's, hf:NAME_OR_FOLDER, or wds:SHARDS.
         download: let torchvision fetch its files.
-        num_images: in shards that can't be counted.
+        num_images: in shards, in place of counting them.
 
     Raises:
         ValueError: nothing was named, or there is nothing under the name.
     """
     root = Path(data_path) if data_path else None
+    kind, _, name = (dataset or "").partition(":")
     if file_list and dataset:
         raise ValueError(f"--{split}_list and --dataset both name images; give one of them")
+    for flag, given, counts in (
+        ("--download", download, dataset and kind not in ("hf", "wds")),
+        ("--num_images", num_images, kind == "wds"),
+        ("--data_path", data_path, kind not in ("hf", "wds")),
+    ):
+        if given and not counts:
+            logger.warning(f"{flag} has no effect here")
     if dataset:
-        kind, _, name = dataset.partition(":")
         if kind == "hf":
             return HuggingFaceSet(name, split)
         if kind == "wds":
@@ -165,8 +174,8 @@ def report_on(source: Source | Shards, looks: list[Look], seconds: float) -> lis
         lines.append("channels    " + ", ".join(f"{number}: {count:,} images" for number, count in channels))
         lines.append(f"depth       {sum(look.deep for look in good):,} images of more than 8 bits")
         mean, squares = sum(look.sums for look in good) / (heights * widths).sum()  # type: ignore[misc]
-        lines.append("--mean      " + " ".join(f"{value:.4f}" for value in mean))
-        lines.append("--std       " + " ".join(f"{value:.4f}" for value in np.sqrt(np.maximum(squares - mean**2, 0))))
+        lines.append("--mean      " + " ".join(f"{value:.4g}" for value in mean))
+        lines.append("--std       " + " ".join(f"{value:.4g}" for value in np.sqrt(np.maximum(squares - mean**2, 0))))
     lines.append(f"speed       {len(looks) / seconds:,.0f} images/s read and decoded")
     return lines
 
@@ -176,6 +185,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = cli.parser("Checks a data set before a long run. Exit code 1 where images can't be read.")
     parser.add_argument("data_path", nargs="?", metavar="PATH", help="as --data_path of the mains")
     options.add_source_options(parser)
+    parser.add_argument("--val_list", metavar="FILE", help="as --train_list, for --split val")
     parser.add_argument(
         "--split", default="train", choices=("train", "val"), help="the part to look at, where there are parts"
     )
@@ -188,8 +198,9 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> None:
     """Prints the report."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    file_list = args.train_list if args.split == "train" else args.val_list
     source = open_source(
-        args.split, args.data_path, args.train_list, args.dataset, download=args.download, num_images=args.num_images
+        args.split, args.data_path, file_list, args.dataset, download=args.download, num_images=args.num_images
     )
     indices = np.unique(np.linspace(0, len(source) - 1, args.limit or len(source), dtype=int)).tolist()
     workers = up_to_cores(args.num_workers)

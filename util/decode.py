@@ -7,6 +7,7 @@ they are.
 
 import io
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -25,8 +26,17 @@ SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", "
 MODES = {1: "L", 3: "RGB"}
 LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R 601-2, as Pillow's own conversion from colour to grey
 MAX_PIXELS = 178_956_970  # Pillow's limit, kept for all formats: small files could fill the memory when decoded
-MAX_CHANNELS = 4096
+MAX_VALUES = 4 * MAX_PIXELS  # with their channels
 ALPHA = (EXTRASAMPLE.ASSOCALPHA, EXTRASAMPLE.UNASSALPHA)
+TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {  # (H, W, c) by TIFF's tag Orientation, as Pillow turns them
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: np.rot90(a, 2).swapaxes(0, 1),
+    8: lambda a: np.rot90(a),
+}
 
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what it reports of a damaged file is raised here
 
@@ -71,7 +81,7 @@ def fit_channels(picture: Picture, in_chans: int) -> Picture:
             picture = picture.convert("RGBA")
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
         return picture.convert(MODES[in_chans])
-    if picture.mode == "P":
+    if picture.mode in ("P", "CMYK"):
         picture = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
     return _fit_tensor(_tensor(np.atleast_3d(np.asarray(picture))), in_chans)
 
@@ -83,8 +93,7 @@ def size_of(picture: Picture) -> tuple[int, int]:
 
 def _fit_tensor(picture: Tensor, in_chans: int) -> Picture:
     own = len(picture)
-    if own not in (in_chans, *MODES) or (own != in_chans and in_chans not in MODES):
-        raise BadImage(f"it has {own} channel{'s' * (own > 1)}, and --in_chans is {in_chans}")
+    _check_channels(own, in_chans)
     if picture.dtype == torch.uint8 and own in MODES:
         pixels = picture.permute(1, 2, 0).contiguous().numpy()
         return Image.fromarray(pixels[:, :, 0] if own == 1 else pixels).convert(MODES[in_chans])
@@ -93,9 +102,17 @@ def _fit_tensor(picture: Tensor, in_chans: int) -> Picture:
     return picture.expand(in_chans, -1, -1)
 
 
-def _check_size(height: int, width: int) -> None:
+def _check_size(height: int, width: int, channels: int = 1) -> None:
     if height * width > MAX_PIXELS:
         raise BadImage(f"its {width} x {height} pixels are more than the {MAX_PIXELS:,} that are decoded")
+    if height * width * channels > MAX_VALUES:
+        raise BadImage(f"its {channels} channels of {width} x {height} pixels are too much to decode")
+
+
+def _check_channels(own: int, in_chans: int) -> None:
+    """Those of a file must be what is wanted; only grey and colour become each other."""
+    if own != in_chans and not (own in MODES and in_chans in MODES):
+        raise BadImage(f"it has {own} channel{'s' * (own > 1)}, and --in_chans is {in_chans}")
 
 
 def _read_with_pillow(data: bytes) -> Picture:
@@ -133,7 +150,8 @@ def _read_npy(data: bytes, in_chans: int) -> Tensor:
         if not fitting:
             raise BadImage(f"an array of shape {shape} has no {in_chans} channels, neither last nor first")
         axis = fitting[0]
-    _check_size(*(size for a, size in enumerate(shape) if a != axis))
+    height, width = (size for a, size in enumerate(shape) if a != axis)
+    _check_size(height, width, 1 if axis is None else shape[axis])
     count = int(np.prod(shape, dtype=object))
     if stream.tell() + count * dtype.itemsize > len(data):
         raise BadImage("the file is truncated")
@@ -145,36 +163,52 @@ def _read_tiff(data: bytes, in_chans: int) -> Picture:
     """What Pillow knows of 8 bits by Pillow; deeper pixels, which it would cut to 8 bits, and channels by tifffile."""
     with tifffile.TiffFile(io.BytesIO(data)) as file:
         page = file.pages.first
-        _check_size(page.imagelength, page.imagewidth)
-        if page.samplesperpixel > MAX_CHANNELS or page.imagedepth > 1:
-            raise BadImage(f"a TIFF file of {page.samplesperpixel} channels and {page.imagedepth} levels is no image")
+        channels, bits = page.samplesperpixel, page.bitspersample
+        _check_size(page.imagelength, page.imagewidth, channels)
+        if page.imagedepth > 1:
+            raise BadImage(f"a TIFF file of {page.imagedepth} levels is no image")
         plain = page.photometric in (PHOTOMETRIC.MINISBLACK, PHOTOMETRIC.MINISWHITE, PHOTOMETRIC.RGB)
-        channels_are_pages = page.samplesperpixel == 1 and in_chans > 1 and len(file.pages) == in_chans
-        of_pillow = page.bitspersample <= 8 and page.samplesperpixel <= 4 and set(page.extrasamples) <= set(ALPHA)
-        if not plain or page.bitspersample < 8 or (of_pillow and not channels_are_pages):
+        pages: Any = file.pages if channels == 1 and len(file.pages) == in_chans else [page]
+        if len({(p.imagelength, p.imagewidth, p.samplesperpixel, p.dtype) for p in pages}) > 1:
+            pages = [page]  # the others are smaller copies of it
+        of_pillow = page.dtype == np.uint8 and channels <= 4 and set(page.extrasamples) <= set(ALPHA)
+        if not plain or bits < 8 or (of_pillow and len(pages) == 1):
             return _read_with_pillow(data)
-        pages: Any = file.pages if channels_are_pages else [page]
-        pixels = np.concatenate([_page_pixels(p, len(data)) for p in pages], axis=2)
-    return _tensor(pixels) if pixels.shape[2] == in_chans else _over_white(_tensor(pixels), page.extrasamples)
+        has_alpha = len(page.extrasamples) == 1 and page.extrasamples[0] in ALPHA and channels != in_chans
+        if len(pages) == 1:  # before a great many of them are decoded in vain
+            _check_channels(channels - has_alpha, in_chans)
+        picture = _tensor(np.concatenate([_page_pixels(p, len(data)) for p in pages], axis=2))
+    return _over_white(picture, page.extrasamples[0]) if has_alpha else picture
 
 
 def _page_pixels(page: tifffile.TiffPage, num_bytes: int) -> np.ndarray:
-    """(H, W, c); tifffile would fill what a truncated file lacks with zeros."""
+    """(H, W, c), the right way up; integers of 9 to 16 bits as floats from 0 to 1."""
+    # tifffile would fill what a truncated file lacks with zeros.
     if any(at + size > num_bytes or not size for at, size in zip(page.dataoffsets, page.databytecounts, strict=True)):
         raise BadImage("the file is truncated")
-    pixels = page.asarray()
-    if page.photometric == PHOTOMETRIC.MINISWHITE and pixels.dtype.kind == "u":
-        pixels = np.iinfo(pixels.dtype).max - pixels
+    try:
+        pixels = page.asarray()
+    except (ValueError, ImportError) as error:
+        if isinstance(error, ImportError) or "imagecodecs" in str(error):
+            raise BadImage('its compression needs the package imagecodecs: pip install ".[tiff]"') from error
+        raise
+    if pixels.dtype.kind == "u" and pixels.dtype.itemsize == 2:
+        pixels = pixels.astype(np.float32) / (2**page.bitspersample - 1)
+        pixels = 1 - pixels if page.photometric == PHOTOMETRIC.MINISWHITE else pixels
+    elif pixels.dtype == np.uint8 and page.photometric == PHOTOMETRIC.MINISWHITE:
+        pixels = 255 - pixels
     pixels = np.moveaxis(pixels, 0, 2) if page.axes == "SYX" else pixels
-    return pixels.reshape(page.imagelength, page.imagewidth, page.samplesperpixel)
+    pixels = pixels.reshape(page.imagelength, page.imagewidth, page.samplesperpixel)
+    turn = TURNS.get(page.tags.valueof("Orientation", 1))
+    return turn(pixels) if turn else pixels
 
 
-def _over_white(picture: Tensor, extrasamples: tuple[int, ...]) -> Tensor:
+def _over_white(picture: Tensor, kind: int) -> Tensor:
     """Lays a picture whose last channel is its alpha over white."""
-    if len(extrasamples) != 1 or extrasamples[0] not in ALPHA or picture.dtype == torch.uint8:
-        return picture
     colour, alpha = picture[:-1], picture[-1:]
-    return (colour if extrasamples[0] == EXTRASAMPLE.ASSOCALPHA else colour * alpha) + (1 - alpha)
+    if picture.dtype == torch.uint8 or not 0 <= alpha.min() <= alpha.max() <= 1:
+        raise BadImage("its transparency is not in 0 to 1")
+    return (colour if kind == EXTRASAMPLE.ASSOCALPHA else colour * alpha) + (1 - alpha)
 
 
 def _tensor(pixels: np.ndarray) -> Tensor:

@@ -49,7 +49,7 @@ def run(
     args.lr = lr_sched.scaled_lr(args.lr, args.blr, effective_batch_size)
     logger.info(f"{args.model} on {precision.device} in {precision.name}, {dist.world_size()} process(es)")
 
-    progress = runstate.Progress(effective_batch_size, global_batch_size, args.start_epoch)
+    progress = runstate.Progress(effective_batch_size, global_batch_size, args.start_epoch, batches.num_images)
     runstate.resume(args.resume, output_dir, model, optimizer, precision.scaler, dict(settings), progress)
     collect = partial(runstate.collect, model, optimizer, precision.scaler, dict(settings))
     saver = runstate.open_saver(

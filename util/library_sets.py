@@ -42,7 +42,7 @@ class TorchvisionSet:
         make = getattr(torchvision.datasets, name, None)
         if not inspect.isclass(make):
             raise ValueError(f"--dataset {name}: torchvision has no data set of this name (CIFAR10, Flowers102, ...)")
-        takes = inspect.signature(make.__init__).parameters
+        takes = _parameters(make)
         given: dict[str, Any] = {}
         if "root" in takes:
             if not root:
@@ -73,11 +73,11 @@ class TorchvisionSet:
         if part and not chooser:
             raise ValueError(f"--dataset {self.title}: {make.__name__} has no splits of its own")
         own = {chooser: part} if chooser and part else {}
-        if "train" in takes or issubclass(make, torchvision.datasets.MNIST):  # EMNIST does not list it
+        if "train" in takes:
             return [own | {"train": split == "train"}]
-        if own or split == "train":
-            return [own]
-        if not chooser:
+        if split == "train":  # without the images of "val", where the default has them too
+            return [own] if own or not chooser else [{chooser: "train"}, {}]
+        if not chooser or (own and chooser == "version"):
             raise ValueError(f"--dataset {self.title}: torchvision's has no images for validation; give --val_list")
         return [{chooser: name} for name in VALIDATION]
 
@@ -85,7 +85,7 @@ class TorchvisionSet:
         for part in parts:
             try:
                 return make(**given, **part)
-            except (RuntimeError, OSError, TypeError, ValueError, ImportError) as error:
+            except Exception as error:  # whatever missing files lead a class to
                 if isinstance(error, ValueError) and part is not parts[-1]:
                     continue  # it does not know this name
                 raise ValueError(
@@ -108,6 +108,17 @@ class TorchvisionSet:
     def name(self, index: int) -> str:
         """The data set's name and the number of the sample."""
         return f"{self.title}[{index}]"
+
+
+def _parameters(make: type) -> set[str]:
+    """What a class takes, and what it hands on to those that it is made of."""
+    names: set[str] = set()
+    for base in make.__mro__:
+        taken = inspect.signature(base.__init__).parameters  # type: ignore[misc]
+        names |= taken.keys()
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values()):
+            break
+    return names
 
 
 def _read_bytes(path: str | Path) -> bytes:
@@ -144,6 +155,8 @@ class HuggingFaceSet:
         except ImportError as error:
             raise ValueError('--dataset hf: needs the package datasets: pip install ".[hf]"') from error
         self.title = f"hf:{name}"
+        if not name:
+            raise ValueError("--dataset hf: give a name or a folder behind it")
         if dist.is_main():
             self._load(datasets, name)  # the others find what it has prepared
         dist.barrier()
@@ -170,8 +183,9 @@ class HuggingFaceSet:
             if (Path(name) / "dataset_info.json").exists() and (Path(name) / "state.json").exists():
                 return {"train": datasets.load_from_disk(name)}
             return datasets.load_dataset(name)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise ValueError(f"--dataset {self.title}: {' '.join(str(error).split())}") from error
+        except Exception as error:  # whatever files that it can't read lead the library to
+            said = " ".join(f"{error} {error.__cause__ or ''}".split())
+            raise ValueError(f"--dataset {self.title}: {said}") from error
 
     def __len__(self) -> int:
         return len(self.table)
@@ -219,7 +233,7 @@ class Shards:
             raise ValueError(f"--dataset {self.title}: there is no file {(missing or [pattern])[0]}")
         if num_images is None and len(files) < len(self.urls):
             raise ValueError(f"--dataset {self.title}: shards at URLs can't be counted; give --num_images")
-        self.num_images = num_images or sum(len(find_members(file)) for file in files)
+        self.num_images = num_images or sum(_count_samples(file) for file in files)
         if not self.num_images:
             raise ValueError(f"--dataset {self.title}: no images in its {len(files)} shards")
         logger.info(f"{self.num_images:,} images in {len(self.urls)} shards, streamed: resuming is approximate")
@@ -245,7 +259,8 @@ class Shards:
         import webdataset
 
         def handle(error: Exception) -> bool:
-            return report(self.title, error)
+            where = next((part for part in error.args[::-1] if part in self.urls), self.title)
+            return report(where, BadImage(f"the shard can't be read to its end: {error.args[0] if error.args else ''}"))
 
         generator = np.random.default_rng(seed)
         mixed = webdataset.shuffle(SHUFFLED, rng=random.Random(zlib.crc32(repr((*seed, part)).encode())))
@@ -257,9 +272,25 @@ class Shards:
                 data = next((sample[key] for key in sample if f".{key}".lower().endswith(SUFFIXES)), None)
                 if data is not None:
                     had_some = lap
-                    yield printable(f"{sample['__url__']}: {sample['__key__']}"), data, int(sample.get("cls", -1))
+                    label = sample.get("cls", b"").decode("utf-8", "replace")
+                    name = printable(f"{sample['__url__']}: {sample['__key__']}")
+                    yield name, data, int(label) if label.strip().isdecimal() else -1
             if lap - had_some > parts:
                 raise ValueError(f"--dataset {self.title}: no images in these shards")
+
+
+def _count_samples(file: Path) -> int:
+    """The samples of a shard: what has the same name up to its first dot is one."""
+    from webdataset.tariterators import base_plus_ext
+
+    try:
+        _, members = find_members(file)
+    except ValueError as error:
+        raise ValueError(f"{error}; to stream it without counting its images, give --num_images") from error
+    count = len({base_plus_ext(name)[0] for name in members})
+    if count < len(members):
+        logger.warning(f"{file}: of samples with several images ({len(members)} in {count}), the first one is taken")
+    return count
 
 
 def _matching(pattern: str) -> list[str]:

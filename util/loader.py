@@ -97,6 +97,11 @@ class TrainLoader:
         """Images in the batches of all processes together."""
         return self.order.images_per_step
 
+    @property
+    def num_images(self) -> int:
+        """Images in the data set."""
+        return self.order.num_images
+
     def seek(self, epoch: int, first_step: int = 0) -> None:
         """Chooses the epoch that the next iteration yields, and the batch to begin with."""
         self.order.seek(epoch, first_step)
@@ -114,28 +119,32 @@ class TrainLoader:
                 if name not in self.named:
                     self.named.add(name)
                     logger.warning(f"{name}: {reason}; another image takes its place")
+            self._limit(found)
             _seed_all(self.order.seed, self.order.epoch, step, dist.rank())
             yield batch
-        self._count(found)
+        # All processes meet: what one has named, no other will name again, and all come to the same judgement.
+        found = {name: reason for part in dist.gather(found) for name, reason in part.items()}
+        self.named |= found.keys()
+        self.num_bad = len(found)
+        self._limit(found)
+        if found:
+            seen = (len(self) - self.order.first_step) * self.images_per_step
+            logger.warning(
+                f"{self.num_bad:,} of this epoch's images ({seen:,} since it began or went on) can't be read"
+            )
 
     def counts(self) -> dict[str, int]:
         """The entry of the last epoch in log.txt."""
         return {"bad_images": self.num_bad} if self.num_bad else {}
 
-    def _count(self, found: dict[str, str]) -> None:
-        """All processes meet: what one has named, no other will name again, and all come to the same judgement."""
-        found = {name: reason for part in dist.gather(found) for name, reason in part.items()}
-        self.named |= found.keys()
-        self.num_bad = len(found)
-        num_images = (len(self) - self.order.first_step) * self.images_per_step
-        if self.num_bad > MAX_BAD_SHARE * num_images:
+    def _limit(self, found: dict[str, str]) -> None:
+        num_images = len(self) * self.images_per_step
+        if len(found) > MAX_BAD_SHARE * num_images:
             name, reason = next(iter(found.items()))
             raise BadImage(
-                f"{self.num_bad:,} of the epoch's {num_images:,} images can't be read, more than "
+                f"{len(found):,} of the {num_images:,} images of an epoch can't be read, more than "
                 f"{MAX_BAD_SHARE:.0%}; one of them: {name}: {reason}"
             )
-        if found:
-            logger.warning(f"{self.num_bad:,} of the epoch's {num_images:,} images can't be read")
 
 
 def eval_loader(samples: Samples, batch_size: int, num_workers: int, pin_memory: bool) -> DataLoader:

@@ -38,12 +38,12 @@ def noise_from_mask(mask: Tensor, grid_size: tuple[int, int], patch_size: tuple[
             f"got {tuple(mask.shape)}"
         )
     kept = (~removed).sum(dim=1)
-    num_kept = int(kept[0])
-    if not torch.all(kept == num_kept):
+    count = int(kept[0])
+    if not torch.all(kept == count):
         raise ValueError(f"all masks of a batch must keep as many patches; these keep {sorted(set(kept.tolist()))}")
-    if num_kept == 0:
+    if count == 0:
         raise ValueError("a mask must keep at least one patch")
-    return removed.float(), num_kept
+    return removed.float(), count
 
 
 def random_mask(
@@ -51,7 +51,7 @@ def random_mask(
 ) -> Tensor:
     """Patches drawn without replacement, as the model itself draws them -> bool (B, rows, columns)."""
     noise = torch.rand(batch_size, math.prod(grid_size), generator=generator)
-    removed = noise.argsort(dim=1).argsort(dim=1) >= _num_kept(grid_size, mask_ratio)
+    removed = noise.argsort(dim=1).argsort(dim=1) >= num_kept(math.prod(grid_size), mask_ratio)
     return removed.unflatten(1, grid_size)
 
 
@@ -64,7 +64,7 @@ def block_mask(
     off row by row, so that every image keeps as many patches.
     """
     rows, columns = grid_size
-    num_removed = rows * columns - _num_kept(grid_size, mask_ratio)
+    num_removed = rows * columns - num_kept(math.prod(grid_size), mask_ratio)
     masks = torch.zeros(batch_size, rows, columns, dtype=torch.bool)
     for mask in masks:
         while (left := num_removed - int(mask.sum())) > 0:
@@ -88,5 +88,6 @@ def grid_mask(batch_size: int, grid_size: tuple[int, int], step: int = 2) -> Ten
     return mask.expand(batch_size, -1, -1)
 
 
-def _num_kept(grid_size: tuple[int, int], mask_ratio: float) -> int:
-    return int(math.prod(grid_size) * (1 - mask_ratio))  # truncated, as `MaskedAutoencoderViT.random_masking` does
+def num_kept(num_patches: int, mask_ratio: float) -> int:
+    """How many patches stay. The truncation of floating-point error (100 patches at .9 keep 9) is the published one."""
+    return int(num_patches * (1 - mask_ratio))

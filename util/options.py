@@ -144,7 +144,7 @@ def add_source_options(group: argparse._ActionsContainer) -> None:
     )  # fmt: skip
     group.add_argument("--download", action="store_true", help="let torchvision fetch the files of --dataset")
     group.add_argument(
-        "--num_images", type=positive_int, metavar="N", help="images in shards at URLs, which can't be counted"
+        "--num_images", type=positive_int, metavar="N", help="images in all shards; None counts those of files"
     )
     group.add_argument("--in_chans", default=3, type=positive_int, metavar="C", help="channels: 3 is RGB, 1 is grey")
     group.add_argument(

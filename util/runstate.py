@@ -36,9 +36,13 @@ class Progress:
     Args:
         effective_batch_size: images to an optimizer step: batch size x accumulation x processes.
         global_batch_size: images to a batch of all processes: batch size x processes.
+        num_images: in the data set.
     """
 
-    def __init__(self, effective_batch_size: int, global_batch_size: int, start_epoch: int = 0) -> None:
+    def __init__(
+        self, effective_batch_size: int, global_batch_size: int, start_epoch: int = 0, num_images: int | None = None
+    ) -> None:
+        self.num_images = num_images
         self.effective_batch_size = effective_batch_size
         self.global_batch_size = global_batch_size
         self.epoch = start_epoch
@@ -54,7 +58,7 @@ class Progress:
         """Takes the position of a checkpoint; a file of the published code stands at the end of its epoch.
 
         Raises:
-            CheckpointError: the run had another effective batch.
+            CheckpointError: the run had another effective batch, or stands within an epoch of other images.
         """
         saved = state.get("progress")
         if saved is None:
@@ -73,6 +77,14 @@ class Progress:
                 f"run's {self.global_batch_size} (--batch_size x processes): resume with a --batch_size that divides "
                 f"it, or from the checkpoint of a whole epoch"
             )
+        num_images = saved.get("num_images")
+        if None not in (num_images, self.num_images) and num_images != self.num_images:
+            if saved["images_done"]:
+                raise CheckpointError(
+                    f"the checkpoint stands in the middle of an epoch of {num_images} images, and now there are "
+                    f"{self.num_images}: restore them, or resume from the checkpoint of a whole epoch"
+                )
+            logger.warning(f"the data set had {num_images} images, and has {self.num_images} now")
         self.best_accuracy = saved.get("best_accuracy", -1.0)
         self.epoch = saved["epoch"]
         self.first_step = saved["images_done"] // self.global_batch_size
@@ -284,6 +296,7 @@ class Saver(NullSaver):
             "effective_batch_size": self.progress.effective_batch_size,
             "meters": meters,
             "best_accuracy": self.progress.best_accuracy,
+            "num_images": self.progress.num_images,
         }
         path = self.output_dir / name
         checkpoint.write({**self.collect(), "epoch": epoch - 1, "progress": position}, path)

@@ -20,6 +20,7 @@ from util.decode import SUFFIXES, Picture
 logger = logging.getLogger(__name__)
 
 KINDS = ", ".join(SUFFIXES)
+MOST_CLASSES = 1_000_000
 
 
 class Source(Protocol):
@@ -106,7 +107,7 @@ def find_files(root: Path) -> Files:
         ValueError: no image there.
     """
     started = time.perf_counter()
-    names = sorted(os.path.relpath(path, root) for path in _image_files(str(root), ()))
+    names = sorted(os.path.relpath(path, root) for path in _image_files(str(root)))
     if not names:
         hint = f"; for shards of WebDataset: --dataset wds:{root}/*.tar" if any(root.glob("*.tar")) else ""
         raise ValueError(f"--data_path: no images under {root} (looked in all its folders for {KINDS}){hint}")
@@ -115,21 +116,29 @@ def find_files(root: Path) -> Files:
     return Files(root, names, *classes_of(names, folders))
 
 
-def _image_files(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
-    """Follows links to folders, but not into a folder that it is in already."""
+def _image_files(root: str) -> Iterator[str]:
+    """Follows links to folders; each folder counts once below every folder of `root`."""
+    waiting = [(root, {_identity(root)})]
+    while waiting:
+        folder, seen = waiting.pop()
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if _is_folder(entry):
+                    below = {*seen} if folder == root else seen
+                    if _identity(entry.path) in below:
+                        logger.warning(f"{printable(entry.path)} leads to a folder that is counted already; left out")
+                        continue
+                    below.add(_identity(entry.path))
+                    waiting.append((entry.path, below))
+                elif entry.name.lower().endswith(SUFFIXES) and (entry.is_symlink() or entry.is_file()):
+                    yield entry.path
+
+
+def _identity(folder: str) -> tuple[int, int]:
     status = os.stat(folder)
-    here = (status.st_dev, status.st_ino)
-    if here in above:
-        logger.warning(f"{printable(folder)} leads back to a folder above it; not followed")
-        return
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if _is_folder(entry):
-                yield from _image_files(entry.path, (*above, here))
-            elif entry.name.lower().endswith(SUFFIXES):
-                yield entry.path
+    return status.st_dev, status.st_ino
 
 
 def _is_folder(entry: os.DirEntry) -> bool:
@@ -171,18 +180,21 @@ def read_list(path: Path, root: Path | None, flag: str) -> Files:
         raise ValueError(f"{flag}: there is no file {path}")
     text = os.fsdecode(path.read_bytes()).removeprefix("\ufeff")
     try:
+        if "\0" in text:
+            raise ValueError("it has a zero byte")
         rows = {".csv": _csv_rows, ".json": _json_rows}.get(path.suffix.lower(), _text_rows)(text)
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+        labels = [label for _, label in rows if label not in (None, "", "-1")]
+        classes, numbers = _number(labels, len(rows))
+    except (ValueError, KeyError, TypeError, IndexError, csv.Error, RecursionError) as error:
         raise ValueError(
             f"{flag} {path}: can't be read ({type(error).__name__}: {error}); give a path and a label a line, CSV with "
             f"the columns path and label, or JSON"
         ) from error
     if not rows:
         raise ValueError(f"{flag} {path}: names no files")
-    labels = [label for _, label in rows if label is not None]
     if 0 < len(labels) < len(rows):
         raise ValueError(f"{flag} {path}: only {len(labels)} of its {len(rows)} files have a label")
-    files = Files(root or path.parent, [name for name, _ in rows], *_number(labels, len(rows)))
+    files = Files(root or path.parent, [name for name, _ in rows], classes, numbers)
     if not os.path.exists(files._path(0)):
         raise ValueError(
             f"{flag} {path}: its first file, {files.name(0)}, does not exist; relative paths start at --data_path, or "
@@ -233,8 +245,14 @@ def _number(labels: Sequence[str], count: int) -> tuple[list[str], np.ndarray]:
     """Numbers mean themselves; names are numbered in their order."""
     if not labels:
         return [], np.full(count, -1)
-    if all(label.isdecimal() for label in labels):
-        numbers = np.array([int(label) for label in labels])
-        return [str(number) for number in range(numbers.max() + 1)], numbers
+    try:
+        numbers = np.array([float(label) for label in labels])
+        are_numbers = bool((numbers == numbers.round()).all())
+    except ValueError:
+        are_numbers = False
+    if are_numbers:
+        if not 0 <= numbers.min() <= numbers.max() < MOST_CLASSES:
+            raise ValueError(f"labels that are numbers count classes from 0; these go to {numbers.max():.0f}")
+        return [str(number) for number in range(int(numbers.max()) + 1)], numbers.astype(np.int64)
     names, numbers = np.unique(labels, return_inverse=True)
     return [printable(str(name)) for name in names], numbers

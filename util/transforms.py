@@ -65,7 +65,9 @@ class Normalize(nn.Module):
         return (to_unit_range(imgs) - self.mean) / self.std
 
     def inverse(self, imgs: Tensor) -> Tensor:
-        """Normalised images -> values in 0 to 1, clipped."""
+        """Normalised images -> values in 0 to 1, clipped, to look at."""
+        if not self.fits_bytes:  # values in a range of their own: two and a half deviations about the mean
+            return (imgs / 5 + 0.5).clamp(0, 1)
         return (imgs * self.std + self.mean).clamp(0, 1)
 
 
@@ -179,10 +181,14 @@ def eval_transform(input_size: Size) -> Transform:
 def _cover(picture: Picture, size: tuple[int, int]) -> Picture:
     """Scales a picture to cover (height, width)."""
     height, width = size
+    own_height, own_width = size_of(picture)
+    longest = int(10 * max(height / width, width / height) * min(own_height, own_width))
+    if max(own_height, own_width) > longest:  # a strip, which would fill the memory before its ends are cut off
+        picture = TF.center_crop(picture, [min(own_height, longest), min(own_width, longest)])
+        own_height, own_width = size_of(picture)
     if height == width:
         sides = [height]  # torchvision's rounding, the published numbers'
     else:
-        own_height, own_width = size_of(picture)
         factor = max(height / own_height, width / own_width)
         sides = [max(height, round(own_height * factor)), max(width, round(own_width * factor))]
     return TF.resize(picture, sides, interpolation=InterpolationMode.BICUBIC)
