@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
+from tqdm import tqdm
 
 from util import dist, labels, loop, report, weights
 from util.precision import Precision
 from util.sources import Source
-from util.transforms import Normalize
 
 logger = logging.getLogger(__name__)
 
@@ -26,8 +26,8 @@ def train_one_epoch(
     data_loader: loop.Loader,
     optimizer: Optimizer,
     *,
-    criterion: nn.Module,
-    normalize: Normalize,
+    criterion: Callable[[Tensor, Tensor], Tensor],
+    normalize: Callable[[Tensor], Tensor],
     erase: Callable[[Tensor], Tensor] | None = None,
     mixup: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
     **loop_options: Any,
@@ -82,7 +82,11 @@ class Evaluation(NamedTuple):
 
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module, data_loader: Iterable[list[Tensor]], *, normalize: Normalize, precision: Precision
+    model: nn.Module,
+    data_loader: Iterable[list[Tensor]],
+    *,
+    normalize: Callable[[Tensor], Tensor],
+    precision: Precision,
 ) -> Evaluation:
     """Evaluates a classifier on this process's batches, and puts those of all processes together."""
     model.eval()
@@ -106,6 +110,23 @@ def evaluate(
         num_in_top=int(in_top.sum()) if max(part[2] for part in everywhere) >= TOP else None,
         loss=sum(part[1] for part in everywhere) / len(labels),
     )
+
+
+@torch.inference_mode()
+def extract_features(
+    model: Any, data_loader: Iterable[list[Tensor]], *, normalize: Callable[[Tensor], Tensor], precision: Precision
+) -> tuple[Tensor, Tensor]:
+    """What a `VisionTransformer` makes of this process's images: pooled features (n, D), fp32, and labels (n,), on the
+    host."""
+    model.eval()
+    features, labels = [], []
+    for batch in tqdm(data_loader, desc="features", unit="batch", leave=False, disable=None):
+        images, targets, _ = loop.to_device(batch, precision.device)
+        with precision.autocast():
+            features.append(model.forward_features(normalize(images)).float().cpu())
+        labels.append(targets.cpu())
+    # Clones: what inference mode has made can't be trained on.
+    return torch.cat(features).clone(), torch.cat(labels).clone()
 
 
 def load_for_evaluation(

@@ -48,6 +48,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     options.add_data_options(parser)
     options.add_model_options(parser, MODELS, default="vit_large_patch16")
     options.add_supervised_options(parser, global_pool=True)
+    options.add_evaluation_options(parser)
     options.add_finetune_options(parser)
     options.add_optimizer_options(parser)
     options.add_distributed_options(parser)

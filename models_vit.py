@@ -149,6 +149,7 @@ class VisionTransformer(nn.Module):
     ) -> None:
         super().__init__()
         self.global_pool = global_pool
+        self.frozen = False
         self.num_classes = num_classes
         self.embed_dim = embed_dim
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
@@ -161,7 +162,7 @@ class VisionTransformer(nn.Module):
         # The order of registration is the published optimizer states': norm before the head, fc_norm after it.
         if not global_pool:
             self.norm = norm_layer(embed_dim)
-        self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
+        self.head: nn.Module = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
         if global_pool:
             self.fc_norm = norm_layer(embed_dim)
         self.initialize_weights()
@@ -175,6 +176,19 @@ class VisionTransformer(nn.Module):
                 trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+
+    def freeze(self) -> None:
+        """Leaves nothing but the head to be trained: the rest gets no gradients, and stays in evaluation mode."""
+        self.requires_grad_(False)
+        self.head.requires_grad_(True)
+        self.frozen = True
+
+    def train(self, mode: bool = True) -> "VisionTransformer":
+        """As PyTorch's, but for what is frozen."""
+        super().train(mode and not self.frozen)
+        self.head.train(mode)
+        self.training = mode
+        return self
 
     def forward_features(self, imgs: Tensor) -> Tensor:
         """Images (B, c, H, W) -> pooled features (B, D)."""
@@ -227,6 +241,20 @@ def vit_huge_patch14(**kwargs: Any) -> VisionTransformer:
     return _vit("huge_patch14", **kwargs)
 
 
+class SideBySide(nn.ModuleList):
+    """Several heads on the same features (B, D) -> logits (heads, B, classes)."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        return torch.stack([head(features) for head in self])
+
+
+def probe_head(embed_dim: int, num_classes: int) -> nn.Sequential:
+    """The linear probe's: features are standardised by the batch's statistics first (appendix A.1)."""
+    linear = nn.Linear(embed_dim, num_classes)
+    trunc_normal_(linear.weight, std=0.01)
+    return nn.Sequential(nn.BatchNorm1d(embed_dim, affine=False, eps=1e-6), linear)
+
+
 def freeze_below(model: VisionTransformer, num_blocks: int) -> None:
     """Leaves the last `num_blocks` blocks, what comes after them, and nothing else to be trained (section 4.3, "Partial
     fine-tuning").
@@ -259,3 +287,11 @@ def build(settings: Mapping[str, Any]) -> VisionTransformer:
         drop_path_rate=settings.get("drop_path", 0.0),
         global_pool=settings["global_pool"],
     )
+
+
+def build_probe(settings: Mapping[str, Any]) -> VisionTransformer:
+    """As `build`, frozen, with the linear probe's head."""
+    model = build({**settings, "nb_classes": 0})
+    model.head = probe_head(model.embed_dim, settings["nb_classes"])
+    model.freeze()
+    return model

@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)  # the models here are small, and several tests may share the machine
 os.environ["OMP_NUM_THREADS"] = "1"  # the same in the processes that tests start
 
+import main_knn  # noqa: E402
 import main_pretrain  # noqa: E402
 from models_mae import mae_vit_mini_patch4  # noqa: E402
 from util import cli, transforms  # noqa: E402
@@ -66,10 +67,48 @@ def pictures(tmp_path_factory) -> Path:
     return root
 
 
+@pytest.fixture(scope="session")
+def labelled(tmp_path_factory) -> Path:
+    """train/ and val/ with 48 and 23 small pictures of six classes: bars in six directions of colour."""
+    root = tmp_path_factory.mktemp("labelled")
+    generator = np.random.default_rng(1)
+    for split, count in (("train", 48), ("val", 23)):
+        for number in range(count):
+            label = number % 6
+            pixels = generator.integers(0, 90, size=(20, 20, 3))
+            pixels[:, :, label % 3] += 100
+            pixels[slice(None) if label < 3 else slice(0, 20, 4)] += 60
+            folder = root / split / f"kind{label}"
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number:02}.png")
+    return root
+
+
 @pytest.fixture
 def mini_mae():
     """The smallest MAE, for grey images of 16 pixels: 16 patches."""
     return mae_vit_mini_patch4(img_size=16, in_chans=1)
+
+
+@pytest.fixture
+def classify(labelled, tmp_path):
+    """Runs a main of classifiers in this process, with small settings; returns the output folder."""
+
+    def run(main, name: str = "run", **flags) -> Path:
+        out = tmp_path / name
+        settings = {
+            "data_path": labelled, "model": "vit_mini_patch4", "input_size": 16, "batch_size": 8, "num_workers": 0,
+            "device": "cpu",
+        } | flags  # fmt: skip
+        if main is not main_knn:
+            settings = {"output_dir": out, "log_dir": out, "epochs": 2, "warmup_epochs": 1} | settings
+        argv = []
+        for flag, value in settings.items():
+            argv += [f"--{flag}"] if value is True else [f"--{flag}", *str(value).split()]
+        found = main.main(cli.parse(main.get_args_parser(), argv))
+        return out if found is None else found
+
+    return run
 
 
 @pytest.fixture

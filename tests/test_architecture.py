@@ -22,7 +22,7 @@ ARROWS = {
     r"util\.options": r"util\.(precision|weights)",
     r"util\.epochs": r"util\.(dist|loop|lr_sched|precision|runlog|runstate)",
     r"util\.runstate": r"util\.(checkpoint|dist)",
-    r"util\.runlog": r"util\.dist",
+    r"util\.(runlog|knn|published)": r"util\.dist",
     r"util\.weights": r"util\.(dist|pos_embed|checkpoint|foreign|published)",
     r"util\.datasets": r"util\.(cli|options|archives|decode|library_sets|loader|sources|transforms)",
     r"util\.labels": r"util\.(decode|library_sets|sources)",

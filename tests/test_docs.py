@@ -12,6 +12,8 @@ import yaml
 from conftest import ROOT
 
 import main_finetune
+import main_knn
+import main_linprobe
 import main_pretrain
 from util import cli
 
@@ -20,6 +22,8 @@ SCRIPTS = sorted(ROOT.glob("main_*.py"))
 PARSERS = {
     "main_pretrain.py": main_pretrain.get_args_parser,
     "main_finetune.py": main_finetune.get_args_parser,
+    "main_linprobe.py": main_linprobe.get_args_parser,
+    "main_knn.py": main_knn.get_args_parser,
 }
 
 

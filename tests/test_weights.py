@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from models_mae import mae_vit_mini_patch4
+from models_vit import vit_mini_patch4
 from util import weights
 from util.checkpoint import CheckpointError
+from util.pos_embed import resize_pos_embed
 
 
 def saved(path, model, drop=lambda name: False):
@@ -46,3 +48,98 @@ def test_files_that_do_not_fit(tmp_path, mini_mae, change, message):
     torch.save({"model": state}, tmp_path / "file.pth")
     with pytest.raises(CheckpointError, match=message):
         weights.init_mae(mini_mae, tmp_path / "file.pth")
+
+
+def test_a_files_own_table_is_taken_where_it_fits(tmp_path, mini_mae):
+    other = mae_vit_mini_patch4(img_size=16, in_chans=1)
+    other.pos_embed.data.add_(1)
+    weights.init_mae(mini_mae, saved(tmp_path / "moved.pth", other))
+    assert torch.equal(mini_mae.pos_embed, other.pos_embed)
+    settings = {"input_size": [8, 32], "patch_size": 4}
+    torch.save({"model": other.state_dict(), "args": settings}, tmp_path / "flat.pth")  # as many patches, other places
+    fresh = mae_vit_mini_patch4(img_size=16, in_chans=1)
+    weights.init_mae(fresh, tmp_path / "flat.pth")
+    assert not torch.equal(fresh.pos_embed, other.pos_embed)
+
+
+# -------------------------------------------------------------------------------------------------------- classifiers
+
+
+def vit(**options):
+    return vit_mini_patch4(**{"img_size": 16, "in_chans": 1, "num_classes": 5} | options)
+
+
+def test_an_encoder_into_a_classifier(tmp_path, mini_mae):
+    path = saved(tmp_path / "mae.pth", mini_mae)
+    for pooled in (False, True):
+        model = vit(global_pool=pooled)
+        head = model.head.weight.clone()
+        assert weights.load_encoder(model, path) is False
+        assert torch.equal(model.blocks[3].mlp.fc2.weight, mini_mae.blocks[3].mlp.fc2.weight)
+        assert torch.equal(model.pos_embed, mini_mae.pos_embed)
+        assert torch.equal(model.head.weight, head)
+        if not pooled:
+            assert torch.equal(model.norm.weight, mini_mae.norm.weight)
+
+
+def test_a_head_is_taken_where_it_fits(tmp_path):
+    path = saved(tmp_path / "vit.pth", vit())
+    same, other = vit(), vit(num_classes=7)
+    assert weights.load_encoder(same, path) is True
+    assert weights.load_encoder(other, path) is False
+
+
+def test_positions_are_interpolated(tmp_path, mini_mae):
+    model = vit(img_size=32)
+    weights.load_encoder(model, saved(tmp_path / "mae.pth", mini_mae))
+    expected = resize_pos_embed(mini_mae.pos_embed, (4, 4), (8, 8))
+    assert torch.equal(model.pos_embed, expected)
+
+
+def test_what_does_not_fit_a_classifier(tmp_path, mini_mae):
+    state = mini_mae.state_dict()
+    del state["blocks.2.norm1.weight"]
+    torch.save({"model": state}, tmp_path / "lacking.pth")
+    with pytest.raises(CheckpointError, match=r"lacks 1 tensors \(blocks.2.norm1.weight"):
+        weights.load_encoder(vit(), tmp_path / "lacking.pth")
+    torch.save({"model": mini_mae.state_dict() | {"extra": torch.zeros(1)}}, tmp_path / "more.pth")
+    with pytest.raises(CheckpointError, match=r"holds besides 1 tensors \(extra"):
+        weights.load_encoder(vit(), tmp_path / "more.pth")
+    pooled = saved(tmp_path / "pooled.pth", vit(global_pool=True))
+    with pytest.raises(CheckpointError, match="--global_pool"):
+        weights.load_encoder(vit(), pooled)
+    with pytest.raises(CheckpointError, match="--cls_token"):
+        weights.load_classifier(vit(global_pool=True), weights.read_classifier(saved(tmp_path / "cls.pth", vit())))
+    with pytest.raises(CheckpointError, match=r"holds an encoder and decoder, which classifies nothing.*fine-tuned"):
+        weights.read_classifier(saved(tmp_path / "mae.pth", mini_mae))
+
+
+def test_other_channels_need_a_decision(tmp_path):
+    rgb = vit(in_chans=3)
+    path = saved(tmp_path / "rgb.pth", rgb)
+    kernel = rgb.patch_embed.proj.weight
+    with pytest.raises(CheckpointError, match=r"is for 3 channels.*choose --adapt_input mean .*repeat .*skip"):
+        weights.load_encoder(vit(in_chans=5), path)
+    mean, repeat, skip, grey = vit(in_chans=5), vit(in_chans=5), vit(in_chans=5), vit(in_chans=1)
+    untrained = skip.patch_embed.proj.weight.clone()
+    weights.load_encoder(mean, path, "mean")
+    weights.load_encoder(repeat, path, "repeat")
+    weights.load_encoder(skip, path, "skip")
+    weights.load_encoder(grey, path, "mean")
+    torch.testing.assert_close(mean.patch_embed.proj.weight, kernel.mean(1, keepdim=True).expand(-1, 5, -1, -1) * 3 / 5)
+    torch.testing.assert_close(repeat.patch_embed.proj.weight, kernel[:, [0, 1, 2, 0, 1]] * 3 / 5)
+    assert torch.equal(skip.patch_embed.proj.weight, untrained)
+    torch.testing.assert_close(grey.patch_embed.proj.weight, kernel.sum(1, keepdim=True))
+    picture = torch.rand(1, 1, 16, 16)
+    torch.testing.assert_close(grey(picture), rgb(picture.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-5)
+
+
+def test_code_in_a_file_is_not_run(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "trapped"), "w"))
+
+    torch.save({"model": Trap()}, tmp_path / "file.pth")
+    with pytest.raises(CheckpointError, match="Nothing in it was executed"):
+        weights.read(tmp_path / "file.pth")
+    assert not (tmp_path / "trapped").exists()

@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -75,7 +76,7 @@ def _recipe_flags(parser: argparse.ArgumentParser, path: Path) -> list[str]:
     return flags
 
 
-def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:
+def run(main: Callable[[argparse.Namespace], Any], parser: argparse.ArgumentParser) -> None:
     """Parses the command line and runs `main`. What goes wrong ends in a sentence and an exit code above 0."""
     args = parse(parser)
     try:

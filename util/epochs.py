@@ -28,6 +28,7 @@ def run(
     train_one_epoch: Callable[..., None],
     after_epoch: Callable[[int, runlog.NullLog], dict[str, Any]],
     loss_tag: str = "train_loss",
+    trained: nn.Module | None = None,
 ) -> None:
     """Trains to the end of the last epoch.
 
@@ -40,6 +41,7 @@ def run(
         after_epoch: what else there is to do with the trained model; returns entries for log.txt, of which
             `test_acc1` decides about checkpoint-best.pth.
         loss_tag: the loss's name in TensorBoard.
+        trained: the part of the model that is called with a batch; all of it by default.
     """
     args = Namespace(**settings)
     output_dir = Path(args.output_dir)
@@ -57,7 +59,7 @@ def run(
     )
     train = partial(
         train_one_epoch,
-        dist.wrap(model, precision.device),
+        dist.wrap(trained or model, precision.device),
         batches,
         optimizer,
         schedule=partial(lr_sched.adjust_learning_rate, optimizer, args=args),

@@ -147,6 +147,47 @@ class TrainLoader:
             )
 
 
+class FeatureBatches:
+    """Batches of features that this process has at hand, for `loop.run_epoch`, as `TrainLoader` gives images.
+
+    Args:
+        features: (n, D).
+        labels: (n,).
+    """
+
+    def __init__(self, features: Tensor, labels: Tensor, batch_size: int, seed: int) -> None:
+        self.features = features
+        self.labels = labels
+        self.batch_size = batch_size
+        self.seed = seed
+        fewest = min(dist.gather(len(labels)))
+        self.steps = fewest // batch_size
+        self.num_images = sum(dist.gather(len(labels)))
+        self.images_per_step = batch_size * dist.world_size()
+        self.epoch = self.first_step = 0
+        if not self.steps:
+            raise ValueError(f"--batch_size {batch_size} is more than the {fewest} images a process has; lower it")
+
+    def seek(self, epoch: int, first_step: int = 0) -> None:
+        """Chooses what the next iteration yields."""
+        self.epoch, self.first_step = epoch, first_step
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        order = torch.from_numpy(
+            np.random.default_rng([self.seed, self.epoch, dist.rank()]).permutation(len(self.labels))
+        )
+        for step in range(self.first_step, self.steps):
+            mine = order[step * self.batch_size : (step + 1) * self.batch_size]
+            yield [self.features[mine], self.labels[mine], mine]
+
+    def counts(self) -> dict[str, int]:
+        """Nothing was read."""
+        return {}
+
+
 def eval_loader(samples: Samples, batch_size: int, num_workers: int, pin_memory: bool) -> DataLoader:
     """This process's share of a data set, for evaluation; each sample comes once, in one of the processes."""
     mine = [(0, index) for index in range(dist.rank(), len(samples), dist.world_size())]

@@ -100,7 +100,19 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         "--save_minutes", default=15.0, type=non_negative, metavar="M",
         help="minutes between states in checkpoint-last.pth, also in the middle of an epoch",
     )  # fmt: skip
-    group.add_argument("--seed", default=0, type=seed, help="of the weights, the order, the crops and the masks")
+    _add_compute_options(group)
+
+
+def add_compute_options(parser: argparse.ArgumentParser) -> None:
+    """How a command without a run of its own computes."""
+    group = parser.add_argument_group("run")
+    group.add_argument("--config", metavar="YAML", help="recipe that sets defaults; flags given beside it win")
+    _add_compute_options(group)
+    group.add_argument("--batch_size", default=256, type=positive_int, metavar="N", help="images a process and batch")
+
+
+def _add_compute_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--seed", default=0, type=seed, help="of all that is drawn: weights, order, crops, masks")
     group.add_argument("--device", default="auto", help="auto (cuda, else mps, else cpu), cpu, cuda, cuda:N or mps")
     group.add_argument(
         "--amp", default="auto", choices=AMP_CHOICES, help="mixed precision; auto: bf16 or fp16 on CUDA, else off"
@@ -116,10 +128,6 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
         help="folder of images, flat or nested, or one with train/ in it; or a tar or zip file of such a folder",
     )  # fmt: skip
     add_source_options(group)
-    group.add_argument(
-        "--on_bad_image", default="error", choices=("error", "skip"),
-        help="where an image can't be read: end the run, or take another in its place, up to a tenth of an epoch's",
-    )  # fmt: skip
     group.add_argument(
         "--input_size", default=224, type=positive_int, nargs="+", action=_Size, metavar=("H", "W"),
         help="pixels of a side, or height and width",
@@ -162,7 +170,7 @@ def add_model_options(parser: argparse.ArgumentParser, models: Sequence[str], de
     )  # fmt: skip
 
 
-def add_optimizer_options(parser: argparse.ArgumentParser) -> None:
+def add_optimizer_options(parser: argparse.ArgumentParser, several_blr: bool = False) -> None:
     """How it is trained."""
     group = parser.add_argument_group("optimisation")
     group.add_argument("--batch_size", default=64, type=positive_int, metavar="N", help="images a process and batch")
@@ -175,7 +183,13 @@ def add_optimizer_options(parser: argparse.ArgumentParser) -> None:
         "--weight_decay", default=0.05, type=non_negative, metavar="W", help="not on biases and 1-D weights"
     )
     group.add_argument("--lr", type=non_negative, help="highest learning rate; None: blr x effective batch / 256")
-    group.add_argument("--blr", default=1e-3, type=non_negative, help="base learning rate, for a batch of 256")
+    if several_blr:
+        group.add_argument(
+            "--blr", default=[0.1], type=positive, nargs="+",
+            help="base learning rate, for a batch of 256; of several, each trains a head of its own",
+        )  # fmt: skip
+    else:
+        group.add_argument("--blr", default=1e-3, type=non_negative, help="base learning rate, for a batch of 256")
     group.add_argument(
         "--min_lr", default=0.0, type=non_negative, metavar="LR", help="learning rate at the end of the cosine"
     )
@@ -186,6 +200,10 @@ def add_optimizer_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--on_nonfinite", default="abort", choices=("abort", "skip"),
         help="when a loss or gradient is not finite: save and end the run, or leave the step out",
+    )  # fmt: skip
+    group.add_argument(
+        "--on_bad_image", default="error", choices=("error", "skip"),
+        help="where an image can't be read: end the run, or take another in its place, up to a tenth of an epoch's",
     )  # fmt: skip
 
 
@@ -212,8 +230,8 @@ def add_pretrain_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_supervised_options(parser: argparse.ArgumentParser, global_pool: bool) -> None:
-    """What training and evaluating a classifier has."""
-    group = parser.add_argument_group("classifier")
+    """Where features come from, and the classes."""
+    group = parser.add_argument_group("encoder and classes")
     group.add_argument(
         "--finetune", default="", metavar="FILE|NAME",
         help="start from these weights: a file of ours or of others, or a published name such as mae_pretrain_vit_base",
@@ -238,12 +256,41 @@ def add_supervised_options(parser: argparse.ArgumentParser, global_pool: bool) -
         "--cls_token", action="store_false", dest="global_pool", default=global_pool,
         help="classify the class token" + off,
     )  # fmt: skip
+
+
+def add_evaluation_options(parser: argparse.ArgumentParser) -> None:
+    """How a classifier is evaluated."""
+    group = parser.add_argument_group("evaluation")
     group.add_argument("--eval", action="store_true", help="evaluate --resume (or --finetune) and end; needs val/ only")
     group.add_argument(
         "--dist_eval", action="store_true", help="without effect: processes always share the evaluation, exactly"
     )
     group.add_argument(
         "--report", metavar="DIR", help="write accuracy by class and the confusion matrix there, as CSV and picture"
+    )
+
+
+def add_probe_options(parser: argparse.ArgumentParser) -> None:
+    """What linear probing has."""
+    group = parser.add_argument_group("linear probing")
+    group.add_argument(
+        "--cache_features", action="store_true",
+        help="compute the features of all images once, without augmentation, and train on those",
+    )  # fmt: skip
+    group.add_argument(
+        "--held_out", default=0.1, type=ratio, metavar="R",
+        help="share of the training images that chooses among several --blr, and is not trained on",
+    )  # fmt: skip
+
+
+def add_knn_options(parser: argparse.ArgumentParser) -> None:
+    """What classification by neighbours has."""
+    group = parser.add_argument_group("nearest neighbours")
+    group.add_argument(
+        "--k", default=[10, 20, 100], type=positive_int, nargs="+", metavar="K", help="numbers of neighbours"
+    )
+    group.add_argument(
+        "--temperature", default=0.07, type=positive, metavar="T", help="of the weights, exp(cosine / T)"
     )
 
 

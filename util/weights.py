@@ -20,7 +20,7 @@ from util.published import CLASSIFIER, ENCODER, FULL
 
 logger = logging.getLogger(__name__)
 
-FIXED_TABLES = {"pos_embed", "decoder_pos_embed"}  # recomputed by every MAE, so that a file's may be of another size
+FIXED_TABLES = {"pos_embed", "decoder_pos_embed"}  # every MAE computes its own, so that a file's may be of another size
 ADAPT_CHOICES = ("error", "mean", "repeat", "skip")
 
 
@@ -79,15 +79,17 @@ def _kind(tensors: dict[str, Tensor]) -> str:
     return FULL if "decoder_pred.weight" in tensors else ENCODER
 
 
-def init_mae(model: nn.Module, name: Path | str) -> None:
+def init_mae(model: Any, name: Path | str) -> None:
     """Starts a masked autoencoder from a file's weights: all of them, or the encoder's alone.
 
     Raises:
         CheckpointError: the file lacks encoder weights, has others' names, or other shapes than the model's.
     """
     file = read(name)
-    weights = {k: v for k, v in file.tensors.items() if k not in FIXED_TABLES}
-    ours = {k: v for k, v in model.state_dict().items() if k not in FIXED_TABLES}
+    ours = model.state_dict()
+    other = _reshaped(file.tensors, ours) if file.grid_size in (None, model.grid_size) else FIXED_TABLES
+    weights = {k: v for k, v in file.tensors.items() if k not in FIXED_TABLES & other}
+    ours = {k: v for k, v in ours.items() if k not in FIXED_TABLES or k in weights}
     missing = ours.keys() - weights.keys()
     if missing == {name for name in ours if name.startswith("decoder_") or name == "mask_token"}:
         logger.warning(f"{name} has an encoder only: the decoder starts untrained")

@@ -1,0 +1,153 @@
+"""Linear probing: a frozen encoder, and a linear classifier on its features.
+
+Under a minute on a CPU (without --finetune the encoder is an untrained one):
+
+    python demo/unpack_data.py
+    python main_linprobe.py --model vit_mini_patch4 --patch_size 7 --input_size 28 --in_chans 1 --cache_features \\
+        --data_path demo/data/fashion_mnist --blr 0.05 0.1 0.2 --epochs 20 --output_dir runs/probe
+
+The published recipe on ImageNet, 8 GPUs of one machine (the effective batch is 16384):
+
+    torchrun --nproc_per_node 8 main_linprobe.py --config recipes/linprobe_vit_base.yaml --data_path IMAGENET \\
+        --batch_size 512 --accum_iter 4 --finetune mae_pretrain_vit_base --output_dir runs/base_probed
+"""
+
+import argparse
+import logging
+from argparse import Namespace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import models_vit
+from engine_finetune import Evaluation, evaluate, extract_features, load_for_evaluation, tell, train_one_epoch
+from util import checkpoint, cli, datasets, dist, epochs, labels, loader, options, runlog, runstate, transforms, weights
+from util.lars import LARS
+from util.precision import Precision
+from util.samples import Samples
+from util.sources import Source
+
+logger = logging.getLogger(__name__)
+
+MODELS = sorted(name for name in vars(models_vit) if name.startswith("vit_"))
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """All flags, with the published defaults."""
+    parser = cli.parser("Linear probing of a Vision Transformer (He et al. 2021, appendix A.1).")
+    options.add_run_options(parser)
+    options.add_data_options(parser)
+    options.add_model_options(parser, MODELS, default="vit_large_patch16")
+    options.add_supervised_options(parser, global_pool=False)
+    options.add_evaluation_options(parser)
+    options.add_probe_options(parser)
+    options.add_optimizer_options(parser, several_blr=True)
+    options.add_distributed_options(parser)
+    parser.set_defaults(batch_size=512, epochs=90, weight_decay=0.0, warmup_epochs=10, save_every=1)
+    return parser
+
+
+def main(args: Namespace) -> None:
+    """Trains for `args.epochs` epochs, evaluating after each; or, with --eval, evaluates once."""
+    device = dist.init(args.device, args.dist_url)
+    runlog.start_logging()
+    torch.manual_seed(args.seed)
+    precision = Precision(args.amp, device)
+    open_split = partial(datasets.open_source, data_path=args.data_path, dataset=args.dataset, download=args.download)
+    val = labels.require(open_split("val", file_list=args.val_list), "val")
+    statistics = transforms.channel_statistics(args.in_chans, args.mean, args.std)
+    normalize = transforms.Normalize(*statistics).to(device)
+    reads = {"in_chans": args.in_chans, "seed": args.seed}
+    fetches = {"num_workers": args.num_workers, "pin_memory": args.pin_mem and device.type == "cuda"}
+
+    def features_of(source: Source, model: Any) -> tuple[Tensor, Tensor]:
+        samples = Samples(source, transforms.eval_transform(args.input_size), **reads)
+        batches = loader.eval_loader(samples, min(args.batch_size, 512), **fetches)
+        return extract_features(model, batches, normalize=normalize, precision=precision)
+
+    def test(head: nn.Module, features: tuple[Tensor, Tensor]) -> Evaluation:
+        batches = [[*part, part[1]] for part in zip(*(column.split(4096) for column in features), strict=True)]
+        return evaluate(head, batches, normalize=nn.Identity(), precision=precision)
+
+    if args.eval:
+        probe, val = load_for_evaluation(models_vit.build_probe, vars(args), val)
+        tell(test(probe.get_submodule("head"), features_of(val, probe.to(device))), val.classes, args.report)
+        return
+
+    runstate.prepare_output_dir(Path(args.output_dir), args.resume)
+    train = labels.require(open_split("train", file_list=args.train_list), "train")
+    classes = labels.check_classes(train, val, args.nb_classes)
+    settings = {**vars(args), "blr": max(args.blr), "nb_classes": len(classes), "classes": classes}
+    if args.train_per_class:
+        train = labels.some_of_each_class(train, args.train_per_class, args.seed)
+    model = models_vit.build_probe(settings)
+    if args.finetune:
+        weights.load_encoder(model, args.finetune, args.adapt_input)
+    heads: list[nn.Module] = [model.head, *(models_vit.probe_head(model.embed_dim, len(classes)) for _ in args.blr[1:])]
+    held: tuple[Tensor, Tensor] | None = None
+    model.to(device)
+    if len(args.blr) > 1:
+        train, chooser = labels.hold_out(train, args.held_out, args.seed)
+        held = features_of(chooser, model)
+        model.head = models_vit.SideBySide(heads)
+        model.to(device)
+    seen = features_of(val, model)
+
+    if args.cache_features:
+        batches: Any = loader.FeatureBatches(*features_of(train, model), args.batch_size, args.seed)
+    else:
+        samples = Samples(train, transforms.probe_transform(args.input_size), on_bad_image=args.on_bad_image, **reads)
+        batches = loader.TrainLoader(samples, args.batch_size, args.seed, **fetches)
+    groups = [
+        {"params": list(head.parameters()), "lr_scale": blr / max(args.blr)}
+        for head, blr in zip(heads, args.blr, strict=True)
+    ]
+    optimizer = LARS(groups, weight_decay=args.weight_decay)
+
+    def test_epoch(epoch: int, log: runlog.NullLog) -> dict[str, Any]:
+        """Of several heads, that which does best on the images held out is tested, and no other."""
+        best = max(range(len(heads)), key=lambda number: test(heads[number], held).acc1) if held else 0
+        scores = test(heads[best], seen)
+        tell(scores, classes, args.report)
+        if held and dist.is_main():
+            write_chosen(model, heads[best], {**settings, "blr": args.blr[best]}, epoch)
+        return {**scores.stats(), **({"chosen_blr": args.blr[best]} if held else {}), "n_parameters": num_parameters}
+
+    num_parameters = sum(p.numel() for p in heads[0].parameters())
+    epochs.run(
+        model,
+        optimizer,
+        batches,
+        precision,
+        settings,
+        train_one_epoch=partial(
+            train_one_epoch,
+            criterion=_loss,
+            normalize=nn.Identity() if args.cache_features else normalize,
+        ),
+        after_epoch=test_epoch,
+        loss_tag="loss",
+        trained=model.head if args.cache_features else None,
+    )
+
+
+def write_chosen(model: nn.Module, head: nn.Module, settings: dict[str, Any], epoch: int) -> None:
+    """Writes probe.pth: the model with one of its heads, as a run with this one alone would have left it."""
+    tensors = {name: value for name, value in model.state_dict().items() if not name.startswith("head.")}
+    tensors |= {f"head.{name}": value for name, value in head.state_dict().items()}
+    checkpoint.write({"model": tensors, "epoch": epoch, "args": settings}, Path(settings["output_dir"]) / "probe.pth")
+
+
+def _loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of (B, classes), or of several heads' (heads, B, classes) together: none minds the others."""
+    if logits.ndim == 2:
+        return F.cross_entropy(logits, targets)
+    return sum(F.cross_entropy(own, targets) for own in logits)  # type: ignore[return-value]
+
+
+if __name__ == "__main__":
+    cli.run(main, get_args_parser())

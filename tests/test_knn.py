@@ -1,0 +1,73 @@
+"""Nearest neighbours against scikit-learn's, in one process and in several."""
+
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, torchrun
+from sklearn.neighbors import KNeighborsClassifier
+
+from util import knn
+
+
+def clouds(count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(5, 16, generator=torch.Generator().manual_seed(9))
+    labels = torch.randint(0, 5, (count,), generator=generator)
+    return centres[labels] + 1.5 * torch.randn(count, 16, generator=generator), labels
+
+
+def ours(bank, queries, ks=(1, 5, 20), temperature=0.07):
+    return knn.classify(*bank, *queries, ks=ks, temperature=temperature, num_classes=5, device=torch.device("cpu"))
+
+
+def oracle(bank, queries, k, temperature=0.07):
+    def weights(distances):  # of unit vectors: half of the squared distance is 1 - cosine
+        return np.exp(-(distances**2) / 2 / temperature)
+
+    unit = [torch.nn.functional.normalize(features, dim=1).numpy() for features, _ in (bank, queries)]
+    model = KNeighborsClassifier(k, weights=weights, algorithm="brute").fit(unit[0], bank[1])
+    return int((model.predict(unit[1]) == queries[1].numpy()).sum())
+
+
+@pytest.mark.parametrize("temperature", [0.07, 1.0])
+def test_agrees_with_scikit_learn(temperature):
+    bank, queries = clouds(600, 0), clouds(300, 1)
+    found = ours(bank, queries, temperature=temperature)
+    assert found == {k: oracle(bank, queries, k, temperature) for k in (1, 5, 20)}
+    assert found[20] > 200
+
+
+def test_chunks_change_nothing(monkeypatch):
+    bank, queries = clouds(100, 0), clouds(50, 1)
+    whole = ours(bank, queries)
+    monkeypatch.setattr(knn, "CHUNK", 700)
+    assert ours(bank, queries) == whole
+
+
+def test_a_bank_smaller_than_k():
+    with pytest.raises(ValueError, match="--k 20: there are only 9 training images"):
+        ours(clouds(9, 0), clouds(5, 1))
+
+
+IN_PROCESSES = """
+import sys, torch
+sys.path[:0] = [{root!r}, {tests!r}]
+from test_knn import clouds, ours
+from util import dist
+dist.init("cpu", "env://")
+share = slice(dist.rank(), None, dist.world_size())
+bank, queries = ([column[share] for column in clouds(count, seed)] for count, seed in ((601, 0), (303, 1)))
+found = ours(bank, queries)
+if dist.is_main():
+    print("FOUND", found)
+dist.teardown()
+"""
+
+
+def test_processes_change_nothing(tmp_path):
+    script = tmp_path / "processes.py"
+    script.write_text(IN_PROCESSES.format(root=str(ROOT), tests=str(ROOT / "tests")))
+    done = subprocess.run([*torchrun(3), script], capture_output=True, text=True, check=True, timeout=120)
+    assert f"FOUND {ours(clouds(601, 0), clouds(303, 1))}" in done.stdout

@@ -1,0 +1,230 @@
+"""Fine-tuning: what it leaves, that it continues exactly, and that an evaluation counts every image once."""
+
+import argparse
+import csv
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+import torch
+from conftest import ROOT, torchrun
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from timm.loss import LabelSmoothingCrossEntropy
+
+import main_finetune
+from models_mae import mae_vit_mini_patch4
+from models_vit import vit_mini_patch4
+from util import checkpoint, cli, runstate
+
+PLAIN = {"aa": "none", "reprob": 0, "drop_path": 0, "lr": 0.003}
+
+
+@pytest.fixture
+def finetune(classify):
+    return lambda name="run", **flags: classify(main_finetune, name, **flags)
+
+
+def weights(out, name="checkpoint-1.pth"):
+    return checkpoint.read(out / name)["model"]
+
+
+def assert_equal(a, b):
+    assert a.keys() == b.keys()
+    assert [key for key in a if not torch.equal(a[key], b[key])] == []
+
+
+def lines(out):
+    return [json.loads(line) for line in (out / "log.txt").read_text().splitlines()]
+
+
+def test_leaves_what_the_published_code_leaves(finetune, capsys):
+    out = finetune()
+    assert {p.name for p in out.glob("*.pth")} == {"checkpoint-0.pth", "checkpoint-1.pth", "checkpoint-best.pth"}
+    state = checkpoint.read(out / "checkpoint-1.pth")
+    assert state["args"]["classes"] == [f"kind{n}" for n in range(6)]
+    assert state["args"]["nb_classes"] == 6
+    assert {"fc_norm.weight", "head.weight"} < state["model"].keys()
+    keys = {"train_lr", "train_loss", "test_acc1", "test_acc5", "test_loss", "epoch", "n_parameters"}
+    assert all(keys <= line.keys() for line in lines(out))
+    events = EventAccumulator(str(out)).Reload()
+    assert {"loss", "lr", "perf/test_acc1", "perf/test_acc5", "perf/test_loss"} <= set(events.Tags()["scalars"])
+    assert re.search(r"^\* Acc@1 \d+\.\d{3} Acc@5 \d+\.\d{3} loss \d+\.\d{3}$", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_learns(finetune):
+    out = finetune(**PLAIN, epochs=25, warmup_epochs=2)
+    assert lines(out)[-1]["test_acc1"] > 80
+    assert lines(out)[-1]["test_loss"] < lines(out)[0]["test_loss"] / 2
+    best = max(lines(out), key=lambda line: line["test_acc1"])
+    assert checkpoint.read(out / "checkpoint-best.pth")["epoch"] == best["epoch"]
+
+
+@pytest.mark.parametrize("extra", [{"mixup": 0.8, "cutmix": 1.0}, {}, {"mixup": 0.8, "mixup_mode": "elem"}])
+def test_stopped_and_resumed_equals_uninterrupted(finetune, monkeypatch, extra):
+    """With drop path, RandAugment, erasing and mixtures: all that is drawn is a function of its place in the run."""
+    settings = {"save_minutes": 0, "epochs": 2, **extra}
+    whole = finetune("whole", **settings)
+
+    class Stopped(Exception):
+        pass
+
+    original, count = runstate.Saver.save, iter(range(1, 100))
+
+    def save_and_stop(self, *args):
+        original(self, *args)
+        if next(count) == 3:
+            raise Stopped
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(runstate.Saver, "save", save_and_stop)
+        finetune("parts", **settings)
+    assert_equal(weights(whole), weights(finetune("parts", **settings, resume="auto")))
+
+
+def test_starts_from_a_pretrained_encoder(finetune, pretrain, labelled):
+    pretrained = pretrain("mae", data_path=labelled) / "checkpoint-1.pth"
+    encoder = weights(pretrained.parent)
+    out = finetune(finetune=pretrained, lr=0.0, epochs=1)
+    tuned = weights(out, "checkpoint-0.pth")
+    assert torch.equal(tuned["blocks.0.attn.qkv.weight"], encoder["blocks.0.attn.qkv.weight"])
+    assert torch.equal(tuned["pos_embed"], encoder["pos_embed"])
+    assert tuned["head.weight"].std() < 1e-4  # a new head of std 2e-5
+
+
+def test_partial_fine_tuning(finetune, pretrain, labelled):
+    pretrained = pretrain("mae", data_path=labelled) / "checkpoint-1.pth"
+    before, after = weights(pretrained.parent), weights(finetune(finetune=pretrained, unfreeze_blocks=1, lr=0.1))
+    same = [f"blocks.{n}.mlp.fc1.weight" for n in range(3)] + ["pos_embed", "cls_token", "patch_embed.proj.weight"]
+    assert all(torch.equal(before[name], after[name]) for name in same)
+    assert not torch.equal(before["blocks.3.mlp.fc1.weight"], after["blocks.3.mlp.fc1.weight"])
+
+
+def test_few_labels(finetune, capsys):
+    finetune(train_per_class=4, epochs=1)
+    assert "24 images of 6 classes" in capsys.readouterr().out
+
+
+def test_smoothing_is_timms():
+    torch.manual_seed(0)
+    logits, targets = torch.randn(9, 5), torch.randint(0, 5, (9,))
+    ours = torch.nn.CrossEntropyLoss(label_smoothing=0.1)(logits, targets)
+    torch.testing.assert_close(ours, LabelSmoothingCrossEntropy(0.1)(logits, targets))
+
+
+# -------------------------------------------------------------------------------------------------------- evaluation
+
+
+@pytest.fixture
+def tuned(finetune):
+    return finetune("tuned", **PLAIN, epochs=4) / "checkpoint-3.pth"
+
+
+def evaluated(capsys, run, **flags) -> str:
+    capsys.readouterr()
+    run("nothing", eval=True, **flags)
+    (line,) = re.findall(r"^\* Acc@1 .*$", capsys.readouterr().out, re.MULTILINE)
+    return line
+
+
+def test_evaluation_is_the_epochs(finetune, tuned, capsys, labelled, tmp_path):
+    """Of our file, of a bare one, and of one with a Namespace in it; with val/ alone."""
+    last = lines(tuned.parent)[-1]
+    expected = f"* Acc@1 {last['test_acc1']:.3f} Acc@5 {last['test_acc5']:.3f} loss {last['test_loss']:.3f}"
+    model = weights(tuned.parent, tuned.name)
+    torch.save({"model": model}, tmp_path / "bare.pth")
+    torch.save({"model": model, "args": argparse.Namespace(lr=1.0), "epoch": 3}, tmp_path / "published.pth")
+    shutil.copytree(labelled / "val", tmp_path / "only" / "val")
+    for name in (tuned, tmp_path / "bare.pth", tmp_path / "published.pth"):
+        assert evaluated(capsys, finetune, resume=name, data_path=tmp_path / "only") == expected
+    assert evaluated(capsys, finetune, finetune=tuned) == expected
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_batches_and_processes_change_nothing(finetune, tuned, capsys, labelled):
+    one, other = (evaluated(capsys, finetune, resume=tuned, batch_size=size) for size in (7, 64))
+    assert one == other
+    done = subprocess.run(
+        [*torchrun(2), "main_finetune.py", "--eval", "--resume", tuned, "--data_path", labelled, "--device", "cpu",
+         "--model", "vit_mini_patch4", "--input_size", "16", "--batch_size", "7", "--num_workers", "0"],
+        cwd=ROOT, capture_output=True, text=True, check=True, timeout=120,
+    )  # fmt: skip
+    assert done.stdout.count(one) == 1
+
+
+def test_the_report(finetune, tuned, capsys, tmp_path):
+    line = evaluated(capsys, finetune, resume=tuned, report=tmp_path / "report")
+    with (tmp_path / "report" / "classes.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["class"] for row in rows] == [f"kind{n}" for n in range(6)]
+    right, images = (sum(int(row[column]) for row in rows) for column in ("right", "images"))
+    assert images == 23
+    assert line.startswith(f"* Acc@1 {100 * right / 23:.3f} ")
+    assert Image.open(tmp_path / "report" / "confusion.png").width > 100
+
+
+def test_another_size_interpolates(finetune, tuned, capsys):
+    assert "Acc@1" in evaluated(capsys, finetune, resume=tuned, input_size=32)
+
+
+def test_a_subset_of_the_classes_keeps_their_numbers(finetune, tuned, capsys, labelled, tmp_path):
+    for name in ("kind1", "kind4"):
+        shutil.copytree(labelled / "val" / name, tmp_path / "some" / "val" / name)
+    whole = evaluated(capsys, finetune, resume=tuned, report=tmp_path / "whole")
+    assert whole
+    evaluated(capsys, finetune, resume=tuned, data_path=tmp_path / "some", report=tmp_path / "part")
+    rows = {}
+    for part in ("whole", "part"):
+        with (tmp_path / part / "classes.csv").open(newline="") as file:
+            rows[part] = {row["class"]: row for row in csv.DictReader(file)}
+    for name in ("kind1", "kind4"):
+        assert rows["part"][name] == rows["whole"][name]
+    assert rows["part"]["kind0"]["images"] == "0"
+
+
+# ------------------------------------------------------------------------------------------------------ wrong inputs
+
+
+def fails(capsys, monkeypatch, *argv) -> str:
+    monkeypatch.setattr("sys.argv", ["main_finetune.py", "--device", "cpu", *map(str, argv)])
+    with pytest.raises(SystemExit) as stop:
+        cli.run(main_finetune.main, main_finetune.get_args_parser())
+    said = capsys.readouterr().err
+    assert stop.value.code not in (0, None)
+    assert "Traceback" not in said
+    return said
+
+
+def test_wrong_inputs_are_answered_in_sentences(tuned, labelled, pictures, tmp_path, capsys, monkeypatch):
+    here = ["--data_path", labelled, "--model", "vit_mini_patch4", "--input_size", "16", "--batch_size", "8",
+            "--num_workers", "0", "--output_dir", tmp_path / "wrong"]  # fmt: skip
+
+    def said(*argv):
+        return fails(capsys, monkeypatch, *here, *argv)
+
+    torch.save({"model": mae_vit_mini_patch4(img_size=16).state_dict()}, tmp_path / "mae.pth")
+    assert "holds an encoder and decoder, which classifies nothing" in said("--eval", "--resume", tmp_path / "mae.pth")
+    assert "--eval needs --resume or --finetune" in said("--eval")
+    torch.save(
+        {"model": vit_mini_patch4(img_size=16, num_classes=9, global_pool=True).state_dict()}, tmp_path / "9.pth"
+    )
+    assert "knows 9 classes, and the images are of 6" in said("--eval", "--resume", tmp_path / "9.pth")
+    assert "knows 6 classes, and --nb_classes is 7" in said("--eval", "--resume", tuned, "--nb_classes", "7")
+    assert "the data has 6 classes, and --nb_classes is 1000" in said("--nb_classes", "1000")
+    assert "give --model" in said("--eval", "--resume", tuned, "--model", "vit_tiny_patch16")
+
+    shutil.copytree(labelled, tmp_path / "unknown")
+    (tmp_path / "unknown/val/kind5").rename(tmp_path / "unknown/val/kind7")
+    unknown = ["--data_path", tmp_path / "unknown"]
+    assert "1 of the 6 classes of the images are none of the model's 6: kind7" in said(
+        *unknown, "--eval", "--resume", tuned
+    )
+    assert "different classes: only train: kind5; only val: kind7" in said(*unknown)
+    assert "there is no folder val/ in it; give that, or --val_list" in said("--data_path", pictures)
+    assert "--batch_size 7: --mixup and --cutmix mix pairs" in said("--batch_size", "7", "--mixup", "0.8")
+    assert "--unfreeze_blocks 5: the model has 4 blocks" in said("--unfreeze_blocks", "5")
+    assert "--aa abc: timm knows no such policy" in said("--aa", "abc")
+    assert "nor published weights of that name; the nearest is" in said("--finetune", "mae_pretrained_base")
+    assert "choose --adapt_input mean" in said("--finetune", tuned, "--in_chans", "1")

@@ -1,0 +1,68 @@
+"""Weighted k nearest neighbours (Wu et al. 2018, section 3.4), for banks that fill a GPU.
+
+Every process holds a part of the bank and compares all queries with it; the nearest of each part together are the
+nearest of all. Nothing of the size queries x bank is ever held.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from util import dist
+
+CHUNK = 2**25  # similarities that are held at once: 128 MiB in fp32
+
+
+def classify(
+    bank: Tensor,
+    bank_labels: Tensor,
+    queries: Tensor,
+    labels: Tensor,
+    *,
+    ks: Sequence[int],
+    temperature: float,
+    num_classes: int,
+    device: torch.device,
+) -> dict[int, int]:
+    """Counts the queries whose class is found by a vote of the k nearest, weighted by exp(cosine / temperature).
+
+    Args:
+        bank: this process's part of the training features (m, D), with its labels (m,).
+        queries: this process's part of the features to be classified (n, D), with their labels (n,).
+        ks: numbers of neighbours.
+        device: where the products are computed; there, the bank takes m x D halves on CUDA, and floats elsewhere.
+
+    Returns:
+        For each k, how many queries of all processes were classified rightly.
+
+    Raises:
+        ValueError: the bank has fewer features than the largest k.
+    """
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    bank = F.normalize(bank, dim=1).to(dtype).to(device)
+    bank_labels = bank_labels.to(device)
+    size = sum(dist.gather(len(bank)))
+    if size < max(ks):
+        raise ValueError(f"--k {max(ks)}: there are only {size} training images")
+    right = dict.fromkeys(ks, 0)
+    # Each process's queries in turn go round to all parts of the bank.
+    for asked, expected in zip(dist.gather(queries), dist.gather(labels), strict=True):
+        step = max(1, CHUNK // max(1, len(bank)))
+        for part, truth in zip(asked.split(step), expected.split(step), strict=True):
+            similarity, neighbours = _nearest(F.normalize(part, dim=1).to(dtype).to(device), bank, max(ks))
+            found = dist.gather((similarity.cpu(), bank_labels[neighbours].cpu()))
+            similarity, order = torch.cat([own for own, _ in found], dim=1).sort(dim=1, descending=True, stable=True)
+            classes = torch.cat([own for _, own in found], dim=1).gather(1, order)
+            weights = ((similarity - similarity[:, :1]) / temperature).exp()  # a common factor, which no vote minds
+            for k in ks:
+                votes = torch.zeros(len(part), num_classes).scatter_add_(1, classes[:, :k], weights[:, :k])
+                right[k] += int((votes.argmax(dim=1) == truth).sum())
+    return right
+
+
+def _nearest(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Cosines, fp32, and places of the k nearest in this part of the bank: (n, k) each."""
+    similarity, places = (queries @ bank.T).topk(min(k, len(bank)), dim=1)
+    return similarity.float(), places
