@@ -56,8 +56,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(args: Namespace) -> None:
-    """Trains for `args.epochs` epochs, evaluating after each; or, with --eval, evaluates once."""
+def main(args: Namespace) -> Evaluation | None:
+    """Trains for `args.epochs` epochs, evaluating after each; or, with --eval, evaluates once and returns that."""
     device = dist.init(args.device, args.dist_url)
     runlog.start_logging()
     torch.manual_seed(args.seed)
@@ -76,8 +76,9 @@ def main(args: Namespace) -> None:
 
     if args.eval:
         model, val = load_for_evaluation(models_vit.build, vars(args), val)
-        tell(prepare_test(val)(model.to(device)), val.classes, args.report)
-        return
+        scores = prepare_test(val)(model.to(device))
+        tell(scores, val.classes, args.report)
+        return scores
 
     runstate.prepare_output_dir(Path(args.output_dir), args.resume)
     train = labels.require(open_split("train", file_list=args.train_list), "train")
@@ -92,7 +93,9 @@ def main(args: Namespace) -> None:
         models_vit.freeze_below(model, args.unfreeze_blocks)
     model.to(device)
 
-    augment = transforms.finetune_transform(args.input_size, statistics[0], args.aa, args.color_jitter)
+    augment = transforms.finetune_transform(
+        args.input_size, statistics[0], args.aa, args.color_jitter, args.crop_scale, args.hflip
+    )
     samples = Samples(train, augment, on_bad_image=args.on_bad_image, **reads)
     batches = loader.TrainLoader(samples, args.batch_size, args.seed, **fetches)
     mixup = mixing(args, len(classes))
@@ -109,6 +112,8 @@ def main(args: Namespace) -> None:
     test = prepare_test(val)
 
     def test_epoch(epoch: int, log: runlog.NullLog) -> dict[str, Any]:
+        if (epoch + 1) % args.eval_every and epoch + 1 < args.epochs:
+            return {}
         scores = test(model)
         tell(scores, classes, args.report)
         return {**scores.stats(), "n_parameters": num_parameters}
@@ -125,6 +130,7 @@ def main(args: Namespace) -> None:
         after_epoch=test_epoch,
         loss_tag="loss",
     )
+    return None
 
 
 def mixing(args: Namespace, num_classes: int) -> Mixup | None:

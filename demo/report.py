@@ -1,4 +1,4 @@
-"""What pre-training was worth: a picture, the loss curve, and a table of linear-probe accuracy.
+"""What pre-training was worth: a picture, the loss curve, and tables of accuracy.
 
     python demo/report.py --checkpoint demo/output/pretrain/checkpoint-0.pth --data_path demo/data/fashion_mnist \\
         --out demo/output
@@ -21,11 +21,13 @@ import matplotlib.pyplot as plt
 
 import models_mae
 from inference.model import LoadedMAE, load_mae
-from util import datasets, pictures
+from util import datasets, knn, pictures
+from util.labels import require, some_of_each_class
 from util.samples import Samples
 from util.transforms import to_tensor
 
 PICTURES = 8
+NEIGHBOURS = 20
 STRENGTHS = (0.1, 1.0)  # inverse regularisation; held-out training images choose for each row
 HELD_OUT = 0.2
 ITERATIONS = 100
@@ -91,6 +93,20 @@ def draw_loss(log: Path, path: Path) -> None:
     plt.close(figure)
 
 
+def neighbours(train: np.ndarray, labels: np.ndarray, test: np.ndarray, test_labels: np.ndarray) -> float:
+    """Test accuracy of the vote of the nearest training images."""
+    bank, queries = ((torch.tensor(x), torch.tensor(y)) for x, y in ((train, labels), (test, test_labels)))
+    right = knn.classify(
+        *bank, *queries, ks=[NEIGHBOURS], temperature=0.07, num_classes=len(set(labels)), device=torch.device("cpu")
+    )
+    return right[NEIGHBOURS] / len(test)
+
+
+def last_accuracy(folder: Path) -> float:
+    """The test accuracy after the last epoch of a run of main_finetune.py."""
+    return json.loads((folder / "log.txt").read_text().splitlines()[-1])["test_acc1"] / 100
+
+
 def main(args: argparse.Namespace) -> None:
     """Writes reconstructions.png, loss.png, table.md and results.json, and prints the table."""
     args.out.mkdir(parents=True, exist_ok=True)
@@ -102,23 +118,46 @@ def main(args: argparse.Namespace) -> None:
     draw_reconstructions(loaded, test, args.out / "reconstructions.png")
     draw_loss(args.checkpoint.parent / "log.txt", args.out / "loss.png")
 
-    rows = {
-        "raw pixels": lambda images: images.flatten(1).numpy() / 255,
+    def raw(images: torch.Tensor) -> np.ndarray:
+        return images.flatten(1).numpy() / 255
+
+    sights = {
+        "raw pixels": raw,
         "untrained encoder": lambda images: encode(untrained, loaded, images),
         "pre-trained encoder": lambda images: encode(loaded.model, loaded, images),
     }
-    results = {name: probe(see(train), labels, see(test), test_labels) for name, see in rows.items()}
-    table = ["| logistic regression on | test accuracy |", "|---|---|"]
-    table += [f"| {name} | {accuracy:.1%} |" for name, accuracy in results.items()]
+    results, table = (
+        {},
+        [f"| {len(labels):,} labels | logistic regression | {NEIGHBOURS} nearest neighbours |", "|---|---|---|"],
+    )
+    for name, see in sights.items():
+        seen = see(train), labels, see(test), test_labels
+        results[name], results[f"{name}, neighbours"] = probe(*seen), neighbours(*seen)
+        table.append(f"| {name} | {results[name]:.1%} | {results[f'{name}, neighbours']:.1%} |")
+    if args.finetuned and args.scratch:
+        source = require(datasets.open_source("train", args.data_path), "train")
+        few = some_of_each_class(source, args.train_per_class, seed=0)
+        chosen = few.indices
+        rows = {
+            "raw pixels, logistic regression": probe(raw(train)[chosen], labels[chosen], raw(test), test_labels),
+            "transformer from scratch": last_accuracy(args.scratch),
+            "the same, fine-tuned from the pre-trained encoder": last_accuracy(args.finetuned),
+        }
+        results |= {f"{len(few)} labels: {name}": accuracy for name, accuracy in rows.items()}
+        table += ["", f"| {len(few):,} labels | test accuracy |", "|---|---|"]
+        table += [f"| {name} | {accuracy:.1%} |" for name, accuracy in rows.items()]
     (args.out / "table.md").write_text("\n".join(table) + "\n")
     (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    print(f"\n{len(labels):,} labelled training images, {len(test_labels):,} test images:\n", *table, sep="\n")
+    print(f"\naccuracy on {len(test_labels):,} test images:\n", *table, sep="\n")
     print(f"\npictures: {args.out / 'reconstructions.png'} and {args.out / 'loss.png'}; table: {args.out / 'table.md'}")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Picture, loss curve and linear-probe table of a pre-training run.")
+    parser = argparse.ArgumentParser(description="Picture, loss curve and tables of what a pre-training run was worth.")
     parser.add_argument("--checkpoint", type=Path, required=True, help="of main_pretrain.py; log.txt lies beside it")
     parser.add_argument("--data_path", required=True, help="class folders in train/ and val/")
+    parser.add_argument("--finetuned", type=Path, help="folder of a run of main_finetune.py that began with it")
+    parser.add_argument("--scratch", type=Path, help="folder of the same run from scratch")
+    parser.add_argument("--train_per_class", type=int, default=50, help="labelled images a class of these two")
     parser.add_argument("--out", type=Path, required=True, help="folder for the pictures and the table")
     main(parser.parse_args())

@@ -10,6 +10,8 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
+import main_finetune
+
 
 def script(*argv, cwd=ROOT):
     subprocess.run([sys.executable, *map(str, argv)], cwd=cwd, check=True, capture_output=True, timeout=300)
@@ -34,7 +36,7 @@ def test_unpacked_files_are_the_archives_images(unpacked):
         assert path.parent.name == name.lower().replace("/", "_").replace(" ", "_")
 
 
-def test_report_of_a_small_run(unpacked, pretrain, tmp_path):
+def test_report_of_a_small_run(unpacked, pretrain, classify, tmp_path):
     data = tmp_path / "data"
     for split, count in (("train", 40), ("val", 8)):
         for folder in (unpacked / split).iterdir():
@@ -42,12 +44,20 @@ def test_report_of_a_small_run(unpacked, pretrain, tmp_path):
             for path in sorted(folder.iterdir())[:count]:
                 (data / split / folder.name / path.name).symlink_to(path)
     run = pretrain(data_path=data, input_size=28, in_chans=1, batch_size=50, mean=0.286, std=0.353)
+    few = {"data_path": data, "input_size": 28, "in_chans": 1, "train_per_class": 5, "epochs": 1, "aa": "none"}
+    scratch = classify(main_finetune, "scratch", **few)
+    finetuned = classify(main_finetune, "finetuned", **few, finetune=run / "checkpoint-1.pth")
     out = tmp_path / "report"
-    script("demo/report.py", "--checkpoint", run / "checkpoint-1.pth", "--data_path", data, "--out", out)
+    script("demo/report.py", "--checkpoint", run / "checkpoint-1.pth", "--data_path", data, "--finetuned", finetuned,
+           "--scratch", scratch, "--train_per_class", 5, "--out", out)  # fmt: skip
     results = json.loads((out / "results.json").read_text())
-    assert list(results) == ["raw pixels", "untrained encoder", "pre-trained encoder"]
-    assert all(0.4 < accuracy < 1 for accuracy in results.values())
-    assert f"| raw pixels | {results['raw pixels']:.1%} |" in (out / "table.md").read_text()
+    assert {"raw pixels", "untrained encoder", "pre-trained encoder"} < results.keys()
+    assert all(0.25 < results[name] < 1 for name in results if "labels" not in name)
+    logged = json.loads((finetuned / "log.txt").read_text())["test_acc1"]
+    assert results["50 labels: the same, fine-tuned from the pre-trained encoder"] == logged / 100
+    table = (out / "table.md").read_text()
+    assert f"| raw pixels | {results['raw pixels']:.1%} | {results['raw pixels, neighbours']:.1%} |" in table
+    assert "| transformer from scratch |" in table
     picture = np.array(Image.open(out / "reconstructions.png").convert("L")).astype(float)
     assert picture.std() > 30  # not blank
     assert (out / "loss.png").stat().st_size > 5000

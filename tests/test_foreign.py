@@ -1,5 +1,7 @@
 """Weights of other libraries, in files that these write, give what they give there."""
 
+from pathlib import Path
+
 import pytest
 import timm
 import torch
@@ -109,3 +111,36 @@ def test_files_without_a_transformer(tmp_path):
     (tmp_path / "file.safetensors").write_bytes(b"12345")
     with pytest.raises(CheckpointError, match="damaged or no safetensors file"):
         weights.read(tmp_path / "file.safetensors")
+
+
+# -------------------------------------------------------------------------------------------------------- mmpretrain
+
+MMPRETRAIN = Path(__file__).parent / "fixtures" / "mmpretrain"  # written by make_mmpretrain.py
+
+
+def test_mmpretrain_mae():
+    answers = torch.load(MMPRETRAIN / "answers.pth")
+    model = MaskedAutoencoderViT(**SIZES, **DECODER, norm_pix_loss=True)
+    weights.init_mae(model, MMPRETRAIN / "mae.pth")
+    loss, pred, mask = model(answers["imgs"], noise=answers["ids_restore"].float())
+    assert torch.equal(mask, answers["mask"])
+    torch.testing.assert_close(pred, answers["pred"], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(loss, answers["mae_loss"], rtol=1e-4, atol=1e-5)
+
+
+def test_mmpretrain_classifier():
+    answers = torch.load(MMPRETRAIN / "answers.pth")
+    model = VisionTransformer(**SIZES, num_classes=7, global_pool=True).eval()
+    weights.load_classifier(model, weights.read_classifier(MMPRETRAIN / "classifier.pth"))
+    torch.testing.assert_close(model(answers["imgs"]), answers["logits"], rtol=1e-4, atol=1e-4)
+
+
+def test_every_foreign_file_starts_a_classifier(tmp_path, hf_mae):
+    """What --finetune, main_linprobe.py and main_knn.py do with a file."""
+    hf_mae.save_pretrained(tmp_path)
+    for path in (tmp_path / "model.safetensors", MMPRETRAIN / "mae.pth"):
+        file = weights.read(path)
+        for pooled in (False, True):
+            model = VisionTransformer(**SIZES, num_classes=3, global_pool=pooled)
+            weights.load_encoder(model, path)
+            assert torch.equal(model.blocks[1].attn.qkv.weight, file.tensors["blocks.1.attn.qkv.weight"])

@@ -102,6 +102,11 @@ def test_partial_fine_tuning(finetune, pretrain, labelled):
     assert not torch.equal(before["blocks.3.mlp.fc1.weight"], after["blocks.3.mlp.fc1.weight"])
 
 
+def test_evaluations_can_be_rarer(finetune):
+    out = finetune(epochs=5, eval_every=2)
+    assert [line["epoch"] for line in lines(out) if "test_acc1" in line] == [1, 3, 4]
+
+
 def test_few_labels(finetune, capsys):
     finetune(train_per_class=4, epochs=1)
     assert "24 images of 6 classes" in capsys.readouterr().out

@@ -101,7 +101,7 @@ def counted_as(source: Source, classes: Sequence[str]) -> Source:
     return Part(source, np.arange(len(source)), list(classes), numbers)
 
 
-def some_of_each_class(source: Source, count: int, seed: int) -> Source:
+def some_of_each_class(source: Source, count: int, seed: int) -> Part:
     """`count` samples of every class, drawn by `seed`; a greater count holds the same ones and more.
 
     Raises:
@@ -117,7 +117,7 @@ def some_of_each_class(source: Source, count: int, seed: int) -> Source:
     return Part(source, np.sort(np.concatenate(chosen)))
 
 
-def hold_out(source: Source, share: float, seed: int) -> tuple[Source, Source]:
+def hold_out(source: Source, share: float, seed: int) -> tuple[Part, Part]:
     """A source in two: the larger part, and a `share` of it, drawn by `seed`."""
     order = np.random.default_rng(seed).permutation(len(source))
     count = round(share * len(source))

@@ -212,13 +212,7 @@ def add_pretrain_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("masked pre-training")
     group.add_argument("--mask_ratio", default=0.75, type=ratio, metavar="R", help="share of the patches removed")
     _add_switch(group, "norm_pix_loss", False, "predict patches normalised by their own mean and variance")
-    group.add_argument(
-        "--crop_scale", default=[0.2, 1.0], type=float, nargs=2, metavar=("MIN", "MAX"),
-        help="share of the image's area that a random crop takes",
-    )  # fmt: skip
-    group.add_argument(
-        "--hflip", default=0.5, type=share, metavar="P", help="chance of a horizontal flip; 0 where left is not right"
-    )
+    _add_crop_options(group, [0.2, 1.0])
     group.add_argument("--init_from", default="", metavar="FILE", help="start from this file's weights (nothing else)")
     group.add_argument(
         "--vis_every",
@@ -261,6 +255,9 @@ def add_supervised_options(parser: argparse.ArgumentParser, global_pool: bool) -
 def add_evaluation_options(parser: argparse.ArgumentParser) -> None:
     """How a classifier is evaluated."""
     group = parser.add_argument_group("evaluation")
+    group.add_argument(
+        "--eval_every", default=1, type=positive_int, metavar="N", help="epochs between evaluations; the last is one"
+    )
     group.add_argument("--eval", action="store_true", help="evaluate --resume (or --finetune) and end; needs val/ only")
     group.add_argument(
         "--dist_eval", action="store_true", help="without effect: processes always share the evaluation, exactly"
@@ -305,6 +302,7 @@ def add_finetune_options(parser: argparse.ArgumentParser) -> None:
         "--unfreeze_blocks", type=int, metavar="K", help="train the last K blocks and the head only; None: everything"
     )
     group = parser.add_argument_group("augmentation")
+    _add_crop_options(group, [0.08, 1.0])
     group.add_argument("--color_jitter", type=non_negative, metavar="S", help="strength, where there is no --aa")
     group.add_argument("--aa", default="rand-m9-mstd0.5-inc1", metavar="POLICY", help="timm's name of one, or none")
     group.add_argument("--smoothing", default=0.1, type=ratio, metavar="S", help="label smoothing")
@@ -320,6 +318,17 @@ def add_finetune_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--mixup_prob", default=1.0, type=share, metavar="P", help="chance of either")
     group.add_argument("--mixup_switch_prob", default=0.5, type=share, metavar="P", help="of cutmix, where both are on")
     group.add_argument("--mixup_mode", default="batch", choices=("batch", "pair", "elem"), help="what shares a draw")
+
+
+def _add_crop_options(group: argparse._ArgumentGroup, crop_scale: list[float]) -> None:
+    """Two that small pictures, and those in which left is not right, need otherwise."""
+    group.add_argument(
+        "--crop_scale", default=crop_scale, type=float, nargs=2, metavar=("MIN", "MAX"),
+        help="share of the image's area that a random crop takes",
+    )  # fmt: skip
+    group.add_argument(
+        "--hflip", default=0.5, type=share, metavar="P", help="chance of a horizontal flip; 0 where left is not right"
+    )
 
 
 def add_distributed_options(parser: argparse.ArgumentParser) -> None:

@@ -81,9 +81,7 @@ def pretrain_transform(input_size: Size, crop_scale: Sequence[float] = (0.2, 1.0
     Raises:
         ValueError: `crop_scale` is no range within (0, 1].
     """
-    least, greatest = crop_scale
-    if not 0 < least <= greatest <= 1:
-        raise ValueError(f"--crop_scale {least} {greatest}: give the least and the greatest share, above 0 and up to 1")
+    _check_crop_scale(crop_scale)
     return T.Compose(
         [
             T.RandomResizedCrop(to_pair(input_size), tuple(crop_scale), interpolation=InterpolationMode.BICUBIC),
@@ -93,10 +91,21 @@ def pretrain_transform(input_size: Size, crop_scale: Sequence[float] = (0.2, 1.0
     )
 
 
+def _check_crop_scale(crop_scale: Sequence[float]) -> None:
+    least, greatest = crop_scale
+    if not 0 < least <= greatest <= 1:
+        raise ValueError(f"--crop_scale {least} {greatest}: give the least and the greatest share, above 0 and up to 1")
+
+
 def finetune_transform(
-    input_size: Size, mean: Sequence[float], aa: str | None = None, color_jitter: float | None = None
+    input_size: Size,
+    mean: Sequence[float],
+    aa: str | None = None,
+    color_jitter: float | None = None,
+    crop_scale: Sequence[float] = (0.08, 1.0),
+    hflip: float = 0.5,
 ) -> Transform:
-    """timm's augmentation for supervised training: crop (area .08 to 1), flip, and RandAugment or the like.
+    """timm's augmentation for supervised training: crop, flip, and RandAugment or the like.
 
     Random erasing comes later, after normalisation, on the device.
 
@@ -104,15 +113,20 @@ def finetune_transform(
         mean: of each channel; the colour that fills what RandAugment's shifts and turns leave bare.
         aa: timm's name of a policy, such as rand-m9-mstd0.5-inc1; None or "none" for no such.
         color_jitter: strength of random brightness, contrast and saturation; has no effect beside `aa`.
+        crop_scale: least and greatest share of the image's area in a crop.
+        hflip: chance of a horizontal flip.
 
     Raises:
-        ValueError: timm does not know the policy.
+        ValueError: timm does not know the policy, or `crop_scale` is no range within (0, 1].
     """
+    _check_crop_scale(crop_scale)
     policy = None if aa in (None, "", "none") else aa
     try:
         crop, change, _ = create_transform(
             (len(mean), *to_pair(input_size)),
             is_training=True,
+            scale=(crop_scale[0], crop_scale[1]),
+            hflip=hflip,
             color_jitter=color_jitter,  # type: ignore[arg-type]  # None is no jitter
             auto_augment=policy,
             interpolation="bicubic",

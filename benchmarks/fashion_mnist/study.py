@@ -1,0 +1,318 @@
+"""What pre-training is worth on Fashion-MNIST: probes, neighbours, few labels, mask ratios; on two CPU cores.
+
+    apt-get install dataset-fashion-mnist
+    python benchmarks/fashion_mnist/study.py --work runs/study              # everything, about five hours
+    python benchmarks/fashion_mnist/study.py --work runs/study knn baselines
+
+Every part is a list of runs of the main scripts; a run that was stopped goes on where it was, and one that is done is
+not done again: its result stands in results.json beside this file, with the command. `report` writes table.md and
+plot.png from there. The test set is looked at once by each run, at its end, and chooses nothing.
+"""
+
+import argparse
+import gzip
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+RESULTS = HERE / "results.json"
+DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # the package dataset-fashion-mnist
+
+PATCH = 4
+EPOCHS = 45  # of pre-training: about 55 minutes
+MASKED = {"epochs": 12, "warmup_epochs": 1}  # of the runs that compare ratios and targets: about 15 minutes
+RATIOS = (0.5, 0.75, 0.9)
+SHAPE = [
+    "--input_size",
+    28,
+    "--in_chans",
+    1,
+    "--patch_size",
+    PATCH,
+    "--mean",
+    0.286,
+    "--std",
+    0.353,
+    "--num_workers",
+    1,
+]
+BUDGET = {100: 200, 500: 100, 2_000: 50, 10_000: 20, 60_000: 8}  # labels: epochs of fine-tuning, with and without
+SEEDS = {100: 3, 500: 3, 2_000: 3, 10_000: 1, 60_000: 1}
+PROBE = ["--cache_features", "--blr", 0.3, 1, 3, 10, 30, "--batch_size", 256, "--epochs", 60, "--warmup_epochs", 5,
+         "--eval_every", 60, "--save_every", 1000]  # fmt: skip
+
+
+class Study:
+    """Runs that leave a result, once.
+
+    Args:
+        data: in torchvision's layout, FashionMNIST/raw/.
+        work: where runs leave their files.
+    """
+
+    def __init__(self, data: Path, work: Path) -> None:
+        self.data = data
+        self.work = work
+        self.results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+
+    def keep(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The result of this name; computed and written if it is not there."""
+        if name not in self.results:
+            print(f"\n== {name}", flush=True)
+            self.results[name] = compute()
+            temporary = RESULTS.with_suffix(".tmp")
+            temporary.write_text(json.dumps(dict(sorted(self.results.items())), indent=1) + "\n")
+            temporary.replace(RESULTS)
+        print(name, json.dumps(self.results[name]), flush=True)
+        return self.results[name]
+
+    def run(self, main: str, name: str, *flags: Any) -> dict[str, Any]:
+        """Runs a main script; returns the last line of its log, and the command."""
+        out = self.work / name
+        command = [main, "--dataset", "FashionMNIST", *SHAPE, *flags, "--output_dir", out, "--resume", "auto"]
+        self._call(command)
+        lines = [json.loads(line) for line in (out / "log.txt").read_text().splitlines()]
+        kept = {key: value for key, value in lines[-1].items() if key.startswith(("test_", "train_loss", "chosen"))}
+        kept["minutes"] = round(sum(line["seconds"] for line in lines) / 60, 1)  # of training
+        return kept | {"command": " ".join(str(part) for part in command).replace(str(self.work), "RUNS")}
+
+    def neighbours(self, *flags: Any) -> dict[str, Any]:
+        """Runs main_knn.py."""
+        said = self._call(["main_knn.py", "--dataset", "FashionMNIST", *SHAPE, "--model", "vit_mini_patch4", *flags])
+        return json.loads(re.findall(r"^\{.*\}$", said, re.MULTILINE)[-1])
+
+    def _call(self, command: list[Any]) -> str:
+        """One thread computes, the other core loads."""
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        shown = [sys.executable, *map(str, command), "--data_path", str(self.data)]
+        print("$", " ".join(shown), flush=True)
+        said = []
+        with subprocess.Popen(shown, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout
+            for line in process.stdout:
+                said.append(line)
+                print(line, end="", flush=True)
+        if process.returncode:
+            raise SystemExit(f"{command[0]} ended with {process.returncode}")
+        return "".join(said)
+
+
+def prepare(data: Path) -> None:
+    """Puts Debian's four files where torchvision looks for them."""
+    raw = data / "FashionMNIST" / "raw"
+    if raw.exists():
+        return
+    if not DEBIAN.is_dir():
+        raise SystemExit(f"there is no {DEBIAN}: apt-get install dataset-fashion-mnist, or let torchvision fill --data")
+    raw.mkdir(parents=True)
+    for path in DEBIAN.glob("*.gz"):
+        (raw / path.stem).write_bytes(gzip.decompress(path.read_bytes()))
+
+
+def images(data: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Raw pixels in 0 to 1 (n, 784) and labels, to train and to test."""
+    from torchvision.datasets import FashionMNIST
+
+    parts = [FashionMNIST(str(data), train=train) for train in (True, False)]
+    pixels = [part.data.numpy().reshape(len(part), -1).astype(np.float32) / 255 for part in parts]
+    return pixels[0], parts[0].targets.numpy(), pixels[1], parts[1].targets.numpy()
+
+
+# ------------------------------------------------------------------------------------------------------------- parts
+
+
+def pretrain(study: Study) -> Path:
+    """The encoder of all other parts."""
+    flags: list[Any] = ["--model", "mae_vit_mini_patch4", "--batch_size", 64, "--lr", 1e-3, "--crop_scale", 0.6, 1]
+    flags += ["--epochs", EPOCHS, "--warmup_epochs", 2]
+    study.keep("pretrain", partial(study.run, "main_pretrain.py", "pretrain", *flags))
+    return study.work / "pretrain" / f"checkpoint-{EPOCHS - 1}.pth"
+
+
+def probe(study: Study) -> None:
+    """Linear probes at 10,000 labels, of the encoder and of an untrained one, on both kinds of features."""
+    encoder = pretrain(study)
+    for pooling in ("--cls_token", "--global_pool"):
+        for start in ([], ["--finetune", encoder]):
+            name = f"probe/10000/{pooling[2:]}/{'pre-trained' if start else 'untrained'}"
+            flags = ["--model", "vit_mini_patch4", pooling, "--train_per_class", 1000, *PROBE, *start]
+            study.keep(name, partial(study.run, "main_linprobe.py", name, *flags))
+
+
+def knn(study: Study) -> None:
+    """Nearest neighbours, with all 60,000 labels."""
+    encoder = pretrain(study)
+    for pooling in ("--cls_token", "--global_pool"):
+        for start in ([], ["--finetune", encoder]):
+            name = f"knn/60000/{pooling[2:]}/{'pre-trained' if start else 'untrained'}"
+            study.keep(name, partial(study.neighbours, pooling, *start))
+
+
+def baselines(study: Study) -> None:
+    """Logistic regression and an RBF-SVM on raw pixels, with the labels that the fine-tuned models have."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.svm import SVC
+
+    sys.path.insert(0, str(ROOT))
+    from util.datasets import open_source
+    from util.labels import require, some_of_each_class
+
+    train, labels, test, test_labels = images(study.data)
+    source = require(open_source("train", str(study.data), dataset="FashionMNIST"), "train")
+    for count, seeds in SEEDS.items():
+        for seed in range(seeds):
+            few = count < len(labels)
+            chosen = some_of_each_class(source, count // 10, seed).indices if few else np.arange(count)
+            for name, model in (
+                ("svm", SVC(C=10, gamma="scale")),
+                ("logistic", LogisticRegression(C=0.1, max_iter=300)),
+            ):
+                fit = partial(score, model, train[chosen], labels[chosen], test, test_labels)
+                study.keep(f"{name}/{count}/{seed}", fit)
+
+
+def score(
+    model: Any, train: np.ndarray, labels: np.ndarray, test: np.ndarray, test_labels: np.ndarray
+) -> dict[str, Any]:
+    """Fits a model of scikit-learn, and tests it."""
+    return {"test_acc1": 100 * model.fit(train, labels).score(test, test_labels)}
+
+
+def finetune(study: Study) -> None:
+    """Fine-tuning and training from scratch, with the same budget."""
+    encoder = pretrain(study)
+    for count, epochs in BUDGET.items():
+        for seed in range(SEEDS[count]):
+            for start in ([], ["--finetune", encoder]):
+                name = f"finetune/{count}/{seed}/{'pre-trained' if start else 'scratch'}"
+                flags = [
+                    "--model", "vit_mini_patch4", "--seed", seed, "--epochs", epochs, "--warmup_epochs", epochs // 10,
+                    "--eval_every", epochs, "--save_every", 1000, "--batch_size", 32 if count <= 2000 else 128,
+                    "--lr", 1e-3, "--aa", "none", "--reprob", 0, "--crop_scale", 0.7, 1, "--mixup", 0.8, "--cutmix", 1,
+                    *(["--train_per_class", count // 10] if count < 60_000 else []), *start,
+                ]  # fmt: skip
+                study.keep(name, partial(study.run, "main_finetune.py", name, *flags))
+
+
+def ratios(study: Study) -> None:
+    """Mask ratios, and the normalised target, each with a probe."""
+    variants = [(f"ratio-{ratio}", ["--mask_ratio", ratio]) for ratio in RATIOS] + [("norm-0.75", ["--norm_pix_loss"])]
+    for variant, changes in variants:
+        flags = ["--model", "mae_vit_mini_patch4", "--batch_size", 64, "--lr", 1e-3, "--crop_scale", 0.6, 1,
+                 "--epochs", MASKED["epochs"], "--warmup_epochs", MASKED["warmup_epochs"], *changes]  # fmt: skip
+        name = f"masked/{variant}"
+        study.keep(name, partial(study.run, "main_pretrain.py", name, *flags))
+        encoder = study.work / name / f"checkpoint-{MASKED['epochs'] - 1}.pth"
+        probed = f"{name}/probe"
+        flags = [
+            "--model",
+            "vit_mini_patch4",
+            "--global_pool",
+            "--train_per_class",
+            1000,
+            *PROBE,
+            "--finetune",
+            encoder,
+        ]
+        study.keep(probed, partial(study.run, "main_linprobe.py", probed, *flags))
+
+
+# ------------------------------------------------------------------------------------------------------------ report
+
+
+def report(study: Study) -> None:
+    """table.md and plot.png, of the results that are there."""
+    results = study.results
+
+    def accuracies(prefix: str, count: int, suffix: str = "") -> list[float]:
+        names = [f"{prefix}/{count}/{seed}{suffix}" for seed in range(SEEDS[count])]
+        return [results[name]["test_acc1"] for name in names if name in results]
+
+    def cell(found: list[float]) -> str:
+        if not found:
+            return ""
+        return f"{np.mean(found):.1f}" + (f" ± {np.std(found, ddof=1):.1f}" if len(found) > 1 else "")
+
+    rows = {
+        "pre-trained, fine-tuned": ("finetune", "/pre-trained"),
+        "from scratch, same budget": ("finetune", "/scratch"),
+        "RBF-SVM on raw pixels": ("svm", ""),
+        "logistic regression on raw pixels": ("logistic", ""),
+    }
+    lines = ["| test accuracy, % | " + " | ".join(f"{count:,} labels" for count in BUDGET) + " |"]
+    lines.append("|---" * (len(BUDGET) + 1) + "|")
+    for title, (prefix, suffix) in rows.items():
+        cells = [cell(accuracies(prefix, count, suffix)) for count in BUDGET]
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "| frozen features | class token, untrained | pre-trained | mean of patches, untrained | pre-trained |",
+    ]
+    lines.append("|---|---|---|---|---|")
+    for title, prefix, key in (
+        ("linear probe, 10,000 labels", "probe/10000", "test_acc1"),
+        ("20 nearest neighbours, 60,000 labels", "knn/60000", "knn_acc1_k20"),
+    ):
+        names = [
+            f"{prefix}/{pool}/{start}"
+            for pool in ("cls_token", "global_pool")
+            for start in ("untrained", "pre-trained")
+        ]
+        cells = [f"{results[name][key]:.1f}" if name in results else "" for name in names]
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    lines += ["", "| pre-training of 15 minutes | training loss | linear probe, 10,000 labels |", "|---|---|---|"]
+    for variant in [*(f"ratio-{ratio}" for ratio in RATIOS), "norm-0.75"]:
+        done, probed = (results.get(f"masked/{variant}{suffix}") for suffix in ("", "/probe"))
+        title = "normalised target, 75 %" if "norm" in variant else f"pixels, {float(variant[6:]):.0%}"
+        loss = f"{done['train_loss']:.4f}" if done else ""
+        lines.append(f"| {title} | {loss} | {probed['test_acc1']:.1f} |" if probed else f"| {title} | {loss} | |")
+    (HERE / "table.md").write_text("\n".join(lines) + "\n")
+    print(*lines, sep="\n")
+
+    figure, axes = plt.subplots(figsize=(7, 4.5), dpi=100, layout="constrained")
+    for title, (prefix, suffix) in rows.items():
+        points = [(count, accuracies(prefix, count, suffix)) for count in BUDGET]
+        points = [(count, found) for count, found in points if found]
+        spread = [float(np.std(found, ddof=1)) if len(found) > 1 else 0.0 for _, found in points]
+        means = [float(np.mean(found)) for _, found in points]
+        axes.errorbar([count for count, _ in points], means, yerr=spread, marker=".", capsize=3, label=title)
+    axes.set(xscale="log", xlabel="labelled training images", ylabel="test accuracy, %", title="Fashion-MNIST")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(HERE / "plot.png")
+
+
+PARTS = {part.__name__: part for part in (pretrain, probe, knn, baselines, finetune, ratios, report)}
+
+
+def main() -> None:
+    """Runs the parts that are named, or all."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", choices=[[], *PARTS], help=f"of {', '.join(PARTS)}; all by default")
+    parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="where the runs leave their files")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="with FashionMNIST/raw; WORK/data by default")
+    args = parser.parse_args()
+    work = args.work.resolve()
+    data = (args.data or work / "data").resolve()
+    prepare(data)
+    study = Study(data, work)
+    for name in args.parts or PARTS:
+        PARTS[name](study)
+
+
+if __name__ == "__main__":
+    main()

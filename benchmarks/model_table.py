@@ -1,0 +1,85 @@
+"""Parameters and multiply-adds of the models, as the README's table has them.
+
+    python benchmarks/model_table.py
+
+Multiply-adds are counted as the field prints them (fvcore's rules: matrix products and convolutions, one for each
+multiply-add; layer norms, five for each value), for one image. "All tokens" is the encoder without a head on the whole
+image: a classifier's cost, which is also printed for masked autoencoders elsewhere. "Masked" is what pre-training
+really computes forward: the encoder on a quarter of the patches, the decoder on all.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import models_mae
+import models_vit
+
+ROWS = (
+    ("mini_patch4", 32), ("tiny_patch16", 224), ("small_patch16", 224), ("base_patch16", 224), ("large_patch16", 224),
+    ("huge_patch14", 224), ("huge_patch14", 448),
+)  # fmt: skip
+
+
+def count_multiply_adds(model: nn.Module, call: Any) -> int:
+    """Multiply-adds of `call(model)`, on whatever device: nothing but shapes is looked at."""
+    total = 0
+
+    def count(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        nonlocal total
+        if isinstance(module, nn.Linear):
+            total += output.numel() * module.in_features
+        elif isinstance(module, nn.LayerNorm):
+            total += 5 * output.numel()
+        elif isinstance(module, models_vit.PatchEmbed):
+            total += output.numel() * module.proj.weight[0].numel()
+        elif isinstance(module, models_vit.Attention):
+            batch, tokens, dim = inputs[0].shape
+            total += 2 * batch * tokens * tokens * dim  # q @ k, and weights @ v
+
+    handles = [module.register_forward_hook(count) for module in model.modules()]
+    with torch.no_grad():
+        call(model)
+    for handle in handles:
+        handle.remove()
+    return total
+
+
+def measure(size: str, pixels: int) -> dict[str, Any]:
+    """A row of the table; on the meta device, so that no weights are made."""
+    with torch.device("meta"):
+        image = torch.empty(1, 3, pixels, pixels)
+        vit = getattr(models_vit, f"vit_{size}")(img_size=pixels, global_pool=True)
+        mae = getattr(models_mae, f"mae_vit_{size}")(img_size=pixels).to("meta")  # its tables are computed on the CPU
+        noise = torch.empty(1, mae.num_patches)
+    return {
+        "model": size,
+        "pixels": pixels,
+        "classifier": sum(p.numel() for p in vit.parameters()),
+        "autoencoder": sum(p.numel() for p in mae.parameters()),
+        "all_tokens": count_multiply_adds(vit, lambda model: model.forward_features(image)),
+        "masked": count_multiply_adds(mae, lambda model: model(image, noise=noise)),
+    }
+
+
+def table() -> list[str]:
+    """The lines of the README's table."""
+    lines = [
+        "| model | pixels | classifier, 1000 classes | autoencoder | multiply-adds, all tokens | masked pre-training |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in (measure(*sizes) for sizes in ROWS):
+        lines.append(
+            f"| `{row['model']}` | {row['pixels']} | {row['classifier'] / 1e6:.2f} M "
+            f"| {row['autoencoder'] / 1e6:.2f} M | {row['all_tokens'] / 1e9:.2f} G | {row['masked'] / 1e9:.2f} G |"
+        )
+    return lines
+
+
+if __name__ == "__main__":
+    print(*table(), sep="\n")

@@ -1,0 +1,83 @@
+"""Checks the published files themselves: digests, that they load, and what they answer. It needs a network.
+
+    ./run test-released                        # downloads about 14 GB, once
+    ./run test-released --names mae_finetuned_vit_base --data_path IMAGENET
+
+Classifiers are evaluated on ImageNet's validation images where --data_path is given, and must reach their published
+top-1 to .1 points. Without it, logits and reconstruction loss of a fixed photograph are printed, and compared with
+RECORDED where they are known; nobody has recorded any yet.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import main_finetune
+import models_mae
+import models_vit
+from util import cli, published, transforms, weights
+from util.decode import decode
+
+RECORDED: dict[str, float] = {}  # name: the largest logit, or the loss, of demo/photos/coffee.jpg
+
+
+def fixed_image(pixels: int) -> torch.Tensor:
+    """The photograph as the models take it, (1, 3, pixels, pixels)."""
+    picture = decode((Path(__file__).parents[1] / "demo/photos/coffee.jpg").read_bytes(), 3)
+    normalize = transforms.Normalize(*transforms.channel_statistics(3))
+    return normalize(transforms.eval_transform(pixels)(picture).unsqueeze(0))
+
+
+@torch.no_grad()
+def check(name: str, data_path: str | None) -> str:
+    """Loads a file, and returns what it answers.
+
+    Raises:
+        ValueError: it can't be fetched, does not fit, or answers otherwise than published.
+    """
+    row, file = published.TABLE[name], weights.read(name)
+    if file.kind != row.kind:
+        raise ValueError(f"{name} holds an {file.kind}, not an {row.kind}")
+    image = fixed_image(row.input_size)
+    if row.kind == published.CLASSIFIER:
+        model = getattr(models_vit, row.model)(img_size=row.input_size, global_pool=True).eval()
+        weights.load_classifier(model, file)
+        value = model(image).max().item()
+    else:
+        model = getattr(models_mae, row.model)(norm_pix_loss=row.norm_pix_loss).eval()
+        weights.init_mae(model, name)
+        noise = torch.rand(1, model.num_patches, generator=torch.Generator().manual_seed(0))
+        value = model(image, noise=noise)[0].item()
+    if abs(value - RECORDED.get(name, value)) > 1e-3:
+        raise ValueError(f"{name} answers {value:.5f}, recorded is {RECORDED[name]:.5f}")
+    said = f"{value:.5f}" + ("" if name in RECORDED else " (not recorded yet)")
+    if data_path and row.kind == published.CLASSIFIER:
+        flags = ["--eval", "--resume", name, "--model", row.model, "--data_path", data_path,
+                 "--input_size", str(row.input_size)]  # fmt: skip
+        scores = main_finetune.main(cli.parse(main_finetune.get_args_parser(), flags))
+        said += f", {scores}"
+        if row.top1 is not None and abs(scores.acc1 - row.top1) > 0.1:
+            raise ValueError(f"{name}: {scores}, published is {row.top1}")
+    return said
+
+
+def main() -> None:
+    """Checks the files one after the other."""
+    released = [name for name, row in published.TABLE.items() if row.url]
+    parser = argparse.ArgumentParser(description="Checks the published files; needs a network.")
+    parser.add_argument("--names", nargs="+", default=released, choices=released, metavar="NAME")
+    parser.add_argument("--data_path", metavar="IMAGENET", help="with val/, to evaluate the classifiers")
+    args = parser.parse_args()
+    for name in args.names:
+        try:
+            print(f"{name}: {check(name, args.data_path)}", flush=True)
+        except ValueError as error:
+            sys.exit(f"test-released: {error}")
+
+
+if __name__ == "__main__":
+    main()
