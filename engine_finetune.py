@@ -15,6 +15,7 @@ from tqdm import tqdm
 from util import dist, labels, loop, report, weights
 from util.precision import Precision
 from util.sources import Source
+from util.weights import Weights
 
 logger = logging.getLogger(__name__)
 
@@ -90,67 +91,74 @@ def evaluate(
 ) -> Evaluation:
     """Evaluates a classifier on this process's batches, and puts those of all processes together."""
     model.eval()
-    answers: list[tuple[Tensor, Tensor, Tensor]] = []
-    loss = torch.zeros((), dtype=torch.float64, device=precision.device)
+    answers: list[tuple[Tensor, ...]] = []
     num_classes = 0
     for batch in data_loader:
         images, labels, _ = loop.to_device(batch, precision.device)
         with precision.autocast():
             logits = model(normalize(images))
         logits, num_classes = logits.float(), logits.shape[1]
-        loss += F.cross_entropy(logits, labels, reduction="none").double().sum()
+        loss = F.cross_entropy(logits, labels, reduction="none")
         top = logits.topk(min(TOP, num_classes)).indices
-        answers.append((labels, logits.argmax(dim=1), (top == labels[:, None]).any(dim=1)))
-    mine = [torch.cat(column).cpu().numpy() for column in zip(*answers, strict=True)] or [np.zeros(0, dtype=int)] * 3
-    everywhere = dist.gather((mine, loss.item(), num_classes))
-    labels, predictions, in_top = (np.concatenate([part[0][column] for part in everywhere]) for column in range(3))
+        answers.append((labels, logits.argmax(dim=1), (top == labels[:, None]).any(dim=1), loss))
+    mine = [torch.cat(column).cpu().numpy() for column in zip(*answers, strict=True)] or [np.zeros(0, dtype=int)] * 4
+    everywhere = dist.gather((mine, num_classes))
+    labels, predictions, in_top, losses = (np.concatenate([part[0][n] for part in everywhere]) for n in range(4))
     return Evaluation(
         labels=labels,
         predictions=predictions,
-        num_in_top=int(in_top.sum()) if max(part[2] for part in everywhere) >= TOP else None,
-        loss=sum(part[1] for part in everywhere) / len(labels),
+        num_in_top=int(in_top.sum()) if max(part[1] for part in everywhere) >= TOP else None,
+        loss=float(losses.mean(dtype=np.float64)),
     )
 
 
-@torch.inference_mode()
+@torch.no_grad()  # and not inference mode: heads are trained on what comes out
 def extract_features(
     model: Any, data_loader: Iterable[list[Tensor]], *, normalize: Callable[[Tensor], Tensor], precision: Precision
 ) -> tuple[Tensor, Tensor]:
     """What a `VisionTransformer` makes of this process's images: pooled features (n, D), fp32, and labels (n,), on the
     host."""
     model.eval()
-    features, labels = [], []
+    features, labels = [torch.zeros(0, model.embed_dim)], [torch.zeros(0, dtype=torch.int64)]
     for batch in tqdm(data_loader, desc="features", unit="batch", leave=False, disable=None):
         images, targets, _ = loop.to_device(batch, precision.device)
         with precision.autocast():
             features.append(model.forward_features(normalize(images)).float().cpu())
         labels.append(targets.cpu())
-    # Clones: what inference mode has made can't be trained on.
-    return torch.cat(features).clone(), torch.cat(labels).clone()
+    return torch.cat(features), torch.cat(labels)
+
+
+def file_of(settings: Mapping[str, Any]) -> Weights | None:
+    """What `--finetune` names, to start from, or with `--eval` also what `--resume` names, to be evaluated.
+
+    Raises:
+        ValueError: with `--eval`, no file is named, or it holds no classifier.
+    """
+    if not settings["eval"]:
+        return weights.read(settings["finetune"]) if settings["finetune"] else None
+    name = settings["resume"] if settings["resume"] not in ("", "auto") else settings["finetune"]
+    if not name:
+        raise ValueError("--eval needs --resume or --finetune: the file of a classifier, or a published name")
+    return weights.read_classifier(name)
 
 
 def load_for_evaluation(
-    build: Callable[[Mapping[str, Any]], nn.Module], settings: Mapping[str, Any], val: Source
+    build: Callable[[Mapping[str, Any]], nn.Module], settings: Mapping[str, Any], file: Weights, val: Source
 ) -> tuple[nn.Module, Source]:
-    """The classifier that `--resume` or `--finetune` names, and the images with labels that count its classes.
+    """A file's classifier, and the images with labels that count its classes.
 
     Raises:
-        ValueError: no file is named, it holds no classifier or one of another architecture, or the images have classes
-            that it does not know.
+        ValueError: it is of another architecture, or the images have classes that it does not know.
     """
-    name = settings["resume"] or settings["finetune"]
-    if not name or name == "auto":
-        raise ValueError("--eval needs --resume or --finetune: the file of a classifier, or a published name")
-    file = weights.read_classifier(name)
     head = file.tensors.get("head.weight", file.tensors.get("head.1.weight"))
     num_classes = 0 if head is None else len(head)
     known = file.settings.get("classes")
     if settings["nb_classes"] not in (None, num_classes):
-        raise ValueError(f"{name} knows {num_classes} classes, and --nb_classes is {settings['nb_classes']}")
+        raise ValueError(f"{file.source} knows {num_classes} classes, and --nb_classes is {settings['nb_classes']}")
     if known:
         val = labels.counted_as(val, known)
     elif len(val.classes) != num_classes:
-        raise ValueError(f"{name} knows {num_classes} classes, and the images are of {len(val.classes)}")
+        raise ValueError(f"{file.source} knows {num_classes} classes, and the images are of {len(val.classes)}")
     model = build({**settings, "nb_classes": num_classes})
     weights.load_classifier(model, file)
     return model, val

@@ -28,7 +28,7 @@ from timm.loss import SoftTargetCrossEntropy
 from torch import nn
 
 import models_vit
-from engine_finetune import Evaluation, evaluate, load_for_evaluation, tell, train_one_epoch
+from engine_finetune import Evaluation, evaluate, file_of, load_for_evaluation, tell, train_one_epoch
 from util import cli, datasets, dist, epochs, labels, loader, options, runlog, runstate, transforms, weights
 from util.lr_decay import param_groups_lrd
 from util.precision import Precision
@@ -64,7 +64,9 @@ def main(args: Namespace) -> Evaluation | None:
     precision = Precision(args.amp, device)
     open_split = partial(datasets.open_source, data_path=args.data_path, dataset=args.dataset, download=args.download)
     val = labels.require(open_split("val", file_list=args.val_list), "val")
-    statistics = transforms.channel_statistics(args.in_chans, args.mean, args.std)
+    file = file_of(vars(args))
+    mean, std = weights.statistics(file, args.in_chans, args.mean, args.std)
+    statistics = transforms.channel_statistics(args.in_chans, mean, std)
     normalize = transforms.Normalize(*statistics).to(device)
     reads = {"in_chans": args.in_chans, "seed": args.seed}
     fetches = {"num_workers": args.num_workers, "pin_memory": args.pin_mem and device.type == "cuda"}
@@ -74,8 +76,8 @@ def main(args: Namespace) -> Evaluation | None:
         batches = loader.eval_loader(samples, args.batch_size, **fetches)
         return partial(evaluate, data_loader=batches, normalize=normalize, precision=precision)
 
-    if args.eval:
-        model, val = load_for_evaluation(models_vit.build, vars(args), val)
+    if args.eval and file:
+        model, val = load_for_evaluation(models_vit.build, vars(args), file, val)
         scores = prepare_test(val)(model.to(device))
         tell(scores, val.classes, args.report)
         return scores
@@ -83,11 +85,12 @@ def main(args: Namespace) -> Evaluation | None:
     runstate.prepare_output_dir(Path(args.output_dir), args.resume)
     train = labels.require(open_split("train", file_list=args.train_list), "train")
     classes = labels.check_classes(train, val, args.nb_classes)
-    settings = {**vars(args), "nb_classes": len(classes), "classes": classes}
+    val = labels.counted_as(val, classes)
+    settings = {**vars(args), "nb_classes": len(classes), "classes": classes, "mean": mean, "std": std}
     if args.train_per_class:
         train = labels.some_of_each_class(train, args.train_per_class, args.seed)
     model = models_vit.build(settings)
-    if args.finetune and not weights.load_encoder(model, args.finetune, args.adapt_input):
+    if file and not weights.load_encoder(model, file, args.adapt_input, classes):
         trunc_normal_(model.head.weight, std=HEAD_STD)
     if args.unfreeze_blocks is not None:
         models_vit.freeze_below(model, args.unfreeze_blocks)
@@ -141,6 +144,8 @@ def mixing(args: Namespace, num_classes: int) -> Mixup | None:
     """
     if not (args.mixup or args.cutmix or args.cutmix_minmax):
         return None
+    if args.cutmix_minmax and args.cutmix_minmax[0] >= args.cutmix_minmax[1]:
+        raise ValueError("--cutmix_minmax: give the smaller share first")
     if args.batch_size % 2:
         raise ValueError(f"--batch_size {args.batch_size}: --mixup and --cutmix mix pairs; give an even number")
     return Mixup(

@@ -17,6 +17,7 @@ import json
 import logging
 from argparse import Namespace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,20 +60,23 @@ def main(args: Namespace) -> dict[int, float]:
     if args.train_per_class:
         train = labels.some_of_each_class(train, args.train_per_class, args.seed)
     model = models_vit.build({**vars(args), "nb_classes": 0})
-    if args.finetune:
-        weights.load_encoder(model, args.finetune, args.adapt_input)
+    file = weights.read(args.finetune) if args.finetune else None
+    if file:
+        weights.load_encoder(model, file, args.adapt_input)
     else:
         logger.warning("no --finetune: this is an untrained encoder")
     model.to(device)
-    statistics = transforms.channel_statistics(args.in_chans, args.mean, args.std)
+    mean, std = weights.statistics(file, args.in_chans, args.mean, args.std)
+    statistics = transforms.channel_statistics(args.in_chans, mean, std)
     normalize = transforms.Normalize(*statistics).to(device)
 
-    def features_of(source: Source) -> tuple[Tensor, Tensor]:
+    def features_of(source: Source, model: Any) -> tuple[Tensor, Tensor]:
         samples = Samples(source, transforms.eval_transform(args.input_size), in_chans=args.in_chans, seed=args.seed)
         batches = loader.eval_loader(samples, args.batch_size, args.num_workers, args.pin_mem and device.type == "cuda")
         return extract_features(model, batches, normalize=normalize, precision=precision)
 
-    bank, queries = features_of(train), features_of(val)
+    bank, queries = features_of(train, model), features_of(val, model)
+    del model  # the bank may need its place
     right = classify(*bank, *queries, ks=args.k, temperature=args.temperature, num_classes=len(classes), device=device)
     accuracies = {k: 100 * hits / len(val) for k, hits in right.items()}
     for k, accuracy in accuracies.items():

@@ -13,8 +13,10 @@ The published recipe on ImageNet, 8 GPUs of one machine (the effective batch is 
 """
 
 import argparse
+import copy
 import logging
 from argparse import Namespace
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import models_vit
-from engine_finetune import Evaluation, evaluate, extract_features, load_for_evaluation, tell, train_one_epoch
+from engine_finetune import Evaluation, evaluate, extract_features, file_of, load_for_evaluation, tell, train_one_epoch
 from util import checkpoint, cli, datasets, dist, epochs, labels, loader, options, runlog, runstate, transforms, weights
 from util.lars import LARS
 from util.precision import Precision
@@ -59,7 +61,9 @@ def main(args: Namespace) -> None:
     precision = Precision(args.amp, device)
     open_split = partial(datasets.open_source, data_path=args.data_path, dataset=args.dataset, download=args.download)
     val = labels.require(open_split("val", file_list=args.val_list), "val")
-    statistics = transforms.channel_statistics(args.in_chans, args.mean, args.std)
+    file = file_of(vars(args))
+    mean, std = weights.statistics(file, args.in_chans, args.mean, args.std)
+    statistics = transforms.channel_statistics(args.in_chans, mean, std)
     normalize = transforms.Normalize(*statistics).to(device)
     reads = {"in_chans": args.in_chans, "seed": args.seed}
     fetches = {"num_workers": args.num_workers, "pin_memory": args.pin_mem and device.type == "cuda"}
@@ -69,32 +73,33 @@ def main(args: Namespace) -> None:
         batches = loader.eval_loader(samples, min(args.batch_size, 512), **fetches)
         return extract_features(model, batches, normalize=normalize, precision=precision)
 
-    def test(head: nn.Module, features: tuple[Tensor, Tensor]) -> Evaluation:
-        batches = [[*part, part[1]] for part in zip(*(column.split(4096) for column in features), strict=True)]
-        return evaluate(head, batches, normalize=nn.Identity(), precision=precision)
-
-    if args.eval:
-        probe, val = load_for_evaluation(models_vit.build_probe, vars(args), val)
+    test = partial(test_head, precision=precision)
+    if args.eval and file:
+        probe, val = load_for_evaluation(models_vit.build_probe, vars(args), file, val)
         tell(test(probe.get_submodule("head"), features_of(val, probe.to(device))), val.classes, args.report)
         return
 
     runstate.prepare_output_dir(Path(args.output_dir), args.resume)
     train = labels.require(open_split("train", file_list=args.train_list), "train")
     classes = labels.check_classes(train, val, args.nb_classes)
-    settings = {**vars(args), "blr": max(args.blr), "nb_classes": len(classes), "classes": classes}
+    val = labels.counted_as(val, classes)
+    several = len(args.blr) > 1
+    if several and args.lr is not None:
+        raise ValueError("--lr sets one rate; leave it out where --blr gives several")
+    told = {"blr": args.blr if several else args.blr[0], "mean": mean, "std": std}
+    settings = {**vars(args), **told, "nb_classes": len(classes), "classes": classes}
     if args.train_per_class:
         train = labels.some_of_each_class(train, args.train_per_class, args.seed)
     model = models_vit.build_probe(settings)
-    if args.finetune:
-        weights.load_encoder(model, args.finetune, args.adapt_input)
-    heads: list[nn.Module] = [model.head, *(models_vit.probe_head(model.embed_dim, len(classes)) for _ in args.blr[1:])]
-    held: tuple[Tensor, Tensor] | None = None
+    if file:
+        weights.load_encoder(model, file, args.adapt_input)
     model.to(device)
-    if len(args.blr) > 1:
+    heads, optimizer = make_heads(model, args.blr, args.weight_decay)
+    held: tuple[Tensor, Tensor] | None = None
+    if several:
         train, chooser = labels.hold_out(train, args.held_out, args.seed)
         held = features_of(chooser, model)
         model.head = models_vit.SideBySide(heads)
-        model.to(device)
     seen = features_of(val, model)
 
     if args.cache_features:
@@ -102,11 +107,7 @@ def main(args: Namespace) -> None:
     else:
         samples = Samples(train, transforms.probe_transform(args.input_size), on_bad_image=args.on_bad_image, **reads)
         batches = loader.TrainLoader(samples, args.batch_size, args.seed, **fetches)
-    groups = [
-        {"params": list(head.parameters()), "lr_scale": blr / max(args.blr)}
-        for head, blr in zip(heads, args.blr, strict=True)
-    ]
-    optimizer = LARS(groups, weight_decay=args.weight_decay)
+    num_parameters = sum(p.numel() for p in heads[0].parameters())
 
     def test_epoch(epoch: int, log: runlog.NullLog) -> dict[str, Any]:
         """Of several heads, that which does best on the images held out is tested, and no other."""
@@ -119,7 +120,6 @@ def main(args: Namespace) -> None:
             write_chosen(model, heads[best], {**settings, "blr": args.blr[best]}, epoch)
         return {**scores.stats(), **({"chosen_blr": args.blr[best]} if held else {}), "n_parameters": num_parameters}
 
-    num_parameters = sum(p.numel() for p in heads[0].parameters())
     epochs.run(
         model,
         optimizer,
@@ -127,9 +127,7 @@ def main(args: Namespace) -> None:
         precision,
         settings,
         train_one_epoch=partial(
-            train_one_epoch,
-            criterion=_loss,
-            normalize=nn.Identity() if args.cache_features else normalize,
+            train_one_epoch, criterion=_loss, normalize=nn.Identity() if args.cache_features else normalize
         ),
         after_epoch=test_epoch,
         loss_tag="loss",
@@ -137,15 +135,31 @@ def main(args: Namespace) -> None:
     )
 
 
+def make_heads(model: nn.Module, blrs: Sequence[float], weight_decay: float) -> tuple[list[nn.Module], LARS]:
+    """The model's head and, for more rates, copies of it; and the optimizer of them all, each at its rate."""
+    head = model.get_submodule("head")
+    heads = [head, *(copy.deepcopy(head) for _ in blrs[1:])]
+    groups = [
+        {"params": list(own.parameters()), "lr_scale": blr / max(blrs)} for own, blr in zip(heads, blrs, strict=True)
+    ]
+    return heads, LARS(groups, weight_decay=weight_decay)
+
+
+def test_head(head: nn.Module, features: tuple[Tensor, Tensor], precision: Precision) -> Evaluation:
+    """Evaluates a head on this process's features (n, D) and labels (n,), and puts those of all processes together."""
+    batches = [[*part, part[1]] for part in zip(*(column.split(4096) for column in features), strict=True)]
+    return evaluate(head, batches, normalize=nn.Identity(), precision=precision)
+
+
 def write_chosen(model: nn.Module, head: nn.Module, settings: dict[str, Any], epoch: int) -> None:
-    """Writes probe.pth: the model with one of its heads, as a run with this one alone would have left it."""
+    """Writes probe.pth: the model with one of its heads, under the published names."""
     tensors = {name: value for name, value in model.state_dict().items() if not name.startswith("head.")}
     tensors |= {f"head.{name}": value for name, value in head.state_dict().items()}
     checkpoint.write({"model": tensors, "epoch": epoch, "args": settings}, Path(settings["output_dir"]) / "probe.pth")
 
 
 def _loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of (B, classes), or of several heads' (heads, B, classes) together: none minds the others."""
+    """Cross-entropy of (B, classes); of (heads, B, classes) the sum, so that no head's gradient minds the others."""
     if logits.ndim == 2:
         return F.cross_entropy(logits, targets)
     return sum(F.cross_entropy(own, targets) for own in logits)  # type: ignore[return-value]

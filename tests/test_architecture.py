@@ -15,7 +15,7 @@ ARROWS = {
     r"models_mae": r"models_vit|util\.pos_embed|util\.masking",
     r"models_vit": r"util\.pos_embed",
     r"hubconf": r"inference\.\w+",
-    r"demo\.\w+": r"inference\.\w+|models_\w+|util\.\w+",
+    r"(demo|benchmarks)\.\w+": r"inference\.\w+|models_\w+|util\.\w+",
     r"inference\.\w+": r"inference\.\w+|models_\w+|util\.\w+",
     r"util\.loop": r"util\.(precision|runlog|lr_sched|dist)",
     r"util\.cli": r"util\.dist",
@@ -41,7 +41,7 @@ OPTIONAL = {"gradio", "onnx", "onnxruntime", "onnxscript", "transformers", "torc
 
 
 def modules() -> dict[str, Path]:
-    folders = ("util", "inference", "demo")
+    folders = ("util", "inference", "demo", "benchmarks")
     files = [*ROOT.glob("*.py"), *(file for folder in folders for file in (ROOT / folder).glob("*.py"))]
     return {".".join(f.relative_to(ROOT).with_suffix("").parts): f for f in files if f.name != "__init__.py"}
 

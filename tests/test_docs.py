@@ -61,7 +61,7 @@ def test_the_readmes_commands_run(tmp_path):
         if entry.name not in ("runs", "images", ".git"):
             (tmp_path / entry.name).symlink_to(entry)
     script = [c for c in bash_blocks(ROOT / "README.md") if not c.startswith(("./run ", "source ", "torchrun "))]
-    assert len(script) == 4
+    assert len(script) == 8
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     done = subprocess.run(
         ["bash", "-ec", "\n".join(script)], cwd=tmp_path, env=environment, capture_output=True, text=True
@@ -69,6 +69,8 @@ def test_the_readmes_commands_run(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "images      10,000" in done.stdout
     assert "resuming from" in done.stdout
+    assert done.stdout.count("* Acc@1") == 5 + 1 + 10
+    assert "* 20-NN Acc@1" in done.stdout
     assert len((tmp_path / "runs/mine/log.txt").read_text().splitlines()) == 3
 
 

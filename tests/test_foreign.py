@@ -142,5 +142,5 @@ def test_every_foreign_file_starts_a_classifier(tmp_path, hf_mae):
         file = weights.read(path)
         for pooled in (False, True):
             model = VisionTransformer(**SIZES, num_classes=3, global_pool=pooled)
-            weights.load_encoder(model, path)
+            weights.load_encoder(model, file)
             assert torch.equal(model.blocks[1].attn.qkv.weight, file.tensors["blocks.1.attn.qkv.weight"])

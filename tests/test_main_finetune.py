@@ -148,15 +148,78 @@ def test_evaluation_is_the_epochs(finetune, tuned, capsys, labelled, tmp_path):
     assert not (tmp_path / "nothing").exists()
 
 
-def test_batches_and_processes_change_nothing(finetune, tuned, capsys, labelled):
-    one, other = (evaluated(capsys, finetune, resume=tuned, batch_size=size) for size in (7, 64))
-    assert one == other
-    done = subprocess.run(
-        [*torchrun(2), "main_finetune.py", "--eval", "--resume", tuned, "--data_path", labelled, "--device", "cpu",
-         "--model", "vit_mini_patch4", "--input_size", "16", "--batch_size", "7", "--num_workers", "0"],
-        cwd=ROOT, capture_output=True, text=True, check=True, timeout=120,
-    )  # fmt: skip
-    assert done.stdout.count(one) == 1
+TELLING = """
+import sys
+sys.path.insert(0, {root!r})
+import main_finetune
+from util import cli, dist
+scores = main_finetune.main(cli.parse(main_finetune.get_args_parser()))
+if dist.is_main():
+    print("SCORES", sorted(zip(scores.labels.tolist(), scores.predictions.tolist())), scores.num_in_top, scores.loss)
+dist.teardown()
+"""
+
+
+def test_batches_and_processes_change_nothing(labelled, tuned, tmp_path):
+    """To the last count, and the loss to 1e-6."""
+    (tmp_path / "telling.py").write_text(TELLING.format(root=str(ROOT)))
+    found = []
+    for processes, batch_size in ((1, 7), (1, 64), (2, 7), (2, 64)):
+        done = subprocess.run(
+            [*torchrun(processes), tmp_path / "telling.py", "--eval", "--resume", tuned, "--data_path", labelled,
+             "--device", "cpu", "--model", "vit_mini_patch4", "--input_size", "16", "--batch_size", str(batch_size),
+             "--num_workers", "0"],
+            capture_output=True, text=True, check=True, timeout=120,
+        )  # fmt: skip
+        (line,) = [line for line in done.stdout.splitlines() if line.startswith("SCORES")]
+        counts, _, loss = line.rpartition(" ")
+        found.append((counts, float(loss)))
+    assert {counts for counts, _ in found} == {found[0][0]}
+    assert all(loss == pytest.approx(found[0][1], rel=1e-6) for _, loss in found)
+
+
+def test_statistics_are_the_files(finetune, capsys):
+    """Those that a run was given need not be given again, neither to evaluate it nor to go on from it."""
+    strange = {"mean": "0.9 0.8 0.7", "std": "0.1 0.1 0.2"}
+    out = finetune("strange", **PLAIN, epochs=3, **strange)
+    last = lines(out)[-1]
+    expected = f"* Acc@1 {last['test_acc1']:.3f} Acc@5 {last['test_acc5']:.3f} loss {last['test_loss']:.3f}"
+    assert evaluated(capsys, finetune, resume=out / "checkpoint-2.pth") == expected
+    tuned = finetune("next", finetune=out / "checkpoint-2.pth", epochs=1, lr=0.0, drop_path=0)
+    assert f"loss {lines(tuned)[-1]['test_loss']:.3f}" in expected
+    assert checkpoint.read(tuned / "checkpoint-0.pth")["args"]["mean"] == [0.9, 0.8, 0.7]
+    capsys.readouterr()
+    finetune("other", finetune=out / "checkpoint-2.pth", epochs=1, mean="0.5 0.5 0.5")
+    assert "warning: --mean 0.5 0.5 0.5: the weights were trained with [0.9, 0.8, 0.7]" in capsys.readouterr().out
+
+
+def test_a_head_of_other_classes_is_not_taken(finetune, tuned, labelled, tmp_path):
+    shutil.copytree(labelled, tmp_path / "renamed")
+    for split in ("train", "val"):
+        for number in range(6):
+            (tmp_path / "renamed" / split / f"kind{number}").rename(tmp_path / "renamed" / split / f"other{5 - number}")
+    again = finetune("again", finetune=tuned, epochs=1, lr=0.0)
+    other = finetune("other", finetune=tuned, epochs=1, lr=0.0, data_path=tmp_path / "renamed")
+    assert torch.equal(
+        weights(again, "checkpoint-0.pth")["head.weight"], weights(tuned.parent, tuned.name)["head.weight"]
+    )
+    assert weights(other, "checkpoint-0.pth")["head.weight"].std() < 1e-4
+    with pytest.raises(ValueError, match="the run that is continued had other classes"):
+        finetune("tuned", **PLAIN, epochs=5, resume="auto", data_path=tmp_path / "renamed")
+
+
+def test_an_epoch_whose_evaluation_fails_is_not_lost(finetune, labelled, tmp_path):
+    shutil.copytree(labelled, tmp_path / "broken")
+    whole = (tmp_path / "broken/val/kind1/01.png").read_bytes()
+    (tmp_path / "broken/val/kind1/01.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"01.png: the file is empty"):
+        finetune("run", data_path=tmp_path / "broken", epochs=2)
+    state = checkpoint.read(tmp_path / "run" / "checkpoint-last.pth")
+    assert state["progress"]["epoch"] == 1
+    (tmp_path / "broken/val/kind1/01.png").write_bytes(whole)
+    assert [
+        line["epoch"] for line in lines(finetune("run", data_path=tmp_path / "broken", epochs=2, resume="auto"))
+    ] == [1]
 
 
 def test_the_report(finetune, tuned, capsys, tmp_path):

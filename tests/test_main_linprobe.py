@@ -1,13 +1,15 @@
 """Linear probing: the trunk stays, heads learn side by side, and the test set chooses nothing."""
 
 import json
+import subprocess
 
 import pytest
 import torch
+from conftest import ROOT, torchrun
 
 import main_finetune
 import main_linprobe
-from models_vit import build_probe
+from models_vit import SideBySide, build_probe, probe_head
 from util import checkpoint
 
 
@@ -51,9 +53,23 @@ def test_the_trunk_is_in_evaluation_mode():
     assert not model.forward_features(torch.rand(2, 1, 16, 16)).requires_grad
 
 
+def test_heads_do_not_mind_each_other():
+    """The gradient of each is that which it has alone."""
+    torch.manual_seed(0)
+    features, targets = torch.randn(16, 8), torch.randint(0, 3, (16,))
+    first, second = probe_head(8, 3), probe_head(8, 3)
+    for head in (first, second):
+        main_linprobe._loss(head(features), targets).backward()
+    alone = [head[1].weight.grad.clone() for head in (first, second)]
+    together = SideBySide([first, second])
+    together.zero_grad()
+    main_linprobe._loss(together(features), targets).backward()
+    for head, gradient in zip(together, alone, strict=True):
+        torch.testing.assert_close(head[1].weight.grad, gradient)
+
+
 @pytest.mark.parametrize("cached", [False, True])
-def test_several_rates_train_heads_that_do_not_mind_each_other(probe, tuned, cached):
-    """The head of a rate is that of a run with this rate alone, on the same images."""
+def test_several_rates_have_a_head_each_and_one_is_chosen(probe, tuned, cached):
     flags = {"finetune": tuned / "checkpoint-19.pth", "epochs": 3, **({"cache_features": True} if cached else {})}
     out = probe("several", blr="1 30 100", **flags)
     chosen = lines(out)[-1]["chosen_blr"]
@@ -64,6 +80,21 @@ def test_several_rates_train_heads_that_do_not_mind_each_other(probe, tuned, cac
     all_heads = checkpoint.read(out / "checkpoint-2.pth")["model"]
     number = [1, 30, 100].index(chosen)
     assert torch.equal(all_heads[f"head.{number}.1.weight"], written["model"]["head.1.weight"])
+
+
+def test_two_processes_evaluate_what_they_save(tuned, labelled, tmp_path, capsys, probe):
+    """Batch norm's statistics are each process's own while it trains."""
+    subprocess.run(
+        [*torchrun(2), "main_linprobe.py", "--data_path", labelled, "--output_dir", tmp_path / "two", "--model",
+         "vit_mini_patch4", "--input_size", "16", "--batch_size", "4", "--epochs", "3", "--warmup_epochs", "1", "--lr",
+         "3", "--num_workers", "0", "--device", "cpu", "--finetune", tuned / "checkpoint-19.pth"],
+        cwd=ROOT, check=True, capture_output=True, timeout=200,
+    )  # fmt: skip
+    last = lines(tmp_path / "two")[-1]
+    capsys.readouterr()
+    probe("nothing", eval=True, resume=tmp_path / "two" / "checkpoint-2.pth")
+    said = capsys.readouterr().out
+    assert f"* Acc@1 {last['test_acc1']:.3f} Acc@5 {last['test_acc5']:.3f} loss {last['test_loss']:.3f}" in said
 
 
 def test_the_written_probe_evaluates_alike(probe, tuned, capsys):

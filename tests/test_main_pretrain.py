@@ -362,7 +362,7 @@ def test_wrong_inputs_are_answered_in_sentences(pretrain, pictures, tmp_path, ca
     assert "is damaged" in said(*here, "--resume", truncated)
     bare = tmp_path / "bare.pth"
     torch.save({"model": weights(out)}, bare)
-    assert "--init_from takes its weights" in said(*here, "--resume", bare)
+    assert "its weights alone can be taken (--init_from" in said(*here, "--resume", bare)
     assert "has in another shape 3 tensors" in said(*here, "--init_from", good, "--in_chans", "1")
     assert "--crop_scale 1.0 0.2" in said(*here, "--crop_scale", "1", "0.2")
     if not torch.cuda.is_available():

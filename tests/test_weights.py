@@ -74,7 +74,7 @@ def test_an_encoder_into_a_classifier(tmp_path, mini_mae):
     for pooled in (False, True):
         model = vit(global_pool=pooled)
         head = model.head.weight.clone()
-        assert weights.load_encoder(model, path) is False
+        assert weights.load_encoder(model, weights.read(path)) is False
         assert torch.equal(model.blocks[3].mlp.fc2.weight, mini_mae.blocks[3].mlp.fc2.weight)
         assert torch.equal(model.pos_embed, mini_mae.pos_embed)
         assert torch.equal(model.head.weight, head)
@@ -85,13 +85,13 @@ def test_an_encoder_into_a_classifier(tmp_path, mini_mae):
 def test_a_head_is_taken_where_it_fits(tmp_path):
     path = saved(tmp_path / "vit.pth", vit())
     same, other = vit(), vit(num_classes=7)
-    assert weights.load_encoder(same, path) is True
-    assert weights.load_encoder(other, path) is False
+    assert weights.load_encoder(same, weights.read(path)) is True
+    assert weights.load_encoder(other, weights.read(path)) is False
 
 
 def test_positions_are_interpolated(tmp_path, mini_mae):
     model = vit(img_size=32)
-    weights.load_encoder(model, saved(tmp_path / "mae.pth", mini_mae))
+    weights.load_encoder(model, weights.read(saved(tmp_path / "mae.pth", mini_mae)))
     expected = resize_pos_embed(mini_mae.pos_embed, (4, 4), (8, 8))
     assert torch.equal(model.pos_embed, expected)
 
@@ -101,13 +101,13 @@ def test_what_does_not_fit_a_classifier(tmp_path, mini_mae):
     del state["blocks.2.norm1.weight"]
     torch.save({"model": state}, tmp_path / "lacking.pth")
     with pytest.raises(CheckpointError, match=r"lacks 1 tensors \(blocks.2.norm1.weight"):
-        weights.load_encoder(vit(), tmp_path / "lacking.pth")
+        weights.load_encoder(vit(), weights.read(tmp_path / "lacking.pth"))
     torch.save({"model": mini_mae.state_dict() | {"extra": torch.zeros(1)}}, tmp_path / "more.pth")
     with pytest.raises(CheckpointError, match=r"holds besides 1 tensors \(extra"):
-        weights.load_encoder(vit(), tmp_path / "more.pth")
+        weights.load_encoder(vit(), weights.read(tmp_path / "more.pth"))
     pooled = saved(tmp_path / "pooled.pth", vit(global_pool=True))
     with pytest.raises(CheckpointError, match="--global_pool"):
-        weights.load_encoder(vit(), pooled)
+        weights.load_encoder(vit(), weights.read(pooled))
     with pytest.raises(CheckpointError, match="--cls_token"):
         weights.load_classifier(vit(global_pool=True), weights.read_classifier(saved(tmp_path / "cls.pth", vit())))
     with pytest.raises(CheckpointError, match=r"holds an encoder and decoder, which classifies nothing.*fine-tuned"):
@@ -119,13 +119,13 @@ def test_other_channels_need_a_decision(tmp_path):
     path = saved(tmp_path / "rgb.pth", rgb)
     kernel = rgb.patch_embed.proj.weight
     with pytest.raises(CheckpointError, match=r"is for 3 channels.*choose --adapt_input mean .*repeat .*skip"):
-        weights.load_encoder(vit(in_chans=5), path)
+        weights.load_encoder(vit(in_chans=5), weights.read(path))
     mean, repeat, skip, grey = vit(in_chans=5), vit(in_chans=5), vit(in_chans=5), vit(in_chans=1)
     untrained = skip.patch_embed.proj.weight.clone()
-    weights.load_encoder(mean, path, "mean")
-    weights.load_encoder(repeat, path, "repeat")
-    weights.load_encoder(skip, path, "skip")
-    weights.load_encoder(grey, path, "mean")
+    weights.load_encoder(mean, weights.read(path), "mean")
+    weights.load_encoder(repeat, weights.read(path), "repeat")
+    weights.load_encoder(skip, weights.read(path), "skip")
+    weights.load_encoder(grey, weights.read(path), "mean")
     torch.testing.assert_close(mean.patch_embed.proj.weight, kernel.mean(1, keepdim=True).expand(-1, 5, -1, -1) * 3 / 5)
     torch.testing.assert_close(repeat.patch_embed.proj.weight, kernel[:, [0, 1, 2, 0, 1]] * 3 / 5)
     assert torch.equal(skip.patch_embed.proj.weight, untrained)

@@ -9,6 +9,7 @@ import hashlib
 import logging
 import os
 import pickle
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -127,9 +128,10 @@ def _load(path: Path, mmap: bool = False) -> dict[str, Any]:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and is_zip)
     except pickle.UnpicklingError as error:
         # torch says so for foreign objects and for damage alike; both are refused.
+        found = re.search(r"GLOBAL (\S+)", str(error))
         raise CheckpointError(
-            f"{path} is refused: it is damaged, or it holds objects other than tensors and plain values, "
-            f"which could run code when loaded. Nothing in it was executed."
+            f"{path} is refused: it is damaged, or it holds objects other than tensors and plain values"
+            f"{f' ({found[1]})' if found else ''}, which could run code when loaded. Nothing in it was executed."
         ) from error
     except Exception as error:  # whatever the zip and pickle readers raise on damaged bytes
         raise CheckpointError(f"{path} is damaged or no checkpoint (a download or copy cut short?): {error}") from error

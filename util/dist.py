@@ -121,6 +121,13 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
+def share_buffers(model: nn.Module) -> None:
+    """Gives every process the buffers of rank 0, which are those that are saved."""
+    if td.is_initialized():
+        for buffer in model.buffers():
+            td.broadcast(buffer, 0)
+
+
 def wrap(model: nn.Module, device: torch.device) -> nn.Module:
     """The model as DistributedDataParallel where there are several processes, else itself."""
     if world_size() == 1:

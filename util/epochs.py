@@ -47,8 +47,11 @@ def run(
     output_dir = Path(args.output_dir)
     global_batch_size = args.batch_size * dist.world_size()
     effective_batch_size = global_batch_size * args.accum_iter
-    logger.info("settings: " + " ".join(f"{name}={value}" for name, value in sorted(settings.items())))
-    args.lr = lr_sched.scaled_lr(args.lr, args.blr, effective_batch_size)
+    told = (f"{name}={value}" for name, value in sorted(settings.items()) if name != "classes")
+    logger.info("settings: " + " ".join(told))
+    args.lr = lr_sched.scaled_lr(
+        args.lr, max(args.blr) if isinstance(args.blr, list) else args.blr, effective_batch_size
+    )
     logger.info(f"{args.model} on {precision.device} in {precision.name}, {dist.world_size()} process(es)")
 
     progress = runstate.Progress(effective_batch_size, global_batch_size, args.start_epoch, batches.num_images)
@@ -78,7 +81,12 @@ def run(
             meters = runlog.Meters(**progress.meters)
             train(epoch=epoch, first_step=progress.first_step, meters=meters, log=log)
             progress.next_epoch()
-            found = after_epoch(epoch, log)
+            dist.share_buffers(model)  # batch norm's statistics are each process's own until here
+            try:
+                found = after_epoch(epoch, log)
+            except Exception:  # an image that can't be read, say: the epoch itself is not lost
+                saver.save(epoch + 1, 0, {})
+                raise
             # The line first: a run stopped between the two writes that epoch, and its line, again.
             log.end_epoch(meters.means() | found | batches.counts())
             saver.save_epoch(epoch, found.get("test_acc1"))

@@ -40,18 +40,16 @@ def classify(
     Raises:
         ValueError: the bank has fewer features than the largest k.
     """
-    dtype = torch.float16 if device.type == "cuda" else torch.float32
-    bank = F.normalize(bank, dim=1).to(dtype).to(device)
-    bank_labels = bank_labels.to(device)
-    size = sum(dist.gather(len(bank)))
-    if size < max(ks):
-        raise ValueError(f"--k {max(ks)}: there are only {size} training images")
+    bank, bank_labels = _unit(bank, device), bank_labels.to(device)
+    sizes = dist.gather(len(bank))
+    if sum(sizes) < max(ks):
+        raise ValueError(f"--k {max(ks)}: there are only {sum(sizes)} training images")
+    step = max(1, CHUNK // max(sizes))  # the same in all processes, which go through the queries together
     right = dict.fromkeys(ks, 0)
     # Each process's queries in turn go round to all parts of the bank.
     for asked, expected in zip(dist.gather(queries), dist.gather(labels), strict=True):
-        step = max(1, CHUNK // max(1, len(bank)))
         for part, truth in zip(asked.split(step), expected.split(step), strict=True):
-            similarity, neighbours = _nearest(F.normalize(part, dim=1).to(dtype).to(device), bank, max(ks))
+            similarity, neighbours = _nearest(_unit(part, device), bank, max(ks))
             found = dist.gather((similarity.cpu(), bank_labels[neighbours].cpu()))
             similarity, order = torch.cat([own for own, _ in found], dim=1).sort(dim=1, descending=True, stable=True)
             classes = torch.cat([own for _, own in found], dim=1).gather(1, order)
@@ -60,6 +58,15 @@ def classify(
                 votes = torch.zeros(len(part), num_classes).scatter_add_(1, classes[:, :k], weights[:, :k])
                 right[k] += int((votes.argmax(dim=1) == truth).sum())
     return right
+
+
+def _unit(features: Tensor, device: torch.device) -> Tensor:
+    """Features (n, D) of length 1 on the device, made there part by part, so that no copy of them all is needed."""
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    unit = torch.empty(features.shape, dtype=dtype, device=device)
+    for whole, part in zip(unit.split(65536), features.split(65536), strict=True):
+        whole.copy_(F.normalize(part.to(device), dim=1))
+    return unit
 
 
 def _nearest(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:

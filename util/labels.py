@@ -118,7 +118,13 @@ def some_of_each_class(source: Source, count: int, seed: int) -> Part:
 
 
 def hold_out(source: Source, share: float, seed: int) -> tuple[Part, Part]:
-    """A source in two: the larger part, and a `share` of it, drawn by `seed`."""
+    """A source in two: the larger part, and a `share` of it, drawn by `seed`.
+
+    Raises:
+        ValueError: nothing would be held out.
+    """
+    if not round(share * len(source)):
+        raise ValueError(f"--held_out {share}: of {len(source)} images none would be held out to choose by; give more")
     order = np.random.default_rng(seed).permutation(len(source))
     count = round(share * len(source))
     return Part(source, np.sort(order[count:])), Part(source, np.sort(order[:count]))

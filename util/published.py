@@ -113,7 +113,9 @@ def find(name: str) -> Published:
         raise ValueError(f"there is no file {name}, nor published weights of that name; the nearest is {near or '?'}")
     row = TABLE[name]
     if row.url is None:
-        released = [other for other, its in TABLE.items() if its.url and its.kind == row.kind and "_8xb" in other]
+        released = [
+            other for other, its in TABLE.items() if its.url and its.kind == row.kind and its.licence == row.licence
+        ]
         raise ValueError(f"{name} was announced and never released; released are {', '.join(released)}")
     return row
 

@@ -146,7 +146,7 @@ def resume(
         if missing:
             raise CheckpointError(
                 f"--resume {which}: it has no {' and no '.join(sorted(missing))}, so that no run can be continued from "
-                f"it; --init_from takes its weights"
+                f"it; its weights alone can be taken (--init_from in pre-training, else --finetune or --eval)"
             )
         progress.restore(state)
         restore_model(model, state)
@@ -207,6 +207,8 @@ def _warn_of_changes(saved: Any, settings: dict[str, Any]) -> None:
     saved = saved if isinstance(saved, dict) else vars(saved)
     for name in sorted(saved.keys() & settings.keys() - FREE_SETTINGS):
         if saved[name] != settings[name]:
+            if name == "classes":
+                raise CheckpointError("the run that is continued had other classes; --finetune starts from its weights")
             logger.warning(
                 f"--{name} was {saved[name]} in the run that is continued, and is {settings[name]} from now on"
             )

@@ -80,7 +80,7 @@ class Samples(Dataset):
         """Notes a sample that can't be read, or ends the run: at once, or where all seem to be so."""
         reason = (isinstance(error, OSError) and error.strerror) or str(error)
         if not self.skips:
-            raise BadImage(f"{name}: {reason} (--on_bad_image skip leaves such images out)") from error
+            raise BadImage(f"{name}: {reason} (--on_bad_image skip leaves such images out of training)") from error
         bad.append((name, reason))
         if len(bad) >= MAX_BAD_IN_A_ROW:
             raise BadImage(f"{len(bad)} images in a row can't be read; the last is {name}: {reason}") from error

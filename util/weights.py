@@ -4,7 +4,7 @@ What a file holds is told apart by its names: an encoder, an encoder with its de
 """
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,7 +68,7 @@ def read(name: Path | str) -> Weights:
     tensors = to_ours({key: value for key, value in held.items() if isinstance(value, Tensor)})
     if "patch_embed.proj.weight" not in tensors:
         raise CheckpointError(f"{path} holds no weights of a Vision Transformer: {_some(held)}")
-    settings = state.get("args", {})
+    settings = state.get("args") or {}
     settings = settings if isinstance(settings, dict) else vars(settings)
     return Weights(tensors, settings if "digest" not in held else {}, _kind(tensors), str(name))
 
@@ -99,13 +99,16 @@ def init_mae(model: Any, name: Path | str) -> None:
     logger.info(f"weights from {name}")
 
 
-def load_encoder(model: nn.Module, name: Path | str, adapt_input: str = "error") -> bool:
+def load_encoder(
+    model: nn.Module, file: Weights, adapt_input: str = "error", classes: Sequence[str] | None = None
+) -> bool:
     """Starts a classifier from an encoder; its head too if the file has one of as many classes.
 
     The position table is interpolated to the model's patch grid.
 
     Args:
         model: a `models_vit.VisionTransformer`.
+        classes: the model's; a head is not taken from a file that tells of others.
         adapt_input: what becomes of the patch projection when the file has other channels: "error"; each of ours gets
             the "mean" of the file's; the file's "repeat" in turn; or it starts untrained ("skip"). Mean and repeat are
             scaled so that the sum of all channels' weights stays.
@@ -116,7 +119,6 @@ def load_encoder(model: nn.Module, name: Path | str, adapt_input: str = "error")
     Raises:
         CheckpointError: the file lacks weights, holds others, or has other shapes than the model's.
     """
-    file = read(name)
     ours = model.state_dict()
     pooled = "fc_norm.weight" in ours
     weights = {
@@ -125,7 +127,13 @@ def load_encoder(model: nn.Module, name: Path | str, adapt_input: str = "error")
         if not key.startswith("decoder_") and key != "mask_token" and not (pooled and key.startswith("norm."))
     }
     head = {key for key in weights if key.startswith("head.")}
-    fits = bool(head) and head == {k for k in ours if k.startswith("head.")} and not _reshaped(weights, ours) & head
+    same = classes is None or file.settings.get("classes") in (None, list(classes))
+    fits = (
+        bool(head)
+        and same
+        and head == {k for k in ours if k.startswith("head.")}
+        and not _reshaped(weights, ours) & head
+    )
     if not fits:
         weights = {key: value for key, value in weights.items() if key not in head}
     _adapt_input(file, weights, model, adapt_input)
@@ -136,7 +144,7 @@ def load_encoder(model: nn.Module, name: Path | str, adapt_input: str = "error")
     missing = ours.keys() - weights.keys() - may_lack
     _require(file, "--finetune", missing, weights.keys() - ours.keys(), _reshaped(weights, ours))
     model.load_state_dict(weights, strict=False)
-    logger.info(f"weights from {name} ({file.kind})" + (", its head too" if fits else ""))
+    logger.info(f"weights from {file.source} ({file.kind})" + (", its head too" if fits else ""))
     return fits
 
 
@@ -147,6 +155,10 @@ def read_classifier(name: Path | str) -> Weights:
         CheckpointError: it holds an encoder only.
     """
     file = read(name)
+    if "head.0.1.weight" in file.tensors:
+        raise CheckpointError(
+            f"{name} has several heads side by side; take probe.pth, beside it, which has the chosen one"
+        )
     if file.kind != CLASSIFIER:
         raise CheckpointError(
             f"{name} holds an {file.kind}, which classifies nothing: train a head on it (--finetune), or take a "
@@ -166,6 +178,17 @@ def load_classifier(model: nn.Module, file: Weights) -> None:
         interpolate_pos_embed(model, weights, file.grid_size)
     _require(file, "--resume", ours.keys() - weights.keys(), weights.keys() - ours.keys(), _reshaped(weights, ours))
     model.load_state_dict(weights)
+
+
+def statistics(
+    file: Weights | None, in_chans: int, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> tuple[Sequence[float] | None, Sequence[float] | None]:
+    """`--mean` and `--std` as given, else those that a file's own run had, if it has as many channels."""
+    theirs = file.settings if file and file.settings.get("in_chans") == in_chans else {}
+    for flag, given in (("mean", mean), ("std", std)):
+        if given is not None and theirs.get(flag) not in (None, list(given)):
+            logger.warning(f"--{flag} {' '.join(map(str, given))}: the weights were trained with {theirs[flag]}")
+    return mean or theirs.get("mean"), std or theirs.get("std")
 
 
 def _adapt_input(file: Weights, weights: dict[str, Tensor], model: nn.Module, how: str) -> None:
