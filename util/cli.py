@@ -82,11 +82,13 @@ def run(main: Callable[[argparse.Namespace], Any], parser: argparse.ArgumentPars
     try:
         main(args)
     except torch.OutOfMemoryError as error:
-        _fail(parser, args, error, f"out of memory: halve --batch_size {args.batch_size} and double --accum_iter", 1)
+        remedy = " and double --accum_iter" if "accum_iter" in args else ""
+        _fail(parser, args, error, f"out of memory: halve --batch_size {args.batch_size}{remedy}", 1)
     except (ValueError, OSError, ArithmeticError) as error:
         _fail(parser, args, error, _sentence(error), 1)
     except KeyboardInterrupt as error:
-        _fail(parser, args, error, "interrupted; the same command with --resume auto goes on from the last state", 130)
+        remedy = "; the same command with --resume auto goes on from the last state" if "resume" in args else ""
+        _fail(parser, args, error, f"interrupted{remedy}", 130)
     # Not after an error: processes that still run would wait for this one, or it for them.
     dist.teardown()
 

@@ -33,23 +33,11 @@ RESULTS = HERE / "results.json"
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # the package dataset-fashion-mnist
 
 PATCH = 4
-EPOCHS = 45  # of pre-training: about 55 minutes
+EPOCHS = 40  # of pre-training: under an hour
 MASKED = {"epochs": 12, "warmup_epochs": 1}  # of the runs that compare ratios and targets: about 15 minutes
 RATIOS = (0.5, 0.75, 0.9)
-SHAPE = [
-    "--input_size",
-    28,
-    "--in_chans",
-    1,
-    "--patch_size",
-    PATCH,
-    "--mean",
-    0.286,
-    "--std",
-    0.353,
-    "--num_workers",
-    1,
-]
+SHAPE = ["--input_size", 28, "--in_chans", 1, "--patch_size", PATCH, "--mean", 0.286, "--std", 0.353,
+         "--num_workers", 1]  # fmt: skip
 BUDGET = {100: 200, 500: 100, 2_000: 50, 10_000: 20, 60_000: 8}  # labels: epochs of fine-tuning, with and without
 SEEDS = {100: 3, 500: 3, 2_000: 3, 10_000: 1, 60_000: 1}
 PROBE = ["--cache_features", "--blr", 0.3, 1, 3, 10, 30, "--batch_size", 256, "--epochs", 60, "--warmup_epochs", 5,
@@ -69,31 +57,48 @@ class Study:
         self.work = work
         self.results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
 
-    def keep(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The result of this name; computed and written if it is not there."""
-        if name not in self.results:
+    def keep(
+        self, name: str, command: str, compute: Callable[[], dict[str, Any]], needed: Path | None = None
+    ) -> dict[str, Any]:
+        """The result of a name; computed and written if it is not there, or is another command's.
+
+        Args:
+            needed: a file that other parts take; without it the result alone is not enough.
+        """
+        known = self.results.get(name, {})
+        if known.get("command") != command or (needed and not needed.exists()):
             print(f"\n== {name}", flush=True)
-            self.results[name] = compute()
+            self.results[name] = {**compute(), "command": command}
             temporary = RESULTS.with_suffix(".tmp")
             temporary.write_text(json.dumps(dict(sorted(self.results.items())), indent=1) + "\n")
             temporary.replace(RESULTS)
         print(name, json.dumps(self.results[name]), flush=True)
         return self.results[name]
 
-    def run(self, main: str, name: str, *flags: Any) -> dict[str, Any]:
-        """Runs a main script; returns the last line of its log, and the command."""
+    def run(self, main: str, name: str, *flags: Any, needed: Path | None = None) -> dict[str, Any]:
+        """Runs a main script, and keeps the last line of its log and how long it trained."""
         out = self.work / name
         command = [main, "--dataset", "FashionMNIST", *SHAPE, *flags, "--output_dir", out, "--resume", "auto"]
-        self._call(command)
-        lines = [json.loads(line) for line in (out / "log.txt").read_text().splitlines()]
-        kept = {key: value for key, value in lines[-1].items() if key.startswith(("test_", "train_loss", "chosen"))}
-        kept["minutes"] = round(sum(line["seconds"] for line in lines) / 60, 1)  # of training
-        return kept | {"command": " ".join(str(part) for part in command).replace(str(self.work), "RUNS")}
 
-    def neighbours(self, *flags: Any) -> dict[str, Any]:
+        def compute() -> dict[str, Any]:
+            self._call(command)
+            lines = [json.loads(line) for line in (out / "log.txt").read_text().splitlines()]
+            kept = {key: value for key, value in lines[-1].items() if key.startswith(("test_", "train_loss", "chosen"))}
+            return {**kept, "minutes": round(sum(line["seconds"] for line in lines) / 60, 1)}
+
+        return self.keep(name, self._told(command), compute, needed)
+
+    def neighbours(self, name: str, *flags: Any) -> dict[str, Any]:
         """Runs main_knn.py."""
-        said = self._call(["main_knn.py", "--dataset", "FashionMNIST", *SHAPE, "--model", "vit_mini_patch4", *flags])
-        return json.loads(re.findall(r"^\{.*\}$", said, re.MULTILINE)[-1])
+        command = ["main_knn.py", "--dataset", "FashionMNIST", *SHAPE, "--model", "vit_mini_patch4", *flags]
+
+        def compute() -> dict[str, Any]:
+            return json.loads(re.findall(r"^\{.*\}$", self._call(command), re.MULTILINE)[-1])
+
+        return self.keep(name, self._told(command), compute)
+
+    def _told(self, command: list[Any]) -> str:
+        return " ".join(map(str, command)).replace(str(self.work), "RUNS")
 
     def _call(self, command: list[Any]) -> str:
         """One thread computes, the other core loads."""
@@ -137,10 +142,11 @@ def images(data: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
 
 def pretrain(study: Study) -> Path:
     """The encoder of all other parts."""
+    encoder = study.work / "pretrain" / f"checkpoint-{EPOCHS - 1}.pth"
     flags: list[Any] = ["--model", "mae_vit_mini_patch4", "--batch_size", 64, "--lr", 1e-3, "--crop_scale", 0.6, 1]
     flags += ["--epochs", EPOCHS, "--warmup_epochs", 2]
-    study.keep("pretrain", partial(study.run, "main_pretrain.py", "pretrain", *flags))
-    return study.work / "pretrain" / f"checkpoint-{EPOCHS - 1}.pth"
+    study.run("main_pretrain.py", "pretrain", *flags, needed=encoder)
+    return encoder
 
 
 def probe(study: Study) -> None:
@@ -150,7 +156,7 @@ def probe(study: Study) -> None:
         for start in ([], ["--finetune", encoder]):
             name = f"probe/10000/{pooling[2:]}/{'pre-trained' if start else 'untrained'}"
             flags = ["--model", "vit_mini_patch4", pooling, "--train_per_class", 1000, *PROBE, *start]
-            study.keep(name, partial(study.run, "main_linprobe.py", name, *flags))
+            study.run("main_linprobe.py", name, *flags)
 
 
 def knn(study: Study) -> None:
@@ -159,7 +165,7 @@ def knn(study: Study) -> None:
     for pooling in ("--cls_token", "--global_pool"):
         for start in ([], ["--finetune", encoder]):
             name = f"knn/60000/{pooling[2:]}/{'pre-trained' if start else 'untrained'}"
-            study.keep(name, partial(study.neighbours, pooling, *start))
+            study.neighbours(name, pooling, *start)
 
 
 def baselines(study: Study) -> None:
@@ -182,7 +188,7 @@ def baselines(study: Study) -> None:
                 ("logistic", LogisticRegression(C=0.1, max_iter=300)),
             ):
                 fit = partial(score, model, train[chosen], labels[chosen], test, test_labels)
-                study.keep(f"{name}/{count}/{seed}", fit)
+                study.keep(f"{name}/{count}/{seed}", f"{model} on {count} images of raw pixels, seed {seed}", fit)
 
 
 def score(
@@ -205,7 +211,7 @@ def finetune(study: Study) -> None:
                     "--lr", 1e-3, "--aa", "none", "--reprob", 0, "--crop_scale", 0.7, 1, "--mixup", 0.8, "--cutmix", 1,
                     *(["--train_per_class", count // 10] if count < 60_000 else []), *start,
                 ]  # fmt: skip
-                study.keep(name, partial(study.run, "main_finetune.py", name, *flags))
+                study.run("main_finetune.py", name, *flags)
 
 
 def ratios(study: Study) -> None:
@@ -215,8 +221,8 @@ def ratios(study: Study) -> None:
         flags = ["--model", "mae_vit_mini_patch4", "--batch_size", 64, "--lr", 1e-3, "--crop_scale", 0.6, 1,
                  "--epochs", MASKED["epochs"], "--warmup_epochs", MASKED["warmup_epochs"], *changes]  # fmt: skip
         name = f"masked/{variant}"
-        study.keep(name, partial(study.run, "main_pretrain.py", name, *flags))
         encoder = study.work / name / f"checkpoint-{MASKED['epochs'] - 1}.pth"
+        study.run("main_pretrain.py", name, *flags, needed=encoder)
         probed = f"{name}/probe"
         flags = [
             "--model",
@@ -228,7 +234,7 @@ def ratios(study: Study) -> None:
             "--finetune",
             encoder,
         ]
-        study.keep(probed, partial(study.run, "main_linprobe.py", probed, *flags))
+        study.run("main_linprobe.py", probed, *flags)
 
 
 # ------------------------------------------------------------------------------------------------------------ report
