@@ -63,7 +63,6 @@ def main(args: Namespace) -> Evaluation | None:
     torch.manual_seed(args.seed)
     precision = Precision(args.amp, device)
     open_split = partial(datasets.open_source, data_path=args.data_path, dataset=args.dataset, download=args.download)
-    val = labels.require(open_split("val", file_list=args.val_list), "val")
     file = file_of(vars(args))
     mean, std = weights.statistics(file, args.in_chans, args.mean, args.std)
     statistics = transforms.channel_statistics(args.in_chans, mean, std)
@@ -77,18 +76,19 @@ def main(args: Namespace) -> Evaluation | None:
         return partial(evaluate, data_loader=batches, normalize=normalize, precision=precision)
 
     if args.eval and file:
+        val = labels.require(open_split("val", file_list=args.val_list), "val")
         model, val = load_for_evaluation(models_vit.build, vars(args), file, val)
         scores = prepare_test(val)(model.to(device))
         tell(scores, val.classes, args.report)
         return scores
 
     runstate.prepare_output_dir(Path(args.output_dir), args.resume)
-    train = labels.require(open_split("train", file_list=args.train_list), "train")
-    classes = labels.check_classes(train, val, args.nb_classes)
-    val = labels.counted_as(val, classes)
+    train, val = labels.open_pair(
+        open_split, args.train_list, args.val_list,
+        nb_classes=args.nb_classes, train_per_class=args.train_per_class, seed=args.seed,
+    )  # fmt: skip
+    classes = train.classes
     settings = {**vars(args), "nb_classes": len(classes), "classes": classes, "mean": mean, "std": std}
-    if args.train_per_class:
-        train = labels.some_of_each_class(train, args.train_per_class, args.seed)
     model = models_vit.build(settings)
     if file and not weights.load_encoder(model, file, args.adapt_input, classes):
         trunc_normal_(model.head.weight, std=HEAD_STD)
@@ -114,9 +114,7 @@ def main(args: Namespace) -> Evaluation | None:
 
     test = prepare_test(val)
 
-    def test_epoch(epoch: int, log: runlog.NullLog) -> dict[str, Any]:
-        if (epoch + 1) % args.eval_every and epoch + 1 < args.epochs:
-            return {}
+    def evaluate_epoch(epoch: int, log: runlog.NullLog) -> dict[str, Any]:
         scores = test(model)
         tell(scores, classes, args.report)
         return {**scores.stats(), "n_parameters": num_parameters}
@@ -130,7 +128,7 @@ def main(args: Namespace) -> Evaluation | None:
         train_one_epoch=partial(
             train_one_epoch, criterion=criterion, normalize=normalize, erase=erase if args.reprob else None, mixup=mixup
         ),
-        after_epoch=test_epoch,
+        after_epoch=evaluate_epoch,
         loss_tag="loss",
     )
     return None

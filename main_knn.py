@@ -54,11 +54,10 @@ def main(args: Namespace) -> dict[int, float]:
     torch.manual_seed(args.seed)
     precision = Precision(args.amp, device)
     open_split = partial(datasets.open_source, data_path=args.data_path, dataset=args.dataset, download=args.download)
-    train = labels.require(open_split("train", file_list=args.train_list), "train")
-    val = labels.require(open_split("val", file_list=args.val_list), "val")
-    classes = labels.check_classes(train, val, args.nb_classes)
-    if args.train_per_class:
-        train = labels.some_of_each_class(train, args.train_per_class, args.seed)
+    train, val = labels.open_pair(
+        open_split, args.train_list, args.val_list,
+        nb_classes=args.nb_classes, train_per_class=args.train_per_class, seed=args.seed,
+    )  # fmt: skip
     model = models_vit.build({**vars(args), "nb_classes": 0})
     file = weights.read(args.finetune) if args.finetune else None
     if file:
@@ -77,7 +76,9 @@ def main(args: Namespace) -> dict[int, float]:
 
     bank, queries = features_of(train, model), features_of(val, model)
     del model  # the bank may need its place
-    right = classify(*bank, *queries, ks=args.k, temperature=args.temperature, num_classes=len(classes), device=device)
+    right = classify(
+        *bank, *queries, ks=args.k, temperature=args.temperature, num_classes=len(train.classes), device=device
+    )
     accuracies = {k: 100 * hits / len(val) for k, hits in right.items()}
     for k, accuracy in accuracies.items():
         logger.info(f"* {k}-NN Acc@1 {accuracy:.3f}")

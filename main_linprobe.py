@@ -60,7 +60,6 @@ def main(args: Namespace) -> None:
     torch.manual_seed(args.seed)
     precision = Precision(args.amp, device)
     open_split = partial(datasets.open_source, data_path=args.data_path, dataset=args.dataset, download=args.download)
-    val = labels.require(open_split("val", file_list=args.val_list), "val")
     file = file_of(vars(args))
     mean, std = weights.statistics(file, args.in_chans, args.mean, args.std)
     statistics = transforms.channel_statistics(args.in_chans, mean, std)
@@ -73,23 +72,24 @@ def main(args: Namespace) -> None:
         batches = loader.eval_loader(samples, min(args.batch_size, 512), **fetches)
         return extract_features(model, batches, normalize=normalize, precision=precision)
 
-    test = partial(test_head, precision=precision)
+    test = partial(evaluate_head, precision=precision)
     if args.eval and file:
+        val = labels.require(open_split("val", file_list=args.val_list), "val")
         probe, val = load_for_evaluation(models_vit.build_probe, vars(args), file, val)
         tell(test(probe.get_submodule("head"), features_of(val, probe.to(device))), val.classes, args.report)
         return
 
     runstate.prepare_output_dir(Path(args.output_dir), args.resume)
-    train = labels.require(open_split("train", file_list=args.train_list), "train")
-    classes = labels.check_classes(train, val, args.nb_classes)
-    val = labels.counted_as(val, classes)
+    train, val = labels.open_pair(
+        open_split, args.train_list, args.val_list,
+        nb_classes=args.nb_classes, train_per_class=args.train_per_class, seed=args.seed,
+    )  # fmt: skip
+    classes = train.classes
     several = len(args.blr) > 1
     if several and args.lr is not None:
         raise ValueError("--lr sets one rate; leave it out where --blr gives several")
     told = {"blr": args.blr if several else args.blr[0], "mean": mean, "std": std}
     settings = {**vars(args), **told, "nb_classes": len(classes), "classes": classes}
-    if args.train_per_class:
-        train = labels.some_of_each_class(train, args.train_per_class, args.seed)
     model = models_vit.build_probe(settings)
     if file:
         weights.load_encoder(model, file, args.adapt_input)
@@ -109,10 +109,8 @@ def main(args: Namespace) -> None:
         batches = loader.TrainLoader(samples, args.batch_size, args.seed, **fetches)
     num_parameters = sum(p.numel() for p in heads[0].parameters())
 
-    def test_epoch(epoch: int, log: runlog.NullLog) -> dict[str, Any]:
+    def evaluate_epoch(epoch: int, log: runlog.NullLog) -> dict[str, Any]:
         """Of several heads, that which does best on the images held out is tested, and no other."""
-        if (epoch + 1) % args.eval_every and epoch + 1 < args.epochs:
-            return {}
         best = max(range(len(heads)), key=lambda number: test(heads[number], held).acc1) if held else 0
         scores = test(heads[best], seen)
         tell(scores, classes, args.report)
@@ -129,7 +127,7 @@ def main(args: Namespace) -> None:
         train_one_epoch=partial(
             train_one_epoch, criterion=_loss, normalize=nn.Identity() if args.cache_features else normalize
         ),
-        after_epoch=test_epoch,
+        after_epoch=evaluate_epoch,
         loss_tag="loss",
         trained=model.head if args.cache_features else None,
     )
@@ -145,7 +143,7 @@ def make_heads(model: nn.Module, blrs: Sequence[float], weight_decay: float) -> 
     return heads, LARS(groups, weight_decay=weight_decay)
 
 
-def test_head(head: nn.Module, features: tuple[Tensor, Tensor], precision: Precision) -> Evaluation:
+def evaluate_head(head: nn.Module, features: tuple[Tensor, Tensor], precision: Precision) -> Evaluation:
     """Evaluates a head on this process's features (n, D) and labels (n,), and puts those of all processes together."""
     batches = [[*part, part[1]] for part in zip(*(column.split(4096) for column in features), strict=True)]
     return evaluate(head, batches, normalize=nn.Identity(), precision=precision)

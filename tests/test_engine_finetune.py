@@ -13,7 +13,7 @@ from util.precision import Precision
 
 
 @pytest.fixture
-def test_of(pictures):
+def evaluation_of(pictures):
     normalize = transforms.Normalize(*transforms.channel_statistics(3))
 
     def run(batch_size, num_classes=7):
@@ -28,8 +28,8 @@ def test_of(pictures):
     return run
 
 
-def test_is_scikit_learns_on_all_samples(test_of):
-    model, batches, scores = test_of(7)
+def test_is_scikit_learns_on_all_samples(evaluation_of):
+    model, batches, scores = evaluation_of(7)
     model.eval()
     normalize = transforms.Normalize(*transforms.channel_statistics(3))
     with torch.no_grad():
@@ -41,17 +41,17 @@ def test_is_scikit_learns_on_all_samples(test_of):
     assert np.array_equal(scores.labels, labels)
 
 
-def test_batches_change_nothing(test_of):
-    one, other = test_of(7)[2], test_of(64)[2]
+def test_batches_change_nothing(evaluation_of):
+    one, other = evaluation_of(7)[2], evaluation_of(64)[2]
     assert np.array_equal(one.predictions, other.predictions)
     assert one.num_in_top == other.num_in_top
     assert one.loss == pytest.approx(other.loss, rel=1e-6)
 
 
-def test_top_5_needs_5_classes(test_of):
-    assert test_of(8, num_classes=4)[2].num_in_top is None
-    assert "Acc@5" not in str(test_of(8, num_classes=4)[2])
-    assert set(test_of(8, num_classes=4)[2].stats()) == {"test_acc1", "test_loss"}
+def test_top_5_needs_5_classes(evaluation_of):
+    assert evaluation_of(8, num_classes=4)[2].num_in_top is None
+    assert "Acc@5" not in str(evaluation_of(8, num_classes=4)[2])
+    assert set(evaluation_of(8, num_classes=4)[2].stats()) == {"test_acc1", "test_loss"}
 
 
 def test_the_published_line():

@@ -35,11 +35,12 @@ def run(
     Args:
         optimizer: its learning rate is set from `settings` in every step; a group may have an `lr_scale`.
         batches: a `loader.TrainLoader`.
-        settings: the command line's, which become the checkpoints' `args`. Those of `cli.add_run_options` and
-            `cli.add_optimizer_options` count here.
+        settings: the command line's, which become the checkpoints' `args`. Those of `options.add_run_options`
+            and `options.add_optimizer_options` count here.
         train_one_epoch: an engine's, with what is its own already given.
-        after_epoch: what else there is to do with the trained model; returns entries for log.txt, of which
-            `test_acc1` decides about checkpoint-best.pth.
+        after_epoch: what else there is to do with the trained model, every `eval_every` epochs if that is among the
+            settings, and after the last; returns entries for log.txt, of which `test_acc1` decides about
+            checkpoint-best.pth.
         loss_tag: the loss's name in TensorBoard.
         trained: the part of the model that is called with a batch; all of it by default.
     """
@@ -83,7 +84,8 @@ def run(
             progress.next_epoch()
             dist.share_buffers(model)  # batch norm's statistics are each process's own until here
             try:
-                found = after_epoch(epoch, log)
+                due = (epoch + 1) % settings.get("eval_every", 1) == 0 or epoch + 1 == args.epochs
+                found = after_epoch(epoch, log) if due else {}
             except Exception:  # an image that can't be read, say: the epoch itself is not lost
                 saver.save(epoch + 1, 0, {})
                 raise

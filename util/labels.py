@@ -1,7 +1,7 @@
 """What a classifier needs of a data set: its classes, and parts of it."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -63,6 +63,32 @@ def check_classes(train: Source, val: Source, nb_classes: int | None) -> list[st
     if nb_classes not in (None, len(train.classes)):
         raise ValueError(f"the data has {len(train.classes)} classes, and --nb_classes is {nb_classes}; leave it out")
     return train.classes
+
+
+def open_pair(
+    open_split: Callable[..., Source | Shards],
+    train_list: str | None,
+    val_list: str | None,
+    *,
+    nb_classes: int | None,
+    train_per_class: int | None,
+    seed: int,
+) -> tuple[Source, Source]:
+    """The images to train and to validate on, with labels that count the same classes.
+
+    Args:
+        open_split: `datasets.open_source`, with what both have in common given.
+        nb_classes: what the number of classes must be, if given.
+        train_per_class: so many training images of each class, drawn by `seed`; None: all.
+
+    Raises:
+        ValueError: either has no labels, or their classes differ, or a class has too few images.
+    """
+    train = require(open_split("train", file_list=train_list), "train")
+    val = require(open_split("val", file_list=val_list), "val")
+    classes = check_classes(train, val, nb_classes)
+    chosen = some_of_each_class(train, train_per_class, seed) if train_per_class else train
+    return chosen, counted_as(val, classes)
 
 
 def require(source: Source | Shards, split: str) -> Source:
