@@ -110,7 +110,8 @@ def find(name: str) -> Published:
     """
     if name not in TABLE:
         near = difflib.get_close_matches(name, TABLE, n=1, cutoff=0.4)
-        raise ValueError(f"there is no file {name}, nor published weights of that name; the nearest is {near or '?'}")
+        nearest = f"; the nearest is {near[0]}" if near else ""
+        raise ValueError(f"there is no file {name}, nor published weights of that name{nearest}")
     row = TABLE[name]
     if row.url is None:
         released = [
