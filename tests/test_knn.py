@@ -43,7 +43,19 @@ def test_chunks_change_nothing(monkeypatch):
     bank, queries = clouds(100, 0), clouds(50, 1)
     whole = ours(bank, queries)
     monkeypatch.setattr(knn, "CHUNK", 700)
+    monkeypatch.setattr(knn, "SLICE", 33)  # the last slice has one row
     assert ours(bank, queries) == whole
+
+
+def test_a_bank_of_halves_is_multiplied_in_full_precision(monkeypatch):
+    monkeypatch.setattr(knn, "SLICE", 100)
+    (bank, _), (queries, _) = clouds(250, 0), clouds(40, 1)
+    bank, queries = (torch.nn.functional.normalize(part, dim=1) for part in (bank.half().float(), queries))
+    similarity, places = knn._nearest(queries, bank.half(), 7)
+    exact = (queries @ bank.half().float().T).sort(dim=1, descending=True)
+    assert similarity.dtype == torch.float32
+    torch.testing.assert_close(similarity, exact.values[:, :7], rtol=0, atol=1e-6)
+    torch.testing.assert_close((queries @ bank.half().float().T).gather(1, places), similarity, rtol=0, atol=1e-6)
 
 
 def test_a_bank_smaller_than_k():

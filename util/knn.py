@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from util import dist
 
-CHUNK = 2**25  # similarities that are held at once: 128 MiB in fp32
+CHUNK = 2**25  # similarities that are held at once: 128 MiB
+SLICE = 2**16  # rows of the bank that are compared at once, in fp32: 320 MiB of ViT-H's features
 
 
 def classify(
@@ -44,12 +45,12 @@ def classify(
     sizes = dist.gather(len(bank))
     if sum(sizes) < max(ks):
         raise ValueError(f"--k {max(ks)}: there are only {sum(sizes)} training images")
-    step = max(1, CHUNK // max(sizes))  # the same in all processes, which go through the queries together
+    step = max(1, CHUNK // min(SLICE, max(sizes)))  # the same in all processes, which go through the queries together
     right = dict.fromkeys(ks, 0)
     # Each process's queries in turn go round to all parts of the bank.
     for asked, expected in zip(dist.gather(queries), dist.gather(labels), strict=True):
         for part, truth in zip(asked.split(step), expected.split(step), strict=True):
-            similarity, neighbours = _nearest(_unit(part, device), bank, max(ks))
+            similarity, neighbours = _nearest(F.normalize(part.to(device), dim=1), bank, max(ks))
             found = dist.gather((similarity.cpu(), bank_labels[neighbours].cpu()))
             similarity, order = torch.cat([own for own, _ in found], dim=1).sort(dim=1, descending=True, stable=True)
             classes = torch.cat([own for _, own in found], dim=1).gather(1, order)
@@ -64,12 +65,20 @@ def _unit(features: Tensor, device: torch.device) -> Tensor:
     """Features (n, D) of length 1 on the device, made there part by part, so that no copy of them all is needed."""
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     unit = torch.empty(features.shape, dtype=dtype, device=device)
-    for whole, part in zip(unit.split(65536), features.split(65536), strict=True):
+    for whole, part in zip(unit.split(SLICE), features.split(SLICE), strict=True):
         whole.copy_(F.normalize(part.to(device), dim=1))
     return unit
 
 
 def _nearest(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Cosines, fp32, and places of the k nearest in this part of the bank: (n, k) each."""
-    similarity, places = (queries @ bank.T).topk(min(k, len(bank)), dim=1)
-    return similarity.float(), places
+    """Cosines, fp32, and places of the k nearest in this part of the bank: (n, k) each.
+
+    The bank may be in halves; products are not: near neighbours differ by less than a half can tell.
+    """
+    similarity = queries.new_zeros(len(queries), 0)
+    places = torch.zeros(len(queries), 0, dtype=torch.int64, device=queries.device)
+    for number, rows in enumerate(bank.split(SLICE)):
+        found, where = (queries @ rows.to(queries.dtype).T).topk(min(k, len(rows)), dim=1)
+        similarity, order = torch.cat([similarity, found], dim=1).topk(min(k, similarity.shape[1] + len(rows)), dim=1)
+        places = torch.cat([places, where + number * SLICE], dim=1).gather(1, order)
+    return similarity, places

@@ -1,0 +1,59 @@
+"""Runs of the mains: in several processes, stopped on the way, compared."""
+
+import json
+import subprocess
+
+import pytest
+import torch
+from conftest import ROOT, torchrun
+
+from util import checkpoint, runstate
+
+
+def weights(out, name="checkpoint-1.pth"):
+    return checkpoint.read(out / name)["model"]
+
+
+def assert_equal(a, b):
+    assert a.keys() == b.keys()
+    assert [key for key in a if not torch.equal(a[key], b[key])] == []
+
+
+def assert_close(a, b, name="checkpoint-1.pth"):
+    """Two runs that add up in another order. Keys' biases are left out: their gradient is zero but for rounding."""
+    ours, theirs = weights(a, name), weights(b, name)
+    for name in ours:
+        if not name.endswith("qkv.bias"):
+            torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=2e-5)
+    for line_a, line_b in zip(lines(a), lines(b), strict=True):
+        assert line_a["train_loss"] == pytest.approx(line_b["train_loss"], rel=1e-5)
+
+
+def lines(out):
+    return [json.loads(line) for line in (out / "log.txt").read_text().splitlines()]
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop_after(monkeypatch, method, calls):
+    """Makes the run die after so many calls of a saver's method, as a killed process would."""
+    original, count = getattr(runstate.Saver, method), iter(range(1, 1000))
+
+    def save_and_stop(self, *args):
+        original(self, *args)
+        if next(count) == calls:
+            raise Stopped
+
+    monkeypatch.setattr(runstate.Saver, method, save_and_stop)
+
+
+def in_processes(processes, pictures, out, *flags, script="main_pretrain.py", check=True):
+    """main_pretrain.py as `pretrain` runs it, in several processes."""
+    command = [
+        *torchrun(processes), script,
+        "--data_path", pictures, "--output_dir", out, "--model", "mae_vit_mini_patch4", "--input_size", 16,
+        "--warmup_epochs", 1, "--blr", 0.01, "--num_workers", 0, "--device", "cpu", "--vis_every", 0, *flags,
+    ]  # fmt: skip
+    return subprocess.run([str(part) for part in command], cwd=ROOT, check=check, capture_output=True, timeout=300)

@@ -1,0 +1,144 @@
+"""main_pretrain.py on every kind of data set, and on damaged ones."""
+
+import shutil
+import struct
+
+import datasets as hugging_face
+import numpy as np
+import pytest
+import tifffile
+import torch
+import webdataset
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from runs import Stopped, assert_equal, in_processes, lines, stop_after, weights
+
+
+@pytest.fixture(scope="module")
+def smooth():
+    """400 smooth pictures of 24 x 24 pixels and 13 channels, three of them repeated, uint8."""
+    coarse = torch.rand(400, 3, 2, 2, generator=torch.Generator().manual_seed(0))[:, [0, 1, 2] * 4 + [0]]
+    fine = torch.nn.functional.interpolate(coarse, size=24, mode="bilinear")
+    return (255 * fine).byte().permute(0, 2, 3, 1).numpy()
+
+
+def write_pngs(folder, pixels):
+    folder.mkdir(parents=True)
+    for number, picture in enumerate(pixels):
+        Image.fromarray(picture).save(folder / f"{number:03}.png")
+    return folder
+
+
+def flat_folder(root, smooth):
+    return {"data_path": write_pngs(root / "flat", smooth[..., :3])}
+
+
+def grey_rectangles(root, smooth):
+    folder = write_pngs(root / "grey", smooth[..., 0])
+    return {"data_path": folder, "input_size": "32 48", "in_chans": 1, "patch_size": 8}
+
+
+def tiffs_of_13_channels(root, smooth):
+    (root / "tiff").mkdir()
+    for number, picture in enumerate(smooth):
+        tifffile.imwrite(root / "tiff" / f"{number}.tif", picture.astype(np.uint16) * 257, photometric="minisblack",
+                         planarconfig="contig")  # fmt: skip
+    return {"data_path": root / "tiff", "in_chans": 13}
+
+
+def zip_file(root, smooth):
+    write_pngs(root / "set" / "train" / "a", smooth[:200, ..., :3])
+    write_pngs(root / "set" / "train" / "b", smooth[200:, ..., :3])
+    return {"data_path": shutil.make_archive(root / "set", "zip", root / "set")}
+
+
+def list_of_files(root, smooth):
+    folder = write_pngs(root / "flat", smooth[..., :3])
+    (root / "list.csv").write_text("\n".join(f"{path.name},{n % 3}" for n, path in enumerate(sorted(folder.iterdir()))))
+    return {"data_path": folder, "train_list": root / "list.csv"}
+
+
+def torchvisions(root, smooth):
+    raw = root / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part in ("train", "t10k"):
+        pixels, labels = smooth[..., 0], np.zeros(400, dtype=np.uint8)
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">IIII", 0x803, 400, 24, 24) + pixels.tobytes())
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 0x801, 400) + labels.tobytes())
+    return {"data_path": root, "dataset": "FashionMNIST", "in_chans": 1}
+
+
+def hugging_faces(root, smooth):
+    folder = write_pngs(root / "flat", smooth[..., :3])
+    rows = {"image": [{"bytes": path.read_bytes(), "path": None} for path in sorted(folder.iterdir())]}
+    features = hugging_face.Features({"image": hugging_face.Image()})
+    (root / "hf").mkdir()
+    hugging_face.Dataset.from_dict(rows, features=features).to_parquet(root / "hf" / "train.parquet")
+    return {"dataset": f"hf:{root / 'hf'}"}
+
+
+def webdatasets(root, smooth):
+    folder = write_pngs(root / "flat", smooth[..., :3])
+    with webdataset.ShardWriter(str(root / "%03d.tar"), maxcount=80, verbose=0) as writer:
+        for path in sorted(folder.iterdir()):
+            writer.write({"__key__": path.stem, "png": path.read_bytes()})
+    return {"dataset": f"wds:{root}/{{000..004}}.tar"}
+
+
+KINDS = [flat_folder, grey_rectangles, tiffs_of_13_channels, zip_file, list_of_files, torchvisions, hugging_faces,
+         webdatasets]  # fmt: skip
+
+
+def step_losses(out):
+    return [event.value for event in EventAccumulator(str(out)).Reload().Scalars("train_loss")]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_epoch_on_every_kind_of_data_set(pretrain, smooth, tmp_path, kind):
+    out = pretrain(**kind(tmp_path, smooth), epochs=1, warmup_epochs=0, lr=0.003, num_workers=1, vis_every=1)
+    losses = step_losses(out)
+    assert len(losses) == 100
+    assert sum(losses[-20:]) < 0.85 * sum(losses[:20])
+    assert len(EventAccumulator(str(out)).Reload().Images("reconstruction")) == 1
+
+
+def test_an_archive_is_the_folder_that_was_packed(pretrain, pictures, tmp_path):
+    packed = shutil.make_archive(str(tmp_path / "set"), "tar", pictures)
+    assert_equal(weights(pretrain("folder")), weights(pretrain("archive", data_path=packed)))
+
+
+def test_resuming_from_an_archive_is_exact(pretrain, pictures, tmp_path, monkeypatch):
+    settings = {"data_path": shutil.make_archive(str(tmp_path / "set"), "zip", pictures), "save_minutes": 0}
+    whole = pretrain("whole", **settings)
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_after(patch, "save", 3)
+        pretrain("parts", **settings)
+    assert_equal(weights(whole), weights(pretrain("parts", **settings, resume="auto")))
+
+
+def test_bad_images_are_counted_in_the_log(pretrain, pictures, tmp_path, capsys):
+    shutil.copytree(pictures, tmp_path / "some_bad")
+    (tmp_path / "some_bad/train/cat/01.jpg").write_bytes(b"")
+    (tmp_path / "some_bad/train/dog/02.jpg").write_bytes(b"GIF89a")
+    out = pretrain(data_path=tmp_path / "some_bad", on_bad_image="skip")
+    assert [line["bad_images"] for line in lines(out)] == [2, 2]
+    said = capsys.readouterr().out
+    assert said.count("01.jpg: the file is empty") == said.count("02.jpg: the file is not an image") == 1
+
+
+def test_two_processes_name_a_bad_image_once(pictures, tmp_path):
+    shutil.copytree(pictures, tmp_path / "images")
+    (tmp_path / "images/train/cat/01.jpg").write_bytes(b"")
+    done = in_processes(2, tmp_path / "images", tmp_path / "out", "--batch_size", 4, "--epochs", 6,
+                        "--on_bad_image", "skip")  # fmt: skip
+    assert done.stdout.decode().count("01.jpg: the file is empty") == 1
+    assert [line["bad_images"] for line in lines(tmp_path / "out")] == [1] * 6
+
+
+def test_a_stream_in_two_processes_goes_on(pretrain, smooth, tmp_path):
+    shards = ["--dataset", webdatasets(tmp_path, smooth)["dataset"], "--batch_size", 10]
+    in_processes(2, tmp_path, tmp_path / "out", *shards, "--epochs", 1)
+    done = in_processes(2, tmp_path, tmp_path / "out", *shards, "--epochs", 2, "--resume", "auto")
+    assert "streamed: resuming is approximate" in done.stdout.decode()
+    assert [line["epoch"] for line in lines(tmp_path / "out")] == [0, 1]
