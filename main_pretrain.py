@@ -51,7 +51,7 @@ def main(args: Namespace) -> None:
 
     model = models_mae.build(vars(args))
     if args.init_from:
-        weights.init_mae(model, args.init_from)
+        weights.init_mae(model, weights.read(args.init_from))
     model.to(device)
 
     source = datasets.open_source(

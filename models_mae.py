@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from models_vit import LAYER_NORM, SIZES, Block, NormLayer, PatchEmbed
+from models_vit import LAYER_NORM, SIZES, Block, Encoder, NormLayer, PatchEmbed, shape
 from util.masking import noise_from_mask, num_kept
 from util.pos_embed import Size, sincos_table
 
@@ -31,6 +31,7 @@ DECODERS = {
     "huge_patch14": PUBLISHED_DECODER,
 }
 
+DECODER_SUFFIX = "_dec512d8b"  # the published code spells the decoder out in its models' second names
 TARGET_EPS = 1e-6  # added to the variance of a target patch that is normalised
 
 
@@ -44,7 +45,7 @@ class Reconstruction(NamedTuple):
     mask: Tensor  # (B, N), 0 kept, 1 removed
 
 
-class MaskedAutoencoderViT(nn.Module):
+class MaskedAutoencoderViT(Encoder):
     """Asymmetric encoder-decoder: a ViT on the visible patches only, a small transformer that fills in the rest.
 
     Images of another size than `img_size` are taken too: the fixed position tables are recomputed for their grid.
@@ -238,17 +239,10 @@ class MaskedAutoencoderViT(nn.Module):
         """Images -> normalised encoder tokens (B, N + 1, D), class token first; nothing is masked, order is kept."""
         return self.get_intermediate_layers(imgs)[0]
 
-    def get_intermediate_layers(self, imgs: Tensor, n: int = 1, norm: bool = True) -> list[Tensor]:
-        """The tokens after each of the last `n` encoder blocks, as in `forward_features`; `norm`: normalised or raw."""
-        pos_embed = self._table(self.pos_embed, imgs)
+    def embed(self, imgs: Tensor) -> Tensor:
         x = self.patch_embed(imgs)
-        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + pos_embed
-        layers = []
-        for number, block in enumerate(self.blocks, start=1):
-            x = block(x)
-            if number > len(self.blocks) - n:
-                layers.append(self.norm(x) if norm else x)
-        return layers
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
+        return x + self._table(self.pos_embed, imgs)
 
     @torch.no_grad()
     def reconstruct(
@@ -328,21 +322,23 @@ def mae_vit_huge_patch14(**kwargs: Any) -> MaskedAutoencoderViT:
     return _mae("huge_patch14", **kwargs)
 
 
-def build(settings: Mapping[str, Any]) -> MaskedAutoencoderViT:
-    """The model of a run, from its command line's settings, which stand as `args` in its checkpoints.
+def arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The constructor's, from a run's command line, whose settings stand as `args` in its checkpoints.
 
     Raises:
         ValueError: the run's model is no masked autoencoder.
     """
-    if not settings["model"].startswith("mae_vit_") or settings["model"] not in globals():
+    size = settings["model"].removeprefix("mae_vit_").removesuffix(DECODER_SUFFIX)
+    if not settings["model"].startswith("mae_vit_") or size not in SIZES:
         raise ValueError(f"{settings['model']} is no masked autoencoder")
-    shape = {"img_size": settings["input_size"], "in_chans": settings["in_chans"]}
-    if settings["patch_size"] is not None:
-        shape["patch_size"] = settings["patch_size"]
-    return globals()[settings["model"]](**shape, norm_pix_loss=settings["norm_pix_loss"])
+    return {**shape(size, settings), **DECODERS[size], "norm_pix_loss": settings["norm_pix_loss"]}
 
 
-# The published code has each of its three models under a second name that spells the decoder out.
+def build(settings: Mapping[str, Any]) -> MaskedAutoencoderViT:
+    """The model of a run, as `arguments` reads its settings."""
+    return MaskedAutoencoderViT(**arguments(settings))
+
+
 mae_vit_base_patch16_dec512d8b = mae_vit_base_patch16
 mae_vit_large_patch16_dec512d8b = mae_vit_large_patch16
 mae_vit_huge_patch14_dec512d8b = mae_vit_huge_patch14

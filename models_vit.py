@@ -84,6 +84,12 @@ class Attention(nn.Module):
         x = F.scaled_dot_product_attention(q, k, v)  # (B, h, L, D/h)
         return self.proj(x.transpose(1, 2).reshape(B, L, D))
 
+    def maps(self, x: Tensor) -> Tensor:
+        """How much each token takes from each: (B, L, D) -> (B, h, L, L), rows that sum to 1."""
+        B, L, D = x.shape
+        q, k, _ = self.qkv(x).reshape(B, L, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
+        return (q @ k.transpose(-2, -1) * (D // self.num_heads) ** -0.5).softmax(dim=-1)
+
 
 class Mlp(nn.Module):
     """Two linear layers with a GELU (the exact one, erf) between them, on each token alone."""
@@ -121,7 +127,43 @@ class Block(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
-class VisionTransformer(nn.Module):
+class Encoder(nn.Module):
+    """What autoencoder and classifier share: a look into the blocks, with nothing masked."""
+
+    blocks: nn.ModuleList
+    norm: nn.Module
+
+    def embed(self, imgs: Tensor) -> Tensor:
+        """Images (B, c, H, W) -> tokens with their positions (B, N + 1, D), class token first."""
+        raise NotImplementedError
+
+    def get_intermediate_layers(
+        self, imgs: Tensor, n: int = 1, norm: bool = True, return_attention: bool = False
+    ) -> Any:
+        """What the last `n` blocks make of images (B, c, H, W), the last one's last.
+
+        Args:
+            norm: as the encoder's last layer normalises them. A classifier that pools has no such layer for tokens.
+            return_attention: also the blocks' attention maps, one (B, h, N + 1, N + 1) each.
+
+        Returns:
+            A list of tokens (B, N + 1, D), class token first; or that and the list of maps.
+        """
+        x = self.embed(imgs)
+        normalize = self.norm if norm and hasattr(self, "norm") else nn.Identity()
+        layers, maps = [], []
+        block: Any
+        for number, block in enumerate(self.blocks, start=1):
+            seen = number > len(self.blocks) - n
+            if seen and return_attention:
+                maps.append(block.attn.maps(block.norm1(x)))
+            x = block(x)
+            if seen:
+                layers.append(normalize(x))
+        return (layers, maps) if return_attention else layers
+
+
+class VisionTransformer(Encoder):
     """The classifier: the MAE's encoder on all patches, with trained positions and a linear head.
 
     Images of another size than `img_size` are taken too: the position table is interpolated to their patch grid.
@@ -190,12 +232,15 @@ class VisionTransformer(nn.Module):
         self.training = mode
         return self
 
-    def forward_features(self, imgs: Tensor) -> Tensor:
-        """Images (B, c, H, W) -> pooled features (B, D)."""
+    def embed(self, imgs: Tensor) -> Tensor:
         grid = self.patch_embed.grid_of(*imgs.shape[-2:])
         pos_embed = resize_pos_embed(self.pos_embed, self.patch_embed.grid_size, grid)
         x = self.patch_embed(imgs)
-        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + pos_embed
+        return torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + pos_embed
+
+    def forward_features(self, imgs: Tensor) -> Tensor:
+        """Images (B, c, H, W) -> pooled features (B, D)."""
+        x = self.embed(imgs)
         for block in self.blocks:
             x = block(x)
         if self.global_pool:
@@ -271,23 +316,34 @@ def freeze_below(model: VisionTransformer, num_blocks: int) -> None:
         module.requires_grad_(True)
 
 
-def build(settings: Mapping[str, Any]) -> VisionTransformer:
-    """The classifier of a run, from its command line's settings, which stand as `args` in its checkpoints.
+def arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The constructor's, from a run's command line, whose settings stand as `args` in its checkpoints.
 
     Raises:
         ValueError: the run's model is no classifier.
     """
-    if not settings["model"].startswith("vit_") or settings["model"] not in globals():
+    size = settings["model"].removeprefix("vit_")
+    if not settings["model"].startswith("vit_") or size not in SIZES:
         raise ValueError(f"{settings['model']} is no classifier")
-    shape = {"img_size": settings["input_size"], "in_chans": settings["in_chans"]}
+    return {
+        **shape(size, settings),
+        "num_classes": settings["nb_classes"],
+        "drop_path_rate": settings.get("drop_path", 0.0),
+        "global_pool": settings["global_pool"],
+    }
+
+
+def shape(size: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A size's dimensions with a run's `--input_size`, `--patch_size` and `--in_chans`."""
+    given = {"img_size": settings["input_size"], "in_chans": settings["in_chans"]}
     if settings["patch_size"] is not None:
-        shape["patch_size"] = settings["patch_size"]
-    return globals()[settings["model"]](
-        **shape,
-        num_classes=settings["nb_classes"],
-        drop_path_rate=settings.get("drop_path", 0.0),
-        global_pool=settings["global_pool"],
-    )
+        given["patch_size"] = settings["patch_size"]
+    return {**SIZES[size], **given}
+
+
+def build(settings: Mapping[str, Any]) -> VisionTransformer:
+    """The classifier of a run, as `arguments` reads its settings."""
+    return VisionTransformer(**arguments(settings))
 
 
 def build_probe(settings: Mapping[str, Any]) -> VisionTransformer:

@@ -9,6 +9,7 @@ import json
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,8 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the demo runs from a clone
 
 import matplotlib.pyplot as plt
 
-import models_mae
-from inference.model import LoadedMAE, load_mae
+from inference.model import Autoencoder, get_model
 from util import datasets, knn, pictures
 from util.labels import require, some_of_each_class
 from util.samples import Samples
@@ -33,21 +33,21 @@ HELD_OUT = 0.2
 ITERATIONS = 100
 
 
-def read_images(loaded: LoadedMAE, data_path: str, split: str) -> tuple[torch.Tensor, np.ndarray]:
+def read_images(model: Autoencoder, data_path: str, split: str) -> tuple[torch.Tensor, np.ndarray]:
     """All images of a split, uint8 (n, c, H, W), and their labels (n,)."""
     source = datasets.open_source(split, data_path)
     # As they are: they have the model's size, and the usual centre crop would cut their borders off.
-    samples = Samples(source, to_tensor, in_chans=loaded.settings["in_chans"], seed=0)
+    samples = Samples(source, to_tensor, in_chans=model.in_chans, seed=0)
     made = [samples[0, index] for index in range(len(samples))]
     return torch.stack([sample.image for sample in made]), np.array([sample.label for sample in made])
 
 
 @torch.inference_mode()
-def encode(model: models_mae.MaskedAutoencoderViT, loaded: LoadedMAE, images: torch.Tensor) -> np.ndarray:
+def encode(model: Autoencoder, images: torch.Tensor) -> np.ndarray:
     """The class token beside the mean of the patch tokens, nothing masked: (n, 2 D)."""
     parts = []
     for batch in images.split(500):
-        tokens = model.forward_features(loaded.normalize(batch))
+        tokens = model.forward_features(model.normalize(batch))
         parts.append(torch.cat([tokens[:, 0], tokens[:, 1:].mean(dim=1)], dim=1))
     return torch.cat(parts).numpy()
 
@@ -66,12 +66,12 @@ def probe(train: np.ndarray, labels: np.ndarray, test: np.ndarray, test_labels: 
         return fit(best, train, labels).score(test, test_labels)
 
 
-def draw_reconstructions(loaded: LoadedMAE, images: torch.Tensor, path: Path) -> None:
+def draw_reconstructions(model: Autoencoder, images: torch.Tensor, path: Path) -> None:
     """Eight test images, spread over the classes: original, masked, prediction, pasted."""
     chosen = images[np.linspace(0, len(images) - 1, PICTURES, dtype=int)]
-    noise = torch.rand(PICTURES, loaded.model.num_patches, generator=torch.Generator().manual_seed(0))
-    ratio = loaded.settings["mask_ratio"]
-    picture = pictures.reconstruction(loaded.model, chosen, noise, loaded.normalize, ratio, scale=3)
+    noise = torch.rand(PICTURES, model.num_patches, generator=torch.Generator().manual_seed(0))
+    ratio = model.settings["mask_ratio"]
+    picture = pictures.reconstruction(model, chosen, noise, model.normalize, ratio, scale=3)
     figure = plt.figure(figsize=(picture.shape[1] / 100, picture.shape[0] / 100 + 0.4), dpi=100)
     axes = figure.add_axes((0, 0, 1, picture.shape[0] / (picture.shape[0] + 40)))
     axes.imshow(picture.squeeze(), cmap="gray", vmin=0, vmax=255)
@@ -110,12 +110,12 @@ def last_accuracy(folder: Path) -> float:
 def main(args: argparse.Namespace) -> None:
     """Writes reconstructions.png, loss.png, table.md and results.json, and prints the table."""
     args.out.mkdir(parents=True, exist_ok=True)
-    loaded = load_mae(args.checkpoint)
-    torch.manual_seed(loaded.settings["seed"])
-    untrained = models_mae.build(loaded.settings).eval()
-    train, labels = read_images(loaded, args.data_path, "train")
-    test, test_labels = read_images(loaded, args.data_path, "val")
-    draw_reconstructions(loaded, test, args.out / "reconstructions.png")
+    model: Any = get_model(args.checkpoint)
+    torch.manual_seed(0)
+    untrained = Autoencoder(model.settings)
+    train, labels = read_images(model, args.data_path, "train")
+    test, test_labels = read_images(model, args.data_path, "val")
+    draw_reconstructions(model, test, args.out / "reconstructions.png")
     draw_loss(args.checkpoint.parent / "log.txt", args.out / "loss.png")
 
     def raw(images: torch.Tensor) -> np.ndarray:
@@ -123,8 +123,8 @@ def main(args: argparse.Namespace) -> None:
 
     sights = {
         "raw pixels": raw,
-        "untrained encoder": lambda images: encode(untrained, loaded, images),
-        "pre-trained encoder": lambda images: encode(loaded.model, loaded, images),
+        "untrained encoder": lambda images: encode(untrained, images),
+        "pre-trained encoder": lambda images: encode(model, images),
     }
     results, table = (
         {},

@@ -1,36 +1,297 @@
-"""A model from a file, with what belongs to it."""
+"""From a name or a file to a model that is ready for use, with all that belongs to it.
 
+>>> import torch
+>>> from inference import get_model
+>>> model = get_model("vit_mini_patch4", nb_classes=10)
+>>> model.predict(torch.zeros(3, 40, 40, dtype=torch.uint8))["pred_scores"].shape
+(10,)
+"""
+
+import re
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub import PyTorchModelHubMixin
+from PIL import Image
+from timm.data import ImageNetInfo
+from torch import Tensor
 
 import models_mae
-from models_mae import MaskedAutoencoderViT
-from util import checkpoint, runstate, transforms
+import models_vit
+from util import published, transforms, weights
 from util.checkpoint import CheckpointError
-from util.transforms import Normalize, Transform
+from util.decode import BadImage, decode
+from util.published import CLASSIFIER, FULL
+from util.weights import Weights
+
+ImageLike = str | Path | Image.Image | np.ndarray | Tensor
+Images = ImageLike | Sequence[ImageLike]
+
+# What of a run's settings makes a model; the rest is about training.
+MAKES_A_MODEL = ("model", "input_size", "patch_size", "in_chans", "mean", "std", "norm_pix_loss", "mask_ratio",
+                 "global_pool", "nb_classes", "probe", "classes", "label_names")  # fmt: skip
+FACTORIES = sorted(f"{prefix}{size}" for prefix in ("mae_vit_", "vit_") for size in models_vit.SIZES)
+FULL_NAMES = {f"{name}{models_mae.DECODER_SUFFIX}": name for name in FACTORIES if name in vars(models_mae)}
 
 
-class LoadedMAE(NamedTuple):
-    """A pre-trained masked autoencoder in evaluation mode."""
+class Ready(PyTorchModelHubMixin):
+    """What a model for use has beside its architecture.
 
-    model: MaskedAutoencoderViT
-    transform: Transform  # a decoded picture -> uint8 (c, H, W)
-    normalize: Normalize  # a batch of those -> the model's input
-    settings: dict  # of the run that trained it
+    Attributes:
+        transform: a decoded picture -> uint8 (c, H, W), as in evaluation.
+        normalize: a batch of those -> the model's input.
+        classes: a classifier's, by label; ImageNet's for 1000 classes without names.
+        settings: what made the model; it can be made again from them.
+    """
+
+    in_chans: int
+    classes: list[str] | None
+
+    def _make_ready(self, settings: dict[str, Any]) -> None:
+        self.settings = settings
+        self.in_chans = settings["in_chans"]
+        self.transform = transforms.eval_transform(settings["input_size"])
+        statistics = transforms.channel_statistics(self.in_chans, settings.get("mean"), settings.get("std"))
+        self.normalize = transforms.Normalize(*statistics)
+        self.classes = settings.get("classes") or settings.get("label_names")
+        self.eval()  # type: ignore[attr-defined]
+
+    def prepare(self, images: Images) -> Tensor:
+        """Images of any kind -> the model's input (B, c, H, W), on its device.
+
+        Args:
+            images: one, or a list. Paths, of photographs too that lie on their side; Pillow pictures; arrays (H, W),
+                (H, W, c) or (c, H, W); tensors (c, H, W) or (B, c, H, W): uint8 ones are pixels as arrays are, float
+                ones are taken for the model's input, as `model(images)` takes them.
+
+        Raises:
+            BadImage: one is no image, or has other channels than the model.
+            OSError: a file can't be read.
+        """
+        device = next(self.parameters()).device  # type: ignore[attr-defined]
+        if isinstance(images, Tensor) and images.is_floating_point():
+            return (images if images.ndim == 4 else images[None]).to(device)
+        if isinstance(images, str | Path | Image.Image) or (hasattr(images, "ndim") and images.ndim < 4):
+            images = [images]  # type: ignore[list-item]
+        if len(images) and all(isinstance(image, Tensor) and image.is_floating_point() for image in images):
+            return torch.stack(list(images)).to(device)  # type: ignore[arg-type]
+        pixels = [self.transform(open_image(image, self.in_chans)) for image in images]
+        return self.normalize(torch.stack(pixels).to(device))
+
+    @torch.inference_mode()
+    def predict(self, images: Images, topk: int = 5) -> Any:
+        """Classifies images, as `prepare` takes them.
+
+        Returns:
+            For an image, a dict: pred_label (the most likely class's number), pred_class (its name), pred_score,
+            pred_scores (of all classes, an array), and top, the `topk` most likely as (name, score). For a list of
+            images, a list of them.
+
+        Raises:
+            ValueError: the model has no head.
+        """
+        if not self.settings["nb_classes"]:
+            raise ValueError(
+                f"{self.settings['model']} is an encoder, which classifies nothing: take a fine-tuned file, or train "
+                f"a head with main_finetune.py or main_linprobe.py"
+            )
+        scores = self(self.prepare(images)).float().softmax(dim=1).cpu()  # type: ignore[operator]
+        found = [self._told(row, topk) for row in scores]
+        return found if _are_several(images) else found[0]
+
+    def _told(self, scores: Tensor, topk: int) -> dict[str, Any]:
+        best = scores.topk(min(topk, len(scores)))
+        names = [self.classes[label] if self.classes else f"class {label}" for label in best.indices.tolist()]
+        top = list(zip(names, best.values.tolist(), strict=True))
+        label = int(best.indices[0])
+        return {"pred_label": label, "pred_class": names[0], "pred_score": top[0][1], "pred_scores": scores.numpy(),
+                "top": top}  # fmt: skip
+
+    def extract_feat(self, images: Images, pool: str | None = None) -> Tensor:
+        """Features of images, as `prepare` takes them; nothing is masked.
+
+        Args:
+            pool: "cls", the class token; "avg", the mean of the patch tokens; "tokens", all of them, class token first;
+                by default what the model's own head is for, the class token where there is none.
+
+        Returns:
+            (B, D), or (B, N + 1, D) of tokens.
+        """
+        x = self.prepare(images)
+        pooled = self.settings.get("global_pool", False)
+        if pool is None or (pool == "avg" and pooled):
+            pool = "cls" if not pooled else None
+        if pool is None:
+            return self.forward_features(x)  # type: ignore[attr-defined]
+        if pool not in ("cls", "avg", "tokens"):
+            raise ValueError(f"pool={pool!r}: give cls, avg or tokens")
+        tokens = self.get_intermediate_layers(x)[0]  # type: ignore[attr-defined]
+        return {"cls": tokens[:, 0], "avg": tokens[:, 1:].mean(dim=1), "tokens": tokens}[pool]
 
 
-def load_mae(path: Path | str) -> LoadedMAE:
-    """Rebuilds a masked autoencoder from one of our checkpoints alone.
+class Autoencoder(Ready, models_mae.MaskedAutoencoderViT):
+    """A masked autoencoder, ready for use."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        super().__init__(**models_mae.arguments(settings))
+        self._make_ready({**settings, "nb_classes": 0})
+
+
+class Classifier(Ready, models_vit.VisionTransformer):
+    """A classifier, or of no classes an encoder, ready for use."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        super().__init__(**models_vit.arguments(settings))
+        if settings.get("probe"):
+            self.head = models_vit.probe_head(self.embed_dim, settings["nb_classes"])
+        self._make_ready(settings)
+        if not self.classes and self.num_classes == 1000:
+            self.classes = [ImageNetInfo().index_to_description(label) for label in range(1000)]
+
+
+def open_image(image: ImageLike, in_chans: int) -> Any:
+    """A decoded picture of `in_chans` channels, the right way up; raises as `Ready.prepare` does."""
+    if isinstance(image, str | Path):
+        try:
+            return decode(Path(image).read_bytes(), in_chans, upright=True)
+        except BadImage as error:
+            raise BadImage(f"{image}: {error}") from error
+    return decode(image, in_chans, upright=True)  # type: ignore[arg-type]
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """The names that `get_model` knows: architectures, and published weights, those announced only among them.
+
+    Args:
+        pattern: with * for anything, such as "vit-*_mae-*".
+    """
+    return [name for name in sorted({*FACTORIES, *FULL_NAMES, *published.TABLE}) if fnmatchcase(name, pattern)]
+
+
+def get_model(
+    name: str | Path, pretrained: bool | str | Path = False, device: str | torch.device = "cpu", **settings: Any
+) -> Autoencoder | Classifier:
+    """A model in evaluation mode.
+
+    Args:
+        name: an architecture, a published name (`list_models` has both), a file of anybody's, or a folder of
+            transformers. A file is always loaded, and tells what it holds.
+        pretrained: for a name, whether to load its weights; of an architecture's published ones the fine-tuned for
+            vit_*, those with decoder for mae_vit_*. Or whose weights: a published name or a file.
+        settings: what of the model is to be different, by the flags' names: input_size, patch_size, in_chans,
+            nb_classes, global_pool, norm_pix_loss, mean, std, classes.
 
     Raises:
-        CheckpointError: the file is not whole, or does not tell how its model was built.
+        ValueError: an unknown name, one whose weights were never released or can't be downloaded, an unknown setting.
+        CheckpointError: the file is damaged, or does not hold what is asked for.
     """
-    state = checkpoint.read(path)
-    settings = state.get("args")
-    if not isinstance(settings, dict):
-        raise CheckpointError(f"{path} does not tell how its model was built; it is none of our checkpoints")
-    model = models_mae.build(settings)
-    runstate.restore_model(model, state)
-    statistics = transforms.channel_statistics(settings["in_chans"], settings["mean"], settings["std"])
-    transform = transforms.eval_transform(settings["input_size"])
-    return LoadedMAE(model.eval(), transform, transforms.Normalize(*statistics), settings)
+    unknown = settings.keys() - set(MAKES_A_MODEL)
+    if unknown:
+        raise ValueError(f"get_model knows no setting {sorted(unknown)[0]}; it knows {', '.join(MAKES_A_MODEL[1:])}")
+    name = FULL_NAMES.get(str(name), str(name))
+    if Path(name).exists():
+        return _load(weights.read(name), None, settings).to(device)
+    if name not in FACTORIES and name not in published.TABLE:
+        raise ValueError(f"there is no file, model or published weights {name}{published.nearest(name, list_models())}")
+    architecture = name if name in FACTORIES else published.TABLE[name].model
+    if pretrained is False:
+        return _class_of(architecture)(_settings(architecture, {**_of_row(name), **settings})).to(device)
+    source = _published_for(name) if pretrained is True else str(pretrained)
+    return _load(weights.read(source), None if source == name else architecture, settings).to(device)
+
+
+def inference_model(
+    model: str | Path | Classifier, image: Images, device: str | torch.device = "cpu", topk: int = 5
+) -> Any:
+    """Classifies an image, or a list of them, with a model or its name; returns what `Ready.predict` does."""
+    if isinstance(model, str | Path):
+        model = get_model(model, pretrained=True, device=device)  # type: ignore[assignment]
+    return model.predict(image, topk)  # type: ignore[union-attr]
+
+
+def _class_of(architecture: str) -> type[Autoencoder] | type[Classifier]:
+    return Autoencoder if architecture.startswith("mae_") else Classifier
+
+
+def _settings(architecture: str, given: dict[str, Any]) -> dict[str, Any]:
+    size = models_vit.SIZES[architecture.removeprefix("mae_").removeprefix("vit_")]
+    usual = {"input_size": size.get("img_size", 224), "patch_size": None, "in_chans": 3, "norm_pix_loss": False,
+             "global_pool": architecture.startswith("vit_"), "nb_classes": 1000, "mask_ratio": 0.75}  # fmt: skip
+    kept = {key: value for key, value in given.items() if key in MAKES_A_MODEL}
+    return {**usual, **kept, "model": architecture}
+
+
+def _of_row(name: str) -> dict[str, Any]:
+    """What the table of published weights tells of a model, if the name stands there."""
+    row = published.TABLE.get(name)
+    return {"input_size": row.input_size, "norm_pix_loss": row.norm_pix_loss} if row else {}
+
+
+def _published_for(name: str) -> str:
+    """The published weights that belong to a name best."""
+    if name in published.TABLE:
+        return name
+    size = name.removeprefix("mae_").removeprefix("vit_").partition("_")[0]
+    best = f"mae_pretrain_vit_{size}_full" if name.startswith("mae_") else f"mae_finetuned_vit_{size}"
+    if best not in published.TABLE:
+        raise ValueError(f"no weights were published for {name}; pretrained= takes a file")
+    return best
+
+
+def _load(file: Weights, wanted: str | None, settings: dict[str, Any]) -> Autoencoder | Classifier:
+    """A model with a file's weights: of the architecture that is wanted, else the one that the file tells."""
+    seen = _infer(file)
+    told = {**seen, **_of_row(file.source), **file.settings}
+    wanted = wanted or seen["model"]
+    if file.kind == CLASSIFIER and "nb_classes" in settings and settings["nb_classes"] != told["nb_classes"]:
+        told.pop("classes", None)
+    made = _settings(wanted, {**told, **settings})
+    model = _class_of(wanted)(made)
+    if isinstance(model, Autoencoder):
+        if file.kind != FULL:
+            raise CheckpointError(
+                f"{file.source} holds {file.kind}, no decoder, and can't reconstruct: take a file with decoder, such "
+                f"as mae_visualize_vit_large, or a checkpoint of main_pretrain.py"
+            )
+        weights.init_mae(model, file)
+    elif file.kind == CLASSIFIER and made["nb_classes"] == told["nb_classes"]:
+        weights.load_classifier(model, file)
+    else:
+        weights.load_encoder(model, file)
+    return model
+
+
+def _infer(file: Weights) -> dict[str, Any]:
+    """A file's architecture, from its tensors' shapes.
+
+    Raises:
+        CheckpointError: no known size has them.
+    """
+    tensors = file.tensors
+    dim, channels, *patch = tensors["patch_embed.proj.weight"].shape
+    depth = 1 + max(int(found[1]) for name in tensors if (found := re.match(r"blocks\.(\d+)\.", name)))
+    sizes = [n for n, size in models_vit.SIZES.items() if (size["embed_dim"], size["depth"]) == (dim, depth)]
+    if not sizes:
+        raise CheckpointError(f"{file.source}: no model here is {dim} wide and {depth} deep")
+    head = tensors.get("head.weight", tensors.get("head.1.weight"))
+    told: dict[str, Any] = {
+        "model": f"{'mae_' * (file.kind == FULL)}vit_{sizes[0]}",
+        "in_chans": channels,
+        "patch_size": patch,
+        "norm_pix_loss": True,  # as most published ones; a file need not tell
+        "global_pool": "fc_norm.weight" in tensors,
+        "nb_classes": 0 if head is None else len(head),
+        "probe": "head.1.weight" in tensors,
+    }
+    side = round((tensors["pos_embed"].shape[1] - 1) ** 0.5)
+    if side * side == tensors["pos_embed"].shape[1] - 1:
+        told["input_size"] = [side * patch[0], side * patch[1]] if patch[0] != patch[1] else side * patch[0]
+    return told
+
+
+def _are_several(images: Any) -> bool:
+    return isinstance(images, list | tuple) or getattr(images, "ndim", 0) == 4

@@ -50,7 +50,7 @@ def check(name: str, data_path: str | None) -> str:
         value = model(image).max().item()
     else:
         model = getattr(models_mae, row.model)(norm_pix_loss=row.norm_pix_loss).eval()
-        weights.init_mae(model, name)
+        weights.init_mae(model, weights.read(name))
         noise = torch.rand(1, model.num_patches, generator=torch.Generator().manual_seed(0))
         value = model(image, noise=noise)[0].item()
     if abs(value - RECORDED.get(name, value)) > 1e-3:

@@ -49,7 +49,7 @@ def test_transformers_mae(hf_mae, tmp_path, layout):
     else:
         save_file(hf_mae.state_dict(), tmp_path / "model.safetensors")
     model = MaskedAutoencoderViT(**SIZES, **DECODER, norm_pix_loss=True)
-    weights.init_mae(model, tmp_path / "model.safetensors")
+    weights.init_mae(model, weights.read(tmp_path / "model.safetensors"))
     imgs, noise = torch.randn(2, 3, 16, 16), torch.rand(2, 16)
     loss, pred, mask = model(imgs, noise=noise)
     with torch.no_grad():
@@ -121,7 +121,7 @@ MMPRETRAIN = Path(__file__).parent / "fixtures" / "mmpretrain"  # written by mak
 def test_mmpretrain_mae():
     answers = torch.load(MMPRETRAIN / "answers.pth")
     model = MaskedAutoencoderViT(**SIZES, **DECODER, norm_pix_loss=True)
-    weights.init_mae(model, MMPRETRAIN / "mae.pth")
+    weights.init_mae(model, weights.read(MMPRETRAIN / "mae.pth"))
     loss, pred, mask = model(answers["imgs"], noise=answers["ids_restore"].float())
     assert torch.equal(mask, answers["mask"])
     torch.testing.assert_close(pred, answers["pred"], rtol=1e-4, atol=1e-4)

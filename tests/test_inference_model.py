@@ -1,25 +1,203 @@
-"""From a file alone to a model."""
+"""From a name or a file to a model that is ready for use."""
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from skimage import data as photographs
+from torchvision import transforms as T
 
-from inference.model import load_mae
+from inference import get_model, inference_model, list_models
+from inference.model import Autoencoder, Classifier
 from util import checkpoint
 from util.checkpoint import CheckpointError
+from util.decode import BadImage
+from util.transforms import IMAGENET_MEAN, IMAGENET_STD
+
+MMPRETRAIN = "vit-base-p16_mae-1600e-pre_8xb128-coslr-100e_in1k"
+
+
+@pytest.fixture
+def classifier():
+    torch.manual_seed(0)
+    return get_model("vit_mini_patch4", nb_classes=3, classes=["cat", "dog", "owl"])
 
 
 def test_a_checkpoint_tells_its_own_story(pretrain):
     out = pretrain(norm_pix_loss=True, in_chans=1, input_size="16 24", mean="0.3", std="0.2")
-    loaded = load_mae(out / "checkpoint-1.pth")
-    assert loaded.model.grid_size == (4, 6)
-    assert loaded.model.norm_pix_loss
-    assert not loaded.model.training
-    assert loaded.normalize.mean.item() == pytest.approx(0.3)
+    model = get_model(out / "checkpoint-1.pth")
+    assert isinstance(model, Autoencoder)
+    assert model.grid_size == (4, 6)
+    assert model.norm_pix_loss
+    assert not model.training
+    assert model.normalize.mean.item() == pytest.approx(0.3)
     state = checkpoint.read(out / "checkpoint-1.pth")
-    assert all(torch.equal(v, state["model"][k]) for k, v in loaded.model.state_dict().items())
+    assert state["model"].keys() == model.state_dict().keys()
+    assert all(torch.equal(v, state["model"][k]) for k, v in model.state_dict().items())
 
 
-def test_a_bare_file_is_told_apart(tmp_path, mini_mae):
-    torch.save({"model": mini_mae.state_dict()}, tmp_path / "bare.pth")
-    with pytest.raises(CheckpointError, match="none of our checkpoints"):
-        load_mae(tmp_path / "bare.pth")
+def test_a_bare_file_is_told_apart_by_its_tensors(tmp_path):
+    mini_mae = get_model("mae_vit_mini_patch4", input_size=16)
+    torch.save({"model": mini_mae.state_dict()}, tmp_path / "full.pth")
+    model = get_model(tmp_path / "full.pth")
+    imgs, noise = torch.randn(2, 3, 16, 16), torch.rand(2, 16)
+    assert model.settings["input_size"] == 16
+    torch.testing.assert_close(model(imgs, noise=noise)[1], mini_mae(imgs, noise=noise)[1])
+
+    encoder = {k: v for k, v in mini_mae.state_dict().items() if not k.startswith("decoder_") and k != "mask_token"}
+    torch.save({"model": encoder}, tmp_path / "encoder.pth")
+    model = get_model(tmp_path / "encoder.pth")
+    assert isinstance(model, Classifier)
+    torch.testing.assert_close(model.extract_feat(imgs, "tokens"), mini_mae.forward_features(imgs))
+    with pytest.raises(ValueError, match="vit_mini_patch4 is an encoder, which classifies nothing"):
+        model.predict(imgs)
+    with pytest.raises(CheckpointError, match="holds encoder, no decoder, and can't reconstruct"):
+        get_model("mae_vit_mini_patch4", tmp_path / "encoder.pth")
+    with pytest.raises(ValueError, match="mae_vit_mini_patch4 is an encoder, which classifies nothing"):
+        get_model(tmp_path / "full.pth").predict(imgs)
+
+
+def test_other_sizes_than_the_known_are_refused(tmp_path, classifier):
+    weights = {k: v for k, v in classifier.state_dict().items() if not k.startswith("blocks.3.")}
+    torch.save({"model": weights}, tmp_path / "file.pth")
+    with pytest.raises(CheckpointError, match="no model here is 128 wide and 3 deep"):
+        get_model(tmp_path / "file.pth")
+
+
+def test_names():
+    assert {"vit_base_patch16", "mae_vit_huge_patch14", "mae_visualize_vit_large", MMPRETRAIN} <= set(list_models())
+    assert len(list_models("*_in1k*")) == 24
+    assert list_models("vit_mini*") == ["vit_mini_patch4"]
+    assert isinstance(get_model("mae_vit-base-p16_8xb512-amp-coslr-300e_in1k"), Autoencoder)
+    assert get_model("vit-huge-p14_mae-1600e-pre_32xb8-coslr-50e_in1k-448px").patch_embed.img_size == (448, 448)
+    with pytest.raises(ValueError, match="no file, model or published weights vit_bas_patch16; the nearest is vit_bas"):
+        get_model("vit_bas_patch16")
+    with pytest.raises(ValueError, match="no weights were published for vit_mini_patch4; pretrained= takes a file"):
+        get_model("vit_mini_patch4", pretrained=True)
+    with pytest.raises(ValueError, match="was announced and never released; released are"):
+        get_model("vit-base-p16_mae-300e-pre_8xb128-coslr-100e_in1k", pretrained=True)
+    with pytest.raises(ValueError, match="knows no setting num_classes"):
+        get_model("vit_mini_patch4", num_classes=10)
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [(MMPRETRAIN, "vit-base-p16_ft-8xb128-coslr-100e_in1k_20220825-cf70aa21.pth"),
+     ("vit_base_patch16", "mae_finetuned_vit_base.pth")],
+)  # fmt: skip
+def test_published_names_as_they_are_written_elsewhere(tmp_path, monkeypatch, name, file):
+    """A file of the published shape stands where torch.hub keeps it; digests are another test's."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("util.published._check", lambda path, digest: None)
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    theirs = get_model("vit_base_patch16")
+    torch.save({"model": theirs.state_dict()}, tmp_path / "hub" / "checkpoints" / file)
+    Image.fromarray(photographs.astronaut()).save(tmp_path / "photo.jpg")
+    result = inference_model(name if name == MMPRETRAIN else get_model(name, pretrained=True), tmp_path / "photo.jpg")
+    scores = theirs(theirs.prepare(tmp_path / "photo.jpg")).detach().softmax(dim=1)[0]
+    assert result["pred_label"] == int(scores.argmax())
+    assert result["pred_score"] == pytest.approx(float(scores.max()))
+    np.testing.assert_allclose(result["pred_scores"], scores.numpy(), rtol=1e-5)
+    assert result["pred_class"] == theirs.classes[result["pred_label"]]
+    assert theirs.classes[281] == "tabby, tabby cat"
+
+
+def test_the_pixels_are_torchvisions(tmp_path):
+    model = get_model("vit_base_patch16")
+    picture = Image.fromarray(photographs.coffee())
+    picture.save(tmp_path / "photo.png")
+    theirs = T.Compose([
+        T.Resize(256, T.InterpolationMode.BICUBIC), T.CenterCrop(224), T.ToTensor(),
+        T.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+    ])(picture)  # fmt: skip
+    assert torch.equal(model.transform(picture), (T.Compose(
+        [T.Resize(256, T.InterpolationMode.BICUBIC), T.CenterCrop(224), T.PILToTensor()])(picture)))  # fmt: skip
+    torch.testing.assert_close(model.prepare(tmp_path / "photo.png")[0], theirs, rtol=0, atol=1e-6)
+
+
+def test_kinds_of_images(tmp_path, classifier):
+    pixels = photographs.chelsea()
+    picture = Image.fromarray(pixels)
+    picture.save(tmp_path / "cat.png")
+    wanted = classifier.prepare(tmp_path / "cat.png")
+    assert wanted.shape == (1, 3, 32, 32)
+    tensor = torch.from_numpy(pixels).permute(2, 0, 1)
+    for image in (str(tmp_path / "cat.png"), picture, pixels, pixels.transpose(2, 0, 1), tensor, tensor[None], wanted,
+                  wanted[0], [picture], (pixels,)):  # fmt: skip
+        assert torch.equal(classifier.prepare(image), wanted)
+    assert torch.equal(classifier.prepare([picture, tensor, pixels]), wanted.expand(3, -1, -1, -1))
+    sideways = picture.rotate(90, expand=True)
+    sideways.getexif()[0x0112] = 6  # turned a quarter clockwise when shown
+    sideways.save(tmp_path / "sideways.png", exif=sideways.getexif())
+    assert torch.equal(classifier.prepare(tmp_path / "sideways.png"), wanted)
+    assert classifier.prepare(picture.convert("L")).shape == wanted.shape
+    assert classifier.prepare(Image.new("RGB", (1, 1))).shape == wanted.shape
+
+
+def test_predictions(classifier):
+    images = [photographs.chelsea(), photographs.coffee()]
+    both = classifier.predict(images)
+    assert len(both) == 2
+    one = classifier.predict(images[0], topk=2)
+    np.testing.assert_allclose(one["pred_scores"], both[0]["pred_scores"], rtol=1e-5)
+    assert one["pred_scores"].sum() == pytest.approx(1)
+    assert one["pred_class"] == ["cat", "dog", "owl"][one["pred_label"]]
+    assert one["top"][0][0] == one["pred_class"]
+    assert len(one["top"]) == 2
+    assert len(both[0]["top"]) == 3
+    assert isinstance(classifier.predict([images[0]]), list)
+
+
+def test_features(classifier):
+    imgs = torch.randn(2, 3, 32, 32)
+    tokens = classifier.extract_feat(imgs, "tokens")
+    assert tokens.shape == (2, 65, 128)
+    torch.testing.assert_close(classifier.extract_feat(imgs), classifier.forward_features(imgs))
+    torch.testing.assert_close(classifier.extract_feat(imgs, "avg"), classifier.fc_norm(tokens[:, 1:].mean(dim=1)))
+    mae = get_model("mae_vit_mini_patch4")
+    tokens = mae.forward_features(imgs)
+    torch.testing.assert_close(mae.extract_feat(imgs), tokens[:, 0])
+    torch.testing.assert_close(mae.extract_feat(imgs, "avg"), tokens[:, 1:].mean(dim=1))
+    with pytest.raises(ValueError, match="give cls, avg or tokens"):
+        mae.extract_feat(imgs, "max")
+
+
+def test_attention_is_what_the_blocks_compute(classifier):
+    imgs = torch.randn(2, 3, 32, 32)
+    layers, maps = classifier.get_intermediate_layers(imgs, n=2, norm=False, return_attention=True)
+    assert [m.shape for m in maps] == [(2, 4, 65, 65)] * 2
+    torch.testing.assert_close(maps[0].sum(dim=-1), torch.ones(2, 4, 65))
+    block = classifier.blocks[3]
+    x = block.norm1(layers[0])
+    value = block.attn.qkv(x).reshape(2, 65, 3, 4, 32)[:, :, 2].transpose(1, 2)
+    mixed = (maps[1] @ value).transpose(1, 2).reshape(2, 65, 128)
+    torch.testing.assert_close(block.attn.proj(mixed), block.attn(x))
+
+
+def test_saved_as_hugging_faces_hub_does(tmp_path, classifier):
+    classifier.save_pretrained(tmp_path / "folder")
+    for again in (Classifier.from_pretrained(tmp_path / "folder"), get_model(tmp_path / "folder")):
+        assert again.classes == ["cat", "dog", "owl"]
+        assert not again.training
+        assert again.state_dict().keys() == classifier.state_dict().keys()
+        assert all(torch.equal(v, classifier.state_dict()[k]) for k, v in again.state_dict().items())
+
+
+def test_an_encoder_of_a_checkpoint_under_a_new_head(pretrain):
+    file = pretrain() / "checkpoint-1.pth"
+    model = get_model("vit_mini_patch4", file, nb_classes=7)
+    assert model(torch.randn(1, 3, 16, 16)).shape == (1, 7)
+    assert torch.equal(model.blocks[0].mlp.fc1.weight, get_model(file).blocks[0].mlp.fc1.weight)
+
+
+def test_wrong_images(tmp_path, classifier):
+    (tmp_path / "text.jpg").write_text("hello")
+    with pytest.raises(BadImage, match=r"text\.jpg: the file is not an image of a known format"):
+        classifier.predict(tmp_path / "text.jpg")
+    with pytest.raises(FileNotFoundError, match=r"nothing\.jpg"):
+        classifier.predict(tmp_path / "nothing.jpg")
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
+    with pytest.raises(BadImage, match=r"bomb\.png: too large to decode"):
+        classifier.predict(tmp_path / "bomb.png")
+    with pytest.raises(BadImage, match="has no 3 channels, neither last nor first"):
+        classifier.predict(np.zeros((8, 8, 5), dtype=np.uint8))

@@ -17,7 +17,7 @@ def saved(path, model, drop=lambda name: False):
 
 def test_all_weights_also_for_another_image_size(tmp_path, mini_mae):
     other = mae_vit_mini_patch4(img_size=32, in_chans=1)
-    weights.init_mae(mini_mae, saved(tmp_path / "full.pth", other))
+    weights.init_mae(mini_mae, weights.read(saved(tmp_path / "full.pth", other)))
     for name, value in mini_mae.state_dict().items():
         if name not in weights.FIXED_TABLES:
             assert torch.equal(value, other.state_dict()[name])
@@ -28,7 +28,7 @@ def test_an_encoder_alone_leaves_the_decoder_untrained(tmp_path, mini_mae, caplo
     other = mae_vit_mini_patch4(img_size=16, in_chans=1)
     decoder = mini_mae.decoder_pred.weight.clone()
     path = saved(tmp_path / "encoder.pth", other, lambda name: "decoder" in name or name == "mask_token")
-    weights.init_mae(mini_mae, path)
+    weights.init_mae(mini_mae, weights.read(path))
     assert "encoder only" in caplog.text
     assert torch.equal(mini_mae.decoder_pred.weight, decoder)
     assert torch.equal(mini_mae.cls_token, other.cls_token)
@@ -47,18 +47,18 @@ def test_files_that_do_not_fit(tmp_path, mini_mae, change, message):
     change(state)
     torch.save({"model": state}, tmp_path / "file.pth")
     with pytest.raises(CheckpointError, match=message):
-        weights.init_mae(mini_mae, tmp_path / "file.pth")
+        weights.init_mae(mini_mae, weights.read(tmp_path / "file.pth"))
 
 
 def test_a_files_own_table_is_taken_where_it_fits(tmp_path, mini_mae):
     other = mae_vit_mini_patch4(img_size=16, in_chans=1)
     other.pos_embed.data.add_(1)
-    weights.init_mae(mini_mae, saved(tmp_path / "moved.pth", other))
+    weights.init_mae(mini_mae, weights.read(saved(tmp_path / "moved.pth", other)))
     assert torch.equal(mini_mae.pos_embed, other.pos_embed)
     settings = {"input_size": [8, 32], "patch_size": 4}
     torch.save({"model": other.state_dict(), "args": settings}, tmp_path / "flat.pth")  # as many patches, other places
     fresh = mae_vit_mini_patch4(img_size=16, in_chans=1)
-    weights.init_mae(fresh, tmp_path / "flat.pth")
+    weights.init_mae(fresh, weights.read(tmp_path / "flat.pth"))
     assert not torch.equal(fresh.pos_embed, other.pos_embed)
 
 

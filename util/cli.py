@@ -22,7 +22,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
         super().__init__(prog, max_help_position=28, width=118)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if isinstance(action.default, bool) else super()._get_help_string(action)
+        return action.help if isinstance(action.default, bool) or action.required else super()._get_help_string(action)
 
 
 def parser(description: str) -> argparse.ArgumentParser:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import tifffile
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from tifffile import EXTRASAMPLE, PHOTOMETRIC
 from torch import Tensor
 
@@ -45,18 +45,28 @@ class BadImage(ValueError):
     """What a data set holds at some place can't be made into the image that is wanted."""
 
 
-def decode(data: bytes | Picture, in_chans: int) -> Picture:
-    """An image file's bytes, or an image that a library has opened -> a picture of `in_chans` channels.
+def decode(data: bytes | Picture | np.ndarray, in_chans: int, upright: bool = False) -> Picture:
+    """An image file's bytes, or what somebody has opened -> a picture of `in_chans` channels.
 
     Grey becomes colour by repetition and colour grey by luminance; what is transparent is laid over white; CMYK goes
     through Pillow's conversion. Other numbers of channels must be the file's own. Of several frames the first counts,
     but TIFF pages of one channel each, if there are `in_chans` of them, are its channels.
 
+    Args:
+        data: arrays are (H, W), (H, W, c) or (c, H, W).
+        upright: turn a photograph as its EXIF data say that the camera was held.
+
     Raises:
         BadImage: not an image, damaged, too large, or of another number of channels.
     """
     try:
-        return fit_channels(read(data, in_chans) if isinstance(data, bytes) else data, in_chans)
+        if isinstance(data, np.ndarray):
+            axis = _channel_axis(data.shape, in_chans)
+            data = _tensor(data[:, :, None] if axis is None else np.moveaxis(data, axis, 2))
+        picture = read(data, in_chans) if isinstance(data, bytes) else data
+        if upright and isinstance(picture, Image.Image):
+            picture = ImageOps.exif_transpose(picture)
+        return fit_channels(picture, in_chans)
     except BadImage:
         raise
     except Exception as error:  # decoders raise whatever damaged bytes lead them to
@@ -132,24 +142,28 @@ def _read_with_pillow(data: bytes) -> Picture:
     return picture
 
 
+def _channel_axis(shape: tuple[int, ...], in_chans: int) -> int | None:
+    """Where an array has its `in_chans` channels, else 1 or 3 of them: last or first; None of (H, W)."""
+    if len(shape) not in (2, 3) or min(shape) < 1:
+        raise BadImage(f"an array of shape {shape} is no image: it must be (H, W), (H, W, c) or (c, H, W)")
+    if len(shape) == 2:
+        return None
+    fitting = [axis for sizes in ((in_chans,), MODES) for axis in (2, 0) if shape[axis] in sizes]
+    if not fitting:
+        raise BadImage(f"an array of shape {shape} has no {in_chans} channels, neither last nor first")
+    return fitting[0]
+
+
 def _read_npy(data: bytes, in_chans: int) -> Tensor:
-    """(H, W), or (H, W, c) or (c, H, W), whichever has `in_chans` channels, else 1 or 3 of them."""
     stream = io.BytesIO(data)
     version = np.lib.format.read_magic(stream)
     if version not in ((1, 0), (2, 0)):
         raise BadImage(f"a .npy file of version {version} is no plain array")
     header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran_order, dtype = header(stream)
-    if len(shape) not in (2, 3) or min(shape) < 1:
-        raise BadImage(f"an array of shape {shape} is no image: it must be (H, W), (H, W, c) or (c, H, W)")
     if dtype.hasobject:
         raise BadImage("an array of Python objects is no image")
-    axis = None
-    if len(shape) == 3:
-        fitting = [a for sizes in ((in_chans,), MODES) for a in (2, 0) if shape[a] in sizes]
-        if not fitting:
-            raise BadImage(f"an array of shape {shape} has no {in_chans} channels, neither last nor first")
-        axis = fitting[0]
+    axis = _channel_axis(shape, in_chans)
     height, width = (size for a, size in enumerate(shape) if a != axis)
     _check_size(height, width, 1 if axis is None else shape[axis])
     count = int(np.prod(shape, dtype=object))

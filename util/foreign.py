@@ -1,48 +1,69 @@
 """Other people's names for the same weights: mmpretrain's (mmselfsup's) and those of transformers. timm's are ours.
 
 mmpretrain puts the encoder under `backbone.`, the decoder under `neck.`. transformers has had three layouts: that of
-its files (`vit.encoder.layer.0.attention.attention.query`), the decoder's of 5.x (`decoder.decoder_encoder.layer.0`),
+its files (`vit.encoder.layer.0.attention.attention.query`), the decoder's in files of 5.x (`decoder.decoder_encoder`),
 and that of 5.x in memory (`vit.layers.0.attention.q_proj`). It splits what is one matrix `qkv` here.
+
+The tables hold (ours, theirs): beginnings of names, or whole ones; # stands for a number.
 """
 
 import re
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-Renames = list[tuple[str, str]]  # patterns and what replaces them, applied one after the other
+Rows = list[tuple[str, str]]
 
-MMPRETRAIN: Renames = [
-    (r"^neck\.ln1\.", "decoder_norm."),
-    (r"^(backbone|neck)\.", ""),
-    (r"^layers\.", "blocks."),
-    (r"^ln1\.", "norm."),
-    (r"^ln2\.", "fc_norm."),
-    (r"^patch_embed\.projection\.", "patch_embed.proj."),
-    (r"\.ln([12])\.", r".norm\1."),
-    (r"\.ffn\.layers\.0\.0\.", ".mlp.fc1."),
-    (r"\.ffn\.layers\.1\.", ".mlp.fc2."),
-    (r"^head\.fc\.", "head."),
+DECODER = ["mask_token", "decoder_pos_embed", "decoder_embed.", "decoder_pred."]
+SPLIT = ("query", "key", "value")  # of `attn.qkv`
+
+
+def _blocks(ours: str, theirs: str, parts: dict[str, str]) -> Rows:
+    return [(f"{ours}.#.{part}.", f"{theirs}.#.{name}.") for part, name in parts.items()]
+
+
+_MMPRETRAIN_BLOCK = {"norm1": "ln1", "attn.qkv": "attn.qkv", "attn.proj": "attn.proj", "norm2": "ln2",
+                     "mlp.fc1": "ffn.layers.0.0", "mlp.fc2": "ffn.layers.1"}  # fmt: skip
+MMPRETRAIN: Rows = [
+    *((name, f"backbone.{name}") for name in ("cls_token", "pos_embed")),
+    ("patch_embed.proj.", "backbone.patch_embed.projection."),
+    *_blocks("blocks", "backbone.layers", _MMPRETRAIN_BLOCK),
+    ("norm.", "backbone.ln1."),
+    ("fc_norm.", "backbone.ln2."),
+    ("head.", "head.fc."),
+    *((name, f"neck.{name}") for name in DECODER),
+    *_blocks("decoder_blocks", "neck.decoder_blocks", _MMPRETRAIN_BLOCK),
+    ("decoder_norm.", "neck.ln1."),
 ]
-TRANSFORMERS: Renames = [
-    (r"^vit\.", ""),
-    (r"^embeddings\.position_embeddings$", "pos_embed"),
-    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
-    (r"^embeddings\.cls_token$", "cls_token"),
-    (r"^(encoder\.layer|layers)\.", "blocks."),
-    (r"^decoder\.decoder_(encoder\.layer|layers)\.", "decoder_blocks."),
-    (r"^decoder\.", ""),
-    (r"\.attention\.attention\.(query|key|value)\.", r".attn.\1."),
-    (r"\.attention\.q_proj\.", ".attn.query."),
-    (r"\.attention\.k_proj\.", ".attn.key."),
-    (r"\.attention\.v_proj\.", ".attn.value."),
-    (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),
-    (r"\.intermediate\.dense\.", ".mlp.fc1."),
-    (r"\.output\.dense\.", ".mlp.fc2."),
-    (r"\.layernorm_before\.", ".norm1."),
-    (r"\.layernorm_after\.", ".norm2."),
-    (r"^layernorm\.", "norm."),
-    (r"^classifier\.", "head."),
+
+
+def _transformers(layers: str, decoder_layers: str, block: dict[str, str]) -> Rows:
+    block = {"norm1": "layernorm_before", "norm2": "layernorm_after", **block}
+    return [
+        ("cls_token", "embeddings.cls_token"),
+        ("pos_embed", "embeddings.position_embeddings"),
+        ("patch_embed.proj.", "embeddings.patch_embeddings.projection."),
+        *_blocks("blocks", layers, block),
+        ("norm.", "layernorm."),
+        ("head.", "classifier."),
+        *((name, f"decoder.{name}") for name in [*DECODER, "decoder_norm."]),
+        *_blocks("decoder_blocks", f"decoder.{decoder_layers}", block),
+    ]
+
+
+_IN_FILES = {
+    **{f"attn.{part}": f"attention.attention.{part}" for part in SPLIT},
+    "attn.proj": "attention.output.dense", "mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense",
+}  # fmt: skip
+_IN_MEMORY = {
+    **{f"attn.{part}": f"attention.{part[0]}_proj" for part in SPLIT},
+    "attn.proj": "attention.o_proj", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2",
+}  # fmt: skip
+TRANSFORMERS: list[Rows] = [
+    _transformers("encoder.layer", "decoder_layers", _IN_FILES),
+    _transformers("encoder.layer", "decoder_encoder.layer", _IN_FILES),
+    _transformers("layers", "decoder_layers", _IN_MEMORY),
 ]
 
 
@@ -51,28 +72,64 @@ def to_ours(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     for prefix in ("module.", "_orig_mod."):  # left by wrappers
         weights = {name.removeprefix(prefix): value for name, value in weights.items()}
     if any(name.startswith("backbone.") for name in weights):
-        return _renamed(weights, MMPRETRAIN)
+        return _renamed(weights, ((theirs, ours) for ours, theirs in MMPRETRAIN))
     if any(name.endswith("embeddings.cls_token") for name in weights):
-        return _with_qkv(_renamed(weights, TRANSFORMERS))
+        weights = {name.removeprefix("vit."): value for name, value in weights.items()}
+        return _joined(_renamed(weights, ((theirs, ours) for rows in TRANSFORMERS for ours, theirs in rows)))
     return weights
 
 
-def _renamed(weights: dict[str, Tensor], renames: Renames) -> dict[str, Tensor]:
-    result = {}
+def to_mmpretrain(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our weights under mmpretrain's names."""
+    return _renamed(weights, MMPRETRAIN)
+
+
+def to_transformers(weights: dict[str, Tensor], names: set[str]) -> dict[str, Tensor]:
+    """Our weights as one of transformers' models has them.
+
+    Args:
+        names: that model's own.
+
+    Raises:
+        ValueError: no layout known here has just these names.
+    """
+    split: dict[str, Tensor] = {}
     for name, value in weights.items():
-        for pattern, replacement in renames:
-            name = re.sub(pattern, replacement, name)
-        result[name] = value
-    return result
+        parts = zip(SPLIT, value.chunk(3), strict=True) if ".attn.qkv." in name else [("qkv", value)]
+        split |= {name.replace(".qkv.", f".{part}."): own for part, own in parts}
+    for rows in TRANSFORMERS:
+        renamed = _renamed(split, rows)
+        for prefix in ("vit.", ""):
+            whole = {k if k.startswith(("decoder.", "classifier.")) else prefix + k: v for k, v in renamed.items()}
+            if whole.keys() == names:
+                return whole
+    differing = sorted(names ^ renamed.keys())
+    raise ValueError(f"the installed transformers names weights in a way that is not known here: {differing[:4]}")
 
 
-def _with_qkv(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def _renamed(weights: dict[str, Tensor], rows: Iterable[tuple[str, str]]) -> dict[str, Tensor]:
+    patterns = [
+        (re.compile(re.escape(old).replace(r"\#", r"(\d+)") + ("" if old.endswith(".") else "$")), new)
+        for old, new in rows
+    ]
+
+    def rename(name: str) -> str:
+        for pattern, new in patterns:
+            if found := pattern.match(name):
+                return new.replace("#", found[1] if found.groups() else "") + name[found.end() :]
+        return name
+
+    return {rename(name): value for name, value in weights.items()}
+
+
+def _joined(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Puts query, key and value, each (D, D) or (D,), into one (3D, D) or (3D,)."""
     result = {}
     for name, value in weights.items():
         if ".attn.query." in name:
-            parts = [weights[name.replace(".query.", f".{part}.")] for part in ("query", "key", "value")]
-            result[name.replace(".query.", ".qkv.")] = torch.cat(parts)
+            result[name.replace(".query.", ".qkv.")] = torch.cat(
+                [weights[name.replace(".query.", f".{part}.")] for part in SPLIT]
+            )
         elif ".attn.key." not in name and ".attn.value." not in name:
             result[name] = value
     return result

@@ -111,6 +111,18 @@ def add_compute_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--batch_size", default=256, type=positive_int, metavar="N", help="images a process and batch")
 
 
+def add_inference_options(parser: argparse.ArgumentParser, images: bool = True) -> None:
+    """What a command has that uses a trained model: on images, unless it says otherwise."""
+    if images:
+        parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
+    parser.add_argument(
+        "--model", required=True, metavar="FILE",
+        help="a checkpoint of anybody's, a folder of transformers, or a published name, such as mae_finetuned_vit_base",
+    )  # fmt: skip
+    parser.add_argument("--device", default="auto", help="auto (cuda, else mps, else cpu), cpu, cuda, cuda:N or mps")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
 def _add_compute_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--seed", default=0, type=seed, help="of all that is drawn: weights, order, crops, masks")
     group.add_argument("--device", default="auto", help="auto (cuda, else mps, else cpu), cpu, cuda, cuda:N or mps")

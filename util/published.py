@@ -7,6 +7,7 @@ Apache-2.0; some of its names were announced and never released.
 import difflib
 import hashlib
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 from urllib.error import URLError
@@ -109,9 +110,7 @@ def find(name: str) -> Published:
         ValueError: there is no such name, or its file was never released.
     """
     if name not in TABLE:
-        near = difflib.get_close_matches(name, TABLE, n=1, cutoff=0.4)
-        nearest = f"; the nearest is {near[0]}" if near else ""
-        raise ValueError(f"there is no file {name}, nor published weights of that name{nearest}")
+        raise ValueError(f"there is no file {name}, nor published weights of that name{nearest(name, TABLE)}")
     row = TABLE[name]
     if row.url is None:
         released = [
@@ -119,6 +118,12 @@ def find(name: str) -> Published:
         ]
         raise ValueError(f"{name} was announced and never released; released are {', '.join(released)}")
     return row
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """The end of a sentence that says which of some names is like this one, if one is."""
+    near = difflib.get_close_matches(name, list(names), n=1, cutoff=0.4)
+    return f"; the nearest is {near[0]}" if near else ""
 
 
 def fetch(name: str) -> Path:

@@ -3,12 +3,13 @@
 What a file holds is told apart by its names: an encoder, an encoder with its decoder, or a classifier.
 """
 
+import json
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import safetensors.torch
+import safetensors
 import torch
 from torch import Tensor, nn
 
@@ -21,6 +22,7 @@ from util.published import CLASSIFIER, ENCODER, FULL
 logger = logging.getLogger(__name__)
 
 FIXED_TABLES = {"pos_embed", "decoder_pos_embed"}  # every MAE computes its own, so that a file's may be of another size
+SETTINGS = "args"  # the entry of a .safetensors file's metadata that holds the settings of our run, as JSON
 ADAPT_CHOICES = ("error", "mean", "repeat", "skip")
 
 
@@ -43,34 +45,62 @@ class Weights(NamedTuple):
 
 
 def read(name: Path | str) -> Weights:
-    """Reads a file of ours, of the published code, of mmpretrain, transformers or timm, or fetches a published name.
+    """Reads a file of ours, of the published code, of mmpretrain or timm, a folder of transformers, or fetches a
+    published name.
 
     Raises:
         CheckpointError: damaged, or no weights of a Vision Transformer.
         ValueError: no such file or name, or it can't be downloaded.
     """
     path = Path(name)
-    if not path.is_file():
+    if not path.exists():
         if path.suffix or len(path.parts) > 1:
             raise CheckpointError(f"there is no file {path}")
         if dist.is_main():
             published.fetch(str(name))
         dist.barrier()
         path = published.fetch(str(name))
-    if path.suffix == ".safetensors":
-        try:
-            state: dict[str, Any] = safetensors.torch.load_file(path)
-        except Exception as error:
-            raise CheckpointError(f"{path} is damaged or no safetensors file: {error}") from error
-    else:
-        state = checkpoint.read(path)
-    held = next((state[key] for key in ("model", "state_dict") if isinstance(state.get(key), dict)), state)
+    held, settings = _read_folder(path) if path.is_dir() else _read_file(path)
     tensors = to_ours({key: value for key, value in held.items() if isinstance(value, Tensor)})
     if "patch_embed.proj.weight" not in tensors:
         raise CheckpointError(f"{path} holds no weights of a Vision Transformer: {_some(held)}")
+    return Weights(tensors, settings, _kind(tensors), str(name))
+
+
+def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A file's tensors, under its own names, and the settings that it tells."""
+    if path.suffix == ".safetensors":
+        try:
+            with safetensors.safe_open(path, "pt") as file:
+                return {key: file.get_tensor(key) for key in file.keys()}, json.loads(  # noqa: SIM118  # not a dict
+                    (file.metadata() or {}).get(SETTINGS, "{}")
+                )
+        except Exception as error:
+            raise CheckpointError(f"{path} is damaged or no safetensors file: {error}") from error
+    state = checkpoint.read(path)
+    held = next((state[key] for key in ("model", "state_dict") if isinstance(state.get(key), dict)), state)
     settings = state.get("args") or {}
-    settings = settings if isinstance(settings, dict) else vars(settings)
-    return Weights(tensors, settings if "digest" not in held else {}, _kind(tensors), str(name))
+    return held, settings if isinstance(settings, dict) else vars(settings)
+
+
+def _read_folder(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """As `_read_file`, of a folder that transformers or `save_pretrained` of ours has written."""
+    file = next((path / name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).is_file()), None)
+    if file is None:
+        raise CheckpointError(f"{path} is a folder without model.safetensors or pytorch_model.bin: give a file")
+    held, settings = _read_file(file)
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}/config.json can't be read: {error}") from error
+    names = {"image_size": "input_size", "patch_size": "patch_size", "num_channels": "in_chans",
+             "norm_pix_loss": "norm_pix_loss"}  # fmt: skip
+    told = {ours: config[theirs] for theirs, ours in names.items() if theirs in config}
+    labels = config.get("id2label") or {}
+    if labels and labels.get("0") != "LABEL_0":  # what transformers writes where nobody named them
+        # Not as "classes", which --eval compares with the names of folders.
+        told["label_names"] = [labels[str(number)] for number in range(len(labels))]
+    return held, {**told, **config.get("settings", {}), **settings}
 
 
 def _kind(tensors: dict[str, Tensor]) -> str:
@@ -79,24 +109,23 @@ def _kind(tensors: dict[str, Tensor]) -> str:
     return FULL if "decoder_pred.weight" in tensors else ENCODER
 
 
-def init_mae(model: Any, name: Path | str) -> None:
+def init_mae(model: Any, file: Weights) -> None:
     """Starts a masked autoencoder from a file's weights: all of them, or the encoder's alone.
 
     Raises:
         CheckpointError: the file lacks encoder weights, has others' names, or other shapes than the model's.
     """
-    file = read(name)
     ours = model.state_dict()
     other = _reshaped(file.tensors, ours) if file.grid_size in (None, model.grid_size) else FIXED_TABLES
     weights = {k: v for k, v in file.tensors.items() if k not in FIXED_TABLES & other}
     ours = {k: v for k, v in ours.items() if k not in FIXED_TABLES or k in weights}
     missing = ours.keys() - weights.keys()
     if missing == {name for name in ours if name.startswith("decoder_") or name == "mask_token"}:
-        logger.warning(f"{name} has an encoder only: the decoder starts untrained")
+        logger.warning(f"{file.source} has an encoder only: the decoder starts untrained")
         missing = set()
     _require(file, "--init_from", missing, weights.keys() - ours.keys(), _reshaped(weights, ours))
     model.load_state_dict(weights, strict=False)
-    logger.info(f"weights from {name}")
+    logger.info(f"weights from {file.source}")
 
 
 def load_encoder(

@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -29,7 +30,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from inference.model import load_mae
+from inference.model import get_model
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -79,12 +80,12 @@ def psnr(painted: np.ndarray, original: np.ndarray, hidden: np.ndarray) -> float
 
 def main(args: argparse.Namespace) -> None:
     """Trains, paints, compares."""
-    loaded = load_mae(train(args.work.resolve()))
+    model: Any = get_model(train(args.work.resolve()))
     images = windows()
-    noise = torch.rand(WINDOWS, loaded.model.num_patches, generator=torch.Generator().manual_seed(0))
-    painted = loaded.model.reconstruct(loaded.normalize(images), noise=noise)
+    noise = torch.rand(WINDOWS, model.num_patches, generator=torch.Generator().manual_seed(0))
+    painted = model.reconstruct(model.normalize(images), noise=noise)
     original, ours = (
-        loaded.normalize.inverse(part).permute(0, 2, 3, 1).numpy() for part in (painted.original, painted.pasted)
+        model.normalize.inverse(part).permute(0, 2, 3, 1).numpy() for part in (painted.original, painted.pasted)
     )
     patches = painted.mask.bool().view(WINDOWS, 14, 14)
     hidden = patches.repeat_interleave(16, dim=1).repeat_interleave(16, dim=2).numpy()

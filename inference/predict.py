@@ -1,0 +1,67 @@
+"""Classifies photographs.
+
+python -m inference.predict photo.jpg --model mae_finetuned_vit_base
+python -m inference.predict demo/photos/*.jpg --model runs/tuned/checkpoint-best.pth --json
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from inference.model import get_model, open_image
+from util import cli, dist, options
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The command's flags."""
+    parser = cli.parser("Classifies photographs: a table of the likeliest classes.")
+    options.add_inference_options(parser)
+    parser.add_argument("--topk", default=5, type=options.positive_int, metavar="K", help="classes that are told")
+    parser.add_argument("--json", action="store_true", help="print a JSON object an image instead of a table")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="draw images and scores into a picture")
+    return parser
+
+
+def main(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Prints, and returns, what the model says of each image."""
+    model = get_model(args.model, pretrained=True, device=dist.choose_device(args.device))
+    found = []
+    for path in args.images:  # one by one, so that what was found is told before an unreadable one ends it
+        found.append(model.predict(path, args.topk))
+        if args.json:
+            told = {key: value for key, value in found[-1].items() if key != "pred_scores"}
+            print(json.dumps({"image": path, **told}), flush=True)
+        else:
+            print(f"{path}", *(f"  {score:7.2%}  {name}" for name, score in found[-1]["top"]), sep="\n", flush=True)
+    if args.out:
+        draw([np.asarray(open_image(path, 3)) for path in args.images], found, args.out)
+    return found
+
+
+def draw(images: list[np.ndarray], found: list[dict[str, Any]], path: Path) -> None:
+    """A picture with a row for each image (H, W, 3): the image, and a bar for each class that was told."""
+    figure, axes = plt.subplots(
+        len(images), 2, figsize=(8, 2.6 * len(images)), dpi=100, layout="constrained", squeeze=False
+    )
+    for (left, right), image, prediction in zip(axes, images, found, strict=True):
+        left.imshow(image)
+        left.axis("off")
+        names, scores = zip(*reversed(prediction["top"]), strict=True)
+        right.barh(names, scores)
+        right.set(xlim=(0, 1))
+        right.tick_params(axis="y", labelsize=8)
+        for side in ("top", "right"):
+            right.spines[side].set_visible(False)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    cli.run(main, get_args_parser())

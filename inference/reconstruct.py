@@ -1,0 +1,168 @@
+"""Hides parts of photographs and lets a masked autoencoder paint them again.
+
+python -m inference.reconstruct demo/photos/*.jpg --model mae_visualize_vit_large --out grid.png
+python -m inference.reconstruct photo.jpg --model runs/mine/checkpoint-last.pth --hide 40 60 200 120 --out grid.png
+"""
+
+import argparse
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as TF
+
+from inference.model import Autoencoder, ImageLike, get_model, open_image
+from models_mae import Reconstruction
+from util import cli, dist, options, pictures
+from util.decode import Picture, size_of
+from util.pos_embed import to_pair
+from util.runlog import start_logging
+from util.transforms import to_tensor
+
+logger = logging.getLogger(__name__)
+
+TITLES = ("original", "hidden", "prediction", "pasted")
+HEADER = 18  # pixels above the pictures
+SHOWN = 160  # pixels that a picture's short side has at least; those of small models are enlarged
+Box = tuple[int, int, int, int]  # left, top, width, height, in pixels of the image file
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The command's flags."""
+    parser = cli.parser("Hides patches of photographs, whole and of any shape, and lets a model paint them again.")
+    options.add_inference_options(parser)
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the picture: a row for each image")
+    parser.add_argument("--mask_ratio", default=0.75, type=options.ratio, metavar="R", help="share of patches to hide")
+    parser.add_argument("--seed", default=0, type=options.seed, help="of the patches that are hidden")
+    parser.add_argument(
+        "--hide", type=int, nargs=4, action="append", metavar=("X", "Y", "W", "H"),
+        help="hide this rectangle instead, in pixels of the image from its top left; may be given several times",
+    )  # fmt: skip
+    parser.add_argument(
+        "--short_side", type=options.positive_int, metavar="S", help="scale images to it; None is the model's own size"
+    )
+    return parser
+
+
+def main(args: argparse.Namespace) -> list[Reconstruction]:
+    """Writes the picture, says how far off the painted pixels are, and returns them."""
+    start_logging()
+    model = get_model(args.model, pretrained=True, device=dist.choose_device(args.device))
+    if not isinstance(model, Autoencoder):
+        raise ValueError(
+            f"--model {args.model} has no decoder and can't reconstruct: take a checkpoint of main_pretrain.py, or a "
+            f"published file with decoder, such as mae_visualize_vit_large"
+        )
+    if model.norm_pix_loss:
+        logger.info("trained on normalised patches: mean and contrast of hidden ones are taken from the original")
+    painted = []
+    for path in args.images:
+        painted.append(reconstruct(model, path, args.mask_ratio, args.seed, args.hide, args.short_side))
+        rows, columns = (side // p for side, p in zip(painted[-1].original.shape[2:], patch_size(model), strict=True))
+        hidden = int(painted[-1].mask.sum())
+        told = f"{path}: {hidden} of {rows} x {columns} patches hidden, PSNR {psnr(model, painted[-1]):.2f} dB"
+        print(told, flush=True)
+    grid(model, painted).save(args.out)
+    print(f"picture: {args.out}")
+    return painted
+
+
+def reconstruct(
+    model: Autoencoder,
+    image: ImageLike,
+    mask_ratio: float = 0.75,
+    seed: int = 0,
+    hide: Sequence[Box] | None = None,
+    short_side: int | None = None,
+) -> Reconstruction:
+    """Hides patches of a whole image and paints them again.
+
+    Args:
+        image: of any shape; it is scaled and not cropped, but for what no patch covers.
+        seed: of the patches that are hidden.
+        hide: rectangles in pixels of the image, whose patches are hidden instead of random ones.
+        short_side: pixels to scale the image to; the model's own by default.
+
+    Returns:
+        Tensors (1, c, H, W) of the model's input range, as `MaskedAutoencoderViT.reconstruct` makes them.
+
+    Raises:
+        ValueError: a rectangle lies outside of the image, or all or nothing is hidden.
+    """
+    picture = open_image(image, model.in_chans)
+    device = model.cls_token.device
+    height, width = size_of(picture)
+    small = to_tensor(fit(picture, short_side or min(model.patch_embed.img_size), patch_size(model)))
+    imgs = model.normalize(small[None].to(device))
+    if hide:
+        mask = boxes_to_mask(hide, (height, width), imgs.shape[2:])
+        return model.reconstruct(imgs, mask=mask[None].to(device))
+    grid_size = model.patch_embed.grid_of(*imgs.shape[2:])
+    noise = torch.rand(1, grid_size[0] * grid_size[1], generator=torch.Generator().manual_seed(seed))
+    return model.reconstruct(imgs, mask_ratio, noise=noise.to(device))
+
+
+def patch_size(model: Autoencoder) -> tuple[int, int]:
+    """(height, width) of a patch, pixels."""
+    return to_pair(model.patch_embed.patch_size)
+
+
+def fit(picture: Picture, short_side: int, patch: tuple[int, int]) -> Picture:
+    """Scales a picture to a short side, and cuts what no patch covers off its edges."""
+    height, width = size_of(picture)
+    scale = max(short_side / min(height, width), patch[0] / height, patch[1] / width)
+    scaled = [max(p, round(side * scale)) for side, p in zip((height, width), patch, strict=True)]
+    covered = [side - side % p for side, p in zip(scaled, patch, strict=True)]
+    return TF.center_crop(TF.resize(picture, scaled, interpolation=InterpolationMode.BICUBIC), covered)
+
+
+def boxes_to_mask(boxes: Sequence[Box], size: tuple[int, int], scaled: Sequence[int]) -> Tensor:
+    """Rectangles in an image of `size` (height, width) as a pixel mask (H, W) of its `scaled` copy, 1 for hidden."""
+    mask = torch.zeros(*scaled)
+    down, along = scaled[0] / size[0], scaled[1] / size[1]
+    for left, top, width, height in boxes:
+        if width < 1 or height < 1 or left + width <= 0 or top + height <= 0 or left >= size[1] or top >= size[0]:
+            raise ValueError(
+                f"--hide {left} {top} {width} {height}: the image has {size[1]} x {size[0]} pixels; give left, top, "
+                f"width and height of a rectangle in it"
+            )
+        rows = slice(max(0, int(top * down)), max(1, round((top + height) * down)))
+        columns = slice(max(0, int(left * along)), max(1, round((left + width) * along)))
+        mask[rows, columns] = 1
+    return mask
+
+
+def psnr(model: Autoencoder, painted: Reconstruction) -> float:
+    """Peak signal to noise of the hidden pixels, dB."""
+    error = (model.normalize.inverse(painted.pasted) - model.normalize.inverse(painted.original)).square()
+    hidden = painted.mask.mean() * error[0].numel()
+    return float(-10 * torch.log10(error.sum() / hidden.clamp(min=1)))
+
+
+def grid(model: Autoencoder, painted: Sequence[Reconstruction]) -> Image.Image:
+    """The rows as one picture, with titles."""
+    scale = max(1, SHOWN // min(painted[0].original.shape[2:]))
+    rows: list[Any] = [pictures.tile(row[:4], model.normalize.inverse, scale) for row in painted]
+    rows = [np.broadcast_to(row, (*row.shape[:2], 3)) for row in rows]
+    sheet = Image.new(
+        "RGB", (max(r.shape[1] for r in rows), HEADER + sum(len(r) + pictures.GAP for r in rows)), "white"
+    )
+    top = HEADER
+    for number, row in enumerate(rows):
+        sheet.paste(Image.fromarray(np.ascontiguousarray(row)), (0, top))
+        if number == 0:
+            pen = ImageDraw.Draw(sheet)
+            for column, title in enumerate(TITLES):
+                pen.text(((column + 0.5) * row.shape[1] / 4, 3), title, fill="black", anchor="ma")
+        top += len(row) + pictures.GAP
+    return sheet
+
+
+if __name__ == "__main__":
+    cli.run(main, get_args_parser())

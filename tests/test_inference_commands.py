@@ -1,0 +1,167 @@
+"""The commands: predict, reconstruct, features; what they leave, print, and say to wrong inputs."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+from safetensors import safe_open
+
+from inference import export, features, get_model, predict, reconstruct
+from util import cli, loader
+
+PHOTOS = sorted((ROOT / "demo" / "photos").glob("*.jpg"))
+
+
+def run(module, *argv):
+    return module.main(cli.parse(module.get_args_parser(), [str(part) for part in argv]))
+
+
+def fails(capsys, monkeypatch, module, *argv):
+    monkeypatch.setattr("sys.argv", [module.__name__, *map(str, argv)])
+    with pytest.raises(SystemExit) as stop:
+        cli.run(module.main, module.get_args_parser())
+    said = capsys.readouterr().err
+    assert stop.value.code not in (0, None)
+    assert "Traceback" not in said
+    return said.strip().splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A classifier, an autoencoder, and an encoder alone."""
+    folder = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    mae = get_model("mae_vit_mini_patch4")
+    export.export(mae, "safetensors", folder / "mae.safetensors")
+    export.export(export.encoder_of(mae), "safetensors", folder / "encoder.safetensors")
+    classifier = get_model("vit_mini_patch4", nb_classes=6, classes=list("abcdef"))
+    export.export(classifier, "safetensors", folder / "classifier.safetensors")
+    return folder
+
+
+def test_predict(files, tmp_path, capsys):
+    found = run(predict, *PHOTOS, "--model", files / "classifier.safetensors", "--topk", 3, "--out", tmp_path / "p.png")
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 3 * 4
+    assert said[0] == str(PHOTOS[0])
+    assert said[1].split() == [f"{found[0]['pred_score']:.2%}", found[0]["pred_class"]]
+    with Image.open(tmp_path / "p.png") as picture:
+        assert picture.size == (800, 780)
+    run(predict, PHOTOS[0], "--model", files / "classifier.safetensors", "--json")
+    told = json.loads(capsys.readouterr().out)
+    assert told["image"] == str(PHOTOS[0])
+    assert told["pred_class"] == found[0]["pred_class"]
+    assert len(told["top"]) == 5
+
+
+def test_reconstruct_any_size(files, tmp_path, capsys):
+    Image.new("L", (1, 1)).save(tmp_path / "dot.png")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 300, 3), dtype=np.uint8)).save(tmp_path / "wide.png")
+    painted = run(
+        reconstruct, PHOTOS[0], tmp_path / "wide.png", tmp_path / "dot.png", "--model", files / "mae.safetensors",
+        "--out", tmp_path / "grid.png",
+    )  # fmt: skip
+    assert [tuple(row.original.shape[2:]) for row in painted] == [(32, 32), (32, 104), (32, 32)]
+    with Image.open(tmp_path / "grid.png") as picture:
+        assert picture.width == 4 * 5 * 104 + 3 * 2  # 32 pixels are shown as 160
+    said = capsys.readouterr().out
+    assert "wide.png: 156 of 8 x 26 patches hidden, PSNR " in said
+
+
+def test_reconstruct_draws_as_asked(files, tmp_path):
+    model = get_model(files / "mae.safetensors")
+    one, same, other = (reconstruct.reconstruct(model, PHOTOS[0], 0.5, seed) for seed in (1, 1, 2))
+    assert torch.equal(one.mask, same.mask)
+    assert not torch.equal(one.mask, other.mask)
+    assert one.mask.sum() == 32
+    mse = (one.pasted - one.original).square().sum() / (0.5 * one.original.numel())
+    pixel_std = model.normalize.std.mean()
+    assert reconstruct.psnr(model, one) == pytest.approx(float(-10 * torch.log10(mse * pixel_std**2)), abs=0.6)
+
+
+def test_reconstruct_rectangles(files, tmp_path):
+    model = get_model(files / "mae.safetensors")
+    picture = Image.new("RGB", (640, 320))  # 64 x 32 for the model: a tenth
+    painted = reconstruct.reconstruct(model, picture, hide=[(0, 0, 40, 80), (600, 280, 100, 100)])
+    mask = painted.mask.view(8, 16)
+    assert mask[:2, 0].all() and mask[7, 15] == 1
+    assert mask.sum() == 3
+    with pytest.raises(ValueError, match="--hide 700 0 10 10: the image has 640 x 320 pixels"):
+        reconstruct.reconstruct(model, picture, hide=[(700, 0, 10, 10)])
+    with pytest.raises(ValueError, match="keep"):
+        reconstruct.reconstruct(model, picture, hide=[(0, 0, 640, 320)])
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_features(files, labelled, tmp_path, suffix):
+    out = tmp_path / f"features{suffix}"
+    run(features, labelled, "--model", files / "encoder.safetensors", "--out", out, "--batch_size", 7, "--split", "val")
+    if suffix == ".npz":
+        found = np.load(out)
+        names, classes = found["names"].tolist(), found["classes"].tolist()
+    else:
+        with safe_open(out, "np") as file:
+            found = {key: file.get_tensor(key) for key in ("features", "labels")}
+            names, classes = (json.loads(file.metadata()[key]) for key in ("names", "classes"))
+    model = get_model(files / "encoder.safetensors")
+    assert found["features"].shape == (23, 128)
+    for place in (0, 11, 22):
+        with torch.no_grad():
+            wanted = model.extract_feat(names[place])
+        np.testing.assert_allclose(found["features"][place], wanted[0].numpy(), rtol=1e-4, atol=1e-5)
+        assert f"/{classes[found['labels'][place]]}/" in names[place]
+    assert [path.name for path in tmp_path.iterdir()] == [out.name]
+
+
+def test_features_go_on_where_they_stopped(files, pictures, tmp_path, monkeypatch, capsys):
+    argv = [pictures, "--model", files / "encoder.safetensors", "--batch_size", 4, "--num_workers", 0, "--pool", "avg"]
+    run(features, *argv, "--out", tmp_path / "whole.npz")
+    seen = []
+
+    class Interrupted(Exception):
+        pass
+
+    def stops(samples, *given, **named):
+        for number, batch in enumerate(loader_of(samples, *given, **named)):
+            seen.append(len(batch[0]))
+            if number == 3 and len(seen) == 4:
+                raise Interrupted
+            yield batch
+
+    loader_of = loader.eval_loader
+    monkeypatch.setattr(loader, "eval_loader", stops)
+    monkeypatch.setattr(features, "SAVE_EVERY", 1)
+    with pytest.raises(Interrupted):
+        run(features, *argv, "--out", tmp_path / "parts.npz")
+    capsys.readouterr()
+    with pytest.raises(ValueError, match="was begun with other settings"):
+        run(features, *argv, "--pool", "cls", "--out", tmp_path / "parts.npz")
+    run(features, *argv, "--out", tmp_path / "parts.npz")
+    assert "going on after 12 of 24 images" in capsys.readouterr().out
+    whole, parts = np.load(tmp_path / "whole.npz"), np.load(tmp_path / "parts.npz")
+    np.testing.assert_array_equal(whole["features"], parts["features"])
+    assert sum(seen) == 16 + 12  # the fourth batch was drawn, and stopped in
+
+
+def test_wrong_inputs(files, pictures, tmp_path, capsys, monkeypatch):
+    (tmp_path / "text.jpg").write_text("hello")
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
+    classifier, encoder, mae = (files / f"{kind}.safetensors" for kind in ("classifier", "encoder", "mae"))
+    grid = ["--out", tmp_path / "grid.png"]
+    for module, argv, wanted in (
+        (predict, [tmp_path / "text.jpg", "--model", classifier], "text.jpg: the file is not an image"),
+        (predict, [tmp_path / "bomb.png", "--model", classifier], "bomb.png: too large to decode"),
+        (predict, [tmp_path / "none.jpg", "--model", classifier], "No such file or directory"),
+        (predict, [PHOTOS[0], "--model", encoder], "is an encoder, which classifies nothing"),
+        (predict, [PHOTOS[0], "--model", mae], "is an encoder, which classifies nothing"),
+        (predict, [PHOTOS[0], "--model", "vit-base-p16_mae-300e-pre_8xb128-coslr-100e_in1k"], "never released"),
+        (predict, [PHOTOS[0], "--model", "vit_bse_patch16"], "the nearest is vit_base_patch16"),
+        (reconstruct, [PHOTOS[0], "--model", encoder, *grid], "has no decoder and can't reconstruct"),
+        (reconstruct, [PHOTOS[0], "--model", classifier, *grid], "has no decoder and can't reconstruct"),
+        (features, [pictures, "--model", mae, "--out", tmp_path / "f.csv"], "must end in .npz or .safetensors"),
+        (features, [tmp_path / "none", "--model", mae, "--out", tmp_path / "f.npz"], "there is no folder or archive"),
+    ):
+        assert wanted in fails(capsys, monkeypatch, module, *argv)

@@ -1,0 +1,205 @@
+"""Ours to others and back: the other library's own model, on what was exported, gives what ours gives."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import timm
+import torch
+import transformers
+from conftest import ROOT
+from PIL import Image
+
+import hubconf
+from inference import export, get_model
+from inference.model import Autoencoder, Classifier
+from models_vit import probe_head
+from util import foreign, weights
+
+MMPRETRAIN = Path(__file__).parent / "fixtures" / "mmpretrain"  # written by mmpretrain itself
+FORMATS = ["reference", "safetensors", "timm", "mmpretrain", "transformers"]
+SIZES = {"embed_dim": 128, "depth": 4, "num_heads": 4, "img_size": 32, "patch_size": 4}
+
+
+def randomized(model):
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.1)
+    return model
+
+
+@pytest.fixture
+def mae():
+    return randomized(get_model("mae_vit_mini_patch4", norm_pix_loss=True))
+
+
+@pytest.fixture
+def pooled():
+    return randomized(get_model("vit_mini_patch4", nb_classes=7))
+
+
+@pytest.fixture
+def of_token():
+    return randomized(get_model("vit_mini_patch4", nb_classes=3, global_pool=False, classes=["cat", "dog", "owl"]))
+
+
+def exported(model, to, folder):
+    out = folder / {"reference": "m.pth", "timm": "m.pth", "mmpretrain": "m.pth", "safetensors": "m.safetensors",
+                    "transformers": "folder", "onnx": "m.onnx", "torch_export": "m.pt2"}[to]  # fmt: skip
+    export.export(model, to, out)
+    return out
+
+
+@pytest.fixture
+def imgs():
+    return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+# ------------------------------------------------------------------------------------------------ there and back
+
+
+@pytest.mark.parametrize("to", [to for to in FORMATS if to != "timm"])
+def test_an_autoencoder_comes_back(mae, to, imgs, tmp_path):
+    again = get_model(exported(mae, to, tmp_path))
+    assert isinstance(again, Autoencoder)
+    assert again.state_dict().keys() == mae.state_dict().keys()
+    noise = torch.rand(3, 64)
+    for ours, theirs in zip(mae(imgs, noise=noise), again(imgs, noise=noise), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_a_classifier_comes_back(of_token, to, imgs, tmp_path):
+    again = get_model(exported(of_token, to, tmp_path))
+    assert isinstance(again, Classifier)
+    torch.testing.assert_close(again(imgs), of_token(imgs), rtol=1e-5, atol=1e-5)
+    assert again.classes == (["cat", "dog", "owl"] if to in ("safetensors", "transformers") else None)
+
+
+@pytest.mark.parametrize("to", [to for to in FORMATS if to != "transformers"])
+def test_a_pooling_classifier_comes_back(pooled, to, imgs, tmp_path):
+    torch.testing.assert_close(get_model(exported(pooled, to, tmp_path))(imgs), pooled(imgs), rtol=1e-5, atol=1e-5)
+
+
+def test_a_probes_head_becomes_one_layer(imgs, tmp_path):
+    probe = Classifier({**get_model("vit_mini_patch4", nb_classes=5, global_pool=False).settings, "probe": True})
+    probe.head[0].running_mean.normal_()
+    probe.head[0].running_var.uniform_(0.5, 2)
+    for to in ("timm", "mmpretrain", "transformers"):
+        torch.testing.assert_close(get_model(exported(probe, to, tmp_path))(imgs), probe(imgs), rtol=1e-4, atol=1e-5)
+    assert get_model(exported(probe, "reference", tmp_path)).state_dict().keys() == probe.state_dict().keys()
+    assert isinstance(probe.head, type(probe_head(2, 2)))
+
+
+# --------------------------------------------------------------------------------------------- in their libraries
+
+
+def test_transformers_autoencoder(mae, imgs, tmp_path):
+    theirs, said = transformers.ViTMAEForPreTraining.from_pretrained(
+        exported(mae, "transformers", tmp_path), output_loading_info=True
+    )
+    assert not said["missing_keys"] and not said["unexpected_keys"]
+    noise = torch.rand(3, 64)
+    loss, pred, mask = mae(imgs, noise=noise)
+    with torch.no_grad():
+        found = theirs.eval()(imgs, noise=noise)
+    assert torch.equal(found.mask, mask)
+    torch.testing.assert_close(found.loss, loss, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.logits, pred, rtol=1e-5, atol=1e-5)
+
+
+def test_transformers_encoder_in_its_pipeline(mae, tmp_path):
+    folder = exported(export.encoder_of(mae), "transformers", tmp_path)
+    theirs = transformers.pipeline("image-feature-extraction", model=str(folder), device="cpu")
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    batch = mae.normalize(torch.from_numpy(pixels).permute(2, 0, 1)[None])
+    found = torch.tensor(theirs(Image.fromarray(pixels)))
+    torch.testing.assert_close(found, mae.extract_feat(batch, "tokens"), rtol=1e-5, atol=1e-4)
+
+
+def test_transformers_classifier(of_token, imgs, tmp_path):
+    theirs = transformers.ViTForImageClassification.from_pretrained(exported(of_token, "transformers", tmp_path))
+    torch.testing.assert_close(theirs.eval()(imgs).logits, of_token(imgs), rtol=1e-5, atol=1e-5)
+    assert theirs.config.id2label == {0: "cat", 1: "dog", 2: "owl"}
+
+
+def test_what_transformers_can_not_hold(pooled, tmp_path):
+    with pytest.raises(ValueError, match="takes the class token, and this one pools patch tokens"):
+        export.export(pooled, "transformers", tmp_path / "folder")
+    wide = get_model("mae_vit_mini_patch4", input_size=[32, 64])
+    with pytest.raises(ValueError, match=r"square images, .*, and these are 32 x 64"):
+        export.export(wide, "transformers", tmp_path / "folder")
+    with pytest.raises(ValueError, match="pools patch tokens"):
+        export.encoder_of(pooled)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_timm(pooled, of_token, mae, imgs, tmp_path, suffix):
+    for model, settings in (
+        (pooled, {"num_classes": 7, "global_pool": "avg", "fc_norm": True}),
+        (of_token, {"num_classes": 3}),
+        (mae, {"num_classes": 0}),
+    ):
+        file = tmp_path / f"m{suffix}"
+        export.export(model, "timm", file)
+        theirs = timm.create_model("vit_tiny_patch16_224", checkpoint_path=str(file), **SIZES, **settings).eval()
+        ours = model.extract_feat(imgs, "tokens")[:, 0] if model is mae else model(imgs)
+        torch.testing.assert_close(theirs(imgs), ours, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mae.pth", "classifier.pth"])
+def test_mmpretrains_own_file_is_written_again(name):
+    """To the last name: what mmpretrain wrote goes through our names and back."""
+    theirs = torch.load(MMPRETRAIN / name, weights_only=True)["state_dict"]
+    again = foreign.to_mmpretrain(weights.read(MMPRETRAIN / name).tensors)
+    assert again.keys() == theirs.keys()
+    assert all(torch.equal(value, theirs[key]) for key, value in again.items())
+
+
+@pytest.mark.parametrize("kind", ["pooled", "mae"])
+def test_onnx(kind, imgs, tmp_path, request):
+    model = request.getfixturevalue(kind)
+    session = onnxruntime.InferenceSession(exported(model, "onnx", tmp_path))
+    for batch in (imgs, imgs[:1]):
+        ours = model(batch) if kind == "pooled" else model.forward_features(batch)
+        (theirs,) = session.run(None, {"images": batch.numpy()})
+        torch.testing.assert_close(torch.from_numpy(theirs), ours.detach(), rtol=1e-5, atol=1e-5)
+    told = session.get_modelmeta().custom_metadata_map
+    assert json.loads(told["mean"]) == pytest.approx([0.485, 0.456, 0.406])
+
+
+def test_torch_export(pooled, imgs, tmp_path):
+    graph = torch.export.load(exported(pooled, "torch_export", tmp_path)).module()
+    for batch in (imgs, imgs[:1]):
+        torch.testing.assert_close(graph(batch), pooled(batch), rtol=1e-5, atol=1e-5)
+
+
+def test_torch_hub(mae, tmp_path):
+    file = exported(mae, "safetensors", tmp_path)
+    entries = {name for name, value in vars(hubconf).items() if callable(value)}
+    assert {"mae_vit_base_patch16", "vit_huge_patch14"} <= entries
+    again = torch.hub.load(str(ROOT), "mae_vit_mini_patch4", source="local", pretrained=str(file), norm_pix_loss=True)
+    assert torch.equal(again.decoder_pred.weight, mae.decoder_pred.weight)
+
+
+def test_without_the_extra(pooled, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(
+        ValueError, match=r'needs the package onnxscript, which is not installed: pip install "\.\[onnx'
+    ):
+        export.export(pooled, "onnx", tmp_path / "m.onnx")
+
+
+def test_the_command(mae, imgs, tmp_path):
+    export.export(mae, "safetensors", tmp_path / "m.safetensors")
+    command = [sys.executable, "-m", "inference.export", "--model", tmp_path / "m.safetensors", "--encoder", "--to",
+               "timm", "--out", tmp_path / "t.pth"]  # fmt: skip
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    theirs = timm.create_model("vit_tiny_patch16_224", checkpoint_path=str(tmp_path / "t.pth"), num_classes=0, **SIZES)
+    torch.testing.assert_close(theirs.eval()(imgs), mae.extract_feat(imgs, "cls"), rtol=1e-5, atol=1e-5)
