@@ -50,7 +50,7 @@ def classify(
     # Each process's queries in turn go round to all parts of the bank.
     for asked, expected in zip(dist.gather(queries), dist.gather(labels), strict=True):
         for part, truth in zip(asked.split(step), expected.split(step), strict=True):
-            similarity, neighbours = _nearest(F.normalize(part.to(device), dim=1), bank, max(ks))
+            similarity, neighbours = _nearest(F.normalize(part.to(device).float(), dim=1), bank, max(ks))
             found = dist.gather((similarity.cpu(), bank_labels[neighbours].cpu()))
             similarity, order = torch.cat([own for own, _ in found], dim=1).sort(dim=1, descending=True, stable=True)
             classes = torch.cat([own for _, own in found], dim=1).gather(1, order)
