@@ -1,0 +1,68 @@
+"""What an encoder sees where: attention of the class token, and principal components of the patches' features."""
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from inference.model import Autoencoder, Classifier, Images
+
+Model = Autoencoder | Classifier
+
+
+@torch.inference_mode()
+def attention(model: Model, images: Images, block: int = -1) -> Tensor:
+    """How much the class token takes from each patch.
+
+    Args:
+        images: as `Ready.prepare` takes them.
+        block: of the encoder; the last by default.
+
+    Returns:
+        (B, heads, rows, columns) of the patch grid; of each head, the class token's own share is missing from 1.
+    """
+    x = model.prepare(images)
+    depth = len(model.blocks)
+    if not -depth <= block < depth:
+        raise ValueError(f"block {block}: the encoder has {depth}")
+    _, maps = model.get_intermediate_layers(x, n=depth - block % depth, return_attention=True)
+    return maps[0][:, :, 0, 1:].unflatten(2, model.patch_embed.grid_of(*x.shape[2:])).cpu()
+
+
+@torch.inference_mode()
+def components(model: Model, images: Images) -> Tensor:
+    """The first three principal components of the patches' features, as colours: patches alike look alike.
+
+    The components are those of all images together.
+
+    Returns:
+        (B, rows, columns, 3) in 0 to 1.
+    """
+    x = model.prepare(images)
+    tokens = model.extract_feat(x, "tokens")[:, 1:].float().cpu()
+    flat = tokens.flatten(0, 1)
+    centred = flat - flat.mean(dim=0)
+    _, _, directions = torch.linalg.svd(centred, full_matrices=False)
+    # Signs are arbitrary: each direction is turned so that its largest entry is positive.
+    signs = directions.gather(1, directions.abs().argmax(dim=1, keepdim=True)).sign()
+    found = centred @ (directions * signs)[:3].T
+    low, high = found.quantile(0.01, dim=0), found.quantile(0.99, dim=0)
+    colours = ((found - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
+    rows, columns = model.patch_embed.grid_of(*x.shape[2:])
+    return colours.view(len(x), rows, columns, 3)
+
+
+def overlay(model: Model, image: Tensor, weights: Tensor) -> Image.Image:
+    """A picture that is bright where weights are high.
+
+    Args:
+        image: the model's input (c, H, W), as `prepare` makes it.
+        weights: (rows, columns) of its patches, at least 0.
+    """
+    pixels = model.normalize.inverse(image.cpu()[None].to(model.normalize.mean))[0].cpu()
+    pixels = pixels[:3] if len(pixels) >= 3 else pixels[:1].expand(3, -1, -1)
+    scaled = torch.nn.functional.interpolate(
+        (weights / weights.max())[None, None], size=pixels.shape[1:], mode="nearest"
+    )
+    shown = pixels * (0.15 + 0.85 * scaled[0])
+    return Image.fromarray((255 * shown.permute(1, 2, 0).numpy()).round().astype(np.uint8))
