@@ -71,7 +71,7 @@ def main(args: Namespace) -> Evaluation | None:
     fetches = {"num_workers": args.num_workers, "pin_memory": args.pin_mem and device.type == "cuda"}
 
     def prepare_test(val: Source) -> Callable[[nn.Module], Evaluation]:
-        samples = Samples(val, transforms.eval_transform(args.input_size), **reads)
+        samples = Samples(val, transforms.eval_transform(args.input_size, args.crop_pct), **reads)
         batches = loader.eval_loader(samples, args.batch_size, **fetches)
         return partial(evaluate, data_loader=batches, normalize=normalize, precision=precision)
 

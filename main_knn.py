@@ -70,7 +70,9 @@ def main(args: Namespace) -> dict[int, float]:
     normalize = transforms.Normalize(*statistics).to(device)
 
     def features_of(source: Source, model: Any) -> tuple[Tensor, Tensor]:
-        samples = Samples(source, transforms.eval_transform(args.input_size), in_chans=args.in_chans, seed=args.seed)
+        samples = Samples(
+            source, transforms.eval_transform(args.input_size, args.crop_pct), in_chans=args.in_chans, seed=args.seed
+        )
         batches = loader.eval_loader(samples, args.batch_size, args.num_workers, args.pin_mem and device.type == "cuda")
         return extract_features(model, batches, normalize=normalize, precision=precision)
 

@@ -68,7 +68,7 @@ def main(args: Namespace) -> None:
     fetches = {"num_workers": args.num_workers, "pin_memory": args.pin_mem and device.type == "cuda"}
 
     def features_of(source: Source, model: Any) -> tuple[Tensor, Tensor]:
-        samples = Samples(source, transforms.eval_transform(args.input_size), **reads)
+        samples = Samples(source, transforms.eval_transform(args.input_size, args.crop_pct), **reads)
         batches = loader.eval_loader(samples, min(args.batch_size, 512), **fetches)
         return extract_features(model, batches, normalize=normalize, precision=precision)
 

@@ -331,7 +331,10 @@ def arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
     size = settings["model"].removeprefix("mae_vit_").removesuffix(DECODER_SUFFIX)
     if not settings["model"].startswith("mae_vit_") or size not in SIZES:
         raise ValueError(f"{settings['model']} is no masked autoencoder")
-    return {**shape(size, settings), **DECODERS[size], "norm_pix_loss": settings["norm_pix_loss"]}
+    decoder: dict[str, Any] = {**DECODERS[size]}
+    if settings.get("decoder_depth"):
+        decoder["decoder_depth"] = settings["decoder_depth"]
+    return {**shape(size, settings), **decoder, "norm_pix_loss": settings["norm_pix_loss"]}
 
 
 def build(settings: Mapping[str, Any]) -> MaskedAutoencoderViT:

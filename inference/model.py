@@ -32,8 +32,10 @@ ImageLike = str | Path | Image.Image | np.ndarray | Tensor
 Images = ImageLike | Sequence[ImageLike]
 
 # What of a run's settings makes a model; the rest is about training.
-MAKES_A_MODEL = ("model", "input_size", "patch_size", "in_chans", "mean", "std", "norm_pix_loss", "mask_ratio",
-                 "global_pool", "nb_classes", "probe", "classes", "label_names")  # fmt: skip
+MAKES_A_MODEL = (
+    "model", "input_size", "patch_size", "in_chans", "mean", "std", "crop_pct", "norm_pix_loss", "mask_ratio",
+    "decoder_depth", "global_pool", "nb_classes", "probe", "classes", "label_names",
+)  # fmt: skip
 FACTORIES = sorted(f"{prefix}{size}" for prefix in ("mae_vit_", "vit_") for size in models_vit.SIZES)
 FULL_NAMES = {f"{name}{models_mae.DECODER_SUFFIX}": name for name in FACTORIES if name in vars(models_mae)}
 
@@ -54,7 +56,7 @@ class Ready(PyTorchModelHubMixin):
     def _make_ready(self, settings: dict[str, Any]) -> None:
         self.settings = settings
         self.in_chans = settings["in_chans"]
-        self.transform = transforms.eval_transform(settings["input_size"])
+        self.transform = transforms.eval_transform(settings["input_size"], settings.get("crop_pct"))
         statistics = transforms.channel_statistics(self.in_chans, settings.get("mean"), settings.get("std"))
         self.normalize = transforms.Normalize(*statistics)
         self.classes = settings.get("classes") or settings.get("label_names")
@@ -282,6 +284,7 @@ def _infer(file: Weights) -> dict[str, Any]:
         "model": f"{'mae_' * (file.kind == FULL)}vit_{sizes[0]}",
         "in_chans": channels,
         "patch_size": patch,
+        "decoder_depth": sum(name.endswith(".norm1.weight") for name in tensors if name.startswith("decoder_")) or None,
         "norm_pix_loss": True,  # as most published ones; a file need not tell
         "global_pool": "fc_norm.weight" in tensors,
         "nb_classes": 0 if head is None else len(head),

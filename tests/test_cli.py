@@ -74,7 +74,7 @@ def test_help_teaches_every_flag(capsys):
         (["--std", "0"], "--std: must be above 0"),
         (["--hflip", "2"], r"--hflip: must be in \[0, 1\]"),
         (["--seed", "-1"], r"--seed: must be in \[0, 2\^32\)"),
-        (["--blr=-1e-3"], "--blr: must not be negative"),
+        (["--blr=-1e-3"], "--blr: must be at least 0"),
         (["--epoch", "3"], "unrecognized arguments: --epoch"),
         (["--config", "nowhere.yaml"], "there is no file nowhere.yaml"),
     ],

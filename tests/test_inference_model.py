@@ -36,6 +36,14 @@ def test_a_checkpoint_tells_its_own_story(pretrain):
     assert all(torch.equal(v, state["model"][k]) for k, v in model.state_dict().items())
 
 
+def test_a_decoder_of_another_depth(pretrain, tmp_path):
+    """The paper's ablation (table 1a) on the command line; a bare file tells its depth by its names."""
+    model = get_model(pretrain(decoder_depth=3) / "checkpoint-1.pth")
+    assert len(model.decoder_blocks) == 3
+    torch.save({"model": model.state_dict()}, tmp_path / "bare.pth")
+    assert len(get_model(tmp_path / "bare.pth").decoder_blocks) == 3
+
+
 def test_a_bare_file_is_told_apart_by_its_tensors(tmp_path):
     mini_mae = get_model("mae_vit_mini_patch4", input_size=16)
     torch.save({"model": mini_mae.state_dict()}, tmp_path / "full.pth")

@@ -41,6 +41,12 @@ def test_rectangular_evaluation_covers(photo, size):
     assert (white == 255).all()
 
 
+def test_small_pictures_are_seen_whole(photo):
+    square = photo.crop((0, 0, 50, 50))
+    assert torch.equal(transforms.eval_transform(50, crop_pct=1)(square), tv.functional.pil_to_tensor(square))
+    assert transforms.eval_transform((16, 24), crop_pct=1)(photo).shape == (3, 16, 24)
+
+
 def test_a_strip_is_cut_before_it_is_scaled():
     strip = Image.fromarray(np.random.default_rng(0).integers(0, 256, size=(2, 60_000), dtype=np.uint8))
     out = transforms.eval_transform(224)(strip)  # 15 gigabytes, if it were scaled whole

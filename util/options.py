@@ -1,7 +1,7 @@
 """Every flag, once, in groups. A main takes the groups that it needs and sets its task's defaults."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from util.precision import AMP_CHOICES
@@ -10,52 +10,24 @@ from util.weights import ADAPT_CHOICES
 # ---------------------------------------------------------------------------------------------------- kinds of value
 
 
-def positive_int(text: str) -> int:
-    """An integer of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return value
+def _kind(convert: Callable[[str], Any], holds: Callable[[Any], bool], wanted: str) -> Callable[[str], Any]:
+    def kind(text: str) -> Any:
+        value = convert(text)
+        if not holds(value):
+            raise argparse.ArgumentTypeError(f"must be {wanted}, got {text}")
+        return value
+
+    kind.__name__ = convert.__name__  # argparse says so where the text is no number
+    return kind
 
 
-def non_negative(text: str) -> float:
-    """A number of at least 0."""
-    value = float(text)
-    if not value >= 0:
-        raise argparse.ArgumentTypeError(f"must not be negative, got {text}")
-    return value
-
-
-def positive(text: str) -> float:
-    """A number above 0."""
-    value = float(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
-    return value
-
-
-def share(text: str) -> float:
-    """A number in [0, 1]."""
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"must be in [0, 1], got {text}")
-    return value
-
-
-def seed(text: str) -> int:
-    """An integer that all random generators take."""
-    value = int(text)
-    if not 0 <= value < 2**32:
-        raise argparse.ArgumentTypeError(f"must be in [0, 2^32), got {text}")
-    return value
-
-
-def ratio(text: str) -> float:
-    """A number in [0, 1)."""
-    value = float(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"must be in [0, 1), got {text}")
-    return value
+positive_int = _kind(int, lambda value: value >= 1, "at least 1")
+non_negative = _kind(float, lambda value: value >= 0, "at least 0")
+positive = _kind(float, lambda value: value > 0, "above 0")
+share = _kind(float, lambda value: 0 <= value <= 1, "in [0, 1]")
+positive_share = _kind(float, lambda value: 0 < value <= 1, "in (0, 1]")
+ratio = _kind(float, lambda value: 0 <= value < 1, "in [0, 1)")
+seed = _kind(int, lambda value: 0 <= value < 2**32, "in [0, 2^32), which all random generators take")
 
 
 class _Size(argparse.Action):
@@ -223,6 +195,9 @@ def add_pretrain_options(parser: argparse.ArgumentParser) -> None:
     """What only masked pre-training has."""
     group = parser.add_argument_group("masked pre-training")
     group.add_argument("--mask_ratio", default=0.75, type=ratio, metavar="R", help="share of the patches removed")
+    group.add_argument(
+        "--decoder_depth", type=positive_int, metavar="N", help="blocks of the decoder; None is the model's own"
+    )
     _add_switch(group, "norm_pix_loss", False, "predict patches normalised by their own mean and variance")
     _add_crop_options(group, [0.2, 1.0])
     group.add_argument("--init_from", default="", metavar="FILE", help="start from this file's weights (nothing else)")
@@ -248,6 +223,11 @@ def add_supervised_options(parser: argparse.ArgumentParser, global_pool: bool) -
         "patch projection starts untrained (skip)",
     )  # fmt: skip
     group.add_argument("--val_list", metavar="FILE", help="as --train_list, for validation")
+    group.add_argument(
+        "--crop_pct", type=positive_share, metavar="S",
+        help="side of the centre crop that is evaluated, as a share of the scaled image's; None is .875, and 1 above "
+        "224 pixels, as published; give 1 for pictures as small as CIFAR's",
+    )  # fmt: skip
     group.add_argument(
         "--nb_classes", type=positive_int, metavar="N", help="a check on the data, which tells the classes itself"
     )

@@ -184,11 +184,17 @@ def to_tensor(picture: Picture) -> Tensor:
     return picture if isinstance(picture, Tensor) else TF.pil_to_tensor(picture)
 
 
-def eval_transform(input_size: Size) -> Transform:
-    """Scales the picture to cover input_size / .875 (a square above 224 pixels: input_size) and cuts out the centre."""
+def eval_transform(input_size: Size, crop_pct: float | None = None) -> Transform:
+    """Scales the picture to cover input_size / crop_pct and cuts out the centre.
+
+    Args:
+        crop_pct: by default .875, and 1 for squares above 224 pixels, as published. Small pictures are better seen
+            whole (1).
+    """
     height, width = to_pair(input_size)
-    crop_ratio = 1.0 if height == width > 224 else 0.875
-    scaled = (int(height / crop_ratio), int(width / crop_ratio))
+    if crop_pct is None:
+        crop_pct = 1.0 if height == width > 224 else 0.875
+    scaled = (int(height / crop_pct), int(width / crop_pct))
     return T.Compose([partial(_cover, size=scaled), T.CenterCrop((height, width)), to_tensor])
 
 

@@ -41,14 +41,16 @@ MASKED = {
     "ratio-0.75": (14, ["--mask_ratio", 0.75]),
     "ratio-0.9": (18, ["--mask_ratio", 0.9]),
     "norm-0.75": (14, ["--mask_ratio", 0.75, "--norm_pix_loss"]),
+    "decoder-2": (12, ["--mask_ratio", 0.75, "--decoder_depth", 2]),
 }
+WHOLE = ["--crop_pct", 1]  # pictures this small are seen whole
 SHAPE = ["--input_size", 28, "--in_chans", 1, "--patch_size", PATCH, "--mean", 0.286, "--std", 0.353]
 MAE = ["--model", "mae_vit_mini_patch4", "--lr", 1e-3, "--crop_scale", 0.6, 1]  # 64 images to a step
 # The model is so small that two processes of one thread each are faster than one process of two threads.
 TWO_PROCESSES = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
 BUDGET = {100: 200, 500: 100, 2_000: 50, 10_000: 20, 60_000: 8}  # labels: epochs of fine-tuning, with and without
 SEEDS = {100: 3, 500: 3, 2_000: 3, 10_000: 1, 60_000: 1}
-PROBE = ["main_linprobe.py", "--model", "vit_mini_patch4", "--train_per_class", 1000, "--cache_features",
+PROBE = ["main_linprobe.py", "--model", "vit_mini_patch4", *WHOLE, "--train_per_class", 1000, "--cache_features",
          "--blr", 0.3, 1, 3, 10, 30, "--batch_size", 256, "--epochs", 60, "--warmup_epochs", 5,
          "--eval_every", 60, "--save_every", 1000]  # fmt: skip
 
@@ -112,7 +114,7 @@ class Study:
 
     def neighbours(self, name: str, *flags: Any) -> dict[str, Any]:
         """Runs main_knn.py."""
-        command = ["main_knn.py", "--model", "vit_mini_patch4", *flags, "--dataset", "FashionMNIST", *SHAPE]
+        command = ["main_knn.py", "--model", "vit_mini_patch4", *WHOLE, *flags, "--dataset", "FashionMNIST", *SHAPE]
 
         def compute() -> dict[str, Any]:
             return json.loads(re.findall(r"^\{.*\}$", self._call(command), re.MULTILINE)[-1])
@@ -222,7 +224,7 @@ def finetune(study: Study) -> None:
             for start in ([], ["--finetune", encoder]):
                 name = f"finetune/{count}/{seed}/{'pre-trained' if start else 'scratch'}"
                 command = [
-                    "main_finetune.py", "--model", "vit_mini_patch4", "--num_workers", 1,
+                    "main_finetune.py", "--model", "vit_mini_patch4", *WHOLE, "--num_workers", 1,
                     "--seed", seed, "--epochs", epochs, "--warmup_epochs", epochs // 10,
                     "--eval_every", epochs, "--save_every", 1000, "--batch_size", 32 if count <= 2000 else 128,
                     "--lr", 1e-3, "--aa", "none", "--reprob", 0, "--crop_scale", 0.7, 1, "--mixup", 0.8, "--cutmix", 1,
