@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 from inference.model import Autoencoder, Classifier, Images
 
@@ -52,17 +53,16 @@ def components(model: Model, images: Images) -> Tensor:
     return colours.view(len(x), rows, columns, 3)
 
 
-def overlay(model: Model, image: Tensor, weights: Tensor) -> Image.Image:
-    """A picture that is bright where weights are high.
+def overlay(model: Model, image: Tensor, weights: Tensor | None = None) -> Image.Image:
+    """A picture that is bright where weights are high; without weights as it is.
 
     Args:
         image: the model's input (c, H, W), as `prepare` makes it.
         weights: (rows, columns) of its patches, at least 0.
     """
-    pixels = model.normalize.inverse(image.cpu()[None].to(model.normalize.mean))[0].cpu()
+    pixels = model.normalize.inverse(image.to(model.normalize.mean)).cpu()
     pixels = pixels[:3] if len(pixels) >= 3 else pixels[:1].expand(3, -1, -1)
-    scaled = torch.nn.functional.interpolate(
-        (weights / weights.max())[None, None], size=pixels.shape[1:], mode="nearest"
-    )
-    shown = pixels * (0.15 + 0.85 * scaled[0])
-    return Image.fromarray((255 * shown.permute(1, 2, 0).numpy()).round().astype(np.uint8))
+    if weights is not None:
+        bright = F.interpolate((weights / weights.max())[None, None], size=pixels.shape[1:], mode="nearest")[0]
+        pixels = pixels * (0.15 + 0.85 * bright)
+    return Image.fromarray((255 * pixels.permute(1, 2, 0).numpy()).round().astype(np.uint8))

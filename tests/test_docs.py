@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from conftest import ROOT
 
@@ -15,6 +16,7 @@ import main_finetune
 import main_knn
 import main_linprobe
 import main_pretrain
+from inference import export, features, get_model, predict, reconstruct
 from util import cli
 
 DOCUMENTS = sorted(ROOT.glob("*.md"))
@@ -24,6 +26,7 @@ PARSERS = {
     "main_finetune.py": main_finetune.get_args_parser,
     "main_linprobe.py": main_linprobe.get_args_parser,
     "main_knn.py": main_knn.get_args_parser,
+    **{f"inference.{part.__name__[10:]}": part.get_args_parser for part in (export, features, predict, reconstruct)},
 }
 
 
@@ -39,9 +42,11 @@ def bash_blocks(path: Path) -> list[str]:
 def main_commands() -> list[tuple[str, list[str]]]:
     """Every command of a main in documents, docstrings and recipe headers: (main, flags)."""
     found = [command for path in DOCUMENTS for command in bash_blocks(path)]
-    for path in SCRIPTS + sorted(ROOT.glob("recipes/*.yaml")):
+    for path in SCRIPTS + sorted(ROOT.glob("inference/*.py")) + sorted(ROOT.glob("recipes/*.yaml")):
         found += commands(path.read_text().replace("\n#", "\n"))
-    calls = [re.search(r"(?:python|torchrun)\s.*?(main_\w+\.py) (--.*)", command) for command in found]
+    calls = [
+        re.search(r"(?:python|torchrun)\s.*?(main_\w+\.py|inference\.\w+) ([\w-].*)", command) for command in found
+    ]
     return [(call[1], shlex.split(call[2])) for call in calls if call]
 
 
@@ -52,7 +57,7 @@ def test_every_shown_command_parses(main, flags, monkeypatch):
 
 
 def test_the_commands_were_found():
-    assert len(main_commands()) >= 9
+    assert len(main_commands()) >= 45
 
 
 def test_the_readmes_commands_run(tmp_path):
@@ -61,7 +66,7 @@ def test_the_readmes_commands_run(tmp_path):
         if entry.name not in ("runs", "images", ".git"):
             (tmp_path / entry.name).symlink_to(entry)
     script = [c for c in bash_blocks(ROOT / "README.md") if not c.startswith(("./run ", "source ", "torchrun "))]
-    assert len(script) == 8
+    assert len(script) == 12
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     done = subprocess.run(
         ["bash", "-ec", "\n".join(script)], cwd=tmp_path, env=environment, capture_output=True, text=True
@@ -71,13 +76,27 @@ def test_the_readmes_commands_run(tmp_path):
     assert "resuming from" in done.stdout
     assert done.stdout.count("* Acc@1") == 5 + 1 + 10
     assert "* 20-NN Acc@1" in done.stdout
+    assert "patches hidden, PSNR" in done.stdout
+    for name in ("predictions.png", "painted.png", "features.npz", "classifier.onnx"):
+        assert (tmp_path / name).stat().st_size > 5000, name
     assert len((tmp_path / "runs/mine/log.txt").read_text().splitlines()) == 3
 
 
-def test_the_readmes_python_runs():
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+def test_the_readmes_python_runs(tmp_path, monkeypatch):
+    """On files of the published shapes, which stand where torch.hub keeps downloads."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("util.published._check", lambda path, digest: None)
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    weights = {"model": get_model("vit_base_patch16").state_dict()}
+    for file in ("vit-base-p16_ft-8xb128-coslr-100e_in1k_20220825-cf70aa21.pth", "mae_finetuned_vit_base.pth"):
+        torch.save(weights, tmp_path / "hub" / "checkpoints" / file)
+    (tmp_path / "photo.jpg").write_bytes((ROOT / "demo/photos/coffee.jpg").read_bytes())
     names: dict = {}
-    exec(code, names)
+    for code in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL):
+        exec(code, names)
+    assert names["features"].shape == (2, 768)
+    assert [a.shape for a in names["attention"]] == [(1, 12, 197, 197)] * 4
     assert names["mask"].shape == (2, 196)
     assert names["tokens"].shape == (2, 197, 768)
     assert names["painted"].pasted.shape == names["images"].shape

@@ -40,9 +40,10 @@ MASKED = {
     "ratio-0.5": (10, ["--mask_ratio", 0.5]),
     "ratio-0.75": (14, ["--mask_ratio", 0.75]),
     "ratio-0.9": (18, ["--mask_ratio", 0.9]),
-    "norm-0.75": (14, ["--mask_ratio", 0.75, "--norm_pix_loss"]),
     "decoder-2": (12, ["--mask_ratio", 0.75, "--decoder_depth", 2]),
+    "norm-0.75": (14, ["--mask_ratio", 0.75, "--norm_pix_loss"]),
 }
+VARIANTS = {"norm-0.75": "75% hidden, normalised target", "decoder-2": "75% hidden, decoder of two blocks"}
 WHOLE = ["--crop_pct", 1]  # pictures this small are seen whole
 SHAPE = ["--input_size", 28, "--in_chans", 1, "--patch_size", PATCH, "--mean", 0.286, "--std", 0.353]
 MAE = ["--model", "mae_vit_mini_patch4", "--lr", 1e-3, "--crop_scale", 0.6, 1]  # 64 images to a step
@@ -286,7 +287,7 @@ def report(study: Study) -> None:
     lines += ["", "| pre-training of 15 minutes | training loss | linear probe, 10,000 labels |", "|---|---|---|"]
     for variant in MASKED:
         done, probed = (results.get(f"masked/{variant}{suffix}") for suffix in ("", "/probe"))
-        title = "normalised target, 75 %" if "norm" in variant else f"pixels, {float(variant[6:]):.0%}"
+        title = VARIANTS.get(variant) or f"{float(variant[6:]):.0%} hidden"
         loss = f"{done['train_loss']:.4f}" if done else ""
         lines.append(f"| {title} | {loss} | {probed['test_acc1']:.1f} |" if probed else f"| {title} | {loss} | |")
     (HERE / "table.md").write_text("\n".join(lines) + "\n")
