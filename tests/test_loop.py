@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from util import loop
+from util.interrupts import Interrupts
 from util.loader import EpochBatches
 from util.precision import Precision
 from util.runlog import Meters, NullLog
-from util.runstate import NullSaver
+from util.saver import NullSaver
 
 
 class Numbers(EpochBatches):
@@ -26,6 +27,7 @@ class Numbers(EpochBatches):
 
 class RecordingSaver(NullSaver):
     def __init__(self):
+        super().__init__(Interrupts())
         self.emergencies = []
 
     def save_emergency(self, epoch, steps_done, meters):
@@ -54,7 +56,7 @@ def train(batch_size=4, accum_iter=1, lr=0.1, spoil=lambda step, loss: loss, pol
         compute_loss, model, batches, optimizer,
         epoch=3, schedule=schedule, precision=Precision("off", torch.device("cpu")), accum_iter=accum_iter,
         guard=guard or loop.NonFiniteGuard(policy),
-        meters=meters, log=NullLog(), saver=saver or NullSaver(), **options,
+        meters=meters, log=NullLog(), saver=saver or NullSaver(Interrupts()), **options,
     )  # fmt: skip
     return model, seen, moments, meters
 
@@ -161,14 +163,15 @@ def test_an_optimizer_that_would_ignore_the_guard_is_refused():
 def test_a_state_saved_in_between_counts_the_steps_on_their_way():
     class Saves(NullSaver):
         def __init__(self):
+            super().__init__(Interrupts())
             self.saved = []
 
-        def due(self):
-            return True
+        def wish(self):
+            return loop.Wish.SAVE
 
         def save(self, epoch, steps_done, meters):
             self.saved.append((steps_done, meters["batches"]))
 
     saver = Saves()
     train(saver=saver)
-    assert saver.saved == [(n, n) for n in range(1, 7)]  # after the last batch, the epoch's end saves
+    assert saver.saved == [(n, n) for n in range(1, 8)]

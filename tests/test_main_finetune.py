@@ -10,6 +10,7 @@ import subprocess
 import pytest
 import torch
 from conftest import ROOT, torchrun
+from mains import Stopped, stop_after
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from timm.loss import LabelSmoothingCrossEntropy
@@ -17,7 +18,7 @@ from timm.loss import LabelSmoothingCrossEntropy
 import main_finetune
 from models_mae import mae_vit_mini_patch4
 from models_vit import vit_mini_patch4
-from util import checkpoint, cli, runstate
+from util import checkpoint, cli
 
 PLAIN = {"aa": "none", "reprob": 0, "drop_path": 0, "lr": 0.003}
 
@@ -68,18 +69,8 @@ def test_stopped_and_resumed_equals_uninterrupted(finetune, monkeypatch, extra):
     settings = {"save_minutes": 0, "epochs": 2, **extra}
     whole = finetune("whole", **settings)
 
-    class Stopped(Exception):
-        pass
-
-    original, count = runstate.Saver.save, iter(range(1, 100))
-
-    def save_and_stop(self, *args):
-        original(self, *args)
-        if next(count) == 3:
-            raise Stopped
-
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(runstate.Saver, "save", save_and_stop)
+        stop_after(patch, "save", 3)
         finetune("parts", **settings)
     assert_equal(weights(whole), weights(finetune("parts", **settings, resume="auto")))
 

@@ -6,11 +6,11 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
+from mains import Stopped, assert_close, assert_equal, in_processes, lines, stop_after, weights
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main_pretrain
-from runs import Stopped, assert_close, assert_equal, in_processes, lines, stop_after, weights
 from util import checkpoint, cli, loader, loop
 
 

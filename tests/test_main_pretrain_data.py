@@ -9,10 +9,9 @@ import pytest
 import tifffile
 import torch
 import webdataset
+from mains import Stopped, assert_equal, in_processes, lines, stop_after, weights
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-from runs import Stopped, assert_equal, in_processes, lines, stop_after, weights
 
 
 @pytest.fixture(scope="module")

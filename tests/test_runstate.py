@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from util import checkpoint, runstate
+from util import runstate
 from util.checkpoint import CheckpointError
-from util.runstate import Progress, Saver
+from util.runstate import Progress
 
 
 def test_a_used_folder_needs_resume(tmp_path):
@@ -54,61 +54,6 @@ def test_optimizer_state_of_an_older_torch(mini_mae):
     weight.grad = torch.ones(3)
     optimizer.step()
     assert optimizer.state[weight]["step"] == 12
-
-
-def make_saver(tmp_path, **options):
-    progress = Progress(effective_batch_size=16, global_batch_size=8)
-    options = {"epochs": 50, "save_every": 20, "save_minutes": 15} | options
-    return Saver(tmp_path, lambda: {"model": {"weight": torch.zeros(1)}}, progress, **options)
-
-
-def test_milestones_are_the_published_ones(tmp_path):
-    saver = make_saver(tmp_path)
-    for epoch in range(50):
-        saver.save_epoch(epoch)
-    names = {path.name for path in tmp_path.iterdir()}
-    assert names == {f"checkpoint-{epoch}.pth" for epoch in (0, 20, 40, 49)}
-    state = checkpoint.read(tmp_path / "checkpoint-20.pth")
-    assert state["epoch"] == 20
-    assert state["progress"]["epoch"] == 21
-
-
-def test_rolling_states_come_by_the_clock(tmp_path):
-    assert not make_saver(tmp_path).due()
-    saver = make_saver(tmp_path, save_minutes=0)
-    assert saver.due()
-    saver.save(3, 2, {"loss": 1.0})
-    state = checkpoint.read(tmp_path / "checkpoint-last.pth")
-    assert state["epoch"] == 2
-    assert state["progress"] == {
-        "epoch": 3, "images_done": 16, "effective_batch_size": 16, "meters": {"loss": 1.0}, "best_accuracy": -1.0,
-        "num_images": None,
-    }  # fmt: skip
-
-
-def test_a_state_that_cannot_be_written_does_not_end_the_run(tmp_path, caplog):
-    saver = make_saver(tmp_path / "gone", save_minutes=0)
-    saver.save(0, 1, {})
-    assert "can't write" in caplog.text
-    assert "tries again in a minute" in caplog.text
-    assert not saver.due()
-    saver.save_epoch(20)
-    assert saver.save_emergency(0, 1, {}) == ""
-    with pytest.raises(OSError, match="can't write"):
-        saver.save_epoch(49)  # the result of the run
-
-
-def test_the_best_state_is_kept_beside_the_milestones(tmp_path):
-    saver = make_saver(tmp_path)
-    for epoch, accuracy in ((1, 50.0), (2, 70.0), (3, 60.0), (4, 70.0)):
-        saver.save_epoch(epoch, accuracy)
-    assert [p.name for p in tmp_path.glob("*.pth")] == ["checkpoint-best.pth"]
-    state = checkpoint.read(tmp_path / "checkpoint-best.pth")
-    assert state["epoch"] == 2
-    assert state["progress"]["best_accuracy"] == 70.0
-    resumed = runstate.Progress(state["progress"]["effective_batch_size"], 8)
-    resumed.restore(state)
-    assert resumed.best_accuracy == 70.0
 
 
 def test_an_epoch_goes_on_with_the_same_images_only(caplog):

@@ -10,6 +10,7 @@ import logging
 import os
 import pickle
 import re
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -48,13 +49,16 @@ def compute_digest(state: Any) -> str:
     return f"sha256:{sha.hexdigest()}"
 
 
-def write(state: dict[str, Any], path: Path) -> None:
+def write(state: dict[str, Any], path: Path, *also: Path) -> None:
     """Writes a state with its digest. The file is there when it is complete; a crash leaves the previous one.
+
+    Args:
+        also: further names of the same file, in the same folder.
 
     Raises:
         OSError: the disk is full, or the folder can't be written to. The previous file is as it was.
     """
-    state = _on_cpu(state)
+    state = snapshot(state)
     state["digest"] = compute_digest(state)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -62,6 +66,8 @@ def write(state: dict[str, Any], path: Path) -> None:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
+        for other in also:
+            _copy(temporary, other)
         temporary.replace(path)
     except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
         temporary.unlink(missing_ok=True)
@@ -69,13 +75,25 @@ def write(state: dict[str, Any], path: Path) -> None:
         raise OSError(f"can't write {path} ({reason}): free space there, or give another --output_dir") from error
 
 
-def _on_cpu(value: Any) -> Any:
+def _copy(source: Path, path: Path) -> None:
+    """A second name for a file's bytes, or a copy where the file system knows no links."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+    except OSError:
+        shutil.copyfile(source, temporary)
+    temporary.replace(path)
+
+
+def snapshot(value: Any) -> Any:
+    """A nested state's copy on the host: what becomes of the state does not change it."""
     if isinstance(value, Tensor):
-        return value.detach().cpu()
+        return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
-        return {key: _on_cpu(item) for key, item in value.items()}
+        return {key: snapshot(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_on_cpu(item) for item in value)
+        return type(value)(snapshot(item) for item in value)
     return value
 
 

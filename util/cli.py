@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from util import dist
+from util.interrupts import Interrupted
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +87,9 @@ def run(main: Callable[[argparse.Namespace], Any], parser: argparse.ArgumentPars
         _fail(parser, args, error, f"out of memory: halve --batch_size {args.batch_size}{remedy}", 1)
     except (ValueError, OSError, ArithmeticError) as error:
         _fail(parser, args, error, _sentence(error), 1)
+    except Interrupted as error:  # 143 after SIGTERM, 130 after SIGINT
+        said = f"{error}, the state is saved; the same command with --resume auto goes on"
+        _fail(parser, args, error, said, 128 + error.signum)
     except KeyboardInterrupt as error:
         remedy = "; the same command with --resume auto goes on from the last state" if "resume" in args else ""
         _fail(parser, args, error, f"interrupted{remedy}", 130)

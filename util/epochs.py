@@ -12,8 +12,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from util import dist, lr_sched, runlog, runstate
+from util.interrupts import Interrupts
 from util.loop import NonFiniteGuard
 from util.precision import Precision
+from util.saver import open_saver
 
 logger = logging.getLogger(__name__)
 
@@ -58,9 +60,11 @@ def run(
     progress = runstate.Progress(effective_batch_size, global_batch_size, args.start_epoch, batches.num_images)
     runstate.resume(args.resume, output_dir, model, optimizer, precision.scaler, dict(settings), progress)
     collect = partial(runstate.collect, model, optimizer, precision.scaler, dict(settings))
-    saver = runstate.open_saver(
-        output_dir, collect, progress, epochs=args.epochs, save_every=args.save_every, save_minutes=args.save_minutes
-    )
+    interrupts = Interrupts()
+    saver = open_saver(
+        interrupts, output_dir, collect, progress,
+        epochs=args.epochs, save_every=args.save_every, save_minutes=args.save_minutes, keep_last=args.keep_last,
+    )  # fmt: skip
     train = partial(
         train_one_epoch,
         dist.wrap(trained or model, precision.device),
@@ -77,7 +81,8 @@ def run(
         logger.info(f"nothing is left to do: the run has its {args.epochs} epochs")
     first_x = int(1000 * (progress.epoch + progress.first_step / len(batches)))
     open_log = partial(runlog.open_log, output_dir, Path(args.log_dir), args.epochs)
-    with closing(open_log(first_epoch=progress.epoch, first_x=first_x, loss_tag=loss_tag)) as log:
+    opened = open_log(first_epoch=progress.epoch, first_x=first_x, loss_tag=loss_tag)
+    with closing(opened) as log, closing(saver), interrupts:
         for epoch in range(progress.epoch, args.epochs):
             meters = runlog.Meters(**progress.meters)
             train(epoch=epoch, first_step=progress.first_step, meters=meters, log=log)
@@ -92,3 +97,7 @@ def run(
             # The line first: a run stopped between the two writes that epoch, and its line, again.
             log.end_epoch(meters.means() | found | batches.counts())
             saver.save_epoch(epoch, found.get("test_acc1"))
+            # A signal may have come while one process evaluated, or wrote.
+            if epoch + 1 < args.epochs and any(dist.gather(interrupts.pending)):
+                saver.save(epoch + 1, 0, {})
+                saver.stop()

@@ -5,6 +5,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Any, Protocol
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from util import dist
+from util.interrupts import Interrupted
 from util.precision import Precision
 from util.runlog import Meters, NullLog, Stopwatch
 
@@ -25,14 +27,23 @@ class NonFiniteLoss(ArithmeticError):
     """A loss or gradient was infinite or not a number, and the run was told to stop on it."""
 
 
-class BetweenSteps(Protocol):
-    """What must happen between two steps; `runstate.Saver` does it, `runstate.NullSaver` does nothing."""
+class Wish(IntEnum):
+    """What a process wants to happen between two steps; the greatest wish of all processes counts."""
 
-    def due(self) -> bool:
-        """Whether the state is to be saved now."""
+    NOTHING, SAVE, STOP = range(3)
+
+
+class BetweenSteps(Protocol):
+    """What must happen between two steps; `saver.Saver` does it, `saver.NullSaver` on processes without files."""
+
+    def wish(self) -> Wish:
+        """What this process wants, asked after every step."""
 
     def save(self, epoch: int, steps_done: int, meters: dict[str, Any]) -> None:
         """Saves the state after so many batches of an epoch."""
+
+    def stop(self) -> None:
+        """Ends the run, in all processes, once the state is on the disk."""
 
     def save_emergency(self, epoch: int, steps_done: int, meters: dict[str, Any]) -> str:
         """Saves the state under a name of its own, which it returns, before the run ends on an error."""
@@ -89,6 +100,7 @@ def run_epoch(
         guard: decides what steps mean whose loss or gradient is not finite.
         first_step: batches of this epoch that an earlier run has done; a multiple of `accum_iter`.
         accum_iter: batches to an optimizer step. The last step of an epoch takes what is left, weighted rightly.
+        saver: what it wishes in one process, happens in all after the same step.
         meters: the epoch's sums so far, added to.
 
     Raises:
@@ -98,38 +110,52 @@ def run_epoch(
     num_steps = len(loader)
     watch = Stopwatch()
     log.begin_epoch(epoch, first_step, num_steps, loader.images_per_step, watch)
-    pending = PendingSteps()
+    pending = PendingSteps(epoch, meters, log, guard)
+    wishes = torch.eye(len(Wish), device=precision.device)
     model.train()
 
-    def read(keep: int, done: int) -> None:
-        for step, loss, grad_norm in pending.read(keep):
-            meters.add(loss, grad_norm, step.lr, step.batches)
-            log.step(step.done, step.lr, loss, grad_norm)
-            if not guard.accepts(loss, grad_norm):
-                what = f"epoch {epoch}, batch {step.done - 1}: loss {loss}, gradient norm {grad_norm}, lr {step.lr:.3g}"
-                guard.react(what, lambda: saver.save_emergency(epoch, done, pending.add_to(meters).state_dict()))
+    def save(done: int) -> None:
+        saver.save(epoch, done, pending.meters_with_all().state_dict())
+
+    def read(keep: int, done: int) -> Wish:
+        return pending.read(keep, lambda state: saver.save_emergency(epoch, done, state))
 
     group_loss = torch.zeros((), device=precision.device)
-    for done, batch in enumerate(watch.watch(loader), start=first_step + 1):
-        place = (done - 1) % accum_iter
-        batches = min(accum_iter, num_steps - (done - 1 - place))
-        if place == 0:
-            lr = schedule(epoch + (done - 1) / num_steps)
-        with dist.gradient_sync(model, enabled=place == batches - 1):
-            with precision.autocast():
-                loss = compute_loss(to_device(batch, precision.device)) / batches
-            precision.backward(loss)
-        group_loss = group_loss + loss.detach()
-        if place < batches - 1:
-            continue
-        grad_norm = precision.step(optimizer, clip_grad)
-        group_loss = dist.mean_over_processes(group_loss)  # all see the same numbers, and so act on them alike
-        pending.push(Step(done, batches, lr), torch.stack([group_loss, grad_norm]))
-        group_loss = torch.zeros((), device=precision.device)
-        read(STEPS_LATE, done)
-        if done < num_steps and saver.due():  # after the last step, the epoch's end saves
-            saver.save(epoch, done, pending.add_to(meters).state_dict())
-    read(0, num_steps)
+    whole = first_step  # batches whose gradients are in the weights
+    try:
+        for done, batch in enumerate(watch.watch(loader), start=first_step + 1):
+            place = (done - 1) % accum_iter
+            batches = min(accum_iter, num_steps - (done - 1 - place))
+            if place == 0:
+                lr = schedule(epoch + (done - 1) / num_steps)
+            with dist.gradient_sync(model, enabled=place == batches - 1):
+                with precision.autocast():
+                    loss = compute_loss(to_device(batch, precision.device)) / batches
+                precision.backward(loss)
+            group_loss = group_loss + loss.detach()
+            if place < batches - 1:
+                continue
+            grad_norm = precision.step(optimizer, clip_grad)
+            wish = saver.wish()
+            # All see the same numbers, and so act on them alike.
+            agreed_on = dist.mean_over_processes(torch.cat([group_loss[None], wishes[wish]]))
+            pending.push(Step(done, batches, lr), torch.cat([grad_norm[None], agreed_on]))
+            whole, group_loss = done, torch.zeros((), device=precision.device)
+            agreed = read(STEPS_LATE, done)
+            if dist.world_size() == 1:
+                agreed = wish  # there is nobody to ask
+            if agreed:
+                save(done)
+            if agreed is Wish.STOP:
+                saver.stop()
+        if read(0, num_steps) and dist.world_size() > 1:
+            save(num_steps)
+    except (NonFiniteLoss, Interrupted):  # they have saved
+        raise
+    except Exception:  # a bad image, a loading process that was killed, no memory: no step is lost by it
+        if whole > first_step:
+            save(whole)
+        raise
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
@@ -140,39 +166,52 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
 
 class PendingSteps:
-    """Losses and gradient norms on their way from the device, read some steps later."""
+    """Losses, gradient norms and wishes on their way from the device, read some steps later."""
 
-    def __init__(self) -> None:
+    def __init__(self, epoch: int, meters: Meters, log: NullLog, guard: "NonFiniteGuard") -> None:
+        self.epoch = epoch
+        self.meters = meters
+        self.log = log
+        self.guard = guard
         self.queue: deque[tuple[Step, Tensor, torch.cuda.Event | None]] = deque()
 
     def push(self, step: Step, values: Tensor) -> None:
-        """Starts the copy of a step's (loss, gradient norm)."""
+        """Starts the copy of a step's gradient norm, loss and shares of wishes."""
         arrived = None
         if values.is_cuda:
-            values = torch.empty(2, pin_memory=True).copy_(values, non_blocking=True)
+            values = torch.empty(len(values), pin_memory=True).copy_(values, non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record()
         self.queue.append((step, values, arrived))
 
-    def read(self, keep: int) -> Iterator[tuple[Step, float, float]]:
-        """Takes out the oldest steps with their numbers, until `keep` are left on their way."""
+    def read(self, keep: int, save_emergency: Callable[[dict[str, Any]], str]) -> Wish:
+        """Takes in the oldest steps, until `keep` are left on their way; returns the greatest wish among them."""
+        agreed = Wish.NOTHING
         while len(self.queue) > keep:
             step, values, arrived = self.queue.popleft()
-            yield step, *_numbers(values, arrived)
+            grad_norm, loss, *wished = _numbers(values, arrived)
+            agreed = max(agreed, *(wish for wish in Wish if wished[wish] > 0))
+            self.meters.add(loss, grad_norm, step.lr, step.batches)
+            self.log.step(step.done, step.lr, loss, grad_norm)
+            if not self.guard.accepts(loss, grad_norm):
+                place = f"epoch {self.epoch}, batch {step.done - 1}"
+                what = f"{place}: loss {loss}, gradient norm {grad_norm}, lr {step.lr:.3g}"
+                self.guard.react(what, lambda: save_emergency(self.meters_with_all().state_dict()))
+        return agreed
 
-    def add_to(self, meters: Meters) -> Meters:
+    def meters_with_all(self) -> Meters:
         """A copy of the meters that counts the steps on their way too; they stay, to be read at their time."""
-        total = Meters(**meters.state_dict())
+        total = Meters(**self.meters.state_dict())
         for step, values, arrived in self.queue:
-            total.add(*_numbers(values, arrived), step.lr, step.batches)
+            grad_norm, loss, *_ = _numbers(values, arrived)
+            total.add(loss, grad_norm, step.lr, step.batches)
         return total
 
 
-def _numbers(values: Tensor, arrived: torch.cuda.Event | None) -> tuple[float, float]:
+def _numbers(values: Tensor, arrived: torch.cuda.Event | None) -> list[float]:
     if arrived is not None:
         arrived.synchronize()
-    loss, grad_norm = values.tolist()
-    return loss, grad_norm
+    return values.tolist()
 
 
 class NonFiniteGuard:

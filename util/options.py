@@ -69,6 +69,9 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         "--save_every", default=20, type=positive_int, metavar="N", help="epochs between checkpoints kept"
     )
     group.add_argument(
+        "--keep_last", type=positive_int, metavar="K", help="of those, keep the newest K only; None keeps all"
+    )
+    group.add_argument(
         "--save_minutes", default=15.0, type=non_negative, metavar="M",
         help="minutes between states in checkpoint-last.pth, also in the middle of an epoch",
     )  # fmt: skip

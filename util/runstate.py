@@ -1,13 +1,6 @@
-"""Where a run stands: collected, saved between steps, and put back.
-
-`checkpoint-{epoch}.pth` is the state after an epoch, counted from 0; `checkpoint-last.pth` the newest one, also in the
-middle of an epoch; `checkpoint-best.pth` that of the best accuracy; `checkpoint-emergency.pth` that of a run that ended
-on an error.
-"""
+"""Where a run stands: collected, and put back. `saver.py` puts it into files."""
 
 import logging
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +13,13 @@ from util.checkpoint import CheckpointError
 
 logger = logging.getLogger(__name__)
 
-LAST, BEST, EMERGENCY = "checkpoint-last.pth", "checkpoint-best.pth", "checkpoint-emergency.pth"
-RETRY_SECONDS = 60.0  # after a state that could not be written
-
 # Settings that a resumed run may change without being another run.
-FREE_SETTINGS = {"accum_iter", "batch_size", "config", "data_path", "debug", "device", "dist_eval", "dist_on_itp",
-                 "dist_url", "download", "eval", "finetune", "init_from", "local_rank", "log_dir", "num_workers",
-                 "on_bad_image", "output_dir", "pin_mem", "report", "resume", "save_every", "save_minutes",
-                 "start_epoch", "train_list", "val_list", "vis_every", "world_size"}  # fmt: skip
+FREE_SETTINGS = {
+    "accum_iter", "batch_size", "config", "data_path", "debug", "device", "dist_eval", "dist_on_itp",
+    "dist_timeout", "dist_url", "download", "eval", "finetune", "init_from", "keep_last", "local_rank",
+    "log_dir", "num_workers", "on_bad_image", "output_dir", "pin_mem", "report", "resume", "save_every",
+    "save_minutes", "start_epoch", "train_list", "val_list", "vis_every", "world_size",
+}  # fmt: skip
 
 
 class Progress:
@@ -212,103 +204,3 @@ def _warn_of_changes(saved: Any, settings: dict[str, Any]) -> None:
             logger.warning(
                 f"--{name} was {saved[name]} in the run that is continued, and is {settings[name]} from now on"
             )
-
-
-class NullSaver:
-    """Saves nothing: what processes other than rank 0 have."""
-
-    def due(self) -> bool:
-        """Whether a rolling state is to be saved now."""
-        return False
-
-    def save(self, epoch: int, steps_done: int, meters: dict[str, Any]) -> None:
-        """Saves the rolling state after so many batches of an epoch."""
-
-    def save_epoch(self, epoch: int, accuracy: float | None = None) -> None:
-        """Saves the milestone of a finished epoch, if it is one, and the best state, if its accuracy is that."""
-
-    def save_emergency(self, epoch: int, steps_done: int, meters: dict[str, Any]) -> str:
-        """Saves the state of a run that is about to end on an error, and returns the file's name."""
-        return ""
-
-
-class Saver(NullSaver):
-    """Writes a run's states: milestones that stay, and a rolling `checkpoint-last.pth`.
-
-    Args:
-        collect: gives the state, without the run's position.
-        save_every: epochs between milestones; the last epoch is one too.
-        save_minutes: minutes between rolling states.
-    """
-
-    def __init__(
-        self,
-        output_dir: Path,
-        collect: Callable[[], dict[str, Any]],
-        progress: Progress,
-        *,
-        epochs: int,
-        save_every: int,
-        save_minutes: float,
-    ) -> None:
-        self.output_dir = output_dir
-        self.collect = collect
-        self.progress = progress
-        self.epochs = epochs
-        self.save_every = save_every
-        self.save_seconds = 60 * save_minutes
-        self.next_save = time.monotonic() + self.save_seconds
-
-    def due(self) -> bool:
-        return time.monotonic() >= self.next_save
-
-    def save(self, epoch: int, steps_done: int, meters: dict[str, Any]) -> None:
-        try:
-            self._write(LAST, epoch, steps_done, meters)
-        except OSError as error:
-            logger.warning(f"{error}. The run goes on and tries again in a minute.")
-            self.next_save = time.monotonic() + RETRY_SECONDS
-
-    def save_epoch(self, epoch: int, accuracy: float | None = None) -> None:
-        names = []
-        if accuracy is not None and accuracy > self.progress.best_accuracy:
-            self.progress.best_accuracy = accuracy
-            names.append(BEST)
-        if epoch % self.save_every == 0 or epoch == self.epochs - 1:
-            names.append(f"checkpoint-{epoch}.pth")
-        for name in names:
-            try:
-                self._write(name, epoch + 1, 0, {})
-            except OSError as error:
-                if epoch == self.epochs - 1:
-                    raise
-                logger.warning(f"{error}. The run goes on without this state.")
-
-    def save_emergency(self, epoch: int, steps_done: int, meters: dict[str, Any]) -> str:
-        try:
-            return str(self._write(EMERGENCY, epoch, steps_done, meters))
-        except OSError as error:
-            logger.warning(str(error))
-            return ""
-
-    def _write(self, name: str, epoch: int, steps_done: int, meters: dict[str, Any]) -> Path:
-        position = {
-            "epoch": epoch,
-            "images_done": steps_done * self.progress.global_batch_size,
-            "effective_batch_size": self.progress.effective_batch_size,
-            "meters": meters,
-            "best_accuracy": self.progress.best_accuracy,
-            "num_images": self.progress.num_images,
-        }
-        path = self.output_dir / name
-        checkpoint.write({**self.collect(), "epoch": epoch - 1, "progress": position}, path)
-        self.next_save = time.monotonic() + self.save_seconds
-        logger.info(f"saved {path}")
-        return path
-
-
-def open_saver(
-    output_dir: Path, collect: Callable[[], dict[str, Any]], progress: Progress, **options: Any
-) -> Saver | NullSaver:
-    """The saver of this process: a `Saver` on rank 0, a `NullSaver` elsewhere."""
-    return Saver(output_dir, collect, progress, **options) if dist.is_main() else NullSaver()

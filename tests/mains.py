@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import ROOT, torchrun
 
-from util import checkpoint, runstate
+from util import checkpoint, saver
 
 
 def weights(out, name="checkpoint-1.pth"):
@@ -33,20 +33,21 @@ def lines(out):
     return [json.loads(line) for line in (out / "log.txt").read_text().splitlines()]
 
 
-class Stopped(Exception):
-    pass
+class Stopped(BaseException):
+    """As sudden as a killed process: nothing is saved because of it."""
 
 
 def stop_after(monkeypatch, method, calls):
     """Makes the run die after so many calls of a saver's method, as a killed process would."""
-    original, count = getattr(runstate.Saver, method), iter(range(1, 1000))
+    original, count = getattr(saver.Saver, method), iter(range(1, 1000))
 
     def save_and_stop(self, *args):
         original(self, *args)
         if next(count) == calls:
+            self.close()  # what it had begun to write
             raise Stopped
 
-    monkeypatch.setattr(runstate.Saver, method, save_and_stop)
+    monkeypatch.setattr(saver.Saver, method, save_and_stop)
 
 
 def in_processes(processes, pictures, out, *flags, script="main_pretrain.py", check=True):

@@ -1,0 +1,107 @@
+"""Signals: the step is finished, the state saved, the exit code tells; and nothing of the run is lost."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, torchrun
+from mains import assert_equal, lines, weights
+
+from util.interrupts import Interrupted, Interrupts
+
+EPOCHS = 40
+FLAGS = ["--model", "mae_vit_mini_patch4", "--input_size", 16, "--epochs", EPOCHS, "--warmup_epochs", 1, "--blr", 0.01,
+         "--num_workers", 0, "--device", "cpu", "--vis_every", 0, "--save_every", 1000, "--resume", "auto"]  # fmt: skip
+
+
+def start(pictures, out, processes=1):
+    launcher = [sys.executable] if processes == 1 else torchrun(processes)
+    command = [*launcher, "main_pretrain.py", "--data_path", pictures, "--output_dir", out, "--batch_size",
+               4 // processes, *FLAGS]  # fmt: skip
+    return subprocess.Popen(
+        [str(part) for part in command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def stop_after_an_epoch(process, out, *signals):
+    while not (out / "log.txt").exists() or not (out / "log.txt").read_text():
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.02)
+    for number in signals:
+        process.send_signal(number)
+    said = process.communicate(timeout=60)[0]
+    return process.returncode, said
+
+
+@pytest.fixture(scope="module")
+def undisturbed(pictures, tmp_path_factory):
+    out = tmp_path_factory.mktemp("undisturbed")
+    process = start(pictures, out)
+    process.communicate()
+    assert process.returncode == 0
+    return out
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_saves_and_loses_nothing(pictures, tmp_path, undisturbed, number):
+    code, said = stop_after_an_epoch(start(pictures, tmp_path), tmp_path, number)
+    assert code == 128 + number, said
+    assert f"{number.name}: the run stops after this step and saves its state" in said
+    assert f"stopped by {number.name}, the state is saved; the same command with --resume auto goes on" in said
+    assert "Traceback" not in said
+    state = torch.load(tmp_path / "checkpoint-last.pth", weights_only=True)
+    assert 0 < state["progress"]["epoch"] < EPOCHS
+    process = start(pictures, tmp_path)
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+    name = f"checkpoint-{EPOCHS - 1}.pth"
+    assert_equal(weights(tmp_path, name), weights(undisturbed, name))
+    assert [line["epoch"] for line in lines(tmp_path)] == list(range(EPOCHS))
+    assert [line["train_loss"] for line in lines(tmp_path)] == [line["train_loss"] for line in lines(undisturbed)]
+
+
+def test_all_processes_stop_at_the_same_step(pictures, tmp_path):
+    """The signal comes to one of them only, and not to the one that writes."""
+    process = start(pictures, tmp_path, processes=2)
+    while not (tmp_path / "log.txt").exists():
+        time.sleep(0.02)
+    second = [int(pid) for pid in os.listdir("/proc") if pid.isdecimal() and environment_of(pid).get("RANK") == "1"
+              and str(tmp_path) in command_of(pid)]  # fmt: skip
+    assert len(second) == 1
+    os.kill(second[0], signal.SIGTERM)
+    said = process.communicate(timeout=90)[0]
+    assert "[rank 1] SIGTERM: the run stops after this step" in said
+    assert said.count("stopped by SIGTERM, the state is saved") == 2
+    assert (tmp_path / "checkpoint-last.pth").exists()
+
+
+def environment_of(pid):
+    try:
+        pairs = Path(f"/proc/{pid}/environ").read_text().split("\0")
+    except OSError:
+        return {}
+    return dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+
+
+def command_of(pid):
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+        return ""
+
+
+def test_the_second_sigint_stops_at_once():
+    with Interrupts() as interrupts:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interrupts.pending == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert str(Interrupted(signal.SIGTERM)) == "stopped by SIGTERM"

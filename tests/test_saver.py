@@ -1,0 +1,124 @@
+"""Saving beside the training: which files, when, and what becomes of a failure."""
+
+from concurrent.futures import wait
+
+import pytest
+import torch
+
+from util import checkpoint, runstate
+from util.interrupts import Interrupted, Interrupts
+from util.loop import Wish
+from util.runstate import Progress
+from util.saver import Saver
+
+
+def make_saver(tmp_path, **options):
+    progress = Progress(effective_batch_size=16, global_batch_size=8)
+    options = {"epochs": 50, "save_every": 20, "save_minutes": 15} | options
+    return Saver(Interrupts(), tmp_path, lambda: {"model": {"weight": torch.zeros(1)}}, progress, **options)
+
+
+def test_milestones_are_the_published_ones(tmp_path):
+    saver = make_saver(tmp_path)
+    for epoch in range(50):
+        saver.save_epoch(epoch)
+    saver.close()
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {f"checkpoint-{epoch}.pth" for epoch in (0, 20, 40, 49)}
+    state = checkpoint.read(tmp_path / "checkpoint-20.pth")
+    assert state["epoch"] == 20
+    assert state["progress"]["epoch"] == 21
+
+
+def test_rolling_states_come_by_the_clock(tmp_path):
+    assert make_saver(tmp_path).wish() is Wish.NOTHING
+    saver = make_saver(tmp_path, save_minutes=0)
+    assert saver.wish() is Wish.SAVE
+    assert saver.wish() is Wish.NOTHING  # it has been said
+    saver.save(3, 2, {"loss": 1.0})
+    saver.close()
+    assert saver.wish() is Wish.SAVE
+    state = checkpoint.read(tmp_path / "checkpoint-last.pth")
+    assert state["epoch"] == 2
+    assert state["progress"] == {
+        "epoch": 3, "images_done": 16, "effective_batch_size": 16, "meters": {"loss": 1.0}, "best_accuracy": -1.0,
+        "num_images": None,
+    }  # fmt: skip
+
+
+def test_a_state_that_cannot_be_written_does_not_end_the_run(tmp_path, caplog):
+    saver = make_saver(tmp_path / "gone", save_minutes=0)
+    saver.save(0, 1, {})
+    wait([saver.writing])
+    assert saver.wish() is Wish.NOTHING
+    assert "can't write" in caplog.text
+    assert "tries again in a minute" in caplog.text
+    saver.save_epoch(20)
+    assert saver.save_emergency(0, 1, {}) == ""
+    with pytest.raises(OSError, match="can't write"):
+        saver.save_epoch(49)  # the result of the run
+
+
+def test_the_best_state_is_kept_beside_the_milestones(tmp_path):
+    saver = make_saver(tmp_path)
+    for epoch, accuracy in ((1, 50.0), (2, 70.0), (3, 60.0), (4, 70.0)):
+        saver.save_epoch(epoch, accuracy)
+    saver.close()
+    assert [p.name for p in tmp_path.glob("*.pth")] == ["checkpoint-best.pth"]
+    state = checkpoint.read(tmp_path / "checkpoint-best.pth")
+    assert state["epoch"] == 2
+    assert state["progress"]["best_accuracy"] == 70.0
+    resumed = runstate.Progress(state["progress"]["effective_batch_size"], 8)
+    resumed.restore(state)
+    assert resumed.best_accuracy == 70.0
+
+
+def test_what_is_written_is_the_state_of_the_call(tmp_path, monkeypatch):
+    """The training goes on while a state is written, and changes the weights in their place."""
+    weight = torch.zeros(1000)
+    saver = Saver(
+        Interrupts(), tmp_path, lambda: {"model": {"weight": weight}}, Progress(8, 8),
+        epochs=9, save_every=20, save_minutes=15,
+    )  # fmt: skip
+    saver.save(0, 1, {})
+    weight.fill_(7)
+    saver.close()
+    assert checkpoint.read(tmp_path / "checkpoint-last.pth")["model"]["weight"].sum() == 0
+
+
+def test_a_failed_state_leaves_the_one_before(tmp_path, monkeypatch, caplog):
+    saver = make_saver(tmp_path)
+    saver.save(0, 1, {})
+    saver.close()
+
+    def full(*_):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        saver.save(0, 2, {})
+        saver.close()
+    assert "No space left on device" in caplog.text
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-last.pth"]
+    assert checkpoint.read(tmp_path / "checkpoint-last.pth")["progress"]["images_done"] == 8
+
+
+def test_the_newest_milestones_are_kept(tmp_path):
+    saver = make_saver(tmp_path, save_every=1, keep_last=2)
+    for epoch in range(12):
+        saver.save_epoch(epoch, accuracy=50.0 if epoch == 3 else 10.0)
+    saver.save(12, 1, {})
+    saver.close()
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"checkpoint-10.pth", "checkpoint-11.pth", "checkpoint-best.pth", "checkpoint-last.pth"}
+    assert checkpoint.read(tmp_path / "checkpoint-best.pth")["epoch"] == 3
+
+
+def test_a_signal_is_a_wish(tmp_path):
+    saver = make_saver(tmp_path)
+    saver.interrupts.pending = 15
+    assert saver.wish() is Wish.STOP
+    saver.save(2, 3, {})
+    with pytest.raises(Interrupted, match="stopped by SIGTERM"):
+        saver.stop()
+    assert (tmp_path / "checkpoint-last.pth").exists()
