@@ -29,7 +29,7 @@ from torch import nn
 
 import models_vit
 from engine_finetune import Evaluation, evaluate, file_of, load_for_evaluation, tell, train_one_epoch
-from util import cli, datasets, dist, epochs, labels, loader, options, runlog, runstate, transforms, weights
+from util import cli, datasets, dist, epochs, labels, loader, options, runfolder, runlog, transforms, weights
 from util.lr_decay import param_groups_lrd
 from util.precision import Precision
 from util.samples import Samples
@@ -58,7 +58,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(args: Namespace) -> Evaluation | None:
     """Trains for `args.epochs` epochs, evaluating after each; or, with --eval, evaluates once and returns that."""
-    device = dist.init(args.device, args.dist_url)
+    device = dist.init(args.device, args.dist_url, args.dist_timeout)
     runlog.start_logging()
     torch.manual_seed(args.seed)
     precision = Precision(args.amp, device)
@@ -82,7 +82,7 @@ def main(args: Namespace) -> Evaluation | None:
         tell(scores, val.classes, args.report)
         return scores
 
-    runstate.prepare_output_dir(Path(args.output_dir), args.resume)
+    runfolder.prepare(Path(args.output_dir), args.resume)
     train, val = labels.open_pair(
         open_split, args.train_list, args.val_list,
         nb_classes=args.nb_classes, train_per_class=args.train_per_class, seed=args.seed,

@@ -49,7 +49,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(args: Namespace) -> dict[int, float]:
     """Prints, and returns, the accuracy in per cent for every k."""
-    device = dist.init(args.device, args.dist_url)
+    device = dist.init(args.device, args.dist_url, args.dist_timeout)
     runlog.start_logging()
     torch.manual_seed(args.seed)
     precision = Precision(args.amp, device)

@@ -27,7 +27,20 @@ from torch.nn import functional as F
 
 import models_vit
 from engine_finetune import Evaluation, evaluate, extract_features, file_of, load_for_evaluation, tell, train_one_epoch
-from util import checkpoint, cli, datasets, dist, epochs, labels, loader, options, runlog, runstate, transforms, weights
+from util import (
+    checkpoint,
+    cli,
+    datasets,
+    dist,
+    epochs,
+    labels,
+    loader,
+    options,
+    runfolder,
+    runlog,
+    transforms,
+    weights,
+)
 from util.lars import LARS
 from util.precision import Precision
 from util.samples import Samples
@@ -55,7 +68,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(args: Namespace) -> None:
     """Trains for `args.epochs` epochs, evaluating after each; or, with --eval, evaluates once."""
-    device = dist.init(args.device, args.dist_url)
+    device = dist.init(args.device, args.dist_url, args.dist_timeout)
     runlog.start_logging()
     torch.manual_seed(args.seed)
     precision = Precision(args.amp, device)
@@ -79,7 +92,7 @@ def main(args: Namespace) -> None:
         tell(test(probe.get_submodule("head"), features_of(val, probe.to(device))), val.classes, args.report)
         return
 
-    runstate.prepare_output_dir(Path(args.output_dir), args.resume)
+    runfolder.prepare(Path(args.output_dir), args.resume)
     train, val = labels.open_pair(
         open_split, args.train_list, args.val_list,
         nb_classes=args.nb_classes, train_per_class=args.train_per_class, seed=args.seed,

@@ -22,7 +22,7 @@ from timm.optim import param_groups_weight_decay
 
 import models_mae
 from engine_pretrain import train_one_epoch
-from util import cli, datasets, dist, epochs, loader, options, pictures, runlog, runstate, transforms, weights
+from util import cli, datasets, dist, epochs, loader, options, pictures, runfolder, runlog, transforms, weights
 from util.precision import Precision
 from util.samples import Samples
 
@@ -44,9 +44,9 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(args: Namespace) -> None:
     """Trains for `args.epochs` epochs; leaves checkpoints, log.txt and TensorBoard's files."""
-    device = dist.init(args.device, args.dist_url)
+    device = dist.init(args.device, args.dist_url, args.dist_timeout)
     runlog.start_logging()
-    runstate.prepare_output_dir(Path(args.output_dir), args.resume)
+    runfolder.prepare(Path(args.output_dir), args.resume)
     torch.manual_seed(args.seed)
 
     model = models_mae.build(vars(args))

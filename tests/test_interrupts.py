@@ -19,10 +19,10 @@ FLAGS = ["--model", "mae_vit_mini_patch4", "--input_size", 16, "--epochs", EPOCH
          "--num_workers", 0, "--device", "cpu", "--vis_every", 0, "--save_every", 1000, "--resume", "auto"]  # fmt: skip
 
 
-def start(pictures, out, processes=1):
+def start(pictures, out, processes=1, *more):
     launcher = [sys.executable] if processes == 1 else torchrun(processes)
     command = [*launcher, "main_pretrain.py", "--data_path", pictures, "--output_dir", out, "--batch_size",
-               4 // processes, *FLAGS]  # fmt: skip
+               4 // processes, *FLAGS, *more]  # fmt: skip
     return subprocess.Popen(
         [str(part) for part in command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         env=os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"},
@@ -69,16 +69,54 @@ def test_a_signal_saves_and_loses_nothing(pictures, tmp_path, undisturbed, numbe
 def test_all_processes_stop_at_the_same_step(pictures, tmp_path):
     """The signal comes to one of them only, and not to the one that writes."""
     process = start(pictures, tmp_path, processes=2)
-    while not (tmp_path / "log.txt").exists():
-        time.sleep(0.02)
-    second = [int(pid) for pid in os.listdir("/proc") if pid.isdecimal() and environment_of(pid).get("RANK") == "1"
-              and str(tmp_path) in command_of(pid)]  # fmt: skip
-    assert len(second) == 1
-    os.kill(second[0], signal.SIGTERM)
+    os.kill(second_process(tmp_path), signal.SIGTERM)
     said = process.communicate(timeout=90)[0]
     assert "[rank 1] SIGTERM: the run stops after this step" in said
     assert said.count("stopped by SIGTERM, the state is saved") == 2
     assert (tmp_path / "checkpoint-last.pth").exists()
+
+
+def test_a_killed_process_ends_the_others(pictures, tmp_path):
+    """The second of two, without a word; the first neither hangs nor ends as if all were well."""
+    process = start(pictures, tmp_path, processes=2)
+    os.kill(second_process(tmp_path), signal.SIGKILL)
+    said = process.communicate(timeout=90)[0]
+    assert process.returncode != 0
+    assert "Signal 9" in said or "SIGKILL" in said
+    process = start(pictures, tmp_path, processes=1)
+    assert "resuming from" in process.communicate(timeout=60)[0]
+    assert [line["epoch"] for line in lines(tmp_path)] == list(range(EPOCHS))
+
+
+def test_a_killed_loading_process_is_a_sentence(pictures, tmp_path):
+    process = start(pictures, tmp_path, 1, "--num_workers", 1, "--epochs", 2000)
+    while not (tmp_path / "log.txt").exists():
+        time.sleep(0.02)
+    (child,) = [pid for pid in os.listdir("/proc") if pid.isdecimal() and parent_of(pid) == process.pid]
+    os.kill(int(child), signal.SIGKILL)
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == 1
+    assert "a process that loads images was killed" in said.splitlines()[-1]
+    assert "--resume auto goes on" in said.splitlines()[-1]
+    assert (tmp_path / "checkpoint-last.pth").exists()
+
+
+def parent_of(pid):
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return None
+
+
+def second_process(out):
+    """The process of rank 1, once there is an epoch."""
+    while not (out / "log.txt").exists():
+        time.sleep(0.02)
+    (second,) = [
+        int(pid) for pid in os.listdir("/proc")
+        if pid.isdecimal() and environment_of(pid).get("RANK") == "1" and str(out) in command_of(pid)
+    ]  # fmt: skip
+    return second
 
 
 def environment_of(pid):

@@ -8,18 +8,6 @@ from util.checkpoint import CheckpointError
 from util.runstate import Progress
 
 
-def test_a_used_folder_needs_resume(tmp_path):
-    (tmp_path / "job.log").write_text("a launcher's file is no run")
-    runstate.prepare_output_dir(tmp_path, "")
-    (tmp_path / "log.txt").write_text("{}\n")
-    with pytest.raises(ValueError, match="--resume auto"):
-        runstate.prepare_output_dir(tmp_path, "")
-    runstate.prepare_output_dir(tmp_path, "auto")
-    runstate.prepare_output_dir(tmp_path, str(tmp_path / "checkpoint-0.pth"))
-    with pytest.raises(ValueError, match="already holds a run"):
-        runstate.prepare_output_dir(tmp_path, str(tmp_path.parent / "checkpoint-0.pth"))
-
-
 def test_progress_counts_images():
     saved = {"epoch": 4, "images_done": 96, "effective_batch_size": 48, "meters": {}}
     progress = Progress(effective_batch_size=48, global_batch_size=12)

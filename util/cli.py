@@ -82,9 +82,12 @@ def run(main: Callable[[argparse.Namespace], Any], parser: argparse.ArgumentPars
     args = parse(parser)
     try:
         main(args)
-    except torch.OutOfMemoryError as error:
-        remedy = " and double --accum_iter" if "accum_iter" in args else ""
-        _fail(parser, args, error, f"out of memory: halve --batch_size {args.batch_size}{remedy}", 1)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        _fail(parser, args, error, _out_of_memory(args), 1)
+    except RuntimeError as error:
+        if "allocate memory" not in str(error):  # as PyTorch's allocator for the CPU says
+            raise
+        _fail(parser, args, error, _out_of_memory(args), 1)
     except (ValueError, OSError, ArithmeticError) as error:
         _fail(parser, args, error, _sentence(error), 1)
     except Interrupted as error:  # 143 after SIGTERM, 130 after SIGINT
@@ -104,6 +107,13 @@ def _fail(
         traceback.print_exception(error)
     print(f"{parser.prog}: error: {said}", file=sys.stderr)
     sys.exit(code)
+
+
+def _out_of_memory(args: argparse.Namespace) -> str:
+    if "batch_size" not in args:
+        return "out of memory: give fewer or smaller images, or a smaller model"
+    remedy = " and double --accum_iter" if "accum_iter" in args else ""
+    return f"out of memory: halve --batch_size {args.batch_size}{remedy}"
 
 
 def _sentence(error: Exception) -> str:

@@ -7,6 +7,7 @@ MASTER_PORT. Every function here works in one process too, where it does nothing
 import contextlib
 import gc
 import os
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -53,8 +54,12 @@ def _launched(variable: str, default: int | None = None) -> int:
     return int(value)
 
 
-def init(device_name: str, dist_url: str = "env://") -> torch.device:
-    """Joins the process group if a launcher started several processes; returns this process's device."""
+def init(device_name: str, dist_url: str = "env://", timeout: float = 600) -> torch.device:
+    """Joins the process group if a launcher started several processes; returns this process's device.
+
+    Args:
+        timeout: seconds that a process waits for the others, before it takes one of them for dead and ends.
+    """
     device = choose_device(device_name)
     world_size = _launched("WORLD_SIZE", 1)
     if world_size > 1:
@@ -62,6 +67,7 @@ def init(device_name: str, dist_url: str = "env://") -> torch.device:
         td.init_process_group(
             backend,
             init_method=dist_url,
+            timeout=timedelta(seconds=timeout),
             rank=_launched("RANK"),
             world_size=world_size,
             device_id=device if device.type == "cuda" else None,

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from util import dist, lr_sched, runlog, runstate
+from util import dist, lr_sched, runfolder, runlog, runstate
 from util.interrupts import Interrupts
 from util.loop import NonFiniteGuard
 from util.precision import Precision
@@ -80,9 +80,11 @@ def run(
     if progress.epoch >= args.epochs:
         logger.info(f"nothing is left to do: the run has its {args.epochs} epochs")
     first_x = int(1000 * (progress.epoch + progress.first_step / len(batches)))
-    open_log = partial(runlog.open_log, output_dir, Path(args.log_dir), args.epochs)
-    opened = open_log(first_epoch=progress.epoch, first_x=first_x, loss_tag=loss_tag)
-    with closing(opened) as log, closing(saver), interrupts:
+    open_log = partial(
+        runlog.open_log, output_dir, Path(args.log_dir), args.epochs,
+        first_epoch=progress.epoch, first_x=first_x, loss_tag=loss_tag,
+    )  # fmt: skip
+    with runfolder.locked(output_dir), closing(open_log()) as log, closing(saver), interrupts:
         for epoch in range(progress.epoch, args.epochs):
             meters = runlog.Meters(**progress.meters)
             train(epoch=epoch, first_step=progress.first_step, meters=meters, log=log)
@@ -91,8 +93,8 @@ def run(
             try:
                 due = (epoch + 1) % settings.get("eval_every", 1) == 0 or epoch + 1 == args.epochs
                 found = after_epoch(epoch, log) if due else {}
-            except Exception:  # an image that can't be read, say: the epoch itself is not lost
-                saver.save(epoch + 1, 0, {})
+            except Exception:  # an image that can't be read, say: the epoch is not lost, and evaluated when resumed
+                saver.save(epoch, len(batches), meters.state_dict())
                 raise
             # The line first: a run stopped between the two writes that epoch, and its line, again.
             log.end_epoch(meters.means() | found | batches.counts())

@@ -153,7 +153,7 @@ def run_epoch(
     except (NonFiniteLoss, Interrupted):  # they have saved
         raise
     except Exception:  # a bad image, a loading process that was killed, no memory: no step is lost by it
-        if whole > first_step:
+        if epoch or whole:
             save(whole)
         raise
 

@@ -335,3 +335,7 @@ def add_distributed_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--dist_on_itp", action="store_true", help="without effect; accepted for old scripts")
     group.add_argument("--dist_url", default="env://", help="where the processes meet")
+    group.add_argument(
+        "--dist_timeout", default=600, type=positive, metavar="S",
+        help="seconds that a process waits for the others before it takes one of them for dead and ends",
+    )  # fmt: skip

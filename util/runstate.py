@@ -83,23 +83,6 @@ class Progress:
         self.meters = saved["meters"]
 
 
-def prepare_output_dir(output_dir: Path, resume: str) -> None:
-    """Makes the folder of a run, and refuses one that holds a run unless that is the one to be continued.
-
-    Raises:
-        ValueError: it holds a run, and `resume` is neither "auto" nor a file of it.
-    """
-    continues = resume == "auto" or (resume and Path(resume).resolve().parent == output_dir.resolve())
-    if dist.is_main() and not continues:
-        holds = sorted(p.name for p in output_dir.glob("*") if p.name == "log.txt" or p.suffix == ".pth")
-        if holds:
-            raise ValueError(
-                f"--output_dir {output_dir} already holds a run ({', '.join(holds[:3])}): continue it with "
-                f"--resume auto, or give another --output_dir"
-            )
-    output_dir.mkdir(parents=True, exist_ok=True)
-
-
 def collect(model: nn.Module, optimizer: Optimizer, scaler: torch.amp.GradScaler, settings: dict) -> dict[str, Any]:
     """What a checkpoint holds beside the position of its run."""
     rng = {"cpu": torch.get_rng_state()}

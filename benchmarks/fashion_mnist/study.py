@@ -15,6 +15,7 @@ import gzip
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -106,6 +107,11 @@ class Study:
         command = [*command, "--dataset", "FashionMNIST", *SHAPE, "--output_dir", out, "--resume", "auto"]
 
         def compute() -> dict[str, Any]:
+            note = out / "command.txt"
+            if not note.exists() or note.read_text() != self._told(command):
+                shutil.rmtree(out, ignore_errors=True)  # another command's run can't be continued
+                out.mkdir(parents=True)
+                note.write_text(self._told(command))
             self._call(command)
             lines = [json.loads(line) for line in (out / "log.txt").read_text().splitlines()]
             kept = {key: value for key, value in lines[-1].items() if key.startswith(("test_", "train_loss", "chosen"))}
