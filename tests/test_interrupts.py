@@ -95,7 +95,7 @@ def test_a_killed_loading_process_is_a_sentence(pictures, tmp_path):
     (child,) = [pid for pid in os.listdir("/proc") if pid.isdecimal() and parent_of(pid) == process.pid]
     os.kill(int(child), signal.SIGKILL)
     said = process.communicate(timeout=60)[0]
-    assert process.returncode == 1
+    assert process.returncode == 1, said
     assert "a process that loads images was killed" in said.splitlines()[-1]
     assert "--resume auto goes on" in said.splitlines()[-1]
     assert (tmp_path / "checkpoint-last.pth").exists()

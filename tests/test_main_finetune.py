@@ -205,12 +205,12 @@ def test_an_epoch_whose_evaluation_fails_is_not_lost(finetune, labelled, tmp_pat
     (tmp_path / "broken/val/kind1/01.png").write_bytes(b"")
     with pytest.raises(ValueError, match=r"01.png: the file is empty"):
         finetune("run", data_path=tmp_path / "broken", epochs=2)
-    state = checkpoint.read(tmp_path / "run" / "checkpoint-last.pth")
-    assert state["progress"]["epoch"] == 1
+    position = checkpoint.read(tmp_path / "run" / "checkpoint-last.pth")["progress"]
+    assert (position["epoch"], position["images_done"]) == (0, 48)
     (tmp_path / "broken/val/kind1/01.png").write_bytes(whole)
     assert [
         line["epoch"] for line in lines(finetune("run", data_path=tmp_path / "broken", epochs=2, resume="auto"))
-    ] == [1]
+    ] == [0, 1]
 
 
 def test_the_report(finetune, tuned, capsys, tmp_path):
