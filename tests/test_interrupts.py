@@ -1,6 +1,7 @@
 """Signals: the step is finished, the state saved, the exit code tells; and nothing of the run is lost."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -96,8 +97,8 @@ def test_a_killed_loading_process_is_a_sentence(pictures, tmp_path):
     os.kill(int(child), signal.SIGKILL)
     said = process.communicate(timeout=60)[0]
     assert process.returncode == 1, said
-    assert "a process that loads images was killed" in said.splitlines()[-1]
-    assert "--resume auto goes on" in said.splitlines()[-1]
+    assert re.search(r"error: DataLoader worker .pid.*lower --num_workers; --resume auto goes on", said)
+    assert "Traceback" not in said
     assert (tmp_path / "checkpoint-last.pth").exists()
 
 

@@ -85,9 +85,15 @@ def run(main: Callable[[argparse.Namespace], Any], parser: argparse.ArgumentPars
     except (torch.OutOfMemoryError, MemoryError) as error:
         _fail(parser, args, error, _out_of_memory(args), 1)
     except RuntimeError as error:
-        if "allocate memory" not in str(error):  # as PyTorch's allocator for the CPU says
-            raise
-        _fail(parser, args, error, _out_of_memory(args), 1)
+        # PyTorch has no classes for these: its CPU's allocator, and the signal that a loader's process was killed,
+        # which comes wherever the main thread is.
+        if "allocate memory" in str(error):
+            _fail(parser, args, error, _out_of_memory(args), 1)
+        elif "DataLoader worker" in str(error):
+            said = str(error).partition(". ")[0].strip()
+            remedy = "--resume auto goes on" if "resume" in args else "try again"
+            _fail(parser, args, error, f"{said}, for want of memory as a rule: lower --num_workers; {remedy}", 1)
+        raise
     except (ValueError, OSError, ArithmeticError) as error:
         _fail(parser, args, error, _sentence(error), 1)
     except Interrupted as error:  # 143 after SIGTERM, 130 after SIGINT

@@ -7,7 +7,6 @@ their samples look the same in any batch, but meet in other ones.
 
 import logging
 import os
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -114,7 +113,7 @@ class TrainLoader:
 
     def __iter__(self) -> Iterator[list[Tensor]]:
         found: dict[str, str] = {}
-        for step, (batch, bad) in enumerate(self._fetched(), start=self.order.first_step):
+        for step, (batch, bad) in enumerate(self.batches, start=self.order.first_step):
             for name, reason in bad:
                 found[name] = reason
                 if name not in self.named:
@@ -133,18 +132,6 @@ class TrainLoader:
             logger.warning(
                 f"{self.num_bad:,} of this epoch's images ({seen:,} since it began or went on) can't be read"
             )
-
-    def _fetched(self) -> Iterator[Any]:
-        """The batches; a loading process that was killed becomes a sentence."""
-        try:
-            yield from self.batches
-        except RuntimeError as error:
-            if not re.search(r"DataLoader worker \(pid", str(error)):
-                raise
-            raise OSError(
-                f"a process that loads images was killed, for want of memory as a rule ({str(error).splitlines()[0]}): "
-                f"lower --num_workers {self.batches.num_workers}, or --batch_size; --resume auto goes on"
-            ) from error
 
     def counts(self) -> dict[str, int]:
         """The entry of the last epoch in log.txt."""
