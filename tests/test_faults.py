@@ -1,0 +1,96 @@
+"""A sample of ./run faults, and a run that goes on with other numbers of processes."""
+
+import hashlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, torchrun
+from faults import Faults
+from mains import lines
+
+
+@pytest.fixture
+def faults(tmp_path):
+    subprocess.run([sys.executable, "demo/unpack_data.py"], cwd=ROOT, check=True)
+    return Faults(tmp_path, trials=3, loads=500)
+
+
+def test_killed_runs_lose_nothing(faults):
+    assert faults.kills((1,)) == [("SIGKILL, 1 process", 3, 3)]
+
+
+def test_damaged_checkpoints_are_refused_or_equal(faults):
+    assert all(trials == survived for _, trials, survived in faults.damage())
+
+
+# main_pretrain.py, which notes the samples that it takes, and takes its time.
+NOTING = """
+import os, sys, time
+sys.path.insert(0, {root!r})
+from util import cli, samples
+read = samples.Samples.__getitem__
+def note(self, place):
+    with open(f"{{os.environ['NOTES']}}/{{place[0]}}", "a") as file:
+        file.write(f"{{place[1]}} ")
+    time.sleep(0.01)
+    return read(self, place)
+samples.Samples.__getitem__ = note
+import main_pretrain
+cli.run(main_pretrain.main, main_pretrain.get_args_parser())
+"""
+
+
+def test_two_processes_then_one_then_two(pictures, tmp_path):
+    """Stopped by a signal in the middle of an epoch twice: the same samples in each epoch, and the same losses."""
+    script = tmp_path / "noting.py"
+    script.write_text(NOTING.format(root=str(ROOT)))
+
+    def run(name, processes, stop_after=None):
+        out, notes = tmp_path / name, tmp_path / f"{name}.notes"
+        notes.mkdir(exist_ok=True)
+        command = [
+            *([sys.executable] if processes == 1 else torchrun(processes)), script, "--data_path", pictures,
+            "--output_dir", out, "--model", "mae_vit_mini_patch4", "--input_size", 16, "--batch_size", 4 // processes,
+            "--epochs", 9, "--warmup_epochs", 1, "--blr", 0.01, "--num_workers", 0, "--device", "cpu", "--vis_every", 0,
+            "--resume", "auto",
+        ]  # fmt: skip
+        process = subprocess.Popen(
+            [str(part) for part in command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env=os.environ | {"NOTES": str(notes), "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        if stop_after is not None:
+            while not (notes / str(stop_after)).exists():
+                assert process.poll() is None, process.stdout.read()
+                time.sleep(0.005)
+            process.send_signal(signal.SIGTERM)
+        said = process.communicate(timeout=120)[0]
+        assert stop_after is not None or process.returncode == 0, said
+        return said
+
+    run("whole", 1)
+    run("parts", 2, stop_after=2)
+    assert "resuming from" in run("parts", 1, stop_after=5)
+    assert "resuming from" in run("parts", 2)
+    for epoch in range(9):
+        seen = [sorted(map(int, (tmp_path / f"{name}.notes" / str(epoch)).read_text().split())) for name in
+                ("whole", "parts")]  # fmt: skip
+        digests = [hashlib.sha256(str(sorted(set(ids))).encode()).hexdigest() for ids in seen]
+        assert digests[0] == digests[1], epoch
+    whole, parts = lines(tmp_path / "whole"), lines(tmp_path / "parts")
+    assert [line["epoch"] for line in parts] == list(range(9))
+    for a, b in zip(whole, parts, strict=True):
+        assert b["train_loss"] == pytest.approx(a["train_loss"], rel=1e-5)
+
+
+def test_the_security_page_and_the_code_agree():
+    text = (ROOT / "SECURITY.md").read_text()
+    from util.decode import MAX_PIXELS
+
+    assert f"{MAX_PIXELS:,}" in text
+    code = "\n".join(path.read_text() for folder in (".", "util", "inference") for path in (ROOT / folder).glob("*.py"))
+    assert not re.search(r"pickle\.load|weights_only=False|yaml\.load\(|extractall", code)
