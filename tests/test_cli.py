@@ -152,3 +152,20 @@ def test_errors_are_sentences_and_debug_shows_the_traceback(capsys, monkeypatch)
     code, said = run(KeyboardInterrupt())
     assert code == 130
     assert "--resume auto goes on" in said
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")]
+)
+def test_out_of_memory_names_the_batch(error, capsys, monkeypatch):
+    def main(args):
+        raise error
+
+    parser = cli.parser("A main.")
+    parser.add_argument("--batch_size", default=64)
+    parser.add_argument("--accum_iter", default=1)
+    monkeypatch.setattr("sys.argv", ["main.py"])
+    with pytest.raises(SystemExit) as stop:
+        cli.run(main, parser)
+    assert stop.value.code == 1
+    assert "out of memory: halve --batch_size 64 and double --accum_iter" in capsys.readouterr().err
