@@ -10,6 +10,7 @@
 import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +153,14 @@ class Classifier(Ready, models_vit.VisionTransformer):
             self.head = models_vit.probe_head(self.embed_dim, settings["nb_classes"])
         self._make_ready(settings)
         if not self.classes and self.num_classes == 1000:
-            self.classes = [ImageNetInfo().index_to_description(label) for label in range(1000)]
+            self.classes = imagenet_classes()
+
+
+@cache
+def imagenet_classes() -> list[str]:
+    """The names of ImageNet-1K's classes, by label."""
+    info = ImageNetInfo()
+    return [info.index_to_description(label) for label in range(1000)]
 
 
 def open_image(image: ImageLike, in_chans: int) -> Any:

@@ -8,6 +8,7 @@ if it can be continued, ends with the very weights of the run that nothing happe
 """
 
 import argparse
+import contextlib
 import os
 import random
 import shutil
@@ -71,7 +72,7 @@ class Run:
         with self.said.open("a") as said:
             self.process = subprocess.Popen(
                 [*launcher, *script, *map(str, flags)], cwd=ROOT, stdout=said, stderr=subprocess.STDOUT,
-                env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}, start_new_session=True,
+                env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
             )  # fmt: skip
         return self
 
@@ -91,8 +92,12 @@ class Run:
         assert self.process
         if self.process.poll() is not None:
             return False
-        os.killpg(self.process.pid, signal.SIGKILL)
+        for pid in [self.process.pid, *self.ranks().values()]:  # a launcher's processes outlive it for a while
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         self.process.wait()
+        while self.ranks():
+            time.sleep(0.01)
         return True
 
     def finish(self) -> int:
@@ -109,7 +114,7 @@ class Run:
         found = {}
         for folder in Path("/proc").glob("[0-9]*"):
             try:
-                if str(self.out) in (folder / "cmdline").read_text():
+                if f"\0{self.out}\0" in (folder / "cmdline").read_text():
                     variables = (folder / "environ").read_text().split("\0")
                     found |= {int(v[5:]): int(folder.name) for v in variables if v.startswith("RANK=")}
             except OSError:
