@@ -31,16 +31,12 @@ from PIL import Image
 from torch import Tensor
 
 from inference import maps
-from inference.model import Autoencoder, Classifier, get_model, open_image
-from inference.reconstruct import TITLES, fit, psnr, reconstruct
+from inference.model import Autoencoder, Classifier, Model, get_model, open_image
+from inference.reconstruct import TITLES, psnr, reconstruct, whole_input
 from models_mae import Reconstruction
 from util import cli, dist, options, pictures
 from util.decode import SUFFIXES, Picture, size_of
 from util.masking import num_kept
-from util.pos_embed import to_pair
-from util.transforms import to_tensor
-
-Model = Autoencoder | Classifier
 
 SAMPLES = Path(__file__).parent / "photos"
 MAX_BYTES = 10 * 2**20  # of an upload
@@ -256,7 +252,7 @@ def look_inside(model: Model, photo: str | None, head: int) -> list[Image.Image 
     """The class token's attention, of one head or (0) of all in the mean, and the features' components as colours."""
     if photo is None:
         return [None, None]
-    imgs = model.normalize(to_tensor(_whole(model, photo))[None].to(model.cls_token.device))
+    imgs = whole_input(model, _open(model, photo))
     attention = maps.attention(model, imgs)[0]
     bright = maps.overlay(model, imgs[0], attention[head - 1] if head else attention.mean(dim=0))
     colours = Image.fromarray((maps.components(model, imgs)[0] * 255).byte().numpy())
@@ -269,24 +265,27 @@ def classify(classifier: Classifier, photo: str | None) -> dict[str, float] | No
     return None if photo is None else dict(classifier.predict(photo)["top"])
 
 
-def _whole(model: Model, photo: str) -> Picture:
-    """The whole picture, in the size in which the model sees it."""
+def _open(model: Model, photo: str) -> Picture:
+    """The picture, unless it is a strip."""
     picture = open_image(photo, model.in_chans)
     height, width = size_of(picture)
     if max(height, width) > MAX_ASPECT * min(height, width):
         raise ValueError(f"{photo}: {width} x {height} pixels are too long a strip; the most is {MAX_ASPECT} to 1")
-    return fit(picture, min(model.patch_embed.img_size), to_pair(model.patch_embed.patch_size))
+    return picture
 
 
 def _hide(model: Autoencoder, photo: str, ratio: float, seed: int | None, hidden: str = "") -> Reconstruction:
-    picture = _whole(model, photo)
-    rows, columns = model.patch_embed.grid_of(*size_of(picture))
-    height, width = to_pair(model.patch_embed.patch_size)
+    picture = _open(model, photo)
+    if not hidden:
+        return reconstruct(model, picture, ratio, seed or 0)
+    imgs = whole_input(model, picture)
+    rows, columns = model.patch_embed.grid_of(*imgs.shape[2:])
     numbers = {int(number) for number in hidden.split()}
     if not numbers <= set(range(rows * columns)):
         raise ValueError("the paint does not belong to this picture: clear it")
-    boxes = [(n % columns * width, n // columns * height, width, height) for n in numbers]
-    return reconstruct(model, picture, ratio, seed or 0, boxes, short_side=min(size_of(picture)))
+    mask = torch.zeros(1, rows * columns)
+    mask[0, list(numbers)] = 1
+    return model.reconstruct(imgs, mask=mask)
 
 
 def _answer(model: Autoencoder, painted: Reconstruction, how: str) -> list[Any]:

@@ -29,14 +29,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from inference.model import Autoencoder, Classifier, get_model
+from inference.model import Autoencoder, Classifier, Model, get_model
 from util import cli, foreign, options
 from util.runlog import start_logging
 from util.weights import SETTINGS
 
 logger = logging.getLogger(__name__)
 
-Model = Autoencoder | Classifier
 CLOSE = 1e-4  # of an exported model's answers to ours
 
 

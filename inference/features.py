@@ -18,7 +18,7 @@ import torch
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from inference.model import Autoencoder, Classifier, get_model
+from inference.model import Model, get_model
 from util import cli, datasets, dist, loader, options
 from util.labels import Part, require
 from util.precision import Precision
@@ -42,11 +42,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--pool", choices=("cls", "avg", "tokens"),
         help="class token, mean of the patch tokens, or all tokens; None is what the model's head is for",
     )  # fmt: skip
-    parser.add_argument("--batch_size", default=128, type=options.positive_int, metavar="N", help="images at once")
-    parser.add_argument(
-        "--num_workers", default=10, type=int, metavar="N", help="processes that load data, at most one a core"
-    )
-    parser.add_argument("--amp", default="auto", choices=options.AMP_CHOICES, help="mixed precision; off on a CPU")
+    options.add_extraction_options(parser)
     return parser
 
 
@@ -65,21 +61,21 @@ def main(args: argparse.Namespace) -> None:
     )  # fmt: skip
     content: dict[str, Any] = {"features": rows}
     names = np.array([source.name(index) for index in range(len(source))])
+    unfinished = args.out.with_name(f".{args.out.name}")
     if args.out.suffix == ".npz":
         labelled = {"labels": source.labels, "classes": np.array(source.classes)} if source.classes else {}
-        unfinished = args.out.with_name(f".{args.out.name}")
         np.savez(unfinished, **content, names=names, **labelled)  # type: ignore[arg-type]
-        unfinished.replace(args.out)
     else:
         content |= {"labels": np.ascontiguousarray(source.labels)} if source.classes else {}
         texts = {"names": json.dumps(names.tolist()), "classes": json.dumps(source.classes)}
-        save_file(content, args.out, metadata=texts)
+        save_file(content, unfinished, metadata=texts)
+    unfinished.replace(args.out)
     shutil.rmtree(args.out.with_name(f"{args.out.name}.partial"))
     logger.info(f"{args.out}: features {rows.shape} of {args.folder}")
 
 
 def extract(
-    model: Autoencoder | Classifier,
+    model: Model,
     source: Source,
     folder: Path,
     told: dict[str, Any],
@@ -112,7 +108,8 @@ def extract(
             bar.update(len(found))
             if number % SAVE_EVERY == 0 or done == len(source):
                 rows.flush()
-                (folder / "done.json").write_text(json.dumps({**told, "done": done}))
+                (folder / "done.tmp").write_text(json.dumps({**told, "done": done}))
+                (folder / "done.tmp").replace(folder / "done.json")
     assert rows is not None
     return rows
 

@@ -1,14 +1,14 @@
 """What an encoder sees where: attention of the class token, and principal components of the patches' features."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from inference.model import Autoencoder, Classifier, Images
-
-Model = Autoencoder | Classifier
+from inference.model import Images, Model
 
 
 @torch.inference_mode()
@@ -26,8 +26,13 @@ def attention(model: Model, images: Images, block: int = -1) -> Tensor:
     depth = len(model.blocks)
     if not -depth <= block < depth:
         raise ValueError(f"block {block}: the encoder has {depth}")
-    _, maps = model.get_intermediate_layers(x, n=depth - block % depth, return_attention=True)
-    return maps[0][:, :, 0, 1:].unflatten(2, model.patch_embed.grid_of(*x.shape[2:])).cpu()
+    tokens = model.embed(x)
+    blocks: Any = model.blocks
+    for earlier in blocks[: block % depth]:
+        tokens = earlier(tokens)
+    chosen = blocks[block]
+    maps = chosen.attn.maps(chosen.norm1(tokens))
+    return maps[:, :, 0, 1:].unflatten(2, model.patch_embed.grid_of(*x.shape[2:])).cpu()
 
 
 @torch.inference_mode()

@@ -38,7 +38,11 @@ MAKES_A_MODEL = (
     "decoder_depth", "global_pool", "nb_classes", "probe", "classes", "label_names",
 )  # fmt: skip
 FACTORIES = sorted(f"{prefix}{size}" for prefix in ("mae_vit_", "vit_") for size in models_vit.SIZES)
-FULL_NAMES = {f"{name}{models_mae.DECODER_SUFFIX}": name for name in FACTORIES if name in vars(models_mae)}
+FULL_NAMES = {
+    name: name.removesuffix(models_mae.DECODER_SUFFIX)
+    for name in vars(models_mae)
+    if name.endswith(models_mae.DECODER_SUFFIX)
+}
 
 
 class Ready(PyTorchModelHubMixin):
@@ -76,13 +80,10 @@ class Ready(PyTorchModelHubMixin):
             OSError: a file can't be read.
         """
         device = next(self.parameters()).device  # type: ignore[attr-defined]
-        if isinstance(images, Tensor) and images.is_floating_point():
-            return (images if images.ndim == 4 else images[None]).to(device)
-        if isinstance(images, str | Path | Image.Image) or (hasattr(images, "ndim") and images.ndim < 4):
-            images = [images]  # type: ignore[list-item]
-        if len(images) and all(isinstance(image, Tensor) and image.is_floating_point() for image in images):
-            return torch.stack(list(images)).to(device)  # type: ignore[arg-type]
-        pixels = [self.transform(open_image(image, self.in_chans)) for image in images]
+        several: Any = images if _are_several(images) else [images]
+        if len(several) and all(isinstance(image, Tensor) and image.is_floating_point() for image in several):
+            return torch.stack(list(several)).to(device)
+        pixels = [self.transform(open_image(image, self.in_chans)) for image in several]
         return self.normalize(torch.stack(pixels).to(device))
 
     @torch.inference_mode()
@@ -126,9 +127,8 @@ class Ready(PyTorchModelHubMixin):
         """
         x = self.prepare(images)
         pooled = self.settings.get("global_pool", False)
-        if pool is None or (pool == "avg" and pooled):
-            pool = "cls" if not pooled else None
-        if pool is None:
+        pool = pool or ("avg" if pooled else "cls")
+        if pooled and pool == "avg":  # its mean is normalised after pooling
             return self.forward_features(x)  # type: ignore[attr-defined]
         if pool not in ("cls", "avg", "tokens"):
             raise ValueError(f"pool={pool!r}: give cls, avg or tokens")
@@ -154,6 +154,9 @@ class Classifier(Ready, models_vit.VisionTransformer):
         self._make_ready(settings)
         if not self.classes and self.num_classes == 1000:
             self.classes = imagenet_classes()
+
+
+Model = Autoencoder | Classifier
 
 
 @cache

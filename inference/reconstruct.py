@@ -17,11 +17,10 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
-from inference.model import Autoencoder, ImageLike, get_model, open_image
+from inference.model import Autoencoder, ImageLike, Model, get_model, open_image
 from models_mae import Reconstruction
 from util import cli, dist, options, pictures
 from util.decode import Picture, size_of
-from util.pos_embed import to_pair
 from util.runlog import start_logging
 from util.transforms import to_tensor
 
@@ -64,7 +63,7 @@ def main(args: argparse.Namespace) -> list[Reconstruction]:
     painted = []
     for path in args.images:
         painted.append(reconstruct(model, path, args.mask_ratio, args.seed, args.hide, args.short_side))
-        rows, columns = (side // p for side, p in zip(painted[-1].original.shape[2:], patch_size(model), strict=True))
+        rows, columns = model.patch_embed.grid_of(*painted[-1].original.shape[2:])
         hidden = int(painted[-1].mask.sum())
         told = f"{path}: {hidden} of {rows} x {columns} patches hidden, PSNR {psnr(model, painted[-1]):.2f} dB"
         print(told, flush=True)
@@ -97,20 +96,23 @@ def reconstruct(
     """
     picture = open_image(image, model.in_chans)
     device = model.cls_token.device
-    height, width = size_of(picture)
-    small = to_tensor(fit(picture, short_side or min(model.patch_embed.img_size), patch_size(model)))
-    imgs = model.normalize(small[None].to(device))
+    imgs = whole_input(model, picture, short_side)
     if hide:
-        mask = boxes_to_mask(hide, (height, width), imgs.shape[2:])
+        mask = boxes_to_mask(hide, size_of(picture), imgs.shape[2:])
         return model.reconstruct(imgs, mask=mask[None].to(device))
     grid_size = model.patch_embed.grid_of(*imgs.shape[2:])
     noise = torch.rand(1, grid_size[0] * grid_size[1], generator=torch.Generator().manual_seed(seed))
     return model.reconstruct(imgs, mask_ratio, noise=noise.to(device))
 
 
-def patch_size(model: Autoencoder) -> tuple[int, int]:
-    """(height, width) of a patch, pixels."""
-    return to_pair(model.patch_embed.patch_size)
+def whole_input(model: Model, picture: Picture, short_side: int | None = None) -> Tensor:
+    """A picture of any shape, not cropped but for what no patch covers, as the model's input (1, c, H, W).
+
+    Args:
+        short_side: pixels to scale it to; the model's own by default.
+    """
+    small = fit(picture, short_side or min(model.patch_embed.img_size), model.patch_embed.patch_size)
+    return model.normalize(to_tensor(small)[None].to(model.cls_token.device))
 
 
 def fit(picture: Picture, short_side: int, patch: tuple[int, int]) -> Picture:

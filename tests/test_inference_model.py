@@ -76,6 +76,8 @@ def test_names():
     assert {"vit_base_patch16", "mae_vit_huge_patch14", "mae_visualize_vit_large", MMPRETRAIN} <= set(list_models())
     assert len(list_models("*_in1k*")) == 24
     assert list_models("vit_mini*") == ["vit_mini_patch4"]
+    assert list_models("*dec512d8b") == [f"mae_vit_{size}_dec512d8b" for size in
+                                         ("base_patch16", "huge_patch14", "large_patch16")]  # fmt: skip
     assert isinstance(get_model("mae_vit-base-p16_8xb512-amp-coslr-300e_in1k"), Autoencoder)
     with torch.device("meta"):  # so large a model is not filled with numbers
         huge = Classifier(

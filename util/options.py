@@ -94,17 +94,37 @@ def add_inference_options(parser: argparse.ArgumentParser, images: bool = True) 
         "--model", required=True, metavar="FILE",
         help="a checkpoint of anybody's, a folder of transformers, or a published name, such as mae_finetuned_vit_base",
     )  # fmt: skip
-    parser.add_argument("--device", default="auto", help="auto (cuda, else mps, else cpu), cpu, cuda, cuda:N or mps")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    _add_device(parser)
+
+
+def add_extraction_options(parser: argparse.ArgumentParser) -> None:
+    """How many images go through a model at once."""
+    parser.add_argument("--batch_size", default=128, type=positive_int, metavar="N", help="images at once")
+    _add_num_workers(parser)
+    _add_amp(parser)
+
+
+def _add_device(group: argparse._ActionsContainer) -> None:
+    group.add_argument("--device", default="auto", help="auto (cuda, else mps, else cpu), cpu, cuda, cuda:N or mps")
+    group.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def _add_amp(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
+        "--amp", default="auto", choices=AMP_CHOICES, help="mixed precision; auto: bf16 or fp16 on CUDA, else off"
+    )
+
+
+def _add_num_workers(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
+        "--num_workers", default=10, type=int, metavar="N", help="processes that load data, at most one a core"
+    )
 
 
 def _add_compute_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--seed", default=0, type=seed, help="of all that is drawn: weights, order, crops, masks")
-    group.add_argument("--device", default="auto", help="auto (cuda, else mps, else cpu), cpu, cuda, cuda:N or mps")
-    group.add_argument(
-        "--amp", default="auto", choices=AMP_CHOICES, help="mixed precision; auto: bf16 or fp16 on CUDA, else off"
-    )
-    group.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    _add_device(group)
+    _add_amp(group)
 
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:
@@ -142,9 +162,7 @@ def add_source_options(group: argparse._ActionsContainer) -> None:
         "--num_images", type=positive_int, metavar="N", help="images in all shards; None counts those of files"
     )
     group.add_argument("--in_chans", default=3, type=positive_int, metavar="C", help="channels: 3 is RGB, 1 is grey")
-    group.add_argument(
-        "--num_workers", default=10, type=int, metavar="N", help="processes that load data, at most one a core"
-    )
+    _add_num_workers(group)
 
 
 def add_model_options(parser: argparse.ArgumentParser, models: Sequence[str], default: str) -> None:

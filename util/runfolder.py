@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import json
 import logging
 import os
 import socket
@@ -76,5 +75,5 @@ def _take(file: IO[str], output_dir: Path) -> None:
     if holder:
         logger.info(f"the run before ({holder}) ended without goodbye")
     file.truncate(0)
-    file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()

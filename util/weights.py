@@ -72,9 +72,8 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if path.suffix == ".safetensors":
         try:
             with safetensors.safe_open(path, "pt") as file:
-                return {key: file.get_tensor(key) for key in file.keys()}, json.loads(  # noqa: SIM118  # not a dict
-                    (file.metadata() or {}).get(SETTINGS, "{}")
-                )
+                told = (file.metadata() or {}).get(SETTINGS, "{}")
+                return {key: file.get_tensor(key) for key in file.keys()}, json.loads(told)  # noqa: SIM118
         except Exception as error:
             raise CheckpointError(f"{path} is damaged or no safetensors file: {error}") from error
     state = checkpoint.read(path)
