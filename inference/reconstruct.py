@@ -8,9 +8,7 @@ import argparse
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
@@ -148,21 +146,22 @@ def psnr(model: Autoencoder, painted: Reconstruction) -> float:
 
 
 def grid(model: Autoencoder, painted: Sequence[Reconstruction]) -> Image.Image:
-    """The rows as one picture, with titles."""
+    """A row for each image, with titles over the columns."""
     scale = max(1, SHOWN // min(painted[0].original.shape[2:]))
-    rows: list[Any] = [pictures.tile(row[:4], model.normalize.inverse, scale) for row in painted]
-    rows = [np.broadcast_to(row, (*row.shape[:2], 3)) for row in rows]
-    sheet = Image.new(
-        "RGB", (max(r.shape[1] for r in rows), HEADER + sum(len(r) + pictures.GAP for r in rows)), "white"
-    )
+    rows = [[pictures.tile([part], model.normalize.inverse, scale) for part in row[:4]] for row in painted]
+    step = max(row[0].shape[1] for row in rows) + pictures.GAP
+    height = HEADER + sum(len(row[0]) + pictures.GAP for row in rows)
+    sheet = Image.new("RGB", (len(TITLES) * step, height), "white")
+    pen = ImageDraw.Draw(sheet)
+    for column, title in enumerate(TITLES):
+        pen.text(((column + 0.5) * step, 3), title, fill="black", anchor="ma")
     top = HEADER
-    for number, row in enumerate(rows):
-        sheet.paste(Image.fromarray(np.ascontiguousarray(row)), (0, top))
-        if number == 0:
-            pen = ImageDraw.Draw(sheet)
-            for column, title in enumerate(TITLES):
-                pen.text(((column + 0.5) * row.shape[1] / 4, 3), title, fill="black", anchor="ma")
-        top += len(row) + pictures.GAP
+    for row in rows:
+        for column, picture in enumerate(row):
+            # In the middle of its column: images may be of different widths.
+            left = column * step + (step - picture.shape[1]) // 2
+            sheet.paste(Image.fromarray(picture.squeeze(2) if picture.shape[2] == 1 else picture), (left, top))
+        top += len(row[0]) + pictures.GAP
     return sheet
 
 

@@ -66,7 +66,12 @@ def test_reconstruct_any_size(files, tmp_path, capsys):
     )  # fmt: skip
     assert [tuple(row.original.shape[2:]) for row in painted] == [(32, 32), (32, 104), (32, 32)]
     with Image.open(tmp_path / "grid.png") as picture:
-        assert picture.width == 4 * 5 * 104 + 3 * 2  # 32 pixels are shown as 160
+        step = 5 * 104 + 2  # 32 pixels are shown as 160, with a gap behind each column
+        assert picture.width == 4 * step
+        for column in range(4):  # narrow pictures stand in the middle of their columns
+            middle = picture.crop((column * step + 182, 60, column * step + 340, 61))
+            assert picture.getpixel((column * step + 90, 60)) == (255, 255, 255)
+            assert middle.getextrema() != ((255, 255),) * 3
     said = capsys.readouterr().out
     assert "wide.png: 156 of 8 x 26 patches hidden, PSNR " in said
 
