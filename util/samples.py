@@ -142,7 +142,7 @@ class StreamedSamples(IterableDataset):
             except BadImage as error:
                 self.samples.refuse(name, error, bad)
                 continue
-            yield self.samples.finish(picture, label, bad, epoch, zlib.crc32(name.encode()))
+            yield self.samples.finish(picture, label, bad, epoch, zlib.crc32(data))
             bad = []
 
 
