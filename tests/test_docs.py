@@ -115,3 +115,10 @@ def test_models_in_the_readme_are_all_there_are():
 
 def test_citation_is_valid_yaml():
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["license"] == "Apache-2.0"
+
+
+@pytest.mark.parametrize("study", ["photographs", "fashion_mnist"])
+def test_tables_of_the_studies_are_those_that_they_wrote(study):
+    told = "\n".join(document.read_text(encoding="utf-8") for document in DOCUMENTS)
+    for table in (ROOT / "benchmarks" / study / "table.md").read_text(encoding="utf-8").strip().split("\n\n"):
+        assert table in told

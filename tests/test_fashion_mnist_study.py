@@ -36,6 +36,9 @@ def test_results_are_kept_with_their_command(study, tmp_path):
 def test_the_report_shows_what_there_is(study, tmp_path):
     for seed, accuracy in enumerate((60.0, 62.0, 64.0)):
         study.Study(tmp_path, tmp_path).keep(f"svm/100/{seed}", "c", lambda found=accuracy: {"test_acc1": found})
+    (tmp_path / "masked" / "ratio-0.5").mkdir(parents=True)
+    (tmp_path / "masked" / "ratio-0.5" / "log.txt").write_text("{}\n")
     study.report(study.Study(tmp_path, tmp_path))
+    assert (tmp_path / "logs" / "ratio-0.5.txt").read_text() == "{}\n"
     assert "| RBF-SVM on raw pixels | 62.0 ± 2.0 |" in (tmp_path / "table.md").read_text()
     assert (tmp_path / "plot.png").stat().st_size > 5000
