@@ -27,6 +27,7 @@ from timm.layers import trunc_normal_
 from timm.loss import SoftTargetCrossEntropy
 from torch import nn
 
+import models_build
 import models_vit
 from engine_finetune import Evaluation, evaluate, file_of, load_for_evaluation, tell, train_one_epoch
 from util import cli, datasets, dist, epochs, labels, loader, options, runfolder, runlog, transforms, weights
@@ -77,7 +78,7 @@ def main(args: Namespace) -> Evaluation | None:
 
     if args.eval and file:
         val = labels.require(open_split("val", file_list=args.val_list), "val")
-        model, val = load_for_evaluation(models_vit.build, vars(args), file, val)
+        model, val = load_for_evaluation(models_build.classifier, vars(args), file, val)
         scores = prepare_test(val)(model.to(device))
         tell(scores, val.classes, args.report)
         return scores
@@ -89,7 +90,7 @@ def main(args: Namespace) -> Evaluation | None:
     )  # fmt: skip
     classes = train.classes
     settings = {**vars(args), "nb_classes": len(classes), "classes": classes, "mean": mean, "std": std}
-    model = models_vit.build(settings)
+    model = models_build.classifier(settings)
     if file and not weights.load_encoder(model, file, args.adapt_input, classes):
         trunc_normal_(model.head.weight, std=HEAD_STD)
     if args.unfreeze_blocks is not None:

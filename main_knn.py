@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import models_build
 import models_vit
 from engine_finetune import extract_features
 from util import cli, datasets, dist, labels, loader, options, runlog, transforms, weights
@@ -58,7 +59,7 @@ def main(args: Namespace) -> dict[int, float]:
         open_split, args.train_list, args.val_list,
         nb_classes=args.nb_classes, train_per_class=args.train_per_class, seed=args.seed,
     )  # fmt: skip
-    model = models_vit.build({**vars(args), "nb_classes": 0})
+    model = models_build.classifier({**vars(args), "nb_classes": 0})
     file = weights.read(args.finetune) if args.finetune else None
     if file:
         weights.load_encoder(model, file, args.adapt_input)

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import models_build
 import models_vit
 from engine_finetune import Evaluation, evaluate, extract_features, file_of, load_for_evaluation, tell, train_one_epoch
 from util import (
@@ -88,7 +89,7 @@ def main(args: Namespace) -> None:
     test = partial(evaluate_head, precision=precision)
     if args.eval and file:
         val = labels.require(open_split("val", file_list=args.val_list), "val")
-        probe, val = load_for_evaluation(models_vit.build_probe, vars(args), file, val)
+        probe, val = load_for_evaluation(models_build.probe, vars(args), file, val)
         tell(test(probe.get_submodule("head"), features_of(val, probe.to(device))), val.classes, args.report)
         return
 
@@ -103,7 +104,7 @@ def main(args: Namespace) -> None:
         raise ValueError("--lr sets one rate; leave it out where --blr gives several")
     told = {"blr": args.blr if several else args.blr[0], "mean": mean, "std": std}
     settings = {**vars(args), **told, "nb_classes": len(classes), "classes": classes}
-    model = models_vit.build_probe(settings)
+    model = models_build.probe(settings)
     if file:
         weights.load_encoder(model, file, args.adapt_input)
     model.to(device)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from timm.optim import param_groups_weight_decay
 
+import models_build
 import models_mae
 from engine_pretrain import train_one_epoch
 from util import cli, datasets, dist, epochs, loader, options, pictures, runfolder, runlog, transforms, weights
@@ -49,7 +50,7 @@ def main(args: Namespace) -> None:
     runfolder.prepare(Path(args.output_dir), args.resume)
     torch.manual_seed(args.seed)
 
-    model = models_mae.build(vars(args))
+    model = models_build.autoencoder(vars(args))
     if args.init_from:
         weights.init_mae(model, weights.read(args.init_from))
     model.to(device)

@@ -10,14 +10,13 @@ Letters in shapes: B images, c channels, H x W pixels, p pixels to a patch's sid
 of an encoder token, E of a decoder token. Parameter names are those of the published checkpoints.
 """
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from models_vit import LAYER_NORM, SIZES, Block, Encoder, NormLayer, PatchEmbed, shape
-from util.masking import noise_from_mask, num_kept
+from models_vit import LAYER_NORM, SIZES, Block, Encoder, NormLayer, PatchEmbed
+from util.masking import noise_from_mask, shuffle
 from util.pos_embed import Size, sincos_table
 
 # He et al. 2021, table 1: 8 blocks of 512 channels whatever the encoder; the small models get decoders to match.
@@ -32,6 +31,8 @@ DECODERS = {
 }
 
 DECODER_SUFFIX = "_dec512d8b"  # the published code spells the decoder out in its models' second names
+# What makes the loss; each can be another in a subclass.
+STEPS = ("patchify", "random_masking", "forward_encoder", "forward_decoder", "forward_loss")
 TARGET_EPS = 1e-6  # added to the variance of a target patch that is normalised
 
 
@@ -143,30 +144,16 @@ class MaskedAutoencoderViT(Encoder):
 
         Args:
             x: tokens (B, N, D).
-            noise: (B, N), drawn by torch.rand unless given. It is the only random number a forward pass takes, so
-                that a seed keeps the same patches as in the published code.
+            noise: (B, N), as `util.masking.shuffle` takes it, whose errors are raised here.
 
         Returns:
             The kept tokens (B, K, D) in ascending order of noise; the mask (B, N), 0 for kept and 1 for removed;
             ids_restore (B, N), the place of each patch among the kept followed by the removed ones.
-
-        Raises:
-            ValueError: the ratio is outside [0, 1) or keeps no patch.
         """
-        B, N, D = x.shape
-        kept = num_kept(N, mask_ratio)
-        if not 0 <= mask_ratio < 1 or kept == 0:
-            raise ValueError(f"mask_ratio {mask_ratio} keeps {kept} of {N} patches; it must be in [0, 1) and keep one")
-        if noise is None:
-            noise = torch.rand(B, N, device=x.device)
-        elif noise.shape != (B, N):
-            raise ValueError(f"noise or mask must be given for {B} images of {N} patches; got {tuple(noise.shape)}")
-        ids_shuffle = torch.argsort(noise, dim=1, stable=True)
+        ids_shuffle, kept = shuffle(x, mask_ratio, noise)
         ids_restore = torch.argsort(ids_shuffle, dim=1)
-        ids_keep = ids_shuffle[:, :kept]
-        x_masked = torch.gather(x, 1, ids_keep.unsqueeze(-1).expand(-1, -1, D))
         mask = (ids_restore >= kept).to(torch.float32)
-        return x_masked, mask, ids_restore
+        return _take(x, ids_shuffle[:, :kept]), mask, ids_restore
 
     def forward_encoder(
         self, imgs: Tensor, mask_ratio: float, noise: Tensor | None = None
@@ -191,20 +178,40 @@ class MaskedAutoencoderViT(Encoder):
         x = self.decoder_embed(latent)
         num_removed = ids_restore.shape[1] + 1 - x.shape[1]
         patches = torch.cat([x[:, 1:], self.mask_token.to(x.dtype).expand(x.shape[0], num_removed, -1)], dim=1)
-        patches = torch.gather(patches, 1, ids_restore.unsqueeze(-1).expand(-1, -1, x.shape[2]))
-        x = torch.cat([x[:, :1], patches], dim=1) + decoder_pos_embed
+        x = torch.cat([x[:, :1], _take(patches, ids_restore)], dim=1) + decoder_pos_embed
         for block in self.decoder_blocks:
             x = block(x)
         return self.decoder_pred(self.decoder_norm(x))[:, 1:]
 
     def forward_loss(self, imgs: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
         """Mean squared error of the removed patches' pixels; exactly 0 when none is removed (section 3, eq. of MSE)."""
-        target = self.patchify(imgs)
-        if self.norm_pix_loss:
-            mean, std = _patch_statistics(target)
-            target = (target - mean) / std
-        loss = (pred - target).square().mean(dim=-1)  # (B, N)
+        loss = (pred - self._target(self.patchify(imgs))).square().mean(dim=-1)  # (B, N)
         return (loss * mask).sum() / mask.sum().clamp(min=1)
+
+    def masked_loss(self, imgs: Tensor, mask_ratio: float, noise: Tensor | None = None) -> Tensor:
+        """The loss of the three steps above, from the same sums in another order, and nothing that does not reach it.
+
+        Patches are chosen before they are embedded. The decoder leaves tokens in the order class, visible, removed:
+        attention knows no order but the positions that are added. Only removed patches are predicted and compared,
+        and as every image has as many of them, the loss is a plain mean.
+        """
+        patches = self.patchify(imgs)
+        ids_shuffle, kept = shuffle(patches, mask_ratio, noise)
+        ids_keep, ids_removed = ids_shuffle[:, :kept], ids_shuffle[:, kept:]
+
+        x = self.patch_embed.project(_take(patches, ids_keep))
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+        x = x + self._positions(self.pos_embed, imgs, ids_keep)
+        for block in self.blocks:
+            x = block(x)
+        x = self.decoder_embed(self.norm(x))
+
+        mask_tokens = self.mask_token.to(x.dtype).expand(len(x), ids_removed.shape[1], -1)
+        x = torch.cat([x, mask_tokens], dim=1) + self._positions(self.decoder_pos_embed, imgs, ids_shuffle)
+        for block in self.decoder_blocks:
+            x = block(x)
+        pred = self.decoder_pred(self.decoder_norm(x[:, 1 + kept :]))
+        return (pred - self._target(_take(patches, ids_removed))).square().mean()
 
     # ------------------------------------------------------------------------------------------------ ways to use it
 
@@ -223,10 +230,12 @@ class MaskedAutoencoderViT(Encoder):
             mask: patches to remove (1 or True), as (B, N), (B, rows, columns) or per pixel (B, H, W), where one
                 removed pixel removes its patch. It overrides `mask_ratio`; every image must keep as many patches.
             noise: (B, N); the patches of smallest noise are kept. Drawn by torch.rand unless given.
-            loss_only: for training, where nothing else is needed.
+            loss_only: for training, where nothing else is needed: by `masked_loss`.
         """
         if mask is not None:
             noise, mask_ratio = self._order_of(mask, imgs)
+        if loss_only and mask_ratio > 0 and self._has_published_steps():
+            return self.masked_loss(imgs, mask_ratio, noise)
         given = {} if noise is None else {"noise": noise}
         latent, patch_mask, ids_restore = self.forward_encoder(imgs, mask_ratio, **given)
         table = self._table(self.decoder_pos_embed, imgs)
@@ -269,10 +278,29 @@ class MaskedAutoencoderViT(Encoder):
             mask=patch_mask,
         )
 
+    def _has_published_steps(self) -> bool:
+        """Whether nobody has put another way in the place of one of the steps, which `masked_loss` would not take."""
+        return all(
+            getattr(type(self), name) is getattr(MaskedAutoencoderViT, name) and name not in vars(self)
+            for name in STEPS
+        )
+
+    def _target(self, patches: Tensor) -> Tensor:
+        """What the decoder is to predict for patches (B, n, p·p·c)."""
+        if not self.norm_pix_loss:
+            return patches
+        mean, std = _patch_statistics(patches)
+        return (patches - mean) / std
+
     def _table(self, table: Tensor, imgs: Tensor) -> Tensor:
         """The position table that fits the images: the model's own, or one computed for their patch grid."""
         grid = self.patch_embed.grid_of(*imgs.shape[-2:])
         return table if grid == self.grid_size else sincos_table(table.shape[-1], grid).to(table)
+
+    def _positions(self, table: Tensor, imgs: Tensor, ids: Tensor) -> Tensor:
+        """Positions (B, n + 1, D) of the class token and of each image's patches with the numbers `ids` (B, n)."""
+        table = self._table(table, imgs)
+        return torch.cat([table[:, :1].expand(len(ids), -1, -1), table[0, 1:][ids]], dim=1)
 
     def _order_of(self, mask: Tensor, imgs: Tensor) -> tuple[Tensor, float]:
         """A caller's mask as (noise, mask_ratio) that make `random_masking` remove just its patches."""
@@ -281,6 +309,11 @@ class MaskedAutoencoderViT(Encoder):
         num_patches = grid[0] * grid[1]
         # Half a patch more than asked for, against the truncation of floating-point error.
         return noise, max(0.0, 1 - (kept + 0.5) / num_patches)
+
+
+def _take(x: Tensor, ids: Tensor) -> Tensor:
+    """Of each image's tokens (B, N, D) those with the numbers (B, n), in their order: (B, n, D)."""
+    return torch.gather(x, 1, ids.unsqueeze(-1).expand(-1, -1, x.shape[2]))
 
 
 def _patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
@@ -320,26 +353,6 @@ def mae_vit_large_patch16(**kwargs: Any) -> MaskedAutoencoderViT:
 def mae_vit_huge_patch14(**kwargs: Any) -> MaskedAutoencoderViT:
     """ViT-H/14: 1280 wide, 32 deep, 16 heads; 657,074,508 parameters with the two fixed tables."""
     return _mae("huge_patch14", **kwargs)
-
-
-def arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The constructor's, from a run's command line, whose settings stand as `args` in its checkpoints.
-
-    Raises:
-        ValueError: the run's model is no masked autoencoder.
-    """
-    size = settings["model"].removeprefix("mae_vit_").removesuffix(DECODER_SUFFIX)
-    if not settings["model"].startswith("mae_vit_") or size not in SIZES:
-        raise ValueError(f"{settings['model']} is no masked autoencoder")
-    decoder: dict[str, Any] = {**DECODERS[size]}
-    if settings.get("decoder_depth"):
-        decoder["decoder_depth"] = settings["decoder_depth"]
-    return {**shape(size, settings), **decoder, "norm_pix_loss": settings["norm_pix_loss"]}
-
-
-def build(settings: Mapping[str, Any]) -> MaskedAutoencoderViT:
-    """The model of a run, as `arguments` reads its settings."""
-    return MaskedAutoencoderViT(**arguments(settings))
 
 
 mae_vit_base_patch16_dec512d8b = mae_vit_base_patch16

@@ -9,7 +9,7 @@ Letters in shapes: B images, c channels, H x W pixels, p pixels to a patch's sid
 token, h heads. Parameter names are those of the published checkpoints.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, trunc_normal_
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from util.pos_embed import Size, resize_pos_embed, to_pair
 
@@ -34,6 +35,9 @@ SIZES: dict[str, dict[str, Any]] = {
     "large_patch16": {"patch_size": 16, "embed_dim": 1024, "depth": 24, "num_heads": 16},
     "huge_patch14": {"patch_size": 14, "embed_dim": 1280, "depth": 32, "num_heads": 16},
 }
+
+
+SHORT = 64  # tokens up to which plain products are faster than the fused kernel on a CPU in fp32
 
 
 class PatchEmbed(nn.Module):
@@ -66,6 +70,10 @@ class PatchEmbed(nn.Module):
         self.grid_of(*imgs.shape[-2:])
         return self.proj(imgs).flatten(2).transpose(1, 2)
 
+    def project(self, patches: Tensor) -> Tensor:
+        """Embeds patches (B, n, p·p·c) that are cut out already, channel fastest -> (B, n, D)."""
+        return F.linear(patches, self.proj.weight.permute(0, 2, 3, 1).flatten(1), self.proj.bias)
+
 
 class Attention(nn.Module):
     """Multi-head self-attention, (B, L, D) -> (B, L, D)."""
@@ -81,14 +89,29 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         B, L, D = x.shape
         q, k, v = self.qkv(x).reshape(B, L, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
-        x = F.scaled_dot_product_attention(q, k, v)  # (B, h, L, D/h)
-        return self.proj(x.transpose(1, 2).reshape(B, L, D))
+        return self.proj(attend(q, k, v).transpose(1, 2).reshape(B, L, D))
 
     def maps(self, x: Tensor) -> Tensor:
         """How much each token takes from each: (B, L, D) -> (B, h, L, L), rows that sum to 1."""
         B, L, D = x.shape
         q, k, _ = self.qkv(x).reshape(B, L, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
-        return (q @ k.transpose(-2, -1) * (D // self.num_heads) ** -0.5).softmax(dim=-1)
+        return attention_weights(q, k)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v, of (B, h, L, d) each.
+
+    On a CPU the fused kernel is slow for sequences as short as a ViT's: in bf16 plain products take a half to a fifth
+    of its time, and in fp32 less up to SHORT tokens (`benchmarks/train_step.py --task attention` prints it).
+    """
+    if q.device.type == "cpu" and (q.dtype == torch.bfloat16 or q.shape[-2] <= SHORT):
+        return attention_weights(q, k) @ v
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def attention_weights(q: Tensor, k: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)), of (B, h, L, d) each -> (B, h, L, L)."""
+    return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1)
 
 
 class Mlp(nn.Module):
@@ -104,7 +127,11 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block, (B, L, D) -> (B, L, D)."""
+    """A pre-norm transformer block, (B, L, D) -> (B, L, D).
+
+    Attributes:
+        recomputed: in training, keep nothing but the input for the backward pass, and compute the rest again there.
+    """
 
     def __init__(
         self,
@@ -116,6 +143,7 @@ class Block(nn.Module):
         drop_path: float = 0.0,
     ) -> None:
         super().__init__()
+        self.recomputed = False
         self.norm1 = norm_layer(dim)
         self.attn = Attention(dim, num_heads, qkv_bias)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
@@ -123,8 +151,20 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.recomputed and torch.is_grad_enabled():
+            return checkpoint(self.compute, x, use_reentrant=False)
+        return self.compute(x)
+
+    def compute(self, x: Tensor) -> Tensor:
         x = x + self.drop_path(self.attn(self.norm1(x)))
         return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+def recompute_blocks(model: nn.Module) -> None:
+    """Trades time for memory: every block of the model is computed a second time in the backward pass."""
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.recomputed = True
 
 
 class Encoder(nn.Module):
@@ -314,41 +354,3 @@ def freeze_below(model: VisionTransformer, num_blocks: int) -> None:
     trained = [model.head, model.fc_norm if model.global_pool else model.norm]
     for module in [*list(model.blocks)[len(model.blocks) - num_blocks :], *trained]:
         module.requires_grad_(True)
-
-
-def arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The constructor's, from a run's command line, whose settings stand as `args` in its checkpoints.
-
-    Raises:
-        ValueError: the run's model is no classifier.
-    """
-    size = settings["model"].removeprefix("vit_")
-    if not settings["model"].startswith("vit_") or size not in SIZES:
-        raise ValueError(f"{settings['model']} is no classifier")
-    return {
-        **shape(size, settings),
-        "num_classes": settings["nb_classes"],
-        "drop_path_rate": settings.get("drop_path", 0.0),
-        "global_pool": settings["global_pool"],
-    }
-
-
-def shape(size: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A size's dimensions with a run's `--input_size`, `--patch_size` and `--in_chans`."""
-    given = {"img_size": settings["input_size"], "in_chans": settings["in_chans"]}
-    if settings["patch_size"] is not None:
-        given["patch_size"] = settings["patch_size"]
-    return {**SIZES[size], **given}
-
-
-def build(settings: Mapping[str, Any]) -> VisionTransformer:
-    """The classifier of a run, as `arguments` reads its settings."""
-    return VisionTransformer(**arguments(settings))
-
-
-def build_probe(settings: Mapping[str, Any]) -> VisionTransformer:
-    """As `build`, frozen, with the linear probe's head."""
-    model = build({**settings, "nb_classes": 0})
-    model.head = probe_head(model.embed_dim, settings["nb_classes"])
-    model.freeze()
-    return model

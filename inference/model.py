@@ -21,6 +21,7 @@ from PIL import Image
 from timm.data import ImageNetInfo
 from torch import Tensor
 
+import models_build
 import models_mae
 import models_vit
 from util import published, transforms, weights
@@ -140,7 +141,7 @@ class Autoencoder(Ready, models_mae.MaskedAutoencoderViT):
     """A masked autoencoder, ready for use."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
-        super().__init__(**models_mae.arguments(settings))
+        super().__init__(**models_build.autoencoder_arguments(settings))
         self._make_ready({**settings, "nb_classes": 0})
 
 
@@ -148,7 +149,7 @@ class Classifier(Ready, models_vit.VisionTransformer):
     """A classifier, or of no classes an encoder, ready for use."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
-        super().__init__(**models_vit.arguments(settings))
+        super().__init__(**models_build.classifier_arguments(settings))
         if settings.get("probe"):
             self.head = models_vit.probe_head(self.embed_dim, settings["nb_classes"])
         self._make_ready(settings)

@@ -12,6 +12,7 @@ ARROWS = {
     r"submitit_\w+": r"main_\w+|util\.\w+",
     r"main_\w+": r"engine_\w+|models_\w+|util\.\w+",
     r"engine_\w+": r"util\.\w+",
+    r"models_build": r"models_(mae|vit)",
     r"models_mae": r"models_vit|util\.pos_embed|util\.masking",
     r"models_vit": r"util\.pos_embed",
     r"hubconf": r"inference\.\w+",

@@ -9,7 +9,8 @@ from conftest import ROOT, torchrun
 
 import main_finetune
 import main_linprobe
-from models_vit import SideBySide, build_probe, probe_head
+import models_build
+from models_vit import SideBySide, probe_head
 from util import checkpoint
 
 
@@ -45,7 +46,7 @@ def test_only_the_head_learns(probe, tuned, cached):
 def test_the_trunk_is_in_evaluation_mode():
     settings = {"model": "vit_mini_patch4", "input_size": 16, "in_chans": 1, "patch_size": None, "nb_classes": 3,
                 "global_pool": False}  # fmt: skip
-    model = build_probe(settings).train()
+    model = models_build.probe(settings).train()
     assert model.training
     assert model.head[0].training
     assert not any(module.training for module in model.blocks.modules())

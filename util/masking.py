@@ -46,6 +46,31 @@ def noise_from_mask(mask: Tensor, grid_size: tuple[int, int], patch_size: tuple[
     return removed.float(), count
 
 
+def shuffle(x: Tensor, mask_ratio: float, noise: Tensor | None = None) -> tuple[Tensor, int]:
+    """The order of an image's patches by ascending noise, and how many of them, from the first on, are kept.
+
+    Args:
+        x: patches or tokens (B, N, D).
+        noise: (B, N), drawn by torch.rand unless given. It is the only random number a forward pass takes, so that a
+            seed keeps the same patches as in the published code.
+
+    Returns:
+        ids_shuffle (B, N) and K = int(N·(1 - mask_ratio)).
+
+    Raises:
+        ValueError: the ratio is outside [0, 1) or keeps no patch, or the noise has another shape.
+    """
+    B, N, _ = x.shape
+    kept = num_kept(N, mask_ratio)
+    if not 0 <= mask_ratio < 1 or kept == 0:
+        raise ValueError(f"mask_ratio {mask_ratio} keeps {kept} of {N} patches; it must be in [0, 1) and keep one")
+    if noise is None:
+        noise = torch.rand(B, N, device=x.device)
+    elif noise.shape != (B, N):
+        raise ValueError(f"noise or mask must be given for {B} images of {N} patches; got {tuple(noise.shape)}")
+    return torch.argsort(noise, dim=1, stable=True), kept
+
+
 def random_mask(
     batch_size: int, grid_size: tuple[int, int], mask_ratio: float, generator: torch.Generator | None = None
 ) -> Tensor:

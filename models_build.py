@@ -1,0 +1,65 @@
+"""From a run's settings to its model: the command line's, which stand as `args` in the run's checkpoints."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from models_mae import DECODER_SUFFIX, DECODERS, MaskedAutoencoderViT
+from models_vit import SIZES, VisionTransformer, probe_head
+
+
+def autoencoder(settings: Mapping[str, Any]) -> MaskedAutoencoderViT:
+    """The masked autoencoder of a run, as `autoencoder_arguments` reads its settings."""
+    return MaskedAutoencoderViT(**autoencoder_arguments(settings))
+
+
+def classifier(settings: Mapping[str, Any]) -> VisionTransformer:
+    """The classifier of a run, as `classifier_arguments` reads its settings."""
+    return VisionTransformer(**classifier_arguments(settings))
+
+
+def probe(settings: Mapping[str, Any]) -> VisionTransformer:
+    """As `classifier`, frozen, with the linear probe's head."""
+    model = classifier({**settings, "nb_classes": 0})
+    model.head = probe_head(model.embed_dim, settings["nb_classes"])
+    model.freeze()
+    return model
+
+
+def autoencoder_arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The constructor's.
+
+    Raises:
+        ValueError: the run's model is no masked autoencoder.
+    """
+    size = settings["model"].removeprefix("mae_vit_").removesuffix(DECODER_SUFFIX)
+    if not settings["model"].startswith("mae_vit_") or size not in SIZES:
+        raise ValueError(f"{settings['model']} is no masked autoencoder")
+    decoder: dict[str, Any] = {**DECODERS[size]}
+    if settings.get("decoder_depth"):
+        decoder["decoder_depth"] = settings["decoder_depth"]
+    return {**_shape(size, settings), **decoder, "norm_pix_loss": settings["norm_pix_loss"]}
+
+
+def classifier_arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The constructor's.
+
+    Raises:
+        ValueError: the run's model is no classifier.
+    """
+    size = settings["model"].removeprefix("vit_")
+    if not settings["model"].startswith("vit_") or size not in SIZES:
+        raise ValueError(f"{settings['model']} is no classifier")
+    return {
+        **_shape(size, settings),
+        "num_classes": settings["nb_classes"],
+        "drop_path_rate": settings.get("drop_path", 0.0),
+        "global_pool": settings["global_pool"],
+    }
+
+
+def _shape(size: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A size's dimensions with a run's `--input_size`, `--patch_size` and `--in_chans`."""
+    given = {"img_size": settings["input_size"], "in_chans": settings["in_chans"]}
+    if settings["patch_size"] is not None:
+        given["patch_size"] = settings["patch_size"]
+    return {**SIZES[size], **given}
