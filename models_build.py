@@ -1,20 +1,24 @@
 """From a run's settings to its model: the command line's, which stand as `args` in the run's checkpoints."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
+
+from torch import nn
 
 from models_mae import DECODER_SUFFIX, DECODERS, MaskedAutoencoderViT
-from models_vit import SIZES, VisionTransformer, probe_head
+from models_vit import SIZES, VisionTransformer, probe_head, recompute_blocks
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def autoencoder(settings: Mapping[str, Any]) -> MaskedAutoencoderViT:
     """The masked autoencoder of a run, as `autoencoder_arguments` reads its settings."""
-    return MaskedAutoencoderViT(**autoencoder_arguments(settings))
+    return _ready(MaskedAutoencoderViT(**autoencoder_arguments(settings)), settings)
 
 
 def classifier(settings: Mapping[str, Any]) -> VisionTransformer:
     """The classifier of a run, as `classifier_arguments` reads its settings."""
-    return VisionTransformer(**classifier_arguments(settings))
+    return _ready(VisionTransformer(**classifier_arguments(settings)), settings)
 
 
 def probe(settings: Mapping[str, Any]) -> VisionTransformer:
@@ -55,6 +59,12 @@ def classifier_arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
         "drop_path_rate": settings.get("drop_path", 0.0),
         "global_pool": settings["global_pool"],
     }
+
+
+def _ready(model: Model, settings: Mapping[str, Any]) -> Model:
+    if settings.get("grad_checkpointing"):
+        recompute_blocks(model)
+    return model
 
 
 def _shape(size: str, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from util import dist, lr_sched, runfolder, runlog, runstate
+from util.compiling import compile_model
 from util.interrupts import Interrupts
 from util.loop import NonFiniteGuard
 from util.precision import Precision
@@ -65,6 +66,8 @@ def run(
         interrupts, output_dir, collect, progress,
         epochs=args.epochs, save_every=args.save_every, save_minutes=args.save_minutes, keep_last=args.keep_last,
     )  # fmt: skip
+    if args.compile:
+        compile_model(trained or model, precision.device)
     train = partial(
         train_one_epoch,
         dist.wrap(trained or model, precision.device),

@@ -123,14 +123,14 @@ def run_epoch(
     group_loss = torch.zeros((), device=precision.device)
     whole = first_step  # batches whose gradients are in the weights
     try:
-        for done, batch in enumerate(watch.watch(loader), start=first_step + 1):
+        for done, batch in enumerate(prefetch(watch.watch(loader), precision.device), start=first_step + 1):
             place = (done - 1) % accum_iter
             batches = min(accum_iter, num_steps - (done - 1 - place))
             if place == 0:
                 lr = schedule(epoch + (done - 1) / num_steps)
             with dist.gradient_sync(model, enabled=place == batches - 1):
                 with precision.autocast():
-                    loss = compute_loss(to_device(batch, precision.device)) / batches
+                    loss = compute_loss(batch) / batches
                 precision.backward(loss)
             group_loss = group_loss + loss.detach()
             if place < batches - 1:
@@ -163,6 +163,31 @@ def to_device(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
     return [to_device(part, device) for part in batch]
+
+
+def prefetch(batches: Iterator[Any], device: torch.device) -> Iterator[Any]:
+    """Batches on the device. On CUDA each is copied there while the step before it is computed."""
+    if device.type != "cuda":
+        for batch in batches:
+            yield to_device(batch, device)
+        return
+    stream, coming = torch.cuda.Stream(device), deque[tuple[Any, torch.cuda.Event]]()
+
+    def arrived() -> Any:
+        batch, event = coming.popleft()
+        computing = torch.cuda.current_stream(device)
+        computing.wait_event(event)
+        for tensor in batch:
+            tensor.record_stream(computing)  # its memory was asked for on the other stream
+        return batch
+
+    for batch in batches:
+        with torch.cuda.stream(stream):
+            coming.append((to_device(batch, device), stream.record_event()))
+        if len(coming) > 1:
+            yield arrived()
+    if coming:
+        yield arrived()
 
 
 class PendingSteps:

@@ -1,52 +1,11 @@
 """Every flag, once, in groups. A main takes the groups that it needs and sets its task's defaults."""
 
 import argparse
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
+from util.flags import Size, add_switch, non_negative, positive, positive_int, positive_share, ratio, seed, share
 from util.precision import AMP_CHOICES
 from util.weights import ADAPT_CHOICES
-
-# ---------------------------------------------------------------------------------------------------- kinds of value
-
-
-def _kind(convert: Callable[[str], Any], holds: Callable[[Any], bool], wanted: str) -> Callable[[str], Any]:
-    def kind(text: str) -> Any:
-        value = convert(text)
-        if not holds(value):
-            raise argparse.ArgumentTypeError(f"must be {wanted}, got {text}")
-        return value
-
-    kind.__name__ = convert.__name__  # argparse says so where the text is no number
-    return kind
-
-
-positive_int = _kind(int, lambda value: value >= 1, "at least 1")
-non_negative = _kind(float, lambda value: value >= 0, "at least 0")
-positive = _kind(float, lambda value: value > 0, "above 0")
-share = _kind(float, lambda value: 0 <= value <= 1, "in [0, 1]")
-positive_share = _kind(float, lambda value: 0 < value <= 1, "in (0, 1]")
-ratio = _kind(float, lambda value: 0 <= value < 1, "in [0, 1)")
-seed = _kind(int, lambda value: 0 <= value < 2**32, "in [0, 2^32), which all random generators take")
-
-
-class _Size(argparse.Action):
-    """One number for a square, two for height and width; one stays a plain number."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        if len(values) > 2:
-            raise argparse.ArgumentError(self, f"takes one number or two (height, width), got {len(values)}")
-        setattr(namespace, self.dest, values[0] if len(values) == 1 else list(values))
-
-
-def _add_switch(group: argparse._ArgumentGroup, name: str, default: bool, text: str) -> None:
-    """--NAME and --no_NAME, so that a flag can undo what a recipe or a default says."""
-    on, off = (" (the default)", "") if default else ("", " (the default)")
-    group.add_argument(f"--{name}", action="store_true", default=default, help=text + on)
-    group.add_argument(f"--no_{name}", action="store_false", dest=name, default=default, help=f"not so{off}")
-
-
-# ----------------------------------------------------------------------------------------------------- option groups
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -136,14 +95,14 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add_source_options(group)
     group.add_argument(
-        "--input_size", default=224, type=positive_int, nargs="+", action=_Size, metavar=("H", "W"),
+        "--input_size", default=224, type=positive_int, nargs="+", action=Size, metavar=("H", "W"),
         help="pixels of a side, or height and width",
     )  # fmt: skip
     group.add_argument("--mean", type=float, nargs="+", metavar="M", help="of each channel, 0 to 1; None is ImageNet's")
     group.add_argument(
         "--std", type=positive, nargs="+", metavar="S", help="of each channel, 0 to 1; None is ImageNet's"
     )
-    _add_switch(group, "pin_mem", True, "load into pinned memory, which a GPU reads faster")
+    add_switch(group, "pin_mem", True, "load into pinned memory, which a GPU reads faster")
 
 
 def add_source_options(group: argparse._ActionsContainer) -> None:
@@ -170,7 +129,7 @@ def add_model_options(parser: argparse.ArgumentParser, models: Sequence[str], de
     group = parser.add_argument_group("model")
     group.add_argument("--model", default=default, choices=models, metavar="NAME", help=f"one of {', '.join(models)}")
     group.add_argument(
-        "--patch_size", type=positive_int, nargs="+", action=_Size, metavar=("P", "P"),
+        "--patch_size", type=positive_int, nargs="+", action=Size, metavar=("P", "P"),
         help="pixels of a patch's side, or height and width; None is the model's own",
     )  # fmt: skip
 
@@ -203,6 +162,10 @@ def add_optimizer_options(parser: argparse.ArgumentParser, several_blr: bool = F
         "--clip_grad", type=positive, metavar="NORM", help="largest norm of the gradient; None: no clipping"
     )
     group.add_argument(
+        "--compile", action="store_true",
+        help="generate code for the model: faster steps, after a minute or more at the first one",
+    )  # fmt: skip
+    group.add_argument(
         "--on_nonfinite", default="abort", choices=("abort", "skip"),
         help="when a loss or gradient is not finite: save and end the run, or leave the step out",
     )  # fmt: skip
@@ -219,7 +182,8 @@ def add_pretrain_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--decoder_depth", type=positive_int, metavar="N", help="blocks of the decoder; None is the model's own"
     )
-    _add_switch(group, "norm_pix_loss", False, "predict patches normalised by their own mean and variance")
+    _add_recompute_option(group)
+    add_switch(group, "norm_pix_loss", False, "predict patches normalised by their own mean and variance")
     _add_crop_options(group, [0.2, 1.0])
     group.add_argument("--init_from", default="", metavar="FILE", help="start from this file's weights (nothing else)")
     group.add_argument(
@@ -314,6 +278,7 @@ def add_finetune_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--unfreeze_blocks", type=int, metavar="K", help="train the last K blocks and the head only; None: everything"
     )
+    _add_recompute_option(group)
     group = parser.add_argument_group("augmentation")
     _add_crop_options(group, [0.08, 1.0])
     group.add_argument("--color_jitter", type=non_negative, metavar="S", help="strength, where there is no --aa")
@@ -331,6 +296,14 @@ def add_finetune_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--mixup_prob", default=1.0, type=share, metavar="P", help="chance of either")
     group.add_argument("--mixup_switch_prob", default=0.5, type=share, metavar="P", help="of cutmix, where both are on")
     group.add_argument("--mixup_mode", default="batch", choices=("batch", "pair", "elem"), help="what shares a draw")
+
+
+def _add_recompute_option(group: argparse._ActionsContainer) -> None:
+    """For models that would not fit otherwise."""
+    group.add_argument(
+        "--grad_checkpointing", action="store_true",
+        help="keep less for the backward pass and compute it twice: less memory, steps a quarter to a third longer",
+    )  # fmt: skip
 
 
 def _add_crop_options(group: argparse._ArgumentGroup, crop_scale: list[float]) -> None:

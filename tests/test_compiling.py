@@ -1,0 +1,87 @@
+"""--compile: one graph, the same numbers, in one process and two, stopped and resumed; and without a compiler."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from mains import Stopped, assert_close, assert_equal, in_processes, lines, stop_after, weights
+from torch._dynamo.utils import counters
+
+import main_finetune
+from util.compiling import compile_model
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch.compiler.reset()
+    counters.clear()
+
+
+def test_one_graph_and_the_same_gradients(mini_mae):
+    imgs, noise = torch.randn(4, 1, 16, 16), torch.rand(4, 16)
+
+    def gradients():
+        mini_mae.zero_grad()
+        loss = mini_mae(imgs, 0.75, noise=noise, loss_only=True)
+        loss.backward()
+        return {"loss": loss.detach()} | {n: p.grad.clone() for n, p in mini_mae.named_parameters() if p.requires_grad}
+
+    eager, names = gradients(), list(mini_mae.state_dict())
+    compile_model(mini_mae, torch.device("cpu"))
+    assert mini_mae._compiled_call_impl is not None
+    torch._dynamo.config.error_on_recompile = True
+    try:
+        for _ in range(3):
+            imgs = imgs.clone()
+            compiled = gradients()
+    finally:
+        torch._dynamo.config.error_on_recompile = False
+    assert not counters["graph_break"]
+    assert list(mini_mae.state_dict()) == names
+    for name, value in eager.items():
+        torch.testing.assert_close(compiled[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_training_with_accumulation_stopped_and_resumed(pretrain, monkeypatch):
+    settings = {"accum_iter": 2, "save_minutes": 0, "grad_checkpointing": True}
+    eager = pretrain("eager", **settings)
+    whole = pretrain("whole", compile=True, **settings)
+    assert_close(whole, eager)
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_after(patch, "save", 2)
+        pretrain("parts", compile=True, **settings)
+    assert_equal(weights(whole), weights(pretrain("parts", compile=True, **settings, resume="auto")))
+
+
+def test_two_processes(pretrain, pictures, tmp_path):
+    one = pretrain("one", batch_size=8)
+    in_processes(2, pictures, tmp_path / "two", "--batch_size", 4, "--epochs", 2, "--compile")
+    assert_close(one, tmp_path / "two")
+
+
+def test_a_classifier_and_its_evaluation(classify):
+    settings = {"mixup": 0.8, "drop_path": 0.2, "aa": "none", "batch_size": 8}
+    eager, compiled = classify(main_finetune, "eager", **settings), classify(main_finetune, compile=True, **settings)
+    for ours, theirs in zip(lines(compiled), lines(eager), strict=True):
+        assert ours["test_loss"] == pytest.approx(theirs["test_loss"], rel=1e-4)
+        assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-4)
+
+
+def test_without_a_compiler_it_says_so_and_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", str(tmp_path / "no-such-compiler"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    code = """
+import logging, torch
+from models_vit import vit_mini_patch4
+from util.compiling import compile_model
+logging.basicConfig(format="%(message)s", level="INFO")
+model = vit_mini_patch4(img_size=8)
+compile_model(model, torch.device("cpu"))
+print(model(torch.rand(1, 3, 8, 8)).shape)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "torch.Size([1, 1000])\n", done.stderr
+    assert "--compile needs a C++ compiler" in done.stderr
+    assert "no-such-compiler" in done.stderr
