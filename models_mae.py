@@ -208,9 +208,9 @@ class MaskedAutoencoderViT(Encoder):
 
         mask_tokens = self.mask_token.to(x.dtype).expand(len(x), ids_removed.shape[1], -1)
         x = torch.cat([x, mask_tokens], dim=1) + self._positions(self.decoder_pos_embed, imgs, ids_shuffle)
-        for block in self.decoder_blocks:
-            x = block(x)
-        pred = self.decoder_pred(self.decoder_norm(x[:, 1 + kept :]))
+        for number, block in enumerate(self.decoder_blocks, start=1):
+            x = block(x, skip=1 + kept if number == len(self.decoder_blocks) else 0)
+        pred = self.decoder_pred(self.decoder_norm(x[:, -ids_removed.shape[1] :]))
         return (pred - self._target(_take(patches, ids_removed))).square().mean()
 
     # ------------------------------------------------------------------------------------------------ ways to use it

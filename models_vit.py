@@ -76,7 +76,7 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, (B, L, D) -> (B, L, D)."""
+    """Multi-head self-attention, (B, L, D) -> (B, L - skip, D): what becomes of the tokens after the first `skip`."""
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True) -> None:
         super().__init__()
@@ -86,16 +86,18 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        B, L, D = x.shape
-        q, k, v = self.qkv(x).reshape(B, L, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
-        return self.proj(attend(q, k, v).transpose(1, 2).reshape(B, L, D))
+    def forward(self, x: Tensor, skip: int = 0) -> Tensor:
+        q, k, v = self.split(x)
+        return self.proj(attend(q[:, :, skip:], k, v).transpose(1, 2).flatten(2))
 
     def maps(self, x: Tensor) -> Tensor:
         """How much each token takes from each: (B, L, D) -> (B, h, L, L), rows that sum to 1."""
-        B, L, D = x.shape
-        q, k, _ = self.qkv(x).reshape(B, L, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
+        q, k, _ = self.split(x)
         return attention_weights(q, k)
+
+    def split(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values (B, h, L, D/h) of tokens (B, L, D)."""
+        return tuple(part.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=2))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -104,7 +106,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     On a CPU the fused kernel is slow for sequences as short as a ViT's: in bf16 plain products take a half to a fifth
     of its time, and in fp32 less up to SHORT tokens (`benchmarks/train_step.py --task attention` prints it).
     """
-    if q.device.type == "cpu" and (q.dtype == torch.bfloat16 or q.shape[-2] <= SHORT):
+    if q.device.type == "cpu" and (q.dtype == torch.bfloat16 or k.shape[-2] <= SHORT):
         return attention_weights(q, k) @ v
     return F.scaled_dot_product_attention(q, k, v)
 
@@ -127,7 +129,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block, (B, L, D) -> (B, L, D).
+    """A pre-norm transformer block, (B, L, D) -> (B, L - skip, D): what becomes of the tokens after the first `skip`.
 
     Attributes:
         recomputed: in training, keep nothing but the input for the backward pass, and compute the rest again there.
@@ -150,13 +152,13 @@ class Block(nn.Module):
         self.norm2 = norm_layer(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, skip: int = 0) -> Tensor:
         if self.recomputed and torch.is_grad_enabled():
-            return checkpoint(self.compute, x, use_reentrant=False)
-        return self.compute(x)
+            return checkpoint(self.compute, x, skip, use_reentrant=False)
+        return self.compute(x, skip)
 
-    def compute(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x)))
+    def compute(self, x: Tensor, skip: int) -> Tensor:
+        x = x[:, skip:] + self.drop_path(self.attn(self.norm1(x), skip))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 

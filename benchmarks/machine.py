@@ -1,0 +1,39 @@
+"""What a figure was measured on, for the files in benchmarks/results."""
+
+import json
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """Hardware, versions and commit."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    processor = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    return {
+        "processor": processor,
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "commit": commit or None,
+    }
+
+
+def write(name: str, device: torch.device, settings: dict[str, Any], found: dict[str, Any], folder: Path) -> None:
+    """Writes NAME.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    told = {"machine": describe(device), "settings": settings, **found}
+    (folder / f"{name}.json").write_text(json.dumps(told, indent=1, default=str) + "\n")
+
+
+def read(name: str, folder: Path = RESULTS) -> dict[str, Any] | None:
+    """NAME.json, if that was measured."""
+    file = folder / f"{name}.json"
+    return json.loads(file.read_text()) if file.exists() else None

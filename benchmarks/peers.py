@@ -1,0 +1,86 @@
+"""What our models are timed against: transformers' ViTMAE, and the method written down plainly with timm's blocks."""
+
+from functools import partial
+from typing import Any
+
+import timm
+import torch
+from timm.layers import PatchEmbed
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+from transformers import ViTMAEConfig, ViTMAEForPreTraining
+
+from models_mae import DECODERS
+from models_vit import SIZES
+
+
+class PlainMAE(nn.Module):
+    """Every step of He et al. 2021 as figure 1 shows it, by timm's blocks and with no thought of speed."""
+
+    def __init__(self, size: str) -> None:
+        super().__init__()
+        width, depth, heads = (SIZES[size][key] for key in ("embed_dim", "depth", "num_heads"))
+        narrow, decoder_depth, decoder_heads = DECODERS[size].values()
+        norm: Any = partial(nn.LayerNorm, eps=1e-6)
+        self.patch = SIZES[size]["patch_size"]
+        self.embed = PatchEmbed(224, self.patch, 3, width)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.positions = nn.Parameter(torch.randn(1, self.embed.num_patches + 1, width), requires_grad=False)
+        self.blocks = nn.Sequential(*(Block(width, heads, 4, qkv_bias=True, norm_layer=norm) for _ in range(depth)))
+        self.norm = norm(width)
+        self.decoder_embed = nn.Linear(width, narrow)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, narrow))
+        self.decoder_positions = nn.Parameter(torch.randn(1, self.embed.num_patches + 1, narrow), requires_grad=False)
+        self.decoder_blocks = nn.Sequential(
+            *(Block(narrow, decoder_heads, 4, qkv_bias=True, norm_layer=norm) for _ in range(decoder_depth))
+        )
+        self.decoder_norm = norm(narrow)
+        self.decoder_pred = nn.Linear(narrow, self.patch**2 * 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, 3, 224, 224) -> the loss."""
+        tokens = self.embed(images) + self.positions[:, 1:]
+        count, length, width = tokens.shape
+        order = torch.rand(count, length, device=images.device).argsort(dim=1)
+        back, kept = order.argsort(dim=1), length // 4
+        visible = torch.gather(tokens, 1, order[:, :kept, None].repeat(1, 1, width))
+        first = (self.cls_token + self.positions[:, :1]).expand(count, -1, -1)
+        latent = self.decoder_embed(self.norm(self.blocks(torch.cat([first, visible], dim=1))))
+
+        hidden = self.mask_token.repeat(count, length - kept, 1).to(latent.dtype)
+        patches = torch.cat([latent[:, 1:], hidden], dim=1)
+        patches = torch.gather(patches, 1, back[:, :, None].repeat(1, 1, latent.shape[2]))
+        x = torch.cat([latent[:, :1], patches], dim=1) + self.decoder_positions
+        predicted = self.decoder_pred(self.decoder_norm(self.decoder_blocks(x)))[:, 1:]
+
+        side = 224 // self.patch
+        target = images.reshape(count, 3, side, self.patch, side, self.patch).permute(0, 2, 4, 3, 5, 1).flatten(3)
+        error = (predicted - target.flatten(1, 2)).square().mean(dim=-1)
+        removed = (back >= kept).float()
+        return (error * removed).sum() / removed.sum()
+
+
+class TransformersMAE(nn.Module):
+    """transformers' ViTMAEForPreTraining, of one of our sizes."""
+
+    def __init__(self, size: str) -> None:
+        super().__init__()
+        width, depth, heads = (SIZES[size][key] for key in ("embed_dim", "depth", "num_heads"))
+        narrow, decoder_depth, decoder_heads = DECODERS[size].values()
+        config = ViTMAEConfig(
+            hidden_size=width, num_hidden_layers=depth, num_attention_heads=heads, intermediate_size=4 * width,
+            patch_size=SIZES[size]["patch_size"], decoder_hidden_size=narrow, decoder_num_hidden_layers=decoder_depth,
+            decoder_num_attention_heads=decoder_heads, decoder_intermediate_size=4 * narrow,
+        )  # fmt: skip
+        self.model: Any = ViTMAEForPreTraining(config)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, 3, 224, 224) -> the loss."""
+        return self.model(pixel_values=images).loss
+
+
+def timm_classifier(size: str) -> nn.Module:
+    """timm's Vision Transformer of one of our sizes, pooled as ours is when it is fine-tuned."""
+    return timm.models.VisionTransformer(
+        img_size=224, num_classes=1000, global_pool="avg", drop_path_rate=0.1, **SIZES[size]
+    )

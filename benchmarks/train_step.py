@@ -1,0 +1,314 @@
+"""How fast a training step is, beside other implementations of the same one: in one process, taking turns.
+
+    python benchmarks/train_step.py                                     # pre-training, ViT-B, here about 5 minutes
+    python benchmarks/train_step.py --amp off --only transformers ours
+    python benchmarks/train_step.py --task finetune                     # also features (a probe's), attention
+    python benchmarks/train_step.py --size huge_patch14 --batch_size 512 --device cuda
+
+Eager peers step as their users do, with AdamW as it comes; compiled ones with the fused AdamW. Ours step as the
+training loop does, with the gradient's norm and the guard against non-finite steps. Data are not part of it. The share
+of the peak is that of the floating-point operations of the method (those of He et al. 2021's models are 58.46, 124.23
+and 290.99 GFLOP an image in B, L and H) in those of a large matrix product, measured between the rounds.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import models_mae
+import models_vit
+from benchmarks import machine, peers
+from util.dist import choose_device
+from util.precision import AMP_CHOICES, Precision
+
+Step = Callable[[], Any]
+
+# Heads, tokens and channels a head: the encoder in training, the decoder, the whole image in B; L's and H's encoders.
+SHAPES = ((12, 50, 64), (16, 197, 32), (12, 197, 64), (16, 50, 64), (16, 65, 80))
+
+
+def training_flops(size: str) -> float:
+    """Floating-point operations of a pre-training step, for an image: two for each multiply-add of a matrix product."""
+    model, decoder = models_vit.SIZES[size], models_mae.DECODERS[size]
+    N, P = (model.get("img_size", 224) // model["patch_size"]) ** 2, 3 * model["patch_size"] ** 2
+    D, E, K = model["embed_dim"], decoder["decoder_embed_dim"], N // 4
+
+    def blocks(depth: int, tokens: int, width: int) -> int:
+        return depth * (12 * tokens * width**2 + 2 * tokens**2 * width)
+
+    encoder = N * P * D + blocks(model["depth"], K + 1, D)
+    forward = encoder + (K + 1) * D * E + blocks(decoder["decoder_depth"], N + 1, E) + (N + 1) * E * P
+    return 2.0 * (3 * forward - N * P * D)  # nobody needs the gradient of the pixels
+
+
+def classifier_flops(size: str) -> float:
+    """As `training_flops`, of the forward pass of a classifier on whole images."""
+    model = models_vit.SIZES[size]
+    N, D = (model.get("img_size", 224) // model["patch_size"]) ** 2, model["embed_dim"]
+    per_block = 12 * (N + 1) * D**2 + 2 * (N + 1) ** 2 * D
+    return 2.0 * (N * 3 * model["patch_size"] ** 2 * D + model["depth"] * per_block)
+
+
+# ------------------------------------------------------------------------------------------------------- contestants
+
+
+def our_step(model: nn.Module, loss_of: Callable[[nn.Module], Tensor], precision: Precision) -> Step:
+    """As `util.loop` steps."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+
+    def step() -> None:
+        with precision.autocast():
+            loss = loss_of(model)
+        precision.backward(loss)
+        precision.step(optimizer, None)
+
+    return step
+
+
+def their_step(model: nn.Module, loss_of: Callable[[nn.Module], Tensor], precision: Precision, fused: bool) -> Step:
+    """As PyTorch's tutorials step."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=fused or None)
+
+    def step() -> None:
+        with precision.autocast():
+            loss = loss_of(model)
+        precision.scaler.scale(loss).backward()
+        precision.scaler.step(optimizer)
+        precision.scaler.update()
+        optimizer.zero_grad()
+
+    return step
+
+
+def inference(model: nn.Module, images: Tensor, precision: Precision) -> Step:
+    """A forward pass without gradients."""
+    model.eval()
+
+    def step() -> None:
+        with torch.no_grad(), precision.autocast():
+            model(images)
+
+    return step
+
+
+def input_images(args: argparse.Namespace, precision: Precision) -> Tensor:
+    """A batch of noise (B, 3, H, W)."""
+    side = models_vit.SIZES[args.size].get("img_size", 224)
+    return torch.rand(args.batch_size, 3, side, side, device=precision.device)
+
+
+# What pre-trains: by name its model, and what it makes of images.
+MODELS: dict[str, Callable[[str], nn.Module]] = {
+    "transformers": peers.TransformersMAE,
+    "plain": peers.PlainMAE,
+    "ours": lambda size: getattr(models_mae, f"mae_vit_{size}")(),
+}
+LOSSES: dict[str, Callable[..., Tensor]] = {
+    "transformers": lambda model, images: model(images),
+    "plain": lambda model, images: model(images),
+    "ours": lambda model, images: model(images, loss_only=True),
+}
+
+
+def contestants(args: argparse.Namespace, precision: Precision) -> dict[str, Step]:
+    """Every way of the task, by its name."""
+    images = input_images(args, precision)
+    labels = torch.randint(1000, (args.batch_size,), device=precision.device)
+    steps: dict[str, Step] = {}
+    for how in ("eager", "compiled"):
+
+        def wanted(name: str, how: str = how) -> bool:
+            return not args.only or name in args.only or f"{name} {how}" in args.only
+
+        def add(name: str, model: nn.Module, loss_of: Callable[[nn.Module], Tensor] | None, how: str = how) -> None:
+            model.to(precision.device)
+            if how == "compiled":
+                model.compile(fullgraph=True, dynamic=False)
+            if loss_of is None:
+                step = inference(model, images, precision)
+            elif name.startswith("ours"):
+                step = our_step(model, loss_of, precision)
+            else:
+                step = their_step(model, loss_of, precision, fused=how == "compiled")
+            steps[f"{name} {how}"] = step
+
+        if args.task == "pretrain":
+            for name, build in MODELS.items():
+                if wanted(name):
+                    add(name, build(args.size), partial(LOSSES[name], images=images))
+            if wanted("ours in three steps"):
+                add("ours in three steps", MODELS["ours"](args.size), lambda model: model(images)[0])
+        else:
+            loss = (lambda model: F.cross_entropy(model(images), labels)) if args.task == "finetune" else None
+            if wanted("timm"):
+                add("timm", peers.timm_classifier(args.size), loss)
+            if wanted("ours"):
+                ours = getattr(models_vit, f"vit_{args.size}")(global_pool=True, drop_path_rate=0.1)
+                add("ours", ours, loss)
+    return steps
+
+
+def attention_steps(precision: Precision, batch_size: int, shape: tuple[int, int, int]) -> dict[str, Step]:
+    """Forward and backward of the two ways of attention."""
+    heads, tokens, width = shape
+    dtype = precision.dtype or torch.float32
+    qkv = torch.randn(3, batch_size, heads, tokens, width, device=precision.device, dtype=dtype, requires_grad=True)
+
+    def step_of(attend: Callable[..., Tensor]) -> Step:
+        def step() -> None:
+            qkv.grad = None
+            out = attend(*qkv)
+            out.backward(out.detach())
+
+        return step
+
+    return {
+        "fused kernel": step_of(F.scaled_dot_product_attention),
+        "plain products": step_of(lambda q, k, v: models_vit.attention_weights(q, k) @ v),
+        "ours": step_of(models_vit.attend),
+    }
+
+
+# ------------------------------------------------------------------------------------------------------ measurements
+
+
+def seconds(step: Step, repeats: int, device: torch.device) -> float:
+    """Time of a call, on average over `repeats` of them."""
+    begun = time.perf_counter()
+    for _ in range(repeats):
+        step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - begun) / repeats
+
+
+def matrix_product(precision: Precision) -> tuple[Step, float]:
+    """A large one in the precision of the step, and its operations."""
+    side = 8192 if precision.device.type == "cuda" else 2048
+    a, b = (torch.randn(side, side, device=precision.device, dtype=precision.dtype) for _ in range(2))
+    return lambda: a @ b, 2.0 * side**3
+
+
+def take_turns(steps: dict[str, Step], precision: Precision, rounds: int, repeats: int) -> tuple[dict[str, Any], float]:
+    """Seconds of each contestant's steps, round by round; and the peak of a matrix product, in FLOP/s: the best of
+    each round, and of these the median."""
+    product, operations = matrix_product(precision)
+    for name, step in steps.items():
+        print(f"warming up: {name}", flush=True)
+        seconds(step, 3, precision.device)  # the first compiles
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    peaks = []
+    for number in range(rounds):
+        print(f"round {number + 1} of {rounds}", flush=True)
+        peaks.append(operations / min(seconds(product, 1, precision.device) for _ in range(10)))
+        for name, step in steps.items():
+            times[name].append(seconds(step, repeats, precision.device))
+    return times, statistics.median(peaks)
+
+
+def saved_bytes(model: nn.Module, call: Callable[[], Tensor]) -> int:
+    """Bytes that a forward pass keeps for the backward pass, each piece of memory once, without the weights."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = call()  # alive until counted, so that no memory is used twice
+    total = sum(kept.values())
+    del loss
+    return total
+
+
+def memory(args: argparse.Namespace, precision: Precision) -> dict[str, int]:
+    """What the pre-training models keep for the backward pass; ours with the fused attention kernel, as on a GPU."""
+    images = input_images(args, precision)
+    found = {}
+    for name, build in MODELS.items():
+        model = build(args.size).to(precision.device)
+        with precision.autocast(), patch.object(models_vit, "attend", F.scaled_dot_product_attention):
+            found[name] = saved_bytes(model, partial(LOSSES[name], model, images))
+    return found
+
+
+def compare_attention(args: argparse.Namespace, precision: Precision) -> dict[str, Any]:
+    """Prints and returns milliseconds, for each of SHAPES and each way."""
+    found = {}
+    print("| heads, tokens, channels | fused kernel, ms | plain products, ms | ours, ms |\n|---|---|---|---|")
+    for shape in SHAPES:
+        steps = attention_steps(precision, args.batch_size, shape)
+        runs = [
+            {way: seconds(step, 5, precision.device) for way, step in steps.items()} for _ in range(args.rounds + 2)
+        ]
+        found[str(shape)] = {way: 1000 * statistics.median(run[way] for run in runs[2:]) for way in steps}
+        print(f"| {shape} | " + " | ".join(f"{value:.1f}" for value in found[str(shape)].values()) + " |", flush=True)
+    return {"milliseconds": found}
+
+
+def compare_steps(args: argparse.Namespace, precision: Precision) -> dict[str, Any]:
+    """Prints and returns the contestants' speed, and in pre-training their memory."""
+    kept = memory(args, precision) if args.task == "pretrain" and not args.only else {}
+    repeats = 10 if precision.device.type == "cuda" else 1
+    times, peak = take_turns(contestants(args, precision), precision, args.rounds, repeats)
+    forward = classifier_flops(args.size)
+    flops = {"pretrain": training_flops(args.size), "finetune": 3 * forward, "features": forward}[args.task]
+    rates = {name: args.batch_size / statistics.median(values) for name, values in times.items()}
+    first = next(iter(rates))
+    print(
+        f"\n{args.task}, {args.size}, batch {args.batch_size}, {precision.name}, {precision.device.type}: "
+        f"{flops / 1e9:.2f} GFLOP an image, peak {peak / 1e12:.3f} TFLOP/s\n"
+    )
+    print(f"| | images/s | to {first} | share of the peak |\n|---|---|---|---|")
+    for way, rate in rates.items():
+        print(f"| {way} | {rate:.2f} | {rate / rates[first]:.2f} | {rate * flops / peak:.1%} |")
+    if kept:
+        print("\n| kept for the backward pass | GB |\n|---|---|")
+        for way, size in kept.items():
+            print(f"| {way} | {size / 1e9:.3f} |")
+    most = torch.cuda.max_memory_allocated() if precision.device.type == "cuda" else None
+    if most:
+        print(f"\nmost memory at once, of all together: {most / 1e9:.1f} GB")
+    return {"images_per_second": rates, "seconds": times, "peak_flops": peak, "flops_per_image": flops,
+            "saved_bytes": kept, "cuda_peak_bytes": most}  # fmt: skip
+
+
+def main(args: argparse.Namespace) -> None:
+    """Prints a table, and writes it as JSON."""
+    torch.manual_seed(0)
+    device = choose_device(args.device)
+    precision = Precision(args.amp, device)
+    found = (compare_attention if args.task == "attention" else compare_steps)(args, precision)
+    name = args.name or f"{args.task}_{args.size}_{precision.name}_{device.type}"
+    machine.write(name, device, vars(args), found, args.out)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", default="pretrain", choices=("pretrain", "finetune", "features", "attention"))
+    parser.add_argument(
+        "--size", default="base_patch16", choices=models_vit.SIZES, metavar="SIZE", help="of models_vit"
+    )
+    parser.add_argument("--batch_size", default=16, type=int, metavar="N", help="images to a step")
+    parser.add_argument("--amp", default="bf16", choices=AMP_CHOICES, help="bf16, fp16 or off, which is fp32")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--rounds", default=7, type=int, metavar="N", help="in each, every contestant has its turn")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="contestants: ours, or 'ours compiled'")
+    parser.add_argument("--out", default=machine.RESULTS, type=Path, metavar="DIR", help="where the JSON file goes")
+    parser.add_argument("--name", help="its name; told by the task, the size, the precision and the device otherwise")
+    main(parser.parse_args())
