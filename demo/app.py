@@ -34,7 +34,7 @@ from inference import maps
 from inference.model import Autoencoder, Classifier, Model, get_model, open_image
 from inference.reconstruct import TITLES, psnr, reconstruct, whole_input
 from models_mae import Reconstruction
-from util import cli, dist, options, pictures
+from util import cli, dist, flags, options, pictures
 from util.decode import SUFFIXES, Picture, size_of
 from util.masking import num_kept
 
@@ -108,7 +108,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     options.add_inference_options(parser, images=False)
     parser.add_argument("--classifier", metavar="FILE", help="a second model, which tells classes; as --model")
     parser.add_argument("--host", default="127.0.0.1", help="address to serve at; 0.0.0.0 is for everybody")
-    parser.add_argument("--port", default=7860, type=options.positive_int, help="port to serve at")
+    parser.add_argument("--port", default=7860, type=flags.positive_int, help="port to serve at")
     parser.add_argument("--samples", default=SAMPLES, type=Path, metavar="FOLDER", help="pictures to choose from")
     return parser
 

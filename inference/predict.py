@@ -16,14 +16,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from inference.model import get_model, open_image
-from util import cli, dist, options
+from util import cli, dist, flags, options
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command's flags."""
     parser = cli.parser("Classifies photographs: a table of the likeliest classes.")
     options.add_inference_options(parser)
-    parser.add_argument("--topk", default=5, type=options.positive_int, metavar="K", help="classes that are told")
+    parser.add_argument("--topk", default=5, type=flags.positive_int, metavar="K", help="classes that are told")
     parser.add_argument("--json", action="store_true", help="print a JSON object an image instead of a table")
     parser.add_argument("--out", type=Path, metavar="FILE", help="draw images and scores into a picture")
     return parser

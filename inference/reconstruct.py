@@ -17,7 +17,7 @@ from torchvision.transforms import functional as TF
 
 from inference.model import Autoencoder, ImageLike, Model, get_model, open_image
 from models_mae import Reconstruction
-from util import cli, dist, options, pictures
+from util import cli, dist, flags, options, pictures
 from util.decode import Picture, size_of
 from util.runlog import start_logging
 from util.transforms import to_tensor
@@ -35,14 +35,14 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = cli.parser("Hides patches of photographs, whole and of any shape, and lets a model paint them again.")
     options.add_inference_options(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the picture: a row for each image")
-    parser.add_argument("--mask_ratio", default=0.75, type=options.ratio, metavar="R", help="share of patches to hide")
-    parser.add_argument("--seed", default=0, type=options.seed, help="of the patches that are hidden")
+    parser.add_argument("--mask_ratio", default=0.75, type=flags.ratio, metavar="R", help="share of patches to hide")
+    parser.add_argument("--seed", default=0, type=flags.seed, help="of the patches that are hidden")
     parser.add_argument(
         "--hide", type=int, nargs=4, action="append", metavar=("X", "Y", "W", "H"),
         help="hide this rectangle instead, in pixels of the image from its top left; may be given several times",
     )  # fmt: skip
     parser.add_argument(
-        "--short_side", type=options.positive_int, metavar="S", help="scale images to it; None is the model's own size"
+        "--short_side", type=flags.positive_int, metavar="S", help="scale images to it; None is the model's own size"
     )
     return parser
 

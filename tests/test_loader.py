@@ -41,6 +41,22 @@ def test_processes_share_a_batch(monkeypatch):
     assert [sorted(a + b) for a, b in zip(*halves, strict=True)] == whole
 
 
+def test_repeated_samples_stay_together(monkeypatch):
+    alone = EpochBatches(25, 12, seed=1, repeats=3)
+    batches = [[index for _, index in batch] for batch in alone]
+    assert len(alone) == len(batches) == 6
+    assert all(batch[::3] == batch[1::3] == batch[2::3] and len(set(batch)) == 4 for batch in batches)
+    assert len({index for batch in batches for index in batch}) == 24
+    monkeypatch.setattr(dist, "world_size", lambda: 2)
+    halves = []
+    for rank in (0, 1):
+        monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
+        halves.append([[i for _, i in batch] for batch in EpochBatches(25, 6, seed=1, repeats=3)])
+    assert [sorted(a + b) for a, b in zip(*halves, strict=True)] == [sorted(batch) for batch in batches]
+    with pytest.raises(ValueError, match="--batch_size 8 must be a multiple of --repeated_sampling 3"):
+        EpochBatches(25, 8, seed=1, repeats=3)
+
+
 def test_fewer_images_than_a_batch():
     with pytest.raises(ValueError, match="lower --batch_size"):
         EpochBatches(7, 8, seed=0)

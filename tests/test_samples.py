@@ -6,7 +6,7 @@ import torch
 from conftest import make_samples
 
 from util import transforms
-from util.samples import Samples, seeded_for
+from util.samples import Samples, seed_python
 
 
 def equal(a, b):
@@ -45,8 +45,8 @@ def test_noise_does_not_depend_on_the_augmentation(pictures):
 def test_noise_is_uniform_and_independent_between_neighbours():
     rows = []
     for index in range(4000):
-        with seeded_for(0, 3, index):
-            rows.append(torch.rand(16))
+        torch.default_generator.manual_seed(seed_python(0, 3, index))
+        rows.append(torch.rand(16))
     noise = torch.stack(rows).double()
     assert noise.mean().item() == pytest.approx(0.5, abs=0.005)
     assert noise.var().item() == pytest.approx(1 / 12, abs=0.002)
@@ -59,3 +59,17 @@ def test_noise_is_uniform_and_independent_between_neighbours():
 
 def test_good_images_are_those_of_a_run_that_skips_nothing(pictures):
     assert equal(make_samples(pictures)[1, 2], make_samples(pictures, on_bad_image="skip")[1, 2])
+
+
+def test_an_image_that_is_repeated_is_read_once(pictures, monkeypatch):
+    samples = make_samples(pictures)
+    read = []
+    plain = samples._read
+    monkeypatch.setattr(samples, "_read", lambda *place: read.append(place) or plain(*place))
+    batch = samples.__getitems__([(2, 5)] * 3 + [(2, 6)] * 3)
+    assert read == [(2, 5), (2, 6)]
+    monkeypatch.undo()
+    assert equal(batch[0], samples[2, 5])
+    assert equal(batch[3], samples[2, 6])
+    assert len({tuple(sample.noise.tolist()) for sample in batch}) == 6
+    assert not torch.equal(batch[0].image, batch[1].image)

@@ -22,7 +22,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from util import cli, options
+from util import cli, flags, options
 from util.archives import Archive
 from util.decode import BadImage, Picture, fit_channels, read, size_of
 from util.library_sets import HuggingFaceSet, Shards, TorchvisionSet
@@ -190,7 +190,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--split", default="train", choices=("train", "val"), help="the part to look at, where there are parts"
     )
     parser.add_argument(
-        "--limit", type=options.positive_int, metavar="N", help="look at N images, evenly spread; None: all"
+        "--limit", type=flags.positive_int, metavar="N", help="look at N images, evenly spread; None: all"
     )
     return parser
 

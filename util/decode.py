@@ -17,6 +17,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from tifffile import EXTRASAMPLE, PHOTOMETRIC
 from torch import Tensor
 
+from util import jpeg
+
 Picture = Image.Image | Tensor
 
 # The formats that are read, by Pillow's names. It knows more, for some of which it starts other programs.
@@ -45,7 +47,9 @@ class BadImage(ValueError):
     """What a data set holds at some place can't be made into the image that is wanted."""
 
 
-def decode(data: bytes | Picture | np.ndarray, in_chans: int, upright: bool = False) -> Picture:
+def decode(
+    data: bytes | Picture | np.ndarray, in_chans: int, upright: bool = False, fast_jpeg: bool = False
+) -> Picture:
     """An image file's bytes, or what somebody has opened -> a picture of `in_chans` channels.
 
     Grey becomes colour by repetition and colour grey by luminance; what is transparent is laid over white; CMYK goes
@@ -55,10 +59,15 @@ def decode(data: bytes | Picture | np.ndarray, in_chans: int, upright: bool = Fa
     Args:
         data: arrays are (H, W), (H, W, c) or (c, H, W).
         upright: turn a photograph as its EXIF data say that the camera was held.
+        fast_jpeg: colour JPEG files become a tensor, by `util.jpeg`, where `in_chans` is 3.
 
     Raises:
         BadImage: not an image, damaged, too large, or of another number of channels.
     """
+    if fast_jpeg and in_chans == 3 and isinstance(data, bytes):
+        pixels = jpeg.decode_rgb(data, MAX_PIXELS)
+        if pixels is not None:
+            return pixels
     try:
         if isinstance(data, np.ndarray):
             axis = _channel_axis(data.shape, in_chans)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Sampler, default_collate
 
 from util import dist
 from util.decode import BadImage
@@ -29,25 +29,36 @@ MAX_BAD_SHARE = 0.1  # of an epoch's images; more of them mean that something el
 class EpochBatches(Sampler[list[tuple[int, int]]]):
     """This process's batches of (epoch, index); `seek` chooses the epoch and the batch to begin with.
 
+    With `repeats` every image stands so many times in a row, and an epoch is as many times as long: decoding is paid
+    once for all of them (repeated sampling, Hoffer et al. 2020).
+
     Every epoch is a permutation of the data set drawn from (seed, epoch). Consecutive images of it make the batches of
     all processes, so that any number of processes sees the same images in the same step (batch size x accumulation x
     processes being the same). What does not fill the last batch is left out, another part in each epoch.
 
     Raises:
-        ValueError: there are fewer images than one batch takes.
+        ValueError: there are fewer images than one batch takes, or a batch does not take all repetitions of an image.
     """
 
-    def __init__(self, num_images: int, batch_size: int, seed: int) -> None:
+    def __init__(self, num_images: int, batch_size: int, seed: int, repeats: int = 1) -> None:
+        if batch_size % repeats:
+            raise ValueError(f"--batch_size {batch_size} must be a multiple of --repeated_sampling {repeats}")
         self.num_images = num_images
         self.batch_size = batch_size
+        self.repeats = repeats
         self.seed = seed
         self.epoch = 0
         self.first_step = 0
         if not len(self):
             raise ValueError(
-                f"--batch_size {batch_size} x {dist.world_size()} processes is more than the {num_images} images "
+                f"--batch_size {batch_size} x {dist.world_size()} processes is more than the {self.num_samples} images "
                 f"there are; lower --batch_size"
             )
+
+    @property
+    def num_samples(self) -> int:
+        """Of an epoch: images, each as often as it is repeated."""
+        return self.num_images * self.repeats
 
     @property
     def images_per_step(self) -> int:
@@ -59,15 +70,15 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         self.epoch, self.first_step = epoch, first_step
 
     def __len__(self) -> int:
-        return self.num_images // self.images_per_step
+        return self.num_samples // self.images_per_step
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch = self.epoch
         order = np.random.default_rng([self.seed, epoch]).permutation(self.num_images)
         for step in range(self.first_step, len(self)):
-            start = step * self.images_per_step
-            mine = order[start + dist.rank() : start + self.images_per_step : dist.world_size()]
-            yield [(epoch, int(index)) for index in mine]
+            count = self.images_per_step // self.repeats
+            mine = order[step * count + dist.rank() : (step + 1) * count : dist.world_size()]
+            yield [(epoch, int(index)) for index in mine for _ in range(self.repeats)]
 
 
 class TrainLoader:
@@ -80,13 +91,15 @@ class TrainLoader:
         ValueError: there are fewer images than one batch takes.
     """
 
-    def __init__(self, samples: Samples, batch_size: int, seed: int, num_workers: int, pin_memory: bool) -> None:
-        self.order = EpochBatches(len(samples), batch_size, seed)
+    def __init__(
+        self, samples: Samples, batch_size: int, seed: int, num_workers: int, pin_memory: bool, repeats: int = 1
+    ) -> None:
+        self.order = EpochBatches(len(samples), batch_size, seed, repeats)
         self.named: set[str] = set()
         self.num_bad = 0  # in the last epoch
         workers = up_to_cores(num_workers)
         options: dict[str, Any] = {"num_workers": workers, "pin_memory": pin_memory, "persistent_workers": workers > 0}
-        self.stream = StreamedSamples(samples, samples.source) if isinstance(samples.source, Shards) else None
+        self.stream = StreamedSamples(samples, samples.source, repeats) if isinstance(samples.source, Shards) else None
         if self.stream:
             self.batches = DataLoader(self.stream, batch_size, collate_fn=_collate, **options)
         else:
@@ -99,8 +112,8 @@ class TrainLoader:
 
     @property
     def num_images(self) -> int:
-        """Images in the data set."""
-        return self.order.num_images
+        """Images of an epoch, each as often as it is repeated."""
+        return self.order.num_samples
 
     def seek(self, epoch: int, first_step: int = 0) -> None:
         """Chooses the epoch that the next iteration yields, and the batch to begin with."""
@@ -128,7 +141,7 @@ class TrainLoader:
         self.num_bad = len(found)
         self._limit(found)
         if found:
-            seen = (len(self) - self.order.first_step) * self.images_per_step
+            seen = (len(self) - self.order.first_step) * self.images_per_step // self.order.repeats
             logger.warning(
                 f"{self.num_bad:,} of this epoch's images ({seen:,} since it began or went on) can't be read"
             )
@@ -138,7 +151,7 @@ class TrainLoader:
         return {"bad_images": self.num_bad} if self.num_bad else {}
 
     def _limit(self, found: dict[str, str]) -> None:
-        num_images = len(self) * self.images_per_step
+        num_images = len(self) * self.images_per_step // self.order.repeats
         if len(found) > MAX_BAD_SHARE * num_images:
             name, reason = next(iter(found.items()))
             raise BadImage(
@@ -224,7 +237,15 @@ def _collate(samples: list[Sample]) -> tuple[list[Tensor], list[Bad]]:
         images = [to_unit_range(image) for image in images]
     labels = torch.tensor([sample.label for sample in samples])
     noise = torch.stack([sample.noise for sample in samples])
-    return [torch.stack(images), labels, noise], [bad for sample in samples for bad in sample.bad]
+    return [_stack(images), labels, noise], [bad for sample in samples for bad in sample.bad]
+
+
+def _stack(images: list[Tensor]) -> Tensor:
+    """(B, c, H, W). Decoders and crops leave a pixel's channels side by side in memory, and so they stay: to put them
+    apart takes longer than all else here. In a worker the batch is made where the training process will find it."""
+    if all(image.stride(0) == 1 for image in images):
+        return default_collate([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
+    return default_collate(images)
 
 
 def _seed_all(*of: int) -> None:

@@ -1,7 +1,7 @@
 """What loading processes make of a source: decoded, augmented samples, and what happens to those that can't be read.
 
-What a sample looks like (its crop, its flip, its mask) depends on (seed, epoch, index) alone: never on the number of
-workers or processes.
+What a sample looks like (its crop, its flip, its mask) depends on (seed, epoch, index) alone, and where an image gives
+several samples on the number of each: never on the number of workers or processes.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import random
 import struct
 import zlib
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -43,6 +44,7 @@ class Samples(Dataset):
     Args:
         num_noise: random numbers that go with each sample: in pre-training one a patch, which choose its mask.
         on_bad_image: "error", or "skip": another sample, drawn by (seed, epoch, index), takes the place.
+        fast_jpeg: as for `decode`.
     """
 
     def __init__(
@@ -54,27 +56,39 @@ class Samples(Dataset):
         seed: int,
         num_noise: int = 0,
         on_bad_image: str = "error",
+        fast_jpeg: bool = False,
     ) -> None:
         self.source = source
         self.transform = transform
-        self.in_chans = in_chans
         self.seed = seed
         self.num_noise = num_noise
         self.skips = on_bad_image == "skip"
+        self.decode = partial(decode, in_chans=in_chans, fast_jpeg=fast_jpeg)
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, place: tuple[int, int]) -> Sample:
-        epoch, index = place
-        picture, label, bad = self._read(epoch, index)
-        return self.finish(picture, label, bad, epoch, index)
+        return self.__getitems__([place])[0]
 
-    def finish(self, picture: Picture, label: int, bad: list[Bad], epoch: int, number: int) -> Sample:
-        """Augments a decoded picture with the random numbers of (seed, epoch, number)."""
-        with seeded_for(self.seed, epoch, number):
+    def __getitems__(self, places: list[tuple[int, int]]) -> list[Sample]:
+        """A batch. Where a place follows upon itself, its image is read once, and looks different in each sample."""
+        samples: list[Sample] = []
+        with own_generators_kept():
+            for (epoch, index), same in itertools.groupby(places):
+                picture, label, bad = self._read(epoch, index)
+                samples += self.finish(picture, label, bad, epoch, index, sum(1 for _ in same))
+        return samples
+
+    def finish(
+        self, picture: Picture, label: int, bad: list[Bad], epoch: int, number: int, repeats: int
+    ) -> Iterator[Sample]:
+        """Augments a decoded picture, so many times, with the random numbers of (seed, epoch, number)."""
+        for repeat in range(repeats):
+            # torch.manual_seed would look for every kind of device first: 72 µs in place of 1.
+            torch.default_generator.manual_seed(seed_python(self.seed, epoch, number, *[repeat] * (repeat > 0)))
             noise = torch.rand(self.num_noise)  # first, so that the mask stays the same under another augmentation
-            return Sample(self.transform(picture), label, noise, bad)
+            yield Sample(self.transform(picture), label, noise, [] if repeat else bad)
 
     def refuse(self, name: str, error: Exception, bad: list[Bad]) -> None:
         """Notes a sample that can't be read, or ends the run: at once, or where all seem to be so."""
@@ -91,7 +105,7 @@ class Samples(Dataset):
         for candidate in self._candidates(epoch, index):
             try:
                 data, label = self.source[candidate]
-                return decode(data, self.in_chans), label, bad
+                return self.decode(data), label, bad
             except (BadImage, OSError) as error:
                 self.refuse(self.source.name(candidate), error, bad)
         raise AssertionError("candidates never end")
@@ -109,11 +123,13 @@ class StreamedSamples(IterableDataset):
 
     Args:
         samples: augments, and decides about bad images; its source are the shards.
+        repeats: samples of each image, one after the other.
     """
 
-    def __init__(self, samples: Samples, shards: Shards) -> None:
+    def __init__(self, samples: Samples, shards: Shards, repeats: int = 1) -> None:
         self.samples = samples
         self.shards = shards
+        self.repeats = repeats
         # Epoch, first batch, end, batch size; in shared memory, because workers outlive an epoch.
         self.place = torch.zeros(4, dtype=torch.int64).share_memory_()
 
@@ -138,33 +154,35 @@ class StreamedSamples(IterableDataset):
         part, parts = dist.rank() * workers + worker, dist.world_size() * workers
         for name, data, label in self.shards.stream([self.samples.seed, epoch, first_step], part, parts, report):
             try:
-                picture = decode(data, self.samples.in_chans)
+                picture = self.samples.decode(data)
             except BadImage as error:
                 self.samples.refuse(name, error, bad)
                 continue
-            yield self.samples.finish(picture, label, bad, epoch, zlib.crc32(data))
+            with own_generators_kept():
+                finished = list(self.samples.finish(picture, label, bad, epoch, zlib.crc32(data), self.repeats))
+            yield from finished
             bad = []
 
 
 @contextlib.contextmanager
-def seeded_for(seed: int, epoch: int, index: int) -> Iterator[None]:
-    """Seeds every generator that an augmentation may use, for one sample.
-
-    A checksum makes the 32 bits that the generators take: within an epoch no two samples share them. In the training
-    process itself (no workers) the generators go on afterwards as if nothing had been drawn.
-    """
-    before = None if get_worker_info() else (torch.get_rng_state(), random.getstate(), np.random.get_state())
-    # torch.manual_seed would look for every kind of device first: 72 µs in place of 1.
-    torch.default_generator.manual_seed(seed_python(seed, epoch, index))
+def own_generators_kept() -> Iterator[None]:
+    """In the training process itself (no workers) the generators that an augmentation may use, and which are seeded for
+    each sample, go on afterwards as if nothing had been drawn."""
+    if get_worker_info():
+        yield
+        return
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()
     yield
-    if before is not None:
-        torch.set_rng_state(before[0])
-        random.setstate(before[1])
-        np.random.set_state(before[2])
+    torch.set_rng_state(before[0])
+    random.setstate(before[1])
+    np.random.set_state(before[2])
 
 
 def seed_python(*of: int) -> int:
-    """Seeds Python's and NumPy's generators by some numbers, and returns a seed for PyTorch's."""
+    """Seeds Python's and NumPy's generators by some numbers, and returns a seed for PyTorch's.
+
+    A checksum makes the 32 bits that the generators take: within an epoch no two samples share them.
+    """
     key = zlib.crc32(struct.pack(f"<{len(of)}q", *of))
     random.seed(key)
     np.random.seed(key)

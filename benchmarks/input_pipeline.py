@@ -1,0 +1,173 @@
+"""From JPEG files to training batches: images/s a core, beside the pipeline that everybody writes.
+
+    python benchmarks/input_pipeline.py          # three minutes on two CPU cores
+
+The classic pipeline is Pillow, RandomResizedCrop (bicubic), flip, ToTensor and Normalize, of torchvision. The files are
+of 500 x 375 pixels, quality 95, cut from photographs of scikit-image and scikit-learn; the resized copy is what
+`python -m util.resize --short_side 256` makes of them. In turns, in one process, and then in a DataLoader with a worker
+on every core, which the classic pipeline has too.
+"""
+
+import argparse
+import itertools
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, RandomSampler
+from torchvision import transforms as T
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import InterpolationMode
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks import machine
+from benchmarks.photographs.study import PHOTOGRAPHS, find
+from util import transforms
+from util.datasets import open_source
+from util.decode import MAX_PIXELS
+from util.jpeg import decode_rgb
+from util.loader import TrainLoader
+from util.samples import Samples
+
+ROOT = Path(__file__).parents[1]
+BATCH = 64
+CROPS = 200  # of which pixels are compared
+
+CLASSIC = T.Compose([
+    T.RandomResizedCrop(224, (0.2, 1.0), interpolation=InterpolationMode.BICUBIC),
+    T.RandomHorizontalFlip(),
+    T.ToTensor(),
+    T.Normalize(transforms.IMAGENET_MEAN, transforms.IMAGENET_STD),
+])  # fmt: skip
+
+
+def write_photographs(folder: Path, count: int) -> None:
+    """JPEG files of 500 x 375 pixels, parts of photographs, in a class folder."""
+    draw = random.Random(0)
+    (folder / "train" / "photograph").mkdir(parents=True)
+    pictures = itertools.cycle([Image.open(find(name)).convert("RGB") for name in PHOTOGRAPHS])
+    for number, picture in zip(range(count), pictures, strict=False):
+        width = min(picture.width, picture.height * 4 / 3) * draw.uniform(0.8, 1)
+        left, top = draw.uniform(0, picture.width - width), draw.uniform(0, picture.height - width * 3 / 4)
+        box = (left, top, left + width, top + width * 3 / 4)
+        part = picture.resize((500, 375), Image.Resampling.BICUBIC, box=box)
+        part.save(folder / "train" / "photograph" / f"{number:04}.jpg", quality=95)
+
+
+def classic(folder: Path, workers: int) -> Callable[[], Iterator[Any]]:
+    """Batches of the pipeline that everybody writes."""
+    data = ImageFolder(str(folder / "train"), CLASSIC)
+    keep = workers > 0
+    return DataLoader(
+        data, BATCH, sampler=RandomSampler(data), drop_last=True, num_workers=workers, persistent_workers=keep
+    ).__iter__
+
+
+def ours(folder: Path, workers: int, repeats: int = 1, **options: Any) -> Callable[[], Iterator[Any]]:
+    """Batches as main_pretrain.py has them."""
+    source = open_source("train", str(folder))
+    transform = transforms.pretrain_transform(224)
+    samples = Samples(source, transform, in_chans=3, seed=0, num_noise=196, **options)
+    return TrainLoader(samples, BATCH, 0, workers, pin_memory=False, repeats=repeats).__iter__
+
+
+def rate(batches: Callable[[], Iterator[Any]], limit: int) -> float:
+    """Images/s over at most `limit` batches of an epoch, the first of which is not counted: workers begin."""
+    iterator = batches()
+    next(iterator)
+    begun, count = time.perf_counter(), 0
+    for _ in itertools.islice(iterator, limit):
+        count += BATCH
+    seconds = time.perf_counter() - begun
+    for _ in iterator:  # a worker that is left in the middle of an epoch would work on
+        pass
+    return count / seconds
+
+
+def differences(folder: Path) -> dict[str, float]:
+    """Random crops by the fast way and by Pillow's, with the same draws: the share of values that differ by so much."""
+    files = sorted((folder / "train" / "photograph").iterdir())
+    transform = transforms.pretrain_transform(224)
+    counts = np.zeros(256, dtype=np.int64)
+    for number in range(CROPS):
+        data, made = files[number % len(files)].read_bytes(), []
+        pixels = decode_rgb(data, MAX_PIXELS)
+        assert pixels is not None
+        for picture in (pixels, Image.open(files[number % len(files)])):
+            torch.manual_seed(number)
+            made.append(transform(picture).numpy().astype(int))
+        counts += np.bincount(np.abs(made[0] - made[1]).ravel(), minlength=256)
+    return {str(level): float(share) for level, share in enumerate(counts / counts.sum()) if share}
+
+
+def wait_for_data(folder: Path, out: Path) -> float:
+    """The share of its second epoch that main_pretrain.py waits for images; a ViT-S, slower than a core decodes."""
+    command = [
+        sys.executable, "main_pretrain.py", "--data_path", folder, "--output_dir", out, "--fast_jpeg",
+        "--model", "mae_vit_small_patch16", "--amp", "bf16", "--device", "cpu", "--num_workers", 1,
+        "--batch_size", 32, "--epochs", 2, "--warmup_epochs", 1, "--vis_every", 0,
+    ]  # fmt: skip
+    said = subprocess.run([str(part) for part in command], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    line = next(line for line in said.splitlines() if line.startswith("epoch 1 done"))
+    print(f"\nmain_pretrain.py: {line}")
+    return float(line.rpartition("data wait ")[2].removesuffix("%")) / 100
+
+
+def main(args: argparse.Namespace) -> None:
+    """Prints the tables, and writes them as JSON."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as root:
+        folder, copy = Path(root, "originals"), Path(root, "copy")
+        write_photographs(folder, args.images)
+        command = [sys.executable, "-m", "util.resize", str(folder), str(copy), "--short_side", "256"]
+        subprocess.run(command, cwd=ROOT, check=True)
+        ways: dict[str, Callable[[int], Callable[[], Iterator[Any]]]] = {
+            "classic": partial(classic, folder),
+            "ours": partial(ours, folder),
+            "ours, --fast_jpeg": partial(ours, folder, fast_jpeg=True),
+            "ours, resized copy, --fast_jpeg": partial(ours, copy, fast_jpeg=True),
+            "ours, --fast_jpeg --repeated_sampling 4": partial(ours, folder, fast_jpeg=True, repeats=4),
+        }
+        found: dict[str, Any] = {}
+        cores = os.cpu_count() or 1
+        for title, workers in (("one process", 0), (f"DataLoader, {cores} workers", cores)):
+            batches = {name: way(workers) for name, way in ways.items()}
+            runs = [
+                {name: rate(way, args.images // BATCH - 1) for name, way in batches.items()} for _ in range(args.rounds)
+            ]
+            rates = {name: statistics.median(run[name] for run in runs) for name in ways}
+            ratios = {name: statistics.median(run[name] / run["classic"] for run in runs) for name in ways}
+            found[title] = {"images_per_second": rates, "to_classic": ratios}
+            print(f"\n| {title} | images/s | to classic |\n|---|---|---|")
+            for name in ways:
+                print(f"| {name} | {rates[name]:,.0f} | {ratios[name]:.2f} |", flush=True)
+            del batches
+        alike = differences(folder)
+        waited = wait_for_data(folder, Path(root, "run"))
+    print(f"\nvalues of {CROPS} crops, fast beside Pillow's: " + ", ".join(
+        f"{share:.4%} differ by {level}" for level, share in alike.items() if level != "0"
+    ))  # fmt: skip
+    settings = {**vars(args), "batch": BATCH}
+    machine.write(
+        "input_pipeline", torch.device("cpu"), settings, {**found, "differences": alike, "data_wait": waited}, args.out
+    )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", default=640, type=int, metavar="N", help="files")
+    parser.add_argument("--rounds", default=5, type=int, metavar="N", help="in each, every pipeline has its turn")
+    parser.add_argument("--out", default=machine.RESULTS, type=Path, metavar="DIR", help="where the JSON file goes")
+    main(parser.parse_args())

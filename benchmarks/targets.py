@@ -1,0 +1,75 @@
+"""What is to be reached, beside what the files in benchmarks/results hold.
+
+    python benchmarks/targets.py
+
+Each figure was written by train_step.py or input_pipeline.py, with the machine that it was measured on; `./run bench`
+measures the CPU's anew. On a GPU: train_step.py --size base_patch16 --batch_size 1024 --device cuda, and so on.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks import machine
+
+Found = dict[str, Any]
+BF16, FP32, FILES = "pretrain_base_patch16_bf16_cpu", "pretrain_base_patch16_fp32_cpu", "input_pipeline"
+
+
+def ratio(ours: str, *theirs: str) -> Callable[[Found], float]:
+    """Our images/s to the fastest of theirs."""
+
+    def of(found: Found) -> float:
+        rates = found["images_per_second"]
+        return rates[ours] / max(rates[name] for name in theirs)
+
+    return of
+
+
+def share_of_peak(found: Found) -> float:
+    """Of the floating-point operations that a matrix product does in the same time."""
+    return found["images_per_second"]["ours compiled"] * found["flops_per_image"] / found["peak_flops"]
+
+
+# What, from which file, at least (or at most) how much, and how it is written.
+ROWS: list[tuple[str, str, Callable[[Found], float], float, str]] = [
+    ("bf16 compiled, to transformers eager", BF16, ratio("ours compiled", "transformers eager"), 1.40, "{:.2f}"),
+    ("bf16 compiled, to the fastest of the others", BF16,
+     ratio("ours compiled", "transformers eager", "transformers compiled", "plain eager", "plain compiled"), 1.12,
+     "{:.2f}"),
+    ("bf16 eager, to transformers eager", BF16, ratio("ours eager", "transformers eager"), 1.25, "{:.2f}"),
+    ("fp32 compiled, to transformers eager", FP32, ratio("ours compiled", "transformers eager"), 1.10, "{:.2f}"),
+    ("share of the bf16 matrix product's peak, compiled", BF16, share_of_peak, 0.75, "{:.0%}"),
+    ("kept for the backward pass, less than transformers by", BF16,
+     lambda found: 1 - found["saved_bytes"]["ours"] / found["saved_bytes"]["transformers"], 0.12, "{:.1%}"),
+    ("JPEG files to batches in a process, --fast_jpeg, to the classic pipeline", FILES,
+     lambda found: found["one process"]["to_classic"]["ours, --fast_jpeg"], 2.1, "{:.2f}"),
+    ("the same from a resized copy, to the classic pipeline on the originals", FILES,
+     lambda found: found["one process"]["to_classic"]["ours, resized copy, --fast_jpeg"], 4.0, "{:.2f}"),
+    ("the loop's wait for data, at most", FILES, lambda found: found["data_wait"], -0.02, "{:.1%}"),
+    *((f"{size}, one GPU, compiled: share of 989 TFLOP/s", f"pretrain_{size}_bf16_cuda",
+       lambda found: found["images_per_second"]["ours compiled"] * found["flops_per_image"] / 989e12, least, "{:.0%}")
+      for size, least in (("base_patch16", 0.42), ("large_patch16", 0.48), ("huge_patch14", 0.52))),
+]  # fmt: skip
+
+
+def main() -> None:
+    """Prints the table."""
+    print("| | to reach | reached |\n|---|---|---|")
+    for title, name, figure, target, form in ROWS:
+        found = machine.read(name)
+        reached = "not measured"
+        if found:
+            value = figure(found)
+            holds = value >= target if target > 0 else value <= -target
+            reached = form.format(value) + ("" if holds else " (no)")
+        print(f"| {title} | {form.format(abs(target))} | {reached} |")
+
+
+if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    main()

@@ -1,0 +1,129 @@
+"""--fast_jpeg: Pillow's pixels, from every kind of JPEG file; and crops of them."""
+
+import io
+import math
+
+import numpy as np
+import pytest
+import skimage.data
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+from util import jpeg, transforms
+from util.decode import BadImage, decode
+from util.transforms import pretrain_transform
+
+
+def photographs() -> list[Image.Image]:
+    arrays = [skimage.data.astronaut(), skimage.data.chelsea(), skimage.data.coffee(), skimage.data.rocket(),
+              *load_sample_images().images]  # fmt: skip
+    return [Image.fromarray(array).convert("RGB").resize((500, 375)) for array in arrays]
+
+
+def encoded(picture: Image.Image, **options) -> bytes:
+    stream = io.BytesIO()
+    picture.save(stream, "JPEG", **({"quality": 95} | options))
+    return stream.getvalue()
+
+
+def pixels(picture) -> np.ndarray:
+    return transforms.to_tensor(picture).numpy()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"subsampling": 0}, {"subsampling": 1}, {"progressive": True}, {"quality": 30}, {"restart_marker_blocks": 5}],
+    ids=str,
+)
+def test_the_same_pixels_as_pillow(options):
+    for picture in photographs():
+        data = encoded(picture, **options)
+        fast = decode(data, 3, fast_jpeg=True)
+        assert isinstance(fast, torch.Tensor)
+        assert np.array_equal(fast.numpy(), pixels(decode(data, 3)))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_photograph_held_sideways_is_not_turned(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(photographs()[1].crop((0, 0, 90, 50)), exif=exif)
+    assert decode(data, 3, fast_jpeg=True).shape == (3, 50, 90)
+    assert np.array_equal(decode(data, 3, fast_jpeg=True).numpy(), pixels(decode(data, 3)))
+
+
+def test_what_is_left_to_pillow():
+    picture = photographs()[0].crop((0, 0, 64, 48))
+    whole = encoded(picture)
+    png = io.BytesIO()
+    picture.save(png, "PNG")
+    for data in (encoded(picture.convert("L")), encoded(picture.convert("CMYK")), png.getvalue()):
+        assert jpeg.decode_rgb(data, 10**6) is None
+        assert np.array_equal(pixels(decode(data, 3, fast_jpeg=True)), pixels(decode(data, 3)))
+    assert jpeg.decode_rgb(whole, 64 * 48) is not None
+    assert jpeg.decode_rgb(whole, 64 * 48 - 1) is None
+    assert isinstance(decode(whole, 1, fast_jpeg=True), Image.Image)
+
+
+def test_damaged_files_are_what_they_are_to_pillow():
+    whole = encoded(photographs()[2].crop((0, 0, 64, 48)))
+    draw = np.random.default_rng(0)
+    for number in range(300):
+        data = bytearray(whole[: int(draw.integers(len(whole)))] if number % 3 == 0 else whole)
+        for place in draw.integers(len(data), size=number % 4) if len(data) else ():
+            data[place] = draw.integers(256)
+        results = []
+        for fast in (False, True):
+            try:
+                results.append(pixels(decode(bytes(data), 3, fast_jpeg=fast)))
+            except BadImage:
+                results.append(None)
+        assert (results[0] is None) == (results[1] is None)
+        assert results[0] is None or np.array_equal(results[0], results[1])
+
+
+def test_crops_are_pillows_but_for_a_rare_level():
+    """Bicubic weights are rounded to bytes twice, so that one value in a million is off by 2."""
+    transform, counts = pretrain_transform(224), np.zeros(256, dtype=int)
+    files = [encoded(picture) for picture in photographs()]
+    for number in range(200):
+        made = []
+        for fast in (True, False):
+            torch.manual_seed(number)
+            made.append(transform(decode(files[number % len(files)], 3, fast_jpeg=fast)).int())
+        counts += np.bincount((made[0] - made[1]).abs().flatten(), minlength=256)
+    assert counts[3:].sum() == 0
+    assert counts[2] < 4e-6 * counts.sum()
+    assert counts[1] < 0.005 * counts.sum()
+
+
+def test_crops_have_the_published_distribution(monkeypatch):
+    """Area uniform in .2 to 1 of the image's, the ratio log-uniform in 3/4 to 4/3, where such a crop fits."""
+    boxes = []
+    draw = transforms._Crop.get_params
+    monkeypatch.setattr(
+        transforms._Crop, "get_params", staticmethod(lambda *given: boxes.append(draw(*given)) or boxes[-1])
+    )
+    transform, picture = pretrain_transform(8), torch.zeros(3, 375, 500, dtype=torch.uint8)
+    for _ in range(3000):
+        transform(picture)
+    top, left, height, width = np.array(boxes).T
+    area, ratio = height * width / (375 * 500), width / height
+    small = area < 0.6  # nearly every ratio fits
+    assert 0.199 < area.min() < 0.21
+    assert area.max() <= 1
+    assert np.histogram(area[small], bins=4, range=(0.2, 0.6))[0].std() < 0.1 * small.sum() / 4
+    assert np.log(ratio[small]).mean() == pytest.approx(0, abs=0.02)
+    assert np.log(ratio[small]).std() == pytest.approx(2 * math.log(4 / 3) / 12**0.5, rel=0.05)
+    for place, room in ((top, 375 - height), (left, 500 - width)):
+        assert (place / np.maximum(room, 1))[room > 30].mean() == pytest.approx(0.5, abs=0.03)
+
+
+def test_without_torchcodec_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "torchcodec.decoders", None)
+    jpeg.decoder.cache_clear()
+    with pytest.raises(ValueError, match=r"--fast_jpeg needs the package torchcodec: pip install \"\.\[fast\]\""):
+        jpeg.decoder()
+    monkeypatch.undo()
+    jpeg.decoder.cache_clear()

@@ -1,0 +1,83 @@
+"""python -m util.resize: sizes, what stays as it is, and going on after a stop."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import skimage.data
+from conftest import ROOT
+from PIL import Image
+
+
+@pytest.fixture
+def folder(tmp_path):
+    root = tmp_path / "images"
+    for kind in ("cat", "dog"):
+        (root / "train" / kind).mkdir(parents=True)
+    picture = Image.fromarray(skimage.data.chelsea())  # 451 x 300
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture.save(root / "train/cat/a.jpg", exif=exif)
+    picture.rotate(90, expand=True).save(root / "train/cat/b.PNG")
+    picture.convert("L").save(root / "train/dog/grey.jpg")
+    picture.resize((80, 60)).save(root / "train/dog/small.jpg")
+    np.save(root / "train/dog/deep.npy", np.zeros((13, 400, 300), dtype=np.float32))
+    (root / "train/dog/readme.txt").write_text("no image")
+    return root
+
+
+def run(*arguments):
+    command = [sys.executable, "-m", "util.resize", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+
+
+def test_a_copy(folder, tmp_path):
+    copy = tmp_path / "copy"
+    done = run(folder, copy, "--short_side", 100)
+    assert done.returncode == 0, done.stderr
+    assert "5 images: 3 scaled, 2 copied as they are" in done.stdout
+    sizes = {str(f.relative_to(copy)): Image.open(f).size for f in copy.rglob("*.*") if f.suffix != ".npy"}
+    assert sizes == {"train/cat/a.jpg": (150, 100), "train/cat/b.PNG": (100, 150), "train/dog/grey.jpg": (150, 100),
+                     "train/dog/small.jpg": (80, 60)}  # fmt: skip
+    for name in ("train/dog/small.jpg", "train/dog/deep.npy"):
+        assert (copy / name).read_bytes() == (folder / name).read_bytes()
+    assert Image.open(copy / "train/cat/a.jpg").getexif()[0x0112] == 6
+    assert Image.open(copy / "train/dog/grey.jpg").mode == "L"
+    expected = Image.open(folder / "train/cat/b.PNG").resize((100, 150), Image.Resampling.BICUBIC)
+    assert np.array_equal(np.asarray(Image.open(copy / "train/cat/b.PNG")), np.asarray(expected))
+
+
+def test_it_goes_on_where_it_was(folder, tmp_path):
+    copy = tmp_path / "copy"
+    run(folder, copy, "--short_side", 100)
+    kept = (copy / "train/cat/a.jpg").stat()
+    (copy / "train/cat/b.PNG").rename(copy / "train/cat/b.PNG.unfinished")
+    done = run(folder, copy, "--short_side", 100)
+    assert "5 images: 4 done before, 1 scaled" in done.stdout
+    assert (copy / "train/cat/a.jpg").stat().st_mtime_ns == kept.st_mtime_ns
+    assert not list(copy.rglob("*.unfinished"))
+
+
+def test_what_is_wrong_is_said(folder, tmp_path):
+    whole = (folder / "train/cat/a.jpg").read_bytes()
+    (folder / "train/cat/bad.jpg").write_bytes(whole[:3000])
+    done = run(folder, tmp_path / "copy")
+    assert done.returncode == 1
+    assert "train/cat/bad.jpg: image file is truncated" in done.stdout
+    assert "1 files can't be read; the copy is without them" in done.stderr
+    assert not (tmp_path / "copy/train/cat/bad.jpg").exists()
+    assert not list((tmp_path / "copy").rglob("*.unfinished"))
+    for arguments, said in (
+        ((tmp_path / "nowhere", tmp_path / "copy"), "there is no folder"),
+        ((folder, folder / "copy"), "the copy must be a folder of its own"),
+        (
+            (tmp_path / "copy" / "train" / "dog" / ".." / ".." / ".." / "empty", tmp_path / "other"),
+            "there is no folder",
+        ),
+    ):
+        wrong = run(*arguments)
+        assert wrong.returncode == 1
+        assert said in wrong.stderr
+    (tmp_path / "empty").mkdir()
+    assert "there are no images in" in run(tmp_path / "empty", tmp_path / "other").stderr
