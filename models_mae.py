@@ -31,8 +31,6 @@ DECODERS = {
 }
 
 DECODER_SUFFIX = "_dec512d8b"  # the published code spells the decoder out in its models' second names
-# What makes the loss; each can be another in a subclass.
-STEPS = ("patchify", "random_masking", "forward_encoder", "forward_decoder", "forward_loss")
 TARGET_EPS = 1e-6  # added to the variance of a target patch that is normalised
 
 
@@ -173,12 +171,11 @@ class MaskedAutoencoderViT(Encoder):
 
     def forward_decoder(self, latent: Tensor, ids_restore: Tensor, decoder_pos_embed: Tensor | None = None) -> Tensor:
         """Latent (B, K + 1, D) -> predictions for all patches (B, N, p·p·c)."""
-        if decoder_pos_embed is None:
-            decoder_pos_embed = self.decoder_pos_embed
+        table = self.decoder_pos_embed if decoder_pos_embed is None else decoder_pos_embed
         x = self.decoder_embed(latent)
         num_removed = ids_restore.shape[1] + 1 - x.shape[1]
         patches = torch.cat([x[:, 1:], self.mask_token.to(x.dtype).expand(x.shape[0], num_removed, -1)], dim=1)
-        x = torch.cat([x[:, :1], _take(patches, ids_restore)], dim=1) + decoder_pos_embed
+        x = torch.cat([x[:, :1], _take(patches, ids_restore)], dim=1) + table
         for block in self.decoder_blocks:
             x = block(x)
         return self.decoder_pred(self.decoder_norm(x))[:, 1:]
@@ -279,11 +276,10 @@ class MaskedAutoencoderViT(Encoder):
         )
 
     def _has_published_steps(self) -> bool:
-        """Whether nobody has put another way in the place of one of the steps, which `masked_loss` would not take."""
-        return all(
-            getattr(type(self), name) is getattr(MaskedAutoencoderViT, name) and name not in vars(self)
-            for name in STEPS
-        )
+        """Whether nobody has put something in the place of a step or a part, which `masked_loss` would not heed."""
+        steps = (getattr(type(self), name) is s and name not in vars(self) for name, s in PUBLISHED_STEPS.items())
+        parts = (type(self.patch_embed) is PatchEmbed, *(isinstance(block, Block) for block in self.decoder_blocks))
+        return all(steps) and all(parts)
 
     def _target(self, patches: Tensor) -> Tensor:
         """What the decoder is to predict for patches (B, n, p·p·c)."""
@@ -309,6 +305,10 @@ class MaskedAutoencoderViT(Encoder):
         num_patches = grid[0] * grid[1]
         # Half a patch more than asked for, against the truncation of floating-point error.
         return noise, max(0.0, 1 - (kept + 0.5) / num_patches)
+
+
+_STEPS = ("patchify", "random_masking", "forward_encoder", "forward_decoder", "forward_loss")
+PUBLISHED_STEPS = {name: getattr(MaskedAutoencoderViT, name) for name in _STEPS}
 
 
 def _take(x: Tensor, ids: Tensor) -> Tensor:

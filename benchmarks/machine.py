@@ -1,6 +1,7 @@
 """What a figure was measured on, for the files in benchmarks/results."""
 
 import json
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -23,6 +24,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "commit": commit or None,
+        "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES"),
     }
 
 
@@ -33,7 +35,7 @@ def write(name: str, device: torch.device, settings: dict[str, Any], found: dict
     (folder / f"{name}.json").write_text(json.dumps(told, indent=1, default=str) + "\n")
 
 
-def read(name: str, folder: Path = RESULTS) -> dict[str, Any] | None:
+def read(name: str, folder: Path) -> dict[str, Any] | None:
     """NAME.json, if that was measured."""
     file = folder / f"{name}.json"
     return json.loads(file.read_text()) if file.exists() else None

@@ -14,6 +14,11 @@ from models_mae import DECODERS
 from models_vit import SIZES
 
 
+def image_side(size: str) -> int:
+    """Pixels of the square images that a size is for."""
+    return SIZES[size].get("img_size", 224)
+
+
 class PlainMAE(nn.Module):
     """Every step of He et al. 2021 as figure 1 shows it, by timm's blocks and with no thought of speed."""
 
@@ -23,7 +28,7 @@ class PlainMAE(nn.Module):
         narrow, decoder_depth, decoder_heads = DECODERS[size].values()
         norm: Any = partial(nn.LayerNorm, eps=1e-6)
         self.patch = SIZES[size]["patch_size"]
-        self.embed = PatchEmbed(224, self.patch, 3, width)
+        self.embed = PatchEmbed(image_side(size), self.patch, 3, width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.positions = nn.Parameter(torch.randn(1, self.embed.num_patches + 1, width), requires_grad=False)
         self.blocks = nn.Sequential(*(Block(width, heads, 4, qkv_bias=True, norm_layer=norm) for _ in range(depth)))
@@ -38,7 +43,7 @@ class PlainMAE(nn.Module):
         self.decoder_pred = nn.Linear(narrow, self.patch**2 * 3)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, 224, 224) -> the loss."""
+        """Images (B, 3, H, W) -> the loss."""
         tokens = self.embed(images) + self.positions[:, 1:]
         count, length, width = tokens.shape
         order = torch.rand(count, length, device=images.device).argsort(dim=1)
@@ -53,7 +58,7 @@ class PlainMAE(nn.Module):
         x = torch.cat([latent[:, :1], patches], dim=1) + self.decoder_positions
         predicted = self.decoder_pred(self.decoder_norm(self.decoder_blocks(x)))[:, 1:]
 
-        side = 224 // self.patch
+        side = images.shape[2] // self.patch
         target = images.reshape(count, 3, side, self.patch, side, self.patch).permute(0, 2, 4, 3, 5, 1).flatten(3)
         error = (predicted - target.flatten(1, 2)).square().mean(dim=-1)
         removed = (back >= kept).float()
@@ -68,19 +73,20 @@ class TransformersMAE(nn.Module):
         width, depth, heads = (SIZES[size][key] for key in ("embed_dim", "depth", "num_heads"))
         narrow, decoder_depth, decoder_heads = DECODERS[size].values()
         config = ViTMAEConfig(
-            hidden_size=width, num_hidden_layers=depth, num_attention_heads=heads, intermediate_size=4 * width,
-            patch_size=SIZES[size]["patch_size"], decoder_hidden_size=narrow, decoder_num_hidden_layers=decoder_depth,
+            image_size=image_side(size), patch_size=SIZES[size]["patch_size"], hidden_size=width,
+            num_hidden_layers=depth, num_attention_heads=heads, intermediate_size=4 * width,
+            decoder_hidden_size=narrow, decoder_num_hidden_layers=decoder_depth,
             decoder_num_attention_heads=decoder_heads, decoder_intermediate_size=4 * narrow,
         )  # fmt: skip
         self.model: Any = ViTMAEForPreTraining(config)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, 224, 224) -> the loss."""
+        """Images (B, 3, H, W) -> the loss."""
         return self.model(pixel_values=images).loss
 
 
 def timm_classifier(size: str) -> nn.Module:
     """timm's Vision Transformer of one of our sizes, pooled as ours is when it is fine-tuned."""
     return timm.models.VisionTransformer(
-        img_size=224, num_classes=1000, global_pool="avg", drop_path_rate=0.1, **SIZES[size]
+        num_classes=1000, global_pool="avg", drop_path_rate=0.1, **{**SIZES[size], "img_size": image_side(size)}
     )

@@ -1,9 +1,10 @@
 """What is to be reached, beside what the files in benchmarks/results hold.
 
     python benchmarks/targets.py
+    python benchmarks/targets.py --results runs/bench         # what ./run bench has measured here
 
-Each figure was written by train_step.py or input_pipeline.py, with the machine that it was measured on; `./run bench`
-measures the CPU's anew. On a GPU: train_step.py --size base_patch16 --batch_size 1024 --device cuda, and so on.
+Each figure was written by train_step.py or input_pipeline.py, with the machine that it was measured on. On a GPU:
+train_step.py --size base_patch16 --batch_size 1024 --device cuda, and so on.
 """
 
 import argparse
@@ -35,7 +36,8 @@ def share_of_peak(found: Found) -> float:
     return found["images_per_second"]["ours compiled"] * found["flops_per_image"] / found["peak_flops"]
 
 
-# What, from which file, at least (or at most) how much, and how it is written.
+# What, from which file, at least (or at most) how much, and how it is written. A file's name with _kept at its end is
+# that of the same measurement where glibc keeps large blocks of memory.
 ROWS: list[tuple[str, str, Callable[[Found], float], float, str]] = [
     ("bf16 compiled, to transformers eager", BF16, ratio("ours compiled", "transformers eager"), 1.40, "{:.2f}"),
     ("bf16 compiled, to the fastest of the others", BF16,
@@ -57,19 +59,22 @@ ROWS: list[tuple[str, str, Callable[[Found], float], float, str]] = [
 ]  # fmt: skip
 
 
-def main() -> None:
-    """Prints the table."""
-    print("| | to reach | reached |\n|---|---|---|")
+def table(folder: Path) -> str:
+    """In Markdown, from the files in a folder."""
+    lines = ["| | to reach | reached | large blocks kept |", "|---|---|---|---|"]
     for title, name, figure, target, form in ROWS:
-        found = machine.read(name)
-        reached = "not measured"
-        if found:
-            value = figure(found)
-            holds = value >= target if target > 0 else value <= -target
-            reached = form.format(value) + ("" if holds else " (no)")
-        print(f"| {title} | {form.format(abs(target))} | {reached} |")
+        cells = [form.format(abs(target))]
+        for file, otherwise in ((name, "not measured"), (f"{name}_kept", "")):
+            found = machine.read(file, folder)
+            try:
+                cells.append(form.format(figure(found)) if found else otherwise)
+            except KeyError:  # not all of it was asked for
+                cells.append(otherwise)
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    main()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", default=machine.RESULTS, type=Path, metavar="DIR", help="where the files are")
+    print(table(parser.parse_args().results))

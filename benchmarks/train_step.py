@@ -42,7 +42,7 @@ SHAPES = ((12, 50, 64), (16, 197, 32), (12, 197, 64), (16, 50, 64), (16, 65, 80)
 def training_flops(size: str) -> float:
     """Floating-point operations of a pre-training step, for an image: two for each multiply-add of a matrix product."""
     model, decoder = models_vit.SIZES[size], models_mae.DECODERS[size]
-    N, P = (model.get("img_size", 224) // model["patch_size"]) ** 2, 3 * model["patch_size"] ** 2
+    N, P = (peers.image_side(size) // model["patch_size"]) ** 2, 3 * model["patch_size"] ** 2
     D, E, K = model["embed_dim"], decoder["decoder_embed_dim"], N // 4
 
     def blocks(depth: int, tokens: int, width: int) -> int:
@@ -56,7 +56,7 @@ def training_flops(size: str) -> float:
 def classifier_flops(size: str) -> float:
     """As `training_flops`, of the forward pass of a classifier on whole images."""
     model = models_vit.SIZES[size]
-    N, D = (model.get("img_size", 224) // model["patch_size"]) ** 2, model["embed_dim"]
+    N, D = (peers.image_side(size) // model["patch_size"]) ** 2, model["embed_dim"]
     per_block = 12 * (N + 1) * D**2 + 2 * (N + 1) ** 2 * D
     return 2.0 * (N * 3 * model["patch_size"] ** 2 * D + model["depth"] * per_block)
 
@@ -105,7 +105,7 @@ def inference(model: nn.Module, images: Tensor, precision: Precision) -> Step:
 
 def input_images(args: argparse.Namespace, precision: Precision) -> Tensor:
     """A batch of noise (B, 3, H, W)."""
-    side = models_vit.SIZES[args.size].get("img_size", 224)
+    side = peers.image_side(args.size)
     return torch.rand(args.batch_size, 3, side, side, device=precision.device)
 
 
@@ -298,7 +298,8 @@ def main(args: argparse.Namespace) -> None:
     machine.write(name, device, vars(args), found, args.out)
 
 
-if __name__ == "__main__":
+def get_args_parser() -> argparse.ArgumentParser:
+    """The flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default="pretrain", choices=("pretrain", "finetune", "features", "attention"))
     parser.add_argument(
@@ -307,8 +308,12 @@ if __name__ == "__main__":
     parser.add_argument("--batch_size", default=16, type=int, metavar="N", help="images to a step")
     parser.add_argument("--amp", default="bf16", choices=AMP_CHOICES, help="bf16, fp16 or off, which is fp32")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--rounds", default=7, type=int, metavar="N", help="in each, every contestant has its turn")
+    parser.add_argument("--rounds", default=5, type=int, metavar="N", help="in each, every contestant has its turn")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="contestants: ours, or 'ours compiled'")
     parser.add_argument("--out", default=machine.RESULTS, type=Path, metavar="DIR", help="where the JSON file goes")
     parser.add_argument("--name", help="its name; told by the task, the size, the precision and the device otherwise")
-    main(parser.parse_args())
+    return parser
+
+
+if __name__ == "__main__":
+    main(get_args_parser().parse_args())

@@ -6,7 +6,8 @@ import socket
 import sys
 from pathlib import Path
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the claims tested bit for bit are the CPU's
+if "CUDA_TESTS" not in os.environ:  # ./run test-cuda
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the claims tested bit for bit are the CPU's
 
 import numpy as np
 import pytest

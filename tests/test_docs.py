@@ -16,6 +16,7 @@ import main_finetune
 import main_knn
 import main_linprobe
 import main_pretrain
+from benchmarks import targets
 from inference import export, features, get_model, predict, reconstruct
 from util import cli
 
@@ -115,6 +116,10 @@ def test_models_in_the_readme_are_all_there_are():
 
 def test_citation_is_valid_yaml():
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["license"] == "Apache-2.0"
+
+
+def test_the_table_of_speed_is_what_was_measured():
+    assert targets.table(ROOT / "benchmarks/results") in (ROOT / "PRETRAIN.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("study", ["photographs", "fashion_mnist"])

@@ -61,7 +61,7 @@ def test_both_ways_of_attention_agree(length, dtype):
     assert torch.equal(ours, on_cpu)
 
 
-@pytest.mark.parametrize("step", models_mae.STEPS)
+@pytest.mark.parametrize("step", models_mae.PUBLISHED_STEPS)
 def test_a_step_that_somebody_changed_is_taken(step, monkeypatch):
     calls = []
 
@@ -70,16 +70,37 @@ def test_a_step_that_somebody_changed_is_taken(step, monkeypatch):
 
     def changed(self, *args, **kwargs):
         calls.append(step)
-        return getattr(MaskedAutoencoderViT, step)(self, *args, **kwargs)
+        return models_mae.PUBLISHED_STEPS[step](self, *args, **kwargs)
 
+    imgs, model = torch.randn(2, 3, 16, 16), build()
+    model(imgs, loss_only=True)
+    assert not calls
     setattr(Changed, step, changed)
-    model = build()
-    for one in (Changed(img_size=16, patch_size=4, embed_dim=32, depth=1, num_heads=4), model):
-        if one is model:
-            monkeypatch.setattr(model, step, changed.__get__(model))
-        calls.clear()
-        one(torch.randn(2, 3, 16, 16), loss_only=True)
-        assert calls
+    Changed(img_size=16, patch_size=4, embed_dim=32, depth=1, num_heads=4)(imgs, loss_only=True)
+    assert len(calls) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(model, step, changed.__get__(model))
+        model(imgs, loss_only=True)
+    assert len(calls) == 2
+    monkeypatch.setattr(MaskedAutoencoderViT, step, changed)
+    model(imgs, loss_only=True)
+    assert len(calls) == 3
+
+
+def test_parts_that_somebody_changed_are_used():
+    class Patches(models_vit.PatchEmbed):
+        def forward(self, imgs):
+            return 2 * super().forward(imgs)
+
+    imgs, noise = torch.randn(2, 3, 16, 16), torch.rand(2, 16)
+    for change in (
+        lambda model: setattr(model, "patch_embed", Patches(16, 4, 3, 32)),
+        lambda model: model.decoder_blocks.__setitem__(1, torch.nn.Identity()),
+    ):
+        model = build()
+        change(model)
+        expected = model(imgs, noise=noise)[0]
+        torch.testing.assert_close(model(imgs, noise=noise, loss_only=True), expected)
 
 
 def test_recomputed_blocks_change_nothing():

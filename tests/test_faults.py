@@ -33,13 +33,13 @@ NOTING = """
 import os, sys, time
 sys.path.insert(0, {root!r})
 from util import cli, samples
-read = samples.Samples.__getitem__
-def note(self, place):
-    with open(f"{{os.environ['NOTES']}}/{{place[0]}}", "a") as file:
-        file.write(f"{{place[1]}} ")
+read = samples.Samples._read
+def note(self, epoch, index):
+    with open(f"{{os.environ['NOTES']}}/{{epoch}}", "a") as file:
+        file.write(f"{{index}} ")
     time.sleep(0.01)
-    return read(self, place)
-samples.Samples.__getitem__ = note
+    return read(self, epoch, index)
+samples.Samples._read = note
 import main_pretrain
 cli.run(main_pretrain.main, main_pretrain.get_args_parser())
 """

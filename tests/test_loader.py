@@ -190,7 +190,11 @@ def test_what_a_batch_draws_depends_on_its_place_alone(pictures):
     def draws(first_step):
         batches = TrainLoader(make_samples(pictures), 4, 0, 0, False)
         batches.seek(2, first_step)
-        return [(torch.rand(1).item(), np.random.rand(), random.random()) for _ in batches]
+        drawn = []
+        for step, _ in enumerate(batches, start=first_step):
+            batches.seed_step(step)
+            drawn.append((torch.rand(1).item(), np.random.rand(), random.random()))
+        return drawn
 
     whole = draws(0)
     torch.rand(17)

@@ -116,6 +116,24 @@ def test_resuming_from_an_archive_is_exact(pretrain, pictures, tmp_path, monkeyp
     assert_equal(weights(whole), weights(pretrain("parts", **settings, resume="auto")))
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+def test_every_image_gives_several_samples(pretrain, smooth, tmp_path, streamed):
+    data = webdatasets(tmp_path, smooth) if streamed else flat_folder(tmp_path, smooth)
+    out = pretrain(**data, epochs=1, batch_size=32, repeated_sampling=4, vis_every=0)
+    assert len(step_losses(out)) == 400 * 4 / 32
+
+
+def test_resuming_with_fast_jpegs_and_repeated_samples_is_exact(pretrain, pictures, monkeypatch):
+    settings = {"fast_jpeg": True, "repeated_sampling": 2, "save_minutes": 0}
+    whole = pretrain("whole", **settings)
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_after(patch, "save", 5)
+        pretrain("parts", **settings)
+    assert_equal(weights(whole), weights(pretrain("parts", **settings, resume="auto")))
+    slow = weights(pretrain("slow", repeated_sampling=2))
+    assert any(not torch.equal(slow[name], value) for name, value in weights(whole).items())
+
+
 def test_bad_images_are_counted_in_the_log(pretrain, pictures, tmp_path, capsys):
     shutil.copytree(pictures, tmp_path / "some_bad")
     (tmp_path / "some_bad/train/cat/01.jpg").write_bytes(b"")

@@ -124,5 +124,7 @@ def _out_of_memory(args: argparse.Namespace) -> str:
 
 def _sentence(error: Exception) -> str:
     """An error's message. Those from a loader's worker bring its traceback along, message last."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"  # without the number of the error
     text = str(error).strip()
     return text.splitlines()[-1].partition(": ")[2] if "Original Traceback" in text else text

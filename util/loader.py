@@ -121,19 +121,23 @@ class TrainLoader:
         if self.stream:
             self.stream.seek(epoch, first_step, len(self), self.order.batch_size)
 
+    def seed_step(self, step: int) -> None:
+        """Seeds what is drawn for a batch as a whole, such as dropped paths and mixtures: a run that goes on in the
+        middle of an epoch draws it as if it had not been stopped."""
+        torch.manual_seed(seed_python(self.order.seed, self.order.epoch, step, dist.rank()))
+
     def __len__(self) -> int:
         return len(self.order)
 
     def __iter__(self) -> Iterator[list[Tensor]]:
         found: dict[str, str] = {}
-        for step, (batch, bad) in enumerate(self.batches, start=self.order.first_step):
+        for batch, bad in self.batches:
             for name, reason in bad:
                 found[name] = reason
                 if name not in self.named:
                     self.named.add(name)
                     logger.warning(f"{name}: {reason}; another image takes its place")
             self._limit(found)
-            _seed_all(self.order.seed, self.order.epoch, step, dist.rank())
             yield batch
         # All processes meet: what one has named, no other will name again, and all come to the same judgement.
         found = {name: reason for part in dist.gather(found) for name, reason in part.items()}
@@ -196,6 +200,9 @@ class FeatureBatches:
             mine = order[step * self.batch_size : (step + 1) * self.batch_size]
             yield [self.features[mine], self.labels[mine], mine]
 
+    def seed_step(self, step: int) -> None:
+        """Nothing is drawn."""
+
     def counts(self) -> dict[str, int]:
         """Nothing was read."""
         return {}
@@ -246,12 +253,6 @@ def _stack(images: list[Tensor]) -> Tensor:
     if all(image.stride(0) == 1 for image in images):
         return default_collate([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
     return default_collate(images)
-
-
-def _seed_all(*of: int) -> None:
-    """For what is drawn for a batch as a whole, such as dropped paths and mixtures: so that a run that goes on in the
-    middle of an epoch draws it as if it had not been stopped."""
-    torch.manual_seed(seed_python(*of))
 
 
 def up_to_cores(num_workers: int) -> int:

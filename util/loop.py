@@ -59,6 +59,9 @@ class Loader(Protocol):
     def seek(self, epoch: int, first_step: int) -> None:
         """Chooses what the next iteration yields."""
 
+    def seed_step(self, step: int) -> None:
+        """Seeds what is drawn for that batch of the epoch as a whole."""
+
     def __len__(self) -> int:
         """Batches of a whole epoch."""
 
@@ -128,6 +131,7 @@ def run_epoch(
             batches = min(accum_iter, num_steps - (done - 1 - place))
             if place == 0:
                 lr = schedule(epoch + (done - 1) / num_steps)
+            loader.seed_step(done - 1)
             with dist.gradient_sync(model, enabled=place == batches - 1):
                 with precision.autocast():
                     loss = compute_loss(batch) / batches

@@ -172,10 +172,12 @@ def own_generators_kept() -> Iterator[None]:
         yield
         return
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()
-    yield
-    torch.set_rng_state(before[0])
-    random.setstate(before[1])
-    np.random.set_state(before[2])
+    try:
+        yield
+    finally:
+        torch.set_rng_state(before[0])
+        random.setstate(before[1])
+        np.random.set_state(before[2])
 
 
 def seed_python(*of: int) -> int:

@@ -1,0 +1,64 @@
+"""The benchmarks run, on the smallest sizes, and count operations as the field does."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import input_pipeline, machine, peers, targets, train_step
+from models_mae import mae_vit_mini_patch4
+
+
+@pytest.mark.parametrize(
+    ("size", "giga"), [("base_patch16", 58.46), ("large_patch16", 124.23), ("huge_patch14", 290.99)]
+)
+def test_operations_of_pretraining(size, giga):
+    assert train_step.training_flops(size) / 1e9 == pytest.approx(giga, abs=0.01)
+
+
+def test_operations_of_classifiers():
+    assert train_step.classifier_flops("base_patch16") / 2e9 == pytest.approx(17.56, abs=0.01)
+
+
+def test_peers_have_our_parameters():
+    ours = sum(p.numel() for p in mae_vit_mini_patch4().parameters())
+    for build in (peers.PlainMAE, peers.TransformersMAE):
+        assert sum(p.numel() for p in build("mini_patch4").parameters()) == ours
+
+
+@pytest.mark.parametrize("task", ["pretrain", "finetune", "features", "attention"])
+def test_steps_are_timed(task, tmp_path, capsys):
+    parser = train_step.get_args_parser()
+    train_step.main(parser.parse_args([
+        "--task", task, "--size", "mini_patch4", "--batch_size", "2", "--amp", "off", "--rounds", "1",
+        "--device", "cpu", "--out", str(tmp_path),
+        *(["--only", "transformers eager", "timm eager", "ours eager"] if task != "attention" else []),
+    ]))  # fmt: skip
+    (file,) = tmp_path.iterdir()
+    found = json.loads(file.read_text())
+    assert found["machine"]["torch"] == torch.__version__
+    if task == "attention":
+        assert found["milliseconds"]["(12, 50, 64)"]["ours"] > 0
+    else:
+        peer = {"pretrain": "transformers eager"}.get(task, "timm eager")
+        assert found["images_per_second"].keys() == {peer, "ours eager"}
+        assert f"| ours eager | {found['images_per_second']['ours eager']:.2f} |" in capsys.readouterr().out
+
+
+def test_what_is_kept_for_the_backward_pass():
+    args = train_step.get_args_parser().parse_args(["--size", "mini_patch4", "--batch_size", "2"])
+    kept = train_step.memory(args, train_step.Precision("off", torch.device("cpu")))
+    assert 0 < kept["ours"] < min(kept["plain"], kept["transformers"])
+
+
+def test_batches_are_timed_and_compared(tmp_path):
+    input_pipeline.write_photographs(tmp_path, 130)
+    for batches in (input_pipeline.classic(tmp_path, 0), input_pipeline.ours(tmp_path, 0, fast_jpeg=True)):
+        assert input_pipeline.rate(batches, 1) > 0
+    assert input_pipeline.differences(tmp_path)["0"] > 0.99
+
+
+def test_every_target_has_a_figure():
+    rows = targets.table(machine.RESULTS).splitlines()[2:]
+    assert len(rows) == 12
+    assert [row for row in rows if "not measured" in row and "GPU" not in row] == []

@@ -1,0 +1,84 @@
+"""What only a GPU can show; skipped where there is none (./run test-cuda)."""
+
+import pytest
+import torch
+
+from engine_pretrain import train_one_epoch
+from models_mae import mae_vit_mini_patch4
+from util import loop, runlog
+from util.interrupts import Interrupts
+from util.precision import Precision
+from util.saver import NullSaver
+from util.transforms import Normalize
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+CUDA = torch.device("cuda")
+
+
+class Batches(list):
+    """As `loader.TrainLoader`: images in pinned memory."""
+
+    images_per_step = 8
+
+    def seek(self, epoch: int, first_step: int = 0) -> None:
+        pass
+
+    def seed_step(self, step: int) -> None:
+        pass
+
+
+def batches(count: int = 12) -> Batches:
+    generator = torch.Generator().manual_seed(0)
+    return Batches(
+        [
+            torch.randint(256, (8, 1, 32, 32), dtype=torch.uint8, generator=generator).pin_memory(),
+            torch.zeros(8, dtype=torch.int64).pin_memory(),
+            torch.rand(8, 64, generator=generator).pin_memory(),
+        ]
+        for _ in range(count)
+    )
+
+
+def train(device: torch.device, amp: str, compiled: bool = False, may_wait: bool = True) -> list[float]:
+    """The loss of each step. A step that must not wait for the device fails where it does; the first two may."""
+    torch.manual_seed(0)
+    model = mae_vit_mini_patch4(in_chans=1).to(device)
+    if compiled:
+        model.compile(fullgraph=True, dynamic=False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    losses = []
+
+    class Log(runlog.NullLog):
+        def step(self, step: int, lr: float, loss: float, grad_norm: float) -> None:
+            losses.append(loss)
+
+    def schedule(epoch: float) -> float:
+        if epoch > 0.1 and not may_wait:
+            torch.cuda.set_sync_debug_mode("error")
+        return 1e-3
+
+    train_one_epoch(
+        model, batches(), optimizer, mask_ratio=0.75, normalize=Normalize([0.5], [0.25]).to(device), epoch=0,
+        schedule=schedule, precision=Precision(amp, device), guard=loop.NonFiniteGuard("abort"),
+        meters=runlog.Meters(), log=Log(), saver=NullSaver(Interrupts()),
+    )  # fmt: skip
+    return losses
+
+
+def test_no_step_waits_for_the_device():
+    try:
+        assert len(train(CUDA, "bf16", may_wait=False)) == 12
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_same_losses_as_on_a_cpu(compiled):
+    expected = train(torch.device("cpu"), "off")
+    assert train(CUDA, "off", compiled) == pytest.approx(expected, rel=1e-3)
+    assert train(CUDA, "bf16", compiled) == pytest.approx(expected, rel=3e-2)
+
+
+def test_batches_arrive_whole_and_in_order():
+    for ours, theirs in zip(loop.prefetch(iter(batches()), CUDA), batches(), strict=True):
+        assert all(torch.equal(a.cpu(), b) for a, b in zip(ours, theirs, strict=True))
