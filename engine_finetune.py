@@ -94,13 +94,13 @@ def evaluate(
     answers: list[tuple[Tensor, ...]] = []
     num_classes = 0
     for batch in data_loader:
-        images, labels, _ = loop.to_device(batch, precision.device)
+        images, targets, _ = loop.to_device(batch, precision.device)
         with precision.autocast():
             logits = model(normalize(images))
         logits, num_classes = logits.float(), logits.shape[1]
-        loss = F.cross_entropy(logits, labels, reduction="none")
+        loss = F.cross_entropy(logits, targets, reduction="none")
         top = logits.topk(min(TOP, num_classes)).indices
-        answers.append((labels, logits.argmax(dim=1), (top == labels[:, None]).any(dim=1), loss))
+        answers.append((targets, logits.argmax(dim=1), (top == targets[:, None]).any(dim=1), loss))
     mine = [torch.cat(column).cpu().numpy() for column in zip(*answers, strict=True)] or [np.zeros(0, dtype=int)] * 4
     everywhere = dist.gather((mine, num_classes))
     labels, predictions, in_top, losses = (np.concatenate([part[0][n] for part in everywhere]) for n in range(4))

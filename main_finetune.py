@@ -94,7 +94,7 @@ def main(args: Namespace) -> Evaluation | None:
     if file and not weights.load_encoder(model, file, args.adapt_input, classes):
         trunc_normal_(model.head.weight, std=HEAD_STD)
     if args.unfreeze_blocks is not None:
-        models_vit.freeze_below(model, args.unfreeze_blocks)
+        models_build.freeze_below(model, args.unfreeze_blocks)
     model.to(device)
 
     augment = transforms.finetune_transform(

@@ -1,12 +1,14 @@
-"""From a run's settings to its model: the command line's, which stand as `args` in the run's checkpoints."""
+"""From a run's settings, which stand as `args` in its checkpoints, to its model; heads of probes."""
 
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from torch import nn
+import torch
+from timm.layers import trunc_normal_
+from torch import Tensor, nn
 
 from models_mae import DECODER_SUFFIX, DECODERS, MaskedAutoencoderViT
-from models_vit import SIZES, VisionTransformer, probe_head, recompute_blocks
+from models_vit import SIZES, VisionTransformer, recompute_blocks
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -59,6 +61,36 @@ def classifier_arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
         "drop_path_rate": settings.get("drop_path", 0.0),
         "global_pool": settings["global_pool"],
     }
+
+
+class SideBySide(nn.ModuleList):
+    """Several heads on the same features (B, D) -> logits (heads, B, classes)."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        return torch.stack([head(features) for head in self])
+
+
+def probe_head(embed_dim: int, num_classes: int) -> nn.Sequential:
+    """The linear probe's: features are standardised by the batch's statistics first (appendix A.1)."""
+    linear = nn.Linear(embed_dim, num_classes)
+    trunc_normal_(linear.weight, std=0.01)
+    nn.init.zeros_(linear.bias)
+    return nn.Sequential(nn.BatchNorm1d(embed_dim, affine=False, eps=1e-6), linear)
+
+
+def freeze_below(model: VisionTransformer, num_blocks: int) -> None:
+    """Leaves the last `num_blocks` blocks, what comes after them, and nothing else to be trained (section 4.3, "Partial
+    fine-tuning").
+
+    Raises:
+        ValueError: the model has fewer blocks.
+    """
+    if not 0 <= num_blocks <= len(model.blocks):
+        raise ValueError(f"--unfreeze_blocks {num_blocks}: the model has {len(model.blocks)} blocks")
+    model.requires_grad_(False)
+    trained = [model.head, model.fc_norm if model.global_pool else model.norm]
+    for module in [*list(model.blocks)[len(model.blocks) - num_blocks :], *trained]:
+        module.requires_grad_(True)
 
 
 def _ready(model: Model, settings: Mapping[str, Any]) -> Model:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from models_vit import LAYER_NORM, SIZES, Block, Encoder, NormLayer, PatchEmbed
+from models_vit import LAYER_NORM, SIZES, Attention, Block, Encoder, NormLayer, PatchEmbed, computes_as
 from util.masking import noise_from_mask, shuffle
 from util.pos_embed import Size, sincos_table
 
@@ -231,7 +231,7 @@ class MaskedAutoencoderViT(Encoder):
         """
         if mask is not None:
             noise, mask_ratio = self._order_of(mask, imgs)
-        if loss_only and mask_ratio > 0 and self._has_published_steps():
+        if loss_only and 1 - mask_ratio < 1 and self._has_published_steps():
             return self.masked_loss(imgs, mask_ratio, noise)
         given = {} if noise is None else {"noise": noise}
         latent, patch_mask, ids_restore = self.forward_encoder(imgs, mask_ratio, **given)
@@ -278,8 +278,9 @@ class MaskedAutoencoderViT(Encoder):
     def _has_published_steps(self) -> bool:
         """Whether nobody has put something in the place of a step or a part, which `masked_loss` would not heed."""
         steps = (getattr(type(self), name) is s and name not in vars(self) for name, s in PUBLISHED_STEPS.items())
-        parts = (type(self.patch_embed) is PatchEmbed, *(isinstance(block, Block) for block in self.decoder_blocks))
-        return all(steps) and all(parts)
+        embeds = computes_as(self.patch_embed, PatchEmbed) and computes_as(self.patch_embed.proj, nn.Conv2d)
+        decodes = (computes_as(b, Block) and computes_as(b.attn, Attention) for b in self.decoder_blocks)
+        return all(steps) and embeds and all(decodes)
 
     def _target(self, patches: Tensor) -> Tensor:
         """What the decoder is to predict for patches (B, n, p·p·c)."""
@@ -302,9 +303,8 @@ class MaskedAutoencoderViT(Encoder):
         """A caller's mask as (noise, mask_ratio) that make `random_masking` remove just its patches."""
         grid = self.patch_embed.grid_of(*imgs.shape[-2:])
         noise, kept = noise_from_mask(mask.to(imgs.device), grid, self.patch_embed.patch_size)
-        num_patches = grid[0] * grid[1]
         # Half a patch more than asked for, against the truncation of floating-point error.
-        return noise, max(0.0, 1 - (kept + 0.5) / num_patches)
+        return noise, max(0.0, 1 - (kept + 0.5) / noise.shape[1])
 
 
 _STEPS = ("patchify", "random_masking", "forward_encoder", "forward_decoder", "forward_loss")

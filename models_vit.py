@@ -158,8 +158,15 @@ class Block(nn.Module):
         return self.compute(x, skip)
 
     def compute(self, x: Tensor, skip: int) -> Tensor:
-        x = x[:, skip:] + self.drop_path(self.attn(self.norm1(x), skip))
+        seen = self.norm1(x)
+        # Somebody else's attention in the place of ours need not know of `skip`.
+        x = x[:, skip:] + self.drop_path(self.attn(seen, skip) if skip else self.attn(seen))
         return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+def computes_as(module: Any, kind: type[nn.Module]) -> bool:
+    """Whether a call of the module is that class's `forward` and nothing more: no other class's, and no hooks."""
+    return type(module).forward is kind.forward and not (module._forward_hooks or module._forward_pre_hooks)
 
 
 def recompute_blocks(model: nn.Module) -> None:
@@ -326,33 +333,3 @@ def vit_large_patch16(**kwargs: Any) -> VisionTransformer:
 def vit_huge_patch14(**kwargs: Any) -> VisionTransformer:
     """1280 wide, 32 deep, 16 heads: 632,045,800 parameters at 1000 classes."""
     return _vit("huge_patch14", **kwargs)
-
-
-class SideBySide(nn.ModuleList):
-    """Several heads on the same features (B, D) -> logits (heads, B, classes)."""
-
-    def forward(self, features: Tensor) -> Tensor:
-        return torch.stack([head(features) for head in self])
-
-
-def probe_head(embed_dim: int, num_classes: int) -> nn.Sequential:
-    """The linear probe's: features are standardised by the batch's statistics first (appendix A.1)."""
-    linear = nn.Linear(embed_dim, num_classes)
-    trunc_normal_(linear.weight, std=0.01)
-    nn.init.zeros_(linear.bias)
-    return nn.Sequential(nn.BatchNorm1d(embed_dim, affine=False, eps=1e-6), linear)
-
-
-def freeze_below(model: VisionTransformer, num_blocks: int) -> None:
-    """Leaves the last `num_blocks` blocks, what comes after them, and nothing else to be trained (section 4.3, "Partial
-    fine-tuning").
-
-    Raises:
-        ValueError: the model has fewer blocks.
-    """
-    if not 0 <= num_blocks <= len(model.blocks):
-        raise ValueError(f"--unfreeze_blocks {num_blocks}: the model has {len(model.blocks)} blocks")
-    model.requires_grad_(False)
-    trained = [model.head, model.fc_norm if model.global_pool else model.norm]
-    for module in [*list(model.blocks)[len(model.blocks) - num_blocks :], *trained]:
-        module.requires_grad_(True)

@@ -151,7 +151,7 @@ class Classifier(Ready, models_vit.VisionTransformer):
     def __init__(self, settings: dict[str, Any]) -> None:
         super().__init__(**models_build.classifier_arguments(settings))
         if settings.get("probe"):
-            self.head = models_vit.probe_head(self.embed_dim, settings["nb_classes"])
+            self.head = models_build.probe_head(self.embed_dim, settings["nb_classes"])
         self._make_ready(settings)
         if not self.classes and self.num_classes == 1000:
             self.classes = imagenet_classes()

@@ -28,7 +28,7 @@ ARROWS = {
     r"util\.(runlog|runfolder|knn|published)": r"util\.dist",
     r"util\.weights": r"util\.(dist|pos_embed|checkpoint|foreign|published)",
     r"util\.datasets": r"util\.(cli|flags|options|archives|decode|library_sets|loader|sources|transforms)",
-    r"util\.resize": r"util\.(cli|flags|decode)",
+    r"util\.resize": r"util\.(cli|flags|decode|sources)",
     r"util\.labels": r"util\.(decode|library_sets|sources)",
     r"util\.loader": r"util\.(dist|decode|library_sets|samples|transforms)",
     r"util\.samples": r"util\.(dist|decode|library_sets|sources|transforms)",

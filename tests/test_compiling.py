@@ -13,8 +13,16 @@ import main_finetune
 from util.compiling import compile_model
 
 
+@pytest.fixture(scope="module")
+def _compiler():
+    model = torch.nn.ReLU()
+    compile_model(model, torch.device("cpu"))
+    if model._compiled_call_impl is None:
+        pytest.skip("there is no compiler")
+
+
 @pytest.fixture(autouse=True)
-def _fresh():
+def _fresh(_compiler):
     torch.compiler.reset()
     counters.clear()
 

@@ -39,7 +39,10 @@ def test_the_short_way_to_the_loss_is_the_same_mathematics(norm_pix_loss, img_si
 def test_the_short_way_computes_less(monkeypatch):
     model, imgs = build(), torch.randn(2, 3, 16, 16)
     seen = []
-    model.patch_embed.register_forward_hook(lambda *_: seen.append("every patch is embedded"))
+    embed = models_vit.PatchEmbed.forward
+    monkeypatch.setattr(
+        models_vit.PatchEmbed, "forward", lambda *a: seen.append("every patch is embedded") or embed(*a)
+    )
     model.decoder_pred.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape[1]))
     model(imgs, loss_only=True)
     model(imgs)
@@ -87,20 +90,54 @@ def test_a_step_that_somebody_changed_is_taken(step, monkeypatch):
     assert len(calls) == 3
 
 
-def test_parts_that_somebody_changed_are_used():
-    class Patches(models_vit.PatchEmbed):
-        def forward(self, imgs):
-            return 2 * super().forward(imgs)
+class Patches(models_vit.PatchEmbed):
+    def forward(self, imgs):
+        return 2 * super().forward(imgs)
 
-    imgs, noise = torch.randn(2, 3, 16, 16), torch.rand(2, 16)
-    for change in (
-        lambda model: setattr(model, "patch_embed", Patches(16, 4, 3, 32)),
-        lambda model: model.decoder_blocks.__setitem__(1, torch.nn.Identity()),
-    ):
-        model = build()
-        change(model)
-        expected = model(imgs, noise=noise)[0]
-        torch.testing.assert_close(model(imgs, noise=noise, loss_only=True), expected)
+
+class Projection(torch.nn.Module):
+    """As adapters wrap a layer."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.weight, self.bias = inner, inner.weight, inner.bias
+
+    def forward(self, x):
+        return self.inner(x) + 1
+
+
+class OwnBlock(models_vit.Block):
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+class OwnAttention(models_vit.Attention):
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+CHANGES = {
+    "patch_embed": lambda model: setattr(model, "patch_embed", Patches(16, 4, 3, 32)),
+    "proj": lambda model: setattr(model.patch_embed, "proj", Projection(model.patch_embed.proj)),
+    "sequential": lambda model: setattr(model.patch_embed, "proj", torch.nn.Sequential(model.patch_embed.proj)),
+    "hook": lambda model: model.patch_embed.register_forward_hook(lambda *given: 2 * given[2]),
+    "decoder_block": lambda model: model.decoder_blocks.__setitem__(1, OwnBlock(16, 2)),
+    "decoder_attention": lambda model: setattr(model.decoder_blocks[1], "attn", OwnAttention(16, 2)),
+    "no_block": lambda model: model.decoder_blocks.__setitem__(1, torch.nn.Identity()),
+    "block": lambda model: model.blocks.__setitem__(1, OwnBlock(32, 4)),
+    "attention": lambda model: setattr(model.blocks[1], "attn", OwnAttention(32, 4)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_parts_that_somebody_changed_are_used(change):
+    model, imgs, noise = build(), torch.randn(2, 3, 16, 16), torch.rand(2, 16)
+    CHANGES[change](model)
+    torch.testing.assert_close(model(imgs, noise=noise, loss_only=True), model(imgs, noise=noise)[0])
+
+
+def test_a_ratio_that_removes_nothing():
+    assert build()(torch.randn(2, 3, 16, 16), 1e-17, loss_only=True) == 0
 
 
 def test_recomputed_blocks_change_nothing():

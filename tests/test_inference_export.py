@@ -17,7 +17,7 @@ from PIL import Image
 import hubconf
 from inference import export, get_model
 from inference.model import Autoencoder, Classifier
-from models_vit import probe_head
+from models_build import probe_head
 from util import foreign, weights
 
 MMPRETRAIN = Path(__file__).parent / "fixtures" / "mmpretrain"  # written by mmpretrain itself

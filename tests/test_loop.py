@@ -25,7 +25,7 @@ class Numbers(EpochBatches):
 
     def __iter__(self):
         for batch in super().__iter__():
-            yield torch.stack([self.values[index] for _, index in batch])
+            yield [torch.stack([self.values[index] for _, index in batch])]
 
 
 class RecordingSaver(NullSaver):
@@ -47,6 +47,7 @@ def train(batch_size=4, accum_iter=1, lr=0.1, spoil=lambda step, loss: loss, pol
     seen, moments = [], []
 
     def compute_loss(batch):
+        (batch,) = batch
         seen.append(batch)
         return spoil(len(seen), model(batch).square().mean())
 

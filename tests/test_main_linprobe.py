@@ -10,7 +10,7 @@ from conftest import ROOT, torchrun
 import main_finetune
 import main_linprobe
 import models_build
-from models_vit import SideBySide, probe_head
+from models_build import SideBySide, probe_head
 from util import checkpoint
 
 

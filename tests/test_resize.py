@@ -52,11 +52,42 @@ def test_it_goes_on_where_it_was(folder, tmp_path):
     copy = tmp_path / "copy"
     run(folder, copy, "--short_side", 100)
     kept = (copy / "train/cat/a.jpg").stat()
-    (copy / "train/cat/b.PNG").rename(copy / "train/cat/b.PNG.unfinished")
+    (copy / "train/cat/b.PNG").unlink()
     done = run(folder, copy, "--short_side", 100)
-    assert "5 images: 4 done before, 1 scaled" in done.stdout
+    assert "5 images: 4 there before, 1 scaled" in done.stdout
+    assert "what was there before stays" in done.stdout
     assert (copy / "train/cat/a.jpg").stat().st_mtime_ns == kept.st_mtime_ns
     assert not list(copy.rglob("*.unfinished"))
+
+
+def test_what_scaling_would_lose_is_copied(tmp_path):
+    """Palettes, colour keys, 16 bits, frames, lossless WebP, TIFF; links that lead in circles count once."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    picture = Image.fromarray(skimage.data.chelsea())
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture.save(folder / "plain.png", exif=exif)
+    picture.save(folder / "keyed.png", transparency=(0, 0, 0))
+    picture.quantize().save(folder / "palette.png")
+    picture.save(folder / "lossless.webp", lossless=True)
+    picture.save(folder / "some.tif")
+    picture.save(folder / "frames.gif", save_all=True, append_images=[picture])
+    Image.fromarray(np.zeros((300, 300), dtype=np.uint16)).save(folder / "deep.png")
+    (folder / "._hidden.jpg").write_bytes(b"no image")
+    (folder / "loop").symlink_to(folder)
+    done = run(folder, tmp_path / "copy", "--short_side", 100)
+    assert "7 images: 6 copied as they are, 1 scaled" in done.stdout, done.stderr
+    for file in folder.glob("[!p.]*.*"):
+        assert (tmp_path / "copy" / file.name).read_bytes() == file.read_bytes()
+    assert Image.open(tmp_path / "copy/plain.png").getexif()[0x0112] == 6
+
+
+def test_a_copy_that_cant_be_written_ends_the_command(folder, tmp_path):
+    (tmp_path / "copy").write_text("a file")
+    done = run(folder, tmp_path / "copy")
+    assert done.returncode == 1
+    assert "Not a directory" in done.stderr or "File exists" in done.stderr
 
 
 def test_what_is_wrong_is_said(folder, tmp_path):

@@ -22,6 +22,7 @@ positive = _kind(float, lambda value: value > 0, "above 0")
 share = _kind(float, lambda value: 0 <= value <= 1, "in [0, 1]")
 positive_share = _kind(float, lambda value: 0 < value <= 1, "in (0, 1]")
 ratio = _kind(float, lambda value: 0 <= value < 1, "in [0, 1)")
+jpeg_quality = _kind(int, lambda value: 1 <= value <= 100, "in 1 to 100")
 seed = _kind(int, lambda value: 0 <= value < 2**32, "in [0, 2^32), which all random generators take")
 
 

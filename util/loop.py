@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -152,6 +153,7 @@ def run_epoch(
                 save(done)
             if agreed is Wish.STOP:
                 saver.stop()
+        watch.stop()
         if read(0, num_steps) and dist.world_size() > 1:
             save(num_steps)
     except (NonFiniteLoss, Interrupted):  # they have saved
@@ -162,22 +164,26 @@ def run_epoch(
         raise
 
 
-def to_device(batch: Any, device: torch.device) -> Any:
-    """A batch of tensors, nested in lists or tuples, on the device."""
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    return [to_device(part, device) for part in batch]
+def to_device(batch: list[Tensor], device: torch.device) -> list[Tensor]:
+    """A batch of tensors on the device."""
+    return [part.to(device, non_blocking=True) for part in batch]
 
 
-def prefetch(batches: Iterator[Any], device: torch.device) -> Iterator[Any]:
+@cache
+def _copying_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all epochs: the allocator keeps the memory of each stream apart."""
+    return torch.cuda.Stream(device)
+
+
+def prefetch(batches: Iterator[list[Tensor]], device: torch.device) -> Iterator[list[Tensor]]:
     """Batches on the device. On CUDA each is copied there while the step before it is computed."""
     if device.type != "cuda":
         for batch in batches:
             yield to_device(batch, device)
         return
-    stream, coming = torch.cuda.Stream(device), deque[tuple[Any, torch.cuda.Event]]()
+    stream, coming = _copying_stream(device), deque[tuple[list[Tensor], torch.cuda.Event]]()
 
-    def arrived() -> Any:
+    def arrived() -> list[Tensor]:
         batch, event = coming.popleft()
         computing = torch.cuda.current_stream(device)
         computing.wait_event(event)

@@ -191,7 +191,8 @@ def add_pretrain_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument(
         "--repeated_sampling", default=1, type=positive_int, metavar="R",
-        help="crops of each image that is read, in one batch; an epoch is then R times as long: divide --epochs by R",
+        help="crops of each image that is read, in one batch; an epoch is then R times as long: divide --epochs and "
+        "--warmup_epochs by R",
     )  # fmt: skip
     group.add_argument("--init_from", default="", metavar="FILE", help="start from this file's weights (nothing else)")
     group.add_argument(
@@ -310,7 +311,7 @@ def _add_recompute_option(group: argparse._ActionsContainer) -> None:
     """For models that would not fit otherwise."""
     group.add_argument(
         "--grad_checkpointing", action="store_true",
-        help="keep less for the backward pass and compute it twice: less memory, steps a quarter to a third longer",
+        help="keep less for the backward pass and compute it again there: less memory, a third more arithmetic",
     )  # fmt: skip
 
 

@@ -5,11 +5,11 @@ are thrown away when a crop of it is scaled to 224. Crops of the copy are a litt
 """
 
 import argparse
+import io
 import logging
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -18,11 +18,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from util import cli, flags
-from util.decode import SUFFIXES, BadImage, read
+from util.decode import BadImage, read
+from util.sources import image_files
 
 logger = logging.getLogger(__name__)
 
-LEFT_ALONE = (".tif", ".tiff", ".npy")
+JPEG, PNG = b"\xff\xd8\xff", b"\x89PNG"
+SCALED = ("L", "LA", "RGB", "RGBA", "CMYK")
 SHOWN = 5  # files that can't be read are named, up to so many
 UNFINISHED = ".unfinished"  # ending of a file that is being written
 
@@ -30,44 +32,42 @@ UNFINISHED = ".unfinished"  # ending of a file that is being written
 def resize(name: str, folder: Path, copy: Path, short_side: int, quality: int) -> tuple[str, str]:
     """Writes the copy of one image, unless that is there already: what became of it, and why if it can't be read.
 
-    Colours, format and EXIF data stay. A picture that is small already is copied as it is, and so is what may be no
-    plain picture of 8 bits: TIFF and .npy files, palettes, several frames.
+    Format, colours and EXIF data stay. A picture that is small already is copied as it is, and so is what a scaled
+    picture would lose something of: all but JPEG and plain PNG files of 8 bits.
+
+    Raises:
+        OSError: the copy can't be written.
     """
-    source, target = folder / name, copy / name
+    target = copy / name
     if target.exists():
-        return "done before", ""
-    unfinished = target.with_name(target.name + UNFINISHED)
+        return "there before", ""
     try:
-        data = source.read_bytes()
-        picture = None if source.suffix.lower() in LEFT_ALONE else read(data, 3)
-        if (
-            not isinstance(picture, Image.Image)
-            or min(picture.size) <= short_side
-            or picture.mode in ("P", "1")
-            or getattr(picture, "n_frames", 1) > 1
-        ):
-            unfinished.write_bytes(data)
-            outcome = "copied as they are"
-        else:
-            factor = short_side / min(picture.size)
-            size = (max(short_side, round(picture.width * factor)), max(short_side, round(picture.height * factor)))
-            options = {"quality": quality, "exif": picture.info.get("exif", b"")} if picture.format == "JPEG" else {}
-            picture.resize(size, Image.Resampling.BICUBIC).save(unfinished, picture.format, **options)
-            outcome = "scaled"
-    except (BadImage, OSError, ValueError, SyntaxError) as error:
-        unfinished.unlink(missing_ok=True)
+        data = (folder / name).read_bytes()
+        scaled = scale(data, short_side, quality)
+    except Exception as error:  # decoders raise whatever damaged bytes lead them to
         return "can't be read", f"{name}: {' '.join(str(error).split())}"
+    unfinished = target.with_name(f".{os.getpid()}{UNFINISHED}")
+    unfinished.write_bytes(scaled or data)
     unfinished.replace(target)  # whole, or not there
-    return outcome, ""
+    return "scaled" if scaled else "copied as they are", ""
 
 
-def image_names(folder: Path) -> Iterator[str]:
-    """Paths of image files below a folder, relative to it."""
-    for path, folders, files in os.walk(folder, followlinks=True):
-        folders.sort()
-        yield from (
-            str(Path(path, file).relative_to(folder)) for file in sorted(files) if file.lower().endswith(SUFFIXES)
-        )
+def scale(data: bytes, short_side: int, quality: int) -> bytes | None:
+    """An image file's bytes, scaled so that its short side has so many pixels; None where it must stay as it is."""
+    if not data.startswith((JPEG, PNG)):
+        return None
+    picture = read(data, 3)
+    if not isinstance(picture, Image.Image) or picture.mode not in SCALED or "transparency" in picture.info:
+        return None
+    if min(picture.size) <= short_side or getattr(picture, "n_frames", 1) > 1:
+        picture.load()  # it must be readable all the same
+        return None
+    factor, stream = short_side / min(picture.size), io.BytesIO()
+    size = (max(short_side, round(picture.width * factor)), max(short_side, round(picture.height * factor)))
+    own = {"quality": quality} if picture.format == "JPEG" else {}
+    exif = picture.info.get("exif", b"")
+    picture.resize(size, Image.Resampling.BICUBIC).save(stream, picture.format, exif=exif, **own)
+    return stream.getvalue()
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -76,7 +76,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="as --data_path of the mains")
     parser.add_argument("copy", type=Path, metavar="COPY", help="the folder to write; classes and names stay")
     parser.add_argument("--short_side", default=256, type=flags.positive_int, metavar="S", help="pixels of it")
-    parser.add_argument("--quality", default=90, type=flags.positive_int, metavar="Q", help="of JPEG files, up to 100")
+    parser.add_argument("--quality", default=90, type=flags.jpeg_quality, metavar="Q", help="of JPEG files")
     parser.add_argument(
         "--num_workers", default=os.cpu_count(), type=flags.positive_int, metavar="N", help="processes; the cores"
     )
@@ -90,7 +90,7 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(f"there is no folder {args.folder}")
     if args.copy.resolve().is_relative_to(args.folder.resolve()):
         raise ValueError(f"{args.copy} lies in {args.folder}: the copy must be a folder of its own")
-    names = list(image_names(args.folder))
+    names = sorted(os.path.relpath(path, args.folder) for path in image_files(str(args.folder)))
     if not names:
         raise ValueError(f"there are no images in {args.folder}")
     for parent in {(args.copy / name).parent for name in names}:
@@ -102,6 +102,8 @@ def main(args: argparse.Namespace) -> None:
             counts[outcome] += 1
             unread += [why] if why else []
     logger.info(f"{len(names):,} images: " + ", ".join(f"{count:,} {what}" for what, count in counts.most_common()))
+    if counts["there before"]:
+        logger.info("what was there before stays, whatever --short_side and --quality it was made with")
     logger.info("\n".join(unread[:SHOWN]) or f"in {args.copy}")
     if unread:
         raise BadImage(f"{len(unread):,} files can't be read; the copy is without them")

@@ -89,11 +89,14 @@ class Stopwatch:
             try:
                 batch = next(iterator)
             except StopIteration:
-                self.ended = time.perf_counter()
                 return
             self.waited += time.perf_counter() - asked
             yield batch
             self.batches += 1
+
+    def stop(self) -> None:
+        """The epoch's last batch is done."""
+        self.ended = time.perf_counter()
 
     @property
     def seconds(self) -> float:

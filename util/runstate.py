@@ -15,9 +15,9 @@ logger = logging.getLogger(__name__)
 
 # Settings that a resumed run may change without being another run.
 FREE_SETTINGS = {
-    "accum_iter", "batch_size", "config", "data_path", "debug", "device", "dist_eval", "dist_on_itp",
-    "dist_timeout", "dist_url", "download", "eval", "finetune", "init_from", "keep_last", "local_rank",
-    "log_dir", "num_workers", "on_bad_image", "output_dir", "pin_mem", "report", "resume", "save_every",
+    "accum_iter", "batch_size", "compile", "config", "data_path", "debug", "device", "dist_eval", "dist_on_itp",
+    "dist_timeout", "dist_url", "download", "eval", "finetune", "grad_checkpointing", "init_from", "keep_last",
+    "local_rank", "log_dir", "num_workers", "on_bad_image", "output_dir", "pin_mem", "report", "resume", "save_every",
     "save_minutes", "start_epoch", "train_list", "val_list", "vis_every", "world_size",
 }  # fmt: skip
 
@@ -28,7 +28,7 @@ class Progress:
     Args:
         effective_batch_size: images to an optimizer step: batch size x accumulation x processes.
         global_batch_size: images to a batch of all processes: batch size x processes.
-        num_images: in the data set.
+        num_images: of an epoch, each as often as it is repeated.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Progress:
                     f"the checkpoint stands in the middle of an epoch of {num_images} images, and now there are "
                     f"{self.num_images}: restore them, or resume from the checkpoint of a whole epoch"
                 )
-            logger.warning(f"the data set had {num_images} images, and has {self.num_images} now")
+            logger.warning(f"an epoch had {num_images} images, and has {self.num_images} now")
         self.best_accuracy = saved.get("best_accuracy", -1.0)
         self.epoch = saved["epoch"]
         self.first_step = saved["images_done"] // self.global_batch_size

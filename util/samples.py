@@ -183,7 +183,7 @@ def own_generators_kept() -> Iterator[None]:
 def seed_python(*of: int) -> int:
     """Seeds Python's and NumPy's generators by some numbers, and returns a seed for PyTorch's.
 
-    A checksum makes the 32 bits that the generators take: within an epoch no two samples share them.
+    A checksum makes the 32 bits that the generators take: within an epoch no two images share them.
     """
     key = zlib.crc32(struct.pack(f"<{len(of)}q", *of))
     random.seed(key)

@@ -107,7 +107,7 @@ def find_files(root: Path) -> Files:
         ValueError: no image there.
     """
     started = time.perf_counter()
-    names = sorted(os.path.relpath(path, root) for path in _image_files(str(root)))
+    names = sorted(os.path.relpath(path, root) for path in image_files(str(root)))
     if not names:
         hint = f"; for shards of WebDataset: --dataset wds:{root}/*.tar" if any(root.glob("*.tar")) else ""
         raise ValueError(f"--data_path: no images under {root} (looked in all its folders for {KINDS}){hint}")
@@ -116,7 +116,7 @@ def find_files(root: Path) -> Files:
     return Files(root, names, *classes_of(names, folders))
 
 
-def _image_files(root: str) -> Iterator[str]:
+def image_files(root: str) -> Iterator[str]:
     """Follows links to folders; each folder counts once below every folder of `root`."""
     waiting = [(root, {_identity(root)})]
     while waiting:
