@@ -79,6 +79,15 @@ def test_the_same_losses_as_on_a_cpu(compiled):
     assert train(CUDA, "bf16", compiled) == pytest.approx(expected, rel=3e-2)
 
 
+def test_epochs_take_no_more_memory():
+    def reserved() -> int:
+        for _ in loop.prefetch(iter(batches()), CUDA):
+            pass
+        return torch.cuda.memory_reserved()
+
+    assert len({reserved() for _ in range(4)}) == 1
+
+
 def test_batches_arrive_whole_and_in_order():
     for ours, theirs in zip(loop.prefetch(iter(batches()), CUDA), batches(), strict=True):
         assert all(torch.equal(a.cpu(), b) for a, b in zip(ours, theirs, strict=True))
