@@ -31,7 +31,8 @@ def describe(device: torch.device) -> dict[str, Any]:
 def write(name: str, device: torch.device, settings: dict[str, Any], found: dict[str, Any], folder: Path) -> None:
     """Writes NAME.json."""
     folder.mkdir(parents=True, exist_ok=True)
-    told = {"machine": describe(device), "settings": settings, **found}
+    given = {key: value for key, value in settings.items() if key not in ("out", "name")}  # where it lies says no more
+    told = {"machine": describe(device), "settings": given, **found}
     (folder / f"{name}.json").write_text(json.dumps(told, indent=1, default=str) + "\n")
 
 
