@@ -23,7 +23,7 @@ from timm.optim import param_groups_weight_decay
 import models_build
 import models_mae
 from engine_pretrain import train_one_epoch
-from util import cli, datasets, dist, epochs, jpeg, loader, options, pictures, runfolder, runlog, transforms, weights
+from util import cli, datasets, dist, epochs, loader, options, pictures, runfolder, runlog, transforms, weights
 from util.precision import Precision
 from util.samples import Samples
 
@@ -67,8 +67,6 @@ def main(args: Namespace) -> None:
     batches = loader.TrainLoader(
         samples, args.batch_size, args.seed, args.num_workers, pin_memory, args.repeated_sampling
     )
-    if args.fast_jpeg:
-        jpeg.decoder()  # to be missed now, and not in a loading process
     normalize = transforms.Normalize(*transforms.channel_statistics(args.in_chans, args.mean, args.std)).to(device)
 
     # The published groups: no decay on biases and 1-D weights, and so decay on the class and mask tokens.

@@ -231,7 +231,7 @@ class MaskedAutoencoderViT(Encoder):
         """
         if mask is not None:
             noise, mask_ratio = self._order_of(mask, imgs)
-        if loss_only and 1 - mask_ratio < 1 and self._has_published_steps():
+        if loss_only and 1 - mask_ratio < 1 and self._has_published_steps():  # < 1: something is removed
             return self.masked_loss(imgs, mask_ratio, noise)
         given = {} if noise is None else {"noise": noise}
         latent, patch_mask, ids_restore = self.forward_encoder(imgs, mask_ratio, **given)

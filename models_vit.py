@@ -113,7 +113,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def attention_weights(q: Tensor, k: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(d)), of (B, h, L, d) each -> (B, h, L, L)."""
-    return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1)
+    return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(dim=-1)
 
 
 class Mlp(nn.Module):

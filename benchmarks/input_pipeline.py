@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import machine
 from benchmarks.photographs.study import PHOTOGRAPHS, find
-from util import transforms
+from util import cli, transforms
 from util.datasets import open_source
 from util.decode import MAX_PIXELS
 from util.jpeg import decode_rgb
@@ -125,6 +125,8 @@ def wait_for_data(folder: Path, out: Path) -> float:
 
 def main(args: argparse.Namespace) -> None:
     """Prints the tables, and writes them as JSON."""
+    if args.images < 2 * BATCH:
+        raise ValueError(f"--images {args.images} makes too few batches of {BATCH}: give {2 * BATCH} or more")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as root:
         folder, copy = Path(root, "originals"), Path(root, "copy")
@@ -164,8 +166,9 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, add_help=False)
     parser.add_argument("--images", default=1280, type=int, metavar="N", help="files")
     parser.add_argument("--rounds", default=7, type=int, metavar="N", help="in each, every pipeline has its turn")
     parser.add_argument("--out", default=machine.RESULTS, type=Path, metavar="DIR", help="where the JSON file goes")
-    main(parser.parse_args())
+    cli.run(main, parser)

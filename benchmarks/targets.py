@@ -36,6 +36,8 @@ def share_of_peak(found: Found) -> float:
     return found["images_per_second"]["ours compiled"] * found["flops_per_image"] / found["peak_flops"]
 
 
+GPU = {"base_patch16": 0.42, "large_patch16": 0.48, "huge_patch14": 0.52}
+
 # What, from which file, at least (or at most) how much, and how it is written. A file's name with _kept at its end is
 # that of the same measurement where glibc keeps large blocks of memory.
 ROWS: list[tuple[str, str, Callable[[Found], float], float, str]] = [
@@ -55,7 +57,9 @@ ROWS: list[tuple[str, str, Callable[[Found], float], float, str]] = [
     ("the loop's wait for data, at most", FILES, lambda found: found["data_wait"], -0.02, "{:.1%}"),
     *((f"{size}, one GPU, compiled: share of 989 TFLOP/s", f"pretrain_{size}_bf16_cuda",
        lambda found: found["images_per_second"]["ours compiled"] * found["flops_per_image"] / 989e12, least, "{:.0%}")
-      for size, least in (("base_patch16", 0.42), ("large_patch16", 0.48), ("huge_patch14", 0.52))),
+      for size, least in GPU.items()),
+    *((f"{size}, one GPU, bf16 compiled, to transformers eager", f"pretrain_{size}_bf16_cuda",
+       ratio("ours compiled", "transformers eager"), 2.0, "{:.2f}") for size in GPU),
 ]  # fmt: skip
 
 

@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import models_mae
 import models_vit
 from benchmarks import machine, peers
+from util import cli
 from util.dist import choose_device
 from util.precision import AMP_CHOICES, Precision
 
@@ -109,17 +110,17 @@ def input_images(args: argparse.Namespace, precision: Precision) -> Tensor:
     return torch.rand(args.batch_size, 3, side, side, device=precision.device)
 
 
-# What pre-trains: by name its model, and what it makes of images.
+# What pre-trains, by name.
 MODELS: dict[str, Callable[[str], nn.Module]] = {
     "transformers": peers.TransformersMAE,
     "plain": peers.PlainMAE,
     "ours": lambda size: getattr(models_mae, f"mae_vit_{size}")(),
 }
-LOSSES: dict[str, Callable[..., Tensor]] = {
-    "transformers": lambda model, images: model(images),
-    "plain": lambda model, images: model(images),
-    "ours": lambda model, images: model(images, loss_only=True),
-}
+
+
+def loss_of_images(model: nn.Module, images: Tensor) -> Tensor:
+    """What pre-training makes of a batch."""
+    return model(images, loss_only=True) if isinstance(model, models_mae.MaskedAutoencoderViT) else model(images)
 
 
 def contestants(args: argparse.Namespace, precision: Precision) -> dict[str, Step]:
@@ -147,7 +148,7 @@ def contestants(args: argparse.Namespace, precision: Precision) -> dict[str, Ste
         if args.task == "pretrain":
             for name, build in MODELS.items():
                 if wanted(name):
-                    add(name, build(args.size), partial(LOSSES[name], images=images))
+                    add(name, build(args.size), partial(loss_of_images, images=images))
             if wanted("ours in three steps"):
                 add("ours in three steps", MODELS["ours"](args.size), lambda model: model(images)[0])
         else:
@@ -243,7 +244,7 @@ def memory(args: argparse.Namespace, precision: Precision) -> dict[str, int]:
     for name, build in MODELS.items():
         model = build(args.size).to(precision.device)
         with precision.autocast(), patch.object(models_vit, "attend", F.scaled_dot_product_attention):
-            found[name] = saved_bytes(model, partial(LOSSES[name], model, images))
+            found[name] = saved_bytes(model, partial(loss_of_images, model, images))
     return found
 
 
@@ -265,7 +266,10 @@ def compare_steps(args: argparse.Namespace, precision: Precision) -> dict[str, A
     """Prints and returns the contestants' speed, and in pre-training their memory."""
     kept = memory(args, precision) if args.task == "pretrain" and not args.only else {}
     repeats = 10 if precision.device.type == "cuda" else 1
-    times, peak = take_turns(contestants(args, precision), precision, args.rounds, repeats)
+    steps = contestants(args, precision)
+    if not steps:
+        raise ValueError(f"--only {' '.join(args.only)}: no contestant of this task has such a name")
+    times, peak = take_turns(steps, precision, args.rounds, repeats)
     forward = classifier_flops(args.size)
     flops = {"pretrain": training_flops(args.size), "finetune": 3 * forward, "features": forward}[args.task]
     rates = {name: args.batch_size / statistics.median(values) for name, values in times.items()}
@@ -300,7 +304,8 @@ def main(args: argparse.Namespace) -> None:
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The flags."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, add_help=False)
     parser.add_argument("--task", default="pretrain", choices=("pretrain", "finetune", "features", "attention"))
     parser.add_argument(
         "--size", default="base_patch16", choices=models_vit.SIZES, metavar="SIZE", help="of models_vit"
@@ -316,4 +321,4 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    main(get_args_parser().parse_args())
+    cli.run(main, get_args_parser())

@@ -45,6 +45,12 @@ def test_steps_are_timed(task, tmp_path, capsys):
         assert f"| ours eager | {found['images_per_second']['ours eager']:.2f} |" in capsys.readouterr().out
 
 
+def test_a_contestant_that_is_not_there(tmp_path):
+    args = train_step.get_args_parser().parse_args(["--device", "cpu", "--only", "nobody", "--out", str(tmp_path)])
+    with pytest.raises(ValueError, match="--only nobody: no contestant of this task has such a name"):
+        train_step.main(args)
+
+
 def test_what_is_kept_for_the_backward_pass():
     args = train_step.get_args_parser().parse_args(["--size", "mini_patch4", "--batch_size", "2"])
     kept = train_step.memory(args, train_step.Precision("off", torch.device("cpu")))
@@ -60,5 +66,5 @@ def test_batches_are_timed_and_compared(tmp_path):
 
 def test_every_target_has_a_figure():
     rows = targets.table(machine.RESULTS).splitlines()[2:]
-    assert len(rows) == 12
+    assert len(rows) == 15
     assert [row for row in rows if "not measured" in row and "GPU" not in row] == []

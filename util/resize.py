@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from util import cli, flags
 from util.decode import BadImage, read
+from util.loader import up_to_cores
 from util.sources import image_files
 
 logger = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--short_side", default=256, type=flags.positive_int, metavar="S", help="pixels of it")
     parser.add_argument("--quality", default=90, type=flags.jpeg_quality, metavar="Q", help="of JPEG files")
     parser.add_argument(
-        "--num_workers", default=os.cpu_count(), type=flags.positive_int, metavar="N", help="processes; the cores"
+        "--num_workers", default=10, type=flags.positive_int, metavar="N", help="processes, at most one a core"
     )
     return parser
 
@@ -97,7 +98,7 @@ def main(args: argparse.Namespace) -> None:
         parent.mkdir(parents=True, exist_ok=True)
     one = partial(resize, folder=args.folder, copy=args.copy, short_side=args.short_side, quality=args.quality)
     counts, unread = Counter[str](), []
-    with ProcessPoolExecutor(args.num_workers) as pool:
+    with ProcessPoolExecutor(up_to_cores(args.num_workers)) as pool:
         for outcome, why in tqdm(pool.map(one, names, chunksize=16), total=len(names), unit="image", disable=None):
             counts[outcome] += 1
             unread += [why] if why else []

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from util import dist
+from util import dist, jpeg
 from util.decode import BadImage, Picture, decode
 from util.library_sets import Shards
 from util.sources import Source
@@ -45,6 +45,9 @@ class Samples(Dataset):
         num_noise: random numbers that go with each sample: in pre-training one a patch, which choose its mask.
         on_bad_image: "error", or "skip": another sample, drawn by (seed, epoch, index), takes the place.
         fast_jpeg: as for `decode`.
+
+    Raises:
+        ValueError: `fast_jpeg` needs a package that is not installed.
     """
 
     def __init__(
@@ -63,6 +66,8 @@ class Samples(Dataset):
         self.seed = seed
         self.num_noise = num_noise
         self.skips = on_bad_image == "skip"
+        if fast_jpeg:
+            jpeg.decoder()  # to be missed now, and not in a loading process
         self.decode = partial(decode, in_chans=in_chans, fast_jpeg=fast_jpeg)
 
     def __len__(self) -> int:

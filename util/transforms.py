@@ -162,7 +162,7 @@ auto_augment.NAME_TO_OP.update({name: _posterize for name in auto_augment.NAME_T
 
 class _Crop(T.RandomResizedCrop):
     """torchvision's, but that tensors of bytes are scaled as bytes, antialiased, a channel beside the other in memory:
-    a third of the time, and as Pillow does it but for some values that differ by 1."""
+    a third of the time, and as Pillow does it but for the rounding of some values."""
 
     def forward(self, img: Picture) -> Picture:
         if not isinstance(img, Tensor) or img.dtype != torch.uint8:
