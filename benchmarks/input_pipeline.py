@@ -95,7 +95,7 @@ def rate(batches: Callable[[], Iterator[Any]], limit: int) -> float:
 
 
 def differences(folder: Path) -> dict[str, float]:
-    """Random crops by the fast way and by Pillow's, with the same draws: the share of values that differ by so much."""
+    """Random crops by the fast way and by Pillow's, with the same draws: the share of values that differ by a level."""
     files = sorted((folder / "train" / "photograph").iterdir())
     transform = transforms.pretrain_transform(224)
     counts = np.zeros(256, dtype=np.int64)
@@ -157,7 +157,7 @@ def main(args: argparse.Namespace) -> None:
         alike = differences(folder)
         waited = wait_for_data(folder, Path(root, "run"))
     print(f"\nvalues of {CROPS} crops, fast beside Pillow's: " + ", ".join(
-        f"{share:.4%} differ by {level}" for level, share in alike.items() if level != "0"
+        f"{share:.4%} differ by {level}" for level, share in alike.items()
     ))  # fmt: skip
     settings = {**vars(args), "batch": BATCH}
     machine.write(

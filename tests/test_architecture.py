@@ -36,13 +36,14 @@ ARROWS = {
     r"util\.archives": r"util\.(decode|sources)",
     r"util\.sources": r"util\.decode",
     r"util\.pictures": r"util\.transforms",
-    r"util\.transforms": r"util\.(pos_embed|decode)",
+    r"util\.transforms": r"util\.(bicubic|pos_embed|decode)",
     r"util\.decode": r"util\.jpeg",
+    r"util\.jpeg": r"util\.bicubic",
     r"util\.\w+": r"",  # the rest are leaves
 }
 # Optional packages, each imported in one file only.
-OPTIONAL = {"gradio", "onnx", "onnxruntime", "onnxscript", "transformers", "torchcodec", "datasets", "submitit",
-            "webdataset"}  # fmt: skip
+OPTIONAL = {"gradio", "onnx", "onnxruntime", "onnxscript", "transformers", "torchcodec", "numba", "datasets",
+            "submitit", "webdataset"}  # fmt: skip
 
 
 def modules() -> dict[str, Path]:

@@ -1,10 +1,13 @@
 """A faster way from a JPEG file's bytes to its pixels: torchcodec's decoder, which shares Pillow's libjpeg-turbo.
 
+Crops of them are scaled by `util.bicubic`, so that all in all the way has Pillow's pixels, bit for bit.
+
 What it is not sure to read as Pillow does (grey, CMYK, 12 bits, truncated or damaged files) it leaves to Pillow.
 """
 
 import struct
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -17,16 +20,19 @@ NO_FRAME = (0xC4, 0xC8, 0xCC)
 
 @cache
 def decoder() -> Any:
-    """torchcodec's function.
+    """torchcodec's function; and what scales its pictures is compiled.
 
     Raises:
-        ValueError: torchcodec is not installed, or does not fit the installed PyTorch.
+        ValueError: torchcodec or numba is not installed, or does not fit the installed PyTorch or NumPy.
     """
     try:
         from torchcodec.decoders import decode_jpeg
+
+        import_module("util.bicubic")
     except (ImportError, RuntimeError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f'--fast_jpeg needs the package torchcodec: pip install ".[fast]" ({str(error).strip().splitlines()[0]})'
+            f'--fast_jpeg needs the packages torchcodec and numba: pip install ".[fast]" ({reason})'
         ) from error
     return decode_jpeg
 

@@ -187,7 +187,7 @@ def add_pretrain_options(parser: argparse.ArgumentParser) -> None:
     _add_crop_options(group, [0.2, 1.0])
     add_switch(
         group, "fast_jpeg", False,
-        "decode JPEG files by torchcodec and scale bytes: twice as many images a core; few values round otherwise",
+        "JPEG files by torchcodec, crops scaled by code made for it: twice as many images a core, of the same pixels",
     )  # fmt: skip
     group.add_argument(
         "--repeated_sampling", default=1, type=positive_int, metavar="R",

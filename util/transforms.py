@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageOps
 from timm.data import auto_augment, create_transform
 from torch import Tensor, nn
@@ -161,15 +160,16 @@ auto_augment.NAME_TO_OP.update({name: _posterize for name in auto_augment.NAME_T
 
 
 class _Crop(T.RandomResizedCrop):
-    """torchvision's, but that tensors of bytes are scaled as bytes, antialiased, a channel beside the other in memory:
-    a third of the time, and as Pillow does it but for the rounding of some values."""
+    """torchvision's, but that tensors of bytes, which are `util.jpeg`'s, are scaled by `util.bicubic`."""
 
     def forward(self, img: Picture) -> Picture:
-        if not isinstance(img, Tensor) or img.dtype != torch.uint8:
+        if not isinstance(img, Tensor) or img.dtype != torch.uint8 or len(img) != 3:
             return super().forward(img)
+        from util.bicubic import resize  # compiled when imported
+
         top, left, height, width = self.get_params(img, self.scale, self.ratio)
-        cut = img[None, :, top : top + height, left : left + width].contiguous(memory_format=torch.channels_last)
-        return F.interpolate(cut, self.size, mode="bicubic", antialias=True)[0]
+        cut = img[:, top : top + height, left : left + width].permute(1, 2, 0).numpy()
+        return torch.from_numpy(resize(cut, *self.size)).permute(2, 0, 1)
 
 
 class _CropOnce(T.RandomResizedCrop):
