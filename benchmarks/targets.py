@@ -3,8 +3,8 @@
     python benchmarks/targets.py
     python benchmarks/targets.py --results runs/bench         # what ./run bench has measured here
 
-Each figure was written by train_step.py or input_pipeline.py, with the machine that it was measured on. On a GPU:
-train_step.py --size base_patch16 --batch_size 1024 --device cuda, and so on.
+Each figure was written by train_step.py, input_pipeline.py or whole_run.py, with the machine that it was measured on.
+On a GPU: train_step.py --size base_patch16 --batch_size 1024 --device cuda, whole_run.py with the same, and so on.
 """
 
 import argparse
@@ -37,6 +37,7 @@ def share_of_peak(found: Found) -> float:
 
 
 GPU = {"base_patch16": 0.42, "large_patch16": 0.48, "huge_patch14": 0.52}
+WITH_DATA = {"base_patch16": 0.85, "large_patch16": 0.95, "huge_patch14": 0.95}
 
 # What, from which file, at least (or at most) how much, and how it is written. A file's name with _kept at its end is
 # that of the same measurement where glibc keeps large blocks of memory.
@@ -62,6 +63,10 @@ ROWS: list[tuple[str, str, Callable[[Found], float], float, str]] = [
       for size, least in GPU.items()),
     *((f"{size}, one GPU, bf16 compiled, to transformers eager", f"pretrain_{size}_bf16_cuda",
        ratio("ours compiled", "transformers eager"), 2.0, "{:.2f}") for size in GPU),
+    *((f"{size}, one GPU, images/s of main_pretrain.py with its data, of the step's", f"whole_run_{size}_bf16_cuda",
+       lambda found: found["speed"]["share"], least, "{:.2f}") for size, least in WITH_DATA.items()),
+    ("base_patch16, one GPU, 200 steps: loss in bf16 off fp32's, at most", "whole_run_base_patch16_bf16_cuda",
+     lambda found: max(abs(b / a - 1) for a, b in zip(*found["losses"].values(), strict=True)), -0.01, "{:.2%}"),
 ]  # fmt: skip
 
 

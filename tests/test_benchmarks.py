@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import input_pipeline, machine, peers, targets, train_step
+from benchmarks import input_pipeline, machine, peers, targets, train_step, whole_run
 from models_mae import mae_vit_mini_patch4
 
 
@@ -64,7 +64,25 @@ def test_batches_are_timed_and_compared(tmp_path):
     assert input_pipeline.differences(tmp_path)["0"] > 0.99
 
 
+def test_losses_in_two_precisions(tmp_path):
+    flags = ["--model", "mae_vit_mini_patch4", "--input_size", "32", "--batch_size", "4", "--device", "cpu"]
+    args = whole_run.get_args_parser().parse_args(["--batch_size", "4", "--steps", "8"])
+    found = whole_run.losses(args, tmp_path, [*flags, "--warmup_epochs", "1"])
+    assert found.keys() == {"off", "bf16"}
+    assert len(found["off"]) == 2
+    assert found["off"] != found["bf16"]
+    assert found["bf16"] == pytest.approx(found["off"], rel=0.01)
+
+
+def test_files_that_are_wanted_more_often_are_links(tmp_path, monkeypatch):
+    monkeypatch.setattr(whole_run, "FILES", 3)
+    whole_run.write_files(tmp_path, 7)
+    files = sorted((tmp_path / "train" / "photograph").iterdir())
+    assert [file.is_symlink() for file in files] == [False] * 3 + [True] * 4
+    assert files[4].read_bytes() == files[1].read_bytes()
+
+
 def test_every_target_has_a_figure():
     rows = targets.table(machine.RESULTS).splitlines()[2:]
-    assert len(rows) == 16
+    assert len(rows) == 20
     assert [row for row in rows if "not measured" in row and "GPU" not in row] == []

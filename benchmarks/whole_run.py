@@ -1,0 +1,123 @@
+"""main_pretrain.py as a whole: its speed with the data, and the loss in bf16 beside the one in fp32.
+
+    python benchmarks/whole_run.py --device cuda --batch_size 256                                       # ViT-B
+    python benchmarks/whole_run.py --device cuda --batch_size 128 --size huge_patch14
+    python benchmarks/whole_run.py --size mini_patch4 --batch_size 8 --images 320 --steps 40            # anywhere
+
+JPEG files of 500 x 375 pixels, cut from photographs, lie in the page cache: what is measured is decoding, augmenting,
+copying and the step. The speed without them is that of benchmarks/train_step.py, with the same batch. The losses are
+those of two runs with the same weights, images and masks; a point is the mean of four steps.
+"""
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import models_vit
+from benchmarks import machine, peers
+from benchmarks.input_pipeline import write_photographs
+from util import cli
+from util.dist import choose_device
+
+ROOT = Path(__file__).parents[1]
+FILES = 1280  # that differ; further ones are links to them
+STEPS_A_POINT = 4
+
+
+def run(*command: object) -> None:
+    """A script of this repository."""
+    subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True)
+
+
+def pretrain(folder: Path, out: Path, *flags: object) -> list[dict[str, Any]]:
+    """Runs main_pretrain.py on a folder of images, and returns its epochs' lines of log.txt."""
+    run("main_pretrain.py", "--data_path", folder, "--output_dir", out, "--vis_every", 0, "--fast_jpeg", *flags)
+    return [json.loads(line) for line in (out / "log.txt").read_text().splitlines()]
+
+
+def write_files(folder: Path, count: int) -> None:
+    """So many JPEG files in a class folder."""
+    write_photographs(folder, min(count, FILES))
+    files = sorted((folder / "train" / "photograph").iterdir())
+    for number in range(len(files), count):
+        (files[0].parent / f"link{number:07}.jpg").symlink_to(files[number % len(files)])
+
+
+def speed(args: argparse.Namespace, folder: Path, flags: list[object]) -> dict[str, float]:
+    """Images/s of a run's second epoch, and of the step alone."""
+    epochs = pretrain(folder, folder / "speed", *flags, "--amp", args.amp, "--compile", "--epochs", 2)
+    run(
+        "benchmarks/train_step.py", "--size", args.size, "--batch_size", args.batch_size, "--device", args.device,
+        "--amp", args.amp, "--only", "ours compiled", "--out", folder, "--name", "step",
+    )  # fmt: skip
+    step = machine.read("step", folder)
+    assert step is not None
+    alone = step["images_per_second"]["ours compiled"]
+    whole = epochs[1]["images_per_s"]
+    return {"with_data": whole, "without_data": alone, "share": whole / alone, "data_wait": epochs[1]["data_wait"]}
+
+
+def losses(args: argparse.Namespace, folder: Path, flags: list[object]) -> dict[str, list[float]]:
+    """Mean losses of each few steps, in both precisions."""
+    few = folder / "few"
+    write_files(few, STEPS_A_POINT * args.batch_size)
+    epochs = math.ceil(args.steps / STEPS_A_POINT)
+    return {
+        amp: [
+            line["train_loss"]
+            for line in pretrain(few, folder / amp, *flags, "--amp", amp, "--epochs", epochs, "--save_every", epochs)
+        ]
+        for amp in ("off", args.amp)
+    }
+
+
+def main(args: argparse.Namespace) -> None:
+    """Prints both, and writes them as JSON."""
+    if args.images < 2 * args.batch_size:
+        raise ValueError(f"--images {args.images}: give two batches of --batch_size {args.batch_size} or more")
+    side = peers.image_side(args.size)
+    flags = [
+        "--model", f"mae_vit_{args.size}", "--input_size", side, "--batch_size", args.batch_size, "--device",
+        args.device, "--warmup_epochs", 1,
+    ]  # fmt: skip
+    with tempfile.TemporaryDirectory() as root:
+        folder = Path(root)
+        write_files(folder, args.images)
+        rates, curves = speed(args, folder, flags), losses(args, folder, flags)
+    print("\n| | images/s |\n|---|---|")
+    print(f"| the step alone | {rates['without_data']:,.0f} |")
+    print(f"| main_pretrain.py | {rates['with_data']:,.0f} |")
+    print(f"\nshare {rates['share']:.2f}, data wait {rates['data_wait']:.1%}")
+    print(f"\n| steps | loss in fp32 | in {args.amp} |\n|---|---|---|")
+    for number, pair in enumerate(zip(*curves.values(), strict=True)):
+        print(f"| {number * STEPS_A_POINT} to {(number + 1) * STEPS_A_POINT - 1} | {pair[0]:.4f} | {pair[1]:.4f} |")
+    device = choose_device(args.device)
+    name, found = f"whole_run_{args.size}_{args.amp}_{device.type}", {"speed": rates, "losses": curves}
+    machine.write(name, device, vars(args), found, args.out)
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The flags."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, add_help=False)
+    parser.add_argument(
+        "--size", default="base_patch16", choices=models_vit.SIZES, metavar="SIZE", help="of models_vit"
+    )
+    parser.add_argument("--batch_size", default=16, type=int, metavar="N", help="images to a step")
+    parser.add_argument("--images", default=51200, type=int, metavar="N", help="files, for the speed")
+    parser.add_argument("--steps", default=200, type=int, metavar="N", help="for the losses")
+    parser.add_argument("--amp", default="bf16", choices=("bf16", "fp16"), help="the precision beside fp32")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--out", default=machine.RESULTS, type=Path, metavar="DIR", help="where the JSON file goes")
+    return parser
+
+
+if __name__ == "__main__":
+    cli.run(main, get_args_parser())
