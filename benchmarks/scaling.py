@@ -1,0 +1,199 @@
+"""How well pre-training is expected to scale over GPUs: computed, from one GPU's step and the bytes of gradients.
+
+    python benchmarks/scaling.py        # prints the tables of benchmarks/SCALING.md, draws benchmarks/scaling.png
+
+No run on several GPUs was timed for this. With b bytes of gradients (4 for each trained parameter, which is fp32), n
+GPUs, g of them in each of m nodes, NVLINK bytes/s of a GPU, LINK bytes/s of a node, all in one direction:
+
+    all-reduce(b) = 2(g-1)/g b/NVLINK  +  2(m-1)/m b/LINK  +  ceil(b/BUCKET) messages LATENCY
+    messages      = 2(g-1) + 2 ceil(log2 m)
+    exposed       = max(0, all-reduce(b - BUCKET) - 2/3 step) + all-reduce(BUCKET)
+    efficiency    = step / (step + exposed)
+
+A node's GPUs reduce and scatter, then gather, in a ring over NVLink (Patarasuk and Yuan 2009: 2(g-1)/g b in all).
+Between these each has a g-th of b to reduce over the nodes; all g share the node's link, so that 2(m-1)/m b go through
+it. Double binary trees (Sanders et al. 2009; NCCL since 2.4) move no more, in messages that grow with log2 m.
+DistributedDataParallel (Li et al. 2020) sends buckets of 25 MiB during the backward pass, two thirds of the arithmetic
+of a step; its last bucket is full when that ends, and hides behind nothing.
+
+A step takes images / (images/s of "ours compiled" in results/pretrain_{size}_bf16_cuda.json). Where nobody measured
+that, a share of the peak is assumed: the one that targets.py wants.
+"""
+
+import math
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import models_mae
+from benchmarks import machine, targets, train_step
+
+PLOT = Path(__file__).parent / "scaling.png"
+NAMES = {"base_patch16": "ViT-B", "large_patch16": "ViT-L", "huge_patch14": "ViT-H"}
+GPUS = (8, 64, 512)
+LINKS = (25, 100, 400)  # GB/s of a node, in each direction: 200, 800 and 3,200 Gbit/s
+NODE = 8  # GPUs
+# NVIDIA's data sheets of H100 and H200 SXM: 1,979 TFLOP/s in bf16 with sparsity, so half of it without; 900 GB/s of
+# NVLink in both directions together.
+PEAK = 989e12  # FLOP/s
+NVLINK = 450e9  # bytes/s of a GPU in one direction
+LATENCY = 5e-6  # seconds of a message: assumed
+BUCKET = 25 * 2**20  # bytes: the default of DistributedDataParallel's bucket_cap_mb
+FIXED = 256  # images a GPU, however many GPUs there are
+PUBLISHED = 4096  # images to a step, of all GPUs together: He et al. 2021, appendix A.1
+
+
+def gradient_bytes(size: str) -> int:
+    """Of a model's trained parameters, in fp32; on the meta device, so that no weights are made."""
+    with torch.device("meta"):
+        model = getattr(models_mae, f"mae_vit_{size}")()
+    return 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def speed(size: str, folder: Path) -> tuple[float, str]:
+    """Images/s of one GPU, and where that comes from.
+
+    Args:
+        folder: with the files of train_step.py.
+    """
+    found = machine.read(f"pretrain_{size}_bf16_cuda", folder)
+    if found:
+        told = f"measured: {found['machine']['gpu']}, {found['settings']['batch_size']} images"
+        return found["images_per_second"]["ours compiled"], told
+    share = targets.GPU[size]
+    return share * PEAK / train_step.training_flops(size), "assumed, not measured"
+
+
+def all_reduce(size: float, gpus: int, link: float) -> float:
+    """Seconds until every GPU has the sum of all GPUs' gradients.
+
+    Args:
+        size: bytes of one GPU's gradients.
+        gpus: up to 8 stand in one node, more in nodes of 8.
+        link: bytes/s of a node's network in one direction.
+    """
+    assert gpus <= NODE or gpus % NODE == 0, gpus
+    inside, nodes = min(gpus, NODE), math.ceil(gpus / NODE)
+    messages = 2 * (inside - 1) + 2 * math.ceil(math.log2(nodes))
+    return (
+        2 * (inside - 1) / inside * size / NVLINK
+        + 2 * (nodes - 1) / nodes * size / link
+        + math.ceil(size / BUCKET) * messages * LATENCY
+    )
+
+
+def efficiency(step: float, size: float, gpus: int, link: float) -> float:
+    """Ideal time of a step to the expected one: 1 where the exchange of gradients costs nothing.
+
+    Args:
+        step: seconds of one GPU's step alone.
+        size: bytes of its gradients.
+        gpus: as in `all_reduce`.
+        link: as in `all_reduce`.
+    """
+    last = min(size, BUCKET)
+    exposed = max(0.0, all_reduce(size - last, gpus, link) - 2 / 3 * step) + all_reduce(last, gpus, link)
+    return step / (step + exposed)
+
+
+def table_of_models(folder: Path) -> str:
+    """In Markdown: what the other table is computed from."""
+    lines = [
+        "| | trained parameters | gradients | GFLOP an image | images/s of one GPU | of 989 TFLOP/s | these are |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for size, name in NAMES.items():
+        (rate, told), flops, gradients = speed(size, folder), train_step.training_flops(size), gradient_bytes(size)
+        lines.append(
+            f"| {name} | {gradients / 4e6:.2f} M | {gradients / 1e9:.3f} GB | {flops / 1e9:.2f} | {rate:,.0f} "
+            f"| {rate * flops / PEAK:.0%} | {told} |"
+        )
+    return "\n".join(lines)
+
+
+def table_of_efficiency(folder: Path, images: dict[int, int]) -> str:
+    """In Markdown.
+
+    Args:
+        folder: as in `speed`.
+        images: number of GPUs -> images to a step of each.
+    """
+    links = " | ".join(f"{link} GB/s" for link in LINKS)
+    lines = [
+        f"| | GPUs | images a GPU | step alone, ms | all-reduce, ms, at {' · '.join(map(str, LINKS))} GB/s | {links} "
+        "| the step's time is |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for size, name in NAMES.items():
+        (rate, told), gradients = speed(size, folder), gradient_bytes(size)
+        for gpus, count in images.items():
+            step = count / rate
+            times = " · ".join(f"{1000 * all_reduce(gradients, gpus, 1e9 * link):.1f}" for link in LINKS)
+            shares = " | ".join(f"{efficiency(step, gradients, gpus, 1e9 * link):.0%}" for link in LINKS)
+            lines.append(
+                f"| {name} | {gpus} | {count} | {1000 * step:.1f} | {times} | {shares} | {told.partition(':')[0]} |"
+            )
+    return "\n".join(lines)
+
+
+def tables(folder: Path) -> str:
+    """All of them, as SCALING.md has them."""
+    return "\n\n".join(
+        [
+            "One GPU:",
+            table_of_models(folder),
+            f"Expected efficiency with {FIXED} images a GPU, so that the step's batch grows with the GPUs:",
+            table_of_efficiency(folder, dict.fromkeys(GPUS, FIXED)),
+            f"Expected efficiency with {PUBLISHED} images to a step, as published, divided among the GPUs:",
+            table_of_efficiency(folder, {gpus: PUBLISHED // gpus for gpus in GPUS}),
+        ]
+    )
+
+
+def draw(folder: Path, file: Path) -> None:
+    """Efficiency over the number of GPUs: a panel a model, a colour a link, a style of line a rule for the batch.
+
+    Args:
+        folder: as in `speed`.
+        file: the PNG to write.
+    """
+    counts = [NODE * 2**power for power in range(7)]
+    rules = {
+        f"{FIXED} images a GPU": ("-", [FIXED] * len(counts)),
+        f"{PUBLISHED} images in all": ("--", [PUBLISHED // gpus for gpus in counts]),
+    }
+    figure, panels = plt.subplots(1, 3, figsize=(11, 5), dpi=100, sharey=True, layout="constrained")
+    for panel, (size, name) in zip(panels, NAMES.items(), strict=True):
+        (rate, told), gradients = speed(size, folder), gradient_bytes(size)
+        for link, color, width in zip(LINKS, ("tab:red", "tab:orange", "tab:blue"), (2.6, 2.6, 1.2), strict=True):
+            for rule, (style, images) in rules.items():
+                shares = [
+                    100 * efficiency(count / rate, gradients, gpus, 1e9 * link)
+                    for gpus, count in zip(counts, images, strict=True)
+                ]
+                label = f"{link} GB/s, {rule}"
+                panel.plot(counts, shares, style, color=color, lw=width, marker="o", ms=width + 2, label=label)
+        panel.set(xscale="log", xlabel="GPUs (8 a node)", ylim=(0, 105))
+        panel.set_xticks(counts, map(str, counts), minor=False)
+        panel.minorticks_off()
+        panel.grid(alpha=0.3)
+        panel.set_title(f"{name}, one GPU: {rate:,.0f} images/s\n({told})", fontsize="medium")
+    panels[0].set_ylabel("expected efficiency (% of the ideal speed)")
+    lines, labels = panels[0].get_legend_handles_labels()
+    title = "link of a node in each direction, and batch"
+    figure.legend(lines, labels, loc="outside lower center", ncols=3, frameon=False, title=title)
+    figure.suptitle("Expected efficiency of pre-training on many GPUs: computed, no run on several was timed")
+    figure.savefig(file)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    print(tables(machine.RESULTS))
+    draw(machine.RESULTS, PLOT)

@@ -1,0 +1,95 @@
+"""Expected efficiency on many GPUs: the formula by hand, and the page that has what the script prints."""
+
+import json
+import math
+
+import pytest
+from conftest import ROOT
+
+from benchmarks import machine, scaling
+
+GB = 1e9
+
+
+@pytest.fixture
+def free(monkeypatch):
+    """Messages that take no time."""
+    monkeypatch.setattr(scaling, "LATENCY", 0.0)
+
+
+def test_one_gpu_exchanges_nothing():
+    assert scaling.all_reduce(GB, 1, GB) == 0
+    assert scaling.efficiency(0.01, GB, 1, GB) == 1
+
+
+@pytest.mark.parametrize("gpus", [2, 8, 64, 512])
+def test_infinite_bandwidth(gpus, free, monkeypatch):
+    monkeypatch.setattr(scaling, "NVLINK", math.inf)
+    assert scaling.efficiency(0.01, GB, gpus, math.inf) == 1
+
+
+def test_two_nodes_by_hand(free, monkeypatch):
+    """1.8 GB: 7/4 of it over NVLink in 7 ms, all of it through a link of 18 GB/s in 100 ms. A bucket is a tenth."""
+    monkeypatch.setattr(scaling, "BUCKET", 0.18 * GB)
+    assert scaling.all_reduce(1.8 * GB, 16, 18 * GB) == pytest.approx(0.107)
+    # Nine tenths are 96.3 ms, of which a backward pass of 60 ms hides 60; the last bucket adds 10.7.
+    assert scaling.efficiency(0.090, 1.8 * GB, 16, 18 * GB) == pytest.approx(90 / (90 + 36.3 + 10.7))
+    # One of 200 ms hides all but the last.
+    assert scaling.efficiency(0.300, 1.8 * GB, 16, 18 * GB) == pytest.approx(300 / 310.7)
+
+
+def test_messages_by_hand(monkeypatch):
+    """Three buckets, the last one not full; 14 messages within a node, 2 · 3 between 8 nodes."""
+    monkeypatch.setattr(scaling, "NVLINK", math.inf)
+    monkeypatch.setattr(scaling, "BUCKET", 100)
+    assert scaling.all_reduce(250, 64, math.inf) == pytest.approx(3 * 20 * scaling.LATENCY)
+
+
+def test_gradients_smaller_than_a_bucket(free):
+    assert scaling.efficiency(1.0, 450, 2, GB) == pytest.approx(1 / (1 + 1e-6 * 450e6 / scaling.NVLINK))
+
+
+@pytest.mark.parametrize("size", scaling.NAMES)
+@pytest.mark.parametrize("gpus", scaling.GPUS)
+def test_more_bandwidth_is_never_slower(size, gpus):
+    gradients = scaling.gradient_bytes(size)
+    shares = [scaling.efficiency(0.02, gradients, gpus, link * GB) for link in (1, 25, 100, 400, math.inf)]
+    assert shares == sorted(shares)
+    assert 0 < shares[0] <= shares[-1] < 1
+    if gpus > scaling.NODE:
+        assert len(set(shares)) == len(shares)
+
+
+def test_gradients_are_those_of_trained_parameters():
+    assert scaling.gradient_bytes("base_patch16") == 4 * (111_907_840 - 197 * (768 + 512))  # without positions
+
+
+def test_a_measured_step_replaces_the_assumed_one(tmp_path):
+    assert scaling.speed("base_patch16", tmp_path) == (pytest.approx(0.42 * 989e12 / 58.456e9, rel=1e-4),
+                                                       "assumed, not measured")  # fmt: skip
+    found = {"machine": {"gpu": "NVIDIA H200"}, "settings": {"batch_size": 1024},
+             "images_per_second": {"ours compiled": 5000.0}}  # fmt: skip
+    (tmp_path / "pretrain_base_patch16_bf16_cuda.json").write_text(json.dumps(found))
+    assert scaling.speed("base_patch16", tmp_path) == (5000.0, "measured: NVIDIA H200, 1024 images")
+    rows = [row for row in scaling.tables(tmp_path).splitlines() if row.startswith("| ViT-")]
+    assert len(rows) == 3 + 9 + 9
+    for row in rows:
+        assert ("| measured" in row) == row.startswith("| ViT-B")
+        assert row.endswith("| assumed, not measured |") != row.startswith("| ViT-B")
+
+
+def test_the_page_has_what_is_printed():
+    assert scaling.tables(machine.RESULTS) in (ROOT / "benchmarks/SCALING.md").read_text(encoding="utf-8")
+
+
+def test_the_page_has_the_formulas_of_the_script():
+    text = (ROOT / "benchmarks/SCALING.md").read_text(encoding="utf-8")
+    formulas = [line.strip() for line in scaling.__doc__.splitlines() if line.startswith("    ") and " = " in line]
+    assert len(formulas) == 4
+    assert "\n".join(formulas) in text
+
+
+def test_the_picture_is_drawn(tmp_path):
+    scaling.draw(machine.RESULTS, tmp_path / "scaling.png")
+    assert (tmp_path / "scaling.png").stat().st_size > 5000
+    assert scaling.PLOT.exists()
