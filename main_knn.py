@@ -50,7 +50,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(args: Namespace) -> dict[int, float]:
     """Prints, and returns, the accuracy in per cent for every k."""
-    device = dist.init(args.device, args.dist_url, args.dist_timeout)
+    device = dist.init(args.device, args.dist_url, args.dist_timeout, args.dist_backend)
     runlog.start_logging()
     torch.manual_seed(args.seed)
     precision = Precision(args.amp, device)

@@ -69,7 +69,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(args: Namespace) -> None:
     """Trains for `args.epochs` epochs, evaluating after each; or, with --eval, evaluates once."""
-    device = dist.init(args.device, args.dist_url, args.dist_timeout)
+    device = dist.init(args.device, args.dist_url, args.dist_timeout, args.dist_backend)
     runlog.start_logging()
     torch.manual_seed(args.seed)
     precision = Precision(args.amp, device)

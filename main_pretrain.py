@@ -45,7 +45,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(args: Namespace) -> None:
     """Trains for `args.epochs` epochs; leaves checkpoints, log.txt and TensorBoard's files."""
-    device = dist.init(args.device, args.dist_url, args.dist_timeout)
+    device = dist.init(args.device, args.dist_url, args.dist_timeout, args.dist_backend)
     runlog.start_logging()
     runfolder.prepare(Path(args.output_dir), args.resume)
     torch.manual_seed(args.seed)
@@ -54,6 +54,9 @@ def main(args: Namespace) -> None:
     if args.init_from:
         weights.init_mae(model, weights.read(args.init_from))
     model.to(device)
+    precision = Precision(args.amp, device)
+    if args.fsdp:
+        dist.shard(model, [*model.blocks, *model.decoder_blocks], precision.dtype, method="reconstruct")
 
     source = datasets.open_source(
         "train", args.data_path, args.train_list, args.dataset, download=args.download, num_images=args.num_images
@@ -74,7 +77,11 @@ def main(args: Namespace) -> None:
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
 
     def draw_examples(epoch: int, log: runlog.NullLog) -> dict[str, Any]:
-        if args.vis_every and dist.is_main() and (epoch % args.vis_every == 0 or epoch == args.epochs - 1):
+        if (
+            args.vis_every
+            and (dist.is_main() or args.fsdp)
+            and (epoch % args.vis_every == 0 or epoch == args.epochs - 1)
+        ):
             images, _, noise = loader.examples(whole, EXAMPLES)
             picture = pictures.reconstruction(model, images, noise, normalize, args.mask_ratio)
             log.picture("reconstruction", picture, epoch)
@@ -84,7 +91,7 @@ def main(args: Namespace) -> None:
         model,
         optimizer,
         batches,
-        Precision(args.amp, device),
+        precision,
         vars(args),
         train_one_epoch=partial(train_one_epoch, mask_ratio=args.mask_ratio, normalize=normalize),
         after_epoch=draw_examples,

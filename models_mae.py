@@ -16,18 +16,19 @@ import torch
 from torch import Tensor, nn
 
 from models_vit import LAYER_NORM, SIZES, Attention, Block, Encoder, NormLayer, PatchEmbed, computes_as
-from util.masking import noise_from_mask, shuffle
+from util.masking import noise_from_mask, shuffle, take
 from util.pos_embed import Size, sincos_table
 
 # He et al. 2021, table 1: 8 blocks of 512 channels whatever the encoder; the small models get decoders to match.
 PUBLISHED_DECODER = {"decoder_embed_dim": 512, "decoder_depth": 8, "decoder_num_heads": 16}
-DECODERS = {
+DECODERS: dict[str, dict[str, Any]] = {
     "mini_patch4": {"decoder_embed_dim": 64, "decoder_depth": 1, "decoder_num_heads": 2},
     "tiny_patch16": {"decoder_embed_dim": 192, "decoder_depth": 4, "decoder_num_heads": 3},
     "small_patch16": {"decoder_embed_dim": 256, "decoder_depth": 4, "decoder_num_heads": 8},
     "base_patch16": PUBLISHED_DECODER,
     "large_patch16": PUBLISHED_DECODER,
     "huge_patch14": PUBLISHED_DECODER,
+    "giant_patch14": {**PUBLISHED_DECODER, "decoder_mlp_ratio": 4.0},
 }
 
 DECODER_SUFFIX = "_dec512d8b"  # the published code spells the decoder out in its models' second names
@@ -51,6 +52,7 @@ class MaskedAutoencoderViT(Encoder):
 
     Args:
         norm_pix_loss: predict each patch normalised by its own mean and variance (section 3, "Reconstruction target").
+        decoder_mlp_ratio: by default the encoder's.
     """
 
     def __init__(
@@ -67,8 +69,13 @@ class MaskedAutoencoderViT(Encoder):
         mlp_ratio: float = 4.0,
         norm_layer: NormLayer = LAYER_NORM,
         norm_pix_loss: bool = False,
+        decoder_mlp_ratio: float | None = None,
     ) -> None:
         super().__init__()
+
+        def blocks(count: int, dim: int, heads: int, ratio: float | None = None) -> nn.ModuleList:
+            return nn.ModuleList([Block(dim, heads, ratio or mlp_ratio, norm_layer=norm_layer) for _ in range(count)])
+
         self.norm_pix_loss = norm_pix_loss
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
         rows, columns = self.patch_embed.patch_size
@@ -76,9 +83,7 @@ class MaskedAutoencoderViT(Encoder):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         # Fixed, yet parameters: the published files hold the tables under these names.
         self.pos_embed = nn.Parameter(sincos_table(embed_dim, self.grid_size).clone(), requires_grad=False)
-        self.blocks = nn.ModuleList(
-            [Block(embed_dim, num_heads, mlp_ratio, norm_layer=norm_layer) for _ in range(depth)]
-        )
+        self.blocks = blocks(depth, embed_dim, num_heads)
         self.norm = norm_layer(embed_dim)
 
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
@@ -86,12 +91,7 @@ class MaskedAutoencoderViT(Encoder):
             sincos_table(decoder_embed_dim, self.grid_size).clone(), requires_grad=False
         )
         self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
-        self.decoder_blocks = nn.ModuleList(
-            [
-                Block(decoder_embed_dim, decoder_num_heads, mlp_ratio, norm_layer=norm_layer)
-                for _ in range(decoder_depth)
-            ]
-        )
+        self.decoder_blocks = blocks(decoder_depth, decoder_embed_dim, decoder_num_heads, decoder_mlp_ratio)
         self.decoder_norm = norm_layer(decoder_embed_dim)
         self.decoder_pred = nn.Linear(decoder_embed_dim, rows * columns * in_chans)
         self.initialize_weights()
@@ -151,7 +151,7 @@ class MaskedAutoencoderViT(Encoder):
         ids_shuffle, kept = shuffle(x, mask_ratio, noise)
         ids_restore = torch.argsort(ids_shuffle, dim=1)
         mask = (ids_restore >= kept).to(torch.float32)
-        return _take(x, ids_shuffle[:, :kept]), mask, ids_restore
+        return take(x, ids_shuffle[:, :kept]), mask, ids_restore
 
     def forward_encoder(
         self, imgs: Tensor, mask_ratio: float, noise: Tensor | None = None
@@ -175,7 +175,7 @@ class MaskedAutoencoderViT(Encoder):
         x = self.decoder_embed(latent)
         num_removed = ids_restore.shape[1] + 1 - x.shape[1]
         patches = torch.cat([x[:, 1:], self.mask_token.to(x.dtype).expand(x.shape[0], num_removed, -1)], dim=1)
-        x = torch.cat([x[:, :1], _take(patches, ids_restore)], dim=1) + table
+        x = torch.cat([x[:, :1], take(patches, ids_restore)], dim=1) + table
         for block in self.decoder_blocks:
             x = block(x)
         return self.decoder_pred(self.decoder_norm(x))[:, 1:]
@@ -196,7 +196,7 @@ class MaskedAutoencoderViT(Encoder):
         ids_shuffle, kept = shuffle(patches, mask_ratio, noise)
         ids_keep, ids_removed = ids_shuffle[:, :kept], ids_shuffle[:, kept:]
 
-        x = self.patch_embed.project(_take(patches, ids_keep))
+        x = self.patch_embed.project(take(patches, ids_keep))
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
         x = x + self._positions(self.pos_embed, imgs, ids_keep)
         for block in self.blocks:
@@ -208,7 +208,7 @@ class MaskedAutoencoderViT(Encoder):
         for number, block in enumerate(self.decoder_blocks, start=1):
             x = block(x, skip=1 + kept if number == len(self.decoder_blocks) else 0)
         pred = self.decoder_pred(self.decoder_norm(x[:, -ids_removed.shape[1] :]))
-        return (pred - self._target(_take(patches, ids_removed))).square().mean()
+        return (pred - self._target(take(patches, ids_removed))).square().mean()
 
     # ------------------------------------------------------------------------------------------------ ways to use it
 
@@ -311,11 +311,6 @@ _STEPS = ("patchify", "random_masking", "forward_encoder", "forward_decoder", "f
 PUBLISHED_STEPS = {name: getattr(MaskedAutoencoderViT, name) for name in _STEPS}
 
 
-def _take(x: Tensor, ids: Tensor) -> Tensor:
-    """Of each image's tokens (B, N, D) those with the numbers (B, n), in their order: (B, n, D)."""
-    return torch.gather(x, 1, ids.unsqueeze(-1).expand(-1, -1, x.shape[2]))
-
-
 def _patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each patch (B, N, 1); the variance is the unbiased one, as published."""
     return patches.mean(dim=-1, keepdim=True), (patches.var(dim=-1, keepdim=True) + TARGET_EPS).sqrt()
@@ -353,6 +348,11 @@ def mae_vit_large_patch16(**kwargs: Any) -> MaskedAutoencoderViT:
 def mae_vit_huge_patch14(**kwargs: Any) -> MaskedAutoencoderViT:
     """ViT-H/14: 1280 wide, 32 deep, 16 heads; 657,074,508 parameters with the two fixed tables."""
     return _mae("huge_patch14", **kwargs)
+
+
+def mae_vit_giant_patch14(**kwargs: Any) -> MaskedAutoencoderViT:
+    """ViT-g/14: 1408 wide, 40 deep, 16 heads, MLPs of 6144; 1,037,577,676 parameters with the two fixed tables."""
+    return _mae("giant_patch14", **kwargs)
 
 
 mae_vit_base_patch16_dec512d8b = mae_vit_base_patch16

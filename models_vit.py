@@ -26,7 +26,8 @@ NormLayer = Callable[[int], nn.Module]
 # Published models were trained with eps 1e-6; PyTorch's default is 1e-5, transformers' ViT has 1e-12.
 LAYER_NORM: NormLayer = partial(nn.LayerNorm, eps=1e-6)
 
-# B, L and H are He et al. 2021's; tiny and small are the field's usual ones; mini is for pictures of about 32 pixels.
+# B, L and H are He et al. 2021's; giant is Zhai et al. 2021's (ViT-g); tiny and small are the field's usual ones; mini
+# is for pictures of about 32 pixels.
 SIZES: dict[str, dict[str, Any]] = {
     "mini_patch4": {"img_size": 32, "patch_size": 4, "embed_dim": 128, "depth": 4, "num_heads": 4},
     "tiny_patch16": {"patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3},
@@ -34,6 +35,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "base_patch16": {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12},
     "large_patch16": {"patch_size": 16, "embed_dim": 1024, "depth": 24, "num_heads": 16},
     "huge_patch14": {"patch_size": 14, "embed_dim": 1280, "depth": 32, "num_heads": 16},
+    "giant_patch14": {"patch_size": 14, "embed_dim": 1408, "depth": 40, "num_heads": 16, "mlp_ratio": 6144 / 1408},
 }
 
 
@@ -165,8 +167,13 @@ class Block(nn.Module):
 
 
 def computes_as(module: Any, kind: type[nn.Module]) -> bool:
-    """Whether a call of the module is that class's `forward` and nothing more: no other class's, and no hooks."""
-    return type(module).forward is kind.forward and not (module._forward_hooks or module._forward_pre_hooks)
+    """Whether a call of the module is that class's `forward` and nothing more: no other class's, and no hooks.
+
+    Those of PyTorch's sharding, which bring its weights together for the call, do not count.
+    """
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    alone = all(str(getattr(hook, "__module__", "")).startswith("torch.distributed.") for hook in hooks)
+    return type(module).forward is kind.forward and alone
 
 
 def recompute_blocks(model: nn.Module) -> None:
@@ -333,3 +340,8 @@ def vit_large_patch16(**kwargs: Any) -> VisionTransformer:
 def vit_huge_patch14(**kwargs: Any) -> VisionTransformer:
     """1280 wide, 32 deep, 16 heads: 632,045,800 parameters at 1000 classes."""
     return _vit("huge_patch14", **kwargs)
+
+
+def vit_giant_patch14(**kwargs: Any) -> VisionTransformer:
+    """1408 wide, 40 deep, 16 heads, MLPs of 6144: 1,012,611,432 parameters at 1000 classes."""
+    return _vit("giant_patch14", **kwargs)

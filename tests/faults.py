@@ -50,24 +50,27 @@ class Run:
     Args:
         processes: how many share it; the batch stays the same.
         user: whose rights it takes.
+        restarts: how often torchrun starts it again by itself, without being told to resume.
         said: file for what it prints; beside its folder by default.
     """
 
     def __init__(
-        self, data: Path, out: Path, processes: int = 1, user: int | None = None, said: Path | None = None
-    ) -> None:
-        self.data, self.out, self.processes, self.user = data, out, processes, user
+        self, data: Path, out: Path, processes: int = 1, user: int | None = None, restarts: int = 0,
+        said: Path | None = None,
+    ) -> None:  # fmt: skip
+        self.data, self.out, self.processes, self.user, self.restarts = data, out, processes, user, restarts
         self.process: subprocess.Popen | None = None
         self.said = said or out.with_suffix(".said")
 
     def start(self) -> "Run":
         """Starts or continues it."""
-        launcher = [sys.executable] if self.processes == 1 else torchrun(self.processes)
+        launcher = [sys.executable] if self.processes == 1 else torchrun(self.processes, self.restarts)
         script = ["main_pretrain.py"] if self.user is None else ["-c", UNPRIVILEGED, str(self.user)]
         flags = [
             "--config", "recipes/pretrain_fashion_mnist.yaml", "--data_path", self.data, "--output_dir", self.out,
             "--epochs", EPOCHS, "--warmup_epochs", 1, "--batch_size", 32 // self.processes, "--num_workers", 0,
-            "--save_minutes", 0, "--save_every", 4, "--vis_every", 0, "--device", "cpu", "--resume", "auto",
+            "--save_minutes", 0, "--save_every", 4, "--vis_every", 0, "--device", "cpu",
+            *([] if self.restarts else ["--resume", "auto"]),
         ]  # fmt: skip
         with self.said.open("a") as said:
             self.process = subprocess.Popen(
@@ -182,6 +185,16 @@ class Faults:
             survived += ended not in (0, -1) and run.start().finish() == 0 and run.equals(whole)
         return [("one process of two killed", trials, survived)]
 
+    def restarts(self, trials: int = 4) -> list[tuple[str, int, int]]:
+        """One process of two is killed, and torchrun --max-restarts starts both again: nobody need do anything."""
+        whole, survived = self.undisturbed(2), 0
+        for number in range(trials):
+            run = Run(self.data, self.work / f"restarted{number}", 2, restarts=2).start()
+            run.wait_for("epoch 1 ")
+            os.kill(run.ranks()[number % 2], signal.SIGKILL)
+            survived += run.finish() == 0 and "resuming from" in run.said.read_text() and run.equals(whole)
+        return [("one process of two killed, torchrun --max-restarts", trials, survived)]
+
     def disk(self) -> list[tuple[str, int, int]]:
         """The disk fills up, and is freed an epoch later."""
         if os.geteuid() != 0:
@@ -269,7 +282,8 @@ class Faults:
 
 
 PARTS: dict[str, Callable[[Faults], list[tuple[str, int, int]]]] = {
-    part.__name__: part for part in (Faults.kills, Faults.ranks, Faults.disk, Faults.modes, Faults.damage)
+    part.__name__: part
+    for part in (Faults.kills, Faults.ranks, Faults.restarts, Faults.disk, Faults.modes, Faults.damage)
 }
 
 

@@ -41,8 +41,8 @@ def stop_after(monkeypatch, method, calls):
     """Makes the run die after so many calls of a saver's method, as a killed process would."""
     original, count = getattr(saver.Saver, method), iter(range(1, 1000))
 
-    def save_and_stop(self, *args):
-        original(self, *args)
+    def save_and_stop(self, *args, **options):
+        original(self, *args, **options)
         if next(count) == calls:
             self.close()  # what it had begun to write
             raise Stopped

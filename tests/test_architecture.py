@@ -9,7 +9,7 @@ from conftest import ROOT
 
 # A module, or a pattern of them -> what of this project it may import.
 ARROWS = {
-    r"submitit_\w+": r"main_\w+|util\.\w+",
+    r"submitit_\w+": r"main_\w+|util\.submit",
     r"main_\w+": r"engine_\w+|models_\w+|util\.\w+",
     r"engine_\w+": r"util\.\w+",
     r"models_build": r"models_(mae|vit)",
@@ -21,12 +21,15 @@ ARROWS = {
     r"inference\.\w+": r"inference\.\w+|models_\w+|util\.\w+",
     r"util\.loop": r"util\.(precision|runlog|lr_sched|dist|interrupts)",
     r"util\.cli": r"util\.(dist|interrupts)",
-    r"util\.options": r"util\.(flags|precision|weights)",
+    r"util\.submit": r"util\.(cli|flags|interrupts)",
+    r"util\.options": r"util\.(dist|flags|precision|weights)",
     r"util\.epochs": r"util\.(compiling|dist|interrupts|loop|lr_sched|precision|runfolder|runlog|runstate|saver)",
-    r"util\.runstate": r"util\.(checkpoint|dist)",
-    r"util\.saver": r"util\.(checkpoint|dist|interrupts|loop|runstate)",
-    r"util\.(runlog|runfolder|knn|published)": r"util\.dist",
-    r"util\.weights": r"util\.(dist|pos_embed|checkpoint|foreign|published)",
+    r"util\.runstate": r"util\.(checkpoint|dist|runfolder|sharded)",
+    r"util\.saver": r"util\.(checkpoint|dist|interrupts|loop|runstate|sharded)",
+    r"util\.sharded": r"util\.(checkpoint|cli|dist)",
+    r"util\.runfolder": r"util\.(checkpoint|dist)",
+    r"util\.(runlog|knn|published)": r"util\.dist",
+    r"util\.weights": r"util\.(dist|pos_embed|checkpoint|foreign|published|sharded)",
     r"util\.datasets": r"util\.(cli|flags|options|archives|decode|library_sets|loader|sources|transforms)",
     r"util\.resize": r"util\.(cli|flags|decode|loader|sources)",
     r"util\.labels": r"util\.(decode|library_sets|sources)",
@@ -90,7 +93,7 @@ def test_only_dist_reads_the_launchers_environment():
     for name, file in modules().items():
         if name != "util.dist":
             text = file.read_text(encoding="utf-8")
-            assert not re.search(r"""["'](RANK|WORLD_SIZE|LOCAL_RANK|MASTER_ADDR|SLURM_\w+)["']""", text), name
+            assert not re.search(r"""["'](RANK|WORLD_SIZE|LOCAL_RANK|MASTER_ADDR|SLURM_(?!CONF)\w+)["']""", text), name
 
 
 def test_layout_in_contributing_is_true():

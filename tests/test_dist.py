@@ -83,3 +83,61 @@ def test_two_processes_average_only_when_told(tmp_path):
     # Gradients 1 and 2 stay apart without a sync; the sync averages all that was gathered: (2 + 4) / 2.
     assert (tmp_path / "out0").read_text() == "0/2 1.0 3.0 0.5"
     assert (tmp_path / "out1").read_text() == "1/2 2.0 3.0 0.5"
+
+
+STEP = {
+    "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NODELIST": "gpu[03-04]",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2)", "SLURM_JOB_ID": "40017", "SLURM_STEP_ID": "0",
+}  # fmt: skip
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Sets variables; what is set beside them is taken back too."""
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    return os.environ.update
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("gpu[03-04]", "gpu03"), ("n1", "n1"), ("a1,b2", "a1"), ("c[7,9-10]", "c7"), ("x-0-1", "x-0-1")],
+)
+def test_srun_starts_processes_too(environment, nodes, first):
+    environment(STEP | {"SLURM_STEP_NODELIST": nodes})
+    dist._translate_srun()
+    assert {name: os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")} == {
+        "RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"
+    }  # fmt: skip
+    assert os.environ["MASTER_ADDR"] == first
+    assert 20000 <= int(os.environ["MASTER_PORT"]) < 40000
+
+
+def test_a_batch_script_or_a_shell_in_an_allocation_is_one_process(environment):
+    environment({"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "8"})
+    dist._translate_srun()
+    assert "WORLD_SIZE" not in os.environ
+    environment(STEP | {"SLURM_STEP_NUM_TASKS": "1"})  # the shell that salloc opens as a step
+    dist._translate_srun()
+    assert "WORLD_SIZE" not in os.environ
+
+
+def test_torchrun_within_a_step_counts(environment):
+    environment(STEP | {"WORLD_SIZE": "2", "RANK": "0"})
+    dist._translate_srun()
+    assert (os.environ["WORLD_SIZE"], os.environ["RANK"]) == ("2", "0")
+
+
+def test_backends(monkeypatch):
+    assert dist.init("cpu", backend="gloo") == torch.device("cpu")
+    with pytest.raises(ValueError, match="--dist_backend nccl connects GPUs, and the device is cpu"):
+        dist.init("cpu", backend="nccl")
+
+
+def test_a_launcher_that_starts_a_run_again(monkeypatch):
+    assert not dist.restarted()
+    for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"):
+        with monkeypatch.context() as again:
+            again.setenv(name, "0")
+            assert not dist.restarted()
+            again.setenv(name, "2")
+            assert dist.restarted()

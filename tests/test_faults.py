@@ -24,6 +24,10 @@ def test_killed_runs_lose_nothing(faults):
     assert faults.kills((1,)) == [("SIGKILL, 1 process", 3, 3)]
 
 
+def test_a_run_that_is_restarted_goes_on_by_itself(faults):
+    assert faults.restarts(1) == [("one process of two killed, torchrun --max-restarts", 1, 1)]
+
+
 def test_damaged_checkpoints_are_refused_or_equal(faults):
     assert all(trials == survived for _, trials, survived in faults.damage())
 

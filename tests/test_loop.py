@@ -173,7 +173,7 @@ def test_a_state_saved_in_between_counts_the_steps_on_their_way():
         def wish(self):
             return loop.Wish.SAVE
 
-        def save(self, epoch, steps_done, meters):
+        def save(self, epoch, steps_done, meters, alone=False):
             self.saved.append((steps_done, meters["batches"]))
 
     saver = Saves()

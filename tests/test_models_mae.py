@@ -31,6 +31,14 @@ def test_published_parameter_counts(name, count):
     assert getattr(models_mae, f"{name}_dec512d8b") is getattr(models_mae, name)
 
 
+def test_giant():
+    with torch.device("meta"):
+        model = models_mae.mae_vit_giant_patch14()
+    assert sum(p.numel() for p in model.parameters()) == 1_037_577_676
+    assert model.blocks[0].mlp.fc1.weight.shape == (6144, 1408)
+    assert model.decoder_blocks[0].mlp.fc1.weight.shape == (2048, 512)
+
+
 def block_keys(prefix: str) -> list[str]:
     return [
         f"{prefix}.{layer}.{kind}"

@@ -15,12 +15,19 @@ from models_vit import VisionTransformer
         ("vit_large_patch16", {"global_pool": True}, 304_326_632),
         ("vit_huge_patch14", {}, 632_045_800),
         ("vit_huge_patch14", {"img_size": 448, "global_pool": True}, 633_028_840),
+        ("vit_giant_patch14", {}, 1_012_611_432),
     ],
 )
 def test_published_parameter_counts(name, kwargs, count):
     with torch.device("meta"):
         model = getattr(models_vit, name)(**kwargs)
     assert sum(p.numel() for p in model.parameters()) == count
+
+
+def test_giant_is_timms():
+    with torch.device("meta"):
+        ours, theirs = models_vit.vit_giant_patch14(), timm.create_model("vit_giant_patch14_224")
+    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
 
 
 def test_published_keys():

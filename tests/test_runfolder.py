@@ -7,7 +7,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from util import runfolder
+from util import checkpoint, runfolder
 
 PRELUDE = f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path; from util import runfolder\n"
 
@@ -60,3 +60,14 @@ def test_a_folder_of_somebody_else(tmp_path):
     script = PRELUDE + f"os.seteuid(65534)\nwith runfolder.locked(Path({str(tmp_path)!r})): pass"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert "can't be written to (Permission denied): give another" in done.stderr
+
+
+def test_a_restarted_run_goes_on_from_its_newest_state(monkeypatch, tmp_path):
+    other = "other/checkpoint-7.pth"
+    assert [runfolder.chosen(tmp_path, resume) for resume in ("", other, "auto")] == ["", other, "auto"]
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert [runfolder.chosen(tmp_path, resume) for resume in ("", other, "auto")] == ["auto", other, "auto"]
+    (tmp_path / "log.txt").touch()
+    runfolder.prepare(tmp_path, "")  # its own, though it has no state yet
+    checkpoint.write({"epoch": 0}, tmp_path / "checkpoint-0.pth")
+    assert runfolder.chosen(tmp_path, other) == "auto"

@@ -1,7 +1,8 @@
 """Our own files: written whole or not at all, verified when read.
 
 A checkpoint holds {model, optimizer, epoch, scaler, args} as the published code's files do, and beside them `progress`,
-`rng` and `digest`. There is nothing but dicts, lists, tensors and plain values in it.
+`rng` and `digest`. There is nothing but dicts, lists, tensors and plain values in it. That of a sharded run is a
+folder (`util.sharded`), of which `state.pth` is such a file, without the tensors.
 """
 
 import argparse
@@ -19,6 +20,8 @@ import torch
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
+
+STATE = "state.pth"  # in a sharded state's folder
 
 
 class CheckpointError(ValueError):
@@ -100,16 +103,18 @@ def snapshot(value: Any) -> Any:
 def read(path: Path | str) -> dict[str, Any]:
     """Reads a checkpoint of anybody's; nothing in it is executed, and ours must match their digest.
 
-    Files of the published code are read too, whose `args` are an argparse.Namespace.
+    Files of the published code are read too, whose `args` are an argparse.Namespace. Of a sharded state's folder the
+    tensors stay on the disk: `folder` tells where.
 
     Raises:
         CheckpointError: no such file, damaged, or holding anything but tensors and plain values.
     """
-    state = _load(Path(path))
+    path = Path(path)
+    state = _load(path / STATE if path.is_dir() else path)
     digest = state.pop("digest", None)
     if digest is not None and digest != compute_digest(state):
         raise CheckpointError(f"{path} is damaged: its content does not match its digest")
-    return state
+    return {**state, "folder": str(path)} if path.is_dir() else state
 
 
 def read_newest(folder: Path) -> dict[str, Any] | None:
@@ -118,9 +123,11 @@ def read_newest(folder: Path) -> dict[str, Any] | None:
     The files' times do not count: copying a folder changes them.
     """
     reached = []
-    for path in sorted(folder.glob("checkpoint-*.pth")):
+    for path in checkpoints(folder):
         try:
-            state = _load(path, mmap=True)  # names and plain values are read, tensors only if they are looked at
+            state = _load(
+                path / STATE if path.is_dir() else path, mmap=True
+            )  # names and plain values are read, tensors only if they are looked at
             progress = state.get("progress") or {"epoch": state["epoch"] + 1, "images_done": 0}
             reached.append((progress["epoch"], progress["images_done"], path))
         except (CheckpointError, KeyError, TypeError) as error:
@@ -135,6 +142,12 @@ def read_newest(folder: Path) -> dict[str, Any] | None:
         return state
     logger.info(f"--resume auto: no checkpoint in {folder}, starting from the beginning")
     return None
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The states in a run's folder: files, and folders of sharded runs."""
+    found = [*folder.glob("checkpoint-*.pth"), *(p.parent for p in folder.glob("checkpoint-*/" + STATE))]
+    return sorted([*found, *(p.parent for p in folder.glob(".checkpoint-*.old/" + STATE))])  # a crash left these
 
 
 def _load(path: Path, mmap: bool = False) -> dict[str, Any]:

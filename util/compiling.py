@@ -4,6 +4,7 @@ import logging
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 logger = logging.getLogger(__name__)
 
@@ -20,5 +21,10 @@ def compile_model(model: nn.Module, device: torch.device) -> None:
         need = "Triton" if device.type == "cuda" else "a C++ compiler and Python's headers (g++, python3-dev)"
         logger.warning(f"--compile needs {need}, and works not here ({reason}): training goes on without it")
         return
-    model.compile(fullgraph=True, dynamic=False)
+    if isinstance(model, FSDPModule):  # weights come and go between its units, around what can be one graph
+        for unit in model.modules():
+            if isinstance(unit, FSDPModule) and unit is not model:
+                unit.forward = torch.compile(unit.forward, fullgraph=True, dynamic=False)
+    else:
+        model.compile(fullgraph=True, dynamic=False)
     logger.info("--compile: the first step, and the first evaluation, take a minute or more")

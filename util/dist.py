@@ -1,19 +1,27 @@
 """Processes and devices: the only reader of the launcher's environment variables.
 
 One process needs no launcher. Several are started by torchrun, which sets RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and
-MASTER_PORT. Every function here works in one process too, where it does nothing.
+MASTER_PORT, or by Slurm's srun, whose variables are translated to these. Every function here works in one process too,
+where it does nothing.
 """
 
 import contextlib
 import gc
 import os
+import re
+from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as td
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+
+BACKENDS = ("auto", "nccl", "gloo")
 
 
 def choose_device(name: str) -> torch.device:
@@ -54,23 +62,60 @@ def _launched(variable: str, default: int | None = None) -> int:
     return int(value)
 
 
-def init(device_name: str, dist_url: str = "env://", timeout: float = 600) -> torch.device:
+def _translate_srun() -> None:
+    """Sets torchrun's variables from those of an srun step of several tasks.
+
+    A batch script, or a shell that salloc opened, is no such step, and its program stays one process.
+    """
+    slurm = os.environ
+    if "WORLD_SIZE" in slurm or int(slurm.get("SLURM_STEP_NUM_TASKS", 1)) == 1:
+        return
+    # "n[03-04,7]" or "a1,b2": where rank 0 runs
+    name = re.match(r"([^\[,]+)(?:\[(\d+))?", slurm["SLURM_STEP_NODELIST"])
+    tasks_by_node = re.match(r"\d+", slurm["SLURM_STEP_TASKS_PER_NODE"])
+    assert name and tasks_by_node, "Slurm's documented formats"
+    translated = {
+        "RANK": slurm["SLURM_PROCID"],
+        "LOCAL_RANK": slurm["SLURM_LOCALID"],
+        "WORLD_SIZE": slurm["SLURM_STEP_NUM_TASKS"],
+        "LOCAL_WORLD_SIZE": tasks_by_node[0],
+        "MASTER_ADDR": name[1] + (name[2] or ""),
+        "MASTER_PORT": str(20000 + (int(slurm["SLURM_JOB_ID"]) + int(slurm["SLURM_STEP_ID"])) % 20000),
+    }
+    for variable, value in translated.items():
+        slurm.setdefault(variable, value)
+
+
+def restarted() -> bool:
+    """Whether a launcher starts this run again: torchrun after a failure (--max-restarts), Slurm after a requeue."""
+    return any(int(os.environ.get(name) or 0) > 0 for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+
+
+def init(device_name: str, dist_url: str = "env://", timeout: float = 600, backend: str = "auto") -> torch.device:
     """Joins the process group if a launcher started several processes; returns this process's device.
 
     Args:
         timeout: seconds that a process waits for the others, before it takes one of them for dead and ends.
+        backend: of BACKENDS; auto is nccl for GPUs, else gloo.
+
+    Raises:
+        ValueError: nccl without a GPU.
     """
+    _translate_srun()
     device = choose_device(device_name)
+    if backend == "nccl" and device.type != "cuda":
+        raise ValueError(f"--dist_backend nccl connects GPUs, and the device is {device.type}: give gloo or auto")
     world_size = _launched("WORLD_SIZE", 1)
     if world_size > 1:
-        backend = "nccl" if device.type == "cuda" else "gloo"
+        if backend == "auto":
+            backend = "nccl" if device.type == "cuda" else "gloo"
         td.init_process_group(
             backend,
             init_method=dist_url,
             timeout=timedelta(seconds=timeout),
             rank=_launched("RANK"),
             world_size=world_size,
-            device_id=device if device.type == "cuda" else None,
+            device_id=device if backend == "nccl" else None,
         )
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -127,6 +172,12 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
+def new_host_group() -> td.ProcessGroup | None:
+    """A group of all processes for what a thread of each has to tell the others, whatever the training says."""
+    group = td.new_group(backend="gloo") if td.is_initialized() else None
+    return group if isinstance(group, td.ProcessGroup) else None
+
+
 def share_buffers(model: nn.Module) -> None:
     """Gives every process the buffers of rank 0, which are those that are saved."""
     if td.is_initialized():
@@ -134,9 +185,53 @@ def share_buffers(model: nn.Module) -> None:
             td.broadcast(buffer, 0)
 
 
-def wrap(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model as DistributedDataParallel where there are several processes, else itself."""
+def shard(model: nn.Module, units: Iterable[nn.Module], dtype: torch.dtype | None, method: str) -> None:
+    """Leaves each process its part of the weights, and so of gradients and optimizer states (FSDP2), in place.
+
+    Each unit's weights come together while it computes; what is in no unit stays together from forward to backward.
+
+    Args:
+        model: on its device; every process gets the weights of rank 0.
+        units: its blocks.
+        dtype: in which the weights of units travel between GPUs, fp32 if None. Gradients are averaged in fp32.
+        method: of the model, besides a call, that computes with its weights.
+
+    Raises:
+        ValueError: there is one process only, or the type is fp16, which would need a scale common to all.
+    """
+    if dtype is torch.float16:
+        raise ValueError("--fsdp goes with --amp bf16 or off, not with fp16")
     if world_size() == 1:
+        raise ValueError("--fsdp shares the weights among processes, and there is one: start several with torchrun")
+    for tensor in (*model.parameters(), *model.buffers()):
+        td.broadcast(tensor.detach(), 0)
+    kind = next(model.parameters()).device.type
+    mesh = init_device_mesh(kind, (world_size(),))
+    # Activations keep the type that autocast gives them, as without sharding; so LayerNorm gets fp32 and weights of
+    # another type, which a CPU's does not take.
+    travels_as = dtype if kind == "cuda" else None
+    policy = MixedPrecisionPolicy(param_dtype=travels_as, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for unit in units:
+        fully_shard(unit, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh)
+    register_fsdp_forward_method(model, method)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether `shard` has had the model."""
+    return isinstance(model, FSDPModule)
+
+
+def placed_as(tensor: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, the same in every process, cut as another one is; itself where it is cut, or that is whole."""
+    if not isinstance(like, DTensor) or isinstance(tensor, DTensor):
+        return tensor
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def wrap(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model as DistributedDataParallel where there are several processes, else itself; it may be sharded."""
+    if world_size() == 1 or is_sharded(model):
         return model
     device_ids = [device.index] if device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
@@ -144,6 +239,8 @@ def wrap(model: nn.Module, device: torch.device) -> nn.Module:
 
 def gradient_sync(model: nn.Module, enabled: bool) -> contextlib.AbstractContextManager[None]:
     """Around a backward pass: whether gradients are averaged over the processes (once an accumulation group)."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(enabled)
     if enabled or not isinstance(model, DistributedDataParallel):
         return contextlib.nullcontext()
     return model.no_sync()

@@ -63,7 +63,7 @@ def run(
     collect = partial(runstate.collect, model, optimizer, precision.scaler, dict(settings))
     interrupts = Interrupts()
     saver = open_saver(
-        interrupts, output_dir, collect, progress,
+        interrupts, output_dir, collect, progress, dist.is_sharded(model),
         epochs=args.epochs, save_every=args.save_every, save_minutes=args.save_minutes, keep_last=args.keep_last,
     )  # fmt: skip
     if args.compile:
@@ -97,7 +97,7 @@ def run(
                 due = (epoch + 1) % settings.get("eval_every", 1) == 0 or epoch + 1 == args.epochs
                 found = after_epoch(epoch, log) if due else {}
             except Exception:  # an image that can't be read, say: the epoch is not lost, and evaluated when resumed
-                saver.save(epoch, len(batches), meters.state_dict())
+                saver.save(epoch, len(batches), meters.state_dict(), alone=True)
                 raise
             # The line first: a run stopped between the two writes that epoch, and its line, again.
             log.end_epoch(meters.means() | found | batches.counts())

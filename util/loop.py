@@ -40,8 +40,8 @@ class BetweenSteps(Protocol):
     def wish(self) -> Wish:
         """What this process wants, asked after every step."""
 
-    def save(self, epoch: int, steps_done: int, meters: dict[str, Any]) -> None:
-        """Saves the state after so many batches of an epoch."""
+    def save(self, epoch: int, steps_done: int, meters: dict[str, Any], alone: bool = False) -> None:
+        """Saves the state after so many batches of an epoch; `alone` if other processes may not do so."""
 
     def stop(self) -> None:
         """Ends the run, in all processes, once the state is on the disk."""
@@ -118,8 +118,8 @@ def run_epoch(
     wishes = torch.eye(len(Wish), device=precision.device)
     model.train()
 
-    def save(done: int) -> None:
-        saver.save(epoch, done, pending.meters_with_all().state_dict())
+    def save(done: int, alone: bool = False) -> None:
+        saver.save(epoch, done, pending.meters_with_all().state_dict(), alone)
 
     def read(keep: int, done: int) -> Wish:
         return pending.read(keep, lambda state: saver.save_emergency(epoch, done, state))
@@ -160,7 +160,7 @@ def run_epoch(
         raise
     except Exception:  # a bad image, a loading process that was killed, no memory: no step is lost by it
         if epoch or whole:
-            save(whole)
+            save(whole, alone=True)
         raise
 
 

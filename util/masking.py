@@ -116,3 +116,8 @@ def grid_mask(batch_size: int, grid_size: tuple[int, int], step: int = 2) -> Ten
 def num_kept(num_patches: int, mask_ratio: float) -> int:
     """How many patches stay. The truncation of floating-point error (100 patches at .9 keep 9) is the published one."""
     return int(num_patches * (1 - mask_ratio))
+
+
+def take(x: Tensor, ids: Tensor) -> Tensor:
+    """Of each image's tokens (B, N, D) those with the numbers (B, n), in their order: (B, n, D)."""
+    return torch.gather(x, 1, ids.unsqueeze(-1).expand(-1, -1, x.shape[2]))

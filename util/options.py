@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
+from util.dist import BACKENDS
 from util.flags import Size, add_switch, non_negative, positive, positive_int, positive_share, ratio, seed, share
 from util.precision import AMP_CHOICES
 from util.weights import ADAPT_CHOICES
@@ -183,6 +184,9 @@ def add_pretrain_options(parser: argparse.ArgumentParser) -> None:
         "--decoder_depth", type=positive_int, metavar="N", help="blocks of the decoder; None is the model's own"
     )
     _add_recompute_option(group)
+    group.add_argument(
+        "--fsdp", action="store_true", help="share weights, gradients and optimizer states among processes (FSDP2)"
+    )
     add_switch(group, "norm_pix_loss", False, "predict patches normalised by their own mean and variance")
     _add_crop_options(group, [0.2, 1.0])
     add_switch(
@@ -328,13 +332,16 @@ def _add_crop_options(group: argparse._ArgumentGroup, crop_scale: list[float]) -
 
 def add_distributed_options(parser: argparse.ArgumentParser) -> None:
     """Flags of launchers. Ranks and counts come from the environment that torchrun sets."""
-    group = parser.add_argument_group("several processes (start with torchrun)")
+    group = parser.add_argument_group("several processes (start with torchrun, srun or submitit_*.py)")
     group.add_argument("--world_size", default=1, type=int, help="taken from the launcher; accepted for old scripts")
     group.add_argument(
         "--local_rank", "--local-rank", default=-1, type=int, help="taken from the launcher; accepted for old scripts"
     )
     group.add_argument("--dist_on_itp", action="store_true", help="without effect; accepted for old scripts")
     group.add_argument("--dist_url", default="env://", help="where the processes meet")
+    group.add_argument(
+        "--dist_backend", default="auto", choices=BACKENDS, help="how they talk; auto: nccl for GPUs, else gloo"
+    )
     group.add_argument(
         "--dist_timeout", default=600, type=positive, metavar="S",
         help="seconds that a process waits for the others before it takes one of them for dead and ends",

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 AMP_CHOICES = ("auto", "bf16", "fp16", "off")
@@ -71,6 +72,8 @@ class Precision:
         norm = torch.nn.utils.get_total_norm(gradients)
         if clip_grad is not None:
             torch.nn.utils.clip_grads_with_norm_(_parameters(optimizer), clip_grad, norm)
+        if isinstance(norm, DTensor):  # of sharded gradients
+            norm = norm.full_tensor()
         if self.scaler.is_enabled():
             self.scaler.step(optimizer)  # looks at its own found_inf
         else:

@@ -9,11 +9,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from util import dist
+from util import checkpoint, dist
 
 logger = logging.getLogger(__name__)
 
 LOCK = "run.lock"
+
+
+def chosen(output_dir: Path, resume: str) -> str:
+    """What to resume from: as told, but the newest state where a launcher starts this run again."""
+    if dist.restarted() and (not resume or checkpoint.checkpoints(output_dir)):
+        return "auto"
+    return resume
 
 
 def prepare(output_dir: Path, resume: str) -> None:
@@ -23,9 +30,11 @@ def prepare(output_dir: Path, resume: str) -> None:
         ValueError: it holds a run, and `resume` is neither "auto" nor a file of it.
         OSError: it can't be made.
     """
+    resume = chosen(output_dir, resume)
     continues = resume == "auto" or (resume and Path(resume).resolve().parent == output_dir.resolve())
     if dist.is_main() and not continues:
-        holds = sorted(p.name for p in output_dir.glob("*") if p.name == "log.txt" or p.suffix == ".pth")
+        files = [path.name for path in output_dir.glob("*") if path.name == "log.txt" or path.suffix == ".pth"]
+        holds = sorted({*files, *(path.name for path in checkpoint.checkpoints(output_dir))})
         if holds:
             raise ValueError(
                 f"--output_dir {output_dir} already holds a run ({', '.join(holds[:3])}): continue it with "

@@ -8,17 +8,18 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from util import checkpoint, dist
+from util import checkpoint, dist, runfolder, sharded
 from util.checkpoint import CheckpointError
 
 logger = logging.getLogger(__name__)
 
 # Settings that a resumed run may change without being another run.
 FREE_SETTINGS = {
-    "accum_iter", "batch_size", "compile", "config", "data_path", "debug", "device", "dist_eval", "dist_on_itp",
-    "dist_timeout", "dist_url", "download", "eval", "finetune", "grad_checkpointing", "init_from", "keep_last",
-    "local_rank", "log_dir", "num_workers", "on_bad_image", "output_dir", "pin_mem", "report", "resume", "save_every",
-    "save_minutes", "start_epoch", "train_list", "val_list", "vis_every", "world_size",
+    "accum_iter", "batch_size", "compile", "config", "data_path", "debug", "device", "dist_backend", "dist_eval",
+    "dist_on_itp", "dist_timeout", "dist_url", "download", "eval", "finetune", "fsdp", "grad_checkpointing",
+    "init_from", "keep_last", "local_rank", "log_dir", "num_workers", "on_bad_image", "output_dir", "pin_mem",
+    "report", "resume", "save_every", "save_minutes", "start_epoch", "train_list", "val_list", "vis_every",
+    "world_size",
 }  # fmt: skip
 
 
@@ -115,15 +116,18 @@ def resume(
     Raises:
         CheckpointError: the file can't be read, holds weights only, or is of another architecture or effective batch.
     """
+    which = runfolder.chosen(output_dir, which)
     state = checkpoint.read_newest(output_dir) if which == "auto" else checkpoint.read(which) if which else None
     if state is not None:
-        missing = {"model", "optimizer", "epoch"} - state.keys()
+        missing = {"optimizer", "epoch", *(["model"] if "folder" not in state else [])} - state.keys()
         if missing:
             raise CheckpointError(
                 f"--resume {which}: it has no {' and no '.join(sorted(missing))}, so that no run can be continued from "
                 f"it; its weights alone can be taken (--init_from in pre-training, else --finetune or --eval)"
             )
         progress.restore(state)
+        if "folder" in state:
+            state = sharded.fill(state, model, optimizer)
         restore_model(model, state)
         restore_optimizer(optimizer, state["optimizer"])
         if scaler.is_enabled() and state.get("scaler"):
@@ -156,7 +160,7 @@ def restore_model(model: nn.Module, state: dict[str, Any]) -> None:
             f"({', '.join(differing[:3])}, ...). Give the settings that it was made with: "
             f"{' '.join(told) or 'the file does not tell them'}"
         )
-    model.load_state_dict(weights)
+    model.load_state_dict({name: dist.placed_as(weights[name], like) for name, like in ours.items()})
 
 
 def restore_optimizer(optimizer: Optimizer, saved: dict[str, Any]) -> None:
@@ -168,7 +172,17 @@ def restore_optimizer(optimizer: Optimizer, saved: dict[str, Any]) -> None:
         {**ours, "params": group["params"]}
         for group, ours in zip(saved["param_groups"], optimizer.param_groups, strict=True)
     ]
-    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+    def place(value: Any, parameter: Tensor) -> Any:
+        is_moment = isinstance(value, Tensor) and value.shape == parameter.shape
+        return dist.placed_as(value, parameter) if is_moment else value
+
+    state = {
+        number: {name: place(value, parameters[number]) for name, value in moments.items()}
+        for number, moments in saved["state"].items()
+    }
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def _restore_rng(rng: dict[str, Tensor]) -> None:

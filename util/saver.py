@@ -2,11 +2,12 @@
 
 `checkpoint-{epoch}.pth` is the state after an epoch, counted from 0; `checkpoint-last.pth` the newest one, also in the
 middle of an epoch; `checkpoint-best.pth` that of the best accuracy; `checkpoint-emergency.pth` that of a run that ended
-on an error.
+on an error. Those of a sharded run are folders, named without `.pth`.
 """
 
 import logging
 import math
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from util import checkpoint, dist
+from util import checkpoint, dist, sharded
 from util.interrupts import Interrupted, Interrupts
 from util.loop import Wish
 from util.runstate import Progress
@@ -39,8 +40,12 @@ class NullSaver:
         """What this process wants to happen after this step."""
         return Wish.STOP if self.interrupts.pending else Wish.NOTHING
 
-    def save(self, epoch: int, steps_done: int, meters: dict[str, Any]) -> None:
-        """Saves the rolling state after so many batches of an epoch."""
+    def save(self, epoch: int, steps_done: int, meters: dict[str, Any], alone: bool = False) -> None:
+        """Saves the rolling state after so many batches of an epoch.
+
+        Args:
+            alone: other processes may be gone, or do something else.
+        """
 
     def save_epoch(self, epoch: int, accuracy: float | None = None) -> None:
         """Saves the milestone of a finished epoch, if it is one, and the best state, if its accuracy is that."""
@@ -101,7 +106,7 @@ class Saver(NullSaver):
         self.next_save = math.inf  # until that wish is fulfilled
         return max(super().wish(), Wish.SAVE)
 
-    def save(self, epoch: int, steps_done: int, meters: dict[str, Any]) -> None:
+    def save(self, epoch: int, steps_done: int, meters: dict[str, Any], alone: bool = False) -> None:
         self._write([LAST], epoch, steps_done, meters)
 
     def save_epoch(self, epoch: int, accuracy: float | None = None) -> None:
@@ -141,10 +146,15 @@ class Saver(NullSaver):
     def _put_down(self, state: dict[str, Any], paths: list[Path]) -> Path:
         """Runs beside the training."""
         checkpoint.write(state, *paths)
-        if self.keep_last:
-            for path in milestones(self.output_dir)[: -self.keep_last]:
-                path.unlink(missing_ok=True)
+        self._remove_old()
         return paths[0]
+
+    def _remove_old(self) -> None:
+        for path in milestones(self.output_dir)[: -self.keep_last] if self.keep_last else []:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
     def _finish(self, otherwise: str | None = None) -> Path | None:
         """Waits for what is being written. If it failed, `otherwise` ends the warning; without it, it is an error."""
@@ -163,9 +173,36 @@ class Saver(NullSaver):
         return path
 
 
+class ShardedSaver(Saver):
+    """The saver of each process of a sharded run: all write their part, beside the training, when rank 0 wishes so.
+
+    A process that fails on its own can't save: the state of the last save stands.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.group = dist.new_host_group()
+
+    def wish(self) -> Wish:
+        if not dist.is_main():
+            self.next_save = math.inf
+        return super().wish()
+
+    def save(self, epoch: int, steps_done: int, meters: dict[str, Any], alone: bool = False) -> None:
+        if not alone:
+            super().save(epoch, steps_done, meters)
+
+    def _put_down(self, state: dict[str, Any], paths: list[Path]) -> Path:
+        folders = [path.with_suffix("") for path in paths]
+        sharded.write(state, *folders, group=self.group)
+        if dist.is_main():
+            self._remove_old()
+        return folders[0]
+
+
 def milestones(output_dir: Path) -> list[Path]:
     """The checkpoints of whole epochs, oldest first."""
-    found = [(int(path.stem[11:]), path) for path in output_dir.glob("checkpoint-*.pth") if path.stem[11:].isdecimal()]
+    found = [(int(path.stem[11:]), path) for path in checkpoint.checkpoints(output_dir) if path.stem[11:].isdecimal()]
     return [path for _, path in sorted(found)]
 
 
@@ -174,7 +211,10 @@ def open_saver(
     output_dir: Path,
     collect: Callable[[], dict[str, Any]],
     progress: Progress,
+    is_sharded: bool,
     **options: Any,
 ) -> NullSaver:
-    """The saver of this process: a `Saver` on rank 0, a `NullSaver` elsewhere."""
+    """The saver of this process: a `Saver` on rank 0, a `NullSaver` elsewhere; each has its part of a sharded run."""
+    if is_sharded:
+        return ShardedSaver(interrupts, output_dir, collect, progress, **options)
     return Saver(interrupts, output_dir, collect, progress, **options) if dist.is_main() else NullSaver(interrupts)

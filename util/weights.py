@@ -13,7 +13,7 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
-from util import checkpoint, dist, published
+from util import checkpoint, dist, published, sharded
 from util.checkpoint import CheckpointError
 from util.foreign import to_ours
 from util.pos_embed import interpolate_pos_embed, to_pair
@@ -83,7 +83,10 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _read_folder(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """As `_read_file`, of a folder that transformers or `save_pretrained` of ours has written."""
+    """As `_read_file`, of a folder that transformers, `save_pretrained` of ours, or a sharded run has written."""
+    if (path / checkpoint.STATE).is_file():
+        state = sharded.gather(path)
+        return state["model"], state["args"]
     file = next((path / name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).is_file()), None)
     if file is None:
         raise CheckpointError(f"{path} is a folder without model.safetensors or pytorch_model.bin: give a file")

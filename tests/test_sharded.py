@@ -1,0 +1,219 @@
+"""Runs with their states shared out (--fsdp): the same losses, and states that nobody loses."""
+
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, torchrun
+from faults import Run
+from mains import in_processes, lines
+
+from models_mae import mae_vit_mini_patch4
+from util import checkpoint, dist, runstate, saver, sharded, weights
+from util.checkpoint import CheckpointError
+
+# 24 images are one step of an epoch, so that log.txt has the loss of each of 50 steps.
+STEPS = ("--epochs", 50, "--save_every", 20)
+
+
+def losses(out):
+    return {line["epoch"]: line["train_loss"] for line in lines(out)}
+
+
+def relative_error(out, whole):
+    theirs = losses(whole)
+    return max(abs(loss / theirs[epoch] - 1) for epoch, loss in losses(out).items())
+
+
+@pytest.fixture(scope="module")
+def whole(pictures, tmp_path_factory):
+    """A run of one process."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    in_processes(1, pictures, out, "--batch_size", 24, *STEPS)
+    return out
+
+
+@pytest.fixture(scope="module")
+def shared(pictures, tmp_path_factory):
+    """The same run, sharded over two processes."""
+    out = tmp_path_factory.mktemp("shared") / "run"
+    in_processes(2, pictures, out, "--batch_size", 12, "--fsdp", *STEPS)
+    return out
+
+
+@pytest.mark.parametrize("flags", [("--batch_size", 12), ("--batch_size", 4, "--accum_iter", 3)])
+def test_ddp_has_the_losses_of_one_process(flags, whole, pictures, tmp_path):
+    in_processes(2, pictures, tmp_path / "run", *flags, *STEPS)
+    assert len(losses(tmp_path / "run")) == 50
+    assert relative_error(tmp_path / "run", whole) < 1e-5
+
+
+def test_sharded_has_the_losses_of_one_process(shared, whole):
+    assert len(losses(shared)) == 50
+    assert relative_error(shared, whole) < 1e-5
+    assert [path.name for path in checkpoint.checkpoints(shared)] == [f"checkpoint-{n}" for n in (0, 20, 40, 49)]
+
+
+def test_a_sharded_state_is_continued_by_one_process(shared, whole, pictures, tmp_path):
+    flags = ("--batch_size", 24, "--resume", shared / "checkpoint-20", *STEPS)
+    in_processes(1, pictures, tmp_path / "run", *flags)
+    assert min(losses(tmp_path / "run")) == 21
+    assert relative_error(tmp_path / "run", whole) < 1e-5
+
+
+def test_any_state_is_continued_sharded_in_bf16_with_accumulation(shared, whole, pictures, tmp_path):
+    for name, state in (("plain", whole / "checkpoint-40.pth"), ("shared", shared / "checkpoint-40")):
+        flags = ("--batch_size", 4, "--accum_iter", 3, "--fsdp", "--clip_grad", 5, "--resume", state, *STEPS)
+        in_processes(2, pictures, tmp_path / name, "--grad_checkpointing", "--amp", "bf16", *flags)
+        assert min(losses(tmp_path / name)) == 41
+        assert relative_error(tmp_path / name, whole) < 1e-2  # bf16 beside fp32
+    assert losses(tmp_path / "plain") == pytest.approx(losses(tmp_path / "shared"), rel=1e-3)
+
+
+def test_the_command_makes_a_plain_checkpoint(shared, whole, tmp_path):
+    file = tmp_path / "plain.pth"
+    command = [sys.executable, "-m", "util.sharded", shared / "checkpoint-49", file]
+    said = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    assert f"{file}: continue it with --resume" in said.stdout
+    assert said.stderr == ""
+    ours, theirs = checkpoint.read(file), checkpoint.read(whole / "checkpoint-49.pth")
+    assert ours.keys() == theirs.keys()
+    assert list(ours["model"]) == list(theirs["model"])
+    assert ours["progress"].keys() == theirs["progress"].keys()
+    for name, weight in theirs["model"].items():
+        torch.testing.assert_close(ours["model"][name], weight, rtol=1e-3, atol=1e-3)
+    moments, expected = ours["optimizer"]["state"], theirs["optimizer"]["state"]
+    assert moments.keys() == expected.keys()
+    assert all(moments[n][k].shape == expected[n][k].shape for n in expected for k in expected[n])
+    mae_vit_mini_patch4(img_size=16).load_state_dict(ours["model"])
+    with pytest.raises(CheckpointError, match="is a plain checkpoint already"):
+        sharded.gather(file)
+
+
+def test_weights_are_taken_from_folders_too(shared):
+    file = weights.read(shared / "checkpoint-49")
+    assert (file.kind, file.settings["model"]) == ("encoder and decoder", "mae_vit_mini_patch4")
+    weights.init_mae(mae_vit_mini_patch4(img_size=16), file)
+
+
+def test_stopped_sharded_runs_go_on(shared, pictures, tmp_path):
+    """By SIGTERM, then with all processes killed; the newest state is found among folders, and old ones are removed."""
+    out, flags = tmp_path / "run", ("--batch_size", 12, "--fsdp", "--save_minutes", 0, *STEPS, "--keep_last", 2)
+    command = [*torchrun(2), "main_pretrain.py", "--data_path", pictures, "--output_dir", out,
+               "--model", "mae_vit_mini_patch4", "--input_size", 16, "--warmup_epochs", 1, "--blr", 0.01,
+               "--num_workers", 0, "--device", "cpu", "--vis_every", 0, *flags]  # fmt: skip
+    for signum, epochs in ((signal.SIGTERM, 10), (signal.SIGKILL, 25)):
+        run = Run(pictures, out, 2)
+        run.process = process = subprocess.Popen([*map(str, command), "--resume", "auto"], cwd=ROOT)
+        ends = time.monotonic() + 120
+        while time.monotonic() < ends and not ((out / "log.txt").exists() and len(lines(out)) >= epochs):
+            time.sleep(0.02)
+        if signum == signal.SIGKILL:
+            assert run.kill()
+        else:
+            process.terminate()
+            assert process.wait(60) != 0
+    in_processes(2, pictures, out, *flags, "--resume", "auto")
+    assert losses(out) == losses(shared)
+    assert saver.milestones(out) == [out / "checkpoint-40", out / "checkpoint-49"]
+    ours, theirs = sharded.gather(out / "checkpoint-49"), sharded.gather(shared / "checkpoint-49")
+    assert all(torch.equal(ours["model"][name], theirs["model"][name]) for name in theirs["model"])
+
+
+def test_damaged_and_malicious_states_are_refused(shared, tmp_path):
+    folder = tmp_path / "checkpoint-0"
+    files = [path.name for path in (shared / "checkpoint-0").iterdir()]
+    assert len(files) == 4  # two processes' tensors, their description, the rest
+    for name in files:
+        shutil.copytree(shared / "checkpoint-0", folder)
+        damaged = bytearray((folder / name).read_bytes())
+        damaged[len(damaged) // 2] ^= 1
+        (folder / name).write_bytes(damaged)
+        with pytest.raises(CheckpointError, match="damaged"):
+            sharded.gather(folder)
+        (folder / name).unlink()
+        with pytest.raises(CheckpointError, match=r"damaged|there is no checkpoint"):
+            sharded.gather(folder)
+        shutil.rmtree(folder)
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, (os.environ["EVIL"],)
+
+
+@pytest.mark.parametrize("content", [Evil(), {"x": Evil()}, print, shutil.rmtree, torch.load])
+def test_descriptions_execute_nothing(content, shared, tmp_path, monkeypatch):
+    """Even those whose digest is right."""
+    monkeypatch.setenv("EVIL", str(tmp_path / "done"))
+    folder = tmp_path / "checkpoint-0"
+    shutil.copytree(shared / "checkpoint-0", folder)
+    (folder / ".metadata").write_bytes(pickle.dumps(content))
+    state = checkpoint.read(folder)
+    state["files"] |= sharded._digests([folder / ".metadata"])
+    checkpoint.write({name: value for name, value in state.items() if name != "folder"}, folder / "state.pth")
+    with pytest.raises(CheckpointError, match=r"is refused.*Nothing in it was executed"):
+        sharded.gather(folder)
+    assert not (tmp_path / "done").exists()
+
+
+def test_a_crash_while_a_folder_is_put_in_place(shared, tmp_path):
+    """The one before is found under its other name, and what is not complete is not found."""
+    shutil.copytree(shared / "checkpoint-20", tmp_path / ".checkpoint-last.old")
+    shutil.copytree(shared / "checkpoint-40", tmp_path / ".checkpoint-last.tmp")
+    (tmp_path / "checkpoint-49").mkdir()
+    assert checkpoint.read_newest(tmp_path)["epoch"] == 20
+    sharded._put_in_place(tmp_path / ".checkpoint-last.tmp", tmp_path / "checkpoint-last")
+    assert checkpoint.read_newest(tmp_path)["epoch"] == 40
+    assert not (tmp_path / ".checkpoint-last.old").exists()
+
+
+def test_what_is_said(shared, pictures, tmp_path):
+    with pytest.raises(ValueError, match="--fsdp shares the weights among processes, and there is one"):
+        dist.shard(mae_vit_mini_patch4(), [], None, "reconstruct")
+    with pytest.raises(ValueError, match="--fsdp goes with --amp bf16 or off"):
+        dist.shard(mae_vit_mini_patch4(), [], torch.float16, "reconstruct")
+    model = mae_vit_mini_patch4(img_size=32)
+    optimizer = torch.optim.AdamW(model.parameters())
+    settings = {"model": "mae_vit_mini_patch4"}
+    with pytest.raises(CheckpointError, match="another architecture"):
+        runstate.resume(str(shared / "checkpoint-0"), tmp_path, model, optimizer, torch.amp.GradScaler("cpu"),
+                        settings, runstate.Progress(24, 24, num_images=24))  # fmt: skip
+
+
+HELD = """
+import sys, torch, models_mae
+from util import dist
+from util.precision import Precision
+device = dist.init("cpu")
+model = models_mae.mae_vit_base_patch16()
+if sys.argv[1] == "fsdp":
+    dist.shard(model, [*model.blocks, *model.decoder_blocks], None, "reconstruct")
+wrapped = dist.wrap(model, device)
+optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+wrapped(torch.rand(1, 3, 224, 224), loss_only=True).backward()
+optimizer.step()
+moments = [value for state in optimizer.state.values() for value in state.values()]
+gradients = [p.grad for p in model.parameters() if p.grad is not None]
+held = [getattr(t, "_local_tensor", t) for t in (*model.parameters(), *gradients, *moments)]
+print("held", dist.rank(), sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}.values()))
+"""
+
+
+def test_what_each_process_of_two_holds(tmp_path):
+    """Of ViT-B's parameters, gradients and optimizer states, at most .62 of what it holds with DDP."""
+    (tmp_path / "held.py").write_text(HELD)
+    held = {}
+    for how in ("ddp", "fsdp"):
+        command = [*torchrun(2), str(tmp_path / "held.py"), how]
+        said = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True,
+                              env=os.environ | {"PYTHONPATH": str(ROOT)}).stdout  # fmt: skip
+        held[how] = [int(line.split()[2]) for line in said.splitlines() if line.startswith("held")]
+    assert min(held["ddp"]) > 4 * 4 * 111_000_000
+    assert max(held["fsdp"]) <= 0.62 * min(held["ddp"])
