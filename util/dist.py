@@ -80,7 +80,8 @@ def _translate_srun() -> None:
         "WORLD_SIZE": slurm["SLURM_STEP_NUM_TASKS"],
         "LOCAL_WORLD_SIZE": tasks_by_node[0],
         "MASTER_ADDR": name[1] + (name[2] or ""),
-        "MASTER_PORT": str(20000 + (int(slurm["SLURM_JOB_ID"]) + int(slurm["SLURM_STEP_ID"])) % 20000),
+        # below the ports that Linux gives away by itself
+        "MASTER_PORT": str(20000 + (int(slurm["SLURM_JOB_ID"]) + int(slurm["SLURM_STEP_ID"])) % 12000),
     }
     for variable, value in translated.items():
         slurm.setdefault(variable, value)
@@ -109,11 +110,15 @@ def init(device_name: str, dist_url: str = "env://", timeout: float = 600, backe
     if world_size > 1:
         if backend == "auto":
             backend = "nccl" if device.type == "cuda" else "gloo"
+        waits = timedelta(seconds=timeout)
+        store, number, world_size = next(td.rendezvous(dist_url, _launched("RANK"), world_size, timeout=waits))
+        # torchrun's store outlives its processes: those of another start must not find the addresses of dead ones.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         td.init_process_group(
             backend,
-            init_method=dist_url,
-            timeout=timedelta(seconds=timeout),
-            rank=_launched("RANK"),
+            store=td.PrefixStore(f"start{attempt}", store),
+            timeout=waits,
+            rank=number,
             world_size=world_size,
             device_id=device if backend == "nccl" else None,
         )

@@ -1,0 +1,340 @@
+"""Training jobs on a real Slurm, which is brought up on this machine: ./run test-slurm (root; Debian or Ubuntu).
+
+    python tests/slurm/cases.py                # all cases
+    python tests/slurm/cases.py limit requeue
+
+Every case submits jobs of two nodes by submitit_*.py, on the embedded images and the CPU, and disturbs them as clusters
+do. A pre-training holds if it ends well, tells each epoch once, and has the losses of a run that nothing happened to,
+in one process and without Slurm.
+"""
+
+import argparse
+import contextlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from conftest import ROOT  # noqa: E402
+from mains import lines  # noqa: E402
+
+from util import checkpoint  # noqa: E402
+
+EPOCHS, IMAGES, BATCH = 20, 640, 32
+STEPS = EPOCHS * IMAGES // BATCH
+SECONDS = 300  # after which something that should have happened hangs
+FLAGS = ["--config", "recipes/pretrain_fashion_mnist.yaml", "--epochs", EPOCHS, "--warmup_epochs", 1,
+         "--num_workers", 0, "--save_every", EPOCHS, "--vis_every", 0]  # fmt: skip
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
+
+
+@dataclass
+class Row:
+    """A line of the table."""
+
+    case: str
+    state: str  # Slurm's, at the end
+    held: bool
+    starts: int = 1
+    before: int | None = None  # steps that were saved when it was last stopped
+    difference: float | None = None  # of losses, relative
+
+    def __str__(self) -> str:
+        steps = " | " if self.before is None else f"{self.before} | {STEPS - self.before}"
+        off = "" if self.difference is None else f"{self.difference:.0e}"
+        return f"| {self.case} | {self.state} | {self.starts} | {steps} | {off} | {'yes' if self.held else '**no**'} |"
+
+
+class Cluster:
+    """Slurm's daemons, with their state below one folder. While it is open (`with`), they run."""
+
+    def __init__(self, state: Path, *options: object) -> None:
+        self.state, self.options = state, [str(option) for option in options]
+        self.environment = ENVIRONMENT | {"SLURM_CONF": str(state / "etc/slurm.conf")}
+
+    def __enter__(self) -> "Cluster":
+        up = subprocess.run(
+            [HERE / "slurm-up", *self.options, self.state], stdin=subprocess.DEVNULL, capture_output=True, text=True
+        )
+        if up.returncode:
+            self.__exit__()
+            raise OSError(up.stderr.strip() or up.stdout.strip())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        subprocess.run([HERE / "slurm-down", "--purge", self.state], stdout=subprocess.DEVNULL)
+
+    def run(self, *command: object) -> subprocess.CompletedProcess[str]:
+        """A command, as one types it there."""
+        return subprocess.run(
+            [str(part) for part in command], env=self.environment, cwd=ROOT, capture_output=True, text=True,
+            timeout=SECONDS,
+        )  # fmt: skip
+
+    def call(self, *command: object) -> str:
+        """What a command prints that must succeed."""
+        done = self.run(*command)
+        assert done.returncode == 0, f"{command}: {done.stderr}{done.stdout}"
+        return done.stdout
+
+    def shown(self, job: str, key: str) -> str:
+        """What scontrol tells of a job."""
+        return re.findall(rf"{key}=(\S+)", self.call("scontrol", "show", "job", job))[0]
+
+
+class Job:
+    """A job of two nodes, in a shared folder of its own.
+
+    Args:
+        tasks: processes on each node.
+        flags: of the script, beside those that all jobs have.
+    """
+
+    def __init__(
+        self, cluster: Cluster, shared: Path, *flags: object, tasks: int = 1, script: str = "submitit_pretrain.py"
+    ) -> None:
+        self.cluster, self.shared = cluster, shared
+        told = cluster.call(
+            sys.executable, script, "--nodes", 2, "--ngpus", tasks, "--batch_size", BATCH // (2 * tasks),
+            "--shared_dir", shared, "--device", "cpu", *flags,
+        )  # fmt: skip
+        self.number = re.findall(r"^job (\d+) is submitted", told)[0]
+        self.out = shared / self.number
+        self.log = self.out / f"{self.number}_0_log.out"
+
+    def text(self) -> str:
+        """The log of rank 0."""
+        return self.log.read_text() if self.log.exists() else ""
+
+    def wait_until(self, holds: Callable[[], object]) -> None:
+        ends = time.monotonic() + SECONDS
+        while not holds():
+            assert time.monotonic() < ends, f"{self.shared.name} hangs, its log ends with\n{self.text()[-2000:]}"
+            time.sleep(0.5)
+
+    def train(self) -> "Job":
+        """Waits until it has trained two epochs."""
+        self.wait_until(lambda: (self.out / "log.txt").exists() and len(lines(self.out)) >= 2)
+        return self
+
+    def finish(self) -> str:
+        """Waits for its end, which is none if it is requeued; Slurm's word for how it ended."""
+        states = ["", ""]
+
+        def ended() -> bool:
+            states.append(self.cluster.shown(self.number, "JobState"))
+            return states[-1] in ENDED and len(set(states[-3:])) == 1
+
+        self.wait_until(ended)
+        return states[-1]
+
+    def process(self, rank: int) -> int:
+        """The process of a rank."""
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                ours = f"submitit.core._submit\0{self.shared}" in (folder / "cmdline").read_text()
+                if ours and f"\0SLURM_PROCID={rank}\0" in (folder / "environ").read_text():
+                    return int(folder.name)
+        raise AssertionError(f"there is no process of rank {rank}")
+
+
+class Cases:
+    """Each case gives lines of the table.
+
+    Args:
+        work: folder for everything.
+        signals: a cluster of four nodes that preempts with the signal that a job asks for.
+        bare: one of two that does so without.
+    """
+
+    def __init__(self, work: Path, signals: Cluster, bare: Cluster) -> None:
+        self.work, self.signals, self.bare = work, signals, bare
+        self.data = work / "data"
+        for split, count in (("train", IMAGES), ("val", 200)):
+            images = sorted((ROOT / "demo/data/fashion_mnist" / split).glob("*/*.png"))
+            for image in images[:: len(images) // count][:count]:
+                folder = self.data / split / image.parent.name
+                folder.mkdir(parents=True, exist_ok=True)
+                shutil.copy(image, folder)
+        self.flags = [*FLAGS, "--data_path", self.data]
+        self.whole = work / "whole"
+        command = [sys.executable, "main_pretrain.py", *self.flags, "--batch_size", BATCH, "--output_dir", self.whole]
+        self.undisturbed = subprocess.Popen(
+            [str(part) for part in [*command, "--device", "cpu"]], cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL
+        )
+
+    def pretrain(self, name: str, *flags: object, nodes: str = "n[3-4]", tasks: int = 1) -> Job:
+        """Nodes 1 and 2 are those on which jobs are preempted."""
+        return Job(self.signals, self.work / name, *self.flags, "--slurm", f"nodelist={nodes}", *flags, tasks=tasks)
+
+    def row(self, case: str, job: Job, stopped: bool) -> Row:
+        """What became of a run."""
+        state = job.finish()
+        assert self.undisturbed.wait(SECONDS) == 0
+        difference = self.difference(job.out)
+        once = [line["epoch"] for line in lines(job.out)] == list(range(EPOCHS))
+        starts, before = job.text().count("Starting with JobEnvironment"), None
+        with contextlib.suppress(checkpoint.CheckpointError):  # where it was not stopped
+            saved = checkpoint.read(job.out / "checkpoint-last.pth")["progress"]
+            before = (saved["epoch"] * IMAGES + saved["images_done"]) // BATCH
+        as_meant = (starts > 1 and bool(before)) if stopped else starts == 1
+        held = state == "COMPLETED" and once and difference <= 1e-5 and as_meant
+        if not held:
+            print(f"{case}: the log of job {job.number} ends with\n{job.text()[-3000:]}", file=sys.stderr)
+        return Row(case, state, held, starts, before, difference)
+
+    def difference(self, out: Path) -> float:
+        """Of the losses of two finished runs, at most, relative."""
+        losses = [[line["train_loss"] for line in lines(folder)] for folder in (out, self.whole)]
+        return max(abs(a - b) / b for a, b in zip(*losses, strict=False))
+
+    def srun(self) -> list[Row]:
+        """Without submitit: srun starts the processes of an allocation."""
+        out = self.work / "srun"
+        self.signals.call(
+            "srun", "--nodes=2", "--ntasks-per-node=1", "--nodelist=n[3-4]", sys.executable, "main_pretrain.py",
+            *self.flags, "--batch_size", BATCH // 2, "--output_dir", out, "--device", "cpu",
+        )  # fmt: skip
+        assert self.undisturbed.wait(SECONDS) == 0
+        held = len(lines(out)) == EPOCHS and self.difference(out) <= 1e-5
+        return [Row("srun, on 2 nodes", "COMPLETED", held, difference=self.difference(out))]
+
+    def limit(self) -> list[Row]:
+        """The time limit. Its signal comes half a minute to a minute after the start; until then the run is held up."""
+        job = self.pretrain("limit", "--timeout", 2, "--slurm", "signal_delay_s=60").train()
+        self.signals.call("scancel", "--signal=STOP", job.number)
+        time.sleep(60)
+        self.signals.call("scancel", "--signal=CONT", job.number)
+        return [self.row("time limit", job, stopped=True)]
+
+    def preempt(self) -> list[Row]:
+        """A job that goes first, on a cluster that then sends the signal that jobs ask for."""
+        job = self.pretrain("preempt", nodes="n[1-2]").train()
+        self._go_first(self.signals)
+        return [self.row("preemption, with the signal asked for", job, stopped=True)]
+
+    def preempt_bare(self) -> list[Row]:
+        """The same on one that sends SIGTERM, and SIGKILL a minute later, as Slurm does if it is not told otherwise."""
+        job = Job(self.bare, self.work / "bare", *self.flags).train()
+        self._go_first(self.bare)
+        return [self.row("preemption, with SIGTERM only", job, stopped=True)]
+
+    def _go_first(self, cluster: Cluster) -> None:
+        cluster.call(
+            "sbatch", "--partition=high", "--nodelist=n[1-2]", "--nodes=2", "--exclusive", "--output=/dev/null",
+            "--wrap=sleep 2",
+        )  # fmt: skip
+
+    def requeue(self) -> list[Row]:
+        """A person puts the job back into the queue; Slurm does so itself when a node fails."""
+        job = self.pretrain("requeue").train()
+        self.signals.call("scontrol", "requeue", job.number)
+        return [self.row("scontrol requeue", job, stopped=True)]
+
+    def nodes(self) -> list[Row]:
+        """Nothing happens; and a fine-tuning waits for the pre-training to end, and starts from it."""
+        job = self.pretrain("nodes")
+        after = Job(
+            self.signals, self.work / "after", "--config", "recipes/finetune_fashion_mnist.yaml", "--data_path",
+            self.data, "--epochs", 2, "--warmup_epochs", 1, "--num_workers", 0, "--train_per_class", 16, "--finetune",
+            job.out / f"checkpoint-{EPOCHS - 1}.pth", "--after", job.number, "--slurm", "nodelist=n[3-4]",
+            script="submitit_finetune.py",
+        )  # fmt: skip
+        pretrained, state = self.row("2 nodes, a process on each", job, stopped=False), after.finish()
+        waited = self.signals.shown(after.number, "StartTime") >= self.signals.shown(job.number, "EndTime")
+        held = waited and state == "COMPLETED" and "test_acc1" in lines(after.out)[-1]
+        return [pretrained, Row("fine-tuning, --after it", state, held)]
+
+    def tasks(self) -> list[Row]:
+        """As many processes as two nodes with GPUs would have."""
+        return [self.row("2 nodes, 2 processes on each", self.pretrain("tasks", tasks=2), stopped=False)]
+
+    def crash(self) -> list[Row]:
+        """A wrong flag: the job has failed, and whoever waits for it is told why."""
+        done = self.signals.run(
+            sys.executable, "submitit_pretrain.py", *self.flags, "--device", "cpu", "--data_path", "/nowhere",
+            "--nodes", 2, "--ngpus", 1, "--shared_dir", self.work / "crash", "--wait",
+        )  # fmt: skip
+        state = self.signals.shown(re.findall(r"^job (\d+) ", done.stdout)[0], "JobState")
+        told = "main_pretrain.py: error: --data_path: there is no" in done.stdout and done.returncode == 1
+        return [Row("an error", state, told and state == "FAILED")]
+
+    def killed(self) -> list[Row]:
+        """The system kills a process, for want of memory say: the others don't wait for it until --dist_timeout."""
+        job = self.pretrain("killed").train()
+        os.kill(job.process(1), signal.SIGKILL)
+        killed = time.monotonic()
+        state = job.finish()
+        return [Row("a process killed", state, state == "FAILED" and time.monotonic() - killed < 90)]
+
+
+# Those that wait most come first.
+CASES: dict[str, Callable[[Cases], list[Row]]] = {
+    "limit": Cases.limit,
+    "preempt_bare": Cases.preempt_bare,
+    "preempt": Cases.preempt,
+    "requeue": Cases.requeue,
+    "nodes": Cases.nodes,
+    "tasks": Cases.tasks,
+    "srun": Cases.srun,
+    "crash": Cases.crash,
+    "killed": Cases.killed,
+}
+
+
+def run_all(names: list[str], work: Path) -> int:
+    """Prints the table; how many lines of it do not hold."""
+    signals = Cluster(work / "a", "-n", 4, "-c", 8, "-k", 15)
+    bare = Cluster(work / "b", "-k", 15, "--no-dbd", "--no-user-signal")
+    broken = 0
+    with signals, bare:
+        cases = Cases(work, signals, bare)
+        print("| what happens | Slurm's state | starts | steps before | after | losses differ by | held |")
+        print("|---|---|---|---|---|---|---|", flush=True)
+        with ThreadPoolExecutor(4) as pool:
+            for name, case in [(name, pool.submit(CASES[name], cases)) for name in names]:
+                try:
+                    rows = case.result()
+                except Exception as error:
+                    print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr)
+                    rows = [Row(name, "", False)]
+                print(*rows, sep="\n", flush=True)
+                broken += sum(not row.held for row in rows)
+        cases.undisturbed.kill()
+    return broken
+
+
+def main() -> None:
+    """Ends with 1 if a case does not hold."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", choices=[[], *CASES], help=f"of {', '.join(CASES)}; all by default")
+    names = parser.parse_args().cases or list(CASES)
+    subprocess.run([sys.executable, "demo/unpack_data.py"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    work = Path(tempfile.mkdtemp(prefix="mae-slurm-"))
+    work.chmod(0o755)  # Slurm's munge trusts no folder that is hidden
+    try:
+        broken = run_all(names, work)
+    except OSError as error:  # of slurm-up
+        if shutil.which("slurmctld", path=f"{os.environ['PATH']}:/usr/sbin:/sbin"):
+            raise
+        print(f"skipped: {error}")
+        broken = 0
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    sys.exit(broken > 0)
+
+
+if __name__ == "__main__":
+    main()
