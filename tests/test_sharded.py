@@ -169,6 +169,9 @@ def test_a_crash_while_a_folder_is_put_in_place(shared, tmp_path):
     shutil.copytree(shared / "checkpoint-40", tmp_path / ".checkpoint-last.tmp")
     (tmp_path / "checkpoint-49").mkdir()
     assert checkpoint.read_newest(tmp_path)["epoch"] == 20
+    with pytest.raises(FileNotFoundError):  # a second crash, in the same place
+        sharded._put_in_place(tmp_path / "gone", tmp_path / "checkpoint-last")
+    assert checkpoint.read_newest(tmp_path)["epoch"] == 20
     sharded._put_in_place(tmp_path / ".checkpoint-last.tmp", tmp_path / "checkpoint-last")
     assert checkpoint.read_newest(tmp_path)["epoch"] == 40
     assert not (tmp_path / ".checkpoint-last.old").exists()

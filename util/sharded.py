@@ -85,8 +85,8 @@ def _link(source: str, target: str) -> None:
 def _put_in_place(temporary: Path, folder: Path) -> None:
     """Gives a complete folder its name. A crash on the way leaves the one before as `.NAME.old`, which is found too."""
     old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
+    if folder.exists():  # else the one before is `old` itself, and stays until the new one stands
+        shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
     temporary.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
