@@ -6,6 +6,7 @@ import subprocess
 import pytest
 import torch
 from conftest import ROOT, torchrun
+from mains import in_processes
 
 from util import dist
 
@@ -83,6 +84,11 @@ def test_two_processes_average_only_when_told(tmp_path):
     # Gradients 1 and 2 stay apart without a sync; the sync averages all that was gathered: (2 + 4) / 2.
     assert (tmp_path / "out0").read_text() == "0/2 1.0 3.0 0.5"
     assert (tmp_path / "out1").read_text() == "1/2 2.0 3.0 0.5"
+
+
+def test_nothing_is_warned_of(pictures, tmp_path):
+    flags = ("--batch_size", 12, "--in_chans", 1, "--epochs", 1)
+    assert b"warning" not in in_processes(2, pictures, tmp_path / "run", *flags).stdout.lower()
 
 
 STEP = {

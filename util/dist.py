@@ -9,6 +9,7 @@ import contextlib
 import gc
 import os
 import re
+import warnings
 from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any
@@ -238,6 +239,8 @@ def wrap(model: nn.Module, device: torch.device) -> nn.Module:
     """The model as DistributedDataParallel where there are several processes, else itself; it may be sharded."""
     if world_size() == 1 or is_sharded(model):
         return model
+    # Of one channel, the patch projection's gradient has another order than its bucket: a small tensor is copied.
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     device_ids = [device.index] if device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
 
