@@ -13,6 +13,8 @@ from mains import Stopped, assert_equal, in_processes, lines, stop_after, weight
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from util import jpeg
+
 
 @pytest.fixture(scope="module")
 def smooth():
@@ -130,8 +132,15 @@ def test_resuming_with_fast_jpegs_and_repeated_samples_is_exact(pretrain, pictur
         stop_after(patch, "save", 5)
         pretrain("parts", **settings)
     assert_equal(weights(whole), weights(pretrain("parts", **settings, resume="auto")))
-    slow = weights(pretrain("slow", repeated_sampling=2))
-    assert any(not torch.equal(slow[name], value) for name, value in weights(whole).items())
+
+
+def test_fast_jpegs_make_the_very_same_run(pretrain, pictures, monkeypatch):
+    decoded, decode_rgb = [], jpeg.decode_rgb
+    monkeypatch.setattr(jpeg, "decode_rgb", lambda *given: decoded.append(decode_rgb(*given)) or decoded[-1])
+    fast = pretrain("fast", fast_jpeg=True)
+    assert sum(picture is not None for picture in decoded) == 2 * 13  # the colour JPEG files among 24, in two epochs
+    assert_equal(weights(fast), weights(pretrain("slow")))
+    assert len(decoded) == 2 * 24
 
 
 def test_bad_images_are_counted_in_the_log(pretrain, pictures, tmp_path, capsys):
