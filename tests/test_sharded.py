@@ -148,13 +148,26 @@ class Evil:
         return os.mkdir, (os.environ["EVIL"],)
 
 
-@pytest.mark.parametrize("content", [Evil(), {"x": Evil()}, print, shutil.rmtree, torch.load])
+def call_through(name: str, module: str = "torch.distributed.checkpoint.filesystem") -> bytes:
+    """A pickle that makes a folder by a name that a module of PyTorch leads to."""
+    code = f"{module}\n{name}\n".encode()
+    return pickle.PROTO + b"\x04" + b"".join(
+        pickle.BINUNICODE + len(part).to_bytes(4, "little") + part for part in code.splitlines()
+    ) + pickle.STACK_GLOBAL + pickle.dumps((os.environ["EVIL"],), 0)[:-1] + pickle.REDUCE + pickle.STOP  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "content",
+    [Evil(), {"x": Evil()}, print, torch.load, "os.mkdir", "FileSystem.mkdir", "Path.mkdir", "Path.__class__",
+     "FileSystemWriter"],
+)  # fmt: skip
 def test_descriptions_execute_nothing(content, shared, tmp_path, monkeypatch):
-    """Even those whose digest is right."""
+    """Even those whose digest is right; a name that is given in words is one that PyTorch's modules lead to."""
     monkeypatch.setenv("EVIL", str(tmp_path / "done"))
     folder = tmp_path / "checkpoint-0"
     shutil.copytree(shared / "checkpoint-0", folder)
-    (folder / ".metadata").write_bytes(pickle.dumps(content))
+    evil = call_through(content) if isinstance(content, str) else pickle.dumps(content)
+    (folder / ".metadata").write_bytes(evil)
     state = checkpoint.read(folder)
     state["files"] |= sharded._digests([folder / ".metadata"])
     checkpoint.write({name: value for name, value in state.items() if name != "folder"}, folder / "state.pth")

@@ -25,13 +25,16 @@ from torch.optim import Optimizer
 from util import checkpoint, cli, dist
 from util.checkpoint import STATE, CheckpointError
 
-# What PyTorch's description of the tensors is made of: nothing else is loaded, so that nothing else can run.
-DESCRIBES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
-PLAIN = {
-    ("torch", "Size"), ("torch", "device"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict"),
+# What PyTorch's description of the tensors is made of. Nothing else is loaded, by its full name, so that nothing else
+# can run: of whole modules one could reach whatever they import.
+DESCRIBED_BY = {
+    *(("torch.distributed.checkpoint.metadata", name) for name in (
+        "Metadata", "TensorStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING", "ChunkStorageMetadata",
+        "MetadataIndex", "StorageMeta",
+    )),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"), ("torch.serialization", "_get_layout"),
+    *(("torch", name) for name in ("Size", "float32", "float64", "float16", "bfloat16", "int64", "uint8")),
     ("pathlib", "PosixPath"), ("pathlib._local", "PosixPath"),
-    *(("torch", str(dtype).removeprefix("torch.")) for dtype in (torch.float32, torch.float64, torch.float16,
-                                                                 torch.bfloat16, torch.int64, torch.uint8)),
 }  # fmt: skip
 
 
@@ -102,10 +105,8 @@ def _digests(files: list[Path]) -> dict[str, str]:
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if module in DESCRIBES or (module, name) in PLAIN:
-            found = super().find_class(module, name)
-            if (module, name) in PLAIN or isinstance(found, type):
-                return found
+        if (module, name) in DESCRIBED_BY:
+            return super().find_class(module, name)
         raise CheckpointError(f"its description holds {module}.{name}, which could run code")
 
 
