@@ -93,6 +93,25 @@ class Cluster:
         """What scontrol tells of a job."""
         return re.findall(rf"{key}=(\S+)", self.call("scontrol", "show", "job", job))[0]
 
+    def end_of(self, job: str) -> str:
+        """Waits for the end of a job, which is none if it is requeued; Slurm's word for how it ended."""
+        states = ["", ""]
+
+        def ended() -> bool:
+            states.append(self.shown(job, "JobState"))
+            return states[-1] in ENDED and len(set(states[-3:])) == 1
+
+        wait_until(ended, f"job {job}")
+        return states[-1]
+
+
+def wait_until(holds: Callable[[], object], what: str) -> None:
+    """Waits, but not for ever."""
+    ends = time.monotonic() + SECONDS
+    while not holds():
+        assert time.monotonic() < ends, f"{what} hangs"
+        time.sleep(0.5)
+
 
 class Job:
     """A job of two nodes, in a shared folder of its own.
@@ -118,27 +137,14 @@ class Job:
         """The log of rank 0."""
         return self.log.read_text() if self.log.exists() else ""
 
-    def wait_until(self, holds: Callable[[], object]) -> None:
-        ends = time.monotonic() + SECONDS
-        while not holds():
-            assert time.monotonic() < ends, f"{self.shared.name} hangs, its log ends with\n{self.text()[-2000:]}"
-            time.sleep(0.5)
-
     def train(self) -> "Job":
         """Waits until it has trained two epochs."""
-        self.wait_until(lambda: (self.out / "log.txt").exists() and len(lines(self.out)) >= 2)
+        wait_until(lambda: (self.out / "log.txt").exists() and len(lines(self.out)) >= 2, f"the start of {self.out}")
         return self
 
     def finish(self) -> str:
-        """Waits for its end, which is none if it is requeued; Slurm's word for how it ended."""
-        states = ["", ""]
-
-        def ended() -> bool:
-            states.append(self.cluster.shown(self.number, "JobState"))
-            return states[-1] in ENDED and len(set(states[-3:])) == 1
-
-        self.wait_until(ended)
-        return states[-1]
+        """Waits for its end; Slurm's word for how it ended."""
+        return self.cluster.end_of(self.number)
 
     def process(self, rank: int) -> int:
         """The process of a rank."""
@@ -267,7 +273,7 @@ class Cases:
             sys.executable, "submitit_pretrain.py", *self.flags, "--device", "cpu", "--data_path", "/nowhere",
             "--nodes", 2, "--ngpus", 1, "--shared_dir", self.work / "crash", "--wait",
         )  # fmt: skip
-        state = self.signals.shown(re.findall(r"^job (\d+) ", done.stdout)[0], "JobState")
+        state = self.signals.end_of(re.findall(r"^job (\d+) ", done.stdout)[0])  # --wait hears of it a little earlier
         told = "main_pretrain.py: error: --data_path: there is no" in done.stdout and done.returncode == 1
         return [Row("an error", state, told and state == "FAILED")]
 
@@ -308,7 +314,8 @@ def run_all(names: list[str], work: Path) -> int:
                 try:
                     rows = case.result()
                 except Exception as error:
-                    print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr)
+                    logs = [f"{log}:\n{log.read_text()[-2000:]}" for log in sorted(work.glob("*/*/*_0_log.out"))]
+                    print(f"{name}: {type(error).__name__}: {error}", *logs, sep="\n", file=sys.stderr)
                     rows = [Row(name, "", False)]
                 print(*rows, sep="\n", flush=True)
                 broken += sum(not row.held for row in rows)
