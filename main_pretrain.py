@@ -77,11 +77,8 @@ def main(args: Namespace) -> None:
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
 
     def draw_examples(epoch: int, log: runlog.NullLog) -> dict[str, Any]:
-        if (
-            args.vis_every
-            and (dist.is_main() or args.fsdp)
-            and (epoch % args.vis_every == 0 or epoch == args.epochs - 1)
-        ):
+        takes_part = dist.is_main() or args.fsdp  # which needs every process's weights
+        if takes_part and args.vis_every and (epoch % args.vis_every == 0 or epoch == args.epochs - 1):
             images, _, noise = loader.examples(whole, EXAMPLES)
             picture = pictures.reconstruction(model, images, noise, normalize, args.mask_ratio)
             log.picture("reconstruction", picture, epoch)

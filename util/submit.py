@@ -12,7 +12,6 @@ import contextlib
 import importlib
 import logging
 import os
-import random
 import shlex
 import shutil
 import signal
@@ -64,12 +63,10 @@ class Job:
     def __call__(self, restarted: bool = False) -> None:
         job = submitit.JobEnvironment()
         _log_plainly()
-        meeting = TorchDistributedEnvironment()
-        if job.cluster == "local":
+        if job.cluster == "local":  # under Slurm, srun has started the process, and `util.dist` knows what that sets
+            meeting = TorchDistributedEnvironment()
             meeting.master_addr = "127.0.0.1"  # a machine's own name may lead nowhere
-        if "MASTER_PORT" not in os.environ:  # a port that all know, below those that Linux gives to anybody
-            meeting.master_port = random.Random(job.job_id).randrange(20_000, 32_768)
-        meeting.export(set_cuda_visible_devices=False, overwrite=True)
+            meeting.export(set_cuda_visible_devices=False, overwrite=True)
         if restarted:
             os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"  # as torchrun tells it: the run is to go on
 
