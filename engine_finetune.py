@@ -58,7 +58,7 @@ def train_one_epoch(
 
 
 class Evaluation(NamedTuple):
-    """A classifier's answers on a data set: every sample once, whatever the batches and processes were."""
+    """A classifier's answers on a data set: every sample once, in its order, whatever batches and processes were."""
 
     labels: np.ndarray  # (n,)
     predictions: np.ndarray  # (n,), the most likely class
@@ -89,7 +89,11 @@ def evaluate(
     normalize: Callable[[Tensor], Tensor],
     precision: Precision,
 ) -> Evaluation:
-    """Evaluates a classifier on this process's batches, and puts those of all processes together."""
+    """Evaluates a classifier on this process's batches, and puts those of all processes together.
+
+    Args:
+        data_loader: this process's share, as `loader.eval_loader` deals samples out: in turn.
+    """
     model.eval()
     answers: list[tuple[Tensor, ...]] = []
     num_classes = 0
@@ -103,13 +107,21 @@ def evaluate(
         answers.append((targets, logits.argmax(dim=1), (top == targets[:, None]).any(dim=1), loss))
     mine = [torch.cat(column).cpu().numpy() for column in zip(*answers, strict=True)] or [np.zeros(0, dtype=int)] * 4
     everywhere = dist.gather((mine, num_classes))
-    labels, predictions, in_top, losses = (np.concatenate([part[0][n] for part in everywhere]) for n in range(4))
+    labels, predictions, in_top, losses = (_interleave([part[0][n] for part in everywhere]) for n in range(4))
     return Evaluation(
         labels=labels,
         predictions=predictions,
         num_in_top=int(in_top.sum()) if max(part[1] for part in everywhere) >= TOP else None,
         loss=float(losses.mean(dtype=np.float64)),
     )
+
+
+def _interleave(parts: list[np.ndarray]) -> np.ndarray:
+    """One array of those of all processes, in which sample n is of rank n modulo their number."""
+    whole = np.empty(sum(map(len, parts)), parts[0].dtype)
+    for rank, part in enumerate(parts):
+        whole[rank :: len(parts)] = part
+    return whole
 
 
 @torch.no_grad()  # and not inference mode: heads are trained on what comes out

@@ -10,6 +10,7 @@ from conftest import ROOT
 # A module, or a pattern of them -> what of this project it may import.
 ARROWS = {
     r"submitit_\w+": r"main_\w+|util\.submit",
+    r"main_robustness": r"engine_finetune|inference\.model|util\.\w+",
     r"main_\w+": r"engine_\w+|models_\w+|util\.\w+",
     r"engine_\w+": r"util\.\w+",
     r"models_build": r"models_(mae|vit)",
@@ -33,6 +34,8 @@ ARROWS = {
     r"util\.datasets": r"util\.(cli|flags|options|archives|decode|library_sets|loader|sources|transforms)",
     r"util\.resize": r"util\.(cli|flags|decode|loader|sources)",
     r"util\.labels": r"util\.(decode|library_sets|sources)",
+    r"util\.suites": r"util\.(archives|labels|sources)",
+    r"util\.suite_report": r"util\.suites",
     r"util\.loader": r"util\.(dist|decode|library_sets|samples|transforms)",
     r"util\.samples": r"util\.(dist|decode|jpeg|library_sets|sources|transforms)",
     r"util\.library_sets": r"util\.(dist|archives|decode|sources)",

@@ -46,13 +46,18 @@ def add_compute_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--batch_size", default=256, type=positive_int, metavar="N", help="images a process and batch")
 
 
-def add_inference_options(parser: argparse.ArgumentParser, images: bool = True) -> None:
-    """What a command has that uses a trained model: on images, unless it says otherwise."""
+def add_inference_options(parser: argparse.ArgumentParser, images: bool = True, also: str = "") -> None:
+    """What a command has that uses a trained model: on images, unless it says otherwise.
+
+    Args:
+        also: what it takes for a model beside all that the others take.
+    """
     if images:
         parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
     parser.add_argument(
         "--model", required=True, metavar="FILE",
-        help="a checkpoint of anybody's, a folder of transformers, or a published name, such as mae_finetuned_vit_base",
+        help="a checkpoint of anybody's, a folder of transformers, or a published name, such as mae_finetuned_vit_base"
+        + also,
     )  # fmt: skip
     _add_device(parser)
 

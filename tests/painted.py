@@ -1,0 +1,67 @@
+"""Folders shaped as ImageNet's test sets of robustness, whose images are painted in colours that name a class; and a
+classifier of timm's registry that reads the colours."""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from PIL import Image
+from timm.models import register_model
+from torch import Tensor, nn
+
+from util import suites
+
+SIDE = 32
+
+
+def jpeg(label: int) -> bytes:
+    """A picture in the colour of a class: its digits are red, green and blue."""
+    colour = (label // 100 * 25, label // 10 % 10 * 25, label % 10 * 25)
+    file = io.BytesIO()
+    Image.new("RGB", (SIDE, SIDE), colour).save(file, "JPEG", quality=95, subsampling=0)
+    return file.getvalue()
+
+
+JPEGS = [jpeg(label) for label in range(1000)]
+
+
+def paint(folder: Path, name: str, label: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_bytes(JPEGS[label % 1000])
+
+
+def class_folders(root: Path, folders: list[str], name: str, painted: Callable[[int], int]) -> Path:
+    """One image a class; `painted` tells, by the class's number in ImageNet-1K, which one it looks like."""
+    for number, folder in enumerate(folders):
+        label = suites.synsets().index(folder) if folder.startswith("n") else number
+        paint(root / folder, name, painted(label))
+    return root
+
+
+def wrong_in_ten(count: int) -> Callable[[int], int]:
+    """Of every ten classes the first `count` look like the tenth class after them."""
+    return lambda label: label + 10 * (label % 10 < count)
+
+
+class ReadsColours(nn.Module):
+    """Its logits fall with the distance to the class that an image is painted for; of two neighbours the lower one is
+    the likelier."""
+
+    num_classes = 1000
+
+    def __init__(self) -> None:
+        super().__init__()
+        half = (0.5, 0.5, 0.5)
+        self.pretrained_cfg = {"input_size": (3, SIDE, SIDE), "mean": half, "std": half, "crop_pct": 1.0}
+        self.register_buffer("digits", torch.tensor([100, 10, 1]))
+
+    def forward(self, images: Tensor) -> Tensor:
+        colours = ((images.mean(dim=(2, 3)) * 0.5 + 0.5) * 255 / 25).round().long()
+        label = (colours * self.digits).sum(dim=1, keepdim=True)
+        return -(torch.arange(1000) - label + 0.25).abs()
+
+
+@register_model
+def reads_colours(pretrained: bool = False, **_: object) -> nn.Module:
+    return ReadsColours()

@@ -1,0 +1,260 @@
+"""Robustness from the command line, on folders with the shapes of the published ones."""
+
+import csv
+import json
+import subprocess
+
+import painted
+import pytest
+import timm
+import torch
+from conftest import ROOT, torchrun
+from painted import class_folders, wrong_in_ten
+from PIL import Image
+from timm.data import RealLabelsImagenet, create_dataset, create_loader, resolve_model_data_config
+from timm.models import save_for_hf
+from torchvision.transforms.functional import pil_to_tensor
+
+import main_robustness
+from inference import get_model
+from util import cli, suites
+from util.suites import CORRUPTIONS, SEVERITIES
+
+
+def run(suite, data, out, model="timm:reads_colours", **flags):
+    given = {"suite": suite, "data_path": data, "model": model, "output_dir": out, "num_workers": 0, "device": "cpu"}
+    argv = [part for flag, value in (given | flags).items() for part in (f"--{flag}", str(value))]
+    return main_robustness.main(cli.parse(main_robustness.get_args_parser(), argv))
+
+
+def scores(out, suite):
+    return json.loads((out / f"{suite}.json").read_text())["cells"]
+
+
+@pytest.fixture(scope="session")
+def corrupted(tmp_path_factory):
+    """ImageNet-C, unpacked into the folders of families; severity s has 10 s % errors, of fog 10 (s - 1) %."""
+    root = tmp_path_factory.mktemp("corrupted")
+    trees = [root / ".." / f"tree{errors}" for errors in range(6)]
+    for errors, tree in enumerate(trees):
+        class_folders(tree, suites.synsets(), "ILSVRC2012_val_00000293.JPEG", wrong_in_ten(errors))
+    for family, corruptions in suites.ALEXNET.items():
+        for corruption in corruptions:
+            (root / family / corruption).mkdir(parents=True)
+            for severity in SEVERITIES:
+                (root / family / corruption / str(severity)).symlink_to(trees[severity - (corruption == "fog")])
+    return root
+
+
+@pytest.mark.parametrize("suite", ["imagenet-a", "imagenet-r"])
+def test_answers_are_among_the_suites_classes(suite, tmp_path):
+    """Of each class a picture of itself, and one of the next class: the reader, who thinks the class below the
+    likelier neighbour, is right where the next class is none of the suite's."""
+    folders = suites.subset(suite)
+    class_folders(tmp_path / "data", folders, "0.000116_digital clock _ digital clock_0.8.jpg", lambda label: label)
+    class_folders(tmp_path / "data", folders, "0.01_fly _ bee_0.3.jpg", lambda label: label + 1)
+    labels = {suites.synsets().index(folder) for folder in folders}
+    followed = sum(label + 1 in labels for label in labels)
+    assert 0 < followed < 200
+    run(suite, tmp_path / "data", tmp_path)
+    found = scores(tmp_path, suite)[suite]
+    assert found == {"images": 400, "acc1": pytest.approx(100 * (400 - followed) / 400), "acc5": 100.0}
+
+
+def test_imagenet_sketch_among_all_classes(tmp_path):
+    class_folders(tmp_path / "data", suites.synsets(), "sketch_0.JPEG", wrong_in_ten(3))
+    table = run("imagenet-sketch", tmp_path / "data", tmp_path)
+    assert "| imagenet-sketch | 1000 | 70.000 | 70.000 |" in table
+    assert "top-1 accuracy: ViT-B/16 34.5, ViT-L/16 45.3, ViT-H/14 49.6, ViT-H/14, 448 50.9." in table
+    assert Image.open(tmp_path / "imagenet-sketch.png").width > 300
+
+
+def test_imagenet_v2s_three_variants(tmp_path):
+    for errors, name in enumerate(("matched-frequency", "threshold0.7", "top-images"), start=1):
+        folder = tmp_path / f"imagenetv2-{name}-format-val"
+        class_folders(folder, [str(n) for n in range(1000)], "0af3f1b55de791c4144e2fb6d7dfe96dfc22d3fc.jpeg",
+                      wrong_in_ten(errors))  # fmt: skip
+    run("imagenet-v2", tmp_path, tmp_path / "out")
+    found = {name: cell["acc1"] for name, cell in scores(tmp_path / "out", "imagenet-v2").items()}
+    assert found == pytest.approx({"matched-frequency": 90.0, "threshold": 80.0, "top": 70.0})
+
+
+def test_imagenet_real_takes_any_of_several_labels(tmp_path):
+    """The pictures of odd numbers are painted for the last of their labels, the others for none of them."""
+    labels = RealLabelsImagenet([""] * 50_000).real_labels
+    odd = total = 0
+    for number in range(1, 301):
+        name = f"ILSVRC2012_val_{number:08d}.JPEG"
+        if labels[name]:
+            odd, total = odd + number % 2, total + 1
+        right = (labels[name] or [0])[-1]
+        wrong = next(label for label in range(1000) if label not in labels[name])
+        painted.paint(tmp_path / "val" / suites.synsets()[number], name, right if number % 2 else wrong)
+    run("imagenet-real", tmp_path, tmp_path / "out")
+    assert scores(tmp_path / "out", "imagenet-real")["imagenet-real"] == {"images": total, "acc1": 100 * odd / total}
+
+
+def test_imagenet_c(corrupted, tmp_path):
+    """Mean errors are 30 % and of fog 20 %, so that mCE is known."""
+    table = run("imagenet-c", corrupted, tmp_path)
+    mean = {name: 20.0 if name == "fog" else 30.0 for name in CORRUPTIONS}
+    mce = sum(mean[name] / error for name, error in CORRUPTIONS.items()) / 15
+    assert f"**mCE {mce:.1f}**" in table
+    assert "| snow | 10.0 | 20.0 | 30.0 | 40.0 | 50.0 | 30.0 | 86.7 | 34.6 |" in table
+    assert "| fog | 0.0 | 10.0 | 20.0 | 30.0 | 40.0 | 20.0 | 81.9 | 24.4 |" in table
+    rows = list(csv.reader((tmp_path / "imagenet-c.csv").open()))
+    assert rows[-1][:7] == ["mean", "9.3", "19.3", "29.3", "39.3", "49.3", "29.3"]
+    assert (tmp_path / "imagenet-c.md").read_text() == table
+    assert Image.open(tmp_path / "imagenet-c.png").width > 900
+
+
+def test_it_goes_on_where_it_was_stopped(corrupted, tmp_path, monkeypatch, capsys):
+    whole = run("imagenet-c", corrupted, tmp_path / "whole", subset=20)
+    original, opened = suites.open_cell, []
+
+    def stopping(suite, name, limit):
+        if len(opened) == 40:
+            raise KeyboardInterrupt
+        opened.append(name)
+        return original(suite, name, limit)
+
+    monkeypatch.setattr(suites, "open_cell", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        run("imagenet-c", corrupted, tmp_path / "out", subset=20)
+    assert len(scores(tmp_path / "out", "imagenet-c")) == 40
+    monkeypatch.setattr(suites, "open_cell", lambda *cell: opened.append(cell[1]) or original(*cell))
+    capsys.readouterr()
+    assert run("imagenet-c", corrupted, tmp_path / "out", subset=20) == whole
+    assert len(opened) == len(set(opened)) == 75
+    assert "40 of 75 cells are in" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"another run \(subset was 20 and is 10\): give another --output_dir"):
+        run("imagenet-c", corrupted, tmp_path / "out", subset=10)
+    (tmp_path / "out" / "imagenet-c.json").write_text("{")
+    with pytest.raises(ValueError, match="can't be read"):
+        run("imagenet-c", corrupted, tmp_path / "out", subset=20)
+
+
+# ----------------------------------------------------------------------------------------------------- real networks
+
+
+@pytest.fixture(scope="session")
+def timm_model(tmp_path_factory):
+    """A small network of timm, as its hub has them, that knows each class's colour: by the nearest features."""
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit").eval()
+    config = resolve_model_data_config(model)
+    sketches = class_folders(tmp_path_factory.mktemp("colours"), suites.synsets(), "a.JPEG", lambda label: label)
+    batches = timm_loader(sketches, config)
+    with torch.no_grad():
+        features = torch.cat([model.forward_head(model.forward_features(x), pre_logits=True) for x, _ in batches])
+        features -= features.mean(dim=0)
+        model.head.weight.copy_(2 * features)
+        model.head.bias.copy_(-features.square().sum(dim=1))
+    folder = tmp_path_factory.mktemp("network")
+    save_for_hf(model, str(folder))
+    return model, f"timm:local-dir:{folder}"
+
+
+def timm_loader(folder, config):
+    data = create_dataset("", root=str(folder))
+    return create_loader(data, batch_size=64, is_training=False, use_prefetcher=False, num_workers=0,
+                         device=torch.device("cpu"), **config)  # fmt: skip
+
+
+def timms_scores(model, folder, valid=None, **change):
+    """As timm's validate.py computes them, which its package does not contain, of the parts that it does."""
+    correct, images = torch.zeros(2), 0
+    for x, target in timm_loader(folder, resolve_model_data_config(model) | change):
+        with torch.no_grad():
+            output = model(x)
+        output = output[:, valid] if valid else output
+        batch = timm.utils.accuracy(output, target, topk=(1, 5))
+        correct += len(x) * torch.stack([torch.as_tensor(share) for share in batch])
+        images += len(x)
+    return {"images": images, "acc1": pytest.approx(float(correct[0]) / images, abs=1e-4),
+            "acc5": pytest.approx(float(correct[1]) / images, abs=1e-4)}  # fmt: skip
+
+
+def test_a_timm_models_scores_are_timms(timm_model, corrupted, tmp_path):
+    model, name = timm_model
+    folder = class_folders(tmp_path / "a", suites.subset("imagenet-a"), "a.jpg", wrong_in_ten(5))
+    run("imagenet-a", folder, tmp_path, name)
+    theirs = timms_scores(model, folder, suites.find("imagenet-a", folder).among)
+    assert scores(tmp_path, "imagenet-a")["imagenet-a"] == theirs
+    assert 10 < scores(tmp_path, "imagenet-a")["imagenet-a"]["acc1"] < 90
+
+    run("imagenet-sketch", corrupted / "blur/zoom_blur/3", tmp_path, name)
+    assert scores(tmp_path, "imagenet-sketch")["imagenet-sketch"] == timms_scores(model, corrupted / "blur/zoom_blur/3")
+
+    variant = class_folders(tmp_path / "imagenetv2-top-images-format-val", [str(n) for n in range(1000)], "a.jpeg",
+                            wrong_in_ten(2))  # fmt: skip
+    run("imagenet-v2", variant, tmp_path, name)
+    assert scores(tmp_path, "imagenet-v2")["top"] == timms_scores(model, variant)
+
+
+def test_imagenet_c_is_seen_whole(timm_model, corrupted, tmp_path):
+    """Its images are crops already."""
+    run("imagenet-c", corrupted, tmp_path, timm_model[1], subset=2)
+    assert json.loads((tmp_path / "imagenet-c.json").read_text())["settings"]["crop_pct"] == 1.0
+    picture = Image.linear_gradient("L").resize((160, 160)).convert("RGB")
+    for name in (timm_model[1], save_ours(tmp_path / "ours.pth", input_size=160)):
+        whole, cut = (main_robustness.load(str(name), share, torch.device("cpu")).transform for share in (1.0, None))
+        assert torch.equal(whole(picture), pil_to_tensor(picture))
+        assert cut(picture).shape == whole(picture).shape
+        assert not torch.equal(cut(picture), pil_to_tensor(picture))
+
+
+def test_real_labels_are_counted_as_timm_counts_them(timm_model, tmp_path):
+    """In two processes, too, every answer meets its own image's labels."""
+    model, name = timm_model
+    real = RealLabelsImagenet([""] * 50_000)
+    for number in range(1, 202):
+        file = f"ILSVRC2012_val_{number:08d}.JPEG"
+        label = (real.real_labels[file] or [number])[0]
+        painted.paint(tmp_path / "val" / suites.synsets()[number], file, label + number % 2)
+    run("imagenet-real", tmp_path, tmp_path / "out", name)
+    batches = timm_loader(tmp_path / "val", resolve_model_data_config(model))
+    real.filenames = batches.dataset.filenames(basename=True)
+    with torch.no_grad():
+        for x, _ in batches:
+            real.add_result(model(x))
+    found = scores(tmp_path / "out", "imagenet-real")["imagenet-real"]
+    assert found["acc1"] == pytest.approx(real.get_accuracy(1))
+    assert 0 < found["acc1"] < 90
+    command = [
+        *torchrun(2), "main_robustness.py", "--suite", "imagenet-real", "--data_path", tmp_path, "--model", name,
+        "--output_dir", tmp_path / "two", "--num_workers", 0, "--device", "cpu",
+    ]  # fmt: skip
+    subprocess.run([str(part) for part in command], cwd=ROOT, check=True, capture_output=True, timeout=300)
+    assert scores(tmp_path / "two", "imagenet-real")["imagenet-real"] == found
+
+
+def save_ours(path, **settings):
+    model = get_model("vit_mini_patch4", **({"input_size": 16} | settings))
+    torch.save({"model": model.state_dict(), "args": model.settings}, path)
+    return path
+
+
+def test_ours_and_wrong_models(tmp_path):
+    data = class_folders(tmp_path / "r", suites.subset("imagenet-r"), "art_0.jpg", lambda label: label)
+    for name, classes, told in (
+        ("good", None, None),
+        ("few", ["cat", "dog"], "answers with 2 classes; these suites are for classifiers of ImageNet-1K"),
+        ("renamed", [f"kind{n}" for n in range(1000)], "other classes than ImageNet-1K's.* kind0, and not n01440764"),
+        ("known", suites.synsets(), None),
+    ):
+        settings = {"nb_classes": len(classes), "classes": classes} if classes else {}
+        file = save_ours(tmp_path / f"{name}.pth", **settings)
+        if told:
+            with pytest.raises(ValueError, match=told):
+                run("imagenet-r", data, tmp_path / name, file)
+        else:
+            run("imagenet-r", data, tmp_path / name, file)
+            assert scores(tmp_path / name, "imagenet-r")["imagenet-r"]["images"] == 200
+    encoder = save_ours(tmp_path / "encoder.pth", nb_classes=0)
+    with pytest.raises(ValueError, match="has no classes: it is no classifier"):
+        run("imagenet-r", data, tmp_path / "encoder", encoder)
+    with pytest.raises(ValueError, match="--model timm:no_such_model: timm says: Unknown model"):
+        run("imagenet-r", data, tmp_path, "timm:no_such_model")
+    with pytest.raises(ValueError, match="there is no file, model or published weights nothing"):
+        run("imagenet-r", data, tmp_path, "nothing")
