@@ -5,7 +5,7 @@
     torchrun --nproc_per_node 8 main_robustness.py --suite imagenet-c --data_path ImageNet-C \\
         --model runs/base_finetuned/checkpoint-99.pth --output_dir runs/robustness
 
-Where to get the images, and what the paper's models score on them, is told in TRANSFER.md. A suite that was stopped
+Where to get the images, and what the paper's models score on them, is told in RESULTS.md. A suite that was stopped
 goes on with the same command.
 """
 

@@ -16,9 +16,10 @@ import main_finetune
 import main_knn
 import main_linprobe
 import main_pretrain
+import main_robustness
 from benchmarks import targets
 from inference import export, features, get_model, predict, reconstruct
-from util import cli
+from util import cli, suites
 
 DOCUMENTS = sorted(ROOT.glob("*.md"))
 SCRIPTS = sorted(ROOT.glob("main_*.py"))
@@ -27,6 +28,7 @@ PARSERS = {
     "main_finetune.py": main_finetune.get_args_parser,
     "main_linprobe.py": main_linprobe.get_args_parser,
     "main_knn.py": main_knn.get_args_parser,
+    "main_robustness.py": main_robustness.get_args_parser,
     **{f"inference.{part.__name__[10:]}": part.get_args_parser for part in (export, features, predict, reconstruct)},
 }
 
@@ -120,6 +122,30 @@ def test_citation_is_valid_yaml():
 
 def test_the_table_of_speed_is_what_was_measured():
     assert targets.table(ROOT / "benchmarks/results") in (ROOT / "PRETRAIN.md").read_text(encoding="utf-8")
+
+
+def results_row(name: str) -> list[str]:
+    """The numbers of a row of RESULTS.md."""
+    row = re.search(rf"^\| {re.escape(name)} \|(.*)$", (ROOT / "RESULTS.md").read_text(), flags=re.MULTILINE)
+    return [cell.strip() for cell in row[1].split("|")[:4]]
+
+
+def test_published_robustness_is_told_alike():
+    titles = {"imagenet-c": "ImageNet-C, mCE", "imagenet-a": "ImageNet-A", "imagenet-r": "ImageNet-R",
+              "imagenet-sketch": "ImageNet-Sketch"}  # fmt: skip
+    for suite, published in suites.PUBLISHED.items():
+        assert results_row(titles[suite]) == [str(number) for number in published.values()]
+    text = (ROOT / "RESULTS.md").read_text()
+    assert [suite for suite in suites.SUITES if f"| `{suite}` |" not in text] == []
+
+
+@pytest.mark.parametrize("name", ["inat2017", "inat2018", "inat2019", "places205", "places365"])
+def test_recipes_of_transfer_tell_the_published_accuracy(name):
+    head = (ROOT / "recipes" / f"finetune_{name}.yaml").read_text().partition("model:")[0].replace("\n#", "")
+    title = name.capitalize().replace("Inat", "iNaturalist ")
+    sizes = ("ViT-B", "ViT-L", "ViT-H", "ViT-H at 448 pixels")
+    assert ", ".join(f"{size} {number}" for size, number in zip(sizes, results_row(title), strict=True)) in head
+    assert "settings ours, unpublished" in head
 
 
 @pytest.mark.parametrize("study", ["photographs", "fashion_mnist"])

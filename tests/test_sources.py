@@ -158,6 +158,7 @@ def test_lists_without_labels(listed, name, content):
         ("list.txt", "a.png\tdog\nwith blank.png\tcat\nsub/c.png\tdog\n"),
         ("list.csv", "a.png,dog\nwith blank.png, cat\nsub/c.png,dog\n"),
         ("list.csv", "label,path\ndog,a.png\ncat,with blank.png\ndog,sub/c.png\n"),
+        ("list.csv", "a.png dog\nwith blank.png cat\nsub/c.png dog\n"),
         ("list.json", json.dumps([["a.png", "dog"], ["with blank.png", "cat"], ["sub/c.png", "dog"]])),
         ("list.json", json.dumps([{"path": n, "label": c} for n, c in zip(NAMES, ["dog", "cat", "dog"], strict=True)])),
     ],
@@ -176,6 +177,41 @@ def test_numbers_mean_themselves(listed):
     assert list(listed("list.json", '[["a.png", 1]]').labels) == [1]
     assert list(listed("list.csv", "path,label\na.png,1.0\nsub/c.png,10.0\n").labels) == [1, 10]
     assert listed("list.csv", "path,label\na.png,-1\nsub/c.png,\n").classes == []
+
+
+def coco(categories, labels):
+    """As iNaturalist's files are; ids count from anywhere."""
+    return {
+        "info": {"year": 2018},
+        "images": [{"id": 40 + n, "file_name": f"train_val2018/Aves/{n}.jpg"} for n in range(len(labels))],
+        "categories": [{"id": number, "name": name, "supercategory": "Aves"} for number, name in categories],
+        "annotations": [{"id": n, "image_id": 40 + n, "category_id": i} for n, i in reversed([*enumerate(labels)])],
+    }
+
+
+def test_annotations_of_cocos_form(tmp_path):
+    """Labels count the categories by their ids; one without images stays a class, or train and val would differ."""
+    for number in range(3):
+        save(tmp_path / "train_val2018" / "Aves" / f"{number}.jpg")
+    file = tmp_path / "train2018.json"
+    file.write_text(json.dumps(coco([(9, "wren"), (2, "owl"), (5, "crow")], [9, 2, 9])))
+    source = read_list(file, tmp_path, "--train_list")
+    assert source.classes == ["owl", "crow", "wren"]
+    assert source.labels.tolist() == [2, 0, 2]
+    assert source.name(1).endswith("train_val2018/Aves/1.jpg")
+    file.write_text(json.dumps(coco([(9, "1"), (2, "1"), (5, "1")], [9, 2, 9])))
+    assert read_list(file, tmp_path, "--train_list").classes == ["2 1", "5 1", "9 1"]
+    file.write_text(json.dumps(coco([], [1, 2, 3]) | {"annotations": []}))
+    assert read_list(file, tmp_path, "--train_list").labels.tolist() == [-1, -1, -1]
+    wrong = coco([(2, "owl"), (5, "crow")], [2, 5, 5])
+    for change, said in (
+        ({"annotations": wrong["annotations"][:2]}, "1 of its 3 images have no annotation"),
+        ({"annotations": [*wrong["annotations"], {"image_id": 40, "category_id": 5}]}, "image 40 has several categor"),
+        ({"categories": [{"id": 2, "name": "owl"}]}, "can't be read .*KeyError: 5"),
+    ):
+        file.write_text(json.dumps(wrong | change))
+        with pytest.raises(ValueError, match=said):
+            read_list(file, tmp_path, "--train_list")
 
 
 def test_relative_paths_start_at_the_root(listed, tmp_path):

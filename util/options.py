@@ -115,7 +115,7 @@ def add_source_options(group: argparse._ActionsContainer) -> None:
     """Where images come from other than --data_path, and how they are read."""
     group.add_argument(
         "--train_list", metavar="FILE",
-        help="text, CSV or JSON file that names the images: a path, and a label if you like",
+        help="text, CSV or JSON file that names the images: a path, and a label if you like; or iNaturalist's JSON",
     )  # fmt: skip
     group.add_argument(
         "--dataset", metavar="NAME",

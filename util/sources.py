@@ -169,7 +169,8 @@ def read_list(path: Path, root: Path | None, flag: str) -> Files:
     Args:
         path: text with a path a line, and a label behind it, after blanks; CSV of path and label, with or without a
             header that has a column `path` (and `label`); or JSON, a list of paths, of [path, label] or of
-            {"path": ..., "label": ...}. Labels are numbers from 0 or names.
+            {"path": ..., "label": ...}. Labels are numbers from 0 or names. Or JSON of COCO's form, as iNaturalist's
+            splits are: images, annotations, categories.
         root: where relative paths start; the list's own folder by default.
         flag: that named the list, for messages.
 
@@ -182,19 +183,15 @@ def read_list(path: Path, root: Path | None, flag: str) -> Files:
     try:
         if "\0" in text:
             raise ValueError("it has a zero byte")
-        rows = {".csv": _csv_rows, ".json": _json_rows}.get(path.suffix.lower(), _text_rows)(text)
-        labels = [label for _, label in rows if label not in (None, "", "-1")]
-        classes, numbers = _number(labels, len(rows))
+        names, classes, numbers = _read_rows(path.suffix.lower(), text)
     except (ValueError, KeyError, TypeError, IndexError, csv.Error, RecursionError) as error:
         raise ValueError(
             f"{flag} {path}: can't be read ({type(error).__name__}: {error}); give a path and a label a line, CSV with "
             f"the columns path and label, or JSON"
         ) from error
-    if not rows:
+    if not names:
         raise ValueError(f"{flag} {path}: names no files")
-    if 0 < len(labels) < len(rows):
-        raise ValueError(f"{flag} {path}: only {len(labels)} of its {len(rows)} files have a label")
-    files = Files(root or path.parent, [name for name, _ in rows], classes, numbers)
+    files = Files(root or path.parent, names, classes, numbers)
     if not os.path.exists(files._path(0)):
         raise ValueError(
             f"{flag} {path}: its first file, {files.name(0)}, does not exist; relative paths start at --data_path, or "
@@ -204,6 +201,43 @@ def read_list(path: Path, root: Path | None, flag: str) -> Files:
 
 
 Row = tuple[str, str | None]
+
+
+def _read_rows(suffix: str, text: str) -> tuple[list[str], list[str], np.ndarray]:
+    """Paths, classes, and labels that count them, of a list."""
+    parsed = json.loads(text) if suffix == ".json" else None
+    if isinstance(parsed, dict) and "images" in parsed:
+        return _read_annotations(parsed)
+    rows = _json_rows(parsed) if suffix == ".json" else _csv_rows(text) if suffix == ".csv" else _text_rows(text)
+    labels = [label for _, label in rows if label not in (None, "", "-1")]
+    if 0 < len(labels) < len(rows):
+        raise ValueError(f"only {len(labels)} of its {len(rows)} files have a label")
+    return [name for name, _ in rows], *_number(labels, len(rows))
+
+
+def _read_annotations(document: dict[str, Any]) -> tuple[list[str], list[str], np.ndarray]:
+    """COCO's form. Classes are the categories in the order of their ids, those without images too."""
+    paths = [image["file_name"] for image in document["images"]]
+    if not document.get("annotations"):  # of a test set
+        return paths, [], np.full(len(paths), -1)
+    categories = sorted(document["categories"], key=lambda category: category["id"])
+    number_of = {category["id"]: number for number, category in enumerate(categories)}
+    classes = [str(category["name"]) for category in categories]
+    if len(set(classes)) < len(classes):
+        classes = [f"{category['id']} {category['name']}" for category in categories]
+    label_of: dict[Any, int] = {}
+    for annotation in document["annotations"]:
+        number = number_of[annotation["category_id"]]
+        if label_of.setdefault(annotation["image_id"], number) != number:
+            raise ValueError(f"image {annotation['image_id']} has several categories, and a classifier learns one")
+    unlabelled = sum(image["id"] not in label_of for image in document["images"])
+    if unlabelled:
+        raise ValueError(f"{unlabelled} of its {len(paths)} images have no annotation")
+    return (
+        paths,
+        [printable(name) for name in classes],
+        np.array([label_of[image["id"]] for image in document["images"]]),
+    )
 
 
 def _text_rows(text: str) -> list[Row]:
@@ -225,19 +259,20 @@ def _csv_rows(text: str) -> list[Row]:
     if "path" in header:
         path, label = header.index("path"), header.index("label") if "label" in header else len(header)
         lines = lines[1:]
+    elif all(len(row) == 1 for row in lines):  # those of Places205 have blanks for commas
+        return _text_rows("\n".join(row[0] for row in lines))
     return [(row[path], row[label].strip() if len(row) > label else None) for row in lines]
 
 
-def _json_rows(text: str) -> list[Row]:
+def _json_rows(entries: Any) -> list[Row]:
     def row(entry: Any) -> Row:
         if isinstance(entry, str):
             return entry, None
         path, label = (entry["path"], entry.get("label")) if isinstance(entry, dict) else (entry[0], entry[1])
         return str(path), None if label is None else str(label)
 
-    entries = json.loads(text)
     if not isinstance(entries, list):
-        raise ValueError("it is no list")
+        raise ValueError("it is no list, and has no images, annotations and categories")
     return [row(entry) for entry in entries]
 
 

@@ -116,13 +116,14 @@ def _draw_corruptions(cells: Mapping[str, Scores]) -> plt.Figure:
 
 
 def _draw_accuracies(cells: Mapping[str, Scores], published: Mapping[str, float]) -> plt.Figure:
-    """A bar for each cell, those of published models above."""
+    """A bar for each cell, those of published models below."""
     bars = [(name, scores["acc1"], "C0") for name, scores in cells.items()]
     bars += [(f"{model}, published", accuracy, "0.7") for model, accuracy in published.items()]
     figure, axes = plt.subplots(figsize=(7, 1.2 + 0.4 * len(bars)), dpi=100, layout="constrained")
     drawn = axes.barh([name for name, _, _ in bars], [value for _, value, _ in bars], color=[c for _, _, c in bars])
     axes.bar_label(drawn, fmt="%.1f", padding=3)
     axes.set(xlabel="top-1 accuracy, %", xlim=(0, 100))
+    axes.invert_yaxis()
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     return figure

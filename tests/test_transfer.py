@@ -1,0 +1,93 @@
+"""iNaturalist and Places: folders and lists of their shapes go through fine-tuning and probing, with their recipes."""
+
+import json
+
+import numpy as np
+import pytest
+import torchvision
+from conftest import ROOT
+from mains import lines
+from PIL import Image
+
+import main_finetune
+import main_linprobe
+from util import cli
+from util.datasets import open_source
+
+
+def save(path, label):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    colour = np.eye(3, dtype=np.uint8)[label % 3] * 200
+    Image.fromarray(np.broadcast_to(colour, (24, 30, 3)).copy()).save(path)
+
+
+def inaturalist(root):
+    """Images of both splits in the same folders; the JSON files tell which is which."""
+    categories = [{"id": n, "name": str(n), "supercategory": "Aves"} for n in range(3)]
+    for split, count in (("train", 18), ("val", 6)):
+        images, annotations = [], []
+        for number in range(count):
+            label = number % 3
+            name = f"train_val2018/Aves/{label}/{split}{number}.jpg"
+            save(root / name, label)
+            images.append({"id": number, "file_name": name, "width": 30, "height": 24, "license": 3})
+            annotations.append({"id": number, "image_id": number, "category_id": label})
+        document = {"images": images, "annotations": annotations, "categories": categories}
+        (root / f"{split}2018.json").write_text(json.dumps(document))
+    return ["--train_list", root / "train2018.json", "--val_list", root / "val2018.json"]
+
+
+def places205(root):
+    for split, count in (("train", 18), ("val", 6)):
+        listed = []
+        for number in range(count):
+            name = f"{'abc'[number % 3]}/place/gsun_{split}{number}.jpg"
+            save(root / name, number % 3)
+            listed.append(f"{name} {number % 3}\n")
+        (root / f"{split}_places205.csv").write_text("".join(listed))
+    return ["--train_list", root / "train_places205.csv", "--val_list", root / "val_places205.csv"]
+
+
+def places365(root):
+    for split, count in (("train", 18), ("val", 6)):
+        for number in range(count):
+            place = ("airfield", "airplane_cabin", "zen_garden")[number % 3]
+            save(root / split / place / f"{split}{number:08d}.jpg", number % 3)
+    return []
+
+
+@pytest.mark.parametrize(
+    ("recipe", "make"),
+    [("inat2018", inaturalist), ("places205", places205), ("places365", places365)],
+)
+def test_fine_tuning_and_probing(recipe, make, tmp_path):
+    data = ["--data_path", tmp_path / "data", *make(tmp_path / "data")]
+    small = ["--model", "vit_mini_patch4", "--input_size", 16, "--num_workers", 0, "--device", "cpu", "--batch_size", 6,
+             "--epochs", 2, "--warmup_epochs", 1]  # fmt: skip
+    for main, config in ((main_finetune, f"finetune_{recipe}"), (main_linprobe, "linprobe_vit_base")):
+        out = tmp_path / main.__name__
+        argv = ["--config", ROOT / "recipes" / f"{config}.yaml", *data, *small, "--output_dir", out]
+        main.main(cli.parse(main.get_args_parser(), [str(part) for part in argv]))
+        assert "test_acc1" in lines(out)[-1]
+    val = open_source("val", str(tmp_path / "data"), str(data[-1]) if len(data) > 2 else None)
+    assert len(val.classes) == 3
+    assert sorted(val.labels) == [0, 0, 1, 1, 2, 2]
+
+
+def test_places365_as_torchvision_lays_it_out(tmp_path, monkeypatch):
+    """Its digests are those of the whole lists; ours are short."""
+    places = torchvision.datasets.Places365
+    monkeypatch.setattr(places, "_CATEGORIES_META", ("categories_places365.txt", None))
+    lists = {"train-standard": ("places365_train_standard.txt", None), "val": ("places365_val.txt", None)}
+    monkeypatch.setattr(places, "_FILE_LIST_META", lists)
+    (tmp_path / "categories_places365.txt").write_text("/a/airfield 0\n/a/airplane_cabin 1\n")
+    (tmp_path / "places365_train_standard.txt").write_text("/a/airfield/1.jpg 0\n/a/airplane_cabin/2.jpg 1\n")
+    (tmp_path / "places365_val.txt").write_text("Places365_val_1.jpg 1\n")
+    for name in ("data_large_standard/a/airfield/1.jpg", "data_large_standard/a/airplane_cabin/2.jpg",
+                 "val_large/Places365_val_1.jpg"):  # fmt: skip
+        save(tmp_path / name, 0)
+    train, val = (open_source(split, str(tmp_path), dataset="Places365") for split in ("train", "val"))
+    assert train.labels.tolist() == [0, 1]
+    assert val.labels.tolist() == [1]
+    assert train[1][0].startswith(b"\xff\xd8")
+    assert len(train.classes) == 2
