@@ -1,4 +1,4 @@
-"""What an encoder sees where: attention of the class token, and principal components of the patches' features."""
+"""What an encoder sees where: attention of the class token, features of patches, their principal components."""
 
 from typing import Any
 
@@ -33,6 +33,22 @@ def attention(model: Model, images: Images, block: int = -1) -> Tensor:
     chosen = blocks[block]
     maps = chosen.attn.maps(chosen.norm1(tokens))
     return maps[:, :, 0, 1:].unflatten(2, model.patch_embed.grid_of(*x.shape[2:])).cpu()
+
+
+@torch.no_grad()  # and not inference mode: heads are trained on what comes out
+def dense(model: Model, images: Images, layers: int = 4) -> Tensor:
+    """Features of every patch, for dense tasks: what the last blocks make of it, one behind the other.
+
+    Args:
+        images: as `Ready.prepare` takes them; of any size if they are float, the model's input.
+        layers: so many of the last blocks.
+
+    Returns:
+        (B, layers * D, rows, columns) of the patch grid.
+    """
+    x = model.prepare(images)
+    tokens = torch.cat(model.get_intermediate_layers(x, n=layers), dim=2)[:, 1:]
+    return tokens.float().transpose(1, 2).unflatten(2, model.patch_embed.grid_of(*x.shape[2:])).cpu()
 
 
 @torch.inference_mode()

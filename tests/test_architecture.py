@@ -17,7 +17,7 @@ ARROWS = {
     r"models_mae": r"models_vit|util\.pos_embed|util\.masking",
     r"models_vit": r"util\.pos_embed",
     r"hubconf": r"inference\.\w+",
-    r"demo\.\w+": r"inference\.\w+|models_\w+|util\.\w+",
+    r"demo\.\w+": r"demo\.unpack_data|inference\.\w+|models_\w+|util\.\w+",
     r"benchmarks\.\w+": r"benchmarks\.\w+|inference\.\w+|models_\w+|util\.\w+",
     r"inference\.\w+": r"inference\.\w+|models_\w+|util\.\w+",
     r"util\.loop": r"util\.(precision|runlog|lr_sched|dist|interrupts)",
