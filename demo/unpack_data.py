@@ -17,14 +17,14 @@ def unpack(out: Path) -> None:
     archive = np.load(ARCHIVE, allow_pickle=False)
     for split in ("train", "val"):
         for name in archive["classes"]:
-            (out / split / _folder(name)).mkdir(parents=True, exist_ok=True)
+            (out / split / folder_of(name)).mkdir(parents=True, exist_ok=True)
         for number, (image, label) in enumerate(
             zip(archive[f"{split}_images"], archive[f"{split}_labels"], strict=True)
         ):
-            Image.fromarray(image).save(out / split / _folder(archive["classes"][label]) / f"{number:05}.png")
+            Image.fromarray(image).save(out / split / folder_of(archive["classes"][label]) / f"{number:05}.png")
 
 
-def _folder(class_name: str) -> str:
+def folder_of(class_name: str) -> str:
     return class_name.lower().replace("/", "_").replace(" ", "_")
 
 

@@ -52,6 +52,7 @@ MAE = ["--model", "mae_vit_mini_patch4", "--lr", 1e-3, "--crop_scale", 0.6, 1]  
 # The model is so small that two processes of one thread each are faster than one process of two threads.
 TWO_PROCESSES = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
 BUDGET = {100: 200, 500: 100, 2_000: 30, 10_000: 15, 60_000: 3}  # labels: epochs of fine-tuning, with and without
+CORRUPTED = (2_000, 0)  # labels and seed of the classifiers that corruptions.py takes
 SEEDS = {100: 3, 500: 3, 2_000: 3, 10_000: 1, 60_000: 1}
 PROBE = ["main_linprobe.py", "--model", "vit_mini_patch4", *WHOLE, "--train_per_class", 1000, "--cache_features",
          "--blr", 0.3, 1, 3, 10, 30, "--batch_size", 256, "--epochs", 60, "--warmup_epochs", 5,
@@ -239,7 +240,8 @@ def finetune(study: Study) -> None:
                     "--lr", 1e-3, "--aa", "none", "--reprob", 0, "--crop_scale", 0.7, 1, "--mixup", 0.8, "--cutmix", 1,
                     *(["--train_per_class", count // 10] if count < 60_000 else []), *start,
                 ]  # fmt: skip
-                study.run(command, name)
+                checkpoint = study.work / name / f"checkpoint-{epochs - 1}.pth"
+                study.run(command, name, needed=checkpoint if (count, seed) == CORRUPTED else None)
 
 
 def ratios(study: Study) -> None:

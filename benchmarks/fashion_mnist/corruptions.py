@@ -1,0 +1,197 @@
+"""What noise, blur and the like do to a pre-trained and to a from-scratch classifier of the Fashion-MNIST study.
+
+    python benchmarks/fashion_mnist/study.py --work runs/study pretrain finetune
+    python benchmarks/fashion_mnist/corruptions.py \\
+        --pretrained runs/study/finetune/2000/0/pre-trained/checkpoint-29.pth \\
+        --scratch runs/study/finetune/2000/0/scratch/checkpoint-29.pth
+
+Both see the same 2,000 embedded test images, which are of the data set's test set, under six corruptions of five
+severities each (Hendrycks & Dietterich 2019 have fifteen for photographs). Writes corruptions.json, corruptions.md and
+corruptions.png beside this file; --out chooses another folder.
+"""
+
+import argparse
+import io
+import json
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from PIL import Image, ImageEnhance, ImageFilter
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from demo.unpack_data import ARCHIVE, folder_of
+from inference.model import Classifier, get_model
+from util import cli
+
+HERE = Path(__file__).parent
+SHOWN = 8016  # an image of the training part, which the picture shows corrupted
+
+
+def noise(image: Image.Image, sigma: float, generator: np.random.Generator) -> Image.Image:
+    """Gaussian noise of so many grey levels."""
+    pixels = np.asarray(image) + generator.normal(scale=sigma, size=image.size[::-1])
+    return Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
+
+
+def blur(image: Image.Image, radius: float, generator: np.random.Generator) -> Image.Image:
+    """Gaussian blur of so many pixels."""
+    return image.filter(ImageFilter.GaussianBlur(radius))
+
+
+def contrast(image: Image.Image, factor: float, generator: np.random.Generator) -> Image.Image:
+    """Deviations from the mean scaled."""
+    return ImageEnhance.Contrast(image).enhance(factor)
+
+
+def jpeg(image: Image.Image, quality: float, generator: np.random.Generator) -> Image.Image:
+    """Written as JPEG and read again."""
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=int(quality))
+    return Image.open(file)
+
+
+def occlusion(image: Image.Image, side: float, generator: np.random.Generator) -> Image.Image:
+    """A grey square of so many pixels somewhere."""
+    left, top = (int(place) for place in generator.integers(0, np.array(image.size) - int(side) + 1))
+    covered = image.copy()
+    covered.paste(128, (left, top, left + int(side), top + int(side)))
+    return covered
+
+
+def rotation(image: Image.Image, degrees: float, generator: np.random.Generator) -> Image.Image:
+    """Turned to the left or to the right."""
+    return image.rotate(degrees * generator.choice((-1, 1)), Image.Resampling.BILINEAR)
+
+
+Corruption = Callable[[Image.Image, float, np.random.Generator], Image.Image]
+CORRUPTIONS: dict[Corruption, tuple[float, ...]] = {
+    noise: (10, 20, 35, 50, 80),
+    blur: (0.5, 0.8, 1.1, 1.5, 2),
+    contrast: (0.75, 0.5, 0.35, 0.2, 0.1),
+    jpeg: (40, 25, 15, 8, 4),
+    occlusion: (4, 7, 10, 13, 16),
+    rotation: (10, 20, 30, 45, 60),
+}
+
+
+def corrupt(images: np.ndarray, corruption: Corruption, severity: int) -> np.ndarray:
+    """Images uint8 (n, H, W), all corrupted, severity 1 to 5; what is drawn depends on the severity and the place."""
+    amount = CORRUPTIONS[corruption][severity - 1]
+    made = [
+        corruption(Image.fromarray(image), amount, np.random.default_rng([severity, number]))
+        for number, image in enumerate(images)
+    ]
+    return np.stack([np.asarray(image) for image in made])
+
+
+def load(file: str) -> Classifier:
+    """A classifier of the data set.
+
+    Raises:
+        ValueError: the file holds another model.
+    """
+    model = get_model(file)
+    names = {folder_of(str(name)) for name in np.load(ARCHIVE, allow_pickle=False)["classes"]}
+    if not isinstance(model, Classifier) or {folder_of(name) for name in model.classes or []} != names:
+        raise ValueError(f"{file} holds no classifier of Fashion-MNIST")
+    return model
+
+
+@torch.inference_mode()
+def accuracy(model: Classifier, images: np.ndarray, names: list[str]) -> float:
+    """Per cent of the images, seen whole, whose class is found.
+
+    Args:
+        names: of each image's class, as the data set calls it; the model may call it by its folder.
+    """
+    assert model.classes
+    numbers = {folder_of(name): number for number, name in enumerate(model.classes)}
+    labels = np.array([numbers[folder_of(name)] for name in names])
+    right = 0
+    for pixels, true in zip(np.array_split(images, 10), np.array_split(labels, 10), strict=True):
+        logits = model(model.normalize(torch.from_numpy(pixels)[:, None]))
+        right += int((logits.argmax(dim=1).numpy() == true).sum())
+    return 100 * right / len(labels)
+
+
+def table(results: dict[str, dict[str, list[float]]]) -> str:
+    """Markdown: accuracies without corruption and with, these means of five severities, and what share they keep."""
+    titles = list(results)
+    lines = ["| test accuracy, % | " + " | ".join(f"{title} | share kept" for title in titles) + " |"]
+    lines.append("|---" * (2 * len(titles) + 1) + "|")
+    clean = {title: found["none"][0] for title, found in results.items()}
+    lines.append("| no corruption | " + " | ".join(f"{clean[title]:.1f} | " for title in titles) + " |")
+    kept: dict[str, list[float]] = {title: [] for title in titles}
+    for corruption in CORRUPTIONS:
+        cells = []
+        for title, found in results.items():
+            mean = float(np.mean(found[corruption.__name__]))
+            kept[title].append(mean)
+            cells.append(f"{mean:.1f} | {mean / clean[title]:.2f}")
+        lines.append(f"| {corruption.__name__} | " + " | ".join(cells) + " |")
+    means = [f"{np.mean(kept[title]):.1f} | {np.mean(kept[title]) / clean[title]:.2f}" for title in titles]
+    lines.append("| mean | " + " | ".join(means) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(results: dict[str, dict[str, list[float]]], examples: np.ndarray, path: Path) -> None:
+    """A panel a corruption: accuracies over severities, and an image at severities 1, 3 and 5 below."""
+    figure, axes = plt.subplots(2, len(CORRUPTIONS), figsize=(13, 4.2), dpi=100, layout="constrained",
+                                height_ratios=(3, 1))  # fmt: skip
+    for column, corruption in enumerate(CORRUPTIONS):
+        above, below = axes[:, column]
+        for title, found in results.items():
+            above.plot(range(6), [found["none"][0], *found[corruption.__name__]], marker=".", label=title)
+        above.set(title=corruption.__name__, xlabel="severity", ylim=(0, 100), xticks=range(6))
+        above.grid(alpha=0.3)
+        below.imshow(np.hstack([corrupt(examples, corruption, severity)[0] for severity in (1, 3, 5)]), cmap="gray",
+                     vmin=0, vmax=255)  # fmt: skip
+        below.set_title("severity 1, 3, 5", fontsize=8)
+        below.axis("off")
+    axes[0, 0].set_ylabel("test accuracy, %")
+    axes[0, 0].legend(fontsize=8)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The flags of the command."""
+    parser = cli.parser("A pre-trained and a from-scratch classifier of Fashion-MNIST under six corruptions.")
+    parser.add_argument("--pretrained", required=True, metavar="FILE", help="fine-tuned from the pre-trained encoder")
+    parser.add_argument("--scratch", required=True, metavar="FILE", help="trained with the same labels, from nothing")
+    parser.add_argument("--out", default=HERE, type=Path, metavar="DIR", help="where results, table and picture go")
+    return parser
+
+
+def main(args: Namespace) -> None:
+    """Prints the table, and writes it."""
+    archive = np.load(ARCHIVE, allow_pickle=False)
+    images, names = archive["val_images"], [str(name) for name in archive["classes"][archive["val_labels"]]]
+    models = {"pre-trained": load(args.pretrained), "from scratch": load(args.scratch)}
+    results = {title: {"none": [accuracy(model, images, names)]} for title, model in models.items()}
+    for corruption in CORRUPTIONS:
+        for severity in range(1, 6):
+            corrupted = corrupt(images, corruption, severity)
+            for title, model in models.items():
+                found = results[title].setdefault(corruption.__name__, [])
+                found.append(accuracy(model, corrupted, names))
+        said = "; ".join(f"{title} {found[corruption.__name__]}" for title, found in results.items())
+        print(f"{corruption.__name__}: {said}", flush=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "corruptions.json").write_text(json.dumps(results, indent=1) + "\n")
+    (args.out / "corruptions.md").write_text(table(results))
+    draw(results, archive["train_images"][SHOWN, None], args.out / "corruptions.png")
+    print(f"\n{table(results)}")
+
+
+if __name__ == "__main__":
+    cli.run(main, get_args_parser())

@@ -1,0 +1,78 @@
+"""The corruptions of the Fashion-MNIST study: what each does to an image, and the table."""
+
+import importlib.util
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+from inference import get_model
+from util import cli
+
+
+@pytest.fixture(scope="module")
+def study():
+    spec = importlib.util.spec_from_file_location("corruptions", ROOT / "benchmarks/fashion_mnist/corruptions.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def images(study):
+    return np.load(study.ARCHIVE)["val_images"][:40]
+
+
+def test_every_corruption_grows_with_its_severity(study, images):
+    for corruption in study.CORRUPTIONS:
+        made = [study.corrupt(images, corruption, severity) for severity in range(1, 6)]
+        assert all(one.shape == images.shape and one.dtype == np.uint8 for one in made)
+        away = [np.abs(one.astype(int) - images).mean() for one in made]
+        assert away == sorted(away), corruption.__name__
+        assert away[0] > 0
+        again = study.corrupt(images, corruption, 3)
+        assert np.array_equal(again, made[2])
+
+
+def test_what_they_do(study, images):
+    rng = np.random.default_rng(0)
+    plain = np.full((400, 400), 128, dtype=np.uint8)
+    assert np.asarray(study.noise(Image.fromarray(plain), 20, rng)).std() == pytest.approx(20, rel=0.02)
+    covered = study.corrupt(np.zeros((1, 28, 28), np.uint8), study.occlusion, 2)[0]
+    assert sorted(np.unique(covered)) == [0, 128]
+    assert (covered == 128).sum() == 7 * 7
+    flat = study.corrupt(images, study.contrast, 5)[0]
+    assert flat.std() == pytest.approx(0.1 * images[0].std(), abs=1)
+    assert flat.mean() == pytest.approx(images[0].mean(), abs=1)
+    turned = [study.rotation(Image.fromarray(images[0]), 45, np.random.default_rng(seed)) for seed in range(8)]
+    assert len({one.tobytes() for one in turned}) == 2  # to the left or to the right
+
+
+def save(path, classes, says):
+    """A classifier of large patches that says one class of all images."""
+    shape = {"input_size": 28, "patch_size": 14, "in_chans": 1}
+    model = get_model("vit_mini_patch4", **shape, nb_classes=len(classes), classes=classes)
+    torch.nn.init.zeros_(model.head.weight)
+    model.head.bias.data = torch.eye(len(classes))[classes.index(says)]
+    torch.save({"model": model.state_dict(), "args": model.settings}, path)
+    return str(path)
+
+
+def test_the_command_counts_as_its_models_do(study, tmp_path, capsys):
+    """One model calls the classes as the data set does, one by their folders, whose order is another."""
+    archive = np.load(study.ARCHIVE)
+    names = [str(name) for name in archive["classes"]]
+    first = save(tmp_path / "a.pth", names, "Bag")
+    second = save(tmp_path / "b.pth", sorted(study.folder_of(name) for name in names), "bag")
+    argv = ["--pretrained", first, "--scratch", second, "--out", str(tmp_path)]
+    study.main(cli.parse(study.get_args_parser(), argv))
+    share = 100 * (archive["classes"][archive["val_labels"]] == "Bag").mean()
+    told = capsys.readouterr().out
+    assert f"| no corruption | {share:.1f} |  | {share:.1f} |  |" in told
+    assert f"| mean | {share:.1f} | 1.00 | {share:.1f} | 1.00 |" in told
+    assert (tmp_path / "corruptions.md").read_text() in told
+    assert Image.open(tmp_path / "corruptions.png").width > 1000
+    with pytest.raises(ValueError, match="no classifier of Fashion-MNIST"):
+        study.load(save(tmp_path / "c.pth", ["cat", "dog"], "cat"))
