@@ -94,7 +94,7 @@ def main(args: Namespace) -> str:
     out = Path(args.output_dir) / args.suite
     results = suite_report.Results(out.with_suffix(".json"), {
         "model": args.model, "weights": checkpoint.compute_digest(checkpoint.snapshot(dict(model.state_dict()))),
-        "subset": args.subset, "crop_pct": crop_pct, "amp": precision.name,
+        "data_path": args.data_path, "subset": args.subset, "crop_pct": crop_pct, "amp": precision.name,
     })  # fmt: skip
     todo = dist.gather([name for name in suite.cells if name not in results.cells])[0]  # all do the same
     if len(todo) < len(suite.cells):

@@ -1,0 +1,31 @@
+"""The README's commands on the embedded images, one after the other as they stand there."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from conftest import ROOT
+from test_docs import bash_blocks
+
+
+def test_they_run(tmp_path):
+    """In a folder with links to everything here, so that what the commands write stays there."""
+    for entry in ROOT.iterdir():
+        if entry.name not in ("runs", "images", ".git"):
+            (tmp_path / entry.name).symlink_to(entry)
+    script = [c for c in bash_blocks(ROOT / "README.md") if not c.startswith(("./run ", "source ", "torchrun "))]
+    assert len(script) == 12
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", "-ec", "\n".join(script)], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "images      10,000" in done.stdout
+    assert "resuming from" in done.stdout
+    assert done.stdout.count("* Acc@1") == 5 + 1 + 10
+    assert "* 20-NN Acc@1" in done.stdout
+    assert "patches hidden, PSNR" in done.stdout
+    for name in ("predictions.png", "painted.png", "features.npz", "classifier.onnx"):
+        assert (tmp_path / name).stat().st_size > 5000, name
+    assert len((tmp_path / "runs/mine/log.txt").read_text().splitlines()) == 3
