@@ -14,46 +14,17 @@ import logging
 import time
 from argparse import Namespace
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
-import timm
-import torch
-from timm.data import create_transform, resolve_model_data_config
-from torch import Tensor, nn
 from tqdm import tqdm
 
 from engine_finetune import Evaluation, evaluate
-from inference.model import get_model
+from inference.imagenet import TIMM, Among, load
 from util import checkpoint, cli, dist, flags, loader, options, runlog, suite_report, suites
 from util.precision import Precision
 from util.samples import Samples
-from util.transforms import Normalize, Transform
 
 logger = logging.getLogger(__name__)
-
-TIMM = "timm:"
-
-
-class Classifier(NamedTuple):
-    """What is evaluated: of ours, or of timm's."""
-
-    model: nn.Module  # images (B, 3, H, W) to logits (B, 1000)
-    transform: Transform
-    normalize: nn.Module
-
-
-class Among(nn.Module):
-    """Answers among some classes only: logits (B, 1000) to theirs (B, number of them)."""
-
-    def __init__(self, model: nn.Module, classes: list[int]) -> None:
-        super().__init__()
-        self.model = model
-        self.classes = classes
-
-    def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.model(images)
-        return logits if len(self.classes) == logits.shape[1] else logits[:, self.classes]
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -94,15 +65,16 @@ def main(args: Namespace) -> str:
     out = Path(args.output_dir) / args.suite
     results = suite_report.Results(out.with_suffix(".json"), {
         "model": args.model, "weights": checkpoint.compute_digest(checkpoint.snapshot(dict(model.state_dict()))),
-        "data_path": args.data_path, "subset": args.subset, "crop_pct": crop_pct, "amp": precision.name,
+        **classifier.sees, "data_path": str(suite.root), "subset": args.subset, "amp": precision.name,
     })  # fmt: skip
-    todo = dist.gather([name for name in suite.cells if name not in results.cells])[0]  # all do the same
-    if len(todo) < len(suite.cells):
-        logger.info(f"{len(suite.cells) - len(todo)} of {len(suite.cells)} cells are in {results.path} already")
-
-    for number, name in enumerate(todo, start=1):
-        started = time.perf_counter()
-        cell = suites.open_cell(suite, name, args.subset)
+    for number, name in enumerate(suite.cells, start=1):
+        cell, started = suites.open_cell(suite, name, args.subset), time.perf_counter()
+        place = f", {number} of {len(suite.cells)}" if len(suite.cells) > 1 else ""
+        if dist.gather(results.has(name, len(cell.source)))[0]:  # all do what the first does
+            logger.info(f"{name}: in {results.path} already{place}")
+            continue
+        if not args.subset and len(cell.source) != suites.IMAGES[args.suite]:
+            logger.warning(f"{name}: {len(cell.source):,} images, and {suites.IMAGES[args.suite]:,} were published")
         samples = Samples(cell.source, classifier.transform, in_chans=3, seed=0)
         batches = loader.eval_loader(samples, args.batch_size, args.num_workers, device.type == "cuda")
         shown = tqdm(batches, desc=name, unit="batch", leave=False, disable=None if dist.is_main() else True)
@@ -111,8 +83,7 @@ def main(args: Namespace) -> str:
         if dist.is_main():
             results.add(name, scores)
         seconds = time.perf_counter() - started
-        left = f", {number} of {len(todo)}" if len(todo) > 1 else ""
-        logger.info(f"{name}: Acc@1 {scores['acc1']:.3f} ({len(samples):,} images, {seconds:.0f} s{left})")
+        logger.info(f"{name}: Acc@1 {scores['acc1']:.3f} ({len(samples):,} images, {seconds:.0f} s{place})")
 
     table = ""
     if dist.is_main():
@@ -121,46 +92,6 @@ def main(args: Namespace) -> str:
         table = suite_report.write(out, args.suite, cells, f"{args.suite}, {args.model}{part}")
         logger.info(f"\n{table}\ntable and picture: {out}.md, {out}.csv, {out}.png")
     return table
-
-
-def load(name: str, crop_pct: float | None, device: torch.device) -> Classifier:
-    """A model with what belongs to it.
-
-    Args:
-        name: as for `inference.get_model`, or timm:NAME.
-        crop_pct: None: the model's own.
-
-    Raises:
-        ValueError: there is none, or it does not know ImageNet-1K's classes.
-    """
-    if name.startswith(TIMM):
-        classifier = _load_timm(name, crop_pct)
-        known = None
-    else:
-        settings: dict[str, Any] = {"crop_pct": crop_pct} if crop_pct else {}
-        ours = get_model(name, pretrained=True, **settings)
-        classifier = Classifier(ours, ours.transform, ours.normalize)
-        known = ours.settings.get("classes")
-    num_classes = getattr(classifier.model, "num_classes", 0)
-    if num_classes != suites.NUM_CLASSES:
-        what = f"answers with {num_classes} classes" if num_classes else "has no classes: it is no classifier"
-        raise ValueError(f"--model {name} {what}; these suites are for classifiers of ImageNet-1K, which have 1000")
-    if known and known != suites.synsets():
-        raise ValueError(
-            f"--model {name} was trained on other classes than ImageNet-1K's, or they are called otherwise: the first "
-            f"of them is {known[0]}, and not {suites.synsets()[0]}"
-        )
-    return Classifier(classifier.model.to(device), classifier.transform, classifier.normalize.to(device))
-
-
-def _load_timm(name: str, crop_pct: float | None) -> Classifier:
-    try:
-        model = timm.create_model(name.removeprefix(TIMM), pretrained=True)
-    except Exception as error:  # unknown names, files that are missing, no network
-        raise ValueError(f"--model {name}: timm says: {' '.join(str(error).split())}") from error
-    config = resolve_model_data_config(model) | ({"crop_pct": crop_pct} if crop_pct else {})
-    transform: Any = create_transform(**config, is_training=False, normalize=False)  # to bytes
-    return Classifier(model, transform, Normalize(config["mean"], config["std"]))
 
 
 def score(found: Evaluation, cell: suites.Cell) -> suite_report.Scores:

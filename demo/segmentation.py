@@ -147,6 +147,8 @@ def main(args: Namespace) -> dict[str, float]:
     model = get_model(args.model, device=device)
     if model.in_chans != 1 or model.settings["input_size"] != 28:
         raise ValueError(f"--model {args.model}: the pictures are grey ones of 28 pixels, as ./run demo trains on")
+    if args.layers > len(model.blocks):
+        raise ValueError(f"--layers {args.layers}: the encoder has {len(model.blocks)} blocks")
     torch.manual_seed(0)
     untrained = type(model)(model.settings).to(device)
     seen, tested = make_pictures("train", args.pictures, seed=0), make_pictures("val", 1000, seed=1)

@@ -39,13 +39,20 @@ def attention(model: Model, images: Images, block: int = -1) -> Tensor:
 def dense(model: Model, images: Images, layers: int = 4) -> Tensor:
     """Features of every patch, for dense tasks: what the last blocks make of it, one behind the other.
 
+    They are normalised by the encoder's last LayerNorm, where it has one: classifiers that pool patches have none.
+
     Args:
         images: as `Ready.prepare` takes them; of any size if they are float, the model's input.
         layers: so many of the last blocks.
 
     Returns:
         (B, layers * D, rows, columns) of the patch grid.
+
+    Raises:
+        ValueError: there are not so many blocks.
     """
+    if not 1 <= layers <= len(model.blocks):
+        raise ValueError(f"layers={layers}: the encoder has {len(model.blocks)} blocks")
     x = model.prepare(images)
     tokens = torch.cat(model.get_intermediate_layers(x, n=layers), dim=2)[:, 1:]
     return tokens.float().transpose(1, 2).unflatten(2, model.patch_embed.grid_of(*x.shape[2:])).cpu()

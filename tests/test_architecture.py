@@ -10,7 +10,7 @@ from conftest import ROOT
 # A module, or a pattern of them -> what of this project it may import.
 ARROWS = {
     r"submitit_\w+": r"main_\w+|util\.submit",
-    r"main_robustness": r"engine_finetune|inference\.model|util\.\w+",
+    r"main_robustness": r"engine_finetune|inference\.imagenet|util\.\w+",
     r"main_\w+": r"engine_\w+|models_\w+|util\.\w+",
     r"engine_\w+": r"util\.\w+",
     r"models_build": r"models_(mae|vit)",

@@ -16,7 +16,7 @@ import main_pretrain
 import main_robustness
 from benchmarks import targets
 from inference import export, features, get_model, predict, reconstruct
-from util import cli, suites
+from util import cli, datasets, suites
 
 DOCUMENTS = sorted(ROOT.glob("*.md"))
 SCRIPTS = sorted(ROOT.glob("main_*.py"))
@@ -26,6 +26,7 @@ PARSERS = {
     "main_linprobe.py": main_linprobe.get_args_parser,
     "main_knn.py": main_knn.get_args_parser,
     "main_robustness.py": main_robustness.get_args_parser,
+    "util.datasets": datasets.get_args_parser,
     **{f"inference.{part.__name__[10:]}": part.get_args_parser for part in (export, features, predict, reconstruct)},
 }
 
@@ -44,9 +45,8 @@ def main_commands() -> list[tuple[str, list[str]]]:
     found = [command for path in DOCUMENTS for command in bash_blocks(path)]
     for path in SCRIPTS + sorted(ROOT.glob("inference/*.py")) + sorted(ROOT.glob("recipes/*.yaml")):
         found += commands(path.read_text().replace("\n#", "\n"))
-    calls = [
-        re.search(r"(?:python|torchrun)\s.*?(main_\w+\.py|inference\.\w+) ([\w-].*)", command) for command in found
-    ]
+    module = r"(main_\w+\.py|inference\.\w+|util\.datasets)"
+    calls = [re.search(rf"(?:python|torchrun)\s.*?{module} ([\w-].*)", command) for command in found]
     return [(call[1], shlex.split(call[2])) for call in calls if call]
 
 
@@ -57,7 +57,7 @@ def test_every_shown_command_parses(main, flags, monkeypatch):
 
 
 def test_the_commands_were_found():
-    assert len(main_commands()) >= 45
+    assert len(main_commands()) >= 65
 
 
 @pytest.fixture

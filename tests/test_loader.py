@@ -112,10 +112,13 @@ def epoch_of(batches, epoch):
 
 
 def test_bad_images_end_the_run_by_default(half_bad):
-    samples = make_samples(half_bad)
+    """The message names the flag where there is one: in training."""
+    training, evaluation = make_samples(half_bad, on_bad_image="error"), make_samples(half_bad)
     for index, said in ((7, "07.png: the file is empty"), (11, "11.png: can't be read"), (30, "30.png: No such file")):
         with pytest.raises(BadImage, match=f"{said}.*--on_bad_image skip"):
-            _ = samples[0, index]
+            _ = training[0, index]
+        with pytest.raises(BadImage, match=f"{said}[^-]*$"):
+            _ = evaluation[0, index]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

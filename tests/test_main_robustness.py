@@ -17,6 +17,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 import main_robustness
 from inference import get_model
+from inference.model import imagenet_classes
 from util import cli, suites
 from util.suites import CORRUPTIONS, SEVERITIES
 
@@ -110,28 +111,42 @@ def test_imagenet_c(corrupted, tmp_path):
 
 def test_it_goes_on_where_it_was_stopped(corrupted, tmp_path, monkeypatch, capsys):
     whole = run("imagenet-c", corrupted, tmp_path / "whole", subset=20)
-    original, opened = suites.open_cell, []
+    original, evaluated = main_robustness.evaluate, []
 
-    def stopping(suite, name, limit):
-        if len(opened) == 40:
+    def stopping(*given, **settings):
+        if len(evaluated) == 40:
             raise KeyboardInterrupt
-        opened.append(name)
-        return original(suite, name, limit)
+        evaluated.append(given)
+        return original(*given, **settings)
 
-    monkeypatch.setattr(suites, "open_cell", stopping)
+    monkeypatch.setattr(main_robustness, "evaluate", stopping)
     with pytest.raises(KeyboardInterrupt):
         run("imagenet-c", corrupted, tmp_path / "out", subset=20)
     assert len(scores(tmp_path / "out", "imagenet-c")) == 40
-    monkeypatch.setattr(suites, "open_cell", lambda *cell: opened.append(cell[1]) or original(*cell))
+    monkeypatch.setattr(main_robustness, "evaluate", lambda *a, **kw: evaluated.append(a) or original(*a, **kw))
     capsys.readouterr()
     assert run("imagenet-c", corrupted, tmp_path / "out", subset=20) == whole
-    assert len(opened) == len(set(opened)) == 75
-    assert "40 of 75 cells are in" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"another run \(subset was 20 and is 10\): give another --output_dir"):
-        run("imagenet-c", corrupted, tmp_path / "out", subset=10)
-    (tmp_path / "out" / "imagenet-c.json").write_text("{")
-    with pytest.raises(ValueError, match="can't be read"):
-        run("imagenet-c", corrupted, tmp_path / "out", subset=20)
+    assert len(evaluated) == 75
+    assert capsys.readouterr().out.count("imagenet-c.json already") == 40
+    for change, told in (("subset", "20 and is 1"), ("crop_pct", "1.0 and is 0.5")):
+        with pytest.raises(ValueError, match=rf"another run \({change} was {told}\): give another --output_dir"):
+            run("imagenet-c", corrupted, tmp_path / "out", **({"subset": 20} | {change: told.split()[-1]}))
+    for damage in ("{", '{"settings": [1], "cells": {}}'):
+        (tmp_path / "out" / "imagenet-c.json").write_text(damage)
+        with pytest.raises(ValueError, match="can't be read"):
+            run("imagenet-c", corrupted, tmp_path / "out", subset=20)
+
+
+def test_a_folder_that_is_completed_is_evaluated_anew(tmp_path, capsys):
+    data = class_folders(tmp_path / "a", suites.subset("imagenet-a"), "a.jpg", wrong_in_ten(0))
+    told = run("imagenet-a", data, tmp_path / "out")
+    assert "timm:reads_colours: 200 images of the 7,500 published" in told
+    assert "imagenet-a: 200 images, and 7,500 were published" in capsys.readouterr().out
+    class_folders(data, suites.subset("imagenet-a"), "b.jpg", lambda label: label + 10)
+    for expected in ("Acc@1 5", "already"):
+        run("imagenet-a", data, tmp_path / "out")
+        assert expected in capsys.readouterr().out
+    assert scores(tmp_path / "out", "imagenet-a")["imagenet-a"]["images"] == 400
 
 
 # ----------------------------------------------------------------------------------------------------- real networks
@@ -139,17 +154,19 @@ def test_it_goes_on_where_it_was_stopped(corrupted, tmp_path, monkeypatch, capsy
 
 @pytest.fixture(scope="session")
 def timm_model(tmp_path_factory):
-    """A small network of timm, as its hub has them, that knows each class's colour: by the nearest features."""
+    """A small network of timm, as its hub has them, that knows each class's colour: by the nearest features.
+
+    It is tested on larger images than it was trained on, as many of timm's are.
+    """
     torch.manual_seed(0)
-    model = timm.create_model("test_vit").eval()
-    config = resolve_model_data_config(model)
+    model = timm.create_model("test_resnet", pretrained_cfg_overlay={"test_input_size": (3, 192, 192)}).eval()
+    config = resolve_model_data_config(model, use_test_size=True)
     sketches = class_folders(tmp_path_factory.mktemp("colours"), suites.synsets(), "a.JPEG", lambda label: label)
     batches = timm_loader(sketches, config)
     with torch.no_grad():
         features = torch.cat([model.forward_head(model.forward_features(x), pre_logits=True) for x, _ in batches])
-        features -= features.mean(dim=0)
-        model.head.weight.copy_(2 * features)
-        model.head.bias.copy_(-features.square().sum(dim=1))
+        model.get_classifier().weight.copy_(2 * features)
+        model.get_classifier().bias.copy_(-features.square().sum(dim=1))
     folder = tmp_path_factory.mktemp("network")
     save_for_hf(model, str(folder))
     return model, f"timm:local-dir:{folder}"
@@ -161,10 +178,10 @@ def timm_loader(folder, config):
                          device=torch.device("cpu"), **config)  # fmt: skip
 
 
-def timms_scores(model, folder, valid=None, **change):
+def timms_scores(model, folder, valid=None):
     """As timm's validate.py computes them, which its package does not contain, of the parts that it does."""
     correct, images = torch.zeros(2), 0
-    for x, target in timm_loader(folder, resolve_model_data_config(model) | change):
+    for x, target in timm_loader(folder, resolve_model_data_config(model, use_test_size=True)):
         with torch.no_grad():
             output = model(x)
         output = output[:, valid] if valid else output
@@ -196,8 +213,8 @@ def test_imagenet_c_is_seen_whole(timm_model, corrupted, tmp_path):
     """Its images are crops already."""
     run("imagenet-c", corrupted, tmp_path, timm_model[1], subset=2)
     assert json.loads((tmp_path / "imagenet-c.json").read_text())["settings"]["crop_pct"] == 1.0
-    picture = Image.linear_gradient("L").resize((160, 160)).convert("RGB")
-    for name in (timm_model[1], save_ours(tmp_path / "ours.pth", input_size=160)):
+    for name, side in ((timm_model[1], 192), (save_ours(tmp_path / "ours.pth", input_size=160), 160)):
+        picture = Image.linear_gradient("L").resize((side, side)).convert("RGB")
         whole, cut = (main_robustness.load(str(name), share, torch.device("cpu")).transform for share in (1.0, None))
         assert torch.equal(whole(picture), pil_to_tensor(picture))
         assert cut(picture).shape == whole(picture).shape
@@ -205,15 +222,15 @@ def test_imagenet_c_is_seen_whole(timm_model, corrupted, tmp_path):
 
 
 def test_real_labels_are_counted_as_timm_counts_them(timm_model, tmp_path):
-    """In two processes, too, every answer meets its own image's labels."""
+    """In two processes, too, with an image more in the first, every answer meets its own image's labels."""
     model, name = timm_model
     real = RealLabelsImagenet([""] * 50_000)
-    for number in range(1, 202):
+    for number in range(1, 201):
         file = f"ILSVRC2012_val_{number:08d}.JPEG"
         label = (real.real_labels[file] or [number])[0]
         painted.paint(tmp_path / "val" / suites.synsets()[number], file, label + number % 2)
     run("imagenet-real", tmp_path, tmp_path / "out", name)
-    batches = timm_loader(tmp_path / "val", resolve_model_data_config(model))
+    batches = timm_loader(tmp_path / "val", resolve_model_data_config(model, use_test_size=True))
     real.filenames = batches.dataset.filenames(basename=True)
     with torch.no_grad():
         for x, _ in batches:
@@ -221,6 +238,7 @@ def test_real_labels_are_counted_as_timm_counts_them(timm_model, tmp_path):
     found = scores(tmp_path / "out", "imagenet-real")["imagenet-real"]
     assert found["acc1"] == pytest.approx(real.get_accuracy(1))
     assert 0 < found["acc1"] < 90
+    assert found["images"] % 2
     command = [
         *torchrun(2), "main_robustness.py", "--suite", "imagenet-real", "--data_path", tmp_path, "--model", name,
         "--output_dir", tmp_path / "two", "--num_workers", 0, "--device", "cpu",
@@ -241,7 +259,10 @@ def test_ours_and_wrong_models(tmp_path):
         ("good", None, None),
         ("few", ["cat", "dog"], "answers with 2 classes; these suites are for classifiers of ImageNet-1K"),
         ("renamed", [f"kind{n}" for n in range(1000)], "other classes than ImageNet-1K's.* kind0, and not n01440764"),
+        ("sorted", sorted(imagenet_classes()), "in another order: the first of them is Afghan hound.*or tench"),
         ("known", suites.synsets(), None),
+        ("numbers", [str(n) for n in range(1000)], None),
+        ("names", [name.partition(",")[0] for name in imagenet_classes()], None),
     ):
         settings = {"nb_classes": len(classes), "classes": classes} if classes else {}
         file = save_ours(tmp_path / f"{name}.pth", **settings)
@@ -254,6 +275,9 @@ def test_ours_and_wrong_models(tmp_path):
     encoder = save_ours(tmp_path / "encoder.pth", nb_classes=0)
     with pytest.raises(ValueError, match="has no classes: it is no classifier"):
         run("imagenet-r", data, tmp_path / "encoder", encoder)
+    grey = save_ours(tmp_path / "grey.pth", in_chans=1)
+    with pytest.raises(ValueError, match="has in_chans 1, and the suites' images have 3 channels"):
+        run("imagenet-r", data, tmp_path / "grey", grey)
     with pytest.raises(ValueError, match="--model timm:no_such_model: timm says: Unknown model"):
         run("imagenet-r", data, tmp_path, "timm:no_such_model")
     with pytest.raises(ValueError, match="there is no file, model or published weights nothing"):

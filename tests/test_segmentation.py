@@ -18,6 +18,9 @@ def test_shapes_at_1024_pixels(name):
     assert features.shape == (1, 4 * 192, 64, 64)
     head = segmentation.Head(features, patch=16, num_classes=21)
     assert head(features).shape == (1, 21, 1024, 1024)
+    for layers in (0, 13):
+        with pytest.raises(ValueError, match=f"layers={layers}: the encoder has 12 blocks"):
+            maps.dense(model, torch.zeros(1, 3, 1024, 1024), layers)
     wide = maps.dense(model, torch.zeros(1, 3, 1024, 512), layers=1)
     assert wide.shape == (1, 192, 64, 32)
 

@@ -201,6 +201,9 @@ def test_annotations_of_cocos_form(tmp_path):
     assert source.name(1).endswith("train_val2018/Aves/1.jpg")
     file.write_text(json.dumps(coco([(9, "1"), (2, "1"), (5, "1")], [9, 2, 9])))
     assert read_list(file, tmp_path, "--train_list").classes == ["2 1", "5 1", "9 1"]
+    nameless = coco([(9, ""), (2, "")], [9, 2, 9]) | {"categories": [{"id": 2}, {"id": 9}]}
+    file.write_text(json.dumps(nameless))
+    assert read_list(file, tmp_path, "--train_list").classes == ["2", "9"]
     file.write_text(json.dumps(coco([], [1, 2, 3]) | {"annotations": []}))
     assert read_list(file, tmp_path, "--train_list").labels.tolist() == [-1, -1, -1]
     wrong = coco([(2, "owl"), (5, "crow")], [2, 5, 5])

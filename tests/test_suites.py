@@ -2,6 +2,7 @@
 
 import shutil
 from importlib import resources
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ def test_errors_by_hand():
     assert found.unnormalised == pytest.approx(2.0)
 
 
-def test_imagenet_v2_counts_its_folders_as_numbers(tmp_path):
+def test_imagenet_v2_counts_its_folders_as_numbers(tmp_path, monkeypatch):
     folders = [str(number) for number in range(1000)]
     class_folders(tmp_path / "imagenetv2-matched-frequency-format-val", folders, "a.jpeg", lambda label: label)
     suite = find("imagenet-v2", tmp_path)
@@ -46,7 +47,8 @@ def test_imagenet_v2_counts_its_folders_as_numbers(tmp_path):
     places = [int(source.name(index).split("/")[-2]) for index in range(1000)]
     assert places[:4] == [0, 1, 10, 100]  # the order of names
     assert source.labels.tolist() == places
-    assert find("imagenet-v2", tmp_path / "imagenetv2-matched-frequency-format-val").cells == suite.cells
+    monkeypatch.chdir(tmp_path / "imagenetv2-matched-frequency-format-val")
+    assert find("imagenet-v2", Path(".")) == suite
 
 
 def test_archives_of_one_folder(tmp_path):
@@ -55,6 +57,17 @@ def test_archives_of_one_folder(tmp_path):
     source = open_cell(find("imagenet-a", tmp_path / "imagenet-a.tar"), "imagenet-a").source
     assert archive in source.name(0)
     assert source.labels.tolist() == list(range(200))
+
+
+def test_an_archive_of_imagenets_validation_images(tmp_path):
+    """Flat, as it is published, or with the folder that it is unpacked to."""
+    for folder in ("", "val/n01440764"):
+        paint(tmp_path / "set" / folder, "ILSVRC2012_val_00000002.JPEG", 0)
+        shutil.make_archive(str(tmp_path / "images"), "tar", tmp_path / "set")
+        assert len(open_cell(find("imagenet-real", tmp_path / "images.tar"), "imagenet-real").source) == 1
+        shutil.rmtree(tmp_path / "set")
+    with pytest.raises(ValueError, match="imagenet-v2 is several archives; unpack them"):
+        find("imagenet-v2", tmp_path / "images.tar")
 
 
 def test_a_subset_is_spread_over_all_classes(tmp_path):
@@ -109,7 +122,7 @@ def test_wrong_folders_are_named(tmp_path):
 
     sketch = tmp_path / "sketch"
     paint(sketch / "n01440764", "sketch_0.JPEG", 0)
-    with pytest.raises(ValueError, match=r"999 of the 1000 class folders of imagenet-sketch are missing: n01443537"):
+    with pytest.raises(ValueError, match=r"999 of the 1000 class folders of imagenet-sketch are .*: n01443537"):
         open_cell(find("imagenet-sketch", sketch), "imagenet-sketch")
     paint(sketch / "goldfish", "sketch_1.JPEG", 1)
     with pytest.raises(ValueError, match=r"goldfish in it: none of the 1000 class folders .* WordNet ids, such as n0"):
@@ -122,6 +135,11 @@ def test_wrong_folders_are_named(tmp_path):
     rendition = class_folders(tmp_path / "r", suites.subset("imagenet-r"), "art_0.jpg", lambda label: label)
     with pytest.raises(ValueError, match=r"none of the 200 class folders of imagenet-a"):
         open_cell(find("imagenet-a", rendition), "imagenet-a")
+    (rendition / "__MACOSX").mkdir()
+    assert len(open_cell(find("imagenet-r", rendition), "imagenet-r").source) == 200
+    (rendition / suites.subset("imagenet-r")[7] / "art_0.jpg").unlink()
+    with pytest.raises(ValueError, match=rf"1 of the 200 .* missing or empty: {suites.subset('imagenet-r')[7]}$"):
+        open_cell(find("imagenet-r", rendition), "imagenet-r")
 
 
 def test_labels_of_all_cells_are_numbers_of_imagenet(tmp_path):

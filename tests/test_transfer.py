@@ -1,5 +1,6 @@
 """iNaturalist and Places: folders and lists of their shapes go through fine-tuning and probing, with their recipes."""
 
+import io
 import json
 
 import numpy as np
@@ -23,7 +24,7 @@ def save(path, label):
 
 def inaturalist(root):
     """Images of both splits in the same folders; the JSON files tell which is which."""
-    categories = [{"id": n, "name": str(n), "supercategory": "Aves"} for n in range(3)]
+    categories = [{"id": n, "name": f"Anas {'cba'[n]}", "supercategory": "Aves"} for n in range(3)]
     for split, count in (("train", 18), ("val", 6)):
         images, annotations = [], []
         for number in range(count):
@@ -69,12 +70,17 @@ def test_fine_tuning_and_probing(recipe, make, tmp_path):
         argv = ["--config", ROOT / "recipes" / f"{config}.yaml", *data, *small, "--output_dir", out]
         main.main(cli.parse(main.get_args_parser(), [str(part) for part in argv]))
         assert "test_acc1" in lines(out)[-1]
-    val = open_source("val", str(tmp_path / "data"), str(data[-1]) if len(data) > 2 else None)
-    assert len(val.classes) == 3
-    assert sorted(val.labels) == [0, 0, 1, 1, 2, 2]
+    for split, listed, count in (("train", 3, 18), ("val", 5, 6)):
+        source = open_source(split, str(tmp_path / "data"), str(data[listed]) if len(data) > 2 else None)
+        assert len(source.classes) == 3
+        assert len(source) == count
+        for index in range(count):  # the colour tells
+            data_of, label = source[index]
+            assert np.asarray(Image.open(io.BytesIO(data_of))).mean(axis=(0, 1)).argmax() == label
 
 
-def test_places365_as_torchvision_lays_it_out(tmp_path, monkeypatch):
+@pytest.mark.parametrize("size", ["large", "256"])
+def test_places365_as_torchvision_lays_it_out(size, tmp_path, monkeypatch):
     """Its digests are those of the whole lists; ours are short."""
     places = torchvision.datasets.Places365
     monkeypatch.setattr(places, "_CATEGORIES_META", ("categories_places365.txt", None))
@@ -83,11 +89,12 @@ def test_places365_as_torchvision_lays_it_out(tmp_path, monkeypatch):
     (tmp_path / "categories_places365.txt").write_text("/a/airfield 0\n/a/airplane_cabin 1\n")
     (tmp_path / "places365_train_standard.txt").write_text("/a/airfield/1.jpg 0\n/a/airplane_cabin/2.jpg 1\n")
     (tmp_path / "places365_val.txt").write_text("Places365_val_1.jpg 1\n")
-    for name in ("data_large_standard/a/airfield/1.jpg", "data_large_standard/a/airplane_cabin/2.jpg",
-                 "val_large/Places365_val_1.jpg"):  # fmt: skip
+    for name in (f"data_{size}_standard/a/airfield/1.jpg", f"data_{size}_standard/a/airplane_cabin/2.jpg",
+                 f"val_{size}/Places365_val_1.jpg"):  # fmt: skip
         save(tmp_path / name, 0)
     train, val = (open_source(split, str(tmp_path), dataset="Places365") for split in ("train", "val"))
     assert train.labels.tolist() == [0, 1]
     assert val.labels.tolist() == [1]
     assert train[1][0].startswith(b"\xff\xd8")
+    assert val[0][0].startswith(b"\xff\xd8")
     assert len(train.classes) == 2

@@ -38,13 +38,13 @@ class Archive:
     """The images of one tar or zip file; its members are looked up once.
 
     They count as if the archive were unpacked: folders that everything is in are passed over, `split` is taken if it is
-    there, and the folders below are the classes.
+    there, and the folders below are the classes. Without a split, all images are taken.
 
     Raises:
         ValueError: not an archive that can be read in place, damaged, or no image in it.
     """
 
-    def __init__(self, path: Path, split: str) -> None:
+    def __init__(self, path: Path, split: str | None) -> None:
         started = time.perf_counter()
         self.is_zip, members = find_members(path)
         names = sorted(_below(members, split, path).items())
@@ -191,14 +191,14 @@ def _is_image(name: str) -> bool:
     return name.lower().endswith(SUFFIXES) and not hidden
 
 
-def _below(members: Iterable[str], split: str, path: Path) -> dict[str, str]:
+def _below(members: Iterable[str], split: str | None, path: Path) -> dict[str, str]:
     """The members of a split by their names below it; all of them where there are no splits."""
     names = {posixpath.normpath(member): member for member in members}
     while names:
         tops = {name.partition("/")[0] if "/" in name else "" for name in names}
         if split in tops:
             return {name.removeprefix(f"{split}/"): m for name, m in names.items() if name.startswith(f"{split}/")}
-        if (split == "val" and "train" in tops) or "val" in tops:  # never the images of the other part
+        if split and ((split == "val" and "train" in tops) or "val" in tops):  # never the images of the other part
             raise ValueError(f"--data_path {path}: there is no folder {split}/ in it; give that, or --{split}_list")
         if len(tops) != 1 or "" in tops:
             break

@@ -7,7 +7,7 @@ import numpy as np
 
 from util.decode import Picture
 from util.library_sets import Shards
-from util.sources import Source
+from util.sources import Source, first_few
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def check_classes(train: Source, val: Source, nb_classes: int | None) -> list[st
         raise ValueError(
             "training and validation set have different classes: "
             + "; ".join(
-                f"only {side}: {_some(names)}" for side, names in (("train", only_train), ("val", only_val)) if names
+                f"only {side}: {first_few(own)}" for side, own in (("train", only_train), ("val", only_val)) if own
             )
         )
     if nb_classes not in (None, len(train.classes)):
@@ -119,7 +119,7 @@ def counted_as(source: Source, classes: Sequence[str]) -> Source:
     if unknown:
         raise ValueError(
             f"{len(unknown)} of the {len(source.classes)} classes of the images are none of the model's "
-            f"{len(classes)}: {_some(unknown)}"
+            f"{len(classes)}: {first_few(unknown)}"
         )
     logger.warning(f"the images are of {len(source.classes)} of the model's {len(classes)} classes")
     number_of = {name: number for number, name in enumerate(classes)}
@@ -154,7 +154,3 @@ def hold_out(source: Source, share: float, seed: int) -> tuple[Part, Part]:
     order = np.random.default_rng(seed).permutation(len(source))
     count = round(share * len(source))
     return Part(source, np.sort(order[count:])), Part(source, np.sort(order[:count]))
-
-
-def _some(names: Sequence[str], shown: int = 5) -> str:
-    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")

@@ -48,6 +48,8 @@ class TorchvisionSet:
             if not root:
                 raise ValueError(f"--dataset {name} needs --data_path: the folder that has its files, or gets them")
             given["root"] = root
+        if "small" in takes and any(Path(given["root"]).glob("*_256*")):  # Places365 of 256 pixels
+            given["small"] = True
         if "loader" in takes:
             given["loader"] = _read_bytes  # our own decoder does the rest
         parts = self._parts(make, takes, split, part)

@@ -43,7 +43,8 @@ class Samples(Dataset):
 
     Args:
         num_noise: random numbers that go with each sample: in pre-training one a patch, which choose its mask.
-        on_bad_image: "error", or "skip": another sample, drawn by (seed, epoch, index), takes the place.
+        on_bad_image: "error", or "skip": another sample, drawn by (seed, epoch, index), takes the place; None where
+            there is no choice.
         fast_jpeg: as for `decode`.
 
     Raises:
@@ -58,14 +59,14 @@ class Samples(Dataset):
         in_chans: int,
         seed: int,
         num_noise: int = 0,
-        on_bad_image: str = "error",
+        on_bad_image: str | None = None,
         fast_jpeg: bool = False,
     ) -> None:
         self.source = source
         self.transform = transform
         self.seed = seed
         self.num_noise = num_noise
-        self.skips = on_bad_image == "skip"
+        self.on_bad_image = on_bad_image
         if fast_jpeg:
             jpeg.decoder()  # to be missed now, and not in a loading process
         self.decode = partial(decode, in_chans=in_chans, fast_jpeg=fast_jpeg)
@@ -98,8 +99,9 @@ class Samples(Dataset):
     def refuse(self, name: str, error: Exception, bad: list[Bad]) -> None:
         """Notes a sample that can't be read, or ends the run: at once, or where all seem to be so."""
         reason = (isinstance(error, OSError) and error.strerror) or str(error)
-        if not self.skips:
-            raise BadImage(f"{name}: {reason} (--on_bad_image skip leaves such images out of training)") from error
+        if self.on_bad_image != "skip":
+            hint = " (--on_bad_image skip leaves such images out of training)" if self.on_bad_image else ""
+            raise BadImage(f"{name}: {reason}{hint}") from error
         bad.append((name, reason))
         if len(bad) >= MAX_BAD_IN_A_ROW:
             raise BadImage(f"{len(bad)} images in a row can't be read; the last is {name}: {reason}") from error

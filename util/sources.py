@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -64,6 +64,12 @@ class Strings:
 def printable(name: str) -> str:
     """A file's name for messages: names need not be UTF-8, nor fit on a line."""
     return name.encode("utf-8", "backslashreplace").decode().replace("\n", "\\n")
+
+
+def first_few(names: Iterable[str], shown: int = 5) -> str:
+    """Some of many names, for messages."""
+    names = list(names)
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
 
 
 # ----------------------------------------------------------------------------------------------------------- folders
@@ -222,9 +228,9 @@ def _read_annotations(document: dict[str, Any]) -> tuple[list[str], list[str], n
         return paths, [], np.full(len(paths), -1)
     categories = sorted(document["categories"], key=lambda category: category["id"])
     number_of = {category["id"]: number for number, category in enumerate(categories)}
-    classes = [str(category["name"]) for category in categories]
+    classes = [str(category.get("name", category["id"])) for category in categories]
     if len(set(classes)) < len(classes):
-        classes = [f"{category['id']} {category['name']}" for category in categories]
+        classes = [f"{category['id']} {name}" for category, name in zip(categories, classes, strict=True)]
     label_of: dict[Any, int] = {}
     for annotation in document["annotations"]:
         number = number_of[annotation["category_id"]]

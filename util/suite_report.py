@@ -11,7 +11,7 @@ import matplotlib
 matplotlib.use("Agg")  # nothing is shown on a screen
 import matplotlib.pyplot as plt
 
-from util.suites import ALEXNET, CORRUPTIONS, PUBLISHED, SEVERITIES, corruption_errors
+from util.suites import ALEXNET, CORRUPTIONS, IMAGES, PUBLISHED, SEVERITIES, corruption_errors
 
 Scores = dict[str, float]  # of a cell: images, acc1, and acc5 where it is asked for
 
@@ -29,19 +29,23 @@ class Results:
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         self.path = path
-        self.settings = dict(settings)
+        self.settings = json.loads(json.dumps(settings))  # as they come back from the file
         self.cells: dict[str, Scores] = {}
         if not path.exists():
             return
         try:
             known = json.loads(path.read_text(encoding="utf-8"))
-            theirs, self.cells = known["settings"], known["cells"]
+            theirs, self.cells = dict(known["settings"]), dict(known["cells"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} can't be read ({error}); remove it, or give another --output_dir") from error
         other = [key for key in self.settings if theirs.get(key) != self.settings[key]]
         if other:
             told = "; ".join(f"{key} was {theirs.get(key)} and is {self.settings[key]}" for key in other)
             raise ValueError(f"{path} holds the scores of another run ({told}): give another --output_dir")
+
+    def has(self, cell: str, images: int) -> bool:
+        """Whether a cell is done, with all the images that are there now."""
+        return cell in self.cells and self.cells[cell]["images"] == images
 
     def add(self, cell: str, scores: Scores) -> None:
         """Writes a cell's scores at once; the file is whole at any time."""
@@ -67,7 +71,8 @@ def write(path: Path, suite: str, cells: Mapping[str, Scores], title: str) -> st
     published = PUBLISHED.get(suite, {})
     beside = ", ".join(f"{model} {value}" for model, value in published.items())
     measure = "mCE" if suite == "imagenet-c" else "top-1 accuracy"
-    lines = [f"{title}, {sum(scores['images'] for scores in cells.values()):,} images", ""]
+    found, whole = sum(int(scores["images"]) for scores in cells.values()), IMAGES[suite] * len(cells)
+    lines = [f"{title}: {found:,} images" + (f" of the {whole:,} published" if found != whole else ""), ""]
     lines += ["| " + " | ".join(row) + " |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:])]
     lines += ["", f"Published of the paper's models, {measure}: {beside}."] if published else []
     table = "\n".join(lines) + "\n"

@@ -3,7 +3,6 @@
 A suite has cells, each a folder of images and a number of the table: ImageNet-C has 75, the others one or three.
 """
 
-from collections.abc import Sequence
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -14,7 +13,7 @@ from timm.data import ImageNetInfo, RealLabelsImagenet
 
 from util.archives import Archive
 from util.labels import Part
-from util.sources import Files, find_files
+from util.sources import Files, find_files, first_few
 
 # The published top-1 errors of AlexNet, means of five severities, in the families that the archives are of
 # (Hendrycks & Dietterich 2019).
@@ -40,6 +39,9 @@ PUBLISHED = {
     "imagenet-sketch": {"ViT-B/16": 34.5, "ViT-L/16": 45.3, "ViT-H/14": 49.6, "ViT-H/14, 448": 50.9},
 }
 VARIANTS = ("matched-frequency", "threshold", "top")  # of ImageNetV2, as its folders' names go on
+# How many images a cell has; of ReaL so many of ImageNet's 50,000 have a label.
+IMAGES = {"imagenet-a": 7_500, "imagenet-r": 30_000, "imagenet-sketch": 50_889, "imagenet-v2": 10_000,
+          "imagenet-real": 46_837, "imagenet-c": 50_000}  # fmt: skip
 SUITES = ("imagenet-a", "imagenet-r", "imagenet-sketch", "imagenet-v2", "imagenet-real", "imagenet-c")
 NUM_CLASSES = 1000
 
@@ -49,12 +51,14 @@ class Suite(NamedTuple):
 
     Attributes:
         name: of SUITES.
+        root: the folder or archive of all cells.
         cells: the number's name in the table, and the folder or archive of its images.
         folders: the name of each class's folder, in the order of labels; none where folders do not matter.
         among: the classes of ImageNet-1K (by number) that may be answered, one a folder.
     """
 
     name: str
+    root: Path
     cells: dict[str, Path]
     folders: list[str]
     among: list[int]
@@ -94,21 +98,25 @@ def find(name: str, root: Path) -> Suite:
     Raises:
         ValueError: there is no such folder, or a part of it is missing.
     """
+    root = root.absolute()  # of variants of V2 the name counts
     if not root.exists():
         raise ValueError(f"--data_path: there is no folder or archive {root}")
     cells, folders = {name: root}, synsets()
+    if root.is_file() and name in ("imagenet-v2", "imagenet-c"):
+        raise ValueError(f"--data_path {root}: {name} is several archives; unpack them, and give the folder above")
     if name in ("imagenet-a", "imagenet-r"):
         folders = subset(name)
     elif name == "imagenet-v2":
         cells, folders = _variants(root), [str(number) for number in range(NUM_CLASSES)]
-        return Suite(name, cells, folders, list(range(NUM_CLASSES)))
+        root = root.parent if root in cells.values() else root
+        return Suite(name, root, cells, folders, list(range(NUM_CLASSES)))
     elif name == "imagenet-real":
         cells = {name: root / "val" if (root / "val").is_dir() else root}
-        return Suite(name, cells, [], list(range(NUM_CLASSES)))
+        return Suite(name, root, cells, [], list(range(NUM_CLASSES)))
     elif name == "imagenet-c":
         cells = _corruptions(root)
     number_of = {synset: number for number, synset in enumerate(synsets())}
-    return Suite(name, cells, folders, [number_of[synset] for synset in folders])
+    return Suite(name, root, cells, folders, [number_of[synset] for synset in folders])
 
 
 def _variants(root: Path) -> dict[str, Path]:
@@ -135,7 +143,7 @@ def _corruptions(root: Path) -> dict[str, Path]:
     if missing:
         raise ValueError(
             f"--data_path {root}: {len(missing)} of the {len(cells)} folders CORRUPTION/SEVERITY of ImageNet-C are "
-            f"missing, there or one folder deeper: {_some(missing)}"
+            f"missing, there or one folder deeper: {first_few(missing)}"
         )
     return cells
 
@@ -150,23 +158,24 @@ def open_cell(suite: Suite, name: str, limit: int | None = None) -> Cell:
         ValueError: there are no images, a class is missing, or a folder is no class.
     """
     path = suite.cells[name]
-    images = Archive(path, "train") if path.is_file() else find_files(path)  # there are no splits in them
+    images = Archive(path, None) if path.is_file() else find_files(path)
     if not suite.folders:
         return _with_real_labels(images, path, limit)
-    unknown, missing = sorted({*images.classes} - {*suite.folders}), sorted({*suite.folders} - {*images.classes})
-    if unknown or not images.classes:
+    there = {images.classes[number] for number in np.unique(images.labels)} if images.classes else set()
+    unknown, missing = sorted(there - {*suite.folders}), sorted({*suite.folders} - there)
+    if unknown or not there:
         kind = "numbers from 0 to 999" if suite.name == "imagenet-v2" else "WordNet ids, such as n01498041"
-        found = f"{_some(unknown)} in it: none of" if unknown else "there are images in no class folder:"
+        found = f"{first_few(unknown)} in it: none of" if unknown else "there are images in no class folder:"
         raise ValueError(
             f"--data_path {path}: {found} the {len(suite.folders)} class folders of {suite.name}, which are {kind}"
         )
     if missing:
         raise ValueError(
             f"--data_path {path}: {len(missing)} of the {len(suite.folders)} class folders of {suite.name} are "
-            f"missing: {_some(missing)}"
+            f"missing or empty: {first_few(missing)}"
         )
     number_of = {folder: number for number, folder in enumerate(suite.folders)}
-    numbers = np.array([number_of[folder] for folder in images.classes])
+    numbers = np.array([number_of.get(folder, -1) for folder in images.classes])  # empty folders may be anything
     return Cell(Part(images, _spread(np.arange(len(images)), limit), suite.folders, numbers))
 
 
@@ -176,7 +185,7 @@ def _with_real_labels(images: Files | Archive, path: Path, limit: int | None) ->
     They are found by the numbers in the files' names, so that class folders do not matter.
     """
     labels = RealLabelsImagenet([""] * 50_000).real_labels
-    files = [Path(images.name(index)).name for index in range(len(images))]
+    files = [Path(images.names[index]).name for index in range(len(images))]
     strange = [name for name in files if name not in labels]
     if strange:
         raise ValueError(
@@ -194,10 +203,6 @@ def _with_real_labels(images: Files | Archive, path: Path, limit: int | None) ->
 def _spread(indices: np.ndarray, limit: int | None) -> np.ndarray:
     places = np.linspace(0, len(indices) - 1, min(limit or len(indices), len(indices)), dtype=int)
     return indices[places]
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 class CorruptionErrors(NamedTuple):

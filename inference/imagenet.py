@@ -1,0 +1,99 @@
+"""Classifiers of ImageNet-1K, ours and timm's, to be evaluated beside each other."""
+
+import logging
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from timm.data import create_transform, resolve_model_data_config
+from torch import Tensor, nn
+
+from inference.model import get_model, imagenet_classes
+from util.suites import NUM_CLASSES, synsets
+from util.transforms import Normalize, Transform
+
+logger = logging.getLogger(__name__)
+
+TIMM = "timm:"
+ALIKE = 0.9  # so many of the names must be ImageNet's in its order; other libraries call some classes otherwise
+
+
+class ImageNetClassifier(NamedTuple):
+    """What is evaluated."""
+
+    model: nn.Module  # images (B, 3, H, W) to logits (B, 1000)
+    transform: Transform
+    normalize: nn.Module
+    sees: dict[str, Any]  # what the transform and the normalisation were made of, plain values
+
+
+class Among(nn.Module):
+    """Answers among some classes only: logits (B, 1000) to theirs (B, number of them)."""
+
+    def __init__(self, model: nn.Module, classes: list[int]) -> None:
+        super().__init__()
+        self.model = model
+        self.classes = classes
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.model(images)
+        return logits if len(self.classes) == logits.shape[1] else logits[:, self.classes]
+
+
+def load(name: str, crop_pct: float | None, device: torch.device) -> ImageNetClassifier:
+    """A classifier with what belongs to it.
+
+    Args:
+        name: as for `get_model`, or timm:NAME, any model of timm's, which sees images as timm's validation shows them.
+        crop_pct: side of the centre crop, as a share of the scaled image's; None: the model's own.
+
+    Raises:
+        ValueError: there is none, or it does not know ImageNet-1K's classes.
+    """
+    found = _load_timm(name, crop_pct) if name.startswith(TIMM) else _load_ours(name, crop_pct)
+    num_classes = getattr(found.model, "num_classes", 0)
+    if num_classes != NUM_CLASSES:
+        what = f"answers with {num_classes} classes" if num_classes else "has no classes: it is no classifier"
+        raise ValueError(f"--model {name} {what}; these suites are for classifiers of ImageNet-1K, which have 1000")
+    return found._replace(model=found.model.to(device), normalize=found.normalize.to(device))
+
+
+def _load_ours(name: str, crop_pct: float | None) -> ImageNetClassifier:
+    settings: dict[str, Any] = {"crop_pct": crop_pct} if crop_pct else {}
+    model = get_model(name, pretrained=True, **settings)
+    if model.in_chans != 3:
+        raise ValueError(f"--model {name} has in_chans {model.in_chans}, and the suites' images have 3 channels")
+    classes = model.settings.get("classes")
+    if model.num_classes == NUM_CLASSES and classes:
+        _check_order(name, classes)
+    sees = {key: model.settings.get(key) for key in ("input_size", "crop_pct", "mean", "std")}
+    return ImageNetClassifier(model, model.transform, model.normalize, sees)
+
+
+def _check_order(name: str, classes: list[str]) -> None:
+    """Classes are called by their folders, by numbers (of lists), or by names (of torchvision and Hugging Face)."""
+    if classes == synsets():
+        return
+    if classes == [str(number) for number in range(NUM_CLASSES)]:
+        logger.warning(f"--model {name} calls its classes by numbers, which are taken to count as ImageNet's do")
+        return
+    pairs = zip(classes, imagenet_classes(), strict=True)
+    if sum(_first_name(ours) == _first_name(theirs) for ours, theirs in pairs) < ALIKE * NUM_CLASSES:
+        raise ValueError(
+            f"--model {name} was trained on other classes than ImageNet-1K's, or in another order: the first of them "
+            f"is {classes[0]}, and not {synsets()[0]} (or {imagenet_classes()[0]}, or 0)"
+        )
+
+
+def _first_name(described: str) -> str:
+    return described.partition(",")[0].strip().casefold()
+
+
+def _load_timm(name: str, crop_pct: float | None) -> ImageNetClassifier:
+    try:
+        model = timm.create_model(name.removeprefix(TIMM), pretrained=True).eval()
+    except Exception as error:  # unknown names, files that are missing, no network
+        raise ValueError(f"--model {name}: timm says: {' '.join(str(error).split())}") from error
+    sees = resolve_model_data_config(model, use_test_size=True) | ({"crop_pct": crop_pct} if crop_pct else {})
+    transform: Any = create_transform(**sees, is_training=False, normalize=False)  # to bytes
+    return ImageNetClassifier(model, transform, Normalize(sees["mean"], sees["std"]), sees)
