@@ -155,7 +155,7 @@ def test_batches_and_processes_change_nothing(labelled, tuned, tmp_path):
     """To the last count, and the loss to 1e-6."""
     (tmp_path / "telling.py").write_text(TELLING.format(root=str(ROOT)))
     found = []
-    for processes, batch_size in ((1, 7), (1, 64), (2, 7), (2, 64)):
+    for processes, batch_size in ((1, 64), (2, 7)):
         done = subprocess.run(
             [*torchrun(processes), tmp_path / "telling.py", "--eval", "--resume", tuned, "--data_path", labelled,
              "--device", "cpu", "--model", "vit_mini_patch4", "--input_size", "16", "--batch_size", str(batch_size),
