@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -51,9 +52,9 @@ def stop_after(monkeypatch, method, calls):
 
 
 def in_processes(processes, pictures, out, *flags, script="main_pretrain.py", check=True):
-    """main_pretrain.py as `pretrain` runs it, in several processes."""
+    """main_pretrain.py as `pretrain` runs it, in several processes, or one of its own."""
     command = [
-        *torchrun(processes), script,
+        *([sys.executable] if processes == 1 else torchrun(processes)), script,
         "--data_path", pictures, "--output_dir", out, "--model", "mae_vit_mini_patch4", "--input_size", 16,
         "--warmup_epochs", 1, "--blr", 0.01, "--num_workers", 0, "--device", "cpu", "--vis_every", 0, *flags,
     ]  # fmt: skip

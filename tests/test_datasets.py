@@ -9,9 +9,10 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-from util import datasets
+from util import cli, datasets
 from util.archives import Archive
 from util.datasets import open_source
+from util.decode import BadImage
 from util.sources import Files
 
 
@@ -47,14 +48,14 @@ def test_nothing_named_and_nothing_there(tmp_path):
         open_source("val", None, "list.txt", "CIFAR10")
 
 
-def check(*argv) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "util.datasets", *map(str, argv)], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+def check(*argv) -> None:
+    """What the command does, in this process."""
+    datasets.main(cli.parse(datasets.get_args_parser(), list(map(str, argv))))
 
 
 def test_the_command_on_good_images(pictures):
-    done = check(pictures, "--num_workers", 1)
+    done = subprocess.run([sys.executable, "-m", "util.datasets", str(pictures), "--num_workers", "1"], cwd=ROOT,
+                          capture_output=True, text=True, timeout=120)  # fmt: skip
     assert done.returncode == 0, done.stderr
     said = dict(line.split(maxsplit=1) for line in done.stdout.splitlines()[1:])
     assert said["images"] == "24"
@@ -70,27 +71,26 @@ def test_the_command_on_good_images(pictures):
     assert "images/s read and decoded" in said["speed"]
 
 
-def test_the_command_on_bad_images(tmp_path):
+def test_the_command_on_bad_images(tmp_path, capsys):
     for number in range(3):
         Image.fromarray(np.full((8, 8), 40000, dtype=np.uint16)).save(tmp_path / f"{number}.png")
     (tmp_path / "bad.jpg").write_bytes(b"")
-    done = check(tmp_path, "--in_chans", 1, "--num_workers", 0)
-    assert done.returncode == 1
-    assert f"unreadable  1\n            {tmp_path / 'bad.jpg'}: the file is empty" in done.stdout
-    assert "depth       3 images of more than 8 bits" in done.stdout
-    assert "classes     none" in done.stdout
-    assert done.stderr.strip().endswith("--on_bad_image skip leaves them out of a run, up to a tenth")
+    with pytest.raises(BadImage, match=r"--on_bad_image skip leaves them out of a run, up to a tenth$"):
+        check(tmp_path, "--in_chans", 1, "--num_workers", 0)
+    said = capsys.readouterr().out
+    assert f"unreadable  1\n            {tmp_path / 'bad.jpg'}: the file is empty" in said
+    assert "depth       3 images of more than 8 bits" in said
+    assert "classes     none" in said
 
 
-def test_the_command_on_a_part(pictures):
-    done = check(pictures, "--limit", 5, "--num_workers", 0)
-    assert "images      24, of which 5 were read" in done.stdout
+def test_the_command_on_a_part(pictures, capsys):
+    check(pictures, "--limit", 5, "--num_workers", 0)
+    assert "images      24, of which 5 were read" in capsys.readouterr().out
 
 
 def test_the_command_on_nothing(tmp_path):
-    done = check(tmp_path / "nowhere")
-    assert done.returncode == 1
-    assert done.stderr.strip().endswith(f"there is no folder or archive {tmp_path / 'nowhere'}")
+    with pytest.raises(ValueError, match=f"there is no folder or archive {tmp_path / 'nowhere'}$"):
+        check(tmp_path / "nowhere")
 
 
 def test_looks_at_streams(tmp_path):

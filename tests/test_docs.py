@@ -60,18 +60,25 @@ def test_the_commands_were_found():
     assert len(main_commands()) >= 65
 
 
-@pytest.fixture
-def run_python(tmp_path, monkeypatch):
-    """Runs a document's code, beside photographs; published files are of their shapes, where torch.hub keeps them."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr("util.published._check", lambda path, digest: None)
-    downloads = tmp_path / "hub" / "checkpoints"
+@pytest.fixture(scope="module")
+def downloads(tmp_path_factory):
+    """Files of the published shapes, where torch.hub keeps them."""
+    home = tmp_path_factory.mktemp("home")
+    downloads = home / "hub" / "checkpoints"
     downloads.mkdir(parents=True)
     weights = {"model": get_model("vit_base_patch16").state_dict()}
     for file in ("vit-base-p16_ft-8xb128-coslr-100e_in1k_20220825-cf70aa21.pth", "mae_finetuned_vit_base.pth",
                  "mae_pretrain_vit_base.pth"):  # fmt: skip
         torch.save(weights, downloads / file)
+    return home
+
+
+@pytest.fixture
+def run_python(downloads, tmp_path, monkeypatch):
+    """Runs a document's code, beside photographs."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCH_HOME", str(downloads))
+    monkeypatch.setattr("util.published._check", lambda path, digest: None)
     for photo in ("photo.jpg", "street.jpg", "field.jpg"):
         (tmp_path / photo).write_bytes((ROOT / "demo/photos/coffee.jpg").read_bytes())
 
