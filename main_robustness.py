@@ -73,7 +73,7 @@ def main(args: Namespace) -> str:
         if dist.gather(results.has(name, len(cell.source)))[0]:  # all do what the first does
             logger.info(f"{name}: in {results.path} already{place}")
             continue
-        if not args.subset and len(cell.source) != suites.IMAGES[args.suite]:
+        if dist.is_main() and not args.subset and len(cell.source) != suites.IMAGES[args.suite]:
             logger.warning(f"{name}: {len(cell.source):,} images, and {suites.IMAGES[args.suite]:,} were published")
         samples = Samples(cell.source, classifier.transform, in_chans=3, seed=0)
         batches = loader.eval_loader(samples, args.batch_size, args.num_workers, device.type == "cuda")
