@@ -70,14 +70,19 @@ class Evaluation(NamedTuple):
         """Per cent of the samples whose most likely class is right."""
         return 100 * float((self.labels == self.predictions).mean())
 
+    @property
+    def acc_top(self) -> float | None:
+        """Per cent of the samples whose label is among the TOP most likely; None with fewer classes."""
+        return None if self.num_in_top is None else 100 * self.num_in_top / len(self.labels)
+
     def stats(self) -> dict[str, float]:
         """The entries of log.txt."""
-        top = {} if self.num_in_top is None else {f"test_acc{TOP}": 100 * self.num_in_top / len(self.labels)}
+        top = {} if self.acc_top is None else {f"test_acc{TOP}": self.acc_top}
         return {"test_acc1": self.acc1, **top, "test_loss": self.loss}
 
     def __str__(self) -> str:
         """The published line."""
-        top = "" if self.num_in_top is None else f" Acc@{TOP} {100 * self.num_in_top / len(self.labels):.3f}"
+        top = "" if self.acc_top is None else f" Acc@{TOP} {self.acc_top:.3f}"
         return f"* Acc@1 {self.acc1:.3f}{top} loss {self.loss:.3f}"
 
 

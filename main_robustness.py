@@ -61,7 +61,7 @@ def main(args: Namespace) -> str:
     suite = suites.find(args.suite, Path(args.data_path).expanduser())
     crop_pct = args.crop_pct or (1.0 if args.suite == "imagenet-c" else None)
     classifier = load(args.model, crop_pct, device)
-    model = Among(classifier.model, suite.among)
+    model = Among(classifier.model, suite.among).to(device)
     out = Path(args.output_dir) / args.suite
     results = suite_report.Results(out.with_suffix(".json"), {
         "model": args.model, "weights": checkpoint.compute_digest(checkpoint.snapshot(dict(model.state_dict()))),
@@ -100,12 +100,11 @@ def score(found: Evaluation, cell: suites.Cell) -> suite_report.Scores:
     Where several labels are right, any of them will do as the first answer; five answers are not asked for there.
     """
     images = len(found.labels)
-    acc1 = found.acc1
     if cell.answers is not None:
-        acc1 = 100 * float(np.mean([p in right for p, right in zip(found.predictions, cell.answers, strict=True)]))
-        return {"images": images, "acc1": acc1}
-    assert found.num_in_top is not None, "there are more than five classes"
-    return {"images": images, "acc1": acc1, "acc5": 100 * found.num_in_top / images}
+        right = [answer in answers for answer, answers in zip(found.predictions, cell.answers, strict=True)]
+        return {"images": images, "acc1": 100 * float(np.mean(right))}
+    assert found.acc_top is not None, "there are more than five classes"
+    return {"images": images, "acc1": found.acc1, "acc5": found.acc_top}
 
 
 if __name__ == "__main__":

@@ -30,14 +30,16 @@ class ImageNetClassifier(NamedTuple):
 class Among(nn.Module):
     """Answers among some classes only: logits (B, 1000) to theirs (B, number of them)."""
 
+    classes: Tensor
+
     def __init__(self, model: nn.Module, classes: list[int]) -> None:
         super().__init__()
         self.model = model
-        self.classes = classes
+        self.register_buffer("classes", torch.tensor(classes))
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.model(images)
-        return logits if len(self.classes) == logits.shape[1] else logits[:, self.classes]
+        return logits[:, self.classes]
 
 
 def load(name: str, crop_pct: float | None, device: torch.device) -> ImageNetClassifier:

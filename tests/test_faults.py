@@ -17,11 +17,11 @@ from mains import lines
 @pytest.fixture(scope="module")
 def faults(tmp_path_factory):
     subprocess.run([sys.executable, "demo/unpack_data.py"], cwd=ROOT, check=True)
-    return Faults(tmp_path_factory.mktemp("faults"), trials=2, loads=500)
+    return Faults(tmp_path_factory.mktemp("faults"), trials=3, loads=500)
 
 
 def test_killed_runs_lose_nothing(faults):
-    assert faults.kills((1,)) == [("SIGKILL, 1 process", 2, 2)]
+    assert faults.kills((1,)) == [("SIGKILL, 1 process", 3, 3)]
 
 
 def test_a_run_that_is_restarted_goes_on_by_itself(faults):

@@ -112,6 +112,7 @@ def test_what_is_wrong_is_said(folder, tmp_path):
     for arguments, said in (
         ((tmp_path / "nowhere", tmp_path / "copy"), "there is no folder"),
         ((folder, folder / "copy"), "the copy must be a folder of its own"),
+        ((tmp_path / "copy/train/dog/../../../nothing", tmp_path / "other"), "there is no folder"),
         ((tmp_path / "empty", tmp_path / "other"), "there are no images in"),
     ):
         with pytest.raises(ValueError, match=said):

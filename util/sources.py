@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -66,10 +66,9 @@ def printable(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode().replace("\n", "\\n")
 
 
-def first_few(names: Iterable[str], shown: int = 5) -> str:
-    """Some of many names, for messages."""
-    names = list(names)
-    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
+def first_few(names: Sequence[str]) -> str:
+    """Five of many names, for messages."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 # ----------------------------------------------------------------------------------------------------------- folders

@@ -42,7 +42,7 @@ VARIANTS = ("matched-frequency", "threshold", "top")  # of ImageNetV2, as its fo
 # How many images a cell has; of ReaL so many of ImageNet's 50,000 have a label.
 IMAGES = {"imagenet-a": 7_500, "imagenet-r": 30_000, "imagenet-sketch": 50_889, "imagenet-v2": 10_000,
           "imagenet-real": 46_837, "imagenet-c": 50_000}  # fmt: skip
-SUITES = ("imagenet-a", "imagenet-r", "imagenet-sketch", "imagenet-v2", "imagenet-real", "imagenet-c")
+SUITES = tuple(IMAGES)
 NUM_CLASSES = 1000
 
 
