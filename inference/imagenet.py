@@ -95,7 +95,8 @@ def _load_timm(name: str, crop_pct: float | None) -> ImageNetClassifier:
     try:
         model = timm.create_model(name.removeprefix(TIMM), pretrained=True).eval()
     except Exception as error:  # unknown names, files that are missing, no network
-        raise ValueError(f"--model {name}: timm says: {' '.join(str(error).split())}") from error
+        said = " ".join(str(error).split())
+        raise ValueError(f"--model {name}: timm says: {said} (timm.list_pretrained() has all names)") from error
     sees = resolve_model_data_config(model, use_test_size=True) | ({"crop_pct": crop_pct} if crop_pct else {})
     transform: Any = create_transform(**sees, is_training=False, normalize=False)  # to bytes
     return ImageNetClassifier(model, transform, Normalize(sees["mean"], sees["std"]), sees)

@@ -102,7 +102,7 @@ def load(file: str) -> Classifier:
     model = get_model(file)
     names = {folder_of(str(name)) for name in np.load(ARCHIVE, allow_pickle=False)["classes"]}
     if not isinstance(model, Classifier) or {folder_of(name) for name in model.classes or []} != names:
-        raise ValueError(f"{file} holds no classifier of Fashion-MNIST")
+        raise ValueError(f"{file} holds no classifier of Fashion-MNIST; give such as study.py's finetune leaves")
     return model
 
 
