@@ -11,7 +11,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main_pretrain
-from util import checkpoint, cli, loader, loop
+from util import checkpoint, cli, dist, loader, loop, runlog
 
 
 def test_leaves_what_the_published_code_leaves(pretrain):
@@ -70,6 +70,27 @@ def test_stopped_and_resumed_equals_uninterrupted(pretrain, monkeypatch, accum_i
     for ours, theirs in zip(lines(whole), lines(parts), strict=True):
         for key in ("epoch", "train_loss", "train_lr"):
             assert ours[key] == theirs[key]
+
+
+@pytest.mark.parametrize("place", [(loader.TrainLoader, "seek"), (runlog.RunLog, "end_epoch"), (dist, "gather")])
+def test_an_error_between_two_epochs_loses_nothing(pretrain, monkeypatch, place):
+    """That a loading process was killed, PyTorch tells wherever the run is, also there."""
+    settings = {"epochs": 4, "save_every": 1000}
+    whole = pretrain("whole", **settings)
+    original, calls = getattr(*place), iter(range(100))
+
+    def fails(*given):
+        if next(calls) == 2:
+            raise RuntimeError("DataLoader worker is killed")
+        return original(*given)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="is killed"):
+        patch.setattr(*place, fails)
+        pretrain("parts", **settings)
+    assert checkpoint.read(whole.parent / "parts/checkpoint-last.pth")["progress"]["epoch"] >= 1
+    parts = pretrain("parts", **settings, resume="auto")
+    assert_equal(weights(parts, "checkpoint-3.pth"), weights(whole, "checkpoint-3.pth"))
+    assert [line["train_loss"] for line in lines(parts)] == [line["train_loss"] for line in lines(whole)]
 
 
 def test_workers_change_nothing(pretrain, monkeypatch):

@@ -53,9 +53,8 @@ def run(
     effective_batch_size = global_batch_size * args.accum_iter
     told = (f"{name}={value}" for name, value in sorted(settings.items()) if name != "classes")
     logger.info("settings: " + " ".join(told))
-    args.lr = lr_sched.scaled_lr(
-        args.lr, max(args.blr) if isinstance(args.blr, list) else args.blr, effective_batch_size
-    )
+    base = max(args.blr) if isinstance(args.blr, list) else args.blr
+    args.lr = lr_sched.scaled_lr(args.lr, base, effective_batch_size)
     logger.info(f"{args.model} on {precision.device} in {precision.name}, {dist.world_size()} process(es)")
 
     progress = runstate.Progress(effective_batch_size, global_batch_size, args.start_epoch, batches.num_images)
@@ -91,18 +90,19 @@ def run(
         for epoch in range(progress.epoch, args.epochs):
             meters = runlog.Meters(**progress.meters)
             train(epoch=epoch, first_step=progress.first_step, meters=meters, log=log)
-            progress.next_epoch()
-            dist.share_buffers(model)  # batch norm's statistics are each process's own until here
             try:
+                progress.next_epoch()
+                dist.share_buffers(model)  # batch norm's statistics are each process's own until here
                 due = (epoch + 1) % settings.get("eval_every", 1) == 0 or epoch + 1 == args.epochs
                 found = after_epoch(epoch, log) if due else {}
+                # The line first: a run stopped between the two writes that epoch, and its line, again.
+                log.end_epoch(meters.means() | found | batches.counts())
+                saver.save_epoch(epoch, found.get("test_acc1"))
+                # A signal may have come while one process evaluated, or wrote.
+                stops = epoch + 1 < args.epochs and any(dist.gather(interrupts.pending))
             except Exception:  # an image that can't be read, say: the epoch is not lost, and evaluated when resumed
                 saver.save(epoch, len(batches), meters.state_dict(), alone=True)
                 raise
-            # The line first: a run stopped between the two writes that epoch, and its line, again.
-            log.end_epoch(meters.means() | found | batches.counts())
-            saver.save_epoch(epoch, found.get("test_acc1"))
-            # A signal may have come while one process evaluated, or wrote.
-            if epoch + 1 < args.epochs and any(dist.gather(interrupts.pending)):
+            if stops:
                 saver.save(epoch + 1, 0, {})
                 saver.stop()

@@ -110,10 +110,8 @@ def run_epoch(
     Raises:
         NonFiniteLoss: as the guard decides. The weights are those of before the bad steps.
     """
-    loader.seek(epoch, first_step)
     num_steps = len(loader)
     watch = Stopwatch()
-    log.begin_epoch(epoch, first_step, num_steps, loader.images_per_step, watch)
     pending = PendingSteps(epoch, meters, log, guard)
     wishes = torch.eye(len(Wish), device=precision.device)
     model.train()
@@ -127,6 +125,8 @@ def run_epoch(
     group_loss = torch.zeros((), device=precision.device)
     whole = first_step  # batches whose gradients are in the weights
     try:
+        loader.seek(epoch, first_step)
+        log.begin_epoch(epoch, first_step, num_steps, loader.images_per_step, watch)
         for done, batch in enumerate(prefetch(watch.watch(loader), precision.device), start=first_step + 1):
             place = (done - 1) % accum_iter
             batches = min(accum_iter, num_steps - (done - 1 - place))
