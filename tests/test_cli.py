@@ -1,5 +1,8 @@
 """Flags, defaults and recipes."""
 
+import argparse
+import copy
+import pickle
 import re
 
 import pytest
@@ -106,6 +109,33 @@ def test_flags_win_over_the_recipe_and_the_recipe_over_defaults(tmp_path):
     assert (args.norm_pix_loss, args.pin_mem, args.lr) == (True, False, None)
     assert parse("--epochs", "9", f"--config={path}").epochs == 9
     assert parse("--config", path, "--no_norm_pix_loss", "--pin_mem").norm_pix_loss is False
+
+
+def test_which_settings_were_given(tmp_path):
+    path = recipe(tmp_path, "epochs: 7\npin_mem: false\ninput_size: [16, 32]\nlr: null\nnorm_pix_loss: true\n")
+    args = parse("--config", path, "--no_norm_pix_loss", "--batch_size=64", "--log_dir", "x", "--local-rank", "0")
+    typed = {"config", "norm_pix_loss", "batch_size", "log_dir", "local_rank"}
+    assert cli.given(args, in_recipe=False) == typed
+    assert cli.given(args) == typed | {"epochs", "pin_mem", "input_size"}
+    assert cli.given(parse()) == frozenset()
+    # What becomes the checkpoint's `args` is free of it, and copies, also those of submitit's jobs, keep it.
+    assert vars(args).keys() == vars(main_pretrain.get_args_parser().parse_args([])).keys()
+    assert args == argparse.Namespace(**vars(args))
+    for other in (copy.deepcopy(args), pickle.loads(pickle.dumps(args))):
+        assert (other, cli.given(other)) == (args, cli.given(args))
+    assert cli.given(argparse.Namespace(epochs=3, lr=None)) == {"epochs", "lr"}
+
+
+def test_given_settings_with_required_flags_and_positions(tmp_path):
+    parser = cli.parser("A command.")
+    parser.add_argument("--config")
+    parser.add_argument("images", nargs="+")
+    parser.add_argument("--model", required=True)
+    parser.set_defaults(topk=5)
+    args = cli.parse(parser, ["a.png", "--config", recipe(tmp_path, "model: x.pth\n")])
+    assert (args.images, args.model, args.topk) == (["a.png"], "x.pth", 5)
+    assert cli.given(args) == {"images", "config", "model"}
+    assert cli.given(args, in_recipe=False) == {"images", "config"}
 
 
 @pytest.mark.parametrize(

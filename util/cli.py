@@ -1,6 +1,7 @@
 """The command line: `--config` recipes, and errors as sentences. The flags stand in `util/options.py`."""
 
 import argparse
+import copy
 import difflib
 import logging
 import sys
@@ -31,20 +32,54 @@ def parser(description: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(description=description, formatter_class=_Help, add_help=False, allow_abbrev=False)
 
 
+class _Args(argparse.Namespace):
+    """Settings, and beside them, so that `vars` is free of it, the names of those that were given."""
+
+    __slots__ = ("given", "typed")
+    given: frozenset[str]  # on the command line or in a recipe
+    typed: frozenset[str]  # on the command line
+
+
+def given(args: argparse.Namespace, in_recipe: bool = True) -> frozenset[str]:
+    """The names of the settings that were given, on the command line or in the recipe of `--config`.
+
+    A plain Namespace, which a program made without `parse`, has only given settings: the program chose all of them.
+
+    Args:
+        in_recipe: whether those of a recipe count.
+    """
+    if not isinstance(args, _Args):
+        return frozenset(vars(args))
+    return args.given if in_recipe else args.typed
+
+
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Flags over `--config` over defaults. A recipe's entries are read just as flags are, with the same checks."""
+    """Flags over `--config` over defaults. A recipe's entries are read just as flags are, with the same checks.
+
+    `given` knows which of the settings are no defaults.
+    """
     argv = sys.argv[1:] if argv is None else list(argv)
     parser.add_argument("-h", "--help", action="help", default=argparse.SUPPRESS, help="show this text and exit")
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config")
     config = first.parse_known_args(argv)[0].config
-    argv = (_recipe_flags(parser, Path(config)) if config else []) + argv
-    args = parser.parse_args(argv)
-    if "log_dir" in args and not any(flag.partition("=")[0] == "--log_dir" for flag in argv):
+    recipe = _recipe_flags(parser, Path(config)) if config else []
+    args = parser.parse_args(recipe + argv, _Args())
+    args.given, args.typed = _settings_in(parser, recipe + argv), _settings_in(parser, argv)
+    if "log_dir" in args and "log_dir" not in args.given:
         args.log_dir = args.output_dir  # the published default is one fixed folder, in which all runs would meet
     if "dist_on_itp" in args and (args.dist_on_itp or args.world_size != 1):
         logger.warning("--world_size and --dist_on_itp have no effect: the launcher decides (torchrun)")
     return args
+
+
+def _settings_in(parser: argparse.ArgumentParser, argv: list[str]) -> frozenset[str]:
+    """The names that a command line sets: what parsing it without defaults finds."""
+    bare = copy.deepcopy(parser)
+    bare._defaults.clear()
+    for action in bare._actions:
+        action.default, action.required = argparse.SUPPRESS, False
+    return frozenset(vars(bare.parse_args(argv)))
 
 
 def _recipe_flags(parser: argparse.ArgumentParser, path: Path) -> list[str]:
