@@ -21,7 +21,7 @@ ARROWS = {
     r"benchmarks\.\w+": r"benchmarks\.\w+|inference\.\w+|models_\w+|util\.\w+",
     r"inference\.\w+": r"inference\.\w+|models_\w+|util\.\w+",
     r"util\.loop": r"util\.(precision|runlog|lr_sched|dist|interrupts)",
-    r"util\.cli": r"util\.(dist|interrupts)",
+    r"util\.cli": r"util\.(advice|dist|interrupts)",
     r"util\.submit": r"util\.(cli|code_copy|flags|interrupts)",
     r"util\.options": r"util\.(dist|flags|precision|weights)",
     r"util\.epochs": r"util\.(compiling|dist|interrupts|loop|lr_sched|precision|runfolder|runlog|runstate|saver)",

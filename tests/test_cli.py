@@ -11,6 +11,7 @@ import yaml
 from conftest import ROOT
 
 import main_pretrain
+from inference import features, predict
 from util import cli
 
 PUBLISHED = {
@@ -78,15 +79,39 @@ def test_help_teaches_every_flag(capsys):
         (["--hflip", "2"], r"--hflip: must be in \[0, 1\]"),
         (["--seed", "-1"], r"--seed: must be in \[0, 2\^32\)"),
         (["--blr=-1e-3"], "--blr: must be at least 0"),
-        (["--epoch", "3"], "unrecognized arguments: --epoch"),
+        (["--epoch", "3"], "unrecognized arguments: --epoch; did you mean --epochs[?]$"),
+        (["--batch-size=3"], "unrecognized arguments: --batch-size; did you mean --batch_size[?]$"),
+        (["--zzz"], "unrecognized arguments: --zzz$"),
+        (["--num_workers", "-1"], "--num_workers: must be at least 0, got -1"),
+        (["--vis_every", "-1"], "--vis_every: must be at least 0"),
+        (["--start_epoch", "-1"], "--start_epoch: must be at least 0"),
         (["--config", "nowhere.yaml"], "there is no file nowhere.yaml"),
+        (["--config", "https://a.org/b.yaml"], "--config https://a.org/b.yaml is a URL: download the file"),
+        (["--resume", "s3://a/b.pth"], "--resume s3://a/b.pth is a URL: download the file, and give its path"),
+        (["--data_path", "http://a.org/b.zip"], "--data_path http://a.org/b.zip is a URL"),
     ],
 )
 def test_wrong_flags(argv, message, capsys):
     with pytest.raises(SystemExit) as stop:
         parse(*argv)
     assert stop.value.code == 2
-    assert re.search(message, capsys.readouterr().err)
+    error, usage = capsys.readouterr().err.splitlines()  # two lines, the message first
+    assert re.search(message, error)
+    assert usage.startswith("usage: ")
+
+
+def test_usage_shows_what_every_call_needs(capsys):
+    for module, needed in (predict, "--model FILE IMAGE [IMAGE ...]"), (features, "--model FILE --out FILE FOLDER"):
+        with pytest.raises(SystemExit):
+            cli.parse(module.get_args_parser(), ["--modle", "x"])
+        error, usage = capsys.readouterr().err.splitlines()
+        assert error.endswith("unrecognized arguments: --modle; did you mean --model?")
+        assert needed in usage
+
+
+def test_urls_stand_where_they_are_expected():
+    assert parse("--dataset", "wds:https://a.org/{0..9}.tar").dataset == "wds:https://a.org/{0..9}.tar"
+    assert parse("--dist_url", "tcp://a.org:1").dist_url == "tcp://a.org:1"
 
 
 def test_settings_without_effect_warn(caplog):
@@ -141,8 +166,15 @@ def test_given_settings_with_required_flags_and_positions(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("mask_ration: 0.5\n", "no flag 'mask_ration'; did you mean 'mask_ratio'?"),
-        ("mask_ratio: 2\n", "must be in [0, 1)"),
+        ("mask_ration: 0.5\n", "no flag 'mask_ration'; did you mean mask_ratio?"),
+        ("mask_ratio: 2\n", "argument --mask_ratio: must be in [0, 1), got 2"),
+        ("model: vit_base\n", "argument --model: invalid choice"),
+        ("blr: {a: 1}\n", "blr takes a plain value, or a list of plain values, not {'a': 1}"),
+        ("mean: [[1, 2], 3]\n", "mean takes a plain value, or a list of plain values"),
+        ("mean: [0.5, --download]\n", "mean takes a plain value, or a list of plain values"),
+        ("epochs: [3, 4]\n", "epochs takes no value 4"),
+        ("epochs: 2024-13-45\n", "argument --epochs: invalid int value: '2024-13-45'"),
+        ("{" * 5000 + "\n", "is not YAML"),
         ("epochs: true\n", "epochs takes a value"),
         ("- epochs\n", "`flag: value` lines"),
         ("epochs: [1\n", "is not YAML"),
@@ -152,8 +184,31 @@ def test_given_settings_with_required_flags_and_positions(tmp_path):
 )
 def test_wrong_recipes(text, message, tmp_path, capsys):
     with pytest.raises(SystemExit):
-        parse("--config", recipe(tmp_path, text))
-    assert message in capsys.readouterr().err
+        parse("--config", path := recipe(tmp_path, text))
+    error, usage = capsys.readouterr().err.splitlines()
+    assert message in error
+    assert f"--config {path}" in error
+    assert usage.startswith("usage: ")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(b"\xff\xfe\x00", "is not YAML"), (None, "can't be read"), (b"a: \x07", "is not YAML")]
+)
+def test_unreadable_recipes(content, message, tmp_path, capsys):
+    path = tmp_path / "recipe.yaml"
+    if content is None:
+        path.symlink_to("/proc/self/mem")  # a file, of which nobody can read the beginning
+    else:
+        path.write_bytes(content)
+    with pytest.raises(SystemExit):
+        parse("--config", str(path))
+    error = capsys.readouterr().err.splitlines()[0]
+    assert message in error
+    assert f"--config {path}" in error
+
+
+def test_dates_in_recipes_are_text(tmp_path):
+    assert parse("--config", recipe(tmp_path, "output_dir: 2024-01-31\n")).output_dir == "2024-01-31"
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("recipes/pretrain_*.yaml")), ids=lambda path: path.stem)

@@ -2,21 +2,24 @@
 
 import argparse
 import copy
-import difflib
 import logging
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import yaml
 
 from util import dist
+from util.advice import did_you_mean
 from util.interrupts import Interrupted
 
 logger = logging.getLogger(__name__)
+
+FILES = {"FILE", "PATH", "DIR", "FOLDER", "YAML", "IMAGE"}  # metavars of flags that take a path
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -27,9 +30,42 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if isinstance(action.default, bool) or action.required else super()._get_help_string(action)
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are the message in one line, and a line of usage."""
+
+    recipe = ""  # where the flags that are being parsed stand, if that is not the command line
+
+    def error(self, message: str) -> NoReturn:
+        """Prints the message and what every call needs; exit code 2."""
+        needed = [action for action in self._actions if action.required]
+        formatter = self._get_formatter()
+        formatter.add_usage(None, needed, [])
+        usage = " ".join(formatter.format_help().split())
+        self.exit(2, f"{self.prog}: error: {self.recipe}{message}\n{usage} [FLAGS]; --help explains the flags\n")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse does. Unknown flags are found first, and the error names the nearest known one."""
+        args = sys.argv[1:] if args is None else list(args)
+        flags = [text.partition("=")[0] for text in args if text.startswith("--") and text != "--"]
+        unknown = [flag for flag in flags if flag not in self._option_string_actions]
+        if unknown:
+            near = did_you_mean(unknown[0], self._option_string_actions)
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{near}")
+        return super().parse_args(args, namespace)
+
+
+class _RecipeLoader(yaml.SafeLoader):
+    """Plain values only; a date is the text that stands there."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
 def parser(description: str) -> argparse.ArgumentParser:
     """A parser for a main, without --help, so that it can be another's parent; `run` adds that."""
-    return argparse.ArgumentParser(description=description, formatter_class=_Help, add_help=False, allow_abbrev=False)
+    return _Parser(description=description, formatter_class=_Help, add_help=False, allow_abbrev=False)
 
 
 class _Args(argparse.Namespace):
@@ -58,13 +94,16 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
 
     `given` knows which of the settings are no defaults.
     """
+    assert isinstance(parser, _Parser), "made by `cli.parser`"
     argv = sys.argv[1:] if argv is None else list(argv)
     parser.add_argument("-h", "--help", action="help", default=argparse.SUPPRESS, help="show this text and exit")
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config")
-    config = first.parse_known_args(argv)[0].config
-    recipe = _recipe_flags(parser, Path(config)) if config else []
+    first = _Parser(prog=parser.prog, add_help=False, allow_abbrev=False)
+    first.add_argument("--config", metavar="YAML")
+    known = first.parse_known_args(argv)[0]
+    _refuse_urls(first, known)
+    recipe = _recipe_flags(parser, Path(known.config)) if known.config else []
     args = parser.parse_args(recipe + argv, _Args())
+    _refuse_urls(parser, args)
     args.given, args.typed = _settings_in(parser, recipe + argv), _settings_in(parser, argv)
     if "log_dir" in args and "log_dir" not in args.given:
         args.log_dir = args.output_dir  # the published default is one fixed folder, in which all runs would meet
@@ -73,43 +112,71 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
     return args
 
 
-def _settings_in(parser: argparse.ArgumentParser, argv: list[str]) -> frozenset[str]:
+def _settings_in(parser: _Parser, argv: list[str]) -> frozenset[str]:
     """The names that a command line sets: what parsing it without defaults finds."""
+    return frozenset(vars(_without_defaults(parser).parse_args(argv)))
+
+
+def _without_defaults(parser: _Parser) -> _Parser:
+    """A copy without defaults, and with nothing required."""
     bare = copy.deepcopy(parser)
     bare._defaults.clear()
     for action in bare._actions:
         action.default, action.required = argparse.SUPPRESS, False
-    return frozenset(vars(bare.parse_args(argv)))
+    return bare
 
 
-def _recipe_flags(parser: argparse.ArgumentParser, path: Path) -> list[str]:
+def _refuse_urls(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    for action in parser._actions:
+        if isinstance(action.metavar, str) and set(action.metavar.split("|")) & FILES:
+            given = getattr(args, action.dest, None)
+            for value in given if isinstance(given, list) else [given]:
+                if re.match(r"\w{2,}:/", str(value)):  # a Path has one slash left
+                    flag = "/".join(action.option_strings) or action.metavar
+                    parser.error(f"{flag} {value} is a URL: download the file, and give its path")
+
+
+def _recipe_flags(parser: _Parser, path: Path) -> list[str]:
+    """A recipe's entries as flags. Each is parsed alone first, so that an error names the recipe."""
     if not path.is_file():
         parser.error(f"--config: there is no file {path}")
     try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+        recipe = yaml.load(path.read_text(encoding="utf-8-sig"), _RecipeLoader)
+    except OSError as error:
+        parser.error(f"--config {path} can't be read: {error.strerror}")
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # values: an encoding other than UTF-8, an odd number
         parser.error(f"--config {path} is not YAML: {' '.join(str(error).split())}")
     if not isinstance(recipe, dict):
         parser.error(f"--config {path} must be a list of `flag: value` lines")
     by_flag = parser._option_string_actions
     known = sorted(action.dest for flag, action in by_flag.items() if flag == f"--{action.dest}")
     flags: list[str] = []
+    parser = _without_defaults(parser)
+    parser.recipe = f"--config {path}: "
     for key, value in recipe.items():
         if key not in known or key == "config":
-            near = difflib.get_close_matches(str(key), known, n=1)
-            parser.error(
-                f"--config {path}: there is no flag {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
-            )
-        if isinstance(value, bool):
-            switch = [f for f, a in by_flag.items() if a.dest == key and a.nargs == 0 and a.const is value]
-            flags += switch[:1] if switch or value else []
-            if value and not switch:
-                parser.error(f"--config {path}: {key} takes a value, not {value}")
-        elif isinstance(value, list):
-            flags += [f"--{key}", *map(str, value)]
-        elif value is not None:
-            flags.append(f"--{key}={value}")
+            parser.error(f"there is no flag {str(key)!r}{did_you_mean(str(key), known)}")
+        entry = _entry_flags(parser, key, value)
+        unknown = parser.parse_known_args(entry)[1]
+        if unknown:
+            parser.error(f"{key} takes no value {' '.join(unknown)}")
+        flags += entry
     return flags
+
+
+def _entry_flags(parser: argparse.ArgumentParser, key: str, value: Any) -> list[str]:
+    """An entry of a recipe as flags; None stands for the default."""
+    if isinstance(value, bool):
+        switches = {a.const: f for f, a in parser._option_string_actions.items() if a.dest == key and a.nargs == 0}
+        if value and not switches:
+            parser.error(f"{key} takes a value, not {value}")
+        return [switches[value]] if value in switches else []
+    values = value if isinstance(value, list) else [value]
+    if any(not isinstance(one, str | int | float | None) or str(one).startswith("--") for one in values):
+        parser.error(f"{key} takes a plain value, or a list of plain values, not {value}")
+    if isinstance(value, list):
+        return [f"--{key}", *map(str, value)]
+    return [] if value is None else [f"--{key}={value}"]
 
 
 def run(main: Callable[[argparse.Namespace], Any], parser: argparse.ArgumentParser) -> None:

@@ -17,6 +17,7 @@ def _kind(convert: Callable[[str], Any], holds: Callable[[Any], bool], wanted: s
 
 
 positive_int = _kind(int, lambda value: value >= 1, "at least 1")
+count = _kind(int, lambda value: value >= 0, "at least 0")
 non_negative = _kind(float, lambda value: value >= 0, "at least 0")
 positive = _kind(float, lambda value: value > 0, "above 0")
 share = _kind(float, lambda value: 0 <= value <= 1, "in [0, 1]")

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 
 from util.dist import BACKENDS
-from util.flags import Size, add_switch, non_negative, positive, positive_int, positive_share, ratio, seed, share
+from util.flags import Size, add_switch, count, non_negative, positive, positive_int, positive_share, ratio, seed, share
 from util.precision import AMP_CHOICES
 from util.weights import ADAPT_CHOICES
 
@@ -24,7 +24,9 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         "--resume", default="", metavar="FILE|auto",
         help="continue a run from this checkpoint; auto: from the newest in --output_dir that is whole, or start",
     )  # fmt: skip
-    group.add_argument("--start_epoch", default=0, type=int, metavar="N", help="first epoch, where nothing is resumed")
+    group.add_argument(
+        "--start_epoch", default=0, type=count, metavar="N", help="first epoch, where nothing is resumed"
+    )
     group.add_argument(
         "--save_every", default=20, type=positive_int, metavar="N", help="epochs between checkpoints kept"
     )
@@ -82,8 +84,9 @@ def _add_amp(group: argparse._ActionsContainer) -> None:
 
 def _add_num_workers(group: argparse._ActionsContainer) -> None:
     group.add_argument(
-        "--num_workers", default=10, type=int, metavar="N", help="processes that load data, at most one a core"
-    )
+        "--num_workers", default=10, type=count, metavar="N",
+        help="worker processes that load data, at most one a core; 0: this process loads it",
+    )  # fmt: skip
 
 
 def _add_compute_options(group: argparse._ArgumentGroup) -> None:
@@ -205,12 +208,9 @@ def add_pretrain_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument("--init_from", default="", metavar="FILE", help="start from this file's weights (nothing else)")
     group.add_argument(
-        "--vis_every",
-        default=20,
-        type=int,
-        metavar="N",
+        "--vis_every", default=20, type=count, metavar="N",
         help="epochs between TensorBoard pictures of reconstructions; 0: none",
-    )
+    )  # fmt: skip
 
 
 def add_supervised_options(parser: argparse.ArgumentParser, global_pool: bool) -> None:
@@ -294,8 +294,9 @@ def add_finetune_options(parser: argparse.ArgumentParser) -> None:
         "--layer_decay", default=0.75, type=positive, metavar="D", help="learning rate of a layer to that above it"
     )
     group.add_argument(
-        "--unfreeze_blocks", type=int, metavar="K", help="train the last K blocks and the head only; None: everything"
-    )
+        "--unfreeze_blocks", type=count, metavar="K",
+        help="train the last K blocks and the head only; None: everything",
+    )  # fmt: skip
     _add_recompute_option(group)
     group = parser.add_argument_group("augmentation")
     _add_crop_options(group, [0.08, 1.0])
