@@ -20,6 +20,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from util import cli  # first, as it names the packages that are missing
+
+# isort: split
 import torch
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
@@ -30,7 +33,7 @@ from torch import nn
 import models_build
 import models_vit
 from engine_finetune import Evaluation, evaluate, file_of, load_for_evaluation, tell, train_one_epoch
-from util import cli, datasets, dist, epochs, labels, loader, options, runfolder, runlog, transforms, weights
+from util import datasets, dist, epochs, labels, loader, options, runfolder, runlog, transforms, weights
 from util.lr_decay import param_groups_lrd
 from util.precision import Precision
 from util.samples import Samples

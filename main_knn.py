@@ -19,13 +19,16 @@ from argparse import Namespace
 from functools import partial
 from typing import Any
 
+from util import cli  # first, as it names the packages that are missing
+
+# isort: split
 import torch
 from torch import Tensor
 
 import models_build
 import models_vit
 from engine_finetune import extract_features
-from util import cli, datasets, dist, labels, loader, options, runlog, transforms, weights
+from util import datasets, dist, labels, loader, options, runlog, transforms, weights
 from util.knn import classify
 from util.precision import Precision
 from util.samples import Samples

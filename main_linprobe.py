@@ -21,6 +21,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from util import cli  # first, as it names the packages that are missing
+
+# isort: split
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -30,7 +33,6 @@ import models_vit
 from engine_finetune import Evaluation, evaluate, extract_features, file_of, load_for_evaluation, tell, train_one_epoch
 from util import (
     checkpoint,
-    cli,
     datasets,
     dist,
     epochs,

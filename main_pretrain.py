@@ -17,13 +17,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from util import cli  # first, as it names the packages that are missing
+
+# isort: split
 import torch
 from timm.optim import param_groups_weight_decay
 
 import models_build
 import models_mae
 from engine_pretrain import train_one_epoch
-from util import cli, datasets, dist, epochs, loader, options, pictures, runfolder, runlog, transforms, weights
+from util import datasets, dist, epochs, loader, options, pictures, runfolder, runlog, transforms, weights
 from util.precision import Precision
 from util.samples import Samples
 

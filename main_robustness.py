@@ -15,12 +15,15 @@ import time
 from argparse import Namespace
 from pathlib import Path
 
+from util import cli  # first, as it names the packages that are missing
+
+# isort: split
 import numpy as np
 from tqdm import tqdm
 
 from engine_finetune import Evaluation, evaluate
 from inference.imagenet import TIMM, Among, load
-from util import checkpoint, cli, dist, flags, loader, options, runlog, suite_report, suites
+from util import checkpoint, dist, flags, loader, options, runlog, suite_report, suites
 from util.precision import Precision
 from util.samples import Samples
 

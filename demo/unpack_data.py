@@ -4,8 +4,14 @@ python demo/unpack_data.py --out demo/data/fashion_mnist
 """
 
 import argparse
+import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the demo runs from a clone
+
+import util  # noqa: F401  # first, as it names the packages that are missing
+
+# isort: split
 import numpy as np
 from PIL import Image
 
@@ -33,4 +39,8 @@ if __name__ == "__main__":
         description="Unpack the embedded Fashion-MNIST images into class folders of PNG files."
     )
     parser.add_argument("--out", type=Path, default=ARCHIVE.parent / "fashion_mnist", help="folder to make")
-    unpack(parser.parse_args().out)
+    out = parser.parse_args().out
+    try:
+        unpack(out)
+    except OSError as error:
+        parser.exit(1, f"{parser.prog}: error: --out {out} can't be written to ({error.strerror}): give another\n")

@@ -1,5 +1,8 @@
 """Using trained models: predictions, features, reconstructions, other libraries' formats."""
 
+import util  # noqa: F401  # first, as it names the packages that are missing
+
+# isort: split
 from inference.model import get_model, inference_model, list_models
 
 __all__ = ["get_model", "inference_model", "list_models"]

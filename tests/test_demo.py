@@ -36,6 +36,14 @@ def test_unpacked_files_are_the_archives_images(unpacked):
         assert path.parent.name == name.lower().replace("/", "_").replace(" ", "_")
 
 
+def test_a_folder_that_cannot_be_written_to_is_one_line():
+    command = [sys.executable, "demo/unpack_data.py", "--out", "/proc/nowhere"]  # root may write to all real folders
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "error: --out /proc/nowhere can't be written to (" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_report_of_a_small_run(unpacked, pretrain, classify, tmp_path):
     data = tmp_path / "data"
     for split, count in (("train", 40), ("val", 8)):

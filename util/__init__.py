@@ -1,1 +1,36 @@
-"""What the mains and engines are made of: one subject a module."""
+"""What the mains and engines are made of: one subject a module.
+
+This file comes before every import of a package that may be missing: a script that is started outside of its
+environment ends with one line that says what to type. It is plain enough for any Python 3.
+"""
+
+import os
+import sys
+from importlib.util import find_spec
+
+PACKAGES = ("torch", "torchvision", "timm", "numpy", "PIL", "tifffile", "yaml", "safetensors", "tensorboard", "tqdm",
+            "matplotlib", "huggingface_hub")  # fmt: skip
+
+
+def _require_packages() -> None:
+    missing = [name for name in PACKAGES if find_spec(name) is None]
+    old = sys.version_info < (3, 11)
+    if not (missing or old):
+        return
+    root = os.path.relpath(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    venv = os.path.join(root, ".venv")
+    activate = "source " + os.path.join(venv, "bin", "activate")
+    if os.path.exists(os.path.join(venv, "bin")) and os.path.realpath(venv) != os.path.realpath(sys.prefix):
+        remedy = activate
+    elif old:
+        remedy = "./run demo, which looks for a newer one, and makes .venv"
+    elif sys.prefix != sys.base_prefix:
+        remedy = "pip install " + root
+    else:
+        remedy = f"python3 -m venv {venv} && {activate} && pip install {root}"
+    lack = "is older than Python 3.11" if old else "lacks " + ", ".join(missing[:3]) + ", ..." * (len(missing) > 3)
+    script = os.path.basename(sys.argv[0]).replace("-m", "python -m")
+    sys.exit(f"{script}: error: {sys.executable} {lack}; type: {remedy}")
+
+
+_require_packages()

@@ -1,0 +1,36 @@
+"""Scripts that are started outside of their environment: one line, which says what to type."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+COMMANDS = (["main_pretrain.py"], ["-m", "inference.predict"], ["submitit_pretrain.py"], ["demo/unpack_data.py"])
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """The code, without a .venv."""
+    for name in ("util", "inference", "demo"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("data", "output", "__pycache__"))
+    for file in ROOT.glob("*.py"):
+        shutil.copy(file, tmp_path)
+    return tmp_path
+
+
+def start(clone, *command):
+    """Starts Python without the packages that are installed (-S)."""
+    return subprocess.run([sys.executable, "-S", *command], cwd=clone, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_missing_packages_are_one_line(clone, command):
+    done = start(clone, *command)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert "lacks torch, torchvision, timm, ...; type: " in line
+    assert line.endswith("python3 -m venv ./.venv && source ./.venv/bin/activate && pip install .")
+    (clone / ".venv/bin").mkdir(parents=True)
+    assert start(clone, *command).stderr.endswith("; type: source ./.venv/bin/activate\n")
