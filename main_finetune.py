@@ -104,7 +104,7 @@ def main(args: Namespace) -> Evaluation | None:
         args.input_size, statistics[0], args.aa, args.color_jitter, args.crop_scale, args.hflip
     )
     samples = Samples(train, augment, on_bad_image=args.on_bad_image, **reads)
-    batches = loader.TrainLoader(samples, args.batch_size, args.seed, **fetches)
+    batches = loader.TrainLoader(samples, args.batch_size, args.seed, accum_iter=args.accum_iter, **fetches)
     mixup = mixing(args, len(classes))
     if mixup:
         criterion: nn.Module = SoftTargetCrossEntropy()

@@ -119,10 +119,10 @@ def main(args: Namespace) -> None:
     seen = features_of(val, model)
 
     if args.cache_features:
-        batches: Any = loader.FeatureBatches(*features_of(train, model), args.batch_size, args.seed)
+        batches: Any = loader.FeatureBatches(*features_of(train, model), args.batch_size, args.seed, args.accum_iter)
     else:
         samples = Samples(train, transforms.probe_transform(args.input_size), on_bad_image=args.on_bad_image, **reads)
-        batches = loader.TrainLoader(samples, args.batch_size, args.seed, **fetches)
+        batches = loader.TrainLoader(samples, args.batch_size, args.seed, accum_iter=args.accum_iter, **fetches)
     num_parameters = sum(p.numel() for p in heads[0].parameters())
 
     def evaluate_epoch(epoch: int, log: runlog.NullLog) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def main(args: Namespace) -> None:
     whole = Samples(source, transforms.eval_transform(args.input_size), **drawn)
     pin_memory = args.pin_mem and device.type == "cuda"
     batches = loader.TrainLoader(
-        samples, args.batch_size, args.seed, args.num_workers, pin_memory, args.repeated_sampling
+        samples, args.batch_size, args.seed, args.num_workers, pin_memory, args.repeated_sampling, args.accum_iter
     )
     normalize = transforms.Normalize(*transforms.channel_statistics(args.in_chans, args.mean, args.std)).to(device)
 

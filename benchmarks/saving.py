@@ -69,7 +69,7 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="mae_vit_base_patch16", help="of models_mae")
-    parser.add_argument("--batch_size", default=2, type=int, help="images to a step")
+    parser.add_argument("--batch_size", default=2, type=int, help="effective batch size")
     parser.add_argument("--save_minutes", default=15.0, type=float, help="minutes between two states")
     parser.add_argument("--folder", type=Path, help="where the file goes; the system's temporary folder by default")
     main(parser.parse_args())

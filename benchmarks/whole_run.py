@@ -110,7 +110,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--size", default="base_patch16", choices=models_vit.SIZES, metavar="SIZE", help="of models_vit"
     )
-    parser.add_argument("--batch_size", default=16, type=int, metavar="N", help="images to a step")
+    parser.add_argument("--batch_size", default=16, type=int, metavar="N", help="effective batch size")
     parser.add_argument("--images", default=51200, type=int, metavar="N", help="files, for the speed")
     parser.add_argument("--steps", default=200, type=int, metavar="N", help="for the losses")
     parser.add_argument("--amp", default="bf16", choices=("bf16", "fp16"), help="the precision beside fp32")

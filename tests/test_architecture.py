@@ -36,7 +36,7 @@ ARROWS = {
     r"util\.labels": r"util\.(decode|library_sets|sources)",
     r"util\.suites": r"util\.(archives|labels|sources)",
     r"util\.suite_report": r"util\.suites",
-    r"util\.loader": r"util\.(dist|decode|library_sets|samples|transforms)",
+    r"util\.loader": r"util\.(dist|interrupts|decode|library_sets|samples|transforms)",
     r"util\.samples": r"util\.(dist|decode|jpeg|library_sets|sources|transforms)",
     r"util\.library_sets": r"util\.(dist|archives|decode|sources)",
     r"util\.archives": r"util\.(decode|sources)",

@@ -57,7 +57,7 @@ def test_signals_save_and_lose_nothing(pictures, tmp_path, undisturbed):
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         code, said = stop_after_an_epoch(start(pictures, tmp_path), tmp_path, number)
         assert code == 128 + number, said
-        assert f"{number.name}: the run stops after this step and saves its state" in said
+        assert f"{number.name}: the run stops after this update and saves its state" in said
         assert f"stopped by {number.name}, the state is saved; the same command with --resume auto goes on" in said
         assert "Traceback" not in said
         state = torch.load(tmp_path / "checkpoint-last.pth", weights_only=True)
@@ -77,7 +77,7 @@ def test_all_processes_stop_at_the_same_step(pictures, tmp_path):
     process = start(pictures, tmp_path, processes=2)
     os.kill(second_process(tmp_path), signal.SIGTERM)
     said = process.communicate(timeout=90)[0]
-    assert "[rank 1] SIGTERM: the run stops after this step" in said
+    assert "[rank 1] SIGTERM: the run stops after this update" in said
     assert said.count("stopped by SIGTERM, the state is saved") == 2
     assert (tmp_path / "checkpoint-last.pth").exists()
 

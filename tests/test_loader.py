@@ -57,9 +57,53 @@ def test_repeated_samples_stay_together(monkeypatch):
         EpochBatches(25, 8, seed=1, repeats=3)
 
 
-def test_fewer_images_than_a_batch():
-    with pytest.raises(ValueError, match="lower --batch_size"):
-        EpochBatches(7, 8, seed=0)
+@pytest.mark.parametrize(
+    ("images", "batch_size", "accum_iter", "repeats", "processes", "said"),
+    [
+        (7, 8, 1, 1, 1, "has 7 images, fewer than one effective batch of 8 .*: give --batch_size 7 --accum_iter 1"),
+        (47, 12, 4, 1, 1, r"of 48 \(--batch_size 12 x --accum_iter 4 x 1 processes\): give --accum_iter 3$"),
+        (47, 12, 2, 1, 2, "of 48 .* give --accum_iter 1$"),
+        (20, 12, 2, 1, 2, "of 48 .* give --batch_size 10 --accum_iter 1$"),
+        (11, 12, 4, 3, 1, "has 33 images, .* of 48 .* give --accum_iter 2$"),
+        (3, 1, 1, 1, 4, "give at most 3 processes"),
+    ],
+)
+def test_fewer_images_than_an_effective_batch(monkeypatch, images, batch_size, accum_iter, repeats, processes, said):
+    monkeypatch.setattr(dist, "world_size", lambda: processes)
+    with pytest.raises(ValueError, match=said):
+        EpochBatches(images, batch_size, 0, repeats, accum_iter)
+
+
+def test_every_split_of_the_effective_batch_has_the_same_updates(monkeypatch):
+    """Of 1,000 images, 48 to an update: 20 updates of the same images each."""
+
+    def updates(batch_size, processes, accum_iter, repeats):
+        parts = []
+        with monkeypatch.context() as patch:
+            patch.setattr(dist, "world_size", lambda: processes)
+            for rank in range(processes):
+                patch.setattr(dist, "rank", lambda rank=rank: rank)
+                batches = EpochBatches(1000 // repeats, batch_size, 5, repeats, accum_iter)
+                batches.seek(2)
+                parts.append([index for batch in batches for _, index in batch])
+        per_update = batch_size * accum_iter
+        return [
+            sorted(index for part in parts for index in part[start : start + per_update])
+            for start in range(0, len(parts[0]), per_update)
+        ]
+
+    for repeats in (1, 2):
+        whole = updates(48, 1, 1, repeats)
+        assert len(whole) == 20
+        for batch_size, processes, accum_iter in ((24, 1, 2), (16, 1, 3), (24, 2, 1), (12, 2, 2), (4, 3, 4)):
+            assert updates(batch_size, processes, accum_iter, repeats) == whole
+
+
+def test_an_epoch_that_leaves_out_much_warns(caplog):
+    EpochBatches(100, 45, seed=0)
+    assert not caplog.records
+    EpochBatches(100, 44, seed=0)
+    assert "each epoch leaves out 12 of 100 images, which do not fill an effective batch of 44" in caplog.text
 
 
 @pytest.mark.parametrize("workers", [1, 4])

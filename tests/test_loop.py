@@ -16,8 +16,8 @@ from util.saver import NullSaver
 class Numbers(EpochBatches):
     """Batches of 28 samples of 3 numbers."""
 
-    def __init__(self, batch_size):
-        super().__init__(28, batch_size, seed=0)
+    def __init__(self, batch_size, accum_iter=1):
+        super().__init__(28, batch_size, seed=0, accum_iter=accum_iter)
         self.values = torch.randn(28, 3)
 
     def seed_step(self, step):
@@ -41,7 +41,7 @@ class RecordingSaver(NullSaver):
 def train(batch_size=4, accum_iter=1, lr=0.1, spoil=lambda step, loss: loss, policy="abort", saver=None, guard=None,
           **options):  # fmt: skip
     torch.manual_seed(0)
-    batches = Numbers(batch_size)
+    batches = Numbers(batch_size, accum_iter)
     model = torch.nn.Linear(3, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, fused=True)
     seen, moments = [], []
@@ -82,15 +82,15 @@ def reference_run(groups, seen, lr=0.1):
     return model, losses
 
 
-def test_seven_batches_in_groups_of_three_are_all_used():
+def test_an_epoch_is_a_whole_number_of_updates():
     model, seen, moments, meters = train(accum_iter=3)
-    assert len(seen) == 7
-    twin, losses = reference_run([(0, 1, 2), (3, 4, 5), (6,)], seen)
+    assert len(seen) == 6  # 28 samples are two effective batches of 12
+    twin, losses = reference_run([(0, 1, 2), (3, 4, 5)], seen)
     for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs)
-    assert moments == pytest.approx([3, 3 + 3 / 7, 3 + 6 / 7])
+    assert moments == [3, 3.5]
     stats = meters.means()
-    assert stats["train_loss"] == pytest.approx((3 * losses[0] + 3 * losses[1] + losses[2]) / 7, rel=1e-5)
+    assert stats["train_loss"] == pytest.approx(sum(losses) / 2, rel=1e-5)
     assert stats["train_lr"] == pytest.approx(0.1)
 
 
@@ -174,8 +174,78 @@ def test_a_state_saved_in_between_counts_the_steps_on_their_way():
             return loop.Wish.SAVE
 
         def save(self, epoch, steps_done, meters, alone=False):
-            self.saved.append((steps_done, meters["batches"]))
+            self.saved.append((steps_done, meters["updates"]))
 
     saver = Saves()
     train(saver=saver)
     assert saver.saved == [(n, n) for n in range(1, 8)]
+
+
+class Recorder(NullSaver):
+    """Notes what is saved on an error."""
+
+    def __init__(self):
+        super().__init__(Interrupts())
+        self.saved = []
+
+    def save(self, epoch, steps_done, meters, alone=False):
+        self.saved.append((steps_done, meters["updates"], alone))
+
+
+def test_an_error_within_an_update_leaves_the_state_before_it():
+    """Batch norm's statistics change in every forward pass, the weights only in whole updates."""
+
+    def fails_at(call):
+        norm, saver = torch.nn.BatchNorm1d(3), Recorder()
+        model = torch.nn.Sequential(norm, torch.nn.Linear(3, 1))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
+        calls = iter(range(100))
+
+        def compute_loss(batch):
+            if next(calls) == call:
+                raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+            return model(batch[0]).square().mean()
+
+        with pytest.raises(RuntimeError, match="is killed"):
+            loop.run_epoch(
+                compute_loss, model, Numbers(4, 2), optimizer, epoch=0, schedule=lambda epoch: 0.1, accum_iter=2,
+                precision=Precision("off", torch.device("cpu")), guard=loop.NonFiniteGuard("abort"), meters=Meters(),
+                log=NullLog(), saver=saver,
+            )  # fmt: skip
+        return saver.saved, norm.running_mean.clone()
+
+    torch.manual_seed(0)
+    whole, statistics = fails_at(2)
+    torch.manual_seed(0)
+    within, same = fails_at(3)
+    assert whole == within == [(2, 1, True)]
+    assert torch.equal(statistics, same)
+
+
+def test_a_process_that_is_gone_is_found_before_the_weights_change(monkeypatch):
+    saver, before = Recorder(), []
+
+    def gone(value):
+        before.append([p.clone() for p in model.parameters()])
+        raise RuntimeError("Connection closed by peer")
+
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 1)
+    monkeypatch.setattr(loop.dist, "mean_over_processes", gone)
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        loop.run_epoch(
+            lambda batch: model(batch[0]).square().mean(), model, Numbers(4),
+            torch.optim.SGD(model.parameters(), lr=0.1, fused=True), epoch=1, schedule=lambda epoch: 0.1,
+            precision=Precision("off", torch.device("cpu")), guard=loop.NonFiniteGuard("abort"), meters=Meters(),
+            log=NullLog(), saver=saver,
+        )  # fmt: skip
+    assert saver.saved == [(0, 0, True)]
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before[0], strict=True))
+
+
+def test_a_state_within_the_optimizer_step_is_not_saved(monkeypatch):
+    saver = Recorder()
+    monkeypatch.setattr(Precision, "step", lambda *_: (_ for _ in ()).throw(RuntimeError("out of memory")))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train(saver=saver)
+    assert saver.saved == []

@@ -98,14 +98,26 @@ def test_workers_change_nothing(pretrain, monkeypatch):
     assert_equal(weights(pretrain("one", num_workers=1)), weights(pretrain("four", num_workers=4)))
 
 
-def test_accumulation_equals_a_large_batch(pretrain):
-    assert_close(pretrain("small", batch_size=3, accum_iter=4), pretrain("large", batch_size=12))
-
-
-def test_two_processes_equal_one(pretrain, pictures, tmp_path):
-    one = pretrain("one", batch_size=8)
-    in_processes(2, pictures, tmp_path / "two", "--batch_size", 4, "--epochs", 2)
+def test_every_split_of_the_effective_batch_trains_alike(pretrain, pictures, tmp_path):
+    """24 images are 2 updates of 10, which leave out 4."""
+    one = pretrain("one", batch_size=10)
+    assert checkpoint.read(one / "checkpoint-1.pth")["optimizer"]["state"][0]["step"] == 4
+    for batch_size, accum_iter in ((5, 2), (2, 5)):
+        assert_close(one, pretrain(f"{batch_size}", batch_size=batch_size, accum_iter=accum_iter))
+    in_processes(2, pictures, tmp_path / "two", "--batch_size", 1, "--accum_iter", 5, "--epochs", 2)
     assert_close(one, tmp_path / "two")
+
+
+def test_resumed_with_another_split(pretrain, monkeypatch):
+    """In the middle of an epoch; the means of log.txt count every update alike."""
+    settings = {"epochs": 2, "save_minutes": 0}
+    whole = pretrain("whole", batch_size=4, accum_iter=2, **settings)
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_after(patch, "save", 2)
+        pretrain("parts", batch_size=4, accum_iter=2, **settings)
+    position = checkpoint.read(whole.parent / "parts/checkpoint-last.pth")["progress"]
+    assert (position["epoch"], position["images_done"]) == (0, 16)
+    assert_close(whole, pretrain("parts", batch_size=2, accum_iter=4, **settings, resume="auto"))
 
 
 def test_resumed_with_another_number_of_processes(pretrain, pictures, tmp_path, monkeypatch):
@@ -179,7 +191,7 @@ def test_wrong_inputs_are_answered_in_sentences(pretrain, pictures, tmp_path, ca
     assert "Dataset not found" in said(*here, "--dataset", "CIFAR10")
     assert "--dataset hf:" in said(*here, "--dataset", f"hf:{tmp_path}/nowhere")
     assert "there is no file" in said(*here, "--dataset", f"wds:{tmp_path}/{{0..3}}.tar")
-    assert "lower --batch_size" in said(*here, "--batch_size", "25")
+    assert "give --batch_size 24 --accum_iter 1" in said(*here, "--batch_size", "25")
     assert "multiples of --patch_size" in said(*here, "--input_size", "18")
     assert "it has 3 channels, and --in_chans is 5" in said(*here, "--in_chans", "5")
     assert "--mean has 2 values for 3 channels" in said(*here, "--mean", "0.5", "0.5")
@@ -187,7 +199,7 @@ def test_wrong_inputs_are_answered_in_sentences(pretrain, pictures, tmp_path, ca
     assert "already holds a run" in said(*here, "--output_dir", out)
     continued = [*here, "--output_dir", out, "--resume", good]
     assert "another architecture" in said(*continued, "--in_chans", "1")
-    assert "--accum_iter 2 restores" in said(*continued, "--batch_size", "2")
+    assert "give --batch_size 2 --accum_iter 2" in said(*continued, "--batch_size", "2")
     assert "already holds a run" in said(*here, "--output_dir", pretrain("other"), "--resume", good)
     assert "there is no checkpoint" in said(*here, "--resume", tmp_path / "nothing.pth")
 
@@ -254,5 +266,5 @@ def test_one_processs_nan_ends_all_after_the_state_is_saved(pictures, tmp_path):
     assert done.returncode != 0
     assert "epoch 0, batch 2: loss nan" in done.stderr.decode()
     state = checkpoint.read(tmp_path / "out" / "checkpoint-emergency.pth")
-    assert state["progress"]["meters"]["batches"] == 2
+    assert state["progress"]["meters"]["updates"] == 2
     assert all(torch.isfinite(weight).all() for weight in state["model"].values())

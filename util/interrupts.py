@@ -1,7 +1,15 @@
-"""Signals that ask a run to stop: noted when they come, acted upon between two steps."""
+"""Signals that ask a run to stop. The process notes them, and the loop stops after the current update.
 
+A terminal, `timeout`, torchrun and Slurm send them to all processes of a run, its worker processes included. Those
+ignore them: the process that started them decides when they end.
+"""
+
+import contextlib
 import logging
+import os
 import signal
+import threading
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
@@ -29,6 +37,7 @@ class Interrupts:
     def __init__(self) -> None:
         self.pending: int | None = None  # the signal that came, if one did
         self.earlier: dict[int, Any] = {}
+        self.raises = False
 
     def __enter__(self) -> "Interrupts":
         self.earlier = {signum: signal.signal(signum, self._note) for signum in SIGNALS}
@@ -38,12 +47,56 @@ class Interrupts:
         for signum, handler in self.earlier.items():
             signal.signal(signum, handler)
 
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Around code that changes nothing of the run's state, such as an evaluation: a signal ends it immediately.
+
+        Raises:
+            Interrupted: a signal came, now or before.
+        """
+        self.raises = True
+        try:
+            if self.pending:
+                raise Interrupted(self.pending)
+            yield
+        finally:
+            self.raises = False
+
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if signum == signal.SIGINT and self.pending == signal.SIGINT:
             raise KeyboardInterrupt
         if self.pending is None:
+            when = "now" if self.raises else "after this update"
             logger.warning(
-                f"{signal.Signals(signum).name}: the run stops after this step and saves its state"
-                + ("; once more stops it at once" if signum == signal.SIGINT else "")
+                f"{signal.Signals(signum).name}: the run stops {when} and saves its state"
+                + ("; a second one stops it at once" if signum == signal.SIGINT else "")
             )
         self.pending = signum
+        if self.raises:
+            self.raises = False  # the error travels upwards undisturbed
+            raise Interrupted(signum)
+
+
+@contextlib.contextmanager
+def blocked() -> Iterator[None]:
+    """Processes and threads that are started inside never receive the signals; this process does so afterwards."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def end_with_parent(*_: object) -> None:
+    """In a process that was started `blocked`: SIGTERM ends it if its parent sends it, as `multiprocessing` does."""
+    if not hasattr(signal, "sigwaitinfo"):  # macOS
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+        return
+    parent = os.getppid()
+
+    def wait() -> None:
+        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()

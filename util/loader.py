@@ -1,12 +1,15 @@
 """How samples reach the loop: in which order and batches, and the count of those that could not be read.
 
-Which samples make a batch depends on (seed, epoch) and the effective batch: never on the number of workers or
-processes. What is drawn for a batch as a whole depends on (seed, epoch, step, rank). Streamed shards are the exception:
-their samples look the same in any batch, but meet in other ones.
+An epoch is floor(images / effective batch size) whole updates. Which samples make an update depends on (seed, epoch)
+and the effective batch size: never on the number of workers or processes, or on the accumulation. What is drawn for a
+batch as a whole depends on (seed, epoch, iteration, rank). Streamed shards are the exception: their samples look the
+same in any batch, but meet in other ones.
 """
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler, default_collate
 
-from util import dist
+from util import dist, interrupts
 from util.decode import BadImage
 from util.library_sets import Shards
 from util.samples import Bad, Sample, Samples, StreamedSamples, seed_python
@@ -24,23 +27,55 @@ from util.transforms import to_unit_range
 logger = logging.getLogger(__name__)
 
 MAX_BAD_SHARE = 0.1  # of an epoch's images; more of them mean that something else is wrong
+MAX_LEFT_OUT = 0.1  # share of an epoch's images that may be left out without a warning
+
+
+def updates_per_epoch(num_images: int, batch_size: int, accum_iter: int) -> int:
+    """floor(images / effective batch size), the same for every split of the effective batch size.
+
+    Args:
+        num_images: of an epoch, each as often as it is repeated.
+        batch_size: per process.
+
+    Raises:
+        ValueError: the images do not fill one effective batch.
+    """
+    processes = dist.world_size()
+    effective_batch_size = batch_size * accum_iter * processes
+    updates, left_out = divmod(num_images, effective_batch_size)
+    if not updates:
+        fitting = num_images // (batch_size * processes)
+        remedy = f"--accum_iter {fitting}" if fitting else f"--batch_size {num_images // processes} --accum_iter 1"
+        if num_images < processes:
+            remedy = f"at most {num_images} processes"
+        raise ValueError(
+            f"an epoch has {num_images:,} images, fewer than one effective batch of {effective_batch_size:,} "
+            f"(--batch_size {batch_size} x --accum_iter {accum_iter} x {processes} processes): give {remedy}"
+        )
+    if left_out > MAX_LEFT_OUT * num_images and dist.is_main():
+        logger.warning(
+            f"each epoch leaves out {left_out:,} of {num_images:,} images, which do not fill an effective batch of "
+            f"{effective_batch_size:,}; every epoch leaves out other images"
+        )
+    return updates
 
 
 class EpochBatches(Sampler[list[tuple[int, int]]]):
-    """This process's batches of (epoch, index); `seek` chooses the epoch and the batch to begin with.
+    """This process's batches of (epoch, index); `seek` chooses the epoch and the first batch.
 
     With `repeats` every image stands so many times in a row, and an epoch is as many times as long: decoding is paid
     once for all of them (repeated sampling, Hoffer et al. 2020).
 
     Every epoch is a permutation of the data set drawn from (seed, epoch). Consecutive images of it make the batches of
-    all processes, so that any number of processes sees the same images in the same step (batch size x accumulation x
-    processes being the same). What does not fill the last batch is left out, another part in each epoch.
+    all processes, and `accum_iter` consecutive batches make an update, so that every split of the effective batch size
+    into batches, accumulation and processes uses the same images in the same update. Images that do not fill the last
+    update are left out; every epoch leaves out others.
 
     Raises:
-        ValueError: there are fewer images than one batch takes, or a batch does not take all repetitions of an image.
+        ValueError: the images do not fill one effective batch, or a batch does not take all repetitions of an image.
     """
 
-    def __init__(self, num_images: int, batch_size: int, seed: int, repeats: int = 1) -> None:
+    def __init__(self, num_images: int, batch_size: int, seed: int, repeats: int = 1, accum_iter: int = 1) -> None:
         if batch_size % repeats:
             raise ValueError(f"--batch_size {batch_size} must be a multiple of --repeated_sampling {repeats}")
         self.num_images = num_images
@@ -49,11 +84,7 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         self.seed = seed
         self.epoch = 0
         self.first_step = 0
-        if not len(self):
-            raise ValueError(
-                f"--batch_size {batch_size} x {dist.world_size()} processes is more than the {self.num_samples} images "
-                f"there are; lower --batch_size"
-            )
+        self.num_batches = accum_iter * updates_per_epoch(self.num_samples, batch_size, accum_iter)
 
     @property
     def num_samples(self) -> int:
@@ -70,7 +101,7 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         self.epoch, self.first_step = epoch, first_step
 
     def __len__(self) -> int:
-        return self.num_samples // self.images_per_step
+        return self.num_batches
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch = self.epoch
@@ -81,6 +112,42 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
             yield [(epoch, int(index)) for index in mine for _ in range(self.repeats)]
 
 
+class Batches(DataLoader):
+    """A data loader whose worker processes ignore the signals that stop a run, and whose errors come in time.
+
+    PyTorch raises the death of a worker process from a signal handler, at any instant: also between an update of the
+    weights and its bookkeeping. Here that handler is installed only while a batch is awaited.
+
+    Raises (while iterating):
+        RuntimeError: a worker process was killed.
+    """
+
+    _raise_if_dead: Any = staticmethod(lambda *_: None)  # PyTorch's handler of SIGCHLD, installed once in a process
+
+    def __init__(self, dataset: Any, num_workers: int, **options: Any) -> None:
+        super().__init__(dataset, num_workers=num_workers, worker_init_fn=interrupts.end_with_parent, **options)
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        with interrupts.blocked():
+            iterator = super().__iter__()
+        if not self.num_workers or threading.current_thread() is not threading.main_thread():
+            yield from iterator
+            return
+        handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        if callable(handler):
+            Batches._raise_if_dead = staticmethod(handler)
+        while True:
+            signal.signal(signal.SIGCHLD, self._raise_if_dead)
+            try:
+                self._raise_if_dead(signal.SIGCHLD, None)
+                batch = next(iterator)
+            except StopIteration:
+                return
+            finally:
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            yield batch
+
+
 class TrainLoader:
     """Batches for `loop.run_epoch`: images (B, c, H, W), uint8 or float, labels (B,), noise (B, num_noise).
 
@@ -88,22 +155,29 @@ class TrainLoader:
 
     Raises (also while iterating):
         BadImage: more than MAX_BAD_SHARE of an epoch's images can't be read.
-        ValueError: there are fewer images than one batch takes.
+        ValueError: the images do not fill one effective batch.
     """
 
     def __init__(
-        self, samples: Samples, batch_size: int, seed: int, num_workers: int, pin_memory: bool, repeats: int = 1
+        self,
+        samples: Samples,
+        batch_size: int,
+        seed: int,
+        num_workers: int,
+        pin_memory: bool,
+        repeats: int = 1,
+        accum_iter: int = 1,
     ) -> None:
-        self.order = EpochBatches(len(samples), batch_size, seed, repeats)
+        self.order = EpochBatches(len(samples), batch_size, seed, repeats, accum_iter)
         self.named: set[str] = set()
         self.num_bad = 0  # in the last epoch
         workers = up_to_cores(num_workers)
-        options: dict[str, Any] = {"num_workers": workers, "pin_memory": pin_memory, "persistent_workers": workers > 0}
+        options: dict[str, Any] = {"pin_memory": pin_memory, "persistent_workers": workers > 0, "collate_fn": _collate}
         self.stream = StreamedSamples(samples, samples.source, repeats) if isinstance(samples.source, Shards) else None
         if self.stream:
-            self.batches = DataLoader(self.stream, batch_size, collate_fn=_collate, **options)
+            self.batches = Batches(self.stream, workers, batch_size=batch_size, **options)
         else:
-            self.batches = DataLoader(samples, batch_sampler=self.order, collate_fn=_collate, **options)
+            self.batches = Batches(samples, workers, batch_sampler=self.order, **options)
 
     @property
     def images_per_step(self) -> int:
@@ -168,22 +242,22 @@ class FeatureBatches:
     """Batches of features that this process has at hand, for `loop.run_epoch`, as `TrainLoader` gives images.
 
     Args:
-        features: (n, D).
+        features: (n, D); n differs by at most one between processes.
         labels: (n,).
+
+    Raises:
+        ValueError: the features do not fill one effective batch.
     """
 
-    def __init__(self, features: Tensor, labels: Tensor, batch_size: int, seed: int) -> None:
+    def __init__(self, features: Tensor, labels: Tensor, batch_size: int, seed: int, accum_iter: int = 1) -> None:
         self.features = features
         self.labels = labels
         self.batch_size = batch_size
         self.seed = seed
-        fewest = min(dist.gather(len(labels)))
-        self.steps = fewest // batch_size
         self.num_images = sum(dist.gather(len(labels)))
+        self.steps = accum_iter * updates_per_epoch(self.num_images, batch_size, accum_iter)
         self.images_per_step = batch_size * dist.world_size()
         self.epoch = self.first_step = 0
-        if not self.steps:
-            raise ValueError(f"--batch_size {batch_size} is more than the {fewest} images a process has; lower it")
 
     def seek(self, epoch: int, first_step: int = 0) -> None:
         """Chooses what the next iteration yields."""
@@ -212,12 +286,8 @@ def eval_loader(samples: Samples, batch_size: int, num_workers: int, pin_memory:
     """This process's share of a data set, for evaluation; each sample comes once, in one of the processes."""
     mine = [(0, index) for index in range(dist.rank(), len(samples), dist.world_size())]
     batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
-    return DataLoader(
-        samples,
-        batch_sampler=batches,
-        collate_fn=_collate_good,
-        num_workers=up_to_cores(num_workers),
-        pin_memory=pin_memory,
+    return Batches(
+        samples, up_to_cores(num_workers), batch_sampler=batches, collate_fn=_collate_good, pin_memory=pin_memory
     )
 
 

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 STEPS_LATE = 4  # how long a step's numbers travel to the host; by then the device has them, and nobody waits
 MAX_SKIPS_IN_A_ROW = 20
+WITHIN_UPDATE = -1  # in place of a count of batches: the optimizer is changing the weights
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -49,6 +50,9 @@ class BetweenSteps(Protocol):
     def save_emergency(self, epoch: int, steps_done: int, meters: dict[str, Any]) -> str:
         """Saves the state under a name of its own, which it returns, before the run ends on an error."""
 
+    def raise_if_stopping(self, error: Exception) -> None:
+        """Raises `Interrupted` in place of an error that came after a signal."""
+
 
 class Loader(Protocol):
     """Batches of an epoch, or the rest of one; `loader.TrainLoader` gives them."""
@@ -74,7 +78,6 @@ class Step:
     """An optimizer step whose loss and gradient norm are still on their way to the host."""
 
     done: int  # batches of the epoch, with this step's
-    batches: int  # accumulated in this step
     lr: float
 
 
@@ -103,7 +106,7 @@ def run_epoch(
         schedule: sets the learning rate for a fractional epoch and returns it.
         guard: decides what steps mean whose loss or gradient is not finite.
         first_step: batches of this epoch that an earlier run has done; a multiple of `accum_iter`.
-        accum_iter: batches to an optimizer step. The last step of an epoch takes what is left, weighted rightly.
+        accum_iter: batches of an update, which divides the epoch's batches.
         saver: what it wishes in one process, happens in all after the same step.
         meters: the epoch's sums so far, added to.
 
@@ -111,6 +114,8 @@ def run_epoch(
         NonFiniteLoss: as the guard decides. The weights are those of before the bad steps.
     """
     num_steps = len(loader)
+    num_updates = num_steps // accum_iter
+    assert num_steps == num_updates * accum_iter, "an epoch is a whole number of updates"
     watch = Stopwatch()
     pending = PendingSteps(epoch, meters, log, guard)
     wishes = torch.eye(len(Wish), device=precision.device)
@@ -124,31 +129,30 @@ def run_epoch(
 
     group_loss = torch.zeros((), device=precision.device)
     whole = first_step  # batches whose gradients are in the weights
+    buffers: list[Tensor] = []  # before the update that is under way: a forward pass changes batch norm's statistics
     try:
         loader.seek(epoch, first_step)
         log.begin_epoch(epoch, first_step, num_steps, loader.images_per_step, watch)
         for done, batch in enumerate(prefetch(watch.watch(loader), precision.device), start=first_step + 1):
-            place = (done - 1) % accum_iter
-            batches = min(accum_iter, num_steps - (done - 1 - place))
-            if place == 0:
-                lr = schedule(epoch + (done - 1) / num_steps)
+            if (done - 1) % accum_iter == 0:
+                lr = schedule(epoch + (done - 1) // accum_iter / num_updates)
+                buffers = [buffer.clone() for buffer in model.buffers()]
             loader.seed_step(done - 1)
-            with dist.gradient_sync(model, enabled=place == batches - 1):
-                with precision.autocast():
-                    loss = compute_loss(batch) / batches
-                precision.backward(loss)
-            group_loss = group_loss + loss.detach()
-            if place < batches - 1:
+            group_loss = group_loss + _iterate(
+                compute_loss, batch, accum_iter, model, precision, is_last=done % accum_iter == 0
+            )
+            if done % accum_iter:
                 continue
-            grad_norm = precision.step(optimizer, clip_grad)
             wish = saver.wish()
-            # All see the same numbers, and so act on them alike.
+            # The processes meet before the weights change: one that finds another gone has the state of whole updates.
             agreed_on = dist.mean_over_processes(torch.cat([group_loss[None], wishes[wish]]))
-            pending.push(Step(done, batches, lr), torch.cat([grad_norm[None], agreed_on]))
-            whole, group_loss = done, torch.zeros((), device=precision.device)
+            whole = WITHIN_UPDATE
+            grad_norm = precision.step(optimizer, clip_grad)
+            pending.push(Step(done, lr), torch.cat([grad_norm[None], agreed_on]))
+            whole, buffers, group_loss = done, [], torch.zeros((), device=precision.device)
             agreed = read(STEPS_LATE, done)
             if dist.world_size() == 1:
-                agreed = wish  # there is nobody to ask
+                agreed = wish  # one process need not wait for an agreement
             if agreed:
                 save(done)
             if agreed is Wish.STOP:
@@ -158,10 +162,30 @@ def run_epoch(
             save(num_steps)
     except (NonFiniteLoss, Interrupted):  # they have saved
         raise
-    except Exception:  # a bad image, a loading process that was killed, no memory: no step is lost by it
-        if epoch or whole:
+    except Exception as error:  # a bad image, a worker process that was killed, no memory: no update is lost by it
+        for buffer, before in zip(model.buffers(), buffers, strict=False):
+            buffer.copy_(before)
+        if whole != WITHIN_UPDATE and (epoch or whole):
             save(whole, alone=True)
+        saver.raise_if_stopping(error)
         raise
+
+
+def _iterate(
+    compute_loss: Callable[[Any], Tensor],
+    batch: Any,
+    accum_iter: int,
+    model: nn.Module,
+    precision: Precision,
+    is_last: bool,
+) -> Tensor:
+    """A forward and backward pass; returns its part of the update's loss. The last one of an update averages the
+    gradients over the processes."""
+    with dist.gradient_sync(model, enabled=is_last):
+        with precision.autocast():
+            loss = compute_loss(batch) / accum_iter
+        precision.backward(loss)
+    return loss.detach()
 
 
 def to_device(batch: list[Tensor], device: torch.device) -> list[Tensor]:
@@ -226,7 +250,7 @@ class PendingSteps:
             step, values, arrived = self.queue.popleft()
             grad_norm, loss, *wished = _numbers(values, arrived)
             agreed = max(agreed, *(wish for wish in Wish if wished[wish] > 0))
-            self.meters.add(loss, grad_norm, step.lr, step.batches)
+            self.meters.add(loss, grad_norm, step.lr)
             self.log.step(step.done, step.lr, loss, grad_norm)
             if not self.guard.accepts(loss, grad_norm):
                 place = f"epoch {self.epoch}, batch {step.done - 1}"
@@ -239,7 +263,7 @@ class PendingSteps:
         total = Meters(**self.meters.state_dict())
         for step, values, arrived in self.queue:
             grad_norm, loss, *_ = _numbers(values, arrived)
-            total.add(loss, grad_norm, step.lr, step.batches)
+            total.add(loss, grad_norm, step.lr)
         return total
 
 

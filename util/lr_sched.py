@@ -12,12 +12,11 @@ logger = logging.getLogger(__name__)
 def scaled_lr(lr: float | None, blr: float, effective_batch_size: int) -> float:
     """`lr` if given, else blr x effective batch / 256; logs which."""
     if lr is not None:
-        logger.info(f"{effective_batch_size} images to a step; learning rate {lr:.3g}")
+        logger.info(f"effective batch size {effective_batch_size}; learning rate {lr:.3g}")
         return lr
     lr = blr * effective_batch_size / 256
-    logger.info(
-        f"{effective_batch_size} images to a step; learning rate {lr:.3g} = blr {blr:g} x images to a step / 256"
-    )
+    how = f"blr {blr:g} x {effective_batch_size} / 256"
+    logger.info(f"effective batch size {effective_batch_size}; learning rate {lr:.3g} = {how}")
     return lr
 
 

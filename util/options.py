@@ -150,7 +150,7 @@ def add_optimizer_options(parser: argparse.ArgumentParser, several_blr: bool = F
     group.add_argument("--epochs", default=400, type=positive_int, metavar="N", help="passes over the data")
     group.add_argument(
         "--accum_iter", default=1, type=positive_int, metavar="N",
-        help="batches to an optimizer step; effective batch = batch_size x accum_iter x processes",
+        help="iterations per update; effective batch size = batch_size x accum_iter x processes",
     )  # fmt: skip
     group.add_argument(
         "--weight_decay", default=0.05, type=non_negative, metavar="W", help="not on biases and 1-D weights"

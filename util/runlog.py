@@ -45,25 +45,28 @@ def start_logging() -> None:
 
 @dataclass
 class Meters:
-    """Sums over the batches of an epoch; plain numbers, so that a checkpoint in the middle of an epoch holds them."""
+    """Sums over the updates of an epoch; plain numbers, so that a checkpoint in the middle of an epoch holds them.
+
+    Every update takes the same number of images, however they are split into batches and processes.
+    """
 
     loss: float = 0.0
     lr: float = 0.0
-    batches: int = 0
+    updates: int = 0
     skipped_steps: int = 0
 
-    def add(self, loss: float, grad_norm: float, lr: float, batches: int) -> None:
-        """Counts a step of so many batches with their mean loss; one that was not finite changed nothing."""
+    def add(self, loss: float, grad_norm: float, lr: float) -> None:
+        """Counts an update; one that was not finite changed nothing."""
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             self.skipped_steps += 1
             return
-        self.loss += loss * batches
-        self.lr += lr * batches
-        self.batches += batches
+        self.loss += loss
+        self.lr += lr
+        self.updates += 1
 
     def means(self) -> dict[str, float | None]:
-        """The epoch's entries in log.txt; None where no step counted."""
-        count = self.batches
+        """The epoch's entries in log.txt; None where no update counted."""
+        count = self.updates
         stats = {"train_lr": self.lr / count if count else None, "train_loss": self.loss / count if count else None}
         return stats | ({"skipped_steps": self.skipped_steps} if self.skipped_steps else {})
 

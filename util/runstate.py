@@ -51,28 +51,28 @@ class Progress:
         """Takes the position of a checkpoint; a file of the published code stands at the end of its epoch.
 
         Raises:
-            CheckpointError: the run had another effective batch, or stands within an epoch of other images.
+            CheckpointError: the run had another effective batch size, or stands within an epoch of other images.
         """
         saved = state.get("progress")
         if saved is None:
             self.epoch = state["epoch"] + 1
             return
         if saved["effective_batch_size"] != self.effective_batch_size:
-            accum_iter, rest = divmod(saved["effective_batch_size"], self.global_batch_size)
-            remedy = f"--accum_iter {accum_iter}" if accum_iter and not rest else "another --batch_size"
             raise CheckpointError(
-                f"the checkpoint's run took {saved['effective_batch_size']} images to a step, this one would take "
-                f"{self.effective_batch_size}: {remedy} restores that"
+                f"the checkpoint was trained with an effective batch size of {saved['effective_batch_size']} "
+                f"(--batch_size x --accum_iter x processes), and this run has {self.effective_batch_size}: give "
+                f"{self._split_of(saved['effective_batch_size'])}"
             )
-        if saved["images_done"] % self.global_batch_size:
+        num_images, images_done = saved.get("num_images"), saved["images_done"]
+        if num_images:  # an epoch of earlier versions used the images of its last, partial update too
+            images_done = min(images_done, num_images - num_images % self.effective_batch_size)
+        if images_done % self.effective_batch_size:
             raise CheckpointError(
-                f"the checkpoint stands {saved['images_done']} images into its epoch, which is no multiple of this "
-                f"run's {self.global_batch_size} (--batch_size x processes): resume with a --batch_size that divides "
-                f"it, or from the checkpoint of a whole epoch"
+                f"the checkpoint stands {images_done} images into its epoch, within an update of "
+                f"{self.effective_batch_size}: resume from the checkpoint of a whole epoch"
             )
-        num_images = saved.get("num_images")
         if None not in (num_images, self.num_images) and num_images != self.num_images:
-            if saved["images_done"]:
+            if images_done:
                 raise CheckpointError(
                     f"the checkpoint stands in the middle of an epoch of {num_images} images, and now there are "
                     f"{self.num_images}: restore them, or resume from the checkpoint of a whole epoch"
@@ -80,8 +80,29 @@ class Progress:
             logger.warning(f"an epoch had {num_images} images, and has {self.num_images} now")
         self.best_accuracy = saved.get("best_accuracy", -1.0)
         self.epoch = saved["epoch"]
-        self.first_step = saved["images_done"] // self.global_batch_size
-        self.meters = saved["meters"]
+        self.first_step = images_done // self.global_batch_size
+        self.meters = _sums_over_updates(saved["meters"], images_done // self.effective_batch_size)
+
+    def _split_of(self, effective_batch_size: int) -> str:
+        """The flags that give an effective batch size in as many processes, with batches no larger than now."""
+        per_process, rest = divmod(effective_batch_size, dist.world_size())
+        if rest:
+            return f"a number of processes that divides {effective_batch_size}"
+        largest = min(per_process, self.global_batch_size // dist.world_size())
+        batch_size = next(size for size in range(largest, 0, -1) if per_process % size == 0)
+        return f"--batch_size {batch_size} --accum_iter {per_process // batch_size}"
+
+
+def _sums_over_updates(meters: dict[str, Any], updates: int) -> dict[str, Any]:
+    """The sums of `runlog.Meters`; earlier versions added up batches in place of updates."""
+    if "batches" not in meters:
+        return meters
+    updates -= meters["skipped_steps"]
+    scale = updates / meters["batches"] if meters["batches"] else 0.0
+    return {
+        "loss": scale * meters["loss"], "lr": scale * meters["lr"], "updates": updates,
+        "skipped_steps": meters["skipped_steps"],
+    }  # fmt: skip
 
 
 def collect(model: nn.Module, optimizer: Optimizer, scaler: torch.amp.GradScaler, settings: dict) -> dict[str, Any]:

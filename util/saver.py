@@ -54,6 +54,12 @@ class NullSaver:
         """Saves the state of a run that is about to end on an error, and returns the file's name."""
         return ""
 
+    def raise_if_stopping(self, error: Exception) -> None:
+        """Raises `Interrupted` in place of an error that came after a signal: one signal to all of a run's processes
+        ends some of them earlier than others, which must not look like a failure of this one."""
+        if self.interrupts.pending:
+            raise Interrupted(self.interrupts.pending) from error
+
     def close(self) -> None:
         """Waits until everything is on the disk."""
 

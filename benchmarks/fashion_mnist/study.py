@@ -48,7 +48,7 @@ MASKED = {
 VARIANTS = {"norm-0.75": "75% hidden, normalised target", "decoder-2": "75% hidden, decoder of two blocks"}
 WHOLE = ["--crop_pct", 1]  # pictures this small are seen whole
 SHAPE = ["--input_size", 28, "--in_chans", 1, "--patch_size", PATCH, "--mean", 0.286, "--std", 0.353]
-MAE = ["--model", "mae_vit_mini_patch4", "--lr", 1e-3, "--crop_scale", 0.6, 1]  # 64 images to a step
+MAE = ["--model", "mae_vit_mini_patch4", "--lr", 1e-3, "--crop_scale", 0.6, 1]  # effective batch size 64
 # The model is so small that two processes of one thread each are faster than one process of two threads.
 TWO_PROCESSES = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
 BUDGET = {100: 200, 500: 100, 2_000: 30, 10_000: 15, 60_000: 3}  # labels: epochs of fine-tuning, with and without
