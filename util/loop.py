@@ -114,20 +114,17 @@ def run_epoch(
         NonFiniteLoss: as the guard decides. The weights are those of before the bad steps.
     """
     num_steps = len(loader)
-    num_updates = num_steps // accum_iter
-    assert num_steps == num_updates * accum_iter, "an epoch is a whole number of updates"
+    num_updates, rest = divmod(num_steps, accum_iter)
+    assert not rest, "an epoch is a whole number of updates"
     watch = Stopwatch()
-    pending = PendingSteps(epoch, meters, log, guard)
+    pending = PendingSteps(epoch, meters, log, guard, saver)
     wishes = torch.eye(len(Wish), device=precision.device)
     model.train()
 
     def save(done: int, alone: bool = False) -> None:
         saver.save(epoch, done, pending.meters_with_all().state_dict(), alone)
 
-    def read(keep: int, done: int) -> Wish:
-        return pending.read(keep, lambda state: saver.save_emergency(epoch, done, state))
-
-    group_loss = torch.zeros((), device=precision.device)
+    group_loss = zero = torch.zeros((), device=precision.device)
     whole = first_step  # batches whose gradients are in the weights
     buffers: list[Tensor] = []  # before the update that is under way: a forward pass changes batch norm's statistics
     try:
@@ -138,19 +135,18 @@ def run_epoch(
                 lr = schedule(epoch + (done - 1) // accum_iter / num_updates)
                 buffers = [buffer.clone() for buffer in model.buffers()]
             loader.seed_step(done - 1)
-            group_loss = group_loss + _iterate(
-                compute_loss, batch, accum_iter, model, precision, is_last=done % accum_iter == 0
-            )
-            if done % accum_iter:
+            is_last = done % accum_iter == 0
+            group_loss = group_loss + _iterate(compute_loss, batch, accum_iter, model, precision, is_last)
+            if not is_last:
                 continue
             wish = saver.wish()
-            # The processes meet before the weights change: one that finds another gone has the state of whole updates.
+            # Before the weights change: a process that finds another gone still has the state of whole updates.
             agreed_on = dist.mean_over_processes(torch.cat([group_loss[None], wishes[wish]]))
             whole = WITHIN_UPDATE
             grad_norm = precision.step(optimizer, clip_grad)
             pending.push(Step(done, lr), torch.cat([grad_norm[None], agreed_on]))
-            whole, buffers, group_loss = done, [], torch.zeros((), device=precision.device)
-            agreed = read(STEPS_LATE, done)
+            whole, buffers, group_loss = done, [], zero
+            agreed = pending.read(STEPS_LATE, done)
             if dist.world_size() == 1:
                 agreed = wish  # one process need not wait for an agreement
             if agreed:
@@ -158,7 +154,7 @@ def run_epoch(
             if agreed is Wish.STOP:
                 saver.stop()
         watch.stop()
-        if read(0, num_steps) and dist.world_size() > 1:
+        if pending.read(0, num_steps) and dist.world_size() > 1:
             save(num_steps)
     except (NonFiniteLoss, Interrupted):  # they have saved
         raise
@@ -227,11 +223,12 @@ def prefetch(batches: Iterator[list[Tensor]], device: torch.device) -> Iterator[
 class PendingSteps:
     """Losses, gradient norms and wishes on their way from the device, read some steps later."""
 
-    def __init__(self, epoch: int, meters: Meters, log: NullLog, guard: "NonFiniteGuard") -> None:
+    def __init__(self, epoch: int, meters: Meters, log: NullLog, guard: "NonFiniteGuard", saver: BetweenSteps) -> None:
         self.epoch = epoch
         self.meters = meters
         self.log = log
         self.guard = guard
+        self.saver = saver
         self.queue: deque[tuple[Step, Tensor, torch.cuda.Event | None]] = deque()
 
     def push(self, step: Step, values: Tensor) -> None:
@@ -243,8 +240,12 @@ class PendingSteps:
             arrived.record()
         self.queue.append((step, values, arrived))
 
-    def read(self, keep: int, save_emergency: Callable[[dict[str, Any]], str]) -> Wish:
-        """Takes in the oldest steps, until `keep` are left on their way; returns the greatest wish among them."""
+    def read(self, keep: int, done: int) -> Wish:
+        """Takes in the oldest steps, until `keep` are left on their way; returns the greatest wish among them.
+
+        Args:
+            done: batches of the epoch whose gradients are in the weights.
+        """
         agreed = Wish.NOTHING
         while len(self.queue) > keep:
             step, values, arrived = self.queue.popleft()
@@ -255,8 +256,11 @@ class PendingSteps:
             if not self.guard.accepts(loss, grad_norm):
                 place = f"epoch {self.epoch}, batch {step.done - 1}"
                 what = f"{place}: loss {loss}, gradient norm {grad_norm}, lr {step.lr:.3g}"
-                self.guard.react(what, lambda: save_emergency(self.meters_with_all().state_dict()))
+                self.guard.react(what, lambda: self._save_emergency(done))
         return agreed
+
+    def _save_emergency(self, done: int) -> str:
+        return self.saver.save_emergency(self.epoch, done, self.meters_with_all().state_dict())
 
     def meters_with_all(self) -> Meters:
         """A copy of the meters that counts the steps on their way too; they stay, to be read at their time."""
