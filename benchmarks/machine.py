@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from util import atomic
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -33,7 +35,7 @@ def write(name: str, device: torch.device, settings: dict[str, Any], found: dict
     folder.mkdir(parents=True, exist_ok=True)
     given = {key: value for key, value in settings.items() if key not in ("out", "name")}  # where it lies says no more
     told = {"machine": describe(device), "settings": given, **found}
-    (folder / f"{name}.json").write_text(json.dumps(told, indent=1, default=str) + "\n")
+    atomic.write_text(folder / f"{name}.json", json.dumps(told, indent=1, default=str) + "\n")
 
 
 def read(name: str, folder: Path) -> dict[str, Any] | None:

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the demo runs from a clone
 import matplotlib.pyplot as plt
 
 from inference.model import Autoencoder, get_model
-from util import datasets, knn, pictures
+from util import atomic, cli, datasets, knn, pictures
 from util.labels import require, some_of_each_class
 from util.samples import Samples
 from util.transforms import to_tensor
@@ -78,7 +78,8 @@ def draw_reconstructions(model: Autoencoder, images: torch.Tensor, path: Path) -
     axes.axis("off")
     for column, title in enumerate(("original", f"masked {ratio:.0%}", "prediction", "pasted")):
         axes.text((column + 0.5) * picture.shape[1] / 4, -8, title, ha="center", fontsize=8)
-    figure.savefig(path)
+    with atomic.replacing(path) as written:
+        figure.savefig(written)
     plt.close(figure)
 
 
@@ -89,7 +90,8 @@ def draw_loss(log: Path, path: Path) -> None:
     axes.plot([line["epoch"] + 1 for line in lines], [line["train_loss"] for line in lines], marker=".")
     axes.set(xlabel="epoch", ylabel="mean squared error of removed patches", title="Masked pre-training")
     axes.grid(alpha=0.3)
-    figure.savefig(path)
+    with atomic.replacing(path) as written:
+        figure.savefig(written)
     plt.close(figure)
 
 
@@ -146,18 +148,18 @@ def main(args: argparse.Namespace) -> None:
         results |= {f"{len(few)} labels: {name}": accuracy for name, accuracy in rows.items()}
         table += ["", f"| {len(few):,} labels | test accuracy |", "|---|---|"]
         table += [f"| {name} | {accuracy:.1%} |" for name, accuracy in rows.items()]
-    (args.out / "table.md").write_text("\n".join(table) + "\n")
-    (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    atomic.write_text(args.out / "table.md", "\n".join(table) + "\n")
+    atomic.write_text(args.out / "results.json", json.dumps(results, indent=1) + "\n")
     print(f"\naccuracy on {len(test_labels):,} test images:\n", *table, sep="\n")
     print(f"\npictures: {args.out / 'reconstructions.png'} and {args.out / 'loss.png'}; table: {args.out / 'table.md'}")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Picture, loss curve and tables of what a pre-training run was worth.")
+    parser = cli.parser("Picture, loss curve and tables of what a pre-training run was worth.")
     parser.add_argument("--checkpoint", type=Path, required=True, help="of main_pretrain.py; log.txt lies beside it")
     parser.add_argument("--data_path", required=True, help="class folders in train/ and val/")
     parser.add_argument("--finetuned", type=Path, help="folder of a run of main_finetune.py that began with it")
     parser.add_argument("--scratch", type=Path, help="folder of the same run from scratch")
     parser.add_argument("--train_per_class", type=int, default=50, help="labelled images a class of these two")
     parser.add_argument("--out", type=Path, required=True, help="folder for the pictures and the table")
-    main(parser.parse_args())
+    cli.run(main, parser)

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the demo runs from a clone
 from demo.unpack_data import ARCHIVE
 from inference.maps import dense
 from inference.model import Model, get_model
-from util import cli, dist, flags, options
+from util import atomic, cli, dist, flags, options
 
 SHOWN = 8
 INK = 30  # of 255: what is brighter is a garment
@@ -127,7 +127,8 @@ def draw(rows: dict[str, np.ndarray], names: list[str], path: Path) -> None:
     patches = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in colours]
     figure.legend(patches, ["nothing", *names], loc="center right", fontsize=8, frameon=False)
     figure.subplots_adjust(left=0.01, right=0.8, top=0.94, bottom=0.01, hspace=0.3, wspace=0.05)
-    figure.savefig(path)
+    with atomic.replacing(path) as written:
+        figure.savefig(written)
     plt.close(figure)
 
 

@@ -19,6 +19,7 @@ the encoder) and as encoders, images to tokens, into the last two; --encoder mak
 
 import argparse
 import importlib
+import io
 import json
 import logging
 from collections.abc import Callable
@@ -30,7 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from inference.model import Autoencoder, Classifier, Model, get_model
-from util import cli, foreign, options
+from util import atomic, cli, foreign, options
 from util.runlog import start_logging
 from util.weights import SETTINGS
 
@@ -60,13 +61,15 @@ def main(args: argparse.Namespace) -> None:
 
 
 def export(model: Model, to: str, out: Path) -> None:
-    """Writes a model in a format that `--help` lists.
+    """Writes a model in a format that `--help` lists. The file or folder is there when it is complete.
 
     Raises:
         ValueError: the format can't hold this model, or its library is not installed.
+        OSError: the disk is full, or the place can't be written to.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
-    WRITERS[to](model, out)
+    with atomic.replacing(out) as written:
+        WRITERS[to](model, written)
 
 
 def encoder_of(model: Model) -> Classifier:
@@ -86,7 +89,7 @@ def encoder_of(model: Model) -> Classifier:
 
 
 def write_reference(model: Model, out: Path) -> None:
-    torch.save({"model": model.state_dict()}, out)
+    _save({"model": model.state_dict()}, out)
 
 
 def write_safetensors(model: Model, out: Path) -> None:
@@ -98,11 +101,11 @@ def write_timm(model: Model, out: Path) -> None:
     if out.suffix == ".safetensors":
         save_file(_contiguous(state), out, {"format": "pt"})
     else:
-        torch.save(state, out)
+        _save(state, out)
 
 
 def write_mmpretrain(model: Model, out: Path) -> None:
-    torch.save({"meta": {}, "state_dict": foreign.to_mmpretrain(plain_head(model))}, out)
+    _save({"meta": {}, "state_dict": foreign.to_mmpretrain(plain_head(model))}, out)
 
 
 def write_transformers(model: Model, out: Path) -> None:
@@ -156,6 +159,11 @@ def plain_head(model: Model) -> dict[str, Tensor]:
     return {**state, "head.weight": weight.detach(), "head.bias": (linear.bias - weight @ norm.running_mean).detach()}
 
 
+def _save(state: dict[str, Any], out: Path) -> None:
+    with out.open("wb") as file:  # given a path, torch.save does not say why it failed
+        torch.save(state, file)
+
+
 def _square(sides: tuple[int, int], what: str) -> int:
     if sides[0] != sides[1]:
         raise ValueError(f"transformers knows square {what} only, and these are {sides[0]} x {sides[1]}")
@@ -188,8 +196,10 @@ def _graph(model: Model) -> tuple[Graph, Tensor, dict[str, Any]]:
 
 def write_torch_export(model: Model, out: Path) -> None:
     graph, example, dynamic = _graph(model)
+    stream = io.BytesIO()  # a full disk would end the process in torch.export.save
     with torch.no_grad():
-        torch.export.save(torch.export.export(graph, (example,), dynamic_shapes=dynamic), out)
+        torch.export.save(torch.export.export(graph, (example,), dynamic_shapes=dynamic), stream)
+    out.write_bytes(stream.getbuffer())
 
 
 def write_onnx(model: Model, out: Path) -> None:
@@ -214,7 +224,9 @@ def write_onnx(model: Model, out: Path) -> None:
         theirs = runtime.InferenceSession(out).run(None, {"images": batch.numpy()})[0]
         difference = float((torch.from_numpy(theirs) - graph(batch)).abs().max())
     if difference > CLOSE:
-        raise ValueError(f"{out}: its answers differ from the model's by {difference:.2g}")
+        raise ValueError(
+            f"--to onnx: {out.name} is not written: its outputs differ from the model's by {difference:.2g}"
+        )
 
 
 def _library(name: str, extra: str | None = None) -> Any:

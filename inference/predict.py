@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from inference.model import get_model, open_image
-from util import cli, dist, flags, options
+from util import atomic, cli, dist, flags, options
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -59,7 +59,8 @@ def draw(images: list[np.ndarray], found: list[dict[str, Any]], path: Path) -> N
         right.tick_params(axis="y", labelsize=8)
         for side in ("top", "right"):
             right.spines[side].set_visible(False)
-    figure.savefig(path)
+    with atomic.replacing(path) as written:
+        figure.savefig(written)
     plt.close(figure)
 
 

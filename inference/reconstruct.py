@@ -17,7 +17,7 @@ from torchvision.transforms import functional as TF
 
 from inference.model import Autoencoder, ImageLike, Model, get_model, open_image
 from models_mae import Reconstruction
-from util import cli, dist, flags, options, pictures
+from util import atomic, cli, dist, flags, options, pictures
 from util.decode import Picture, size_of
 from util.runlog import start_logging
 from util.transforms import to_tensor
@@ -65,7 +65,8 @@ def main(args: argparse.Namespace) -> list[Reconstruction]:
         hidden = int(painted[-1].mask.sum())
         told = f"{path}: {hidden} of {rows} x {columns} patches hidden, PSNR {psnr(model, painted[-1]):.2f} dB"
         print(told, flush=True)
-    grid(model, painted).save(args.out)
+    with atomic.replacing(args.out) as written:
+        grid(model, painted).save(written)
     print(f"picture: {args.out}")
     return painted
 

@@ -3,6 +3,7 @@
 import os
 import random
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -49,6 +50,16 @@ def _seeded():
     torch.manual_seed(0)
     np.random.seed(0)
     random.seed(0)
+
+
+@pytest.fixture
+def small_disk(tmp_path_factory):
+    """A file system of 1 MB, which is soon full."""
+    place = tmp_path_factory.mktemp("small")
+    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", place]).returncode:
+        pytest.skip("only root can mount a small file system")
+    yield place
+    subprocess.run(["umount", "-l", place], check=True)
 
 
 @pytest.fixture(scope="session")

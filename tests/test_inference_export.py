@@ -180,6 +180,14 @@ def test_torch_export(pooled, imgs, tmp_path):
         torch.testing.assert_close(graph(batch), pooled(batch), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("to", ["timm", "transformers", "safetensors", "mmpretrain", "onnx", "torch_export"])
+def test_a_full_disk_leaves_nothing_under_the_name(of_token, to, small_disk):
+    """In one line, and not by ending the process, as torch.export.save does."""
+    with pytest.raises(OSError, match=r"^can't write .*/(m\.\w+|folder) \(No space left on device\): free space there"):
+        exported(of_token, to, small_disk)
+    assert list(small_disk.iterdir()) == []
+
+
 def test_torch_hub(mae, tmp_path):
     file = exported(mae, "safetensors", tmp_path)
     entries = {name for name, value in vars(hubconf).items() if callable(value)}

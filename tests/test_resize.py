@@ -65,7 +65,7 @@ def test_it_goes_on_where_it_was(folder, tmp_path, caplog):
     assert "5 images: 4 there before, 1 scaled" in caplog.text
     assert "what was there before stays" in caplog.text
     assert (copy / "train/cat/a.jpg").stat().st_mtime_ns == kept.st_mtime_ns
-    assert not list(copy.rglob("*.unfinished"))
+    assert not list(copy.rglob("*.tmp"))
 
 
 def test_what_scaling_would_lose_is_copied(tmp_path, caplog):
@@ -107,7 +107,7 @@ def test_what_is_wrong_is_said(folder, tmp_path):
     assert "train/cat/bad.jpg: image file is truncated" in done.stdout
     assert "1 files can't be read; the copy is without them" in done.stderr
     assert not (tmp_path / "copy/train/cat/bad.jpg").exists()
-    assert not list((tmp_path / "copy").rglob("*.unfinished"))
+    assert not list((tmp_path / "copy").rglob("*.tmp"))
     (tmp_path / "empty").mkdir()
     for arguments, said in (
         ((tmp_path / "nowhere", tmp_path / "copy"), "there is no folder"),

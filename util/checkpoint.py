@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from util import atomic
+
 logger = logging.getLogger(__name__)
 
 STATE = "state.pth"  # in a sharded state's folder
@@ -63,30 +65,20 @@ def write(state: dict[str, Any], path: Path, *also: Path) -> None:
     """
     state = snapshot(state)
     state["digest"] = compute_digest(state)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
+    with atomic.replacing(path) as temporary:
         with temporary.open("wb") as file:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
         for other in also:
-            _copy(temporary, other)
-        temporary.replace(path)
-    except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
-        temporary.unlink(missing_ok=True)
-        reason = str(error).splitlines()[0]
-        raise OSError(f"can't write {path} ({reason}): free space there, or give another --output_dir") from error
+            with atomic.replacing(other) as name:
+                _link(temporary, name)
 
 
-def _copy(source: Path, path: Path) -> None:
+def _link(source: Path, path: Path) -> None:
     """A second name for a file's bytes, or a copy where the file system knows no links."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.unlink(missing_ok=True)
     try:
-        os.link(source, temporary)
+        os.link(source, path)
     except OSError:
-        shutil.copyfile(source, temporary)
-    temporary.replace(path)
+        shutil.copyfile(source, path)
 
 
 def snapshot(value: Any) -> Any:

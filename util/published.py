@@ -14,6 +14,8 @@ from urllib.error import URLError
 
 import torch
 
+from util import atomic
+
 logger = logging.getLogger(__name__)
 
 META = "https://dl.fbaipublicfiles.com/mae"
@@ -166,7 +168,7 @@ def _check(path: Path, digest: str | None) -> None:
     if remembered.exists() and remembered.read_text().strip() != sha256:
         raise ValueError(f"{path} has changed since it was first used; delete it and {remembered} to fetch it again")
     if not remembered.exists():
-        remembered.write_text(sha256 + "\n")
+        atomic.write_text(remembered, sha256 + "\n")
 
 
 def _hash(path: Path, kind: str) -> str:

@@ -10,6 +10,8 @@ matplotlib.use("Agg")  # nothing is shown on a screen
 import matplotlib.pyplot as plt
 import numpy as np
 
+from util import atomic
+
 NAMED = 40  # with more classes, the picture's axes have numbers
 
 
@@ -19,8 +21,17 @@ def write(folder: Path, classes: Sequence[str], labels: np.ndarray, predictions:
     Args:
         labels: (n,), and
         predictions: (n,), counting `classes`.
+
+    Raises:
+        OSError: the disk is full, or the folder can't be written to. Its files are as they were.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    with atomic.replacing(folder) as written:
+        written.mkdir()
+        _write(written, classes, labels, predictions)
+
+
+def _write(folder: Path, classes: Sequence[str], labels: np.ndarray, predictions: np.ndarray) -> None:
     matrix = np.zeros((len(classes), len(classes)), dtype=np.int64)
     np.add.at(matrix, (labels, predictions), 1)
     images, right = matrix.sum(axis=1), matrix.diagonal()

@@ -17,7 +17,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from util import cli, flags
+from util import atomic, cli, flags
 from util.decode import BadImage, read
 from util.loader import up_to_cores
 from util.sources import image_files
@@ -27,7 +27,6 @@ logger = logging.getLogger(__name__)
 JPEG, PNG = b"\xff\xd8\xff", b"\x89PNG"
 SCALED = ("L", "LA", "RGB", "RGBA", "CMYK")
 SHOWN = 5  # files that can't be read are named, up to so many
-UNFINISHED = ".unfinished"  # ending of a file that is being written
 
 
 def resize(name: str, folder: Path, copy: Path, short_side: int, quality: int) -> tuple[str, str]:
@@ -47,9 +46,8 @@ def resize(name: str, folder: Path, copy: Path, short_side: int, quality: int) -
         scaled = scale(data, short_side, quality)
     except Exception as error:  # decoders raise whatever damaged bytes lead them to
         return "can't be read", f"{name}: {' '.join(str(error).split())}"
-    unfinished = target.with_name(f".{os.getpid()}{UNFINISHED}")
-    unfinished.write_bytes(scaled or data)
-    unfinished.replace(target)  # whole, or not there
+    with atomic.replacing(target, sync=False) as written:  # to wait for the disk after each would take longer than all
+        written.write_bytes(scaled or data)
     return "scaled" if scaled else "copied as they are", ""
 
 

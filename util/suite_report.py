@@ -11,6 +11,7 @@ import matplotlib
 matplotlib.use("Agg")  # nothing is shown on a screen
 import matplotlib.pyplot as plt
 
+from util import atomic
 from util.suites import ALEXNET, CORRUPTIONS, IMAGES, PUBLISHED, SEVERITIES, corruption_errors
 
 Scores = dict[str, float]  # of a cell: images, acc1, and acc5 where it is asked for
@@ -51,9 +52,7 @@ class Results:
         """Writes a cell's scores at once; the file is whole at any time."""
         self.cells[cell] = scores
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"settings": self.settings, "cells": self.cells}, indent=1) + "\n")
-        temporary.replace(self.path)
+        atomic.write_text(self.path, json.dumps({"settings": self.settings, "cells": self.cells}, indent=1) + "\n")
 
 
 def write(path: Path, suite: str, cells: Mapping[str, Scores], title: str) -> str:
@@ -76,12 +75,13 @@ def write(path: Path, suite: str, cells: Mapping[str, Scores], title: str) -> st
     lines += ["| " + " | ".join(row) + " |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:])]
     lines += ["", f"Published of the paper's models, {measure}: {beside}."] if published else []
     table = "\n".join(lines) + "\n"
-    path.with_suffix(".md").write_text(table, encoding="utf-8")
-    with path.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(rows)
     figure = _draw_corruptions(cells) if suite == "imagenet-c" else _draw_accuracies(cells, published)
     figure.suptitle(title, fontsize=10)
-    figure.savefig(path.with_suffix(".png"))
+    with atomic.replacing(path.with_suffix(".md")) as written:  # and beside it the other two
+        written.write_text(table, encoding="utf-8")
+        with written.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(rows)
+        figure.savefig(written.with_suffix(".png"))
     plt.close(figure)
     return table
 

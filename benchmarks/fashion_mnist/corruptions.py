@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from demo.unpack_data import ARCHIVE, folder_of
 from inference.model import Classifier, get_model
-from util import cli
+from util import atomic, cli
 
 HERE = Path(__file__).parent
 SHOWN = 8016  # an image of the training part, which the picture shows corrupted
@@ -159,7 +159,8 @@ def draw(results: dict[str, dict[str, list[float]]], examples: np.ndarray, path:
         below.axis("off")
     axes[0, 0].set_ylabel("test accuracy, %")
     axes[0, 0].legend(fontsize=8)
-    figure.savefig(path)
+    with atomic.replacing(path) as written:
+        figure.savefig(written)
     plt.close(figure)
 
 
@@ -187,8 +188,8 @@ def main(args: Namespace) -> None:
         said = "; ".join(f"{title} {found[corruption.__name__]}" for title, found in results.items())
         print(f"{corruption.__name__}: {said}", flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "corruptions.json").write_text(json.dumps(results, indent=1) + "\n")
-    (args.out / "corruptions.md").write_text(table(results))
+    atomic.write_text(args.out / "corruptions.json", json.dumps(results, indent=1) + "\n")
+    atomic.write_text(args.out / "corruptions.md", table(results))
     draw(results, archive["train_images"][SHOWN, None], args.out / "corruptions.png")
     print(f"\n{table(results)}")
 

@@ -31,6 +31,7 @@ from torchvision.transforms.functional import pil_to_tensor
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from inference.model import get_model
+from util import atomic
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -101,12 +102,11 @@ def main(args: argparse.Namespace) -> None:
     )
     ways = {"mean of the visible pixels": mean, "biharmonic inpainting": smooth.clip(0, 1), "masked autoencoder": ours}
     results = {name: psnr(picture, original, hidden) for name, picture in ways.items()}
-    (HERE / "results.json").write_text(
-        json.dumps({"psnr": results, "held_out": HELD_OUT, "epochs": EPOCHS}, indent=1) + "\n"
-    )
+    told = {"psnr": results, "held_out": HELD_OUT, "epochs": EPOCHS}
+    atomic.write_text(HERE / "results.json", json.dumps(told, indent=1) + "\n")
     lines = ["| hidden pixels painted by | PSNR, dB |", "|---|---|"]
     lines += [f"| {name} | {value:.2f} |" for name, value in results.items()]
-    (HERE / "table.md").write_text("\n".join(lines) + "\n")
+    atomic.write_text(HERE / "table.md", "\n".join(lines) + "\n")
     print(*lines, sep="\n")
 
     columns = {"original": original, "hidden": np.where(hidden[..., None], 0.5, original), **ways}

@@ -1,0 +1,121 @@
+"""Files that are complete or not there: on real full disks, and when a command is stopped in the middle."""
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import save_file
+
+from util import atomic
+
+
+def names(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def test_a_file_replaces_the_one_before(tmp_path):
+    file = tmp_path / "a.txt"
+    for text in ("one", "two"):
+        with atomic.replacing(file) as written:
+            assert written.name == "a.txt"  # writers choose a format by the suffix
+            written.write_text(text)
+            assert not file.exists() or file.read_text() == "one"
+        assert file.read_text() == text
+    assert names(tmp_path) == ["a.txt"]
+
+
+def test_whatever_stops_the_block_leaves_what_was_there(tmp_path):
+    (tmp_path / "a.txt").write_text("before")
+    for error in (KeyboardInterrupt(), ValueError("no format"), RuntimeError("of the model")):
+        with pytest.raises(type(error)) as raised, atomic.replacing(tmp_path / "a.txt") as written:
+            written.write_text("half")
+            raise error
+        assert raised.value is error
+        assert names(tmp_path) == ["a.txt"]
+        assert (tmp_path / "a.txt").read_text() == "before"
+
+
+def test_what_a_killed_command_left_is_removed(tmp_path):
+    killed = "import os, sys\nfrom pathlib import Path\nfrom util import atomic\n" + (
+        "with atomic.replacing(Path(sys.argv[1])) as written:\n    written.write_text('half')\n    os._exit(9)"
+    )
+    code = subprocess.run([sys.executable, "-c", killed, tmp_path / "a.txt"], cwd=ROOT).returncode
+    assert (code, names(tmp_path)) == (9, [".a.txt.tmp", ".a.txt.tmp/a.txt"])
+    (tmp_path / ".b.txt.tmp").write_text("a file of that name is no obstacle")
+    for name in ("a.txt", "b.txt"):
+        atomic.write_text(tmp_path / name, "whole")
+    assert names(tmp_path) == ["a.txt", "b.txt"]
+
+
+def test_folders(tmp_path):
+    """A new one appears at once; in one that exists files are replaced, and others stay."""
+    folder = tmp_path / "model"
+    for text in ("one", "two"):
+        with atomic.replacing(folder) as written:
+            (written / "parts").mkdir(parents=True)
+            (written / "config.json").write_text(text)
+            (written / "parts" / "a").write_text(text)
+        assert {(folder / name).read_text() for name in ("config.json", "parts/a")} == {text}
+        (folder / "README").write_text("mine")
+    assert names(tmp_path) == ["model", "model/README", "model/config.json", "model/parts", "model/parts/a"]
+    (tmp_path / "file").write_text("x")
+    with (
+        pytest.raises(OSError, match=r"can't write .*file \(Not a directory\)"),
+        atomic.replacing(tmp_path / "file") as w,
+    ):
+        w.mkdir()
+    assert (tmp_path / "file").read_text() == "x"
+
+
+def test_the_current_folder_files_beside_links_and_devices(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with atomic.replacing(Path(".")) as written:
+        written.mkdir()
+        (written / "a").write_text("a")
+    with atomic.replacing(Path("m.onnx")) as written:
+        written.write_text("graph")
+        written.with_name("m.onnx.data").write_text("weights")
+    assert names(tmp_path) == ["a", "m.onnx", "m.onnx.data"]
+    (tmp_path / "link").symlink_to("a")
+    atomic.write_text(tmp_path / "link", "through the link")
+    assert (tmp_path / "a").read_text() == "through the link"
+    assert (tmp_path / "link").is_symlink()
+    atomic.write_text(Path("/dev/null"), "nothing")
+    assert not Path("/dev/null").is_file()
+
+
+def test_a_missing_folder_is_one_line(tmp_path):
+    with pytest.raises(
+        OSError, match=r"^can't write .*none/a.txt \(No such file or directory\): write to another place$"
+    ):
+        atomic.write_text(tmp_path / "none" / "a.txt", "x")
+
+
+def save_torch(path):
+    with path.open("wb") as file:
+        torch.save({"weight": torch.zeros(10**6)}, file)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: path.write_bytes(bytes(10**7)),
+        save_torch,
+        lambda path: save_file({"weight": torch.zeros(10**6)}, path),
+    ],
+    ids=["plain", "torch", "safetensors"],
+)
+def test_a_full_disk_is_one_line(small_disk, write):
+    path = small_disk / "file"
+    path.write_text("before")
+    with pytest.raises(OSError) as raised, atomic.replacing(path) as written:
+        write(written)
+    assert str(raised.value) == f"can't write {path} ({os.strerror(errno.ENOSPC)}): free space there, or write to " \
+        "another place"  # fmt: skip
+    assert path.read_text() == "before"
+    assert names(small_disk) == ["file"]
