@@ -28,6 +28,8 @@ def unpack(out: Path) -> None:
             zip(archive[f"{split}_images"], archive[f"{split}_labels"], strict=True)
         ):
             Image.fromarray(image).save(out / split / folder_of(archive["classes"][label]) / f"{number:05}.png")
+            if (number + 1) % 2000 == 0:
+                print(f"{number + 1:,} images in {out / split}", flush=True)
 
 
 def folder_of(class_name: str) -> str:

@@ -1,0 +1,151 @@
+"""`./run` itself: what it does where it can't install, and with signals. Its tasks have their own tests."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+
+@pytest.fixture
+def clone(tmp_path) -> Path:
+    """What ./run needs of a clone, in a folder whose name has a space; nothing is installed."""
+    folder = tmp_path / "my clone"
+    folder.mkdir()
+    for name in ("run", "pyproject.toml"):
+        shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+@pytest.fixture
+def tools(tmp_path) -> Path:
+    """A folder of commands that stand before those of PATH."""
+    folder = tmp_path / "tools"
+    folder.mkdir()
+    return folder
+
+
+def write_tool(folder: Path, name: str, script: str) -> None:
+    (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+    (folder / name).chmod(0o755)
+
+
+def run(clone: Path, *argv: str, path: str = os.environ["PATH"], **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [str(clone / "run"), *argv], cwd=clone.parent, env=os.environ | {"PATH": path} | environment,
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+
+
+def test_tasks_are_listed_from_any_folder(clone):
+    done = subprocess.run(["my clone/run"], cwd=clone.parent, capture_output=True, text=True, check=True)
+    assert "usage: ./run TASK" in done.stdout
+    assert "\n  demo" in done.stdout
+    assert done.stderr == ""
+
+
+def test_an_old_python_is_named(clone, tools):
+    for name in ("python3", "python3.11", "python3.12", "python3.13", "python3.14"):
+        write_tool(tools, name, 'if [ "$1" = --version ]; then echo Python 3.9.2; else exit 1; fi')
+    done = run(clone, "demo", path=f"{tools}:{os.environ['PATH']}")
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert "needs Python 3.11 or newer" in line
+    assert "Python 3.9.2" in line
+
+
+def disks(tools: Path, here: int, temporary: int) -> None:
+    """A df of two file systems, with so many free GB."""
+    write_tool(
+        tools,
+        "df",
+        f"""echo head
+if [ "$2" = . ]; then echo "a 9 9 {here}000000 9% /"; else echo "b 9 9 {temporary}000000 9% $2"; fi""",
+    )
+
+
+@pytest.mark.parametrize(
+    ("here", "temporary", "environment", "said"),
+    [
+        (2, 90, {}, "my clone needs 8 GB of free disk, and has 2 GB"),
+        (90, 1, {}, "needs 4 GB of free disk, and has 1 GB; type: TMPDIR=FOLDER ./run demo"),
+        (2, 90, {"CPU": "1"}, "my clone needs 3 GB of free disk, and has 2 GB"),
+    ],
+)
+def test_a_small_disk_is_named_before_anything_is_downloaded(clone, tools, here, temporary, environment, said):
+    disks(tools, here, temporary)
+    done = run(clone, "demo", path=f"{tools}:{os.environ['PATH']}", **environment)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert said in line
+    assert not (clone / ".venv").exists()
+    assert ("download.pytorch.org/whl/cpu" in done.stdout) == ("CPU" in environment)
+    assert ("CPU=1 ./run demo" in done.stdout) != ("CPU" in environment)
+
+
+def write_python(tools: Path, pip: str) -> None:
+    """A Python that makes environments of itself, in which pip does what it is told."""
+    write_tool(
+        tools,
+        "python3",
+        f"""case "$*" in
+    "-m venv .venv") mkdir -p .venv/bin; cp "$0" .venv/bin/python ;;
+    "-m pip install "*) {pip} ;;
+esac""",
+    )
+
+
+def test_a_failing_pip_fails_the_task_with_pips_message(clone, tools):
+    disks(tools, 90, 90)
+    write_python(tools, "echo Collecting torch; echo ERROR: no network >&2; exit 3")
+    done = run(clone, "demo", path=f"{tools}:{os.environ['PATH']}")
+    assert done.returncode == 1
+    pips, ours = done.stderr.splitlines()
+    assert pips == "ERROR: no network"
+    assert ours.startswith("run: pip failed")
+    assert not (clone / ".venv/installed").exists()
+
+
+def test_a_silent_installation_shows_that_it_goes_on(clone, tools):
+    """pip is silent for 12 seconds, after a line for each package and one that is not shown."""
+    disks(tools, 90, 90)
+    write_python(tools, "echo '  Downloading torch-2.whl (539 MB)'; echo '  Downloading torch.whl.metadata'; sleep 12")
+    done = run(clone, "lint", path=f"{tools}:{os.environ['PATH']}", TORCH_INDEX_URL="")
+    assert done.stdout.count("Downloading") == 1
+    assert "  Downloading torch-2.whl (539 MB)\n" in done.stdout
+    clock = done.stderr.splitlines()[0]
+    assert clock.startswith("  ... 0 min 1")
+    assert ".venv takes" in clock
+    assert "installed in 0 min 1" in done.stdout
+
+
+def install(clone: Path) -> None:
+    """Makes a clone look installed."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", clone / ".venv"], check=True)
+    (clone / ".venv/lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages/pip.py").touch()
+    summed = subprocess.run(["cksum"], stdin=(clone / "pyproject.toml").open(), capture_output=True, check=True)
+    (clone / ".venv/installed").write_bytes(summed.stdout)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_reaches_the_task(clone, number):
+    install(clone)
+    (clone / "demo").mkdir()
+    (clone / "demo/app.py").write_text(
+        "import os, pathlib, time\npathlib.Path('pid').write_text(str(os.getpid()))\ntime.sleep(200)\n"
+    )
+    process = subprocess.Popen([str(clone / "run"), "app"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+    while not ((clone / "pid").exists() and (clone / "pid").read_text()):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "run app: FAILED" in output
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((clone / "pid").read_text()), 0)
