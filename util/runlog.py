@@ -1,4 +1,4 @@
-"""What a run tells: the header, a progress bar or lines, log.txt and TensorBoard. Off rank 0 it is a `NullLog`."""
+"""What a run logs: the header, a progress bar or lines, log.txt and TensorBoard. Off rank 0 it is a `NullLog`."""
 
 import json
 import logging
@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from util import dist
+from util import dist, logfiles
 
 logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 10.0
+SECONDS_BETWEEN_WARNINGS = 60.0  # of files that can't be written
 
 
 class _LineHandler(logging.StreamHandler):
@@ -146,6 +146,10 @@ class RunLog(NullLog):
         first_epoch: lines from this epoch on, left by a run that was stopped, are dropped.
         first_x: the same for TensorBoard's scalars, in thousandths of an epoch.
         loss_tag: the loss's name in TensorBoard.
+
+    Raises:
+        OSError: log.txt or TensorBoard's files can't be written, at the start or when the log is closed. In between,
+            the log keeps what it could not write, and tries again.
     """
 
     def __init__(
@@ -157,11 +161,14 @@ class RunLog(NullLog):
         first_x: int = 0,
         loss_tag: str = "train_loss",
     ) -> None:
-        self.path = output_dir / "log.txt"
         self.epochs = epochs
         self.loss_tag = loss_tag
-        _drop_lines_from(self.path, first_epoch)
-        self.writer = SummaryWriter(str(log_dir), purge_step=first_x)
+        path, run_name = output_dir / "log.txt", output_dir.resolve().name
+        _drop_lines_from(path, first_epoch)
+        logfiles.drop_events(log_dir, run_name, (loss_tag, "lr", "grad_norm"), first_x, first_epoch)
+        self.lines = logfiles.GrowingFile(path)
+        self.events = logfiles.EventFile(log_dir, run_name, first_x)
+        self.next_warning = 0.0
         self.bar: tqdm | None = None
 
     def begin_epoch(self, epoch: int, first_step: int, num_steps: int, images_per_step: int, watch: Stopwatch) -> None:
@@ -180,18 +187,21 @@ class RunLog(NullLog):
 
     def step(self, step: int, lr: float, loss: float, grad_norm: float) -> None:
         x = int(1000 * (self.epoch + (step - 1) / self.num_steps))  # the published code's axis: thousandths of an epoch
-        self.writer.add_scalar(self.loss_tag, loss, x)
-        self.writer.add_scalar("lr", lr, x)
-        self.writer.add_scalar("grad_norm", grad_norm, x)
+        self.events.scalar(self.loss_tag, loss, x)
+        self.events.scalar("lr", lr, x)
+        self.events.scalar("grad_norm", grad_norm, x)
         watch = self.watch
         left = watch.seconds_a_batch * ((self.epochs - self.epoch) * self.num_steps - step)
+        is_due = watch.seconds - self.last_line >= SECONDS_BETWEEN_LINES
+        if is_due:
+            self.last_line = watch.seconds
+            self._flush()
         if self.bar is not None:
             self.bar.set_postfix_str(
                 f"loss {loss:.4f}, lr {lr:.2e}, data wait {watch.wait_share:.0%}, run ends in {_duration(left)}", False
             )
             self.bar.update(step * self.images_per_step - self.bar.n)
-        elif watch.seconds - self.last_line >= SECONDS_BETWEEN_LINES:
-            self.last_line = watch.seconds
+        elif is_due:
             logger.info(
                 f"epoch {self.epoch} [{step:>{len(str(self.num_steps))}}/{self.num_steps}]  loss {loss:.4f}  "
                 f"lr {lr:.2e}  grad {grad_norm:.3g}  {self.images_per_step / watch.seconds_a_batch:,.0f} images/s  "
@@ -206,31 +216,42 @@ class RunLog(NullLog):
         rate = self.images_per_step / watch.seconds_a_batch if watch.batches else 0.0
         for name, value in stats.items():
             if name.startswith("test_"):
-                self.writer.add_scalar(f"perf/{name}", value, self.epoch)
-        self.writer.add_scalar("perf/images_per_s", rate, self.epoch)
-        self.writer.add_scalar("perf/data_wait", watch.wait_share, self.epoch)
-        self.writer.flush()
+                self.events.scalar(f"perf/{name}", value, self.epoch)
+        self.events.scalar("perf/images_per_s", rate, self.epoch)
+        self.events.scalar("perf/data_wait", watch.wait_share, self.epoch)
         line = stats | {
             "epoch": self.epoch,
             "seconds": round(watch.seconds, 3),
             "images_per_s": round(rate, 1),
             "data_wait": round(watch.wait_share, 4),
         }
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        self.lines.add((json.dumps(line) + "\n").encode())
+        self._flush()
+        loss = math.nan if stats["train_loss"] is None else stats["train_loss"]
         logger.info(
-            f"epoch {self.epoch} done in {_duration(watch.seconds)}: loss {stats['train_loss'] or math.nan:.4f}, "
+            f"epoch {self.epoch} done in {_duration(watch.seconds)}: loss {loss:.4f}, "
             f"{rate:,.0f} images/s, data wait {watch.wait_share:.0%}"
         )
 
     def picture(self, tag: str, picture: np.ndarray, epoch: int) -> None:
-        self.writer.add_image(tag, picture, epoch, dataformats="HWC")
-        self.writer.flush()
+        self.events.picture(tag, picture, epoch)
+        self._flush()
 
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
-        self.writer.close()
+        self.events.close()
+        self.lines.close()
+
+    def _flush(self) -> None:
+        """Writes what is pending; if that fails, the run continues."""
+        try:
+            self.lines.flush()
+            self.events.flush()
+        except OSError as error:
+            if time.monotonic() >= self.next_warning:
+                self.next_warning = time.monotonic() + SECONDS_BETWEEN_WARNINGS
+                logger.warning(f"{error}. The run continues, and writes it later.")
 
 
 def open_log(output_dir: Path, log_dir: Path, epochs: int, **options: Any) -> NullLog:
