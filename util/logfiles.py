@@ -14,6 +14,8 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import summary
 
+from util import atomic
+
 
 class GrowingFile:
     """Appends data whole: data that can't be written stays in memory until `flush` succeeds."""
@@ -107,9 +109,8 @@ def drop_events(log_dir: Path, run_name: str, by_step: Collection[str], first_st
             if not tags or event.step < (first_step if tags <= set(by_step) else first_epoch):
                 kept.append(record)
         if len(kept) < len(records):
-            temporary = path.with_name(f".{path.name}.tmp")
-            temporary.write_bytes(b"".join(map(_framed, kept)))
-            temporary.replace(path)
+            with atomic.replacing(path) as temporary:
+                temporary.write_bytes(b"".join(map(_framed, kept)))
 
 
 def _framed(record: bytes) -> bytes:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from util import dist, logfiles
+from util import atomic, dist, logfiles
 
 logger = logging.getLogger(__name__)
 
@@ -270,9 +270,7 @@ def _drop_lines_from(path: Path, first_epoch: int) -> None:
                 kept.append(line)
         except (ValueError, KeyError):  # a line that a crash cut off
             continue
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.replace(path)
+    atomic.write_text(path, "".join(kept))
 
 
 def _duration(seconds: float) -> str:
