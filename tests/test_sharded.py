@@ -1,7 +1,9 @@
 """Runs with their states shared out (--fsdp): the same losses, and states that nobody loses."""
 
+import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -103,7 +105,7 @@ def test_weights_are_taken_from_folders_too(shared):
 
 
 def test_stopped_sharded_runs_go_on(shared, pictures, tmp_path):
-    """By SIGTERM, then with all processes killed; the newest state is found among folders, and old ones are removed."""
+    """By SIGTERM, then with all processes killed, and with the newest state damaged; old states are removed."""
     out, flags = tmp_path / "run", ("--batch_size", 12, "--fsdp", "--save_minutes", 0.005, *STEPS, "--keep_last", 2)
     command = [*torchrun(2), "main_pretrain.py", "--data_path", pictures, "--output_dir", out,
                "--model", "mae_vit_mini_patch4", "--input_size", 16, "--warmup_epochs", 1, "--blr", 0.01,
@@ -119,7 +121,10 @@ def test_stopped_sharded_runs_go_on(shared, pictures, tmp_path):
         else:
             process.terminate()
             assert process.wait(60) != 0
-    in_processes(2, pictures, out, *flags, "--resume", "auto")
+    newest = checkpoint.newest_first(out)[0]
+    (newest / "__1_0.distcp").unlink()  # which process 0 does not read
+    said = in_processes(2, pictures, out, *flags, "--resume", "auto")
+    assert (said.stdout + said.stderr).decode().count(f"--resume auto skips {newest.name}: ") == 1
     assert losses(out) == losses(shared)
     assert saver.milestones(out) == [out / "checkpoint-40", out / "checkpoint-49"]
     ours, theirs = sharded.gather(out / "checkpoint-49"), sharded.gather(shared / "checkpoint-49")
@@ -181,13 +186,123 @@ def test_a_crash_while_a_folder_is_put_in_place(shared, tmp_path):
     shutil.copytree(shared / "checkpoint-20", tmp_path / ".checkpoint-last.old")
     shutil.copytree(shared / "checkpoint-40", tmp_path / ".checkpoint-last.tmp")
     (tmp_path / "checkpoint-49").mkdir()
-    assert checkpoint.read_newest(tmp_path)["epoch"] == 20
+    assert runstate.read_newest(tmp_path)["epoch"] == 20
     with pytest.raises(FileNotFoundError):  # a second crash, in the same place
         sharded._put_in_place(tmp_path / "gone", tmp_path / "checkpoint-last")
-    assert checkpoint.read_newest(tmp_path)["epoch"] == 20
+    assert runstate.read_newest(tmp_path)["epoch"] == 20
     sharded._put_in_place(tmp_path / ".checkpoint-last.tmp", tmp_path / "checkpoint-last")
-    assert checkpoint.read_newest(tmp_path)["epoch"] == 40
+    assert runstate.read_newest(tmp_path)["epoch"] == 40
     assert not (tmp_path / ".checkpoint-last.old").exists()
+
+
+RESUMED = """
+import json, logging, sys
+from pathlib import Path
+from util import dist, runlog, runstate
+dist.init("cpu")
+runlog.start_logging()
+found = {}
+for folder in sorted(Path(sys.argv[1]).iterdir()):
+    state = runstate.read_newest(folder)
+    found[folder.name] = state and state["epoch"]
+Path(sys.argv[2] + str(dist.rank())).write_text(json.dumps(found))
+"""
+
+
+def in_two_processes(script, tmp_path, *arguments):
+    """Runs Python code in two processes; returns what they print."""
+    (tmp_path / "script.py").write_text(script)
+    command = [*torchrun(2), tmp_path / "script.py", *arguments]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    ran = subprocess.run([*map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout + ran.stderr
+
+
+def test_resume_auto_takes_an_older_state_when_the_newest_is_damaged(shared, tmp_path):
+    """Whatever file is damaged, both processes take the same older state, and one warning names the damaged one."""
+    whole, runs = shared / "checkpoint-49", tmp_path / "runs"
+    for name in sorted(path.name for path in whole.iterdir()):
+        for damage in ("changed", "cut", "missing"):
+            if (name, damage) == ("state.pth", "missing"):
+                continue  # a folder without it is not complete, and no checkpoint
+            run = runs / f"{name} {damage}"
+            for folder in ("checkpoint-0", "checkpoint-40", "checkpoint-49"):
+                shutil.copytree(shared / folder, run / folder)
+            data = bytearray((whole / name).read_bytes())
+            data[len(data) // 2] ^= 1
+            (run / whole.name / name).write_bytes(data if damage == "changed" else data[: len(data) // 2])
+            if damage == "missing":
+                (run / whole.name / name).unlink()
+    said = in_two_processes(RESUMED, tmp_path, runs, tmp_path / "found")
+    found = [json.loads((tmp_path / f"found{rank}").read_text()) for rank in (0, 1)]
+    assert len(found[0]) == 11
+    assert found == [dict.fromkeys(found[0], 40)] * 2
+    for run in sorted(runs.iterdir()):
+        warnings = [line for line in said.splitlines() if "skips" in line and f"{run.name}/" in line]
+        assert len(warnings) == 1
+        assert "--resume auto skips checkpoint-49: " in warnings[0]
+        assert run.name.split()[0] in warnings[0]  # the damaged file
+        assert re.search(r"is damaged|is refused: it is damaged", warnings[0])
+
+
+FULL = """
+import logging, os, sys
+from pathlib import Path
+import torch
+from util import dist, runlog
+from util.interrupts import Interrupts
+from util.runstate import Progress
+from util.saver import ShardedSaver
+dist.init("cpu")
+runlog.start_logging()
+place, size = Path(sys.argv[1]), {}
+def collect():
+    model = {"rank%d" % dist.rank(): torch.zeros(size["mine"] // 4)}
+    return {"model": model, "optimizer": {"state": {}, "param_groups": []}, "scaler": {}, "args": {}, "rng": {}}
+saver = ShardedSaver(Interrupts(), place, collect, Progress(2, 2), epochs=50, save_every=1, save_minutes=0)
+def save(epoch, *sizes):
+    size["mine"] = sizes[dist.rank()]
+    saver.save_epoch(epoch, accuracy=epoch)
+    failed = saver.writing.exception()
+    saver.close()
+    names = sorted(path.name for path in place.iterdir() if path.name != "filler")
+    assert len(set(dist.gather(str(failed)))) == 1, dist.gather(str(failed))
+    return failed, names
+both = ["checkpoint-0", "checkpoint-best"]
+assert save(0, 1000, 1000) == (None, both)
+for sizes in ((3_000_000, 1000), (1000, 3_000_000), (3_000_000, 3_000_000)):
+    failed, names = save(1, *sizes)
+    assert isinstance(failed, OSError) and "No space left on device" in str(failed), failed
+    assert f"can't write {place}/checkpoint-1 (" in str(failed), failed
+    assert names == both
+for pages in (1, 2, 3):  # no room for the tensors of one process, for their description, for the rest
+    if dist.is_main():
+        with (place / "filler").open("wb") as file:
+            file.write(bytes(os.statvfs(place).f_bavail * 4096 - 4096 * pages))
+    dist.barrier()
+    failed, names = save(1, 1000, 1000)
+    assert "No space left on device" in str(failed) and names == both, (failed, names)
+    if dist.is_main():
+        (place / "filler").unlink()
+    dist.barrier()
+assert save(2, 1000, 1000) == (None, ["checkpoint-0", "checkpoint-2", "checkpoint-best"])
+"""
+
+
+def test_a_full_disk_leaves_the_states_before_and_no_rubbish(tmp_path):
+    """A real full disk, in one process of two or both: both raise the same error, which names the folder."""
+    place = tmp_path / "small"
+    place.mkdir()
+    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", place]).returncode:
+        pytest.skip("only root can mount a small file system")
+    try:
+        said = in_two_processes(FULL, tmp_path, place)
+        assert said.count("The state before it stands.") == 12  # in each process
+        assert checkpoint.newest_first(place)[0] == place / "checkpoint-best"
+        assert sharded.gather(place / "checkpoint-2")["model"].keys() == {"rank0"}
+    finally:
+        subprocess.run(["umount", place], check=True)
 
 
 def test_what_is_said(shared, pictures, tmp_path):
@@ -229,9 +344,7 @@ for how in ("ddp", "fsdp"):
 
 def test_what_each_process_of_two_holds(tmp_path):
     """Of ViT-B's parameters, gradients and optimizer states, at most .62 of what it holds with DDP."""
-    (tmp_path / "held.py").write_text(HELD)
-    command = [*torchrun(2), str(tmp_path / "held.py"), str(tmp_path)]
-    subprocess.run(command, cwd=ROOT, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    in_two_processes(HELD, tmp_path, tmp_path)
     held = {how: [int((tmp_path / f"{how}{rank}").read_text()) for rank in (0, 1)] for how in ("ddp", "fsdp")}
     assert min(held["ddp"]) > 4 * 4 * 111_000_000
     assert max(held["fsdp"]) <= 0.62 * min(held["ddp"])

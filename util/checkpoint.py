@@ -109,8 +109,8 @@ def read(path: Path | str) -> dict[str, Any]:
     return {**state, "folder": str(path)} if path.is_dir() else state
 
 
-def read_newest(folder: Path) -> dict[str, Any] | None:
-    """The state furthest in its run among a folder's checkpoints that are whole, if there is one.
+def newest_first(folder: Path) -> list[Path]:
+    """A folder's checkpoints, ordered by the progress of their runs. Those that can't be read are left out.
 
     The files' times do not count: copying a folder changes them.
     """
@@ -124,16 +124,7 @@ def read_newest(folder: Path) -> dict[str, Any] | None:
             reached.append((progress["epoch"], progress["images_done"], path))
         except (CheckpointError, KeyError, TypeError) as error:
             logger.warning(f"--resume auto skips {path.name}: {error}")
-    for _, _, path in sorted(reached, reverse=True):
-        try:
-            state = read(path)
-        except CheckpointError as error:
-            logger.warning(f"--resume auto skips {path.name}: {error}")
-            continue
-        logger.info(f"resuming from {path}")
-        return state
-    logger.info(f"--resume auto: no checkpoint in {folder}, starting from the beginning")
-    return None
+    return [path for *_, path in sorted(reached, reverse=True)]
 
 
 def checkpoints(folder: Path) -> list[Path]:

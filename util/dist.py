@@ -170,11 +170,15 @@ def mean_over_processes(value: Tensor) -> Tensor:
     return value / world_size()
 
 
-def gather(value: Any) -> list[Any]:
-    """Every process's `value` (any small object), in the order of ranks, in each process."""
+def gather(value: Any, group: td.ProcessGroup | None = None) -> list[Any]:
+    """Every process's `value` (any small object), in the order of ranks, in each process.
+
+    Args:
+        group: of all processes; the one that they joined at the start by default.
+    """
     values = [value] * world_size()
     if td.is_initialized():
-        td.all_gather_object(values, value)
+        td.all_gather_object(values, value, group=group)
     return values
 
 

@@ -138,7 +138,7 @@ def resume(
         CheckpointError: the file can't be read, holds weights only, or is of another architecture or effective batch.
     """
     which = runfolder.chosen(output_dir, which)
-    state = checkpoint.read_newest(output_dir) if which == "auto" else checkpoint.read(which) if which else None
+    state = read_newest(output_dir) if which == "auto" else sharded.read(which) if which else None
     if state is not None:
         missing = {"optimizer", "epoch", *(["model"] if "folder" not in state else [])} - state.keys()
         if missing:
@@ -158,6 +158,28 @@ def resume(
     here = torch.tensor([progress.epoch, progress.first_step], device=next(model.parameters()).device)
     if not torch.equal(dist.mean_over_processes(here.float()), here.float()):
         raise CheckpointError(f"the processes found different checkpoints: --output_dir {output_dir} must be shared")
+
+
+def read_newest(output_dir: Path) -> dict[str, Any] | None:
+    """The state furthest in its run among a folder's checkpoints that are undamaged, the same in all processes.
+
+    Raises:
+        CheckpointError: the processes do not see the same folder.
+    """
+    names = dist.gather([path.name for path in checkpoint.checkpoints(output_dir)])
+    if any(others != names[0] for others in names):
+        raise CheckpointError(f"the processes found different checkpoints: --output_dir {output_dir} must be shared")
+    for path in dist.gather(checkpoint.newest_first(output_dir) if dist.is_main() else [])[0]:
+        try:
+            state = sharded.read(path)
+        except CheckpointError as error:
+            if dist.is_main():  # the error is the same in all processes
+                logger.warning(f"--resume auto skips {path.name}: {error}")
+            continue
+        logger.info(f"resuming from {path}")
+        return state
+    logger.info(f"--resume auto: no checkpoint in {output_dir}, starting from the beginning")
+    return None
 
 
 def restore_model(model: nn.Module, state: dict[str, Any]) -> None:

@@ -7,13 +7,16 @@ folder's `state.pth`, and with it the digest of every file. A folder is there wh
 """
 
 import argparse
+import contextlib
 import hashlib
 import os
 import pickle
 import shutil
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as td
@@ -24,6 +27,8 @@ from torch.optim import Optimizer
 
 from util import checkpoint, cli, dist
 from util.checkpoint import STATE, CheckpointError
+
+T = TypeVar("T")
 
 # What PyTorch's description of the tensors is made of. Nothing else is loaded, by its full name, so that nothing else
 # can run: of whole modules one could reach whatever they import.
@@ -47,35 +52,87 @@ def write(state: dict[str, Any], folder: Path, *also: Path, group: td.ProcessGro
         group: of all processes; nobody else uses it meanwhile.
 
     Raises:
-        OSError: the disk is full, or the place can't be written to. The previous state is as it was.
+        OSError: the disk is full, or the place can't be written to. If one process fails, all processes raise the same
+            error. The previous state is as it was, and nothing is left of the new one.
     """
-    temporary = folder.with_name(f".{folder.name}.tmp")
+    temporary = _temporary(folder)
     tensors = {f"model.{name}": tensor for name, tensor in state["model"].items()}
     for number, moments in state["optimizer"]["state"].items():
         tensors |= {f"optimizer.{number}.{name}": tensor for name, tensor in moments.items()}
+
+    def remove_rubbish() -> None:
+        if dist.is_main():
+            for path in map(_temporary, (folder, *also)):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def write_tensors() -> dict[str, str]:
+        dcp.save(tensors, storage_writer=_Writer(temporary), process_group=group)
+        return _digests(sorted(temporary.glob(f"__{dist.rank()}_*")))
+
+    def complete(files: dict[str, str]) -> None:
+        if not dist.is_main():
+            return
+        optimizer = {"param_groups": state["optimizer"]["param_groups"]}
+        files |= _digests([temporary / ".metadata"])
+        rest = {**state, "optimizer": optimizer, "tensors": list(tensors), "files": files}
+        checkpoint.write({name: value for name, value in rest.items() if name != "model"}, temporary / STATE)
+        for other in also:
+            shutil.copytree(temporary, _temporary(other), copy_function=_link)
+            _put_in_place(_temporary(other), other)
+        _put_in_place(temporary, folder)
+
     try:
-        if dist.is_main():
-            shutil.rmtree(temporary, ignore_errors=True)
-        td.barrier(group)
-        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(temporary), process_group=group)
-        digests: list[dict[str, str]] = [{}] * dist.world_size()
-        td.all_gather_object(digests, _digests(sorted(temporary.glob(f"__{dist.rank()}_*"))), group=group)
-        if dist.is_main():
-            files = {name: digest for part in digests for name, digest in part.items()}
-            files |= _digests([temporary / ".metadata"])
-            optimizer = {"param_groups": state["optimizer"]["param_groups"]}
-            rest = {**state, "optimizer": optimizer, "tensors": list(tensors), "files": files}
-            checkpoint.write({name: value for name, value in rest.items() if name != "model"}, temporary / STATE)
-            for other in also:
-                copy = other.with_name(f".{other.name}.tmp")
-                shutil.rmtree(copy, ignore_errors=True)
-                shutil.copytree(temporary, copy, copy_function=_link)
-                _put_in_place(copy, other)
-            _put_in_place(temporary, folder)
+        _in_all(remove_rubbish, group)
+        files = {name: digest for part in _in_all(write_tensors, group) for name, digest in part.items()}
+        _in_all(partial(complete, files), group)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            _in_all(remove_rubbish, group)
+        raise OSError(f"can't write {folder} ({error}): free space there, or give another --output_dir") from error
+
+
+def _temporary(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.tmp")
+
+
+def _in_all(step: Callable[[], T], group: td.ProcessGroup | None) -> list[T]:
+    """Runs a step in all processes; returns what it returns in each.
+
+    Raises:
+        OSError: in all processes, if the step fails in one, with the reason of the first that failed.
+    """
+    result: T | None = None
+    reason = ""
+    try:
+        result = step()
     except (OSError, RuntimeError, dcp.CheckpointException) as error:
-        failed = getattr(error, "failures", {})
-        reason = next((str(failure[0]) for failure in failed.values()), str(error)).strip().splitlines()[0]
-        raise OSError(f"can't write {folder} ({reason}): free space there, or give another --output_dir") from error
+        reason = _reason(error)
+    try:
+        results = dist.gather((result, reason), group)
+    except RuntimeError as error:  # a process is gone
+        raise OSError(_reason(error)) from error
+    reasons = [reason for _, reason in results if reason]
+    if reasons:
+        raise OSError(reasons[0])
+    return [result for result, _ in results]
+
+
+class _Writer(dcp.FileSystemWriter):
+    """PyTorch's, but that a full disk is told as such: its own error would reach the other processes without it."""
+
+    def write_data(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().write_data(*args, **kwargs)
+        except (OSError, RuntimeError) as error:
+            raise OSError(_reason(error)) from error
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of the error that came first, of a chain of errors or of those of several processes."""
+    if isinstance(error, dcp.CheckpointException):
+        return _reason(next(iter(error.failures.values()))[0])
+    earlier = error.__cause__ or error.__context__
+    return _reason(earlier) if earlier else (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _link(source: str, target: str) -> None:
@@ -127,54 +184,86 @@ class _Reader(dcp.FileSystemReader):
         return {name: tensor.size for name, tensor in described.items() if isinstance(tensor, TensorStorageMetadata)}
 
 
-def _open(folder: Path, state: dict[str, Any], together: bool) -> tuple[_Reader, dict[str, torch.Size]]:
-    """What reads a folder's tensors, and how large each is.
+def read(path: Path | str) -> dict[str, Any]:
+    """Reads a checkpoint, a file or a folder, in all processes together. They share the work of checking a folder.
 
-    Args:
-        together: all processes do this, and share the work of checking files.
+    Returns:
+        As `checkpoint.read`: a folder's tensors stay on the disk, for `fill`.
 
     Raises:
-        CheckpointError: a file is damaged or missing, or holds anything but tensors.
+        CheckpointError: as `checkpoint.read`, or a file of the folder is damaged. If one process finds damage, all
+            processes raise the same error.
     """
-    files, (part, parts) = state["files"], (dist.rank(), dist.world_size()) if together else (0, 1)
-    mine = sorted(files)[part::parts]
-    bad = [name for name in mine if not (folder / name).is_file() or _digests([folder / name])[name] != files[name]]
-    found = [name for names in (dist.gather(bad) if together else [bad]) for name in names]
-    if found:
-        raise CheckpointError(f"{folder} is damaged: {found[0]} does not match its digest, or is missing")
-    reader = _Reader(folder)
+    state, error = dict[str, Any](), ""
     try:
-        sizes = reader.read_sizes()
-        return reader, {name: sizes[name] for name in state["tensors"]}
-    except (CheckpointError, pickle.UnpicklingError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{folder} is refused: {error}. Nothing in it was executed.") from error
+        state = checkpoint.read(path)
+        if "folder" in state:
+            _check(state, dist.rank(), dist.world_size())
+    except CheckpointError as found:
+        error = str(found)
+    errors = [error for error in dist.gather(error) if error]
+    if errors:
+        raise CheckpointError(errors[0])
+    return state
+
+
+def _check(state: dict[str, Any], part: int = 0, parts: int = 1) -> None:
+    """Compares a part of a folder's files with their digests, and reads the description of its tensors.
+
+    Raises:
+        CheckpointError: a file is damaged or missing, or the folder holds anything but tensors.
+    """
+    folder, files = Path(state["folder"]), state.get("files", {})
+    for name in sorted(files)[part::parts]:
+        try:
+            is_whole = _digests([folder / name])[name] == files[name]
+        except (OSError, KeyError) as error:
+            raise CheckpointError(f"{folder} is damaged: {name} can't be read ({error})") from error
+        if not is_whole:
+            raise CheckpointError(f"{folder} is damaged: {name} does not match its digest")
+    _sizes(state)
+
+
+def _sizes(state: dict[str, Any]) -> dict[str, torch.Size]:
+    """Of all tensors of a folder, by name.
+
+    Raises:
+        CheckpointError: the description of the tensors is damaged, or holds anything but tensors.
+    """
+    try:
+        sizes = _Reader(state["folder"]).read_sizes()
+        return {name: sizes[name] for name in state["tensors"]}
+    except Exception as error:  # whatever pickle raises on damaged bytes
+        raise CheckpointError(f"{state['folder']} is refused: {error}. Nothing in it was executed.") from error
 
 
 def fill(state: dict[str, Any], model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    """Reads the tensors of a state that `checkpoint.read` has of a folder, each process its part of them.
+    """Reads the tensors of a state that `read` has of a folder, each process its part of them.
 
     Returns:
         The state with `model` and `optimizer`, cut as the model's weights are.
 
     Raises:
-        CheckpointError: it is damaged.
+        CheckpointError: the tensors can't be read.
     """
     ours: dict[str, Tensor] = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     for number, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
         ours[f"optimizer.{number}"] = parameter
-    reader, sizes = _open(Path(state["folder"]), state, together=True)
 
     def room(name: str, size: torch.Size) -> Tensor:
         like = ours.get(name, ours.get(name.rpartition(".")[0]))
         return torch.zeros(size) if like is None or like.shape != size else torch.zeros_like(like)
 
-    return _load(state, reader, {name: room(name, size) for name, size in sizes.items()}, together=True)
+    return _load(state, {name: room(name, size) for name, size in _sizes(state).items()}, together=True)
 
 
-def _load(state: dict[str, Any], reader: _Reader, tensors: dict[str, Tensor], together: bool) -> dict[str, Any]:
+def _load(state: dict[str, Any], tensors: dict[str, Tensor], together: bool) -> dict[str, Any]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is as good
-        dcp.load(tensors, storage_reader=reader, no_dist=not together)
+        try:
+            dcp.load(tensors, storage_reader=_Reader(state["folder"]), no_dist=not together)
+        except dcp.CheckpointException as error:  # PyTorch raises it in all processes
+            raise CheckpointError(f"{state['folder']} can't be read: {_reason(error)}") from error
     model, moments = {}, dict[int, dict[str, Tensor]]()
     for name, tensor in tensors.items():
         kind, _, rest = name.partition(".")
@@ -197,8 +286,8 @@ def gather(folder: Path) -> dict[str, Any]:
     state = checkpoint.read(folder)
     if "folder" not in state:
         raise CheckpointError(f"{folder} is a plain checkpoint already")
-    reader, sizes = _open(folder, state, together=False)
-    return _load(state, reader, {name: torch.zeros(size) for name, size in sizes.items()}, together=False)
+    _check(state)
+    return _load(state, {name: torch.zeros(size) for name, size in _sizes(state).items()}, together=False)
 
 
 def main(args: argparse.Namespace) -> None:
