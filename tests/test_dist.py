@@ -1,7 +1,10 @@
 """Processes and devices."""
 
 import os
+import socket
 import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -9,6 +12,13 @@ from conftest import ROOT, torchrun
 from mains import in_processes
 
 from util import dist
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Sets variables; what is set beside them is taken back too."""
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    return os.environ.update
 
 
 def test_one_process_needs_no_launcher():
@@ -47,10 +57,106 @@ def test_cuda_devices_have_a_number(monkeypatch):
         dist.init("cuda:2")
 
 
-def test_half_an_environment_is_explained(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="RANK is not: start several processes with torchrun"):
+# As srun sets them on a node with four GPUs (measured with --gpus-per-node=4, --gpus-per-task, and --gpu-bind).
+SHARED = {"SLURM_STEP_GPUS": "0-3", "SLURM_GPUS_ON_NODE": "4"}
+ONE_EACH = {"SLURM_STEP_GPUS": "3", "SLURM_GPUS_ON_NODE": "4"}
+
+
+@pytest.mark.parametrize(
+    ("visible", "variables", "device"),
+    [
+        (4, SHARED, 3),
+        (1, ONE_EACH, 0),
+        (1, {"SLURM_GPUS_PER_TASK": "1"}, 0),
+        (2, {"SLURM_STEP_GPUS": "6,7", "SLURM_GPUS_ON_NODE": "8"}, 1),
+        (4, {"SLURM_GPUS_PER_TASK": "1"}, 3),  # with --gpu-bind=none, tasks see each other's
+        (1, {"SLURM_STEP_GPUS": "0", "SLURM_GPUS_ON_NODE": "1"}, None),  # four tasks for one GPU
+        (1, {}, None),  # torchrun --nproc_per_node 4, or a cluster without GRES
+        (1, {"SLURM_GPUS_PER_TASK": "1", "SLURM_LOCALID": "0"}, None),  # torchrun in a task
+    ],
+)
+def test_a_task_with_gpus_of_its_own(monkeypatch, visible, variables, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    in_a_step = {"SLURM_LOCALID": "3"} if variables else {}
+    for name, value in ({"LOCAL_RANK": "3"} | in_a_step | variables).items():
+        monkeypatch.setenv(name, value)
+    if device is None:
+        with pytest.raises(ValueError, match="needs CUDA device 3, and there are 1 here: start fewer processes"):
+            dist.choose_device("cuda")
+    else:
+        assert dist.choose_device("cuda") == torch.device("cuda", device)
+    assert dist.choose_device("cuda:0") == torch.device("cuda", 0)  # which the message advises
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({}, "RANK is not: start several processes with torchrun"),
+        ({"RANK": "first"}, "RANK=first in the environment is no number"),
+        ({"RANK": "2"}, "RANK=2 in the environment must be below WORLD_SIZE=2"),
+        ({"RANK": "1"}, "WORLD_SIZE=2 in the environment without MASTER_ADDR and MASTER_PORT: start several processes"),
+        ({"RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "x"}, "MASTER_PORT=x in the environment is no"),
+    ],
+)
+def test_half_an_environment_is_explained(environment, variables, message):
+    environment({"WORLD_SIZE": "2"} | variables)
+    with pytest.raises(ValueError, match=message):
         dist.init("cpu")
+
+
+@pytest.mark.parametrize(("number", "reason"), [("0", "1/2 clients joined"), ("1", "Connection refused")])
+def test_processes_that_never_come_are_named(environment, capfd, number, reason):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment({"WORLD_SIZE": "2", "RANK": number, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+    with pytest.raises(ValueError, match=rf"{number} of 2 did not reach all others at 127.0.0.1:{port} .*{reason}"):
+        dist.init("cpu", timeout=1)
+    assert "frame #" not in capfd.readouterr().err  # PyTorch's backtraces
+
+
+def test_a_port_in_use_is_named(environment):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        environment({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+        with pytest.raises(ValueError, match=f"127.0.0.1:{port} is in use: give torchrun another --master_port"):
+            dist.init("cpu", timeout=1)
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_process_that_is_gone_is_one_line_in_the_others_log(pictures, tmp_path, killed):
+    """Started by hand: torchrun ends the survivor, perhaps before it has told."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        together = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    command = [
+        sys.executable, "main_pretrain.py", "--data_path", pictures, "--output_dir", tmp_path, "--model",
+        "mae_vit_mini_patch4", "--input_size", 16, "--batch_size", 2, "--epochs", 1000, "--num_workers", 1,
+        "--device", "cpu", "--vis_every", 0,
+    ]  # fmt: skip
+    processes = [
+        subprocess.Popen(
+            [str(part) for part in command], cwd=ROOT, env=os.environ | together | {"RANK": number}, text=True,
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        )
+        for number in ("0", "1")
+    ]  # fmt: skip
+    ends = time.monotonic() + 120
+    while not (tmp_path / "log.txt").exists():
+        assert time.monotonic() < ends
+        time.sleep(0.05)
+    processes[killed].kill()
+    survivor = processes[1 - killed]
+    [line] = [line for line in survivor.communicate(timeout=120)[1].splitlines() if "WARNING" not in line]
+    processes[killed].communicate()
+    assert line == (
+        f"main_pretrain.py: error: process {1 - killed} of 2 lost process {killed}, whose log has the reason; the same "
+        f"command with --resume auto goes on from the newest checkpoint"
+    )
+    assert survivor.returncode == 1
 
 
 CODE = """
@@ -97,13 +203,6 @@ STEP = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def environment(monkeypatch):
-    """Sets variables; what is set beside them is taken back too."""
-    monkeypatch.setattr(os, "environ", dict(os.environ))
-    return os.environ.update
-
-
 @pytest.mark.parametrize(
     ("nodes", "first"),
     [("gpu[03-04]", "gpu03"), ("n1", "n1"), ("a1,b2", "a1"), ("c[7,9-10]", "c7"), ("x-0-1", "x-0-1")],
@@ -125,6 +224,14 @@ def test_a_batch_script_or_a_shell_in_an_allocation_is_one_process(environment):
     environment(STEP | {"SLURM_STEP_NUM_TASKS": "1"})  # the shell that salloc opens as a step
     dist._translate_srun()
     assert "WORLD_SIZE" not in os.environ
+
+
+def test_missing_variables_of_slurm_are_named(environment):
+    known = {name: STEP[name] for name in ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_ID")}
+    environment(known)
+    missing = "SLURM_STEP_ID, SLURM_STEP_TASKS_PER_NODE, SLURM_STEP_NODELIST"
+    with pytest.raises(ValueError, match=f"SLURM_STEP_NUM_TASKS=4 in the environment, but {missing} .which srun sets. are missing"):
+        dist.init("cpu")
 
 
 def test_torchrun_within_a_step_counts(environment):

@@ -195,6 +195,11 @@ def run(main: Callable[[argparse.Namespace], Any], parser: argparse.ArgumentPars
             said = str(error).partition(". ")[0].strip()
             remedy = "--resume auto goes on" if "resume" in args else "try again"
             _fail(parser, args, error, f"{said}, for want of memory as a rule: lower --num_workers; {remedy}", 1)
+        elif lost := dist.lost_process(error):
+            remedy = (
+                "; the same command with --resume auto goes on from the newest checkpoint" if "resume" in args else ""
+            )
+            _fail(parser, args, error, lost + remedy, 1)
         raise
     except (ValueError, OSError, ArithmeticError) as error:
         _fail(parser, args, error, _sentence(error), 1)

@@ -9,6 +9,8 @@ import contextlib
 import gc
 import os
 import re
+import socket
+import time
 import warnings
 from collections.abc import Iterable
 from datetime import timedelta
@@ -45,12 +47,27 @@ def choose_device(name: str) -> torch.device:
     if not torch.cuda.is_available():
         raise ValueError(f"--device {name}, but PyTorch sees no CUDA device here; give --device cpu or auto")
     number, count = int(index or _launched("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if not index and _has_own_gpus():
+        number %= count
     if number >= count:
         raise ValueError(
-            f"this process needs CUDA device {number}, and there are {count} here: lower torchrun's --nproc_per_node, "
-            f"or the number in --device"
+            f"this process needs CUDA device {number}, and there are {count} here: start fewer processes on this "
+            f"machine (--ngpus, torchrun's --nproc_per_node), or give --device cuda:0 if each one sees its own GPU"
         )
     return torch.device("cuda", number)
+
+
+def _has_own_gpus() -> bool:
+    """Whether Slurm shows this process, a task of srun, other GPUs than it shows the node's other tasks.
+
+    SLURM_STEP_GPUS lists the GPUs of a task where they are bound to tasks, else those of all tasks of the node.
+    """
+    slurm = os.environ
+    if slurm.get("SLURM_LOCALID") != slurm.get("LOCAL_RANK"):  # torchrun within a task
+        return False
+    ranges = re.findall(r"(\d+)(?:-(\d+))?", slurm.get("SLURM_STEP_GPUS", ""))
+    shown = sum(int(last or first) - int(first) + 1 for first, last in ranges)
+    return "SLURM_GPUS_PER_TASK" in slurm or 0 < shown < int(slurm.get("SLURM_GPUS_ON_NODE", 0))
 
 
 def _launched(variable: str, default: int | None = None) -> int:
@@ -60,6 +77,8 @@ def _launched(variable: str, default: int | None = None) -> int:
             f"WORLD_SIZE is set in the environment and {variable} is not: start several processes with torchrun, "
             f"or unset WORLD_SIZE for one"
         )
+    if not str(value).isdecimal():
+        raise ValueError(f"{variable}={value} in the environment is no number: torchrun and srun set it, or unset it")
     return int(value)
 
 
@@ -67,22 +86,31 @@ def _translate_srun() -> None:
     """Sets torchrun's variables from those of an srun step of several tasks.
 
     A batch script, or a shell that salloc opened, is no such step, and its program stays one process.
+
+    Raises:
+        ValueError: a variable that srun sets is missing, as in a container that passes only some of them on.
     """
     slurm = os.environ
-    if "WORLD_SIZE" in slurm or int(slurm.get("SLURM_STEP_NUM_TASKS", 1)) == 1:
+    if "WORLD_SIZE" in slurm or slurm.get("SLURM_STEP_NUM_TASKS", "1") == "1":
         return
-    # "n[03-04,7]" or "a1,b2": where rank 0 runs
-    name = re.match(r"([^\[,]+)(?:\[(\d+))?", slurm["SLURM_STEP_NODELIST"])
-    tasks_by_node = re.match(r"\d+", slurm["SLURM_STEP_TASKS_PER_NODE"])
-    assert name and tasks_by_node, "Slurm's documented formats"
+    formats = dict.fromkeys(("STEP_NUM_TASKS", "PROCID", "LOCALID", "JOB_ID", "STEP_ID", "STEP_TASKS_PER_NODE"), r"\d+")
+    formats["STEP_NODELIST"] = r"([^\[,]+)(?:\[(\d+))?"  # "n[03-04,7]" or "a1,b2": where rank 0 runs
+    read = {name: re.match(pattern, slurm.get(f"SLURM_{name}", "")) for name, pattern in formats.items()}
+    found = {name: match for name, match in read.items() if match}
+    if missing := [f"SLURM_{name}" for name in formats if name not in found]:
+        raise ValueError(
+            f"SLURM_STEP_NUM_TASKS={slurm['SLURM_STEP_NUM_TASKS']} in the environment, but {', '.join(missing)} (which "
+            f"srun sets) are missing: pass all SLURM_* variables on to the processes, or unset SLURM_STEP_NUM_TASKS "
+            f"for a single process"
+        )
     translated = {
-        "RANK": slurm["SLURM_PROCID"],
-        "LOCAL_RANK": slurm["SLURM_LOCALID"],
-        "WORLD_SIZE": slurm["SLURM_STEP_NUM_TASKS"],
-        "LOCAL_WORLD_SIZE": tasks_by_node[0],
-        "MASTER_ADDR": name[1] + (name[2] or ""),
+        "RANK": found["PROCID"][0],
+        "LOCAL_RANK": found["LOCALID"][0],
+        "WORLD_SIZE": found["STEP_NUM_TASKS"][0],
+        "LOCAL_WORLD_SIZE": found["STEP_TASKS_PER_NODE"][0],
+        "MASTER_ADDR": found["STEP_NODELIST"][1] + (found["STEP_NODELIST"][2] or ""),
         # below the ports that Linux gives away by itself
-        "MASTER_PORT": str(20000 + (int(slurm["SLURM_JOB_ID"]) + int(slurm["SLURM_STEP_ID"])) % 12000),
+        "MASTER_PORT": str(20000 + (int(found["JOB_ID"][0]) + int(found["STEP_ID"][0])) % 12000),
     }
     for variable, value in translated.items():
         slurm.setdefault(variable, value)
@@ -101,7 +129,7 @@ def init(device_name: str, dist_url: str = "env://", timeout: float = 600, backe
         backend: of BACKENDS; auto is nccl for GPUs, else gloo.
 
     Raises:
-        ValueError: nccl without a GPU.
+        ValueError: nccl without a GPU; the launcher's variables are incomplete; the other processes were not found.
     """
     _translate_srun()
     device = choose_device(device_name)
@@ -109,10 +137,30 @@ def init(device_name: str, dist_url: str = "env://", timeout: float = 600, backe
         raise ValueError(f"--dist_backend nccl connects GPUs, and the device is {device.type}: give gloo or auto")
     world_size = _launched("WORLD_SIZE", 1)
     if world_size > 1:
+        if _launched("RANK") >= world_size:
+            raise ValueError(f"RANK={_launched('RANK')} in the environment must be below WORLD_SIZE={world_size}")
         if backend == "auto":
             backend = "nccl" if device.type == "cuda" else "gloo"
-        waits = timedelta(seconds=timeout)
-        store, number, world_size = next(td.rendezvous(dist_url, _launched("RANK"), world_size, timeout=waits))
+        _join(dist_url, world_size, backend, timeout, device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def _join(dist_url: str, world_size: int, backend: str, timeout: float, device: torch.device) -> None:
+    """Joins the process group, once all processes have come."""
+    waits, number, where = timedelta(seconds=timeout), _launched("RANK"), dist_url
+    if dist_url == "env://":
+        if missing := {"MASTER_ADDR", "MASTER_PORT"} - os.environ.keys():
+            raise ValueError(
+                f"WORLD_SIZE={world_size} in the environment without {' and '.join(sorted(missing))}: start several "
+                f"processes with torchrun, or unset WORLD_SIZE for one"
+            )
+        where = f"{os.environ['MASTER_ADDR']}:{_launched('MASTER_PORT')}"
+    try:
+        if dist_url == "env://" and number > 0:
+            _wait_for_rank_0(os.environ["MASTER_ADDR"], _launched("MASTER_PORT"), timeout)
+        store, number, world_size = next(td.rendezvous(dist_url, number, world_size, timeout=waits))
         # torchrun's store outlives its processes: those of another start must not find the addresses of dead ones.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         td.init_process_group(
@@ -123,9 +171,44 @@ def init(device_name: str, dist_url: str = "env://", timeout: float = 600, backe
             world_size=world_size,
             device_id=device if backend == "nccl" else None,
         )
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    return device
+    except (OSError, RuntimeError) as error:
+        if not _is_of_connection(error):
+            raise
+        said = str(error).splitlines()[0]
+        if "EADDRINUSE" in said:
+            raise ValueError(f"{where} is in use: give torchrun another --master_port, or set MASTER_PORT") from error
+        raise ValueError(
+            f"process {number} of {world_size} did not reach all others at {where} within --dist_timeout {timeout:g} "
+            f"seconds ({said}): start all processes, with the same address, and let no firewall stand between them"
+        ) from error
+
+
+def _wait_for_rank_0(host: str, port: int, timeout: float) -> None:
+    """Raises the system's own error if nobody listens there in time; PyTorch's is a backtrace and hides the reason."""
+    ends = time.monotonic() + timeout
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=max(1.0, ends - time.monotonic())).close()
+            return
+        except OSError:
+            if time.monotonic() > ends:
+                raise
+            time.sleep(0.2)
+
+
+def _is_of_connection(error: OSError | RuntimeError) -> bool:
+    return (
+        isinstance(error, OSError | td.DistError) or "gloo" in str(error).lower()
+    )  # which has no class for its errors
+
+
+def lost_process(error: RuntimeError) -> str | None:
+    """What an error means that a collective operation raised because another process is gone; None for other errors."""
+    if world_size() == 1 or not _is_of_connection(error):
+        return None
+    other = f"process {1 - rank()}" if world_size() == 2 else "another process"
+    said = f" ({str(error).splitlines()[0]})" if isinstance(error, td.DistError) else ""
+    return f"process {rank()} of {world_size()} lost {other}{said}, whose log has the reason"
 
 
 def teardown() -> None:
