@@ -230,7 +230,7 @@ def test_missing_variables_of_slurm_are_named(environment):
     known = {name: STEP[name] for name in ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_ID")}
     environment(known)
     missing = "SLURM_STEP_ID, SLURM_STEP_TASKS_PER_NODE, SLURM_STEP_NODELIST"
-    with pytest.raises(ValueError, match=f"SLURM_STEP_NUM_TASKS=4 in the environment, but {missing} .which srun sets. are missing"):
+    with pytest.raises(ValueError, match=f"SLURM_STEP_NUM_TASKS=4 .*, but {missing} .which srun sets"):
         dist.init("cpu")
 
 
