@@ -28,6 +28,7 @@ from util import published, transforms, weights
 from util.checkpoint import CheckpointError
 from util.decode import BadImage, decode
 from util.published import CLASSIFIER, FULL
+from util.untrusted import read_file
 from util.weights import Weights
 
 ImageLike = str | Path | Image.Image | np.ndarray | Tensor
@@ -171,7 +172,7 @@ def open_image(image: ImageLike, in_chans: int) -> Any:
     """A decoded picture of `in_chans` channels, the right way up; raises as `Ready.prepare` does."""
     if isinstance(image, str | Path):
         try:
-            return decode(Path(image).read_bytes(), in_chans, upright=True)
+            return decode(read_file(image), in_chans, upright=True)
         except BadImage as error:
             raise BadImage(f"{image}: {error}") from error
     return decode(image, in_chans, upright=True)  # type: ignore[arg-type]

@@ -6,14 +6,19 @@ import shutil
 import stat
 import subprocess
 import tarfile
+import tracemalloc
 import zipfile
 from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 
+from util import transforms
 from util.archives import Archive
-from util.decode import BadImage
+from util.decode import BadImage, decode
+from util.samples import Samples
 from util.sources import find_files
 
 
@@ -139,7 +144,7 @@ def test_a_damaged_or_cut_tar_is_not_taken_for_a_shorter_one(tmp_path):
             Archive(tmp_path / name, "train")
 
 
-def test_files_with_holes_and_links(tmp_path, caplog):
+def test_files_with_holes_and_links(tmp_path):
     (tmp_path / "in").mkdir()
     with (tmp_path / "in" / "1.npy").open("wb") as file:
         file.truncate(1 << 20)
@@ -165,8 +170,9 @@ def test_files_with_holes_and_links(tmp_path, caplog):
                     member.external_attr = (stat.S_IFLNK | 0o777) << 16
                     archive.writestr(member, os.readlink(folder / "b" / link))
         source = Archive(tmp_path / name, "train")
-        assert [source[i] for i in range(len(source))] == [(b"one", 0), (b"one", 1)]
-    assert caplog.text.count("1 links lead out of the archive or nowhere, such as") == 2
+        assert [source[0], source[1]] == [(b"one", 0), (b"one", 1)]
+        with pytest.raises(BadImage, match="it is a link that leads out of the archive or nowhere"):
+            _ = source[2]
 
 
 def test_a_tar_that_ends_in_a_zip_is_a_tar(tmp_path):
@@ -198,8 +204,85 @@ def test_zip_bombs_are_not_unpacked(tmp_path):
     with pytest.raises(BadImage, match="the checksum does not fit"):
         _ = source[0]
     source.places[0][3] = 5 << 30
-    with pytest.raises(BadImage, match="it would unpack to 5,368,709,120 bytes"):
+    with pytest.raises(BadImage, match="it has 5,368,709,120 bytes when unpacked, more than the 1,073,741,824"):
         _ = source[0]
+
+
+def crooked_zip(path: Path, good: bytes) -> Path:
+    """A zip file with one good image among members that lie: about their size, as links, encrypted, nested."""
+    link = zipfile.ZipInfo("a/link.png")
+    link.external_attr = (stat.S_IFLNK | 0o777) << 16
+    link.compress_type = zipfile.ZIP_DEFLATED
+    nested = io.BytesIO()
+    with zipfile.ZipFile(nested, "w") as archive:
+        archive.writestr("a/good.png", good)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/good.png", good)
+        archive.writestr(link, "x" * 50_000_000)
+        archive.writestr("a/nested.png", nested.getvalue())
+        archive.writestr("a/bzip2.png", good, zipfile.ZIP_BZIP2)
+        for name in ("a/encrypted.png", "a/stored_long.png", "a/unpacked_long.png", "a/short.png"):
+            archive.writestr(name, good)
+    data = bytearray(path.read_bytes())
+    for name, at, value in (
+        (b"a/encrypted.png", 8, b"\1"), (b"a/stored_long.png", 20, b"\xf0\xff\xff\xff"),
+        (b"a/unpacked_long.png", 24, b"\xf0\xff\xff\xff"), (b"a/short.png", 24, b"\5\0\0\0"),
+    ):  # fmt: skip
+        start = data.rindex(name) - 46 + at  # its entry in the directory at the end
+        data[start : start + len(value)] = value
+    path.write_bytes(data)
+    return path
+
+
+LIES = {
+    "bzip2.png": "compressed by method 12",
+    "encrypted.png": "it is encrypted",
+    "link.png": "it is a link that leads out of the archive or nowhere",
+    "nested.png": "not an image of a known format",
+    "short.png": "the checksum does not fit",
+    "stored_long.png": "it has 2,147,483,648 bytes when unpacked",
+    "unpacked_long.png": "it has 2,147,483,648 bytes when unpacked",
+}
+
+
+def test_zip_members_that_lie_are_bad_images(tmp_path):
+    """Bounded before memory is taken, and skipped like any other bad image."""
+    good = io.BytesIO()
+    Image.new("RGB", (16, 16), "red").save(good, "PNG")
+    source = Archive(crooked_zip(tmp_path / "set.zip", good.getvalue()), "train")
+    why = {}
+    tracemalloc.start()
+    for index in range(len(source)):
+        try:
+            decode(source[index][0], 3)
+        except BadImage as error:
+            why[source.names[index]] = str(error)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10_000_000
+    assert why.keys() == LIES.keys()
+    for name, said in LIES.items():
+        assert said in why[name]
+    samples = Samples(source, transforms.pretrain_transform(8), in_chans=3, seed=0, on_bad_image="skip")
+    taken = [samples[(0, index)] for index in range(len(source))]
+    assert [len(sample.bad) > 0 for sample in taken].count(False) == 1
+    assert all(torch.isfinite(sample.image.float()).all() for sample in taken)
+
+
+def test_tar_headers_that_lie(tmp_path):
+    """A size below 0 would lead tarfile around in a circle; a long name could take all memory."""
+    for size, kind in ((-1024, tarfile.REGTYPE), (8 << 30, tarfile.GNUTYPE_LONGNAME)):
+        member = tarfile.TarInfo("1.png")
+        member.size, member.type = size, kind
+        (tmp_path / "set.tar").write_bytes(member.tobuf(tarfile.GNU_FORMAT) + bytes(2048))
+        with pytest.raises(ValueError, match=f"set.tar is damaged .*a header states {size:,} bytes|is neither a zip"):
+            Archive(tmp_path / "set.tar", "train")
+    with tarfile.open(tmp_path / "pax.tar", "w", format=tarfile.PAX_FORMAT) as archive:
+        member = tarfile.TarInfo("1.png")
+        member.pax_headers = {"size": "-1024"}
+        archive.addfile(member)
+    with pytest.raises(ValueError, match=r"pax.tar is damaged or cut off after 1.png: its size is -1024"):
+        Archive(tmp_path / "pax.tar", "train")
 
 
 def test_open_files_are_closed(pictures, tmp_path):

@@ -174,7 +174,7 @@ def test_given_settings_with_required_flags_and_positions(tmp_path):
         ("mean: [0.5, --download]\n", "mean takes a plain value, or a list of plain values"),
         ("epochs: [3, 4]\n", "epochs takes no value 4"),
         ("epochs: 2024-13-45\n", "argument --epochs: invalid int value: '2024-13-45'"),
-        ("{" * 5000 + "\n", "is not YAML"),
+        ("{" * 5000 + "\n", "is nested"),
         ("epochs: true\n", "epochs takes a value"),
         ("- epochs\n", "`flag: value` lines"),
         ("epochs: [1\n", "is not YAML"),
@@ -254,3 +254,44 @@ def test_out_of_memory_names_the_batch(error, capsys, monkeypatch):
         cli.run(main, parser)
     assert stop.value.code == 1
     assert "out of memory: halve --batch_size 64 and double --accum_iter" in capsys.readouterr().err
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{chr(ord(name) - 1)}'] * 9)}]\n" for name in "bcdefghijk"
+)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "said"),
+    [
+        ("dataset: 'wds:pipe:touch {mark}'", "may run a command.*give --dataset yourself"),
+        ("dataset: 'wds:{{p,q}}ipe:touch {mark}'", "may run a command"),
+        ("dataset: 'wds:a.tar::pipe:touch {mark}'", "may run a command"),
+        ("dataset: 'wds:https://a.org/b.tar::pipe:touch {mark}'", "may run a command"),
+        ("dataset: 'wds:gs://a/b.tar'", "may run a command"),
+        ("mean: [0.5, '--dataset=wds:pipe:touch {mark}']", "plain value"),
+        ('output_dir: "a\\e[2Jb"', r"output_dir holds a control character: a\\x1b\[2Jb"),
+        ('comment: "a\\nb"', "no flag 'comment'"),
+        (BOMB.replace("{", "{{").replace("}", "}}"), r"has an alias \(\*a\)"),
+        ("a: " + "[" * 1000, "is nested"),
+        ("mean: [" + "0.5, " * 5000 + "]", "25,008 characters"),
+    ],
+)
+def test_recipes_of_strangers(recipe, said, tmp_path, capsys):
+    """Nothing in them is executed, and none fills the memory."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe.format(mark=tmp_path / "mark"))
+    with pytest.raises(SystemExit):
+        parse("--config", str(path))
+    text = capsys.readouterr().err
+    assert re.search(rf"{path}.*{said}", text), text
+    assert text.replace("\n", "").isprintable()
+    assert not (tmp_path / "mark").exists()
+
+
+def test_a_recipe_may_name_shards_and_the_command_line_anything(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    for shards in ("wds:data/{000..127}.tar", "wds:https://a.org:8080/{000..127}.tar", "hf:user/name"):
+        path.write_text(f"dataset: '{shards}'")
+        assert parse("--config", str(path)).dataset == shards
+    assert parse("--config", str(path), "--dataset", "wds:pipe:cat a.tar").dataset == "wds:pipe:cat a.tar"

@@ -16,12 +16,24 @@ from typing import NamedTuple
 import numpy as np
 
 from util.decode import SUFFIXES, BadImage
-from util.sources import KINDS, Strings, classes_of, printable
+from util.sources import KINDS, Strings, classes_of
+from util.untrusted import MAX_BYTES, printable
 
 logger = logging.getLogger(__name__)
 
 STORED, DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
-MAX_BYTES = 4 << 30  # of a member when unpacked; small ones could fill the memory
+MAX_LINK = 4096  # characters of a link's target, Linux's own limit
+HEADERS = (
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+)
+MAX_HEADER = 1 << 20  # bytes of a tar's long names and attributes
+# In place of a member's method: why it can't be read.
+ENCRYPTED, LOST = -1, -2
+PROBLEMS = {ENCRYPTED: "it is encrypted", LOST: "it is a link that leads out of the archive or nowhere"}
 
 
 class Place(NamedTuple):
@@ -77,10 +89,12 @@ class Archive:
         if self.file is None or self.file[0] != os.getpid():
             self.file = (os.getpid(), os.open(self.path, os.O_RDONLY))
         file = self.file[1]
+        if place.method not in (STORED, DEFLATED):
+            other = f"it is compressed by method {place.method}, and deflate is the one that is read"
+            raise BadImage(f"{PROBLEMS.get(place.method, other)}; pack the files again")
+        check_size(max(place.size, place.unpacked))
         if not self.is_zip:
             return _read_at(file, place.start, place.size)
-        if place.unpacked > MAX_BYTES:
-            raise BadImage(f"it would unpack to {place.unpacked:,} bytes, more than the {MAX_BYTES:,} that are read")
         signature, name_length, extra_length = struct.unpack("<4s22xHH", _read_at(file, place.start, 30))
         data = _read_at(file, place.start + 30 + name_length + extra_length, place.size)
         try:
@@ -93,7 +107,27 @@ class Archive:
         return data
 
 
+class BoundedTarInfo(tarfile.TarInfo):
+    """A header that does not lead backwards, nor tarfile to read a name or attributes without bound."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "BoundedTarInfo":
+        """As tarfile's; raises ReadError where the sizes can't be."""
+        header = super().frombuf(buf, encoding, errors)
+        if header.size < 0 or (header.type in HEADERS and header.size > MAX_HEADER):
+            raise tarfile.ReadError(f"a header states {header.size:,} bytes")
+        return header
+
+
+def check_size(size: int) -> None:
+    """Raises BadImage of an image's file that is too large to read: small archives could fill the memory."""
+    if size > MAX_BYTES:
+        raise BadImage(f"it has {size:,} bytes when unpacked, more than the {MAX_BYTES:,} that are read")
+
+
 def _read_at(file: int, start: int, size: int) -> bytes:
+    if start + size > os.fstat(file).st_size:  # before memory is taken for what isn't there
+        raise BadImage("the archive ends before its member does")
     data = os.pread(file, size, start)
     while len(data) < size and (more := os.pread(file, size - len(data), start + len(data))):
         data += more
@@ -109,7 +143,7 @@ def find_members(path: Path) -> tuple[bool, dict[str, Place]]:
         ValueError: it is neither, damaged, or its members can't be read where they are.
     """
     try:
-        archive = tarfile.open(path, "r:")  # noqa: SIM115  # first: a tar file may end in a zip file
+        archive = tarfile.open(path, "r:", tarinfo=BoundedTarInfo)  # noqa: SIM115  # first: a tar file may end in a zip file
     except tarfile.TarError:
         if not zipfile.is_zipfile(path):
             raise ValueError(
@@ -128,6 +162,8 @@ def _tar_members(archive: tarfile.TarFile, path: Path) -> dict[str, Place]:
     try:
         for member in archive:
             last = printable(member.name)
+            if member.size < 0:
+                raise tarfile.ReadError(f"its size is {member.size}")
             if member.issparse() and _is_image(member.name):
                 raise ValueError(f"{path}: {last} is stored with holes, as tar -S does; pack the files again without")
             if member.isreg():
@@ -159,31 +195,37 @@ def _zip_members(path: Path) -> dict[str, Place]:
                 name = member.filename.replace("\\", "/")  # old packers on Windows
                 if member.is_dir() or not _is_image(name):
                     continue
-                if member.flag_bits & 1 or member.compress_type not in (STORED, DEFLATED):
-                    raise ValueError(
-                        f"{path}: {printable(name)} is encrypted, or compressed by another method than deflate; pack "
-                        f"the files again without"
-                    )
                 if stat.S_ISLNK(member.external_attr >> 16):
-                    links[name] = posixpath.join(posixpath.dirname(name), archive.read(member).decode())
+                    links[name] = posixpath.join(posixpath.dirname(name), _target(archive, member))
                     continue
-                places[name] = Place(
-                    member.header_offset, member.compress_size, member.compress_type, member.file_size, member.CRC
-                )
+                method = ENCRYPTED if member.flag_bits & 1 else member.compress_type
+                # They may lie, in more than 64 bits.
+                stored, unpacked = (min(size, 2 * MAX_BYTES) for size in (member.compress_size, member.file_size))
+                places[name] = Place(member.header_offset, stored, method, unpacked, member.CRC)
     except (zipfile.BadZipFile, NotImplementedError, IndexError, UnicodeError) as error:
         raise ValueError(f"{path} is damaged, or a zip file of a kind that can't be read: {error}") from error
+    if places and not any(place.method in (STORED, DEFLATED) for place in places.values()):
+        raise ValueError(
+            f"{path}: {printable(next(iter(places)))} is encrypted, or compressed by another method than deflate, as "
+            f"are all others; pack the files again without"
+        )
     return _images_of(places, links)
 
 
+def _target(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> str:
+    """Where a link leads; one that can't be read leads nowhere."""
+    try:
+        return archive.read(member).decode() if member.file_size <= MAX_LINK else ""
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OSError, ValueError, zlib.error):
+        return ""
+
+
 def _images_of(places: dict[str, Place], links: dict[str, str]) -> dict[str, Place]:
-    """Images, and links to files; those that lead nowhere are told."""
+    """Images, and links to files; those that lead nowhere can't be read, as in a folder."""
     normal = {posixpath.normpath(name): place for name, place in places.items()}
     images = {name: place for name, place in places.items() if _is_image(name)}
-    lost = [name for name in links if _is_image(name) and posixpath.normpath(links[name]) not in normal]
-    images |= {name: normal[posixpath.normpath(links[name])] for name in links if _is_image(name) and name not in lost}
-    if lost:
-        logger.warning(f"{len(lost)} links lead out of the archive or nowhere, such as {printable(lost[0])}: left out")
-    return images
+    lost = Place(0, 0, LOST)
+    return images | {n: normal.get(posixpath.normpath(links[n]), lost) for n in links if _is_image(n)}
 
 
 def _is_image(name: str) -> bool:

@@ -16,6 +16,7 @@ import yaml
 from util import dist
 from util.advice import did_you_mean
 from util.interrupts import Interrupted
+from util.untrusted import printable, recipe_problem, value_problem
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,9 @@ class _Parser(argparse.ArgumentParser):
         formatter = self._get_formatter()
         formatter.add_usage(None, needed, [])
         usage = " ".join(formatter.format_help().split())
-        self.exit(2, f"{self.prog}: error: {self.recipe}{message}\n{usage} [FLAGS]; --help explains the flags\n")
+        self.exit(
+            2, f"{self.prog}: error: {printable(self.recipe + message)}\n{usage} [FLAGS]; --help explains the flags\n"
+        )
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse does. Unknown flags are found first, and the error names the nearest known one."""
@@ -141,7 +144,10 @@ def _recipe_flags(parser: _Parser, path: Path) -> list[str]:
     if not path.is_file():
         parser.error(f"--config: there is no file {path}")
     try:
-        recipe = yaml.load(path.read_text(encoding="utf-8-sig"), _RecipeLoader)
+        text = path.read_text(encoding="utf-8-sig")
+        if problem := recipe_problem(text):
+            parser.error(f"--config {path} {problem}")
+        recipe = yaml.load(text, _RecipeLoader)
     except OSError as error:
         parser.error(f"--config {path} can't be read: {error.strerror}")
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # values: an encoding other than UTF-8, an odd number
@@ -172,6 +178,9 @@ def _entry_flags(parser: argparse.ArgumentParser, key: str, value: Any) -> list[
             parser.error(f"{key} takes a value, not {value}")
         return [switches[value]] if value in switches else []
     values = value if isinstance(value, list) else [value]
+    for one in values:
+        if isinstance(one, str) and (problem := value_problem(key, one)):
+            parser.error(problem)
     if any(not isinstance(one, str | int | float | None) or str(one).startswith("--") for one in values):
         parser.error(f"{key} takes a plain value, or a list of plain values, not {value}")
     if isinstance(value, list):
@@ -218,7 +227,7 @@ def _fail(
 ) -> None:
     if "debug" in args and args.debug:
         traceback.print_exception(error)
-    print(f"{parser.prog}: error: {said}", file=sys.stderr)
+    print(f"{parser.prog}: error: {printable(said)}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -4,8 +4,9 @@ import inspect
 import logging
 import random
 import sys
+import tarfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ import numpy as np
 import torchvision
 
 from util import dist
-from util.archives import find_members
+from util.archives import BoundedTarInfo, check_size, find_members
 from util.decode import SUFFIXES, BadImage, Picture
-from util.sources import printable
+from util.untrusted import printable, read_file
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ class TorchvisionSet:
         if "small" in takes and any(Path(given["root"]).glob("*_256*")):  # Places365 of 256 pixels
             given["small"] = True
         if "loader" in takes:
-            given["loader"] = _read_bytes  # our own decoder does the rest
+            given["loader"] = read_file  # our own decoder does the rest
         parts = self._parts(make, takes, split, part)
         if dist.is_main() and download and "download" in takes:
             self._open(make, given | {"download": True}, parts)
@@ -121,10 +122,6 @@ def _parameters(make: type) -> set[str]:
         if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values()):
             break
     return names
-
-
-def _read_bytes(path: str | Path) -> bytes:
-    return Path(path).read_bytes()
 
 
 def _listed_labels(images: Any) -> np.ndarray | None:
@@ -197,7 +194,7 @@ class HuggingFaceSet:
         image, label = row[self.image], row[self.label] if self.label else -1
         if image is None:
             raise BadImage("there is no image in this row")
-        data = image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
+        data = image["bytes"] if image["bytes"] is not None else read_file(image["path"])
         return data, -1 if label is None else label
 
     def name(self, index: int) -> str:
@@ -228,8 +225,10 @@ class Shards:
         self.title = f"wds:{pattern}"
         self.classes: list[str] = []  # labels are numbers without names
         expanded = webdataset.shardlists.expand_urls(pattern)
-        self.urls = [url for one in expanded for url in (_matching(one) if "*" in one else [one])]
-        files = [Path(url) for url in self.urls if "://" not in url and not url.startswith("pipe:")]
+        urls = [url for one in expanded for url in (_matching(one) if "*" in one else [one])]
+        files = [Path(url).absolute() for url in urls if not _is_scheme(url)]
+        # The path from the root, because webdataset would take a file named `pipe:...` for a command.
+        self.urls = [url if _is_scheme(url) else str(Path(url).absolute()) for url in urls]
         missing = [str(file) for file in files if not file.is_file()]
         if missing or not self.urls:
             raise ValueError(f"--dataset {self.title}: there is no file {(missing or [pattern])[0]}")
@@ -270,7 +269,8 @@ class Shards:
         for lap in range(laps):
             order = enumerate(generator.permutation(len(self.urls)), start=lap * len(self.urls))
             mine = [{"url": self.urls[number]} for position, number in order if position % parts == part]
-            for sample in mixed(webdataset.tarfile_samples(mine, handler=handle)):
+            members = read_shards(webdataset.tariterators.url_opener(mine, handler=handle), handle)
+            for sample in mixed(webdataset.tariterators.group_by_keys(members, handler=handle)):
                 data = next((sample[key] for key in sample if f".{key}".lower().endswith(SUFFIXES)), None)
                 if data is not None:
                     had_some = lap
@@ -279,6 +279,34 @@ class Shards:
                     yield name, data, int(label) if label.strip().isdecimal() else -1
             if lap - had_some > parts:
                 raise ValueError(f"--dataset {self.title}: no images in these shards")
+
+
+def _is_scheme(url: str) -> bool:
+    return "://" in url or url.startswith("pipe:")
+
+
+def read_shards(opened: Iterable[dict[str, Any]], handle: Callable[[Exception], bool]) -> Iterator[dict[str, Any]]:
+    """The images and labels of open shards, as webdataset's own reader has them, but of a bounded size.
+
+    Args:
+        opened: {"url", "stream"} of each.
+        handle: told of what can't be read; True goes on with the next shard.
+    """
+    for shard in opened:
+        try:
+            with tarfile.open(fileobj=shard["stream"], mode="r|*", tarinfo=BoundedTarInfo) as archive:
+                for member in archive:
+                    if member.isreg() and member.name.lower().endswith((*SUFFIXES, ".cls")):
+                        check_size(member.size)
+                        file = archive.extractfile(member)
+                        assert file is not None
+                        yield {"fname": member.name, "data": file.read(), "__url__": shard["url"]}
+                    archive.members = []  # type: ignore[attr-defined]  # else it keeps all that it has passed
+            yield {}  # so that no sample is of two shards
+        except Exception as error:
+            error.args = (*error.args, shard["url"])
+            if not handle(error):
+                return
 
 
 def _count_samples(file: Path) -> int:
@@ -297,4 +325,4 @@ def _count_samples(file: Path) -> int:
 
 def _matching(pattern: str) -> list[str]:
     folder = Path(pattern).parent
-    return sorted(str(path) for path in folder.glob(Path(pattern).name))
+    return sorted(str(path.absolute()) for path in folder.glob(Path(pattern).name))

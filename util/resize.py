@@ -21,6 +21,7 @@ from util import atomic, cli, flags
 from util.decode import BadImage, read
 from util.loader import up_to_cores
 from util.sources import image_files
+from util.untrusted import printable, read_file
 
 logger = logging.getLogger(__name__)
 
@@ -42,10 +43,10 @@ def resize(name: str, folder: Path, copy: Path, short_side: int, quality: int) -
     if target.exists():
         return "there before", ""
     try:
-        data = (folder / name).read_bytes()
+        data = read_file(folder / name)
         scaled = scale(data, short_side, quality)
     except Exception as error:  # decoders raise whatever damaged bytes lead them to
-        return "can't be read", f"{name}: {' '.join(str(error).split())}"
+        return "can't be read", printable(f"{name}: {' '.join(str(error).split())}")
     with atomic.replacing(target, sync=False) as written:  # to wait for the disk after each would take longer than all
         written.write_bytes(scaled or data)
     return "scaled" if scaled else "copied as they are", ""

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from util.decode import SUFFIXES, Picture
+from util.untrusted import printable, read_file
 
 logger = logging.getLogger(__name__)
 
@@ -61,11 +62,6 @@ class Strings:
         return self.bytes[start : self.ends[index]].tobytes().decode("utf-8", "surrogateescape")
 
 
-def printable(name: str) -> str:
-    """A file's name for messages: names need not be UTF-8, nor fit on a line."""
-    return name.encode("utf-8", "backslashreplace").decode().replace("\n", "\\n")
-
-
 def first_few(names: Sequence[str]) -> str:
     """Five of many names, for messages."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
@@ -92,8 +88,7 @@ class Files:
         return len(self.names)
 
     def __getitem__(self, index: int) -> tuple[bytes, int]:
-        with open(self._path(index), "rb") as file:
-            return file.read(), int(self.labels[index])
+        return read_file(self._path(index)), int(self.labels[index])
 
     def name(self, index: int) -> str:
         """The file's path."""

@@ -1,0 +1,68 @@
+"""Files of strangers: names that write to the terminal, pipes, devices, files without an end."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from util.untrusted import MAX_BYTES, printable, read_file
+
+
+def test_what_strangers_name_fits_on_a_line_of_a_terminal():
+    assert printable("plain, ünïcode 图 and blanks") == "plain, ünïcode 图 and blanks"
+    assert printable("a\x1b]0;title\x07b\r\nc\x9b2J") == r"a\x1b]0;title\x07b\r\nc\x9b2J"
+    assert printable("gnp.\u202eevil\udce9") == r"gnp.\u202eevil\udce9"
+
+
+def test_only_regular_files_of_a_bounded_size_are_read(tmp_path):
+    (tmp_path / "some").write_bytes(b"some")
+    assert read_file(tmp_path / "some") == b"some"
+    os.mkfifo(tmp_path / "pipe")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "socket"))
+        for name in ("pipe", "socket", "/dev/zero", "."):
+            with pytest.raises(OSError, match=r"not a regular file|No such device|Is a directory"):
+                read_file(tmp_path / name)
+    with (tmp_path / "sparse").open("wb") as file:
+        file.truncate(MAX_BYTES + 1)
+    with pytest.raises(OSError, match="1,073,741,825 bytes, and at most 1,073,741,824 are read"):
+        read_file(tmp_path / "sparse")
+
+
+def test_a_data_set_of_pipes_devices_and_odd_names(tmp_path):
+    """The command ends, names all of them, and sends nothing to the terminal that it would obey."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    (folder / "pipe.png").symlink_to(tmp_path / "pipe")
+    (folder / "zero.png").symlink_to("/dev/zero")
+    (folder / "\x1b]0;owned\x07.png").write_bytes(b"P5 \x1b[2J")
+    with (folder / "endless.png").open("wb") as file:
+        file.truncate(1 << 40)
+    command = [sys.executable, "-m", "util.datasets", str(folder), "--num_workers", "0"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert "unreadable  4" in done.stdout
+    assert done.stdout.count("not a regular file") == 2
+    assert "1,099,511,627,776 bytes, and at most" in done.stdout
+    assert r"\x1b]0;owned\x07.png" in done.stdout
+    assert not set("\x1b\x07") & set(done.stdout + done.stderr)
+
+
+def test_a_file_named_like_a_command_is_a_file(tmp_path):
+    (tmp_path / "pipe:touch mark #.tar").write_bytes(bytes(1024))
+    script = (
+        "from util.library_sets import Shards\n"
+        "import os; os.chdir(os.environ['HERE'])\n"
+        "shards = Shards('*.tar', 1)\n"
+        "print(list(shards.stream([0], 0, 1, lambda name, error: True, laps=1)))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=os.environ | {"HERE": str(tmp_path)}, capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
+    assert done.stdout.strip() == "[]", done.stderr
+    assert not (tmp_path / "mark").exists()
