@@ -59,6 +59,21 @@ def test_an_old_python_is_named(clone, tools):
     assert "Python 3.9.2" in line
 
 
+@pytest.mark.parametrize(
+    ("user", "said"),
+    [(0, "apt-get could not install python3-venv"), (1000, "type: sudo apt-get install python3-venv")],
+)
+def test_a_python_without_venv_is_named(clone, tools, user, said):
+    """Debian's python3 comes without; root without a network, and anybody else."""
+    write_tool(tools, "id", f"echo {user}")
+    write_tool(tools, "apt-get", "echo E: no network >&2; exit 100")
+    write_tool(tools, "python3", "case $* in *ensurepip*) exit 1; esac")
+    done = run(clone, "demo", path=f"{tools}:{os.environ['PATH']}")
+    assert done.returncode == 1
+    assert said in done.stderr.splitlines()[-1]
+    assert not (clone / ".venv").exists()
+
+
 def disks(tools: Path, here: int, temporary: int) -> None:
     """A df of two file systems, with so many free GB."""
     write_tool(
