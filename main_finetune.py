@@ -134,6 +134,7 @@ def main(args: Namespace) -> Evaluation | None:
         ),
         after_epoch=evaluate_epoch,
         loss_tag="loss",
+        evaluates=True,
     )
     return None
 

@@ -1,4 +1,7 @@
-"""Signals: the step is finished, the state saved, the exit code tells; and nothing of the run is lost."""
+"""Signals: the update is finished, the state saved, the exit code tells; and nothing of the run is lost.
+
+They go to all processes of a run, its worker processes included, as terminals, `timeout`, torchrun and Slurm send them.
+"""
 
 import os
 import re
@@ -13,20 +16,21 @@ import torch
 from conftest import ROOT, torchrun
 from mains import assert_equal, lines, weights
 
+from util import checkpoint
 from util.interrupts import Interrupted, Interrupts
 
 EPOCHS = 40
 FLAGS = ["--model", "mae_vit_mini_patch4", "--input_size", 16, "--epochs", EPOCHS, "--warmup_epochs", 1, "--blr", 0.01,
-         "--num_workers", 0, "--device", "cpu", "--vis_every", 0, "--save_every", 1000, "--resume", "auto"]  # fmt: skip
+         "--num_workers", 1, "--device", "cpu", "--vis_every", 0, "--save_every", 1000, "--resume", "auto"]  # fmt: skip
 
 
-def start(pictures, out, processes=1, *more):
+def start(pictures, out, processes=1, *more, script="main_pretrain.py"):
     launcher = [sys.executable] if processes == 1 else torchrun(processes)
-    command = [*launcher, "main_pretrain.py", "--data_path", pictures, "--output_dir", out, "--batch_size",
+    command = [*launcher, script, "--data_path", pictures, "--output_dir", out, "--batch_size",
                4 // processes, *FLAGS, *more]  # fmt: skip
     return subprocess.Popen(
         [str(part) for part in command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env=os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}, start_new_session=True,
     )  # fmt: skip
 
 
@@ -37,7 +41,7 @@ def stop_after_an_epoch(process, out, *signals):
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.02)
     for number in signals:
-        process.send_signal(number)
+        os.killpg(process.pid, number)
     said = process.communicate(timeout=60)[0]
     return process.returncode, said
 
@@ -59,6 +63,7 @@ def test_signals_save_and_lose_nothing(pictures, tmp_path, undisturbed):
         assert code == 128 + number, said
         assert f"{number.name}: the run stops after this update and saves its state" in said
         assert f"stopped by {number.name}, the state is saved; the same command with --resume auto goes on" in said
+        assert "DataLoader" not in said
         assert "Traceback" not in said
         state = torch.load(tmp_path / "checkpoint-last.pth", weights_only=True)
         assert reached < state["progress"]["epoch"] < EPOCHS
@@ -95,7 +100,7 @@ def test_a_killed_process_ends_the_others(pictures, tmp_path):
 
 
 def test_a_killed_loading_process_is_a_sentence(pictures, tmp_path):
-    process = start(pictures, tmp_path, 1, "--num_workers", 1, "--epochs", 2000)
+    process = start(pictures, tmp_path, 1, "--epochs", 2000)
     while not (tmp_path / "log.txt").exists():
         time.sleep(0.02)
     (child,) = [pid for pid in os.listdir("/proc") if pid.isdecimal() and parent_of(pid) == process.pid]
@@ -107,6 +112,50 @@ def test_a_killed_loading_process_is_a_sentence(pictures, tmp_path):
     assert (tmp_path / "checkpoint-last.pth").exists()
 
 
+LONG_EVALUATION = """
+import sys, time
+sys.path.insert(0, {root!r})
+import main_finetune
+from util import cli
+
+def slowly(*given, **named):
+    print("evaluates", flush=True)
+    time.sleep(300)
+main_finetune.evaluate = slowly
+cli.run(main_finetune.main, main_finetune.get_args_parser())
+"""
+
+
+def test_an_evaluation_ends_at_once_and_is_repeated(labelled, tmp_path):
+    """Slurm kills 30 seconds after its signal, and an evaluation may take longer."""
+    flags = ["--model", "vit_mini_patch4", "--input_size", 16, "--epochs", 2, "--warmup_epochs", 1, "--lr", 0.003,
+             "--num_workers", 1, "--device", "cpu", "--batch_size", 8, "--data_path", labelled]  # fmt: skip
+    (tmp_path / "slow.py").write_text(LONG_EVALUATION.format(root=str(ROOT)))
+
+    def finetune(out, script):
+        command = [sys.executable, script, *flags, "--output_dir", tmp_path / out, "--resume", "auto"]
+        return subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                text=True, start_new_session=True)  # fmt: skip
+
+    process = finetune("parts", tmp_path / "slow.py")
+    for line in process.stdout:
+        if line == "evaluates\n":
+            break
+    os.killpg(process.pid, signal.SIGTERM)
+    said = process.communicate(timeout=30)[0]
+    assert process.returncode == 128 + signal.SIGTERM, said
+    assert "SIGTERM: the run stops now and saves its state" in said
+    assert checkpoint.position(tmp_path / "parts/checkpoint-last.pth") == (0, 48)
+    for out in ("parts", "whole"):
+        process = finetune(out, "main_finetune.py")
+        assert process.communicate(timeout=120)[0]
+        assert process.returncode == 0
+    parts, whole = tmp_path / "parts", tmp_path / "whole"
+    assert_equal(weights(parts), weights(whole))
+    for key in ("train_loss", "test_acc1", "test_loss"):
+        assert [line[key] for line in lines(parts)] == [line[key] for line in lines(whole)]
+
+
 def parent_of(pid):
     try:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
@@ -115,14 +164,13 @@ def parent_of(pid):
 
 
 def second_process(out):
-    """The process of rank 1, once there is an epoch."""
+    """The process of rank 1, once there is an epoch; its worker processes have higher numbers."""
     while not (out / "log.txt").exists():
         time.sleep(0.02)
-    (second,) = [
+    return min(
         int(pid) for pid in os.listdir("/proc")
         if pid.isdecimal() and environment_of(pid).get("RANK") == "1" and str(out) in command_of(pid)
-    ]  # fmt: skip
-    return second
+    )  # fmt: skip
 
 
 def environment_of(pid):

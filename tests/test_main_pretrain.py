@@ -1,5 +1,6 @@
 """The real script: what it leaves, that it continues exactly, and what it says to wrong inputs."""
 
+import shutil
 import subprocess
 import sys
 
@@ -128,6 +129,35 @@ def test_resumed_with_another_number_of_processes(pretrain, pictures, tmp_path, 
         pretrain("parts", **settings)
     in_processes(2, pictures, tmp_path / "parts", "--batch_size", 4, "--epochs", 3, "--resume", "auto")
     assert_close(whole, tmp_path / "parts", "checkpoint-2.pth")
+
+
+def test_going_back_to_an_earlier_checkpoint_begins_a_branch(pretrain, monkeypatch):
+    """Interrupted, the branch is resumed, and not what it replaces; --keep_last counts its checkpoints alone."""
+    settings = {"epochs": 6, "save_every": 1, "save_minutes": 0}
+    first = pretrain("run", **settings)
+    back = {**settings, "resume": first / "checkpoint-1.pth", "mask_ratio": 0.5}
+    shutil.copytree(first, first.parent / "whole")
+    whole = pretrain("whole", **back | {"resume": first.parent / "whole/checkpoint-1.pth"})
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_after(patch, "save", 2)
+        pretrain("run", **back)
+    assert checkpoint.position(first / "checkpoint-last.pth") == (2, 8)
+    resumed = pretrain("run", **back | {"resume": "auto", "keep_last": 1})
+    assert_equal(weights(resumed, "checkpoint-5.pth"), weights(whole, "checkpoint-5.pth"))
+    assert [line["train_loss"] for line in lines(resumed)] == [line["train_loss"] for line in lines(whole)]
+    assert len(lines(first / "abandoned/1")) == 6
+    assert {path.name for path in (first / "abandoned/1").glob("*.pth")} == {
+        "checkpoint-2.pth", "checkpoint-3.pth", "checkpoint-4.pth", "checkpoint-5.pth", "checkpoint-last.pth",
+    }  # fmt: skip
+    assert {path.name for path in first.glob("*.pth")} == {"checkpoint-5.pth", "checkpoint-last.pth"}
+
+
+def test_a_checkpoint_that_is_refused_sets_nothing_aside(pretrain):
+    out = pretrain("run", save_every=1)
+    with pytest.raises(ValueError, match="another architecture"):
+        pretrain("run", resume=out / "checkpoint-0.pth", in_chans=1)
+    assert not (out / "abandoned").exists()
+    assert len(lines(out)) == 2
 
 
 def test_changed_settings_are_told(pretrain, capsys):

@@ -1,6 +1,8 @@
 """Saving beside the training: which files, when, and what becomes of a failure."""
 
+import re
 from concurrent.futures import wait
+from pathlib import Path
 
 import pytest
 import torch
@@ -53,10 +55,64 @@ def test_a_state_that_cannot_be_written_does_not_end_the_run(tmp_path, caplog):
     assert saver.wish() is Wish.NOTHING
     assert "can't write" in caplog.text
     assert "tries again in a minute" in caplog.text
-    saver.save_epoch(20)
-    assert saver.save_emergency(0, 1, {}) == ""
-    with pytest.raises(OSError, match="can't write"):
-        saver.save_epoch(49)  # the result of the run
+    saver.save_epoch(20, accuracy=50.0)
+    wait([saver.writing])
+    assert saver.wish() is Wish.NOTHING
+    saver.save(21, 1, {})
+    wait([saver.writing])
+    assert saver.wish() is Wish.NOTHING
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "gone").mkdir()
+    saver.save(21, 2, {})
+    saver.close()
+    names = {path.name: checkpoint.position(path) for path in (tmp_path / "gone").iterdir()}
+    assert names == {"checkpoint-20.pth": (21, 0), "checkpoint-best.pth": (21, 0), "checkpoint-last.pth": (21, 16)}
+
+
+def rescued(text):
+    place = Path(re.search(r"The state is in (\S+): move its files to \S+gone, and --resume auto", text)[1])
+    return {path.name: checkpoint.position(path) for path in place.iterdir()}
+
+
+def test_what_a_run_cannot_write_at_its_end_is_in_the_temporary_folder(tmp_path, caplog):
+    """Its result; its last state when it is stopped; the state of before an error; and when too many states wait."""
+    with pytest.raises(OSError, match=r"can't write .*checkpoint-49\.pth") as stop:
+        make_saver(tmp_path / "gone").save_epoch(49)
+    assert rescued(str(stop.value)) == {"checkpoint-49.pth": (50, 0)}
+
+    saver = make_saver(tmp_path / "gone")
+    saver.save(7, 1, {})
+    with pytest.raises(OSError, match="can't write") as stop:
+        saver.stop()
+    assert rescued(str(stop.value)) == {"checkpoint-last.pth": (7, 8)}
+
+    saver = make_saver(tmp_path / "gone")
+    assert saver.save_emergency(3, 1, {}) == ""
+    assert rescued(caplog.text) == {"checkpoint-emergency.pth": (3, 8)}
+    caplog.clear()
+
+    saver = make_saver(tmp_path / "gone")
+    saver.save(7, 1, {})
+    saver.close()
+    assert rescued(caplog.text) == {"checkpoint-last.pth": (7, 8)}
+
+    saver = make_saver(tmp_path / "gone", save_every=1)
+    saver.save_epoch(0)
+    saver.save_epoch(1)
+    with pytest.raises(OSError, match="can't write") as stop:
+        saver.save_epoch(2)
+    assert rescued(str(stop.value)) == {"checkpoint-0.pth": (1, 0), "checkpoint-1.pth": (2, 0)}
+
+
+def test_the_best_accuracy_is_that_of_a_file_that_is_there(tmp_path):
+    saver = make_saver(tmp_path)
+    saver.progress.best_accuracy = 70.0
+    again = Saver(Interrupts(), tmp_path, dict, saver.progress, epochs=50, save_every=20, save_minutes=15)
+    assert again.progress.best_accuracy == -1.0
+    saver.save_epoch(1, 50.0)
+    saver.close()
+    again = Saver(Interrupts(), tmp_path, dict, saver.progress, epochs=50, save_every=20, save_minutes=15)
+    assert again.progress.best_accuracy == 50.0
 
 
 def test_the_best_state_is_kept_beside_the_milestones(tmp_path):

@@ -117,14 +117,25 @@ def newest_first(folder: Path) -> list[Path]:
     reached = []
     for path in checkpoints(folder):
         try:
-            state = _load(
-                path / STATE if path.is_dir() else path, mmap=True
-            )  # names and plain values are read, tensors only if they are looked at
-            progress = state.get("progress") or {"epoch": state["epoch"] + 1, "images_done": 0}
-            reached.append((progress["epoch"], progress["images_done"], path))
-        except (CheckpointError, KeyError, TypeError) as error:
+            reached.append((position(path), path))
+        except CheckpointError as error:
             logger.warning(f"--resume auto skips {path.name}: {error}")
-    return [path for *_, path in sorted(reached, reverse=True)]
+    return [path for _, path in sorted(reached, reverse=True)]
+
+
+def position(path: Path) -> tuple[int, int]:
+    """The position in its run that a checkpoint resumes from: epoch, and images done of that epoch.
+
+    Raises:
+        CheckpointError: it can't be read.
+    """
+    # With mmap, names and plain values are read, tensors only if they are looked at.
+    state = _load(path / STATE if path.is_dir() else path, mmap=True)
+    try:
+        progress = state.get("progress") or {"epoch": state["epoch"] + 1, "images_done": 0}
+        return progress["epoch"], progress["images_done"]
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} has no position of a run ({error!r})") from error
 
 
 def checkpoints(folder: Path) -> list[Path]:

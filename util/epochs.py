@@ -3,7 +3,7 @@
 import logging
 from argparse import Namespace
 from collections.abc import Callable, Mapping
-from contextlib import closing
+from contextlib import ExitStack, closing, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,10 @@ from torch.optim import Optimizer
 
 from util import dist, lr_sched, runfolder, runlog, runstate
 from util.compiling import compile_model
-from util.interrupts import Interrupts
+from util.interrupts import Interrupted, Interrupts
 from util.loop import NonFiniteGuard
 from util.precision import Precision
-from util.saver import open_saver
+from util.saver import NullSaver, open_saver
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +32,7 @@ def run(
     after_epoch: Callable[[int, runlog.NullLog], dict[str, Any]],
     loss_tag: str = "train_loss",
     trained: nn.Module | None = None,
+    evaluates: bool = False,
 ) -> None:
     """Trains to the end of the last epoch.
 
@@ -46,63 +47,97 @@ def run(
             checkpoint-best.pth.
         loss_tag: the loss's name in TensorBoard.
         trained: the part of the model that is called with a batch; all of it by default.
+        evaluates: `after_epoch` takes long, and changes nothing that is saved: the state is saved before, and a signal
+            ends it at once. A resumed run repeats it.
     """
     args = Namespace(**settings)
     output_dir = Path(args.output_dir)
     global_batch_size = args.batch_size * dist.world_size()
     effective_batch_size = global_batch_size * args.accum_iter
-    told = (f"{name}={value}" for name, value in sorted(settings.items()) if name != "classes")
-    logger.info("settings: " + " ".join(told))
+    shown = (f"{name}={value}" for name, value in sorted(settings.items()) if name != "classes")
+    logger.info("settings: " + " ".join(shown))
     base = max(args.blr) if isinstance(args.blr, list) else args.blr
     args.lr = lr_sched.scaled_lr(args.lr, base, effective_batch_size)
     logger.info(f"{args.model} on {precision.device} in {precision.name}, {dist.world_size()} process(es)")
 
     progress = runstate.Progress(effective_batch_size, global_batch_size, args.start_epoch, batches.num_images)
-    runstate.resume(args.resume, output_dir, model, optimizer, precision.scaler, dict(settings), progress)
-    collect = partial(runstate.collect, model, optimizer, precision.scaler, dict(settings))
-    interrupts = Interrupts()
-    saver = open_saver(
-        interrupts, output_dir, collect, progress, dist.is_sharded(model),
-        epochs=args.epochs, save_every=args.save_every, save_minutes=args.save_minutes, keep_last=args.keep_last,
-    )  # fmt: skip
-    if args.compile:
-        compile_model(trained or model, precision.device)
-    train = partial(
-        train_one_epoch,
-        dist.wrap(trained or model, precision.device),
-        batches,
-        optimizer,
-        schedule=partial(lr_sched.adjust_learning_rate, optimizer, args=args),
-        precision=precision,
-        guard=NonFiniteGuard(args.on_nonfinite, precision.overflow_is_normal),
-        accum_iter=args.accum_iter,
-        clip_grad=args.clip_grad,
-        saver=saver,
-    )
-    if progress.epoch >= args.epochs:
-        logger.info(f"nothing is left to do: the run has its {args.epochs} epochs")
-    first_x = int(1000 * (progress.epoch + progress.first_step / len(batches)))
-    open_log = partial(
-        runlog.open_log, output_dir, Path(args.log_dir), args.epochs,
-        first_epoch=progress.epoch, first_x=first_x, loss_tag=loss_tag,
-    )  # fmt: skip
-    with runfolder.locked(output_dir), closing(open_log()) as log, closing(saver), interrupts:
-        for epoch in range(progress.epoch, args.epochs):
-            meters = runlog.Meters(**progress.meters)
-            train(epoch=epoch, first_step=progress.first_step, meters=meters, log=log)
-            try:
-                progress.next_epoch()
-                dist.share_buffers(model)  # batch norm's statistics are each process's own until here
-                due = (epoch + 1) % settings.get("eval_every", 1) == 0 or epoch + 1 == args.epochs
-                found = after_epoch(epoch, log) if due else {}
-                # The line first: a run stopped between the two writes that epoch, and its line, again.
-                log.end_epoch(meters.means() | found | batches.counts())
-                saver.save_epoch(epoch, found.get("test_acc1"))
-                # A signal may have come while one process evaluated, or wrote.
-                stops = epoch + 1 < args.epochs and any(dist.gather(interrupts.pending))
-            except Exception:  # an image that can't be read, say: the epoch is not lost, and evaluated when resumed
-                saver.save(epoch, len(batches), meters.state_dict(), alone=True)
-                raise
-            if stops:
-                saver.save(epoch + 1, 0, {})
-                saver.stop()
+    with ExitStack() as stack:
+        stack.enter_context(runfolder.locked(output_dir))
+        runstate.resume(args.resume, output_dir, model, optimizer, precision.scaler, dict(settings), progress)
+        interrupts = Interrupts()
+        saver = open_saver(
+            interrupts, output_dir, partial(runstate.collect, model, optimizer, precision.scaler, dict(settings)),
+            progress, dist.is_sharded(model),
+            epochs=args.epochs, save_every=args.save_every, save_minutes=args.save_minutes, keep_last=args.keep_last,
+        )  # fmt: skip
+        if args.compile:
+            compile_model(trained or model, precision.device)
+        train = partial(
+            train_one_epoch,
+            dist.wrap(trained or model, precision.device),
+            batches,
+            optimizer,
+            schedule=partial(lr_sched.adjust_learning_rate, optimizer, args=args),
+            precision=precision,
+            guard=NonFiniteGuard(args.on_nonfinite, precision.overflow_is_normal),
+            accum_iter=args.accum_iter,
+            clip_grad=args.clip_grad,
+            saver=saver,
+        )
+        if progress.epoch >= args.epochs:
+            logger.info(f"nothing is left to do: the run has its {args.epochs} epochs")
+        first_x = int(1000 * (progress.epoch + progress.first_step / len(batches)))
+        log = runlog.open_log(
+            output_dir, Path(args.log_dir), args.epochs,
+            first_epoch=progress.epoch, first_x=first_x, loss_tag=loss_tag,
+        )  # fmt: skip
+        for resource in (closing(log), closing(saver), interrupts):
+            stack.enter_context(resource)
+        _train_epochs(
+            train, after_epoch, model, batches, progress, interrupts, saver, log,
+            epochs=args.epochs, eval_every=settings.get("eval_every", 1), evaluates=evaluates,
+        )  # fmt: skip
+
+
+def _train_epochs(
+    train: Callable[..., None],
+    after_epoch: Callable[[int, runlog.NullLog], dict[str, Any]],
+    model: nn.Module,
+    batches: Any,
+    progress: runstate.Progress,
+    interrupts: Interrupts,
+    saver: NullSaver,
+    log: runlog.NullLog,
+    *,
+    epochs: int,
+    eval_every: int,
+    evaluates: bool,
+) -> None:
+    for epoch in range(progress.epoch, epochs):
+        meters = runlog.Meters(**progress.meters)
+        train(epoch=epoch, first_step=progress.first_step, meters=meters, log=log)
+        try:
+            progress.next_epoch()
+            dist.share_buffers(model)  # batch norm's statistics are each process's own until here
+            found: dict[str, Any] = {}
+            if (epoch + 1) % eval_every == 0 or epoch + 1 == epochs:
+                if evaluates:
+                    saver.save(epoch, len(batches), meters.state_dict())
+                with interrupts.at_once() if evaluates else nullcontext():
+                    found = after_epoch(epoch, log)
+            # The line first: a run stopped between the two writes that epoch, and its line, again.
+            log.end_epoch(meters.means() | found | batches.counts())
+            saver.save_epoch(epoch, found.get("test_acc1"))
+            # A signal may have come while one process evaluated, or wrote.
+            stops = epoch + 1 < epochs and any(dist.gather(interrupts.pending))
+        except Interrupted:  # the state was saved before the evaluation
+            raise
+        except (
+            Exception
+        ) as error:  # an image that can't be read, say: the epoch is not lost, and evaluated when resumed
+            saver.save(epoch, len(batches), meters.state_dict(), alone=True)
+            saver.raise_if_stopping(error)
+            raise
+        if stops:
+            saver.save(epoch + 1, 0, {})
+            saver.stop()

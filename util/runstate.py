@@ -131,7 +131,8 @@ def resume(
     """Puts model, optimizer, scaler, random generators and position back to where a run stood.
 
     Args:
-        which: a checkpoint's path; "auto" for the newest in `output_dir`, if any; "" for none.
+        which: a checkpoint's path, of which later checkpoints of the run are set aside; "auto" for the newest in
+            `output_dir`, if any; "" for none.
         settings: of this run; a warning tells which differ from the checkpoint's.
 
     Raises:
@@ -158,6 +159,9 @@ def resume(
     here = torch.tensor([progress.epoch, progress.first_step], device=next(model.parameters()).device)
     if not torch.equal(dist.mean_over_processes(here.float()), here.float()):
         raise CheckpointError(f"the processes found different checkpoints: --output_dir {output_dir} must be shared")
+    if which not in ("", "auto") and dist.is_main():  # all processes have accepted it
+        runfolder.begin_branch(output_dir, Path(which))
+    dist.barrier()
 
 
 def read_newest(output_dir: Path) -> dict[str, Any] | None:

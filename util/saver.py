@@ -9,6 +9,7 @@ import logging
 import math
 import shutil
 import signal
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 LAST, BEST, EMERGENCY = "checkpoint-last.pth", "checkpoint-best.pth", "checkpoint-emergency.pth"
 RETRY_SECONDS = 60.0  # after a state that could not be written
+MAX_UNWRITTEN = 2  # milestones and best states that wait in memory until the disk has space again
 
 
 class NullSaver:
@@ -71,7 +73,10 @@ class NullSaver:
 
 
 class Saver(NullSaver):
-    """Writes a run's states: milestones that stay, and a rolling `checkpoint-last.pth`. The run goes on meanwhile.
+    """Writes a run's states: milestones that stay, and a rolling `checkpoint-last.pth`. The run continues meanwhile.
+
+    A milestone or best state that can't be written stays in memory, and is tried again every minute. If too many of
+    them wait, or the run ends, they are written to the system's temporary folder.
 
     Args:
         collect: gives the state, without the run's position.
@@ -103,10 +108,13 @@ class Saver(NullSaver):
         self.next_save = time.monotonic() + self.save_seconds
         self.writer = ThreadPoolExecutor(1, "saver")
         self.writing: Future[Path] | None = None
+        if not any(path.stem == Path(BEST).stem for path in checkpoint.checkpoints(output_dir)):
+            progress.best_accuracy = -1.0  # the best state of the branch that is resumed may have been overwritten
+        self.unwritten: list[tuple[dict[str, Any], list[Path]]] = []  # states with their files, the oldest first
 
     def wish(self) -> Wish:
         if self.writing and self.writing.done():
-            self._finish("The run goes on and tries again in a minute.")
+            self._finish("The run continues, and tries again in a minute.")
         if time.monotonic() < self.next_save:
             return super().wish()
         self.next_save = math.inf  # until that wish is fulfilled
@@ -125,18 +133,37 @@ class Saver(NullSaver):
         if names:
             self._write(names, epoch + 1, 0, {})
         if epoch == self.epochs - 1:
-            self._finish()  # without the run's result, it has failed
+            self._settle()  # without the run's result, it has failed
 
     def save_emergency(self, epoch: int, steps_done: int, meters: dict[str, Any]) -> str:
-        self._write([EMERGENCY], epoch, steps_done, meters)
-        return str(self._finish("There is no state of this step.") or "")
+        try:
+            self._write([EMERGENCY], epoch, steps_done, meters)
+            return str(self._settle())
+        except OSError as error:  # the run ends on the error before it
+            logger.error(str(error))
+            return ""
 
     def close(self) -> None:
-        self._finish("The state before it stands.")
+        try:
+            self._settle()
+        except OSError as error:
+            logger.error(str(error))  # the run ends on another error, or with its result written
+
+    def stop(self) -> None:
+        self._settle()
+        super().stop()
 
     def _write(self, names: list[str], epoch: int, steps_done: int, meters: dict[str, Any]) -> None:
-        """Copies the state, and begins to write it."""
-        self._finish("The run goes on with the next state.")
+        """Copies the state, and begins to write it.
+
+        Raises:
+            OSError: too many states wait to be written.
+        """
+        self._finish("The run continues, and tries again with the next state.")
+        self.unwritten = [(state, paths) for state, paths in self.unwritten if paths[0].name != LAST]
+        if len(self.unwritten) >= MAX_UNWRITTEN:
+            self._begin()
+            self._settle()
         position = {
             "epoch": epoch,
             "images_done": steps_done * self.progress.global_batch_size,
@@ -146,13 +173,23 @@ class Saver(NullSaver):
             "num_images": self.progress.num_images,
         }
         state = checkpoint.snapshot({**self.collect(), "epoch": epoch - 1, "progress": position})
-        self.next_save = time.monotonic() + self.save_seconds
-        self.writing = self.writer.submit(self._put_down, state, [self.output_dir / name for name in names])
+        self.unwritten.append((state, [self.output_dir / name for name in names]))
+        self._begin()
 
-    def _put_down(self, state: dict[str, Any], paths: list[Path]) -> Path:
-        """Runs beside the training."""
+    def _begin(self) -> None:
+        self.next_save = time.monotonic() + self.save_seconds
+        self.writing = self.writer.submit(self._write_all)
+
+    def _write_all(self) -> Path:
+        """Writes the states that wait, beside the training; returns the last one's file."""
+        while self.unwritten:
+            path = self._write_one(*self.unwritten[0])
+            del self.unwritten[0]
+            self._remove_old()
+        return path
+
+    def _write_one(self, state: dict[str, Any], paths: list[Path]) -> Path:
         checkpoint.write(state, *paths)
-        self._remove_old()
         return paths[0]
 
     def _remove_old(self) -> None:
@@ -162,21 +199,46 @@ class Saver(NullSaver):
             else:
                 path.unlink(missing_ok=True)
 
-    def _finish(self, otherwise: str | None = None) -> Path | None:
-        """Waits for what is being written. If it failed, `otherwise` ends the warning; without it, it is an error."""
+    def _finish(self, otherwise: str) -> None:
+        """Waits for what is being written. If that fails, a warning ends with `otherwise`."""
         writing, self.writing = self.writing, None
         if writing is None:
-            return None
+            return
         try:
-            path = writing.result()
+            logger.info(f"saved {writing.result()}")
         except OSError as error:
-            if otherwise is None:
-                raise
             logger.warning(f"{error}. {otherwise}")
             self.next_save = time.monotonic() + RETRY_SECONDS
+
+    def _settle(self) -> Path | None:
+        """Waits for what is being written; what was not written before is tried once more.
+
+        Returns:
+            The last state's file, also where that is in the temporary folder for want of space.
+
+        Raises:
+            OSError: it can't be written. The message names the place of the states that were saved elsewhere.
+        """
+        writing, self.writing = self.writing, None
+        if writing is None and not self.unwritten:
             return None
+        try:
+            path = writing.result() if writing else self._write_all()
+        except OSError as error:
+            raise OSError(f"{error}. {self._rescue()}") from error
         logger.info(f"saved {path}")
         return path
+
+    def _rescue(self) -> str:
+        """Writes the states that wait to the system's temporary folder; says where they are, and what to do."""
+        unwritten, self.unwritten = self.unwritten, []
+        try:
+            place = Path(tempfile.mkdtemp(prefix="mae-"))
+            for state, paths in unwritten:
+                checkpoint.write(state, *(place / path.name for path in paths))
+        except OSError as error:
+            return f"The temporary folder does not take the state either ({error})"
+        return f"The state is in {place}: move its files to {self.output_dir}, and --resume auto resumes"
 
 
 class ShardedSaver(Saver):
@@ -198,12 +260,23 @@ class ShardedSaver(Saver):
         if not alone:
             super().save(epoch, steps_done, meters)
 
-    def _put_down(self, state: dict[str, Any], paths: list[Path]) -> Path:
+    def _write_one(self, state: dict[str, Any], paths: list[Path]) -> Path:
         folders = [path.with_suffix("") for path in paths]
         sharded.write(state, *folders, group=self.group)
-        if dist.is_main():
-            self._remove_old()
         return folders[0]
+
+    def _remove_old(self) -> None:
+        if dist.is_main():
+            super()._remove_old()
+
+    def _settle(self) -> Path | None:
+        if self.writing is None:
+            self.unwritten = []  # they take all processes, and some may be gone
+        return super()._settle()
+
+    def _rescue(self) -> str:
+        self.unwritten = []
+        return "The checkpoints before it are complete"  # the parts of this one are on several machines
 
 
 def milestones(output_dir: Path) -> list[Path]:
