@@ -47,7 +47,7 @@ ARROWS = {
     r"util\.sources": r"util\.(decode|untrusted)",
     r"util\.pictures": r"util\.transforms",
     r"util\.transforms": r"util\.(bicubic|pos_embed|decode)",
-    r"util\.decode": r"util\.(jpeg|untrusted)",
+    r"util\.decode": r"util\.(jpeg|tiff_bounds|untrusted)",
     r"util\.jpeg": r"util\.bicubic",
     r"util\.\w+": r"",  # the rest are leaves
 }

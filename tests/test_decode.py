@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from util import transforms
 from util.decode import MAX_PIXELS, BadImage, decode, size_of
@@ -222,6 +222,32 @@ def test_twelve_bits_are_scaled_by_their_own_range():
     values = np.array([[0, 4095], [2048, 1]], dtype=np.uint16)
     file = tiff(values, bitspersample=12)
     np.testing.assert_allclose(pixels_of(decode(file, 1))[..., 0], values / 4095, atol=1e-7)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photographs_are_turned_upright_as_pillow_does(orientation):
+    exif = Image.Exif()
+    exif[274] = orientation
+    file = saved(RGB, "PNG", exif=exif)
+    assert np.array_equal(decode(file, 3, upright=True), ImageOps.exif_transpose(Image.open(io.BytesIO(file))))
+
+
+def test_damaged_exif_data_leave_the_pixels():
+    exif = Image.Exif()
+    exif[274] = 6
+    for kind in ("JPEG", "PNG", "WEBP"):
+        file = saved(RGB, kind, exif=exif)
+        whole = decode(file, 3)
+        for damage in (b"II*\0\xff\xff\xff\xff", b"XX*\0\x08\0\0\0", b"II*\0\x08\0\0\x7f"):
+            place = file.index(b"MM\0*" if b"MM\0*" in file else b"II*\0")
+            broken = bytearray(file)
+            broken[place : place + 8] = damage
+            if kind == "PNG":  # whose chunks have checksums
+                start = broken.index(b"eXIf")
+                size = struct.unpack(">I", broken[start - 4 : start])[0]
+                end = start + 4 + size
+                broken[end : end + 4] = struct.pack(">I", zlib.crc32(broken[start:end]))
+            assert np.array_equal(decode(bytes(broken), 3, upright=True), whole), (kind, damage)
 
 
 def test_pages_of_other_sizes_are_no_channels():

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import tifffile
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from tifffile import EXTRASAMPLE, PHOTOMETRIC
 from torch import Tensor
 
-from util import jpeg
+from util import jpeg, tiff_bounds
+from util.untrusted import printable
 
 Picture = Image.Image | Tensor
 
@@ -29,6 +30,7 @@ MODES = {1: "L", 3: "RGB"}
 LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R 601-2, as Pillow's own conversion from colour to grey
 MAX_PIXELS = 178_956_970  # Pillow's limit, kept for all formats: small files could fill the memory when decoded
 MAX_VALUES = 4 * MAX_PIXELS  # with their channels
+ORIENTATION = 0x0112  # the tag of TIFF and EXIF
 ALPHA = (EXTRASAMPLE.ASSOCALPHA, EXTRASAMPLE.UNASSALPHA)
 TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {  # (H, W, c) by TIFF's tag Orientation, as Pillow turns them
     2: lambda a: a[:, ::-1],
@@ -39,6 +41,10 @@ TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {  # (H, W, c) by TIFF's 
     7: lambda a: np.rot90(a, 2).swapaxes(0, 1),
     8: lambda a: np.rot90(a),
 }
+
+UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+           5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+           8: Image.Transpose.ROTATE_90}  # fmt: skip
 
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what it reports of a damaged file is raised here
 
@@ -74,12 +80,21 @@ def decode(
             data = _tensor(data[:, :, None] if axis is None else np.moveaxis(data, axis, 2))
         picture = read(data, in_chans) if isinstance(data, bytes) else data
         if upright and isinstance(picture, Image.Image):
-            picture = ImageOps.exif_transpose(picture)
+            picture = _turn_upright(picture)
         return fit_channels(picture, in_chans)
     except BadImage:
         raise
     except Exception as error:  # decoders raise whatever damaged bytes lead them to
-        raise BadImage(f"can't be read as an image ({type(error).__name__}: {' '.join(str(error).split())})") from error
+        said = printable(" ".join(str(error).split()))
+        raise BadImage(f"can't be read as an image ({type(error).__name__}: {said})") from error
+
+
+def _turn_upright(picture: Image.Image) -> Image.Image:
+    try:
+        turn = UPRIGHT.get(picture.getexif().get(ORIENTATION, 1))
+    except Exception:  # the EXIF data are damaged; the pixels need not be
+        return picture
+    return picture if turn is None else picture.transpose(turn)
 
 
 def read(data: bytes, in_chans: int) -> Picture:
@@ -126,6 +141,11 @@ def _check_size(height: int, width: int, channels: int = 1) -> None:
         raise BadImage(f"its {width} x {height} pixels are more than the {MAX_PIXELS:,} that are decoded")
     if height * width * channels > MAX_VALUES:
         raise BadImage(f"its {channels} channels of {width} x {height} pixels are too much to decode")
+
+
+def _refuse(problem: str | None) -> None:
+    if problem:
+        raise BadImage(problem)
 
 
 def _check_channels(own: int, in_chans: int) -> None:
@@ -191,6 +211,7 @@ def _read_tiff(data: bytes, in_chans: int) -> Picture:
         if page.imagedepth > 1:
             raise BadImage(f"a TIFF file of {page.imagedepth} levels is no image")
         plain = page.photometric in (PHOTOMETRIC.MINISBLACK, PHOTOMETRIC.MINISWHITE, PHOTOMETRIC.RGB)
+        _refuse(tiff_bounds.tiles_problem(page))
         pages: Any = file.pages if channels == 1 and len(file.pages) == in_chans else [page]
         if len({(p.imagelength, p.imagewidth, p.samplesperpixel, p.dtype) for p in pages}) > 1:
             pages = [page]  # the others are smaller copies of it
@@ -200,15 +221,14 @@ def _read_tiff(data: bytes, in_chans: int) -> Picture:
         has_alpha = len(page.extrasamples) == 1 and page.extrasamples[0] in ALPHA and channels != in_chans
         if len(pages) == 1:  # before a great many of them are decoded in vain
             _check_channels(channels - has_alpha, in_chans)
-        picture = _tensor(np.concatenate([_page_pixels(p, len(data)) for p in pages], axis=2))
+        for p in pages:
+            _refuse(tiff_bounds.tiles_problem(p) or tiff_bounds.segments_problem(p, data))
+        picture = _tensor(np.concatenate([_page_pixels(p) for p in pages], axis=2))
     return _over_white(picture, page.extrasamples[0]) if has_alpha else picture
 
 
-def _page_pixels(page: tifffile.TiffPage, num_bytes: int) -> np.ndarray:
+def _page_pixels(page: tifffile.TiffPage) -> np.ndarray:
     """(H, W, c), the right way up; integers of 9 to 16 bits as floats from 0 to 1."""
-    # tifffile would fill what a truncated file lacks with zeros.
-    if any(at + size > num_bytes or not size for at, size in zip(page.dataoffsets, page.databytecounts, strict=True)):
-        raise BadImage("the file is truncated")
     try:
         pixels = page.asarray()
     except (ValueError, ImportError) as error:

@@ -1,0 +1,108 @@
+"""Small TIFF files that would unpack to gigabytes, by each codec, with imagecodecs and without it."""
+
+import io
+import lzma
+import resource
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from conftest import ROOT
+from PIL import Image
+
+from util.decode import BadImage, decode
+
+MB = 1 << 20
+DEFLATE, LZMA, JPEG2000, JPEG = 8, 34925, 34712, 7
+
+
+def zeros(kind: int, size: int) -> bytes:
+    """So many zeros, compressed."""
+    packer = zlib.compressobj() if kind == DEFLATE else lzma.LZMACompressor(preset=0)
+    parts = [packer.compress(bytes(MB)) for _ in range(size // MB)]
+    return b"".join(parts) + packer.flush()
+
+
+def by_hand(
+    segment: bytes, compression: int, bits: int = 16, tile: int = 0, rows: int = 16, twice: bool = False
+) -> bytes:
+    """A TIFF file of 16 x 16 pixels in one strip or tile."""
+    tags = [(256, 16), (257, 16), (258, bits), (259, compression), (262, 1), (277, 1)]
+    tags += [(322, tile), (323, tile), (324, 8), (325, len(segment))] if tile else []
+    tags += [] if tile else [(273, 8), (278, rows), (279, len(segment))]
+    tags += [(322, 30_000), (323, 30_000)] if twice else []
+    entries = b"".join(struct.pack("<HHII", code, 4, 1, value) for code, value in sorted(tags))
+    return b"II*\0" + struct.pack("<I", 8 + len(segment)) + segment + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+def embedded(kind: str, size: bytes) -> bytes:
+    """An image of 16 x 16 pixels that states another size."""
+    stream = io.BytesIO()
+    Image.new("L", (16, 16)).save(stream, kind, **({"no_jp2": True} if kind == "JPEG2000" else {}))
+    return stream.getvalue().replace(size[: len(size) // 2], size[len(size) // 2 :], 1)
+
+
+@pytest.fixture(scope="module")
+def bombs(tmp_path_factory):
+    """A folder of files, and what must be said of each; "" where it may be read in the memory that it needs."""
+    large = {"deflate": (DEFLATE, zeros(DEFLATE, 128 * MB)), "LZMA": (LZMA, zeros(LZMA, 128 * MB))}
+    files = {
+        "JPEG 2000": (by_hand(embedded("JPEG2000", struct.pack(">4I", 16, 16, 9999, 9999)), JPEG2000), "9999 x 9999"),
+        "JPEG": (by_hand(embedded("JPEG", struct.pack(">4H", 16, 16, 9999, 9999)), JPEG, bits=12), "9999 x 9999"),
+        "stated twice": (by_hand(large["deflate"][1], DEFLATE, tile=16, twice=True), "states its TileWidth twice"),
+    }
+    for name, (codec, data) in large.items():
+        files[f"{name}, strip"] = by_hand(data, codec), ""
+        files[f"{name}, a strip of many rows"] = by_hand(data, codec, rows=2**31), ""
+        files[f"{name}, strip of 8 bits"] = by_hand(data, codec, bits=8), ""
+        for bits in (8, 16):
+            files[f"{name}, tile of {bits} bits"] = by_hand(data, codec, bits, tile=12_000), "larger than the picture"
+    folder = tmp_path_factory.mktemp("bombs")
+    for name, (data, said) in files.items():
+        (folder / f"{name}.tif").write_bytes(data)
+        (folder / f"{name}.txt").write_text(said)
+    return folder
+
+
+def check_all(folder: Path) -> None:
+    """Decodes all of them in little memory."""
+    decode(by_hand(zlib.compress(bytes(512)), DEFLATE), 1)  # imports what is imported at first use
+    for path in sorted(folder.glob("*.tif")):
+        data, said = path.read_bytes(), path.with_suffix(".txt").read_text()
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        try:
+            decode(data, 1)
+            assert not said, path.stem
+        except BadImage as error:
+            assert said in str(error), f"{path.stem}: {error}"
+        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+        assert grown < 64, f"{path.stem}: {grown:.0f} MB for {len(data):,} bytes"
+
+
+@pytest.mark.parametrize("without", ["", "sys.modules['imagecodecs'] = None"], ids=["imagecodecs", "without it"])
+def test_small_files_stay_small(without, bombs):
+    script = (
+        f"import sys; sys.path[:0] = ['tests', '.']; {without}\n"
+        f"from pathlib import Path; import test_tiff_bounds; test_tiff_bounds.check_all(Path({str(bombs)!r}))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("compression", ["zlib", "lzma", "lzw", "packbits", "zstd", "jpeg2000"])
+@pytest.mark.parametrize("tile", [None, (256, 256)])
+def test_whole_files_are_read_as_before(compression, tile):
+    pixels = np.random.default_rng(0).integers(0, 65536, size=(40, 50), dtype=np.uint16)
+    stream = io.BytesIO()
+    tifffile.imwrite(stream, pixels, compression=compression, tile=tile, rowsperstrip=None if tile else 7)
+    np.testing.assert_allclose(decode(stream.getvalue(), 1)[0] * 65535, pixels, atol=0.01)
+
+
+def test_other_codecs_are_refused():
+    with pytest.raises(BadImage, match="its compression LERC is not read; save it with deflate"):
+        decode(by_hand(b"Lerc2 ", 34887), 1)
