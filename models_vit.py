@@ -64,7 +64,7 @@ class PatchEmbed(nn.Module):
         if height % rows or width % columns or not height or not width:
             raise ValueError(
                 f"images of {height}x{width} pixels can't be cut into patches of {rows}x{columns}: "
-                f"choose an --input_size whose sides are multiples of --patch_size"
+                f"choose input_size so that its sides are multiples of patch_size"
             )
         return height // rows, width // columns
 

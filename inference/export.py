@@ -234,7 +234,7 @@ def _library(name: str, extra: str | None = None) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise ValueError(
-            f'--to needs the package {name}, which is not installed: pip install ".[{extra or name}]"'
+            f'--to: it needs the package {name}, which is not installed: pip install ".[{extra or name}]"'
         ) from error
 
 

@@ -34,7 +34,7 @@ SAVE_EVERY = 20  # batches between notes of how far it is
 def get_args_parser() -> argparse.ArgumentParser:
     """The command's flags."""
     parser = cli.parser("Computes the features of all images in a folder; goes on where it was stopped.")
-    parser.add_argument("folder", metavar="FOLDER", help="images, flat or nested, or a tar or zip file of them")
+    parser.add_argument("data_path", metavar="FOLDER", help="images, flat or nested, or a tar or zip file of them")
     options.add_inference_options(parser, images=False)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help=".npz or .safetensors")
     parser.add_argument("--split", default="train", help="which sub-folder to take, where there are train/ and val/")
@@ -53,8 +53,8 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(f"--out {args.out}: its name must end in .npz or .safetensors")
     device = dist.choose_device(args.device)
     model = get_model(args.model, pretrained=True, device=device)
-    source = require(datasets.open_source(args.split, args.folder), args.split)
-    told = {"model": str(args.model), "pool": args.pool, "images": len(source), "folder": args.folder}
+    source = require(datasets.open_source(args.split, args.data_path), args.split)
+    told = {"model": str(args.model), "pool": args.pool, "images": len(source), "folder": args.data_path}
     rows = extract(
         model, source, args.out.with_name(f"{args.out.name}.partial"), told, args.pool, args.batch_size,
         args.num_workers, Precision(args.amp, device),
@@ -71,7 +71,7 @@ def main(args: argparse.Namespace) -> None:
         save_file(content, unfinished, metadata=texts)
     unfinished.replace(args.out)
     shutil.rmtree(args.out.with_name(f"{args.out.name}.partial"))
-    logger.info(f"{args.out}: features {rows.shape} of {args.folder}")
+    logger.info(f"{args.out}: features {rows.shape} of {args.data_path}")
 
 
 def extract(

@@ -23,9 +23,9 @@ def test_the_folder_of_a_split_or_all(pictures):
 
 
 def test_training_images_never_pass_for_validation(pictures, tmp_path):
-    with pytest.raises(ValueError, match=r"there is no folder val/ in it; give that, or --val_list"):
+    with pytest.raises(ValueError, match=r"there is no folder val/ in it\ngive that, or --val_list"):
         open_source("val", str(pictures))
-    with pytest.raises(ValueError, match=r"set.zip: there is no folder val/ in it; give that, or --val_list"):
+    with pytest.raises(ValueError, match=r"set.zip: there is no folder val/ in it\ngive that, or --val_list"):
         open_source("val", shutil.make_archive(str(tmp_path / "set"), "zip", pictures))
     shutil.copytree(pictures / "train", tmp_path / "only" / "val")
     assert isinstance(open_source("val", str(tmp_path / "only")), Files)
@@ -75,7 +75,7 @@ def test_the_command_on_bad_images(tmp_path, capsys):
     for number in range(3):
         Image.fromarray(np.full((8, 8), 40000, dtype=np.uint16)).save(tmp_path / f"{number}.png")
     (tmp_path / "bad.jpg").write_bytes(b"")
-    with pytest.raises(BadImage, match=r"--on_bad_image skip leaves them out of a run, up to a tenth$"):
+    with pytest.raises(BadImage, match=r"--on_bad_image skip leaves them out, up to a tenth$"):
         check(tmp_path, "--in_chans", 1, "--num_workers", 0)
     said = capsys.readouterr().out
     assert f"unreadable  1\n            {tmp_path / 'bad.jpg'}: the file is empty" in said

@@ -294,9 +294,9 @@ BAD = {
     "PNG bomb": (BOMB, 1, "too large to decode"),
     "npy bomb": (npy(np.zeros((1, 1), dtype=np.uint8)).replace(b"(1, 1)", b"(20000, 20000)"), 1, "more than the"),
     "TIFF bomb": (tiff(np.zeros((20000, 20000), dtype=np.uint8), compression="zlib"), 1, "more than the"),
-    "colour for 5 channels": (saved(RGB, "PNG"), 5, "it has 3 channels, and --in_chans is 5"),
-    "grey for 2 channels": (saved(GREY, "PNG"), 2, "it has 1 channel, and --in_chans is 2"),
-    "13 channels for colour": (tiff(DEEP, planarconfig="contig"), 3, "it has 13 channels, and --in_chans is 3"),
+    "colour for 5 channels": (saved(RGB, "PNG"), 5, "it has 3 channels, and in_chans is 5"),
+    "grey for 2 channels": (saved(GREY, "PNG"), 2, "it has 1 channel, and in_chans is 2"),
+    "13 channels for colour": (tiff(DEEP, planarconfig="contig"), 3, "it has 13 channels, and in_chans is 3"),
     "an array for colour": (npy(DEEP), 3, r"shape \(5, 6, 13\) has no 3 channels"),
     "a great many channels for colour": (
         tiff(np.zeros((9, 9, 100), dtype=np.uint16), planarconfig="contig"),
@@ -308,7 +308,7 @@ BAD = {
         9,
         "too much to decode",
     ),
-    "CMYK for 4 channels": (magick("cmyk.tif"), 4, "it has 3 channels, and --in_chans is 4"),
+    "CMYK for 4 channels": (magick("cmyk.tif"), 4, "it has 3 channels, and in_chans is 4"),
     "signed bytes": (tiff(np.ones((4, 4), dtype=np.int8)), 1, "range of its int8 pixels is unknown"),
     "float colour with alpha to 255": (
         tiff(np.full((4, 4, 4), 200, dtype=np.float32), "rgb", extrasamples=["unassalpha"]),

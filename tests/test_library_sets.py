@@ -139,7 +139,7 @@ def test_wrong_names(name, path, said, tmp_path):
 
 
 def test_no_part_for_validation(tmp_path):
-    with pytest.raises(ValueError, match="EuroSAT: torchvision's has no images for validation; give --val_list"):
+    with pytest.raises(ValueError, match="EuroSAT: torchvision's has no images for validation\ngive --val_list"):
         open_source("val", str(tmp_path), dataset="EuroSAT")
 
 
@@ -295,7 +295,7 @@ def test_samples_are_counted_as_webdataset_makes_them(tmp_path, caplog):
     assert len(Shards(f"{tmp_path}/a.tar", None)) == 3
     assert "samples with several images (4 in 3)" in caplog.text
     (tmp_path / "b.tar.gz").write_bytes(gzip.compress((tmp_path / "a.tar").read_bytes()))
-    with pytest.raises(ValueError, match="to stream it without counting its images, give --num_images"):
+    with pytest.raises(ValueError, match="give --num_images to stream it without counting its images"):
         Shards(f"{tmp_path}/b.tar.gz", None)
     assert len(list(Shards(f"{tmp_path}/b.tar.gz", 3).stream([0], 0, 1, lambda *_: False, laps=1))) == 3
 

@@ -284,7 +284,7 @@ def test_wrong_inputs_are_answered_in_sentences(tuned, labelled, pictures, tmp_p
         *unknown, "--eval", "--resume", tuned
     )
     assert "different classes: only train: kind5; only val: kind7" in said(*unknown)
-    assert "there is no folder val/ in it; give that, or --val_list" in said("--data_path", pictures)
+    assert "there is no folder val/ in it: give that, or --val_list" in said("--data_path", pictures)
     assert "--batch_size 7: --mixup and --cutmix mix pairs" in said("--batch_size", "7", "--mixup", "0.8")
     assert "--unfreeze_blocks 5: the model has 4 blocks" in said("--unfreeze_blocks", "5")
     assert "--aa abc: timm knows no such policy" in said("--aa", "abc")

@@ -222,8 +222,8 @@ def test_wrong_inputs_are_answered_in_sentences(pretrain, pictures, tmp_path, ca
     assert "--dataset hf:" in said(*here, "--dataset", f"hf:{tmp_path}/nowhere")
     assert "there is no file" in said(*here, "--dataset", f"wds:{tmp_path}/{{0..3}}.tar")
     assert "give --batch_size 24 --accum_iter 1" in said(*here, "--batch_size", "25")
-    assert "multiples of --patch_size" in said(*here, "--input_size", "18")
-    assert "it has 3 channels, and --in_chans is 5" in said(*here, "--in_chans", "5")
+    assert "multiples of patch_size" in said(*here, "--input_size", "18")
+    assert "it has 3 channels, and in_chans is 5" in said(*here, "--in_chans", "5")
     assert "--mean has 2 values for 3 channels" in said(*here, "--mean", "0.5", "0.5")
     assert "mask_ratio 0.99 keeps 0 of 16 patches" in said(*here, "--mask_ratio", "0.99")
     assert "already holds a run" in said(*here, "--output_dir", out)
@@ -238,7 +238,7 @@ def test_wrong_inputs_are_answered_in_sentences(pretrain, pictures, tmp_path, ca
     assert "is damaged" in said(*here, "--resume", truncated)
     bare = tmp_path / "bare.pth"
     torch.save({"model": weights(out)}, bare)
-    assert "its weights alone can be taken (--init_from" in said(*here, "--resume", bare)
+    assert f"--init_from {bare} in place of --resume starts from its weights" in said(*here, "--resume", bare)
     assert "has in another shape 3 tensors" in said(*here, "--init_from", good, "--in_chans", "1")
     assert "--crop_scale 1.0 0.2" in said(*here, "--crop_scale", "1", "0.2")
     if not torch.cuda.is_available():

@@ -118,7 +118,7 @@ def test_other_channels_need_a_decision(tmp_path):
     rgb = vit(in_chans=3)
     path = saved(tmp_path / "rgb.pth", rgb)
     kernel = rgb.patch_embed.proj.weight
-    with pytest.raises(CheckpointError, match=r"is for 3 channels.*choose --adapt_input mean .*repeat .*skip"):
+    with pytest.raises(CheckpointError, match=r"for images of 3 channels.*\nchoose --adapt_input mean .*repeat .*skip"):
         weights.load_encoder(vit(in_chans=5), weights.read(path))
     mean, repeat, skip, grey = vit(in_chans=5), vit(in_chans=5), vit(in_chans=5), vit(in_chans=1)
     untrained = skip.patch_embed.proj.weight.clone()

@@ -1,10 +1,11 @@
 """What error messages advise: the nearest name, and remedies, which `cli.run` prints where the script takes them."""
 
 import difflib
-from collections.abc import Iterable
-from typing import TypeVar
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
 
 Error = TypeVar("Error", bound=Exception)
+OFF = {"global_pool": "--cls_token"}  # where the flag that turns a setting off is not --no_NAME
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
@@ -18,7 +19,7 @@ def advised(error: Error, *remedies: str) -> Error:
     """The error with remedies as its notes.
 
     The code that raises an error does not know which script runs. `cli.run` does: it adds to the message the remedies
-    whose flags and values the script's parser accepts.
+    whose flags the script has.
 
     Args:
         remedies: in the order of their use, such as "--finetune FILE starts from its weights".
@@ -26,3 +27,16 @@ def advised(error: Error, *remedies: str) -> Error:
     for remedy in remedies:
         error.add_note(remedy)
     return error
+
+
+def flags(settings: Mapping[str, Any]) -> str:
+    """Settings as they are typed: `--in_chans 1 --cls_token`."""
+    return " ".join(_flag(name, value) for name, value in settings.items())
+
+
+def _flag(name: str, value: Any) -> str:
+    if value is None:
+        return f"no --{name}"
+    if isinstance(value, bool):
+        return f"--{name}" if value else OFF.get(name, f"--no_{name}")
+    return f"--{name} " + " ".join(map(str, value if isinstance(value, list | tuple) else [value]))

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from util.advice import advised
 from util.decode import SUFFIXES, BadImage
 from util.sources import KINDS, Strings, classes_of
 from util.untrusted import MAX_BYTES, printable
@@ -241,10 +242,11 @@ def _below(members: Iterable[str], split: str | None, path: Path) -> dict[str, s
         if split in tops:
             return {name.removeprefix(f"{split}/"): m for name, m in names.items() if name.startswith(f"{split}/")}
         if split and ((split == "val" and "train" in tops) or "val" in tops):  # never the images of the other part
-            raise ValueError(f"--data_path {path}: there is no folder {split}/ in it; give that, or --{split}_list")
+            error = ValueError(f"--data_path {path}: there is no folder {split}/ in it")
+            raise advised(error, f"give that, or --{split}_list")
         if len(tops) != 1 or "" in tops:
             break
         names = {name.partition("/")[2]: member for name, member in names.items()}
     if names and split == "val":
-        raise ValueError(f"--data_path {path}: there is no folder val/ in it; give that, or --val_list")
+        raise advised(ValueError(f"--data_path {path}: there is no folder val/ in it"), "give that, or --val_list")
     return names

@@ -211,7 +211,7 @@ def run(main: Callable[[argparse.Namespace], Any], parser: argparse.ArgumentPars
             _fail(parser, args, error, lost + remedy, 1)
         raise
     except (ValueError, OSError, ArithmeticError) as error:
-        _fail(parser, args, error, _sentence(error), 1)
+        _fail(parser, args, error, _sentence(error) + _remedies(parser, error), 1)
     except Interrupted as error:  # 143 after SIGTERM, 130 after SIGINT
         said = f"{error}, the state is saved; the same command with --resume auto goes on"
         _fail(parser, args, error, said, 128 + error.signum)
@@ -227,8 +227,18 @@ def _fail(
 ) -> None:
     if "debug" in args and args.debug:
         traceback.print_exception(error)
+    for action in parser._actions:
+        if not action.option_strings and action.metavar:  # others have a flag of this name
+            said = said.replace(f"--{action.dest}", str(action.metavar))
     print(f"{parser.prog}: error: {printable(said)}", file=sys.stderr)
     sys.exit(code)
+
+
+def _remedies(parser: argparse.ArgumentParser, error: Exception) -> str:
+    """What `advised` has noted, as far as this script has the flags."""
+    notes = [note for note in getattr(error, "__notes__", ())
+             if set(re.findall(r"--\w+", note)) <= parser._option_string_actions.keys()]  # fmt: skip
+    return f": {'; or '.join(notes)}" if notes else ""
 
 
 def _out_of_memory(args: argparse.Namespace) -> str:

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from util import cli, flags, options
+from util.advice import advised
 from util.archives import Archive
 from util.decode import BadImage, Picture, fit_channels, read, size_of
 from util.library_sets import HuggingFaceSet, Shards, TorchvisionSet
@@ -87,7 +88,8 @@ def open_source(
     if (root / split).is_dir():
         return find_files(root / split)
     if split == "val" or (root / "val").is_dir():  # never the images of the other part
-        raise ValueError(f"--data_path {root}: there is no folder {split}/ in it; give that, or --{split}_list")
+        error = ValueError(f"--data_path {root}: there is no folder {split}/ in it")
+        raise advised(error, f"give that, or --{split}_list")
     return find_files(root)
 
 
@@ -183,7 +185,7 @@ def report_on(source: Source | Shards, looks: list[Look], seconds: float) -> lis
 def get_args_parser() -> argparse.ArgumentParser:
     """The flags of the command."""
     parser = cli.parser("Checks a data set before a long run. Exit code 1 where images can't be read.")
-    parser.add_argument("data_path", nargs="?", metavar="PATH", help="as --data_path of the mains")
+    parser.add_argument("data_path", nargs="?", metavar="PATH", help="as main_pretrain.py --data_path")
     options.add_source_options(parser)
     parser.add_argument("--val_list", metavar="FILE", help="as --train_list, for --split val")
     parser.add_argument(
@@ -208,7 +210,9 @@ def main(args: argparse.Namespace) -> None:
     looks = list(tqdm(look_at_all(source, args.in_chans, indices, workers), total=len(indices), disable=None))
     print("\n".join(report_on(source, looks, time.perf_counter() - started)))
     if any(look.unreadable for look in looks):
-        raise BadImage("there are unreadable images; --on_bad_image skip leaves them out of a run, up to a tenth")
+        raise BadImage(
+            "there are unreadable images; main_pretrain.py --on_bad_image skip leaves them out, up to a tenth"
+        )
 
 
 if __name__ == "__main__":

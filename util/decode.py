@@ -151,7 +151,7 @@ def _refuse(problem: str | None) -> None:
 def _check_channels(own: int, in_chans: int) -> None:
     """Those of a file must be what is wanted; only grey and colour become each other."""
     if own != in_chans and not (own in MODES and in_chans in MODES):
-        raise BadImage(f"it has {own} channel{'s' * (own > 1)}, and --in_chans is {in_chans}")
+        raise BadImage(f"it has {own} channel{'s' * (own > 1)}, and in_chans is {in_chans}")
 
 
 def _read_with_pillow(data: bytes) -> Picture:

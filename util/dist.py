@@ -52,7 +52,8 @@ def choose_device(name: str) -> torch.device:
     if number >= count:
         raise ValueError(
             f"this process needs CUDA device {number}, and there are {count} here: start fewer processes on this "
-            f"machine (--ngpus, torchrun's --nproc_per_node), or give --device cuda:0 if each one sees its own GPU"
+            f"machine (torchrun's --nproc_per_node, submitit_pretrain.py --ngpus), or give --device cuda:0 if each one "
+            f"sees its own GPU"
         )
     return torch.device("cuda", number)
 

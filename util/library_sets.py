@@ -14,6 +14,7 @@ import numpy as np
 import torchvision
 
 from util import dist
+from util.advice import advised, did_you_mean
 from util.archives import BoundedTarInfo, check_size, find_members
 from util.decode import SUFFIXES, BadImage, Picture
 from util.untrusted import printable, read_file
@@ -42,7 +43,8 @@ class TorchvisionSet:
         name, _, part = name.partition(":")
         make = getattr(torchvision.datasets, name, None)
         if not inspect.isclass(make):
-            raise ValueError(f"--dataset {name}: torchvision has no data set of this name (CIFAR10, Flowers102, ...)")
+            near = did_you_mean(name, torchvision.datasets.__all__) or " (CIFAR10, Flowers102, ...)"
+            raise ValueError(f"--dataset {name}: torchvision has no data set of this name{near}")
         takes = _parameters(make)
         given: dict[str, Any] = {}
         if "root" in takes:
@@ -81,7 +83,8 @@ class TorchvisionSet:
         if split == "train":  # without the images of "val", where the default has them too
             return [own] if own or not chooser else [{chooser: "train"}, {}]
         if not chooser or (own and chooser == "version"):
-            raise ValueError(f"--dataset {self.title}: torchvision's has no images for validation; give --val_list")
+            error = ValueError(f"--dataset {self.title}: torchvision's has no images for validation")
+            raise advised(error, "give --val_list")
         return [{chooser: name} for name in VALIDATION]
 
     def _open(self, make: type, given: dict[str, Any], parts: list[dict[str, Any]]) -> Any:
@@ -316,7 +319,7 @@ def _count_samples(file: Path) -> int:
     try:
         _, members = find_members(file)
     except ValueError as error:
-        raise ValueError(f"{error}; to stream it without counting its images, give --num_images") from error
+        raise advised(ValueError(str(error)), "give --num_images to stream it without counting its images") from error
     count = len({base_plus_ext(name)[0] for name in members})
     if count < len(members):
         logger.warning(f"{file}: of samples with several images ({len(members)} in {count}), the first one is taken")

@@ -307,6 +307,7 @@ class NonFiniteGuard:
         dist.barrier()  # a process that ends earlier would have the launcher kill the one that writes
         saved = f"The weights, which this step did not change, are in {where}. " if where else ""
         raise NonFiniteLoss(
-            f"{what} ({self.in_a_row} such in a row). {saved}Try --clip_grad 1.0, a lower --blr, --amp off (or bf16 "
-            f"in place of fp16), or --on_nonfinite skip if it happens rarely."
+            f"{what} ({self.in_a_row} such in a row). {saved}Try --clip_grad 1.0, a lower learning rate (--lr, or "
+            f"--blr where --lr is not given), --amp off (or bf16 in place of fp16), or --on_nonfinite skip if it "
+            f"happens rarely."
         )

@@ -95,6 +95,6 @@ def interpolate_pos_embed(
     if old_grid[0] * old_grid[1] != num_patches:
         raise ValueError(
             f"the checkpoint's position table has {num_patches} patches, which is no square; "
-            f"it can only be loaded into a model of the size it was trained at (--input_size, --patch_size)"
+            f"it can only be loaded into a model of the size it was trained at (input_size, patch_size)"
         )
     checkpoint_model["pos_embed"] = resize_pos_embed(table, old_grid, new_grid)

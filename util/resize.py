@@ -73,7 +73,7 @@ def scale(data: bytes, short_side: int, quality: int) -> bytes | None:
 def get_args_parser() -> argparse.ArgumentParser:
     """The flags of the command."""
     parser = cli.parser("Writes a copy of a folder of images, scaled down. Started again, it goes on where it was.")
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="as --data_path of the mains")
+    parser.add_argument("data_path", type=Path, metavar="FOLDER", help="as main_pretrain.py --data_path")
     parser.add_argument("copy", type=Path, metavar="COPY", help="the folder to write; classes and names stay")
     parser.add_argument("--short_side", default=256, type=flags.positive_int, metavar="S", help="pixels of it")
     parser.add_argument("--quality", default=90, type=flags.jpeg_quality, metavar="Q", help="of JPEG files")
@@ -86,16 +86,16 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> None:
     """Writes the copy; tells how many files there are, and which can't be read."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    if not args.folder.is_dir():
-        raise ValueError(f"there is no folder {args.folder}")
-    if args.copy.resolve().is_relative_to(args.folder.resolve()):
-        raise ValueError(f"{args.copy} lies in {args.folder}: the copy must be a folder of its own")
-    names = sorted(os.path.relpath(path, args.folder) for path in image_files(str(args.folder)))
+    if not args.data_path.is_dir():
+        raise ValueError(f"there is no folder {args.data_path}")
+    if args.copy.resolve().is_relative_to(args.data_path.resolve()):
+        raise ValueError(f"{args.copy} lies in {args.data_path}: the copy must be a folder of its own")
+    names = sorted(os.path.relpath(path, args.data_path) for path in image_files(str(args.data_path)))
     if not names:
-        raise ValueError(f"there are no images in {args.folder}")
+        raise ValueError(f"there are no images in {args.data_path}")
     for parent in {(args.copy / name).parent for name in names}:
         parent.mkdir(parents=True, exist_ok=True)
-    one = partial(resize, folder=args.folder, copy=args.copy, short_side=args.short_side, quality=args.quality)
+    one = partial(resize, folder=args.data_path, copy=args.copy, short_side=args.short_side, quality=args.quality)
     counts, unread = Counter[str](), []
     with ProcessPoolExecutor(up_to_cores(args.num_workers)) as pool:
         for outcome, why in tqdm(pool.map(one, names, chunksize=16), total=len(names), unit="image", disable=None):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from util import checkpoint, dist, runfolder, sharded
+from util.advice import advised, flags
 from util.checkpoint import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -143,19 +144,18 @@ def resume(
     if state is not None:
         missing = {"optimizer", "epoch", *(["model"] if "folder" not in state else [])} - state.keys()
         if missing:
-            raise CheckpointError(
-                f"--resume {which}: it has no {' and no '.join(sorted(missing))}, so that no run can be continued from "
-                f"it; its weights alone can be taken (--init_from in pre-training, else --finetune or --eval)"
-            )
-        progress.restore(state)
+            error = CheckpointError(f"--resume {which}: it has no {' and no '.join(sorted(missing))} to go on from")
+            raise advised(error, *_start_from(which), "--eval evaluates it")
         if "folder" in state:
             state = sharded.fill(state, model, optimizer)
-        restore_model(model, state)
+        restore_model(model, state, settings, which)
+        _require_same_parameters(optimizer, state, settings)
+        progress.restore(state)
         restore_optimizer(optimizer, state["optimizer"])
         if scaler.is_enabled() and state.get("scaler"):
             scaler.load_state_dict(state["scaler"])
         _restore_rng(state.get("rng", {}))
-        _warn_of_changes(state.get("args", {}), settings)
+        _warn_of_changes(_args_of(state), settings)
     here = torch.tensor([progress.epoch, progress.first_step], device=next(model.parameters()).device)
     if not torch.equal(dist.mean_over_processes(here.float()), here.float()):
         raise CheckpointError(f"the processes found different checkpoints: --output_dir {output_dir} must be shared")
@@ -186,28 +186,58 @@ def read_newest(output_dir: Path) -> dict[str, Any] | None:
     return None
 
 
-def restore_model(model: nn.Module, state: dict[str, Any]) -> None:
+def _start_from(file: str) -> list[str]:
+    """How a run starts from a file's weights alone: in fine-tuning and probing, and in pre-training."""
+    return [f"--{flag} {file} in place of --resume starts from its weights" for flag in ("finetune", "init_from")]
+
+
+def restore_model(model: nn.Module, state: dict[str, Any], settings: dict[str, Any], which: str = "auto") -> None:
     """Loads a checkpoint's weights, all of them.
+
+    Args:
+        settings: of this run; the error names those that were others in the checkpoint's run.
+        which: as `resume` takes it.
 
     Raises:
         CheckpointError: the file is of another architecture.
     """
-    weights: dict[str, Tensor] = state.get("model", state)
+    weights: dict[str, Tensor] = state["model"]
     ours = model.state_dict()
     differing = [n for n in ours if n not in weights or weights[n].shape != ours[n].shape]
     differing += [n for n in weights if n not in ours]
     if differing:
-        args = state.get("args", {})
-        args = args if isinstance(args, dict) else vars(args)
-        told = [
-            f"--{name} {args[name]}" for name in ("model", "input_size", "patch_size", "in_chans") if args.get(name)
-        ]
-        raise CheckpointError(
+        saved = _args_of(state)
+        error = CheckpointError(
             f"the checkpoint is of another architecture than this run's model: {len(differing)} tensors differ "
-            f"({', '.join(differing[:3])}, ...). Give the settings that it was made with: "
-            f"{' '.join(told) or 'the file does not tell them'}"
+            f"({', '.join(differing[:3])}, ...)"
         )
+        if str(saved.get("model")).startswith("mae_") is str(settings.get("model")).startswith("mae_"):
+            names = ["model", "input_size", "patch_size", "in_chans", "decoder_depth", "global_pool"]
+            names += ["blr"] if isinstance(saved.get("blr"), list) else []  # several heads side by side
+            raise _with_settings(error, {name: saved[name] for name in names if name in saved}, settings)
+        raise advised(error, *(_start_from(which) if which != "auto" else ["give another --output_dir"]))
     model.load_state_dict({name: dist.placed_as(weights[name], like) for name, like in ours.items()})
+
+
+def _require_same_parameters(optimizer: Optimizer, state: dict[str, Any], settings: dict[str, Any]) -> None:
+    saved, ours = ([len(group["params"]) for group in groups]
+                   for groups in (state["optimizer"]["param_groups"], optimizer.param_groups))  # fmt: skip
+    if saved != ours:
+        error = CheckpointError(
+            f"the checkpoint's run trained {sum(saved)} tensors of the model, and this run trains {sum(ours)}"
+        )
+        raise _with_settings(error, {"unfreeze_blocks": _args_of(state).get("unfreeze_blocks")}, settings)
+
+
+def _with_settings(error: CheckpointError, saved: dict[str, Any], settings: dict[str, Any]) -> CheckpointError:
+    """Advises the settings of a checkpoint that this run has otherwise."""
+    differing = {name: value for name, value in saved.items() if name in settings and value != settings[name]}
+    return advised(error, f"give {flags(differing)}") if differing else error
+
+
+def _args_of(state: dict[str, Any]) -> dict[str, Any]:
+    args = state.get("args") or {}
+    return args if isinstance(args, dict) else vars(args)
 
 
 def restore_optimizer(optimizer: Optimizer, saved: dict[str, Any]) -> None:
@@ -239,12 +269,11 @@ def _restore_rng(rng: dict[str, Tensor]) -> None:
         torch.cuda.set_rng_state(rng["cuda"])
 
 
-def _warn_of_changes(saved: Any, settings: dict[str, Any]) -> None:
-    saved = saved if isinstance(saved, dict) else vars(saved)
+def _warn_of_changes(saved: dict[str, Any], settings: dict[str, Any]) -> None:
     for name in sorted(saved.keys() & settings.keys() - FREE_SETTINGS):
         if saved[name] != settings[name]:
             if name == "classes":
-                raise CheckpointError("the run that is continued had other classes; --finetune starts from its weights")
+                raise CheckpointError("the run that is continued had other classes: --finetune starts from its weights")
             logger.warning(
                 f"--{name} was {saved[name]} in the run that is continued, and is {settings[name]} from now on"
             )

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from util.advice import advised
 from util.decode import SUFFIXES, Picture
 from util.untrusted import printable, read_file
 
@@ -109,8 +110,9 @@ def find_files(root: Path) -> Files:
     started = time.perf_counter()
     names = sorted(os.path.relpath(path, root) for path in image_files(str(root)))
     if not names:
-        hint = f"; for shards of WebDataset: --dataset wds:{root}/*.tar" if any(root.glob("*.tar")) else ""
-        raise ValueError(f"--data_path: no images under {root} (looked in all its folders for {KINDS}){hint}")
+        error = ValueError(f"--data_path: no images under {root} (looked in all its folders for {KINDS})")
+        shards = any(root.glob("*.tar"))
+        raise advised(error, f"--dataset wds:{root}/*.tar reads shards of WebDataset") if shards else error
     folders = [entry.name for entry in os.scandir(root) if not entry.name.startswith(".") and _is_folder(entry)]
     logger.info(f"{len(names):,} images under {root}, found in {time.perf_counter() - started:.1f} s")
     return Files(root, names, *classes_of(names, folders))

@@ -5,6 +5,7 @@ What a file holds is told apart by its names: an encoder, an encoder with its de
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
-from util import checkpoint, dist, published, sharded
+from util import advice, checkpoint, dist, published, sharded
 from util.checkpoint import CheckpointError
 from util.foreign import to_ours
 from util.pos_embed import interpolate_pos_embed, to_pair
@@ -125,7 +126,7 @@ def init_mae(model: Any, file: Weights) -> None:
     if missing == {name for name in ours if name.startswith("decoder_") or name == "mask_token"}:
         logger.warning(f"{file.source} has an encoder only: the decoder starts untrained")
         missing = set()
-    _require(file, "--init_from", missing, weights.keys() - ours.keys(), _reshaped(weights, ours))
+    _require(file, model, missing, weights.keys() - ours.keys(), _reshaped(weights, ours))
     model.load_state_dict(weights, strict=False)
     logger.info(f"weights from {file.source}")
 
@@ -173,7 +174,7 @@ def load_encoder(
     if adapt_input == "skip":
         may_lack |= {key for key in ours if key.startswith("patch_embed.")}
     missing = ours.keys() - weights.keys() - may_lack
-    _require(file, "--finetune", missing, weights.keys() - ours.keys(), _reshaped(weights, ours))
+    _require(file, model, missing, weights.keys() - ours.keys(), _reshaped(weights, ours))
     model.load_state_dict(weights, strict=False)
     logger.info(f"weights from {file.source} ({file.kind})" + (", its head too" if fits else ""))
     return fits
@@ -207,7 +208,7 @@ def load_classifier(model: nn.Module, file: Weights) -> None:
     weights, ours = dict(file.tensors), model.state_dict()
     if weights["pos_embed"].shape[2] == ours["pos_embed"].shape[2]:
         interpolate_pos_embed(model, weights, file.grid_size)
-    _require(file, "--resume", ours.keys() - weights.keys(), weights.keys() - ours.keys(), _reshaped(weights, ours))
+    _require(file, model, ours.keys() - weights.keys(), weights.keys() - ours.keys(), _reshaped(weights, ours))
     model.load_state_dict(weights)
 
 
@@ -229,10 +230,10 @@ def _adapt_input(file: Weights, weights: dict[str, Tensor], model: nn.Module, ho
     if theirs.shape[1] == wanted[1]:
         return
     if how == "error":
-        raise CheckpointError(
-            f"{file.source} is for {theirs.shape[1]} channels, the model has --in_chans {wanted[1]}: choose "
-            f"--adapt_input mean (each channel starts from their mean), repeat (they are taken in turn) or skip (the "
-            f"patch projection starts untrained)"
+        raise advice.advised(
+            CheckpointError(f"{file.source} is for images of {theirs.shape[1]} channels, the model for {wanted[1]}"),
+            "choose --adapt_input mean (each channel starts from their mean), repeat (they are taken in turn) or skip "
+            "(the patch projection starts untrained)",
         )
     if how == "skip":
         del weights[name], weights["patch_embed.proj.bias"]
@@ -246,18 +247,37 @@ def _reshaped(weights: dict[str, Tensor], ours: dict[str, Tensor]) -> set[str]:
     return {name for name in ours.keys() & weights.keys() if ours[name].shape != weights[name].shape}
 
 
-def _require(file: Weights, flag: str, missing: set[str], unexpected: set[str], reshaped: set[str]) -> None:
+def _require(file: Weights, model: nn.Module, missing: set[str], unexpected: set[str], reshaped: set[str]) -> None:
     """Raises CheckpointError, with the names and the remedy, where weights do not fit."""
     for problem, names in (("lacks", missing), ("holds besides", unexpected), ("has in another shape", reshaped)):
         if names:
-            made = [f"--{key} {file.settings[key]}" for key in ("model", "patch_size", "in_chans", "global_pool")
-                    if file.settings.get(key) is not None]  # fmt: skip
-            pooling = "; it pools patch tokens: --global_pool" if "fc_norm.weight" in unexpected else ""
-            pooling = "; it takes the class token: --cls_token" if "fc_norm.weight" in missing else pooling
-            raise CheckpointError(
-                f"{flag} {file.source} ({file.kind}) {problem} {len(names)} tensors ({_some(names)}): give --model, "
-                f"--patch_size and --in_chans as it was trained with{': ' * bool(made)}{' '.join(made)}{pooling}"
-            )
+            error = CheckpointError(f"{file.source} ({file.kind}) {problem} {len(names)} tensors ({_some(names)})")
+            differing = _differing(file, model.state_dict())
+            if "fc_norm.weight" not in missing | unexpected:
+                differing.pop("global_pool", None)
+            raise advice.advised(error, f"give {advice.flags(differing)}") if differing else error
+
+
+def _differing(file: Weights, ours: dict[str, Tensor]) -> dict[str, Any]:
+    """The settings of a file's model that are other ones than our model's."""
+    theirs, wanted = _architecture(file.tensors), _architecture(ours)
+    found = {name: theirs[name] for name in theirs if theirs[name] != wanted.get(name, theirs[name])}
+    if "model" in found:
+        row = published.TABLE.get(file.source)
+        width, depth = found["model"]
+        recorded = row.model if row else file.settings.get("model", f"(of {depth} blocks, {width} wide)")
+        found["model"] = f"{'mae_' * ('mask_token' in ours)}{str(recorded).removeprefix('mae_')}"
+    return found
+
+
+def _architecture(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """What the tensors tell of the settings that make a model; its name is told by its width and depth."""
+    width, channels, *patch = tensors["patch_embed.proj.weight"].shape
+    blocks = Counter(name.split(".")[0] for name in tensors if name.endswith(".norm1.weight"))
+    told = {"model": (width, blocks["blocks"]), "patch_size": patch, "in_chans": channels}
+    if blocks["decoder_blocks"]:
+        return told | {"decoder_depth": blocks["decoder_blocks"]}
+    return told | {"global_pool": "fc_norm.weight" in tensors}
 
 
 def _some(names: Iterable[str], shown: int = 3) -> str:

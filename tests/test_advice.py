@@ -1,0 +1,189 @@
+"""What errors advise can be typed: flags that messages name are flags of the scripts that print them."""
+
+import argparse
+import ast
+import functools
+import re
+
+import pytest
+from test_architecture import imports, modules
+
+import main_finetune
+import main_knn
+import main_linprobe
+import main_pretrain
+import main_robustness
+from inference import export, features, predict, reconstruct
+from util import advice, cli, datasets, resize, submit
+
+SCRIPTS = (main_finetune, main_knn, main_linprobe, main_pretrain, main_robustness, export, features, predict,
+           reconstruct, datasets, resize)  # fmt: skip
+PARSERS = {script.__name__: script.get_args_parser() for script in SCRIPTS}
+PARSERS |= {f"submitit_{task}": submit.get_args_parser(f"main_{task}")[0] for task in ("pretrain", "finetune")}
+FLAG = r"(?<![\w-])--(?=[a-z])[\w-]+"
+OF_ANOTHER = re.compile(rf"\w+\.py {FLAG}")  # a flag of the script that is named
+OTHERS = {
+    "--nproc_per_node",
+    "--master_port",
+    "--kill-on-bad-exit",
+    "--cpus-per-task",
+    "--job",
+    "--help",
+}  # torchrun's, Slurm's, all
+FORMATS = {"{split}": "train", "--{flag}": "--mean", "--{name}": "--epochs", "--{key}": "--epochs"}  # names of settings
+# Messages that the syntax trees lead some scripts to, but that these can't come to.
+ELSEWHERE = {
+    r"util\.(cli|advice)\.\w*": "it looks whether the script has the flag",
+    r"util\.(library_sets|datasets)\.(\w+Set|Shards|open_source)": (
+        r"inference\.features|main_robustness", "opens folders and archives only, no --dataset and no list"),
+    r"util\.datasets\.report_on": (r"util\.datasets", "it prints what to give to other scripts"),
+    r"util\.(loader\.EpochBatches|jpeg\.\w+|dist\.shard)": (
+        r"(?!main_pretrain|submitit_pretrain).*", "only pre-training has --repeated_sampling, --fast_jpeg, --fsdp"),
+    r"util\.untrusted\.value_problem": "of a value that a recipe has for this flag",
+    r"util\.samples\.Samples": (
+        r"main_knn|main_robustness|inference\.\w+", "it names --on_bad_image where the script has given that"),
+    r"util\.transforms\.\w+": (r"main_robustness|inference\.\w+", "the statistics are a file's, checked when read"),
+    r"util\.runstate\._warn_of_changes": (r"(main|submitit)_pretrain", "there are no classes"),
+    r"util\.weights\.statistics": (r"main_robustness|inference\.\w+", "another of this name is meant"),
+    r"util\.labels\.require": (r"inference\.features", "a file list is not among its flags"),
+}  # fmt: skip
+
+
+@functools.cache
+def definitions() -> dict[str, list[tuple[str, ast.AST]]]:
+    """Every name that a module defines -> module and definition."""
+    found: dict[str, list[tuple[str, ast.AST]]] = {}
+    for module, file in modules().items():
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            names = [node.name] if isinstance(node, ast.FunctionDef | ast.ClassDef) else []
+            if isinstance(node, ast.Assign | ast.AnnAssign):
+                names = [part.id for part in ast.walk(node) if isinstance(part, ast.Name)]
+            for name in names:
+                found.setdefault(name, []).append((module, node))
+    return found
+
+
+@functools.cache
+def names_in(node: ast.AST) -> set[str]:
+    parts = list(ast.walk(node))
+    return {p.id for p in parts if isinstance(p, ast.Name)} | {p.attr for p in parts if isinstance(p, ast.Attribute)}
+
+
+@functools.cache
+def graph() -> dict[str, set[str]]:
+    return {name: imports(file) & modules().keys() for name, file in modules().items()}
+
+
+def reached(script: str) -> list[tuple[str, ast.AST]]:
+    """The definitions that a script can come to: by name, in what is imported."""
+    starts = {script, script.replace("submitit_", "main_"), "util.cli"}
+    waiting = [(m, node) for name in ("main", "run", "parse") for m, node in definitions()[name] if m in starts]
+    seen = {}
+    while waiting:
+        module, node = waiting.pop()
+        if id(node) not in seen:
+            seen[id(node)] = module, node
+            reachable = graph()[module] | {module}
+            waiting += [(m, other) for name in names_in(node) for m, other in definitions().get(name, [])
+                        if m in reachable]  # fmt: skip
+    return list(seen.values())
+
+
+def messages(node: ast.AST) -> list[tuple[str, bool]]:
+    """The texts of a definition, and whether they are remedies, which `cli.run` prints only where the flags exist."""
+    passed_over, remedies = set(), set()
+    for part in ast.walk(node):
+        if isinstance(part, ast.FunctionDef | ast.ClassDef) and isinstance(part.body[0], ast.Expr):
+            passed_over.add(id(part.body[0].value))  # docstring
+        elif isinstance(part, ast.JoinedStr):
+            passed_over |= {id(inner) for inner in ast.walk(part)} - {id(part)}
+        elif isinstance(part, ast.Call):
+            name = part.func.attr if isinstance(part.func, ast.Attribute) else getattr(part.func, "id", "")
+            if name in ("add_argument", "parser"):  # help: `test_help_names_flags_of_the_script`
+                passed_over |= {id(inner) for inner in ast.walk(part)}
+            elif name == "advised":
+                remedies |= {id(inner) for argument in part.args[1:] for inner in ast.walk(argument)}
+    texts = []
+    for part in ast.walk(node):
+        if id(part) not in passed_over and isinstance(part, ast.JoinedStr):
+            text = ast.unparse(part).removeprefix("f")[1:-1]
+            texts.append((text, id(part) in remedies))
+        elif id(part) not in passed_over and isinstance(part, ast.Constant) and isinstance(part.value, str):
+            texts.append((part.value, id(part) in remedies))
+    return texts
+
+
+def flags_of(script: str) -> dict:
+    """A script's flags, and its positional arguments, which `cli.run` names by their metavar."""
+    parser = PARSERS[script]
+    return parser._option_string_actions | {f"--{a.dest}": a for a in parser._actions if not a.option_strings}
+
+
+def wrong(text: str, script: str) -> list[str]:
+    """What a text says of flags that a script's parser would not take."""
+    for marker, name in FORMATS.items():
+        text = text.replace(marker, name)
+    known, found = flags_of(script), []
+    for match in re.finditer(rf"({FLAG})(?: ([\w.]*\w))?", OF_ANOTHER.sub("", text)):
+        flag, value = match.groups()
+        action = known.get(flag)
+        if flag not in OTHERS and action is None:
+            found.append(flag)
+        elif action and value and (action.choices or value[0].isdigit()):  # else it is prose, or a placeholder
+            parser = PARSERS[script]
+            try:
+                parser._get_values(action, [value])
+            except argparse.ArgumentError:
+                found.append(match[0])
+        elif value in ("True", "False"):
+            found.append(match[0])
+    return found
+
+
+@pytest.mark.parametrize("script", PARSERS)
+def test_messages_name_flags_of_their_script(script):
+    mistakes = []
+    for module, node in reached(script):
+        place = f"{module}.{getattr(node, 'name', '')}"
+        reasons = [who for pattern, who in ELSEWHERE.items() if re.fullmatch(pattern, place)]
+        if any(isinstance(who, str) or re.fullmatch(who[0], script) for who in reasons):
+            continue
+        mistakes += [f"{place}: {flag} in {text!r}" for text, is_remedy in messages(node) if not is_remedy
+                     for flag in wrong(text, script)]  # fmt: skip
+    assert mistakes == []
+
+
+def test_every_remedy_is_one_of_some_script():
+    remedies = {(text, script) for script in PARSERS for _, node in reached(script)
+                for text, is_remedy in messages(node) if is_remedy and "--" in text}  # fmt: skip
+    accepted = {text for text, script in remedies if not wrong(text, script)}
+    assert {text for text, _ in remedies} == accepted
+    assert len(accepted) >= 5
+
+
+@pytest.mark.parametrize("script", PARSERS)
+def test_help_names_flags_of_the_script(script):
+    known = flags_of(script)
+    for action in PARSERS[script]._actions:
+        assert [flag for flag in re.findall(FLAG, OF_ANOTHER.sub("", action.help or "")) if flag not in known] == [], (
+            action.dest
+        )
+
+
+def test_a_wrong_flag_is_noticed():
+    assert wrong("lower --bolr", "main_pretrain") == ["--bolr"]
+    assert wrong("--amp no", "main_pretrain") == ["--amp no"]
+    assert wrong("--batch_size 0", "main_pretrain") == ["--batch_size 0"]
+    assert wrong("try --clip_grad 1.0, --amp off.", "main_pretrain") == []
+    assert wrong("give --global_pool True", "main_finetune") == ["--global_pool True"]
+    assert wrong("--on_bad_image skip leaves it out", "main_knn") == ["--on_bad_image"]
+    assert wrong("main_pretrain.py --on_bad_image skip leaves it out", "main_knn") == []
+
+
+def test_settings_as_they_are_typed():
+    settings = {"model": "vit_mini_patch4", "patch_size": [7, 7], "in_chans": 1, "global_pool": False, "pin_mem": False}
+    typed = "--model vit_mini_patch4 --patch_size 7 7 --in_chans 1 --cls_token --no_pin_mem"
+    assert advice.flags(settings) == typed
+    args = vars(cli.parse(main_finetune.get_args_parser(), typed.split()))
+    assert {name: args[name] for name in settings} == settings
+    assert advice.flags({"norm_pix_loss": True, "unfreeze_blocks": None}) == "--norm_pix_loss no --unfreeze_blocks"
