@@ -1,6 +1,7 @@
 """Jobs: what would be submitted, and jobs of this machine. Those of a real Slurm: tests/slurm/cases.py."""
 
 import importlib
+import inspect
 import os
 import re
 import shlex
@@ -8,13 +9,16 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
+import submitit
 from conftest import ROOT
 from mains import lines
+from submitit.slurm import slurm
 from test_docs import DOCUMENTS, bash_blocks, commands
 
-from util import cli, code_copy, submit
+from util import checkpoint, cli, code_copy, job_wait, slurm_settings, submit
 
 SCRIPTS = sorted(ROOT.glob("submitit_*.py"))
 
@@ -68,17 +72,19 @@ def test_a_dry_run_prints_what_sbatch_would_get(run, tmp_path):
         "--partition", "gpu", "--comment", "for a paper", "--use_volta32", "--after", 12,
         "--slurm", "account=lab", "--slurm", "mem_gb=100", "--slurm", "cpus-per-task=12", "--slurm", "mail-user=me",
         "--slurm", "signal_delay_s=300", "--slurm", "setup=module load cuda", "--slurm", "setup=date",
-        "--slurm", "wckey=false",
+        "--slurm", "wckey=false", "--slurm", "job_name=mine", "--slurm", "exclusive=true",
+        "--slurm", "contiguous=false",
     )  # fmt: skip
     for line in (
         "--nodes=3", "--ntasks-per-node=4", "--gpus-per-node=4", "--time=90", "--partition=gpu",
         "--comment='for a paper'", "--constraint=volta32gb", "--dependency=afterok:12", "--kill-on-invalid-dep=yes",
         "--account=lab", "--mem=100GB", "--cpus-per-task=12", "--mail-user=me", "--signal=USR2@300", "--requeue",
-        f"--output={jobs}/%j/%j_0_log.out", "--job-name=mae_pretrain",
+        f"--output={jobs}/%j/%j_0_log.out", "--job-name=mine", "--exclusive",
     ):  # fmt: skip
         assert f"#SBATCH {line}\n" in script
     assert "\nmodule load cuda\ndate\n" in script
-    assert "wckey=False" not in script
+    assert "wckey" not in script  # although submitit sets one
+    assert "contiguous" not in script
     srun = next(line for line in script.splitlines() if line.startswith("srun "))
     assert "--kill-on-bad-exit=1 --cpus-per-task=12" in srun
     assert not jobs.exists()
@@ -91,13 +97,41 @@ def test_nothing_of_a_site_is_assumed(run):
     assert "--gpus-per-node=8\n" in script
     assert "--output=/shared/large/%j_0_log.out" in script
     assert "gpus-per-node" not in run("--dry_run", "--device", "cpu")
-    assert "gpus-per-node" not in run("--dry_run", "--slurm", "gres=gpu:8")
+    assert "--job-name=mae_finetune\n" in script
+    for setting in ("gres=gpu:8", "gpus_per_task=1", "gpus=16", "gpus_per_node=false"):
+        assert "gpus-per-node" not in run("--dry_run", "--slurm", setting)
+    assert "--gpus-per-node=8\n" in run("--dry_run", "--slurm", "gres=lscratch:100")
+    assert "--gpus-per-task=1\n" in run("--dry_run", "--slurm", "gpus_per_task=1")
+
+
+@pytest.mark.parametrize("setting", ["requeue=false", "no-requeue=true"])
+def test_a_job_that_is_not_requeued(run, monkeypatch, setting):
+    script = run("--dry_run", "--slurm", setting)
+    assert "#SBATCH --no-requeue\n" in script
+    assert "--requeue" not in script
+    assert "#SBATCH --requeue\n" in run("--dry_run", "--slurm", "no_requeue=false")
+    handled = []
+    monkeypatch.setattr(submit, "_is_submitits", lambda signum: handled.append(signum))
+    with pytest.raises(SystemExit, match="stopped by SIGUSR2, the state is saved"):
+        submit._stop(SimpleNamespace(cluster="slurm"), signal.SIGUSR2, requeue=False)
+    assert handled == []  # neither requeued nor waiting for a requeue
 
 
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
         (["--slurm", "foo"], "--slurm: must be KEY=VALUE, such as account=lab, got foo"),
+        (["--slurm", "acount=lab"], "neither sbatch nor submitit has a setting acount; did you mean account?"),
+        (["--slurm", "time=10"], "--slurm: time cannot be set: give --timeout 10"),
+        (["--slurm", "time=1-00"], "--slurm: time cannot be set: give --timeout MINUTES"),
+        (["--slurm", "ntasks-per-node=2"], "--slurm: ntasks_per_node cannot be set: give --ngpus 2"),
+        (["--slurm", "nodes=3"], "--slurm: nodes cannot be set: give --nodes 3"),
+        (["--slurm", "num_gpus=3"], "give --slurm gpus_per_node=3"),
+        (["--slurm", "array=0-2"], "--slurm: array cannot be set: a job is one run; submit a job for each run"),
+        (["--slurm", "use_srun=false"], "--slurm: use_srun cannot be set: srun starts the processes of each job"),
+        (["--slurm", "signal_delay_s=soon"], "--slurm: signal_delay_s must be a number, got soon"),
+        (["--slurm", "partition=a", "--partition", "b"], "another flag sets partition=b; give one of the two"),
+        (["--after", "7", "--cluster", "debug"], "--after 7 waits for a job of Slurm, and --cluster debug starts at"),
         (["--after", "yesterday"], "--after: must be the number of a job"),
         (["--cluster", "moon"], "choose from"),
         (["--cluster", "local"], "--nodes 2: --cluster local is this machine alone; give --nodes 1"),
@@ -108,6 +142,52 @@ def test_nothing_of_a_site_is_assumed(run):
 )
 def test_wrong_flags_are_told_at_once(run, flags, said):
     assert said in run(*flags, fails=True)
+
+
+def test_every_setting_is_known_refused_or_passed_on(run):
+    """Submitit's own parameters, of the installed version, among them."""
+    parameters = inspect.signature(slurm._make_sbatch_string).parameters.keys() - {"command", "folder"}
+    unknown = parameters - slurm_settings.SBATCH - slurm_settings.SUBMITIT - slurm_settings.REFUSED.keys()
+    assert unknown == {"additional_parameters"}
+    assert not slurm_settings.REFUSED.keys() & (slurm_settings.SBATCH | slurm_settings.SUBMITIT)
+    for remedy in slurm_settings.REFUSED.values():
+        flag = re.match(r"give (--\w+)", remedy)
+        assert not flag or flag[1] in submit.get_args_parser("main_pretrain")[0]._option_string_actions
+    taken = sorted(slurm_settings.SBATCH - {"requeue", "no_requeue"})
+    script = run("--dry_run", *(part for key in taken for part in ("--slurm", f"{key}=7")))
+    assert [key for key in taken if f"#SBATCH --{key.replace('_', '-')}=7\n" not in script] == []
+
+
+def test_options_of_the_installed_sbatch_are_known(run, monkeypatch, tmp_path):
+    """One of a newer Slurm, or of a site's plug-in."""
+    assert "no setting tmpfs" in run("--dry_run", "--slurm", "tmpfs=1G", fails=True).replace("has a", "no")
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text("#!/bin/sh\necho '      --tmpfs=size   of a plug-in'\n")
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "#SBATCH --tmpfs=1G\n" in run("--dry_run", "--slurm", "tmpfs=1G")
+
+
+def test_sbatch_refuses_once(run, monkeypatch, tmp_path, capsys):
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text("#!/bin/sh\necho 'sbatch: error: invalid partition: moon' >&2\n"
+                      "echo 'sbatch: error: Batch job submission failed' >&2\nexit 1\n")  # fmt: skip
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    said = run("--partition", "moon", "--shared_dir", tmp_path / "jobs", fails=True)
+    refusal = "sbatch refuses the job: invalid partition: moon; Batch job submission failed"
+    assert said == f"submitit_pretrain.py: error: {refusal}" or said.endswith(f"error: {refusal}")
+    assert said.count("moon") == 1
+
+
+def test_private_names_of_submitit_stand_in_one_function():
+    """A version of submitit that lacks them fails here, not at somebody's --dry_run."""
+    private = {"_make_submission_file_text", "_submitit_command_str"}
+    assert set(re.findall(r"self\.(_\w+)", inspect.getsource(submit._Slurm.script))) == private
+    assert all(hasattr(submitit.SlurmExecutor, name) for name in private)
+    rest = inspect.getsource(submit).replace(inspect.getsource(submit._Slurm.script), "")
+    names = set(re.findall(r"\b(?:slurm|local|job|executor|task|submitit|self)\.(_[a-z]\w+)", rest))
+    assert names | set(re.findall(r"\.(_[a-z]\w+)", inspect.getsource(job_wait))) == set()
 
 
 def test_after_a_requeue_a_run_goes_on():
@@ -163,6 +243,29 @@ def test_who_waits_for_a_job_that_failed_is_told_why(pictures, tmp_path):
     assert "main_pretrain.py: error: --data_path: there is no folder or archive /nowhere" in told
     assert "submitit_pretrain.py: error: job" in told
     assert "Traceback" not in told
+
+
+def test_ctrl_c_stops_a_local_job_that_is_waited_for(pictures, tmp_path):
+    """With worker processes, and with the signal sent to all processes, as a terminal does."""
+    out = tmp_path / "job"
+    flags = tiny(pictures, "--epochs", 1000, "--cluster", "local", "--job_dir", out, "--wait", "--num_workers", 2)
+    job = subprocess.Popen(
+        [sys.executable, "submitit_pretrain.py", *flags], cwd=ROOT, stdin=subprocess.DEVNULL, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+    wait_for(lambda: (out / "log.txt").exists())
+    os.killpg(job.pid, signal.SIGINT)
+    began = time.monotonic()
+    told = job.communicate(timeout=120)[0]
+    assert job.returncode == 130
+    assert time.monotonic() - began < 40  # a few seconds, but on a machine that does ten things
+    assert re.search(
+        rf"job \d+ was stopped by SIG(INT|TERM), the state is saved; .* --resume auto --output_dir {out}", told
+    )
+    assert "Traceback" not in told
+    assert "failed" not in told
+    saved = checkpoint.read(out / "checkpoint-last.pth")["progress"]
+    assert saved["epoch"] + saved["images_done"] > 0
 
 
 def test_debug_runs_in_this_process(pictures, tmp_path):

@@ -10,6 +10,7 @@ would end the job for good.
 import argparse
 import contextlib
 import importlib
+import io
 import logging
 import os
 import shlex
@@ -24,7 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from util import code_copy
+from util import code_copy, job_wait, slurm_settings
 from util.flags import positive_int
 from util.interrupts import SIGNALS, Interrupted
 
@@ -36,10 +37,11 @@ try:
 except ImportError as error:
     raise SystemExit(f"{error}: jobs need submitit (pip install submitit)") from error
 
+logger = logging.getLogger(__name__)
+
 JOB_FOLDER = "the job's folder"  # default of --output_dir
 SECONDS_TO_KILL = 600  # in which Slurm, after its signal, must have ended or requeued a job
 REQUEUES = 100  # after time limits; submitit's 3 would end a long run on a partition of short jobs
-LISTS = ("setup", "teardown", "srun_args")  # settings of submitit that may be given several times
 
 
 class Failed(Exception):
@@ -54,11 +56,13 @@ class Job:
         main: module with `main` and `get_args_parser`.
         argv: its command line, in which `%j` is the job's number.
         folder: in which it was submitted, and relative paths begin.
+        requeue: whether a signal puts it back into the queue; else it ends, with its state saved.
     """
 
     main: str
     argv: tuple[str, ...]
     folder: str
+    requeue: bool = True
 
     def __call__(self, restarted: bool = False) -> None:
         job = submitit.JobEnvironment()
@@ -99,7 +103,7 @@ class Job:
             sys.excepthook = _without_traceback
             raise Failed(f"{self.main}.py failed (exit code {error.code})") from error
         if stopped_by:
-            _stop(job, stopped_by[0])
+            _stop(job, stopped_by[0], self.requeue)
         for signum in filter(_is_submitits, SIGNALS):
             signal.signal(signum, signal.SIG_IGN)  # the work is done; while Python ends, it would kill again
 
@@ -110,19 +114,18 @@ class Job:
     __submitit_checkpoint__ = checkpoint
 
 
-def _stop(job: submitit.JobEnvironment, signum: int) -> None:
+def _stop(job: submitit.JobEnvironment, signum: int, requeue: bool) -> None:
     """Ends a process whose state is saved, as the signal asks for.
 
     Under Slurm it waits for its end: a process that ended earlier would end the job before it is requeued.
     """
     handler = signal.getsignal(signum)
-    if _is_submitits(signum):
+    if requeue and _is_submitits(signum):
         if job.global_rank == 0 and callable(handler):
             handler(signum, None)  # requeues and exits after the time limit's signal; of SIGTERM it takes a note
         if job.cluster == "slurm":
             time.sleep(SECONDS_TO_KILL)
-    raise SystemExit(f"stopped by {signal.Signals(signum).name}, the state is saved; the same command with "
-                     f"--resume auto and its --output_dir goes on")  # fmt: skip
+    raise SystemExit(f"stopped by {signal.Signals(signum).name}, {job_wait.SAVED}")
 
 
 def _is_submitits(signum: int) -> bool:
@@ -172,8 +175,9 @@ def get_args_parser(main: str) -> tuple[ArgumentParser, list[str]]:
         group.add_argument("--use_volta32", action="store_true", help="ask for V100 of 32 GB (constraint volta32gb)"),
         group.add_argument("--comment", default="", help="told to the scheduler"),
         group.add_argument(
-            "--slurm", default=[], type=_setting, action="append", metavar="KEY=VALUE",
-            help="any other setting of submitit or sbatch: account=lab, cpus_per_task=12; may be given several times",
+            "--slurm", default=[], type=slurm_settings.setting, action="append", metavar="KEY=VALUE",
+            help="any other option of sbatch, or setting of submitit: account=lab, cpus_per_task=12; may be given "
+            "several times; KEY=false leaves an option out",
         ),
         group.add_argument("--after", type=_job_number, metavar="JOB", help="start once this job has succeeded"),
         group.add_argument(
@@ -184,14 +188,6 @@ def get_args_parser(main: str) -> tuple[ArgumentParser, list[str]]:
         group.add_argument("--wait", action="store_true", help="wait for the job, and end with 1 if it failed"),
     ]  # fmt: skip
     return parser, [flag.dest for flag in flags]
-
-
-def _setting(text: str) -> tuple[str, Any]:
-    key, equals, value = text.partition("=")
-    if not (key and equals):
-        raise argparse.ArgumentTypeError(f"must be KEY=VALUE, such as account=lab, got {text}")
-    known = {"true": True, "false": False}
-    return key.replace("-", "_"), known.get(value, int(value) if value.isdecimal() else value)
 
 
 def _job_number(text: str) -> str:
@@ -219,61 +215,59 @@ def _submit(main: str, argv: list[str], args: Namespace) -> None:
     argv = [*argv, "--output_dir", str(outputs[0]), "--log_dir", str(outputs[1])]
     if args.nodes > 1 and args.cluster == "local":
         raise ValueError(f"--nodes {args.nodes}: --cluster local is this machine alone; give --nodes 1")
+    if args.after and args.cluster != "slurm":
+        raise ValueError(f"--after {args.after} waits for a job of Slurm, and --cluster {args.cluster} starts at once")
+    for_slurm = [f"--{name}" for name in ("partition", "use_volta32", "comment", "slurm") if getattr(args, name)]
+    if for_slurm and args.cluster != "slurm":
+        logger.warning(f"no effect with --cluster {args.cluster}: {', '.join(for_slurm)}")
     executor = _executor(main, args, folder)
-    here = str(Path.cwd())
+    job_of_run = partial(Job, main, folder=str(Path.cwd()), requeue=dict(args.slurm).get("requeue", True))
     if args.dry_run:
         print(executor.script() if isinstance(executor, _Slurm) else f"no script: --cluster is {args.cluster}")
     elif args.cluster == "debug":
-        executor.submit(Job(main, tuple(argv), here)).results()
+        executor.submit(job_of_run(argv=tuple(argv))).results()
     elif args.cluster == "slurm" and not shutil.which("sbatch"):
         raise ValueError("there is no sbatch here: submit where Slurm is, or give --cluster local, or --dry_run")
     else:
         code, recipe = code_copy.make(shared / "code", args.config)
         argv += ["--config", str(recipe)] if recipe else []
         with contextlib.chdir(code), _environment_of_a_shell():  # Python finds modules in the folder it starts in
-            try:
-                job = executor.submit(Job(main, tuple(argv), here))
-            except (UncompletedJobError, FailedSubmissionError) as error:
-                raise ValueError(f"sbatch refuses the job: {str(error).strip()}") from error
-        log = job.task(0).paths.stdout
-        _tell(args.cluster, job.job_id, log, str(outputs[0]).replace("%j", job.job_id))
+            job = _start(executor, job_of_run(argv=tuple(argv)))
+        log, output_dir = job.task(0).paths.stdout, str(outputs[0]).replace("%j", job.job_id)
+        job_wait.tell(args.cluster, job.job_id, log, output_dir)
         if args.wait:
-            _wait(job, log)
+            job_wait.wait(job, args.cluster, log, output_dir, args.after)
 
 
 def _executor(main: str, args: Namespace, folder: Path) -> submitit.Executor:
     if args.cluster == "debug":
         return submitit.DebugExecutor(folder)
     gpus = 0 if args.device == "cpu" else args.ngpus
-    common = {"stderr_to_stdout": True, "tasks_per_node": args.ngpus, "nodes": args.nodes}
     if args.cluster == "local":
         local = submitit.LocalExecutor(folder, max_num_timeout=REQUEUES)
-        local.update_parameters(**common, timeout_min=args.timeout, gpus_per_node=gpus)
+        local.update_parameters(
+            timeout_min=args.timeout, tasks_per_node=args.ngpus, gpus_per_node=gpus, stderr_to_stdout=True
+        )
         return local
-    given: dict[str, Any] = {"name": main.replace("main", "mae"), "timeout_min": args.timeout}
-    own_gpus = {"gpus_per_node", "gpus_per_task", "gpus", "gres"} & {key for key, _ in args.slurm}
-    if gpus and not own_gpus:
-        given["gpus_per_node"] = gpus
-    given |= {"partition": args.partition} if args.partition else {}
-    given |= {"comment": args.comment} if args.comment else {}
-    given |= {"constraint": "volta32gb"} if args.use_volta32 else {}
+    flags = {"partition": args.partition, "comment": args.comment}
+    flags |= {"constraint": "volta32gb"} if args.use_volta32 else {}
     # A job whose forerunner failed is taken out of the queue, in which it would stay for ever.
-    given |= {"dependency": f"afterok:{args.after}", "kill_on_invalid_dep": "yes"} if args.after else {}
-    given = {key: value for key, value in [*given.items(), *args.slurm] if key not in LISTS and value is not False}
-    given |= {key: [str(v) for k, v in args.slurm if k == key] for key in LISTS}
+    flags |= {"dependency": f"afterok:{args.after}", "kill_on_invalid_dep": "yes"} if args.after else {}
+    defaults = {"job_name": main.replace("main", "mae"), "requeue": True, "max_num_timeout": REQUEUES}
+    defaults |= {"gpus_per_node": gpus} if gpus else {}
+    given = slurm_settings.merge({key: value for key, value in flags.items() if value}, args.slurm, defaults)
     # A signal does nothing until submitit handles it: it would end Python, and so the job, before.
     python = given.pop("python", shlex.quote(sys.executable))
     python = f'sh -c \'trap "" {submitit.JobEnvironment.USR_SIG}; exec "$@"\' sh {python}'
-    slurm = _Slurm(folder, given.pop("max_num_timeout", REQUEUES), python=python)
+    slurm = _Slurm(folder, given.pop("max_num_timeout", 0), python=python)
     # Without one process the others wait in vain. sbatch's cpus_per_task means nothing to srun since Slurm 22.05.
     given["srun_args"] += ["--kill-on-bad-exit=1"]
     given["srun_args"] += [f"--cpus-per-task={given['cpus_per_task']}"] if "cpus_per_task" in given else []
-    generic, known = slurm._equivalence_dict(), slurm._valid_parameters()
-    renamed = slurm._convert_parameters(common | {key: given.pop(key) for key in generic if key in given})
-    others = {key: value for key, value in given.items() if key not in known}
+    own = {key: given.pop(key) for key in (*slurm_settings.LISTS, "signal_delay_s") if key in given}
+    own |= {"wckey": given.pop("wckey", None)} if "wckey" in dict(args.slurm) else {}  # submitit has a default
     slurm.update_parameters(
-        **renamed, **{key: value for key, value in given.items() if key in known},
-        additional_parameters={"requeue": True} | others,
+        time=args.timeout, nodes=args.nodes, ntasks_per_node=args.ngpus, stderr_to_stdout=True,
+        additional_parameters=given, **own,
     )  # fmt: skip
     return slurm
 
@@ -287,28 +281,19 @@ def _environment_of_a_shell() -> Iterator[None]:
         yield
 
 
-def _tell(cluster: str, number: str, log: Path, output_dir: str) -> None:
-    slurm = cluster == "slurm"
-    print(
-        f"job {number} is {'submitted' if slurm else 'started'}\n"
-        f"  results  {output_dir}\n"
-        f"  follow   tail -F {log}\n"
-        f"  state    {'squeue --job' if slurm else 'ps'} {number}\n"
-        f"  cancel   {'scancel' if slurm else 'kill'} {number}    (its state is saved)",
-        flush=True,
-    )
-
-
-def _wait(job: submitit.Job, log: Path) -> None:
-    """Waits for the end of a job.
+def _start(executor: submitit.Executor, job: Job) -> submitit.Job:
+    """Submits a job.
 
     Raises:
-        ValueError: it failed; the end of its log is shown.
+        ValueError: sbatch refuses it, as it says.
     """
-    job.wait()
-    if job.exception() is None:
-        print(f"job {job.job_id} succeeded")
-        return
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
-    print("\n".join(lines[-20:]))
-    raise ValueError(f"job {job.job_id} failed (state {job.state}), and above is the end of its log, {log}")
+    # A job of this machine takes no part in Ctrl-C: whoever waits for it stops it in order.
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # on which submitit prints what it raises, too
+            return executor.submit(job)
+    except (UncompletedJobError, FailedSubmissionError) as error:
+        lines = [line.removeprefix("sbatch: ").removeprefix("error: ") for line in str(error).strip().splitlines()]
+        raise ValueError(f"sbatch refuses the job: {'; '.join(lines)}") from error
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,74 @@
+"""What the person sees who has submitted a job: how to follow it, and its end (`--wait`)."""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+SAVED = "the state is saved"  # as a job's log ends if a signal stopped it
+
+
+def tell(cluster: str, number: str, log: Path, output_dir: str) -> None:
+    """Prints how to follow a job, and how to cancel it."""
+    slurm = cluster == "slurm"
+    print(
+        f"job {number} is {'submitted' if slurm else 'started'}\n"
+        f"  results  {output_dir}\n"
+        f"  follow   tail -F {log}\n"
+        f"  state    {'squeue --job' if slurm else 'ps'} {number}\n"
+        f"  cancel   {'scancel' if slurm else 'kill'} {number}    (its state is saved)",
+        flush=True,
+    )
+
+
+def wait(job: Any, cluster: str, log: Path, output_dir: str, after: str | None) -> None:
+    """Waits for the end of a job, a `submitit.Job`.
+
+    Raises:
+        ValueError: it did not succeed; the end of its log is shown.
+        SystemExit: Ctrl-C. It has stopped a job of this machine; a job of Slurm continues.
+    """
+    try:
+        job.wait()
+    except KeyboardInterrupt:
+        if cluster == "slurm":
+            print(f"job {job.job_id} continues; scancel {job.job_id} stops it, and its state is saved", file=sys.stderr)
+            raise SystemExit(130) from None
+        _stop_local(job)
+    if _succeeded(job, cluster):
+        print(f"job {job.job_id} succeeded")
+        return
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
+    if not lines:
+        why = f": job {after}, which --after names, has not succeeded" if after else ""
+        raise ValueError(f"job {job.job_id} has not started (state {job.state}){why}")
+    if SAVED in lines[-1]:
+        print(
+            f"job {job.job_id} was {lines[-1]}; the same command with --resume auto --output_dir {output_dir} continues"
+        )
+        raise SystemExit(130)
+    print("\n".join(lines[-20:]))
+    state = f" (state {job.state})" if cluster == "slurm" else ""
+    raise ValueError(f"job {job.job_id} failed{state}, and above is the end of its log, {log}")
+
+
+def _stop_local(job: Any) -> None:
+    """Stops a job of this machine, and waits until its state is saved."""
+    print(f"stopping job {job.job_id}; Ctrl-C again stops waiting for it", file=sys.stderr)
+    try:
+        while not job.done():
+            os.kill(int(job.job_id), signal.SIGTERM)  # again, since the processes ignore it while they start
+            time.sleep(0.5)
+    except KeyboardInterrupt:
+        print(f"job {job.job_id} may still run; kill {job.job_id} stops it", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _succeeded(job: Any, cluster: str) -> bool:
+    tasks = [job.task(number) for number in range(job.num_tasks)]
+    # On a shared file system submitit waits for results; those of this machine are there, or will never be.
+    if cluster == "local" and not all(task.paths.result_pickle.exists() for task in tasks):
+        return False
+    return all(task.exception() is None for task in tasks)

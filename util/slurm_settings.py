@@ -1,0 +1,119 @@
+"""`--slurm KEY=VALUE`: the settings of a Slurm job that have no flag of their own.
+
+A key is a long option of sbatch, with `_` or `-` between its words, or a setting of submitit. This module knows all
+keys: it passes them on, translates them, or refuses them and names what takes their place.
+"""
+
+import argparse
+import difflib
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+# Long options of sbatch, Slurm 20.11 to 25.05, that say where and how a job runs. The installed sbatch may know more.
+SBATCH = frozenset(
+    """
+    account acctg_freq batch bb bbf begin cluster_constraint clusters comment constraint container
+    container_id contiguous core_spec cores_per_socket cpu_freq cpus_per_gpu cpus_per_task deadline delay_boot
+    dependency distribution exclude exclusive export export_file extra extra_node_info get_user_env gid gpu_bind
+    gpu_freq gpus gpus_per_node gpus_per_socket gpus_per_task gres gres_flags hint hold ignore_pbs input job_name
+    kill_on_invalid_dep licenses mail_type mail_user mcs_label mem mem_bind mem_per_cpu mem_per_gpu mincpus network
+    nice no_kill no_requeue nodefile nodelist ntasks_per_core ntasks_per_gpu ntasks_per_socket oom_kill_step overcommit
+    oversubscribe partition power prefer priority profile propagate qos reboot requeue reservation resv_ports segment
+    sockets_per_node spread_job stepmgr switches thread_spec threads_per_core time_min tmp tres_bind
+    tres_per_task uid use_min_nodes wckey x11
+    """.split()  # noqa: SIM905
+)
+LISTS = ("setup", "teardown", "srun_args")  # settings of submitit that may be given several times
+NUMBERS = ("signal_delay_s", "max_num_timeout", "cpus_per_task", "mem_gb")
+SUBMITIT = frozenset({*LISTS, "signal_delay_s", "max_num_timeout", "python", "mem_gb", "name"})
+REFUSED = {
+    "time": "give --timeout MINUTES",
+    "timeout_min": "give --timeout MINUTES",
+    "nodes": "give --nodes N",
+    "ntasks_per_node": "give --ngpus N",
+    "tasks_per_node": "give --ngpus N",
+    "ntasks": "give --nodes N and --ngpus N, whose product it is",
+    "num_gpus": "give --slurm gpus_per_node=N",
+    "signal": "give --slurm signal_delay_s=SECONDS for the time at which it comes",
+    "output": "give --job_dir DIR, which gets the logs",
+    "error": "give --job_dir DIR, which gets the logs",
+    "open_mode": "logs are always appended to",
+    "stderr_to_stdout": "each process has one log for both",
+    "wait": "give --wait",
+    "test_only": "give --dry_run",
+    "array": "a job is one run; submit a job for each run",
+    "array_parallelism": "a job is one run; submit a job for each run",
+    "map_count": "a job is one run; submit a job for each run",
+    "use_srun": "srun starts the processes of each job, and passes signals on to them",
+    "chdir": "a job runs in the folder in which it is submitted",
+    "wrap": "the script is submitit's; --slurm setup='COMMAND' runs a command before it",
+    "parsable": "the number of the job is read from what sbatch prints",
+    "quiet": "the number of the job is read from what sbatch prints",
+}  # fmt: skip
+
+
+def setting(text: str) -> tuple[str, Any]:
+    """Reads KEY=VALUE: sbatch's name of the key where it has one, and the value as a number or bool where it is one.
+
+    Raises:
+        argparse.ArgumentTypeError: the key is unknown or refused, or the value is none for it.
+    """
+    key, equals, value = text.partition("=")
+    key = key.replace("-", "_")
+    if not (key and equals):
+        raise argparse.ArgumentTypeError(f"must be KEY=VALUE, such as account=lab, got {text}")
+    if key in REFUSED:
+        remedy = re.sub(r"[A-Z]+$", value, REFUSED[key]) if value.isdecimal() else REFUSED[key]
+        raise argparse.ArgumentTypeError(f"{key} cannot be set: {remedy}")
+    if key not in SBATCH | SUBMITIT and not _sbatch_lists(key):
+        near = difflib.get_close_matches(key, sorted(SBATCH | SUBMITIT | REFUSED.keys()), n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise argparse.ArgumentTypeError(f"neither sbatch nor submitit has a setting {key}{hint}")
+    if key in LISTS:
+        return key, value
+    if key in NUMBERS and value != "false" and not re.fullmatch(r"\d+(\.\d+)?" if key == "mem_gb" else r"\d+", value):
+        raise argparse.ArgumentTypeError(f"{key} must be a number, got {value or 'nothing'}")
+    read = {"true": True, "false": False}.get(value, int(value) if value.isdecimal() else value)
+    if key == "mem_gb":
+        return "mem", read and (f"{read}GB" if isinstance(read, int) else f"{int(1024 * float(value))}MB")
+    if key == "no_requeue":
+        return "requeue", read is False
+    return {"name": "job_name"}.get(key, key), read
+
+
+def _sbatch_lists(key: str) -> bool:
+    """Whether the installed sbatch has the option: a newer one's, or a plug-in's of the site."""
+    if not shutil.which("sbatch"):
+        return False
+    text = subprocess.run(["sbatch", "--help"], capture_output=True, text=True, check=False).stdout
+    return re.search(rf"--{re.escape(key.replace('_', '-'))}(?![\w-])", text) is not None
+
+
+def merge(flags: Mapping[str, Any], settings: Iterable[tuple[str, Any]], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """All settings of a job by name; those of LISTS are lists. `false` leaves an option out, but for `requeue`.
+
+    Args:
+        flags: what flags of the command line set; a setting must not contradict them.
+        settings: of --slurm, as `setting` reads them; they replace defaults.
+        defaults: what neither says. GPUs by default give way to any other setting about GPUs.
+
+    Raises:
+        ValueError: a flag and a setting set the same.
+    """
+    settings = list(settings)
+    about_gpus = any(k.startswith("gpus") or (k in ("gres", "tres_per_task") and "gpu" in str(v)) for k, v in settings)
+    merged = {key: value for key, value in defaults.items() if key != "gpus_per_node" or not about_gpus}
+    merged |= {**flags, **{key: [] for key in LISTS}}
+    for key, value in settings:
+        if key in flags:
+            raise ValueError(f"--slurm {key}={value}: another flag sets {key}={flags[key]}; give one of the two")
+        if key in LISTS:
+            merged[key].append(value)
+        else:
+            merged[key] = value
+    if merged.get("requeue") is False:
+        merged["no_requeue"] = True
+    return {key: value for key, value in merged.items() if value is not False}
