@@ -26,7 +26,7 @@ from timm.optim import param_groups_weight_decay
 import models_build
 import models_mae
 from engine_pretrain import train_one_epoch
-from util import datasets, dist, epochs, loader, options, pictures, runfolder, runlog, transforms, weights
+from util import datasets, dist, epochs, fsdp, loader, options, pictures, runfolder, runlog, transforms, weights
 from util.precision import Precision
 from util.samples import Samples
 
@@ -53,13 +53,14 @@ def main(args: Namespace) -> None:
     runfolder.prepare(Path(args.output_dir), args.resume)
     torch.manual_seed(args.seed)
 
-    model = models_build.autoencoder(vars(args))
+    with torch.device("meta" if args.fsdp else "cpu"):  # without values, which each process gets for its part only
+        model = models_build.autoencoder(vars(args))
+    precision = Precision(args.amp, device)
+    if args.fsdp:
+        fsdp.shard(model, [*model.blocks, *model.decoder_blocks], device, precision.dtype, method="reconstruct")
     if args.init_from:
         weights.init_mae(model, weights.read(args.init_from))
     model.to(device)
-    precision = Precision(args.amp, device)
-    if args.fsdp:
-        dist.shard(model, [*model.blocks, *model.decoder_blocks], precision.dtype, method="reconstruct")
 
     source = datasets.open_source(
         "train", args.data_path, args.train_list, args.dataset, download=args.download, num_images=args.num_images

@@ -17,7 +17,7 @@ from faults import Run
 from mains import in_processes, lines
 
 from models_mae import mae_vit_mini_patch4
-from util import checkpoint, dist, runstate, saver, sharded, weights
+from util import checkpoint, fsdp, runstate, saver, sharded, weights
 from util.checkpoint import CheckpointError
 
 # 24 images are one step of an epoch, so that log.txt has the loss of each of 50 steps.
@@ -298,7 +298,7 @@ def test_a_full_disk_leaves_the_states_before_and_no_rubbish(tmp_path):
         pytest.skip("only root can mount a small file system")
     try:
         said = in_two_processes(FULL, tmp_path, place)
-        assert said.count("The state before it stands.") == 12  # in each process
+        assert said.count(f"can't write {place}/checkpoint-1 (") == 12  # in each process
         assert checkpoint.newest_first(place)[0] == place / "checkpoint-best"
         assert sharded.gather(place / "checkpoint-2")["model"].keys() == {"rank0"}
     finally:
@@ -307,9 +307,9 @@ def test_a_full_disk_leaves_the_states_before_and_no_rubbish(tmp_path):
 
 def test_what_is_said(shared, pictures, tmp_path):
     with pytest.raises(ValueError, match="--fsdp shares the weights among processes, and there is one"):
-        dist.shard(mae_vit_mini_patch4(), [], None, "reconstruct")
+        fsdp.shard(mae_vit_mini_patch4(), [], torch.device("cpu"), None, "reconstruct")
     with pytest.raises(ValueError, match="--fsdp goes with --amp bf16 or off"):
-        dist.shard(mae_vit_mini_patch4(), [], torch.float16, "reconstruct")
+        fsdp.shard(mae_vit_mini_patch4(), [], torch.device("cpu"), torch.float16, "reconstruct")
     model = mae_vit_mini_patch4(img_size=32)
     optimizer = torch.optim.AdamW(model.parameters())
     settings = {"model": "mae_vit_mini_patch4"}
@@ -318,15 +318,64 @@ def test_what_is_said(shared, pictures, tmp_path):
                         settings, runstate.Progress(24, 24, num_images=24))  # fmt: skip
 
 
-HELD = """
+STARTED = """
 import sys, torch, models_mae
-from util import dist
-from util.precision import Precision
+from torch import nn
+from util import dist, fsdp, weights
 device = dist.init("cpu")
-model = models_mae.mae_vit_base_patch16()
-for how in ("ddp", "fsdp"):
+def shard(build, **arguments):
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = build(**arguments)
+    fsdp.shard(model, [*model.blocks, *model.decoder_blocks], device, None, "reconstruct")
+    return model
+def compare(model, expected):
+    ours = {name: parameter.full_tensor() for name, parameter in model.named_parameters()}
+    assert ours.keys() == expected.keys()
+    assert [name for name in ours if not torch.equal(ours[name], expected[name])] == []
+    assert all(not parameter.to_local().is_meta for parameter in model.parameters())
+for arguments in ({}, {"patch_size": 8, "in_chans": 1, "embed_dim": 100, "decoder_embed_dim": 60}):
+    model = shard(models_mae.mae_vit_mini_patch4, **arguments)
+    after = torch.get_rng_state()
+    torch.manual_seed(0)
+    whole = models_mae.mae_vit_mini_patch4(**arguments)
+    assert torch.equal(after, torch.get_rng_state())
+    compare(model, dict(whole.named_parameters()))
+model = shard(models_mae.mae_vit_mini_patch4, img_size=16)
+file = weights.read(sys.argv[1])
+weights.init_mae(model, file)
+compare(model, file.tensors)
+class Scaled(models_mae.MaskedAutoencoderViT):
+    def __init__(self, **arguments):
+        super().__init__(depth=1, embed_dim=32, decoder_depth=1, decoder_embed_dim=32)
+        self.gamma = nn.Parameter(torch.ones(7))
+try:
+    shard(Scaled)
+except ValueError as error:
+    assert "gamma is not initialised: give its module a method reset_parameters" in str(error), error
+else:
+    raise AssertionError("gamma has no value")
+"""
+
+
+def test_sharded_weights_start_as_those_of_one_process_do(whole, tmp_path):
+    """To the last bit, with the random generator's state after them; from a file's weights too."""
+    in_two_processes(STARTED, tmp_path, whole / "checkpoint-49.pth")
+
+
+HELD = """
+import resource, sys, torch, models_mae
+from util import dist, fsdp
+device = dist.init("cpu")
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+for how in ("fsdp", "ddp"):
+    before = peak()
+    with torch.device("meta" if how == "fsdp" else "cpu"):
+        model = models_mae.mae_vit_base_patch16()
     if how == "fsdp":
-        dist.shard(model, [*model.blocks, *model.decoder_blocks], None, "reconstruct")
+        fsdp.shard(model, [*model.blocks, *model.decoder_blocks], device, None, "reconstruct")
+    started = peak() - before
     wrapped = dist.wrap(model, device)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
     wrapped(torch.rand(1, 3, 224, 224), loss_only=True).backward()
@@ -336,15 +385,20 @@ for how in ("ddp", "fsdp"):
     held = [getattr(t, "_local_tensor", t) for t in (*model.parameters(), *gradients, *moments)]
     pieces = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
     with open(f"{sys.argv[1]}/{how}{dist.rank()}", "w") as file:
-        file.write(str(sum(pieces.values())))
+        file.write(f"{sum(pieces.values())} {started}")
     optimizer.zero_grad()
     del wrapped, optimizer, moments, gradients, held
 """
 
 
 def test_what_each_process_of_two_holds(tmp_path):
-    """Of ViT-B's parameters, gradients and optimizer states, at most .62 of what it holds with DDP."""
+    """Of ViT-B's parameters, gradients and optimizer states, at most .62 of what it holds with DDP.
+
+    At the start, its part of the weights and a little more, at the peak.
+    """
     in_two_processes(HELD, tmp_path, tmp_path)
-    held = {how: [int((tmp_path / f"{how}{rank}").read_text()) for rank in (0, 1)] for how in ("ddp", "fsdp")}
+    read = {how: [(tmp_path / f"{how}{rank}").read_text().split() for rank in (0, 1)] for how in ("ddp", "fsdp")}
+    held = {how: [int(values[0]) for values in found] for how, found in read.items()}
     assert min(held["ddp"]) > 4 * 4 * 111_000_000
     assert max(held["fsdp"]) <= 0.62 * min(held["ddp"])
+    assert max(int(values[1]) for values in read["fsdp"]) <= 0.75 * 4 * 111_000_000

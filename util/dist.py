@@ -12,15 +12,13 @@ import re
 import socket
 import time
 import warnings
-from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as td
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -279,40 +277,8 @@ def share_buffers(model: nn.Module) -> None:
             td.broadcast(buffer, 0)
 
 
-def shard(model: nn.Module, units: Iterable[nn.Module], dtype: torch.dtype | None, method: str) -> None:
-    """Leaves each process its part of the weights, and so of gradients and optimizer states (FSDP2), in place.
-
-    Each unit's weights come together while it computes; what is in no unit stays together from forward to backward.
-
-    Args:
-        model: on its device; every process gets the weights of rank 0.
-        units: its blocks.
-        dtype: in which the weights of units travel between GPUs, fp32 if None. Gradients are averaged in fp32.
-        method: of the model, besides a call, that computes with its weights.
-
-    Raises:
-        ValueError: there is one process only, or the type is fp16, which would need a scale common to all.
-    """
-    if dtype is torch.float16:
-        raise ValueError("--fsdp goes with --amp bf16 or off, not with fp16")
-    if world_size() == 1:
-        raise ValueError("--fsdp shares the weights among processes, and there is one: start several with torchrun")
-    for tensor in (*model.parameters(), *model.buffers()):
-        td.broadcast(tensor.detach(), 0)
-    kind = next(model.parameters()).device.type
-    mesh = init_device_mesh(kind, (world_size(),))
-    # Activations keep the type that autocast gives them, as without sharding; so LayerNorm gets fp32 and weights of
-    # another type, which a CPU's does not take.
-    travels_as = dtype if kind == "cuda" else None
-    policy = MixedPrecisionPolicy(param_dtype=travels_as, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for unit in units:
-        fully_shard(unit, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh)
-    register_fsdp_forward_method(model, method)
-
-
 def is_sharded(model: nn.Module) -> bool:
-    """Whether `shard` has had the model."""
+    """Whether `fsdp.shard` has had the model."""
     return isinstance(model, FSDPModule)
 
 

@@ -127,7 +127,7 @@ def init_mae(model: Any, file: Weights) -> None:
         logger.warning(f"{file.source} has an encoder only: the decoder starts untrained")
         missing = set()
     _require(file, model, missing, weights.keys() - ours.keys(), _reshaped(weights, ours))
-    model.load_state_dict(weights, strict=False)
+    model.load_state_dict({k: dist.placed_as(v, ours[k]) for k, v in weights.items()}, strict=False)
     logger.info(f"weights from {file.source}")
 
 
