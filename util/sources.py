@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 KINDS = ", ".join(SUFFIXES)
 MOST_CLASSES = 1_000_000
+PATH_COLUMNS, LABEL_COLUMNS = ("path", "filename", "file", "image"), ("label", "class")  # in any case, of CSV
+CSV_HEADER = f"a column {' or '.join(PATH_COLUMNS)} (and {' or '.join(LABEL_COLUMNS)})"
 
 
 class Source(Protocol):
@@ -170,7 +172,7 @@ def read_list(path: Path, root: Path | None, flag: str) -> Files:
 
     Args:
         path: text with a path a line, and a label behind it, after blanks; CSV of path and label, with or without a
-            header that has a column `path` (and `label`); or JSON, a list of paths, of [path, label] or of
+            header as CSV_HEADER has it, separated by commas or semicolons; or JSON, a list of paths, of [path, label] or of
             {"path": ..., "label": ...}. Labels are numbers from 0 or names. Or JSON of COCO's form, as iNaturalist's
             splits are: images, annotations, categories.
         root: where relative paths start; the list's own folder by default.
@@ -189,7 +191,7 @@ def read_list(path: Path, root: Path | None, flag: str) -> Files:
     except (ValueError, KeyError, TypeError, IndexError, csv.Error, RecursionError) as error:
         raise ValueError(
             f"{flag} {path}: can't be read ({type(error).__name__}: {error}); give a path and a label a line, CSV with "
-            f"the columns path and label, or JSON"
+            f"{CSV_HEADER}, or JSON"
         ) from error
     if not names:
         raise ValueError(f"{flag} {path}: names no files")
@@ -197,7 +199,7 @@ def read_list(path: Path, root: Path | None, flag: str) -> Files:
     if not os.path.exists(files._path(0)):
         raise ValueError(
             f"{flag} {path}: its first file, {files.name(0)}, does not exist; relative paths start at --data_path, or "
-            f"where the list is"
+            f"where the list is" + (f"; CSV has {CSV_HEADER}, or no header" if path.suffix.lower() == ".csv" else "")
         )
     return files
 
@@ -255,11 +257,14 @@ def _text_rows(text: str) -> list[Row]:
 
 
 def _csv_rows(text: str) -> list[Row]:
-    lines = [row for row in csv.reader(text.splitlines()) if row]
+    rows = [line for line in text.splitlines() if line.strip()]
+    semicolons = all(";" in row for row in rows) and "," not in rows[0] if rows else False
+    lines = [row for row in csv.reader(rows, delimiter=";" if semicolons else ",") if row]
     header = [cell.strip().lower() for cell in lines[0]] if lines else []
     path, label = 0, 1
-    if "path" in header:
-        path, label = header.index("path"), header.index("label") if "label" in header else len(header)
+    if any(name in header for name in PATH_COLUMNS):
+        path, label = (next((header.index(name) for name in names if name in header), len(header))
+                       for names in (PATH_COLUMNS, LABEL_COLUMNS))  # fmt: skip
         lines = lines[1:]
     elif all(len(row) == 1 for row in lines):  # those of Places205 have blanks for commas
         return _text_rows("\n".join(row[0] for row in lines))
