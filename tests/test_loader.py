@@ -247,3 +247,12 @@ def test_what_a_batch_draws_depends_on_its_place_alone(pictures):
     torch.rand(17)
     assert draws(3) == whole[3:]
     assert len(set(whole)) == 6
+
+
+def test_fewer_cores_than_workers_are_noticed_once_and_not_of_the_default(caplog, monkeypatch):
+    monkeypatch.setattr(loader, "_cores", lambda: 2)
+    caplog.set_level("INFO")
+    assert [loader.up_to_cores(workers) for workers in (0, 2, 10)] == [0, 2, 2]
+    assert caplog.messages == []
+    assert [loader.up_to_cores(77), loader.up_to_cores(77)] == [2, 2]
+    assert caplog.messages == ["--num_workers 77: this process has 2 processor cores, and uses 2 workers"]

@@ -11,6 +11,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from util.transforms import to_unit_range
 
 logger = logging.getLogger(__name__)
 
+DEFAULT_WORKERS = 10  # of --num_workers; that a machine has fewer cores needs no notice then
 MAX_BAD_SHARE = 0.1  # of an epoch's images; more of them mean that something else is wrong
 MAX_LEFT_OUT = 0.1  # share of an epoch's images that may be left out without a warning
 
@@ -326,11 +328,16 @@ def _stack(images: list[Tensor]) -> Tensor:
 
 
 def up_to_cores(num_workers: int) -> int:
-    """The number of loading processes, up to this process's share of the cores: more would only take turns."""
+    """The number of worker processes, up to this process's share of the cores: more would only take turns."""
     cores = max(1, _cores() // dist.processes_here())
-    if num_workers > cores:
-        logger.info(f"--num_workers {num_workers}: this process has {cores} processor cores, using {cores} workers")
+    if num_workers > cores and num_workers != DEFAULT_WORKERS:
+        _notice_cores(num_workers, cores)
     return min(num_workers, cores)
+
+
+@cache  # once, however many loaders there are
+def _notice_cores(num_workers: int, cores: int) -> None:
+    logger.info(f"--num_workers {num_workers}: this process has {cores} processor cores, and uses {cores} workers")
 
 
 def _cores() -> int:

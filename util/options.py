@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from util.dist import BACKENDS
 from util.flags import Size, add_switch, count, non_negative, positive, positive_int, positive_share, ratio, seed, share
+from util.loader import DEFAULT_WORKERS
 from util.precision import AMP_CHOICES
 from util.weights import ADAPT_CHOICES
 
@@ -84,7 +85,7 @@ def _add_amp(group: argparse._ActionsContainer) -> None:
 
 def _add_num_workers(group: argparse._ActionsContainer) -> None:
     group.add_argument(
-        "--num_workers", default=10, type=count, metavar="N",
+        "--num_workers", default=DEFAULT_WORKERS, type=count, metavar="N",
         help="worker processes that load data, at most one a core; 0: this process loads it",
     )  # fmt: skip
 

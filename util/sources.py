@@ -172,9 +172,9 @@ def read_list(path: Path, root: Path | None, flag: str) -> Files:
 
     Args:
         path: text with a path a line, and a label behind it, after blanks; CSV of path and label, with or without a
-            header as CSV_HEADER has it, separated by commas or semicolons; or JSON, a list of paths, of [path, label] or of
-            {"path": ..., "label": ...}. Labels are numbers from 0 or names. Or JSON of COCO's form, as iNaturalist's
-            splits are: images, annotations, categories.
+            header as CSV_HEADER has it, separated by commas or semicolons; or JSON, a list of paths, of [path, label]
+            or of {"path": ..., "label": ...}. Labels are numbers from 0 or names. Or JSON of COCO's form, as
+            iNaturalist's splits are: images, annotations, categories.
         root: where relative paths start; the list's own folder by default.
         flag: that named the list, for messages.
 
