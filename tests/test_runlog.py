@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import math
 import os
 import pty
@@ -18,7 +19,8 @@ import pytest
 from conftest import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from util.runlog import Meters, RunLog, Stopwatch
+from util import dist
+from util.runlog import Meters, RunLog, Stopwatch, start_logging
 
 
 def test_meters_are_means_over_updates():
@@ -163,3 +165,16 @@ log.end_epoch({"train_lr": 1e-3, "train_loss": 0.25})
     text = seen.decode()
     for part in ("epoch 0/3", "loss 0.2500", "lr 1.00e-03", "img/s", "data wait", "run ends in"):
         assert part in text
+
+
+def test_other_ranks_log_only_what_is_about_themselves(monkeypatch, capsys):
+    monkeypatch.setattr(dist, "rank", lambda: 3)
+    start_logging()
+    logger = logging.getLogger("util.x")
+    logger.info("all alike")
+    logger.warning("all alike, too")
+    logger.warning("an image of mine", extra={"every_rank": True})
+    monkeypatch.undo()
+    start_logging()
+    logger.warning("all alike, too")
+    assert capsys.readouterr().out == "warning: [rank 3] an image of mine\nwarning: all alike, too\n"

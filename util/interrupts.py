@@ -69,7 +69,8 @@ class Interrupts:
             when = "now" if self.raises else "after this update"
             logger.warning(
                 f"{signal.Signals(signum).name}: the run stops {when} and saves its state"
-                + ("; a second one stops it at once" if signum == signal.SIGINT else "")
+                + ("; a second one stops it at once" if signum == signal.SIGINT else ""),
+                extra={"every_rank": True},
             )
         self.pending = signum
         if self.raises:

@@ -212,7 +212,7 @@ class TrainLoader:
                 found[name] = reason
                 if name not in self.named:
                     self.named.add(name)
-                    logger.warning(f"{name}: {reason}; another image takes its place")
+                    logger.warning(f"{name}: {reason}; another image takes its place", extra={"every_rank": True})
             self._limit(found)
             yield batch
         # All processes meet: what one has named, no other will name again, and all come to the same judgement.

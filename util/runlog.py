@@ -33,11 +33,19 @@ class _LineHandler(logging.StreamHandler):
 
 
 def start_logging() -> None:
-    """Rank 0 logs everything from INFO on, to stdout; the others only warnings, with their rank."""
+    """Rank 0 logs everything from INFO on, to stdout.
+
+    Most of it holds for all processes alike. So the others log only errors, and warnings about themselves alone, which
+    have `extra={"every_rank": True}`; with their rank.
+    """
+    handler = _LineHandler()
+    handler.addFilter(
+        lambda record: dist.is_main() or record.levelno > logging.WARNING or hasattr(record, "every_rank")
+    )
     logging.basicConfig(
         level=logging.INFO if dist.is_main() else logging.WARNING,
         format="%(message)s" if dist.is_main() else f"[rank {dist.rank()}] %(message)s",
-        handlers=[_LineHandler()],
+        handlers=[handler],
         force=True,
     )
     logging.captureWarnings(True)
