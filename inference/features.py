@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from inference.model import Model, get_model
-from util import cli, datasets, dist, loader, options
+from util import cli, datasets, dist, flags, loader, options
 from util.labels import Part, require
 from util.precision import Precision
 from util.runlog import start_logging
@@ -36,7 +36,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = cli.parser("Computes the features of all images in a folder; goes on where it was stopped.")
     parser.add_argument("data_path", metavar="FOLDER", help="images, flat or nested, or a tar or zip file of them")
     options.add_inference_options(parser, images=False)
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help=".npz or .safetensors")
+    parser.add_argument(
+        "--out", type=flags.new_file(".npz", ".safetensors"), required=True, metavar="FILE", help=".npz or .safetensors"
+    )
     parser.add_argument("--split", default="train", help="which sub-folder to take, where there are train/ and val/")
     parser.add_argument(
         "--pool", choices=("cls", "avg", "tokens"),
@@ -49,8 +51,6 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> None:
     """Writes the file."""
     start_logging()
-    if args.out.suffix not in (".npz", ".safetensors"):
-        raise ValueError(f"--out {args.out}: its name must end in .npz or .safetensors")
     device = dist.choose_device(args.device)
     model = get_model(args.model, pretrained=True, device=device)
     source = require(datasets.open_source(args.split, args.data_path), args.split)

@@ -14,9 +14,12 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.backend_bases import FigureCanvasBase
 
 from inference.model import get_model, open_image
 from util import atomic, cli, dist, flags, options
+
+FORMATS = (".png", ".jpg", ".pdf", ".svg", *(f".{kind}" for kind in FigureCanvasBase.filetypes))  # of --out
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -25,7 +28,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     options.add_inference_options(parser)
     parser.add_argument("--topk", default=5, type=flags.positive_int, metavar="K", help="classes that are told")
     parser.add_argument("--json", action="store_true", help="print a JSON object an image instead of a table")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="draw images and scores into a picture")
+    parser.add_argument(
+        "--out", type=flags.new_file(*FORMATS), metavar="FILE", help="draw images and scores into a picture"
+    )
     return parser
 
 

@@ -7,7 +7,6 @@ python -m inference.reconstruct photo.jpg --model runs/mine/checkpoint-last.pth 
 import argparse
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw
@@ -25,6 +24,7 @@ from util.transforms import to_tensor
 logger = logging.getLogger(__name__)
 
 TITLES = ("original", "hidden", "prediction", "pasted")
+SUFFIXES = (".png", ".jpg", ".webp", ".bmp", *(s for s, k in Image.registered_extensions().items() if k in Image.SAVE))
 HEADER = 18  # pixels above the pictures
 SHOWN = 160  # pixels that a picture's short side has at least; those of small models are enlarged
 Box = tuple[int, int, int, int]  # left, top, width, height, in pixels of the image file
@@ -34,7 +34,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     """The command's flags."""
     parser = cli.parser("Hides patches of photographs, whole and of any shape, and lets a model paint them again.")
     options.add_inference_options(parser)
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the picture: a row for each image")
+    parser.add_argument(
+        "--out", type=flags.new_file(*SUFFIXES), required=True, metavar="FILE", help="picture with a row an image"
+    )
     parser.add_argument("--mask_ratio", default=0.75, type=flags.ratio, metavar="R", help="share of patches to hide")
     parser.add_argument("--seed", default=0, type=flags.seed, help="of the patches that are hidden")
     parser.add_argument(

@@ -28,7 +28,7 @@ ARROWS = {
     r"util\.runstate": r"util\.(advice|checkpoint|dist|runfolder|sharded)",
     r"util\.saver": r"util\.(checkpoint|dist|interrupts|loop|runstate|sharded)",
     r"util\.(checkpoint|report)": r"util\.atomic",
-    r"util\.sharded": r"util\.(checkpoint|cli|dist)",
+    r"util\.sharded": r"util\.(checkpoint|cli|dist|flags)",
     r"util\.runfolder": r"util\.(atomic|checkpoint|dist)",
     r"util\.runlog": r"util\.(atomic|dist|logfiles)",
     r"util\.logfiles": r"util\.atomic",

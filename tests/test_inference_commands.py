@@ -26,7 +26,7 @@ def fails(capsys, monkeypatch, module, *argv):
     said = capsys.readouterr().err
     assert stop.value.code not in (0, None)
     assert "Traceback" not in said
-    return said.strip().splitlines()[-1]
+    return next(line for line in said.splitlines() if "error: " in line)
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +167,27 @@ def test_wrong_inputs(files, pictures, tmp_path, capsys, monkeypatch):
         (reconstruct, [PHOTOS[0], "--model", encoder, *grid], "has no decoder and can't reconstruct"),
         (reconstruct, [PHOTOS[0], "--model", classifier, *grid], "has no decoder and can't reconstruct"),
         (features, [pictures, "--model", mae, "--out", tmp_path / "f.csv"], "must end in .npz or .safetensors"),
-        (features, [tmp_path / "none", "--model", mae, "--out", tmp_path / "f.npz"], "there is no folder or archive"),
+        (
+            features,
+            [tmp_path / "none", "--model", mae, "--out", tmp_path / "f.npz"],
+            "FOLDER: there is no folder or archive",
+        ),
     ):
         assert wanted in fails(capsys, monkeypatch, module, *argv)
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path, capsys, monkeypatch):
+    """Before the model is read: there is none."""
+    (tmp_path / "folder.png").mkdir()
+    for module in (predict, reconstruct):
+        command = [PHOTOS[0], "--model", "nothing.pth", "--out"]
+        for out, wanted in (
+            (tmp_path / "grid", "grid: its name must end in .png or .jpg or "),
+            (tmp_path / "grid.txt", "grid.txt: its name must end in .png"),
+            (tmp_path / "nowhere/grid.png", f"there is no folder {tmp_path}/nowhere; make it first"),
+            (tmp_path / "folder.png", "folder.png is a folder: give the name of a file"),
+        ):
+            assert f"--out: {tmp_path}" in (said := fails(capsys, monkeypatch, module, *command, out))
+            assert wanted in said
+    command = [tmp_path, "--model", "nothing.pth", "--out", tmp_path / "nowhere/f.npz"]
+    assert "there is no folder" in fails(capsys, monkeypatch, features, *command)

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 
@@ -25,6 +26,23 @@ positive_share = _kind(float, lambda value: 0 < value <= 1, "in (0, 1]")
 ratio = _kind(float, lambda value: 0 <= value < 1, "in [0, 1)")
 jpeg_quality = _kind(int, lambda value: 1 <= value <= 100, "in 1 to 100")
 seed = _kind(int, lambda value: 0 <= value < 2**32, "in [0, 2^32), which all random generators take")
+
+
+def new_file(*suffixes: str) -> Callable[[str], Path]:
+    """A file that will be written: of one of these suffixes, if any are given, in a folder that is there."""
+
+    def path(text: str) -> Path:
+        found = Path(text)
+        if suffixes and found.suffix.lower() not in suffixes:
+            shown = " or ".join(suffixes[:4]) + " or as other pictures do" * (len(suffixes) > 4)
+            raise argparse.ArgumentTypeError(f"{text}: its name must end in {shown}")
+        if found.is_dir():
+            raise argparse.ArgumentTypeError(f"{text} is a folder: give the name of a file")
+        if not found.parent.is_dir():
+            raise argparse.ArgumentTypeError(f"{text}: there is no folder {found.parent}; make it first")
+        return found
+
+    return path
 
 
 class Size(argparse.Action):

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.optim import Optimizer
 
-from util import checkpoint, cli, dist
+from util import checkpoint, cli, dist, flags
 from util.checkpoint import STATE, CheckpointError
 
 T = TypeVar("T")
@@ -299,5 +299,5 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = cli.parser("Makes a plain checkpoint of a sharded run's state.")
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="such as runs/giant/checkpoint-799")
-    parser.add_argument("file", type=Path, metavar="FILE", help="such as giant.pth")
+    parser.add_argument("file", type=flags.new_file(), metavar="FILE", help="such as giant.pth")
     cli.run(main, parser)
