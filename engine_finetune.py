@@ -1,6 +1,8 @@
 """What a batch of supervised training computes, and how a classifier is evaluated; for fine-tuning and probing."""
 
+import copy
 import logging
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +14,8 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from util import dist, labels, loop, report, weights
+from util import cli, dist, labels, loop, report, weights
+from util.pos_embed import to_pair
 from util.precision import Precision
 from util.sources import Source
 from util.weights import Weights
@@ -159,6 +162,42 @@ def file_of(settings: Mapping[str, Any]) -> Weights | None:
     return weights.read_classifier(name)
 
 
+def as_recorded(args: Namespace, file: Weights, recorded: Mapping[str, Any]) -> Namespace:
+    """The settings of an evaluation: those that a file records of its own run, and over them the flags that are given.
+
+    A warning names each given flag that differs. The number of classes is the head's and the data's; mean and std
+    follow the same rule in `weights.statistics`.
+
+    Args:
+        recorded: what of the file's settings makes its model, by the flags' names.
+    """
+    names = (recorded.keys() & vars(args).keys()) - {"nb_classes", "mean", "std"}
+    warn_of_changes(file.source, args, names, recorded)
+    args = copy.copy(args)
+    for name in names - cli.given(args):
+        setattr(args, name, recorded[name])
+    return args
+
+
+def warn_of_changes(source: str, args: Namespace, names: Iterable[str], recorded: Mapping[str, Any]) -> None:
+    """Warns of each of the named flags that is given and differs from what a file records."""
+    for name in sorted(cli.given(args) & recorded.keys() & set(names)):
+        wanted, value = getattr(args, name), recorded[name]
+        if _sides(name, wanted) != _sides(name, value) and dist.is_main():
+            made = f"without --{name}" if value is None else f"with {_flag(name, value)}"
+            logger.warning(f"{_flag(name, wanted)} is used, and {source} was made {made}")
+
+
+def _sides(name: str, value: Any) -> Any:
+    return to_pair(value) if value is not None and name in ("input_size", "patch_size") else value
+
+
+def _flag(name: str, value: Any) -> str:
+    if name == "global_pool":
+        return "--global_pool" if value else "--cls_token"
+    return f"--{name} {' '.join(map(str, value)) if isinstance(value, list | tuple) else value}"
+
+
 def load_for_evaluation(
     build: Callable[[Mapping[str, Any]], nn.Module], settings: Mapping[str, Any], file: Weights, val: Source
 ) -> tuple[nn.Module, Source]:
@@ -179,6 +218,14 @@ def load_for_evaluation(
     model = build({**settings, "nb_classes": num_classes})
     weights.load_classifier(model, file)
     return model, val
+
+
+def load_frozen(model: nn.Module, file: Weights | None, adapt_input: str) -> None:
+    """Loads a file's encoder, on whose features everything rests; a warning if there is no file."""
+    if file:
+        weights.load_encoder(model, file, adapt_input)
+    elif dist.is_main():
+        logger.warning("no --finetune: these are the features of an untrained encoder, with random weights")
 
 
 def tell(scores: Evaluation, classes: Sequence[str], folder: str | None) -> None:

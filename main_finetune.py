@@ -32,7 +32,15 @@ from torch import nn
 
 import models_build
 import models_vit
-from engine_finetune import Evaluation, evaluate, file_of, load_for_evaluation, tell, train_one_epoch
+from engine_finetune import (
+    Evaluation,
+    as_recorded,
+    evaluate,
+    file_of,
+    load_for_evaluation,
+    tell,
+    train_one_epoch,
+)
 from util import datasets, dist, epochs, labels, loader, options, runfolder, runlog, transforms, weights
 from util.lr_decay import param_groups_lrd
 from util.precision import Precision
@@ -68,6 +76,8 @@ def main(args: Namespace) -> Evaluation | None:
     precision = Precision(args.amp, device)
     open_split = partial(datasets.open_source, data_path=args.data_path, dataset=args.dataset, download=args.download)
     file = file_of(vars(args))
+    if args.eval and file:
+        args = as_recorded(args, file, models_build.classifier_settings(file.settings))
     mean, std = weights.statistics(file, args.in_chans, args.mean, args.std)
     statistics = transforms.channel_statistics(args.in_chans, mean, std)
     normalize = transforms.Normalize(*statistics).to(device)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 import models_build
 import models_vit
-from engine_finetune import extract_features
+from engine_finetune import as_recorded, extract_features, load_frozen
 from util import datasets, dist, labels, loader, options, runlog, transforms, weights
 from util.knn import classify
 from util.precision import Precision
@@ -62,12 +62,11 @@ def main(args: Namespace) -> dict[int, float]:
         open_split, args.train_list, args.val_list,
         nb_classes=args.nb_classes, train_per_class=args.train_per_class, seed=args.seed,
     )  # fmt: skip
-    model = models_build.classifier({**vars(args), "nb_classes": 0})
     file = weights.read(args.finetune) if args.finetune else None
     if file:
-        weights.load_encoder(model, file, args.adapt_input)
-    else:
-        logger.warning("no --finetune: this is an untrained encoder")
+        args = as_recorded(args, file, models_build.classifier_settings(file.settings))
+    model = models_build.classifier({**vars(args), "nb_classes": 0})
+    load_frozen(model, file, args.adapt_input)
     model.to(device)
     mean, std = weights.statistics(file, args.in_chans, args.mean, args.std)
     statistics = transforms.channel_statistics(args.in_chans, mean, std)

@@ -30,7 +30,17 @@ from torch.nn import functional as F
 
 import models_build
 import models_vit
-from engine_finetune import Evaluation, evaluate, extract_features, file_of, load_for_evaluation, tell, train_one_epoch
+from engine_finetune import (
+    Evaluation,
+    as_recorded,
+    evaluate,
+    extract_features,
+    file_of,
+    load_for_evaluation,
+    load_frozen,
+    tell,
+    train_one_epoch,
+)
 from util import (
     checkpoint,
     datasets,
@@ -76,7 +86,11 @@ def main(args: Namespace) -> None:
     torch.manual_seed(args.seed)
     precision = Precision(args.amp, device)
     open_split = partial(datasets.open_source, data_path=args.data_path, dataset=args.dataset, download=args.download)
-    file = file_of(vars(args))
+    # A probe that is resumed finds its encoder in the checkpoint, but computes features before that is read.
+    begun = args.finetune or (args.resume if args.resume != "auto" else "")
+    file = file_of({**vars(args), "finetune": begun})
+    if args.eval and file:
+        args = as_recorded(args, file, models_build.classifier_settings(file.settings))
     mean, std = weights.statistics(file, args.in_chans, args.mean, args.std)
     statistics = transforms.channel_statistics(args.in_chans, mean, std)
     normalize = transforms.Normalize(*statistics).to(device)
@@ -107,8 +121,7 @@ def main(args: Namespace) -> None:
     told = {"blr": args.blr if several else args.blr[0], "mean": mean, "std": std}
     settings = {**vars(args), **told, "nb_classes": len(classes), "classes": classes}
     model = models_build.probe(settings)
-    if file:
-        weights.load_encoder(model, file, args.adapt_input)
+    load_frozen(model, file, args.adapt_input)
     model.to(device)
     heads, optimizer = make_heads(model, args.blr, args.weight_decay)
     held: tuple[Tensor, Tensor] | None = None

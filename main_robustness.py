@@ -21,7 +21,7 @@ from util import cli  # first, as it names the packages that are missing
 import numpy as np
 from tqdm import tqdm
 
-from engine_finetune import Evaluation, evaluate
+from engine_finetune import Evaluation, evaluate, warn_of_changes
 from inference.imagenet import TIMM, Among, load
 from util import checkpoint, dist, flags, loader, options, runlog, suite_report, suites
 from util.precision import Precision
@@ -64,6 +64,7 @@ def main(args: Namespace) -> str:
     suite = suites.find(args.suite, Path(args.data_path).expanduser())
     crop_pct = args.crop_pct or (1.0 if args.suite == "imagenet-c" else None)
     classifier = load(args.model, crop_pct, device)
+    warn_of_changes(args.model, args, {"crop_pct"}, classifier.recorded)
     model = Among(classifier.model, suite.among).to(device)
     out = Path(args.output_dir) / args.suite
     results = suite_report.Results(out.with_suffix(".json"), {

@@ -12,6 +12,12 @@ from models_vit import SIZES, VisionTransformer, recompute_blocks
 
 Model = TypeVar("Model", bound=nn.Module)
 
+# What of a run's settings makes its model, and the images as the model sees them; the rest is about training.
+MAKES_A_MODEL = (
+    "model", "input_size", "patch_size", "in_chans", "mean", "std", "crop_pct", "norm_pix_loss", "mask_ratio",
+    "decoder_depth", "global_pool", "nb_classes", "probe", "classes", "label_names",
+)  # fmt: skip
+
 
 def autoencoder(settings: Mapping[str, Any]) -> MaskedAutoencoderViT:
     """The masked autoencoder of a run, as `autoencoder_arguments` reads its settings."""
@@ -29,6 +35,21 @@ def probe(settings: Mapping[str, Any]) -> VisionTransformer:
     model.head = probe_head(model.embed_dim, settings["nb_classes"])
     model.freeze()
     return model
+
+
+def classifier_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a run's settings makes a classifier of its encoder; nothing, where they name no model of ours."""
+    size = _size(str(settings.get("model")))
+    if size not in SIZES:
+        return {}
+    kept = {name: settings[name] for name in MAKES_A_MODEL if name in settings}
+    if kept.get("patch_size", 0) is None:
+        kept["patch_size"] = SIZES[size]["patch_size"]
+    return {**kept, "model": f"vit_{size}"}
+
+
+def _size(model: str) -> str:
+    return model.removeprefix("mae_").removeprefix("vit_").removesuffix(DECODER_SUFFIX)
 
 
 def autoencoder_arguments(settings: Mapping[str, Any]) -> dict[str, Any]:

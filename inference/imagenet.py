@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from inference.model import get_model, imagenet_classes
 from util.suites import NUM_CLASSES, synsets
-from util.transforms import Normalize, Transform
+from util.transforms import Normalize, Transform, eval_transform
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +25,7 @@ class ImageNetClassifier(NamedTuple):
     transform: Transform
     normalize: nn.Module
     sees: dict[str, Any]  # what the transform and the normalisation were made of, plain values
+    recorded: dict[str, Any]  # those of them that a run of ours recorded with its model; of others nothing
 
 
 class Among(nn.Module):
@@ -61,15 +62,24 @@ def load(name: str, crop_pct: float | None, device: torch.device) -> ImageNetCla
 
 
 def _load_ours(name: str, crop_pct: float | None) -> ImageNetClassifier:
-    settings: dict[str, Any] = {"crop_pct": crop_pct} if crop_pct else {}
-    model = get_model(name, pretrained=True, **settings)
+    model = get_model(name, pretrained=True)
     if model.in_chans != 3:
         raise ValueError(f"--model {name} has in_chans {model.in_chans}, and the suites' images have 3 channels")
     classes = model.settings.get("classes")
     if model.num_classes == NUM_CLASSES and classes:
         _check_order(name, classes)
-    sees = {key: model.settings.get(key) for key in ("input_size", "crop_pct", "mean", "std")}
-    return ImageNetClassifier(model, model.transform, model.normalize, sees)
+    recorded: dict[str, Any] = {
+        key: model.settings[key] for key in ("input_size", "crop_pct", "mean", "std") if key in model.settings
+    }
+    sees: dict[str, Any] = {
+        "crop_pct": None,
+        "mean": None,
+        "std": None,
+        **recorded,
+        **({"crop_pct": crop_pct} if crop_pct else {}),
+    }
+    transform = eval_transform(sees["input_size"], sees["crop_pct"])
+    return ImageNetClassifier(model, transform, model.normalize, sees, recorded)
 
 
 def _check_order(name: str, classes: list[str]) -> None:
@@ -99,4 +109,4 @@ def _load_timm(name: str, crop_pct: float | None) -> ImageNetClassifier:
         raise ValueError(f"--model {name}: timm says: {said} (timm.list_pretrained() has all names)") from error
     sees = resolve_model_data_config(model, use_test_size=True) | ({"crop_pct": crop_pct} if crop_pct else {})
     transform: Any = create_transform(**sees, is_training=False, normalize=False)  # to bytes
-    return ImageNetClassifier(model, transform, Normalize(sees["mean"], sees["std"]), sees)
+    return ImageNetClassifier(model, transform, Normalize(sees["mean"], sees["std"]), sees, recorded={})

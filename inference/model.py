@@ -24,6 +24,7 @@ from torch import Tensor
 import models_build
 import models_mae
 import models_vit
+from models_build import MAKES_A_MODEL
 from util import published, transforms, weights
 from util.checkpoint import CheckpointError
 from util.decode import BadImage, decode
@@ -34,11 +35,6 @@ from util.weights import Weights
 ImageLike = str | Path | Image.Image | np.ndarray | Tensor
 Images = ImageLike | Sequence[ImageLike]
 
-# What of a run's settings makes a model; the rest is about training.
-MAKES_A_MODEL = (
-    "model", "input_size", "patch_size", "in_chans", "mean", "std", "crop_pct", "norm_pix_loss", "mask_ratio",
-    "decoder_depth", "global_pool", "nb_classes", "probe", "classes", "label_names",
-)  # fmt: skip
 FACTORIES = sorted(f"{prefix}{size}" for prefix in ("mae_vit_", "vit_") for size in models_vit.SIZES)
 FULL_NAMES = {
     name: name.removesuffix(models_mae.DECODER_SUFFIX)

@@ -35,7 +35,7 @@ ARROWS = {
     r"util\.knn": r"util\.dist",
     r"util\.published": r"util\.(atomic|dist)",
     r"util\.fsdp": r"util\.dist",
-    r"util\.weights": r"util\.(advice|dist|pos_embed|checkpoint|foreign|published|sharded)",
+    r"util\.weights": r"util\.(advice|dist|pos_embed|checkpoint|foreign|published|sharded|transforms)",
     r"util\.datasets": r"util\.(advice|cli|flags|options|archives|decode|library_sets|loader|sources|transforms)",
     r"util\.resize": r"util\.(atomic|cli|flags|decode|loader|sources|untrusted)",
     r"util\.labels": r"util\.(decode|library_sets|sources)",

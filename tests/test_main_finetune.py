@@ -184,7 +184,9 @@ def test_statistics_are_the_files(finetune, capsys):
     assert checkpoint.read(tuned / "checkpoint-0.pth")["args"]["mean"] == [0.9, 0.8, 0.7]
     capsys.readouterr()
     finetune("other", finetune=out / "checkpoint-2.pth", epochs=1, mean="0.5 0.5 0.5")
-    assert "warning: --mean 0.5 0.5 0.5: the weights were trained with [0.9, 0.8, 0.7]" in capsys.readouterr().out
+    assert f"warning: --mean 0.5 0.5 0.5 is used, and {out}/checkpoint-2.pth was made with --mean 0.9 0.8 0.7" in (
+        capsys.readouterr().out
+    )
 
 
 def test_a_head_of_other_classes_is_not_taken(finetune, tuned, labelled, tmp_path):
@@ -227,8 +229,50 @@ def test_the_report(finetune, tuned, capsys, tmp_path):
     assert Image.open(tmp_path / "report" / "confusion.png").width > 100
 
 
-def test_another_size_interpolates(finetune, tuned, capsys):
-    assert "Acc@1" in evaluated(capsys, finetune, resume=tuned, input_size=32)
+def evaluated_in_full(capsys, script, *argv) -> str:
+    """What a script prints that gets these flags, and no others, from the command line."""
+    capsys.readouterr()
+    script.main(cli.parse(script.get_args_parser(), [*map(str, argv), "--device", "cpu", "--num_workers", "0"]))
+    return capsys.readouterr().out
+
+
+def test_recorded_settings_are_the_evaluations(finetune, capsys, labelled):
+    """Size, patch, channels, pooling, statistics and crop: none of them need be given again."""
+    shape = {"input_size": "20 16", "patch_size": 2, "in_chans": 1, "cls_token": True, "mean": 0.3, "std": 0.2}
+    out = finetune("shaped", **PLAIN, **shape, crop_pct=1, epochs=6)
+    last = lines(out)[-1]
+    expected = f"* Acc@1 {last['test_acc1']:.3f} Acc@5 {last['test_acc5']:.3f} loss {last['test_loss']:.3f}"
+    file = out / "checkpoint-5.pth"
+    said = evaluated_in_full(capsys, main_finetune, "--eval", "--resume", file, "--data_path", labelled)
+    assert expected in said
+    assert "warning" not in said
+    same = ["--patch_size", 2, 2, "--cls_token", "--mean", "0.3"]
+    said = evaluated_in_full(capsys, main_finetune, "--eval", "--resume", file, "--data_path", labelled, *same)
+    assert expected in said
+    assert "warning" not in said
+    other = ["--input_size", 40, 32, "--std", "0.4", "--crop_pct", "0.5"]
+    said = evaluated_in_full(capsys, main_finetune, "--eval", "--resume", file, "--data_path", labelled, *other)
+    assert "* Acc@1" in said and expected not in said
+    assert [line for line in said.splitlines() if line.startswith("warning")] == [
+        f"warning: --crop_pct 0.5 is used, and {file} was made with --crop_pct 1.0",
+        f"warning: --input_size 40 32 is used, and {file} was made with --input_size 20 16",
+        f"warning: --std 0.4 is used, and {file} was made with --std 0.2",
+    ]
+
+
+def test_a_recipe_counts_as_given(tuned, capsys, labelled, tmp_path):
+    (tmp_path / "recipe.yaml").write_text("input_size: 32\n")
+    flags = ["--eval", "--resume", tuned, "--data_path", labelled, "--config", tmp_path / "recipe.yaml"]
+    said = evaluated_in_full(capsys, main_finetune, *flags)
+    assert f"warning: --input_size 32 is used, and {tuned} was made with --input_size 16" in said
+
+
+def test_files_of_others_are_evaluated_as_the_flags_say(finetune, tuned, capsys, tmp_path):
+    torch.save({"model": weights(tuned.parent, tuned.name)}, tmp_path / "bare.pth")
+    capsys.readouterr()
+    finetune("nothing", eval=True, resume=tmp_path / "bare.pth", input_size=32)
+    said = capsys.readouterr().out
+    assert "bare.pth is for images of 16 patches, and these have 64: positions are interpolated" in said
 
 
 def test_a_subset_of_the_classes_keeps_their_numbers(finetune, tuned, capsys, labelled, tmp_path):

@@ -2,14 +2,33 @@
 
 import main_finetune
 import main_knn
+from util import cli
 
 
 def test_neighbours_of_an_encoder_that_knows_the_classes(classify, capsys):
     untrained = classify(main_knn, k="1 5")
-    assert "no --finetune: this is an untrained encoder" in capsys.readouterr().out
+    assert (
+        "warning: no --finetune: these are the features of an untrained encoder, with random weights"
+        in capsys.readouterr().out
+    )
     out = classify(main_finetune, "tuned", aa="none", reprob=0, lr=0.003, epochs=20, drop_path=0, cls_token=True)
     found = classify(main_knn, k="1 5", finetune=out / "checkpoint-19.pth")
     assert found.keys() == untrained.keys() == {1, 5}
     assert found[5] > 80
     assert found[5] >= untrained[5]
     assert f"* 5-NN Acc@1 {found[5]:.3f}" in capsys.readouterr().out
+
+
+def test_recorded_settings_are_the_defaults(classify, pretrain, labelled, capsys):
+    """Of a classifier that pools, and of an autoencoder: the file names its encoder."""
+    shape = {"input_size": 20, "patch_size": 2, "in_chans": 1}
+    tuned = classify(main_finetune, "tuned", aa="none", reprob=0, epochs=1, **shape, mean=0.3) / "checkpoint-0.pth"
+    mae = pretrain("mae", data_path=labelled, epochs=1, **shape, std=0.4) / "checkpoint-0.pth"
+    for file, flags in ((tuned, {**shape, "global_pool": True, "mean": 0.3}), (mae, {**shape, "std": 0.4})):
+        told = classify(main_knn, k="1 5", finetune=file, **flags)
+        capsys.readouterr()
+        argv = ["--data_path", labelled, "--finetune", file, "--k", 1, 5, "--num_workers", 0, "--device", "cpu"]
+        assert main_knn.main(cli.parse(main_knn.get_args_parser(), list(map(str, argv)))) == told
+        assert "warning" not in capsys.readouterr().out
+    classify(main_knn, k=1, finetune=mae, in_chans=1, input_size=32, patch_size=2)
+    assert f"warning: --input_size 32 is used, and {mae} was made with --input_size 20" in capsys.readouterr().out

@@ -11,7 +11,7 @@ import main_finetune
 import main_linprobe
 import models_build
 from models_build import SideBySide, probe_head
-from util import checkpoint
+from util import checkpoint, cli
 
 
 @pytest.fixture
@@ -116,3 +116,27 @@ def test_resumes_exactly(probe, tuned):
     a, b = (checkpoint.read(out / "checkpoint-3.pth") for out in (whole, parts))
     assert torch.equal(a["model"]["head.1.weight"], b["model"]["head.1.weight"])
     assert torch.equal(a["optimizer"]["state"][0]["momentum"], b["optimizer"]["state"][0]["momentum"])
+
+
+def test_recorded_settings_are_the_evaluations(probe, tuned, capsys, labelled):
+    out = probe("run", finetune=tuned / "checkpoint-19.pth", lr=5, epochs=3, crop_pct=1, mean="0.4 0.4 0.4")
+    last = lines(out)[-1]
+    capsys.readouterr()
+    flags = ["--eval", "--resume", out / "checkpoint-2.pth", "--data_path", labelled, "--num_workers", 0]
+    main_linprobe.main(cli.parse(main_linprobe.get_args_parser(), [*map(str, flags), "--device", "cpu"]))
+    said = capsys.readouterr().out
+    assert f"* Acc@1 {last['test_acc1']:.3f} Acc@5 {last['test_acc5']:.3f} loss {last['test_loss']:.3f}" in said
+    assert "warning" not in said
+
+
+def test_without_a_file_the_features_are_of_random_weights(probe, tuned, capsys):
+    """A resumed probe has its encoder in the checkpoint: its features are that one's, with or without --finetune."""
+    flags = {"lr": 5, "epochs": 4}
+    probe("random", **flags)
+    assert capsys.readouterr().out.count("warning: no --finetune: these are the features of an untrained encoder") == 1
+    whole = probe("whole", finetune=tuned / "checkpoint-19.pth", **flags)
+    capsys.readouterr()
+    again = probe("again", resume=whole / "checkpoint-1.pth", **flags)
+    assert "untrained encoder" not in capsys.readouterr().out
+    assert lines(again)[-1]["test_acc1"] == lines(whole)[-1]["test_acc1"]
+    assert lines(again)[-1]["test_loss"] == lines(whole)[-1]["test_loss"]

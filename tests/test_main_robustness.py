@@ -250,6 +250,19 @@ def save_ours(path, **settings):
     return path
 
 
+def test_recorded_crops_are_the_defaults(tmp_path, capsys):
+    data = class_folders(tmp_path / "r", suites.subset("imagenet-r"), "art_0.jpg", lambda label: label)
+    own = save_ours(tmp_path / "own.pth", crop_pct=0.9)
+    run("imagenet-r", data, tmp_path / "own", own)
+    assert json.loads((tmp_path / "own/imagenet-r.json").read_text())["settings"]["crop_pct"] == 0.9
+    assert "crop_pct" not in capsys.readouterr().out
+    run("imagenet-r", data, tmp_path / "whole", own, crop_pct=1)
+    assert (
+        capsys.readouterr().out.count(f"warning: --crop_pct 1.0 is used, and {own} was made with --crop_pct 0.9") == 1
+    )
+    assert json.loads((tmp_path / "whole/imagenet-r.json").read_text())["settings"]["crop_pct"] == 1.0
+
+
 def test_ours_and_wrong_models(tmp_path):
     data = class_folders(tmp_path / "r", suites.subset("imagenet-r"), "art_0.jpg", lambda label: label)
     for name, classes, told in (

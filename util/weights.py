@@ -19,6 +19,7 @@ from util.checkpoint import CheckpointError
 from util.foreign import to_ours
 from util.pos_embed import interpolate_pos_embed, to_pair
 from util.published import CLASSIFIER, ENCODER, FULL
+from util.transforms import channel_statistics
 
 logger = logging.getLogger(__name__)
 
@@ -207,7 +208,13 @@ def load_classifier(model: nn.Module, file: Weights) -> None:
     """
     weights, ours = dict(file.tensors), model.state_dict()
     if weights["pos_embed"].shape[2] == ours["pos_embed"].shape[2]:
+        patches = weights["pos_embed"].shape[1] - 1
         interpolate_pos_embed(model, weights, file.grid_size)
+        if weights["pos_embed"].shape[1] - 1 != patches and "input_size" not in file.settings and dist.is_main():
+            logger.warning(
+                f"{file.source} is for images of {patches} patches, and these have {ours['pos_embed'].shape[1] - 1}: "
+                "positions are interpolated; give --input_size as it was trained with"
+            )
     _require(file, model, ours.keys() - weights.keys(), weights.keys() - ours.keys(), _reshaped(weights, ours))
     model.load_state_dict(weights)
 
@@ -215,12 +222,20 @@ def load_classifier(model: nn.Module, file: Weights) -> None:
 def statistics(
     file: Weights | None, in_chans: int, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> tuple[Sequence[float] | None, Sequence[float] | None]:
-    """`--mean` and `--std` as given, else those that a file's own run had, if it has as many channels."""
-    theirs = file.settings if file and file.settings.get("in_chans") == in_chans else {}
-    for flag, given in (("mean", mean), ("std", std)):
-        if given is not None and theirs.get(flag) not in (None, list(given)):
-            logger.warning(f"--{flag} {' '.join(map(str, given))}: the weights were trained with {theirs[flag]}")
-    return mean or theirs.get("mean"), std or theirs.get("std")
+    """`--mean` and `--std` as given, else those that a file's own run had, if it has as many channels.
+
+    A warning names each given one that differs from the run's.
+    """
+    if file is None or file.settings.get("in_chans") != in_chans:
+        return mean, std
+    theirs = file.settings.get("mean"), file.settings.get("std")
+    wanted = mean or theirs[0], std or theirs[1]
+    pairs = zip(channel_statistics(in_chans, *wanted), channel_statistics(in_chans, *theirs), strict=True)
+    for flag, (used, recorded) in zip(("--mean", "--std"), pairs, strict=True):
+        if used != recorded and dist.is_main():
+            now, then = (" ".join(f"{value:g}" for value in values) for values in (used, recorded))
+            logger.warning(f"{flag} {now} is used, and {file.source} was made with {flag} {then}")
+    return wanted
 
 
 def _adapt_input(file: Weights, weights: dict[str, Tensor], model: nn.Module, how: str) -> None:
