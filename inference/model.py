@@ -249,7 +249,7 @@ def _published_for(name: str) -> str:
     size = name.removeprefix("mae_").removeprefix("vit_").partition("_")[0]
     best = f"mae_pretrain_vit_{size}_full" if name.startswith("mae_") else f"mae_finetuned_vit_{size}"
     if best not in published.TABLE:
-        raise ValueError(f"no weights were published for {name}; pretrained= takes a file")
+        raise ValueError(f"no weights were published for {name}: give a file of them")
     return best
 
 

@@ -86,7 +86,7 @@ def test_names():
     assert huge.patch_embed.img_size == (448, 448)
     with pytest.raises(ValueError, match="no file, model or published weights vit_bas_patch16; the nearest is vit_bas"):
         get_model("vit_bas_patch16")
-    with pytest.raises(ValueError, match="no weights were published for vit_mini_patch4; pretrained= takes a file"):
+    with pytest.raises(ValueError, match="no weights were published for vit_mini_patch4: give a file of them"):
         get_model("vit_mini_patch4", pretrained=True)
     with pytest.raises(ValueError, match="was announced and never released; released are"):
         get_model("vit-base-p16_mae-300e-pre_8xb128-coslr-100e_in1k", pretrained=True)

@@ -289,7 +289,11 @@ def _architecture(tensors: dict[str, Tensor]) -> dict[str, Any]:
     """What the tensors tell of the settings that make a model; its name is told by its width and depth."""
     width, channels, *patch = tensors["patch_embed.proj.weight"].shape
     blocks = Counter(name.split(".")[0] for name in tensors if name.endswith(".norm1.weight"))
-    told = {"model": (width, blocks["blocks"]), "patch_size": patch, "in_chans": channels}
+    told = {
+        "model": (width, blocks["blocks"]),
+        "patch_size": patch if patch[0] != patch[1] else patch[0],
+        "in_chans": channels,
+    }
     if blocks["decoder_blocks"]:
         return told | {"decoder_depth": blocks["decoder_blocks"]}
     return told | {"global_pool": "fc_norm.weight" in tensors}
