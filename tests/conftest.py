@@ -31,11 +31,15 @@ from util.samples import Samples  # noqa: E402
 
 def torchrun(processes: int, restarts: int = 0) -> list[str]:
     """The command that starts a script in several processes, on a machine whose own name may lead nowhere."""
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--max-restarts",
+            str(restarts), "--master_addr", "127.0.0.1", "--master_port", str(free_port())]  # fmt: skip
+
+
+def free_port() -> int:
+    """A port of this machine that nobody uses."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes),
-            "--max-restarts", str(restarts), "--master_addr", "127.0.0.1", "--master_port", str(port)]  # fmt: skip
+        return free.getsockname()[1]
 
 
 def make_samples(folder: Path, seed: int = 0, num_noise: int = 16, **options) -> Samples:

@@ -1,141 +1,229 @@
-"""Breaks runs on purpose, and counts what is lost: ./run faults (five minutes on two cores).
+"""Breaks runs on purpose, and counts what is lost: ./run faults (a quarter of an hour on two cores).
 
     python tests/faults.py                 # everything
     python tests/faults.py kills damage --trials 5
 
-Every trial is a real run of main_pretrain.py on the embedded images, or real bytes of a real checkpoint. A run survives
-if it can be continued, ends with the very weights of the run that nothing happened to, and tells each epoch once.
+Every trial is a real run of main_pretrain.py or main_finetune.py on the embedded images, with worker processes, or real
+bytes of a real checkpoint. A run survives if it ends with the documented exit code, can be resumed at once, ends with
+the very weights of the run that nothing happened to, and logs each epoch once.
 """
 
 import argparse
 import contextlib
+import importlib
+import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
-import torch
-
+os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from conftest import ROOT, torchrun
+import torch
+from conftest import ROOT, free_port, torchrun
 from mains import lines
 
-from util import checkpoint
+from util import checkpoint, sharded
 from util.checkpoint import CheckpointError
 
 EPOCHS = 8
 LOADS = 10_000
-SECONDS = 120  # after which a run that should have ended hangs
+SECONDS = 180  # after which a run that should have ended hangs
 NOBODY = 65534
-# As root one passes through modes: the run takes another user's rights once Python is up.
-UNPRIVILEGED = """
-import os, sys
-import main_pretrain
-from util import cli
-os.seteuid(int(sys.argv.pop(1)))
-cli.run(main_pretrain.main, main_pretrain.get_args_parser())
-"""
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+Row = tuple[str, int, int]  # fault, trials, survived
+
+
+class Layout(NamedTuple):
+    """How a run is spread over processes."""
+
+    name: str
+    processes: int
+    flags: tuple[str, ...] = ()
+
+
+ALONE, DDP, FSDP = Layout("1 process", 1), Layout("2 processes", 2), Layout("2 processes, --fsdp", 2, ("--fsdp",))
+LAYOUTS = (ALONE, DDP, FSDP)
 
 
 class Run:
-    """A run of main_pretrain.py that saves its state after every step.
+    """A run that saves its state after every update.
+
+    Its processes are forked from a server that has imported PyTorch already, so that a start takes a second. Each has a
+    process group of its own, to which its worker processes belong.
 
     Args:
-        processes: how many share it; the batch stays the same.
+        script: the module whose `main` runs.
         user: whose rights it takes.
-        restarts: how often torchrun starts it again by itself, without being told to resume.
-        said: file for what it prints; beside its folder by default.
+        output: file for what it prints; beside its folder by default.
     """
 
     def __init__(
-        self, data: Path, out: Path, processes: int = 1, user: int | None = None, restarts: int = 0,
-        said: Path | None = None,
+        self, data: Path, out: Path, layout: Layout = ALONE, *more: Any, script: str = "main_pretrain",
+        user: int | None = None, output: Path | None = None,
     ) -> None:  # fmt: skip
-        self.data, self.out, self.processes, self.user, self.restarts = data, out, processes, user, restarts
-        self.process: subprocess.Popen | None = None
-        self.said = said or out.with_suffix(".said")
-
-    def start(self) -> "Run":
-        """Starts or continues it."""
-        launcher = [sys.executable] if self.processes == 1 else torchrun(self.processes, self.restarts)
-        script = ["main_pretrain.py"] if self.user is None else ["-c", UNPRIVILEGED, str(self.user)]
-        flags = [
-            "--config", "recipes/pretrain_fashion_mnist.yaml", "--data_path", self.data, "--output_dir", self.out,
-            "--epochs", EPOCHS, "--warmup_epochs", 1, "--batch_size", 32 // self.processes, "--num_workers", 0,
-            "--save_minutes", 0, "--save_every", 4, "--vis_every", 0, "--device", "cpu",
-            *([] if self.restarts else ["--resume", "auto"]),
+        self.out, self.layout, self.script, self.user = out, layout, script, user
+        self.output = output or out.with_suffix(".output")
+        self.processes: list[Any] = []
+        self.begun = 0
+        config = f"recipes/{script.removeprefix('main_')}_fashion_mnist.yaml"
+        self.flags = [
+            "--config", config, "--data_path", data, "--output_dir", out, "--epochs", EPOCHS, "--warmup_epochs", 1,
+            "--batch_size", 32 // layout.processes, "--save_minutes", 0, "--device", "cpu", *layout.flags, *more,
         ]  # fmt: skip
-        with self.said.open("a") as said:
-            self.process = subprocess.Popen(
-                [*launcher, *script, *map(str, flags)], cwd=ROOT, stdout=said, stderr=subprocess.STDOUT,
-                env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
-            )  # fmt: skip
+        if script == "main_pretrain":
+            self.flags += ["--save_every", 4, "--vis_every", 0]
+
+    def start(self, *flags: Any) -> "Run":
+        """Starts or resumes it; later flags win."""
+        self.begun = self.output.stat().st_size if self.output.exists() else 0
+        argv = [f"{self.script}.py", *map(str, [*self.flags, "--resume", "auto", *flags])]
+        port, count = str(free_port()), self.layout.processes
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["main_pretrain", "main_finetune", "util.cli"])
+        self.processes = []
+        for rank in range(count):
+            variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+            environment = {name: str(value) for name, value in variables.items()} if count > 1 else {}
+            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+            process = context.Process(target=_run, args=(self.script, argv, self.output, environment, self.user))
+            process.start()
+            self.processes.append(process)
         return self
 
+    def said(self) -> str:
+        """What it has printed since its last start."""
+        return self.output.read_bytes()[self.begun :].decode() if self.output.exists() else ""
+
     def wait_for(self, text: str) -> bool:
-        """Waits until it has said something since its last start, or ended; whether it is still going on."""
-        assert self.process
-        begun = len(self.said.read_text())
+        """Waits until it has printed something since its last start, or ended; whether it is still running."""
         ends = time.monotonic() + SECONDS
-        while self.process.poll() is None and time.monotonic() < ends:
-            if text in self.said.read_text()[begun:]:
+        while all(process.is_alive() for process in self.processes) and time.monotonic() < ends:
+            if text in self.said():
                 return True
             time.sleep(0.01)
         return False
 
-    def kill(self) -> bool:
-        """Ends all its processes at once, as a power cut would; False if it had ended."""
-        assert self.process
-        if self.process.poll() is not None:
-            return False
-        for pid in [self.process.pid, *self.ranks().values()]:  # a launcher's processes outlive it for a while
+    def signal(self, signum: int) -> None:
+        """Sends a signal to all its processes, worker processes included, as launchers and terminals do."""
+        for process in self.processes:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        self.process.wait()
-        while self.ranks():
-            time.sleep(0.01)
-        return True
+                os.killpg(process.pid, signum)
 
-    def finish(self) -> int:
-        """Waits for its end; the exit code, or -1 if it hangs."""
-        assert self.process
-        try:
-            return self.process.wait(SECONDS)
-        except subprocess.TimeoutExpired:
-            self.kill()
-            return -1
+    def kill(self) -> bool:
+        """Kills its processes as a power cut would, but for the worker processes; False if it had ended."""
+        alive = [process for process in self.processes if process.is_alive()]
+        for process in alive:
+            process.kill()
+        self.finish()
+        return bool(alive)
 
-    def ranks(self) -> dict[int, int]:
-        """The process of each rank."""
-        found = {}
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                if f"\0{self.out}\0" in (folder / "cmdline").read_text():
-                    variables = (folder / "environ").read_text().split("\0")
-                    found |= {int(v[5:]): int(folder.name) for v in variables if v.startswith("RANK=")}
-            except OSError:
-                continue
-        return found
+    def workers(self, rank: int = 0) -> list[int]:
+        """The worker processes of a rank."""
+        children = Path(f"/proc/{self.processes[rank].pid}/task/{self.processes[rank].pid}/children")
+        return [int(pid) for pid in children.read_text().split()] if children.exists() else []
+
+    def finish(self) -> list[int]:
+        """Waits for its end; the exit codes, -1000 where a process hangs."""
+        ends = time.monotonic() + SECONDS
+        codes = []
+        for process in self.processes:
+            process.join(max(0.0, ends - time.monotonic()))
+            codes.append(-1000 if process.exitcode is None else process.exitcode)
+        if -1000 in codes:
+            self.signal(signal.SIGKILL)
+        return codes
+
+    def finishes(self, *flags: Any) -> bool:
+        """Resumes it, to its end; whether all processes end well."""
+        return set(self.start(*flags).finish()) == {0}
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Those of the last epoch."""
+        path = self.out / f"checkpoint-{EPOCHS - 1}"
+        state = sharded.gather(path) if path.is_dir() else checkpoint.read(path.with_suffix(".pth"))
+        return state["model"]
 
     def equals(self, other: "Run") -> bool:
         """Whether two finished runs have the same weights, bit for bit, and the same epochs in their logs."""
-        a, b = (checkpoint.read(run.out / f"checkpoint-{EPOCHS - 1}.pth")["model"] for run in (self, other))
-        losses = [[(line["epoch"], line["train_loss"]) for line in lines(run.out)] for run in (self, other)]
-        return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a) and losses[0] == losses[1]
+        try:
+            a, b = self.weights(), other.weights()
+        except CheckpointError:
+            return False
+        logs = [
+            [{key: line[key] for key in ("epoch", "train_loss", "test_acc1") if key in line} for line in lines(run.out)]
+            for run in (self, other)
+        ]
+        return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a) and logs[0] == logs[1]
+
+
+def _run(script: str, argv: list[str], output: Path, environment: dict[str, str], user: int | None) -> None:
+    os.setsid()
+    os.chdir(ROOT)
+    os.environ.update(environment)
+    file = os.open(output, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    sys.stdout.reconfigure(line_buffering=True)
+    sys.argv = argv
+    from util import cli
+
+    main = importlib.import_module(script)
+    if user is not None:
+        os.seteuid(user)
+    cli.run(main.main, main.get_args_parser())
+
+
+def ranks(out: Path) -> dict[int, int]:
+    """The process of each rank of a run that torchrun started; worker processes have higher numbers."""
+    found: dict[int, int] = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"\0{out}\0" in (folder / "cmdline").read_text():
+                variables = (folder / "environ").read_text().split("\0")
+                for rank in (int(v[5:]) for v in variables if v.startswith("RANK=")):
+                    found[rank] = min(int(folder.name), found.get(rank, int(folder.name)))
+        except OSError:
+            continue
+    return found
+
+
+@contextlib.contextmanager
+def small_disk(place: Path, size: str = "128m") -> Iterator[Path]:
+    """A file system of its own, with room for a few checkpoints."""
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place], check=True)
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "-l", place], check=True)
+
+
+def fill(place: Path, leave: int = 0) -> Path:
+    """Fills a disk, but for some bytes; returns the file that does so."""
+    filler = place / "filler"
+    with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(2**16))
+    with filler.open("r+b") as file:
+        file.truncate(filler.stat().st_size - leave)
+    return filler
 
 
 class Faults:
     """The trials, each in a folder of its own.
 
     Args:
-        trials: kills of each kind.
+        trials: SIGKILLs of a run of one process; the other numbers of trials are derived from it.
         loads: damaged files.
     """
 
@@ -143,100 +231,251 @@ class Faults:
         self.work, self.trials, self.loads = work, trials, loads
         self.random = random.Random(0)
         self.data = work / "data"
-        images = sorted((ROOT / "demo/data/fashion_mnist/train").glob("*/*.png"))[:: 10_000 // 320]
-        for number, image in enumerate(images[:320]):
-            (self.data / "all").mkdir(parents=True, exist_ok=True)
-            shutil.copy(image, self.data / "all" / f"{number:03}.png")
-        self.whole: dict[int, Run] = {}
+        for split, count in (("train", 320), ("val", 1000)):
+            images = sorted((ROOT / "demo/data/fashion_mnist" / split).glob("*/*.png"))
+            for image in images[:: len(images) // count][:count]:
+                (self.data / split / image.parent.name).mkdir(parents=True, exist_ok=True)
+                shutil.copy(image, self.data / split / image.parent.name)
+        self.whole: dict[tuple[str, Layout], Run] = {}
+        self.number = 0
 
-    def undisturbed(self, processes: int) -> Run:
+    def new_run(self, name: str, layout: Layout = ALONE, *more: Any, **options: Any) -> Run:
+        """A run in a folder of its own."""
+        self.number += 1
+        return Run(self.data, self.work / f"{name}{self.number}", layout, *more, **options)
+
+    def undisturbed(self, layout: Layout, script: str = "main_pretrain") -> Run:
         """The run that nothing happens to."""
-        if processes not in self.whole:
-            self.whole[processes] = run = Run(self.data, self.work / f"whole{processes}", processes).start()
-            assert run.finish() == 0, run.said.read_text()
-        return self.whole[processes]
+        if (script, layout) not in self.whole:
+            self.whole[script, layout] = run = self.new_run("whole", layout, script=script)
+            assert run.finishes(), run.said()
+        return self.whole[script, layout]
 
-    def kills(self, counts: tuple[int, ...] = (1, 2)) -> list[tuple[str, int, int]]:
-        """SIGKILL at random moments, of which many lie within a save, since the run saves all the time."""
-        rows = []
-        for processes in counts:
-            whole = self.undisturbed(processes)
-            left, survived, number = self.trials, 0, 0
-            while left > 0:
-                run, kills = Run(self.data, self.work / f"killed{processes}.{number}", processes), 0
-                number += 1
-                while run.start().wait_for("epoch ") and left > 0:
-                    time.sleep(self.random.uniform(0, 1.5))
-                    if not run.kill():
-                        break  # it had come to its end
-                    kills, left = kills + 1, left - 1
-                survived += kills if run.finish() == 0 and run.equals(whole) else 0
-            rows.append((f"SIGKILL, {processes} process{'es' * (processes > 1)}", self.trials, survived))
-        return rows
+    def disturb(
+        self, name: str, layout: Layout, trials: int, fault: Callable[[Run], bool | None], script: str = "main_pretrain"
+    ) -> Row:
+        """Disturbs runs at random moments, several times each, until they reach their end.
 
-    def ranks(self) -> list[tuple[str, int, int]]:
-        """One process of two is killed: the other ends too, not with 0, and the run can be continued."""
-        whole, survived, trials = self.undisturbed(2), 0, max(2, self.trials // 6)
-        for number in range(trials):
-            run = Run(self.data, self.work / f"rank{number}", 2).start()
-            run.wait_for("epoch ")
-            os.kill(run.ranks()[number % 2], signal.SIGKILL)
-            ended = run.finish()
-            survived += ended not in (0, -1) and run.start().finish() == 0 and run.equals(whole)
-        return [("one process of two killed", trials, survived)]
+        Args:
+            fault: disturbs a run and waits for its end; whether it ended as it should, None if it had ended before.
+        """
+        whole, left, survived = self.undisturbed(layout, script), trials, 0
+        while left > 0:
+            run, done, good = self.new_run("disturbed", layout, script=script), 0, True
+            while run.start().wait_for("epoch ") and left > 0:
+                time.sleep(self.random.uniform(0, 1.2))
+                ended = fault(run)
+                if ended is None:
+                    break
+                if not ended:
+                    print(f"{name}, {layout.name}: {run.said()[-2000:]}", file=sys.stderr)
+                done, left, good = done + 1, left - 1, good and ended
+            good = (set(run.finish()) == {0} or run.finishes()) and good and run.equals(whole)
+            if not good:
+                print(f"{name}, {layout.name}: {run.out} was lost; {run.said()[-2000:]}", file=sys.stderr)
+            survived += done * good
+        return f"{name}, {layout.name}", trials, survived
 
-    def restarts(self, trials: int = 4) -> list[tuple[str, int, int]]:
-        """One process of two is killed, and torchrun --max-restarts starts both again: nobody need do anything."""
-        whole, survived = self.undisturbed(2), 0
-        for number in range(trials):
-            run = Run(self.data, self.work / f"restarted{number}", 2, restarts=2).start()
-            run.wait_for("epoch 1 ")
-            os.kill(run.ranks()[number % 2], signal.SIGKILL)
-            survived += run.finish() == 0 and "resuming from" in run.said.read_text() and run.equals(whole)
+    def kills(self, layouts: Sequence[Layout] = LAYOUTS) -> list[Row]:
+        """SIGKILL at random moments, of which many lie within a save; the run is started again immediately."""
+        shares = {ALONE: 1.0, DDP: 0.6, FSDP: 0.3}
+        return [
+            self.disturb("SIGKILL", layout, max(1, int(shares[layout] * self.trials)), lambda run: run.kill() or None)
+            for layout in layouts
+        ]
+
+    def stops(self, layouts: Sequence[Layout] = LAYOUTS) -> list[Row]:
+        """A signal to all processes, worker processes included; exit code 128 + signal, without a traceback."""
+
+        def stop(run: Run) -> bool | None:
+            signum = self.random.choice(STOPS)
+            run.signal(signum)
+            codes = set(run.finish())
+            if codes == {0}:
+                return None
+            return codes == {128 + signum} and "Traceback" not in run.said() and "DataLoader" not in run.said()
+
+        shares = {ALONE: 0.8, DDP: 0.4, FSDP: 0.2}
+        return [
+            self.disturb("signal to all processes", layout, max(1, int(shares[layout] * self.trials)), stop)
+            for layout in layouts
+        ]
+
+    def evaluations(self) -> list[Row]:
+        """A signal to main_finetune.py, half of whose time is evaluation."""
+
+        def stop(run: Run) -> bool | None:
+            run.signal(signal.SIGTERM)
+            begun = time.monotonic()
+            codes = run.finish()
+            if codes == [0]:
+                return None
+            return codes == [128 + signal.SIGTERM] and time.monotonic() - begun < 15
+
+        trials = max(1, self.trials // 4)
+        return [
+            self.disturb("SIGTERM while main_finetune.py trains or evaluates", ALONE, trials, stop, "main_finetune")
+        ]
+
+    def workers(self, layouts: Sequence[Layout] = (ALONE, DDP)) -> list[Row]:
+        """SIGKILL to one worker process, as Linux does when memory is short."""
+
+        def kill_worker(run: Run) -> bool | None:
+            rank = self.random.randrange(run.layout.processes)
+            workers = run.workers(rank)
+            if not workers:
+                return None
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.random.choice(workers), signal.SIGKILL)
+            codes = run.finish()
+            if set(codes) == {0}:
+                return None
+            return codes[rank] == 1 and set(codes) <= {1} and "Traceback" not in run.said()
+
+        shares = {ALONE: 0.6, DDP: 0.2}
+        return [
+            self.disturb("one worker process killed", layout, max(1, int(shares[layout] * self.trials)), kill_worker)
+            for layout in layouts
+        ]
+
+    def ranks(self) -> list[Row]:
+        """One process of two is killed: the other ends too, not with 0, and the run can be resumed."""
+
+        def kill_one(run: Run) -> bool | None:
+            rank = self.random.randrange(2)
+            if not run.processes[rank].is_alive():
+                return None
+            run.processes[rank].kill()
+            return 0 not in run.finish()
+
+        return [self.disturb("one process of two killed", DDP, max(2, self.trials // 6), kill_one)]
+
+    def restarts(self, trials: int = 4) -> list[Row]:
+        """One process of two is killed, and torchrun --max-restarts starts both again, without --resume."""
+        whole, survived = self.undisturbed(DDP), 0
+        for _ in range(trials):
+            run = self.new_run("restarted", DDP)
+            command = [*torchrun(2, restarts=2), "main_pretrain.py", *map(str, run.flags)]
+            with run.output.open("w") as output:
+                process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output)
+            ends = time.monotonic() + SECONDS
+            while "epoch 1 " not in run.said() and time.monotonic() < ends:
+                time.sleep(0.01)
+            os.kill(ranks(run.out)[self.random.randrange(2)], signal.SIGKILL)
+            ended = process.wait(SECONDS)
+            survived += ended == 0 and "resuming from" in run.said() and run.equals(whole)
         return [("one process of two killed, torchrun --max-restarts", trials, survived)]
 
-    def disk(self) -> list[tuple[str, int, int]]:
-        """The disk fills up, and is freed an epoch later."""
+    def branches(self, layouts: Sequence[Layout] = LAYOUTS) -> list[Row]:
+        """A finished run goes back to an earlier checkpoint, is killed, and resumes with --resume auto."""
+        rows = []
+        for layout in layouts:
+            changed = ("--mask_ratio", 0.5)
+
+            def back(layout: Layout = layout) -> tuple[Run, str]:
+                run = self.new_run("branch", layout, "--mask_ratio", 0.5)
+                shutil.copytree(self.undisturbed(layout).out, run.out)
+                return run, str(run.out / ("checkpoint-4" if layout is FSDP else "checkpoint-4.pth"))
+
+            whole, earlier = back()
+            assert whole.finishes(*changed, "--resume", earlier), whole.said()
+            trials, survived = max(1, self.trials // 10), 0
+            for _ in range(trials):
+                run, earlier = back()
+                run.start("--resume", earlier).wait_for("epoch ")
+                time.sleep(self.random.uniform(0, 0.8))
+                run.kill()
+                survived += run.finishes() and run.equals(whole) and "nothing is left" not in run.said()
+            rows.append((f"SIGKILL after going back, {layout.name}", trials, survived))
+        return rows
+
+    def disk(self, layouts: Sequence[Layout] = (ALONE, FSDP)) -> list[Row]:
+        """The disk fills up and is freed three epochs later; or stays full, and the error names the state's place."""
         if os.geteuid() != 0:
             return [("disk full (skipped: needs root)", 0, 0)]
-        place = self.work / "small"
-        place.mkdir()
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128m", "tmpfs", place], check=True)
-        try:
-            run = Run(self.data, place / "run", said=self.work / "small.said").start()
-            run.wait_for("epoch 1 ")
-            filled = run.out.parent / "filler"
-            with filled.open("wb") as file:
-                try:
-                    while True:
-                        file.write(bytes(2**16))
-                        file.flush()
-                except OSError:
-                    pass
-            warned = run.wait_for("No space left on device")
-            filled.unlink()
-            return [("disk full", 1, int(run.finish() == 0 and warned and run.equals(self.undisturbed(1))))]
-        finally:
-            subprocess.run(["umount", "-l", place], check=True)
+        rows = []
+        for layout in layouts:
+            whole = self.undisturbed(layout)
+            with small_disk(self.work / f"small{layout.flags}") as place:
+                run = Run(self.data, place / "run", layout, output=self.work / f"small{layout.flags}.output")
+                run.start().wait_for("epoch 3 ")
+                filler = fill(place)
+                warned = run.wait_for("No space left on device") and run.wait_for("epoch 5 done")
+                filler.unlink()
+                good = set(run.finish()) == {0} and warned and run.equals(whole)
+                suffix = "" if layout is FSDP else ".pth"
+                good = good and all((run.out / f"checkpoint-{n}{suffix}").exists() for n in (0, 4, 7))
+                rows.append((f"disk full for three epochs, {layout.name}", 1, int(good)))
+        with small_disk(self.work / "full") as place:
+            run = Run(self.data, place / "run", output=self.work / "full.output")
+            run.start().wait_for("epoch 5 ")
+            filler = fill(place)
+            ended = run.finish()
+            found = re.search(r"The state is in (\S+): move its files to (\S+), and --resume auto", run.said())
+            filler.unlink()
+            for file in Path(found[1]).iterdir() if found else []:
+                shutil.move(file, found[2] if found else "")
+            good = ended == [1] and found and run.finishes() and run.equals(self.undisturbed(ALONE))
+            rows.append(("disk full to the end, the state moved back", 1, int(bool(good))))
+        return rows
 
-    def modes(self) -> list[tuple[str, int, int]]:
+    def modes(self) -> list[Row]:
         """The folder's rights are taken away for a while, as an unprivileged user."""
         if os.geteuid() != 0:
             return [("read-only folder (skipped: needs root)", 0, 0)]
         for folder in [self.work, *self.work.parents]:
             if folder.stat().st_mode & 0o005 != 0o005 and folder != Path("/root"):
                 folder.chmod(folder.stat().st_mode | 0o055)
-        run = Run(self.data, self.work / "modes", user=NOBODY)
+        run = self.new_run("modes", user=NOBODY)
         run.out.mkdir()
         os.chown(run.out, NOBODY, -1)
         run.start().wait_for("epoch 1 ")
         run.out.chmod(0o555)
         warned = run.wait_for("Permission denied")
         run.out.chmod(0o755)
-        ended = run.finish()
-        return [("read-only folder", 1, int(ended == 0 and warned and run.equals(self.undisturbed(1))))]
+        good = run.finish() == [0] and warned and run.equals(self.undisturbed(ALONE))
+        return [("read-only folder", 1, int(good))]
 
-    def damage(self) -> list[tuple[str, int, int]]:
+    def newest(self, layouts: Sequence[Layout] = LAYOUTS) -> list[Row]:
+        """The newest checkpoint is damaged: --resume auto takes the one before it."""
+        rows = []
+        for layout in layouts:
+            trials, survived = max(1, self.trials // 10), 0
+            for _ in range(trials):
+                run = self.new_run("damaged", layout)
+                run.start().wait_for("epoch 2 ")
+                run.kill()
+                path = checkpoint.newest_first(run.out)[0]
+                file = self.random.choice(sorted(path.iterdir())) if path.is_dir() else path
+                file.write_bytes(self._spoil(file.read_bytes()[: self.random.randrange(1, file.stat().st_size)]))
+                survived += run.finishes() and "skips" in run.said() and run.equals(self.undisturbed(layout))
+            rows.append((f"newest checkpoint damaged, {layout.name}", trials, survived))
+        return rows
+
+    def exports(self) -> list[Row]:
+        """The disk is full while results are written: nothing incomplete has the final name, and one line says why."""
+        if os.geteuid() != 0:
+            return [("exports on a full disk (skipped: needs root)", 0, 0)]
+        model = self.undisturbed(ALONE, "main_finetune").out / f"checkpoint-{EPOCHS - 1}.pth"
+        survived, images = 0, self.data / "val"
+        commands = {
+            "model.safetensors": ["inference.export", "--model", model, "--to", "timm", "--out"],
+            "reference.pth": ["inference.export", "--model", model, "--to", "reference", "--out"],
+            "features.npz": ["inference.features", images, "--model", model, "--out"],
+        }
+        for name, command in commands.items():
+            with small_disk(self.work / f"exports-{name}", "4m") as place:
+                fill(place, leave=2**17)
+                argv = [sys.executable, "-m", *map(str, command), str(place / name)]
+                done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
+                good = done.returncode == 1 and "No space left on device" in done.stderr.splitlines()[-1]
+                good = good and "Traceback" not in done.stderr and not (place / name).exists()
+                if not good:
+                    print(f"{name}: {done.returncode}, {done.stderr[-2000:]}", file=sys.stderr)
+                survived += good
+        return [("exports and features on a full disk", len(commands), survived)]
+
+    def damage(self) -> list[Row]:
         """Every region of a checkpoint overwritten, and random damage: refused in a sentence, or loaded equal."""
         torch.manual_seed(0)
         state = {"model": {f"block{n}.weight": torch.randn(16, 16) for n in range(8)}, "epoch": 3,
@@ -281,17 +520,20 @@ class Faults:
         return bytes(spoiled)
 
 
-PARTS: dict[str, Callable[[Faults], list[tuple[str, int, int]]]] = {
+PARTS: dict[str, Callable[[Faults], list[Row]]] = {
     part.__name__: part
-    for part in (Faults.kills, Faults.ranks, Faults.restarts, Faults.disk, Faults.modes, Faults.damage)
-}
+    for part in (
+        Faults.kills, Faults.stops, Faults.evaluations, Faults.workers, Faults.ranks, Faults.restarts, Faults.branches,
+        Faults.newest, Faults.disk, Faults.modes, Faults.exports, Faults.damage,
+    )
+}  # fmt: skip
 
 
 def main() -> None:
     """Prints the table; ends with 1 if anything was lost."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", choices=[[], *PARTS], help=f"of {', '.join(PARTS)}; all by default")
-    parser.add_argument("--trials", type=int, default=25, help="kills, with one process and with two")
+    parser.add_argument("--trials", type=int, default=60, help="SIGKILLs of one process; the other trials follow")
     parser.add_argument("--loads", type=int, default=LOADS, help="damaged checkpoints")
     args = parser.parse_args()
     subprocess.run([sys.executable, "demo/unpack_data.py"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)

@@ -10,7 +10,7 @@ import time
 
 import pytest
 from conftest import ROOT, torchrun
-from faults import Faults
+from faults import ALONE, FSDP, Faults
 from mains import lines
 
 
@@ -21,7 +21,12 @@ def faults(tmp_path_factory):
 
 
 def test_killed_runs_lose_nothing(faults):
-    assert faults.kills((1,)) == [("SIGKILL, 1 process", 3, 3)]
+    assert faults.kills((ALONE,)) == [("SIGKILL, 1 process", 3, 3)]
+
+
+def test_signals_and_killed_worker_processes_lose_nothing(faults):
+    assert faults.stops((FSDP,)) == [("signal to all processes, 2 processes, --fsdp", 1, 1)]
+    assert faults.workers((ALONE,)) == [("one worker process killed, 1 process", 1, 1)]
 
 
 def test_a_run_that_is_restarted_goes_on_by_itself(faults):

@@ -13,7 +13,7 @@ import time
 import pytest
 import torch
 from conftest import ROOT, torchrun
-from faults import Run
+from faults import ranks
 from mains import in_processes, lines
 
 from models_mae import mae_vit_mini_patch4
@@ -111,13 +111,15 @@ def test_stopped_sharded_runs_go_on(shared, pictures, tmp_path):
                "--model", "mae_vit_mini_patch4", "--input_size", 16, "--warmup_epochs", 1, "--blr", 0.01,
                "--num_workers", 0, "--device", "cpu", "--vis_every", 0, *flags]  # fmt: skip
     for signum, epochs in ((signal.SIGTERM, 10), (signal.SIGKILL, 25)):
-        run = Run(pictures, out, 2)
-        run.process = process = subprocess.Popen([*map(str, command), "--resume", "auto"], cwd=ROOT)
+        process = subprocess.Popen([*map(str, command), "--resume", "auto"], cwd=ROOT)
         ends = time.monotonic() + 120
         while time.monotonic() < ends and not ((out / "log.txt").exists() and len(lines(out)) >= epochs):
             time.sleep(0.02)
         if signum == signal.SIGKILL:
-            assert run.kill()
+            assert process.poll() is None
+            for pid in (process.pid, *ranks(out).values()):
+                os.kill(pid, signal.SIGKILL)
+            process.wait()
         else:
             process.terminate()
             assert process.wait(60) != 0
