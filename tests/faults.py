@@ -168,6 +168,7 @@ class Run:
 
 def _run(script: str, argv: list[str], output: Path, environment: dict[str, str], user: int | None) -> None:
     os.setsid()
+    multiprocessing.set_start_method(None, force=True)  # of worker processes: the platform's own
     os.chdir(ROOT)
     os.environ.update(environment)
     file = os.open(output, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)

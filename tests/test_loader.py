@@ -1,6 +1,12 @@
 """The order of samples, their batches, and those that can't be read."""
 
+import multiprocessing
+import os
 import random
+import signal
+import subprocess
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -114,6 +120,37 @@ def test_workers_change_nothing(pictures, workers, monkeypatch):
     assert together.batches.num_workers == workers
     for a, b in zip(alone, together, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
+def test_worker_processes_heed_their_run_alone(pictures, method, monkeypatch):
+    """A stop signal to all processes reaches them too; their run ends them by SIGTERM when it fails."""
+    monkeypatch.setattr(
+        multiprocessing.context._default_context, "_actual_context", multiprocessing.get_context(method)
+    )
+    batches = TrainLoader(make_samples(pictures), 4, 0, 1, False)
+    iterator = iter(batches)
+    next(iterator)
+    (worker,) = multiprocessing.active_children()
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        subprocess.run(["kill", f"-{signum.value}", str(worker.pid)], check=True)
+    assert len(list(iterator)) == 5
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(20)
+    assert worker.exitcode == 0
+
+
+def test_a_killed_worker_process_raises_while_a_batch_is_awaited_and_not_before(pictures):
+    batches = TrainLoader(make_samples(pictures), 4, 0, 1, False)
+    iterator = iter(batches)
+    next(iterator)
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGKILL)
+    while ") Z " not in Path(f"/proc/{worker.pid}/stat").read_text():
+        time.sleep(0.01)  # PyTorch would raise here
+    with pytest.raises(RuntimeError, match=r"DataLoader worker \(pid \d+\) is killed by signal: Killed"):
+        list(iterator)
 
 
 def test_persistent_workers_follow_the_epoch(pictures, monkeypatch):

@@ -88,15 +88,19 @@ def blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def end_with_parent(*_: object) -> None:
-    """In a process that was started `blocked`: SIGTERM ends it if its parent sends it, as `multiprocessing` does."""
+def ignore_from_others(run: int, *_: object) -> None:
+    """In a worker process: the signals are ignored, but for SIGTERM of its run, by which `multiprocessing` ends it.
+
+    Args:
+        run: the run's process. It need not be the parent: a fork server may be.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     if not hasattr(signal, "sigwaitinfo"):  # macOS
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
         return
-    parent = os.getppid()
 
     def wait() -> None:
-        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
+        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != run:
             pass
         os._exit(0)
 

@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -127,7 +127,8 @@ class Batches(DataLoader):
     _raise_if_dead: Any = staticmethod(lambda *_: None)  # PyTorch's handler of SIGCHLD, installed once in a process
 
     def __init__(self, dataset: Any, num_workers: int, **options: Any) -> None:
-        super().__init__(dataset, num_workers=num_workers, worker_init_fn=interrupts.end_with_parent, **options)
+        prepare = partial(interrupts.ignore_from_others, os.getpid())
+        super().__init__(dataset, num_workers=num_workers, worker_init_fn=prepare, **options)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         with interrupts.blocked():
