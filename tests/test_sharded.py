@@ -12,16 +12,120 @@ import time
 
 import pytest
 import torch
+import torch.distributed as td
 from conftest import ROOT, torchrun
 from faults import ranks
 from mains import in_processes, lines
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from models_mae import mae_vit_mini_patch4
-from util import checkpoint, fsdp, runstate, saver, sharded, weights
+from util import checkpoint, dist, fsdp, runstate, saver, sharded, weights
 from util.checkpoint import CheckpointError
 
 # 24 images are one step of an epoch, so that log.txt has the loss of each of 50 steps.
 STEPS = ("--epochs", 50, "--save_every", 20)
+
+
+@pytest.fixture
+def one_process():
+    """A process group of one process: checkpoints are folders in it, as in many."""
+    td.init_process_group("gloo", store=td.HashStore(), rank=0, world_size=1)
+    yield
+    dist.teardown()
+
+
+def sharded_model(seed, reverse=False):
+    """A sharded model and its optimizer after a step.
+
+    Args:
+        reverse: the optimizer has its parameters in the opposite order.
+    """
+    torch.manual_seed(seed)
+    model = mae_vit_mini_patch4(img_size=8)
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [{"params": parameters[:5], "weight_decay": 0.0}, {"params": parameters[5:]}]
+    if reverse:
+        groups = [{"params": group["params"][::-1]} for group in groups[::-1]]
+    optimizer = torch.optim.AdamW(groups)
+    model(torch.rand(2, 3, 8, 8), loss_only=True).backward()
+    optimizer.step()
+    return model, optimizer
+
+
+def whole_moments(model, optimizer):
+    """Each parameter's optimizer state, by name."""
+    return {
+        name: {key: getattr(value, "_local_tensor", value) for key, value in optimizer.state[parameter].items()}
+        for name, parameter in model.named_parameters()
+        if parameter in optimizer.state
+    }
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert_same(a[name], b[name]) if isinstance(a[name], dict) else torch.testing.assert_close(
+            a[name], b[name], rtol=0, atol=0
+        )
+
+
+@pytest.mark.parametrize("layout", ["named", "numbered"])
+def test_optimizer_states_are_written_and_read_by_name(layout, one_process, tmp_path):
+    """An optimizer with its parameters in another order gets its own; folders of earlier versions have numbers."""
+    model, optimizer = sharded_model(seed=0)
+    scaler, folder = torch.amp.GradScaler("cpu"), tmp_path / "checkpoint-3"
+    state = {**runstate.collect(model, optimizer, scaler, {"model": "mini"}), "epoch": 3}
+    assert state["optimizer"]["state"].keys() == get_optimizer_state_dict(model, optimizer)["state"].keys()
+    if layout == "numbered":
+        state["optimizer"] = optimizer.state_dict()
+    sharded.write(checkpoint.snapshot(state), folder, group=None)
+
+    found = sharded.read(folder)
+    kept = {name.rpartition(".")[0] for name in found["tensors"] if name.startswith("optimizer.")}
+    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert kept == {f"optimizer.{key}" for key in (names if layout == "named" else range(len(names)))}
+
+    other, other_optimizer = sharded_model(seed=1, reverse=layout == "named")
+    filled = sharded.fill(found, other, other_optimizer)
+    assert filled.keys() == state.keys()
+    runstate.restore_model(other, filled, {})
+    runstate.restore_optimizer(other_optimizer, filled["optimizer"])
+    assert_same(whole_moments(other, other_optimizer), whole_moments(model, optimizer))
+    assert_same({k: v.full_tensor() for k, v in other.state_dict().items()},
+                {k: v.full_tensor() for k, v in model.state_dict().items()})  # fmt: skip
+
+    plain = sharded.gather(folder)["optimizer"]
+    assert plain["param_groups"] == optimizer.state_dict()["param_groups"]
+    expected = whole_moments(model, optimizer)
+    order = [name for group in optimizer.param_groups for p in group["params"] for name, q in model.named_parameters()
+             if p is q]  # fmt: skip
+    assert_same(plain["state"], {number: expected[name] for number, name in enumerate(order)})
+
+
+def test_an_optimizer_without_a_step_is_saved_as_it_is(one_process, tmp_path):
+    model, _ = sharded_model(seed=0)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    state = runstate.collect(model, optimizer, torch.amp.GradScaler("cpu"), {})
+    assert (state["optimizer"]["state"], optimizer.state) == ({}, {})
+    sharded.write(checkpoint.snapshot(state), tmp_path / "checkpoint-0", group=None)
+    assert sharded.fill(sharded.read(tmp_path / "checkpoint-0"), model, optimizer)["optimizer"]["state"] == {}
+
+
+def test_every_type_of_tensor_is_written_and_read(one_process, tmp_path):
+    """PyTorch's description of the tensors names its private classes, of which `DESCRIBED_BY` must list all."""
+    types = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8)
+    tensors = {str(dtype): torch.arange(6).reshape(2, 3).to(dtype) for dtype in types}
+    state = {"model": tensors, "optimizer": {"state": {}, "param_groups": []}, "args": {}}
+    sharded.write(state, tmp_path / "checkpoint-0", group=None)
+    assert_same(sharded.gather(tmp_path / "checkpoint-0")["model"], {k: v.float() for k, v in tensors.items()})
+    reader = sharded._Reader(tmp_path / "checkpoint-0")
+    described = reader.read_metadata().state_dict_metadata
+    assert {name: tensor.properties.dtype for name, tensor in described.items()} == {
+        f"model.{dtype}": dtype for dtype in types
+    }
 
 
 def losses(out):

@@ -108,12 +108,13 @@ def _sums_over_updates(meters: dict[str, Any], updates: int) -> dict[str, Any]:
 
 def collect(model: nn.Module, optimizer: Optimizer, scaler: torch.amp.GradScaler, settings: dict) -> dict[str, Any]:
     """What a checkpoint holds beside the position of its run."""
+    is_sharded = dist.is_sharded(model)
     rng = {"cpu": torch.get_rng_state()}
     if next(model.parameters()).is_cuda:
         rng["cuda"] = torch.cuda.get_rng_state()
     return {
         "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
+        "optimizer": sharded.optimizer_state(model, optimizer) if is_sharded else optimizer.state_dict(),
         "scaler": scaler.state_dict(),
         "args": settings,
         "rng": rng,

@@ -237,24 +237,45 @@ def _sizes(state: dict[str, Any]) -> dict[str, torch.Size]:
         raise CheckpointError(f"{state['folder']} is refused: {error}. Nothing in it was executed.") from error
 
 
+def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """An optimizer's state, named by parameter in place of numbers.
+
+    The names are those of PyTorch's `get_optimizer_state_dict`, which would change an optimizer before its first step.
+    """
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+    state = optimizer.state_dict()
+    groups = [{**group, "params": [order[number] for number in group["params"]]} for group in state["param_groups"]]
+    return {"state": {order[number]: moments for number, moments in state["state"].items()}, "param_groups": groups}
+
+
 def fill(state: dict[str, Any], model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     """Reads the tensors of a state that `read` has of a folder, each process its part of them.
 
     Returns:
-        The state with `model` and `optimizer`, cut as the model's weights are.
+        The state with `model` and `optimizer`, cut as the model's weights are. The optimizer's parameters have the
+        numbers of this run's, whatever their order was, except in a folder of earlier versions, which had numbers.
 
     Raises:
         CheckpointError: the tensors can't be read.
     """
+    groups = optimizer_state(model, optimizer)["param_groups"]
+    if any(isinstance(key, str) for key in _keys(state)):
+        state = {**state, "optimizer": {"param_groups": groups}}
     ours: dict[str, Tensor] = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    for number, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
-        ours[f"optimizer.{number}"] = parameter
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    ours |= {f"optimizer.{key}": parameter for key, parameter in zip(_keys(state), parameters, strict=False)}
 
     def room(name: str, size: torch.Size) -> Tensor:
         like = ours.get(name, ours.get(name.rpartition(".")[0]))
         return torch.zeros(size) if like is None or like.shape != size else torch.zeros_like(like)
 
     return _load(state, {name: room(name, size) for name, size in _sizes(state).items()}, together=True)
+
+
+def _keys(state: dict[str, Any]) -> list[str | int]:
+    """What an optimizer's parameters are called in a folder, in the order of a plain checkpoint's numbers."""
+    return [key for group in state["optimizer"]["param_groups"] for key in group["params"]]
 
 
 def _load(state: dict[str, Any], tensors: dict[str, Tensor], together: bool) -> dict[str, Any]:
@@ -264,16 +285,20 @@ def _load(state: dict[str, Any], tensors: dict[str, Tensor], together: bool) -> 
             dcp.load(tensors, storage_reader=_Reader(state["folder"]), no_dist=not together)
         except dcp.CheckpointException as error:  # PyTorch raises it in all processes
             raise CheckpointError(f"{state['folder']} can't be read: {_reason(error)}") from error
+    number = {str(key): number for number, key in enumerate(_keys(state))}
     model, moments = {}, dict[int, dict[str, Tensor]]()
     for name, tensor in tensors.items():
         kind, _, rest = name.partition(".")
+        key, _, moment = rest.rpartition(".")
         if kind == "model":
             model[rest] = tensor
-        else:
-            number, _, key = rest.partition(".")
-            moments.setdefault(int(number), {})[key] = tensor
-    optimizer = {"state": moments, "param_groups": state["optimizer"]["param_groups"]}
-    whole = {"model": model, **state, "optimizer": optimizer}
+        elif key in number:  # the others are of another architecture, which `runstate.restore_model` refuses
+            moments.setdefault(number[key], {})[moment] = tensor
+    groups = [
+        {**group, "params": [number[str(key)] for key in group["params"]]}
+        for group in state["optimizer"]["param_groups"]
+    ]
+    whole = {"model": model, **state, "optimizer": {"state": dict(sorted(moments.items())), "param_groups": groups}}
     return {name: value for name, value in whole.items() if name not in ("folder", "files", "tensors")}
 
 
