@@ -68,7 +68,7 @@ def main(args: Namespace) -> str:
     model = Among(classifier.model, suite.among).to(device)
     out = Path(args.output_dir) / args.suite
     results = suite_report.Results(out.with_suffix(".json"), {
-        "model": args.model, "weights": checkpoint.compute_digest(checkpoint.snapshot(dict(model.state_dict()))),
+        "model": args.model, "weights": checkpoint.weights_digest(model),
         **classifier.sees, "data_path": str(suite.root), "subset": args.subset, "amp": precision.name,
     })  # fmt: skip
     for number, name in enumerate(suite.cells, start=1):

@@ -3,12 +3,14 @@
     python -m inference.features demo/data/fashion_mnist --model runs/mine/checkpoint-last.pth --out features.npz
 
 The file holds `features` (n, D), `names` (n,), and, where folders are classes, `labels` (n,) and `classes`. A command
-that was stopped goes on where it was when it is given again.
+that was stopped goes on where it was when it is given again; with other weights, images or settings, it starts anew.
 """
 
 import argparse
 import json
 import logging
+import math
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,9 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from inference.model import Model, get_model
-from util import cli, datasets, dist, flags, loader, options
-from util.labels import Part, require
+from util import atomic, checkpoint, cli, datasets, dist, flags, loader, options
+from util.labels import Part
+from util.library_sets import Shards
 from util.precision import Precision
 from util.runlog import start_logging
 from util.samples import Samples
@@ -28,6 +31,7 @@ from util.sources import Source
 
 logger = logging.getLogger(__name__)
 
+ROWS = "features.f32"  # in the folder of a command that is not finished
 SAVE_EVERY = 20  # batches between notes of how far it is
 
 
@@ -53,32 +57,42 @@ def main(args: argparse.Namespace) -> None:
     start_logging()
     device = dist.choose_device(args.device)
     model = get_model(args.model, pretrained=True, device=device)
-    source = require(datasets.open_source(args.split, args.data_path), args.split)
-    told = {"model": str(args.model), "pool": args.pool, "images": len(source), "folder": args.data_path}
+    precision = Precision(args.amp, device)
+    source = datasets.open_source(args.split, args.data_path)
+    assert not isinstance(source, Shards)  # which have no path
+    names = [source.name(index) for index in range(len(source))]
+    partial = args.out.with_name(f"{args.out.name}.partial")
     rows = extract(
-        model, source, args.out.with_name(f"{args.out.name}.partial"), told, args.pool, args.batch_size,
-        args.num_workers, Precision(args.amp, device),
+        model, source, partial, row_settings(model, names, args, precision), args.pool, args.batch_size,
+        args.num_workers, precision,
     )  # fmt: skip
-    content: dict[str, Any] = {"features": rows}
-    names = np.array([source.name(index) for index in range(len(source))])
-    unfinished = args.out.with_name(f".{args.out.name}")
-    if args.out.suffix == ".npz":
-        labelled = {"labels": source.labels, "classes": np.array(source.classes)} if source.classes else {}
-        np.savez(unfinished, **content, names=names, **labelled)  # type: ignore[arg-type]
-    else:
-        content |= {"labels": np.ascontiguousarray(source.labels)} if source.classes else {}
-        texts = {"names": json.dumps(names.tolist()), "classes": json.dumps(source.classes)}
-        save_file(content, unfinished, metadata=texts)
-    unfinished.replace(args.out)
-    shutil.rmtree(args.out.with_name(f"{args.out.name}.partial"))
+    content: dict[str, Any] = {"features": rows} | ({"labels": source.labels} if source.classes else {})
+    with atomic.replacing(args.out) as written:
+        if args.out.suffix == ".npz":
+            content |= {"classes": np.array(source.classes)} if source.classes else {}
+            np.savez(written, names=np.array(names), **content)  # type: ignore[arg-type]
+        else:
+            texts = {"names": json.dumps(names), "classes": json.dumps(source.classes)}
+            save_file({name: np.ascontiguousarray(value) for name, value in content.items()}, written, metadata=texts)
+    shutil.rmtree(partial)
     logger.info(f"{args.out}: features {rows.shape} of {args.data_path}")
+
+
+def row_settings(model: Model, names: list[str], args: argparse.Namespace, precision: Precision) -> dict[str, Any]:
+    """All that the features depend on, plain values: those of other settings are not continued."""
+    of_labels = ("classes", "label_names")
+    return json.loads(json.dumps({
+        **{name: value for name, value in model.settings.items() if name not in of_labels},
+        "weights": checkpoint.weights_digest(model), "pool": args.pool, "precision": precision.name,
+        "folder": args.data_path, "split": args.split, "images": checkpoint.compute_digest(names),
+    }))  # fmt: skip
 
 
 def extract(
     model: Model,
     source: Source,
     folder: Path,
-    told: dict[str, Any],
+    settings: dict[str, Any],
     pool: str | None,
     batch_size: int,
     num_workers: int,
@@ -87,42 +101,55 @@ def extract(
     """Features (n, D), or (n, N + 1, D) of tokens, fp32, in a file that is mapped into memory.
 
     Args:
-        folder: holds them, and how far they are; if it is there for the same `told`, they are continued.
+        folder: holds them, and how far they are; if it is there with the same settings, they are continued.
+        settings: of `row_settings`.
+
+    Raises:
+        OSError: the disk is full. The same command continues.
     """
-    done, rows = _continued(folder, told)
+    done, shape = _continued(folder, settings)
     if done:
         logger.info(f"going on after {done:,} of {len(source):,} images")
     rest = Part(source, np.arange(done, len(source)))
     samples = Samples(rest, model.transform, in_chans=model.in_chans, seed=0)
     batches = loader.eval_loader(samples, batch_size, num_workers, pin_memory=precision.device.type == "cuda")
-    with tqdm(total=len(source), initial=done, unit="image", disable=None) as bar, torch.inference_mode():
+    with atomic.writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ROWS).open("ab", buffering=0)  # in order, not mapped: a full disk would end the process
+        file.truncate(4 * done * math.prod(shape))  # what came after the last note
+    with file, tqdm(total=len(source), initial=done, unit="image", disable=None) as bar, torch.inference_mode():
         for number, (images, *_) in enumerate(batches, start=1):
             with precision.autocast():
                 found = model.extract_feat(model.normalize(images.to(precision.device)), pool).float().cpu().numpy()
-            if rows is None:
-                folder.mkdir(parents=True, exist_ok=True)
-                shape = (len(source), *found.shape[1:])
-                rows = np.lib.format.open_memmap(folder / "features.npy", mode="w+", dtype=np.float32, shape=shape)
-            rows[done : done + len(found)] = found
-            done += len(found)
+            shape, done = list(found.shape[1:]), done + len(found)
             bar.update(len(found))
-            if number % SAVE_EVERY == 0 or done == len(source):
-                rows.flush()
-                (folder / "done.tmp").write_text(json.dumps({**told, "done": done}))
-                (folder / "done.tmp").replace(folder / "done.json")
-    assert rows is not None
-    return rows
+            with atomic.writing(folder):
+                left = memoryview(found.tobytes())
+                while left:
+                    left = left[file.write(left) :]
+                if number % SAVE_EVERY == 0 or done == len(source):
+                    os.fsync(file.fileno())
+                    note = {"settings": settings, "done": done, "shape": shape}
+                    atomic.write_text(folder / "done.json", json.dumps(note))
+    return np.memmap(folder / ROWS, np.float32, "r", shape=(done, *shape))
 
 
-def _continued(folder: Path, told: dict[str, Any]) -> tuple[int, np.memmap | None]:
-    """How many images are done, and their features."""
+def _continued(folder: Path, settings: dict[str, Any]) -> tuple[int, list[int]]:
+    """How many images are done, and the shape of their features."""
     if not (folder / "done.json").exists():
-        return 0, None
-    state = json.loads((folder / "done.json").read_text())
-    done = state.pop("done")
-    if state != told:
-        raise ValueError(f"{folder} was begun with other settings ({state}); delete it, or give another --out")
-    return done, np.load(folder / "features.npy", mmap_mode="r+")
+        return 0, []
+    try:
+        note = json.loads((folder / "done.json").read_text(encoding="utf-8"))
+        theirs, done, shape = note["settings"], int(note["done"]), list(note["shape"])
+        whole = (folder / ROWS).stat().st_size >= 4 * done * math.prod(shape)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        theirs, done, shape, whole = {}, 0, [], False
+    if whole and theirs == settings:
+        return done, shape
+    other = [key for key in settings if theirs.get(key) != settings[key]]
+    told = ", ".join(f"{key} was {theirs.get(key)} and is {settings[key]}" for key in other) if whole else "damaged"
+    logger.warning(f"{folder} is of other settings ({told}): starting anew")
+    return 0, []
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """The commands: predict, reconstruct, features; what they leave, print, and say to wrong inputs."""
 
 import json
+import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -142,13 +144,78 @@ def test_features_go_on_where_they_stopped(files, pictures, tmp_path, monkeypatc
     with pytest.raises(Interrupted):
         run(features, *argv, "--out", tmp_path / "parts.npz")
     capsys.readouterr()
-    with pytest.raises(ValueError, match="was begun with other settings"):
-        run(features, *argv, "--pool", "cls", "--out", tmp_path / "parts.npz")
-    run(features, *argv, "--out", tmp_path / "parts.npz")
-    assert "going on after 12 of 24 images" in capsys.readouterr().out
-    whole, parts = np.load(tmp_path / "whole.npz"), np.load(tmp_path / "parts.npz")
-    np.testing.assert_array_equal(whole["features"], parts["features"])
-    assert sum(seen) == 16 + 12  # the fourth batch was drawn, and stopped in
+    for _ in range(2):
+        shutil.copytree(tmp_path / "parts.npz.partial", tmp_path / "copy", dirs_exist_ok=True)
+        run(features, *argv, "--out", tmp_path / "parts.npz")
+        assert "going on after 12 of 24 images" in capsys.readouterr().out
+        whole, parts = np.load(tmp_path / "whole.npz"), np.load(tmp_path / "parts.npz")
+        np.testing.assert_array_equal(whole["features"], parts["features"])
+        shutil.copytree(tmp_path / "copy", tmp_path / "parts.npz.partial")
+        with (tmp_path / "parts.npz.partial" / features.ROWS).open("ab") as file:
+            file.write(b"rows after the last note")
+    assert sum(seen[:5]) == 16 + 4  # the fourth batch was drawn, and stopped in
+
+
+@pytest.mark.parametrize("change", ["weights", "split", "pool", "precision", "crop", "note"])
+def test_features_of_other_settings_are_not_continued(files, labelled, tmp_path, capsys, monkeypatch, change):
+    """The rows are those of a command that never stopped, whatever lies there."""
+    shutil.copy(files / "encoder.safetensors", tmp_path / "model.safetensors")
+
+    def stop(*args, **named):
+        raise KeyboardInterrupt
+
+    out, partial = tmp_path / "f.npz", tmp_path / "f.npz.partial"
+    argv = [labelled, "--model", tmp_path / "model.safetensors", "--out", out, "--num_workers", 0]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # stopped at its end
+        patch.setattr(np, "savez", stop)
+        run(features, *argv)
+    flags = {"split": ["--split", "val"], "pool": ["--pool", "avg"], "precision": ["--amp", "bf16"]}.get(change, [])
+    if change == "weights":
+        other = get_model(files / "encoder.safetensors")
+        other.cls_token.data.add_(1)
+        export.export(other, "safetensors", tmp_path / "model.safetensors")
+    elif change == "crop":
+        other = get_model(files / "encoder.safetensors", crop_pct=1.0)
+        export.export(other, "safetensors", tmp_path / "model.safetensors")
+    elif change == "note":
+        (partial / "done.json").write_text("{")
+    capsys.readouterr()
+    run(features, *argv, *flags)
+    said = capsys.readouterr().out
+    assert said.count(f"warning: {partial} is of other settings (") == 1
+    assert not partial.exists()
+    found = np.load(out)
+    run(features, *argv[:4], tmp_path / "new.npz", "--num_workers", 0, *flags)
+    np.testing.assert_array_equal(found["features"], np.load(tmp_path / "new.npz")["features"])
+
+
+def test_features_of_images_without_classes(files, pictures, tmp_path):
+    for number, file in enumerate(sorted((pictures / "train").rglob("*.*"))[:5]):
+        (tmp_path / "flat").mkdir(exist_ok=True)
+        shutil.copy(file, tmp_path / "flat" / f"{number}{file.suffix}")
+    for suffix in (".npz", ".safetensors"):
+        out = tmp_path / f"f{suffix}"
+        run(features, tmp_path / "flat", "--model", files / "encoder.safetensors", "--out", out, "--num_workers", 0)
+    found = np.load(tmp_path / "f.npz")
+    assert set(found) == {"features", "names"}
+    assert found["features"].shape == (5, 128)
+    with safe_open(tmp_path / "f.safetensors", "np") as file:
+        assert set(file.keys()) == {"features"}
+        np.testing.assert_array_equal(file.get_tensor("features"), found["features"])
+
+
+def test_features_on_a_full_disk_are_one_line_and_go_on(files, labelled, small_disk, capsys, monkeypatch):
+    """The process ended by SIGBUS where it wrote into mapped memory."""
+    monkeypatch.setattr(features, "SAVE_EVERY", 1)
+    argv = [labelled, "--model", files / "encoder.safetensors", "--out", small_disk / "f.npz", "--num_workers", 0,
+            "--batch_size", 4, "--pool", "tokens"]  # fmt: skip
+    said = fails(capsys, monkeypatch, features, *argv)
+    assert f"can't write {small_disk}/f.npz.partial (No space left on device): free space there" in said
+    assert not (small_disk / "f.npz").exists()
+    subprocess.run(["mount", "-o", "remount,size=8m", small_disk], check=True)
+    run(features, *argv)
+    assert "going on after" in capsys.readouterr().out
+    assert np.load(small_disk / "f.npz")["features"].shape == (48, 65, 128)
 
 
 def test_wrong_inputs(files, pictures, tmp_path, capsys, monkeypatch):

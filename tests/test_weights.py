@@ -24,6 +24,15 @@ def test_all_weights_also_for_another_image_size(tmp_path, mini_mae):
     assert mini_mae.pos_embed.shape[1] == 17
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_refused(tmp_path, mini_mae, value):
+    mini_mae.blocks[2].mlp.fc1.weight.data[3, 4] = value
+    for number, dtype in enumerate((torch.float32, torch.bfloat16, torch.float16)):
+        path = saved(tmp_path / f"{number}.pth", mini_mae.to(dtype))
+        with pytest.raises(CheckpointError, match=r"\d.pth: blocks.2.mlp.fc1.weight with values that are NaN or inf"):
+            weights.read(path)
+
+
 def test_an_encoder_alone_leaves_the_decoder_untrained(tmp_path, mini_mae, caplog):
     other = mae_vit_mini_patch4(img_size=16, in_chans=1)
     decoder = mini_mae.decoder_pred.weight.clone()

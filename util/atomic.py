@@ -36,22 +36,34 @@ def replacing(path: Path, sync: bool = True) -> Iterator[Path]:
     temporary = (target if target.is_dir() else target.parent) / f".{target.name}.tmp"
     written = temporary / target.name
     try:
-        _remove(temporary)  # of a command that was killed
-        temporary.mkdir()
-        yield written
-        if sync:
-            _sync(temporary)
-        for beside in set(temporary.iterdir()) - {written}:
-            _move(beside, target.with_name(beside.name))
-        _move(written, target)
+        with writing(path):
+            _remove(temporary)  # of a command that was killed
+            temporary.mkdir()
+            yield written
+            if sync:
+                _sync(temporary)
+            for beside in set(temporary.iterdir()) - {written}:
+                _move(beside, target.with_name(beside.name))
+            _move(written, target)
+    finally:
+        _remove(temporary)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """A block that does nothing but write to `path`.
+
+    Raises:
+        OSError: it failed to, in one line that names the path, the reason, and what to do.
+    """
+    try:
+        yield
     except (OSError, RuntimeError, SafetensorError) as error:
         number = _error_number(error)
         if number is None:
             raise
         remedy = "free space there, or write to another place" if number in FULL else "write to another place"
         raise OSError(f"can't write {path} ({os.strerror(number)}): {remedy}") from error
-    finally:
-        _remove(temporary)
 
 
 def write_text(path: Path, text: str) -> None:

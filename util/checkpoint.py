@@ -13,11 +13,12 @@ import pickle
 import re
 import shutil
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from util import atomic
 
@@ -79,6 +80,26 @@ def _link(source: Path, path: Path) -> None:
         os.link(source, path)
     except OSError:
         shutil.copyfile(source, path)
+
+
+def require_finite(tensors: Mapping[str, Any], source: str, remedy: str) -> None:
+    """Refuses weights that no sound run leaves.
+
+    Raises:
+        CheckpointError: a tensor holds NaN or infinity.
+    """
+    bad = [
+        name for name, value in tensors.items()
+        if isinstance(value, Tensor) and value.is_floating_point() and not torch.isfinite(value).all()
+    ]  # fmt: skip
+    if bad:
+        more = f" and {len(bad) - 1} more tensors" if len(bad) > 1 else ""
+        raise CheckpointError(f"{source}: {bad[0]}{more} with values that are NaN or infinite: {remedy}")
+
+
+def weights_digest(model: nn.Module) -> str:
+    """The digest of a model's weights, wherever they are."""
+    return compute_digest(snapshot(dict(model.state_dict())))
 
 
 def snapshot(value: Any) -> Any:

@@ -18,7 +18,7 @@ class Part:
     Args:
         indices: of the samples that are taken.
         classes: that the labels count from now on, and
-        numbers: for each of the source's own labels, its new one.
+        numbers: for each of the source's own labels, its new one; None leaves them as they are.
     """
 
     def __init__(
@@ -31,15 +31,15 @@ class Part:
         self.source = source
         self.indices = indices
         self.classes = source.classes if classes is None else classes
-        self.numbers = np.arange(len(source.classes)) if numbers is None else numbers
-        self.labels = self.numbers[source.labels[indices]]
+        self.numbers = numbers
+        self.labels = source.labels[indices] if numbers is None else numbers[source.labels[indices]]
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, index: int) -> tuple[bytes | Picture, int]:
         data, label = self.source[int(self.indices[index])]
-        return data, int(self.numbers[label])
+        return data, label if self.numbers is None else int(self.numbers[label])
 
     def name(self, index: int) -> str:
         """As the source calls the sample."""

@@ -51,7 +51,7 @@ def read(name: Path | str) -> Weights:
     published name.
 
     Raises:
-        CheckpointError: damaged, or no weights of a Vision Transformer.
+        CheckpointError: damaged, or no weights of a Vision Transformer, or some that are NaN or infinite.
         ValueError: no such file or name, or it can't be downloaded.
     """
     path = Path(name)
@@ -66,6 +66,7 @@ def read(name: Path | str) -> Weights:
     tensors = to_ours({key: value for key, value in held.items() if isinstance(value, Tensor)})
     if "patch_embed.proj.weight" not in tensors:
         raise CheckpointError(f"{path} holds no weights of a Vision Transformer: {_some(held)}")
+    checkpoint.require_finite(tensors, str(name), "its run has diverged, or the file is damaged; give another file")
     return Weights(tensors, settings, _kind(tensors), str(name))
 
 
