@@ -122,19 +122,26 @@ def test_workers_change_nothing(pictures, workers, monkeypatch):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
+def begin(pictures):
+    """A loader of six batches, the rest of its epoch after the first, and its worker process."""
+    others = set(multiprocessing.active_children())
+    batches = TrainLoader(make_samples(pictures), 4, 0, 1, False)
+    rest = iter(batches)
+    next(rest)
+    (worker,) = set(multiprocessing.active_children()) - others
+    return batches, rest, worker
+
+
 @pytest.mark.parametrize("method", ["fork", "forkserver"])
 def test_worker_processes_heed_their_run_alone(pictures, method, monkeypatch):
     """A stop signal to all processes reaches them too; their run ends them by SIGTERM when it fails."""
     monkeypatch.setattr(
         multiprocessing.context._default_context, "_actual_context", multiprocessing.get_context(method)
     )
-    batches = TrainLoader(make_samples(pictures), 4, 0, 1, False)
-    iterator = iter(batches)
-    next(iterator)
-    (worker,) = multiprocessing.active_children()
+    _batches, rest, worker = begin(pictures)
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         subprocess.run(["kill", f"-{signum.value}", str(worker.pid)], check=True)
-    assert len(list(iterator)) == 5
+    assert len(list(rest)) == 5
     assert worker.is_alive()
     worker.terminate()
     worker.join(20)
@@ -142,15 +149,12 @@ def test_worker_processes_heed_their_run_alone(pictures, method, monkeypatch):
 
 
 def test_a_killed_worker_process_raises_while_a_batch_is_awaited_and_not_before(pictures):
-    batches = TrainLoader(make_samples(pictures), 4, 0, 1, False)
-    iterator = iter(batches)
-    next(iterator)
-    (worker,) = multiprocessing.active_children()
+    _batches, rest, worker = begin(pictures)
     os.kill(worker.pid, signal.SIGKILL)
     while ") Z " not in Path(f"/proc/{worker.pid}/stat").read_text():
         time.sleep(0.01)  # PyTorch would raise here
     with pytest.raises(RuntimeError, match=r"DataLoader worker \(pid \d+\) is killed by signal: Killed"):
-        list(iterator)
+        list(rest)
 
 
 def test_persistent_workers_follow_the_epoch(pictures, monkeypatch):
