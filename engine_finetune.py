@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from util import cli, dist, labels, loop, report, weights
+from util import advice, cli, dist, labels, loop, report, weights
 from util.pos_embed import to_pair
 from util.precision import Precision
 from util.sources import Source
@@ -184,18 +184,12 @@ def warn_of_changes(source: str, args: Namespace, names: Iterable[str], recorded
     for name in sorted(cli.given(args) & recorded.keys() & set(names)):
         wanted, value = getattr(args, name), recorded[name]
         if _sides(name, wanted) != _sides(name, value) and dist.is_main():
-            made = f"without --{name}" if value is None else f"with {_flag(name, value)}"
-            logger.warning(f"{_flag(name, wanted)} is used, and {source} was made {made}")
+            made = f"without --{name}" if value is None else f"with {advice.flags({name: value})}"
+            logger.warning(f"{advice.flags({name: wanted})} is used, and {source} was made {made}")
 
 
 def _sides(name: str, value: Any) -> Any:
     return to_pair(value) if value is not None and name in ("input_size", "patch_size") else value
-
-
-def _flag(name: str, value: Any) -> str:
-    if name == "global_pool":
-        return "--global_pool" if value else "--cls_token"
-    return f"--{name} {' '.join(map(str, value)) if isinstance(value, list | tuple) else value}"
 
 
 def load_for_evaluation(

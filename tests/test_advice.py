@@ -30,7 +30,7 @@ OTHERS = {
     "--job",
     "--help",
 }  # torchrun's, Slurm's, all
-FORMATS = {"{split}": "train", "--{flag}": "--mean", "--{name}": "--epochs", "--{key}": "--epochs"}  # names of settings
+FORMATS = {"{split}": "train"} | {f"--{{{part}}}": "--model" for part in ("flag", "name", "key")}  # of any setting
 # Messages that the syntax trees lead some scripts to, but that these can't come to.
 ELSEWHERE = {
     r"util\.(cli|advice)\.\w*": "it looks whether the script has the flag",
@@ -43,7 +43,7 @@ ELSEWHERE = {
     r"util\.samples\.Samples": (
         r"main_knn|main_robustness|inference\.\w+", "it names --on_bad_image where the script has given that"),
     r"util\.transforms\.\w+": (r"main_robustness|inference\.\w+", "the statistics are a file's, checked when read"),
-    r"util\.runstate\._warn_of_changes": (r"(main|submitit)_pretrain", "there are no classes"),
+    r"util\.runstate\._warn_of_changes": "of settings that the script has",
     r"util\.weights\.statistics": (r"main_robustness|inference\.\w+", "another of this name is meant"),
     r"util\.labels\.require": (r"inference\.features", "a file list is not among its flags"),
 }  # fmt: skip

@@ -214,7 +214,7 @@ def load_classifier(model: nn.Module, file: Weights) -> None:
         if weights["pos_embed"].shape[1] - 1 != patches and "input_size" not in file.settings and dist.is_main():
             logger.warning(
                 f"{file.source} is for images of {patches} patches, and these have {ours['pos_embed'].shape[1] - 1}: "
-                "positions are interpolated; give --input_size as it was trained with"
+                "positions are interpolated; give input_size as it was trained with"
             )
     _require(file, model, ours.keys() - weights.keys(), weights.keys() - ours.keys(), _reshaped(weights, ours))
     model.load_state_dict(weights)
