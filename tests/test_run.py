@@ -160,7 +160,7 @@ def test_a_signal_reaches_the_task(clone, number):
         time.sleep(0.05)
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM
+    assert process.returncode in (128 + signal.SIGTERM, 128 + number)  # the task's end, or the signal, is noticed first
     assert "run app: FAILED" in output
     with pytest.raises(ProcessLookupError):
         os.kill(int((clone / "pid").read_text()), 0)
