@@ -22,6 +22,9 @@ from typing import Any
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read at import; the page needs no network
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the demo runs from a clone
 
+import util  # noqa: F401  # first, as it names the packages that are missing
+
+# isort: split
 try:
     import gradio as gr
 except ImportError:

@@ -11,14 +11,16 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the demo runs from a clone
+
+import util  # noqa: F401  # first, as it names the packages that are missing
+
+# isort: split
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # the demo runs from a clone
-
-import matplotlib.pyplot as plt
 
 from inference.model import Autoencoder, get_model
 from util import atomic, cli, datasets, knn, pictures

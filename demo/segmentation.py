@@ -13,6 +13,11 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the demo runs from a clone
+
+import util  # noqa: F401  # first, as it names the packages that are missing
+
+# isort: split
 import matplotlib
 
 matplotlib.use("Agg")  # nothing is shown on a screen
@@ -22,8 +27,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # the demo runs from a clone
 
 from demo.unpack_data import ARCHIVE
 from inference.maps import dense

@@ -7,7 +7,13 @@ import sys
 import pytest
 from conftest import ROOT
 
-COMMANDS = (["main_pretrain.py"], ["-m", "inference.predict"], ["submitit_pretrain.py"], ["demo/unpack_data.py"])
+DEMOS = [[f"demo/{name}.py"] for name in ("unpack_data", "report", "segmentation", "app")]
+COMMANDS = (["main_pretrain.py"], ["-m", "inference.predict"], ["submitit_pretrain.py"], *DEMOS)
+    ["main_pretrain.py"],
+    ["-m", "inference.predict"],
+    ["submitit_pretrain.py"],
+    *(["demo/" + name] for name in ("unpack_data.py", "report.py", "segmentation.py", "app.py")),
+)
 
 
 @pytest.fixture
