@@ -21,14 +21,20 @@ import torch
 from torch import Tensor, nn
 
 from util import atomic
+from util.untrusted import printable
 
 logger = logging.getLogger(__name__)
 
+MAX_PARTS = 1_000_000  # of a state, counted as often as they are named
+MAX_DEPTH = 30
 STATE = "state.pth"  # in a sharded state's folder
 
 
 class CheckpointError(ValueError):
-    """A file that can't be used, in a sentence that says why."""
+    """A file that can't be used, in a sentence that says why; what it quotes of the file is made printable."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 def compute_digest(state: Any) -> str:
@@ -172,6 +178,7 @@ def _load(path: Path, mmap: bool = False) -> dict[str, Any]:
         is_zip = _check_names(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and is_zip)
+        _check_parts(state)
     except pickle.UnpicklingError as error:
         # torch says so for foreign objects and for damage alike; both are refused.
         found = re.search(r"GLOBAL (\S+)", str(error))
@@ -186,6 +193,29 @@ def _load(path: Path, mmap: bool = False) -> dict[str, Any]:
     return state
 
 
+def _check_parts(state: Any) -> None:
+    """Raises ValueError where a small file stands for a large state, or a tensor's values are not all in it."""
+    waiting, parts = [(state, 0)], 0
+    while waiting:
+        value, depth = waiting.pop()
+        parts += 1
+        if parts > MAX_PARTS or depth > MAX_DEPTH:
+            raise ValueError("it holds lists within lists without end")
+        if isinstance(value, argparse.Namespace):
+            value = vars(value)
+        if isinstance(value, dict):
+            waiting += [(part, depth + 1) for item in value.items() for part in item]
+        elif isinstance(value, list | tuple | set):
+            waiting += [(part, depth + 1) for part in value]
+        elif isinstance(value, Tensor):
+            if value.layout != torch.strided or value.is_meta or value.is_quantized:
+                raise ValueError("a tensor in it is sparse, quantized or without data; save it as a plain one (dense)")
+            if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+                raise ValueError(
+                    f"a tensor of shape {tuple(value.shape)} has fewer values in the file; save its clone()"
+                )
+
+
 def _check_names(path: Path) -> bool:
     """Compares the part that holds names and plain values with its checksum, which torch.load does not.
 
@@ -195,6 +225,8 @@ def _check_names(path: Path) -> bool:
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
+        if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+            raise ValueError("its parts are compressed, which torch.save does not do")  # and could fill the memory
         for name in archive.namelist():
             if name.endswith("data.pkl"):
                 archive.read(name)

@@ -9,6 +9,8 @@ folder's `state.pth`, and with it the digest of every file. A folder is there wh
 import argparse
 import contextlib
 import hashlib
+import io
+import math
 import os
 import pickle
 import shutil
@@ -27,6 +29,7 @@ from torch.optim import Optimizer
 
 from util import checkpoint, cli, dist, flags
 from util.checkpoint import STATE, CheckpointError
+from util.untrusted import read_file
 
 T = TypeVar("T")
 
@@ -171,11 +174,16 @@ class _Reader(dcp.FileSystemReader):
     """PyTorch's, but that nothing in the description of the tensors is executed."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with (Path(self.path) / ".metadata").open("rb") as stream:
-            metadata = _Unpickler(stream).load()
+        metadata = _Unpickler(io.BytesIO(read_file(Path(self.path) / ".metadata"))).load()
+        if not isinstance(metadata, Metadata):
+            raise CheckpointError(f"its description is a {type(metadata).__name__}")
         for name, described in metadata.state_dict_metadata.items():
             if not isinstance(described, TensorStorageMetadata):  # bytes, which PyTorch would unpickle
                 raise CheckpointError(f"it holds {name}, which is no tensor")
+        for info in (metadata.storage_data or {}).values():
+            name = info.relative_path
+            if Path(name).name != name or not (Path(self.path) / name).is_file():
+                raise CheckpointError(f"its description names a file {name}, which is not in the folder")
         return metadata
 
     def read_sizes(self) -> dict[str, torch.Size]:
@@ -213,7 +221,12 @@ def _check(state: dict[str, Any], part: int = 0, parts: int = 1) -> None:
     Raises:
         CheckpointError: a file is damaged or missing, or the folder holds anything but tensors.
     """
-    folder, files = Path(state["folder"]), state.get("files", {})
+    folder, files = Path(state["folder"]), state.get("files")
+    groups = state["optimizer"].get("param_groups") if isinstance(state.get("optimizer"), dict) else None
+    if not (isinstance(files, dict) and isinstance(state.get("tensors"), list) and isinstance(groups, list)):
+        raise CheckpointError(f"{folder} is damaged: {STATE} in it does not describe a sharded checkpoint")
+    if any(Path(str(name)).name != name or (folder / name).is_fifo() for name in files):
+        raise CheckpointError(f"{folder} is damaged: {STATE} in it names files elsewhere")
     for name in sorted(files)[part::parts]:
         try:
             is_whole = _digests([folder / name])[name] == files[name]
@@ -232,6 +245,9 @@ def _sizes(state: dict[str, Any]) -> dict[str, torch.Size]:
     """
     try:
         sizes = _Reader(state["folder"]).read_sizes()
+        held = sum(file.stat().st_size for file in Path(state["folder"]).iterdir() if file.is_file())
+        if sum(math.prod(size) for size in sizes.values()) > held:
+            raise CheckpointError("its tensors are larger than its files")
         return {name: sizes[name] for name in state["tensors"]}
     except Exception as error:  # whatever pickle raises on damaged bytes
         raise CheckpointError(f"{state['folder']} is refused: {error}. Nothing in it was executed.") from error

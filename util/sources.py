@@ -222,6 +222,8 @@ def _read_rows(suffix: str, text: str) -> tuple[list[str], list[str], np.ndarray
 def _read_annotations(document: dict[str, Any]) -> tuple[list[str], list[str], np.ndarray]:
     """COCO's form. Classes are the categories in the order of their ids, those without images too."""
     paths = [image["file_name"] for image in document["images"]]
+    if not all(isinstance(path, str) for path in paths):
+        raise ValueError("a file_name in it is no text")
     if not document.get("annotations"):  # of a test set
         return paths, [], np.full(len(paths), -1)
     categories = sorted(document["categories"], key=lambda category: category["id"])

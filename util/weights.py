@@ -3,6 +3,7 @@
 What a file holds is told apart by its names: an encoder, an encoder with its decoder, or a classifier.
 """
 
+import argparse
 import json
 import logging
 from collections import Counter
@@ -20,11 +21,17 @@ from util.foreign import to_ours
 from util.pos_embed import interpolate_pos_embed, to_pair
 from util.published import CLASSIFIER, ENCODER, FULL
 from util.transforms import channel_statistics
+from util.untrusted import read_file
 
 logger = logging.getLogger(__name__)
 
 FIXED_TABLES = {"pos_embed", "decoder_pos_embed"}  # every MAE computes its own, so that a file's may be of another size
 SETTINGS = "args"  # the entry of a .safetensors file's metadata that holds the settings of our run, as JSON
+# The settings of a file that are used, and what they, or the parts of lists, must be.
+SETTINGS_USED: dict[str, type | tuple[type, ...]] = {
+    "model": str, "input_size": int, "patch_size": int, "in_chans": int, "mean": (int, float), "std": (int, float),
+    "classes": str, "label_names": str,
+}  # fmt: skip
 ADAPT_CHOICES = ("error", "mean", "repeat", "skip")
 
 
@@ -39,7 +46,7 @@ class Weights(NamedTuple):
     @property
     def grid_size(self) -> tuple[int, int] | None:
         """(rows, columns) of patches that the position table is for, if the file tells."""
-        if not {"input_size", "patch_size"} <= self.settings.keys():
+        if self.settings.get("input_size") is None or self.settings.get("patch_size") is None:
             return None
         height, width = to_pair(self.settings["input_size"])
         p, q = self.tensors["patch_embed.proj.weight"].shape[2:]
@@ -63,11 +70,31 @@ def read(name: Path | str) -> Weights:
         dist.barrier()
         path = published.fetch(str(name))
     held, settings = _read_folder(path) if path.is_dir() else _read_file(path)
-    tensors = to_ours({key: value for key, value in held.items() if isinstance(value, Tensor)})
+    try:
+        tensors = to_ours({key: t for key, t in held.items() if isinstance(key, str) and isinstance(t, Tensor)})
+    except (KeyError, RuntimeError) as error:  # query, key and value that can't be joined
+        raise CheckpointError(f"{path}: its weights don't fit each other: {' '.join(str(error).split())}") from error
     if "patch_embed.proj.weight" not in tensors:
-        raise CheckpointError(f"{path} holds no weights of a Vision Transformer: {_some(held)}")
+        raise CheckpointError(f"{path} holds no weights of a Vision Transformer: {_some(map(str, held))}")
+    for name, axes in (("patch_embed.proj.weight", 4), ("pos_embed", 3), ("decoder_pos_embed", 3)):
+        if name in tensors and (tensors[name].ndim != axes or not tensors[name].is_floating_point()):
+            shape = f"{tensors[name].dtype} {tuple(tensors[name].shape)}"
+            raise CheckpointError(f"{path}: its {name} is {shape}, which is not a Vision Transformer's")
+    _check_settings(path, settings)
     checkpoint.require_finite(tensors, str(name), "its run has diverged, or the file is damaged; give another file")
     return Weights(tensors, settings, _kind(tensors), str(name))
+
+
+def _check_settings(path: Path, settings: dict[str, Any]) -> None:
+    """Raises CheckpointError where a setting that is used is of another kind than it should be."""
+    for name, kinds in SETTINGS_USED.items():
+        value = settings.get(name)
+        parts: list[Any] = list(value) if isinstance(value, list | tuple) else [value]
+        fits = all(isinstance(part, kinds) and not isinstance(part, bool) for part in parts)
+        if fits and name.endswith("_size"):
+            fits = len(parts) in (1, 2) and min(parts) > 0
+        if value is not None and not fits:
+            raise CheckpointError(f"{path}: the {name} that it records, {str(value)[:80]}, makes no sense")
 
 
 def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -75,29 +102,39 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if path.suffix == ".safetensors":
         try:
             with safetensors.safe_open(path, "pt") as file:
-                told = (file.metadata() or {}).get(SETTINGS, "{}")
-                return {key: file.get_tensor(key) for key in file.keys()}, json.loads(told)  # noqa: SIM118
+                told = json.loads((file.metadata() or {}).get(SETTINGS, "{}"))
+                if not isinstance(told, dict):
+                    raise ValueError(f"its settings are {told!r}")
+                return {key: file.get_tensor(key) for key in file.keys()}, told  # noqa: SIM118
         except Exception as error:
             raise CheckpointError(f"{path} is damaged or no safetensors file: {error}") from error
     state = checkpoint.read(path)
     held = next((state[key] for key in ("model", "state_dict") if isinstance(state.get(key), dict)), state)
-    settings = state.get("args") or {}
-    return held, settings if isinstance(settings, dict) else vars(settings)
+    settings = state.get("args")
+    settings = vars(settings) if isinstance(settings, argparse.Namespace) else settings
+    return held, settings if isinstance(settings, dict) else {}
 
 
 def _read_folder(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """As `_read_file`, of a folder that transformers, `save_pretrained` of ours, or a sharded run has written."""
     if (path / checkpoint.STATE).is_file():
         state = sharded.gather(path)
-        return state["model"], state["args"]
+        return state["model"], state["args"] if isinstance(state.get("args"), dict) else {}
     file = next((path / name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).is_file()), None)
     if file is None:
         raise CheckpointError(f"{path} is a folder without model.safetensors or pytorch_model.bin: give a file")
     held, settings = _read_file(file)
     try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        told = _config_settings(json.loads(read_file(path / "config.json")))
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}/config.json can't be read: {error}") from error
+    except (AttributeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}/config.json is not as transformers writes it: {error}") from error
+    return held, {**told, **settings}
+
+
+def _config_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """Our settings of a config.json; raises KeyError, TypeError or AttributeError of one of another form."""
     names = {"image_size": "input_size", "patch_size": "patch_size", "num_channels": "in_chans",
              "norm_pix_loss": "norm_pix_loss"}  # fmt: skip
     told = {ours: config[theirs] for theirs, ours in names.items() if theirs in config}
@@ -105,7 +142,7 @@ def _read_folder(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if labels and labels.get("0") != "LABEL_0":  # what transformers writes where nobody named them
         # Not as "classes", which --eval compares with the names of folders.
         told["label_names"] = [labels[str(number)] for number in range(len(labels))]
-    return held, {**told, **config.get("settings", {}), **settings}
+    return {**told, **config.get("settings", {})}
 
 
 def _kind(tensors: dict[str, Tensor]) -> str:
@@ -208,7 +245,7 @@ def load_classifier(model: nn.Module, file: Weights) -> None:
         CheckpointError: it is of another architecture.
     """
     weights, ours = dict(file.tensors), model.state_dict()
-    if weights["pos_embed"].shape[2] == ours["pos_embed"].shape[2]:
+    if "pos_embed" in weights and weights["pos_embed"].shape[2] == ours["pos_embed"].shape[2]:
         patches = weights["pos_embed"].shape[1] - 1
         interpolate_pos_embed(model, weights, file.grid_size)
         if weights["pos_embed"].shape[1] - 1 != patches and "input_size" not in file.settings and dist.is_main():

@@ -1,0 +1,335 @@
+"""The doors of `fuzz.py`: whole inputs, what damages them by their structure, and what reads them."""
+
+import argparse
+import hashlib
+import io
+import itertools
+import json
+import os
+import pickle
+import random
+import shutil
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mutations
+import numpy as np
+import safetensors.torch
+import tifffile
+import torch
+import torch.distributed.checkpoint as dcp
+from PIL import Image
+from test_decode import TABLE, saved
+
+import main_pretrain
+import models_mae
+import models_vit
+from util import checkpoint, cli, sharded, weights
+from util.archives import Archive
+from util.decode import decode
+from util.library_sets import read_shards
+from util.sources import read_list
+
+
+class Door(NamedTuple):
+    """Where files of strangers come in."""
+
+    make_seeds: Callable[[Path], list[Any]]  # whole inputs; the folder is for files that they name
+    mutate: Callable[[list[Any], random.Random], Any]
+    read: Callable[[Any, Path, random.Random], None]  # in a folder of its own
+
+
+# ------------------------------------------------------------------------------------------------------------- images
+
+
+def _images(folder: Path) -> list[tuple[bytes, int]]:
+    seeds = [(data, in_chans) for data, in_chans, *_ in TABLE.values()]
+    pixels = np.arange(40 * 48 * 3, dtype=np.uint16).reshape(40, 48, 3)
+    for codec, tile in itertools.product(("zlib", "lzma", "lzw", "packbits", "zstd", "jpeg2000"), (None, (16, 16))):
+        for values in (pixels, pixels.astype(np.uint8)):
+            stream = io.BytesIO()
+            tifffile.imwrite(
+                stream, values, photometric="rgb", compression=codec, tile=tile, rowsperstrip=None if tile else 9
+            )
+            seeds.append((stream.getvalue(), 3))
+    exif = Image.Exif()
+    exif[274], exif[270] = 6, "a camera"
+    eight = pixels.astype(np.uint8)
+    seeds += [(saved(eight, kind, exif=exif), 3) for kind in ("JPEG", "PNG", "WEBP", "AVIF")]
+    seeds += [(saved(eight, "JPEG", progressive=True), 3), (saved(eight, "JPEG2000", no_jp2=True), 3)]
+    return seeds
+
+
+def _mutate_image(seeds: list[tuple[bytes, int]], generator: random.Random) -> tuple[bytes, int]:
+    data, in_chans = generator.choice(seeds)
+    if generator.random() < 0.7:
+        if data[:4] in (b"II*\0", b"MM\0*"):
+            return mutations.tiff(data, generator), in_chans
+        if data.startswith(b"\x89PNG"):
+            return mutations.png(data, generator), in_chans
+    return mutations.mutate(data, [other for other, _ in seeds], generator), in_chans
+
+
+def _read_image(made: tuple[bytes, int], folder: Path, generator: random.Random) -> None:
+    data, in_chans = made
+    decode(data, in_chans if generator.random() < 0.8 else 1, upright=generator.random() < 0.5)
+
+
+# ----------------------------------------------------------------------------------------------------------- archives
+
+
+def _archives(folder: Path) -> list[bytes]:
+    images = {f"train/{name}/{n}.png": saved(np.full((8, 8, 3), n, np.uint8), "PNG") for name in "ab" for n in range(2)}
+    seeds = []
+    for method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        stream = io.BytesIO()
+        with zipfile.ZipFile(stream, "w", method) as archive:
+            link = zipfile.ZipInfo("train/a/link.png")
+            link.external_attr = 0o120777 << 16
+            archive.writestr(link, "0.png")
+            for name, data in images.items():
+                archive.writestr(name, data)
+        seeds.append(stream.getvalue())
+    for kind in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT):
+        stream = io.BytesIO()
+        with tarfile.open(fileobj=stream, mode="w", format=kind) as archive:
+            for name, data in images.items():
+                member = tarfile.TarInfo(name if kind == tarfile.USTAR_FORMAT else f"{'long/' * 30}{name}")
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+            link = tarfile.TarInfo("train/a/link.png")
+            link.type, link.linkname = tarfile.SYMTYPE, "0.png"
+            archive.addfile(link)
+        seeds.append(stream.getvalue())
+    return seeds
+
+
+def _mutate_archive(seeds: list[bytes], generator: random.Random) -> bytes:
+    data = generator.choice(seeds)
+    if generator.random() < 0.7:
+        return (mutations.zip_directory if data[:2] == b"PK" else mutations.tar_header)(data, generator)
+    return mutations.mutate(data, seeds, generator)
+
+
+def _read_archive(data: bytes, folder: Path, generator: random.Random) -> None:
+    if generator.random() < 0.2:
+        for member in read_shards([{"url": "shard", "stream": io.BytesIO(data)}], lambda error: True):
+            assert member == {} or member["data"] is not None
+        return
+    path = folder / "archive"
+    path.write_bytes(data)
+    archive = Archive(path, "train")
+    for index in range(min(len(archive), 20)):
+        assert archive.name(index).isprintable()
+        archive[index]
+
+
+# -------------------------------------------------------------------------------------------------------------- lists
+
+
+def _lists(folder: Path) -> list[tuple[str, bytes]]:
+    coco = {
+        "images": [{"id": n, "file_name": f"{n}.png"} for n in range(3)],
+        "annotations": [{"image_id": n, "category_id": n % 2} for n in range(3)],
+        "categories": [{"id": n, "name": f"class {n}"} for n in range(2)],
+    }
+    rows = [{"path": f"{n}.png", "label": n} for n in range(3)]
+    return [
+        (".txt", b"0.png 0\n1.png 1\n2.png 0\n"), (".txt", b"0.png\n1.png\n2.png\n"),
+        (".txt", b"0.png\tcat\n1.png\tdog\n"),
+        (".csv", b"path,label\n0.png,cat\n1.png,dog\n"), (".csv", b"0.png,0\n1.png,1\n"),
+        (".json", json.dumps(coco).encode()), (".json", json.dumps(rows).encode()),
+        (".json", b'[["0.png", 1], ["1.png", 0]]'),
+    ]  # fmt: skip
+
+
+def _mutate_list(seeds: list[tuple[str, bytes]], generator: random.Random) -> tuple[str, bytes]:
+    suffix, data = generator.choice(seeds)
+    if generator.random() < 0.3:
+        return suffix, mutations.mutate(data, [other for _, other in seeds], generator)
+    return suffix, mutations.document(data, generator)
+
+
+def _read_list(made: tuple[str, bytes], folder: Path, generator: random.Random) -> None:
+    path = (folder / "list").with_suffix(made[0])
+    path.write_bytes(made[1])
+    for number in range(3):
+        (folder / f"{number}.png").touch()
+    files = read_list(path, None, "--train_list")
+    assert all(files.name(index).isprintable() for index in range(len(files)))
+    assert all(name.isprintable() for name in files.classes)
+
+
+# ------------------------------------------------------------------------------------------------------------ recipes
+
+
+def _recipes(folder: Path) -> list[str]:
+    recipes = sorted(Path(__file__).parents[1].glob("recipes/pretrain_*.yaml"))
+    return [*(path.read_text() for path in recipes), "mean: [0.1, 0.2, 0.3]\ndataset: 'wds:{0..3}.tar'\nhflip: 0.5\n"]
+
+
+def _mutate_recipe(seeds: list[str], generator: random.Random) -> bytes:
+    if generator.random() < 0.2:
+        return mutations.mutate(generator.choice(seeds).encode(), [seed.encode() for seed in seeds], generator)
+    return mutations.text(generator.choice(seeds), generator).encode(errors="surrogatepass")
+
+
+def _read_recipe(data: bytes, folder: Path, generator: random.Random) -> None:
+    (folder / "recipe.yaml").write_bytes(data)
+    try:
+        args = cli.parse(main_pretrain.get_args_parser(), ["--config", str(folder / "recipe.yaml")])
+    except SystemExit as error:
+        assert error.code == 2
+    else:
+        assert "pipe:" not in str(args.dataset)
+
+
+# ------------------------------------------------------------------------------------------------------------ weights
+
+TENSORS = [
+    torch.zeros(()), torch.zeros(0), torch.zeros(1, 1).expand(10**6, 10**6), torch.eye(3).to_sparse(),
+    torch.zeros(3, dtype=torch.complex64), torch.zeros(3, dtype=torch.bool), torch.zeros(3, dtype=torch.int8),
+    torch.full((192, 3, 8, 8), float("nan")), torch.zeros(1, 5, 192), torch.zeros(1, 1, 192), torch.zeros(1, 5),
+    torch.empty(4, 4, device="meta"),
+]  # fmt: skip
+
+
+def _models() -> tuple[Any, Any]:
+    return models_mae.mae_vit_mini_patch4(img_size=16), models_vit.vit_mini_patch4(img_size=16, num_classes=3)
+
+
+def _weights(folder: Path) -> list[dict[str, Any]]:
+    """{"file": what torch.save writes}, {"safetensors": ..., "config": ...}."""
+    mae, vit = _models()
+    args = {"model": "mae_vit_mini_patch4", "input_size": [16, 16], "patch_size": 4, "in_chans": 3, "mean": [0.5] * 3}
+    ours = {"model": mae.state_dict(), "args": args, "epoch": 3, "optimizer": {"state": {0: {"step": torch.ones(())}}}}
+    published = {"model": vit.state_dict(), "args": argparse.Namespace(**args)}
+    config = {"image_size": 16, "patch_size": 4, "num_channels": 3, "id2label": {"0": "cat", "1": "dog", "2": "cow"}}
+    return [
+        {"file": ours}, {"file": published}, {"file": vit.state_dict()},
+        {"file": {"state_dict": {f"backbone.{name}": t for name, t in vit.state_dict().items()}}},
+        {"file": ours, "old": True},
+        {"safetensors": vit.state_dict(), "settings": args}, {"safetensors": mae.state_dict(), "config": config},
+    ]  # fmt: skip
+
+
+def _mutate_weights(seeds: list[dict[str, Any]], generator: random.Random) -> dict[str, bytes]:
+    """The files of a checkpoint: {name: bytes}."""
+    seed = generator.choice(seeds)
+    how = generator.choice(("bytes", "header", "content", "content"))
+    if "file" in seed:
+        state = (
+            mutations.nested(seed["file"], generator, [*TENSORS, *mutations.VALUES])
+            if how == "content"
+            else seed["file"]
+        )
+        stream = io.BytesIO()
+        torch.save(state, stream, _use_new_zipfile_serialization="old" not in seed)
+        data = stream.getvalue()
+        if how == "header":
+            data = (
+                _other_pickle(data, generator)
+                if "old" not in seed
+                else mutations.flip(data[:3000], [], generator) + data[3000:]
+            )
+        return {"weights.pth": mutations.mutate(data, [data], generator) if how == "bytes" else data}
+    settings = seed.get("settings", {})
+    if how == "content":
+        settings = mutations.nested(settings, generator)
+    metadata = {weights.SETTINGS: json.dumps(settings)} if "settings" in seed else None
+    data = safetensors.torch.save({name: tensor.contiguous() for name, tensor in seed["safetensors"].items()}, metadata)
+    if how == "header":
+        size = int.from_bytes(data[:8], "little")
+        header = mutations.document(data[8 : 8 + size], generator)
+        data = len(header).to_bytes(8, "little") + header + data[8 + size :]
+    elif how == "bytes":
+        data = mutations.mutate(data, [data], generator)
+    if "config" not in seed:
+        return {"weights.safetensors": data}
+    config = json.dumps(seed["config"]).encode()
+    if how == "content":
+        config = mutations.document(config, generator)
+    return {"model.safetensors": data, "config.json": config}
+
+
+def _other_pickle(data: bytes, generator: random.Random) -> bytes:
+    """A checkpoint with damage in the part that holds names and plain values, and the checksums that fit."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as before, zipfile.ZipFile(stream, "w") as after:
+        compression = zipfile.ZIP_DEFLATED if generator.random() < 0.1 else zipfile.ZIP_STORED
+        for member in before.infolist():
+            held = before.read(member)
+            held = mutations.mutate(held, [held], generator) if member.filename.endswith("data.pkl") else held
+            after.writestr(member.filename, held, compression)
+    return stream.getvalue()
+
+
+def _read_weights(files: dict[str, bytes], folder: Path, generator: random.Random) -> None:
+    own = folder / "weights"
+    shutil.rmtree(own, ignore_errors=True)
+    own.mkdir()
+    for name, data in files.items():
+        (own / name).write_bytes(data)
+    path = own if "config.json" in files else own / next(iter(files))
+    if path.suffix == ".pth":
+        checkpoint.read(path)
+    file = weights.read(path)
+    mae, vit = _models()
+    if generator.random() < 0.3:
+        weights.init_mae(mae, file)
+    elif file.kind == weights.CLASSIFIER and generator.random() < 0.5:
+        weights.load_classifier(vit, file)
+    else:
+        weights.load_encoder(vit, file, generator.choice(weights.ADAPT_CHOICES))
+    weights.statistics(file, 3, None, None)
+
+
+# ------------------------------------------------------------------------------------------------------------ sharded
+
+
+def _sharded(folder: Path) -> list[dict[str, bytes]]:
+    """A folder's files, as a sharded run writes them."""
+    mae, _ = _models()
+    names = {f"model.{name}": tensor for name, tensor in mae.state_dict().items()}
+    whole = folder / "checkpoint-0"
+    dcp.save(names, storage_writer=dcp.FileSystemWriter(whole), no_dist=True)
+    return [{path.name: path.read_bytes() for path in whole.iterdir()} | {"names": json.dumps(list(names)).encode()}]
+
+
+def _mutate_sharded(seeds: list[dict[str, bytes]], generator: random.Random) -> dict[str, bytes]:
+    files = dict(seeds[0])
+    names = json.loads(files.pop("names"))
+    which = generator.choice((".metadata", ".metadata", *files))
+    other = b"\x80\x04\x95" + pickle.dumps(generator.choice(mutations.VALUES[:10]))
+    if which in files and generator.random() < 0.8:
+        files[which] = mutations.mutate(files[which], [files[which], other], generator)
+    digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    state = {"epoch": 0, "tensors": names, "files": digests, "optimizer": {"param_groups": []}, "args": {"model": "a"}}
+    if generator.random() < 0.3:
+        state = mutations.nested(state, generator)
+    stream = io.BytesIO()
+    torch.save(state | {"digest": checkpoint.compute_digest(state)} if isinstance(state, dict) else state, stream)
+    return files | {checkpoint.STATE: stream.getvalue()}
+
+
+def _read_sharded(files: dict[str, bytes], folder: Path, generator: random.Random) -> None:
+    own = folder / "checkpoint-0"
+    shutil.rmtree(own, ignore_errors=True)
+    own.mkdir()
+    for name, data in files.items():
+        (own / name).write_bytes(data)
+    sharded.gather(own)
+    assert not os.path.exists(folder / "executed")
+
+
+DOORS = {
+    "images": Door(_images, _mutate_image, _read_image),
+    "archives": Door(_archives, _mutate_archive, _read_archive),
+    "lists": Door(_lists, _mutate_list, _read_list),
+    "recipes": Door(_recipes, _mutate_recipe, _read_recipe),
+    "weights": Door(_weights, _mutate_weights, _read_weights),
+    "sharded": Door(_sharded, _mutate_sharded, _read_sharded),
+}

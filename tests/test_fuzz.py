@@ -1,0 +1,48 @@
+"""A sample of ./run fuzz, and one input for each fault that it must find."""
+
+import os
+import random
+import time
+
+import pytest
+from fuzz import fuzz
+from fuzz_doors import DOORS, Door
+
+INPUTS = 40
+
+
+@pytest.mark.parametrize("name", DOORS)
+def test_damaged_files_are_read_or_refused(name, tmp_path):
+    assert [fault for _, faults, _ in fuzz([name], INPUTS, tmp_path, processes=1) for fault in faults] == []
+
+
+READ = {
+    "fine": lambda: int("two"),
+    "no error that is documented": lambda: {}["key"],
+    "two lines": lambda: _raise("one\ntwo"),
+    "the process ends": lambda: os._exit(3),
+    "no end": lambda: time.sleep(60),
+    "an escape sequence": lambda: print("\x1b[2J"),
+    "memory": lambda: len(b"1" * (150 << 20)),
+}
+
+
+def _raise(message):
+    raise ValueError(message)
+
+
+def test_faults_are_found(tmp_path, monkeypatch):
+    names = {random.Random(f"crooked {number}").random(): name for number, name in enumerate(READ)}
+    door = Door(lambda folder: [], lambda seeds, generator: names[generator.random()], lambda name, *_: READ[name]())
+    monkeypatch.setitem(DOORS, "crooked", door)
+    monkeypatch.setattr("fuzz.SECONDS", 3)
+    monkeypatch.setattr("fuzz.MAX_GROWTH", 100)
+    found = [fault for _, faults, _ in fuzz(["crooked"], len(READ), tmp_path, processes=1) for fault in faults]
+    # A process that ends takes along what it has found; the next one begins behind the input that ended it.
+    assert [(fault.number, fault.what[:18]) for fault in found] == [
+        (3, "ends the process ("), (4, "hangs"), (5, "inputs 5 to 6 took"), (5, "a message with an "),
+    ]  # fmt: skip
+    monkeypatch.setitem(READ, "the process ends", lambda: None)
+    monkeypatch.setitem(READ, "no end", lambda: None)
+    found = [fault for _, faults, _ in fuzz(["crooked"], len(READ), tmp_path / "b", processes=1) for fault in faults]
+    assert [(fault.number, fault.what[:10]) for fault in found[:2]] == [(1, "KeyError: "), (2, "ValueError")]
