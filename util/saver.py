@@ -194,10 +194,13 @@ class Saver(NullSaver):
 
     def _remove_old(self) -> None:
         for path in milestones(self.output_dir)[: -self.keep_last] if self.keep_last else []:
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+            try:
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
+            except OSError as error:
+                logger.warning(f"--keep_last {self.keep_last}: {path} can't be removed ({error.strerror})")
 
     def _finish(self, otherwise: str) -> None:
         """Waits for what is being written. If that fails, a warning ends with `otherwise`."""
@@ -207,7 +210,8 @@ class Saver(NullSaver):
         try:
             logger.info(f"saved {writing.result()}")
         except OSError as error:
-            logger.warning(f"{error}. {otherwise}")
+            if dist.is_main():  # the error is the same in all processes of a sharded run
+                logger.warning(f"{error}. {otherwise}")
             self.next_save = time.monotonic() + RETRY_SECONDS
 
     def _settle(self) -> Path | None:
