@@ -9,11 +9,6 @@ from conftest import ROOT
 
 DEMOS = [[f"demo/{name}.py"] for name in ("unpack_data", "report", "segmentation", "app")]
 COMMANDS = (["main_pretrain.py"], ["-m", "inference.predict"], ["submitit_pretrain.py"], *DEMOS)
-    ["main_pretrain.py"],
-    ["-m", "inference.predict"],
-    ["submitit_pretrain.py"],
-    *(["demo/" + name] for name in ("unpack_data.py", "report.py", "segmentation.py", "app.py")),
-)
 
 
 @pytest.fixture

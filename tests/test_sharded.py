@@ -404,7 +404,7 @@ def test_a_full_disk_leaves_the_states_before_and_no_rubbish(tmp_path):
         pytest.skip("only root can mount a small file system")
     try:
         said = in_two_processes(FULL, tmp_path, place)
-        assert said.count(f"can't write {place}/checkpoint-1 (") == 12  # in each process
+        assert said.count(f"can't write {place}/checkpoint-1 (") == 6  # by rank 0
         assert checkpoint.newest_first(place)[0] == place / "checkpoint-best"
         assert sharded.gather(place / "checkpoint-2")["model"].keys() == {"rank0"}
     finally:

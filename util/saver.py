@@ -147,7 +147,8 @@ class Saver(NullSaver):
         try:
             self._settle()
         except OSError as error:
-            logger.error(str(error))  # the run ends on another error, or with its result written
+            if dist.is_main():
+                logger.error(str(error))  # the run ends on another error, or with its result written
 
     def stop(self) -> None:
         self._settle()
