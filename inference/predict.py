@@ -18,6 +18,7 @@ from matplotlib.backend_bases import FigureCanvasBase
 
 from inference.model import get_model, open_image
 from util import atomic, cli, dist, flags, options
+from util.untrusted import printable
 
 FORMATS = (".png", ".jpg", ".pdf", ".svg", *(f".{kind}" for kind in FigureCanvasBase.filetypes))  # of --out
 
@@ -44,7 +45,8 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
             told = {key: value for key, value in found[-1].items() if key != "pred_scores"}
             print(json.dumps({"image": path, **told}), flush=True)
         else:
-            print(f"{path}", *(f"  {score:7.2%}  {name}" for name, score in found[-1]["top"]), sep="\n", flush=True)
+            lines = [f"  {score:7.2%}  {printable(name)}" for name, score in found[-1]["top"]]
+            print(printable(str(path)), *lines, sep="\n", flush=True)
     if args.out:
         draw([np.asarray(open_image(path, 3)) for path in args.images], found, args.out)
     return found

@@ -1,5 +1,6 @@
 """Files of strangers: names that write to the terminal, pipes, devices, files without an end."""
 
+import logging
 import os
 import socket
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import pytest
 from conftest import ROOT
 
+from util import runlog
 from util.untrusted import MAX_BYTES, printable, read_file
 
 
@@ -66,3 +68,9 @@ def test_a_file_named_like_a_command_is_a_file(tmp_path):
     )  # fmt: skip
     assert done.stdout.strip() == "[]", done.stderr
     assert not (tmp_path / "mark").exists()
+
+
+def test_log_lines_send_nothing_to_the_terminal(capsys):
+    line = logging.LogRecord("", logging.WARNING, "", 0, "class \x1b]0;owned\x07\nand more", (), None)
+    runlog._LineHandler().emit(line)
+    assert capsys.readouterr().out == "warning: class \\x1b]0;owned\\x07\nand more\n"

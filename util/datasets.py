@@ -30,6 +30,7 @@ from util.library_sets import HuggingFaceSet, Shards, TorchvisionSet
 from util.loader import up_to_cores
 from util.sources import Source, find_files, read_list
 from util.transforms import to_tensor, to_unit_range
+from util.untrusted import printable
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +124,7 @@ class Looks(Dataset):
         try:
             return look_at(*self.source[index], self.in_chans)
         except Exception as error:  # whatever damaged bytes lead a decoder to
-            return Look(-1, unreadable=(self.source.name(index), " ".join(str(error).split())))
+            return Look(-1, unreadable=(self.source.name(index), printable(" ".join(str(error).split()))))
 
 
 def look_at(data: bytes | Picture, label: int, in_chans: int) -> Look:

@@ -14,6 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from util import atomic, dist, logfiles
+from util.untrusted import printable
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +28,8 @@ class _LineHandler(logging.StreamHandler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             prefix = "warning: " if record.levelno >= logging.WARNING else ""
-            tqdm.write(prefix + self.format(record), file=sys.stdout)
+            text = "\n".join(printable(line) for line in self.format(record).split("\n"))
+            tqdm.write(prefix + text, file=sys.stdout)
         except Exception:  # a log that can't be written, to a closed pipe say, must not end a run
             self.handleError(record)
 
