@@ -138,7 +138,6 @@ def main(args: argparse.Namespace) -> None:
         seen = see(train), labels, see(test), test_labels
         results[name], results[f"{name}, neighbours"] = probe(*seen), neighbours(*seen)
         table.append(f"| {name} | {results[name]:.1%} | {results[f'{name}, neighbours']:.1%} |")
-        print(f"{name}: {results[name]:.1%}", flush=True)  # a row takes seconds; the tables come at the end
     if args.finetuned and args.scratch:
         source = require(datasets.open_source("train", args.data_path), "train")
         few = some_of_each_class(source, args.train_per_class, seed=0)

@@ -1,5 +1,6 @@
 """The README's commands on the embedded images, one after the other as they stand there."""
 
+import json
 import os
 import subprocess
 import sys
@@ -15,7 +16,7 @@ def test_they_run(tmp_path):
         if entry.name not in ("runs", "images", ".git"):
             (tmp_path / entry.name).symlink_to(entry)
     script = [c for c in bash_blocks(ROOT / "README.md") if not c.startswith(("./run ", "source ", "torchrun "))]
-    assert len(script) == 12
+    assert len(script) == 13
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     done = subprocess.run(
         ["bash", "-ec", "\n".join(script)], cwd=tmp_path, env=environment, capture_output=True, text=True
@@ -23,9 +24,17 @@ def test_they_run(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "images      10,000" in done.stdout
     assert "resuming from" in done.stdout
-    assert done.stdout.count("* Acc@1") == 5 + 1 + 10
+    assert done.stdout.count("* Acc@1") == 6 + 1 + 10
     assert "* 20-NN Acc@1" in done.stdout
     assert "patches hidden, PSNR" in done.stdout
     for name in ("predictions.png", "painted.png", "features.npz", "classifier.onnx"):
         assert (tmp_path / name).stat().st_size > 5000, name
-    assert len((tmp_path / "runs/mine/log.txt").read_text().splitlines()) == 3
+    assert len(log(tmp_path / "runs/mine")) == 3
+    # What the page says to expect, less a margin.
+    tuned, probed = (log(tmp_path / "runs" / name)[-1]["test_acc1"] for name in ("tuned", "probe"))
+    assert tuned > 80
+    assert 70 < probed < tuned - 6
+
+
+def log(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "log.txt").read_text().splitlines()]
