@@ -91,6 +91,7 @@ def main(args: Namespace) -> Evaluation | None:
 
     if args.eval and file:
         val = labels.require(open_split("val", file_list=args.val_list), "val")
+        datasets.suggest_statistics(val, args.in_chans, mean, std)
         model, val = load_for_evaluation(models_build.classifier, vars(args), file, val)
         scores = prepare_test(val)(model.to(device))
         tell(scores, val.classes, args.report)
@@ -101,6 +102,7 @@ def main(args: Namespace) -> Evaluation | None:
         open_split, args.train_list, args.val_list,
         nb_classes=args.nb_classes, train_per_class=args.train_per_class, seed=args.seed,
     )  # fmt: skip
+    datasets.suggest_statistics(train, args.in_chans, mean, std)
     classes = train.classes
     settings = {**vars(args), "nb_classes": len(classes), "classes": classes, "mean": mean, "std": std}
     model = models_build.classifier(settings)

@@ -69,6 +69,7 @@ def main(args: Namespace) -> dict[int, float]:
     load_frozen(model, file, args.adapt_input)
     model.to(device)
     mean, std = weights.statistics(file, args.in_chans, args.mean, args.std)
+    datasets.suggest_statistics(train, args.in_chans, mean, std)
     statistics = transforms.channel_statistics(args.in_chans, mean, std)
     normalize = transforms.Normalize(*statistics).to(device)
 

@@ -16,6 +16,7 @@ import argparse
 import copy
 import logging
 from argparse import Namespace
+from collections import deque
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -105,6 +106,7 @@ def main(args: Namespace) -> None:
     test = partial(evaluate_head, precision=precision)
     if args.eval and file:
         val = labels.require(open_split("val", file_list=args.val_list), "val")
+        datasets.suggest_statistics(val, args.in_chans, mean, std)
         probe, val = load_for_evaluation(models_build.probe, vars(args), file, val)
         tell(test(probe.get_submodule("head"), features_of(val, probe.to(device))), val.classes, args.report)
         return
@@ -114,6 +116,7 @@ def main(args: Namespace) -> None:
         open_split, args.train_list, args.val_list,
         nb_classes=args.nb_classes, train_per_class=args.train_per_class, seed=args.seed,
     )  # fmt: skip
+    datasets.suggest_statistics(train, args.in_chans, mean, std)
     classes = train.classes
     several = len(args.blr) > 1
     if several and args.lr is not None:
@@ -136,16 +139,18 @@ def main(args: Namespace) -> None:
     else:
         samples = Samples(train, transforms.probe_transform(args.input_size), on_bad_image=args.on_bad_image, **reads)
         batches = loader.TrainLoader(samples, args.batch_size, args.seed, accum_iter=args.accum_iter, **fetches)
-    num_parameters = sum(p.numel() for p in heads[0].parameters())
+    num_parameters, criterion = sum(p.numel() for p in heads[0].parameters()), HeadLosses(len(batches))
 
     def evaluate_epoch(epoch: int, log: runlog.NullLog) -> dict[str, Any]:
         """Of several heads, that which does best on the images held out is tested, and no other."""
-        best = max(range(len(heads)), key=lambda number: test(heads[number], held).acc1) if held else 0
+        accuracies = [test(head, held).acc1 for head in heads] if held else [0.0]
+        best = accuracies.index(max(accuracies))
         scores = test(heads[best], seen)
+        chosen = report_chosen(args.blr, accuracies, criterion.means(), epoch + 1 == args.epochs) if held else {}
         tell(scores, classes, args.report)
         if held and dist.is_main():
             write_chosen(model, heads[best], {**settings, "blr": args.blr[best]}, epoch)
-        return {**scores.stats(), **({"chosen_blr": args.blr[best]} if held else {}), "n_parameters": num_parameters}
+        return {**scores.stats(), **chosen, "n_parameters": num_parameters}
 
     epochs.run(
         model,
@@ -154,7 +159,7 @@ def main(args: Namespace) -> None:
         precision,
         settings,
         train_one_epoch=partial(
-            train_one_epoch, criterion=_loss, normalize=nn.Identity() if args.cache_features else normalize
+            train_one_epoch, criterion=criterion, normalize=nn.Identity() if args.cache_features else normalize
         ),
         after_epoch=evaluate_epoch,
         loss_tag="loss",
@@ -178,6 +183,23 @@ def evaluate_head(head: nn.Module, features: tuple[Tensor, Tensor], precision: P
     return evaluate(head, batches, normalize=nn.Identity(), precision=precision)
 
 
+def report_chosen(
+    blrs: Sequence[float], accuracies: Sequence[float], losses: Sequence[float], is_last: bool
+) -> dict[str, float]:
+    """Logs the rate whose head does best on the held-out images; at the end warns if there may be better ones beyond.
+
+    Returns:
+        The entries of log.txt: the rate, and its head's own training loss.
+    """
+    best = accuracies.index(max(accuracies))
+    loss = f", training loss {losses[best]:.4f}" if losses else ""
+    logger.info(f"chosen of {len(blrs)} rates: --blr {blrs[best]:g}, held-out Acc@1 {accuracies[best]:.3f}{loss}")
+    for end, which, others in ((max(blrs), "largest", "larger"), (min(blrs), "smallest", "smaller")):
+        if is_last and blrs[best] == end:
+            logger.warning(f"--blr {end:g}, the {which} of those given, was chosen: give {others} ones too")
+    return {"chosen_blr": blrs[best], **({"train_loss": losses[best]} if losses else {})}
+
+
 def write_chosen(model: nn.Module, head: nn.Module, settings: dict[str, Any], epoch: int) -> None:
     """Writes probe.pth: the model with one of its heads, under the published names."""
     tensors = {name: value for name, value in model.state_dict().items() if not name.startswith("head.")}
@@ -185,11 +207,37 @@ def write_chosen(model: nn.Module, head: nn.Module, settings: dict[str, Any], ep
     checkpoint.write({"model": tensors, "epoch": epoch, "args": settings}, Path(settings["output_dir"]) / "probe.pth")
 
 
-def _loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of (B, classes); of (heads, B, classes) the sum, so that no head's gradient minds the others."""
-    if logits.ndim == 2:
-        return F.cross_entropy(logits, targets)
-    return sum(F.cross_entropy(own, targets) for own in logits)  # type: ignore[return-value]
+class HeadLosses:
+    """The criterion: cross-entropy of (B, classes), or of several heads (heads, B, classes).
+
+    The gradient of several is that of their sum, so that no head's depends on the others; the value, which is logged,
+    is their mean. Each head's own loss is kept for the end of the epoch.
+    """
+
+    def __init__(self, batches: int) -> None:
+        self.kept = deque[Tensor](maxlen=batches)  # (heads,), of each batch of an epoch
+
+    def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
+        if logits.ndim == 2:
+            return F.cross_entropy(logits, targets)
+        losses = torch.stack([F.cross_entropy(own, targets) for own in logits])
+        self.kept.append(losses.detach())
+        total = losses.sum()
+        return total - total.detach() + losses.detach().mean()
+
+    def means(self) -> list[float]:
+        """Of each head, over the epoch's finite batches of all processes; nothing, if there were none.
+
+        Of an epoch that was resumed in its middle, they are those of its rest.
+        """
+        if not self.kept:
+            return []
+        losses = torch.stack(list(self.kept))
+        self.kept.clear()
+        finite = losses.isfinite().all(dim=1)
+        sums = torch.cat([losses[finite].sum(dim=0), finite.sum()[None].to(losses.dtype)])
+        sums = dist.mean_over_processes(sums)
+        return (sums[:-1] / sums[-1]).tolist()
 
 
 if __name__ == "__main__":

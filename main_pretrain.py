@@ -26,7 +26,20 @@ from timm.optim import param_groups_weight_decay
 import models_build
 import models_mae
 from engine_pretrain import train_one_epoch
-from util import datasets, dist, epochs, fsdp, loader, options, pictures, runfolder, runlog, transforms, weights
+from util import (
+    datasets,
+    dist,
+    epochs,
+    fsdp,
+    loader,
+    masking,
+    options,
+    pictures,
+    runfolder,
+    runlog,
+    transforms,
+    weights,
+)
 from util.precision import Precision
 from util.samples import Samples
 
@@ -58,6 +71,7 @@ def main(args: Namespace) -> None:
     precision = Precision(args.amp, device)
     if args.fsdp:
         fsdp.shard(model, [*model.blocks, *model.decoder_blocks], device, precision.dtype, method="reconstruct")
+    masking.check_ratio(model.num_patches, args.mask_ratio)
     if args.init_from:
         weights.init_mae(model, weights.read(args.init_from))
     model.to(device)
@@ -65,6 +79,7 @@ def main(args: Namespace) -> None:
     source = datasets.open_source(
         "train", args.data_path, args.train_list, args.dataset, download=args.download, num_images=args.num_images
     )
+    datasets.suggest_statistics(source, args.in_chans, args.mean, args.std)
     drawn = {"in_chans": args.in_chans, "seed": args.seed, "num_noise": model.num_patches,
              "on_bad_image": args.on_bad_image}  # fmt: skip
     augment = transforms.pretrain_transform(args.input_size, args.crop_scale, args.hflip)

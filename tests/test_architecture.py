@@ -36,7 +36,7 @@ ARROWS = {
     r"util\.published": r"util\.(atomic|dist)",
     r"util\.fsdp": r"util\.dist",
     r"util\.weights": r"util\.(advice|dist|pos_embed|checkpoint|foreign|published|sharded|transforms|untrusted)",
-    r"util\.datasets": r"util\.(advice|cli|flags|options|archives|decode|library_sets|loader|sources|transforms"
+    r"util\.datasets": r"util\.(advice|cli|dist|flags|options|archives|decode|library_sets|loader|sources|transforms"
     r"|untrusted)",
     r"util\.resize": r"util\.(atomic|cli|flags|decode|loader|sources|untrusted)",
     r"util\.labels": r"util\.(decode|library_sets|sources)",

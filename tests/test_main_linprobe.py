@@ -6,6 +6,7 @@ import subprocess
 import pytest
 import torch
 from conftest import ROOT, torchrun
+from torch.nn import functional as F
 
 import main_finetune
 import main_linprobe
@@ -60,11 +61,11 @@ def test_heads_do_not_mind_each_other():
     features, targets = torch.randn(16, 8), torch.randint(0, 3, (16,))
     first, second = probe_head(8, 3), probe_head(8, 3)
     for head in (first, second):
-        main_linprobe._loss(head(features), targets).backward()
+        main_linprobe.HeadLosses(1)(head(features), targets).backward()
     alone = [head[1].weight.grad.clone() for head in (first, second)]
     together = SideBySide([first, second])
     together.zero_grad()
-    main_linprobe._loss(together(features), targets).backward()
+    main_linprobe.HeadLosses(1)(together(features), targets).backward()
     for head, gradient in zip(together, alone, strict=True):
         torch.testing.assert_close(head[1].weight.grad, gradient)
 
@@ -81,6 +82,43 @@ def test_several_rates_have_a_head_each_and_one_is_chosen(probe, tuned, cached):
     all_heads = checkpoint.read(out / "checkpoint-2.pth")["model"]
     number = [1, 30, 100].index(chosen)
     assert torch.equal(all_heads[f"head.{number}.1.weight"], written["model"]["head.1.weight"])
+
+
+def test_the_value_is_the_mean_and_each_heads_own_loss_is_kept():
+    torch.manual_seed(0)
+    criterion, logits, targets = main_linprobe.HeadLosses(2), torch.randn(3, 2, 5, 4), torch.randint(0, 4, (5,))
+    own = [[float(F.cross_entropy(head, targets)) for head in batch] for batch in logits]
+    for batch, losses in zip(logits, own, strict=True):
+        assert float(criterion(batch, targets)) == pytest.approx(sum(losses) / 2)
+    assert criterion.means() == pytest.approx([(own[1][n] + own[2][n]) / 2 for n in range(2)])  # of the last epoch
+    assert criterion.means() == []
+    criterion(logits[0], targets)
+    criterion(logits[1] * float("nan"), targets)
+    assert criterion.means() == pytest.approx(own[0])
+
+
+def test_the_chosen_rate_and_its_own_loss_are_logged(probe, tuned, capsys):
+    flags = {"finetune": tuned / "checkpoint-19.pth", "epochs": 2, "cache_features": True}
+    out = probe("several", blr="1 30 100", **flags)
+    said, last = capsys.readouterr().out, lines(out)[-1]
+    loss = f"{last['train_loss']:.4f}"
+    assert f"chosen of 3 rates: --blr {last['chosen_blr']:g}, held-out Acc@1 " in said
+    assert f", training loss {loss}\n" in said
+    assert f"loss {loss}," in said[said.index("epoch 1 done in") :]
+
+
+@pytest.mark.parametrize(
+    ("best", "warned"), [(0, ["the smallest"]), (1, []), (2, ["the largest"])], ids=["smallest", "inner", "largest"]
+)
+def test_a_rate_at_the_end_of_those_given_warns(caplog, best, warned):
+    accuracies = [50.0 + (number == best) for number in range(3)]
+    entries = main_linprobe.report_chosen([0.1, 1.0, 10.0], accuracies, [3.0, 2.0, 1.0], is_last=True)
+    assert entries == {"chosen_blr": [0.1, 1.0, 10.0][best], "train_loss": [3.0, 2.0, 1.0][best]}
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert [message.split(", ")[1].removesuffix(" of those given") for message in warnings] == warned
+    caplog.clear()
+    main_linprobe.report_chosen([0.1, 1.0, 10.0], accuracies, [], is_last=False)
+    assert not any(record.levelname == "WARNING" for record in caplog.records)
 
 
 def test_two_processes_evaluate_what_they_save(tuned, labelled, tmp_path, capsys, probe):

@@ -1,9 +1,11 @@
 """The real script: what it leaves, that it continues exactly, and what it says to wrong inputs."""
 
+import re
 import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -225,7 +227,7 @@ def test_wrong_inputs_are_answered_in_sentences(pretrain, pictures, tmp_path, ca
     assert "multiples of patch_size" in said(*here, "--input_size", "18")
     assert "it has 3 channels, and in_chans is 5" in said(*here, "--in_chans", "5")
     assert "--mean has 2 values for 3 channels" in said(*here, "--mean", "0.5", "0.5")
-    assert "mask_ratio 0.99 keeps 0 of 16 patches" in said(*here, "--mask_ratio", "0.99")
+    assert "--mask_ratio 0.99 leaves none of the 16 patches visible" in said(*here, "--mask_ratio", "0.99")
     assert "already holds a run" in said(*here, "--output_dir", out)
     continued = [*here, "--output_dir", out, "--resume", good]
     assert "another architecture" in said(*continued, "--in_chans", "1")
@@ -298,3 +300,41 @@ def test_one_processs_nan_ends_all_after_the_state_is_saved(pictures, tmp_path):
     state = checkpoint.read(tmp_path / "out" / "checkpoint-emergency.pth")
     assert state["progress"]["meters"]["updates"] == 2
     assert all(torch.isfinite(weight).all() for weight in state["model"].values())
+
+
+@pytest.mark.parametrize(
+    ("ratio", "message"),
+    [
+        (0, "--mask_ratio 0 masks none of the 16 patches"),
+        (0.95, "--mask_ratio 0.95 leaves none of the 16 patches visible: give --mask_ratio 0.937 or less"),
+    ],
+)
+def test_ratios_that_train_nothing_are_refused(pretrain, ratio, message):
+    with pytest.raises(ValueError, match=message):
+        pretrain(mask_ratio=ratio)
+    pretrain(mask_ratio=0.937, epochs=1)
+
+
+def test_a_run_that_is_all_warmup_warns(pretrain, capsys):
+    pretrain("all", epochs=1, warmup_epochs=1)
+    assert "warning: --warmup_epochs 1 is not shorter than the run of --epochs 1" in capsys.readouterr().out
+    pretrain("part", epochs=1, warmup_epochs=0.5)
+    assert "--warmup_epochs 0.5 is" not in capsys.readouterr().out
+
+
+def test_deep_images_without_statistics_say_what_to_give(pretrain, tmp_path, capsys):
+    """What is advised can be pasted, and the loss is then of the usual size."""
+    (tmp_path / "deep").mkdir()
+    generator = np.random.default_rng(0)
+    for number in range(8):
+        values = generator.normal(-3000, 500, size=(20, 20)).astype(np.float32)
+        Image.fromarray(values).save(tmp_path / "deep" / f"{number}.tif")
+    flags = {"data_path": tmp_path / "deep", "in_chans": 1, "epochs": 1}
+    pretrain("without", **flags)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "more than 8 bits" in line]
+    found = re.search(r"are --mean (\S+) --std (\S+) ", line)
+    assert float(found[1]) == pytest.approx(-3000, abs=50)
+    assert float(found[2]) == pytest.approx(500, abs=20)
+    out = pretrain("with", **flags, mean=found[1], std=found[2])
+    assert "more than 8 bits" not in capsys.readouterr().out
+    assert lines(out)[0]["train_loss"] < 5

@@ -12,7 +12,7 @@ import logging
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +22,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from util import cli, flags, options
+from util import cli, dist, flags, options
 from util.advice import advised
 from util.archives import Archive
 from util.decode import BadImage, Picture, fit_channels, read, size_of
@@ -96,6 +96,7 @@ def open_source(
 
 # ---------------------------------------------------------------------------------------------- checking a data set
 
+EXAMPLES = 8  # images whose statistics are suggested
 SHOWN = 20  # unreadable images that are named
 
 
@@ -156,6 +157,40 @@ def look_at_all(source: Source | Shards, in_chans: int, indices: list[int], num_
             yield from batch
 
 
+def statistics_of(good: list[Look]) -> tuple[str, str]:
+    """Mean and standard deviation of each channel, as --mean and --std take them."""
+    pixels = sum(look.size[0] * look.size[1] for look in good)
+    mean, squares = np.sum([look.sums for look in good if look.sums is not None], axis=0) / pixels
+    std = np.sqrt(np.maximum(squares - mean**2, 0))
+    std = np.where(std > 0, std, 1)  # of a channel that is the same everywhere
+    # Without exponents: argparse takes -1e-05 for a flag.
+    shown = [
+        " ".join(np.format_float_positional(value, 4, fractional=False, trim="-") for value in values)
+        for values in (mean, std)
+    ]
+    return shown[0], shown[1]
+
+
+def suggest_statistics(
+    source: Source | Shards, in_chans: int, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> None:
+    """Warns of images of more than 8 bits without `--mean` and `--std`, and says what to give: that of a few of them.
+
+    Such images stay in their own range, to which ImageNet's statistics need not fit.
+    """
+    if (mean and std) or isinstance(source, Shards) or not dist.is_main():
+        return
+    looks = Looks(source, in_chans)
+    few = [looks[int(index)] for index in np.unique(np.linspace(0, len(source) - 1, EXAMPLES, dtype=int))]
+    good = [look for look in few if look.sums is not None]
+    if any(look.deep for look in good):
+        found = "--mean {} --std {}".format(*statistics_of(good))
+        logger.warning(
+            f"the images have more than 8 bits, and without --mean and --std they are normalised by ImageNet's; those "
+            f"of {len(good)} of them are {found} (python -m util.datasets computes those of all)"
+        )
+
+
 def report_on(source: Source | Shards, looks: list[Look], seconds: float) -> list[str]:
     """The lines that the command prints."""
     good = [look for look in looks if look.sums is not None]
@@ -176,9 +211,8 @@ def report_on(source: Source | Shards, looks: list[Look], seconds: float) -> lis
         channels = Counter(look.channels for look in good).most_common()
         lines.append("channels    " + ", ".join(f"{number}: {count:,} images" for number, count in channels))
         lines.append(f"depth       {sum(look.deep for look in good):,} images of more than 8 bits")
-        mean, squares = sum(look.sums for look in good) / (heights * widths).sum()  # type: ignore[misc]
-        lines.append("--mean      " + " ".join(f"{value:.4g}" for value in mean))
-        lines.append("--std       " + " ".join(f"{value:.4g}" for value in np.sqrt(np.maximum(squares - mean**2, 0))))
+        mean, std = statistics_of(good)
+        lines += [f"--mean      {mean}", f"--std       {std}"]
     lines.append(f"speed       {len(looks) / seconds:,.0f} images/s read and decoded")
     return lines
 

@@ -58,6 +58,7 @@ def run(
     logger.info("settings: " + " ".join(shown))
     base = max(args.blr) if isinstance(args.blr, list) else args.blr
     args.lr = lr_sched.scaled_lr(args.lr, base, effective_batch_size)
+    lr_sched.check_warmup(args.warmup_epochs, args.epochs)
     logger.info(f"{args.model} on {precision.device} in {precision.name}, {dist.world_size()} process(es)")
 
     progress = runstate.Progress(effective_batch_size, global_batch_size, args.start_epoch, batches.num_images)

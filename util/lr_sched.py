@@ -20,6 +20,15 @@ def scaled_lr(lr: float | None, blr: float, effective_batch_size: int) -> float:
     return lr
 
 
+def check_warmup(warmup_epochs: float, epochs: int) -> None:
+    """Warns of a run that is all warm-up."""
+    if warmup_epochs >= epochs:
+        logger.warning(
+            f"--warmup_epochs {warmup_epochs:g} is not shorter than the run of --epochs {epochs}: the rate only "
+            f"rises; give --warmup_epochs {epochs / 20:g}, a twentieth, or more --epochs"
+        )
+
+
 def adjust_learning_rate(optimizer: Optimizer, epoch: float, args: Namespace) -> float:
     """Sets the learning rate of a moment of training in every parameter group, times the group's `lr_scale`.
 

@@ -121,3 +121,25 @@ def num_kept(num_patches: int, mask_ratio: float) -> int:
 def take(x: Tensor, ids: Tensor) -> Tensor:
     """Of each image's tokens (B, N, D) those with the numbers (B, n), in their order: (B, n, D)."""
     return torch.gather(x, 1, ids.unsqueeze(-1).expand(-1, -1, x.shape[2]))
+
+
+def check_ratio(num_patches: int, mask_ratio: float) -> None:
+    """What training needs: patches that are visible, and patches that are masked.
+
+    Raises:
+        ValueError: all or none of the patches would be masked.
+    """
+    if num_patches < 2:
+        raise ValueError("the images have a single patch: give a larger --input_size, or a smaller --patch_size")
+    kept = num_kept(num_patches, mask_ratio)
+    if kept == num_patches:
+        raise ValueError(
+            f"--mask_ratio {mask_ratio:g} masks none of the {num_patches} patches, and only masked ones have a loss: "
+            f"nothing would be trained; give --mask_ratio 0.75"
+        )
+    if kept == 0:
+        most = next(share / 1000 for share in range(999, 0, -1) if num_kept(num_patches, share / 1000))
+        raise ValueError(
+            f"--mask_ratio {mask_ratio:g} leaves none of the {num_patches} patches visible: give --mask_ratio {most:g} "
+            f"or less"
+        )
