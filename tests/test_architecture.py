@@ -22,7 +22,7 @@ ARROWS = {
     r"inference\.\w+": r"inference\.\w+|models_\w+|util\.\w+",
     r"util\.loop": r"util\.(precision|runlog|lr_sched|dist|interrupts)",
     r"util\.cli": r"util\.(advice|dist|interrupts|untrusted)",
-    r"util\.submit": r"util\.(cli|code_copy|flags|interrupts|job_wait|slurm_settings)",
+    r"util\.submit": r"util\.(cli|code_copy|dist|flags|interrupts|job_wait|slurm_settings)",
     r"util\.options": r"util\.(dist|flags|loader|precision|weights)",
     r"util\.epochs": r"util\.(compiling|dist|interrupts|loop|lr_sched|precision|runfolder|runlog|runstate|saver)",
     r"util\.runstate": r"util\.(advice|checkpoint|dist|runfolder|sharded)",

@@ -144,6 +144,25 @@ def test_wrong_flags_are_told_at_once(run, flags, said):
     assert said in run(*flags, fails=True)
 
 
+def test_scontrol_survives_the_sigterm_that_it_causes(monkeypatch):
+    """Slurm ends the processes of a job that is requeued, the one that has asked for it among them."""
+    monkeypatch.setattr(submit, "_is_submitits", lambda signum: True)
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGUSR2)}
+    asked = []
+
+    def requeue(*_):
+        asked.append(subprocess.check_call(["sh", "-c", "kill -TERM $$"]))
+
+    try:
+        signal.signal(signal.SIGUSR2, requeue)
+        with pytest.raises(SystemExit, match="stopped by SIGUSR2, the state is saved"):
+            submit._stop(SimpleNamespace(cluster="local", global_rank=0), signal.SIGUSR2, requeue=True)
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+    assert asked == [0]
+
+
 def test_every_setting_is_known_refused_or_passed_on(run):
     """Submitit's own parameters, of the installed version, among them."""
     parameters = inspect.signature(slurm._make_sbatch_string).parameters.keys() - {"command", "folder"}

@@ -74,15 +74,15 @@ class Job:
         if restarted:
             os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"  # as torchrun tells it: the run is to go on
 
-        from util import cli
+        from util import cli, dist
 
         sys.argv = [f"{self.main}.py", *(part.replace("%j", job.job_id) for part in self.argv)]
         parser, ours = get_args_parser(self.main)
         stopped_by: list[int] = []
-        failed = False
+        failed = lost = False
 
         def run(args: Namespace) -> None:
-            nonlocal failed
+            nonlocal failed, lost
             for name in ours:
                 delattr(args, name)
             try:
@@ -90,8 +90,8 @@ class Job:
                 importlib.import_module(self.main).main(args)
             except Interrupted as error:
                 stopped_by.append(error.signum)
-            except Exception:
-                failed = True
+            except Exception as error:
+                failed, lost = True, isinstance(error, RuntimeError) and dist.lost_process(error) is not None
                 raise
 
         try:
@@ -101,6 +101,9 @@ class Job:
                 raise
             # An exception, not an exit: whoever waits for the job then learns of it at once, from submitit's file.
             sys.excepthook = _without_traceback
+            if lost and self.requeue and job.cluster == "slurm":
+                # Of a process, srun ends all others at once. Of a node, Slurm requeues the job, unless it ends before.
+                time.sleep(SECONDS_TO_KILL)
             raise Failed(f"{self.main}.py failed (exit code {error.code})") from error
         if stopped_by:
             _stop(job, stopped_by[0], self.requeue)
@@ -121,6 +124,9 @@ def _stop(job: submitit.JobEnvironment, signum: int, requeue: bool) -> None:
     """
     handler = signal.getsignal(signum)
     if requeue and _is_submitits(signum):
+        signal.signal(
+            signal.SIGTERM, signal.SIG_IGN
+        )  # scontrol inherits it, and survives the end of the job it requeues
         if job.global_rank == 0 and callable(handler):
             handler(signum, None)  # requeues and exits after the time limit's signal; of SIGTERM it takes a note
         if job.cluster == "slurm":

@@ -4,8 +4,8 @@
     python tests/slurm/cases.py limit requeue
 
 Every case submits jobs of two nodes by submitit_*.py, on the embedded images and the CPU, and disturbs them as clusters
-do. A pre-training holds if it ends well, tells each epoch once, and has the losses of a run that nothing happened to,
-in one process and without Slurm.
+do. A pre-training holds if it ends well, logs each epoch once, has the losses of an undisturbed run in one process
+without Slurm, and, if it has two processes, the weights of an undisturbed run in two, to the last bit.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from conftest import ROOT  # noqa: E402
+from conftest import ROOT, torchrun  # noqa: E402
 from mains import lines  # noqa: E402
 
 from util import checkpoint  # noqa: E402
@@ -38,6 +38,20 @@ FLAGS = ["--config", "recipes/pretrain_fashion_mnist.yaml", "--epochs", EPOCHS, 
          "--num_workers", 0, "--save_every", EPOCHS, "--vis_every", 0]  # fmt: skip
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
+# The device of a task, on a machine without GPUs.
+DEVICE = """
+import os
+import torch
+from util import dist
+torch.cuda.is_available = lambda: True
+torch.cuda.device_count = lambda: len(os.environ["CUDA_VISIBLE_DEVICES"].split(","))
+dist._translate_srun()
+try:
+    print(dist.choose_device("cuda"))
+except ValueError as error:
+    assert "start fewer processes" in str(error)
+    print("2 processes, 1 GPU")
+"""
 
 
 @dataclass
@@ -50,11 +64,14 @@ class Row:
     starts: int = 1
     before: int | None = None  # steps that were saved when it was last stopped
     difference: float | None = None  # of losses, relative
+    equal: bool | None = None  # the final weights, to the last bit, to those of an undisturbed run
 
     def __str__(self) -> str:
         steps = " | " if self.before is None else f"{self.before} | {STEPS - self.before}"
         off = "" if self.difference is None else f"{self.difference:.0e}"
-        return f"| {self.case} | {self.state} | {self.starts} | {steps} | {off} | {'yes' if self.held else '**no**'} |"
+        weights = "" if self.equal is None else "equal" if self.equal else "differ"
+        held = "yes" if self.held else "**no**"
+        return f"| {self.case} | {self.state} | {self.starts} | {steps} | {off} | {weights} | {held} |"
 
 
 class Cluster:
@@ -124,7 +141,7 @@ class Job:
     def __init__(
         self, cluster: Cluster, shared: Path, *flags: object, tasks: int = 1, script: str = "submitit_pretrain.py"
     ) -> None:
-        self.cluster, self.shared = cluster, shared
+        self.cluster, self.shared, self.processes = cluster, shared, 2 * tasks
         told = cluster.call(
             sys.executable, script, "--nodes", 2, "--ngpus", tasks, "--batch_size", BATCH // (2 * tasks),
             "--shared_dir", shared, "--device", "cpu", *flags,
@@ -137,9 +154,10 @@ class Job:
         """The log of rank 0."""
         return self.log.read_text() if self.log.exists() else ""
 
-    def train(self) -> "Job":
-        """Waits until it has trained two epochs."""
-        wait_until(lambda: (self.out / "log.txt").exists() and len(lines(self.out)) >= 2, f"the start of {self.out}")
+    def train(self, epochs: int = 2) -> "Job":
+        """Waits until it has trained so many epochs."""
+        log = self.out / "log.txt"
+        wait_until(lambda: log.exists() and len(lines(self.out)) >= epochs, f"epoch {epochs - 1} of {self.out}")
         return self
 
     def finish(self) -> str:
@@ -161,7 +179,7 @@ class Cases:
 
     Args:
         work: folder for everything.
-        signals: a cluster of four nodes that preempts with the signal that a job asks for.
+        signals: a cluster of six nodes that preempts with the signal that a job asks for.
         bare: one of two that does so without.
     """
 
@@ -175,11 +193,21 @@ class Cases:
                 folder.mkdir(parents=True, exist_ok=True)
                 shutil.copy(image, folder)
         self.flags = [*FLAGS, "--data_path", self.data]
-        self.whole = work / "whole"
-        command = [sys.executable, "main_pretrain.py", *self.flags, "--batch_size", BATCH, "--output_dir", self.whole]
-        self.undisturbed = subprocess.Popen(
+        self.whole, self.pair = work / "whole", work / "pair"
+        self.undisturbed = [
+            self._start([sys.executable], self.whole, BATCH), self._start(torchrun(2), self.pair, BATCH // 2)
+        ]  # fmt: skip
+
+    def _start(self, launcher: list[str], out: Path, batch_size: int) -> subprocess.Popen[bytes]:
+        """A run without Slurm."""
+        command = [*launcher, "main_pretrain.py", *self.flags, "--batch_size", batch_size, "--output_dir", out]
+        return subprocess.Popen(
             [str(part) for part in [*command, "--device", "cpu"]], cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL
         )
+
+    def wait_for_undisturbed(self) -> None:
+        """Waits for the runs that others are compared with."""
+        assert [run.wait(SECONDS) for run in self.undisturbed] == [0, 0]
 
     def pretrain(self, name: str, *flags: object, nodes: str = "n[3-4]", tasks: int = 1) -> Job:
         """Nodes 1 and 2 are those on which jobs are preempted."""
@@ -188,7 +216,7 @@ class Cases:
     def row(self, case: str, job: Job, stopped: bool) -> Row:
         """What became of a run."""
         state = job.finish()
-        assert self.undisturbed.wait(SECONDS) == 0
+        self.wait_for_undisturbed()
         difference = self.difference(job.out)
         once = [line["epoch"] for line in lines(job.out)] == list(range(EPOCHS))
         starts, before = job.text().count("Starting with JobEnvironment"), None
@@ -196,10 +224,16 @@ class Cases:
             saved = checkpoint.read(job.out / "checkpoint-last.pth")["progress"]
             before = (saved["epoch"] * IMAGES + saved["images_done"]) // BATCH
         as_meant = (starts > 1 and bool(before)) if stopped else starts == 1
-        held = state == "COMPLETED" and once and difference <= 1e-5 and as_meant
+        equal = None
+        if job.processes == 2:
+            ours, theirs = (
+                checkpoint.read(out / f"checkpoint-{EPOCHS - 1}.pth")["model"] for out in (job.out, self.pair)
+            )
+            equal = ours.keys() == theirs.keys() and all(ours[name].equal(theirs[name]) for name in ours)
+        held = state == "COMPLETED" and once and difference <= 1e-5 and as_meant and equal is not False
         if not held:
             print(f"{case}: the log of job {job.number} ends with\n{job.text()[-3000:]}", file=sys.stderr)
-        return Row(case, state, held, starts, before, difference)
+        return Row(case, state, held, starts, before, difference, equal)
 
     def difference(self, out: Path) -> float:
         """Of the losses of two finished runs, at most, relative."""
@@ -213,7 +247,7 @@ class Cases:
             "srun", "--nodes=2", "--ntasks-per-node=1", "--nodelist=n[3-4]", sys.executable, "main_pretrain.py",
             *self.flags, "--batch_size", BATCH // 2, "--output_dir", out, "--device", "cpu",
         )  # fmt: skip
-        assert self.undisturbed.wait(SECONDS) == 0
+        self.wait_for_undisturbed()
         held = len(lines(out)) == EPOCHS and self.difference(out) <= 1e-5
         return [Row("srun, on 2 nodes", "COMPLETED", held, difference=self.difference(out))]
 
@@ -226,10 +260,14 @@ class Cases:
         return [self.row("time limit", job, stopped=True)]
 
     def preempt(self) -> list[Row]:
-        """A job that goes first, on a cluster that then sends the signal that jobs ask for."""
-        job = self.pretrain("preempt", nodes="n[1-2]").train()
-        self._go_first(self.signals)
-        return [self.row("preemption, with the signal asked for", job, stopped=True)]
+        """Jobs that go first, three in a row, on a cluster that then sends the signal that jobs ask for."""
+        job = self.pretrain("preempt", nodes="n[1-2]")
+        for epochs in (2, 6, 10):
+            job.train(epochs)
+            self._go_first(self.signals)
+        row = self.row("three preemptions, with the signal asked for", job, stopped=True)
+        row.held &= row.starts == 4
+        return [row]
 
     def preempt_bare(self) -> list[Row]:
         """The same on one that sends SIGTERM, and SIGKILL a minute later, as Slurm does if it is not told otherwise."""
@@ -244,10 +282,53 @@ class Cases:
         )  # fmt: skip
 
     def requeue(self) -> list[Row]:
-        """A person puts the job back into the queue; Slurm does so itself when a node fails."""
+        """A person puts the job back into the queue."""
         job = self.pretrain("requeue").train()
         self.signals.call("scontrol", "requeue", job.number)
         return [self.row("scontrol requeue", job, stopped=True)]
+
+    def workers(self) -> list[Row]:
+        """The same with the default number of worker processes, which have Slurm's SIGTERM too."""
+        job = self.pretrain("workers", "--num_workers", 10).train()
+        self.signals.call("scontrol", "requeue", job.number)
+        return [self.row("SIGTERM to all processes, with worker processes", job, stopped=True)]
+
+    def node(self) -> list[Row]:
+        """A node dies, with all that runs on it, and comes back."""
+        job = self.pretrain("node", nodes="n[5-6]").train()
+        task = job.process(1)
+        step = int(re.findall(r"PPid:\s+(\d+)", Path(f"/proc/{task}/status").read_text())[0])
+        assert "slurmstepd" in Path(f"/proc/{step}/cmdline").read_text()
+        for process in (step, task):
+            os.kill(process, signal.SIGKILL)
+        self.signals.call("scontrol", "update", "nodename=n6", "state=down", "reason=died")
+        wait_until(lambda: self.signals.shown(job.number, "JobState") == "PENDING", f"the requeue of job {job.number}")
+        self.signals.run("scontrol", "update", "nodename=n6", "state=resume")  # unless its daemon has reported already
+        return [self.row("a node dies", job, stopped=True)]
+
+    def gpus(self) -> list[Row]:
+        """A GPU for each task: sbatch would take the job, and each process the GPU that Slurm gave it."""
+        command = [sys.executable, "submitit_pretrain.py", "--dry_run", "--ngpus", 2, "--slurm", "gpus_per_task=1"]
+        script = self.work / "gpus.sh"
+        script.write_text(self.signals.call(*command))
+        accepted = self.signals.run("sbatch", "--test-only", script)
+        held = accepted.returncode == 0 and "#SBATCH --gpus-per-task=1\n" in script.read_text()
+        for flag, devices in (
+            ("--gpus-per-task=1", ["cuda:0", "cuda:0"]),
+            ("--gpus-per-node=2", ["cuda:0", "cuda:1"]),
+            ("--gpus-per-node=1", ["2 processes, 1 GPU", "cuda:0"]),
+        ):
+            step = ["srun", "--nodes=1", "--ntasks-per-node=2", "--immediate=60", flag]
+            held &= sorted(self.signals.call(*step, sys.executable, "-c", DEVICE).splitlines()) == devices
+        return [Row("--slurm gpus_per_task=1 (dry run)", "", held, starts=0)]
+
+    def array(self) -> list[Row]:
+        """A setting that cannot work is refused before anything is submitted."""
+        done = self.signals.run(
+            sys.executable, "submitit_pretrain.py", "--shared_dir", self.work / "array", "--slurm", "array=0-2"
+        )
+        said = "--slurm: array cannot be set: a job is one run; submit a job for each run" in done.stderr
+        return [Row("--slurm array=0-2 is refused", "", said and not (self.work / "array").exists(), starts=0)]
 
     def nodes(self) -> list[Row]:
         """Nothing happens; and a fine-tuning waits for the pre-training to end, and starts from it."""
@@ -275,7 +356,19 @@ class Cases:
         )  # fmt: skip
         state = self.signals.end_of(re.findall(r"^job (\d+) ", done.stdout)[0])  # --wait hears of it a little earlier
         told = "main_pretrain.py: error: --data_path: there is no" in done.stdout and done.returncode == 1
-        return [Row("an error", state, told and state == "FAILED")]
+        number = re.findall(r"^job (\d+) ", done.stdout)[0]
+        after = self.signals.run(
+            sys.executable, "submitit_pretrain.py", *self.flags, "--device", "cpu", "--nodes", 2, "--ngpus", 1,
+            "--shared_dir", self.work / "crash", "--after", number, "--wait",
+        )  # fmt: skip
+        why = f"has not started (state CANCELLED): job {number}, which --after names, has not succeeded"
+        waited = after.returncode == 1 and re.sub(r" by \d+", "", after.stderr.strip()).endswith(why)
+        if not waited:
+            print(after.stdout, after.stderr, file=sys.stderr)
+        return [
+            Row("an error", state, told and state == "FAILED"),
+            Row("--after a job that failed", "CANCELLED", waited, starts=0),
+        ]
 
     def killed(self) -> list[Row]:
         """The system kills a process, for want of memory say: the others don't wait for it until --dist_timeout."""
@@ -291,24 +384,28 @@ CASES: dict[str, Callable[[Cases], list[Row]]] = {
     "limit": Cases.limit,
     "preempt_bare": Cases.preempt_bare,
     "preempt": Cases.preempt,
+    "node": Cases.node,
     "requeue": Cases.requeue,
+    "workers": Cases.workers,
     "nodes": Cases.nodes,
     "tasks": Cases.tasks,
     "srun": Cases.srun,
     "crash": Cases.crash,
     "killed": Cases.killed,
+    "gpus": Cases.gpus,
+    "array": Cases.array,
 }
 
 
 def run_all(names: list[str], work: Path) -> int:
     """Prints the table; how many lines of it do not hold."""
-    signals = Cluster(work / "a", "-n", 4, "-c", 8, "-k", 15)
+    signals = Cluster(work / "a", "-n", 6, "-c", 8, "-g", 2, "-k", 15)
     bare = Cluster(work / "b", "-k", 15, "--no-dbd", "--no-user-signal")
     broken = 0
     with signals, bare:
         cases = Cases(work, signals, bare)
-        print("| what happens | Slurm's state | starts | steps before | after | losses differ by | held |")
-        print("|---|---|---|---|---|---|---|", flush=True)
+        print("| what happens | Slurm's state | starts | updates before | after | losses differ by | weights | held |")
+        print("|---|---|---|---|---|---|---|---|", flush=True)
         with ThreadPoolExecutor(4) as pool:
             for name, case in [(name, pool.submit(CASES[name], cases)) for name in names]:
                 try:
@@ -319,7 +416,8 @@ def run_all(names: list[str], work: Path) -> int:
                     rows = [Row(name, "", False)]
                 print(*rows, sep="\n", flush=True)
                 broken += sum(not row.held for row in rows)
-        cases.undisturbed.kill()
+        for run in cases.undisturbed:
+            run.kill()
     return broken
 
 
