@@ -43,7 +43,8 @@ def lines(out):
 
 def test_leaves_what_the_published_code_leaves(finetune, capsys):
     out = finetune()
-    assert {p.name for p in out.glob("*.pth")} == {"checkpoint-0.pth", "checkpoint-1.pth", "checkpoint-best.pth"}
+    names = {p.name.removeprefix("checkpoint-") for p in out.glob("*.pth")}
+    assert names == {"0.pth", "1.pth", "best.pth", "last.pth"}  # the last is that of before the last evaluation
     state = checkpoint.read(out / "checkpoint-1.pth")
     assert state["args"]["classes"] == [f"kind{n}" for n in range(6)]
     assert state["args"]["nb_classes"] == 6

@@ -156,6 +156,14 @@ def test_going_back_to_an_earlier_checkpoint_begins_a_branch(pretrain, monkeypat
 
 def test_a_checkpoint_that_is_refused_sets_nothing_aside(pretrain):
     out = pretrain("run", save_every=1)
+    state = checkpoint.read(out / "checkpoint-0.pth")
+    state["model"]["cls_token"][0, 0, 3] = float("nan")
+    checkpoint.write(state, out / "checkpoint-7.pth")
+    with pytest.raises(
+        ValueError, match=r"--resume .*checkpoint-7.pth: cls_token .* resume from an earlier checkpoint"
+    ):
+        pretrain("run", resume=out / "checkpoint-7.pth")
+    (out / "checkpoint-7.pth").unlink()
     with pytest.raises(ValueError, match="another architecture"):
         pretrain("run", resume=out / "checkpoint-0.pth", in_chans=1)
     assert not (out / "abandoned").exists()

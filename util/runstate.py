@@ -149,6 +149,8 @@ def resume(
             raise advised(error, *_start_from(which), "--eval evaluates it")
         if "folder" in state:
             state = sharded.fill(state, model, optimizer)
+        else:
+            checkpoint.require_finite(state["model"], f"--resume {which}", "resume from an earlier checkpoint")
         restore_model(model, state, settings, which)
         _require_same_parameters(optimizer, state, settings)
         progress.restore(state)
