@@ -193,7 +193,7 @@ def test_two_processes_average_only_when_told(tmp_path):
 
 
 def test_nothing_is_warned_of(pictures, tmp_path):
-    flags = ("--batch_size", 12, "--in_chans", 1, "--epochs", 1)
+    flags = ("--batch_size", 12, "--in_chans", 1, "--epochs", 1, "--warmup_epochs", 0)
     assert b"warning" not in in_processes(2, pictures, tmp_path / "run", *flags).stdout.lower()
 
 

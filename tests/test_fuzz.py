@@ -23,7 +23,7 @@ READ = {
     "the process ends": lambda: os._exit(3),
     "no end": lambda: time.sleep(60),
     "an escape sequence": lambda: print("\x1b[2J"),
-    "memory": lambda: len(b"1" * (150 << 20)),
+    "memory": lambda: len(b"1" * (600 << 20)),
 }
 
 

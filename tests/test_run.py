@@ -154,7 +154,10 @@ def test_a_signal_reaches_the_task(clone, number):
     (clone / "demo/app.py").write_text(
         "import os, pathlib, time\npathlib.Path('pid').write_text(str(os.getpid()))\ntime.sleep(200)\n"
     )
-    process = subprocess.Popen([str(clone / "run"), "app"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [str(clone / "run"), "app"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # a shell's background jobs ignore SIGINT
+    )  # fmt: skip
     while not ((clone / "pid").exists() and (clone / "pid").read_text()):
         assert process.poll() is None
         time.sleep(0.05)

@@ -317,7 +317,7 @@ Path(sys.argv[2] + str(dist.rank())).write_text(json.dumps(found))
 
 def in_two_processes(script, tmp_path, *arguments):
     """Runs Python code in two processes; returns what they print."""
-    (tmp_path / "script.py").write_text(script)
+    (tmp_path / "script.py").write_text(script + "dist.teardown()\n")
     command = [*torchrun(2), tmp_path / "script.py", *arguments]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     ran = subprocess.run([*map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)

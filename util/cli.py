@@ -147,7 +147,7 @@ def _recipe_flags(parser: _Parser, path: Path) -> list[str]:
         text = path.read_text(encoding="utf-8-sig")
         if problem := recipe_problem(text):
             parser.error(f"--config {path} {problem}")
-        recipe = yaml.load(text, _RecipeLoader)
+        recipe = _RecipeLoader(text).get_single_data()
     except OSError as error:
         parser.error(f"--config {path} can't be read: {error.strerror}")
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # values: an encoding other than UTF-8, an odd number

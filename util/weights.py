@@ -76,10 +76,10 @@ def read(name: Path | str) -> Weights:
         raise CheckpointError(f"{path}: its weights don't fit each other: {' '.join(str(error).split())}") from error
     if "patch_embed.proj.weight" not in tensors:
         raise CheckpointError(f"{path} holds no weights of a Vision Transformer: {_some(map(str, held))}")
-    for name, axes in (("patch_embed.proj.weight", 4), ("pos_embed", 3), ("decoder_pos_embed", 3)):
-        if name in tensors and (tensors[name].ndim != axes or not tensors[name].is_floating_point()):
-            shape = f"{tensors[name].dtype} {tuple(tensors[name].shape)}"
-            raise CheckpointError(f"{path}: its {name} is {shape}, which is not a Vision Transformer's")
+    for key, axes in (("patch_embed.proj.weight", 4), ("pos_embed", 3), ("decoder_pos_embed", 3)):
+        if key in tensors and (tensors[key].ndim != axes or not tensors[key].is_floating_point()):
+            shape = f"{tensors[key].dtype} {tuple(tensors[key].shape)}"
+            raise CheckpointError(f"{path}: its {key} is {shape}, which is not a Vision Transformer's")
     _check_settings(path, settings)
     checkpoint.require_finite(tensors, str(name), "its run has diverged, or the file is damaged; give another file")
     return Weights(tensors, settings, _kind(tensors), str(name))
