@@ -10,7 +10,7 @@ import time
 
 import pytest
 from conftest import ROOT, torchrun
-from faults import ALONE, FSDP, Faults
+from faults import ALONE, Faults
 from mains import lines
 
 
@@ -25,7 +25,7 @@ def test_killed_runs_lose_nothing(faults):
 
 
 def test_signals_and_killed_worker_processes_lose_nothing(faults):
-    assert faults.stops((FSDP,)) == [("signal to all processes, 2 processes, --fsdp", 1, 1)]
+    assert faults.stops((ALONE,)) == [("signal to all processes, 1 process", 2, 2)]
     assert faults.workers((ALONE,)) == [("one worker process killed, 1 process", 1, 1)]
 
 
