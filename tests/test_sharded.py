@@ -349,7 +349,7 @@ def test_resume_auto_takes_an_older_state_when_the_newest_is_damaged(shared, tmp
         assert len(warnings) == 1
         assert "--resume auto skips checkpoint-49: " in warnings[0]
         assert run.name.split()[0] in warnings[0]  # the damaged file
-        assert re.search(r"is damaged|is refused: it is damaged", warnings[0])
+        assert re.search(r"is damaged|is refused: ", warnings[0])
 
 
 FULL = """

@@ -146,6 +146,10 @@ class Batches(DataLoader):
                 batch = next(iterator)
             except StopIteration:
                 return
+            except (EOFError, ConnectionError) as error:
+                if "Original Traceback" in str(error):  # raised in a worker process, by what it read
+                    raise
+                raise RuntimeError("DataLoader worker was killed while it handed over a batch") from error
             finally:
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             yield batch
