@@ -147,6 +147,11 @@ class Run:
         """Resumes it, to its end; whether all processes end well."""
         return set(self.start(*flags).finish()) == {0}
 
+    def is_finished(self) -> bool:
+        """Whether the last epoch's checkpoint is there."""
+        path = self.out / f"checkpoint-{EPOCHS - 1}"
+        return path.exists() or path.with_suffix(".pth").exists()
+
     def weights(self) -> dict[str, torch.Tensor]:
         """Those of the last epoch."""
         path = self.out / f"checkpoint-{EPOCHS - 1}"
@@ -292,7 +297,7 @@ class Faults:
             signum = self.random.choice(STOPS)
             run.signal(signum)
             codes = set(run.finish())
-            if codes == {0}:
+            if codes == {0} or run.is_finished():
                 return None
             return codes == {128 + signum} and "Traceback" not in run.said() and "DataLoader" not in run.said()
 
@@ -309,7 +314,7 @@ class Faults:
             run.signal(signal.SIGTERM)
             begun = time.monotonic()
             codes = run.finish()
-            if codes == [0]:
+            if codes == [0] or run.is_finished():
                 return None
             return codes == [128 + signal.SIGTERM] and time.monotonic() - begun < 15
 

@@ -193,6 +193,7 @@ def run(main: Callable[[argparse.Namespace], Any], parser: argparse.ArgumentPars
     args = parse(parser)
     try:
         main(args)
+        dist.teardown()  # not after an error: processes that still run would wait for this one, or it for them
     except (torch.OutOfMemoryError, MemoryError) as error:
         _fail(parser, args, error, _out_of_memory(args), 1)
     except RuntimeError as error:
@@ -218,8 +219,6 @@ def run(main: Callable[[argparse.Namespace], Any], parser: argparse.ArgumentPars
     except KeyboardInterrupt as error:
         remedy = "; the same command with --resume auto goes on from the last state" if "resume" in args else ""
         _fail(parser, args, error, f"interrupted{remedy}", 130)
-    # Not after an error: processes that still run would wait for this one, or it for them.
-    dist.teardown()
 
 
 def _fail(

@@ -92,7 +92,7 @@ def run(
             output_dir, Path(args.log_dir), args.epochs,
             first_epoch=progress.epoch, first_x=first_x, loss_tag=loss_tag,
         )  # fmt: skip
-        for resource in (closing(log), closing(saver), interrupts):
+        for resource in (interrupts, closing(log), closing(saver)):  # a signal waits until all is written
             stack.enter_context(resource)
         _train_epochs(
             train, after_epoch, model, batches, progress, interrupts, saver, log,
