@@ -420,7 +420,7 @@ class Faults:
             found = re.search(r"The state is in (\S+): move its files to (\S+), and --resume auto", run.said())
             filler.unlink()
             for file in Path(found[1]).iterdir() if found else []:
-                shutil.move(file, found[2] if found else "")
+                shutil.move(file, Path(found[2] if found else "") / file.name)
             good = ended == [1] and found and run.finishes() and run.equals(self.undisturbed(ALONE))
             rows.append(("disk full to the end, the state moved back", 1, int(bool(good))))
         return rows

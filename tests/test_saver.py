@@ -102,6 +102,9 @@ def test_what_a_run_cannot_write_at_its_end_is_in_the_temporary_folder(tmp_path,
     with pytest.raises(OSError, match="can't write") as stop:
         saver.save_epoch(2)
     assert rescued(str(stop.value)) == {"checkpoint-0.pth": (1, 0), "checkpoint-1.pth": (2, 0)}
+    saver.save(2, 8, {}, alone=True)  # what follows an error: the state has its place already
+    saver.close()
+    assert "can't write" not in caplog.text.rpartition("tries again with the next state")[2]
 
 
 def test_the_best_accuracy_is_that_of_a_file_that_is_there(tmp_path):

@@ -110,6 +110,7 @@ class Saver(NullSaver):
         self.writing: Future[Path] | None = None
         if not any(path.stem == Path(BEST).stem for path in checkpoint.checkpoints(output_dir)):
             progress.best_accuracy = -1.0  # the best state of the branch that is resumed may have been overwritten
+        self.is_ending = False  # what could not be written is in another place, and the run ends on that error
         self.unwritten: list[tuple[dict[str, Any], list[Path]]] = []  # states with their files, the oldest first
 
     def wish(self) -> Wish:
@@ -160,6 +161,8 @@ class Saver(NullSaver):
         Raises:
             OSError: too many states wait to be written.
         """
+        if self.is_ending:
+            return
         self._finish("The run continues, and tries again with the next state.")
         self.unwritten = [(state, paths) for state, paths in self.unwritten if paths[0].name != LAST]
         if len(self.unwritten) >= MAX_UNWRITTEN:
@@ -230,6 +233,7 @@ class Saver(NullSaver):
         try:
             path = writing.result() if writing else self._write_all()
         except OSError as error:
+            self.is_ending = True
             raise OSError(f"{error}. {self._rescue()}") from error
         logger.info(f"saved {path}")
         return path
