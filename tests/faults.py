@@ -185,6 +185,7 @@ def _run(script: str, argv: list[str], output: Path, environment: dict[str, str]
 
     main = importlib.import_module(script)
     if user is not None:
+        "".encode("utf-8-sig")  # of recipes: Python's own files may be root's alone
         os.seteuid(user)
     cli.run(main.main, main.get_args_parser())
 
@@ -432,7 +433,8 @@ class Faults:
         for folder in [self.work, *self.work.parents]:
             if folder.stat().st_mode & 0o005 != 0o005 and folder != Path("/root"):
                 folder.chmod(folder.stat().st_mode | 0o055)
-        run = self.new_run("modes", user=NOBODY)
+        # Without worker processes, which would share files in a folder of root's.
+        run = self.new_run("modes", ALONE, "--num_workers", 0, user=NOBODY)
         run.out.mkdir()
         os.chown(run.out, NOBODY, -1)
         run.start().wait_for("epoch 1 ")
@@ -440,6 +442,8 @@ class Faults:
         warned = run.wait_for("Permission denied")
         run.out.chmod(0o755)
         good = run.finish() == [0] and warned and run.equals(self.undisturbed(ALONE))
+        if not good:
+            print(f"read-only folder: {run.said()[-2000:]}", file=sys.stderr)
         return [("read-only folder", 1, int(good))]
 
     def newest(self, layouts: Sequence[Layout] = LAYOUTS) -> list[Row]:
