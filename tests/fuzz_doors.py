@@ -267,12 +267,16 @@ def _other_pickle(data: bytes, generator: random.Random) -> bytes:
     return stream.getvalue()
 
 
-def _read_weights(files: dict[str, bytes], folder: Path, generator: random.Random) -> None:
-    own = folder / "weights"
-    shutil.rmtree(own, ignore_errors=True)
-    own.mkdir()
+def _write(files: dict[str, bytes], folder: Path) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
     for name, data in files.items():
-        (own / name).write_bytes(data)
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def _read_weights(files: dict[str, bytes], folder: Path, generator: random.Random) -> None:
+    own = _write(files, folder / "weights")
     path = own if "config.json" in files else own / next(iter(files))
     if path.suffix == ".pth":
         checkpoint.read(path)
@@ -316,11 +320,7 @@ def _mutate_sharded(seeds: list[dict[str, bytes]], generator: random.Random) -> 
 
 
 def _read_sharded(files: dict[str, bytes], folder: Path, generator: random.Random) -> None:
-    own = folder / "checkpoint-0"
-    shutil.rmtree(own, ignore_errors=True)
-    own.mkdir()
-    for name, data in files.items():
-        (own / name).write_bytes(data)
+    own = _write(files, folder / "checkpoint-0")
     sharded.gather(own)
     assert not os.path.exists(folder / "executed")
 

@@ -77,10 +77,10 @@ def write(state: dict[str, Any], path: Path, *also: Path) -> None:
             torch.save(state, file)
         for other in also:
             with atomic.replacing(other) as name:
-                _link(temporary, name)
+                link(temporary, name)
 
 
-def _link(source: Path, path: Path) -> None:
+def link(source: Path | str, path: Path | str) -> None:
     """A second name for a file's bytes, or a copy where the file system knows no links."""
     try:
         os.link(source, path)

@@ -133,9 +133,8 @@ def _train_epochs(
             stops = epoch + 1 < epochs and any(dist.gather(interrupts.pending))
         except Interrupted:  # the state was saved before the evaluation
             raise
-        except (
-            Exception
-        ) as error:  # an image that can't be read, say: the epoch is not lost, and evaluated when resumed
+        except Exception as error:
+            # An image that can't be read, say: the epoch is not lost, and is evaluated by the resumed run.
             saver.save(epoch, len(batches), meters.state_dict(), alone=True)
             saver.raise_if_stopping(error)
             raise

@@ -233,14 +233,13 @@ class Saver(NullSaver):
         try:
             path = writing.result() if writing else self._write_all()
         except OSError as error:
-            self.is_ending = True
             raise OSError(f"{error}. {self._rescue()}") from error
         logger.info(f"saved {path}")
         return path
 
     def _rescue(self) -> str:
         """Writes the states that wait to the system's temporary folder; says where they are, and what to do."""
-        unwritten, self.unwritten = self.unwritten, []
+        unwritten, self.unwritten, self.is_ending = self.unwritten, [], True
         try:
             place = Path(tempfile.mkdtemp(prefix="mae-"))
             for state, paths in unwritten:

@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import io
 import math
-import os
 import pickle
 import shutil
 import warnings
@@ -80,7 +79,7 @@ def write(state: dict[str, Any], folder: Path, *also: Path, group: td.ProcessGro
         rest = {**state, "optimizer": optimizer, "tensors": list(tensors), "files": files}
         checkpoint.write({name: value for name, value in rest.items() if name != "model"}, temporary / STATE)
         for other in also:
-            shutil.copytree(temporary, _temporary(other), copy_function=_link)
+            shutil.copytree(temporary, _temporary(other), copy_function=checkpoint.link)
             _put_in_place(_temporary(other), other)
         _put_in_place(temporary, folder)
 
@@ -136,13 +135,6 @@ def _reason(error: BaseException) -> str:
         return _reason(next(iter(error.failures.values()))[0])
     earlier = error.__cause__ or error.__context__
     return _reason(earlier) if earlier else (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # the file system knows no links
-        shutil.copyfile(source, target)
 
 
 def _put_in_place(temporary: Path, folder: Path) -> None:
