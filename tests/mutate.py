@@ -1,0 +1,182 @@
+"""Changes the code in one place at a time, and reports which changes the tests notice.
+
+    python tests/mutate.py                        # every change in tests/mutants/ (under an hour on 2 cores)
+    python tests/mutate.py models_mae.py          # the changes of one file
+    python tests/mutate.py models_mae.py:patchify # the changes of one function
+
+Each file in tests/mutants/ is TOML. A table is named after a source file. It gives the tests that should notice a
+change, and a list of changes: function, snippet, replacement, and tests that differ from those of the table. The
+snippet must stand exactly once in the function (an empty name means the whole file). A change that no longer applies
+is an error, so the list is maintained together with the code. The exit code is 1 if fewer than 90 % are noticed.
+"""
+
+import ast
+import os
+import queue
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+MUTANTS = Path(__file__).with_name("mutants")
+AIM = 0.9  # share of the changes that the tests must notice
+TIMEOUT = 300.0  # seconds for the tests of one change; a hang is noticed
+
+
+class Mutant(NamedTuple):
+    """One change of the code."""
+
+    file: str
+    function: str  # "function", "Class.method", or "" for the whole file
+    snippet: str
+    replacement: str
+    tests: tuple[str, ...]  # pytest's arguments
+
+    def __str__(self) -> str:
+        def line(text: str) -> str:
+            return " ".join(text.split())
+
+        return f"{self.file}:{self.function}: {line(self.snippet)} -> {line(self.replacement)}"
+
+    def apply(self, source: str) -> str:
+        """Returns the source with the change.
+
+        Raises:
+            ValueError: the function does not exist, the snippet does not stand exactly once in it, or the result is
+                no Python.
+        """
+        first, last = _lines(source, self.function) if self.function else (0, source.count("\n") + 1)
+        lines = source.splitlines(keepends=True)
+        body = "".join(lines[first:last])
+        if body.count(self.snippet) != 1:
+            raise ValueError(f"the snippet stands {body.count(self.snippet)} times in the function, not once: {self}")
+        changed = "".join(lines[:first]) + body.replace(self.snippet, self.replacement) + "".join(lines[last:])
+        try:
+            same = ast.dump(ast.parse(changed)) == ast.dump(ast.parse(source))
+        except SyntaxError as error:
+            raise ValueError(f"the change is no Python ({error}): {self}") from error
+        if same:
+            raise ValueError(f"nothing is changed: {self}")
+        return changed
+
+
+def _lines(source: str, function: str) -> tuple[int, int]:
+    """First line (from 0) and end of a function, method or class."""
+    node: ast.AST = ast.parse(source)
+    for name in function.split("."):
+        inside = (
+            child
+            for child in ast.walk(node)
+            if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and child.name == name
+        )
+        found = next(inside, None)
+        if found is None:
+            raise ValueError(f"there is no function {function}")
+        node = found
+    assert isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and node.end_lineno
+    decorators = [decorator.lineno for decorator in node.decorator_list]
+    return min([node.lineno, *decorators]) - 1, node.end_lineno
+
+
+def read_mutants(folder: Path = MUTANTS) -> list[Mutant]:
+    """The changes of all files in the folder."""
+    mutants = []
+    for path in sorted(folder.glob("*.toml")):
+        for file, table in tomllib.loads(path.read_text()).items():
+            for function, snippet, replacement, *tests in table["changes"]:
+                mutants.append(Mutant(file, function, snippet, replacement, tuple(tests or table["tests"])))
+    return mutants
+
+
+def run_tests(folder: Path, tests: Sequence[str]) -> tuple[bool, str]:
+    """Runs tests in a copy of the repository: whether they pass, and the first that does not."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", *tests]
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    with subprocess.Popen(
+        command, cwd=folder, env=environment, text=True, start_new_session=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    ) as process:  # fmt: skip
+        try:
+            output, _ = process.communicate(timeout=TIMEOUT)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, 9)
+            return False, f"no end after {TIMEOUT:.0f} s"
+    if process.returncode == 0:
+        return True, ""
+    if process.returncode == 5:
+        raise ValueError(f"no such tests: {' '.join(tests)}")
+    failures = [line for line in output.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return False, failures[0] if failures else output[-2000:]
+
+
+def copy_repository(folder: Path) -> Path:
+    """Copies the files that git tracks, as they are now."""
+    names = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\n")
+    for name in filter(None, names):
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, target)
+    return folder
+
+
+def main(selected: Sequence[str]) -> int:
+    """Runs the selected changes, all by default."""
+
+    def is_selected(mutant: Mutant) -> bool:
+        names = {mutant.file, f"{mutant.file}:{mutant.function}"}
+        return not selected or bool(names & set(selected))
+
+    mutants = [mutant for mutant in read_mutants() if is_selected(mutant)]
+    if not mutants:
+        raise SystemExit(f"no change is named {' or '.join(selected)}")
+    for mutant in mutants:
+        mutant.apply((ROOT / mutant.file).read_text())
+    num_workers, start = os.cpu_count() or 1, time.monotonic()
+    survivors: list[Mutant] = []
+    with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(num_workers) as pool:
+        folders: queue.Queue[Path] = queue.Queue()
+        for number in range(num_workers):
+            folders.put(copy_repository(Path(temporary) / str(number)))
+
+        def passes(tests: Sequence[str], mutant: Mutant | None = None) -> tuple[bool, str, float]:
+            folder, began = folders.get(), time.monotonic()
+            try:
+                if mutant:
+                    (folder / mutant.file).write_text(mutant.apply((ROOT / mutant.file).read_text()))
+                passed, failure = run_tests(folder, tests)
+            finally:
+                if mutant:
+                    shutil.copy2(ROOT / mutant.file, folder / mutant.file)
+                folders.put(folder)
+            return passed, failure, time.monotonic() - began
+
+        tests = sorted({mutant.tests for mutant in mutants})
+        print(f"{len(mutants)} changes, {len(tests)} selections of tests; without a change they must pass", flush=True)
+        for names, (passed, failure, seconds) in zip(tests, pool.map(passes, tests), strict=True):
+            print(f"{seconds:5.1f} s  {'passed' if passed else 'FAILED'}  {' '.join(names)}", flush=True)
+            if not passed:
+                raise SystemExit(f"these tests fail without a change: {failure}")
+        results = pool.map(passes, [mutant.tests for mutant in mutants], mutants)
+        for number, (mutant, (passed, failure, seconds)) in enumerate(zip(mutants, results, strict=True), 1):
+            verdict = "SURVIVED" if passed else "noticed "
+            by = " ".join(mutant.tests) if passed else failure.split(" - ")[0]
+            print(f"{number:4}/{len(mutants)} {seconds:5.1f} s  {verdict}  {mutant}  [{by}]", flush=True)
+            if passed:
+                survivors.append(mutant)
+    noticed = len(mutants) - len(survivors)
+    minutes = (time.monotonic() - start) / 60
+    print(f"\n{noticed} of {len(mutants)} changes noticed ({noticed / len(mutants):.1%}) in {minutes:.0f} minutes")
+    for mutant in survivors:
+        print(f"survived: {mutant}")
+    return int(noticed < AIM * len(mutants))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
