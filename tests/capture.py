@@ -1,0 +1,157 @@
+"""Captures what a script trains and evaluates with: the script runs in this process up to the call of `epochs.run`."""
+
+import inspect
+import random
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import transforms as tv
+
+import models_vit
+from util import cli, datasets, dist, epochs, loader, loop, precision, runfolder
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def make_images(root: Path, **splits: Mapping[str, int]) -> Path:
+    """SPLIT/CLASS/NUMBER.png: for each class so many copies of one small picture."""
+    generator = np.random.default_rng(0)
+    pictures: dict[str, bytes] = {}
+    for split, counts in splits.items():
+        for name, count in counts.items():
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            if name not in pictures:
+                pixels = generator.integers(0, 256, size=(24, 30, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / "0.png")
+                pictures[name] = (folder / "0.png").read_bytes()
+            for number in range(count):
+                (folder / f"{number}.png").write_bytes(pictures[name])
+    return root
+
+
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the published models 16 wide. Names, depths and patches stay."""
+    for name, size in models_vit.SIZES.items():
+        if not name.startswith("mini"):
+            width = {"embed_dim": 16, "num_heads": 2, "mlp_ratio": 2.0}
+            monkeypatch.setitem(models_vit.SIZES, name, {**size, **width})
+
+
+def recorder(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, call: bool = True) -> list[dict[str, Any]]:
+    """Records the arguments of each call, by their names, defaults included. The call itself follows unless off."""
+    original, calls = getattr(module, name), []
+    signature = inspect.signature(original)
+
+    def record(*args: Any, **options: Any) -> Any:
+        bound = signature.bind(*args, **options)
+        bound.apply_defaults()
+        calls.append(dict(bound.arguments))
+        return original(*args, **options) if call else None
+
+    monkeypatch.setattr(module, name, record)
+    return calls
+
+
+def parse(script: Any, **flags: Any) -> Any:
+    argv: list[str] = []
+    for flag, value in flags.items():
+        argv += [f"--{flag}"] if value is True else [f"--{flag}", *str(value).split()]
+    return cli.parse(script.get_args_parser(), argv)
+
+
+def capture(monkeypatch: pytest.MonkeyPatch, script: Any, **flags: Any) -> SimpleNamespace:
+    """What reaches the run of a script.
+
+    Returns:
+        The arguments of `epochs.run` by name, and the arguments of calls of other functions: joined (`dist.init`),
+        precisions (`Precision`), opened (`datasets.open_source`), prepared (`runfolder.prepare`), evaluation
+        (`loader.eval_loader`).
+    """
+    with monkeypatch.context() as patch, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="This DataLoader will create")  # more processes than cores
+        narrow(patch)
+        patch.setattr(loader, "up_to_cores", lambda num_workers: num_workers)
+        calls = {
+            "joined": recorder(patch, dist, "init"),
+            "precisions": recorder(patch, precision.Precision, "__init__"),
+            "opened": recorder(patch, datasets, "open_source"),
+            "prepared": recorder(patch, runfolder, "prepare"),
+            "evaluation": recorder(patch, loader, "eval_loader"),
+        }
+        runs = recorder(patch, epochs, "run", call=False)
+        script.main(parse(script, **({"device": "cpu"} | flags)))
+    (arguments,) = runs
+    return SimpleNamespace(**arguments, **calls)
+
+
+class Reached(BaseException):
+    """A script has come to the function whose arguments are asked for."""
+
+
+def loop_arguments(monkeypatch: pytest.MonkeyPatch, script: Any, **flags: Any) -> dict[str, Any]:
+    """The arguments of the first call of `loop.run_epoch`, with which the script ends."""
+    signature, found = inspect.signature(loop.run_epoch), {}
+
+    def stop(*args: Any, **options: Any) -> None:
+        found.update(signature.bind(*args, **options).arguments)
+        raise Reached
+
+    with monkeypatch.context() as patch, pytest.raises(Reached):
+        narrow(patch)
+        patch.setattr(loop, "run_epoch", stop)
+        script.main(parse(script, **({"device": "cpu", "num_workers": 0} | flags)))
+    return found
+
+
+def loss_function(monkeypatch: pytest.MonkeyPatch, run: SimpleNamespace, model: Any) -> Callable[[Any], torch.Tensor]:
+    """What a run computes for a batch, with another model in the place of its own."""
+    with monkeypatch.context() as patch:
+        calls = recorder(patch, loop, "run_epoch", call=False)
+        options = dict.fromkeys(("epoch", "schedule", "precision", "guard", "meters", "log", "saver"))
+        run.train_one_epoch(model, run.batches, run.optimizer, **options)
+    return calls[0]["compute_loss"]
+
+
+def seed_all(number: int) -> None:
+    torch.manual_seed(number)
+    np.random.seed(number)
+    random.seed(number)
+
+
+def seeded(transform: Callable[[Any], torch.Tensor], picture: Image.Image, seed: int) -> torch.Tensor:
+    """A transform of a picture, with all random number generators seeded."""
+    seed_all(seed)
+    return transform(picture)
+
+
+def photo(height: int = 60, width: int = 80) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(3).integers(0, 256, size=(height, width, 3), dtype=np.uint8))
+
+
+def normalized(images: torch.Tensor) -> torch.Tensor:
+    """uint8 images, normalized by the statistics of ImageNet."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return (images.float() / 255 - mean) / std
+
+
+def centre_crop(file: Path, size: int = 16, scaled: int = 18) -> torch.Tensor:
+    """The published view of a picture for an evaluation, normalized: (1, 3, size, size)."""
+    with Image.open(file) as picture:
+        resized = tv.functional.resize(picture, [scaled], tv.InterpolationMode.BICUBIC)
+        return normalized(tv.functional.pil_to_tensor(tv.functional.center_crop(resized, [size]))[None])
+
+
+def constant_head(linear: torch.nn.Linear, label: int) -> None:
+    """Makes a classifier answer one class, whatever the features are."""
+    with torch.no_grad():
+        linear.weight.zero_()
+        linear.bias.zero_()
+        linear.bias[label] = 9.0
