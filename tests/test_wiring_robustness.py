@@ -1,0 +1,134 @@
+"""What reaches the evaluation of a classifier on ImageNet's test sets of robustness."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from capture import parse, recorder
+from painted import class_folders
+
+import main_robustness
+from engine_finetune import Evaluation
+from util import dist, loader, suites
+
+DEFAULTS = {"subset": None, "crop_pct": None, "output_dir": "runs/robustness", "batch_size": 128, "num_workers": 10}
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """Runs the script on folders with one image a class; each cell is answered right in every second image."""
+
+    def answer(model, batches, *, normalize, precision):
+        calls.evaluated.append({"model": model, "normalize": normalize, "precision": precision})
+        labels = np.concatenate([labels.numpy() for _, labels, _ in batches])
+        return Evaluation(labels, np.where(np.arange(len(labels)) % 2, labels, labels + 1), len(labels) * 3 // 4, 0.5)
+
+    calls = SimpleNamespace(evaluated=[])
+    monkeypatch.setattr(main_robustness, "evaluate", answer)
+
+    def start(suite, **flags):
+        with monkeypatch.context() as patch:
+            calls.joined = recorder(patch, dist, "init")
+            calls.loaded = recorder(patch, main_robustness, "load")
+            calls.loaders = recorder(patch, loader, "eval_loader")
+            patch.setattr(loader, "up_to_cores", lambda num_workers: 0)
+            settings = {"data_path": tmp_path / suite, "output_dir": tmp_path / "out", "device": "cpu",
+                        "model": "timm:reads_colours"}  # fmt: skip
+            calls.table = main_robustness.main(parse(main_robustness, suite=suite, **(settings | flags)))
+        calls.results = json.loads((tmp_path / "out" / f"{suite}.json").read_text())
+        return calls
+
+    return start
+
+
+def test_the_defaults():
+    args = vars(parse(main_robustness, suite="imagenet-a", data_path="a", model="m"))
+    assert {name: args[name] for name in DEFAULTS} == DEFAULTS
+
+
+def test_the_classes_of_a_suite_are_answered(run, tmp_path):
+    class_folders(tmp_path / "imagenet-a", suites.subset("imagenet-a"), "a.jpg", lambda label: label)
+    found = run("imagenet-a")
+    (evaluated,) = found.evaluated
+    labels = [suites.synsets().index(folder) for folder in suites.subset("imagenet-a")]
+    assert (len(labels), evaluated["model"].classes.tolist()) == (200, labels)
+    images = evaluated["normalize"](torch.full((1, 3, 2, 2), 255, dtype=torch.uint8))
+    assert images.unique().tolist() == [1.0]  # the model's mean and std are .5
+    assert found.results["cells"] == {"imagenet-a": {"images": 200, "acc1": 50.0, "acc5": 75.0}}
+    assert found.loaded[0]["crop_pct"] is None
+    (batches,) = found.loaders
+    assert (batches["batch_size"], batches["num_workers"], len(batches["samples"])) == (128, 10, 200)
+    assert "| imagenet-a | 200 | 50.000 | 75.000 |" in found.table
+    settings = {name: found.results["settings"][name] for name in ("model", "subset", "amp", "data_path")}
+    assert settings == {"model": "timm:reads_colours", "subset": None, "amp": "fp32",
+                        "data_path": str(tmp_path / "imagenet-a")}  # fmt: skip
+
+
+def test_every_flag_reaches_its_place(run, tmp_path):
+    class_folders(tmp_path / "imagenet-r", suites.subset("imagenet-r"), "a.jpg", lambda label: label)
+    found = run("imagenet-r", subset=7, crop_pct=0.5, batch_size=3, num_workers=2, amp="bf16", dist_url="tcp://x",
+                dist_timeout=9, dist_backend="gloo")  # fmt: skip
+    assert found.loaded[0] == {"name": "timm:reads_colours", "crop_pct": 0.5, "device": torch.device("cpu")}
+    (batches,) = found.loaders
+    assert (batches["batch_size"], batches["num_workers"], len(batches["samples"])) == (3, 2, 7)
+    assert found.evaluated[0]["precision"].dtype is torch.bfloat16
+    assert found.joined == [{"device_name": "cpu", "dist_url": "tcp://x", "timeout": 9, "backend": "gloo"}]
+    assert (found.results["settings"]["subset"], found.results["settings"]["amp"]) == (7, "bf16")
+    assert "a subset of 7 images a cell" in found.table
+
+
+def test_corrupted_images_are_evaluated_as_they_are(run, tmp_path, monkeypatch):
+    images = class_folders(tmp_path / "images", suites.synsets(), "a.jpg", lambda label: label)
+    for name in suites.CORRUPTIONS:
+        (tmp_path / "imagenet-c" / name).mkdir(parents=True)
+        for severity in range(1, 6):
+            (tmp_path / "imagenet-c" / name / str(severity)).symlink_to(images)
+    files = suites.find_files(images)
+    monkeypatch.setattr(suites, "find_files", lambda path: files)
+    found = run("imagenet-c", subset=4)
+    assert found.loaded[0]["crop_pct"] == 1.0
+    assert len(found.evaluated) == len(found.results["cells"]) == 75
+    assert {tuple(cell.values()) for cell in found.results["cells"].values()} == {(4, 50.0, 75.0)}
+    mce = 50 / 15 * sum(1 / error for error in ALEXNET.values())
+    assert f"**mCE {mce:.1f}**" in found.table
+
+
+# Hendrycks & Dietterich (2019): top-1 errors of AlexNet.
+ALEXNET = {
+    "gaussian_noise": 0.886428, "shot_noise": 0.894468, "impulse_noise": 0.922640, "defocus_blur": 0.819880,
+    "glass_blur": 0.826268, "motion_blur": 0.785948, "zoom_blur": 0.798360, "snow": 0.866816, "frost": 0.826572,
+    "fog": 0.819324, "brightness": 0.564592, "contrast": 0.853204, "elastic_transform": 0.646056, "pixelate": 0.717840,
+    "jpeg_compression": 0.606500,
+}  # fmt: skip
+
+
+def test_alexnets_errors_are_the_published_ones():
+    assert suites.CORRUPTIONS == ALEXNET
+
+
+@pytest.mark.parametrize("name", ALEXNET)
+def test_each_corruption_counts_by_its_own_error(name):
+    """CE = sum of the five severities' errors / (5 x AlexNet's); mCE = the mean of the 15."""
+    errors = {f"{other}/{severity}": 0.0 for other in ALEXNET for severity in range(1, 6)}
+    errors |= {f"{name}/{severity}": float(error) for severity, error in enumerate((10, 20, 40, 50, 80), start=1)}
+    found = suites.corruption_errors(errors)
+    assert found.mean[name] == pytest.approx(40)
+    assert found.normalised[name] == pytest.approx((10 + 20 + 40 + 50 + 80) / (5 * ALEXNET[name]))
+    assert found.mce == pytest.approx(200 / (5 * ALEXNET[name]) / 15)
+    assert found.unnormalised == pytest.approx(40 / 15)
+
+
+@pytest.mark.parametrize(
+    ("suite", "published"),
+    [
+        ("imagenet-c", [51.7, 41.8, 33.8, 36.8]),
+        ("imagenet-a", [35.9, 57.1, 68.2, 76.7]),
+        ("imagenet-r", [48.3, 59.9, 64.4, 66.5]),
+        ("imagenet-sketch", [34.5, 45.3, 49.6, 50.9]),
+    ],
+)
+def test_the_papers_scores(suite, published):
+    models = ["ViT-B/16", "ViT-L/16", "ViT-H/14", "ViT-H/14, 448"]
+    assert suites.PUBLISHED[suite] == dict(zip(models, published, strict=True))
