@@ -6,9 +6,9 @@ import torch
 from conftest import make_samples
 from sklearn.metrics import log_loss, top_k_accuracy_score
 
-from engine_finetune import Evaluation, evaluate
+from engine_finetune import Evaluation, _interleave, evaluate
 from models_vit import vit_mini_patch4
-from util import loader, transforms
+from util import dist, loader, transforms
 from util.precision import Precision
 
 
@@ -58,3 +58,20 @@ def test_the_published_line():
     scores = Evaluation(np.array([1, 2, 3]), np.array([1, 2, 0]), 3, 0.7314)
     assert str(scores) == "* Acc@1 66.667 Acc@5 100.000 loss 0.731"
     assert scores.stats() == {"test_acc1": pytest.approx(200 / 3), "test_acc5": 100.0, "test_loss": 0.7314}
+
+
+def test_samples_of_several_processes_are_in_order_again():
+    parts = [np.array([0, 3, 6]), np.array([1, 4, 7]), np.array([2, 5])]
+    assert _interleave(parts).tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
+
+
+def test_answers_of_all_processes_count(evaluation_of, monkeypatch):
+    """Another process has the first 23 samples, all answered right."""
+    _, _, alone = evaluation_of(8)
+    other = [alone.labels[:23], alone.labels[:23], np.ones(23, dtype=bool), np.full(23, 2.0)]
+    monkeypatch.setattr(dist, "gather", lambda mine: [mine, (other, 7)])
+    both = evaluation_of(8)[2]
+    assert len(both.labels) == 47
+    assert both.acc1 == pytest.approx((alone.acc1 * 24 + 100 * 23) / 47)
+    assert both.num_in_top == alone.num_in_top + 23
+    assert both.loss == pytest.approx((alone.loss * 24 + 46) / 47)

@@ -70,3 +70,20 @@ def test_held_out_images_are_in_no_other_part(tmp_path):
     assert (len(rest), len(held)) == (16, 4)
     names = [part.name(i) for part in (rest, held) for i in range(len(part))]
     assert sorted(names) == sorted(source.name(i) for i in range(20))
+    _, other = labels.hold_out(source, 0.2, seed=1)
+    assert {other.name(i) for i in range(4)} != {held.name(i) for i in range(4)}
+
+
+def test_the_labels_of_both_sets_count_the_same_classes(tmp_path):
+    """Lists may name the classes in any order."""
+    train = folders(tmp_path / "train", cat=5, dog=6)
+    val = folders(tmp_path / "val", cat=2, dog=1)
+    val.classes, val.labels = ["dog", "cat"], 1 - val.labels
+    sets = {"train": train, "val": val}
+    options = {"nb_classes": 2, "train_per_class": 4, "seed": 0}
+    few, tested = labels.open_pair(lambda split, file_list: sets[split], None, None, **options)
+    assert few.classes == tested.classes == ["cat", "dog"]
+    assert [tested[index][1] for index in range(3)] == tested.labels.tolist() == [0, 0, 1]
+    assert np.bincount(few.labels).tolist() == [4, 4]
+    with pytest.raises(ValueError, match="the data has 2 classes, and --nb_classes is 3"):
+        labels.open_pair(lambda split, file_list: sets[split], None, None, **options | {"nb_classes": 3})

@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image
 
 from util import report
+from util.report import plt
 
 
 def rows(path):
@@ -31,3 +32,13 @@ def test_many_classes(tmp_path):
     labels = np.arange(300)
     report.write(tmp_path, [str(n) for n in labels], labels, labels)
     assert Image.open(tmp_path / "confusion.png").height <= 1300
+
+
+def test_the_picture_shows_the_share_of_each_true_class(tmp_path, monkeypatch):
+    monkeypatch.setattr(plt, "close", lambda figure: None)
+    report.write(tmp_path, ["cat", "dog", "emu"], np.array([0, 0, 0, 0, 1]), np.array([0, 2, 2, 2, 1]))
+    picture = plt.gcf().axes[0].images[0]
+    assert picture.get_array().tolist() == [[0.25, 0, 0.75], [0, 1, 0], [0, 0, 0]]
+    assert picture.get_clim() == (0, 1)
+    monkeypatch.undo()
+    plt.close()

@@ -67,6 +67,19 @@ def test_pretraining_crops_the_published_share(photo):
     assert out.shape == (3, 16, 24)
 
 
+def test_pretraining_crops_are_torchvisions(photo):
+    scale, bicubic = (0.2, 1.0), tv.InterpolationMode.BICUBIC
+    oracle = tv.Compose(
+        [tv.RandomResizedCrop(24, scale, interpolation=bicubic), tv.RandomHorizontalFlip(0.5), tv.PILToTensor()]
+    )
+    for seed in range(10):
+        made = []
+        for transform in (transforms.pretrain_transform(24), oracle):
+            torch.manual_seed(seed)
+            made.append(transform(photo))
+        assert torch.equal(*made)
+
+
 def test_flip_and_crop_can_be_turned_off(photo):
     plain = transforms.pretrain_transform(50, crop_scale=(1, 1), hflip=0)
     square = photo.crop((0, 0, 50, 50))

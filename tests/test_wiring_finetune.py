@@ -181,6 +181,8 @@ def test_the_recipe_of_the_demo(captured):
               "layer_decay": 0.75, "drop_path": 0.1, "smoothing": 0.1}  # fmt: skip
     assert {name: run.settings[name] for name in chosen} == chosen
     assert run.train_one_epoch.keywords["erase"] is None
+    expected = timms_transform((28, 28), auto_augment=None, scale=(0.7, 1.0))
+    assert_same_transform(training_samples(run).transform, expected)
     assert run.train_one_epoch.keywords["normalize"](torch.full((1, 1, 2, 2), 255, dtype=torch.uint8)).flatten()[
         0
     ].item() == pytest.approx((1 - 0.286) / 0.353)
@@ -188,7 +190,7 @@ def test_the_recipe_of_the_demo(captured):
 
 def test_every_flag_reaches_its_place(captured, tmp_path):
     run = captured(
-        model="vit_mini_patch4", input_size="24 32", patch_size=8, batch_size=10, accum_iter=3, seed=7, num_workers=4,
+        model="vit_mini_patch4", input_size="24 32", patch_size=8, batch_size=8, accum_iter=3, seed=7, num_workers=4,
         weight_decay=0.2, layer_decay=0.5, drop_path=0.3, cls_token=True, smoothing=0.2, reprob=0.6, remode="rand",
         recount=3, mixup=0.3, cutmix=0.4, mixup_prob=0.9, mixup_switch_prob=0.2, mixup_mode="elem", aa="none",
         color_jitter=0.4, crop_scale="0.5 0.9", hflip=0.8, crop_pct=0.9, on_bad_image="skip", amp="bf16",
@@ -211,9 +213,9 @@ def test_every_flag_reaches_its_place(captured, tmp_path):
     samples = training_samples(run)
     assert (len(samples), samples.seed, samples.on_bad_image) == (60, 7, "skip")
     order = run.batches.order
-    assert (order.batch_size, order.seed, len(order), run.batches.batches.num_workers) == (10, 7, 6, 4)
+    assert (order.batch_size, order.seed, len(order), run.batches.batches.num_workers) == (8, 7, 6, 4)
     (evaluation,) = run.evaluation
-    assert (evaluation["batch_size"], evaluation["num_workers"], evaluation["pin_memory"]) == (10, 4, False)
+    assert (evaluation["batch_size"], evaluation["num_workers"], evaluation["pin_memory"]) == (8, 4, False)
     assert (len(evaluation["samples"]), evaluation["samples"].on_bad_image) == (8, None)
     picture = photo(40, 30).resize((30, 40))
     scaled = tv.functional.resize(picture, [round(40 * 35 / 30), 35], interpolation=tv.InterpolationMode.BICUBIC)
@@ -349,7 +351,8 @@ def test_an_epochs_evaluation(captured, data, tmp_path):
     likely = 0.75 * 9 + np.log1p(2 * np.exp(-9))  # mean of -log softmax
     assert entries["test_loss"] == pytest.approx(likely)
     assert entries["n_parameters"] == 128 * 3 + 3 + 2 * 128  # the head and fc_norm
-    assert (tmp_path / "report" / "classes.csv").exists()
+    rows = (tmp_path / "report" / "classes.csv").read_text().splitlines()
+    assert rows[1:] == ["ant,5,0,0.0000,bee", "bee,2,2,1.0000,", "cat,1,0,0.0000,bee"]
     torch.testing.assert_close(inputs[0][:1], centre_crop(data / "val/ant/0.png"))
 
 
@@ -367,4 +370,6 @@ def test_an_evaluation_of_a_file(captured, data, tmp_path):
     flags = {"model": "vit_mini_patch4", "input_size": 16, "data_path": data, "device": "cpu", "num_workers": 0}
     scores = main_finetune.main(parse(main_finetune, eval=True, resume=tmp_path / "tuned.pth", **flags))
     assert (scores.acc1, scores.num_in_top) == (62.5, None)
+    again = main_finetune.main(parse(main_finetune, eval=True, resume="auto", finetune=tmp_path / "tuned.pth", **flags))
+    assert again.loss == scores.loss
     assert scores.labels.tolist() == [0] * 5 + [1] * 2 + [2]

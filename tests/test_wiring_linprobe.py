@@ -147,7 +147,7 @@ def test_evaluation_sees_the_published_crop(captured):
 
 def test_every_flag_reaches_its_place(captured, tmp_path):
     run = captured(
-        **mini(patch_size=8, batch_size=40, accum_iter=3, seed=7, num_workers=4, weight_decay=0.2, global_pool=True),
+        **mini(patch_size=8, batch_size=35, accum_iter=3, seed=7, num_workers=4, weight_decay=0.2, global_pool=True),
         crop_pct=1, on_bad_image="skip", amp="bf16", mean="0.1 0.2 0.3", std="0.4 0.5 0.6", train_per_class=50,
         dist_url="tcp://x", dist_timeout=9, dist_backend="gloo", resume="auto", blr="0.7",
     )  # fmt: skip
@@ -155,10 +155,10 @@ def test_every_flag_reaches_its_place(captured, tmp_path):
     assert run.model.patch_embed.patch_size == (8, 8)
     assert run.optimizer.param_groups[0]["weight_decay"] == 0.2
     order, samples = run.batches.order, run.batches.batches.dataset
-    assert (order.batch_size, order.seed, len(order), run.batches.batches.num_workers) == (40, 7, 3, 4)
+    assert (order.batch_size, order.seed, len(order), run.batches.batches.num_workers) == (35, 7, 3, 4)
     assert (len(samples), samples.seed, samples.on_bad_image) == (150, 7, "skip")
     (test_set,) = run.evaluation
-    assert (test_set["batch_size"], test_set["num_workers"]) == (40, 4)
+    assert (test_set["batch_size"], test_set["num_workers"]) == (35, 4)
     expected = tv.Compose([tv.Resize(16, tv.InterpolationMode.BICUBIC), tv.CenterCrop(16), tv.PILToTensor()])
     assert torch.equal(test_set["samples"].transform(photo()), expected(photo()))
     white = run.train_one_epoch.keywords["normalize"](torch.full((1, 3, 1, 1), 255, dtype=torch.uint8)).flatten()
@@ -221,6 +221,9 @@ def test_every_rate_has_a_head_and_images_held_out_choose(captured, tmp_path):
     assert entries["n_parameters"] == 128 * 3 + 3
     written = checkpoint.read(tmp_path / "run" / "probe.pth")
     assert written["model"]["head.1.bias"].tolist() == [0, 9, 0]
+    assert {name for name in written["model"] if name.startswith("head.")} == {
+        "head.0.running_mean", "head.0.running_var", "head.0.num_batches_tracked", "head.1.weight", "head.1.bias",
+    }  # fmt: skip
     assert (written["args"]["blr"], written["epoch"]) == (0.1, 0)
     assert torch.equal(written["model"]["cls_token"], run.model.cls_token)
     assert (tmp_path / "report" / "classes.csv").exists()

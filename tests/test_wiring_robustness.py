@@ -8,6 +8,7 @@ import pytest
 import torch
 from capture import parse, recorder
 from painted import class_folders
+from timm.data import RealLabelsImagenet
 
 import main_robustness
 from engine_finetune import Evaluation
@@ -18,12 +19,12 @@ DEFAULTS = {"subset": None, "crop_pct": None, "output_dir": "runs/robustness", "
 
 @pytest.fixture
 def run(monkeypatch, tmp_path):
-    """Runs the script on folders with one image a class; each cell is answered right in every second image."""
+    """Runs the script on folders with one image a class; three of four images of each cell are answered right."""
 
     def answer(model, batches, *, normalize, precision):
         calls.evaluated.append({"model": model, "normalize": normalize, "precision": precision})
         labels = np.concatenate([labels.numpy() for _, labels, _ in batches])
-        return Evaluation(labels, np.where(np.arange(len(labels)) % 2, labels, labels + 1), len(labels) * 3 // 4, 0.5)
+        return Evaluation(labels, np.where(np.arange(len(labels)) % 4, labels, labels + 1), len(labels) - 1, 0.5)
 
     calls = SimpleNamespace(evaluated=[])
     monkeypatch.setattr(main_robustness, "evaluate", answer)
@@ -56,11 +57,12 @@ def test_the_classes_of_a_suite_are_answered(run, tmp_path):
     assert (len(labels), evaluated["model"].classes.tolist()) == (200, labels)
     images = evaluated["normalize"](torch.full((1, 3, 2, 2), 255, dtype=torch.uint8))
     assert images.unique().tolist() == [1.0]  # the model's mean and std are .5
-    assert found.results["cells"] == {"imagenet-a": {"images": 200, "acc1": 50.0, "acc5": 75.0}}
+    assert found.results["cells"] == {"imagenet-a": {"images": 200, "acc1": 75.0, "acc5": 99.5}}
     assert found.loaded[0]["crop_pct"] is None
     (batches,) = found.loaders
     assert (batches["batch_size"], batches["num_workers"], len(batches["samples"])) == (128, 10, 200)
-    assert "| imagenet-a | 200 | 50.000 | 75.000 |" in found.table
+    assert batches["samples"][0, 0].image.shape == (3, 32, 32)
+    assert "| imagenet-a | 200 | 75.000 | 99.500 |" in found.table
     settings = {name: found.results["settings"][name] for name in ("model", "subset", "amp", "data_path")}
     assert settings == {"model": "timm:reads_colours", "subset": None, "amp": "fp32",
                         "data_path": str(tmp_path / "imagenet-a")}  # fmt: skip
@@ -90,8 +92,8 @@ def test_corrupted_images_are_evaluated_as_they_are(run, tmp_path, monkeypatch):
     found = run("imagenet-c", subset=4)
     assert found.loaded[0]["crop_pct"] == 1.0
     assert len(found.evaluated) == len(found.results["cells"]) == 75
-    assert {tuple(cell.values()) for cell in found.results["cells"].values()} == {(4, 50.0, 75.0)}
-    mce = 50 / 15 * sum(1 / error for error in ALEXNET.values())
+    assert {tuple(cell.values()) for cell in found.results["cells"].values()} == {(4, 75.0, 75.0)}
+    mce = 25 / 15 * sum(1 / error for error in ALEXNET.values())
     assert f"**mCE {mce:.1f}**" in found.table
 
 
@@ -106,6 +108,19 @@ ALEXNET = {
 
 def test_alexnets_errors_are_the_published_ones():
     assert suites.CORRUPTIONS == ALEXNET
+    assert {family: len(errors) for family, errors in suites.ALEXNET.items()} == {
+        "noise": 3, "blur": 4, "weather": 4, "digital": 4,
+    }  # fmt: skip
+
+
+def test_the_published_numbers_of_images():
+    labels = RealLabelsImagenet([""] * 50_000).real_labels
+    assert sum(map(bool, labels.values())) == suites.IMAGES["imagenet-real"] == 46_837
+    assert suites.IMAGES["imagenet-a"] == 7_500
+    assert suites.IMAGES["imagenet-r"] == 30_000
+    assert suites.IMAGES["imagenet-sketch"] == 50_889
+    assert suites.IMAGES["imagenet-v2"] == 10_000
+    assert suites.IMAGES["imagenet-c"] == 50_000
 
 
 @pytest.mark.parametrize("name", ALEXNET)
