@@ -1,0 +1,272 @@
+"""Between a script and the loop: what `epochs.run` passes to every epoch, the learning rate of every update, and what
+the engine computes for a batch, with literal values."""
+
+import pytest
+import torch
+from mains import lines
+
+import engine_pretrain
+from models_mae import mae_vit_mini_patch4
+from util import dist, epochs, loader, loop, lr_sched, saver, transforms
+from util.precision import Precision
+from util.runlog import Stopwatch
+from util.runstate import Progress
+
+
+def log_an_epoch(batches, options) -> None:
+    """What the log needs of an epoch in which nothing is trained."""
+    if "log" in options:
+        watch = Stopwatch()
+        watch.stop()
+        options["log"].begin_epoch(options["epoch"], 0, len(batches), batches.images_per_step, watch)
+
+
+@pytest.fixture
+def loop_calls(monkeypatch):
+    """Replaces the loop by a function that keeps its arguments."""
+    calls = []
+
+    def keep(compute_loss, model, loader, optimizer, **options):
+        log_an_epoch(loader, options)
+        arguments = {"compute_loss": compute_loss, "model": model, "loader": loader, "optimizer": optimizer}
+        calls.append(arguments | options)
+
+    monkeypatch.setattr(loop, "run_epoch", keep)
+    return calls
+
+
+def keep_calls(monkeypatch, module, name):
+    """Calls go through, and their arguments are kept."""
+    calls, original = [], getattr(module, name)
+
+    def keep(*args, **kwargs):
+        calls.append((args, kwargs))
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, keep)
+    return calls
+
+
+LOOP_ARGUMENTS = {
+    "compute_loss", "model", "loader", "optimizer", "epoch", "schedule", "precision", "guard", "first_step",
+    "accum_iter", "clip_grad", "meters", "log", "saver",
+}  # fmt: skip
+
+
+def test_every_argument_of_the_loop_by_default(pretrain, loop_calls):
+    out = pretrain(epochs=3)
+    assert [call["epoch"] for call in loop_calls] == [0, 1, 2]
+    first, second, _ = loop_calls
+    assert first.keys() == LOOP_ARGUMENTS
+    assert isinstance(first["loader"], loader.TrainLoader)
+    assert len(first["loader"]) == 6
+    parameters = [parameter for group in first["optimizer"].param_groups for parameter in group["params"]]
+    trained = [parameter for parameter in first["model"].parameters() if parameter.requires_grad]
+    assert {id(parameter) for parameter in parameters} == {id(parameter) for parameter in trained}
+    assert (first["first_step"], first["accum_iter"], first["clip_grad"]) == (0, 1, None)
+    guard = first["guard"]
+    assert (guard.policy, guard.overflow_is_normal, guard.in_a_row) == ("abort", False, 0)
+    assert first["precision"].name == "fp32"
+    saves = first["saver"]
+    assert (saves.output_dir, saves.epochs, saves.save_every, saves.save_seconds, saves.keep_last) == (
+        out, 3, 20, 900.0, None
+    )  # fmt: skip
+    assert first["log"].loss_tag == "train_loss"
+    assert first["meters"].updates == 0
+    # One of these for the run, new meters for every epoch.
+    for name in ("model", "loader", "optimizer", "guard", "precision", "saver", "log"):
+        assert second[name] is first[name]
+    assert second["meters"] is not first["meters"]
+
+
+def test_every_argument_of_the_loop_by_flag(pretrain, loop_calls, monkeypatch, tmp_path):
+    logs = keep_calls(monkeypatch, epochs.runlog, "open_log")
+    resumed = keep_calls(monkeypatch, epochs.runstate, "resume")
+    pretrain(
+        epochs=9, start_epoch=6, accum_iter=2, clip_grad=0.7, on_nonfinite="skip", save_every=5, save_minutes=2,
+        keep_last=4, log_dir=tmp_path / "events", amp="bf16", warmup_epochs=2, min_lr=0.002, lr=0.01,
+    )  # fmt: skip
+    assert [call["epoch"] for call in loop_calls] == [6, 7, 8]
+    call = loop_calls[0]
+    assert (call["first_step"], call["accum_iter"], call["clip_grad"]) == (0, 2, 0.7)
+    assert call["guard"].policy == "skip"
+    assert call["precision"].name == "bf16"
+    saves = call["saver"]
+    assert (saves.epochs, saves.save_every, saves.save_seconds, saves.keep_last) == (9, 5, 120.0, 4)
+    assert (saves.progress.effective_batch_size, saves.progress.global_batch_size, saves.progress.num_images) == (
+        8, 4, 24
+    )  # fmt: skip
+    settings = saves.collect()["args"]
+    assert {name: settings[name] for name in ("lr", "min_lr", "epochs")} == {"lr": 0.01, "min_lr": 0.002, "epochs": 9}
+    ((args, options),) = logs
+    assert args == (tmp_path / "run", tmp_path / "events", 9)
+    assert options == {"first_epoch": 6, "first_x": 6000, "loss_tag": "train_loss"}
+    (((which, output_dir, model, optimizer, scaler, _, progress), _),) = resumed
+    assert (which, output_dir) == ("", tmp_path / "run")
+    assert model is call["model"]
+    assert optimizer is call["optimizer"]
+    assert scaler is call["precision"].scaler
+    assert progress is saves.progress
+    # The schedule sets the rate of every group and returns it.
+    assert [call["schedule"](epoch) for epoch in (0, 1, 2, 5.5, 9)] == pytest.approx([0, 0.005, 0.01, 0.006, 0.002])
+    assert call["schedule"](1) == 0.005
+    assert [group["lr"] for group in call["optimizer"].param_groups] == [0.005, 0.005]
+
+
+def test_the_published_schedule(pretrain, loop_calls):
+    """blr 1.5e-4, warm-up 40, 800 epochs; 24 images per update here."""
+    pretrain(epochs=800, start_epoch=799, warmup_epochs=40, blr=1.5e-4, batch_size=24)
+    schedule, peak = loop_calls[0]["schedule"], 1.40625e-5  # 1.5e-4 x 24 / 256
+    rates = {0: 0, 10: peak / 4, 40: peak, 230: peak * 0.8535534, 420: peak / 2, 610: peak * 0.1464466, 800: 0}
+    for epoch, rate in rates.items():
+        assert schedule(epoch) == pytest.approx(rate, rel=1e-6, abs=1e-12)
+
+
+def test_the_learning_rate_counts_the_images_of_all_processes(pretrain, loop_calls, monkeypatch):
+    scaled = keep_calls(monkeypatch, lr_sched, "scaled_lr")
+    monkeypatch.setattr(dist, "world_size", lambda: 2)
+    monkeypatch.setattr(dist, "mean_over_processes", lambda value: value)
+    monkeypatch.setattr(dist, "wrap", lambda model, device: model)
+    pretrain(epochs=2, batch_size=4, accum_iter=3, blr=0.256)
+    assert scaled == [((None, 0.256, 24), {})]
+    assert loop_calls[0]["schedule"](1) == pytest.approx(0.024)
+    progress = loop_calls[0]["saver"].progress
+    assert (progress.effective_batch_size, progress.global_batch_size) == (24, 8)
+
+
+def test_the_learning_rate_of_every_update(pretrain, monkeypatch):
+    """Two updates of 3 x 4 images per epoch; two epochs of warm-up and two of cosine from 0.012 to 0.002."""
+    rates, step = [], Precision.step
+
+    def keep(self, optimizer, clip_grad):
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        return step(self, optimizer, clip_grad)
+
+    monkeypatch.setattr(Precision, "step", keep)
+    out = pretrain(epochs=4, accum_iter=3, blr=0.256, warmup_epochs=2, min_lr=0.002)
+    published = [0, 0.003, 0.006, 0.009, 0.012, 0.0105355339, 0.007, 0.0034644661]
+    assert [no_decay for no_decay, _ in rates] == pytest.approx(published)
+    assert [decay for _, decay in rates] == pytest.approx(published)
+    assert [line["train_lr"] for line in lines(out)] == pytest.approx([0.0015, 0.0075, 0.01126776695, 0.00523223305])
+
+
+def test_compiled_on_demand(pretrain, loop_calls, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(epochs, "compile_model", lambda *args: compiled.append(args))
+    pretrain("plain", epochs=1)
+    assert compiled == []
+    pretrain("compiled", epochs=1, compile=True)
+    assert compiled == [(loop_calls[1]["model"], torch.device("cpu"))]
+
+
+def test_fp16_overflow_is_normal(pretrain, loop_calls, monkeypatch):
+    monkeypatch.setattr(Precision, "__init__", init_fp16)
+    pretrain(epochs=1)
+    assert loop_calls[0]["guard"].overflow_is_normal is True
+
+
+def init_fp16(self, amp, device):
+    self.device, self.dtype, self.overflow_is_normal = device, torch.float16, True
+    self.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+
+
+def test_the_loss_scaler_is_restored(pretrain, loop_calls, monkeypatch):
+    """fp16 runs on GPUs only; here it stands for a scaler that has found its scale."""
+    monkeypatch.setattr(Precision, "__init__", init_fp16)
+    with monkeypatch.context() as patch:
+        # The scale and the growth tracker that an overflow leaves.
+        def train(compute_loss, model, batches, optimizer, *, precision, **options):
+            log_an_epoch(batches, options)
+            precision.scaler.load_state_dict(precision.scaler.state_dict() | {"scale": 0.5, "_growth_tracker": 7})
+
+        patch.setattr(loop, "run_epoch", train)
+        pretrain(epochs=1, save_every=1)
+    pretrain(epochs=2, resume="auto")
+    state = loop_calls[0]["precision"].scaler.state_dict()
+    assert (state["scale"], state["_growth_tracker"]) == (0.5, 7)
+
+
+def test_buffers_are_shared_and_epochs_saved(pretrain, loop_calls, monkeypatch):
+    """After every epoch: the buffers of rank 0 reach all processes, before anything is saved."""
+    order = []
+    monkeypatch.setattr(dist, "share_buffers", lambda model: order.append(("share", model)))
+    save_epoch = saver.Saver.save_epoch
+
+    def save(self, epoch, accuracy=None):
+        order.append(("save", epoch, accuracy))
+        save_epoch(self, epoch, accuracy)
+
+    monkeypatch.setattr(saver.Saver, "save_epoch", save)
+    pretrain(epochs=2)
+    model = loop_calls[0]["model"]
+    assert order == [("share", model), ("save", 0, None), ("share", model), ("save", 1, None)]
+
+
+def test_the_rest_of_an_epoch(pretrain, loop_calls, monkeypatch):
+    """A run that resumes within an epoch trains the rest of it, and adds to its meters."""
+
+    def resume(which, output_dir, model, optimizer, scaler, settings, progress: Progress):
+        progress.epoch, progress.first_step, progress.meters = 1, 4, {"loss": 3.0, "lr": 0.5, "updates": 2}
+
+    monkeypatch.setattr(epochs.runstate, "resume", resume)
+    logs = keep_calls(monkeypatch, epochs.runlog, "open_log")
+    pretrain(epochs=3, accum_iter=2)
+    first, second = loop_calls
+    assert (first["epoch"], first["first_step"], first["meters"].loss, first["meters"].updates) == (1, 4, 3.0, 2)
+    assert (second["epoch"], second["first_step"], second["meters"].updates) == (2, 0, 0)
+    assert logs[0][1]["first_epoch"] == 1
+    assert logs[0][1]["first_x"] == 1666  # int(1000 x (1 + 4 / 6))
+
+
+# ------------------------------------------------------------------------------------------------------- the engine
+
+
+@pytest.mark.parametrize("mask_ratio", [0.75, 0.5])
+def test_the_engine_computes_the_loss_of_normalised_images_and_the_samples_masks(loop_calls, mask_ratio):
+    model = mae_vit_mini_patch4(img_size=16)
+    images = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
+    labels, noise = torch.arange(4), torch.rand(4, 16)
+    normalize = transforms.Normalize([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
+    batches, optimizer = object(), object()
+    engine_pretrain.train_one_epoch(
+        model, batches, optimizer, mask_ratio=mask_ratio, normalize=normalize, epoch=3, clip_grad=0.5
+    )
+    (call,) = loop_calls
+    compute_loss = call.pop("compute_loss")
+    assert call == {"model": model, "loader": batches, "optimizer": optimizer, "epoch": 3, "clip_grad": 0.5}
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6]))
+    expected, _, mask = model((images / 255 - mean) / std, mask_ratio, noise=noise)
+    assert mask.sum() == 4 * 16 * mask_ratio
+    torch.testing.assert_close(compute_loss([images, labels, noise]), expected)
+
+
+def test_the_loop_trains_with_the_gradient_of_that_loss(pretrain, monkeypatch):
+    """One update of a run against the same update by hand: sampling, normalisation, mask, AdamW."""
+    batches = []
+    run_epoch = loop.run_epoch
+
+    def keep(compute_loss, model, data, optimizer, **options):
+        data.seek(0)
+        batches.extend(data)
+        before.extend(parameter.detach().clone() for parameter in model.parameters())
+        run_epoch(compute_loss, model, data, optimizer, **options)
+        after.extend(model.parameters())
+
+    before, after = [], []
+    monkeypatch.setattr(loop, "run_epoch", keep)
+    pretrain(epochs=1, batch_size=24, warmup_epochs=0, lr=0.01, norm_pix_loss=True)
+    ((images, _, noise),) = batches
+    twin = mae_vit_mini_patch4(img_size=16, norm_pix_loss=True)
+    for parameter, value in zip(twin.parameters(), before, strict=True):
+        parameter.data.copy_(value)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    twin((images / 255 - mean) / std, 0.75, noise=noise)[0].backward()
+    for (name, theirs), ours in zip(twin.named_parameters(), after, strict=True):
+        if theirs.grad is None:
+            assert torch.equal(ours, theirs)
+            continue
+        decay = 1 - 0.01 * 0.05 if theirs.ndim > 1 else 1.0
+        # AdamW's first update is the gradient's sign, but for the eps of 1e-8.
+        expected = theirs * decay - 0.01 * theirs.grad / (theirs.grad.abs() + 1e-8)
+        large = theirs.grad.abs() > 1e-5
+        torch.testing.assert_close(ours[large], expected[large], rtol=1e-4, atol=1e-5, msg=name)
