@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -32,6 +34,15 @@ def assert_close(a, b, name="checkpoint-1.pth"):
 
 def lines(out):
     return [json.loads(line) for line in (out / "log.txt").read_text().splitlines()]
+
+
+def wait_until(condition: Callable[[], object], process: subprocess.Popen | None = None, seconds: float = 120) -> None:
+    """Waits for a condition; fails at the deadline, or with the output of a process that ends before."""
+    ends = time.monotonic() + seconds
+    while not condition():
+        assert process is None or process.poll() is None, process.stdout and process.stdout.read()
+        assert time.monotonic() < ends, f"nothing happened in {seconds:g} s"
+        time.sleep(0.02)
 
 
 class Stopped(BaseException):

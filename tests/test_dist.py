@@ -4,12 +4,11 @@ import os
 import socket
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
 from conftest import ROOT, torchrun
-from mains import in_processes
+from mains import in_processes, wait_until
 
 from util import dist
 
@@ -144,10 +143,7 @@ def test_a_process_that_is_gone_is_one_line_in_the_others_log(pictures, tmp_path
         )
         for number in ("0", "1")
     ]  # fmt: skip
-    ends = time.monotonic() + 120
-    while not (tmp_path / "log.txt").exists():
-        assert time.monotonic() < ends
-        time.sleep(0.05)
+    wait_until((tmp_path / "log.txt").exists)
     processes[killed].kill()
     survivor = processes[1 - killed]
     [line] = [line for line in survivor.communicate(timeout=120)[1].splitlines() if "WARNING" not in line]
@@ -160,10 +156,19 @@ def test_a_process_that_is_gone_is_one_line_in_the_others_log(pictures, tmp_path
 
 
 CODE = """
+import os, time
 import torch
 from util import dist
 
 def main(device):
+    if dist.rank() == 1:
+        time.sleep(0.5)
+        open("late", "w").close()
+    dist.barrier()
+    met = os.path.exists("late")
+    norm = torch.nn.BatchNorm1d(1)
+    norm.running_mean.fill_(5.0 + dist.rank())
+    dist.share_buffers(norm)
     model = dist.wrap(torch.nn.Linear(1, 1, bias=False), device)
     x = torch.full((1, 1), dist.rank() + 1.0)
     with dist.gradient_sync(model, enabled=False):
@@ -173,6 +178,7 @@ def main(device):
         model(x).sum().backward()
     mean = dist.mean_over_processes(torch.tensor(float(dist.rank())))
     line = f"{dist.rank()}/{dist.world_size()} {alone} {model.module.weight.grad.item()} {mean.item()}"
+    line += f" {met} {dist.gather(dist.rank() + 7)} {norm.running_mean.item()} {dist.is_main()}"
     open(f"out{dist.rank()}", "w").write(line)
 
 main(dist.init("cpu"))
@@ -180,7 +186,7 @@ dist.teardown()
 """
 
 
-def test_two_processes_average_only_when_told(tmp_path):
+def test_two_processes_average_gradients_on_demand_and_meet_at_a_barrier(tmp_path):
     (tmp_path / "code.py").write_text(CODE)
     subprocess.run(
         [*torchrun(2), "code.py"],
@@ -188,8 +194,9 @@ def test_two_processes_average_only_when_told(tmp_path):
         timeout=120,
     )  # fmt: skip
     # Gradients 1 and 2 stay apart without a sync; the sync averages all that was gathered: (2 + 4) / 2.
-    assert (tmp_path / "out0").read_text() == "0/2 1.0 3.0 0.5"
-    assert (tmp_path / "out1").read_text() == "1/2 2.0 3.0 0.5"
+    # The barrier waits for the late process; objects come in the order of ranks; buffers are those of rank 0.
+    assert (tmp_path / "out0").read_text() == "0/2 1.0 3.0 0.5 True [7, 8] 5.0 True"
+    assert (tmp_path / "out1").read_text() == "1/2 2.0 3.0 0.5 True [7, 8] 5.0 False"
 
 
 def test_nothing_is_warned_of(pictures, tmp_path):

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, torchrun
-from mains import assert_equal, lines, weights
+from mains import assert_equal, lines, wait_until, weights
 
 from util import checkpoint
-from util.interrupts import Interrupted, Interrupts
+from util.interrupts import SIGNALS, Interrupted, Interrupts, blocked
 
 EPOCHS = 40
 FLAGS = ["--model", "mae_vit_mini_patch4", "--input_size", 16, "--epochs", EPOCHS, "--warmup_epochs", 1, "--blr", 0.01,
@@ -37,9 +37,7 @@ def start(pictures, out, processes=1, *more, script="main_pretrain.py"):
 def stop_after_an_epoch(process, out, *signals):
     log = out / "log.txt"
     before = log.read_text() if log.exists() else ""
-    while not log.exists() or log.read_text() == before:
-        assert process.poll() is None, process.stdout.read()
-        time.sleep(0.02)
+    wait_until(lambda: log.exists() and log.read_text() != before, process)
     for number in signals:
         os.killpg(process.pid, number)
     said = process.communicate(timeout=60)[0]
@@ -50,7 +48,7 @@ def stop_after_an_epoch(process, out, *signals):
 def undisturbed(pictures, tmp_path_factory):
     out = tmp_path_factory.mktemp("undisturbed")
     process = start(pictures, out)
-    process.communicate()
+    process.communicate(timeout=300)
     assert process.returncode == 0
     return out
 
@@ -101,8 +99,7 @@ def test_a_killed_process_ends_the_others(pictures, tmp_path):
 
 def test_a_killed_loading_process_is_a_sentence(pictures, tmp_path):
     process = start(pictures, tmp_path, 1, "--epochs", 2000)
-    while not (tmp_path / "log.txt").exists():
-        time.sleep(0.02)
+    wait_until((tmp_path / "log.txt").exists, process)
     (child,) = [pid for pid in os.listdir("/proc") if pid.isdecimal() and parent_of(pid) == process.pid]
     os.kill(int(child), signal.SIGKILL)
     said = process.communicate(timeout=60)[0]
@@ -165,8 +162,7 @@ def parent_of(pid):
 
 def second_process(out):
     """The process of rank 1, once there is an epoch; its worker processes have higher numbers."""
-    while not (out / "log.txt").exists():
-        time.sleep(0.02)
+    wait_until((out / "log.txt").exists)
     return min(
         int(pid) for pid in os.listdir("/proc")
         if pid.isdecimal() and environment_of(pid).get("RANK") == "1" and str(out) in command_of(pid)
@@ -198,3 +194,48 @@ def test_the_second_sigint_stops_at_once():
             time.sleep(1)
     assert signal.getsignal(signal.SIGINT) is before
     assert str(Interrupted(signal.SIGTERM)) == "stopped by SIGTERM"
+
+
+def test_every_signal_of_launchers_is_noted_and_handlers_come_back():
+    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+    assert signals == SIGNALS
+    before = [signal.getsignal(signum) for signum in signals]
+    for signum in signals:
+        with Interrupts() as interrupts:
+            assert interrupts.pending is None
+            os.kill(os.getpid(), signum)
+            assert interrupts.pending == signum
+    assert [signal.getsignal(signum) for signum in signals] == before
+
+
+def test_only_a_repeated_sigint_stops_at_once():
+    """Slurm sends SIGTERM before a keyboard's first SIGINT; the last signal decides the exit code."""
+    with Interrupts() as interrupts:
+        for signum in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+            os.kill(os.getpid(), signum)
+            assert interrupts.pending == signum
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+
+
+def test_a_signal_ends_an_evaluation_at_once_and_nothing_else(caplog):
+    with Interrupts() as interrupts:
+        with pytest.raises(Interrupted) as stopped, interrupts.at_once():
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+        assert stopped.value.signum == signal.SIGTERM
+        assert "SIGTERM: the run stops now" in caplog.text
+        os.kill(os.getpid(), signal.SIGUSR1)  # outside it is noted only
+        assert interrupts.pending == signal.SIGUSR1
+        evaluated = False
+        with pytest.raises(Interrupted), interrupts.at_once():  # it came before
+            evaluated = True
+        assert not evaluated
+
+
+def test_signals_are_blocked_while_processes_start():
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    with blocked():
+        assert signal.pthread_sigmask(signal.SIG_BLOCK, []) >= set(SIGNALS)
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before

@@ -5,13 +5,13 @@ import os
 import random
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import make_samples
+from mains import wait_until
 from PIL import Image
 
 from util import dist, loader, transforms
@@ -151,8 +151,8 @@ def test_worker_processes_heed_their_run_alone(pictures, method, monkeypatch):
 def test_a_killed_worker_process_raises_while_a_batch_is_awaited_and_not_before(pictures):
     _batches, rest, worker = begin(pictures)
     os.kill(worker.pid, signal.SIGKILL)
-    while ") Z " not in Path(f"/proc/{worker.pid}/stat").read_text():
-        time.sleep(0.01)  # PyTorch would raise here
+    status = Path(f"/proc/{worker.pid}/stat")
+    wait_until(lambda: ") Z " in status.read_text())  # PyTorch would raise here
     with pytest.raises(RuntimeError, match=r"DataLoader worker .* (is killed by signal: Killed|exited unexpectedly)"):
         list(rest)
 
@@ -288,6 +288,28 @@ def test_what_a_batch_draws_depends_on_its_place_alone(pictures):
     torch.rand(17)
     assert draws(3) == whole[3:]
     assert len(set(whole)) == 6
+
+
+def test_what_a_batch_draws_differs_between_seeds_epochs_steps_and_processes(pictures, monkeypatch):
+    """Else mixup and drop path would repeat in every epoch, in every batch, or on every GPU."""
+
+    def draw(seed, epoch, step, rank):
+        monkeypatch.setattr(dist, "rank", lambda: rank)
+        batches = TrainLoader(make_samples(pictures), 4, seed, 0, False)
+        batches.seek(epoch)
+        batches.seed_step(step)
+        return torch.rand(1).item(), np.random.rand(), random.random()
+
+    places = [(0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)]
+    draws = [draw(*place) for place in places]
+    for generator in zip(*draws, strict=True):
+        assert len(set(generator)) == len(places)
+    assert [draw(*place) for place in places] == draws
+
+
+def test_the_order_differs_between_seeds():
+    orders = [[index for batch in EpochBatches(103, 10, seed) for _, index in batch] for seed in (0, 1)]
+    assert orders[0] != orders[1]
 
 
 def test_fewer_cores_than_workers_are_noticed_once_and_not_of_the_default(caplog, monkeypatch):

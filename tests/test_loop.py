@@ -102,6 +102,15 @@ def test_starts_in_the_middle():
     assert later == moments[5:]
 
 
+@pytest.mark.parametrize("first_step", [0, 3])
+def test_every_iteration_is_seeded_by_its_place_before_its_loss(monkeypatch, first_step):
+    """What mixup and drop path draw belongs to (epoch, iteration), also in the rest of an epoch."""
+    events = []
+    monkeypatch.setattr(Numbers, "seed_step", lambda self, step: events.append((self.epoch, step)))
+    train(accum_iter=3, first_step=first_step, spoil=lambda step, loss: events.append("loss") or loss)
+    assert events == [event for step in range(first_step, 6) for event in ((3, step), "loss")]
+
+
 def test_clip_grad_bounds_the_step():
     model, _, _, _ = train(batch_size=28, clip_grad=1e-3, lr=1.0)
     torch.manual_seed(0)

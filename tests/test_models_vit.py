@@ -72,3 +72,48 @@ def test_from_scratch_weights():
     for weight in (model.pos_embed, model.blocks[3].attn.qkv.weight, model.head.weight):
         assert weight.std().item() == pytest.approx(0.02, rel=0.1)
     assert (model.blocks[0].mlp.fc1.bias == 0).all()
+
+
+def test_recomputed_blocks_drop_the_same_paths():
+    """The second computation draws the random numbers of the first, else its gradients are another function's."""
+    model, imgs = models_vit.vit_mini_patch4(img_size=16, drop_path_rate=0.5, num_classes=3), torch.randn(16, 3, 16, 16)
+
+    def gradients():
+        torch.manual_seed(4)
+        model.zero_grad()
+        model(imgs).square().sum().backward()
+        return [parameter.grad.clone() for parameter in model.parameters()]
+
+    expected = gradients()
+    models_vit.recompute_blocks(model)
+    for ours, theirs in zip(gradients(), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    model.eval()
+    torch.testing.assert_close(model(imgs), model(imgs), rtol=0, atol=0)  # nothing is dropped
+
+
+def test_positions_of_another_rectangle():
+    """A table of 2 x 4 patches for images of 4 x 3: rows stay rows."""
+    model = models_vit.vit_mini_patch4(img_size=(8, 16))
+    for parameter in (model.patch_embed.proj.weight, model.patch_embed.proj.bias, model.cls_token):
+        parameter.data.zero_()
+    table = model.pos_embed.data
+    grid = table[:, 1:].reshape(1, 2, 4, 128).permute(0, 3, 1, 2)
+    resized = torch.nn.functional.interpolate(grid, size=(4, 3), mode="bicubic", align_corners=False)
+    expected = torch.cat([table[:, :1], resized.flatten(2).transpose(1, 2)], dim=1)
+    torch.testing.assert_close(model.embed(torch.rand(1, 3, 16, 12)), expected)
+    torch.testing.assert_close(model.embed(torch.rand(1, 3, 8, 16)), table)
+
+
+def test_attention_by_hand():
+    """Two heads of one channel: softmax of query times key over the root of the head's width, then the projection."""
+    attention = models_vit.Attention(2, 2)
+    attention.qkv.weight.data = torch.tensor([[1.0, 0], [0, 1], [2, 0], [0, 3], [1, 1], [1, -1]])
+    attention.qkv.bias.data.zero_()
+    attention.proj.weight.data, attention.proj.bias.data = torch.eye(2), torch.tensor([0.5, 0.0])
+    x = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
+    e2, e3 = 7.38905609893065, 20.085536923187668
+    # Head 1: queries (1, 0), keys (2, 0), values (1, 1). Head 2: queries (0, 1), keys (0, 3), values (1, -1).
+    expected = [[1.5, 0.0], [1.5, (1 - e3) / (1 + e3)]]
+    torch.testing.assert_close(attention(x), torch.tensor([expected]))
+    torch.testing.assert_close(attention.maps(x)[0, 0], torch.tensor([[e2 / (1 + e2), 1 / (1 + e2)], [0.5, 0.5]]))

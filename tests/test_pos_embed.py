@@ -35,12 +35,13 @@ def test_channels_must_be_a_multiple_of_4():
         get_2d_sincos_pos_embed(6, 4)
 
 
-def test_interpolation_agrees_with_timm():
+@pytest.mark.parametrize(("old", "new"), [((4, 4), (7, 7)), ((2, 3), (4, 9)), ((3, 5), (5, 3)), ((5, 2), (2, 5))])
+def test_interpolation_agrees_with_timm(old, new):
     from timm.layers import resample_abs_pos_embed
 
-    table = torch.randn(1, 17, 8)
-    ours = resize_pos_embed(table, (4, 4), (7, 7))
-    theirs = resample_abs_pos_embed(table, [7, 7], [4, 4], interpolation="bicubic", antialias=False)
+    table = torch.randn(1, old[0] * old[1] + 1, 8)
+    ours = resize_pos_embed(table, old, new)
+    theirs = resample_abs_pos_embed(table, list(new), list(old), interpolation="bicubic", antialias=False)
     torch.testing.assert_close(ours, theirs)
     assert torch.equal(ours[:, 0], table[:, 0])
 

@@ -60,3 +60,26 @@ def test_fp16_steps_that_are_not_finite_change_nothing(loss, gradient):
     precision.backward(weight.sum())
     assert precision.step(optimizer, None).item() == pytest.approx(3**0.5)
     assert not torch.equal(weight.detach(), torch.ones(3))
+
+
+@pytest.mark.parametrize(("clip_grad", "step"), [(1.0, [-0.6, -0.8]), (10.0, [-3.0, -4.0]), (None, [-3.0, -4.0])])
+def test_gradients_are_unscaled_before_they_are_clipped(clip_grad, step):
+    """The gradient (3, 4) has the norm 5, whatever the scale."""
+    precision = Precision("off", CPU)
+    precision.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    weight = torch.nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([weight], lr=1.0, fused=True)
+    precision.backward((weight * torch.tensor([3.0, 4.0])).sum())
+    assert weight.grad.tolist() == [3072.0, 4096.0]
+    assert precision.step(optimizer, clip_grad).item() == pytest.approx(5.0)
+    assert weight.tolist() == pytest.approx(step, rel=1e-5)
+    assert precision.scaler.get_scale() == 1024.0
+
+
+def test_only_fp16_has_a_scaler(monkeypatch):
+    for amp, dtype in (("off", None), ("bf16", torch.bfloat16)):
+        precision = Precision(amp, CPU)
+        assert (precision.dtype, precision.scaler.is_enabled(), precision.overflow_is_normal) == (dtype, False, False)
+    monkeypatch.setattr("util.precision.amp_dtype", lambda amp, device: torch.float16)
+    precision = Precision("fp16", CPU)
+    assert (precision.name, precision.scaler.is_enabled(), precision.overflow_is_normal) == ("fp16", True, True)

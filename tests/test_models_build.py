@@ -1,0 +1,91 @@
+"""From a run's settings to its model; heads of probes."""
+
+import pytest
+import torch
+
+import models_build
+from models_vit import vit_mini_patch4
+
+MINI = {"model": "vit_mini_patch4", "input_size": 16, "patch_size": None, "in_chans": 3, "nb_classes": 5,
+        "global_pool": True}  # fmt: skip
+MAE = {"model": "mae_vit_mini_patch4", "input_size": 16, "patch_size": None, "in_chans": 3, "norm_pix_loss": True}
+
+
+def test_every_setting_of_an_autoencoder():
+    model = models_build.autoencoder(MAE)
+    assert (model.grid_size, model.patch_embed.in_chans, model.norm_pix_loss) == ((4, 4), 3, True)
+    assert (len(model.decoder_blocks), model.mask_token.shape[-1]) == (1, 64)
+    other = {"input_size": [16, 24], "patch_size": 8, "in_chans": 1, "norm_pix_loss": False, "decoder_depth": 2}
+    model = models_build.autoencoder(MAE | other)
+    assert (model.grid_size, model.patch_embed.in_chans, model.norm_pix_loss) == ((2, 3), 1, False)
+    assert len(model.decoder_blocks) == 2
+    named = models_build.autoencoder_arguments(MAE | {"model": "mae_vit_base_patch16_dec512d8b", "decoder_depth": None})
+    assert (named["embed_dim"], named["decoder_depth"], named["decoder_embed_dim"]) == (768, 8, 512)
+    for model in ("vit_mini_patch4", "mae_vit_none"):
+        with pytest.raises(ValueError, match=f"{model} is no masked autoencoder"):
+            models_build.autoencoder_arguments(MAE | {"model": model})
+
+
+def test_every_setting_of_a_classifier():
+    model = models_build.classifier(MINI | {"drop_path": 0.3})
+    assert (model.head.out_features, model.global_pool, model.patch_embed.grid_size) == (5, True, (4, 4))
+    assert model.blocks[-1].drop_path.drop_prob == pytest.approx(0.3)
+    model = models_build.classifier(MINI | {"global_pool": False, "patch_size": 8, "in_chans": 1})
+    assert (model.global_pool, model.patch_embed.patch_size, model.patch_embed.in_chans) == (False, (8, 8), 1)
+    assert not any(hasattr(block.drop_path, "drop_prob") for block in model.blocks)
+    with pytest.raises(ValueError, match="mae_vit_mini_patch4 is no classifier"):
+        models_build.classifier_arguments(MINI | {"model": "mae_vit_mini_patch4"})
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_recomputation_on_demand(on):
+    for model in (models_build.autoencoder(MAE | {"grad_checkpointing": on}),
+                  models_build.classifier(MINI | {"grad_checkpointing": on})):  # fmt: skip
+        assert {block.recomputed for block in model.blocks} == {on}
+
+
+def test_a_probe_trains_its_head_alone():
+    model = models_build.probe(MINI)
+    norm, linear = model.head
+    assert (norm.eps, norm.affine, norm.num_features) == (1e-6, False, 128)
+    assert (linear.in_features, linear.out_features) == (128, 5)
+    assert linear.weight.std().item() == pytest.approx(0.01, rel=0.1)
+    assert not linear.bias.any()
+    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == [
+        "head.1.weight", "head.1.bias"
+    ]  # fmt: skip
+    model.train()
+    assert norm.training
+    assert not any(block.training for block in model.blocks)
+
+
+@pytest.mark.parametrize("global_pool", [False, True])
+def test_partial_fine_tuning(global_pool):
+    last = {"fc_norm" if global_pool else "norm", "head"}
+    for num_blocks in (0, 1, 4):
+        model = vit_mini_patch4(img_size=16, global_pool=global_pool)
+        models_build.freeze_below(model, num_blocks)
+        trained = {name.rsplit(".", 1)[0] for name, parameter in model.named_parameters() if parameter.requires_grad}
+        blocks = {name.split(".")[1] for name in trained if name.startswith("blocks.")}
+        assert blocks == {str(number) for number in range(4 - num_blocks, 4)}
+        assert {name for name in trained if not name.startswith("blocks.")} == last
+        assert sum(name.startswith("blocks.") for name in trained) == 6 * num_blocks
+    for num_blocks in (-1, 5):
+        with pytest.raises(ValueError, match=f"--unfreeze_blocks {num_blocks}: the model has 4 blocks"):
+            models_build.freeze_below(model, num_blocks)
+
+
+def test_an_autoencoders_settings_make_a_classifier_of_its_encoder():
+    settings = MAE | {"mean": [0.1], "epochs": 3, "mask_ratio": 0.6}
+    kept = {name: value for name, value in settings.items() if name != "epochs"}
+    assert models_build.classifier_settings(settings) == kept | {"model": "vit_mini_patch4", "patch_size": 4}
+    named = models_build.classifier_settings({"model": "mae_vit_huge_patch14_dec512d8b", "patch_size": None})
+    assert named == {"model": "vit_huge_patch14", "patch_size": 14}
+    assert models_build.classifier_settings({"model": "resnet50", "input_size": 16}) == {}
+
+
+def test_heads_side_by_side_answer_in_their_order():
+    first, second = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    features = torch.randn(4, 3)
+    logits = models_build.SideBySide([first, second])(features)
+    assert torch.equal(logits, torch.stack([first(features), second(features)]))

@@ -1,0 +1,58 @@
+"""The masked autoencoder on inputs small enough to compute the results by hand, and with every number of patches."""
+
+import pytest
+import torch
+from test_models_mae import build
+
+from models_mae import MaskedAutoencoderViT
+
+
+def single_layers(side, patch_size=1, **kwargs) -> MaskedAutoencoderViT:
+    """A model without blocks, for images of one channel."""
+    return build(img_size=side, patch_size=patch_size, in_chans=1, depth=0, decoder_depth=0, **kwargs)
+
+
+@pytest.mark.parametrize("side", [7, 14, 16])
+def test_a_given_mask_keeps_every_number_of_patches(side):
+    """49, 196 and 256 patches: the ratio that stands for a mask must not lose a patch to its rounding."""
+    model, imgs, num_patches = single_layers(side), torch.randn(1, 1, side, side), side * side
+    for kept in range(1, num_patches + 1):
+        mask = torch.randperm(num_patches)[None] >= kept
+        assert torch.equal(model(imgs, mask=mask)[2], mask.float()), kept
+
+
+def test_a_reconstruction_has_the_patches_own_mean_and_deviation():
+    """Patch (1, 2, 3, 4): mean 2.5, unbiased variance 5/3."""
+    imgs = torch.tensor([[1.0, 2, 5, 5], [3, 4, 5, 5]])[None, None]
+    for norm_pix_loss, expected in ((True, [3.7909948, 1.2090054, 2.5, 5.0819885]), (False, [1.0, -1.0, 0.0, 2.0])):
+        model = single_layers((2, 4), patch_size=2, norm_pix_loss=norm_pix_loss)
+        model.decoder_pred.weight.data.zero_()
+        model.decoder_pred.bias.data = torch.tensor([1.0, -1.0, 0.0, 2.0])
+        picture = model.reconstruct(imgs, mask=torch.tensor([[True, False]]))
+        assert picture.prediction[0, 0, :, :2].flatten().tolist() == pytest.approx(expected, rel=1e-5)
+        assert torch.equal(picture.pasted[..., :2], picture.prediction[..., :2])
+        assert torch.equal(picture.pasted[..., 2:], imgs[..., 2:])
+        assert not picture.masked[..., :2].any()
+
+
+def test_a_normalised_target_by_hand():
+    """Against a prediction of zeros the loss of patch (1, 2, 3, 4) is its mean square, 1.25 / (5/3 + 1e-6)."""
+    model = single_layers((2, 4), patch_size=2, norm_pix_loss=True)
+    imgs = torch.tensor([[1.0, 2, 5, 5], [3, 4, 5, 5]])[None, None]
+    pred, mask = torch.zeros(1, 2, 4), torch.tensor([[1.0, 0.0]])
+    assert model.forward_loss(imgs, pred, mask).item() == pytest.approx(0.7499995, rel=1e-6)
+    assert model.forward_loss(1e-3 * imgs, pred, mask).item() == pytest.approx(0.46875, rel=1e-5)
+
+
+def test_the_decoder_puts_tokens_back_in_their_places():
+    """Without blocks a visible patch is its own embedding, a masked one the mask token; positions are added to both."""
+    model = single_layers((2, 4), patch_size=2, decoder_embed_dim=32)
+    model.decoder_embed.weight.data, model.decoder_embed.bias.data = torch.eye(32), torch.zeros(32)
+    latent, ids_restore = torch.randn(1, 3, 32), torch.tensor([[1, 0]])
+    embedded = model.decoder_pos_embed[0]
+    tokens = torch.stack([latent[0, 2] + embedded[1], latent[0, 1] + embedded[2]])
+    expected = model.decoder_pred(model.decoder_norm(tokens))
+    torch.testing.assert_close(model.forward_decoder(latent, ids_restore)[0], expected)
+    tokens = torch.stack([model.mask_token[0, 0] + embedded[1], latent[0, 1] + embedded[2]])
+    expected = model.decoder_pred(model.decoder_norm(tokens))
+    torch.testing.assert_close(model.forward_decoder(latent[:, :2], ids_restore)[0], expected)
