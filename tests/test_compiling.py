@@ -15,9 +15,9 @@ from util.compiling import compile_model
 
 @pytest.fixture(scope="module")
 def _compiler():
-    model = torch.nn.ReLU()
-    compile_model(model, torch.device("cpu"))
-    if model._compiled_call_impl is None:
+    try:
+        torch.compile(torch.relu)(torch.ones(2))
+    except Exception:  # which ones is up to the backend
         pytest.skip("there is no compiler")
 
 

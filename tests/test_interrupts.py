@@ -237,5 +237,7 @@ def test_a_signal_ends_an_evaluation_at_once_and_nothing_else(caplog):
 def test_signals_are_blocked_while_processes_start():
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
     with blocked():
+        with blocked():
+            assert signal.pthread_sigmask(signal.SIG_BLOCK, []) >= set(SIGNALS)
         assert signal.pthread_sigmask(signal.SIG_BLOCK, []) >= set(SIGNALS)
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from util import loop
-from util.interrupts import Interrupts
+from util.interrupts import Interrupted, Interrupts
 from util.loader import EpochBatches
 from util.precision import Precision
 from util.runlog import Meters, NullLog
@@ -39,7 +39,7 @@ class RecordingSaver(NullSaver):
 
 
 def train(batch_size=4, accum_iter=1, lr=0.1, spoil=lambda step, loss: loss, policy="abort", saver=None, guard=None,
-          **options):  # fmt: skip
+          log=None, **options):  # fmt: skip
     torch.manual_seed(0)
     batches = Numbers(batch_size, accum_iter)
     model = torch.nn.Linear(3, 1)
@@ -60,7 +60,7 @@ def train(batch_size=4, accum_iter=1, lr=0.1, spoil=lambda step, loss: loss, pol
         compute_loss, model, batches, optimizer,
         epoch=3, schedule=schedule, precision=Precision("off", torch.device("cpu")), accum_iter=accum_iter,
         guard=guard or loop.NonFiniteGuard(policy),
-        meters=meters, log=NullLog(), saver=saver or NullSaver(Interrupts()), **options,
+        meters=meters, log=log or NullLog(), saver=saver or NullSaver(Interrupts()), **options,
     )  # fmt: skip
     return model, seen, moments, meters
 
@@ -109,6 +109,96 @@ def test_every_iteration_is_seeded_by_its_place_before_its_loss(monkeypatch, fir
     monkeypatch.setattr(Numbers, "seed_step", lambda self, step: events.append((self.epoch, step)))
     train(accum_iter=3, first_step=first_step, spoil=lambda step, loss: events.append("loss") or loss)
     assert events == [event for step in range(first_step, 6) for event in ((3, step), "loss")]
+
+
+def test_gradients_are_averaged_in_the_last_iteration_of_an_update(monkeypatch):
+    synced, gradient_sync = [], loop.dist.gradient_sync
+    monkeypatch.setattr(
+        loop.dist, "gradient_sync", lambda model, enabled: synced.append(enabled) or gradient_sync(model, enabled)
+    )
+    train(accum_iter=3)
+    assert synced == [False, False, True] * 2
+
+
+def test_the_model_is_in_training_mode_under_autocast():
+    """An evaluation leaves it in the other mode."""
+    modes = []
+    model = torch.nn.Linear(3, 1).eval()
+
+    def compute_loss(batch):
+        modes.append((model.training, torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")))
+        return model(batch[0]).square().mean()
+
+    for amp, enabled in (("bf16", True), ("off", False)):
+        modes.clear()
+        loop.run_epoch(
+            compute_loss, model, Numbers(14), torch.optim.SGD(model.parameters(), lr=0.1, fused=True), epoch=0,
+            schedule=lambda epoch: 0.1, precision=Precision(amp, torch.device("cpu")), meters=Meters(), log=NullLog(),
+            guard=loop.NonFiniteGuard("abort"), saver=NullSaver(Interrupts()),
+        )  # fmt: skip
+        model.eval()
+        assert modes == [(True, enabled, torch.bfloat16)] * 2
+
+
+class Log(NullLog):
+    def __init__(self):
+        self.lines = []
+
+    def begin_epoch(self, epoch, first_step, num_steps, images_per_step, watch):
+        self.lines.append((epoch, first_step, num_steps, images_per_step))
+
+    def step(self, step, lr, loss, grad_norm):
+        self.lines.append((step, lr, loss, grad_norm))
+
+
+def test_every_update_is_logged_once_with_its_own_numbers():
+    """The loss of an update is the mean of its iterations; its number counts iterations."""
+    log, constants = Log(), iter([1.0, 3.0, 5.0, 7.0])
+    _, _, _, meters = train(batch_size=7, accum_iter=2, log=log, spoil=lambda step, loss: 0 * loss + next(constants))
+    assert log.lines == [(3, 0, 4, 7), (2, 0.1, 2.0, 0.0), (4, 0.1, 6.0, 0.0)]
+    assert (meters.loss, meters.updates) == (8.0, 2)
+
+
+@pytest.mark.parametrize(("stop_at", "saved"), [(1, 1), (3, 3), (7, 7)])
+def test_a_stop_is_saved_and_obeyed_after_the_update_in_which_it_came(stop_at, saved):
+    class Stops(Recorder):
+        def __init__(self):
+            super().__init__()
+            self.updates = 0
+
+        def wish(self):
+            self.updates += 1
+            return loop.Wish.STOP if self.updates == stop_at else loop.Wish.NOTHING
+
+        def stop(self):
+            raise Interrupted(15)
+
+    saver = Stops()
+    with pytest.raises(Interrupted):
+        train(saver=saver)
+    assert saver.saved == [(saved, saved, False)]
+
+
+def test_an_error_after_a_signal_is_an_interruption():
+    class Stopping(Recorder):
+        def raise_if_stopping(self, error):
+            raise Interrupted(15) from error
+
+    def fails(step, loss):
+        raise RuntimeError("DataLoader worker is killed")
+
+    with pytest.raises(Interrupted):
+        train(saver=Stopping(), spoil=fails)
+
+
+def test_the_greatest_wish_of_all_processes_counts(monkeypatch):
+    """Numbers of two processes, of which one wants to save and one nothing."""
+    saver = Recorder()
+    monkeypatch.setattr(loop.dist, "world_size", lambda: 2)
+    monkeypatch.setattr(loop.dist, "mean_over_processes", lambda value: (value + torch.tensor([0, 0, 1, 0])) / 2)
+    train(saver=saver, spoil=lambda step, loss: loss)
+    # Three iterations of 8 images; they are read STEPS_LATE later, here at the end of the epoch.
+    assert saver.saved == [(3, 3, False)]
 
 
 def test_clip_grad_bounds_the_step():

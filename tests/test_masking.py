@@ -71,3 +71,30 @@ def test_models_take_what_samplers_make(mini_mae):
     imgs = torch.rand(3, 1, 16, 16)
     for mask in (random_mask(3, (4, 4), 0.75), block_mask(3, (4, 4), 0.75), grid_mask(3, (4, 4))):
         assert torch.equal(mini_mae(imgs, mask=mask)[2], mask.flatten(1).float())
+
+
+def test_blocks_have_16_patches_at_least():
+    """Of 32 masked patches of 16 x 16 the first rectangle has at least 16: no mask is scattered."""
+    masks = block_mask(200, (16, 16), 1 - 224 / 256, torch.Generator().manual_seed(0))
+    assert set(masks.flatten(1).sum(dim=1).tolist()) == {32}
+    largest = [max(rectangles(mask)) for mask in masks]
+    assert min(largest) >= 12  # 3 x 4 and 2 x 7 are what rounding leaves of 16
+
+
+def rectangles(mask):
+    """Areas of the rectangles that are masked as one."""
+    rows, columns = mask.shape
+    summed = torch.zeros(rows + 1, columns + 1, dtype=torch.int64)
+    summed[1:, 1:] = mask.long().cumsum(0).cumsum(1)
+    for height in range(1, rows + 1):
+        for width in range(1, columns + 1):
+            sums = summed[height:, width:] - summed[:-height, width:] - summed[height:, :-width]
+            if ((sums + summed[:-height, :-width]) == height * width).any():
+                yield height * width
+
+
+def test_blocks_of_a_wide_grid_lie_in_it():
+    """In 2 rows of 40 patches blocks are up to 2 rows high and wider than high."""
+    masks = block_mask(100, (2, 40), 0.5, torch.Generator().manual_seed(0))
+    both = (masks[:, 0] & masks[:, 1]).sum(dim=1).float().mean()
+    assert both > 15  # of the 20 columns that a mask of full height would have

@@ -4,6 +4,8 @@ import pytest
 import torch
 from test_models_mae import build
 
+import models_mae
+import models_vit
 from models_mae import MaskedAutoencoderViT
 
 
@@ -56,3 +58,59 @@ def test_the_decoder_puts_tokens_back_in_their_places():
     tokens = torch.stack([model.mask_token[0, 0] + embedded[1], latent[0, 1] + embedded[2]])
     expected = model.decoder_pred(model.decoder_norm(tokens))
     torch.testing.assert_close(model.forward_decoder(latent[:, :2], ids_restore)[0], expected)
+
+
+def test_the_class_token_and_every_patch_get_their_positions():
+    model = single_layers((2, 4), patch_size=2)
+    model.pos_embed.data = torch.randn(1, 3, 32)
+    imgs = torch.randn(1, 1, 2, 4)
+    patches = model.patch_embed(imgs)[0]
+    tokens = [model.cls_token[0, 0] + model.pos_embed[0, 0], patches[1] + model.pos_embed[0, 2]]
+    latent, mask, ids_restore = model.forward_encoder(imgs, 0.5, noise=torch.tensor([[0.9, 0.1]]))
+    torch.testing.assert_close(latent[0], model.norm(torch.stack(tokens)))
+    assert (mask.tolist(), ids_restore.tolist()) == ([[1.0, 0.0]], [[1, 0]])
+
+
+def test_a_reconstruction_of_another_size_is_put_together_in_its_own_grid():
+    model = single_layers((4, 4), patch_size=2)
+    imgs = torch.arange(32.0).reshape(1, 1, 8, 4)
+    picture = model.reconstruct(imgs, mask=torch.tensor([[True] + 7 * [False]]))
+    assert torch.equal(picture.pasted[0, 0, 2:], imgs[0, 0, 2:])
+    assert torch.equal(picture.masked[0, 0, :2, 2:], imgs[0, 0, :2, 2:])
+
+
+def test_weights_that_are_loaded_into_one_model_leave_the_tables_of_others_alone():
+    """The tables are computed once and copied."""
+    first = single_layers(4)
+    table = first.pos_embed.clone()
+    with torch.no_grad():
+        first.pos_embed.fill_(7.0)
+        first.decoder_pos_embed.fill_(7.0)
+    assert torch.equal(single_layers(4).pos_embed, table)
+    assert not (single_layers(4).decoder_pos_embed == 7).any()
+
+
+@pytest.mark.parametrize(
+    ("name", "encoder", "decoder"),
+    [
+        ("mini_patch4", (128, 4, 4, 4), (64, 1, 2)),
+        ("tiny_patch16", (192, 12, 3, 16), (192, 4, 3)),
+        ("small_patch16", (384, 12, 6, 16), (256, 4, 8)),
+        ("base_patch16", (768, 12, 12, 16), (512, 8, 16)),
+        ("large_patch16", (1024, 24, 16, 16), (512, 8, 16)),
+        ("huge_patch14", (1280, 32, 16, 14), (512, 8, 16)),
+    ],
+)
+def test_published_sizes(name, encoder, decoder):
+    """Width, depth, heads and patch size of encoder and decoder: heads change no weight's shape."""
+    with torch.device("meta"):
+        model, classifier = getattr(models_mae, f"mae_vit_{name}")(), getattr(models_vit, f"vit_{name}")()
+    for vit in (model, classifier):
+        width, depth, heads, patch = encoder
+        assert (vit.cls_token.shape[-1], len(vit.blocks), vit.patch_embed.patch_size) == (width, depth, (patch, patch))
+        assert {block.attn.num_heads for block in vit.blocks} == {heads}
+        assert {block.mlp.fc1.out_features for block in vit.blocks} == {4 * width}
+    width, depth, heads = decoder
+    assert (model.mask_token.shape[-1], len(model.decoder_blocks)) == (width, depth)
+    assert {block.attn.num_heads for block in model.decoder_blocks} == {heads}
+    assert {block.mlp.fc1.out_features for block in model.decoder_blocks} == {4 * width}

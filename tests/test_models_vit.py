@@ -117,3 +117,36 @@ def test_attention_by_hand():
     expected = [[1.5, 0.0], [1.5, (1 - e3) / (1 + e3)]]
     torch.testing.assert_close(attention(x), torch.tensor([expected]))
     torch.testing.assert_close(attention.maps(x)[0, 0], torch.tensor([[e2 / (1 + e2), 1 / (1 + e2)], [0.5, 0.5]]))
+
+
+def test_drop_path_acts_on_attention_and_mlp():
+    """Each branch is left out of half of the samples, and counts twice in the others."""
+    block = models_vit.Block(8, 2, drop_path=0.5).train()
+    x = torch.randn(400, 3, 8)
+    attention = block.attn(block.norm1(x))
+    kinds = set()
+    with torch.no_grad():
+        for sample, out, branch in zip(x, block(x), attention, strict=True):
+            for first in (0.0, 2.0):
+                y = sample + first * branch
+                for second in (0.0, 2.0):
+                    if torch.allclose(out, y + second * block.mlp(block.norm2(y)), atol=1e-5):
+                        kinds.add((first, second))
+                        break
+    assert kinds == {(0.0, 0.0), (0.0, 2.0), (2.0, 0.0), (2.0, 2.0)}
+    block.eval()
+    y = x + attention
+    torch.testing.assert_close(block(x), y + block.mlp(block.norm2(y)))
+
+
+def test_a_frozen_model_trains_its_head_alone():
+    model = models_vit.vit_mini_patch4(img_size=16)
+    model.freeze()
+    model.train()
+    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == [
+        "head.weight", "head.bias"
+    ]  # fmt: skip
+    assert model.head.training
+    assert not any(module.training for module in model.blocks.modules())
+    model.eval()
+    assert not model.head.training

@@ -7,7 +7,7 @@ from mains import lines
 
 import engine_pretrain
 from models_mae import mae_vit_mini_patch4
-from util import dist, epochs, loader, loop, lr_sched, saver, transforms
+from util import dist, epochs, loader, loop, lr_sched, runfolder, saver, transforms
 from util.precision import Precision
 from util.runlog import Stopwatch
 from util.runstate import Progress
@@ -81,6 +81,7 @@ def test_every_argument_of_the_loop_by_default(pretrain, loop_calls):
 
 def test_every_argument_of_the_loop_by_flag(pretrain, loop_calls, monkeypatch, tmp_path):
     logs = keep_calls(monkeypatch, epochs.runlog, "open_log")
+    wrapped = keep_calls(monkeypatch, dist, "wrap")
     resumed = keep_calls(monkeypatch, epochs.runstate, "resume")
     pretrain(
         epochs=9, start_epoch=6, accum_iter=2, clip_grad=0.7, on_nonfinite="skip", save_every=5, save_minutes=2,
@@ -107,6 +108,7 @@ def test_every_argument_of_the_loop_by_flag(pretrain, loop_calls, monkeypatch, t
     assert optimizer is call["optimizer"]
     assert scaler is call["precision"].scaler
     assert progress is saves.progress
+    assert wrapped == [((model, torch.device("cpu")), {})]
     # The schedule sets the rate of every group and returns it.
     assert [call["schedule"](epoch) for epoch in (0, 1, 2, 5.5, 9)] == pytest.approx([0, 0.005, 0.01, 0.006, 0.002])
     assert call["schedule"](1) == 0.005
@@ -216,6 +218,19 @@ def test_the_rest_of_an_epoch(pretrain, loop_calls, monkeypatch):
     assert (second["epoch"], second["first_step"], second["meters"].updates) == (2, 0, 0)
     assert logs[0][1]["first_epoch"] == 1
     assert logs[0][1]["first_x"] == 1666  # int(1000 x (1 + 4 / 6))
+
+
+def test_a_run_locks_its_folder(pretrain, monkeypatch, tmp_path):
+    def train(compute_loss, model, batches, optimizer, **options):
+        log_an_epoch(batches, options)
+        with pytest.raises(ValueError, match="is being written to by another run"), runfolder.locked(tmp_path / "run"):
+            pass
+        entered.append(True)
+
+    entered = []
+    monkeypatch.setattr(loop, "run_epoch", train)
+    pretrain(epochs=1)
+    assert entered == [True]
 
 
 # ------------------------------------------------------------------------------------------------------- the engine
