@@ -188,6 +188,8 @@ def test_the_encoder_is_the_files(captured, tmp_path):
     torch.save({"model": encoder.state_dict()}, tmp_path / "encoder.pth")
     run = captured(**mini(finetune=tmp_path / "encoder.pth"))
     assert torch.equal(run.model.cls_token, encoder.cls_token)
+    resumed = captured(**mini(resume=tmp_path / "encoder.pth"))
+    assert torch.equal(resumed.model.cls_token, encoder.cls_token)
     grey = captured(**mini(finetune=tmp_path / "encoder.pth", in_chans=1, adapt_input="mean"))
     expected = encoder.patch_embed.proj.weight.sum(dim=1, keepdim=True)
     torch.testing.assert_close(grey.model.patch_embed.proj.weight, expected)
@@ -196,7 +198,7 @@ def test_the_encoder_is_the_files(captured, tmp_path):
 # ----------------------------------------------------------------------------------------------------- several rates
 
 
-def test_every_rate_has_a_head_and_images_held_out_choose(captured, tmp_path):
+def test_every_rate_has_a_head_and_images_held_out_choose(captured, capsys, tmp_path):
     """The head that answers "ant" is the best one on the test set, and the one of "bee" on the training images."""
     run = captured(**mini(blr="0.2 0.1 0.4", batch_size=100, report=tmp_path / "report", epochs=1))
     first, second, third = run.model.head
@@ -215,7 +217,11 @@ def test_every_rate_has_a_head_and_images_held_out_choose(captured, tmp_path):
 
     for head, label in ((first, 0), (second, 1), (third, 2)):
         constant_head(head[1], label)
+    logits, labels = torch.randn(3, 6, 3), torch.arange(6) % 3
+    run.train_one_epoch.keywords["criterion"](logits, labels)
     entries = run.after_epoch(0, None)
+    assert entries["train_loss"] == pytest.approx(F.cross_entropy(logits[1], labels).item())  # of the chosen head
+    assert "--blr 0.1, the smallest of those given, was chosen" in capsys.readouterr().out
     assert entries["chosen_blr"] == 0.1
     assert entries["test_acc1"] == 25.0  # of 8 test images 2 are bees; 5 are ants
     assert entries["n_parameters"] == 128 * 3 + 3
@@ -237,6 +243,7 @@ def test_the_share_and_the_seed_of_what_is_held_out(captured):
 
     assert len(held_out(held_out=0.25)) == 130
     assert held_out(seed=1) != held_out(seed=2)
+    assert captured(**mini(batch_size=520)).evaluation[0]["batch_size"] == 512  # the features of more take memory
     with pytest.raises(ValueError, match="--lr sets one rate"):
         captured(**mini(blr="0.2 0.1", lr=1))
 
