@@ -6,10 +6,12 @@ import torch
 from conftest import make_samples
 from sklearn.metrics import log_loss, top_k_accuracy_score
 
-from engine_finetune import Evaluation, _interleave, evaluate
+import main_finetune
+from engine_finetune import Evaluation, _interleave, as_recorded, evaluate, extract_features
 from models_vit import vit_mini_patch4
-from util import dist, loader, transforms
+from util import cli, dist, loader, transforms
 from util.precision import Precision
+from util.weights import Weights
 
 
 @pytest.fixture
@@ -18,7 +20,7 @@ def evaluation_of(pictures):
 
     def run(batch_size, num_classes=7):
         torch.manual_seed(0)
-        model = vit_mini_patch4(img_size=16, num_classes=num_classes)
+        model = vit_mini_patch4(img_size=16, num_classes=num_classes, drop_path_rate=0.9)  # in training alone
         torch.nn.init.normal_(model.head.weight, std=0.1)
         batches = loader.eval_loader(make_samples(pictures), batch_size, 0, False)
         return model, batches, evaluate(
@@ -75,3 +77,27 @@ def test_answers_of_all_processes_count(evaluation_of, monkeypatch):
     assert both.acc1 == pytest.approx((alone.acc1 * 24 + 100 * 23) / 47)
     assert both.num_in_top == alone.num_in_top + 23
     assert both.loss == pytest.approx((alone.loss * 24 + 46) / 47)
+
+
+def test_features_are_those_of_evaluation_mode(pictures):
+    model = vit_mini_patch4(img_size=16, num_classes=7, drop_path_rate=0.9).train()
+    normalize = transforms.Normalize(*transforms.channel_statistics(3))
+    batches = loader.eval_loader(make_samples(pictures), 7, 0, False)
+    precision = Precision("off", torch.device("cpu"))
+    features, labels = extract_features(model, batches, normalize=normalize, precision=precision)
+    with torch.no_grad():
+        expected = torch.cat([model.eval().forward_features(normalize(images)) for images, _, _ in batches])
+    torch.testing.assert_close(features, expected)
+    assert labels.tolist() == [int(label) for _, own, _ in batches for label in own]
+
+
+def test_flags_that_are_set_win_over_recorded_settings(caplog):
+    args = cli.parse(main_finetune.get_args_parser(), ["--input_size", "32", "--crop_pct", "0.5", "--nb_classes", "6"])
+    recorded = {"input_size": 16, "in_chans": 1, "crop_pct": 0.5, "nb_classes": 7, "mean": [0.5], "unknown": 3}
+    file = Weights({}, recorded, "classifier", "run.pth")
+    found = as_recorded(args, file, recorded)
+    assert (found.input_size, found.in_chans, found.crop_pct, found.nb_classes, found.mean) == (32, 1, 0.5, 6, None)
+    assert args.in_chans == 3
+    assert [record.getMessage() for record in caplog.records] == [
+        "--input_size 32 is used, and run.pth was made with --input_size 16"
+    ]
