@@ -259,7 +259,7 @@ def _load(file: Weights, wanted: str | None, settings: dict[str, Any]) -> Autoen
     told = {**seen, **_of_row(file.source), **file.settings}
     wanted = wanted or seen["model"]
     if file.kind == CLASSIFIER and "nb_classes" in settings and settings["nb_classes"] != told["nb_classes"]:
-        told.pop("classes", None)
+        told = {name: value for name, value in told.items() if name not in ("classes", "label_names")}
     made = _settings(wanted, {**told, **settings})
     model = _class_of(wanted)(made)
     if isinstance(model, Autoencoder):

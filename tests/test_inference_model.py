@@ -204,6 +204,17 @@ def test_an_encoder_of_a_checkpoint_under_a_new_head(pretrain):
     assert torch.equal(model.blocks[0].mlp.fc1.weight, get_model(file).blocks[0].mlp.fc1.weight)
 
 
+def test_names_of_other_classes_are_not_those_of_a_new_head(tmp_path, classifier):
+    """Names of classes from a run, or from the config.json of transformers: neither fits another number of classes."""
+    for name in ("classes", "label_names"):
+        torch.save({"model": classifier.state_dict(), "args": {name: ["cat", "dog", "owl"]}}, tmp_path / "file.pth")
+        assert get_model(tmp_path / "file.pth").classes == ["cat", "dog", "owl"]
+        other = get_model(tmp_path / "file.pth", nb_classes=5)
+        assert other.classes is None
+        names = {name for name, _ in other.predict(photographs.chelsea())["top"]}
+        assert names == {f"class {label}" for label in range(5)}
+
+
 def test_wrong_images(tmp_path, classifier):
     (tmp_path / "text.jpg").write_text("hello")
     with pytest.raises(BadImage, match=r"text\.jpg: the file is not an image of a known format"):
