@@ -1,0 +1,339 @@
+"""A run resumes with its whole state: each part of it is compared with what was there before."""
+
+import io
+import math
+import os
+import pickle
+import random
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as td
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from models_mae import mae_vit_mini_patch4
+from models_vit import vit_mini_patch4
+from util import advice, atomic, checkpoint, dist, runfolder, runlog, runstate, saver, sharded, weights
+from util.checkpoint import CheckpointError
+from util.interrupts import Interrupts
+from util.loop import Wish
+from util.pos_embed import resize_pos_embed
+from util.runstate import Progress
+from util.saver import Saver
+from util.weights import Weights
+
+SETTINGS = {"model": "mae_vit_mini_patch4", "mask_ratio": 0.75, "seed": 3, "accum_iter": 2, "data_path": "a"}
+METERS = {"loss": 1.5, "lr": 0.25, "updates": 2, "skipped_steps": 1}
+
+
+def make_run(seed):
+    """A model of this seed, its optimizer with two groups, a scaler of this scale, and a position."""
+    torch.manual_seed(seed)
+    model = mae_vit_mini_patch4(img_size=16, in_chans=1)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [{"params": parameters[:7], "weight_decay": 0.0}, {"params": parameters[7:], "weight_decay": 0.05}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3 * (1 + seed), betas=(0.9, 0.95))
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0 * (1 + seed))
+    return model, optimizer, scaler, Progress(16, 8, num_images=48)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A run after two steps, saved after 4 batches of epoch 5 with a best accuracy of 70."""
+    model, optimizer, scaler, progress = make_run(0)
+    for _ in range(2):
+        model(torch.randn(2, 1, 16, 16)).__getitem__(0).backward()
+        optimizer.step()
+    progress.best_accuracy = 70.0
+    checkpoint.write({"epoch": 0}, tmp_path / "checkpoint-best.pth")  # else a saver begins with no best accuracy
+    writer = Saver(
+        Interrupts(), tmp_path, lambda: runstate.collect(model, optimizer, scaler, SETTINGS), progress,
+        epochs=50, save_every=20, save_minutes=15,
+    )  # fmt: skip
+    torch.manual_seed(77)
+    writer.save(5, 4, METERS)
+    writer.close()
+    return model, optimizer
+
+
+def resumed(which, tmp_path, settings=SETTINGS):
+    run = make_run(1)
+    model, optimizer, scaler, progress = run
+    runstate.resume(which, tmp_path, model, optimizer, scaler, settings, progress)
+    return run
+
+
+@pytest.mark.parametrize("which", ["auto", "checkpoint-last.pth"])
+def test_every_part_of_the_state_comes_back(saved, tmp_path, which):
+    torch.manual_seed(5)
+    model, optimizer, scaler, progress = resumed(which if which == "auto" else str(tmp_path / which), tmp_path)
+    torch.manual_seed(77)
+    expected = torch.rand(4)
+    resumed("auto", tmp_path)
+    assert torch.equal(torch.rand(4), expected)
+    for name, value in saved[0].state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+    ours, theirs = optimizer.state_dict(), saved[1].state_dict()
+    assert ours["state"].keys() == theirs["state"].keys()
+    for number, moments in theirs["state"].items():
+        assert moments["step"] == 2
+        for name, value in moments.items():
+            assert torch.equal(ours["state"][number][name], value)
+    assert [group["lr"] for group in ours["param_groups"]] == [2e-3, 2e-3]  # settings are those of this run
+    assert [group["weight_decay"] for group in ours["param_groups"]] == [0.0, 0.05]
+    assert scaler.get_scale() == 1024.0
+    assert (progress.epoch, progress.first_step, progress.best_accuracy) == (5, 4, 70.0)
+    assert progress.meters == METERS
+
+
+def test_what_a_checkpoint_holds(saved, tmp_path):
+    state = torch.load(tmp_path / "checkpoint-last.pth", weights_only=True)
+    assert state.keys() == {"model", "optimizer", "scaler", "args", "rng", "epoch", "progress", "digest"}
+    assert state["args"] == SETTINGS
+    assert (state["epoch"], state["scaler"]["scale"]) == (4, 1024.0)
+    assert state["progress"] == {
+        "epoch": 5, "images_done": 32, "effective_batch_size": 16, "meters": METERS, "best_accuracy": 70.0,
+        "num_images": 48,
+    }  # fmt: skip
+
+
+def test_the_next_epoch_begins_at_its_start():
+    progress = Progress(16, 8)
+    progress.epoch, progress.first_step, progress.meters, progress.best_accuracy = 3, 4, dict(METERS), 50.0
+    progress.next_epoch()
+    assert (progress.epoch, progress.first_step, progress.meters, progress.best_accuracy) == (4, 0, {}, 50.0)
+
+
+def test_settings_that_change_are_named_and_free_ones_are_not(saved, tmp_path, caplog):
+    resumed("auto", tmp_path, SETTINGS | {"mask_ratio": 0.5, "seed": 4, "accum_iter": 1, "data_path": "b"})
+    warned = [record.message for record in caplog.records if "from now on" in record.message]
+    assert warned == [
+        "--mask_ratio was 0.75 in the run that is continued, and is 0.5 from now on",
+        "--seed was 3 in the run that is continued, and is 4 from now on",
+    ]
+
+
+def test_a_run_of_other_classes_is_not_resumed(tmp_path):
+    runstate._warn_of_changes({"classes": ["cat", "dog"]}, {"classes": ["cat", "dog"]})
+    with pytest.raises(CheckpointError, match="had other classes: --finetune starts from its weights"):
+        runstate._warn_of_changes({"classes": ["cat", "dog"]}, {"classes": ["dog", "cat"]})
+
+
+def test_a_run_that_has_diverged_is_not_resumed(saved, tmp_path):
+    state = checkpoint.read(tmp_path / "checkpoint-last.pth")
+    state["model"]["norm.bias"][3] = math.nan
+    checkpoint.write(state, tmp_path / "checkpoint-last.pth")
+    with pytest.raises(CheckpointError, match=r"norm.bias with values that are NaN .*resume from an earlier"):
+        resumed("auto", tmp_path)
+
+
+def test_resuming_a_named_checkpoint_sets_later_ones_aside(saved, tmp_path):
+    state = checkpoint.read(tmp_path / "checkpoint-last.pth")
+    state["progress"] |= {"epoch": 9, "images_done": 0}
+    checkpoint.write(state, tmp_path / "checkpoint-8.pth")
+    assert resumed("auto", tmp_path)[3].epoch == 9
+    assert resumed(str(tmp_path / "checkpoint-last.pth"), tmp_path)[3].epoch == 5
+    assert (tmp_path / "abandoned" / "1" / "checkpoint-8.pth").exists()
+    assert resumed("auto", tmp_path)[3].epoch == 5
+
+
+def test_the_position_of_a_published_file(tmp_path):
+    """It has an epoch and no progress: the epoch is finished."""
+    torch.save({"model": {}, "epoch": 19}, tmp_path / "checkpoint-19.pth")
+    assert checkpoint.position(tmp_path / "checkpoint-19.pth") == (20, 0)
+
+
+def test_worker_processes_do_not_hold_the_lock(tmp_path):
+    """A forked process has the lock's file closed."""
+    with runfolder.locked(tmp_path):
+        child = os.fork()
+        if child == 0:
+            files = [os.readlink(entry.path) for entry in os.scandir("/proc/self/fd") if os.path.exists(entry.path)]
+            os._exit(int(str(tmp_path / "run.lock") in files))
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+# -------------------------------------------------------------------------------------------------------------- saving
+
+
+def test_the_rolling_state_comes_every_save_minutes(tmp_path, monkeypatch):
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(saver, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    progress = Progress(16, 8)
+    writer = Saver(Interrupts(), tmp_path, dict, progress, epochs=9, save_every=20, save_minutes=15)
+    wishes = []
+    for seconds in (0, 899, 2, 1, 897, 3):
+        clock.now += seconds
+        wishes.append(writer.wish())
+        if wishes[-1] is Wish.SAVE:
+            writer.save(0, 1, {})
+    writer.close()
+    assert [wish is Wish.SAVE for wish in wishes] == [False, False, True, False, False, True]
+
+
+def test_milestones_are_ordered_by_number(tmp_path):
+    for epoch in (100, 20, 3):
+        checkpoint.write({"epoch": epoch}, tmp_path / f"checkpoint-{epoch}.pth")
+    assert [path.name for path in saver.milestones(tmp_path)] == [f"checkpoint-{n}.pth" for n in (3, 20, 100)]
+
+
+def test_data_are_on_the_disk_before_the_file_has_its_name(tmp_path, monkeypatch):
+    """A power cut leaves the previous file or the new one: the order of fsync and rename counts."""
+    calls = []
+    fsync, replace = os.fsync, Path.replace
+
+    def note_fsync(descriptor):
+        calls.append(("fsync", os.readlink(f"/proc/self/fd/{descriptor}").rpartition("/")[2]))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(Path, "replace", lambda a, b: calls.append(("rename", a.name)) or replace(a, b))
+    checkpoint.write({"epoch": 0}, tmp_path / "a.pth")
+    assert calls == [("fsync", "a.pth"), ("rename", "a.pth")]
+    calls.clear()
+    with atomic.replacing(tmp_path / "b", sync=False) as written:
+        written.write_text("b")
+    assert calls == [("rename", "b")]
+
+
+# ---------------------------------------------------------------------------------------------------------- sharded
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A sharded state of one process, under two names."""
+    td.init_process_group("gloo", store=td.HashStore(), rank=0, world_size=1)
+    model, optimizer, scaler, _ = make_run(0)
+    model(torch.randn(2, 1, 16, 16))[0].backward()
+    optimizer.step()
+    state = {"epoch": 0, "progress": {"epoch": 1, "images_done": 0}, "args": {},
+             **runstate.collect(model, optimizer, scaler, {}),
+             "optimizer": sharded.optimizer_state(model, optimizer)}  # fmt: skip
+    sharded.write(state, tmp_path / "checkpoint-0", tmp_path / "checkpoint-best", group=None)
+    yield tmp_path / "checkpoint-0"
+    dist.teardown()
+
+
+def test_a_sharded_state_has_both_names(folder):
+    for name in ("checkpoint-0", "checkpoint-best"):
+        assert sharded.gather(folder.with_name(name))["epoch"] == 0
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["checkpoint-0", "checkpoint-best"]
+
+
+def test_every_file_of_a_sharded_state_is_checked(folder):
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == [".metadata", "__0_0.distcp", "state.pth"]
+    for name in names:
+        whole = (folder / name).read_bytes()
+        generator = random.Random(0)
+        for _ in range(12):
+            damaged = bytearray(whole)
+            damaged[generator.randrange(len(whole))] ^= 4
+            (folder / name).unlink()  # a file of two names keeps its bytes under the other
+            (folder / name).write_bytes(damaged)
+            if name != "state.pth":  # a part of which has no meaning: a header of the archive
+                with pytest.raises(CheckpointError, match=f"{name} does not match its digest"):
+                    sharded.read(folder)
+        (folder / name).write_bytes(whole)
+    assert sharded.read(folder)["epoch"] == 0
+
+
+def test_a_sharded_state_is_there_until_the_next_one_has_its_name(folder):
+    with pytest.raises(FileNotFoundError):  # a crash between the two renames
+        sharded._put_in_place(folder.with_name("gone"), folder)
+    assert not folder.exists()
+    assert sharded.gather(folder.with_name(".checkpoint-0.old"))["epoch"] == 0
+    assert checkpoint.newest_first(folder.parent)[0].name in (".checkpoint-0.old", "checkpoint-best")
+
+
+@pytest.mark.parametrize("function", [torch.load, torch.hub.load, torch.storage._load_from_bytes])
+def test_functions_of_torch_are_not_called_by_a_description(function):
+    with pytest.raises(CheckpointError, match="which could run code"):
+        sharded._Unpickler(io.BytesIO(pickle.dumps(function))).load()
+
+
+# ---------------------------------------------------------------------------------------------------------------- logs
+
+
+def test_scalars_have_their_tags_values_and_axes(tmp_path):
+    """x of the losses is int(1000 * fractional epoch), x of perf/* is the epoch."""
+    log = runlog.RunLog(tmp_path, tmp_path, 3, loss_tag="loss")
+    for epoch in (0, 1):
+        log.begin_epoch(epoch, 0, 4, 8, runlog.Stopwatch())
+        for step in range(1, 5):
+            log.step(step, lr=step / 8, loss=step / 2, grad_norm=float(step))
+        log.end_epoch({"train_lr": 0.1, "train_loss": 0.5, "test_acc1": 25.0 + epoch, "test_loss": 0.5})
+    line = (tmp_path / "log.txt").read_text().splitlines()
+    assert len(line) == 2  # at the end of each epoch, not when the log is closed
+    log.close()
+    events = EventAccumulator(str(tmp_path), size_guidance={"scalars": 0}).Reload()
+    x = [0, 250, 500, 750, 1000, 1250, 1500, 1750]
+    for tag, factor in (("loss", 0.5), ("lr", 0.125), ("grad_norm", 1.0)):
+        assert [(e.step, e.value) for e in events.Scalars(tag)] == [
+            (step, factor * (1 + number % 4)) for number, step in enumerate(x)
+        ]
+    assert [(e.step, e.value) for e in events.Scalars("perf/test_acc1")] == [(0, 25.0), (1, 26.0)]
+    assert [(e.step, e.value) for e in events.Scalars("perf/test_loss")] == [(0, 0.5), (1, 0.5)]
+    assert "train_loss" not in events.Tags()["scalars"]
+
+
+def test_rank_0_alone_writes_a_log(tmp_path, monkeypatch):
+    monkeypatch.setattr(dist, "rank", lambda: 1)
+    assert type(runlog.open_log(tmp_path, tmp_path, 3)) is runlog.NullLog
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(dist, "rank", lambda: 0)
+    log = runlog.open_log(tmp_path, tmp_path, 3, loss_tag="loss")
+    assert (type(log), log.loss_tag) == (runlog.RunLog, "loss")
+
+
+# ------------------------------------------------------------------------------------------------------------- weights
+
+
+def test_a_wide_table_is_interpolated_as_such():
+    """Of 2 x 8 patches into 4 x 4: as many, in other places."""
+    theirs, ours = vit_mini_patch4(img_size=(8, 32)), vit_mini_patch4(img_size=16)
+    file = Weights(theirs.state_dict(), {"input_size": [8, 32], "patch_size": 4}, weights.ENCODER, "file")
+    assert file.grid_size == (2, 8)
+    weights.load_encoder(ours, file)
+    assert torch.equal(ours.pos_embed, resize_pos_embed(theirs.pos_embed, (2, 8), (4, 4)))
+    assert not torch.equal(ours.pos_embed, theirs.pos_embed)
+    assert Weights({"patch_embed.proj.weight": torch.zeros(8, 1, 4, 2)}, {"input_size": [16, 24], "patch_size": [4, 2]},
+                   weights.ENCODER, "file").grid_size == (4, 12)  # fmt: skip
+
+
+def test_a_head_of_other_classes_is_not_taken():
+    theirs, classes = vit_mini_patch4(img_size=16, num_classes=2), ["cat", "dog"]
+    for recorded, taken in ((classes, True), (None, True), (["dog", "cat"], False)):
+        ours = vit_mini_patch4(img_size=16, num_classes=2)
+        file = Weights(theirs.state_dict(), {"classes": recorded}, weights.CLASSIFIER, "file")
+        assert weights.load_encoder(ours, file, classes=classes) is taken
+        assert torch.equal(ours.head.weight, theirs.head.weight) is taken
+
+
+def test_statistics_are_the_given_ones_then_those_of_the_file():
+    file = Weights({}, {"in_chans": 1, "mean": [0.3], "std": [0.2]}, weights.ENCODER, "file")
+    assert weights.statistics(file, 1, None, None) == ([0.3], [0.2])
+    assert weights.statistics(file, 1, [0.5], None) == ([0.5], [0.2])
+    assert weights.statistics(file, 1, None, [0.6]) == ([0.3], [0.6])
+    assert weights.statistics(file, 3, None, None) == (None, None)
+    assert weights.statistics(None, 1, [0.5], [0.6]) == ([0.5], [0.6])
+
+
+def test_advice_is_typed_as_it_stands():
+    assert advice.flags({"global_pool": False, "pin_mem": False, "mean": [0.5, 0.25], "lr": None}) == \
+        "--cls_token --no_pin_mem --mean 0.5 0.25 no --lr"  # fmt: skip
+    assert advice.did_you_mean("cifar10", ["CIFAR10", "MNIST"]) == "; did you mean CIFAR10?"
+    assert advice.did_you_mean("MODEL", ["model"]) == "; did you mean model?"
+    assert advice.did_you_mean("zzz", ["model"]) == ""
+
+
+def test_numpy_and_python_generators_are_not_part_of_a_state(saved, tmp_path):
+    """What they draw depends on (seed, epoch, place) alone."""
+    random.seed(4), np.random.seed(4)
+    expected = random.random(), np.random.rand()
+    random.seed(4), np.random.seed(4)
+    resumed("auto", tmp_path)
+    assert (random.random(), np.random.rand()) == expected
