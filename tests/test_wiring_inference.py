@@ -1,0 +1,308 @@
+"""Using trained models: which of a file's settings count, and what the commands hand on."""
+
+import json
+import math
+
+import numpy as np
+import onnxruntime
+import pytest
+import timm
+import torch
+import transformers
+from conftest import ROOT
+from PIL import Image
+from torchvision import transforms as T
+
+from inference import export, get_model, imagenet, inference_model, maps, predict, reconstruct
+from inference.model import _published_for, _settings, imagenet_classes, open_image
+from models_mae import Reconstruction
+from util import checkpoint, cli, weights
+
+PHOTOS = sorted((ROOT / "demo" / "photos").glob("*.jpg"))
+
+
+def saved(model, path, **settings):
+    torch.save({"model": model.state_dict(), **({"args": settings} if settings else {})}, path)
+    return path
+
+
+def run(module, *argv):
+    return module.main(cli.parse(module.get_args_parser(), [str(part) for part in argv]))
+
+
+@pytest.fixture
+def mae():
+    torch.manual_seed(0)
+    return get_model("mae_vit_mini_patch4", input_size=16)
+
+
+# ------------------------------------------------------------------------------------------------------------ settings
+
+
+def test_architectures_have_the_published_settings():
+    for name, pooled in (("mae_vit_base_patch16", False), ("vit_base_patch16", True), ("vit_mini_patch4", True)):
+        settings = _settings(name, {})
+        assert settings == {
+            "model": name, "input_size": 32 if "mini" in name else 224, "patch_size": None, "in_chans": 3,
+            "norm_pix_loss": False, "global_pool": pooled, "nb_classes": 1000, "mask_ratio": 0.75,
+        }  # fmt: skip
+    other = _settings("vit_base_patch16", {"input_size": 448, "nb_classes": 7, "lr": 3})
+    assert (other["input_size"], other["nb_classes"], "lr" in other) == (448, 7, False)
+
+
+def test_weights_of_an_architecture_are_the_published_ones():
+    """With decoder for mae_vit_*, fine-tuned for vit_*."""
+    for size in ("base", "large"):
+        assert _published_for(f"mae_vit_{size}_patch16") == f"mae_pretrain_vit_{size}_full"
+        assert _published_for(f"vit_{size}_patch16") == f"mae_finetuned_vit_{size}"
+    assert _published_for("mae_visualize_vit_large") == "mae_visualize_vit_large"
+
+
+def test_names_of_imagenets_classes():
+    classes = imagenet_classes()
+    assert len(classes) == 1000
+    assert [classes[label] for label in (281, 999)] == [
+        "tabby, tabby cat",
+        "toilet tissue, toilet paper, bathroom tissue",
+    ]
+    assert classes[0].startswith("tench")
+
+
+def test_recorded_settings_win_over_inferred_ones(mae, tmp_path):
+    """A file of 16 patches may be of 8 x 32 pixels; a bare file does not tell, and counts as square."""
+    wide = get_model("mae_vit_mini_patch4", input_size=[8, 32])
+    bare = get_model(saved(mae, tmp_path / "bare.pth"))
+    assert (bare.settings["input_size"], bare.norm_pix_loss) == (16, True)
+    told = get_model(saved(wide, tmp_path / "wide.pth", input_size=[8, 32], patch_size=4, norm_pix_loss=False,
+                           mask_ratio=0.5, mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6], in_chans=3))  # fmt: skip
+    assert told.grid_size == (2, 8)
+    assert (told.norm_pix_loss, told.settings["mask_ratio"]) == (False, 0.5)
+    assert told.normalize.mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
+    assert told.normalize.std.flatten().tolist() == pytest.approx([0.4, 0.5, 0.6])
+    again = get_model(tmp_path / "wide.pth", mean=[0.5, 0.5, 0.5])
+    assert again.normalize.mean.flatten().tolist() == [0.5, 0.5, 0.5]
+    assert not told.training
+
+
+def test_pooling_is_that_of_the_tensors(tmp_path):
+    for pooled in (True, False):
+        model = get_model("vit_mini_patch4", nb_classes=3, global_pool=pooled, input_size=16)
+        again = get_model(saved(model, tmp_path / "bare.pth"))
+        assert again.settings["global_pool"] is pooled
+        images = torch.randn(2, 3, 16, 16)
+        torch.testing.assert_close(again(images), model(images))
+        torch.testing.assert_close(again.extract_feat(images), model.forward_features(images))
+
+
+def test_names_of_classes_are_those_of_the_head(tmp_path):
+    model = get_model("vit_mini_patch4", nb_classes=3, input_size=16)
+    file = saved(model, tmp_path / "m.pth", classes=["cat", "dog", "owl"], label_names=["a", "b", "c"])
+    assert get_model(file).classes == ["cat", "dog", "owl"]
+    assert get_model(file, nb_classes=3).classes == ["cat", "dog", "owl"]
+    assert get_model(file, nb_classes=5).classes is None
+
+
+def test_the_crop_of_an_evaluation_is_the_recorded_one(tmp_path):
+    picture = Image.open(PHOTOS[0])
+    for crop_pct, scaled in ((None, 36), (1.0, 32), (0.5, 64)):
+        model = get_model("vit_mini_patch4", nb_classes=3, crop_pct=crop_pct)
+        expected = T.Compose([T.Resize(scaled, T.InterpolationMode.BICUBIC), T.CenterCrop(32), T.PILToTensor()])
+        assert torch.equal(model.transform(picture), expected(picture))
+
+
+def test_opened_pictures_are_turned_upright_too(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.png", exif=exif)
+    assert open_image(tmp_path / "a.png", 3).size == (30, 40)
+    with Image.open(tmp_path / "a.png") as picture:
+        assert open_image(picture, 3).size == (30, 40)
+
+
+def test_the_number_of_told_classes_is_the_given_one():
+    model = get_model("vit_mini_patch4", nb_classes=9)
+    image = np.zeros((32, 32, 3), np.uint8)
+    assert len(inference_model(model, image)["top"]) == 5
+    assert len(inference_model(model, image, topk=7)["top"]) == 7
+    assert model.predict(image, 2)["pred_scores"].sum() == pytest.approx(1)
+
+
+def test_a_transformers_folder_tells_its_loss(mae, tmp_path):
+    for norm_pix_loss in (True, False):
+        model = get_model("mae_vit_mini_patch4", input_size=16, norm_pix_loss=norm_pix_loss)
+        export.export(model, "transformers", tmp_path / str(norm_pix_loss))
+        found = weights.read(tmp_path / str(norm_pix_loss)).settings
+        assert (found["norm_pix_loss"], found["input_size"], found["in_chans"]) == (norm_pix_loss, 16, 3)
+
+
+# ------------------------------------------------------------------------------------------------------------ commands
+
+
+def test_each_photograph_has_its_own_prediction(tmp_path):
+    torch.manual_seed(0)
+    model = get_model("vit_mini_patch4", nb_classes=6)
+    with torch.no_grad():
+        model.head.weight.normal_()
+    found = run(predict, *PHOTOS, "--model", saved(model, tmp_path / "m.pth"), "--topk", 3)
+    for path, prediction in zip(PHOTOS, found, strict=True):
+        np.testing.assert_allclose(prediction["pred_scores"], model.predict(path)["pred_scores"], rtol=1e-5)
+        assert len(prediction["top"]) == 3
+    assert len({float(prediction["pred_scores"][0]) for prediction in found}) == len(PHOTOS)
+
+
+def test_what_the_command_reconstructs(mae, tmp_path, monkeypatch):
+    calls, plain = [], reconstruct.reconstruct
+    monkeypatch.setattr(reconstruct, "reconstruct", lambda model, *given: calls.append(given) or plain(model, *given))
+    flags = ["--model", saved(mae, tmp_path / "m.pth"), "--out", tmp_path / "o.png"]
+    run(reconstruct, PHOTOS[0], *flags)
+    run(reconstruct, PHOTOS[1], *flags, "--mask_ratio", 0.5, "--seed", 4, "--hide", 1, 2, 30, 40, "--short_side", 24)
+    assert calls == [(str(PHOTOS[0]), 0.75, 0, None, None), (str(PHOTOS[1]), 0.5, 4, [[1, 2, 30, 40]], 24)]
+
+
+def test_the_mask_depends_on_seed_and_ratio(mae):
+    masks = {tuple(reconstruct.reconstruct(mae, PHOTOS[0], 0.25, seed).mask[0].tolist()) for seed in range(6)}
+    assert len(masks) == 6
+    assert {sum(mask) for mask in masks} == {4}
+
+
+def test_rectangles_are_left_top_width_height():
+    mask = reconstruct.boxes_to_mask([(10, 40, 20, 30)], (100, 200), (50, 100))
+    expected = torch.zeros(50, 100)
+    expected[20:35, 5:15] = 1
+    assert torch.equal(mask, expected)
+    scaled = reconstruct.boxes_to_mask([(10, 40, 20, 30)], (100, 200), (100, 100))  # half as wide alone
+    expected = torch.zeros(100, 100)
+    expected[40:70, 5:15] = 1
+    assert torch.equal(scaled, expected)
+
+
+def test_psnr_is_of_the_hidden_pixels(mae):
+    """A quarter is hidden and off by a tenth: 20 dB."""
+    original = mae.normalize(torch.full((1, 3, 16, 16), 0.5))
+    pasted = original.clone()
+    pasted[:, :, :8, :8] = mae.normalize(torch.full((1, 3, 8, 8), 0.6))
+    mask = torch.zeros(1, 16)
+    mask[0, [0, 1, 4, 5]] = 1
+    painted = Reconstruction(*[original] * len(Reconstruction._fields))._replace(
+        pasted=pasted, mask=mask, prediction=torch.zeros_like(original)
+    )
+    assert reconstruct.psnr(mae, painted) == pytest.approx(20.0, abs=1e-3)
+
+
+def test_whole_images_are_scaled_to_the_models_short_side():
+    assert reconstruct.fit(Image.new("RGB", (95, 60)), 32, (1, 1)).size == (51, 32)  # 50.67 is rounded
+    assert reconstruct.fit(Image.new("RGB", (95, 60)), 32, (4, 4)).size == (48, 32)
+    wide = get_model("mae_vit_mini_patch4", input_size=[16, 32])
+    assert reconstruct.whole_input(wide, Image.new("RGB", (90, 60))).shape == (1, 3, 16, 24)
+    assert reconstruct.whole_input(wide, Image.new("RGB", (90, 60)), 20).shape == (1, 3, 20, 28)
+
+
+def test_features_of_several_blocks_stand_in_their_order(mae):
+    images = torch.randn(2, 3, 16, 32)
+    several, last = maps.dense(mae, images, 3), maps.dense(mae, images, 1)
+    assert several.shape == (2, 3 * 128, 4, 8)
+    torch.testing.assert_close(several[:, -128:], last)
+    assert not torch.allclose(several[:, :128], last)
+    tokens = mae.get_intermediate_layers(images, n=1)[0][:, 1:]
+    torch.testing.assert_close(last[1, :, 2, 5], tokens[1, 2 * 8 + 5])
+
+
+# ------------------------------------------------------------------------------------------------------------- exports
+
+
+def test_a_transformers_folder_has_the_models_settings(tmp_path):
+    model = get_model(
+        "mae_vit_mini_patch4", norm_pix_loss=True, mask_ratio=0.6, mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6]
+    )
+    export.export(model, "transformers", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for name, value in {
+        "mask_ratio": 0.6, "norm_pix_loss": True, "layer_norm_eps": 1e-6, "image_size": 32, "patch_size": 4,
+        "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 512,
+        "decoder_hidden_size": 64, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2,
+        "decoder_intermediate_size": 256, "num_channels": 3,
+    }.items():  # fmt: skip
+        assert config[name] == value, name
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
+    assert processor.image_mean == pytest.approx([0.1, 0.2, 0.3])
+    assert processor.image_std == pytest.approx([0.4, 0.5, 0.6])
+    assert (processor.size["height"], processor.size["width"], int(processor.resample)) == (32, 32, 3)
+
+
+def test_an_encoder_answers_with_the_class_token(mae):
+    encoder = export.encoder_of(mae)
+    images = torch.randn(2, 3, 16, 16)
+    assert (encoder.settings["model"], encoder.settings["global_pool"]) == ("vit_mini_patch4", False)
+    torch.testing.assert_close(encoder(images), mae.forward_features(images)[:, 0])
+
+
+def test_the_export_command_leaves_the_decoder_out_if_asked(mae, tmp_path):
+    file = saved(mae, tmp_path / "m.pth")
+    for flags, whole in (([], True), (["--encoder"], False)):
+        run(export, "--model", file, "--to", "reference", "--out", tmp_path / "o.pth", *flags)
+        names = checkpoint.read(tmp_path / "o.pth")["model"].keys()
+        assert ("decoder_pred.weight" in names) is whole
+        assert "norm.weight" in names
+
+
+def test_an_onnx_file_tells_pixels_and_classes(tmp_path, monkeypatch):
+    model = get_model("vit_mini_patch4", nb_classes=2, classes=["cat", "dog"], input_size=8, mean=[0.5, 0.25, 0.125])
+    export.export(model, "onnx", tmp_path / "m.onnx")
+    told = onnxruntime.InferenceSession(tmp_path / "m.onnx").get_modelmeta().custom_metadata_map
+    assert json.loads(told["classes"]) == ["cat", "dog"]
+    assert json.loads(told["mean"]) == [0.5, 0.25, 0.125]
+    assert json.loads(told["std"]) == pytest.approx([0.229, 0.224, 0.225])
+    assert export.CLOSE == 1e-4
+
+
+def test_an_onnx_file_of_other_answers_is_not_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "CLOSE", -1.0)
+    with pytest.raises(ValueError, match="is not written: its outputs differ from the model's"):
+        export.export(get_model("vit_mini_patch4", nb_classes=2, input_size=8), "onnx", tmp_path / "m.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+# -------------------------------------------------------------------------------------------- classifiers of ImageNet
+
+
+def test_some_of_the_classes_answer():
+    scores = torch.arange(12.0).view(2, 6)
+    assert imagenet.Among(torch.nn.Identity(), [4, 1])(scores).tolist() == [[4, 1], [10, 7]]
+
+
+@pytest.mark.parametrize(("given", "scaled"), [(None, 40), (0.5, 64)])
+def test_crops_of_our_classifiers(tmp_path, given, scaled):
+    file = saved(get_model("vit_mini_patch4"), tmp_path / "m.pth", crop_pct=0.8, input_size=32, in_chans=3)
+    found = imagenet.load(str(file), given, torch.device("cpu"))
+    picture = Image.open(PHOTOS[0])
+    expected = T.Compose([T.Resize(scaled, T.InterpolationMode.BICUBIC), T.CenterCrop(32), T.PILToTensor()])
+    assert torch.equal(found.transform(picture), expected(picture))
+    assert (found.sees["crop_pct"], found.recorded["crop_pct"]) == (given or 0.8, 0.8)
+
+
+@pytest.mark.parametrize(("given", "scaled"), [(None, 40), (0.5, 64)])
+def test_crops_and_statistics_of_timms_classifiers(monkeypatch, given, scaled):
+    theirs = timm.create_model("vit_tiny_patch16_224", img_size=32)
+    theirs.pretrained_cfg |= {
+        "input_size": (3, 32, 32), "crop_pct": 0.8, "mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6),
+        "interpolation": "bicubic",
+    }  # fmt: skip
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained: theirs)
+    found = imagenet.load("timm:any", given, torch.device("cpu"))
+    assert found.normalize.mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
+    assert found.normalize.std.flatten().tolist() == pytest.approx([0.4, 0.5, 0.6])
+    picture = Image.open(PHOTOS[0])
+    expected = T.Compose([T.Resize(scaled, T.InterpolationMode.BICUBIC), T.CenterCrop(32), T.PILToTensor()])
+    assert torch.equal(torch.as_tensor(np.asarray(found.transform(picture))), expected(picture))
+    assert found.recorded == {}
+
+
+def test_classes_in_another_order_are_refused(tmp_path):
+    names = imagenet_classes()
+    imagenet._check_order("m", names)
+    imagenet._check_order("m", [name.partition(",")[0].upper() for name in names])
+    imagenet._check_order("m", [*names[:90], *["other"] * 100, *names[190:]])
+    for classes in (names[::-1], sorted(names), [*names[:899], *["other"] * 101]):
+        with pytest.raises(ValueError, match="trained on other classes than ImageNet-1K's, or in another order"):
+            imagenet._check_order("m", classes)
+    assert math.isclose(imagenet.ALIKE, 0.9)
