@@ -29,6 +29,6 @@ def train_one_epoch(
 
     def compute_loss(batch: Any) -> Tensor:
         images, _, noise = batch
-        return model(normalize(images), mask_ratio, noise=noise, loss_only=True)
+        return model(normalize(images), mask_ratio, noise=noise)[0]
 
     loop.run_epoch(compute_loss, model, data_loader, optimizer, **loop_options)

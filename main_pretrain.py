@@ -59,19 +59,23 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(args: Namespace) -> None:
-    """Trains for `args.epochs` epochs; leaves checkpoints, log.txt and TensorBoard's files."""
+def main(args: Namespace, model_class: type[models_mae.MaskedAutoencoderViT] = models_mae.MaskedAutoencoderViT) -> None:
+    """Trains for `args.epochs` epochs. Writes checkpoints, log.txt and TensorBoard's files.
+
+    Args:
+        model_class: of the model; a subclass changes the method.
+    """
     device = dist.init(args.device, args.dist_url, args.dist_timeout, args.dist_backend)
     runlog.start_logging()
     runfolder.prepare(Path(args.output_dir), args.resume)
     torch.manual_seed(args.seed)
 
     with torch.device("meta" if args.fsdp else "cpu"):  # without values, which each process gets for its part only
-        model = models_build.autoencoder(vars(args))
+        model = models_build.autoencoder(vars(args), model_class)
     precision = Precision(args.amp, device)
     if args.fsdp:
         fsdp.shard(model, [*model.blocks, *model.decoder_blocks], device, precision.dtype, method="reconstruct")
-    masking.check_ratio(model.num_patches, args.mask_ratio)
+    draw_noise, mask_ratio = masking.sampler(args.masking, model.grid_size, args.mask_ratio)
     if args.init_from:
         weights.init_mae(model, weights.read(args.init_from))
     model.to(device)
@@ -80,7 +84,7 @@ def main(args: Namespace) -> None:
         "train", args.data_path, args.train_list, args.dataset, download=args.download, num_images=args.num_images
     )
     datasets.suggest_statistics(source, args.in_chans, args.mean, args.std)
-    drawn = {"in_chans": args.in_chans, "seed": args.seed, "num_noise": model.num_patches,
+    drawn = {"in_chans": args.in_chans, "seed": args.seed, "draw_noise": draw_noise,
              "on_bad_image": args.on_bad_image}  # fmt: skip
     augment = transforms.pretrain_transform(args.input_size, args.crop_scale, args.hflip)
     samples = Samples(source, augment, fast_jpeg=args.fast_jpeg, **drawn)
@@ -95,11 +99,13 @@ def main(args: Namespace) -> None:
     groups = param_groups_weight_decay(model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
 
+    vis_every = args.vis_every if model.predicts_pixels else 0
+
     def draw_examples(epoch: int, log: runlog.NullLog) -> dict[str, Any]:
         takes_part = dist.is_main() or args.fsdp  # which needs every process's weights
-        if takes_part and args.vis_every and (epoch % args.vis_every == 0 or epoch == args.epochs - 1):
+        if takes_part and vis_every and (epoch % vis_every == 0 or epoch == args.epochs - 1):
             images, _, noise = loader.examples(whole, EXAMPLES)
-            picture = pictures.reconstruction(model, images, noise, normalize, args.mask_ratio)
+            picture = pictures.reconstruction(model, images, noise, normalize, mask_ratio)
             log.picture("reconstruction", picture, epoch)
         return {}
 
@@ -109,7 +115,7 @@ def main(args: Namespace) -> None:
         batches,
         precision,
         vars(args),
-        train_one_epoch=partial(train_one_epoch, mask_ratio=args.mask_ratio, normalize=normalize),
+        train_one_epoch=partial(train_one_epoch, mask_ratio=mask_ratio, normalize=normalize),
         after_epoch=draw_examples,
     )
 

@@ -19,9 +19,11 @@ MAKES_A_MODEL = (
 )  # fmt: skip
 
 
-def autoencoder(settings: Mapping[str, Any]) -> MaskedAutoencoderViT:
+def autoencoder(
+    settings: Mapping[str, Any], model_class: type[MaskedAutoencoderViT] = MaskedAutoencoderViT
+) -> MaskedAutoencoderViT:
     """The masked autoencoder of a run, as `autoencoder_arguments` reads its settings."""
-    return _ready(MaskedAutoencoderViT(**autoencoder_arguments(settings)), settings)
+    return _ready(model_class(**autoencoder_arguments(settings)), settings)
 
 
 def classifier(settings: Mapping[str, Any]) -> VisionTransformer:

@@ -6,8 +6,9 @@
     >>> pred.shape, mask.shape
     (torch.Size([2, 64, 16]), torch.Size([2, 64]))
 
-Letters in shapes: B images, c channels, H x W pixels, p pixels to a patch's side, N patches, K patches kept, D channels
-of an encoder token, E of a decoder token. Parameter names are those of the published checkpoints.
+Letters in shapes: B images, c channels, H x W pixels, p pixels to a patch's side, N patches, K visible patches, D
+channels of an encoder token, E of a decoder token, P values predicted for a patch. Parameter names are those of the
+published checkpoints.
 """
 
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from models_vit import LAYER_NORM, SIZES, Attention, Block, Encoder, NormLayer, PatchEmbed, computes_as
+from models_vit import LAYER_NORM, SIZES, Block, Encoder, NormLayer, PatchEmbed
 from util.masking import noise_from_mask, shuffle, take
 from util.pos_embed import Size, sincos_table
 
@@ -53,7 +54,12 @@ class MaskedAutoencoderViT(Encoder):
     Args:
         norm_pix_loss: predict each patch normalised by its own mean and variance (section 3, "Reconstruction target").
         decoder_mlp_ratio: by default the encoder's.
+
+    Attributes:
+        target_dim: width P of the predictions and of `target`; None for the p·p·c pixels of a patch.
     """
+
+    target_dim: int | None = None
 
     def __init__(
         self,
@@ -77,7 +83,9 @@ class MaskedAutoencoderViT(Encoder):
             return nn.ModuleList([Block(dim, heads, ratio or mlp_ratio, norm_layer=norm_layer) for _ in range(count)])
 
         self.norm_pix_loss = norm_pix_loss
+        self.noise: Tensor | None = None  # (B, N) for `random_masking`, in place of torch.rand; set by `forward`
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
+        self.input_grid = self.grid_size  # (rows, columns) of patches of the images; set by `forward`
         rows, columns = self.patch_embed.patch_size
 
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
@@ -93,7 +101,7 @@ class MaskedAutoencoderViT(Encoder):
         self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
         self.decoder_blocks = blocks(decoder_depth, decoder_embed_dim, decoder_num_heads, decoder_mlp_ratio)
         self.decoder_norm = norm_layer(decoder_embed_dim)
-        self.decoder_pred = nn.Linear(decoder_embed_dim, rows * columns * in_chans)
+        self.decoder_pred = nn.Linear(decoder_embed_dim, self.target_dim or rows * columns * in_chans)
         self.initialize_weights()
 
     @property
@@ -105,6 +113,11 @@ class MaskedAutoencoderViT(Encoder):
     def num_patches(self) -> int:
         """N, for an image of the model's own size."""
         return self.patch_embed.num_patches
+
+    @property
+    def predicts_pixels(self) -> bool:
+        """Whether `target` is the published one, so that `reconstruct` can make pictures of the predictions."""
+        return self.target_dim is None and type(self).target is MaskedAutoencoderViT.target
 
     def initialize_weights(self) -> None:
         """Xavier-uniform linear weights, patch projection included, zero biases, tokens of std .02 (appendix A.1)."""
@@ -134,112 +147,91 @@ class MaskedAutoencoderViT(Encoder):
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
 
     # --------------------------------------------------------------------------- the paper's three steps (figure 1)
+    # Training, evaluation and pictures all call these. Edit them here, or override them in a subclass.
 
     def random_masking(
         self, x: Tensor, mask_ratio: float, noise: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Keeps the int(N·(1 - mask_ratio)) tokens of smallest noise (section 3, "Masking").
+        """Keeps the int(N·(1 - mask_ratio)) tokens with the smallest noise (section 3, "Masking").
 
         Args:
             x: tokens (B, N, D).
-            noise: (B, N), as `util.masking.shuffle` takes it, whose errors are raised here.
+            noise: (B, N), by default that of `forward`, or else torch.rand.
 
         Returns:
-            The kept tokens (B, K, D) in ascending order of noise; the mask (B, N), 0 for kept and 1 for removed;
-            ids_restore (B, N), the place of each patch among the kept followed by the removed ones.
-        """
-        ids_shuffle, kept = shuffle(x, mask_ratio, noise)
-        ids_restore = torch.argsort(ids_shuffle, dim=1)
-        mask = (ids_restore >= kept).to(torch.float32)
-        return take(x, ids_shuffle[:, :kept]), mask, ids_restore
+            The visible tokens (B, K, D) in ascending order of noise; the mask (B, N), 0 visible and 1 masked;
+            ids_restore (B, N), the index of each patch among the visible tokens followed by the masked ones.
 
-    def forward_encoder(
-        self, imgs: Tensor, mask_ratio: float, noise: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        Raises:
+            ValueError: as `util.masking.shuffle`.
+        """
+        ids_shuffle, num_visible = shuffle(x, mask_ratio, self.noise if noise is None else noise)
+        ids_restore = torch.argsort(ids_shuffle, dim=1)
+        mask = (ids_restore >= num_visible).to(torch.float32)
+        return take(x, ids_shuffle[:, :num_visible]), mask, ids_restore
+
+    def forward_encoder(self, imgs: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, Tensor]:
         """Images -> latent (B, K + 1, D) of the class token and the visible patches, mask and ids_restore (B, N)."""
-        pos_embed = self._table(self.pos_embed, imgs)
+        pos_embed = self._resized(self.pos_embed, self.patch_embed.grid_of(*imgs.shape[-2:]))
         x = self.patch_embed(imgs) + pos_embed[:, 1:]
-        # Subclasses made for the published code override the three steps without the arguments that are new here:
-        # these are passed only where they are needed.
-        given = {} if noise is None else {"noise": noise}
-        x, mask, ids_restore = self.random_masking(x, mask_ratio, **given)
+        x, mask, ids_restore = self.random_masking(x, mask_ratio)
         cls_token = self.cls_token + pos_embed[:, :1]
         x = torch.cat([cls_token.expand(x.shape[0], -1, -1), x], dim=1)
         for block in self.blocks:
             x = block(x)
         return self.norm(x), mask, ids_restore
 
-    def forward_decoder(self, latent: Tensor, ids_restore: Tensor, decoder_pos_embed: Tensor | None = None) -> Tensor:
-        """Latent (B, K + 1, D) -> predictions for all patches (B, N, p·p·c)."""
-        table = self.decoder_pos_embed if decoder_pos_embed is None else decoder_pos_embed
+    def forward_decoder(self, latent: Tensor, ids_restore: Tensor) -> Tensor:
+        """Latent (B, K + 1, D) -> predictions for all patches (B, N, P), in image order."""
         x = self.decoder_embed(latent)
-        num_removed = ids_restore.shape[1] + 1 - x.shape[1]
-        patches = torch.cat([x[:, 1:], self.mask_token.to(x.dtype).expand(x.shape[0], num_removed, -1)], dim=1)
-        x = torch.cat([x[:, :1], take(patches, ids_restore)], dim=1) + table
+        num_masked = ids_restore.shape[1] + 1 - x.shape[1]
+        mask_tokens = self.mask_token.to(x.dtype).expand(x.shape[0], num_masked, -1)
+        patches = take(torch.cat([x[:, 1:], mask_tokens], dim=1), ids_restore)
+        x = torch.cat([x[:, :1], patches], dim=1) + self._resized(self.decoder_pos_embed, self.input_grid)
         for block in self.decoder_blocks:
             x = block(x)
         return self.decoder_pred(self.decoder_norm(x))[:, 1:]
 
     def forward_loss(self, imgs: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
-        """Mean squared error of the removed patches' pixels; exactly 0 when none is removed (section 3, eq. of MSE)."""
-        loss = (pred - self._target(self.patchify(imgs))).square().mean(dim=-1)  # (B, N)
+        """Mean squared error over the masked patches (section 3, "Reconstruction target"); 0 if none is masked."""
+        loss = (pred - self.target(imgs)).square().mean(dim=-1)  # (B, N)
         return (loss * mask).sum() / mask.sum().clamp(min=1)
 
-    def masked_loss(self, imgs: Tensor, mask_ratio: float, noise: Tensor | None = None) -> Tensor:
-        """The loss of the three steps above, from the same sums in another order, and nothing that does not reach it.
+    def target(self, imgs: Tensor) -> Tensor:
+        """What the decoder learns to predict: images (B, c, H, W) -> (B, N, P), normalised per patch with
+        `norm_pix_loss`.
 
-        Patches are chosen before they are embedded. The decoder leaves tokens in the order class, visible, removed:
-        attention knows no order but the positions that are added. Only removed patches are predicted and compared,
-        and as every image has as many of them, the loss is a plain mean.
+        An override may return other features of the patches. The attribute `target_dim` sets their width.
         """
         patches = self.patchify(imgs)
-        ids_shuffle, kept = shuffle(patches, mask_ratio, noise)
-        ids_keep, ids_removed = ids_shuffle[:, :kept], ids_shuffle[:, kept:]
-
-        x = self.patch_embed.project(take(patches, ids_keep))
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
-        x = x + self._positions(self.pos_embed, imgs, ids_keep)
-        for block in self.blocks:
-            x = block(x)
-        x = self.decoder_embed(self.norm(x))
-
-        mask_tokens = self.mask_token.to(x.dtype).expand(len(x), ids_removed.shape[1], -1)
-        x = torch.cat([x, mask_tokens], dim=1) + self._positions(self.decoder_pos_embed, imgs, ids_shuffle)
-        for number, block in enumerate(self.decoder_blocks, start=1):
-            x = block(x, skip=1 + kept if number == len(self.decoder_blocks) else 0)
-        pred = self.decoder_pred(self.decoder_norm(x[:, -ids_removed.shape[1] :]))
-        return (pred - self._target(take(patches, ids_removed))).square().mean()
+        if not self.norm_pix_loss:
+            return patches
+        mean, std = _patch_statistics(patches)
+        return (patches - mean) / std
 
     # ------------------------------------------------------------------------------------------------ ways to use it
 
     def forward(
-        self,
-        imgs: Tensor,
-        mask_ratio: float = 0.75,
-        *,
-        mask: Tensor | None = None,
-        noise: Tensor | None = None,
-        loss_only: bool = False,
-    ) -> Any:
-        """Images (B, c, H, W) -> (loss, predictions (B, N, p·p·c), mask (B, N)), or the loss alone.
+        self, imgs: Tensor, mask_ratio: float = 0.75, *, mask: Tensor | None = None, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Images (B, c, H, W) -> loss (), predictions (B, N, P), mask (B, N).
 
         Args:
-            mask: patches to remove (1 or True), as (B, N), (B, rows, columns) or per pixel (B, H, W), where one
-                removed pixel removes its patch. It overrides `mask_ratio`; every image must keep as many patches.
-            noise: (B, N); the patches of smallest noise are kept. Drawn by torch.rand unless given.
-            loss_only: for training, where nothing else is needed: by `masked_loss`.
+            mask: patches to mask (1 or True), as (B, N), (B, rows, columns) or per pixel (B, H, W), where one
+                masked pixel masks its patch. It overrides `mask_ratio`; every image must keep as many patches.
+            noise: (B, N); the patches with the smallest noise stay visible. torch.rand by default.
         """
+        grid = self.patch_embed.grid_of(*imgs.shape[-2:])
         if mask is not None:
-            noise, mask_ratio = self._order_of(mask, imgs)
-        if loss_only and 1 - mask_ratio < 1 and self._has_published_steps():  # < 1: something is removed
-            return self.masked_loss(imgs, mask_ratio, noise)
-        given = {} if noise is None else {"noise": noise}
-        latent, patch_mask, ids_restore = self.forward_encoder(imgs, mask_ratio, **given)
-        table = self._table(self.decoder_pos_embed, imgs)
-        other = {} if table is self.decoder_pos_embed else {"decoder_pos_embed": table}
-        pred = self.forward_decoder(latent, ids_restore, **other)
-        loss = self.forward_loss(imgs, pred, patch_mask)
-        return loss if loss_only else (loss, pred, patch_mask)
+            noise, mask_ratio = noise_from_mask(mask.to(imgs.device), grid, self.patch_embed.patch_size)
+        # The steps keep the published signatures, so what else they need for this call stands in attributes.
+        self.noise, self.input_grid = noise, grid
+        try:
+            latent, patch_mask, ids_restore = self.forward_encoder(imgs, mask_ratio)
+            pred = self.forward_decoder(latent, ids_restore)
+            return self.forward_loss(imgs, pred, patch_mask), pred, patch_mask
+        finally:
+            self.noise, self.input_grid = None, self.grid_size
 
     def forward_features(self, imgs: Tensor) -> Tensor:
         """Images -> normalised encoder tokens (B, N + 1, D), class token first; nothing is masked, order is kept."""
@@ -248,7 +240,7 @@ class MaskedAutoencoderViT(Encoder):
     def embed(self, imgs: Tensor) -> Tensor:
         x = self.patch_embed(imgs)
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
-        return x + self._table(self.pos_embed, imgs)
+        return x + self._resized(self.pos_embed, self.patch_embed.grid_of(*imgs.shape[-2:]))
 
     @torch.no_grad()
     def reconstruct(
@@ -259,6 +251,8 @@ class MaskedAutoencoderViT(Encoder):
         A model trained with `norm_pix_loss` predicts patches without their mean and contrast. To make a picture,
         these are taken FROM THE ORIGINAL patch, so that such pictures look better than the model alone could paint.
         """
+        if not self.predicts_pixels:
+            raise ValueError(f"{type(self).__name__} predicts features and no pixels: it can't make pictures")
         _, pred, patch_mask = self.forward(imgs, mask_ratio, mask=mask, noise=noise)
         target = self.patchify(imgs)
         pred = pred.to(target.dtype)
@@ -275,40 +269,9 @@ class MaskedAutoencoderViT(Encoder):
             mask=patch_mask,
         )
 
-    def _has_published_steps(self) -> bool:
-        """Whether nobody has put something in the place of a step or a part, which `masked_loss` would not heed."""
-        steps = (getattr(type(self), name) is s and name not in vars(self) for name, s in PUBLISHED_STEPS.items())
-        embeds = computes_as(self.patch_embed, PatchEmbed) and computes_as(self.patch_embed.proj, nn.Conv2d)
-        decodes = (computes_as(b, Block) and computes_as(b.attn, Attention) for b in self.decoder_blocks)
-        return all(steps) and embeds and all(decodes)
-
-    def _target(self, patches: Tensor) -> Tensor:
-        """What the decoder is to predict for patches (B, n, p·p·c)."""
-        if not self.norm_pix_loss:
-            return patches
-        mean, std = _patch_statistics(patches)
-        return (patches - mean) / std
-
-    def _table(self, table: Tensor, imgs: Tensor) -> Tensor:
-        """The position table that fits the images: the model's own, or one computed for their patch grid."""
-        grid = self.patch_embed.grid_of(*imgs.shape[-2:])
+    def _resized(self, table: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The fixed position table of a patch grid: the model's own, or one computed for another grid."""
         return table if grid == self.grid_size else sincos_table(table.shape[-1], grid).to(table)
-
-    def _positions(self, table: Tensor, imgs: Tensor, ids: Tensor) -> Tensor:
-        """Positions (B, n + 1, D) of the class token and of each image's patches with the numbers `ids` (B, n)."""
-        table = self._table(table, imgs)
-        return torch.cat([table[:, :1].expand(len(ids), -1, -1), table[0, 1:][ids]], dim=1)
-
-    def _order_of(self, mask: Tensor, imgs: Tensor) -> tuple[Tensor, float]:
-        """A caller's mask as (noise, mask_ratio) that make `random_masking` remove just its patches."""
-        grid = self.patch_embed.grid_of(*imgs.shape[-2:])
-        noise, kept = noise_from_mask(mask.to(imgs.device), grid, self.patch_embed.patch_size)
-        # Half a patch more than asked for, against the truncation of floating-point error.
-        return noise, max(0.0, 1 - (kept + 0.5) / noise.shape[1])
-
-
-_STEPS = ("patchify", "random_masking", "forward_encoder", "forward_decoder", "forward_loss")
-PUBLISHED_STEPS = {name: getattr(MaskedAutoencoderViT, name) for name in _STEPS}
 
 
 def _patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:

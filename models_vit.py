@@ -72,13 +72,9 @@ class PatchEmbed(nn.Module):
         self.grid_of(*imgs.shape[-2:])
         return self.proj(imgs).flatten(2).transpose(1, 2)
 
-    def project(self, patches: Tensor) -> Tensor:
-        """Embeds patches (B, n, p·p·c) that are cut out already, channel fastest -> (B, n, D)."""
-        return F.linear(patches, self.proj.weight.permute(0, 2, 3, 1).flatten(1), self.proj.bias)
-
 
 class Attention(nn.Module):
-    """Multi-head self-attention, (B, L, D) -> (B, L - skip, D): what becomes of the tokens after the first `skip`."""
+    """Multi-head self-attention: (B, L, D) -> (B, L, D)."""
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True) -> None:
         super().__init__()
@@ -88,9 +84,8 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, skip: int = 0) -> Tensor:
-        q, k, v = self.split(x)
-        return self.proj(attend(q[:, :, skip:], k, v).transpose(1, 2).flatten(2))
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(attend(*self.split(x)).transpose(1, 2).flatten(2))
 
     def maps(self, x: Tensor) -> Tensor:
         """How much each token takes from each: (B, L, D) -> (B, h, L, L), rows that sum to 1."""
@@ -131,7 +126,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block, (B, L, D) -> (B, L - skip, D): what becomes of the tokens after the first `skip`.
+    """A pre-norm transformer block: (B, L, D) -> (B, L, D).
 
     Attributes:
         recomputed: in training, keep nothing but the input for the backward pass, and compute the rest again there.
@@ -154,26 +149,14 @@ class Block(nn.Module):
         self.norm2 = norm_layer(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
-    def forward(self, x: Tensor, skip: int = 0) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         if self.recomputed and torch.is_grad_enabled():
-            return checkpoint(self.compute, x, skip, use_reentrant=False)
-        return self.compute(x, skip)
+            return checkpoint(self.compute, x, use_reentrant=False)
+        return self.compute(x)
 
-    def compute(self, x: Tensor, skip: int) -> Tensor:
-        seen = self.norm1(x)
-        # Somebody else's attention in the place of ours need not know of `skip`.
-        x = x[:, skip:] + self.drop_path(self.attn(seen, skip) if skip else self.attn(seen))
+    def compute(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x)))
         return x + self.drop_path(self.mlp(self.norm2(x)))
-
-
-def computes_as(module: Any, kind: type[nn.Module]) -> bool:
-    """Whether a call of the module is that class's `forward` and nothing more: no other class's, and no hooks.
-
-    Those of PyTorch's sharding, which bring its weights together for the call, do not count.
-    """
-    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    alone = all(str(getattr(hook, "__module__", "")).startswith("torch.distributed.") for hook in hooks)
-    return type(module).forward is kind.forward and alone
 
 
 def recompute_blocks(model: nn.Module) -> None:

@@ -79,7 +79,7 @@ def ours(folder: Path, workers: int, repeats: int = 1, **options: Any) -> Callab
     """Batches as main_pretrain.py has them."""
     source = open_source("train", str(folder))
     transform = transforms.pretrain_transform(224)
-    samples = Samples(source, transform, in_chans=3, seed=0, num_noise=196, **options)
+    samples = Samples(source, transform, in_chans=3, seed=0, draw_noise=partial(torch.rand, 196), **options)
     return TrainLoader(samples, BATCH, 0, workers, pin_memory=False, repeats=repeats).__iter__
 
 

@@ -34,7 +34,7 @@ def main(args: argparse.Namespace) -> None:
 
     def step() -> float:
         begun = time.perf_counter()
-        model(images, loss_only=True).backward()
+        model(images)[0].backward()
         optimizer.step()
         optimizer.zero_grad()
         return time.perf_counter() - begun

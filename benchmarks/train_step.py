@@ -120,7 +120,7 @@ MODELS: dict[str, Callable[[str], nn.Module]] = {
 
 def loss_of_images(model: nn.Module, images: Tensor) -> Tensor:
     """What pre-training makes of a batch."""
-    return model(images, loss_only=True) if isinstance(model, models_mae.MaskedAutoencoderViT) else model(images)
+    return model(images)[0] if isinstance(model, models_mae.MaskedAutoencoderViT) else model(images)
 
 
 def contestants(args: argparse.Namespace, precision: Precision) -> dict[str, Step]:
@@ -149,8 +149,6 @@ def contestants(args: argparse.Namespace, precision: Precision) -> dict[str, Ste
             for name, build in MODELS.items():
                 if wanted(name):
                     add(name, build(args.size), partial(loss_of_images, images=images))
-            if wanted("ours in three steps"):
-                add("ours in three steps", MODELS["ours"](args.size), lambda model: model(images)[0])
         else:
             loss = (lambda model: F.cross_entropy(model(images), labels)) if args.task == "finetune" else None
             if wanted("timm"):

@@ -5,6 +5,7 @@ import random
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 if "CUDA_TESTS" not in os.environ:  # ./run test-cuda
@@ -46,7 +47,7 @@ def make_samples(folder: Path, seed: int = 0, num_noise: int = 16, **options) ->
     """Crops of 16 pixels of a folder's images."""
     source = open_source("train", str(folder))
     transform = transforms.pretrain_transform(16)
-    return Samples(source, transform, in_chans=3, seed=seed, num_noise=num_noise, **options)
+    return Samples(source, transform, in_chans=3, seed=seed, draw_noise=partial(torch.rand, num_noise), **options)
 
 
 @pytest.fixture(autouse=True)

@@ -23,7 +23,7 @@ ARROWS = {
     r"util\.loop": r"util\.(precision|runlog|lr_sched|dist|interrupts)",
     r"util\.cli": r"util\.(advice|dist|interrupts|untrusted)",
     r"util\.submit": r"util\.(cli|code_copy|dist|flags|interrupts|job_wait|slurm_settings)",
-    r"util\.options": r"util\.(dist|flags|loader|precision|weights)",
+    r"util\.options": r"util\.(dist|flags|loader|masking|precision|weights)",
     r"util\.epochs": r"util\.(compiling|dist|interrupts|loop|lr_sched|precision|runfolder|runlog|runstate|saver)",
     r"util\.runstate": r"util\.(advice|checkpoint|dist|runfolder|sharded)",
     r"util\.saver": r"util\.(checkpoint|dist|interrupts|loop|runstate|sharded)",

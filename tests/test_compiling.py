@@ -32,7 +32,7 @@ def test_one_graph_and_the_same_gradients(mini_mae):
 
     def gradients():
         mini_mae.zero_grad()
-        loss = mini_mae(imgs, 0.75, noise=noise, loss_only=True)
+        loss = mini_mae(imgs, 0.75, noise=noise)[0]
         loss.backward()
         return {"loss": loss.detach()} | {n: p.grad.clone() for n, p in mini_mae.named_parameters() if p.requires_grad}
 

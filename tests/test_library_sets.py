@@ -6,6 +6,7 @@ import io
 import json
 import struct
 import tarfile
+from functools import partial
 from pathlib import Path
 
 import datasets as hugging_face
@@ -222,7 +223,9 @@ def shards(tmp_path):
 
 def batches_of(shards, num_workers=0, on_bad_image="skip", batch_size=8, pattern="set-{000..003}.tar"):
     source = open_source("train", dataset=f"wds:{shards}/{pattern}")
-    samples = Samples(source, transforms.to_tensor, in_chans=1, seed=0, num_noise=4, on_bad_image=on_bad_image)
+    samples = Samples(
+        source, transforms.to_tensor, in_chans=1, seed=0, draw_noise=partial(torch.rand, 4), on_bad_image=on_bad_image
+    )
     return loader.TrainLoader(samples, batch_size, 0, num_workers, False)
 
 

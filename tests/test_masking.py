@@ -3,16 +3,16 @@
 import pytest
 import torch
 
-from util.masking import block_mask, grid_mask, noise_from_mask, random_mask
+from util.masking import block_mask, grid_mask, noise_from_mask, num_kept, random_mask
 
 
 def test_every_form_of_a_mask_means_the_same():
     patches = torch.tensor([[0, 1, 1, 0, 0, 1], [1, 1, 0, 0, 0, 1]])
     pixels = patches.reshape(2, 2, 3).repeat_interleave(4, dim=1).repeat_interleave(2, dim=2)
     for mask in (patches, patches.bool(), patches.float(), patches.reshape(2, 2, 3), pixels):
-        noise, kept = noise_from_mask(mask, (2, 3), (4, 2))
+        noise, ratio = noise_from_mask(mask, (2, 3), (4, 2))
         assert torch.equal(noise, patches.float())
-        assert kept == 3
+        assert num_kept(6, ratio) == 3
 
 
 def test_one_pixel_removes_its_patch():

@@ -38,7 +38,7 @@ def test_sampling_leaves_the_processs_own_generators_alone(pictures):
 
 def test_noise_does_not_depend_on_the_augmentation(pictures):
     samples = make_samples(pictures)
-    other = Samples(samples.source, transforms.eval_transform(16), in_chans=3, seed=0, num_noise=16)
+    other = Samples(samples.source, transforms.eval_transform(16), in_chans=3, seed=0, draw_noise=samples.draw_noise)
     assert torch.equal(samples[1, 7][2], other[1, 7][2])
 
 

@@ -50,7 +50,7 @@ def sharded_model(seed, reverse=False):
     if reverse:
         groups = [{"params": group["params"][::-1]} for group in groups[::-1]]
     optimizer = torch.optim.AdamW(groups)
-    model(torch.rand(2, 3, 8, 8), loss_only=True).backward()
+    model(torch.rand(2, 3, 8, 8))[0].backward()
     optimizer.step()
     return model, optimizer
 
@@ -484,7 +484,7 @@ for how in ("fsdp", "ddp"):
     started = peak() - before
     wrapped = dist.wrap(model, device)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
-    wrapped(torch.rand(1, 3, 224, 224), loss_only=True).backward()
+    wrapped(torch.rand(1, 3, 224, 224))[0].backward()
     optimizer.step()
     moments = [value for state in optimizer.state.values() for value in state.values()]
     gradients = [p.grad for p in model.parameters() if p.grad is not None]

@@ -156,7 +156,7 @@ class Batches(DataLoader):
 
 
 class TrainLoader:
-    """Batches for `loop.run_epoch`: images (B, c, H, W), uint8 or float, labels (B,), noise (B, num_noise).
+    """Batches for `loop.run_epoch`: images (B, c, H, W), uint8 or float, labels (B,), noise (B, N).
 
     Each image that can't be read is named once, and counted at the end of the epoch.
 
@@ -315,7 +315,7 @@ def _collate_good(samples: list[Sample]) -> list[Tensor]:
 
 
 def _collate(samples: list[Sample]) -> tuple[list[Tensor], list[Bad]]:
-    """Images (B, c, H, W), labels (B,), noise (B, num_noise); and what was bad."""
+    """Images (B, c, H, W), labels (B,), noise (B, N); and what was bad."""
     images = [sample.image for sample in samples]
     if len({image.dtype for image in images}) > 1:  # files of 8 and of 16 bits
         images = [to_unit_range(image) for image in images]

@@ -1,17 +1,21 @@
-"""Which patches are removed. Everywhere: 0 (False) is kept, 1 (True) is removed.
+"""Which patches are masked. Everywhere: 0 (False) is visible, 1 (True) is masked.
 
-The three samplers that the paper compares (section 4.1 and figure 6) make masks (B, rows, columns) for the models'
-`mask=`. Training needs none of them: the model draws the random one itself.
+The paper compares three ways to choose them (section 4.1, table 1f and figure 6): random, block, grid.
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
+MASKING_CHOICES = ("random", "block", "grid")
+GRID_RATIO = 0.75  # of grid masking: one patch of every 2 x 2 is visible
 
-def noise_from_mask(mask: Tensor, grid_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple[Tensor, int]:
-    """Turns a caller's mask into noise for `MaskedAutoencoderViT.random_masking`, and the number of patches it keeps.
+
+def noise_from_mask(mask: Tensor, grid_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple[Tensor, float]:
+    """Turns a mask into the noise and the ratio for which `MaskedAutoencoderViT.random_masking` masks its patches.
 
     Args:
         mask: (B, N), (B, rows, columns) or per pixel (B, H, W); 1 or True is removed, and one removed pixel removes
@@ -20,7 +24,7 @@ def noise_from_mask(mask: Tensor, grid_size: tuple[int, int], patch_size: tuple[
         patch_size: (rows, columns) of pixels in a patch.
 
     Returns:
-        Noise (B, N), 0 at kept and 1 at removed patches, and the number K of patches kept in each image.
+        Noise (B, N), 0 at visible and 1 at masked patches, and the mask ratio.
 
     Raises:
         ValueError: the mask has another shape, keeps nothing, or keeps different numbers of patches in one batch.
@@ -43,7 +47,8 @@ def noise_from_mask(mask: Tensor, grid_size: tuple[int, int], patch_size: tuple[
         raise ValueError(f"all masks of a batch must keep as many patches; these keep {sorted(set(kept.tolist()))}")
     if count == 0:
         raise ValueError("a mask must keep at least one patch")
-    return removed.float(), count
+    # Half a patch more than the mask keeps, against the truncation of floating-point error in `num_kept`.
+    return removed.float(), max(0.0, 1 - (count + 0.5) / (rows * columns))
 
 
 def shuffle(x: Tensor, mask_ratio: float, noise: Tensor | None = None) -> tuple[Tensor, int]:
@@ -121,6 +126,36 @@ def num_kept(num_patches: int, mask_ratio: float) -> int:
 def take(x: Tensor, ids: Tensor) -> Tensor:
     """Of each image's tokens (B, N, D) those with the numbers (B, n), in their order: (B, n, D)."""
     return torch.gather(x, 1, ids.unsqueeze(-1).expand(-1, -1, x.shape[2]))
+
+
+def sampler(masking: str, grid_size: tuple[int, int], mask_ratio: float) -> tuple[Callable[[], Tensor], float]:
+    """How training chooses the masked patches of an image.
+
+    Args:
+        masking: one of MASKING_CHOICES.
+        grid_size: (rows, columns) of patches.
+        mask_ratio: of random and block masking.
+
+    Returns:
+        A function that returns noise (N,) from PyTorch's default generator, and the mask ratio, both for
+        `MaskedAutoencoderViT.forward`.
+
+    Raises:
+        ValueError: the ratio masks all or none of the patches, or grid masking has another ratio than its own.
+    """
+    check_ratio(math.prod(grid_size), mask_ratio)
+    if masking == "random":
+        return partial(torch.rand, math.prod(grid_size)), mask_ratio
+    if masking == "block":
+        return partial(_noise_of, partial(block_mask, 1, grid_size, mask_ratio), grid_size), mask_ratio
+    if mask_ratio != GRID_RATIO:
+        raise ValueError(f"--mask_ratio {mask_ratio:g}: --masking grid masks three of every 2x2 patches; leave it out")
+    mask = grid_mask(1, grid_size)
+    return partial(_noise_of, partial(grid_mask, 1, grid_size), grid_size), noise_from_mask(mask, grid_size, (1, 1))[1]
+
+
+def _noise_of(draw_mask: Callable[[], Tensor], grid_size: tuple[int, int]) -> Tensor:
+    return noise_from_mask(draw_mask(), grid_size, (1, 1))[0][0]
 
 
 def check_ratio(num_patches: int, mask_ratio: float) -> None:

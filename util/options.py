@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from util.dist import BACKENDS
 from util.flags import Size, add_switch, count, non_negative, positive, positive_int, positive_share, ratio, seed, share
 from util.loader import DEFAULT_WORKERS
+from util.masking import MASKING_CHOICES
 from util.precision import AMP_CHOICES
 from util.weights import ADAPT_CHOICES
 
@@ -188,7 +189,11 @@ def add_optimizer_options(parser: argparse.ArgumentParser, several_blr: bool = F
 def add_pretrain_options(parser: argparse.ArgumentParser) -> None:
     """What only masked pre-training has."""
     group = parser.add_argument_group("masked pre-training")
-    group.add_argument("--mask_ratio", default=0.75, type=ratio, metavar="R", help="share of the patches removed")
+    group.add_argument("--mask_ratio", default=0.75, type=ratio, metavar="R", help="share of masked patches")
+    group.add_argument(
+        "--masking", default="random", choices=MASKING_CHOICES,
+        help="which patches are masked: random ones; large blocks (as in BEiT); or all but one of every 2x2 (grid)",
+    )  # fmt: skip
     group.add_argument(
         "--decoder_depth", type=positive_int, metavar="N", help="blocks of the decoder; None is the model's own"
     )

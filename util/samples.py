@@ -9,7 +9,7 @@ import itertools
 import random
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -34,7 +34,7 @@ class Sample(NamedTuple):
 
     image: Tensor  # uint8 or float (c, H, W)
     label: int
-    noise: Tensor  # (num_noise,)
+    noise: Tensor  # (N,), or none (0,)
     bad: list[Bad]  # found on the way; this sample stands in for the first of them
 
 
@@ -42,7 +42,8 @@ class Samples(Dataset):
     """Decoded, augmented samples of a source, asked for by (epoch, index).
 
     Args:
-        num_noise: random numbers that go with each sample: in pre-training one a patch, which choose its mask.
+        draw_noise: returns the noise of a sample, from PyTorch's default generator: in pre-training that of
+            `masking.sampler`, which chooses the masked patches.
         on_bad_image: "error", or "skip": another sample, drawn by (seed, epoch, index), takes the place; None where
             there is no choice.
         fast_jpeg: as for `decode`.
@@ -58,14 +59,14 @@ class Samples(Dataset):
         *,
         in_chans: int,
         seed: int,
-        num_noise: int = 0,
+        draw_noise: Callable[[], Tensor] | None = None,
         on_bad_image: str | None = None,
         fast_jpeg: bool = False,
     ) -> None:
         self.source = source
         self.transform = transform
         self.seed = seed
-        self.num_noise = num_noise
+        self.draw_noise = draw_noise or partial(torch.rand, 0)
         self.on_bad_image = on_bad_image
         if fast_jpeg:
             jpeg.decoder()  # to be missed now, and not in a loading process
@@ -93,7 +94,7 @@ class Samples(Dataset):
         for repeat in range(repeats):
             # torch.manual_seed would look for every kind of device first: 72 µs in place of 1.
             torch.default_generator.manual_seed(seed_python(self.seed, epoch, number, *[repeat] * (repeat > 0)))
-            noise = torch.rand(self.num_noise)  # first, so that the mask stays the same under another augmentation
+            noise = self.draw_noise()  # first, so that the mask stays the same under another augmentation
             yield Sample(self.transform(picture), label, noise, [] if repeat else bad)
 
     def refuse(self, name: str, error: Exception, bad: list[Bad]) -> None:

@@ -1,0 +1,56 @@
+"""The two kernels of attention agree; recomputed blocks save memory and change nothing."""
+
+import pytest
+import torch
+from test_models_mae import build
+
+import models_vit
+from models_mae import MaskedAutoencoderViT
+
+
+def loss_and_gradients(model: MaskedAutoencoderViT, *args, **kwargs) -> list[torch.Tensor]:
+    model.zero_grad()
+    loss = model(*args, **kwargs)[0]
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.requires_grad)]
+
+
+def relative_difference(ones: list[torch.Tensor], others: list[torch.Tensor]) -> float:
+    return max(((a - b).norm() / b.norm()).item() for a, b in zip(ones, others, strict=True))
+
+
+@pytest.mark.parametrize("length", [5, 64, 65])
+@pytest.mark.parametrize("dtype", [torch.double, torch.float32, torch.bfloat16])
+def test_both_ways_of_attention_agree(length, dtype):
+    q, k, v = (torch.randn(2, 3, length, 8, dtype=dtype, requires_grad=True) for _ in range(3))
+    fused = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    ours = models_vit.attend(q, k, v)
+    plain = models_vit.attention_weights(q, k) @ v
+    ones, others, last = (torch.autograd.grad(x.square().sum(), (q, k, v)) for x in (ours, fused, plain))
+    bound = {torch.double: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
+    assert relative_difference([ours, *ones], [fused, *others]) < bound
+    assert relative_difference([ours, *ones], [plain, *last]) < bound
+    on_cpu = plain if dtype == torch.bfloat16 or length <= 64 else fused
+    assert torch.equal(ours, on_cpu)
+
+
+def test_recomputed_blocks_change_nothing():
+    model, imgs, noise = build(), torch.randn(2, 3, 16, 16), torch.rand(2, 16)
+    before = loss_and_gradients(model, imgs, noise=noise)
+    kept = saved_bytes(model, imgs)
+    models_vit.recompute_blocks(model)
+    assert all(map(torch.equal, loss_and_gradients(model, imgs, noise=noise), before))
+    assert saved_bytes(model, imgs) < 0.5 * kept
+
+
+def saved_bytes(model: MaskedAutoencoderViT, imgs: torch.Tensor) -> int:
+    total = 0
+
+    def pack(tensor):
+        nonlocal total
+        total += tensor.nbytes
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(imgs)
+    return total

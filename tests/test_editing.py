@@ -1,0 +1,206 @@
+"""A researcher's edit of the method takes effect: in the file, in a subclass, in a part of the model."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from test_models_mae import build
+from torch import nn
+
+import main_pretrain
+import models_vit
+from models_mae import MaskedAutoencoderViT
+from util import cli
+from util.compiling import compile_model
+
+SETTINGS = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 1, "num_heads": 4, "decoder_embed_dim": 16,
+            "decoder_depth": 1, "decoder_num_heads": 2}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------- in the file
+
+
+def test_an_edit_of_the_file_changes_the_training(pictures, tmp_path):
+    """Ten iterations of main_pretrain.py with models_mae.py as it is, and with a constant added to the predictions."""
+    losses = []
+    for number, (snippet, replacement) in enumerate([("", ""), ("(x))[:, 1:]\n", "(x))[:, 1:] + 1.5\n")]):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        for name in ("main_pretrain.py", "engine_pretrain.py", "models_build.py", "models_vit.py", "util"):
+            (folder / name).symlink_to(ROOT / name)
+        source = (ROOT / "models_mae.py").read_text()
+        assert not snippet or source.count(snippet) == 1
+        (folder / "models_mae.py").write_text(source.replace(snippet, replacement))
+        command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(folder)!r}); import main_pretrain; "
+                   "from util import cli; cli.run(main_pretrain.main, main_pretrain.get_args_parser())",
+                   "--data_path", pictures, "--model", "mae_vit_mini_patch4", "--input_size", "16", "--batch_size", "4",
+                   "--epochs", "2", "--warmup_epochs", "1", "--num_workers", "0", "--device", "cpu", "--vis_every", "0",
+                   "--output_dir", folder / "out"]  # fmt: skip
+        subprocess.run(command, cwd=folder, check=True, capture_output=True)
+        losses.append([json.loads(line)["train_loss"] for line in (folder / "out" / "log.txt").open()])
+    assert losses[1][0] > losses[0][0] + 1
+
+
+# ----------------------------------------------------------------------------------------------------- in a subclass
+
+
+class FirstPatches(MaskedAutoencoderViT):
+    def random_masking(self, x, mask_ratio):
+        return super().random_masking(x, mask_ratio, torch.arange(16.0).expand(len(x), -1))
+
+
+class LargerLatent(MaskedAutoencoderViT):
+    def forward_encoder(self, imgs, mask_ratio):
+        latent, mask, ids_restore = super().forward_encoder(imgs, mask_ratio)
+        return 2 * latent, mask, ids_restore
+
+
+class ShiftedPrediction(MaskedAutoencoderViT):
+    def forward_decoder(self, latent, ids_restore):
+        return super().forward_decoder(latent, ids_restore) + 1
+
+
+class AbsoluteError(MaskedAutoencoderViT):
+    def forward_loss(self, imgs, pred, mask):
+        loss = (pred - self.patchify(imgs)).abs().mean(dim=-1)
+        return (loss * mask).sum() / mask.sum()
+
+
+class MeanColour(MaskedAutoencoderViT):
+    target_dim = 3
+
+    def target(self, imgs):
+        return self.patchify(imgs).unflatten(2, (-1, 3)).mean(dim=2)
+
+
+SUBCLASSES = [FirstPatches, LargerLatent, ShiftedPrediction, AbsoluteError, MeanColour]
+
+
+def expected_loss(kind: type, imgs: torch.Tensor, noise: torch.Tensor, model: MaskedAutoencoderViT) -> torch.Tensor:
+    """The loss of an overridden model, from the published steps."""
+    base = MaskedAutoencoderViT
+    model.noise = torch.arange(16.0).expand(len(imgs), -1) if kind is FirstPatches else noise
+    latent, mask, ids_restore = base.forward_encoder(model, imgs, 0.75)
+    pred = base.forward_decoder(model, 2 * latent if kind is LargerLatent else latent, ids_restore)
+    pred = pred + 1 if kind is ShiftedPrediction else pred
+    error = pred - (kind.target if kind is MeanColour else base.target)(model, imgs)
+    error = error.abs() if kind is AbsoluteError else error.square()
+    model.noise = None
+    return (error.mean(dim=-1) * mask).sum() / mask.sum()
+
+
+@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize("kind", SUBCLASSES)
+def test_an_override_with_the_published_signature_takes_effect(kind, graph):
+    model, imgs, noise = kind(**SETTINGS), torch.randn(2, 3, 16, 16), torch.rand(2, 16)
+    expected = expected_loss(kind, imgs, noise, model)
+    if graph:  # --compile records the same graph; its code generation is in the next test
+        model.compile(fullgraph=True, dynamic=False, backend="eager")
+    loss = model(imgs, 0.75, noise=noise)[0]
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert model.patch_embed.proj.weight.grad.abs().sum() > 0
+
+
+def test_overrides_take_effect_in_compiled_code():
+    class All(LargerLatent, ShiftedPrediction, MeanColour, FirstPatches):
+        pass
+
+    model, imgs = All(**SETTINGS), torch.randn(2, 3, 16, 16)
+    expected = model(imgs)
+    compile_model(model, torch.device("cpu"))
+    for ours, theirs in zip(model(imgs), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", SUBCLASSES)
+def test_a_subclass_trains_by_the_script(kind, pictures, tmp_path):
+    def train(name: str, *model_class: type) -> list[float]:
+        argv = ["--data_path", pictures, "--model", "mae_vit_mini_patch4", "--input_size", "16", "--batch_size", "4",
+                "--epochs", "2", "--warmup_epochs", "1", "--num_workers", "0", "--device", "cpu", "--vis_every", "1",
+                "--output_dir", tmp_path / name]  # fmt: skip
+        main_pretrain.main(cli.parse(main_pretrain.get_args_parser(), list(map(str, argv))), *model_class)
+        return [json.loads(line)["train_loss"] for line in (tmp_path / name / "log.txt").open()]
+
+    published, own = train("published"), train("own", kind)
+    assert own[1] < own[0]
+    assert own[0] != pytest.approx(published[0], rel=1e-3)
+
+
+def test_pictures_of_another_target_are_refused_in_one_line():
+    model = MeanColour(**SETTINGS)
+    assert model(torch.randn(2, 3, 16, 16))[1].shape == (2, 16, 3)
+    with pytest.raises(ValueError, match=r"^MeanColour predicts features and no pixels: it can't make pictures$"):
+        model.reconstruct(torch.randn(2, 3, 16, 16))
+
+
+def test_a_call_leaves_no_noise_behind():
+    """A later call of a step draws its own random numbers, also after an error."""
+    model, imgs = build(), torch.randn(2, 3, 12, 28)
+    model(imgs, noise=torch.rand(2, 21))
+    assert model.noise is None
+    assert model.input_grid == (4, 4)
+    with pytest.raises(ValueError, match="noise or mask must be given"):
+        model(imgs, noise=torch.rand(2, 20))
+    assert model.noise is None
+    assert model.input_grid == (4, 4)
+
+
+# -------------------------------------------------------------------------------------------- in a part of the model
+
+
+class Patches(models_vit.PatchEmbed):
+    def forward(self, imgs):
+        return 2 * super().forward(imgs)
+
+
+class Projection(nn.Module):
+    """As adapters wrap a layer."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.weight, self.bias = inner, inner.weight, inner.bias
+
+    def forward(self, x):
+        return 2 * self.inner(x)
+
+
+class OwnBlock(models_vit.Block):
+    def forward(self, x):
+        return super().forward(x) + torch.arange(x.shape[2])
+
+
+class OwnAttention(models_vit.Attention):
+    def forward(self, x):
+        return super().forward(x) + torch.arange(x.shape[2])
+
+
+CHANGES = {
+    "patch_embed": lambda model: setattr(model, "patch_embed", Patches(16, 4, 3, 32)),
+    "proj": lambda model: setattr(model.patch_embed, "proj", Projection(model.patch_embed.proj)),
+    "hook": lambda model: model.patch_embed.register_forward_hook(lambda *call: 2 * call[2]),
+    "decoder_block": lambda model: model.decoder_blocks.__setitem__(1, OwnBlock(16, 2)),
+    "decoder_attention": lambda model: setattr(model.decoder_blocks[1], "attn", OwnAttention(16, 2)),
+    "no_block": lambda model: model.decoder_blocks.__setitem__(1, nn.Identity()),
+    "block": lambda model: model.blocks.__setitem__(1, OwnBlock(32, 4)),
+    "attention": lambda model: setattr(model.blocks[1], "attn", OwnAttention(32, 4)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_replaced_part_takes_effect(change):
+    model, imgs, noise = build().double(), torch.randn(2, 3, 16, 16).double(), torch.rand(2, 16)
+    before = model(imgs, noise=noise)[0]
+    CHANGES[change](model)
+    after = model.double()(imgs, noise=noise)[0]
+    assert abs(after - before) > 1e-4 * before
+
+
+def test_a_sequential_projection_is_the_same_projection():
+    model, imgs, noise = build(), torch.randn(2, 3, 16, 16), torch.rand(2, 16)
+    before = model(imgs, noise=noise)[0]
+    model.patch_embed.proj = nn.Sequential(model.patch_embed.proj)
+    assert model(imgs, noise=noise)[0] == before
