@@ -11,6 +11,7 @@ channels of an encoder token, E of a decoder token, P values predicted for a pat
 published checkpoints.
 """
 
+import threading
 from typing import Any, NamedTuple
 
 import torch
@@ -44,6 +45,16 @@ class Reconstruction(NamedTuple):
     prediction: Tensor  # the decoder's output for every patch, visible ones too
     pasted: Tensor  # the prediction where patches were removed, the original elsewhere
     mask: Tensor  # (B, N), 0 kept, 1 removed
+
+
+class _Call(threading.local):
+    """Arguments of a call of `forward` that its steps need and that their published signatures do not have."""
+
+    noise: Tensor | None = None  # (B, N)
+    grid: tuple[int, int] | None = None  # (rows, columns) of patches of the images
+
+
+_CALL = _Call()
 
 
 class MaskedAutoencoderViT(Encoder):
@@ -83,9 +94,7 @@ class MaskedAutoencoderViT(Encoder):
             return nn.ModuleList([Block(dim, heads, ratio or mlp_ratio, norm_layer=norm_layer) for _ in range(count)])
 
         self.norm_pix_loss = norm_pix_loss
-        self.noise: Tensor | None = None  # (B, N) for `random_masking`, in place of torch.rand; set by `forward`
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
-        self.input_grid = self.grid_size  # (rows, columns) of patches of the images; set by `forward`
         rows, columns = self.patch_embed.patch_size
 
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
@@ -156,7 +165,7 @@ class MaskedAutoencoderViT(Encoder):
 
         Args:
             x: tokens (B, N, D).
-            noise: (B, N), by default that of `forward`, or else torch.rand.
+            noise: (B, N), by default that of the call of `forward`, or else torch.rand.
 
         Returns:
             The visible tokens (B, K, D) in ascending order of noise; the mask (B, N), 0 visible and 1 masked;
@@ -165,7 +174,7 @@ class MaskedAutoencoderViT(Encoder):
         Raises:
             ValueError: as `util.masking.shuffle`.
         """
-        ids_shuffle, num_visible = shuffle(x, mask_ratio, self.noise if noise is None else noise)
+        ids_shuffle, num_visible = shuffle(x, mask_ratio, _CALL.noise if noise is None else noise)
         ids_restore = torch.argsort(ids_shuffle, dim=1)
         mask = (ids_restore >= num_visible).to(torch.float32)
         return take(x, ids_shuffle[:, :num_visible]), mask, ids_restore
@@ -187,7 +196,7 @@ class MaskedAutoencoderViT(Encoder):
         num_masked = ids_restore.shape[1] + 1 - x.shape[1]
         mask_tokens = self.mask_token.to(x.dtype).expand(x.shape[0], num_masked, -1)
         patches = take(torch.cat([x[:, 1:], mask_tokens], dim=1), ids_restore)
-        x = torch.cat([x[:, :1], patches], dim=1) + self._resized(self.decoder_pos_embed, self.input_grid)
+        x = torch.cat([x[:, :1], patches], dim=1) + self._resized(self.decoder_pos_embed, _CALL.grid or self.grid_size)
         for block in self.decoder_blocks:
             x = block(x)
         return self.decoder_pred(self.decoder_norm(x))[:, 1:]
@@ -224,14 +233,14 @@ class MaskedAutoencoderViT(Encoder):
         grid = self.patch_embed.grid_of(*imgs.shape[-2:])
         if mask is not None:
             noise, mask_ratio = noise_from_mask(mask.to(imgs.device), grid, self.patch_embed.patch_size)
-        # The steps keep the published signatures, so what else they need for this call stands in attributes.
-        self.noise, self.input_grid = noise, grid
+        outer = _CALL.noise, _CALL.grid
+        _CALL.noise, _CALL.grid = noise, grid
         try:
             latent, patch_mask, ids_restore = self.forward_encoder(imgs, mask_ratio)
             pred = self.forward_decoder(latent, ids_restore)
             return self.forward_loss(imgs, pred, patch_mask), pred, patch_mask
         finally:
-            self.noise, self.input_grid = None, self.grid_size
+            _CALL.noise, _CALL.grid = outer
 
     def forward_features(self, imgs: Tensor) -> Tensor:
         """Images -> normalised encoder tokens (B, N + 1, D), class token first; nothing is masked, order is kept."""

@@ -1,14 +1,17 @@
 """A researcher's edit of the method takes effect: in the file, in a subclass, in a part of the model."""
 
 import json
+import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from conftest import ROOT
 from test_models_mae import build
 from torch import nn
+from torch.nn import functional as F
 
 import main_pretrain
 import models_vit
@@ -82,13 +85,15 @@ SUBCLASSES = [FirstPatches, LargerLatent, ShiftedPrediction, AbsoluteError, Mean
 def expected_loss(kind: type, imgs: torch.Tensor, noise: torch.Tensor, model: MaskedAutoencoderViT) -> torch.Tensor:
     """The loss of an overridden model, from the published steps."""
     base = MaskedAutoencoderViT
-    model.noise = torch.arange(16.0).expand(len(imgs), -1) if kind is FirstPatches else noise
-    latent, mask, ids_restore = base.forward_encoder(model, imgs, 0.75)
+    if kind is FirstPatches:
+        noise = torch.arange(16.0).expand(len(imgs), -1)
+    x, mask, ids_restore = base.random_masking(model, model.patch_embed(imgs) + model.pos_embed[:, 1:], 0.75, noise)
+    cls_token = (model.cls_token + model.pos_embed[:, :1]).expand(len(imgs), -1, -1)
+    latent = model.norm(model.blocks[0](torch.cat([cls_token, x], dim=1)))
     pred = base.forward_decoder(model, 2 * latent if kind is LargerLatent else latent, ids_restore)
     pred = pred + 1 if kind is ShiftedPrediction else pred
     error = pred - (kind.target if kind is MeanColour else base.target)(model, imgs)
     error = error.abs() if kind is AbsoluteError else error.square()
-    model.noise = None
     return (error.mean(dim=-1) * mask).sum() / mask.sum()
 
 
@@ -116,18 +121,31 @@ def test_overrides_take_effect_in_compiled_code():
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+def train(kind: type, pictures, folder, *flags: str) -> list[float]:
+    out = folder / kind.__name__
+    argv = ["--data_path", pictures, "--model", "mae_vit_mini_patch4", "--input_size", "16", "--batch_size", "4",
+            "--epochs", "2", "--warmup_epochs", "1", "--num_workers", "0", "--device", "cpu", "--vis_every", "1",
+            "--output_dir", out, *flags]  # fmt: skip
+    main_pretrain.main(cli.parse(main_pretrain.get_args_parser(), list(map(str, argv))), kind)
+    return [json.loads(line)["train_loss"] for line in (out / "log.txt").open()]
+
+
 @pytest.mark.parametrize("kind", SUBCLASSES)
 def test_a_subclass_trains_by_the_script(kind, pictures, tmp_path):
-    def train(name: str, *model_class: type) -> list[float]:
-        argv = ["--data_path", pictures, "--model", "mae_vit_mini_patch4", "--input_size", "16", "--batch_size", "4",
-                "--epochs", "2", "--warmup_epochs", "1", "--num_workers", "0", "--device", "cpu", "--vis_every", "1",
-                "--output_dir", tmp_path / name]  # fmt: skip
-        main_pretrain.main(cli.parse(main_pretrain.get_args_parser(), list(map(str, argv))), *model_class)
-        return [json.loads(line)["train_loss"] for line in (tmp_path / name / "log.txt").open()]
-
-    published, own = train("published"), train("own", kind)
+    published, own = train(MaskedAutoencoderViT, pictures, tmp_path), train(kind, pictures, tmp_path)
     assert own[1] < own[0]
     assert own[0] != pytest.approx(published[0], rel=1e-3)
+
+
+def test_the_documented_target_trains(pictures, tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "PRETRAIN.md").read_text(), flags=re.DOTALL)
+    names: dict = {"__name__": "hog"}
+    exec(code, names)
+    model = names["HOGTarget"](**SETTINGS)
+    columns = torch.arange(16.0).expand(1, 3, 16, 16)  # the gradient is horizontal everywhere
+    assert torch.equal(model.target(columns), F.one_hot(torch.zeros(1, 16, dtype=torch.long), 9).float())
+    losses = train(names["HOGTarget"], pictures, tmp_path, "--epochs", "6", "--lr", "0.003")
+    assert losses[-1] < 0.8 * losses[0]
 
 
 def test_pictures_of_another_target_are_refused_in_one_line():
@@ -138,15 +156,24 @@ def test_pictures_of_another_target_are_refused_in_one_line():
 
 
 def test_a_call_leaves_no_noise_behind():
-    """A later call of a step draws its own random numbers, also after an error."""
+    """A later call of a step draws its own random numbers and has the model's own grid, also after an error."""
     model, imgs = build(), torch.randn(2, 3, 12, 28)
-    model(imgs, noise=torch.rand(2, 21))
-    assert model.noise is None
-    assert model.input_grid == (4, 4)
     with pytest.raises(ValueError, match="noise or mask must be given"):
         model(imgs, noise=torch.rand(2, 20))
-    assert model.noise is None
-    assert model.input_grid == (4, 4)
+    model(imgs, noise=torch.arange(21.0).expand(2, -1))
+    latent, mask, ids_restore = model.forward_encoder(torch.randn(2, 3, 16, 16), 0.75)
+    assert not torch.equal(mask[0], mask[1])
+    assert model.forward_decoder(latent, ids_restore).shape == (2, 16, 48)
+
+
+def test_calls_in_several_threads_keep_their_own_noise():
+    """The web page serves two requests at once with one model."""
+    model, imgs = build(depth=8), torch.randn(4, 3, 16, 16)
+    noises = [torch.rand(4, 16) for _ in range(32)]
+    expected = [model(imgs, noise=noise)[2] for noise in noises]
+    with ThreadPoolExecutor(4) as pool:
+        masks = list(pool.map(lambda noise: model(imgs, noise=noise)[2], noises))
+    assert all(map(torch.equal, masks, expected))
 
 
 # -------------------------------------------------------------------------------------------- in a part of the model

@@ -1,9 +1,12 @@
 """Masks given by callers."""
 
+import json
+
 import pytest
 import torch
 
-from util.masking import block_mask, grid_mask, noise_from_mask, num_kept, random_mask
+from models_mae import mae_vit_mini_patch4
+from util.masking import block_mask, grid_mask, noise_from_mask, num_kept, random_mask, sampler
 
 
 def test_every_form_of_a_mask_means_the_same():
@@ -34,17 +37,17 @@ def test_impossible_masks(mask, message):
         noise_from_mask(mask, (2, 2), (4, 4))
 
 
-@pytest.mark.parametrize("sampler", [random_mask, block_mask])
+@pytest.mark.parametrize("draw_masks", [random_mask, block_mask])
 @pytest.mark.parametrize("ratio", [0.5, 0.75])
-def test_samplers_remove_their_share_in_every_image(sampler, ratio):
+def test_samplers_remove_their_share_in_every_image(draw_masks, ratio):
     generator = torch.Generator().manual_seed(0)
-    masks = sampler(200, (14, 12), ratio, generator)
+    masks = draw_masks(200, (14, 12), ratio, generator)
     assert masks.dtype == torch.bool
     assert set((~masks).flatten(1).sum(dim=1).tolist()) == {int(168 * (1 - ratio))}
     assert len(torch.unique(masks.flatten(1), dim=0)) > 190
-    assert torch.equal(sampler(200, (14, 12), ratio, torch.Generator().manual_seed(0)), masks)
+    assert torch.equal(draw_masks(200, (14, 12), ratio, torch.Generator().manual_seed(0)), masks)
     often = masks.float().mean(dim=0)
-    if sampler is random_mask:
+    if draw_masks is random_mask:
         assert (often - ratio).abs().max() < 0.14  # four standard deviations
     assert often.amax(dim=0).min() > 0.1  # blocks reach every column and row
     assert often.amax(dim=1).min() > 0.1
@@ -98,3 +101,38 @@ def test_blocks_of_a_wide_grid_lie_in_it():
     masks = block_mask(100, (2, 40), 0.5, torch.Generator().manual_seed(0))
     both = (masks[:, 0] & masks[:, 1]).sum(dim=1).float().mean()
     assert both > 15  # of the 20 columns that a mask of full height would have
+
+
+@pytest.mark.parametrize("masking", ["random", "block", "grid"])
+@pytest.mark.parametrize("grid_size", [(14, 14), (7, 7), (8, 4)])
+def test_training_masks_as_the_sampler(masking, grid_size):
+    draw_noise, mask_ratio = sampler(masking, grid_size, 0.75)
+    model = mae_vit_mini_patch4(img_size=(4 * grid_size[0], 4 * grid_size[1]))
+    torch.manual_seed(3)
+    noise = torch.stack([draw_noise() for _ in range(5)])
+    masks = model(torch.rand(5, 3, 4 * grid_size[0], 4 * grid_size[1]), mask_ratio, noise=noise)[2]
+    masks = masks.unflatten(1, grid_size).bool()
+    torch.manual_seed(3)
+    if masking == "random":
+        expected = torch.cat([random_mask(1, grid_size, 0.75) for _ in range(5)])
+    elif masking == "block":
+        expected = torch.cat([block_mask(1, grid_size, 0.75) for _ in range(5)])
+    else:
+        expected = grid_mask(5, grid_size)
+    assert torch.equal(masks, expected)
+
+
+def test_grid_masking_has_a_ratio_of_its_own():
+    with pytest.raises(ValueError, match=r"--mask_ratio 0\.5: --masking grid masks three of every 2x2 patches"):
+        sampler("grid", (14, 14), 0.5)
+
+
+def test_the_scripts_masks_do_not_depend_on_workers(pretrain):
+    def losses(name, **flags):
+        out = pretrain(name, **flags, warmup_epochs=0)
+        return [json.loads(line)["train_loss"] for line in (out / "log.txt").open()]
+
+    block = losses("block", masking="block")
+    assert losses("workers", masking="block", num_workers=2) == block
+    assert losses("random") != block
+    assert losses("grid", masking="grid") not in (block, losses("again"))
