@@ -281,7 +281,9 @@ def test_tar_headers_that_lie(tmp_path):
         member = tarfile.TarInfo("1.png")
         member.pax_headers = {"size": "-1024"}
         archive.addfile(member)
-    with pytest.raises(ValueError, match=r"pax.tar is damaged or cut off after 1.png: its size is -1024"):
+    # Python before 3.11.4 stops at such a header.
+    message = r"pax.tar is damaged or cut off after 1.png: its size is -1024|no images in \S*pax.tar"
+    with pytest.raises(ValueError, match=message):
         Archive(tmp_path / "pax.tar", "train")
 
 

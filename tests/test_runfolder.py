@@ -38,12 +38,13 @@ def test_the_lock_ends_with_its_process_and_not_with_the_workers(tmp_path):
     """Worker processes are forked while the run holds the lock, and outlive a killed run for seconds."""
     script = PRELUDE + (
         f"with runfolder.locked(Path({str(tmp_path)!r})):\n"
-        "    if os.fork():\n        os.kill(os.getpid(), 9)\n    import time; time.sleep(60)"
+        "    if child := os.fork():\n        print(child, flush=True); os.kill(os.getpid(), 9)\n"
+        "    os.close(1); import time; time.sleep(60)"
     )
-    assert subprocess.run([sys.executable, "-c", script], timeout=50).returncode == -9
+    done = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, timeout=50)
+    assert done.returncode == -9
     with runfolder.locked(tmp_path):
-        pass
-    subprocess.run(["pkill", "-f", str(tmp_path)], check=True)
+        os.kill(int(done.stdout), 9)  # the worker is still there
 
 
 def test_a_lock_that_a_killed_process_left_is_recognised(tmp_path, caplog):

@@ -1,5 +1,6 @@
 """Runs with their states shared out (--fsdp): the same losses, and states that nobody loses."""
 
+import io
 import json
 import os
 import pickle
@@ -285,6 +286,25 @@ def test_descriptions_execute_nothing(content, shared, tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match=r"is refused.*Nothing in it was executed"):
         sharded.gather(folder)
     assert not (tmp_path / "done").exists()
+
+
+class ByGetattr:
+    """Python 3.11.0 to 3.11.3 pickles a member of an enumeration so."""
+
+    def __init__(self, kind, name):
+        self.arguments = kind, name
+
+    def __reduce__(self):
+        return getattr, self.arguments
+
+
+def test_descriptions_of_an_older_python_are_read():
+    encoding = torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING
+    content = pickle.dumps(ByGetattr(encoding, "TORCH_CHANNELS_LAST"))
+    assert sharded._Unpickler(io.BytesIO(content)).load() is encoding.TORCH_CHANNELS_LAST
+    for kind, name in ((torch.Size, "numel"), (encoding, "__class__"), (encoding, "mro")):
+        with pytest.raises(CheckpointError, match=f"takes '{name}' from .*could run code"):
+            sharded._Unpickler(io.BytesIO(pickle.dumps(ByGetattr(kind, name)))).load()
 
 
 def test_a_crash_while_a_folder_is_put_in_place(shared, tmp_path):
