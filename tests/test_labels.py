@@ -37,6 +37,10 @@ def test_images_without_labels(tmp_path):
         labels.require(Shards("https://example.org/{0..3}.tar", 10), "train")
     named = folders(tmp_path / "named", cat=1)
     assert labels.require(named, "val") is named
+    some = folders(tmp_path / "some", cat=2)
+    some.labels = np.array([0, -1])  # as of an image above the class folders
+    with pytest.raises(ValueError, match="the images of train have no classes"):
+        labels.require(some, "train")
 
 
 def test_labels_count_the_models_classes(tmp_path, caplog):

@@ -26,7 +26,7 @@ from torchvision import transforms as tv
 import engine_finetune
 import main_finetune
 from models_vit import VisionTransformer
-from util import dist, lr_sched
+from util import lr_sched
 
 # The published defaults, --nb_classes, --data_path and --device excepted.
 DEFAULTS = {
@@ -286,41 +286,6 @@ def test_a_batch_is_normalized_then_erased_then_mixed(captured, monkeypatch, fla
     torch.testing.assert_close(inputs[0], expected)
     assert not torch.equal(expected, normalized(images))
     torch.testing.assert_close(loss, -(targets * logits.log_softmax(dim=1)).sum(dim=1).mean())
-
-
-def test_mixtures_differ_between_batches_epochs_and_ranks(captured, monkeypatch):
-    run = captured(model="vit_mini_patch4", input_size=16, mixup=0.8, batch_size=10)
-    draws = {}
-    for seed_rank in (0, 1):
-        monkeypatch.setattr(dist, "rank", lambda rank=seed_rank: rank)
-        for epoch in (0, 1):
-            run.batches.seek(epoch)
-            for step in range(3):
-                run.batches.seed_step(step)
-                lam, _ = run.train_one_epoch.keywords["mixup"]._params_per_batch()
-                draws[seed_rank, epoch, step] = (float(lam), torch.rand(1).item())
-    assert len({lam for lam, _ in draws.values()}) == len({number for _, number in draws.values()}) == 12
-    monkeypatch.setattr(dist, "rank", lambda: 0)
-    run.batches.seek(0)
-    run.batches.seed_step(2)
-    assert run.train_one_epoch.keywords["mixup"]._params_per_batch()[0] == draws[0, 0, 2][0]
-
-
-def test_the_loop_seeds_every_batch(monkeypatch, data, tmp_path):
-    """Whatever was drawn before, each batch of a run draws its own mixture."""
-    lams = []
-
-    def mix(self, x, target):
-        lams.append(float(np.random.beta(0.8, 0.8)))
-        np.random.seed(0)
-        return x, F.one_hot(target, 3).float()
-
-    monkeypatch.setattr(Mixup, "__call__", mix)
-    main_finetune.main(parse(
-        main_finetune, data_path=data, output_dir=tmp_path / "run", device="cpu", num_workers=0, epochs=2,
-        model="vit_mini_patch4", input_size=8, batch_size=20, mixup=0.8, warmup_epochs=1, eval_every=9, aa="none",
-    ))  # fmt: skip
-    assert len(lams) == len(set(lams)) == 12
 
 
 def test_a_new_head_is_small_and_the_encoder_is_the_files(captured, tmp_path):

@@ -55,8 +55,8 @@ def test_the_classes_of_a_suite_are_answered(run, tmp_path):
     (evaluated,) = found.evaluated
     labels = [suites.synsets().index(folder) for folder in suites.subset("imagenet-a")]
     assert (len(labels), evaluated["model"].classes.tolist()) == (200, labels)
-    images = evaluated["normalize"](torch.full((1, 3, 2, 2), 255, dtype=torch.uint8))
-    assert images.unique().tolist() == [1.0]  # the model's mean and std are .5
+    images = evaluated["normalize"](torch.zeros(1, 3, 2, 2, dtype=torch.uint8))
+    assert images.unique().tolist() == [-1.0]  # the model's mean and std are .5
     assert found.results["cells"] == {"imagenet-a": {"images": 200, "acc1": 75.0, "acc5": 99.5}}
     assert found.loaded[0]["crop_pct"] is None
     (batches,) = found.loaders
