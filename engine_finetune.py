@@ -200,8 +200,7 @@ def load_for_evaluation(
     Raises:
         ValueError: it is of another architecture, or the images have classes that it does not know.
     """
-    head = file.tensors.get("head.weight", file.tensors.get("head.1.weight"))
-    num_classes = 0 if head is None else len(head)
+    num_classes = file.num_classes
     known = file.settings.get("classes")
     if settings["nb_classes"] not in (None, num_classes):
         raise ValueError(f"{file.source} knows {num_classes} classes, and --nb_classes is {settings['nb_classes']}")

@@ -5,9 +5,9 @@ Every architecture is an entry, with the arguments of `inference.get_model`.
 
 from functools import partial, update_wrapper
 
-from inference.model import FACTORIES, get_model
+from inference.model import ARCHITECTURES, get_model
 
 dependencies = ["torch", "timm", "huggingface_hub", "safetensors", "tifffile"]
 
-for _name in FACTORIES:
+for _name in ARCHITECTURES:
     globals()[_name] = update_wrapper(partial(get_model, _name), get_model)

@@ -49,7 +49,6 @@ from util.sources import Source
 
 logger = logging.getLogger(__name__)
 
-MODELS = sorted(name for name in vars(models_vit) if name.startswith("vit_"))
 HEAD_STD = 2e-5  # of a new head's weights, as published: the encoder is not shaken by it
 
 
@@ -58,7 +57,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = cli.parser("Fine-tuning of a Vision Transformer to a classifier (He et al. 2021, appendix A.1).")
     options.add_run_options(parser)
     options.add_data_options(parser)
-    options.add_model_options(parser, MODELS, default="vit_large_patch16")
+    options.add_model_options(parser, models_vit.MODELS, default="vit_large_patch16")
     options.add_supervised_options(parser, global_pool=True)
     options.add_evaluation_options(parser)
     options.add_finetune_options(parser)

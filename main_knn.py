@@ -36,15 +36,13 @@ from util.sources import Source
 
 logger = logging.getLogger(__name__)
 
-MODELS = sorted(name for name in vars(models_vit) if name.startswith("vit_"))
-
 
 def get_args_parser() -> argparse.ArgumentParser:
     """All flags."""
     parser = cli.parser("Weighted k-nearest-neighbour classification on frozen features (Wu et al. 2018).")
     options.add_compute_options(parser)
     options.add_data_options(parser)
-    options.add_model_options(parser, MODELS, default="vit_large_patch16")
+    options.add_model_options(parser, models_vit.MODELS, default="vit_large_patch16")
     options.add_supervised_options(parser, global_pool=False)
     options.add_knn_options(parser)
     options.add_distributed_options(parser)

@@ -62,15 +62,13 @@ from util.sources import Source
 
 logger = logging.getLogger(__name__)
 
-MODELS = sorted(name for name in vars(models_vit) if name.startswith("vit_"))
-
 
 def get_args_parser() -> argparse.ArgumentParser:
     """All flags, with the published defaults."""
     parser = cli.parser("Linear probing of a Vision Transformer (He et al. 2021, appendix A.1).")
     options.add_run_options(parser)
     options.add_data_options(parser)
-    options.add_model_options(parser, MODELS, default="vit_large_patch16")
+    options.add_model_options(parser, models_vit.MODELS, default="vit_large_patch16")
     options.add_supervised_options(parser, global_pool=False)
     options.add_evaluation_options(parser)
     options.add_probe_options(parser)

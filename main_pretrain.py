@@ -43,7 +43,6 @@ from util import (
 from util.precision import Precision
 from util.samples import Samples
 
-MODELS = sorted(name for name in vars(models_mae) if name.startswith("mae_vit_"))
 EXAMPLES = 8  # images in TensorBoard's picture of reconstructions
 
 
@@ -52,7 +51,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = cli.parser("Masked pre-training of a Vision Transformer (He et al. 2021).")
     options.add_run_options(parser)
     options.add_data_options(parser)
-    options.add_model_options(parser, MODELS, default="mae_vit_large_patch16")
+    options.add_model_options(parser, models_mae.MODELS, default="mae_vit_large_patch16")
     options.add_pretrain_options(parser)
     options.add_optimizer_options(parser)
     options.add_distributed_options(parser)

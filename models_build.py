@@ -7,13 +7,15 @@ import torch
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
+import models_mae
+import models_vit
 from models_mae import DECODER_SUFFIX, DECODERS, MaskedAutoencoderViT
 from models_vit import SIZES, VisionTransformer, recompute_blocks
 
 Model = TypeVar("Model", bound=nn.Module)
 
-# What of a run's settings makes its model, and the images as the model sees them; the rest is about training.
-MAKES_A_MODEL = (
+# The settings of a run that rebuild its model and the preprocessing of its images; the others are about training.
+MODEL_SETTINGS = (
     "model", "input_size", "patch_size", "in_chans", "mean", "std", "crop_pct", "norm_pix_loss", "mask_ratio",
     "decoder_depth", "global_pool", "nb_classes", "probe", "classes", "label_names",
 )  # fmt: skip
@@ -41,16 +43,17 @@ def probe(settings: Mapping[str, Any]) -> VisionTransformer:
 
 def classifier_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """What of a run's settings makes a classifier of its encoder; nothing, where they name no model of ours."""
-    size = _size(str(settings.get("model")))
+    size = size_of(str(settings.get("model")))
     if size not in SIZES:
         return {}
-    kept = {name: settings[name] for name in MAKES_A_MODEL if name in settings}
+    kept = {name: settings[name] for name in MODEL_SETTINGS if name in settings}
     if kept.get("patch_size", 0) is None:
         kept["patch_size"] = SIZES[size]["patch_size"]
     return {**kept, "model": f"vit_{size}"}
 
 
-def _size(model: str) -> str:
+def size_of(model: str) -> str:
+    """The entry of `models_vit.SIZES` that a model's name stands for; another text for other names."""
     return model.removeprefix("mae_").removeprefix("vit_").removesuffix(DECODER_SUFFIX)
 
 
@@ -60,9 +63,9 @@ def autoencoder_arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: the run's model is no masked autoencoder.
     """
-    size = settings["model"].removeprefix("mae_vit_").removesuffix(DECODER_SUFFIX)
-    if not settings["model"].startswith("mae_vit_") or size not in SIZES:
+    if settings["model"] not in models_mae.MODELS:
         raise ValueError(f"{settings['model']} is no masked autoencoder")
+    size = size_of(settings["model"])
     decoder: dict[str, Any] = {**DECODERS[size]}
     if settings.get("decoder_depth"):
         decoder["decoder_depth"] = settings["decoder_depth"]
@@ -75,9 +78,9 @@ def classifier_arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: the run's model is no classifier.
     """
-    size = settings["model"].removeprefix("vit_")
-    if not settings["model"].startswith("vit_") or size not in SIZES:
+    if settings["model"] not in models_vit.MODELS:
         raise ValueError(f"{settings['model']} is no classifier")
+    size = size_of(settings["model"])
     return {
         **_shape(size, settings),
         "num_classes": settings["nb_classes"],

@@ -12,7 +12,8 @@ published checkpoints.
 """
 
 import threading
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,19 +22,18 @@ from models_vit import LAYER_NORM, SIZES, Block, Encoder, NormLayer, PatchEmbed
 from util.masking import noise_from_mask, shuffle, take
 from util.pos_embed import Size, sincos_table
 
-# He et al. 2021, table 1: 8 blocks of 512 channels whatever the encoder; the small models get decoders to match.
+# He et al. 2021, table 1: 8 blocks of 512 channels for every encoder. The small models have decoders to match.
 PUBLISHED_DECODER = {"decoder_embed_dim": 512, "decoder_depth": 8, "decoder_num_heads": 16}
 DECODERS: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(SIZES, PUBLISHED_DECODER),
     "mini_patch4": {"decoder_embed_dim": 64, "decoder_depth": 1, "decoder_num_heads": 2},
     "tiny_patch16": {"decoder_embed_dim": 192, "decoder_depth": 4, "decoder_num_heads": 3},
     "small_patch16": {"decoder_embed_dim": 256, "decoder_depth": 4, "decoder_num_heads": 8},
-    "base_patch16": PUBLISHED_DECODER,
-    "large_patch16": PUBLISHED_DECODER,
-    "huge_patch14": PUBLISHED_DECODER,
     "giant_patch14": {**PUBLISHED_DECODER, "decoder_mlp_ratio": 4.0},
 }
 
-DECODER_SUFFIX = "_dec512d8b"  # the published code spells the decoder out in its models' second names
+DECODER_SUFFIX = "_dec512d8b"  # of the second names that the published code has for its models
+PUBLISHED_SIZES = ("base_patch16", "large_patch16", "huge_patch14")
 TARGET_EPS = 1e-6  # added to the variance of a target patch that is normalised
 
 
@@ -288,45 +288,21 @@ def _patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
     return patches.mean(dim=-1, keepdim=True), (patches.var(dim=-1, keepdim=True) + TARGET_EPS).sqrt()
 
 
-def _mae(size: str, **kwargs: Any) -> MaskedAutoencoderViT:
-    return MaskedAutoencoderViT(**{**SIZES[size], **DECODERS[size], **kwargs})
+def _factory(size: str) -> Callable[..., MaskedAutoencoderViT]:
+    def build(**kwargs: Any) -> MaskedAutoencoderViT:
+        return MaskedAutoencoderViT(**{**SIZES[size], **DECODERS[size], **kwargs})
+
+    build.__name__ = build.__qualname__ = f"mae_vit_{size}"
+    sizes = "{embed_dim} wide, {depth} deep, {num_heads} heads; decoder {decoder_embed_dim} wide, {decoder_depth} deep"
+    build.__doc__ = f"{sizes.format(**SIZES[size], **DECODERS[size])}; arguments override these."
+    return build
 
 
-def mae_vit_mini_patch4(**kwargs: Any) -> MaskedAutoencoderViT:
-    """128 wide, 4 deep, 4 heads; decoder 64 wide, 1 deep. For pictures of about 32 pixels."""
-    return _mae("mini_patch4", **kwargs)
+# The factories mae_vit_base_patch16 and so on, one for each entry of SIZES, by the names of --model.
+MODELS: dict[str, Callable[..., MaskedAutoencoderViT]] = {f"mae_vit_{size}": _factory(size) for size in SIZES}
+MODELS |= {f"mae_vit_{size}{DECODER_SUFFIX}": MODELS[f"mae_vit_{size}"] for size in PUBLISHED_SIZES}
+globals().update(MODELS)
 
+if TYPE_CHECKING:
 
-def mae_vit_tiny_patch16(**kwargs: Any) -> MaskedAutoencoderViT:
-    """192 wide, 12 deep, 3 heads; decoder 192 wide, 4 deep."""
-    return _mae("tiny_patch16", **kwargs)
-
-
-def mae_vit_small_patch16(**kwargs: Any) -> MaskedAutoencoderViT:
-    """384 wide, 12 deep, 6 heads; decoder 256 wide, 4 deep."""
-    return _mae("small_patch16", **kwargs)
-
-
-def mae_vit_base_patch16(**kwargs: Any) -> MaskedAutoencoderViT:
-    """ViT-B/16: 768 wide, 12 deep, 12 heads; 111,907,840 parameters with the two fixed tables."""
-    return _mae("base_patch16", **kwargs)
-
-
-def mae_vit_large_patch16(**kwargs: Any) -> MaskedAutoencoderViT:
-    """ViT-L/16: 1024 wide, 24 deep, 16 heads; 329,541,888 parameters with the two fixed tables."""
-    return _mae("large_patch16", **kwargs)
-
-
-def mae_vit_huge_patch14(**kwargs: Any) -> MaskedAutoencoderViT:
-    """ViT-H/14: 1280 wide, 32 deep, 16 heads; 657,074,508 parameters with the two fixed tables."""
-    return _mae("huge_patch14", **kwargs)
-
-
-def mae_vit_giant_patch14(**kwargs: Any) -> MaskedAutoencoderViT:
-    """ViT-g/14: 1408 wide, 40 deep, 16 heads, MLPs of 6144; 1,037,577,676 parameters with the two fixed tables."""
-    return _mae("giant_patch14", **kwargs)
-
-
-mae_vit_base_patch16_dec512d8b = mae_vit_base_patch16
-mae_vit_large_patch16_dec512d8b = mae_vit_large_patch16
-mae_vit_huge_patch14_dec512d8b = mae_vit_huge_patch14
+    def __getattr__(name: str) -> Callable[..., MaskedAutoencoderViT]: ...

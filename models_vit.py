@@ -11,7 +11,7 @@ token, h heads. Parameter names are those of the published checkpoints.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +26,9 @@ NormLayer = Callable[[int], nn.Module]
 # Published models were trained with eps 1e-6; PyTorch's default is 1e-5, transformers' ViT has 1e-12.
 LAYER_NORM: NormLayer = partial(nn.LayerNorm, eps=1e-6)
 
-# B, L and H are He et al. 2021's; giant is Zhai et al. 2021's (ViT-g); tiny and small are the field's usual ones; mini
-# is for pictures of about 32 pixels.
+# The list of models. A size that is added here has its factories, its place in --model and in `get_model`.
+# B, L and H are those of He et al. 2021; giant is ViT-g of Zhai et al. 2021; tiny and small are the field's usual ones;
+# mini is for images of about 32 pixels.
 SIZES: dict[str, dict[str, Any]] = {
     "mini_patch4": {"img_size": 32, "patch_size": 4, "embed_dim": 128, "depth": 4, "num_heads": 4},
     "tiny_patch16": {"patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3},
@@ -291,40 +292,19 @@ class VisionTransformer(Encoder):
         return self.head(self.forward_features(imgs))
 
 
-def _vit(size: str, **kwargs: Any) -> VisionTransformer:
-    return VisionTransformer(**{**SIZES[size], **kwargs})
+def _factory(size: str) -> Callable[..., VisionTransformer]:
+    def build(**kwargs: Any) -> VisionTransformer:
+        return VisionTransformer(**{**SIZES[size], **kwargs})
+
+    build.__name__ = build.__qualname__ = f"vit_{size}"
+    build.__doc__ = "{embed_dim} wide, {depth} deep, {num_heads} heads; arguments override these.".format(**SIZES[size])
+    return build
 
 
-def vit_mini_patch4(**kwargs: Any) -> VisionTransformer:
-    """128 wide, 4 deep, 4 heads, for pictures of about 32 pixels."""
-    return _vit("mini_patch4", **kwargs)
+# The factories vit_base_patch16 and so on, one for each entry of SIZES, by the names of --model.
+MODELS: dict[str, Callable[..., VisionTransformer]] = {f"vit_{size}": _factory(size) for size in SIZES}
+globals().update(MODELS)
 
+if TYPE_CHECKING:
 
-def vit_tiny_patch16(**kwargs: Any) -> VisionTransformer:
-    """192 wide, 12 deep, 3 heads."""
-    return _vit("tiny_patch16", **kwargs)
-
-
-def vit_small_patch16(**kwargs: Any) -> VisionTransformer:
-    """384 wide, 12 deep, 6 heads."""
-    return _vit("small_patch16", **kwargs)
-
-
-def vit_base_patch16(**kwargs: Any) -> VisionTransformer:
-    """768 wide, 12 deep, 12 heads: 86,567,656 parameters at 1000 classes."""
-    return _vit("base_patch16", **kwargs)
-
-
-def vit_large_patch16(**kwargs: Any) -> VisionTransformer:
-    """1024 wide, 24 deep, 16 heads: 304,326,632 parameters at 1000 classes."""
-    return _vit("large_patch16", **kwargs)
-
-
-def vit_huge_patch14(**kwargs: Any) -> VisionTransformer:
-    """1280 wide, 32 deep, 16 heads: 632,045,800 parameters at 1000 classes."""
-    return _vit("huge_patch14", **kwargs)
-
-
-def vit_giant_patch14(**kwargs: Any) -> VisionTransformer:
-    """1408 wide, 40 deep, 16 heads, MLPs of 6144: 1,012,611,432 parameters at 1000 classes."""
-    return _vit("giant_patch14", **kwargs)
+    def __getattr__(name: str) -> Callable[..., VisionTransformer]: ...

@@ -24,7 +24,7 @@ from torch import Tensor
 import models_build
 import models_mae
 import models_vit
-from models_build import MAKES_A_MODEL
+from models_build import MODEL_SETTINGS, size_of
 from util import published, transforms, weights
 from util.checkpoint import CheckpointError
 from util.decode import BadImage, decode
@@ -35,12 +35,7 @@ from util.weights import Weights
 ImageLike = str | Path | Image.Image | np.ndarray | Tensor
 Images = ImageLike | Sequence[ImageLike]
 
-FACTORIES = sorted(f"{prefix}{size}" for prefix in ("mae_vit_", "vit_") for size in models_vit.SIZES)
-FULL_NAMES = {
-    name: name.removesuffix(models_mae.DECODER_SUFFIX)
-    for name in vars(models_mae)
-    if name.endswith(models_mae.DECODER_SUFFIX)
-}
+ARCHITECTURES = {**models_mae.MODELS, **models_vit.MODELS}
 
 
 class Ready(PyTorchModelHubMixin):
@@ -180,7 +175,7 @@ def list_models(pattern: str = "*") -> list[str]:
     Args:
         pattern: with * for anything, such as "vit-*_mae-*".
     """
-    return [name for name in sorted({*FACTORIES, *FULL_NAMES, *published.TABLE}) if fnmatchcase(name, pattern)]
+    return [name for name in sorted({*ARCHITECTURES, *published.TABLE}) if fnmatchcase(name, pattern)]
 
 
 def get_model(
@@ -200,15 +195,17 @@ def get_model(
         ValueError: an unknown name, one whose weights were never released or can't be downloaded, an unknown setting.
         CheckpointError: the file is damaged, or does not hold what is asked for.
     """
-    unknown = settings.keys() - set(MAKES_A_MODEL)
+    unknown = settings.keys() - set(MODEL_SETTINGS)
     if unknown:
-        raise ValueError(f"get_model knows no setting {sorted(unknown)[0]}; it knows {', '.join(MAKES_A_MODEL[1:])}")
-    name = FULL_NAMES.get(str(name), str(name))
+        raise ValueError(f"get_model knows no setting {sorted(unknown)[0]}; it knows {', '.join(MODEL_SETTINGS[1:])}")
+    name = str(name)
+    if name in ARCHITECTURES:
+        name = ARCHITECTURES[name].__name__  # the published code has second names
     if Path(name).exists():
         return _load(weights.read(name), None, settings).to(device)
-    if name not in FACTORIES and name not in published.TABLE:
+    if name not in ARCHITECTURES and name not in published.TABLE:
         raise ValueError(f"there is no file, model or published weights {name}{published.nearest(name, list_models())}")
-    architecture = name if name in FACTORIES else published.TABLE[name].model
+    architecture = name if name in ARCHITECTURES else published.TABLE[name].model
     if pretrained is False:
         return _class_of(architecture)(_settings(architecture, {**_of_row(name), **settings})).to(device)
     source = _published_for(name) if pretrained is True else str(pretrained)
@@ -229,10 +226,10 @@ def _class_of(architecture: str) -> type[Autoencoder] | type[Classifier]:
 
 
 def _settings(architecture: str, given: dict[str, Any]) -> dict[str, Any]:
-    size = models_vit.SIZES[architecture.removeprefix("mae_").removeprefix("vit_")]
+    size = models_vit.SIZES[size_of(architecture)]
     usual = {"input_size": size.get("img_size", 224), "patch_size": None, "in_chans": 3, "norm_pix_loss": False,
              "global_pool": architecture.startswith("vit_"), "nb_classes": 1000, "mask_ratio": 0.75}  # fmt: skip
-    kept = {key: value for key, value in given.items() if key in MAKES_A_MODEL}
+    kept = {key: value for key, value in given.items() if key in MODEL_SETTINGS}
     return {**usual, **kept, "model": architecture}
 
 
@@ -246,7 +243,7 @@ def _published_for(name: str) -> str:
     """The published weights that belong to a name best."""
     if name in published.TABLE:
         return name
-    size = name.removeprefix("mae_").removeprefix("vit_").partition("_")[0]
+    size = size_of(name).partition("_")[0]
     best = f"mae_pretrain_vit_{size}_full" if name.startswith("mae_") else f"mae_finetuned_vit_{size}"
     if best not in published.TABLE:
         raise ValueError(f"no weights were published for {name}: give a file of them")
@@ -254,8 +251,8 @@ def _published_for(name: str) -> str:
 
 
 def _load(file: Weights, wanted: str | None, settings: dict[str, Any]) -> Autoencoder | Classifier:
-    """A model with a file's weights: of the architecture that is wanted, else the one that the file tells."""
-    seen = _infer(file)
+    """A model with a file's weights: of the architecture that is wanted, else of the one that the file records."""
+    seen = _infer(file, size_of(wanted or str(file.settings.get("model"))))
     told = {**seen, **_of_row(file.source), **file.settings}
     wanted = wanted or seen["model"]
     if file.kind == CLASSIFIER and "nb_classes" in settings and settings["nb_classes"] != told["nb_classes"]:
@@ -276,28 +273,37 @@ def _load(file: Weights, wanted: str | None, settings: dict[str, Any]) -> Autoen
     return model
 
 
-def _infer(file: Weights) -> dict[str, Any]:
-    """A file's architecture, from its tensors' shapes.
+def _infer(file: Weights, size: str) -> dict[str, Any]:
+    """A file's architecture from its tensors' shapes.
+
+    Args:
+        size: the size if it is known; another text if not.
 
     Raises:
-        CheckpointError: no known size has them.
+        CheckpointError: no size has such shapes, or several have.
     """
     tensors = file.tensors
     dim, channels, *patch = tensors["patch_embed.proj.weight"].shape
     depth = 1 + max(int(found[1]) for name in tensors if (found := re.match(r"blocks\.(\d+)\.", name)))
-    sizes = [n for n, size in models_vit.SIZES.items() if (size["embed_dim"], size["depth"]) == (dim, depth)]
-    if not sizes:
-        raise CheckpointError(f"{file.source}: no model here is {dim} wide and {depth} deep")
-    head = tensors.get("head.weight", tensors.get("head.1.weight"))
+    if size not in models_vit.SIZES:
+        sizes = [n for n, entry in models_vit.SIZES.items() if (entry["embed_dim"], entry["depth"]) == (dim, depth)]
+        if not sizes:
+            raise CheckpointError(f"{file.source}: no model here is {dim} wide and {depth} deep")
+        if len(sizes) > 1:
+            raise CheckpointError(
+                f"{file.source} records no model, and {' and '.join(sizes)} have its shapes: give "
+                f'get_model("vit_{sizes[0]}", pretrained="{file.source}"), or with another of these names'
+            )
+        (size,) = sizes
     told: dict[str, Any] = {
-        "model": f"{'mae_' * (file.kind == FULL)}vit_{sizes[0]}",
+        "model": f"{'mae_' * (file.kind == FULL)}vit_{size}",
         "in_chans": channels,
         "patch_size": patch,
         "decoder_depth": sum(name.endswith(".norm1.weight") for name in tensors if name.startswith("decoder_")) or None,
         "norm_pix_loss": True,  # as most published ones; a file need not tell
         "global_pool": "fc_norm.weight" in tensors,
-        "nb_classes": 0 if head is None else len(head),
-        "probe": "head.1.weight" in tensors,
+        "nb_classes": file.num_classes,
+        "probe": file.is_probe,
     }
     side = round((tensors["pos_embed"].shape[1] - 1) ** 0.5)
     if side * side == tensors["pos_embed"].shape[1] - 1:

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,25 +27,55 @@ SETTINGS = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 1, "num_h
 # ------------------------------------------------------------------------------------------------------- in the file
 
 
+def losses_of(out: Path) -> list[float]:
+    return [json.loads(line)["train_loss"] for line in (out / "log.txt").open()]
+
+
+def run_edited(folder: Path, file: str, snippet: str, replacement: str, code: str, *argv) -> None:
+    """Runs Python code beside the scripts, with one of their files edited."""
+    folder.mkdir()
+    for path in [*ROOT.glob("*.py"), ROOT / "util", ROOT / "inference"]:
+        (folder / path.name).symlink_to(path)
+    source = (ROOT / file).read_text()
+    assert source.count(snippet) == 1
+    (folder / file).unlink()
+    (folder / file).write_text(source.replace(snippet, replacement))
+    code = f"import sys; sys.path.insert(0, {str(folder)!r})\n{code}"
+    subprocess.run([sys.executable, "-c", code, *map(str, argv)], cwd=folder, check=True)
+
+
+SMALL = ["--input_size", 16, "--batch_size", 4, "--epochs", 2, "--warmup_epochs", 1, "--num_workers", 0, "--device",
+         "cpu", "--vis_every", 0]  # fmt: skip
+PRETRAIN = "import main_pretrain; from util import cli; cli.run(main_pretrain.main, main_pretrain.get_args_parser())"
+
+
 def test_an_edit_of_the_file_changes_the_training(pictures, tmp_path):
-    """Ten iterations of main_pretrain.py with models_mae.py as it is, and with a constant added to the predictions."""
-    losses = []
-    for number, (snippet, replacement) in enumerate([("", ""), ("(x))[:, 1:]\n", "(x))[:, 1:] + 1.5\n")]):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        for name in ("main_pretrain.py", "engine_pretrain.py", "models_build.py", "models_vit.py", "util"):
-            (folder / name).symlink_to(ROOT / name)
-        source = (ROOT / "models_mae.py").read_text()
-        assert not snippet or source.count(snippet) == 1
-        (folder / "models_mae.py").write_text(source.replace(snippet, replacement))
-        command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(folder)!r}); import main_pretrain; "
-                   "from util import cli; cli.run(main_pretrain.main, main_pretrain.get_args_parser())",
-                   "--data_path", pictures, "--model", "mae_vit_mini_patch4", "--input_size", "16", "--batch_size", "4",
-                   "--epochs", "2", "--warmup_epochs", "1", "--num_workers", "0", "--device", "cpu", "--vis_every", "0",
-                   "--output_dir", folder / "out"]  # fmt: skip
-        subprocess.run(command, cwd=folder, check=True, capture_output=True)
-        losses.append([json.loads(line)["train_loss"] for line in (folder / "out" / "log.txt").open()])
-    assert losses[1][0] > losses[0][0] + 1
+    """Twelve iterations of main_pretrain.py with models_mae.py as it is, and with a constant added to predictions."""
+    published = train(MaskedAutoencoderViT, pictures, tmp_path)
+    flags = ["--data_path", pictures, "--model", "mae_vit_mini_patch4", "--output_dir", tmp_path / "run"]
+    snippet = "(x))[:, 1:]\n"
+    run_edited(tmp_path / "edited", "models_mae.py", snippet, snippet[:-1] + " + 1.5\n", PRETRAIN, *SMALL, *flags)
+    assert losses_of(tmp_path / "run")[0] > published[0] + 1
+
+
+def test_a_size_is_one_entry(pictures, tmp_path):
+    """It trains by its name, and its checkpoints are rebuilt with its own number of heads, which no shape has."""
+    mini = '    "mini_patch4": {'
+    heads = '    "heads8_patch4": {"patch_size": 4, "embed_dim": 128, "depth": 4, "num_heads": 8},\n'
+    code = (
+        PRETRAIN
+        + """
+import inference, main_finetune, models_vit
+checkpoint = sys.argv[-1] + "/checkpoint-1.pth"
+model = inference.get_model(checkpoint)
+assert model.blocks[0].attn.num_heads == 8 and len(model.decoder_blocks) == 8
+assert inference.get_model("vit_heads8_patch4", checkpoint, nb_classes=0).blocks[0].attn.num_heads == 8
+assert models_vit.vit_heads8_patch4().blocks[0].attn.num_heads == 8
+cli.parse(main_finetune.get_args_parser(), ["--model", "vit_heads8_patch4"])
+"""
+    )
+    flags = ["--data_path", pictures, "--model", "mae_vit_heads8_patch4", "--output_dir", tmp_path / "run"]
+    run_edited(tmp_path / "edited", "models_vit.py", mini, heads + mini, code, *SMALL, *flags)
 
 
 # ----------------------------------------------------------------------------------------------------- in a subclass
@@ -127,7 +158,7 @@ def train(kind: type, pictures, folder, *flags: str) -> list[float]:
             "--epochs", "2", "--warmup_epochs", "1", "--num_workers", "0", "--device", "cpu", "--vis_every", "1",
             "--output_dir", out, *flags]  # fmt: skip
     main_pretrain.main(cli.parse(main_pretrain.get_args_parser(), list(map(str, argv))), kind)
-    return [json.loads(line)["train_loss"] for line in (out / "log.txt").open()]
+    return losses_of(out)
 
 
 @pytest.mark.parametrize("kind", SUBCLASSES)

@@ -1,5 +1,7 @@
 """From a name or a file to a model that is ready for use."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,8 @@ from PIL import Image
 from skimage import data as photographs
 from torchvision import transforms as T
 
+import models_build
+import models_vit
 from inference import get_model, inference_model, list_models
 from inference.model import Autoencoder, Classifier, _of_row, _settings
 from util import checkpoint
@@ -226,3 +230,24 @@ def test_wrong_images(tmp_path, classifier):
         classifier.predict(tmp_path / "bomb.png")
     with pytest.raises(BadImage, match="has no 3 channels, neither last nor first"):
         classifier.predict(np.zeros((8, 8, 5), dtype=np.uint8))
+
+
+def test_the_recorded_model_comes_before_the_shapes(tmp_path, monkeypatch):
+    """Two sizes that differ in the number of heads only have the same shapes and predict otherwise."""
+    heads8 = {**models_vit.SIZES["mini_patch4"], "num_heads": 8}
+    monkeypatch.setitem(models_vit.SIZES, "heads8_patch4", heads8)
+    monkeypatch.setitem(models_vit.MODELS, "vit_heads8_patch4", partial(models_vit.VisionTransformer, **heads8))
+    settings = {"input_size": 32, "patch_size": None, "in_chans": 3, "global_pool": True, "nb_classes": 5}
+    imgs = torch.randn(2, 3, 32, 32)
+    for name, heads in (("vit_heads8_patch4", 8), ("vit_mini_patch4", 4)):
+        model = models_build.classifier({**settings, "model": name}).eval()
+        torch.save({"model": model.state_dict(), "args": {**settings, "model": name}}, tmp_path / f"{name}.pth")
+        again = get_model(tmp_path / f"{name}.pth")
+        assert again.blocks[0].attn.num_heads == heads
+        assert torch.equal(again(imgs), model(imgs))
+    torch.save({"model": model.state_dict()}, tmp_path / "bare.pth")
+    remedy = f'give get_model("vit_mini_patch4", pretrained="{tmp_path}/bare.pth"), or with another'
+    with pytest.raises(CheckpointError, match=r"records no model, and mini_patch4 and heads8_patch4 .*") as error:
+        get_model(tmp_path / "bare.pth")
+    assert remedy in str(error.value)
+    assert torch.equal(get_model("vit_mini_patch4", pretrained=tmp_path / "bare.pth", nb_classes=5)(imgs), model(imgs))

@@ -307,6 +307,17 @@ def test_descriptions_of_an_older_python_are_read():
             sharded._Unpickler(io.BytesIO(pickle.dumps(ByGetattr(kind, name)))).load()
 
 
+@pytest.mark.parametrize("optimizer", [[], {"param_groups": 3}, {"param_groups": [["params"]]}, {}])
+def test_a_description_of_another_form_is_one_line(optimizer, shared, tmp_path):
+    folder = tmp_path / "checkpoint-0"
+    shutil.copytree(shared / "checkpoint-0", folder)
+    state = checkpoint.read(folder)
+    state["optimizer"] = optimizer
+    checkpoint.write({name: value for name, value in state.items() if name != "folder"}, folder / "state.pth")
+    with pytest.raises(CheckpointError, match=r"checkpoint-0 has no groups of parameters"):
+        sharded.gather(folder)
+
+
 def test_a_crash_while_a_folder_is_put_in_place(shared, tmp_path):
     """The one before is found under its other name, and what is not complete is not found."""
     shutil.copytree(shared / "checkpoint-20", tmp_path / ".checkpoint-last.old")

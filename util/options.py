@@ -1,7 +1,7 @@
 """Every flag, once, in groups. A main takes the groups that it needs and sets its task's defaults."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Collection
 
 from util.dist import BACKENDS
 from util.flags import Size, add_switch, count, non_negative, positive, positive_int, positive_share, ratio, seed, share
@@ -135,7 +135,7 @@ def add_source_options(group: argparse._ActionsContainer) -> None:
     _add_num_workers(group)
 
 
-def add_model_options(parser: argparse.ArgumentParser, models: Sequence[str], default: str) -> None:
+def add_model_options(parser: argparse.ArgumentParser, models: Collection[str], default: str) -> None:
     """Which network."""
     group = parser.add_argument_group("model")
     group.add_argument("--model", default=default, choices=models, metavar="NAME", help=f"one of {', '.join(models)}")

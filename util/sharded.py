@@ -293,7 +293,12 @@ def fill(state: dict[str, Any], model: nn.Module, optimizer: Optimizer) -> dict[
 
 def _keys(state: dict[str, Any]) -> list[str | int]:
     """What an optimizer's parameters are called in a folder, in the order of a plain checkpoint's numbers."""
-    return [key for group in state["optimizer"]["param_groups"] for key in group["params"]]
+    try:
+        return [key for group in state["optimizer"]["param_groups"] for key in group["params"]]
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{state.get('folder', 'the checkpoint')} has no groups of parameters ({error})"
+        ) from error
 
 
 def _load(state: dict[str, Any], tensors: dict[str, Tensor], together: bool) -> dict[str, Any]:

@@ -35,6 +35,10 @@ SETTINGS_USED: dict[str, type | tuple[type, ...]] = {
 ADAPT_CHOICES = ("error", "mean", "repeat", "skip")
 
 
+# A head's weights in a classifier, in a linear probe (`models_build.probe_head`), and in one of several rates.
+HEAD, PROBE_HEAD, FIRST_OF_HEADS = "head.weight", "head.1.weight", "head.0.1.weight"
+
+
 class Weights(NamedTuple):
     """A file's tensors under our names, and what else it tells."""
 
@@ -51,6 +55,17 @@ class Weights(NamedTuple):
         height, width = to_pair(self.settings["input_size"])
         p, q = self.tensors["patch_embed.proj.weight"].shape[2:]
         return height // p, width // q
+
+    @property
+    def num_classes(self) -> int:
+        """Classes of the head; 0 without a head."""
+        head = self.tensors.get(HEAD, self.tensors.get(PROBE_HEAD))
+        return 0 if head is None else len(head)
+
+    @property
+    def is_probe(self) -> bool:
+        """Whether the head is that of a linear probe."""
+        return PROBE_HEAD in self.tensors
 
 
 def read(name: Path | str) -> Weights:
@@ -226,7 +241,7 @@ def read_classifier(name: Path | str) -> Weights:
         CheckpointError: it holds an encoder only.
     """
     file = read(name)
-    if "head.0.1.weight" in file.tensors:
+    if FIRST_OF_HEADS in file.tensors:
         raise CheckpointError(
             f"{name} has several heads side by side; take probe.pth, beside it, which has the chosen one"
         )
