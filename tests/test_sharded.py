@@ -307,14 +307,16 @@ def test_descriptions_of_an_older_python_are_read():
             sharded._Unpickler(io.BytesIO(pickle.dumps(ByGetattr(kind, name)))).load()
 
 
-@pytest.mark.parametrize("optimizer", [[], {"param_groups": 3}, {"param_groups": [["params"]]}, {}])
+@pytest.mark.parametrize(
+    "optimizer", [[], {}, {"param_groups": 3}, {"param_groups": [["params"]]}, {"param_groups": [{"params": 3}]}]
+)
 def test_a_description_of_another_form_is_one_line(optimizer, shared, tmp_path):
     folder = tmp_path / "checkpoint-0"
     shutil.copytree(shared / "checkpoint-0", folder)
     state = checkpoint.read(folder)
     state["optimizer"] = optimizer
     checkpoint.write({name: value for name, value in state.items() if name != "folder"}, folder / "state.pth")
-    with pytest.raises(CheckpointError, match=r"checkpoint-0 has no groups of parameters"):
+    with pytest.raises(CheckpointError, match=r"checkpoint-0 is damaged: state.pth in it does not describe"):
         sharded.gather(folder)
 
 

@@ -3,6 +3,7 @@
 import io
 import random
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -197,7 +198,7 @@ def test_ranks_stream_different_images(shards, monkeypatch):
 
 
 def make_samples_of(source, seed=0):
-    return samples.Samples(source, torch_of, in_chans=1, seed=seed, num_noise=3)
+    return samples.Samples(source, torch_of, in_chans=1, seed=seed, draw_noise=partial(torch.rand, 3))
 
 
 def torch_of(picture):

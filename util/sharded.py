@@ -225,7 +225,10 @@ def _check(state: dict[str, Any], part: int = 0, parts: int = 1) -> None:
     """
     folder, files = Path(state["folder"]), state.get("files")
     groups = state["optimizer"].get("param_groups") if isinstance(state.get("optimizer"), dict) else None
-    if not (isinstance(files, dict) and isinstance(state.get("tensors"), list) and isinstance(groups, list)):
+    are_groups = isinstance(groups, list) and all(
+        isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups
+    )
+    if not (isinstance(files, dict) and isinstance(state.get("tensors"), list) and are_groups):
         raise CheckpointError(f"{folder} is damaged: {STATE} in it does not describe a sharded checkpoint")
     if any(Path(str(name)).name != name or (folder / name).is_fifo() for name in files):
         raise CheckpointError(f"{folder} is damaged: {STATE} in it names files elsewhere")
@@ -293,12 +296,7 @@ def fill(state: dict[str, Any], model: nn.Module, optimizer: Optimizer) -> dict[
 
 def _keys(state: dict[str, Any]) -> list[str | int]:
     """What an optimizer's parameters are called in a folder, in the order of a plain checkpoint's numbers."""
-    try:
-        return [key for group in state["optimizer"]["param_groups"] for key in group["params"]]
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{state.get('folder', 'the checkpoint')} has no groups of parameters ({error})"
-        ) from error
+    return [key for group in state["optimizer"]["param_groups"] for key in group["params"]]
 
 
 def _load(state: dict[str, Any], tensors: dict[str, Tensor], together: bool) -> dict[str, Any]:
