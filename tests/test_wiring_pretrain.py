@@ -84,7 +84,7 @@ def published_augmentation(size, scale=(0.2, 1.0), flip=0.5):
 
 def assert_sample(samples, transform, seed, num_noise, mode="RGB"):
     """A sample is a function of (seed, epoch, index): first the noise of the mask, then the augmentation."""
-    for epoch, index in ((0, 3), (0, 4), (2, 3)):
+    for epoch, index in ((0, 3), (0, 4), (2, 3), *((1, index) for index in range(8))):
         sample = samples[epoch, index]
         picture = Image.open(samples.source.name(index)).convert(mode)
         torch.manual_seed(zlib.crc32(struct.pack("<3q", seed, epoch, index)))
@@ -267,11 +267,11 @@ def test_flags_of_processes_and_sources(capture, monkeypatch, tmp_path, images):
     suggested = keep_calls(monkeypatch, main_pretrain.datasets, "suggest_statistics")
     capture(
         "--input_size", 16, "--dist_url", "tcp://a:1", "--dist_timeout", 77, "--dist_backend", "gloo", "--resume",
-        "auto", "--train_list", "list.csv", "--dataset", "CIFAR10", "--download", "--num_images", 9, "--mean", 0.1, 0.2,
-        0.3, "--std", 0.4, 0.5, 0.6,
+        "run/a.pth", "--train_list", "list.csv", "--dataset", "CIFAR10", "--download", "--num_images", 9,
+        "--mean", 0.1, 0.2, 0.3, "--std", 0.4, 0.5, 0.6,
     )  # fmt: skip
     assert init == [(("cpu", "tcp://a:1", 77.0, "gloo"), {})]
-    assert prepare == [((tmp_path / "run", "auto"), {})]
+    assert prepare == [((tmp_path / "run", "run/a.pth"), {})]
     assert opened == [(("train", str(images), "list.csv", "CIFAR10"), {"download": True, "num_images": 9})]
     ((_, in_chans, mean, std), _) = suggested[0]
     assert (in_chans, mean, std) == (3, [0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
