@@ -117,3 +117,19 @@ def test_published_sizes(name, encoder, decoder):
     assert (model.mask_token.shape[-1], len(model.decoder_blocks)) == (width, depth)
     assert {block.attn.num_heads for block in model.decoder_blocks} == {heads}
     assert {block.mlp.fc1.out_features for block in model.decoder_blocks} == {4 * width}
+
+
+def test_arguments_of_a_factory_replace_those_of_its_size():
+    model = models_mae.mae_vit_mini_patch4(img_size=(16, 24), patch_size=8, depth=2, decoder_depth=3, in_chans=1)
+    assert (model.grid_size, len(model.blocks), len(model.decoder_blocks)) == ((2, 3), 2, 3)
+    assert model.patch_embed.proj.weight.shape == (128, 1, 8, 8)
+    classifier = models_vit.vit_mini_patch4(img_size=(16, 24), patch_size=8, depth=2, in_chans=1)
+    assert (classifier.patch_embed.grid_size, len(classifier.blocks)) == ((2, 3), 2)
+
+
+def test_both_sides_of_an_image_are_multiples_of_the_patchs():
+    model = build(patch_size=(4, 8), img_size=(16, 24))
+    assert model.patch_embed.grid_of(8, 32) == (2, 4)
+    for height, width in ((16, 20), (18, 24), (0, 24), (16, 0)):
+        with pytest.raises(ValueError, match=f"images of {height}x{width} pixels can't be cut into patches of 4x8"):
+            model.patch_embed.grid_of(height, width)

@@ -150,3 +150,11 @@ def test_a_frozen_model_trains_its_head_alone():
     assert not any(module.training for module in model.blocks.modules())
     model.eval()
     assert not model.head.training
+
+
+def test_gelu_is_the_exact_one():
+    """1 x Phi(1) = 0.8413447; the approximation by tanh is 0.8411920."""
+    mlp = models_vit.Mlp(1, 1)
+    for layer in (mlp.fc1, mlp.fc2):
+        layer.weight.data, layer.bias.data = torch.ones(1, 1), torch.zeros(1)
+    assert mlp(torch.tensor([[1.0], [-2.0]])).flatten().tolist() == pytest.approx([0.8413447, -0.0455003], rel=1e-5)
