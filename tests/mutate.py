@@ -21,6 +21,7 @@ import time
 import tomllib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,12 +60,18 @@ class Mutant(NamedTuple):
             raise ValueError(f"the snippet stands {body.count(self.snippet)} times in the function, not once: {self}")
         changed = "".join(lines[:first]) + body.replace(self.snippet, self.replacement) + "".join(lines[last:])
         try:
-            same = ast.dump(ast.parse(changed)) == ast.dump(ast.parse(source))
+            same = ast.dump(ast.parse(changed)) == _tree(source)
         except SyntaxError as error:
             raise ValueError(f"the change is no Python ({error}): {self}") from error
         if same:
             raise ValueError(f"nothing is changed: {self}")
         return changed
+
+
+@cache
+def _tree(source: str) -> str:
+    """The code without its layout; once a file, however many of its changes are checked."""
+    return ast.dump(ast.parse(source))
 
 
 def _lines(source: str, function: str) -> tuple[int, int]:

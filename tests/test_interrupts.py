@@ -232,6 +232,11 @@ def test_a_signal_ends_an_evaluation_at_once_and_nothing_else(caplog):
         with pytest.raises(Interrupted), interrupts.at_once():  # it came before
             evaluated = True
         assert not evaluated
+    with Interrupts() as interrupts:
+        with interrupts.at_once():
+            evaluated = True
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interrupts.pending == signal.SIGTERM
 
 
 def test_signals_are_blocked_while_processes_start():

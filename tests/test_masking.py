@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from models_mae import mae_vit_mini_patch4
-from util.masking import block_mask, grid_mask, noise_from_mask, num_kept, random_mask, sampler
+from util.masking import block_mask, check_ratio, grid_mask, noise_from_mask, num_kept, random_mask, sampler
 
 
 def test_every_form_of_a_mask_means_the_same():
@@ -136,3 +136,19 @@ def test_the_scripts_masks_do_not_depend_on_workers(pretrain):
     assert losses("workers", masking="block", num_workers=2) == block
     assert losses("random") != block
     assert losses("grid", masking="grid") not in (block, losses("again"))
+
+
+@pytest.mark.parametrize(
+    ("num_patches", "ratio", "message"),
+    [
+        (1, 0.75, "the images have a single patch: give a larger --input_size, or a smaller --patch_size"),
+        (1, 0.0, "the images have a single patch"),
+        (16, 0.0, "--mask_ratio 0 masks none of the 16 patches"),
+        (196, 0.999, "--mask_ratio 0.999 leaves none of the 196 patches visible: give --mask_ratio 0.994 or less"),
+    ],
+)
+def test_ratios_that_train_nothing(num_patches, ratio, message):
+    with pytest.raises(ValueError, match=message):
+        check_ratio(num_patches, ratio)
+    check_ratio(2, 0.5)
+    check_ratio(196, 0.994)
