@@ -101,6 +101,8 @@ def test_blocks_of_a_wide_grid_lie_in_it():
     masks = block_mask(100, (2, 40), 0.5, torch.Generator().manual_seed(0))
     both = (masks[:, 0] & masks[:, 1]).sum(dim=1).float().mean()
     assert both > 15  # of the 20 columns that a mask of full height would have
+    row = torch.nn.functional.pad(masks[:, 0].int(), (1, 0))
+    assert (row.diff() == 1).sum() / 100 < 4  # runs: blocks as narrow as the grid is high would make 6
 
 
 @pytest.mark.parametrize("masking", ["random", "block", "grid"])
