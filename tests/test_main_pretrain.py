@@ -33,18 +33,6 @@ def test_leaves_what_the_published_code_leaves(pretrain):
     assert len(events.Images("reconstruction")) == 2
 
 
-def test_weight_decay_groups_are_the_published_ones(mini_mae):
-    """The group without decay first; class and mask tokens decay, having more than one dimension."""
-    from timm.optim import param_groups_weight_decay
-
-    no_decay, decay = param_groups_weight_decay(mini_mae, 0.05)
-    names = {id(p): name for name, p in mini_mae.named_parameters()}
-    free = [names[id(p)] for p in no_decay["params"]]
-    assert all(name.endswith(".bias") or ".norm" in name or "norm." in name for name in free)
-    assert {"cls_token", "mask_token"} <= {names[id(p)] for p in decay["params"]}
-    assert len(free) + len(decay["params"]) == len(names) - 2  # all but the fixed tables
-
-
 def test_the_loss_falls(pretrain):
     out = pretrain(epochs=12, blr=0.1, warmup_epochs=2)
     losses = [line["train_loss"] for line in lines(out)]
