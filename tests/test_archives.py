@@ -107,6 +107,18 @@ def test_damage_is_noticed(pictures, tmp_path):
         _ = source[5]
 
 
+def test_damage_of_a_stored_member_is_noticed(tmp_path):
+    """Nothing but the checksum tells."""
+    path = tmp_path / "set.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr("a/1.png", b"pixels")
+    source = Archive(path, None)
+    assert source[0][0] == b"pixels"
+    path.write_bytes(path.read_bytes().replace(b"pixels", b"pixelz"))
+    with pytest.raises(BadImage, match="the archive is damaged here: the checksum does not fit"):
+        _ = source[0]
+
+
 def test_archives_that_cant_be_read_in_place(pictures, tmp_path):
     compressed = Path(shutil.make_archive(str(tmp_path / "set"), "gztar", pictures))
     with pytest.raises(ValueError, match=r"set.tar.gz is neither a zip file nor an uncompressed tar file"):

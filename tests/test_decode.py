@@ -158,6 +158,9 @@ TABLE = {
     ),
     "TIFF, 13 channels of 8 bits": (tiff((DEEP >> 8).astype(np.uint8), planarconfig="contig"), 13, DEEP >> 8),
     "TIFF, 13 pages": (tiff(np.moveaxis(DEEP, 2, 0)), 13, UNIT),
+    "TIFF, 13 pages of 8 bits, white is zero": (
+        tiff(np.moveaxis((DEEP >> 8).astype(np.uint8), 2, 0), "miniswhite"), 13, 255 - (DEEP >> 8),
+    ),
     "TIFF, 13 channels of float, in tiles": (
         tiff(np.tile(FLOATS, (4, 3, 1)), planarconfig="contig", tile=(16, 16)), 13, np.tile(FLOATS, (4, 3, 1)),
     ),

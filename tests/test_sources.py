@@ -174,6 +174,13 @@ def test_lists_with_labels(listed, name, content):
     assert list(source.labels) == [1, 0, 1]
 
 
+def test_names_of_classes_behind_a_tab_may_have_blanks(listed):
+    source = listed("list.txt", "a.png\tgreat white shark\nwith blank.png\ttabby cat\nsub/c.png\ttabby cat\n")
+    assert names(source) == NAMES
+    assert source.classes == ["great white shark", "tabby cat"]
+    assert list(source.labels) == [0, 1, 1]
+
+
 def test_numbers_mean_themselves(listed):
     source = listed("list.txt", "a.png 3\nsub/c.png 0\n")
     assert source.classes == ["0", "1", "2", "3"]

@@ -54,6 +54,7 @@ OURS = {
     main_pretrain: RUN | {
         "save_every": 20, "decoder_depth": None, "grad_checkpointing": False, "fsdp": False, "crop_scale": [0.2, 1.0],
         "hflip": 0.5, "fast_jpeg": False, "repeated_sampling": 1, "init_from": "", "vis_every": 20,
+        "masking": "random",
     },
     main_finetune: RUN | EVALUATION | {
         "unfreeze_blocks": None, "grad_checkpointing": False, "crop_scale": [0.08, 1.0], "hflip": 0.5,
@@ -174,6 +175,13 @@ def test_sizes_are_a_number_or_two():
     assert parser.parse_args(["--input_size", "448"]).input_size == 448
     assert parser.parse_args(["--input_size", "32", "48"]).input_size == [32, 48]
     assert parser.parse_args(["--patch_size", "8", "4"]).patch_size == [8, 4]
+
+
+def test_a_url_is_no_folder(capsys):
+    """Also where the flag makes a path of it, which has one slash left."""
+    with pytest.raises(SystemExit):
+        cli.parse(resize.get_args_parser(), ["https://a.org/images", "copy"])
+    assert "FOLDER https:/a.org/images is a URL: download the file" in capsys.readouterr().err
 
 
 def test_a_recipe_does_not_set_options_of_a_job():

@@ -13,7 +13,7 @@ from conftest import ROOT
 from PIL import Image
 from torchvision import transforms as T
 
-from inference import export, get_model, imagenet, inference_model, maps, predict, reconstruct
+from inference import export, features, get_model, imagenet, inference_model, maps, predict, reconstruct
 from inference.model import _published_for, _settings, imagenet_classes, open_image
 from models_mae import Reconstruction
 from util import checkpoint, cli, weights
@@ -148,6 +148,19 @@ def test_each_photograph_has_its_own_prediction(tmp_path):
         np.testing.assert_allclose(prediction["pred_scores"], model.predict(path)["pred_scores"], rtol=1e-5)
         assert len(prediction["top"]) == 3
     assert len({float(prediction["pred_scores"][0]) for prediction in found}) == len(PHOTOS)
+
+
+@pytest.mark.parametrize("pool", [None, "cls", "avg", "tokens"])
+def test_features_are_pooled_as_asked(mae, labelled, tmp_path, pool):
+    flags = ["--pool", pool] if pool else []
+    file = saved(mae, tmp_path / "m.pth")
+    run(features, labelled, "--model", file, "--out", tmp_path / "f.npz", "--split", "val", "--num_workers", 0, *flags)
+    found = np.load(tmp_path / "f.npz")
+    names = found["names"].tolist()
+    with torch.no_grad():
+        expected = mae.extract_feat(names, pool or "cls").numpy()
+    np.testing.assert_allclose(found["features"], expected, rtol=1e-4, atol=1e-5)
+    assert [found["classes"][label] in name for label, name in zip(found["labels"], names, strict=True)] == [True] * 23
 
 
 def test_what_the_command_reconstructs(mae, tmp_path, monkeypatch):
