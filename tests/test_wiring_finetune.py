@@ -289,6 +289,7 @@ def test_a_batch_is_normalized_then_erased_then_mixed(captured, monkeypatch, fla
 
 
 def test_a_new_head_is_small_and_the_encoder_is_the_files(captured, tmp_path):
+    seed_all(9)  # weights that the seed of the run does not give
     encoder = VisionTransformer(img_size=16, patch_size=4, embed_dim=128, depth=4, num_heads=4, num_classes=0)
     torch.save({"model": encoder.state_dict()}, tmp_path / "encoder.pth")
     flags = {"model": "vit_mini_patch4", "input_size": 16, "finetune": tmp_path / "encoder.pth"}

@@ -184,6 +184,7 @@ def test_flags_reach_the_loop(monkeypatch, data, tmp_path):
 
 
 def test_the_encoder_is_the_files(captured, tmp_path):
+    seed_all(9)  # weights that the seed of the run does not give
     encoder = VisionTransformer(img_size=16, patch_size=4, embed_dim=128, depth=4, num_heads=4, num_classes=0)
     torch.save({"model": encoder.state_dict()}, tmp_path / "encoder.pth")
     run = captured(**mini(finetune=tmp_path / "encoder.pth"))
