@@ -11,6 +11,7 @@ import main_pretrain
 import main_robustness
 from inference import export, features, predict, reconstruct
 from util import cli, datasets, flags, resize, submit, untrusted
+from util.advice import advised
 
 RECIPE = "rand-m9-mstd0.5-inc1"
 COMMON = {
@@ -209,6 +210,22 @@ def test_exit_codes_tell_what_ended_a_run(monkeypatch, capsys):
             cli.run(main, main_pretrain.get_args_parser())
         assert stop.value.code == code
         assert said in capsys.readouterr().err
+
+
+def test_remedies_are_those_whose_flags_the_script_has(monkeypatch, capsys):
+    def main(args):
+        raise advised(ValueError("no"), "--finetune A starts from it", "--init_from A starts from it", "give another")
+
+    for script, said in (
+        (main_pretrain, "no: --init_from A starts from it; or give another"),
+        (main_finetune, "no: --finetune A starts from it; or give another"),
+        (export, "no: give another"),
+    ):
+        argv = ["--model", "a", "--to", "timm", "--out", "b"] if script is export else []
+        monkeypatch.setattr("sys.argv", ["main.py", *argv])
+        with pytest.raises(SystemExit):
+            cli.run(main, script.get_args_parser())
+        assert capsys.readouterr().err.endswith(f"error: {said}\n")
 
 
 def test_a_program_error_keeps_its_traceback(monkeypatch):
