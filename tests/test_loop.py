@@ -96,6 +96,7 @@ def test_an_epoch_is_a_whole_number_of_updates():
 
 def test_starts_in_the_middle():
     _, seen, moments, _ = train()
+    assert moments == pytest.approx([3, 3 + 1 / 7, 3 + 2 / 7, 3 + 3 / 7, 3 + 4 / 7, 3 + 5 / 7, 3 + 6 / 7])
     _, rest, later, _ = train(first_step=5)
     assert len(rest) == 2
     assert all(torch.equal(a, b) for a, b in zip(rest, seen[5:], strict=True))

@@ -18,7 +18,7 @@ from torchvision import transforms as tv
 
 import main_pretrain
 import models_build
-from models_mae import mae_vit_mini_patch4
+from models_mae import MaskedAutoencoderViT, mae_vit_mini_patch4
 from util import cli, loader, masking, pictures, runlog
 from util import jpeg as fast_jpeg
 
@@ -47,7 +47,7 @@ def capture(images, tmp_path, monkeypatch):
     """Runs the script with flags; returns the arguments of `epochs.run`."""
     monkeypatch.setattr(loader, "_cores", lambda: 16)
 
-    def run(*flags) -> Namespace:
+    def run(*flags, **options) -> Namespace:
         calls = []
 
         def keep(model, optimizer, batches, precision, settings, **options):
@@ -58,7 +58,7 @@ def capture(images, tmp_path, monkeypatch):
                 "--model", "mae_vit_mini_patch4"]  # fmt: skip
         with monkeypatch.context() as patch:
             patch.setattr(main_pretrain.epochs, "run", keep)
-            main_pretrain.main(cli.parse(main_pretrain.get_args_parser(), [str(part) for part in argv]))
+            main_pretrain.main(cli.parse(main_pretrain.get_args_parser(), [str(part) for part in argv]), **options)
         (call,) = calls
         return call
 
@@ -290,6 +290,31 @@ def test_the_ratio_is_checked_for_the_models_patches(capture, monkeypatch):
     checked = keep_calls(monkeypatch, masking, "check_ratio")
     capture("--input_size", 16, "--mask_ratio", 0.6)
     assert checked == [((16, 0.6), {})]
+
+
+def test_masking(capture, monkeypatch):
+    """The sampler's noise goes with the samples, its ratio to the engine and to the pictures."""
+    assert capture("--input_size", 16).settings["masking"] == "random"
+    calls = keep_calls(monkeypatch, masking, "sampler", (lambda: torch.full((24,), 0.25), 0.4))
+    shown = keep_calls(monkeypatch, pictures, "reconstruction")
+    call = capture("--input_size", 16, 24, "--masking", "block", "--mask_ratio", 0.6)
+    assert calls == [(("block", (4, 6), 0.6), {})]
+    assert call.train_one_epoch.keywords["mask_ratio"] == 0.4
+    assert call.batches.batches.dataset[0, 3].noise.tolist() == [0.25] * 24
+    call.after_epoch(0, Log())
+    assert shown[0][0][4] == 0.4
+
+
+class PredictsFeatures(MaskedAutoencoderViT):
+    predicts_pixels = False
+
+
+def test_a_class_of_models(capture, monkeypatch):
+    shown = keep_calls(monkeypatch, pictures, "reconstruction")
+    call = capture("--input_size", 16, model_class=PredictsFeatures)
+    assert type(call.model) is PredictsFeatures
+    call.after_epoch(0, Log())
+    assert shown == []  # it predicts no pixels
 
 
 def test_fsdp(capture, monkeypatch):
