@@ -202,6 +202,30 @@ def test_the_greatest_wish_of_all_processes_counts(monkeypatch):
     assert saver.saved == [(3, 3, False)]
 
 
+def test_a_process_waits_for_the_agreement_of_all(monkeypatch):
+    """Its own wish, in the first of three updates, is fulfilled when it is read, as in the other processes."""
+
+    class Saves(Recorder):
+        def wish(self):
+            wishes.append(loop.Wish.NOTHING if wishes else loop.Wish.SAVE)
+            return wishes[-1]
+
+    wishes, saver = [], Saves()
+    monkeypatch.setattr(loop.dist, "world_size", lambda: 2)
+    monkeypatch.setattr(loop.dist, "mean_over_processes", lambda value: value)
+    train(saver=saver)
+    assert saver.saved == [(3, 3, False)]
+
+
+def test_no_process_ends_before_the_state_is_saved(monkeypatch):
+    """The launcher ends all processes when one of them ends."""
+    events = []
+    monkeypatch.setattr(loop.dist, "barrier", lambda: events.append("barrier"))
+    with pytest.raises(loop.NonFiniteLoss, match=r"are in a\.pth"):
+        loop.NonFiniteGuard("abort").react("loss nan", lambda: events.append("save") or "a.pth")
+    assert events == ["save", "barrier"]
+
+
 def test_clip_grad_bounds_the_step():
     model, _, _, _ = train(batch_size=28, clip_grad=1e-3, lr=1.0)
     torch.manual_seed(0)
