@@ -233,6 +233,12 @@ def test_a_batch_script_or_a_shell_in_an_allocation_is_one_process(environment):
     assert "WORLD_SIZE" not in os.environ
 
 
+def test_an_address_that_is_set_within_a_step_is_kept(environment):
+    environment(STEP | {"MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "29999"})
+    dist._translate_srun()
+    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], os.environ["RANK"]) == ("10.0.0.7", "29999", "3")
+
+
 def test_missing_variables_of_slurm_are_named(environment):
     known = {name: STEP[name] for name in ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_ID")}
     environment(known)
