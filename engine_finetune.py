@@ -14,11 +14,16 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from util import advice, cli, dist, labels, loop, report, weights
+from util import dist
+from util.cli import advice, entry_point
+from util.data import labels
+from util.data.sources import Source
+from util.evaluation import report
 from util.pos_embed import to_pair
-from util.precision import Precision
-from util.sources import Source
-from util.weights import Weights
+from util.training import loop
+from util.training.precision import Precision
+from util.weights import loading
+from util.weights.loading import Weights
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +50,7 @@ def train_one_epoch(
         normalize: images to the model's input, on the device.
         erase: random erasing of normalised images.
         mixup: timm's mixup and cutmix.
-        loop_options: of `util.loop.run_epoch`.
+        loop_options: of `util.training.loop.run_epoch`.
     """
 
     def compute_loss(batch: Any) -> Tensor:
@@ -155,11 +160,11 @@ def file_of(settings: Mapping[str, Any]) -> Weights | None:
         ValueError: with `--eval`, no file is named, or it holds no classifier.
     """
     if not settings["eval"]:
-        return weights.read(settings["finetune"]) if settings["finetune"] else None
+        return loading.read(settings["finetune"]) if settings["finetune"] else None
     name = settings["resume"] if settings["resume"] not in ("", "auto") else settings["finetune"]
     if not name:
         raise ValueError("--eval needs --resume or --finetune: the file of a classifier, or a published name")
-    return weights.read_classifier(name)
+    return loading.read_classifier(name)
 
 
 def as_recorded(args: Namespace, file: Weights, recorded: Mapping[str, Any]) -> Namespace:
@@ -174,14 +179,14 @@ def as_recorded(args: Namespace, file: Weights, recorded: Mapping[str, Any]) -> 
     names = (recorded.keys() & vars(args).keys()) - {"nb_classes", "mean", "std"}
     warn_of_changes(file.source, args, names, recorded)
     args = copy.copy(args)
-    for name in names - cli.given(args):
+    for name in names - entry_point.given(args):
         setattr(args, name, recorded[name])
     return args
 
 
 def warn_of_changes(source: str, args: Namespace, names: Iterable[str], recorded: Mapping[str, Any]) -> None:
     """Warns of each of the named flags that is given and differs from what a file records."""
-    for name in sorted(cli.given(args) & recorded.keys() & set(names)):
+    for name in sorted(entry_point.given(args) & recorded.keys() & set(names)):
         wanted, value = getattr(args, name), recorded[name]
         if _sides(name, wanted) != _sides(name, value) and dist.is_main():
             made = f"without --{name}" if value is None else f"with {advice.flags({name: value})}"
@@ -209,14 +214,14 @@ def load_for_evaluation(
     elif len(val.classes) != num_classes:
         raise ValueError(f"{file.source} knows {num_classes} classes, and the images are of {len(val.classes)}")
     model = build({**settings, "nb_classes": num_classes})
-    weights.load_classifier(model, file)
+    loading.load_classifier(model, file)
     return model, val
 
 
 def load_frozen(model: nn.Module, file: Weights | None, adapt_input: str) -> None:
     """Loads a file's encoder, on whose features everything rests; a warning if there is no file."""
     if file:
-        weights.load_encoder(model, file, adapt_input)
+        loading.load_encoder(model, file, adapt_input)
     elif dist.is_main():
         logger.warning("no --finetune: these are the features of an untrained encoder, with random weights")
 

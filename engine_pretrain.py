@@ -5,8 +5,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from util import loop
-from util.transforms import Normalize
+from util.data.transforms import Normalize
+from util.training import loop
 
 
 def train_one_epoch(
@@ -24,7 +24,7 @@ def train_one_epoch(
         model: called as `MaskedAutoencoderViT` is.
         data_loader: batches of images (B, c, H, W), labels (unused), and noise (B, N) that chooses the masks.
         normalize: images to the model's input, on the device.
-        loop_options: of `util.loop.run_epoch`.
+        loop_options: of `util.training.loop.run_epoch`.
     """
 
     def compute_loss(batch: Any) -> Tensor:

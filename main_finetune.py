@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from util import cli  # first, as it names the packages that are missing
+from util.cli import entry_point  # first, as it names the packages that are missing
 
 # isort: split
 import torch
@@ -41,11 +41,16 @@ from engine_finetune import (
     tell,
     train_one_epoch,
 )
-from util import datasets, dist, epochs, labels, loader, options, runfolder, runlog, transforms, weights
+from util import datasets, dist
+from util.checkpoints import run_directory
+from util.cli import options
+from util.data import labels, loader, transforms
+from util.data.samples import Samples
+from util.data.sources import Source
 from util.lr_decay import param_groups_lrd
-from util.precision import Precision
-from util.samples import Samples
-from util.sources import Source
+from util.training import run_log, trainer
+from util.training.precision import Precision
+from util.weights import loading
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +59,7 @@ HEAD_STD = 2e-5  # of a new head's weights, as published: the encoder is not sha
 
 def get_args_parser() -> argparse.ArgumentParser:
     """All flags, with the published defaults."""
-    parser = cli.parser("Fine-tuning of a Vision Transformer to a classifier (He et al. 2021, appendix A.1).")
+    parser = entry_point.parser("Fine-tuning of a Vision Transformer to a classifier (He et al. 2021, appendix A.1).")
     options.add_run_options(parser)
     options.add_data_options(parser)
     options.add_model_options(parser, models_vit.MODELS, default="vit_large_patch16")
@@ -70,14 +75,14 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(args: Namespace) -> Evaluation | None:
     """Trains for `args.epochs` epochs, evaluating after each; or, with --eval, evaluates once and returns that."""
     device = dist.init(args.device, args.dist_url, args.dist_timeout, args.dist_backend)
-    runlog.start_logging()
+    run_log.start_logging()
     torch.manual_seed(args.seed)
     precision = Precision(args.amp, device)
     open_split = partial(datasets.open_source, data_path=args.data_path, dataset=args.dataset, download=args.download)
     file = file_of(vars(args))
     if args.eval and file:
         args = as_recorded(args, file, models_build.classifier_settings(file.settings))
-    mean, std = weights.statistics(file, args.in_chans, args.mean, args.std)
+    mean, std = loading.statistics(file, args.in_chans, args.mean, args.std)
     statistics = transforms.channel_statistics(args.in_chans, mean, std)
     normalize = transforms.Normalize(*statistics).to(device)
     reads = {"in_chans": args.in_chans, "seed": args.seed}
@@ -96,7 +101,7 @@ def main(args: Namespace) -> Evaluation | None:
         tell(scores, val.classes, args.report)
         return scores
 
-    runfolder.prepare(Path(args.output_dir), args.resume)
+    run_directory.prepare(Path(args.output_dir), args.resume)
     train, val = labels.open_pair(
         open_split, args.train_list, args.val_list,
         nb_classes=args.nb_classes, train_per_class=args.train_per_class, seed=args.seed,
@@ -105,7 +110,7 @@ def main(args: Namespace) -> Evaluation | None:
     classes = train.classes
     settings = {**vars(args), "nb_classes": len(classes), "classes": classes, "mean": mean, "std": std}
     model = models_build.classifier(settings)
-    if file and not weights.load_encoder(model, file, args.adapt_input, classes):
+    if file and not loading.load_encoder(model, file, args.adapt_input, classes):
         trunc_normal_(model.head.weight, std=HEAD_STD)
     if args.unfreeze_blocks is not None:
         models_build.freeze_below(model, args.unfreeze_blocks)
@@ -129,12 +134,12 @@ def main(args: Namespace) -> Evaluation | None:
 
     test = prepare_test(val)
 
-    def evaluate_epoch(epoch: int, log: runlog.NullLog) -> dict[str, Any]:
+    def evaluate_epoch(epoch: int, log: run_log.NullLog) -> dict[str, Any]:
         scores = test(model)
         tell(scores, classes, args.report)
         return {**scores.stats(), "n_parameters": num_parameters}
 
-    epochs.run(
+    trainer.run(
         model,
         optimizer,
         batches,
@@ -175,4 +180,4 @@ def mixing(args: Namespace, num_classes: int) -> Mixup | None:
 
 
 if __name__ == "__main__":
-    cli.run(main, get_args_parser())
+    entry_point.run(main, get_args_parser())

@@ -19,7 +19,7 @@ from argparse import Namespace
 from functools import partial
 from typing import Any
 
-from util import cli  # first, as it names the packages that are missing
+from util.cli import entry_point  # first, as it names the packages that are missing
 
 # isort: split
 import torch
@@ -28,18 +28,22 @@ from torch import Tensor
 import models_build
 import models_vit
 from engine_finetune import as_recorded, extract_features, load_frozen
-from util import datasets, dist, labels, loader, options, runlog, transforms, weights
-from util.knn import classify
-from util.precision import Precision
-from util.samples import Samples
-from util.sources import Source
+from util import datasets, dist
+from util.cli import options
+from util.data import labels, loader, transforms
+from util.data.samples import Samples
+from util.data.sources import Source
+from util.evaluation.knn import classify
+from util.training import run_log
+from util.training.precision import Precision
+from util.weights import loading
 
 logger = logging.getLogger(__name__)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     """All flags."""
-    parser = cli.parser("Weighted k-nearest-neighbour classification on frozen features (Wu et al. 2018).")
+    parser = entry_point.parser("Weighted k-nearest-neighbour classification on frozen features (Wu et al. 2018).")
     options.add_compute_options(parser)
     options.add_data_options(parser)
     options.add_model_options(parser, models_vit.MODELS, default="vit_large_patch16")
@@ -52,7 +56,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(args: Namespace) -> dict[int, float]:
     """Prints, and returns, the accuracy in per cent for every k."""
     device = dist.init(args.device, args.dist_url, args.dist_timeout, args.dist_backend)
-    runlog.start_logging()
+    run_log.start_logging()
     torch.manual_seed(args.seed)
     precision = Precision(args.amp, device)
     open_split = partial(datasets.open_source, data_path=args.data_path, dataset=args.dataset, download=args.download)
@@ -60,13 +64,13 @@ def main(args: Namespace) -> dict[int, float]:
         open_split, args.train_list, args.val_list,
         nb_classes=args.nb_classes, train_per_class=args.train_per_class, seed=args.seed,
     )  # fmt: skip
-    file = weights.read(args.finetune) if args.finetune else None
+    file = loading.read(args.finetune) if args.finetune else None
     if file:
         args = as_recorded(args, file, models_build.classifier_settings(file.settings))
     model = models_build.classifier({**vars(args), "nb_classes": 0})
     load_frozen(model, file, args.adapt_input)
     model.to(device)
-    mean, std = weights.statistics(file, args.in_chans, args.mean, args.std)
+    mean, std = loading.statistics(file, args.in_chans, args.mean, args.std)
     datasets.suggest_statistics(train, args.in_chans, mean, std)
     statistics = transforms.channel_statistics(args.in_chans, mean, std)
     normalize = transforms.Normalize(*statistics).to(device)
@@ -91,4 +95,4 @@ def main(args: Namespace) -> dict[int, float]:
 
 
 if __name__ == "__main__":
-    cli.run(main, get_args_parser())
+    entry_point.run(main, get_args_parser())

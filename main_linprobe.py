@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from util import cli  # first, as it names the packages that are missing
+from util.cli import entry_point  # first, as it names the packages that are missing
 
 # isort: split
 import torch
@@ -42,30 +42,23 @@ from engine_finetune import (
     tell,
     train_one_epoch,
 )
-from util import (
-    checkpoint,
-    datasets,
-    dist,
-    epochs,
-    labels,
-    loader,
-    options,
-    runfolder,
-    runlog,
-    transforms,
-    weights,
-)
+from util import datasets, dist
+from util.checkpoints import checkpoint, run_directory
+from util.cli import options
+from util.data import labels, loader, transforms
+from util.data.samples import Samples
+from util.data.sources import Source
 from util.lars import LARS
-from util.precision import Precision
-from util.samples import Samples
-from util.sources import Source
+from util.training import run_log, trainer
+from util.training.precision import Precision
+from util.weights import loading
 
 logger = logging.getLogger(__name__)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     """All flags, with the published defaults."""
-    parser = cli.parser("Linear probing of a Vision Transformer (He et al. 2021, appendix A.1).")
+    parser = entry_point.parser("Linear probing of a Vision Transformer (He et al. 2021, appendix A.1).")
     options.add_run_options(parser)
     options.add_data_options(parser)
     options.add_model_options(parser, models_vit.MODELS, default="vit_large_patch16")
@@ -81,7 +74,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(args: Namespace) -> None:
     """Trains for `args.epochs` epochs, evaluating after each; or, with --eval, evaluates once."""
     device = dist.init(args.device, args.dist_url, args.dist_timeout, args.dist_backend)
-    runlog.start_logging()
+    run_log.start_logging()
     torch.manual_seed(args.seed)
     precision = Precision(args.amp, device)
     open_split = partial(datasets.open_source, data_path=args.data_path, dataset=args.dataset, download=args.download)
@@ -90,7 +83,7 @@ def main(args: Namespace) -> None:
     file = file_of({**vars(args), "finetune": begun})
     if args.eval and file:
         args = as_recorded(args, file, models_build.classifier_settings(file.settings))
-    mean, std = weights.statistics(file, args.in_chans, args.mean, args.std)
+    mean, std = loading.statistics(file, args.in_chans, args.mean, args.std)
     statistics = transforms.channel_statistics(args.in_chans, mean, std)
     normalize = transforms.Normalize(*statistics).to(device)
     reads = {"in_chans": args.in_chans, "seed": args.seed}
@@ -109,7 +102,7 @@ def main(args: Namespace) -> None:
         tell(test(probe.get_submodule("head"), features_of(val, probe.to(device))), val.classes, args.report)
         return
 
-    runfolder.prepare(Path(args.output_dir), args.resume)
+    run_directory.prepare(Path(args.output_dir), args.resume)
     train, val = labels.open_pair(
         open_split, args.train_list, args.val_list,
         nb_classes=args.nb_classes, train_per_class=args.train_per_class, seed=args.seed,
@@ -139,7 +132,7 @@ def main(args: Namespace) -> None:
         batches = loader.TrainLoader(samples, args.batch_size, args.seed, accum_iter=args.accum_iter, **fetches)
     num_parameters, criterion = sum(p.numel() for p in heads[0].parameters()), HeadLosses(len(batches))
 
-    def evaluate_epoch(epoch: int, log: runlog.NullLog) -> dict[str, Any]:
+    def evaluate_epoch(epoch: int, log: run_log.NullLog) -> dict[str, Any]:
         """Of several heads, that which does best on the images held out is tested, and no other."""
         accuracies = [test(head, held).acc1 for head in heads] if held else [0.0]
         best = accuracies.index(max(accuracies))
@@ -150,7 +143,7 @@ def main(args: Namespace) -> None:
             write_chosen(model, heads[best], {**settings, "blr": args.blr[best]}, epoch)
         return {**scores.stats(), **chosen, "n_parameters": num_parameters}
 
-    epochs.run(
+    trainer.run(
         model,
         optimizer,
         batches,
@@ -239,4 +232,4 @@ class HeadLosses:
 
 
 if __name__ == "__main__":
-    cli.run(main, get_args_parser())
+    entry_point.run(main, get_args_parser())

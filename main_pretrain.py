@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from util import cli  # first, as it names the packages that are missing
+from util.cli import entry_point  # first, as it names the packages that are missing
 
 # isort: split
 import torch
@@ -26,29 +26,22 @@ from timm.optim import param_groups_weight_decay
 import models_build
 import models_mae
 from engine_pretrain import train_one_epoch
-from util import (
-    datasets,
-    dist,
-    epochs,
-    fsdp,
-    loader,
-    masking,
-    options,
-    pictures,
-    runfolder,
-    runlog,
-    transforms,
-    weights,
-)
-from util.precision import Precision
-from util.samples import Samples
+from util import datasets, dist, masking
+from util.checkpoints import run_directory
+from util.cli import options
+from util.data import loader, transforms
+from util.data.samples import Samples
+from util.evaluation import pictures
+from util.training import fsdp, run_log, trainer
+from util.training.precision import Precision
+from util.weights import loading
 
 EXAMPLES = 8  # images in TensorBoard's picture of reconstructions
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     """All flags, with the published defaults."""
-    parser = cli.parser("Masked pre-training of a Vision Transformer (He et al. 2021).")
+    parser = entry_point.parser("Masked pre-training of a Vision Transformer (He et al. 2021).")
     options.add_run_options(parser)
     options.add_data_options(parser)
     options.add_model_options(parser, models_mae.MODELS, default="mae_vit_large_patch16")
@@ -65,8 +58,8 @@ def main(args: Namespace, model_class: type[models_mae.MaskedAutoencoderViT] = m
         model_class: of the model; a subclass changes the method.
     """
     device = dist.init(args.device, args.dist_url, args.dist_timeout, args.dist_backend)
-    runlog.start_logging()
-    runfolder.prepare(Path(args.output_dir), args.resume)
+    run_log.start_logging()
+    run_directory.prepare(Path(args.output_dir), args.resume)
     torch.manual_seed(args.seed)
 
     with torch.device("meta" if args.fsdp else "cpu"):  # without values, which each process gets for its part only
@@ -76,7 +69,7 @@ def main(args: Namespace, model_class: type[models_mae.MaskedAutoencoderViT] = m
         fsdp.shard(model, [*model.blocks, *model.decoder_blocks], device, precision.dtype, method="reconstruct")
     draw_noise, mask_ratio = masking.sampler(args.masking, model.grid_size, args.mask_ratio)
     if args.init_from:
-        weights.init_mae(model, weights.read(args.init_from))
+        loading.init_mae(model, loading.read(args.init_from))
     model.to(device)
 
     source = datasets.open_source(
@@ -100,7 +93,7 @@ def main(args: Namespace, model_class: type[models_mae.MaskedAutoencoderViT] = m
 
     vis_every = args.vis_every if model.predicts_pixels else 0
 
-    def draw_examples(epoch: int, log: runlog.NullLog) -> dict[str, Any]:
+    def draw_examples(epoch: int, log: run_log.NullLog) -> dict[str, Any]:
         takes_part = dist.is_main() or args.fsdp  # which needs every process's weights
         if takes_part and vis_every and (epoch % vis_every == 0 or epoch == args.epochs - 1):
             images, _, noise = loader.examples(whole, EXAMPLES)
@@ -108,7 +101,7 @@ def main(args: Namespace, model_class: type[models_mae.MaskedAutoencoderViT] = m
             log.picture("reconstruction", picture, epoch)
         return {}
 
-    epochs.run(
+    trainer.run(
         model,
         optimizer,
         batches,
@@ -120,4 +113,4 @@ def main(args: Namespace, model_class: type[models_mae.MaskedAutoencoderViT] = m
 
 
 if __name__ == "__main__":
-    cli.run(main, get_args_parser())
+    entry_point.run(main, get_args_parser())

@@ -15,7 +15,7 @@ import time
 from argparse import Namespace
 from pathlib import Path
 
-from util import cli  # first, as it names the packages that are missing
+from util.cli import entry_point  # first, as it names the packages that are missing
 
 # isort: split
 import numpy as np
@@ -23,18 +23,25 @@ from tqdm import tqdm
 
 from engine_finetune import Evaluation, evaluate, warn_of_changes
 from inference.imagenet import TIMM, Among, load
-from util import checkpoint, dist, flags, loader, options, runlog, suite_report, suites
-from util.precision import Precision
-from util.samples import Samples
+from util import dist
+from util.checkpoints import checkpoint
+from util.cli import flags, options
+from util.data import loader
+from util.data.samples import Samples
+from util.evaluation import robustness, robustness_report
+from util.training import run_log
+from util.training.precision import Precision
 
 logger = logging.getLogger(__name__)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     """All flags."""
-    parser = cli.parser("Robustness of an ImageNet classifier (He et al. 2021, appendix B).")
+    parser = entry_point.parser("Robustness of an ImageNet classifier (He et al. 2021, appendix B).")
     group = parser.add_argument_group("suite")
-    group.add_argument("--suite", required=True, choices=suites.SUITES, metavar="NAME", help=", ".join(suites.SUITES))
+    group.add_argument(
+        "--suite", required=True, choices=robustness.SUITES, metavar="NAME", help=", ".join(robustness.SUITES)
+    )
     group.add_argument(
         "--data_path", required=True, metavar="PATH", help="where its published archive, or archives, were unpacked"
     )
@@ -59,26 +66,26 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(args: Namespace) -> str:
     """Evaluates every cell that is not done; prints, writes and returns the table."""
     device = dist.init(args.device, args.dist_url, args.dist_timeout, args.dist_backend)
-    runlog.start_logging()
+    run_log.start_logging()
     precision = Precision(args.amp, device)
-    suite = suites.find(args.suite, Path(args.data_path).expanduser())
+    suite = robustness.find(args.suite, Path(args.data_path).expanduser())
     crop_pct = args.crop_pct or (1.0 if args.suite == "imagenet-c" else None)
     classifier = load(args.model, crop_pct, device)
     warn_of_changes(args.model, args, {"crop_pct"}, classifier.recorded)
     model = Among(classifier.model, suite.among).to(device)
     out = Path(args.output_dir) / args.suite
-    results = suite_report.Results(out.with_suffix(".json"), {
+    results = robustness_report.Results(out.with_suffix(".json"), {
         "model": args.model, "weights": checkpoint.weights_digest(model),
         **classifier.sees, "data_path": str(suite.root), "subset": args.subset, "amp": precision.name,
     })  # fmt: skip
     for number, name in enumerate(suite.cells, start=1):
-        cell, started = suites.open_cell(suite, name, args.subset), time.perf_counter()
+        cell, started = robustness.open_cell(suite, name, args.subset), time.perf_counter()
         place = f", {number} of {len(suite.cells)}" if len(suite.cells) > 1 else ""
         if dist.gather(results.has(name, len(cell.source)))[0]:  # all do what the first does
             logger.info(f"{name}: in {results.path} already{place}")
             continue
-        if dist.is_main() and not args.subset and len(cell.source) != suites.IMAGES[args.suite]:
-            logger.warning(f"{name}: {len(cell.source):,} images, and {suites.IMAGES[args.suite]:,} were published")
+        if dist.is_main() and not args.subset and len(cell.source) != robustness.IMAGES[args.suite]:
+            logger.warning(f"{name}: {len(cell.source):,} images, and {robustness.IMAGES[args.suite]:,} were published")
         samples = Samples(cell.source, classifier.transform, in_chans=3, seed=0)
         batches = loader.eval_loader(samples, args.batch_size, args.num_workers, device.type == "cuda")
         shown = tqdm(batches, desc=name, unit="batch", leave=False, disable=None if dist.is_main() else True)
@@ -93,12 +100,12 @@ def main(args: Namespace) -> str:
     if dist.is_main():
         cells = {name: results.cells[name] for name in suite.cells}
         part = f", a subset of {args.subset} images a cell" if args.subset else ""
-        table = suite_report.write(out, args.suite, cells, f"{args.suite}, {args.model}{part}")
+        table = robustness_report.write(out, args.suite, cells, f"{args.suite}, {args.model}{part}")
         logger.info(f"\n{table}\ntable and picture: {out}.md, {out}.csv, {out}.png")
     return table
 
 
-def score(found: Evaluation, cell: suites.Cell) -> suite_report.Scores:
+def score(found: Evaluation, cell: robustness.Cell) -> robustness_report.Scores:
     """Per cent of a cell's images that are answered right.
 
     Where several labels are right, any of them will do as the first answer; five answers are not asked for there.
@@ -112,4 +119,4 @@ def score(found: Evaluation, cell: suites.Cell) -> suite_report.Scores:
 
 
 if __name__ == "__main__":
-    cli.run(main, get_args_parser())
+    entry_point.run(main, get_args_parser())

@@ -6,7 +6,7 @@ What would be submitted, and submits nothing; without --dry_run, it is submitted
         --nodes 8 --ngpus 8 --slurm cpus_per_task=12 --dry_run
 """
 
-from util import submit
+from util.jobs import submit
 
 if __name__ == "__main__":
     submit.run("main_pretrain")

@@ -34,12 +34,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import machine
 from benchmarks.photographs.study import PHOTOGRAPHS, find
-from util import cli, transforms
+from util.cli import entry_point
+from util.data import transforms
+from util.data.decode import MAX_PIXELS
+from util.data.jpeg import decode_rgb
+from util.data.loader import TrainLoader
+from util.data.samples import Samples
 from util.datasets import open_source
-from util.decode import MAX_PIXELS
-from util.jpeg import decode_rgb
-from util.loader import TrainLoader
-from util.samples import Samples
 
 ROOT = Path(__file__).parents[1]
 BATCH = 64
@@ -171,4 +172,4 @@ if __name__ == "__main__":
     parser.add_argument("--images", default=1280, type=int, metavar="N", help="files")
     parser.add_argument("--rounds", default=7, type=int, metavar="N", help="in each, every pipeline has its turn")
     parser.add_argument("--out", default=machine.RESULTS, type=Path, metavar="DIR", help="where the JSON file goes")
-    cli.run(main, parser)
+    entry_point.run(main, parser)

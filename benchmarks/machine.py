@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from util import atomic
+from util.files import atomic
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -18,9 +18,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import models_mae
-from util import runstate
+from util.checkpoints import run_state
 from util.interrupts import Interrupts
-from util.saver import Saver
+from util.training.saver import Saver
 
 STEPS = 15  # without saving; as many and more with it
 
@@ -43,8 +43,9 @@ def main(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         scaler = torch.amp.GradScaler(enabled=False)
         saver = Saver(
-            Interrupts(), Path(folder), lambda: runstate.collect(model, optimizer, scaler, {}),
-            runstate.Progress(args.batch_size, args.batch_size), epochs=1, save_every=1, save_minutes=args.save_minutes,
+            Interrupts(), Path(folder), lambda: run_state.collect(model, optimizer, scaler, {}),
+            run_state.Progress(args.batch_size, args.batch_size),
+            epochs=1, save_every=1, save_minutes=args.save_minutes,
         )  # fmt: skip
         begun = time.perf_counter()
         saver.save(0, 1, {})

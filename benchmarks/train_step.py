@@ -30,9 +30,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import models_mae
 import models_vit
 from benchmarks import machine, peers
-from util import cli
+from util.cli import entry_point
+from util.cli.choices import AMP_CHOICES
 from util.dist import choose_device
-from util.precision import AMP_CHOICES, Precision
+from util.training.precision import Precision
 
 Step = Callable[[], Any]
 
@@ -66,7 +67,7 @@ def classifier_flops(size: str) -> float:
 
 
 def our_step(model: nn.Module, loss_of: Callable[[nn.Module], Tensor], precision: Precision) -> Step:
-    """As `util.loop` steps."""
+    """As `util.training.loop` steps."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
 
     def step() -> None:
@@ -319,4 +320,4 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    cli.run(main, get_args_parser())
+    entry_point.run(main, get_args_parser())

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import models_vit
 from benchmarks import machine, peers
 from benchmarks.input_pipeline import write_photographs
-from util import cli
+from util.cli import entry_point
 from util.dist import choose_device
 
 ROOT = Path(__file__).parents[1]
@@ -120,4 +120,4 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    cli.run(main, get_args_parser())
+    entry_point.run(main, get_args_parser())

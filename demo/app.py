@@ -37,8 +37,10 @@ from inference import maps
 from inference.model import Autoencoder, Classifier, Model, get_model, open_image
 from inference.reconstruct import TITLES, psnr, reconstruct, whole_input
 from models_mae import Reconstruction
-from util import cli, dist, flags, options, pictures
-from util.decode import SUFFIXES, Picture, size_of
+from util import dist
+from util.cli import entry_point, flags, options
+from util.data.decode import SUFFIXES, Picture, size_of
+from util.evaluation import pictures
 from util.masking import num_kept
 
 SAMPLES = Path(__file__).parent / "photos"
@@ -107,7 +109,9 @@ PAINTING: dict[str, Any] = {
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command's flags."""
-    parser = cli.parser("Serves a web page for a trained model: reconstructions, attention, features and classes.")
+    parser = entry_point.parser(
+        "Serves a web page for a trained model: reconstructions, attention, features and classes."
+    )
     options.add_inference_options(parser, images=False)
     parser.add_argument("--classifier", metavar="FILE", help="a second model, which tells classes; as --model")
     parser.add_argument("--host", default="127.0.0.1", help="address to serve at; 0.0.0.0 is for everybody")
@@ -315,4 +319,4 @@ def _enlarge(image: Image.Image) -> Image.Image:
 
 
 if __name__ == "__main__":
-    cli.run(main, get_args_parser())
+    entry_point.run(main, get_args_parser())

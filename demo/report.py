@@ -23,10 +23,13 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
 from inference.model import Autoencoder, get_model
-from util import atomic, cli, datasets, knn, pictures
-from util.labels import require, some_of_each_class
-from util.samples import Samples
-from util.transforms import to_tensor
+from util import datasets
+from util.cli import entry_point
+from util.data.labels import require, some_of_each_class
+from util.data.samples import Samples
+from util.data.transforms import to_tensor
+from util.evaluation import knn, pictures
+from util.files import atomic
 
 PICTURES = 8
 NEIGHBOURS = 20
@@ -157,11 +160,11 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = cli.parser("Picture, loss curve and tables of what a pre-training run was worth.")
+    parser = entry_point.parser("Picture, loss curve and tables of what a pre-training run was worth.")
     parser.add_argument("--checkpoint", type=Path, required=True, help="of main_pretrain.py; log.txt lies beside it")
     parser.add_argument("--data_path", required=True, help="class folders in train/ and val/")
     parser.add_argument("--finetuned", type=Path, help="folder of a run of main_finetune.py that began with it")
     parser.add_argument("--scratch", type=Path, help="folder of the same run from scratch")
     parser.add_argument("--train_per_class", type=int, default=50, help="labelled images a class of these two")
     parser.add_argument("--out", type=Path, required=True, help="folder for the pictures and the table")
-    cli.run(main, parser)
+    entry_point.run(main, parser)

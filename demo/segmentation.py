@@ -31,7 +31,9 @@ from tqdm import tqdm
 from demo.unpack_data import ARCHIVE
 from inference.maps import dense
 from inference.model import Model, get_model
-from util import atomic, cli, dist, flags, options
+from util import dist
+from util.cli import entry_point, flags, options
+from util.files import atomic
 
 SHOWN = 8
 INK = 30  # of 255: what is brighter is a garment
@@ -137,7 +139,7 @@ def draw(rows: dict[str, np.ndarray], names: list[str], path: Path) -> None:
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The flags of the command."""
-    parser = cli.parser("A linear segmentation head on a frozen encoder, trained on pictures of two garments.")
+    parser = entry_point.parser("A linear segmentation head on a frozen encoder, trained on pictures of two garments.")
     options.add_inference_options(parser, images=False)
     parser.add_argument("--layers", default=4, type=flags.positive_int, metavar="N", help="blocks that the head sees")
     parser.add_argument("--pictures", default=4000, type=flags.positive_int, metavar="N", help="to train the head on")
@@ -172,4 +174,4 @@ def main(args: Namespace) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    cli.run(main, get_args_parser())
+    entry_point.run(main, get_args_parser())

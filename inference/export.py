@@ -31,9 +31,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from inference.model import Autoencoder, Classifier, Model, get_model
-from util import atomic, cli, foreign, options
-from util.runlog import start_logging
-from util.weights import SETTINGS
+from util.cli import entry_point, options
+from util.files import atomic
+from util.training.run_log import start_logging
+from util.weights import conversion
+from util.weights.loading import SETTINGS
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +44,7 @@ CLOSE = 1e-4  # of an exported model's answers to ours
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command's flags."""
-    parser = cli.parser("Writes a model for other libraries.")
+    parser = entry_point.parser("Writes a model for other libraries.")
     options.add_inference_options(parser, images=False)
     parser.add_argument("--to", required=True, choices=sorted(WRITERS), help="format")
     parser.add_argument("--out", type=Path, required=True, metavar="PATH", help="file, or folder for transformers")
@@ -105,7 +107,7 @@ def write_timm(model: Model, out: Path) -> None:
 
 
 def write_mmpretrain(model: Model, out: Path) -> None:
-    _save({"meta": {}, "state_dict": foreign.to_mmpretrain(plain_head(model))}, out)
+    _save({"meta": {}, "state_dict": conversion.to_mmpretrain(plain_head(model))}, out)
 
 
 def write_transformers(model: Model, out: Path) -> None:
@@ -139,7 +141,7 @@ def write_transformers(model: Model, out: Path) -> None:
         names = model.classes or [f"class {label}" for label in range(settings["nb_classes"])]
         labels = {"id2label": dict(enumerate(names)), "label2id": {name: label for label, name in enumerate(names)}}
         theirs = transformers.ViTForImageClassification(transformers.ViTConfig(**same, **labels))
-    theirs.load_state_dict(foreign.to_transformers(plain_head(model), set(theirs.state_dict())))
+    theirs.load_state_dict(conversion.to_transformers(plain_head(model), set(theirs.state_dict())))
     theirs.save_pretrained(out)
     transformers.ViTImageProcessor(
         size={"height": height, "width": width}, resample=3,
@@ -250,4 +252,4 @@ WRITERS: dict[str, Callable[[Any, Path], None]] = {
 
 
 if __name__ == "__main__":
-    cli.run(main, get_args_parser())
+    entry_point.run(main, get_args_parser())

@@ -21,13 +21,17 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from inference.model import Model, get_model
-from util import atomic, checkpoint, cli, datasets, dist, flags, loader, options
-from util.labels import Part
-from util.library_sets import Shards
-from util.precision import Precision
-from util.runlog import start_logging
-from util.samples import Samples
-from util.sources import Source
+from util import datasets, dist
+from util.checkpoints import checkpoint
+from util.cli import entry_point, flags, options
+from util.data import loader
+from util.data.labels import Part
+from util.data.library_sets import Shards
+from util.data.samples import Samples
+from util.data.sources import Source
+from util.files import atomic
+from util.training.precision import Precision
+from util.training.run_log import start_logging
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +41,7 @@ SAVE_EVERY = 20  # batches between notes of how far it is
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command's flags."""
-    parser = cli.parser("Computes the features of all images in a folder; goes on where it was stopped.")
+    parser = entry_point.parser("Computes the features of all images in a folder; goes on where it was stopped.")
     parser.add_argument("data_path", metavar="FOLDER", help="images, flat or nested, or a tar or zip file of them")
     options.add_inference_options(parser, images=False)
     parser.add_argument(
@@ -153,4 +157,4 @@ def _continued(folder: Path, settings: dict[str, Any]) -> tuple[int, list[int]]:
 
 
 if __name__ == "__main__":
-    cli.run(main, get_args_parser())
+    entry_point.run(main, get_args_parser())

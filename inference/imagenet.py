@@ -9,8 +9,8 @@ from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
 from inference.model import get_model, imagenet_classes
-from util.suites import NUM_CLASSES, synsets
-from util.transforms import Normalize, Transform, eval_transform
+from util.data.transforms import Normalize, Transform, eval_transform
+from util.evaluation.robustness import NUM_CLASSES, synsets
 
 logger = logging.getLogger(__name__)
 

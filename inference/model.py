@@ -25,12 +25,13 @@ import models_build
 import models_mae
 import models_vit
 from models_build import MODEL_SETTINGS, size_of
-from util import published, transforms, weights
-from util.checkpoint import CheckpointError
-from util.decode import BadImage, decode
-from util.published import CLASSIFIER, FULL
-from util.untrusted import read_file
-from util.weights import Weights
+from util.checkpoints.checkpoint import CheckpointError
+from util.data import transforms
+from util.data.decode import BadImage, decode
+from util.files.untrusted import read_file
+from util.weights import loading, model_zoo
+from util.weights.loading import Weights
+from util.weights.model_zoo import CLASSIFIER, FULL
 
 ImageLike = str | Path | Image.Image | np.ndarray | Tensor
 Images = ImageLike | Sequence[ImageLike]
@@ -175,7 +176,7 @@ def list_models(pattern: str = "*") -> list[str]:
     Args:
         pattern: with * for anything, such as "vit-*_mae-*".
     """
-    return [name for name in sorted({*ARCHITECTURES, *published.TABLE}) if fnmatchcase(name, pattern)]
+    return [name for name in sorted({*ARCHITECTURES, *model_zoo.TABLE}) if fnmatchcase(name, pattern)]
 
 
 def get_model(
@@ -202,14 +203,14 @@ def get_model(
     if name in ARCHITECTURES:
         name = ARCHITECTURES[name].__name__  # the published code has second names
     if Path(name).exists():
-        return _load(weights.read(name), None, settings).to(device)
-    if name not in ARCHITECTURES and name not in published.TABLE:
-        raise ValueError(f"there is no file, model or published weights {name}{published.nearest(name, list_models())}")
-    architecture = name if name in ARCHITECTURES else published.TABLE[name].model
+        return _load(loading.read(name), None, settings).to(device)
+    if name not in ARCHITECTURES and name not in model_zoo.TABLE:
+        raise ValueError(f"there is no file, model or published weights {name}{model_zoo.nearest(name, list_models())}")
+    architecture = name if name in ARCHITECTURES else model_zoo.TABLE[name].model
     if pretrained is False:
         return _class_of(architecture)(_settings(architecture, {**_of_row(name), **settings})).to(device)
     source = _published_for(name) if pretrained is True else str(pretrained)
-    return _load(weights.read(source), None if source == name else architecture, settings).to(device)
+    return _load(loading.read(source), None if source == name else architecture, settings).to(device)
 
 
 def inference_model(
@@ -235,17 +236,17 @@ def _settings(architecture: str, given: dict[str, Any]) -> dict[str, Any]:
 
 def _of_row(name: str) -> dict[str, Any]:
     """What the table of published weights tells of a model, if the name stands there."""
-    row = published.TABLE.get(name)
+    row = model_zoo.TABLE.get(name)
     return {"input_size": row.input_size, "norm_pix_loss": row.norm_pix_loss} if row else {}
 
 
 def _published_for(name: str) -> str:
     """The published weights that belong to a name best."""
-    if name in published.TABLE:
+    if name in model_zoo.TABLE:
         return name
     size = size_of(name).partition("_")[0]
     best = f"mae_pretrain_vit_{size}_full" if name.startswith("mae_") else f"mae_finetuned_vit_{size}"
-    if best not in published.TABLE:
+    if best not in model_zoo.TABLE:
         raise ValueError(f"no weights were published for {name}: give a file of them")
     return best
 
@@ -265,11 +266,11 @@ def _load(file: Weights, wanted: str | None, settings: dict[str, Any]) -> Autoen
                 f"{file.source} holds {file.kind}, no decoder, and can't reconstruct: take a file with decoder, such "
                 f"as mae_visualize_vit_large, or a checkpoint of main_pretrain.py"
             )
-        weights.init_mae(model, file)
+        loading.init_mae(model, file)
     elif file.kind == CLASSIFIER and made["nb_classes"] == told["nb_classes"]:
-        weights.load_classifier(model, file)
+        loading.load_classifier(model, file)
     else:
-        weights.load_encoder(model, file)
+        loading.load_encoder(model, file)
     return model
 
 

@@ -17,15 +17,17 @@ import numpy as np
 from matplotlib.backend_bases import FigureCanvasBase
 
 from inference.model import get_model, open_image
-from util import atomic, cli, dist, flags, options
-from util.untrusted import printable
+from util import dist
+from util.cli import entry_point, flags, options
+from util.files import atomic
+from util.files.untrusted import printable
 
 FORMATS = (".png", ".jpg", ".pdf", ".svg", *(f".{kind}" for kind in FigureCanvasBase.filetypes))  # of --out
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command's flags."""
-    parser = cli.parser("Classifies photographs: a table of the likeliest classes.")
+    parser = entry_point.parser("Classifies photographs: a table of the likeliest classes.")
     options.add_inference_options(parser)
     parser.add_argument("--topk", default=5, type=flags.positive_int, metavar="K", help="classes that are told")
     parser.add_argument("--json", action="store_true", help="print a JSON object an image instead of a table")
@@ -72,4 +74,4 @@ def draw(images: list[np.ndarray], found: list[dict[str, Any]], path: Path) -> N
 
 
 if __name__ == "__main__":
-    cli.run(main, get_args_parser())
+    entry_point.run(main, get_args_parser())

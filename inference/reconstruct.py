@@ -16,10 +16,13 @@ from torchvision.transforms import functional as TF
 
 from inference.model import Autoencoder, ImageLike, Model, get_model, open_image
 from models_mae import Reconstruction
-from util import atomic, cli, dist, flags, options, pictures
-from util.decode import Picture, size_of
-from util.runlog import start_logging
-from util.transforms import to_tensor
+from util import dist
+from util.cli import entry_point, flags, options
+from util.data.decode import Picture, size_of
+from util.data.transforms import to_tensor
+from util.evaluation import pictures
+from util.files import atomic
+from util.training.run_log import start_logging
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +35,9 @@ Box = tuple[int, int, int, int]  # left, top, width, height, in pixels of the im
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command's flags."""
-    parser = cli.parser("Hides patches of photographs, whole and of any shape, and lets a model paint them again.")
+    parser = entry_point.parser(
+        "Hides patches of photographs, whole and of any shape, and lets a model paint them again."
+    )
     options.add_inference_options(parser)
     parser.add_argument(
         "--out", type=flags.new_file(*SUFFIXES), required=True, metavar="FILE", help="picture with a row an image"
@@ -169,4 +174,4 @@ def grid(model: Autoencoder, painted: Sequence[Reconstruction]) -> Image.Image:
 
 
 if __name__ == "__main__":
-    cli.run(main, get_args_parser())
+    entry_point.run(main, get_args_parser())

@@ -15,7 +15,11 @@ from PIL import Image
 from torchvision import transforms as tv
 
 import models_vit
-from util import cli, datasets, dist, epochs, loader, loop, precision, runfolder
+from util import datasets, dist
+from util.checkpoints import run_directory
+from util.cli import entry_point
+from util.data import loader
+from util.training import loop, precision, trainer
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -64,7 +68,7 @@ def parse(script: Any, **flags: Any) -> Any:
     argv: list[str] = []
     for flag, value in flags.items():
         argv += [f"--{flag}"] if value is True else [f"--{flag}", *str(value).split()]
-    return cli.parse(script.get_args_parser(), argv)
+    return entry_point.parse(script.get_args_parser(), argv)
 
 
 def capture(monkeypatch: pytest.MonkeyPatch, script: Any, **flags: Any) -> SimpleNamespace:
@@ -83,10 +87,10 @@ def capture(monkeypatch: pytest.MonkeyPatch, script: Any, **flags: Any) -> Simpl
             "joined": recorder(patch, dist, "init"),
             "precisions": recorder(patch, precision.Precision, "__init__"),
             "opened": recorder(patch, datasets, "open_source"),
-            "prepared": recorder(patch, runfolder, "prepare"),
+            "prepared": recorder(patch, run_directory, "prepare"),
             "evaluation": recorder(patch, loader, "eval_loader"),
         }
-        runs = recorder(patch, epochs, "run", call=False)
+        runs = recorder(patch, trainer, "run", call=False)
         script.main(parse(script, **({"device": "cpu"} | flags)))
     (arguments,) = runs
     return SimpleNamespace(**arguments, **calls)

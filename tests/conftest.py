@@ -25,9 +25,10 @@ os.environ["OMP_NUM_THREADS"] = "1"  # the same in the processes that tests star
 import main_knn  # noqa: E402
 import main_pretrain  # noqa: E402
 from models_mae import mae_vit_mini_patch4  # noqa: E402
-from util import cli, transforms  # noqa: E402
+from util.cli import entry_point  # noqa: E402
+from util.data import transforms  # noqa: E402
+from util.data.samples import Samples  # noqa: E402
 from util.datasets import open_source  # noqa: E402
-from util.samples import Samples  # noqa: E402
 
 
 def torchrun(processes: int, restarts: int = 0) -> list[str]:
@@ -122,7 +123,7 @@ def classify(labelled, tmp_path):
         argv = []
         for flag, value in settings.items():
             argv += [f"--{flag}"] if value is True else [f"--{flag}", *str(value).split()]
-        found = main.main(cli.parse(main.get_args_parser(), argv))
+        found = main.main(entry_point.parse(main.get_args_parser(), argv))
         return out if found is None else found
 
     return run
@@ -142,7 +143,7 @@ def pretrain(pictures, tmp_path):
         argv = []
         for flag, value in settings.items():
             argv += [f"--{flag}"] if value is True else [f"--{flag}", *str(value).split()]
-        main_pretrain.main(cli.parse(main_pretrain.get_args_parser(), argv))
+        main_pretrain.main(entry_point.parse(main_pretrain.get_args_parser(), argv))
         return out
 
     return run

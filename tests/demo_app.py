@@ -27,7 +27,7 @@ from playwright.sync_api import Page, expect, sync_playwright
 from demo import app
 from inference import export, get_model, maps
 from inference.reconstruct import TITLES, psnr, reconstruct
-from util import cli
+from util.cli import entry_point
 
 PHOTOS = sorted((ROOT / "demo" / "photos").glob("*.jpg"))
 CAT = ROOT / "demo" / "photos" / "chelsea.jpg"  # 3 to 2: 32 x 48 pixels, 8 x 12 patches
@@ -389,7 +389,9 @@ def test_pictures_of_every_kind(model, tmp_path):
 
 def test_wrong_flags(files, tmp_path):
     def start(*flags) -> None:
-        app.main(cli.parse(app.get_args_parser(), ["--model", str(files / "mae.safetensors"), *map(str, flags)]))
+        app.main(
+            entry_point.parse(app.get_args_parser(), ["--model", str(files / "mae.safetensors"), *map(str, flags)])
+        )
 
     with pytest.raises(ValueError, match="--samples: there is no folder"):
         start("--samples", tmp_path / "none")

@@ -32,8 +32,8 @@ import torch
 from conftest import ROOT, free_port, torchrun
 from mains import lines
 
-from util import checkpoint, sharded
-from util.checkpoint import CheckpointError
+from util.checkpoints import checkpoint, sharded
+from util.checkpoints.checkpoint import CheckpointError
 
 EPOCHS = 8
 LOADS = 10_000
@@ -89,7 +89,7 @@ class Run:
         argv = [f"{self.script}.py", *map(str, [*self.flags, "--resume", "auto", *flags])]
         port, count = str(free_port()), self.layout.processes
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["main_pretrain", "main_finetune", "util.cli"])
+        context.set_forkserver_preload(["main_pretrain", "main_finetune", "util.cli.entry_point"])
         self.processes = []
         for rank in range(count):
             variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
@@ -181,13 +181,13 @@ def _run(script: str, argv: list[str], output: Path, environment: dict[str, str]
     os.dup2(file, 2)
     sys.stdout.reconfigure(line_buffering=True)
     sys.argv = argv
-    from util import cli
+    from util.cli import entry_point
 
     main = importlib.import_module(script)
     if user is not None:
         "".encode("utf-8-sig")  # of recipes: Python's own files may be root's alone
         os.seteuid(user)
-    cli.run(main.main, main.get_args_parser())
+    entry_point.run(main.main, main.get_args_parser())
 
 
 def ranks(out: Path) -> dict[int, int]:

@@ -27,11 +27,14 @@ from test_decode import TABLE, saved
 import main_pretrain
 import models_mae
 import models_vit
-from util import checkpoint, cli, sharded, weights
-from util.archives import Archive
-from util.decode import decode
-from util.library_sets import read_shards
-from util.sources import read_list
+from util.checkpoints import checkpoint, sharded
+from util.cli import entry_point
+from util.cli.choices import ADAPT_CHOICES
+from util.data.archives import Archive
+from util.data.decode import decode
+from util.data.library_sets import read_shards
+from util.data.sources import read_list
+from util.weights import loading
 
 
 class Door(NamedTuple):
@@ -180,7 +183,7 @@ def _mutate_recipe(seeds: list[str], generator: random.Random) -> bytes:
 def _read_recipe(data: bytes, folder: Path, generator: random.Random) -> None:
     (folder / "recipe.yaml").write_bytes(data)
     try:
-        args = cli.parse(main_pretrain.get_args_parser(), ["--config", str(folder / "recipe.yaml")])
+        args = entry_point.parse(main_pretrain.get_args_parser(), ["--config", str(folder / "recipe.yaml")])
     except SystemExit as error:
         assert error.code == 2
     else:
@@ -239,7 +242,7 @@ def _mutate_weights(seeds: list[dict[str, Any]], generator: random.Random) -> di
     settings = seed.get("settings", {})
     if how == "content":
         settings = mutations.nested(settings, generator)
-    metadata = {weights.SETTINGS: json.dumps(settings)} if "settings" in seed else None
+    metadata = {loading.SETTINGS: json.dumps(settings)} if "settings" in seed else None
     data = safetensors.torch.save({name: tensor.contiguous() for name, tensor in seed["safetensors"].items()}, metadata)
     if how == "header":
         size = int.from_bytes(data[:8], "little")
@@ -280,15 +283,15 @@ def _read_weights(files: dict[str, bytes], folder: Path, generator: random.Rando
     path = own if "config.json" in files else own / next(iter(files))
     if path.suffix == ".pth":
         checkpoint.read(path)
-    file = weights.read(path)
+    file = loading.read(path)
     mae, vit = _models()
     if generator.random() < 0.3:
-        weights.init_mae(mae, file)
-    elif file.kind == weights.CLASSIFIER and generator.random() < 0.5:
-        weights.load_classifier(vit, file)
+        loading.init_mae(mae, file)
+    elif file.kind == loading.CLASSIFIER and generator.random() < 0.5:
+        loading.load_classifier(vit, file)
     else:
-        weights.load_encoder(vit, file, generator.choice(weights.ADAPT_CHOICES))
-    weights.statistics(file, 3, None, None)
+        loading.load_encoder(vit, file, generator.choice(ADAPT_CHOICES))
+    loading.statistics(file, 3, None, None)
 
 
 # ------------------------------------------------------------------------------------------------------------ sharded

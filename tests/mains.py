@@ -10,7 +10,8 @@ import pytest
 import torch
 from conftest import ROOT, torchrun
 
-from util import checkpoint, saver
+from util.checkpoints import checkpoint
+from util.training import saver
 
 
 def weights(out, name="checkpoint-1.pth"):

@@ -10,7 +10,7 @@ from PIL import Image
 from timm.models import register_model
 from torch import Tensor, nn
 
-from util import suites
+from util.evaluation import robustness
 
 SIDE = 32
 
@@ -34,7 +34,7 @@ def paint(folder: Path, name: str, label: int) -> None:
 def class_folders(root: Path, folders: list[str], name: str, painted: Callable[[int], int]) -> Path:
     """One image a class; `painted` tells, by the class's number in ImageNet-1K, which one it looks like."""
     for number, folder in enumerate(folders):
-        label = suites.synsets().index(folder) if folder.startswith("n") else number
+        label = robustness.synsets().index(folder) if folder.startswith("n") else number
         paint(root / folder, name, painted(label))
     return root
 

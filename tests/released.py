@@ -19,8 +19,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import main_finetune
 import models_mae
 import models_vit
-from util import cli, published, transforms, weights
-from util.decode import decode
+from util.cli import entry_point
+from util.data import transforms
+from util.data.decode import decode
+from util.weights import loading, model_zoo
 
 RECORDED: dict[str, float] = {}  # name: the largest logit, or the loss, of demo/photos/coffee.jpg
 
@@ -39,27 +41,27 @@ def check(name: str, data_path: str | None) -> str:
     Raises:
         ValueError: it can't be fetched, does not fit, or answers otherwise than published.
     """
-    row, file = published.TABLE[name], weights.read(name)
+    row, file = model_zoo.TABLE[name], loading.read(name)
     torch.manual_seed(0)  # the decoder of a file without one
     if file.kind != row.kind:
         raise ValueError(f"{name} holds an {file.kind}, not an {row.kind}")
     image = fixed_image(row.input_size)
-    if row.kind == published.CLASSIFIER:
+    if row.kind == model_zoo.CLASSIFIER:
         model = getattr(models_vit, row.model)(img_size=row.input_size, global_pool=True).eval()
-        weights.load_classifier(model, file)
+        loading.load_classifier(model, file)
         value = model(image).max().item()
     else:
         model = getattr(models_mae, row.model)(norm_pix_loss=row.norm_pix_loss).eval()
-        weights.init_mae(model, weights.read(name))
+        loading.init_mae(model, loading.read(name))
         noise = torch.rand(1, model.num_patches, generator=torch.Generator().manual_seed(0))
         value = model(image, noise=noise)[0].item()
     if abs(value - RECORDED.get(name, value)) > 1e-3:
         raise ValueError(f"{name} answers {value:.5f}, recorded is {RECORDED[name]:.5f}")
     said = f"{value:.5f}" + ("" if name in RECORDED else " (not recorded yet)")
-    if data_path and row.kind == published.CLASSIFIER:
+    if data_path and row.kind == model_zoo.CLASSIFIER:
         flags = ["--eval", "--resume", name, "--model", row.model, "--data_path", data_path,
                  "--input_size", str(row.input_size)]  # fmt: skip
-        scores = main_finetune.main(cli.parse(main_finetune.get_args_parser(), flags))
+        scores = main_finetune.main(entry_point.parse(main_finetune.get_args_parser(), flags))
         said += f", {scores}"
         if row.top1 is not None and row.input_size == 224 and abs(scores.acc1 - row.top1) > 0.1:
             raise ValueError(f"{name}: {scores}, published is {row.top1}")
@@ -68,7 +70,7 @@ def check(name: str, data_path: str | None) -> str:
 
 def main() -> None:
     """Checks the files one after the other."""
-    released = [name for name, row in published.TABLE.items() if row.url]
+    released = [name for name, row in model_zoo.TABLE.items() if row.url]
     parser = argparse.ArgumentParser(description="Checks the published files; needs a network.")
     parser.add_argument("--names", nargs="+", default=released, choices=released, metavar="NAME")
     parser.add_argument("--data_path", metavar="IMAGENET", help="with val/, to evaluate the classifiers")

@@ -14,7 +14,10 @@ import main_linprobe
 import main_pretrain
 import main_robustness
 from inference import export, features, predict, reconstruct
-from util import advice, cli, datasets, resize, submit
+from util import datasets
+from util.cli import advice, entry_point
+from util.data import resize
+from util.jobs import submit
 
 SCRIPTS = (main_finetune, main_knn, main_linprobe, main_pretrain, main_robustness, export, features, predict,
            reconstruct, datasets, resize)  # fmt: skip
@@ -33,19 +36,20 @@ OTHERS = {
 FORMATS = {"{split}": "train"} | {f"--{{{part}}}": "--model" for part in ("flag", "name", "key")}  # of any setting
 # Messages that the syntax trees lead some scripts to, but that these can't come to.
 ELSEWHERE = {
-    r"util\.(cli|advice)\.\w*": "it looks whether the script has the flag",
-    r"util\.(library_sets|datasets)\.(\w+Set|Shards|open_source)": (
+    r"util\.cli\.(entry_point|advice)\.\w*": "it looks whether the script has the flag",
+    r"util\.(data\.library_sets|datasets)\.(\w+Set|Shards|open_source)": (
         r"inference\.features|main_robustness", "opens folders and archives only, no --dataset and no list"),
     r"util\.datasets\.report_on": (r"util\.datasets", "it prints what to give to other scripts"),
-    r"util\.(loader\.EpochBatches|jpeg\.\w+|dist\.shard)": (
+    r"util\.(data\.loader\.EpochBatches|data\.jpeg\.\w+|dist\.shard)": (
         r"(?!main_pretrain|submitit_pretrain).*", "only pre-training has --repeated_sampling, --fast_jpeg, --fsdp"),
-    r"util\.untrusted\.value_problem": "of a value that a recipe has for this flag",
-    r"util\.samples\.Samples": (
+    r"util\.files\.untrusted\.value_problem": "of a value that a recipe has for this flag",
+    r"util\.data\.samples\.Samples": (
         r"main_knn|main_robustness|inference\.\w+", "it names --on_bad_image where the script has given that"),
-    r"util\.transforms\.\w+": (r"main_robustness|inference\.\w+", "the statistics are a file's, checked when read"),
-    r"util\.runstate\._warn_of_changes": "of settings that the script has",
-    r"util\.weights\.statistics": (r"main_robustness|inference\.\w+", "another of this name is meant"),
-    r"util\.labels\.require": (r"inference\.features", "a file list is not among its flags"),
+    r"util\.data\.transforms\.\w+": (
+        r"main_robustness|inference\.\w+", "the statistics are a file's, checked when read"),
+    r"util\.checkpoints\.run_state\._warn_of_changes": "of settings that the script has",
+    r"util\.weights\.loading\.statistics": (r"main_robustness|inference\.\w+", "another of this name is meant"),
+    r"util\.data\.labels\.require": (r"inference\.features", "a file list is not among its flags"),
 }  # fmt: skip
 
 
@@ -76,7 +80,7 @@ def graph() -> dict[str, set[str]]:
 
 def reached(script: str) -> list[tuple[str, ast.AST]]:
     """The definitions that a script can come to: by name, in what is imported."""
-    starts = {script, script.replace("submitit_", "main_"), "util.cli"}
+    starts = {script, script.replace("submitit_", "main_"), "util.cli.entry_point"}
     waiting = [(m, node) for name in ("main", "run", "parse") for m, node in definitions()[name] if m in starts]
     seen = {}
     while waiting:
@@ -184,6 +188,6 @@ def test_settings_as_they_are_typed():
     settings = {"model": "vit_mini_patch4", "patch_size": [7, 7], "in_chans": 1, "global_pool": False, "pin_mem": False}
     typed = "--model vit_mini_patch4 --patch_size 7 7 --in_chans 1 --cls_token --no_pin_mem"
     assert advice.flags(settings) == typed
-    args = vars(cli.parse(main_finetune.get_args_parser(), typed.split()))
+    args = vars(entry_point.parse(main_finetune.get_args_parser(), typed.split()))
     assert {name: args[name] for name in settings} == settings
     assert advice.flags({"norm_pix_loss": True, "unfreeze_blocks": None}) == "--norm_pix_loss no --unfreeze_blocks"

@@ -15,11 +15,11 @@ import pytest
 import torch
 from PIL import Image
 
-from util import transforms
-from util.archives import Archive
-from util.decode import BadImage, decode
-from util.samples import Samples
-from util.sources import find_files
+from util.data import transforms
+from util.data.archives import Archive
+from util.data.decode import BadImage, decode
+from util.data.samples import Samples
+from util.data.sources import find_files
 
 
 @pytest.fixture(params=["zip", "tar", "zip, stored", "tar of ./", "zip in a folder", "tar with a hard link"])

@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT
 from safetensors.torch import save_file
 
-from util import atomic
+from util.files import atomic
 
 
 def names(folder):
@@ -41,7 +41,7 @@ def test_whatever_stops_the_block_leaves_what_was_there(tmp_path):
 
 
 def test_what_a_killed_command_left_is_removed(tmp_path):
-    killed = "import os, sys\nfrom pathlib import Path\nfrom util import atomic\n" + (
+    killed = "import os, sys\nfrom pathlib import Path\nfrom util.files import atomic\n" + (
         "with atomic.replacing(Path(sys.argv[1])) as written:\n    written.write_text('half')\n    os._exit(9)"
     )
     code = subprocess.run([sys.executable, "-c", killed, tmp_path / "a.txt"], cwd=ROOT).returncode

@@ -9,8 +9,8 @@ import random
 import pytest
 import torch
 
-from util import checkpoint, runstate
-from util.checkpoint import CheckpointError
+from util.checkpoints import checkpoint, run_state
+from util.checkpoints.checkpoint import CheckpointError
 
 
 def example_state():
@@ -123,7 +123,7 @@ def test_what_is_no_checkpoint(tmp_path):
 
 
 def test_newest_is_the_furthest_that_is_whole(tmp_path, caplog):
-    assert runstate.read_newest(tmp_path) is None
+    assert run_state.read_newest(tmp_path) is None
     for number in range(3):
         path = tmp_path / f"checkpoint-{number}.pth"
         checkpoint.write(example_state() | {"epoch": number}, path)
@@ -131,13 +131,13 @@ def test_newest_is_the_furthest_that_is_whole(tmp_path, caplog):
     rolling = tmp_path / "checkpoint-last.pth"
     position = {"epoch": 3, "images_done": 8}
     checkpoint.write(example_state() | {"epoch": 2, "progress": position}, rolling)
-    assert runstate.read_newest(tmp_path)["progress"] == position
+    assert run_state.read_newest(tmp_path)["progress"] == position
     whole = rolling.read_bytes()
     middle = whole.index(example_weights(rolling))
     rolling.write_bytes(whole[:middle] + b"\xff" + whole[middle + 1 :])  # found only when the digest is compared
-    assert runstate.read_newest(tmp_path)["epoch"] == 2
+    assert run_state.read_newest(tmp_path)["epoch"] == 2
     path.write_bytes(path.read_bytes()[:-100])
-    assert runstate.read_newest(tmp_path)["epoch"] == 1
+    assert run_state.read_newest(tmp_path)["epoch"] == 1
     assert "skips checkpoint-last.pth" in caplog.text
     assert "skips checkpoint-2.pth" in caplog.text
 

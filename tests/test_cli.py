@@ -12,7 +12,7 @@ from conftest import ROOT
 
 import main_pretrain
 from inference import features, predict
-from util import cli
+from util.cli import entry_point
 
 PUBLISHED = {
     "batch_size": 64, "epochs": 400, "accum_iter": 1, "model": "mae_vit_large_patch16", "input_size": 224,
@@ -24,7 +24,7 @@ PUBLISHED = {
 
 
 def parse(*argv):
-    return cli.parse(main_pretrain.get_args_parser(), argv)
+    return entry_point.parse(main_pretrain.get_args_parser(), argv)
 
 
 def test_published_flags_and_defaults():
@@ -103,7 +103,7 @@ def test_wrong_flags(argv, message, capsys):
 def test_usage_shows_what_every_call_needs(capsys):
     for module, needed in (predict, "--model FILE IMAGE [IMAGE ...]"), (features, "--model FILE --out FILE FOLDER"):
         with pytest.raises(SystemExit):
-            cli.parse(module.get_args_parser(), ["--modle", "x"])
+            entry_point.parse(module.get_args_parser(), ["--modle", "x"])
         error, usage = capsys.readouterr().err.splitlines()
         assert error.endswith("unrecognized arguments: --modle; did you mean --model?")
         assert needed in usage
@@ -140,27 +140,27 @@ def test_which_settings_were_given(tmp_path):
     path = recipe(tmp_path, "epochs: 7\npin_mem: false\ninput_size: [16, 32]\nlr: null\nnorm_pix_loss: true\n")
     args = parse("--config", path, "--no_norm_pix_loss", "--batch_size=64", "--log_dir", "x", "--local-rank", "0")
     typed = {"config", "norm_pix_loss", "batch_size", "log_dir", "local_rank"}
-    assert cli.given(args, in_recipe=False) == typed
-    assert cli.given(args) == typed | {"epochs", "pin_mem", "input_size"}
-    assert cli.given(parse()) == frozenset()
+    assert entry_point.given(args, in_recipe=False) == typed
+    assert entry_point.given(args) == typed | {"epochs", "pin_mem", "input_size"}
+    assert entry_point.given(parse()) == frozenset()
     # What becomes the checkpoint's `args` is free of it, and copies, also those of submitit's jobs, keep it.
     assert vars(args).keys() == vars(main_pretrain.get_args_parser().parse_args([])).keys()
     assert args == argparse.Namespace(**vars(args))
     for other in (copy.deepcopy(args), pickle.loads(pickle.dumps(args))):
-        assert (other, cli.given(other)) == (args, cli.given(args))
-    assert cli.given(argparse.Namespace(epochs=3, lr=None)) == {"epochs", "lr"}
+        assert (other, entry_point.given(other)) == (args, entry_point.given(args))
+    assert entry_point.given(argparse.Namespace(epochs=3, lr=None)) == {"epochs", "lr"}
 
 
 def test_given_settings_with_required_flags_and_positions(tmp_path):
-    parser = cli.parser("A command.")
+    parser = entry_point.parser("A command.")
     parser.add_argument("--config")
     parser.add_argument("images", nargs="+")
     parser.add_argument("--model", required=True)
     parser.set_defaults(topk=5)
-    args = cli.parse(parser, ["a.png", "--config", recipe(tmp_path, "model: x.pth\n")])
+    args = entry_point.parse(parser, ["a.png", "--config", recipe(tmp_path, "model: x.pth\n")])
     assert (args.images, args.model, args.topk) == (["a.png"], "x.pth", 5)
-    assert cli.given(args) == {"images", "config", "model"}
-    assert cli.given(args, in_recipe=False) == {"images", "config"}
+    assert entry_point.given(args) == {"images", "config", "model"}
+    assert entry_point.given(args, in_recipe=False) == {"images", "config"}
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,7 @@ def test_errors_are_sentences_and_debug_shows_the_traceback(capsys, monkeypatch)
 
         monkeypatch.setattr("sys.argv", ["main.py", *flags])
         with pytest.raises(SystemExit) as stop:
-            cli.run(main, main_pretrain.get_args_parser())
+            entry_point.run(main, main_pretrain.get_args_parser())
         return stop.value.code, capsys.readouterr().err
 
     code, said = run(ValueError("--data_path: there is no folder x"))
@@ -246,12 +246,12 @@ def test_out_of_memory_names_the_batch(error, capsys, monkeypatch):
     def main(args):
         raise error
 
-    parser = cli.parser("A main.")
+    parser = entry_point.parser("A main.")
     parser.add_argument("--batch_size", default=64)
     parser.add_argument("--accum_iter", default=1)
     monkeypatch.setattr("sys.argv", ["main.py"])
     with pytest.raises(SystemExit) as stop:
-        cli.run(main, parser)
+        entry_point.run(main, parser)
     assert stop.value.code == 1
     assert "out of memory: halve --batch_size 64 and double --accum_iter" in capsys.readouterr().err
 

@@ -10,7 +10,7 @@ from mains import Stopped, assert_close, assert_equal, in_processes, lines, stop
 from torch._dynamo.utils import counters
 
 import main_finetune
-from util.compiling import compile_model
+from util.training.compiling import compile_model
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def test_without_a_compiler_it_says_so_and_goes_on(tmp_path, monkeypatch):
     code = """
 import logging, torch
 from models_vit import vit_mini_patch4
-from util.compiling import compile_model
+from util.training.compiling import compile_model
 logging.basicConfig(format="%(message)s", level="INFO")
 model = vit_mini_patch4(img_size=8)
 compile_model(model, torch.device("cpu"))

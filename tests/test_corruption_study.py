@@ -9,7 +9,7 @@ from conftest import ROOT
 from PIL import Image
 
 from inference import get_model
-from util import cli
+from util.cli import entry_point
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def test_the_command_counts_as_its_models_do(study, tmp_path, capsys, monkeypatc
     first = save(tmp_path / "a.pth", names, "Bag")
     second = save(tmp_path / "b.pth", sorted(study.folder_of(name) for name in names), "bag")
     argv = ["--pretrained", first, "--scratch", second, "--out", str(tmp_path)]
-    study.main(cli.parse(study.get_args_parser(), argv))
+    study.main(entry_point.parse(study.get_args_parser(), argv))
     share = 100 * (archive["classes"][archive["val_labels"]] == "Bag").mean()
     told = capsys.readouterr().out
     assert f"| no corruption | {share:.1f} |  | {share:.1f} |  |" in told

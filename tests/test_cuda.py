@@ -5,11 +5,11 @@ import torch
 
 from engine_pretrain import train_one_epoch
 from models_mae import mae_vit_mini_patch4
-from util import loop, runlog
+from util.data.transforms import Normalize
 from util.interrupts import Interrupts
-from util.precision import Precision
-from util.saver import NullSaver
-from util.transforms import Normalize
+from util.training import loop, run_log
+from util.training.precision import Precision
+from util.training.saver import NullSaver
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 CUDA = torch.device("cuda")
@@ -48,7 +48,7 @@ def train(device: torch.device, amp: str, compiled: bool = False, may_wait: bool
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     losses = []
 
-    class Log(runlog.NullLog):
+    class Log(run_log.NullLog):
         def step(self, step: int, lr: float, loss: float, grad_norm: float) -> None:
             losses.append(loss)
 
@@ -60,7 +60,7 @@ def train(device: torch.device, amp: str, compiled: bool = False, may_wait: bool
     train_one_epoch(
         model, batches(), optimizer, mask_ratio=0.75, normalize=Normalize([0.5], [0.25]).to(device), epoch=0,
         schedule=schedule, precision=Precision(amp, device), guard=loop.NonFiniteGuard("abort"),
-        meters=runlog.Meters(), log=Log(), saver=NullSaver(Interrupts()),
+        meters=run_log.Meters(), log=Log(), saver=NullSaver(Interrupts()),
     )  # fmt: skip
     return losses
 

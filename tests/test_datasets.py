@@ -9,11 +9,12 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-from util import cli, datasets
-from util.archives import Archive
+from util import datasets
+from util.cli import entry_point
+from util.data.archives import Archive
+from util.data.decode import BadImage
+from util.data.sources import Files
 from util.datasets import open_source
-from util.decode import BadImage
-from util.sources import Files
 
 
 def test_the_folder_of_a_split_or_all(pictures):
@@ -50,7 +51,7 @@ def test_nothing_named_and_nothing_there(tmp_path):
 
 def check(*argv) -> None:
     """What the command does, in this process."""
-    datasets.main(cli.parse(datasets.get_args_parser(), list(map(str, argv))))
+    datasets.main(entry_point.parse(datasets.get_args_parser(), list(map(str, argv))))
 
 
 def test_the_command_on_good_images(pictures):

@@ -12,8 +12,8 @@ import tifffile
 import torch
 from PIL import Image, ImageOps
 
-from util import transforms
-from util.decode import MAX_PIXELS, BadImage, decode, size_of
+from util.data import transforms
+from util.data.decode import MAX_PIXELS, BadImage, decode, size_of
 
 IMAGEMAGICK = Path(__file__).parent / "fixtures" / "imagemagick"
 RAMP = np.arange(0, 252, 7, dtype=np.uint8).reshape(3, 4, 3)  # of make_imagemagick.sh

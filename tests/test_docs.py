@@ -17,7 +17,9 @@ import main_robustness
 import models_mae
 from benchmarks import targets
 from inference import export, features, get_model, predict, reconstruct
-from util import cli, datasets, suites
+from util import datasets
+from util.cli import entry_point
+from util.evaluation import robustness
 
 DOCUMENTS = sorted(ROOT.glob("*.md"))
 SCRIPTS = sorted(ROOT.glob("main_*.py"))
@@ -54,7 +56,7 @@ def main_commands() -> list[tuple[str, list[str]]]:
 @pytest.mark.parametrize(("main", "flags"), main_commands(), ids=lambda part: part if isinstance(part, str) else "")
 def test_every_shown_command_parses(main, flags, monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert cli.parse(PARSERS[main](), flags)
+    assert entry_point.parse(PARSERS[main](), flags)
 
 
 def test_the_commands_were_found():
@@ -79,7 +81,7 @@ def run_python(downloads, tmp_path, monkeypatch):
     """Runs a document's code, beside photographs."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TORCH_HOME", str(downloads))
-    monkeypatch.setattr("util.published._check", lambda path, digest: None)
+    monkeypatch.setattr("util.weights.model_zoo._check", lambda path, digest: None)
     for photo in ("photo.jpg", "street.jpg", "field.jpg"):
         (tmp_path / photo).write_bytes((ROOT / "demo/photos/coffee.jpg").read_bytes())
 
@@ -133,10 +135,10 @@ def results_row(name: str) -> list[str]:
 def test_published_robustness_is_told_alike():
     titles = {"imagenet-c": "ImageNet-C, mCE", "imagenet-a": "ImageNet-A", "imagenet-r": "ImageNet-R",
               "imagenet-sketch": "ImageNet-Sketch"}  # fmt: skip
-    for suite, published in suites.PUBLISHED.items():
+    for suite, published in robustness.PUBLISHED.items():
         assert results_row(titles[suite]) == [str(number) for number in published.values()]
     text = (ROOT / "RESULTS.md").read_text()
-    assert [suite for suite in suites.SUITES if f"| `{suite}` |" not in text] == []
+    assert [suite for suite in robustness.SUITES if f"| `{suite}` |" not in text] == []
 
 
 @pytest.mark.parametrize("name", ["inat2017", "inat2018", "inat2019", "places205", "places365"])

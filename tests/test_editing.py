@@ -17,8 +17,8 @@ from torch.nn import functional as F
 import main_pretrain
 import models_vit
 from models_mae import MaskedAutoencoderViT
-from util import cli
-from util.compiling import compile_model
+from util.cli import entry_point
+from util.training.compiling import compile_model
 
 SETTINGS = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 1, "num_heads": 4, "decoder_embed_dim": 16,
             "decoder_depth": 1, "decoder_num_heads": 2}  # fmt: skip
@@ -46,7 +46,11 @@ def run_edited(folder: Path, file: str, snippet: str, replacement: str, code: st
 
 SMALL = ["--input_size", 16, "--batch_size", 4, "--epochs", 2, "--warmup_epochs", 1, "--num_workers", 0, "--device",
          "cpu", "--vis_every", 0]  # fmt: skip
-PRETRAIN = "import main_pretrain; from util import cli; cli.run(main_pretrain.main, main_pretrain.get_args_parser())"
+PRETRAIN = """
+import main_pretrain
+from util.cli import entry_point
+entry_point.run(main_pretrain.main, main_pretrain.get_args_parser())
+"""
 
 
 def test_an_edit_of_the_file_changes_the_training(pictures, tmp_path):
@@ -157,7 +161,7 @@ def train(kind: type, pictures, folder, *flags: str) -> list[float]:
     argv = ["--data_path", pictures, "--model", "mae_vit_mini_patch4", "--input_size", "16", "--batch_size", "4",
             "--epochs", "2", "--warmup_epochs", "1", "--num_workers", "0", "--device", "cpu", "--vis_every", "1",
             "--output_dir", out, *flags]  # fmt: skip
-    main_pretrain.main(cli.parse(main_pretrain.get_args_parser(), list(map(str, argv))), kind)
+    main_pretrain.main(entry_point.parse(main_pretrain.get_args_parser(), list(map(str, argv))), kind)
     return losses_of(out)
 
 

@@ -9,9 +9,11 @@ from sklearn.metrics import log_loss, top_k_accuracy_score
 import main_finetune
 from engine_finetune import Evaluation, _interleave, as_recorded, evaluate, extract_features
 from models_vit import vit_mini_patch4
-from util import cli, dist, loader, transforms
-from util.precision import Precision
-from util.weights import Weights
+from util import dist
+from util.cli import entry_point
+from util.data import loader, transforms
+from util.training.precision import Precision
+from util.weights.loading import Weights
 
 
 @pytest.fixture
@@ -92,7 +94,9 @@ def test_features_are_those_of_evaluation_mode(pictures):
 
 
 def test_flags_that_are_set_win_over_recorded_settings(caplog):
-    args = cli.parse(main_finetune.get_args_parser(), ["--input_size", "32", "--crop_pct", "0.5", "--nb_classes", "6"])
+    args = entry_point.parse(
+        main_finetune.get_args_parser(), ["--input_size", "32", "--crop_pct", "0.5", "--nb_classes", "6"]
+    )
     recorded = {"input_size": 16, "in_chans": 1, "crop_pct": 0.5, "nb_classes": 7, "mean": [0.5], "unknown": 3}
     file = Weights({}, recorded, "classifier", "run.pth")
     found = as_recorded(args, file, recorded)

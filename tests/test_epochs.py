@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from util import epochs
+from util.checkpoints.run_state import Progress
 from util.interrupts import Interrupted, Interrupts
-from util.runstate import Progress
+from util.training import trainer
 
 METERS = {"loss": 6.0, "lr": 0.6, "updates": 2, "skipped_steps": 0}  # of an epoch of which a part was trained before
 
@@ -45,7 +45,7 @@ def train_epochs(events, after_epoch, num_epochs=1, eval_every=1, evaluates=Fals
 
     progress = Progress(4, 4)
     progress.first_step, progress.meters = 4, {"loss": 2.0, "lr": 0.1, "updates": 1}
-    epochs._train_epochs(
+    trainer._train_epochs(
         train, after_epoch, torch.nn.Linear(1, 1), events, progress, interrupts or Interrupts(), events, events,
         epochs=num_epochs, eval_every=eval_every, evaluates=evaluates,
     )  # fmt: skip

@@ -41,7 +41,7 @@ def test_damaged_checkpoints_are_refused_or_equal(faults):
 NOTING = """
 import os, sys, time
 sys.path.insert(0, {root!r})
-from util import cli, samples
+from util.cli import entry_point; from util.data import samples
 read = samples.Samples._read
 def note(self, epoch, index):
     with open(f"{{os.environ['NOTES']}}/{{epoch}}", "a") as file:
@@ -50,7 +50,7 @@ def note(self, epoch, index):
     return read(self, epoch, index)
 samples.Samples._read = note
 import main_pretrain
-cli.run(main_pretrain.main, main_pretrain.get_args_parser())
+entry_point.run(main_pretrain.main, main_pretrain.get_args_parser())
 """
 
 
@@ -98,7 +98,7 @@ def test_two_processes_then_one_then_two(pictures, tmp_path):
 
 def test_the_security_page_and_the_code_agree():
     text = (ROOT / "SECURITY.md").read_text()
-    from util.decode import MAX_PIXELS
+    from util.data.decode import MAX_PIXELS
 
     assert f"{MAX_PIXELS:,}" in text
     code = "\n".join(path.read_text() for folder in (".", "util", "inference") for path in (ROOT / folder).glob("*.py"))

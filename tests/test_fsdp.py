@@ -6,7 +6,8 @@ import torch.distributed as td
 from torch.distributed.fsdp import FSDPModule
 
 from models_mae import mae_vit_mini_patch4
-from util import dist, fsdp
+from util import dist
+from util.training import fsdp
 
 CPU = torch.device("cpu")
 

@@ -12,19 +12,20 @@ from PIL import Image
 from safetensors import safe_open
 
 from inference import export, features, get_model, predict, reconstruct
-from util import cli, loader
+from util.cli import entry_point
+from util.data import loader
 
 PHOTOS = sorted((ROOT / "demo" / "photos").glob("*.jpg"))
 
 
 def run(module, *argv):
-    return module.main(cli.parse(module.get_args_parser(), [str(part) for part in argv]))
+    return module.main(entry_point.parse(module.get_args_parser(), [str(part) for part in argv]))
 
 
 def fails(capsys, monkeypatch, module, *argv):
     monkeypatch.setattr("sys.argv", [module.__name__, *map(str, argv)])
     with pytest.raises(SystemExit) as stop:
-        cli.run(module.main, module.get_args_parser())
+        entry_point.run(module.main, module.get_args_parser())
     said = capsys.readouterr().err
     assert stop.value.code not in (0, None)
     assert "Traceback" not in said

@@ -18,7 +18,7 @@ import hubconf
 from inference import export, get_model
 from inference.model import Autoencoder, Classifier
 from models_build import probe_head
-from util import foreign, weights
+from util.weights import conversion, loading
 
 MMPRETRAIN = Path(__file__).parent / "fixtures" / "mmpretrain"  # written by mmpretrain itself
 FORMATS = ["reference", "safetensors", "timm", "mmpretrain", "transformers"]
@@ -157,7 +157,7 @@ def test_timm(pooled, of_token, mae, imgs, tmp_path, suffix):
 def test_mmpretrains_own_file_is_written_again(name):
     """To the last name: what mmpretrain wrote goes through our names and back."""
     theirs = torch.load(MMPRETRAIN / name, weights_only=True)["state_dict"]
-    again = foreign.to_mmpretrain(weights.read(MMPRETRAIN / name).tensors)
+    again = conversion.to_mmpretrain(loading.read(MMPRETRAIN / name).tensors)
     assert again.keys() == theirs.keys()
     assert all(torch.equal(value, theirs[key]) for key, value in again.items())
 

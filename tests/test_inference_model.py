@@ -13,10 +13,10 @@ import models_build
 import models_vit
 from inference import get_model, inference_model, list_models
 from inference.model import Autoencoder, Classifier, _of_row, _settings
-from util import checkpoint
-from util.checkpoint import CheckpointError
-from util.decode import BadImage
-from util.transforms import IMAGENET_MEAN, IMAGENET_STD
+from util.checkpoints import checkpoint
+from util.checkpoints.checkpoint import CheckpointError
+from util.data.decode import BadImage
+from util.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 
 MMPRETRAIN = "vit-base-p16_mae-1600e-pre_8xb128-coslr-100e_in1k"
 
@@ -106,7 +106,7 @@ def test_names():
 def test_published_names_as_they_are_written_elsewhere(tmp_path, monkeypatch, name, file):
     """A file of the published shape stands where torch.hub keeps it; digests are another test's."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr("util.published._check", lambda path, digest: None)
+    monkeypatch.setattr("util.weights.model_zoo._check", lambda path, digest: None)
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
     theirs = get_model("vit_base_patch16")
     torch.save({"model": theirs.state_dict()}, tmp_path / "hub" / "checkpoints" / file)

@@ -16,7 +16,7 @@ import torch
 from conftest import ROOT, torchrun
 from mains import assert_equal, lines, wait_until, weights
 
-from util import checkpoint
+from util.checkpoints import checkpoint
 from util.interrupts import SIGNALS, Interrupted, Interrupts, blocked
 
 EPOCHS = 40
@@ -113,13 +113,13 @@ LONG_EVALUATION = """
 import sys, time
 sys.path.insert(0, {root!r})
 import main_finetune
-from util import cli
+from util.cli import entry_point
 
 def slowly(*given, **named):
     print("evaluates", flush=True)
     time.sleep(300)
 main_finetune.evaluate = slowly
-cli.run(main_finetune.main, main_finetune.get_args_parser())
+entry_point.run(main_finetune.main, main_finetune.get_args_parser())
 """
 
 

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from util import bicubic, jpeg, transforms
-from util.decode import BadImage, decode
-from util.transforms import pretrain_transform
+from util.data import bicubic, jpeg, transforms
+from util.data.decode import BadImage, decode
+from util.data.transforms import pretrain_transform
 
 
 def photographs() -> list[Image.Image]:
@@ -136,7 +136,7 @@ def test_crops_have_the_published_distribution(monkeypatch):
         assert (place / np.maximum(room, 1))[room > 30].mean() == pytest.approx(0.5, abs=0.03)
 
 
-@pytest.mark.parametrize("missing", ["torchcodec.decoders", "util.bicubic"])
+@pytest.mark.parametrize("missing", ["torchcodec.decoders", "util.data.bicubic"])
 def test_without_its_packages_it_says_what_to_install(monkeypatch, missing):
     monkeypatch.setitem(sys.modules, missing, None)
     jpeg.decoder.cache_clear()

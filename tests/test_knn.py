@@ -8,7 +8,7 @@ import torch
 from conftest import ROOT, torchrun
 from sklearn.neighbors import KNeighborsClassifier
 
-from util import knn
+from util.evaluation import knn
 
 
 def clouds(count, seed):

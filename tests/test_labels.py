@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from util import labels
-from util.library_sets import Shards
-from util.sources import find_files
+from util.data import labels
+from util.data.library_sets import Shards
+from util.data.sources import find_files
 
 
 def folders(root, **counts):

@@ -17,11 +17,11 @@ import torchvision
 import webdataset
 from PIL import Image
 
-from util import loader, transforms
+from util.data import loader, transforms
+from util.data.decode import BadImage, decode
+from util.data.library_sets import Shards, TorchvisionSet
+from util.data.samples import Samples
 from util.datasets import open_source
-from util.decode import BadImage, decode
-from util.library_sets import Shards, TorchvisionSet
-from util.samples import Samples
 
 PIXELS = np.random.default_rng(0).integers(0, 256, size=(40, 9, 9), dtype=np.uint8)
 

@@ -13,11 +13,12 @@ from conftest import make_samples
 from mains import wait_until
 from PIL import Image
 
-from util import dist, loader, transforms
+from util import dist
+from util.data import loader, transforms
+from util.data.decode import BadImage
+from util.data.loader import EpochBatches, TrainLoader
+from util.data.samples import Samples
 from util.datasets import open_source
-from util.decode import BadImage
-from util.loader import EpochBatches, TrainLoader
-from util.samples import Samples
 
 
 def test_order_is_a_new_permutation_each_epoch():

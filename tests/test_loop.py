@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 
-from util import loop
+from util.data.loader import EpochBatches
 from util.interrupts import Interrupted, Interrupts
-from util.loader import EpochBatches
-from util.precision import Precision
-from util.runlog import Meters, NullLog
-from util.saver import NullSaver
+from util.training import loop
+from util.training.precision import Precision
+from util.training.run_log import Meters, NullLog
+from util.training.saver import NullSaver
 
 
 class Numbers(EpochBatches):

@@ -18,7 +18,8 @@ from timm.loss import LabelSmoothingCrossEntropy
 import main_finetune
 from models_mae import mae_vit_mini_patch4
 from models_vit import vit_mini_patch4
-from util import checkpoint, cli
+from util.checkpoints import checkpoint
+from util.cli import entry_point
 
 PLAIN = {"aa": "none", "reprob": 0, "drop_path": 0, "lr": 0.003}
 
@@ -144,8 +145,8 @@ TELLING = """
 import sys
 sys.path.insert(0, {root!r})
 import main_finetune
-from util import cli, dist
-scores = main_finetune.main(cli.parse(main_finetune.get_args_parser()))
+from util import dist; from util.cli import entry_point
+scores = main_finetune.main(entry_point.parse(main_finetune.get_args_parser()))
 if dist.is_main():
     print("SCORES", sorted(zip(scores.labels.tolist(), scores.predictions.tolist())), scores.num_in_top, scores.loss)
 dist.teardown()
@@ -233,7 +234,7 @@ def test_the_report(finetune, tuned, capsys, tmp_path):
 def evaluated_in_full(capsys, script, *argv) -> str:
     """What a script prints that gets these flags, and no others, from the command line."""
     capsys.readouterr()
-    script.main(cli.parse(script.get_args_parser(), [*map(str, argv), "--device", "cpu", "--num_workers", "0"]))
+    script.main(entry_point.parse(script.get_args_parser(), [*map(str, argv), "--device", "cpu", "--num_workers", "0"]))
     return capsys.readouterr().out
 
 
@@ -297,7 +298,7 @@ def test_a_subset_of_the_classes_keeps_their_numbers(finetune, tuned, capsys, la
 def fails(capsys, monkeypatch, *argv) -> str:
     monkeypatch.setattr("sys.argv", ["main_finetune.py", "--device", "cpu", *map(str, argv)])
     with pytest.raises(SystemExit) as stop:
-        cli.run(main_finetune.main, main_finetune.get_args_parser())
+        entry_point.run(main_finetune.main, main_finetune.get_args_parser())
     said = capsys.readouterr().err
     assert stop.value.code not in (0, None)
     assert "Traceback" not in said

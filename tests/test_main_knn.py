@@ -2,7 +2,7 @@
 
 import main_finetune
 import main_knn
-from util import cli
+from util.cli import entry_point
 
 
 def test_neighbours_of_an_encoder_that_knows_the_classes(classify, capsys):
@@ -28,7 +28,7 @@ def test_recorded_settings_are_the_defaults(classify, pretrain, labelled, capsys
         told = classify(main_knn, k="1 5", finetune=file, **flags)
         capsys.readouterr()
         argv = ["--data_path", labelled, "--finetune", file, "--k", 1, 5, "--num_workers", 0, "--device", "cpu"]
-        assert main_knn.main(cli.parse(main_knn.get_args_parser(), list(map(str, argv)))) == told
+        assert main_knn.main(entry_point.parse(main_knn.get_args_parser(), list(map(str, argv)))) == told
         assert "warning" not in capsys.readouterr().out
     classify(main_knn, k=1, finetune=mae, in_chans=1, input_size=32, patch_size=2)
     assert f"warning: --input_size 32 is used, and {mae} was made with --input_size 20" in capsys.readouterr().out

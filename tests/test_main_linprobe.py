@@ -12,7 +12,8 @@ import main_finetune
 import main_linprobe
 import models_build
 from models_build import SideBySide, probe_head
-from util import checkpoint, cli
+from util.checkpoints import checkpoint
+from util.cli import entry_point
 
 
 @pytest.fixture
@@ -161,7 +162,7 @@ def test_recorded_settings_are_the_evaluations(probe, tuned, capsys, labelled):
     last = lines(out)[-1]
     capsys.readouterr()
     flags = ["--eval", "--resume", out / "checkpoint-2.pth", "--data_path", labelled, "--num_workers", 0]
-    main_linprobe.main(cli.parse(main_linprobe.get_args_parser(), [*map(str, flags), "--device", "cpu"]))
+    main_linprobe.main(entry_point.parse(main_linprobe.get_args_parser(), [*map(str, flags), "--device", "cpu"]))
     said = capsys.readouterr().out
     assert f"* Acc@1 {last['test_acc1']:.3f} Acc@5 {last['test_acc5']:.3f} loss {last['test_loss']:.3f}" in said
     assert "warning" not in said

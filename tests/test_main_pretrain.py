@@ -14,7 +14,11 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main_pretrain
-from util import checkpoint, cli, dist, loader, loop, runlog
+from util import dist
+from util.checkpoints import checkpoint
+from util.cli import entry_point
+from util.data import loader
+from util.training import loop, run_log
 
 
 def test_leaves_what_the_published_code_leaves(pretrain):
@@ -63,7 +67,7 @@ def test_stopped_and_resumed_equals_uninterrupted(pretrain, monkeypatch, accum_i
             assert ours[key] == theirs[key]
 
 
-@pytest.mark.parametrize("place", [(loader.TrainLoader, "seek"), (runlog.RunLog, "end_epoch"), (dist, "gather")])
+@pytest.mark.parametrize("place", [(loader.TrainLoader, "seek"), (run_log.RunLog, "end_epoch"), (dist, "gather")])
 def test_an_error_between_two_epochs_loses_nothing(pretrain, monkeypatch, place):
     """That a loading process was killed, PyTorch tells wherever the run is, also there."""
     settings = {"epochs": 4, "save_every": 1000}
@@ -192,7 +196,7 @@ def fails(capsys, monkeypatch, *argv) -> str:
     """Runs the script as the command line does; returns what it says."""
     monkeypatch.setattr("sys.argv", ["main_pretrain.py", "--device", "cpu", *map(str, argv)])
     with pytest.raises(SystemExit) as stop:
-        cli.run(main_pretrain.main, main_pretrain.get_args_parser())
+        entry_point.run(main_pretrain.main, main_pretrain.get_args_parser())
     said = capsys.readouterr().err
     assert stop.value.code not in (0, None)
     assert "Traceback" not in said
@@ -274,7 +278,7 @@ import sys, time
 sys.path.insert(0, {root!r})
 import main_pretrain
 from models_mae import MaskedAutoencoderViT
-from util import checkpoint, cli, dist
+from util import dist; from util.checkpoints import checkpoint; from util.cli import entry_point
 forward_loss, write, calls = MaskedAutoencoderViT.forward_loss, checkpoint.write, iter(range(1000))
 def spoiled(self, *given):
     return forward_loss(self, *given) * (float("nan") if next(calls) >= 2 and dist.rank() == 1 else 1)
@@ -282,7 +286,7 @@ def slowly(*given):
     time.sleep(3)
     write(*given)
 MaskedAutoencoderViT.forward_loss, checkpoint.write = spoiled, slowly
-cli.run(main_pretrain.main, main_pretrain.get_args_parser())
+entry_point.run(main_pretrain.main, main_pretrain.get_args_parser())
 """
 
 

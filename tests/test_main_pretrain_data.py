@@ -13,7 +13,7 @@ from mains import Stopped, assert_equal, in_processes, lines, stop_after, weight
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from util import jpeg
+from util.data import jpeg
 
 
 @pytest.fixture(scope="module")

@@ -18,14 +18,15 @@ from torchvision.transforms.functional import pil_to_tensor
 import main_robustness
 from inference import get_model
 from inference.model import imagenet_classes
-from util import cli, suites
-from util.suites import CORRUPTIONS, SEVERITIES
+from util.cli import entry_point
+from util.evaluation import robustness
+from util.evaluation.robustness import CORRUPTIONS, SEVERITIES
 
 
 def run(suite, data, out, model="timm:reads_colours", **flags):
     given = {"suite": suite, "data_path": data, "model": model, "output_dir": out, "num_workers": 0, "device": "cpu"}
     argv = [part for flag, value in (given | flags).items() for part in (f"--{flag}", str(value))]
-    return main_robustness.main(cli.parse(main_robustness.get_args_parser(), argv))
+    return main_robustness.main(entry_point.parse(main_robustness.get_args_parser(), argv))
 
 
 def scores(out, suite):
@@ -38,8 +39,8 @@ def corrupted(tmp_path_factory):
     root = tmp_path_factory.mktemp("corrupted")
     trees = [root / ".." / f"tree{errors}" for errors in range(6)]
     for errors, tree in enumerate(trees):
-        class_folders(tree, suites.synsets(), "ILSVRC2012_val_00000293.JPEG", wrong_in_ten(errors))
-    for family, corruptions in suites.ALEXNET.items():
+        class_folders(tree, robustness.synsets(), "ILSVRC2012_val_00000293.JPEG", wrong_in_ten(errors))
+    for family, corruptions in robustness.ALEXNET.items():
         for corruption in corruptions:
             (root / family / corruption).mkdir(parents=True)
             for severity in SEVERITIES:
@@ -51,10 +52,10 @@ def corrupted(tmp_path_factory):
 def test_answers_are_among_the_suites_classes(suite, tmp_path):
     """Of each class a picture of itself, and one of the next class: the reader, who thinks the class below the
     likelier neighbour, is right where the next class is none of the suite's."""
-    folders = suites.subset(suite)
+    folders = robustness.subset(suite)
     class_folders(tmp_path / "data", folders, "0.000116_digital clock _ digital clock_0.8.jpg", lambda label: label)
     class_folders(tmp_path / "data", folders, "0.01_fly _ bee_0.3.jpg", lambda label: label + 1)
-    labels = {suites.synsets().index(folder) for folder in folders}
+    labels = {robustness.synsets().index(folder) for folder in folders}
     followed = sum(label + 1 in labels for label in labels)
     assert 0 < followed < 200
     run(suite, tmp_path / "data", tmp_path)
@@ -63,7 +64,7 @@ def test_answers_are_among_the_suites_classes(suite, tmp_path):
 
 
 def test_imagenet_sketch_among_all_classes(tmp_path):
-    class_folders(tmp_path / "data", suites.synsets(), "sketch_0.JPEG", wrong_in_ten(3))
+    class_folders(tmp_path / "data", robustness.synsets(), "sketch_0.JPEG", wrong_in_ten(3))
     table = run("imagenet-sketch", tmp_path / "data", tmp_path)
     assert "| imagenet-sketch | 1000 | 70.000 | 70.000 |" in table
     assert "top-1 accuracy: ViT-B/16 34.5, ViT-L/16 45.3, ViT-H/14 49.6, ViT-H/14, 448 50.9." in table
@@ -90,7 +91,7 @@ def test_imagenet_real_takes_any_of_several_labels(tmp_path):
             odd, total = odd + number % 2, total + 1
         right = (labels[name] or [0])[-1]
         wrong = next(label for label in range(1000) if label not in labels[name])
-        painted.paint(tmp_path / "val" / suites.synsets()[number], name, right if number % 2 else wrong)
+        painted.paint(tmp_path / "val" / robustness.synsets()[number], name, right if number % 2 else wrong)
     run("imagenet-real", tmp_path, tmp_path / "out")
     assert scores(tmp_path / "out", "imagenet-real")["imagenet-real"] == {"images": total, "acc1": 100 * odd / total}
 
@@ -138,11 +139,11 @@ def test_it_goes_on_where_it_was_stopped(corrupted, tmp_path, monkeypatch, capsy
 
 
 def test_a_folder_that_is_completed_is_evaluated_anew(tmp_path, capsys):
-    data = class_folders(tmp_path / "a", suites.subset("imagenet-a"), "a.jpg", wrong_in_ten(0))
+    data = class_folders(tmp_path / "a", robustness.subset("imagenet-a"), "a.jpg", wrong_in_ten(0))
     told = run("imagenet-a", data, tmp_path / "out")
     assert "timm:reads_colours: 200 images of the 7,500 published" in told
     assert "imagenet-a: 200 images, and 7,500 were published" in capsys.readouterr().out
-    class_folders(data, suites.subset("imagenet-a"), "b.jpg", lambda label: label + 10)
+    class_folders(data, robustness.subset("imagenet-a"), "b.jpg", lambda label: label + 10)
     for expected in ("Acc@1 5", "already"):
         run("imagenet-a", data, tmp_path / "out")
         assert expected in capsys.readouterr().out
@@ -161,7 +162,7 @@ def timm_model(tmp_path_factory):
     torch.manual_seed(0)
     model = timm.create_model("test_resnet", pretrained_cfg_overlay={"test_input_size": (3, 192, 192)}).eval()
     config = resolve_model_data_config(model, use_test_size=True)
-    sketches = class_folders(tmp_path_factory.mktemp("colours"), suites.synsets(), "a.JPEG", lambda label: label)
+    sketches = class_folders(tmp_path_factory.mktemp("colours"), robustness.synsets(), "a.JPEG", lambda label: label)
     batches = timm_loader(sketches, config)
     with torch.no_grad():
         features = torch.cat([model.forward_head(model.forward_features(x), pre_logits=True) for x, _ in batches])
@@ -194,9 +195,9 @@ def timms_scores(model, folder, valid=None):
 
 def test_a_timm_models_scores_are_timms(timm_model, tmp_path):
     model, name = timm_model
-    folder = class_folders(tmp_path / "a", suites.subset("imagenet-a"), "a.jpg", wrong_in_ten(5))
+    folder = class_folders(tmp_path / "a", robustness.subset("imagenet-a"), "a.jpg", wrong_in_ten(5))
     run("imagenet-a", folder, tmp_path, name)
-    theirs = timms_scores(model, folder, suites.find("imagenet-a", folder).among)
+    theirs = timms_scores(model, folder, robustness.find("imagenet-a", folder).among)
     assert scores(tmp_path, "imagenet-a")["imagenet-a"] == theirs
     assert 10 < scores(tmp_path, "imagenet-a")["imagenet-a"]["acc1"] < 90
 
@@ -225,7 +226,7 @@ def test_real_labels_are_counted_as_timm_counts_them(timm_model, tmp_path):
     for number in range(1, 201):
         file = f"ILSVRC2012_val_{number:08d}.JPEG"
         label = (real.real_labels[file] or [number])[0]
-        painted.paint(tmp_path / "val" / suites.synsets()[number], file, label + number % 2)
+        painted.paint(tmp_path / "val" / robustness.synsets()[number], file, label + number % 2)
     run("imagenet-real", tmp_path, tmp_path / "out", name)
     batches = timm_loader(tmp_path / "val", resolve_model_data_config(model, use_test_size=True))
     real.filenames = batches.dataset.filenames(basename=True)
@@ -251,7 +252,7 @@ def save_ours(path, **settings):
 
 
 def test_recorded_crops_are_the_defaults(tmp_path, capsys):
-    data = class_folders(tmp_path / "r", suites.subset("imagenet-r"), "art_0.jpg", lambda label: label)
+    data = class_folders(tmp_path / "r", robustness.subset("imagenet-r"), "art_0.jpg", lambda label: label)
     own = save_ours(tmp_path / "own.pth", crop_pct=0.9)
     run("imagenet-r", data, tmp_path / "own", own)
     assert json.loads((tmp_path / "own/imagenet-r.json").read_text())["settings"]["crop_pct"] == 0.9
@@ -264,13 +265,13 @@ def test_recorded_crops_are_the_defaults(tmp_path, capsys):
 
 
 def test_ours_and_wrong_models(tmp_path):
-    data = class_folders(tmp_path / "r", suites.subset("imagenet-r"), "art_0.jpg", lambda label: label)
+    data = class_folders(tmp_path / "r", robustness.subset("imagenet-r"), "art_0.jpg", lambda label: label)
     for name, classes, told in (
         ("good", None, None),
         ("few", ["cat", "dog"], "answers with 2 classes; these suites are for classifiers of ImageNet-1K"),
         ("renamed", [f"kind{n}" for n in range(1000)], "other classes than ImageNet-1K's.* kind0, and not n01440764"),
         ("sorted", sorted(imagenet_classes()), "in another order: the first of them is Afghan hound.*or tench"),
-        ("known", suites.synsets(), None),
+        ("known", robustness.synsets(), None),
         ("numbers", [str(n) for n in range(1000)], None),
         ("names", [name.partition(",")[0] for name in imagenet_classes()], None),
     ):

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from util import pictures
-from util.transforms import Normalize
+from util.data.transforms import Normalize
+from util.evaluation import pictures
 
 
 def test_tile_sets_images_side_by_side():

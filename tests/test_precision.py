@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from util.precision import Precision, amp_dtype
+from util.training.precision import Precision, amp_dtype
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -80,6 +80,6 @@ def test_only_fp16_has_a_scaler(monkeypatch):
     for amp, dtype in (("off", None), ("bf16", torch.bfloat16)):
         precision = Precision(amp, CPU)
         assert (precision.dtype, precision.scaler.is_enabled(), precision.overflow_is_normal) == (dtype, False, False)
-    monkeypatch.setattr("util.precision.amp_dtype", lambda amp, device: torch.float16)
+    monkeypatch.setattr("util.training.precision.amp_dtype", lambda amp, device: torch.float16)
     precision = Precision("fp16", CPU)
     assert (precision.name, precision.scaler.is_enabled(), precision.overflow_is_normal) == ("fp16", True, True)

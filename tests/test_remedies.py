@@ -10,7 +10,8 @@ import main_knn
 import main_linprobe
 import main_pretrain
 from inference import features
-from util import cli, datasets
+from util import datasets
+from util.cli import entry_point
 
 SMALL = {"input_size": 16, "batch_size": 8, "num_workers": 0, "device": "cpu"}
 RUN = {**SMALL, "epochs": 1, "warmup_epochs": 0}
@@ -32,7 +33,7 @@ def call(capsys, monkeypatch):
         monkeypatch.setattr("sys.argv", [f"{script.__name__}.py", *map(str, argv), *argv_of(settings)])
         capsys.readouterr()
         try:
-            cli.run(script.main, script.get_args_parser())
+            entry_point.run(script.main, script.get_args_parser())
         except SystemExit:
             said = capsys.readouterr().err
             assert "Traceback" not in said
@@ -52,7 +53,7 @@ def runs(labelled, tmp_path_factory):
         ("part", main_finetune, {**VIT, "unfreeze_blocks": 1, "epochs": 2}),
     ):
         settings = {**settings, "data_path": labelled, "output_dir": root / name}
-        script.main(cli.parse(script.get_args_parser(), argv_of(settings)))
+        script.main(entry_point.parse(script.get_args_parser(), argv_of(settings)))
     return root
 
 

@@ -5,8 +5,8 @@ import csv
 import numpy as np
 from PIL import Image
 
-from util import report
-from util.report import plt
+from util.evaluation import report
+from util.evaluation.report import plt
 
 
 def rows(path):

@@ -9,7 +9,8 @@ import skimage.data
 from conftest import ROOT
 from PIL import Image
 
-from util import cli, resize
+from util.cli import entry_point
+from util.data import resize
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def run(*arguments):
 
 def make_copy(*arguments):
     """As the command does, in this process."""
-    resize.main(cli.parse(resize.get_args_parser(), list(map(str, arguments))))
+    resize.main(entry_point.parse(resize.get_args_parser(), list(map(str, arguments))))
 
 
 def test_a_copy(folder, tmp_path):

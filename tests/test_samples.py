@@ -5,8 +5,8 @@ import pytest
 import torch
 from conftest import make_samples
 
-from util import transforms
-from util.samples import Samples, seed_python
+from util.data import transforms
+from util.data.samples import Samples, seed_python
 
 
 def equal(a, b):

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from util import checkpoint, runstate
+from util.checkpoints import checkpoint, run_state
+from util.checkpoints.run_state import Progress
 from util.interrupts import Interrupted, Interrupts
-from util.loop import Wish
-from util.runstate import Progress
-from util.saver import Saver
+from util.training.loop import Wish
+from util.training.saver import Saver
 
 
 def make_saver(tmp_path, **options):
@@ -127,7 +127,7 @@ def test_the_best_state_is_kept_beside_the_milestones(tmp_path):
     state = checkpoint.read(tmp_path / "checkpoint-best.pth")
     assert state["epoch"] == 2
     assert state["progress"]["best_accuracy"] == 70.0
-    resumed = runstate.Progress(state["progress"]["effective_batch_size"], 8)
+    resumed = run_state.Progress(state["progress"]["effective_batch_size"], 8)
     resumed.restore(state)
     assert resumed.best_accuracy == 70.0
 

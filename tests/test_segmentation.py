@@ -8,7 +8,7 @@ from sklearn.metrics import jaccard_score
 
 from demo import segmentation
 from inference import get_model, maps
-from util import cli
+from util.cli import entry_point
 
 
 @pytest.mark.parametrize("name", ["mae_vit_tiny_patch16", "vit_tiny_patch16"])
@@ -61,7 +61,7 @@ def test_the_command(tmp_path, capsys):
     model = get_model("mae_vit_mini_patch4", input_size=28, patch_size=7, in_chans=1)
     torch.save({"model": model.state_dict(), "args": model.settings}, tmp_path / "model.pth")
     argv = ["--model", tmp_path / "model.pth", "--pictures", 300, "--layers", 2, "--out", tmp_path, "--device", "cpu"]
-    found = segmentation.main(cli.parse(segmentation.get_args_parser(), [str(part) for part in argv]))
+    found = segmentation.main(entry_point.parse(segmentation.get_args_parser(), [str(part) for part in argv]))
     told = capsys.readouterr().out
     assert all(f"| {title} | {share:.1f}% |" in told for title, share in found.items())
     assert all(5 < share < 60 for share in found.values())
@@ -70,4 +70,4 @@ def test_the_command(tmp_path, capsys):
     torch.save({"model": model.state_dict(), "args": model.settings}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match="grey ones of 28 pixels"):
         argv[1] = tmp_path / "other.pth"
-        segmentation.main(cli.parse(segmentation.get_args_parser(), [str(part) for part in argv]))
+        segmentation.main(entry_point.parse(segmentation.get_args_parser(), [str(part) for part in argv]))

@@ -22,8 +22,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from models_mae import mae_vit_mini_patch4
-from util import checkpoint, dist, fsdp, runstate, saver, sharded, weights
-from util.checkpoint import CheckpointError
+from util import dist
+from util.checkpoints import checkpoint, run_state, sharded
+from util.checkpoints.checkpoint import CheckpointError
+from util.training import fsdp, saver
+from util.weights import loading
 
 # 24 images are one step of an epoch, so that log.txt has the loss of each of 50 steps.
 STEPS = ("--epochs", 50, "--save_every", 20)
@@ -78,7 +81,7 @@ def test_optimizer_states_are_written_and_read_by_name(layout, one_process, tmp_
     """An optimizer with its parameters in another order gets its own; folders of earlier versions have numbers."""
     model, optimizer = sharded_model(seed=0)
     scaler, folder = torch.amp.GradScaler("cpu"), tmp_path / "checkpoint-3"
-    state = {**runstate.collect(model, optimizer, scaler, {"model": "mini"}), "epoch": 3}
+    state = {**run_state.collect(model, optimizer, scaler, {"model": "mini"}), "epoch": 3}
     assert state["optimizer"]["state"].keys() == get_optimizer_state_dict(model, optimizer)["state"].keys()
     if layout == "numbered":
         state["optimizer"] = optimizer.state_dict()
@@ -92,8 +95,8 @@ def test_optimizer_states_are_written_and_read_by_name(layout, one_process, tmp_
     other, other_optimizer = sharded_model(seed=1, reverse=layout == "named")
     filled = sharded.fill(found, other, other_optimizer)
     assert filled.keys() == state.keys()
-    runstate.restore_model(other, filled, {})
-    runstate.restore_optimizer(other_optimizer, filled["optimizer"])
+    run_state.restore_model(other, filled, {})
+    run_state.restore_optimizer(other_optimizer, filled["optimizer"])
     assert_same(whole_moments(other, other_optimizer), whole_moments(model, optimizer))
     assert_same({k: v.full_tensor() for k, v in other.state_dict().items()},
                 {k: v.full_tensor() for k, v in model.state_dict().items()})  # fmt: skip
@@ -109,7 +112,7 @@ def test_optimizer_states_are_written_and_read_by_name(layout, one_process, tmp_
 def test_an_optimizer_without_a_step_is_saved_as_it_is(one_process, tmp_path):
     model, _ = sharded_model(seed=0)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-    state = runstate.collect(model, optimizer, torch.amp.GradScaler("cpu"), {})
+    state = run_state.collect(model, optimizer, torch.amp.GradScaler("cpu"), {})
     assert (state["optimizer"]["state"], optimizer.state) == ({}, {})
     sharded.write(checkpoint.snapshot(state), tmp_path / "checkpoint-0", group=None)
     assert sharded.fill(sharded.read(tmp_path / "checkpoint-0"), model, optimizer)["optimizer"]["state"] == {}
@@ -204,9 +207,9 @@ def test_the_command_makes_a_plain_checkpoint(shared, whole, tmp_path):
 
 
 def test_weights_are_taken_from_folders_too(shared):
-    file = weights.read(shared / "checkpoint-49")
+    file = loading.read(shared / "checkpoint-49")
     assert (file.kind, file.settings["model"]) == ("encoder and decoder", "mae_vit_mini_patch4")
-    weights.init_mae(mae_vit_mini_patch4(img_size=16), file)
+    loading.init_mae(mae_vit_mini_patch4(img_size=16), file)
 
 
 def test_stopped_sharded_runs_go_on(shared, pictures, tmp_path):
@@ -325,24 +328,24 @@ def test_a_crash_while_a_folder_is_put_in_place(shared, tmp_path):
     shutil.copytree(shared / "checkpoint-20", tmp_path / ".checkpoint-last.old")
     shutil.copytree(shared / "checkpoint-40", tmp_path / ".checkpoint-last.tmp")
     (tmp_path / "checkpoint-49").mkdir()
-    assert runstate.read_newest(tmp_path)["epoch"] == 20
+    assert run_state.read_newest(tmp_path)["epoch"] == 20
     with pytest.raises(FileNotFoundError):  # a second crash, in the same place
         sharded._put_in_place(tmp_path / "gone", tmp_path / "checkpoint-last")
-    assert runstate.read_newest(tmp_path)["epoch"] == 20
+    assert run_state.read_newest(tmp_path)["epoch"] == 20
     sharded._put_in_place(tmp_path / ".checkpoint-last.tmp", tmp_path / "checkpoint-last")
-    assert runstate.read_newest(tmp_path)["epoch"] == 40
+    assert run_state.read_newest(tmp_path)["epoch"] == 40
     assert not (tmp_path / ".checkpoint-last.old").exists()
 
 
 RESUMED = """
 import json, logging, sys
 from pathlib import Path
-from util import dist, runlog, runstate
+from util import dist; from util.checkpoints import run_state; from util.training import run_log
 dist.init("cpu")
-runlog.start_logging()
+run_log.start_logging()
 found = {}
 for folder in sorted(Path(sys.argv[1]).iterdir()):
-    state = runstate.read_newest(folder)
+    state = run_state.read_newest(folder)
     found[folder.name] = state and state["epoch"]
 Path(sys.argv[2] + str(dist.rank())).write_text(json.dumps(found))
 """
@@ -389,12 +392,12 @@ FULL = """
 import logging, os, sys
 from pathlib import Path
 import torch
-from util import dist, runlog
+from util import dist; from util.training import run_log
 from util.interrupts import Interrupts
-from util.runstate import Progress
-from util.saver import ShardedSaver
+from util.checkpoints.run_state import Progress
+from util.training.saver import ShardedSaver
 dist.init("cpu")
-runlog.start_logging()
+run_log.start_logging()
 place, size = Path(sys.argv[1]), {}
 def collect():
     model = {"rank%d" % dist.rank(): torch.zeros(size["mine"] // 4)}
@@ -453,14 +456,14 @@ def test_what_is_said(shared, pictures, tmp_path):
     optimizer = torch.optim.AdamW(model.parameters())
     settings = {"model": "mae_vit_mini_patch4"}
     with pytest.raises(CheckpointError, match="another architecture"):
-        runstate.resume(str(shared / "checkpoint-0"), tmp_path, model, optimizer, torch.amp.GradScaler("cpu"),
-                        settings, runstate.Progress(24, 24, num_images=24))  # fmt: skip
+        run_state.resume(str(shared / "checkpoint-0"), tmp_path, model, optimizer, torch.amp.GradScaler("cpu"),
+                        settings, run_state.Progress(24, 24, num_images=24))  # fmt: skip
 
 
 STARTED = """
 import sys, torch, models_mae
 from torch import nn
-from util import dist, fsdp, weights
+from util import dist; from util.training import fsdp; from util.weights import loading
 device = dist.init("cpu")
 def shard(build, **arguments):
     torch.manual_seed(0)
@@ -481,8 +484,8 @@ for arguments in ({}, {"patch_size": 8, "in_chans": 1, "embed_dim": 100, "decode
     assert torch.equal(after, torch.get_rng_state())
     compare(model, dict(whole.named_parameters()))
 model = shard(models_mae.mae_vit_mini_patch4, img_size=16)
-file = weights.read(sys.argv[1])
-weights.init_mae(model, file)
+file = loading.read(sys.argv[1])
+loading.init_mae(model, file)
 compare(model, file.tensors)
 class Scaled(models_mae.MaskedAutoencoderViT):
     def __init__(self, **arguments):
@@ -504,7 +507,7 @@ def test_sharded_weights_start_as_those_of_one_process_do(whole, tmp_path):
 
 HELD = """
 import resource, sys, torch, models_mae
-from util import dist, fsdp
+from util import dist; from util.training import fsdp
 device = dist.init("cpu")
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

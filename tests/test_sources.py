@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from util.sources import Strings, find_files, printable, read_list
+from util.data.sources import Strings, find_files, printable, read_list
 
 
 def save(path, grey=0):

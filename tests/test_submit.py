@@ -18,7 +18,9 @@ from mains import lines
 from submitit.slurm import slurm
 from test_docs import DOCUMENTS, bash_blocks, commands
 
-from util import checkpoint, cli, code_copy, job_wait, slurm_settings, submit
+from util.checkpoints import checkpoint
+from util.cli import entry_point
+from util.jobs import code_copy, slurm_settings, submit, waiting
 
 SCRIPTS = sorted(ROOT.glob("submitit_*.py"))
 
@@ -206,7 +208,7 @@ def test_private_names_of_submitit_stand_in_one_function():
     assert all(hasattr(submitit.SlurmExecutor, name) for name in private)
     rest = inspect.getsource(submit).replace(inspect.getsource(submit._Slurm.script), "")
     names = set(re.findall(r"\b(?:slurm|local|job|executor|task|submitit|self)\.(_[a-z]\w+)", rest))
-    assert names | set(re.findall(r"\.(_[a-z]\w+)", inspect.getsource(job_wait))) == set()
+    assert names | set(re.findall(r"\.(_[a-z]\w+)", inspect.getsource(waiting))) == set()
 
 
 def test_after_a_requeue_a_run_goes_on():
@@ -303,7 +305,7 @@ def test_copies_of_code_are_named_after_what_is_in_them(tmp_path):
     copy, recipe = code_copy.make(tmp_path, None)
     assert recipe is None
     assert code_copy.make(tmp_path, None)[0] == copy
-    assert {"main_pretrain.py", "util/submit.py", "recipes/pretrain_vit_large.yaml"} <= {
+    assert {"main_pretrain.py", "util/jobs/submit.py", "recipes/pretrain_vit_large.yaml"} <= {
         file.relative_to(copy).as_posix() for file in copy.rglob("*") if file.is_file()
     }
     (tmp_path / "mine.yaml").write_text("epochs: 3\n")
@@ -322,4 +324,4 @@ def test_shown_commands_parse(monkeypatch):
     assert len(found) >= 5
     for main, flags in found:
         importlib.import_module(main)
-        assert cli.parse(submit.get_args_parser(main)[0], flags)
+        assert entry_point.parse(submit.get_args_parser(main)[0], flags)

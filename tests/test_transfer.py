@@ -12,7 +12,7 @@ from PIL import Image
 
 import main_finetune
 import main_linprobe
-from util import cli
+from util.cli import entry_point
 from util.datasets import open_source
 
 
@@ -68,7 +68,7 @@ def test_fine_tuning_and_probing(recipe, make, tmp_path):
     for main, config in ((main_finetune, f"finetune_{recipe}"), (main_linprobe, "linprobe_vit_base")):
         out = tmp_path / main.__name__
         argv = ["--config", ROOT / "recipes" / f"{config}.yaml", *data, *small, "--output_dir", out]
-        main.main(cli.parse(main.get_args_parser(), [str(part) for part in argv]))
+        main.main(entry_point.parse(main.get_args_parser(), [str(part) for part in argv]))
         assert "test_acc1" in lines(out)[-1]
     for split, listed, count in (("train", 3, 18), ("val", 5, 6)):
         source = open_source(split, str(tmp_path / "data"), str(data[listed]) if len(data) > 2 else None)

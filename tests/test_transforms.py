@@ -10,8 +10,8 @@ from PIL import Image
 from timm.data import auto_augment, create_transform
 from torchvision import transforms as tv
 
-from util import transforms
-from util.transforms import IMAGENET_MEAN
+from util.data import transforms
+from util.data.transforms import IMAGENET_MEAN
 
 
 @pytest.fixture

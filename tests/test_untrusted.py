@@ -9,8 +9,8 @@ import sys
 import pytest
 from conftest import ROOT
 
-from util import runlog
-from util.untrusted import MAX_BYTES, printable, read_file
+from util.files.untrusted import MAX_BYTES, printable, read_file
+from util.training import run_log
 
 
 def test_what_strangers_name_fits_on_a_line_of_a_terminal():
@@ -57,7 +57,7 @@ def test_a_data_set_of_pipes_devices_and_odd_names(tmp_path):
 def test_a_file_named_like_a_command_is_a_file(tmp_path):
     (tmp_path / "pipe:touch mark #.tar").write_bytes(bytes(1024))
     script = (
-        "from util.library_sets import Shards\n"
+        "from util.data.library_sets import Shards\n"
         "import os; os.chdir(os.environ['HERE'])\n"
         "shards = Shards('*.tar', 1)\n"
         "print(list(shards.stream([0], 0, 1, lambda name, error: True, laps=1)))\n"
@@ -72,5 +72,5 @@ def test_a_file_named_like_a_command_is_a_file(tmp_path):
 
 def test_log_lines_send_nothing_to_the_terminal(capsys):
     line = logging.LogRecord("", logging.WARNING, "", 0, "class \x1b]0;owned\x07\nand more", (), None)
-    runlog._LineHandler().emit(line)
+    run_log._LineHandler().emit(line)
     assert capsys.readouterr().out == "warning: class \\x1b]0;owned\\x07\nand more\n"

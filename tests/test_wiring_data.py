@@ -13,12 +13,15 @@ import webdataset
 from conftest import make_samples
 from PIL import Image
 
-from util import cli, datasets, decode, dist, library_sets, loader, pictures, resize, samples, tiff_bounds
+from util import datasets, dist
+from util.cli import entry_point
+from util.data import decode, library_sets, loader, resize, samples, tiff_bounds
+from util.data.library_sets import Shards
+from util.data.loader import EpochBatches, FeatureBatches, TrainLoader
+from util.data.sources import find_files
+from util.data.transforms import Normalize
 from util.datasets import open_source
-from util.library_sets import Shards
-from util.loader import EpochBatches, FeatureBatches, TrainLoader
-from util.sources import find_files
-from util.transforms import Normalize
+from util.evaluation import pictures
 
 ROWS = np.random.default_rng(0).integers(0, 256, size=(24, 6, 6), dtype=np.uint8)
 
@@ -281,7 +284,7 @@ def test_the_check_of_a_data_set_takes_the_list_of_its_part(tmp_path, capsys):
     (tmp_path / "val.txt").write_text("1.png\n2.png\n")
     lists = ["--train_list", str(tmp_path / "train.txt"), "--val_list", str(tmp_path / "val.txt"), "--num_workers", "0"]
     for split, count in (("train", 1), ("val", 2)):
-        datasets.main(cli.parse(datasets.get_args_parser(), [*lists, "--split", split]))
+        datasets.main(entry_point.parse(datasets.get_args_parser(), [*lists, "--split", split]))
         assert f"images      {count}\n" in capsys.readouterr().out
 
 

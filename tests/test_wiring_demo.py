@@ -17,7 +17,7 @@ from PIL import Image
 from benchmarks import machine, saving, targets
 from demo import app, report, segmentation, unpack_data
 from inference import get_model, maps, reconstruct
-from util import cli
+from util.cli import entry_point
 
 CAT = ROOT / "demo" / "photos" / "chelsea.jpg"  # 451 x 300: 8 x 12 patches of the smallest model
 
@@ -174,7 +174,7 @@ def test_what_each_row_of_segmentation_is(tmp_path, monkeypatch):
 
     monkeypatch.setattr(segmentation, "segment", segment)
     argv = ["--model", tmp_path / "model.pth", "--pictures", 30, "--layers", 2, "--out", tmp_path, "--device", "cpu"]
-    segmentation.main(cli.parse(segmentation.get_args_parser(), [str(part) for part in argv]))
+    segmentation.main(entry_point.parse(segmentation.get_args_parser(), [str(part) for part in argv]))
     (untrained, *_), (trained, seen, tested, layers) = calls
     assert torch.equal(trained, model.blocks[0].mlp.fc1.weight)
     assert not torch.equal(untrained, trained)
@@ -267,10 +267,10 @@ def test_the_share_of_time_that_saving_takes(monkeypatch, capsys):
     class Model(torch.nn.Linear):
         patch_embed = SimpleNamespace(img_size=(4, 4))
 
-        def forward(self, images, loss_only):
+        def forward(self, images):
             steps.append(clock.now)
             advance(3 if len(steps) > 15 else 1)
-            return self.weight.sum()
+            return self.weight.sum(), None, None
 
     monkeypatch.setattr(saving, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     monkeypatch.setattr(saving, "Saver", Slow)

@@ -7,10 +7,13 @@ from mains import lines
 
 import engine_pretrain
 from models_mae import mae_vit_mini_patch4
-from util import dist, epochs, loader, loop, lr_sched, runfolder, saver, transforms
-from util.precision import Precision
-from util.runlog import Stopwatch
-from util.runstate import Progress
+from util import dist, lr_sched
+from util.checkpoints import run_directory
+from util.checkpoints.run_state import Progress
+from util.data import loader, transforms
+from util.training import loop, saver, trainer
+from util.training.precision import Precision
+from util.training.run_log import Stopwatch
 
 
 def log_an_epoch(batches, options) -> None:
@@ -80,9 +83,9 @@ def test_every_argument_of_the_loop_by_default(pretrain, loop_calls):
 
 
 def test_every_argument_of_the_loop_by_flag(pretrain, loop_calls, monkeypatch, tmp_path):
-    logs = keep_calls(monkeypatch, epochs.runlog, "open_log")
+    logs = keep_calls(monkeypatch, trainer.run_log, "open_log")
     wrapped = keep_calls(monkeypatch, dist, "wrap")
-    resumed = keep_calls(monkeypatch, epochs.runstate, "resume")
+    resumed = keep_calls(monkeypatch, trainer.run_state, "resume")
     pretrain(
         epochs=9, start_epoch=6, accum_iter=2, clip_grad=0.7, on_nonfinite="skip", save_every=5, save_minutes=2,
         keep_last=4, log_dir=tmp_path / "events", amp="bf16", warmup_epochs=2, min_lr=0.002, lr=0.01,
@@ -154,7 +157,7 @@ def test_the_learning_rate_of_every_update(pretrain, monkeypatch):
 
 def test_compiled_on_demand(pretrain, loop_calls, monkeypatch):
     compiled = []
-    monkeypatch.setattr(epochs, "compile_model", lambda *args: compiled.append(args))
+    monkeypatch.setattr(trainer, "compile_model", lambda *args: compiled.append(args))
     pretrain("plain", epochs=1)
     assert compiled == []
     pretrain("compiled", epochs=1, compile=True)
@@ -210,8 +213,8 @@ def test_the_rest_of_an_epoch(pretrain, loop_calls, monkeypatch):
     def resume(which, output_dir, model, optimizer, scaler, settings, progress: Progress):
         progress.epoch, progress.first_step, progress.meters = 1, 4, {"loss": 3.0, "lr": 0.5, "updates": 2}
 
-    monkeypatch.setattr(epochs.runstate, "resume", resume)
-    logs = keep_calls(monkeypatch, epochs.runlog, "open_log")
+    monkeypatch.setattr(trainer.run_state, "resume", resume)
+    logs = keep_calls(monkeypatch, trainer.run_log, "open_log")
     pretrain(epochs=3, accum_iter=2)
     first, second = loop_calls
     assert (first["epoch"], first["first_step"], first["meters"].loss, first["meters"].updates) == (1, 4, 3.0, 2)
@@ -223,7 +226,10 @@ def test_the_rest_of_an_epoch(pretrain, loop_calls, monkeypatch):
 def test_a_run_locks_its_folder(pretrain, monkeypatch, tmp_path):
     def train(compute_loss, model, batches, optimizer, **options):
         log_an_epoch(batches, options)
-        with pytest.raises(ValueError, match="is being written to by another run"), runfolder.locked(tmp_path / "run"):
+        with (
+            pytest.raises(ValueError, match="is being written to by another run"),
+            run_directory.locked(tmp_path / "run"),
+        ):
             pass
         entered.append(True)
 

@@ -10,8 +10,12 @@ import main_linprobe
 import main_pretrain
 import main_robustness
 from inference import export, features, predict, reconstruct
-from util import cli, datasets, flags, resize, submit, untrusted
-from util.advice import advised
+from util import datasets
+from util.cli import entry_point, flags
+from util.cli.advice import advised
+from util.data import resize
+from util.files import untrusted
+from util.jobs import submit
 
 RECIPE = "rand-m9-mstd0.5-inc1"
 COMMON = {
@@ -95,7 +99,7 @@ def name(script) -> str:
 def test_every_default_of_a_script_is_the_published_one(script):
     parser = script.get_args_parser()
     assert defaults(parser) == PUBLISHED[script] | OURS[script]
-    assert vars(cli.parse(parser, [])) == PUBLISHED[script] | OURS[script]
+    assert vars(entry_point.parse(parser, [])) == PUBLISHED[script] | OURS[script]
 
 
 @pytest.mark.parametrize("script", PUBLISHED, ids=name)
@@ -181,7 +185,7 @@ def test_sizes_are_a_number_or_two():
 def test_a_url_is_no_folder(capsys):
     """Also where the flag makes a path of it, which has one slash left."""
     with pytest.raises(SystemExit):
-        cli.parse(resize.get_args_parser(), ["https://a.org/images", "copy"])
+        entry_point.parse(resize.get_args_parser(), ["https://a.org/images", "copy"])
     assert "FOLDER https:/a.org/images is a URL: download the file" in capsys.readouterr().err
 
 
@@ -207,7 +211,7 @@ def test_exit_codes_tell_what_ended_a_run(monkeypatch, capsys):
 
         monkeypatch.setattr("sys.argv", ["main.py"])
         with pytest.raises(SystemExit) as stop:
-            cli.run(main, main_pretrain.get_args_parser())
+            entry_point.run(main, main_pretrain.get_args_parser())
         assert stop.value.code == code
         assert said in capsys.readouterr().err
 
@@ -224,7 +228,7 @@ def test_remedies_are_those_whose_flags_the_script_has(monkeypatch, capsys):
         argv = ["--model", "a", "--to", "timm", "--out", "b"] if script is export else []
         monkeypatch.setattr("sys.argv", ["main.py", *argv])
         with pytest.raises(SystemExit):
-            cli.run(main, script.get_args_parser())
+            entry_point.run(main, script.get_args_parser())
         assert capsys.readouterr().err.endswith(f"error: {said}\n")
 
 
@@ -234,4 +238,4 @@ def test_a_program_error_keeps_its_traceback(monkeypatch):
 
     monkeypatch.setattr("sys.argv", ["main.py"])
     with pytest.raises(RuntimeError, match="shapes do not fit"):
-        cli.run(main, main_pretrain.get_args_parser())
+        entry_point.run(main, main_pretrain.get_args_parser())

@@ -16,7 +16,9 @@ from torchvision import transforms as T
 from inference import export, features, get_model, imagenet, inference_model, maps, predict, reconstruct
 from inference.model import _published_for, _settings, imagenet_classes, open_image
 from models_mae import Reconstruction
-from util import checkpoint, cli, weights
+from util.checkpoints import checkpoint
+from util.cli import entry_point
+from util.weights import loading
 
 PHOTOS = sorted((ROOT / "demo" / "photos").glob("*.jpg"))
 
@@ -27,7 +29,7 @@ def saved(model, path, **settings):
 
 
 def run(module, *argv):
-    return module.main(cli.parse(module.get_args_parser(), [str(part) for part in argv]))
+    return module.main(entry_point.parse(module.get_args_parser(), [str(part) for part in argv]))
 
 
 @pytest.fixture
@@ -131,7 +133,7 @@ def test_a_transformers_folder_tells_its_loss(mae, tmp_path):
     for norm_pix_loss in (True, False):
         model = get_model("mae_vit_mini_patch4", input_size=16, norm_pix_loss=norm_pix_loss)
         export.export(model, "transformers", tmp_path / str(norm_pix_loss))
-        found = weights.read(tmp_path / str(norm_pix_loss)).settings
+        found = loading.read(tmp_path / str(norm_pix_loss)).settings
         assert (found["norm_pix_loss"], found["input_size"], found["in_chans"]) == (norm_pix_loss, 16, 3)
 
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 import main_pretrain
-from util import code_copy, job_wait, submit
+from util.jobs import code_copy, submit, waiting
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_what_a_job_runs(run_job, tmp_path):
 
 
 def test_a_requeued_job_resumes(run_job):
-    """As after a restart by torchrun: `util.runfolder.chosen` then takes the newest checkpoint."""
+    """As after a restart by torchrun: `util.checkpoints.run_directory.chosen` then takes the newest checkpoint."""
     run_job()
     assert "TORCHELASTIC_RESTART_COUNT" not in os.environ
     run_job(restarted=True)
@@ -131,11 +131,11 @@ def finished(tmp_path, *errors):
 def test_a_job_succeeds_when_all_its_processes_do(tmp_path, capsys):
     log = tmp_path / "log"
     log.write_text("the state is saved\nepoch 1\nerror: out of memory\n")
-    job_wait.wait(finished(tmp_path, None, None), "slurm", log, "/out", None)
+    waiting.wait(finished(tmp_path, None, None), "slurm", log, "/out", None)
     assert capsys.readouterr().out == "job 42 succeeded\n"
     for errors in ((None, ValueError()), (ValueError(), None), (ValueError(), ValueError())):
         with pytest.raises(ValueError, match=r"job 42 failed \(state FAILED\)"):
-            job_wait.wait(finished(tmp_path, *errors), "slurm", log, "/out", None)
+            waiting.wait(finished(tmp_path, *errors), "slurm", log, "/out", None)
         assert "error: out of memory" in capsys.readouterr().out
 
 
@@ -143,21 +143,21 @@ def test_a_stopped_job_says_how_to_resume(tmp_path, capsys):
     log = tmp_path / "log"
     log.write_text("epoch 1\nstopped by SIGTERM, the state is saved\n")
     with pytest.raises(SystemExit) as stop:
-        job_wait.wait(finished(tmp_path, ValueError()), "local", log, "/out", None)
+        waiting.wait(finished(tmp_path, ValueError()), "local", log, "/out", None)
     assert stop.value.code == 130
     assert "the same command with --resume auto --output_dir /out continues" in capsys.readouterr().out
 
 
 def test_a_job_that_never_started_names_the_one_before(tmp_path):
     with pytest.raises(ValueError, match=r"job 42 has not started .*: job 41, which --after names, has not succeeded"):
-        job_wait.wait(finished(tmp_path, ValueError()), "slurm", tmp_path / "log", "/out", "41")
+        waiting.wait(finished(tmp_path, ValueError()), "slurm", tmp_path / "log", "/out", "41")
 
 
 @pytest.mark.parametrize(
     ("cluster", "state", "cancel"), [("slurm", "squeue --job", "scancel"), ("local", "ps", "kill")]
 )
 def test_how_to_follow_and_cancel_a_job(cluster, state, cancel, capsys):
-    job_wait.tell(cluster, "42", Path("/logs/42.out"), "/out")
+    waiting.tell(cluster, "42", Path("/logs/42.out"), "/out")
     said = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[1:]]
     assert said[0] == ["results", "/out"]
     assert said[1] == ["follow", "tail -F /logs/42.out"]

@@ -15,7 +15,10 @@ import main_knn
 import main_linprobe
 import main_pretrain
 from models_vit import VisionTransformer
-from util import dist, knn, loader, submit
+from util import dist
+from util.data import loader
+from util.evaluation import knn
+from util.jobs import submit
 
 DEFAULTS = {"k": [10, 20, 100], "temperature": 0.07, "model": "vit_large_patch16", "input_size": 224, "finetune": "",
             "global_pool": False, "batch_size": 256, "seed": 0, "num_workers": 10, "pin_mem": True}  # fmt: skip

@@ -26,7 +26,9 @@ from torchvision import transforms as tv
 import engine_finetune
 import main_linprobe
 from models_vit import VisionTransformer
-from util import checkpoint, loader, lr_sched
+from util import lr_sched
+from util.checkpoints import checkpoint
+from util.data import loader
 from util.lars import LARS
 
 # The published defaults, --nb_classes, --data_path and --device excepted; --blr takes several values.

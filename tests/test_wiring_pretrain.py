@@ -19,8 +19,12 @@ from torchvision import transforms as tv
 import main_pretrain
 import models_build
 from models_mae import MaskedAutoencoderViT, mae_vit_mini_patch4
-from util import cli, loader, masking, pictures, runlog
-from util import jpeg as fast_jpeg
+from util import masking
+from util.cli import entry_point
+from util.data import jpeg as fast_jpeg
+from util.data import loader
+from util.evaluation import pictures
+from util.training import run_log
 
 NUM_IMAGES = 70
 
@@ -57,8 +61,10 @@ def capture(images, tmp_path, monkeypatch):
         argv = ["--data_path", images, "--output_dir", tmp_path / "run", "--device", "cpu", *flags,
                 "--model", "mae_vit_mini_patch4"]  # fmt: skip
         with monkeypatch.context() as patch:
-            patch.setattr(main_pretrain.epochs, "run", keep)
-            main_pretrain.main(cli.parse(main_pretrain.get_args_parser(), [str(part) for part in argv]), **options)
+            patch.setattr(main_pretrain.trainer, "run", keep)
+            main_pretrain.main(
+                entry_point.parse(main_pretrain.get_args_parser(), [str(part) for part in argv]), **options
+            )
         (call,) = calls
         return call
 
@@ -180,7 +186,7 @@ def test_published_recipes(capture, size):
     numbers = re.search(split, recipe.read_text())
     assert np.prod([int(number) for number in numbers.groups()]) == 4096
 
-    args = cli.parse(main_pretrain.get_args_parser(), ["--config", str(recipe)])
+    args = entry_point.parse(main_pretrain.get_args_parser(), ["--config", str(recipe)])
     with torch.device("meta"):
         model = models_build.autoencoder(vars(args))
     width, depth, heads, patch = PUBLISHED_MODELS[size]
@@ -261,7 +267,7 @@ def test_pinned_memory_is_for_gpus(capture, monkeypatch, flag, pinned):
 
 def test_flags_of_processes_and_sources(capture, monkeypatch, tmp_path, images):
     init = keep_calls(monkeypatch, main_pretrain.dist, "init", torch.device("cpu"))
-    prepare = keep_calls(monkeypatch, main_pretrain.runfolder, "prepare")
+    prepare = keep_calls(monkeypatch, main_pretrain.run_directory, "prepare")
     open_source = main_pretrain.datasets.open_source
     opened = keep_calls(monkeypatch, main_pretrain.datasets, "open_source", open_source("train", str(images)))
     suggested = keep_calls(monkeypatch, main_pretrain.datasets, "suggest_statistics")
@@ -335,7 +341,7 @@ def test_fsdp(capture, monkeypatch):
 # --------------------------------------------------------------------------------------------------------- pictures
 
 
-class Log(runlog.NullLog):
+class Log(run_log.NullLog):
     def __init__(self):
         self.pictures = []
 

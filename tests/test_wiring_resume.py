@@ -16,14 +16,19 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from models_mae import mae_vit_mini_patch4
 from models_vit import vit_mini_patch4
-from util import advice, atomic, checkpoint, dist, runfolder, runlog, runstate, saver, sharded, weights
-from util.checkpoint import CheckpointError
+from util import dist
+from util.checkpoints import checkpoint, run_directory, run_state, sharded
+from util.checkpoints.checkpoint import CheckpointError
+from util.checkpoints.run_state import Progress
+from util.cli import advice
+from util.files import atomic
 from util.interrupts import Interrupts
-from util.loop import Wish
 from util.pos_embed import resize_pos_embed
-from util.runstate import Progress
-from util.saver import Saver
-from util.weights import Weights
+from util.training import run_log, saver
+from util.training.loop import Wish
+from util.training.saver import Saver
+from util.weights import loading
+from util.weights.loading import Weights
 
 SETTINGS = {"model": "mae_vit_mini_patch4", "mask_ratio": 0.75, "seed": 3, "accum_iter": 2, "data_path": "a"}
 METERS = {"loss": 1.5, "lr": 0.25, "updates": 2, "skipped_steps": 1}
@@ -50,7 +55,7 @@ def saved(tmp_path):
     progress.best_accuracy = 70.0
     checkpoint.write({"epoch": 0}, tmp_path / "checkpoint-best.pth")  # else a saver begins with no best accuracy
     writer = Saver(
-        Interrupts(), tmp_path, lambda: runstate.collect(model, optimizer, scaler, SETTINGS), progress,
+        Interrupts(), tmp_path, lambda: run_state.collect(model, optimizer, scaler, SETTINGS), progress,
         epochs=50, save_every=20, save_minutes=15,
     )  # fmt: skip
     torch.manual_seed(77)
@@ -62,7 +67,7 @@ def saved(tmp_path):
 def resumed(which, tmp_path, settings=SETTINGS):
     run = make_run(1)
     model, optimizer, scaler, progress = run
-    runstate.resume(which, tmp_path, model, optimizer, scaler, settings, progress)
+    run_state.resume(which, tmp_path, model, optimizer, scaler, settings, progress)
     return run
 
 
@@ -117,9 +122,9 @@ def test_settings_that_change_are_named_and_free_ones_are_not(saved, tmp_path, c
 
 
 def test_a_run_of_other_classes_is_not_resumed(tmp_path):
-    runstate._warn_of_changes({"classes": ["cat", "dog"]}, {"classes": ["cat", "dog"]})
+    run_state._warn_of_changes({"classes": ["cat", "dog"]}, {"classes": ["cat", "dog"]})
     with pytest.raises(CheckpointError, match="had other classes: --finetune starts from its weights"):
-        runstate._warn_of_changes({"classes": ["cat", "dog"]}, {"classes": ["dog", "cat"]})
+        run_state._warn_of_changes({"classes": ["cat", "dog"]}, {"classes": ["dog", "cat"]})
 
 
 def test_a_run_that_has_diverged_is_not_resumed(saved, tmp_path):
@@ -148,7 +153,7 @@ def test_the_position_of_a_published_file(tmp_path):
 
 def test_worker_processes_do_not_hold_the_lock(tmp_path):
     """A forked process has the lock's file closed."""
-    with runfolder.locked(tmp_path):
+    with run_directory.locked(tmp_path):
         child = os.fork()
         if child == 0:
             files = [os.readlink(entry.path) for entry in os.scandir("/proc/self/fd") if os.path.exists(entry.path)]
@@ -210,7 +215,7 @@ def folder(tmp_path):
     model(torch.randn(2, 1, 16, 16))[0].backward()
     optimizer.step()
     state = {"epoch": 0, "progress": {"epoch": 1, "images_done": 0}, "args": {},
-             **runstate.collect(model, optimizer, scaler, {}),
+             **run_state.collect(model, optimizer, scaler, {}),
              "optimizer": sharded.optimizer_state(model, optimizer)}  # fmt: skip
     sharded.write(state, tmp_path / "checkpoint-0", tmp_path / "checkpoint-best", group=None)
     yield tmp_path / "checkpoint-0"
@@ -260,9 +265,9 @@ def test_functions_of_torch_are_not_called_by_a_description(function):
 
 def test_scalars_have_their_tags_values_and_axes(tmp_path):
     """x of the losses is int(1000 * fractional epoch), x of perf/* is the epoch."""
-    log = runlog.RunLog(tmp_path, tmp_path, 3, loss_tag="loss")
+    log = run_log.RunLog(tmp_path, tmp_path, 3, loss_tag="loss")
     for epoch in (0, 1):
-        log.begin_epoch(epoch, 0, 4, 8, runlog.Stopwatch())
+        log.begin_epoch(epoch, 0, 4, 8, run_log.Stopwatch())
         for step in range(1, 5):
             log.step(step, lr=step / 8, loss=step / 2, grad_norm=float(step))
         log.end_epoch({"train_lr": 0.1, "train_loss": 0.5, "test_acc1": 25.0 + epoch, "test_loss": 0.5})
@@ -282,11 +287,11 @@ def test_scalars_have_their_tags_values_and_axes(tmp_path):
 
 def test_rank_0_alone_writes_a_log(tmp_path, monkeypatch):
     monkeypatch.setattr(dist, "rank", lambda: 1)
-    assert type(runlog.open_log(tmp_path, tmp_path, 3)) is runlog.NullLog
+    assert type(run_log.open_log(tmp_path, tmp_path, 3)) is run_log.NullLog
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr(dist, "rank", lambda: 0)
-    log = runlog.open_log(tmp_path, tmp_path, 3, loss_tag="loss")
-    assert (type(log), log.loss_tag) == (runlog.RunLog, "loss")
+    log = run_log.open_log(tmp_path, tmp_path, 3, loss_tag="loss")
+    assert (type(log), log.loss_tag) == (run_log.RunLog, "loss")
 
 
 # ------------------------------------------------------------------------------------------------------------- weights
@@ -295,31 +300,31 @@ def test_rank_0_alone_writes_a_log(tmp_path, monkeypatch):
 def test_a_wide_table_is_interpolated_as_such():
     """Of 2 x 8 patches into 4 x 4: as many, in other places."""
     theirs, ours = vit_mini_patch4(img_size=(8, 32)), vit_mini_patch4(img_size=16)
-    file = Weights(theirs.state_dict(), {"input_size": [8, 32], "patch_size": 4}, weights.ENCODER, "file")
+    file = Weights(theirs.state_dict(), {"input_size": [8, 32], "patch_size": 4}, loading.ENCODER, "file")
     assert file.grid_size == (2, 8)
-    weights.load_encoder(ours, file)
+    loading.load_encoder(ours, file)
     assert torch.equal(ours.pos_embed, resize_pos_embed(theirs.pos_embed, (2, 8), (4, 4)))
     assert not torch.equal(ours.pos_embed, theirs.pos_embed)
     assert Weights({"patch_embed.proj.weight": torch.zeros(8, 1, 4, 2)}, {"input_size": [16, 24], "patch_size": [4, 2]},
-                   weights.ENCODER, "file").grid_size == (4, 12)  # fmt: skip
+                   loading.ENCODER, "file").grid_size == (4, 12)  # fmt: skip
 
 
 def test_a_head_of_other_classes_is_not_taken():
     theirs, classes = vit_mini_patch4(img_size=16, num_classes=2), ["cat", "dog"]
     for recorded, taken in ((classes, True), (None, True), (["dog", "cat"], False)):
         ours = vit_mini_patch4(img_size=16, num_classes=2)
-        file = Weights(theirs.state_dict(), {"classes": recorded}, weights.CLASSIFIER, "file")
-        assert weights.load_encoder(ours, file, classes=classes) is taken
+        file = Weights(theirs.state_dict(), {"classes": recorded}, loading.CLASSIFIER, "file")
+        assert loading.load_encoder(ours, file, classes=classes) is taken
         assert torch.equal(ours.head.weight, theirs.head.weight) is taken
 
 
 def test_statistics_are_the_given_ones_then_those_of_the_file():
-    file = Weights({}, {"in_chans": 1, "mean": [0.3], "std": [0.2]}, weights.ENCODER, "file")
-    assert weights.statistics(file, 1, None, None) == ([0.3], [0.2])
-    assert weights.statistics(file, 1, [0.5], None) == ([0.5], [0.2])
-    assert weights.statistics(file, 1, None, [0.6]) == ([0.3], [0.6])
-    assert weights.statistics(file, 3, None, None) == (None, None)
-    assert weights.statistics(None, 1, [0.5], [0.6]) == ([0.5], [0.6])
+    file = Weights({}, {"in_chans": 1, "mean": [0.3], "std": [0.2]}, loading.ENCODER, "file")
+    assert loading.statistics(file, 1, None, None) == ([0.3], [0.2])
+    assert loading.statistics(file, 1, [0.5], None) == ([0.5], [0.2])
+    assert loading.statistics(file, 1, None, [0.6]) == ([0.3], [0.6])
+    assert loading.statistics(file, 3, None, None) == (None, None)
+    assert loading.statistics(None, 1, [0.5], [0.6]) == ([0.5], [0.6])
 
 
 def test_advice_is_typed_as_it_stands():

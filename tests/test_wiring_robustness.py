@@ -12,7 +12,9 @@ from timm.data import RealLabelsImagenet
 
 import main_robustness
 from engine_finetune import Evaluation
-from util import dist, loader, suites
+from util import dist
+from util.data import loader
+from util.evaluation import robustness
 
 DEFAULTS = {"subset": None, "crop_pct": None, "output_dir": "runs/robustness", "batch_size": 128, "num_workers": 10}
 
@@ -50,10 +52,10 @@ def test_the_defaults():
 
 
 def test_the_classes_of_a_suite_are_answered(run, tmp_path):
-    class_folders(tmp_path / "imagenet-a", suites.subset("imagenet-a"), "a.jpg", lambda label: label)
+    class_folders(tmp_path / "imagenet-a", robustness.subset("imagenet-a"), "a.jpg", lambda label: label)
     found = run("imagenet-a")
     (evaluated,) = found.evaluated
-    labels = [suites.synsets().index(folder) for folder in suites.subset("imagenet-a")]
+    labels = [robustness.synsets().index(folder) for folder in robustness.subset("imagenet-a")]
     assert (len(labels), evaluated["model"].classes.tolist()) == (200, labels)
     images = evaluated["normalize"](torch.zeros(1, 3, 2, 2, dtype=torch.uint8))
     assert images.unique().tolist() == [-1.0]  # the model's mean and std are .5
@@ -69,7 +71,7 @@ def test_the_classes_of_a_suite_are_answered(run, tmp_path):
 
 
 def test_every_flag_reaches_its_place(run, tmp_path):
-    class_folders(tmp_path / "imagenet-r", suites.subset("imagenet-r"), "a.jpg", lambda label: label)
+    class_folders(tmp_path / "imagenet-r", robustness.subset("imagenet-r"), "a.jpg", lambda label: label)
     found = run("imagenet-r", subset=7, crop_pct=0.5, batch_size=3, num_workers=2, amp="bf16", dist_url="tcp://x",
                 dist_timeout=9, dist_backend="gloo")  # fmt: skip
     assert found.loaded[0] == {"name": "timm:reads_colours", "crop_pct": 0.5, "device": torch.device("cpu")}
@@ -82,13 +84,13 @@ def test_every_flag_reaches_its_place(run, tmp_path):
 
 
 def test_corrupted_images_are_evaluated_as_they_are(run, tmp_path, monkeypatch):
-    images = class_folders(tmp_path / "images", suites.synsets(), "a.jpg", lambda label: label)
-    for name in suites.CORRUPTIONS:
+    images = class_folders(tmp_path / "images", robustness.synsets(), "a.jpg", lambda label: label)
+    for name in robustness.CORRUPTIONS:
         (tmp_path / "imagenet-c" / name).mkdir(parents=True)
         for severity in range(1, 6):
             (tmp_path / "imagenet-c" / name / str(severity)).symlink_to(images)
-    files = suites.find_files(images)
-    monkeypatch.setattr(suites, "find_files", lambda path: files)
+    files = robustness.find_files(images)
+    monkeypatch.setattr(robustness, "find_files", lambda path: files)
     found = run("imagenet-c", subset=4)
     assert found.loaded[0]["crop_pct"] == 1.0
     assert len(found.evaluated) == len(found.results["cells"]) == 75
@@ -107,20 +109,20 @@ ALEXNET = {
 
 
 def test_alexnets_errors_are_the_published_ones():
-    assert suites.CORRUPTIONS == ALEXNET
-    assert {family: len(errors) for family, errors in suites.ALEXNET.items()} == {
+    assert robustness.CORRUPTIONS == ALEXNET
+    assert {family: len(errors) for family, errors in robustness.ALEXNET.items()} == {
         "noise": 3, "blur": 4, "weather": 4, "digital": 4,
     }  # fmt: skip
 
 
 def test_the_published_numbers_of_images():
     labels = RealLabelsImagenet([""] * 50_000).real_labels
-    assert sum(map(bool, labels.values())) == suites.IMAGES["imagenet-real"] == 46_837
-    assert suites.IMAGES["imagenet-a"] == 7_500
-    assert suites.IMAGES["imagenet-r"] == 30_000
-    assert suites.IMAGES["imagenet-sketch"] == 50_889
-    assert suites.IMAGES["imagenet-v2"] == 10_000
-    assert suites.IMAGES["imagenet-c"] == 50_000
+    assert sum(map(bool, labels.values())) == robustness.IMAGES["imagenet-real"] == 46_837
+    assert robustness.IMAGES["imagenet-a"] == 7_500
+    assert robustness.IMAGES["imagenet-r"] == 30_000
+    assert robustness.IMAGES["imagenet-sketch"] == 50_889
+    assert robustness.IMAGES["imagenet-v2"] == 10_000
+    assert robustness.IMAGES["imagenet-c"] == 50_000
 
 
 @pytest.mark.parametrize("name", ALEXNET)
@@ -128,7 +130,7 @@ def test_each_corruption_counts_by_its_own_error(name):
     """CE = sum of the five severities' errors / (5 x AlexNet's); mCE = the mean of the 15."""
     errors = {f"{other}/{severity}": 0.0 for other in ALEXNET for severity in range(1, 6)}
     errors |= {f"{name}/{severity}": float(error) for severity, error in enumerate((10, 20, 40, 50, 80), start=1)}
-    found = suites.corruption_errors(errors)
+    found = robustness.corruption_errors(errors)
     assert found.mean[name] == pytest.approx(40)
     assert found.normalised[name] == pytest.approx((10 + 20 + 40 + 50 + 80) / (5 * ALEXNET[name]))
     assert found.mce == pytest.approx(200 / (5 * ALEXNET[name]) / 15)
@@ -146,4 +148,4 @@ def test_each_corruption_counts_by_its_own_error(name):
 )
 def test_the_papers_scores(suite, published):
     models = ["ViT-B/16", "ViT-L/16", "ViT-H/14", "ViT-H/14, 448"]
-    assert suites.PUBLISHED[suite] == dict(zip(models, published, strict=True))
+    assert robustness.PUBLISHED[suite] == dict(zip(models, published, strict=True))

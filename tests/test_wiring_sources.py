@@ -11,7 +11,9 @@ from torch import nn
 import main_finetune
 import main_knn
 import main_linprobe
-from util import datasets, dist, epochs, loader
+from util import datasets, dist
+from util.data import loader
+from util.training import trainer
 
 SCRIPTS = [main_finetune, main_linprobe, main_knn]
 ids = [script.__name__ for script in SCRIPTS]
@@ -57,7 +59,7 @@ def test_each_set_has_its_own_list(monkeypatch, script, data, tmp_path):
         lists[split].write_text("\n".join(rows) + "\n")
     with monkeypatch.context() as patch:
         loaders = recorder(patch, loader, "eval_loader")
-        runs = recorder(patch, epochs, "run", call=False)
+        runs = recorder(patch, trainer, "run", call=False)
         banks = []
         patch.setattr(main_knn, "classify", lambda bank, *args, **options: banks.append(bank) or {})
         script.main(parse(script, data_path=data, train_list=lists["train"], val_list=lists["val"], device="cpu",
@@ -87,7 +89,7 @@ def test_memory_is_pinned_for_a_gpu(monkeypatch, script, pinned, data, tmp_path)
         patch.setattr(nn.Module, "to", lambda module, device: placed.append((type(module).__name__, device)) or module)
         patch.setattr(script, "Precision", lambda amp, device: SimpleNamespace(device=device))
         loaders, trained = recorder(patch, loader, "eval_loader"), recorder(patch, loader.TrainLoader, "__init__")
-        runs = recorder(patch, epochs, "run", call=False)
+        runs = recorder(patch, trainer, "run", call=False)
         if script is not main_finetune:
             patch.setattr(script, "extract_features", lambda *args, **options: no_features)
         if script is main_knn:

@@ -22,15 +22,16 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from util import cli, dist, flags, options
-from util.advice import advised
-from util.archives import Archive
-from util.decode import BadImage, Picture, fit_channels, read, size_of
-from util.library_sets import HuggingFaceSet, Shards, TorchvisionSet
-from util.loader import up_to_cores
-from util.sources import Source, find_files, read_list
-from util.transforms import to_tensor, to_unit_range
-from util.untrusted import printable
+from util import dist
+from util.cli import entry_point, flags, options
+from util.cli.advice import advised
+from util.data.archives import Archive
+from util.data.decode import BadImage, Picture, fit_channels, read, size_of
+from util.data.library_sets import HuggingFaceSet, Shards, TorchvisionSet
+from util.data.loader import up_to_cores
+from util.data.sources import Source, find_files, read_list
+from util.data.transforms import to_tensor, to_unit_range
+from util.files.untrusted import printable
 
 logger = logging.getLogger(__name__)
 
@@ -219,7 +220,7 @@ def report_on(source: Source | Shards, looks: list[Look], seconds: float) -> lis
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The flags of the command."""
-    parser = cli.parser("Checks a data set before a long run. Exit code 1 where images can't be read.")
+    parser = entry_point.parser("Checks a data set before a long run. Exit code 1 where images can't be read.")
     parser.add_argument("data_path", nargs="?", metavar="PATH", help="as main_pretrain.py --data_path")
     options.add_source_options(parser)
     parser.add_argument("--val_list", metavar="FILE", help="as --train_list, for --split val")
@@ -251,4 +252,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, get_args_parser())
+    entry_point.run(main, get_args_parser())

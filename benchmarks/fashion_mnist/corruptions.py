@@ -30,7 +30,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from demo.unpack_data import ARCHIVE, folder_of
 from inference.model import Classifier, get_model
-from util import atomic, cli
+from util.cli import entry_point
+from util.files import atomic
 
 HERE = Path(__file__).parent
 SHOWN = 8016  # an image of the training part, which the picture shows corrupted
@@ -166,7 +167,7 @@ def draw(results: dict[str, dict[str, list[float]]], examples: np.ndarray, path:
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The flags of the command."""
-    parser = cli.parser("A pre-trained and a from-scratch classifier of Fashion-MNIST under six corruptions.")
+    parser = entry_point.parser("A pre-trained and a from-scratch classifier of Fashion-MNIST under six corruptions.")
     parser.add_argument("--pretrained", required=True, metavar="FILE", help="fine-tuned from the pre-trained encoder")
     parser.add_argument("--scratch", required=True, metavar="FILE", help="trained with the same labels, from nothing")
     parser.add_argument("--out", default=HERE, type=Path, metavar="DIR", help="where results, table and picture go")
@@ -195,4 +196,4 @@ def main(args: Namespace) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, get_args_parser())
+    entry_point.run(main, get_args_parser())

@@ -201,8 +201,8 @@ def baselines(study: Study) -> None:
     from sklearn.svm import SVC
 
     sys.path.insert(0, str(ROOT))
+    from util.data.labels import require, some_of_each_class
     from util.datasets import open_source
-    from util.labels import require, some_of_each_class
 
     train, labels, test, test_labels = images(study.data)
     source = require(open_source("train", str(study.data), dataset="FashionMNIST"), "train")

@@ -31,7 +31,7 @@ from torchvision.transforms.functional import pil_to_tensor
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from inference.model import get_model
-from util import atomic
+from util.files import atomic
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

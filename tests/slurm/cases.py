@@ -29,7 +29,7 @@ sys.path.insert(0, str(HERE.parent))
 from conftest import ROOT, torchrun  # noqa: E402
 from mains import lines  # noqa: E402
 
-from util import checkpoint  # noqa: E402
+from util.checkpoints import checkpoint  # noqa: E402
 
 EPOCHS, IMAGES, BATCH = 20, 640, 32
 STEPS = EPOCHS * IMAGES // BATCH

@@ -1,0 +1,146 @@
+"""Weights of other libraries, in files that these write, give what they give there."""
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import transformers
+from safetensors.torch import save_file
+
+from models_mae import MaskedAutoencoderViT
+from models_vit import VisionTransformer
+from util.checkpoints.checkpoint import CheckpointError
+from util.pos_embed import sincos_table
+from util.weights import loading
+
+SIZES = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
+DECODER = {"decoder_embed_dim": 16, "decoder_depth": 2, "decoder_num_heads": 2}
+HF = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128, "image_size": 16,
+      "patch_size": 4, "layer_norm_eps": 1e-6}  # fmt: skip
+
+
+def randomized(model):
+    """Weights away from their initial values, so that a mistake shows."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.2)
+    return model.eval()
+
+
+@pytest.fixture
+def hf_mae():
+    settings = {"decoder_hidden_size": 16, "decoder_num_hidden_layers": 2, "decoder_num_attention_heads": 2,
+                "decoder_intermediate_size": 64, "norm_pix_loss": True}  # fmt: skip
+    model = randomized(transformers.ViTMAEForPreTraining(transformers.ViTMAEConfig(**HF, **settings)))
+    with torch.no_grad():  # the installed version leaves the fixed tables zero
+        model.vit.embeddings.position_embeddings.copy_(sincos_table(32, (4, 4)))
+        model.decoder.decoder_pos_embed.copy_(sincos_table(16, (4, 4)))
+    return model
+
+
+@pytest.mark.parametrize("layout", ["file", "memory"])
+def test_transformers_mae(hf_mae, tmp_path, layout):
+    """Both layouts of the installed version: that of its files, and that in memory."""
+    if layout == "file":
+        hf_mae.save_pretrained(tmp_path)
+    else:
+        save_file(hf_mae.state_dict(), tmp_path / "model.safetensors")
+    model = MaskedAutoencoderViT(**SIZES, **DECODER, norm_pix_loss=True)
+    loading.init_mae(model, loading.read(tmp_path / "model.safetensors"))
+    imgs, noise = torch.randn(2, 3, 16, 16), torch.rand(2, 16)
+    loss, pred, mask = model(imgs, noise=noise)
+    with torch.no_grad():
+        theirs = hf_mae(imgs, noise=noise)
+    assert torch.equal(mask, theirs.mask)
+    torch.testing.assert_close(loss, theirs.loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(pred, theirs.logits, rtol=1e-4, atol=1e-5)
+
+
+def classic(name):
+    """A name of transformers before 5: the decoder's layers were called otherwise in files too."""
+    return name.replace("decoder.decoder_encoder.layer.", "decoder.decoder_layers.")
+
+
+def test_transformers_mae_of_earlier_versions(hf_mae, tmp_path):
+    from safetensors.torch import load_file
+
+    hf_mae.save_pretrained(tmp_path)
+    save_file(
+        {classic(k): v for k, v in load_file(tmp_path / "model.safetensors").items()}, tmp_path / "old.safetensors"
+    )
+    old, new = (loading.read(tmp_path / name).tensors for name in ("old.safetensors", "model.safetensors"))
+    assert old.keys() == new.keys()
+    assert all(torch.equal(old[name], new[name]) for name in new)
+
+
+def test_transformers_classifier(tmp_path):
+    theirs = randomized(transformers.ViTForImageClassification(transformers.ViTConfig(**HF, num_labels=7)))
+    theirs.save_pretrained(tmp_path)
+    file = loading.read_classifier(tmp_path / "model.safetensors")
+    model = VisionTransformer(**SIZES, num_classes=7).eval()
+    loading.load_classifier(model, file)
+    imgs = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(model(imgs), theirs(imgs).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("pool", ["token", "avg"])
+def test_timm_classifier(tmp_path, pool):
+    theirs = randomized(timm.create_model(
+        "vit_tiny_patch16_224", **SIZES, num_classes=7, global_pool=pool, fc_norm=pool == "avg"
+    ))  # fmt: skip
+    torch.save(theirs.state_dict(), tmp_path / "timm.pth")
+    model = VisionTransformer(**SIZES, num_classes=7, global_pool=pool == "avg").eval()
+    loading.load_classifier(model, loading.read_classifier(tmp_path / "timm.pth"))
+    imgs = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(model(imgs), theirs(imgs), rtol=1e-4, atol=1e-4)
+
+
+def test_what_wrappers_leave_in_names(tmp_path):
+    model = VisionTransformer(**SIZES, num_classes=7)
+    torch.save({"model": {f"module._orig_mod.{k}": v for k, v in model.state_dict().items()}}, tmp_path / "file.pth")
+    assert loading.read(tmp_path / "file.pth").tensors.keys() == model.state_dict().keys()
+
+
+def test_files_without_a_transformer(tmp_path):
+    torch.save({"model": {"conv.weight": torch.zeros(1)}}, tmp_path / "file.pth")
+    with pytest.raises(CheckpointError, match=r"no weights of a Vision Transformer: conv.weight"):
+        loading.read(tmp_path / "file.pth")
+    (tmp_path / "file.safetensors").write_bytes(b"12345")
+    with pytest.raises(CheckpointError, match="damaged or no safetensors file"):
+        loading.read(tmp_path / "file.safetensors")
+
+
+# -------------------------------------------------------------------------------------------------------- mmpretrain
+
+MMPRETRAIN = Path(__file__).parent / "fixtures" / "mmpretrain"  # written by make_mmpretrain.py
+
+
+def test_mmpretrain_mae():
+    answers = torch.load(MMPRETRAIN / "answers.pth")
+    model = MaskedAutoencoderViT(**SIZES, **DECODER, norm_pix_loss=True)
+    loading.init_mae(model, loading.read(MMPRETRAIN / "mae.pth"))
+    loss, pred, mask = model(answers["imgs"], noise=answers["ids_restore"].float())
+    assert torch.equal(mask, answers["mask"])
+    torch.testing.assert_close(pred, answers["pred"], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(loss, answers["mae_loss"], rtol=1e-4, atol=1e-5)
+
+
+def test_mmpretrain_classifier():
+    answers = torch.load(MMPRETRAIN / "answers.pth")
+    model = VisionTransformer(**SIZES, num_classes=7, global_pool=True).eval()
+    loading.load_classifier(model, loading.read_classifier(MMPRETRAIN / "classifier.pth"))
+    torch.testing.assert_close(model(answers["imgs"]), answers["logits"], rtol=1e-4, atol=1e-4)
+
+
+def test_every_foreign_file_starts_a_classifier(tmp_path, hf_mae):
+    """What --finetune, main_linprobe.py and main_knn.py do with a file."""
+    hf_mae.save_pretrained(tmp_path)
+    for path in (tmp_path / "model.safetensors", MMPRETRAIN / "mae.pth"):
+        file = loading.read(path)
+        for pooled in (False, True):
+            model = VisionTransformer(**SIZES, num_classes=3, global_pool=pooled)
+            loading.load_encoder(model, file)
+            assert torch.equal(model.blocks[1].attn.qkv.weight, file.tensors["blocks.1.attn.qkv.weight"])

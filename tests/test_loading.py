@@ -1,0 +1,154 @@
+"""Weights of files into models."""
+
+import pytest
+import torch
+
+from models_mae import mae_vit_mini_patch4
+from models_vit import vit_mini_patch4
+from util.checkpoints.checkpoint import CheckpointError
+from util.pos_embed import resize_pos_embed
+from util.weights import loading
+
+
+def saved(path, model, drop=lambda name: False):
+    torch.save({"model": {k: v for k, v in model.state_dict().items() if not drop(k)}}, path)
+    return path
+
+
+def test_all_weights_also_for_another_image_size(tmp_path, mini_mae):
+    other = mae_vit_mini_patch4(img_size=32, in_chans=1)
+    loading.init_mae(mini_mae, loading.read(saved(tmp_path / "full.pth", other)))
+    for name, value in mini_mae.state_dict().items():
+        if name not in loading.FIXED_TABLES:
+            assert torch.equal(value, other.state_dict()[name])
+    assert mini_mae.pos_embed.shape[1] == 17
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_refused(tmp_path, mini_mae, value):
+    mini_mae.blocks[2].mlp.fc1.weight.data[3, 4] = value
+    for number, dtype in enumerate((torch.float32, torch.bfloat16, torch.float16)):
+        path = saved(tmp_path / f"{number}.pth", mini_mae.to(dtype))
+        with pytest.raises(CheckpointError, match=r"\d.pth: blocks.2.mlp.fc1.weight with values that are NaN or inf"):
+            loading.read(path)
+
+
+def test_an_encoder_alone_leaves_the_decoder_untrained(tmp_path, mini_mae, caplog):
+    other = mae_vit_mini_patch4(img_size=16, in_chans=1)
+    decoder = mini_mae.decoder_pred.weight.clone()
+    path = saved(tmp_path / "encoder.pth", other, lambda name: "decoder" in name or name == "mask_token")
+    loading.init_mae(mini_mae, loading.read(path))
+    assert "encoder only" in caplog.text
+    assert torch.equal(mini_mae.decoder_pred.weight, decoder)
+    assert torch.equal(mini_mae.cls_token, other.cls_token)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("norm.weight"), "lacks 1 tensors"),
+        (lambda s: s.update(extra=torch.zeros(1)), r"holds besides 1 tensors \(extra"),
+        (lambda s: s.update(cls_token=torch.zeros(1, 1, 5)), "in another shape 1 tensors"),
+    ],
+)
+def test_files_that_do_not_fit(tmp_path, mini_mae, change, message):
+    state = mae_vit_mini_patch4(img_size=16, in_chans=1).state_dict()
+    change(state)
+    torch.save({"model": state}, tmp_path / "file.pth")
+    with pytest.raises(CheckpointError, match=message):
+        loading.init_mae(mini_mae, loading.read(tmp_path / "file.pth"))
+
+
+def test_a_files_own_table_is_taken_where_it_fits(tmp_path, mini_mae):
+    other = mae_vit_mini_patch4(img_size=16, in_chans=1)
+    other.pos_embed.data.add_(1)
+    loading.init_mae(mini_mae, loading.read(saved(tmp_path / "moved.pth", other)))
+    assert torch.equal(mini_mae.pos_embed, other.pos_embed)
+    settings = {"input_size": [8, 32], "patch_size": 4}
+    torch.save({"model": other.state_dict(), "args": settings}, tmp_path / "flat.pth")  # as many patches, other places
+    fresh = mae_vit_mini_patch4(img_size=16, in_chans=1)
+    loading.init_mae(fresh, loading.read(tmp_path / "flat.pth"))
+    assert not torch.equal(fresh.pos_embed, other.pos_embed)
+
+
+# -------------------------------------------------------------------------------------------------------- classifiers
+
+
+def vit(**options):
+    return vit_mini_patch4(**{"img_size": 16, "in_chans": 1, "num_classes": 5} | options)
+
+
+def test_an_encoder_into_a_classifier(tmp_path, mini_mae):
+    path = saved(tmp_path / "mae.pth", mini_mae)
+    for pooled in (False, True):
+        model = vit(global_pool=pooled)
+        head = model.head.weight.clone()
+        assert loading.load_encoder(model, loading.read(path)) is False
+        assert torch.equal(model.blocks[3].mlp.fc2.weight, mini_mae.blocks[3].mlp.fc2.weight)
+        assert torch.equal(model.pos_embed, mini_mae.pos_embed)
+        assert torch.equal(model.head.weight, head)
+        if not pooled:
+            assert torch.equal(model.norm.weight, mini_mae.norm.weight)
+
+
+def test_a_head_is_taken_where_it_fits(tmp_path):
+    path = saved(tmp_path / "vit.pth", vit())
+    same, other = vit(), vit(num_classes=7)
+    assert loading.load_encoder(same, loading.read(path)) is True
+    assert loading.load_encoder(other, loading.read(path)) is False
+
+
+def test_positions_are_interpolated(tmp_path, mini_mae):
+    model = vit(img_size=32)
+    loading.load_encoder(model, loading.read(saved(tmp_path / "mae.pth", mini_mae)))
+    expected = resize_pos_embed(mini_mae.pos_embed, (4, 4), (8, 8))
+    assert torch.equal(model.pos_embed, expected)
+
+
+def test_what_does_not_fit_a_classifier(tmp_path, mini_mae):
+    state = mini_mae.state_dict()
+    del state["blocks.2.norm1.weight"]
+    torch.save({"model": state}, tmp_path / "lacking.pth")
+    with pytest.raises(CheckpointError, match=r"lacks 1 tensors \(blocks.2.norm1.weight"):
+        loading.load_encoder(vit(), loading.read(tmp_path / "lacking.pth"))
+    torch.save({"model": mini_mae.state_dict() | {"extra": torch.zeros(1)}}, tmp_path / "more.pth")
+    with pytest.raises(CheckpointError, match=r"holds besides 1 tensors \(extra"):
+        loading.load_encoder(vit(), loading.read(tmp_path / "more.pth"))
+    pooled = saved(tmp_path / "pooled.pth", vit(global_pool=True))
+    with pytest.raises(CheckpointError, match="--global_pool"):
+        loading.load_encoder(vit(), loading.read(pooled))
+    with pytest.raises(CheckpointError, match="--cls_token"):
+        loading.load_classifier(vit(global_pool=True), loading.read_classifier(saved(tmp_path / "cls.pth", vit())))
+    with pytest.raises(CheckpointError, match=r"holds an encoder and decoder, which classifies nothing.*fine-tuned"):
+        loading.read_classifier(saved(tmp_path / "mae.pth", mini_mae))
+
+
+def test_other_channels_need_a_decision(tmp_path):
+    rgb = vit(in_chans=3)
+    path = saved(tmp_path / "rgb.pth", rgb)
+    kernel = rgb.patch_embed.proj.weight
+    with pytest.raises(CheckpointError, match=r"for images of 3 channels.*\nchoose --adapt_input mean .*repeat .*skip"):
+        loading.load_encoder(vit(in_chans=5), loading.read(path))
+    mean, repeat, skip, grey = vit(in_chans=5), vit(in_chans=5), vit(in_chans=5), vit(in_chans=1)
+    untrained = skip.patch_embed.proj.weight.clone()
+    loading.load_encoder(mean, loading.read(path), "mean")
+    loading.load_encoder(repeat, loading.read(path), "repeat")
+    loading.load_encoder(skip, loading.read(path), "skip")
+    loading.load_encoder(grey, loading.read(path), "mean")
+    torch.testing.assert_close(mean.patch_embed.proj.weight, kernel.mean(1, keepdim=True).expand(-1, 5, -1, -1) * 3 / 5)
+    torch.testing.assert_close(repeat.patch_embed.proj.weight, kernel[:, [0, 1, 2, 0, 1]] * 3 / 5)
+    assert torch.equal(skip.patch_embed.proj.weight, untrained)
+    torch.testing.assert_close(grey.patch_embed.proj.weight, kernel.sum(1, keepdim=True))
+    picture = torch.rand(1, 1, 16, 16)
+    torch.testing.assert_close(grey(picture), rgb(picture.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-5)
+
+
+def test_code_in_a_file_is_not_run(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "trapped"), "w"))
+
+    torch.save({"model": Trap()}, tmp_path / "file.pth")
+    with pytest.raises(CheckpointError, match="Nothing in it was executed"):
+        loading.read(tmp_path / "file.pth")
+    assert not (tmp_path / "trapped").exists()

@@ -1,0 +1,149 @@
+"""ImageNet's test sets of robustness: folders, classes, labels, and mean corruption errors."""
+
+import shutil
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import pytest
+from painted import class_folders, paint
+
+from util.evaluation import robustness
+from util.evaluation.robustness import CORRUPTIONS, SEVERITIES, corruption_errors, find, open_cell
+
+
+@pytest.mark.parametrize("name", ["imagenet-a", "imagenet-r"])
+def test_the_classes_are_timms(name, tmp_path):
+    file = resources.files("timm.data") / "_info" / f"{name.replace('-', '_')}_indices.txt"
+    suite = find(name, tmp_path)
+    assert suite.among == [int(line) for line in file.read_text().split()]
+    assert len(suite.among) == len(set(suite.folders)) == 200
+    assert [robustness.synsets()[label] for label in suite.among] == suite.folders
+
+
+def test_alexnets_own_errors_are_100():
+    errors = {f"{name}/{severity}": 100 * error for name, error in CORRUPTIONS.items() for severity in SEVERITIES}
+    found = corruption_errors(errors)
+    assert found.mce == pytest.approx(100.0, abs=1e-9)
+    assert list(found.normalised.values()) == pytest.approx([100.0] * 15)
+
+
+def test_errors_by_hand():
+    """Of fog severities 10 to 50 %, of all others nothing: the mean is 30, and AlexNet's 81.9324."""
+    errors = {f"{name}/{five}": 10.0 * five * (name == "fog") for name in CORRUPTIONS for five in SEVERITIES}
+    found = corruption_errors(errors)
+    assert found.mean["fog"] == pytest.approx(30.0)
+    assert found.normalised["fog"] == pytest.approx(100 * 30 / 81.9324)
+    assert found.mce == pytest.approx(100 * 30 / 81.9324 / 15)
+    assert found.unnormalised == pytest.approx(2.0)
+
+
+def test_imagenet_v2_counts_its_folders_as_numbers(tmp_path, monkeypatch):
+    folders = [str(number) for number in range(1000)]
+    class_folders(tmp_path / "imagenetv2-matched-frequency-format-val", folders, "a.jpeg", lambda label: label)
+    suite = find("imagenet-v2", tmp_path)
+    assert list(suite.cells) == ["matched-frequency"]
+    source = open_cell(suite, "matched-frequency").source
+    places = [int(source.name(index).split("/")[-2]) for index in range(1000)]
+    assert places[:4] == [0, 1, 10, 100]  # the order of names
+    assert source.labels.tolist() == places
+    monkeypatch.chdir(tmp_path / "imagenetv2-matched-frequency-format-val")
+    assert find("imagenet-v2", Path(".")) == suite
+
+
+def test_archives_of_one_folder(tmp_path):
+    class_folders(tmp_path / "set" / "imagenet-a", robustness.subset("imagenet-a"), "a.jpg", lambda label: label)
+    archive = shutil.make_archive(str(tmp_path / "imagenet-a"), "tar", tmp_path / "set")
+    source = open_cell(find("imagenet-a", tmp_path / "imagenet-a.tar"), "imagenet-a").source
+    assert archive in source.name(0)
+    assert source.labels.tolist() == list(range(200))
+
+
+def test_an_archive_of_imagenets_validation_images(tmp_path):
+    """Flat, as it is published, or with the folder that it is unpacked to."""
+    for folder in ("", "val/n01440764"):
+        paint(tmp_path / "set" / folder, "ILSVRC2012_val_00000002.JPEG", 0)
+        shutil.make_archive(str(tmp_path / "images"), "tar", tmp_path / "set")
+        assert len(open_cell(find("imagenet-real", tmp_path / "images.tar"), "imagenet-real").source) == 1
+        shutil.rmtree(tmp_path / "set")
+    with pytest.raises(ValueError, match="imagenet-v2 is several archives; unpack them"):
+        find("imagenet-v2", tmp_path / "images.tar")
+
+
+def test_a_subset_is_spread_over_all_classes(tmp_path):
+    class_folders(tmp_path, robustness.subset("imagenet-r"), "art_0.jpg", lambda label: label)
+    suite = find("imagenet-r", tmp_path)
+    assert open_cell(suite, "imagenet-r", 5).source.labels.tolist() == [0, 49, 99, 149, 199]
+    assert len(open_cell(suite, "imagenet-r", 999).source) == 200
+
+
+def test_real_labels_are_found_by_file_names(tmp_path):
+    """Image 1 is a plain snake; 2 has two labels; some have none, and do not count."""
+    labels = robustness.RealLabelsImagenet([""] * 50_000).real_labels
+    names = [f"ILSVRC2012_val_{number:08d}.JPEG" for number in range(1, 101)]
+    unlabelled = [name for name in names if not labels[name]]
+    for name in names:
+        paint(tmp_path / "val" / "n01440764", name, 0)
+    cell = open_cell(find("imagenet-real", tmp_path), "imagenet-real")
+    assert len(cell.source) == 100 - len(unlabelled) < 100
+    kept = [name for name in names if name not in unlabelled]
+    assert [cell.source.name(index).split("/")[-1] for index in range(len(kept))] == kept
+    assert cell.answers == [labels[name] for name in kept]
+    assert any(len(answers) > 1 for answers in cell.answers)
+    flat = open_cell(find("imagenet-real", tmp_path / "val" / "n01440764"), "imagenet-real", 10)
+    assert [len(flat.source), len(flat.answers)] == [10, 10]
+
+
+def corrupted(root, families=False):
+    for family, corruptions in robustness.ALEXNET.items():
+        for corruption in corruptions:
+            for severity in SEVERITIES:
+                (root / (family if families else "") / corruption / str(severity)).mkdir(parents=True)
+
+
+@pytest.mark.parametrize("families", [False, True])
+def test_imagenet_c_unpacked_into_one_folder_or_four(tmp_path, families):
+    corrupted(tmp_path, families)
+    cells = find("imagenet-c", tmp_path).cells
+    assert len(cells) == 75
+    assert cells["snow/5"] == tmp_path / ("weather" if families else "") / "snow" / "5"
+
+
+def test_wrong_folders_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"--data_path: there is no folder or archive .*nowhere"):
+        find("imagenet-a", tmp_path / "nowhere")
+    corrupted(tmp_path / "c")
+    (tmp_path / "c" / "snow" / "5").rmdir()
+    (tmp_path / "c" / "fog" / "2").rmdir()
+    with pytest.raises(ValueError, match=r"2 of the 75 folders CORRUPTION/SEVERITY of ImageNet-C .*: snow/5, fog/2$"):
+        find("imagenet-c", tmp_path / "c")
+    with pytest.raises(ValueError, match="begins with imagenetv2-matched-frequency"):
+        find("imagenet-v2", tmp_path / "c")
+
+    sketch = tmp_path / "sketch"
+    paint(sketch / "n01440764", "sketch_0.JPEG", 0)
+    with pytest.raises(ValueError, match=r"999 of the 1000 class folders of imagenet-sketch are .*: n01443537"):
+        open_cell(find("imagenet-sketch", sketch), "imagenet-sketch")
+    paint(sketch / "goldfish", "sketch_1.JPEG", 1)
+    with pytest.raises(ValueError, match=r"goldfish in it: none of the 1000 class folders .* WordNet ids, such as n0"):
+        open_cell(find("imagenet-sketch", sketch), "imagenet-sketch")
+    paint(tmp_path / "flat", "a.jpg", 0)
+    with pytest.raises(ValueError, match=r"images in no class folder: the 200 class folders of imagenet-r"):
+        open_cell(find("imagenet-r", tmp_path / "flat"), "imagenet-r")
+    with pytest.raises(ValueError, match=r"1 files, such as a.jpg, are not called ILSVRC2012_val_00000001.JPEG"):
+        open_cell(find("imagenet-real", tmp_path / "flat"), "imagenet-real")
+    rendition = class_folders(tmp_path / "r", robustness.subset("imagenet-r"), "art_0.jpg", lambda label: label)
+    with pytest.raises(ValueError, match=r"none of the 200 class folders of imagenet-a"):
+        open_cell(find("imagenet-a", rendition), "imagenet-a")
+    (rendition / "__MACOSX").mkdir()
+    assert len(open_cell(find("imagenet-r", rendition), "imagenet-r").source) == 200
+    (rendition / robustness.subset("imagenet-r")[7] / "art_0.jpg").unlink()
+    with pytest.raises(ValueError, match=rf"1 of the 200 .* missing or empty: {robustness.subset('imagenet-r')[7]}$"):
+        open_cell(find("imagenet-r", rendition), "imagenet-r")
+
+
+def test_labels_of_all_cells_are_numbers_of_imagenet(tmp_path):
+    class_folders(tmp_path, robustness.synsets(), "sketch_0.JPEG", lambda label: label)
+    suite = find("imagenet-sketch", tmp_path)
+    assert suite.among == list(range(1000))
+    assert np.array_equal(open_cell(suite, "imagenet-sketch").source.labels, np.arange(1000))

@@ -1,0 +1,143 @@
+"""One run to a folder, and one process that writes to it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from util.checkpoints import checkpoint, run_directory
+
+PRELUDE = (
+    f"import os, sys; sys.path.insert(0, {str(ROOT)!r})\n"
+    "from pathlib import Path; from util.checkpoints import run_directory\n"
+)
+
+
+def test_a_used_folder_needs_resume(tmp_path):
+    (tmp_path / "job.log").write_text("a launcher's file is no run")
+    run_directory.prepare(tmp_path, "")
+    (tmp_path / "log.txt").write_text("{}\n")
+    with pytest.raises(ValueError, match="--resume auto"):
+        run_directory.prepare(tmp_path, "")
+    run_directory.prepare(tmp_path, "auto")
+    run_directory.prepare(tmp_path, str(tmp_path / "checkpoint-0.pth"))
+    with pytest.raises(ValueError, match="already holds a run"):
+        run_directory.prepare(tmp_path, str(tmp_path.parent / "checkpoint-0.pth"))
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    script = PRELUDE + f"with run_directory.locked(Path({str(tmp_path)!r})): pass"
+    with run_directory.locked(tmp_path):
+        assert (tmp_path / "run.lock").read_text().startswith(f"process {os.getpid()} on ")
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+        assert f"by another run (process {os.getpid()} on " in done.stderr
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
+
+
+def test_the_lock_ends_with_its_process_and_not_with_the_workers(tmp_path):
+    """Worker processes are forked while the run holds the lock, and outlive a killed run for seconds."""
+    script = PRELUDE + (
+        f"with run_directory.locked(Path({str(tmp_path)!r})):\n"
+        "    if child := os.fork():\n        print(child, flush=True); os.kill(os.getpid(), 9)\n"
+        "    os.close(1); import time; time.sleep(60)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, timeout=50)
+    assert done.returncode == -9
+    with run_directory.locked(tmp_path):
+        os.kill(int(done.stdout), 9)  # the worker is still there
+
+
+def test_a_lock_that_a_killed_process_left_is_recognised(tmp_path, caplog):
+    script = (
+        f"import sys, os; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from util.checkpoints import run_directory; from pathlib import Path\n"
+    )
+    script += f"with run_directory.locked(Path({str(tmp_path)!r})): os.kill(os.getpid(), 9)"
+    assert subprocess.run([sys.executable, "-c", script]).returncode == -9
+    assert (tmp_path / "run.lock").read_text()
+    caplog.set_level("INFO")
+    with run_directory.locked(tmp_path):
+        assert "was killed" in caplog.text
+
+
+def test_a_path_that_is_a_file(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"--output_dir .*file/run can't be made \(Not a directory\)"):
+        run_directory.prepare(tmp_path / "file" / "run", "")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_a_folder_of_somebody_else(tmp_path):
+    """Root passes through modes, so that an unprivileged user tries."""
+    script = PRELUDE + f"os.seteuid(65534)\nwith run_directory.locked(Path({str(tmp_path)!r})): pass"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert "can't be written to (Permission denied): free space there, or give another" in done.stderr
+
+
+def test_a_restarted_run_goes_on_from_its_newest_state(monkeypatch, tmp_path):
+    other = "other/checkpoint-7.pth"
+    assert [run_directory.chosen(tmp_path, resume) for resume in ("", other, "auto")] == ["", other, "auto"]
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert [run_directory.chosen(tmp_path, resume) for resume in ("", other, "auto")] == ["auto", other, "auto"]
+    (tmp_path / "log.txt").touch()
+    run_directory.prepare(tmp_path, "")  # its own, though it has no state yet
+    checkpoint.write({"epoch": 0}, tmp_path / "checkpoint-0.pth")
+    assert run_directory.chosen(tmp_path, other) == other  # it was killed before it resumed from it
+    run_directory.begin_branch(tmp_path, tmp_path / "checkpoint-0.pth")
+    assert run_directory.chosen(tmp_path, other) == "auto"
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
+    run_directory.prepare(tmp_path, str(tmp_path / "checkpoint-0.pth"))  # a person goes back to it once more
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert run_directory.chosen(tmp_path, str(tmp_path / "checkpoint-0.pth")) != "auto"
+
+
+def positions(folder):
+    return {path.name: checkpoint.position(path) for path in checkpoint.checkpoints(folder)}
+
+
+def make_run(folder):
+    """Milestones of epochs 0 to 5, a rolling state in the middle of epoch 6, one of before an error, a damaged one."""
+    for name, epoch, images_done in (*((str(n), n + 1, 0) for n in range(6)), ("last", 6, 8), ("emergency", 6, 4)):
+        progress = {"epoch": epoch, "images_done": images_done}
+        checkpoint.write({"epoch": epoch - 1, "progress": progress}, folder / f"checkpoint-{name}.pth")
+    (folder / "checkpoint-best.pth").write_bytes((folder / "checkpoint-1.pth").read_bytes())
+    (folder / "checkpoint-6.pth").write_bytes(b"damaged")
+    (folder / "log.txt").write_text("".join(f'{{"epoch": {n}}}\n' for n in range(6)))
+
+
+def test_going_back_sets_the_later_checkpoints_aside(tmp_path, caplog):
+    caplog.set_level("INFO")
+    make_run(tmp_path)
+    run_directory.begin_branch(tmp_path, tmp_path / "checkpoint-last.pth")
+    assert sorted(path.name for path in (tmp_path / "abandoned/1").iterdir()) == ["checkpoint-6.pth", "log.txt"]
+    run_directory.begin_branch(tmp_path, tmp_path / "checkpoint-3.pth")
+    assert positions(tmp_path).keys() == {"checkpoint-best.pth", *(f"checkpoint-{n}.pth" for n in range(4))}
+    aside = {"checkpoint-4.pth": (5, 0), "checkpoint-5.pth": (6, 0), "checkpoint-last.pth": (6, 8),
+             "checkpoint-emergency.pth": (6, 4)}  # fmt: skip
+    assert positions(tmp_path / "abandoned/2") == aside
+    assert (tmp_path / "abandoned/2/log.txt").read_text() == (tmp_path / "log.txt").read_text()
+    assert f"set aside in {tmp_path}/abandoned/2: checkpoint-4.pth, checkpoint-5.pth" in caplog.text
+    run_directory.begin_branch(tmp_path, tmp_path / "checkpoint-3.pth")
+    assert not (tmp_path / "abandoned/3").exists()
+
+
+@pytest.mark.parametrize("moved", range(5))
+def test_a_crash_between_two_moves_is_completed_by_the_next_start(tmp_path, monkeypatch, moved):
+    make_run(tmp_path)
+    rename, calls = Path.rename, iter(range(10))
+
+    def crashes(path, target):
+        if next(calls) == moved:
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "rename", crashes)
+        run_directory.begin_branch(tmp_path, tmp_path / "checkpoint-3.pth")
+    with run_directory.locked(tmp_path):
+        assert checkpoint.newest_first(tmp_path)[0].name == "checkpoint-3.pth"
+    assert len(checkpoint.checkpoints(tmp_path / "abandoned/1")) == 5
+    assert not (tmp_path / "abandoned/1/moving.json").exists()

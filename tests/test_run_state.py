@@ -1,0 +1,64 @@
+"""A run's position, its files, and its way back."""
+
+import pytest
+import torch
+
+from util.checkpoints import run_state
+from util.checkpoints.checkpoint import CheckpointError
+from util.checkpoints.run_state import Progress
+
+
+def test_progress_counts_images():
+    saved = {"epoch": 4, "images_done": 96, "effective_batch_size": 48, "meters": {}}
+    progress = Progress(effective_batch_size=48, global_batch_size=12)
+    progress.restore({"epoch": 3, "progress": saved})
+    assert (progress.epoch, progress.first_step) == (4, 8)
+    for global_batch_size, remedy in ((8, "--batch_size 8 --accum_iter 6"), (64, "--batch_size 48 --accum_iter 1"),
+                                      (9, "--batch_size 8 --accum_iter 6")):  # fmt: skip
+        with pytest.raises(CheckpointError, match=f"batch size of 48 .*: give {remedy}$"):
+            Progress(global_batch_size, global_batch_size).restore({"progress": saved})
+    foreign = Progress(48, 48)
+    foreign.restore({"epoch": 19})
+    assert (foreign.epoch, foreign.first_step) == (20, 0)
+
+
+def test_the_position_of_an_earlier_version():
+    """It used the images of the last, partial update, and summed over batches: 7 of 4 images, groups of 3."""
+    meters = {"loss": 14.0, "lr": 0.7, "batches": 7, "skipped_steps": 0}
+    saved = {"epoch": 4, "images_done": 28, "effective_batch_size": 12, "meters": meters, "num_images": 28}
+    progress = Progress(effective_batch_size=12, global_batch_size=6, num_images=28)
+    progress.restore({"epoch": 3, "progress": saved})
+    assert (progress.epoch, progress.first_step) == (4, 4)
+    assert progress.meters == pytest.approx({"loss": 4.0, "lr": 0.2, "updates": 2, "skipped_steps": 0})
+
+
+def test_another_architecture_is_named(mini_mae):
+    from models_mae import mae_vit_mini_patch4
+
+    state = {"model": mae_vit_mini_patch4(img_size=16, in_chans=3).state_dict(), "args": {"model": "x", "in_chans": 3}}
+    with pytest.raises(CheckpointError, match="3 tensors differ") as raised:
+        run_state.restore_model(mini_mae, state, {"model": "y", "in_chans": 1, "input_size": 16})
+    assert raised.value.__notes__ == ["give --model x --in_chans 3"]
+
+
+def test_optimizer_state_of_an_older_torch(mini_mae):
+    """The published code's groups know no fused option; ours stay fused."""
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([weight], lr=1.0, weight_decay=0.3, fused=True)
+    old_group = {"lr": 0.5, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.05, "amsgrad": False, "params": [0]}
+    old_state = {0: {"step": 11, "exp_avg": torch.ones(3), "exp_avg_sq": torch.ones(3)}}
+    run_state.restore_optimizer(optimizer, {"state": old_state, "param_groups": [old_group]})
+    assert optimizer.param_groups[0]["fused"] is True
+    assert optimizer.param_groups[0]["weight_decay"] == 0.3  # settings are this run's
+    weight.grad = torch.ones(3)
+    optimizer.step()
+    assert optimizer.state[weight]["step"] == 12
+
+
+def test_an_epoch_goes_on_with_the_same_images_only(caplog):
+    position = {"effective_batch_size": 8, "epoch": 3, "meters": {}, "num_images": 160}
+    progress = run_state.Progress(8, 8, num_images=161)
+    progress.restore({"progress": {**position, "images_done": 0}})
+    assert "had 160 images, and has 161 now" in caplog.text
+    with pytest.raises(CheckpointError, match="in the middle of an epoch of 160 images, and now there are 161"):
+        progress.restore({"progress": {**position, "images_done": 16}})

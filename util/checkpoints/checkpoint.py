@@ -1,0 +1,233 @@
+"""Our own files: written whole or not at all, verified when read.
+
+A checkpoint holds {model, optimizer, epoch, scaler, args} as the published code's files do, and beside them `progress`,
+`rng` and `digest`. There is nothing but dicts, lists, tensors and plain values in it. That of a sharded run is a
+folder (`util.checkpoints.sharded`), of which `state.pth` is such a file, without the tensors.
+"""
+
+import argparse
+import hashlib
+import logging
+import os
+import pickle
+import re
+import shutil
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from util.files import atomic
+from util.files.untrusted import printable
+
+logger = logging.getLogger(__name__)
+
+MAX_PARTS = 1_000_000  # of a state, counted as often as they are named
+MAX_DEPTH = 30
+STATE = "state.pth"  # in a sharded state's folder
+
+
+class CheckpointError(ValueError):
+    """A file that can't be used, in a sentence that says why; what it quotes of the file is made printable."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
+
+
+def compute_digest(state: Any) -> str:
+    """The sha256 of a nested state: names, types, shapes and values of all that is in it, in order."""
+    sha = hashlib.sha256()
+
+    def feed(value: Any) -> None:
+        if isinstance(value, Tensor):
+            sha.update(f"tensor {value.dtype} {tuple(value.shape)} ".encode())
+            sha.update(value.detach().contiguous().flatten().view(torch.uint8).numpy().data)
+        elif isinstance(value, dict):
+            sha.update(f"dict {len(value)} ".encode())
+            for key, item in value.items():
+                sha.update(f"{key!r}: ".encode())
+                feed(item)
+        elif isinstance(value, list | tuple):
+            sha.update(f"{type(value).__name__} {len(value)} ".encode())
+            for item in value:
+                feed(item)
+        else:
+            sha.update(f"{value!r} ".encode())
+
+    feed(state)
+    return f"sha256:{sha.hexdigest()}"
+
+
+def write(state: dict[str, Any], path: Path, *also: Path) -> None:
+    """Writes a state with its digest. The file is there when it is complete; a crash leaves the previous one.
+
+    Args:
+        also: further names of the same file, in the same folder.
+
+    Raises:
+        OSError: the disk is full, or the folder can't be written to. The previous file is as it was.
+    """
+    state = snapshot(state)
+    state["digest"] = compute_digest(state)
+    with atomic.replacing(path) as temporary:
+        with temporary.open("wb") as file:
+            torch.save(state, file)
+        for other in also:
+            with atomic.replacing(other) as name:
+                link(temporary, name)
+
+
+def link(source: Path | str, path: Path | str) -> None:
+    """A second name for a file's bytes, or a copy where the file system knows no links."""
+    try:
+        os.link(source, path)
+    except OSError:
+        shutil.copyfile(source, path)
+
+
+def require_finite(tensors: Mapping[str, Any], source: str, remedy: str) -> None:
+    """Refuses weights that no sound run leaves.
+
+    Raises:
+        CheckpointError: a tensor holds NaN or infinity.
+    """
+    bad = [
+        name for name, value in tensors.items()
+        if isinstance(value, Tensor) and value.is_floating_point() and not torch.isfinite(value).all()
+    ]  # fmt: skip
+    if bad:
+        more = f" and {len(bad) - 1} more tensors" if len(bad) > 1 else ""
+        raise CheckpointError(f"{source}: {bad[0]}{more} with values that are NaN or infinite: {remedy}")
+
+
+def weights_digest(model: nn.Module) -> str:
+    """The digest of a model's weights, wherever they are."""
+    return compute_digest(snapshot(dict(model.state_dict())))
+
+
+def snapshot(value: Any) -> Any:
+    """A nested state's copy on the host: what becomes of the state does not change it."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: snapshot(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(snapshot(item) for item in value)
+    return value
+
+
+def read(path: Path | str) -> dict[str, Any]:
+    """Reads a checkpoint of anybody's; nothing in it is executed, and ours must match their digest.
+
+    Files of the published code are read too, whose `args` are an argparse.Namespace. Of a sharded state's folder the
+    tensors stay on the disk: `folder` tells where.
+
+    Raises:
+        CheckpointError: no such file, damaged, or holding anything but tensors and plain values.
+    """
+    path = Path(path)
+    state = _load(path / STATE if path.is_dir() else path)
+    digest = state.pop("digest", None)
+    if digest is not None and digest != compute_digest(state):
+        raise CheckpointError(f"{path} is damaged: its content does not match its digest")
+    return {**state, "folder": str(path)} if path.is_dir() else state
+
+
+def newest_first(folder: Path) -> list[Path]:
+    """A folder's checkpoints, ordered by the progress of their runs. Those that can't be read are left out.
+
+    The files' times do not count: copying a folder changes them.
+    """
+    reached = []
+    for path in checkpoints(folder):
+        try:
+            reached.append((position(path), path))
+        except CheckpointError as error:
+            logger.warning(f"--resume auto skips {path.name}: {error}")
+    return [path for _, path in sorted(reached, reverse=True)]
+
+
+def position(path: Path) -> tuple[int, int]:
+    """The position in its run that a checkpoint resumes from: epoch, and images done of that epoch.
+
+    Raises:
+        CheckpointError: it can't be read.
+    """
+    # With mmap, names and plain values are read, tensors only if they are looked at.
+    state = _load(path / STATE if path.is_dir() else path, mmap=True)
+    try:
+        progress = state.get("progress") or {"epoch": state["epoch"] + 1, "images_done": 0}
+        return progress["epoch"], progress["images_done"]
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} has no position of a run ({error!r})") from error
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The states in a run's folder: files, and folders of sharded runs."""
+    found = [*folder.glob("checkpoint-*.pth"), *(p.parent for p in folder.glob("checkpoint-*/" + STATE))]
+    return sorted([*found, *(p.parent for p in folder.glob(".checkpoint-*.old/" + STATE))])  # a crash left these
+
+
+def _load(path: Path, mmap: bool = False) -> dict[str, Any]:
+    if not path.is_file():
+        raise CheckpointError(f"there is no checkpoint {path}")
+    try:
+        is_zip = _check_names(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and is_zip)
+        _check_parts(state)
+    except pickle.UnpicklingError as error:
+        # torch says so for foreign objects and for damage alike; both are refused.
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        raise CheckpointError(
+            f"{path} is refused: it is damaged, or it holds objects other than tensors and plain values"
+            f"{f' ({found[1]})' if found else ''}, which could run code when loaded. Nothing in it was executed."
+        ) from error
+    except Exception as error:  # whatever the zip and pickle readers raise on damaged bytes
+        raise CheckpointError(f"{path} is damaged or no checkpoint (a download or copy cut short?): {error}") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path} holds a {type(state).__name__}, not a checkpoint")
+    return state
+
+
+def _check_parts(state: Any) -> None:
+    """Raises ValueError where a small file stands for a large state, or a tensor's values are not all in it."""
+    waiting, parts = [(state, 0)], 0
+    while waiting:
+        value, depth = waiting.pop()
+        parts += 1
+        if parts > MAX_PARTS or depth > MAX_DEPTH:
+            raise ValueError("it holds lists within lists without end")
+        if isinstance(value, argparse.Namespace):
+            value = vars(value)
+        if isinstance(value, dict):
+            waiting += [(part, depth + 1) for item in value.items() for part in item]
+        elif isinstance(value, list | tuple | set):
+            waiting += [(part, depth + 1) for part in value]
+        elif isinstance(value, Tensor):
+            if value.layout != torch.strided or value.is_meta or value.is_quantized:
+                raise ValueError("a tensor in it is sparse, quantized or without data; save it as a plain one (dense)")
+            if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+                raise ValueError(
+                    f"a tensor of shape {tuple(value.shape)} has fewer values in the file; save its clone()"
+                )
+
+
+def _check_names(path: Path) -> bool:
+    """Compares the part that holds names and plain values with its checksum, which torch.load does not.
+
+    Damage in it could rename `digest` itself, and ours would pass for a foreign file, which has none. Returns whether
+    the file is a zip archive, as all are but those of PyTorch before 1.6.
+    """
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+            raise ValueError("its parts are compressed, which torch.save does not do")  # and could fill the memory
+        for name in archive.namelist():
+            if name.endswith("data.pkl"):
+                archive.read(name)
+    return True

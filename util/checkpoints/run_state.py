@@ -1,0 +1,283 @@
+"""Where a run stands: collected, and put back. `saver.py` puts it into files."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from util import dist
+from util.checkpoints import checkpoint, run_directory, sharded
+from util.checkpoints.checkpoint import CheckpointError
+from util.cli.advice import advised, flags
+
+logger = logging.getLogger(__name__)
+
+# Settings that a resumed run may change without being another run.
+FREE_SETTINGS = {
+    "accum_iter", "batch_size", "compile", "config", "data_path", "debug", "device", "dist_backend", "dist_eval",
+    "dist_on_itp", "dist_timeout", "dist_url", "download", "eval", "finetune", "fsdp", "grad_checkpointing",
+    "init_from", "keep_last", "local_rank", "log_dir", "num_workers", "on_bad_image", "output_dir", "pin_mem",
+    "report", "resume", "save_every", "save_minutes", "start_epoch", "train_list", "val_list", "vis_every",
+    "world_size",
+}  # fmt: skip
+
+
+class Progress:
+    """The epoch a run is in, and how many images of it are done, by all processes together.
+
+    Args:
+        effective_batch_size: images to an optimizer step: batch size x accumulation x processes.
+        global_batch_size: images to a batch of all processes: batch size x processes.
+        num_images: of an epoch, each as often as it is repeated.
+    """
+
+    def __init__(
+        self, effective_batch_size: int, global_batch_size: int, start_epoch: int = 0, num_images: int | None = None
+    ) -> None:
+        self.num_images = num_images
+        self.effective_batch_size = effective_batch_size
+        self.global_batch_size = global_batch_size
+        self.epoch = start_epoch
+        self.first_step = 0
+        self.meters: dict[str, Any] = {}  # of `runlog.Meters`
+        self.best_accuracy = -1.0  # of the epochs so far, where there is an accuracy
+
+    def next_epoch(self) -> None:
+        """An epoch is finished."""
+        self.epoch, self.first_step, self.meters = self.epoch + 1, 0, {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Takes the position of a checkpoint; a file of the published code stands at the end of its epoch.
+
+        Raises:
+            CheckpointError: the run had another effective batch size, or stands within an epoch of other images.
+        """
+        saved = state.get("progress")
+        if saved is None:
+            self.epoch = state["epoch"] + 1
+            return
+        if saved["effective_batch_size"] != self.effective_batch_size:
+            raise CheckpointError(
+                f"the checkpoint was trained with an effective batch size of {saved['effective_batch_size']} "
+                f"(--batch_size x --accum_iter x processes), and this run has {self.effective_batch_size}: give "
+                f"{self._split_of(saved['effective_batch_size'])}"
+            )
+        num_images, images_done = saved.get("num_images"), saved["images_done"]
+        if num_images:  # an epoch of earlier versions used the images of its last, partial update too
+            images_done = min(images_done, num_images - num_images % self.effective_batch_size)
+        if images_done % self.effective_batch_size:
+            raise CheckpointError(
+                f"the checkpoint stands {images_done} images into its epoch, within an update of "
+                f"{self.effective_batch_size}: resume from the checkpoint of a whole epoch"
+            )
+        if None not in (num_images, self.num_images) and num_images != self.num_images:
+            if images_done:
+                raise CheckpointError(
+                    f"the checkpoint stands in the middle of an epoch of {num_images} images, and now there are "
+                    f"{self.num_images}: restore them, or resume from the checkpoint of a whole epoch"
+                )
+            logger.warning(f"an epoch had {num_images} images, and has {self.num_images} now")
+        self.best_accuracy = saved.get("best_accuracy", -1.0)
+        self.epoch = saved["epoch"]
+        self.first_step = images_done // self.global_batch_size
+        self.meters = _sums_over_updates(saved["meters"], images_done // self.effective_batch_size)
+
+    def _split_of(self, effective_batch_size: int) -> str:
+        """The flags that give an effective batch size in as many processes, with batches no larger than now."""
+        per_process, rest = divmod(effective_batch_size, dist.world_size())
+        if rest:
+            return f"a number of processes that divides {effective_batch_size}"
+        largest = min(per_process, self.global_batch_size // dist.world_size())
+        batch_size = next(size for size in range(largest, 0, -1) if per_process % size == 0)
+        return f"--batch_size {batch_size} --accum_iter {per_process // batch_size}"
+
+
+def _sums_over_updates(meters: dict[str, Any], updates: int) -> dict[str, Any]:
+    """The sums of `runlog.Meters`; earlier versions added up batches in place of updates."""
+    if "batches" not in meters:
+        return meters
+    updates -= meters["skipped_steps"]
+    scale = updates / meters["batches"] if meters["batches"] else 0.0
+    return {
+        "loss": scale * meters["loss"], "lr": scale * meters["lr"], "updates": updates,
+        "skipped_steps": meters["skipped_steps"],
+    }  # fmt: skip
+
+
+def collect(model: nn.Module, optimizer: Optimizer, scaler: torch.amp.GradScaler, settings: dict) -> dict[str, Any]:
+    """What a checkpoint holds beside the position of its run."""
+    is_sharded = dist.is_sharded(model)
+    rng = {"cpu": torch.get_rng_state()}
+    if next(model.parameters()).is_cuda:
+        rng["cuda"] = torch.cuda.get_rng_state()
+    return {
+        "model": model.state_dict(),
+        "optimizer": sharded.optimizer_state(model, optimizer) if is_sharded else optimizer.state_dict(),
+        "scaler": scaler.state_dict(),
+        "args": settings,
+        "rng": rng,
+    }
+
+
+def resume(
+    which: str,
+    output_dir: Path,
+    model: nn.Module,
+    optimizer: Optimizer,
+    scaler: torch.amp.GradScaler,
+    settings: dict[str, Any],
+    progress: Progress,
+) -> None:
+    """Puts model, optimizer, scaler, random generators and position back to where a run stood.
+
+    Args:
+        which: a checkpoint's path, of which later checkpoints of the run are set aside; "auto" for the newest in
+            `output_dir`, if any; "" for none.
+        settings: of this run; a warning tells which differ from the checkpoint's.
+
+    Raises:
+        CheckpointError: the file can't be read, holds weights only, or is of another architecture or effective batch.
+    """
+    which = run_directory.chosen(output_dir, which)
+    state = read_newest(output_dir) if which == "auto" else sharded.read(which) if which else None
+    if state is not None:
+        missing = {"optimizer", "epoch", *(["model"] if "folder" not in state else [])} - state.keys()
+        if missing:
+            error = CheckpointError(f"--resume {which}: it has no {' and no '.join(sorted(missing))} to go on from")
+            raise advised(error, *_start_from(which), "--eval evaluates it")
+        if "folder" in state:
+            state = sharded.fill(state, model, optimizer)
+        else:
+            checkpoint.require_finite(state["model"], f"--resume {which}", "resume from an earlier checkpoint")
+        restore_model(model, state, settings, which)
+        _require_same_parameters(optimizer, state, settings)
+        progress.restore(state)
+        restore_optimizer(optimizer, state["optimizer"])
+        if scaler.is_enabled() and state.get("scaler"):
+            scaler.load_state_dict(state["scaler"])
+        _restore_rng(state.get("rng", {}))
+        _warn_of_changes(_args_of(state), settings)
+    here = torch.tensor([progress.epoch, progress.first_step], device=next(model.parameters()).device)
+    if not torch.equal(dist.mean_over_processes(here.float()), here.float()):
+        raise CheckpointError(f"the processes found different checkpoints: --output_dir {output_dir} must be shared")
+    if which not in ("", "auto") and dist.is_main():  # all processes have accepted it
+        run_directory.begin_branch(output_dir, Path(which))
+    dist.barrier()
+
+
+def read_newest(output_dir: Path) -> dict[str, Any] | None:
+    """The state furthest in its run among a folder's checkpoints that are undamaged, the same in all processes.
+
+    Raises:
+        CheckpointError: the processes do not see the same folder.
+    """
+    names = dist.gather([path.name for path in checkpoint.checkpoints(output_dir)])
+    if any(others != names[0] for others in names):
+        raise CheckpointError(f"the processes found different checkpoints: --output_dir {output_dir} must be shared")
+    for path in dist.gather(checkpoint.newest_first(output_dir) if dist.is_main() else [])[0]:
+        try:
+            state = sharded.read(path)
+        except CheckpointError as error:
+            if dist.is_main():  # the error is the same in all processes
+                logger.warning(f"--resume auto skips {path.name}: {error}")
+            continue
+        logger.info(f"resuming from {path}")
+        return state
+    logger.info(f"--resume auto: no checkpoint in {output_dir}, starting from the beginning")
+    return None
+
+
+def _start_from(file: str) -> list[str]:
+    """How a run starts from a file's weights alone: in fine-tuning and probing, and in pre-training."""
+    return [f"--{flag} {file} in place of --resume starts from its weights" for flag in ("finetune", "init_from")]
+
+
+def restore_model(model: nn.Module, state: dict[str, Any], settings: dict[str, Any], which: str = "auto") -> None:
+    """Loads a checkpoint's weights, all of them.
+
+    Args:
+        settings: of this run; the error names those that were others in the checkpoint's run.
+        which: as `resume` takes it.
+
+    Raises:
+        CheckpointError: the file is of another architecture.
+    """
+    weights: dict[str, Tensor] = state["model"]
+    ours = model.state_dict()
+    differing = [n for n in ours if n not in weights or weights[n].shape != ours[n].shape]
+    differing += [n for n in weights if n not in ours]
+    if differing:
+        saved = _args_of(state)
+        error = CheckpointError(
+            f"the checkpoint is of another architecture than this run's model: {len(differing)} tensors differ "
+            f"({', '.join(differing[:3])}, ...)"
+        )
+        if str(saved.get("model")).startswith("mae_") is str(settings.get("model")).startswith("mae_"):
+            names = ["model", "input_size", "patch_size", "in_chans", "decoder_depth", "global_pool"]
+            names += ["blr"] if isinstance(saved.get("blr"), list) else []  # several heads side by side
+            raise _with_settings(error, {name: saved[name] for name in names if name in saved}, settings)
+        raise advised(error, *(_start_from(which) if which != "auto" else ["give another --output_dir"]))
+    model.load_state_dict({name: dist.placed_as(weights[name], like) for name, like in ours.items()})
+
+
+def _require_same_parameters(optimizer: Optimizer, state: dict[str, Any], settings: dict[str, Any]) -> None:
+    saved, ours = ([len(group["params"]) for group in groups]
+                   for groups in (state["optimizer"]["param_groups"], optimizer.param_groups))  # fmt: skip
+    if saved != ours:
+        error = CheckpointError(
+            f"the checkpoint's run trained {sum(saved)} tensors of the model, and this run trains {sum(ours)}"
+        )
+        raise _with_settings(error, {"unfreeze_blocks": _args_of(state).get("unfreeze_blocks")}, settings)
+
+
+def _with_settings(error: CheckpointError, saved: dict[str, Any], settings: dict[str, Any]) -> CheckpointError:
+    """Advises the settings of a checkpoint that this run has otherwise."""
+    differing = {name: value for name, value in saved.items() if name in settings and value != settings[name]}
+    return advised(error, f"give {flags(differing)}") if differing else error
+
+
+def _args_of(state: dict[str, Any]) -> dict[str, Any]:
+    args = state.get("args") or {}
+    return args if isinstance(args, dict) else vars(args)
+
+
+def restore_optimizer(optimizer: Optimizer, saved: dict[str, Any]) -> None:
+    """Loads an optimizer's moments; its settings stay this run's.
+
+    So a file of the published code, whose PyTorch knew no fused optimizers, leaves ours fused.
+    """
+    groups = [
+        {**ours, "params": group["params"]}
+        for group, ours in zip(saved["param_groups"], optimizer.param_groups, strict=True)
+    ]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+    def place(value: Any, parameter: Tensor) -> Any:
+        is_moment = isinstance(value, Tensor) and value.shape == parameter.shape
+        return dist.placed_as(value, parameter) if is_moment else value
+
+    state = {
+        number: {name: place(value, parameters[number]) for name, value in moments.items()}
+        for number, moments in saved["state"].items()
+    }
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _restore_rng(rng: dict[str, Tensor]) -> None:
+    if "cpu" in rng:
+        torch.set_rng_state(rng["cpu"])
+    if "cuda" in rng and torch.cuda.is_available():
+        torch.cuda.set_rng_state(rng["cuda"])
+
+
+def _warn_of_changes(saved: dict[str, Any], settings: dict[str, Any]) -> None:
+    for name in sorted(saved.keys() & settings.keys() - FREE_SETTINGS):
+        if saved[name] != settings[name]:
+            if name == "classes":
+                raise CheckpointError("the run that is continued had other classes: --finetune starts from its weights")
+            logger.warning(
+                f"--{name} was {saved[name]} in the run that is continued, and is {settings[name]} from now on"
+            )

@@ -1,0 +1,352 @@
+"""States of sharded runs (`--fsdp`): folders, to which each process writes its part.
+
+    python -m util.sharded runs/giant/checkpoint-799 giant.pth        # makes a plain checkpoint of one
+
+The tensors are written and read by torch.distributed.checkpoint, by any number of processes. The rest stands in the
+folder's `state.pth`, and with it the digest of every file. A folder is there when it is complete.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import io
+import math
+import pickle
+import shutil
+import warnings
+from collections.abc import Callable
+from enum import Enum, EnumType
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as td
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.optim import Optimizer
+
+from util import dist
+from util.checkpoints import checkpoint
+from util.checkpoints.checkpoint import STATE, CheckpointError
+from util.cli import entry_point, flags
+from util.files.untrusted import read_file
+
+T = TypeVar("T")
+
+# What PyTorch's description of the tensors is made of. Nothing else is loaded, by its full name, so that nothing else
+# can run: of whole modules one could reach whatever they import.
+DESCRIBED_BY = {
+    *(("torch.distributed.checkpoint.metadata", name) for name in (
+        "Metadata", "TensorStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING", "ChunkStorageMetadata",
+        "MetadataIndex", "StorageMeta",
+    )),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"), ("torch.serialization", "_get_layout"),
+    *(("torch", name) for name in ("Size", "float32", "float64", "float16", "bfloat16", "int64", "uint8")),
+    ("pathlib", "PosixPath"), ("pathlib._local", "PosixPath"),
+}  # fmt: skip
+
+
+def write(state: dict[str, Any], folder: Path, *also: Path, group: td.ProcessGroup | None) -> None:
+    """Writes a state, in all processes together.
+
+    Args:
+        state: as `runstate.collect` has it, on the host, with the run's position.
+        also: further names of it, in the same place.
+        group: of all processes; nobody else uses it meanwhile.
+
+    Raises:
+        OSError: the disk is full, or the place can't be written to. If one process fails, all processes raise the same
+            error. The previous state is as it was, and nothing is left of the new one.
+    """
+    temporary = _temporary(folder)
+    tensors = {f"model.{name}": tensor for name, tensor in state["model"].items()}
+    for number, moments in state["optimizer"]["state"].items():
+        tensors |= {f"optimizer.{number}.{name}": tensor for name, tensor in moments.items()}
+
+    def remove_rubbish() -> None:
+        if dist.is_main():
+            for path in map(_temporary, (folder, *also)):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def write_tensors() -> dict[str, str]:
+        dcp.save(tensors, storage_writer=_Writer(temporary), process_group=group)
+        return _digests(sorted(temporary.glob(f"__{dist.rank()}_*")))
+
+    def complete(files: dict[str, str]) -> None:
+        if not dist.is_main():
+            return
+        optimizer = {"param_groups": state["optimizer"]["param_groups"]}
+        files |= _digests([temporary / ".metadata"])
+        rest = {**state, "optimizer": optimizer, "tensors": list(tensors), "files": files}
+        checkpoint.write({name: value for name, value in rest.items() if name != "model"}, temporary / STATE)
+        for other in also:
+            shutil.copytree(temporary, _temporary(other), copy_function=checkpoint.link)
+            _put_in_place(_temporary(other), other)
+        _put_in_place(temporary, folder)
+
+    try:
+        _in_all(remove_rubbish, group)
+        files = {name: digest for part in _in_all(write_tensors, group) for name, digest in part.items()}
+        _in_all(partial(complete, files), group)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            _in_all(remove_rubbish, group)
+        raise OSError(f"can't write {folder} ({error}): free space there, or give another --output_dir") from error
+
+
+def _temporary(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.tmp")
+
+
+def _in_all(step: Callable[[], T], group: td.ProcessGroup | None) -> list[T]:
+    """Runs a step in all processes; returns what it returns in each.
+
+    Raises:
+        OSError: in all processes, if the step fails in one, with the reason of the first that failed.
+    """
+    result: T | None = None
+    reason = ""
+    try:
+        result = step()
+    except (OSError, RuntimeError, dcp.CheckpointException) as error:
+        reason = _reason(error)
+    try:
+        results = dist.gather((result, reason), group)
+    except RuntimeError as error:  # a process is gone
+        raise OSError(_reason(error)) from error
+    reasons = [reason for _, reason in results if reason]
+    if reasons:
+        raise OSError(reasons[0])
+    return [result for result, _ in results]
+
+
+class _Writer(dcp.FileSystemWriter):
+    """PyTorch's, but that a full disk is told as such: its own error would reach the other processes without it."""
+
+    def write_data(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().write_data(*args, **kwargs)
+        except (OSError, RuntimeError) as error:
+            raise OSError(_reason(error)) from error
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of the error that came first, of a chain of errors or of those of several processes."""
+    if isinstance(error, dcp.CheckpointException):
+        return _reason(next(iter(error.failures.values()))[0])
+    earlier = error.__cause__ or error.__context__
+    return _reason(earlier) if earlier else (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _put_in_place(temporary: Path, folder: Path) -> None:
+    """Gives a complete folder its name. A crash on the way leaves the one before as `.NAME.old`, which is found too."""
+    old = folder.with_name(f".{folder.name}.old")
+    if folder.exists():  # else the one before is `old` itself, and stays until the new one stands
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    temporary.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _digests(files: list[Path]) -> dict[str, str]:
+    found = {}
+    for file in files:
+        with file.open("rb") as stream:
+            found[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return found
+
+
+def _enum_member(kind: Any, name: str) -> Enum:
+    """A member of an enumeration, which Python 3.11.0 to 3.11.3 pickles as a call of getattr."""
+    if isinstance(kind, EnumType) and name in kind.__members__:
+        return kind.__members__[name]
+    raise CheckpointError(f"its description takes {name!r} from {kind!r}, which could run code")
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in DESCRIBED_BY:
+            return super().find_class(module, name)
+        if (module, name) == ("builtins", "getattr"):
+            return _enum_member
+        raise CheckpointError(f"its description holds {module}.{name}, which could run code")
+
+
+class _Reader(dcp.FileSystemReader):
+    """PyTorch's, but that nothing in the description of the tensors is executed."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        metadata = _Unpickler(io.BytesIO(read_file(Path(self.path) / ".metadata"))).load()
+        if not isinstance(metadata, Metadata):
+            raise CheckpointError(f"its description is a {type(metadata).__name__}")
+        for name, described in metadata.state_dict_metadata.items():
+            if not isinstance(described, TensorStorageMetadata):  # bytes, which PyTorch would unpickle
+                raise CheckpointError(f"it holds {name}, which is no tensor")
+        for info in (metadata.storage_data or {}).values():
+            name = info.relative_path
+            if Path(name).name != name or not (Path(self.path) / name).is_file():
+                raise CheckpointError(f"its description names a file {name}, which is not in the folder")
+        return metadata
+
+    def read_sizes(self) -> dict[str, torch.Size]:
+        """Of all tensors, by name."""
+        described = self.read_metadata().state_dict_metadata
+        return {name: tensor.size for name, tensor in described.items() if isinstance(tensor, TensorStorageMetadata)}
+
+
+def read(path: Path | str) -> dict[str, Any]:
+    """Reads a checkpoint, a file or a folder, in all processes together. They share the work of checking a folder.
+
+    Returns:
+        As `checkpoint.read`: a folder's tensors stay on the disk, for `fill`.
+
+    Raises:
+        CheckpointError: as `checkpoint.read`, or a file of the folder is damaged. If one process finds damage, all
+            processes raise the same error.
+    """
+    state, error = dict[str, Any](), ""
+    try:
+        state = checkpoint.read(path)
+        if "folder" in state:
+            _check(state, dist.rank(), dist.world_size())
+    except CheckpointError as found:
+        error = str(found)
+    errors = [error for error in dist.gather(error) if error]
+    if errors:
+        raise CheckpointError(errors[0])
+    return state
+
+
+def _check(state: dict[str, Any], part: int = 0, parts: int = 1) -> None:
+    """Compares a part of a folder's files with their digests, and reads the description of its tensors.
+
+    Raises:
+        CheckpointError: a file is damaged or missing, or the folder holds anything but tensors.
+    """
+    folder, files = Path(state["folder"]), state.get("files")
+    groups = state["optimizer"].get("param_groups") if isinstance(state.get("optimizer"), dict) else None
+    are_groups = isinstance(groups, list) and all(
+        isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups
+    )
+    if not (isinstance(files, dict) and isinstance(state.get("tensors"), list) and are_groups):
+        raise CheckpointError(f"{folder} is damaged: {STATE} in it does not describe a sharded checkpoint")
+    if any(Path(str(name)).name != name or (folder / name).is_fifo() for name in files):
+        raise CheckpointError(f"{folder} is damaged: {STATE} in it names files elsewhere")
+    for name in sorted(files)[part::parts]:
+        try:
+            is_whole = _digests([folder / name])[name] == files[name]
+        except (OSError, KeyError) as error:
+            raise CheckpointError(f"{folder} is damaged: {name} can't be read ({error})") from error
+        if not is_whole:
+            raise CheckpointError(f"{folder} is damaged: {name} does not match its digest")
+    _sizes(state)
+
+
+def _sizes(state: dict[str, Any]) -> dict[str, torch.Size]:
+    """Of all tensors of a folder, by name.
+
+    Raises:
+        CheckpointError: the description of the tensors is damaged, or holds anything but tensors.
+    """
+    try:
+        sizes = _Reader(state["folder"]).read_sizes()
+        held = sum(file.stat().st_size for file in Path(state["folder"]).iterdir() if file.is_file())
+        if sum(math.prod(size) for size in sizes.values()) > held:
+            raise CheckpointError("its tensors are larger than its files")
+        return {name: sizes[name] for name in state["tensors"]}
+    except Exception as error:  # whatever pickle raises on damaged bytes
+        raise CheckpointError(f"{state['folder']} is refused: {error}. Nothing in it was executed.") from error
+
+
+def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """An optimizer's state, named by parameter in place of numbers.
+
+    The names are those of PyTorch's `get_optimizer_state_dict`, which would change an optimizer before its first step.
+    """
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+    state = optimizer.state_dict()
+    groups = [{**group, "params": [order[number] for number in group["params"]]} for group in state["param_groups"]]
+    return {"state": {order[number]: moments for number, moments in state["state"].items()}, "param_groups": groups}
+
+
+def fill(state: dict[str, Any], model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """Reads the tensors of a state that `read` has of a folder, each process its part of them.
+
+    Returns:
+        The state with `model` and `optimizer`, cut as the model's weights are. The optimizer's parameters have the
+        numbers of this run's, whatever their order was, except in a folder of earlier versions, which had numbers.
+
+    Raises:
+        CheckpointError: the tensors can't be read.
+    """
+    groups = optimizer_state(model, optimizer)["param_groups"]
+    if any(isinstance(key, str) for key in _keys(state)):
+        state = {**state, "optimizer": {"param_groups": groups}}
+    ours: dict[str, Tensor] = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    ours |= {f"optimizer.{key}": parameter for key, parameter in zip(_keys(state), parameters, strict=False)}
+
+    def room(name: str, size: torch.Size) -> Tensor:
+        like = ours.get(name, ours.get(name.rpartition(".")[0]))
+        return torch.zeros(size) if like is None or like.shape != size else torch.zeros_like(like)
+
+    return _load(state, {name: room(name, size) for name, size in _sizes(state).items()}, together=True)
+
+
+def _keys(state: dict[str, Any]) -> list[str | int]:
+    """What an optimizer's parameters are called in a folder, in the order of a plain checkpoint's numbers."""
+    return [key for group in state["optimizer"]["param_groups"] for key in group["params"]]
+
+
+def _load(state: dict[str, Any], tensors: dict[str, Tensor], together: bool) -> dict[str, Any]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is as good
+        try:
+            dcp.load(tensors, storage_reader=_Reader(state["folder"]), no_dist=not together)
+        except dcp.CheckpointException as error:  # PyTorch raises it in all processes
+            raise CheckpointError(f"{state['folder']} can't be read: {_reason(error)}") from error
+    number = {str(key): number for number, key in enumerate(_keys(state))}
+    model, moments = {}, dict[int, dict[str, Tensor]]()
+    for name, tensor in tensors.items():
+        kind, _, rest = name.partition(".")
+        key, _, moment = rest.rpartition(".")
+        if kind == "model":
+            model[rest] = tensor
+        elif key in number:  # the others are of another architecture, which `runstate.restore_model` refuses
+            moments.setdefault(number[key], {})[moment] = tensor
+    groups = [
+        {**group, "params": [number[str(key)] for key in group["params"]]}
+        for group in state["optimizer"]["param_groups"]
+    ]
+    whole = {"model": model, **state, "optimizer": {"state": dict(sorted(moments.items())), "param_groups": groups}}
+    return {name: value for name, value in whole.items() if name not in ("folder", "files", "tensors")}
+
+
+def gather(folder: Path) -> dict[str, Any]:
+    """A folder's whole state, as a plain checkpoint holds it, read by this process alone.
+
+    Raises:
+        CheckpointError: it is none, or damaged.
+    """
+    state = checkpoint.read(folder)
+    if "folder" not in state:
+        raise CheckpointError(f"{folder} is a plain checkpoint already")
+    _check(state)
+    return _load(state, {name: torch.zeros(size) for name, size in _sizes(state).items()}, together=False)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Makes one file of a folder."""
+    checkpoint.write(gather(args.folder), args.file)
+    print(f"{args.file}: continue it with --resume, or start from its weights with --init_from or --finetune")
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The arguments of the command."""
+    parser = entry_point.parser("Makes a plain checkpoint of a sharded one.")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="such as runs/giant/checkpoint-799")
+    parser.add_argument("file", type=flags.new_file(), metavar="FILE", help="such as giant.pth")
+    return parser

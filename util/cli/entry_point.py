@@ -1,0 +1,255 @@
+"""The command line: `--config` recipes, and errors as sentences. The flags stand in `util/cli/options.py`."""
+
+import argparse
+import copy
+import logging
+import re
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import yaml
+
+from util import dist
+from util.cli.advice import did_you_mean
+from util.files.untrusted import printable, recipe_problem, value_problem
+from util.interrupts import Interrupted
+
+logger = logging.getLogger(__name__)
+
+FILES = {"FILE", "PATH", "DIR", "FOLDER", "YAML", "IMAGE"}  # metavars of flags that take a path
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=28, width=118)
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if isinstance(action.default, bool) or action.required else super()._get_help_string(action)
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are the message in one line, and a line of usage."""
+
+    recipe = ""  # where the flags that are being parsed stand, if that is not the command line
+
+    def error(self, message: str) -> NoReturn:
+        """Prints the message and what every call needs; exit code 2."""
+        needed = [action for action in self._actions if action.required]
+        formatter = self._get_formatter()
+        formatter.add_usage(None, needed, [])
+        usage = " ".join(formatter.format_help().split())
+        self.exit(
+            2, f"{self.prog}: error: {printable(self.recipe + message)}\n{usage} [FLAGS]; --help explains the flags\n"
+        )
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse does. Unknown flags are found first, and the error names the nearest known one."""
+        args = sys.argv[1:] if args is None else list(args)
+        flags = [text.partition("=")[0] for text in args if text.startswith("--") and text != "--"]
+        unknown = [flag for flag in flags if flag not in self._option_string_actions]
+        if unknown:
+            near = did_you_mean(unknown[0], self._option_string_actions)
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{near}")
+        return super().parse_args(args, namespace)
+
+
+class _RecipeLoader(yaml.SafeLoader):
+    """Plain values only; a date is the text that stands there."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """A parser for a main, without --help, so that it can be another's parent; `run` adds that."""
+    return _Parser(description=description, formatter_class=_Help, add_help=False, allow_abbrev=False)
+
+
+class _Args(argparse.Namespace):
+    """Settings, and beside them, so that `vars` is free of it, the names of those that were given."""
+
+    __slots__ = ("given", "typed")
+    given: frozenset[str]  # on the command line or in a recipe
+    typed: frozenset[str]  # on the command line
+
+
+def given(args: argparse.Namespace, in_recipe: bool = True) -> frozenset[str]:
+    """The names of the settings that were given, on the command line or in the recipe of `--config`.
+
+    A plain Namespace, which a program made without `parse`, has only given settings: the program chose all of them.
+
+    Args:
+        in_recipe: whether those of a recipe count.
+    """
+    if not isinstance(args, _Args):
+        return frozenset(vars(args))
+    return args.given if in_recipe else args.typed
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Flags over `--config` over defaults. A recipe's entries are read just as flags are, with the same checks.
+
+    `given` knows which of the settings are no defaults.
+    """
+    assert isinstance(parser, _Parser), "made by `cli.parser`"
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser.add_argument("-h", "--help", action="help", default=argparse.SUPPRESS, help="show this text and exit")
+    first = _Parser(prog=parser.prog, add_help=False, allow_abbrev=False)
+    first.add_argument("--config", metavar="YAML")
+    known = first.parse_known_args(argv)[0]
+    _refuse_urls(first, known)
+    recipe = _recipe_flags(parser, Path(known.config)) if known.config else []
+    args = parser.parse_args(recipe + argv, _Args())
+    _refuse_urls(parser, args)
+    args.given, args.typed = _settings_in(parser, recipe + argv), _settings_in(parser, argv)
+    if "log_dir" in args and "log_dir" not in args.given:
+        args.log_dir = args.output_dir  # the published default is one fixed folder, in which all runs would meet
+    if "dist_on_itp" in args and (args.dist_on_itp or args.world_size != 1):
+        logger.warning("--world_size and --dist_on_itp have no effect: the launcher decides (torchrun)")
+    return args
+
+
+def _settings_in(parser: _Parser, argv: list[str]) -> frozenset[str]:
+    """The names that a command line sets: what parsing it without defaults finds."""
+    return frozenset(vars(_without_defaults(parser).parse_args(argv)))
+
+
+def _without_defaults(parser: _Parser) -> _Parser:
+    """A copy without defaults, and with nothing required."""
+    bare = copy.deepcopy(parser)
+    bare._defaults.clear()
+    for action in bare._actions:
+        action.default, action.required = argparse.SUPPRESS, False
+    return bare
+
+
+def _refuse_urls(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    for action in parser._actions:
+        if isinstance(action.metavar, str) and set(action.metavar.split("|")) & FILES:
+            given = getattr(args, action.dest, None)
+            for value in given if isinstance(given, list) else [given]:
+                if re.match(r"\w{2,}:/", str(value)):  # a Path has one slash left
+                    flag = "/".join(action.option_strings) or action.metavar
+                    parser.error(f"{flag} {value} is a URL: download the file, and give its path")
+
+
+def _recipe_flags(parser: _Parser, path: Path) -> list[str]:
+    """A recipe's entries as flags. Each is parsed alone first, so that an error names the recipe."""
+    if not path.is_file():
+        parser.error(f"--config: there is no file {path}")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        if problem := recipe_problem(text):
+            parser.error(f"--config {path} {problem}")
+        recipe = _RecipeLoader(text).get_single_data()
+    except OSError as error:
+        parser.error(f"--config {path} can't be read: {error.strerror}")
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # values: an encoding other than UTF-8, an odd number
+        parser.error(f"--config {path} is not YAML: {' '.join(str(error).split())}")
+    if not isinstance(recipe, dict):
+        parser.error(f"--config {path} must be a list of `flag: value` lines")
+    by_flag = parser._option_string_actions
+    known = sorted(action.dest for flag, action in by_flag.items() if flag == f"--{action.dest}")
+    flags: list[str] = []
+    parser = _without_defaults(parser)
+    parser.recipe = f"--config {path}: "
+    for key, value in recipe.items():
+        if key not in known or key == "config":
+            parser.error(f"there is no flag {str(key)!r}{did_you_mean(str(key), known)}")
+        entry = _entry_flags(parser, key, value)
+        unknown = parser.parse_known_args(entry)[1]
+        if unknown:
+            parser.error(f"{key} takes no value {' '.join(unknown)}")
+        flags += entry
+    return flags
+
+
+def _entry_flags(parser: argparse.ArgumentParser, key: str, value: Any) -> list[str]:
+    """An entry of a recipe as flags; None stands for the default."""
+    if isinstance(value, bool):
+        switches = {a.const: f for f, a in parser._option_string_actions.items() if a.dest == key and a.nargs == 0}
+        if value and not switches:
+            parser.error(f"{key} takes a value, not {value}")
+        return [switches[value]] if value in switches else []
+    values = value if isinstance(value, list) else [value]
+    for one in values:
+        if isinstance(one, str) and (problem := value_problem(key, one)):
+            parser.error(problem)
+    if any(not isinstance(one, str | int | float | None) or str(one).startswith("--") for one in values):
+        parser.error(f"{key} takes a plain value, or a list of plain values, not {value}")
+    if isinstance(value, list):
+        return [f"--{key}", *map(str, value)]
+    return [] if value is None else [f"--{key}={value}"]
+
+
+def run(main: Callable[[argparse.Namespace], Any], parser: argparse.ArgumentParser) -> None:
+    """Parses the command line and runs `main`. What goes wrong ends in a sentence and an exit code above 0."""
+    args = parse(parser)
+    try:
+        main(args)
+        dist.teardown()  # not after an error: processes that still run would wait for this one, or it for them
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        _fail(parser, args, error, _out_of_memory(args), 1)
+    except RuntimeError as error:
+        # PyTorch has no classes for these: its CPU's allocator, and the signal that a loader's process was killed,
+        # which comes wherever the main thread is.
+        if "allocate memory" in str(error):
+            _fail(parser, args, error, _out_of_memory(args), 1)
+        elif "DataLoader worker" in str(error):
+            said = str(error).partition(". ")[0].strip()
+            remedy = "--resume auto goes on" if "resume" in args else "try again"
+            _fail(parser, args, error, f"{said}, for want of memory as a rule: lower --num_workers; {remedy}", 1)
+        elif lost := dist.lost_process(error):
+            remedy = (
+                "; the same command with --resume auto goes on from the newest checkpoint" if "resume" in args else ""
+            )
+            _fail(parser, args, error, lost + remedy, 1)
+        raise
+    except (ValueError, OSError, ArithmeticError) as error:
+        _fail(parser, args, error, _sentence(error) + _remedies(parser, error), 1)
+    except Interrupted as error:  # 143 after SIGTERM, 130 after SIGINT
+        said = f"{error}, the state is saved; the same command with --resume auto goes on"
+        _fail(parser, args, error, said, 128 + error.signum)
+    except KeyboardInterrupt as error:
+        remedy = "; the same command with --resume auto goes on from the last state" if "resume" in args else ""
+        _fail(parser, args, error, f"interrupted{remedy}", 130)
+
+
+def _fail(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, error: BaseException, said: str, code: int
+) -> None:
+    if "debug" in args and args.debug:
+        traceback.print_exception(error)
+    for action in parser._actions:
+        if not action.option_strings and action.metavar:  # others have a flag of this name
+            said = said.replace(f"--{action.dest}", str(action.metavar))
+    print(f"{parser.prog}: error: {printable(said)}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _remedies(parser: argparse.ArgumentParser, error: Exception) -> str:
+    """What `advised` has noted, as far as this script has the flags."""
+    notes = [note for note in getattr(error, "__notes__", ())
+             if set(re.findall(r"--\w+", note)) <= parser._option_string_actions.keys()]  # fmt: skip
+    return f": {'; or '.join(notes)}" if notes else ""
+
+
+def _out_of_memory(args: argparse.Namespace) -> str:
+    if "batch_size" not in args:
+        return "out of memory: give fewer or smaller images, or a smaller model"
+    remedy = " and double --accum_iter" if "accum_iter" in args else ""
+    return f"out of memory: halve --batch_size {args.batch_size}{remedy}"
+
+
+def _sentence(error: Exception) -> str:
+    """An error's message. Those from a loader's worker bring its traceback along, message last."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"  # without the number of the error
+    text = str(error).strip()
+    return text.splitlines()[-1].partition(": ")[2] if "Original Traceback" in text else text

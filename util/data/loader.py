@@ -1,0 +1,351 @@
+"""How samples reach the loop: in which order and batches, and the count of those that could not be read.
+
+An epoch is floor(images / effective batch size) whole updates. Which samples make an update depends on (seed, epoch)
+and the effective batch size: never on the number of workers or processes, or on the accumulation. What is drawn for a
+batch as a whole depends on (seed, epoch, iteration, rank). Streamed shards are the exception: their samples look the
+same in any batch, but meet in other ones.
+"""
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from functools import cache, partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler, default_collate
+
+from util import dist, interrupts
+from util.cli.choices import DEFAULT_WORKERS
+from util.data.decode import BadImage
+from util.data.library_sets import Shards
+from util.data.samples import Bad, Sample, Samples, StreamedSamples, seed_python
+from util.data.transforms import to_unit_range
+
+logger = logging.getLogger(__name__)
+
+MAX_BAD_SHARE = 0.1  # of an epoch's images; more of them mean that something else is wrong
+MAX_LEFT_OUT = 0.1  # share of an epoch's images that may be left out without a warning
+
+
+def updates_per_epoch(num_images: int, batch_size: int, accum_iter: int) -> int:
+    """floor(images / effective batch size), the same for every split of the effective batch size.
+
+    Args:
+        num_images: of an epoch, each as often as it is repeated.
+        batch_size: per process.
+
+    Raises:
+        ValueError: the images do not fill one effective batch.
+    """
+    processes = dist.world_size()
+    effective_batch_size = batch_size * accum_iter * processes
+    updates, left_out = divmod(num_images, effective_batch_size)
+    if not updates:
+        fitting = num_images // (batch_size * processes)
+        remedy = f"--accum_iter {fitting}" if fitting else f"--batch_size {num_images // processes} --accum_iter 1"
+        if num_images < processes:
+            remedy = f"at most {num_images} processes"
+        raise ValueError(
+            f"an epoch has {num_images:,} images, fewer than one effective batch of {effective_batch_size:,} "
+            f"(--batch_size {batch_size} x --accum_iter {accum_iter} x {processes} processes): give {remedy}"
+        )
+    if left_out > MAX_LEFT_OUT * num_images and dist.is_main():
+        logger.warning(
+            f"each epoch leaves out {left_out:,} of {num_images:,} images, which do not fill an effective batch of "
+            f"{effective_batch_size:,}; every epoch leaves out other images"
+        )
+    return updates
+
+
+class EpochBatches(Sampler[list[tuple[int, int]]]):
+    """This process's batches of (epoch, index); `seek` chooses the epoch and the first batch.
+
+    With `repeats` every image stands so many times in a row, and an epoch is as many times as long: decoding is paid
+    once for all of them (repeated sampling, Hoffer et al. 2020).
+
+    Every epoch is a permutation of the data set drawn from (seed, epoch). Consecutive images of it make the batches of
+    all processes, and `accum_iter` consecutive batches make an update, so that every split of the effective batch size
+    into batches, accumulation and processes uses the same images in the same update. Images that do not fill the last
+    update are left out; every epoch leaves out others.
+
+    Raises:
+        ValueError: the images do not fill one effective batch, or a batch does not take all repetitions of an image.
+    """
+
+    def __init__(self, num_images: int, batch_size: int, seed: int, repeats: int = 1, accum_iter: int = 1) -> None:
+        if batch_size % repeats:
+            raise ValueError(f"--batch_size {batch_size} must be a multiple of --repeated_sampling {repeats}")
+        self.num_images = num_images
+        self.batch_size = batch_size
+        self.repeats = repeats
+        self.seed = seed
+        self.epoch = 0
+        self.first_step = 0
+        self.num_batches = accum_iter * updates_per_epoch(self.num_samples, batch_size, accum_iter)
+
+    @property
+    def num_samples(self) -> int:
+        """Of an epoch: images, each as often as it is repeated."""
+        return self.num_images * self.repeats
+
+    @property
+    def images_per_step(self) -> int:
+        """Images in the batches of all processes together."""
+        return self.batch_size * dist.world_size()
+
+    def seek(self, epoch: int, first_step: int = 0) -> None:
+        """Chooses what the next iteration yields."""
+        self.epoch, self.first_step = epoch, first_step
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch = self.epoch
+        order = np.random.default_rng([self.seed, epoch]).permutation(self.num_images)
+        for step in range(self.first_step, len(self)):
+            count = self.images_per_step // self.repeats
+            mine = order[step * count + dist.rank() : (step + 1) * count : dist.world_size()]
+            yield [(epoch, int(index)) for index in mine for _ in range(self.repeats)]
+
+
+class Batches(DataLoader):
+    """A data loader whose worker processes ignore the signals that stop a run, and whose errors come in time.
+
+    PyTorch raises the death of a worker process from a signal handler, at any instant: also between an update of the
+    weights and its bookkeeping. Here that handler is installed only while a batch is awaited.
+
+    Raises (while iterating):
+        RuntimeError: a worker process was killed.
+    """
+
+    _raise_if_dead: Any = staticmethod(lambda *_: None)  # PyTorch's handler of SIGCHLD, installed once in a process
+
+    def __init__(self, dataset: Any, num_workers: int, **options: Any) -> None:
+        prepare = partial(interrupts.ignore_from_others, os.getpid())
+        super().__init__(dataset, num_workers=num_workers, worker_init_fn=prepare, **options)
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        with interrupts.blocked():
+            iterator = super().__iter__()
+        if not self.num_workers or threading.current_thread() is not threading.main_thread():
+            yield from iterator
+            return
+        handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        if callable(handler):
+            Batches._raise_if_dead = staticmethod(handler)
+        while True:
+            signal.signal(signal.SIGCHLD, self._raise_if_dead)
+            try:
+                self._raise_if_dead(signal.SIGCHLD, None)
+                batch = next(iterator)
+            except StopIteration:
+                return
+            except (EOFError, ConnectionError) as error:
+                if "Original Traceback" in str(error):  # raised in a worker process, by what it read
+                    raise
+                raise RuntimeError("DataLoader worker was killed while it handed over a batch") from error
+            finally:
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            yield batch
+
+
+class TrainLoader:
+    """Batches for `loop.run_epoch`: images (B, c, H, W), uint8 or float, labels (B,), noise (B, N).
+
+    Each image that can't be read is named once, and counted at the end of the epoch.
+
+    Raises (also while iterating):
+        BadImage: more than MAX_BAD_SHARE of an epoch's images can't be read.
+        ValueError: the images do not fill one effective batch.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        batch_size: int,
+        seed: int,
+        num_workers: int,
+        pin_memory: bool,
+        repeats: int = 1,
+        accum_iter: int = 1,
+    ) -> None:
+        self.order = EpochBatches(len(samples), batch_size, seed, repeats, accum_iter)
+        self.named: set[str] = set()
+        self.num_bad = 0  # in the last epoch
+        workers = up_to_cores(num_workers)
+        options: dict[str, Any] = {"pin_memory": pin_memory, "persistent_workers": workers > 0, "collate_fn": _collate}
+        self.stream = StreamedSamples(samples, samples.source, repeats) if isinstance(samples.source, Shards) else None
+        if self.stream:
+            self.batches = Batches(self.stream, workers, batch_size=batch_size, **options)
+        else:
+            self.batches = Batches(samples, workers, batch_sampler=self.order, **options)
+
+    @property
+    def images_per_step(self) -> int:
+        """Images in the batches of all processes together."""
+        return self.order.images_per_step
+
+    @property
+    def num_images(self) -> int:
+        """Images of an epoch, each as often as it is repeated."""
+        return self.order.num_samples
+
+    def seek(self, epoch: int, first_step: int = 0) -> None:
+        """Chooses the epoch that the next iteration yields, and the batch to begin with."""
+        self.order.seek(epoch, first_step)
+        if self.stream:
+            self.stream.seek(epoch, first_step, len(self), self.order.batch_size)
+
+    def seed_step(self, step: int) -> None:
+        """Seeds what is drawn for a batch as a whole, such as dropped paths and mixtures: a run that goes on in the
+        middle of an epoch draws it as if it had not been stopped."""
+        torch.manual_seed(seed_python(self.order.seed, self.order.epoch, step, dist.rank()))
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        found: dict[str, str] = {}
+        for batch, bad in self.batches:
+            for name, reason in bad:
+                found[name] = reason
+                if name not in self.named:
+                    self.named.add(name)
+                    logger.warning(f"{name}: {reason}; another image takes its place", extra={"every_rank": True})
+            self._limit(found)
+            yield batch
+        # All processes meet: what one has named, no other will name again, and all come to the same judgement.
+        found = {name: reason for part in dist.gather(found) for name, reason in part.items()}
+        self.named |= found.keys()
+        self.num_bad = len(found)
+        self._limit(found)
+        if found:
+            seen = (len(self) - self.order.first_step) * self.images_per_step // self.order.repeats
+            logger.warning(
+                f"{self.num_bad:,} of this epoch's images ({seen:,} since it began or went on) can't be read"
+            )
+
+    def counts(self) -> dict[str, int]:
+        """The entry of the last epoch in log.txt."""
+        return {"bad_images": self.num_bad} if self.num_bad else {}
+
+    def _limit(self, found: dict[str, str]) -> None:
+        num_images = len(self) * self.images_per_step // self.order.repeats
+        if len(found) > MAX_BAD_SHARE * num_images:
+            name, reason = next(iter(found.items()))
+            raise BadImage(
+                f"{len(found):,} of the {num_images:,} images of an epoch can't be read, more than "
+                f"{MAX_BAD_SHARE:.0%}; one of them: {name}: {reason}"
+            )
+
+
+class FeatureBatches:
+    """Batches of features that this process has at hand, for `loop.run_epoch`, as `TrainLoader` gives images.
+
+    Args:
+        features: (n, D); n differs by at most one between processes.
+        labels: (n,).
+
+    Raises:
+        ValueError: the features do not fill one effective batch.
+    """
+
+    def __init__(self, features: Tensor, labels: Tensor, batch_size: int, seed: int, accum_iter: int = 1) -> None:
+        self.features = features
+        self.labels = labels
+        self.batch_size = batch_size
+        self.seed = seed
+        self.num_images = sum(dist.gather(len(labels)))
+        self.steps = accum_iter * updates_per_epoch(self.num_images, batch_size, accum_iter)
+        self.images_per_step = batch_size * dist.world_size()
+        self.epoch = self.first_step = 0
+
+    def seek(self, epoch: int, first_step: int = 0) -> None:
+        """Chooses what the next iteration yields."""
+        self.epoch, self.first_step = epoch, first_step
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        order = torch.from_numpy(
+            np.random.default_rng([self.seed, self.epoch, dist.rank()]).permutation(len(self.labels))
+        )
+        for step in range(self.first_step, self.steps):
+            mine = order[step * self.batch_size : (step + 1) * self.batch_size]
+            yield [self.features[mine], self.labels[mine], mine]
+
+    def seed_step(self, step: int) -> None:
+        """Nothing is drawn."""
+
+    def counts(self) -> dict[str, int]:
+        """Nothing was read."""
+        return {}
+
+
+def eval_loader(samples: Samples, batch_size: int, num_workers: int, pin_memory: bool) -> DataLoader:
+    """This process's share of a data set, for evaluation; each sample comes once, in one of the processes."""
+    mine = [(0, index) for index in range(dist.rank(), len(samples), dist.world_size())]
+    batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
+    return Batches(
+        samples, up_to_cores(num_workers), batch_sampler=batches, collate_fn=_collate_good, pin_memory=pin_memory
+    )
+
+
+def examples(samples: Samples, count: int) -> list[Tensor]:
+    """A batch of up to `count` samples, evenly spread over the data set: the same ones in every epoch and run."""
+    if isinstance(samples.source, Shards):
+        stream = StreamedSamples(samples, samples.source)
+        stream.seek(0, 0, 1, min(count, len(samples)))
+        chosen = list(stream)
+    else:
+        indices = np.unique(np.linspace(0, len(samples) - 1, count, dtype=int))
+        chosen = [samples[0, int(index)] for index in indices]
+    return _collate_good(chosen)
+
+
+def _collate_good(samples: list[Sample]) -> list[Tensor]:
+    return _collate(samples)[0]
+
+
+def _collate(samples: list[Sample]) -> tuple[list[Tensor], list[Bad]]:
+    """Images (B, c, H, W), labels (B,), noise (B, N); and what was bad."""
+    images = [sample.image for sample in samples]
+    if len({image.dtype for image in images}) > 1:  # files of 8 and of 16 bits
+        images = [to_unit_range(image) for image in images]
+    labels = torch.tensor([sample.label for sample in samples])
+    noise = torch.stack([sample.noise for sample in samples])
+    return [_stack(images), labels, noise], [bad for sample in samples for bad in sample.bad]
+
+
+def _stack(images: list[Tensor]) -> Tensor:
+    """(B, c, H, W). Decoders and crops leave a pixel's channels side by side in memory, and so they stay: to put them
+    apart takes longer than all else here. In a worker the batch is made where the training process will find it."""
+    if all(image.stride(0) == 1 for image in images):
+        return default_collate([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
+    return default_collate(images)
+
+
+def up_to_cores(num_workers: int) -> int:
+    """The number of worker processes, up to this process's share of the cores: more would only take turns."""
+    cores = max(1, _cores() // dist.processes_here())
+    if num_workers > cores and num_workers != DEFAULT_WORKERS:  # the default needs no notice
+        _notice_cores(num_workers, cores)
+    return min(num_workers, cores)
+
+
+@cache  # once, however many loaders there are
+def _notice_cores(num_workers: int, cores: int) -> None:
+    logger.info(f"--num_workers {num_workers}: this process has {cores} processor cores, and uses {cores} workers")
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,0 +1,200 @@
+"""What loading processes make of a source: decoded, augmented samples, and what happens to those that can't be read.
+
+What a sample looks like (its crop, its flip, its mask) depends on (seed, epoch, index) alone, and where an image gives
+several samples on the number of each: never on the number of workers or processes.
+"""
+
+import contextlib
+import itertools
+import random
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
+
+from util import dist
+from util.data import jpeg
+from util.data.decode import BadImage, Picture, decode
+from util.data.library_sets import Shards
+from util.data.sources import Source
+from util.data.transforms import Transform
+
+MAX_BAD_IN_A_ROW = 20
+
+Bad = tuple[str, str]  # a sample's name, and why it can't be read
+
+
+class Sample(NamedTuple):
+    """What a loading process makes of one place of an epoch, before batches are formed."""
+
+    image: Tensor  # uint8 or float (c, H, W)
+    label: int
+    noise: Tensor  # (N,), or none (0,)
+    bad: list[Bad]  # found on the way; this sample stands in for the first of them
+
+
+class Samples(Dataset):
+    """Decoded, augmented samples of a source, asked for by (epoch, index).
+
+    Args:
+        draw_noise: returns the noise of a sample, from PyTorch's default generator: in pre-training that of
+            `masking.sampler`, which chooses the masked patches.
+        on_bad_image: "error", or "skip": another sample, drawn by (seed, epoch, index), takes the place; None where
+            there is no choice.
+        fast_jpeg: as for `decode`.
+
+    Raises:
+        ValueError: `fast_jpeg` needs a package that is not installed.
+    """
+
+    def __init__(
+        self,
+        source: Source | Shards,
+        transform: Transform,
+        *,
+        in_chans: int,
+        seed: int,
+        draw_noise: Callable[[], Tensor] | None = None,
+        on_bad_image: str | None = None,
+        fast_jpeg: bool = False,
+    ) -> None:
+        self.source = source
+        self.transform = transform
+        self.seed = seed
+        self.draw_noise = draw_noise or partial(torch.rand, 0)
+        self.on_bad_image = on_bad_image
+        if fast_jpeg:
+            jpeg.decoder()  # to be missed now, and not in a loading process
+        self.decode = partial(decode, in_chans=in_chans, fast_jpeg=fast_jpeg)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, place: tuple[int, int]) -> Sample:
+        return self.__getitems__([place])[0]
+
+    def __getitems__(self, places: list[tuple[int, int]]) -> list[Sample]:
+        """A batch. Where a place follows upon itself, its image is read once, and looks different in each sample."""
+        samples: list[Sample] = []
+        with own_generators_kept():
+            for (epoch, index), same in itertools.groupby(places):
+                picture, label, bad = self._read(epoch, index)
+                samples += self.finish(picture, label, bad, epoch, index, sum(1 for _ in same))
+        return samples
+
+    def finish(
+        self, picture: Picture, label: int, bad: list[Bad], epoch: int, number: int, repeats: int
+    ) -> Iterator[Sample]:
+        """Augments a decoded picture, so many times, with the random numbers of (seed, epoch, number)."""
+        for repeat in range(repeats):
+            # torch.manual_seed would look for every kind of device first: 72 µs in place of 1.
+            torch.default_generator.manual_seed(seed_python(self.seed, epoch, number, *[repeat] * (repeat > 0)))
+            noise = self.draw_noise()  # first, so that the mask stays the same under another augmentation
+            yield Sample(self.transform(picture), label, noise, [] if repeat else bad)
+
+    def refuse(self, name: str, error: Exception, bad: list[Bad]) -> None:
+        """Notes a sample that can't be read, or ends the run: at once, or where all seem to be so."""
+        reason = (isinstance(error, OSError) and error.strerror) or str(error)
+        if self.on_bad_image != "skip":
+            hint = " (--on_bad_image skip leaves such images out of training)" if self.on_bad_image else ""
+            raise BadImage(f"{name}: {reason}{hint}") from error
+        bad.append((name, reason))
+        if len(bad) >= MAX_BAD_IN_A_ROW:
+            raise BadImage(f"{len(bad)} images in a row can't be read; the last is {name}: {reason}") from error
+
+    def _read(self, epoch: int, index: int) -> tuple[Picture, int, list[Bad]]:
+        assert not isinstance(self.source, Shards), "streamed samples come from StreamedSamples"
+        bad: list[Bad] = []
+        for candidate in self._candidates(epoch, index):
+            try:
+                data, label = self.source[candidate]
+                return self.decode(data), label, bad
+            except (BadImage, OSError) as error:
+                self.refuse(self.source.name(candidate), error, bad)
+        raise AssertionError("candidates never end")
+
+    def _candidates(self, epoch: int, index: int) -> Iterator[int]:
+        """The index itself, then what may stand in for it."""
+        yield index
+        generator = np.random.default_rng([self.seed, epoch, index])
+        while True:
+            yield int(generator.integers(len(self.source)))
+
+
+class StreamedSamples(IterableDataset):
+    """Samples of streamed shards. Every loading process gets its own part of them, and makes whole batches of it.
+
+    Args:
+        samples: augments, and decides about bad images; its source are the shards.
+        repeats: samples of each image, one after the other.
+    """
+
+    def __init__(self, samples: Samples, shards: Shards, repeats: int = 1) -> None:
+        self.samples = samples
+        self.shards = shards
+        self.repeats = repeats
+        # Epoch, first batch, end, batch size; in shared memory, because workers outlive an epoch.
+        self.place = torch.zeros(4, dtype=torch.int64).share_memory_()
+
+    def seek(self, epoch: int, first_step: int, num_steps: int, batch_size: int) -> None:
+        """Chooses what the next iteration yields: batches from `first_step` to `num_steps` of an epoch."""
+        self.place.copy_(torch.tensor([epoch, first_step, num_steps, batch_size]))
+
+    def __iter__(self) -> Iterator[Sample]:
+        epoch, first_step, num_steps, batch_size = self.place.tolist()
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        batches = len(range(first_step + worker, num_steps, workers))  # workers take turns
+        yield from itertools.islice(self._stream(epoch, first_step, worker, workers), batches * batch_size)
+
+    def _stream(self, epoch: int, first_step: int, worker: int, workers: int) -> Iterator[Sample]:
+        bad: list[Bad] = []
+
+        def report(name: str, error: Exception) -> bool:
+            self.samples.refuse(name, error, bad)
+            return True
+
+        part, parts = dist.rank() * workers + worker, dist.world_size() * workers
+        for name, data, label in self.shards.stream([self.samples.seed, epoch, first_step], part, parts, report):
+            try:
+                picture = self.samples.decode(data)
+            except BadImage as error:
+                self.samples.refuse(name, error, bad)
+                continue
+            with own_generators_kept():
+                finished = list(self.samples.finish(picture, label, bad, epoch, zlib.crc32(data), self.repeats))
+            yield from finished
+            bad = []
+
+
+@contextlib.contextmanager
+def own_generators_kept() -> Iterator[None]:
+    """In the training process itself (no workers) the generators that an augmentation may use, and which are seeded for
+    each sample, go on afterwards as if nothing had been drawn."""
+    if get_worker_info():
+        yield
+        return
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(before[0])
+        random.setstate(before[1])
+        np.random.set_state(before[2])
+
+
+def seed_python(*of: int) -> int:
+    """Seeds Python's and NumPy's generators by some numbers, and returns a seed for PyTorch's.
+
+    A checksum makes the 32 bits that the generators take: within an epoch no two images share them.
+    """
+    key = zlib.crc32(struct.pack(f"<{len(of)}q", *of))
+    random.seed(key)
+    np.random.seed(key)
+    return key

@@ -1,0 +1,227 @@
+"""From decoded pictures to training batches: statistics, augmentation, and normalisation on the device."""
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from PIL import Image, ImageOps
+from timm.data import auto_augment, create_transform
+from torch import Tensor, nn
+from torchvision import transforms as T
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as TF
+
+from util.data.decode import Picture, size_of
+from util.pos_embed import Size, to_pair
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+Transform = Callable[[Picture], Tensor]
+
+
+def channel_statistics(
+    in_chans: int, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
+) -> tuple[list[float], list[float]]:
+    """Mean and std of each channel, of pixels in 0 to 1: given, or ImageNet's, or for other channels its average.
+
+    Raises:
+        ValueError: `--mean` or `--std` has not one value a channel.
+    """
+
+    def choose(flag: str, given: Sequence[float] | None, imagenet: tuple[float, ...]) -> list[float]:
+        if given is None:
+            return list(imagenet) if in_chans == 3 else [sum(imagenet) / 3] * in_chans
+        if len(given) != in_chans:
+            raise ValueError(f"{flag} has {len(given)} values for {in_chans} channels; give one a channel")
+        return list(given)
+
+    return choose("--mean", mean, IMAGENET_MEAN), choose("--std", std, IMAGENET_STD)
+
+
+def to_unit_range(imgs: Tensor) -> Tensor:
+    """uint8 images to 0 to 1; those of deeper files are float already, and stay in their own range."""
+    return imgs.float() / 255 if imgs.dtype == torch.uint8 else imgs
+
+
+class Normalize(nn.Module):
+    """Images (B, c, H, W), uint8 or float, to normalised fp32 ones, on their device; and pixels back to 0 to 1."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.fits_bytes = all(0 <= value <= 1 for value in mean)
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(-1, 1, 1), persistent=False)
+
+    def forward(self, imgs: Tensor) -> Tensor:
+        if imgs.dtype == torch.uint8 and not self.fits_bytes:
+            given = " ".join(f"{value:g}" for value in self.mean.flatten().tolist())
+            raise ValueError(f"--mean {given}: pixels of 8 bits count as 0 to 1; divide --mean and --std by 255")
+        return (to_unit_range(imgs) - self.mean) / self.std
+
+    def inverse(self, imgs: Tensor) -> Tensor:
+        """Normalised images -> values in 0 to 1, clipped, to look at."""
+        if not self.fits_bytes:  # values in a range of their own: two and a half deviations about the mean
+            return (imgs / 5 + 0.5).clamp(0, 1)
+        return (imgs * self.std + self.mean).clamp(0, 1)
+
+
+def pretrain_transform(input_size: Size, crop_scale: Sequence[float] = (0.2, 1.0), hflip: float = 0.5) -> Transform:
+    """Random resized crop and flip, nothing more (He et al. 2021, A.1: "We do not use color jittering...").
+
+    Args:
+        crop_scale: least and greatest share of the image's area in a crop.
+        hflip: chance of a horizontal flip.
+
+    Raises:
+        ValueError: `crop_scale` is no range within (0, 1].
+    """
+    _check_crop_scale(crop_scale)
+    return T.Compose(
+        [
+            _Crop(to_pair(input_size), tuple(crop_scale), interpolation=InterpolationMode.BICUBIC),
+            T.RandomHorizontalFlip(hflip),
+            to_tensor,
+        ]
+    )
+
+
+def _check_crop_scale(crop_scale: Sequence[float]) -> None:
+    least, greatest = crop_scale
+    if not 0 < least <= greatest <= 1:
+        raise ValueError(f"--crop_scale {least} {greatest}: give the least and the greatest share, above 0 and up to 1")
+
+
+def finetune_transform(
+    input_size: Size,
+    mean: Sequence[float],
+    aa: str | None = None,
+    color_jitter: float | None = None,
+    crop_scale: Sequence[float] = (0.08, 1.0),
+    hflip: float = 0.5,
+) -> Transform:
+    """timm's augmentation for supervised training: crop, flip, and RandAugment or the like.
+
+    Random erasing comes later, after normalisation, on the device.
+
+    Args:
+        mean: of each channel; the colour that fills what RandAugment's shifts and turns leave bare.
+        aa: timm's name of a policy, such as rand-m9-mstd0.5-inc1; None or "none" for no such.
+        color_jitter: strength of random brightness, contrast and saturation; has no effect beside `aa`.
+        crop_scale: least and greatest share of the image's area in a crop.
+        hflip: chance of a horizontal flip.
+
+    Raises:
+        ValueError: timm does not know the policy, or `crop_scale` is no range within (0, 1].
+    """
+    _check_crop_scale(crop_scale)
+    policy = None if aa in (None, "", "none") else aa
+    try:
+        crop, change, _ = create_transform(
+            (len(mean), *to_pair(input_size)),
+            is_training=True,
+            scale=(crop_scale[0], crop_scale[1]),
+            hflip=hflip,
+            color_jitter=color_jitter,  # type: ignore[arg-type]  # None is no jitter
+            auto_augment=policy,
+            interpolation="bicubic",
+            mean=tuple(mean),
+            std=(1.0,) * len(mean),
+            separate=True,
+        )
+    except (AssertionError, KeyError, ValueError) as error:
+        raise ValueError(f"--aa {aa}: timm knows no such policy ({error}); give one of its, or none") from error
+    return T.Compose(
+        [crop, partial(_change_bytes, change=change), to_tensor] if change.transforms else [crop, to_tensor]
+    )
+
+
+def _change_bytes(picture: Picture, change: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    if isinstance(picture, Tensor):
+        raise ValueError(
+            "--aa and --color_jitter change pictures of 8 bits with 1 or 3 channels only; give --aa none and no "
+            "--color_jitter"
+        )
+    return change(picture)
+
+
+def _posterize(picture: Image.Image, bits: int, **_: object) -> Image.Image:
+    """Keeps so many bits of each value; none at all, which strong policies ask for now and then, leaves black."""
+    return ImageOps.posterize(picture, bits) if 1 <= bits <= 8 else picture.point(lambda value: value * (bits > 8))
+
+
+# timm hands 0 bits on to Pillow, which took them once and refuses them now.
+auto_augment.NAME_TO_OP.update({name: _posterize for name in auto_augment.NAME_TO_OP if name.startswith("Posterize")})
+
+
+class _Crop(T.RandomResizedCrop):
+    """torchvision's, but that tensors of bytes, which are `util.data.jpeg`'s, are scaled by `util.data.bicubic`."""
+
+    def forward(self, img: Picture) -> Picture:
+        if not isinstance(img, Tensor) or img.dtype != torch.uint8 or len(img) != 3:
+            return super().forward(img)
+        from util.data.bicubic import resize  # compiled when imported
+
+        top, left, height, width = self.get_params(img, self.scale, self.ratio)
+        cut = img[:, top : top + height, left : left + width].permute(1, 2, 0).numpy()
+        return torch.from_numpy(resize(cut, *self.size)).permute(2, 0, 1)
+
+
+class _CropOnce(T.RandomResizedCrop):
+    """Draws area and ratio once, and clips the sides to the picture, where torchvision's draws up to ten times."""
+
+    @staticmethod
+    def get_params(img: Picture, scale: Sequence[float], ratio: Sequence[float]) -> tuple[int, int, int, int]:
+        height, width = size_of(img)
+        area = height * width * random.uniform(*scale)
+        aspect = math.exp(random.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        crop_height = min(round(math.sqrt(area / aspect)), height)
+        crop_width = min(round(math.sqrt(area * aspect)), width)
+        top, left = random.randint(0, height - crop_height), random.randint(0, width - crop_width)
+        return top, left, crop_height, crop_width
+
+
+def probe_transform(input_size: Size) -> Transform:
+    """The published augmentation of linear probing: one draw of a crop (area .08 to 1), and a flip."""
+    crop = _CropOnce(to_pair(input_size), scale=(0.08, 1.0), interpolation=InterpolationMode.BICUBIC)
+    return T.Compose([crop, T.RandomHorizontalFlip(), to_tensor])
+
+
+def to_tensor(picture: Picture) -> Tensor:
+    """A decoded picture as it is, as a tensor (c, H, W)."""
+    return picture if isinstance(picture, Tensor) else TF.pil_to_tensor(picture)
+
+
+def eval_transform(input_size: Size, crop_pct: float | None = None) -> Transform:
+    """Scales the picture to cover input_size / crop_pct and cuts out the centre.
+
+    Args:
+        crop_pct: by default .875, and 1 for squares above 224 pixels, as published. Small pictures are better seen
+            whole (1).
+    """
+    height, width = to_pair(input_size)
+    if crop_pct is None:
+        crop_pct = 1.0 if height == width > 224 else 0.875
+    scaled = (int(height / crop_pct), int(width / crop_pct))
+    return T.Compose([partial(_cover, size=scaled), T.CenterCrop((height, width)), to_tensor])
+
+
+def _cover(picture: Picture, size: tuple[int, int]) -> Picture:
+    """Scales a picture to cover (height, width)."""
+    height, width = size
+    own_height, own_width = size_of(picture)
+    longest = int(10 * max(height / width, width / height) * min(own_height, own_width))
+    if max(own_height, own_width) > longest:  # a strip, which would fill the memory before its ends are cut off
+        picture = TF.center_crop(picture, [min(own_height, longest), min(own_width, longest)])
+        own_height, own_width = size_of(picture)
+    if height == width:
+        sides = [height]  # torchvision's rounding, the published numbers'
+    else:
+        factor = max(height / own_height, width / own_width)
+        sides = [max(height, round(own_height * factor)), max(width, round(own_width * factor))]
+    return TF.resize(picture, sides, interpolation=InterpolationMode.BICUBIC)

@@ -1,0 +1,67 @@
+"""Accuracy by class and the confusion matrix of an evaluation, to read and to look at."""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # nothing is shown on a screen
+import matplotlib.pyplot as plt
+import numpy as np
+
+from util.files import atomic
+
+NAMED = 40  # with more classes, the picture's axes have numbers
+
+
+def write(folder: Path, classes: Sequence[str], labels: np.ndarray, predictions: np.ndarray) -> None:
+    """Writes classes.csv, confusion.csv (a row a true class, a column a predicted one) and confusion.png.
+
+    Args:
+        labels: (n,), and
+        predictions: (n,), counting `classes`.
+
+    Raises:
+        OSError: the disk is full, or the folder can't be written to. Its files are as they were.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic.replacing(folder) as written:
+        written.mkdir()
+        _write(written, classes, labels, predictions)
+
+
+def _write(folder: Path, classes: Sequence[str], labels: np.ndarray, predictions: np.ndarray) -> None:
+    matrix = np.zeros((len(classes), len(classes)), dtype=np.int64)
+    np.add.at(matrix, (labels, predictions), 1)
+    images, right = matrix.sum(axis=1), matrix.diagonal()
+    with (folder / "classes.csv").open("w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerow(["class", "images", "right", "accuracy", "most often taken for"])
+        for number, name in enumerate(classes):
+            wrong = np.where(np.arange(len(classes)) == number, 0, matrix[number])
+            other = classes[int(wrong.argmax())] if wrong.any() else ""
+            share = f"{right[number] / images[number]:.4f}" if images[number] else ""
+            rows.writerow([name, images[number], right[number], share, other])
+    with (folder / "confusion.csv").open("w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerow(["true \\ predicted", *classes])
+        rows.writerows([name, *row] for name, row in zip(classes, matrix.tolist(), strict=True))
+    _draw(folder / "confusion.png", classes, matrix / np.maximum(images, 1)[:, None])
+
+
+def _draw(path: Path, classes: Sequence[str], shares: np.ndarray) -> None:
+    side = min(12.0, 3.0 + 0.35 * len(classes))
+    figure, axes = plt.subplots(figsize=(side + 1, side), dpi=100, layout="constrained")
+    picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    if len(classes) <= NAMED:
+        axes.set_xticks(range(len(classes)), classes, rotation=60, ha="right")
+        axes.set_yticks(range(len(classes)), classes)
+        for (row, column), value in np.ndenumerate(shares):
+            if value >= 0.005:
+                colour = "white" if value > 0.5 else "black"
+                axes.text(column, row, f"{value:.0%}", ha="center", va="center", fontsize=7, color=colour)
+    axes.set(xlabel="predicted class", ylabel="true class", title="Share of each true class")
+    figure.colorbar(picture, shrink=0.8)
+    figure.savefig(path)
+    plt.close(figure)

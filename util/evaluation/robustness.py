@@ -1,0 +1,231 @@
+"""ImageNet's test sets of robustness: what their folders hold, among which classes they ask, how they are scored.
+
+A suite has cells, each a folder of images and a number of the table: ImageNet-C has 75, the others one or three.
+"""
+
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from timm.data import ImageNetInfo, RealLabelsImagenet
+
+from util.data.archives import Archive
+from util.data.labels import Part
+from util.data.sources import Files, find_files, first_few
+
+# The published top-1 errors of AlexNet, means of five severities, in the families that the archives are of
+# (Hendrycks & Dietterich 2019).
+ALEXNET = {
+    "noise": {"gaussian_noise": 0.886428, "shot_noise": 0.894468, "impulse_noise": 0.922640},
+    "blur": {"defocus_blur": 0.819880, "glass_blur": 0.826268, "motion_blur": 0.785948, "zoom_blur": 0.798360},
+    "weather": {"snow": 0.866816, "frost": 0.826572, "fog": 0.819324, "brightness": 0.564592},
+    "digital": {
+        "contrast": 0.853204,
+        "elastic_transform": 0.646056,
+        "pixelate": 0.717840,
+        "jpeg_compression": 0.606500,
+    },
+}
+CORRUPTIONS = {name: error for family in ALEXNET.values() for name, error in family.items()}
+SEVERITIES = range(1, 6)
+
+# Per cent, of the paper's fine-tuned models (He et al. 2021, appendix B): top-1 accuracy, of ImageNet-C the mCE.
+PUBLISHED = {
+    "imagenet-c": {"ViT-B/16": 51.7, "ViT-L/16": 41.8, "ViT-H/14": 33.8, "ViT-H/14, 448": 36.8},
+    "imagenet-a": {"ViT-B/16": 35.9, "ViT-L/16": 57.1, "ViT-H/14": 68.2, "ViT-H/14, 448": 76.7},
+    "imagenet-r": {"ViT-B/16": 48.3, "ViT-L/16": 59.9, "ViT-H/14": 64.4, "ViT-H/14, 448": 66.5},
+    "imagenet-sketch": {"ViT-B/16": 34.5, "ViT-L/16": 45.3, "ViT-H/14": 49.6, "ViT-H/14, 448": 50.9},
+}
+VARIANTS = ("matched-frequency", "threshold", "top")  # of ImageNetV2, as its folders' names go on
+# How many images a cell has; of ReaL so many of ImageNet's 50,000 have a label.
+IMAGES = {"imagenet-a": 7_500, "imagenet-r": 30_000, "imagenet-sketch": 50_889, "imagenet-v2": 10_000,
+          "imagenet-real": 46_837, "imagenet-c": 50_000}  # fmt: skip
+SUITES = tuple(IMAGES)
+NUM_CLASSES = 1000
+
+
+class Suite(NamedTuple):
+    """A test set.
+
+    Attributes:
+        name: of SUITES.
+        root: the folder or archive of all cells.
+        cells: the number's name in the table, and the folder or archive of its images.
+        folders: the name of each class's folder, in the order of labels; none where folders do not matter.
+        among: the classes of ImageNet-1K (by number) that may be answered, one a folder.
+    """
+
+    name: str
+    root: Path
+    cells: dict[str, Path]
+    folders: list[str]
+    among: list[int]
+
+
+class Cell(NamedTuple):
+    """The images of a cell.
+
+    Attributes:
+        source: labels count the suite's classes.
+        answers: for each image all labels that are right, where there may be several.
+    """
+
+    source: Part
+    answers: list[list[int]] | None = None
+
+
+@cache
+def synsets() -> list[str]:
+    """The WordNet ids of ImageNet-1K's classes, in the order of labels."""
+    return ImageNetInfo("imagenet-1k").label_names()
+
+
+def subset(name: str) -> list[str]:
+    """The WordNet ids of the 200 classes of imagenet-a or imagenet-r, as timm lists them, in their order."""
+    listed = resources.files("timm.data") / "_info" / f"{name.replace('-', '_')}_synsets.txt"
+    return sorted(listed.read_text().split())
+
+
+def find(name: str, root: Path) -> Suite:
+    """Looks for the folders of a suite.
+
+    Args:
+        root: the folder that the published archive unpacks to, or one where the archives of all parts were unpacked.
+            Of one folder, an uncompressed tar or zip file too.
+
+    Raises:
+        ValueError: there is no such folder, or a part of it is missing.
+    """
+    root = root.absolute()  # of variants of V2 the name counts
+    if not root.exists():
+        raise ValueError(f"--data_path: there is no folder or archive {root}")
+    cells, folders = {name: root}, synsets()
+    if root.is_file() and name in ("imagenet-v2", "imagenet-c"):
+        raise ValueError(f"--data_path {root}: {name} is several archives; unpack them, and give the folder above")
+    if name in ("imagenet-a", "imagenet-r"):
+        folders = subset(name)
+    elif name == "imagenet-v2":
+        cells, folders = _variants(root), [str(number) for number in range(NUM_CLASSES)]
+        root = root.parent if root in cells.values() else root
+        return Suite(name, root, cells, folders, list(range(NUM_CLASSES)))
+    elif name == "imagenet-real":
+        cells = {name: root / "val" if (root / "val").is_dir() else root}
+        return Suite(name, root, cells, [], list(range(NUM_CLASSES)))
+    elif name == "imagenet-c":
+        cells = _corruptions(root)
+    number_of = {synset: number for number, synset in enumerate(synsets())}
+    return Suite(name, root, cells, folders, [number_of[synset] for synset in folders])
+
+
+def _variants(root: Path) -> dict[str, Path]:
+    """Those of ImageNetV2's variants that are there; `root` may be one."""
+    folders = [path for path in [root, *sorted(root.glob("*"))] if path.is_dir()]
+    found = {v: [path for path in folders if path.name.startswith(f"imagenetv2-{v}")] for v in VARIANTS}
+    cells = {variant: paths[0] for variant, paths in found.items() if paths}
+    if not cells:
+        raise ValueError(
+            f"--data_path {root}: no folder in it begins with imagenetv2-{VARIANTS[0]}, imagenetv2-{VARIANTS[1]} or "
+            f"imagenetv2-{VARIANTS[2]}, as the unpacked archives of ImageNetV2 do"
+        )
+    return cells
+
+
+def _corruptions(root: Path) -> dict[str, Path]:
+    """The 75 folders of ImageNet-C: CORRUPTION/SEVERITY, in `root` or in the folder of a family."""
+    cells: dict[str, Path] = {}
+    for family, errors in ALEXNET.items():
+        for corruption in errors:
+            above = root / family if (root / family / corruption).is_dir() else root
+            cells |= {f"{corruption}/{severity}": above / corruption / str(severity) for severity in SEVERITIES}
+    missing = [name for name, folder in cells.items() if not folder.is_dir()]
+    if missing:
+        raise ValueError(
+            f"--data_path {root}: {len(missing)} of the {len(cells)} folders CORRUPTION/SEVERITY of ImageNet-C are "
+            f"missing, there or one folder deeper: {first_few(missing)}"
+        )
+    return cells
+
+
+def open_cell(suite: Suite, name: str, limit: int | None = None) -> Cell:
+    """The images of a cell.
+
+    Args:
+        limit: so many of them, evenly spread; None: all.
+
+    Raises:
+        ValueError: there are no images, a class is missing, or a folder is no class.
+    """
+    path = suite.cells[name]
+    images = Archive(path, None) if path.is_file() else find_files(path)
+    if not suite.folders:
+        return _with_real_labels(images, path, limit)
+    there = {images.classes[number] for number in np.unique(images.labels)} if images.classes else set()
+    unknown, missing = sorted(there - {*suite.folders}), sorted({*suite.folders} - there)
+    if unknown or not there:
+        kind = "numbers from 0 to 999" if suite.name == "imagenet-v2" else "WordNet ids, such as n01498041"
+        found = f"{first_few(unknown)} in it: none of" if unknown else "there are images in no class folder:"
+        raise ValueError(
+            f"--data_path {path}: {found} the {len(suite.folders)} class folders of {suite.name}, which are {kind}"
+        )
+    if missing:
+        raise ValueError(
+            f"--data_path {path}: {len(missing)} of the {len(suite.folders)} class folders of {suite.name} are "
+            f"missing or empty: {first_few(missing)}"
+        )
+    number_of = {folder: number for number, folder in enumerate(suite.folders)}
+    numbers = np.array([number_of.get(folder, -1) for folder in images.classes])  # empty folders may be anything
+    return Cell(Part(images, _spread(np.arange(len(images)), limit), suite.folders, numbers))
+
+
+def _with_real_labels(images: Files | Archive, path: Path, limit: int | None) -> Cell:
+    """ImageNet's validation images under the labels of Beyer et al. (2020), which timm brings; those of none are out.
+
+    They are found by the numbers in the files' names, so that class folders do not matter.
+    """
+    labels = RealLabelsImagenet([""] * 50_000).real_labels
+    files = [Path(images.names[index]).name for index in range(len(images))]
+    strange = [name for name in files if name not in labels]
+    if strange:
+        raise ValueError(
+            f"--data_path {path}: {len(strange)} files, such as {strange[0]}, are not called "
+            f"ILSVRC2012_val_00000001.JPEG to ILSVRC2012_val_00050000.JPEG, by which ReaL's labels are found"
+        )
+    chosen = _spread(np.array([index for index, name in enumerate(files) if labels[name]], dtype=np.int64), limit)
+    if not len(chosen):
+        raise ValueError(f"--data_path {path}: none of its {len(files)} images has a ReaL label")
+    images.classes = synsets()
+    images.labels = np.array([(labels[name] or [0])[0] for name in files])
+    return Cell(Part(images, chosen), [labels[files[index]] for index in chosen])
+
+
+def _spread(indices: np.ndarray, limit: int | None) -> np.ndarray:
+    places = np.linspace(0, len(indices) - 1, min(limit or len(indices), len(indices)), dtype=int)
+    return indices[places]
+
+
+class CorruptionErrors(NamedTuple):
+    """Errors on ImageNet-C, per cent (Hendrycks & Dietterich 2019)."""
+
+    mean: dict[str, float]  # of each corruption, over the severities
+    normalised: dict[str, float]  # CE: that to AlexNet's
+
+    @property
+    def unnormalised(self) -> float:
+        """The mean error of all corruptions."""
+        return float(np.mean(list(self.mean.values())))
+
+    @property
+    def mce(self) -> float:
+        """mCE: the mean of the normalised errors."""
+        return float(np.mean(list(self.normalised.values())))
+
+
+def corruption_errors(errors: dict[str, float]) -> CorruptionErrors:
+    """From the error of each cell, CORRUPTION/SEVERITY, per cent, to those of corruptions."""
+    of = {name: np.array([errors[f"{name}/{severity}"] for severity in SEVERITIES]) for name in CORRUPTIONS}
+    return CorruptionErrors(
+        {name: float(five.mean()) for name, five in of.items()},
+        {name: 100 * float(five.sum()) / (len(SEVERITIES) * 100 * CORRUPTIONS[name]) for name, five in of.items()},
+    )

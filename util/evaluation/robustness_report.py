@@ -1,0 +1,134 @@
+"""What a classifier scores on a suite: kept cell by cell, so that nothing is computed twice; table, CSV and picture."""
+
+import csv
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # nothing is shown on a screen
+import matplotlib.pyplot as plt
+
+from util.evaluation.robustness import ALEXNET, CORRUPTIONS, IMAGES, PUBLISHED, SEVERITIES, corruption_errors
+from util.files import atomic
+
+Scores = dict[str, float]  # of a cell: images, acc1, and acc5 where it is asked for
+
+
+class Results:
+    """The cells that are done, in one JSON file beside what they were computed with.
+
+    Args:
+        path: of the file; goes on with what is in it.
+        settings: what the scores depend on, plain values.
+
+    Raises:
+        ValueError: the file holds the scores of other settings, or is damaged.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+        self.path = path
+        self.settings = json.loads(json.dumps(settings))  # as they come back from the file
+        self.cells: dict[str, Scores] = {}
+        if not path.exists():
+            return
+        try:
+            known = json.loads(path.read_text(encoding="utf-8"))
+            theirs, self.cells = dict(known["settings"]), dict(known["cells"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} can't be read ({error}); remove it, or give another --output_dir") from error
+        other = [key for key in self.settings if theirs.get(key) != self.settings[key]]
+        if other:
+            told = "; ".join(f"{key} was {theirs.get(key)} and is {self.settings[key]}" for key in other)
+            raise ValueError(f"{path} holds the scores of another run ({told}): give another --output_dir")
+
+    def has(self, cell: str, images: int) -> bool:
+        """Whether a cell is done, with all the images that are there now."""
+        return cell in self.cells and self.cells[cell]["images"] == images
+
+    def add(self, cell: str, scores: Scores) -> None:
+        """Writes a cell's scores at once; the file is whole at any time."""
+        self.cells[cell] = scores
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        atomic.write_text(self.path, json.dumps({"settings": self.settings, "cells": self.cells}, indent=1) + "\n")
+
+
+def write(path: Path, suite: str, cells: Mapping[str, Scores], title: str) -> str:
+    """Writes path.md, path.csv and path.png.
+
+    Args:
+        path: without a suffix.
+        cells: the scores of all cells.
+        title: of the table: what was evaluated.
+
+    Returns:
+        The table, markdown.
+    """
+    rows = _corruption_rows(cells) if suite == "imagenet-c" else _accuracy_rows(cells)
+    published = PUBLISHED.get(suite, {})
+    beside = ", ".join(f"{model} {value}" for model, value in published.items())
+    measure = "mCE" if suite == "imagenet-c" else "top-1 accuracy"
+    found, whole = sum(int(scores["images"]) for scores in cells.values()), IMAGES[suite] * len(cells)
+    lines = [f"{title}: {found:,} images" + (f" of the {whole:,} published" if found != whole else ""), ""]
+    lines += ["| " + " | ".join(row) + " |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:])]
+    lines += ["", f"Published of the paper's models, {measure}: {beside}."] if published else []
+    table = "\n".join(lines) + "\n"
+    figure = _draw_corruptions(cells) if suite == "imagenet-c" else _draw_accuracies(cells, published)
+    figure.suptitle(title, fontsize=10)
+    with atomic.replacing(path.with_suffix(".md")) as written:  # and beside it the other two
+        written.write_text(table, encoding="utf-8")
+        with written.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(rows)
+        figure.savefig(written.with_suffix(".png"))
+    plt.close(figure)
+    return table
+
+
+def _accuracy_rows(cells: Mapping[str, Scores]) -> list[list[str]]:
+    measures = [measure for measure in ("acc1", "acc5") if all(measure in scores for scores in cells.values())]
+    found = [[name, str(s["images"]), *(f"{s[measure]:.3f}" for measure in measures)] for name, s in cells.items()]
+    return [["", "images", *(f"Acc@{measure[3:]}" for measure in measures)], *found]
+
+
+def _corruption_rows(cells: Mapping[str, Scores]) -> list[list[str]]:
+    """Errors of each severity, their mean, AlexNet's, and the one as a share of the other."""
+    errors = {name: 100 - scores["acc1"] for name, scores in cells.items()}
+    summary = corruption_errors(errors)
+    rows = [["error, %", *map(str, SEVERITIES), "mean", "AlexNet", "normalised"]]
+    for name, alexnet in CORRUPTIONS.items():
+        five = [errors[f"{name}/{severity}"] for severity in SEVERITIES]
+        numbers = [*five, summary.mean[name], 100 * alexnet, summary.normalised[name]]
+        rows.append([name, *(f"{number:.1f}" for number in numbers)])
+    of_all = [sum(errors[f"{name}/{severity}"] for name in CORRUPTIONS) / len(CORRUPTIONS) for severity in SEVERITIES]
+    alexnet = 100 * sum(CORRUPTIONS.values()) / len(CORRUPTIONS)
+    ends = [f"{summary.unnormalised:.1f}", f"{alexnet:.1f}", f"**mCE {summary.mce:.1f}**"]
+    return [*rows, ["mean", *(f"{error:.1f}" for error in of_all), *ends]]
+
+
+def _draw_corruptions(cells: Mapping[str, Scores]) -> plt.Figure:
+    figure, panels = plt.subplots(1, len(ALEXNET), figsize=(11, 3.6), dpi=100, layout="constrained", sharey=True)
+    for axes, (family, corruptions) in zip(panels, ALEXNET.items(), strict=True):
+        for name in corruptions:
+            errors = [100 - cells[f"{name}/{severity}"]["acc1"] for severity in SEVERITIES]
+            axes.plot(SEVERITIES, errors, marker=".", label=name)
+        axes.set(title=family, xlabel="severity", xticks=list(SEVERITIES), ylim=(0, 100))
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    panels[0].set_ylabel("error, %")
+    return figure
+
+
+def _draw_accuracies(cells: Mapping[str, Scores], published: Mapping[str, float]) -> plt.Figure:
+    """A bar for each cell, those of published models below."""
+    bars = [(name, scores["acc1"], "C0") for name, scores in cells.items()]
+    bars += [(f"{model}, published", accuracy, "0.7") for model, accuracy in published.items()]
+    figure, axes = plt.subplots(figsize=(7, 1.2 + 0.4 * len(bars)), dpi=100, layout="constrained")
+    drawn = axes.barh([name for name, _, _ in bars], [value for _, value, _ in bars], color=[c for _, _, c in bars])
+    axes.bar_label(drawn, fmt="%.1f", padding=3)
+    axes.set(xlabel="top-1 accuracy, %", xlim=(0, 100))
+    axes.invert_yaxis()
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    return figure

@@ -1,0 +1,120 @@
+"""Files that grow while a run trains: log.txt and TensorBoard's events. What a full disk refuses is written later."""
+
+import os
+import socket
+import tempfile
+import time
+from collections.abc import Collection
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch.utils.tensorboard import summary
+
+from util.files import atomic
+
+
+class GrowingFile:
+    """Appends data whole: data that can't be written stays in memory until `flush` succeeds."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.size = path.stat().st_size if path.exists() else 0
+        self.pending = bytearray()
+
+    def add(self, data: bytes) -> None:
+        """Takes data for the next `flush`."""
+        self.pending += data
+
+    def flush(self) -> None:
+        """Writes the pending data.
+
+        Raises:
+            OSError: the disk is full, or the folder can't be written to.
+        """
+        if not self.pending:
+            return
+        try:
+            with self.path.open("ab") as file:
+                self.size = min(self.size, file.tell())
+                file.truncate(self.size)  # without the part that an earlier attempt has written
+                file.write(self.pending)
+        except OSError as error:
+            raise OSError(f"can't write {self.path} ({error.strerror})") from error
+        self.size += len(self.pending)
+        self.pending.clear()
+
+    def close(self) -> None:
+        """Writes the pending data, for the last time.
+
+        Raises:
+            OSError: that fails; the message names the file that has the data instead, if there is one.
+        """
+        try:
+            self.flush()
+        except OSError as error:
+            try:
+                place = Path(tempfile.mkdtemp(prefix="mae-")) / self.path.name
+                place.write_bytes(self.pending)
+            except OSError:
+                raise error from None
+            raise OSError(f"{error}: its last {len(self.pending):,} bytes are in {place}") from error
+
+
+class EventFile(GrowingFile):
+    """One start's events for TensorBoard.
+
+    Args:
+        log_dir: its folder.
+        run_name: ends the file's name, so that several runs may share a folder.
+        first_step: TensorBoard ignores what earlier starts of the run have logged from this step on.
+    """
+
+    def __init__(self, log_dir: Path, run_name: str, first_step: int) -> None:
+        log_dir.mkdir(parents=True, exist_ok=True)
+        super().__init__(
+            log_dir / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}.{run_name}"
+        )
+        self._add(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        start = SessionLog(status=SessionLog.START)
+        self._add(Event(wall_time=time.time(), step=first_step, session_log=start))
+
+    def scalar(self, tag: str, value: float, step: int) -> None:
+        """Takes a number."""
+        self._add(Event(wall_time=time.time(), step=step, summary=summary.scalar(tag, value)))
+
+    def picture(self, tag: str, picture: np.ndarray, step: int) -> None:
+        """Takes a uint8 picture (H, W, c)."""
+        self._add(Event(wall_time=time.time(), step=step, summary=summary.image(tag, picture, dataformats="HWC")))
+
+    def _add(self, event: Event) -> None:
+        self.add(_framed(event.SerializeToString()))
+
+
+def drop_events(log_dir: Path, run_name: str, by_step: Collection[str], first_step: int, first_epoch: int) -> None:
+    """Removes the events that a resumed run logs again.
+
+    Args:
+        by_step: tags whose events count from `first_step`; all others count epochs, from `first_epoch`.
+    """
+    for path in log_dir.glob(f"events.out.tfevents.*.{run_name}"):
+        records = list(RawEventFileLoader(str(path)).Load())
+        kept = []
+        for record in records:
+            event = Event.FromString(record)
+            tags = {value.tag for value in event.summary.value}
+            if not tags or event.step < (first_step if tags <= set(by_step) else first_epoch):
+                kept.append(record)
+        if len(kept) < len(records):
+            with atomic.replacing(path) as temporary:
+                temporary.write_bytes(b"".join(map(_framed, kept)))
+
+
+def _framed(record: bytes) -> bytes:
+    """A record with its length and checksums, as TensorFlow's files have them."""
+    file = BytesIO()
+    RecordWriter(file).write(record)
+    return file.getvalue()

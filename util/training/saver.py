@@ -1,0 +1,308 @@
+"""Saves a run's state between steps, beside the training.
+
+`checkpoint-{epoch}.pth` is the state after an epoch, counted from 0; `checkpoint-last.pth` the newest one, also in the
+middle of an epoch; `checkpoint-best.pth` that of the best accuracy; `checkpoint-emergency.pth` that of a run that ended
+on an error. Those of a sharded run are folders, named without `.pth`.
+"""
+
+import logging
+import math
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from util import dist
+from util.checkpoints import checkpoint, sharded
+from util.checkpoints.run_state import Progress
+from util.interrupts import Interrupted, Interrupts
+from util.training.loop import Wish
+
+logger = logging.getLogger(__name__)
+
+LAST, BEST, EMERGENCY = "checkpoint-last.pth", "checkpoint-best.pth", "checkpoint-emergency.pth"
+RETRY_SECONDS = 60.0  # after a state that could not be written
+MAX_UNWRITTEN = 2  # milestones and best states that wait in memory until the disk has space again
+
+
+class NullSaver:
+    """Saves nothing: what processes other than rank 0 have.
+
+    Args:
+        interrupts: a signal to this process stops the run.
+    """
+
+    def __init__(self, interrupts: Interrupts) -> None:
+        self.interrupts = interrupts
+
+    def wish(self) -> Wish:
+        """What this process wants to happen after this step."""
+        return Wish.STOP if self.interrupts.pending else Wish.NOTHING
+
+    def save(self, epoch: int, steps_done: int, meters: dict[str, Any], alone: bool = False) -> None:
+        """Saves the rolling state after so many batches of an epoch.
+
+        Args:
+            alone: other processes may be gone, or do something else.
+        """
+
+    def save_epoch(self, epoch: int, accuracy: float | None = None) -> None:
+        """Saves the milestone of a finished epoch, if it is one, and the best state, if its accuracy is that."""
+
+    def save_emergency(self, epoch: int, steps_done: int, meters: dict[str, Any]) -> str:
+        """Saves the state of a run that is about to end on an error, and returns the file's name."""
+        return ""
+
+    def raise_if_stopping(self, error: Exception) -> None:
+        """Raises `Interrupted` in place of an error that came after a signal: one signal to all of a run's processes
+        ends some of them earlier than others, which must not look like a failure of this one."""
+        if self.interrupts.pending:
+            raise Interrupted(self.interrupts.pending) from error
+
+    def close(self) -> None:
+        """Waits until everything is on the disk."""
+
+    def stop(self) -> None:
+        """Raises `Interrupted` in every process, once the state is on the disk."""
+        self.close()
+        dist.barrier()  # the launcher ends all when one process ends, and one of them was writing
+        raise Interrupted(self.interrupts.pending or signal.SIGTERM)
+
+
+class Saver(NullSaver):
+    """Writes a run's states: milestones that stay, and a rolling `checkpoint-last.pth`. The run continues meanwhile.
+
+    A milestone or best state that can't be written stays in memory, and is tried again every minute. If too many of
+    them wait, or the run ends, they are written to the system's temporary folder.
+
+    Args:
+        collect: gives the state, without the run's position.
+        save_every: epochs between milestones; the last epoch is one too.
+        save_minutes: minutes between rolling states.
+        keep_last: milestones that are kept, the newest; all of them by default.
+    """
+
+    def __init__(
+        self,
+        interrupts: Interrupts,
+        output_dir: Path,
+        collect: Callable[[], dict[str, Any]],
+        progress: Progress,
+        *,
+        epochs: int,
+        save_every: int,
+        save_minutes: float,
+        keep_last: int | None = None,
+    ) -> None:
+        super().__init__(interrupts)
+        self.output_dir = output_dir
+        self.collect = collect
+        self.progress = progress
+        self.epochs = epochs
+        self.save_every = save_every
+        self.save_seconds = 60 * save_minutes
+        self.keep_last = keep_last
+        self.next_save = time.monotonic() + self.save_seconds
+        self.writer = ThreadPoolExecutor(1, "saver")
+        self.writing: Future[Path] | None = None
+        if not any(path.stem == Path(BEST).stem for path in checkpoint.checkpoints(output_dir)):
+            progress.best_accuracy = -1.0  # the best state of the branch that is resumed may have been overwritten
+        self.is_ending = False  # what could not be written is in another place, and the run ends on that error
+        self.unwritten: list[tuple[dict[str, Any], list[Path]]] = []  # states with their files, the oldest first
+
+    def wish(self) -> Wish:
+        if self.writing and self.writing.done():
+            self._finish("The run continues, and tries again in a minute.")
+        if time.monotonic() < self.next_save:
+            return super().wish()
+        self.next_save = math.inf  # until that wish is fulfilled
+        return max(super().wish(), Wish.SAVE)
+
+    def save(self, epoch: int, steps_done: int, meters: dict[str, Any], alone: bool = False) -> None:
+        self._write([LAST], epoch, steps_done, meters)
+
+    def save_epoch(self, epoch: int, accuracy: float | None = None) -> None:
+        names = []
+        if epoch % self.save_every == 0 or epoch == self.epochs - 1:
+            names.append(f"checkpoint-{epoch}.pth")
+        if accuracy is not None and accuracy > self.progress.best_accuracy:
+            self.progress.best_accuracy = accuracy
+            names.append(BEST)
+        if names:
+            self._write(names, epoch + 1, 0, {})
+        if epoch == self.epochs - 1:
+            self._settle()  # without the run's result, it has failed
+
+    def save_emergency(self, epoch: int, steps_done: int, meters: dict[str, Any]) -> str:
+        try:
+            self._write([EMERGENCY], epoch, steps_done, meters)
+            return str(self._settle())
+        except OSError as error:  # the run ends on the error before it
+            logger.error(str(error))
+            return ""
+
+    def close(self) -> None:
+        try:
+            self._settle()
+        except OSError as error:
+            if dist.is_main():
+                logger.error(str(error))  # the run ends on another error, or with its result written
+
+    def stop(self) -> None:
+        self._settle()
+        super().stop()
+
+    def _write(self, names: list[str], epoch: int, steps_done: int, meters: dict[str, Any]) -> None:
+        """Copies the state, and begins to write it.
+
+        Raises:
+            OSError: too many states wait to be written.
+        """
+        if self.is_ending:
+            return
+        self._finish("The run continues, and tries again with the next state.")
+        self.unwritten = [(state, paths) for state, paths in self.unwritten if paths[0].name != LAST]
+        if len(self.unwritten) >= MAX_UNWRITTEN:
+            self._begin()
+            self._settle()
+        position = {
+            "epoch": epoch,
+            "images_done": steps_done * self.progress.global_batch_size,
+            "effective_batch_size": self.progress.effective_batch_size,
+            "meters": meters,
+            "best_accuracy": self.progress.best_accuracy,
+            "num_images": self.progress.num_images,
+        }
+        state = checkpoint.snapshot({**self.collect(), "epoch": epoch - 1, "progress": position})
+        self.unwritten.append((state, [self.output_dir / name for name in names]))
+        self._begin()
+
+    def _begin(self) -> None:
+        self.next_save = time.monotonic() + self.save_seconds
+        self.writing = self.writer.submit(self._write_all)
+
+    def _write_all(self) -> Path:
+        """Writes the states that wait, beside the training; returns the last one's file."""
+        while self.unwritten:
+            path = self._write_one(*self.unwritten[0])
+            del self.unwritten[0]
+            self._remove_old()
+        return path
+
+    def _write_one(self, state: dict[str, Any], paths: list[Path]) -> Path:
+        checkpoint.write(state, *paths)
+        return paths[0]
+
+    def _remove_old(self) -> None:
+        for path in milestones(self.output_dir)[: -self.keep_last] if self.keep_last else []:
+            try:
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
+            except OSError as error:
+                logger.warning(f"--keep_last {self.keep_last}: {path} can't be removed ({error.strerror})")
+
+    def _finish(self, otherwise: str) -> None:
+        """Waits for what is being written. If that fails, a warning ends with `otherwise`."""
+        writing, self.writing = self.writing, None
+        if writing is None:
+            return
+        try:
+            logger.info(f"saved {writing.result()}")
+        except OSError as error:
+            if dist.is_main():  # the error is the same in all processes of a sharded run
+                logger.warning(f"{error}. {otherwise}")
+            self.next_save = time.monotonic() + RETRY_SECONDS
+
+    def _settle(self) -> Path | None:
+        """Waits for what is being written; what was not written before is tried once more.
+
+        Returns:
+            The last state's file, also where that is in the temporary folder for want of space.
+
+        Raises:
+            OSError: it can't be written. The message names the place of the states that were saved elsewhere.
+        """
+        writing, self.writing = self.writing, None
+        if writing is None and not self.unwritten:
+            return None
+        try:
+            path = writing.result() if writing else self._write_all()
+        except OSError as error:
+            raise OSError(f"{error}. {self._rescue()}") from error
+        logger.info(f"saved {path}")
+        return path
+
+    def _rescue(self) -> str:
+        """Writes the states that wait to the system's temporary folder; says where they are, and what to do."""
+        unwritten, self.unwritten, self.is_ending = self.unwritten, [], True
+        try:
+            place = Path(tempfile.mkdtemp(prefix="mae-"))
+            for state, paths in unwritten:
+                checkpoint.write(state, *(place / path.name for path in paths))
+        except OSError as error:
+            return f"The temporary folder does not take the state either ({error})"
+        return f"The state is in {place}: move its files to {self.output_dir}, and --resume auto resumes"
+
+
+class ShardedSaver(Saver):
+    """The saver of each process of a sharded run: all write their part, beside the training, when rank 0 wishes so.
+
+    A process that fails on its own can't save: the state of the last save stands.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.group = dist.new_host_group()
+
+    def wish(self) -> Wish:
+        if not dist.is_main():
+            self.next_save = math.inf
+        return super().wish()
+
+    def save(self, epoch: int, steps_done: int, meters: dict[str, Any], alone: bool = False) -> None:
+        if not alone:
+            super().save(epoch, steps_done, meters)
+
+    def _write_one(self, state: dict[str, Any], paths: list[Path]) -> Path:
+        folders = [path.with_suffix("") for path in paths]
+        sharded.write(state, *folders, group=self.group)
+        return folders[0]
+
+    def _remove_old(self) -> None:
+        if dist.is_main():
+            super()._remove_old()
+
+    def _settle(self) -> Path | None:
+        if self.writing is None:
+            self.unwritten = []  # they take all processes, and some may be gone
+        return super()._settle()
+
+    def _rescue(self) -> str:
+        self.unwritten = []
+        return "The checkpoints before it are complete"  # the parts of this one are on several machines
+
+
+def milestones(output_dir: Path) -> list[Path]:
+    """The checkpoints of whole epochs, oldest first."""
+    found = [(int(path.stem[11:]), path) for path in checkpoint.checkpoints(output_dir) if path.stem[11:].isdecimal()]
+    return [path for _, path in sorted(found)]
+
+
+def open_saver(
+    interrupts: Interrupts,
+    output_dir: Path,
+    collect: Callable[[], dict[str, Any]],
+    progress: Progress,
+    is_sharded: bool,
+    **options: Any,
+) -> NullSaver:
+    """The saver of this process: a `Saver` on rank 0, a `NullSaver` elsewhere; each has its part of a sharded run."""
+    if is_sharded:
+        return ShardedSaver(interrupts, output_dir, collect, progress, **options)
+    return Saver(interrupts, output_dir, collect, progress, **options) if dist.is_main() else NullSaver(interrupts)

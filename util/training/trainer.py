@@ -1,0 +1,145 @@
+"""A run from its first epoch, or from where it was stopped, to its last: resume, train, evaluate, log, save."""
+
+import logging
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, closing, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from util import dist, lr_sched
+from util.checkpoints import run_directory, run_state
+from util.interrupts import Interrupted, Interrupts
+from util.training import run_log
+from util.training.compiling import compile_model
+from util.training.loop import NonFiniteGuard
+from util.training.precision import Precision
+from util.training.saver import NullSaver, open_saver
+
+logger = logging.getLogger(__name__)
+
+
+def run(
+    model: nn.Module,
+    optimizer: Optimizer,
+    batches: Any,
+    precision: Precision,
+    settings: Mapping[str, Any],
+    *,
+    train_one_epoch: Callable[..., None],
+    after_epoch: Callable[[int, run_log.NullLog], dict[str, Any]],
+    loss_tag: str = "train_loss",
+    trained: nn.Module | None = None,
+    evaluates: bool = False,
+) -> None:
+    """Trains to the end of the last epoch.
+
+    Args:
+        optimizer: its learning rate is set from `settings` in every step; a group may have an `lr_scale`.
+        batches: a `loader.TrainLoader`.
+        settings: the command line's, which become the checkpoints' `args`. Those of `options.add_run_options`
+            and `options.add_optimizer_options` count here.
+        train_one_epoch: an engine's, with what is its own already given.
+        after_epoch: what else there is to do with the trained model, every `eval_every` epochs if that is among the
+            settings, and after the last; returns entries for log.txt, of which `test_acc1` decides about
+            checkpoint-best.pth.
+        loss_tag: the loss's name in TensorBoard.
+        trained: the part of the model that is called with a batch; all of it by default.
+        evaluates: `after_epoch` takes long, and changes nothing that is saved: the state is saved before, and a signal
+            ends it at once. A resumed run repeats it.
+    """
+    args = Namespace(**settings)
+    output_dir = Path(args.output_dir)
+    global_batch_size = args.batch_size * dist.world_size()
+    effective_batch_size = global_batch_size * args.accum_iter
+    shown = (f"{name}={value}" for name, value in sorted(settings.items()) if name != "classes")
+    logger.info("settings: " + " ".join(shown))
+    base = max(args.blr) if isinstance(args.blr, list) else args.blr
+    args.lr = lr_sched.scaled_lr(args.lr, base, effective_batch_size)
+    lr_sched.check_warmup(args.warmup_epochs, args.epochs)
+    logger.info(f"{args.model} on {precision.device} in {precision.name}, {dist.world_size()} process(es)")
+
+    progress = run_state.Progress(effective_batch_size, global_batch_size, args.start_epoch, batches.num_images)
+    with ExitStack() as stack:
+        stack.enter_context(run_directory.locked(output_dir))
+        run_state.resume(args.resume, output_dir, model, optimizer, precision.scaler, dict(settings), progress)
+        interrupts = Interrupts()
+        saver = open_saver(
+            interrupts, output_dir, partial(run_state.collect, model, optimizer, precision.scaler, dict(settings)),
+            progress, dist.is_sharded(model),
+            epochs=args.epochs, save_every=args.save_every, save_minutes=args.save_minutes, keep_last=args.keep_last,
+        )  # fmt: skip
+        if args.compile:
+            compile_model(trained or model, precision.device)
+        train = partial(
+            train_one_epoch,
+            dist.wrap(trained or model, precision.device),
+            batches,
+            optimizer,
+            schedule=partial(lr_sched.adjust_learning_rate, optimizer, args=args),
+            precision=precision,
+            guard=NonFiniteGuard(args.on_nonfinite, precision.overflow_is_normal),
+            accum_iter=args.accum_iter,
+            clip_grad=args.clip_grad,
+            saver=saver,
+        )
+        if progress.epoch >= args.epochs:
+            logger.info(f"nothing is left to do: the run has its {args.epochs} epochs")
+        first_x = int(1000 * (progress.epoch + progress.first_step / len(batches)))
+        log = run_log.open_log(
+            output_dir, Path(args.log_dir), args.epochs,
+            first_epoch=progress.epoch, first_x=first_x, loss_tag=loss_tag,
+        )  # fmt: skip
+        for resource in (interrupts, closing(log), closing(saver)):  # a signal waits until all is written
+            stack.enter_context(resource)
+        _train_epochs(
+            train, after_epoch, model, batches, progress, interrupts, saver, log,
+            epochs=args.epochs, eval_every=settings.get("eval_every", 1), evaluates=evaluates,
+        )  # fmt: skip
+
+
+def _train_epochs(
+    train: Callable[..., None],
+    after_epoch: Callable[[int, run_log.NullLog], dict[str, Any]],
+    model: nn.Module,
+    batches: Any,
+    progress: run_state.Progress,
+    interrupts: Interrupts,
+    saver: NullSaver,
+    log: run_log.NullLog,
+    *,
+    epochs: int,
+    eval_every: int,
+    evaluates: bool,
+) -> None:
+    for epoch in range(progress.epoch, epochs):
+        meters = run_log.Meters(**progress.meters)
+        train(epoch=epoch, first_step=progress.first_step, meters=meters, log=log)
+        try:
+            progress.next_epoch()
+            dist.share_buffers(model)  # batch norm's statistics are each process's own until here
+            found: dict[str, Any] = {}
+            if (epoch + 1) % eval_every == 0 or epoch + 1 == epochs:
+                if evaluates:
+                    saver.save(epoch, len(batches), meters.state_dict())
+                with interrupts.at_once() if evaluates else nullcontext():
+                    found = after_epoch(epoch, log)
+            # The line first: a run stopped between the two writes that epoch, and its line, again.
+            log.end_epoch(meters.means() | found | batches.counts())
+            saver.save_epoch(epoch, found.get("test_acc1"))
+            # A signal may have come while one process evaluated, or wrote.
+            stops = epoch + 1 < epochs and any(dist.gather(interrupts.pending))
+        except Interrupted:  # the state was saved before the evaluation
+            raise
+        except Exception as error:
+            # An image that can't be read, say: the epoch is not lost, and is evaluated by the resumed run.
+            saver.save(epoch, len(batches), meters.state_dict(), alone=True)
+            saver.raise_if_stopping(error)
+            raise
+        if stops:
+            saver.save(epoch + 1, 0, {})
+            saver.stop()

@@ -1,0 +1,359 @@
+"""The one door for weights: anybody's file, or a published name, into a model of ours.
+
+What a file holds is told apart by its names: an encoder, an encoder with its decoder, or a classifier.
+"""
+
+import argparse
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors
+import torch
+from torch import Tensor, nn
+
+from util import dist
+from util.checkpoints import checkpoint, sharded
+from util.checkpoints.checkpoint import CheckpointError
+from util.cli import advice
+from util.data.transforms import channel_statistics
+from util.files.untrusted import read_file
+from util.pos_embed import interpolate_pos_embed, to_pair
+from util.weights import model_zoo
+from util.weights.conversion import to_ours
+from util.weights.model_zoo import CLASSIFIER, ENCODER, FULL
+
+logger = logging.getLogger(__name__)
+
+FIXED_TABLES = {"pos_embed", "decoder_pos_embed"}  # every MAE computes its own, so that a file's may be of another size
+SETTINGS = "args"  # the entry of a .safetensors file's metadata that holds the settings of our run, as JSON
+# The settings of a file that are used, and what they, or the parts of lists, must be.
+SETTINGS_USED: dict[str, type | tuple[type, ...]] = {
+    "model": str, "input_size": int, "patch_size": int, "in_chans": int, "mean": (int, float), "std": (int, float),
+    "classes": str, "label_names": str,
+}  # fmt: skip
+
+
+# A head's weights in a classifier, in a linear probe (`models_build.probe_head`), and in one of several rates.
+HEAD, PROBE_HEAD, FIRST_OF_HEADS = "head.weight", "head.1.weight", "head.0.1.weight"
+
+
+class Weights(NamedTuple):
+    """A file's tensors under our names, and what else it tells."""
+
+    tensors: dict[str, Tensor]
+    settings: dict[str, Any]  # of the run that made it, if it is one of ours
+    kind: str  # ENCODER, FULL or CLASSIFIER
+    source: str  # the file or name, for messages
+
+    @property
+    def grid_size(self) -> tuple[int, int] | None:
+        """(rows, columns) of patches that the position table is for, if the file tells."""
+        if self.settings.get("input_size") is None or self.settings.get("patch_size") is None:
+            return None
+        height, width = to_pair(self.settings["input_size"])
+        p, q = self.tensors["patch_embed.proj.weight"].shape[2:]
+        return height // p, width // q
+
+    @property
+    def num_classes(self) -> int:
+        """Classes of the head; 0 without a head."""
+        head = self.tensors.get(HEAD, self.tensors.get(PROBE_HEAD))
+        return 0 if head is None else len(head)
+
+    @property
+    def is_probe(self) -> bool:
+        """Whether the head is that of a linear probe."""
+        return PROBE_HEAD in self.tensors
+
+
+def read(name: Path | str) -> Weights:
+    """Reads a file of ours, of the published code, of mmpretrain or timm, a folder of transformers, or fetches a
+    published name.
+
+    Raises:
+        CheckpointError: damaged, or no weights of a Vision Transformer, or some that are NaN or infinite.
+        ValueError: no such file or name, or it can't be downloaded.
+    """
+    path = Path(name)
+    if not path.exists():
+        if path.suffix or len(path.parts) > 1:
+            raise CheckpointError(f"there is no file {path}")
+        if dist.is_main():
+            model_zoo.fetch(str(name))
+        dist.barrier()
+        path = model_zoo.fetch(str(name))
+    held, settings = _read_folder(path) if path.is_dir() else _read_file(path)
+    try:
+        tensors = to_ours({key: t for key, t in held.items() if isinstance(key, str) and isinstance(t, Tensor)})
+    except (KeyError, RuntimeError) as error:  # query, key and value that can't be joined
+        raise CheckpointError(f"{path}: its weights don't fit each other: {' '.join(str(error).split())}") from error
+    if "patch_embed.proj.weight" not in tensors:
+        raise CheckpointError(f"{path} holds no weights of a Vision Transformer: {_some(map(str, held))}")
+    for key, axes in (("patch_embed.proj.weight", 4), ("pos_embed", 3), ("decoder_pos_embed", 3)):
+        if key in tensors and (tensors[key].ndim != axes or not tensors[key].is_floating_point()):
+            shape = f"{tensors[key].dtype} {tuple(tensors[key].shape)}"
+            raise CheckpointError(f"{path}: its {key} is {shape}, which is not a Vision Transformer's")
+    _check_settings(path, settings)
+    checkpoint.require_finite(tensors, str(name), "its run has diverged, or the file is damaged; give another file")
+    return Weights(tensors, settings, _kind(tensors), str(name))
+
+
+def _check_settings(path: Path, settings: dict[str, Any]) -> None:
+    """Raises CheckpointError where a setting that is used is of another kind than it should be."""
+    for name, kinds in SETTINGS_USED.items():
+        value = settings.get(name)
+        parts: list[Any] = list(value) if isinstance(value, list | tuple) else [value]
+        fits = all(isinstance(part, kinds) and not isinstance(part, bool) for part in parts)
+        if fits and name.endswith("_size"):
+            fits = len(parts) in (1, 2) and min(parts) > 0
+        if value is not None and not fits:
+            raise CheckpointError(f"{path}: the {name} that it records, {str(value)[:80]}, makes no sense")
+
+
+def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A file's tensors, under its own names, and the settings that it tells."""
+    if path.suffix == ".safetensors":
+        try:
+            with safetensors.safe_open(path, "pt") as file:
+                told = json.loads((file.metadata() or {}).get(SETTINGS, "{}"))
+                if not isinstance(told, dict):
+                    raise ValueError(f"its settings are {told!r}")
+                return {key: file.get_tensor(key) for key in file.keys()}, told  # noqa: SIM118
+        except Exception as error:
+            raise CheckpointError(f"{path} is damaged or no safetensors file: {error}") from error
+    state = checkpoint.read(path)
+    held = next((state[key] for key in ("model", "state_dict") if isinstance(state.get(key), dict)), state)
+    settings = state.get("args")
+    settings = vars(settings) if isinstance(settings, argparse.Namespace) else settings
+    return held, settings if isinstance(settings, dict) else {}
+
+
+def _read_folder(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """As `_read_file`, of a folder that transformers, `save_pretrained` of ours, or a sharded run has written."""
+    if (path / checkpoint.STATE).is_file():
+        state = sharded.gather(path)
+        return state["model"], state["args"] if isinstance(state.get("args"), dict) else {}
+    file = next((path / name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).is_file()), None)
+    if file is None:
+        raise CheckpointError(f"{path} is a folder without model.safetensors or pytorch_model.bin: give a file")
+    held, settings = _read_file(file)
+    try:
+        told = _config_settings(json.loads(read_file(path / "config.json")))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}/config.json can't be read: {error}") from error
+    except (AttributeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}/config.json is not as transformers writes it: {error}") from error
+    return held, {**told, **settings}
+
+
+def _config_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """Our settings of a config.json; raises KeyError, TypeError or AttributeError of one of another form."""
+    names = {"image_size": "input_size", "patch_size": "patch_size", "num_channels": "in_chans",
+             "norm_pix_loss": "norm_pix_loss"}  # fmt: skip
+    told = {ours: config[theirs] for theirs, ours in names.items() if theirs in config}
+    labels = config.get("id2label") or {}
+    if labels and labels.get("0") != "LABEL_0":  # what transformers writes where nobody named them
+        # Not as "classes", which --eval compares with the names of folders.
+        told["label_names"] = [labels[str(number)] for number in range(len(labels))]
+    return {**told, **config.get("settings", {})}
+
+
+def _kind(tensors: dict[str, Tensor]) -> str:
+    if any(name.startswith("head.") for name in tensors):
+        return CLASSIFIER
+    return FULL if "decoder_pred.weight" in tensors else ENCODER
+
+
+def init_mae(model: Any, file: Weights) -> None:
+    """Starts a masked autoencoder from a file's weights: all of them, or the encoder's alone.
+
+    Raises:
+        CheckpointError: the file lacks encoder weights, has others' names, or other shapes than the model's.
+    """
+    ours = model.state_dict()
+    other = _reshaped(file.tensors, ours) if file.grid_size in (None, model.grid_size) else FIXED_TABLES
+    weights = {k: v for k, v in file.tensors.items() if k not in FIXED_TABLES & other}
+    ours = {k: v for k, v in ours.items() if k not in FIXED_TABLES or k in weights}
+    missing = ours.keys() - weights.keys()
+    if missing == {name for name in ours if name.startswith("decoder_") or name == "mask_token"}:
+        logger.warning(f"{file.source} has an encoder only: the decoder starts untrained")
+        missing = set()
+    _require(file, model, missing, weights.keys() - ours.keys(), _reshaped(weights, ours))
+    model.load_state_dict({k: dist.placed_as(v, ours[k]) for k, v in weights.items()}, strict=False)
+    logger.info(f"weights from {file.source}")
+
+
+def load_encoder(
+    model: nn.Module, file: Weights, adapt_input: str = "error", classes: Sequence[str] | None = None
+) -> bool:
+    """Starts a classifier from an encoder; its head too if the file has one of as many classes.
+
+    The position table is interpolated to the model's patch grid.
+
+    Args:
+        model: a `models_vit.VisionTransformer`.
+        classes: the model's; a head is not taken from a file that tells of others.
+        adapt_input: what becomes of the patch projection when the file has other channels: "error"; each of ours gets
+            the "mean" of the file's; the file's "repeat" in turn; or it starts untrained ("skip"). Mean and repeat are
+            scaled so that the sum of all channels' weights stays.
+
+    Returns:
+        Whether the head is the file's.
+
+    Raises:
+        CheckpointError: the file lacks weights, holds others, or has other shapes than the model's.
+    """
+    ours = model.state_dict()
+    pooled = "fc_norm.weight" in ours
+    weights = {
+        key: value
+        for key, value in file.tensors.items()
+        if not key.startswith("decoder_") and key != "mask_token" and not (pooled and key.startswith("norm."))
+    }
+    head = {key for key in weights if key.startswith("head.")}
+    same = classes is None or file.settings.get("classes") in (None, list(classes))
+    fits = (
+        bool(head)
+        and same
+        and head == {k for k in ours if k.startswith("head.")}
+        and not _reshaped(weights, ours) & head
+    )
+    if not fits:
+        weights = {key: value for key, value in weights.items() if key not in head}
+    _adapt_input(file, weights, model, adapt_input)
+    interpolate_pos_embed(model, weights, file.grid_size)
+    may_lack = {"fc_norm.weight", "fc_norm.bias"} | {key for key in ours if key.startswith("head.")}
+    if adapt_input == "skip":
+        may_lack |= {key for key in ours if key.startswith("patch_embed.")}
+    missing = ours.keys() - weights.keys() - may_lack
+    _require(file, model, missing, weights.keys() - ours.keys(), _reshaped(weights, ours))
+    model.load_state_dict(weights, strict=False)
+    logger.info(f"weights from {file.source} ({file.kind})" + (", its head too" if fits else ""))
+    return fits
+
+
+def read_classifier(name: Path | str) -> Weights:
+    """Reads a file that must hold a classifier.
+
+    Raises:
+        CheckpointError: it holds an encoder only.
+    """
+    file = read(name)
+    if FIRST_OF_HEADS in file.tensors:
+        raise CheckpointError(
+            f"{name} has several heads side by side; take probe.pth, beside it, which has the chosen one"
+        )
+    if file.kind != CLASSIFIER:
+        raise CheckpointError(
+            f"{name} holds an {file.kind}, which classifies nothing: train a head on it (--finetune), or take a "
+            f"fine-tuned file, such as mae_finetuned_vit_base"
+        )
+    return file
+
+
+def load_classifier(model: nn.Module, file: Weights) -> None:
+    """Loads a classifier, all of it; the position table is interpolated to the model's patch grid.
+
+    Raises:
+        CheckpointError: it is of another architecture.
+    """
+    weights, ours = dict(file.tensors), model.state_dict()
+    if "pos_embed" in weights and weights["pos_embed"].shape[2] == ours["pos_embed"].shape[2]:
+        patches = weights["pos_embed"].shape[1] - 1
+        interpolate_pos_embed(model, weights, file.grid_size)
+        if weights["pos_embed"].shape[1] - 1 != patches and "input_size" not in file.settings and dist.is_main():
+            logger.warning(
+                f"{file.source} is for images of {patches} patches, and these have {ours['pos_embed'].shape[1] - 1}: "
+                "positions are interpolated; give input_size as it was trained with"
+            )
+    _require(file, model, ours.keys() - weights.keys(), weights.keys() - ours.keys(), _reshaped(weights, ours))
+    model.load_state_dict(weights)
+
+
+def statistics(
+    file: Weights | None, in_chans: int, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> tuple[Sequence[float] | None, Sequence[float] | None]:
+    """`--mean` and `--std` as given, else those that a file's own run had, if it has as many channels.
+
+    A warning names each given one that differs from the run's.
+    """
+    if file is None or file.settings.get("in_chans") != in_chans:
+        return mean, std
+    theirs = file.settings.get("mean"), file.settings.get("std")
+    wanted = mean or theirs[0], std or theirs[1]
+    pairs = zip(channel_statistics(in_chans, *wanted), channel_statistics(in_chans, *theirs), strict=True)
+    for flag, (used, recorded) in zip(("--mean", "--std"), pairs, strict=True):
+        if used != recorded and dist.is_main():
+            now, then = (" ".join(f"{value:g}" for value in values) for values in (used, recorded))
+            logger.warning(f"{flag} {now} is used, and {file.source} was made with {flag} {then}")
+    return wanted
+
+
+def _adapt_input(file: Weights, weights: dict[str, Tensor], model: nn.Module, how: str) -> None:
+    """Fits the patch projection (D, c, p, p) to the model's number of channels, in place."""
+    name = "patch_embed.proj.weight"
+    theirs, wanted = weights[name], model.state_dict()[name].shape
+    if theirs.shape[1] == wanted[1]:
+        return
+    if how == "error":
+        raise advice.advised(
+            CheckpointError(f"{file.source} is for images of {theirs.shape[1]} channels, the model for {wanted[1]}"),
+            "choose --adapt_input mean (each channel starts from their mean), repeat (they are taken in turn) or skip "
+            "(the patch projection starts untrained)",
+        )
+    if how == "skip":
+        del weights[name], weights["patch_embed.proj.bias"]
+        return
+    source = theirs.mean(dim=1, keepdim=True) if how == "mean" else theirs
+    taken = torch.arange(wanted[1]) % source.shape[1]
+    weights[name] = source[:, taken] * (theirs.shape[1] / wanted[1])
+
+
+def _reshaped(weights: dict[str, Tensor], ours: dict[str, Tensor]) -> set[str]:
+    return {name for name in ours.keys() & weights.keys() if ours[name].shape != weights[name].shape}
+
+
+def _require(file: Weights, model: nn.Module, missing: set[str], unexpected: set[str], reshaped: set[str]) -> None:
+    """Raises CheckpointError, with the names and the remedy, where weights do not fit."""
+    for problem, names in (("lacks", missing), ("holds besides", unexpected), ("has in another shape", reshaped)):
+        if names:
+            error = CheckpointError(f"{file.source} ({file.kind}) {problem} {len(names)} tensors ({_some(names)})")
+            differing = _differing(file, model.state_dict())
+            if "fc_norm.weight" not in missing | unexpected:
+                differing.pop("global_pool", None)
+            raise advice.advised(error, f"give {advice.flags(differing)}") if differing else error
+
+
+def _differing(file: Weights, ours: dict[str, Tensor]) -> dict[str, Any]:
+    """The settings of a file's model that are other ones than our model's."""
+    theirs, wanted = _architecture(file.tensors), _architecture(ours)
+    found = {name: theirs[name] for name in theirs if theirs[name] != wanted.get(name, theirs[name])}
+    if "model" in found:
+        row = model_zoo.TABLE.get(file.source)
+        width, depth = found["model"]
+        recorded = row.model if row else file.settings.get("model", f"(of {depth} blocks, {width} wide)")
+        found["model"] = f"{'mae_' * ('mask_token' in ours)}{str(recorded).removeprefix('mae_')}"
+    return found
+
+
+def _architecture(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """What the tensors tell of the settings that make a model; its name is told by its width and depth."""
+    width, channels, *patch = tensors["patch_embed.proj.weight"].shape
+    blocks = Counter(name.split(".")[0] for name in tensors if name.endswith(".norm1.weight"))
+    told = {
+        "model": (width, blocks["blocks"]),
+        "patch_size": patch if patch[0] != patch[1] else patch[0],
+        "in_chans": channels,
+    }
+    if blocks["decoder_blocks"]:
+        return told | {"decoder_depth": blocks["decoder_blocks"]}
+    return told | {"global_pool": "fc_norm.weight" in tensors}
+
+
+def _some(names: Iterable[str], shown: int = 3) -> str:
+    names = sorted(names)
+    return ", ".join(names[:shown]) + (", ..." if len(names) > shown else "")
