@@ -171,7 +171,7 @@ def as_recorded(args: Namespace, file: Weights, recorded: Mapping[str, Any]) -> 
     """The settings of an evaluation: those that a file records of its own run, and over them the flags that are given.
 
     A warning names each given flag that differs. The number of classes is the head's and the data's; mean and std
-    follow the same rule in `weights.statistics`.
+    follow the same rule in `loading.statistics`.
 
     Args:
         recorded: what of the file's settings makes its model, by the flags' names.

@@ -1,4 +1,4 @@
-"""Captures what a script trains and evaluates with: the script runs in this process up to the call of `epochs.run`."""
+"""Captures what a script trains and evaluates with: the script runs in this process up to the call of `trainer.run`."""
 
 import inspect
 import random
@@ -75,8 +75,8 @@ def capture(monkeypatch: pytest.MonkeyPatch, script: Any, **flags: Any) -> Simpl
     """What reaches the run of a script.
 
     Returns:
-        The arguments of `epochs.run` by name, and the arguments of calls of other functions: joined (`dist.init`),
-        precisions (`Precision`), opened (`datasets.open_source`), prepared (`runfolder.prepare`), evaluation
+        The arguments of `trainer.run` by name, and the arguments of calls of other functions: joined (`dist.init`),
+        precisions (`Precision`), opened (`datasets.open_source`), prepared (`run_directory.prepare`), evaluation
         (`loader.eval_loader`).
     """
     with monkeypatch.context() as patch, warnings.catch_warnings():

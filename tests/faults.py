@@ -353,7 +353,10 @@ class Faults:
             if not run.processes[rank].is_alive():
                 return None
             run.processes[rank].kill()
-            return 0 not in run.finish()
+            codes = run.finish()
+            if codes[1 - rank] == 0:  # the run was complete, and only the end of this process was missing
+                return None
+            return 0 not in codes
 
         return [self.disturb("one process of two killed", DDP, max(2, self.trials // 6), kill_one)]
 

@@ -94,7 +94,7 @@ def reached(script: str) -> list[tuple[str, ast.AST]]:
 
 
 def messages(node: ast.AST) -> list[tuple[str, bool]]:
-    """The texts of a definition, and whether they are remedies, which `cli.run` prints only where the flags exist."""
+    """The texts of a definition, and whether they are remedies: `entry_point.run` prints these where the flags exist."""
     passed_over, remedies = set(), set()
     for part in ast.walk(node):
         if isinstance(part, ast.FunctionDef | ast.ClassDef) and isinstance(part.body[0], ast.Expr):
@@ -118,7 +118,7 @@ def messages(node: ast.AST) -> list[tuple[str, bool]]:
 
 
 def flags_of(script: str) -> dict:
-    """A script's flags, and its positional arguments, which `cli.run` names by their metavar."""
+    """A script's flags, and its positional arguments, which `entry_point.run` names by their metavar."""
     parser = PARSERS[script]
     return parser._option_string_actions | {f"--{a.dest}": a for a in parser._actions if not a.option_strings}
 

@@ -32,7 +32,7 @@ def test_published_flags_and_defaults():
     assert {flag: args[flag] for flag in PUBLISHED} == PUBLISHED
     assert args["device"] == "auto"
     assert args["data_path"] is None
-    assert main_pretrain.get_args_parser().parse_args([]).epochs == 400  # also without `cli.parse`
+    assert main_pretrain.get_args_parser().parse_args([]).epochs == 400  # also without `entry_point.parse`
 
 
 def test_log_dir_follows_output_dir():

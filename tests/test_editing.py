@@ -75,7 +75,7 @@ model = inference.get_model(checkpoint)
 assert model.blocks[0].attn.num_heads == 8 and len(model.decoder_blocks) == 8
 assert inference.get_model("vit_heads8_patch4", checkpoint, nb_classes=0).blocks[0].attn.num_heads == 8
 assert models_vit.vit_heads8_patch4().blocks[0].attn.num_heads == 8
-cli.parse(main_finetune.get_args_parser(), ["--model", "vit_heads8_patch4"])
+entry_point.parse(main_finetune.get_args_parser(), ["--model", "vit_heads8_patch4"])
 """
     )
     flags = ["--data_path", pictures, "--model", "mae_vit_heads8_patch4", "--output_dir", tmp_path / "run"]

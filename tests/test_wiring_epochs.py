@@ -1,4 +1,4 @@
-"""Between a script and the loop: what `epochs.run` passes to every epoch, the learning rate of every update, and what
+"""Between a script and the loop: what `trainer.run` passes to every epoch, the learning rate of every update, and what
 the engine computes for a batch, with literal values."""
 
 import pytest

@@ -1,6 +1,6 @@
 """main_pretrain.py: what reaches the run, with the published values, for the defaults, the recipes and every flag.
 
-The script runs in this process on small images; `epochs.run` is replaced by a function that keeps its arguments.
+The script runs in this process on small images; `trainer.run` is replaced by a function that keeps its arguments.
 """
 
 import re
@@ -48,7 +48,7 @@ def images(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def capture(images, tmp_path, monkeypatch):
-    """Runs the script with flags; returns the arguments of `epochs.run`."""
+    """Runs the script with flags; returns the arguments of `trainer.run`."""
     monkeypatch.setattr(loader, "_cores", lambda: 16)
 
     def run(*flags, **options) -> Namespace:

@@ -42,7 +42,7 @@ class Progress:
         self.global_batch_size = global_batch_size
         self.epoch = start_epoch
         self.first_step = 0
-        self.meters: dict[str, Any] = {}  # of `runlog.Meters`
+        self.meters: dict[str, Any] = {}  # of `run_log.Meters`
         self.best_accuracy = -1.0  # of the epochs so far, where there is an accuracy
 
     def next_epoch(self) -> None:
@@ -96,7 +96,7 @@ class Progress:
 
 
 def _sums_over_updates(meters: dict[str, Any], updates: int) -> dict[str, Any]:
-    """The sums of `runlog.Meters`; earlier versions added up batches in place of updates."""
+    """The sums of `run_log.Meters`; earlier versions added up batches in place of updates."""
     if "batches" not in meters:
         return meters
     updates -= meters["skipped_steps"]

@@ -52,7 +52,7 @@ def write(state: dict[str, Any], folder: Path, *also: Path, group: td.ProcessGro
     """Writes a state, in all processes together.
 
     Args:
-        state: as `runstate.collect` has it, on the host, with the run's position.
+        state: as `run_state.collect` has it, on the host, with the run's position.
         also: further names of it, in the same place.
         group: of all processes; nobody else uses it meanwhile.
 
@@ -315,7 +315,7 @@ def _load(state: dict[str, Any], tensors: dict[str, Tensor], together: bool) -> 
         key, _, moment = rest.rpartition(".")
         if kind == "model":
             model[rest] = tensor
-        elif key in number:  # the others are of another architecture, which `runstate.restore_model` refuses
+        elif key in number:  # the others are of another architecture, which `run_state.restore_model` refuses
             moments.setdefault(number[key], {})[moment] = tensor
     groups = [
         {**group, "params": [number[str(key)] for key in group["params"]]}

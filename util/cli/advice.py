@@ -1,4 +1,4 @@
-"""What error messages advise: the nearest name, and remedies, which `cli.run` prints where the script takes them."""
+"""Remedies in error messages, which `entry_point.run` prints where the script has the flags, and the nearest name."""
 
 import difflib
 from collections.abc import Iterable, Mapping
@@ -18,8 +18,8 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
 def advised(error: Error, *remedies: str) -> Error:
     """The error with remedies as its notes.
 
-    The code that raises an error does not know which script runs. `cli.run` does: it adds to the message the remedies
-    whose flags the script has.
+    The code that raises an error does not depend on the script. `entry_point.run` does: it adds to the message the
+    remedies whose flags the script has.
 
     Args:
         remedies: in the order of their use, such as "--finetune FILE starts from its weights".

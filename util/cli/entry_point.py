@@ -97,7 +97,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
 
     `given` knows which of the settings are no defaults.
     """
-    assert isinstance(parser, _Parser), "made by `cli.parser`"
+    assert isinstance(parser, _Parser), "made by `entry_point.parser`"
     argv = sys.argv[1:] if argv is None else list(argv)
     parser.add_argument("-h", "--help", action="help", default=argparse.SUPPRESS, help="show this text and exit")
     first = _Parser(prog=parser.prog, add_help=False, allow_abbrev=False)
