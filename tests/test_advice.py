@@ -94,7 +94,7 @@ def reached(script: str) -> list[tuple[str, ast.AST]]:
 
 
 def messages(node: ast.AST) -> list[tuple[str, bool]]:
-    """The texts of a definition, and whether they are remedies: `entry_point.run` prints these where the flags exist."""
+    """The texts of a definition, and whether they are remedies, printed where the script has their flags."""
     passed_over, remedies = set(), set()
     for part in ast.walk(node):
         if isinstance(part, ast.FunctionDef | ast.ClassDef) and isinstance(part.body[0], ast.Expr):
