@@ -11,9 +11,11 @@ is an error, so the list is maintained together with the code. The exit code is 
 """
 
 import ast
+import multiprocessing
 import os
 import queue
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -25,10 +27,18 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 MUTANTS = Path(__file__).with_name("mutants")
 AIM = 0.9  # share of the changes that the tests must notice
 TIMEOUT = 300.0  # seconds for the tests of one change; a hang is noticed
+# Tests run in forks of a process that has imported the libraries, which takes longer than most of the tests.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(
+    ["pytest", "torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "torchvision", "timm", "timm.optim",
+     "transformers", "datasets", "sklearn.metrics", "matplotlib.pyplot", "submitit"]
+)  # fmt: skip
 
 
 class Mutant(NamedTuple):
@@ -104,23 +114,32 @@ def read_mutants(folder: Path = MUTANTS) -> list[Mutant]:
 
 def run_tests(folder: Path, tests: Sequence[str]) -> tuple[bool, str]:
     """Runs tests in a copy of the repository: whether they pass, and the first that does not."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", *tests]
-    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    with subprocess.Popen(
-        command, cwd=folder, env=environment, text=True, start_new_session=True,
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    ) as process:  # fmt: skip
-        try:
-            output, _ = process.communicate(timeout=TIMEOUT)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)
-            return False, f"no end after {TIMEOUT:.0f} s"
-    if process.returncode == 0:
+    output = folder.with_suffix(".txt")
+    process = SERVER.Process(target=_run_pytest, args=(folder, tests, output))
+    process.start()
+    process.join(TIMEOUT)
+    if process.exitcode is None:
+        os.killpg(process.pid or 0, signal.SIGKILL)
+        process.join()
+        return False, f"no end after {TIMEOUT:.0f} s"
+    if process.exitcode == 0:
         return True, ""
-    if process.returncode == 5:
+    if process.exitcode == pytest.ExitCode.NO_TESTS_COLLECTED:
         raise ValueError(f"no such tests: {' '.join(tests)}")
-    failures = [line for line in output.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    return False, failures[0] if failures else output[-2000:]
+    text = output.read_text(errors="replace")
+    failures = [line for line in text.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return False, failures[0] if failures else text[-2000:]
+
+
+def _run_pytest(folder: Path, tests: Sequence[str], output: Path) -> None:
+    os.setsid()  # the processes of the tests end with it at the deadline
+    os.chdir(folder)
+    sys.path[:] = [str(folder), *(path for path in sys.path if Path(path) not in (ROOT, ROOT / "tests"))]
+    sys.dont_write_bytecode = True
+    with output.open("wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.exit(pytest.main(["-x", "-q", "--no-header", "-p", "no:cacheprovider", *tests]))
 
 
 def copy_repository(folder: Path) -> Path:
@@ -145,6 +164,7 @@ def main(selected: Sequence[str]) -> int:
         raise SystemExit(f"no change is named {' or '.join(selected)}")
     for mutant in mutants:
         mutant.apply((ROOT / mutant.file).read_text())
+    os.environ |= {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "200", "CUDA_VISIBLE_DEVICES": ""}
     num_workers, start = os.cpu_count() or 1, time.monotonic()
     survivors: list[Mutant] = []
     with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(num_workers) as pool:
