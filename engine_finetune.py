@@ -34,12 +34,12 @@ def train_one_epoch(
     model: nn.Module,
     data_loader: loop.Loader,
     optimizer: Optimizer,
+    options: loop.EpochOptions,
     *,
     criterion: Callable[[Tensor, Tensor], Tensor],
     normalize: Callable[[Tensor], Tensor],
     erase: Callable[[Tensor], Tensor] | None = None,
     mixup: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
-    **loop_options: Any,
 ) -> None:
     """Trains a classifier for an epoch.
 
@@ -50,7 +50,6 @@ def train_one_epoch(
         normalize: images to the model's input, on the device.
         erase: random erasing of normalised images.
         mixup: timm's mixup and cutmix.
-        loop_options: of `util.training.loop.run_epoch`.
     """
 
     def compute_loss(batch: Any) -> Tensor:
@@ -62,7 +61,7 @@ def train_one_epoch(
             images, targets = mixup(images, targets)
         return criterion(model(images), targets)
 
-    loop.run_epoch(compute_loss, model, data_loader, optimizer, **loop_options)
+    loop.run_epoch(compute_loss, model, data_loader, optimizer, options)
 
 
 class Evaluation(NamedTuple):

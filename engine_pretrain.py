@@ -13,10 +13,10 @@ def train_one_epoch(
     model: nn.Module,
     data_loader: loop.Loader,
     optimizer: Optimizer,
+    options: loop.EpochOptions,
     *,
     mask_ratio: float,
     normalize: Normalize,
-    **loop_options: Any,
 ) -> None:
     """Trains a masked autoencoder for an epoch.
 
@@ -24,11 +24,10 @@ def train_one_epoch(
         model: called as `MaskedAutoencoderViT` is.
         data_loader: batches of images (B, c, H, W), labels (unused), and noise (B, N) that chooses the masks.
         normalize: images to the model's input, on the device.
-        loop_options: of `util.training.loop.run_epoch`.
     """
 
     def compute_loss(batch: Any) -> Tensor:
         images, _, noise = batch
         return model(normalize(images), mask_ratio, noise=noise)[0]
 
-    loop.run_epoch(compute_loss, model, data_loader, optimizer, **loop_options)
+    loop.run_epoch(compute_loss, model, data_loader, optimizer, options)

@@ -106,6 +106,7 @@ def loop_arguments(monkeypatch: pytest.MonkeyPatch, script: Any, **flags: Any) -
 
     def stop(*args: Any, **options: Any) -> None:
         found.update(signature.bind(*args, **options).arguments)
+        found.update(vars(found.pop("options")))
         raise Reached
 
     with monkeypatch.context() as patch, pytest.raises(Reached):
@@ -119,8 +120,7 @@ def loss_function(monkeypatch: pytest.MonkeyPatch, run: SimpleNamespace, model: 
     """What a run computes for a batch, with another model in the place of its own."""
     with monkeypatch.context() as patch:
         calls = recorder(patch, loop, "run_epoch", call=False)
-        options = dict.fromkeys(("epoch", "schedule", "precision", "guard", "meters", "log", "saver"))
-        run.train_one_epoch(model, run.batches, run.optimizer, **options)
+        run.train_one_epoch(model, run.batches, run.optimizer, None)
     return calls[0]["compute_loss"]
 
 

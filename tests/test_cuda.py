@@ -18,12 +18,12 @@ CUDA = torch.device("cuda")
 class Batches(list):
     """As `loader.TrainLoader`: images in pinned memory."""
 
-    images_per_step = 8
+    images_per_iteration = 8
 
-    def seek(self, epoch: int, first_step: int = 0) -> None:
+    def seek(self, epoch: int, first_iteration: int = 0) -> None:
         pass
 
-    def seed_step(self, step: int) -> None:
+    def seed_iteration(self, iteration: int) -> None:
         pass
 
 
@@ -49,7 +49,7 @@ def train(device: torch.device, amp: str, compiled: bool = False, may_wait: bool
     losses = []
 
     class Log(run_log.NullLog):
-        def step(self, step: int, lr: float, loss: float, grad_norm: float) -> None:
+        def update(self, iterations: int, lr: float, loss: float, grad_norm: float) -> None:
             losses.append(loss)
 
     def schedule(epoch: float) -> float:
@@ -58,9 +58,12 @@ def train(device: torch.device, amp: str, compiled: bool = False, may_wait: bool
         return 1e-3
 
     train_one_epoch(
-        model, batches(), optimizer, mask_ratio=0.75, normalize=Normalize([0.5], [0.25]).to(device), epoch=0,
-        schedule=schedule, precision=Precision(amp, device), guard=loop.NonFiniteGuard("abort"),
-        meters=run_log.Meters(), log=Log(), saver=NullSaver(Interrupts()),
+        model, batches(), optimizer,
+        loop.EpochOptions(
+            epoch=0, schedule=schedule, precision=Precision(amp, device), guard=loop.NonFiniteGuard("abort"),
+            log=Log(), saver=NullSaver(Interrupts()),
+        ),
+        mask_ratio=0.75, normalize=Normalize([0.5], [0.25]).to(device),
     )  # fmt: skip
     return losses
 

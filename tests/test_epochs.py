@@ -25,8 +25,8 @@ class Events:
     def end_epoch(self, stats):
         self.events.append(("log", stats))
 
-    def save(self, epoch, steps_done, meters, alone=False):
-        self.events.append(("save", epoch, steps_done, meters, alone))
+    def save(self, epoch, iterations, meters, alone=False):
+        self.events.append(("save", epoch, iterations, meters, alone))
 
     def save_epoch(self, epoch, accuracy=None):
         self.events.append(("save_epoch", epoch, accuracy))
@@ -39,14 +39,15 @@ class Events:
 
 
 def train_epochs(events, after_epoch, num_epochs=1, eval_every=1, evaluates=False, interrupts=None):
-    def train(epoch, first_step, meters, log):
-        events.events.append(("train", epoch, first_step))
-        meters.add(4.0, 1.0, 0.5)
+    def train(options):
+        events.events.append(("train", options.epoch, options.first_iteration))
+        options.meters.add(4.0, 1.0, 0.5)
 
     progress = Progress(4, 4)
-    progress.first_step, progress.meters = 4, {"loss": 2.0, "lr": 0.1, "updates": 1}
+    progress.first_iteration, progress.meters = 4, {"loss": 2.0, "lr": 0.1, "updates": 1}
+    options = trainer.EpochOptions(0, schedule=None, precision=None, guard=None, log=events, saver=events)
     trainer._train_epochs(
-        train, after_epoch, torch.nn.Linear(1, 1), events, progress, interrupts or Interrupts(), events, events,
+        train, options, after_epoch, torch.nn.Linear(1, 1), events, progress, interrupts or Interrupts(),
         epochs=num_epochs, eval_every=eval_every, evaluates=evaluates,
     )  # fmt: skip
 

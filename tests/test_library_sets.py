@@ -229,10 +229,10 @@ def batches_of(shards, num_workers=0, on_bad_image="skip", batch_size=8, pattern
     return loader.TrainLoader(samples, batch_size, 0, num_workers, False)
 
 
-def seen(batches, epoch, first_step=0) -> list[int]:
+def seen(batches, epoch, first_iteration=0) -> list[int]:
     """The images of an epoch, by their numbers."""
     number_of = {p.tobytes(): number for number, p in enumerate(PIXELS)}
-    batches.seek(epoch, first_step)
+    batches.seek(epoch, first_iteration)
     return [number_of[image.numpy().tobytes()] for images, _, _ in batches for image in images]
 
 
@@ -254,7 +254,7 @@ def test_workers_share_the_stream(shards, workers, monkeypatch):
     for epoch in (0, 1):
         assert len(seen(batches, epoch)) == 40
         assert len(set(seen(batches, epoch))) > 20
-    assert len(seen(batches, 2, first_step=5)) == 15
+    assert len(seen(batches, 2, first_iteration=5)) == 15
 
 
 def test_labels_and_noise_go_with_the_image(shards):

@@ -33,7 +33,7 @@ def test_order_is_a_new_permutation_each_epoch():
     assert all(len(set(order)) == 100 for order in epochs)
     assert epochs[0] != epochs[1]
     again = EpochBatches(103, 10, seed=0)
-    again.seek(1, first_step=4)
+    again.seek(1, first_iteration=4)
     assert [index for batch in again for _, index in batch] == epochs[1][40:]
 
 
@@ -278,12 +278,12 @@ def test_evaluation_takes_each_image_once(pictures, processes, monkeypatch):
 def test_what_a_batch_draws_depends_on_its_place_alone(pictures):
     """Dropped paths and mixtures are the same in a run that was stopped before this batch."""
 
-    def draws(first_step):
+    def draws(first_iteration):
         batches = TrainLoader(make_samples(pictures), 4, 0, 0, False)
-        batches.seek(2, first_step)
+        batches.seek(2, first_iteration)
         drawn = []
-        for step, _ in enumerate(batches, start=first_step):
-            batches.seed_step(step)
+        for step, _ in enumerate(batches, start=first_iteration):
+            batches.seed_iteration(step)
             drawn.append((torch.rand(1).item(), np.random.rand(), random.random()))
         return drawn
 
@@ -300,7 +300,7 @@ def test_what_a_batch_draws_differs_between_seeds_epochs_steps_and_processes(pic
         monkeypatch.setattr(dist, "rank", lambda: rank)
         batches = TrainLoader(make_samples(pictures), 4, seed, 0, False)
         batches.seek(epoch)
-        batches.seed_step(step)
+        batches.seed_iteration(step)
         return torch.rand(1).item(), np.random.rand(), random.random()
 
     places = [(0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)]

@@ -10,7 +10,7 @@ from util.interrupts import Interrupted, Interrupts
 from util.training import loop
 from util.training.precision import Precision
 from util.training.run_log import Meters, NullLog
-from util.training.saver import NullSaver
+from util.training.saver import NullSaver, Request
 
 
 class Numbers(EpochBatches):
@@ -20,7 +20,7 @@ class Numbers(EpochBatches):
         super().__init__(28, batch_size, seed=0, accum_iter=accum_iter)
         self.values = torch.randn(28, 3)
 
-    def seed_step(self, step):
+    def seed_iteration(self, iteration):
         pass
 
     def __iter__(self):
@@ -33,9 +33,16 @@ class RecordingSaver(NullSaver):
         super().__init__(Interrupts())
         self.emergencies = []
 
-    def save_emergency(self, epoch, steps_done, meters):
-        self.emergencies.append((epoch, steps_done))
+    def save_emergency(self, epoch, iterations, meters):
+        self.emergencies.append((epoch, iterations))
         return "checkpoint-emergency.pth"
+
+
+def epoch_options(epoch=0, **options):
+    return loop.EpochOptions(**{
+        "epoch": epoch, "schedule": lambda epoch: 0.1, "precision": Precision("off", torch.device("cpu")),
+        "guard": loop.NonFiniteGuard("abort"), "log": NullLog(), "saver": NullSaver(Interrupts()),
+    } | options)  # fmt: skip
 
 
 def train(batch_size=4, accum_iter=1, lr=0.1, spoil=lambda step, loss: loss, policy="abort", saver=None, guard=None,
@@ -58,9 +65,10 @@ def train(batch_size=4, accum_iter=1, lr=0.1, spoil=lambda step, loss: loss, pol
     meters = Meters()
     loop.run_epoch(
         compute_loss, model, batches, optimizer,
-        epoch=3, schedule=schedule, precision=Precision("off", torch.device("cpu")), accum_iter=accum_iter,
-        guard=guard or loop.NonFiniteGuard(policy),
-        meters=meters, log=log or NullLog(), saver=saver or NullSaver(Interrupts()), **options,
+        epoch_options(
+            epoch=3, schedule=schedule, accum_iter=accum_iter, guard=guard or loop.NonFiniteGuard(policy),
+            meters=meters, log=log or NullLog(), saver=saver or NullSaver(Interrupts()), **options,
+        ),
     )  # fmt: skip
     return model, seen, moments, meters
 
@@ -97,19 +105,19 @@ def test_an_epoch_is_a_whole_number_of_updates():
 def test_starts_in_the_middle():
     _, seen, moments, _ = train()
     assert moments == pytest.approx([3, 3 + 1 / 7, 3 + 2 / 7, 3 + 3 / 7, 3 + 4 / 7, 3 + 5 / 7, 3 + 6 / 7])
-    _, rest, later, _ = train(first_step=5)
+    _, rest, later, _ = train(first_iteration=5)
     assert len(rest) == 2
     assert all(torch.equal(a, b) for a, b in zip(rest, seen[5:], strict=True))
     assert later == moments[5:]
 
 
-@pytest.mark.parametrize("first_step", [0, 3])
-def test_every_iteration_is_seeded_by_its_place_before_its_loss(monkeypatch, first_step):
+@pytest.mark.parametrize("first_iteration", [0, 3])
+def test_every_iteration_is_seeded_by_its_place_before_its_loss(monkeypatch, first_iteration):
     """What mixup and drop path draw belongs to (epoch, iteration), also in the rest of an epoch."""
     events = []
-    monkeypatch.setattr(Numbers, "seed_step", lambda self, step: events.append((self.epoch, step)))
-    train(accum_iter=3, first_step=first_step, spoil=lambda step, loss: events.append("loss") or loss)
-    assert events == [event for step in range(first_step, 6) for event in ((3, step), "loss")]
+    monkeypatch.setattr(Numbers, "seed_iteration", lambda self, iteration: events.append((self.epoch, iteration)))
+    train(accum_iter=3, first_iteration=first_iteration, spoil=lambda step, loss: events.append("loss") or loss)
+    assert events == [event for step in range(first_iteration, 6) for event in ((3, step), "loss")]
 
 
 def test_gradients_are_averaged_in_the_last_iteration_of_an_update(monkeypatch):
@@ -133,9 +141,8 @@ def test_the_model_is_in_training_mode_under_autocast():
     for amp, enabled in (("bf16", True), ("off", False)):
         modes.clear()
         loop.run_epoch(
-            compute_loss, model, Numbers(14), torch.optim.SGD(model.parameters(), lr=0.1, fused=True), epoch=0,
-            schedule=lambda epoch: 0.1, precision=Precision(amp, torch.device("cpu")), meters=Meters(), log=NullLog(),
-            guard=loop.NonFiniteGuard("abort"), saver=NullSaver(Interrupts()),
+            compute_loss, model, Numbers(14), torch.optim.SGD(model.parameters(), lr=0.1, fused=True),
+            epoch_options(precision=Precision(amp, torch.device("cpu"))),
         )  # fmt: skip
         model.eval()
         assert modes == [(True, enabled, torch.bfloat16)] * 2
@@ -145,11 +152,11 @@ class Log(NullLog):
     def __init__(self):
         self.lines = []
 
-    def begin_epoch(self, epoch, first_step, num_steps, images_per_step, watch):
-        self.lines.append((epoch, first_step, num_steps, images_per_step))
+    def begin_epoch(self, epoch, first_iteration, num_iterations, images_per_iteration, watch):
+        self.lines.append((epoch, first_iteration, num_iterations, images_per_iteration))
 
-    def step(self, step, lr, loss, grad_norm):
-        self.lines.append((step, lr, loss, grad_norm))
+    def update(self, iterations, lr, loss, grad_norm):
+        self.lines.append((iterations, lr, loss, grad_norm))
 
 
 def test_every_update_is_logged_once_with_its_own_numbers():
@@ -167,9 +174,9 @@ def test_a_stop_is_saved_and_obeyed_after_the_update_in_which_it_came(stop_at, s
             super().__init__()
             self.updates = 0
 
-        def wish(self):
+        def request(self):
             self.updates += 1
-            return loop.Wish.STOP if self.updates == stop_at else loop.Wish.NOTHING
+            return Request.STOP if self.updates == stop_at else Request.NONE
 
         def stop(self):
             raise Interrupted(15)
@@ -192,25 +199,25 @@ def test_an_error_after_a_signal_is_an_interruption():
         train(saver=Stopping(), spoil=fails)
 
 
-def test_the_greatest_wish_of_all_processes_counts(monkeypatch):
+def test_all_processes_follow_the_greatest_request(monkeypatch):
     """Numbers of two processes, of which one wants to save and one nothing."""
     saver = Recorder()
     monkeypatch.setattr(loop.dist, "world_size", lambda: 2)
     monkeypatch.setattr(loop.dist, "mean_over_processes", lambda value: (value + torch.tensor([0, 0, 1, 0])) / 2)
     train(saver=saver, spoil=lambda step, loss: loss)
-    # Three iterations of 8 images; they are read STEPS_LATE later, here at the end of the epoch.
+    # Three iterations of 8 images; they are read UPDATES_IN_FLIGHT later, here at the end of the epoch.
     assert saver.saved == [(3, 3, False)]
 
 
 def test_a_process_waits_for_the_agreement_of_all(monkeypatch):
-    """Its own wish, in the first of three updates, is fulfilled when it is read, as in the other processes."""
+    """Its own request, after the first of three updates, takes effect when it is read, as in the other processes."""
 
     class Saves(Recorder):
-        def wish(self):
-            wishes.append(loop.Wish.NOTHING if wishes else loop.Wish.SAVE)
-            return wishes[-1]
+        def request(self):
+            requests.append(Request.NONE if requests else Request.SAVE)
+            return requests[-1]
 
-    wishes, saver = [], Saves()
+    requests, saver = [], Saves()
     monkeypatch.setattr(loop.dist, "world_size", lambda: 2)
     monkeypatch.setattr(loop.dist, "mean_over_processes", lambda value: value)
     train(saver=saver)
@@ -254,7 +261,7 @@ def test_abort_saves_and_says_what_to_try():
     saver = RecordingSaver()
     with pytest.raises(loop.NonFiniteLoss, match=r"epoch 3, batch 1.*--clip_grad"):
         train(spoil=nan_at(2), saver=saver)
-    assert saver.emergencies == [(3, 2 + loop.STEPS_LATE)]
+    assert saver.emergencies == [(3, 2 + loop.UPDATES_IN_FLIGHT)]
 
 
 def test_an_infinite_loss_with_a_finite_gradient_is_caught():
@@ -294,11 +301,11 @@ def test_a_state_saved_in_between_counts_the_steps_on_their_way():
             super().__init__(Interrupts())
             self.saved = []
 
-        def wish(self):
-            return loop.Wish.SAVE
+        def request(self):
+            return Request.SAVE
 
-        def save(self, epoch, steps_done, meters, alone=False):
-            self.saved.append((steps_done, meters["updates"]))
+        def save(self, epoch, iterations, meters, alone=False):
+            self.saved.append((iterations, meters["updates"]))
 
     saver = Saves()
     train(saver=saver)
@@ -312,8 +319,8 @@ class Recorder(NullSaver):
         super().__init__(Interrupts())
         self.saved = []
 
-    def save(self, epoch, steps_done, meters, alone=False):
-        self.saved.append((steps_done, meters["updates"], alone))
+    def save(self, epoch, iterations, meters, alone=False):
+        self.saved.append((iterations, meters["updates"], alone))
 
 
 def test_an_error_within_an_update_leaves_the_state_before_it():
@@ -331,11 +338,7 @@ def test_an_error_within_an_update_leaves_the_state_before_it():
             return model(batch[0]).square().mean()
 
         with pytest.raises(RuntimeError, match="is killed"):
-            loop.run_epoch(
-                compute_loss, model, Numbers(4, 2), optimizer, epoch=0, schedule=lambda epoch: 0.1, accum_iter=2,
-                precision=Precision("off", torch.device("cpu")), guard=loop.NonFiniteGuard("abort"), meters=Meters(),
-                log=NullLog(), saver=saver,
-            )  # fmt: skip
+            loop.run_epoch(compute_loss, model, Numbers(4, 2), optimizer, epoch_options(accum_iter=2, saver=saver))
         return saver.saved, norm.running_mean.clone()
 
     torch.manual_seed(0)
@@ -359,9 +362,7 @@ def test_a_process_that_is_gone_is_found_before_the_weights_change(monkeypatch):
     with pytest.raises(RuntimeError, match="closed by peer"):
         loop.run_epoch(
             lambda batch: model(batch[0]).square().mean(), model, Numbers(4),
-            torch.optim.SGD(model.parameters(), lr=0.1, fused=True), epoch=1, schedule=lambda epoch: 0.1,
-            precision=Precision("off", torch.device("cpu")), guard=loop.NonFiniteGuard("abort"), meters=Meters(),
-            log=NullLog(), saver=saver,
+            torch.optim.SGD(model.parameters(), lr=0.1, fused=True), epoch_options(epoch=1, saver=saver),
         )  # fmt: skip
     assert saver.saved == [(0, 0, True)]
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before[0], strict=True))

@@ -57,15 +57,15 @@ def test_a_resumed_log_has_every_epoch_once(tmp_path):
 def test_a_resumed_run_logs_every_scalar_once(tmp_path):
     """TensorBoard's axes: the loss counts thousandths of an epoch, perf/* counts epochs. Another run's file stays."""
 
-    def log_epochs(first, last, first_step=0):
-        log = RunLog(tmp_path / "run", tmp_path, 4, first, int(1000 * (first + first_step / 10)))
+    def log_epochs(first, last, first_iteration=0):
+        log = RunLog(tmp_path / "run", tmp_path, 4, first, int(1000 * (first + first_iteration / 10)))
         for epoch in range(first, last):
-            log.begin_epoch(epoch, first_step, 10, 8, Stopwatch())
-            for step in range(first_step, 10):
-                log.step(step + 1, lr=1e-3, loss=float(epoch), grad_norm=2.0)
+            log.begin_epoch(epoch, first_iteration, 10, 8, Stopwatch())
+            for step in range(first_iteration, 10):
+                log.update(step + 1, lr=1e-3, loss=float(epoch), grad_norm=2.0)
             log.end_epoch({"train_lr": 1e-3, "train_loss": 0.0, "test_acc1": 10.0 * epoch})
             log.picture("reconstruction", np.zeros((4, 4, 3), np.uint8), epoch)
-            first_step = 0
+            first_iteration = 0
         log.close()
 
     (tmp_path / "run").mkdir()
@@ -73,7 +73,7 @@ def test_a_resumed_run_logs_every_scalar_once(tmp_path):
     other = tmp_path / "events.out.tfevents.1.host.2.other"
     shutil.copy(next(tmp_path.glob("events.*.run")), other)
     before = other.read_bytes()
-    log_epochs(1, 4, first_step=5)
+    log_epochs(1, 4, first_iteration=5)
     assert other.read_bytes() == before
     other.unlink()
     events = EventAccumulator(str(tmp_path), size_guidance={"scalars": 0, "images": 0}).Reload()
@@ -123,9 +123,9 @@ def test_what_a_full_disk_refuses_is_written_later(tmp_path, caplog):
 def test_lines_where_there_is_no_terminal(tmp_path, caplog):
     caplog.set_level("INFO")
     log = RunLog(tmp_path, tmp_path, epochs=2)
-    log.begin_epoch(1, 0, num_steps=10, images_per_step=8, watch=Stopwatch())
+    log.begin_epoch(1, 0, num_iterations=10, images_per_iteration=8, watch=Stopwatch())
     for step in range(1, 11):
-        log.step(step, lr=1e-3, loss=0.5, grad_norm=2.0)
+        log.update(step, lr=1e-3, loss=0.5, grad_norm=2.0)
     log.end_epoch({"train_lr": 1e-3, "train_loss": 0.5})
     log.close()
     first, last = (record.getMessage() for record in caplog.records)
@@ -144,10 +144,10 @@ import time
 from pathlib import Path
 from util.training.run_log import RunLog, Stopwatch
 log = RunLog(Path("."), Path("."), epochs=3)
-log.begin_epoch(0, 0, num_steps=4, images_per_step=16, watch=Stopwatch())
+log.begin_epoch(0, 0, num_iterations=4, images_per_iteration=16, watch=Stopwatch())
 for step in range(1, 5):
     time.sleep(0.15)  # the bar refreshes ten times a second
-    log.step(step, lr=1e-3, loss=0.25, grad_norm=2.0)
+    log.update(step, lr=1e-3, loss=0.25, grad_norm=2.0)
 log.end_epoch({"train_lr": 1e-3, "train_loss": 0.25})
 """
     ours, theirs = pty.openpty()

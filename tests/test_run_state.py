@@ -12,14 +12,14 @@ def test_progress_counts_images():
     saved = {"epoch": 4, "images_done": 96, "effective_batch_size": 48, "meters": {}}
     progress = Progress(effective_batch_size=48, global_batch_size=12)
     progress.restore({"epoch": 3, "progress": saved})
-    assert (progress.epoch, progress.first_step) == (4, 8)
+    assert (progress.epoch, progress.first_iteration) == (4, 8)
     for global_batch_size, remedy in ((8, "--batch_size 8 --accum_iter 6"), (64, "--batch_size 48 --accum_iter 1"),
                                       (9, "--batch_size 8 --accum_iter 6")):  # fmt: skip
         with pytest.raises(CheckpointError, match=f"batch size of 48 .*: give {remedy}$"):
             Progress(global_batch_size, global_batch_size).restore({"progress": saved})
     foreign = Progress(48, 48)
     foreign.restore({"epoch": 19})
-    assert (foreign.epoch, foreign.first_step) == (20, 0)
+    assert (foreign.epoch, foreign.first_iteration) == (20, 0)
 
 
 def test_the_position_of_an_earlier_version():
@@ -28,7 +28,7 @@ def test_the_position_of_an_earlier_version():
     saved = {"epoch": 4, "images_done": 28, "effective_batch_size": 12, "meters": meters, "num_images": 28}
     progress = Progress(effective_batch_size=12, global_batch_size=6, num_images=28)
     progress.restore({"epoch": 3, "progress": saved})
-    assert (progress.epoch, progress.first_step) == (4, 4)
+    assert (progress.epoch, progress.first_iteration) == (4, 4)
     assert progress.meters == pytest.approx({"loss": 4.0, "lr": 0.2, "updates": 2, "skipped_steps": 0})
 
 

@@ -10,8 +10,7 @@ import torch
 from util.checkpoints import checkpoint, run_state
 from util.checkpoints.run_state import Progress
 from util.interrupts import Interrupted, Interrupts
-from util.training.loop import Wish
-from util.training.saver import Saver
+from util.training.saver import Request, Saver
 
 
 def make_saver(tmp_path, **options):
@@ -33,13 +32,13 @@ def test_milestones_are_the_published_ones(tmp_path):
 
 
 def test_rolling_states_come_by_the_clock(tmp_path):
-    assert make_saver(tmp_path).wish() is Wish.NOTHING
+    assert make_saver(tmp_path).request() is Request.NONE
     saver = make_saver(tmp_path, save_minutes=0)
-    assert saver.wish() is Wish.SAVE
-    assert saver.wish() is Wish.NOTHING  # it has been said
+    assert saver.request() is Request.SAVE
+    assert saver.request() is Request.NONE  # it has been said
     saver.save(3, 2, {"loss": 1.0})
     saver.close()
-    assert saver.wish() is Wish.SAVE
+    assert saver.request() is Request.SAVE
     state = checkpoint.read(tmp_path / "checkpoint-last.pth")
     assert state["epoch"] == 2
     assert state["progress"] == {
@@ -52,15 +51,15 @@ def test_a_state_that_cannot_be_written_does_not_end_the_run(tmp_path, caplog):
     saver = make_saver(tmp_path / "gone", save_minutes=0)
     saver.save(0, 1, {})
     wait([saver.writing])
-    assert saver.wish() is Wish.NOTHING
+    assert saver.request() is Request.NONE
     assert "can't write" in caplog.text
     assert "tries again in a minute" in caplog.text
     saver.save_epoch(20, accuracy=50.0)
     wait([saver.writing])
-    assert saver.wish() is Wish.NOTHING
+    assert saver.request() is Request.NONE
     saver.save(21, 1, {})
     wait([saver.writing])
-    assert saver.wish() is Wish.NOTHING
+    assert saver.request() is Request.NONE
     assert not list(tmp_path.iterdir())
     (tmp_path / "gone").mkdir()
     saver.save(21, 2, {})
@@ -173,10 +172,10 @@ def test_the_newest_milestones_are_kept(tmp_path):
     assert checkpoint.read(tmp_path / "checkpoint-best.pth")["epoch"] == 3
 
 
-def test_a_signal_is_a_wish(tmp_path):
+def test_a_signal_requests_a_stop(tmp_path):
     saver = make_saver(tmp_path)
     saver.interrupts.pending = 15
-    assert saver.wish() is Wish.STOP
+    assert saver.request() is Request.STOP
     saver.save(2, 3, {})
     with pytest.raises(Interrupted, match="stopped by SIGTERM"):
         saver.stop()

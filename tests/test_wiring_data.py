@@ -57,7 +57,7 @@ def test_the_train_loader_passes_its_arguments_on(pictures):
     batches = TrainLoader(make_samples(pictures), 4, 7, 0, True, repeats=2, accum_iter=5)
     assert len(batches) == 10  # 24 images twice are 48 samples: 12 batches, 2 updates of 5
     assert batches.num_images == 48
-    assert batches.images_per_step == 4
+    assert batches.images_per_iteration == 4
     assert batches.batches.pin_memory is True
     assert TrainLoader(make_samples(pictures), 4, 7, 0, False).batches.pin_memory is False
     assert (batches.order.seed, batches.order.repeats) == (7, 2)
@@ -75,10 +75,10 @@ def test_what_a_batch_draws_depends_on_seed_epoch_iteration_and_rank(pictures, m
             for step in (0, 1):
                 for rank in (0, 1):
                     monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
-                    batches.seed_step(step)
+                    batches.seed_iteration(step)
                     drawn |= {torch.rand(1).item(), random.random(), np.random.rand()}
     assert len(drawn) == 3 * 16
-    batches.seed_step(1)
+    batches.seed_iteration(1)
     assert {torch.rand(1).item(), random.random(), np.random.rand()} < drawn  # the same again
 
 

@@ -18,10 +18,10 @@ from util.training.run_log import Stopwatch
 
 def log_an_epoch(batches, options) -> None:
     """What the log needs of an epoch in which nothing is trained."""
-    if "log" in options:
+    if options:
         watch = Stopwatch()
         watch.stop()
-        options["log"].begin_epoch(options["epoch"], 0, len(batches), batches.images_per_step, watch)
+        options.log.begin_epoch(options.epoch, 0, len(batches), batches.images_per_iteration, watch)
 
 
 @pytest.fixture
@@ -29,10 +29,10 @@ def loop_calls(monkeypatch):
     """Replaces the loop by a function that keeps its arguments."""
     calls = []
 
-    def keep(compute_loss, model, loader, optimizer, **options):
+    def keep(compute_loss, model, loader, optimizer, options):
         log_an_epoch(loader, options)
         arguments = {"compute_loss": compute_loss, "model": model, "loader": loader, "optimizer": optimizer}
-        calls.append(arguments | options)
+        calls.append(arguments | (vars(options) if options else {}))
 
     monkeypatch.setattr(loop, "run_epoch", keep)
     return calls
@@ -51,7 +51,7 @@ def keep_calls(monkeypatch, module, name):
 
 
 LOOP_ARGUMENTS = {
-    "compute_loss", "model", "loader", "optimizer", "epoch", "schedule", "precision", "guard", "first_step",
+    "compute_loss", "model", "loader", "optimizer", "epoch", "schedule", "precision", "guard", "first_iteration",
     "accum_iter", "clip_grad", "meters", "log", "saver",
 }  # fmt: skip
 
@@ -66,7 +66,7 @@ def test_every_argument_of_the_loop_by_default(pretrain, loop_calls):
     parameters = [parameter for group in first["optimizer"].param_groups for parameter in group["params"]]
     trained = [parameter for parameter in first["model"].parameters() if parameter.requires_grad]
     assert {id(parameter) for parameter in parameters} == {id(parameter) for parameter in trained}
-    assert (first["first_step"], first["accum_iter"], first["clip_grad"]) == (0, 1, None)
+    assert (first["first_iteration"], first["accum_iter"], first["clip_grad"]) == (0, 1, None)
     guard = first["guard"]
     assert (guard.policy, guard.overflow_is_normal, guard.in_a_row) == ("abort", False, 0)
     assert first["precision"].name == "fp32"
@@ -92,7 +92,7 @@ def test_every_argument_of_the_loop_by_flag(pretrain, loop_calls, monkeypatch, t
     )  # fmt: skip
     assert [call["epoch"] for call in loop_calls] == [6, 7, 8]
     call = loop_calls[0]
-    assert (call["first_step"], call["accum_iter"], call["clip_grad"]) == (0, 2, 0.7)
+    assert (call["first_iteration"], call["accum_iter"], call["clip_grad"]) == (0, 2, 0.7)
     assert call["guard"].policy == "skip"
     assert call["precision"].name == "bf16"
     saves = call["saver"]
@@ -180,9 +180,10 @@ def test_the_loss_scaler_is_restored(pretrain, loop_calls, monkeypatch):
     monkeypatch.setattr(Precision, "__init__", init_fp16)
     with monkeypatch.context() as patch:
         # The scale and the growth tracker that an overflow leaves.
-        def train(compute_loss, model, batches, optimizer, *, precision, **options):
+        def train(compute_loss, model, batches, optimizer, options):
             log_an_epoch(batches, options)
-            precision.scaler.load_state_dict(precision.scaler.state_dict() | {"scale": 0.5, "_growth_tracker": 7})
+            scaler = options.precision.scaler
+            scaler.load_state_dict(scaler.state_dict() | {"scale": 0.5, "_growth_tracker": 7})
 
         patch.setattr(loop, "run_epoch", train)
         pretrain(epochs=1, save_every=1)
@@ -211,20 +212,20 @@ def test_the_rest_of_an_epoch(pretrain, loop_calls, monkeypatch):
     """A run that resumes within an epoch trains the rest of it, and adds to its meters."""
 
     def resume(which, output_dir, model, optimizer, scaler, settings, progress: Progress):
-        progress.epoch, progress.first_step, progress.meters = 1, 4, {"loss": 3.0, "lr": 0.5, "updates": 2}
+        progress.epoch, progress.first_iteration, progress.meters = 1, 4, {"loss": 3.0, "lr": 0.5, "updates": 2}
 
     monkeypatch.setattr(trainer.run_state, "resume", resume)
     logs = keep_calls(monkeypatch, trainer.run_log, "open_log")
     pretrain(epochs=3, accum_iter=2)
     first, second = loop_calls
-    assert (first["epoch"], first["first_step"], first["meters"].loss, first["meters"].updates) == (1, 4, 3.0, 2)
-    assert (second["epoch"], second["first_step"], second["meters"].updates) == (2, 0, 0)
+    assert (first["epoch"], first["first_iteration"], first["meters"].loss, first["meters"].updates) == (1, 4, 3.0, 2)
+    assert (second["epoch"], second["first_iteration"], second["meters"].updates) == (2, 0, 0)
     assert logs[0][1]["first_epoch"] == 1
     assert logs[0][1]["first_x"] == 1666  # int(1000 x (1 + 4 / 6))
 
 
 def test_a_run_locks_its_folder(pretrain, monkeypatch, tmp_path):
-    def train(compute_loss, model, batches, optimizer, **options):
+    def train(compute_loss, model, batches, optimizer, options):
         log_an_epoch(batches, options)
         with (
             pytest.raises(ValueError, match="is being written to by another run"),
@@ -249,12 +250,10 @@ def test_the_engine_computes_the_loss_of_normalised_images_and_the_samples_masks
     labels, noise = torch.arange(4), torch.rand(4, 16)
     normalize = transforms.Normalize([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
     batches, optimizer = object(), object()
-    engine_pretrain.train_one_epoch(
-        model, batches, optimizer, mask_ratio=mask_ratio, normalize=normalize, epoch=3, clip_grad=0.5
-    )
+    engine_pretrain.train_one_epoch(model, batches, optimizer, None, mask_ratio=mask_ratio, normalize=normalize)
     (call,) = loop_calls
     compute_loss = call.pop("compute_loss")
-    assert call == {"model": model, "loader": batches, "optimizer": optimizer, "epoch": 3, "clip_grad": 0.5}
+    assert call == {"model": model, "loader": batches, "optimizer": optimizer}
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6]))
     expected, _, mask = model((images / 255 - mean) / std, mask_ratio, noise=noise)
     assert mask.sum() == 4 * 16 * mask_ratio
@@ -266,11 +265,11 @@ def test_the_loop_trains_with_the_gradient_of_that_loss(pretrain, monkeypatch):
     batches = []
     run_epoch = loop.run_epoch
 
-    def keep(compute_loss, model, data, optimizer, **options):
+    def keep(compute_loss, model, data, optimizer, options):
         data.seek(0)
         batches.extend(data)
         before.extend(parameter.detach().clone() for parameter in model.parameters())
-        run_epoch(compute_loss, model, data, optimizer, **options)
+        run_epoch(compute_loss, model, data, optimizer, options)
         after.extend(model.parameters())
 
     before, after = [], []

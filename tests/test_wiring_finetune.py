@@ -235,7 +235,7 @@ def test_flags_reach_the_loop(monkeypatch, data, tmp_path):
         monkeypatch, main_finetune, data_path=data, output_dir=tmp_path / "run", model="vit_mini_patch4", input_size=16,
         batch_size=10, accum_iter=3, epochs=1, warmup_epochs=2, lr=0.5, clip_grad=2.5, on_nonfinite="skip",
     )  # fmt: skip
-    assert (call["epoch"], call["first_step"], call["accum_iter"], call["clip_grad"]) == (0, 0, 3, 2.5)
+    assert (call["epoch"], call["first_iteration"], call["accum_iter"], call["clip_grad"]) == (0, 0, 3, 2.5)
     assert (call["guard"].policy, call["guard"].overflow_is_normal) == ("skip", False)
     assert call["schedule"](1.0) == pytest.approx(0.25)
     assert call["optimizer"].param_groups[0]["lr"] == pytest.approx(0.25 * 0.75**5)

@@ -179,7 +179,7 @@ def test_flags_reach_the_loop(monkeypatch, data, tmp_path):
         monkeypatch, main_linprobe, data_path=data, output_dir=tmp_path / "run", batch_size=100, accum_iter=2, epochs=2,
         warmup_epochs=1, blr="1.28 0.64", clip_grad=2.5, on_nonfinite="skip", **mini(),
     )  # fmt: skip
-    assert (call["epoch"], call["first_step"], call["accum_iter"], call["clip_grad"]) == (0, 0, 2, 2.5)
+    assert (call["epoch"], call["first_iteration"], call["accum_iter"], call["clip_grad"]) == (0, 0, 2, 2.5)
     assert call["guard"].policy == "skip"
     assert call["schedule"](0.5) == pytest.approx(0.5)  # half of 1.28 x 200 / 256
     assert [group["lr"] for group in call["optimizer"].param_groups] == pytest.approx([0.5, 0.25])

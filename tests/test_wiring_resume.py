@@ -25,8 +25,7 @@ from util.files import atomic
 from util.interrupts import Interrupts
 from util.pos_embed import resize_pos_embed
 from util.training import run_log, saver
-from util.training.loop import Wish
-from util.training.saver import Saver
+from util.training.saver import Request, Saver
 from util.weights import loading
 from util.weights.loading import Weights
 
@@ -90,7 +89,7 @@ def test_every_part_of_the_state_comes_back(saved, tmp_path, which):
     assert [group["lr"] for group in ours["param_groups"]] == [2e-3, 2e-3]  # settings are those of this run
     assert [group["weight_decay"] for group in ours["param_groups"]] == [0.0, 0.05]
     assert scaler.get_scale() == 1024.0
-    assert (progress.epoch, progress.first_step, progress.best_accuracy) == (5, 4, 70.0)
+    assert (progress.epoch, progress.first_iteration, progress.best_accuracy) == (5, 4, 70.0)
     assert progress.meters == METERS
 
 
@@ -107,9 +106,9 @@ def test_what_a_checkpoint_holds(saved, tmp_path):
 
 def test_the_next_epoch_begins_at_its_start():
     progress = Progress(16, 8)
-    progress.epoch, progress.first_step, progress.meters, progress.best_accuracy = 3, 4, dict(METERS), 50.0
+    progress.epoch, progress.first_iteration, progress.meters, progress.best_accuracy = 3, 4, dict(METERS), 50.0
     progress.next_epoch()
-    assert (progress.epoch, progress.first_step, progress.meters, progress.best_accuracy) == (4, 0, {}, 50.0)
+    assert (progress.epoch, progress.first_iteration, progress.meters, progress.best_accuracy) == (4, 0, {}, 50.0)
 
 
 def test_settings_that_change_are_named_and_free_ones_are_not(saved, tmp_path, caplog):
@@ -169,14 +168,14 @@ def test_the_rolling_state_comes_every_save_minutes(tmp_path, monkeypatch):
     monkeypatch.setattr(saver, "time", SimpleNamespace(monotonic=lambda: clock.now))
     progress = Progress(16, 8)
     writer = Saver(Interrupts(), tmp_path, dict, progress, epochs=9, save_every=20, save_minutes=15)
-    wishes = []
+    requests = []
     for seconds in (0, 899, 2, 1, 897, 3):
         clock.now += seconds
-        wishes.append(writer.wish())
-        if wishes[-1] is Wish.SAVE:
+        requests.append(writer.request())
+        if requests[-1] is Request.SAVE:
             writer.save(0, 1, {})
     writer.close()
-    assert [wish is Wish.SAVE for wish in wishes] == [False, False, True, False, False, True]
+    assert [request is Request.SAVE for request in requests] == [False, False, True, False, False, True]
 
 
 def test_milestones_are_ordered_by_number(tmp_path):
@@ -269,7 +268,7 @@ def test_scalars_have_their_tags_values_and_axes(tmp_path):
     for epoch in (0, 1):
         log.begin_epoch(epoch, 0, 4, 8, run_log.Stopwatch())
         for step in range(1, 5):
-            log.step(step, lr=step / 8, loss=step / 2, grad_norm=float(step))
+            log.update(step, lr=step / 8, loss=step / 2, grad_norm=float(step))
         log.end_epoch({"train_lr": 0.1, "train_loss": 0.5, "test_acc1": 25.0 + epoch, "test_loss": 0.5})
     line = (tmp_path / "log.txt").read_text().splitlines()
     assert len(line) == 2  # at the end of each epoch, not when the log is closed

@@ -48,11 +48,11 @@ def test_seeds_depend_on_the_run_the_epoch_the_batch_and_the_rank(monkeypatch, b
             for epoch in (0, 1):
                 loader.seek(epoch)
                 for step in range(3):
-                    loader.seed_step(step)
+                    loader.seed_iteration(step)
                     draws[seed, rank, epoch, step] = draw()
     assert_all_differ(draws.values(), 24)
     loader.seek(0)
-    loader.seed_step(2)
+    loader.seed_iteration(2)
     assert draw() == draws[1, 1, 0, 2]
 
 

@@ -41,13 +41,13 @@ class Progress:
         self.effective_batch_size = effective_batch_size
         self.global_batch_size = global_batch_size
         self.epoch = start_epoch
-        self.first_step = 0
+        self.first_iteration = 0
         self.meters: dict[str, Any] = {}  # of `run_log.Meters`
         self.best_accuracy = -1.0  # of the epochs so far, where there is an accuracy
 
     def next_epoch(self) -> None:
         """An epoch is finished."""
-        self.epoch, self.first_step, self.meters = self.epoch + 1, 0, {}
+        self.epoch, self.first_iteration, self.meters = self.epoch + 1, 0, {}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Takes the position of a checkpoint; a file of the published code stands at the end of its epoch.
@@ -82,7 +82,7 @@ class Progress:
             logger.warning(f"an epoch had {num_images} images, and has {self.num_images} now")
         self.best_accuracy = saved.get("best_accuracy", -1.0)
         self.epoch = saved["epoch"]
-        self.first_step = images_done // self.global_batch_size
+        self.first_iteration = images_done // self.global_batch_size
         self.meters = _sums_over_updates(saved["meters"], images_done // self.effective_batch_size)
 
     def _split_of(self, effective_batch_size: int) -> str:
@@ -160,7 +160,7 @@ def resume(
             scaler.load_state_dict(state["scaler"])
         _restore_rng(state.get("rng", {}))
         _warn_of_changes(_args_of(state), settings)
-    here = torch.tensor([progress.epoch, progress.first_step], device=next(model.parameters()).device)
+    here = torch.tensor([progress.epoch, progress.first_iteration], device=next(model.parameters()).device)
     if not torch.equal(dist.mean_over_processes(here.float()), here.float()):
         raise CheckpointError(f"the processes found different checkpoints: --output_dir {output_dir} must be shared")
     if which not in ("", "auto") and dist.is_main():  # all processes have accepted it

@@ -85,7 +85,7 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         self.repeats = repeats
         self.seed = seed
         self.epoch = 0
-        self.first_step = 0
+        self.first_iteration = 0
         self.num_batches = accum_iter * updates_per_epoch(self.num_samples, batch_size, accum_iter)
 
     @property
@@ -94,13 +94,13 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         return self.num_images * self.repeats
 
     @property
-    def images_per_step(self) -> int:
+    def images_per_iteration(self) -> int:
         """Images in the batches of all processes together."""
         return self.batch_size * dist.world_size()
 
-    def seek(self, epoch: int, first_step: int = 0) -> None:
+    def seek(self, epoch: int, first_iteration: int = 0) -> None:
         """Chooses what the next iteration yields."""
-        self.epoch, self.first_step = epoch, first_step
+        self.epoch, self.first_iteration = epoch, first_iteration
 
     def __len__(self) -> int:
         return self.num_batches
@@ -108,9 +108,9 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch = self.epoch
         order = np.random.default_rng([self.seed, epoch]).permutation(self.num_images)
-        for step in range(self.first_step, len(self)):
-            count = self.images_per_step // self.repeats
-            mine = order[step * count + dist.rank() : (step + 1) * count : dist.world_size()]
+        for iteration in range(self.first_iteration, len(self)):
+            count = self.images_per_iteration // self.repeats
+            mine = order[iteration * count + dist.rank() : (iteration + 1) * count : dist.world_size()]
             yield [(epoch, int(index)) for index in mine for _ in range(self.repeats)]
 
 
@@ -187,25 +187,25 @@ class TrainLoader:
             self.batches = Batches(samples, workers, batch_sampler=self.order, **options)
 
     @property
-    def images_per_step(self) -> int:
+    def images_per_iteration(self) -> int:
         """Images in the batches of all processes together."""
-        return self.order.images_per_step
+        return self.order.images_per_iteration
 
     @property
     def num_images(self) -> int:
         """Images of an epoch, each as often as it is repeated."""
         return self.order.num_samples
 
-    def seek(self, epoch: int, first_step: int = 0) -> None:
+    def seek(self, epoch: int, first_iteration: int = 0) -> None:
         """Chooses the epoch that the next iteration yields, and the batch to begin with."""
-        self.order.seek(epoch, first_step)
+        self.order.seek(epoch, first_iteration)
         if self.stream:
-            self.stream.seek(epoch, first_step, len(self), self.order.batch_size)
+            self.stream.seek(epoch, first_iteration, len(self), self.order.batch_size)
 
-    def seed_step(self, step: int) -> None:
+    def seed_iteration(self, iteration: int) -> None:
         """Seeds what is drawn for a batch as a whole, such as dropped paths and mixtures: a run that goes on in the
         middle of an epoch draws it as if it had not been stopped."""
-        torch.manual_seed(seed_python(self.order.seed, self.order.epoch, step, dist.rank()))
+        torch.manual_seed(seed_python(self.order.seed, self.order.epoch, iteration, dist.rank()))
 
     def __len__(self) -> int:
         return len(self.order)
@@ -226,7 +226,7 @@ class TrainLoader:
         self.num_bad = len(found)
         self._limit(found)
         if found:
-            seen = (len(self) - self.order.first_step) * self.images_per_step // self.order.repeats
+            seen = (len(self) - self.order.first_iteration) * self.images_per_iteration // self.order.repeats
             logger.warning(
                 f"{self.num_bad:,} of this epoch's images ({seen:,} since it began or went on) can't be read"
             )
@@ -236,7 +236,7 @@ class TrainLoader:
         return {"bad_images": self.num_bad} if self.num_bad else {}
 
     def _limit(self, found: dict[str, str]) -> None:
-        num_images = len(self) * self.images_per_step // self.order.repeats
+        num_images = len(self) * self.images_per_iteration // self.order.repeats
         if len(found) > MAX_BAD_SHARE * num_images:
             name, reason = next(iter(found.items()))
             raise BadImage(
@@ -262,26 +262,26 @@ class FeatureBatches:
         self.batch_size = batch_size
         self.seed = seed
         self.num_images = sum(dist.gather(len(labels)))
-        self.steps = accum_iter * updates_per_epoch(self.num_images, batch_size, accum_iter)
-        self.images_per_step = batch_size * dist.world_size()
-        self.epoch = self.first_step = 0
+        self.num_batches = accum_iter * updates_per_epoch(self.num_images, batch_size, accum_iter)
+        self.images_per_iteration = batch_size * dist.world_size()
+        self.epoch = self.first_iteration = 0
 
-    def seek(self, epoch: int, first_step: int = 0) -> None:
+    def seek(self, epoch: int, first_iteration: int = 0) -> None:
         """Chooses what the next iteration yields."""
-        self.epoch, self.first_step = epoch, first_step
+        self.epoch, self.first_iteration = epoch, first_iteration
 
     def __len__(self) -> int:
-        return self.steps
+        return self.num_batches
 
     def __iter__(self) -> Iterator[list[Tensor]]:
         order = torch.from_numpy(
             np.random.default_rng([self.seed, self.epoch, dist.rank()]).permutation(len(self.labels))
         )
-        for step in range(self.first_step, self.steps):
-            mine = order[step * self.batch_size : (step + 1) * self.batch_size]
+        for iteration in range(self.first_iteration, self.num_batches):
+            mine = order[iteration * self.batch_size : (iteration + 1) * self.batch_size]
             yield [self.features[mine], self.labels[mine], mine]
 
-    def seed_step(self, step: int) -> None:
+    def seed_iteration(self, iteration: int) -> None:
         """Nothing is drawn."""
 
     def counts(self) -> dict[str, int]:

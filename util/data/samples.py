@@ -142,18 +142,18 @@ class StreamedSamples(IterableDataset):
         # Epoch, first batch, end, batch size; in shared memory, because workers outlive an epoch.
         self.place = torch.zeros(4, dtype=torch.int64).share_memory_()
 
-    def seek(self, epoch: int, first_step: int, num_steps: int, batch_size: int) -> None:
-        """Chooses what the next iteration yields: batches from `first_step` to `num_steps` of an epoch."""
-        self.place.copy_(torch.tensor([epoch, first_step, num_steps, batch_size]))
+    def seek(self, epoch: int, first_iteration: int, num_iterations: int, batch_size: int) -> None:
+        """Chooses what the next iteration yields: batches from `first_iteration` to `num_iterations` of an epoch."""
+        self.place.copy_(torch.tensor([epoch, first_iteration, num_iterations, batch_size]))
 
     def __iter__(self) -> Iterator[Sample]:
-        epoch, first_step, num_steps, batch_size = self.place.tolist()
+        epoch, first_iteration, num_iterations, batch_size = self.place.tolist()
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        batches = len(range(first_step + worker, num_steps, workers))  # workers take turns
-        yield from itertools.islice(self._stream(epoch, first_step, worker, workers), batches * batch_size)
+        batches = len(range(first_iteration + worker, num_iterations, workers))  # workers take turns
+        yield from itertools.islice(self._stream(epoch, first_iteration, worker, workers), batches * batch_size)
 
-    def _stream(self, epoch: int, first_step: int, worker: int, workers: int) -> Iterator[Sample]:
+    def _stream(self, epoch: int, first_iteration: int, worker: int, workers: int) -> Iterator[Sample]:
         bad: list[Bad] = []
 
         def report(name: str, error: Exception) -> bool:
@@ -161,7 +161,7 @@ class StreamedSamples(IterableDataset):
             return True
 
         part, parts = dist.rank() * workers + worker, dist.world_size() * workers
-        for name, data, label in self.shards.stream([self.samples.seed, epoch, first_step], part, parts, report):
+        for name, data, label in self.shards.stream([self.samples.seed, epoch, first_iteration], part, parts, report):
             try:
                 picture = self.samples.decode(data)
             except BadImage as error:

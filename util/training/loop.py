@@ -1,11 +1,10 @@
-"""The training loop. There is one; engines bring what a batch computes."""
+"""The training loop. There is one: an engine adds the loss of a batch."""
 
 import logging
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from enum import IntEnum
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Protocol
 
@@ -17,68 +16,51 @@ from util import dist
 from util.interrupts import Interrupted
 from util.training.precision import Precision
 from util.training.run_log import Meters, NullLog, Stopwatch
+from util.training.saver import NullSaver, Request
 
 logger = logging.getLogger(__name__)
 
-STEPS_LATE = 4  # how long a step's numbers travel to the host; by then the device has them, and nobody waits
+UPDATES_IN_FLIGHT = 4  # updates whose numbers are copied to the host meanwhile, so that the loop need not wait for them
 MAX_SKIPS_IN_A_ROW = 20
-WITHIN_UPDATE = -1  # in place of a count of batches: the optimizer is changing the weights
 
 
 class NonFiniteLoss(ArithmeticError):
-    """A loss or gradient was infinite or not a number, and the run was told to stop on it."""
-
-
-class Wish(IntEnum):
-    """What a process wants to happen between two steps; the greatest wish of all processes counts."""
-
-    NOTHING, SAVE, STOP = range(3)
-
-
-class BetweenSteps(Protocol):
-    """What must happen between two steps; `saver.Saver` does it, `saver.NullSaver` on processes without files."""
-
-    def wish(self) -> Wish:
-        """What this process wants, asked after every step."""
-
-    def save(self, epoch: int, steps_done: int, meters: dict[str, Any], alone: bool = False) -> None:
-        """Saves the state after so many batches of an epoch; `alone` if other processes may not do so."""
-
-    def stop(self) -> None:
-        """Ends the run, in all processes, once the state is on the disk."""
-
-    def save_emergency(self, epoch: int, steps_done: int, meters: dict[str, Any]) -> str:
-        """Saves the state under a name of its own, which it returns, before the run ends on an error."""
-
-    def raise_if_stopping(self, error: Exception) -> None:
-        """Raises `Interrupted` in place of an error that came after a signal."""
+    """A loss or gradient was infinite or not a number, and `--on_nonfinite` ends the run."""
 
 
 class Loader(Protocol):
-    """Batches of an epoch, or the rest of one; `loader.TrainLoader` gives them."""
+    """Batches of an epoch, or of the rest of one, such as `loader.TrainLoader`."""
 
     @property
-    def images_per_step(self) -> int:
+    def images_per_iteration(self) -> int:
         """Images in the batches of all processes together."""
 
-    def seek(self, epoch: int, first_step: int) -> None:
-        """Chooses what the next iteration yields."""
+    def seek(self, epoch: int, first_iteration: int) -> None:
+        """Chooses the epoch and the first batch of the next `iter()`."""
 
-    def seed_step(self, step: int) -> None:
-        """Seeds what is drawn for that batch of the epoch as a whole."""
+    def seed_iteration(self, iteration: int) -> None:
+        """Seeds the random numbers of a batch as a whole, such as those of mixup."""
 
     def __len__(self) -> int:
-        """Batches of a whole epoch."""
+        """Batches of a complete epoch."""
 
     def __iter__(self) -> Iterator[Any]: ...
 
 
 @dataclass(frozen=True)
-class Step:
-    """An optimizer step whose loss and gradient norm are still on their way to the host."""
+class EpochOptions:
+    """The arguments of `run_epoch` that do not depend on the engine."""
 
-    done: int  # batches of the epoch, with this step's
-    lr: float
+    epoch: int
+    schedule: Callable[[float], float]  # sets the learning rate for a fractional epoch, and returns it
+    precision: Precision
+    guard: "NonFiniteGuard"  # decides about updates with a loss or gradient that is not finite
+    log: NullLog
+    saver: NullSaver
+    meters: Meters = field(default_factory=Meters)  # sums of the epoch; `run_epoch` adds to them
+    first_iteration: int = 0  # iterations of this epoch that an earlier run completed; a multiple of `accum_iter`
+    accum_iter: int = 1  # iterations of an update; divides the iterations of an epoch
+    clip_grad: float | None = None  # largest global norm of the gradient
 
 
 def run_epoch(
@@ -86,88 +68,83 @@ def run_epoch(
     model: nn.Module,
     loader: Loader,
     optimizer: Optimizer,
-    *,
-    epoch: int,
-    schedule: Callable[[float], float],
-    precision: Precision,
-    guard: "NonFiniteGuard",
-    first_step: int = 0,
-    accum_iter: int = 1,
-    clip_grad: float | None = None,
-    meters: Meters,
-    log: NullLog,
-    saver: BetweenSteps,
+    options: EpochOptions,
 ) -> None:
-    """Trains for an epoch, or the rest of one. No step waits for the device; saving a state does.
+    """Trains for an epoch, or for the rest of one. It waits for the device only to save a state.
 
     Args:
-        compute_loss: a batch, on the device, to its loss.
-        loader: can start in the middle of an epoch.
-        schedule: sets the learning rate for a fractional epoch and returns it.
-        guard: decides what steps mean whose loss or gradient is not finite.
-        first_step: batches of this epoch that an earlier run has done; a multiple of `accum_iter`.
-        accum_iter: batches of an update, which divides the epoch's batches.
-        saver: what it wishes in one process, happens in all after the same step.
-        meters: the epoch's sums so far, added to.
+        compute_loss: from a batch, on the device, to its loss.
 
     Raises:
-        NonFiniteLoss: as the guard decides. The weights are those of before the bad steps.
+        NonFiniteLoss: `options.guard` ends the run. The weights are those before the updates that were not finite.
     """
-    num_steps = len(loader)
-    num_updates, rest = divmod(num_steps, accum_iter)
+    epoch, accum_iter, precision, saver = options.epoch, options.accum_iter, options.precision, options.saver
+    num_iterations = len(loader)
+    num_updates, rest = divmod(num_iterations, accum_iter)
     assert not rest, "an epoch is a whole number of updates"
-    watch = Stopwatch()
-    pending = PendingSteps(epoch, meters, log, guard, saver)
-    wishes = torch.eye(len(Wish), device=precision.device)
+    updates = options.first_iteration // accum_iter  # optimizer steps of this epoch that the weights contain
+    in_optimizer_step = False  # the weights are between two updates
+    buffers: list[Tensor] = []  # before the current update: a forward pass changes the statistics of batch norm
+    stopwatch, pending = Stopwatch(), PendingUpdates(options)
+    zero = torch.zeros((), device=precision.device)
     model.train()
 
-    def save(done: int, alone: bool = False) -> None:
-        saver.save(epoch, done, pending.meters_with_all().state_dict(), alone)
+    def save(alone: bool = False) -> None:
+        saver.save(epoch, updates * accum_iter, pending.meters_with_all().state_dict(), alone)
 
-    group_loss = zero = torch.zeros((), device=precision.device)
-    whole = first_step  # batches whose gradients are in the weights
-    buffers: list[Tensor] = []  # before the update that is under way: a forward pass changes batch norm's statistics
     try:
-        loader.seek(epoch, first_step)
-        log.begin_epoch(epoch, first_step, num_steps, loader.images_per_step, watch)
-        for done, batch in enumerate(prefetch(watch.watch(loader), precision.device), start=first_step + 1):
-            if (done - 1) % accum_iter == 0:
-                lr = schedule(epoch + (done - 1) // accum_iter / num_updates)
-                buffers = [buffer.clone() for buffer in model.buffers()]
-            loader.seed_step(done - 1)
-            is_last = done % accum_iter == 0
-            group_loss = group_loss + _iterate(compute_loss, batch, accum_iter, model, precision, is_last)
+        loader.seek(epoch, options.first_iteration)
+        options.log.begin_epoch(epoch, options.first_iteration, num_iterations, loader.images_per_iteration, stopwatch)
+        batches = prefetch(stopwatch.watch(loader), precision.device)
+        for iteration, batch in enumerate(batches, start=options.first_iteration):
+            if iteration % accum_iter == 0:
+                lr = options.schedule(epoch + updates / num_updates)
+                loss, buffers = zero, [buffer.clone() for buffer in model.buffers()]
+            loader.seed_iteration(iteration)
+            is_last = (iteration + 1) % accum_iter == 0
+            loss = loss + _forward_backward(compute_loss, batch, accum_iter, model, precision, is_last)
             if not is_last:
                 continue
-            wish = saver.wish()
-            # Before the weights change: a process that finds another gone still has the state of whole updates.
-            agreed_on = dist.mean_over_processes(torch.cat([group_loss[None], wishes[wish]]))
-            whole = WITHIN_UPDATE
-            grad_norm = precision.step(optimizer, clip_grad)
-            pending.push(Step(done, lr), torch.cat([grad_norm[None], agreed_on]))
-            whole, buffers, group_loss = done, [], zero
-            agreed = pending.read(STEPS_LATE, done)
+            request = saver.request()
+            mean_loss_and_requests = share_requests(loss, request)
+            in_optimizer_step = True
+            grad_norm = precision.step(optimizer, options.clip_grad)
+            pending.push(Update(iteration + 1, lr), torch.cat([grad_norm[None], mean_loss_and_requests]))
+            updates, in_optimizer_step, buffers = updates + 1, False, []
+            shared_request = pending.read(UPDATES_IN_FLIGHT, iteration + 1)
             if dist.world_size() == 1:
-                agreed = wish  # one process need not wait for an agreement
-            if agreed:
-                save(done)
-            if agreed is Wish.STOP:
+                shared_request = request  # without the delay
+            if shared_request:
+                save()
+            if shared_request is Request.STOP:
                 saver.stop()
-        watch.stop()
-        if pending.read(0, num_steps) and dist.world_size() > 1:
-            save(num_steps)
-    except (NonFiniteLoss, Interrupted):  # they have saved
+        stopwatch.stop()
+        if pending.read(0, num_iterations) and dist.world_size() > 1:
+            save()
+    except (NonFiniteLoss, Interrupted):  # the state is saved
         raise
-    except Exception as error:  # a bad image, a worker process that was killed, no memory: no update is lost by it
+    except Exception as error:  # for example a bad image, a killed worker process, or out of memory
         for buffer, before in zip(model.buffers(), buffers, strict=False):
             buffer.copy_(before)
-        if whole != WITHIN_UPDATE and (epoch or whole):
-            save(whole, alone=True)
+        if not in_optimizer_step and (epoch or updates):
+            save(alone=True)
         saver.raise_if_stopping(error)
         raise
 
 
-def _iterate(
+def share_requests(loss: Tensor, request: Request) -> Tensor:
+    """Averages the loss of an update over the processes, and shares their requests in the same collective operation.
+
+    It precedes the optimizer step: if a process is gone, this raises, and the weights are still those of whole updates.
+
+    Returns:
+        (1 + len(Request),): the mean loss, and for each request the share of processes that make it.
+    """
+    one_hot = torch.eye(len(Request), device=loss.device)[request]
+    return dist.mean_over_processes(torch.cat([loss[None], one_hot]))
+
+
+def _forward_backward(
     compute_loss: Callable[[Any], Tensor],
     batch: Any,
     accum_iter: int,
@@ -175,8 +152,7 @@ def _iterate(
     precision: Precision,
     is_last: bool,
 ) -> Tensor:
-    """A forward and backward pass; returns its part of the update's loss. The last one of an update averages the
-    gradients over the processes."""
+    """Returns the part of the update's loss. The last iteration of an update averages gradients over the processes."""
     with dist.gradient_sync(model, enabled=is_last):
         with precision.autocast():
             loss = compute_loss(batch) / accum_iter
@@ -220,60 +196,66 @@ def prefetch(batches: Iterator[list[Tensor]], device: torch.device) -> Iterator[
         yield arrived()
 
 
-class PendingSteps:
-    """Losses, gradient norms and wishes on their way from the device, read some steps later."""
+@dataclass(frozen=True)
+class Update:
+    """An optimizer step whose loss and gradient norm are being copied to the host."""
 
-    def __init__(self, epoch: int, meters: Meters, log: NullLog, guard: "NonFiniteGuard", saver: BetweenSteps) -> None:
-        self.epoch = epoch
-        self.meters = meters
-        self.log = log
-        self.guard = guard
-        self.saver = saver
-        self.queue: deque[tuple[Step, Tensor, torch.cuda.Event | None]] = deque()
+    iterations: int  # of the epoch, up to the end of this update
+    lr: float
 
-    def push(self, step: Step, values: Tensor) -> None:
-        """Starts the copy of a step's gradient norm, loss and shares of wishes."""
-        arrived = None
+
+class PendingUpdates:
+    """Losses, gradient norms and requests, copied from the device and read some updates later."""
+
+    def __init__(self, options: EpochOptions) -> None:
+        self.options = options
+        self.meters = options.meters
+        self.queue: deque[tuple[Update, Tensor, torch.cuda.Event | None]] = deque()
+
+    def push(self, update: Update, values: Tensor) -> None:
+        """Starts the copy of the gradient norm, the loss and the requests of an update."""
+        copied = None
         if values.is_cuda:
             values = torch.empty(len(values), pin_memory=True).copy_(values, non_blocking=True)
-            arrived = torch.cuda.Event()
-            arrived.record()
-        self.queue.append((step, values, arrived))
+            copied = torch.cuda.Event()
+            copied.record()
+        self.queue.append((update, values, copied))
 
-    def read(self, keep: int, done: int) -> Wish:
-        """Takes in the oldest steps, until `keep` are left on their way; returns the greatest wish among them.
+    def read(self, max_pending: int, iterations: int) -> Request:
+        """Logs the oldest updates, until `max_pending` remain; returns the greatest request among them.
 
         Args:
-            done: batches of the epoch whose gradients are in the weights.
+            iterations: of the epoch whose gradients are in the weights.
         """
-        agreed = Wish.NOTHING
-        while len(self.queue) > keep:
-            step, values, arrived = self.queue.popleft()
-            grad_norm, loss, *wished = _numbers(values, arrived)
-            agreed = max(agreed, *(wish for wish in Wish if wished[wish] > 0))
-            self.meters.add(loss, grad_norm, step.lr)
-            self.log.step(step.done, step.lr, loss, grad_norm)
-            if not self.guard.accepts(loss, grad_norm):
-                place = f"epoch {self.epoch}, batch {step.done - 1}"
-                what = f"{place}: loss {loss}, gradient norm {grad_norm}, lr {step.lr:.3g}"
-                self.guard.react(what, lambda: self._save_emergency(done))
-        return agreed
+        shared_request = Request.NONE
+        while len(self.queue) > max_pending:
+            update, values, copied = self.queue.popleft()
+            grad_norm, loss, *shares = _numbers(values, copied)
+            shared_request = max(shared_request, *(request for request in Request if shares[request] > 0))
+            self.meters.add(loss, grad_norm, update.lr)
+            self.options.log.update(update.iterations, update.lr, loss, grad_norm)
+            if not self.options.guard.accepts(loss, grad_norm):
+                place = f"epoch {self.options.epoch}, batch {update.iterations - 1}"
+                what = f"{place}: loss {loss}, gradient norm {grad_norm}, lr {update.lr:.3g}"
+                self.options.guard.react(what, lambda: self._save_emergency(iterations))
+        return shared_request
 
-    def _save_emergency(self, done: int) -> str:
-        return self.saver.save_emergency(self.epoch, done, self.meters_with_all().state_dict())
+    def _save_emergency(self, iterations: int) -> str:
+        meters = self.meters_with_all().state_dict()
+        return self.options.saver.save_emergency(self.options.epoch, iterations, meters)
 
     def meters_with_all(self) -> Meters:
-        """A copy of the meters that counts the steps on their way too; they stay, to be read at their time."""
+        """The sums with all pending updates, which stay in the queue."""
         total = Meters(**self.meters.state_dict())
-        for step, values, arrived in self.queue:
-            grad_norm, loss, *_ = _numbers(values, arrived)
-            total.add(loss, grad_norm, step.lr)
+        for update, values, copied in self.queue:
+            grad_norm, loss, *_ = _numbers(values, copied)
+            total.add(loss, grad_norm, update.lr)
         return total
 
 
-def _numbers(values: Tensor, arrived: torch.cuda.Event | None) -> list[float]:
-    if arrived is not None:
-        arrived.synchronize()
+def _numbers(values: Tensor, copied: torch.cuda.Event | None) -> list[float]:
+    if copied is not None:
+        copied.synchronize()
     return values.tolist()
 
 

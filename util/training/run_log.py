@@ -119,7 +119,7 @@ class Stopwatch:
         return (self.ended or time.perf_counter()) - self.started
 
     @property
-    def seconds_a_batch(self) -> float:
+    def seconds_per_iteration(self) -> float:
         """Mean time of a batch, waiting included."""
         return self.seconds / max(1, self.batches)
 
@@ -132,11 +132,17 @@ class Stopwatch:
 class NullLog:
     """Tells nothing: what processes other than rank 0 have."""
 
-    def begin_epoch(self, epoch: int, first_step: int, num_steps: int, images_per_step: int, watch: Stopwatch) -> None:
-        """The loop starts an epoch at one of its steps (batches)."""
+    def begin_epoch(
+        self, epoch: int, first_iteration: int, num_iterations: int, images_per_iteration: int, watch: Stopwatch
+    ) -> None:
+        """The loop starts an epoch, at one of its iterations."""
 
-    def step(self, step: int, lr: float, loss: float, grad_norm: float) -> None:
-        """A step's numbers; it comes a few steps late, when they have reached the host. `step` counts batches done."""
+    def update(self, iterations: int, lr: float, loss: float, grad_norm: float) -> None:
+        """The numbers of an update, some updates later, when they have reached the host.
+
+        Args:
+            iterations: of the epoch, up to the end of the update.
+        """
 
     def end_epoch(self, stats: dict[str, Any]) -> None:
         """The epoch's entries for log.txt."""
@@ -183,27 +189,30 @@ class RunLog(NullLog):
         self.next_warning = 0.0
         self.bar: tqdm | None = None
 
-    def begin_epoch(self, epoch: int, first_step: int, num_steps: int, images_per_step: int, watch: Stopwatch) -> None:
-        self.epoch, self.first_step, self.num_steps = epoch, first_step, num_steps
-        self.images_per_step, self.watch = images_per_step, watch
-        self.last_line = -SECONDS_BETWEEN_LINES  # so that the first step shows at once
+    def begin_epoch(
+        self, epoch: int, first_iteration: int, num_iterations: int, images_per_iteration: int, watch: Stopwatch
+    ) -> None:
+        self.epoch, self.num_iterations = epoch, num_iterations
+        self.images_per_iteration, self.watch = images_per_iteration, watch
+        self.last_line = -SECONDS_BETWEEN_LINES  # so that the first update is logged
         if sys.stderr.isatty():
             self.bar = tqdm(
-                total=num_steps * images_per_step,
-                initial=first_step * images_per_step,
+                total=num_iterations * images_per_iteration,
+                initial=first_iteration * images_per_iteration,
                 desc=f"epoch {epoch}/{self.epochs}",
                 unit="img",
                 unit_scale=True,
                 leave=False,
             )
 
-    def step(self, step: int, lr: float, loss: float, grad_norm: float) -> None:
-        x = int(1000 * (self.epoch + (step - 1) / self.num_steps))  # the published code's axis: thousandths of an epoch
+    def update(self, iterations: int, lr: float, loss: float, grad_norm: float) -> None:
+        # Thousandths of an epoch, the axis of the published code.
+        x = int(1000 * (self.epoch + (iterations - 1) / self.num_iterations))
         self.events.scalar(self.loss_tag, loss, x)
         self.events.scalar("lr", lr, x)
         self.events.scalar("grad_norm", grad_norm, x)
         watch = self.watch
-        left = watch.seconds_a_batch * ((self.epochs - self.epoch) * self.num_steps - step)
+        left = watch.seconds_per_iteration * ((self.epochs - self.epoch) * self.num_iterations - iterations)
         is_due = watch.seconds - self.last_line >= SECONDS_BETWEEN_LINES
         if is_due:
             self.last_line = watch.seconds
@@ -212,11 +221,12 @@ class RunLog(NullLog):
             self.bar.set_postfix_str(
                 f"loss {loss:.4f}, lr {lr:.2e}, data wait {watch.wait_share:.0%}, run ends in {_duration(left)}", False
             )
-            self.bar.update(step * self.images_per_step - self.bar.n)
+            self.bar.update(iterations * self.images_per_iteration - self.bar.n)
         elif is_due:
+            total, rate = self.num_iterations, self.images_per_iteration / watch.seconds_per_iteration
             logger.info(
-                f"epoch {self.epoch} [{step:>{len(str(self.num_steps))}}/{self.num_steps}]  loss {loss:.4f}  "
-                f"lr {lr:.2e}  grad {grad_norm:.3g}  {self.images_per_step / watch.seconds_a_batch:,.0f} images/s  "
+                f"epoch {self.epoch} [{iterations:>{len(str(total))}}/{total}]  loss {loss:.4f}  lr {lr:.2e}  "
+                f"grad {grad_norm:.3g}  {rate:,.0f} images/s  "
                 f"data wait {watch.wait_share:.0%}  left {_duration(left)}"
             )
 
@@ -225,7 +235,7 @@ class RunLog(NullLog):
             self.bar.close()
             self.bar = None
         watch = self.watch
-        rate = self.images_per_step / watch.seconds_a_batch if watch.batches else 0.0
+        rate = self.images_per_iteration / watch.seconds_per_iteration if watch.batches else 0.0
         for name, value in stats.items():
             if name.startswith("test_"):
                 self.events.scalar(f"perf/{name}", value, self.epoch)

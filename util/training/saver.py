@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from util import dist
 from util.checkpoints import checkpoint, sharded
 from util.checkpoints.run_state import Progress
 from util.interrupts import Interrupted, Interrupts
-from util.training.loop import Wish
 
 logger = logging.getLogger(__name__)
 
@@ -29,8 +29,14 @@ RETRY_SECONDS = 60.0  # after a state that could not be written
 MAX_UNWRITTEN = 2  # milestones and best states that wait in memory until the disk has space again
 
 
+class Request(IntEnum):
+    """What a process requests after an update; all processes follow the greatest request of any of them."""
+
+    NONE, SAVE, STOP = range(3)
+
+
 class NullSaver:
-    """Saves nothing: what processes other than rank 0 have.
+    """Saves nothing: the saver of processes other than rank 0, and the interface that `loop.run_epoch` calls.
 
     Args:
         interrupts: a signal to this process stops the run.
@@ -39,21 +45,22 @@ class NullSaver:
     def __init__(self, interrupts: Interrupts) -> None:
         self.interrupts = interrupts
 
-    def wish(self) -> Wish:
-        """What this process wants to happen after this step."""
-        return Wish.STOP if self.interrupts.pending else Wish.NOTHING
+    def request(self) -> Request:
+        """The request of this process after an update."""
+        return Request.STOP if self.interrupts.pending else Request.NONE
 
-    def save(self, epoch: int, steps_done: int, meters: dict[str, Any], alone: bool = False) -> None:
-        """Saves the rolling state after so many batches of an epoch.
+    def save(self, epoch: int, iterations: int, meters: dict[str, Any], alone: bool = False) -> None:
+        """Saves the rolling checkpoint.
 
         Args:
-            alone: other processes may be gone, or do something else.
+            iterations: of the epoch whose gradients are in the weights.
+            alone: other processes may be gone, or may not save.
         """
 
     def save_epoch(self, epoch: int, accuracy: float | None = None) -> None:
         """Saves the milestone of a finished epoch, if it is one, and the best state, if its accuracy is that."""
 
-    def save_emergency(self, epoch: int, steps_done: int, meters: dict[str, Any]) -> str:
+    def save_emergency(self, epoch: int, iterations: int, meters: dict[str, Any]) -> str:
         """Saves the state of a run that is about to end on an error, and returns the file's name."""
         return ""
 
@@ -114,16 +121,16 @@ class Saver(NullSaver):
         self.is_ending = False  # what could not be written is in another place, and the run ends on that error
         self.unwritten: list[tuple[dict[str, Any], list[Path]]] = []  # states with their files, the oldest first
 
-    def wish(self) -> Wish:
+    def request(self) -> Request:
         if self.writing and self.writing.done():
             self._finish("The run continues, and tries again in a minute.")
         if time.monotonic() < self.next_save:
-            return super().wish()
-        self.next_save = math.inf  # until that wish is fulfilled
-        return max(super().wish(), Wish.SAVE)
+            return super().request()
+        self.next_save = math.inf  # until the state is saved
+        return max(super().request(), Request.SAVE)
 
-    def save(self, epoch: int, steps_done: int, meters: dict[str, Any], alone: bool = False) -> None:
-        self._write([LAST], epoch, steps_done, meters)
+    def save(self, epoch: int, iterations: int, meters: dict[str, Any], alone: bool = False) -> None:
+        self._write([LAST], epoch, iterations, meters)
 
     def save_epoch(self, epoch: int, accuracy: float | None = None) -> None:
         names = []
@@ -137,9 +144,9 @@ class Saver(NullSaver):
         if epoch == self.epochs - 1:
             self._settle()  # without the run's result, it has failed
 
-    def save_emergency(self, epoch: int, steps_done: int, meters: dict[str, Any]) -> str:
+    def save_emergency(self, epoch: int, iterations: int, meters: dict[str, Any]) -> str:
         try:
-            self._write([EMERGENCY], epoch, steps_done, meters)
+            self._write([EMERGENCY], epoch, iterations, meters)
             return str(self._settle())
         except OSError as error:  # the run ends on the error before it
             logger.error(str(error))
@@ -156,7 +163,7 @@ class Saver(NullSaver):
         self._settle()
         super().stop()
 
-    def _write(self, names: list[str], epoch: int, steps_done: int, meters: dict[str, Any]) -> None:
+    def _write(self, names: list[str], epoch: int, iterations: int, meters: dict[str, Any]) -> None:
         """Copies the state, and begins to write it.
 
         Raises:
@@ -171,7 +178,7 @@ class Saver(NullSaver):
             self._settle()
         position = {
             "epoch": epoch,
-            "images_done": steps_done * self.progress.global_batch_size,
+            "images_done": iterations * self.progress.global_batch_size,
             "effective_batch_size": self.progress.effective_batch_size,
             "meters": meters,
             "best_accuracy": self.progress.best_accuracy,
@@ -251,7 +258,7 @@ class Saver(NullSaver):
 
 
 class ShardedSaver(Saver):
-    """The saver of each process of a sharded run: all write their part, beside the training, when rank 0 wishes so.
+    """The saver of each process of a sharded run: all write their part, beside the training, when rank 0 requests it.
 
     A process that fails on its own can't save: the state of the last save stands.
     """
@@ -260,14 +267,14 @@ class ShardedSaver(Saver):
         super().__init__(*args, **options)
         self.group = dist.new_host_group()
 
-    def wish(self) -> Wish:
+    def request(self) -> Request:
         if not dist.is_main():
             self.next_save = math.inf
-        return super().wish()
+        return super().request()
 
-    def save(self, epoch: int, steps_done: int, meters: dict[str, Any], alone: bool = False) -> None:
+    def save(self, epoch: int, iterations: int, meters: dict[str, Any], alone: bool = False) -> None:
         if not alone:
-            super().save(epoch, steps_done, meters)
+            super().save(epoch, iterations, meters)
 
     def _write_one(self, state: dict[str, Any], paths: list[Path]) -> Path:
         folders = [path.with_suffix("") for path in paths]

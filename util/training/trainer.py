@@ -4,6 +4,7 @@ import logging
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,9 @@ from util.checkpoints import run_directory, run_state
 from util.interrupts import Interrupted, Interrupts
 from util.training import run_log
 from util.training.compiling import compile_model
-from util.training.loop import NonFiniteGuard
+from util.training.loop import EpochOptions, Loader, NonFiniteGuard
 from util.training.precision import Precision
-from util.training.saver import NullSaver, open_saver
+from util.training.saver import open_saver
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ def run(
     precision: Precision,
     settings: Mapping[str, Any],
     *,
-    train_one_epoch: Callable[..., None],
+    train_one_epoch: Callable[[nn.Module, Loader, Optimizer, EpochOptions], None],
     after_epoch: Callable[[int, run_log.NullLog], dict[str, Any]],
     loss_tag: str = "train_loss",
     trained: nn.Module | None = None,
@@ -39,11 +40,11 @@ def run(
     """Trains to the end of the last epoch.
 
     Args:
-        optimizer: its learning rate is set from `settings` in every step; a group may have an `lr_scale`.
+        optimizer: its learning rate is set from `settings` before every update; a group may have an `lr_scale`.
         batches: a `loader.TrainLoader`.
         settings: the command line's, which become the checkpoints' `args`. Those of `options.add_run_options`
             and `options.add_optimizer_options` count here.
-        train_one_epoch: an engine's, with what is its own already given.
+        train_one_epoch: an engine's, with its own arguments bound (`functools.partial`).
         after_epoch: what else there is to do with the trained model, every `eval_every` epochs if that is among the
             settings, and after the last; returns entries for log.txt, of which `test_acc1` decides about
             checkpoint-best.pth.
@@ -75,50 +76,49 @@ def run(
         )  # fmt: skip
         if args.compile:
             compile_model(trained or model, precision.device)
-        train = partial(
-            train_one_epoch,
-            dist.wrap(trained or model, precision.device),
-            batches,
-            optimizer,
-            schedule=partial(lr_sched.adjust_learning_rate, optimizer, args=args),
-            precision=precision,
-            guard=NonFiniteGuard(args.on_nonfinite, precision.overflow_is_normal),
-            accum_iter=args.accum_iter,
-            clip_grad=args.clip_grad,
-            saver=saver,
-        )
+        train = partial(train_one_epoch, dist.wrap(trained or model, precision.device), batches, optimizer)
         if progress.epoch >= args.epochs:
             logger.info(f"nothing is left to do: the run has its {args.epochs} epochs")
-        first_x = int(1000 * (progress.epoch + progress.first_step / len(batches)))
+        first_x = int(1000 * (progress.epoch + progress.first_iteration / len(batches)))
         log = run_log.open_log(
             output_dir, Path(args.log_dir), args.epochs,
             first_epoch=progress.epoch, first_x=first_x, loss_tag=loss_tag,
         )  # fmt: skip
         for resource in (interrupts, closing(log), closing(saver)):  # a signal waits until all is written
             stack.enter_context(resource)
+        options = EpochOptions(
+            epoch=progress.epoch,
+            schedule=partial(lr_sched.adjust_learning_rate, optimizer, args=args),
+            precision=precision,
+            guard=NonFiniteGuard(args.on_nonfinite, precision.overflow_is_normal),
+            log=log,
+            saver=saver,
+            accum_iter=args.accum_iter,
+            clip_grad=args.clip_grad,
+        )
         _train_epochs(
-            train, after_epoch, model, batches, progress, interrupts, saver, log,
+            train, options, after_epoch, model, batches, progress, interrupts,
             epochs=args.epochs, eval_every=settings.get("eval_every", 1), evaluates=evaluates,
         )  # fmt: skip
 
 
 def _train_epochs(
-    train: Callable[..., None],
+    train: Callable[[EpochOptions], None],
+    options: EpochOptions,
     after_epoch: Callable[[int, run_log.NullLog], dict[str, Any]],
     model: nn.Module,
     batches: Any,
     progress: run_state.Progress,
     interrupts: Interrupts,
-    saver: NullSaver,
-    log: run_log.NullLog,
     *,
     epochs: int,
     eval_every: int,
     evaluates: bool,
 ) -> None:
+    saver, log = options.saver, options.log
     for epoch in range(progress.epoch, epochs):
         meters = run_log.Meters(**progress.meters)
-        train(epoch=epoch, first_step=progress.first_step, meters=meters, log=log)
+        train(replace(options, epoch=epoch, first_iteration=progress.first_iteration, meters=meters))
         try:
             progress.next_epoch()
             dist.share_buffers(model)  # batch norm's statistics are each process's own until here
