@@ -9,8 +9,11 @@ import pytest
 import torch
 from conftest import ROOT
 
+import models_mae
+import models_vit
 from demo import report
 from demo.unpack_data import ARCHIVE, folder_of
+from util.weights import model_zoo
 
 # ViT-B/16, ViT-L/16, ViT-H/14 and ViT-H/14 at 448 pixels, as published.
 RESULTS = {
@@ -76,7 +79,45 @@ def test_the_headers_of_recipes(recipe, figures):
     assert figures in text(f"recipes/{recipe}.yaml").replace("\n#", "")
 
 
-# ------------------------------------------------------------------------------------------------------------ README
+# --------------------------------------------------------------------------------------------------------- model zoo
+
+LINEAR = {"base": 67.8, "large": 76.0, "huge": 77.2}  # of the paper's released weights
+
+
+def zoo_row(name):
+    """What the model zoo states of a released file."""
+    row = model_zoo.TABLE[name]
+    size = row.model.removeprefix("mae_").split("_")[1]
+    with torch.device("meta"):
+        if row.kind == model_zoo.FULL:
+            model = getattr(models_mae, row.model)()
+        else:
+            classes = 1000 if row.kind == model_zoo.CLASSIFIER else 0
+            vit = getattr(models_vit, row.model.removeprefix("mae_"))
+            model = vit(img_size=row.input_size, num_classes=classes, global_pool=classes > 0)
+    linear = None
+    if row.kind != model_zoo.CLASSIFIER and row.top1:
+        probes = {key: probe.top1 for key, probe in model_zoo.TABLE.items() if "-linear-" in key}
+        mine = [top1 for key, top1 in probes.items() if key.startswith(f"vit-{size}-") and f"-{row.epochs}e-" in key]
+        linear = LINEAR[size] if row.licence.startswith("CC") else (mine or [None])[0]
+    return [
+        row.kind + (", 448 pixels" if row.input_size == 448 else ""), str(row.epochs or ""),
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M", f"{row.top1:.4g}" if row.top1 else "",
+        str(linear or ""), row.licence,
+    ]  # fmt: skip
+
+
+def test_the_model_zoo_has_every_released_file():
+    released = {name for name, row in model_zoo.TABLE.items() if row.url}
+    lines = [line.strip("|").split(" | ") for line in text("README.md").splitlines() if re.match(r"\| `\S*", line)]
+    table = {cells[0].strip(" `"): [cell.strip() for cell in cells[1:]] for cells in lines}
+    assert released <= table.keys()
+    for name in released:
+        assert table[name] == zoo_row(name), name
+    assert f"announced {len(model_zoo.TABLE) - len(released)} more names" in " ".join(text("README.md").split())
+
+
+# -------------------------------------------------------------------------------------------------------------- demo
 
 
 def test_few_labels_of_the_study():
@@ -93,10 +134,12 @@ def test_few_labels_of_the_study():
         "svm": accuracy(r"svm/500/\d"),
         "scratch": accuracy(r"finetune/500/\d/scratch"),
     }
-    sentence = " ".join(text("README.md").split())
-    found = re.search(r"500 of them give ([\d.]+ %), beside ([\d.]+ %) of an SVM on pixels and ([\d.]+ %) of", sentence)
-    assert found is not None
-    assert dict(zip(("tuned", "svm", "scratch"), found.groups(), strict=True)) == expected
+    pattern = (
+        r"500 labels give ([\d.]+ %) after pre-training, ([\d.]+ %) with an SVM on pixels and ([\d.]+ %) with the same"
+    )
+    match = re.search(pattern, " ".join(text("README.md").split()))
+    assert match is not None
+    assert dict(zip(("tuned", "svm", "scratch"), match.groups(), strict=True)) == expected
 
 
 @pytest.fixture(scope="module")
@@ -113,9 +156,9 @@ def pixels():
 
 
 def test_the_baseline_of_raw_pixels(pixels):
-    """20 nearest neighbours of 10,000 labels, and logistic regression on 500, as the README's tables have them."""
+    """20 nearest neighbours of 10,000 labels, and logistic regression on 500, as in demo/README.md."""
     (train, labels), (test, test_labels) = pixels["train"], pixels["val"]
-    _, neighbours = row("README.md", "raw pixels |")
+    _, neighbours = row("demo/README.md", "raw pixels |")
     unit = torch.nn.functional.normalize
     similarity, nearest = (unit(torch.tensor(test)) @ unit(torch.tensor(train)).T).topk(20)
     votes = torch.zeros(len(test), 10, dtype=torch.float64).scatter_add_(
@@ -125,21 +168,21 @@ def test_the_baseline_of_raw_pixels(pixels):
 
     generator = np.random.default_rng(0)  # as --train_per_class 50 chooses with seed 0
     few = np.sort(np.concatenate([generator.permutation(np.flatnonzero(labels == n))[:50] for n in range(10)]))
-    (accuracy,) = row("README.md", "raw pixels, logistic regression")
+    (accuracy,) = row("demo/README.md", "raw pixels, logistic regression")
     # Its solver stops before it converges: another build of BLAS may classify a few of the 2,000 images otherwise.
     assert 100 * report.probe(train[few], labels[few], test, test_labels) == pytest.approx(
         float(accuracy.rstrip("%")), abs=0.2
     )
 
 
-def test_the_sentence_under_the_readmes_tables_agrees_with_them():
+def test_the_text_under_the_demos_tables_agrees_with_them():
     def percent(name, column=0):
-        return float(row("README.md", name)[column].rstrip("%"))
+        return float(row("demo/README.md", name)[column].rstrip("%"))
 
     ahead = percent("pre-trained encoder") - percent("untrained encoder")
     few_ahead = percent("the same, fine-tuned") - percent("transformer from scratch")
     words = {7: "seven", 8: "eight", 9: "nine", 10: "ten"}
-    sentence = " ".join(text("README.md").split())
-    assert f"{words[round(ahead)].capitalize()} points above the untrained encoder" in sentence
-    assert f"with few labels {words[round(few_ahead)]} above the same transformer from scratch" in sentence
+    page = " ".join(text("demo/README.md").split())
+    assert f"is {words[round(ahead)]} points above the untrained encoder" in page
+    assert f"With few labels it is {words[round(few_ahead)]} points above the same transformer from scratch" in page
     assert percent("pre-trained encoder") < percent("raw pixels |")
