@@ -60,13 +60,13 @@ HEAD_STD = 2e-5  # of a new head's weights, as published: the encoder is not sha
 def get_args_parser() -> argparse.ArgumentParser:
     """All flags, with the published defaults."""
     parser = entry_point.parser("Fine-tuning of a Vision Transformer to a classifier (He et al. 2021, appendix A.1).")
-    options.add_run_options(parser)
     options.add_data_options(parser)
     options.add_model_options(parser, models_vit.MODELS, default="vit_large_patch16")
     options.add_supervised_options(parser, global_pool=True)
-    options.add_evaluation_options(parser)
-    options.add_finetune_options(parser)
     options.add_optimizer_options(parser)
+    options.add_finetune_options(parser)
+    options.add_evaluation_options(parser)
+    options.add_run_options(parser)
     options.add_distributed_options(parser)
     parser.set_defaults(epochs=50, min_lr=1e-6, warmup_epochs=5, save_every=1)
     return parser

@@ -44,11 +44,11 @@ logger = logging.getLogger(__name__)
 def get_args_parser() -> argparse.ArgumentParser:
     """All flags."""
     parser = entry_point.parser("Weighted k-nearest-neighbour classification on frozen features (Wu et al. 2018).")
-    options.add_compute_options(parser)
     options.add_data_options(parser)
     options.add_model_options(parser, models_vit.MODELS, default="vit_large_patch16")
     options.add_supervised_options(parser, global_pool=False)
     options.add_knn_options(parser)
+    options.add_compute_options(parser)
     options.add_distributed_options(parser)
     return parser
 

@@ -59,13 +59,13 @@ logger = logging.getLogger(__name__)
 def get_args_parser() -> argparse.ArgumentParser:
     """All flags, with the published defaults."""
     parser = entry_point.parser("Linear probing of a Vision Transformer (He et al. 2021, appendix A.1).")
-    options.add_run_options(parser)
     options.add_data_options(parser)
     options.add_model_options(parser, models_vit.MODELS, default="vit_large_patch16")
     options.add_supervised_options(parser, global_pool=False)
+    options.add_optimizer_options(parser, several_blr=True)
     options.add_evaluation_options(parser)
     options.add_probe_options(parser)
-    options.add_optimizer_options(parser, several_blr=True)
+    options.add_run_options(parser)
     options.add_distributed_options(parser)
     parser.set_defaults(batch_size=512, epochs=90, weight_decay=0.0, warmup_epochs=10, save_every=1)
     return parser

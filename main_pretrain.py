@@ -42,11 +42,11 @@ EXAMPLES = 8  # images in TensorBoard's picture of reconstructions
 def get_args_parser() -> argparse.ArgumentParser:
     """All flags, with the published defaults."""
     parser = entry_point.parser("Masked pre-training of a Vision Transformer (He et al. 2021).")
-    options.add_run_options(parser)
     options.add_data_options(parser)
     options.add_model_options(parser, models_mae.MODELS, default="mae_vit_large_patch16")
     options.add_pretrain_options(parser)
     options.add_optimizer_options(parser)
+    options.add_run_options(parser)
     options.add_distributed_options(parser)
     return parser
 

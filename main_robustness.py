@@ -40,24 +40,31 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = entry_point.parser("Robustness of an ImageNet classifier (He et al. 2021, appendix B).")
     group = parser.add_argument_group("suite")
     group.add_argument(
-        "--suite", required=True, choices=robustness.SUITES, metavar="NAME", help=", ".join(robustness.SUITES)
+        "--suite",
+        required=True,
+        choices=robustness.SUITES,
+        metavar="NAME",
+        help=", ".join(robustness.SUITES),
     )
     group.add_argument(
-        "--data_path", required=True, metavar="PATH", help="where its published archive, or archives, were unpacked"
+        "--data_path", required=True, metavar="PATH", help="folder with the unpacked archives of the suite"
     )
     group.add_argument(
-        "--subset", type=flags.positive_int, metavar="N", help="N images of each cell, evenly spread; None: all"
+        "--subset",
+        type=flags.positive_int,
+        metavar="N",
+        help="evaluate N evenly spaced images per test set (default: all)",
     )
     group.add_argument(
         "--crop_pct", type=flags.positive_share, metavar="S",
-        help="side of the centre crop, as a share of the scaled image's; None is the model's own, and 1 for "
-        "imagenet-c, whose images are such crops",
+        help="side of the center crop, as a fraction of the resized image (default: the model's; 1 for imagenet-c, "
+        "whose images are center crops)",
     )  # fmt: skip
     group.add_argument(
         "--output_dir", default="runs/robustness", metavar="DIR",
-        help="scores, table (.md, .csv) and picture go here; what is done is not done again",
+        help="folder of scores, table (.md, .csv) and picture; existing scores are reused",
     )  # fmt: skip
-    options.add_inference_options(parser, images=False, also=f"; or {TIMM}NAME, any model of timm's")
+    options.add_inference_options(parser, images=False, also=f"; or {TIMM}NAME, a model of timm")
     options.add_extraction_options(parser)
     options.add_distributed_options(parser)
     return parser

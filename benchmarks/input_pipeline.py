@@ -169,7 +169,9 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, add_help=False)
-    parser.add_argument("--images", default=1280, type=int, metavar="N", help="files")
-    parser.add_argument("--rounds", default=7, type=int, metavar="N", help="in each, every pipeline has its turn")
-    parser.add_argument("--out", default=machine.RESULTS, type=Path, metavar="DIR", help="where the JSON file goes")
+    parser.add_argument("--images", default=1280, type=int, metavar="N", help="number of image files")
+    parser.add_argument(
+        "--rounds", default=7, type=int, metavar="N", help="repetitions; each measures every pipeline once"
+    )
+    parser.add_argument("--out", default=machine.RESULTS, type=Path, metavar="DIR", help="folder of the JSON file")
     entry_point.run(main, parser)

@@ -87,5 +87,5 @@ def table(folder: Path) -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", default=machine.RESULTS, type=Path, metavar="DIR", help="where the files are")
+    parser.add_argument("--results", default=machine.RESULTS, type=Path, metavar="DIR", help="folder of the results")
     print(table(parser.parse_args().results))

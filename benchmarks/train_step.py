@@ -307,15 +307,21 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, add_help=False)
     parser.add_argument("--task", default="pretrain", choices=("pretrain", "finetune", "features", "attention"))
     parser.add_argument(
-        "--size", default="base_patch16", choices=models_vit.SIZES, metavar="SIZE", help="of models_vit"
+        "--size", default="base_patch16", choices=models_vit.SIZES, metavar="SIZE", help="a size of models_vit"
     )
-    parser.add_argument("--batch_size", default=16, type=int, metavar="N", help="images to a step")
-    parser.add_argument("--amp", default="bf16", choices=AMP_CHOICES, help="bf16, fp16 or off, which is fp32")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--rounds", default=5, type=int, metavar="N", help="in each, every contestant has its turn")
-    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="contestants: ours, or 'ours compiled'")
-    parser.add_argument("--out", default=machine.RESULTS, type=Path, metavar="DIR", help="where the JSON file goes")
-    parser.add_argument("--name", help="its name; told by the task, the size, the precision and the device otherwise")
+    parser.add_argument("--batch_size", default=16, type=int, metavar="N", help="batch size")
+    parser.add_argument("--amp", default="bf16", choices=AMP_CHOICES, help="bf16, fp16 or off (fp32)")
+    parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda")
+    parser.add_argument(
+        "--rounds", default=5, type=int, metavar="N", help="repetitions; each measures every implementation once"
+    )
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="NAME", help="implementations, such as ours or 'ours compiled'"
+    )
+    parser.add_argument("--out", default=machine.RESULTS, type=Path, metavar="DIR", help="folder of the JSON file")
+    parser.add_argument(
+        "--name", metavar="NAME", help="name of the file (default: from task, size, precision and device)"
+    )
     return parser
 
 

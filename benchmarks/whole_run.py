@@ -108,14 +108,16 @@ def get_args_parser() -> argparse.ArgumentParser:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, add_help=False)
     parser.add_argument(
-        "--size", default="base_patch16", choices=models_vit.SIZES, metavar="SIZE", help="of models_vit"
+        "--size", default="base_patch16", choices=models_vit.SIZES, metavar="SIZE", help="a size of models_vit"
     )
     parser.add_argument("--batch_size", default=16, type=int, metavar="N", help="effective batch size")
-    parser.add_argument("--images", default=51200, type=int, metavar="N", help="files, for the speed")
-    parser.add_argument("--steps", default=200, type=int, metavar="N", help="for the losses")
-    parser.add_argument("--amp", default="bf16", choices=("bf16", "fp16"), help="the precision beside fp32")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--out", default=machine.RESULTS, type=Path, metavar="DIR", help="where the JSON file goes")
+    parser.add_argument(
+        "--images", default=51200, type=int, metavar="N", help="number of image files, for the throughput"
+    )
+    parser.add_argument("--steps", default=200, type=int, metavar="N", help="number of updates, for the losses")
+    parser.add_argument("--amp", default="bf16", choices=("bf16", "fp16"), help="the precision to compare with fp32")
+    parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda")
+    parser.add_argument("--out", default=machine.RESULTS, type=Path, metavar="DIR", help="folder of the JSON file")
     return parser
 
 

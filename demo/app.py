@@ -110,13 +110,15 @@ PAINTING: dict[str, Any] = {
 def get_args_parser() -> argparse.ArgumentParser:
     """The command's flags."""
     parser = entry_point.parser(
-        "Serves a web page for a trained model: reconstructions, attention, features and classes."
+        "Serves a web page for a trained model: reconstructions, attention maps, features and classes."
     )
     options.add_inference_options(parser, images=False)
-    parser.add_argument("--classifier", metavar="FILE", help="a second model, which tells classes; as --model")
-    parser.add_argument("--host", default="127.0.0.1", help="address to serve at; 0.0.0.0 is for everybody")
-    parser.add_argument("--port", default=7860, type=flags.positive_int, help="port to serve at")
-    parser.add_argument("--samples", default=SAMPLES, type=Path, metavar="FOLDER", help="pictures to choose from")
+    parser.add_argument("--classifier", metavar="FILE", help="a second model, for the classes; as --model")
+    parser.add_argument(
+        "--host", default="127.0.0.1", metavar="ADDRESS", help="network address; 0.0.0.0 accepts all hosts"
+    )
+    parser.add_argument("--port", default=7860, type=flags.positive_int, metavar="N", help="network port")
+    parser.add_argument("--samples", default=SAMPLES, type=Path, metavar="FOLDER", help="folder of example images")
     return parser
 
 

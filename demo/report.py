@@ -160,11 +160,23 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = entry_point.parser("Picture, loss curve and tables of what a pre-training run was worth.")
-    parser.add_argument("--checkpoint", type=Path, required=True, help="of main_pretrain.py; log.txt lies beside it")
-    parser.add_argument("--data_path", required=True, help="class folders in train/ and val/")
-    parser.add_argument("--finetuned", type=Path, help="folder of a run of main_finetune.py that began with it")
-    parser.add_argument("--scratch", type=Path, help="folder of the same run from scratch")
-    parser.add_argument("--train_per_class", type=int, default=50, help="labelled images a class of these two")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the pictures and the table")
+    parser = entry_point.parser("Writes reconstructions, loss curve and accuracies of a pre-training run.")
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="checkpoint of main_pretrain.py, in its run directory",
+    )
+    parser.add_argument(
+        "--data_path", required=True, metavar="PATH", help="dataset with class folders in train/ and val/"
+    )
+    parser.add_argument(
+        "--finetuned", type=Path, metavar="DIR", help="run directory of main_finetune.py with --finetune CHECKPOINT"
+    )
+    parser.add_argument("--scratch", type=Path, metavar="DIR", help="run directory of the same run from scratch")
+    parser.add_argument(
+        "--train_per_class", type=int, default=50, metavar="N", help="labeled images per class in those runs"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for pictures and tables")
     entry_point.run(main, parser)

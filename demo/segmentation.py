@@ -139,11 +139,19 @@ def draw(rows: dict[str, np.ndarray], names: list[str], path: Path) -> None:
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The flags of the command."""
-    parser = entry_point.parser("A linear segmentation head on a frozen encoder, trained on pictures of two garments.")
+    parser = entry_point.parser("Trains a linear segmentation head on a frozen encoder, on images of two garments.")
     options.add_inference_options(parser, images=False)
-    parser.add_argument("--layers", default=4, type=flags.positive_int, metavar="N", help="blocks that the head sees")
-    parser.add_argument("--pictures", default=4000, type=flags.positive_int, metavar="N", help="to train the head on")
-    parser.add_argument("--out", default="demo/output", type=Path, metavar="DIR", help="segmentation.png goes here")
+    parser.add_argument(
+        "--layers",
+        default=4,
+        type=flags.positive_int,
+        metavar="N",
+        help="number of last blocks whose features the head uses",
+    )
+    parser.add_argument(
+        "--pictures", default=4000, type=flags.positive_int, metavar="N", help="number of training images"
+    )
+    parser.add_argument("--out", default="demo/output", type=Path, metavar="DIR", help="folder of segmentation.png")
     return parser
 
 

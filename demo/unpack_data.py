@@ -40,7 +40,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description="Unpack the embedded Fashion-MNIST images into class folders of PNG files."
     )
-    parser.add_argument("--out", type=Path, default=ARCHIVE.parent / "fashion_mnist", help="folder to make")
+    parser.add_argument("--out", type=Path, default=ARCHIVE.parent / "fashion_mnist", help="folder to write")
     out = parser.parse_args().out
     try:
         unpack(out)

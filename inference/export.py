@@ -1,4 +1,4 @@
-"""Writes a model for other libraries.
+"""Exports a model to other libraries.
 
     python -m inference.export --model runs/tuned/checkpoint-best.pth --to onnx --out model.onnx
     python -m inference.export --model runs/mine/checkpoint-last.pth --to transformers --out folder
@@ -44,11 +44,15 @@ CLOSE = 1e-4  # of an exported model's answers to ours
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command's flags."""
-    parser = entry_point.parser("Writes a model for other libraries.")
+    parser = entry_point.parser("Exports a model to other libraries.")
     options.add_inference_options(parser, images=False)
-    parser.add_argument("--to", required=True, choices=sorted(WRITERS), help="format")
-    parser.add_argument("--out", type=Path, required=True, metavar="PATH", help="file, or folder for transformers")
-    parser.add_argument("--encoder", action="store_true", help="leave decoder or head out")
+    parser.add_argument(
+        "--to", required=True, choices=sorted(WRITERS), metavar="FORMAT", help=", ".join(sorted(WRITERS))
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="PATH", help="file to write; a folder for transformers"
+    )
+    parser.add_argument("--encoder", action="store_true", help="export the encoder only, without decoder or head")
     return parser
 
 

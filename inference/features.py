@@ -41,16 +41,24 @@ SAVE_EVERY = 20  # batches between notes of how far it is
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command's flags."""
-    parser = entry_point.parser("Computes the features of all images in a folder; goes on where it was stopped.")
-    parser.add_argument("data_path", metavar="FOLDER", help="images, flat or nested, or a tar or zip file of them")
+    parser = entry_point.parser(
+        "Computes the features of all images in a folder. The same command resumes an interrupted run."
+    )
+    parser.add_argument(
+        "data_path", metavar="FOLDER", help="folder of images, flat or nested, or a tar or zip file of one"
+    )
     options.add_inference_options(parser, images=False)
     parser.add_argument(
-        "--out", type=flags.new_file(".npz", ".safetensors"), required=True, metavar="FILE", help=".npz or .safetensors"
+        "--out",
+        type=flags.new_file(".npz", ".safetensors"),
+        required=True,
+        metavar="FILE",
+        help="file to write: .npz or .safetensors",
     )
-    parser.add_argument("--split", default="train", help="which sub-folder to take, where there are train/ and val/")
+    parser.add_argument("--split", default="train", metavar="NAME", help="subfolder of a dataset with train/ and val/")
     parser.add_argument(
         "--pool", choices=("cls", "avg", "tokens"),
-        help="class token, mean of the patch tokens, or all tokens; None is what the model's head is for",
+        help="class token, mean of the patch tokens, or all tokens (default: the input of the model's head)",
     )  # fmt: skip
     options.add_extraction_options(parser)
     return parser

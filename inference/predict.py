@@ -27,12 +27,15 @@ FORMATS = (".png", ".jpg", ".pdf", ".svg", *(f".{kind}" for kind in FigureCanvas
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command's flags."""
-    parser = entry_point.parser("Classifies photographs: a table of the likeliest classes.")
+    parser = entry_point.parser("Classifies photographs and prints the most likely classes.")
     options.add_inference_options(parser)
-    parser.add_argument("--topk", default=5, type=flags.positive_int, metavar="K", help="classes that are told")
-    parser.add_argument("--json", action="store_true", help="print a JSON object an image instead of a table")
+    parser.add_argument("--topk", default=5, type=flags.positive_int, metavar="K", help="number of classes per image")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per image instead of a table")
     parser.add_argument(
-        "--out", type=flags.new_file(*FORMATS), metavar="FILE", help="draw images and scores into a picture"
+        "--out",
+        type=flags.new_file(*FORMATS),
+        metavar="FILE",
+        help="picture to write, with the images and their scores",
     )
     return parser
 

@@ -35,21 +35,26 @@ Box = tuple[int, int, int, int]  # left, top, width, height, in pixels of the im
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command's flags."""
-    parser = entry_point.parser(
-        "Hides patches of photographs, whole and of any shape, and lets a model paint them again."
-    )
+    parser = entry_point.parser("Masks patches of photographs of any shape and reconstructs them.")
     options.add_inference_options(parser)
     parser.add_argument(
-        "--out", type=flags.new_file(*SUFFIXES), required=True, metavar="FILE", help="picture with a row an image"
+        "--out",
+        type=flags.new_file(*SUFFIXES),
+        required=True,
+        metavar="FILE",
+        help="picture to write, with one row per image",
     )
-    parser.add_argument("--mask_ratio", default=0.75, type=flags.ratio, metavar="R", help="share of patches to hide")
-    parser.add_argument("--seed", default=0, type=flags.seed, help="of the patches that are hidden")
+    parser.add_argument("--mask_ratio", default=0.75, type=flags.ratio, metavar="R", help="fraction of masked patches")
+    parser.add_argument("--seed", default=0, type=flags.seed, metavar="N", help="random seed of the mask")
     parser.add_argument(
         "--hide", type=int, nargs=4, action="append", metavar=("X", "Y", "W", "H"),
-        help="hide this rectangle instead, in pixels of the image from its top left; may be given several times",
+        help="mask this rectangle instead: left, top, width, height in pixels of the image; may be repeated",
     )  # fmt: skip
     parser.add_argument(
-        "--short_side", type=flags.positive_int, metavar="S", help="scale images to it; None is the model's own size"
+        "--short_side",
+        type=flags.positive_int,
+        metavar="S",
+        help="scale images to this short side (default: the model's size)",
     )
     return parser
 

@@ -59,10 +59,13 @@ def test_help_teaches_every_flag(capsys):
     for action in actions:
         assert action.help, action.dest
         assert action.option_strings[0] in text
-        takes_value = action.nargs != 0
-        default = f"(default: {action.default})"
-        if takes_value:
-            assert default in re.sub(r"\s+", " ", text), action.dest
+        if action.nargs != 0:  # of which each has a default, or says in words what it is without one
+            values = action.default if isinstance(action.default, list) else [action.default]
+            optional = action.default not in (None, "")
+            assert not optional or f"(default: {' '.join(map(str, values))})" in re.sub(r"\s+", " ", text), action.dest
+    assert "None" not in text
+    titles = [line[:-1].partition(" ")[0] for line in text.splitlines() if re.fullmatch(r"\w.*:", line)]
+    assert titles == ["options", "data", "augmentation", "model", "optimization", "evaluation", "run", "distributed"]
     assert max(map(len, text.splitlines())) <= 120
 
 

@@ -220,15 +220,13 @@ def report_on(source: Source | Shards, looks: list[Look], seconds: float) -> lis
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The flags of the command."""
-    parser = entry_point.parser("Checks a data set before a long run. Exit code 1 where images can't be read.")
-    parser.add_argument("data_path", nargs="?", metavar="PATH", help="as main_pretrain.py --data_path")
+    parser = entry_point.parser("Checks a dataset before training. The exit code is 1 if images can't be read.")
+    parser.add_argument("data_path", nargs="?", metavar="PATH", help="as --data_path of main_pretrain.py")
     options.add_source_options(parser)
     parser.add_argument("--val_list", metavar="FILE", help="as --train_list, for --split val")
+    parser.add_argument("--split", default="train", choices=("train", "val"), help="training or validation set")
     parser.add_argument(
-        "--split", default="train", choices=("train", "val"), help="the part to look at, where there are parts"
-    )
-    parser.add_argument(
-        "--limit", type=flags.positive_int, metavar="N", help="look at N images, evenly spread; None: all"
+        "--limit", type=flags.positive_int, metavar="N", help="check N evenly spaced images (default: all)"
     )
     return parser
 

@@ -168,9 +168,13 @@ def draw(results: dict[str, dict[str, list[float]]], examples: np.ndarray, path:
 def get_args_parser() -> argparse.ArgumentParser:
     """The flags of the command."""
     parser = entry_point.parser("A pre-trained and a from-scratch classifier of Fashion-MNIST under six corruptions.")
-    parser.add_argument("--pretrained", required=True, metavar="FILE", help="fine-tuned from the pre-trained encoder")
-    parser.add_argument("--scratch", required=True, metavar="FILE", help="trained with the same labels, from nothing")
-    parser.add_argument("--out", default=HERE, type=Path, metavar="DIR", help="where results, table and picture go")
+    parser.add_argument(
+        "--pretrained", required=True, metavar="FILE", help="classifier fine-tuned from the pre-trained encoder"
+    )
+    parser.add_argument(
+        "--scratch", required=True, metavar="FILE", help="classifier trained from scratch on the same labels"
+    )
+    parser.add_argument("--out", default=HERE, type=Path, metavar="DIR", help="folder of results, table and picture")
     return parser
 
 

@@ -328,9 +328,9 @@ PARTS = {part.__name__: part for part in (pretrain, probe, knn, baselines, finet
 def main() -> None:
     """Runs the parts that are named, or all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all by default")
-    parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="where the runs leave their files")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="with FashionMNIST/raw; WORK/data by default")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)} (default: all)")
+    parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="folder of the runs")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="folder with FashionMNIST/raw (default: WORK/data)")
     args = parser.parse_args()
     if unknown := [part for part in args.parts if part not in PARTS]:
         parser.error(f"there is no part {unknown[0]}; they are {', '.join(PARTS)}")

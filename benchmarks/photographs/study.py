@@ -121,5 +121,5 @@ def main(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="where the run leaves its files")
+    parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="folder of the run")
     main(parser.parse_args())

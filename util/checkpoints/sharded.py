@@ -346,7 +346,9 @@ def main(args: argparse.Namespace) -> None:
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The arguments of the command."""
-    parser = entry_point.parser("Makes a plain checkpoint of a sharded one.")
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="such as runs/giant/checkpoint-799")
-    parser.add_argument("file", type=flags.new_file(), metavar="FILE", help="such as giant.pth")
+    parser = entry_point.parser("Converts a sharded checkpoint to a checkpoint file.")
+    parser.add_argument(
+        "folder", type=Path, metavar="FOLDER", help="sharded checkpoint, such as runs/giant/checkpoint-799"
+    )
+    parser.add_argument("file", type=flags.new_file(), metavar="FILE", help="checkpoint to write, such as giant.pth")
     return parser

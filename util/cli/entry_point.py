@@ -23,12 +23,18 @@ logger = logging.getLogger(__name__)
 FILES = {"FILE", "PATH", "DIR", "FOLDER", "YAML", "IMAGE"}  # metavars of flags that take a path
 
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter):
+class _Help(argparse.HelpFormatter):
+    """Shows defaults, as they are typed. Where the default is no value, the help text says what that means."""
+
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=28, width=118)
 
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if isinstance(action.default, bool) or action.required else super()._get_help_string(action)
+    def _get_help_string(self, action: argparse.Action) -> str:
+        default = action.default
+        if default in (None, "", [], argparse.SUPPRESS) or isinstance(default, bool) or action.required:
+            return str(action.help)
+        values = default if isinstance(default, list) else [default]
+        return f"{action.help} (default: {' '.join(map(str, values))})".replace("%%", "%").replace("%", "%%")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -36,15 +42,21 @@ class _Parser(argparse.ArgumentParser):
 
     recipe = ""  # where the flags that are being parsed stand, if that is not the command line
 
-    def error(self, message: str) -> NoReturn:
-        """Prints the message and what every call needs; exit code 2."""
-        needed = [action for action in self._actions if action.required]
+    def format_usage(self) -> str:
+        """One line with what every call needs; --help lists the flags."""
         formatter = self._get_formatter()
-        formatter.add_usage(None, needed, [])
-        usage = " ".join(formatter.format_help().split())
-        self.exit(
-            2, f"{self.prog}: error: {printable(self.recipe + message)}\n{usage} [FLAGS]; --help explains the flags\n"
-        )
+        formatter.add_usage(None, [action for action in self._actions if action.required], [])
+        return " ".join(formatter.format_help().split()) + " [FLAGS]"
+
+    def format_help(self) -> str:
+        """As argparse does, below a usage line without the optional flags."""
+        self.usage = self.format_usage().removeprefix("usage: ").replace("%", "%%")
+        return super().format_help()
+
+    def error(self, message: str) -> NoReturn:
+        """Prints the message and the usage; exit code 2."""
+        text = printable(self.recipe + message)
+        self.exit(2, f"{self.prog}: error: {text}\n{self.format_usage()}; --help explains the flags\n")
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse does. Unknown flags are found first, and the error names the nearest known one."""

@@ -55,7 +55,7 @@ class Size(argparse.Action):
 
 
 def add_switch(group: argparse._ArgumentGroup, name: str, default: bool, text: str) -> None:
-    """--NAME and --no_NAME, so that a flag can undo what a recipe or a default says."""
-    on, off = (" (the default)", "") if default else ("", " (the default)")
+    """Adds --NAME and --no_NAME: a flag can override a recipe in both directions."""
+    on, off = (" (default)", "") if default else ("", " (default)")
     group.add_argument(f"--{name}", action="store_true", default=default, help=text + on)
-    group.add_argument(f"--no_{name}", action="store_false", dest=name, default=default, help=f"not so{off}")
+    group.add_argument(f"--no_{name}", action="store_false", dest=name, default=default, help=f"disable --{name}{off}")

@@ -1,4 +1,7 @@
-"""Every flag, once, in groups. A main takes the groups that it needs and sets its task's defaults."""
+"""Every flag, once. A script takes the functions that it needs and sets the defaults of its task.
+
+A function may add flags to several groups of --help. Their order is that of GROUPS.
+"""
 
 import argparse
 from collections.abc import Collection
@@ -19,242 +22,169 @@ from util.cli.flags import (
 from util.dist import BACKENDS
 from util.masking import MASKING_CHOICES
 
+DATA, AUGMENTATION, MODEL, OPTIMIZATION, EVALUATION, RUN = (
+    "data", "augmentation", "model", "optimization", "evaluation", "run"
+)  # fmt: skip
+DISTRIBUTED = "distributed (start with torchrun, srun or submitit_*.py)"
+GROUPS = (DATA, AUGMENTATION, MODEL, OPTIMIZATION, EVALUATION, RUN, DISTRIBUTED)
 
-def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """Where a run reads its settings, writes its files, and computes."""
-    group = parser.add_argument_group("run")
-    group.add_argument("--config", metavar="YAML", help="recipe that sets defaults; flags given beside it win")
-    group.add_argument("--output_dir", default="./output_dir", metavar="DIR", help="checkpoints and log.txt go here")
+
+def _group(parser: argparse.ArgumentParser, title: str) -> argparse._ArgumentGroup:
+    """The group of this title. The first call adds all groups; --help leaves out those without flags."""
+    if not any(group.title == title for group in parser._action_groups):
+        for name in GROUPS:
+            parser.add_argument_group(name)
+    return next(group for group in parser._action_groups if group.title == title)
+
+
+# ---------------------------------------------------------------------------------------------------------------- data
+
+
+def add_data_options(parser: argparse.ArgumentParser) -> None:
+    """The dataset and the size of its images."""
+    group = _group(parser, DATA)
     group.add_argument(
-        "--log_dir",
-        default="./output_dir",
-        metavar="DIR",
-        help="TensorBoard's files go here; --output_dir if only that is given",
-    )
+        "--data_path", metavar="PATH",
+        help="folder of images, flat or nested, optionally with subfolders train/ and val/; or a tar or zip file of "
+        "such a folder",
+    )  # fmt: skip
+    add_source_options(group)
     group.add_argument(
-        "--resume", default="", metavar="FILE|auto",
-        help="continue a run from this checkpoint; auto: from the newest in --output_dir that is whole, or start",
+        "--input_size", default=224, type=positive_int, nargs="+", action=Size, metavar=("H", "W"),
+        help="image size in pixels: one number for squares, or height and width",
     )  # fmt: skip
     group.add_argument(
-        "--start_epoch", default=0, type=count, metavar="N", help="first epoch, where nothing is resumed"
-    )
-    group.add_argument(
-        "--save_every", default=20, type=positive_int, metavar="N", help="epochs between checkpoints kept"
-    )
-    group.add_argument(
-        "--keep_last", type=positive_int, metavar="K", help="of those, keep the newest K only; None keeps all"
-    )
-    group.add_argument(
-        "--save_minutes", default=15.0, type=non_negative, metavar="M",
-        help="minutes between states in checkpoint-last.pth, also in the middle of an epoch",
+        "--mean", type=float, nargs="+", metavar="M",
+        help="mean of each channel, for pixel values in [0, 1] (default: ImageNet's, or that of the loaded weights)",
     )  # fmt: skip
-    _add_compute_options(group)
-
-
-def add_compute_options(parser: argparse.ArgumentParser) -> None:
-    """How a command without a run of its own computes."""
-    group = parser.add_argument_group("run")
-    group.add_argument("--config", metavar="YAML", help="recipe that sets defaults; flags given beside it win")
-    _add_compute_options(group)
-    group.add_argument("--batch_size", default=256, type=positive_int, metavar="N", help="images a process and batch")
-
-
-def add_inference_options(parser: argparse.ArgumentParser, images: bool = True, also: str = "") -> None:
-    """What a command has that uses a trained model: on images, unless it says otherwise.
-
-    Args:
-        also: what it takes for a model beside all that the others take.
-    """
-    if images:
-        parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
-    parser.add_argument(
-        "--model", required=True, metavar="FILE",
-        help="a checkpoint of anybody's, a folder of transformers, or a published name, such as mae_finetuned_vit_base"
-        + also,
-    )  # fmt: skip
-    _add_device(parser)
-
-
-def add_extraction_options(parser: argparse.ArgumentParser) -> None:
-    """How many images go through a model at once."""
-    parser.add_argument("--batch_size", default=128, type=positive_int, metavar="N", help="images at once")
-    _add_num_workers(parser)
-    _add_amp(parser)
-
-
-def _add_device(group: argparse._ActionsContainer) -> None:
-    group.add_argument("--device", default="auto", help="auto (cuda, else mps, else cpu), cpu, cuda, cuda:N or mps")
-    group.add_argument("--debug", action="store_true", help="show the traceback of an error")
-
-
-def _add_amp(group: argparse._ActionsContainer) -> None:
     group.add_argument(
-        "--amp", default="auto", choices=AMP_CHOICES, help="mixed precision; auto: bf16 or fp16 on CUDA, else off"
-    )
+        "--std", type=positive, nargs="+", metavar="S",
+        help="standard deviation of each channel (default: as for --mean)",
+    )  # fmt: skip
+    add_switch(group, "pin_mem", True, "load batches into pinned memory, for faster copies to the GPU")
+
+
+def add_source_options(group: argparse._ActionsContainer) -> None:
+    """Sources of images other than --data_path; channels; worker processes."""
+    group.add_argument(
+        "--train_list", metavar="FILE",
+        help="text, CSV or JSON file with one path per image, optionally with a label; or iNaturalist's JSON",
+    )  # fmt: skip
+    group.add_argument(
+        "--dataset", metavar="NAME",
+        help="dataset of a library: a class of torchvision, such as CIFAR10 or STL10:unlabeled, with its files in "
+        "--data_path; hf:NAME_OR_FOLDER (Hugging Face); wds:SHARDS (WebDataset), such as wds:s/{000..127}.tar",
+    )  # fmt: skip
+    group.add_argument("--download", action="store_true", help="let torchvision download --dataset into --data_path")
+    group.add_argument(
+        "--num_images", type=positive_int, metavar="N",
+        help="number of images in the shards of wds: (default: counted, which needs local files)",
+    )  # fmt: skip
+    group.add_argument("--in_chans", default=3, type=positive_int, metavar="C", help="input channels: 3 RGB, 1 gray")
+    _add_num_workers(group)
 
 
 def _add_num_workers(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--num_workers", default=DEFAULT_WORKERS, type=count, metavar="N",
-        help="worker processes that load data, at most one a core; 0: this process loads it",
+        help="data loader worker processes, at most one per CPU core; 0 loads in the main process",
     )  # fmt: skip
 
 
-def _add_compute_options(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--seed", default=0, type=seed, help="of all that is drawn: weights, order, crops, masks")
-    _add_device(group)
-    _add_amp(group)
+def _add_crop_options(parser: argparse.ArgumentParser, crop_scale: list[float]) -> None:
+    group = _group(parser, AUGMENTATION)
+    group.add_argument(
+        "--crop_scale", default=crop_scale, type=float, nargs=2, metavar=("MIN", "MAX"),
+        help="range of the area of a random crop, as a fraction of the image",
+    )  # fmt: skip
+    group.add_argument("--hflip", default=0.5, type=share, metavar="P", help="probability of a horizontal flip")
 
 
-def add_data_options(parser: argparse.ArgumentParser) -> None:
-    """What the samples are."""
-    group = parser.add_argument_group("data")
-    group.add_argument(
-        "--data_path", metavar="PATH",
-        help="folder of images, flat or nested, or one with train/ in it; or a tar or zip file of such a folder",
-    )  # fmt: skip
-    add_source_options(group)
-    group.add_argument(
-        "--input_size", default=224, type=positive_int, nargs="+", action=Size, metavar=("H", "W"),
-        help="pixels of a side, or height and width",
-    )  # fmt: skip
-    group.add_argument("--mean", type=float, nargs="+", metavar="M", help="of each channel, 0 to 1; None is ImageNet's")
-    group.add_argument(
-        "--std", type=positive, nargs="+", metavar="S", help="of each channel, 0 to 1; None is ImageNet's"
-    )
-    add_switch(group, "pin_mem", True, "load into pinned memory, which a GPU reads faster")
-
-
-def add_source_options(group: argparse._ActionsContainer) -> None:
-    """Where images come from other than --data_path, and how they are read."""
-    group.add_argument(
-        "--train_list", metavar="FILE",
-        help="text, CSV or JSON file that names the images: a path, and a label if you like; or iNaturalist's JSON",
-    )  # fmt: skip
-    group.add_argument(
-        "--dataset", metavar="NAME",
-        help="a data set of torchvision by its class, CIFAR10 or STL10:unlabeled, with its files in --data_path; "
-        "hf:NAME_OR_FOLDER, of Hugging Face; wds:SHARDS, of WebDataset: s/{000..127}.tar",
-    )  # fmt: skip
-    group.add_argument("--download", action="store_true", help="let torchvision fetch the files of --dataset")
-    group.add_argument(
-        "--num_images", type=positive_int, metavar="N", help="images in all shards; None counts those of files"
-    )
-    group.add_argument("--in_chans", default=3, type=positive_int, metavar="C", help="channels: 3 is RGB, 1 is grey")
-    _add_num_workers(group)
+# --------------------------------------------------------------------------------------------------------------- model
 
 
 def add_model_options(parser: argparse.ArgumentParser, models: Collection[str], default: str) -> None:
-    """Which network."""
-    group = parser.add_argument_group("model")
+    """The architecture."""
+    group = _group(parser, MODEL)
     group.add_argument("--model", default=default, choices=models, metavar="NAME", help=f"one of {', '.join(models)}")
     group.add_argument(
         "--patch_size", type=positive_int, nargs="+", action=Size, metavar=("P", "P"),
-        help="pixels of a patch's side, or height and width; None is the model's own",
-    )  # fmt: skip
-
-
-def add_optimizer_options(parser: argparse.ArgumentParser, several_blr: bool = False) -> None:
-    """How it is trained."""
-    group = parser.add_argument_group("optimisation")
-    group.add_argument("--batch_size", default=64, type=positive_int, metavar="N", help="images a process and batch")
-    group.add_argument("--epochs", default=400, type=positive_int, metavar="N", help="passes over the data")
-    group.add_argument(
-        "--accum_iter", default=1, type=positive_int, metavar="N",
-        help="iterations per update; effective batch size = batch_size x accum_iter x processes",
-    )  # fmt: skip
-    group.add_argument(
-        "--weight_decay", default=0.05, type=non_negative, metavar="W", help="not on biases and 1-D weights"
-    )
-    group.add_argument("--lr", type=non_negative, help="highest learning rate; None: blr x effective batch / 256")
-    if several_blr:
-        group.add_argument(
-            "--blr", default=[0.1], type=positive, nargs="+",
-            help="base learning rate, for a batch of 256; of several, each trains a head of its own",
-        )  # fmt: skip
-    else:
-        group.add_argument("--blr", default=1e-3, type=non_negative, help="base learning rate, for a batch of 256")
-    group.add_argument(
-        "--min_lr", default=0.0, type=non_negative, metavar="LR", help="learning rate at the end of the cosine"
-    )
-    group.add_argument("--warmup_epochs", default=40, type=non_negative, metavar="N", help="epochs of linear warm-up")
-    group.add_argument(
-        "--clip_grad", type=positive, metavar="NORM", help="largest norm of the gradient; None: no clipping"
-    )
-    group.add_argument(
-        "--compile", action="store_true",
-        help="generate code for the model: faster steps, after a minute or more at the first one",
-    )  # fmt: skip
-    group.add_argument(
-        "--on_nonfinite", default="abort", choices=("abort", "skip"),
-        help="when a loss or gradient is not finite: save and end the run, or leave the step out",
-    )  # fmt: skip
-    group.add_argument(
-        "--on_bad_image", default="error", choices=("error", "skip"),
-        help="where an image can't be read: end the run, or take another in its place, up to a tenth of an epoch's",
+        help="patch size in pixels: one number for squares, or height and width (default: that of the model's name)",
     )  # fmt: skip
 
 
 def add_pretrain_options(parser: argparse.ArgumentParser) -> None:
-    """What only masked pre-training has."""
-    group = parser.add_argument_group("masked pre-training")
-    group.add_argument("--mask_ratio", default=0.75, type=ratio, metavar="R", help="share of masked patches")
-    group.add_argument(
-        "--masking", default="random", choices=MASKING_CHOICES,
-        help="which patches are masked: random ones; large blocks (as in BEiT); or all but one of every 2x2 (grid)",
-    )  # fmt: skip
-    group.add_argument(
-        "--decoder_depth", type=positive_int, metavar="N", help="blocks of the decoder; None is the model's own"
-    )
-    _add_recompute_option(group)
-    group.add_argument(
-        "--fsdp", action="store_true", help="share weights, gradients and optimizer states among processes (FSDP2)"
-    )
-    add_switch(group, "norm_pix_loss", False, "predict patches normalised by their own mean and variance")
-    _add_crop_options(group, [0.2, 1.0])
+    """Masked pre-training."""
+    group = _group(parser, DATA)
     add_switch(
         group, "fast_jpeg", False,
-        "JPEG files by torchcodec, crops scaled by code made for it: twice as many images a core, of the same pixels",
+        "decode JPEG files with torchcodec and resize crops in one pass: the same pixels at about twice the throughput",
     )  # fmt: skip
     group.add_argument(
         "--repeated_sampling", default=1, type=positive_int, metavar="R",
-        help="crops of each image that is read, in one batch; an epoch is then R times as long: divide --epochs and "
+        help="crops per decoded image, all in one batch. An epoch has R times as many samples: divide --epochs and "
         "--warmup_epochs by R",
     )  # fmt: skip
-    group.add_argument("--init_from", default="", metavar="FILE", help="start from this file's weights (nothing else)")
+    _add_crop_options(parser, [0.2, 1.0])
+
+    group = _group(parser, MODEL)
+    group.add_argument("--mask_ratio", default=0.75, type=ratio, metavar="R", help="fraction of masked patches")
+    group.add_argument(
+        "--masking", default="random", choices=MASKING_CHOICES,
+        help="masked patches: random; block, large rectangles as in BEiT; or grid, three of every 2x2 patches",
+    )  # fmt: skip
+    group.add_argument(
+        "--decoder_depth", type=positive_int, metavar="N", help="number of decoder blocks (default: the model's)"
+    )
+    add_switch(group, "norm_pix_loss", False, "normalize each target patch by its own mean and variance")
+    group.add_argument(
+        "--init_from", default="", metavar="FILE", help="start from the weights in this file, at epoch 0 (default: "
+        "random weights)",
+    )  # fmt: skip
+
+    group = _group(parser, EVALUATION)
     group.add_argument(
         "--vis_every", default=20, type=count, metavar="N",
-        help="epochs between TensorBoard pictures of reconstructions; 0: none",
+        help="epochs between pictures of reconstructions in TensorBoard; 0: none",
     )  # fmt: skip
+    _add_recompute_option(parser)
+    _group(parser, DISTRIBUTED).add_argument(
+        "--fsdp", action="store_true", help="shard weights, gradients and optimizer states over the processes (FSDP2)"
+    )
 
 
 def add_supervised_options(parser: argparse.ArgumentParser, global_pool: bool) -> None:
-    """Where features come from, and the classes."""
-    group = parser.add_argument_group("encoder and classes")
+    """The pre-trained encoder, the classes, and the images of the validation set."""
+    group = _group(parser, DATA)
+    group.add_argument("--val_list", metavar="FILE", help="as --train_list, for the validation set")
+    group.add_argument(
+        "--nb_classes", type=positive_int, metavar="N",
+        help="number of classes, as a check (default: the number in the training set)",
+    )  # fmt: skip
+    group.add_argument(
+        "--train_per_class", type=positive_int, metavar="N",
+        help="train on N images of each class, chosen by --seed (default: on all)",
+    )  # fmt: skip
+    group.add_argument(
+        "--crop_pct", type=positive_share, metavar="S",
+        help="side of the center crop in evaluation, as a fraction of the resized image (default: .875; 1 above 224 "
+        "pixels). Give 1 for small images such as CIFAR's",
+    )  # fmt: skip
+
+    group = _group(parser, MODEL)
     group.add_argument(
         "--finetune", default="", metavar="FILE|NAME",
-        help="start from these weights: a file of ours or of others, or a published name such as mae_pretrain_vit_base",
+        help="weights to start from: a checkpoint file, or a published name such as mae_pretrain_vit_base "
+        "(default: random weights)",
     )  # fmt: skip
     group.add_argument(
         "--adapt_input", default="error", choices=ADAPT_CHOICES,
-        help="where --finetune is for other channels: each of ours starts from their mean, they repeat in turn, or the "
-        "patch projection starts untrained (skip)",
+        help="if the weights of --finetune have another number of input channels: fail; give each channel the mean of "
+        "theirs; repeat theirs in turn; or skip them, so that the patch projection starts at random",
     )  # fmt: skip
-    group.add_argument("--val_list", metavar="FILE", help="as --train_list, for validation")
+    on, off = (" (default)", "") if global_pool else ("", " (default)")
     group.add_argument(
-        "--crop_pct", type=positive_share, metavar="S",
-        help="side of the centre crop that is evaluated, as a share of the scaled image's; None is .875, and 1 above "
-        "224 pixels, as published; give 1 for pictures as small as CIFAR's",
-    )  # fmt: skip
-    group.add_argument(
-        "--nb_classes", type=positive_int, metavar="N", help="a check on the data, which tells the classes itself"
-    )
-    group.add_argument(
-        "--train_per_class", type=positive_int, metavar="N", help="train on N images of each class, drawn by --seed"
-    )
-    on, off = (" (the default)", "") if global_pool else ("", " (the default)")
-    group.add_argument(
-        "--global_pool", action="store_true", default=global_pool, help="classify the mean of patch tokens" + on
+        "--global_pool", action="store_true", default=global_pool, help="classify the mean of the patch tokens" + on
     )
     group.add_argument(
         "--cls_token", action="store_false", dest="global_pool", default=global_pool,
@@ -262,108 +192,265 @@ def add_supervised_options(parser: argparse.ArgumentParser, global_pool: bool) -
     )  # fmt: skip
 
 
+# -------------------------------------------------------------------------------------------------------- optimization
+
+
+def add_optimizer_options(parser: argparse.ArgumentParser, several_blr: bool = False) -> None:
+    """Batch size, epochs, learning rate, regularization, and what a run does about broken values and images."""
+    group = _group(parser, OPTIMIZATION)
+    group.add_argument("--batch_size", default=64, type=positive_int, metavar="N", help="batch size per process (GPU)")
+    group.add_argument(
+        "--accum_iter", default=1, type=positive_int, metavar="N",
+        help="iterations per update (optimizer step). Effective batch size = batch_size x accum_iter x processes",
+    )  # fmt: skip
+    group.add_argument("--epochs", default=400, type=positive_int, metavar="N", help="number of epochs")
+    group.add_argument(
+        "--warmup_epochs", default=40, type=non_negative, metavar="N", help="epochs of linear warm-up, then cosine"
+    )
+    if several_blr:
+        group.add_argument(
+            "--blr", default=[0.1], type=positive, nargs="+", metavar="LR",
+            help="base learning rate: lr = blr x effective batch size / 256. Several values train one head each",
+        )  # fmt: skip
+    else:
+        group.add_argument(
+            "--blr", default=1e-3, type=non_negative, metavar="LR",
+            help="base learning rate: lr = blr x effective batch size / 256",
+        )  # fmt: skip
+    group.add_argument(
+        "--lr", type=non_negative, metavar="LR", help="learning rate after the warm-up (default: computed from --blr)"
+    )
+    group.add_argument(
+        "--min_lr", default=0.0, type=non_negative, metavar="LR", help="learning rate at the end of the cosine"
+    )
+    group.add_argument(
+        "--weight_decay", default=0.05, type=non_negative, metavar="W",
+        help="weight decay; biases and other one-dimensional parameters have none",
+    )  # fmt: skip
+    group.add_argument(
+        "--clip_grad", type=positive, metavar="NORM", help="clip the gradient to this norm (default: no clipping)"
+    )
+    group.add_argument(
+        "--on_nonfinite", default="abort", choices=("abort", "skip"),
+        help="if a loss or gradient is not finite: save and abort, or skip the update",
+    )  # fmt: skip
+    _group(parser, DATA).add_argument(
+        "--on_bad_image", default="error", choices=("error", "skip"),
+        help="if an image can't be read: abort, or use another image, for up to a tenth of an epoch",
+    )  # fmt: skip
+
+
+def add_finetune_options(parser: argparse.ArgumentParser) -> None:
+    """Fine-tuning: regularization, augmentation, trained layers."""
+    group = _group(parser, MODEL)
+    group.add_argument(
+        "--drop_path", default=0.1, type=ratio, metavar="R",
+        help="stochastic depth: drop rate of the last block; it grows linearly from 0 at the first block",
+    )  # fmt: skip
+    group = _group(parser, OPTIMIZATION)
+    group.add_argument(
+        "--layer_decay", default=0.75, type=positive, metavar="D",
+        help="layer-wise learning rate decay: the factor from each layer to the layer below",
+    )  # fmt: skip
+    group.add_argument(
+        "--unfreeze_blocks", type=count, metavar="K",
+        help="train the head and the last K blocks only (default: all parameters)",
+    )  # fmt: skip
+    group.add_argument("--smoothing", default=0.1, type=ratio, metavar="S", help="label smoothing")
+    _add_recompute_option(parser)
+
+    _add_crop_options(parser, [0.08, 1.0])
+    group = _group(parser, AUGMENTATION)
+    group.add_argument(
+        "--aa", default="rand-m9-mstd0.5-inc1", metavar="POLICY", help="AutoAugment policy, as timm names it; or none"
+    )
+    group.add_argument(
+        "--color_jitter", type=non_negative, metavar="S", help="strength of color jitter, with --aa none (default: 0)"
+    )
+    group.add_argument("--reprob", default=0.25, type=share, metavar="P", help="probability of random erasing")
+    group.add_argument(
+        "--remode", default="pixel", choices=("const", "rand", "pixel"),
+        help="values of erased pixels: const: 0; rand: one random color; pixel: random for each pixel",
+    )  # fmt: skip
+    group.add_argument("--recount", default=1, type=positive_int, metavar="N", help="largest number of erased areas")
+    group.add_argument("--resplit", action="store_true", help="no effect; accepted for compatibility")
+    group.add_argument("--mixup", default=0.0, type=non_negative, metavar="A", help="alpha of mixup; 0: no mixup")
+    group.add_argument("--cutmix", default=0.0, type=non_negative, metavar="A", help="alpha of cutmix; 0: no cutmix")
+    group.add_argument(
+        "--cutmix_minmax", type=share, nargs=2, metavar=("MIN", "MAX"),
+        help="range of the side of the cutmix box, as a fraction of the image (default: sampled with --cutmix)",
+    )  # fmt: skip
+    group.add_argument("--mixup_prob", default=1.0, type=share, metavar="P", help="probability of mixup or cutmix")
+    group.add_argument(
+        "--mixup_switch_prob", default=0.5, type=share, metavar="P", help="probability of cutmix if both are enabled"
+    )
+    group.add_argument(
+        "--mixup_mode", default="batch", choices=("batch", "pair", "elem"),
+        help="sample the mixing parameters once per batch, pair or element",
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------- evaluation
+
+
 def add_evaluation_options(parser: argparse.ArgumentParser) -> None:
-    """How a classifier is evaluated."""
-    group = parser.add_argument_group("evaluation")
+    """Evaluation of a classifier."""
+    group = _group(parser, EVALUATION)
     group.add_argument(
-        "--eval_every", default=1, type=positive_int, metavar="N", help="epochs between evaluations; the last is one"
+        "--eval", action="store_true", help="evaluate the weights of --resume or --finetune on the validation set, "
+        "and exit",
+    )  # fmt: skip
+    group.add_argument(
+        "--eval_every", default=1, type=positive_int, metavar="N", help="epochs between evaluations; the last epoch "
+        "is always evaluated",
+    )  # fmt: skip
+    group.add_argument(
+        "--report", metavar="DIR", help="write accuracy per class and the confusion matrix there (CSV and picture)"
     )
-    group.add_argument("--eval", action="store_true", help="evaluate --resume (or --finetune) and end; needs val/ only")
     group.add_argument(
-        "--dist_eval", action="store_true", help="without effect: processes always share the evaluation, exactly"
-    )
-    group.add_argument(
-        "--report", metavar="DIR", help="write accuracy by class and the confusion matrix there, as CSV and picture"
+        "--dist_eval", action="store_true", help="no effect: the evaluation is always distributed, and exact"
     )
 
 
 def add_probe_options(parser: argparse.ArgumentParser) -> None:
-    """What linear probing has."""
-    group = parser.add_argument_group("linear probing")
-    group.add_argument(
+    """Linear probing."""
+    _group(parser, DATA).add_argument(
         "--cache_features", action="store_true",
-        help="compute the features of all images once, without augmentation, and train on those",
+        help="compute the features of all images once, without augmentation, and train on them",
     )  # fmt: skip
-    group.add_argument(
+    _group(parser, EVALUATION).add_argument(
         "--held_out", default=0.1, type=ratio, metavar="R",
-        help="share of the training images that chooses among several --blr, and is not trained on",
+        help="fraction of the training set that is held out to choose among several --blr",
     )  # fmt: skip
 
 
 def add_knn_options(parser: argparse.ArgumentParser) -> None:
-    """What classification by neighbours has."""
-    group = parser.add_argument_group("nearest neighbours")
+    """k-nearest-neighbor classification."""
+    group = _group(parser, EVALUATION)
     group.add_argument(
-        "--k", default=[10, 20, 100], type=positive_int, nargs="+", metavar="K", help="numbers of neighbours"
+        "--k", default=[10, 20, 100], type=positive_int, nargs="+", metavar="K", help="numbers of neighbors"
     )
     group.add_argument(
-        "--temperature", default=0.07, type=positive, metavar="T", help="of the weights, exp(cosine / T)"
-    )
-
-
-def add_finetune_options(parser: argparse.ArgumentParser) -> None:
-    """What fine-tuning changes in the model, and how its images are augmented."""
-    group = parser.add_argument_group("fine-tuning")
-    group.add_argument("--drop_path", default=0.1, type=ratio, metavar="R", help="stochastic depth of the last block")
-    group.add_argument(
-        "--layer_decay", default=0.75, type=positive, metavar="D", help="learning rate of a layer to that above it"
-    )
-    group.add_argument(
-        "--unfreeze_blocks", type=count, metavar="K",
-        help="train the last K blocks and the head only; None: everything",
+        "--temperature", default=0.07, type=positive, metavar="T",
+        help="temperature T of the weight of a neighbor, exp(cosine similarity / T)",
     )  # fmt: skip
-    _add_recompute_option(group)
-    group = parser.add_argument_group("augmentation")
-    _add_crop_options(group, [0.08, 1.0])
-    group.add_argument("--color_jitter", type=non_negative, metavar="S", help="strength, where there is no --aa")
-    group.add_argument("--aa", default="rand-m9-mstd0.5-inc1", metavar="POLICY", help="timm's name of one, or none")
-    group.add_argument("--smoothing", default=0.1, type=ratio, metavar="S", help="label smoothing")
-    group.add_argument("--reprob", default=0.25, type=share, metavar="P", help="chance of random erasing")
-    group.add_argument("--remode", default="pixel", choices=("const", "rand", "pixel"), help="what fills the erased")
-    group.add_argument("--recount", default=1, type=positive_int, metavar="N", help="most rectangles erased")
-    group.add_argument("--resplit", action="store_true", help="without effect; accepted for old scripts")
-    group.add_argument("--mixup", default=0.0, type=non_negative, metavar="A", help="alpha of mixup; 0: none")
-    group.add_argument("--cutmix", default=0.0, type=non_negative, metavar="A", help="alpha of cutmix; 0: none")
+
+
+# ----------------------------------------------------------------------------------------------------------------- run
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """Recipe, run directory, checkpoints, and computation."""
+    group = _group(parser, RUN)
+    _add_config(group)
     group.add_argument(
-        "--cutmix_minmax", type=share, nargs=2, metavar=("MIN", "MAX"), help="share of a side in place of an alpha"
+        "--output_dir", default="./output_dir", metavar="DIR", help="run directory: checkpoints, log.txt"
     )
-    group.add_argument("--mixup_prob", default=1.0, type=share, metavar="P", help="chance of either")
-    group.add_argument("--mixup_switch_prob", default=0.5, type=share, metavar="P", help="of cutmix, where both are on")
-    group.add_argument("--mixup_mode", default="batch", choices=("batch", "pair", "elem"), help="what shares a draw")
-
-
-def _add_recompute_option(group: argparse._ActionsContainer) -> None:
-    """For models that would not fit otherwise."""
     group.add_argument(
+        "--log_dir", default="./output_dir", metavar="DIR",
+        help="folder of TensorBoard events; --output_dir if only that is set",
+    )  # fmt: skip
+    group.add_argument(
+        "--resume", default="", metavar="FILE|auto",
+        help="resume from this checkpoint; auto: from the newest valid one in --output_dir, if any "
+        "(default: start anew)",
+    )  # fmt: skip
+    group.add_argument(
+        "--start_epoch", default=0, type=count, metavar="N", help="first epoch of a run that is not resumed"
+    )
+    group.add_argument("--save_every", default=20, type=positive_int, metavar="N", help="epochs between checkpoints")
+    group.add_argument(
+        "--keep_last", type=positive_int, metavar="K", help="keep only the newest K of these (default: all)"
+    )
+    group.add_argument(
+        "--save_minutes", default=15.0, type=non_negative, metavar="M",
+        help="minutes between writes of checkpoint-last.pth, also within an epoch",
+    )  # fmt: skip
+    _add_compute_options(group)
+    group.add_argument(
+        "--compile", action="store_true",
+        help="compile the model with torch.compile: higher throughput, after a minute or more of compilation",
+    )  # fmt: skip
+
+
+def add_compute_options(parser: argparse.ArgumentParser) -> None:
+    """Recipe and computation, for a command without a run directory."""
+    group = _group(parser, RUN)
+    _add_config(group)
+    _add_compute_options(group)
+    _group(parser, DATA).add_argument(
+        "--batch_size", default=256, type=positive_int, metavar="N", help="batch size per process (GPU)"
+    )
+
+
+def add_inference_options(parser: argparse.ArgumentParser, images: bool = True, also: str = "") -> None:
+    """The model of a command that uses a trained one, and its images.
+
+    Args:
+        also: other values of --model.
+    """
+    if images:
+        parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
+    parser.add_argument(
+        "--model", required=True, metavar="FILE",
+        help="checkpoint file, folder of transformers, or a published name such as mae_finetuned_vit_base" + also,
+    )  # fmt: skip
+    _add_device(parser)
+
+
+def add_extraction_options(parser: argparse.ArgumentParser) -> None:
+    """Batches and precision of a command that uses a trained model."""
+    parser.add_argument("--batch_size", default=128, type=positive_int, metavar="N", help="batch size per process")
+    _add_num_workers(parser)
+    _add_amp(parser)
+
+
+def _add_config(group: argparse._ActionsContainer) -> None:
+    group.add_argument("--config", metavar="YAML", help="recipe: a file of `flag: value` lines; flags override it")
+
+
+def _add_compute_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--seed", default=0, type=seed, metavar="N", help="random seed of weights, sample order, augmentation and masks"
+    )
+    _add_device(group)
+    _add_amp(group)
+
+
+def _add_device(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
+        "--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:N, mps, or auto: cuda, else mps, else cpu"
+    )
+    group.add_argument("--debug", action="store_true", help="print the traceback of an error")
+
+
+def _add_amp(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
+        "--amp", default="auto", choices=AMP_CHOICES,
+        help="mixed precision; auto: bf16 on CUDA (fp16 on older GPUs), off elsewhere",
+    )  # fmt: skip
+
+
+def _add_recompute_option(parser: argparse.ArgumentParser) -> None:
+    _group(parser, MODEL).add_argument(
         "--grad_checkpointing", action="store_true",
-        help="keep less for the backward pass and compute it again there: less memory, a third more arithmetic",
+        help="recompute activations in the backward pass: less memory, a third more computation",
     )  # fmt: skip
-
-
-def _add_crop_options(group: argparse._ArgumentGroup, crop_scale: list[float]) -> None:
-    """Two that small pictures, and those in which left is not right, need otherwise."""
-    group.add_argument(
-        "--crop_scale", default=crop_scale, type=float, nargs=2, metavar=("MIN", "MAX"),
-        help="share of the image's area that a random crop takes",
-    )  # fmt: skip
-    group.add_argument(
-        "--hflip", default=0.5, type=share, metavar="P", help="chance of a horizontal flip; 0 where left is not right"
-    )
 
 
 def add_distributed_options(parser: argparse.ArgumentParser) -> None:
     """Flags of launchers. Ranks and counts come from the environment that torchrun sets."""
-    group = parser.add_argument_group("several processes (start with torchrun, srun or submitit_*.py)")
-    group.add_argument("--world_size", default=1, type=int, help="taken from the launcher; accepted for old scripts")
+    group = _group(parser, DISTRIBUTED)
     group.add_argument(
-        "--local_rank", "--local-rank", default=-1, type=int, help="taken from the launcher; accepted for old scripts"
-    )
-    group.add_argument("--dist_on_itp", action="store_true", help="without effect; accepted for old scripts")
-    group.add_argument("--dist_url", default="env://", help="where the processes meet")
-    group.add_argument(
-        "--dist_backend", default="auto", choices=BACKENDS, help="how they talk; auto: nccl for GPUs, else gloo"
+        "--dist_backend", default="auto", choices=BACKENDS, help="communication; auto: nccl for GPUs, else gloo"
     )
     group.add_argument(
         "--dist_timeout", default=600, type=positive, metavar="S",
-        help="seconds that a process waits for the others before it takes one of them for dead and ends",
+        help="seconds to wait for another process before the run fails",
     )  # fmt: skip
+    group.add_argument("--dist_url", default="env://", metavar="URL", help="address at which the processes connect")
+    group.add_argument("--world_size", default=1, type=int, metavar="N", help="no effect: the launcher sets it")
+    group.add_argument(
+        "--local_rank", "--local-rank", default=-1, type=int, metavar="N", help="no effect: the launcher sets it"
+    )
+    group.add_argument("--dist_on_itp", action="store_true", help="no effect; accepted for compatibility")

@@ -74,14 +74,18 @@ def scale(data: bytes, short_side: int, quality: int) -> bytes | None:
 def get_args_parser() -> argparse.ArgumentParser:
     """The flags of the command."""
     parser = entry_point.parser(
-        "Writes a copy of a folder of images, scaled down. Started again, it goes on where it was."
+        "Copies a folder of images and scales them down. The same command resumes an interrupted copy."
     )
-    parser.add_argument("data_path", type=Path, metavar="FOLDER", help="as main_pretrain.py --data_path")
-    parser.add_argument("copy", type=Path, metavar="COPY", help="the folder to write; classes and names stay")
-    parser.add_argument("--short_side", default=256, type=flags.positive_int, metavar="S", help="pixels of it")
-    parser.add_argument("--quality", default=90, type=flags.jpeg_quality, metavar="Q", help="of JPEG files")
+    parser.add_argument("data_path", type=Path, metavar="FOLDER", help="images, flat or nested")
     parser.add_argument(
-        "--num_workers", default=10, type=flags.positive_int, metavar="N", help="processes, at most one a core"
+        "copy", type=Path, metavar="COPY", help="folder to write, with the same subfolders and file names"
+    )
+    parser.add_argument(
+        "--short_side", default=256, type=flags.positive_int, metavar="S", help="largest short side, in pixels"
+    )
+    parser.add_argument("--quality", default=90, type=flags.jpeg_quality, metavar="Q", help="quality of JPEG files")
+    parser.add_argument(
+        "--num_workers", default=10, type=flags.positive_int, metavar="N", help="processes, at most one per CPU core"
     )
     return parser
 

@@ -166,33 +166,36 @@ def get_args_parser(main: str) -> tuple[ArgumentParser, list[str]]:
     parser.set_defaults(output_dir=JOB_FOLDER)
     group = parser.add_argument_group("job")
     flags = [
-        group.add_argument("--ngpus", default=8, type=positive_int, metavar="N", help="GPUs, and processes, of a node"),
-        group.add_argument("--nodes", default=2, type=positive_int, metavar="N", help="nodes of the job"),
-        group.add_argument("--timeout", default=4320, type=positive_int, metavar="MIN", help="minutes until a requeue"),
+        group.add_argument("--ngpus", default=8, type=positive_int, metavar="N", help="GPUs (processes) per node"),
+        group.add_argument("--nodes", default=2, type=positive_int, metavar="N", help="number of nodes"),
+        group.add_argument(
+            "--timeout", default=4320, type=positive_int, metavar="MIN",
+            help="time limit in minutes; the job is then requeued and resumes",
+        ),
         group.add_argument(
             "--job_dir", default="", metavar="DIR",
-            help="folder of the logs, and --output_dir by default; %%j is the job's number",
+            help="folder of the job's logs, and default of --output_dir; %%j is the job id (default: SHARED_DIR/%%j)",
         ),
         group.add_argument(
             "--shared_dir", default="", metavar="DIR",
-            help="folder that all nodes see, for copies of the code and folders of jobs; parent of --job_dir or "
-            "runs/jobs by default",
+            help="folder on a file system of all nodes, for code snapshots and job folders (default: the parent of "
+            "--job_dir, else runs/jobs)",
         ),
-        group.add_argument("--partition", metavar="NAME", help="where to queue; None is the cluster's default"),
-        group.add_argument("--use_volta32", action="store_true", help="ask for V100 of 32 GB (constraint volta32gb)"),
-        group.add_argument("--comment", default="", help="told to the scheduler"),
+        group.add_argument("--partition", metavar="NAME", help="Slurm partition (default: the cluster's)"),
+        group.add_argument("--use_volta32", action="store_true", help="request 32 GB V100 GPUs (constraint volta32gb)"),
+        group.add_argument("--comment", default="", metavar="TEXT", help="comment of the Slurm job"),
         group.add_argument(
             "--slurm", default=[], type=slurm_settings.setting, action="append", metavar="KEY=VALUE",
-            help="any other option of sbatch, or setting of submitit: account=lab, cpus_per_task=12; may be given "
-            "several times; KEY=false leaves an option out",
+            help="any other option of sbatch or setting of submitit, such as account=lab; may be repeated; KEY=false "
+            "removes an option",
         ),
-        group.add_argument("--after", type=_job_number, metavar="JOB", help="start once this job has succeeded"),
+        group.add_argument("--after", type=_job_number, metavar="JOB", help="start after this job has succeeded"),
         group.add_argument(
             "--cluster", default="slurm", choices=("slurm", "local", "debug"),
-            help="local: processes of this machine; debug: this process",
+            help="slurm; local: processes on this machine; debug: this process",
         ),
-        group.add_argument("--dry_run", action="store_true", help="print the script for sbatch, and submit nothing"),
-        group.add_argument("--wait", action="store_true", help="wait for the job, and end with 1 if it failed"),
+        group.add_argument("--dry_run", action="store_true", help="print the sbatch script without submitting it"),
+        group.add_argument("--wait", action="store_true", help="wait for the job; the exit code is 1 if it failed"),
     ]  # fmt: skip
     return parser, [flag.dest for flag in flags]
 
