@@ -50,8 +50,9 @@ class Reconstruction(NamedTuple):
 class _Call(threading.local):
     """Arguments of a call of `forward` that its steps need and that their published signatures do not have."""
 
-    noise: Tensor | None = None  # (B, N)
-    grid: tuple[int, int] | None = None  # (rows, columns) of patches of the images
+    def __init__(self) -> None:
+        self.noise: Tensor | None = None  # (B, N)
+        self.grid: tuple[int, int] | None = None  # (rows, columns) of patches of the images
 
 
 _CALL = _Call()
