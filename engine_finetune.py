@@ -178,14 +178,14 @@ def as_recorded(args: Namespace, file: Weights, recorded: Mapping[str, Any]) -> 
     names = (recorded.keys() & vars(args).keys()) - {"nb_classes", "mean", "std"}
     warn_of_changes(file.source, args, names, recorded)
     args = copy.copy(args)
-    for name in names - entry_point.given(args):
+    for name in names - entry_point.explicit(args):
         setattr(args, name, recorded[name])
     return args
 
 
 def warn_of_changes(source: str, args: Namespace, names: Iterable[str], recorded: Mapping[str, Any]) -> None:
     """Warns of each of the named flags that is given and differs from what a file records."""
-    for name in sorted(entry_point.given(args) & recorded.keys() & set(names)):
+    for name in sorted(entry_point.explicit(args) & recorded.keys() & set(names)):
         wanted, value = getattr(args, name), recorded[name]
         if _sides(name, wanted) != _sides(name, value) and dist.is_main():
             made = f"without --{name}" if value is None else f"with {advice.flags({name: value})}"

@@ -122,7 +122,7 @@ def main(args: Namespace) -> None:
     if several:
         train, chooser = labels.hold_out(train, args.held_out, args.seed)
         held = features_of(chooser, model)
-        model.head = models_build.SideBySide(heads)
+        model.head = models_build.ParallelHeads(heads)
     seen = features_of(val, model)
 
     if args.cache_features:

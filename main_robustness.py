@@ -22,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from engine_finetune import Evaluation, evaluate, warn_of_changes
-from inference.imagenet import TIMM, Among, load
+from inference.imagenet import TIMM, RestrictedClassifier, load
 from util import dist
 from util.checkpoints import checkpoint
 from util.cli import flags, options
@@ -79,11 +79,11 @@ def main(args: Namespace) -> str:
     crop_pct = args.crop_pct or (1.0 if args.suite == "imagenet-c" else None)
     classifier = load(args.model, crop_pct, device)
     warn_of_changes(args.model, args, {"crop_pct"}, classifier.recorded)
-    model = Among(classifier.model, suite.among).to(device)
+    model = RestrictedClassifier(classifier.model, suite.columns).to(device)
     out = Path(args.output_dir) / args.suite
     results = robustness_report.Results(out.with_suffix(".json"), {
         "model": args.model, "weights": checkpoint.weights_digest(model),
-        **classifier.sees, "data_path": str(suite.root), "subset": args.subset, "amp": precision.name,
+        **classifier.data_config, "data_path": str(suite.root), "subset": args.subset, "amp": precision.name,
     })  # fmt: skip
     for number, name in enumerate(suite.cells, start=1):
         cell, started = robustness.open_cell(suite, name, args.subset), time.perf_counter()

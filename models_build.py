@@ -25,12 +25,12 @@ def autoencoder(
     settings: Mapping[str, Any], model_class: type[MaskedAutoencoderViT] = MaskedAutoencoderViT
 ) -> MaskedAutoencoderViT:
     """The masked autoencoder of a run, as `autoencoder_arguments` reads its settings."""
-    return _ready(model_class(**autoencoder_arguments(settings)), settings)
+    return _initialize(model_class(**autoencoder_arguments(settings)), settings)
 
 
 def classifier(settings: Mapping[str, Any]) -> VisionTransformer:
     """The classifier of a run, as `classifier_arguments` reads its settings."""
-    return _ready(VisionTransformer(**classifier_arguments(settings)), settings)
+    return _initialize(VisionTransformer(**classifier_arguments(settings)), settings)
 
 
 def probe(settings: Mapping[str, Any]) -> VisionTransformer:
@@ -46,10 +46,10 @@ def classifier_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     size = size_of(str(settings.get("model")))
     if size not in SIZES:
         return {}
-    kept = {name: settings[name] for name in MODEL_SETTINGS if name in settings}
-    if kept.get("patch_size", 0) is None:
-        kept["patch_size"] = SIZES[size]["patch_size"]
-    return {**kept, "model": f"vit_{size}"}
+    settings_of_file = {name: settings[name] for name in MODEL_SETTINGS if name in settings}
+    if settings_of_file.get("patch_size", 0) is None:
+        settings_of_file["patch_size"] = SIZES[size]["patch_size"]
+    return {**settings_of_file, "model": f"vit_{size}"}
 
 
 def size_of(model: str) -> str:
@@ -89,7 +89,7 @@ def classifier_arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-class SideBySide(nn.ModuleList):
+class ParallelHeads(nn.ModuleList):
     """Several heads on the same features (B, D) -> logits (heads, B, classes)."""
 
     def forward(self, features: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ def freeze_below(model: VisionTransformer, num_blocks: int) -> None:
         module.requires_grad_(True)
 
 
-def _ready(model: Model, settings: Mapping[str, Any]) -> Model:
+def _initialize(model: Model, settings: Mapping[str, Any]) -> Model:
     if settings.get("grad_checkpointing"):
         recompute_blocks(model)
     return model
@@ -127,7 +127,7 @@ def _ready(model: Model, settings: Mapping[str, Any]) -> Model:
 
 def _shape(size: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """A size's dimensions with a run's `--input_size`, `--patch_size` and `--in_chans`."""
-    given = {"img_size": settings["input_size"], "in_chans": settings["in_chans"]}
+    dimensions = {"img_size": settings["input_size"], "in_chans": settings["in_chans"]}
     if settings["patch_size"] is not None:
-        given["patch_size"] = settings["patch_size"]
-    return {**SIZES[size], **given}
+        dimensions["patch_size"] = settings["patch_size"]
+    return {**SIZES[size], **dimensions}

@@ -88,10 +88,10 @@ def rate(batches: Callable[[], Iterator[Any]], limit: int) -> float:
     """Images/s over `limit` batches of an epoch, after the first, with which workers begin."""
     iterator = batches()
     next(iterator)
-    begun, count = time.perf_counter(), 0
+    started, count = time.perf_counter(), 0
     for _ in itertools.islice(iterator, limit):
         count += BATCH
-    seconds = time.perf_counter() - begun
+    seconds = time.perf_counter() - started
     return count / seconds
 
 
@@ -118,8 +118,8 @@ def wait_for_data(folder: Path, out: Path) -> float:
         "--model", "mae_vit_small_patch16", "--amp", "bf16", "--device", "cpu", "--num_workers", 1,
         "--batch_size", 32, "--epochs", 2, "--warmup_epochs", 1, "--vis_every", 0,
     ]  # fmt: skip
-    said = subprocess.run([str(part) for part in command], cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    line = next(line for line in said.splitlines() if line.startswith("epoch 1 done"))
+    process = subprocess.run(list(map(str, command)), cwd=ROOT, check=True, capture_output=True, text=True)
+    line = next(line for line in process.stdout.splitlines() if line.startswith("epoch 1 done"))
     print(f"\nmain_pretrain.py: {line}")
     return float(line.rpartition("data wait ")[2].removesuffix("%")) / 100
 
@@ -141,7 +141,7 @@ def main(args: argparse.Namespace) -> None:
             "ours, resized copy, --fast_jpeg": partial(ours, copy, fast_jpeg=True),
             "ours, --fast_jpeg --repeated_sampling 4": partial(ours, folder, fast_jpeg=True, repeats=4),
         }
-        found: dict[str, Any] = {}
+        results: dict[str, Any] = {}
         cores = os.cpu_count() or 1
         for title, workers in (("one process", 0), (f"DataLoader, {cores} workers", cores)):
             batches = {name: way(workers) for name, way in ways.items()}
@@ -150,7 +150,7 @@ def main(args: argparse.Namespace) -> None:
             ]
             rates = {name: statistics.median(run[name] for run in runs) for name in ways}
             ratios = {name: statistics.median(run[name] / run["classic"] for run in runs) for name in ways}
-            found[title] = {"images_per_second": rates, "to_classic": ratios}
+            results[title] = {"images_per_second": rates, "to_classic": ratios}
             print(f"\n| {title} | images/s | to classic |\n|---|---|---|")
             for name in ways:
                 print(f"| {name} | {rates[name]:,.0f} | {ratios[name]:.2f} |", flush=True)
@@ -161,9 +161,8 @@ def main(args: argparse.Namespace) -> None:
         f"{share:.4%} differ by {level}" for level, share in alike.items()
     ))  # fmt: skip
     settings = {**vars(args), "batch": BATCH}
-    machine.write(
-        "input_pipeline", torch.device("cpu"), settings, {**found, "differences": alike, "data_wait": waited}, args.out
-    )
+    results |= {"differences": alike, "data_wait": waited}
+    machine.write("input_pipeline", torch.device("cpu"), settings, results, args.out)
 
 
 if __name__ == "__main__":

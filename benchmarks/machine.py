@@ -30,12 +30,12 @@ def describe(device: torch.device) -> dict[str, Any]:
     }
 
 
-def write(name: str, device: torch.device, settings: dict[str, Any], found: dict[str, Any], folder: Path) -> None:
+def write(name: str, device: torch.device, settings: dict[str, Any], results: dict[str, Any], folder: Path) -> None:
     """Writes NAME.json."""
     folder.mkdir(parents=True, exist_ok=True)
-    given = {key: value for key, value in settings.items() if key not in ("out", "name")}  # where it lies says no more
-    told = {"machine": describe(device), "settings": given, **found}
-    atomic.write_text(folder / f"{name}.json", json.dumps(told, indent=1, default=str) + "\n")
+    settings = {key: value for key, value in settings.items() if key not in ("out", "name")}
+    record = {"machine": describe(device), "settings": settings, **results}
+    atomic.write_text(folder / f"{name}.json", json.dumps(record, indent=1, default=str) + "\n")
 
 
 def read(name: str, folder: Path) -> dict[str, Any] | None:

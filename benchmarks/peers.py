@@ -47,13 +47,13 @@ class PlainMAE(nn.Module):
         tokens = self.embed(images) + self.positions[:, 1:]
         count, length, width = tokens.shape
         order = torch.rand(count, length, device=images.device).argsort(dim=1)
-        back, kept = order.argsort(dim=1), length // 4
-        visible = torch.gather(tokens, 1, order[:, :kept, None].repeat(1, 1, width))
+        back, num_visible = order.argsort(dim=1), length // 4
+        visible = torch.gather(tokens, 1, order[:, :num_visible, None].repeat(1, 1, width))
         first = (self.cls_token + self.positions[:, :1]).expand(count, -1, -1)
         latent = self.decoder_embed(self.norm(self.blocks(torch.cat([first, visible], dim=1))))
 
-        hidden = self.mask_token.repeat(count, length - kept, 1).to(latent.dtype)
-        patches = torch.cat([latent[:, 1:], hidden], dim=1)
+        mask_tokens = self.mask_token.repeat(count, length - num_visible, 1).to(latent.dtype)
+        patches = torch.cat([latent[:, 1:], mask_tokens], dim=1)
         patches = torch.gather(patches, 1, back[:, :, None].repeat(1, 1, latent.shape[2]))
         x = torch.cat([latent[:, :1], patches], dim=1) + self.decoder_positions
         predicted = self.decoder_pred(self.decoder_norm(self.decoder_blocks(x)))[:, 1:]
@@ -61,8 +61,8 @@ class PlainMAE(nn.Module):
         side = images.shape[2] // self.patch
         target = images.reshape(count, 3, side, self.patch, side, self.patch).permute(0, 2, 4, 3, 5, 1).flatten(3)
         error = (predicted - target.flatten(1, 2)).square().mean(dim=-1)
-        removed = (back >= kept).float()
-        return (error * removed).sum() / removed.sum()
+        masked = (back >= num_visible).float()
+        return (error * masked).sum() / masked.sum()
 
 
 class TransformersMAE(nn.Module):

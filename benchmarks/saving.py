@@ -33,11 +33,11 @@ def main(args: argparse.Namespace) -> None:
     images = torch.randn(args.batch_size, 3, *model.patch_embed.img_size)
 
     def step() -> float:
-        begun = time.perf_counter()
+        started = time.perf_counter()
         model(images)[0].backward()
         optimizer.step()
         optimizer.zero_grad()
-        return time.perf_counter() - begun
+        return time.perf_counter() - started
 
     plain = statistics.median([step() for _ in range(STEPS)][2:])
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
@@ -47,13 +47,13 @@ def main(args: argparse.Namespace) -> None:
             run_state.Progress(args.batch_size, args.batch_size),
             epochs=1, save_every=1, save_minutes=args.save_minutes,
         )  # fmt: skip
-        begun = time.perf_counter()
+        started = time.perf_counter()
         saver.save(0, 1, {})
-        pause = time.perf_counter() - begun
+        pause = time.perf_counter() - started
         beside = []
         while saver.writing and not saver.writing.done():
             beside.append(step())
-        written = time.perf_counter() - begun
+        written = time.perf_counter() - started
         saver.close()
         size = sum(path.stat().st_size for path in Path(folder).iterdir())
     extra = pause + sum(beside) - plain * len(beside)

@@ -63,10 +63,10 @@ def speed(size: str, folder: Path) -> tuple[float, str]:
     Args:
         folder: with the files of train_step.py.
     """
-    found = machine.read(f"pretrain_{size}_bf16_cuda", folder)
-    if found:
-        told = f"measured: {found['machine']['gpu']}, {found['settings']['batch_size']} images"
-        return found["images_per_second"]["ours compiled"], told
+    results = machine.read(f"pretrain_{size}_bf16_cuda", folder)
+    if results:
+        source = f"measured: {results['machine']['gpu']}, {results['settings']['batch_size']} images"
+        return results["images_per_second"]["ours compiled"], source
     share = targets.GPU[size]
     return share * PEAK / train_step.training_flops(size), "assumed, not measured"
 
@@ -110,10 +110,10 @@ def table_of_models(folder: Path) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for size, name in NAMES.items():
-        (rate, told), flops, gradients = speed(size, folder), train_step.training_flops(size), gradient_bytes(size)
+        (rate, source), flops, gradients = speed(size, folder), train_step.training_flops(size), gradient_bytes(size)
         lines.append(
             f"| {name} | {gradients / 4e6:.2f} M | {gradients / 1e9:.3f} GB | {flops / 1e9:.2f} | {rate:,.0f} "
-            f"| {rate * flops / PEAK:.0%} | {told} |"
+            f"| {rate * flops / PEAK:.0%} | {source} |"
         )
     return "\n".join(lines)
 
@@ -132,13 +132,13 @@ def table_of_efficiency(folder: Path, images: dict[int, int]) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for size, name in NAMES.items():
-        (rate, told), gradients = speed(size, folder), gradient_bytes(size)
+        (rate, source), gradients = speed(size, folder), gradient_bytes(size)
         for gpus, count in images.items():
             step = count / rate
             times = " · ".join(f"{1000 * all_reduce(gradients, gpus, 1e9 * link):.1f}" for link in LINKS)
             shares = " | ".join(f"{efficiency(step, gradients, gpus, 1e9 * link):.0%}" for link in LINKS)
             lines.append(
-                f"| {name} | {gpus} | {count} | {1000 * step:.1f} | {times} | {shares} | {told.partition(':')[0]} |"
+                f"| {name} | {gpus} | {count} | {1000 * step:.1f} | {times} | {shares} | {source.partition(':')[0]} |"
             )
     return "\n".join(lines)
 
@@ -171,7 +171,7 @@ def draw(folder: Path, file: Path) -> None:
     }
     figure, panels = plt.subplots(1, 3, figsize=(11, 5), dpi=100, sharey=True, layout="constrained")
     for panel, (size, name) in zip(panels, NAMES.items(), strict=True):
-        (rate, told), gradients = speed(size, folder), gradient_bytes(size)
+        (rate, source), gradients = speed(size, folder), gradient_bytes(size)
         for link, color, width in zip(LINKS, ("tab:red", "tab:orange", "tab:blue"), (2.6, 2.6, 1.2), strict=True):
             for rule, (style, images) in rules.items():
                 shares = [
@@ -184,7 +184,7 @@ def draw(folder: Path, file: Path) -> None:
         panel.set_xticks(counts, map(str, counts), minor=False)
         panel.minorticks_off()
         panel.grid(alpha=0.3)
-        panel.set_title(f"{name}, one GPU: {rate:,.0f} images/s\n({told})", fontsize="medium")
+        panel.set_title(f"{name}, one GPU: {rate:,.0f} images/s\n({source})", fontsize="medium")
     panels[0].set_ylabel("expected efficiency (% of the ideal speed)")
     lines, labels = panels[0].get_legend_handles_labels()
     title = "link of a node in each direction, and batch"

@@ -131,7 +131,7 @@ def contestants(args: argparse.Namespace, precision: Precision) -> dict[str, Ste
     steps: dict[str, Step] = {}
     for how in ("eager", "compiled"):
 
-        def wanted(name: str, how: str = how) -> bool:
+        def selected(name: str, how: str = how) -> bool:
             return not args.only or name in args.only or f"{name} {how}" in args.only
 
         def add(name: str, model: nn.Module, loss_of: Callable[[nn.Module], Tensor] | None, how: str = how) -> None:
@@ -148,13 +148,13 @@ def contestants(args: argparse.Namespace, precision: Precision) -> dict[str, Ste
 
         if args.task == "pretrain":
             for name, build in MODELS.items():
-                if wanted(name):
+                if selected(name):
                     add(name, build(args.size), partial(loss_of_images, images=images))
         else:
             loss = (lambda model: F.cross_entropy(model(images), labels)) if args.task == "finetune" else None
-            if wanted("timm"):
+            if selected("timm"):
                 add("timm", peers.timm_classifier(args.size), loss)
-            if wanted("ours"):
+            if selected("ours"):
                 ours = getattr(models_vit, f"vit_{args.size}")(global_pool=True, drop_path_rate=0.1)
                 add("ours", ours, loss)
     return steps
@@ -186,12 +186,12 @@ def attention_steps(precision: Precision, batch_size: int, shape: tuple[int, int
 
 def seconds(step: Step, repeats: int, device: torch.device) -> float:
     """Time of a call, on average over `repeats` of them."""
-    begun = time.perf_counter()
+    started = time.perf_counter()
     for _ in range(repeats):
         step()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return (time.perf_counter() - begun) / repeats
+    return (time.perf_counter() - started) / repeats
 
 
 def matrix_product(precision: Precision) -> tuple[Step, float]:
@@ -221,17 +221,17 @@ def take_turns(steps: dict[str, Step], precision: Precision, rounds: int, repeat
 def saved_bytes(model: nn.Module, call: Callable[[], Tensor]) -> int:
     """Bytes that a forward pass keeps for the backward pass, each piece of memory once, without the weights."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: dict[int, int] = {}
+    sizes: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
+            sizes[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = call()  # alive until counted, so that no memory is used twice
-    total = sum(kept.values())
+    total = sum(sizes.values())
     del loss
     return total
 
@@ -239,31 +239,31 @@ def saved_bytes(model: nn.Module, call: Callable[[], Tensor]) -> int:
 def memory(args: argparse.Namespace, precision: Precision) -> dict[str, int]:
     """What the pre-training models keep for the backward pass; ours with the fused attention kernel, as on a GPU."""
     images = input_images(args, precision)
-    found = {}
+    results = {}
     for name, build in MODELS.items():
         model = build(args.size).to(precision.device)
         with precision.autocast(), patch.object(models_vit, "attend", F.scaled_dot_product_attention):
-            found[name] = saved_bytes(model, partial(loss_of_images, model, images))
-    return found
+            results[name] = saved_bytes(model, partial(loss_of_images, model, images))
+    return results
 
 
 def compare_attention(args: argparse.Namespace, precision: Precision) -> dict[str, Any]:
     """Prints and returns milliseconds, for each of SHAPES and each way."""
-    found = {}
+    results = {}
     print("| heads, tokens, channels | fused kernel, ms | plain products, ms | ours, ms |\n|---|---|---|---|")
     for shape in SHAPES:
         steps = attention_steps(precision, args.batch_size, shape)
         runs = [
             {way: seconds(step, 5, precision.device) for way, step in steps.items()} for _ in range(args.rounds + 2)
         ]
-        found[str(shape)] = {way: 1000 * statistics.median(run[way] for run in runs[2:]) for way in steps}
-        print(f"| {shape} | " + " | ".join(f"{value:.1f}" for value in found[str(shape)].values()) + " |", flush=True)
-    return {"milliseconds": found}
+        results[str(shape)] = {way: 1000 * statistics.median(run[way] for run in runs[2:]) for way in steps}
+        print(f"| {shape} | " + " | ".join(f"{value:.1f}" for value in results[str(shape)].values()) + " |", flush=True)
+    return {"milliseconds": results}
 
 
 def compare_steps(args: argparse.Namespace, precision: Precision) -> dict[str, Any]:
     """Prints and returns the contestants' speed, and in pre-training their memory."""
-    kept = memory(args, precision) if args.task == "pretrain" and not args.only else {}
+    activation_bytes = memory(args, precision) if args.task == "pretrain" and not args.only else {}
     repeats = 10 if precision.device.type == "cuda" else 1
     steps = contestants(args, precision)
     if not steps:
@@ -280,15 +280,15 @@ def compare_steps(args: argparse.Namespace, precision: Precision) -> dict[str, A
     print(f"| | images/s | to {first} | share of the peak |\n|---|---|---|---|")
     for way, rate in rates.items():
         print(f"| {way} | {rate:.2f} | {rate / rates[first]:.2f} | {rate * flops / peak:.1%} |")
-    if kept:
+    if activation_bytes:
         print("\n| kept for the backward pass | GB |\n|---|---|")
-        for way, size in kept.items():
+        for way, size in activation_bytes.items():
             print(f"| {way} | {size / 1e9:.3f} |")
     most = torch.cuda.max_memory_allocated() if precision.device.type == "cuda" else None
     if most:
         print(f"\nmost memory at once, of all together: {most / 1e9:.1f} GB")
     return {"images_per_second": rates, "seconds": times, "peak_flops": peak, "flops_per_image": flops,
-            "saved_bytes": kept, "cuda_peak_bytes": most}  # fmt: skip
+            "saved_bytes": activation_bytes, "cuda_peak_bytes": most}  # fmt: skip
 
 
 def main(args: argparse.Namespace) -> None:
@@ -296,9 +296,9 @@ def main(args: argparse.Namespace) -> None:
     torch.manual_seed(0)
     device = choose_device(args.device)
     precision = Precision(args.amp, device)
-    found = (compare_attention if args.task == "attention" else compare_steps)(args, precision)
+    results = (compare_attention if args.task == "attention" else compare_steps)(args, precision)
     name = args.name or f"{args.task}_{args.size}_{precision.name}_{device.type}"
-    machine.write(name, device, vars(args), found, args.out)
+    machine.write(name, device, vars(args), results, args.out)
 
 
 def get_args_parser() -> argparse.ArgumentParser:

@@ -60,8 +60,8 @@ def speed(args: argparse.Namespace, folder: Path, flags: list[object]) -> dict[s
     step = machine.read("step", folder)
     assert step is not None
     alone = step["images_per_second"]["ours compiled"]
-    whole = epochs[1]["images_per_s"]
-    return {"with_data": whole, "without_data": alone, "share": whole / alone, "data_wait": epochs[1]["data_wait"]}
+    rate = epochs[1]["images_per_s"]
+    return {"with_data": rate, "without_data": alone, "share": rate / alone, "data_wait": epochs[1]["data_wait"]}
 
 
 def losses(args: argparse.Namespace, folder: Path, flags: list[object]) -> dict[str, list[float]]:
@@ -99,8 +99,8 @@ def main(args: argparse.Namespace) -> None:
     for number, pair in enumerate(zip(*curves.values(), strict=True)):
         print(f"| {number * STEPS_A_POINT} to {(number + 1) * STEPS_A_POINT - 1} | {pair[0]:.4f} | {pair[1]:.4f} |")
     device = choose_device(args.device)
-    name, found = f"whole_run_{args.size}_{args.amp}_{device.type}", {"speed": rates, "losses": curves}
-    machine.write(name, device, vars(args), found, args.out)
+    name, results = f"whole_run_{args.size}_{args.amp}_{device.type}", {"speed": rates, "losses": curves}
+    machine.write(name, device, vars(args), results, args.out)
 
 
 def get_args_parser() -> argparse.ArgumentParser:

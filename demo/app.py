@@ -185,16 +185,16 @@ def _reconstruct_tab(model: Autoencoder, photo: gr.File) -> Callable[..., Any]:
             ratio = gr.Slider(RATIOS[0], largest, min(0.75, largest), step=RATIOS[0], label="Mask ratio")
             seed = gr.Number(0, label="Seed of the random mask", precision=0, minimum=0, maximum=MAX_SEED)
             again = gr.Button("Another mask")
-            told = gr.Markdown(HINT)
+            caption = gr.Markdown(HINT)
     with gr.Row():
-        shown = [_panel(title) for title in TITLES]
-    asked, answer = [photo, ratio, seed], [*shown, told]
+        panels = [_panel(title) for title in TITLES]
+    inputs, answer = [photo, ratio, seed], [*panels, caption]
     again.click(lambda: random.randint(1, 9999), None, seed, api_visibility="private")
-    gr.on([ratio.change, seed.change, painting.input], partial(paint, model), [*asked, painting], answer,
+    gr.on([ratio.change, seed.change, painting.input], partial(paint, model), [*inputs, painting], answer,
           api_name="paint", trigger_mode="always_last", concurrency_id="models", show_progress="minimal",
-          show_progress_on=shown)  # fmt: skip
-    return photo.change(partial(open_photo, model), asked, [painting, *answer], api_visibility="private",
-                        concurrency_id="models", show_progress_on=shown).success  # fmt: skip
+          show_progress_on=panels)  # fmt: skip
+    return photo.change(partial(open_photo, model), inputs, [painting, *answer], api_visibility="private",
+                        concurrency_id="models", show_progress_on=panels).success  # fmt: skip
 
 
 def _inside_tab(model: Model, classifier: Model | None, photo: gr.File, opened: Callable[..., Any]) -> None:
@@ -202,10 +202,10 @@ def _inside_tab(model: Model, classifier: Model | None, photo: gr.File, opened: 
     heads = ["mean of all", *(f"head {number + 1}" for number in range(block.attn.num_heads))]
     head = gr.Dropdown(heads, type="index", label="Attention of the class token in the last block")
     with gr.Row():
-        shown = [_panel(title) for title in ("attention", "principal components of the features")]
-        asked, look = [photo, head], partial(look_inside, model)
-        head.change(look, asked, shown, api_name="look_inside", trigger_mode="always_last", concurrency_id="models")
-        opened(look, asked, shown, api_visibility="private", concurrency_id="models")
+        panels = [_panel(title) for title in ("attention", "principal components of the features")]
+        inputs, look = [photo, head], partial(look_inside, model)
+        head.change(look, inputs, panels, api_name="look_inside", trigger_mode="always_last", concurrency_id="models")
+        opened(look, inputs, panels, api_visibility="private", concurrency_id="models")
         if classifier is not None:
             classes = gr.Label(label="classes")
             opened(partial(classify, classifier), photo, classes, api_name="classify", concurrency_id="models")
@@ -219,14 +219,14 @@ def in_sentences(answer: Callable[..., Any]) -> Callable[..., Any]:
     """Tells a visitor what is wrong with the picture, without the path that it has here."""
 
     @wraps(answer)
-    def told(model: Model, photo: str | None, *settings: Any) -> Any:
+    def wrapper(model: Model, photo: str | None, *settings: Any) -> Any:
         try:
             return answer(model, photo, *settings)
         except (ValueError, OSError) as error:
-            said = str(error).replace(str(photo), Path(photo or "").name)
-            raise gr.Error(html.escape(said), print_exception=False) from None
+            text = str(error).replace(str(photo), Path(photo or "").name)
+            raise gr.Error(html.escape(text), print_exception=False) from None
 
-    return told
+    return wrapper
 
 
 @in_sentences
@@ -234,12 +234,12 @@ def open_photo(model: Autoencoder, photo: str | None, ratio: float, seed: int | 
     """A new picture to paint on, and what `paint` makes of it."""
     if photo is None:
         return [gr.HTML("", picture=""), *[None] * len(TITLES), HINT]
-    painted = _hide(model, photo, ratio, seed)
-    rows, columns = model.patch_embed.grid_of(*painted.original.shape[2:])
+    result = _reconstruct(model, photo, ratio, seed)
+    rows, columns = model.patch_embed.grid_of(*result.original.shape[2:])
     stream = io.BytesIO()
-    _image(model, painted.original).save(stream, "JPEG", quality=92)
+    _image(model, result.original).save(stream, "JPEG", quality=92)
     picture = "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
-    return [gr.HTML("", picture=picture, rows=rows, columns=columns), *_answer(model, painted, f"by seed {seed or 0}")]
+    return [gr.HTML("", picture=picture, rows=rows, columns=columns), *_answer(model, result, f"by seed {seed or 0}")]
 
 
 @in_sentences
@@ -253,7 +253,7 @@ def paint(model: Autoencoder, photo: str | None, ratio: float, seed: int | None,
     if photo is None:
         return [*[None] * len(TITLES), HINT]
     how = "by your paint; ratio and seed count again when it is cleared" if hidden else f"by seed {seed or 0}"
-    return _answer(model, _hide(model, photo, ratio, seed, hidden), how)
+    return _answer(model, _reconstruct(model, photo, ratio, seed, hidden), how)
 
 
 @in_sentences
@@ -283,7 +283,7 @@ def _open(model: Model, photo: str) -> Picture:
     return picture
 
 
-def _hide(model: Autoencoder, photo: str, ratio: float, seed: int | None, hidden: str = "") -> Reconstruction:
+def _reconstruct(model: Autoencoder, photo: str, ratio: float, seed: int | None, hidden: str = "") -> Reconstruction:
     picture = _open(model, photo)
     if not hidden:
         return reconstruct(model, picture, ratio, seed or 0)
@@ -297,16 +297,16 @@ def _hide(model: Autoencoder, photo: str, ratio: float, seed: int | None, hidden
     return model.reconstruct(imgs, mask=mask)
 
 
-def _answer(model: Autoencoder, painted: Reconstruction, how: str) -> list[Any]:
+def _answer(model: Autoencoder, result: Reconstruction, how: str) -> list[Any]:
     with torch.inference_mode():
-        loss = model(painted.original, mask=painted.mask)[0]
-    said = (
-        f"**{int(painted.mask.sum())} of {painted.mask.numel()} patches are hidden**, chosen {how}.\n\n"
-        f"Their loss, as in training: **{loss:.4f}** · PSNR: **{psnr(model, painted):.2f} dB**"
+        loss = model(result.original, mask=result.mask)[0]
+    text = (
+        f"**{int(result.mask.sum())} of {result.mask.numel()} patches are hidden**, chosen {how}.\n\n"
+        f"Their loss, as in training: **{loss:.4f}** · PSNR: **{psnr(model, result):.2f} dB**"
     )
     if model.norm_pix_loss:
-        said += "\n\nThis model paints without mean and contrast; those of the original patches are taken."
-    return [*(_image(model, part) for part in painted[: len(TITLES)]), said]
+        text += "\n\nThis model paints without mean and contrast; those of the original patches are taken."
+    return [*(_image(model, part) for part in result[: len(TITLES)]), text]
 
 
 def _image(model: Autoencoder, batch: Tensor) -> Image.Image:

@@ -43,8 +43,8 @@ def read_images(model: Autoencoder, data_path: str, split: str) -> tuple[torch.T
     source = datasets.open_source(split, data_path)
     # As they are: they have the model's size, and the usual centre crop would cut their borders off.
     samples = Samples(source, to_tensor, in_chans=model.in_chans, seed=0)
-    made = [samples[0, index] for index in range(len(samples))]
-    return torch.stack([sample.image for sample in made]), np.array([sample.label for sample in made])
+    items = [samples[0, index] for index in range(len(samples))]
+    return torch.stack([sample.image for sample in items]), np.array([sample.label for sample in items])
 
 
 @torch.inference_mode()
@@ -66,8 +66,8 @@ def probe(train: np.ndarray, labels: np.ndarray, test: np.ndarray, test_labels: 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # every row stops after as many iterations
         order = np.random.default_rng(0).permutation(len(labels))
-        held, rest = np.split(order, [int(HELD_OUT * len(order))])
-        best = max(STRENGTHS, key=lambda c: fit(c, train[rest], labels[rest]).score(train[held], labels[held]))
+        held_out, rest = np.split(order, [int(HELD_OUT * len(order))])
+        best = max(STRENGTHS, key=lambda c: fit(c, train[rest], labels[rest]).score(train[held_out], labels[held_out]))
         return fit(best, train, labels).score(test, test_labels)
 
 
@@ -138,8 +138,8 @@ def main(args: argparse.Namespace) -> None:
         [f"| {len(labels):,} labels | logistic regression | {NEIGHBOURS} nearest neighbours |", "|---|---|---|"],
     )
     for name, see in sights.items():
-        seen = see(train), labels, see(test), test_labels
-        results[name], results[f"{name}, neighbours"] = probe(*seen), neighbours(*seen)
+        features = see(train), labels, see(test), test_labels
+        results[name], results[f"{name}, neighbours"] = probe(*features), neighbours(*features)
         table.append(f"| {name} | {results[name]:.1%} | {results[f'{name}, neighbours']:.1%} |")
     if args.finetuned and args.scratch:
         source = require(datasets.open_source("train", args.data_path), "train")

@@ -99,12 +99,12 @@ def mean_iou(predictions: Tensor, labels: Tensor, num_classes: int) -> float:
     """Intersection over union of each class's pixels, all pictures together; the mean of the classes, per cent."""
     shares = []
     for number in range(num_classes):
-        found, true = predictions == number, labels == number
-        shares.append(float((found & true).sum() / (found | true).sum().clamp(min=1)))
+        predicted, true = predictions == number, labels == number
+        shares.append(float((predicted & true).sum() / (predicted | true).sum().clamp(min=1)))
     return 100 * float(np.mean(shares))
 
 
-def segment(model: Model, seen: tuple[Tensor, Tensor], tested: tuple[Tensor, Tensor], layers: int) -> Tensor:
+def segment(model: Model, training: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], layers: int) -> Tensor:
     """Trains a head on the encoder's features of the `seen` pictures; what it says of the others' pixels (n, H, W)."""
     torch.manual_seed(0)
 
@@ -112,11 +112,11 @@ def segment(model: Model, seen: tuple[Tensor, Tensor], tested: tuple[Tensor, Ten
         device = model.pos_embed.device
         return torch.cat([dense(model, model.normalize(part.to(device)), layers) for part in pictures.split(200)])
 
-    features = features_of(seen[0])
-    head = Head(features, seen[0].shape[-1] // features.shape[-1], int(seen[1].max()) + 1)
-    train(head, features, seen[1])
+    features = features_of(training[0])
+    head = Head(features, training[0].shape[-1] // features.shape[-1], int(training[1].max()) + 1)
+    train(head, features, training[1])
     with torch.inference_mode():
-        return torch.cat([head(part).argmax(dim=1) for part in features_of(tested[0]).split(200)])
+        return torch.cat([head(part).argmax(dim=1) for part in features_of(test[0]).split(200)])
 
 
 def draw(rows: dict[str, np.ndarray], names: list[str], path: Path) -> None:
@@ -165,20 +165,20 @@ def main(args: Namespace) -> dict[str, float]:
         raise ValueError(f"--layers {args.layers}: the encoder has {len(model.blocks)} blocks")
     torch.manual_seed(0)
     untrained = type(model)(model.settings).to(device)
-    seen, tested = make_pictures("train", args.pictures, seed=0), make_pictures("val", 1000, seed=1)
+    training, test = make_pictures("train", args.pictures, seed=0), make_pictures("val", 1000, seed=1)
     names = [str(name) for name in np.load(ARCHIVE, allow_pickle=False)["classes"]]
-    rows = {"picture": tested[0][:, 0].numpy(), "what it is made of": tested[1].numpy()}
-    found = {}
+    rows = {"picture": test[0][:, 0].numpy(), "what it is made of": test[1].numpy()}
+    scores = {}
     print(f"| linear head on {args.layers} layers | mean IoU |\n|---|---|")
     for title, encoder in (("untrained encoder", untrained), ("pre-trained encoder", model)):
-        predictions = segment(encoder, seen, tested, args.layers)
-        found[title] = mean_iou(predictions, tested[1], len(names) + 1)
-        rows[f"{title}, mean IoU {found[title]:.1f}%"] = predictions.numpy()
-        print(f"| {title} | {found[title]:.1f}% |", flush=True)
+        predictions = segment(encoder, training, test, args.layers)
+        scores[title] = mean_iou(predictions, test[1], len(names) + 1)
+        rows[f"{title}, mean IoU {scores[title]:.1f}%"] = predictions.numpy()
+        print(f"| {title} | {scores[title]:.1f}% |", flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
     draw(rows, names, args.out / "segmentation.png")
     print(f"\npicture: {args.out / 'segmentation.png'}")
-    return found
+    return scores
 
 
 if __name__ == "__main__":

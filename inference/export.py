@@ -221,11 +221,11 @@ def write_onnx(model: Model, out: Path) -> None:
         )  # fmt: skip
         assert program
         program.save(out)
-        told = onnx.load(out, load_external_data=False)
+        exported = onnx.load(out, load_external_data=False)
         for key in ("mean", "std"):
-            told.metadata_props.add(key=key, value=json.dumps(getattr(model.normalize, key).flatten().tolist()))
-        told.metadata_props.add(key="classes", value=json.dumps(model.classes))
-        onnx.save(told, out)
+            exported.metadata_props.add(key=key, value=json.dumps(getattr(model.normalize, key).flatten().tolist()))
+        exported.metadata_props.add(key="classes", value=json.dumps(model.classes))
+        onnx.save(exported, out)
         batch = example[:1].repeat(3, 1, 1, 1)
         theirs = runtime.InferenceSession(out).run(None, {"images": batch.numpy()})[0]
         difference = float((torch.from_numpy(theirs) - graph(batch)).abs().max())

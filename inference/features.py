@@ -25,7 +25,7 @@ from util import datasets, dist
 from util.checkpoints import checkpoint
 from util.cli import entry_point, flags, options
 from util.data import loader
-from util.data.labels import Part
+from util.data.labels import Subset
 from util.data.library_sets import Shards
 from util.data.samples import Samples
 from util.data.sources import Source
@@ -122,7 +122,7 @@ def extract(
     done, shape = _continued(folder, settings)
     if done:
         logger.info(f"going on after {done:,} of {len(source):,} images")
-    rest = Part(source, np.arange(done, len(source)))
+    rest = Subset(source, np.arange(done, len(source)))
     samples = Samples(rest, model.transform, in_chans=model.in_chans, seed=0)
     batches = loader.eval_loader(samples, batch_size, num_workers, pin_memory=precision.device.type == "cuda")
     with atomic.writing(folder):
@@ -132,11 +132,11 @@ def extract(
     with file, tqdm(total=len(source), initial=done, unit="image", disable=None) as bar, torch.inference_mode():
         for number, (images, *_) in enumerate(batches, start=1):
             with precision.autocast():
-                found = model.extract_feat(model.normalize(images.to(precision.device)), pool).float().cpu().numpy()
-            shape, done = list(found.shape[1:]), done + len(found)
-            bar.update(len(found))
+                features = model.extract_feat(model.normalize(images.to(precision.device)), pool).float().cpu().numpy()
+            shape, done = list(features.shape[1:]), done + len(features)
+            bar.update(len(features))
             with atomic.writing(folder):
-                left = memoryview(found.tobytes())
+                left = memoryview(features.tobytes())
                 while left:
                     left = left[file.write(left) :]
                 if number % SAVE_EVERY == 0 or done == len(source):
@@ -153,14 +153,14 @@ def _continued(folder: Path, settings: dict[str, Any]) -> tuple[int, list[int]]:
     try:
         note = json.loads((folder / "done.json").read_text(encoding="utf-8"))
         theirs, done, shape = note["settings"], int(note["done"]), list(note["shape"])
-        whole = (folder / ROWS).stat().st_size >= 4 * done * math.prod(shape)
+        complete = (folder / ROWS).stat().st_size >= 4 * done * math.prod(shape)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        theirs, done, shape, whole = {}, 0, [], False
-    if whole and theirs == settings:
+        theirs, done, shape, complete = {}, 0, [], False
+    if complete and theirs == settings:
         return done, shape
     other = [key for key in settings if theirs.get(key) != settings[key]]
-    told = ", ".join(f"{key} was {theirs.get(key)} and is {settings[key]}" for key in other) if whole else "damaged"
-    logger.warning(f"{folder} is of other settings ({told}): starting anew")
+    changes = ", ".join(f"{key} was {theirs.get(key)} and is {settings[key]}" for key in other)
+    logger.warning(f"{folder} is of other settings ({changes if complete else 'damaged'}): starting anew")
     return 0, []
 
 

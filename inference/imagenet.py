@@ -24,11 +24,11 @@ class ImageNetClassifier(NamedTuple):
     model: nn.Module  # images (B, 3, H, W) to logits (B, 1000)
     transform: Transform
     normalize: nn.Module
-    sees: dict[str, Any]  # what the transform and the normalisation were made of, plain values
+    data_config: dict[str, Any]  # what the transform and the normalisation were made of, plain values
     recorded: dict[str, Any]  # those of them that a run of ours recorded with its model; of others nothing
 
 
-class Among(nn.Module):
+class RestrictedClassifier(nn.Module):
     """Answers among some classes only: logits (B, 1000) to theirs (B, number of them)."""
 
     classes: Tensor
@@ -53,12 +53,12 @@ def load(name: str, crop_pct: float | None, device: torch.device) -> ImageNetCla
     Raises:
         ValueError: there is none, or it does not know ImageNet-1K's classes.
     """
-    found = _load_timm(name, crop_pct) if name.startswith(TIMM) else _load_ours(name, crop_pct)
-    num_classes = getattr(found.model, "num_classes", 0)
+    classifier = _load_timm(name, crop_pct) if name.startswith(TIMM) else _load_ours(name, crop_pct)
+    num_classes = getattr(classifier.model, "num_classes", 0)
     if num_classes != NUM_CLASSES:
         what = f"answers with {num_classes} classes" if num_classes else "has no classes: it is no classifier"
         raise ValueError(f"--model {name} {what}; these suites are for classifiers of ImageNet-1K, which have 1000")
-    return found._replace(model=found.model.to(device), normalize=found.normalize.to(device))
+    return classifier._replace(model=classifier.model.to(device), normalize=classifier.normalize.to(device))
 
 
 def _load_ours(name: str, crop_pct: float | None) -> ImageNetClassifier:
@@ -71,15 +71,15 @@ def _load_ours(name: str, crop_pct: float | None) -> ImageNetClassifier:
     recorded: dict[str, Any] = {
         key: model.settings[key] for key in ("input_size", "crop_pct", "mean", "std") if key in model.settings
     }
-    sees: dict[str, Any] = {
+    data_config: dict[str, Any] = {
         "crop_pct": None,
         "mean": None,
         "std": None,
         **recorded,
         **({"crop_pct": crop_pct} if crop_pct else {}),
     }
-    transform = eval_transform(sees["input_size"], sees["crop_pct"])
-    return ImageNetClassifier(model, transform, model.normalize, sees, recorded)
+    transform = eval_transform(data_config["input_size"], data_config["crop_pct"])
+    return ImageNetClassifier(model, transform, model.normalize, data_config, recorded)
 
 
 def _check_order(name: str, classes: list[str]) -> None:
@@ -105,8 +105,10 @@ def _load_timm(name: str, crop_pct: float | None) -> ImageNetClassifier:
     try:
         model = timm.create_model(name.removeprefix(TIMM), pretrained=True).eval()
     except Exception as error:  # unknown names, files that are missing, no network
-        said = " ".join(str(error).split())
-        raise ValueError(f"--model {name}: timm says: {said} (timm.list_pretrained() has all names)") from error
-    sees = resolve_model_data_config(model, use_test_size=True) | ({"crop_pct": crop_pct} if crop_pct else {})
-    transform: Any = create_transform(**sees, is_training=False, normalize=False)  # to bytes
-    return ImageNetClassifier(model, transform, Normalize(sees["mean"], sees["std"]), sees, recorded={})
+        reason = " ".join(str(error).split())
+        raise ValueError(f"--model {name}: timm says: {reason} (timm.list_pretrained() has all names)") from error
+    data_config = resolve_model_data_config(model, use_test_size=True) | ({"crop_pct": crop_pct} if crop_pct else {})
+    transform: Any = create_transform(**data_config, is_training=False, normalize=False)  # to bytes
+    return ImageNetClassifier(
+        model, transform, Normalize(data_config["mean"], data_config["std"]), data_config, recorded={}
+    )

@@ -16,7 +16,7 @@ def attention(model: Model, images: Images, block: int = -1) -> Tensor:
     """How much the class token takes from each patch.
 
     Args:
-        images: as `Ready.prepare` takes them.
+        images: as `ModelMixin.prepare` takes them.
         block: of the encoder; the last by default.
 
     Returns:
@@ -42,7 +42,7 @@ def dense(model: Model, images: Images, layers: int = 4) -> Tensor:
     They are normalised by the encoder's last LayerNorm, where it has one: classifiers that pool patches have none.
 
     Args:
-        images: as `Ready.prepare` takes them; of any size if they are float, the model's input.
+        images: as `ModelMixin.prepare` takes them; of any size if they are float, the model's input.
         layers: so many of the last blocks.
 
     Returns:
@@ -74,9 +74,9 @@ def components(model: Model, images: Images) -> Tensor:
     _, _, directions = torch.linalg.svd(centred, full_matrices=False)
     # Signs are arbitrary: each direction is turned so that its largest entry is positive.
     signs = directions.gather(1, directions.abs().argmax(dim=1, keepdim=True)).sign()
-    found = centred @ (directions * signs)[:3].T
-    low, high = found.quantile(0.01, dim=0), found.quantile(0.99, dim=0)
-    colours = ((found - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
+    components = centred @ (directions * signs)[:3].T
+    low, high = components.quantile(0.01, dim=0), components.quantile(0.99, dim=0)
+    colours = ((components - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
     rows, columns = model.patch_embed.grid_of(*x.shape[2:])
     return colours.view(len(x), rows, columns, 3)
 

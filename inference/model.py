@@ -39,7 +39,7 @@ Images = ImageLike | Sequence[ImageLike]
 ARCHITECTURES = {**models_mae.MODELS, **models_vit.MODELS}
 
 
-class Ready(PyTorchModelHubMixin):
+class ModelMixin(PyTorchModelHubMixin):
     """What a model for use has beside its architecture.
 
     Attributes:
@@ -52,7 +52,7 @@ class Ready(PyTorchModelHubMixin):
     in_chans: int
     classes: list[str] | None
 
-    def _make_ready(self, settings: dict[str, Any]) -> None:
+    def _set_up(self, settings: dict[str, Any]) -> None:
         self.settings = settings
         self.in_chans = settings["in_chans"]
         self.transform = transforms.eval_transform(settings["input_size"], settings.get("crop_pct"))
@@ -98,10 +98,10 @@ class Ready(PyTorchModelHubMixin):
                 f"a head with main_finetune.py or main_linprobe.py"
             )
         scores = self(self.prepare(images)).float().softmax(dim=1).cpu()  # type: ignore[operator]
-        found = [self._told(row, topk) for row in scores]
-        return found if _are_several(images) else found[0]
+        predictions = [self._prediction(row, topk) for row in scores]
+        return predictions if _are_several(images) else predictions[0]
 
-    def _told(self, scores: Tensor, topk: int) -> dict[str, Any]:
+    def _prediction(self, scores: Tensor, topk: int) -> dict[str, Any]:
         best = scores.topk(min(topk, len(scores)))
         names = [self.classes[label] if self.classes else f"class {label}" for label in best.indices.tolist()]
         top = list(zip(names, best.values.tolist(), strict=True))
@@ -130,22 +130,22 @@ class Ready(PyTorchModelHubMixin):
         return {"cls": tokens[:, 0], "avg": tokens[:, 1:].mean(dim=1), "tokens": tokens}[pool]
 
 
-class Autoencoder(Ready, models_mae.MaskedAutoencoderViT):
+class Autoencoder(ModelMixin, models_mae.MaskedAutoencoderViT):
     """A masked autoencoder, ready for use."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         super().__init__(**models_build.autoencoder_arguments(settings))
-        self._make_ready({**settings, "nb_classes": 0})
+        self._set_up({**settings, "nb_classes": 0})
 
 
-class Classifier(Ready, models_vit.VisionTransformer):
+class Classifier(ModelMixin, models_vit.VisionTransformer):
     """A classifier, or of no classes an encoder, ready for use."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         super().__init__(**models_build.classifier_arguments(settings))
         if settings.get("probe"):
             self.head = models_build.probe_head(self.embed_dim, settings["nb_classes"])
-        self._make_ready(settings)
+        self._set_up(settings)
         if not self.classes and self.num_classes == 1000:
             self.classes = imagenet_classes()
 
@@ -161,7 +161,7 @@ def imagenet_classes() -> list[str]:
 
 
 def open_image(image: ImageLike, in_chans: int) -> Any:
-    """A decoded picture of `in_chans` channels, the right way up; raises as `Ready.prepare` does."""
+    """A decoded picture of `in_chans` channels, the right way up; raises as `ModelMixin.prepare` does."""
     if isinstance(image, str | Path):
         try:
             return decode(read_file(image), in_chans, upright=True)
@@ -216,7 +216,7 @@ def get_model(
 def inference_model(
     model: str | Path | Classifier, image: Images, device: str | torch.device = "cpu", topk: int = 5
 ) -> Any:
-    """Classifies an image, or a list of them, with a model or its name; returns what `Ready.predict` does."""
+    """Classifies an image, or a list of them, with a model or its name; returns what `ModelMixin.predict` does."""
     if isinstance(model, str | Path):
         model = get_model(model, pretrained=True, device=device)  # type: ignore[assignment]
     return model.predict(image, topk)  # type: ignore[union-attr]
@@ -226,12 +226,12 @@ def _class_of(architecture: str) -> type[Autoencoder] | type[Classifier]:
     return Autoencoder if architecture.startswith("mae_") else Classifier
 
 
-def _settings(architecture: str, given: dict[str, Any]) -> dict[str, Any]:
+def _settings(architecture: str, settings: dict[str, Any]) -> dict[str, Any]:
     size = models_vit.SIZES[size_of(architecture)]
     usual = {"input_size": size.get("img_size", 224), "patch_size": None, "in_chans": 3, "norm_pix_loss": False,
              "global_pool": architecture.startswith("vit_"), "nb_classes": 1000, "mask_ratio": 0.75}  # fmt: skip
-    kept = {key: value for key, value in given.items() if key in MODEL_SETTINGS}
-    return {**usual, **kept, "model": architecture}
+    known = {key: value for key, value in settings.items() if key in MODEL_SETTINGS}
+    return {**usual, **known, "model": architecture}
 
 
 def _of_row(name: str) -> dict[str, Any]:
@@ -251,15 +251,15 @@ def _published_for(name: str) -> str:
     return best
 
 
-def _load(file: Weights, wanted: str | None, settings: dict[str, Any]) -> Autoencoder | Classifier:
+def _load(file: Weights, architecture: str | None, settings: dict[str, Any]) -> Autoencoder | Classifier:
     """A model with a file's weights: of the architecture that is wanted, else of the one that the file records."""
-    seen = _infer(file, size_of(wanted or str(file.settings.get("model"))))
-    told = {**seen, **_of_row(file.source), **file.settings}
-    wanted = wanted or seen["model"]
-    if file.kind == CLASSIFIER and "nb_classes" in settings and settings["nb_classes"] != told["nb_classes"]:
-        told = {name: value for name, value in told.items() if name not in ("classes", "label_names")}
-    made = _settings(wanted, {**told, **settings})
-    model = _class_of(wanted)(made)
+    inferred = _infer(file, size_of(architecture or str(file.settings.get("model"))))
+    recorded = {**inferred, **_of_row(file.source), **file.settings}
+    architecture = architecture or inferred["model"]
+    if file.kind == CLASSIFIER and "nb_classes" in settings and settings["nb_classes"] != recorded["nb_classes"]:
+        recorded = {name: value for name, value in recorded.items() if name not in ("classes", "label_names")}
+    merged = _settings(architecture, {**recorded, **settings})
+    model = _class_of(architecture)(merged)
     if isinstance(model, Autoencoder):
         if file.kind != FULL:
             raise CheckpointError(
@@ -267,7 +267,7 @@ def _load(file: Weights, wanted: str | None, settings: dict[str, Any]) -> Autoen
                 f"as mae_visualize_vit_large, or a checkpoint of main_pretrain.py"
             )
         loading.init_mae(model, file)
-    elif file.kind == CLASSIFIER and made["nb_classes"] == told["nb_classes"]:
+    elif file.kind == CLASSIFIER and merged["nb_classes"] == recorded["nb_classes"]:
         loading.load_classifier(model, file)
     else:
         loading.load_encoder(model, file)
@@ -285,7 +285,7 @@ def _infer(file: Weights, size: str) -> dict[str, Any]:
     """
     tensors = file.tensors
     dim, channels, *patch = tensors["patch_embed.proj.weight"].shape
-    depth = 1 + max(int(found[1]) for name in tensors if (found := re.match(r"blocks\.(\d+)\.", name)))
+    depth = 1 + max(int(match[1]) for name in tensors if (match := re.match(r"blocks\.(\d+)\.", name)))
     if size not in models_vit.SIZES:
         sizes = [n for n, entry in models_vit.SIZES.items() if (entry["embed_dim"], entry["depth"]) == (dim, depth)]
         if not sizes:
@@ -296,7 +296,7 @@ def _infer(file: Weights, size: str) -> dict[str, Any]:
                 f'get_model("vit_{sizes[0]}", pretrained="{file.source}"), or with another of these names'
             )
         (size,) = sizes
-    told: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "model": f"{'mae_' * (file.kind == FULL)}vit_{size}",
         "in_chans": channels,
         "patch_size": patch,
@@ -308,8 +308,8 @@ def _infer(file: Weights, size: str) -> dict[str, Any]:
     }
     side = round((tensors["pos_embed"].shape[1] - 1) ** 0.5)
     if side * side == tensors["pos_embed"].shape[1] - 1:
-        told["input_size"] = [side * patch[0], side * patch[1]] if patch[0] != patch[1] else side * patch[0]
-    return told
+        settings["input_size"] = [side * patch[0], side * patch[1]] if patch[0] != patch[1] else side * patch[0]
+    return settings
 
 
 def _are_several(images: Any) -> bool:

@@ -43,26 +43,26 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Prints, and returns, what the model says of each image."""
     model = get_model(args.model, pretrained=True, device=dist.choose_device(args.device))
-    found = []
+    predictions = []
     for path in args.images:  # one by one, so that what was found is told before an unreadable one ends it
-        found.append(model.predict(path, args.topk))
+        predictions.append(model.predict(path, args.topk))
         if args.json:
-            told = {key: value for key, value in found[-1].items() if key != "pred_scores"}
-            print(json.dumps({"image": path, **told}), flush=True)
+            entry = {key: value for key, value in predictions[-1].items() if key != "pred_scores"}
+            print(json.dumps({"image": path, **entry}), flush=True)
         else:
-            lines = [f"  {score:7.2%}  {printable(name)}" for name, score in found[-1]["top"]]
+            lines = [f"  {score:7.2%}  {printable(name)}" for name, score in predictions[-1]["top"]]
             print(printable(str(path)), *lines, sep="\n", flush=True)
     if args.out:
-        draw([np.asarray(open_image(path, 3)) for path in args.images], found, args.out)
-    return found
+        draw([np.asarray(open_image(path, 3)) for path in args.images], predictions, args.out)
+    return predictions
 
 
-def draw(images: list[np.ndarray], found: list[dict[str, Any]], path: Path) -> None:
+def draw(images: list[np.ndarray], predictions: list[dict[str, Any]], path: Path) -> None:
     """A picture with a row for each image (H, W, 3): the image, and a bar for each class that was told."""
     figure, axes = plt.subplots(
         len(images), 2, figsize=(8, 2.6 * len(images)), dpi=100, layout="constrained", squeeze=False
     )
-    for (left, right), image, prediction in zip(axes, images, found, strict=True):
+    for (left, right), image, prediction in zip(axes, images, predictions, strict=True):
         left.imshow(image)
         left.axis("off")
         names, scores = zip(*reversed(prediction["top"]), strict=True)

@@ -26,7 +26,7 @@ from util.training.run_log import start_logging
 
 logger = logging.getLogger(__name__)
 
-TITLES = ("original", "hidden", "prediction", "pasted")
+TITLES = ("original", "masked", "prediction", "pasted")
 SUFFIXES = (".png", ".jpg", ".webp", ".bmp", *(s for s, k in Image.registered_extensions().items() if k in Image.SAVE))
 HEADER = 18  # pixels above the pictures
 SHOWN = 160  # pixels that a picture's short side has at least; those of small models are enlarged
@@ -70,17 +70,17 @@ def main(args: argparse.Namespace) -> list[Reconstruction]:
         )
     if model.norm_pix_loss:
         logger.info("trained on normalised patches: mean and contrast of hidden ones are taken from the original")
-    painted = []
+    reconstructions = []
     for path in args.images:
-        painted.append(reconstruct(model, path, args.mask_ratio, args.seed, args.hide, args.short_side))
-        rows, columns = model.patch_embed.grid_of(*painted[-1].original.shape[2:])
-        hidden = int(painted[-1].mask.sum())
-        told = f"{path}: {hidden} of {rows} x {columns} patches hidden, PSNR {psnr(model, painted[-1]):.2f} dB"
-        print(told, flush=True)
+        reconstructions.append(reconstruct(model, path, args.mask_ratio, args.seed, args.hide, args.short_side))
+        rows, columns = model.patch_embed.grid_of(*reconstructions[-1].original.shape[2:])
+        num_masked = int(reconstructions[-1].mask.sum())
+        quality = f"PSNR {psnr(model, reconstructions[-1]):.2f} dB"
+        print(f"{path}: {num_masked} of {rows} x {columns} patches masked, {quality}", flush=True)
     with atomic.replacing(args.out) as written:
-        grid(model, painted).save(written)
+        grid(model, reconstructions).save(written)
     print(f"picture: {args.out}")
-    return painted
+    return reconstructions
 
 
 def reconstruct(
@@ -151,17 +151,17 @@ def boxes_to_mask(boxes: Sequence[Box], size: tuple[int, int], scaled: Sequence[
     return mask
 
 
-def psnr(model: Autoencoder, painted: Reconstruction) -> float:
+def psnr(model: Autoencoder, reconstruction: Reconstruction) -> float:
     """Peak signal to noise of the hidden pixels, dB."""
-    error = (model.normalize.inverse(painted.pasted) - model.normalize.inverse(painted.original)).square()
-    hidden = painted.mask.mean() * error[0].numel()
-    return float(-10 * torch.log10(error.sum() / hidden.clamp(min=1)))
+    error = (model.normalize.inverse(reconstruction.pasted) - model.normalize.inverse(reconstruction.original)).square()
+    num_values = reconstruction.mask.mean() * error[0].numel()
+    return float(-10 * torch.log10(error.sum() / num_values.clamp(min=1)))
 
 
-def grid(model: Autoencoder, painted: Sequence[Reconstruction]) -> Image.Image:
+def grid(model: Autoencoder, reconstructions: Sequence[Reconstruction]) -> Image.Image:
     """A row for each image, with titles over the columns."""
-    scale = max(1, SHOWN // min(painted[0].original.shape[2:]))
-    rows = [[pictures.tile([part], model.normalize.inverse, scale) for part in row[:4]] for row in painted]
+    scale = max(1, SHOWN // min(reconstructions[0].original.shape[2:]))
+    rows = [[pictures.tile([part], model.normalize.inverse, scale) for part in row[:4]] for row in reconstructions]
     step = max(row[0].shape[1] for row in rows) + pictures.GAP
     height = HEADER + sum(len(row[0]) + pictures.GAP for row in rows)
     sheet = Image.new("RGB", (len(TITLES) * step, height), "white")

@@ -138,7 +138,7 @@ def settled(page: Page, said: str) -> None:
 
 def hidden_patches(page: Page) -> set[int]:
     """Those that differ between the original and the hidden panel."""
-    differs = (pixels(page, "original") != pixels(page, "hidden")).any(axis=2)
+    differs = (pixels(page, "original") != pixels(page, "masked")).any(axis=2)
     patches = differs.reshape(ROWS, SIDE, COLUMNS, SIDE).any(axis=(1, 3))
     return set(patches.flatten().nonzero()[0].tolist())
 

@@ -26,7 +26,7 @@ def test_they_run(tmp_path):
     assert "resuming from" in done.stdout
     assert done.stdout.count("* Acc@1") == 6 + 1 + 10
     assert "* 20-NN Acc@1" in done.stdout
-    assert "patches hidden, PSNR" in done.stdout
+    assert "patches masked, PSNR" in done.stdout
     for name in ("predictions.png", "reconstructions.png", "features.npz", "classifier.onnx"):
         assert (tmp_path / name).stat().st_size > 5000, name
     assert len(log(tmp_path / "runs/mine")) == 3

@@ -143,15 +143,15 @@ def test_which_settings_were_given(tmp_path):
     path = recipe(tmp_path, "epochs: 7\npin_mem: false\ninput_size: [16, 32]\nlr: null\nnorm_pix_loss: true\n")
     args = parse("--config", path, "--no_norm_pix_loss", "--batch_size=64", "--log_dir", "x", "--local-rank", "0")
     typed = {"config", "norm_pix_loss", "batch_size", "log_dir", "local_rank"}
-    assert entry_point.given(args, in_recipe=False) == typed
-    assert entry_point.given(args) == typed | {"epochs", "pin_mem", "input_size"}
-    assert entry_point.given(parse()) == frozenset()
+    assert entry_point.explicit(args, in_recipe=False) == typed
+    assert entry_point.explicit(args) == typed | {"epochs", "pin_mem", "input_size"}
+    assert entry_point.explicit(parse()) == frozenset()
     # What becomes the checkpoint's `args` is free of it, and copies, also those of submitit's jobs, keep it.
     assert vars(args).keys() == vars(main_pretrain.get_args_parser().parse_args([])).keys()
     assert args == argparse.Namespace(**vars(args))
     for other in (copy.deepcopy(args), pickle.loads(pickle.dumps(args))):
-        assert (other, entry_point.given(other)) == (args, entry_point.given(args))
-    assert entry_point.given(argparse.Namespace(epochs=3, lr=None)) == {"epochs", "lr"}
+        assert (other, entry_point.explicit(other)) == (args, entry_point.explicit(args))
+    assert entry_point.explicit(argparse.Namespace(epochs=3, lr=None)) == {"epochs", "lr"}
 
 
 def test_given_settings_with_required_flags_and_positions(tmp_path):
@@ -162,8 +162,8 @@ def test_given_settings_with_required_flags_and_positions(tmp_path):
     parser.set_defaults(topk=5)
     args = entry_point.parse(parser, ["a.png", "--config", recipe(tmp_path, "model: x.pth\n")])
     assert (args.images, args.model, args.topk) == (["a.png"], "x.pth", 5)
-    assert entry_point.given(args) == {"images", "config", "model"}
-    assert entry_point.given(args, in_recipe=False) == {"images", "config"}
+    assert entry_point.explicit(args) == {"images", "config", "model"}
+    assert entry_point.explicit(args, in_recipe=False) == {"images", "config"}
 
 
 @pytest.mark.parametrize(

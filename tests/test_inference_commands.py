@@ -76,7 +76,7 @@ def test_reconstruct_any_size(files, tmp_path, capsys):
             assert picture.getpixel((column * step + 90, 60)) == (255, 255, 255)
             assert middle.getextrema() != ((255, 255),) * 3
     said = capsys.readouterr().out
-    assert "wide.png: 156 of 8 x 26 patches hidden, PSNR " in said
+    assert "wide.png: 156 of 8 x 26 patches masked, PSNR " in said
 
 
 def test_reconstruct_draws_as_asked(files, tmp_path):

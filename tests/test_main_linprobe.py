@@ -11,7 +11,7 @@ from torch.nn import functional as F
 import main_finetune
 import main_linprobe
 import models_build
-from models_build import SideBySide, probe_head
+from models_build import ParallelHeads, probe_head
 from util.checkpoints import checkpoint
 from util.cli import entry_point
 
@@ -64,7 +64,7 @@ def test_heads_do_not_mind_each_other():
     for head in (first, second):
         main_linprobe.HeadLosses(1)(head(features), targets).backward()
     alone = [head[1].weight.grad.clone() for head in (first, second)]
-    together = SideBySide([first, second])
+    together = ParallelHeads([first, second])
     together.zero_grad()
     main_linprobe.HeadLosses(1)(together(features), targets).backward()
     for head, gradient in zip(together, alone, strict=True):

@@ -197,7 +197,7 @@ def test_a_timm_models_scores_are_timms(timm_model, tmp_path):
     model, name = timm_model
     folder = class_folders(tmp_path / "a", robustness.subset("imagenet-a"), "a.jpg", wrong_in_ten(5))
     run("imagenet-a", folder, tmp_path, name)
-    theirs = timms_scores(model, folder, robustness.find("imagenet-a", folder).among)
+    theirs = timms_scores(model, folder, robustness.find("imagenet-a", folder).columns)
     assert scores(tmp_path, "imagenet-a")["imagenet-a"] == theirs
     assert 10 < scores(tmp_path, "imagenet-a")["imagenet-a"]["acc1"] < 90
 

@@ -87,5 +87,5 @@ def test_an_autoencoders_settings_make_a_classifier_of_its_encoder():
 def test_heads_side_by_side_answer_in_their_order():
     first, second = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
     features = torch.randn(4, 3)
-    logits = models_build.SideBySide([first, second])(features)
+    logits = models_build.ParallelHeads([first, second])(features)
     assert torch.equal(logits, torch.stack([first(features), second(features)]))

@@ -16,9 +16,9 @@ from util.evaluation.robustness import CORRUPTIONS, SEVERITIES, corruption_error
 def test_the_classes_are_timms(name, tmp_path):
     file = resources.files("timm.data") / "_info" / f"{name.replace('-', '_')}_indices.txt"
     suite = find(name, tmp_path)
-    assert suite.among == [int(line) for line in file.read_text().split()]
-    assert len(suite.among) == len(set(suite.folders)) == 200
-    assert [robustness.synsets()[label] for label in suite.among] == suite.folders
+    assert suite.columns == [int(line) for line in file.read_text().split()]
+    assert len(suite.columns) == len(set(suite.folders)) == 200
+    assert [robustness.synsets()[label] for label in suite.columns] == suite.folders
 
 
 def test_alexnets_own_errors_are_100():
@@ -145,5 +145,5 @@ def test_wrong_folders_are_named(tmp_path):
 def test_labels_of_all_cells_are_numbers_of_imagenet(tmp_path):
     class_folders(tmp_path, robustness.synsets(), "sketch_0.JPEG", lambda label: label)
     suite = find("imagenet-sketch", tmp_path)
-    assert suite.among == list(range(1000))
+    assert suite.columns == list(range(1000))
     assert np.array_equal(open_cell(suite, "imagenet-sketch").source.labels, np.arange(1000))

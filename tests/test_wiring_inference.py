@@ -282,7 +282,7 @@ def test_an_onnx_file_of_other_answers_is_not_written(tmp_path, monkeypatch):
 
 def test_some_of_the_classes_answer():
     scores = torch.arange(12.0).view(2, 6)
-    assert imagenet.Among(torch.nn.Identity(), [4, 1])(scores).tolist() == [[4, 1], [10, 7]]
+    assert imagenet.RestrictedClassifier(torch.nn.Identity(), [4, 1])(scores).tolist() == [[4, 1], [10, 7]]
 
 
 @pytest.mark.parametrize(("given", "scaled"), [(None, 40), (0.5, 64)])
@@ -292,7 +292,7 @@ def test_crops_of_our_classifiers(tmp_path, given, scaled):
     picture = Image.open(PHOTOS[0])
     expected = T.Compose([T.Resize(scaled, T.InterpolationMode.BICUBIC), T.CenterCrop(32), T.PILToTensor()])
     assert torch.equal(found.transform(picture), expected(picture))
-    assert (found.sees["crop_pct"], found.recorded["crop_pct"]) == (given or 0.8, 0.8)
+    assert (found.data_config["crop_pct"], found.recorded["crop_pct"]) == (given or 0.8, 0.8)
 
 
 @pytest.mark.parametrize(("given", "scaled"), [(None, 40), (0.5, 64)])

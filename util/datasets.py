@@ -63,12 +63,12 @@ def open_source(
     kind, _, name = (dataset or "").partition(":")
     if file_list and dataset:
         raise ValueError(f"--{split}_list and --dataset both name images; give one of them")
-    for flag, given, counts in (
+    for flag, value, counts in (
         ("--download", download, dataset and kind not in ("hf", "wds")),
         ("--num_images", num_images, kind == "wds"),
         ("--data_path", data_path, kind not in ("hf", "wds")),
     ):
-        if given and not counts:
+        if value and not counts:
             logger.warning(f"{flag} has no effect here")
     if dataset:
         if kind == "hf":
@@ -101,7 +101,7 @@ EXAMPLES = 8  # images whose statistics are suggested
 SHOWN = 20  # unreadable images that are named
 
 
-class Look(NamedTuple):
+class ImageFacts(NamedTuple):
     """What there is to know of one image; of an unreadable one, its name and why."""
 
     label: int
@@ -112,7 +112,7 @@ class Look(NamedTuple):
     unreadable: tuple[str, str] | None = None
 
 
-class Looks(Dataset):
+class FactsDataset(Dataset):
     """Looks at the images of a source, one an item."""
 
     def __init__(self, source: Source, in_chans: int) -> None:
@@ -122,54 +122,55 @@ class Looks(Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> Look:
+    def __getitem__(self, index: int) -> ImageFacts:
         try:
-            return look_at(*self.source[index], self.in_chans)
+            return image_facts(*self.source[index], self.in_chans)
         except Exception as error:  # whatever damaged bytes lead a decoder to
-            return Look(-1, unreadable=(self.source.name(index), printable(" ".join(str(error).split()))))
+            return ImageFacts(-1, unreadable=(self.source.name(index), printable(" ".join(str(error).split()))))
 
 
-def look_at(data: bytes | Picture, label: int, in_chans: int) -> Look:
+def image_facts(data: bytes | Picture, label: int, in_chans: int) -> ImageFacts:
     """Decodes an image; raises what decoders raise."""
     own = read(data, in_chans) if isinstance(data, bytes) else data
     values = to_unit_range(to_tensor(fit_channels(own, in_chans))).double().flatten(1)
     sums = torch.stack([values.sum(dim=1), values.square().sum(dim=1)]).numpy()
     channels = len(own) if isinstance(own, torch.Tensor) else len(own.getbands())
-    return Look(label, size_of(own), channels, isinstance(own, torch.Tensor) and own.is_floating_point(), sums)
+    return ImageFacts(label, size_of(own), channels, isinstance(own, torch.Tensor) and own.is_floating_point(), sums)
 
 
-def look_at_all(source: Source | Shards, in_chans: int, indices: list[int], num_workers: int) -> Iterator[Look]:
+def all_facts(source: Source | Shards, in_chans: int, indices: list[int], num_workers: int) -> Iterator[ImageFacts]:
     """Looks at the chosen images; streamed ones from the start, as many."""
     if isinstance(source, Shards):
-        unreadable: list[Look] = []
+        unreadable: list[ImageFacts] = []
 
         def report(name: str, error: Exception) -> bool:
-            unreadable.append(Look(-1, unreadable=(name, str(error))))
+            unreadable.append(ImageFacts(-1, unreadable=(name, str(error))))
             return True
 
         for name, data, label in islice(source.stream([0], 0, 1, report, laps=1), len(indices)):
             try:
-                yield look_at(data, label, in_chans)
+                yield image_facts(data, label, in_chans)
             except Exception as error:
                 report(name, error)
         yield from unreadable
     else:
-        for batch in DataLoader(Looks(source, in_chans), 16, sampler=indices, num_workers=num_workers, collate_fn=list):
+        dataset = FactsDataset(source, in_chans)
+        for batch in DataLoader(dataset, 16, sampler=indices, num_workers=num_workers, collate_fn=list):
             yield from batch
 
 
-def statistics_of(good: list[Look]) -> tuple[str, str]:
+def statistics_of(good: list[ImageFacts]) -> tuple[str, str]:
     """Mean and standard deviation of each channel, as --mean and --std take them."""
-    pixels = sum(look.size[0] * look.size[1] for look in good)
-    mean, squares = np.sum([look.sums for look in good if look.sums is not None], axis=0) / pixels
+    pixels = sum(fact.size[0] * fact.size[1] for fact in good)
+    mean, squares = np.sum([fact.sums for fact in good if fact.sums is not None], axis=0) / pixels
     std = np.sqrt(np.maximum(squares - mean**2, 0))
     std = np.where(std > 0, std, 1)  # of a channel that is the same everywhere
     # Without exponents: argparse takes -1e-05 for a flag.
-    shown = [
+    texts = [
         " ".join(np.format_float_positional(value, 4, fractional=False, trim="-") for value in values)
         for values in (mean, std)
     ]
-    return shown[0], shown[1]
+    return texts[0], texts[1]
 
 
 def suggest_statistics(
@@ -181,23 +182,23 @@ def suggest_statistics(
     """
     if (mean and std) or isinstance(source, Shards) or not dist.is_main():
         return
-    looks = Looks(source, in_chans)
-    few = [looks[int(index)] for index in np.unique(np.linspace(0, len(source) - 1, EXAMPLES, dtype=int))]
-    good = [look for look in few if look.sums is not None]
-    if any(look.deep for look in good):
-        found = "--mean {} --std {}".format(*statistics_of(good))
+    facts = FactsDataset(source, in_chans)
+    few = [facts[int(index)] for index in np.unique(np.linspace(0, len(source) - 1, EXAMPLES, dtype=int))]
+    good = [fact for fact in few if fact.sums is not None]
+    if any(fact.deep for fact in good):
+        suggestion = "--mean {} --std {}".format(*statistics_of(good))
         logger.warning(
             f"the images have more than 8 bits, and without --mean and --std they are normalised by ImageNet's; those "
-            f"of {len(good)} of them are {found} (python -m util.datasets computes those of all)"
+            f"of {len(good)} of them are {suggestion} (python -m util.datasets computes those of all)"
         )
 
 
-def report_on(source: Source | Shards, looks: list[Look], seconds: float) -> list[str]:
+def report_on(source: Source | Shards, facts: list[ImageFacts], seconds: float) -> list[str]:
     """The lines that the command prints."""
-    good = [look for look in looks if look.sums is not None]
-    bad = [look.unreadable for look in looks if look.unreadable]
-    lines = [f"images      {len(source):,}" + (f", of which {len(looks):,} were read" * (len(looks) < len(source)))]
-    counts = Counter(look.label for look in good if look.label >= 0)
+    good = [fact for fact in facts if fact.sums is not None]
+    bad = [fact.unreadable for fact in facts if fact.unreadable]
+    lines = [f"images      {len(source):,}" + (f", of which {len(facts):,} were read" * (len(facts) < len(source)))]
+    counts = Counter(fact.label for fact in good if fact.label >= 0)
     if counts:
         of_each = [counts[label] for label in range(max(len(source.classes), max(counts) + 1))]
         lines.append(f"classes     {len(of_each)}, of {min(of_each):,} to {max(of_each):,} images")
@@ -205,16 +206,16 @@ def report_on(source: Source | Shards, looks: list[Look], seconds: float) -> lis
         lines.append("classes     none: pre-training needs no labels")
     lines.append(f"unreadable  {len(bad):,}" + "".join(f"\n            {name}: {why}" for name, why in bad[:SHOWN]))
     if good:
-        heights, widths = np.array([look.size for look in good]).T
+        heights, widths = np.array([fact.size for fact in good]).T
         spread = f"; {heights.min()} to {heights.max()} x {widths.min()} to {widths.max()}"
-        (size, most), *others = Counter(look.size for look in good).most_common()
+        (size, most), *others = Counter(fact.size for fact in good).most_common()
         lines.append(f"sizes       {size[0]} x {size[1]} (height x width): {most:,} images" + spread * bool(others))
-        channels = Counter(look.channels for look in good).most_common()
+        channels = Counter(fact.channels for fact in good).most_common()
         lines.append("channels    " + ", ".join(f"{number}: {count:,} images" for number, count in channels))
-        lines.append(f"depth       {sum(look.deep for look in good):,} images of more than 8 bits")
+        lines.append(f"depth       {sum(fact.deep for fact in good):,} images of more than 8 bits")
         mean, std = statistics_of(good)
         lines += [f"--mean      {mean}", f"--std       {std}"]
-    lines.append(f"speed       {len(looks) / seconds:,.0f} images/s read and decoded")
+    lines.append(f"speed       {len(facts) / seconds:,.0f} images/s read and decoded")
     return lines
 
 
@@ -241,9 +242,9 @@ def main(args: argparse.Namespace) -> None:
     indices = np.unique(np.linspace(0, len(source) - 1, args.limit or len(source), dtype=int)).tolist()
     workers = up_to_cores(args.num_workers)
     started = time.perf_counter()
-    looks = list(tqdm(look_at_all(source, args.in_chans, indices, workers), total=len(indices), disable=None))
-    print("\n".join(report_on(source, looks, time.perf_counter() - started)))
-    if any(look.unreadable for look in looks):
+    facts = list(tqdm(all_facts(source, args.in_chans, indices, workers), total=len(indices), disable=None))
+    print("\n".join(report_on(source, facts, time.perf_counter() - started)))
+    if any(fact.unreadable for fact in facts):
         raise BadImage(
             "there are unreadable images; main_pretrain.py --on_bad_image skip leaves them out, up to a tenth"
         )

@@ -87,11 +87,11 @@ CORRUPTIONS: dict[Corruption, tuple[float, ...]] = {
 def corrupt(images: np.ndarray, corruption: Corruption, severity: int) -> np.ndarray:
     """Images uint8 (n, H, W), all corrupted, severity 1 to 5; what is drawn depends on the severity and the place."""
     amount = CORRUPTIONS[corruption][severity - 1]
-    made = [
+    images_out = [
         corruption(Image.fromarray(image), amount, np.random.default_rng([severity, number]))
         for number, image in enumerate(images)
     ]
-    return np.stack([np.asarray(image) for image in made])
+    return np.stack([np.asarray(image) for image in images_out])
 
 
 def load(file: str) -> Classifier:
@@ -129,13 +129,13 @@ def table(results: dict[str, dict[str, list[float]]]) -> str:
     titles = list(results)
     lines = ["| test accuracy, % | " + " | ".join(f"{title} | share kept" for title in titles) + " |"]
     lines.append("|---" * (2 * len(titles) + 1) + "|")
-    clean = {title: found["none"][0] for title, found in results.items()}
+    clean = {title: scores["none"][0] for title, scores in results.items()}
     lines.append("| no corruption | " + " | ".join(f"{clean[title]:.1f} | " for title in titles) + " |")
     kept: dict[str, list[float]] = {title: [] for title in titles}
     for corruption in CORRUPTIONS:
         cells = []
-        for title, found in results.items():
-            mean = float(np.mean(found[corruption.__name__]))
+        for title, scores in results.items():
+            mean = float(np.mean(scores[corruption.__name__]))
             kept[title].append(mean)
             cells.append(f"{mean:.1f} | {mean / clean[title]:.2f}")
         lines.append(f"| {corruption.__name__} | " + " | ".join(cells) + " |")
@@ -150,8 +150,8 @@ def draw(results: dict[str, dict[str, list[float]]], examples: np.ndarray, path:
                                 height_ratios=(3, 1))  # fmt: skip
     for column, corruption in enumerate(CORRUPTIONS):
         above, below = axes[:, column]
-        for title, found in results.items():
-            above.plot(range(6), [found["none"][0], *found[corruption.__name__]], marker=".", label=title)
+        for title, scores in results.items():
+            above.plot(range(6), [scores["none"][0], *scores[corruption.__name__]], marker=".", label=title)
         above.set(title=corruption.__name__, xlabel="severity", ylim=(0, 100), xticks=range(6))
         above.grid(alpha=0.3)
         below.imshow(np.hstack([corrupt(examples, corruption, severity)[0] for severity in (1, 3, 5)]), cmap="gray",
@@ -188,10 +188,10 @@ def main(args: Namespace) -> None:
         for severity in range(1, 6):
             corrupted = corrupt(images, corruption, severity)
             for title, model in models.items():
-                found = results[title].setdefault(corruption.__name__, [])
-                found.append(accuracy(model, corrupted, names))
-        said = "; ".join(f"{title} {found[corruption.__name__]}" for title, found in results.items())
-        print(f"{corruption.__name__}: {said}", flush=True)
+                scores = results[title].setdefault(corruption.__name__, [])
+                scores.append(accuracy(model, corrupted, names))
+        summary = "; ".join(f"{title} {scores[corruption.__name__]}" for title, scores in results.items())
+        print(f"{corruption.__name__}: {summary}", flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
     atomic.write_text(args.out / "corruptions.json", json.dumps(results, indent=1) + "\n")
     atomic.write_text(args.out / "corruptions.md", table(results))

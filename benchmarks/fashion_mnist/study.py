@@ -46,7 +46,7 @@ MASKED = {
     "norm-0.75": (14, ["--mask_ratio", 0.75, "--norm_pix_loss"]),
 }
 VARIANTS = {"norm-0.75": "75% hidden, normalised target", "decoder-2": "75% hidden, decoder of two blocks"}
-WHOLE = ["--crop_pct", 1]  # pictures this small are seen whole
+NO_CROP = ["--crop_pct", 1]  # pictures this small are seen whole
 SHAPE = ["--input_size", 28, "--in_chans", 1, "--patch_size", PATCH, "--mean", 0.286, "--std", 0.353]
 MAE = ["--model", "mae_vit_mini_patch4", "--lr", 1e-3, "--crop_scale", 0.6, 1]  # effective batch size 64
 # The model is so small that two processes of one thread each are faster than one process of two threads.
@@ -54,7 +54,7 @@ TWO_PROCESSES = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_nod
 BUDGET = {100: 200, 500: 100, 2_000: 30, 10_000: 15, 60_000: 3}  # labels: epochs of fine-tuning, with and without
 CORRUPTED = (2_000, 0)  # labels and seed of the classifiers that corruptions.py takes
 SEEDS = {100: 3, 500: 3, 2_000: 3, 10_000: 1, 60_000: 1}
-PROBE = ["main_linprobe.py", "--model", "vit_mini_patch4", *WHOLE, "--train_per_class", 1000, "--cache_features",
+PROBE = ["main_linprobe.py", "--model", "vit_mini_patch4", *NO_CROP, "--train_per_class", 1000, "--cache_features",
          "--blr", 0.3, 1, 3, 10, 30, "--batch_size", 256, "--epochs", 60, "--warmup_epochs", 5,
          "--eval_every", 60, "--save_every", 1000]  # fmt: skip
 
@@ -84,17 +84,17 @@ class Study:
         Args:
             needed: a file that other parts take; without it the result alone is not enough.
         """
-        known = self.results.get(name, {})
-        if known.get("command") != command or (needed and not needed.exists()):
+        entry = self.results.get(name, {})
+        if entry.get("command") != command or (needed and not needed.exists()):
             print(f"\n== {name}", flush=True)
-            known = {**compute(), "command": command}
+            entry = {**compute(), "command": command}
             with open(self.work / "lock", "w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 temporary = RESULTS.with_suffix(".tmp")
-                temporary.write_text(json.dumps(dict(sorted({**self.results, name: known}.items())), indent=1) + "\n")
+                temporary.write_text(json.dumps(dict(sorted({**self.results, name: entry}.items())), indent=1) + "\n")
                 temporary.replace(RESULTS)
-        print(name, json.dumps(known), flush=True)
-        return known
+        print(name, json.dumps(entry), flush=True)
+        return entry
 
     def pretrain(self, name: str, epochs: int, *flags: Any) -> Path:
         """Pre-trains an encoder; the result is its checkpoint."""
@@ -110,42 +110,43 @@ class Study:
 
         def compute() -> dict[str, Any]:
             note = out / "command.txt"
-            if not note.exists() or note.read_text() != self._told(command):
+            if not note.exists() or note.read_text() != self._text_of(command):
                 shutil.rmtree(out, ignore_errors=True)  # another command's run can't be continued
                 out.mkdir(parents=True)
-                note.write_text(self._told(command))
+                note.write_text(self._text_of(command))
             self._call(command)
             lines = [json.loads(line) for line in (out / "log.txt").read_text().splitlines()]
-            kept = {key: value for key, value in lines[-1].items() if key.startswith(("test_", "train_loss", "chosen"))}
-            return {**kept, "minutes": round(sum(line["seconds"] for line in lines) / 60, 1)}
+            last = lines[-1]
+            scores = {key: last[key] for key in last if key.startswith(("test_", "train_loss", "chosen"))}
+            return {**scores, "minutes": round(sum(line["seconds"] for line in lines) / 60, 1)}
 
-        return self.keep(name, self._told(command), compute, needed)
+        return self.keep(name, self._text_of(command), compute, needed)
 
     def neighbours(self, name: str, *flags: Any) -> dict[str, Any]:
         """Runs main_knn.py."""
-        command = ["main_knn.py", "--model", "vit_mini_patch4", *WHOLE, *flags, "--dataset", "FashionMNIST", *SHAPE]
+        command = ["main_knn.py", "--model", "vit_mini_patch4", *NO_CROP, *flags, "--dataset", "FashionMNIST", *SHAPE]
 
         def compute() -> dict[str, Any]:
             return json.loads(re.findall(r"^\{.*\}$", self._call(command), re.MULTILINE)[-1])
 
-        return self.keep(name, self._told(command), compute)
+        return self.keep(name, self._text_of(command), compute)
 
-    def _told(self, command: list[Any]) -> str:
+    def _text_of(self, command: list[Any]) -> str:
         return " ".join(map(str, command)).replace(str(self.work), "RUNS")
 
     def _call(self, command: list[Any]) -> str:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-        shown = [sys.executable, *map(str, command), "--data_path", str(self.data)]
-        print("$", " ".join(shown), flush=True)
-        said = []
-        with subprocess.Popen(shown, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        arguments = [sys.executable, *map(str, command), "--data_path", str(self.data)]
+        print("$", " ".join(arguments), flush=True)
+        output = []
+        with subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout
             for line in process.stdout:
-                said.append(line)
+                output.append(line)
                 print(line, end="", flush=True)
         if process.returncode:
-            raise SystemExit(f"it ended with {process.returncode}: {' '.join(shown)}")
-        return "".join(said)
+            raise SystemExit(f"it ended with {process.returncode}: {' '.join(arguments)}")
+        return "".join(output)
 
 
 def prepare(data: Path) -> None:
@@ -234,7 +235,7 @@ def finetune(study: Study) -> None:
             for kind, start in (("scratch", ["--layer_decay", 1]), ("pre-trained", ["--finetune", encoder])):
                 name = f"finetune/{count}/{seed}/{kind}"
                 command = [
-                    "main_finetune.py", "--model", "vit_mini_patch4", *WHOLE, "--num_workers", 1,
+                    "main_finetune.py", "--model", "vit_mini_patch4", *NO_CROP, "--num_workers", 1,
                     "--seed", seed, "--epochs", epochs, "--warmup_epochs", epochs // 10,
                     "--eval_every", epochs, "--save_every", 1000, "--batch_size", 32 if count <= 2000 else 128,
                     "--lr", 1e-3, "--aa", "none", "--reprob", 0, "--crop_scale", 0.7, 1, "--mixup", 0.8, "--cutmix", 1,

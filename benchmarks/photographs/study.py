@@ -74,9 +74,9 @@ def windows() -> torch.Tensor:
     return torch.stack([pil_to_tensor(picture.crop((left, 48, left + 224, 272))) for left in lefts])
 
 
-def psnr(painted: np.ndarray, original: np.ndarray, hidden: np.ndarray) -> float:
+def psnr(result: np.ndarray, original: np.ndarray, masked: np.ndarray) -> float:
     """Peak signal to noise of hidden pixels, dB; pictures (n, H, W, c) in 0 to 1, hidden (n, H, W)."""
-    return float(-10 * np.log10(((painted - original) ** 2)[hidden].mean()))
+    return float(-10 * np.log10(((result - original) ** 2)[masked].mean()))
 
 
 def main(args: argparse.Namespace) -> None:
@@ -84,32 +84,32 @@ def main(args: argparse.Namespace) -> None:
     model: Any = get_model(train(args.work.resolve()))
     images = windows()
     noise = torch.rand(WINDOWS, model.num_patches, generator=torch.Generator().manual_seed(0))
-    painted = model.reconstruct(model.normalize(images), noise=noise)
+    result = model.reconstruct(model.normalize(images), noise=noise)
     original, ours = (
-        model.normalize.inverse(part).permute(0, 2, 3, 1).numpy() for part in (painted.original, painted.pasted)
+        model.normalize.inverse(part).permute(0, 2, 3, 1).numpy() for part in (result.original, result.pasted)
     )
-    patches = painted.mask.bool().view(WINDOWS, 14, 14)
-    hidden = patches.repeat_interleave(16, dim=1).repeat_interleave(16, dim=2).numpy()
-    mean = np.where(hidden[..., None], 0, original)
+    patches = result.mask.bool().view(WINDOWS, 14, 14)
+    masked = patches.repeat_interleave(16, dim=1).repeat_interleave(16, dim=2).numpy()
+    mean = np.where(masked[..., None], 0, original)
     for number in range(WINDOWS):
-        mean[number][hidden[number]] = original[number][~hidden[number]].mean(axis=0)
+        mean[number][masked[number]] = original[number][~masked[number]].mean(axis=0)
     print("biharmonic inpainting, about a minute each", flush=True)
     smooth = np.stack(
         [
             inpaint_biharmonic(np.where(h[..., None], 0, o), h, channel_axis=-1)
-            for o, h in zip(original, hidden, strict=True)
+            for o, h in zip(original, masked, strict=True)
         ]
     )
     ways = {"mean of the visible pixels": mean, "biharmonic inpainting": smooth.clip(0, 1), "masked autoencoder": ours}
-    results = {name: psnr(picture, original, hidden) for name, picture in ways.items()}
-    told = {"psnr": results, "held_out": HELD_OUT, "epochs": EPOCHS}
-    atomic.write_text(HERE / "results.json", json.dumps(told, indent=1) + "\n")
+    results = {name: psnr(picture, original, masked) for name, picture in ways.items()}
+    record = {"psnr": results, "held_out": HELD_OUT, "epochs": EPOCHS}
+    atomic.write_text(HERE / "results.json", json.dumps(record, indent=1) + "\n")
     lines = ["| hidden pixels painted by | PSNR, dB |", "|---|---|"]
     lines += [f"| {name} | {value:.2f} |" for name, value in results.items()]
     atomic.write_text(HERE / "table.md", "\n".join(lines) + "\n")
     print(*lines, sep="\n")
 
-    columns = {"original": original, "hidden": np.where(hidden[..., None], 0.5, original), **ways}
+    columns = {"original": original, "masked": np.where(masked[..., None], 0.5, original), **ways}
     figure, axes = plt.subplots(WINDOWS, len(columns), figsize=(2 * len(columns), 2.05 * WINDOWS), layout="constrained")
     for column, (title, pictures) in enumerate(columns.items()):
         for row in range(WINDOWS):

@@ -11,8 +11,8 @@ OFF = {"global_pool": "--cls_token"}  # where the flag that turns a setting off 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
     """The end of a message about an unknown name: the nearest known one, if one is near."""
     same = {known.lower(): known for known in names}
-    near = difflib.get_close_matches(name.lower(), same, n=1)
-    return f"; did you mean {same[near[0]]}?" if near else ""
+    matches = difflib.get_close_matches(name.lower(), same, n=1)
+    return f"; did you mean {same[matches[0]]}?" if matches else ""
 
 
 def advised(error: Error, *remedies: str) -> Error:

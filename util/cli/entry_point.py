@@ -87,11 +87,11 @@ class _Args(argparse.Namespace):
     """Settings, and beside them, so that `vars` is free of it, the names of those that were given."""
 
     __slots__ = ("given", "typed")
-    given: frozenset[str]  # on the command line or in a recipe
-    typed: frozenset[str]  # on the command line
+    explicit: frozenset[str]  # on the command line or in a recipe
+    in_command: frozenset[str]  # on the command line
 
 
-def given(args: argparse.Namespace, in_recipe: bool = True) -> frozenset[str]:
+def explicit(args: argparse.Namespace, in_recipe: bool = True) -> frozenset[str]:
     """The names of the settings that were given, on the command line or in the recipe of `--config`.
 
     A plain Namespace, which a program made without `parse`, has only given settings: the program chose all of them.
@@ -101,7 +101,7 @@ def given(args: argparse.Namespace, in_recipe: bool = True) -> frozenset[str]:
     """
     if not isinstance(args, _Args):
         return frozenset(vars(args))
-    return args.given if in_recipe else args.typed
+    return args.explicit if in_recipe else args.in_command
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -114,13 +114,13 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
     parser.add_argument("-h", "--help", action="help", default=argparse.SUPPRESS, help="show this text and exit")
     first = _Parser(prog=parser.prog, add_help=False, allow_abbrev=False)
     first.add_argument("--config", metavar="YAML")
-    known = first.parse_known_args(argv)[0]
-    _refuse_urls(first, known)
-    recipe = _recipe_flags(parser, Path(known.config)) if known.config else []
+    config_args = first.parse_known_args(argv)[0]
+    _refuse_urls(first, config_args)
+    recipe = _recipe_flags(parser, Path(config_args.config)) if config_args.config else []
     args = parser.parse_args(recipe + argv, _Args())
     _refuse_urls(parser, args)
-    args.given, args.typed = _settings_in(parser, recipe + argv), _settings_in(parser, argv)
-    if "log_dir" in args and "log_dir" not in args.given:
+    args.explicit, args.in_command = _settings_in(parser, recipe + argv), _settings_in(parser, argv)
+    if "log_dir" in args and "log_dir" not in args.explicit:
         args.log_dir = args.output_dir  # the published default is one fixed folder, in which all runs would meet
     if "dist_on_itp" in args and (args.dist_on_itp or args.world_size != 1):
         logger.warning("--world_size and --dist_on_itp have no effect: the launcher decides (torchrun)")
@@ -144,8 +144,8 @@ def _without_defaults(parser: _Parser) -> _Parser:
 def _refuse_urls(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     for action in parser._actions:
         if isinstance(action.metavar, str) and set(action.metavar.split("|")) & FILES:
-            given = getattr(args, action.dest, None)
-            for value in given if isinstance(given, list) else [given]:
+            value_or_list = getattr(args, action.dest, None)
+            for value in value_or_list if isinstance(value_or_list, list) else [value_or_list]:
                 if re.match(r"\w{2,}:/", str(value)):  # a Path has one slash left
                     flag = "/".join(action.option_strings) or action.metavar
                     parser.error(f"{flag} {value} is a URL: download the file, and give its path")
@@ -214,9 +214,9 @@ def run(main: Callable[[argparse.Namespace], Any], parser: argparse.ArgumentPars
         if "allocate memory" in str(error):
             _fail(parser, args, error, _out_of_memory(args), 1)
         elif "DataLoader worker" in str(error):
-            said = str(error).partition(". ")[0].strip()
+            reason = str(error).partition(". ")[0].strip()
             remedy = "--resume auto goes on" if "resume" in args else "try again"
-            _fail(parser, args, error, f"{said}, for want of memory as a rule: lower --num_workers; {remedy}", 1)
+            _fail(parser, args, error, f"{reason}, for want of memory as a rule: lower --num_workers; {remedy}", 1)
         elif lost := dist.lost_process(error):
             remedy = (
                 "; the same command with --resume auto goes on from the newest checkpoint" if "resume" in args else ""
@@ -224,24 +224,24 @@ def run(main: Callable[[argparse.Namespace], Any], parser: argparse.ArgumentPars
             _fail(parser, args, error, lost + remedy, 1)
         raise
     except (ValueError, OSError, ArithmeticError) as error:
-        _fail(parser, args, error, _sentence(error) + _remedies(parser, error), 1)
+        _fail(parser, args, error, _message(error) + _remedies(parser, error), 1)
     except Interrupted as error:  # 143 after SIGTERM, 130 after SIGINT
-        said = f"{error}, the state is saved; the same command with --resume auto goes on"
-        _fail(parser, args, error, said, 128 + error.signum)
+        reason = f"{error}, the state is saved; the same command with --resume auto goes on"
+        _fail(parser, args, error, reason, 128 + error.signum)
     except KeyboardInterrupt as error:
         remedy = "; the same command with --resume auto goes on from the last state" if "resume" in args else ""
         _fail(parser, args, error, f"interrupted{remedy}", 130)
 
 
 def _fail(
-    parser: argparse.ArgumentParser, args: argparse.Namespace, error: BaseException, said: str, code: int
+    parser: argparse.ArgumentParser, args: argparse.Namespace, error: BaseException, message: str, code: int
 ) -> None:
     if "debug" in args and args.debug:
         traceback.print_exception(error)
     for action in parser._actions:
         if not action.option_strings and action.metavar:  # others have a flag of this name
-            said = said.replace(f"--{action.dest}", str(action.metavar))
-    print(f"{parser.prog}: error: {printable(said)}", file=sys.stderr)
+            message = message.replace(f"--{action.dest}", str(action.metavar))
+    print(f"{parser.prog}: error: {printable(message)}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -259,7 +259,7 @@ def _out_of_memory(args: argparse.Namespace) -> str:
     return f"out of memory: halve --batch_size {args.batch_size}{remedy}"
 
 
-def _sentence(error: Exception) -> str:
+def _message(error: Exception) -> str:
     """An error's message. Those from a loader's worker bring its traceback along, message last."""
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"  # without the number of the error

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 
-def _kind(convert: Callable[[str], Any], holds: Callable[[Any], bool], wanted: str) -> Callable[[str], Any]:
+def _kind(convert: Callable[[str], Any], holds: Callable[[Any], bool], requirement: str) -> Callable[[str], Any]:
     def kind(text: str) -> Any:
         value = convert(text)
         if not holds(value):
-            raise argparse.ArgumentTypeError(f"must be {wanted}, got {text}")
+            raise argparse.ArgumentTypeError(f"must be {requirement}, got {text}")
         return value
 
     kind.__name__ = convert.__name__  # argparse says so where the text is no number
@@ -32,15 +32,15 @@ def new_file(*suffixes: str) -> Callable[[str], Path]:
     """A file that will be written: of one of these suffixes, if any are given, in a folder that is there."""
 
     def path(text: str) -> Path:
-        found = Path(text)
-        if suffixes and found.suffix.lower() not in suffixes:
-            shown = " or ".join(suffixes[:4]) + " or as other pictures do" * (len(suffixes) > 4)
-            raise argparse.ArgumentTypeError(f"{text}: its name must end in {shown}")
-        if found.is_dir():
+        file = Path(text)
+        if suffixes and file.suffix.lower() not in suffixes:
+            endings = " or ".join(suffixes[:4]) + " or as other pictures do" * (len(suffixes) > 4)
+            raise argparse.ArgumentTypeError(f"{text}: its name must end in {endings}")
+        if file.is_dir():
             raise argparse.ArgumentTypeError(f"{text} is a folder: give the name of a file")
-        if not found.parent.is_dir():
-            raise argparse.ArgumentTypeError(f"{text}: there is no folder {found.parent}; make it first")
-        return found
+        if not file.parent.is_dir():
+            raise argparse.ArgumentTypeError(f"{text}: there is no folder {file.parent}; make it first")
+        return file
 
     return path
 

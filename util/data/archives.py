@@ -230,7 +230,8 @@ def _images_of(places: dict[str, Place], links: dict[str, str]) -> dict[str, Pla
 
 
 def _is_image(name: str) -> bool:
-    hidden = any((part.startswith(".") and part not in (".", "..")) or part == "__MACOSX" for part in name.split("/"))
+    parts = name.split("/")
+    hidden = any((part.startswith(".") and part not in (".", "..")) or part == "__MACOSX" for part in parts)
     return name.lower().endswith(SUFFIXES) and not hidden
 
 

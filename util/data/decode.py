@@ -85,8 +85,8 @@ def decode(
     except BadImage:
         raise
     except Exception as error:  # decoders raise whatever damaged bytes lead them to
-        said = printable(" ".join(str(error).split()))
-        raise BadImage(f"can't be read as an image ({type(error).__name__}: {said})") from error
+        reason = printable(" ".join(str(error).split()))
+        raise BadImage(f"can't be read as an image ({type(error).__name__}: {reason})") from error
 
 
 def _turn_upright(picture: Image.Image) -> Image.Image:

@@ -12,7 +12,7 @@ from util.data.sources import Source, first_few
 logger = logging.getLogger(__name__)
 
 
-class Part:
+class Subset:
     """A part of a source; or all of it, with labels that count other classes.
 
     Args:
@@ -124,10 +124,10 @@ def counted_as(source: Source, classes: Sequence[str]) -> Source:
     logger.warning(f"the images are of {len(source.classes)} of the model's {len(classes)} classes")
     number_of = {name: number for number, name in enumerate(classes)}
     numbers = np.array([number_of[name] for name in source.classes])
-    return Part(source, np.arange(len(source)), list(classes), numbers)
+    return Subset(source, np.arange(len(source)), list(classes), numbers)
 
 
-def some_of_each_class(source: Source, count: int, seed: int) -> Part:
+def some_of_each_class(source: Source, count: int, seed: int) -> Subset:
     """`count` samples of every class, drawn by `seed`; a greater count holds the same ones and more.
 
     Raises:
@@ -140,10 +140,10 @@ def some_of_each_class(source: Source, count: int, seed: int) -> Part:
         if len(own) < count:
             raise ValueError(f"--train_per_class {count}: the class {name} has {len(own)} images")
         chosen.append(own[:count])
-    return Part(source, np.sort(np.concatenate(chosen)))
+    return Subset(source, np.sort(np.concatenate(chosen)))
 
 
-def hold_out(source: Source, share: float, seed: int) -> tuple[Part, Part]:
+def hold_out(source: Source, share: float, seed: int) -> tuple[Subset, Subset]:
     """A source in two: the larger part, and a `share` of it, drawn by `seed`.
 
     Raises:
@@ -153,4 +153,4 @@ def hold_out(source: Source, share: float, seed: int) -> tuple[Part, Part]:
         raise ValueError(f"--held_out {share}: of {len(source)} images none would be held out to choose by; give more")
     order = np.random.default_rng(seed).permutation(len(source))
     count = round(share * len(source))
-    return Part(source, np.sort(order[count:])), Part(source, np.sort(order[:count]))
+    return Subset(source, np.sort(order[count:])), Subset(source, np.sort(order[:count]))

@@ -46,20 +46,20 @@ class TorchvisionSet:
             near = did_you_mean(name, torchvision.datasets.__all__) or " (CIFAR10, Flowers102, ...)"
             raise ValueError(f"--dataset {name}: torchvision has no data set of this name{near}")
         takes = _parameters(make)
-        given: dict[str, Any] = {}
+        arguments: dict[str, Any] = {}
         if "root" in takes:
             if not root:
                 raise ValueError(f"--dataset {name} needs --data_path: the folder that has its files, or gets them")
-            given["root"] = root
-        if "small" in takes and any(Path(given["root"]).glob("*_256*")):  # Places365 of 256 pixels
-            given["small"] = True
+            arguments["root"] = root
+        if "small" in takes and any(Path(arguments["root"]).glob("*_256*")):  # Places365 of 256 pixels
+            arguments["small"] = True
         if "loader" in takes:
-            given["loader"] = read_file  # our own decoder does the rest
+            arguments["loader"] = read_file  # our own decoder does the rest
         parts = self._parts(make, takes, split, part)
         if dist.is_main() and download and "download" in takes:
-            self._open(make, given | {"download": True}, parts)
+            self._open(make, arguments | {"download": True}, parts)
         dist.barrier()
-        self.images = self._open(make, given, parts)
+        self.images = self._open(make, arguments, parts)
         listed = _listed_labels(self.images)
         self.classes = _class_names(self.images, listed)
         self._labels = listed if self.classes else np.full(len(self), -1)
@@ -87,10 +87,10 @@ class TorchvisionSet:
             raise advised(error, "give --val_list")
         return [{chooser: name} for name in VALIDATION]
 
-    def _open(self, make: type, given: dict[str, Any], parts: list[dict[str, Any]]) -> Any:
+    def _open(self, make: type, arguments: dict[str, Any], parts: list[dict[str, Any]]) -> Any:
         for part in parts:
             try:
-                return make(**given, **part)
+                return make(**arguments, **part)
             except Exception as error:  # whatever missing files lead a class to
                 if isinstance(error, ValueError) and part is not parts[-1]:
                     continue  # it does not know this name
@@ -120,9 +120,9 @@ def _parameters(make: type) -> set[str]:
     """What a class takes, and what it hands on to those that it is made of."""
     names: set[str] = set()
     for base in make.__mro__:
-        taken = inspect.signature(base.__init__).parameters  # type: ignore[misc]
-        names |= taken.keys()
-        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values()):
+        parameters = inspect.signature(base.__init__).parameters  # type: ignore[misc]
+        names |= parameters.keys()
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
             break
     return names
 
@@ -163,10 +163,10 @@ class HuggingFaceSet:
             self._load(datasets, name)  # the others find what it has prepared
         dist.barrier()
         parts = self._load(datasets, name)
-        wanted = [part for part in (("train",) if split == "train" else VALIDATION) if part in parts]
-        if not wanted:
+        available = [part for part in (("train",) if split == "train" else VALIDATION) if part in parts]
+        if not available:
             raise ValueError(f"--dataset {self.title}: it has no part for {split}, only {', '.join(parts)}")
-        table = parts[wanted[0]]
+        table = parts[available[0]]
         features = table.features
         image = next((c for c, kind in features.items() if isinstance(kind, datasets.Image)), None)
         if image is None:
@@ -186,8 +186,8 @@ class HuggingFaceSet:
                 return {"train": datasets.load_from_disk(name)}
             return datasets.load_dataset(name)
         except Exception as error:  # whatever files that it can't read lead the library to
-            said = " ".join(f"{error} {error.__cause__ or ''}".split())
-            raise ValueError(f"--dataset {self.title}: {said}") from error
+            reason = " ".join(f"{error} {error.__cause__ or ''}".split())
+            raise ValueError(f"--dataset {self.title}: {reason}") from error
 
     def __len__(self) -> int:
         return len(self.table)

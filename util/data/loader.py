@@ -211,36 +211,36 @@ class TrainLoader:
         return len(self.order)
 
     def __iter__(self) -> Iterator[list[Tensor]]:
-        found: dict[str, str] = {}
+        failures: dict[str, str] = {}
         for batch, bad in self.batches:
             for name, reason in bad:
-                found[name] = reason
+                failures[name] = reason
                 if name not in self.named:
                     self.named.add(name)
                     logger.warning(f"{name}: {reason}; another image takes its place", extra={"every_rank": True})
-            self._limit(found)
+            self._limit(failures)
             yield batch
         # All processes meet: what one has named, no other will name again, and all come to the same judgement.
-        found = {name: reason for part in dist.gather(found) for name, reason in part.items()}
-        self.named |= found.keys()
-        self.num_bad = len(found)
-        self._limit(found)
-        if found:
-            seen = (len(self) - self.order.first_iteration) * self.images_per_iteration // self.order.repeats
+        failures = {name: reason for part in dist.gather(failures) for name, reason in part.items()}
+        self.named |= failures.keys()
+        self.num_bad = len(failures)
+        self._limit(failures)
+        if failures:
+            num_read = (len(self) - self.order.first_iteration) * self.images_per_iteration // self.order.repeats
             logger.warning(
-                f"{self.num_bad:,} of this epoch's images ({seen:,} since it began or went on) can't be read"
+                f"{self.num_bad:,} of this epoch's images ({num_read:,} since it began or went on) can't be read"
             )
 
     def counts(self) -> dict[str, int]:
         """The entry of the last epoch in log.txt."""
         return {"bad_images": self.num_bad} if self.num_bad else {}
 
-    def _limit(self, found: dict[str, str]) -> None:
+    def _limit(self, failures: dict[str, str]) -> None:
         num_images = len(self) * self.images_per_iteration // self.order.repeats
-        if len(found) > MAX_BAD_SHARE * num_images:
-            name, reason = next(iter(found.items()))
+        if len(failures) > MAX_BAD_SHARE * num_images:
+            name, reason = next(iter(failures.items()))
             raise BadImage(
-                f"{len(found):,} of the {num_images:,} images of an epoch can't be read, more than "
+                f"{len(failures):,} of the {num_images:,} images of an epoch can't be read, more than "
                 f"{MAX_BAD_SHARE:.0%}; one of them: {name}: {reason}"
             )
 

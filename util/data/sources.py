@@ -124,13 +124,13 @@ def image_files(root: str) -> Iterator[str]:
     """Follows links to folders; each folder counts once below every folder of `root`."""
     waiting = [(root, {_identity(root)})]
     while waiting:
-        folder, seen = waiting.pop()
+        folder, ancestors = waiting.pop()
         with os.scandir(folder) as entries:
             for entry in entries:
                 if entry.name.startswith("."):
                     continue
                 if _is_folder(entry):
-                    below = {*seen} if folder == root else seen
+                    below = {*ancestors} if folder == root else ancestors
                     if _identity(entry.path) in below:
                         logger.warning(f"{printable(entry.path)} leads to a folder that is counted already; left out")
                         continue

@@ -63,8 +63,8 @@ def segments_problem(page: tifffile.TiffPage, data: bytes) -> str | None:
 
 def _segment_problem(page: tifffile.TiffPage, segment: bytes) -> str | None:
     if page.compression in EMBEDDED:
-        for found in EMBEDDED[page.compression].finditer(segment):
-            height, width = (int.from_bytes(found[side]) for side in ("height", "width"))
+        for match in EMBEDDED[page.compression].finditer(segment):
+            height, width = (int.from_bytes(match[side]) for side in ("height", "width"))
             if height * width > max(page.imagelength * page.imagewidth, MAX_TILE_VALUES):
                 return f"it holds an image of {width} x {height} pixels, much larger than the file states"
     elif _is_unbounded(page.compression) and page.compression in ZSTD:

@@ -31,12 +31,12 @@ def channel_statistics(
         ValueError: `--mean` or `--std` has not one value a channel.
     """
 
-    def choose(flag: str, given: Sequence[float] | None, imagenet: tuple[float, ...]) -> list[float]:
-        if given is None:
+    def choose(flag: str, values: Sequence[float] | None, imagenet: tuple[float, ...]) -> list[float]:
+        if values is None:
             return list(imagenet) if in_chans == 3 else [sum(imagenet) / 3] * in_chans
-        if len(given) != in_chans:
-            raise ValueError(f"{flag} has {len(given)} values for {in_chans} channels; give one a channel")
-        return list(given)
+        if len(values) != in_chans:
+            raise ValueError(f"{flag} has {len(values)} values for {in_chans} channels; give one a channel")
+        return list(values)
 
     return choose("--mean", mean, IMAGENET_MEAN), choose("--std", std, IMAGENET_STD)
 
@@ -60,8 +60,8 @@ class Normalize(nn.Module):
 
     def forward(self, imgs: Tensor) -> Tensor:
         if imgs.dtype == torch.uint8 and not self.fits_bytes:
-            given = " ".join(f"{value:g}" for value in self.mean.flatten().tolist())
-            raise ValueError(f"--mean {given}: pixels of 8 bits count as 0 to 1; divide --mean and --std by 255")
+            shown_mean = " ".join(f"{value:g}" for value in self.mean.flatten().tolist())
+            raise ValueError(f"--mean {shown_mean}: pixels of 8 bits count as 0 to 1; divide --mean and --std by 255")
         return (to_unit_range(imgs) - self.mean) / self.std
 
     def inverse(self, imgs: Tensor) -> Tensor:

@@ -48,12 +48,12 @@ def classify(
     step = max(1, CHUNK // min(SLICE, max(sizes)))  # the same in all processes, which go through the queries together
     right = dict.fromkeys(ks, 0)
     # Each process's queries in turn go round to all parts of the bank.
-    for asked, expected in zip(dist.gather(queries), dist.gather(labels), strict=True):
-        for part, truth in zip(asked.split(step), expected.split(step), strict=True):
+    for batch, expected in zip(dist.gather(queries), dist.gather(labels), strict=True):
+        for part, truth in zip(batch.split(step), expected.split(step), strict=True):
             similarity, neighbours = _nearest(F.normalize(part.to(device).float(), dim=1), bank, max(ks))
-            found = dist.gather((similarity.cpu(), bank_labels[neighbours].cpu()))
-            similarity, order = torch.cat([own for own, _ in found], dim=1).sort(dim=1, descending=True, stable=True)
-            classes = torch.cat([own for _, own in found], dim=1).gather(1, order)
+            candidates = dist.gather((similarity.cpu(), bank_labels[neighbours].cpu()))
+            similarity, order = torch.cat([s for s, _ in candidates], dim=1).sort(dim=1, descending=True, stable=True)
+            classes = torch.cat([c for _, c in candidates], dim=1).gather(1, order)
             weights = ((similarity - similarity[:, :1]) / temperature).exp()  # a common factor, which no vote minds
             for k in ks:
                 votes = torch.zeros(len(part), num_classes).scatter_add_(1, classes[:, :k], weights[:, :k])
@@ -65,8 +65,8 @@ def _unit(features: Tensor, device: torch.device) -> Tensor:
     """Features (n, D) of length 1 on the device, made there part by part, so that no copy of them all is needed."""
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     unit = torch.empty(features.shape, dtype=dtype, device=device)
-    for whole, part in zip(unit.split(SLICE), features.split(SLICE), strict=True):
-        whole.copy_(F.normalize(part.to(device), dim=1))
+    for target, chunk in zip(unit.split(SLICE), features.split(SLICE), strict=True):
+        target.copy_(F.normalize(chunk.to(device), dim=1))
     return unit
 
 
@@ -78,7 +78,7 @@ def _nearest(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
     similarity = queries.new_zeros(len(queries), 0)
     places = torch.zeros(len(queries), 0, dtype=torch.int64, device=queries.device)
     for number, rows in enumerate(bank.split(SLICE)):
-        found, where = (queries @ rows.to(queries.dtype).T).topk(min(k, len(rows)), dim=1)
-        similarity, order = torch.cat([similarity, found], dim=1).topk(min(k, similarity.shape[1] + len(rows)), dim=1)
+        cosines, where = (queries @ rows.to(queries.dtype).T).topk(min(k, len(rows)), dim=1)
+        similarity, order = torch.cat([similarity, cosines], dim=1).topk(min(k, similarity.shape[1] + len(rows)), dim=1)
         places = torch.cat([places, where + number * SLICE], dim=1).gather(1, order)
     return similarity, places

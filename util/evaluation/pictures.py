@@ -23,8 +23,8 @@ def tile(columns: Sequence[Tensor], to_pixels: Callable[[Tensor], Tensor], scale
     Returns:
         uint8 (height, width, 1 or 3), on white; of more channels the first three, of two the first.
     """
-    shown = 3 if columns[0].shape[1] >= 3 else 1
-    rows = torch.stack([to_pixels(column.float())[:, :shown] for column in columns], dim=1)  # (B, columns, c, H, W)
+    channels = 3 if columns[0].shape[1] >= 3 else 1
+    rows = torch.stack([to_pixels(column.float())[:, :channels] for column in columns], dim=1)  # (B, columns, c, H, W)
     rows = rows.repeat_interleave(scale, dim=-2).repeat_interleave(scale, dim=-1)
     rows = torch.nn.functional.pad(rows, (0, GAP, 0, GAP), value=1.0)
     B, count, c, height, width = rows.shape
@@ -43,5 +43,5 @@ def reconstruction(
         noise: (B, N), which chooses the masks.
     """
     device = normalize.mean.device
-    painted = model.reconstruct(normalize(images.to(device)), mask_ratio, noise=noise.to(device))
-    return tile(painted[:4], normalize.inverse, scale)
+    result = model.reconstruct(normalize(images.to(device)), mask_ratio, noise=noise.to(device))
+    return tile(result[:4], normalize.inverse, scale)

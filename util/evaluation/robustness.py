@@ -12,7 +12,7 @@ import numpy as np
 from timm.data import ImageNetInfo, RealLabelsImagenet
 
 from util.data.archives import Archive
-from util.data.labels import Part
+from util.data.labels import Subset
 from util.data.sources import Files, find_files, first_few
 
 # The published top-1 errors of AlexNet, means of five severities, in the families that the archives are of
@@ -61,7 +61,7 @@ class Suite(NamedTuple):
     root: Path
     cells: dict[str, Path]
     folders: list[str]
-    among: list[int]
+    columns: list[int]
 
 
 class Cell(NamedTuple):
@@ -72,7 +72,7 @@ class Cell(NamedTuple):
         answers: for each image all labels that are right, where there may be several.
     """
 
-    source: Part
+    source: Subset
     answers: list[list[int]] | None = None
 
 
@@ -122,8 +122,8 @@ def find(name: str, root: Path) -> Suite:
 def _variants(root: Path) -> dict[str, Path]:
     """Those of ImageNetV2's variants that are there; `root` may be one."""
     folders = [path for path in [root, *sorted(root.glob("*"))] if path.is_dir()]
-    found = {v: [path for path in folders if path.name.startswith(f"imagenetv2-{v}")] for v in VARIANTS}
-    cells = {variant: paths[0] for variant, paths in found.items() if paths}
+    folders_of = {v: [path for path in folders if path.name.startswith(f"imagenetv2-{v}")] for v in VARIANTS}
+    cells = {variant: paths[0] for variant, paths in folders_of.items() if paths}
     if not cells:
         raise ValueError(
             f"--data_path {root}: no folder in it begins with imagenetv2-{VARIANTS[0]}, imagenetv2-{VARIANTS[1]} or "
@@ -165,9 +165,9 @@ def open_cell(suite: Suite, name: str, limit: int | None = None) -> Cell:
     unknown, missing = sorted(there - {*suite.folders}), sorted({*suite.folders} - there)
     if unknown or not there:
         kind = "numbers from 0 to 999" if suite.name == "imagenet-v2" else "WordNet ids, such as n01498041"
-        found = f"{first_few(unknown)} in it: none of" if unknown else "there are images in no class folder:"
+        problem = f"{first_few(unknown)} in it: none of" if unknown else "there are images in no class folder:"
         raise ValueError(
-            f"--data_path {path}: {found} the {len(suite.folders)} class folders of {suite.name}, which are {kind}"
+            f"--data_path {path}: {problem} the {len(suite.folders)} class folders of {suite.name}, which are {kind}"
         )
     if missing:
         raise ValueError(
@@ -176,7 +176,7 @@ def open_cell(suite: Suite, name: str, limit: int | None = None) -> Cell:
         )
     number_of = {folder: number for number, folder in enumerate(suite.folders)}
     numbers = np.array([number_of.get(folder, -1) for folder in images.classes])  # empty folders may be anything
-    return Cell(Part(images, _spread(np.arange(len(images)), limit), suite.folders, numbers))
+    return Cell(Subset(images, _spread(np.arange(len(images)), limit), suite.folders, numbers))
 
 
 def _with_real_labels(images: Files | Archive, path: Path, limit: int | None) -> Cell:
@@ -197,7 +197,7 @@ def _with_real_labels(images: Files | Archive, path: Path, limit: int | None) ->
         raise ValueError(f"--data_path {path}: none of its {len(files)} images has a ReaL label")
     images.classes = synsets()
     images.labels = np.array([(labels[name] or [0])[0] for name in files])
-    return Cell(Part(images, chosen), [labels[files[index]] for index in chosen])
+    return Cell(Subset(images, chosen), [labels[files[index]] for index in chosen])
 
 
 def _spread(indices: np.ndarray, limit: int | None) -> np.ndarray:

@@ -35,14 +35,14 @@ class Results:
         if not path.exists():
             return
         try:
-            known = json.loads(path.read_text(encoding="utf-8"))
-            theirs, self.cells = dict(known["settings"]), dict(known["cells"])
+            state = json.loads(path.read_text(encoding="utf-8"))
+            theirs, self.cells = dict(state["settings"]), dict(state["cells"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} can't be read ({error}); remove it, or give another --output_dir") from error
         other = [key for key in self.settings if theirs.get(key) != self.settings[key]]
         if other:
-            told = "; ".join(f"{key} was {theirs.get(key)} and is {self.settings[key]}" for key in other)
-            raise ValueError(f"{path} holds the scores of another run ({told}): give another --output_dir")
+            difference = "; ".join(f"{key} was {theirs.get(key)} and is {self.settings[key]}" for key in other)
+            raise ValueError(f"{path} holds the scores of another run ({difference}): give another --output_dir")
 
     def has(self, cell: str, images: int) -> bool:
         """Whether a cell is done, with all the images that are there now."""
@@ -70,8 +70,9 @@ def write(path: Path, suite: str, cells: Mapping[str, Scores], title: str) -> st
     published = PUBLISHED.get(suite, {})
     beside = ", ".join(f"{model} {value}" for model, value in published.items())
     measure = "mCE" if suite == "imagenet-c" else "top-1 accuracy"
-    found, whole = sum(int(scores["images"]) for scores in cells.values()), IMAGES[suite] * len(cells)
-    lines = [f"{title}: {found:,} images" + (f" of the {whole:,} published" if found != whole else ""), ""]
+    num_images, num_published = sum(int(scores["images"]) for scores in cells.values()), IMAGES[suite] * len(cells)
+    of_all = f" of the {num_published:,} published" if num_images != num_published else ""
+    lines = [f"{title}: {num_images:,} images{of_all}", ""]
     lines += ["| " + " | ".join(row) + " |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:])]
     lines += ["", f"Published of the paper's models, {measure}: {beside}."] if published else []
     table = "\n".join(lines) + "\n"
@@ -88,8 +89,8 @@ def write(path: Path, suite: str, cells: Mapping[str, Scores], title: str) -> st
 
 def _accuracy_rows(cells: Mapping[str, Scores]) -> list[list[str]]:
     measures = [measure for measure in ("acc1", "acc5") if all(measure in scores for scores in cells.values())]
-    found = [[name, str(s["images"]), *(f"{s[measure]:.3f}" for measure in measures)] for name, s in cells.items()]
-    return [["", "images", *(f"Acc@{measure[3:]}" for measure in measures)], *found]
+    rows = [[name, str(s["images"]), *(f"{s[measure]:.3f}" for measure in measures)] for name, s in cells.items()]
+    return [["", "images", *(f"Acc@{measure[3:]}" for measure in measures)], *rows]
 
 
 def _corruption_rows(cells: Mapping[str, Scores]) -> list[list[str]]:
@@ -125,8 +126,8 @@ def _draw_accuracies(cells: Mapping[str, Scores], published: Mapping[str, float]
     bars = [(name, scores["acc1"], "C0") for name, scores in cells.items()]
     bars += [(f"{model}, published", accuracy, "0.7") for model, accuracy in published.items()]
     figure, axes = plt.subplots(figsize=(7, 1.2 + 0.4 * len(bars)), dpi=100, layout="constrained")
-    drawn = axes.barh([name for name, _, _ in bars], [value for _, value, _ in bars], color=[c for _, _, c in bars])
-    axes.bar_label(drawn, fmt="%.1f", padding=3)
+    container = axes.barh([name for name, _, _ in bars], [value for _, value, _ in bars], color=[c for _, _, c in bars])
+    axes.bar_label(container, fmt="%.1f", padding=3)
     axes.set(xlabel="top-1 accuracy, %", xlim=(0, 100))
     axes.invert_yaxis()
     for side in ("top", "right"):

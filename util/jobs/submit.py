@@ -265,19 +265,19 @@ def _executor(main: str, args: Namespace, folder: Path) -> submitit.Executor:
     flags |= {"dependency": f"afterok:{args.after}", "kill_on_invalid_dep": "yes"} if args.after else {}
     defaults = {"job_name": main.replace("main", "mae"), "requeue": True, "max_num_timeout": REQUEUES}
     defaults |= {"gpus_per_node": gpus} if gpus else {}
-    given = slurm_settings.merge({key: value for key, value in flags.items() if value}, args.slurm, defaults)
+    extra = slurm_settings.merge({key: value for key, value in flags.items() if value}, args.slurm, defaults)
     # A signal does nothing until submitit handles it: it would end Python, and so the job, before.
-    python = given.pop("python", shlex.quote(sys.executable))
+    python = extra.pop("python", shlex.quote(sys.executable))
     python = f'sh -c \'trap "" {submitit.JobEnvironment.USR_SIG}; exec "$@"\' sh {python}'
-    slurm = _Slurm(folder, given.pop("max_num_timeout", 0), python=python)
+    slurm = _Slurm(folder, extra.pop("max_num_timeout", 0), python=python)
     # Without one process the others wait in vain. sbatch's cpus_per_task means nothing to srun since Slurm 22.05.
-    given["srun_args"] += ["--kill-on-bad-exit=1"]
-    given["srun_args"] += [f"--cpus-per-task={given['cpus_per_task']}"] if "cpus_per_task" in given else []
-    own = {key: given.pop(key) for key in (*slurm_settings.LISTS, "signal_delay_s") if key in given}
-    own |= {"wckey": given.pop("wckey", None)} if "wckey" in dict(args.slurm) else {}  # submitit has a default
+    extra["srun_args"] += ["--kill-on-bad-exit=1"]
+    extra["srun_args"] += [f"--cpus-per-task={extra['cpus_per_task']}"] if "cpus_per_task" in extra else []
+    own = {key: extra.pop(key) for key in (*slurm_settings.LISTS, "signal_delay_s") if key in extra}
+    own |= {"wckey": extra.pop("wckey", None)} if "wckey" in dict(args.slurm) else {}  # submitit has a default
     slurm.update_parameters(
         time=args.timeout, nodes=args.nodes, ntasks_per_node=args.ngpus, stderr_to_stdout=True,
-        additional_parameters=given, **own,
+        additional_parameters=extra, **own,
     )  # fmt: skip
     return slurm
 

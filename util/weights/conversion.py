@@ -100,9 +100,9 @@ def to_transformers(weights: dict[str, Tensor], names: set[str]) -> dict[str, Te
     for rows in TRANSFORMERS:
         renamed = _renamed(split, rows)
         for prefix in ("vit.", ""):
-            whole = {k if k.startswith(("decoder.", "classifier.")) else prefix + k: v for k, v in renamed.items()}
-            if whole.keys() == names:
-                return whole
+            complete = {k if k.startswith(("decoder.", "classifier.")) else prefix + k: v for k, v in renamed.items()}
+            if complete.keys() == names:
+                return complete
     differing = sorted(names ^ renamed.keys())
     raise ValueError(f"the installed transformers names weights in a way that is not known here: {differing[:4]}")
 
@@ -115,8 +115,8 @@ def _renamed(weights: dict[str, Tensor], rows: Iterable[tuple[str, str]]) -> dic
 
     def rename(name: str) -> str:
         for pattern, new in patterns:
-            if found := pattern.match(name):
-                return new.replace("#", found[1] if found.groups() else "") + name[found.end() :]
+            if match := pattern.match(name):
+                return new.replace("#", match[1] if match.groups() else "") + name[match.end() :]
         return name
 
     return {rename(name): value for name, value in weights.items()}

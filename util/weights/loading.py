@@ -86,13 +86,13 @@ def read(name: Path | str) -> Weights:
             model_zoo.fetch(str(name))
         dist.barrier()
         path = model_zoo.fetch(str(name))
-    held, settings = _read_folder(path) if path.is_dir() else _read_file(path)
+    content, settings = _read_folder(path) if path.is_dir() else _read_file(path)
     try:
-        tensors = to_ours({key: t for key, t in held.items() if isinstance(key, str) and isinstance(t, Tensor)})
+        tensors = to_ours({key: t for key, t in content.items() if isinstance(key, str) and isinstance(t, Tensor)})
     except (KeyError, RuntimeError) as error:  # query, key and value that can't be joined
         raise CheckpointError(f"{path}: its weights don't fit each other: {' '.join(str(error).split())}") from error
     if "patch_embed.proj.weight" not in tensors:
-        raise CheckpointError(f"{path} holds no weights of a Vision Transformer: {_some(map(str, held))}")
+        raise CheckpointError(f"{path} holds no weights of a Vision Transformer: {_some(map(str, content))}")
     for key, axes in (("patch_embed.proj.weight", 4), ("pos_embed", 3), ("decoder_pos_embed", 3)):
         if key in tensors and (tensors[key].ndim != axes or not tensors[key].is_floating_point()):
             shape = f"{tensors[key].dtype} {tuple(tensors[key].shape)}"
@@ -119,17 +119,17 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if path.suffix == ".safetensors":
         try:
             with safetensors.safe_open(path, "pt") as file:
-                told = json.loads((file.metadata() or {}).get(SETTINGS, "{}"))
-                if not isinstance(told, dict):
-                    raise ValueError(f"its settings are {told!r}")
-                return {key: file.get_tensor(key) for key in file.keys()}, told  # noqa: SIM118
+                settings = json.loads((file.metadata() or {}).get(SETTINGS, "{}"))
+                if not isinstance(settings, dict):
+                    raise ValueError(f"its settings are {settings!r}")
+                return {key: file.get_tensor(key) for key in file.keys()}, settings  # noqa: SIM118
         except Exception as error:
             raise CheckpointError(f"{path} is damaged or no safetensors file: {error}") from error
     state = checkpoint.read(path)
-    held = next((state[key] for key in ("model", "state_dict") if isinstance(state.get(key), dict)), state)
+    tensors = next((state[key] for key in ("model", "state_dict") if isinstance(state.get(key), dict)), state)
     settings = state.get("args")
     settings = vars(settings) if isinstance(settings, argparse.Namespace) else settings
-    return held, settings if isinstance(settings, dict) else {}
+    return tensors, settings if isinstance(settings, dict) else {}
 
 
 def _read_folder(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -140,26 +140,26 @@ def _read_folder(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     file = next((path / name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).is_file()), None)
     if file is None:
         raise CheckpointError(f"{path} is a folder without model.safetensors or pytorch_model.bin: give a file")
-    held, settings = _read_file(file)
+    content, settings = _read_file(file)
     try:
-        told = _config_settings(json.loads(read_file(path / "config.json")))
+        recorded = _config_settings(json.loads(read_file(path / "config.json")))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}/config.json can't be read: {error}") from error
     except (AttributeError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}/config.json is not as transformers writes it: {error}") from error
-    return held, {**told, **settings}
+    return content, {**recorded, **settings}
 
 
 def _config_settings(config: dict[str, Any]) -> dict[str, Any]:
     """Our settings of a config.json; raises KeyError, TypeError or AttributeError of one of another form."""
     names = {"image_size": "input_size", "patch_size": "patch_size", "num_channels": "in_chans",
              "norm_pix_loss": "norm_pix_loss"}  # fmt: skip
-    told = {ours: config[theirs] for theirs, ours in names.items() if theirs in config}
+    settings = {ours: config[theirs] for theirs, ours in names.items() if theirs in config}
     labels = config.get("id2label") or {}
     if labels and labels.get("0") != "LABEL_0":  # what transformers writes where nobody named them
         # Not as "classes", which --eval compares with the names of folders.
-        told["label_names"] = [labels[str(number)] for number in range(len(labels))]
-    return {**told, **config.get("settings", {})}
+        settings["label_names"] = [labels[str(number)] for number in range(len(labels))]
+    return {**settings, **config.get("settings", {})}
 
 
 def _kind(tensors: dict[str, Tensor]) -> str:
@@ -284,24 +284,24 @@ def statistics(
     if file is None or file.settings.get("in_chans") != in_chans:
         return mean, std
     theirs = file.settings.get("mean"), file.settings.get("std")
-    wanted = mean or theirs[0], std or theirs[1]
-    pairs = zip(channel_statistics(in_chans, *wanted), channel_statistics(in_chans, *theirs), strict=True)
+    chosen = mean or theirs[0], std or theirs[1]
+    pairs = zip(channel_statistics(in_chans, *chosen), channel_statistics(in_chans, *theirs), strict=True)
     for flag, (used, recorded) in zip(("--mean", "--std"), pairs, strict=True):
         if used != recorded and dist.is_main():
             now, then = (" ".join(f"{value:g}" for value in values) for values in (used, recorded))
             logger.warning(f"{flag} {now} is used, and {file.source} was made with {flag} {then}")
-    return wanted
+    return chosen
 
 
 def _adapt_input(file: Weights, weights: dict[str, Tensor], model: nn.Module, how: str) -> None:
     """Fits the patch projection (D, c, p, p) to the model's number of channels, in place."""
     name = "patch_embed.proj.weight"
-    theirs, wanted = weights[name], model.state_dict()[name].shape
-    if theirs.shape[1] == wanted[1]:
+    theirs, shape = weights[name], model.state_dict()[name].shape
+    if theirs.shape[1] == shape[1]:
         return
     if how == "error":
         raise advice.advised(
-            CheckpointError(f"{file.source} is for images of {theirs.shape[1]} channels, the model for {wanted[1]}"),
+            CheckpointError(f"{file.source} is for images of {theirs.shape[1]} channels, the model for {shape[1]}"),
             "choose --adapt_input mean (each channel starts from their mean), repeat (they are taken in turn) or skip "
             "(the patch projection starts untrained)",
         )
@@ -309,8 +309,8 @@ def _adapt_input(file: Weights, weights: dict[str, Tensor], model: nn.Module, ho
         del weights[name], weights["patch_embed.proj.bias"]
         return
     source = theirs.mean(dim=1, keepdim=True) if how == "mean" else theirs
-    taken = torch.arange(wanted[1]) % source.shape[1]
-    weights[name] = source[:, taken] * (theirs.shape[1] / wanted[1])
+    indices = torch.arange(shape[1]) % source.shape[1]
+    weights[name] = source[:, indices] * (theirs.shape[1] / shape[1])
 
 
 def _reshaped(weights: dict[str, Tensor], ours: dict[str, Tensor]) -> set[str]:
@@ -330,30 +330,30 @@ def _require(file: Weights, model: nn.Module, missing: set[str], unexpected: set
 
 def _differing(file: Weights, ours: dict[str, Tensor]) -> dict[str, Any]:
     """The settings of a file's model that are other ones than our model's."""
-    theirs, wanted = _architecture(file.tensors), _architecture(ours)
-    found = {name: theirs[name] for name in theirs if theirs[name] != wanted.get(name, theirs[name])}
-    if "model" in found:
+    theirs, expected = _architecture(file.tensors), _architecture(ours)
+    different = {name: theirs[name] for name in theirs if theirs[name] != expected.get(name, theirs[name])}
+    if "model" in different:
         row = model_zoo.TABLE.get(file.source)
-        width, depth = found["model"]
+        width, depth = different["model"]
         recorded = row.model if row else file.settings.get("model", f"(of {depth} blocks, {width} wide)")
-        found["model"] = f"{'mae_' * ('mask_token' in ours)}{str(recorded).removeprefix('mae_')}"
-    return found
+        different["model"] = f"{'mae_' * ('mask_token' in ours)}{str(recorded).removeprefix('mae_')}"
+    return different
 
 
 def _architecture(tensors: dict[str, Tensor]) -> dict[str, Any]:
     """What the tensors tell of the settings that make a model; its name is told by its width and depth."""
     width, channels, *patch = tensors["patch_embed.proj.weight"].shape
     blocks = Counter(name.split(".")[0] for name in tensors if name.endswith(".norm1.weight"))
-    told = {
+    settings = {
         "model": (width, blocks["blocks"]),
         "patch_size": patch if patch[0] != patch[1] else patch[0],
         "in_chans": channels,
     }
     if blocks["decoder_blocks"]:
-        return told | {"decoder_depth": blocks["decoder_blocks"]}
-    return told | {"global_pool": "fc_norm.weight" in tensors}
+        return settings | {"decoder_depth": blocks["decoder_blocks"]}
+    return settings | {"global_pool": "fc_norm.weight" in tensors}
 
 
-def _some(names: Iterable[str], shown: int = 3) -> str:
+def _some(names: Iterable[str], count: int = 3) -> str:
     names = sorted(names)
-    return ", ".join(names[:shown]) + (", ..." if len(names) > shown else "")
+    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")

@@ -157,11 +157,11 @@ def _check(path: Path, digest: str | None) -> None:
     sha256 = _hash(path, "sha256")
     if digest:
         kind, _, prefix = digest.partition(":")
-        found = sha256 if kind == "sha256" else _hash(path, kind)
-        if not found.startswith(prefix):
+        digest = sha256 if kind == "sha256" else _hash(path, kind)
+        if not digest.startswith(prefix):
             raise ValueError(
                 f"{path} is not the published file, whose {kind} starts with {prefix} (this one's with "
-                f"{found[: len(prefix)]}): a download cut short? Delete it and try again"
+                f"{digest[: len(prefix)]}): a download cut short? Delete it and try again"
             )
     elif not remembered.exists():
         logger.warning(f"no digest was published for {path.name}; this one is kept: sha256 {sha256}")
