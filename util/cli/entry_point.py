@@ -86,7 +86,7 @@ def parser(description: str) -> argparse.ArgumentParser:
 class _Args(argparse.Namespace):
     """Settings, and beside them, so that `vars` is free of it, the names of those that were given."""
 
-    __slots__ = ("given", "typed")
+    __slots__ = ("explicit", "in_command")
     explicit: frozenset[str]  # on the command line or in a recipe
     in_command: frozenset[str]  # on the command line
 
@@ -107,7 +107,7 @@ def explicit(args: argparse.Namespace, in_recipe: bool = True) -> frozenset[str]
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Flags over `--config` over defaults. A recipe's entries are read just as flags are, with the same checks.
 
-    `given` knows which of the settings are no defaults.
+    `explicit` returns the names of the settings that are not defaults.
     """
     assert isinstance(parser, _Parser), "made by `entry_point.parser`"
     argv = sys.argv[1:] if argv is None else list(argv)
