@@ -13,6 +13,7 @@ The published recipe on ImageNet, 8 GPUs of one machine:
 
 import argparse
 from argparse import Namespace
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from util.data import loader, transforms
 from util.data.samples import Samples
 from util.evaluation import pictures
 from util.training import fsdp, run_log, trainer
+from util.training.loop import Callback
 from util.training.precision import Precision
 from util.weights import loading
 
@@ -51,11 +53,16 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(args: Namespace, model_class: type[models_mae.MaskedAutoencoderViT] = models_mae.MaskedAutoencoderViT) -> None:
+def main(
+    args: Namespace,
+    model_class: type[models_mae.MaskedAutoencoderViT] = models_mae.MaskedAutoencoderViT,
+    callbacks: Sequence[Callback] = (),
+) -> None:
     """Trains for `args.epochs` epochs. Writes checkpoints, log.txt and TensorBoard's files.
 
     Args:
         model_class: of the model; a subclass changes the method.
+        callbacks: run after every update.
     """
     device = dist.init(args.device, args.dist_url, args.dist_timeout, args.dist_backend)
     run_log.start_logging()
@@ -109,6 +116,7 @@ def main(args: Namespace, model_class: type[models_mae.MaskedAutoencoderViT] = m
         vars(args),
         train_one_epoch=partial(train_one_epoch, mask_ratio=mask_ratio, normalize=normalize),
         after_epoch=draw_examples,
+        callbacks=callbacks,
     )
 
 

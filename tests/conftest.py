@@ -133,7 +133,7 @@ def classify(labelled, tmp_path):
 def pretrain(pictures, tmp_path):
     """Runs main_pretrain.py's `main` in this process, with small settings; returns the output folder."""
 
-    def run(name: str = "run", **flags) -> Path:
+    def run(name: str = "run", callbacks=(), **flags) -> Path:
         out = tmp_path / name
         settings = {
             "data_path": pictures, "output_dir": out, "log_dir": out, "model": "mae_vit_mini_patch4",
@@ -143,7 +143,7 @@ def pretrain(pictures, tmp_path):
         argv = []
         for flag, value in settings.items():
             argv += [f"--{flag}"] if value is True else [f"--{flag}", *str(value).split()]
-        main_pretrain.main(entry_point.parse(main_pretrain.get_args_parser(), argv))
+        main_pretrain.main(entry_point.parse(main_pretrain.get_args_parser(), argv), callbacks=callbacks)
         return out
 
     return run

@@ -52,7 +52,7 @@ def keep_calls(monkeypatch, module, name):
 
 LOOP_ARGUMENTS = {
     "compute_loss", "model", "loader", "optimizer", "epoch", "schedule", "precision", "guard", "first_iteration",
-    "accum_iter", "clip_grad", "meters", "log", "saver",
+    "accum_iter", "clip_grad", "meters", "log", "saver", "after_update",
 }  # fmt: skip
 
 
@@ -105,7 +105,8 @@ def test_every_argument_of_the_loop_by_flag(pretrain, loop_calls, monkeypatch, t
     ((args, options),) = logs
     assert args == (tmp_path / "run", tmp_path / "events", 9)
     assert options == {"first_epoch": 6, "first_x": 6000, "loss_tag": "train_loss"}
-    (((which, output_dir, model, optimizer, scaler, _, progress), _),) = resumed
+    (((which, output_dir, model, optimizer, scaler, _, progress, callbacks), _),) = resumed
+    assert callbacks == ()
     assert (which, output_dir) == ("", tmp_path / "run")
     assert model is call["model"]
     assert optimizer is call["optimizer"]
@@ -211,7 +212,7 @@ def test_buffers_are_shared_and_epochs_saved(pretrain, loop_calls, monkeypatch):
 def test_the_rest_of_an_epoch(pretrain, loop_calls, monkeypatch):
     """A run that resumes within an epoch trains the rest of it, and adds to its meters."""
 
-    def resume(which, output_dir, model, optimizer, scaler, settings, progress: Progress):
+    def resume(which, output_dir, model, optimizer, scaler, settings, progress: Progress, callbacks):
         progress.epoch, progress.first_iteration, progress.meters = 1, 4, {"loss": 3.0, "lr": 0.5, "updates": 2}
 
     monkeypatch.setattr(trainer.run_state, "resume", resume)

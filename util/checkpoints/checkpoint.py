@@ -1,8 +1,8 @@
 """Our own files: written whole or not at all, verified when read.
 
 A checkpoint holds {model, optimizer, epoch, scaler, args} as the published code's files do, and beside them `progress`,
-`rng` and `digest`. There is nothing but dicts, lists, tensors and plain values in it. That of a sharded run is a
-folder (`util.checkpoints.sharded`), of which `state.pth` is such a file, without the tensors.
+`rng`, `digest`, and `callbacks` where there are any. There is nothing but dicts, lists, tensors and plain values in it.
+That of a sharded run is a folder (`util.checkpoints.sharded`), of which `state.pth` is such a file without tensors.
 """
 
 import argparse

@@ -1,11 +1,13 @@
 """Where a run stands: collected, and put back. `saver.py` puts it into files."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim import Optimizer
 
 from util import dist
@@ -107,7 +109,13 @@ def _sums_over_updates(meters: dict[str, Any], updates: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def collect(model: nn.Module, optimizer: Optimizer, scaler: torch.amp.GradScaler, settings: dict) -> dict[str, Any]:
+def collect(
+    model: nn.Module,
+    optimizer: Optimizer,
+    scaler: torch.amp.GradScaler,
+    settings: dict,
+    callbacks: Sequence[Stateful] = (),
+) -> dict[str, Any]:
     """What a checkpoint holds beside the position of its run."""
     is_sharded = dist.is_sharded(model)
     rng = {"cpu": torch.get_rng_state()}
@@ -119,6 +127,7 @@ def collect(model: nn.Module, optimizer: Optimizer, scaler: torch.amp.GradScaler
         "scaler": scaler.state_dict(),
         "args": settings,
         "rng": rng,
+        **({"callbacks": [callback.state_dict() for callback in callbacks]} if callbacks else {}),
     }
 
 
@@ -130,6 +139,7 @@ def resume(
     scaler: torch.amp.GradScaler,
     settings: dict[str, Any],
     progress: Progress,
+    callbacks: Sequence[Stateful] = (),
 ) -> None:
     """Puts model, optimizer, scaler, random generators and position back to where a run stood.
 
@@ -158,6 +168,7 @@ def resume(
         restore_optimizer(optimizer, state["optimizer"])
         if scaler.is_enabled() and state.get("scaler"):
             scaler.load_state_dict(state["scaler"])
+        _restore_callbacks(callbacks, state.get("callbacks", []))
         _restore_rng(state.get("rng", {}))
         _warn_of_changes(_args_of(state), settings)
     here = torch.tensor([progress.epoch, progress.first_iteration], device=next(model.parameters()).device)
@@ -264,6 +275,16 @@ def restore_optimizer(optimizer: Optimizer, saved: dict[str, Any]) -> None:
         for number, moments in saved["state"].items()
     }
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _restore_callbacks(callbacks: Sequence[Stateful], states: list[dict[str, Any]]) -> None:
+    if len(callbacks) != len(states):
+        raise CheckpointError(
+            f"the checkpoint contains the state of {len(states)} callbacks, and this run has {len(callbacks)}: resume "
+            f"with the same callbacks"
+        )
+    for callback, state in zip(callbacks, states, strict=True):
+        callback.load_state_dict(state)
 
 
 def _restore_rng(rng: dict[str, Tensor]) -> None:

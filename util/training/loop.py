@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim import Optimizer
 
 from util import dist
@@ -47,6 +48,16 @@ class Loader(Protocol):
     def __iter__(self) -> Iterator[Any]: ...
 
 
+class Callback(Stateful, Protocol):
+    """Runs after every update, in every process. Checkpoints contain its state; a resumed run restores it.
+
+    The state is a dict of tensors and plain values. The state of rank 0 is saved.
+    """
+
+    def after_update(self, model: nn.Module, epoch: float) -> None:
+        """Called after the optimizer step; `epoch` is fractional: 1.5 is the middle of the second epoch."""
+
+
 @dataclass(frozen=True)
 class EpochOptions:
     """The arguments of `run_epoch` that do not depend on the engine."""
@@ -61,6 +72,7 @@ class EpochOptions:
     first_iteration: int = 0  # iterations of this epoch that an earlier run completed; a multiple of `accum_iter`
     accum_iter: int = 1  # iterations of an update; divides the iterations of an epoch
     clip_grad: float | None = None  # largest global norm of the gradient
+    after_update: Callable[[float], None] = lambda epoch: None  # called with the fractional epoch
 
 
 def run_epoch(
@@ -109,6 +121,7 @@ def run_epoch(
             mean_loss_and_requests = share_requests(loss, request)
             in_optimizer_step = True
             grad_norm = precision.step(optimizer, options.clip_grad)
+            options.after_update(epoch + (updates + 1) / num_updates)
             pending.push(Update(iteration + 1, lr), torch.cat([grad_norm[None], mean_loss_and_requests]))
             updates, in_optimizer_step, buffers = updates + 1, False, []
             shared_request = pending.read(UPDATES_IN_FLIGHT, iteration + 1)

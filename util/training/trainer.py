@@ -2,7 +2,7 @@
 
 import logging
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -17,7 +17,7 @@ from util.checkpoints import run_directory, run_state
 from util.interrupts import Interrupted, Interrupts
 from util.training import run_log
 from util.training.compiling import compile_model
-from util.training.loop import EpochOptions, Loader, NonFiniteGuard
+from util.training.loop import Callback, EpochOptions, Loader, NonFiniteGuard
 from util.training.precision import Precision
 from util.training.saver import open_saver
 
@@ -36,6 +36,7 @@ def run(
     loss_tag: str = "train_loss",
     trained: nn.Module | None = None,
     evaluates: bool = False,
+    callbacks: Sequence[Callback] = (),
 ) -> None:
     """Trains to the end of the last epoch.
 
@@ -52,7 +53,13 @@ def run(
         trained: the part of the model that is called with a batch; all of it by default.
         evaluates: `after_epoch` takes long, and changes nothing that is saved: the state is saved before, and a signal
             ends it at once. A resumed run repeats it.
+        callbacks: run after every update, in this order. Checkpoints contain their states, under the key `callbacks`.
+
+    Raises:
+        ValueError: the model is sharded, and there are callbacks: their states would not be saved.
     """
+    if callbacks and dist.is_sharded(model):
+        raise ValueError("--fsdp can't save the state of callbacks: leave out --fsdp or the callbacks")
     args = Namespace(**settings)
     output_dir = Path(args.output_dir)
     global_batch_size = args.batch_size * dist.world_size()
@@ -67,10 +74,13 @@ def run(
     progress = run_state.Progress(effective_batch_size, global_batch_size, args.start_epoch, batches.num_images)
     with ExitStack() as stack:
         stack.enter_context(run_directory.locked(output_dir))
-        run_state.resume(args.resume, output_dir, model, optimizer, precision.scaler, dict(settings), progress)
+        run_state.resume(
+            args.resume, output_dir, model, optimizer, precision.scaler, dict(settings), progress, callbacks
+        )
         interrupts = Interrupts()
         saver = open_saver(
-            interrupts, output_dir, partial(run_state.collect, model, optimizer, precision.scaler, dict(settings)),
+            interrupts, output_dir,
+            partial(run_state.collect, model, optimizer, precision.scaler, dict(settings), callbacks),
             progress, dist.is_sharded(model),
             epochs=args.epochs, save_every=args.save_every, save_minutes=args.save_minutes, keep_last=args.keep_last,
         )  # fmt: skip
@@ -86,6 +96,11 @@ def run(
         )  # fmt: skip
         for resource in (interrupts, closing(log), closing(saver)):  # a signal waits until all is written
             stack.enter_context(resource)
+
+        def after_update(epoch: float) -> None:
+            for callback in callbacks:
+                callback.after_update(model, epoch)
+
         options = EpochOptions(
             epoch=progress.epoch,
             schedule=partial(lr_sched.adjust_learning_rate, optimizer, args=args),
@@ -95,6 +110,7 @@ def run(
             saver=saver,
             accum_iter=args.accum_iter,
             clip_grad=args.clip_grad,
+            after_update=after_update,
         )
         _train_epochs(
             train, options, after_epoch, model, batches, progress, interrupts,

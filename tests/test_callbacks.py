@@ -1,0 +1,91 @@
+"""Callbacks between updates: when they run, and what the checkpoints contain of them. EMA is the example."""
+
+import re
+
+import pytest
+import torch
+from conftest import ROOT
+from mains import Stopped, assert_equal, in_processes, stop_after, weights
+
+from util import dist
+from util.checkpoints import checkpoint
+from util.checkpoints.checkpoint import CheckpointError
+from util.training.ema import EMA
+
+
+class History:
+    """Records the epoch and a weight after every update."""
+
+    def __init__(self):
+        self.epochs, self.weights = [], []
+
+    def after_update(self, model, epoch):
+        self.epochs.append(epoch)
+        self.weights.append(model.cls_token[0, 0, 0].item())
+
+    def state_dict(self):
+        return {"epochs": self.epochs, "weights": self.weights}
+
+    def load_state_dict(self, state_dict):
+        self.epochs, self.weights = state_dict["epochs"], state_dict["weights"]
+
+
+def test_a_callback_runs_after_every_update(pretrain):
+    """Six iterations of an epoch are three updates. The weights are those after the optimizer step."""
+    history = History()
+    out = pretrain(accum_iter=2, callbacks=[history])
+    assert history.epochs == pytest.approx([1 / 3, 2 / 3, 1, 4 / 3, 5 / 3, 2])
+    state = checkpoint.read(out / "checkpoint-1.pth")
+    assert state["callbacks"] == [history.state_dict()]
+    assert history.weights[-1] == state["model"]["cls_token"][0, 0, 0].item() != history.weights[-2]
+
+
+def test_only_runs_with_callbacks_have_the_key(pretrain):
+    assert "callbacks" not in checkpoint.read(pretrain(epochs=1) / "checkpoint-0.pth")
+
+
+@pytest.mark.parametrize(("method", "calls"), [("save_epoch", 1), ("save", 2)])
+def test_an_average_is_saved_and_resumed_exactly(pretrain, monkeypatch, method, calls):
+    settings = {"epochs": 3, "accum_iter": 2, "save_minutes": 0, "save_every": 1}
+    uninterrupted = pretrain("a", callbacks=[EMA(0.9)], **settings)
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_after(patch, method, calls)
+        pretrain("b", callbacks=[EMA(0.9)], **settings)
+    resumed = pretrain("b", callbacks=[EMA(0.9)], resume="auto", **settings)
+    (ours,), (theirs,) = (checkpoint.read(out / "checkpoint-2.pth")["callbacks"] for out in (uninterrupted, resumed))
+    assert_equal(ours, theirs)
+    assert any(not torch.equal(ours[name], weight) for name, weight in weights(resumed, "checkpoint-2.pth").items())
+
+
+def test_the_average_has_its_definition():
+    model, ema = torch.nn.BatchNorm1d(3), EMA(0.75)
+    for value in (4.0, 8.0, 16.0):
+        model.weight.data.fill_(value)
+        model.num_batches_tracked.fill_(int(value))
+        ema.after_update(model, 0.0)
+    assert ema.state_dict()["weight"].tolist() == [7.75] * 3  # 0.75 * (0.75 * 4 + 0.25 * 8) + 0.25 * 16
+    assert ema.state_dict()["num_batches_tracked"] == 16
+    assert model.weight.tolist() == [16.0] * 3
+
+
+@pytest.mark.parametrize(("before", "after", "numbers"), [(0, 1, "0 callbacks.* has 1"), (1, 0, "1 callbacks.* has 0")])
+def test_a_run_resumes_with_the_same_callbacks(pretrain, before, after, numbers):
+    pretrain(epochs=1, callbacks=[EMA()] * before)
+    with pytest.raises(CheckpointError, match=numbers):
+        pretrain(epochs=2, resume="auto", callbacks=[EMA()] * after)
+
+
+def test_sharded_runs_refuse_callbacks_in_one_line(pretrain, monkeypatch):
+    monkeypatch.setattr(dist, "is_sharded", lambda model: True)
+    with pytest.raises(ValueError, match=r"^--fsdp can't save the state of callbacks: leave out --fsdp or the"):
+        pretrain(callbacks=[EMA()])
+
+
+def test_the_documented_average_trains(pictures, tmp_path, monkeypatch):
+    """The script of PRETRAIN.md, with flags of main_pretrain.py."""
+    codes = re.findall(r"```python\n(.*?)```", (ROOT / "PRETRAIN.md").read_text(), flags=re.DOTALL)
+    (code,) = [code for code in codes if "EMA" in code]
+    (tmp_path / "average.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}")
+    in_processes(1, pictures, tmp_path / "run", "--batch_size", 4, "--epochs", 1, script=tmp_path / "average.py")
+    state = checkpoint.read(tmp_path / "run/checkpoint-0.pth")
+    assert state["callbacks"][0].keys() == state["model"].keys()
