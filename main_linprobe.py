@@ -195,7 +195,8 @@ def write_chosen(model: nn.Module, head: nn.Module, settings: dict[str, Any], ep
     """Writes probe.pth: the model with one of its heads, under the published names."""
     tensors = {name: value for name, value in model.state_dict().items() if not name.startswith("head.")}
     tensors |= {f"head.{name}": value for name, value in head.state_dict().items()}
-    checkpoint.write({"model": tensors, "epoch": epoch, "args": settings}, Path(settings["output_dir"]) / "probe.pth")
+    state = checkpoint.snapshot({"model": tensors, "epoch": epoch, "args": settings})
+    checkpoint.write(state, Path(settings["output_dir"]) / "probe.pth")
 
 
 class HeadLosses:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from util.checkpoints import checkpoint, run_state
 from util.checkpoints.run_state import Progress
@@ -142,6 +143,39 @@ def test_what_is_written_is_the_state_of_the_call(tmp_path, monkeypatch):
     weight.fill_(7)
     saver.close()
     assert checkpoint.read(tmp_path / "checkpoint-last.pth")["model"]["weight"].sum() == 0
+
+
+class AllocatedBytes(TorchDispatchMode):
+    """Adds up the tensors that operations allocate."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **kwargs or {})
+        if isinstance(result, torch.Tensor):
+            storages = {arg.untyped_storage().data_ptr() for arg in args if isinstance(arg, torch.Tensor)}
+            AllocatedBytes.total += result.nbytes * (result.untyped_storage().data_ptr() not in storages)
+        return result
+
+
+def test_a_save_copies_the_state_once(tmp_path, monkeypatch):
+    """The copy of the call is the one that the other thread writes."""
+    weight, write = torch.zeros(1000, 1000), checkpoint.write
+
+    def count(*args):
+        with AllocatedBytes():
+            write(*args)
+
+    monkeypatch.setattr(checkpoint, "write", count)
+    saver = Saver(
+        Interrupts(), tmp_path, lambda: {"model": {"weight": weight}}, Progress(8, 8),
+        epochs=9, save_every=20, save_minutes=15,
+    )  # fmt: skip
+    with AllocatedBytes():
+        saver.save(0, 1, {})
+    saver.close()
+    assert AllocatedBytes.total == weight.nbytes
+    assert checkpoint.read(tmp_path / "checkpoint-last.pth")["model"]["weight"].shape == (1000, 1000)
 
 
 def test_a_failed_state_leaves_the_one_before(tmp_path, monkeypatch, caplog):

@@ -65,13 +65,13 @@ def write(state: dict[str, Any], path: Path, *also: Path) -> None:
     """Writes a state with its digest. The file is there when it is complete; a crash leaves the previous one.
 
     Args:
+        state: its tensors are on the host (`snapshot`). It is not copied, so it must not change meanwhile.
         also: further names of the same file, in the same folder.
 
     Raises:
         OSError: the disk is full, or the folder can't be written to. The previous file is as it was.
     """
-    state = snapshot(state)
-    state["digest"] = compute_digest(state)
+    state = {**state, "digest": compute_digest(state)}
     with atomic.replacing(path) as temporary:
         with temporary.open("wb") as file:
             torch.save(state, file)
@@ -109,7 +109,7 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def snapshot(value: Any) -> Any:
-    """A nested state's copy on the host: what becomes of the state does not change it."""
+    """Copies a nested state to the host. Later changes of the state do not reach the copy."""
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
