@@ -12,11 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from util import dist
+from util import datasets, dist
 from util.cli import advice, entry_point
-from util.data import labels
+from util.data import labels, loader, transforms
+from util.data.library_sets import Shards
+from util.data.samples import Samples
 from util.data.sources import Source
 from util.evaluation import report
 from util.pos_embed import to_pair
@@ -150,6 +153,58 @@ def extract_features(
             features.append(model.forward_features(normalize(images)).float().cpu())
         labels.append(targets.cpu())
     return torch.cat(features), torch.cat(labels)
+
+
+class Setup:
+    """What fine-tuning, linear probing and nearest neighbours derive from their flags: data and normalisation.
+
+    Args:
+        args: the flags, or those that `as_recorded` returns.
+        device: of the model's input.
+        file: the weights to start from or to evaluate; their mean and std are the default.
+    """
+
+    def __init__(self, args: Namespace, device: torch.device, file: Weights | None) -> None:
+        self.args = args
+        self.mean, self.std = loading.statistics(file, args.in_chans, args.mean, args.std)
+        self.statistics = transforms.channel_statistics(args.in_chans, self.mean, self.std)
+        self.normalize = transforms.Normalize(*self.statistics).to(device)
+        self.pin_memory = args.pin_mem and device.type == "cuda"
+
+    def open_pair(self) -> tuple[Source, Source]:
+        """Opens the training and the validation set, which have the same classes."""
+        args = self.args
+        train, val = labels.open_pair(
+            self._open_split, args.train_list, args.val_list,
+            nb_classes=args.nb_classes, train_per_class=args.train_per_class, seed=args.seed,
+        )  # fmt: skip
+        datasets.suggest_statistics(train, args.in_chans, self.mean, self.std)
+        return train, val
+
+    def open_val(self) -> Source:
+        """Opens the validation set."""
+        val = labels.require(self._open_split("val", self.args.val_list), "val")
+        datasets.suggest_statistics(val, self.args.in_chans, self.mean, self.std)
+        return val
+
+    def _open_split(self, split: str, file_list: str | None) -> Source | Shards:
+        args = self.args
+        return datasets.open_source(split, args.data_path, file_list, args.dataset, download=args.download)
+
+    def train_batches(self, source: Source, transform: Callable[[Any], Tensor]) -> loader.TrainLoader:
+        """Returns this process's augmented batches of a training set."""
+        args = self.args
+        samples = Samples(source, transform, in_chans=args.in_chans, seed=args.seed, on_bad_image=args.on_bad_image)
+        return loader.TrainLoader(
+            samples, args.batch_size, args.seed, args.num_workers, self.pin_memory, accum_iter=args.accum_iter
+        )
+
+    def eval_batches(self, source: Source, batch_size: int) -> DataLoader:
+        """Returns this process's batches of a dataset, resized and cropped for an evaluation."""
+        args = self.args
+        transform = transforms.eval_transform(args.input_size, args.crop_pct)
+        samples = Samples(source, transform, in_chans=args.in_chans, seed=args.seed)
+        return loader.eval_loader(samples, batch_size, args.num_workers, self.pin_memory)
 
 
 def file_of(settings: Mapping[str, Any]) -> Weights | None:

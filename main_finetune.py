@@ -34,6 +34,7 @@ import models_build
 import models_vit
 from engine_finetune import (
     Evaluation,
+    Setup,
     as_recorded,
     evaluate,
     file_of,
@@ -41,15 +42,12 @@ from engine_finetune import (
     tell,
     train_one_epoch,
 )
-from util import datasets, dist
 from util.checkpoints import run_directory
 from util.cli import options
-from util.data import labels, loader, transforms
-from util.data.samples import Samples
+from util.data import transforms
 from util.data.sources import Source
 from util.lr_decay import param_groups_lrd
 from util.training import run_log, trainer
-from util.training.precision import Precision
 from util.weights import loading
 
 logger = logging.getLogger(__name__)
@@ -74,41 +72,27 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(args: Namespace) -> Evaluation | None:
     """Trains for `args.epochs` epochs, evaluating after each; or, with --eval, evaluates once and returns that."""
-    device = dist.init(args.device, args.dist_url, args.dist_timeout, args.dist_backend)
-    run_log.start_logging()
-    torch.manual_seed(args.seed)
-    precision = Precision(args.amp, device)
-    open_split = partial(datasets.open_source, data_path=args.data_path, dataset=args.dataset, download=args.download)
+    precision = trainer.start(args)
+    device = precision.device
     file = file_of(vars(args))
     if args.eval and file:
         args = as_recorded(args, file, models_build.classifier_settings(file.settings))
-    mean, std = loading.statistics(file, args.in_chans, args.mean, args.std)
-    statistics = transforms.channel_statistics(args.in_chans, mean, std)
-    normalize = transforms.Normalize(*statistics).to(device)
-    reads = {"in_chans": args.in_chans, "seed": args.seed}
-    fetches = {"num_workers": args.num_workers, "pin_memory": args.pin_mem and device.type == "cuda"}
+    setup = Setup(args, device, file)
 
-    def prepare_test(val: Source) -> Callable[[nn.Module], Evaluation]:
-        samples = Samples(val, transforms.eval_transform(args.input_size, args.crop_pct), **reads)
-        batches = loader.eval_loader(samples, args.batch_size, **fetches)
-        return partial(evaluate, data_loader=batches, normalize=normalize, precision=precision)
+    def evaluation(val: Source) -> Callable[[nn.Module], Evaluation]:
+        batches = setup.eval_batches(val, args.batch_size)
+        return partial(evaluate, data_loader=batches, normalize=setup.normalize, precision=precision)
 
     if args.eval and file:
-        val = labels.require(open_split("val", file_list=args.val_list), "val")
-        datasets.suggest_statistics(val, args.in_chans, mean, std)
-        model, val = load_for_evaluation(models_build.classifier, vars(args), file, val)
-        scores = prepare_test(val)(model.to(device))
+        model, val = load_for_evaluation(models_build.classifier, vars(args), file, setup.open_val())
+        scores = evaluation(val)(model.to(device))
         tell(scores, val.classes, args.report)
         return scores
 
     run_directory.prepare(Path(args.output_dir), args.resume)
-    train, val = labels.open_pair(
-        open_split, args.train_list, args.val_list,
-        nb_classes=args.nb_classes, train_per_class=args.train_per_class, seed=args.seed,
-    )  # fmt: skip
-    datasets.suggest_statistics(train, args.in_chans, mean, std)
+    train, val = setup.open_pair()
     classes = train.classes
-    settings = {**vars(args), "nb_classes": len(classes), "classes": classes, "mean": mean, "std": std}
+    settings = {**vars(args), "nb_classes": len(classes), "classes": classes, "mean": setup.mean, "std": setup.std}
     model = models_build.classifier(settings)
     if file and not loading.load_encoder(model, file, args.adapt_input, classes):
         trunc_normal_(model.head.weight, std=HEAD_STD)
@@ -117,10 +101,9 @@ def main(args: Namespace) -> Evaluation | None:
     model.to(device)
 
     augment = transforms.finetune_transform(
-        args.input_size, statistics[0], args.aa, args.color_jitter, args.crop_scale, args.hflip
+        args.input_size, setup.statistics[0], args.aa, args.color_jitter, args.crop_scale, args.hflip
     )
-    samples = Samples(train, augment, on_bad_image=args.on_bad_image, **reads)
-    batches = loader.TrainLoader(samples, args.batch_size, args.seed, accum_iter=args.accum_iter, **fetches)
+    batches = setup.train_batches(train, augment)
     mixup = mixing(args, len(classes))
     if mixup:
         criterion: nn.Module = SoftTargetCrossEntropy()
@@ -132,7 +115,7 @@ def main(args: Namespace) -> Evaluation | None:
     num_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.info(f"{num_parameters:,} parameters to train, {len(train):,} images of {len(classes)} classes")
 
-    test = prepare_test(val)
+    test = evaluation(val)
 
     def evaluate_epoch(epoch: int, log: run_log.NullLog) -> dict[str, Any]:
         scores = test(model)
@@ -146,7 +129,11 @@ def main(args: Namespace) -> Evaluation | None:
         precision,
         settings,
         train_one_epoch=partial(
-            train_one_epoch, criterion=criterion, normalize=normalize, erase=erase if args.reprob else None, mixup=mixup
+            train_one_epoch,
+            criterion=criterion,
+            normalize=setup.normalize,
+            erase=erase if args.reprob else None,
+            mixup=mixup,
         ),
         after_epoch=evaluate_epoch,
         loss_tag="loss",

@@ -16,26 +16,20 @@ import argparse
 import json
 import logging
 from argparse import Namespace
-from functools import partial
 from typing import Any
 
 from util.cli import entry_point  # first, as it names the packages that are missing
 
 # isort: split
-import torch
 from torch import Tensor
 
 import models_build
 import models_vit
-from engine_finetune import as_recorded, extract_features, load_frozen
-from util import datasets, dist
+from engine_finetune import Setup, as_recorded, extract_features, load_frozen
 from util.cli import options
-from util.data import labels, loader, transforms
-from util.data.samples import Samples
 from util.data.sources import Source
 from util.evaluation.knn import classify
-from util.training import run_log
-from util.training.precision import Precision
+from util.training import trainer
 from util.weights import loading
 
 logger = logging.getLogger(__name__)
@@ -55,32 +49,20 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(args: Namespace) -> dict[int, float]:
     """Prints, and returns, the accuracy in per cent for every k."""
-    device = dist.init(args.device, args.dist_url, args.dist_timeout, args.dist_backend)
-    run_log.start_logging()
-    torch.manual_seed(args.seed)
-    precision = Precision(args.amp, device)
-    open_split = partial(datasets.open_source, data_path=args.data_path, dataset=args.dataset, download=args.download)
-    train, val = labels.open_pair(
-        open_split, args.train_list, args.val_list,
-        nb_classes=args.nb_classes, train_per_class=args.train_per_class, seed=args.seed,
-    )  # fmt: skip
+    precision = trainer.start(args)
+    device = precision.device
     file = loading.read(args.finetune) if args.finetune else None
     if file:
         args = as_recorded(args, file, models_build.classifier_settings(file.settings))
+    setup = Setup(args, device, file)
+    train, val = setup.open_pair()
     model = models_build.classifier({**vars(args), "nb_classes": 0})
     load_frozen(model, file, args.adapt_input)
     model.to(device)
-    mean, std = loading.statistics(file, args.in_chans, args.mean, args.std)
-    datasets.suggest_statistics(train, args.in_chans, mean, std)
-    statistics = transforms.channel_statistics(args.in_chans, mean, std)
-    normalize = transforms.Normalize(*statistics).to(device)
 
     def features_of(source: Source, model: Any) -> tuple[Tensor, Tensor]:
-        samples = Samples(
-            source, transforms.eval_transform(args.input_size, args.crop_pct), in_chans=args.in_chans, seed=args.seed
-        )
-        batches = loader.eval_loader(samples, args.batch_size, args.num_workers, args.pin_mem and device.type == "cuda")
-        return extract_features(model, batches, normalize=normalize, precision=precision)
+        batches = setup.eval_batches(source, args.batch_size)
+        return extract_features(model, batches, normalize=setup.normalize, precision=precision)
 
     bank, queries = features_of(train, model), features_of(val, model)
     del model  # the bank may need its place

@@ -33,6 +33,7 @@ import models_build
 import models_vit
 from engine_finetune import (
     Evaluation,
+    Setup,
     as_recorded,
     evaluate,
     extract_features,
@@ -42,16 +43,14 @@ from engine_finetune import (
     tell,
     train_one_epoch,
 )
-from util import datasets, dist
+from util import dist
 from util.checkpoints import checkpoint, run_directory
 from util.cli import options
 from util.data import labels, loader, transforms
-from util.data.samples import Samples
 from util.data.sources import Source
 from util.lars import LARS
 from util.training import run_log, trainer
 from util.training.precision import Precision
-from util.weights import loading
 
 logger = logging.getLogger(__name__)
 
@@ -73,46 +72,32 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(args: Namespace) -> None:
     """Trains for `args.epochs` epochs, evaluating after each; or, with --eval, evaluates once."""
-    device = dist.init(args.device, args.dist_url, args.dist_timeout, args.dist_backend)
-    run_log.start_logging()
-    torch.manual_seed(args.seed)
-    precision = Precision(args.amp, device)
-    open_split = partial(datasets.open_source, data_path=args.data_path, dataset=args.dataset, download=args.download)
+    precision = trainer.start(args)
+    device = precision.device
     # A probe that is resumed finds its encoder in the checkpoint, but computes features before that is read.
     begun = args.finetune or (args.resume if args.resume != "auto" else "")
     file = file_of({**vars(args), "finetune": begun})
     if args.eval and file:
         args = as_recorded(args, file, models_build.classifier_settings(file.settings))
-    mean, std = loading.statistics(file, args.in_chans, args.mean, args.std)
-    statistics = transforms.channel_statistics(args.in_chans, mean, std)
-    normalize = transforms.Normalize(*statistics).to(device)
-    reads = {"in_chans": args.in_chans, "seed": args.seed}
-    fetches = {"num_workers": args.num_workers, "pin_memory": args.pin_mem and device.type == "cuda"}
+    setup = Setup(args, device, file)
 
     def features_of(source: Source, model: Any) -> tuple[Tensor, Tensor]:
-        samples = Samples(source, transforms.eval_transform(args.input_size, args.crop_pct), **reads)
-        batches = loader.eval_loader(samples, min(args.batch_size, 512), **fetches)
-        return extract_features(model, batches, normalize=normalize, precision=precision)
+        batches = setup.eval_batches(source, min(args.batch_size, 512))
+        return extract_features(model, batches, normalize=setup.normalize, precision=precision)
 
     test = partial(evaluate_head, precision=precision)
     if args.eval and file:
-        val = labels.require(open_split("val", file_list=args.val_list), "val")
-        datasets.suggest_statistics(val, args.in_chans, mean, std)
-        probe, val = load_for_evaluation(models_build.probe, vars(args), file, val)
+        probe, val = load_for_evaluation(models_build.probe, vars(args), file, setup.open_val())
         tell(test(probe.get_submodule("head"), features_of(val, probe.to(device))), val.classes, args.report)
         return
 
     run_directory.prepare(Path(args.output_dir), args.resume)
-    train, val = labels.open_pair(
-        open_split, args.train_list, args.val_list,
-        nb_classes=args.nb_classes, train_per_class=args.train_per_class, seed=args.seed,
-    )  # fmt: skip
-    datasets.suggest_statistics(train, args.in_chans, mean, std)
+    train, val = setup.open_pair()
     classes = train.classes
     several = len(args.blr) > 1
     if several and args.lr is not None:
         raise ValueError("--lr sets one rate; leave it out where --blr gives several")
-    told = {"blr": args.blr if several else args.blr[0], "mean": mean, "std": std}
+    told = {"blr": args.blr if several else args.blr[0], "mean": setup.mean, "std": setup.std}
     settings = {**vars(args), **told, "nb_classes": len(classes), "classes": classes}
     model = models_build.probe(settings)
     load_frozen(model, file, args.adapt_input)
@@ -128,8 +113,7 @@ def main(args: Namespace) -> None:
     if args.cache_features:
         batches: Any = loader.FeatureBatches(*features_of(train, model), args.batch_size, args.seed, args.accum_iter)
     else:
-        samples = Samples(train, transforms.probe_transform(args.input_size), on_bad_image=args.on_bad_image, **reads)
-        batches = loader.TrainLoader(samples, args.batch_size, args.seed, accum_iter=args.accum_iter, **fetches)
+        batches = setup.train_batches(train, transforms.probe_transform(args.input_size))
     num_parameters, criterion = sum(p.numel() for p in heads[0].parameters()), HeadLosses(len(batches))
 
     def evaluate_epoch(epoch: int, log: run_log.NullLog) -> dict[str, Any]:
@@ -150,7 +134,7 @@ def main(args: Namespace) -> None:
         precision,
         settings,
         train_one_epoch=partial(
-            train_one_epoch, criterion=criterion, normalize=nn.Identity() if args.cache_features else normalize
+            train_one_epoch, criterion=criterion, normalize=nn.Identity() if args.cache_features else setup.normalize
         ),
         after_epoch=evaluate_epoch,
         loss_tag="loss",

@@ -35,7 +35,6 @@ from util.data.samples import Samples
 from util.evaluation import pictures
 from util.training import fsdp, run_log, trainer
 from util.training.loop import Callback
-from util.training.precision import Precision
 from util.weights import loading
 
 EXAMPLES = 8  # images in TensorBoard's picture of reconstructions
@@ -64,14 +63,12 @@ def main(
         model_class: of the model; a subclass changes the method.
         callbacks: run after every update.
     """
-    device = dist.init(args.device, args.dist_url, args.dist_timeout, args.dist_backend)
-    run_log.start_logging()
+    precision = trainer.start(args)
+    device = precision.device
     run_directory.prepare(Path(args.output_dir), args.resume)
-    torch.manual_seed(args.seed)
 
     with torch.device("meta" if args.fsdp else "cpu"):  # without values, which each process gets for its part only
         model = models_build.autoencoder(vars(args), model_class)
-    precision = Precision(args.amp, device)
     if args.fsdp:
         fsdp.shard(model, [*model.blocks, *model.decoder_blocks], device, precision.dtype, method="reconstruct")
     draw_noise, mask_ratio = masking.sampler(args.masking, model.grid_size, args.mask_ratio)

@@ -87,7 +87,7 @@ def test_memory_is_pinned_for_a_gpu(monkeypatch, script, pinned, data, tmp_path)
         narrow(patch)
         patch.setattr(dist, "init", lambda *args: gpu)
         patch.setattr(nn.Module, "to", lambda module, device: placed.append((type(module).__name__, device)) or module)
-        patch.setattr(script, "Precision", lambda amp, device: SimpleNamespace(device=device))
+        patch.setattr(trainer, "Precision", lambda amp, device: SimpleNamespace(device=device))
         loaders, trained = recorder(patch, loader, "eval_loader"), recorder(patch, loader.TrainLoader, "__init__")
         runs = recorder(patch, trainer, "run", call=False)
         if script is not main_finetune:

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -22,6 +23,18 @@ from util.training.precision import Precision
 from util.training.saver import open_saver
 
 logger = logging.getLogger(__name__)
+
+
+def start(args: Namespace) -> Precision:
+    """Joins the process group, starts logging and seeds PyTorch, by the flags of a script.
+
+    Returns:
+        The device of this process and its precision.
+    """
+    device = dist.init(args.device, args.dist_url, args.dist_timeout, args.dist_backend)
+    run_log.start_logging()
+    torch.manual_seed(args.seed)
+    return Precision(args.amp, device)
 
 
 def run(
