@@ -75,16 +75,13 @@ def run(
         raise ValueError("--fsdp can't save the state of callbacks: leave out --fsdp or the callbacks")
     args = Namespace(**settings)
     output_dir = Path(args.output_dir)
-    global_batch_size = args.batch_size * dist.world_size()
-    effective_batch_size = global_batch_size * args.accum_iter
     shown = (f"{name}={value}" for name, value in sorted(settings.items()) if name != "classes")
     logger.info("settings: " + " ".join(shown))
+    progress = _initial_progress(args, batches.num_images)
     base = max(args.blr) if isinstance(args.blr, list) else args.blr
-    args.lr = lr_sched.scaled_lr(args.lr, base, effective_batch_size)
+    args.lr = lr_sched.scaled_lr(args.lr, base, progress.effective_batch_size)
     lr_sched.check_warmup(args.warmup_epochs, args.epochs)
     logger.info(f"{args.model} on {precision.device} in {precision.name}, {dist.world_size()} process(es)")
-
-    progress = run_state.Progress(effective_batch_size, global_batch_size, args.start_epoch, batches.num_images)
     with ExitStack() as stack:
         stack.enter_context(run_directory.locked(output_dir))
         run_state.resume(
@@ -109,11 +106,6 @@ def run(
         )  # fmt: skip
         for resource in (interrupts, closing(log), closing(saver)):  # a signal waits until all is written
             stack.enter_context(resource)
-
-        def after_update(epoch: float) -> None:
-            for callback in callbacks:
-                callback.after_update(model, epoch)
-
         options = EpochOptions(
             epoch=progress.epoch,
             schedule=partial(lr_sched.adjust_learning_rate, optimizer, args=args),
@@ -123,12 +115,22 @@ def run(
             saver=saver,
             accum_iter=args.accum_iter,
             clip_grad=args.clip_grad,
-            after_update=after_update,
+            after_update=partial(_run_callbacks, callbacks, model),
         )
         _train_epochs(
             train, options, after_epoch, model, batches, progress, interrupts,
             epochs=args.epochs, eval_every=settings.get("eval_every", 1), evaluates=evaluates,
         )  # fmt: skip
+
+
+def _initial_progress(args: Namespace, num_images: int) -> run_state.Progress:
+    global_batch_size = args.batch_size * dist.world_size()
+    return run_state.Progress(global_batch_size * args.accum_iter, global_batch_size, args.start_epoch, num_images)
+
+
+def _run_callbacks(callbacks: Sequence[Callback], model: nn.Module, epoch: float) -> None:
+    for callback in callbacks:
+        callback.after_update(model, epoch)
 
 
 def _train_epochs(
