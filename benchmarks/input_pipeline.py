@@ -166,8 +166,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, add_help=False)
+    parser = entry_point.parser("Throughput from JPEG files to training batches, beside the classic pipeline.")
     parser.add_argument("--images", default=1280, type=int, metavar="N", help="number of image files")
     parser.add_argument(
         "--rounds", default=7, type=int, metavar="N", help="repetitions; each measures every pipeline once"

@@ -303,8 +303,7 @@ def main(args: argparse.Namespace) -> None:
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The flags."""
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, add_help=False)
+    parser = entry_point.parser("Throughput and memory of training, beside other implementations.")
     parser.add_argument("--task", default="pretrain", choices=("pretrain", "finetune", "features", "attention"))
     parser.add_argument(
         "--size", default="base_patch16", choices=models_vit.SIZES, metavar="SIZE", help="a size of models_vit"

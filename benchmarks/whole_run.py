@@ -105,8 +105,7 @@ def main(args: argparse.Namespace) -> None:
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The flags."""
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, add_help=False)
+    parser = entry_point.parser("Throughput of main_pretrain.py with its data, and its losses in two precisions.")
     parser.add_argument(
         "--size", default="base_patch16", choices=models_vit.SIZES, metavar="SIZE", help="a size of models_vit"
     )

@@ -17,7 +17,7 @@ import main_linprobe
 import main_pretrain
 import main_robustness
 import models_mae
-from benchmarks import targets
+from benchmarks import targets, train_step, whole_run
 from inference import export, features, get_model, predict, reconstruct
 from util import datasets
 from util.checkpoints import sharded
@@ -44,6 +44,8 @@ PARSERS = {
         f"submitit_{task}.py": lambda task=task: submit.get_args_parser(f"main_{task}")[0]
         for task in ("pretrain", "finetune", "linprobe")
     },
+    "benchmarks/train_step.py": train_step.get_args_parser,
+    "benchmarks/whole_run.py": whole_run.get_args_parser,
     "util.datasets": datasets.get_args_parser,
     "util.resize": resize.get_args_parser,
     "util.sharded": sharded.get_args_parser,
@@ -52,13 +54,13 @@ PARSERS = {
 
 
 RUN = (ROOT / "run").read_text()
-CODE = [path for pattern in ("*.py", "util/**/*.py", "inference/*.py", "demo/*.py", "benchmarks/**/*.py", "tests/*.py")
-        for path in sorted(ROOT.glob(pattern))]  # fmt: skip
+PATTERNS = ("*.py", "util/**/*.py", "inference/*.py", "demo/*.py", "benchmarks/**/*.py", "tests/[a-s]*.py")
+CODE = [path for pattern in PATTERNS for path in sorted(ROOT.glob(pattern))]
 FLAGS = {flag for path in CODE for flag in re.findall(r'"(--[a-z][\w-]*)"', path.read_text(encoding="utf-8"))}
 FLAGS |= {f"--{flag}" for path in CODE for flag in re.findall(r'add_switch\(\s*group, "(\w+)"', path.read_text())}
-OTHER_FLAGS = {  # of torchrun, tensorboard and Slurm
+OTHER_FLAGS = {  # of torchrun, tensorboard, pip and Slurm
     "--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--max-restarts", "--logdir", "--gpu-bind",
-    "--gpus-per-node",
+    "--gpus-per-node", "--index-url",
 }  # fmt: skip
 
 
@@ -87,8 +89,10 @@ def script_commands() -> list[tuple[str, list[str]]]:
     lines = [command for path in DOCUMENTS for command in bash_blocks(path) + indented(path)]
     for path in SCRIPTS + sorted(ROOT.glob("inference/*.py")) + sorted(ROOT.glob("recipes/*.yaml")):
         lines += commands(path.read_text().replace("\n#", "\n"))
-    module = r"((?:main|submitit)_\w+\.py|inference\.\w+|util\.(?:datasets|resize|sharded))"
-    calls = [re.search(rf"(?:python|torchrun)\s.*?{module} ([\w-].*)", line) for line in lines]
+    lines += [line for line in commands(RUN) if "show python benchmarks/" in line]
+    scripts = r"(?:main|submitit)_\w+\.py|benchmarks/(?:train_step|whole_run)\.py"
+    modules = r"inference\.\w+|util\.(?:datasets|resize|sharded)"
+    calls = [re.search(rf"(?:python|torchrun)\s.*?({scripts}|{modules}) ([\w-].*)", line) for line in lines]
     return [(call[1], shlex.split(call[2])) for call in calls if call]
 
 
@@ -199,6 +203,11 @@ def texts_of_code() -> str:
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 lines.append(node.value)
     return "\n".join(lines)
+
+
+def test_the_documents_name_the_data_loading_time_as_the_log_does():
+    (name,) = set(re.findall(r"data-loading time\s\(`([^`]*)`\)", (ROOT / "PRETRAIN.md").read_text(encoding="utf-8")))
+    assert f"{name} {{" in (ROOT / "util/training/run_log.py").read_text(encoding="utf-8")
 
 
 OTHER_MESSAGES = {"Connection refused", "no route", "address already in use", "watchdog", "DataLoader worker is killed"}
