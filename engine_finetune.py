@@ -18,9 +18,9 @@ from tqdm import tqdm
 from util import datasets, dist
 from util.cli import advice, entry_point
 from util.data import labels, loader, transforms
-from util.data.library_sets import Shards
 from util.data.samples import Samples
 from util.data.sources import Source
+from util.data.webdataset_shards import Shards
 from util.evaluation import report
 from util.pos_embed import to_pair
 from util.training import loop

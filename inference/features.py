@@ -26,9 +26,9 @@ from util.checkpoints import checkpoint
 from util.cli import entry_point, flags, options
 from util.data import loader
 from util.data.labels import Subset
-from util.data.library_sets import Shards
 from util.data.samples import Samples
 from util.data.sources import Source
+from util.data.webdataset_shards import Shards
 from util.files import atomic
 from util.training.precision import Precision
 from util.training.run_log import start_logging

@@ -32,8 +32,8 @@ from util.cli import entry_point
 from util.cli.choices import ADAPT_CHOICES
 from util.data.archives import Archive
 from util.data.decode import decode
-from util.data.library_sets import read_shards
-from util.data.sources import read_list
+from util.data.lists import read_list
+from util.data.webdataset_shards import read_shards
 from util.weights import loading
 
 

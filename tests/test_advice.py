@@ -37,7 +37,7 @@ FORMATS = {"{split}": "train"} | {f"--{{{part}}}": "--model" for part in ("flag"
 # Messages that the syntax trees lead some scripts to, but that these can't come to.
 ELSEWHERE = {
     r"util\.cli\.(entry_point|advice)\.\w*": "it looks whether the script has the flag",
-    r"util\.(data\.library_sets|datasets)\.(\w+Set|Shards|open_source)": (
+    r"util\.(data\.(torchvision_sets|huggingface_sets|webdataset_shards)|datasets)\.(\w+Set|Shards|open_source)": (
         r"inference\.features|main_robustness", "opens folders and archives only, no --dataset and no list"),
     r"util\.datasets\.report_on": (r"util\.datasets", "it prints what to give to other scripts"),
     r"util\.(data\.loader\.EpochBatches|data\.jpeg\.\w+|dist\.shard)": (

@@ -5,8 +5,8 @@ import pytest
 from PIL import Image
 
 from util.data import labels
-from util.data.library_sets import Shards
-from util.data.sources import find_files
+from util.data.folders import find_files
+from util.data.webdataset_shards import Shards
 
 
 def folders(root, **counts):

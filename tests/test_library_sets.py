@@ -19,8 +19,9 @@ from PIL import Image
 
 from util.data import loader, transforms
 from util.data.decode import BadImage, decode
-from util.data.library_sets import Shards, TorchvisionSet
 from util.data.samples import Samples
+from util.data.torchvision_sets import TorchvisionSet
+from util.data.webdataset_shards import Shards
 from util.datasets import open_source
 
 PIXELS = np.random.default_rng(0).integers(0, 256, size=(40, 9, 9), dtype=np.uint8)

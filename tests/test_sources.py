@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from util.data.sources import Strings, find_files, printable, read_list
+from util.data.folders import find_files
+from util.data.lists import read_list
+from util.data.sources import Strings
+from util.files.untrusted import printable
 
 
 def save(path, grey=0):

@@ -57,7 +57,7 @@ def test_a_data_set_of_pipes_devices_and_odd_names(tmp_path):
 def test_a_file_named_like_a_command_is_a_file(tmp_path):
     (tmp_path / "pipe:touch mark #.tar").write_bytes(bytes(1024))
     script = (
-        "from util.data.library_sets import Shards\n"
+        "from util.data.webdataset_shards import Shards\n"
         "import os; os.chdir(os.environ['HERE'])\n"
         "shards = Shards('*.tar', 1)\n"
         "print(list(shards.stream([0], 0, 1, lambda name, error: True, laps=1)))\n"

@@ -15,11 +15,11 @@ from PIL import Image
 
 from util import datasets, dist
 from util.cli import entry_point
-from util.data import decode, library_sets, loader, resize, samples, tiff_bounds
-from util.data.library_sets import Shards
+from util.data import decode, loader, resize, samples, sources, tiff_bounds
+from util.data.folders import find_files
 from util.data.loader import EpochBatches, FeatureBatches, TrainLoader
-from util.data.sources import find_files
 from util.data.transforms import Normalize
+from util.data.webdataset_shards import Shards
 from util.datasets import open_source
 from util.evaluation import pictures
 
@@ -265,7 +265,7 @@ def test_an_archive_with_a_validation_part_alone_is_not_trained_on(tmp_path):
 
 
 def test_the_validation_part_is_preferred_to_the_test_part(tmp_path):
-    assert library_sets.VALIDATION.index("test") == 4
+    assert sources.VALIDATION.index("test") == 4
     data = tmp_path / "fgvc-aircraft-2013b" / "data"
     (data / "images").mkdir(parents=True)
     (data / "variants.txt").write_text("707\n")

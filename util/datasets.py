@@ -27,10 +27,14 @@ from util.cli import entry_point, flags, options
 from util.cli.advice import advised
 from util.data.archives import Archive
 from util.data.decode import BadImage, Picture, fit_channels, read, size_of
-from util.data.library_sets import HuggingFaceSet, Shards, TorchvisionSet
+from util.data.folders import find_files
+from util.data.huggingface_sets import HuggingFaceSet
+from util.data.lists import read_list
 from util.data.loader import up_to_cores
-from util.data.sources import Source, find_files, read_list
+from util.data.sources import Source
+from util.data.torchvision_sets import TorchvisionSet
 from util.data.transforms import to_tensor, to_unit_range
+from util.data.webdataset_shards import Shards
 from util.files.untrusted import printable
 
 logger = logging.getLogger(__name__)

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from util.data.decode import Picture
-from util.data.library_sets import Shards
 from util.data.sources import Source, first_few
+from util.data.webdataset_shards import Shards
 
 logger = logging.getLogger(__name__)
 

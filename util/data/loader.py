@@ -22,9 +22,9 @@ from torch.utils.data import DataLoader, Sampler, default_collate
 from util import dist, interrupts
 from util.cli.choices import DEFAULT_WORKERS
 from util.data.decode import BadImage
-from util.data.library_sets import Shards
 from util.data.samples import Bad, Sample, Samples, StreamedSamples, seed_python
 from util.data.transforms import to_unit_range
+from util.data.webdataset_shards import Shards
 
 logger = logging.getLogger(__name__)
 

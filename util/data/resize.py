@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from util.cli import entry_point, flags
 from util.data.decode import BadImage, read
+from util.data.folders import image_files
 from util.data.loader import up_to_cores
-from util.data.sources import image_files
 from util.files import atomic
 from util.files.untrusted import printable, read_file
 

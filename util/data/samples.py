@@ -21,9 +21,9 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from util import dist
 from util.data import jpeg
 from util.data.decode import BadImage, Picture, decode
-from util.data.library_sets import Shards
 from util.data.sources import Source
 from util.data.transforms import Transform
+from util.data.webdataset_shards import Shards
 
 MAX_BAD_IN_A_ROW = 20
 

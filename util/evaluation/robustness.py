@@ -12,8 +12,9 @@ import numpy as np
 from timm.data import ImageNetInfo, RealLabelsImagenet
 
 from util.data.archives import Archive
+from util.data.folders import find_files
 from util.data.labels import Subset
-from util.data.sources import Files, find_files, first_few
+from util.data.sources import Files, first_few
 
 # The published top-1 errors of AlexNet, means of five severities, in the families that the archives are of
 # (Hendrycks & Dietterich 2019).

@@ -1,0 +1,72 @@
+"""Map-style datasets of Hugging Face, from the hub or from a folder."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from util import dist
+from util.data.decode import BadImage
+from util.data.sources import VALIDATION
+from util.files.untrusted import read_file
+
+
+class HuggingFaceSet:
+    """A map-style data set of Hugging Face, by its name on the hub or a folder (of parquet, images, or as saved).
+
+    Raises:
+        ValueError: the package `datasets` is missing, or it can't open the set, or there is no column of images.
+    """
+
+    def __init__(self, name: str, split: str) -> None:
+        try:
+            import datasets
+        except ImportError as error:
+            raise ValueError('--dataset hf: needs the package datasets: pip install ".[hf]"') from error
+        self.title = f"hf:{name}"
+        if not name:
+            raise ValueError("--dataset hf: give a name or a folder behind it")
+        if dist.is_main():
+            self._load(datasets, name)  # the others find what it has prepared
+        dist.barrier()
+        parts = self._load(datasets, name)
+        available = [part for part in (("train",) if split == "train" else VALIDATION) if part in parts]
+        if not available:
+            raise ValueError(f"--dataset {self.title}: it has no part for {split}, only {', '.join(parts)}")
+        table = parts[available[0]]
+        features = table.features
+        image = next((c for c, kind in features.items() if isinstance(kind, datasets.Image)), None)
+        if image is None:
+            raise ValueError(f"--dataset {self.title}: no column holds images: {', '.join(map(str, features))}")
+        label = next((c for c, kind in features.items() if isinstance(kind, datasets.ClassLabel)), None)
+        self.classes = list(features[label].names) if label else []
+        self.labels = np.array([-1 if n is None else n for n in table[label]] if label else [-1] * len(table))
+        self.table = table.select_columns([image, *([label] if label else [])])
+        self.table = self.table.cast_column(image, datasets.Image(decode=False))
+        self.image, self.label = image, label
+
+    def _load(self, datasets: Any, name: str) -> Any:
+        try:
+            if (Path(name) / "dataset_dict.json").exists():
+                return datasets.load_from_disk(name)
+            if (Path(name) / "dataset_info.json").exists() and (Path(name) / "state.json").exists():
+                return {"train": datasets.load_from_disk(name)}
+            return datasets.load_dataset(name)
+        except Exception as error:  # whatever files that it can't read lead the library to
+            reason = " ".join(f"{error} {error.__cause__ or ''}".split())
+            raise ValueError(f"--dataset {self.title}: {reason}") from error
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: int) -> tuple[bytes, int]:
+        row = self.table[index]
+        image, label = row[self.image], row[self.label] if self.label else -1
+        if image is None:
+            raise BadImage("there is no image in this row")
+        data = image["bytes"] if image["bytes"] is not None else read_file(image["path"])
+        return data, -1 if label is None else label
+
+    def name(self, index: int) -> str:
+        """The data set's name and the number of the row."""
+        return f"{self.title}[{index}]"

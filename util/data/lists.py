@@ -1,0 +1,153 @@
+"""Lists of image files: text, CSV, JSON, and the form of COCO and iNaturalist."""
+
+import csv
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from util.data.decode import SUFFIXES
+from util.data.sources import Files
+from util.files.untrusted import printable
+
+MOST_CLASSES = 1_000_000
+PATH_COLUMNS, LABEL_COLUMNS = ("path", "filename", "file", "image"), ("label", "class")  # of CSV; in upper case too
+CSV_HEADER = f"a column {' or '.join(PATH_COLUMNS)} (and {' or '.join(LABEL_COLUMNS)})"
+
+
+def read_list(path: Path, root: Path | None, flag: str) -> Files:
+    """The image files that a list names, in its order.
+
+    Args:
+        path: text with a path a line, and a label behind it, after blanks; CSV of path and label, with or without a
+            header as CSV_HEADER has it, separated by commas or semicolons; or JSON, a list of paths, of [path, label]
+            or of {"path": ..., "label": ...}. Labels are numbers from 0 or names. Or JSON of COCO's form, as
+            iNaturalist's splits are: images, annotations, categories.
+        root: where relative paths start; the list's own folder by default.
+        flag: that named the list, for messages.
+
+    Raises:
+        ValueError: no such list, of another form, or with labels for a part of its files only.
+    """
+    if not path.is_file():
+        raise ValueError(f"{flag}: there is no file {path}")
+    text = os.fsdecode(path.read_bytes()).removeprefix("\ufeff")
+    try:
+        if "\0" in text:
+            raise ValueError("it has a zero byte")
+        names, classes, numbers = _read_rows(path.suffix.lower(), text)
+    except (ValueError, KeyError, TypeError, IndexError, csv.Error, RecursionError) as error:
+        raise ValueError(
+            f"{flag} {path}: can't be read ({type(error).__name__}: {error}); give a path and a label a line, CSV with "
+            f"{CSV_HEADER}, or JSON"
+        ) from error
+    if not names:
+        raise ValueError(f"{flag} {path}: names no files")
+    files = Files(root or path.parent, names, classes, numbers)
+    if not os.path.exists(files._path(0)):
+        raise ValueError(
+            f"{flag} {path}: its first file, {files.name(0)}, does not exist; relative paths start at --data_path, or "
+            f"where the list is" + (f"; CSV has {CSV_HEADER}, or no header" if path.suffix.lower() == ".csv" else "")
+        )
+    return files
+
+
+Row = tuple[str, str | None]
+
+
+def _read_rows(suffix: str, text: str) -> tuple[list[str], list[str], np.ndarray]:
+    """Paths, classes, and labels that count them, of a list."""
+    parsed = json.loads(text) if suffix == ".json" else None
+    if isinstance(parsed, dict) and "images" in parsed:
+        return _read_annotations(parsed)
+    rows = _json_rows(parsed) if suffix == ".json" else _csv_rows(text) if suffix == ".csv" else _text_rows(text)
+    labels = [label for _, label in rows if label not in (None, "", "-1")]
+    if 0 < len(labels) < len(rows):
+        raise ValueError(f"only {len(labels)} of its {len(rows)} files have a label")
+    return [name for name, _ in rows], *_number(labels, len(rows))
+
+
+def _read_annotations(document: dict[str, Any]) -> tuple[list[str], list[str], np.ndarray]:
+    """COCO's form. Classes are the categories in the order of their ids, those without images too."""
+    paths = [image["file_name"] for image in document["images"]]
+    if not all(isinstance(path, str) for path in paths):
+        raise ValueError("a file_name in it is no text")
+    if not document.get("annotations"):  # of a test set
+        return paths, [], np.full(len(paths), -1)
+    categories = sorted(document["categories"], key=lambda category: category["id"])
+    number_of = {category["id"]: number for number, category in enumerate(categories)}
+    classes = [str(category.get("name", category["id"])) for category in categories]
+    if len(set(classes)) < len(classes):
+        classes = [f"{category['id']} {name}" for category, name in zip(categories, classes, strict=True)]
+    label_of: dict[Any, int] = {}
+    for annotation in document["annotations"]:
+        number = number_of[annotation["category_id"]]
+        if label_of.setdefault(annotation["image_id"], number) != number:
+            raise ValueError(f"image {annotation['image_id']} has several categories, and a classifier learns one")
+    unlabelled = sum(image["id"] not in label_of for image in document["images"])
+    if unlabelled:
+        raise ValueError(f"{unlabelled} of its {len(paths)} images have no annotation")
+    return (
+        paths,
+        [printable(name) for name in classes],
+        np.array([label_of[image["id"]] for image in document["images"]]),
+    )
+
+
+def _text_rows(text: str) -> list[Row]:
+    """A line is a path if it ends as image files do, or has no blanks; else what is behind the last ones is a label."""
+    rows: list[Row] = []
+    for line in filter(None, map(str.strip, text.splitlines())):
+        if line.lower().endswith(SUFFIXES) or len(line.split()) == 1:
+            rows.append((line, None))
+        else:
+            path, label = line.rsplit("\t", 1) if "\t" in line else line.rsplit(maxsplit=1)
+            rows.append((path.strip(), label.strip()))
+    return rows
+
+
+def _csv_rows(text: str) -> list[Row]:
+    rows = [line for line in text.splitlines() if line.strip()]
+    semicolons = all(";" in row for row in rows) and "," not in rows[0] if rows else False
+    lines = [row for row in csv.reader(rows, delimiter=";" if semicolons else ",") if row]
+    header = [cell.strip().lower() for cell in lines[0]] if lines else []
+    path, label = 0, 1
+    if any(name in header for name in PATH_COLUMNS):
+        path, label = (next((header.index(name) for name in names if name in header), len(header))
+                       for names in (PATH_COLUMNS, LABEL_COLUMNS))  # fmt: skip
+        lines = lines[1:]
+    elif all(len(row) == 1 for row in lines):  # those of Places205 have blanks for commas
+        return _text_rows("\n".join(row[0] for row in lines))
+    return [(row[path], row[label].strip() if len(row) > label else None) for row in lines]
+
+
+def _json_rows(entries: Any) -> list[Row]:
+    def row(entry: Any) -> Row:
+        if isinstance(entry, str):
+            return entry, None
+        path, label = (entry["path"], entry.get("label")) if isinstance(entry, dict) else (entry[0], entry[1])
+        return str(path), None if label is None else str(label)
+
+    if not isinstance(entries, list):
+        raise ValueError("it is no list, and has no images, annotations and categories")
+    return [row(entry) for entry in entries]
+
+
+def _number(labels: Sequence[str], count: int) -> tuple[list[str], np.ndarray]:
+    """Numbers mean themselves; names are numbered in their order."""
+    if not labels:
+        return [], np.full(count, -1)
+    try:
+        numbers = np.array([float(label) for label in labels])
+        are_numbers = bool((numbers == numbers.round()).all())
+    except ValueError:
+        are_numbers = False
+    if are_numbers:
+        if not 0 <= numbers.min() <= numbers.max() < MOST_CLASSES:
+            raise ValueError(f"labels that are numbers count classes from 0; these go to {numbers.max():.0f}")
+        return [str(number) for number in range(int(numbers.max()) + 1)], numbers.astype(np.int64)
+    names, numbers = np.unique(labels, return_inverse=True)
+    return [printable(str(name)) for name in names], numbers

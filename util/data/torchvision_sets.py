@@ -1,0 +1,135 @@
+"""Datasets of torchvision, by the name of their class."""
+
+import inspect
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torchvision
+
+from util import dist
+from util.cli.advice import advised, did_you_mean
+from util.data.decode import BadImage, Picture
+from util.data.sources import VALIDATION
+from util.files.untrusted import read_file
+
+logger = logging.getLogger(__name__)
+
+
+class TorchvisionSet:
+    """A data set of torchvision by the name of its class, such as CIFAR10, with the files under `root`.
+
+    Args:
+        name: the class, or CLASS:SPLIT for one of its own splits or versions (STL10:unlabeled, INaturalist:2018).
+        split: "train", its default part, or "val".
+        download: fetch the files that are not there.
+
+    Raises:
+        ValueError: no such class or split, or the files are not there.
+    """
+
+    def __init__(self, name: str, split: str, root: str | None, download: bool) -> None:
+        self.title = name
+        name, _, part = name.partition(":")
+        make = getattr(torchvision.datasets, name, None)
+        if not inspect.isclass(make):
+            near = did_you_mean(name, torchvision.datasets.__all__) or " (CIFAR10, Flowers102, ...)"
+            raise ValueError(f"--dataset {name}: torchvision has no data set of this name{near}")
+        takes = _parameters(make)
+        arguments: dict[str, Any] = {}
+        if "root" in takes:
+            if not root:
+                raise ValueError(f"--dataset {name} needs --data_path: the folder that has its files, or gets them")
+            arguments["root"] = root
+        if "small" in takes and any(Path(arguments["root"]).glob("*_256*")):  # Places365 of 256 pixels
+            arguments["small"] = True
+        if "loader" in takes:
+            arguments["loader"] = read_file  # our own decoder does the rest
+        parts = self._parts(make, takes, split, part)
+        if dist.is_main() and download and "download" in takes:
+            self._open(make, arguments | {"download": True}, parts)
+        dist.barrier()
+        self.images = self._open(make, arguments, parts)
+        listed = _listed_labels(self.images)
+        self.classes = _class_names(self.images, listed)
+        self._labels = listed if self.classes else np.full(len(self), -1)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """The labels of all samples; of data sets that don't list them, found by reading all, once."""
+        if self._labels is None:
+            logger.info(f"{self.title} does not list its labels: reading all {len(self):,} samples for them")
+            self._labels = np.array([self[index][1] for index in range(len(self))])
+        return self._labels
+
+    def _parts(self, make: type, takes: Any, split: str, part: str) -> list[dict[str, Any]]:
+        """The settings that choose a part of the data set, of which the first that the class knows is the one."""
+        chooser = next((name for name in ("split", "version", "image_set") if name in takes), None)
+        if part and not chooser:
+            raise ValueError(f"--dataset {self.title}: {make.__name__} has no splits of its own")
+        own = {chooser: part} if chooser and part else {}
+        if "train" in takes:
+            return [own | {"train": split == "train"}]
+        if split == "train":  # without the images of "val", where the default has them too
+            return [own] if own or not chooser else [{chooser: "train"}, {}]
+        if not chooser or (own and chooser == "version"):
+            error = ValueError(f"--dataset {self.title}: torchvision's has no images for validation")
+            raise advised(error, "give --val_list")
+        return [{chooser: name} for name in VALIDATION]
+
+    def _open(self, make: type, arguments: dict[str, Any], parts: list[dict[str, Any]]) -> Any:
+        for part in parts:
+            try:
+                return make(**arguments, **part)
+            except Exception as error:  # whatever missing files lead a class to
+                if isinstance(error, ValueError) and part is not parts[-1]:
+                    continue  # it does not know this name
+                raise ValueError(
+                    f"--dataset {self.title}: torchvision says: {' '.join(str(error).split())} (--data_path is where "
+                    f"the files are looked for, and --download fetches them there)"
+                ) from error
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[bytes | Picture, int]:
+        try:
+            image, label = self.images[index][:2]
+        except OSError:
+            raise
+        except Exception as error:
+            raise BadImage(f"torchvision can't read it ({type(error).__name__}: {error})") from error
+        return image, int(label) if isinstance(label, (int, np.integer)) and self.classes else -1
+
+    def name(self, index: int) -> str:
+        """The data set's name and the number of the sample."""
+        return f"{self.title}[{index}]"
+
+
+def _parameters(make: type) -> set[str]:
+    """What a class takes, and what it hands on to those that it is made of."""
+    names: set[str] = set()
+    for base in make.__mro__:
+        parameters = inspect.signature(base.__init__).parameters  # type: ignore[misc]
+        names |= parameters.keys()
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+            break
+    return names
+
+
+def _listed_labels(images: Any) -> np.ndarray | None:
+    """The labels that a data set of torchvision lists, if they are numbers, one a sample."""
+    for attribute in ("targets", "labels", "_labels"):
+        listed = getattr(images, attribute, None)
+        if listed is not None and len(listed) == len(images) and np.asarray(listed).dtype.kind in "iu":
+            return np.asarray(listed).reshape(len(images), -1)[:, 0].astype(np.int64)
+    return None
+
+
+def _class_names(images: Any, listed: np.ndarray | None) -> list[str]:
+    for attribute in ("classes", "categories", "all_categories"):
+        names = getattr(images, attribute, None)
+        if isinstance(names, (list, tuple)) and names:
+            return [name if isinstance(name, str) else ", ".join(map(str, name)) for name in names]
+    return [] if listed is None else [str(number) for number in range(int(listed.max()) + 1)]
