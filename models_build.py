@@ -1,4 +1,4 @@
-"""From a run's settings, which stand as `args` in its checkpoints, to its model; heads of probes."""
+"""Builds the model of a run from its settings (`args` of its checkpoints); heads of probes."""
 
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -10,11 +10,11 @@ from torch import Tensor, nn
 import models_mae
 import models_vit
 from models_mae import DECODER_SUFFIX, DECODERS, MaskedAutoencoderViT
-from models_vit import SIZES, VisionTransformer, recompute_blocks
+from models_vit import SIZES, VisionTransformer, set_grad_checkpointing
 
 Model = TypeVar("Model", bound=nn.Module)
 
-# The settings of a run that rebuild its model and the preprocessing of its images; the others are about training.
+# The settings of a run that determine its model and the preprocessing of images.
 MODEL_SETTINGS = (
     "model", "input_size", "patch_size", "in_chans", "mean", "std", "crop_pct", "norm_pix_loss", "mask_ratio",
     "decoder_depth", "global_pool", "nb_classes", "probe", "classes", "label_names",
@@ -24,17 +24,17 @@ MODEL_SETTINGS = (
 def autoencoder(
     settings: Mapping[str, Any], model_class: type[MaskedAutoencoderViT] = MaskedAutoencoderViT
 ) -> MaskedAutoencoderViT:
-    """The masked autoencoder of a run, as `autoencoder_arguments` reads its settings."""
-    return _initialize(model_class(**autoencoder_arguments(settings)), settings)
+    """Builds the masked autoencoder of a run."""
+    return _set_options(model_class(**autoencoder_arguments(settings)), settings)
 
 
 def classifier(settings: Mapping[str, Any]) -> VisionTransformer:
-    """The classifier of a run, as `classifier_arguments` reads its settings."""
-    return _initialize(VisionTransformer(**classifier_arguments(settings)), settings)
+    """Builds the classifier of a run."""
+    return _set_options(VisionTransformer(**classifier_arguments(settings)), settings)
 
 
 def probe(settings: Mapping[str, Any]) -> VisionTransformer:
-    """As `classifier`, frozen, with the linear probe's head."""
+    """Builds a frozen classifier with the head of a linear probe."""
     model = classifier({**settings, "nb_classes": 0})
     model.head = probe_head(model.embed_dim, settings["nb_classes"])
     model.freeze()
@@ -42,26 +42,26 @@ def probe(settings: Mapping[str, Any]) -> VisionTransformer:
 
 
 def classifier_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a run's settings makes a classifier of its encoder; nothing, where they name no model of ours."""
+    """The settings of a run that build a classifier with its encoder; none if it has no model of this library."""
     size = size_of(str(settings.get("model")))
     if size not in SIZES:
         return {}
-    settings_of_file = {name: settings[name] for name in MODEL_SETTINGS if name in settings}
-    if settings_of_file.get("patch_size", 0) is None:
-        settings_of_file["patch_size"] = SIZES[size]["patch_size"]
-    return {**settings_of_file, "model": f"vit_{size}"}
+    result = {name: settings[name] for name in MODEL_SETTINGS if name in settings}
+    if result.get("patch_size", 0) is None:
+        result["patch_size"] = SIZES[size]["patch_size"]
+    return {**result, "model": f"vit_{size}"}
 
 
 def size_of(model: str) -> str:
-    """The entry of `models_vit.SIZES` that a model's name stands for; another text for other names."""
+    """The key of `models_vit.SIZES` in the name of a model; another text for other names."""
     return model.removeprefix("mae_").removeprefix("vit_").removesuffix(DECODER_SUFFIX)
 
 
 def autoencoder_arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The constructor's.
+    """Arguments of `MaskedAutoencoderViT` for the settings of a run.
 
     Raises:
-        ValueError: the run's model is no masked autoencoder.
+        ValueError: the model of the run is no masked autoencoder.
     """
     if settings["model"] not in models_mae.MODELS:
         raise ValueError(f"{settings['model']} is no masked autoencoder")
@@ -73,10 +73,10 @@ def autoencoder_arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def classifier_arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The constructor's.
+    """Arguments of `VisionTransformer` for the settings of a run.
 
     Raises:
-        ValueError: the run's model is no classifier.
+        ValueError: the model of the run is no classifier.
     """
     if settings["model"] not in models_vit.MODELS:
         raise ValueError(f"{settings['model']} is no classifier")
@@ -97,7 +97,7 @@ class ParallelHeads(nn.ModuleList):
 
 
 def probe_head(embed_dim: int, num_classes: int) -> nn.Sequential:
-    """The linear probe's: features are standardised by the batch's statistics first (appendix A.1)."""
+    """The head of a linear probe: batch norm without affine parameters, then a linear layer (appendix A.1)."""
     linear = nn.Linear(embed_dim, num_classes)
     trunc_normal_(linear.weight, std=0.01)
     nn.init.zeros_(linear.bias)
@@ -105,8 +105,7 @@ def probe_head(embed_dim: int, num_classes: int) -> nn.Sequential:
 
 
 def freeze_below(model: VisionTransformer, num_blocks: int) -> None:
-    """Leaves the last `num_blocks` blocks, what comes after them, and nothing else to be trained (section 4.3, "Partial
-    fine-tuning").
+    """Freezes everything below the last `num_blocks` blocks (section 4.3, "Partial fine-tuning").
 
     Raises:
         ValueError: the model has fewer blocks.
@@ -114,20 +113,20 @@ def freeze_below(model: VisionTransformer, num_blocks: int) -> None:
     if not 0 <= num_blocks <= len(model.blocks):
         raise ValueError(f"--unfreeze_blocks {num_blocks}: the model has {len(model.blocks)} blocks")
     model.requires_grad_(False)
-    trained = [model.head, model.fc_norm if model.global_pool else model.norm]
-    for module in [*list(model.blocks)[len(model.blocks) - num_blocks :], *trained]:
+    top = [model.head, model.fc_norm if model.global_pool else model.norm]
+    for module in [*list(model.blocks)[len(model.blocks) - num_blocks :], *top]:
         module.requires_grad_(True)
 
 
-def _initialize(model: Model, settings: Mapping[str, Any]) -> Model:
+def _set_options(model: Model, settings: Mapping[str, Any]) -> Model:
     if settings.get("grad_checkpointing"):
-        recompute_blocks(model)
+        set_grad_checkpointing(model)
     return model
 
 
 def _shape(size: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A size's dimensions with a run's `--input_size`, `--patch_size` and `--in_chans`."""
-    dimensions = {"img_size": settings["input_size"], "in_chans": settings["in_chans"]}
+    """The entry of SIZES with `--input_size`, `--patch_size` and `--in_chans` of a run."""
+    shape = {"img_size": settings["input_size"], "in_chans": settings["in_chans"]}
     if settings["patch_size"] is not None:
-        dimensions["patch_size"] = settings["patch_size"]
-    return {**SIZES[size], **dimensions}
+        shape["patch_size"] = settings["patch_size"]
+    return {**SIZES[size], **shape}

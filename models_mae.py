@@ -6,9 +6,9 @@
     >>> pred.shape, mask.shape
     (torch.Size([2, 64, 16]), torch.Size([2, 64]))
 
-Letters in shapes: B images, c channels, H x W pixels, p pixels to a patch's side, N patches, K visible patches, D
-channels of an encoder token, E of a decoder token, P values predicted for a patch. Parameter names are those of the
-published checkpoints.
+Letters in shapes: B images, c channels, H x W pixels, p pixels along the side of a patch, N patches, K visible
+patches, D channels of an encoder token, E channels of a decoder token, P predicted values per patch. Parameters have
+the names of the published checkpoints.
 """
 
 import threading
@@ -22,7 +22,8 @@ from models_vit import LAYER_NORM, SIZES, Block, Encoder, NormLayer, PatchEmbed
 from util.masking import noise_from_mask, shuffle, take
 from util.pos_embed import Size, sincos_table
 
-# He et al. 2021, table 1: 8 blocks of 512 channels for every encoder. The small models have decoders to match.
+# He et al. 2021, table 1: the decoder has 8 blocks of 512 channels for every encoder. Small models have smaller
+# decoders.
 PUBLISHED_DECODER = {"decoder_embed_dim": 512, "decoder_depth": 8, "decoder_num_heads": 16}
 DECODERS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(SIZES, PUBLISHED_DECODER),
@@ -32,23 +33,23 @@ DECODERS: dict[str, dict[str, Any]] = {
     "giant_patch14": {**PUBLISHED_DECODER, "decoder_mlp_ratio": 4.0},
 }
 
-DECODER_SUFFIX = "_dec512d8b"  # of the second names that the published code has for its models
+DECODER_SUFFIX = "_dec512d8b"  # of the aliases of models in the published code
 PUBLISHED_SIZES = ("base_patch16", "large_patch16", "huge_patch14")
-TARGET_EPS = 1e-6  # added to the variance of a target patch that is normalised
+TARGET_EPS = 1e-6  # added to the variance of a target patch before normalisation
 
 
 class Reconstruction(NamedTuple):
-    """What `MaskedAutoencoderViT.reconstruct` returns; pictures are (B, c, H, W) in the value range of its input."""
+    """The result of `MaskedAutoencoderViT.reconstruct`. Images are (B, c, H, W), in the value range of the input."""
 
     original: Tensor
-    masked: Tensor  # removed patches are 0, the mean colour of normalised images
-    prediction: Tensor  # the decoder's output for every patch, visible ones too
-    pasted: Tensor  # the prediction where patches were removed, the original elsewhere
-    mask: Tensor  # (B, N), 0 kept, 1 removed
+    masked: Tensor  # masked patches are 0, the mean colour of normalised images
+    prediction: Tensor  # the output of the decoder for all patches
+    pasted: Tensor  # the prediction of masked patches, the original of visible patches
+    mask: Tensor  # (B, N), 0 visible, 1 masked
 
 
 class _Call(threading.local):
-    """Arguments of a call of `forward` that its steps need and that their published signatures do not have."""
+    """Arguments of `forward` that its steps use but that are not in their published signatures."""
 
     def __init__(self) -> None:
         self.noise: Tensor | None = None  # (B, N)
@@ -59,13 +60,13 @@ _CALL = _Call()
 
 
 class MaskedAutoencoderViT(Encoder):
-    """Asymmetric encoder-decoder: a ViT on the visible patches only, a small transformer that fills in the rest.
+    """Asymmetric encoder-decoder: a ViT encodes the visible patches, a small transformer reconstructs the masked ones.
 
-    Images of another size than `img_size` are taken too: the fixed position tables are recomputed for their grid.
+    The input may differ from `img_size`: the fixed position tables are then computed for its patch grid.
 
     Args:
-        norm_pix_loss: predict each patch normalised by its own mean and variance (section 3, "Reconstruction target").
-        decoder_mlp_ratio: by default the encoder's.
+        norm_pix_loss: normalise each target patch by its mean and variance (section 3, "Reconstruction target").
+        decoder_mlp_ratio: `mlp_ratio` by default.
 
     Attributes:
         target_dim: width P of the predictions and of `target`; None for the p·p·c pixels of a patch.
@@ -99,7 +100,7 @@ class MaskedAutoencoderViT(Encoder):
         rows, columns = self.patch_embed.patch_size
 
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        # Fixed, yet parameters: the published files hold the tables under these names.
+        # Fixed tables, but parameters: the published checkpoints contain them under these names.
         self.pos_embed = nn.Parameter(sincos_table(embed_dim, self.grid_size).clone(), requires_grad=False)
         self.blocks = blocks(depth, embed_dim, num_heads)
         self.norm = norm_layer(embed_dim)
@@ -116,21 +117,21 @@ class MaskedAutoencoderViT(Encoder):
 
     @property
     def grid_size(self) -> tuple[int, int]:
-        """(rows, columns) of patches in an image of the model's own size."""
+        """(rows, columns) of patches in an image of `img_size`."""
         return self.patch_embed.grid_size
 
     @property
     def num_patches(self) -> int:
-        """N, for an image of the model's own size."""
+        """N, for an image of `img_size`."""
         return self.patch_embed.num_patches
 
     @property
     def predicts_pixels(self) -> bool:
-        """Whether `target` is the published one, so that `reconstruct` can make pictures of the predictions."""
+        """Whether the target is pixels, which `reconstruct` needs."""
         return self.target_dim is None and type(self).target is MaskedAutoencoderViT.target
 
     def initialize_weights(self) -> None:
-        """Xavier-uniform linear weights, patch projection included, zero biases, tokens of std .02 (appendix A.1)."""
+        """Initialises linear layers and the patch projection (Xavier uniform), biases (0) and tokens (std .02)."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -143,21 +144,21 @@ class MaskedAutoencoderViT(Encoder):
     # ------------------------------------------------------------------------------------- patches and pixels
 
     def patchify(self, imgs: Tensor) -> Tensor:
-        """(B, c, H, W) -> (B, N, p·p·c): patches row-major; in a patch (row, column, channel), channel fastest."""
+        """(B, c, H, W) -> (B, N, p·p·c): patches in row-major order; within a patch (row, column, channel)."""
         rows, columns = self.patch_embed.grid_of(*imgs.shape[-2:])
         p, q = self.patch_embed.patch_size
         x = imgs.reshape(imgs.shape[0], imgs.shape[1], rows, p, columns, q)
         return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
     def unpatchify(self, x: Tensor, grid_size: tuple[int, int] | None = None) -> Tensor:
-        """The inverse of `patchify`; `grid_size` is the (rows, columns) of patches, the model's own by default."""
+        """The inverse of `patchify`; `grid_size` is (rows, columns) of patches, by default that of `img_size`."""
         rows, columns = grid_size or self.grid_size
         p, q = self.patch_embed.patch_size
         x = x.reshape(x.shape[0], rows, columns, p, q, -1)
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
 
     # --------------------------------------------------------------------------- the paper's three steps (figure 1)
-    # Training, evaluation and pictures all call these. Edit them here, or override them in a subclass.
+    # Training, evaluation and visualisation call these. Edit them here, or override them in a subclass.
 
     def random_masking(
         self, x: Tensor, mask_ratio: float, noise: Tensor | None = None
@@ -166,7 +167,7 @@ class MaskedAutoencoderViT(Encoder):
 
         Args:
             x: tokens (B, N, D).
-            noise: (B, N), by default that of the call of `forward`, or else torch.rand.
+            noise: (B, N), by default the `noise` of `forward`, else torch.rand.
 
         Returns:
             The visible tokens (B, K, D) in ascending order of noise; the mask (B, N), 0 visible and 1 masked;
@@ -208,8 +209,7 @@ class MaskedAutoencoderViT(Encoder):
         return (loss * mask).sum() / mask.sum().clamp(min=1)
 
     def target(self, imgs: Tensor) -> Tensor:
-        """What the decoder learns to predict: images (B, c, H, W) -> (B, N, P), normalised per patch with
-        `norm_pix_loss`.
+        """The target of the decoder: images (B, c, H, W) -> (B, N, P), normalised per patch with `norm_pix_loss`.
 
         An override may return other features of the patches. The attribute `target_dim` sets their width.
         """
@@ -219,7 +219,7 @@ class MaskedAutoencoderViT(Encoder):
         mean, std = _patch_statistics(patches)
         return (patches - mean) / std
 
-    # ------------------------------------------------------------------------------------------------ ways to use it
+    # -------------------------------------------------------------------------------------------- training and use
 
     def forward(
         self, imgs: Tensor, mask_ratio: float = 0.75, *, mask: Tensor | None = None, noise: Tensor | None = None
@@ -228,7 +228,8 @@ class MaskedAutoencoderViT(Encoder):
 
         Args:
             mask: patches to mask (1 or True), as (B, N), (B, rows, columns) or per pixel (B, H, W), where one
-                masked pixel masks its patch. It overrides `mask_ratio`; every image must keep as many patches.
+                masked pixel masks its patch. It overrides `mask_ratio`. All images must have the same number of visible
+                patches.
             noise: (B, N); the patches with the smallest noise stay visible. torch.rand by default.
         """
         grid = self.patch_embed.grid_of(*imgs.shape[-2:])
@@ -244,7 +245,7 @@ class MaskedAutoencoderViT(Encoder):
             _CALL.noise, _CALL.grid = outer
 
     def forward_features(self, imgs: Tensor) -> Tensor:
-        """Images -> normalised encoder tokens (B, N + 1, D), class token first; nothing is masked, order is kept."""
+        """Images -> normalised encoder tokens (B, N + 1, D), class token first. No patch is masked."""
         return self.get_intermediate_layers(imgs)[0]
 
     def embed(self, imgs: Tensor) -> Tensor:
@@ -256,10 +257,10 @@ class MaskedAutoencoderViT(Encoder):
     def reconstruct(
         self, imgs: Tensor, mask_ratio: float = 0.75, *, mask: Tensor | None = None, noise: Tensor | None = None
     ) -> Reconstruction:
-        """Hides patches of images (B, c, H, W) and paints them again; arguments as in `forward`.
+        """Masks patches of images (B, c, H, W) and reconstructs them; arguments as in `forward`.
 
-        A model trained with `norm_pix_loss` predicts patches without their mean and contrast. To make a picture,
-        these are taken FROM THE ORIGINAL patch, so that such pictures look better than the model alone could paint.
+        A model trained with `norm_pix_loss` predicts normalised patches. The mean and standard deviation of each patch
+        are those OF THE ORIGINAL, so these images look better than the prediction of the model alone.
         """
         if not self.predicts_pixels:
             raise ValueError(f"{type(self).__name__} predicts features and no pixels: it can't make pictures")
@@ -269,23 +270,23 @@ class MaskedAutoencoderViT(Encoder):
         if self.norm_pix_loss:
             mean, std = _patch_statistics(target)
             pred = pred * std + mean
-        removed = patch_mask.unsqueeze(-1).to(target.dtype)
+        masked = patch_mask.unsqueeze(-1).to(target.dtype)
         grid = self.patch_embed.grid_of(*imgs.shape[-2:])
         return Reconstruction(
             original=imgs,
-            masked=self.unpatchify(target * (1 - removed), grid),
+            masked=self.unpatchify(target * (1 - masked), grid),
             prediction=self.unpatchify(pred, grid),
-            pasted=self.unpatchify(target * (1 - removed) + pred * removed, grid),
+            pasted=self.unpatchify(target * (1 - masked) + pred * masked, grid),
             mask=patch_mask,
         )
 
     def _resized(self, table: Tensor, grid: tuple[int, int]) -> Tensor:
-        """The fixed position table of a patch grid: the model's own, or one computed for another grid."""
+        """The fixed position table, computed again if the patch grid differs from that of `img_size`."""
         return table if grid == self.grid_size else sincos_table(table.shape[-1], grid).to(table)
 
 
 def _patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each patch (B, N, 1); the variance is the unbiased one, as published."""
+    """Mean and standard deviation of each patch (B, N, 1); the variance is unbiased, as published."""
     return patches.mean(dim=-1, keepdim=True), (patches.var(dim=-1, keepdim=True) + TARGET_EPS).sqrt()
 
 

@@ -1,12 +1,12 @@
-"""The Vision Transformer: blocks shared by every model here, and the classifier for fine-tuning and probing.
+"""The Vision Transformer: the blocks of all models, and the classifier for fine-tuning and probing.
 
     >>> import torch, models_vit
     >>> model = models_vit.vit_mini_patch4(num_classes=10, in_chans=1, global_pool=True)
     >>> model(torch.rand(2, 1, 32, 32)).shape
     torch.Size([2, 10])
 
-Letters in shapes: B images, c channels, H x W pixels, p pixels to a patch's side, N patches, L tokens, D channels of a
-token, h heads. Parameter names are those of the published checkpoints.
+Letters in shapes: B images, c channels, H x W pixels, p pixels along the side of a patch, N patches, L tokens, D
+channels of a token, h heads. Parameters have the names of the published checkpoints.
 """
 
 from collections.abc import Callable
@@ -23,12 +23,12 @@ from util.pos_embed import Size, resize_pos_embed, to_pair
 
 NormLayer = Callable[[int], nn.Module]
 
-# Published models were trained with eps 1e-6; PyTorch's default is 1e-5, transformers' ViT has 1e-12.
+# eps of the published models. The default of PyTorch is 1e-5, that of the ViT of transformers 1e-12.
 LAYER_NORM: NormLayer = partial(nn.LayerNorm, eps=1e-6)
 
-# The list of models. A size that is added here has its factories, its place in --model and in `get_model`.
-# B, L and H are those of He et al. 2021; giant is ViT-g of Zhai et al. 2021; tiny and small are the field's usual ones;
-# mini is for images of about 32 pixels.
+# The list of models. An entry adds the factories, the choices of --model and the names of `get_model`.
+# base, large and huge: He et al. 2021; giant: ViT-g of Zhai et al. 2021; tiny and small: the usual sizes; mini: for
+# images of about 32 pixels.
 SIZES: dict[str, dict[str, Any]] = {
     "mini_patch4": {"img_size": 32, "patch_size": 4, "embed_dim": 128, "depth": 4, "num_heads": 4},
     "tiny_patch16": {"patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3},
@@ -39,8 +39,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "giant_patch14": {"patch_size": 14, "embed_dim": 1408, "depth": 40, "num_heads": 16, "mlp_ratio": 6144 / 1408},
 }
 
-
-SHORT = 64  # tokens up to which plain products are faster than the fused kernel on a CPU in fp32
+SHORT_SEQUENCE = 64  # tokens up to which plain products are faster than the fused kernel on a CPU in fp32
 
 
 class PatchEmbed(nn.Module):
@@ -89,7 +88,7 @@ class Attention(nn.Module):
         return self.proj(attend(*self.split(x)).transpose(1, 2).flatten(2))
 
     def maps(self, x: Tensor) -> Tensor:
-        """How much each token takes from each: (B, L, D) -> (B, h, L, L), rows that sum to 1."""
+        """Attention weights of each token (row) over all tokens: (B, L, D) -> (B, h, L, L); rows sum to 1."""
         q, k, _ = self.split(x)
         return attention_weights(q, k)
 
@@ -102,9 +101,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(d)) v, of (B, h, L, d) each.
 
     On a CPU the fused kernel is slow for sequences as short as a ViT's: in bf16 plain products take a half to a fifth
-    of its time, and in fp32 less up to SHORT tokens (`benchmarks/train_step.py --task attention` prints it).
+    of its time, and in fp32 less up to SHORT_SEQUENCE tokens
+    (`python benchmarks/train_step.py --task attention`).
     """
-    if q.device.type == "cpu" and (q.dtype == torch.bfloat16 or k.shape[-2] <= SHORT):
+    if q.device.type == "cpu" and (q.dtype == torch.bfloat16 or k.shape[-2] <= SHORT_SEQUENCE):
         return attention_weights(q, k) @ v
     return F.scaled_dot_product_attention(q, k, v)
 
@@ -115,7 +115,7 @@ def attention_weights(q: Tensor, k: Tensor) -> Tensor:
 
 
 class Mlp(nn.Module):
-    """Two linear layers with a GELU (the exact one, erf) between them, on each token alone."""
+    """Two linear layers with an exact GELU (erf) between them, applied to each token."""
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ class Block(nn.Module):
     """A pre-norm transformer block: (B, L, D) -> (B, L, D).
 
     Attributes:
-        recomputed: in training, keep nothing but the input for the backward pass, and compute the rest again there.
+        grad_checkpointing: in training, store only the input, and compute the activations again in the backward pass.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class Block(nn.Module):
         drop_path: float = 0.0,
     ) -> None:
         super().__init__()
-        self.recomputed = False
+        self.grad_checkpointing = False
         self.norm1 = norm_layer(dim)
         self.attn = Attention(dim, num_heads, qkv_bias)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
@@ -151,7 +151,7 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.recomputed and torch.is_grad_enabled():
+        if self.grad_checkpointing and torch.is_grad_enabled():
             return checkpoint(self.compute, x, use_reentrant=False)
         return self.compute(x)
 
@@ -160,15 +160,15 @@ class Block(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
-def recompute_blocks(model: nn.Module) -> None:
-    """Trades time for memory: every block of the model is computed a second time in the backward pass."""
+def set_grad_checkpointing(model: nn.Module) -> None:
+    """Saves memory in all blocks of a model: their activations are computed again in the backward pass."""
     for module in model.modules():
         if isinstance(module, Block):
-            module.recomputed = True
+            module.grad_checkpointing = True
 
 
 class Encoder(nn.Module):
-    """What autoencoder and classifier share: a look into the blocks, with nothing masked."""
+    """The common base of autoencoder and classifier: the outputs of the blocks, without masking."""
 
     blocks: nn.ModuleList
     norm: nn.Module
@@ -180,36 +180,36 @@ class Encoder(nn.Module):
     def get_intermediate_layers(
         self, imgs: Tensor, n: int = 1, norm: bool = True, return_attention: bool = False
     ) -> Any:
-        """What the last `n` blocks make of images (B, c, H, W), the last one's last.
+        """The outputs of the last `n` blocks for images (B, c, H, W), in the order of the blocks.
 
         Args:
-            norm: as the encoder's last layer normalises them. A classifier that pools has no such layer for tokens.
-            return_attention: also the blocks' attention maps, one (B, h, N + 1, N + 1) each.
+            norm: apply the final norm of the encoder. A classifier with `global_pool` has no such norm for tokens.
+            return_attention: also return the attention weights of these blocks, (B, h, N + 1, N + 1) each.
 
         Returns:
-            A list of tokens (B, N + 1, D), class token first; or that and the list of maps.
+            A list of tokens (B, N + 1, D), class token first; with `return_attention`, also the list of weights.
         """
         x = self.embed(imgs)
         normalize = self.norm if norm and hasattr(self, "norm") else nn.Identity()
         layers, maps = [], []
         block: Any
         for number, block in enumerate(self.blocks, start=1):
-            seen = number > len(self.blocks) - n
-            if seen and return_attention:
+            is_returned = number > len(self.blocks) - n
+            if is_returned and return_attention:
                 maps.append(block.attn.maps(block.norm1(x)))
             x = block(x)
-            if seen:
+            if is_returned:
                 layers.append(normalize(x))
         return (layers, maps) if return_attention else layers
 
 
 class VisionTransformer(Encoder):
-    """The classifier: the MAE's encoder on all patches, with trained positions and a linear head.
+    """The classifier: the encoder of the MAE on all patches, with learned positions and a linear head.
 
-    Images of another size than `img_size` are taken too: the position table is interpolated to their patch grid.
+    The input may differ from `img_size`: the position table is then interpolated to its patch grid.
 
     Args:
-        drop_path_rate: stochastic depth of the last block, from 0 at the first block linearly.
+        drop_path_rate: stochastic depth rate of the last block; it increases linearly from 0 at the first block.
         global_pool: classify the mean of the patch tokens, normalised after pooling (`fc_norm`), as published for
             fine-tuning; otherwise the normalised class token (`norm`).
     """
@@ -241,7 +241,7 @@ class VisionTransformer(Encoder):
         self.blocks = nn.ModuleList(
             [Block(embed_dim, num_heads, mlp_ratio, qkv_bias, norm_layer, drop_path=rate) for rate in rates]
         )
-        # The order of registration is the published optimizer states': norm before the head, fc_norm after it.
+        # The order of registration matches published optimizer states: norm before the head, fc_norm after it.
         if not global_pool:
             self.norm = norm_layer(embed_dim)
         self.head: nn.Module = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
@@ -250,7 +250,7 @@ class VisionTransformer(Encoder):
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
-        """From scratch: truncated normal of std .02 for linear weights, class token and positions, zero biases."""
+        """Initialises linear weights, class token and positions (truncated normal, std .02); biases are zero."""
         trunc_normal_(self.pos_embed, std=0.02)
         trunc_normal_(self.cls_token, std=0.02)
         for module in self.modules():
@@ -260,13 +260,13 @@ class VisionTransformer(Encoder):
                     nn.init.zeros_(module.bias)
 
     def freeze(self) -> None:
-        """Leaves nothing but the head to be trained: the rest gets no gradients, and stays in evaluation mode."""
+        """Freezes everything but the head: no gradients, and always in evaluation mode."""
         self.requires_grad_(False)
         self.head.requires_grad_(True)
         self.frozen = True
 
     def train(self, mode: bool = True) -> "VisionTransformer":
-        """As PyTorch's, but for what is frozen."""
+        """Sets the training mode. Frozen modules stay in evaluation mode."""
         super().train(mode and not self.frozen)
         self.head.train(mode)
         self.training = mode
@@ -284,7 +284,7 @@ class VisionTransformer(Encoder):
         for block in self.blocks:
             x = block(x)
         if self.global_pool:
-            return self.fc_norm(x[:, 1:].mean(dim=1))  # the class token takes no part
+            return self.fc_norm(x[:, 1:].mean(dim=1))  # without the class token
         return self.norm(x)[:, 0]
 
     def forward(self, imgs: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ from util import dist
 from util.cli import entry_point, flags, options
 from util.data.decode import SUFFIXES, Picture, size_of
 from util.evaluation import pictures
-from util.masking import num_kept
+from util.masking import num_visible
 
 SAMPLES = Path(__file__).parent / "photos"
 MAX_BYTES = 10 * 2**20  # of an upload
@@ -178,7 +178,7 @@ def build(model: Model, classifier: Model | None = None, samples: Sequence[Path]
 
 def _reconstruct_tab(model: Autoencoder, photo: gr.File) -> Callable[..., Any]:
     """Returns what takes the events that follow once a picture could be opened."""
-    largest = max(ratio for ratio in RATIOS if num_kept(model.num_patches, ratio))
+    largest = max(ratio for ratio in RATIOS if num_visible(model.num_patches, ratio))
     with gr.Row():
         painting: Any = gr.HTML("", picture="", rows=1, columns=1, container=True, padding=True, **PAINTING)
         with gr.Column():

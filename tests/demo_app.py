@@ -236,7 +236,7 @@ def test_what_is_painted_is_hidden(visit):
     settled(other, "77 of 96 patches are hidden, chosen by seed 0")  # another visitor is not concerned
     assert hidden_patches(other) > before
     drag(page, *[(row + 0.5, column) for row in range(ROWS) for column in ((0.5, 11.5), (11.5, 0.5))[row % 2]])
-    expect(page.get_by_text("a mask must keep at least one patch")).to_be_visible()
+    expect(page.get_by_text("a mask must leave at least one patch visible")).to_be_visible()
     page.get_by_role("button", name="Clear the paint").click()
     settled(page, "72 of 96 patches are hidden, chosen by seed")
     upload(page, PHOTOS[0])

@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 
 import main_finetune
 from models_mae import mae_vit_mini_patch4
-from models_vit import recompute_blocks
+from models_vit import set_grad_checkpointing
 from util.training.compiling import compile_model
 
 
@@ -31,7 +31,7 @@ def _fresh(_compiler):
 
 def test_one_graph_and_the_same_gradients():
     mini_mae, imgs, noise = mae_vit_mini_patch4(img_size=16), torch.randn(4, 3, 16, 16), torch.rand(4, 16)
-    recompute_blocks(mini_mae)
+    set_grad_checkpointing(mini_mae)
 
     def gradients():
         mini_mae.zero_grad()

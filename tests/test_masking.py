@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from models_mae import mae_vit_mini_patch4
-from util.masking import block_mask, check_ratio, grid_mask, noise_from_mask, num_kept, random_mask, sampler
+from util.masking import block_mask, check_ratio, grid_mask, noise_from_mask, num_visible, random_mask, sampler
 
 
 def test_every_form_of_a_mask_means_the_same():
@@ -15,7 +15,7 @@ def test_every_form_of_a_mask_means_the_same():
     for mask in (patches, patches.bool(), patches.float(), patches.reshape(2, 2, 3), pixels):
         noise, ratio = noise_from_mask(mask, (2, 3), (4, 2))
         assert torch.equal(noise, patches.float())
-        assert num_kept(6, ratio) == 3
+        assert num_visible(6, ratio) == 3
 
 
 def test_one_pixel_removes_its_patch():
@@ -27,8 +27,11 @@ def test_one_pixel_removes_its_patch():
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
-        (torch.tensor([[0, 1, 1, 1], [0, 0, 1, 1]]), r"keep as many patches; these keep \[1, 2\]"),
-        (torch.ones(2, 4), "keep at least one"),
+        (
+            torch.tensor([[0, 1, 1, 1], [0, 0, 1, 1]]),
+            r"same number of patches visible, and these leave \[1, 2\]",
+        ),
+        (torch.ones(2, 4), "leave at least one patch visible"),
         (torch.zeros(2, 5), r"must be \(B, 4\), \(B, 2, 2\) or \(B, 8, 8\); got \(2, 5\)"),
     ],
 )

@@ -41,7 +41,7 @@ def test_every_setting_of_a_classifier():
 def test_recomputation_on_demand(on):
     for model in (models_build.autoencoder(MAE | {"grad_checkpointing": on}),
                   models_build.classifier(MINI | {"grad_checkpointing": on})):  # fmt: skip
-        assert {block.recomputed for block in model.blocks} == {on}
+        assert {block.grad_checkpointing for block in model.blocks} == {on}
 
 
 def test_a_probe_trains_its_head_alone():

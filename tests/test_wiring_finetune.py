@@ -201,7 +201,7 @@ def test_every_flag_reaches_its_place(captured, tmp_path):
     assert drop_paths(run.model) == pytest.approx([0, 0.1, 0.2, 0.3])
     assert hasattr(run.model, "norm") and not hasattr(run.model, "fc_norm")
     assert (run.model.patch_embed.img_size, run.model.patch_embed.patch_size) == ((24, 32), (8, 8))
-    assert all(block.recomputed for block in run.model.blocks)
+    assert all(block.grad_checkpointing for block in run.model.blocks)
     options = run.train_one_epoch.keywords
     assert vars(options["mixup"]) == vars(Mixup(0.3, 0.4, None, 0.9, 0.2, "elem", True, 0.2, 3))
     assert_erases(options["erase"], 0.6, 3, rand_color=True)

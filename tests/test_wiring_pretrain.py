@@ -140,7 +140,7 @@ def test_defaults_engine_and_model(capture):
     assert normalize.mean.flatten().tolist() == pytest.approx([0.485, 0.456, 0.406])
     assert normalize.std.flatten().tolist() == pytest.approx([0.229, 0.224, 0.225])
     assert not call.model.norm_pix_loss
-    assert not any(block.recomputed for block in [*call.model.blocks, *call.model.decoder_blocks])
+    assert not any(block.grad_checkpointing for block in [*call.model.blocks, *call.model.decoder_blocks])
     assert (len(call.model.blocks), len(call.model.decoder_blocks)) == (4, 1)
     assert (call.precision.name, call.precision.device) == ("fp32", torch.device("cpu"))
     torch.manual_seed(0)
@@ -250,7 +250,7 @@ def test_flags_of_model_and_optimizer(capture):
     assert call.model.patch_embed.patch_size == (8, 4)
     assert call.model.grid_size == (2, 6)
     assert len(call.model.decoder_blocks) == 3
-    assert all(block.recomputed for block in [*call.model.blocks, *call.model.decoder_blocks])
+    assert all(block.grad_checkpointing for block in [*call.model.blocks, *call.model.decoder_blocks])
     assert [group["weight_decay"] for group in call.optimizer.param_groups] == [0.0, 0.3]
     assert call.precision.name == "bf16"
     torch.manual_seed(5)

@@ -1,4 +1,4 @@
-"""Position tables: the fixed 2-D sine-cosine table of the MAE, and interpolation of a classifier's trained one."""
+"""Position tables: the fixed 2-D sine-cosine table of the MAE, and interpolation of learned tables."""
 
 from functools import lru_cache
 from typing import Any
@@ -12,7 +12,7 @@ Size = int | tuple[int, int]
 
 
 def to_pair(size: Size | list[int]) -> tuple[int, int]:
-    """(rows, columns) of a size given as one number, for squares, or as two."""
+    """(rows, columns) of a size, which is one number for squares, or two."""
     if isinstance(size, int):
         return size, size
     rows, columns = size
@@ -32,13 +32,13 @@ def get_1d_sincos_pos_embed_from_grid(embed_dim: int, pos: np.ndarray) -> np.nda
 def get_2d_sincos_pos_embed(embed_dim: int, grid_size: Size, cls_token: bool = False) -> np.ndarray:
     """The fixed table of He et al. 2021, appendix A.1 ("we use the sine-cosine version").
 
-    The first half of the channels encodes the column (x), the second half the row (y). The other order would read
-    more naturally, but all published weights were trained with this one.
+    The first half of the channels encodes the column (x), the second half the row (y). All published
+    weights were trained with this order.
 
     Args:
         embed_dim: channels, a multiple of 4.
         grid_size: (rows, columns) of the patch grid, or the side of a square one.
-        cls_token: put a row of zeros, the class token's, before the patches' rows.
+        cls_token: add a row of zeros for the class token before the rows of the patches.
 
     Returns:
         (rows * columns [+ 1], embed_dim) float64, patches in row-major order.
@@ -59,12 +59,12 @@ def get_2d_sincos_pos_embed(embed_dim: int, grid_size: Size, cls_token: bool = F
 
 @lru_cache(maxsize=32)
 def sincos_table(embed_dim: int, grid_size: tuple[int, int]) -> Tensor:
-    """`get_2d_sincos_pos_embed` with the class token's row, as a (1, N + 1, embed_dim) float32 tensor."""
+    """`get_2d_sincos_pos_embed` with the row of the class token, as a (1, N + 1, embed_dim) float32 tensor."""
     return torch.from_numpy(get_2d_sincos_pos_embed(embed_dim, grid_size, cls_token=True)).float().unsqueeze(0)
 
 
 def resize_pos_embed(pos_embed: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
-    """A trained table (1, N + 1, D) resampled bicubically from one patch grid to another; the class row is kept."""
+    """Resizes a learned table (1, N + 1, D) bicubically to another patch grid. The row of the class token stays."""
     if old_grid == new_grid:
         return pos_embed
     cls_row, patches = pos_embed[:, :1], pos_embed[:, 1:]
@@ -79,10 +79,10 @@ def interpolate_pos_embed(
     """Fits `checkpoint_model["pos_embed"]` in place to `model`'s patch grid (He et al. 2021, section 4.1: 448 pixels).
 
     Args:
-        old_grid: (rows, columns) of the checkpoint's patches. A published file does not tell it, and is square.
+        old_grid: (rows, columns) of the checkpoint's patches. Square by default, as in published files.
 
     Raises:
-        ValueError: the grid is unknown: neither given nor square, nor are there as many patches as the model has.
+        ValueError: the grid is unknown: no `old_grid`, not square, and not the number of patches of the model.
     """
     if "pos_embed" not in checkpoint_model:
         return
