@@ -121,7 +121,7 @@ def wait_for_data(folder: Path, out: Path) -> float:
     process = subprocess.run(list(map(str, command)), cwd=ROOT, check=True, capture_output=True, text=True)
     line = next(line for line in process.stdout.splitlines() if line.startswith("epoch 1 done"))
     print(f"\nmain_pretrain.py: {line}")
-    return float(line.rpartition("data wait ")[2].removesuffix("%")) / 100
+    return float(line.rpartition("data loading ")[2].removesuffix("%")) / 100
 
 
 def main(args: argparse.Namespace) -> None:

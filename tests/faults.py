@@ -395,7 +395,7 @@ class Faults:
                 run.start("--resume", earlier).wait_for("epoch ")
                 time.sleep(self.random.uniform(0, 0.8))
                 run.kill()
-                survived += run.finishes() and run.equals(whole) and "nothing is left" not in run.said()
+                survived += run.finishes() and run.equals(whole) and "nothing to do" not in run.said()
             rows.append((f"SIGKILL after going back, {layout.name}", trials, survived))
         return rows
 

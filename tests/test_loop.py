@@ -274,7 +274,7 @@ def test_skipping_has_an_end():
     train(spoil=lambda step, loss: loss * math.nan, guard=guard)
     _, _, _, meters = train(spoil=lambda step, loss: loss * math.nan, guard=guard)
     assert meters.means() == {"train_lr": None, "train_loss": None, "skipped_steps": 7}
-    with pytest.raises(loop.NonFiniteLoss, match="20 such in a row"):
+    with pytest.raises(loop.NonFiniteLoss, match="20 in a row"):
         train(spoil=lambda step, loss: loss * math.nan, guard=guard)
 
 

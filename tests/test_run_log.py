@@ -44,7 +44,7 @@ def test_stopwatch_counts_the_wait_alone():
     watch = Stopwatch()
     for _ in watch.watch(slow()):
         time.sleep(0.05)
-    assert 0.3 < watch.wait_share < 0.7
+    assert 0.3 < watch.loading_share < 0.7
     assert watch.seconds >= 0.3
 
 
@@ -129,7 +129,7 @@ def test_lines_where_there_is_no_terminal(tmp_path, caplog):
     log.end_epoch({"train_lr": 1e-3, "train_loss": 0.5})
     log.close()
     first, last = (record.getMessage() for record in caplog.records)
-    pattern = r"epoch 1 \[ 1/10\]  loss 0.5000  lr 1.00e-03  grad 2  [\d,]+ images/s  data wait 0%  left 0:00:00"
+    pattern = r"epoch 1 \[ 1/10\]  loss 0.5000  lr 1.00e-03  grad 2  [\d,]+ images/s  data loading 0%  left 0:00:00"
     assert re.fullmatch(pattern, first)
     assert last.startswith("epoch 1 done in 0:00:00: loss 0.5000")
     line = json.loads((tmp_path / "log.txt").read_text())
@@ -163,7 +163,7 @@ log.end_epoch({"train_lr": 1e-3, "train_loss": 0.25})
         pass
     assert process.wait() == 0
     text = seen.decode()
-    for part in ("epoch 0/3", "loss 0.2500", "lr 1.00e-03", "img/s", "data wait", "run ends in"):
+    for part in ("epoch 0/3", "loss 0.2500", "lr 1.00e-03", "img/s", "data loading", "run ends in"):
         assert part in text
 
 

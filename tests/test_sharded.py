@@ -450,7 +450,7 @@ def test_a_full_disk_leaves_the_states_before_and_no_rubbish(tmp_path):
 def test_what_is_said(shared, pictures, tmp_path):
     with pytest.raises(ValueError, match="--fsdp shares the weights among processes, and there is one"):
         fsdp.shard(mae_vit_mini_patch4(), [], torch.device("cpu"), None, "reconstruct")
-    with pytest.raises(ValueError, match="--fsdp goes with --amp bf16 or off"):
+    with pytest.raises(ValueError, match="--fsdp supports --amp bf16 and off"):
         fsdp.shard(mae_vit_mini_patch4(), [], torch.device("cpu"), torch.float16, "reconstruct")
     model = mae_vit_mini_patch4(img_size=32)
     optimizer = torch.optim.AdamW(model.parameters())

@@ -1,4 +1,4 @@
-"""Code generated for a model (`torch.compile`), where this machine can generate any."""
+"""torch.compile, where a compiler is installed."""
 
 import logging
 
@@ -10,21 +10,21 @@ logger = logging.getLogger(__name__)
 
 
 def compile_model(model: nn.Module, device: torch.device) -> None:
-    """Has calls of the model run as generated code, one graph a shape of batch; its names stay as they are.
+    """Compiles a model in place, one graph per input shape. The names of parameters do not change.
 
-    Where no code can be generated, because a compiler is missing, it says so in a sentence and leaves the model alone.
+    Without a compiler, it logs a warning and does not change the model.
     """
     try:
         torch.compile(torch.relu)(torch.ones(2, device=device))
-    except Exception as error:  # which ones is up to the backend
+    except Exception as error:  # the type depends on the backend
         reason = str(error).strip().splitlines()[0]
         need = "Triton" if device.type == "cuda" else "a C++ compiler and Python's headers (g++, python3-dev)"
-        logger.warning(f"--compile needs {need}, and works not here ({reason}): training goes on without it")
+        logger.warning(f"--compile needs {need} and does not work here ({reason}): training continues without it")
         return
-    if isinstance(model, FSDPModule):  # weights come and go between its units, around what can be one graph
+    if isinstance(model, FSDPModule):  # weights are gathered between its units, which are one graph each
         for unit in model.modules():
             if isinstance(unit, FSDPModule) and unit is not model:
                 unit.forward = torch.compile(unit.forward, fullgraph=True, dynamic=False)
     else:
         model.compile(fullgraph=True, dynamic=False)
-    logger.info("--compile: the first step, and the first evaluation, take a minute or more")
+    logger.info("--compile: the first iteration and the first evaluation take a minute or more")

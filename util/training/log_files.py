@@ -1,4 +1,4 @@
-"""Files that grow while a run trains: log.txt and TensorBoard's events. What a full disk refuses is written later."""
+"""Files that grow while a run trains: log.txt and TensorBoard's events. Data that can't be written is written later."""
 
 import os
 import socket
@@ -18,7 +18,7 @@ from util.files import atomic
 
 
 class GrowingFile:
-    """Appends data whole: data that can't be written stays in memory until `flush` succeeds."""
+    """Appends data to a file. Data that can't be written stays in memory until `flush` succeeds."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -26,7 +26,7 @@ class GrowingFile:
         self.pending = bytearray()
 
     def add(self, data: bytes) -> None:
-        """Takes data for the next `flush`."""
+        """Adds data for the next `flush`."""
         self.pending += data
 
     def flush(self) -> None:
@@ -40,7 +40,7 @@ class GrowingFile:
         try:
             with self.path.open("ab") as file:
                 self.size = min(self.size, file.tell())
-                file.truncate(self.size)  # without the part that an earlier attempt has written
+                file.truncate(self.size)  # removes the part that an earlier attempt wrote
                 file.write(self.pending)
         except OSError as error:
             raise OSError(f"can't write {self.path} ({error.strerror})") from error
@@ -48,10 +48,10 @@ class GrowingFile:
         self.pending.clear()
 
     def close(self) -> None:
-        """Writes the pending data, for the last time.
+        """Writes the pending data for the last time.
 
         Raises:
-            OSError: that fails; the message names the file that has the data instead, if there is one.
+            OSError: that fails. The message names the file that contains the data instead, if there is one.
         """
         try:
             self.flush()
@@ -65,12 +65,12 @@ class GrowingFile:
 
 
 class EventFile(GrowingFile):
-    """One start's events for TensorBoard.
+    """The events of a run for TensorBoard, from one start of the run.
 
     Args:
-        log_dir: its folder.
-        run_name: ends the file's name, so that several runs may share a folder.
-        first_step: TensorBoard ignores what earlier starts of the run have logged from this step on.
+        log_dir: folder of the file.
+        run_name: the end of the file name, so that several runs can share a folder.
+        first_step: TensorBoard ignores events of earlier starts of the run from this step on.
     """
 
     def __init__(self, log_dir: Path, run_name: str, first_step: int) -> None:
@@ -83,11 +83,11 @@ class EventFile(GrowingFile):
         self._add(Event(wall_time=time.time(), step=first_step, session_log=start))
 
     def scalar(self, tag: str, value: float, step: int) -> None:
-        """Takes a number."""
+        """Adds a number."""
         self._add(Event(wall_time=time.time(), step=step, summary=summary.scalar(tag, value)))
 
     def picture(self, tag: str, picture: np.ndarray, step: int) -> None:
-        """Takes a uint8 picture (H, W, c)."""
+        """Adds a uint8 image (H, W, c)."""
         self._add(Event(wall_time=time.time(), step=step, summary=summary.image(tag, picture, dataformats="HWC")))
 
     def _add(self, event: Event) -> None:
@@ -98,23 +98,23 @@ def drop_events(log_dir: Path, run_name: str, by_step: Collection[str], first_st
     """Removes the events that a resumed run logs again.
 
     Args:
-        by_step: tags whose events count from `first_step`; all others count epochs, from `first_epoch`.
+        by_step: tags to remove from `first_step` on; the other tags count epochs and are removed from `first_epoch`.
     """
     for path in log_dir.glob(f"events.out.tfevents.*.{run_name}"):
         records = list(RawEventFileLoader(str(path)).Load())
-        kept = []
+        remaining = []
         for record in records:
             event = Event.FromString(record)
             tags = {value.tag for value in event.summary.value}
             if not tags or event.step < (first_step if tags <= set(by_step) else first_epoch):
-                kept.append(record)
-        if len(kept) < len(records):
+                remaining.append(record)
+        if len(remaining) < len(records):
             with atomic.replacing(path) as temporary:
-                temporary.write_bytes(b"".join(map(_framed, kept)))
+                temporary.write_bytes(b"".join(map(_framed, remaining)))
 
 
 def _framed(record: bytes) -> bytes:
-    """A record with its length and checksums, as TensorFlow's files have them."""
+    """A record with length and checksums, in the format of TensorFlow."""
     file = BytesIO()
     RecordWriter(file).write(record)
     return file.getvalue()

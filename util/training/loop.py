@@ -180,33 +180,33 @@ def to_device(batch: list[Tensor], device: torch.device) -> list[Tensor]:
 
 @cache
 def _copying_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all epochs: the allocator keeps the memory of each stream apart."""
+    """One stream for all epochs: the allocator does not share memory between streams."""
     return torch.cuda.Stream(device)
 
 
 def prefetch(batches: Iterator[list[Tensor]], device: torch.device) -> Iterator[list[Tensor]]:
-    """Batches on the device. On CUDA each is copied there while the step before it is computed."""
+    """Batches on the device. CUDA copies each one during the iteration before it."""
     if device.type != "cuda":
         for batch in batches:
             yield to_device(batch, device)
         return
-    stream, coming = _copying_stream(device), deque[tuple[list[Tensor], torch.cuda.Event]]()
+    stream, queue = _copying_stream(device), deque[tuple[list[Tensor], torch.cuda.Event]]()
 
-    def arrived() -> list[Tensor]:
-        batch, event = coming.popleft()
+    def next_batch() -> list[Tensor]:
+        batch, event = queue.popleft()
         computing = torch.cuda.current_stream(device)
         computing.wait_event(event)
         for tensor in batch:
-            tensor.record_stream(computing)  # its memory was asked for on the other stream
+            tensor.record_stream(computing)  # it was allocated on the other stream
         return batch
 
     for batch in batches:
         with torch.cuda.stream(stream):
-            coming.append((to_device(batch, device), stream.record_event()))
-        if len(coming) > 1:
-            yield arrived()
-    if coming:
-        yield arrived()
+            queue.append((to_device(batch, device), stream.record_event()))
+        if len(queue) > 1:
+            yield next_batch()
+    if queue:
+        yield next_batch()
 
 
 @dataclass(frozen=True)
@@ -273,11 +273,11 @@ def _numbers(values: Tensor, copied: torch.cuda.Event | None) -> list[float]:
 
 
 class NonFiniteGuard:
-    """Decides what a step means whose loss or gradient is not finite. All processes see the same numbers.
+    """Decides about updates whose loss or gradient is not finite. All processes have the same numbers.
 
     Args:
-        policy: "abort" the run at the first one, or "skip" it, up to MAX_SKIPS_IN_A_ROW.
-        overflow_is_normal: gradients overflow now and then (fp16), which is nobody's fault while the scaler adapts.
+        policy: "abort" ends the run; "skip" skips the update, up to MAX_SKIPS_IN_A_ROW.
+        overflow_is_normal: fp16 gradients overflow until the loss scaler has adapted.
     """
 
     def __init__(self, policy: str, overflow_is_normal: bool = False) -> None:
@@ -286,7 +286,7 @@ class NonFiniteGuard:
         self.in_a_row = 0
 
     def accepts(self, loss: float, grad_norm: float) -> bool:
-        """Whether a step needs no reaction."""
+        """Whether an update needs no reaction."""
         if math.isfinite(loss) and math.isfinite(grad_norm):
             self.in_a_row = 0
             return True
@@ -294,15 +294,15 @@ class NonFiniteGuard:
         return self.overflow_is_normal and math.isfinite(loss) and self.in_a_row < MAX_SKIPS_IN_A_ROW
 
     def react(self, what: str, save: Callable[[], str]) -> None:
-        """Warns of a skipped step, or saves and ends the run with what to try."""
+        """Warns of a skipped update; or saves the state and ends the run with remedies."""
         if self.policy == "skip" and self.in_a_row < MAX_SKIPS_IN_A_ROW:
-            logger.warning(f"{what}; the step is skipped")
+            logger.warning(f"{what}; the update is skipped")
             return
-        where = save()
-        dist.barrier()  # a process that ends earlier would have the launcher kill the one that writes
-        saved = f"The weights, which this step did not change, are in {where}. " if where else ""
+        file = save()
+        dist.barrier()  # when one process ends, the launcher kills the others, also one that writes
+        saved = f"The weights before this update are in {file}. " if file else ""
         raise NonFiniteLoss(
-            f"{what} ({self.in_a_row} such in a row). {saved}Try --clip_grad 1.0, a lower learning rate (--lr, or "
+            f"{what} ({self.in_a_row} in a row). {saved}Try --clip_grad 1.0, a lower learning rate (--lr, or "
             f"--blr where --lr is not given), --amp off (or bf16 in place of fp16), or --on_nonfinite skip if it "
             f"happens rarely."
         )

@@ -1,4 +1,4 @@
-"""What a run logs: the header, a progress bar or lines, log.txt and TensorBoard. Off rank 0 it is a `NullLog`."""
+"""The log of a run: a progress bar or lines, log.txt and TensorBoard. Only rank 0 writes it."""
 
 import json
 import logging
@@ -25,22 +25,21 @@ SECONDS_BETWEEN_WARNINGS = 60.0  # of files that can't be written
 
 
 class _LineHandler(logging.StreamHandler):
-    """Writes above a progress bar that is on the screen."""
+    """Writes above a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
             prefix = "warning: " if record.levelno >= logging.WARNING else ""
             text = "\n".join(printable(line) for line in self.format(record).split("\n"))
             tqdm.write(prefix + text, file=sys.stdout)
-        except Exception:  # a log that can't be written, to a closed pipe say, must not end a run
+        except Exception:  # a failing log, for example a closed pipe, must not end a run
             self.handleError(record)
 
 
 def start_logging() -> None:
-    """Rank 0 logs everything from INFO on, to stdout.
+    """Starts logging to stdout: on rank 0 from INFO.
 
-    Most of it holds for all processes alike. So the others log only errors, and warnings about themselves alone, which
-    have `extra={"every_rank": True}`; with their rank.
+    The other ranks log errors, and warnings with `extra={"every_rank": True}`, each with the rank.
     """
     handler = _LineHandler()
     handler.addFilter(
@@ -57,9 +56,9 @@ def start_logging() -> None:
 
 @dataclass
 class Meters:
-    """Sums over the updates of an epoch; plain numbers, so that a checkpoint in the middle of an epoch holds them.
+    """Sums over the updates of an epoch, in plain numbers that a checkpoint contains.
 
-    Every update takes the same number of images, however they are split into batches and processes.
+    All updates have the same number of images, so that the means do not depend on batch size and processes.
     """
 
     loss: float = 0.0
@@ -68,7 +67,7 @@ class Meters:
     skipped_steps: int = 0
 
     def add(self, loss: float, grad_norm: float, lr: float) -> None:
-        """Counts an update; one that was not finite changed nothing."""
+        """Adds an update. An update that is not finite counts as skipped."""
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             self.skipped_steps += 1
             return
@@ -77,60 +76,60 @@ class Meters:
         self.updates += 1
 
     def means(self) -> dict[str, float | None]:
-        """The epoch's entries in log.txt; None where no update counted."""
+        """The entries of an epoch in log.txt; None without updates."""
         count = self.updates
         stats = {"train_lr": self.lr / count if count else None, "train_loss": self.loss / count if count else None}
         return stats | ({"skipped_steps": self.skipped_steps} if self.skipped_steps else {})
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values for a checkpoint; `Meters(**state)` is the way back."""
+        """Plain values for a checkpoint; `Meters(**state)` restores them."""
         return asdict(self)
 
 
 class Stopwatch:
-    """How the loop's time divides between waiting for data and the rest."""
+    """Measures the time of the loop, and the part of it that is data loading."""
 
     def __init__(self) -> None:
         self.started = time.perf_counter()
         self.ended: float | None = None
-        self.waited = 0.0
+        self.loading_seconds = 0.0
         self.batches = 0
 
     def watch(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """Passes batches on and adds up the time until each of them came."""
+        """Yields batches, and adds up the time until each is available."""
         iterator = iter(batches)
         while True:
-            asked = time.perf_counter()
+            begin = time.perf_counter()
             try:
                 batch = next(iterator)
             except StopIteration:
                 return
-            self.waited += time.perf_counter() - asked
+            self.loading_seconds += time.perf_counter() - begin
             yield batch
             self.batches += 1
 
     def stop(self) -> None:
-        """The epoch's last batch is done."""
+        """Ends the measurement, after the last batch."""
         self.ended = time.perf_counter()
 
     @property
     def seconds(self) -> float:
-        """Seconds from the start to the last batch's end, or to now."""
+        """Seconds from the start to the end, or to now."""
         return (self.ended or time.perf_counter()) - self.started
 
     @property
     def seconds_per_iteration(self) -> float:
-        """Mean time of a batch, waiting included."""
+        """Mean time of an iteration, with data loading."""
         return self.seconds / max(1, self.batches)
 
     @property
-    def wait_share(self) -> float:
-        """Part of the time, 0 to 1, in which the loop had nothing to compute."""
-        return self.waited / max(self.seconds, 1e-9)
+    def loading_share(self) -> float:
+        """Data-loading time as a share of the time, 0 to 1."""
+        return self.loading_seconds / max(self.seconds, 1e-9)
 
 
 class NullLog:
-    """Tells nothing: what processes other than rank 0 have."""
+    """Logs nothing: the log of processes other than rank 0."""
 
     def begin_epoch(
         self, epoch: int, first_iteration: int, num_iterations: int, images_per_iteration: int, watch: Stopwatch
@@ -145,29 +144,29 @@ class NullLog:
         """
 
     def end_epoch(self, stats: dict[str, Any]) -> None:
-        """The epoch's entries for log.txt."""
+        """Adds the entries of an epoch to log.txt."""
 
     def picture(self, tag: str, picture: np.ndarray, epoch: int) -> None:
-        """A uint8 picture (H, W, c) for TensorBoard."""
+        """Adds a uint8 image (H, W, c) to TensorBoard."""
 
     def close(self) -> None:
-        """Writes out what is still buffered."""
+        """Writes buffered data."""
 
 
 class RunLog(NullLog):
-    """Tells everything, once: what rank 0 has.
+    """The log of rank 0.
 
     Args:
-        output_dir: where log.txt grows, a JSON object an epoch.
-        log_dir: where TensorBoard's files go.
-        epochs: of the whole run, for the time left.
-        first_epoch: lines from this epoch on, left by a run that was stopped, are dropped.
-        first_x: the same for TensorBoard's scalars, in thousandths of an epoch.
+        output_dir: folder of log.txt, which has one JSON object per epoch.
+        log_dir: folder of the files of TensorBoard.
+        epochs: of the run, for the remaining time.
+        first_epoch: lines of this and later epochs, from before the run resumed, are removed.
+        first_x: the same for the scalars of TensorBoard, in thousandths of an epoch.
         loss_tag: the loss's name in TensorBoard.
 
     Raises:
-        OSError: log.txt or TensorBoard's files can't be written, at the start or when the log is closed. In between,
-            the log keeps what it could not write, and tries again.
+        OSError: log.txt or the files of TensorBoard can't be written, at the start or when the log is closed. In
+            between, the log buffers the data and tries again.
     """
 
     def __init__(
@@ -219,7 +218,8 @@ class RunLog(NullLog):
             self._flush()
         if self.bar is not None:
             self.bar.set_postfix_str(
-                f"loss {loss:.4f}, lr {lr:.2e}, data wait {watch.wait_share:.0%}, run ends in {_duration(left)}", False
+                f"loss {loss:.4f}, lr {lr:.2e}, data loading {watch.loading_share:.0%}, run ends in {_duration(left)}",
+                False,
             )
             self.bar.update(iterations * self.images_per_iteration - self.bar.n)
         elif is_due:
@@ -227,7 +227,7 @@ class RunLog(NullLog):
             logger.info(
                 f"epoch {self.epoch} [{iterations:>{len(str(total))}}/{total}]  loss {loss:.4f}  lr {lr:.2e}  "
                 f"grad {grad_norm:.3g}  {rate:,.0f} images/s  "
-                f"data wait {watch.wait_share:.0%}  left {_duration(left)}"
+                f"data loading {watch.loading_share:.0%}  left {_duration(left)}"
             )
 
     def end_epoch(self, stats: dict[str, Any]) -> None:
@@ -240,19 +240,19 @@ class RunLog(NullLog):
             if name.startswith("test_"):
                 self.events.scalar(f"perf/{name}", value, self.epoch)
         self.events.scalar("perf/images_per_s", rate, self.epoch)
-        self.events.scalar("perf/data_wait", watch.wait_share, self.epoch)
+        self.events.scalar("perf/data_wait", watch.loading_share, self.epoch)
         line = stats | {
             "epoch": self.epoch,
             "seconds": round(watch.seconds, 3),
             "images_per_s": round(rate, 1),
-            "data_wait": round(watch.wait_share, 4),
+            "data_wait": round(watch.loading_share, 4),
         }
         self.lines.add((json.dumps(line) + "\n").encode())
         self._flush()
         loss = math.nan if stats["train_loss"] is None else stats["train_loss"]
         logger.info(
             f"epoch {self.epoch} done in {_duration(watch.seconds)}: loss {loss:.4f}, "
-            f"{rate:,.0f} images/s, data wait {watch.wait_share:.0%}"
+            f"{rate:,.0f} images/s, data loading {watch.loading_share:.0%}"
         )
 
     def picture(self, tag: str, picture: np.ndarray, epoch: int) -> None:
@@ -266,33 +266,33 @@ class RunLog(NullLog):
         self.lines.close()
 
     def _flush(self) -> None:
-        """Writes what is pending; if that fails, the run continues."""
+        """Writes buffered data. If that fails, the run continues."""
         try:
             self.lines.flush()
             self.events.flush()
         except OSError as error:
             if time.monotonic() >= self.next_warning:
                 self.next_warning = time.monotonic() + SECONDS_BETWEEN_WARNINGS
-                logger.warning(f"{error}. The run continues, and writes it later.")
+                logger.warning(f"{error}. The run continues and tries again later.")
 
 
 def open_log(output_dir: Path, log_dir: Path, epochs: int, **options: Any) -> NullLog:
-    """The log of this process: a `RunLog` on rank 0, a `NullLog` elsewhere."""
+    """The log of this process: `RunLog` on rank 0, else `NullLog`."""
     return RunLog(output_dir, log_dir, epochs, **options) if dist.is_main() else NullLog()
 
 
 def _drop_lines_from(path: Path, first_epoch: int) -> None:
-    """Keeps the lines of epochs before `first_epoch`: a resumed run writes the others again."""
+    """Removes the lines of `first_epoch` and later epochs, which a resumed run writes again."""
     if not path.exists():
         return
-    kept = []
+    lines = []
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
         try:
             if line.endswith("\n") and json.loads(line)["epoch"] < first_epoch:
-                kept.append(line)
+                lines.append(line)
         except (ValueError, KeyError):  # a line that a crash cut off
             continue
-    atomic.write_text(path, "".join(kept))
+    atomic.write_text(path, "".join(lines))
 
 
 def _duration(seconds: float) -> str:

@@ -1,8 +1,8 @@
-"""Saves a run's state between steps, beside the training.
+"""Saves checkpoints in a thread, while training continues.
 
-`checkpoint-{epoch}.pth` is the state after an epoch, counted from 0; `checkpoint-last.pth` the newest one, also in the
-middle of an epoch; `checkpoint-best.pth` that of the best accuracy; `checkpoint-emergency.pth` that of a run that ended
-on an error. Those of a sharded run are folders, named without `.pth`.
+`checkpoint-{epoch}.pth` is the state after an epoch, counted from 0; `checkpoint-last.pth` the newest state, also
+within an epoch; `checkpoint-best.pth` the state with the best accuracy; `checkpoint-emergency.pth` the state of a run
+that ended with an error. Checkpoints of sharded runs are folders with these names, without `.pth`.
 """
 
 import logging
@@ -25,8 +25,8 @@ from util.interrupts import Interrupted, Interrupts
 logger = logging.getLogger(__name__)
 
 LAST, BEST, EMERGENCY = "checkpoint-last.pth", "checkpoint-best.pth", "checkpoint-emergency.pth"
-RETRY_SECONDS = 60.0  # after a state that could not be written
-MAX_UNWRITTEN = 2  # milestones and best states that wait in memory until the disk has space again
+RETRY_SECONDS = 60.0  # after a failed write
+MAX_UNWRITTEN = 2  # milestones and best states in memory that could not be written yet
 
 
 class Request(IntEnum):
@@ -58,39 +58,41 @@ class NullSaver:
         """
 
     def save_epoch(self, epoch: int, accuracy: float | None = None) -> None:
-        """Saves the milestone of a finished epoch, if it is one, and the best state, if its accuracy is that."""
+        """Saves the state after an epoch if it is a milestone, or if its accuracy is the best."""
 
     def save_emergency(self, epoch: int, iterations: int, meters: dict[str, Any]) -> str:
-        """Saves the state of a run that is about to end on an error, and returns the file's name."""
+        """Saves the state before the run ends with an error; returns the name of the file."""
         return ""
 
     def raise_if_stopping(self, error: Exception) -> None:
-        """Raises `Interrupted` in place of an error that came after a signal: one signal to all of a run's processes
-        ends some of them earlier than others, which must not look like a failure of this one."""
+        """Raises `Interrupted` in place of an error that follows a signal.
+
+        A signal to all processes ends some of them earlier than others, which causes errors in the others.
+        """
         if self.interrupts.pending:
             raise Interrupted(self.interrupts.pending) from error
 
     def close(self) -> None:
-        """Waits until everything is on the disk."""
+        """Waits until all states are written."""
 
     def stop(self) -> None:
-        """Raises `Interrupted` in every process, once the state is on the disk."""
+        """Raises `Interrupted` in every process after the state is written."""
         self.close()
-        dist.barrier()  # the launcher ends all when one process ends, and one of them was writing
+        dist.barrier()  # when one process ends, the launcher ends the others, also one that writes
         raise Interrupted(self.interrupts.pending or signal.SIGTERM)
 
 
 class Saver(NullSaver):
-    """Writes a run's states: milestones that stay, and a rolling `checkpoint-last.pth`. The run continues meanwhile.
+    """Writes milestones, the best state and a rolling `checkpoint-last.pth`, while training continues.
 
-    A milestone or best state that can't be written stays in memory, and is tried again every minute. If too many of
-    them wait, or the run ends, they are written to the system's temporary folder.
+    A milestone or best state that can't be written stays in memory, and the saver tries again every minute. If there
+    are too many of them, or the run ends, it writes them to the temporary folder of the system.
 
     Args:
-        collect: gives the state, without the run's position.
-        save_every: epochs between milestones; the last epoch is one too.
-        save_minutes: minutes between rolling states.
-        keep_last: milestones that are kept, the newest; all of them by default.
+        collect: returns the state without the position in the run.
+        save_every: epochs between milestones. The last epoch is a milestone too.
+        save_minutes: minutes between rolling checkpoints.
+        keep_last: number of milestones on the disk; older ones are deleted. None: all.
     """
 
     def __init__(
@@ -117,9 +119,9 @@ class Saver(NullSaver):
         self.writer = ThreadPoolExecutor(1, "saver")
         self.writing: Future[Path] | None = None
         if not any(path.stem == Path(BEST).stem for path in checkpoint.checkpoints(output_dir)):
-            progress.best_accuracy = -1.0  # the best state of the branch that is resumed may have been overwritten
-        self.is_ending = False  # what could not be written is in another place, and the run ends on that error
-        self.unwritten: list[tuple[dict[str, Any], list[Path]]] = []  # states with their files, the oldest first
+            progress.best_accuracy = -1.0  # a later epoch may have overwritten the best state before the resumed one
+        self.is_ending = False  # the states are in the temporary folder, and the run ends with that error
+        self.unwritten: list[tuple[dict[str, Any], list[Path]]] = []  # states and their files, oldest first
 
     def request(self) -> Request:
         if self.writing and self.writing.done():
@@ -142,13 +144,13 @@ class Saver(NullSaver):
         if names:
             self._write(names, epoch + 1, 0, {})
         if epoch == self.epochs - 1:
-            self._settle()  # without the run's result, it has failed
+            self._settle()  # the run fails if its result is not written
 
     def save_emergency(self, epoch: int, iterations: int, meters: dict[str, Any]) -> str:
         try:
             self._write([EMERGENCY], epoch, iterations, meters)
             return str(self._settle())
-        except OSError as error:  # the run ends on the error before it
+        except OSError as error:  # the run ends with the earlier error
             logger.error(str(error))
             return ""
 
@@ -157,17 +159,17 @@ class Saver(NullSaver):
             self._settle()
         except OSError as error:
             if dist.is_main():
-                logger.error(str(error))  # the run ends on another error, or with its result written
+                logger.error(str(error))  # the run ends with another error, or its result is written
 
     def stop(self) -> None:
         self._settle()
         super().stop()
 
     def _write(self, names: list[str], epoch: int, iterations: int, meters: dict[str, Any]) -> None:
-        """Copies the state, and begins to write it.
+        """Copies the state and starts to write it.
 
         Raises:
-            OSError: too many states wait to be written.
+            OSError: there are too many states that can't be written.
         """
         if self.is_ending:
             return
@@ -193,7 +195,7 @@ class Saver(NullSaver):
         self.writing = self.writer.submit(self._write_all)
 
     def _write_all(self) -> Path:
-        """Writes the states that wait, beside the training; returns the last one's file."""
+        """Writes the unwritten states, in the thread; returns the file of the last one."""
         while self.unwritten:
             path = self._write_one(*self.unwritten[0])
             del self.unwritten[0]
@@ -215,7 +217,7 @@ class Saver(NullSaver):
                 logger.warning(f"--keep_last {self.keep_last}: {path} can't be removed ({error.strerror})")
 
     def _finish(self, otherwise: str) -> None:
-        """Waits for what is being written. If that fails, a warning ends with `otherwise`."""
+        """Waits for the current write. If it fails, a warning ends with `otherwise`."""
         writing, self.writing = self.writing, None
         if writing is None:
             return
@@ -227,13 +229,13 @@ class Saver(NullSaver):
             self.next_save = time.monotonic() + RETRY_SECONDS
 
     def _settle(self) -> Path | None:
-        """Waits for what is being written; what was not written before is tried once more.
+        """Waits for the current write, and tries once more to write the unwritten states.
 
         Returns:
-            The last state's file, also where that is in the temporary folder for want of space.
+            The file of the last state.
 
         Raises:
-            OSError: it can't be written. The message names the place of the states that were saved elsewhere.
+            OSError: a state can't be written. The message contains the folder to which it was written instead.
         """
         writing, self.writing = self.writing, None
         if writing is None and not self.unwritten:
@@ -246,21 +248,21 @@ class Saver(NullSaver):
         return path
 
     def _rescue(self) -> str:
-        """Writes the states that wait to the system's temporary folder; says where they are, and what to do."""
+        """Writes the unwritten states to the temporary folder of the system; returns a text for the user."""
         unwritten, self.unwritten, self.is_ending = self.unwritten, [], True
         try:
             place = Path(tempfile.mkdtemp(prefix="mae-"))
             for state, paths in unwritten:
                 checkpoint.write(state, *(place / path.name for path in paths))
         except OSError as error:
-            return f"The temporary folder does not take the state either ({error})"
+            return f"The state can't be written to the temporary folder either ({error})"
         return f"The state is in {place}: move its files to {self.output_dir}, and --resume auto resumes"
 
 
 class ShardedSaver(Saver):
-    """The saver of each process of a sharded run: all write their part, beside the training, when rank 0 requests it.
+    """The saver of each process of a sharded run: all write their shards when rank 0 requests it.
 
-    A process that fails on its own can't save: the state of the last save stands.
+    A process that fails alone can't save. The last checkpoint remains.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -287,18 +289,20 @@ class ShardedSaver(Saver):
 
     def _settle(self) -> Path | None:
         if self.writing is None:
-            self.unwritten = []  # they take all processes, and some may be gone
+            self.unwritten = []  # writing them needs all processes, and some may be gone
         return super()._settle()
 
     def _rescue(self) -> str:
         self.unwritten = []
-        return "The checkpoints before it are complete"  # the parts of this one are on several machines
+        return "The earlier checkpoints are complete"  # the shards of this one are on several machines
 
 
 def milestones(output_dir: Path) -> list[Path]:
-    """The checkpoints of whole epochs, oldest first."""
-    found = [(int(path.stem[11:]), path) for path in checkpoint.checkpoints(output_dir) if path.stem[11:].isdecimal()]
-    return [path for _, path in sorted(found)]
+    """The milestones of a run, oldest first."""
+    numbered = [
+        (int(path.stem[11:]), path) for path in checkpoint.checkpoints(output_dir) if path.stem[11:].isdecimal()
+    ]
+    return [path for _, path in sorted(numbered)]
 
 
 def open_saver(
@@ -309,7 +313,7 @@ def open_saver(
     is_sharded: bool,
     **options: Any,
 ) -> NullSaver:
-    """The saver of this process: a `Saver` on rank 0, a `NullSaver` elsewhere; each has its part of a sharded run."""
+    """The saver of this process: `Saver` on rank 0, else `NullSaver`; `ShardedSaver` for a sharded run."""
     if is_sharded:
         return ShardedSaver(interrupts, output_dir, collect, progress, **options)
     return Saver(interrupts, output_dir, collect, progress, **options) if dist.is_main() else NullSaver(interrupts)

@@ -1,4 +1,4 @@
-"""A run from its first epoch, or from where it was stopped, to its last: resume, train, evaluate, log, save."""
+"""Runs training from the first or the resumed epoch to the last: resume, train, evaluate, log, save."""
 
 import logging
 from argparse import Namespace
@@ -56,16 +56,15 @@ def run(
     Args:
         optimizer: its learning rate is set from `settings` before every update; a group may have an `lr_scale`.
         batches: a `loader.TrainLoader`.
-        settings: the command line's, which become the checkpoints' `args`. Those of `options.add_run_options`
-            and `options.add_optimizer_options` count here.
+        settings: the flags, which checkpoints contain as `args`. It reads those of `options.add_run_options` and
+            `options.add_optimizer_options`.
         train_one_epoch: an engine's, with its own arguments bound (`functools.partial`).
-        after_epoch: what else there is to do with the trained model, every `eval_every` epochs if that is among the
-            settings, and after the last; returns entries for log.txt, of which `test_acc1` decides about
-            checkpoint-best.pth.
-        loss_tag: the loss's name in TensorBoard.
-        trained: the part of the model that is called with a batch; all of it by default.
-        evaluates: `after_epoch` takes long, and changes nothing that is saved: the state is saved before, and a signal
-            ends it at once. A resumed run repeats it.
+        after_epoch: called with epoch and log every `eval_every` epochs (1 if that is not in the settings), and after
+            the last one. Returns entries of log.txt; the best `test_acc1` is saved as checkpoint-best.pth.
+        loss_tag: name of the loss in TensorBoard.
+        trained: the module that is called with a batch; the model by default.
+        evaluates: `after_epoch` takes long and does not change the state. The state is saved before it, and a signal
+            ends it at once; a resumed run repeats it.
         callbacks: run after every update, in this order. Checkpoints contain their states, under the key `callbacks`.
 
     Raises:
@@ -75,8 +74,8 @@ def run(
         raise ValueError("--fsdp can't save the state of callbacks: leave out --fsdp or the callbacks")
     args = Namespace(**settings)
     output_dir = Path(args.output_dir)
-    shown = (f"{name}={value}" for name, value in sorted(settings.items()) if name != "classes")
-    logger.info("settings: " + " ".join(shown))
+    values = (f"{name}={value}" for name, value in sorted(settings.items()) if name != "classes")
+    logger.info("settings: " + " ".join(values))
     progress = _initial_progress(args, batches.num_images)
     base = max(args.blr) if isinstance(args.blr, list) else args.blr
     args.lr = lr_sched.scaled_lr(args.lr, base, progress.effective_batch_size)
@@ -98,13 +97,13 @@ def run(
             compile_model(trained or model, precision.device)
         train = partial(train_one_epoch, dist.wrap(trained or model, precision.device), batches, optimizer)
         if progress.epoch >= args.epochs:
-            logger.info(f"nothing is left to do: the run has its {args.epochs} epochs")
+            logger.info(f"nothing to do: the run has completed its {args.epochs} epochs")
         first_x = int(1000 * (progress.epoch + progress.first_iteration / len(batches)))
         log = run_log.open_log(
             output_dir, Path(args.log_dir), args.epochs,
             first_epoch=progress.epoch, first_x=first_x, loss_tag=loss_tag,
         )  # fmt: skip
-        for resource in (interrupts, closing(log), closing(saver)):  # a signal waits until all is written
+        for resource in (interrupts, closing(log), closing(saver)):  # a signal takes effect after they are closed
             stack.enter_context(resource)
         options = EpochOptions(
             epoch=progress.epoch,
@@ -152,22 +151,22 @@ def _train_epochs(
         train(replace(options, epoch=epoch, first_iteration=progress.first_iteration, meters=meters))
         try:
             progress.next_epoch()
-            dist.share_buffers(model)  # batch norm's statistics are each process's own until here
-            found: dict[str, Any] = {}
+            dist.share_buffers(model)  # the statistics of batch norm differ between processes until here
+            results: dict[str, Any] = {}
             if (epoch + 1) % eval_every == 0 or epoch + 1 == epochs:
                 if evaluates:
                     saver.save(epoch, len(batches), meters.state_dict())
                 with interrupts.at_once() if evaluates else nullcontext():
-                    found = after_epoch(epoch, log)
-            # The line first: a run stopped between the two writes that epoch, and its line, again.
-            log.end_epoch(meters.means() | found | batches.counts())
-            saver.save_epoch(epoch, found.get("test_acc1"))
-            # A signal may have come while one process evaluated, or wrote.
+                    results = after_epoch(epoch, log)
+            # The log first: a run that stops between the two trains this epoch again, and replaces its line.
+            log.end_epoch(meters.means() | results | batches.counts())
+            saver.save_epoch(epoch, results.get("test_acc1"))
+            # A signal may have arrived during the evaluation or a write in one process.
             stops = epoch + 1 < epochs and any(dist.gather(interrupts.pending))
         except Interrupted:  # the state was saved before the evaluation
             raise
         except Exception as error:
-            # An image that can't be read, say: the epoch is not lost, and is evaluated by the resumed run.
+            # For example an image that can't be read: the epoch is saved, and the resumed run evaluates it.
             saver.save(epoch, len(batches), meters.state_dict(), alone=True)
             saver.raise_if_stopping(error)
             raise
