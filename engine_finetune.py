@@ -1,4 +1,4 @@
-"""What a batch of supervised training computes, and how a classifier is evaluated; for fine-tuning and probing."""
+"""The loss of a batch in supervised training, and evaluation of classifiers; for fine-tuning and probing."""
 
 import copy
 import logging
@@ -50,7 +50,7 @@ def train_one_epoch(
         model: images (B, c, H, W) to logits (B, classes).
         data_loader: batches of images, labels (B,), and noise (unused).
         criterion: logits and labels, or mixed targets (B, classes), to the loss.
-        normalize: images to the model's input, on the device.
+        normalize: from images to the input of the model, on the device.
         erase: random erasing of normalised images.
         mixup: timm's mixup and cutmix.
     """
@@ -68,7 +68,7 @@ def train_one_epoch(
 
 
 class Evaluation(NamedTuple):
-    """A classifier's answers on a data set: every sample once, in its order, whatever batches and processes were."""
+    """Predictions of a classifier for each sample of a dataset, in the order of the dataset."""
 
     labels: np.ndarray  # (n,)
     predictions: np.ndarray  # (n,), the most likely class
@@ -77,12 +77,12 @@ class Evaluation(NamedTuple):
 
     @property
     def acc1(self) -> float:
-        """Per cent of the samples whose most likely class is right."""
+        """Top-1 accuracy in per cent."""
         return 100 * float((self.labels == self.predictions).mean())
 
     @property
     def acc_top(self) -> float | None:
-        """Per cent of the samples whose label is among the TOP most likely; None with fewer classes."""
+        """Top-5 accuracy in per cent (TOP); None with fewer classes."""
         return None if self.num_in_top is None else 100 * self.num_in_top / len(self.labels)
 
     def stats(self) -> dict[str, float]:
@@ -91,7 +91,7 @@ class Evaluation(NamedTuple):
         return {"test_acc1": self.acc1, **top, "test_loss": self.loss}
 
     def __str__(self) -> str:
-        """The published line."""
+        """The line of the published code."""
         top = "" if self.acc_top is None else f" Acc@{TOP} {self.acc_top:.3f}"
         return f"* Acc@1 {self.acc1:.3f}{top} loss {self.loss:.3f}"
 
@@ -104,13 +104,13 @@ def evaluate(
     normalize: Callable[[Tensor], Tensor],
     precision: Precision,
 ) -> Evaluation:
-    """Evaluates a classifier on this process's batches, and puts those of all processes together.
+    """Evaluates a classifier on the batches of this process, and gathers the predictions of all processes.
 
     Args:
-        data_loader: this process's share, as `loader.eval_loader` deals samples out: in turn.
+        data_loader: the samples of this process, distributed in turn as by `loader.eval_loader`.
     """
     model.eval()
-    answers: list[tuple[Tensor, ...]] = []
+    columns: list[tuple[Tensor, ...]] = []
     num_classes = 0
     for batch in data_loader:
         images, targets, _ = loop.to_device(batch, precision.device)
@@ -119,32 +119,35 @@ def evaluate(
         logits, num_classes = logits.float(), logits.shape[1]
         loss = F.cross_entropy(logits, targets, reduction="none")
         top = logits.topk(min(TOP, num_classes)).indices
-        answers.append((targets, logits.argmax(dim=1), (top == targets[:, None]).any(dim=1), loss))
-    mine = [torch.cat(column).cpu().numpy() for column in zip(*answers, strict=True)] or [np.zeros(0, dtype=int)] * 4
-    everywhere = dist.gather((mine, num_classes))
-    labels, predictions, in_top, losses = (_interleave([part[0][n] for part in everywhere]) for n in range(4))
+        columns.append((targets, logits.argmax(dim=1), (top == targets[:, None]).any(dim=1), loss))
+    local = [torch.cat(column).cpu().numpy() for column in zip(*columns, strict=True)] or [np.zeros(0, dtype=int)] * 4
+    shards = dist.gather((local, num_classes))
+    labels, predictions, in_top, losses = (_interleave([shard[0][n] for shard in shards]) for n in range(4))
     return Evaluation(
         labels=labels,
         predictions=predictions,
-        num_in_top=int(in_top.sum()) if max(part[1] for part in everywhere) >= TOP else None,
+        num_in_top=int(in_top.sum()) if max(shard[1] for shard in shards) >= TOP else None,
         loss=float(losses.mean(dtype=np.float64)),
     )
 
 
 def _interleave(parts: list[np.ndarray]) -> np.ndarray:
-    """One array of those of all processes, in which sample n is of rank n modulo their number."""
-    whole = np.empty(sum(map(len, parts)), parts[0].dtype)
+    """Merges the arrays of all processes. Sample n is from rank n modulo the number of processes."""
+    result = np.empty(sum(map(len, parts)), parts[0].dtype)
     for rank, part in enumerate(parts):
-        whole[rank :: len(parts)] = part
-    return whole
+        result[rank :: len(parts)] = part
+    return result
 
 
-@torch.no_grad()  # and not inference mode: heads are trained on what comes out
+@torch.no_grad()  # not inference mode, whose tensors a head could not train on
 def extract_features(
     model: Any, data_loader: Iterable[list[Tensor]], *, normalize: Callable[[Tensor], Tensor], precision: Precision
 ) -> tuple[Tensor, Tensor]:
-    """What a `VisionTransformer` makes of this process's images: pooled features (n, D), fp32, and labels (n,), on the
-    host."""
+    """Computes the pooled features (n, D) of a `VisionTransformer`, in fp32, for the images of this process.
+
+    Returns:
+        Features and labels (n,), on the host.
+    """
     model.eval()
     features, labels = [torch.zeros(0, model.embed_dim)], [torch.zeros(0, dtype=torch.int64)]
     for batch in tqdm(data_loader, desc="features", unit="batch", leave=False, disable=None):
@@ -159,7 +162,7 @@ class Setup:
     """What fine-tuning, linear probing and nearest neighbours derive from their flags: data and normalisation.
 
     Args:
-        args: the flags, or those that `as_recorded` returns.
+        args: the flags, or those that `with_recorded_settings` returns.
         device: of the model's input.
         file: the weights to start from or to evaluate; their mean and std are the default.
     """
@@ -207,11 +210,11 @@ class Setup:
         return loader.eval_loader(samples, batch_size, args.num_workers, self.pin_memory)
 
 
-def file_of(settings: Mapping[str, Any]) -> Weights | None:
-    """What `--finetune` names, to start from, or with `--eval` also what `--resume` names, to be evaluated.
+def open_weights(settings: Mapping[str, Any]) -> Weights | None:
+    """Reads the weights of `--finetune`; with `--eval`, the classifier of `--resume` or `--finetune`.
 
     Raises:
-        ValueError: with `--eval`, no file is named, or it holds no classifier.
+        ValueError: with `--eval`, neither names a file, or the file contains no classifier.
     """
     if not settings["eval"]:
         return loading.read(settings["finetune"]) if settings["finetune"] else None
@@ -221,14 +224,14 @@ def file_of(settings: Mapping[str, Any]) -> Weights | None:
     return loading.read_classifier(name)
 
 
-def as_recorded(args: Namespace, file: Weights, recorded: Mapping[str, Any]) -> Namespace:
-    """The settings of an evaluation: those that a file records of its own run, and over them the flags that are given.
+def with_recorded_settings(args: Namespace, file: Weights, recorded: Mapping[str, Any]) -> Namespace:
+    """Returns the settings of an evaluation: explicit flags, else the recorded settings of a file.
 
-    A warning names each given flag that differs. The number of classes is the head's and the data's; mean and std
-    follow the same rule in `loading.statistics`.
+    A warning names each explicit flag that differs. The number of classes is that of the head and the data; mean and
+    std follow the same rule in `loading.statistics`.
 
     Args:
-        recorded: what of the file's settings makes its model, by the flags' names.
+        recorded: the settings of the file that determine its model, by the names of the flags.
     """
     names = (recorded.keys() & vars(args).keys()) - {"nb_classes", "mean", "std"}
     warn_of_changes(file.source, args, names, recorded)
@@ -239,12 +242,12 @@ def as_recorded(args: Namespace, file: Weights, recorded: Mapping[str, Any]) -> 
 
 
 def warn_of_changes(source: str, args: Namespace, names: Iterable[str], recorded: Mapping[str, Any]) -> None:
-    """Warns of each of the named flags that is given and differs from what a file records."""
+    """Warns of each explicit flag among `names` that differs from the recorded setting of a file."""
     for name in sorted(entry_point.explicit(args) & recorded.keys() & set(names)):
-        wanted, value = getattr(args, name), recorded[name]
-        if _sides(name, wanted) != _sides(name, value) and dist.is_main():
-            made = f"without --{name}" if value is None else f"with {advice.flags({name: value})}"
-            logger.warning(f"{advice.flags({name: wanted})} is used, and {source} was made {made}")
+        current, value = getattr(args, name), recorded[name]
+        if _sides(name, current) != _sides(name, value) and dist.is_main():
+            setting = f"without --{name}" if value is None else f"with {advice.flags({name: value})}"
+            logger.warning(f"{advice.flags({name: current})} is used, and {source} was made {setting}")
 
 
 def _sides(name: str, value: Any) -> Any:
@@ -254,34 +257,34 @@ def _sides(name: str, value: Any) -> Any:
 def load_for_evaluation(
     build: Callable[[Mapping[str, Any]], nn.Module], settings: Mapping[str, Any], file: Weights, val: Source
 ) -> tuple[nn.Module, Source]:
-    """A file's classifier, and the images with labels that count its classes.
+    """Loads the classifier of a file, and numbers the labels of a dataset by its classes.
 
     Raises:
-        ValueError: it is of another architecture, or the images have classes that it does not know.
+        ValueError: the file has another architecture, or the dataset has classes that the classifier does not have.
     """
     num_classes = file.num_classes
-    known = file.settings.get("classes")
+    classes = file.settings.get("classes")
     if settings["nb_classes"] not in (None, num_classes):
-        raise ValueError(f"{file.source} knows {num_classes} classes, and --nb_classes is {settings['nb_classes']}")
-    if known:
-        val = labels.counted_as(val, known)
+        raise ValueError(f"{file.source} has {num_classes} classes, and --nb_classes is {settings['nb_classes']}")
+    if classes:
+        val = labels.counted_as(val, classes)
     elif len(val.classes) != num_classes:
-        raise ValueError(f"{file.source} knows {num_classes} classes, and the images are of {len(val.classes)}")
+        raise ValueError(f"{file.source} has {num_classes} classes, and the validation set has {len(val.classes)}")
     model = build({**settings, "nb_classes": num_classes})
     loading.load_classifier(model, file)
     return model, val
 
 
 def load_frozen(model: nn.Module, file: Weights | None, adapt_input: str) -> None:
-    """Loads a file's encoder, on whose features everything rests; a warning if there is no file."""
+    """Loads the encoder of a file; warns if there is no file."""
     if file:
         loading.load_encoder(model, file, adapt_input)
     elif dist.is_main():
-        logger.warning("no --finetune: these are the features of an untrained encoder, with random weights")
+        logger.warning("no --finetune: the features are those of an untrained encoder with random weights")
 
 
-def tell(scores: Evaluation, classes: Sequence[str], folder: str | None) -> None:
-    """Logs the published line, and writes the report that `--report` asks for."""
+def report_scores(scores: Evaluation, classes: Sequence[str], folder: str | None) -> None:
+    """Logs the scores, and writes the files of `--report` to a folder."""
     logger.info(str(scores))
     if folder and dist.is_main():
         report.write(Path(folder), classes, scores.labels, scores.predictions)

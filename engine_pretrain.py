@@ -1,4 +1,4 @@
-"""What a batch of masked pre-training computes (He et al. 2021, section 3)."""
+"""The loss of a batch in masked pre-training (He et al. 2021, section 3)."""
 
 from typing import Any
 
@@ -21,9 +21,9 @@ def train_one_epoch(
     """Trains a masked autoencoder for an epoch.
 
     Args:
-        model: called as `MaskedAutoencoderViT` is.
-        data_loader: batches of images (B, c, H, W), labels (unused), and noise (B, N) that chooses the masks.
-        normalize: images to the model's input, on the device.
+        model: a `MaskedAutoencoderViT`, possibly wrapped.
+        data_loader: batches of images (B, c, H, W), labels (unused), and noise (B, N), which determines the masks.
+        normalize: from images to the input of the model, on the device.
     """
 
     def compute_loss(batch: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""Fine-tuning: a pre-trained encoder, or none, to a classifier of your classes.
+"""Fine-tuning: trains a classifier, from a pre-trained encoder or from scratch.
 
 Under a minute on a CPU, from scratch on a few labels (--finetune FILE starts from a file of main_pretrain.py):
 
@@ -6,7 +6,7 @@ Under a minute on a CPU, from scratch on a few labels (--finetune FILE starts fr
     python main_finetune.py --model vit_mini_patch4 --patch_size 7 --input_size 28 --in_chans 1 --aa none --reprob 0 \\
         --data_path demo/data/fashion_mnist --train_per_class 50 --epochs 5 --output_dir runs/few_labels
 
-The published recipe on ImageNet, 8 GPUs of one machine (the effective batch is 1024):
+The published recipe on ImageNet, 8 GPUs of one machine (effective batch size 1024):
 
     torchrun --nproc_per_node 8 main_finetune.py --config recipes/finetune_vit_base.yaml --data_path IMAGENET \\
         --batch_size 128 --finetune mae_pretrain_vit_base --output_dir runs/base_finetuned --resume auto
@@ -35,12 +35,12 @@ import models_vit
 from engine_finetune import (
     Evaluation,
     Setup,
-    as_recorded,
     evaluate,
-    file_of,
     load_for_evaluation,
-    tell,
+    open_weights,
+    report_scores,
     train_one_epoch,
+    with_recorded_settings,
 )
 from util.checkpoints import run_directory
 from util.cli import options
@@ -52,7 +52,7 @@ from util.weights import loading
 
 logger = logging.getLogger(__name__)
 
-HEAD_STD = 2e-5  # of a new head's weights, as published: the encoder is not shaken by it
+HEAD_STD = 2e-5  # of the weights of a new head, as published; a small head hardly changes the encoder at first
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -71,12 +71,12 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def main(args: Namespace) -> Evaluation | None:
-    """Trains for `args.epochs` epochs, evaluating after each; or, with --eval, evaluates once and returns that."""
+    """Trains for `args.epochs` epochs and evaluates after each; with --eval, evaluates once and returns the result."""
     precision = trainer.start(args)
     device = precision.device
-    file = file_of(vars(args))
+    file = open_weights(vars(args))
     if args.eval and file:
-        args = as_recorded(args, file, models_build.classifier_settings(file.settings))
+        args = with_recorded_settings(args, file, models_build.classifier_settings(file.settings))
     setup = Setup(args, device, file)
 
     def evaluation(val: Source) -> Callable[[nn.Module], Evaluation]:
@@ -86,7 +86,7 @@ def main(args: Namespace) -> Evaluation | None:
     if args.eval and file:
         model, val = load_for_evaluation(models_build.classifier, vars(args), file, setup.open_val())
         scores = evaluation(val)(model.to(device))
-        tell(scores, val.classes, args.report)
+        report_scores(scores, val.classes, args.report)
         return scores
 
     run_directory.prepare(Path(args.output_dir), args.resume)
@@ -107,7 +107,7 @@ def main(args: Namespace) -> Evaluation | None:
     mixup = mixing(args, len(classes))
     if mixup:
         criterion: nn.Module = SoftTargetCrossEntropy()
-    else:  # of no smoothing it is the plain cross-entropy
+    else:  # without smoothing it is the cross-entropy
         criterion = nn.CrossEntropyLoss(label_smoothing=args.smoothing)
     erase = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device=str(device))
     groups = param_groups_lrd(model, args.weight_decay, ("pos_embed", "cls_token"), args.layer_decay)
@@ -119,7 +119,7 @@ def main(args: Namespace) -> Evaluation | None:
 
     def evaluate_epoch(epoch: int, log: run_log.NullLog) -> dict[str, Any]:
         scores = test(model)
-        tell(scores, classes, args.report)
+        report_scores(scores, classes, args.report)
         return {**scores.stats(), "n_parameters": num_parameters}
 
     trainer.run(
@@ -143,10 +143,10 @@ def main(args: Namespace) -> Evaluation | None:
 
 
 def mixing(args: Namespace, num_classes: int) -> Mixup | None:
-    """timm's mixup and cutmix, where they are asked for.
+    """mixup and cutmix of timm; None if both are off.
 
     Raises:
-        ValueError: they mix pairs, and the batch is odd.
+        ValueError: the batch size is odd; they mix pairs of images.
     """
     if not (args.mixup or args.cutmix or args.cutmix_minmax):
         return None

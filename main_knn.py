@@ -1,4 +1,4 @@
-"""k nearest neighbours in the features of a frozen encoder: what it is worth, with nothing trained.
+"""k-nearest-neighbour classification on the features of a frozen encoder, without training.
 
 Under a minute on a CPU (without --finetune the encoder is an untrained one):
 
@@ -25,7 +25,7 @@ from torch import Tensor
 
 import models_build
 import models_vit
-from engine_finetune import Setup, as_recorded, extract_features, load_frozen
+from engine_finetune import Setup, extract_features, load_frozen, with_recorded_settings
 from util.cli import options
 from util.data.sources import Source
 from util.evaluation.knn import classify
@@ -48,12 +48,12 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def main(args: Namespace) -> dict[int, float]:
-    """Prints, and returns, the accuracy in per cent for every k."""
+    """Logs and returns the accuracy in per cent for every k."""
     precision = trainer.start(args)
     device = precision.device
     file = loading.read(args.finetune) if args.finetune else None
     if file:
-        args = as_recorded(args, file, models_build.classifier_settings(file.settings))
+        args = with_recorded_settings(args, file, models_build.classifier_settings(file.settings))
     setup = Setup(args, device, file)
     train, val = setup.open_pair()
     model = models_build.classifier({**vars(args), "nb_classes": 0})
@@ -65,11 +65,11 @@ def main(args: Namespace) -> dict[int, float]:
         return extract_features(model, batches, normalize=setup.normalize, precision=precision)
 
     bank, queries = features_of(train, model), features_of(val, model)
-    del model  # the bank may need its place
-    right = classify(
+    del model  # to free its memory
+    correct = classify(
         *bank, *queries, ks=args.k, temperature=args.temperature, num_classes=len(train.classes), device=device
     )
-    accuracies = {k: 100 * hits / len(val) for k, hits in right.items()}
+    accuracies = {k: 100 * hits / len(val) for k, hits in correct.items()}
     for k, accuracy in accuracies.items():
         logger.info(f"* {k}-NN Acc@1 {accuracy:.3f}")
     logger.info(json.dumps({f"knn_acc1_k{k}": accuracy for k, accuracy in accuracies.items()}))

@@ -1,4 +1,4 @@
-"""Linear probing: a frozen encoder, and a linear classifier on its features.
+"""Linear probing: trains a linear classifier on the features of a frozen encoder.
 
 Under a minute on a CPU (without --finetune the encoder is an untrained one):
 
@@ -6,7 +6,7 @@ Under a minute on a CPU (without --finetune the encoder is an untrained one):
     python main_linprobe.py --model vit_mini_patch4 --patch_size 7 --input_size 28 --in_chans 1 --cache_features \\
         --data_path demo/data/fashion_mnist --blr 0.05 0.1 0.2 --epochs 20 --output_dir runs/probe
 
-The published recipe on ImageNet, 8 GPUs of one machine (the effective batch is 16384):
+The published recipe on ImageNet, 8 GPUs of one machine (effective batch size 16384):
 
     torchrun --nproc_per_node 8 main_linprobe.py --config recipes/linprobe_vit_base.yaml --data_path IMAGENET \\
         --batch_size 512 --accum_iter 4 --finetune mae_pretrain_vit_base --output_dir runs/base_probed
@@ -34,14 +34,14 @@ import models_vit
 from engine_finetune import (
     Evaluation,
     Setup,
-    as_recorded,
     evaluate,
     extract_features,
-    file_of,
     load_for_evaluation,
     load_frozen,
-    tell,
+    open_weights,
+    report_scores,
     train_one_epoch,
+    with_recorded_settings,
 )
 from util import dist
 from util.checkpoints import checkpoint, run_directory
@@ -71,14 +71,14 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def main(args: Namespace) -> None:
-    """Trains for `args.epochs` epochs, evaluating after each; or, with --eval, evaluates once."""
+    """Trains for `args.epochs` epochs and evaluates after each; or, with --eval, evaluates once."""
     precision = trainer.start(args)
     device = precision.device
-    # A probe that is resumed finds its encoder in the checkpoint, but computes features before that is read.
-    begun = args.finetune or (args.resume if args.resume != "auto" else "")
-    file = file_of({**vars(args), "finetune": begun})
+    # A resumed probe loads its encoder from the checkpoint, but it computes features before that.
+    encoder = args.finetune or (args.resume if args.resume != "auto" else "")
+    file = open_weights({**vars(args), "finetune": encoder})
     if args.eval and file:
-        args = as_recorded(args, file, models_build.classifier_settings(file.settings))
+        args = with_recorded_settings(args, file, models_build.classifier_settings(file.settings))
     setup = Setup(args, device, file)
 
     def features_of(source: Source, model: Any) -> tuple[Tensor, Tensor]:
@@ -88,7 +88,7 @@ def main(args: Namespace) -> None:
     test = partial(evaluate_head, precision=precision)
     if args.eval and file:
         probe, val = load_for_evaluation(models_build.probe, vars(args), file, setup.open_val())
-        tell(test(probe.get_submodule("head"), features_of(val, probe.to(device))), val.classes, args.report)
+        report_scores(test(probe.get_submodule("head"), features_of(val, probe.to(device))), val.classes, args.report)
         return
 
     run_directory.prepare(Path(args.output_dir), args.resume)
@@ -97,18 +97,19 @@ def main(args: Namespace) -> None:
     several = len(args.blr) > 1
     if several and args.lr is not None:
         raise ValueError("--lr sets one rate; leave it out where --blr gives several")
-    told = {"blr": args.blr if several else args.blr[0], "mean": setup.mean, "std": setup.std}
-    settings = {**vars(args), **told, "nb_classes": len(classes), "classes": classes}
+    blr = args.blr if several else args.blr[0]
+    statistics = {"mean": setup.mean, "std": setup.std}
+    settings = {**vars(args), **statistics, "blr": blr, "nb_classes": len(classes), "classes": classes}
     model = models_build.probe(settings)
     load_frozen(model, file, args.adapt_input)
     model.to(device)
     heads, optimizer = make_heads(model, args.blr, args.weight_decay)
-    held: tuple[Tensor, Tensor] | None = None
+    held_out: tuple[Tensor, Tensor] | None = None
     if several:
-        train, chooser = labels.hold_out(train, args.held_out, args.seed)
-        held = features_of(chooser, model)
+        train, held_out_set = labels.hold_out(train, args.held_out, args.seed)
+        held_out = features_of(held_out_set, model)
         model.head = models_build.ParallelHeads(heads)
-    seen = features_of(val, model)
+    val_features = features_of(val, model)
 
     if args.cache_features:
         batches: Any = loader.FeatureBatches(*features_of(train, model), args.batch_size, args.seed, args.accum_iter)
@@ -117,15 +118,16 @@ def main(args: Namespace) -> None:
     num_parameters, criterion = sum(p.numel() for p in heads[0].parameters()), HeadLosses(len(batches))
 
     def evaluate_epoch(epoch: int, log: run_log.NullLog) -> dict[str, Any]:
-        """Of several heads, that which does best on the images held out is tested, and no other."""
-        accuracies = [test(head, held).acc1 for head in heads] if held else [0.0]
+        """Evaluates the head with the best accuracy on the held-out images."""
+        accuracies = [test(head, held_out).acc1 for head in heads] if held_out else [0.0]
         best = accuracies.index(max(accuracies))
-        scores = test(heads[best], seen)
-        chosen = report_chosen(args.blr, accuracies, criterion.means(), epoch + 1 == args.epochs) if held else {}
-        tell(scores, classes, args.report)
-        if held and dist.is_main():
-            write_chosen(model, heads[best], {**settings, "blr": args.blr[best]}, epoch)
-        return {**scores.stats(), **chosen, "n_parameters": num_parameters}
+        scores = test(heads[best], val_features)
+        is_last = epoch + 1 == args.epochs
+        best_rate = report_best_rate(args.blr, accuracies, criterion.means(), is_last) if held_out else {}
+        report_scores(scores, classes, args.report)
+        if held_out and dist.is_main():
+            write_probe(model, heads[best], {**settings, "blr": args.blr[best]}, epoch)
+        return {**scores.stats(), **best_rate, "n_parameters": num_parameters}
 
     trainer.run(
         model,
@@ -143,7 +145,7 @@ def main(args: Namespace) -> None:
 
 
 def make_heads(model: nn.Module, blrs: Sequence[float], weight_decay: float) -> tuple[list[nn.Module], LARS]:
-    """The model's head and, for more rates, copies of it; and the optimizer of them all, each at its rate."""
+    """One copy of the head for each learning rate, and the optimizer of all heads."""
     head = model.get_submodule("head")
     heads = [head, *(copy.deepcopy(head) for _ in blrs[1:])]
     groups = [
@@ -153,29 +155,29 @@ def make_heads(model: nn.Module, blrs: Sequence[float], weight_decay: float) -> 
 
 
 def evaluate_head(head: nn.Module, features: tuple[Tensor, Tensor], precision: Precision) -> Evaluation:
-    """Evaluates a head on this process's features (n, D) and labels (n,), and puts those of all processes together."""
+    """Evaluates a head on features (n, D) and labels (n,) of this process, and gathers the predictions of all."""
     batches = [[*part, part[1]] for part in zip(*(column.split(4096) for column in features), strict=True)]
     return evaluate(head, batches, normalize=nn.Identity(), precision=precision)
 
 
-def report_chosen(
+def report_best_rate(
     blrs: Sequence[float], accuracies: Sequence[float], losses: Sequence[float], is_last: bool
 ) -> dict[str, float]:
-    """Logs the rate whose head does best on the held-out images; at the end warns if there may be better ones beyond.
+    """Logs the rate with the best held-out accuracy. In the last epoch, warns if it is the largest or the smallest.
 
     Returns:
-        The entries of log.txt: the rate, and its head's own training loss.
+        The entries of log.txt: the rate, and the training loss of its head.
     """
     best = accuracies.index(max(accuracies))
     loss = f", training loss {losses[best]:.4f}" if losses else ""
-    logger.info(f"chosen of {len(blrs)} rates: --blr {blrs[best]:g}, held-out Acc@1 {accuracies[best]:.3f}{loss}")
+    logger.info(f"best of {len(blrs)} rates: --blr {blrs[best]:g}, held-out Acc@1 {accuracies[best]:.3f}{loss}")
     for end, which, others in ((max(blrs), "largest", "larger"), (min(blrs), "smallest", "smaller")):
         if is_last and blrs[best] == end:
-            logger.warning(f"--blr {end:g}, the {which} of those given, was chosen: give {others} ones too")
+            logger.warning(f"--blr {end:g}, the {which} value, is the best: add {others} values")
     return {"chosen_blr": blrs[best], **({"train_loss": losses[best]} if losses else {})}
 
 
-def write_chosen(model: nn.Module, head: nn.Module, settings: dict[str, Any], epoch: int) -> None:
+def write_probe(model: nn.Module, head: nn.Module, settings: dict[str, Any], epoch: int) -> None:
     """Writes probe.pth: the model with one of its heads, under the published names."""
     tensors = {name: value for name, value in model.state_dict().items() if not name.startswith("head.")}
     tensors |= {f"head.{name}": value for name, value in head.state_dict().items()}
@@ -186,30 +188,30 @@ def write_chosen(model: nn.Module, head: nn.Module, settings: dict[str, Any], ep
 class HeadLosses:
     """The criterion: cross-entropy of (B, classes), or of several heads (heads, B, classes).
 
-    The gradient of several is that of their sum, so that no head's depends on the others; the value, which is logged,
-    is their mean. Each head's own loss is kept for the end of the epoch.
+    The gradient of several heads is that of the sum of their losses, so that each head trains independently. The value
+    is the mean. The loss of each head is stored until the end of the epoch.
     """
 
     def __init__(self, batches: int) -> None:
-        self.kept = deque[Tensor](maxlen=batches)  # (heads,), of each batch of an epoch
+        self.losses = deque[Tensor](maxlen=batches)  # (heads,), of each batch of an epoch
 
     def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
         if logits.ndim == 2:
             return F.cross_entropy(logits, targets)
         losses = torch.stack([F.cross_entropy(own, targets) for own in logits])
-        self.kept.append(losses.detach())
+        self.losses.append(losses.detach())
         total = losses.sum()
         return total - total.detach() + losses.detach().mean()
 
     def means(self) -> list[float]:
-        """Of each head, over the epoch's finite batches of all processes; nothing, if there were none.
+        """The mean loss of each head over the finite batches of all processes; empty without batches.
 
-        Of an epoch that was resumed in its middle, they are those of its rest.
+        After resuming within an epoch, the mean is over the rest of the epoch.
         """
-        if not self.kept:
+        if not self.losses:
             return []
-        losses = torch.stack(list(self.kept))
-        self.kept.clear()
+        losses = torch.stack(list(self.losses))
+        self.losses.clear()
         finite = losses.isfinite().all(dim=1)
         sums = torch.cat([losses[finite].sum(dim=0), finite.sum()[None].to(losses.dtype)])
         sums = dist.mean_over_processes(sums)

@@ -1,6 +1,6 @@
 """Masked pre-training (He et al. 2021) on a folder of images.
 
-A small model on the pictures of demo/data, under a minute on a CPU:
+A small model on the images of demo/data, under a minute on a CPU:
 
     python demo/unpack_data.py
     python main_pretrain.py --config recipes/pretrain_fashion_mnist.yaml --epochs 2 --output_dir runs/fashion
@@ -37,7 +37,7 @@ from util.training import fsdp, run_log, trainer
 from util.training.loop import Callback
 from util.weights import loading
 
-EXAMPLES = 8  # images in TensorBoard's picture of reconstructions
+EXAMPLES = 8  # reconstructions in TensorBoard
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -57,7 +57,7 @@ def main(
     model_class: type[models_mae.MaskedAutoencoderViT] = models_mae.MaskedAutoencoderViT,
     callbacks: Sequence[Callback] = (),
 ) -> None:
-    """Trains for `args.epochs` epochs. Writes checkpoints, log.txt and TensorBoard's files.
+    """Trains for `args.epochs` epochs. Writes checkpoints, log.txt and TensorBoard files.
 
     Args:
         model_class: of the model; a subclass changes the method.
@@ -67,7 +67,7 @@ def main(
     device = precision.device
     run_directory.prepare(Path(args.output_dir), args.resume)
 
-    with torch.device("meta" if args.fsdp else "cpu"):  # without values, which each process gets for its part only
+    with torch.device("meta" if args.fsdp else "cpu"):  # --fsdp initialises the shards
         model = models_build.autoencoder(vars(args), model_class)
     if args.fsdp:
         fsdp.shard(model, [*model.blocks, *model.decoder_blocks], device, precision.dtype, method="reconstruct")
@@ -80,27 +80,27 @@ def main(
         "train", args.data_path, args.train_list, args.dataset, download=args.download, num_images=args.num_images
     )
     datasets.suggest_statistics(source, args.in_chans, args.mean, args.std)
-    drawn = {"in_chans": args.in_chans, "seed": args.seed, "draw_noise": draw_noise,
-             "on_bad_image": args.on_bad_image}  # fmt: skip
+    sample_options = {"in_chans": args.in_chans, "seed": args.seed, "draw_noise": draw_noise,
+                      "on_bad_image": args.on_bad_image}  # fmt: skip
     augment = transforms.pretrain_transform(args.input_size, args.crop_scale, args.hflip)
-    samples = Samples(source, augment, fast_jpeg=args.fast_jpeg, **drawn)
-    whole = Samples(source, transforms.eval_transform(args.input_size), **drawn)
+    samples = Samples(source, augment, fast_jpeg=args.fast_jpeg, **sample_options)
+    full_images = Samples(source, transforms.eval_transform(args.input_size), **sample_options)
     pin_memory = args.pin_mem and device.type == "cuda"
     batches = loader.TrainLoader(
         samples, args.batch_size, args.seed, args.num_workers, pin_memory, args.repeated_sampling, args.accum_iter
     )
     normalize = transforms.Normalize(*transforms.channel_statistics(args.in_chans, args.mean, args.std)).to(device)
 
-    # The published groups: no decay on biases and 1-D weights, and so decay on the class and mask tokens.
+    # As published: no weight decay on biases and 1-D weights, so weight decay on the class and mask tokens.
     groups = param_groups_weight_decay(model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
 
     vis_every = args.vis_every if model.predicts_pixels else 0
 
     def draw_examples(epoch: int, log: run_log.NullLog) -> dict[str, Any]:
-        takes_part = dist.is_main() or args.fsdp  # which needs every process's weights
+        takes_part = dist.is_main() or args.fsdp  # sharded weights need all processes
         if takes_part and vis_every and (epoch % vis_every == 0 or epoch == args.epochs - 1):
-            images, _, noise = loader.examples(whole, EXAMPLES)
+            images, _, noise = loader.examples(full_images, EXAMPLES)
             picture = pictures.reconstruction(model, images, noise, normalize, mask_ratio)
             log.picture("reconstruction", picture, epoch)
         return {}

@@ -5,8 +5,8 @@
     torchrun --nproc_per_node 8 main_robustness.py --suite imagenet-c --data_path ImageNet-C \\
         --model runs/base_finetuned/checkpoint-99.pth --output_dir runs/robustness
 
-Where to get the images, and what the paper's models score on them, is told in RESULTS.md. A suite that was stopped
-goes on with the same command.
+Where to get the images, and the results of the paper, see RESULTS.md. The same command continues an interrupted
+suite.
 """
 
 import argparse

@@ -1,6 +1,6 @@
-"""main_pretrain.py as a job of a Slurm cluster, on one node or many; it goes on after each requeue.
+"""main_pretrain.py as a Slurm job, on one or more nodes; the run resumes after each requeue.
 
-What would be submitted, and submits nothing; without --dry_run, it is submitted:
+Shows the job, and submits it without --dry_run:
 
     python submitit_pretrain.py --config recipes/pretrain_vit_large.yaml --data_path IMAGENET --batch_size 64 \\
         --nodes 8 --ngpus 8 --slurm cpus_per_task=12 --dry_run

@@ -7,7 +7,7 @@ from conftest import make_samples
 from sklearn.metrics import log_loss, top_k_accuracy_score
 
 import main_finetune
-from engine_finetune import Evaluation, _interleave, as_recorded, evaluate, extract_features
+from engine_finetune import Evaluation, _interleave, evaluate, extract_features, with_recorded_settings
 from models_vit import vit_mini_patch4
 from util import dist
 from util.cli import entry_point
@@ -99,7 +99,7 @@ def test_flags_that_are_set_win_over_recorded_settings(caplog):
     )
     recorded = {"input_size": 16, "in_chans": 1, "crop_pct": 0.5, "nb_classes": 7, "mean": [0.5], "unknown": 3}
     file = Weights({}, recorded, "classifier", "run.pth")
-    found = as_recorded(args, file, recorded)
+    found = with_recorded_settings(args, file, recorded)
     assert (found.input_size, found.in_chans, found.crop_pct, found.nb_classes, found.mean) == (32, 1, 0.5, 6, None)
     assert args.in_chans == 3
     assert [record.getMessage() for record in caplog.records] == [

@@ -318,8 +318,8 @@ def test_wrong_inputs_are_answered_in_sentences(tuned, labelled, pictures, tmp_p
     torch.save(
         {"model": vit_mini_patch4(img_size=16, num_classes=9, global_pool=True).state_dict()}, tmp_path / "9.pth"
     )
-    assert "knows 9 classes, and the images are of 6" in said("--eval", "--resume", tmp_path / "9.pth")
-    assert "knows 6 classes, and --nb_classes is 7" in said("--eval", "--resume", tuned, "--nb_classes", "7")
+    assert "has 9 classes, and the validation set has 6" in said("--eval", "--resume", tmp_path / "9.pth")
+    assert "has 6 classes, and --nb_classes is 7" in said("--eval", "--resume", tuned, "--nb_classes", "7")
     assert "the data has 6 classes, and --nb_classes is 1000" in said("--nb_classes", "1000")
     assert "give --model" in said("--eval", "--resume", tuned, "--model", "vit_tiny_patch16")
 

@@ -103,7 +103,7 @@ def test_the_chosen_rate_and_its_own_loss_are_logged(probe, tuned, capsys):
     out = probe("several", blr="1 30 100", **flags)
     said, last = capsys.readouterr().out, lines(out)[-1]
     loss = f"{last['train_loss']:.4f}"
-    assert f"chosen of 3 rates: --blr {last['chosen_blr']:g}, held-out Acc@1 " in said
+    assert f"best of 3 rates: --blr {last['chosen_blr']:g}, held-out Acc@1 " in said
     assert f", training loss {loss}\n" in said
     assert f"loss {loss}," in said[said.index("epoch 1 done in") :]
 
@@ -113,12 +113,12 @@ def test_the_chosen_rate_and_its_own_loss_are_logged(probe, tuned, capsys):
 )
 def test_a_rate_at_the_end_of_those_given_warns(caplog, best, warned):
     accuracies = [50.0 + (number == best) for number in range(3)]
-    entries = main_linprobe.report_chosen([0.1, 1.0, 10.0], accuracies, [3.0, 2.0, 1.0], is_last=True)
+    entries = main_linprobe.report_best_rate([0.1, 1.0, 10.0], accuracies, [3.0, 2.0, 1.0], is_last=True)
     assert entries == {"chosen_blr": [0.1, 1.0, 10.0][best], "train_loss": [3.0, 2.0, 1.0][best]}
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert [message.split(", ")[1].removesuffix(" of those given") for message in warnings] == warned
+    assert [message.split(", ")[1].removesuffix(" value") for message in warnings] == warned
     caplog.clear()
-    main_linprobe.report_chosen([0.1, 1.0, 10.0], accuracies, [], is_last=False)
+    main_linprobe.report_best_rate([0.1, 1.0, 10.0], accuracies, [], is_last=False)
     assert not any(record.levelname == "WARNING" for record in caplog.records)
 
 
@@ -172,7 +172,7 @@ def test_without_a_file_the_features_are_of_random_weights(probe, tuned, capsys)
     """A resumed probe has its encoder in the checkpoint: its features are that one's, with or without --finetune."""
     flags = {"lr": 5, "epochs": 4}
     probe("random", **flags)
-    assert capsys.readouterr().out.count("warning: no --finetune: these are the features of an untrained encoder") == 1
+    assert capsys.readouterr().out.count("warning: no --finetune: the features are those of an untrained encoder") == 1
     whole = probe("whole", finetune=tuned / "checkpoint-19.pth", **flags)
     capsys.readouterr()
     again = probe("again", resume=whole / "checkpoint-1.pth", **flags)

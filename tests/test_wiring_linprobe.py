@@ -224,7 +224,7 @@ def test_every_rate_has_a_head_and_images_held_out_choose(captured, capsys, tmp_
     run.train_one_epoch.keywords["criterion"](logits, labels)
     entries = run.after_epoch(0, None)
     assert entries["train_loss"] == pytest.approx(F.cross_entropy(logits[1], labels).item())  # of the chosen head
-    assert "--blr 0.1, the smallest of those given, was chosen" in capsys.readouterr().out
+    assert "--blr 0.1, the smallest value, is the best" in capsys.readouterr().out
     assert entries["chosen_blr"] == 0.1
     assert entries["test_acc1"] == 25.0  # of 8 test images 2 are bees; 5 are ants
     assert entries["n_parameters"] == 128 * 3 + 3
@@ -253,7 +253,7 @@ def test_the_share_and_the_seed_of_what_is_held_out(captured):
 
 def test_the_loss_is_the_heads_mean_and_its_gradient_their_sum(captured, monkeypatch):
     run = captured(**mini(blr="0.2 0.1 0.4", batch_size=100))
-    assert run.train_one_epoch.keywords["criterion"].kept.maxlen == 4  # batches of an epoch
+    assert run.train_one_epoch.keywords["criterion"].losses.maxlen == 4  # batches of an epoch
     inputs, logits = [], torch.randn(3, 6, 3, requires_grad=True)
     compute_loss = loss_function(monkeypatch, run, lambda images: inputs.append(images) or logits)
     images = torch.randint(0, 256, (6, 3, 16, 16), dtype=torch.uint8)
