@@ -47,8 +47,8 @@ SAMPLES = Path(__file__).parent / "photos"
 MAX_BYTES = 10 * 2**20  # of an upload
 MAX_ASPECT = 4  # long side by short side; the model's memory grows with its square
 AT_WORK, WAITING = 2, 100  # requests that are worked on at once, and that queue for it
-KEPT = 3600  # seconds until a visitor's pictures are deleted
-SHOWN = 320  # pixels that a picture's short side has at least; those of small models are enlarged
+CACHE_SECONDS = 3600  # seconds until a visitor's pictures are deleted
+MIN_SIDE = 320  # pixels that a picture's short side has at least; those of small models are enlarged
 RATIOS = [step / 20 for step in range(1, 20)]
 MAX_SEED = 2**32 - 1
 FONT = ("system-ui", "sans-serif")
@@ -159,7 +159,7 @@ def build(model: Model, classifier: Model | None = None, samples: Sequence[Path]
         raise ValueError(f"--classifier: {classifier.settings['model']} classifies nothing; take a fine-tuned file")
     chosen = [str(file) for file in samples if file.suffix.lower() in SUFFIXES]
     gr.set_static_paths(chosen)  # otherwise files outside of the working directory are refused
-    with gr.Blocks(title="Masked autoencoder", delete_cache=(KEPT, KEPT)) as page:
+    with gr.Blocks(title="Masked autoencoder", delete_cache=(CACHE_SECONDS, CACHE_SECONDS)) as page:
         gr.Markdown("# Masked autoencoder\nHide parts of a picture, see them painted again, and look inside the model.")
         with gr.Row():
             photo = gr.File(label="Your picture", file_types=list(SUFFIXES), height=150, min_width=320)
@@ -203,9 +203,9 @@ def _inside_tab(model: Model, classifier: Model | None, photo: gr.File, opened: 
     head = gr.Dropdown(heads, type="index", label="Attention of the class token in the last block")
     with gr.Row():
         panels = [_panel(title) for title in ("attention", "principal components of the features")]
-        inputs, look = [photo, head], partial(look_inside, model)
-        head.change(look, inputs, panels, api_name="look_inside", trigger_mode="always_last", concurrency_id="models")
-        opened(look, inputs, panels, api_visibility="private", concurrency_id="models")
+        inputs, view = [photo, head], partial(look_inside, model)
+        head.change(view, inputs, panels, api_name="look_inside", trigger_mode="always_last", concurrency_id="models")
+        opened(view, inputs, panels, api_visibility="private", concurrency_id="models")
         if classifier is not None:
             classes = gr.Label(label="classes")
             opened(partial(classify, classifier), photo, classes, api_name="classify", concurrency_id="models")
@@ -316,7 +316,7 @@ def _image(model: Autoencoder, batch: Tensor) -> Image.Image:
 
 
 def _enlarge(image: Image.Image) -> Image.Image:
-    scale = math.ceil(SHOWN / min(image.size))
+    scale = math.ceil(MIN_SIDE / min(image.size))
     return image.resize((scale * image.width, scale * image.height), Image.Resampling.NEAREST)
 
 

@@ -35,7 +35,7 @@ from util import dist
 from util.cli import entry_point, flags, options
 from util.files import atomic
 
-SHOWN = 8
+NUM_EXAMPLES = 8
 INK = 30  # of 255: what is brighter is a garment
 EPOCHS, BATCH, LR = 15, 100, 5e-3
 
@@ -122,9 +122,9 @@ def segment(model: Model, training: tuple[Tensor, Tensor], test: tuple[Tensor, T
 def draw(rows: dict[str, np.ndarray], names: list[str], path: Path) -> None:
     """A row of pictures each: grey ones, and classes in colours with a legend."""
     colours = [(0.12, 0.12, 0.12), *plt.get_cmap("tab10").colors]  # type: ignore[attr-defined]
-    figure, axes = plt.subplots(len(rows), SHOWN, figsize=(SHOWN + 2.2, len(rows) * 1.05), dpi=100)
+    figure, axes = plt.subplots(len(rows), NUM_EXAMPLES, figsize=(NUM_EXAMPLES + 2.2, len(rows) * 1.05), dpi=100)
     for line, (title, pictures) in zip(axes, rows.items(), strict=True):
-        for cell, picture in zip(line, pictures[:SHOWN], strict=True):
+        for cell, picture in zip(line, pictures[:NUM_EXAMPLES], strict=True):
             coloured = picture.ndim == 2 and picture.dtype != np.uint8
             cell.imshow(np.array(colours)[picture] if coloured else picture, cmap="gray")
             cell.axis("off")

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 TITLES = ("original", "masked", "prediction", "pasted")
 SUFFIXES = (".png", ".jpg", ".webp", ".bmp", *(s for s, k in Image.registered_extensions().items() if k in Image.SAVE))
 HEADER = 18  # pixels above the pictures
-SHOWN = 160  # pixels that a picture's short side has at least; those of small models are enlarged
+MIN_SIDE = 160  # pixels that a picture's short side has at least; those of small models are enlarged
 Box = tuple[int, int, int, int]  # left, top, width, height, in pixels of the image file
 
 
@@ -160,7 +160,7 @@ def psnr(model: Autoencoder, reconstruction: Reconstruction) -> float:
 
 def grid(model: Autoencoder, reconstructions: Sequence[Reconstruction]) -> Image.Image:
     """A row for each image, with titles over the columns."""
-    scale = max(1, SHOWN // min(reconstructions[0].original.shape[2:]))
+    scale = max(1, MIN_SIDE // min(reconstructions[0].original.shape[2:]))
     rows = [[pictures.tile([part], model.normalize.inverse, scale) for part in row[:4]] for row in reconstructions]
     step = max(row[0].shape[1] for row in rows) + pictures.GAP
     height = HEADER + sum(len(row[0]) + pictures.GAP for row in rows)

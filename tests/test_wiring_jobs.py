@@ -157,7 +157,7 @@ def test_a_job_that_never_started_names_the_one_before(tmp_path):
     ("cluster", "state", "cancel"), [("slurm", "squeue --job", "scancel"), ("local", "ps", "kill")]
 )
 def test_how_to_follow_and_cancel_a_job(cluster, state, cancel, capsys):
-    waiting.tell(cluster, "42", Path("/logs/42.out"), "/out")
+    waiting.print_instructions(cluster, "42", Path("/logs/42.out"), "/out")
     said = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[1:]]
     assert said[0] == ["results", "/out"]
     assert said[1] == ["follow", "tail -F /logs/42.out"]

@@ -102,7 +102,7 @@ def open_source(
 # ---------------------------------------------------------------------------------------------- checking a data set
 
 EXAMPLES = 8  # images whose statistics are suggested
-SHOWN = 20  # unreadable images that are named
+MAX_LISTED = 20  # unreadable images that are named
 
 
 class ImageFacts(NamedTuple):
@@ -208,7 +208,8 @@ def report_on(source: Source | Shards, facts: list[ImageFacts], seconds: float) 
         lines.append(f"classes     {len(of_each)}, of {min(of_each):,} to {max(of_each):,} images")
     else:
         lines.append("classes     none: pre-training needs no labels")
-    lines.append(f"unreadable  {len(bad):,}" + "".join(f"\n            {name}: {why}" for name, why in bad[:SHOWN]))
+    listed = "".join(f"\n            {name}: {why}" for name, why in bad[:MAX_LISTED])
+    lines.append(f"unreadable  {len(bad):,}{listed}")
     if good:
         heights, widths = np.array([fact.size for fact in good]).T
         spread = f"; {heights.min()} to {heights.max()} x {widths.min()} to {widths.max()}"

@@ -65,8 +65,8 @@ def _has_own_gpus() -> bool:
     if slurm.get("SLURM_LOCALID") != slurm.get("LOCAL_RANK"):  # torchrun within a task
         return False
     ranges = re.findall(r"(\d+)(?:-(\d+))?", slurm.get("SLURM_STEP_GPUS", ""))
-    shown = sum(int(last or first) - int(first) + 1 for first, last in ranges)
-    return "SLURM_GPUS_PER_TASK" in slurm or 0 < shown < int(slurm.get("SLURM_GPUS_ON_NODE", 0))
+    num_gpus = sum(int(last or first) - int(first) + 1 for first, last in ranges)
+    return "SLURM_GPUS_PER_TASK" in slurm or 0 < num_gpus < int(slurm.get("SLURM_GPUS_ON_NODE", 0))
 
 
 def _launched(variable: str, default: int | None = None) -> int:
@@ -95,21 +95,21 @@ def _translate_srun() -> None:
     formats = dict.fromkeys(("STEP_NUM_TASKS", "PROCID", "LOCALID", "JOB_ID", "STEP_ID", "STEP_TASKS_PER_NODE"), r"\d+")
     formats["STEP_NODELIST"] = r"([^\[,]+)(?:\[(\d+))?"  # "n[03-04,7]" or "a1,b2": where rank 0 runs
     read = {name: re.match(pattern, slurm.get(f"SLURM_{name}", "")) for name, pattern in formats.items()}
-    found = {name: match for name, match in read.items() if match}
-    if missing := [f"SLURM_{name}" for name in formats if name not in found]:
+    matches = {name: match for name, match in read.items() if match}
+    if missing := [f"SLURM_{name}" for name in formats if name not in matches]:
         raise ValueError(
             f"SLURM_STEP_NUM_TASKS={slurm['SLURM_STEP_NUM_TASKS']} in the environment, but {', '.join(missing)} (which "
             f"srun sets) are missing: pass all SLURM_* variables on to the processes, or unset SLURM_STEP_NUM_TASKS "
             f"for a single process"
         )
     translated = {
-        "RANK": found["PROCID"][0],
-        "LOCAL_RANK": found["LOCALID"][0],
-        "WORLD_SIZE": found["STEP_NUM_TASKS"][0],
-        "LOCAL_WORLD_SIZE": found["STEP_TASKS_PER_NODE"][0],
-        "MASTER_ADDR": found["STEP_NODELIST"][1] + (found["STEP_NODELIST"][2] or ""),
+        "RANK": matches["PROCID"][0],
+        "LOCAL_RANK": matches["LOCALID"][0],
+        "WORLD_SIZE": matches["STEP_NUM_TASKS"][0],
+        "LOCAL_WORLD_SIZE": matches["STEP_TASKS_PER_NODE"][0],
+        "MASTER_ADDR": matches["STEP_NODELIST"][1] + (matches["STEP_NODELIST"][2] or ""),
         # below the ports that Linux gives away by itself
-        "MASTER_PORT": str(20000 + (int(found["JOB_ID"][0]) + int(found["STEP_ID"][0])) % 12000),
+        "MASTER_PORT": str(20000 + (int(matches["JOB_ID"][0]) + int(matches["STEP_ID"][0])) % 12000),
     }
     for variable, value in translated.items():
         slurm.setdefault(variable, value)
@@ -173,12 +173,12 @@ def _join(dist_url: str, world_size: int, backend: str, timeout: float, device: 
     except (OSError, RuntimeError) as error:
         if not _is_of_connection(error):
             raise
-        said = str(error).splitlines()[0]
-        if "EADDRINUSE" in said:
+        reason = str(error).splitlines()[0]
+        if "EADDRINUSE" in reason:
             raise ValueError(f"{where} is in use: give torchrun another --master_port, or set MASTER_PORT") from error
         raise ValueError(
             f"process {number} of {world_size} did not reach all others at {where} within --dist_timeout {timeout:g} "
-            f"seconds ({said}): start all processes, with the same address, and let no firewall stand between them"
+            f"seconds ({reason}): start all processes, with the same address, and let no firewall stand between them"
         ) from error
 
 
@@ -206,8 +206,8 @@ def lost_process(error: RuntimeError) -> str | None:
     if world_size() == 1 or not _is_of_connection(error):
         return None
     other = f"process {1 - rank()}" if world_size() == 2 else "another process"
-    said = f" ({str(error).splitlines()[0]})" if isinstance(error, td.DistError) else ""
-    return f"process {rank()} of {world_size()} lost {other}{said}, whose log has the reason"
+    reason = f" ({str(error).splitlines()[0]})" if isinstance(error, td.DistError) else ""
+    return f"process {rank()} of {world_size()} lost {other}{reason}, whose log has the reason"
 
 
 def teardown() -> None:

@@ -34,7 +34,7 @@ from util.cli import entry_point
 from util.files import atomic
 
 HERE = Path(__file__).parent
-SHOWN = 8016  # an image of the training part, which the picture shows corrupted
+EXAMPLE = 8016  # an image of the training part, which the picture shows corrupted
 
 
 def noise(image: Image.Image, sigma: float, generator: np.random.Generator) -> Image.Image:
@@ -87,11 +87,11 @@ CORRUPTIONS: dict[Corruption, tuple[float, ...]] = {
 def corrupt(images: np.ndarray, corruption: Corruption, severity: int) -> np.ndarray:
     """Images uint8 (n, H, W), all corrupted, severity 1 to 5; what is drawn depends on the severity and the place."""
     amount = CORRUPTIONS[corruption][severity - 1]
-    images_out = [
+    results = [
         corruption(Image.fromarray(image), amount, np.random.default_rng([severity, number]))
         for number, image in enumerate(images)
     ]
-    return np.stack([np.asarray(image) for image in images_out])
+    return np.stack([np.asarray(image) for image in results])
 
 
 def load(file: str) -> Classifier:
@@ -131,15 +131,15 @@ def table(results: dict[str, dict[str, list[float]]]) -> str:
     lines.append("|---" * (2 * len(titles) + 1) + "|")
     clean = {title: scores["none"][0] for title, scores in results.items()}
     lines.append("| no corruption | " + " | ".join(f"{clean[title]:.1f} | " for title in titles) + " |")
-    kept: dict[str, list[float]] = {title: [] for title in titles}
+    means_of: dict[str, list[float]] = {title: [] for title in titles}
     for corruption in CORRUPTIONS:
         cells = []
         for title, scores in results.items():
             mean = float(np.mean(scores[corruption.__name__]))
-            kept[title].append(mean)
+            means_of[title].append(mean)
             cells.append(f"{mean:.1f} | {mean / clean[title]:.2f}")
         lines.append(f"| {corruption.__name__} | " + " | ".join(cells) + " |")
-    means = [f"{np.mean(kept[title]):.1f} | {np.mean(kept[title]) / clean[title]:.2f}" for title in titles]
+    means = [f"{np.mean(means_of[title]):.1f} | {np.mean(means_of[title]) / clean[title]:.2f}" for title in titles]
     lines.append("| mean | " + " | ".join(means) + " |")
     return "\n".join(lines) + "\n"
 
@@ -195,7 +195,7 @@ def main(args: Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     atomic.write_text(args.out / "corruptions.json", json.dumps(results, indent=1) + "\n")
     atomic.write_text(args.out / "corruptions.md", table(results))
-    draw(results, archive["train_images"][SHOWN, None], args.out / "corruptions.png")
+    draw(results, archive["train_images"][EXAMPLE, None], args.out / "corruptions.png")
     print(f"\n{table(results)}")
 
 

@@ -267,10 +267,10 @@ def report(study: Study) -> None:
         names = [f"{prefix}/{count}/{seed}{suffix}" for seed in range(SEEDS[count])]
         return [results[name]["test_acc1"] for name in names if name in results]
 
-    def cell(found: list[float]) -> str:
-        if not found:
+    def cell(accuracies: list[float]) -> str:
+        if not accuracies:
             return ""
-        return f"{np.mean(found):.1f}" + (f" ± {np.std(found, ddof=1):.1f}" if len(found) > 1 else "")
+        return f"{np.mean(accuracies):.1f}" + (f" ± {np.std(accuracies, ddof=1):.1f}" if len(accuracies) > 1 else "")
 
     rows = {
         "pre-trained, fine-tuned": ("finetune", "/pre-trained"),
@@ -313,9 +313,9 @@ def report(study: Study) -> None:
     figure, axes = plt.subplots(figsize=(7, 4.5), dpi=100, layout="constrained")
     for title, (prefix, suffix) in rows.items():
         points = [(count, accuracies(prefix, count, suffix)) for count in BUDGET]
-        points = [(count, found) for count, found in points if found]
-        spread = [float(np.std(found, ddof=1)) if len(found) > 1 else 0.0 for _, found in points]
-        means = [float(np.mean(found)) for _, found in points]
+        points = [(count, accuracies) for count, accuracies in points if accuracies]
+        spread = [float(np.std(accuracies, ddof=1)) if len(accuracies) > 1 else 0.0 for _, accuracies in points]
+        means = [float(np.mean(accuracies)) for _, accuracies in points]
         axes.errorbar([count for count, _ in points], means, yerr=spread, marker=".", capsize=3, label=title)
     axes.set(xscale="log", xlabel="labelled training images", ylabel="test accuracy, %", title="Fashion-MNIST")
     axes.grid(alpha=0.3)

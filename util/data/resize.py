@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 JPEG, PNG = b"\xff\xd8\xff", b"\x89PNG"
 SCALED = ("L", "LA", "RGB", "RGBA", "CMYK")
-SHOWN = 5  # files that can't be read are named, up to so many
+MAX_LISTED = 5  # files that can't be read are named, up to so many
 
 
 def resize(name: str, folder: Path, copy: Path, short_side: int, quality: int) -> tuple[str, str]:
@@ -111,6 +111,6 @@ def main(args: argparse.Namespace) -> None:
     logger.info(f"{len(names):,} images: " + ", ".join(f"{count:,} {what}" for what, count in counts.most_common()))
     if counts["there before"]:
         logger.info("what was there before stays, whatever --short_side and --quality it was made with")
-    logger.info("\n".join(unread[:SHOWN]) or f"in {args.copy}")
+    logger.info("\n".join(unread[:MAX_LISTED]) or f"in {args.copy}")
     if unread:
         raise BadImage(f"{len(unread):,} files can't be read; the copy is without them")

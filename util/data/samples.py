@@ -82,7 +82,7 @@ class Samples(Dataset):
     def __getitems__(self, places: list[tuple[int, int]]) -> list[Sample]:
         """A batch. Where a place follows upon itself, its image is read once, and looks different in each sample."""
         samples: list[Sample] = []
-        with own_generators_kept():
+        with preserve_generators():
             for (epoch, index), same in itertools.groupby(places):
                 picture, label, bad = self._read(epoch, index)
                 samples += self.finish(picture, label, bad, epoch, index, sum(1 for _ in same))
@@ -167,14 +167,14 @@ class StreamedSamples(IterableDataset):
             except BadImage as error:
                 self.samples.refuse(name, error, bad)
                 continue
-            with own_generators_kept():
+            with preserve_generators():
                 finished = list(self.samples.finish(picture, label, bad, epoch, zlib.crc32(data), self.repeats))
             yield from finished
             bad = []
 
 
 @contextlib.contextmanager
-def own_generators_kept() -> Iterator[None]:
+def preserve_generators() -> Iterator[None]:
     """In the training process itself (no workers) the generators that an augmentation may use, and which are seeded for
     each sample, go on afterwards as if nothing had been drawn."""
     if get_worker_info():

@@ -60,8 +60,8 @@ class Normalize(nn.Module):
 
     def forward(self, imgs: Tensor) -> Tensor:
         if imgs.dtype == torch.uint8 and not self.fits_bytes:
-            shown_mean = " ".join(f"{value:g}" for value in self.mean.flatten().tolist())
-            raise ValueError(f"--mean {shown_mean}: pixels of 8 bits count as 0 to 1; divide --mean and --std by 255")
+            mean_text = " ".join(f"{value:g}" for value in self.mean.flatten().tolist())
+            raise ValueError(f"--mean {mean_text}: pixels of 8 bits count as 0 to 1; divide --mean and --std by 255")
         return (to_unit_range(imgs) - self.mean) / self.std
 
     def inverse(self, imgs: Tensor) -> Tensor:

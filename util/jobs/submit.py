@@ -244,7 +244,7 @@ def _submit(main: str, argv: list[str], args: Namespace) -> None:
         with contextlib.chdir(code), _environment_of_a_shell():  # Python finds modules in the folder it starts in
             job = _start(executor, job_of_run(argv=tuple(argv)))
         log, output_dir = job.task(0).paths.stdout, str(outputs[0]).replace("%j", job.job_id)
-        waiting.tell(args.cluster, job.job_id, log, output_dir)
+        waiting.print_instructions(args.cluster, job.job_id, log, output_dir)
         if args.wait:
             waiting.wait(job, args.cluster, log, output_dir, args.after)
 

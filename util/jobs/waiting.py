@@ -10,7 +10,7 @@ from typing import Any
 SAVED = "the state is saved"  # as a job's log ends if a signal stopped it
 
 
-def tell(cluster: str, number: str, log: Path, output_dir: str) -> None:
+def print_instructions(cluster: str, number: str, log: Path, output_dir: str) -> None:
     """Prints how to follow a job, and how to cancel it."""
     slurm = cluster == "slurm"
     print(
