@@ -1,9 +1,9 @@
-"""A web page for trained models: it hides parts of a visitor's picture and paints them again, and looks inside.
+"""A web page for trained models: masks and reconstructs a visitor's picture; attention and features; classes.
 
     python demo/app.py --model mae_visualize_vit_large --classifier mae_finetuned_vit_base
     python demo/app.py --model demo/output/pretrain/checkpoint-0.pth --samples my/pictures
 
-It opens at http://127.0.0.1:7860, for this computer alone; SPACE.md tells how to host it for everybody.
+It opens at http://127.0.0.1:7860, for this computer alone; SPACE.md describes public hosting.
 """
 
 import argparse
@@ -147,7 +147,7 @@ def build(model: Model, classifier: Model | None = None, samples: Sequence[Path]
 
     Args:
         model: without a decoder it reconstructs nothing, and the page lacks this part.
-        classifier: tells the classes; by default the model, if it can.
+        classifier: for the classes; by default the model, if it is a classifier.
         samples: pictures to choose from; files that are none are left out.
 
     Raises:
@@ -160,7 +160,7 @@ def build(model: Model, classifier: Model | None = None, samples: Sequence[Path]
     chosen = [str(file) for file in samples if file.suffix.lower() in SUFFIXES]
     gr.set_static_paths(chosen)  # otherwise files outside of the working directory are refused
     with gr.Blocks(title="Masked autoencoder", delete_cache=(CACHE_SECONDS, CACHE_SECONDS)) as page:
-        gr.Markdown("# Masked autoencoder\nHide parts of a picture, see them painted again, and look inside the model.")
+        gr.Markdown("# Masked autoencoder\nMask parts of a picture, reconstruct them, and look inside the model.")
         with gr.Row():
             photo = gr.File(label="Your picture", file_types=list(SUFFIXES), height=150, min_width=320)
             sample = gr.Dataset(
@@ -301,11 +301,11 @@ def _answer(model: Autoencoder, result: Reconstruction, how: str) -> list[Any]:
     with torch.inference_mode():
         loss = model(result.original, mask=result.mask)[0]
     text = (
-        f"**{int(result.mask.sum())} of {result.mask.numel()} patches are hidden**, chosen {how}.\n\n"
+        f"**{int(result.mask.sum())} of {result.mask.numel()} patches are masked**, chosen {how}.\n\n"
         f"Their loss, as in training: **{loss:.4f}** · PSNR: **{psnr(model, result):.2f} dB**"
     )
     if model.norm_pix_loss:
-        text += "\n\nThis model paints without mean and contrast; those of the original patches are taken."
+        text += "\n\nThis model predicts normalized patches; mean and contrast are those of the original patches."
     return [*(_image(model, part) for part in result[: len(TITLES)]), text]
 
 

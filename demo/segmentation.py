@@ -1,4 +1,4 @@
-"""Segmentation: what a frozen encoder's patches tell of every pixel, by a linear head on its last layers.
+"""Segmentation: a linear head on the last layers of a frozen encoder predicts the class of every pixel.
 
     python demo/segmentation.py --model demo/output/pretrain/checkpoint-31.pth --out demo/output
 
@@ -105,7 +105,7 @@ def mean_iou(predictions: Tensor, labels: Tensor, num_classes: int) -> float:
 
 
 def segment(model: Model, training: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], layers: int) -> Tensor:
-    """Trains a head on the encoder's features of the `seen` pictures; what it says of the others' pixels (n, H, W)."""
+    """Trains a head on the encoder's features; returns its predictions for the test pictures (n, H, W)."""
     torch.manual_seed(0)
 
     def features_of(pictures: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
     python -m inference.features demo/data/fashion_mnist --model runs/mine/checkpoint-last.pth --out features.npz
 
 The file holds `features` (n, D), `names` (n,), and, where folders are classes, `labels` (n,) and `classes`. A command
-that was stopped goes on where it was when it is given again; with other weights, images or settings, it starts anew.
+that was interrupted resumes if it is run again; with other weights, images or settings, it starts anew.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from tqdm import tqdm
 from inference.model import Model, get_model
 from util import datasets, dist
 from util.checkpoints import checkpoint
-from util.cli import entry_point, flags, options
+from util.cli import advice, entry_point, flags, options
 from util.data import loader
 from util.data.labels import Subset
 from util.data.samples import Samples
@@ -121,7 +121,7 @@ def extract(
     """
     done, shape = _continued(folder, settings)
     if done:
-        logger.info(f"going on after {done:,} of {len(source):,} images")
+        logger.info(f"resuming after {done:,} of {len(source):,} images")
     rest = Subset(source, np.arange(done, len(source)))
     samples = Samples(rest, model.transform, in_chans=model.in_chans, seed=0)
     batches = loader.eval_loader(samples, batch_size, num_workers, pin_memory=precision.device.type == "cuda")
@@ -158,9 +158,8 @@ def _continued(folder: Path, settings: dict[str, Any]) -> tuple[int, list[int]]:
         theirs, done, shape, complete = {}, 0, [], False
     if complete and theirs == settings:
         return done, shape
-    other = [key for key in settings if theirs.get(key) != settings[key]]
-    changes = ", ".join(f"{key} was {theirs.get(key)} and is {settings[key]}" for key in other)
-    logger.warning(f"{folder} is of other settings ({changes if complete else 'damaged'}): starting anew")
+    reason = advice.changes(theirs, settings) if complete else "damaged"
+    logger.warning(f"{folder} is of other settings ({reason}): starting anew")
     return 0, []
 
 

@@ -1,4 +1,4 @@
-"""Classifiers of ImageNet-1K, ours and timm's, to be evaluated beside each other."""
+"""Classifiers of ImageNet-1K, ours and timm's, to be compared."""
 
 import logging
 from typing import Any, NamedTuple
@@ -29,7 +29,7 @@ class ImageNetClassifier(NamedTuple):
 
 
 class RestrictedClassifier(nn.Module):
-    """Answers among some classes only: logits (B, 1000) to theirs (B, number of them)."""
+    """Restricts a classifier to some of its classes: logits (B, 1000) to theirs (B, number of them)."""
 
     classes: Tensor
 
@@ -47,11 +47,11 @@ def load(name: str, crop_pct: float | None, device: torch.device) -> ImageNetCla
     """A classifier with what belongs to it.
 
     Args:
-        name: as for `get_model`, or timm:NAME, any model of timm's, which sees images as timm's validation shows them.
+        name: as for `get_model`, or timm:NAME, any model of timm, with the transform of timm's validation.
         crop_pct: side of the centre crop, as a share of the scaled image's; None: the model's own.
 
     Raises:
-        ValueError: there is none, or it does not know ImageNet-1K's classes.
+        ValueError: there is none, or its classes are not ImageNet-1K's.
     """
     classifier = _load_timm(name, crop_pct) if name.startswith(TIMM) else _load_ours(name, crop_pct)
     num_classes = getattr(classifier.model, "num_classes", 0)

@@ -1,4 +1,4 @@
-"""What an encoder sees where: attention of the class token, features of patches, their principal components."""
+"""Maps of an encoder: attention of the class token, features of patches, their principal components."""
 
 from typing import Any
 

@@ -26,6 +26,7 @@ import models_mae
 import models_vit
 from models_build import MODEL_SETTINGS, size_of
 from util.checkpoints.checkpoint import CheckpointError
+from util.cli.advice import did_you_mean
 from util.data import transforms
 from util.data.decode import BadImage, decode
 from util.files.untrusted import read_file
@@ -40,13 +41,13 @@ ARCHITECTURES = {**models_mae.MODELS, **models_vit.MODELS}
 
 
 class ModelMixin(PyTorchModelHubMixin):
-    """What a model for use has beside its architecture.
+    """Transform, normalization, class names and predictions, for models that are ready to use.
 
     Attributes:
         transform: a decoded picture -> uint8 (c, H, W), as in evaluation.
         normalize: a batch of those -> the model's input.
         classes: a classifier's, by label; ImageNet's for 1000 classes without names.
-        settings: what made the model; it can be made again from them.
+        settings: those that the model is built from.
     """
 
     in_chans: int
@@ -171,7 +172,7 @@ def open_image(image: ImageLike, in_chans: int) -> Any:
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """The names that `get_model` knows: architectures, and published weights, those announced only among them.
+    """The names that `get_model` accepts: architectures and published weights, also those that were only announced.
 
     Args:
         pattern: with * for anything, such as "vit-*_mae-*".
@@ -185,8 +186,8 @@ def get_model(
     """A model in evaluation mode.
 
     Args:
-        name: an architecture, a published name (`list_models` has both), a file of anybody's, or a folder of
-            transformers. A file is always loaded, and tells what it holds.
+        name: an architecture, a published name (`list_models` has both), a checkpoint file, or a folder of
+            transformers. A file is always loaded, and determines the architecture.
         pretrained: for a name, whether to load its weights; of an architecture's published ones the fine-tuned for
             vit_*, those with decoder for mae_vit_*. Or whose weights: a published name or a file.
         settings: what of the model is to be different, by the flags' names: input_size, patch_size, in_chans,
@@ -194,18 +195,19 @@ def get_model(
 
     Raises:
         ValueError: an unknown name, one whose weights were never released or can't be downloaded, an unknown setting.
-        CheckpointError: the file is damaged, or does not hold what is asked for.
+        CheckpointError: the file is damaged, or does not hold the requested model.
     """
     unknown = settings.keys() - set(MODEL_SETTINGS)
     if unknown:
-        raise ValueError(f"get_model knows no setting {sorted(unknown)[0]}; it knows {', '.join(MODEL_SETTINGS[1:])}")
+        raise ValueError(f"get_model has no setting {sorted(unknown)[0]}; it has {', '.join(MODEL_SETTINGS[1:])}")
     name = str(name)
     if name in ARCHITECTURES:
         name = ARCHITECTURES[name].__name__  # the published code has second names
     if Path(name).exists():
         return _load(loading.read(name), None, settings).to(device)
     if name not in ARCHITECTURES and name not in model_zoo.TABLE:
-        raise ValueError(f"there is no file, model or published weights {name}{model_zoo.nearest(name, list_models())}")
+        near = did_you_mean(name, list_models(), model_zoo.SIMILAR)
+        raise ValueError(f"there is no file, model or published weights {name}{near}")
     architecture = name if name in ARCHITECTURES else model_zoo.TABLE[name].model
     if pretrained is False:
         return _class_of(architecture)(_settings(architecture, {**_of_row(name), **settings})).to(device)
@@ -235,7 +237,7 @@ def _settings(architecture: str, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _of_row(name: str) -> dict[str, Any]:
-    """What the table of published weights tells of a model, if the name stands there."""
+    """The settings of a model in the table of published weights; {} if it is not there."""
     row = model_zoo.TABLE.get(name)
     return {"input_size": row.input_size, "norm_pix_loss": row.norm_pix_loss} if row else {}
 
@@ -252,7 +254,7 @@ def _published_for(name: str) -> str:
 
 
 def _load(file: Weights, architecture: str | None, settings: dict[str, Any]) -> Autoencoder | Classifier:
-    """A model with a file's weights: of the architecture that is wanted, else of the one that the file records."""
+    """A model with a file's weights: of the given architecture, or of the one that the file records."""
     inferred = _infer(file, size_of(architecture or str(file.settings.get("model"))))
     recorded = {**inferred, **_of_row(file.source), **file.settings}
     architecture = architecture or inferred["model"]
@@ -301,7 +303,7 @@ def _infer(file: Weights, size: str) -> dict[str, Any]:
         "in_chans": channels,
         "patch_size": patch,
         "decoder_depth": sum(name.endswith(".norm1.weight") for name in tensors if name.startswith("decoder_")) or None,
-        "norm_pix_loss": True,  # as most published ones; a file need not tell
+        "norm_pix_loss": True,  # as most published ones; a file may not record it
         "global_pool": "fc_norm.weight" in tensors,
         "nb_classes": file.num_classes,
         "probe": file.is_probe,

@@ -44,7 +44,7 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Prints, and returns, what the model says of each image."""
     model = get_model(args.model, pretrained=True, device=dist.choose_device(args.device))
     predictions = []
-    for path in args.images:  # one by one, so that what was found is told before an unreadable one ends it
+    for path in args.images:  # one by one, so that results are printed before an unreadable image ends the command
         predictions.append(model.predict(path, args.topk))
         if args.json:
             entry = {key: value for key, value in predictions[-1].items() if key != "pred_scores"}
@@ -58,7 +58,7 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def draw(images: list[np.ndarray], predictions: list[dict[str, Any]], path: Path) -> None:
-    """A picture with a row for each image (H, W, 3): the image, and a bar for each class that was told."""
+    """A picture with a row for each image (H, W, 3): the image, and a bar for each of its classes."""
     figure, axes = plt.subplots(
         len(images), 2, figsize=(8, 2.6 * len(images)), dpi=100, layout="constrained", squeeze=False
     )

@@ -1,4 +1,4 @@
-"""Hides parts of photographs and lets a masked autoencoder paint them again.
+"""Masks parts of photographs and reconstructs them with a masked autoencoder.
 
 python -m inference.reconstruct demo/photos/*.jpg --model mae_visualize_vit_large --out grid.png
 python -m inference.reconstruct photo.jpg --model runs/mine/checkpoint-last.pth --hide 40 60 200 120 --out grid.png
@@ -60,7 +60,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> list[Reconstruction]:
-    """Writes the picture, says how far off the painted pixels are, and returns them."""
+    """Writes the picture, prints the PSNR of the masked pixels, and returns them."""
     start_logging()
     model = get_model(args.model, pretrained=True, device=dist.choose_device(args.device))
     if not isinstance(model, Autoencoder):
@@ -69,7 +69,7 @@ def main(args: argparse.Namespace) -> list[Reconstruction]:
             f"published file with decoder, such as mae_visualize_vit_large"
         )
     if model.norm_pix_loss:
-        logger.info("trained on normalised patches: mean and contrast of hidden ones are taken from the original")
+        logger.info("trained on normalised patches: mean and contrast of masked ones are taken from the original")
     reconstructions = []
     for path in args.images:
         reconstructions.append(reconstruct(model, path, args.mask_ratio, args.seed, args.hide, args.short_side))
@@ -91,19 +91,19 @@ def reconstruct(
     hide: Sequence[Box] | None = None,
     short_side: int | None = None,
 ) -> Reconstruction:
-    """Hides patches of a whole image and paints them again.
+    """Masks patches of an image and reconstructs them.
 
     Args:
         image: of any shape; it is scaled and not cropped, but for what no patch covers.
-        seed: of the patches that are hidden.
-        hide: rectangles in pixels of the image, whose patches are hidden instead of random ones.
+        seed: of the random mask.
+        hide: rectangles in pixels of the image, whose patches are masked instead of random ones.
         short_side: pixels to scale the image to; the model's own by default.
 
     Returns:
         Tensors (1, c, H, W) of the model's input range, as `MaskedAutoencoderViT.reconstruct` makes them.
 
     Raises:
-        ValueError: a rectangle lies outside of the image, or all or nothing is hidden.
+        ValueError: a rectangle lies outside of the image, or all or no patches are masked.
     """
     picture = open_image(image, model.in_chans)
     device = model.cls_token.device
@@ -136,7 +136,7 @@ def fit(picture: Picture, short_side: int, patch: tuple[int, int]) -> Picture:
 
 
 def boxes_to_mask(boxes: Sequence[Box], size: tuple[int, int], scaled: Sequence[int]) -> Tensor:
-    """Rectangles in an image of `size` (height, width) as a pixel mask (H, W) of its `scaled` copy, 1 for hidden."""
+    """Rectangles in an image of `size` (height, width) as a pixel mask (H, W) of its `scaled` copy, 1 for masked."""
     mask = torch.zeros(*scaled)
     down, along = scaled[0] / size[0], scaled[1] / size[1]
     for left, top, width, height in boxes:
@@ -152,7 +152,7 @@ def boxes_to_mask(boxes: Sequence[Box], size: tuple[int, int], scaled: Sequence[
 
 
 def psnr(model: Autoencoder, reconstruction: Reconstruction) -> float:
-    """Peak signal to noise of the hidden pixels, dB."""
+    """Peak signal to noise of the masked pixels, dB."""
     error = (model.normalize.inverse(reconstruction.pasted) - model.normalize.inverse(reconstruction.original)).square()
     num_values = reconstruction.mask.mean() * error[0].numel()
     return float(-10 * torch.log10(error.sum() / num_values.clamp(min=1)))

@@ -177,7 +177,7 @@ def screenshot(page: Page, name: str) -> None:
 def test_an_uploaded_picture_is_hidden_and_painted(visit, model):
     page = visit()
     upload(page, CAT)
-    settled(page, "72 of 96 patches are hidden")
+    settled(page, "72 of 96 patches are masked")
     painted = reconstruct(model, CAT, 0.75, seed=0)
     shown = [pixels(page, title) for title in TITLES]
     for panel, expected in zip(shown, wanted(model, painted), strict=True):
@@ -194,22 +194,22 @@ def test_an_uploaded_picture_is_hidden_and_painted(visit, model):
 def test_ratio_and_seed(visit):
     page = visit()
     page.locator(".gallery-item").nth(PHOTOS.index(CAT)).click()
-    settled(page, "72 of 96 patches are hidden")
+    settled(page, "72 of 96 patches are masked")
     many = hidden_patches(page)
     assert len(many) == 72
     slider = page.get_by_role("slider", name="Mask ratio")
     slider.focus()
     for _ in range(5):
         slider.press("ArrowLeft")
-    settled(page, "48 of 96 patches are hidden")
+    settled(page, "48 of 96 patches are masked")
     fewer = hidden_patches(page)
     assert len(fewer) == 48 and fewer < many  # of the same draw
     page.get_by_role("button", name="Another mask").click()
     expect(page.get_by_text("chosen by seed 0")).to_have_count(0)
-    settled(page, "48 of 96 patches are hidden")
+    settled(page, "48 of 96 patches are masked")
     assert hidden_patches(page) != fewer and len(hidden_patches(page)) == 48
     page.get_by_label("Seed of the random mask").fill("")
-    settled(page, "48 of 96 patches are hidden, chosen by seed 0")
+    settled(page, "48 of 96 patches are masked, chosen by seed 0")
     assert hidden_patches(page) == fewer
     page.get_by_label("Clear", exact=True).first.click()
     page.get_by_role("button", name="Clear the paint").click()
@@ -221,26 +221,26 @@ def test_what_is_painted_is_hidden(visit):
     page, other = visit(), visit()
     for visitor in (page, other):
         upload(visitor, CAT)
-        settled(visitor, "72 of 96 patches are hidden")
+        settled(visitor, "72 of 96 patches are masked")
     before = hidden_patches(other)
     drag(page, (2.5, 3.5), (2.5, 6.5), (5.2, 6.5))  # along a row, down a column
-    settled(page, "7 of 96 patches are hidden, chosen by your paint")
+    settled(page, "7 of 96 patches are masked, chosen by your paint")
     painted = {2 * COLUMNS + column for column in (3, 4, 5, 6)} | {row * COLUMNS + 6 for row in (3, 4, 5)}
     assert hidden_patches(page) == painted
     screenshot(page, "painted")
     page.get_by_role("button", name="Another mask").click()  # which has no effect, as the page says
     drag(page, (2.5, 4.5), (2.5, 3.5))  # uncovers two of them
-    settled(page, "5 of 96 patches are hidden, chosen by your paint")
+    settled(page, "5 of 96 patches are masked, chosen by your paint")
     assert hidden_patches(page) == painted - {2 * COLUMNS + 3, 2 * COLUMNS + 4}
     other.get_by_role("slider", name="Mask ratio").press("ArrowRight")
-    settled(other, "77 of 96 patches are hidden, chosen by seed 0")  # another visitor is not concerned
+    settled(other, "77 of 96 patches are masked, chosen by seed 0")  # another visitor is not concerned
     assert hidden_patches(other) > before
     drag(page, *[(row + 0.5, column) for row in range(ROWS) for column in ((0.5, 11.5), (11.5, 0.5))[row % 2]])
     expect(page.get_by_text("a mask must leave at least one patch visible")).to_be_visible()
     page.get_by_role("button", name="Clear the paint").click()
-    settled(page, "72 of 96 patches are hidden, chosen by seed")
+    settled(page, "72 of 96 patches are masked, chosen by seed")
     upload(page, PHOTOS[0])
-    settled(page, "48 of 64 patches are hidden")
+    settled(page, "48 of 64 patches are masked")
     assert page.locator("canvas").evaluate("canvas => canvas.width / canvas.height") == 1
 
 
@@ -274,7 +274,7 @@ def test_wrong_files_are_answered_with_a_sentence(visit, wrong):
         toast.locator(".toast-close").click()
         expect(page.get_by_test_id("toast-body")).to_have_count(0)
     upload(page, CAT)
-    settled(page, "72 of 96 patches are hidden")
+    settled(page, "72 of 96 patches are masked")
 
 
 def test_look_inside(visit, files, model):

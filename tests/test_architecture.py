@@ -13,7 +13,7 @@ PACKAGES = {
     "files": "",
     "cli": "files",
     "data": "cli|files",
-    "evaluation": "data|files",
+    "evaluation": "data|cli|files",
     "checkpoints": "cli|files",
     "weights": "checkpoints|data|cli|files",
     "training": "checkpoints|cli|files",

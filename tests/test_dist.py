@@ -150,7 +150,7 @@ def test_a_process_that_is_gone_is_one_line_in_the_others_log(pictures, tmp_path
     processes[killed].communicate()
     assert line == (
         f"main_pretrain.py: error: process {1 - killed} of 2 lost process {killed}, whose log has the reason; the same "
-        f"command with --resume auto goes on from the newest checkpoint"
+        f"command with --resume auto resumes from the newest checkpoint"
     )
     assert survivor.returncode == 1
 

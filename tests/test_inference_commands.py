@@ -148,7 +148,7 @@ def test_features_go_on_where_they_stopped(files, pictures, tmp_path, monkeypatc
     for _ in range(2):
         shutil.copytree(tmp_path / "parts.npz.partial", tmp_path / "copy", dirs_exist_ok=True)
         run(features, *argv, "--out", tmp_path / "parts.npz")
-        assert "going on after 12 of 24 images" in capsys.readouterr().out
+        assert "resuming after 12 of 24 images" in capsys.readouterr().out
         whole, parts = np.load(tmp_path / "whole.npz"), np.load(tmp_path / "parts.npz")
         np.testing.assert_array_equal(whole["features"], parts["features"])
         shutil.copytree(tmp_path / "copy", tmp_path / "parts.npz.partial")
@@ -215,7 +215,7 @@ def test_features_on_a_full_disk_are_one_line_and_go_on(files, labelled, small_d
     assert not (small_disk / "f.npz").exists()
     subprocess.run(["mount", "-o", "remount,size=8m", small_disk], check=True)
     run(features, *argv)
-    assert "going on after" in capsys.readouterr().out
+    assert "resuming after" in capsys.readouterr().out
     assert np.load(small_disk / "f.npz")["features"].shape == (48, 65, 128)
 
 
@@ -231,7 +231,7 @@ def test_wrong_inputs(files, pictures, tmp_path, capsys, monkeypatch):
         (predict, [PHOTOS[0], "--model", encoder], "is an encoder, which classifies nothing"),
         (predict, [PHOTOS[0], "--model", mae], "is an encoder, which classifies nothing"),
         (predict, [PHOTOS[0], "--model", "vit-base-p16_mae-300e-pre_8xb128-coslr-100e_in1k"], "never released"),
-        (predict, [PHOTOS[0], "--model", "vit_bse_patch16"], "the nearest is vit_base_patch16"),
+        (predict, [PHOTOS[0], "--model", "vit_bse_patch16"], "did you mean vit_base_patch16"),
         (reconstruct, [PHOTOS[0], "--model", encoder, *grid], "has no decoder and can't reconstruct"),
         (reconstruct, [PHOTOS[0], "--model", classifier, *grid], "has no decoder and can't reconstruct"),
         (features, [pictures, "--model", mae, "--out", tmp_path / "f.csv"], "must end in .npz or .safetensors"),

@@ -216,7 +216,7 @@ def test_skipped_images_are_named_once_and_counted(half_bad, caplog, workers):
     assert len(first) == 40
     named = [r.message.partition(":")[0].rpartition("/")[2] for r in caplog.records if "takes its place" in r.message]
     assert sorted(named) == ["07.png", "11.png", "30.png"]
-    assert "3 of this epoch's images (40 since it began or went on) can't be read" in caplog.text
+    assert "3 of this epoch's images (40 since it began or was resumed) can't be read" in caplog.text
     assert batches.counts() == {"bad_images": 3}
     caplog.clear()
     second = epoch_of(batches, 1)

@@ -333,8 +333,8 @@ def test_wrong_inputs_are_answered_in_sentences(tuned, labelled, pictures, tmp_p
     assert "there is no folder val/ in it: give that, or --val_list" in said("--data_path", pictures)
     assert "--batch_size 7: --mixup and --cutmix mix pairs" in said("--batch_size", "7", "--mixup", "0.8")
     assert "--unfreeze_blocks 5: the model has 4 blocks" in said("--unfreeze_blocks", "5")
-    assert "--aa abc: timm knows no such policy" in said("--aa", "abc")
-    assert "nor published weights of that name; the nearest is" in said("--finetune", "mae_pretrained_base")
+    assert "--aa abc: timm has no such policy" in said("--aa", "abc")
+    assert "nor published weights of that name; did you mean" in said("--finetune", "mae_pretrained_base")
     assert "choose --adapt_input mean" in said("--finetune", tuned, "--in_chans", "1")
 
 

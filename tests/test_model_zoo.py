@@ -151,7 +151,7 @@ def test_a_name_that_was_never_released():
 
 
 def test_an_unknown_name():
-    with pytest.raises(ValueError, match=r"no file mae_pretrain_vit_bse, nor .*the nearest is mae_pretrain_vit_base$"):
+    with pytest.raises(ValueError, match=r"no file mae_pretrain_vit_bse, nor .*did you mean mae_pretrain_vit_base[?]$"):
         loading.read("mae_pretrain_vit_bse")
     with pytest.raises(CheckpointError, match=r"there is no file .*base.pth"):
         loading.read("runs/base.pth")

@@ -163,7 +163,7 @@ def test_finetune_transform_without_policy_takes_any_image():
     assert transform(torch.rand(5, 40, 50)).shape == (5, 16, 24)
     with pytest.raises(ValueError, match=r"--aa and --color_jitter change pictures of 8 bits.*give --aa none"):
         transforms.finetune_transform(16, [0.5] * 5, "rand-m9")(torch.rand(5, 40, 50))
-    with pytest.raises(ValueError, match="--aa abc: timm knows no such policy"):
+    with pytest.raises(ValueError, match="--aa abc: timm has no such policy"):
         transforms.finetune_transform(16, IMAGENET_MEAN, "abc")
 
 

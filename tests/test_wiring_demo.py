@@ -205,7 +205,7 @@ def test_the_page_hides_the_painted_patches(mae):
     mask = torch.zeros(1, 96)
     mask[0, hidden] = 1
     painted = mae.reconstruct(reconstruct.whole_input(mae, Image.open(CAT)), mask=mask)
-    assert "**3 of 96 patches are hidden**" in said
+    assert "**3 of 96 patches are masked**" in said
     for number in range(4):
         assert np.array_equal(np.asarray(shown[number]), picture_of(mae, painted[number]))
 
@@ -214,7 +214,7 @@ def test_the_page_hides_by_ratio_and_seed(mae):
     for ratio, seed, count in ((0.25, 0, 24), (0.5, 3, 48)):
         *shown, said = app.paint(mae, str(CAT), ratio, seed, "")
         painted = reconstruct.reconstruct(mae, str(CAT), ratio, seed)
-        assert f"**{count} of 96 patches are hidden**, chosen by seed {seed}" in said
+        assert f"**{count} of 96 patches are masked**, chosen by seed {seed}" in said
         assert f"PSNR: **{reconstruct.psnr(mae, painted):.2f} dB**" in said
         assert np.array_equal(np.asarray(shown[3]), picture_of(mae, painted.pasted))
     canvas, *_ = app.open_photo(mae, str(CAT), 0.5, 0)

@@ -199,7 +199,7 @@ def test_exit_codes_tell_what_ended_a_run(monkeypatch, capsys):
     from util.interrupts import Interrupted
 
     for error, code, said in (
-        (Interrupted(15), 143, "the state is saved; the same command with --resume auto goes on"),
+        (Interrupted(15), 143, "the state is saved; the same command with --resume auto resumes the run"),
         (Interrupted(2), 130, "the state is saved"),
         (OSError(28, "No space left on device", "/out/x"), 1, "/out/x: No space left on device"),
         (ZeroDivisionError("division"), 1, "division"),

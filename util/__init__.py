@@ -1,4 +1,4 @@
-"""What the mains and engines are made of: one subject a module.
+"""The parts of the scripts and engines: one package per subject.
 
 This file comes before every import of a package that may be missing: a script that is started outside of its
 environment ends with one line that says what to type. It is plain enough for any Python 3.

@@ -1,10 +1,10 @@
-"""Opens any data set, and checks one before a long run.
+"""Opens any dataset, and checks one before training.
 
     python -m util.datasets IMAGES
     python -m util.datasets IMAGES.zip --in_chans 1
 
-tells how many images there are, of which sizes, channels and classes, which can't be read and why, the mean and
-standard deviation of each channel (for --mean and --std), and how many images a second are decoded.
+prints the number of images, their sizes, channels and classes, which can't be read and why, the mean and standard
+deviation of each channel (for --mean and --std), and how many images a second are decoded.
 """
 
 import argparse
@@ -106,7 +106,7 @@ MAX_LISTED = 20  # unreadable images that are named
 
 
 class ImageFacts(NamedTuple):
-    """What there is to know of one image; of an unreadable one, its name and why."""
+    """Size, channels and statistics of one image; of an unreadable one, its name and the reason."""
 
     label: int
     size: tuple[int, int] = (0, 0)  # height, width

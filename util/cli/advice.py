@@ -8,11 +8,17 @@ Error = TypeVar("Error", bound=Exception)
 OFF = {"global_pool": "--cls_token"}  # where the flag that turns a setting off is not --no_NAME
 
 
-def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """The end of a message about an unknown name: the nearest known one, if one is near."""
+def did_you_mean(name: str, names: Iterable[str], cutoff: float = 0.6) -> str:
+    """The end of a message about an unknown name: the most similar known one, if its similarity is above `cutoff`."""
     same = {known.lower(): known for known in names}
-    matches = difflib.get_close_matches(name.lower(), same, n=1)
+    matches = difflib.get_close_matches(name.lower(), same, n=1, cutoff=cutoff)
     return f"; did you mean {same[matches[0]]}?" if matches else ""
+
+
+def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """The settings in `after` that were other ones in `before`, for a message; "" if there are none."""
+    different = [key for key in after if before.get(key) != after[key]]
+    return "; ".join(f"{key} was {before.get(key)} and is {after[key]}" for key in different)
 
 
 def advised(error: Error, *remedies: str) -> Error:

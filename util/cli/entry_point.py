@@ -1,4 +1,4 @@
-"""The command line: `--config` recipes, and errors as sentences. The flags stand in `util/cli/options.py`."""
+"""The command line: `--config` recipes, and error messages in one line. The flags stand in `util/cli/options.py`."""
 
 import argparse
 import copy
@@ -59,7 +59,7 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {text}\n{self.format_usage()}; --help explains the flags\n")
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse does. Unknown flags are found first, and the error names the nearest known one."""
+        """As argparse does. Unknown flags fail first, and the error names the most similar known one."""
         args = sys.argv[1:] if args is None else list(args)
         flags = [text.partition("=")[0] for text in args if text.startswith("--") and text != "--"]
         unknown = [flag for flag in flags if flag not in self._option_string_actions]
@@ -84,7 +84,7 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 
 class _Args(argparse.Namespace):
-    """Settings, and beside them, so that `vars` is free of it, the names of those that were given."""
+    """Settings, and the names of those that are not defaults, which `vars` does not return."""
 
     __slots__ = ("explicit", "in_command")
     explicit: frozenset[str]  # on the command line or in a recipe
@@ -92,9 +92,9 @@ class _Args(argparse.Namespace):
 
 
 def explicit(args: argparse.Namespace, in_recipe: bool = True) -> frozenset[str]:
-    """The names of the settings that were given, on the command line or in the recipe of `--config`.
+    """The names of the settings that the command line or the recipe of `--config` sets.
 
-    A plain Namespace, which a program made without `parse`, has only given settings: the program chose all of them.
+    A plain Namespace, which a program made without `parse`, has no defaults: all of its settings count.
 
     Args:
         in_recipe: whether those of a recipe count.
@@ -201,7 +201,7 @@ def _entry_flags(parser: argparse.ArgumentParser, key: str, value: Any) -> list[
 
 
 def run(main: Callable[[argparse.Namespace], Any], parser: argparse.ArgumentParser) -> None:
-    """Parses the command line and runs `main`. What goes wrong ends in a sentence and an exit code above 0."""
+    """Parses the command line and runs `main`. Errors end in a message of one line and an exit code above 0."""
     args = parse(parser)
     try:
         main(args)
@@ -215,21 +215,21 @@ def run(main: Callable[[argparse.Namespace], Any], parser: argparse.ArgumentPars
             _fail(parser, args, error, _out_of_memory(args), 1)
         elif "DataLoader worker" in str(error):
             reason = str(error).partition(". ")[0].strip()
-            remedy = "--resume auto goes on" if "resume" in args else "try again"
+            remedy = "--resume auto resumes the run" if "resume" in args else "try again"
             _fail(parser, args, error, f"{reason}, for want of memory as a rule: lower --num_workers; {remedy}", 1)
         elif lost := dist.lost_process(error):
             remedy = (
-                "; the same command with --resume auto goes on from the newest checkpoint" if "resume" in args else ""
+                "; the same command with --resume auto resumes from the newest checkpoint" if "resume" in args else ""
             )
             _fail(parser, args, error, lost + remedy, 1)
         raise
     except (ValueError, OSError, ArithmeticError) as error:
         _fail(parser, args, error, _message(error) + _remedies(parser, error), 1)
     except Interrupted as error:  # 143 after SIGTERM, 130 after SIGINT
-        reason = f"{error}, the state is saved; the same command with --resume auto goes on"
+        reason = f"{error}, the state is saved; the same command with --resume auto resumes the run"
         _fail(parser, args, error, reason, 128 + error.signum)
     except KeyboardInterrupt as error:
-        remedy = "; the same command with --resume auto goes on from the last state" if "resume" in args else ""
+        remedy = "; the same command with --resume auto resumes from the newest checkpoint" if "resume" in args else ""
         _fail(parser, args, error, f"interrupted{remedy}", 130)
 
 

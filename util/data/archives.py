@@ -50,7 +50,7 @@ class Place(NamedTuple):
 class Archive:
     """The images of one tar or zip file; its members are looked up once.
 
-    They count as if the archive were unpacked: folders that everything is in are passed over, `split` is taken if it is
+    They count as if the archive were unpacked: folders that contain everything are skipped, `split` is taken if it is
     there, and the folders below are the classes. Without a split, all images are taken.
 
     Raises:

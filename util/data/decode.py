@@ -50,13 +50,13 @@ logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what it reports of a
 
 
 class BadImage(ValueError):
-    """What a data set holds at some place can't be made into the image that is wanted."""
+    """A sample of a dataset can't be decoded into an image of the requested number of channels."""
 
 
 def decode(
     data: bytes | Picture | np.ndarray, in_chans: int, upright: bool = False, fast_jpeg: bool = False
 ) -> Picture:
-    """An image file's bytes, or what somebody has opened -> a picture of `in_chans` channels.
+    """An image file's bytes, or an opened image -> a picture of `in_chans` channels.
 
     Grey becomes colour by repetition and colour grey by luminance; what is transparent is laid over white; CMYK goes
     through Pillow's conversion. Other numbers of channels must be the file's own. Of several frames the first counts,
@@ -98,7 +98,7 @@ def _turn_upright(picture: Image.Image) -> Image.Image:
 
 
 def read(data: bytes, in_chans: int) -> Picture:
-    """The image as its file has it; `in_chans` tells what several TIFF pages mean. Raises what decoders raise."""
+    """The image as its file has it; `in_chans` decides what several TIFF pages mean. Raises what decoders raise."""
     if data.startswith(b"\x93NUMPY"):
         return _read_npy(data, in_chans)
     if data.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
@@ -149,7 +149,7 @@ def _refuse(problem: str | None) -> None:
 
 
 def _check_channels(own: int, in_chans: int) -> None:
-    """Those of a file must be what is wanted; only grey and colour become each other."""
+    """A file must have the requested channels; only gray and color are converted."""
     if own != in_chans and not (own in MODES and in_chans in MODES):
         raise BadImage(f"it has {own} channel{'s' * (own > 1)}, and in_chans is {in_chans}")
 

@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 def find_files(root: Path) -> Files:
-    """The image files below a folder, nested or flat, in the order of their names; hidden ones are passed over.
+    """The image files below a folder, nested or flat, in the order of their names; hidden ones are skipped.
 
     If all of them lie in sub-folders, these are the classes, in the order of their names.
 

@@ -111,7 +111,7 @@ def counted_as(source: Source, classes: Sequence[str]) -> Source:
     """A source whose labels count a model's classes, of which it may lack some.
 
     Raises:
-        ValueError: it has a class that the model does not know.
+        ValueError: it has a class that the model does not have.
     """
     if source.classes == list(classes):
         return source

@@ -228,7 +228,7 @@ class TrainLoader:
         if failures:
             num_read = (len(self) - self.order.first_iteration) * self.images_per_iteration // self.order.repeats
             logger.warning(
-                f"{self.num_bad:,} of this epoch's images ({num_read:,} since it began or went on) can't be read"
+                f"{self.num_bad:,} of this epoch's images ({num_read:,} since it began or was resumed) can't be read"
             )
 
     def counts(self) -> dict[str, int]:

@@ -18,6 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from util.cli import entry_point, flags
+from util.cli.choices import DEFAULT_WORKERS
 from util.data.decode import BadImage, read
 from util.data.folders import image_files
 from util.data.loader import up_to_cores
@@ -85,13 +86,14 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--quality", default=90, type=flags.jpeg_quality, metavar="Q", help="quality of JPEG files")
     parser.add_argument(
-        "--num_workers", default=10, type=flags.positive_int, metavar="N", help="processes, at most one per CPU core"
-    )
+        "--num_workers", default=DEFAULT_WORKERS, type=flags.positive_int, metavar="N",
+        help="processes, at most one per CPU core",
+    )  # fmt: skip
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
-    """Writes the copy; tells how many files there are, and which can't be read."""
+    """Writes the copy and prints the number of files, and those that can't be read."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     if not args.data_path.is_dir():
         raise ValueError(f"there is no folder {args.data_path}")

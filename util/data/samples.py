@@ -31,7 +31,7 @@ Bad = tuple[str, str]  # a sample's name, and why it can't be read
 
 
 class Sample(NamedTuple):
-    """What a loading process makes of one place of an epoch, before batches are formed."""
+    """What a worker process makes of one position of an epoch, before batches are formed."""
 
     image: Tensor  # uint8 or float (c, H, W)
     label: int
@@ -40,7 +40,7 @@ class Sample(NamedTuple):
 
 
 class Samples(Dataset):
-    """Decoded, augmented samples of a source, asked for by (epoch, index).
+    """Decoded and augmented samples of a source, indexed by (epoch, index).
 
     Args:
         draw_noise: returns the noise of a sample, from PyTorch's default generator: in pre-training that of
@@ -70,7 +70,7 @@ class Samples(Dataset):
         self.draw_noise = draw_noise or partial(torch.rand, 0)
         self.on_bad_image = on_bad_image
         if fast_jpeg:
-            jpeg.decoder()  # to be missed now, and not in a loading process
+            jpeg.decoder()  # fails now if it is missing, and not in a worker process
         self.decode = partial(decode, in_chans=in_chans, fast_jpeg=fast_jpeg)
 
     def __len__(self) -> int:
@@ -128,7 +128,7 @@ class Samples(Dataset):
 
 
 class StreamedSamples(IterableDataset):
-    """Samples of streamed shards. Every loading process gets its own part of them, and makes whole batches of it.
+    """Samples of streamed shards. Every worker process reads its own part of them, and makes whole batches.
 
     Args:
         samples: augments, and decides about bad images; its source are the shards.

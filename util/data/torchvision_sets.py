@@ -64,7 +64,7 @@ class TorchvisionSet:
         return self._labels
 
     def _parts(self, make: type, takes: Any, split: str, part: str) -> list[dict[str, Any]]:
-        """The settings that choose a part of the data set, of which the first that the class knows is the one."""
+        """The settings that choose a part of the data set, of which the first that the class accepts is used."""
         chooser = next((name for name in ("split", "version", "image_set") if name in takes), None)
         if part and not chooser:
             raise ValueError(f"--dataset {self.title}: {make.__name__} has no splits of its own")
@@ -84,7 +84,7 @@ class TorchvisionSet:
                 return make(**arguments, **part)
             except Exception as error:  # whatever missing files lead a class to
                 if isinstance(error, ValueError) and part is not parts[-1]:
-                    continue  # it does not know this name
+                    continue  # the class has no such split
                 raise ValueError(
                     f"--dataset {self.title}: torchvision says: {' '.join(str(error).split())} (--data_path is where "
                     f"the files are looked for, and --download fetches them there)"

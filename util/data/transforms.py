@@ -112,12 +112,12 @@ def finetune_transform(
     Args:
         mean: of each channel; the colour that fills what RandAugment's shifts and turns leave bare.
         aa: timm's name of a policy, such as rand-m9-mstd0.5-inc1; None or "none" for no such.
-        color_jitter: strength of random brightness, contrast and saturation; has no effect beside `aa`.
+        color_jitter: strength of random brightness, contrast and saturation; has no effect with `aa`.
         crop_scale: least and greatest share of the image's area in a crop.
         hflip: chance of a horizontal flip.
 
     Raises:
-        ValueError: timm does not know the policy, or `crop_scale` is no range within (0, 1].
+        ValueError: timm has no such policy, or `crop_scale` is no range within (0, 1].
     """
     _check_crop_scale(crop_scale)
     policy = None if aa in (None, "", "none") else aa
@@ -135,7 +135,7 @@ def finetune_transform(
             separate=True,
         )
     except (AssertionError, KeyError, ValueError) as error:
-        raise ValueError(f"--aa {aa}: timm knows no such policy ({error}); give one of its, or none") from error
+        raise ValueError(f"--aa {aa}: timm has no such policy ({error}); give one of its policies, or none") from error
     return T.Compose(
         [crop, partial(_change_bytes, change=change), to_tensor] if change.transforms else [crop, to_tensor]
     )

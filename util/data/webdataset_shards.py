@@ -24,9 +24,9 @@ SHUFFLED = 1000  # samples of a stream that are mixed; shards themselves are shu
 class Shards:
     """Tar files that are read from the first byte to the last (WebDataset): on slow disks, or from a URL.
 
-    Which samples an epoch takes, and in which order, depends on the number of processes and workers, and a run that
-    goes on in the middle of an epoch takes others than it would have taken: this is approximate, where all other
-    sources are exact. Labels are read from members `.cls`.
+    The samples of an epoch and their order depend on the number of processes and workers. A run that is resumed within
+    an epoch reads other samples than the interrupted run would have read: resuming is approximate here, and exact for
+    all other sources. Labels are read from members `.cls`.
 
     Args:
         pattern: paths or URLs with braces {000..127}, or with * for files.
@@ -74,7 +74,7 @@ class Shards:
         Args:
             seed: of the order of shards, the same in all processes.
             part: of so many `parts`, this one gets every `parts`-th shard, counted on through the laps.
-            report: told of a shard that can't be read to its end; True goes on with the next.
+            report: called for a shard that can't be read to its end; True continues with the next.
         """
         import webdataset
 
@@ -109,7 +109,7 @@ def read_shards(opened: Iterable[dict[str, Any]], handle: Callable[[Exception], 
 
     Args:
         opened: {"url", "stream"} of each.
-        handle: told of what can't be read; True goes on with the next shard.
+        handle: called for each error; True continues with the next shard.
     """
     for shard in opened:
         try:

@@ -11,6 +11,7 @@ import matplotlib
 matplotlib.use("Agg")  # nothing is shown on a screen
 import matplotlib.pyplot as plt
 
+from util.cli.advice import changes
 from util.evaluation.robustness import ALEXNET, CORRUPTIONS, IMAGES, PUBLISHED, SEVERITIES, corruption_errors
 from util.files import atomic
 
@@ -18,10 +19,10 @@ Scores = dict[str, float]  # of a cell: images, acc1, and acc5 where it is asked
 
 
 class Results:
-    """The cells that are done, in one JSON file beside what they were computed with.
+    """The scores of the cells, in one JSON file with the settings that they depend on.
 
     Args:
-        path: of the file; goes on with what is in it.
+        path: the file, whose cells are reused if it exists.
         settings: what the scores depend on, plain values.
 
     Raises:
@@ -39,9 +40,7 @@ class Results:
             theirs, self.cells = dict(state["settings"]), dict(state["cells"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} can't be read ({error}); remove it, or give another --output_dir") from error
-        other = [key for key in self.settings if theirs.get(key) != self.settings[key]]
-        if other:
-            difference = "; ".join(f"{key} was {theirs.get(key)} and is {self.settings[key]}" for key in other)
+        if difference := changes(theirs, self.settings):
             raise ValueError(f"{path} holds the scores of another run ({difference}): give another --output_dir")
 
     def has(self, cell: str, images: int) -> bool:
@@ -49,7 +48,7 @@ class Results:
         return cell in self.cells and self.cells[cell]["images"] == images
 
     def add(self, cell: str, scores: Scores) -> None:
-        """Writes a cell's scores at once; the file is whole at any time."""
+        """Writes the scores of a cell; the file is complete at any time."""
         self.cells[cell] = scores
         self.path.parent.mkdir(parents=True, exist_ok=True)
         atomic.write_text(self.path, json.dumps({"settings": self.settings, "cells": self.cells}, indent=1) + "\n")

@@ -1,16 +1,17 @@
 """`--slurm KEY=VALUE`: the settings of a Slurm job that have no flag of their own.
 
-A key is a long option of sbatch, with `_` or `-` between its words, or a setting of submitit. This module knows all
-keys: it passes them on, translates them, or refuses them and names what takes their place.
+A key is a long option of sbatch, with `_` or `-` between its words, or a setting of submitit. This module lists all
+keys: it passes them on, translates them, or refuses them and names the replacement.
 """
 
 import argparse
-import difflib
 import re
 import shutil
 import subprocess
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+from util.cli.advice import did_you_mean
 
 # Long options of sbatch, Slurm 20.11 to 25.05, that say where and how a job runs. The installed sbatch may know more.
 SBATCH = frozenset(
@@ -69,9 +70,8 @@ def setting(text: str) -> tuple[str, Any]:
         remedy = re.sub(r"[A-Z]+$", value, REFUSED[key]) if value.isdecimal() else REFUSED[key]
         raise argparse.ArgumentTypeError(f"{key} cannot be set: {remedy}")
     if key not in SBATCH | SUBMITIT and not _sbatch_lists(key):
-        near = difflib.get_close_matches(key, sorted(SBATCH | SUBMITIT | REFUSED.keys()), n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise argparse.ArgumentTypeError(f"neither sbatch nor submitit has a setting {key}{hint}")
+        near = did_you_mean(key, sorted(SBATCH | SUBMITIT | REFUSED.keys()))
+        raise argparse.ArgumentTypeError(f"neither sbatch nor submitit has a setting {key}{near}")
     if key in LISTS:
         return key, value
     if key in NUMBERS and value != "false" and not re.fullmatch(r"\d+(\.\d+)?" if key == "mem_gb" else r"\d+", value):

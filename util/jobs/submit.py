@@ -67,12 +67,12 @@ class Job:
     def __call__(self, restarted: bool = False) -> None:
         job = submitit.JobEnvironment()
         _log_plainly()
-        if job.cluster == "local":  # under Slurm, srun has started the process, and `util.dist` knows what that sets
+        if job.cluster == "local":  # under Slurm, srun has started the process, and `util.dist` reads what that sets
             meeting = TorchDistributedEnvironment()
             meeting.master_addr = "127.0.0.1"  # a machine's own name may lead nowhere
             meeting.export(set_cuda_visible_devices=False, overwrite=True)
         if restarted:
-            os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"  # as torchrun tells it: the run is to go on
+            os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"  # as torchrun sets it: the run resumes
 
         from util import dist
         from util.cli import entry_point
@@ -145,7 +145,7 @@ def _log_plainly() -> None:
 
 
 def _without_traceback(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    if kind is not Failed:  # of which the sentence is in the log
+    if kind is not Failed:  # whose message is in the log
         sys.__excepthook__(kind, error, trace)
 
 

@@ -1,4 +1,4 @@
-"""What the person sees who has submitted a job: how to follow it, and its end (`--wait`)."""
+"""Instructions for following a submitted job, and `--wait`."""
 
 import os
 import signal

@@ -68,7 +68,7 @@ TRANSFORMERS: list[Rows] = [
 
 
 def to_ours(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights under our names, whoever named them; names that nobody knows stay as they are."""
+    """Weights under our names, from any of the known formats; unknown names stay as they are."""
     for prefix in ("module.", "_orig_mod."):  # left by wrappers
         weights = {name.removeprefix(prefix): value for name, value in weights.items()}
     if any(name.startswith("backbone.") for name in weights):

@@ -1,6 +1,6 @@
-"""The one door for weights: anybody's file, or a published name, into a model of ours.
+"""Loads weights into our models: from a checkpoint file of any known format, or by a published name.
 
-What a file holds is told apart by its names: an encoder, an encoder with its decoder, or a classifier.
+The names of its tensors show what a file holds: an encoder, an encoder with its decoder, or a classifier.
 """
 
 import argparse
@@ -42,7 +42,7 @@ HEAD, PROBE_HEAD, FIRST_OF_HEADS = "head.weight", "head.1.weight", "head.0.1.wei
 
 
 class Weights(NamedTuple):
-    """A file's tensors under our names, and what else it tells."""
+    """A file's tensors under our names, and the settings that it records."""
 
     tensors: dict[str, Tensor]
     settings: dict[str, Any]  # of the run that made it, if it is one of ours
@@ -51,7 +51,7 @@ class Weights(NamedTuple):
 
     @property
     def grid_size(self) -> tuple[int, int] | None:
-        """(rows, columns) of patches that the position table is for, if the file tells."""
+        """(rows, columns) of patches that the position table is for, if the file records it."""
         if self.settings.get("input_size") is None or self.settings.get("patch_size") is None:
             return None
         height, width = to_pair(self.settings["input_size"])
@@ -115,7 +115,7 @@ def _check_settings(path: Path, settings: dict[str, Any]) -> None:
 
 
 def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A file's tensors, under its own names, and the settings that it tells."""
+    """A file's tensors, under its own names, and the settings that it records."""
     if path.suffix == ".safetensors":
         try:
             with safetensors.safe_open(path, "pt") as file:
@@ -156,7 +156,7 @@ def _config_settings(config: dict[str, Any]) -> dict[str, Any]:
              "norm_pix_loss": "norm_pix_loss"}  # fmt: skip
     settings = {ours: config[theirs] for theirs, ours in names.items() if theirs in config}
     labels = config.get("id2label") or {}
-    if labels and labels.get("0") != "LABEL_0":  # what transformers writes where nobody named them
+    if labels and labels.get("0") != "LABEL_0":  # what transformers writes for classes without names
         # Not as "classes", which --eval compares with the names of folders.
         settings["label_names"] = [labels[str(number)] for number in range(len(labels))]
     return {**settings, **config.get("settings", {})}
@@ -196,7 +196,7 @@ def load_encoder(
 
     Args:
         model: a `models_vit.VisionTransformer`.
-        classes: the model's; a head is not taken from a file that tells of others.
+        classes: the model's; a head of other classes is not loaded.
         adapt_input: what becomes of the patch projection when the file has other channels: "error"; each of ours gets
             the "mean" of the file's; the file's "repeat" in turn; or it starts untrained ("skip"). Mean and repeat are
             scaled so that the sum of all channels' weights stays.
@@ -244,9 +244,7 @@ def read_classifier(name: Path | str) -> Weights:
     """
     file = read(name)
     if FIRST_OF_HEADS in file.tensors:
-        raise CheckpointError(
-            f"{name} has several heads side by side; take probe.pth, beside it, which has the chosen one"
-        )
+        raise CheckpointError(f"{name} has several heads; take probe.pth in the same folder, which has the best one")
     if file.kind != CLASSIFIER:
         raise CheckpointError(
             f"{name} holds an {file.kind}, which classifies nothing: train a head on it (--finetune), or take a "
@@ -341,7 +339,7 @@ def _differing(file: Weights, ours: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def _architecture(tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """What the tensors tell of the settings that make a model; its name is told by its width and depth."""
+    """The settings of a model that follow from its tensors; width and depth stand for its name."""
     width, channels, *patch = tensors["patch_embed.proj.weight"].shape
     blocks = Counter(name.split(".")[0] for name in tensors if name.endswith(".norm1.weight"))
     settings = {

@@ -1,19 +1,18 @@
-"""The published weights: what they are, where they lie, and how to know them again.
+"""The published weights: a table of them, their download, and the check of their digests.
 
 The paper's files are pickled {model: ...} under CC-BY-NC 4.0. Those of mmpretrain, a second implementation, are under
 Apache-2.0; some of its names were announced and never released.
 """
 
-import difflib
 import hashlib
 import logging
-from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 from urllib.error import URLError
 
 import torch
 
+from util.cli.advice import did_you_mean
 from util.files import atomic
 
 logger = logging.getLogger(__name__)
@@ -21,6 +20,7 @@ logger = logging.getLogger(__name__)
 META = "https://dl.fbaipublicfiles.com/mae"
 MM = "https://download.openmmlab.com/mmselfsup/1.x/mae"
 ENCODER, FULL, CLASSIFIER = "encoder", "encoder and decoder", "classifier"
+SIMILAR = 0.4  # similarity of names that are suggested; those here are long
 
 
 class Published(NamedTuple):
@@ -112,7 +112,8 @@ def find(name: str) -> Published:
         ValueError: there is no such name, or its file was never released.
     """
     if name not in TABLE:
-        raise ValueError(f"there is no file {name}, nor published weights of that name{nearest(name, TABLE)}")
+        near = did_you_mean(name, TABLE, SIMILAR)
+        raise ValueError(f"there is no file {name}, nor published weights of that name{near}")
     row = TABLE[name]
     if row.url is None:
         released = [
@@ -120,12 +121,6 @@ def find(name: str) -> Published:
         ]
         raise ValueError(f"{name} was announced and never released; released are {', '.join(released)}")
     return row
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """The end of a sentence that says which of some names is like this one, if one is."""
-    near = difflib.get_close_matches(name, list(names), n=1, cutoff=0.4)
-    return f"; the nearest is {near[0]}" if near else ""
 
 
 def fetch(name: str) -> Path:
