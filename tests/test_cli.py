@@ -239,7 +239,7 @@ def test_errors_are_sentences_and_debug_shows_the_traceback(capsys, monkeypatch)
     assert "halve --batch_size 64 and double --accum_iter" in run(torch.OutOfMemoryError("CUDA out of memory"))[1]
     code, said = run(KeyboardInterrupt())
     assert code == 130
-    assert "--resume auto resumes the run" in said
+    assert "--resume auto resumes from the newest checkpoint" in said
 
 
 @pytest.mark.parametrize(
