@@ -99,7 +99,7 @@ def test_reconstruct_rectangles(files, tmp_path):
     assert mask.sum() == 3
     with pytest.raises(ValueError, match="--hide 700 0 10 10: the image has 640 x 320 pixels"):
         reconstruct.reconstruct(model, picture, hide=[(700, 0, 10, 10)])
-    with pytest.raises(ValueError, match="keep"):
+    with pytest.raises(ValueError, match="at least one patch visible"):
         reconstruct.reconstruct(model, picture, hide=[(0, 0, 640, 320)])
 
 
