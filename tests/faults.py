@@ -425,7 +425,10 @@ class Faults:
             filler.unlink()
             for file in Path(found[1]).iterdir() if found else []:
                 shutil.move(file, Path(found[2] if found else "") / file.name)
+            ending = run.said()[-2000:]
             good = ended == [1] and found and run.finishes() and run.equals(self.undisturbed(ALONE))
+            if not good:
+                print(f"disk full to the end: {ended}; {ending}", file=sys.stderr)
             rows.append(("disk full to the end, the state moved back", 1, int(bool(good))))
         return rows
 

@@ -10,7 +10,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim import Optimizer
 
 from util import dist
@@ -48,7 +47,7 @@ class Loader(Protocol):
     def __iter__(self) -> Iterator[Any]: ...
 
 
-class Callback(Stateful, Protocol):
+class Callback(Protocol):  # no subclass of Stateful: isinstance checks of torch.distributed.checkpoint would fail
     """Runs after every update, in every process. Checkpoints contain its state; a resumed run restores it.
 
     The state is a dict of tensors and plain values. The state of rank 0 is saved.
@@ -56,6 +55,12 @@ class Callback(Stateful, Protocol):
 
     def after_update(self, model: nn.Module, epoch: float) -> None:
         """Called after the optimizer step; `epoch` is fractional: 1.5 is the middle of the second epoch."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state that a checkpoint contains."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores the state of a checkpoint."""
 
 
 @dataclass(frozen=True)
