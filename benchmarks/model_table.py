@@ -1,4 +1,4 @@
-"""Parameters and multiply-adds of the models, as the README's table has them.
+"""Parameters and multiply-adds of the models, as the table in benchmarks/README.md has them.
 
     python benchmarks/model_table.py
 
@@ -68,7 +68,7 @@ def measure(size: str, pixels: int) -> dict[str, Any]:
 
 
 def table() -> list[str]:
-    """The lines of the README's table."""
+    """The lines of the table."""
     lines = [
         "| model | pixels | classifier, 1000 classes | autoencoder | multiply-adds, all tokens | masked pre-training |",
         "|---|---|---|---|---|---|",
