@@ -101,13 +101,13 @@ def differences(folder: Path) -> dict[str, float]:
     transform = transforms.pretrain_transform(224)
     counts = np.zeros(256, dtype=np.int64)
     for number in range(CROPS):
-        data, made = files[number % len(files)].read_bytes(), []
+        data, versions = files[number % len(files)].read_bytes(), []
         pixels = decode_rgb(data, MAX_PIXELS)
         assert pixels is not None
         for picture in (pixels, Image.open(files[number % len(files)])):
             torch.manual_seed(number)
-            made.append(transform(picture).numpy().astype(int))
-        counts += np.bincount(np.abs(made[0] - made[1]).ravel(), minlength=256)
+            versions.append(transform(picture).numpy().astype(int))
+        counts += np.bincount(np.abs(versions[0] - versions[1]).ravel(), minlength=256)
     return {str(level): float(share) for level, share in enumerate(counts / counts.sum()) if share}
 
 

@@ -156,7 +156,9 @@ def build(model: Model, classifier: Model | None = None, samples: Sequence[Path]
     if classifier is None and model.settings["nb_classes"]:
         classifier = model
     if classifier is not None and not classifier.settings["nb_classes"]:
-        raise ValueError(f"--classifier: {classifier.settings['model']} classifies nothing; take a fine-tuned file")
+        raise ValueError(
+            f"--classifier: {classifier.settings['model']} has no classification head; take a fine-tuned file"
+        )
     chosen = [str(file) for file in samples if file.suffix.lower() in SUFFIXES]
     gr.set_static_paths(chosen)  # otherwise files outside of the working directory are refused
     with gr.Blocks(title="Masked autoencoder", delete_cache=(CACHE_SECONDS, CACHE_SECONDS)) as page:

@@ -1,4 +1,4 @@
-"""Unpacks the embedded data set into class folders of PNG files, as anybody's images would lie there.
+"""Unpacks the embedded dataset into class folders of PNG files, as anybody's images would lie there.
 
 python demo/unpack_data.py --out demo/data/fashion_mnist
 """

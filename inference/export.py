@@ -172,7 +172,7 @@ def _save(state: dict[str, Any], out: Path) -> None:
 
 def _square(sides: tuple[int, int], what: str) -> int:
     if sides[0] != sides[1]:
-        raise ValueError(f"transformers knows square {what} only, and these are {sides[0]} x {sides[1]}")
+        raise ValueError(f"transformers supports square {what} only, and these are {sides[0]} x {sides[1]}")
     return sides[0]
 
 

@@ -87,7 +87,7 @@ def _check_order(name: str, classes: list[str]) -> None:
     if classes == synsets():
         return
     if classes == [str(number) for number in range(NUM_CLASSES)]:
-        logger.warning(f"--model {name} calls its classes by numbers, which are taken to count as ImageNet's do")
+        logger.warning(f"--model {name} has numbers as class names; they are assumed to be ImageNet's labels")
         return
     pairs = zip(classes, imagenet_classes(), strict=True)
     if sum(_first_name(ours) == _first_name(theirs) for ours, theirs in pairs) < ALIKE * NUM_CLASSES:

@@ -95,8 +95,8 @@ class ModelMixin(PyTorchModelHubMixin):
         """
         if not self.settings["nb_classes"]:
             raise ValueError(
-                f"{self.settings['model']} is an encoder, which classifies nothing: take a fine-tuned file, or train "
-                f"a head with main_finetune.py or main_linprobe.py"
+                f"{self.settings['model']} is an encoder without a classification head: take a fine-tuned file, or "
+                f"train a head with main_finetune.py or main_linprobe.py"
             )
         scores = self(self.prepare(images)).float().softmax(dim=1).cpu()  # type: ignore[operator]
         predictions = [self._prediction(row, topk) for row in scores]

@@ -364,7 +364,7 @@ def test_models_that_lack_a_part(files):
     assert tabs("encoder") == ["Look inside"]
     assert tabs("classifier") == ["Look inside", "classes"]
     assert tabs("encoder", "classifier") == ["Look inside", "classes"]
-    with pytest.raises(ValueError, match="--classifier: vit_mini_patch4 classifies nothing"):
+    with pytest.raises(ValueError, match="--classifier: vit_mini_patch4 has no classification head"):
         tabs("mae", "encoder")
 
 

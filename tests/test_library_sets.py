@@ -127,8 +127,8 @@ def test_sets_without_files():
 @pytest.mark.parametrize(
     ("name", "path", "said"),
     [
-        ("CIFAR11", "here", "torchvision has no data set of this name"),
-        ("os", "here", "torchvision has no data set of this name"),
+        ("CIFAR11", "here", "torchvision has no dataset of this name"),
+        ("os", "here", "torchvision has no dataset of this name"),
         ("CIFAR10", None, "--dataset CIFAR10 needs --data_path"),
         ("CIFAR10", "here", "torchvision says: Dataset not found.*--download fetches them there"),
         ("Food101:nowhere", "here", r"--dataset Food101:nowhere: torchvision says: .*nowhere"),
@@ -166,7 +166,7 @@ def test_parquet_in_a_folder(table, tmp_path):
     assert source.classes == ["shirt", "shoe"]
     assert source[5] == (png(PIXELS[5]), 1)
     assert source.name(5) == f"hf:{tmp_path}[5]"
-    with pytest.raises(ValueError, match="it has no part for val, only train"):
+    with pytest.raises(ValueError, match="it has no split for val, only train"):
         open_source("val", dataset=f"hf:{tmp_path}")
 
 

@@ -119,7 +119,9 @@ def test_what_does_not_fit_a_classifier(tmp_path, mini_mae):
         loading.load_encoder(vit(), loading.read(pooled))
     with pytest.raises(CheckpointError, match="--cls_token"):
         loading.load_classifier(vit(global_pool=True), loading.read_classifier(saved(tmp_path / "cls.pth", vit())))
-    with pytest.raises(CheckpointError, match=r"holds an encoder and decoder, which classifies nothing.*fine-tuned"):
+    with pytest.raises(
+        CheckpointError, match=r"holds an encoder and decoder, which has no classification head.*fine-tuned"
+    ):
         loading.read_classifier(saved(tmp_path / "mae.pth", mini_mae))
 
 

@@ -313,7 +313,9 @@ def test_wrong_inputs_are_answered_in_sentences(tuned, labelled, pictures, tmp_p
         return fails(capsys, monkeypatch, *here, *argv)
 
     torch.save({"model": mae_vit_mini_patch4(img_size=16).state_dict()}, tmp_path / "mae.pth")
-    assert "holds an encoder and decoder, which classifies nothing" in said("--eval", "--resume", tmp_path / "mae.pth")
+    assert "holds an encoder and decoder, which has no classification head" in said(
+        "--eval", "--resume", tmp_path / "mae.pth"
+    )
     assert "--eval needs --resume or --finetune" in said("--eval")
     torch.save(
         {"model": vit_mini_patch4(img_size=16, num_classes=9, global_pool=True).state_dict()}, tmp_path / "9.pth"

@@ -219,7 +219,7 @@ def test_wrong_inputs_are_answered_in_sentences(pretrain, pictures, tmp_path, ca
     (tmp_path / "set.tar.gz").write_bytes(b"\x1f\x8b")
     assert "neither a zip file nor an uncompressed tar" in said(*here, "--data_path", tmp_path / "set.tar.gz")
     assert "--train_list: there is no file" in said(*here, "--train_list", tmp_path / "list.txt")
-    assert "torchvision has no data set of this name" in said(*here, "--dataset", "CIFAR11")
+    assert "torchvision has no dataset of this name" in said(*here, "--dataset", "CIFAR11")
     assert "Dataset not found" in said(*here, "--dataset", "CIFAR10")
     assert "--dataset hf:" in said(*here, "--dataset", f"hf:{tmp_path}/nowhere")
     assert "there is no file" in said(*here, "--dataset", f"wds:{tmp_path}/{{0..3}}.tar")

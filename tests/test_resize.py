@@ -64,7 +64,7 @@ def test_it_goes_on_where_it_was(folder, tmp_path, caplog):
     (copy / "train/cat/b.PNG").unlink()
     make_copy(folder, copy, "--short_side", 100)
     assert "5 images: 4 there before, 1 scaled" in caplog.text
-    assert "what was there before stays" in caplog.text
+    assert "existing files are kept" in caplog.text
     assert (copy / "train/cat/a.jpg").stat().st_mtime_ns == kept.st_mtime_ns
     assert not list(copy.rglob("*.tmp"))
 

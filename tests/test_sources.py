@@ -71,7 +71,7 @@ def test_links_are_followed_and_loops_are_not(tmp_path, caplog):
     (tmp_path / "images/itself").symlink_to(tmp_path / "images/itself")
     (tmp_path / "images/itself.png").symlink_to(tmp_path / "images/itself.png")
     assert names(find_files(tmp_path / "images")) == ["2.png", "itself.png", "linked/1.png"]
-    assert caplog.text.count("leads to a folder that is counted already; left out") == 2
+    assert caplog.text.count("links to a folder that is already included; skipped") == 2
 
 
 def test_folders_that_link_to_each_other_count_once(tmp_path):

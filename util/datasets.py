@@ -49,12 +49,12 @@ def open_source(
     download: bool = False,
     num_images: int | None = None,
 ) -> Source | Shards:
-    """The images of a data set, whatever it is.
+    """The images of a dataset, whatever it is.
 
     Args:
-        split: "train" or "val": which list this is, or which part of a data set that has parts.
+        split: "train" or "val": which list this is, or which part of a dataset that has parts.
         data_path: a folder of images, or one with the folder `split` in it, or a tar or zip file of either; with a
-            list, where its relative paths start; with torchvision's data sets, where their files are.
+            list, where its relative paths start; with torchvision's datasets, where their files are.
         file_list: a file that names the images.
         dataset: a name of torchvision's, hf:NAME_OR_FOLDER, or wds:SHARDS.
         download: let torchvision fetch its files.
@@ -99,7 +99,7 @@ def open_source(
     return find_files(root)
 
 
-# ---------------------------------------------------------------------------------------------- checking a data set
+# ---------------------------------------------------------------------------------------------- checking a dataset
 
 EXAMPLES = 8  # images whose statistics are suggested
 MAX_LISTED = 20  # unreadable images that are named

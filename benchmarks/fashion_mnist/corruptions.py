@@ -5,7 +5,7 @@
         --pretrained runs/study/finetune/2000/0/pre-trained/checkpoint-29.pth \\
         --scratch runs/study/finetune/2000/0/scratch/checkpoint-29.pth
 
-Both see the same 2,000 embedded test images, which are of the data set's test set, under six corruptions of five
+Both see the same 2,000 embedded test images, which are of the dataset's test set, under six corruptions of five
 severities each (Hendrycks & Dietterich 2019 have fifteen for photographs). Writes corruptions.json, corruptions.md and
 corruptions.png beside this file; --out chooses another folder.
 """
@@ -95,7 +95,7 @@ def corrupt(images: np.ndarray, corruption: Corruption, severity: int) -> np.nda
 
 
 def load(file: str) -> Classifier:
-    """A classifier of the data set.
+    """A classifier of the dataset.
 
     Raises:
         ValueError: the file holds another model.
@@ -112,7 +112,7 @@ def accuracy(model: Classifier, images: np.ndarray, names: list[str]) -> float:
     """Per cent of the images, seen whole, whose class is found.
 
     Args:
-        names: of each image's class, as the data set calls it; the model may call it by its folder.
+        names: of each image's class, as the dataset calls it; the model may call it by its folder.
     """
     assert model.classes
     numbers = {folder_of(name): number for number, name in enumerate(model.classes)}

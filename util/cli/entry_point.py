@@ -216,7 +216,7 @@ def run(main: Callable[[argparse.Namespace], Any], parser: argparse.ArgumentPars
         elif "DataLoader worker" in str(error):
             reason = str(error).partition(". ")[0].strip()
             remedy = "--resume auto resumes the run" if "resume" in args else "try again"
-            _fail(parser, args, error, f"{reason}, for want of memory as a rule: lower --num_workers; {remedy}", 1)
+            _fail(parser, args, error, f"{reason}, usually for lack of memory: lower --num_workers; {remedy}", 1)
         elif lost := dist.lost_process(error):
             remedy = (
                 "; the same command with --resume auto resumes from the newest checkpoint" if "resume" in args else ""

@@ -149,7 +149,7 @@ def find_members(path: Path) -> tuple[bool, dict[str, Place]]:
         if not zipfile.is_zipfile(path):
             raise ValueError(
                 f"{path} is neither a zip file nor an uncompressed tar file, which can be read in place; unpack it, or "
-                f"pack its files again so"
+                f"pack its files again in one of these formats"
             ) from None
         return True, _zip_members(path)
     with archive:

@@ -45,7 +45,7 @@ def image_files(root: str) -> Iterator[str]:
                 if _is_folder(entry):
                     below = {*ancestors} if folder == root else ancestors
                     if _identity(entry.path) in below:
-                        logger.warning(f"{printable(entry.path)} leads to a folder that is counted already; left out")
+                        logger.warning(f"{printable(entry.path)} links to a folder that is already included; skipped")
                         continue
                     below.add(_identity(entry.path))
                     waiting.append((entry.path, below))

@@ -12,7 +12,7 @@ from util.files.untrusted import read_file
 
 
 class HuggingFaceSet:
-    """A map-style data set of Hugging Face, by its name on the hub or a folder (of parquet, images, or as saved).
+    """A map-style dataset of Hugging Face, by its name on the hub or a folder (of parquet, images, or as saved).
 
     Raises:
         ValueError: the package `datasets` is missing, or it can't open the set, or there is no column of images.
@@ -25,14 +25,14 @@ class HuggingFaceSet:
             raise ValueError('--dataset hf: needs the package datasets: pip install ".[hf]"') from error
         self.title = f"hf:{name}"
         if not name:
-            raise ValueError("--dataset hf: give a name or a folder behind it")
+            raise ValueError("--dataset hf: give hf:NAME or hf:FOLDER")
         if dist.is_main():
             self._load(datasets, name)  # the others find what it has prepared
         dist.barrier()
         parts = self._load(datasets, name)
         available = [part for part in (("train",) if split == "train" else VALIDATION) if part in parts]
         if not available:
-            raise ValueError(f"--dataset {self.title}: it has no part for {split}, only {', '.join(parts)}")
+            raise ValueError(f"--dataset {self.title}: it has no split for {split}, only {', '.join(parts)}")
         table = parts[available[0]]
         features = table.features
         image = next((c for c, kind in features.items() if isinstance(kind, datasets.Image)), None)
@@ -68,5 +68,5 @@ class HuggingFaceSet:
         return data, -1 if label is None else label
 
     def name(self, index: int) -> str:
-        """The data set's name and the number of the row."""
+        """The dataset's name and the number of the row."""
         return f"{self.title}[{index}]"

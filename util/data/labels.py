@@ -1,4 +1,4 @@
-"""What a classifier needs of a data set: its classes, and parts of it."""
+"""What a classifier needs of a dataset: its classes, and parts of it."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -150,7 +150,7 @@ def hold_out(source: Source, share: float, seed: int) -> tuple[Subset, Subset]:
         ValueError: nothing would be held out.
     """
     if not round(share * len(source)):
-        raise ValueError(f"--held_out {share}: of {len(source)} images none would be held out to choose by; give more")
+        raise ValueError(f"--held_out {share}: of {len(source)} images none would be held out; give a larger fraction")
     order = np.random.default_rng(seed).permutation(len(source))
     count = round(share * len(source))
     return Subset(source, np.sort(order[count:])), Subset(source, np.sort(order[:count]))

@@ -74,7 +74,7 @@ def _read_annotations(document: dict[str, Any]) -> tuple[list[str], list[str], n
     """COCO's form. Classes are the categories in the order of their ids, those without images too."""
     paths = [image["file_name"] for image in document["images"]]
     if not all(isinstance(path, str) for path in paths):
-        raise ValueError("a file_name in it is no text")
+        raise ValueError("a file_name in it is not a string")
     if not document.get("annotations"):  # of a test set
         return paths, [], np.full(len(paths), -1)
     categories = sorted(document["categories"], key=lambda category: category["id"])
@@ -86,7 +86,7 @@ def _read_annotations(document: dict[str, Any]) -> tuple[list[str], list[str], n
     for annotation in document["annotations"]:
         number = number_of[annotation["category_id"]]
         if label_of.setdefault(annotation["image_id"], number) != number:
-            raise ValueError(f"image {annotation['image_id']} has several categories, and a classifier learns one")
+            raise ValueError(f"image {annotation['image_id']} has several categories, and a classifier needs one")
     unlabelled = sum(image["id"] not in label_of for image in document["images"])
     if unlabelled:
         raise ValueError(f"{unlabelled} of its {len(paths)} images have no annotation")

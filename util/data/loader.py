@@ -68,7 +68,7 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
     With `repeats` every image stands so many times in a row, and an epoch is as many times as long: decoding is paid
     once for all of them (repeated sampling, Hoffer et al. 2020).
 
-    Every epoch is a permutation of the data set drawn from (seed, epoch). Consecutive images of it make the batches of
+    Every epoch is a permutation of the dataset drawn from (seed, epoch). Consecutive images of it make the batches of
     all processes, and `accum_iter` consecutive batches make an update, so that every split of the effective batch size
     into batches, accumulation and processes uses the same images in the same update. Images that do not fill the last
     update are left out; every epoch leaves out others.
@@ -290,7 +290,7 @@ class FeatureBatches:
 
 
 def eval_loader(samples: Samples, batch_size: int, num_workers: int, pin_memory: bool) -> DataLoader:
-    """This process's share of a data set, for evaluation; each sample comes once, in one of the processes."""
+    """This process's share of a dataset, for evaluation; each sample comes once, in one of the processes."""
     mine = [(0, index) for index in range(dist.rank(), len(samples), dist.world_size())]
     batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
     return Batches(
@@ -299,7 +299,7 @@ def eval_loader(samples: Samples, batch_size: int, num_workers: int, pin_memory:
 
 
 def examples(samples: Samples, count: int) -> list[Tensor]:
-    """A batch of up to `count` samples, evenly spread over the data set: the same ones in every epoch and run."""
+    """A batch of up to `count` samples, evenly spread over the dataset: the same ones in every epoch and run."""
     if isinstance(samples.source, Shards):
         stream = StreamedSamples(samples, samples.source)
         stream.seek(0, 0, 1, min(count, len(samples)))

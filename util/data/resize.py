@@ -112,7 +112,7 @@ def main(args: argparse.Namespace) -> None:
             unread += [why] if why else []
     logger.info(f"{len(names):,} images: " + ", ".join(f"{count:,} {what}" for what, count in counts.most_common()))
     if counts["there before"]:
-        logger.info("what was there before stays, whatever --short_side and --quality it was made with")
+        logger.info("existing files are kept, even if made with another --short_side or --quality")
     logger.info("\n".join(unread[:MAX_LISTED]) or f"in {args.copy}")
     if unread:
         raise BadImage(f"{len(unread):,} files can't be read; the copy is without them")

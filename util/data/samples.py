@@ -1,4 +1,4 @@
-"""What loading processes make of a source: decoded, augmented samples, and what happens to those that can't be read.
+"""What worker processes make of a source: decoded, augmented samples, and what happens to those that can't be read.
 
 What a sample looks like (its crop, its flip, its mask) depends on (seed, epoch, index) alone, and where an image gives
 several samples on the number of each: never on the number of workers or processes.

@@ -22,7 +22,7 @@ VALIDATION = ("val", "valid", "validation", "2021_valid", "test")
 
 
 class Source(Protocol):
-    """A data set before decoding: the bytes of image files, or what a library decodes itself, and labels.
+    """A dataset before decoding: the bytes of image files, or what a library decodes itself, and labels.
 
     Labels count the entries of `classes`; they are -1 where there are none.
     """

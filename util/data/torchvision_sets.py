@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 class TorchvisionSet:
-    """A data set of torchvision by the name of its class, such as CIFAR10, with the files under `root`.
+    """A dataset of torchvision by the name of its class, such as CIFAR10, with the files under `root`.
 
     Args:
         name: the class, or CLASS:SPLIT for one of its own splits or versions (STL10:unlabeled, INaturalist:2018).
@@ -35,7 +35,7 @@ class TorchvisionSet:
         make = getattr(torchvision.datasets, name, None)
         if not inspect.isclass(make):
             near = did_you_mean(name, torchvision.datasets.__all__) or " (CIFAR10, Flowers102, ...)"
-            raise ValueError(f"--dataset {name}: torchvision has no data set of this name{near}")
+            raise ValueError(f"--dataset {name}: torchvision has no dataset of this name{near}")
         takes = _parameters(make)
         arguments: dict[str, Any] = {}
         if "root" in takes:
@@ -57,14 +57,14 @@ class TorchvisionSet:
 
     @property
     def labels(self) -> np.ndarray:
-        """The labels of all samples; of data sets that don't list them, found by reading all, once."""
+        """The labels of all samples; of datasets that don't list them, found by reading all, once."""
         if self._labels is None:
             logger.info(f"{self.title} does not list its labels: reading all {len(self):,} samples for them")
             self._labels = np.array([self[index][1] for index in range(len(self))])
         return self._labels
 
     def _parts(self, make: type, takes: Any, split: str, part: str) -> list[dict[str, Any]]:
-        """The settings that choose a part of the data set, of which the first that the class accepts is used."""
+        """The settings that choose a part of the dataset, of which the first that the class accepts is used."""
         chooser = next((name for name in ("split", "version", "image_set") if name in takes), None)
         if part and not chooser:
             raise ValueError(f"--dataset {self.title}: {make.__name__} has no splits of its own")
@@ -103,7 +103,7 @@ class TorchvisionSet:
         return image, int(label) if isinstance(label, (int, np.integer)) and self.classes else -1
 
     def name(self, index: int) -> str:
-        """The data set's name and the number of the sample."""
+        """The dataset's name and the number of the sample."""
         return f"{self.title}[{index}]"
 
 
@@ -119,7 +119,7 @@ def _parameters(make: type) -> set[str]:
 
 
 def _listed_labels(images: Any) -> np.ndarray | None:
-    """The labels that a data set of torchvision lists, if they are numbers, one a sample."""
+    """The labels that a dataset of torchvision lists, if they are numbers, one a sample."""
     for attribute in ("targets", "labels", "_labels"):
         listed = getattr(images, attribute, None)
         if listed is not None and len(listed) == len(images) and np.asarray(listed).dtype.kind in "iu":

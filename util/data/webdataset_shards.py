@@ -138,7 +138,7 @@ def _count_samples(file: Path) -> int:
         raise advised(ValueError(str(error)), "give --num_images to stream it without counting its images") from error
     count = len({base_plus_ext(name)[0] for name in members})
     if count < len(members):
-        logger.warning(f"{file}: of samples with several images ({len(members)} in {count}), the first one is taken")
+        logger.warning(f"{file}: of samples with several images ({len(members)} in {count}), the first one is used")
     return count
 
 

@@ -111,7 +111,7 @@ def _check_settings(path: Path, settings: dict[str, Any]) -> None:
         if fits and name.endswith("_size"):
             fits = len(parts) in (1, 2) and min(parts) > 0
         if value is not None and not fits:
-            raise CheckpointError(f"{path}: the {name} that it records, {str(value)[:80]}, makes no sense")
+            raise CheckpointError(f"{path}: the {name} that it records, {str(value)[:80]}, is invalid")
 
 
 def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -247,7 +247,7 @@ def read_classifier(name: Path | str) -> Weights:
         raise CheckpointError(f"{name} has several heads; take probe.pth in the same folder, which has the best one")
     if file.kind != CLASSIFIER:
         raise CheckpointError(
-            f"{name} holds an {file.kind}, which classifies nothing: train a head on it (--finetune), or take a "
+            f"{name} holds an {file.kind}, which has no classification head: train one (--finetune), or take a "
             f"fine-tuned file, such as mae_finetuned_vit_base"
         )
     return file

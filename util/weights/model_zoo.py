@@ -159,7 +159,7 @@ def _check(path: Path, digest: str | None) -> None:
                 f"{digest[: len(prefix)]}): a download cut short? Delete it and try again"
             )
     elif not remembered.exists():
-        logger.warning(f"no digest was published for {path.name}; this one is kept: sha256 {sha256}")
+        logger.warning(f"no digest was published for {path.name}; recording its sha256 {sha256}")
     if remembered.exists() and remembered.read_text().strip() != sha256:
         raise ValueError(f"{path} has changed since it was first used; delete it and {remembered} to fetch it again")
     if not remembered.exists():
