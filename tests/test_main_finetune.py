@@ -202,7 +202,7 @@ def test_a_head_of_other_classes_is_not_taken(finetune, tuned, labelled, tmp_pat
         weights(again, "checkpoint-0.pth")["head.weight"], weights(tuned.parent, tuned.name)["head.weight"]
     )
     assert weights(other, "checkpoint-0.pth")["head.weight"].std() < 1e-4
-    with pytest.raises(ValueError, match="the run that is continued had other classes"):
+    with pytest.raises(ValueError, match="the resumed run had other classes"):
         finetune("tuned", **PLAIN, epochs=5, resume="auto", data_path=tmp_path / "renamed")
 
 

@@ -166,7 +166,7 @@ def test_changed_settings_are_told(pretrain, capsys):
     pretrain("run", epochs=2)
     pretrain("run", epochs=2, resume="auto", mask_ratio=0.5, num_workers=1)
     warned = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
-    assert warned == ["warning: --mask_ratio was 0.75 in the run that is continued, and is 0.5 from now on"]
+    assert warned == ["warning: --mask_ratio was 0.75 in the resumed run, and is 0.5 from now on"]
 
 
 def test_init_from_takes_the_weights_alone(pretrain):
@@ -228,11 +228,11 @@ def test_wrong_inputs_are_answered_in_sentences(pretrain, pictures, tmp_path, ca
     assert "it has 3 channels, and in_chans is 5" in said(*here, "--in_chans", "5")
     assert "--mean has 2 values for 3 channels" in said(*here, "--mean", "0.5", "0.5")
     assert "--mask_ratio 0.99 leaves none of the 16 patches visible" in said(*here, "--mask_ratio", "0.99")
-    assert "already holds a run" in said(*here, "--output_dir", out)
+    assert "already contains a run" in said(*here, "--output_dir", out)
     continued = [*here, "--output_dir", out, "--resume", good]
     assert "another architecture" in said(*continued, "--in_chans", "1")
     assert "give --batch_size 2 --accum_iter 2" in said(*continued, "--batch_size", "2")
-    assert "already holds a run" in said(*here, "--output_dir", pretrain("other"), "--resume", good)
+    assert "already contains a run" in said(*here, "--output_dir", pretrain("other"), "--resume", good)
     assert "there is no checkpoint" in said(*here, "--resume", tmp_path / "nothing.pth")
 
     truncated = tmp_path / "truncated.pth"
@@ -240,7 +240,7 @@ def test_wrong_inputs_are_answered_in_sentences(pretrain, pictures, tmp_path, ca
     assert "is damaged" in said(*here, "--resume", truncated)
     bare = tmp_path / "bare.pth"
     torch.save({"model": weights(out)}, bare)
-    assert f"--init_from {bare} in place of --resume starts from its weights" in said(*here, "--resume", bare)
+    assert f"--init_from {bare} instead of --resume starts from its weights" in said(*here, "--resume", bare)
     assert "has in another shape 3 tensors" in said(*here, "--init_from", good, "--in_chans", "1")
     assert "--crop_scale 1.0 0.2" in said(*here, "--crop_scale", "1", "0.2")
     if not torch.cuda.is_available():

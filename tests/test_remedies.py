@@ -70,9 +70,9 @@ CASES = {  # script, right settings, wrong ones, and what the error advises
         main_pretrain, {**MAE, "init_from": "mae"}, {"decoder_depth": 2}, r"give (--decoder_depth 1)$"),
     "resuming with other channels": (main_pretrain, {**MAE, "resume": "mae"}, {"in_chans": 1}, r"give (--in_chans 3)$"),
     "resuming fine-tuning from pre-training": (
-        main_finetune, VIT, {"resume": "mae"}, r": (--finetune .*pth) in place of --resume starts from its weights$"),
+        main_finetune, VIT, {"resume": "mae"}, r": (--finetune .*pth) instead of --resume starts from its weights$"),
     "resuming probing from pre-training": (
-        main_linprobe, VIT, {"resume": "mae"}, r": (--finetune .*pth) in place of --resume starts from its weights$"),
+        main_linprobe, VIT, {"resume": "mae"}, r": (--finetune .*pth) instead of --resume starts from its weights$"),
     "resuming other blocks": (
         main_finetune, {**VIT, "resume": "part", "epochs": 2}, {"unfreeze_blocks": 2}, r"give (--unfreeze_blocks 1)$"),
     "resuming another batch size": (

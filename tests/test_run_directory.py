@@ -24,7 +24,7 @@ def test_a_used_folder_needs_resume(tmp_path):
         run_directory.prepare(tmp_path, "")
     run_directory.prepare(tmp_path, "auto")
     run_directory.prepare(tmp_path, str(tmp_path / "checkpoint-0.pth"))
-    with pytest.raises(ValueError, match="already holds a run"):
+    with pytest.raises(ValueError, match="already contains a run"):
         run_directory.prepare(tmp_path, str(tmp_path.parent / "checkpoint-0.pth"))
 
 
@@ -119,7 +119,7 @@ def test_going_back_sets_the_later_checkpoints_aside(tmp_path, caplog):
              "checkpoint-emergency.pth": (6, 4)}  # fmt: skip
     assert positions(tmp_path / "abandoned/2") == aside
     assert (tmp_path / "abandoned/2/log.txt").read_text() == (tmp_path / "log.txt").read_text()
-    assert f"set aside in {tmp_path}/abandoned/2: checkpoint-4.pth, checkpoint-5.pth" in caplog.text
+    assert f"moved to {tmp_path}/abandoned/2: checkpoint-4.pth, checkpoint-5.pth" in caplog.text
     run_directory.begin_branch(tmp_path, tmp_path / "checkpoint-3.pth")
     assert not (tmp_path / "abandoned/3").exists()
 

@@ -190,7 +190,7 @@ def test_the_command_makes_a_plain_checkpoint(shared, whole, tmp_path):
     file = tmp_path / "plain.pth"
     command = [sys.executable, "-m", "util.sharded", shared / "checkpoint-49", file]
     said = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
-    assert f"{file}: continue it with --resume" in said.stdout
+    assert f"{file}: resume it with --resume" in said.stdout
     assert said.stderr == ""
     ours, theirs = checkpoint.read(file), checkpoint.read(whole / "checkpoint-49.pth")
     assert ours.keys() == theirs.keys()

@@ -297,7 +297,7 @@ def test_debug_runs_in_this_process(pictures, tmp_path):
     [out] = tmp_path.glob("DEBUG_*")
     assert len(lines(out)) == 1
     job = start(*flags, "--output_dir", out)
-    assert "already holds a run" in job.communicate(timeout=120)[0]
+    assert "already contains a run" in job.communicate(timeout=120)[0]
     assert job.returncode == 1
 
 

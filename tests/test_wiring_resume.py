@@ -115,8 +115,8 @@ def test_settings_that_change_are_named_and_free_ones_are_not(saved, tmp_path, c
     resumed("auto", tmp_path, SETTINGS | {"mask_ratio": 0.5, "seed": 4, "accum_iter": 1, "data_path": "b"})
     warned = [record.message for record in caplog.records if "from now on" in record.message]
     assert warned == [
-        "--mask_ratio was 0.75 in the run that is continued, and is 0.5 from now on",
-        "--seed was 3 in the run that is continued, and is 4 from now on",
+        "--mask_ratio was 0.75 in the resumed run, and is 0.5 from now on",
+        "--seed was 3 in the resumed run, and is 4 from now on",
     ]
 
 

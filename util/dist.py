@@ -1,8 +1,7 @@
-"""Processes and devices: the only reader of the launcher's environment variables.
+"""Processes and devices. Only this module reads the environment variables of launchers.
 
-One process needs no launcher. Several are started by torchrun, which sets RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and
-MASTER_PORT, or by Slurm's srun, whose variables are translated to these. Every function here works in one process too,
-where it does nothing.
+One process needs no launcher. torchrun starts several and sets RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and
+MASTER_PORT; the variables of srun are converted to these. All functions also work in one process.
 """
 
 import contextlib
@@ -26,9 +25,9 @@ BACKENDS = ("auto", "nccl", "gloo")
 
 
 def choose_device(name: str) -> torch.device:
-    """The device that `--device` names; `auto` is CUDA where there is one, else Apple's MPS, else the CPU.
+    """The device of `--device`; `auto` is CUDA if available, else MPS, else the CPU.
 
-    Under a launcher, "cuda" is the GPU of this process's place on its machine.
+    With a launcher, "cuda" is the GPU with the local rank of this process.
 
     Raises:
         ValueError: the device is not on this machine.
@@ -57,16 +56,16 @@ def choose_device(name: str) -> torch.device:
 
 
 def _has_own_gpus() -> bool:
-    """Whether Slurm shows this process, a task of srun, other GPUs than it shows the node's other tasks.
+    """Whether Slurm binds GPUs to this task of srun.
 
-    SLURM_STEP_GPUS lists the GPUs of a task where they are bound to tasks, else those of all tasks of the node.
+    SLURM_STEP_GPUS lists the GPUs of this task if they are bound to tasks, else those of all tasks of the node.
     """
     slurm = os.environ
     if slurm.get("SLURM_LOCALID") != slurm.get("LOCAL_RANK"):  # torchrun within a task
         return False
     ranges = re.findall(r"(\d+)(?:-(\d+))?", slurm.get("SLURM_STEP_GPUS", ""))
-    num_gpus = sum(int(last or first) - int(first) + 1 for first, last in ranges)
-    return "SLURM_GPUS_PER_TASK" in slurm or 0 < num_gpus < int(slurm.get("SLURM_GPUS_ON_NODE", 0))
+    num_visible = sum(int(last or first) - int(first) + 1 for first, last in ranges)
+    return "SLURM_GPUS_PER_TASK" in slurm or 0 < num_visible < int(slurm.get("SLURM_GPUS_ON_NODE", 0))
 
 
 def _launched(variable: str, default: int | None = None) -> int:
@@ -82,53 +81,53 @@ def _launched(variable: str, default: int | None = None) -> int:
 
 
 def _translate_srun() -> None:
-    """Sets torchrun's variables from those of an srun step of several tasks.
+    """Sets the variables of torchrun from those of an srun step with several tasks.
 
-    A batch script, or a shell that salloc opened, is no such step, and its program stays one process.
+    A batch script or a shell of salloc is no such step: its program is one process.
 
     Raises:
-        ValueError: a variable that srun sets is missing, as in a container that passes only some of them on.
+        ValueError: a variable of srun is missing, for example in a container.
     """
     slurm = os.environ
     if "WORLD_SIZE" in slurm or slurm.get("SLURM_STEP_NUM_TASKS", "1") == "1":
         return
     formats = dict.fromkeys(("STEP_NUM_TASKS", "PROCID", "LOCALID", "JOB_ID", "STEP_ID", "STEP_TASKS_PER_NODE"), r"\d+")
     formats["STEP_NODELIST"] = r"([^\[,]+)(?:\[(\d+))?"  # "n[03-04,7]" or "a1,b2": where rank 0 runs
-    read = {name: re.match(pattern, slurm.get(f"SLURM_{name}", "")) for name, pattern in formats.items()}
-    matches = {name: match for name, match in read.items() if match}
-    if missing := [f"SLURM_{name}" for name in formats if name not in matches]:
+    matches = {name: re.match(pattern, slurm.get(f"SLURM_{name}", "")) for name, pattern in formats.items()}
+    parsed = {name: match for name, match in matches.items() if match}
+    if missing := [f"SLURM_{name}" for name in formats if name not in parsed]:
         raise ValueError(
             f"SLURM_STEP_NUM_TASKS={slurm['SLURM_STEP_NUM_TASKS']} in the environment, but {', '.join(missing)} (which "
             f"srun sets) are missing: pass all SLURM_* variables on to the processes, or unset SLURM_STEP_NUM_TASKS "
             f"for a single process"
         )
     translated = {
-        "RANK": matches["PROCID"][0],
-        "LOCAL_RANK": matches["LOCALID"][0],
-        "WORLD_SIZE": matches["STEP_NUM_TASKS"][0],
-        "LOCAL_WORLD_SIZE": matches["STEP_TASKS_PER_NODE"][0],
-        "MASTER_ADDR": matches["STEP_NODELIST"][1] + (matches["STEP_NODELIST"][2] or ""),
-        # below the ports that Linux gives away by itself
-        "MASTER_PORT": str(20000 + (int(matches["JOB_ID"][0]) + int(matches["STEP_ID"][0])) % 12000),
+        "RANK": parsed["PROCID"][0],
+        "LOCAL_RANK": parsed["LOCALID"][0],
+        "WORLD_SIZE": parsed["STEP_NUM_TASKS"][0],
+        "LOCAL_WORLD_SIZE": parsed["STEP_TASKS_PER_NODE"][0],
+        "MASTER_ADDR": parsed["STEP_NODELIST"][1] + (parsed["STEP_NODELIST"][2] or ""),
+        # below the ephemeral ports of Linux
+        "MASTER_PORT": str(20000 + (int(parsed["JOB_ID"][0]) + int(parsed["STEP_ID"][0])) % 12000),
     }
     for variable, value in translated.items():
         slurm.setdefault(variable, value)
 
 
 def restarted() -> bool:
-    """Whether a launcher starts this run again: torchrun after a failure (--max-restarts), Slurm after a requeue."""
+    """Whether a launcher has restarted this run: torchrun after a failure (--max-restarts), Slurm after a requeue."""
     return any(int(os.environ.get(name) or 0) > 0 for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
 
 
 def init(device_name: str, dist_url: str = "env://", timeout: float = 600, backend: str = "auto") -> torch.device:
-    """Joins the process group if a launcher started several processes; returns this process's device.
+    """Joins the process group if a launcher started several processes; returns the device of this process.
 
     Args:
-        timeout: seconds that a process waits for the others, before it takes one of them for dead and ends.
+        timeout: seconds that a process waits for the others before it ends with an error.
         backend: of BACKENDS; auto is nccl for GPUs, else gloo.
 
     Raises:
-        ValueError: nccl without a GPU; the launcher's variables are incomplete; the other processes were not found.
+        ValueError: nccl without a GPU; the launcher's variables are incomplete; the other processes are not reachable.
     """
     _translate_srun()
     device = choose_device(device_name)
@@ -147,7 +146,7 @@ def init(device_name: str, dist_url: str = "env://", timeout: float = 600, backe
 
 
 def _join(dist_url: str, world_size: int, backend: str, timeout: float, device: torch.device) -> None:
-    """Joins the process group, once all processes have come."""
+    """Joins the process group, which waits for all processes."""
     waits, number, where = timedelta(seconds=timeout), _launched("RANK"), dist_url
     if dist_url == "env://":
         if missing := {"MASTER_ADDR", "MASTER_PORT"} - os.environ.keys():
@@ -160,7 +159,7 @@ def _join(dist_url: str, world_size: int, backend: str, timeout: float, device: 
         if dist_url == "env://" and number > 0:
             _wait_for_rank_0(os.environ["MASTER_ADDR"], _launched("MASTER_PORT"), timeout)
         store, number, world_size = next(td.rendezvous(dist_url, number, world_size, timeout=waits))
-        # torchrun's store outlives its processes: those of another start must not find the addresses of dead ones.
+        # The store of torchrun outlives its processes; after a restart, the addresses of dead processes are invalid.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         td.init_process_group(
             backend,
@@ -178,12 +177,12 @@ def _join(dist_url: str, world_size: int, backend: str, timeout: float, device: 
             raise ValueError(f"{where} is in use: give torchrun another --master_port, or set MASTER_PORT") from error
         raise ValueError(
             f"process {number} of {world_size} did not reach all others at {where} within --dist_timeout {timeout:g} "
-            f"seconds ({reason}): start all processes, with the same address, and let no firewall stand between them"
+            f"seconds ({reason}): start all processes, with the same address, and check firewalls"
         ) from error
 
 
 def _wait_for_rank_0(host: str, port: int, timeout: float) -> None:
-    """Raises the system's own error if nobody listens there in time; PyTorch's is a backtrace and hides the reason."""
+    """Raises the error of the system after the timeout; that of PyTorch is a backtrace without the reason."""
     ends = time.monotonic() + timeout
     while True:
         try:
@@ -202,7 +201,7 @@ def _is_of_connection(error: OSError | RuntimeError) -> bool:
 
 
 def lost_process(error: RuntimeError) -> str | None:
-    """What an error means that a collective operation raised because another process is gone; None for other errors."""
+    """An error message if a collective operation failed because another process is gone, else None."""
     if world_size() == 1 or not _is_of_connection(error):
         return None
     other = f"process {1 - rank()}" if world_size() == 2 else "another process"
@@ -211,34 +210,34 @@ def lost_process(error: RuntimeError) -> str | None:
 
 
 def teardown() -> None:
-    """Leaves the process group. A wrapped model must be gone by then: its threads would abort the process at exit."""
+    """Leaves the process group. A wrapped model must be deleted before: its threads would abort the process at exit."""
     if td.is_initialized():
         gc.collect()
         td.destroy_process_group()
 
 
 def rank() -> int:
-    """This process's number among all."""
+    """The rank of this process."""
     return td.get_rank() if td.is_initialized() else 0
 
 
 def world_size() -> int:
-    """How many processes there are."""
+    """The number of processes."""
     return td.get_world_size() if td.is_initialized() else 1
 
 
 def is_main() -> bool:
-    """Whether this is the process that writes and logs."""
+    """Whether this is rank 0, which writes files and logs."""
     return rank() == 0
 
 
 def processes_here() -> int:
-    """How many of the processes share this machine."""
+    """The number of processes on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
 
 
 def barrier() -> None:
-    """Waits until every process has come here."""
+    """Waits for all processes."""
     if td.is_initialized():
         td.barrier()
 
@@ -253,10 +252,10 @@ def mean_over_processes(value: Tensor) -> Tensor:
 
 
 def gather(value: Any, group: td.ProcessGroup | None = None) -> list[Any]:
-    """Every process's `value` (any small object), in the order of ranks, in each process.
+    """Returns the `value` (a small object) of each process, in the order of ranks, in all processes.
 
     Args:
-        group: of all processes; the one that they joined at the start by default.
+        group: of all processes; the default group by default.
     """
     values = [value] * world_size()
     if td.is_initialized():
@@ -265,42 +264,42 @@ def gather(value: Any, group: td.ProcessGroup | None = None) -> list[Any]:
 
 
 def new_host_group() -> td.ProcessGroup | None:
-    """A group of all processes for what a thread of each has to tell the others, whatever the training says."""
+    """Makes another group of all processes, for communication of threads beside that of training."""
     group = td.new_group(backend="gloo") if td.is_initialized() else None
     return group if isinstance(group, td.ProcessGroup) else None
 
 
 def share_buffers(model: nn.Module) -> None:
-    """Gives every process the buffers of rank 0, which are those that are saved."""
+    """Copies the buffers of rank 0, which are saved, to all processes."""
     if td.is_initialized():
         for buffer in model.buffers():
             td.broadcast(buffer, 0)
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether `fsdp.shard` has had the model."""
+    """Whether the model is sharded by `fsdp.shard`."""
     return isinstance(model, FSDPModule)
 
 
 def placed_as(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, the same in every process, cut as another one is; itself where it is cut, or that is whole."""
+    """Shards a full tensor, equal in all processes, like another tensor; no change if that one is not sharded."""
     if not isinstance(like, DTensor) or isinstance(tensor, DTensor):
         return tensor
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def wrap(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model as DistributedDataParallel where there are several processes, else itself; it may be sharded."""
+    """Wraps the model in DistributedDataParallel, unless it is sharded or there is one process."""
     if world_size() == 1 or is_sharded(model):
         return model
-    # Of one channel, the patch projection's gradient has another order than its bucket: a small tensor is copied.
+    # With one channel, the strides of the gradient of the patch projection differ from its bucket: one small copy.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     device_ids = [device.index] if device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
 
 
 def gradient_sync(model: nn.Module, enabled: bool) -> contextlib.AbstractContextManager[None]:
-    """Around a backward pass: whether gradients are averaged over the processes (once an accumulation group)."""
+    """Context manager of a backward pass that averages gradients over the processes, or does not."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(enabled)
     if enabled or not isinstance(model, DistributedDataParallel):

@@ -1,7 +1,7 @@
-"""Signals that ask a run to stop. The process notes them, and the loop stops after the current update.
+"""Signals that stop a run. The process records them, and the loop stops after the current update.
 
-A terminal, `timeout`, torchrun and Slurm send them to all processes of a run, its worker processes included. Those
-ignore them: the process that started them decides when they end.
+A terminal, `timeout`, torchrun and Slurm send them to all processes of a run, also to its worker processes. Worker
+processes ignore them: the process that started them ends them.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-# What launchers and people send before they kill: Slurm and torchrun SIGTERM, a keyboard SIGINT, schedulers SIGUSR1/2.
+# Sent before SIGKILL: SIGTERM by Slurm and torchrun, SIGINT by a keyboard, SIGUSR1 and SIGUSR2 by schedulers.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -23,7 +23,7 @@ class Interrupted(Exception):
     """A signal ended the run, and its state is saved.
 
     Args:
-        signum: of the signal; the exit code is 128 + signum, as shells count.
+        signum: of the signal; the exit code is 128 + signum, as in a shell.
     """
 
     def __init__(self, signum: int) -> None:
@@ -32,15 +32,15 @@ class Interrupted(Exception):
 
 
 class Interrupts:
-    """Notes signals while it is open (`with`); a second SIGINT stops at once, by KeyboardInterrupt."""
+    """Context manager that records signals. A second SIGINT raises KeyboardInterrupt."""
 
     def __init__(self) -> None:
-        self.pending: int | None = None  # the signal that came, if one did
+        self.pending: int | None = None  # the recorded signal
         self.earlier: dict[int, Any] = {}
         self.raises = False
 
     def __enter__(self) -> "Interrupts":
-        self.earlier = {signum: signal.signal(signum, self._note) for signum in SIGNALS}
+        self.earlier = {signum: signal.signal(signum, self._record) for signum in SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -49,10 +49,10 @@ class Interrupts:
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
-        """Around code that changes nothing of the run's state, such as an evaluation: a signal ends it immediately.
+        """Context manager of code that does not change the state of the run, such as an evaluation: a signal ends it.
 
         Raises:
-            Interrupted: a signal came, now or before.
+            Interrupted: on a signal, also on an earlier one.
         """
         self.raises = True
         try:
@@ -62,7 +62,7 @@ class Interrupts:
         finally:
             self.raises = False
 
-    def _note(self, signum: int, frame: FrameType | None) -> None:
+    def _record(self, signum: int, frame: FrameType | None) -> None:
         if signum == signal.SIGINT and self.pending == signal.SIGINT:
             raise KeyboardInterrupt
         if self.pending is None:
@@ -74,13 +74,13 @@ class Interrupts:
             )
         self.pending = signum
         if self.raises:
-            self.raises = False  # the error travels upwards undisturbed
+            self.raises = False  # not during the handling of the error
             raise Interrupted(signum)
 
 
 @contextlib.contextmanager
 def blocked() -> Iterator[None]:
-    """Processes and threads that are started inside never receive the signals; this process does so afterwards."""
+    """Context manager: processes and threads started in it block the signals; this process receives them after it."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
@@ -89,10 +89,10 @@ def blocked() -> Iterator[None]:
 
 
 def ignore_from_others(run: int, *_: object) -> None:
-    """In a worker process: the signals are ignored, but for SIGTERM of its run, by which `multiprocessing` ends it.
+    """Ignores the signals in a worker process, except SIGTERM from its run, by which `multiprocessing` ends it.
 
     Args:
-        run: the run's process. It need not be the parent: a fork server may be.
+        run: the process ID of the run, which may differ from the parent: that may be a fork server.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     if not hasattr(signal, "sigwaitinfo"):  # macOS

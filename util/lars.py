@@ -9,12 +9,12 @@ from torch.optim import Optimizer
 
 
 class LARS(Optimizer):
-    """Momentum SGD whose step is in proportion to each weight's norm. Biases and 1-D weights: plain momentum SGD.
+    """Momentum SGD with the learning rate scaled by the norm of each weight; plain for biases and 1-D weights.
 
     g += wd·w; g *= trust·|w|/|g| (1 where either norm is 0); m = momentum·m + g; w -= lr·m.
 
-    Heeds `found_inf`, as fused optimizers do (`precision.Precision.step`): where it is not 0, nothing changes, and the
-    host need not know.
+    Supports `found_inf` like fused optimizers (`precision.Precision.step`): if it is not 0, nothing changes, and the
+    host does not wait.
     """
 
     _step_supports_amp_scaling = True
@@ -34,7 +34,7 @@ class LARS(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Takes a step for every parameter that has a gradient."""
+        """Updates every parameter that has a gradient."""
         assert closure is None
         for group in self.param_groups:
             for weight in group["params"]:

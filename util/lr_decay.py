@@ -16,7 +16,7 @@ def param_groups_lrd(
 
     Args:
         model: has `blocks`, and the other names of `models_vit.VisionTransformer`.
-        no_weight_decay_list: names without weight decay, beside biases and 1-D weights.
+        no_weight_decay_list: names of parameters without weight decay, beside biases and 1-D weights.
 
     Returns:
         Groups in the order in which their first parameter is registered; frozen parameters are in none.
@@ -41,7 +41,7 @@ def param_groups_lrd(
 
 
 def get_layer_id_for_vit(name: str, num_layers: int) -> int:
-    """0 for what comes before the blocks, i + 1 for block i, `num_layers` (depth + 1) for the head and norms."""
+    """0 for the embeddings, i + 1 for block i, `num_layers` (depth + 1) for the head and norms."""
     if name in ("cls_token", "pos_embed") or name.startswith("patch_embed."):
         return 0
     if name.startswith("blocks."):

@@ -1,4 +1,4 @@
-"""The learning rate: linear scaling with the batch, warm-up, half a cosine (Goyal et al. 2017; He et al. 2021, A.1)."""
+"""The learning rate: linear scaling, warm-up, half-cycle cosine (Goyal et al. 2017; He et al. 2021, A.1)."""
 
 import logging
 import math
@@ -10,7 +10,7 @@ logger = logging.getLogger(__name__)
 
 
 def scaled_lr(lr: float | None, blr: float, effective_batch_size: int) -> float:
-    """`lr` if given, else blr x effective batch / 256; logs which."""
+    """`lr` if not None, else blr x effective batch size / 256. Logs the result."""
     if lr is not None:
         logger.info(f"effective batch size {effective_batch_size}; learning rate {lr:.3g}")
         return lr
@@ -21,23 +21,23 @@ def scaled_lr(lr: float | None, blr: float, effective_batch_size: int) -> float:
 
 
 def check_warmup(warmup_epochs: float, epochs: int) -> None:
-    """Warns of a run that is all warm-up."""
+    """Warns if the warm-up is as long as the run."""
     if warmup_epochs >= epochs:
         logger.warning(
-            f"--warmup_epochs {warmup_epochs:g} is not shorter than the run of --epochs {epochs}: the rate only "
-            f"rises; give --warmup_epochs {epochs / 20:g}, a twentieth, or more --epochs"
+            f"--warmup_epochs {warmup_epochs:g} is not shorter than the run of --epochs {epochs}: the learning "
+            f"rate only rises; give --warmup_epochs {epochs / 20:g}, a twentieth, or more --epochs"
         )
 
 
 def adjust_learning_rate(optimizer: Optimizer, epoch: float, args: Namespace) -> float:
-    """Sets the learning rate of a moment of training in every parameter group, times the group's `lr_scale`.
+    """Sets the learning rate of all parameter groups, times `lr_scale` of the group.
 
     Args:
         epoch: fractional: 1.5 is the middle of the second epoch.
         args: has `lr`, `min_lr`, `warmup_epochs` and `epochs`.
 
     Returns:
-        The learning rate of groups whose `lr_scale` is 1.
+        The learning rate of groups with an `lr_scale` of 1.
     """
     if epoch < args.warmup_epochs:
         lr = args.lr * epoch / args.warmup_epochs

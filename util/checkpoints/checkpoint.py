@@ -1,7 +1,7 @@
-"""Our own files: written whole or not at all, verified when read.
+"""The format of checkpoints: written atomically, verified when read.
 
-A checkpoint holds {model, optimizer, epoch, scaler, args} as the published code's files do, and beside them `progress`,
-`rng`, `digest`, and `callbacks` where there are any. There is nothing but dicts, lists, tensors and plain values in it.
+A checkpoint holds {model, optimizer, epoch, scaler, args} as in the published code, and `progress`,
+`rng`, `digest`, and `callbacks` where there are any. It consists of dicts, lists, tensors and plain values.
 That of a sharded run is a folder (`util.checkpoints.sharded`), of which `state.pth` is such a file without tensors.
 """
 
@@ -25,20 +25,20 @@ from util.files.untrusted import printable
 
 logger = logging.getLogger(__name__)
 
-MAX_PARTS = 1_000_000  # of a state, counted as often as they are named
+MAX_PARTS = 1_000_000  # of a state; a part that occurs twice counts twice
 MAX_DEPTH = 30
-STATE = "state.pth"  # in a sharded state's folder
+STATE = "state.pth"  # in the folder of a sharded checkpoint
 
 
 class CheckpointError(ValueError):
-    """A file that can't be used, in a sentence that says why; what it quotes of the file is made printable."""
+    """A file that can't be used, with the reason. Text from the file is made printable."""
 
     def __init__(self, message: str) -> None:
         super().__init__(printable(message))
 
 
 def compute_digest(state: Any) -> str:
-    """The sha256 of a nested state: names, types, shapes and values of all that is in it, in order."""
+    """The sha256 of the names, types, shapes and values in a nested state, in order."""
     sha = hashlib.sha256()
 
     def feed(value: Any) -> None:
@@ -62,14 +62,14 @@ def compute_digest(state: Any) -> str:
 
 
 def write(state: dict[str, Any], path: Path, *also: Path) -> None:
-    """Writes a state with its digest. The file is there when it is complete; a crash leaves the previous one.
+    """Writes a state and its digest, atomically: a crash leaves the previous file.
 
     Args:
         state: its tensors are on the host (`snapshot`). It is not copied, so it must not change meanwhile.
-        also: further names of the same file, in the same folder.
+        also: further paths of the same file, in the same folder.
 
     Raises:
-        OSError: the disk is full, or the folder can't be written to. The previous file is as it was.
+        OSError: the disk is full, or the folder can't be written to. The previous file is unchanged.
     """
     state = {**state, "digest": compute_digest(state)}
     with atomic.replacing(path) as temporary:
@@ -81,7 +81,7 @@ def write(state: dict[str, Any], path: Path, *also: Path) -> None:
 
 
 def link(source: Path | str, path: Path | str) -> None:
-    """A second name for a file's bytes, or a copy where the file system knows no links."""
+    """Makes a hard link, or a copy if the file system does not support links."""
     try:
         os.link(source, path)
     except OSError:
@@ -89,7 +89,7 @@ def link(source: Path | str, path: Path | str) -> None:
 
 
 def require_finite(tensors: Mapping[str, Any], source: str, remedy: str) -> None:
-    """Refuses weights that no sound run leaves.
+    """Refuses weights that are not finite.
 
     Raises:
         CheckpointError: a tensor holds NaN or infinity.
@@ -104,7 +104,7 @@ def require_finite(tensors: Mapping[str, Any], source: str, remedy: str) -> None
 
 
 def weights_digest(model: nn.Module) -> str:
-    """The digest of a model's weights, wherever they are."""
+    """The digest of the weights of a model, on any device."""
     return compute_digest(snapshot(dict(model.state_dict())))
 
 
@@ -120,13 +120,13 @@ def snapshot(value: Any) -> Any:
 
 
 def read(path: Path | str) -> dict[str, Any]:
-    """Reads a checkpoint of anybody's; nothing in it is executed, and ours must match their digest.
+    """Reads a checkpoint without executing code from it. If it contains a digest, that must match.
 
-    Files of the published code are read too, whose `args` are an argparse.Namespace. Of a sharded state's folder the
-    tensors stay on the disk: `folder` tells where.
+    Files of the published code are supported; their `args` are an argparse.Namespace. The tensors of a sharded
+    checkpoint stay on the disk; `folder` is its path.
 
     Raises:
-        CheckpointError: no such file, damaged, or holding anything but tensors and plain values.
+        CheckpointError: the file is missing, damaged, or contains anything but tensors and plain values.
     """
     path = Path(path)
     state = _load(path / STATE if path.is_dir() else path)
@@ -137,26 +137,26 @@ def read(path: Path | str) -> dict[str, Any]:
 
 
 def newest_first(folder: Path) -> list[Path]:
-    """A folder's checkpoints, ordered by the progress of their runs. Those that can't be read are left out.
+    """The checkpoints in a folder by their progress, the furthest first, without those that can't be read.
 
-    The files' times do not count: copying a folder changes them.
+    File times have no effect: copying a folder changes them.
     """
-    reached = []
+    positions = []
     for path in checkpoints(folder):
         try:
-            reached.append((position(path), path))
+            positions.append((position(path), path))
         except CheckpointError as error:
             logger.warning(f"--resume auto skips {path.name}: {error}")
-    return [path for _, path in sorted(reached, reverse=True)]
+    return [path for _, path in sorted(positions, reverse=True)]
 
 
 def position(path: Path) -> tuple[int, int]:
-    """The position in its run that a checkpoint resumes from: epoch, and images done of that epoch.
+    """The position from which a checkpoint resumes: epoch, and number of images of that epoch.
 
     Raises:
         CheckpointError: it can't be read.
     """
-    # With mmap, names and plain values are read, tensors only if they are looked at.
+    # mmap reads names and plain values, and no tensors.
     state = _load(path / STATE if path.is_dir() else path, mmap=True)
     try:
         progress = state.get("progress") or {"epoch": state["epoch"] + 1, "images_done": 0}
@@ -166,9 +166,9 @@ def position(path: Path) -> tuple[int, int]:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The states in a run's folder: files, and folders of sharded runs."""
-    found = [*folder.glob("checkpoint-*.pth"), *(p.parent for p in folder.glob("checkpoint-*/" + STATE))]
-    return sorted([*found, *(p.parent for p in folder.glob(".checkpoint-*.old/" + STATE))])  # a crash left these
+    """The checkpoints in a run directory: files, and folders of sharded runs."""
+    paths = [*folder.glob("checkpoint-*.pth"), *(p.parent for p in folder.glob("checkpoint-*/" + STATE))]
+    return sorted([*paths, *(p.parent for p in folder.glob(".checkpoint-*.old/" + STATE))])  # a crash left these
 
 
 def _load(path: Path, mmap: bool = False) -> dict[str, Any]:
@@ -180,13 +180,13 @@ def _load(path: Path, mmap: bool = False) -> dict[str, Any]:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and is_zip)
         _check_parts(state)
     except pickle.UnpicklingError as error:
-        # torch says so for foreign objects and for damage alike; both are refused.
-        found = re.search(r"GLOBAL (\S+)", str(error))
+        # PyTorch raises the same error for other objects and for damage.
+        match = re.search(r"GLOBAL (\S+)", str(error))
         raise CheckpointError(
             f"{path} is refused: it is damaged, or it holds objects other than tensors and plain values"
-            f"{f' ({found[1]})' if found else ''}, which could run code when loaded. Nothing in it was executed."
+            f"{f' ({match[1]})' if match else ''}, which could run code when loaded. Nothing in it was executed."
         ) from error
-    except Exception as error:  # whatever the zip and pickle readers raise on damaged bytes
+    except Exception as error:  # of any type, from the zip and pickle readers
         raise CheckpointError(f"{path} is damaged or no checkpoint (a download or copy cut short?): {error}") from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds a {type(state).__name__}, not a checkpoint")
@@ -194,13 +194,13 @@ def _load(path: Path, mmap: bool = False) -> dict[str, Any]:
 
 
 def _check_parts(state: Any) -> None:
-    """Raises ValueError where a small file stands for a large state, or a tensor's values are not all in it."""
+    """Raises ValueError if a small file expands to a large state, or a tensor has fewer values than its shape."""
     waiting, parts = [(state, 0)], 0
     while waiting:
         value, depth = waiting.pop()
         parts += 1
         if parts > MAX_PARTS or depth > MAX_DEPTH:
-            raise ValueError("it holds lists within lists without end")
+            raise ValueError("it contains too many or too deeply nested lists")
         if isinstance(value, argparse.Namespace):
             value = vars(value)
         if isinstance(value, dict):
@@ -217,10 +217,12 @@ def _check_parts(state: Any) -> None:
 
 
 def _check_names(path: Path) -> bool:
-    """Compares the part that holds names and plain values with its checksum, which torch.load does not.
+    """Verifies the checksum of names and plain values, which torch.load does not.
 
-    Damage in it could rename `digest` itself, and ours would pass for a foreign file, which has none. Returns whether
-    the file is a zip archive, as all are but those of PyTorch before 1.6.
+    Damage could rename the key `digest`, and the file would look like one without a digest.
+
+    Returns:
+        Whether the file is a zip archive. Files of PyTorch before 1.6 are not.
     """
     if not zipfile.is_zipfile(path):
         return False

@@ -1,4 +1,4 @@
-"""The folder of a run: refused where it holds another run, and while another process writes to it."""
+"""The run directory: it must not contain another run, and one process at a time writes to it."""
 
 import contextlib
 import fcntl
@@ -19,13 +19,13 @@ from util.files import atomic
 logger = logging.getLogger(__name__)
 
 LOCK = "run.lock"
-RESUMED = ".resumed"  # an empty file: this run has resumed from the file that --resume names, and continues from there
-ABANDONED = "abandoned"  # folder of the branches that a run went back from, counted from 1
-MOVING = "moving.json"  # in the newest of them: the names of what is to be moved there, until all is
+RESUMED = ".resumed"  # an empty file: the run has resumed from the file of --resume
+ABANDONED = "abandoned"  # folder of the checkpoints after the resumed one, numbered from 1
+MOVING = "moving.json"  # the names of files that are still to be moved to it
 
 
 def chosen(output_dir: Path, resume: str) -> str:
-    """What to resume from: what `--resume` names, or the newest checkpoint where a launcher starts this run again."""
+    """What to resume from: `--resume`, or the newest checkpoint if a launcher restarts the run."""
     if not dist.restarted():
         return resume
     if resume in ("", "auto"):
@@ -34,20 +34,20 @@ def chosen(output_dir: Path, resume: str) -> str:
 
 
 def prepare(output_dir: Path, resume: str) -> None:
-    """Makes the folder of a run, and refuses one that holds a run unless that is the one to be continued.
+    """Makes the run directory.
 
     Raises:
-        ValueError: it holds a run, and `resume` is neither "auto" nor a file of it.
+        ValueError: it contains a run, and `resume` is neither "auto" nor a file of it.
         OSError: it can't be made.
     """
     resume = chosen(output_dir, resume)
     continues = resume == "auto" or (resume and Path(resume).resolve().parent == output_dir.resolve())
     if dist.is_main() and not continues:
         files = [path.name for path in output_dir.glob("*") if path.name == "log.txt" or path.suffix == ".pth"]
-        holds = sorted({*files, *(path.name for path in checkpoint.checkpoints(output_dir))})
-        if holds:
+        existing = sorted({*files, *(path.name for path in checkpoint.checkpoints(output_dir))})
+        if existing:
             raise ValueError(
-                f"--output_dir {output_dir} already holds a run ({', '.join(holds[:3])}): continue it with "
+                f"--output_dir {output_dir} already contains a run ({', '.join(existing[:3])}): continue it with "
                 f"--resume auto, or give another --output_dir"
             )
     try:
@@ -60,10 +60,10 @@ def prepare(output_dir: Path, resume: str) -> None:
 
 @contextlib.contextmanager
 def locked(output_dir: Path) -> Iterator[None]:
-    """Holds a run's folder while it is open. The system frees it when the process ends, however it ends.
+    """Locks a run directory. The system releases the lock when the process ends, in any way.
 
     Raises:
-        ValueError: another process holds it.
+        ValueError: another process has locked it.
         OSError: it can't be written to.
     """
     with contextlib.ExitStack() as stack:
@@ -71,7 +71,7 @@ def locked(output_dir: Path) -> Iterator[None]:
             try:
                 file = stack.enter_context((output_dir / LOCK).open("a+", encoding="utf-8"))
                 _take(file, output_dir)
-                stack.callback(file.truncate, 0)  # the file stays: whoever waits for it has it open
+                stack.callback(file.truncate, 0)  # but do not delete it: another process may have it open
                 _finish_moving(output_dir)
             except OSError as error:
                 raise OSError(
@@ -96,17 +96,17 @@ def _take(file: IO[str], output_dir: Path) -> None:
         logger.warning(f"{output_dir} can't be locked ({error.strerror}): make sure that no other run writes to it")
     os.register_at_fork(after_in_child=file.close)  # worker processes outlive a killed run for seconds
     if holder:
-        logger.info(f"the run before ({holder}) was killed")
+        logger.info(f"the previous run ({holder}) was killed")
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()
 
 
 def begin_branch(output_dir: Path, resumed: Path) -> None:
-    """Sets aside what a run wrote after the checkpoint from which it resumes, which then is the newest.
+    """Moves the checkpoints after the resumed one to `abandoned/N`, so that the resumed one is the newest.
 
-    Checkpoints of later positions, and those that can't be read, move to a folder `abandoned/N`, which gets a copy of
-    log.txt and of TensorBoard's events too. After a crash in between, the next start moves the rest.
+    Those that can't be read move too. The folder gets copies of log.txt and of the TensorBoard events. After a crash
+    in between, the next start moves the rest.
 
     Raises:
         OSError: they can't be moved.
@@ -124,7 +124,7 @@ def begin_branch(output_dir: Path, resumed: Path) -> None:
                 shutil.copy2(path, branch)
         atomic.write_text(branch / MOVING, json.dumps(later))
         _finish_moving(output_dir)
-        logger.info(f"set aside in {branch}: {', '.join(later)}")
+        logger.info(f"moved to {branch}: {', '.join(later)}")
     (output_dir / RESUMED).touch()
 
 

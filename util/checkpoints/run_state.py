@@ -1,4 +1,4 @@
-"""Where a run stands: collected, and put back. `saver.py` puts it into files."""
+"""The state of a run: collects and restores it. `saver.py` writes it to files."""
 
 import logging
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from util.cli.advice import advised, flags
 
 logger = logging.getLogger(__name__)
 
-# Settings that a resumed run may change without being another run.
+# Settings that a resumed run may change without a warning.
 FREE_SETTINGS = {
     "accum_iter", "batch_size", "compile", "config", "data_path", "debug", "device", "dist_backend", "dist_eval",
     "dist_on_itp", "dist_timeout", "dist_url", "download", "eval", "finetune", "fsdp", "grad_checkpointing",
@@ -28,12 +28,12 @@ FREE_SETTINGS = {
 
 
 class Progress:
-    """The epoch a run is in, and how many images of it are done, by all processes together.
+    """The position of a run: epoch, and iterations of that epoch.
 
     Args:
-        effective_batch_size: images to an optimizer step: batch size x accumulation x processes.
-        global_batch_size: images to a batch of all processes: batch size x processes.
-        num_images: of an epoch, each as often as it is repeated.
+        effective_batch_size: images per update: batch size per process x accum_iter x processes.
+        global_batch_size: images per iteration: batch size per process x processes.
+        num_images: of an epoch, with repetitions.
     """
 
     def __init__(
@@ -45,17 +45,17 @@ class Progress:
         self.epoch = start_epoch
         self.first_iteration = 0
         self.meters: dict[str, Any] = {}  # of `run_log.Meters`
-        self.best_accuracy = -1.0  # of the epochs so far, where there is an accuracy
+        self.best_accuracy = -1.0  # of the epochs so far; -1: none
 
     def next_epoch(self) -> None:
-        """An epoch is finished."""
+        """Moves to the start of the next epoch."""
         self.epoch, self.first_iteration, self.meters = self.epoch + 1, 0, {}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Takes the position of a checkpoint; a file of the published code stands at the end of its epoch.
+        """Restores the position of a checkpoint; that of a file of the published code is the end of its epoch.
 
         Raises:
-            CheckpointError: the run had another effective batch size, or stands within an epoch of other images.
+            CheckpointError: the effective batch size differs, or the number of images differs within an epoch.
         """
         saved = state.get("progress")
         if saved is None:
@@ -68,18 +68,18 @@ class Progress:
                 f"{self._split_of(saved['effective_batch_size'])}"
             )
         num_images, images_done = saved.get("num_images"), saved["images_done"]
-        if num_images:  # an epoch of earlier versions used the images of its last, partial update too
+        if num_images:  # epochs of earlier versions contain a last, partial update
             images_done = min(images_done, num_images - num_images % self.effective_batch_size)
         if images_done % self.effective_batch_size:
             raise CheckpointError(
-                f"the checkpoint stands {images_done} images into its epoch, within an update of "
-                f"{self.effective_batch_size}: resume from the checkpoint of a whole epoch"
+                f"the checkpoint is {images_done} images into its epoch, within an update of "
+                f"{self.effective_batch_size}: resume from the checkpoint of a complete epoch"
             )
         if None not in (num_images, self.num_images) and num_images != self.num_images:
             if images_done:
                 raise CheckpointError(
-                    f"the checkpoint stands in the middle of an epoch of {num_images} images, and now there are "
-                    f"{self.num_images}: restore them, or resume from the checkpoint of a whole epoch"
+                    f"the checkpoint is in the middle of an epoch of {num_images} images, and now there are "
+                    f"{self.num_images}: restore them, or resume from the checkpoint of a complete epoch"
                 )
             logger.warning(f"an epoch had {num_images} images, and has {self.num_images} now")
         self.best_accuracy = saved.get("best_accuracy", -1.0)
@@ -88,7 +88,7 @@ class Progress:
         self.meters = _sums_over_updates(saved["meters"], images_done // self.effective_batch_size)
 
     def _split_of(self, effective_batch_size: int) -> str:
-        """The flags that give an effective batch size in as many processes, with batches no larger than now."""
+        """Flags for an effective batch size with the same number of processes and no larger batches."""
         per_process, rest = divmod(effective_batch_size, dist.world_size())
         if rest:
             return f"a number of processes that divides {effective_batch_size}"
@@ -98,7 +98,7 @@ class Progress:
 
 
 def _sums_over_updates(meters: dict[str, Any], updates: int) -> dict[str, Any]:
-    """The sums of `run_log.Meters`; earlier versions added up batches in place of updates."""
+    """The sums of `run_log.Meters`; earlier versions added up batches instead of updates."""
     if "batches" not in meters:
         return meters
     updates -= meters["skipped_steps"]
@@ -116,7 +116,7 @@ def collect(
     settings: dict,
     callbacks: Sequence[Stateful] = (),
 ) -> dict[str, Any]:
-    """What a checkpoint holds beside the position of its run."""
+    """Returns the state of a run without its position."""
     is_sharded = dist.is_sharded(model)
     rng = {"cpu": torch.get_rng_state()}
     if next(model.parameters()).is_cuda:
@@ -141,22 +141,23 @@ def resume(
     progress: Progress,
     callbacks: Sequence[Stateful] = (),
 ) -> None:
-    """Puts model, optimizer, scaler, random generators and position back to where a run stood.
+    """Restores model, optimizer, scaler, random number generators, callbacks and position from a checkpoint.
 
     Args:
-        which: a checkpoint's path, of which later checkpoints of the run are set aside; "auto" for the newest in
-            `output_dir`, if any; "" for none.
-        settings: of this run; a warning tells which differ from the checkpoint's.
+        which: the path of a checkpoint, and later checkpoints of the run are moved to `abandoned`; or "auto" for the
+            newest checkpoint in `output_dir`, if any; or "" for none.
+        settings: of this run. A warning names those that differ from the settings in the checkpoint.
 
     Raises:
-        CheckpointError: the file can't be read, holds weights only, or is of another architecture or effective batch.
+        CheckpointError: the file can't be read, contains weights only, or has another architecture or effective batch
+            size.
     """
     which = run_directory.chosen(output_dir, which)
     state = read_newest(output_dir) if which == "auto" else sharded.read(which) if which else None
     if state is not None:
         missing = {"optimizer", "epoch", *(["model"] if "folder" not in state else [])} - state.keys()
         if missing:
-            error = CheckpointError(f"--resume {which}: it has no {' and no '.join(sorted(missing))} to go on from")
+            error = CheckpointError(f"--resume {which}: it has no {' and no '.join(sorted(missing))} to resume from")
             raise advised(error, *_start_from(which), "--eval evaluates it")
         if "folder" in state:
             state = sharded.fill(state, model, optimizer)
@@ -171,8 +172,8 @@ def resume(
         _restore_callbacks(callbacks, state.get("callbacks", []))
         _restore_rng(state.get("rng", {}))
         _warn_of_changes(_args_of(state), settings)
-    here = torch.tensor([progress.epoch, progress.first_iteration], device=next(model.parameters()).device)
-    if not torch.equal(dist.mean_over_processes(here.float()), here.float()):
+    position = torch.tensor([progress.epoch, progress.first_iteration], device=next(model.parameters()).device)
+    if not torch.equal(dist.mean_over_processes(position.float()), position.float()):
         raise CheckpointError(f"the processes found different checkpoints: --output_dir {output_dir} must be shared")
     if which not in ("", "auto") and dist.is_main():  # all processes have accepted it
         run_directory.begin_branch(output_dir, Path(which))
@@ -180,7 +181,7 @@ def resume(
 
 
 def read_newest(output_dir: Path) -> dict[str, Any] | None:
-    """The state furthest in its run among a folder's checkpoints that are undamaged, the same in all processes.
+    """Reads the newest undamaged checkpoint in a folder, the same one in all processes.
 
     Raises:
         CheckpointError: the processes do not see the same folder.
@@ -202,19 +203,19 @@ def read_newest(output_dir: Path) -> dict[str, Any] | None:
 
 
 def _start_from(file: str) -> list[str]:
-    """How a run starts from a file's weights alone: in fine-tuning and probing, and in pre-training."""
-    return [f"--{flag} {file} in place of --resume starts from its weights" for flag in ("finetune", "init_from")]
+    """How to start a run from the weights of a file, in fine-tuning and probing or in pre-training."""
+    return [f"--{flag} {file} instead of --resume starts from its weights" for flag in ("finetune", "init_from")]
 
 
 def restore_model(model: nn.Module, state: dict[str, Any], settings: dict[str, Any], which: str = "auto") -> None:
-    """Loads a checkpoint's weights, all of them.
+    """Loads all weights of a checkpoint.
 
     Args:
-        settings: of this run; the error names those that were others in the checkpoint's run.
-        which: as `resume` takes it.
+        settings: of this run. The error message names those that differ from the checkpoint.
+        which: as in `resume`.
 
     Raises:
-        CheckpointError: the file is of another architecture.
+        CheckpointError: the checkpoint has another architecture.
     """
     weights: dict[str, Tensor] = state["model"]
     ours = model.state_dict()
@@ -223,12 +224,12 @@ def restore_model(model: nn.Module, state: dict[str, Any], settings: dict[str, A
     if differing:
         saved = _args_of(state)
         error = CheckpointError(
-            f"the checkpoint is of another architecture than this run's model: {len(differing)} tensors differ "
+            f"the checkpoint has another architecture than the model of this run: {len(differing)} tensors differ "
             f"({', '.join(differing[:3])}, ...)"
         )
         if str(saved.get("model")).startswith("mae_") is str(settings.get("model")).startswith("mae_"):
             names = ["model", "input_size", "patch_size", "in_chans", "decoder_depth", "global_pool"]
-            names += ["blr"] if isinstance(saved.get("blr"), list) else []  # several heads side by side
+            names += ["blr"] if isinstance(saved.get("blr"), list) else []  # several heads
             raise _with_settings(error, {name: saved[name] for name in names if name in saved}, settings)
         raise advised(error, *(_start_from(which) if which != "auto" else ["give another --output_dir"]))
     model.load_state_dict({name: dist.placed_as(weights[name], like) for name, like in ours.items()})
@@ -245,7 +246,7 @@ def _require_same_parameters(optimizer: Optimizer, state: dict[str, Any], settin
 
 
 def _with_settings(error: CheckpointError, saved: dict[str, Any], settings: dict[str, Any]) -> CheckpointError:
-    """Advises the settings of a checkpoint that this run has otherwise."""
+    """Adds the settings of the checkpoint that differ to an error message."""
     differing = {name: value for name, value in saved.items() if name in settings and value != settings[name]}
     return advised(error, f"give {flags(differing)}") if differing else error
 
@@ -256,10 +257,7 @@ def _args_of(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def restore_optimizer(optimizer: Optimizer, saved: dict[str, Any]) -> None:
-    """Loads an optimizer's moments; its settings stay this run's.
-
-    So a file of the published code, whose PyTorch knew no fused optimizers, leaves ours fused.
-    """
+    """Loads the moments of an optimizer, but not its settings, so that it stays fused."""
     groups = [
         {**ours, "params": group["params"]}
         for group, ours in zip(saved["param_groups"], optimizer.param_groups, strict=True)
@@ -298,7 +296,5 @@ def _warn_of_changes(saved: dict[str, Any], settings: dict[str, Any]) -> None:
     for name in sorted(saved.keys() & settings.keys() - FREE_SETTINGS):
         if saved[name] != settings[name]:
             if name == "classes":
-                raise CheckpointError("the run that is continued had other classes: --finetune starts from its weights")
-            logger.warning(
-                f"--{name} was {saved[name]} in the run that is continued, and is {settings[name]} from now on"
-            )
+                raise CheckpointError("the resumed run had other classes: --finetune starts from its weights")
+            logger.warning(f"--{name} was {saved[name]} in the resumed run, and is {settings[name]} from now on")

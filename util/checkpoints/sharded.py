@@ -1,9 +1,9 @@
-"""States of sharded runs (`--fsdp`): folders, to which each process writes its part.
+"""Checkpoints of sharded runs (`--fsdp`): folders, to which each process writes its shards.
 
-    python -m util.sharded runs/giant/checkpoint-799 giant.pth        # makes a plain checkpoint of one
+    python -m util.sharded runs/giant/checkpoint-799 giant.pth        # converts to a plain checkpoint
 
-The tensors are written and read by torch.distributed.checkpoint, by any number of processes. The rest stands in the
-folder's `state.pth`, and with it the digest of every file. A folder is there when it is complete.
+The tensors are written and read by torch.distributed.checkpoint, by any number of processes. The file
+`state.pth` contains everything else, and the digest of every file. Folders are written atomically.
 """
 
 import argparse
@@ -35,8 +35,8 @@ from util.files.untrusted import read_file
 
 T = TypeVar("T")
 
-# What PyTorch's description of the tensors is made of. Nothing else is loaded, by its full name, so that nothing else
-# can run: of whole modules one could reach whatever they import.
+# The types in the tensor metadata of PyTorch, by their full names. Nothing else is loaded, so no code can run: a module
+# as a prefix would allow everything that it imports.
 DESCRIBED_BY = {
     *(("torch.distributed.checkpoint.metadata", name) for name in (
         "Metadata", "TensorStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING", "ChunkStorageMetadata",
@@ -49,23 +49,23 @@ DESCRIBED_BY = {
 
 
 def write(state: dict[str, Any], folder: Path, *also: Path, group: td.ProcessGroup | None) -> None:
-    """Writes a state, in all processes together.
+    """Writes a state; all processes call this together.
 
     Args:
-        state: as `run_state.collect` has it, on the host, with the run's position.
-        also: further names of it, in the same place.
-        group: of all processes; nobody else uses it meanwhile.
+        state: from `run_state.collect`, on the host, with the position of the run.
+        also: further paths of the checkpoint, in the same folder.
+        group: of all processes, without other communication meanwhile.
 
     Raises:
         OSError: the disk is full, or the place can't be written to. If one process fails, all processes raise the same
-            error. The previous state is as it was, and nothing is left of the new one.
+            error. The previous checkpoint is unchanged, and nothing remains of the new one.
     """
     temporary = _temporary(folder)
     tensors = {f"model.{name}": tensor for name, tensor in state["model"].items()}
     for number, moments in state["optimizer"]["state"].items():
         tensors |= {f"optimizer.{number}.{name}": tensor for name, tensor in moments.items()}
 
-    def remove_rubbish() -> None:
+    def remove_temporary() -> None:
         if dist.is_main():
             for path in map(_temporary, (folder, *also)):
                 shutil.rmtree(path, ignore_errors=True)
@@ -87,12 +87,12 @@ def write(state: dict[str, Any], folder: Path, *also: Path, group: td.ProcessGro
         _put_in_place(temporary, folder)
 
     try:
-        _in_all(remove_rubbish, group)
-        files = {name: digest for part in _in_all(write_tensors, group) for name, digest in part.items()}
+        _in_all(remove_temporary, group)
+        files = {name: digest for digests in _in_all(write_tensors, group) for name, digest in digests.items()}
         _in_all(partial(complete, files), group)
     except OSError as error:
         with contextlib.suppress(OSError):
-            _in_all(remove_rubbish, group)
+            _in_all(remove_temporary, group)
         raise OSError(f"can't write {folder} ({error}): free space there, or give another --output_dir") from error
 
 
@@ -100,16 +100,16 @@ def _temporary(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.tmp")
 
 
-def _in_all(step: Callable[[], T], group: td.ProcessGroup | None) -> list[T]:
-    """Runs a step in all processes; returns what it returns in each.
+def _in_all(function: Callable[[], T], group: td.ProcessGroup | None) -> list[T]:
+    """Calls a function in all processes; returns the results of all.
 
     Raises:
-        OSError: in all processes, if the step fails in one, with the reason of the first that failed.
+        OSError: in all processes, if it fails in one, with the reason of the first that failed.
     """
     result: T | None = None
     reason = ""
     try:
-        result = step()
+        result = function()
     except (OSError, RuntimeError, dcp.CheckpointException) as error:
         reason = _reason(error)
     try:
@@ -123,7 +123,7 @@ def _in_all(step: Callable[[], T], group: td.ProcessGroup | None) -> list[T]:
 
 
 class _Writer(dcp.FileSystemWriter):
-    """PyTorch's, but that a full disk is told as such: its own error would reach the other processes without it."""
+    """The writer of PyTorch, with errors that contain the reason, also in other processes."""
 
     def write_data(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -133,7 +133,7 @@ class _Writer(dcp.FileSystemWriter):
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of the error that came first, of a chain of errors or of those of several processes."""
+    """The first line of the original error, of a chain of errors or of errors of several processes."""
     if isinstance(error, dcp.CheckpointException):
         return _reason(next(iter(error.failures.values()))[0])
     earlier = error.__cause__ or error.__context__
@@ -141,9 +141,9 @@ def _reason(error: BaseException) -> str:
 
 
 def _put_in_place(temporary: Path, folder: Path) -> None:
-    """Gives a complete folder its name. A crash on the way leaves the one before as `.NAME.old`, which is found too."""
+    """Renames a complete folder. After a crash, the previous one is `.NAME.old`, which `checkpoints` lists too."""
     old = folder.with_name(f".{folder.name}.old")
-    if folder.exists():  # else the one before is `old` itself, and stays until the new one stands
+    if folder.exists():  # else the previous one is `old`, and stays until the new one is complete
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
     temporary.rename(folder)
@@ -151,18 +151,18 @@ def _put_in_place(temporary: Path, folder: Path) -> None:
 
 
 def _digests(files: list[Path]) -> dict[str, str]:
-    found = {}
+    digests = {}
     for file in files:
         with file.open("rb") as stream:
-            found[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return found
+            digests[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return digests
 
 
 def _enum_member(kind: Any, name: str) -> Enum:
     """A member of an enumeration, which Python 3.11.0 to 3.11.3 pickles as a call of getattr."""
     if isinstance(kind, EnumType) and name in kind.__members__:
         return kind.__members__[name]
-    raise CheckpointError(f"its description takes {name!r} from {kind!r}, which could run code")
+    raise CheckpointError(f"its description reads {name!r} of {kind!r}, which could run code")
 
 
 class _Unpickler(pickle.Unpickler):
@@ -171,11 +171,11 @@ class _Unpickler(pickle.Unpickler):
             return super().find_class(module, name)
         if (module, name) == ("builtins", "getattr"):
             return _enum_member
-        raise CheckpointError(f"its description holds {module}.{name}, which could run code")
+        raise CheckpointError(f"its description contains {module}.{name}, which could run code")
 
 
 class _Reader(dcp.FileSystemReader):
-    """PyTorch's, but that nothing in the description of the tensors is executed."""
+    """The reader of PyTorch, without executing code in the tensor metadata."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         metadata = _Unpickler(io.BytesIO(read_file(Path(self.path) / ".metadata"))).load()
@@ -183,7 +183,7 @@ class _Reader(dcp.FileSystemReader):
             raise CheckpointError(f"its description is a {type(metadata).__name__}")
         for name, described in metadata.state_dict_metadata.items():
             if not isinstance(described, TensorStorageMetadata):  # bytes, which PyTorch would unpickle
-                raise CheckpointError(f"it holds {name}, which is no tensor")
+                raise CheckpointError(f"it contains {name}, which is no tensor")
         for info in (metadata.storage_data or {}).values():
             name = info.relative_path
             if Path(name).name != name or not (Path(self.path) / name).is_file():
@@ -191,16 +191,16 @@ class _Reader(dcp.FileSystemReader):
         return metadata
 
     def read_sizes(self) -> dict[str, torch.Size]:
-        """Of all tensors, by name."""
+        """Shapes of all tensors, by name."""
         described = self.read_metadata().state_dict_metadata
         return {name: tensor.size for name, tensor in described.items() if isinstance(tensor, TensorStorageMetadata)}
 
 
 def read(path: Path | str) -> dict[str, Any]:
-    """Reads a checkpoint, a file or a folder, in all processes together. They share the work of checking a folder.
+    """Reads a checkpoint, a file or a folder, in all processes together. Each verifies a part of the files.
 
     Returns:
-        As `checkpoint.read`: a folder's tensors stay on the disk, for `fill`.
+        As `checkpoint.read`. The tensors of a folder stay on the disk; `fill` reads them.
 
     Raises:
         CheckpointError: as `checkpoint.read`, or a file of the folder is damaged. If one process finds damage, all
@@ -211,8 +211,8 @@ def read(path: Path | str) -> dict[str, Any]:
         state = checkpoint.read(path)
         if "folder" in state:
             _check(state, dist.rank(), dist.world_size())
-    except CheckpointError as found:
-        error = str(found)
+    except CheckpointError as exception:
+        error = str(exception)
     errors = [error for error in dist.gather(error) if error]
     if errors:
         raise CheckpointError(errors[0])
@@ -220,10 +220,10 @@ def read(path: Path | str) -> dict[str, Any]:
 
 
 def _check(state: dict[str, Any], part: int = 0, parts: int = 1) -> None:
-    """Compares a part of a folder's files with their digests, and reads the description of its tensors.
+    """Verifies the digests of a part of the files, and reads the metadata of the tensors.
 
     Raises:
-        CheckpointError: a file is damaged or missing, or the folder holds anything but tensors.
+        CheckpointError: a file is damaged or missing, or the folder contains anything but tensors.
     """
     folder, files = Path(state["folder"]), state.get("files")
     groups = state["optimizer"].get("param_groups") if isinstance(state.get("optimizer"), dict) else None
@@ -236,24 +236,24 @@ def _check(state: dict[str, Any], part: int = 0, parts: int = 1) -> None:
         raise CheckpointError(f"{folder} is damaged: {STATE} in it names files elsewhere")
     for name in sorted(files)[part::parts]:
         try:
-            is_whole = _digests([folder / name])[name] == files[name]
+            is_intact = _digests([folder / name])[name] == files[name]
         except (OSError, KeyError) as error:
             raise CheckpointError(f"{folder} is damaged: {name} can't be read ({error})") from error
-        if not is_whole:
+        if not is_intact:
             raise CheckpointError(f"{folder} is damaged: {name} does not match its digest")
     _sizes(state)
 
 
 def _sizes(state: dict[str, Any]) -> dict[str, torch.Size]:
-    """Of all tensors of a folder, by name.
+    """Shapes of all tensors of a folder, by name.
 
     Raises:
-        CheckpointError: the description of the tensors is damaged, or holds anything but tensors.
+        CheckpointError: the metadata of the tensors is damaged, or contains anything but tensors.
     """
     try:
         sizes = _Reader(state["folder"]).read_sizes()
-        held = sum(file.stat().st_size for file in Path(state["folder"]).iterdir() if file.is_file())
-        if sum(math.prod(size) for size in sizes.values()) > held:
+        num_bytes = sum(file.stat().st_size for file in Path(state["folder"]).iterdir() if file.is_file())
+        if sum(math.prod(size) for size in sizes.values()) > num_bytes:
             raise CheckpointError("its tensors are larger than its files")
         return {name: sizes[name] for name in state["tensors"]}
     except Exception as error:  # whatever pickle raises on damaged bytes
@@ -261,9 +261,9 @@ def _sizes(state: dict[str, Any]) -> dict[str, torch.Size]:
 
 
 def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    """An optimizer's state, named by parameter in place of numbers.
+    """The state of an optimizer with parameter names instead of numbers.
 
-    The names are those of PyTorch's `get_optimizer_state_dict`, which would change an optimizer before its first step.
+    PyTorch's `get_optimizer_state_dict` has the same names, but changes an optimizer before its first step.
     """
     names = {parameter: name for name, parameter in model.named_parameters()}
     order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
@@ -273,11 +273,11 @@ def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
 
 
 def fill(state: dict[str, Any], model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    """Reads the tensors of a state that `read` has of a folder, each process its part of them.
+    """Reads the tensors of a folder that `read` returned; each process reads its shards.
 
     Returns:
-        The state with `model` and `optimizer`, cut as the model's weights are. The optimizer's parameters have the
-        numbers of this run's, whatever their order was, except in a folder of earlier versions, which had numbers.
+        The state with `model` and `optimizer`, sharded as the weights of the model. The parameters of the optimizer
+        have the numbers of this run. Folders of earlier versions contain numbers, which stay.
 
     Raises:
         CheckpointError: the tensors can't be read.
@@ -297,13 +297,13 @@ def fill(state: dict[str, Any], model: nn.Module, optimizer: Optimizer) -> dict[
 
 
 def _keys(state: dict[str, Any]) -> list[str | int]:
-    """What an optimizer's parameters are called in a folder, in the order of a plain checkpoint's numbers."""
+    """The keys of the parameters of an optimizer in a folder, in the order of their numbers in a plain checkpoint."""
     return [key for group in state["optimizer"]["param_groups"] for key in group["params"]]
 
 
 def _load(state: dict[str, Any], tensors: dict[str, Tensor], together: bool) -> dict[str, Any]:
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is as good
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is enough
         try:
             dcp.load(tensors, storage_reader=_Reader(state["folder"]), no_dist=not together)
         except dcp.CheckpointException as error:  # PyTorch raises it in all processes
@@ -315,21 +315,21 @@ def _load(state: dict[str, Any], tensors: dict[str, Tensor], together: bool) -> 
         key, _, moment = rest.rpartition(".")
         if kind == "model":
             model[rest] = tensor
-        elif key in number:  # the others are of another architecture, which `run_state.restore_model` refuses
+        elif key in number:  # others are of another architecture: `run_state.restore_model` raises an error
             moments.setdefault(number[key], {})[moment] = tensor
     groups = [
         {**group, "params": [number[str(key)] for key in group["params"]]}
         for group in state["optimizer"]["param_groups"]
     ]
-    whole = {"model": model, **state, "optimizer": {"state": dict(sorted(moments.items())), "param_groups": groups}}
-    return {name: value for name, value in whole.items() if name not in ("folder", "files", "tensors")}
+    complete = {"model": model, **state, "optimizer": {"state": dict(sorted(moments.items())), "param_groups": groups}}
+    return {name: value for name, value in complete.items() if name not in ("folder", "files", "tensors")}
 
 
 def gather(folder: Path) -> dict[str, Any]:
-    """A folder's whole state, as a plain checkpoint holds it, read by this process alone.
+    """Reads the complete state of a folder in one process, as in a plain checkpoint.
 
     Raises:
-        CheckpointError: it is none, or damaged.
+        CheckpointError: the folder is no sharded checkpoint, or damaged.
     """
     state = checkpoint.read(folder)
     if "folder" not in state:
@@ -339,9 +339,9 @@ def gather(folder: Path) -> dict[str, Any]:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Makes one file of a folder."""
+    """Converts a sharded checkpoint to a plain one."""
     checkpoint.write(gather(args.folder), args.file)
-    print(f"{args.file}: continue it with --resume, or start from its weights with --init_from or --finetune")
+    print(f"{args.file}: resume it with --resume, or start from its weights with --init_from or --finetune")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
