@@ -95,9 +95,9 @@ def main(args: Namespace) -> str:
             logger.warning(f"{name}: {len(cell.source):,} images, and {robustness.IMAGES[args.suite]:,} were published")
         samples = Samples(cell.source, classifier.transform, in_chans=3, seed=0)
         batches = loader.eval_loader(samples, args.batch_size, args.num_workers, device.type == "cuda")
-        shown = tqdm(batches, desc=name, unit="batch", leave=False, disable=None if dist.is_main() else True)
-        found = evaluate(model, shown, normalize=classifier.normalize, precision=precision)
-        scores = score(found, cell)
+        progress = tqdm(batches, desc=name, unit="batch", leave=False, disable=None if dist.is_main() else True)
+        evaluation = evaluate(model, progress, normalize=classifier.normalize, precision=precision)
+        scores = score(evaluation, cell)
         if dist.is_main():
             results.add(name, scores)
         seconds = time.perf_counter() - started
@@ -112,17 +112,17 @@ def main(args: Namespace) -> str:
     return table
 
 
-def score(found: Evaluation, cell: robustness.Cell) -> robustness_report.Scores:
+def score(evaluation: Evaluation, cell: robustness.Cell) -> robustness_report.Scores:
     """Per cent of a cell's images that are answered right.
 
-    Where several labels are right, any of them will do as the first answer; five answers are not asked for there.
+    If an image has several correct labels, any of them counts, and there is no top-5 accuracy.
     """
-    images = len(found.labels)
+    images = len(evaluation.labels)
     if cell.answers is not None:
-        right = [answer in answers for answer, answers in zip(found.predictions, cell.answers, strict=True)]
+        right = [answer in answers for answer, answers in zip(evaluation.predictions, cell.answers, strict=True)]
         return {"images": images, "acc1": 100 * float(np.mean(right))}
-    assert found.acc_top is not None, "there are more than five classes"
-    return {"images": images, "acc1": found.acc1, "acc5": found.acc_top}
+    assert evaluation.acc_top is not None, "there are more than five classes"
+    return {"images": images, "acc1": evaluation.acc1, "acc5": evaluation.acc_top}
 
 
 if __name__ == "__main__":
