@@ -40,7 +40,8 @@ ELSEWHERE = {
     r"util\.(data\.(torchvision_sets|huggingface_sets|webdataset_shards)|datasets)\.(\w+Set|Shards|open_source)": (
         r"inference\.features|main_robustness", "opens folders and archives only, no --dataset and no list"),
     r"util\.datasets\.report_on": (r"util\.datasets", "it prints what to give to other scripts"),
-    r"util\.(data\.loader\.EpochBatches|data\.jpeg\.\w+|dist\.shard)": (
+    r"util\.data\.loader\.updates_per_epoch": (r"main_knn", "it trains nothing"),
+    r"util\.(data\.loader\.EpochBatches|data\.jpeg\.\w+|dist\.shard|training\.trainer\.run)": (
         r"(?!main_pretrain|submitit_pretrain).*", "only pre-training has --repeated_sampling, --fast_jpeg, --fsdp"),
     r"util\.files\.untrusted\.value_problem": "of a value that a recipe has for this flag",
     r"util\.data\.samples\.Samples": (
