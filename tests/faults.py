@@ -218,7 +218,7 @@ def small_disk(place: Path, size: str = "128m") -> Iterator[Path]:
 def fill(place: Path, leave: int = 0) -> Path:
     """Fills a disk, but for some bytes; returns the file that does so."""
     filler = place / "filler"
-    with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+    with contextlib.suppress(OSError), filler.open("ab", buffering=0) as file:
         while True:
             file.write(bytes(2**16))
     with filler.open("r+b") as file:
@@ -420,6 +420,8 @@ class Faults:
             run = Run(self.data, place / "run", output=self.work / "full.output")
             run.start().wait_for("epoch 5 ")
             filler = fill(place)
+            run.wait_for("No space left on device")
+            fill(place)  # the space of the state that could not be written completely
             ended = run.finish()
             found = re.search(r"The state is in (\S+): move its files to (\S+), and --resume auto", run.said())
             filler.unlink()
