@@ -306,7 +306,7 @@ def test_descriptions_of_an_older_python_are_read():
     content = pickle.dumps(ByGetattr(encoding, "TORCH_CHANNELS_LAST"))
     assert sharded._Unpickler(io.BytesIO(content)).load() is encoding.TORCH_CHANNELS_LAST
     for kind, name in ((torch.Size, "numel"), (encoding, "__class__"), (encoding, "mro")):
-        with pytest.raises(CheckpointError, match=f"takes '{name}' from .*could run code"):
+        with pytest.raises(CheckpointError, match=f"reads '{name}' of .*could run code"):
             sharded._Unpickler(io.BytesIO(pickle.dumps(ByGetattr(kind, name)))).load()
 
 
@@ -448,7 +448,7 @@ def test_a_full_disk_leaves_the_states_before_and_no_rubbish(tmp_path):
 
 
 def test_what_is_said(shared, pictures, tmp_path):
-    with pytest.raises(ValueError, match="--fsdp shares the weights among processes, and there is one"):
+    with pytest.raises(ValueError, match="--fsdp shards the weights over several processes, and there is one"):
         fsdp.shard(mae_vit_mini_patch4(), [], torch.device("cpu"), None, "reconstruct")
     with pytest.raises(ValueError, match="--fsdp supports --amp bf16 and off"):
         fsdp.shard(mae_vit_mini_patch4(), [], torch.device("cpu"), torch.float16, "reconstruct")
