@@ -20,6 +20,7 @@ from conftest import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from util import dist
+from util.training import run_log, trainer
 from util.training.run_log import Meters, RunLog, Stopwatch, start_logging
 
 
@@ -178,3 +179,27 @@ def test_other_ranks_log_only_what_is_about_themselves(monkeypatch, capsys):
     start_logging()
     logger.warning("all alike, too")
     assert capsys.readouterr().out == "warning: [rank 3] an image of mine\nwarning: all alike, too\n"
+
+
+def test_both_files_are_closed_and_both_errors_are_named(tmp_path, monkeypatch):
+    log = run_log.RunLog(tmp_path, tmp_path, epochs=1)
+
+    def fail(name):
+        raise OSError(f"{name} is full")
+
+    monkeypatch.setattr(log.events, "close", lambda: fail("events"))
+    monkeypatch.setattr(log.lines, "close", lambda: fail("log.txt"))
+    with pytest.raises(OSError, match=r"^events is full; log.txt is full$"):
+        log.close()
+
+
+def test_the_error_that_ends_a_run_precedes_an_error_of_the_log(caplog):
+    class Full(run_log.NullLog):
+        def close(self):
+            raise OSError("the log is full")
+
+    with pytest.raises(OSError, match=r"^The state is in X$"), trainer._closing(Full()):
+        raise OSError("The state is in X")
+    assert "the log is full" in caplog.text
+    with pytest.raises(OSError, match="the log is full"), trainer._closing(Full()):
+        pass

@@ -262,8 +262,14 @@ class RunLog(NullLog):
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
-        self.events.close()
-        self.lines.close()
+        errors = []
+        for file in (self.events, self.lines):
+            try:
+                file.close()
+            except OSError as error:
+                errors.append(str(error))
+        if errors:
+            raise OSError("; ".join(errors))
 
     def _flush(self) -> None:
         """Writes buffered data. If that fails, the run continues."""

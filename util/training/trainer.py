@@ -2,8 +2,8 @@
 
 import logging
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, closing, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -103,7 +103,7 @@ def run(
             output_dir, Path(args.log_dir), args.epochs,
             first_epoch=progress.epoch, first_x=first_x, loss_tag=loss_tag,
         )  # fmt: skip
-        for resource in (interrupts, closing(log), closing(saver)):  # a signal takes effect after they are closed
+        for resource in (interrupts, _closing(log), closing(saver)):  # a signal takes effect after they are closed
             stack.enter_context(resource)
         options = EpochOptions(
             epoch=progress.epoch,
@@ -130,6 +130,20 @@ def _initial_progress(args: Namespace, num_images: int) -> run_state.Progress:
 def _run_callbacks(callbacks: Sequence[Callback], model: nn.Module, epoch: float) -> None:
     for callback in callbacks:
         callback.after_update(model, epoch)
+
+
+@contextmanager
+def _closing(log: run_log.NullLog) -> Iterator[None]:
+    """Closes a log. An error that ends the run, which may name the place of its state, precedes one of the log."""
+    try:
+        yield
+    except BaseException:
+        try:
+            log.close()
+        except OSError as error:
+            logger.error(str(error))
+        raise
+    log.close()
 
 
 def _train_epochs(
