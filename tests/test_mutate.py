@@ -11,8 +11,13 @@ SOURCE = "def f(x):\n    return x + 1\n\n\nclass A:\n    def f(self, x):\n      
 
 
 def test_every_change_applies():
+    problems = []
     for mutant in read_mutants():
-        mutant.apply((ROOT / mutant.file).read_text())
+        try:
+            mutant.apply((ROOT / mutant.file).read_text())
+        except ValueError as error:
+            problems.append(str(error))
+    assert problems == []
 
 
 def test_every_selection_of_tests_exists():

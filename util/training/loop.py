@@ -158,8 +158,13 @@ def share_requests(loss: Tensor, request: Request) -> Tensor:
     Returns:
         (1 + len(Request),): the mean loss, and for each request the share of processes that make it.
     """
-    one_hot = torch.eye(len(Request), device=loss.device)[request]
-    return dist.mean_over_processes(torch.cat([loss[None], one_hot]))
+    return dist.mean_over_processes(torch.cat([loss[None], _one_hot_requests(loss.device)[request]]))
+
+
+@cache
+def _one_hot_requests(device: torch.device) -> Tensor:
+    """Row r encodes request r. It is created once, and not in every update."""
+    return torch.eye(len(Request), device=device)
 
 
 def _forward_backward(
