@@ -25,7 +25,7 @@ from models_mae import mae_vit_mini_patch4
 from util import dist
 from util.checkpoints import checkpoint, run_state, sharded
 from util.checkpoints.checkpoint import CheckpointError
-from util.training import fsdp, saver
+from util.training import fsdp
 from util.weights import loading
 
 # 24 images are one step of an epoch, so that log.txt has the loss of each of 50 steps.
@@ -236,7 +236,7 @@ def test_stopped_sharded_runs_go_on(shared, pictures, tmp_path):
     said = in_processes(2, pictures, out, *flags, "--resume", "auto")
     assert (said.stdout + said.stderr).decode().count(f"--resume auto skips {newest.name}: ") == 1
     assert losses(out) == losses(shared)
-    assert saver.milestones(out) == [out / "checkpoint-40", out / "checkpoint-49"]
+    assert checkpoint.milestones(out) == [out / "checkpoint-40", out / "checkpoint-49"]
     ours, theirs = sharded.gather(out / "checkpoint-49"), sharded.gather(shared / "checkpoint-49")
     assert all(torch.equal(ours["model"][name], theirs["model"][name]) for name in theirs["model"])
 

@@ -181,7 +181,7 @@ def test_the_rolling_state_comes_every_save_minutes(tmp_path, monkeypatch):
 def test_milestones_are_ordered_by_number(tmp_path):
     for epoch in (100, 20, 3):
         checkpoint.write({"epoch": epoch}, tmp_path / f"checkpoint-{epoch}.pth")
-    assert [path.name for path in saver.milestones(tmp_path)] == [f"checkpoint-{n}.pth" for n in (3, 20, 100)]
+    assert [path.name for path in checkpoint.milestones(tmp_path)] == [f"checkpoint-{n}.pth" for n in (3, 20, 100)]
 
 
 def test_data_are_on_the_disk_before_the_file_has_its_name(tmp_path, monkeypatch):

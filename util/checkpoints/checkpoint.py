@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 MAX_PARTS = 1_000_000  # of a state; a part that occurs twice counts twice
 MAX_DEPTH = 30
+PREFIX = "checkpoint-"  # of the names of files, and of folders of sharded runs
+LAST, BEST, EMERGENCY = f"{PREFIX}last.pth", f"{PREFIX}best.pth", f"{PREFIX}emergency.pth"
 STATE = "state.pth"  # in the folder of a sharded checkpoint
 
 
@@ -167,8 +169,19 @@ def position(path: Path) -> tuple[int, int]:
 
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a run directory: files, and folders of sharded runs."""
-    paths = [*folder.glob("checkpoint-*.pth"), *(p.parent for p in folder.glob("checkpoint-*/" + STATE))]
-    return sorted([*paths, *(p.parent for p in folder.glob(".checkpoint-*.old/" + STATE))])  # a crash left these
+    paths = [*folder.glob(PREFIX + "*.pth"), *(p.parent for p in folder.glob(f"{PREFIX}*/{STATE}"))]
+    return sorted([*paths, *(p.parent for p in folder.glob(f".{PREFIX}*.old/{STATE}"))])  # a crash left these
+
+
+def milestone(epoch: int) -> str:
+    """The file name of the state after an epoch."""
+    return f"{PREFIX}{epoch}.pth"
+
+
+def milestones(folder: Path) -> list[Path]:
+    """The milestones of a run, oldest first."""
+    numbers = ((path.stem.removeprefix(PREFIX), path) for path in checkpoints(folder))
+    return [path for _, path in sorted((int(number), path) for number, path in numbers if number.isdecimal())]
 
 
 def _load(path: Path, mmap: bool = False) -> dict[str, Any]:

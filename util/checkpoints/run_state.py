@@ -51,6 +51,22 @@ class Progress:
         """Moves to the start of the next epoch."""
         self.epoch, self.first_iteration, self.meters = self.epoch + 1, 0, {}
 
+    def position(self, epoch: int, iterations: int, meters: dict[str, Any]) -> dict[str, Any]:
+        """The entry `progress` of a checkpoint, which `restore` reads.
+
+        Args:
+            iterations: of the epoch whose gradients are in the weights.
+            meters: sums of the epoch so far, of `run_log.Meters`.
+        """
+        return {
+            "epoch": epoch,
+            "images_done": iterations * self.global_batch_size,
+            "effective_batch_size": self.effective_batch_size,
+            "meters": meters,
+            "best_accuracy": self.best_accuracy,
+            "num_images": self.num_images,
+        }
+
     def restore(self, state: dict[str, Any]) -> None:
         """Restores the position of a checkpoint; that of a file of the published code is the end of its epoch.
 

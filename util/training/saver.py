@@ -19,12 +19,12 @@ from typing import Any
 
 from util import dist
 from util.checkpoints import checkpoint, sharded
+from util.checkpoints.checkpoint import BEST, EMERGENCY, LAST, milestone, milestones
 from util.checkpoints.run_state import Progress
 from util.interrupts import Interrupted, Interrupts
 
 logger = logging.getLogger(__name__)
 
-LAST, BEST, EMERGENCY = "checkpoint-last.pth", "checkpoint-best.pth", "checkpoint-emergency.pth"
 RETRY_SECONDS = 60.0  # after a failed write
 MAX_UNWRITTEN = 2  # milestones and best states in memory that could not be written yet
 
@@ -137,7 +137,7 @@ class Saver(NullSaver):
     def save_epoch(self, epoch: int, accuracy: float | None = None) -> None:
         names = []
         if epoch % self.save_every == 0 or epoch == self.epochs - 1:
-            names.append(f"checkpoint-{epoch}.pth")
+            names.append(milestone(epoch))
         if accuracy is not None and accuracy > self.progress.best_accuracy:
             self.progress.best_accuracy = accuracy
             names.append(BEST)
@@ -178,14 +178,7 @@ class Saver(NullSaver):
         if len(self.unwritten) >= MAX_UNWRITTEN:
             self._begin()
             self._settle()
-        position = {
-            "epoch": epoch,
-            "images_done": iterations * self.progress.global_batch_size,
-            "effective_batch_size": self.progress.effective_batch_size,
-            "meters": meters,
-            "best_accuracy": self.progress.best_accuracy,
-            "num_images": self.progress.num_images,
-        }
+        position = self.progress.position(epoch, iterations, meters)
         state = checkpoint.snapshot({**self.collect(), "epoch": epoch - 1, "progress": position})
         self.unwritten.append((state, [self.output_dir / name for name in names]))
         self._begin()
@@ -295,14 +288,6 @@ class ShardedSaver(Saver):
     def _rescue(self) -> str:
         self.unwritten = []
         return "The earlier checkpoints are complete"  # the shards of this one are on several machines
-
-
-def milestones(output_dir: Path) -> list[Path]:
-    """The milestones of a run, oldest first."""
-    numbered = [
-        (int(path.stem[11:]), path) for path in checkpoint.checkpoints(output_dir) if path.stem[11:].isdecimal()
-    ]
-    return [path for _, path in sorted(numbered)]
 
 
 def open_saver(
