@@ -7,6 +7,7 @@ Output goes to FOLDER/TASK.log, each piece with its time. It fails where a task 
 more than 15 seconds.
 """
 
+import argparse
 import os
 import subprocess
 import sys
@@ -62,4 +63,8 @@ def main(folder: Path, tasks: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="place of the root and of the logs")
+    parser.add_argument("tasks", nargs="*", metavar="TASK", help="tasks of ./run (default: demo test)")
+    arguments = parser.parse_args()
+    main(arguments.folder, arguments.tasks)

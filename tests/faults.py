@@ -550,7 +550,9 @@ PARTS: dict[str, Callable[[Faults], list[Row]]] = {
 def main() -> None:
     """Prints the table; ends with 1 if anything was lost."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=[[], *PARTS], help=f"of {', '.join(PARTS)}; all by default")
+    parser.add_argument(
+        "parts", nargs="*", choices=[[], *PARTS], metavar="PART", help=f"of {', '.join(PARTS)}; all by default"
+    )
     parser.add_argument("--trials", type=int, default=60, help="SIGKILLs of one process; the other trials follow")
     parser.add_argument("--loads", type=int, default=LOADS, help="damaged checkpoints")
     args = parser.parse_args()

@@ -164,7 +164,9 @@ def main(args: argparse.Namespace) -> int:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("doors", nargs="*", choices=[[], *DOORS], help="all by default")
+    parser.add_argument(
+        "doors", nargs="*", choices=[[], *DOORS], metavar="DOOR", help=f"of {', '.join(DOORS)}; all by default"
+    )
     parser.add_argument("--inputs", type=int, default=INPUTS, metavar="N", help=f"of each door; {INPUTS:,} by default")
     parser.add_argument("--only", type=int, metavar="NUMBER", help="read this input of the first door in this process")
     sys.exit(main(parser.parse_args()))

@@ -155,7 +155,9 @@ def sampler(masking: str, grid_size: tuple[int, int], mask_ratio: float) -> tupl
     if masking == "block":
         return partial(_noise_of, partial(block_mask, 1, grid_size, mask_ratio), grid_size), mask_ratio
     if mask_ratio != GRID_RATIO:
-        raise ValueError(f"--mask_ratio {mask_ratio:g}: --masking grid masks three of every 2x2 patches; leave it out")
+        raise ValueError(
+            f"--mask_ratio {mask_ratio:g}: --masking grid masks three of every 2x2 patches; leave out --mask_ratio"
+        )
     mask = grid_mask(1, grid_size)
     return partial(_noise_of, partial(grid_mask, 1, grid_size), grid_size), noise_from_mask(mask, grid_size, (1, 1))[1]
 
