@@ -1,11 +1,11 @@
-"""From JPEG files to training batches: images/s a core, beside the pipeline that everybody writes.
+"""Throughput from JPEG files to training batches, compared with the usual torchvision pipeline.
 
     python benchmarks/input_pipeline.py          # three minutes on two CPU cores
 
-The classic pipeline is Pillow, RandomResizedCrop (bicubic), flip, ToTensor and Normalize, of torchvision. The files are
-of 500 x 375 pixels, quality 95, cut from photographs of scikit-image and scikit-learn; the resized copy is what
-`python -m util.resize --short_side 256` makes of them. In turns, in one process, and then in a DataLoader with a worker
-on every core, which the classic pipeline has too.
+The classic pipeline is Pillow with torchvision's RandomResizedCrop (bicubic), RandomHorizontalFlip, ToTensor and
+Normalize. The files have 500 x 375 pixels and JPEG quality 95; they are crops of photographs of scikit-image and
+scikit-learn. `python -m util.resize --short_side 256` writes the resized copy. All pipelines take turns, first in one
+process and then in a DataLoader with one worker process per core.
 """
 
 import argparse
@@ -44,7 +44,7 @@ from util.datasets import open_source
 
 ROOT = Path(__file__).parents[1]
 BATCH = 64
-CROPS = 200  # of which pixels are compared
+CROPS = 200  # random crops whose pixels are compared
 
 CLASSIC = T.Compose([
     T.RandomResizedCrop(224, (0.2, 1.0), interpolation=InterpolationMode.BICUBIC),
@@ -55,7 +55,7 @@ CLASSIC = T.Compose([
 
 
 def write_photographs(folder: Path, count: int) -> None:
-    """JPEG files of 500 x 375 pixels, parts of photographs, in a class folder."""
+    """Writes JPEG files of 500 x 375 pixels, crops of photographs, to a class folder."""
     draw = random.Random(0)
     (folder / "train" / "photograph").mkdir(parents=True)
     pictures = itertools.cycle([Image.open(find(name)).convert("RGB") for name in PHOTOGRAPHS])
@@ -68,7 +68,7 @@ def write_photographs(folder: Path, count: int) -> None:
 
 
 def classic(folder: Path, workers: int) -> Callable[[], Iterator[Any]]:
-    """Batches of the pipeline that everybody writes."""
+    """Batches of the classic pipeline."""
     data = ImageFolder(str(folder / "train"), CLASSIC)
     keep = workers > 0
     return DataLoader(
@@ -77,7 +77,7 @@ def classic(folder: Path, workers: int) -> Callable[[], Iterator[Any]]:
 
 
 def ours(folder: Path, workers: int, repeats: int = 1, **options: Any) -> Callable[[], Iterator[Any]]:
-    """Batches as main_pretrain.py has them."""
+    """Batches of the pipeline of main_pretrain.py."""
     source = open_source("train", str(folder))
     transform = transforms.pretrain_transform(224)
     samples = Samples(source, transform, in_chans=3, seed=0, draw_noise=partial(torch.rand, 196), **options)
@@ -85,7 +85,7 @@ def ours(folder: Path, workers: int, repeats: int = 1, **options: Any) -> Callab
 
 
 def rate(batches: Callable[[], Iterator[Any]], limit: int) -> float:
-    """Images/s over `limit` batches of an epoch, after the first, with which workers begin."""
+    """Images/s over `limit` batches of an epoch, without the first batch, which includes the start of the workers."""
     iterator = batches()
     next(iterator)
     started, count = time.perf_counter(), 0
@@ -96,7 +96,7 @@ def rate(batches: Callable[[], Iterator[Any]], limit: int) -> float:
 
 
 def differences(folder: Path) -> dict[str, float]:
-    """Random crops by the fast way and by Pillow's, with the same draws: the share of values that differ by a level."""
+    """The share of pixel values at each difference between --fast_jpeg and Pillow, on the same random crops."""
     files = sorted((folder / "train" / "photograph").iterdir())
     transform = transforms.pretrain_transform(224)
     counts = np.zeros(256, dtype=np.int64)
@@ -112,7 +112,7 @@ def differences(folder: Path) -> dict[str, float]:
 
 
 def wait_for_data(folder: Path, out: Path) -> float:
-    """The share of its second epoch that main_pretrain.py waits for images; a ViT-S, slower than a core decodes."""
+    """The data-loading share of the second epoch of main_pretrain.py. One core decodes faster than the ViT-S trains."""
     command = [
         sys.executable, "main_pretrain.py", "--data_path", folder, "--output_dir", out, "--fast_jpeg",
         "--model", "mae_vit_small_patch16", "--amp", "bf16", "--device", "cpu", "--num_workers", 1,
@@ -125,9 +125,9 @@ def wait_for_data(folder: Path, out: Path) -> float:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Prints the tables, and writes them as JSON."""
+    """Prints the tables and writes them as JSON."""
     if args.images < 2 * BATCH:
-        raise ValueError(f"--images {args.images} makes too few batches of {BATCH}: give {2 * BATCH} or more")
+        raise ValueError(f"--images {args.images} is less than two batches of {BATCH}; give {2 * BATCH} or more")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as root:
         folder, copy = Path(root, "originals"), Path(root, "copy")
@@ -151,22 +151,22 @@ def main(args: argparse.Namespace) -> None:
             rates = {name: statistics.median(run[name] for run in runs) for name in ways}
             ratios = {name: statistics.median(run[name] / run["classic"] for run in runs) for name in ways}
             results[title] = {"images_per_second": rates, "to_classic": ratios}
-            print(f"\n| {title} | images/s | to classic |\n|---|---|---|")
+            print(f"\n| {title} | images/s | relative to classic |\n|---|---|---|")
             for name in ways:
                 print(f"| {name} | {rates[name]:,.0f} | {ratios[name]:.2f} |", flush=True)
             del batches
-        alike = differences(folder)
-        waited = wait_for_data(folder, Path(root, "run"))
-    print(f"\nvalues of {CROPS} crops, fast beside Pillow's: " + ", ".join(
-        f"{share:.4%} differ by {level}" for level, share in alike.items()
+        shares = differences(folder)
+        data_wait = wait_for_data(folder, Path(root, "run"))
+    print(f"\nvalues of {CROPS} crops, --fast_jpeg compared with Pillow: " + ", ".join(
+        f"{share:.4%} differ by {level}" for level, share in shares.items()
     ))  # fmt: skip
     settings = {**vars(args), "batch": BATCH}
-    results |= {"differences": alike, "data_wait": waited}
+    results |= {"differences": shares, "data_wait": data_wait}
     machine.write("input_pipeline", torch.device("cpu"), settings, results, args.out)
 
 
 if __name__ == "__main__":
-    parser = entry_point.parser("Throughput from JPEG files to training batches, beside the classic pipeline.")
+    parser = entry_point.parser("Throughput from JPEG files to training batches, compared with the classic pipeline.")
     parser.add_argument("--images", default=1280, type=int, metavar="N", help="number of image files")
     parser.add_argument(
         "--rounds", default=7, type=int, metavar="N", help="repetitions; each measures every pipeline once"

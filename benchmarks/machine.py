@@ -1,4 +1,4 @@
-"""What a figure was measured on, for the files in benchmarks/results."""
+"""The files in benchmarks/results: measurements with the machine and the settings."""
 
 import json
 import os
@@ -15,7 +15,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """Hardware, versions and commit."""
+    """Describes the hardware, the versions and the commit."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     processor = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
@@ -39,6 +39,6 @@ def write(name: str, device: torch.device, settings: dict[str, Any], results: di
 
 
 def read(name: str, folder: Path) -> dict[str, Any] | None:
-    """NAME.json, if that was measured."""
+    """Reads NAME.json; None if there is no such file."""
     file = folder / f"{name}.json"
     return json.loads(file.read_text()) if file.exists() else None

@@ -1,11 +1,11 @@
-"""Parameters and multiply-adds of the models, as the table in benchmarks/README.md has them.
+"""Parameters and MACs of the models: the table in benchmarks/README.md.
 
     python benchmarks/model_table.py
 
-Multiply-adds are counted as the field prints them (fvcore's rules: matrix products and convolutions, one for each
-multiply-add; layer norms, five for each value), for one image. "All tokens" is the encoder without a head on the whole
-image: a classifier's cost, which is also printed for masked autoencoders elsewhere. "Masked" is what pre-training
-really computes forward: the encoder on a quarter of the patches, the decoder on all.
+MACs are counted for one image with the rules of fvcore: one for each multiply-add of a matrix product or a convolution,
+and five for each value of a layer norm. "All tokens" is the encoder without a head on all patches: the cost of a
+classifier, which other libraries also print for masked autoencoders. "Masked" is the forward pass in pre-training: the
+encoder on a quarter of the patches, the decoder on all.
 """
 
 import sys
@@ -26,8 +26,8 @@ ROWS = (
 )  # fmt: skip
 
 
-def count_multiply_adds(model: nn.Module, call: Any) -> int:
-    """Multiply-adds of `call(model)`, on whatever device: nothing but shapes is looked at."""
+def count_macs(model: nn.Module, call: Any) -> int:
+    """Counts the MACs of `call(model)`, on any device, from the shapes alone."""
     total = 0
 
     def count(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
@@ -51,7 +51,7 @@ def count_multiply_adds(model: nn.Module, call: Any) -> int:
 
 
 def measure(size: str, pixels: int) -> dict[str, Any]:
-    """A row of the table; on the meta device, so that no weights are made."""
+    """Computes a row of the table, on the meta device: no weights are allocated."""
     with torch.device("meta"):
         image = torch.empty(1, 3, pixels, pixels)
         vit = getattr(models_vit, f"vit_{size}")(img_size=pixels, global_pool=True)
@@ -62,15 +62,15 @@ def measure(size: str, pixels: int) -> dict[str, Any]:
         "pixels": pixels,
         "classifier": sum(p.numel() for p in vit.parameters()),
         "autoencoder": sum(p.numel() for p in mae.parameters()),
-        "all_tokens": count_multiply_adds(vit, lambda model: model.forward_features(image)),
-        "masked": count_multiply_adds(mae, lambda model: model(image, noise=noise)),
+        "all_tokens": count_macs(vit, lambda model: model.forward_features(image)),
+        "masked": count_macs(mae, lambda model: model(image, noise=noise)),
     }
 
 
 def table() -> list[str]:
     """The lines of the table."""
     lines = [
-        "| model | pixels | classifier, 1000 classes | autoencoder | multiply-adds, all tokens | masked pre-training |",
+        "| model | pixels | classifier, 1000 classes | autoencoder | MACs, all tokens | MACs, masked pre-training |",
         "|---|---|---|---|---|---|",
     ]
     for row in (measure(*sizes) for sizes in ROWS):

@@ -1,4 +1,4 @@
-"""What our models are timed against: transformers' ViTMAE, and the method written down plainly with timm's blocks."""
+"""Implementations that train_step.py compares with ours: transformers' ViTMAE, and plain models of timm's blocks."""
 
 from functools import partial
 from typing import Any
@@ -15,12 +15,12 @@ from models_vit import SIZES
 
 
 def image_side(size: str) -> int:
-    """Pixels of the square images that a size is for."""
+    """Image side of a model size, in pixels."""
     return SIZES[size].get("img_size", 224)
 
 
 class PlainMAE(nn.Module):
-    """Every step of He et al. 2021 as figure 1 shows it, by timm's blocks and with no thought of speed."""
+    """The masked autoencoder of He et al. 2021, figure 1, from timm's blocks, without optimizations for speed."""
 
     def __init__(self, size: str) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class PlainMAE(nn.Module):
 
 
 class TransformersMAE(nn.Module):
-    """transformers' ViTMAEForPreTraining, of one of our sizes."""
+    """transformers' ViTMAEForPreTraining in one of our sizes."""
 
     def __init__(self, size: str) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ class TransformersMAE(nn.Module):
 
 
 def timm_classifier(size: str) -> nn.Module:
-    """timm's Vision Transformer of one of our sizes, pooled as ours is when it is fine-tuned."""
+    """timm's Vision Transformer in one of our sizes, with global average pooling, as in our fine-tuning."""
     return timm.models.VisionTransformer(
         num_classes=1000, global_pool="avg", drop_path_rate=0.1, **{**SIZES[size], "img_size": image_side(size)}
     )

@@ -1,9 +1,9 @@
-"""What saving costs a run: how long the loop stands still, and how much slower it is while the file is written.
+"""The cost of saving a checkpoint: how long the training loop blocks, and how much slower updates are during the write.
 
     python benchmarks/saving.py                         # ViT-B, five minutes on two CPU cores
     python benchmarks/saving.py --model mae_vit_mini_patch4
 
-Takes training steps, some of them while a state (weights and both moments of AdamW) is on its way to the disk.
+A checkpoint has the weights and both moments of AdamW. Updates are timed without a write and during one.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from util.checkpoints import run_state
 from util.interrupts import Interrupts
 from util.training.saver import Saver
 
-STEPS = 15  # without saving; as many and more with it
+STEPS = 15  # updates that are timed without a write
 
 
 def main(args: argparse.Namespace) -> None:
@@ -50,21 +50,21 @@ def main(args: argparse.Namespace) -> None:
         started = time.perf_counter()
         saver.save(0, 1, {})
         pause = time.perf_counter() - started
-        beside = []
+        during = []
         while saver.writing and not saver.writing.done():
-            beside.append(step())
+            during.append(step())
         written = time.perf_counter() - started
         saver.close()
         size = sum(path.stat().st_size for path in Path(folder).iterdir())
-    extra = pause + sum(beside) - plain * len(beside)
+    extra = pause + sum(during) - plain * len(during)
     print("| | |\n|---|---|")
-    print(f"| state of {args.model} | {size / 1e9:.2f} GB |")
-    print(f"| the loop stands still | {pause:.2f} s |")
-    print(f"| until the file is on the disk | {written:.1f} s |")
-    print(f"| a step, median | {plain:.2f} s |")
-    print(f"| a step while the file is written, median | {statistics.median(beside or [plain]):.2f} s |")
-    print(f"| longest such step | {max(beside or [plain]):.2f} s |")
-    print(f"| of the run's time, saving every {args.save_minutes:g} minutes | {extra / 60 / args.save_minutes:.2%} |")
+    print(f"| checkpoint of {args.model} | {size / 1e9:.2f} GB |")
+    print(f"| the training loop blocks for | {pause:.2f} s |")
+    print(f"| the file is complete after | {written:.1f} s |")
+    print(f"| an update, median | {plain:.2f} s |")
+    print(f"| an update during the write, median | {statistics.median(during or [plain]):.2f} s |")
+    print(f"| an update during the write, maximum | {max(during or [plain]):.2f} s |")
+    print(f"| share of the run, one save every {args.save_minutes:g} minutes | {extra / 60 / args.save_minutes:.2%} |")
 
 
 if __name__ == "__main__":

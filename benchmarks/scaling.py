@@ -1,23 +1,23 @@
-"""How well pre-training is expected to scale over GPUs: computed, from one GPU's step and the bytes of gradients.
+"""Expected efficiency of pre-training on many GPUs, computed from the update of one GPU and the bytes of gradients.
 
     python benchmarks/scaling.py        # prints the tables of benchmarks/SCALING.md, draws benchmarks/scaling.png
 
-No run on several GPUs was timed for this. With b bytes of gradients (4 for each trained parameter, which is fp32), n
-GPUs, g of them in each of m nodes, NVLINK bytes/s of a GPU, LINK bytes/s of a node, all in one direction:
+No run on several GPUs was timed. With b bytes of gradients (4 for each trained parameter in fp32), n GPUs in m nodes of
+g, NVLINK bytes/s of a GPU and LINK bytes/s of a node, both in one direction:
 
     all-reduce(b) = 2(g-1)/g b/NVLINK  +  2(m-1)/m b/LINK  +  ceil(b/BUCKET) messages LATENCY
     messages      = 2(g-1) + 2 ceil(log2 m)
     exposed       = max(0, all-reduce(b - BUCKET) - 2/3 step) + all-reduce(BUCKET)
     efficiency    = step / (step + exposed)
 
-A node's GPUs reduce and scatter, then gather, in a ring over NVLink (Patarasuk and Yuan 2009: 2(g-1)/g b in all).
-Between these each has a g-th of b to reduce over the nodes; all g share the node's link, so that 2(m-1)/m b go through
-it. Double binary trees (Sanders et al. 2009; NCCL since 2.4) move no more, in messages that grow with log2 m.
-DistributedDataParallel (Li et al. 2020) sends buckets of 25 MiB during the backward pass, two thirds of the arithmetic
-of a step; its last bucket is full when that ends, and hides behind nothing.
+The GPUs of a node reduce-scatter, then all-gather, in a ring over NVLink (Patarasuk and Yuan 2009: 2(g-1)/g b in all).
+In between, each GPU reduces 1/g of b over the nodes. All g share the node's link, so 2(m-1)/m b pass through it. Double
+binary trees (Sanders et al. 2009; NCCL since 2.4) transfer the same number of bytes, and their number of messages grows
+with log2 m. DistributedDataParallel (Li et al. 2020) sends buckets of 25 MiB during the backward pass, which is two
+thirds of the FLOPs of a step. The last bucket is full when the backward pass ends, so nothing hides its communication.
 
-A step takes images / (images/s of "ours compiled" in results/pretrain_{size}_bf16_cuda.json). Where nobody measured
-that, a share of the peak is assumed: the one that targets.py wants.
+A step takes images / (images/s of "ours compiled" in results/pretrain_{size}_bf16_cuda.json). Without that file, the
+share of the peak is assumed to be the target in targets.py.
 """
 
 import math
@@ -40,28 +40,28 @@ NAMES = {"base_patch16": "ViT-B", "large_patch16": "ViT-L", "huge_patch14": "ViT
 GPUS = (8, 64, 512)
 LINKS = (25, 100, 400)  # GB/s of a node, in each direction: 200, 800 and 3,200 Gbit/s
 NODE = 8  # GPUs
-# NVIDIA's data sheets of H100 and H200 SXM: 1,979 TFLOP/s in bf16 with sparsity, so half of it without; 900 GB/s of
-# NVLink in both directions together.
+# NVIDIA's data sheets of H100 and H200 SXM: 1,979 TFLOP/s in bf16 with sparsity, half of it without; 900 GB/s of NVLink
+# in both directions together.
 PEAK = 989e12  # FLOP/s
 NVLINK = 450e9  # bytes/s of a GPU in one direction
 LATENCY = 5e-6  # seconds of a message: assumed
 BUCKET = 25 * 2**20  # bytes: the default of DistributedDataParallel's bucket_cap_mb
-FIXED = 256  # images a GPU, however many GPUs there are
-PUBLISHED = 4096  # images to a step, of all GPUs together: He et al. 2021, appendix A.1
+FIXED = 256  # batch size per GPU
+PUBLISHED = 4096  # effective batch size: He et al. 2021, appendix A.1
 
 
 def gradient_bytes(size: str) -> int:
-    """Of a model's trained parameters, in fp32; on the meta device, so that no weights are made."""
+    """Bytes of a model's gradients in fp32; computed on the meta device, without weights."""
     with torch.device("meta"):
         model = getattr(models_mae, f"mae_vit_{size}")()
     return 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def speed(size: str, folder: Path) -> tuple[float, str]:
-    """Images/s of one GPU, and where that comes from.
+    """Images/s of one GPU, and the source of the number.
 
     Args:
-        folder: with the files of train_step.py.
+        folder: contains the files of train_step.py.
     """
     results = machine.read(f"pretrain_{size}_bf16_cuda", folder)
     if results:
@@ -72,11 +72,11 @@ def speed(size: str, folder: Path) -> tuple[float, str]:
 
 
 def all_reduce(size: float, gpus: int, link: float) -> float:
-    """Seconds until every GPU has the sum of all GPUs' gradients.
+    """Seconds of an all-reduce of the gradients.
 
     Args:
         size: bytes of one GPU's gradients.
-        gpus: up to 8 stand in one node, more in nodes of 8.
+        gpus: number of GPUs: up to 8 in one node, or a multiple of 8 in nodes of 8.
         link: bytes/s of a node's network in one direction.
     """
     assert gpus <= NODE or gpus % NODE == 0, gpus
@@ -90,10 +90,10 @@ def all_reduce(size: float, gpus: int, link: float) -> float:
 
 
 def efficiency(step: float, size: float, gpus: int, link: float) -> float:
-    """Ideal time of a step to the expected one: 1 where the exchange of gradients costs nothing.
+    """Time of an update on one GPU divided by the expected time on many: 1 if the all-reduce takes no time.
 
     Args:
-        step: seconds of one GPU's step alone.
+        step: seconds of an update on one GPU.
         size: bytes of its gradients.
         gpus: as in `all_reduce`.
         link: as in `all_reduce`.
@@ -104,9 +104,9 @@ def efficiency(step: float, size: float, gpus: int, link: float) -> float:
 
 
 def table_of_models(folder: Path) -> str:
-    """In Markdown: what the other table is computed from."""
+    """The table of models in Markdown, from which the other tables are computed."""
     lines = [
-        "| | trained parameters | gradients | GFLOP an image | images/s of one GPU | of 989 TFLOP/s | these are |",
+        "| | trained parameters | gradients | GFLOP per image | images/s of one GPU | share of 989 TFLOP/s | source |",
         "|---|---|---|---|---|---|---|",
     ]
     for size, name in NAMES.items():
@@ -119,16 +119,16 @@ def table_of_models(folder: Path) -> str:
 
 
 def table_of_efficiency(folder: Path, images: dict[int, int]) -> str:
-    """In Markdown.
+    """The table of efficiencies in Markdown.
 
     Args:
         folder: as in `speed`.
-        images: number of GPUs -> images to a step of each.
+        images: number of GPUs -> batch size per GPU.
     """
     links = " | ".join(f"{link} GB/s" for link in LINKS)
     lines = [
-        f"| | GPUs | images a GPU | step alone, ms | all-reduce, ms, at {' · '.join(map(str, LINKS))} GB/s | {links} "
-        "| the step's time is |",
+        f"| | GPUs | images per GPU | update on one GPU, ms | all-reduce, ms, at {' · '.join(map(str, LINKS))} GB/s "
+        f"| {links} | source of the time |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for size, name in NAMES.items():
@@ -144,21 +144,21 @@ def table_of_efficiency(folder: Path, images: dict[int, int]) -> str:
 
 
 def tables(folder: Path) -> str:
-    """All of them, as SCALING.md has them."""
+    """All tables of SCALING.md."""
     return "\n\n".join(
         [
             "One GPU:",
             table_of_models(folder),
-            f"Expected efficiency with {FIXED} images a GPU, so that the step's batch grows with the GPUs:",
+            f"Expected efficiency with {FIXED} images per GPU, so that the effective batch size grows with the GPUs:",
             table_of_efficiency(folder, dict.fromkeys(GPUS, FIXED)),
-            f"Expected efficiency with {PUBLISHED} images to a step, as published, divided among the GPUs:",
+            f"Expected efficiency with the published effective batch size of {PUBLISHED}, divided among the GPUs:",
             table_of_efficiency(folder, {gpus: PUBLISHED // gpus for gpus in GPUS}),
         ]
     )
 
 
 def draw(folder: Path, file: Path) -> None:
-    """Efficiency over the number of GPUs: a panel a model, a colour a link, a style of line a rule for the batch.
+    """Draws the efficiency over the number of GPUs: a panel per model, a colour per link, a line style per batch size.
 
     Args:
         folder: as in `speed`.
@@ -166,8 +166,8 @@ def draw(folder: Path, file: Path) -> None:
     """
     counts = [NODE * 2**power for power in range(7)]
     rules = {
-        f"{FIXED} images a GPU": ("-", [FIXED] * len(counts)),
-        f"{PUBLISHED} images in all": ("--", [PUBLISHED // gpus for gpus in counts]),
+        f"{FIXED} images per GPU": ("-", [FIXED] * len(counts)),
+        f"effective batch size {PUBLISHED}": ("--", [PUBLISHED // gpus for gpus in counts]),
     }
     figure, panels = plt.subplots(1, 3, figsize=(11, 5), dpi=100, sharey=True, layout="constrained")
     for panel, (size, name) in zip(panels, NAMES.items(), strict=True):
@@ -180,16 +180,16 @@ def draw(folder: Path, file: Path) -> None:
                 ]
                 label = f"{link} GB/s, {rule}"
                 panel.plot(counts, shares, style, color=color, lw=width, marker="o", ms=width + 2, label=label)
-        panel.set(xscale="log", xlabel="GPUs (8 a node)", ylim=(0, 105))
+        panel.set(xscale="log", xlabel="GPUs (8 per node)", ylim=(0, 105))
         panel.set_xticks(counts, map(str, counts), minor=False)
         panel.minorticks_off()
         panel.grid(alpha=0.3)
         panel.set_title(f"{name}, one GPU: {rate:,.0f} images/s\n({source})", fontsize="medium")
     panels[0].set_ylabel("expected efficiency (% of the ideal speed)")
     lines, labels = panels[0].get_legend_handles_labels()
-    title = "link of a node in each direction, and batch"
+    title = "link of a node in each direction, and batch size"
     figure.legend(lines, labels, loc="outside lower center", ncols=3, frameon=False, title=title)
-    figure.suptitle("Expected efficiency of pre-training on many GPUs: computed, no run on several was timed")
+    figure.suptitle("Expected efficiency of pre-training on many GPUs (computed; no run on several GPUs was timed)")
     figure.savefig(file)
     plt.close(figure)
 

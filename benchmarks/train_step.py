@@ -1,14 +1,15 @@
-"""How fast a training step is, beside other implementations of the same one: in one process, taking turns.
+"""Throughput and memory of an update, compared with other implementations in one process.
 
-    python benchmarks/train_step.py                                     # pre-training, ViT-B, here about 5 minutes
+    python benchmarks/train_step.py                             # pre-training, ViT-B, 5 minutes on two CPU cores
     python benchmarks/train_step.py --amp off --only transformers ours
-    python benchmarks/train_step.py --task finetune                     # also features (a probe's), attention
+    python benchmarks/train_step.py --task finetune             # also: features (of a probe), attention
     python benchmarks/train_step.py --size huge_patch14 --batch_size 512 --device cuda
 
-Eager peers step as their users do, with AdamW as it comes; compiled ones with the fused AdamW. Ours step as the
-training loop does, with the gradient's norm and the guard against non-finite steps. Data are not part of it. The share
-of the peak is that of the floating-point operations of the method (those of He et al. 2021's models are 58.46, 124.23
-and 290.99 GFLOP an image in B, L and H) in those of a large matrix product, measured between the rounds.
+The implementations take turns. Eager peers use the default AdamW, and compiled peers the fused AdamW. Our update is the
+one of the training loop: it includes the gradient norm and the check for gradients that are not finite. Data loading is
+not included. The share of the peak is the FLOP/s of the method divided by the FLOP/s of a large matrix product, which
+is measured between the rounds. Pre-training of He et al. 2021's ViT-B, ViT-L and ViT-H takes 58.46, 124.23 and 290.99
+GFLOP per image.
 """
 
 import argparse
@@ -37,12 +38,13 @@ from util.training.precision import Precision
 
 Step = Callable[[], Any]
 
-# Heads, tokens and channels a head: the encoder in training, the decoder, the whole image in B; L's and H's encoders.
+# Heads, tokens and channels per head: ViT-B's encoder in pre-training, its decoder, its encoder on all patches; the
+# encoders of ViT-L and ViT-H in pre-training.
 SHAPES = ((12, 50, 64), (16, 197, 32), (12, 197, 64), (16, 50, 64), (16, 65, 80))
 
 
 def training_flops(size: str) -> float:
-    """Floating-point operations of a pre-training step, for an image: two for each multiply-add of a matrix product."""
+    """FLOPs of a pre-training iteration per image: two for each multiply-add of a matrix product."""
     model, decoder = models_vit.SIZES[size], models_mae.DECODERS[size]
     N, P = (peers.image_side(size) // model["patch_size"]) ** 2, 3 * model["patch_size"] ** 2
     D, E, K = model["embed_dim"], decoder["decoder_embed_dim"], N // 4
@@ -52,22 +54,22 @@ def training_flops(size: str) -> float:
 
     encoder = N * P * D + blocks(model["depth"], K + 1, D)
     forward = encoder + (K + 1) * D * E + blocks(decoder["decoder_depth"], N + 1, E) + (N + 1) * E * P
-    return 2.0 * (3 * forward - N * P * D)  # nobody needs the gradient of the pixels
+    return 2.0 * (3 * forward - N * P * D)  # the pixels need no gradient
 
 
 def classifier_flops(size: str) -> float:
-    """As `training_flops`, of the forward pass of a classifier on whole images."""
+    """FLOPs of the forward pass of a classifier per image, counted as in `training_flops`."""
     model = models_vit.SIZES[size]
     N, D = (peers.image_side(size) // model["patch_size"]) ** 2, model["embed_dim"]
     per_block = 12 * (N + 1) * D**2 + 2 * (N + 1) ** 2 * D
     return 2.0 * (N * 3 * model["patch_size"] ** 2 * D + model["depth"] * per_block)
 
 
-# ------------------------------------------------------------------------------------------------------- contestants
+# --------------------------------------------------------------------------------------------------- implementations
 
 
 def our_step(model: nn.Module, loss_of: Callable[[nn.Module], Tensor], precision: Precision) -> Step:
-    """As `util.training.loop` steps."""
+    """An update as in `util.training.loop`."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
 
     def step() -> None:
@@ -79,8 +81,8 @@ def our_step(model: nn.Module, loss_of: Callable[[nn.Module], Tensor], precision
     return step
 
 
-def their_step(model: nn.Module, loss_of: Callable[[nn.Module], Tensor], precision: Precision, fused: bool) -> Step:
-    """As PyTorch's tutorials step."""
+def peer_step(model: nn.Module, loss_of: Callable[[nn.Module], Tensor], precision: Precision, fused: bool) -> Step:
+    """An update as in PyTorch's tutorials."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=fused or None)
 
     def step() -> None:
@@ -111,7 +113,7 @@ def input_images(args: argparse.Namespace, precision: Precision) -> Tensor:
     return torch.rand(args.batch_size, 3, side, side, device=precision.device)
 
 
-# What pre-trains, by name.
+# The implementations of pre-training by name.
 MODELS: dict[str, Callable[[str], nn.Module]] = {
     "transformers": peers.TransformersMAE,
     "plain": peers.PlainMAE,
@@ -120,12 +122,12 @@ MODELS: dict[str, Callable[[str], nn.Module]] = {
 
 
 def loss_of_images(model: nn.Module, images: Tensor) -> Tensor:
-    """What pre-training makes of a batch."""
+    """The pre-training loss of a batch."""
     return model(images)[0] if isinstance(model, models_mae.MaskedAutoencoderViT) else model(images)
 
 
-def contestants(args: argparse.Namespace, precision: Precision) -> dict[str, Step]:
-    """Every way of the task, by its name."""
+def implementations(args: argparse.Namespace, precision: Precision) -> dict[str, Step]:
+    """The updates of all implementations of the task by name."""
     images = input_images(args, precision)
     labels = torch.randint(1000, (args.batch_size,), device=precision.device)
     steps: dict[str, Step] = {}
@@ -143,7 +145,7 @@ def contestants(args: argparse.Namespace, precision: Precision) -> dict[str, Ste
             elif name.startswith("ours"):
                 step = our_step(model, loss_of, precision)
             else:
-                step = their_step(model, loss_of, precision, fused=how == "compiled")
+                step = peer_step(model, loss_of, precision, fused=how == "compiled")
             steps[f"{name} {how}"] = step
 
         if args.task == "pretrain":
@@ -161,7 +163,7 @@ def contestants(args: argparse.Namespace, precision: Precision) -> dict[str, Ste
 
 
 def attention_steps(precision: Precision, batch_size: int, shape: tuple[int, int, int]) -> dict[str, Step]:
-    """Forward and backward of the two ways of attention."""
+    """Forward and backward pass of each implementation of attention."""
     heads, tokens, width = shape
     dtype = precision.dtype or torch.float32
     qkv = torch.randn(3, batch_size, heads, tokens, width, device=precision.device, dtype=dtype, requires_grad=True)
@@ -185,7 +187,7 @@ def attention_steps(precision: Precision, batch_size: int, shape: tuple[int, int
 
 
 def seconds(step: Step, repeats: int, device: torch.device) -> float:
-    """Time of a call, on average over `repeats` of them."""
+    """The mean time of `repeats` calls."""
     started = time.perf_counter()
     for _ in range(repeats):
         step()
@@ -195,19 +197,23 @@ def seconds(step: Step, repeats: int, device: torch.device) -> float:
 
 
 def matrix_product(precision: Precision) -> tuple[Step, float]:
-    """A large one in the precision of the step, and its operations."""
+    """A large matrix product in the given precision, and its FLOPs."""
     side = 8192 if precision.device.type == "cuda" else 2048
     a, b = (torch.randn(side, side, device=precision.device, dtype=precision.dtype) for _ in range(2))
     return lambda: a @ b, 2.0 * side**3
 
 
 def take_turns(steps: dict[str, Step], precision: Precision, rounds: int, repeats: int) -> tuple[dict[str, Any], float]:
-    """Seconds of each contestant's steps, round by round; and the peak of a matrix product, in FLOP/s: the best of
-    each round, and of these the median."""
+    """Times every implementation in each round.
+
+    Returns:
+        The seconds per update of each implementation, one value per round; and the peak of a matrix product in FLOP/s:
+        the best of each round, then the median over the rounds.
+    """
     product, operations = matrix_product(precision)
     for name, step in steps.items():
         print(f"warming up: {name}", flush=True)
-        seconds(step, 3, precision.device)  # the first compiles
+        seconds(step, 3, precision.device)  # the first call compiles
     times: dict[str, list[float]] = {name: [] for name in steps}
     peaks = []
     for number in range(rounds):
@@ -219,7 +225,7 @@ def take_turns(steps: dict[str, Step], precision: Precision, rounds: int, repeat
 
 
 def saved_bytes(model: nn.Module, call: Callable[[], Tensor]) -> int:
-    """Bytes that a forward pass keeps for the backward pass, each piece of memory once, without the weights."""
+    """Bytes that a forward pass saves for the backward pass, without the weights; shared storage counts once."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     sizes: dict[int, int] = {}
 
@@ -230,14 +236,14 @@ def saved_bytes(model: nn.Module, call: Callable[[], Tensor]) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = call()  # alive until counted, so that no memory is used twice
+        loss = call()  # keeps the storages alive until they are counted, so that no address is used twice
     total = sum(sizes.values())
     del loss
     return total
 
 
 def memory(args: argparse.Namespace, precision: Precision) -> dict[str, int]:
-    """What the pre-training models keep for the backward pass; ours with the fused attention kernel, as on a GPU."""
+    """Activation memory of the pre-training models in bytes; ours with the fused attention kernel, as on a GPU."""
     images = input_images(args, precision)
     results = {}
     for name, build in MODELS.items():
@@ -248,7 +254,7 @@ def memory(args: argparse.Namespace, precision: Precision) -> dict[str, int]:
 
 
 def compare_attention(args: argparse.Namespace, precision: Precision) -> dict[str, Any]:
-    """Prints and returns milliseconds, for each of SHAPES and each way."""
+    """Prints and returns the milliseconds of each implementation, for each of SHAPES."""
     results = {}
     print("| heads, tokens, channels | fused kernel, ms | plain products, ms | ours, ms |\n|---|---|---|---|")
     for shape in SHAPES:
@@ -262,12 +268,15 @@ def compare_attention(args: argparse.Namespace, precision: Precision) -> dict[st
 
 
 def compare_steps(args: argparse.Namespace, precision: Precision) -> dict[str, Any]:
-    """Prints and returns the contestants' speed, and in pre-training their memory."""
+    """Prints and returns the throughput of the implementations, and their activation memory in pre-training."""
     activation_bytes = memory(args, precision) if args.task == "pretrain" and not args.only else {}
     repeats = 10 if precision.device.type == "cuda" else 1
-    steps = contestants(args, precision)
+    steps = implementations(args, precision)
     if not steps:
-        raise ValueError(f"--only {' '.join(args.only)}: no contestant of this task has such a name")
+        raise ValueError(
+            f"--only {' '.join(args.only)}: no implementation of --task {args.task} has this name; "
+            f"give ours, or {'timm' if args.task != 'pretrain' else 'transformers or plain'}"
+        )
     times, peak = take_turns(steps, precision, args.rounds, repeats)
     forward = classifier_flops(args.size)
     flops = {"pretrain": training_flops(args.size), "finetune": 3 * forward, "features": forward}[args.task]
@@ -275,24 +284,24 @@ def compare_steps(args: argparse.Namespace, precision: Precision) -> dict[str, A
     first = next(iter(rates))
     print(
         f"\n{args.task}, {args.size}, batch {args.batch_size}, {precision.name}, {precision.device.type}: "
-        f"{flops / 1e9:.2f} GFLOP an image, peak {peak / 1e12:.3f} TFLOP/s\n"
+        f"{flops / 1e9:.2f} GFLOP per image, peak {peak / 1e12:.3f} TFLOP/s\n"
     )
-    print(f"| | images/s | to {first} | share of the peak |\n|---|---|---|---|")
+    print(f"| | images/s | relative to {first} | share of the peak |\n|---|---|---|---|")
     for way, rate in rates.items():
         print(f"| {way} | {rate:.2f} | {rate / rates[first]:.2f} | {rate * flops / peak:.1%} |")
     if activation_bytes:
-        print("\n| kept for the backward pass | GB |\n|---|---|")
+        print("\n| activation memory | GB |\n|---|---|")
         for way, size in activation_bytes.items():
             print(f"| {way} | {size / 1e9:.3f} |")
-    most = torch.cuda.max_memory_allocated() if precision.device.type == "cuda" else None
-    if most:
-        print(f"\nmost memory at once, of all together: {most / 1e9:.1f} GB")
+    peak_memory = torch.cuda.max_memory_allocated() if precision.device.type == "cuda" else None
+    if peak_memory:
+        print(f"\npeak memory of all implementations together: {peak_memory / 1e9:.1f} GB")
     return {"images_per_second": rates, "seconds": times, "peak_flops": peak, "flops_per_image": flops,
-            "saved_bytes": activation_bytes, "cuda_peak_bytes": most}  # fmt: skip
+            "saved_bytes": activation_bytes, "cuda_peak_bytes": peak_memory}  # fmt: skip
 
 
 def main(args: argparse.Namespace) -> None:
-    """Prints a table, and writes it as JSON."""
+    """Prints a table and writes it as JSON."""
     torch.manual_seed(0)
     device = choose_device(args.device)
     precision = Precision(args.amp, device)
@@ -303,7 +312,7 @@ def main(args: argparse.Namespace) -> None:
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The flags."""
-    parser = entry_point.parser("Throughput and memory of training, beside other implementations.")
+    parser = entry_point.parser("Throughput and memory of training, compared with other implementations.")
     parser.add_argument("--task", default="pretrain", choices=("pretrain", "finetune", "features", "attention"))
     parser.add_argument(
         "--size", default="base_patch16", choices=models_vit.SIZES, metavar="SIZE", help="a size of models_vit"

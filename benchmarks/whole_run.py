@@ -1,12 +1,13 @@
-"""main_pretrain.py as a whole: its speed with the data, and the loss in bf16 beside the one in fp32.
+"""main_pretrain.py with its data: the throughput, and the loss in bf16 compared with the loss in fp32.
 
     python benchmarks/whole_run.py --device cuda --batch_size 256                                       # ViT-B
     python benchmarks/whole_run.py --device cuda --batch_size 128 --size huge_patch14
-    python benchmarks/whole_run.py --size mini_patch4 --batch_size 8 --images 320 --steps 40            # anywhere
+    python benchmarks/whole_run.py --size mini_patch4 --batch_size 8 --images 320 --steps 40            # on a CPU
 
-JPEG files of 500 x 375 pixels, cut from photographs, lie in the page cache: what is measured is decoding, augmenting,
-copying and the step. The speed without them is that of benchmarks/train_step.py, with the same batch. The losses are
-those of two runs with the same weights, images and masks; a point is the mean of four steps.
+The dataset has JPEG files of 500 x 375 pixels, crops of photographs, in the page cache. The throughput includes
+decoding, augmentation, the copy to the device and the update. benchmarks/train_step.py measures the throughput without
+data loading, at the same batch size. The losses are those of two runs with the same weights, images and masks; each
+point is the mean of four updates.
 """
 
 import argparse
@@ -27,23 +28,23 @@ from util.cli import entry_point
 from util.dist import choose_device
 
 ROOT = Path(__file__).parents[1]
-FILES = 1280  # that differ; further ones are links to them
+FILES = 1280  # different files; the others are links to them
 STEPS_A_POINT = 4
 
 
 def run(*command: object) -> None:
-    """A script of this repository."""
+    """Runs a script of this repository."""
     subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True)
 
 
 def pretrain(folder: Path, out: Path, *flags: object) -> list[dict[str, Any]]:
-    """Runs main_pretrain.py on a folder of images, and returns its epochs' lines of log.txt."""
+    """Runs main_pretrain.py on a folder of images; returns the lines of its log.txt."""
     run("main_pretrain.py", "--data_path", folder, "--output_dir", out, "--vis_every", 0, "--fast_jpeg", *flags)
     return [json.loads(line) for line in (out / "log.txt").read_text().splitlines()]
 
 
 def write_files(folder: Path, count: int) -> None:
-    """So many JPEG files in a class folder."""
+    """Writes `count` JPEG files to a class folder."""
     write_photographs(folder, min(count, FILES))
     files = sorted((folder / "train" / "photograph").iterdir())
     for number in range(len(files), count):
@@ -51,7 +52,7 @@ def write_files(folder: Path, count: int) -> None:
 
 
 def speed(args: argparse.Namespace, folder: Path, flags: list[object]) -> dict[str, float]:
-    """Images/s of a run's second epoch, and of the step alone."""
+    """Images/s of the second epoch of a run, and of updates without data loading."""
     epochs = pretrain(folder, folder / "speed", *flags, "--amp", args.amp, "--compile", "--epochs", 2)
     run(
         "benchmarks/train_step.py", "--size", args.size, "--batch_size", args.batch_size, "--device", args.device,
@@ -65,7 +66,7 @@ def speed(args: argparse.Namespace, folder: Path, flags: list[object]) -> dict[s
 
 
 def losses(args: argparse.Namespace, folder: Path, flags: list[object]) -> dict[str, list[float]]:
-    """Mean losses of each few steps, in both precisions."""
+    """Mean losses over STEPS_A_POINT updates each, in both precisions."""
     few = folder / "few"
     write_files(few, STEPS_A_POINT * args.batch_size)
     epochs = math.ceil(args.steps / STEPS_A_POINT)
@@ -79,9 +80,12 @@ def losses(args: argparse.Namespace, folder: Path, flags: list[object]) -> dict[
 
 
 def main(args: argparse.Namespace) -> None:
-    """Prints both, and writes them as JSON."""
+    """Prints throughput and losses, and writes them as JSON."""
     if args.images < 2 * args.batch_size:
-        raise ValueError(f"--images {args.images}: give two batches of --batch_size {args.batch_size} or more")
+        raise ValueError(
+            f"--images {args.images} is less than two batches of --batch_size {args.batch_size}; "
+            f"give {2 * args.batch_size} or more"
+        )
     side = peers.image_side(args.size)
     flags = [
         "--model", f"mae_vit_{args.size}", "--input_size", side, "--batch_size", args.batch_size, "--device",
@@ -92,10 +96,10 @@ def main(args: argparse.Namespace) -> None:
         write_files(folder, args.images)
         rates, curves = speed(args, folder, flags), losses(args, folder, flags)
     print("\n| | images/s |\n|---|---|")
-    print(f"| the step alone | {rates['without_data']:,.0f} |")
+    print(f"| updates without data loading | {rates['without_data']:,.0f} |")
     print(f"| main_pretrain.py | {rates['with_data']:,.0f} |")
-    print(f"\nshare {rates['share']:.2f}, data wait {rates['data_wait']:.1%}")
-    print(f"\n| steps | loss in fp32 | in {args.amp} |\n|---|---|---|")
+    print(f"\nratio {rates['share']:.2f}, data loading {rates['data_wait']:.1%} of the time")
+    print(f"\n| updates | loss in fp32 | loss in {args.amp} |\n|---|---|---|")
     for number, pair in enumerate(zip(*curves.values(), strict=True)):
         print(f"| {number * STEPS_A_POINT} to {(number + 1) * STEPS_A_POINT - 1} | {pair[0]:.4f} | {pair[1]:.4f} |")
     device = choose_device(args.device)

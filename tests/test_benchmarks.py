@@ -1,4 +1,4 @@
-"""The benchmarks run, on the smallest sizes, and count operations as the field does."""
+"""The benchmarks run on the smallest sizes, and count FLOPs with the rules of the field."""
 
 import json
 
@@ -45,16 +45,16 @@ def test_steps_are_timed(task, tmp_path, capsys):
         assert f"| ours eager | {found['images_per_second']['ours eager']:.2f} |" in capsys.readouterr().out
 
 
-def test_a_contestant_that_is_not_there(tmp_path):
+def test_an_unknown_implementation_is_an_error(tmp_path):
     args = train_step.get_args_parser().parse_args(["--device", "cpu", "--only", "nobody", "--out", str(tmp_path)])
-    with pytest.raises(ValueError, match="--only nobody: no contestant of this task has such a name"):
+    with pytest.raises(ValueError, match="--only nobody: no implementation of --task pretrain has this name"):
         train_step.main(args)
 
 
-def test_what_is_kept_for_the_backward_pass():
+def test_our_model_saves_the_fewest_bytes_for_the_backward_pass():
     args = train_step.get_args_parser().parse_args(["--size", "mini_patch4", "--batch_size", "2"])
-    kept = train_step.memory(args, train_step.Precision("off", torch.device("cpu")))
-    assert 0 < kept["ours"] < min(kept["plain"], kept["transformers"])
+    saved = train_step.memory(args, train_step.Precision("off", torch.device("cpu")))
+    assert 0 < saved["ours"] < min(saved["plain"], saved["transformers"])
 
 
 def test_batches_are_timed_and_compared(tmp_path):
@@ -74,7 +74,7 @@ def test_losses_in_two_precisions(tmp_path):
     assert found["bf16"] == pytest.approx(found["off"], rel=0.01)
 
 
-def test_files_that_are_wanted_more_often_are_links(tmp_path, monkeypatch):
+def test_files_beyond_the_different_ones_are_links(tmp_path, monkeypatch):
     monkeypatch.setattr(whole_run, "FILES", 3)
     whole_run.write_files(tmp_path, 7)
     files = sorted((tmp_path / "train" / "photograph").iterdir())
@@ -82,7 +82,7 @@ def test_files_that_are_wanted_more_often_are_links(tmp_path, monkeypatch):
     assert files[4].read_bytes() == files[1].read_bytes()
 
 
-def test_every_target_has_a_figure():
+def test_every_cpu_target_has_a_measurement():
     rows = targets.table(machine.RESULTS).splitlines()[2:]
     assert len(rows) == 20
     assert [row for row in rows if "not measured" in row and "GPU" not in row] == []

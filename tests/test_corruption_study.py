@@ -1,4 +1,4 @@
-"""The corruptions of the Fashion-MNIST study: what each does to an image, and the table."""
+"""The corruptions of the Fashion-MNIST study: their effect on an image, and the table."""
 
 import importlib.util
 
@@ -36,7 +36,7 @@ def test_every_corruption_grows_with_its_severity(study, images):
         assert np.array_equal(again, made[2])
 
 
-def test_what_they_do(study, images):
+def test_the_strength_of_each_corruption(study, images):
     rng = np.random.default_rng(0)
     plain = np.full((400, 400), 128, dtype=np.uint8)
     assert np.asarray(study.noise(Image.fromarray(plain), 20, rng)).std() == pytest.approx(20, rel=0.02)
@@ -50,18 +50,18 @@ def test_what_they_do(study, images):
     assert len({one.tobytes() for one in turned}) == 2  # to the left or to the right
 
 
-def save(path, classes, says):
-    """A classifier of large patches that says one class of all images."""
+def save(path, classes, prediction):
+    """Saves a classifier that predicts one class for all images."""
     shape = {"input_size": 28, "patch_size": 14, "in_chans": 1}
     model = get_model("vit_mini_patch4", **shape, nb_classes=len(classes), classes=classes)
     torch.nn.init.zeros_(model.head.weight)
-    model.head.bias.data = torch.eye(len(classes))[classes.index(says)]
+    model.head.bias.data = torch.eye(len(classes))[classes.index(prediction)]
     torch.save({"model": model.state_dict(), "args": model.settings}, path)
     return str(path)
 
 
-def test_the_command_counts_as_its_models_do(study, tmp_path, capsys, monkeypatch):
-    """One model calls the classes as the data set does, one by their folders, whose order is another."""
+def test_accuracy_with_either_kind_of_class_names(study, tmp_path, capsys, monkeypatch):
+    """One model uses the class names of the dataset, the other the names of the folders, in another order."""
     archive = dict(np.load(study.ARCHIVE))
     archive |= {"val_images": archive["val_images"][:200], "val_labels": archive["val_labels"][:200]}
     np.savez(tmp_path / "fewer.npz", **archive)
@@ -72,10 +72,10 @@ def test_the_command_counts_as_its_models_do(study, tmp_path, capsys, monkeypatc
     argv = ["--pretrained", first, "--scratch", second, "--out", str(tmp_path)]
     study.main(entry_point.parse(study.get_args_parser(), argv))
     share = 100 * (archive["classes"][archive["val_labels"]] == "Bag").mean()
-    told = capsys.readouterr().out
-    assert f"| no corruption | {share:.1f} |  | {share:.1f} |  |" in told
-    assert f"| mean | {share:.1f} | 1.00 | {share:.1f} | 1.00 |" in told
-    assert (tmp_path / "corruptions.md").read_text() in told
+    output = capsys.readouterr().out
+    assert f"| no corruption | {share:.1f} |  | {share:.1f} |  |" in output
+    assert f"| mean | {share:.1f} | 1.00 | {share:.1f} | 1.00 |" in output
+    assert (tmp_path / "corruptions.md").read_text() in output
     assert Image.open(tmp_path / "corruptions.png").width > 1000
     with pytest.raises(ValueError, match="no classifier of Fashion-MNIST"):
         study.load(save(tmp_path / "c.pth", ["cat", "dog"], "cat"))

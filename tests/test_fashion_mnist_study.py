@@ -1,4 +1,4 @@
-"""The study's driver: what is done is not done again, and what is another command's is no result."""
+"""The Fashion-MNIST study: completed commands are not repeated, and a changed command is run again."""
 
 import importlib.util
 import json
@@ -18,7 +18,7 @@ def study(tmp_path, monkeypatch):
     return module
 
 
-def test_results_are_kept_with_their_command(study, tmp_path):
+def test_a_result_is_computed_once_per_command(study, tmp_path):
     calls = []
 
     def compute():
@@ -33,7 +33,7 @@ def test_results_are_kept_with_their_command(study, tmp_path):
     assert len(calls) == 3
 
 
-def test_the_report_shows_what_there_is(study, tmp_path):
+def test_the_report_has_the_results_so_far(study, tmp_path):
     for seed, accuracy in enumerate((60.0, 62.0, 64.0)):
         study.Study(tmp_path, tmp_path).keep(f"svm/100/{seed}", "c", lambda found=accuracy: {"test_acc1": found})
     (tmp_path / "masked" / "ratio-0.5").mkdir(parents=True)

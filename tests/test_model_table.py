@@ -1,4 +1,4 @@
-"""The table of models in benchmarks/README.md is what its command prints, and agrees with the published numbers."""
+"""The table of models in benchmarks/README.md is the output of its command, and agrees with the published numbers."""
 
 import sys
 

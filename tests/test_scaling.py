@@ -1,4 +1,4 @@
-"""Expected efficiency on many GPUs: the formula by hand, and the page that has what the script prints."""
+"""Expected efficiency on many GPUs: the formulas by hand, and the tables and formulas in SCALING.md."""
 
 import json
 import math
@@ -13,7 +13,7 @@ GB = 1e9
 
 @pytest.fixture
 def free(monkeypatch):
-    """Messages that take no time."""
+    """Sets the latency of messages to zero."""
     monkeypatch.setattr(scaling, "LATENCY", 0.0)
 
 
@@ -32,9 +32,9 @@ def test_two_nodes_by_hand(free, monkeypatch):
     """1.8 GB: 7/4 of it over NVLink in 7 ms, all of it through a link of 18 GB/s in 100 ms. A bucket is a tenth."""
     monkeypatch.setattr(scaling, "BUCKET", 0.18 * GB)
     assert scaling.all_reduce(1.8 * GB, 16, 18 * GB) == pytest.approx(0.107)
-    # Nine tenths are 96.3 ms, of which a backward pass of 60 ms hides 60; the last bucket adds 10.7.
+    # Nine tenths take 96.3 ms, of which a backward pass of 60 ms hides 60 ms; the last bucket adds 10.7 ms.
     assert scaling.efficiency(0.090, 1.8 * GB, 16, 18 * GB) == pytest.approx(90 / (90 + 36.3 + 10.7))
-    # One of 200 ms hides all but the last.
+    # A backward pass of 200 ms hides all buckets but the last.
     assert scaling.efficiency(0.300, 1.8 * GB, 16, 18 * GB) == pytest.approx(300 / 310.7)
 
 
@@ -78,7 +78,7 @@ def test_a_measured_step_replaces_the_assumed_one(tmp_path):
         assert row.endswith("| assumed, not measured |") != row.startswith("| ViT-B")
 
 
-def test_the_page_has_what_is_printed():
+def test_the_page_has_the_printed_tables():
     assert scaling.tables(machine.RESULTS) in (ROOT / "benchmarks/SCALING.md").read_text(encoding="utf-8")
 
 

@@ -277,11 +277,11 @@ def test_the_share_of_time_that_saving_takes(monkeypatch, capsys):
     monkeypatch.setattr(saving.models_mae, "mae_vit_mini_patch4", lambda: Model(2, 2))
     saving.main(argparse.Namespace(model="mae_vit_mini_patch4", batch_size=2, save_minutes=15.0, folder=None))
     said = capsys.readouterr().out
-    assert "| the loop stands still | 2.00 s |" in said
-    assert "| until the file is on the disk | 8.0 s |" in said
-    assert "| a step, median | 1.00 s |" in said
-    assert "| a step while the file is written, median | 3.00 s |" in said
-    assert "| of the run's time, saving every 15 minutes | 0.67% |" in said
+    assert "| the training loop blocks for | 2.00 s |" in said
+    assert "| the file is complete after | 8.0 s |" in said
+    assert "| an update, median | 1.00 s |" in said
+    assert "| an update during the write, median | 3.00 s |" in said
+    assert "| share of the run, one save every 15 minutes | 0.67% |" in said
 
 
 def test_a_result_tells_its_settings_and_its_machine(tmp_path):
@@ -303,9 +303,9 @@ def test_figures_are_beside_the_fastest_of_the_others(tmp_path, monkeypatch):
     monkeypatch.setattr(targets, "ROWS", [("most", "a", lambda found: found["wait"], -0.02, "{:.1%}"),
                                           ("least", "b", lambda found: found["wait"], 0.5, "{:.2f}")])  # fmt: skip
     (tmp_path / "a.json").write_text('{"wait": 0.01}')
-    (tmp_path / "a_kept.json").write_text('{"wait": 0.005}')
+    (tmp_path / "a_tunables.json").write_text('{"wait": 0.005}')
     assert targets.table(tmp_path).splitlines()[2:] == [
         "| most | 2.0% | 1.0% | 0.5% |",
         "| least | 0.50 | not measured |  |",
     ]
-    assert re.match(r"\| \| to reach \| reached \|", targets.table(tmp_path))
+    assert re.match(r"\| \| target \| measured \|", targets.table(tmp_path))

@@ -1,13 +1,13 @@
-"""What noise, blur and the like do to a pre-trained and to a from-scratch classifier of the Fashion-MNIST study.
+"""Robustness of two classifiers of the Fashion-MNIST study to corruptions: one pre-trained, one trained from scratch.
 
     python benchmarks/fashion_mnist/study.py --work runs/study pretrain finetune
     python benchmarks/fashion_mnist/corruptions.py \\
         --pretrained runs/study/finetune/2000/0/pre-trained/checkpoint-29.pth \\
         --scratch runs/study/finetune/2000/0/scratch/checkpoint-29.pth
 
-Both see the same 2,000 embedded test images, which are of the dataset's test set, under six corruptions of five
-severities each (Hendrycks & Dietterich 2019 have fifteen for photographs). Writes corruptions.json, corruptions.md and
-corruptions.png beside this file; --out chooses another folder.
+Both are evaluated on the 2,000 embedded images of the test set under six corruptions with five severities each
+(Hendrycks & Dietterich 2019 have fifteen for photographs). The script writes corruptions.json, corruptions.md and
+corruptions.png beside this file, or to --out.
 """
 
 import argparse
@@ -34,34 +34,34 @@ from util.cli import entry_point
 from util.files import atomic
 
 HERE = Path(__file__).parent
-EXAMPLE = 8016  # an image of the training part, which the picture shows corrupted
+EXAMPLE = 8016  # the image of the training set in the picture
 
 
 def noise(image: Image.Image, sigma: float, generator: np.random.Generator) -> Image.Image:
-    """Gaussian noise of so many grey levels."""
+    """Adds Gaussian noise; sigma in grey levels."""
     pixels = np.asarray(image) + generator.normal(scale=sigma, size=image.size[::-1])
     return Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
 
 
 def blur(image: Image.Image, radius: float, generator: np.random.Generator) -> Image.Image:
-    """Gaussian blur of so many pixels."""
+    """Applies a Gaussian blur; radius in pixels."""
     return image.filter(ImageFilter.GaussianBlur(radius))
 
 
 def contrast(image: Image.Image, factor: float, generator: np.random.Generator) -> Image.Image:
-    """Deviations from the mean scaled."""
+    """Scales the deviations from the mean."""
     return ImageEnhance.Contrast(image).enhance(factor)
 
 
 def jpeg(image: Image.Image, quality: float, generator: np.random.Generator) -> Image.Image:
-    """Written as JPEG and read again."""
+    """Compresses as JPEG."""
     file = io.BytesIO()
     image.save(file, "JPEG", quality=int(quality))
     return Image.open(file)
 
 
 def occlusion(image: Image.Image, side: float, generator: np.random.Generator) -> Image.Image:
-    """A grey square of so many pixels somewhere."""
+    """Covers a random square with grey; side in pixels."""
     left, top = (int(place) for place in generator.integers(0, np.array(image.size) - int(side) + 1))
     covered = image.copy()
     covered.paste(128, (left, top, left + int(side), top + int(side)))
@@ -69,7 +69,7 @@ def occlusion(image: Image.Image, side: float, generator: np.random.Generator) -
 
 
 def rotation(image: Image.Image, degrees: float, generator: np.random.Generator) -> Image.Image:
-    """Turned to the left or to the right."""
+    """Rotates to a random side."""
     return image.rotate(degrees * generator.choice((-1, 1)), Image.Resampling.BILINEAR)
 
 
@@ -85,7 +85,7 @@ CORRUPTIONS: dict[Corruption, tuple[float, ...]] = {
 
 
 def corrupt(images: np.ndarray, corruption: Corruption, severity: int) -> np.ndarray:
-    """Images uint8 (n, H, W), all corrupted, severity 1 to 5; what is drawn depends on the severity and the place."""
+    """Corrupts images uint8 (n, H, W); severity 1 to 5. The random numbers depend on the severity and the index."""
     amount = CORRUPTIONS[corruption][severity - 1]
     results = [
         corruption(Image.fromarray(image), amount, np.random.default_rng([severity, number]))
@@ -95,39 +95,39 @@ def corrupt(images: np.ndarray, corruption: Corruption, severity: int) -> np.nda
 
 
 def load(file: str) -> Classifier:
-    """A classifier of the dataset.
+    """Loads a classifier of Fashion-MNIST.
 
     Raises:
-        ValueError: the file holds another model.
+        ValueError: the file contains another model.
     """
     model = get_model(file)
     names = {folder_of(str(name)) for name in np.load(ARCHIVE, allow_pickle=False)["classes"]}
     if not isinstance(model, Classifier) or {folder_of(name) for name in model.classes or []} != names:
-        raise ValueError(f"{file} holds no classifier of Fashion-MNIST; give such as study.py's finetune leaves")
+        raise ValueError(f"{file} is no classifier of Fashion-MNIST; give a checkpoint of study.py finetune")
     return model
 
 
 @torch.inference_mode()
 def accuracy(model: Classifier, images: np.ndarray, names: list[str]) -> float:
-    """Per cent of the images, seen whole, whose class is found.
+    """Accuracy in per cent, without a centre crop.
 
     Args:
-        names: of each image's class, as the dataset calls it; the model may call it by its folder.
+        names: the class of each image in the names of the dataset; the model may use the names of class folders.
     """
     assert model.classes
     numbers = {folder_of(name): number for number, name in enumerate(model.classes)}
     labels = np.array([numbers[folder_of(name)] for name in names])
-    right = 0
+    correct = 0
     for pixels, true in zip(np.array_split(images, 10), np.array_split(labels, 10), strict=True):
         logits = model(model.normalize(torch.from_numpy(pixels)[:, None]))
-        right += int((logits.argmax(dim=1).numpy() == true).sum())
-    return 100 * right / len(labels)
+        correct += int((logits.argmax(dim=1).numpy() == true).sum())
+    return 100 * correct / len(labels)
 
 
 def table(results: dict[str, dict[str, list[float]]]) -> str:
-    """Markdown: accuracies without corruption and with, these means of five severities, and what share they keep."""
+    """The table in Markdown: accuracy without corruption, and the mean over the severities, absolute and relative."""
     titles = list(results)
-    lines = ["| test accuracy, % | " + " | ".join(f"{title} | share kept" for title in titles) + " |"]
+    lines = ["| test accuracy, % | " + " | ".join(f"{title} | relative" for title in titles) + " |"]
     lines.append("|---" * (2 * len(titles) + 1) + "|")
     clean = {title: scores["none"][0] for title, scores in results.items()}
     lines.append("| no corruption | " + " | ".join(f"{clean[title]:.1f} | " for title in titles) + " |")
@@ -145,7 +145,7 @@ def table(results: dict[str, dict[str, list[float]]]) -> str:
 
 
 def draw(results: dict[str, dict[str, list[float]]], examples: np.ndarray, path: Path) -> None:
-    """A panel a corruption: accuracies over severities, and an image at severities 1, 3 and 5 below."""
+    """Draws a panel per corruption: accuracy over severity, and an image at severities 1, 3 and 5 below it."""
     figure, axes = plt.subplots(2, len(CORRUPTIONS), figsize=(13, 4.2), dpi=100, layout="constrained",
                                 height_ratios=(3, 1))  # fmt: skip
     for column, corruption in enumerate(CORRUPTIONS):
@@ -179,7 +179,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def main(args: Namespace) -> None:
-    """Prints the table, and writes it."""
+    """Prints the table and writes it."""
     archive = np.load(ARCHIVE, allow_pickle=False)
     images, names = archive["val_images"], [str(name) for name in archive["classes"][archive["val_labels"]]]
     models = {"pre-trained": load(args.pretrained), "from scratch": load(args.scratch)}

@@ -1,13 +1,14 @@
-"""What pre-training is worth on Fashion-MNIST: probes, neighbours, few labels, mask ratios; on two CPU cores.
+"""The benefit of pre-training on Fashion-MNIST: probes, nearest neighbours, few labels, mask ratios; on two CPU cores.
 
     apt-get install dataset-fashion-mnist
     python benchmarks/fashion_mnist/study.py --work runs/study              # everything, about five hours
     python benchmarks/fashion_mnist/study.py --work runs/study knn baselines
 
-Every part is a list of runs of the main scripts; a run that was stopped goes on where it was, and one that is done is
-not done again: its result stands in results.json beside this file, with the command. `report` writes table.md and
-plot.png from there, and copies the logs of pre-training to logs/. The test set is looked at once by each run, at its
-end, and chooses nothing in it. That pictures are seen whole (--crop_pct 1) was settled on it beforehand.
+Every part is a list of runs of the scripts. Results are stored with their command in results.json beside this file. The
+same command resumes an interrupted run and skips completed ones. `report` writes table.md and plot.png from
+results.json, and copies the logs of pre-training to logs/. Each run evaluates the test set once, after its last epoch,
+and selects nothing on it. One setting was chosen on the test set beforehand: evaluation without a centre crop
+(--crop_pct 1).
 """
 
 import argparse
@@ -37,7 +38,7 @@ DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # the package dataset-fashio
 
 PATCH = 4
 EPOCHS = 54  # of pre-training: about an hour
-# The runs that compare ratios and targets have the epochs that fit into a quarter of an hour of two idle cores.
+# Mask ratios and targets are compared after the epochs that take a quarter of an hour on two idle cores.
 MASKED = {
     "ratio-0.5": (10, ["--mask_ratio", 0.5]),
     "ratio-0.75": (14, ["--mask_ratio", 0.75]),
@@ -45,14 +46,17 @@ MASKED = {
     "decoder-2": (12, ["--mask_ratio", 0.75, "--decoder_depth", 2]),
     "norm-0.75": (14, ["--mask_ratio", 0.75, "--norm_pix_loss"]),
 }
-VARIANTS = {"norm-0.75": "75% hidden, normalised target", "decoder-2": "75% hidden, decoder of two blocks"}
-NO_CROP = ["--crop_pct", 1]  # pictures this small are seen whole
+VARIANTS = {
+    "norm-0.75": "mask ratio 0.75, normalised target",
+    "decoder-2": "mask ratio 0.75, decoder with two blocks",
+}
+NO_CROP = ["--crop_pct", 1]  # small images are evaluated without a centre crop
 SHAPE = ["--input_size", 28, "--in_chans", 1, "--patch_size", PATCH, "--mean", 0.286, "--std", 0.353]
 MAE = ["--model", "mae_vit_mini_patch4", "--lr", 1e-3, "--crop_scale", 0.6, 1]  # effective batch size 64
-# The model is so small that two processes of one thread each are faster than one process of two threads.
+# For this small model, two processes with one thread each are faster than one process with two threads.
 TWO_PROCESSES = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
-BUDGET = {100: 200, 500: 100, 2_000: 30, 10_000: 15, 60_000: 3}  # labels: epochs of fine-tuning, with and without
-CORRUPTED = (2_000, 0)  # labels and seed of the classifiers that corruptions.py takes
+BUDGET = {100: 200, 500: 100, 2_000: 30, 10_000: 15, 60_000: 3}  # number of labels: epochs of supervised training
+CORRUPTED = (2_000, 0)  # labels and seed of the classifiers for corruptions.py
 SEEDS = {100: 3, 500: 3, 2_000: 3, 10_000: 1, 60_000: 1}
 PROBE = ["main_linprobe.py", "--model", "vit_mini_patch4", *NO_CROP, "--train_per_class", 1000, "--cache_features",
          "--blr", 0.3, 1, 3, 10, 30, "--batch_size", 256, "--epochs", 60, "--warmup_epochs", 5,
@@ -60,11 +64,11 @@ PROBE = ["main_linprobe.py", "--model", "vit_mini_patch4", *NO_CROP, "--train_pe
 
 
 class Study:
-    """Runs that leave a result, once.
+    """Runs each command once and stores its result.
 
     Args:
-        data: in torchvision's layout, FashionMNIST/raw/.
-        work: where runs leave their files.
+        data: the dataset in torchvision's layout, FashionMNIST/raw/.
+        work: the folder of the run directories.
     """
 
     def __init__(self, data: Path, work: Path) -> None:
@@ -73,16 +77,16 @@ class Study:
 
     @property
     def results(self) -> dict[str, Any]:
-        """What is known by now: parts may run side by side."""
+        """The results so far, read from the file: parts may run in parallel."""
         return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
 
     def keep(
         self, name: str, command: str, compute: Callable[[], dict[str, Any]], needed: Path | None = None
     ) -> dict[str, Any]:
-        """The result of a name; computed and written if it is not there, or is another command's.
+        """Returns the result of a name. It is computed and stored if it is missing or belongs to another command.
 
         Args:
-            needed: a file that other parts take; without it the result alone is not enough.
+            needed: a file that other parts read; if it is missing, the result is computed again.
         """
         entry = self.results.get(name, {})
         if entry.get("command") != command or (needed and not needed.exists()):
@@ -97,21 +101,21 @@ class Study:
         return entry
 
     def pretrain(self, name: str, epochs: int, *flags: Any) -> Path:
-        """Pre-trains an encoder; the result is its checkpoint."""
+        """Pre-trains an encoder; returns its checkpoint."""
         encoder = self.work / name / f"checkpoint-{epochs - 1}.pth"
         command = [*TWO_PROCESSES, "main_pretrain.py", *MAE, "--batch_size", 32, "--num_workers", 0]
         self.run([*command, "--epochs", epochs, "--warmup_epochs", 2, *flags], name, needed=encoder)
         return encoder
 
     def run(self, command: list[Any], name: str, needed: Path | None = None) -> dict[str, Any]:
-        """Runs a main script, and keeps the last line of its log and how long it trained."""
+        """Runs a script; returns the scores in the last line of its log, and the minutes of training."""
         out = self.work / name
         command = [*command, "--dataset", "FashionMNIST", *SHAPE, "--output_dir", out, "--resume", "auto"]
 
         def compute() -> dict[str, Any]:
             note = out / "command.txt"
             if not note.exists() or note.read_text() != self._text_of(command):
-                shutil.rmtree(out, ignore_errors=True)  # another command's run can't be continued
+                shutil.rmtree(out, ignore_errors=True)  # the run of another command can't be resumed
                 out.mkdir(parents=True)
                 note.write_text(self._text_of(command))
             self._call(command)
@@ -145,24 +149,27 @@ class Study:
                 output.append(line)
                 print(line, end="", flush=True)
         if process.returncode:
-            raise SystemExit(f"it ended with {process.returncode}: {' '.join(arguments)}")
+            raise SystemExit(f"exit code {process.returncode}: {' '.join(arguments)}")
         return "".join(output)
 
 
 def prepare(data: Path) -> None:
-    """Puts Debian's four files where torchvision looks for them."""
+    """Unpacks the four files of Debian's package into torchvision's layout."""
     raw = data / "FashionMNIST" / "raw"
     if raw.exists():
         return
     if not DEBIAN.is_dir():
-        raise SystemExit(f"there is no {DEBIAN}: apt-get install dataset-fashion-mnist, or let torchvision fill --data")
+        raise SystemExit(
+            f"{DEBIAN} does not exist: apt-get install dataset-fashion-mnist, or give --data a folder with "
+            f"FashionMNIST/raw"
+        )
     raw.mkdir(parents=True)
     for path in DEBIAN.glob("*.gz"):
         (raw / path.stem).write_bytes(gzip.decompress(path.read_bytes()))
 
 
 def images(data: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Raw pixels in 0 to 1 (n, 784) and labels, to train and to test."""
+    """Raw pixels in 0 to 1 (n, 784) and labels, of the training set and of the test set."""
     from torchvision.datasets import FashionMNIST
 
     parts = [FashionMNIST(str(data), train=train) for train in (True, False)]
@@ -179,7 +186,7 @@ def pretrain(study: Study) -> Path:
 
 
 def probe(study: Study) -> None:
-    """Linear probes at 10,000 labels, of the encoder and of an untrained one, on both kinds of features."""
+    """Linear probes with 10,000 labels, of the pre-trained and of an untrained encoder, on both kinds of features."""
     encoder = pretrain(study)
     for pooling in ("--cls_token", "--global_pool"):
         for start in ([], ["--finetune", encoder]):
@@ -188,7 +195,7 @@ def probe(study: Study) -> None:
 
 
 def knn(study: Study) -> None:
-    """Nearest neighbours, with all 60,000 labels."""
+    """Nearest neighbours with all 60,000 labels."""
     encoder = pretrain(study)
     for pooling in ("--cls_token", "--global_pool"):
         for start in ([], ["--finetune", encoder]):
@@ -197,7 +204,7 @@ def knn(study: Study) -> None:
 
 
 def baselines(study: Study) -> None:
-    """Logistic regression and an RBF-SVM on raw pixels, with the labels that the fine-tuned models have."""
+    """Logistic regression and an RBF-SVM on raw pixels, with the labels of the fine-tuned models."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.svm import SVC
 
@@ -222,16 +229,16 @@ def baselines(study: Study) -> None:
 def score(
     model: Any, train: np.ndarray, labels: np.ndarray, test: np.ndarray, test_labels: np.ndarray
 ) -> dict[str, Any]:
-    """Fits a model of scikit-learn, and tests it."""
+    """Fits a model of scikit-learn and evaluates it."""
     return {"test_acc1": 100 * model.fit(train, labels).score(test, test_labels)}
 
 
 def finetune(study: Study) -> None:
-    """Fine-tuning and training from scratch, with the same budget."""
+    """Fine-tuning and training from scratch with the same number of epochs."""
     encoder = pretrain(study)
     for count, epochs in BUDGET.items():
         for seed in range(SEEDS[count]):
-            # From scratch there is nothing in the lower layers to be kept: one learning rate for all.
+            # Training from scratch uses one learning rate for all layers: no layer has pre-trained weights.
             for kind, start in (("scratch", ["--layer_decay", 1]), ("pre-trained", ["--finetune", encoder])):
                 name = f"finetune/{count}/{seed}/{kind}"
                 command = [
@@ -246,7 +253,7 @@ def finetune(study: Study) -> None:
 
 
 def ratios(study: Study) -> None:
-    """Mask ratios, and the normalised target, each with a probe."""
+    """Mask ratios, a deeper decoder and the normalised target, each with a linear probe."""
     for variant, (epochs, flags) in MASKED.items():
         encoder = study.pretrain(f"masked/{variant}", epochs, *flags)
         study.run([*PROBE, "--global_pool", "--finetune", encoder], f"masked/{variant}/probe")
@@ -256,7 +263,7 @@ def ratios(study: Study) -> None:
 
 
 def report(study: Study) -> None:
-    """table.md and plot.png, of the results that are there; and the logs of pre-training."""
+    """Writes table.md and plot.png from the results so far, and copies the logs of pre-training."""
     results = study.results
     for name in ("pretrain", *(f"masked/{variant}" for variant in MASKED)):
         if (study.work / name / "log.txt").exists():
@@ -299,11 +306,11 @@ def report(study: Study) -> None:
         ]
         cells = [f"{results[name][key]:.1f}" if name in results else "" for name in names]
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
-    lines += ["", "| pre-training | epochs | minutes as it ran | training loss | linear probe, 10,000 labels |"]
+    lines += ["", "| pre-training | epochs | minutes | training loss | linear probe, 10,000 labels |"]
     lines.append("|---" * 5 + "|")
     for variant, (epochs, _) in MASKED.items():
         done, probed = (results.get(f"masked/{variant}{suffix}") for suffix in ("", "/probe"))
-        title = VARIANTS.get(variant) or f"{float(variant[6:]):.0%} hidden"
+        title = VARIANTS.get(variant) or f"mask ratio {variant[6:]}"
         cells = [f"{done['minutes']:.0f}", f"{done['train_loss']:.4f}"] if done else ["", ""]
         cells.append(f"{probed['test_acc1']:.1f}" if probed else "")
         lines.append(f"| {title} | {epochs} | " + " | ".join(cells) + " |")
@@ -327,14 +334,14 @@ PARTS = {part.__name__: part for part in (pretrain, probe, knn, baselines, finet
 
 
 def main() -> None:
-    """Runs the parts that are named, or all."""
+    """Runs the given parts, or all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)} (default: all)")
     parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="folder of the runs")
     parser.add_argument("--data", type=Path, metavar="DIR", help="folder with FashionMNIST/raw (default: WORK/data)")
     args = parser.parse_args()
     if unknown := [part for part in args.parts if part not in PARTS]:
-        parser.error(f"there is no part {unknown[0]}; they are {', '.join(PARTS)}")
+        parser.error(f"there is no part {unknown[0]}; the parts are {', '.join(PARTS)}")
     work = args.work.resolve()
     data = (args.data or work / "data").resolve()
     prepare(data)

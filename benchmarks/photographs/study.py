@@ -1,11 +1,11 @@
-"""Painting three quarters of a photograph that was not trained on: a ViT-Ti/16 at 224 pixels, and two simpler ways.
+"""Reconstruction of a held-out photograph with 75 % of its patches masked: a ViT-Ti/16 at 224 pixels and two baselines.
 
     python benchmarks/photographs/study.py --work runs/photographs         # 45 minutes on two CPU cores
 
-Trains on random crops of photographs of scikit-image and scikit-learn, all but one, then hides 75 % of the patches of
-the one held out. results.json, table.md and picture.png beside this file tell how well hidden pixels are painted
-(PSNR, dB), beside the mean colour of the visible ones and beside scikit-image's biharmonic inpainting. A run that was
-stopped goes on where it was.
+The script pre-trains on random crops of photographs of scikit-image and scikit-learn, and reconstructs a photograph
+that is held out. It writes results.json, table.md and picture.png beside this file: the PSNR of the masked pixels in
+dB, compared with the mean colour of the visible pixels and with scikit-image's biharmonic inpainting. The same command
+resumes an interrupted run.
 """
 
 import argparse
@@ -40,19 +40,19 @@ PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "hubble_deep_field.jpg", "ihc.png
 HELD_OUT = "coffee.png"
 CROPS = 64  # of each photograph in an epoch
 EPOCHS = 50
-WINDOWS = 4  # of the photograph held out, 224 pixels each
+WINDOWS = 4  # crops of the held-out photograph, of 224 x 224 pixels each
 
 
 def find(name: str) -> Path:
-    """A photograph of scikit-image's or scikit-learn's wheel."""
+    """Returns the path of a photograph in the package of scikit-image or scikit-learn."""
     folders = Path(skimage.data.__file__).parent, Path(sklearn.datasets.__file__).parent / "images"
     return next(folder / name for folder in folders if (folder / name).exists())
 
 
 def train(work: Path) -> Path:
-    """Pre-trains, or goes on; returns the last checkpoint."""
+    """Pre-trains, or resumes; returns the last checkpoint."""
     work.mkdir(parents=True, exist_ok=True)
-    crops = work / "train.txt"  # each photograph many times: every time another crop
+    crops = work / "train.txt"  # each photograph many times, with a different crop each time
     crops.write_text("".join(f"{find(name)}\n" * CROPS for name in PHOTOGRAPHS))
     out = work / "pretrain"
     command = [
@@ -67,7 +67,7 @@ def train(work: Path) -> Path:
 
 
 def windows() -> torch.Tensor:
-    """Parts of the photograph held out, scaled to 320 pixels of height: uint8 (WINDOWS, 3, 224, 224)."""
+    """Crops of the held-out photograph at a height of 320 pixels: uint8 (WINDOWS, 3, 224, 224)."""
     picture = Image.open(find(HELD_OUT)).convert("RGB")
     picture = picture.resize((round(320 * picture.width / picture.height), 320), Image.Resampling.BICUBIC)
     lefts = np.linspace(0, picture.width - 224, WINDOWS, dtype=int).tolist()
@@ -75,12 +75,12 @@ def windows() -> torch.Tensor:
 
 
 def psnr(result: np.ndarray, original: np.ndarray, masked: np.ndarray) -> float:
-    """Peak signal to noise of hidden pixels, dB; pictures (n, H, W, c) in 0 to 1, hidden (n, H, W)."""
+    """Peak signal-to-noise ratio of the masked pixels in dB; pictures (n, H, W, c) in 0 to 1, masked (n, H, W)."""
     return float(-10 * np.log10(((result - original) ** 2)[masked].mean()))
 
 
 def main(args: argparse.Namespace) -> None:
-    """Trains, paints, compares."""
+    """Pre-trains, reconstructs, and writes the comparison."""
     model: Any = get_model(train(args.work.resolve()))
     images = windows()
     noise = torch.rand(WINDOWS, model.num_patches, generator=torch.Generator().manual_seed(0))
@@ -93,7 +93,7 @@ def main(args: argparse.Namespace) -> None:
     mean = np.where(masked[..., None], 0, original)
     for number in range(WINDOWS):
         mean[number][masked[number]] = original[number][~masked[number]].mean(axis=0)
-    print("biharmonic inpainting, about a minute each", flush=True)
+    print(f"biharmonic inpainting of {WINDOWS} crops, about a minute each", flush=True)
     smooth = np.stack(
         [
             inpaint_biharmonic(np.where(h[..., None], 0, o), h, channel_axis=-1)
@@ -104,7 +104,7 @@ def main(args: argparse.Namespace) -> None:
     results = {name: psnr(picture, original, masked) for name, picture in ways.items()}
     record = {"psnr": results, "held_out": HELD_OUT, "epochs": EPOCHS}
     atomic.write_text(HERE / "results.json", json.dumps(record, indent=1) + "\n")
-    lines = ["| hidden pixels painted by | PSNR, dB |", "|---|---|"]
+    lines = ["| reconstruction | PSNR, dB |", "|---|---|"]
     lines += [f"| {name} | {value:.2f} |" for name, value in results.items()]
     atomic.write_text(HERE / "table.md", "\n".join(lines) + "\n")
     print(*lines, sep="\n")
