@@ -37,72 +37,73 @@ class Published(NamedTuple):
     licence: str = "CC-BY-NC 4.0"
 
 
-def _meta() -> dict[str, Published]:
-    table = {}
-    for size, patch, top1, encoder, classifier in (
-        ("base", 16, 83.664, "8cad7c", "1b25e9"),
-        ("large", 16, 85.952, "b8b06e", "51f550"),
-        ("huge", 14, 86.928, "9bdbb0", "2541f2"),
-    ):
-        mae, vit = f"mae_vit_{size}_patch{patch}", f"vit_{size}_patch{patch}"
-        pretrain, finetuned = f"mae_pretrain_vit_{size}", f"mae_finetuned_vit_{size}"
-        table[pretrain] = Published(mae, ENCODER, 1600, top1, f"{META}/pretrain/{pretrain}.pth", f"md5:{encoder}")
-        table[f"{pretrain}_full"] = Published(mae, FULL, 1600, top1, f"{META}/pretrain/{pretrain}_full.pth")
-        table[finetuned] = Published(
-            vit, CLASSIFIER, 1600, top1, f"{META}/finetune/{finetuned}.pth", f"md5:{classifier}"
-        )
-    for name in ("mae_visualize_vit_large", "mae_visualize_vit_large_ganloss"):
-        url = f"{META}/visualize/{name}.pth"
-        table[name] = Published("mae_vit_large_patch16", FULL, None, None, url, norm_pix_loss=False)
-    return table
+def _mm(model: str, kind: str, epochs: int, top1: float, file: str | None = None, input_size: int = 224) -> Published:
+    """A row of mmpretrain. Its file, if there is one, lies in the folder of its pre-training."""
+    size = model.split("_")[-2]
+    url = f"{MM}/mae_vit-{size}-p16_8xb512-fp16-coslr-{epochs}e_in1k/{file}.pth" if file else None
+    digest = f"sha256:{file[-8:]}" if file else None
+    return Published(model, kind, epochs, top1, url, digest, input_size, licence="Apache-2.0")
 
 
-def _mmpretrain() -> dict[str, Published]:
-    """All 24 names; their sizes, epochs, results and files."""
-    tuned = {("base", 300): 83.1, ("base", 400): 83.3, ("base", 800): 83.3, ("base", 1600): 83.5,
-             ("large", 400): 85.2, ("large", 800): 85.4, ("large", 1600): 85.7, ("huge", 1600): 86.9}  # fmt: skip
-    probed = {("base", 300): 60.8, ("base", 400): 62.5, ("base", 800): 65.1, ("base", 1600): 67.1,
-              ("large", 400): 70.7, ("large", 800): 73.7, ("large", 1600): 75.5}  # fmt: skip
-    files = {  # the file's name varies in the place of "fp16"
-        ("base", 300): "mae_vit-base-p16_8xb512-coslr-300e-fp16_in1k_20220829-c2cf66ba",
-        ("base", 400): "mae_vit-base-p16_8xb512-coslr-400e-fp16_in1k_20220825-bc79e40b",
-        ("base", 800): "mae_vit-base-p16_8xb512-coslr-800e-fp16_in1k_20220825-5d81fbc4",
-        ("base", 1600): "mae_vit-base-p16_8xb512-fp16-coslr-1600e_in1k_20220825-f7569ca2",
-        ("large", 400): "mae_vit-large-p16_8xb512-fp16-coslr-400e_in1k_20220825-b11d0425",
-        ("large", 800): "mae_vit-large-p16_8xb512-fp16-coslr-800e_in1k_20220825-df72726a",
-        ("large", 1600): "mae_vit-large-p16_8xb512-fp16-coslr-1600e_in1k_20220825-cc7e98c9",
-        ("huge", 1600): "mae_vit-huge-p16_8xb512-fp16-coslr-1600e_in1k_20220916-ff848775",
-    }
-    tuned_files = {
-        (
-            "base",
-            1600,
-        ): "vit-base-p16_ft-8xb128-coslr-100e_in1k/vit-base-p16_ft-8xb128-coslr-100e_in1k_20220825-cf70aa21",
-        ("huge", 1600): "vit-huge-p16_ft-8xb128-coslr-50e_in1k/vit-huge-p16_ft-8xb128-coslr-50e_in1k_20220916-0bfc9bfd",
-    }
-    huge_448 = "vit-huge-p16_ft-32xb8-coslr-50e_in1k-448/vit-huge-p16_ft-32xb8-coslr-50e_in1k-448_20220916-95b6a0ce"
-
-    def row(model: str, kind: str, key: tuple[str, int], top1: float, file: str | None, size: int = 224) -> Published:
-        folder = f"{MM}/mae_vit-{key[0]}-p16_8xb512-fp16-coslr-{key[1]}e_in1k"
-        url, digest = (f"{folder}/{file}.pth", f"sha256:{file[-8:]}") if file else (None, None)
-        return Published(model, kind, key[1], top1, url, digest, size, licence="Apache-2.0")
-
-    table = {}
-    for key, top1 in tuned.items():
-        size, epochs = key
-        patch, length = (14 if size == "huge" else 16), (100 if size == "base" else 50)
-        mae, vit = f"mae_vit_{size}_patch{patch}", f"vit_{size}_patch{patch}"
-        table[f"mae_vit-{size}-p16_8xb512-amp-coslr-{epochs}e_in1k"] = row(mae, FULL, key, top1, files[key])
-        start = f"vit-{size}-p{patch}_mae-{epochs}e-pre"
-        table[f"{start}_8xb128-coslr-{length}e_in1k"] = row(vit, CLASSIFIER, key, top1, tuned_files.get(key))
-        if key in probed:
-            table[f"{start}_8xb2048-linear-coslr-90e_in1k"] = row(vit, CLASSIFIER, key, probed[key], None)
-        else:
-            table[f"{start}_32xb8-coslr-50e_in1k-448px"] = row(vit, CLASSIFIER, key, 87.3, huge_448, 448)
-    return table
-
-
-TABLE = _meta() | _mmpretrain()
+TABLE = {
+    "mae_pretrain_vit_base": Published("mae_vit_base_patch16", ENCODER, 1600, 83.664,
+        f"{META}/pretrain/mae_pretrain_vit_base.pth", "md5:8cad7c"),
+    "mae_pretrain_vit_base_full": Published("mae_vit_base_patch16", FULL, 1600, 83.664,
+        f"{META}/pretrain/mae_pretrain_vit_base_full.pth"),
+    "mae_finetuned_vit_base": Published("vit_base_patch16", CLASSIFIER, 1600, 83.664,
+        f"{META}/finetune/mae_finetuned_vit_base.pth", "md5:1b25e9"),
+    "mae_pretrain_vit_large": Published("mae_vit_large_patch16", ENCODER, 1600, 85.952,
+        f"{META}/pretrain/mae_pretrain_vit_large.pth", "md5:b8b06e"),
+    "mae_pretrain_vit_large_full": Published("mae_vit_large_patch16", FULL, 1600, 85.952,
+        f"{META}/pretrain/mae_pretrain_vit_large_full.pth"),
+    "mae_finetuned_vit_large": Published("vit_large_patch16", CLASSIFIER, 1600, 85.952,
+        f"{META}/finetune/mae_finetuned_vit_large.pth", "md5:51f550"),
+    "mae_pretrain_vit_huge": Published("mae_vit_huge_patch14", ENCODER, 1600, 86.928,
+        f"{META}/pretrain/mae_pretrain_vit_huge.pth", "md5:9bdbb0"),
+    "mae_pretrain_vit_huge_full": Published("mae_vit_huge_patch14", FULL, 1600, 86.928,
+        f"{META}/pretrain/mae_pretrain_vit_huge_full.pth"),
+    "mae_finetuned_vit_huge": Published("vit_huge_patch14", CLASSIFIER, 1600, 86.928,
+        f"{META}/finetune/mae_finetuned_vit_huge.pth", "md5:2541f2"),
+    "mae_visualize_vit_large": Published("mae_vit_large_patch16", FULL, None, None,
+        f"{META}/visualize/mae_visualize_vit_large.pth", norm_pix_loss=False),
+    "mae_visualize_vit_large_ganloss": Published("mae_vit_large_patch16", FULL, None, None,
+        f"{META}/visualize/mae_visualize_vit_large_ganloss.pth", norm_pix_loss=False),
+    "mae_vit-base-p16_8xb512-amp-coslr-300e_in1k": _mm("mae_vit_base_patch16", FULL, 300, 83.1,
+        "mae_vit-base-p16_8xb512-coslr-300e-fp16_in1k_20220829-c2cf66ba"),
+    "vit-base-p16_mae-300e-pre_8xb128-coslr-100e_in1k": _mm("vit_base_patch16", CLASSIFIER, 300, 83.1),
+    "vit-base-p16_mae-300e-pre_8xb2048-linear-coslr-90e_in1k": _mm("vit_base_patch16", CLASSIFIER, 300, 60.8),
+    "mae_vit-base-p16_8xb512-amp-coslr-400e_in1k": _mm("mae_vit_base_patch16", FULL, 400, 83.3,
+        "mae_vit-base-p16_8xb512-coslr-400e-fp16_in1k_20220825-bc79e40b"),
+    "vit-base-p16_mae-400e-pre_8xb128-coslr-100e_in1k": _mm("vit_base_patch16", CLASSIFIER, 400, 83.3),
+    "vit-base-p16_mae-400e-pre_8xb2048-linear-coslr-90e_in1k": _mm("vit_base_patch16", CLASSIFIER, 400, 62.5),
+    "mae_vit-base-p16_8xb512-amp-coslr-800e_in1k": _mm("mae_vit_base_patch16", FULL, 800, 83.3,
+        "mae_vit-base-p16_8xb512-coslr-800e-fp16_in1k_20220825-5d81fbc4"),
+    "vit-base-p16_mae-800e-pre_8xb128-coslr-100e_in1k": _mm("vit_base_patch16", CLASSIFIER, 800, 83.3),
+    "vit-base-p16_mae-800e-pre_8xb2048-linear-coslr-90e_in1k": _mm("vit_base_patch16", CLASSIFIER, 800, 65.1),
+    "mae_vit-base-p16_8xb512-amp-coslr-1600e_in1k": _mm("mae_vit_base_patch16", FULL, 1600, 83.5,
+        "mae_vit-base-p16_8xb512-fp16-coslr-1600e_in1k_20220825-f7569ca2"),
+    "vit-base-p16_mae-1600e-pre_8xb128-coslr-100e_in1k": _mm("vit_base_patch16", CLASSIFIER, 1600, 83.5,
+        "vit-base-p16_ft-8xb128-coslr-100e_in1k/vit-base-p16_ft-8xb128-coslr-100e_in1k_20220825-cf70aa21"),
+    "vit-base-p16_mae-1600e-pre_8xb2048-linear-coslr-90e_in1k": _mm("vit_base_patch16", CLASSIFIER, 1600, 67.1),
+    "mae_vit-large-p16_8xb512-amp-coslr-400e_in1k": _mm("mae_vit_large_patch16", FULL, 400, 85.2,
+        "mae_vit-large-p16_8xb512-fp16-coslr-400e_in1k_20220825-b11d0425"),
+    "vit-large-p16_mae-400e-pre_8xb128-coslr-50e_in1k": _mm("vit_large_patch16", CLASSIFIER, 400, 85.2),
+    "vit-large-p16_mae-400e-pre_8xb2048-linear-coslr-90e_in1k": _mm("vit_large_patch16", CLASSIFIER, 400, 70.7),
+    "mae_vit-large-p16_8xb512-amp-coslr-800e_in1k": _mm("mae_vit_large_patch16", FULL, 800, 85.4,
+        "mae_vit-large-p16_8xb512-fp16-coslr-800e_in1k_20220825-df72726a"),
+    "vit-large-p16_mae-800e-pre_8xb128-coslr-50e_in1k": _mm("vit_large_patch16", CLASSIFIER, 800, 85.4),
+    "vit-large-p16_mae-800e-pre_8xb2048-linear-coslr-90e_in1k": _mm("vit_large_patch16", CLASSIFIER, 800, 73.7),
+    "mae_vit-large-p16_8xb512-amp-coslr-1600e_in1k": _mm("mae_vit_large_patch16", FULL, 1600, 85.7,
+        "mae_vit-large-p16_8xb512-fp16-coslr-1600e_in1k_20220825-cc7e98c9"),
+    "vit-large-p16_mae-1600e-pre_8xb128-coslr-50e_in1k": _mm("vit_large_patch16", CLASSIFIER, 1600, 85.7),
+    "vit-large-p16_mae-1600e-pre_8xb2048-linear-coslr-90e_in1k": _mm("vit_large_patch16", CLASSIFIER, 1600, 75.5),
+    "mae_vit-huge-p16_8xb512-amp-coslr-1600e_in1k": _mm("mae_vit_huge_patch14", FULL, 1600, 86.9,
+        "mae_vit-huge-p16_8xb512-fp16-coslr-1600e_in1k_20220916-ff848775"),
+    "vit-huge-p14_mae-1600e-pre_8xb128-coslr-50e_in1k": _mm("vit_huge_patch14", CLASSIFIER, 1600, 86.9,
+        "vit-huge-p16_ft-8xb128-coslr-50e_in1k/vit-huge-p16_ft-8xb128-coslr-50e_in1k_20220916-0bfc9bfd"),
+    "vit-huge-p14_mae-1600e-pre_32xb8-coslr-50e_in1k-448px": _mm("vit_huge_patch14", CLASSIFIER, 1600, 87.3,
+        "vit-huge-p16_ft-32xb8-coslr-50e_in1k-448/vit-huge-p16_ft-32xb8-coslr-50e_in1k-448_20220916-95b6a0ce", 448),
+}  # fmt: skip
 
 
 def find(name: str) -> Published:
