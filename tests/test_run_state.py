@@ -22,16 +22,6 @@ def test_progress_counts_images():
     assert (foreign.epoch, foreign.first_iteration) == (20, 0)
 
 
-def test_the_position_of_an_earlier_version():
-    """It used the images of the last, partial update, and summed over batches: 7 of 4 images, groups of 3."""
-    meters = {"loss": 14.0, "lr": 0.7, "batches": 7, "skipped_steps": 0}
-    saved = {"epoch": 4, "images_done": 28, "effective_batch_size": 12, "meters": meters, "num_images": 28}
-    progress = Progress(effective_batch_size=12, global_batch_size=6, num_images=28)
-    progress.restore({"epoch": 3, "progress": saved})
-    assert (progress.epoch, progress.first_iteration) == (4, 4)
-    assert progress.meters == pytest.approx({"loss": 4.0, "lr": 0.2, "updates": 2, "skipped_steps": 0})
-
-
 def test_another_architecture_is_named(mini_mae):
     from models_mae import mae_vit_mini_patch4
 

@@ -84,8 +84,6 @@ class Progress:
                 f"{self._split_of(saved['effective_batch_size'])}"
             )
         num_images, images_done = saved.get("num_images"), saved["images_done"]
-        if num_images:  # epochs of earlier versions contain a last, partial update
-            images_done = min(images_done, num_images - num_images % self.effective_batch_size)
         if images_done % self.effective_batch_size:
             raise CheckpointError(
                 f"the checkpoint is {images_done} images into its epoch, within an update of "
@@ -101,7 +99,7 @@ class Progress:
         self.best_accuracy = saved.get("best_accuracy", -1.0)
         self.epoch = saved["epoch"]
         self.first_iteration = images_done // self.global_batch_size
-        self.meters = _sums_over_updates(saved["meters"], images_done // self.effective_batch_size)
+        self.meters = saved["meters"]
 
     def _split_of(self, effective_batch_size: int) -> str:
         """Flags for an effective batch size with the same number of processes and no larger batches."""
@@ -111,18 +109,6 @@ class Progress:
         largest = min(per_process, self.global_batch_size // dist.world_size())
         batch_size = next(size for size in range(largest, 0, -1) if per_process % size == 0)
         return f"--batch_size {batch_size} --accum_iter {per_process // batch_size}"
-
-
-def _sums_over_updates(meters: dict[str, Any], updates: int) -> dict[str, Any]:
-    """The sums of `run_log.Meters`; earlier versions added up batches instead of updates."""
-    if "batches" not in meters:
-        return meters
-    updates -= meters["skipped_steps"]
-    scale = updates / meters["batches"] if meters["batches"] else 0.0
-    return {
-        "loss": scale * meters["loss"], "lr": scale * meters["lr"], "updates": updates,
-        "skipped_steps": meters["skipped_steps"],
-    }  # fmt: skip
 
 
 def collect(

@@ -277,28 +277,20 @@ def fill(state: dict[str, Any], model: nn.Module, optimizer: Optimizer) -> dict[
 
     Returns:
         The state with `model` and `optimizer`, sharded as the weights of the model. The parameters of the optimizer
-        have the numbers of this run. Folders of earlier versions contain numbers, which stay.
+        have the numbers of this run.
 
     Raises:
         CheckpointError: the tensors can't be read.
     """
-    groups = optimizer_state(model, optimizer)["param_groups"]
-    if any(isinstance(key, str) for key in _keys(state)):
-        state = {**state, "optimizer": {"param_groups": groups}}
+    state = {**state, "optimizer": {"param_groups": optimizer_state(model, optimizer)["param_groups"]}}
     ours: dict[str, Tensor] = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    ours |= {f"optimizer.{key}": parameter for key, parameter in zip(_keys(state), parameters, strict=False)}
+    ours |= {f"optimizer.{name}": parameter for name, parameter in model.named_parameters()}
 
     def room(name: str, size: torch.Size) -> Tensor:
         like = ours.get(name, ours.get(name.rpartition(".")[0]))
         return torch.zeros(size) if like is None or like.shape != size else torch.zeros_like(like)
 
     return _load(state, {name: room(name, size) for name, size in _sizes(state).items()}, together=True)
-
-
-def _keys(state: dict[str, Any]) -> list[str | int]:
-    """The keys of the parameters of an optimizer in a folder, in the order of their numbers in a plain checkpoint."""
-    return [key for group in state["optimizer"]["param_groups"] for key in group["params"]]
 
 
 def _load(state: dict[str, Any], tensors: dict[str, Tensor], together: bool) -> dict[str, Any]:
@@ -308,7 +300,9 @@ def _load(state: dict[str, Any], tensors: dict[str, Tensor], together: bool) -> 
             dcp.load(tensors, storage_reader=_Reader(state["folder"]), no_dist=not together)
         except dcp.CheckpointException as error:  # PyTorch raises it in all processes
             raise CheckpointError(f"{state['folder']} can't be read: {_reason(error)}") from error
-    number = {str(key): number for number, key in enumerate(_keys(state))}
+    groups = state["optimizer"]["param_groups"]
+    names = [str(name) for group in groups for name in group["params"]]
+    number = {name: number for number, name in enumerate(names)}  # a plain checkpoint numbers the parameters
     model, moments = {}, dict[int, dict[str, Tensor]]()
     for name, tensor in tensors.items():
         kind, _, rest = name.partition(".")
@@ -317,10 +311,7 @@ def _load(state: dict[str, Any], tensors: dict[str, Tensor], together: bool) -> 
             model[rest] = tensor
         elif key in number:  # others are of another architecture: `run_state.restore_model` raises an error
             moments.setdefault(number[key], {})[moment] = tensor
-    groups = [
-        {**group, "params": [number[str(key)] for key in group["params"]]}
-        for group in state["optimizer"]["param_groups"]
-    ]
+    groups = [{**group, "params": [number[str(name)] for name in group["params"]]} for group in groups]
     complete = {"model": model, **state, "optimizer": {"state": dict(sorted(moments.items())), "param_groups": groups}}
     return {name: value for name, value in complete.items() if name not in ("folder", "files", "tensors")}
 
