@@ -1,12 +1,11 @@
-"""Robustness: what a classifier of ImageNet scores on ImageNet-A, -R, -Sketch, -V2, -C, and under the labels of ReaL.
+"""Robustness: evaluates an ImageNet classifier on ImageNet-A, -R, -Sketch, -V2 and -C, and with the labels of ReaL.
 
     python main_robustness.py --suite imagenet-a --data_path imagenet-a --model mae_finetuned_vit_base \\
         --output_dir runs/robustness
     torchrun --nproc_per_node 8 main_robustness.py --suite imagenet-c --data_path ImageNet-C \\
         --model runs/base_finetuned/checkpoint-99.pth --output_dir runs/robustness
 
-Where to get the images, and the results of the paper, see RESULTS.md. The same command continues an interrupted
-suite.
+RESULTS.md has the sources of the images and the results of the paper. The same command resumes an interrupted suite.
 """
 
 import argparse
@@ -15,7 +14,7 @@ import time
 from argparse import Namespace
 from pathlib import Path
 
-from util.cli import entry_point  # first, as it names the packages that are missing
+from util.cli import entry_point  # first: it names missing packages
 
 # isort: split
 import numpy as np
@@ -36,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """All flags."""
+    """The flags of the script."""
     parser = entry_point.parser("Robustness of an ImageNet classifier (He et al. 2021, appendix B).")
     group = parser.add_argument_group("suite")
     group.add_argument(
@@ -71,7 +70,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def main(args: Namespace) -> str:
-    """Evaluates every cell that is not done; prints, writes and returns the table."""
+    """Evaluates the cells without scores; prints, writes and returns the table."""
     device = dist.init(args.device, args.dist_url, args.dist_timeout, args.dist_backend)
     run_log.start_logging()
     precision = Precision(args.amp, device)
@@ -88,11 +87,11 @@ def main(args: Namespace) -> str:
     for number, name in enumerate(suite.cells, start=1):
         cell, started = robustness.open_cell(suite, name, args.subset), time.perf_counter()
         place = f", {number} of {len(suite.cells)}" if len(suite.cells) > 1 else ""
-        if dist.gather(results.has(name, len(cell.source)))[0]:  # all do what the first does
-            logger.info(f"{name}: in {results.path} already{place}")
+        if dist.gather(results.has(name, len(cell.source)))[0]:  # rank 0 decides for all processes
+            logger.info(f"{name}: scores reused from {results.path}{place}")
             continue
         if dist.is_main() and not args.subset and len(cell.source) != robustness.IMAGES[args.suite]:
-            logger.warning(f"{name}: {len(cell.source):,} images, and {robustness.IMAGES[args.suite]:,} were published")
+            logger.warning(f"{name}: {len(cell.source):,} images, but {robustness.IMAGES[args.suite]:,} were published")
         samples = Samples(cell.source, classifier.transform, in_chans=3, seed=0)
         batches = loader.eval_loader(samples, args.batch_size, args.num_workers, device.type == "cuda")
         progress = tqdm(batches, desc=name, unit="batch", leave=False, disable=None if dist.is_main() else True)
@@ -106,21 +105,21 @@ def main(args: Namespace) -> str:
     table = ""
     if dist.is_main():
         cells = {name: results.cells[name] for name in suite.cells}
-        part = f", a subset of {args.subset} images a cell" if args.subset else ""
+        part = f", a subset of {args.subset} images per cell" if args.subset else ""
         table = robustness_report.write(out, args.suite, cells, f"{args.suite}, {args.model}{part}")
         logger.info(f"\n{table}\ntable and picture: {out}.md, {out}.csv, {out}.png")
     return table
 
 
 def score(evaluation: Evaluation, cell: robustness.Cell) -> robustness_report.Scores:
-    """Per cent of a cell's images that are answered right.
+    """The accuracy on a cell in per cent.
 
-    If an image has several correct labels, any of them counts, and there is no top-5 accuracy.
+    If images have several correct labels, any of them counts, and there is no top-5 accuracy.
     """
     images = len(evaluation.labels)
     if cell.answers is not None:
-        right = [answer in answers for answer, answers in zip(evaluation.predictions, cell.answers, strict=True)]
-        return {"images": images, "acc1": 100 * float(np.mean(right))}
+        correct = [answer in answers for answer, answers in zip(evaluation.predictions, cell.answers, strict=True)]
+        return {"images": images, "acc1": 100 * float(np.mean(correct))}
     assert evaluation.acc_top is not None, "there are more than five classes"
     return {"images": images, "acc1": evaluation.acc1, "acc5": evaluation.acc_top}
 

@@ -300,7 +300,7 @@ BAD = {
     "colour for 5 channels": (saved(RGB, "PNG"), 5, "it has 3 channels, and in_chans is 5"),
     "grey for 2 channels": (saved(GREY, "PNG"), 2, "it has 1 channel, and in_chans is 2"),
     "13 channels for colour": (tiff(DEEP, planarconfig="contig"), 3, "it has 13 channels, and in_chans is 3"),
-    "an array for colour": (npy(DEEP), 3, r"shape \(5, 6, 13\) has no 3 channels"),
+    "an array for colour": (npy(DEEP), 3, r"shape \(5, 6, 13\) does not have 3 channels"),
     "a great many channels for colour": (
         tiff(np.zeros((9, 9, 100), dtype=np.uint16), planarconfig="contig"),
         3,
@@ -309,14 +309,14 @@ BAD = {
     "too many channels": (
         npy(np.zeros((1, 1, 1), dtype=np.uint8)).replace(b"(1, 1, 1)", b"(9000, 9000, 9)"),
         9,
-        "too much to decode",
+        "exceed the limit of",
     ),
     "CMYK for 4 channels": (magick("cmyk.tif"), 4, "it has 3 channels, and in_chans is 4"),
     "signed bytes": (tiff(np.ones((4, 4), dtype=np.int8)), 1, "range of its int8 pixels is unknown"),
     "float colour with alpha to 255": (
         tiff(np.full((4, 4, 4), 200, dtype=np.float32), "rgb", extrasamples=["unassalpha"]),
         3,
-        "not in 0 to 1",
+        "not in the range 0 to 1",
     ),
     "not a number": (npy(np.full((4, 4), np.nan)), 1, "not finite"),
     "integers without a range": (npy(np.ones((4, 4), dtype=np.int64)), 1, "range of its int64 pixels is unknown"),
@@ -340,7 +340,7 @@ def test_a_missing_codec_is_named(monkeypatch):
         raise ValueError("<COMPRESSION.LZW: 5> requires the 'imagecodecs' package")
 
     monkeypatch.setattr(tifffile.TiffPage, "asarray", without)
-    with pytest.raises(BadImage, match=r'needs the package imagecodecs: pip install "\.\[tiff\]"'):
+    with pytest.raises(BadImage, match=r'requires the package imagecodecs: pip install "\.\[tiff\]"'):
         decode(magick("deep_lzw.tif"), 3)
 
 

@@ -228,7 +228,7 @@ def test_wrong_images(tmp_path, classifier):
     Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
     with pytest.raises(BadImage, match=r"bomb\.png: too large to decode"):
         classifier.predict(tmp_path / "bomb.png")
-    with pytest.raises(BadImage, match="has no 3 channels, neither last nor first"):
+    with pytest.raises(BadImage, match="does not have 3 channels on its last or first axis"):
         classifier.predict(np.zeros((8, 8, 5), dtype=np.uint8))
 
 

@@ -277,7 +277,7 @@ def test_labels_and_noise_go_with_the_image(shards):
 def test_a_bad_image_of_a_stream_is_named(shards, caplog):
     seen(batches_of(shards), 0)
     assert "set-001.tar: 017: the file is empty; another image takes its place" in caplog.text
-    assert "1 of this epoch's images (40 since it began or was resumed) can't be read" in caplog.text
+    assert "1 of 40 images since the start or resume of this epoch can't be read" in caplog.text
     with pytest.raises(BadImage, match=r"set-001.tar: 017: the file is empty \(--on_bad_image skip"):
         seen(batches_of(shards, on_bad_image="error"), 0)
 

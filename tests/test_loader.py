@@ -216,12 +216,12 @@ def test_skipped_images_are_named_once_and_counted(half_bad, caplog, workers):
     assert len(first) == 40
     named = [r.message.partition(":")[0].rpartition("/")[2] for r in caplog.records if "takes its place" in r.message]
     assert sorted(named) == ["07.png", "11.png", "30.png"]
-    assert "3 of this epoch's images (40 since it began or was resumed) can't be read" in caplog.text
+    assert "3 of 40 images since the start or resume of this epoch can't be read" in caplog.text
     assert batches.counts() == {"bad_images": 3}
     caplog.clear()
     second = epoch_of(batches, 1)
     assert "takes its place" not in caplog.text
-    assert "3 of this epoch's images" in caplog.text
+    assert "3 of 40 images since the start" in caplog.text
     assert not torch.equal(first, second)
 
 
@@ -321,4 +321,4 @@ def test_fewer_cores_than_workers_are_noticed_once_and_not_of_the_default(caplog
     assert [loader.up_to_cores(workers) for workers in (0, 2, 10)] == [0, 2, 2]
     assert caplog.messages == []
     assert [loader.up_to_cores(77), loader.up_to_cores(77)] == [2, 2]
-    assert caplog.messages == ["--num_workers 77: this process has 2 processor cores, and uses 2 workers"]
+    assert caplog.messages == ["--num_workers 77: this process has 2 CPU cores and uses 2 worker processes"]

@@ -67,7 +67,10 @@ def test_imagenet_sketch_among_all_classes(tmp_path):
     class_folders(tmp_path / "data", robustness.synsets(), "sketch_0.JPEG", wrong_in_ten(3))
     table = run("imagenet-sketch", tmp_path / "data", tmp_path)
     assert "| imagenet-sketch | 1000 | 70.000 | 70.000 |" in table
-    assert "top-1 accuracy: ViT-B/16 34.5, ViT-L/16 45.3, ViT-H/14 49.6, ViT-H/14, 448 50.9." in table
+    assert (
+        "top-1 accuracy of the paper's models: ViT-B/16 34.5, ViT-L/16 45.3, ViT-H/14 49.6, ViT-H/14, 448 50.9."
+        in table
+    )
     assert Image.open(tmp_path / "imagenet-sketch.png").width > 300
 
 
@@ -128,9 +131,9 @@ def test_it_goes_on_where_it_was_stopped(corrupted, tmp_path, monkeypatch, capsy
     capsys.readouterr()
     assert run("imagenet-c", corrupted, tmp_path / "out", subset=20) == whole
     assert len(evaluated) == 75
-    assert capsys.readouterr().out.count("imagenet-c.json already") == 40
+    assert capsys.readouterr().out.count("scores reused from") == 40
     for change, told in (("subset", "20 and is 1"), ("crop_pct", "1.0 and is 0.5")):
-        with pytest.raises(ValueError, match=rf"another run \({change} was {told}\): give another --output_dir"):
+        with pytest.raises(ValueError, match=rf"another run \({change} was {told}\); give another --output_dir"):
             run("imagenet-c", corrupted, tmp_path / "out", **({"subset": 20} | {change: told.split()[-1]}))
     for damage in ("{", '{"settings": [1], "cells": {}}'):
         (tmp_path / "out" / "imagenet-c.json").write_text(damage)
@@ -142,9 +145,9 @@ def test_a_folder_that_is_completed_is_evaluated_anew(tmp_path, capsys):
     data = class_folders(tmp_path / "a", robustness.subset("imagenet-a"), "a.jpg", wrong_in_ten(0))
     told = run("imagenet-a", data, tmp_path / "out")
     assert "timm:reads_colours: 200 images of the 7,500 published" in told
-    assert "imagenet-a: 200 images, and 7,500 were published" in capsys.readouterr().out
+    assert "imagenet-a: 200 images, but 7,500 were published" in capsys.readouterr().out
     class_folders(data, robustness.subset("imagenet-a"), "b.jpg", lambda label: label + 10)
-    for expected in ("Acc@1 5", "already"):
+    for expected in ("Acc@1 5", "scores reused from"):
         run("imagenet-a", data, tmp_path / "out")
         assert expected in capsys.readouterr().out
     assert scores(tmp_path / "out", "imagenet-a")["imagenet-a"]["images"] == 400

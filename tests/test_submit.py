@@ -132,14 +132,17 @@ def test_a_job_that_is_not_requeued(run, monkeypatch, setting):
         (["--slurm", "array=0-2"], "--slurm: array cannot be set: a job is one run; submit a job for each run"),
         (["--slurm", "use_srun=false"], "--slurm: use_srun cannot be set: srun starts the processes of each job"),
         (["--slurm", "signal_delay_s=soon"], "--slurm: signal_delay_s must be a number, got soon"),
-        (["--slurm", "partition=a", "--partition", "b"], "another flag sets partition=b; give one of the two"),
-        (["--after", "7", "--cluster", "debug"], "--after 7 waits for a job of Slurm, and --cluster debug starts at"),
-        (["--after", "yesterday"], "--after: must be the number of a job"),
+        (["--slurm", "partition=a", "--partition", "b"], "another flag sets partition=b; give only one of them"),
+        (
+            ["--after", "7", "--cluster", "debug"],
+            "--after 7 requires --cluster slurm: --cluster debug starts the job at once",
+        ),
+        (["--after", "yesterday"], "--after: must be a job id"),
         (["--cluster", "moon"], "choose from"),
-        (["--cluster", "local"], "--nodes 2: --cluster local is this machine alone; give --nodes 1"),
+        (["--cluster", "local"], "--nodes 2: --cluster local uses one machine; give --nodes 1"),
         (["--nodes", "0"], "--nodes: must be at least 1"),
         (["--batch_size", "0"], "--batch_size: must be at least 1"),
-        ([], "there is no sbatch here: submit where Slurm is, or give --cluster local, or --dry_run"),
+        ([], "there is no sbatch on this machine; submit on a login node, or give --cluster local or --dry_run"),
     ],
 )
 def test_wrong_flags_are_told_at_once(run, flags, said):
@@ -196,7 +199,7 @@ def test_sbatch_refuses_once(run, monkeypatch, tmp_path, capsys):
     sbatch.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     said = run("--partition", "moon", "--shared_dir", tmp_path / "jobs", fails=True)
-    refusal = "sbatch refuses the job: invalid partition: moon; Batch job submission failed"
+    refusal = "sbatch rejects the job: invalid partition: moon; Batch job submission failed"
     assert said == f"submitit_pretrain.py: error: {refusal}" or said.endswith(f"error: {refusal}")
     assert said.count("moon") == 1
 

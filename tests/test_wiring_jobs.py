@@ -145,11 +145,11 @@ def test_a_stopped_job_says_how_to_resume(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         waiting.wait(finished(tmp_path, ValueError()), "local", log, "/out", None)
     assert stop.value.code == 130
-    assert "the same command with --resume auto --output_dir /out continues" in capsys.readouterr().out
+    assert "to resume, add --resume auto --output_dir /out to the command" in capsys.readouterr().out
 
 
 def test_a_job_that_never_started_names_the_one_before(tmp_path):
-    with pytest.raises(ValueError, match=r"job 42 has not started .*: job 41, which --after names, has not succeeded"):
+    with pytest.raises(ValueError, match=r"job 42 has not started .*: job 41 of --after has not succeeded"):
         waiting.wait(finished(tmp_path, ValueError()), "slurm", tmp_path / "log", "/out", "41")
 
 

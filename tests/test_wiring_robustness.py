@@ -80,7 +80,7 @@ def test_every_flag_reaches_its_place(run, tmp_path):
     assert found.evaluated[0]["precision"].dtype is torch.bfloat16
     assert found.joined == [{"device_name": "cpu", "dist_url": "tcp://x", "timeout": 9, "backend": "gloo"}]
     assert (found.results["settings"]["subset"], found.results["settings"]["amp"]) == (7, "bf16")
-    assert "a subset of 7 images a cell" in found.table
+    assert "a subset of 7 images per cell" in found.table
 
 
 def test_corrupted_images_are_evaluated_as_they_are(run, tmp_path, monkeypatch):

@@ -361,7 +361,7 @@ class Cases:
             sys.executable, "submitit_pretrain.py", *self.flags, "--device", "cpu", "--nodes", 2, "--ngpus", 1,
             "--shared_dir", self.work / "crash", "--after", number, "--wait",
         )  # fmt: skip
-        why = f"has not started (state CANCELLED): job {number}, which --after names, has not succeeded"
+        why = f"has not started (state CANCELLED): job {number} of --after has not succeeded"
         waited = after.returncode == 1 and re.sub(r" by \d+", "", after.stderr.strip()).endswith(why)
         if not waited:
             print(after.stdout, after.stderr, file=sys.stderr)

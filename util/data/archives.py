@@ -1,4 +1,4 @@
-"""The images of one tar or zip file, read in place: nothing is unpacked, and any member can be had at once."""
+"""The images of one tar or zip file, read in place with random access."""
 
 import logging
 import os
@@ -23,7 +23,7 @@ from util.files.untrusted import MAX_BYTES, printable
 logger = logging.getLogger(__name__)
 
 STORED, DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
-MAX_LINK = 4096  # characters of a link's target, Linux's own limit
+MAX_LINK = 4096  # characters of a link's target: the limit of Linux
 HEADERS = (
     tarfile.GNUTYPE_LONGNAME,
     tarfile.GNUTYPE_LONGLINK,
@@ -31,30 +31,30 @@ HEADERS = (
     tarfile.XGLTYPE,
     tarfile.SOLARIS_XHDTYPE,
 )
-MAX_HEADER = 1 << 20  # bytes of a tar's long names and attributes
-# In place of a member's method: why it can't be read.
+MAX_HEADER = 1 << 20  # bytes of long names and attributes in a tar file
+# Values of `method` for members that can't be read.
 ENCRYPTED, LOST = -1, -2
-PROBLEMS = {ENCRYPTED: "it is encrypted", LOST: "it is a link that leads out of the archive or nowhere"}
+PROBLEMS = {ENCRYPTED: "it is encrypted", LOST: "it is a link to a file that is not in the archive"}
 
 
 class Place(NamedTuple):
-    """Where a member is: in a tar its data, in a zip its header, which the data follow."""
+    """The position of a member: of its data in a tar file, of its header in a zip file."""
 
     start: int
-    size: int  # as stored
+    size: int  # bytes in the archive
     method: int = STORED
-    unpacked: int = 0  # bytes, of a zip's member
-    checksum: int = 0  # CRC-32, of a zip's member
+    unpacked: int = 0  # uncompressed bytes (zip)
+    checksum: int = 0  # CRC-32 (zip)
 
 
 class Archive:
-    """The images of one tar or zip file; its members are looked up once.
+    """The images of one tar or zip file. The list of members is read once.
 
-    They count as if the archive were unpacked: folders that contain everything are skipped, `split` is taken if it is
-    there, and the folders below are the classes. Without a split, all images are taken.
+    The layout is that of an unpacked dataset: enclosing folders are skipped, and the folders below `split` are the
+    classes. An archive without splits contributes all of its images.
 
     Raises:
-        ValueError: not an archive that can be read in place, damaged, or no image in it.
+        ValueError: the archive can't be read in place, is damaged, or contains no image.
     """
 
     def __init__(self, path: Path, split: str | None) -> None:
@@ -67,7 +67,7 @@ class Archive:
         self.names = Strings([name for name, _ in names])
         self.places = np.array([members[member] for _, member in names], dtype=np.int64)
         self.classes, self.labels = classes_of([name for name, _ in names])
-        self.file: tuple[int, int] | None = None  # process and descriptor
+        self.file: tuple[int, int] | None = None  # process id and file descriptor
         logger.info(f"{len(self):,} images in {path}, found in {time.perf_counter() - started:.1f} s")
 
     def __len__(self) -> int:
@@ -82,16 +82,16 @@ class Archive:
             os.close(file)
 
     def name(self, index: int) -> str:
-        """The archive's path and the member's."""
+        """The paths of the archive and of the member."""
         return printable(f"{self.path}: {self.names[index]}")
 
     def _member(self, place: Place) -> bytes:
-        """Reads at a place of the file that no other process moves."""
+        """Reads a member. Each process opens the file itself."""
         if self.file is None or self.file[0] != os.getpid():
             self.file = (os.getpid(), os.open(self.path, os.O_RDONLY))
         file = self.file[1]
         if place.method not in (STORED, DEFLATED):
-            other = f"it is compressed by method {place.method}, and deflate is the one that is read"
+            other = f"it is compressed with method {place.method}, and only deflate is supported"
             raise BadImage(f"{PROBLEMS.get(place.method, other)}; pack the files again")
         check_size(max(place.size, place.unpacked))
         if not self.is_zip:
@@ -104,16 +104,16 @@ class Archive:
         except zlib.error as error:
             raise BadImage(f"the archive is damaged here: {error}") from error
         if signature != b"PK\3\4" or zlib.crc32(data) != place.checksum:
-            raise BadImage("the archive is damaged here: the checksum does not fit")
+            raise BadImage("the archive is damaged here: the checksum does not match")
         return data
 
 
 class BoundedTarInfo(tarfile.TarInfo):
-    """A header that does not lead backwards, nor tarfile to read a name or attributes without bound."""
+    """A header with checked sizes: not negative, and limited for names and attributes, which tarfile reads at once."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "BoundedTarInfo":
-        """As tarfile's; raises ReadError where the sizes can't be."""
+        """Like the method of tarfile; raises ReadError for an impossible size."""
         header = super().frombuf(buf, encoding, errors)
         if header.size < 0 or (header.type in HEADERS and header.size > MAX_HEADER):
             raise tarfile.ReadError(f"a header states {header.size:,} bytes")
@@ -121,35 +121,38 @@ class BoundedTarInfo(tarfile.TarInfo):
 
 
 def check_size(size: int) -> None:
-    """Raises BadImage of an image's file that is too large to read: small archives could fill the memory."""
+    """Raises BadImage if an unpacked file is too large: a small archive could fill the memory."""
     if size > MAX_BYTES:
-        raise BadImage(f"it has {size:,} bytes when unpacked, more than the {MAX_BYTES:,} that are read")
+        raise BadImage(f"it has {size:,} bytes when unpacked, more than the limit of {MAX_BYTES:,}")
 
 
 def _read_at(file: int, start: int, size: int) -> bytes:
-    if start + size > os.fstat(file).st_size:  # before memory is taken for what isn't there
-        raise BadImage("the archive ends before its member does")
+    if start + size > os.fstat(file).st_size:  # checked before memory is allocated
+        raise BadImage("the archive ends within this member")
     data = os.pread(file, size, start)
     while len(data) < size and (more := os.pread(file, size - len(data), start + len(data))):
         data += more
     if len(data) < size:
-        raise BadImage("the archive ends before its member does")
+        raise BadImage("the archive ends within this member")
     return data
 
 
 def find_members(path: Path) -> tuple[bool, dict[str, Place]]:
-    """Whether a file is a zip (or else a tar) file, and name and place of every image in it.
+    """Lists the images of an archive.
+
+    Returns:
+        True for a zip file, False for a tar file; and the position of every image by its name.
 
     Raises:
-        ValueError: it is neither, damaged, or its members can't be read where they are.
+        ValueError: the file is neither a tar nor a zip file, is damaged, or can't be read in place.
     """
     try:
         archive = tarfile.open(path, "r:", tarinfo=BoundedTarInfo)  # noqa: SIM115  # first: a tar file may end in a zip file
     except tarfile.TarError:
         if not zipfile.is_zipfile(path):
             raise ValueError(
-                f"{path} is neither a zip file nor an uncompressed tar file, which can be read in place; unpack it, or "
-                f"pack its files again in one of these formats"
+                f"{path} is neither a zip file nor an uncompressed tar file, and can't be read in place; unpack it, or "
+                f"pack its files as zip or uncompressed tar"
             ) from None
         return True, _zip_members(path)
     with archive:
@@ -159,14 +162,14 @@ def find_members(path: Path) -> tuple[bool, dict[str, Place]]:
 def _tar_members(archive: tarfile.TarFile, path: Path) -> dict[str, Place]:
     places: dict[str, Place] = {}
     links: dict[str, str] = {}
-    last = "its beginning"
+    last = "the beginning"
     try:
         for member in archive:
             last = printable(member.name)
             if member.size < 0:
                 raise tarfile.ReadError(f"its size is {member.size}")
             if member.issparse() and _is_image(member.name):
-                raise ValueError(f"{path}: {last} is stored with holes, as tar -S does; pack the files again without")
+                raise ValueError(f"{path}: {last} is a sparse file (tar -S); pack the files again without -S")
             if member.isreg():
                 places[member.name] = Place(member.offset_data, member.size)
             elif member.islnk():
@@ -176,7 +179,7 @@ def _tar_members(archive: tarfile.TarFile, path: Path) -> dict[str, Place]:
         ended = _ends_with_zeros(path, archive.offset)
     except (tarfile.TarError, UnicodeError) as error:
         raise ValueError(f"{path} is damaged or cut off after {last}: {error}") from error
-    if not ended:  # tarfile takes a header that makes no sense for the end
+    if not ended:  # tarfile takes an invalid header for the end of the archive
         raise ValueError(f"{path} is damaged or cut off after {last}")
     return _images_of(places, links)
 
@@ -193,28 +196,28 @@ def _zip_members(path: Path) -> dict[str, Place]:
     try:
         with zipfile.ZipFile(path) as archive:
             for member in archive.infolist():
-                name = member.filename.replace("\\", "/")  # old packers on Windows
+                name = member.filename.replace("\\", "/")  # old programs on Windows write backslashes
                 if member.is_dir() or not _is_image(name):
                     continue
                 if stat.S_ISLNK(member.external_attr >> 16):
                     links[name] = posixpath.join(posixpath.dirname(name), _target(archive, member))
                     continue
                 method = ENCRYPTED if member.flag_bits & 1 else member.compress_type
-                # They may lie, in more than 64 bits.
+                # A damaged header may state any size, also one of more than 64 bits.
                 stored, unpacked = (min(size, 2 * MAX_BYTES) for size in (member.compress_size, member.file_size))
                 places[name] = Place(member.header_offset, stored, method, unpacked, member.CRC)
     except (zipfile.BadZipFile, NotImplementedError, IndexError, UnicodeError) as error:
         raise ValueError(f"{path} is damaged, or a zip file of a kind that can't be read: {error}") from error
     if places and not any(place.method in (STORED, DEFLATED) for place in places.values()):
         raise ValueError(
-            f"{path}: {printable(next(iter(places)))} is encrypted, or compressed by another method than deflate, as "
-            f"are all others; pack the files again without"
+            f"{path}: all images, such as {printable(next(iter(places)))}, are encrypted or compressed with another "
+            f"method than deflate; pack the files again with deflate and without encryption"
         )
     return _images_of(places, links)
 
 
 def _target(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> str:
-    """Where a link leads; one that can't be read leads nowhere."""
+    """The target of a link; an empty string if it can't be read."""
     try:
         return archive.read(member).decode() if member.file_size <= MAX_LINK else ""
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OSError, ValueError, zlib.error):
@@ -222,7 +225,7 @@ def _target(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> str:
 
 
 def _images_of(places: dict[str, Place], links: dict[str, str]) -> dict[str, Place]:
-    """Images, and links to files; those that lead nowhere can't be read, as in a folder."""
+    """The images, and the links to files. A broken link is an image that can't be read, as in a folder."""
     normal = {posixpath.normpath(name): place for name, place in places.items()}
     images = {name: place for name, place in places.items() if _is_image(name)}
     lost = Place(0, 0, LOST)
@@ -231,18 +234,18 @@ def _images_of(places: dict[str, Place], links: dict[str, str]) -> dict[str, Pla
 
 def _is_image(name: str) -> bool:
     parts = name.split("/")
-    hidden = any((part.startswith(".") and part not in (".", "..")) or part == "__MACOSX" for part in parts)
-    return name.lower().endswith(SUFFIXES) and not hidden
+    ignored = any((part.startswith(".") and part not in (".", "..")) or part == "__MACOSX" for part in parts)
+    return name.lower().endswith(SUFFIXES) and not ignored
 
 
 def _below(members: Iterable[str], split: str | None, path: Path) -> dict[str, str]:
-    """The members of a split by their names below it; all of them where there are no splits."""
+    """Maps names relative to the folder of a split to members. An archive without splits contributes all members."""
     names = {posixpath.normpath(member): member for member in members}
     while names:
         tops = {name.partition("/")[0] if "/" in name else "" for name in names}
         if split in tops:
             return {name.removeprefix(f"{split}/"): m for name, m in names.items() if name.startswith(f"{split}/")}
-        if split and ((split == "val" and "train" in tops) or "val" in tops):  # never the images of the other part
+        if split and ((split == "val" and "train" in tops) or "val" in tops):  # never the images of the other split
             error = ValueError(f"--data_path {path}: there is no folder {split}/ in it")
             raise advised(error, f"give that, or --{split}_list")
         if len(tops) != 1 or "" in tops:

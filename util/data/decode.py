@@ -1,8 +1,8 @@
-"""From an image file's bytes to pixels.
+"""Decodes the bytes of image files.
 
-A decoded image is a Pillow picture where it has 8 bits and one or three channels, so that the classic transforms apply
-bit for bit. Else it is a tensor (c, H, W): uint8, or float32 with 16-bit values scaled to 0 to 1 and float values as
-they are.
+An image with 8 bits and one or three channels becomes a Pillow image, so that transforms of Pillow apply bit for bit.
+Any other image becomes a tensor (c, H, W): uint8 or float32. Values of 16 bits are scaled to 0 to 1, and float values
+are unchanged.
 """
 
 import io
@@ -22,17 +22,17 @@ from util.files.untrusted import printable
 
 Picture = Image.Image | Tensor
 
-# The formats that are read, by Pillow's names. It knows more, for some of which it starts other programs.
+# Supported formats, in Pillow's names. Pillow has more formats, and starts external programs for some of them.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "PPM", "TIFF", "JPEG2000", "AVIF")
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".pbm", ".pnm",
             ".tif", ".tiff", ".jp2", ".avif", ".npy")  # fmt: skip
 MODES = {1: "L", 3: "RGB"}
-LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R 601-2, as Pillow's own conversion from colour to grey
-MAX_PIXELS = 178_956_970  # Pillow's limit, kept for all formats: small files could fill the memory when decoded
-MAX_VALUES = 4 * MAX_PIXELS  # with their channels
+LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R 601-2, as in Pillow's conversion from colour to grey
+MAX_PIXELS = 178_956_970  # Pillow's limit, here for all formats: a small file could fill the memory when decoded
+MAX_VALUES = 4 * MAX_PIXELS  # pixels times channels
 ORIENTATION = 0x0112  # the tag of TIFF and EXIF
 ALPHA = (EXTRASAMPLE.ASSOCALPHA, EXTRASAMPLE.UNASSALPHA)
-TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {  # (H, W, c) by TIFF's tag Orientation, as Pillow turns them
+TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {  # arrays (H, W, c), by the TIFF tag Orientation, as in Pillow
     2: lambda a: a[:, ::-1],
     3: lambda a: a[::-1, ::-1],
     4: lambda a: a[::-1],
@@ -46,29 +46,29 @@ UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4:
            5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
            8: Image.Transpose.ROTATE_90}  # fmt: skip
 
-logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what it reports of a damaged file is raised here
+logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # errors of damaged files are raised instead
 
 
 class BadImage(ValueError):
-    """A sample of a dataset can't be decoded into an image of the requested number of channels."""
+    """A sample of a dataset can't be decoded to an image with the requested number of channels."""
 
 
 def decode(
     data: bytes | Picture | np.ndarray, in_chans: int, upright: bool = False, fast_jpeg: bool = False
 ) -> Picture:
-    """An image file's bytes, or an opened image -> a picture of `in_chans` channels.
+    """Decodes the bytes of an image file, or converts an image, to a picture with `in_chans` channels.
 
-    Grey becomes colour by repetition and colour grey by luminance; what is transparent is laid over white; CMYK goes
-    through Pillow's conversion. Other numbers of channels must be the file's own. Of several frames the first counts,
-    but TIFF pages of one channel each, if there are `in_chans` of them, are its channels.
+    Grey is repeated to colour, and colour is converted to grey by luminance. Transparent images are composited over
+    white. Pillow converts CMYK. The file must have any other number of channels itself. Of several frames, the first is
+    decoded; if a TIFF file has `in_chans` pages with one channel each, its pages are the channels.
 
     Args:
-        data: arrays are (H, W), (H, W, c) or (c, H, W).
-        upright: turn a photograph as its EXIF data say that the camera was held.
-        fast_jpeg: colour JPEG files become a tensor, by `util.data.jpeg`, where `in_chans` is 3.
+        data: bytes, a picture, or an array (H, W), (H, W, c) or (c, H, W).
+        upright: apply the orientation in the EXIF data.
+        fast_jpeg: decode colour JPEG files to a tensor with `util.data.jpeg` if `in_chans` is 3.
 
     Raises:
-        BadImage: not an image, damaged, too large, or of another number of channels.
+        BadImage: the data are not an image, are damaged or too large, or have another number of channels.
     """
     if fast_jpeg and in_chans == 3 and isinstance(data, bytes):
         pixels = jpeg.decode_rgb(data, MAX_PIXELS)
@@ -84,7 +84,7 @@ def decode(
         return fit_channels(picture, in_chans)
     except BadImage:
         raise
-    except Exception as error:  # decoders raise whatever damaged bytes lead them to
+    except Exception as error:  # decoders raise any exception on damaged bytes
         reason = printable(" ".join(str(error).split()))
         raise BadImage(f"can't be read as an image ({type(error).__name__}: {reason})") from error
 
@@ -92,13 +92,17 @@ def decode(
 def _turn_upright(picture: Image.Image) -> Image.Image:
     try:
         turn = UPRIGHT.get(picture.getexif().get(ORIENTATION, 1))
-    except Exception:  # the EXIF data are damaged; the pixels need not be
+    except Exception:  # damaged EXIF data do not make the pixels unusable
         return picture
     return picture if turn is None else picture.transpose(turn)
 
 
 def read(data: bytes, in_chans: int) -> Picture:
-    """The image as its file has it; `in_chans` decides what several TIFF pages mean. Raises what decoders raise."""
+    """Decodes a file without conversion. `in_chans` determines whether TIFF pages are channels.
+
+    Raises:
+        Exception: any exception of the decoder.
+    """
     if data.startswith(b"\x93NUMPY"):
         return _read_npy(data, in_chans)
     if data.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
@@ -107,7 +111,7 @@ def read(data: bytes, in_chans: int) -> Picture:
 
 
 def fit_channels(picture: Picture, in_chans: int) -> Picture:
-    """A picture with the given number of channels, as `decode` describes; raises BadImage where it has others."""
+    """Converts a picture to the given number of channels, as in `decode`; raises BadImage if that is impossible."""
     if isinstance(picture, Tensor):
         return _fit_tensor(picture, in_chans)
     if in_chans in MODES:
@@ -138,9 +142,11 @@ def _fit_tensor(picture: Tensor, in_chans: int) -> Picture:
 
 def _check_size(height: int, width: int, channels: int = 1) -> None:
     if height * width > MAX_PIXELS:
-        raise BadImage(f"its {width} x {height} pixels are more than the {MAX_PIXELS:,} that are decoded")
+        raise BadImage(f"its {width} x {height} pixels are more than the limit of {MAX_PIXELS:,}")
     if height * width * channels > MAX_VALUES:
-        raise BadImage(f"its {channels} channels of {width} x {height} pixels are too much to decode")
+        raise BadImage(
+            f"its {channels} channels of {width} x {height} pixels exceed the limit of {MAX_VALUES:,} values"
+        )
 
 
 def _refuse(problem: str | None) -> None:
@@ -149,7 +155,7 @@ def _refuse(problem: str | None) -> None:
 
 
 def _check_channels(own: int, in_chans: int) -> None:
-    """A file must have the requested channels; only gray and color are converted."""
+    """Raises BadImage if a file does not have the requested channels; only grey and colour are converted."""
     if own != in_chans and not (own in MODES and in_chans in MODES):
         raise BadImage(f"it has {own} channel{'s' * (own > 1)}, and in_chans is {in_chans}")
 
@@ -167,19 +173,19 @@ def _read_with_pillow(data: bytes) -> Picture:
             pixels[pixels == picture.info["transparency"]] = 65535
         return _tensor(pixels[:, :, None])
     if picture.mode in ("I", "F"):
-        raise BadImage("it has 32 bits a pixel, whose range is unknown; save it as float32 in a .npy or TIFF file")
+        raise BadImage("it has 32-bit pixels of unknown range; save it as float32 in a .npy or TIFF file")
     return picture
 
 
 def _channel_axis(shape: tuple[int, ...], in_chans: int) -> int | None:
-    """Where an array has its `in_chans` channels, else 1 or 3 of them: last or first; None of (H, W)."""
+    """The axis with `in_chans` channels, else with 1 or 3 channels: the last or the first. None for (H, W)."""
     if len(shape) not in (2, 3) or min(shape) < 1:
-        raise BadImage(f"an array of shape {shape} is no image: it must be (H, W), (H, W, c) or (c, H, W)")
+        raise BadImage(f"an array of shape {shape} is no image: the shape must be (H, W), (H, W, c) or (c, H, W)")
     if len(shape) == 2:
         return None
     fitting = [axis for sizes in ((in_chans,), MODES) for axis in (2, 0) if shape[axis] in sizes]
     if not fitting:
-        raise BadImage(f"an array of shape {shape} has no {in_chans} channels, neither last nor first")
+        raise BadImage(f"an array of shape {shape} does not have {in_chans} channels on its last or first axis")
     return fitting[0]
 
 
@@ -187,7 +193,7 @@ def _read_npy(data: bytes, in_chans: int) -> Tensor:
     stream = io.BytesIO(data)
     version = np.lib.format.read_magic(stream)
     if version not in ((1, 0), (2, 0)):
-        raise BadImage(f"a .npy file of version {version} is no plain array")
+        raise BadImage(f"version {version} of .npy files is not supported")
     header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran_order, dtype = header(stream)
     if dtype.hasobject:
@@ -203,23 +209,23 @@ def _read_npy(data: bytes, in_chans: int) -> Tensor:
 
 
 def _read_tiff(data: bytes, in_chans: int) -> Picture:
-    """What Pillow knows of 8 bits by Pillow; deeper pixels, which it would cut to 8 bits, and channels by tifffile."""
+    """Reads 8-bit images of Pillow's modes with Pillow. Other images, which Pillow would reduce, use tifffile."""
     with tifffile.TiffFile(io.BytesIO(data)) as file:
         page = file.pages.first
         channels, bits = page.samplesperpixel, page.bitspersample
         _check_size(page.imagelength, page.imagewidth, channels)
         if page.imagedepth > 1:
-            raise BadImage(f"a TIFF file of {page.imagedepth} levels is no image")
+            raise BadImage(f"it is a volume with {page.imagedepth} levels, not an image")
         plain = page.photometric in (PHOTOMETRIC.MINISBLACK, PHOTOMETRIC.MINISWHITE, PHOTOMETRIC.RGB)
         _refuse(tiff_bounds.tiles_problem(page))
         pages: Any = file.pages if channels == 1 and len(file.pages) == in_chans else [page]
         if len({(p.imagelength, p.imagewidth, p.samplesperpixel, p.dtype) for p in pages}) > 1:
-            pages = [page]  # the others are smaller copies of it
+            pages = [page]  # the other pages are smaller copies of the first one
         of_pillow = page.dtype == np.uint8 and channels <= 4 and set(page.extrasamples) <= set(ALPHA)
         if not plain or bits < 8 or (of_pillow and len(pages) == 1):
             return _read_with_pillow(data)
         has_alpha = len(page.extrasamples) == 1 and page.extrasamples[0] in ALPHA and channels != in_chans
-        if len(pages) == 1:  # before a great many of them are decoded in vain
+        if len(pages) == 1:  # checked before many channels are decoded
             _check_channels(channels - has_alpha, in_chans)
         for p in pages:
             _refuse(tiff_bounds.tiles_problem(p) or tiff_bounds.segments_problem(p, data))
@@ -228,12 +234,12 @@ def _read_tiff(data: bytes, in_chans: int) -> Picture:
 
 
 def _page_pixels(page: tifffile.TiffPage) -> np.ndarray:
-    """(H, W, c), the right way up; integers of 9 to 16 bits as floats from 0 to 1."""
+    """Decodes a page to (H, W, c), turned upright; integers of 9 to 16 bits become floats from 0 to 1."""
     try:
         pixels = page.asarray()
     except (ValueError, ImportError) as error:
         if isinstance(error, ImportError) or "imagecodecs" in str(error):
-            raise BadImage('its compression needs the package imagecodecs: pip install ".[tiff]"') from error
+            raise BadImage('its compression requires the package imagecodecs: pip install ".[tiff]"') from error
         raise
     if pixels.dtype.kind == "u" and pixels.dtype.itemsize == 2:
         pixels = pixels.astype(np.float32) / (2**page.bitspersample - 1)
@@ -247,21 +253,21 @@ def _page_pixels(page: tifffile.TiffPage) -> np.ndarray:
 
 
 def _over_white(picture: Tensor, kind: int) -> Tensor:
-    """Lays a picture whose last channel is its alpha over white."""
+    """Composites a picture over white; its last channel is alpha."""
     colour, alpha = picture[:-1], picture[-1:]
     if picture.dtype == torch.uint8 or not 0 <= alpha.min() <= alpha.max() <= 1:
-        raise BadImage("its transparency is not in 0 to 1")
+        raise BadImage("its alpha channel is not in the range 0 to 1")
     return (colour if kind == EXTRASAMPLE.ASSOCALPHA else colour * alpha) + (1 - alpha)
 
 
 def _tensor(pixels: np.ndarray) -> Tensor:
-    """(H, W, c) as a file has it -> (c, H, W), uint8 or float32."""
+    """Array (H, W, c) -> tensor (c, H, W), uint8 or float32."""
     if pixels.dtype.kind == "u" and pixels.dtype.itemsize == 2:  # in either byte order
         pixels = pixels.astype(np.float32) / 65535
     elif pixels.dtype.kind == "f":
         pixels = pixels.astype(np.float32)
         if not np.isfinite(pixels).all():
-            raise BadImage("it holds values that are not finite")
+            raise BadImage("it contains values that are not finite")
     elif pixels.dtype != np.uint8:
-        raise BadImage(f"the range of its {pixels.dtype} pixels is unknown; save them as uint8, uint16 or float32")
+        raise BadImage(f"the range of its {pixels.dtype} pixels is unknown; save it as uint8, uint16 or float32")
     return torch.from_numpy(np.array(np.moveaxis(pixels, 2, 0), order="C"))

@@ -1,9 +1,9 @@
-"""How samples reach the loop: in which order and batches, and the count of those that could not be read.
+"""The order of samples, the batches of training and evaluation, and the count of images that can't be read.
 
-An epoch is floor(images / effective batch size) whole updates. Which samples make an update depends on (seed, epoch)
-and the effective batch size: never on the number of workers or processes, or on the accumulation. What is drawn for a
-batch as a whole depends on (seed, epoch, iteration, rank). Streamed shards are the exception: their samples look the
-same in any batch, but meet in other ones.
+An epoch is floor(images / effective batch size) updates. The samples of an update depend on (seed, epoch) and on the
+effective batch size, not on the number of workers, the number of processes or the accumulation. The random numbers of
+a batch depend on (seed, epoch, iteration, rank). Streamed shards are an exception: each sample is the same, but the
+composition of the batches depends on the number of workers and processes.
 """
 
 import logging
@@ -28,16 +28,16 @@ from util.data.webdataset_shards import Shards
 
 logger = logging.getLogger(__name__)
 
-MAX_BAD_SHARE = 0.1  # of an epoch's images; more of them mean that something else is wrong
-MAX_LEFT_OUT = 0.1  # share of an epoch's images that may be left out without a warning
+MAX_BAD_SHARE = 0.1  # of the images of an epoch; a larger share points to another error
+MAX_LEFT_OUT = 0.1  # share of the images of an epoch that may be left out without a warning
 
 
 def updates_per_epoch(num_images: int, batch_size: int, accum_iter: int) -> int:
-    """floor(images / effective batch size), the same for every split of the effective batch size.
+    """floor(images / effective batch size): the same for every split of the effective batch size.
 
     Args:
-        num_images: of an epoch, each as often as it is repeated.
-        batch_size: per process.
+        num_images: images of an epoch, including repetitions.
+        batch_size: batch size per process.
 
     Raises:
         ValueError: the images do not fill one effective batch.
@@ -57,24 +57,24 @@ def updates_per_epoch(num_images: int, batch_size: int, accum_iter: int) -> int:
     if left_out > MAX_LEFT_OUT * num_images and dist.is_main():
         logger.warning(
             f"each epoch leaves out {left_out:,} of {num_images:,} images, which do not fill an effective batch of "
-            f"{effective_batch_size:,}; every epoch leaves out other images"
+            f"{effective_batch_size:,}; they differ from epoch to epoch"
         )
     return updates
 
 
 class EpochBatches(Sampler[list[tuple[int, int]]]):
-    """This process's batches of (epoch, index); `seek` chooses the epoch and the first batch.
+    """Batches of (epoch, index) for this process. `seek` sets the epoch and the first batch.
 
-    With `repeats` every image stands so many times in a row, and an epoch is as many times as long: decoding is paid
-    once for all of them (repeated sampling, Hoffer et al. 2020).
+    With `repeats`, every image occurs `repeats` times in a row and is decoded once, and an epoch is `repeats` times as
+    long (repeated sampling, Hoffer et al. 2020).
 
-    Every epoch is a permutation of the dataset drawn from (seed, epoch). Consecutive images of it make the batches of
-    all processes, and `accum_iter` consecutive batches make an update, so that every split of the effective batch size
-    into batches, accumulation and processes uses the same images in the same update. Images that do not fill the last
-    update are left out; every epoch leaves out others.
+    Every epoch is a permutation of the dataset that depends on (seed, epoch). Consecutive images form the batches of
+    all processes, and `accum_iter` consecutive batches form an update. Every split of the effective batch size into
+    batches, accumulation and processes therefore uses the same images in the same update. An epoch leaves out the
+    images that do not fill its last update; they differ from epoch to epoch.
 
     Raises:
-        ValueError: the images do not fill one effective batch, or a batch does not take all repetitions of an image.
+        ValueError: the images do not fill one effective batch, or `batch_size` is not a multiple of `repeats`.
     """
 
     def __init__(self, num_images: int, batch_size: int, seed: int, repeats: int = 1, accum_iter: int = 1) -> None:
@@ -90,7 +90,7 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
 
     @property
     def num_samples(self) -> int:
-        """Of an epoch: images, each as often as it is repeated."""
+        """Images of an epoch, including repetitions."""
         return self.num_images * self.repeats
 
     @property
@@ -99,7 +99,7 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         return self.batch_size * dist.world_size()
 
     def seek(self, epoch: int, first_iteration: int = 0) -> None:
-        """Chooses what the next iteration yields."""
+        """Sets the epoch and the first batch of the next iteration over this object."""
         self.epoch, self.first_iteration = epoch, first_iteration
 
     def __len__(self) -> int:
@@ -115,16 +115,16 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
 
 
 class Batches(DataLoader):
-    """A data loader whose worker processes ignore the signals that stop a run, and whose errors come in time.
+    """A data loader whose worker processes ignore the signals that stop a run, and which raises errors between updates.
 
-    PyTorch raises the death of a worker process from a signal handler, at any instant: also between an update of the
-    weights and its bookkeeping. Here that handler is installed only while a batch is awaited.
+    If a worker process dies, PyTorch raises an error from a signal handler, at any time: also between an update of the
+    weights and its bookkeeping. This class installs that handler only while it waits for a batch.
 
     Raises (while iterating):
         RuntimeError: a worker process was killed.
     """
 
-    _raise_if_dead: Any = staticmethod(lambda *_: None)  # PyTorch's handler of SIGCHLD, installed once in a process
+    _raise_if_dead: Any = staticmethod(lambda *_: None)  # PyTorch's handler of SIGCHLD, installed once per process
 
     def __init__(self, dataset: Any, num_workers: int, **options: Any) -> None:
         prepare = partial(interrupts.ignore_from_others, os.getpid())
@@ -147,9 +147,9 @@ class Batches(DataLoader):
             except StopIteration:
                 return
             except (EOFError, ConnectionError) as error:
-                if "Original Traceback" in str(error):  # raised in a worker process, by what it read
+                if "Original Traceback" in str(error):  # raised in a worker process by a file
                     raise
-                raise RuntimeError("DataLoader worker was killed while it handed over a batch") from error
+                raise RuntimeError("DataLoader worker was killed while it sent a batch") from error
             finally:
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             yield batch
@@ -158,7 +158,7 @@ class Batches(DataLoader):
 class TrainLoader:
     """Batches for `loop.run_epoch`: images (B, c, H, W), uint8 or float, labels (B,), noise (B, N).
 
-    Each image that can't be read is named once, and counted at the end of the epoch.
+    It logs each image that can't be read once, and their number at the end of the epoch.
 
     Raises (also while iterating):
         BadImage: more than MAX_BAD_SHARE of an epoch's images can't be read.
@@ -193,18 +193,18 @@ class TrainLoader:
 
     @property
     def num_images(self) -> int:
-        """Images of an epoch, each as often as it is repeated."""
+        """Images of an epoch, including repetitions."""
         return self.order.num_samples
 
     def seek(self, epoch: int, first_iteration: int = 0) -> None:
-        """Chooses the epoch that the next iteration yields, and the batch to begin with."""
+        """Sets the epoch and the first batch of the next iteration over this object."""
         self.order.seek(epoch, first_iteration)
         if self.stream:
             self.stream.seek(epoch, first_iteration, len(self), self.order.batch_size)
 
     def seed_iteration(self, iteration: int) -> None:
-        """Seeds what is drawn for a batch as a whole, such as dropped paths and mixtures: a run that goes on in the
-        middle of an epoch draws it as if it had not been stopped."""
+        """Seeds the random numbers of a batch, such as those of drop path and mixup. A run that resumes within an epoch
+        uses the same numbers as a run without interruption."""
         torch.manual_seed(seed_python(self.order.seed, self.order.epoch, iteration, dist.rank()))
 
     def __len__(self) -> int:
@@ -220,7 +220,7 @@ class TrainLoader:
                     logger.warning(f"{name}: {reason}; another image takes its place", extra={"every_rank": True})
             self._limit(failures)
             yield batch
-        # All processes meet: what one has named, no other will name again, and all come to the same judgement.
+        # All processes exchange their failures: no image is logged again, and all apply the limit to the same number.
         failures = {name: reason for part in dist.gather(failures) for name, reason in part.items()}
         self.named |= failures.keys()
         self.num_bad = len(failures)
@@ -228,7 +228,7 @@ class TrainLoader:
         if failures:
             num_read = (len(self) - self.order.first_iteration) * self.images_per_iteration // self.order.repeats
             logger.warning(
-                f"{self.num_bad:,} of this epoch's images ({num_read:,} since it began or was resumed) can't be read"
+                f"{self.num_bad:,} of {num_read:,} images since the start or resume of this epoch can't be read"
             )
 
     def counts(self) -> dict[str, int]:
@@ -246,7 +246,7 @@ class TrainLoader:
 
 
 class FeatureBatches:
-    """Batches of features that this process has at hand, for `loop.run_epoch`, as `TrainLoader` gives images.
+    """Batches of features in memory for `loop.run_epoch`, with the interface of `TrainLoader`.
 
     Args:
         features: (n, D); n differs by at most one between processes.
@@ -267,7 +267,7 @@ class FeatureBatches:
         self.epoch = self.first_iteration = 0
 
     def seek(self, epoch: int, first_iteration: int = 0) -> None:
-        """Chooses what the next iteration yields."""
+        """Sets the epoch and the first batch of the next iteration over this object."""
         self.epoch, self.first_iteration = epoch, first_iteration
 
     def __len__(self) -> int:
@@ -282,15 +282,15 @@ class FeatureBatches:
             yield [self.features[mine], self.labels[mine], mine]
 
     def seed_iteration(self, iteration: int) -> None:
-        """Nothing is drawn."""
+        """Does nothing: features need no random numbers."""
 
     def counts(self) -> dict[str, int]:
-        """Nothing was read."""
+        """Returns no counts: no images are read."""
         return {}
 
 
 def eval_loader(samples: Samples, batch_size: int, num_workers: int, pin_memory: bool) -> DataLoader:
-    """This process's share of a dataset, for evaluation; each sample comes once, in one of the processes."""
+    """Loads this process's share of a dataset for evaluation: each sample occurs once over all processes."""
     mine = [(0, index) for index in range(dist.rank(), len(samples), dist.world_size())]
     batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
     return Batches(
@@ -299,7 +299,7 @@ def eval_loader(samples: Samples, batch_size: int, num_workers: int, pin_memory:
 
 
 def examples(samples: Samples, count: int) -> list[Tensor]:
-    """A batch of up to `count` samples, evenly spread over the dataset: the same ones in every epoch and run."""
+    """A batch of up to `count` samples, evenly spaced in the dataset: the same in every epoch and run."""
     if isinstance(samples.source, Shards):
         stream = StreamedSamples(samples, samples.source)
         stream.seek(0, 0, 1, min(count, len(samples)))
@@ -315,9 +315,9 @@ def _collate_good(samples: list[Sample]) -> list[Tensor]:
 
 
 def _collate(samples: list[Sample]) -> tuple[list[Tensor], list[Bad]]:
-    """Images (B, c, H, W), labels (B,), noise (B, N); and what was bad."""
+    """Images (B, c, H, W), labels (B,), noise (B, N); and the images that can't be read."""
     images = [sample.image for sample in samples]
-    if len({image.dtype for image in images}) > 1:  # files of 8 and of 16 bits
+    if len({image.dtype for image in images}) > 1:  # files with 8 and with 16 bits
         images = [to_unit_range(image) for image in images]
     labels = torch.tensor([sample.label for sample in samples])
     noise = torch.stack([sample.noise for sample in samples])
@@ -325,24 +325,27 @@ def _collate(samples: list[Sample]) -> tuple[list[Tensor], list[Bad]]:
 
 
 def _stack(images: list[Tensor]) -> Tensor:
-    """(B, c, H, W). Decoders and crops leave a pixel's channels side by side in memory, and so they stay: to put them
-    apart takes longer than all else here. In a worker the batch is made where the training process will find it."""
+    """Stacks images to (B, c, H, W).
+
+    The memory format of the images, usually channels last, is preserved, because a conversion takes longer than all
+    other operations here. In a worker process, `default_collate` allocates the batch in shared memory.
+    """
     if all(image.stride(0) == 1 for image in images):
         return default_collate([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
     return default_collate(images)
 
 
 def up_to_cores(num_workers: int) -> int:
-    """The number of worker processes, up to this process's share of the cores: more would only take turns."""
+    """Limits the number of worker processes to this process's share of the cores."""
     cores = max(1, _cores() // dist.processes_here())
-    if num_workers > cores and num_workers != DEFAULT_WORKERS:  # the default needs no notice
+    if num_workers > cores and num_workers != DEFAULT_WORKERS:  # the default is reduced silently
         _notice_cores(num_workers, cores)
     return min(num_workers, cores)
 
 
-@cache  # once, however many loaders there are
+@cache  # once per process, not once per loader
 def _notice_cores(num_workers: int, cores: int) -> None:
-    logger.info(f"--num_workers {num_workers}: this process has {cores} processor cores, and uses {cores} workers")
+    logger.info(f"--num_workers {num_workers}: this process has {cores} CPU cores and uses {cores} worker processes")
 
 
 def _cores() -> int:

@@ -16,8 +16,8 @@ from util.data.folders import find_files
 from util.data.labels import Subset
 from util.data.sources import Files, first_few
 
-# The published top-1 errors of AlexNet, means of five severities, in the families that the archives are of
-# (Hendrycks & Dietterich 2019).
+# The published top-1 errors of AlexNet, means over five severities, by the families of the archives (Hendrycks &
+# Dietterich 2019).
 ALEXNET = {
     "noise": {"gaussian_noise": 0.886428, "shot_noise": 0.894468, "impulse_noise": 0.922640},
     "blur": {"defocus_blur": 0.819880, "glass_blur": 0.826268, "motion_blur": 0.785948, "zoom_blur": 0.798360},
@@ -32,15 +32,15 @@ ALEXNET = {
 CORRUPTIONS = {name: error for family in ALEXNET.values() for name, error in family.items()}
 SEVERITIES = range(1, 6)
 
-# Per cent, of the paper's fine-tuned models (He et al. 2021, appendix B): top-1 accuracy, of ImageNet-C the mCE.
+# The paper's fine-tuned models (He et al. 2021, appendix B): top-1 accuracy in per cent; mCE for ImageNet-C.
 PUBLISHED = {
     "imagenet-c": {"ViT-B/16": 51.7, "ViT-L/16": 41.8, "ViT-H/14": 33.8, "ViT-H/14, 448": 36.8},
     "imagenet-a": {"ViT-B/16": 35.9, "ViT-L/16": 57.1, "ViT-H/14": 68.2, "ViT-H/14, 448": 76.7},
     "imagenet-r": {"ViT-B/16": 48.3, "ViT-L/16": 59.9, "ViT-H/14": 64.4, "ViT-H/14, 448": 66.5},
     "imagenet-sketch": {"ViT-B/16": 34.5, "ViT-L/16": 45.3, "ViT-H/14": 49.6, "ViT-H/14, 448": 50.9},
 }
-VARIANTS = ("matched-frequency", "threshold", "top")  # of ImageNetV2, as its folders' names go on
-# How many images a cell has; of ReaL so many of ImageNet's 50,000 have a label.
+VARIANTS = ("matched-frequency", "threshold", "top")  # of ImageNetV2: its folders are imagenetv2-VARIANT...
+# Images per cell. For ReaL: the number of ImageNet's 50,000 validation images that have a label.
 IMAGES = {"imagenet-a": 7_500, "imagenet-r": 30_000, "imagenet-sketch": 50_889, "imagenet-v2": 10_000,
           "imagenet-real": 46_837, "imagenet-c": 50_000}  # fmt: skip
 SUITES = tuple(IMAGES)
@@ -48,14 +48,14 @@ NUM_CLASSES = 1000
 
 
 class Suite(NamedTuple):
-    """A test set.
+    """A robustness suite.
 
     Attributes:
-        name: of SUITES.
-        root: the folder or archive of all cells.
-        cells: the number's name in the table, and the folder or archive of its images.
-        folders: the name of each class's folder, in the order of labels; none where folders do not matter.
-        among: the classes of ImageNet-1K (by number) that may be answered, one a folder.
+        name: one of SUITES.
+        root: folder or archive of all cells.
+        cells: the folder or archive of each cell, by its name in the table.
+        folders: the class folders, in the order of labels; empty if class folders have no effect.
+        columns: the class of ImageNet-1K of each folder, as a column of the logits.
     """
 
     name: str
@@ -69,8 +69,8 @@ class Cell(NamedTuple):
     """The images of a cell.
 
     Attributes:
-        source: labels count the suite's classes.
-        answers: for each image all labels that are right, where there may be several.
+        source: the images; labels are indices of the suite's classes.
+        answers: all correct labels of each image, if there may be several.
     """
 
     source: Subset
@@ -84,27 +84,27 @@ def synsets() -> list[str]:
 
 
 def subset(name: str) -> list[str]:
-    """The WordNet ids of the 200 classes of imagenet-a or imagenet-r, as timm lists them, in their order."""
+    """The sorted WordNet ids of the 200 classes of imagenet-a or imagenet-r, from timm."""
     listed = resources.files("timm.data") / "_info" / f"{name.replace('-', '_')}_synsets.txt"
     return sorted(listed.read_text().split())
 
 
 def find(name: str, root: Path) -> Suite:
-    """Looks for the folders of a suite.
+    """Finds the folders of a suite.
 
     Args:
-        root: the folder that the published archive unpacks to, or one where the archives of all parts were unpacked.
-            Of one folder, an uncompressed tar or zip file too.
+        root: the unpacked folder of the published archive, or the folder in which all archives of the suite were
+            unpacked. For a suite with one folder, also an uncompressed tar or zip file.
 
     Raises:
-        ValueError: there is no such folder, or a part of it is missing.
+        ValueError: the folder does not exist, or a part of it is missing.
     """
-    root = root.absolute()  # of variants of V2 the name counts
+    root = root.absolute()  # the variant of ImageNetV2 is a part of the folder's name
     if not root.exists():
         raise ValueError(f"--data_path: there is no folder or archive {root}")
     cells, folders = {name: root}, synsets()
     if root.is_file() and name in ("imagenet-v2", "imagenet-c"):
-        raise ValueError(f"--data_path {root}: {name} is several archives; unpack them, and give the folder above")
+        raise ValueError(f"--data_path {root}: {name} has several archives; unpack them, and give the parent folder")
     if name in ("imagenet-a", "imagenet-r"):
         folders = subset(name)
     elif name == "imagenet-v2":
@@ -121,14 +121,14 @@ def find(name: str, root: Path) -> Suite:
 
 
 def _variants(root: Path) -> dict[str, Path]:
-    """Those of ImageNetV2's variants that are there; `root` may be one."""
+    """The folders of the variants of ImageNetV2 that exist; `root` may be one of them."""
     folders = [path for path in [root, *sorted(root.glob("*"))] if path.is_dir()]
     folders_of = {v: [path for path in folders if path.name.startswith(f"imagenetv2-{v}")] for v in VARIANTS}
     cells = {variant: paths[0] for variant, paths in folders_of.items() if paths}
     if not cells:
         raise ValueError(
-            f"--data_path {root}: no folder in it begins with imagenetv2-{VARIANTS[0]}, imagenetv2-{VARIANTS[1]} or "
-            f"imagenetv2-{VARIANTS[2]}, as the unpacked archives of ImageNetV2 do"
+            f"--data_path {root}: it contains no folder imagenetv2-{VARIANTS[0]}..., imagenetv2-{VARIANTS[1]}... or "
+            f"imagenetv2-{VARIANTS[2]}...; give the folder in which the archives of ImageNetV2 were unpacked"
         )
     return cells
 
@@ -144,19 +144,19 @@ def _corruptions(root: Path) -> dict[str, Path]:
     if missing:
         raise ValueError(
             f"--data_path {root}: {len(missing)} of the {len(cells)} folders CORRUPTION/SEVERITY of ImageNet-C are "
-            f"missing, there or one folder deeper: {first_few(missing)}"
+            f"missing, in it or in its subfolders: {first_few(missing)}"
         )
     return cells
 
 
 def open_cell(suite: Suite, name: str, limit: int | None = None) -> Cell:
-    """The images of a cell.
+    """Opens the images of a cell.
 
     Args:
-        limit: so many of them, evenly spread; None: all.
+        limit: number of evenly spaced images to use (None: all).
 
     Raises:
-        ValueError: there are no images, a class is missing, or a folder is no class.
+        ValueError: there are no images, a class folder is missing, or a folder is not a class of the suite.
     """
     path = suite.cells[name]
     images = Archive(path, None) if path.is_file() else find_files(path)
@@ -166,9 +166,9 @@ def open_cell(suite: Suite, name: str, limit: int | None = None) -> Cell:
     unknown, missing = sorted(there - {*suite.folders}), sorted({*suite.folders} - there)
     if unknown or not there:
         kind = "numbers from 0 to 999" if suite.name == "imagenet-v2" else "WordNet ids, such as n01498041"
-        problem = f"{first_few(unknown)} in it: none of" if unknown else "there are images in no class folder:"
+        problem = f"unknown class folders: {first_few(unknown)}" if unknown else "no images in class folders"
         raise ValueError(
-            f"--data_path {path}: {problem} the {len(suite.folders)} class folders of {suite.name}, which are {kind}"
+            f"--data_path {path}: {problem}; the {len(suite.folders)} class folders of {suite.name} are named by {kind}"
         )
     if missing:
         raise ValueError(
@@ -176,22 +176,22 @@ def open_cell(suite: Suite, name: str, limit: int | None = None) -> Cell:
             f"missing or empty: {first_few(missing)}"
         )
     number_of = {folder: number for number, folder in enumerate(suite.folders)}
-    numbers = np.array([number_of.get(folder, -1) for folder in images.classes])  # empty folders may be anything
+    numbers = np.array([number_of.get(folder, -1) for folder in images.classes])  # -1: an empty folder, of any name
     return Cell(Subset(images, _spread(np.arange(len(images)), limit), suite.folders, numbers))
 
 
 def _with_real_labels(images: Files | Archive, path: Path, limit: int | None) -> Cell:
-    """ImageNet's validation images under the labels of Beyer et al. (2020), which timm brings; those of none are out.
+    """ImageNet's validation images with the labels of Beyer et al. (2020) from timm, without the images that have none.
 
-    They are found by the numbers in the files' names, so that class folders do not matter.
+    Labels are looked up by the number in the file name, so class folders have no effect.
     """
     labels = RealLabelsImagenet([""] * 50_000).real_labels
     files = [Path(images.names[index]).name for index in range(len(images))]
     strange = [name for name in files if name not in labels]
     if strange:
         raise ValueError(
-            f"--data_path {path}: {len(strange)} files, such as {strange[0]}, are not called "
-            f"ILSVRC2012_val_00000001.JPEG to ILSVRC2012_val_00050000.JPEG, by which ReaL's labels are found"
+            f"--data_path {path}: {len(strange)} files, such as {strange[0]}, do not have the names of the published "
+            f"files, ILSVRC2012_val_00000001.JPEG to ILSVRC2012_val_00050000.JPEG, to which ReaL's labels belong"
         )
     chosen = _spread(np.array([index for index, name in enumerate(files) if labels[name]], dtype=np.int64), limit)
     if not len(chosen):
@@ -207,10 +207,10 @@ def _spread(indices: np.ndarray, limit: int | None) -> np.ndarray:
 
 
 class CorruptionErrors(NamedTuple):
-    """Errors on ImageNet-C, per cent (Hendrycks & Dietterich 2019)."""
+    """Errors on ImageNet-C in per cent (Hendrycks & Dietterich 2019)."""
 
     mean: dict[str, float]  # of each corruption, over the severities
-    normalised: dict[str, float]  # CE: that to AlexNet's
+    normalised: dict[str, float]  # CE: the mean divided by that of AlexNet
 
     @property
     def unnormalised(self) -> float:
@@ -224,7 +224,7 @@ class CorruptionErrors(NamedTuple):
 
 
 def corruption_errors(errors: dict[str, float]) -> CorruptionErrors:
-    """From the error of each cell, CORRUPTION/SEVERITY, per cent, to those of corruptions."""
+    """Summarises the errors of the cells, CORRUPTION/SEVERITY -> per cent, by corruption."""
     of = {name: np.array([errors[f"{name}/{severity}"] for severity in SEVERITIES]) for name in CORRUPTIONS}
     return CorruptionErrors(
         {name: float(five.mean()) for name, five in of.items()},

@@ -1,4 +1,4 @@
-"""What a classifier scores on a suite: kept cell by cell, so that nothing is computed twice; table, CSV and picture."""
+"""Scores of a classifier on a robustness suite: stored after each cell, and written as a table, CSV and a picture."""
 
 import csv
 import json
@@ -8,47 +8,47 @@ from typing import Any
 
 import matplotlib
 
-matplotlib.use("Agg")  # nothing is shown on a screen
+matplotlib.use("Agg")  # draws without a display
 import matplotlib.pyplot as plt
 
 from util.cli.advice import changes
 from util.evaluation.robustness import ALEXNET, CORRUPTIONS, IMAGES, PUBLISHED, SEVERITIES, corruption_errors
 from util.files import atomic
 
-Scores = dict[str, float]  # of a cell: images, acc1, and acc5 where it is asked for
+Scores = dict[str, float]  # of a cell: images, acc1, and acc5 unless images have several labels
 
 
 class Results:
-    """The scores of the cells, in one JSON file with the settings that they depend on.
+    """The scores of the cells in a JSON file, with the settings of the evaluation.
 
     Args:
-        path: the file, whose cells are reused if it exists.
-        settings: what the scores depend on, plain values.
+        path: the file. If it exists, its cells are reused.
+        settings: the settings that the scores depend on, as values of JSON.
 
     Raises:
-        ValueError: the file holds the scores of other settings, or is damaged.
+        ValueError: the file contains scores with other settings, or is damaged.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         self.path = path
-        self.settings = json.loads(json.dumps(settings))  # as they come back from the file
+        self.settings = json.loads(json.dumps(settings))  # as they are read back from the file
         self.cells: dict[str, Scores] = {}
         if not path.exists():
             return
         try:
             state = json.loads(path.read_text(encoding="utf-8"))
-            theirs, self.cells = dict(state["settings"]), dict(state["cells"])
+            previous, self.cells = dict(state["settings"]), dict(state["cells"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} can't be read ({error}); remove it, or give another --output_dir") from error
-        if difference := changes(theirs, self.settings):
-            raise ValueError(f"{path} holds the scores of another run ({difference}): give another --output_dir")
+        if difference := changes(previous, self.settings):
+            raise ValueError(f"{path} contains the scores of another run ({difference}); give another --output_dir")
 
     def has(self, cell: str, images: int) -> bool:
-        """Whether a cell is done, with all the images that are there now."""
+        """Whether a cell was evaluated with the current number of images."""
         return cell in self.cells and self.cells[cell]["images"] == images
 
     def add(self, cell: str, scores: Scores) -> None:
-        """Writes the scores of a cell; the file is complete at any time."""
+        """Adds the scores of a cell to the file, atomically."""
         self.cells[cell] = scores
         self.path.parent.mkdir(parents=True, exist_ok=True)
         atomic.write_text(self.path, json.dumps({"settings": self.settings, "cells": self.cells}, indent=1) + "\n")
@@ -60,24 +60,24 @@ def write(path: Path, suite: str, cells: Mapping[str, Scores], title: str) -> st
     Args:
         path: without a suffix.
         cells: the scores of all cells.
-        title: of the table: what was evaluated.
+        title: title of the table, with the suite and the model.
 
     Returns:
-        The table, markdown.
+        The table in Markdown.
     """
     rows = _corruption_rows(cells) if suite == "imagenet-c" else _accuracy_rows(cells)
     published = PUBLISHED.get(suite, {})
-    beside = ", ".join(f"{model} {value}" for model, value in published.items())
+    values = ", ".join(f"{model} {value}" for model, value in published.items())
     measure = "mCE" if suite == "imagenet-c" else "top-1 accuracy"
     num_images, num_published = sum(int(scores["images"]) for scores in cells.values()), IMAGES[suite] * len(cells)
     of_all = f" of the {num_published:,} published" if num_images != num_published else ""
     lines = [f"{title}: {num_images:,} images{of_all}", ""]
     lines += ["| " + " | ".join(row) + " |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:])]
-    lines += ["", f"Published of the paper's models, {measure}: {beside}."] if published else []
+    lines += ["", f"Published {measure} of the paper's models: {values}."] if published else []
     table = "\n".join(lines) + "\n"
     figure = _draw_corruptions(cells) if suite == "imagenet-c" else _draw_accuracies(cells, published)
     figure.suptitle(title, fontsize=10)
-    with atomic.replacing(path.with_suffix(".md")) as written:  # and beside it the other two
+    with atomic.replacing(path.with_suffix(".md")) as written:  # the other two files are written beside it
         written.write_text(table, encoding="utf-8")
         with written.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows(rows)
@@ -93,7 +93,7 @@ def _accuracy_rows(cells: Mapping[str, Scores]) -> list[list[str]]:
 
 
 def _corruption_rows(cells: Mapping[str, Scores]) -> list[list[str]]:
-    """Errors of each severity, their mean, AlexNet's, and the one as a share of the other."""
+    """Errors at each severity, their mean, the mean of AlexNet, and the ratio of the two in per cent."""
     errors = {name: 100 - scores["acc1"] for name, scores in cells.items()}
     summary = corruption_errors(errors)
     rows = [["error, %", *map(str, SEVERITIES), "mean", "AlexNet", "normalised"]]
@@ -121,7 +121,7 @@ def _draw_corruptions(cells: Mapping[str, Scores]) -> plt.Figure:
 
 
 def _draw_accuracies(cells: Mapping[str, Scores], published: Mapping[str, float]) -> plt.Figure:
-    """A bar for each cell, those of published models below."""
+    """Draws a bar for each cell, and the published accuracies below."""
     bars = [(name, scores["acc1"], "C0") for name, scores in cells.items()]
     bars += [(f"{model}, published", accuracy, "0.7") for model, accuracy in published.items()]
     figure, axes = plt.subplots(figsize=(7, 1.2 + 0.4 * len(bars)), dpi=100, layout="constrained")

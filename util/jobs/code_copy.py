@@ -1,4 +1,4 @@
-"""A copy of this project's code, which later changes don't reach: what a job runs that waits in a queue."""
+"""A snapshot of this project's code for a job: later changes of the code have no effect on a queued job."""
 
 import hashlib
 import shutil
@@ -10,14 +10,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def make(folder: Path, config: str | None) -> tuple[Path, Path | None]:
-    """Copies the code of this project, and a recipe that may lie elsewhere, to a folder named after their content.
+    """Copies the code of this project and a recipe to a folder that is named by the digest of their content.
 
     Args:
-        folder: gets the copy, if there is none of the same content yet.
-        config: the recipe.
+        folder: the parent folder of the copy. An existing copy with the same content is reused.
+        config: path of the recipe (None: without a recipe).
 
     Returns:
-        The copy's folder, and the recipe in it.
+        The folder of the copy, and the path of the recipe in it.
     """
     files = {path.relative_to(ROOT): path.read_bytes() for path in _sources(ROOT)}
     recipe = Path("submitted.yaml")
@@ -36,13 +36,13 @@ def make(folder: Path, config: str | None) -> tuple[Path, Path | None]:
             (making / path).write_bytes(content)
         try:
             making.rename(copy)
-        except OSError:  # another submission has made it meanwhile
+        except OSError:  # another submission has created it in the meantime
             shutil.rmtree(making)
     return copy, copy / recipe if config else None
 
 
 def _sources(folder: Path) -> Iterator[Path]:
-    """Python and YAML files of a folder, and of those in it that hold any: not of data, results, environments."""
+    """Python and YAML files of a folder and of its subfolders that contain any: no data, results or environments."""
     for entry in sorted(folder.iterdir()):
         if entry.is_file() and entry.suffix in (".py", ".yaml"):
             yield entry

@@ -1,7 +1,7 @@
-"""`--slurm KEY=VALUE`: the settings of a Slurm job that have no flag of their own.
+"""`--slurm KEY=VALUE`: the settings of a Slurm job without a flag of their own.
 
-A key is a long option of sbatch, with `_` or `-` between its words, or a setting of submitit. This module lists all
-keys: it passes them on, translates them, or refuses them and names the replacement.
+A key is a long option of sbatch, with `_` or `-` between its words, or a setting of submitit. This module lists the
+keys that are passed on, translated or rejected; an error message names the replacement of a rejected key.
 """
 
 import argparse
@@ -13,7 +13,8 @@ from typing import Any
 
 from util.cli.advice import did_you_mean
 
-# Long options of sbatch, Slurm 20.11 to 25.05, that say where and how a job runs. The installed sbatch may know more.
+# Long options of sbatch in Slurm 20.11 to 25.05 for the resources and the execution of a job. `_sbatch_lists` finds
+# options of other versions.
 SBATCH = frozenset(
     """
     account acctg_freq batch bb bbf begin cluster_constraint clusters comment constraint container
@@ -27,7 +28,7 @@ SBATCH = frozenset(
     tres_per_task uid use_min_nodes wckey x11
     """.split()  # noqa: SIM905
 )
-LISTS = ("setup", "teardown", "srun_args")  # settings of submitit that may be given several times
+LISTS = ("setup", "teardown", "srun_args")  # settings of submitit that may be repeated
 NUMBERS = ("signal_delay_s", "max_num_timeout", "cpus_per_task", "mem_gb")
 SUBMITIT = frozenset({*LISTS, "signal_delay_s", "max_num_timeout", "python", "mem_gb", "name"})
 REFUSED = {
@@ -36,11 +37,11 @@ REFUSED = {
     "nodes": "give --nodes N",
     "ntasks_per_node": "give --ngpus N",
     "tasks_per_node": "give --ngpus N",
-    "ntasks": "give --nodes N and --ngpus N, whose product it is",
+    "ntasks": "give --nodes N and --ngpus N; it is their product",
     "num_gpus": "give --slurm gpus_per_node=N",
-    "signal": "give --slurm signal_delay_s=SECONDS for the time at which it comes",
-    "output": "give --job_dir DIR, which gets the logs",
-    "error": "give --job_dir DIR, which gets the logs",
+    "signal": "give --slurm signal_delay_s=SECONDS to set the time of the signal before the time limit",
+    "output": "give --job_dir DIR for the logs",
+    "error": "give --job_dir DIR for the logs",
     "open_mode": "logs are always appended to",
     "stderr_to_stdout": "each process has one log for both",
     "wait": "give --wait",
@@ -57,10 +58,10 @@ REFUSED = {
 
 
 def setting(text: str) -> tuple[str, Any]:
-    """Reads KEY=VALUE: sbatch's name of the key where it has one, and the value as a number or bool where it is one.
+    """Parses KEY=VALUE to sbatch's name of the key and a value, which becomes an int or a bool if possible.
 
     Raises:
-        argparse.ArgumentTypeError: the key is unknown or refused, or the value is none for it.
+        argparse.ArgumentTypeError: the key is unknown or rejected, or the value is invalid.
     """
     key, equals, value = text.partition("=")
     key = key.replace("-", "_")
@@ -85,7 +86,7 @@ def setting(text: str) -> tuple[str, Any]:
 
 
 def _sbatch_lists(key: str) -> bool:
-    """Whether the installed sbatch has the option: a newer one's, or a plug-in's of the site."""
+    """Whether the installed sbatch has the option: of a newer version, or of a plug-in."""
     if not shutil.which("sbatch"):
         return False
     text = subprocess.run(["sbatch", "--help"], capture_output=True, text=True, check=False).stdout
@@ -93,15 +94,15 @@ def _sbatch_lists(key: str) -> bool:
 
 
 def merge(flags: Mapping[str, Any], settings: Iterable[tuple[str, Any]], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """All settings of a job by name; those of LISTS are lists. `false` leaves an option out, but for `requeue`.
+    """Merges all settings of a job by name; those of LISTS become lists. `false` removes an option, except `requeue`.
 
     Args:
-        flags: what flags of the command line set; a setting must not contradict them.
-        settings: of --slurm, as `setting` reads them; they replace defaults.
-        defaults: what neither says. GPUs by default give way to any other setting about GPUs.
+        flags: settings of flags of the command line.
+        settings: settings of --slurm from `setting`; they replace defaults.
+        defaults: settings without a flag. Any setting about GPUs replaces the default number of GPUs.
 
     Raises:
-        ValueError: a flag and a setting set the same.
+        ValueError: a flag and --slurm set the same option.
     """
     settings = list(settings)
     about_gpus = any(k.startswith("gpus") or (k in ("gres", "tres_per_task") and "gpu" in str(v)) for k, v in settings)
@@ -109,7 +110,7 @@ def merge(flags: Mapping[str, Any], settings: Iterable[tuple[str, Any]], default
     merged |= {**flags, **{key: [] for key in LISTS}}
     for key, value in settings:
         if key in flags:
-            raise ValueError(f"--slurm {key}={value}: another flag sets {key}={flags[key]}; give one of the two")
+            raise ValueError(f"--slurm {key}={value}: another flag sets {key}={flags[key]}; give only one of them")
         if key in LISTS:
             merged[key].append(value)
         else:

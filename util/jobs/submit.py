@@ -1,10 +1,10 @@
-"""Jobs of a Slurm cluster, by submitit: what submitit_*.py submit, and what then runs, again after each requeue.
+"""Jobs of a Slurm cluster through submitit: the flags, the submission, and the code that runs in the job.
 
-A job runs a copy of the code that is made when it is submitted, in the folder in which it was submitted. It goes on
-from its newest state whenever Slurm starts it again: after the time limit, a preemption, or `scontrol requeue`.
+A job runs a snapshot of the code from the time of its submission, in the folder of the submission. It resumes from its
+newest checkpoint whenever Slurm starts it again: after the time limit, a preemption, or `scontrol requeue`.
 
-PyTorch, whose import takes seconds, is imported after submitit has set its handlers of signals: without them a signal
-would end the job for good.
+PyTorch takes seconds to import. It is imported after submitit has installed its signal handlers: without them, a signal
+would end the job without a requeue.
 """
 
 import argparse
@@ -40,23 +40,23 @@ except ImportError as error:
 logger = logging.getLogger(__name__)
 
 JOB_FOLDER = "the job's folder"  # default of --output_dir
-SECONDS_TO_KILL = 600  # in which Slurm, after its signal, must have ended or requeued a job
-REQUEUES = 100  # after time limits; submitit's 3 would end a long run on a partition of short jobs
+SECONDS_TO_KILL = 600  # seconds after a signal in which Slurm ends or requeues a job
+REQUEUES = 100  # after time limits; submitit's default of 3 would end a long run on a partition for short jobs
 
 
 class Failed(Exception):
-    """A run failed, and its log says why."""
+    """A run failed; its log has the error message."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a job runs in each of its processes.
+    """The function that each process of a job calls.
 
     Args:
-        main: module with `main` and `get_args_parser`.
-        argv: its command line, in which `%j` is the job's number.
-        folder: in which it was submitted, and relative paths begin.
-        requeue: whether a signal puts it back into the queue; else it ends, with its state saved.
+        main: name of the script's module, with `main` and `get_args_parser`.
+        argv: command line of the script; `%j` is replaced by the job id.
+        folder: working directory: the folder of the submission.
+        requeue: whether the job is requeued after a signal; otherwise it ends after its state is saved.
     """
 
     main: str
@@ -67,12 +67,12 @@ class Job:
     def __call__(self, restarted: bool = False) -> None:
         job = submitit.JobEnvironment()
         _log_plainly()
-        if job.cluster == "local":  # under Slurm, srun has started the process, and `util.dist` reads what that sets
-            meeting = TorchDistributedEnvironment()
-            meeting.master_addr = "127.0.0.1"  # a machine's own name may lead nowhere
-            meeting.export(set_cuda_visible_devices=False, overwrite=True)
+        if job.cluster == "local":  # under Slurm, `util.dist` reads the environment of srun
+            environment = TorchDistributedEnvironment()
+            environment.master_addr = "127.0.0.1"  # the host name may not be resolvable
+            environment.export(set_cuda_visible_devices=False, overwrite=True)
         if restarted:
-            os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"  # as torchrun sets it: the run resumes
+            os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"  # as torchrun sets it, so that the run resumes
 
         from util import dist
         from util.cli import entry_point
@@ -100,36 +100,35 @@ class Job:
         except SystemExit as error:
             if not failed or job.cluster == "debug":
                 raise
-            # An exception, not an exit: whoever waits for the job then learns of it at once, from submitit's file.
+            # submitit writes an exception to its result file at once, so that --wait reports the failure.
             sys.excepthook = _without_traceback
             if lost and self.requeue and job.cluster == "slurm":
-                # Of a process, srun ends all others at once. Of a node, Slurm requeues the job, unless it ends before.
+                # If a process died, srun ends the others now. If a node failed, Slurm requeues a job that still runs.
                 time.sleep(SECONDS_TO_KILL)
             raise Failed(f"{self.main}.py failed (exit code {error.code})") from error
         if stopped_by:
             _stop(job, stopped_by[0], self.requeue)
         for signum in filter(_is_submitits, SIGNALS):
-            signal.signal(signum, signal.SIG_IGN)  # the work is done; while Python ends, it would kill again
+            signal.signal(signum, signal.SIG_IGN)  # the run is complete: no handler may requeue it while Python exits
 
     def checkpoint(self, restarted: bool = False) -> DelayedSubmission:
-        """What runs after a requeue: the same, from its newest state."""
+        """Returns the submission after a requeue: the same job, which resumes from its newest checkpoint."""
         return DelayedSubmission(self, restarted=True)
 
     __submitit_checkpoint__ = checkpoint
 
 
 def _stop(job: submitit.JobEnvironment, signum: int, requeue: bool) -> None:
-    """Ends a process whose state is saved, as the signal asks for.
+    """Ends or requeues a process after a signal, when its state is saved.
 
-    Under Slurm it waits for its end: a process that ended earlier would end the job before it is requeued.
+    Under Slurm, the process waits until Slurm ends it: if it exited, the job would end before it is requeued.
     """
     handler = signal.getsignal(signum)
     if requeue and _is_submitits(signum):
-        signal.signal(
-            signal.SIGTERM, signal.SIG_IGN
-        )  # scontrol inherits it, and survives the end of the job it requeues
+        # scontrol inherits this setting, and survives the end of the job that it requeues.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if job.global_rank == 0 and callable(handler):
-            handler(signum, None)  # requeues and exits after the time limit's signal; of SIGTERM it takes a note
+            handler(signum, None)  # requeues and exits after the signal of the time limit; logs a SIGTERM
         if job.cluster == "slurm":
             time.sleep(SECONDS_TO_KILL)
     raise SystemExit(f"stopped by {signal.Signals(signum).name}, {waiting.SAVED}")
@@ -140,12 +139,12 @@ def _is_submitits(signum: int) -> bool:
 
 
 def _log_plainly() -> None:
-    """Leaves submitit's lines to the run's log, where they would stand three times."""
+    """Removes submitit's log handlers: without this, the log of the run has each of its lines three times."""
     logging.getLogger("submitit").handlers.clear()
 
 
 def _without_traceback(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    if kind is not Failed:  # whose message is in the log
+    if kind is not Failed:  # its message is in the log
         sys.__excepthook__(kind, error, trace)
 
 
@@ -153,7 +152,7 @@ def _without_traceback(kind: type[BaseException], error: BaseException, trace: A
 
 
 def run(main: str) -> None:
-    """Reads the command line of `main` and of its job, and submits it."""
+    """Entry point of submitit_*.py: parses the flags of the script and of the job, and submits the job."""
     from util.cli import entry_point
 
     parser, _ = get_args_parser(main)
@@ -161,7 +160,7 @@ def run(main: str) -> None:
 
 
 def get_args_parser(main: str) -> tuple[ArgumentParser, list[str]]:
-    """The parser of a main with the flags of jobs, and the names of those."""
+    """The parser of a script with the flags of jobs, and the names of the flags of jobs."""
     parser: ArgumentParser = importlib.import_module(main).get_args_parser()
     parser.set_defaults(output_dir=JOB_FOLDER)
     group = parser.add_argument_group("job")
@@ -202,7 +201,7 @@ def get_args_parser(main: str) -> tuple[ArgumentParser, list[str]]:
 
 def _job_number(text: str) -> str:
     if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"must be the number of a job, got {text}")
+        raise argparse.ArgumentTypeError(f"must be a job id, which is a number, got {text}")
     return text
 
 
@@ -212,36 +211,42 @@ class _Slurm(submitit.SlurmExecutor):
         return 2  # a dry run needs no Slurm
 
     def script(self) -> str:
-        """What sbatch would be given."""
+        """The text of the sbatch script."""
         return self._make_submission_file_text(self._submitit_command_str, "")
 
 
 def _submit(main: str, argv: list[str], args: Namespace) -> None:
-    """Submits a job and says how to follow it."""
+    """Submits a job, and prints the commands that follow it."""
     above = JobPaths.get_first_id_independent_folder(Path(args.job_dir).parent) if args.job_dir else "runs/jobs"
     shared = Path(args.shared_dir or above).expanduser().absolute()
     folder = Path(args.job_dir).expanduser().absolute() if args.job_dir else shared / "%j"
     outputs = [folder if d == JOB_FOLDER else Path(d).expanduser().absolute() for d in (args.output_dir, args.log_dir)]
     argv = [*argv, "--output_dir", str(outputs[0]), "--log_dir", str(outputs[1])]
     if args.nodes > 1 and args.cluster == "local":
-        raise ValueError(f"--nodes {args.nodes}: --cluster local is this machine alone; give --nodes 1")
+        raise ValueError(f"--nodes {args.nodes}: --cluster local uses one machine; give --nodes 1")
     if args.after and args.cluster != "slurm":
-        raise ValueError(f"--after {args.after} waits for a job of Slurm, and --cluster {args.cluster} starts at once")
+        raise ValueError(
+            f"--after {args.after} requires --cluster slurm: --cluster {args.cluster} starts the job at once; give one "
+            f"of them"
+        )
     for_slurm = [f"--{name}" for name in ("partition", "use_volta32", "comment", "slurm") if getattr(args, name)]
     if for_slurm and args.cluster != "slurm":
         logger.warning(f"no effect with --cluster {args.cluster}: {', '.join(for_slurm)}")
     executor = _executor(main, args, folder)
     job_of_run = partial(Job, main, folder=str(Path.cwd()), requeue=dict(args.slurm).get("requeue", True))
     if args.dry_run:
-        print(executor.script() if isinstance(executor, _Slurm) else f"no script: --cluster is {args.cluster}")
+        print(executor.script() if isinstance(executor, _Slurm) else f"--cluster {args.cluster} has no sbatch script")
     elif args.cluster == "debug":
         executor.submit(job_of_run(argv=tuple(argv))).results()
     elif args.cluster == "slurm" and not shutil.which("sbatch"):
-        raise ValueError("there is no sbatch here: submit where Slurm is, or give --cluster local, or --dry_run")
+        raise ValueError(
+            "--cluster slurm: there is no sbatch on this machine; submit on a login node, or give --cluster local or "
+            "--dry_run"
+        )
     else:
         code, recipe = code_copy.make(shared / "code", args.config)
         argv += ["--config", str(recipe)] if recipe else []
-        with contextlib.chdir(code), _environment_of_a_shell():  # Python finds modules in the folder it starts in
+        with contextlib.chdir(code), _environment_of_a_shell():  # Python imports modules from its working directory
             job = _start(executor, job_of_run(argv=tuple(argv)))
         log, output_dir = job.task(0).paths.stdout, str(outputs[0]).replace("%j", job.job_id)
         waiting.print_instructions(args.cluster, job.job_id, log, output_dir)
@@ -261,16 +266,16 @@ def _executor(main: str, args: Namespace, folder: Path) -> submitit.Executor:
         return local
     flags = {"partition": args.partition, "comment": args.comment}
     flags |= {"constraint": "volta32gb"} if args.use_volta32 else {}
-    # A job whose forerunner failed is taken out of the queue, in which it would stay for ever.
+    # If the previous job fails, Slurm removes this job; by default it would stay in the queue for ever.
     flags |= {"dependency": f"afterok:{args.after}", "kill_on_invalid_dep": "yes"} if args.after else {}
     defaults = {"job_name": main.replace("main", "mae"), "requeue": True, "max_num_timeout": REQUEUES}
     defaults |= {"gpus_per_node": gpus} if gpus else {}
     extra = slurm_settings.merge({key: value for key, value in flags.items() if value}, args.slurm, defaults)
-    # A signal does nothing until submitit handles it: it would end Python, and so the job, before.
+    # The signal is ignored until submitit installs its handler; otherwise it would end Python, and the job.
     python = extra.pop("python", shlex.quote(sys.executable))
     python = f'sh -c \'trap "" {submitit.JobEnvironment.USR_SIG}; exec "$@"\' sh {python}'
     slurm = _Slurm(folder, extra.pop("max_num_timeout", 0), python=python)
-    # Without one process the others wait in vain. sbatch's cpus_per_task means nothing to srun since Slurm 22.05.
+    # If one process fails, the others would wait for ever. Since Slurm 22.05, srun ignores sbatch's cpus_per_task.
     extra["srun_args"] += ["--kill-on-bad-exit=1"]
     extra["srun_args"] += [f"--cpus-per-task={extra['cpus_per_task']}"] if "cpus_per_task" in extra else []
     own = {key: extra.pop(key) for key in (*slurm_settings.LISTS, "signal_delay_s") if key in extra}
@@ -284,7 +289,7 @@ def _executor(main: str, args: Namespace, folder: Path) -> submitit.Executor:
 
 @contextlib.contextmanager
 def _environment_of_a_shell() -> Iterator[None]:
-    """Without what a launcher or a job around this process has set, but with what a user sets for Slurm."""
+    """Removes the variables of an enclosing launcher or job from the environment, but not the user's Slurm settings."""
     own = {name: value for name, value in os.environ.items() if name.startswith(("SBATCH_", "SLURM_CONF"))}
     with submitit.helpers.clean_env():
         os.environ.update(own)
@@ -295,15 +300,15 @@ def _start(executor: submitit.Executor, job: Job) -> submitit.Job:
     """Submits a job.
 
     Raises:
-        ValueError: sbatch refuses it, as it says.
+        ValueError: sbatch rejects the job; the message is that of sbatch.
     """
-    # A job of this machine takes no part in Ctrl-C: whoever waits for it stops it in order.
+    # A local job inherits this setting and ignores Ctrl-C; --wait stops it.
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # on which submitit prints what it raises, too
+        with contextlib.redirect_stderr(io.StringIO()):  # submitit also prints the error that it raises
             return executor.submit(job)
     except (UncompletedJobError, FailedSubmissionError) as error:
         lines = [line.removeprefix("sbatch: ").removeprefix("error: ") for line in str(error).strip().splitlines()]
-        raise ValueError(f"sbatch refuses the job: {'; '.join(lines)}") from error
+        raise ValueError(f"sbatch rejects the job: {'; '.join(lines)}") from error
     finally:
         signal.signal(signal.SIGINT, before)

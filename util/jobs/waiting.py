@@ -7,11 +7,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-SAVED = "the state is saved"  # as a job's log ends if a signal stopped it
+SAVED = "the state is saved"  # the end of a job's log if a signal stopped it
 
 
 def print_instructions(cluster: str, number: str, log: Path, output_dir: str) -> None:
-    """Prints how to follow a job, and how to cancel it."""
+    """Prints the commands that follow and cancel a job."""
     slurm = cluster == "slurm"
     print(
         f"job {number} is {'submitted' if slurm else 'started'}\n"
@@ -24,11 +24,11 @@ def print_instructions(cluster: str, number: str, log: Path, output_dir: str) ->
 
 
 def wait(job: Any, cluster: str, log: Path, output_dir: str, after: str | None) -> None:
-    """Waits for the end of a job, a `submitit.Job`.
+    """Waits for the end of a `submitit.Job`.
 
     Raises:
-        ValueError: it did not succeed; the end of its log is shown.
-        SystemExit: Ctrl-C. It has stopped a job of this machine; a job of Slurm continues.
+        ValueError: the job failed; the end of its log is printed.
+        SystemExit: Ctrl-C was pressed: a local job is stopped, a Slurm job continues.
     """
     try:
         job.wait()
@@ -42,24 +42,24 @@ def wait(job: Any, cluster: str, log: Path, output_dir: str, after: str | None) 
         return
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
     if not lines:
-        why = f": job {after}, which --after names, has not succeeded" if after else ""
+        why = f": job {after} of --after has not succeeded" if after else ""
         raise ValueError(f"job {job.job_id} has not started (state {job.state}){why}")
     if SAVED in lines[-1]:
         print(
-            f"job {job.job_id} was {lines[-1]}; the same command with --resume auto --output_dir {output_dir} continues"
+            f"job {job.job_id} was {lines[-1]}; to resume, add --resume auto --output_dir {output_dir} to the command"
         )
         raise SystemExit(130)
     print("\n".join(lines[-20:]))
     state = f" (state {job.state})" if cluster == "slurm" else ""
-    raise ValueError(f"job {job.job_id} failed{state}, and above is the end of its log, {log}")
+    raise ValueError(f"job {job.job_id} failed{state}; the end of its log {log} is printed above")
 
 
 def _stop_local(job: Any) -> None:
-    """Stops a job of this machine, and waits until its state is saved."""
+    """Stops a local job, and waits until its state is saved."""
     print(f"stopping job {job.job_id}; Ctrl-C again stops waiting for it", file=sys.stderr)
     try:
         while not job.done():
-            os.kill(int(job.job_id), signal.SIGTERM)  # again, since the processes ignore it while they start
+            os.kill(int(job.job_id), signal.SIGTERM)  # repeated: the processes ignore the signal while they start
             time.sleep(0.5)
     except KeyboardInterrupt:
         print(f"job {job.job_id} may still run; kill {job.job_id} stops it", file=sys.stderr)
@@ -68,7 +68,7 @@ def _stop_local(job: Any) -> None:
 
 def _succeeded(job: Any, cluster: str) -> bool:
     tasks = [job.task(number) for number in range(job.num_tasks)]
-    # On a shared file system submitit waits for results; those of this machine are there, or will never be.
+    # submitit waits for results to appear on a shared file system; a local job has them at its end or never.
     if cluster == "local" and not all(task.paths.result_pickle.exists() for task in tasks):
         return False
     return all(task.exception() is None for task in tasks)
