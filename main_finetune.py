@@ -18,16 +18,12 @@ from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from util.cli import entry_point  # first, as it names the packages that are missing
 
 # isort: split
 import torch
-from timm.data import Mixup
-from timm.data.random_erasing import RandomErasing
-from timm.layers import trunc_normal_
-from timm.loss import SoftTargetCrossEntropy
 from torch import nn
 
 import models_build
@@ -49,6 +45,9 @@ from util.data.sources import Source
 from util.lr_decay import param_groups_lrd
 from util.training import run_log, trainer
 from util.weights import loading
+
+if TYPE_CHECKING:
+    from timm.data import Mixup
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +71,9 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(args: Namespace) -> Evaluation | None:
     """Trains for `args.epochs` epochs and evaluates after each; with --eval, evaluates once and returns the result."""
+    from timm.data.random_erasing import RandomErasing  # timm takes more than a second
+    from timm.loss import SoftTargetCrossEntropy
+
     precision = trainer.start(args)
     device = precision.device
     file = open_weights(vars(args))
@@ -95,7 +97,7 @@ def main(args: Namespace) -> Evaluation | None:
     settings = {**vars(args), "nb_classes": len(classes), "classes": classes, "mean": setup.mean, "std": setup.std}
     model = models_build.classifier(settings)
     if file and not loading.load_encoder(model, file, args.adapt_input, classes):
-        trunc_normal_(model.head.weight, std=HEAD_STD)
+        nn.init.normal_(model.head.get_parameter("weight"), std=HEAD_STD)
     if args.unfreeze_blocks is not None:
         models_build.freeze_below(model, args.unfreeze_blocks)
     model.to(device)
@@ -142,7 +144,7 @@ def main(args: Namespace) -> Evaluation | None:
     return None
 
 
-def mixing(args: Namespace, num_classes: int) -> Mixup | None:
+def mixing(args: Namespace, num_classes: int) -> "Mixup | None":
     """mixup and cutmix of timm; None if both are off.
 
     Raises:
@@ -154,6 +156,8 @@ def mixing(args: Namespace, num_classes: int) -> Mixup | None:
         raise ValueError("--cutmix_minmax: give the smaller share first")
     if args.batch_size % 2:
         raise ValueError(f"--batch_size {args.batch_size}: --mixup and --cutmix mix pairs; give an even number")
+    from timm.data import Mixup
+
     return Mixup(
         mixup_alpha=args.mixup,
         cutmix_alpha=args.cutmix,

@@ -22,7 +22,6 @@ from util.cli import entry_point  # first, as it names the packages that are mis
 
 # isort: split
 import torch
-from timm.optim import param_groups_weight_decay
 
 import models_build
 import models_mae
@@ -33,7 +32,8 @@ from util.cli import options
 from util.data import loader, transforms
 from util.data.samples import Samples
 from util.evaluation import pictures
-from util.training import fsdp, run_log, trainer
+from util.lr_decay import param_groups_weight_decay
+from util.training import run_log, trainer
 from util.training.loop import Callback
 from util.weights import loading
 
@@ -70,6 +70,8 @@ def main(
     with torch.device("meta" if args.fsdp else "cpu"):  # --fsdp initialises the shards
         model = models_build.autoencoder(vars(args), model_class)
     if args.fsdp:
+        from util.training import fsdp  # takes a second
+
         fsdp.shard(model, [*model.blocks, *model.decoder_blocks], device, precision.dtype, method="reconstruct")
     draw_noise, mask_ratio = masking.sampler(args.masking, model.grid_size, args.mask_ratio)
     if args.init_from:

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
-from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 import models_mae
@@ -99,7 +98,7 @@ class ParallelHeads(nn.ModuleList):
 def probe_head(embed_dim: int, num_classes: int) -> nn.Sequential:
     """The head of a linear probe: batch norm without affine parameters, then a linear layer (appendix A.1)."""
     linear = nn.Linear(embed_dim, num_classes)
-    trunc_normal_(linear.weight, std=0.01)
+    nn.init.normal_(linear.weight, std=0.01)
     nn.init.zeros_(linear.bias)
     return nn.Sequential(nn.BatchNorm1d(embed_dim, affine=False, eps=1e-6), linear)
 

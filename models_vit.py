@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, trunc_normal_
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -124,6 +123,23 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x)))
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (Huang et al. 2016): in training, drops a residual branch of each sample with probability `p`.
+
+    The branches that remain are divided by 1 - p. (B, ...) -> (B, ...)
+    """
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.drop_prob = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        mask = x.new_empty(len(x), *(1,) * (x.ndim - 1)).bernoulli_(1 - self.drop_prob)
+        return x * mask.div_(1 - self.drop_prob)
 
 
 class Block(nn.Module):
@@ -250,12 +266,16 @@ class VisionTransformer(Encoder):
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
-        """Initialises linear weights, class token and positions (truncated normal, std .02); biases are zero."""
-        trunc_normal_(self.pos_embed, std=0.02)
-        trunc_normal_(self.cls_token, std=0.02)
+        """Initialises linear weights, class token and positions (normal, std .02); biases are zero.
+
+        The published truncation at ±2 is 100 standard deviations away, so this is the same distribution. timm's
+        `trunc_normal_` sets about one weight in 2^24 to -2.
+        """
+        nn.init.normal_(self.pos_embed, std=0.02)
+        nn.init.normal_(self.cls_token, std=0.02)
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                trunc_normal_(module.weight, std=0.02)
+                nn.init.normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 

@@ -3,9 +3,7 @@
 import logging
 from typing import Any, NamedTuple
 
-import timm
 import torch
-from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
 from inference.model import get_model, imagenet_classes
@@ -102,6 +100,9 @@ def _first_name(described: str) -> str:
 
 
 def _load_timm(name: str, crop_pct: float | None) -> ImageNetClassifier:
+    import timm  # takes more than a second
+    from timm.data import create_transform, resolve_model_data_config
+
     try:
         model = timm.create_model(name.removeprefix(TIMM), pretrained=True).eval()
     except Exception as error:  # unknown names, files that are missing, no network

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from huggingface_hub import PyTorchModelHubMixin
 from PIL import Image
-from timm.data import ImageNetInfo
 from torch import Tensor
 
 import models_build
@@ -157,6 +156,8 @@ Model = Autoencoder | Classifier
 @cache
 def imagenet_classes() -> list[str]:
     """The names of ImageNet-1K's classes, by label."""
+    from timm.data import ImageNetInfo  # takes more than a second
+
     info = ImageNetInfo()
     return [info.index_to_description(label) for label in range(1000)]
 

@@ -9,12 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.backend_bases import FigureCanvasBase
 
 from inference.model import get_model, open_image
 from util import dist
@@ -22,7 +17,17 @@ from util.cli import entry_point, flags, options
 from util.files import atomic
 from util.files.untrusted import printable
 
-FORMATS = (".png", ".jpg", ".pdf", ".svg", *(f".{kind}" for kind in FigureCanvasBase.filetypes))  # of --out
+FORMATS = (
+    ".png",
+    ".jpg",
+    ".jpeg",
+    ".webp",
+    ".tif",
+    ".tiff",
+    ".pdf",
+    ".svg",
+    ".eps",
+)  # of --out; matplotlib writes them
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -59,10 +64,12 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def draw(images: list[np.ndarray], predictions: list[dict[str, Any]], path: Path) -> None:
     """A picture with a row for each image (H, W, 3): the image, and a bar for each of its classes."""
-    figure, axes = plt.subplots(
-        len(images), 2, figsize=(8, 2.6 * len(images)), dpi=100, layout="constrained", squeeze=False
-    )
-    for (left, right), image, prediction in zip(axes, images, predictions, strict=True):
+    from matplotlib.figure import Figure
+
+    figure = Figure((8, 2.6 * len(images)), dpi=100, layout="constrained")
+    for (left, right), image, prediction in zip(
+        figure.subplots(len(images), 2, squeeze=False), images, predictions, strict=True
+    ):
         left.imshow(image)
         left.axis("off")
         names, scores = zip(*reversed(prediction["top"]), strict=True)
@@ -73,7 +80,6 @@ def draw(images: list[np.ndarray], predictions: list[dict[str, Any]], path: Path
             right.spines[side].set_visible(False)
     with atomic.replacing(path) as written:
         figure.savefig(written)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

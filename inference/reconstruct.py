@@ -11,8 +11,6 @@ from collections.abc import Sequence
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms import functional as TF
 
 from inference.model import Autoencoder, ImageLike, Model, get_model, open_image
 from models_mae import Reconstruction
@@ -128,6 +126,9 @@ def whole_input(model: Model, picture: Picture, short_side: int | None = None) -
 
 def fit(picture: Picture, short_side: int, patch: tuple[int, int]) -> Picture:
     """Scales a picture to a short side, and cuts what no patch covers off its edges."""
+    from torchvision.transforms import InterpolationMode  # takes more than a second
+    from torchvision.transforms import functional as TF
+
     height, width = size_of(picture)
     scale = max(short_side / min(height, width), patch[0] / height, patch[1] / width)
     scaled = [max(p, round(side * scale)) for side, p in zip((height, width), patch, strict=True)]

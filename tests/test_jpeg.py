@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from util.data import bicubic, jpeg, transforms
+from util.data import bicubic, crops, jpeg, transforms
 from util.data.decode import BadImage, decode
 from util.data.transforms import pretrain_transform
 
@@ -117,10 +117,8 @@ def test_scaling_to_any_size_is_pillows(kind):
 def test_crops_have_the_published_distribution(monkeypatch):
     """Area uniform in .2 to 1 of the image's, the ratio log-uniform in 3/4 to 4/3, where such a crop fits."""
     boxes = []
-    draw = transforms._Crop.get_params
-    monkeypatch.setattr(
-        transforms._Crop, "get_params", staticmethod(lambda *given: boxes.append(draw(*given)) or boxes[-1])
-    )
+    draw = crops.Crop.get_params
+    monkeypatch.setattr(crops.Crop, "get_params", staticmethod(lambda *given: boxes.append(draw(*given)) or boxes[-1]))
     transform, picture = pretrain_transform(8), torch.zeros(3, 375, 500, dtype=torch.uint8)
     for _ in range(3000):
         transform(picture)

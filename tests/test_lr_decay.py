@@ -1,11 +1,12 @@
-"""Layer-wise decay: the published groups, and timm's as the second opinion."""
+"""Weight decay and layer-wise decay: the published groups, and timm's as the second opinion."""
 
 import pytest
 import torch
 from timm.optim import param_groups_layer_decay
+from timm.optim import param_groups_weight_decay as timm_groups_weight_decay
 
 from models_vit import vit_mini_patch4
-from util.lr_decay import get_layer_id_for_vit, param_groups_lrd
+from util.lr_decay import get_layer_id_for_vit, param_groups_lrd, param_groups_weight_decay
 
 FREE = ["pos_embed", "cls_token"]
 
@@ -58,3 +59,12 @@ def test_groups_train(model):
     optimizer = torch.optim.AdamW(param_groups_lrd(model), lr=0.1)
     assert len(optimizer.param_groups) == 2 * 6
     assert get_layer_id_for_vit("head.weight", 5) == 5
+
+
+def test_weight_decay_groups_equal_timms(mini_mae):
+    mini_mae.mask_token.requires_grad_(False)
+    for ours, theirs in zip(
+        param_groups_weight_decay(mini_mae, 0.05), timm_groups_weight_decay(mini_mae, 0.05), strict=True
+    ):
+        assert ours["weight_decay"] == theirs["weight_decay"]
+        assert [id(parameter) for parameter in ours["params"]] == [id(parameter) for parameter in theirs["params"]]

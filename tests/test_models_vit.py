@@ -2,6 +2,7 @@
 
 import pytest
 import timm
+import timm.layers
 import torch
 
 import models_vit
@@ -117,6 +118,16 @@ def test_attention_by_hand():
     expected = [[1.5, 0.0], [1.5, (1 - e3) / (1 + e3)]]
     torch.testing.assert_close(attention(x), torch.tensor([expected]))
     torch.testing.assert_close(attention.maps(x)[0, 0], torch.tensor([[e2 / (1 + e2), 1 / (1 + e2)], [0.5, 0.5]]))
+
+
+@pytest.mark.parametrize("shape", [(64, 3), (64, 3, 5)])
+def test_drop_path_equals_timms(shape):
+    x, ours, theirs = torch.randn(shape), models_vit.DropPath(0.3), timm.layers.DropPath(0.3)
+    torch.manual_seed(1)
+    expected = theirs(x)
+    torch.manual_seed(1)
+    assert torch.equal(ours(x), expected)
+    assert torch.equal(ours.eval()(x), x)
 
 
 def test_drop_path_acts_on_attention_and_mlp():

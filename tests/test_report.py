@@ -3,10 +3,10 @@
 import csv
 
 import numpy as np
+from matplotlib.figure import Figure
 from PIL import Image
 
 from util.evaluation import report
-from util.evaluation.report import plt
 
 
 def rows(path):
@@ -35,10 +35,10 @@ def test_many_classes(tmp_path):
 
 
 def test_the_picture_shows_the_share_of_each_true_class(tmp_path, monkeypatch):
-    monkeypatch.setattr(plt, "close", lambda figure: None)
+    figures = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: figures.append(figure) or save(figure, path))
     report.write(tmp_path, ["cat", "dog", "emu"], np.array([0, 0, 0, 0, 1, 1]), np.array([0, 2, 2, 2, 1, 0]))
-    picture = plt.gcf().axes[0].images[0]
+    picture = figures[0].axes[0].images[0]
     assert picture.get_array().tolist() == [[0.25, 0, 0.75], [0.5, 0.5, 0], [0, 0, 0]]
     assert picture.get_clim() == (0, 1)
-    monkeypatch.undo()
-    plt.close()

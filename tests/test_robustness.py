@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from painted import class_folders, paint
+from timm.data import RealLabelsImagenet
 
 from util.evaluation import robustness
 from util.evaluation.robustness import CORRUPTIONS, SEVERITIES, corruption_errors, find, open_cell
@@ -79,7 +80,7 @@ def test_a_subset_is_spread_over_all_classes(tmp_path):
 
 def test_real_labels_are_found_by_file_names(tmp_path):
     """Image 1 is a plain snake; 2 has two labels; some have none, and do not count."""
-    labels = robustness.RealLabelsImagenet([""] * 50_000).real_labels
+    labels = RealLabelsImagenet([""] * 50_000).real_labels
     names = [f"ILSVRC2012_val_{number:08d}.JPEG" for number in range(1, 101)]
     unlabelled = [name for name in names if not labels[name]]
     for name in names:

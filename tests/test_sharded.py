@@ -23,7 +23,7 @@ from torch.distributed.fsdp import fully_shard
 
 from models_mae import mae_vit_mini_patch4
 from util import dist
-from util.checkpoints import checkpoint, run_state, sharded
+from util.checkpoints import checkpoint, run_state, shard_files, sharded
 from util.checkpoints.checkpoint import CheckpointError
 from util.training import fsdp
 from util.weights import loading
@@ -122,7 +122,7 @@ def test_every_type_of_tensor_is_written_and_read(one_process, tmp_path):
     state = {"model": tensors, "optimizer": {"state": {}, "param_groups": []}, "args": {}}
     sharded.write(state, tmp_path / "checkpoint-0", group=None)
     assert_same(sharded.gather(tmp_path / "checkpoint-0")["model"], {k: v.float() for k, v in tensors.items()})
-    reader = sharded._Reader(tmp_path / "checkpoint-0")
+    reader = shard_files._Reader(tmp_path / "checkpoint-0")
     described = reader.read_metadata().state_dict_metadata
     assert {name: tensor.properties.dtype for name, tensor in described.items()} == {
         f"model.{dtype}": dtype for dtype in types
@@ -301,10 +301,10 @@ class ByGetattr:
 def test_descriptions_of_an_older_python_are_read():
     encoding = torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING
     content = pickle.dumps(ByGetattr(encoding, "TORCH_CHANNELS_LAST"))
-    assert sharded._Unpickler(io.BytesIO(content)).load() is encoding.TORCH_CHANNELS_LAST
+    assert shard_files._Unpickler(io.BytesIO(content)).load() is encoding.TORCH_CHANNELS_LAST
     for kind, name in ((torch.Size, "numel"), (encoding, "__class__"), (encoding, "mro")):
         with pytest.raises(CheckpointError, match=f"reads '{name}' of .*could run code"):
-            sharded._Unpickler(io.BytesIO(pickle.dumps(ByGetattr(kind, name)))).load()
+            shard_files._Unpickler(io.BytesIO(pickle.dumps(ByGetattr(kind, name)))).load()
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from PIL import Image
 from timm.data import auto_augment, create_transform
 from torchvision import transforms as tv
 
-from util.data import transforms
+from util.data import crops, transforms
 from util.data.transforms import IMAGENET_MEAN
 
 
@@ -147,11 +147,11 @@ def test_finetune_transform_is_timms(photo, mode):
 
 def test_posterizing_to_no_bits_leaves_black(photo):
     """Pillow refuses 0 bits, which rand-m9-mstd0.5-inc1 asks for in one of some hundred pictures."""
+    transform = transforms.finetune_transform(8, IMAGENET_MEAN, "rand-m10-n4-mstd1.5-inc1")
     op = auto_augment.NAME_TO_OP["PosterizeIncreasing"]
     assert not np.asarray(op(photo, 0)).any()
     assert np.array_equal(op(photo, 8), photo)
     assert np.array_equal(op(photo, 3), np.asarray(photo) & 0b11100000)
-    transform = transforms.finetune_transform(8, IMAGENET_MEAN, "rand-m10-n4-mstd1.5-inc1")
     for seed in range(300):
         random.seed(seed)
         np.random.seed(seed)
@@ -169,7 +169,7 @@ def test_finetune_transform_without_policy_takes_any_image():
 
 def test_probe_crop_draws_once(photo):
     """Area and ratio as published, rounded and clipped to the picture; the first draw counts."""
-    crop = transforms._CropOnce(16, scale=(0.08, 1.0))
+    crop = crops.CropOnce(16, scale=(0.08, 1.0))
     areas, ratios = [], []
     for seed in range(2000):
         random.seed(seed)

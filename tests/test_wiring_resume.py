@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from models_mae import mae_vit_mini_patch4
 from models_vit import vit_mini_patch4
 from util import dist
-from util.checkpoints import checkpoint, run_directory, run_state, sharded
+from util.checkpoints import checkpoint, run_directory, run_state, shard_files, sharded
 from util.checkpoints.checkpoint import CheckpointError
 from util.checkpoints.run_state import Progress
 from util.cli import advice
@@ -256,7 +256,7 @@ def test_a_sharded_state_is_there_until_the_next_one_has_its_name(folder):
 @pytest.mark.parametrize("function", [torch.load, torch.hub.load, torch.storage._load_from_bytes])
 def test_functions_of_torch_are_not_called_by_a_description(function):
     with pytest.raises(CheckpointError, match="which could run code"):
-        sharded._Unpickler(io.BytesIO(pickle.dumps(function))).load()
+        shard_files._Unpickler(io.BytesIO(pickle.dumps(function))).load()
 
 
 # ---------------------------------------------------------------------------------------------------------------- logs

@@ -17,8 +17,6 @@ from typing import Any
 import torch
 import torch.distributed as td
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 BACKENDS = ("auto", "nccl", "gloo")
@@ -277,14 +275,16 @@ def share_buffers(model: nn.Module) -> None:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether the model is sharded by `fsdp.shard`."""
-    return isinstance(model, FSDPModule)
+    """Whether the model is sharded by `fsdp.shard`. (Only sharded runs import FSDPModule, which takes a second.)"""
+    return hasattr(model, "set_requires_gradient_sync")
 
 
-def placed_as(tensor: Tensor, like: Tensor) -> Tensor:
+def placed_as(tensor: Tensor, like: Any) -> Tensor:
     """Shards a full tensor, equal in all processes, like another tensor; no change if that one is not sharded."""
-    if not isinstance(like, DTensor) or isinstance(tensor, DTensor):
+    if not hasattr(like, "placements") or hasattr(tensor, "placements"):
         return tensor
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
@@ -298,9 +298,9 @@ def wrap(model: nn.Module, device: torch.device) -> nn.Module:
     return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
 
 
-def gradient_sync(model: nn.Module, enabled: bool) -> contextlib.AbstractContextManager[None]:
+def gradient_sync(model: Any, enabled: bool) -> contextlib.AbstractContextManager[None]:
     """Context manager of a backward pass that averages gradients over the processes, or does not."""
-    if isinstance(model, FSDPModule):
+    if is_sharded(model):
         model.set_requires_gradient_sync(enabled)
     if enabled or not isinstance(model, DistributedDataParallel):
         return contextlib.nullcontext()

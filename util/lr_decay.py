@@ -1,9 +1,24 @@
-"""Layer-wise learning-rate decay for fine-tuning (Clark et al. 2020, ELECTRA; Bao et al. 2021, BEiT)."""
+"""Optimizer groups. Layer-wise learning-rate decay: Clark et al. 2020 (ELECTRA), Bao et al. 2021 (BEiT)."""
 
 from collections.abc import Collection
 from typing import Any
 
 from torch import nn
+
+
+def param_groups_weight_decay(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Optimizer groups without and with weight decay, as timm's: biases and 1-D weights have none.
+
+    So the class token and the mask token have weight decay, as published for pre-training.
+    """
+    groups: list[dict[str, Any]] = [
+        {"params": [], "weight_decay": 0.0},
+        {"params": [], "weight_decay": weight_decay},
+    ]
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            groups[parameter.ndim > 1]["params"].append(parameter)
+    return groups
 
 
 def param_groups_lrd(

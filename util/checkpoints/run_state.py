@@ -3,17 +3,19 @@
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim import Optimizer
 
 from util import dist
 from util.checkpoints import checkpoint, run_directory, sharded
 from util.checkpoints.checkpoint import CheckpointError
 from util.cli.advice import advised, flags
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.stateful import Stateful
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +118,7 @@ def collect(
     optimizer: Optimizer,
     scaler: torch.amp.GradScaler,
     settings: dict,
-    callbacks: Sequence[Stateful] = (),
+    callbacks: Sequence["Stateful"] = (),
 ) -> dict[str, Any]:
     """Returns the state of a run without its position."""
     is_sharded = dist.is_sharded(model)
@@ -141,7 +143,7 @@ def resume(
     scaler: torch.amp.GradScaler,
     settings: dict[str, Any],
     progress: Progress,
-    callbacks: Sequence[Stateful] = (),
+    callbacks: Sequence["Stateful"] = (),
 ) -> None:
     """Restores model, optimizer, scaler, random number generators, callbacks and position from a checkpoint.
 
@@ -277,7 +279,7 @@ def restore_optimizer(optimizer: Optimizer, saved: dict[str, Any]) -> None:
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def _restore_callbacks(callbacks: Sequence[Stateful], states: list[dict[str, Any]]) -> None:
+def _restore_callbacks(callbacks: Sequence["Stateful"], states: list[dict[str, Any]]) -> None:
     if len(callbacks) != len(states):
         raise CheckpointError(
             f"the checkpoint contains the state of {len(states)} callbacks, and this run has {len(callbacks)}: resume "

@@ -9,43 +9,24 @@ The tensors are written and read by torch.distributed.checkpoint, by any number 
 import argparse
 import contextlib
 import hashlib
-import io
 import math
-import pickle
 import shutil
-import warnings
 from collections.abc import Callable
-from enum import Enum, EnumType
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as td
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.optim import Optimizer
 
 from util import dist
 from util.checkpoints import checkpoint
 from util.checkpoints.checkpoint import STATE, CheckpointError
 from util.cli import entry_point, flags
-from util.files.untrusted import read_file
 
 T = TypeVar("T")
-
-# The types in the tensor metadata of PyTorch, by their full names. Nothing else is loaded, so no code can run: a module
-# as a prefix would allow everything that it imports.
-DESCRIBED_BY = {
-    *(("torch.distributed.checkpoint.metadata", name) for name in (
-        "Metadata", "TensorStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING", "ChunkStorageMetadata",
-        "MetadataIndex", "StorageMeta",
-    )),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"), ("torch.serialization", "_get_layout"),
-    *(("torch", name) for name in ("Size", "float32", "float64", "float16", "bfloat16", "int64", "uint8")),
-    ("pathlib", "PosixPath"), ("pathlib._local", "PosixPath"),
-}  # fmt: skip
 
 
 def write(state: dict[str, Any], folder: Path, *also: Path, group: td.ProcessGroup | None) -> None:
@@ -60,6 +41,8 @@ def write(state: dict[str, Any], folder: Path, *also: Path, group: td.ProcessGro
         OSError: the disk is full, or the place can't be written to. If one process fails, all processes raise the same
             error. The previous checkpoint is unchanged, and nothing remains of the new one.
     """
+    from util.checkpoints import shard_files
+
     temporary = _temporary(folder)
     tensors = {f"model.{name}": tensor for name, tensor in state["model"].items()}
     for number, moments in state["optimizer"]["state"].items():
@@ -71,7 +54,7 @@ def write(state: dict[str, Any], folder: Path, *also: Path, group: td.ProcessGro
                 shutil.rmtree(path, ignore_errors=True)
 
     def write_tensors() -> dict[str, str]:
-        dcp.save(tensors, storage_writer=_Writer(temporary), process_group=group)
+        shard_files.write(tensors, temporary, group)
         return _digests(sorted(temporary.glob(f"__{dist.rank()}_*")))
 
     def complete(files: dict[str, str]) -> None:
@@ -106,38 +89,22 @@ def _in_all(function: Callable[[], T], group: td.ProcessGroup | None) -> list[T]
     Raises:
         OSError: in all processes, if it fails in one, with the reason of the first that failed.
     """
+    from util.checkpoints import shard_files
+
     result: T | None = None
     reason = ""
     try:
         result = function()
-    except (OSError, RuntimeError, dcp.CheckpointException) as error:
-        reason = _reason(error)
+    except shard_files.ERRORS as error:
+        reason = shard_files.reason(error)
     try:
         results = dist.gather((result, reason), group)
     except RuntimeError as error:  # a process is gone
-        raise OSError(_reason(error)) from error
+        raise OSError(shard_files.reason(error)) from error
     reasons = [reason for _, reason in results if reason]
     if reasons:
         raise OSError(reasons[0])
     return [result for result, _ in results]
-
-
-class _Writer(dcp.FileSystemWriter):
-    """The writer of PyTorch, with errors that contain the reason, also in other processes."""
-
-    def write_data(self, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return super().write_data(*args, **kwargs)
-        except (OSError, RuntimeError) as error:
-            raise OSError(_reason(error)) from error
-
-
-def _reason(error: BaseException) -> str:
-    """The first line of the original error, of a chain of errors or of errors of several processes."""
-    if isinstance(error, dcp.CheckpointException):
-        return _reason(next(iter(error.failures.values()))[0])
-    earlier = error.__cause__ or error.__context__
-    return _reason(earlier) if earlier else (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _put_in_place(temporary: Path, folder: Path) -> None:
@@ -156,44 +123,6 @@ def _digests(files: list[Path]) -> dict[str, str]:
         with file.open("rb") as stream:
             digests[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
     return digests
-
-
-def _enum_member(kind: Any, name: str) -> Enum:
-    """A member of an enumeration, which Python 3.11.0 to 3.11.3 pickles as a call of getattr."""
-    if isinstance(kind, EnumType) and name in kind.__members__:
-        return kind.__members__[name]
-    raise CheckpointError(f"its description reads {name!r} of {kind!r}, which could run code")
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in DESCRIBED_BY:
-            return super().find_class(module, name)
-        if (module, name) == ("builtins", "getattr"):
-            return _enum_member
-        raise CheckpointError(f"its description contains {module}.{name}, which could run code")
-
-
-class _Reader(dcp.FileSystemReader):
-    """The reader of PyTorch, without executing code in the tensor metadata."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        metadata = _Unpickler(io.BytesIO(read_file(Path(self.path) / ".metadata"))).load()
-        if not isinstance(metadata, Metadata):
-            raise CheckpointError(f"its description is a {type(metadata).__name__}")
-        for name, described in metadata.state_dict_metadata.items():
-            if not isinstance(described, TensorStorageMetadata):  # bytes, which PyTorch would unpickle
-                raise CheckpointError(f"it contains {name}, which is no tensor")
-        for info in (metadata.storage_data or {}).values():
-            name = info.relative_path
-            if Path(name).name != name or not (Path(self.path) / name).is_file():
-                raise CheckpointError(f"its description names a file {name}, which is not in the folder")
-        return metadata
-
-    def read_sizes(self) -> dict[str, torch.Size]:
-        """Shapes of all tensors, by name."""
-        described = self.read_metadata().state_dict_metadata
-        return {name: tensor.size for name, tensor in described.items() if isinstance(tensor, TensorStorageMetadata)}
 
 
 def read(path: Path | str) -> dict[str, Any]:
@@ -250,8 +179,10 @@ def _sizes(state: dict[str, Any]) -> dict[str, torch.Size]:
     Raises:
         CheckpointError: the metadata of the tensors is damaged, or contains anything but tensors.
     """
+    from util.checkpoints import shard_files
+
     try:
-        sizes = _Reader(state["folder"]).read_sizes()
+        sizes = shard_files.read_sizes(state["folder"])
         num_bytes = sum(file.stat().st_size for file in Path(state["folder"]).iterdir() if file.is_file())
         if sum(math.prod(size) for size in sizes.values()) > num_bytes:
             raise CheckpointError("its tensors are larger than its files")
@@ -294,12 +225,9 @@ def fill(state: dict[str, Any], model: nn.Module, optimizer: Optimizer) -> dict[
 
 
 def _load(state: dict[str, Any], tensors: dict[str, Tensor], together: bool) -> dict[str, Any]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is enough
-        try:
-            dcp.load(tensors, storage_reader=_Reader(state["folder"]), no_dist=not together)
-        except dcp.CheckpointException as error:  # PyTorch raises it in all processes
-            raise CheckpointError(f"{state['folder']} can't be read: {_reason(error)}") from error
+    from util.checkpoints import shard_files
+
+    shard_files.read(tensors, state["folder"], together)
     groups = state["optimizer"]["param_groups"]
     names = [str(name) for group in groups for name in group["params"]]
     number = {name: number for number, name in enumerate(names)}  # a plain checkpoint numbers the parameters

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torchvision
 
 from util import dist
 from util.cli.advice import advised, did_you_mean
@@ -30,6 +29,8 @@ class TorchvisionSet:
     """
 
     def __init__(self, name: str, split: str, root: str | None, download: bool) -> None:
+        import torchvision  # takes more than a second
+
         self.title = name
         name, _, part = name.partition(":")
         make = getattr(torchvision.datasets, name, None)

@@ -1,17 +1,14 @@
-"""From decoded pictures to training batches: statistics, augmentation, and normalisation on the device."""
+"""From decoded pictures to training batches: statistics, augmentation, and normalisation on the device.
 
-import math
-import random
+torchvision and timm are imported where they are used: importing them takes as long as importing PyTorch.
+"""
+
 from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 from PIL import Image, ImageOps
-from timm.data import auto_augment, create_transform
 from torch import Tensor, nn
-from torchvision import transforms as T
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms import functional as TF
 
 from util.data.decode import Picture, size_of
 from util.pos_embed import Size, to_pair
@@ -81,10 +78,14 @@ def pretrain_transform(input_size: Size, crop_scale: Sequence[float] = (0.2, 1.0
     Raises:
         ValueError: `crop_scale` is no range within (0, 1].
     """
+    from torchvision import transforms as T
+
+    from util.data.crops import Crop
+
     _check_crop_scale(crop_scale)
     return T.Compose(
         [
-            _Crop(to_pair(input_size), tuple(crop_scale), interpolation=InterpolationMode.BICUBIC),
+            Crop(to_pair(input_size), tuple(crop_scale), interpolation=T.InterpolationMode.BICUBIC),
             T.RandomHorizontalFlip(hflip),
             to_tensor,
         ]
@@ -119,7 +120,14 @@ def finetune_transform(
     Raises:
         ValueError: timm has no such policy, or `crop_scale` is no range within (0, 1].
     """
+    from timm.data import auto_augment, create_transform
+    from torchvision import transforms as T
+
     _check_crop_scale(crop_scale)
+    # Strong policies ask for 0 bits now and then. timm passes them on to Pillow, which refuses them.
+    auto_augment.NAME_TO_OP.update(
+        {name: _posterize for name in auto_augment.NAME_TO_OP if name.startswith("Posterize")}
+    )
     policy = None if aa in (None, "", "none") else aa
     try:
         crop, change, _ = create_transform(
@@ -151,50 +159,27 @@ def _change_bytes(picture: Picture, change: Callable[[Image.Image], Image.Image]
 
 
 def _posterize(picture: Image.Image, bits: int, **_: object) -> Image.Image:
-    """Keeps so many bits of each value; none at all, which strong policies ask for now and then, leaves black."""
+    """Keeps the highest bits of each value; with 0 bits the picture is black."""
     return ImageOps.posterize(picture, bits) if 1 <= bits <= 8 else picture.point(lambda value: value * (bits > 8))
-
-
-# timm hands 0 bits on to Pillow, which took them once and refuses them now.
-auto_augment.NAME_TO_OP.update({name: _posterize for name in auto_augment.NAME_TO_OP if name.startswith("Posterize")})
-
-
-class _Crop(T.RandomResizedCrop):
-    """torchvision's, but that tensors of bytes, which are `util.data.jpeg`'s, are scaled by `util.data.bicubic`."""
-
-    def forward(self, img: Picture) -> Picture:
-        if not isinstance(img, Tensor) or img.dtype != torch.uint8 or len(img) != 3:
-            return super().forward(img)
-        from util.data.bicubic import resize  # compiled when imported
-
-        top, left, height, width = self.get_params(img, self.scale, self.ratio)
-        cut = img[:, top : top + height, left : left + width].permute(1, 2, 0).numpy()
-        return torch.from_numpy(resize(cut, *self.size)).permute(2, 0, 1)
-
-
-class _CropOnce(T.RandomResizedCrop):
-    """Draws area and ratio once, and clips the sides to the picture, where torchvision's draws up to ten times."""
-
-    @staticmethod
-    def get_params(img: Picture, scale: Sequence[float], ratio: Sequence[float]) -> tuple[int, int, int, int]:
-        height, width = size_of(img)
-        area = height * width * random.uniform(*scale)
-        aspect = math.exp(random.uniform(math.log(ratio[0]), math.log(ratio[1])))
-        crop_height = min(round(math.sqrt(area / aspect)), height)
-        crop_width = min(round(math.sqrt(area * aspect)), width)
-        top, left = random.randint(0, height - crop_height), random.randint(0, width - crop_width)
-        return top, left, crop_height, crop_width
 
 
 def probe_transform(input_size: Size) -> Transform:
     """The published augmentation of linear probing: one draw of a crop (area .08 to 1), and a flip."""
-    crop = _CropOnce(to_pair(input_size), scale=(0.08, 1.0), interpolation=InterpolationMode.BICUBIC)
+    from torchvision import transforms as T
+
+    from util.data.crops import CropOnce
+
+    crop = CropOnce(to_pair(input_size), scale=(0.08, 1.0), interpolation=T.InterpolationMode.BICUBIC)
     return T.Compose([crop, T.RandomHorizontalFlip(), to_tensor])
 
 
 def to_tensor(picture: Picture) -> Tensor:
     """A decoded picture as it is, as a tensor (c, H, W)."""
-    return picture if isinstance(picture, Tensor) else TF.pil_to_tensor(picture)
+    if isinstance(picture, Tensor):
+        return picture
+    from torchvision.transforms.functional import pil_to_tensor
+
+    return pil_to_tensor(picture)
 
 
 def eval_transform(input_size: Size, crop_pct: float | None = None) -> Transform:
@@ -204,6 +189,8 @@ def eval_transform(input_size: Size, crop_pct: float | None = None) -> Transform
         crop_pct: by default .875, and 1 for squares above 224 pixels, as published. Small pictures are better seen
             whole (1).
     """
+    from torchvision import transforms as T
+
     height, width = to_pair(input_size)
     if crop_pct is None:
         crop_pct = 1.0 if height == width > 224 else 0.875
@@ -213,6 +200,9 @@ def eval_transform(input_size: Size, crop_pct: float | None = None) -> Transform
 
 def _cover(picture: Picture, size: tuple[int, int]) -> Picture:
     """Scales a picture to cover (height, width)."""
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms import functional as TF
+
     height, width = size
     own_height, own_width = size_of(picture)
     longest = int(10 * max(height / width, width / height) * min(own_height, own_width))

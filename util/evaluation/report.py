@@ -4,10 +4,6 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")  # nothing is shown on a screen
-import matplotlib.pyplot as plt
 import numpy as np
 
 from util.files import atomic
@@ -51,8 +47,11 @@ def _write(folder: Path, classes: Sequence[str], labels: np.ndarray, predictions
 
 
 def _draw(path: Path, classes: Sequence[str], shares: np.ndarray) -> None:
+    from matplotlib.figure import Figure
+
     side = min(12.0, 3.0 + 0.35 * len(classes))
-    figure, axes = plt.subplots(figsize=(side + 1, side), dpi=100, layout="constrained")
+    figure = Figure(figsize=(side + 1, side), dpi=100, layout="constrained")
+    axes = figure.subplots()
     picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     if len(classes) <= NAMED:
         axes.set_xticks(range(len(classes)), classes, rotation=60, ha="right")
@@ -64,4 +63,3 @@ def _draw(path: Path, classes: Sequence[str], shares: np.ndarray) -> None:
     axes.set(xlabel="predicted class", ylabel="true class", title="Share of each true class")
     figure.colorbar(picture, shrink=0.8)
     figure.savefig(path)
-    plt.close(figure)

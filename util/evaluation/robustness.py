@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from timm.data import ImageNetInfo, RealLabelsImagenet
 
 from util.data.archives import Archive
 from util.data.folders import find_files
@@ -80,6 +79,8 @@ class Cell(NamedTuple):
 @cache
 def synsets() -> list[str]:
     """The WordNet ids of ImageNet-1K's classes, in the order of labels."""
+    from timm.data import ImageNetInfo  # takes more than a second
+
     return ImageNetInfo("imagenet-1k").label_names()
 
 
@@ -185,6 +186,8 @@ def _with_real_labels(images: Files | Archive, path: Path, limit: int | None) ->
 
     Labels are looked up by the number in the file name, so class folders have no effect.
     """
+    from timm.data import RealLabelsImagenet
+
     labels = RealLabelsImagenet([""] * 50_000).real_labels
     files = [Path(images.names[index]).name for index in range(len(images))]
     strange = [name for name in files if name not in labels]

@@ -4,16 +4,14 @@ import csv
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import matplotlib
-
-matplotlib.use("Agg")  # draws without a display
-import matplotlib.pyplot as plt
+from typing import TYPE_CHECKING, Any
 
 from util.cli.advice import changes
 from util.evaluation.robustness import ALEXNET, CORRUPTIONS, IMAGES, PUBLISHED, SEVERITIES, corruption_errors
 from util.files import atomic
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Scores = dict[str, float]  # of a cell: images, acc1, and acc5 unless images have several labels
 
@@ -82,7 +80,6 @@ def write(path: Path, suite: str, cells: Mapping[str, Scores], title: str) -> st
         with written.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows(rows)
         figure.savefig(written.with_suffix(".png"))
-    plt.close(figure)
     return table
 
 
@@ -107,8 +104,15 @@ def _corruption_rows(cells: Mapping[str, Scores]) -> list[list[str]]:
     return [*rows, ["mean", *(f"{error:.1f}" for error in of_all), *ends]]
 
 
-def _draw_corruptions(cells: Mapping[str, Scores]) -> plt.Figure:
-    figure, panels = plt.subplots(1, len(ALEXNET), figsize=(11, 3.6), dpi=100, layout="constrained", sharey=True)
+def _figure(width: float, height: float) -> "Figure":
+    from matplotlib.figure import Figure  # takes half a second
+
+    return Figure((width, height), dpi=100, layout="constrained")
+
+
+def _draw_corruptions(cells: Mapping[str, Scores]) -> "Figure":
+    figure = _figure(11, 3.6)
+    panels = figure.subplots(1, len(ALEXNET), sharey=True)
     for axes, (family, corruptions) in zip(panels, ALEXNET.items(), strict=True):
         for name in corruptions:
             errors = [100 - cells[f"{name}/{severity}"]["acc1"] for severity in SEVERITIES]
@@ -120,11 +124,12 @@ def _draw_corruptions(cells: Mapping[str, Scores]) -> plt.Figure:
     return figure
 
 
-def _draw_accuracies(cells: Mapping[str, Scores], published: Mapping[str, float]) -> plt.Figure:
+def _draw_accuracies(cells: Mapping[str, Scores], published: Mapping[str, float]) -> "Figure":
     """Draws a bar for each cell, and the published accuracies below."""
     bars = [(name, scores["acc1"], "C0") for name, scores in cells.items()]
     bars += [(f"{model}, published", accuracy, "0.7") for model, accuracy in published.items()]
-    figure, axes = plt.subplots(figsize=(7, 1.2 + 0.4 * len(bars)), dpi=100, layout="constrained")
+    figure = _figure(7, 1.2 + 0.4 * len(bars))
+    axes = figure.subplots()
     container = axes.barh([name for name, _, _ in bars], [value for _, value, _ in bars], color=[c for _, _, c in bars])
     axes.bar_label(container, fmt="%.1f", padding=3)
     axes.set(xlabel="top-1 accuracy, %", xlim=(0, 100))

@@ -4,7 +4,8 @@ import logging
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
+
+from util import dist
 
 logger = logging.getLogger(__name__)
 
@@ -21,9 +22,9 @@ def compile_model(model: nn.Module, device: torch.device) -> None:
         need = "Triton" if device.type == "cuda" else "a C++ compiler and Python's headers (g++, python3-dev)"
         logger.warning(f"--compile needs {need} and does not work here ({reason}): training continues without it")
         return
-    if isinstance(model, FSDPModule):  # weights are gathered between its units, which are one graph each
+    if dist.is_sharded(model):  # weights are gathered between its units, which are one graph each
         for unit in model.modules():
-            if isinstance(unit, FSDPModule) and unit is not model:
+            if dist.is_sharded(unit) and unit is not model:
                 unit.forward = torch.compile(unit.forward, fullgraph=True, dynamic=False)
     else:
         model.compile(fullgraph=True, dynamic=False)

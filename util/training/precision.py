@@ -4,7 +4,6 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 
@@ -71,7 +70,7 @@ class Precision:
         norm = torch.nn.utils.get_total_norm(gradients)
         if clip_grad is not None:
             torch.nn.utils.clip_grads_with_norm_(_parameters(optimizer), clip_grad, norm)
-        if isinstance(norm, DTensor):  # sharded gradients
+        if hasattr(norm, "full_tensor"):  # of sharded gradients
             norm = norm.full_tensor()
         if self.scaler.is_enabled():
             self.scaler.step(optimizer)  # sets found_inf

@@ -16,7 +16,6 @@ from tqdm import tqdm
 from util import dist
 from util.files import atomic
 from util.files.untrusted import printable
-from util.training import log_files
 
 logger = logging.getLogger(__name__)
 
@@ -182,6 +181,8 @@ class RunLog(NullLog):
         self.loss_tag = loss_tag
         path, run_name = output_dir / "log.txt", output_dir.resolve().name
         _drop_lines_from(path, first_epoch)
+        from util.training import log_files  # imports TensorBoard
+
         log_files.drop_events(log_dir, run_name, (loss_tag, "lr", "grad_norm"), first_x, first_epoch)
         self.lines = log_files.GrowingFile(path)
         self.events = log_files.EventFile(log_dir, run_name, first_x)

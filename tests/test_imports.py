@@ -1,0 +1,30 @@
+"""What scripts import before they work: --help and error messages are fast."""
+
+import json
+import subprocess
+import sys
+
+from conftest import ROOT
+
+SCRIPTS = ("main_pretrain", "main_finetune", "main_linprobe", "main_knn", "main_robustness", "submitit_pretrain",
+           "inference.predict", "inference.features", "inference.reconstruct", "inference.maps", "inference.export",
+           "util.datasets", "util.resize", "util.sharded", "hubconf")  # fmt: skip
+# Each takes from half a second to two seconds to import; PyTorch itself takes two.
+SLOW = ("torchvision", "timm", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor",
+        "torch.distributed.checkpoint", "tensorboard", "matplotlib", "sklearn", "scipy", "transformers",
+        "datasets", "numba", "onnx", "gradio")  # fmt: skip
+
+
+def test_scripts_and_models_import_slow_packages_at_their_use():
+    """torchvision is imported for the crops of a run, FSDP for --fsdp, timm for fine-tuning."""
+    code = f"""
+import json, sys
+import models_mae, models_vit, {", ".join(SCRIPTS)}
+main_pretrain.get_args_parser(), main_finetune.get_args_parser()
+models_mae.mae_vit_mini_patch4(), models_vit.vit_mini_patch4()
+print(json.dumps(list(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    modules = set(json.loads(done.stdout))
+    assert set(SCRIPTS) <= modules
+    assert sorted(modules & set(SLOW)) == []
