@@ -503,7 +503,7 @@ def test_sharded_weights_start_as_those_of_one_process_do(whole, tmp_path):
 
 
 HELD = """
-import resource, sys, torch, models_mae
+import resource, sys, torch, torch._dynamo, models_mae  # imported here, before the memory of weights is measured
 from util import dist; from util.training import fsdp
 device = dist.init("cpu")
 def peak():
