@@ -24,7 +24,7 @@ from util.cli import entry_point
 from util.data import jpeg as fast_jpeg
 from util.data import loader
 from util.evaluation import pictures
-from util.training import run_log
+from util.training import fsdp, run_log
 
 NUM_IMAGES = 70
 
@@ -331,7 +331,7 @@ def test_fsdp(capture, monkeypatch):
         calls.append((list(units), device, dtype, method, model.cls_token.device.type))
         model.to_empty(device=device)
 
-    monkeypatch.setattr(main_pretrain.fsdp, "shard", shard)
+    monkeypatch.setattr(fsdp, "shard", shard)
     call = capture("--input_size", 16, "--fsdp", "--amp", "bf16", "--decoder_depth", 2)
     ((units, *rest),) = calls
     assert units == [*call.model.blocks, *call.model.decoder_blocks]
@@ -386,9 +386,7 @@ def test_what_is_reconstructed(capture, monkeypatch):
 
 def test_every_process_takes_part_in_a_picture_of_sharded_weights_only(capture, monkeypatch):
     calls = keep_calls(monkeypatch, pictures, "reconstruction")
-    monkeypatch.setattr(
-        main_pretrain.fsdp, "shard", lambda model, units, device, *_, **__: model.to_empty(device=device)
-    )
+    monkeypatch.setattr(fsdp, "shard", lambda model, units, device, *_, **__: model.to_empty(device=device))
     plain, sharded = capture("--input_size", 16), capture("--input_size", 16, "--fsdp")
     monkeypatch.setattr(main_pretrain.dist, "is_main", lambda: False)
     plain.after_epoch(0, Log())
