@@ -24,11 +24,8 @@ import math
 import sys
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
+from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -169,7 +166,8 @@ def draw(folder: Path, file: Path) -> None:
         f"{FIXED} images per GPU": ("-", [FIXED] * len(counts)),
         f"effective batch size {PUBLISHED}": ("--", [PUBLISHED // gpus for gpus in counts]),
     }
-    figure, panels = plt.subplots(1, 3, figsize=(11, 5), dpi=100, sharey=True, layout="constrained")
+    figure = Figure(figsize=(11, 5), dpi=100, layout="constrained")
+    panels = figure.subplots(1, 3, sharey=True)
     for panel, (size, name) in zip(panels, NAMES.items(), strict=True):
         (rate, source), gradients = speed(size, folder), gradient_bytes(size)
         for link, color, width in zip(LINKS, ("tab:red", "tab:orange", "tab:blue"), (2.6, 2.6, 1.2), strict=True):
@@ -191,7 +189,6 @@ def draw(folder: Path, file: Path) -> None:
     figure.legend(lines, labels, loc="outside lower center", ncols=3, frameon=False, title=title)
     figure.suptitle("Expected efficiency of pre-training on many GPUs (computed; no run on several GPUs was timed)")
     figure.savefig(file)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

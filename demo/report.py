@@ -16,9 +16,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the demo runs from a clone
 import util  # noqa: F401  # first, as it names the packages that are missing
 
 # isort: split
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
@@ -77,7 +77,7 @@ def draw_reconstructions(model: Autoencoder, images: torch.Tensor, path: Path) -
     noise = torch.rand(PICTURES, model.num_patches, generator=torch.Generator().manual_seed(0))
     ratio = model.settings["mask_ratio"]
     picture = pictures.reconstruction(model, chosen, noise, model.normalize, ratio, scale=3)
-    figure = plt.figure(figsize=(picture.shape[1] / 100, picture.shape[0] / 100 + 0.4), dpi=100)
+    figure = Figure(figsize=(picture.shape[1] / 100, picture.shape[0] / 100 + 0.4), dpi=100)
     axes = figure.add_axes((0, 0, 1, picture.shape[0] / (picture.shape[0] + 40)))
     axes.imshow(picture.squeeze(), cmap="gray", vmin=0, vmax=255)
     axes.axis("off")
@@ -85,19 +85,18 @@ def draw_reconstructions(model: Autoencoder, images: torch.Tensor, path: Path) -
         axes.text((column + 0.5) * picture.shape[1] / 4, -8, title, ha="center", fontsize=8)
     with atomic.replacing(path) as written:
         figure.savefig(written)
-    plt.close(figure)
 
 
 def draw_loss(log: Path, path: Path) -> None:
     """The training loss of each epoch, from log.txt."""
     lines = [json.loads(line) for line in log.read_text().splitlines()]
-    figure, axes = plt.subplots(figsize=(6, 4), dpi=100, layout="constrained")
+    figure = Figure(figsize=(6, 4), dpi=100, layout="constrained")
+    axes = figure.subplots()
     axes.plot([line["epoch"] + 1 for line in lines], [line["train_loss"] for line in lines], marker=".")
     axes.set(xlabel="epoch", ylabel="mean squared error of removed patches", title="Masked pre-training")
     axes.grid(alpha=0.3)
     with atomic.replacing(path) as written:
         figure.savefig(written)
-    plt.close(figure)
 
 
 def neighbours(train: np.ndarray, labels: np.ndarray, test: np.ndarray, test_labels: np.ndarray) -> float:

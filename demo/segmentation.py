@@ -18,12 +18,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the demo runs from a clone
 import util  # noqa: F401  # first, as it names the packages that are missing
 
 # isort: split
-import matplotlib
-
-matplotlib.use("Agg")  # nothing is shown on a screen
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -121,20 +120,20 @@ def segment(model: Model, training: tuple[Tensor, Tensor], test: tuple[Tensor, T
 
 def draw(rows: dict[str, np.ndarray], names: list[str], path: Path) -> None:
     """A row of pictures each: grey ones, and classes in colours with a legend."""
-    colours = [(0.12, 0.12, 0.12), *plt.get_cmap("tab10").colors]  # type: ignore[attr-defined]
-    figure, axes = plt.subplots(len(rows), NUM_EXAMPLES, figsize=(NUM_EXAMPLES + 2.2, len(rows) * 1.05), dpi=100)
+    colours = [(0.12, 0.12, 0.12), *colormaps["tab10"].colors]  # type: ignore[attr-defined]
+    figure = Figure(figsize=(NUM_EXAMPLES + 2.2, len(rows) * 1.05), dpi=100)
+    axes = figure.subplots(len(rows), NUM_EXAMPLES)
     for line, (title, pictures) in zip(axes, rows.items(), strict=True):
         for cell, picture in zip(line, pictures[:NUM_EXAMPLES], strict=True):
             coloured = picture.ndim == 2 and picture.dtype != np.uint8
             cell.imshow(np.array(colours)[picture] if coloured else picture, cmap="gray")
             cell.axis("off")
         line[0].set_title(title, fontsize=8, loc="left")
-    patches = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in colours]
+    patches = [Patch(color=colour) for colour in colours]
     figure.legend(patches, ["nothing", *names], loc="center right", fontsize=8, frameon=False)
     figure.subplots_adjust(left=0.01, right=0.8, top=0.94, bottom=0.01, hspace=0.3, wspace=0.05)
     with atomic.replacing(path) as written:
         figure.savefig(written)
-    plt.close(figure)
 
 
 def get_args_parser() -> argparse.ArgumentParser:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from matplotlib.axes import Axes
 from PIL import Image
 
 from benchmarks import machine, saving, targets
@@ -99,8 +100,8 @@ def test_the_accuracy_is_that_of_the_last_epoch(tmp_path):
 
 def test_the_loss_is_drawn_over_finished_epochs(tmp_path, monkeypatch):
     drawn = []
-    plain = report.plt.Axes.plot
-    monkeypatch.setattr(report.plt.Axes, "plot", lambda self, *a, **k: drawn.append(a) or plain(self, *a, **k))
+    plain = Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda self, *a, **k: drawn.append(a) or plain(self, *a, **k))
     (tmp_path / "log.txt").write_text('{"epoch": 0, "train_loss": 0.9}\n{"epoch": 1, "train_loss": 0.5}\n')
     report.draw_loss(tmp_path / "log.txt", tmp_path / "loss.png")
     assert drawn == [([1, 2], [0.9, 0.5])]

@@ -18,12 +18,9 @@ from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from PIL import Image, ImageEnhance, ImageFilter
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -146,8 +143,8 @@ def table(results: dict[str, dict[str, list[float]]]) -> str:
 
 def draw(results: dict[str, dict[str, list[float]]], examples: np.ndarray, path: Path) -> None:
     """Draws a panel per corruption: accuracy over severity, and an image at severities 1, 3 and 5 below it."""
-    figure, axes = plt.subplots(2, len(CORRUPTIONS), figsize=(13, 4.2), dpi=100, layout="constrained",
-                                height_ratios=(3, 1))  # fmt: skip
+    figure = Figure(figsize=(13, 4.2), dpi=100, layout="constrained")
+    axes = figure.subplots(2, len(CORRUPTIONS), height_ratios=(3, 1))
     for column, corruption in enumerate(CORRUPTIONS):
         above, below = axes[:, column]
         for title, scores in results.items():
@@ -162,7 +159,6 @@ def draw(results: dict[str, dict[str, list[float]]], examples: np.ndarray, path:
     axes[0, 0].legend(fontsize=8)
     with atomic.replacing(path) as written:
         figure.savefig(written)
-    plt.close(figure)
 
 
 def get_args_parser() -> argparse.ArgumentParser:

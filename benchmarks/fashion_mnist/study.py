@@ -25,11 +25,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -317,7 +314,8 @@ def report(study: Study) -> None:
     (HERE / "table.md").write_text("\n".join(lines) + "\n")
     print(*lines, sep="\n")
 
-    figure, axes = plt.subplots(figsize=(7, 4.5), dpi=100, layout="constrained")
+    figure = Figure(figsize=(7, 4.5), dpi=100, layout="constrained")
+    axes = figure.subplots()
     for title, (prefix, suffix) in rows.items():
         points = [(count, accuracies(prefix, count, suffix)) for count in BUDGET]
         points = [(count, accuracies) for count, accuracies in points if accuracies]

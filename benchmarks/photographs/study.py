@@ -16,14 +16,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import skimage.data
 import sklearn.datasets
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from skimage.restoration import inpaint_biharmonic
 from torchvision.transforms.functional import pil_to_tensor
@@ -110,7 +107,8 @@ def main(args: argparse.Namespace) -> None:
     print(*lines, sep="\n")
 
     columns = {"original": original, "masked": np.where(masked[..., None], 0.5, original), **ways}
-    figure, axes = plt.subplots(WINDOWS, len(columns), figsize=(2 * len(columns), 2.05 * WINDOWS), layout="constrained")
+    figure = Figure(figsize=(2 * len(columns), 2.05 * WINDOWS), layout="constrained")
+    axes = figure.subplots(WINDOWS, len(columns))
     for column, (title, pictures) in enumerate(columns.items()):
         for row in range(WINDOWS):
             axes[row, column].imshow(pictures[row].clip(0, 1))
