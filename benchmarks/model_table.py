@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import models_mae
 import models_vit
+from util.evaluation.tables import markdown
 
 ROWS = (
     ("mini_patch4", 32), ("tiny_patch16", 224), ("small_patch16", 224), ("base_patch16", 224), ("large_patch16", 224),

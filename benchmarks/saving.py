@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import models_mae
 from util.checkpoints import run_state
+from util.evaluation.tables import markdown
 from util.interrupts import Interrupts
 from util.training.saver import Saver
 
@@ -57,14 +58,16 @@ def main(args: argparse.Namespace) -> None:
         saver.close()
         size = sum(path.stat().st_size for path in Path(folder).iterdir())
     extra = pause + sum(during) - plain * len(during)
-    print("| | |\n|---|---|")
-    print(f"| checkpoint of {args.model} | {size / 1e9:.2f} GB |")
-    print(f"| the training loop blocks for | {pause:.2f} s |")
-    print(f"| the file is complete after | {written:.1f} s |")
-    print(f"| an update, median | {plain:.2f} s |")
-    print(f"| an update during the write, median | {statistics.median(during or [plain]):.2f} s |")
-    print(f"| an update during the write, maximum | {max(during or [plain]):.2f} s |")
-    print(f"| share of the run, one save every {args.save_minutes:g} minutes | {extra / 60 / args.save_minutes:.2%} |")
+    rows = [
+        (f"checkpoint of {args.model}", f"{size / 1e9:.2f} GB"),
+        ("the training loop blocks for", f"{pause:.2f} s"),
+        ("the file is complete after", f"{written:.1f} s"),
+        ("an update, median", f"{plain:.2f} s"),
+        ("an update during the write, median", f"{statistics.median(during or [plain]):.2f} s"),
+        ("an update during the write, maximum", f"{max(during or [plain]):.2f} s"),
+        (f"share of the run, one save every {args.save_minutes:g} minutes", f"{extra / 60 / args.save_minutes:.2%}"),
+    ]
+    print(markdown(["", ""], rows))
 
 
 if __name__ == "__main__":

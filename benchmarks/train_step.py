@@ -34,6 +34,7 @@ from benchmarks import machine, peers
 from util.cli import entry_point
 from util.cli.choices import AMP_CHOICES
 from util.dist import choose_device
+from util.evaluation.tables import markdown
 from util.training.precision import Precision
 
 Step = Callable[[], Any]
@@ -286,13 +287,13 @@ def compare_steps(args: argparse.Namespace, precision: Precision) -> dict[str, A
         f"\n{args.task}, {args.size}, batch {args.batch_size}, {precision.name}, {precision.device.type}: "
         f"{flops / 1e9:.2f} GFLOP per image, peak {peak / 1e12:.3f} TFLOP/s\n"
     )
-    print(f"| | images/s | relative to {first} | share of the peak |\n|---|---|---|---|")
-    for way, rate in rates.items():
-        print(f"| {way} | {rate:.2f} | {rate / rates[first]:.2f} | {rate * flops / peak:.1%} |")
+    speeds = [
+        (way, f"{rate:.2f}", f"{rate / rates[first]:.2f}", f"{rate * flops / peak:.1%}") for way, rate in rates.items()
+    ]
+    print(markdown(["", "images/s", f"relative to {first}", "share of the peak"], speeds))
     if activation_bytes:
-        print("\n| activation memory | GB |\n|---|---|")
-        for way, size in activation_bytes.items():
-            print(f"| {way} | {size / 1e9:.3f} |")
+        sizes = [(way, f"{size / 1e9:.3f}") for way, size in activation_bytes.items()]
+        print(f"\n{markdown(['activation memory', 'GB'], sizes)}")
     peak_memory = torch.cuda.max_memory_allocated() if precision.device.type == "cuda" else None
     if peak_memory:
         print(f"\npeak memory of all implementations together: {peak_memory / 1e9:.1f} GB")

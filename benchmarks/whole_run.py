@@ -26,6 +26,7 @@ from benchmarks import machine, peers
 from benchmarks.input_pipeline import write_photographs
 from util.cli import entry_point
 from util.dist import choose_device
+from util.evaluation.tables import markdown
 
 ROOT = Path(__file__).parents[1]
 FILES = 1280  # different files; the others are links to them
@@ -95,13 +96,17 @@ def main(args: argparse.Namespace) -> None:
         folder = Path(root)
         write_files(folder, args.images)
         rates, curves = speed(args, folder, flags), losses(args, folder, flags)
-    print("\n| | images/s |\n|---|---|")
-    print(f"| updates without data loading | {rates['without_data']:,.0f} |")
-    print(f"| main_pretrain.py | {rates['with_data']:,.0f} |")
+    throughput = [
+        ("updates without data loading", f"{rates['without_data']:,.0f}"),
+        ("main_pretrain.py", f"{rates['with_data']:,.0f}"),
+    ]
+    points = [
+        (f"{number * STEPS_A_POINT} to {(number + 1) * STEPS_A_POINT - 1}", *(f"{loss:.4f}" for loss in pair))
+        for number, pair in enumerate(zip(*curves.values(), strict=True))
+    ]
+    print(f"\n{markdown(['', 'images/s'], throughput)}")
     print(f"\nratio {rates['share']:.2f}, data loading {rates['data_wait']:.1%} of the time")
-    print(f"\n| updates | loss in fp32 | loss in {args.amp} |\n|---|---|---|")
-    for number, pair in enumerate(zip(*curves.values(), strict=True)):
-        print(f"| {number * STEPS_A_POINT} to {(number + 1) * STEPS_A_POINT - 1} | {pair[0]:.4f} | {pair[1]:.4f} |")
+    print(f"\n{markdown(['updates', 'loss in fp32', f'loss in {args.amp}'], points)}")
     device = choose_device(args.device)
     name, results = f"whole_run_{args.size}_{args.amp}_{device.type}", {"speed": rates, "losses": curves}
     machine.write(name, device, vars(args), results, args.out)

@@ -10,11 +10,10 @@ Both are evaluated on the 2,000 embedded images of the test set under six corrup
 corruptions.png beside this file, or to --out.
 """
 
-import argparse
 import io
 import json
 import sys
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from demo.unpack_data import ARCHIVE, folder_of
 from inference.model import Classifier, get_model
 from util.cli import entry_point
+from util.evaluation.tables import markdown
 from util.files import atomic
 
 HERE = Path(__file__).parent
@@ -123,22 +123,18 @@ def accuracy(model: Classifier, images: np.ndarray, names: list[str]) -> float:
 
 def table(results: dict[str, dict[str, list[float]]]) -> str:
     """The table in Markdown: accuracy without corruption, and the mean over the severities, absolute and relative."""
-    titles = list(results)
-    lines = ["| test accuracy, % | " + " | ".join(f"{title} | relative" for title in titles) + " |"]
-    lines.append("|---" * (2 * len(titles) + 1) + "|")
     clean = {title: scores["none"][0] for title, scores in results.items()}
-    lines.append("| no corruption | " + " | ".join(f"{clean[title]:.1f} | " for title in titles) + " |")
-    means_of: dict[str, list[float]] = {title: [] for title in titles}
-    for corruption in CORRUPTIONS:
-        cells = []
-        for title, scores in results.items():
-            mean = float(np.mean(scores[corruption.__name__]))
-            means_of[title].append(mean)
-            cells.append(f"{mean:.1f} | {mean / clean[title]:.2f}")
-        lines.append(f"| {corruption.__name__} | " + " | ".join(cells) + " |")
-    means = [f"{np.mean(means_of[title]):.1f} | {np.mean(means_of[title]) / clean[title]:.2f}" for title in titles]
-    lines.append("| mean | " + " | ".join(means) + " |")
-    return "\n".join(lines) + "\n"
+    names = [corruption.__name__ for corruption in CORRUPTIONS]
+    means = {title: {name: np.mean(scores[name]) for name in names} for title, scores in results.items()}
+    for of_corruptions in means.values():
+        of_corruptions["mean"] = np.mean(list(of_corruptions.values()))
+    rows = [
+        [name, *(f"{means[title][name]:.1f} | {means[title][name] / clean[title]:.2f}" for title in results)]
+        for name in (*names, "mean")
+    ]
+    rows.insert(0, ["no corruption", *(f"{accuracy:.1f} | " for accuracy in clean.values())])
+    titles = [column for title in results for column in (title, "relative")]
+    return markdown(["test accuracy, %", *titles], rows) + "\n"
 
 
 def draw(results: dict[str, dict[str, list[float]]], examples: np.ndarray, path: Path) -> None:
@@ -161,7 +157,7 @@ def draw(results: dict[str, dict[str, list[float]]], examples: np.ndarray, path:
         figure.savefig(written)
 
 
-def get_args_parser() -> argparse.ArgumentParser:
+def get_args_parser() -> ArgumentParser:
     """The flags of the command."""
     parser = entry_point.parser("A pre-trained and a from-scratch classifier of Fashion-MNIST under six corruptions.")
     parser.add_argument(

@@ -28,6 +28,13 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from util.data.labels import require, some_of_each_class
+from util.datasets import open_source
+from util.evaluation.tables import markdown
+from util.files import atomic
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 RESULTS = HERE / "results.json"
@@ -91,9 +98,8 @@ class Study:
             entry = {**compute(), "command": command}
             with open(self.work / "lock", "w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
-                temporary = RESULTS.with_suffix(".tmp")
-                temporary.write_text(json.dumps(dict(sorted({**self.results, name: entry}.items())), indent=1) + "\n")
-                temporary.replace(RESULTS)
+                results = dict(sorted({**self.results, name: entry}.items()))
+                atomic.write_text(RESULTS, json.dumps(results, indent=1) + "\n")
         print(name, json.dumps(entry), flush=True)
         return entry
 
@@ -205,10 +211,6 @@ def baselines(study: Study) -> None:
     from sklearn.linear_model import LogisticRegression
     from sklearn.svm import SVC
 
-    sys.path.insert(0, str(ROOT))
-    from util.data.labels import require, some_of_each_class
-    from util.datasets import open_source
-
     train, labels, test, test_labels = images(study.data)
     source = require(open_source("train", str(study.data), dataset="FashionMNIST"), "train")
     for count, seeds in SEEDS.items():
@@ -282,16 +284,11 @@ def report(study: Study) -> None:
         "RBF-SVM on raw pixels": ("svm", ""),
         "logistic regression on raw pixels": ("logistic", ""),
     }
-    lines = ["| test accuracy, % | " + " | ".join(f"{count:,} labels" for count in BUDGET) + " |"]
-    lines.append("|---" * (len(BUDGET) + 1) + "|")
-    for title, (prefix, suffix) in rows.items():
-        cells = [cell(accuracies(prefix, count, suffix)) for count in BUDGET]
-        lines.append(f"| {title} | " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        "| frozen features | class token, untrained | pre-trained | mean of patches, untrained | pre-trained |",
+    few_labels = [
+        [title, *(cell(accuracies(prefix, count, suffix)) for count in BUDGET)]
+        for title, (prefix, suffix) in rows.items()
     ]
-    lines.append("|---|---|---|---|---|")
+    frozen = []
     for title, prefix, key in (
         ("linear probe, 10,000 labels", "probe/10000", "test_acc1"),
         ("20 nearest neighbours, 60,000 labels", "knn/60000", "knn_acc1_k20"),
@@ -301,18 +298,21 @@ def report(study: Study) -> None:
             for pool in ("cls_token", "global_pool")
             for start in ("untrained", "pre-trained")
         ]
-        cells = [f"{results[name][key]:.1f}" if name in results else "" for name in names]
-        lines.append(f"| {title} | " + " | ".join(cells) + " |")
-    lines += ["", "| pre-training | epochs | minutes | training loss | linear probe, 10,000 labels |"]
-    lines.append("|---" * 5 + "|")
+        frozen.append([title, *(f"{results[name][key]:.1f}" if name in results else "" for name in names)])
+    masked = []
     for variant, (epochs, _) in MASKED.items():
         done, probed = (results.get(f"masked/{variant}{suffix}") for suffix in ("", "/probe"))
         title = VARIANTS.get(variant) or f"mask ratio {variant[6:]}"
         cells = [f"{done['minutes']:.0f}", f"{done['train_loss']:.4f}"] if done else ["", ""]
-        cells.append(f"{probed['test_acc1']:.1f}" if probed else "")
-        lines.append(f"| {title} | {epochs} | " + " | ".join(cells) + " |")
-    (HERE / "table.md").write_text("\n".join(lines) + "\n")
-    print(*lines, sep="\n")
+        masked.append([title, str(epochs), *cells, f"{probed['test_acc1']:.1f}" if probed else ""])
+    poolings = ["class token, untrained", "pre-trained", "mean of patches, untrained", "pre-trained"]
+    tables = [
+        markdown(["test accuracy, %", *(f"{count:,} labels" for count in BUDGET)], few_labels),
+        markdown(["frozen features", *poolings], frozen),
+        markdown(["pre-training", "epochs", "minutes", "training loss", "linear probe, 10,000 labels"], masked),
+    ]
+    (HERE / "table.md").write_text("\n\n".join(tables) + "\n")
+    print(*tables, sep="\n\n")
 
     figure = Figure(figsize=(7, 4.5), dpi=100, layout="constrained")
     axes = figure.subplots()
