@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -117,7 +116,7 @@ def evaluate(
         with precision.autocast():
             logits = model(normalize(images))
         logits, num_classes = logits.float(), logits.shape[1]
-        loss = F.cross_entropy(logits, targets, reduction="none")
+        loss = nn.functional.cross_entropy(logits, targets, reduction="none")
         top = logits.topk(min(TOP, num_classes)).indices
         columns.append((targets, logits.argmax(dim=1), (top == targets[:, None]).any(dim=1), loss))
     local = [torch.cat(column).cpu().numpy() for column in zip(*columns, strict=True)] or [np.zeros(0, dtype=int)] * 4

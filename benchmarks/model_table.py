@@ -68,19 +68,19 @@ def measure(size: str, pixels: int) -> dict[str, Any]:
     }
 
 
-def table() -> list[str]:
-    """The lines of the table."""
-    lines = [
-        "| model | pixels | classifier, 1000 classes | autoencoder | MACs, all tokens | MACs, masked pre-training |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in (measure(*sizes) for sizes in ROWS):
-        lines.append(
-            f"| `{row['model']}` | {row['pixels']} | {row['classifier'] / 1e6:.2f} M "
-            f"| {row['autoencoder'] / 1e6:.2f} M | {row['all_tokens'] / 1e9:.2f} G | {row['masked'] / 1e9:.2f} G |"
+def table() -> str:
+    """The table in Markdown."""
+    titles = ["model", "pixels", "classifier, 1000 classes", "autoencoder", "MACs, all tokens",
+              "MACs, masked pre-training"]  # fmt: skip
+    rows = [
+        (
+            f"`{row['model']}`", str(row["pixels"]), f"{row['classifier'] / 1e6:.2f} M",
+            f"{row['autoencoder'] / 1e6:.2f} M", f"{row['all_tokens'] / 1e9:.2f} G", f"{row['masked'] / 1e9:.2f} G",
         )
-    return lines
+        for row in (measure(*sizes) for sizes in ROWS)
+    ]  # fmt: skip
+    return markdown(titles, rows)
 
 
 if __name__ == "__main__":
-    print(*table(), sep="\n")
+    print(table())

@@ -69,30 +69,23 @@ def classifier_flops(size: str) -> float:
 # --------------------------------------------------------------------------------------------------- implementations
 
 
-def our_step(model: nn.Module, loss_of: Callable[[nn.Module], Tensor], precision: Precision) -> Step:
-    """An update as in `util.training.loop`."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
-
-    def step() -> None:
-        with precision.autocast():
-            loss = loss_of(model)
-        precision.backward(loss)
-        precision.step(optimizer, None)
-
-    return step
-
-
-def peer_step(model: nn.Module, loss_of: Callable[[nn.Module], Tensor], precision: Precision, fused: bool) -> Step:
-    """An update as in PyTorch's tutorials."""
+def training_step(
+    model: nn.Module, loss_of: Callable[[nn.Module], Tensor], precision: Precision, is_ours: bool, fused: bool
+) -> Step:
+    """An update: of our model as in `util.training.loop`, of others as in PyTorch's tutorials."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=fused or None)
 
     def step() -> None:
         with precision.autocast():
             loss = loss_of(model)
-        precision.scaler.scale(loss).backward()
-        precision.scaler.step(optimizer)
-        precision.scaler.update()
-        optimizer.zero_grad()
+        if is_ours:
+            precision.backward(loss)
+            precision.step(optimizer, None)
+        else:
+            precision.scaler.scale(loss).backward()
+            precision.scaler.step(optimizer)
+            precision.scaler.update()
+            optimizer.zero_grad()
 
     return step
 
@@ -141,13 +134,12 @@ def implementations(args: argparse.Namespace, precision: Precision) -> dict[str,
             model.to(precision.device)
             if how == "compiled":
                 model.compile(fullgraph=True, dynamic=False)
-            if loss_of is None:
-                step = inference(model, images, precision)
-            elif name.startswith("ours"):
-                step = our_step(model, loss_of, precision)
-            else:
-                step = peer_step(model, loss_of, precision, fused=how == "compiled")
-            steps[f"{name} {how}"] = step
+            is_ours = name == "ours"
+            steps[f"{name} {how}"] = (
+                training_step(model, loss_of, precision, is_ours, fused=is_ours or how == "compiled")
+                if loss_of
+                else inference(model, images, precision)
+            )
 
         if args.task == "pretrain":
             for name, build in MODELS.items():

@@ -8,9 +8,8 @@ a patch at once, and is trained on 4,000 pictures. The encoder is not trained, a
 Two minutes on two CPU cores.
 """
 
-import argparse
 import sys
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the demo runs from a clone
@@ -24,7 +23,6 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from demo.unpack_data import ARCHIVE
@@ -87,7 +85,7 @@ def train(head: Head, features: Tensor, labels: Tensor) -> None:
     with tqdm(total=steps, desc="head", leave=False, disable=None) as bar:
         for _ in range(EPOCHS):
             for chosen in torch.randperm(len(labels)).split(BATCH):
-                F.cross_entropy(head(features[chosen]), labels[chosen]).backward()
+                nn.functional.cross_entropy(head(features[chosen]), labels[chosen]).backward()
                 optimizer.step()
                 optimizer.zero_grad()
                 schedule.step()
@@ -136,7 +134,7 @@ def draw(rows: dict[str, np.ndarray], names: list[str], path: Path) -> None:
         figure.savefig(written)
 
 
-def get_args_parser() -> argparse.ArgumentParser:
+def get_args_parser() -> ArgumentParser:
     """The flags of the command."""
     parser = entry_point.parser("Trains a linear segmentation head on a frozen encoder, on images of two garments.")
     options.add_inference_options(parser, images=False)

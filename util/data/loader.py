@@ -62,7 +62,34 @@ def updates_per_epoch(num_images: int, batch_size: int, accum_iter: int) -> int:
     return updates
 
 
-class EpochBatches(Sampler[list[tuple[int, int]]]):
+class _Epochs:
+    """Epochs of whole updates, and the position in them: the epoch and the first batch of the next iteration.
+
+    Args:
+        num_images: of an epoch in all processes, including repetitions.
+    """
+
+    def __init__(self, num_images: int, batch_size: int, seed: int, accum_iter: int) -> None:
+        self.num_images = num_images
+        self.batch_size = batch_size
+        self.seed = seed
+        self.epoch = self.first_iteration = 0
+        self.num_batches = accum_iter * updates_per_epoch(num_images, batch_size, accum_iter)
+
+    @property
+    def images_per_iteration(self) -> int:
+        """Images in the batches of all processes together."""
+        return self.batch_size * dist.world_size()
+
+    def seek(self, epoch: int, first_iteration: int = 0) -> None:
+        """Sets the epoch and the first batch of the next iteration over this object."""
+        self.epoch, self.first_iteration = epoch, first_iteration
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+
+class EpochBatches(_Epochs, Sampler[list[tuple[int, int]]]):
     """Batches of (epoch, index) for this process. `seek` sets the epoch and the first batch.
 
     With `repeats`, every image occurs `repeats` times in a row and is decoded once, and an epoch is `repeats` times as
@@ -80,34 +107,12 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
     def __init__(self, num_images: int, batch_size: int, seed: int, repeats: int = 1, accum_iter: int = 1) -> None:
         if batch_size % repeats:
             raise ValueError(f"--batch_size {batch_size} must be a multiple of --repeated_sampling {repeats}")
-        self.num_images = num_images
-        self.batch_size = batch_size
+        super().__init__(num_images * repeats, batch_size, seed, accum_iter)
         self.repeats = repeats
-        self.seed = seed
-        self.epoch = 0
-        self.first_iteration = 0
-        self.num_batches = accum_iter * updates_per_epoch(self.num_samples, batch_size, accum_iter)
-
-    @property
-    def num_samples(self) -> int:
-        """Images of an epoch, including repetitions."""
-        return self.num_images * self.repeats
-
-    @property
-    def images_per_iteration(self) -> int:
-        """Images in the batches of all processes together."""
-        return self.batch_size * dist.world_size()
-
-    def seek(self, epoch: int, first_iteration: int = 0) -> None:
-        """Sets the epoch and the first batch of the next iteration over this object."""
-        self.epoch, self.first_iteration = epoch, first_iteration
-
-    def __len__(self) -> int:
-        return self.num_batches
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch = self.epoch
-        order = np.random.default_rng([self.seed, epoch]).permutation(self.num_images)
+        order = np.random.default_rng([self.seed, epoch]).permutation(self.num_images // self.repeats)
         for iteration in range(self.first_iteration, len(self)):
             count = self.images_per_iteration // self.repeats
             mine = order[iteration * count + dist.rank() : (iteration + 1) * count : dist.world_size()]
@@ -194,7 +199,7 @@ class TrainLoader:
     @property
     def num_images(self) -> int:
         """Images of an epoch, including repetitions."""
-        return self.order.num_samples
+        return self.order.num_images
 
     def seek(self, epoch: int, first_iteration: int = 0) -> None:
         """Sets the epoch and the first batch of the next iteration over this object."""
@@ -245,7 +250,7 @@ class TrainLoader:
             )
 
 
-class FeatureBatches:
+class FeatureBatches(_Epochs):
     """Batches of features in memory for `loop.run_epoch`, with the interface of `TrainLoader`.
 
     Args:
@@ -257,21 +262,9 @@ class FeatureBatches:
     """
 
     def __init__(self, features: Tensor, labels: Tensor, batch_size: int, seed: int, accum_iter: int = 1) -> None:
+        super().__init__(sum(dist.gather(len(labels))), batch_size, seed, accum_iter)
         self.features = features
         self.labels = labels
-        self.batch_size = batch_size
-        self.seed = seed
-        self.num_images = sum(dist.gather(len(labels)))
-        self.num_batches = accum_iter * updates_per_epoch(self.num_images, batch_size, accum_iter)
-        self.images_per_iteration = batch_size * dist.world_size()
-        self.epoch = self.first_iteration = 0
-
-    def seek(self, epoch: int, first_iteration: int = 0) -> None:
-        """Sets the epoch and the first batch of the next iteration over this object."""
-        self.epoch, self.first_iteration = epoch, first_iteration
-
-    def __len__(self) -> int:
-        return self.num_batches
 
     def __iter__(self) -> Iterator[list[Tensor]]:
         order = torch.from_numpy(

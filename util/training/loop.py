@@ -260,12 +260,13 @@ class PendingUpdates:
             if not self.options.guard.accepts(loss, grad_norm):
                 place = f"epoch {self.options.epoch}, batch {update.iterations - 1}"
                 what = f"{place}: loss {loss}, gradient norm {grad_norm}, lr {update.lr:.3g}"
-                self.options.guard.react(what, lambda: self._save_emergency(iterations))
+                self.options.guard.react(
+                    what,
+                    lambda: self.options.saver.save_emergency(
+                        self.options.epoch, iterations, self.meters_with_all().state_dict()
+                    ),
+                )
         return shared_request
-
-    def _save_emergency(self, iterations: int) -> str:
-        meters = self.meters_with_all().state_dict()
-        return self.options.saver.save_emergency(self.options.epoch, iterations, meters)
 
     def meters_with_all(self) -> Meters:
         """The sums with all pending updates, which stay in the queue."""
