@@ -98,9 +98,10 @@ def test_timm_classifier(tmp_path, pool):
     torch.testing.assert_close(model(imgs), theirs(imgs), rtol=1e-4, atol=1e-4)
 
 
-def test_what_wrappers_leave_in_names(tmp_path):
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_prefixes_of_wrappers_are_removed(prefix, tmp_path):
     model = VisionTransformer(**SIZES, num_classes=7)
-    torch.save({"model": {f"module._orig_mod.{k}": v for k, v in model.state_dict().items()}}, tmp_path / "file.pth")
+    torch.save({"model": {f"{prefix}{k}": v for k, v in model.state_dict().items()}}, tmp_path / "file.pth")
     assert loading.read(tmp_path / "file.pth").tensors.keys() == model.state_dict().keys()
 
 

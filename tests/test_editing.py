@@ -183,10 +183,18 @@ def test_the_documented_target_trains(pictures, tmp_path):
     assert losses[-1] < 0.8 * losses[0]
 
 
-def test_pictures_of_another_target_are_refused_in_one_line():
-    model = MeanColour(**SETTINGS)
-    assert model(torch.randn(2, 3, 16, 16))[1].shape == (2, 16, 3)
-    with pytest.raises(ValueError, match=r"^MeanColour predicts features and no pixels: it can't make pictures$"):
+class Gradients(MaskedAutoencoderViT):
+    """A target that is not pixels and has as many values as a patch."""
+
+    def target(self, imgs):
+        return self.patchify(imgs.diff(dim=2, append=imgs[:, :, -1:]))
+
+
+@pytest.mark.parametrize(("kind", "dim"), [(MeanColour, 3), (Gradients, 48)])
+def test_pictures_of_another_target_are_refused_in_one_line(kind, dim):
+    model = kind(**SETTINGS)
+    assert model(torch.randn(2, 3, 16, 16))[1].shape == (2, 16, dim)
+    with pytest.raises(ValueError, match=rf"^{kind.__name__} predicts features and no pixels: it can't make pictures$"):
         model.reconstruct(torch.randn(2, 3, 16, 16))
 
 

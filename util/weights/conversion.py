@@ -69,8 +69,7 @@ TRANSFORMERS: list[Rows] = [
 
 def to_ours(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Weights under our names, from any of the known formats; unknown names stay as they are."""
-    for prefix in ("module.", "_orig_mod."):  # left by wrappers
-        weights = {name.removeprefix(prefix): value for name, value in weights.items()}
+    weights = {re.sub(r"^((module|_orig_mod)\.)+", "", name): value for name, value in weights.items()}  # of wrappers
     if any(name.startswith("backbone.") for name in weights):
         return _renamed(weights, ((theirs, ours) for ours, theirs in MMPRETRAIN))
     if any(name.endswith("embeddings.cls_token") for name in weights):
