@@ -16,6 +16,7 @@ import main_linprobe
 import main_pretrain
 from models_vit import VisionTransformer
 from util import dist
+from util.checkpoints.checkpoint import CheckpointError
 from util.data import loader
 from util.evaluation import knn
 from util.jobs import submit
@@ -98,6 +99,19 @@ def test_features_are_the_class_tokens(monkeypatch, data, encoder, tmp_path):
         encoder.get_intermediate_layers(centre_crop(data / "train/ant/0.png"), norm=False)[0][:, 1:].mean(dim=1), [128]
     )
     torch.testing.assert_close(pooled["bank"][:1], expected, rtol=1e-3, atol=1e-3)
+
+
+def test_recorded_settings_and_adapted_channels(monkeypatch, data, encoder, tmp_path):
+    recorded = {"model": "vit_mini_patch4", "input_size": 16, "in_chans": 3}
+    torch.save({"model": encoder.state_dict(), "args": recorded}, tmp_path / "recorded.pth")
+    found, loaders, *_ = captured(monkeypatch, data_path=data, finetune=tmp_path / "recorded.pth", k=1)
+    assert found["bank"].shape == (110, 128)
+    assert loaders[0]["samples"][0, 0].image.shape == (3, 16, 16)
+    grey = {"data_path": data, "finetune": tmp_path / "recorded.pth", "k": 1, "in_chans": 1}
+    found, *_ = captured(monkeypatch, **grey, adapt_input="mean")
+    assert found["bank"].shape == (110, 128)
+    with pytest.raises(CheckpointError, match="choose --adapt_input mean"):
+        captured(monkeypatch, **grey)
 
 
 def test_an_encoder_without_file_is_drawn_by_the_seed(monkeypatch, data):
