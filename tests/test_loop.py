@@ -1,6 +1,7 @@
 """The training loop: accumulation, the learning rate's moments, and steps that are not finite."""
 
 import math
+from itertools import islice
 
 import pytest
 import torch
@@ -323,10 +324,15 @@ class Recorder(NullSaver):
         self.saved.append((iterations, meters["updates"], alone))
 
 
-def test_an_error_within_an_update_leaves_the_state_before_it():
+def test_an_error_leaves_the_state_after_the_last_update():
     """Batch norm's statistics change in every forward pass, the weights only in whole updates."""
 
-    def fails_at(call):
+    class Broken(Numbers):
+        def __iter__(self):
+            yield from islice(super().__iter__(), 2)
+            raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+
+    def fails_at(call, batches=Numbers):
         norm, saver = torch.nn.BatchNorm1d(3), Recorder()
         model = torch.nn.Sequential(norm, torch.nn.Linear(3, 1))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
@@ -338,15 +344,18 @@ def test_an_error_within_an_update_leaves_the_state_before_it():
             return model(batch[0]).square().mean()
 
         with pytest.raises(RuntimeError, match="is killed"):
-            loop.run_epoch(compute_loss, model, Numbers(4, 2), optimizer, epoch_options(accum_iter=2, saver=saver))
+            loop.run_epoch(compute_loss, model, batches(4, 2), optimizer, epoch_options(accum_iter=2, saver=saver))
         return saver.saved, norm.running_mean.clone()
 
     torch.manual_seed(0)
     whole, statistics = fails_at(2)
     torch.manual_seed(0)
     within, same = fails_at(3)
-    assert whole == within == [(2, 1, True)]
+    torch.manual_seed(0)
+    between, also_same = fails_at(99, Broken)
+    assert whole == within == between == [(2, 1, True)]
     assert torch.equal(statistics, same)
+    assert torch.equal(statistics, also_same)
 
 
 def test_a_process_that_is_gone_is_found_before_the_weights_change(monkeypatch):

@@ -484,6 +484,10 @@ model = shard(models_mae.mae_vit_mini_patch4, img_size=16)
 file = loading.read(sys.argv[1])
 loading.init_mae(model, file)
 compare(model, file.tensors)
+imgs, noise = torch.rand(2, 3, 16, 16), torch.rand(2, 16)
+plain = models_mae.mae_vit_mini_patch4(img_size=16)
+loading.init_mae(plain, file)
+torch.testing.assert_close(model.reconstruct(imgs, noise=noise), plain.reconstruct(imgs, noise=noise))  # gathers first
 class Scaled(models_mae.MaskedAutoencoderViT):
     def __init__(self, **arguments):
         super().__init__(depth=1, embed_dim=32, decoder_depth=1, decoder_embed_dim=32)
