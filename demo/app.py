@@ -1,9 +1,9 @@
-"""A web page for trained models: masks and reconstructs a visitor's picture; attention and features; classes.
+"""A web page for trained models: reconstruction of uploaded images, attention maps, features and classes.
 
     python demo/app.py --model mae_visualize_vit_large --classifier mae_finetuned_vit_base
     python demo/app.py --model demo/output/pretrain/checkpoint-0.pth --samples my/pictures
 
-It opens at http://127.0.0.1:7860, for this computer alone; SPACE.md describes public hosting.
+The page is served at http://127.0.0.1:7860, to this computer only. SPACE.md describes public hosting.
 """
 
 import argparse
@@ -22,20 +22,20 @@ from typing import Any
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read at import; the page needs no network
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the demo runs from a clone
 
-import util  # noqa: F401  # first, as it names the packages that are missing
+import util  # noqa: F401  # first: it names missing packages
 
 # isort: split
 try:
     import gradio as gr
 except ImportError:
-    sys.exit('the web page needs the package gradio, which is not installed: pip install ".[app]"')
+    sys.exit('the web page requires the package gradio: pip install ".[app]"')
 import torch
 from PIL import Image
 from torch import Tensor
 
 from inference import maps
 from inference.model import Autoencoder, Classifier, Model, get_model, open_image
-from inference.reconstruct import TITLES, psnr, reconstruct, whole_input
+from inference.reconstruct import TITLES, psnr, reconstruct, uncropped_input
 from models_mae import Reconstruction
 from util import dist
 from util.cli import entry_point, flags, options
@@ -45,21 +45,21 @@ from util.masking import num_visible
 
 SAMPLES = Path(__file__).parent / "photos"
 MAX_BYTES = 10 * 2**20  # of an upload
-MAX_ASPECT = 4  # long side by short side; the model's memory grows with its square
-AT_WORK, WAITING = 2, 100  # requests that are worked on at once, and that queue for it
-CACHE_SECONDS = 3600  # seconds until a visitor's pictures are deleted
-MIN_SIDE = 320  # pixels that a picture's short side has at least; those of small models are enlarged
+MAX_ASPECT = 4  # long side divided by short side; the memory of the model grows with its square
+CONCURRENCY, MAX_QUEUE = 2, 100  # requests that run at once, and requests that wait
+CACHE_SECONDS = 3600  # seconds until uploads are deleted
+MIN_SIDE = 320  # minimum short side of a displayed picture in pixels; smaller ones are enlarged
 RATIOS = [step / 20 for step in range(1, 20)]
 MAX_SEED = 2**32 - 1
 FONT = ("system-ui", "sans-serif")
-HINT = "Drop a picture above, or choose one."
+HINT = "Upload an image above, or choose an example."
 STYLE = ".panel [data-testid=block-label] {position: static; width: max-content; margin-bottom: 4px}"
 
-# The picture to paint on. Its value is the numbers of the hidden patches, row by row: what is painted is exactly what
-# is hidden, and a visitor sends no drawing that would have to be decoded.
+# The picture on which a user marks patches with a brush. Its value is the indices of the masked patches in row-major
+# order. The browser sends indices, not a drawing, so there is no image to decode.
 PAINTING: dict[str, Any] = {
-    "html_template": """<p>Paint here to hide patches; a stroke that begins on a hidden one uncovers.</p>
-        <canvas width="0" height="0"></canvas><button>Clear the paint</button>""",
+    "html_template": """<p>Draw here to mask patches. A stroke that starts on a masked patch unmasks patches.</p>
+        <canvas width="0" height="0"></canvas><button>Clear the mask</button>""",
     "css_template": """
         canvas {display: block; max-width: 100%; max-height: 400px; margin: 8px auto; touch-action: none;
                 cursor: crosshair}
@@ -67,40 +67,40 @@ PAINTING: dict[str, Any] = {
                 background: var(--button-secondary-background-fill); color: var(--button-secondary-text-color)}""",
     "js_on_load": """
         const canvas = element.querySelector("canvas"), pen = canvas.getContext("2d"), photo = new Image();
-        let hidden = new Set(), covers = null, last = null;
+        let masked = new Set(), masking = null, last = null;
         function draw() {
             const {picture, rows, columns} = props, side = picture ? Math.ceil(480 / Math.max(rows, columns)) : 0;
             [canvas.width, canvas.height] = [columns * side, rows * side];
             if (!picture) return;
             pen.drawImage(photo, 0, 0, canvas.width, canvas.height);
             pen.fillStyle = "rgb(79 70 229 / 80%)";
-            hidden.forEach(n => pen.fillRect(n % columns * side, Math.floor(n / columns) * side, side, side));
+            masked.forEach(n => pen.fillRect(n % columns * side, Math.floor(n / columns) * side, side, side));
         }
-        function stroke(event) {  // from where the pointer was last, as a quick one leaps over patches
+        function stroke(event) {  // starts at the last position, because a fast pointer skips patches
             const {rows, columns} = props, box = canvas.getBoundingClientRect();
             const here = [(event.clientX - box.x) / box.width * columns, (event.clientY - box.y) / box.height * rows];
             const from = last ?? here, steps = Math.ceil(8 * Math.hypot(here[0] - from[0], here[1] - from[1])) || 1;
             for (let step = 0; step <= steps; step++) {
                 const [x, y] = from.map((start, axis) => Math.floor(start + (here[axis] - start) * step / steps));
                 if (x < 0 || y < 0 || x >= columns || y >= rows) continue;
-                covers ??= !hidden.has(y * columns + x);
-                covers ? hidden.add(y * columns + x) : hidden.delete(y * columns + x);
+                masking ??= !masked.has(y * columns + x);
+                masking ? masked.add(y * columns + x) : masked.delete(y * columns + x);
             }
             last = here;
             draw();
         }
         function finish() {
-            covers = last = null;
-            props.value = [...hidden].join(" ");
+            masking = last = null;
+            props.value = [...masked].join(" ");
             trigger("input");
         }
         canvas.onpointerdown = event => { canvas.setPointerCapture(event.pointerId); stroke(event); };
         canvas.onpointermove = event => last && stroke(event);
         canvas.onpointerup = canvas.onpointercancel = finish;
-        element.querySelector("button").onclick = () => { hidden.clear(); draw(); finish(); };
+        element.querySelector("button").onclick = () => { masked.clear(); draw(); finish(); };
         photo.onload = draw;
         watch(["value", "picture"], () => {
-            hidden = new Set(props.value.split(" ").filter(Boolean).map(Number));
+            masked = new Set(props.value.split(" ").filter(Boolean).map(Number));
             photo.src = props.picture;
             if (!props.picture) draw();
         });""",
@@ -108,12 +108,12 @@ PAINTING: dict[str, Any] = {
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """The command's flags."""
+    """The flags of the command."""
     parser = entry_point.parser(
         "Serves a web page for a trained model: reconstructions, attention maps, features and classes."
     )
     options.add_inference_options(parser, images=False)
-    parser.add_argument("--classifier", metavar="FILE", help="a second model, for the classes; as --model")
+    parser.add_argument("--classifier", metavar="FILE", help="classifier for the classes, given like --model")
     parser.add_argument(
         "--host", default="127.0.0.1", metavar="ADDRESS", help="network address; 0.0.0.0 accepts all hosts"
     )
@@ -133,40 +133,40 @@ def main(args: argparse.Namespace) -> None:
     try:
         serve(page, args.host, args.port)
     except OSError as error:
-        raise ValueError(f"can't serve at --host {args.host} --port {args.port}: take another ({error})") from error
+        raise ValueError(f"can't serve at --host {args.host} --port {args.port} ({error}); give another") from error
 
 
 def serve(page: gr.Blocks, host: str | None = None, port: int | None = None) -> None:
-    """Serves a page until it is interrupted; host and port are by default those of gradio's environment variables."""
+    """Serves a page until it is interrupted. By default, gradio's environment variables set host and port."""
     page.launch(server_name=host, server_port=port, max_file_size=MAX_BYTES, theme=gr.themes.Soft(font=FONT), css=STYLE,
                 footer_links=[], ssr_mode=False)  # fmt: skip
 
 
 def build(model: Model, classifier: Model | None = None, samples: Sequence[Path] = ()) -> gr.Blocks:
-    """The page, which `serve` serves.
+    """Builds the page for `serve`.
 
     Args:
-        model: without a decoder it reconstructs nothing, and the page lacks this part.
-        classifier: for the classes; by default the model, if it is a classifier.
-        samples: pictures to choose from; files that are none are left out.
+        model: an autoencoder, an encoder or a classifier; only an autoencoder has the tab for reconstruction.
+        classifier: model for the classes (default: `model`, if it is a classifier).
+        samples: example images; other files are ignored.
 
     Raises:
-        ValueError: the classifier has no classes.
+        ValueError: the classifier has no classification head.
     """
     if classifier is None and model.settings["nb_classes"]:
         classifier = model
     if classifier is not None and not classifier.settings["nb_classes"]:
         raise ValueError(
-            f"--classifier: {classifier.settings['model']} has no classification head; take a fine-tuned file"
+            f"--classifier: {classifier.settings['model']} has no classification head; give a fine-tuned file"
         )
     chosen = [str(file) for file in samples if file.suffix.lower() in SUFFIXES]
-    gr.set_static_paths(chosen)  # otherwise files outside of the working directory are refused
+    gr.set_static_paths(chosen)  # gradio rejects other files outside of the working directory
     with gr.Blocks(title="Masked autoencoder", delete_cache=(CACHE_SECONDS, CACHE_SECONDS)) as page:
-        gr.Markdown("# Masked autoencoder\nMask parts of a picture, reconstruct them, and look inside the model.")
+        gr.Markdown("# Masked autoencoder\nMask parts of an image, reconstruct them, and inspect the model.")
         with gr.Row():
-            photo = gr.File(label="Your picture", file_types=list(SUFFIXES), height=150, min_width=320)
+            photo = gr.File(label="Your image", file_types=list(SUFFIXES), height=150, min_width=320)
             sample = gr.Dataset(
-                label="or one of these", components=[gr.Image(render=False)], samples=[[file] for file in chosen]
+                label="Examples", components=[gr.Image(render=False)], samples=[[file] for file in chosen]
             )
         sample.click(lambda values: values[0], sample, photo, api_visibility="private")
         opened: Callable[..., Any] = photo.change
@@ -175,11 +175,11 @@ def build(model: Model, classifier: Model | None = None, samples: Sequence[Path]
                 opened = _reconstruct_tab(model, photo)
         with gr.Tab("Look inside"):
             _inside_tab(model, classifier, photo, opened)
-    return page.queue(max_size=WAITING, default_concurrency_limit=AT_WORK)
+    return page.queue(max_size=MAX_QUEUE, default_concurrency_limit=CONCURRENCY)
 
 
 def _reconstruct_tab(model: Autoencoder, photo: gr.File) -> Callable[..., Any]:
-    """Returns what takes the events that follow once a picture could be opened."""
+    """Adds the tab; returns the event listener that runs after an image was opened."""
     largest = max(ratio for ratio in RATIOS if num_visible(model.num_patches, ratio))
     with gr.Row():
         painting: Any = gr.HTML("", picture="", rows=1, columns=1, container=True, padding=True, **PAINTING)
@@ -201,7 +201,7 @@ def _reconstruct_tab(model: Autoencoder, photo: gr.File) -> Callable[..., Any]:
 
 def _inside_tab(model: Model, classifier: Model | None, photo: gr.File, opened: Callable[..., Any]) -> None:
     block: Any = model.blocks[-1]
-    heads = ["mean of all", *(f"head {number + 1}" for number in range(block.attn.num_heads))]
+    heads = ["mean of all heads", *(f"head {number + 1}" for number in range(block.attn.num_heads))]
     head = gr.Dropdown(heads, type="index", label="Attention of the class token in the last block")
     with gr.Row():
         panels = [_panel(title) for title in ("attention", "principal components of the features")]
@@ -217,13 +217,13 @@ def _panel(title: str) -> gr.Image:
     return gr.Image(label=title, format="png", buttons=["download"], min_width=200, elem_classes="panel")
 
 
-def in_sentences(answer: Callable[..., Any]) -> Callable[..., Any]:
-    """Tells a visitor what is wrong with the picture, without the path that it has here."""
+def report_errors(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Shows the error message of an unusable image in the page, without the folder of the upload."""
 
-    @wraps(answer)
+    @wraps(function)
     def wrapper(model: Model, photo: str | None, *settings: Any) -> Any:
         try:
-            return answer(model, photo, *settings)
+            return function(model, photo, *settings)
         except (ValueError, OSError) as error:
             text = str(error).replace(str(photo), Path(photo or "").name)
             raise gr.Error(html.escape(text), print_exception=False) from None
@@ -231,9 +231,9 @@ def in_sentences(answer: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
-@in_sentences
+@report_errors
 def open_photo(model: Autoencoder, photo: str | None, ratio: float, seed: int | None) -> list[Any]:
-    """A new picture to paint on, and what `paint` makes of it."""
+    """Opens a new image: returns the picture for the brush, and the results of `paint`."""
     if photo is None:
         return [gr.HTML("", picture=""), *[None] * len(TITLES), HINT]
     result = _reconstruct(model, photo, ratio, seed)
@@ -241,78 +241,82 @@ def open_photo(model: Autoencoder, photo: str | None, ratio: float, seed: int | 
     stream = io.BytesIO()
     _image(model, result.original).save(stream, "JPEG", quality=92)
     picture = "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
-    return [gr.HTML("", picture=picture, rows=rows, columns=columns), *_answer(model, result, f"by seed {seed or 0}")]
+    return [gr.HTML("", picture=picture, rows=rows, columns=columns), *_outputs(model, result, f"by seed {seed or 0}")]
 
 
-@in_sentences
-def paint(model: Autoencoder, photo: str | None, ratio: float, seed: int | None, hidden: str) -> list[Any]:
-    """A reconstruction's four pictures, and how good it is.
+@report_errors
+def paint(model: Autoencoder, photo: str | None, ratio: float, seed: int | None, masked: str) -> list[Any]:
+    """Reconstructs an image: returns the four pictures and a caption with loss and PSNR.
 
     Args:
-        seed: of a random mask; None, which an empty field gives, is 0.
-        hidden: numbers of patches. If there are any, ratio and seed have no effect.
+        seed: seed of the random mask; None, the value of an empty field, is 0.
+        masked: indices of the masked patches. If there are any, ratio and seed have no effect.
     """
     if photo is None:
         return [*[None] * len(TITLES), HINT]
-    how = "by your paint; ratio and seed count again when it is cleared" if hidden else f"by seed {seed or 0}"
-    return _answer(model, _reconstruct(model, photo, ratio, seed, hidden), how)
+    origin = "with the brush; clear the mask to use ratio and seed" if masked else f"by seed {seed or 0}"
+    return _outputs(model, _reconstruct(model, photo, ratio, seed, masked), origin)
 
 
-@in_sentences
+@report_errors
 def look_inside(model: Model, photo: str | None, head: int) -> list[Image.Image | None]:
-    """The class token's attention, of one head or (0) of all in the mean, and the features' components as colours."""
+    """The attention of the class token (0: mean of all heads), and the principal components of the features."""
     if photo is None:
         return [None, None]
-    imgs = whole_input(model, _open(model, photo))
+    imgs = uncropped_input(model, _open(model, photo))
     attention = maps.attention(model, imgs)[0]
     bright = maps.overlay(model, imgs[0], attention[head - 1] if head else attention.mean(dim=0))
     colours = Image.fromarray((maps.components(model, imgs)[0] * 255).byte().numpy())
     return [_enlarge(bright), _enlarge(colours.resize(bright.size, Image.Resampling.NEAREST))]
 
 
-@in_sentences
+@report_errors
 def classify(classifier: Classifier, photo: str | None) -> dict[str, float] | None:
-    """The five likeliest classes with their scores."""
+    """The five most likely classes with their scores."""
     return None if photo is None else dict(classifier.predict(photo)["top"])
 
 
 def _open(model: Model, photo: str) -> Picture:
-    """The picture, unless it is a strip."""
+    """Opens an image; raises ValueError if its aspect ratio is too large."""
     picture = open_image(photo, model.in_chans)
     height, width = size_of(picture)
     if max(height, width) > MAX_ASPECT * min(height, width):
-        raise ValueError(f"{photo}: {width} x {height} pixels are too long a strip; the most is {MAX_ASPECT} to 1")
+        raise ValueError(
+            f"{photo}: the aspect ratio of {width} x {height} pixels exceeds {MAX_ASPECT} to 1; crop the image"
+        )
     return picture
 
 
-def _reconstruct(model: Autoencoder, photo: str, ratio: float, seed: int | None, hidden: str = "") -> Reconstruction:
+def _reconstruct(model: Autoencoder, photo: str, ratio: float, seed: int | None, masked: str = "") -> Reconstruction:
     picture = _open(model, photo)
-    if not hidden:
+    if not masked:
         return reconstruct(model, picture, ratio, seed or 0)
-    imgs = whole_input(model, picture)
+    imgs = uncropped_input(model, picture)
     rows, columns = model.patch_embed.grid_of(*imgs.shape[2:])
-    numbers = {int(number) for number in hidden.split()}
+    numbers = {int(number) for number in masked.split()}
     if not numbers <= set(range(rows * columns)):
-        raise ValueError("the paint does not belong to this picture: clear it")
+        raise ValueError("the mask does not belong to this image; clear it")
     mask = torch.zeros(1, rows * columns)
     mask[0, list(numbers)] = 1
     return model.reconstruct(imgs, mask=mask)
 
 
-def _answer(model: Autoencoder, result: Reconstruction, how: str) -> list[Any]:
+def _outputs(model: Autoencoder, result: Reconstruction, origin: str) -> list[Any]:
     with torch.inference_mode():
         loss = model(result.original, mask=result.mask)[0]
     text = (
-        f"**{int(result.mask.sum())} of {result.mask.numel()} patches are masked**, chosen {how}.\n\n"
-        f"Their loss, as in training: **{loss:.4f}** · PSNR: **{psnr(model, result):.2f} dB**"
+        f"**{int(result.mask.sum())} of {result.mask.numel()} patches are masked**, chosen {origin}.\n\n"
+        f"Loss of the masked patches: **{loss:.4f}** · PSNR: **{psnr(model, result):.2f} dB**"
     )
     if model.norm_pix_loss:
-        text += "\n\nThis model predicts normalized patches; mean and contrast are those of the original patches."
+        text += (
+            "\n\nThis model predicts normalized patches; they are shown with the mean and std of the original patches."
+        )
     return [*(_image(model, part) for part in result[: len(TITLES)]), text]
 
 
 def _image(model: Autoencoder, batch: Tensor) -> Image.Image:
-    """The picture in a batch (1, c, H, W)."""
+    """Batch (1, c, H, W) to a Pillow image."""
     pixels = pictures.tile([batch], model.normalize.inverse)
     return _enlarge(Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels))
 

@@ -1,4 +1,4 @@
-"""What pre-training was worth: a picture, the loss curve, and tables of accuracy.
+"""The results of pre-training: reconstructions, the loss curve, and tables of accuracy.
 
     python demo/report.py --checkpoint demo/output/pretrain/checkpoint-0.pth --data_path demo/data/fashion_mnist \\
         --out demo/output
@@ -33,7 +33,7 @@ from util.files import atomic
 
 PICTURES = 8
 NEIGHBOURS = 20
-STRENGTHS = (0.1, 1.0)  # inverse regularisation; held-out training images choose for each row
+STRENGTHS = (0.1, 1.0)  # inverse regularization strengths; chosen for each row on held-out training images
 HELD_OUT = 0.2
 ITERATIONS = 100
 
@@ -41,7 +41,7 @@ ITERATIONS = 100
 def read_images(model: Autoencoder, data_path: str, split: str) -> tuple[torch.Tensor, np.ndarray]:
     """All images of a split, uint8 (n, c, H, W), and their labels (n,)."""
     source = datasets.open_source(split, data_path)
-    # As they are: they have the model's size, and the usual centre crop would cut their borders off.
+    # Without a transform: the images have the size of the model, and a centre crop would remove their borders.
     samples = Samples(source, to_tensor, in_chans=model.in_chans, seed=0)
     items = [samples[0, index] for index in range(len(samples))]
     return torch.stack([sample.image for sample in items]), np.array([sample.label for sample in items])
@@ -49,7 +49,7 @@ def read_images(model: Autoencoder, data_path: str, split: str) -> tuple[torch.T
 
 @torch.inference_mode()
 def encode(model: Autoencoder, images: torch.Tensor) -> np.ndarray:
-    """The class token beside the mean of the patch tokens, nothing masked: (n, 2 D)."""
+    """Class token and mean of the patch tokens of unmasked images: (n, 2 D)."""
     parts = []
     for batch in images.split(500):
         tokens = model.forward_features(model.normalize(batch))
@@ -58,13 +58,13 @@ def encode(model: Autoencoder, images: torch.Tensor) -> np.ndarray:
 
 
 def probe(train: np.ndarray, labels: np.ndarray, test: np.ndarray, test_labels: np.ndarray) -> float:
-    """Test accuracy of logistic regression, with the same budget for every row."""
+    """Test accuracy of logistic regression, with the same number of iterations for every row."""
 
     def fit(strength: float, features: np.ndarray, targets: np.ndarray) -> LogisticRegression:
         return LogisticRegression(C=strength, max_iter=ITERATIONS).fit(features, targets)
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # every row stops after as many iterations
+        warnings.simplefilter("ignore", ConvergenceWarning)  # every row stops after ITERATIONS
         order = np.random.default_rng(0).permutation(len(labels))
         held_out, rest = np.split(order, [int(HELD_OUT * len(order))])
         best = max(STRENGTHS, key=lambda c: fit(c, train[rest], labels[rest]).score(train[held_out], labels[held_out]))
@@ -72,7 +72,7 @@ def probe(train: np.ndarray, labels: np.ndarray, test: np.ndarray, test_labels: 
 
 
 def draw_reconstructions(model: Autoencoder, images: torch.Tensor, path: Path) -> None:
-    """Eight test images, spread over the classes: original, masked, prediction, pasted."""
+    """Draws eight test images of different classes: original, masked, prediction, pasted."""
     chosen = images[np.linspace(0, len(images) - 1, PICTURES, dtype=int)]
     noise = torch.rand(PICTURES, model.num_patches, generator=torch.Generator().manual_seed(0))
     ratio = model.settings["mask_ratio"]
@@ -88,24 +88,24 @@ def draw_reconstructions(model: Autoencoder, images: torch.Tensor, path: Path) -
 
 
 def draw_loss(log: Path, path: Path) -> None:
-    """The training loss of each epoch, from log.txt."""
+    """Draws the training loss of each epoch from log.txt."""
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     figure = Figure(figsize=(6, 4), dpi=100, layout="constrained")
     axes = figure.subplots()
     axes.plot([line["epoch"] + 1 for line in lines], [line["train_loss"] for line in lines], marker=".")
-    axes.set(xlabel="epoch", ylabel="mean squared error of removed patches", title="Masked pre-training")
+    axes.set(xlabel="epoch", ylabel="mean squared error of masked patches", title="Masked pre-training")
     axes.grid(alpha=0.3)
     with atomic.replacing(path) as written:
         figure.savefig(written)
 
 
 def neighbours(train: np.ndarray, labels: np.ndarray, test: np.ndarray, test_labels: np.ndarray) -> float:
-    """Test accuracy of the vote of the nearest training images."""
+    """Test accuracy of k-nearest-neighbour classification."""
     bank, queries = ((torch.tensor(x), torch.tensor(y)) for x, y in ((train, labels), (test, test_labels)))
-    right = knn.classify(
+    correct = knn.classify(
         *bank, *queries, ks=[NEIGHBOURS], temperature=0.07, num_classes=len(set(labels)), device=torch.device("cpu")
     )
-    return right[NEIGHBOURS] / len(test)
+    return correct[NEIGHBOURS] / len(test)
 
 
 def last_accuracy(folder: Path) -> float:
@@ -127,7 +127,7 @@ def main(args: argparse.Namespace) -> None:
     def raw(images: torch.Tensor) -> np.ndarray:
         return images.flatten(1).numpy() / 255
 
-    sights = {
+    encoders = {
         "raw pixels": raw,
         "untrained encoder": lambda images: encode(untrained, images),
         "pre-trained encoder": lambda images: encode(model, images),
@@ -136,8 +136,8 @@ def main(args: argparse.Namespace) -> None:
         {},
         [f"| {len(labels):,} labels | logistic regression | {NEIGHBOURS} nearest neighbours |", "|---|---|---|"],
     )
-    for name, see in sights.items():
-        features = see(train), labels, see(test), test_labels
+    for name, encoder in encoders.items():
+        features = encoder(train), labels, encoder(test), test_labels
         results[name], results[f"{name}, neighbours"] = probe(*features), neighbours(*features)
         table.append(f"| {name} | {results[name]:.1%} | {results[f'{name}, neighbours']:.1%} |")
     if args.finetuned and args.scratch:

@@ -2,10 +2,10 @@
 
     python demo/segmentation.py --model demo/output/pretrain/checkpoint-31.pth --out demo/output
 
-Each picture is made of two embedded garments, cut at a random column; the head tells of each pixel which garment it is
-a part of, or that it is of none. It is a linear layer on the last four blocks' tokens, which answers for all pixels of
-a patch at once, and is trained on 4,000 pictures. The encoder is not trained, and an untrained one stands beside it.
-Two minutes on two CPU cores.
+Each image joins two embedded garments at a random column. The head predicts for each pixel the class of its garment, or
+background. It is a linear layer on the tokens of the last four blocks that predicts all pixels of a patch at once, and
+is trained on 4,000 images. The encoder is frozen; the baseline is an untrained encoder. The command takes two minutes
+on two CPU cores.
 """
 
 import sys
@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the demo runs from a clone
 
-import util  # noqa: F401  # first, as it names the packages that are missing
+import util  # noqa: F401  # first: it names missing packages
 
 # isort: split
 import numpy as np
@@ -33,15 +33,15 @@ from util.cli import entry_point, flags, options
 from util.files import atomic
 
 NUM_EXAMPLES = 8
-INK = 30  # of 255: what is brighter is a garment
+INK = 30  # grey level of 255: brighter pixels belong to a garment
 EPOCHS, BATCH, LR = 15, 100, 5e-3
 
 
 def make_pictures(split: str, count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Pictures of two garments of the embedded set, and what each pixel is part of.
+    """Joins pairs of images of the embedded dataset.
 
     Returns:
-        uint8 (n, 1, 28, 28), and labels (n, 28, 28): 0 for nothing, or 1 + the garment's class.
+        Images uint8 (n, 1, 28, 28), and labels (n, 28, 28): 0 for background, or 1 + the class of the garment.
     """
     archive = np.load(ARCHIVE, allow_pickle=False)
     images, classes = archive[f"{split}_images"], archive[f"{split}_labels"]
@@ -56,10 +56,10 @@ def make_pictures(split: str, count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 class Head(nn.Module):
-    """Features (B, C, rows, columns) to scores of each pixel's classes (B, classes, H, W): standardised, then linear.
+    """A linear head: features (B, C, rows, columns) -> logits of each pixel (B, classes, H, W).
 
     Args:
-        features: that it is trained on, for their means and standard deviations.
+        features: training features; their mean and standard deviation standardize the input.
     """
 
     mean: Tensor
@@ -78,7 +78,7 @@ class Head(nn.Module):
 
 
 def train(head: Head, features: Tensor, labels: Tensor) -> None:
-    """Trains the head, not the encoder."""
+    """Trains the head."""
     steps = EPOCHS * -(-len(labels) // BATCH)
     optimizer = torch.optim.AdamW(head.parameters(), weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=steps)
@@ -93,7 +93,7 @@ def train(head: Head, features: Tensor, labels: Tensor) -> None:
 
 
 def mean_iou(predictions: Tensor, labels: Tensor, num_classes: int) -> float:
-    """Intersection over union of each class's pixels, all pictures together; the mean of the classes, per cent."""
+    """Intersection over union of each class over all images; the mean over the classes in per cent."""
     shares = []
     for number in range(num_classes):
         predicted, true = predictions == number, labels == number
@@ -102,7 +102,7 @@ def mean_iou(predictions: Tensor, labels: Tensor, num_classes: int) -> float:
 
 
 def segment(model: Model, training: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], layers: int) -> Tensor:
-    """Trains a head on the encoder's features; returns its predictions for the test pictures (n, H, W)."""
+    """Trains a head on the features of an encoder; returns its predictions for the test images (n, H, W)."""
     torch.manual_seed(0)
 
     def features_of(pictures: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ def segment(model: Model, training: tuple[Tensor, Tensor], test: tuple[Tensor, T
 
 
 def draw(rows: dict[str, np.ndarray], names: list[str], path: Path) -> None:
-    """A row of pictures each: grey ones, and classes in colours with a legend."""
+    """Draws rows of images: grey images, and classes as colours with a legend."""
     colours = [(0.12, 0.12, 0.12), *colormaps["tab10"].colors]  # type: ignore[attr-defined]
     figure = Figure(figsize=(NUM_EXAMPLES + 2.2, len(rows) * 1.05), dpi=100)
     axes = figure.subplots(len(rows), NUM_EXAMPLES)
@@ -153,13 +153,15 @@ def get_args_parser() -> ArgumentParser:
 
 
 def main(args: Namespace) -> dict[str, float]:
-    """Prints, and returns, the mean intersection over union with each encoder; draws eight pictures."""
+    """Prints and returns the mean intersection over union of each encoder; draws eight images."""
     device = dist.choose_device(args.device)
     model = get_model(args.model, device=device)
     if model.in_chans != 1 or model.settings["input_size"] != 28:
-        raise ValueError(f"--model {args.model}: the pictures are grey ones of 28 pixels, as ./run demo trains on")
+        raise ValueError(
+            f"--model {args.model}: the images are grey and have 28 x 28 pixels; give a checkpoint of ./run demo"
+        )
     if args.layers > len(model.blocks):
-        raise ValueError(f"--layers {args.layers}: the encoder has {len(model.blocks)} blocks")
+        raise ValueError(f"--layers {args.layers}: the encoder has {len(model.blocks)} blocks; give at most as many")
     torch.manual_seed(0)
     untrained = type(model)(model.settings).to(device)
     training, test = make_pictures("train", args.pictures, seed=0), make_pictures("val", 1000, seed=1)

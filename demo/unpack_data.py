@@ -1,4 +1,4 @@
-"""Unpacks the embedded dataset into class folders of PNG files, as anybody's images would lie there.
+"""Unpacks the embedded dataset to class folders of PNG files.
 
 python demo/unpack_data.py --out demo/data/fashion_mnist
 """
@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the demo runs from a clone
 
-import util  # noqa: F401  # first, as it names the packages that are missing
+import util  # noqa: F401  # first: it names missing packages
 
 # isort: split
 import numpy as np
@@ -38,11 +38,13 @@ def folder_of(class_name: str) -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
-        description="Unpack the embedded Fashion-MNIST images into class folders of PNG files."
+        description="Unpacks the embedded Fashion-MNIST images to class folders of PNG files."
     )
     parser.add_argument("--out", type=Path, default=ARCHIVE.parent / "fashion_mnist", help="folder to write")
     out = parser.parse_args().out
     try:
         unpack(out)
     except OSError as error:
-        parser.exit(1, f"{parser.prog}: error: --out {out} can't be written to ({error.strerror}): give another\n")
+        parser.exit(
+            1, f"{parser.prog}: error: --out {out} can't be written to ({error.strerror}); give another folder\n"
+        )

@@ -105,7 +105,7 @@ def reconstruct(
     """
     picture = open_image(image, model.in_chans)
     device = model.cls_token.device
-    imgs = whole_input(model, picture, short_side)
+    imgs = uncropped_input(model, picture, short_side)
     if hide:
         mask = boxes_to_mask(hide, size_of(picture), imgs.shape[2:])
         return model.reconstruct(imgs, mask=mask[None].to(device))
@@ -114,7 +114,7 @@ def reconstruct(
     return model.reconstruct(imgs, mask_ratio, noise=noise.to(device))
 
 
-def whole_input(model: Model, picture: Picture, short_side: int | None = None) -> Tensor:
+def uncropped_input(model: Model, picture: Picture, short_side: int | None = None) -> Tensor:
     """A picture of any shape, not cropped but for what no patch covers, as the model's input (1, c, H, W).
 
     Args:

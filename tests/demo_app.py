@@ -1,6 +1,6 @@
-"""The web page, in a real browser: python -m pytest tests/demo_app.py
+"""The web page in a real browser: python -m pytest tests/demo_app.py
 
-Apart from the other tests, because it needs Chromium. With APP_SCREENSHOTS=FOLDER it leaves pictures of the page there.
+These tests need Chromium. With APP_SCREENSHOTS=FOLDER, they save screenshots there.
 """
 
 import io
@@ -54,7 +54,7 @@ def model(files):
 
 @pytest.fixture(scope="module")
 def address(files, tmp_path_factory):
-    """Where the page is served. In the end, its log must hold no traceback."""
+    """The address of the served page. At the end, its log must contain no traceback."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -91,7 +91,7 @@ def browser():
 
 @pytest.fixture
 def visit(browser, address):
-    """Opens the page for one more visitor. It must ask nobody else for anything, and no script of it may fail."""
+    """Opens the page for another visitor. It must send no requests to other hosts, and its scripts must not fail."""
     asked, failed = [], []
 
     def opened() -> Page:
@@ -122,7 +122,7 @@ def image(page: Page, title: str):
 
 
 def pixels(page: Page, title: str) -> np.ndarray:
-    """What a panel shows (H, W, 3), when the browser has loaded it."""
+    """The pixels of a panel (H, W, 3), after the browser has loaded it."""
     shown = image(page, title)
     shown.wait_for()
     page.wait_for_function("image => image.complete && image.naturalWidth > 0", arg=shown.element_handle())
@@ -136,15 +136,15 @@ def settled(page: Page, said: str) -> None:
     expect(page.locator(".panel .generating, .panel .progress-text")).to_have_count(0)
 
 
-def hidden_patches(page: Page) -> set[int]:
-    """Those that differ between the original and the hidden panel."""
+def masked_patches(page: Page) -> set[int]:
+    """The patches that differ between the panels of the original and of the masked image."""
     differs = (pixels(page, "original") != pixels(page, "masked")).any(axis=2)
     patches = differs.reshape(ROWS, SIDE, COLUMNS, SIDE).any(axis=(1, 3))
     return set(patches.flatten().nonzero()[0].tolist())
 
 
 def drag(page: Page, *places: tuple[float, float]) -> None:
-    """Paints from place to place (row, column), in patches."""
+    """Draws from position to position (row, column), in patches."""
     canvas = page.locator("canvas")
     canvas.scroll_into_view_if_needed()
     box = canvas.bounding_box()
@@ -174,7 +174,7 @@ def screenshot(page: Page, name: str) -> None:
         page.screenshot(path=Path(folder) / f"{name}.png", full_page=True)
 
 
-def test_an_uploaded_picture_is_hidden_and_painted(visit, model):
+def test_an_uploaded_image_is_masked_and_reconstructed(visit, model):
     page = visit()
     upload(page, CAT)
     settled(page, "72 of 96 patches are masked")
@@ -186,7 +186,7 @@ def test_an_uploaded_picture_is_hidden_and_painted(visit, model):
     assert len({panel.tobytes() for panel in shown}) == 4
     with torch.no_grad():
         loss = float(model(painted.original, mask=painted.mask)[0])
-    said = page.get_by_text("Their loss").inner_text()
+    said = page.get_by_text("Loss of the masked patches").inner_text()
     assert f"{loss:.4f}" in said and f"PSNR: {psnr(model, painted):.2f} dB" in said
     screenshot(page, "reconstruct")
 
@@ -195,49 +195,49 @@ def test_ratio_and_seed(visit):
     page = visit()
     page.locator(".gallery-item").nth(PHOTOS.index(CAT)).click()
     settled(page, "72 of 96 patches are masked")
-    many = hidden_patches(page)
+    many = masked_patches(page)
     assert len(many) == 72
     slider = page.get_by_role("slider", name="Mask ratio")
     slider.focus()
     for _ in range(5):
         slider.press("ArrowLeft")
     settled(page, "48 of 96 patches are masked")
-    fewer = hidden_patches(page)
+    fewer = masked_patches(page)
     assert len(fewer) == 48 and fewer < many  # of the same draw
     page.get_by_role("button", name="Another mask").click()
     expect(page.get_by_text("chosen by seed 0")).to_have_count(0)
     settled(page, "48 of 96 patches are masked")
-    assert hidden_patches(page) != fewer and len(hidden_patches(page)) == 48
+    assert masked_patches(page) != fewer and len(masked_patches(page)) == 48
     page.get_by_label("Seed of the random mask").fill("")
     settled(page, "48 of 96 patches are masked, chosen by seed 0")
-    assert hidden_patches(page) == fewer
+    assert masked_patches(page) == fewer
     page.get_by_label("Clear", exact=True).first.click()
-    page.get_by_role("button", name="Clear the paint").click()
-    expect(page.get_by_text("Drop a picture above")).to_be_visible()
+    page.get_by_role("button", name="Clear the mask").click()
+    expect(page.get_by_text("Upload an image above")).to_be_visible()
     expect(page.locator("canvas")).to_have_attribute("width", "0")
 
 
-def test_what_is_painted_is_hidden(visit):
+def test_the_brush_masks_patches(visit):
     page, other = visit(), visit()
     for visitor in (page, other):
         upload(visitor, CAT)
         settled(visitor, "72 of 96 patches are masked")
-    before = hidden_patches(other)
+    before = masked_patches(other)
     drag(page, (2.5, 3.5), (2.5, 6.5), (5.2, 6.5))  # along a row, down a column
-    settled(page, "7 of 96 patches are masked, chosen by your paint")
+    settled(page, "7 of 96 patches are masked, chosen with the brush")
     painted = {2 * COLUMNS + column for column in (3, 4, 5, 6)} | {row * COLUMNS + 6 for row in (3, 4, 5)}
-    assert hidden_patches(page) == painted
+    assert masked_patches(page) == painted
     screenshot(page, "painted")
     page.get_by_role("button", name="Another mask").click()  # which has no effect, as the page says
     drag(page, (2.5, 4.5), (2.5, 3.5))  # uncovers two of them
-    settled(page, "5 of 96 patches are masked, chosen by your paint")
-    assert hidden_patches(page) == painted - {2 * COLUMNS + 3, 2 * COLUMNS + 4}
+    settled(page, "5 of 96 patches are masked, chosen with the brush")
+    assert masked_patches(page) == painted - {2 * COLUMNS + 3, 2 * COLUMNS + 4}
     other.get_by_role("slider", name="Mask ratio").press("ArrowRight")
     settled(other, "77 of 96 patches are masked, chosen by seed 0")  # another visitor is not concerned
-    assert hidden_patches(other) > before
+    assert masked_patches(other) > before
     drag(page, *[(row + 0.5, column) for row in range(ROWS) for column in ((0.5, 11.5), (11.5, 0.5))[row % 2]])
     expect(page.get_by_text("a mask must leave at least one patch visible")).to_be_visible()
-    page.get_by_role("button", name="Clear the paint").click()
+    page.get_by_role("button", name="Clear the mask").click()
     settled(page, "72 of 96 patches are masked, chosen by seed")
     upload(page, PHOTOS[0])
     settled(page, "48 of 64 patches are masked")
@@ -256,12 +256,12 @@ def wrong(tmp_path_factory):
     return folder
 
 
-def test_wrong_files_are_answered_with_a_sentence(visit, wrong):
+def test_unusable_files_show_an_error_message(visit, wrong):
     page = visit()
     for name, said in (
         ("text.jpg", "text.jpg: the file is not an image of a known format"),
         ("bomb.png", "bomb.png: too large to decode: Image size (400000000 pixels) exceeds"),
-        ("strip.png", "strip.png: 10 x 90000 pixels are too long a strip; the most is 4 to 1"),
+        ("strip.png", "strip.png: the aspect ratio of 10 x 90000 pixels exceeds 4 to 1"),
         ("cut.jpg", "cut.jpg: can't be read as an image"),
         ("heavy.jpg", "exceed the maximum allowed size of 10"),
         ("notes.txt", "Invalid file type"),
@@ -308,7 +308,7 @@ def test_look_inside(visit, files, model):
 
 
 def test_twenty_visitors_at_once(address, model, tmp_path):
-    """Each has another picture and another seed, and gets what belongs to them."""
+    """Each visitor has another image and another seed, and gets the results that belong to them."""
 
     ready = threading.Barrier(VISITORS)
 
@@ -331,12 +331,12 @@ def test_twenty_visitors_at_once(address, model, tmp_path):
         boxes = [(n % columns * 4, n // columns * 4, 4, 4) for n in map(int, painted.split())]
         picture = Image.open(file).convert("RGB").resize((4 * columns, 32), Image.Resampling.BICUBIC)
         expected = reconstruct(model, picture, ratio, number, boxes)
-        assert ("by your paint" if painted else f"by seed {number}") in said
+        assert ("with the brush" if painted else f"by seed {number}") in said
         for panel, part in zip(panels, wanted(model, expected), strict=True):
             assert_close(np.asarray(Image.open(panel).convert("RGB")), part)
 
 
-def test_served_to_this_computer_alone(address):
+def test_the_page_is_served_to_this_computer_only(address):
     port = int(address.rpartition(":")[2])
     socket.create_connection(("127.0.0.1", port), timeout=5).close()
     with pytest.raises(ConnectionRefusedError):  # an address of this computer too, which a server for all answers at
@@ -354,7 +354,7 @@ def test_no_file_of_the_computer_is_served(address, files):
     assert {status(path) for path in (ROOT / "README.md", CAT.parent / "README.md", files / "mae.safetensors")} == {403}
 
 
-def test_models_that_lack_a_part(files):
+def test_tabs_depend_on_the_model(files):
     def tabs(*models) -> list[str]:
         components = app.build(*(get_model(files / f"{name}.safetensors") for name in models)).config["components"]
         labels = [part["props"].get("label") for part in components if part["type"] in ("tabitem", "label")]
@@ -368,7 +368,7 @@ def test_models_that_lack_a_part(files):
         tabs("mae", "encoder")
 
 
-def test_pictures_of_every_kind(model, tmp_path):
+def test_every_image_format_is_reconstructed(model, tmp_path):
     grey, oblong = (get_model("mae_vit_mini_patch4", **kind) for kind in ({"in_chans": 1}, {"input_size": [32, 64]}))
     values = np.random.default_rng(0).integers(0, 2**16, (40, 70, 3), dtype=np.uint16)
     np.save(tmp_path / "deep.npy", values)
@@ -387,7 +387,7 @@ def test_pictures_of_every_kind(model, tmp_path):
             assert {shown.size for shown in app.look_inside(sees, str(file), 0)} == {(width, height)}
 
 
-def test_wrong_flags(files, tmp_path):
+def test_invalid_flags_are_errors(files, tmp_path):
     def start(*flags) -> None:
         app.main(
             entry_point.parse(app.get_args_parser(), ["--model", str(files / "mae.safetensors"), *map(str, flags)])

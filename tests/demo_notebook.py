@@ -33,7 +33,7 @@ def test_it_runs_from_its_folder(tmp_path, monkeypatch, norm_pix_loss):
     pictures, text = execute(monkeypatch, NOTEBOOK.parent, MAE_MODEL=tmp_path / "mae.safetensors")
     assert len(pictures) == PICTURES
     assert len(set(pictures)) == PICTURES
-    assert "8 x 8 patches, 3 pictures" in text
+    assert "8 x 8 patches, 3 images" in text
 
 
 def test_without_a_clone_it_says_what_to_do(tmp_path, monkeypatch):

@@ -68,6 +68,6 @@ def test_the_command(tmp_path, capsys):
     assert Image.open(tmp_path / "segmentation.png").width > 900
     model = get_model("mae_vit_mini_patch4", input_size=32)
     torch.save({"model": model.state_dict(), "args": model.settings}, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match="grey ones of 28 pixels"):
+    with pytest.raises(ValueError, match="the images are grey and have 28 x 28 pixels"):
         argv[1] = tmp_path / "other.pth"
         segmentation.main(entry_point.parse(segmentation.get_args_parser(), [str(part) for part in argv]))

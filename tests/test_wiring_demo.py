@@ -200,18 +200,18 @@ def picture_of(model, batch):
     return np.asarray(app._image(model, batch))
 
 
-def test_the_page_hides_the_painted_patches(mae):
-    hidden = [3, 17, 95]
-    *shown, said = app.paint(mae, str(CAT), 0.5, 0, " ".join(map(str, hidden)))
+def test_the_page_masks_the_selected_patches(mae):
+    masked = [3, 17, 95]
+    *panels, caption = app.paint(mae, str(CAT), 0.5, 0, " ".join(map(str, masked)))
     mask = torch.zeros(1, 96)
-    mask[0, hidden] = 1
-    painted = mae.reconstruct(reconstruct.whole_input(mae, Image.open(CAT)), mask=mask)
-    assert "**3 of 96 patches are masked**" in said
+    mask[0, masked] = 1
+    expected = mae.reconstruct(reconstruct.uncropped_input(mae, Image.open(CAT)), mask=mask)
+    assert "**3 of 96 patches are masked**" in caption
     for number in range(4):
-        assert np.array_equal(np.asarray(shown[number]), picture_of(mae, painted[number]))
+        assert np.array_equal(np.asarray(panels[number]), picture_of(mae, expected[number]))
 
 
-def test_the_page_hides_by_ratio_and_seed(mae):
+def test_the_page_masks_by_ratio_and_seed(mae):
     for ratio, seed, count in ((0.25, 0, 24), (0.5, 3, 48)):
         *shown, said = app.paint(mae, str(CAT), ratio, seed, "")
         painted = reconstruct.reconstruct(mae, str(CAT), ratio, seed)
@@ -225,7 +225,7 @@ def test_the_page_hides_by_ratio_and_seed(mae):
 
 
 def test_the_page_shows_the_chosen_head(mae):
-    imgs = reconstruct.whole_input(mae, Image.open(CAT))
+    imgs = reconstruct.uncropped_input(mae, Image.open(CAT))
     attention = maps.attention(mae, imgs)[0]
     for head, expected in ((0, attention.mean(dim=0)), (1, attention[0]), (4, attention[3])):
         bright, _ = app.look_inside(mae, str(CAT), head)
@@ -240,7 +240,7 @@ def test_the_page_refuses_strips_and_says_so_without_markup(mae, tmp_path):
         if not refused:
             assert app._open(mae, str(path)).size == size
             continue
-        with pytest.raises(gradio.Error, match=r"a&lt;b&gt;\.png: .* too long a strip; the most is 4 to 1") as stop:
+        with pytest.raises(gradio.Error, match=r"a&lt;b&gt;\.png: the aspect ratio of .* exceeds 4 to 1") as stop:
             app.paint(mae, str(path), 0.5, 0, "")
         assert str(tmp_path) not in str(stop.value)
 

@@ -208,8 +208,8 @@ def test_whole_images_are_scaled_to_the_models_short_side():
     assert reconstruct.fit(Image.new("RGB", (95, 60)), 32, (1, 1)).size == (51, 32)  # 50.67 is rounded
     assert reconstruct.fit(Image.new("RGB", (95, 60)), 32, (4, 4)).size == (48, 32)
     wide = get_model("mae_vit_mini_patch4", input_size=[16, 32])
-    assert reconstruct.whole_input(wide, Image.new("RGB", (90, 60))).shape == (1, 3, 16, 24)
-    assert reconstruct.whole_input(wide, Image.new("RGB", (90, 60)), 20).shape == (1, 3, 20, 28)
+    assert reconstruct.uncropped_input(wide, Image.new("RGB", (90, 60))).shape == (1, 3, 16, 24)
+    assert reconstruct.uncropped_input(wide, Image.new("RGB", (90, 60)), 20).shape == (1, 3, 20, 28)
 
 
 def test_features_of_several_blocks_stand_in_their_order(mae):
