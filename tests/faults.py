@@ -1,11 +1,11 @@
-"""Breaks runs on purpose, and counts what is lost: ./run faults (a quarter of an hour on two cores).
+"""Injects faults into runs and counts the lost runs: ./run faults (a quarter of an hour on two cores).
 
     python tests/faults.py                 # everything
     python tests/faults.py kills damage --trials 5
 
-Every trial is a real run of main_pretrain.py or main_finetune.py on the embedded images, with worker processes, or real
-bytes of a real checkpoint. A run survives if it ends with the documented exit code, can be resumed at once, ends with
-the very weights of the run that nothing happened to, and logs each epoch once.
+Every trial is a run of main_pretrain.py or main_finetune.py on the embedded images with worker processes, or a read of
+a damaged checkpoint. A run survives if it ends with the documented exit code, can be resumed at once, ends with weights
+that are bit-equal to those of an undisturbed run, and logs each epoch once.
 """
 
 import argparse
@@ -37,14 +37,14 @@ from util.checkpoints.checkpoint import CheckpointError
 
 EPOCHS = 8
 LOADS = 10_000
-SECONDS = 180  # after which a run that should have ended hangs
+SECONDS = 180  # timeout of a run
 NOBODY = 65534
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 Row = tuple[str, int, int]  # fault, trials, survived
 
 
 class Layout(NamedTuple):
-    """How a run is spread over processes."""
+    """The processes and the flags of a run."""
 
     name: str
     processes: int
@@ -58,13 +58,13 @@ LAYOUTS = (ALONE, DDP, FSDP)
 class Run:
     """A run that saves its state after every update.
 
-    Its processes are forked from a server that has imported PyTorch already, so that a start takes a second. Each has a
-    process group of its own, to which its worker processes belong.
+    Its processes are forks of a server that has imported PyTorch, so a start takes one second. Each process and its
+    worker processes form a process group.
 
     Args:
-        script: the module whose `main` runs.
-        user: whose rights it takes.
-        output: file for what it prints; beside its folder by default.
+        script: the module whose `main` is called.
+        user: user id of the processes.
+        output: file for the output (default: beside the run directory).
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Run:
         self.out, self.layout, self.script, self.user = out, layout, script, user
         self.output = output or out.with_suffix(".output")
         self.processes: list[Any] = []
-        self.begun = 0
+        self.offset = 0  # of the output since the last start
         config = f"recipes/{script.removeprefix('main_')}_fashion_mnist.yaml"
         self.flags = [
             "--config", config, "--data_path", data, "--output_dir", out, "--epochs", EPOCHS, "--warmup_epochs", 1,
@@ -84,8 +84,8 @@ class Run:
             self.flags += ["--save_every", 4, "--vis_every", 0]
 
     def start(self, *flags: Any) -> "Run":
-        """Starts or resumes it; later flags win."""
-        self.begun = self.output.stat().st_size if self.output.exists() else 0
+        """Starts or resumes the run; later flags take precedence."""
+        self.offset = self.output.stat().st_size if self.output.exists() else 0
         argv = [f"{self.script}.py", *map(str, [*self.flags, "--resume", "auto", *flags])]
         port, count = str(free_port()), self.layout.processes
         context = multiprocessing.get_context("forkserver")
@@ -100,27 +100,27 @@ class Run:
             self.processes.append(process)
         return self
 
-    def said(self) -> str:
-        """What it has printed since its last start."""
-        return self.output.read_bytes()[self.begun :].decode() if self.output.exists() else ""
+    def text(self) -> str:
+        """The output since the last start."""
+        return self.output.read_bytes()[self.offset :].decode() if self.output.exists() else ""
 
     def wait_for(self, text: str) -> bool:
-        """Waits until it has printed something since its last start, or ended; whether it is still running."""
+        """Waits until the output since the last start contains `text`; returns False if the run ends before."""
         ends = time.monotonic() + SECONDS
         while all(process.is_alive() for process in self.processes) and time.monotonic() < ends:
-            if text in self.said():
+            if text in self.text():
                 return True
             time.sleep(0.01)
         return False
 
     def signal(self, signum: int) -> None:
-        """Sends a signal to all its processes, worker processes included, as launchers and terminals do."""
+        """Sends a signal to all processes, including worker processes, like launchers and terminals."""
         for process in self.processes:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signum)
 
     def kill(self) -> bool:
-        """Kills its processes as a power cut would, but for the worker processes; False if it had ended."""
+        """Sends SIGKILL to all processes except worker processes; returns False if the run had ended."""
         alive = [process for process in self.processes if process.is_alive()]
         for process in alive:
             process.kill()
@@ -133,7 +133,7 @@ class Run:
         return [int(pid) for pid in children.read_text().split()] if children.exists() else []
 
     def finish(self) -> list[int]:
-        """Waits for its end; the exit codes, -1000 where a process hangs."""
+        """Waits for the end of the run; returns the exit codes, and -1000 for a process that hangs."""
         ends = time.monotonic() + SECONDS
         codes = []
         for process in self.processes:
@@ -144,22 +144,22 @@ class Run:
         return codes
 
     def finishes(self, *flags: Any) -> bool:
-        """Resumes it, to its end; whether all processes end well."""
+        """Resumes the run and waits for its end; returns whether all exit codes are 0."""
         return set(self.start(*flags).finish()) == {0}
 
     def is_finished(self) -> bool:
-        """Whether the last epoch's checkpoint is there."""
+        """Whether the checkpoint of the last epoch exists."""
         path = self.out / f"checkpoint-{EPOCHS - 1}"
         return path.exists() or path.with_suffix(".pth").exists()
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """Those of the last epoch."""
+        """The weights of the last epoch."""
         path = self.out / f"checkpoint-{EPOCHS - 1}"
         state = sharded.gather(path) if path.is_dir() else checkpoint.read(path.with_suffix(".pth"))
         return state["model"]
 
     def equals(self, other: "Run") -> bool:
-        """Whether two finished runs have the same weights, bit for bit, and the same epochs in their logs."""
+        """Whether two finished runs have bit-equal weights, and the same epochs in their logs."""
         try:
             a, b = self.weights(), other.weights()
         except CheckpointError:
@@ -173,7 +173,7 @@ class Run:
 
 def _run(script: str, argv: list[str], output: Path, environment: dict[str, str], user: int | None) -> None:
     os.setsid()
-    multiprocessing.set_start_method(None, force=True)  # of worker processes: the platform's own
+    multiprocessing.set_start_method(None, force=True)  # worker processes use the default of the platform
     os.chdir(ROOT)
     os.environ.update(environment)
     file = os.open(output, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
@@ -185,28 +185,28 @@ def _run(script: str, argv: list[str], output: Path, environment: dict[str, str]
 
     main = importlib.import_module(script)
     if user is not None:
-        "".encode("utf-8-sig")  # of recipes: Python's own files may be root's alone
+        "".encode("utf-8-sig")  # imports the codec of recipes: only root may be able to read Python's files
         os.seteuid(user)
     entry_point.run(main.main, main.get_args_parser())
 
 
 def ranks(out: Path) -> dict[int, int]:
-    """The process of each rank of a run that torchrun started; worker processes have higher numbers."""
-    found: dict[int, int] = {}
+    """The process id of each rank of a run under torchrun; worker processes have higher ids."""
+    ids: dict[int, int] = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             if f"\0{out}\0" in (folder / "cmdline").read_text():
                 variables = (folder / "environ").read_text().split("\0")
                 for rank in (int(v[5:]) for v in variables if v.startswith("RANK=")):
-                    found[rank] = min(int(folder.name), found.get(rank, int(folder.name)))
+                    ids[rank] = min(int(folder.name), ids.get(rank, int(folder.name)))
         except OSError:
             continue
-    return found
+    return ids
 
 
 @contextlib.contextmanager
 def small_disk(place: Path, size: str = "128m") -> Iterator[Path]:
-    """A file system of its own, with room for a few checkpoints."""
+    """A small file system with space for a few checkpoints."""
     place.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place], check=True)
     try:
@@ -216,7 +216,7 @@ def small_disk(place: Path, size: str = "128m") -> Iterator[Path]:
 
 
 def fill(place: Path, leave: int = 0) -> Path:
-    """Fills a disk, but for some bytes; returns the file that does so."""
+    """Fills a disk except for `leave` bytes; returns the file that fills it."""
     filler = place / "filler"
     with contextlib.suppress(OSError), filler.open("ab", buffering=0) as file:
         while True:
@@ -227,11 +227,11 @@ def fill(place: Path, leave: int = 0) -> Path:
 
 
 class Faults:
-    """The trials, each in a folder of its own.
+    """The trials, each in its own folder.
 
     Args:
-        trials: SIGKILLs of a run of one process; the other numbers of trials are derived from it.
-        loads: damaged files.
+        trials: number of SIGKILLs of a run in one process; the other numbers of trials are derived from it.
+        loads: number of damaged checkpoints.
     """
 
     def __init__(self, work: Path, trials: int, loads: int) -> None:
@@ -243,30 +243,31 @@ class Faults:
             for image in images[:: len(images) // count][:count]:
                 (self.data / split / image.parent.name).mkdir(parents=True, exist_ok=True)
                 shutil.copy(image, self.data / split / image.parent.name)
-        self.whole: dict[tuple[str, Layout], Run] = {}
+        self.references: dict[tuple[str, Layout], Run] = {}
         self.number = 0
 
     def new_run(self, name: str, layout: Layout = ALONE, *more: Any, **options: Any) -> Run:
-        """A run in a folder of its own."""
+        """A run in a new folder."""
         self.number += 1
         return Run(self.data, self.work / f"{name}{self.number}", layout, *more, **options)
 
     def undisturbed(self, layout: Layout, script: str = "main_pretrain") -> Run:
-        """The run that nothing happens to."""
-        if (script, layout) not in self.whole:
-            self.whole[script, layout] = run = self.new_run("whole", layout, script=script)
-            assert run.finishes(), run.said()
-        return self.whole[script, layout]
+        """The undisturbed run of a layout."""
+        if (script, layout) not in self.references:
+            self.references[script, layout] = run = self.new_run("reference", layout, script=script)
+            assert run.finishes(), run.text()
+        return self.references[script, layout]
 
     def disturb(
         self, name: str, layout: Layout, trials: int, fault: Callable[[Run], bool | None], script: str = "main_pretrain"
     ) -> Row:
-        """Disturbs runs at random moments, several times each, until they reach their end.
+        """Injects a fault into runs at random moments, several times each, until they are complete.
 
         Args:
-            fault: disturbs a run and waits for its end; whether it ended as it should, None if it had ended before.
+            fault: disturbs a run and waits for its end; returns whether it ended as documented, or None if it had ended
+                before.
         """
-        whole, left, survived = self.undisturbed(layout, script), trials, 0
+        reference, left, survived = self.undisturbed(layout, script), trials, 0
         while left > 0:
             run, done, good = self.new_run("disturbed", layout, script=script), 0, True
             while run.start().wait_for("epoch ") and left > 0:
@@ -275,16 +276,16 @@ class Faults:
                 if ended is None:
                     break
                 if not ended:
-                    print(f"{name}, {layout.name}: {run.said()[-2000:]}", file=sys.stderr)
+                    print(f"{name}, {layout.name}: {run.text()[-2000:]}", file=sys.stderr)
                 done, left, good = done + 1, left - 1, good and ended
-            good = (set(run.finish()) == {0} or run.finishes()) and good and run.equals(whole)
+            good = (set(run.finish()) == {0} or run.finishes()) and good and run.equals(reference)
             if not good:
-                print(f"{name}, {layout.name}: {run.out} was lost; {run.said()[-2000:]}", file=sys.stderr)
+                print(f"{name}, {layout.name}: {run.out} was lost; {run.text()[-2000:]}", file=sys.stderr)
             survived += done * good
         return f"{name}, {layout.name}", trials, survived
 
     def kills(self, layouts: Sequence[Layout] = LAYOUTS) -> list[Row]:
-        """SIGKILL at random moments, of which many lie within a save; the run is started again immediately."""
+        """SIGKILL at random moments, many of them during a save; the run is resumed immediately."""
         shares = {ALONE: 1.0, DDP: 0.6, FSDP: 0.3}
         return [
             self.disturb("SIGKILL", layout, max(1, int(shares[layout] * self.trials)), lambda run: run.kill() or None)
@@ -292,7 +293,7 @@ class Faults:
         ]
 
     def stops(self, layouts: Sequence[Layout] = LAYOUTS) -> list[Row]:
-        """A signal to all processes, worker processes included; exit code 128 + signal, without a traceback."""
+        """A signal to all processes, including worker processes; the exit code is 128 + signal, without a traceback."""
 
         def stop(run: Run) -> bool | None:
             signum = self.random.choice(STOPS)
@@ -300,7 +301,7 @@ class Faults:
             codes = set(run.finish())
             if codes == {0} or run.is_finished():
                 return None
-            return codes == {128 + signum} and "Traceback" not in run.said() and "DataLoader" not in run.said()
+            return codes == {128 + signum} and "Traceback" not in run.text() and "DataLoader" not in run.text()
 
         shares = {ALONE: 0.8, DDP: 0.4, FSDP: 0.2}
         return [
@@ -309,15 +310,15 @@ class Faults:
         ]
 
     def evaluations(self) -> list[Row]:
-        """A signal to main_finetune.py, half of whose time is evaluation."""
+        """A signal to main_finetune.py during training or evaluation."""
 
         def stop(run: Run) -> bool | None:
             run.signal(signal.SIGTERM)
-            begun = time.monotonic()
+            started = time.monotonic()
             codes = run.finish()
             if codes == [0] or run.is_finished():
                 return None
-            return codes == [128 + signal.SIGTERM] and time.monotonic() - begun < 15
+            return codes == [128 + signal.SIGTERM] and time.monotonic() - started < 15
 
         trials = max(1, self.trials // 4)
         return [
@@ -325,7 +326,7 @@ class Faults:
         ]
 
     def workers(self, layouts: Sequence[Layout] = (ALONE, DDP)) -> list[Row]:
-        """SIGKILL to one worker process, as Linux does when memory is short."""
+        """SIGKILL to one worker process, as by Linux when memory is full."""
 
         def kill_worker(run: Run) -> bool | None:
             rank = self.random.randrange(run.layout.processes)
@@ -337,7 +338,7 @@ class Faults:
             codes = run.finish()
             if set(codes) == {0}:
                 return None
-            return codes[rank] == 1 and set(codes) <= {1} and "Traceback" not in run.said()
+            return codes[rank] == 1 and set(codes) <= {1} and "Traceback" not in run.text()
 
         shares = {ALONE: 0.6, DDP: 0.2}
         return [
@@ -346,7 +347,7 @@ class Faults:
         ]
 
     def ranks(self) -> list[Row]:
-        """One process of two is killed: the other ends too, not with 0, and the run can be resumed."""
+        """One process of two is killed: the other ends with an error, and the run can be resumed."""
 
         def kill_one(run: Run) -> bool | None:
             rank = self.random.randrange(2)
@@ -354,65 +355,65 @@ class Faults:
                 return None
             run.processes[rank].kill()
             codes = run.finish()
-            if codes[1 - rank] == 0:  # the run was complete, and only the end of this process was missing
+            if codes[1 - rank] == 0:  # the run was complete; only the exit of this process was missing
                 return None
             return 0 not in codes
 
         return [self.disturb("one process of two killed", DDP, max(2, self.trials // 6), kill_one)]
 
     def restarts(self, trials: int = 4) -> list[Row]:
-        """One process of two is killed, and torchrun --max-restarts starts both again, without --resume."""
-        whole, survived = self.undisturbed(DDP), 0
+        """One process of two is killed, and torchrun --max-restarts restarts both without --resume."""
+        reference, survived = self.undisturbed(DDP), 0
         for _ in range(trials):
             run = self.new_run("restarted", DDP)
             command = [*torchrun(2, restarts=2), "main_pretrain.py", *map(str, run.flags)]
             with run.output.open("w") as output:
                 process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output)
             ends = time.monotonic() + SECONDS
-            while "epoch 1 " not in run.said() and time.monotonic() < ends:
+            while "epoch 1 " not in run.text() and time.monotonic() < ends:
                 time.sleep(0.01)
             os.kill(ranks(run.out)[self.random.randrange(2)], signal.SIGKILL)
             ended = process.wait(SECONDS)
-            survived += ended == 0 and "resuming from" in run.said() and run.equals(whole)
+            survived += ended == 0 and "resuming from" in run.text() and run.equals(reference)
         return [("one process of two killed, torchrun --max-restarts", trials, survived)]
 
     def branches(self, layouts: Sequence[Layout] = LAYOUTS) -> list[Row]:
-        """A finished run goes back to an earlier checkpoint, is killed, and resumes with --resume auto."""
+        """A finished run resumes from an earlier checkpoint, is killed, and resumes with --resume auto."""
         rows = []
         for layout in layouts:
             changed = ("--mask_ratio", 0.5)
 
-            def back(layout: Layout = layout) -> tuple[Run, str]:
+            def copy_run(layout: Layout = layout) -> tuple[Run, str]:
                 run = self.new_run("branch", layout, "--mask_ratio", 0.5)
                 shutil.copytree(self.undisturbed(layout).out, run.out)
                 return run, str(run.out / ("checkpoint-4" if layout is FSDP else "checkpoint-4.pth"))
 
-            whole, earlier = back()
-            assert whole.finishes(*changed, "--resume", earlier), whole.said()
+            reference, earlier = copy_run()
+            assert reference.finishes(*changed, "--resume", earlier), reference.text()
             trials, survived = max(1, self.trials // 10), 0
             for _ in range(trials):
-                run, earlier = back()
+                run, earlier = copy_run()
                 run.start("--resume", earlier).wait_for("epoch ")
                 time.sleep(self.random.uniform(0, 0.8))
                 run.kill()
-                survived += run.finishes() and run.equals(whole) and "nothing to do" not in run.said()
-            rows.append((f"SIGKILL after going back, {layout.name}", trials, survived))
+                survived += run.finishes() and run.equals(reference) and "nothing to do" not in run.text()
+            rows.append((f"SIGKILL after resuming from an earlier checkpoint, {layout.name}", trials, survived))
         return rows
 
     def disk(self, layouts: Sequence[Layout] = (ALONE, FSDP)) -> list[Row]:
-        """The disk fills up and is freed three epochs later; or stays full, and the error names the state's place."""
+        """The disk is full for three epochs; or to the end, and the error message names the directory of the state."""
         if os.geteuid() != 0:
             return [("disk full (skipped: needs root)", 0, 0)]
         rows = []
         for layout in layouts:
-            whole = self.undisturbed(layout)
+            reference = self.undisturbed(layout)
             with small_disk(self.work / f"small{layout.flags}") as place:
                 run = Run(self.data, place / "run", layout, output=self.work / f"small{layout.flags}.output")
                 run.start().wait_for("epoch 3 ")
                 filler = fill(place)
                 warned = run.wait_for("No space left on device") and run.wait_for("epoch 5 done")
                 filler.unlink()
-                good = set(run.finish()) == {0} and warned and run.equals(whole)
+                good = set(run.finish()) == {0} and warned and run.equals(reference)
                 suffix = "" if layout is FSDP else ".pth"
                 good = good and all((run.out / f"checkpoint-{n}{suffix}").exists() for n in (0, 4, 7))
                 rows.append((f"disk full for three epochs, {layout.name}", 1, int(good)))
@@ -421,27 +422,27 @@ class Faults:
             run.start().wait_for("epoch 5 ")
             filler = fill(place)
             run.wait_for("No space left on device")
-            fill(place)  # the space of the state that could not be written completely
+            fill(place)  # fills the space of the incomplete checkpoint
             ended = run.finish()
-            found = re.search(r"The state is in (\S+): move its files to (\S+), and --resume auto", run.said())
+            message = re.search(r"The state is in (\S+): move its files to (\S+), and --resume auto", run.text())
             filler.unlink()
-            for file in Path(found[1]).iterdir() if found else []:
-                shutil.move(file, Path(found[2] if found else "") / file.name)
-            ending = run.said()[-2000:]
-            good = ended == [1] and found and run.finishes() and run.equals(self.undisturbed(ALONE))
+            for file in Path(message[1]).iterdir() if message else []:
+                shutil.move(file, Path(message[2] if message else "") / file.name)
+            ending = run.text()[-2000:]
+            good = ended == [1] and message and run.finishes() and run.equals(self.undisturbed(ALONE))
             if not good:
                 print(f"disk full to the end: {ended}; {ending}", file=sys.stderr)
-            rows.append(("disk full to the end, the state moved back", 1, int(bool(good))))
+            rows.append(("disk full to the end, state resumed from the temporary directory", 1, int(bool(good))))
         return rows
 
     def modes(self) -> list[Row]:
-        """The folder's rights are taken away for a while, as an unprivileged user."""
+        """The run directory is read-only for a while; the run has no root permissions."""
         if os.geteuid() != 0:
             return [("read-only folder (skipped: needs root)", 0, 0)]
         for folder in [self.work, *self.work.parents]:
             if folder.stat().st_mode & 0o005 != 0o005 and folder != Path("/root"):
                 folder.chmod(folder.stat().st_mode | 0o055)
-        # Without worker processes, which would share files in a folder of root's.
+        # Without worker processes: their shared files would be in a folder that belongs to root.
         run = self.new_run("modes", ALONE, "--num_workers", 0, user=NOBODY)
         run.out.mkdir()
         os.chown(run.out, NOBODY, -1)
@@ -451,11 +452,11 @@ class Faults:
         run.out.chmod(0o755)
         good = run.finish() == [0] and warned and run.equals(self.undisturbed(ALONE))
         if not good:
-            print(f"read-only folder: {run.said()[-2000:]}", file=sys.stderr)
+            print(f"read-only folder: {run.text()[-2000:]}", file=sys.stderr)
         return [("read-only folder", 1, int(good))]
 
     def newest(self, layouts: Sequence[Layout] = LAYOUTS) -> list[Row]:
-        """The newest checkpoint is damaged: --resume auto takes the one before it."""
+        """The newest checkpoint is damaged: --resume auto resumes from the previous one."""
         rows = []
         for layout in layouts:
             trials, survived = max(1, self.trials // 10), 0
@@ -466,12 +467,12 @@ class Faults:
                 path = checkpoint.newest_first(run.out)[0]
                 file = self.random.choice(sorted(path.iterdir())) if path.is_dir() else path
                 file.write_bytes(self._spoil(file.read_bytes()[: self.random.randrange(1, file.stat().st_size)]))
-                survived += run.finishes() and "skips" in run.said() and run.equals(self.undisturbed(layout))
+                survived += run.finishes() and "skips" in run.text() and run.equals(self.undisturbed(layout))
             rows.append((f"newest checkpoint damaged, {layout.name}", trials, survived))
         return rows
 
     def exports(self) -> list[Row]:
-        """The disk is full while results are written: nothing incomplete has the final name, and one line says why."""
+        """The disk is full when results are written: no incomplete file remains, and the error message has one line."""
         if os.geteuid() != 0:
             return [("exports on a full disk (skipped: needs root)", 0, 0)]
         model = self.undisturbed(ALONE, "main_finetune").out / f"checkpoint-{EPOCHS - 1}.pth"
@@ -494,7 +495,7 @@ class Faults:
         return [("exports and features on a full disk", len(commands), survived)]
 
     def damage(self) -> list[Row]:
-        """Every region of a checkpoint overwritten, and random damage: refused in a sentence, or loaded equal."""
+        """Every region of a checkpoint is inverted, and random damage: an error message, or equal contents."""
         torch.manual_seed(0)
         state = {"model": {f"block{n}.weight": torch.randn(16, 16) for n in range(8)}, "epoch": 3,
                  "args": {"lr": 0.1, "model": "vit"}, "progress": {"epoch": 4, "images_done": 0}}  # fmt: skip
@@ -505,10 +506,10 @@ class Faults:
         def judge(data: bytes) -> bool:
             broken.write_bytes(data)
             try:
-                found = checkpoint.read(broken)
+                loaded = checkpoint.read(broken)
             except CheckpointError:
                 return True
-            return checkpoint.compute_digest(found) == checkpoint.compute_digest(state)
+            return checkpoint.compute_digest(loaded) == checkpoint.compute_digest(state)
 
         regions = range(0, len(good), 16)
         kept = sum(judge(good[:at] + bytes(b ^ 0xFF for b in good[at : at + 16]) + good[at + 16 :]) for at in regions)
@@ -518,7 +519,7 @@ class Faults:
         ]
 
     def _spoil(self, data: bytes) -> bytes:
-        """Flipped bits, changed runs of bytes, cuts, holes, and pieces of itself in other places."""
+        """Damages data: flipped bits, random bytes, truncation, zeros, and pieces copied to other places."""
         spoiled, draw = bytearray(data), self.random
         for _ in range(draw.choice((1, 1, 2, 8))):
             at, length = draw.randrange(len(spoiled)), draw.choice((1, 4, 64, 512))
@@ -548,13 +549,15 @@ PARTS: dict[str, Callable[[Faults], list[Row]]] = {
 
 
 def main() -> None:
-    """Prints the table; ends with 1 if anything was lost."""
+    """Prints the table; exits with code 1 if a trial was lost."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "parts", nargs="*", choices=[[], *PARTS], metavar="PART", help=f"of {', '.join(PARTS)}; all by default"
+        "parts", nargs="*", choices=[[], *PARTS], metavar="PART", help=f"{', '.join(PARTS)} (default: all)"
     )
-    parser.add_argument("--trials", type=int, default=60, help="SIGKILLs of one process; the other trials follow")
-    parser.add_argument("--loads", type=int, default=LOADS, help="damaged checkpoints")
+    parser.add_argument(
+        "--trials", type=int, default=60, help="number of SIGKILLs; the other numbers are relative to it"
+    )
+    parser.add_argument("--loads", type=int, default=LOADS, help="number of damaged checkpoints")
     args = parser.parse_args()
     subprocess.run([sys.executable, "demo/unpack_data.py"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     print("| fault | trials | survived | lost |\n|---|---|---|---|", flush=True)

@@ -1,12 +1,12 @@
-"""Damages inputs on purpose, and reads them: ./run fuzz (at most ten minutes on two cores).
+"""Reads damaged inputs: ./run fuzz (at most ten minutes on two cores).
 
     python tests/fuzz.py                             # every door, 2,000 inputs each
-    python tests/fuzz.py images --only 1234          # one input again, with its traceback
+    python tests/fuzz.py images --only 1234          # repeats one input, with its traceback
 
-A door is what reads the files of strangers: images, archives, lists, recipes, weights, sharded checkpoints. Its inputs
-are whole files with bits flipped, cut, spliced, with odd numbers in their headers, and with the structure of their kind
-changed (`mutations.py`). Each must be read, or refused by an exception that is documented, in one line of printable
-text; within 20 seconds; and 100 of them, which share a process, in 1 GiB of memory beyond what that process has.
+A door is a function that reads untrusted files: images, archives, lists, recipes, weights, sharded checkpoints. Its
+inputs are valid files with flipped bits, truncation, splices, unusual numbers in headers, and changes of the structure
+of their format (`mutations.py`). Each input must be read, or rejected with a documented exception in one line of
+printable text, within 20 seconds. 100 inputs share a process and may use 1 GiB of memory together.
 """
 
 import argparse
@@ -36,11 +36,11 @@ OF_A_PROCESS = 100
 SECONDS = 20
 MAX_GROWTH = 1024  # MB
 ALLOWED = (ValueError, OSError)  # BadImage and CheckpointError are ValueErrors
-FORK = get_context("fork")  # PyTorch is imported once
+FORK = get_context("fork")  # so that PyTorch is imported once
 
 
 class Fault(NamedTuple):
-    """What one input did."""
+    """The fault of one input."""
 
     door: str
     number: int
@@ -48,10 +48,10 @@ class Fault(NamedTuple):
 
 
 class Batch:
-    """A process that reads inputs `first` to `end`.
+    """A process that reads the inputs from `first` to `end`.
 
     Args:
-        folder: for this process alone.
+        folder: working folder of this process.
     """
 
     def __init__(self, name: str, door: Door, seeds: list[Any], first: int, end: int, folder: Path) -> None:
@@ -64,7 +64,7 @@ class Batch:
 
     def _read_all(self, door: Door, seeds: list[Any], folder: Path, answer: Any) -> None:
         torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # kills, wherever the process is
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process at any point
         folder.mkdir(parents=True, exist_ok=True)
         said = (folder / "said.txt").open("w+")
         os.dup2(said.fileno(), 1)
@@ -88,7 +88,7 @@ class Batch:
         answer.send((faults, grown))
 
     def result(self) -> tuple[list[Fault], int]:
-        """The faults of a process that has ended, and the MB that it took; `number` is the last input that was read."""
+        """The faults of an ended process, and its memory in MB. `number` is the last input that it read."""
         self.process.join()
         with contextlib.suppress(EOFError):
             answer = self.answer.recv()
@@ -99,7 +99,7 @@ class Batch:
 
 
 def read(name: str, door: Door, seeds: list[Any], number: int, folder: Path) -> str:
-    """Reads one input; what is wrong with how it ends, in one line, or ""."""
+    """Reads one input; returns the fault in one line, or an empty string."""
     generator = random.Random(f"{name} {number}")
     try:
         with warnings.catch_warnings():
@@ -117,7 +117,7 @@ def read(name: str, door: Door, seeds: list[Any], number: int, folder: Path) -> 
 
 
 def fuzz(names: list[str], inputs: int, folder: Path, processes: int = 2) -> Iterator[tuple[str, list[Fault], int]]:
-    """Reads so many inputs at each door; yields (door, faults, MB) of each process."""
+    """Reads `inputs` inputs at each door; yields (door, faults, MB) of each process."""
     waiting = []
     for name in names:
         (folder / name).mkdir(parents=True)
@@ -165,8 +165,12 @@ def main(args: argparse.Namespace) -> int:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "doors", nargs="*", choices=[[], *DOORS], metavar="DOOR", help=f"of {', '.join(DOORS)}; all by default"
+        "doors", nargs="*", choices=[[], *DOORS], metavar="DOOR", help=f"{', '.join(DOORS)} (default: all)"
     )
-    parser.add_argument("--inputs", type=int, default=INPUTS, metavar="N", help=f"of each door; {INPUTS:,} by default")
-    parser.add_argument("--only", type=int, metavar="NUMBER", help="read this input of the first door in this process")
+    parser.add_argument(
+        "--inputs", type=int, default=INPUTS, metavar="N", help=f"number of inputs per door (default: {INPUTS:,})"
+    )
+    parser.add_argument(
+        "--only", type=int, metavar="NUMBER", help="read only this input of the first door, in this process"
+    )
     sys.exit(main(parser.parse_args()))

@@ -1,4 +1,4 @@
-"""The doors of `fuzz.py`: whole inputs, what damages them by their structure, and what reads them."""
+"""The doors of `fuzz.py`: valid inputs, functions that damage them, and functions that read them."""
 
 import argparse
 import hashlib
@@ -38,7 +38,7 @@ from util.weights import loading
 
 
 class Door(NamedTuple):
-    """Where files of strangers come in."""
+    """A function that reads untrusted files, with its inputs."""
 
     make_seeds: Callable[[Path], list[Any]]  # whole inputs; the folder is for files that they name
     mutate: Callable[[list[Any], random.Random], Any]

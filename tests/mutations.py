@@ -1,4 +1,4 @@
-"""Damage to files: of any bytes, and by the structure of their kind. All draw from the generator that is given."""
+"""Damage to files: to any bytes, and to the structure of a format. All functions use the given random generator."""
 
 import json
 import random
@@ -20,7 +20,7 @@ WORDS = [
 
 
 def mutate(data: bytes, others: Sequence[bytes], generator: random.Random) -> bytes:
-    """One to three kinds of damage to any bytes."""
+    """Applies one to three kinds of damage to any bytes."""
     for _ in range(generator.choice((1, 1, 2, 3))):
         data = generator.choice((flip, flip, cut, splice, number, number))(data, others, generator)
     return data
@@ -34,7 +34,7 @@ def flip(data: bytes, others: Sequence[bytes], generator: random.Random) -> byte
 
 
 def place(size: int, generator: random.Random) -> int:
-    """Headers and directories, at both ends, are hit as often as all the rest."""
+    """A random position: in the headers and directories at both ends as often as elsewhere."""
     near = generator.randrange(min(size, 400))
     return generator.choice((near, size - 1 - near, generator.randrange(size)))
 
@@ -49,7 +49,7 @@ def splice(data: bytes, others: Sequence[bytes], generator: random.Random) -> by
 
 
 def number(data: bytes, others: Sequence[bytes], generator: random.Random) -> bytes:
-    """An odd number of 1 to 8 bytes somewhere, in either order of bytes."""
+    """Writes an unusual number of 1 to 8 bytes to a random position, in either byte order."""
     if not data:
         return data
     written = odd_number(generator.choice((1, 2, 4, 8)), generator)
@@ -63,7 +63,7 @@ def odd_number(size: int, generator: random.Random) -> bytes:
 
 
 def tiff(data: bytes, generator: random.Random) -> bytes:
-    """Type, number of values or value of an entry of the first directory."""
+    """Changes the type, the number of values or the value of an entry of the first directory."""
     order = "<" if data[:2] == b"II" else ">"
     start = struct.unpack_from(order + "I", data, 4)[0]
     count = struct.unpack_from(order + "H", data, start)[0]
@@ -77,7 +77,7 @@ def tiff(data: bytes, generator: random.Random) -> bytes:
 
 
 def png(data: bytes, generator: random.Random) -> bytes:
-    """Damage within a chunk, with the checksum that fits."""
+    """Damages a chunk, with a valid checksum."""
     chunks, at = [], 8
     while at + 12 <= len(data):
         size = struct.unpack_from(">I", data, at)[0]
@@ -95,7 +95,7 @@ def png(data: bytes, generator: random.Random) -> bytes:
 
 
 def zip_directory(data: bytes, generator: random.Random) -> bytes:
-    """A field of an entry, or of the end, of a zip's directory."""
+    """Changes a field of an entry, or of the end, of the directory of a zip file."""
     signature, fields = generator.choice((
         (b"PK\1\2", ((6, 2), (8, 2), (10, 2), (16, 4), (20, 4), (24, 4), (28, 2), (30, 2), (38, 4), (42, 4))),
         (b"PK\5\6", ((4, 2), (8, 2), (10, 2), (12, 4), (16, 4), (20, 2))),
@@ -110,7 +110,7 @@ def zip_directory(data: bytes, generator: random.Random) -> bytes:
 
 
 def tar_header(data: bytes, generator: random.Random) -> bytes:
-    """A field of a header, with the checksum that fits."""
+    """Changes a field of a header, with a valid checksum."""
     starts = [at for at in range(0, len(data), 512) if data[at + 257 : at + 262] == b"ustar"]
     if not starts:
         return data
@@ -131,7 +131,7 @@ def tar_header(data: bytes, generator: random.Random) -> bytes:
 
 
 def text(data: str, generator: random.Random) -> str:
-    """Words and lines inserted, repeated, removed."""
+    """Inserts, repeats and removes words and lines."""
     for _ in range(generator.choice((1, 1, 2, 4))):
         lines = data.split("\n")
         how, which = generator.randrange(5), generator.randrange(len(lines))
@@ -148,7 +148,7 @@ def text(data: str, generator: random.Random) -> str:
 
 
 def nested(value: Any, generator: random.Random, values: Sequence[Any] = VALUES) -> Any:
-    """A copy with one of its parts exchanged, removed, or given another name."""
+    """Returns a copy with one part replaced, removed or renamed."""
     if isinstance(value, dict) and value and generator.random() < 0.9:
         key = generator.choice(list(value))
         how = generator.randrange(6)
@@ -164,7 +164,7 @@ def nested(value: Any, generator: random.Random, values: Sequence[Any] = VALUES)
 
 
 def document(data: bytes, generator: random.Random) -> bytes:
-    """JSON with another part, else with other text."""
+    """Damages the structure of a JSON document, or else its text."""
     try:
         return json.dumps(nested(json.loads(data), generator)).encode()
     except ValueError:

@@ -1,4 +1,4 @@
-"""A sample of ./run faults, and a run that goes on with other numbers of processes."""
+"""A sample of ./run faults, and a run that resumes with other numbers of processes."""
 
 import hashlib
 import os
@@ -20,24 +20,24 @@ def faults(tmp_path_factory):
     return Faults(tmp_path_factory.mktemp("faults"), trials=3, loads=500)
 
 
-def test_killed_runs_lose_nothing(faults):
+def test_killed_runs_survive(faults):
     assert faults.kills((ALONE,)) == [("SIGKILL, 1 process", 3, 3)]
 
 
-def test_signals_and_killed_worker_processes_lose_nothing(faults):
+def test_runs_survive_signals_and_killed_worker_processes(faults):
     assert faults.stops((ALONE,)) == [("signal to all processes, 1 process", 2, 2)]
     assert faults.workers((ALONE,)) == [("one worker process killed, 1 process", 1, 1)]
 
 
-def test_a_run_that_is_restarted_goes_on_by_itself(faults):
+def test_a_run_restarted_by_torchrun_resumes(faults):
     assert faults.restarts(1) == [("one process of two killed, torchrun --max-restarts", 1, 1)]
 
 
-def test_damaged_checkpoints_are_refused_or_equal(faults):
+def test_damaged_checkpoints_are_rejected_or_equal(faults):
     assert all(trials == survived for _, trials, survived in faults.damage())
 
 
-# main_pretrain.py, which notes the samples that it takes, and takes its time.
+# main_pretrain.py, slowed down, with a log of the indices of its samples.
 NOTING = """
 import os, sys, time
 sys.path.insert(0, {root!r})
@@ -54,8 +54,8 @@ entry_point.run(main_pretrain.main, main_pretrain.get_args_parser())
 """
 
 
-def test_two_processes_then_one_then_two(pictures, tmp_path):
-    """Stopped by a signal in the middle of an epoch twice: the same samples in each epoch, and the same losses."""
+def test_a_run_resumes_with_other_numbers_of_processes(pictures, tmp_path):
+    """A signal stops the run within an epoch twice: the samples of each epoch and the losses stay the same."""
     script = tmp_path / "noting.py"
     script.write_text(NOTING.format(root=str(ROOT)))
 

@@ -1,11 +1,12 @@
-"""Training jobs on a real Slurm, which is brought up on this machine: ./run test-slurm (root; Debian or Ubuntu).
+"""Training jobs on a real Slurm cluster that is started on this machine: ./run test-slurm (root; Debian or Ubuntu).
 
     python tests/slurm/cases.py                # all cases
     python tests/slurm/cases.py limit requeue
 
-Every case submits jobs of two nodes by submitit_*.py, on the embedded images and the CPU, and disturbs them as clusters
-do. A pre-training holds if it ends well, logs each epoch once, has the losses of an undisturbed run in one process
-without Slurm, and, if it has two processes, the weights of an undisturbed run in two, to the last bit.
+Every case submits jobs of two nodes with submitit_*.py, on the embedded images and the CPU, and disturbs them. A
+pre-training job passes if it ends with exit code 0, logs each epoch once, and has the losses of an undisturbed run in
+one process without Slurm. With two processes, its weights must also be bit-equal to those of an undisturbed run in two
+processes.
 """
 
 import argparse
@@ -32,13 +33,13 @@ from mains import lines  # noqa: E402
 from util.checkpoints import checkpoint  # noqa: E402
 
 EPOCHS, IMAGES, BATCH = 20, 640, 32
-STEPS = EPOCHS * IMAGES // BATCH
-SECONDS = 300  # after which something that should have happened hangs
+UPDATES = EPOCHS * IMAGES // BATCH
+SECONDS = 300  # timeout of every wait
 FLAGS = ["--config", "recipes/pretrain_fashion_mnist.yaml", "--epochs", EPOCHS, "--warmup_epochs", 1,
          "--num_workers", 0, "--save_every", EPOCHS, "--vis_every", 0]  # fmt: skip
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
-# The device of a task, on a machine without GPUs.
+# Prints the device of a task, on a machine without GPUs.
 DEVICE = """
 import os
 import torch
@@ -59,23 +60,23 @@ class Row:
     """A line of the table."""
 
     case: str
-    state: str  # Slurm's, at the end
-    held: bool
+    state: str  # Slurm's final state of the job
+    passed: bool
     starts: int = 1
-    before: int | None = None  # steps that were saved when it was last stopped
-    difference: float | None = None  # of losses, relative
-    equal: bool | None = None  # the final weights, to the last bit, to those of an undisturbed run
+    before: int | None = None  # updates that were saved at the last stop
+    difference: float | None = None  # relative difference of the losses
+    equal: bool | None = None  # whether the final weights are bit-equal to those of an undisturbed run
 
     def __str__(self) -> str:
-        steps = " | " if self.before is None else f"{self.before} | {STEPS - self.before}"
-        off = "" if self.difference is None else f"{self.difference:.0e}"
+        updates = " | " if self.before is None else f"{self.before} | {UPDATES - self.before}"
+        difference = "" if self.difference is None else f"{self.difference:.0e}"
         weights = "" if self.equal is None else "equal" if self.equal else "differ"
-        held = "yes" if self.held else "**no**"
-        return f"| {self.case} | {self.state} | {self.starts} | {steps} | {off} | {weights} | {held} |"
+        passed = "yes" if self.passed else "**no**"
+        return f"| {self.case} | {self.state} | {self.starts} | {updates} | {difference} | {weights} | {passed} |"
 
 
 class Cluster:
-    """Slurm's daemons, with their state below one folder. While it is open (`with`), they run."""
+    """A context manager that runs Slurm's daemons, with their state in one folder."""
 
     def __init__(self, state: Path, *options: object) -> None:
         self.state, self.options = state, [str(option) for option in options]
@@ -94,28 +95,28 @@ class Cluster:
         subprocess.run([HERE / "slurm-down", "--purge", self.state], stdout=subprocess.DEVNULL)
 
     def run(self, *command: object) -> subprocess.CompletedProcess[str]:
-        """A command, as one types it there."""
+        """Runs a command in the environment of the cluster."""
         return subprocess.run(
             [str(part) for part in command], env=self.environment, cwd=ROOT, capture_output=True, text=True,
             timeout=SECONDS,
         )  # fmt: skip
 
     def call(self, *command: object) -> str:
-        """What a command prints that must succeed."""
+        """Runs a command that must succeed; returns its output."""
         done = self.run(*command)
         assert done.returncode == 0, f"{command}: {done.stderr}{done.stdout}"
         return done.stdout
 
-    def shown(self, job: str, key: str) -> str:
-        """What scontrol tells of a job."""
+    def field(self, job: str, key: str) -> str:
+        """A field of `scontrol show job`."""
         return re.findall(rf"{key}=(\S+)", self.call("scontrol", "show", "job", job))[0]
 
     def end_of(self, job: str) -> str:
-        """Waits for the end of a job, which is none if it is requeued; Slurm's word for how it ended."""
+        """Waits until a job has ended and is not requeued; returns Slurm's state."""
         states = ["", ""]
 
         def ended() -> bool:
-            states.append(self.shown(job, "JobState"))
+            states.append(self.field(job, "JobState"))
             return states[-1] in ENDED and len(set(states[-3:])) == 1
 
         wait_until(ended, f"job {job}")
@@ -123,7 +124,7 @@ class Cluster:
 
 
 def wait_until(holds: Callable[[], object], what: str) -> None:
-    """Waits, but not for ever."""
+    """Waits until a condition holds; fails after SECONDS."""
     ends = time.monotonic() + SECONDS
     while not holds():
         assert time.monotonic() < ends, f"{what} hangs"
@@ -131,22 +132,22 @@ def wait_until(holds: Callable[[], object], what: str) -> None:
 
 
 class Job:
-    """A job of two nodes, in a shared folder of its own.
+    """A job of two nodes, in its own shared folder.
 
     Args:
-        tasks: processes on each node.
-        flags: of the script, beside those that all jobs have.
+        tasks: processes per node.
+        flags: flags of the script, in addition to those of all jobs.
     """
 
     def __init__(
         self, cluster: Cluster, shared: Path, *flags: object, tasks: int = 1, script: str = "submitit_pretrain.py"
     ) -> None:
         self.cluster, self.shared, self.processes = cluster, shared, 2 * tasks
-        told = cluster.call(
+        output = cluster.call(
             sys.executable, script, "--nodes", 2, "--ngpus", tasks, "--batch_size", BATCH // (2 * tasks),
             "--shared_dir", shared, "--device", "cpu", *flags,
         )  # fmt: skip
-        self.number = re.findall(r"^job (\d+) is submitted", told)[0]
+        self.number = re.findall(r"^job (\d+) is submitted", output)[0]
         self.out = shared / self.number
         self.log = self.out / f"{self.number}_0_log.out"
 
@@ -155,17 +156,17 @@ class Job:
         return self.log.read_text() if self.log.exists() else ""
 
     def train(self, epochs: int = 2) -> "Job":
-        """Waits until it has trained so many epochs."""
+        """Waits until the job has trained `epochs` epochs."""
         log = self.out / "log.txt"
         wait_until(lambda: log.exists() and len(lines(self.out)) >= epochs, f"epoch {epochs - 1} of {self.out}")
         return self
 
     def finish(self) -> str:
-        """Waits for its end; Slurm's word for how it ended."""
+        """Waits for the end of the job; returns Slurm's state."""
         return self.cluster.end_of(self.number)
 
     def process(self, rank: int) -> int:
-        """The process of a rank."""
+        """The process id of a rank."""
         for folder in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
                 ours = f"submitit.core._submit\0{self.shared}" in (folder / "cmdline").read_text()
@@ -175,12 +176,12 @@ class Job:
 
 
 class Cases:
-    """Each case gives lines of the table.
+    """The cases. Each method returns lines of the table.
 
     Args:
-        work: folder for everything.
-        signals: a cluster of six nodes that preempts with the signal that a job asks for.
-        bare: one of two that does so without.
+        work: folder of data and runs.
+        signals: a cluster of six nodes that sends a job its `--signal` before preemption.
+        bare: a cluster of two nodes that preempts with SIGTERM.
     """
 
     def __init__(self, work: Path, signals: Cluster, bare: Cluster) -> None:
@@ -193,66 +194,70 @@ class Cases:
                 folder.mkdir(parents=True, exist_ok=True)
                 shutil.copy(image, folder)
         self.flags = [*FLAGS, "--data_path", self.data]
-        self.whole, self.pair = work / "whole", work / "pair"
+        self.single, self.pair = work / "single", work / "pair"
         self.undisturbed = [
-            self._start([sys.executable], self.whole, BATCH), self._start(torchrun(2), self.pair, BATCH // 2)
+            self._start([sys.executable], self.single, BATCH), self._start(torchrun(2), self.pair, BATCH // 2)
         ]  # fmt: skip
 
     def _start(self, launcher: list[str], out: Path, batch_size: int) -> subprocess.Popen[bytes]:
-        """A run without Slurm."""
+        """Starts a run without Slurm."""
         command = [*launcher, "main_pretrain.py", *self.flags, "--batch_size", batch_size, "--output_dir", out]
         return subprocess.Popen(
             [str(part) for part in [*command, "--device", "cpu"]], cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL
         )
 
     def wait_for_undisturbed(self) -> None:
-        """Waits for the runs that others are compared with."""
+        """Waits for the undisturbed runs."""
         assert [run.wait(SECONDS) for run in self.undisturbed] == [0, 0]
 
     def pretrain(self, name: str, *flags: object, nodes: str = "n[3-4]", tasks: int = 1) -> Job:
-        """Nodes 1 and 2 are those on which jobs are preempted."""
+        """Submits a pre-training job. Jobs on nodes 1 and 2 can be preempted."""
         return Job(self.signals, self.work / name, *self.flags, "--slurm", f"nodelist={nodes}", *flags, tasks=tasks)
 
     def row(self, case: str, job: Job, stopped: bool) -> Row:
-        """What became of a run."""
+        """The result of a job.
+
+        Args:
+            stopped: whether the case stops the job at least once.
+        """
         state = job.finish()
         self.wait_for_undisturbed()
         difference = self.difference(job.out)
         once = [line["epoch"] for line in lines(job.out)] == list(range(EPOCHS))
         starts, before = job.text().count("Starting with JobEnvironment"), None
-        with contextlib.suppress(checkpoint.CheckpointError):  # where it was not stopped
+        with contextlib.suppress(checkpoint.CheckpointError):  # the job was not stopped
             saved = checkpoint.read(job.out / "checkpoint-last.pth")["progress"]
             before = (saved["epoch"] * IMAGES + saved["images_done"]) // BATCH
-        as_meant = (starts > 1 and bool(before)) if stopped else starts == 1
+        as_expected = (starts > 1 and bool(before)) if stopped else starts == 1
         equal = None
         if job.processes == 2:
             ours, theirs = (
                 checkpoint.read(out / f"checkpoint-{EPOCHS - 1}.pth")["model"] for out in (job.out, self.pair)
             )
             equal = ours.keys() == theirs.keys() and all(ours[name].equal(theirs[name]) for name in ours)
-        held = state == "COMPLETED" and once and difference <= 1e-5 and as_meant and equal is not False
-        if not held:
+        passed = state == "COMPLETED" and once and difference <= 1e-5 and as_expected and equal is not False
+        if not passed:
             print(f"{case}: the log of job {job.number} ends with\n{job.text()[-3000:]}", file=sys.stderr)
-        return Row(case, state, held, starts, before, difference, equal)
+        return Row(case, state, passed, starts, before, difference, equal)
 
     def difference(self, out: Path) -> float:
-        """Of the losses of two finished runs, at most, relative."""
-        losses = [[line["train_loss"] for line in lines(folder)] for folder in (out, self.whole)]
+        """The largest relative difference of the losses from those of the run in one process."""
+        losses = [[line["train_loss"] for line in lines(folder)] for folder in (out, self.single)]
         return max(abs(a - b) / b for a, b in zip(*losses, strict=False))
 
     def srun(self) -> list[Row]:
-        """Without submitit: srun starts the processes of an allocation."""
+        """srun starts the processes, without submitit."""
         out = self.work / "srun"
         self.signals.call(
             "srun", "--nodes=2", "--ntasks-per-node=1", "--nodelist=n[3-4]", sys.executable, "main_pretrain.py",
             *self.flags, "--batch_size", BATCH // 2, "--output_dir", out, "--device", "cpu",
         )  # fmt: skip
         self.wait_for_undisturbed()
-        held = len(lines(out)) == EPOCHS and self.difference(out) <= 1e-5
-        return [Row("srun, on 2 nodes", "COMPLETED", held, difference=self.difference(out))]
+        passed = len(lines(out)) == EPOCHS and self.difference(out) <= 1e-5
+        return [Row("srun, 2 nodes", "COMPLETED", passed, difference=self.difference(out))]
 
     def limit(self) -> list[Row]:
-        """The time limit. Its signal comes half a minute to a minute after the start; until then the run is held up."""
+        """Time limit: the job is paused until Slurm sends the signal, half a minute to a minute after the start."""
         job = self.pretrain("limit", "--timeout", 2, "--slurm", "signal_delay_s=60").train()
         self.signals.call("scancel", "--signal=STOP", job.number)
         time.sleep(60)
@@ -260,41 +265,41 @@ class Cases:
         return [self.row("time limit", job, stopped=True)]
 
     def preempt(self) -> list[Row]:
-        """Jobs that go first, three in a row, on a cluster that then sends the signal that jobs ask for."""
+        """Three preemptions by jobs of higher priority, on a cluster that sends jobs their `--signal` first."""
         job = self.pretrain("preempt", nodes="n[1-2]")
         for epochs in (2, 6, 10):
             job.train(epochs)
-            self._go_first(self.signals)
-        row = self.row("three preemptions, with the signal asked for", job, stopped=True)
-        row.held &= row.starts == 4
+            self._preempt(self.signals)
+        row = self.row("three preemptions, with the signal of submitit", job, stopped=True)
+        row.passed &= row.starts == 4
         return [row]
 
     def preempt_bare(self) -> list[Row]:
-        """The same on one that sends SIGTERM, and SIGKILL a minute later, as Slurm does if it is not told otherwise."""
+        """A preemption on a cluster with Slurm's default: SIGTERM, and SIGKILL a minute later."""
         job = Job(self.bare, self.work / "bare", *self.flags).train()
-        self._go_first(self.bare)
+        self._preempt(self.bare)
         return [self.row("preemption, with SIGTERM only", job, stopped=True)]
 
-    def _go_first(self, cluster: Cluster) -> None:
+    def _preempt(self, cluster: Cluster) -> None:
         cluster.call(
             "sbatch", "--partition=high", "--nodelist=n[1-2]", "--nodes=2", "--exclusive", "--output=/dev/null",
             "--wrap=sleep 2",
         )  # fmt: skip
 
     def requeue(self) -> list[Row]:
-        """A person puts the job back into the queue."""
+        """`scontrol requeue`."""
         job = self.pretrain("requeue").train()
         self.signals.call("scontrol", "requeue", job.number)
         return [self.row("scontrol requeue", job, stopped=True)]
 
     def workers(self) -> list[Row]:
-        """The same with the default number of worker processes, which have Slurm's SIGTERM too."""
+        """`scontrol requeue` with the default number of worker processes, which receive SIGTERM too."""
         job = self.pretrain("workers", "--num_workers", 10).train()
         self.signals.call("scontrol", "requeue", job.number)
         return [self.row("SIGTERM to all processes, with worker processes", job, stopped=True)]
 
     def node(self) -> list[Row]:
-        """A node dies, with all that runs on it, and comes back."""
+        """A node fails with all of its processes, and returns."""
         job = self.pretrain("node", nodes="n[5-6]").train()
         task = job.process(1)
         step = int(re.findall(r"PPid:\s+(\d+)", Path(f"/proc/{task}/status").read_text())[0])
@@ -302,36 +307,38 @@ class Cases:
         for process in (step, task):
             os.kill(process, signal.SIGKILL)
         self.signals.call("scontrol", "update", "nodename=n6", "state=down", "reason=died")
-        wait_until(lambda: self.signals.shown(job.number, "JobState") == "PENDING", f"the requeue of job {job.number}")
-        self.signals.run("scontrol", "update", "nodename=n6", "state=resume")  # unless its daemon has reported already
-        return [self.row("a node dies", job, stopped=True)]
+        wait_until(lambda: self.signals.field(job.number, "JobState") == "PENDING", f"the requeue of job {job.number}")
+        self.signals.run(
+            "scontrol", "update", "nodename=n6", "state=resume"
+        )  # fails if the daemon has reported already
+        return [self.row("node failure", job, stopped=True)]
 
     def gpus(self) -> list[Row]:
-        """A GPU for each task: sbatch would take the job, and each process the GPU that Slurm gave it."""
+        """One GPU per task: sbatch accepts the script, and each process uses the GPU that Slurm assigns to it."""
         command = [sys.executable, "submitit_pretrain.py", "--dry_run", "--ngpus", 2, "--slurm", "gpus_per_task=1"]
         script = self.work / "gpus.sh"
         script.write_text(self.signals.call(*command))
         accepted = self.signals.run("sbatch", "--test-only", script)
-        held = accepted.returncode == 0 and "#SBATCH --gpus-per-task=1\n" in script.read_text()
+        passed = accepted.returncode == 0 and "#SBATCH --gpus-per-task=1\n" in script.read_text()
         for flag, devices in (
             ("--gpus-per-task=1", ["cuda:0", "cuda:0"]),
             ("--gpus-per-node=2", ["cuda:0", "cuda:1"]),
             ("--gpus-per-node=1", ["2 processes, 1 GPU", "cuda:0"]),
         ):
             step = ["srun", "--nodes=1", "--ntasks-per-node=2", "--immediate=60", flag]
-            held &= sorted(self.signals.call(*step, sys.executable, "-c", DEVICE).splitlines()) == devices
-        return [Row("--slurm gpus_per_task=1 (dry run)", "", held, starts=0)]
+            passed &= sorted(self.signals.call(*step, sys.executable, "-c", DEVICE).splitlines()) == devices
+        return [Row("--slurm gpus_per_task=1 (dry run)", "", passed, starts=0)]
 
     def array(self) -> list[Row]:
-        """A setting that cannot work is refused before anything is submitted."""
+        """An invalid setting is rejected before the submission."""
         done = self.signals.run(
             sys.executable, "submitit_pretrain.py", "--shared_dir", self.work / "array", "--slurm", "array=0-2"
         )
-        said = "--slurm: array cannot be set: a job is one run; submit a job for each run" in done.stderr
-        return [Row("--slurm array=0-2 is refused", "", said and not (self.work / "array").exists(), starts=0)]
+        rejected = "--slurm: array cannot be set: a job is one run; submit a job for each run" in done.stderr
+        return [Row("--slurm array=0-2 is rejected", "", rejected and not (self.work / "array").exists(), starts=0)]
 
     def nodes(self) -> list[Row]:
-        """Nothing happens; and a fine-tuning waits for the pre-training to end, and starts from it."""
+        """An undisturbed job, and a fine-tuning job that starts from its result (`--after`)."""
         job = self.pretrain("nodes")
         after = Job(
             self.signals, self.work / "after", "--config", "recipes/finetune_fashion_mnist.yaml", "--data_path",
@@ -339,23 +346,23 @@ class Cases:
             job.out / f"checkpoint-{EPOCHS - 1}.pth", "--after", job.number, "--slurm", "nodelist=n[3-4]",
             script="submitit_finetune.py",
         )  # fmt: skip
-        pretrained, state = self.row("2 nodes, a process on each", job, stopped=False), after.finish()
-        waited = self.signals.shown(after.number, "StartTime") >= self.signals.shown(job.number, "EndTime")
-        held = waited and state == "COMPLETED" and "test_acc1" in lines(after.out)[-1]
-        return [pretrained, Row("fine-tuning, --after it", state, held)]
+        pretrained, state = self.row("2 nodes, 1 process per node", job, stopped=False), after.finish()
+        waited = self.signals.field(after.number, "StartTime") >= self.signals.field(job.number, "EndTime")
+        passed = waited and state == "COMPLETED" and "test_acc1" in lines(after.out)[-1]
+        return [pretrained, Row("fine-tuning with --after", state, passed)]
 
     def tasks(self) -> list[Row]:
-        """As many processes as two nodes with GPUs would have."""
-        return [self.row("2 nodes, 2 processes on each", self.pretrain("tasks", tasks=2), stopped=False)]
+        """Several processes per node."""
+        return [self.row("2 nodes, 2 processes per node", self.pretrain("tasks", tasks=2), stopped=False)]
 
     def crash(self) -> list[Row]:
-        """A wrong flag: the job has failed, and whoever waits for it is told why."""
+        """A wrong flag: the job fails, and `--wait` prints the error message."""
         done = self.signals.run(
             sys.executable, "submitit_pretrain.py", *self.flags, "--device", "cpu", "--data_path", "/nowhere",
             "--nodes", 2, "--ngpus", 1, "--shared_dir", self.work / "crash", "--wait",
         )  # fmt: skip
-        state = self.signals.end_of(re.findall(r"^job (\d+) ", done.stdout)[0])  # --wait hears of it a little earlier
-        told = "main_pretrain.py: error: --data_path: there is no" in done.stdout and done.returncode == 1
+        state = self.signals.end_of(re.findall(r"^job (\d+) ", done.stdout)[0])  # --wait returns a little earlier
+        printed = "main_pretrain.py: error: --data_path: there is no" in done.stdout and done.returncode == 1
         number = re.findall(r"^job (\d+) ", done.stdout)[0]
         after = self.signals.run(
             sys.executable, "submitit_pretrain.py", *self.flags, "--device", "cpu", "--nodes", 2, "--ngpus", 1,
@@ -366,20 +373,20 @@ class Cases:
         if not waited:
             print(after.stdout, after.stderr, file=sys.stderr)
         return [
-            Row("an error", state, told and state == "FAILED"),
-            Row("--after a job that failed", "CANCELLED", waited, starts=0),
+            Row("error in the job", state, printed and state == "FAILED"),
+            Row("--after a failed job", "CANCELLED", waited, starts=0),
         ]
 
     def killed(self) -> list[Row]:
-        """The system kills a process, for want of memory say: the others don't wait for it until --dist_timeout."""
+        """The system kills a process, for example because memory is full: the others end before --dist_timeout."""
         job = self.pretrain("killed").train()
         os.kill(job.process(1), signal.SIGKILL)
         killed = time.monotonic()
         state = job.finish()
-        return [Row("a process killed", state, state == "FAILED" and time.monotonic() - killed < 90)]
+        return [Row("process killed", state, state == "FAILED" and time.monotonic() - killed < 90)]
 
 
-# Those that wait most come first.
+# The cases with the longest waits come first.
 CASES: dict[str, Callable[[Cases], list[Row]]] = {
     "limit": Cases.limit,
     "preempt_bare": Cases.preempt_bare,
@@ -398,13 +405,13 @@ CASES: dict[str, Callable[[Cases], list[Row]]] = {
 
 
 def run_all(names: list[str], work: Path) -> int:
-    """Prints the table; how many lines of it do not hold."""
+    """Prints the table; returns the number of failed cases."""
     signals = Cluster(work / "a", "-n", 6, "-c", 8, "-g", 2, "-k", 15)
     bare = Cluster(work / "b", "-k", 15, "--no-dbd", "--no-user-signal")
-    broken = 0
+    failed = 0
     with signals, bare:
         cases = Cases(work, signals, bare)
-        print("| what happens | Slurm's state | starts | updates before | after | losses differ by | weights | held |")
+        print("| case | Slurm's state | starts | updates before | after | difference of losses | weights | passed |")
         print("|---|---|---|---|---|---|---|---|", flush=True)
         with ThreadPoolExecutor(4) as pool:
             for name, case in [(name, pool.submit(CASES[name], cases)) for name in names]:
@@ -415,30 +422,30 @@ def run_all(names: list[str], work: Path) -> int:
                     print(f"{name}: {type(error).__name__}: {error}", *logs, sep="\n", file=sys.stderr)
                     rows = [Row(name, "", False)]
                 print(*rows, sep="\n", flush=True)
-                broken += sum(not row.held for row in rows)
+                failed += sum(not row.passed for row in rows)
         for run in cases.undisturbed:
             run.kill()
-    return broken
+    return failed
 
 
 def main() -> None:
-    """Ends with 1 if a case does not hold."""
+    """Runs the given cases; exits with code 1 if a case fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="*", choices=[[], *CASES], help=f"of {', '.join(CASES)}; all by default")
+    parser.add_argument("cases", nargs="*", choices=[[], *CASES], help=f"{', '.join(CASES)} (default: all)")
     names = parser.parse_args().cases or list(CASES)
     subprocess.run([sys.executable, "demo/unpack_data.py"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     work = Path(tempfile.mkdtemp(prefix="mae-slurm-"))
-    work.chmod(0o755)  # Slurm's munge trusts no folder that is hidden
+    work.chmod(0o755)  # Slurm's munge requires folders that everybody can enter
     try:
-        broken = run_all(names, work)
-    except OSError as error:  # of slurm-up
+        failed = run_all(names, work)
+    except OSError as error:  # raised if slurm-up fails
         if shutil.which("slurmctld", path=f"{os.environ['PATH']}:/usr/sbin:/sbin"):
             raise
         print(f"skipped: {error}")
-        broken = 0
+        failed = 0
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    sys.exit(broken > 0)
+    sys.exit(failed > 0)
 
 
 if __name__ == "__main__":
