@@ -26,7 +26,7 @@ def execute(monkeypatch, folder, **environment):
 
 
 @pytest.mark.parametrize("norm_pix_loss", [False, True])
-def test_it_runs_from_its_folder(tmp_path, monkeypatch, norm_pix_loss):
+def test_the_notebook_runs_from_its_folder(tmp_path, monkeypatch, norm_pix_loss):
     torch.manual_seed(0)
     model = get_model("mae_vit_mini_patch4", norm_pix_loss=norm_pix_loss)
     export.export(model, "safetensors", tmp_path / "mae.safetensors")
@@ -36,13 +36,13 @@ def test_it_runs_from_its_folder(tmp_path, monkeypatch, norm_pix_loss):
     assert "8 x 8 patches, 3 images" in text
 
 
-def test_without_a_clone_it_says_what_to_do(tmp_path, monkeypatch):
+def test_without_a_clone_the_error_names_the_remedy(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "")
     with pytest.raises(CellExecutionError, match="put the repository's address into REPOSITORY"):
         execute(monkeypatch, tmp_path)
 
 
-def test_what_is_committed_was_executed():
+def test_the_committed_notebook_was_executed():
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert sum("image/png" in output.get("data", {}) for output in outputs) == PICTURES
@@ -50,7 +50,7 @@ def test_what_is_committed_was_executed():
     assert NOTEBOOK.stat().st_size < 300_000
 
 
-def test_its_first_cell_makes_a_clone(tmp_path):
+def test_the_first_cell_clones_the_repository(tmp_path):
     """As on Colab: an empty folder, and the address of the repository; packages are here already."""
     cell = nbformat.read(NOTEBOOK, as_version=4).cells[1].source
     cell = cell.replace('REPOSITORY = ""', f"REPOSITORY = {str(ROOT)!r}").replace('"--depth", "1", ', "")

@@ -158,7 +158,7 @@ def test_messages_name_flags_of_their_script(script):
     assert mistakes == []
 
 
-def test_every_remedy_is_one_of_some_script():
+def test_every_remedy_names_flags_of_a_script():
     remedies = {(text, script) for script in PARSERS for _, node in reached(script)
                 for text, is_remedy in messages(node) if is_remedy and "--" in text}  # fmt: skip
     accepted = {text for text, script in remedies if not wrong(text, script)}
@@ -175,7 +175,7 @@ def test_help_names_flags_of_the_script(script):
         )
 
 
-def test_a_wrong_flag_is_noticed():
+def test_an_unknown_flag_in_a_message_is_reported():
     assert wrong("lower --bolr", "main_pretrain") == ["--bolr"]
     assert wrong("--amp no", "main_pretrain") == ["--amp no"]
     assert wrong("--batch_size 0", "main_pretrain") == ["--batch_size 0"]
@@ -185,7 +185,7 @@ def test_a_wrong_flag_is_noticed():
     assert wrong("main_pretrain.py --on_bad_image skip leaves it out", "main_knn") == []
 
 
-def test_settings_as_they_are_typed():
+def test_settings_are_formatted_as_on_the_command_line():
     settings = {"model": "vit_mini_patch4", "patch_size": [7, 7], "in_chans": 1, "global_pool": False, "pin_mem": False}
     typed = "--model vit_mini_patch4 --patch_size 7 7 --in_chans 1 --cls_token --no_pin_mem"
     assert advice.flags(settings) == typed

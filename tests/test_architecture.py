@@ -94,7 +94,7 @@ def test_only_dist_reads_the_launchers_environment():
             assert not re.search(r"""["'](RANK|WORLD_SIZE|LOCAL_RANK|MASTER_ADDR|SLURM_(?!CONF)\w+)["']""", text), name
 
 
-def test_layout_in_contributing_is_true():
+def test_the_layout_in_contributing_has_every_file():
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     layout = text.split("```")[1]
     for name in modules():

@@ -49,7 +49,7 @@ def pack(how, pictures, tmp_path):
     return shutil.make_archive(str(tmp_path / "set"), "tar", copy)
 
 
-def test_is_the_folder_that_was_packed(packed, pictures, tmp_path):
+def test_an_archive_has_the_images_of_its_folder(packed, pictures, tmp_path):
     folder = find_files((tmp_path / "copy" if (tmp_path / "copy").exists() else pictures) / "train")
     archive = Archive(packed, "train")
     assert archive.classes == folder.classes
@@ -61,7 +61,7 @@ def _sum(archive):
     return sum(len(archive[index][0]) for index in range(len(archive)))
 
 
-def test_processes_read_at_once(pictures, tmp_path):
+def test_several_processes_read_one_archive(pictures, tmp_path):
     """Forked ones inherit the open file, others get the source as bytes; none moves another's place."""
     archive = Archive(Path(shutil.make_archive(str(tmp_path / "set"), "zip", pictures)), "train")
     expected = _sum(archive)
@@ -70,7 +70,7 @@ def test_processes_read_at_once(pictures, tmp_path):
             assert pool.map(_sum, [archive] * 8) == [expected] * 8
 
 
-def test_hidden_members_and_other_files(tmp_path):
+def test_members_that_are_hidden_or_no_images_are_ignored(tmp_path):
     with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
         for name in ("set/a/1.png", "set/a/._2.png", "__MACOSX/set/a/1.png", "set/readme.txt", "set/b/3.JPG"):
             archive.writestr(name, name)
@@ -80,7 +80,7 @@ def test_hidden_members_and_other_files(tmp_path):
     assert source[1] == (b"set/b/3.JPG", 1)
 
 
-def test_other_parts_of_a_set_are_left(tmp_path):
+def test_images_of_other_splits_are_ignored(tmp_path):
     with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
         for name in ("set/train/a/1.png", "set/val/a/2.png"):
             archive.writestr(name, name)
@@ -90,7 +90,7 @@ def test_other_parts_of_a_set_are_left(tmp_path):
         assert source[0] == (said, 0)
 
 
-def test_damage_is_noticed(pictures, tmp_path):
+def test_damaged_archives_are_errors(pictures, tmp_path):
     path = Path(shutil.make_archive(str(tmp_path / "set"), "zip", pictures))
     source = Archive(path, "train")
     data = bytearray(path.read_bytes())
@@ -107,7 +107,7 @@ def test_damage_is_noticed(pictures, tmp_path):
         _ = source[5]
 
 
-def test_damage_of_a_stored_member_is_noticed(tmp_path):
+def test_damage_of_a_stored_member_is_an_error(tmp_path):
     """Nothing but the checksum tells."""
     path = tmp_path / "set.zip"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
@@ -119,7 +119,7 @@ def test_damage_of_a_stored_member_is_noticed(tmp_path):
         _ = source[0]
 
 
-def test_archives_that_cant_be_read_in_place(pictures, tmp_path):
+def test_archives_that_cant_be_read_in_place_are_errors(pictures, tmp_path):
     compressed = Path(shutil.make_archive(str(tmp_path / "set"), "gztar", pictures))
     with pytest.raises(ValueError, match=r"set.tar.gz is neither a zip file nor an uncompressed tar file"):
         Archive(compressed, "train")
@@ -142,7 +142,7 @@ def tar_of(path, names, contents=b"12345"):
     return path
 
 
-def test_a_damaged_or_cut_tar_is_not_taken_for_a_shorter_one(tmp_path):
+def test_a_damaged_or_truncated_tar_is_an_error(tmp_path):
     names = [f"{number}.png" for number in range(10)]
     whole = tar_of(tmp_path / "whole.tar", names).read_bytes()
     assert len(Archive(tmp_path / "whole.tar", "train")) == 10
@@ -156,7 +156,7 @@ def test_a_damaged_or_cut_tar_is_not_taken_for_a_shorter_one(tmp_path):
             Archive(tmp_path / name, "train")
 
 
-def test_files_with_holes_and_links(tmp_path):
+def test_sparse_files_are_errors_and_links_are_followed(tmp_path):
     (tmp_path / "in").mkdir()
     with (tmp_path / "in" / "1.npy").open("wb") as file:
         file.truncate(1 << 20)
@@ -187,7 +187,7 @@ def test_files_with_holes_and_links(tmp_path):
             _ = source[2]
 
 
-def test_a_tar_that_ends_in_a_zip_is_a_tar(tmp_path):
+def test_a_tar_with_a_zip_at_its_end_is_a_tar(tmp_path):
     with zipfile.ZipFile(tmp_path / "inner.zip", "w") as archive:
         archive.writestr("m.png", "m")
     subprocess.run(["touch", tmp_path / "1.png"], check=True)
@@ -259,7 +259,7 @@ LIES = {
 }
 
 
-def test_zip_members_that_lie_are_bad_images(tmp_path):
+def test_zip_members_with_wrong_headers_are_bad_images(tmp_path):
     """Bounded before memory is taken, and skipped like any other bad image."""
     good = io.BytesIO()
     Image.new("RGB", (16, 16), "red").save(good, "PNG")
@@ -283,7 +283,7 @@ def test_zip_members_that_lie_are_bad_images(tmp_path):
     assert all(torch.isfinite(sample.image.float()).all() for sample in taken)
 
 
-def test_tar_headers_that_lie(tmp_path):
+def test_tar_headers_with_wrong_sizes_are_errors(tmp_path):
     """A size below 0 would lead tarfile around in a circle; a long name could take all memory."""
     for size, kind in ((-1024, tarfile.REGTYPE), (8 << 30, tarfile.GNUTYPE_LONGNAME)):
         member = tarfile.TarInfo("1.png")
@@ -301,7 +301,7 @@ def test_tar_headers_that_lie(tmp_path):
         Archive(tmp_path / "pax.tar", "train")
 
 
-def test_open_files_are_closed(pictures, tmp_path):
+def test_an_archive_closes_its_file(pictures, tmp_path):
     path = Path(shutil.make_archive(str(tmp_path / "set"), "tar", pictures))
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(5):

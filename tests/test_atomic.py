@@ -18,7 +18,7 @@ def names(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
-def test_a_file_replaces_the_one_before(tmp_path):
+def test_a_new_file_replaces_the_previous_one(tmp_path):
     file = tmp_path / "a.txt"
     for text in ("one", "two"):
         with atomic.replacing(file) as written:
@@ -29,7 +29,7 @@ def test_a_file_replaces_the_one_before(tmp_path):
     assert names(tmp_path) == ["a.txt"]
 
 
-def test_whatever_stops_the_block_leaves_what_was_there(tmp_path):
+def test_an_interrupted_write_leaves_the_previous_file(tmp_path):
     (tmp_path / "a.txt").write_text("before")
     for error in (KeyboardInterrupt(), ValueError("no format"), RuntimeError("of the model")):
         with pytest.raises(type(error)) as raised, atomic.replacing(tmp_path / "a.txt") as written:
@@ -40,7 +40,7 @@ def test_whatever_stops_the_block_leaves_what_was_there(tmp_path):
         assert (tmp_path / "a.txt").read_text() == "before"
 
 
-def test_what_a_killed_command_left_is_removed(tmp_path):
+def test_temporary_files_of_killed_commands_are_removed(tmp_path):
     killed = "import os, sys\nfrom pathlib import Path\nfrom util.files import atomic\n" + (
         "with atomic.replacing(Path(sys.argv[1])) as written:\n    written.write_text('half')\n    os._exit(9)"
     )
@@ -52,7 +52,7 @@ def test_what_a_killed_command_left_is_removed(tmp_path):
     assert names(tmp_path) == ["a.txt", "b.txt"]
 
 
-def test_folders(tmp_path):
+def test_a_folder_appears_complete_or_is_updated_file_by_file(tmp_path):
     """A new one appears at once; in one that exists files are replaced, and others stay."""
     folder = tmp_path / "model"
     for text in ("one", "two"):
@@ -72,7 +72,7 @@ def test_folders(tmp_path):
     assert (tmp_path / "file").read_text() == "x"
 
 
-def test_the_current_folder_files_beside_links_and_devices(tmp_path, monkeypatch):
+def test_relative_paths_links_and_devices_can_be_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with atomic.replacing(Path(".")) as written:
         written.mkdir()
@@ -89,7 +89,7 @@ def test_the_current_folder_files_beside_links_and_devices(tmp_path, monkeypatch
     assert not Path("/dev/null").is_file()
 
 
-def test_a_missing_folder_is_one_line(tmp_path):
+def test_a_missing_folder_is_a_one_line_error(tmp_path):
     with pytest.raises(
         OSError, match=r"^can't write .*none/a.txt \(No such file or directory\): write to another place$"
     ):
@@ -110,7 +110,7 @@ def save_torch(path):
     ],
     ids=["plain", "torch", "safetensors"],
 )
-def test_a_full_disk_is_one_line(small_disk, write):
+def test_a_full_disk_is_a_one_line_error(small_disk, write):
     path = small_disk / "file"
     path.write_text("before")
     with pytest.raises(OSError) as raised, atomic.replacing(path) as written:

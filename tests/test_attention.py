@@ -21,7 +21,7 @@ def relative_difference(ones: list[torch.Tensor], others: list[torch.Tensor]) ->
 
 @pytest.mark.parametrize("length", [5, 64, 65])
 @pytest.mark.parametrize("dtype", [torch.double, torch.float32, torch.bfloat16])
-def test_both_ways_of_attention_agree(length, dtype):
+def test_both_attention_kernels_agree(length, dtype):
     q, k, v = (torch.randn(2, 3, length, 8, dtype=dtype, requires_grad=True) for _ in range(3))
     fused = torch.nn.functional.scaled_dot_product_attention(q, k, v)
     ours = models_vit.attend(q, k, v)
@@ -34,7 +34,7 @@ def test_both_ways_of_attention_agree(length, dtype):
     assert torch.equal(ours, on_cpu)
 
 
-def test_recomputed_blocks_change_nothing():
+def test_checkpointed_blocks_give_equal_gradients():
     model, imgs, noise = build(), torch.randn(2, 3, 16, 16), torch.rand(2, 16)
     before = loss_and_gradients(model, imgs, noise=noise)
     kept = saved_bytes(model, imgs)

@@ -40,12 +40,12 @@ def test_a_callback_runs_after_every_update(pretrain):
     assert history.weights[-1] == state["model"]["cls_token"][0, 0, 0].item() != history.weights[-2]
 
 
-def test_only_runs_with_callbacks_have_the_key(pretrain):
+def test_only_checkpoints_of_runs_with_callbacks_have_the_key(pretrain):
     assert "callbacks" not in checkpoint.read(pretrain(epochs=1) / "checkpoint-0.pth")
 
 
 @pytest.mark.parametrize(("method", "calls"), [("save_epoch", 1), ("save", 2)])
-def test_an_average_is_saved_and_resumed_exactly(pretrain, monkeypatch, method, calls):
+def test_ema_is_saved_and_resumed_exactly(pretrain, monkeypatch, method, calls):
     settings = {"epochs": 3, "accum_iter": 2, "save_minutes": 0, "save_every": 1}
     uninterrupted = pretrain("a", callbacks=[EMA(0.9)], **settings)
     with monkeypatch.context() as patch, pytest.raises(Stopped):
@@ -57,7 +57,7 @@ def test_an_average_is_saved_and_resumed_exactly(pretrain, monkeypatch, method, 
     assert any(not torch.equal(ours[name], weight) for name, weight in weights(resumed, "checkpoint-2.pth").items())
 
 
-def test_the_average_has_its_definition():
+def test_ema_matches_its_definition():
     model, ema = torch.nn.BatchNorm1d(3), EMA(0.75)
     for value in (4.0, 8.0, 16.0):
         model.weight.data.fill_(value)
@@ -75,13 +75,13 @@ def test_a_run_resumes_with_the_same_callbacks(pretrain, before, after, numbers)
         pretrain(epochs=2, resume="auto", callbacks=[EMA()] * after)
 
 
-def test_sharded_runs_refuse_callbacks_in_one_line(pretrain, monkeypatch):
+def test_fsdp_with_callbacks_is_a_one_line_error(pretrain, monkeypatch):
     monkeypatch.setattr(dist, "is_sharded", lambda model: True)
     with pytest.raises(ValueError, match=r"^--fsdp can't save the state of callbacks: leave out --fsdp or the"):
         pretrain(callbacks=[EMA()])
 
 
-def test_the_documented_average_trains(pictures, tmp_path, monkeypatch):
+def test_the_documented_ema_script_trains(pictures, tmp_path, monkeypatch):
     """The script of PRETRAIN.md, with flags of main_pretrain.py."""
     codes = re.findall(r"```python\n(.*?)```", (ROOT / "PRETRAIN.md").read_text(), flags=re.DOTALL)
     (code,) = [code for code in codes if "EMA" in code]

@@ -57,7 +57,7 @@ def test_digest_covers_everything():
     assert len(digests) == len(changes) + 1
 
 
-def test_damaged_files_are_refused_or_equal(tmp_path):
+def test_damaged_files_are_rejected_or_equal(tmp_path):
     state, path = example_state(), tmp_path / "checkpoint.pth"
     checkpoint.write(state, path)
     whole, generator, refused = path.read_bytes(), random.Random(0), 0
@@ -94,7 +94,7 @@ class Attack:
 
 
 @pytest.mark.parametrize("plain_pickle", [False, True])
-def test_code_in_a_file_is_refused_and_not_executed(tmp_path, plain_pickle):
+def test_a_file_with_code_is_rejected_and_not_executed(tmp_path, plain_pickle):
     path, proof = tmp_path / "evil.pth", tmp_path / "executed"
     evil = {"model": {"weight": torch.zeros(1)}, "args": Attack(proof)}
     if plain_pickle:
@@ -114,7 +114,7 @@ def test_published_layouts_are_read(tmp_path):
     assert checkpoint.read(tmp_path / "namespace.pth")["args"].model == "mae"
 
 
-def test_what_is_no_checkpoint(tmp_path):
+def test_other_files_are_not_checkpoints(tmp_path):
     (tmp_path / "empty.pth").write_bytes(b"")
     torch.save([1, 2], tmp_path / "list.pth")
     for name in ("missing.pth", "empty.pth", "list.pth"):
@@ -122,7 +122,7 @@ def test_what_is_no_checkpoint(tmp_path):
             checkpoint.read(tmp_path / name)
 
 
-def test_newest_is_the_furthest_that_is_whole(tmp_path, caplog):
+def test_newest_first_orders_undamaged_checkpoints_by_progress(tmp_path, caplog):
     assert run_state.read_newest(tmp_path) is None
     for number in range(3):
         path = tmp_path / f"checkpoint-{number}.pth"

@@ -50,7 +50,7 @@ def test_published_spellings():
     assert parse("--pin_mem", "--local_rank", "1").local_rank == 1
 
 
-def test_help_teaches_every_flag(capsys):
+def test_help_explains_every_flag(capsys):
     with pytest.raises(SystemExit) as stop:
         parse("--help")
     text = capsys.readouterr().out
@@ -94,7 +94,7 @@ def test_help_teaches_every_flag(capsys):
         (["--data_path", "http://a.org/b.zip"], "--data_path http://a.org/b.zip is a URL"),
     ],
 )
-def test_wrong_flags(argv, message, capsys):
+def test_invalid_flags_are_errors(argv, message, capsys):
     with pytest.raises(SystemExit) as stop:
         parse(*argv)
     assert stop.value.code == 2
@@ -103,7 +103,7 @@ def test_wrong_flags(argv, message, capsys):
     assert usage.startswith("usage: ")
 
 
-def test_usage_shows_what_every_call_needs(capsys):
+def test_usage_shows_the_required_flags(capsys):
     for module, needed in (predict, "--model FILE IMAGE [IMAGE ...]"), (features, "--model FILE --out FILE FOLDER"):
         with pytest.raises(SystemExit):
             entry_point.parse(module.get_args_parser(), ["--modle", "x"])
@@ -112,7 +112,7 @@ def test_usage_shows_what_every_call_needs(capsys):
         assert needed in usage
 
 
-def test_urls_stand_where_they_are_expected():
+def test_urls_are_accepted_only_where_expected():
     assert parse("--dataset", "wds:https://a.org/{0..9}.tar").dataset == "wds:https://a.org/{0..9}.tar"
     assert parse("--dist_url", "tcp://a.org:1").dist_url == "tcp://a.org:1"
 
@@ -128,7 +128,7 @@ def recipe(tmp_path, text):
     return str(path)
 
 
-def test_flags_win_over_the_recipe_and_the_recipe_over_defaults(tmp_path):
+def test_flags_override_the_recipe_and_the_recipe_overrides_defaults(tmp_path):
     path = recipe(
         tmp_path, "epochs: 7\nblr: 1e-4\ninput_size: [16, 32]\nnorm_pix_loss: true\npin_mem: false\nlr: null\n"
     )
@@ -139,7 +139,7 @@ def test_flags_win_over_the_recipe_and_the_recipe_over_defaults(tmp_path):
     assert parse("--config", path, "--no_norm_pix_loss", "--pin_mem").norm_pix_loss is False
 
 
-def test_which_settings_were_given(tmp_path):
+def test_explicit_settings_are_recorded(tmp_path):
     path = recipe(tmp_path, "epochs: 7\npin_mem: false\ninput_size: [16, 32]\nlr: null\nnorm_pix_loss: true\n")
     args = parse("--config", path, "--no_norm_pix_loss", "--batch_size=64", "--log_dir", "x", "--local-rank", "0")
     typed = {"config", "norm_pix_loss", "batch_size", "log_dir", "local_rank"}
@@ -154,7 +154,7 @@ def test_which_settings_were_given(tmp_path):
     assert entry_point.explicit(argparse.Namespace(epochs=3, lr=None)) == {"epochs", "lr"}
 
 
-def test_given_settings_with_required_flags_and_positions(tmp_path):
+def test_explicit_settings_with_required_flags_and_positionals(tmp_path):
     parser = entry_point.parser("A command.")
     parser.add_argument("--config")
     parser.add_argument("images", nargs="+")
@@ -185,7 +185,7 @@ def test_given_settings_with_required_flags_and_positions(tmp_path):
         ("!!python/object/apply:os.mkdir [/tmp/executed]\n", "is not YAML"),
     ],
 )
-def test_wrong_recipes(text, message, tmp_path, capsys):
+def test_invalid_recipes_are_errors(text, message, tmp_path, capsys):
     with pytest.raises(SystemExit):
         parse("--config", path := recipe(tmp_path, text))
     error, usage = capsys.readouterr().err.splitlines()
@@ -197,7 +197,7 @@ def test_wrong_recipes(text, message, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("content", "message"), [(b"\xff\xfe\x00", "is not YAML"), (None, "can't be read"), (b"a: \x07", "is not YAML")]
 )
-def test_unreadable_recipes(content, message, tmp_path, capsys):
+def test_unreadable_recipes_are_errors(content, message, tmp_path, capsys):
     path = tmp_path / "recipe.yaml"
     if content is None:
         path.symlink_to("/proc/self/mem")  # a file, of which nobody can read the beginning
@@ -215,13 +215,13 @@ def test_dates_in_recipes_are_text(tmp_path):
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("recipes/pretrain_*.yaml")), ids=lambda path: path.stem)
-def test_every_recipe_parses_and_sets_what_it_says(path):
+def test_every_recipe_parses_and_sets_its_values(path):
     args = vars(parse("--config", str(path)))
     for key, value in yaml.safe_load(path.read_text()).items():
         assert args[key] == value
 
 
-def test_errors_are_sentences_and_debug_shows_the_traceback(capsys, monkeypatch):
+def test_errors_are_one_line_and_debug_shows_the_traceback(capsys, monkeypatch):
     def run(error, *flags):
         def main(args):
             raise error
@@ -245,7 +245,7 @@ def test_errors_are_sentences_and_debug_shows_the_traceback(capsys, monkeypatch)
 @pytest.mark.parametrize(
     "error", [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")]
 )
-def test_out_of_memory_names_the_batch(error, capsys, monkeypatch):
+def test_out_of_memory_error_names_the_batch_size(error, capsys, monkeypatch):
     def main(args):
         raise error
 
@@ -280,7 +280,7 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x]\n" + "".join(
         ("mean: [" + "0.5, " * 5000 + "]", "25,008 characters"),
     ],
 )
-def test_recipes_of_strangers(recipe, said, tmp_path, capsys):
+def test_untrusted_recipes_are_limited(recipe, said, tmp_path, capsys):
     """Nothing in them is executed, and none fills the memory."""
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe.format(mark=tmp_path / "mark"))
@@ -292,7 +292,7 @@ def test_recipes_of_strangers(recipe, said, tmp_path, capsys):
     assert not (tmp_path / "mark").exists()
 
 
-def test_a_recipe_may_name_shards_and_the_command_line_anything(tmp_path):
+def test_recipes_restrict_shards_and_the_command_line_does_not(tmp_path):
     path = tmp_path / "recipe.yaml"
     for shards in ("wds:data/{000..127}.tar", "wds:https://a.org:8080/{000..127}.tar", "hf:user/name"):
         path.write_text(f"dataset: '{shards}'")

@@ -29,7 +29,7 @@ def _fresh(_compiler):
     counters.clear()
 
 
-def test_one_graph_and_the_same_gradients():
+def test_compiled_model_is_one_graph_with_equal_gradients():
     mini_mae, imgs, noise = mae_vit_mini_patch4(img_size=16), torch.randn(4, 3, 16, 16), torch.rand(4, 16)
     set_grad_checkpointing(mini_mae)
 
@@ -55,7 +55,7 @@ def test_one_graph_and_the_same_gradients():
         torch.testing.assert_close(compiled[name], value, rtol=1e-4, atol=1e-6)
 
 
-def test_training_stopped_and_resumed_and_in_two_processes(pretrain, pictures, tmp_path, monkeypatch):
+def test_compiled_training_resumes_and_runs_in_two_processes(pretrain, pictures, tmp_path, monkeypatch):
     """All runs have the graph of the test above, which is compiled once."""
     settings = {"accum_iter": 2, "save_minutes": 0, "grad_checkpointing": True}
     eager = pretrain("eager", **settings)
@@ -69,7 +69,7 @@ def test_training_stopped_and_resumed_and_in_two_processes(pretrain, pictures, t
     assert_close(eager, tmp_path / "two")
 
 
-def test_a_classifier_and_its_evaluation(classify):
+def test_a_classifier_is_compiled_for_training_and_evaluation(classify):
     settings = {"mixup": 0.8, "drop_path": 0.2, "aa": "none", "batch_size": 8}
     eager, compiled = classify(main_finetune, "eager", **settings), classify(main_finetune, compile=True, **settings)
     for ours, theirs in zip(lines(compiled), lines(eager), strict=True):
@@ -77,7 +77,7 @@ def test_a_classifier_and_its_evaluation(classify):
         assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-4)
 
 
-def test_without_a_compiler_it_says_so_and_goes_on(tmp_path, monkeypatch):
+def test_without_a_compiler_the_run_warns_and_continues(tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", str(tmp_path / "no-such-compiler"))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     code = """

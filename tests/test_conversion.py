@@ -136,7 +136,7 @@ def test_mmpretrain_classifier():
     torch.testing.assert_close(model(answers["imgs"]), answers["logits"], rtol=1e-4, atol=1e-4)
 
 
-def test_every_foreign_file_starts_a_classifier(tmp_path, hf_mae):
+def test_files_of_other_libraries_initialize_a_classifier(tmp_path, hf_mae):
     """What --finetune, main_linprobe.py and main_knn.py do with a file."""
     hf_mae.save_pretrained(tmp_path)
     for path in (tmp_path / "model.safetensors", MMPRETRAIN / "mae.pth"):

@@ -68,7 +68,7 @@ def train(device: torch.device, amp: str, compiled: bool = False, may_wait: bool
     return losses
 
 
-def test_no_step_waits_for_the_device():
+def test_no_update_synchronizes_with_the_device():
     try:
         assert len(train(CUDA, "bf16", may_wait=False)) == 12
     finally:
@@ -76,13 +76,13 @@ def test_no_step_waits_for_the_device():
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_the_same_losses_as_on_a_cpu(compiled):
+def test_losses_equal_those_on_a_cpu(compiled):
     expected = train(torch.device("cpu"), "off")
     assert train(CUDA, "off", compiled) == pytest.approx(expected, rel=1e-3)
     assert train(CUDA, "bf16", compiled) == pytest.approx(expected, rel=3e-2)
 
 
-def test_epochs_take_no_more_memory():
+def test_memory_does_not_grow_over_epochs():
     def reserved() -> int:
         for _ in loop.prefetch(iter(batches()), CUDA):
             pass
@@ -91,6 +91,6 @@ def test_epochs_take_no_more_memory():
     assert len({reserved() for _ in range(4)}) == 1
 
 
-def test_batches_arrive_whole_and_in_order():
+def test_batches_are_copied_completely_and_in_order():
     for ours, theirs in zip(loop.prefetch(iter(batches()), CUDA), batches(), strict=True):
         assert all(torch.equal(a.cpu(), b) for a, b in zip(ours, theirs, strict=True))

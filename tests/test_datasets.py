@@ -17,13 +17,13 @@ from util.data.sources import Files
 from util.datasets import open_source
 
 
-def test_the_folder_of_a_split_or_all(pictures):
+def test_open_source_reads_the_folder_of_a_split_or_all_images(pictures):
     assert len(open_source("train", str(pictures))) == 24
     assert open_source("train", str(pictures)).classes == ["cat", "dog"]
     assert len(open_source("train", str(pictures / "train" / "cat"))) == 12
 
 
-def test_training_images_never_pass_for_validation(pictures, tmp_path):
+def test_training_images_are_never_used_for_validation(pictures, tmp_path):
     with pytest.raises(ValueError, match=r"there is no folder val/ in it\ngive that, or --val_list"):
         open_source("val", str(pictures))
     with pytest.raises(ValueError, match=r"set.zip: there is no folder val/ in it\ngive that, or --val_list"):
@@ -40,7 +40,7 @@ def test_lists_and_archives(pictures, tmp_path):
     assert isinstance(open_source("train", shutil.make_archive(str(tmp_path / "set"), "zip", pictures)), Archive)
 
 
-def test_nothing_named_and_nothing_there(tmp_path):
+def test_missing_data_path_and_missing_folder_are_errors(tmp_path):
     with pytest.raises(ValueError, match="--data_path is needed"):
         open_source("train")
     with pytest.raises(ValueError, match="there is no folder or archive"):
@@ -54,7 +54,7 @@ def check(*argv) -> None:
     datasets.main(entry_point.parse(datasets.get_args_parser(), list(map(str, argv))))
 
 
-def test_the_command_on_good_images(pictures):
+def test_the_check_reports_good_images(pictures):
     done = subprocess.run([sys.executable, "-m", "util.datasets", str(pictures), "--num_workers", "1"], cwd=ROOT,
                           capture_output=True, text=True, timeout=120)  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -72,7 +72,7 @@ def test_the_command_on_good_images(pictures):
     assert "images/s read and decoded" in said["speed"]
 
 
-def test_the_command_on_bad_images(tmp_path, capsys):
+def test_the_check_reports_bad_images(tmp_path, capsys):
     for number in range(3):
         Image.fromarray(np.full((8, 8), 40000, dtype=np.uint16)).save(tmp_path / f"{number}.png")
     (tmp_path / "bad.jpg").write_bytes(b"")
@@ -84,17 +84,17 @@ def test_the_command_on_bad_images(tmp_path, capsys):
     assert "classes     none" in said
 
 
-def test_the_command_on_a_part(pictures, capsys):
+def test_the_check_limits_the_number_of_images(pictures, capsys):
     check(pictures, "--limit", 5, "--num_workers", 0)
     assert "images      24, of which 5 were read" in capsys.readouterr().out
 
 
-def test_the_command_on_nothing(tmp_path):
+def test_the_check_of_a_missing_folder_is_an_error(tmp_path):
     with pytest.raises(ValueError, match=f"there is no folder or archive {tmp_path / 'nowhere'}$"):
         check(tmp_path / "nowhere")
 
 
-def test_looks_at_streams(tmp_path):
+def test_the_check_reads_streams(tmp_path):
     import webdataset
 
     with webdataset.TarWriter(str(tmp_path / "a.tar")) as writer:

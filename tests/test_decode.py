@@ -197,7 +197,7 @@ def pixels_of(picture) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", TABLE)
-def test_odd_files_give_exactly_these_pixels(name):
+def test_unusual_files_decode_to_the_expected_pixels(name):
     data, in_chans, expected, *tolerance = TABLE[name]
     found = pixels_of(decode(data, in_chans))
     assert found.dtype == (np.float32 if expected.dtype == np.float32 else np.uint8)
@@ -205,7 +205,7 @@ def test_odd_files_give_exactly_these_pixels(name):
     np.testing.assert_allclose(found.astype(float), expected, rtol=0, atol=tolerance[0] if tolerance else 1e-7)
 
 
-def test_eight_bits_of_one_or_three_channels_are_pillows():
+def test_eight_bit_images_decode_to_pillow_images():
     """So that torchvision's published crops and resizes apply to them."""
     for name, (data, in_chans, expected, *_) in TABLE.items():
         is_picture = isinstance(decode(data, in_chans), Image.Image)
@@ -213,7 +213,7 @@ def test_eight_bits_of_one_or_three_channels_are_pillows():
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_tiff_files_are_turned_alike_by_both_decoders(orientation):
+def test_both_tiff_decoders_apply_the_orientation(orientation):
     tag = [(274, 3, 1, orientation, True)]
     eight = pixels_of(decode(tiff(GREY[..., 0], extratags=tag), 1))
     sixteen = pixels_of(decode(tiff(GREY[..., 0].astype(np.uint16) * 257, extratags=tag), 1))
@@ -228,14 +228,14 @@ def test_twelve_bits_are_scaled_by_their_own_range():
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_photographs_are_turned_upright_as_pillow_does(orientation):
+def test_exif_orientation_is_applied_as_in_pillow(orientation):
     exif = Image.Exif()
     exif[274] = orientation
     file = saved(RGB, "PNG", exif=exif)
     assert np.array_equal(decode(file, 3, upright=True), ImageOps.exif_transpose(Image.open(io.BytesIO(file))))
 
 
-def test_damaged_exif_data_leave_the_pixels():
+def test_damaged_exif_data_are_ignored():
     exif = Image.Exif()
     exif[274] = 6
     for kind in ("JPEG", "PNG", "WEBP"):
@@ -261,7 +261,7 @@ def test_pages_of_other_sizes_are_no_channels():
     assert pixels_of(decode(buffer.getvalue(), 3)).shape == (8, 8, 3)
 
 
-def test_transforms_take_what_is_decoded():
+def test_transforms_accept_pillow_images_and_tensors():
     """Deep images are tensors; the same draws cut and turn them as they do pictures."""
     deep, shallow = decode(saved((RGB[..., 0].astype(np.uint16) * 257), "PNG"), 1), decode(saved(GREY, "PNG"), 1)
     for transform in (
@@ -278,7 +278,7 @@ def test_transforms_take_what_is_decoded():
         torch.testing.assert_close(made[0].clamp(0, 1), made[1], rtol=0, atol=0.02)
 
 
-def test_images_that_a_library_has_opened():
+def test_opened_images_are_converted():
     assert np.array_equal(decode(Image.fromarray(RGBA), 3), decode(saved(RGBA, "PNG"), 3))
     assert np.array_equal(decode(torch.from_numpy(RGB).permute(2, 0, 1), 1), decode(saved(RGB, "PNG"), 1))
 
@@ -328,7 +328,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_files_are_refused_in_a_sentence(name):
+def test_bad_files_are_one_line_errors(name):
     data, in_chans, said = BAD[name]
     with pytest.raises(BadImage, match=said) as raised:
         decode(data, in_chans)
@@ -356,7 +356,7 @@ def declared_size(data) -> tuple[int, int]:
     return picture.height, picture.width
 
 
-def test_300_mutated_files(recwarn):
+def test_mutated_files_decode_or_raise_bad_image(recwarn):
     """No crash, no hang, and what is read has the size that the file states, its channels, and makes a sample."""
     wide = GENERATOR.integers(0, 256, size=(40, 50, 3), dtype=np.uint8)
     deep = GENERATOR.integers(0, 65536, size=(13, 40, 50), dtype=np.uint16)
@@ -387,5 +387,5 @@ def test_300_mutated_files(recwarn):
     assert 30 < read < 270
 
 
-def test_the_limit_is_pillows():
+def test_the_pixel_limit_equals_pillows():
     assert MAX_PIXELS == 2 * Image.MAX_IMAGE_PIXELS

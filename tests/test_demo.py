@@ -24,7 +24,7 @@ def unpacked(tmp_path_factory) -> Path:
     return out
 
 
-def test_unpacked_files_are_the_archives_images(unpacked):
+def test_unpacked_files_equal_the_images_of_the_archive(unpacked):
     archive = np.load(ROOT / "demo/data/fashion_mnist_12k.npz")
     assert len(list(unpacked.glob("train/*/*.png"))) == 10_000
     assert len(list(unpacked.glob("val/*/*.png"))) == 2_000
@@ -36,7 +36,7 @@ def test_unpacked_files_are_the_archives_images(unpacked):
         assert path.parent.name == name.lower().replace("/", "_").replace(" ", "_")
 
 
-def test_a_folder_that_cannot_be_written_to_is_one_line():
+def test_a_read_only_folder_is_a_one_line_error():
     command = [sys.executable, "demo/unpack_data.py", "--out", "/proc/nowhere"]  # root may write to all real folders
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
@@ -44,7 +44,7 @@ def test_a_folder_that_cannot_be_written_to_is_one_line():
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_report_of_a_small_run(unpacked, pretrain, classify, tmp_path):
+def test_the_report_of_a_small_run(unpacked, pretrain, classify, tmp_path):
     data = tmp_path / "data"
     for split, count in (("train", 40), ("val", 8)):
         for folder in (unpacked / split).iterdir():
@@ -71,6 +71,6 @@ def test_report_of_a_small_run(unpacked, pretrain, classify, tmp_path):
     assert (out / "loss.png").stat().st_size > 5000
 
 
-def test_photographs_are_there():
+def test_the_photographs_exist():
     sizes = {path.name: Image.open(path).size for path in (ROOT / "demo/photos").glob("*.jpg")}
     assert sizes == {"astronaut.jpg": (512, 512), "chelsea.jpg": (451, 300), "coffee.jpg": (600, 400)}

@@ -74,7 +74,7 @@ ONE_EACH = {"SLURM_STEP_GPUS": "3", "SLURM_GPUS_ON_NODE": "4"}
         (1, {"SLURM_GPUS_PER_TASK": "1", "SLURM_LOCALID": "0"}, None),  # torchrun in a task
     ],
 )
-def test_a_task_with_gpus_of_its_own(monkeypatch, visible, variables, device):
+def test_a_task_uses_the_gpus_assigned_by_slurm(monkeypatch, visible, variables, device):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
     in_a_step = {"SLURM_LOCALID": "3"} if variables else {}
@@ -98,14 +98,14 @@ def test_a_task_with_gpus_of_its_own(monkeypatch, visible, variables, device):
         ({"RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "x"}, "MASTER_PORT=x in the environment is no"),
     ],
 )
-def test_half_an_environment_is_explained(environment, variables, message):
+def test_an_incomplete_launcher_environment_is_an_error(environment, variables, message):
     environment({"WORLD_SIZE": "2"} | variables)
     with pytest.raises(ValueError, match=message):
         dist.init("cpu")
 
 
 @pytest.mark.parametrize(("number", "reason"), [("0", "1/2 clients joined"), ("1", "Connection refused")])
-def test_processes_that_never_come_are_named(environment, capfd, number, reason):
+def test_missing_processes_are_named(environment, capfd, number, reason):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -126,7 +126,7 @@ def test_a_port_in_use_is_named(environment):
 
 
 @pytest.mark.parametrize("killed", [0, 1])
-def test_a_process_that_is_gone_is_one_line_in_the_others_log(pictures, tmp_path, killed):
+def test_a_lost_process_is_a_one_line_error_in_the_others(pictures, tmp_path, killed):
     """Started by hand: torchrun ends the survivor, perhaps before it has told."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -199,7 +199,7 @@ def test_two_processes_average_gradients_on_demand_and_meet_at_a_barrier(tmp_pat
     assert (tmp_path / "out1").read_text() == "1/2 2.0 3.0 0.5 True [7, 8] 5.0 False"
 
 
-def test_nothing_is_warned_of(pictures, tmp_path):
+def test_a_run_prints_no_warnings(pictures, tmp_path):
     flags = ("--batch_size", 12, "--in_chans", 1, "--epochs", 1, "--warmup_epochs", 0)
     assert b"warning" not in in_processes(2, pictures, tmp_path / "run", *flags).stdout.lower()
 
@@ -214,7 +214,7 @@ STEP = {
     ("nodes", "first"),
     [("gpu[03-04]", "gpu03"), ("n1", "n1"), ("a1,b2", "a1"), ("c[7,9-10]", "c7"), ("x-0-1", "x-0-1")],
 )
-def test_srun_starts_processes_too(environment, nodes, first):
+def test_srun_environment_is_translated(environment, nodes, first):
     environment(STEP | {"SLURM_STEP_NODELIST": nodes})
     dist._translate_srun()
     assert {name: os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")} == {
@@ -224,7 +224,7 @@ def test_srun_starts_processes_too(environment, nodes, first):
     assert 20000 <= int(os.environ["MASTER_PORT"]) < 32000
 
 
-def test_a_batch_script_or_a_shell_in_an_allocation_is_one_process(environment):
+def test_sbatch_and_salloc_shells_are_single_processes(environment):
     environment({"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "8"})
     dist._translate_srun()
     assert "WORLD_SIZE" not in os.environ
@@ -233,7 +233,7 @@ def test_a_batch_script_or_a_shell_in_an_allocation_is_one_process(environment):
     assert "WORLD_SIZE" not in os.environ
 
 
-def test_an_address_that_is_set_within_a_step_is_kept(environment):
+def test_an_explicit_master_address_in_a_step_takes_precedence(environment):
     environment(STEP | {"MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "29999"})
     dist._translate_srun()
     assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], os.environ["RANK"]) == ("10.0.0.7", "29999", "3")
@@ -247,7 +247,7 @@ def test_missing_variables_of_slurm_are_named(environment):
         dist.init("cpu")
 
 
-def test_torchrun_within_a_step_counts(environment):
+def test_torchrun_within_a_step_takes_precedence(environment):
     environment(STEP | {"WORLD_SIZE": "2", "RANK": "0"})
     dist._translate_srun()
     assert (os.environ["WORLD_SIZE"], os.environ["RANK"]) == ("2", "0")
@@ -259,7 +259,7 @@ def test_backends(monkeypatch):
         dist.init("cpu", backend="nccl")
 
 
-def test_a_launcher_that_starts_a_run_again(monkeypatch):
+def test_a_restart_by_a_launcher_is_detected(monkeypatch):
     assert not dist.restarted()
     for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"):
         with monkeypatch.context() as again:

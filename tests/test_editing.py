@@ -62,7 +62,7 @@ def test_an_edit_of_the_file_changes_the_training(pictures, tmp_path):
     assert losses_of(tmp_path / "run")[0] > published[0] + 1
 
 
-def test_a_size_is_one_entry(pictures, tmp_path):
+def test_a_new_size_needs_one_entry(pictures, tmp_path):
     """It trains by its name, and its checkpoints are rebuilt with its own number of heads, which no shape has."""
     mini = '    "mini_patch4": {'
     heads = '    "heads8_patch4": {"patch_size": 4, "embed_dim": 128, "depth": 4, "num_heads": 8},\n'
@@ -191,14 +191,14 @@ class Gradients(MaskedAutoencoderViT):
 
 
 @pytest.mark.parametrize(("kind", "dim"), [(MeanColour, 3), (Gradients, 48)])
-def test_pictures_of_another_target_are_refused_in_one_line(kind, dim):
+def test_reconstruct_with_another_target_is_a_one_line_error(kind, dim):
     model = kind(**SETTINGS)
     assert model(torch.randn(2, 3, 16, 16))[1].shape == (2, 16, dim)
     with pytest.raises(ValueError, match=rf"^{kind.__name__} predicts features and no pixels: it can't make pictures$"):
         model.reconstruct(torch.randn(2, 3, 16, 16))
 
 
-def test_a_call_leaves_no_noise_behind():
+def test_a_call_does_not_affect_the_noise_of_later_calls():
     """A later call of a step draws its own random numbers and has the model's own grid, also after an error."""
     model, imgs = build(), torch.randn(2, 3, 12, 28)
     with pytest.raises(ValueError, match="noise or mask must be given"):
@@ -209,7 +209,7 @@ def test_a_call_leaves_no_noise_behind():
     assert model.forward_decoder(latent, ids_restore).shape == (2, 16, 48)
 
 
-def test_calls_in_several_threads_keep_their_own_noise():
+def test_concurrent_calls_use_their_own_noise():
     """The web page serves two requests at once with one model."""
     model, imgs = build(depth=8), torch.randn(4, 3, 16, 16)
     noises = [torch.rand(4, 16) for _ in range(32)]

@@ -32,7 +32,7 @@ def evaluation_of(pictures):
     return run
 
 
-def test_is_scikit_learns_on_all_samples(evaluation_of):
+def test_evaluation_equals_scikit_learn(evaluation_of):
     model, batches, scores = evaluation_of(7)
     model.eval()
     normalize = transforms.Normalize(*transforms.channel_statistics(3))
@@ -45,7 +45,7 @@ def test_is_scikit_learns_on_all_samples(evaluation_of):
     assert np.array_equal(scores.labels, labels)
 
 
-def test_batches_change_nothing(evaluation_of):
+def test_the_batch_size_has_no_effect(evaluation_of):
     one, other = evaluation_of(7)[2], evaluation_of(64)[2]
     assert np.array_equal(one.predictions, other.predictions)
     assert one.num_in_top == other.num_in_top
@@ -58,18 +58,18 @@ def test_top_5_needs_5_classes(evaluation_of):
     assert set(evaluation_of(8, num_classes=4)[2].stats()) == {"test_acc1", "test_loss"}
 
 
-def test_the_published_line():
+def test_evaluation_prints_the_published_line():
     scores = Evaluation(np.array([1, 2, 3]), np.array([1, 2, 0]), 3, 0.7314)
     assert str(scores) == "* Acc@1 66.667 Acc@5 100.000 loss 0.731"
     assert scores.stats() == {"test_acc1": pytest.approx(200 / 3), "test_acc5": 100.0, "test_loss": 0.7314}
 
 
-def test_samples_of_several_processes_are_in_order_again():
+def test_samples_of_several_processes_are_merged_in_order():
     parts = [np.array([0, 3, 6]), np.array([1, 4, 7]), np.array([2, 5])]
     assert _interleave(parts).tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
 
 
-def test_answers_of_all_processes_count(evaluation_of, monkeypatch):
+def test_predictions_of_all_processes_are_counted(evaluation_of, monkeypatch):
     """Another process has the first 23 samples, all answered right."""
     _, _, alone = evaluation_of(8)
     other = [alone.labels[:23], alone.labels[:23], np.ones(23, dtype=bool), np.full(23, 2.0)]
@@ -93,7 +93,7 @@ def test_features_are_those_of_evaluation_mode(pictures):
     assert labels.tolist() == [int(label) for _, own, _ in batches for label in own]
 
 
-def test_flags_that_are_set_win_over_recorded_settings(caplog):
+def test_explicit_flags_override_recorded_settings(caplog):
     args = entry_point.parse(
         main_finetune.get_args_parser(), ["--input_size", "32", "--crop_pct", "0.5", "--nb_classes", "6"]
     )

@@ -27,7 +27,7 @@ def start(clone, *command):
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_missing_packages_are_one_line(clone, command):
+def test_missing_packages_are_a_one_line_error(clone, command):
     done = start(clone, *command)
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()

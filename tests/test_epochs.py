@@ -52,7 +52,7 @@ def train_epochs(events, after_epoch, num_epochs=1, eval_every=1, evaluates=Fals
     )  # fmt: skip
 
 
-def test_an_epoch_from_training_to_its_checkpoint():
+def test_the_order_of_training_saving_and_evaluation():
     """A saved state first, as the evaluation may be ended; its accuracy decides about the best checkpoint."""
     events = Events()
 

@@ -96,7 +96,7 @@ def test_a_run_resumes_with_other_numbers_of_processes(pictures, tmp_path):
         assert b["train_loss"] == pytest.approx(a["train_loss"], rel=1e-5)
 
 
-def test_the_security_page_and_the_code_agree():
+def test_the_security_page_agrees_with_the_code():
     text = (ROOT / "SECURITY.md").read_text()
     from util.data.decode import MAX_PIXELS
 

@@ -27,7 +27,7 @@ def build() -> torch.nn.Module:
         return mae_vit_mini_patch4(img_size=16)
 
 
-def test_a_sharded_model_starts_with_the_weights_of_a_plain_one_and_computes_the_same(process_group):
+def test_a_sharded_model_has_the_weights_and_outputs_of_a_plain_one(process_group):
     torch.manual_seed(3)
     plain = mae_vit_mini_patch4(img_size=16)
     torch.manual_seed(3)

@@ -31,7 +31,7 @@ def _raise(message):
     raise ValueError(message)
 
 
-def test_faults_are_found(tmp_path, monkeypatch):
+def test_fuzz_reports_every_kind_of_fault(tmp_path, monkeypatch):
     names = {random.Random(f"crooked {number}").random(): name for number, name in enumerate(READ)}
     door = Door(lambda folder: [], lambda seeds, generator: names[generator.random()], lambda name, *_: READ[name]())
     monkeypatch.setitem(DOORS, "crooked", door)

@@ -79,7 +79,7 @@ def test_reconstruct_any_size(files, tmp_path, capsys):
     assert "wide.png: 156 of 8 x 26 patches masked, PSNR " in said
 
 
-def test_reconstruct_draws_as_asked(files, tmp_path):
+def test_reconstruct_uses_the_ratio_and_the_seed(files, tmp_path):
     model = get_model(files / "mae.safetensors")
     one, same, other = (reconstruct.reconstruct(model, PHOTOS[0], 0.5, seed) for seed in (1, 1, 2))
     assert torch.equal(one.mask, same.mask)
@@ -124,7 +124,7 @@ def test_features(files, labelled, tmp_path, suffix):
     assert [path.name for path in tmp_path.iterdir()] == [out.name]
 
 
-def test_features_go_on_where_they_stopped(files, pictures, tmp_path, monkeypatch, capsys):
+def test_features_resume_after_an_interruption(files, pictures, tmp_path, monkeypatch, capsys):
     argv = [pictures, "--model", files / "encoder.safetensors", "--batch_size", 4, "--num_workers", 0, "--pool", "avg"]
     run(features, *argv, "--out", tmp_path / "whole.npz")
     seen = []
@@ -158,7 +158,7 @@ def test_features_go_on_where_they_stopped(files, pictures, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("change", ["weights", "split", "pool", "precision", "crop", "note"])
-def test_features_of_other_settings_are_not_continued(files, labelled, tmp_path, capsys, monkeypatch, change):
+def test_features_with_other_settings_start_again(files, labelled, tmp_path, capsys, monkeypatch, change):
     """The rows are those of a command that never stopped, whatever lies there."""
     shutil.copy(files / "encoder.safetensors", tmp_path / "model.safetensors")
 
@@ -205,7 +205,7 @@ def test_features_of_images_without_classes(files, pictures, tmp_path):
         np.testing.assert_array_equal(file.get_tensor("features"), found["features"])
 
 
-def test_features_on_a_full_disk_are_one_line_and_go_on(files, labelled, small_disk, capsys, monkeypatch):
+def test_features_on_a_full_disk_fail_in_one_line_and_resume(files, labelled, small_disk, capsys, monkeypatch):
     """The process ended by SIGBUS where it wrote into mapped memory."""
     monkeypatch.setattr(features, "SAVE_EVERY", 1)
     argv = [labelled, "--model", files / "encoder.safetensors", "--out", small_disk / "f.npz", "--num_workers", 0,
@@ -219,7 +219,7 @@ def test_features_on_a_full_disk_are_one_line_and_go_on(files, labelled, small_d
     assert np.load(small_disk / "f.npz")["features"].shape == (48, 65, 128)
 
 
-def test_wrong_inputs(files, pictures, tmp_path, capsys, monkeypatch):
+def test_invalid_inputs_are_errors(files, pictures, tmp_path, capsys, monkeypatch):
     (tmp_path / "text.jpg").write_text("hello")
     Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
     classifier, encoder, mae = (files / f"{kind}.safetensors" for kind in ("classifier", "encoder", "mae"))
@@ -244,7 +244,7 @@ def test_wrong_inputs(files, pictures, tmp_path, capsys, monkeypatch):
         assert wanted in fails(capsys, monkeypatch, module, *argv)
 
 
-def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path, capsys, monkeypatch):
+def test_an_unwritable_output_is_an_error_before_the_model_is_loaded(tmp_path, capsys, monkeypatch):
     """Before the model is read: there is none."""
     (tmp_path / "folder.png").mkdir()
     for module in (predict, reconstruct):

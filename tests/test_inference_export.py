@@ -65,7 +65,7 @@ def imgs():
 
 
 @pytest.mark.parametrize("to", [to for to in FORMATS if to != "timm"])
-def test_an_autoencoder_comes_back(mae, to, imgs, tmp_path):
+def test_an_exported_autoencoder_loads_again(mae, to, imgs, tmp_path):
     again = get_model(exported(mae, to, tmp_path))
     assert isinstance(again, Autoencoder)
     assert again.state_dict().keys() == mae.state_dict().keys()
@@ -75,7 +75,7 @@ def test_an_autoencoder_comes_back(mae, to, imgs, tmp_path):
 
 
 @pytest.mark.parametrize("to", FORMATS)
-def test_a_classifier_comes_back(of_token, to, imgs, tmp_path):
+def test_an_exported_classifier_loads_again(of_token, to, imgs, tmp_path):
     again = get_model(exported(of_token, to, tmp_path))
     assert isinstance(again, Classifier)
     torch.testing.assert_close(again(imgs), of_token(imgs), rtol=1e-5, atol=1e-5)
@@ -83,7 +83,7 @@ def test_a_classifier_comes_back(of_token, to, imgs, tmp_path):
 
 
 @pytest.mark.parametrize("to", [to for to in FORMATS if to != "transformers"])
-def test_a_pooling_classifier_comes_back(pooled, to, imgs, tmp_path):
+def test_an_exported_pooling_classifier_loads_again(pooled, to, imgs, tmp_path):
     torch.testing.assert_close(get_model(exported(pooled, to, tmp_path))(imgs), pooled(imgs), rtol=1e-5, atol=1e-5)
 
 
@@ -129,7 +129,7 @@ def test_transformers_classifier(of_token, imgs, tmp_path):
     assert theirs.config.id2label == {0: "cat", 1: "dog", 2: "owl"}
 
 
-def test_what_transformers_can_not_hold(pooled, tmp_path):
+def test_models_without_an_equivalent_in_transformers_are_errors(pooled, tmp_path):
     with pytest.raises(ValueError, match="takes the class token, and this one pools patch tokens"):
         export.export(pooled, "transformers", tmp_path / "folder")
     wide = get_model("mae_vit_mini_patch4", input_size=[32, 64])
@@ -154,7 +154,7 @@ def test_timm(pooled, of_token, mae, imgs, tmp_path, suffix):
 
 
 @pytest.mark.parametrize("name", ["mae.pth", "classifier.pth"])
-def test_mmpretrains_own_file_is_written_again(name):
+def test_a_file_of_mmpretrain_survives_the_round_trip(name):
     """To the last name: what mmpretrain wrote goes through our names and back."""
     theirs = torch.load(MMPRETRAIN / name, weights_only=True)["state_dict"]
     again = conversion.to_mmpretrain(loading.read(MMPRETRAIN / name).tensors)
@@ -181,7 +181,7 @@ def test_torch_export(pooled, imgs, tmp_path):
 
 
 @pytest.mark.parametrize("to", ["timm", "transformers", "safetensors", "mmpretrain", "onnx", "torch_export"])
-def test_a_full_disk_leaves_nothing_under_the_name(of_token, to, small_disk):
+def test_a_full_disk_leaves_no_file(of_token, to, small_disk):
     """In one line, and not by ending the process, as torch.export.save does."""
     with pytest.raises(OSError, match=r"^can't write .*/(m\.\w+|folder) \(No space left on device\): free space there"):
         exported(of_token, to, small_disk)

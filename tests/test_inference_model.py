@@ -27,7 +27,7 @@ def classifier():
     return get_model("vit_mini_patch4", nb_classes=3, classes=["cat", "dog", "owl"])
 
 
-def test_a_checkpoint_tells_its_own_story(pretrain):
+def test_a_checkpoint_rebuilds_its_model(pretrain):
     out = pretrain(norm_pix_loss=True, in_chans=1, input_size="16 24", mean="0.3", std="0.2")
     model = get_model(out / "checkpoint-1.pth")
     assert isinstance(model, Autoencoder)
@@ -48,7 +48,7 @@ def test_a_decoder_of_another_depth(pretrain, tmp_path):
     assert len(get_model(tmp_path / "bare.pth").decoder_blocks) == 3
 
 
-def test_a_bare_file_is_told_apart_by_its_tensors(tmp_path):
+def test_the_model_of_a_bare_file_is_inferred_from_its_tensors(tmp_path):
     mini_mae = get_model("mae_vit_mini_patch4", input_size=16)
     torch.save({"model": mini_mae.state_dict()}, tmp_path / "full.pth")
     model = get_model(tmp_path / "full.pth")
@@ -69,7 +69,7 @@ def test_a_bare_file_is_told_apart_by_its_tensors(tmp_path):
         get_model(tmp_path / "full.pth").predict(imgs)
 
 
-def test_other_sizes_than_the_known_are_refused(tmp_path, classifier):
+def test_unknown_sizes_are_errors(tmp_path, classifier):
     weights = {k: v for k, v in classifier.state_dict().items() if not k.startswith("blocks.3.")}
     torch.save({"model": weights}, tmp_path / "file.pth")
     with pytest.raises(CheckpointError, match="no model here is 128 wide and 3 deep"):
@@ -103,7 +103,7 @@ def test_names():
     [(MMPRETRAIN, "vit-base-p16_ft-8xb128-coslr-100e_in1k_20220825-cf70aa21.pth"),
      ("vit_base_patch16", "mae_finetuned_vit_base.pth")],
 )  # fmt: skip
-def test_published_names_as_they_are_written_elsewhere(tmp_path, monkeypatch, name, file):
+def test_published_names_of_other_libraries_are_accepted(tmp_path, monkeypatch, name, file):
     """A file of the published shape stands where torch.hub keeps it; digests are another test's."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr("util.weights.model_zoo._check", lambda path, digest: None)
@@ -192,7 +192,7 @@ def test_attention_is_what_the_blocks_compute(classifier):
     torch.testing.assert_close(block.attn.proj(mixed), block.attn(x))
 
 
-def test_saved_as_hugging_faces_hub_does(tmp_path, classifier):
+def test_save_pretrained_and_from_pretrained_round_trip(tmp_path, classifier):
     classifier.save_pretrained(tmp_path / "folder")
     for again in (Classifier.from_pretrained(tmp_path / "folder"), get_model(tmp_path / "folder")):
         assert again.classes == ["cat", "dog", "owl"]
@@ -208,7 +208,7 @@ def test_an_encoder_of_a_checkpoint_under_a_new_head(pretrain):
     assert torch.equal(model.blocks[0].mlp.fc1.weight, get_model(file).blocks[0].mlp.fc1.weight)
 
 
-def test_names_of_other_classes_are_not_those_of_a_new_head(tmp_path, classifier):
+def test_a_new_head_does_not_use_the_recorded_class_names(tmp_path, classifier):
     """Names of classes from a run, or from the config.json of transformers: neither fits another number of classes."""
     for name in ("classes", "label_names"):
         torch.save({"model": classifier.state_dict(), "args": {name: ["cat", "dog", "owl"]}}, tmp_path / "file.pth")
@@ -219,7 +219,7 @@ def test_names_of_other_classes_are_not_those_of_a_new_head(tmp_path, classifier
         assert names == {f"class {label}" for label in range(5)}
 
 
-def test_wrong_images(tmp_path, classifier):
+def test_invalid_images_are_errors(tmp_path, classifier):
     (tmp_path / "text.jpg").write_text("hello")
     with pytest.raises(BadImage, match=r"text\.jpg: the file is not an image of a known format"):
         classifier.predict(tmp_path / "text.jpg")
@@ -232,7 +232,7 @@ def test_wrong_images(tmp_path, classifier):
         classifier.predict(np.zeros((8, 8, 5), dtype=np.uint8))
 
 
-def test_the_recorded_model_comes_before_the_shapes(tmp_path, monkeypatch):
+def test_the_recorded_model_takes_precedence_over_shapes(tmp_path, monkeypatch):
     """Two sizes that differ in the number of heads only have the same shapes and predict otherwise."""
     heads8 = {**models_vit.SIZES["mini_patch4"], "num_heads": 8}
     monkeypatch.setitem(models_vit.SIZES, "heads8_patch4", heads8)

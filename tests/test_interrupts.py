@@ -53,7 +53,7 @@ def undisturbed(pictures, tmp_path_factory):
     return out
 
 
-def test_signals_save_and_lose_nothing(pictures, tmp_path, undisturbed):
+def test_a_run_stopped_by_signals_resumes_exactly(pictures, tmp_path, undisturbed):
     """One run that is stopped three times."""
     reached = 0
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
@@ -75,7 +75,7 @@ def test_signals_save_and_lose_nothing(pictures, tmp_path, undisturbed):
     assert [line["train_loss"] for line in lines(tmp_path)] == [line["train_loss"] for line in lines(undisturbed)]
 
 
-def test_all_processes_stop_at_the_same_step(pictures, tmp_path):
+def test_all_processes_stop_after_the_same_update(pictures, tmp_path):
     """The signal comes to one of them only, and not to the one that writes."""
     process = start(pictures, tmp_path, processes=2)
     os.kill(second_process(tmp_path), signal.SIGTERM)
@@ -97,7 +97,7 @@ def test_a_killed_process_ends_the_others(pictures, tmp_path):
     assert [line["epoch"] for line in lines(tmp_path)] == list(range(EPOCHS))
 
 
-def test_a_killed_loading_process_is_a_sentence(pictures, tmp_path):
+def test_a_killed_worker_process_is_a_one_line_error(pictures, tmp_path):
     process = start(pictures, tmp_path, 1, "--epochs", 2000)
     wait_until((tmp_path / "log.txt").exists, process)
     (child,) = [pid for pid in os.listdir("/proc") if pid.isdecimal() and parent_of(pid) == process.pid]
@@ -196,7 +196,7 @@ def test_the_second_sigint_stops_at_once():
     assert str(Interrupted(signal.SIGTERM)) == "stopped by SIGTERM"
 
 
-def test_every_signal_of_launchers_is_noted_and_handlers_come_back():
+def test_stop_signals_are_recorded_and_handlers_restored():
     signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
     assert signals == SIGNALS
     before = [signal.getsignal(signum) for signum in signals]
@@ -219,7 +219,7 @@ def test_only_a_repeated_sigint_stops_at_once():
             time.sleep(1)
 
 
-def test_a_signal_ends_an_evaluation_at_once_and_nothing_else(caplog):
+def test_a_signal_interrupts_only_evaluations_at_once(caplog):
     with Interrupts() as interrupts:
         with pytest.raises(Interrupted) as stopped, interrupts.at_once():
             os.kill(os.getpid(), signal.SIGTERM)

@@ -37,7 +37,7 @@ def pixels(picture) -> np.ndarray:
     [{}, {"subsampling": 0}, {"subsampling": 1}, {"progressive": True}, {"quality": 30}, {"restart_marker_blocks": 5}],
     ids=str,
 )
-def test_the_same_pixels_as_pillow(options):
+def test_fast_jpeg_equals_pillow(options):
     for picture in photographs():
         data = encoded(picture, **options)
         fast = decode(data, 3, fast_jpeg=True)
@@ -46,7 +46,7 @@ def test_the_same_pixels_as_pillow(options):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_photograph_held_sideways_is_not_turned(orientation):
+def test_exif_orientation_is_not_applied(orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encoded(photographs()[1].crop((0, 0, 90, 50)), exif=exif)
@@ -54,7 +54,7 @@ def test_a_photograph_held_sideways_is_not_turned(orientation):
     assert np.array_equal(decode(data, 3, fast_jpeg=True).numpy(), pixels(decode(data, 3)))
 
 
-def test_what_is_left_to_pillow():
+def test_unsupported_files_are_left_to_pillow():
     picture = photographs()[0].crop((0, 0, 64, 48))
     whole = encoded(picture)
     png = io.BytesIO()
@@ -67,7 +67,7 @@ def test_what_is_left_to_pillow():
     assert isinstance(decode(whole, 1, fast_jpeg=True), Image.Image)
 
 
-def test_damaged_files_are_what_they_are_to_pillow():
+def test_damaged_files_decode_as_in_pillow():
     whole = encoded(photographs()[2].crop((0, 0, 64, 48)))
     draw = np.random.default_rng(0)
     for number in range(300):
@@ -135,7 +135,7 @@ def test_crops_have_the_published_distribution(monkeypatch):
 
 
 @pytest.mark.parametrize("missing", ["torchcodec.decoders", "util.data.bicubic"])
-def test_without_its_packages_it_says_what_to_install(monkeypatch, missing):
+def test_missing_packages_are_named_with_the_extra(monkeypatch, missing):
     monkeypatch.setitem(sys.modules, missing, None)
     jpeg.decoder.cache_clear()
     with pytest.raises(ValueError, match=r"--fast_jpeg needs the packages torchcodec and numba: pip install"):

@@ -39,7 +39,7 @@ def test_agrees_with_scikit_learn(temperature):
     assert found[20] > 200
 
 
-def test_chunks_change_nothing(monkeypatch):
+def test_the_chunk_size_has_no_effect(monkeypatch):
     bank, queries = clouds(100, 0), clouds(50, 1)
     whole = ours(bank, queries)
     monkeypatch.setattr(knn, "CHUNK", 700)
@@ -79,7 +79,7 @@ dist.teardown()
 """
 
 
-def test_processes_change_nothing(tmp_path):
+def test_the_number_of_processes_has_no_effect(tmp_path):
     script = tmp_path / "processes.py"
     script.write_text(IN_PROCESSES.format(root=str(ROOT), tests=str(ROOT / "tests")))
     done = subprocess.run([*torchrun(3), script], capture_output=True, text=True, check=True, timeout=120)

@@ -50,12 +50,12 @@ def test_the_formula():
     torch.testing.assert_close(weight.detach(), expected - 0.1 * momentum)
 
 
-def test_weights_of_zero_can_leave_it():
+def test_zero_weights_are_updated():
     weights = parameters()
     assert steps(LARS(weights, lr=0.1), weights, 1)[2].abs().sum() > 0
 
 
-def test_a_step_with_found_inf_changes_nothing():
+def test_found_inf_skips_the_update():
     weights = parameters()
     optimizer = LARS(weights, lr=0.1)
     before = steps(optimizer, weights, 2)

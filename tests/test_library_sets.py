@@ -51,7 +51,7 @@ def fashion(tmp_path):
     return tmp_path
 
 
-def test_a_set_with_a_train_switch(fashion):
+def test_a_dataset_with_a_train_argument(fashion):
     source = open_source("train", str(fashion), dataset="FashionMNIST")
     assert len(source) == 30
     assert source.classes[0] == "T-shirt/top"
@@ -75,7 +75,7 @@ def write_food(root: Path, train, test) -> None:
         (meta / f"{split}.json").write_text(json.dumps(listed))
 
 
-def test_a_set_of_files_with_named_splits(tmp_path):
+def test_a_dataset_with_named_splits(tmp_path):
     """Their bytes come to our own decoder; `val` is the part that comes nearest."""
     write_food(tmp_path, ["apple_pie/1", "waffles/2", "waffles/3"], ["waffles/4"])
     source = open_source("train", str(tmp_path), dataset="Food101")
@@ -88,7 +88,7 @@ def test_a_set_of_files_with_named_splits(tmp_path):
         _ = source[0]
 
 
-def test_a_split_of_its_own(tmp_path):
+def test_an_explicit_split_is_used(tmp_path):
     for version, name in (("2017", "Plants"), ("2021_train_mini", "00000_a_b_c_d_e_f_g")):
         folder = tmp_path / version / name / ("leaf" if version == "2017" else "")
         folder.mkdir(parents=True)
@@ -112,7 +112,7 @@ def test_parts_for_training_and_validation_do_not_overlap(tmp_path):
     assert len(open_source("train", str(tmp_path), dataset="FGVCAircraft:trainval")) == 3
 
 
-def test_download_reaches_classes_that_hand_it_on(tmp_path, monkeypatch):
+def test_download_is_passed_to_classes_with_keyword_arguments(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(torchvision.datasets.EMNIST, "download", lambda self: asked.append(self.root))
     with pytest.raises(ValueError, match="EMNIST:letters: torchvision says"):
@@ -120,7 +120,7 @@ def test_download_reaches_classes_that_hand_it_on(tmp_path, monkeypatch):
     assert asked == [str(tmp_path)]
 
 
-def test_sets_without_files():
+def test_datasets_without_files():
     assert len(TorchvisionSet("FakeData", "train", None, False)) == 1000
 
 
@@ -135,12 +135,12 @@ def test_sets_without_files():
         ("CIFAR10:extra", "here", "--dataset CIFAR10:extra: CIFAR10 has no splits of its own"),
     ],
 )
-def test_wrong_names(name, path, said, tmp_path):
+def test_unknown_dataset_names_are_errors(name, path, said, tmp_path):
     with pytest.raises(ValueError, match=said):
         open_source("train", path and str(tmp_path), dataset=name)
 
 
-def test_no_part_for_validation(tmp_path):
+def test_a_dataset_without_validation_split_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="EuroSAT: torchvision's has no images for validation\ngive --val_list"):
         open_source("val", str(tmp_path), dataset="EuroSAT")
 
@@ -170,7 +170,7 @@ def test_parquet_in_a_folder(table, tmp_path):
         open_source("val", dataset=f"hf:{tmp_path}")
 
 
-def test_as_saved_and_as_image_folder(table, tmp_path):
+def test_saved_datasets_and_image_folders_are_read(table, tmp_path):
     table.save_to_disk(tmp_path / "saved")
     hugging_face.DatasetDict({"train": table, "test": table}).save_to_disk(tmp_path / "parts")
     for folder in ("saved", "parts"):
@@ -183,7 +183,7 @@ def test_as_saved_and_as_image_folder(table, tmp_path):
     assert [source[0], source[1]] == [(png(PIXELS[0]), 0), (png(PIXELS[0]), 1)]
 
 
-def test_sets_without_images(table, tmp_path):
+def test_datasets_without_images_are_errors(table, tmp_path):
     table.remove_columns("picture").to_parquet(tmp_path / "a" / "train.parquet")
     with pytest.raises(ValueError, match="no column holds images: note, kind"):
         open_source("train", dataset=f"hf:{tmp_path / 'a'}")
@@ -249,7 +249,7 @@ def test_an_epoch_streams_every_image_once(shards, pattern):
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
-def test_workers_share_the_stream(shards, workers, monkeypatch):
+def test_worker_processes_share_the_stream(shards, workers, monkeypatch):
     monkeypatch.setattr(loader.os, "sched_getaffinity", lambda pid: range(8))
     batches = batches_of(shards, workers, batch_size=5)
     for epoch in (0, 1):
@@ -258,7 +258,7 @@ def test_workers_share_the_stream(shards, workers, monkeypatch):
     assert len(seen(batches, 2, first_iteration=5)) == 15
 
 
-def test_labels_and_noise_go_with_the_image(shards):
+def test_labels_and_noise_belong_to_the_image(shards):
     batches = batches_of(shards)
     batches.seek(0)
     numbers = {p.tobytes(): number for number, p in enumerate(PIXELS)}
@@ -290,7 +290,7 @@ def test_a_damaged_shard_is_named(shards, caplog):
     assert "set-002.tar: the shard can't be read to its end" in caplog.text
 
 
-def test_samples_are_counted_as_webdataset_makes_them(tmp_path, caplog):
+def test_samples_are_counted_as_in_webdataset(tmp_path, caplog):
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
         for name in ("000.jpg", "000.mask.png", "001.jpg", "n01.x.png"):
             member = tarfile.TarInfo(name)
@@ -304,7 +304,7 @@ def test_samples_are_counted_as_webdataset_makes_them(tmp_path, caplog):
     assert len(list(Shards(f"{tmp_path}/b.tar.gz", 3).stream([0], 0, 1, lambda *_: False, laps=1))) == 3
 
 
-def test_labels_that_are_no_numbers_are_none(tmp_path):
+def test_non_numeric_labels_are_ignored(tmp_path):
     with webdataset.TarWriter(str(tmp_path / "a.tar")) as writer:
         writer.write({"__key__": "a", "png": png(PIXELS[0]), "cls": b"cat"})
         writer.write({"__key__": "b", "png": png(PIXELS[1]), "cls": b"7"})
@@ -320,7 +320,7 @@ def test_examples_of_a_stream(shards):
     assert torch.equal(loader.examples(samples, 6)[0], images)
 
 
-def test_wrong_shards(tmp_path):
+def test_invalid_shards_are_errors(tmp_path):
     with pytest.raises(ValueError, match=r"there is no file .*a-000.tar"):
         Shards(f"{tmp_path}/a-{{000..003}}.tar", None)
     with pytest.raises(ValueError, match=r"there is no file .*\*.tar"):

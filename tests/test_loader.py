@@ -74,7 +74,9 @@ def test_repeated_samples_stay_together(monkeypatch):
         (3, 1, 1, 1, 4, "give at most 3 processes"),
     ],
 )
-def test_fewer_images_than_an_effective_batch(monkeypatch, images, batch_size, accum_iter, repeats, processes, said):
+def test_fewer_images_than_an_effective_batch_are_an_error(
+    monkeypatch, images, batch_size, accum_iter, repeats, processes, said
+):
     monkeypatch.setattr(dist, "world_size", lambda: processes)
     with pytest.raises(ValueError, match=said):
         EpochBatches(images, batch_size, 0, repeats, accum_iter)
@@ -113,7 +115,7 @@ def test_an_epoch_that_leaves_out_much_warns(caplog):
 
 
 @pytest.mark.parametrize("workers", [1, 4])
-def test_workers_change_nothing(pictures, workers, monkeypatch):
+def test_the_number_of_workers_has_no_effect(pictures, workers, monkeypatch):
     monkeypatch.setattr(loader.os, "sched_getaffinity", lambda pid: range(8))
     alone = list(TrainLoader(make_samples(pictures), 4, 0, 0, False))
     together = TrainLoader(make_samples(pictures), 4, 0, workers, False)
@@ -133,7 +135,7 @@ def begin(pictures):
 
 
 @pytest.mark.parametrize("method", ["fork", "forkserver"])
-def test_worker_processes_heed_their_run_alone(pictures, method, monkeypatch):
+def test_worker_processes_ignore_stop_signals_of_other_processes(pictures, method, monkeypatch):
     """A stop signal to all processes reaches them too; their run ends them by SIGTERM when it fails."""
     monkeypatch.setattr(
         multiprocessing.context._default_context, "_actual_context", multiprocessing.get_context(method)
@@ -151,7 +153,7 @@ def test_worker_processes_heed_their_run_alone(pictures, method, monkeypatch):
     assert worker.exitcode == 0
 
 
-def test_a_killed_worker_process_raises_while_a_batch_is_awaited_and_not_before(pictures):
+def test_a_killed_worker_process_raises_only_at_the_next_batch(pictures):
     _batches, rest, worker = begin(pictures)
     os.kill(worker.pid, signal.SIGKILL)
     status = Path(f"/proc/{worker.pid}/stat")
@@ -169,7 +171,7 @@ def test_persistent_workers_follow_the_epoch(pictures, monkeypatch):
     assert not torch.equal(first[2], second[2])
 
 
-def test_examples_are_always_the_same(pictures):
+def test_examples_are_deterministic(pictures):
     samples = make_samples(pictures)
     images, labels, noise = loader.examples(samples, 8)
     assert images.shape[0] == labels.shape[0] == noise.shape[0] == 8
@@ -225,7 +227,7 @@ def test_skipped_images_are_named_once_and_counted(half_bad, caplog, workers):
     assert not torch.equal(first, second)
 
 
-def test_what_takes_a_bad_images_place_is_always_the_same(half_bad):
+def test_the_replacement_of_a_bad_image_is_deterministic(half_bad):
     one, two = (TrainLoader(make_samples(half_bad, on_bad_image="skip"), 8, 0, w, False) for w in (0, 2))
     assert torch.equal(epoch_of(one, 3), epoch_of(two, 3))
 
@@ -241,7 +243,7 @@ def test_more_than_a_tenth_bad_ends_the_run(half_bad):
         epoch_of(TrainLoader(make_samples(half_bad, on_bad_image="skip"), 8, 0, 0, False), 0)
 
 
-def test_a_set_of_bad_images_only_ends_at_once(half_bad):
+def test_a_dataset_of_bad_images_only_is_an_error(half_bad):
     for path in half_bad.iterdir():
         path.unlink()
         path.write_bytes(b"")
@@ -249,7 +251,7 @@ def test_a_set_of_bad_images_only_ends_at_once(half_bad):
         epoch_of(TrainLoader(make_samples(half_bad, on_bad_image="skip"), 8, 0, 0, False), 0)
 
 
-def test_files_of_8_and_of_16_bits_meet_in_a_batch(tmp_path):
+def test_a_batch_may_mix_8_and_16_bit_files(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, size=(16, 16), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
     Image.fromarray(pixels.astype(np.uint16) * 257).save(tmp_path / "b.png")
@@ -264,7 +266,7 @@ def test_files_of_8_and_of_16_bits_meet_in_a_batch(tmp_path):
 
 
 @pytest.mark.parametrize("processes", [1, 2, 5])
-def test_evaluation_takes_each_image_once(pictures, processes, monkeypatch):
+def test_evaluation_uses_each_image_once(pictures, processes, monkeypatch):
     monkeypatch.setattr(dist, "world_size", lambda: processes)
     seen = []
     for rank in range(processes):
@@ -275,7 +277,7 @@ def test_evaluation_takes_each_image_once(pictures, processes, monkeypatch):
     assert len(seen) == len(set(seen)) == 24
 
 
-def test_what_a_batch_draws_depends_on_its_place_alone(pictures):
+def test_random_numbers_of_a_batch_depend_on_its_position_only(pictures):
     """Dropped paths and mixtures are the same in a run that was stopped before this batch."""
 
     def draws(first_iteration):
@@ -293,7 +295,7 @@ def test_what_a_batch_draws_depends_on_its_place_alone(pictures):
     assert len(set(whole)) == 6
 
 
-def test_what_a_batch_draws_differs_between_seeds_epochs_steps_and_processes(pictures, monkeypatch):
+def test_random_numbers_of_a_batch_differ_between_seeds_epochs_iterations_and_ranks(pictures, monkeypatch):
     """Else mixup and drop path would repeat in every epoch, in every batch, or on every GPU."""
 
     def draw(seed, epoch, step, rank):
@@ -315,7 +317,7 @@ def test_the_order_differs_between_seeds():
     assert orders[0] != orders[1]
 
 
-def test_fewer_cores_than_workers_are_noticed_once_and_not_of_the_default(caplog, monkeypatch):
+def test_fewer_cores_than_workers_are_logged_once(caplog, monkeypatch):
     monkeypatch.setattr(loader, "_cores", lambda: 2)
     caplog.set_level("INFO")
     assert [loader.up_to_cores(workers) for workers in (0, 2, 10)] == [0, 2, 2]

@@ -51,7 +51,7 @@ def test_an_encoder_alone_leaves_the_decoder_untrained(tmp_path, mini_mae, caplo
         (lambda s: s.update(cls_token=torch.zeros(1, 1, 5)), "in another shape 1 tensors"),
     ],
 )
-def test_files_that_do_not_fit(tmp_path, mini_mae, change, message):
+def test_files_that_do_not_fit_are_errors(tmp_path, mini_mae, change, message):
     state = mae_vit_mini_patch4(img_size=16, in_chans=1).state_dict()
     change(state)
     torch.save({"model": state}, tmp_path / "file.pth")
@@ -59,7 +59,7 @@ def test_files_that_do_not_fit(tmp_path, mini_mae, change, message):
         loading.init_mae(mini_mae, loading.read(tmp_path / "file.pth"))
 
 
-def test_a_files_own_table_is_taken_where_it_fits(tmp_path, mini_mae):
+def test_a_position_table_of_a_file_is_loaded_if_it_fits(tmp_path, mini_mae):
     other = mae_vit_mini_patch4(img_size=16, in_chans=1)
     other.pos_embed.data.add_(1)
     loading.init_mae(mini_mae, loading.read(saved(tmp_path / "moved.pth", other)))
@@ -91,7 +91,7 @@ def test_an_encoder_into_a_classifier(tmp_path, mini_mae):
             assert torch.equal(model.norm.weight, mini_mae.norm.weight)
 
 
-def test_a_head_is_taken_where_it_fits(tmp_path):
+def test_a_head_is_loaded_if_it_fits(tmp_path):
     path = saved(tmp_path / "vit.pth", vit())
     same, other = vit(), vit(num_classes=7)
     assert loading.load_encoder(same, loading.read(path)) is True
@@ -105,7 +105,7 @@ def test_positions_are_interpolated(tmp_path, mini_mae):
     assert torch.equal(model.pos_embed, expected)
 
 
-def test_what_does_not_fit_a_classifier(tmp_path, mini_mae):
+def test_files_that_do_not_fit_a_classifier_are_errors(tmp_path, mini_mae):
     state = mini_mae.state_dict()
     del state["blocks.2.norm1.weight"]
     torch.save({"model": state}, tmp_path / "lacking.pth")
@@ -125,7 +125,7 @@ def test_what_does_not_fit_a_classifier(tmp_path, mini_mae):
         loading.read_classifier(saved(tmp_path / "mae.pth", mini_mae))
 
 
-def test_other_channels_need_a_decision(tmp_path):
+def test_other_channels_require_adapt_input(tmp_path):
     rgb = vit(in_chans=3)
     path = saved(tmp_path / "rgb.pth", rgb)
     kernel = rgb.patch_embed.proj.weight
@@ -145,7 +145,7 @@ def test_other_channels_need_a_decision(tmp_path):
     torch.testing.assert_close(grey(picture), rgb(picture.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-5)
 
 
-def test_code_in_a_file_is_not_run(tmp_path):
+def test_code_in_a_file_is_not_executed(tmp_path):
     class Trap:
         def __reduce__(self):
             return (open, (str(tmp_path / "trapped"), "w"))

@@ -103,7 +103,7 @@ def test_an_epoch_is_a_whole_number_of_updates():
     assert stats["train_lr"] == pytest.approx(0.1)
 
 
-def test_starts_in_the_middle():
+def test_an_epoch_can_start_at_any_iteration():
     _, seen, moments, _ = train()
     assert moments == pytest.approx([3, 3 + 1 / 7, 3 + 2 / 7, 3 + 3 / 7, 3 + 4 / 7, 3 + 5 / 7, 3 + 6 / 7])
     _, rest, later, _ = train(first_iteration=5)
@@ -113,7 +113,7 @@ def test_starts_in_the_middle():
 
 
 @pytest.mark.parametrize("first_iteration", [0, 3])
-def test_every_iteration_is_seeded_by_its_place_before_its_loss(monkeypatch, first_iteration):
+def test_every_iteration_is_seeded_before_its_loss(monkeypatch, first_iteration):
     """What mixup and drop path draw belongs to (epoch, iteration), also in the rest of an epoch."""
     events = []
     monkeypatch.setattr(Numbers, "seed_iteration", lambda self, iteration: events.append((self.epoch, iteration)))
@@ -169,7 +169,7 @@ def test_every_update_is_logged_once_with_its_own_numbers():
 
 
 @pytest.mark.parametrize(("stop_at", "saved"), [(1, 1), (3, 3), (7, 7)])
-def test_a_stop_is_saved_and_obeyed_after_the_update_in_which_it_came(stop_at, saved):
+def test_a_stop_request_is_saved_and_applied_after_the_update(stop_at, saved):
     class Stops(Recorder):
         def __init__(self):
             super().__init__()
@@ -200,7 +200,7 @@ def test_an_error_after_a_signal_is_an_interruption():
         train(saver=Stopping(), spoil=fails)
 
 
-def test_all_processes_follow_the_greatest_request(monkeypatch):
+def test_the_strongest_request_applies_to_all_processes(monkeypatch):
     """Numbers of two processes, of which one wants to save and one nothing."""
     saver = Recorder()
     monkeypatch.setattr(loop.dist, "world_size", lambda: 2)
@@ -210,7 +210,7 @@ def test_all_processes_follow_the_greatest_request(monkeypatch):
     assert saver.saved == [(3, 3, False)]
 
 
-def test_a_process_waits_for_the_agreement_of_all(monkeypatch):
+def test_a_request_applies_when_all_processes_agree(monkeypatch):
     """Its own request, after the first of three updates, takes effect when it is read, as in the other processes."""
 
     class Saves(Recorder):
@@ -234,7 +234,7 @@ def test_no_process_ends_before_the_state_is_saved(monkeypatch):
     assert events == ["save", "barrier"]
 
 
-def test_clip_grad_bounds_the_step():
+def test_clip_grad_limits_the_update():
     model, _, _, _ = train(batch_size=28, clip_grad=1e-3, lr=1.0)
     torch.manual_seed(0)
     Numbers(4)
@@ -247,7 +247,7 @@ def nan_at(*steps):
     return lambda step, loss: loss * (math.nan if step in steps else 1.0)
 
 
-def test_skip_leaves_the_weights_as_without_the_step():
+def test_skip_leaves_the_weights_unchanged():
     saver = RecordingSaver()
     model, seen, _, meters = train(spoil=nan_at(3), policy="skip", saver=saver)
     twin, losses = reference_run([(0,), (1,), (3,), (4,), (5,), (6,)], seen)
@@ -258,7 +258,7 @@ def test_skip_leaves_the_weights_as_without_the_step():
     assert not saver.emergencies
 
 
-def test_abort_saves_and_says_what_to_try():
+def test_abort_saves_the_state_and_suggests_remedies():
     saver = RecordingSaver()
     with pytest.raises(loop.NonFiniteLoss, match=r"epoch 3, batch 1.*--clip_grad"):
         train(spoil=nan_at(2), saver=saver)
@@ -270,7 +270,7 @@ def test_an_infinite_loss_with_a_finite_gradient_is_caught():
         train(spoil=lambda step, loss: loss + (math.inf if step == 2 else 0))
 
 
-def test_skipping_has_an_end():
+def test_too_many_skipped_updates_are_an_error():
     guard = loop.NonFiniteGuard("skip")  # one for the whole run: epochs here have 7 steps
     train(spoil=lambda step, loss: loss * math.nan, guard=guard)
     _, _, _, meters = train(spoil=lambda step, loss: loss * math.nan, guard=guard)
@@ -279,7 +279,7 @@ def test_skipping_has_an_end():
         train(spoil=lambda step, loss: loss * math.nan, guard=guard)
 
 
-def test_overflow_is_normal_under_fp16_until_it_does_not_end():
+def test_persistent_overflow_under_fp16_is_an_error():
     guard = loop.NonFiniteGuard("abort", overflow_is_normal=True)
     assert all(guard.accepts(1.0, math.inf) for _ in range(loop.MAX_SKIPS_IN_A_ROW - 1))
     assert guard.accepts(1.0, 2.0)
@@ -289,14 +289,14 @@ def test_overflow_is_normal_under_fp16_until_it_does_not_end():
     assert not loop.NonFiniteGuard("abort").accepts(1.0, math.inf)
 
 
-def test_an_optimizer_that_would_ignore_the_guard_is_refused():
+def test_an_optimizer_without_found_inf_is_an_error():
     precision = Precision("off", torch.device("cpu"))
     weight = torch.nn.Parameter(torch.ones(1))
     with pytest.raises(AssertionError, match="found_inf"):
         precision.step(torch.optim.SGD([weight], lr=1.0), None)
 
 
-def test_a_state_saved_in_between_counts_the_steps_on_their_way():
+def test_a_saved_state_counts_the_updates_in_flight():
     class Saves(NullSaver):
         def __init__(self):
             super().__init__(Interrupts())
@@ -358,7 +358,7 @@ def test_an_error_leaves_the_state_after_the_last_update():
     assert torch.equal(statistics, also_same)
 
 
-def test_a_process_that_is_gone_is_found_before_the_weights_change(monkeypatch):
+def test_a_lost_process_is_detected_before_the_update(monkeypatch):
     saver, before = Recorder(), []
 
     def gone(value):

@@ -42,7 +42,7 @@ def lines(out):
     return [json.loads(line) for line in (out / "log.txt").read_text().splitlines()]
 
 
-def test_leaves_what_the_published_code_leaves(finetune, capsys):
+def test_a_run_writes_the_files_of_the_published_code(finetune, capsys):
     out = finetune()
     names = {p.name.removeprefix("checkpoint-") for p in out.glob("*.pth")}
     assert names == {"0.pth", "1.pth", "best.pth", "last.pth"}  # the last is that of before the last evaluation
@@ -57,7 +57,7 @@ def test_leaves_what_the_published_code_leaves(finetune, capsys):
     assert re.search(r"^\* Acc@1 \d+\.\d{3} Acc@5 \d+\.\d{3} loss \d+\.\d{3}$", capsys.readouterr().out, re.MULTILINE)
 
 
-def test_learns(finetune):
+def test_fine_tuning_reduces_the_loss(finetune):
     out = finetune(**PLAIN, epochs=25, warmup_epochs=2)
     assert lines(out)[-1]["test_acc1"] > 80
     assert lines(out)[-1]["test_loss"] < lines(out)[0]["test_loss"] / 2
@@ -77,7 +77,7 @@ def test_stopped_and_resumed_equals_uninterrupted(finetune, monkeypatch, extra):
     assert_equal(weights(whole), weights(finetune("parts", **settings, resume="auto")))
 
 
-def test_starts_from_a_pretrained_encoder(finetune, pretrain, labelled):
+def test_fine_tuning_starts_from_a_pretrained_encoder(finetune, pretrain, labelled):
     pretrained = pretrain("mae", data_path=labelled) / "checkpoint-1.pth"
     encoder = weights(pretrained.parent)
     out = finetune(finetune=pretrained, lr=0.0, epochs=1)
@@ -95,7 +95,7 @@ def test_partial_fine_tuning(finetune, pretrain, labelled):
     assert not torch.equal(before["blocks.3.mlp.fc1.weight"], after["blocks.3.mlp.fc1.weight"])
 
 
-def test_evaluations_can_be_rarer(finetune):
+def test_eval_every_skips_evaluations(finetune):
     out = finetune(epochs=5, eval_every=2)
     assert [line["epoch"] for line in lines(out) if "test_acc1" in line] == [1, 3, 4]
 
@@ -127,7 +127,7 @@ def evaluated(capsys, run, **flags) -> str:
     return line
 
 
-def test_evaluation_is_the_epochs(finetune, tuned, capsys, labelled, tmp_path):
+def test_evaluation_equals_that_of_the_epoch(finetune, tuned, capsys, labelled, tmp_path):
     """Of our file, of a bare one, and of one with a Namespace in it; with val/ alone."""
     last = lines(tuned.parent)[-1]
     expected = f"* Acc@1 {last['test_acc1']:.3f} Acc@5 {last['test_acc5']:.3f} loss {last['test_loss']:.3f}"
@@ -153,7 +153,7 @@ dist.teardown()
 """
 
 
-def test_batches_and_processes_change_nothing(finetune, labelled, tuned, tmp_path):
+def test_batch_size_and_processes_have_no_effect(finetune, labelled, tuned, tmp_path):
     """To the last count, and the loss to 1e-6."""
     (tmp_path / "telling.py").write_text(TELLING.format(root=str(ROOT)))
     found = []
@@ -174,7 +174,7 @@ def test_batches_and_processes_change_nothing(finetune, labelled, tuned, tmp_pat
     assert all(loss == pytest.approx(found[0][1], rel=1e-6) for _, loss in found)
 
 
-def test_statistics_are_the_files(finetune, capsys):
+def test_evaluation_uses_the_recorded_statistics(finetune, capsys):
     """Those that a run was given need not be given again, neither to evaluate it nor to go on from it."""
     strange = {"mean": "0.9 0.8 0.7", "std": "0.1 0.1 0.2"}
     out = finetune("strange", **PLAIN, epochs=3, **strange)
@@ -191,7 +191,7 @@ def test_statistics_are_the_files(finetune, capsys):
     )
 
 
-def test_a_head_of_other_classes_is_not_taken(finetune, tuned, labelled, tmp_path):
+def test_a_head_for_other_classes_is_not_loaded(finetune, tuned, labelled, tmp_path):
     shutil.copytree(labelled, tmp_path / "renamed")
     for split in ("train", "val"):
         for number in range(6):
@@ -206,7 +206,7 @@ def test_a_head_of_other_classes_is_not_taken(finetune, tuned, labelled, tmp_pat
         finetune("tuned", **PLAIN, epochs=5, resume="auto", data_path=tmp_path / "renamed")
 
 
-def test_an_epoch_whose_evaluation_fails_is_not_lost(finetune, labelled, tmp_path):
+def test_an_epoch_is_saved_before_its_evaluation(finetune, labelled, tmp_path):
     shutil.copytree(labelled, tmp_path / "broken")
     whole = (tmp_path / "broken/val/kind1/01.png").read_bytes()
     (tmp_path / "broken/val/kind1/01.png").write_bytes(b"")
@@ -238,7 +238,7 @@ def evaluated_in_full(capsys, script, *argv) -> str:
     return capsys.readouterr().out
 
 
-def test_recorded_settings_are_the_evaluations(finetune, capsys, labelled):
+def test_evaluation_uses_the_recorded_settings(finetune, capsys, labelled):
     """Size, patch, channels, pooling, statistics and crop: none of them need be given again."""
     shape = {"input_size": "20 16", "patch_size": 2, "in_chans": 1, "cls_token": True, "mean": 0.3, "std": 0.2}
     out = finetune("shaped", **PLAIN, **shape, crop_pct=1, epochs=6)
@@ -262,14 +262,14 @@ def test_recorded_settings_are_the_evaluations(finetune, capsys, labelled):
     ]
 
 
-def test_a_recipe_counts_as_given(tuned, capsys, labelled, tmp_path):
+def test_values_of_a_recipe_count_as_explicit(tuned, capsys, labelled, tmp_path):
     (tmp_path / "recipe.yaml").write_text("input_size: 32\n")
     flags = ["--eval", "--resume", tuned, "--data_path", labelled, "--config", tmp_path / "recipe.yaml"]
     said = evaluated_in_full(capsys, main_finetune, *flags)
     assert f"warning: --input_size 32 is used, and {tuned} was made with --input_size 16" in said
 
 
-def test_files_of_others_are_evaluated_as_the_flags_say(finetune, tuned, capsys, tmp_path):
+def test_files_of_other_libraries_use_the_flags(finetune, tuned, capsys, tmp_path):
     torch.save({"model": weights(tuned.parent, tuned.name)}, tmp_path / "bare.pth")
     capsys.readouterr()
     finetune("nothing", eval=True, resume=tmp_path / "bare.pth", input_size=32)
@@ -305,7 +305,7 @@ def fails(capsys, monkeypatch, *argv) -> str:
     return said
 
 
-def test_wrong_inputs_are_answered_in_sentences(tuned, labelled, pictures, tmp_path, capsys, monkeypatch):
+def test_invalid_inputs_are_one_line_errors(tuned, labelled, pictures, tmp_path, capsys, monkeypatch):
     here = ["--data_path", labelled, "--model", "vit_mini_patch4", "--input_size", "16", "--batch_size", "8",
             "--num_workers", "0", "--output_dir", tmp_path / "wrong"]  # fmt: skip
 
@@ -340,7 +340,7 @@ def test_wrong_inputs_are_answered_in_sentences(tuned, labelled, pictures, tmp_p
     assert "choose --adapt_input mean" in said("--finetune", tuned, "--in_chans", "1")
 
 
-def test_every_split_of_the_effective_batch_trains_alike(finetune, labelled, tmp_path):
+def test_every_split_of_the_effective_batch_trains_equally(finetune, labelled, tmp_path):
     """48 images are 4 updates of 10, which leave out 8. Nothing is drawn here for a batch as a whole."""
     one = finetune("one", batch_size=10, **PLAIN)
     assert checkpoint.read(one / "checkpoint-1.pth")["optimizer"]["state"][0]["step"] == 8

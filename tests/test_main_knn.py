@@ -5,7 +5,7 @@ import main_knn
 from util.cli import entry_point
 
 
-def test_neighbours_of_an_encoder_that_knows_the_classes(classify, capsys):
+def test_neighbours_of_a_trained_encoder_find_the_classes(classify, capsys):
     untrained = classify(main_knn, k="1 5")
     assert (
         "warning: no --finetune: the features are those of an untrained encoder with random weights"

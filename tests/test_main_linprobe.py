@@ -56,7 +56,7 @@ def test_the_trunk_is_in_evaluation_mode():
     assert not model.forward_features(torch.rand(2, 1, 16, 16)).requires_grad
 
 
-def test_heads_do_not_mind_each_other():
+def test_heads_train_independently():
     """The gradient of each is that which it has alone."""
     torch.manual_seed(0)
     features, targets = torch.randn(16, 8), torch.randint(0, 3, (16,))
@@ -72,7 +72,7 @@ def test_heads_do_not_mind_each_other():
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_several_rates_have_a_head_each_and_one_is_chosen(probe, tuned, cached):
+def test_the_best_of_several_rates_is_selected(probe, tuned, cached):
     flags = {"finetune": tuned / "checkpoint-19.pth", "epochs": 3, **({"cache_features": True} if cached else {})}
     out = probe("several", blr="1 30 100", **flags)
     chosen = lines(out)[-1]["chosen_blr"]
@@ -85,7 +85,7 @@ def test_several_rates_have_a_head_each_and_one_is_chosen(probe, tuned, cached):
     assert torch.equal(all_heads[f"head.{number}.1.weight"], written["model"]["head.1.weight"])
 
 
-def test_the_value_is_the_mean_and_each_heads_own_loss_is_kept():
+def test_the_loss_is_the_mean_and_each_head_records_its_own():
     torch.manual_seed(0)
     criterion, logits, targets = main_linprobe.HeadLosses(2), torch.randn(3, 2, 5, 4), torch.randint(0, 4, (5,))
     own = [[float(F.cross_entropy(head, targets)) for head in batch] for batch in logits]
@@ -98,7 +98,7 @@ def test_the_value_is_the_mean_and_each_heads_own_loss_is_kept():
     assert criterion.means() == pytest.approx(own[0])
 
 
-def test_the_chosen_rate_and_its_own_loss_are_logged(probe, tuned, capsys):
+def test_the_selected_rate_and_its_loss_are_logged(probe, tuned, capsys):
     flags = {"finetune": tuned / "checkpoint-19.pth", "epochs": 2, "cache_features": True}
     out = probe("several", blr="1 30 100", **flags)
     said, last = capsys.readouterr().out, lines(out)[-1]
@@ -111,7 +111,7 @@ def test_the_chosen_rate_and_its_own_loss_are_logged(probe, tuned, capsys):
 @pytest.mark.parametrize(
     ("best", "warned"), [(0, ["the smallest"]), (1, []), (2, ["the largest"])], ids=["smallest", "inner", "largest"]
 )
-def test_a_rate_at_the_end_of_those_given_warns(caplog, best, warned):
+def test_a_selected_rate_at_the_limit_warns(caplog, best, warned):
     accuracies = [50.0 + (number == best) for number in range(3)]
     entries = main_linprobe.report_best_rate([0.1, 1.0, 10.0], accuracies, [3.0, 2.0, 1.0], is_last=True)
     assert entries == {"chosen_blr": [0.1, 1.0, 10.0][best], "train_loss": [3.0, 2.0, 1.0][best]}
@@ -122,7 +122,7 @@ def test_a_rate_at_the_end_of_those_given_warns(caplog, best, warned):
     assert not any(record.levelname == "WARNING" for record in caplog.records)
 
 
-def test_two_processes_evaluate_what_they_save(tuned, labelled, tmp_path, capsys, probe):
+def test_two_processes_evaluate_the_saved_probe(tuned, labelled, tmp_path, capsys, probe):
     """Batch norm's statistics are each process's own while it trains."""
     subprocess.run(
         [*torchrun(2), "main_linprobe.py", "--data_path", labelled, "--output_dir", tmp_path / "two", "--model",
@@ -137,7 +137,7 @@ def test_two_processes_evaluate_what_they_save(tuned, labelled, tmp_path, capsys
     assert f"* Acc@1 {last['test_acc1']:.3f} Acc@5 {last['test_acc5']:.3f} loss {last['test_loss']:.3f}" in said
 
 
-def test_the_written_probe_evaluates_alike(probe, tuned, capsys):
+def test_the_saved_probe_gives_equal_results(probe, tuned, capsys):
     out = probe("several", blr="1 100", finetune=tuned / "checkpoint-19.pth", epochs=3)
     last = lines(out)[-1]
     capsys.readouterr()
@@ -157,7 +157,7 @@ def test_resumes_exactly(probe, tuned):
     assert torch.equal(a["optimizer"]["state"][0]["momentum"], b["optimizer"]["state"][0]["momentum"])
 
 
-def test_recorded_settings_are_the_evaluations(probe, tuned, capsys, labelled):
+def test_evaluation_uses_the_recorded_settings(probe, tuned, capsys, labelled):
     out = probe("run", finetune=tuned / "checkpoint-19.pth", lr=5, epochs=3, crop_pct=1, mean="0.4 0.4 0.4")
     last = lines(out)[-1]
     capsys.readouterr()
@@ -168,7 +168,7 @@ def test_recorded_settings_are_the_evaluations(probe, tuned, capsys, labelled):
     assert "warning" not in said
 
 
-def test_without_a_file_the_features_are_of_random_weights(probe, tuned, capsys):
+def test_without_finetune_features_are_random_or_of_the_checkpoint(probe, tuned, capsys):
     """A resumed probe has its encoder in the checkpoint: its features are that one's, with or without --finetune."""
     flags = {"lr": 5, "epochs": 4}
     probe("random", **flags)

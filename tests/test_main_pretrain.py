@@ -21,7 +21,7 @@ from util.data import loader
 from util.training import loop, run_log
 
 
-def test_leaves_what_the_published_code_leaves(pretrain):
+def test_a_run_writes_the_files_of_the_published_code(pretrain):
     out = pretrain(vis_every=1)
     assert sorted(p.name for p in out.glob("*.pth")) == ["checkpoint-0.pth", "checkpoint-1.pth"]
     state = torch.load(out / "checkpoint-1.pth", weights_only=True)
@@ -43,7 +43,7 @@ def test_the_loss_falls(pretrain):
     assert losses[-1] < 0.75 * losses[0]
 
 
-def test_the_same_command_gives_the_same_run(pretrain):
+def test_the_same_command_gives_equal_results(pretrain):
     assert_equal(weights(pretrain("a")), weights(pretrain("b")))
     a, c = weights(pretrain("c", seed=1)), weights(pretrain("d", seed=2))
     assert not torch.equal(a["cls_token"], c["cls_token"])
@@ -68,7 +68,7 @@ def test_stopped_and_resumed_equals_uninterrupted(pretrain, monkeypatch, accum_i
 
 
 @pytest.mark.parametrize("place", [(loader.TrainLoader, "seek"), (run_log.RunLog, "end_epoch"), (dist, "gather")])
-def test_an_error_between_two_epochs_loses_nothing(pretrain, monkeypatch, place):
+def test_an_error_between_epochs_saves_the_state(pretrain, monkeypatch, place):
     """That a loading process was killed, PyTorch tells wherever the run is, also there."""
     settings = {"epochs": 4, "save_every": 1000}
     whole = pretrain("whole", **settings)
@@ -88,12 +88,12 @@ def test_an_error_between_two_epochs_loses_nothing(pretrain, monkeypatch, place)
     assert [line["train_loss"] for line in lines(parts)] == [line["train_loss"] for line in lines(whole)]
 
 
-def test_workers_change_nothing(pretrain, monkeypatch):
+def test_the_number_of_workers_has_no_effect(pretrain, monkeypatch):
     monkeypatch.setattr(loader.os, "sched_getaffinity", lambda pid: range(8))
     assert_equal(weights(pretrain("one", num_workers=1)), weights(pretrain("four", num_workers=4)))
 
 
-def test_every_split_of_the_effective_batch_trains_alike(pretrain, pictures, tmp_path):
+def test_every_split_of_the_effective_batch_trains_equally(pretrain, pictures, tmp_path):
     """24 images are 2 updates of 10, which leave out 4."""
     one = pretrain("one", batch_size=10)
     assert checkpoint.read(one / "checkpoint-1.pth")["optimizer"]["state"][0]["step"] == 4
@@ -125,7 +125,7 @@ def test_resumed_with_another_number_of_processes(pretrain, pictures, tmp_path, 
     assert_close(whole, tmp_path / "parts", "checkpoint-2.pth")
 
 
-def test_going_back_to_an_earlier_checkpoint_begins_a_branch(pretrain, monkeypatch):
+def test_resuming_from_an_earlier_checkpoint_starts_a_branch(pretrain, monkeypatch):
     """Interrupted, the branch is resumed, and not what it replaces; --keep_last counts its checkpoints alone."""
     settings = {"epochs": 6, "save_every": 1, "save_minutes": 0}
     first = pretrain("run", **settings)
@@ -146,7 +146,7 @@ def test_going_back_to_an_earlier_checkpoint_begins_a_branch(pretrain, monkeypat
     assert {path.name for path in first.glob("*.pth")} == {"checkpoint-5.pth", "checkpoint-last.pth"}
 
 
-def test_a_checkpoint_that_is_refused_sets_nothing_aside(pretrain):
+def test_a_rejected_checkpoint_moves_no_files(pretrain):
     out = pretrain("run", save_every=1)
     state = checkpoint.read(out / "checkpoint-0.pth")
     state["model"]["cls_token"][0, 0, 3] = float("nan")
@@ -162,19 +162,19 @@ def test_a_checkpoint_that_is_refused_sets_nothing_aside(pretrain):
     assert len(lines(out)) == 2
 
 
-def test_changed_settings_are_told(pretrain, capsys):
+def test_changed_settings_are_logged(pretrain, capsys):
     pretrain("run", epochs=2)
     pretrain("run", epochs=2, resume="auto", mask_ratio=0.5, num_workers=1)
     warned = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
     assert warned == ["warning: --mask_ratio was 0.75 in the resumed run, and is 0.5 from now on"]
 
 
-def test_init_from_takes_the_weights_alone(pretrain):
+def test_init_from_loads_only_the_weights(pretrain):
     out = pretrain("first")
     assert_equal(weights(out), weights(pretrain("next", init_from=out / "checkpoint-1.pth", lr=0.0)))
 
 
-def test_a_nan_ends_the_run_with_an_emergency_state(pretrain, monkeypatch, tmp_path):
+def test_a_nan_loss_writes_an_emergency_checkpoint(pretrain, monkeypatch, tmp_path):
     from models_mae import MaskedAutoencoderViT
 
     forward_loss, calls = MaskedAutoencoderViT.forward_loss, iter(range(100))
@@ -203,7 +203,7 @@ def fails(capsys, monkeypatch, *argv) -> str:
     return said
 
 
-def test_wrong_inputs_are_answered_in_sentences(pretrain, pictures, tmp_path, capsys, monkeypatch):
+def test_invalid_inputs_are_one_line_errors(pretrain, pictures, tmp_path, capsys, monkeypatch):
     out = pretrain("good")
     good = out / "checkpoint-1.pth"
     mini = ["--model", "mae_vit_mini_patch4", "--input_size", "16", "--batch_size", "4", "--num_workers", "0"]
@@ -262,7 +262,7 @@ def test_a_file_that_is_no_image_is_named(tmp_path, capsys, monkeypatch, workers
     assert f"error: {folder / 'broken.jpg'}: the file is not an image of a known format" in said
 
 
-def test_the_script_itself_exits_with_a_sentence(tmp_path):
+def test_the_script_exits_with_a_one_line_error(tmp_path):
     done = subprocess.run(
         [sys.executable, "main_pretrain.py", "--data_path", tmp_path / "nowhere", "--output_dir", tmp_path / "out",
          "--model", "mae_vit_mini_patch4", "--input_size", "16"],
@@ -290,7 +290,7 @@ entry_point.run(main_pretrain.main, main_pretrain.get_args_parser())
 """
 
 
-def test_one_processs_nan_ends_all_after_the_state_is_saved(pictures, tmp_path):
+def test_a_nan_in_one_process_ends_all_after_the_save(pictures, tmp_path):
     """The write is slowed: a process that ended before it was done would have torchrun kill the writer."""
     (tmp_path / "main_pretrain_spoiled.py").write_text(ONE_RANK_NAN.format(root=str(ROOT)))
     done = in_processes(2, pictures, tmp_path / "out", "--batch_size", 2, "--epochs", 9, "--save_every", 99,
@@ -309,20 +309,20 @@ def test_one_processs_nan_ends_all_after_the_state_is_saved(pictures, tmp_path):
         (0.95, "--mask_ratio 0.95 leaves none of the 16 patches visible: give --mask_ratio 0.937 or less"),
     ],
 )
-def test_ratios_that_train_nothing_are_refused(pretrain, ratio, message):
+def test_ratios_without_masked_or_visible_patches_are_errors(pretrain, ratio, message):
     with pytest.raises(ValueError, match=message):
         pretrain(mask_ratio=ratio)
     pretrain(mask_ratio=0.937, epochs=1)
 
 
-def test_a_run_that_is_all_warmup_warns(pretrain, capsys):
+def test_a_warmup_as_long_as_the_run_warns(pretrain, capsys):
     pretrain("all", epochs=1, warmup_epochs=1)
     assert "warning: --warmup_epochs 1 is not shorter than the run of --epochs 1" in capsys.readouterr().out
     pretrain("part", epochs=1, warmup_epochs=0.5)
     assert "--warmup_epochs 0.5 is" not in capsys.readouterr().out
 
 
-def test_deep_images_without_statistics_say_what_to_give(pretrain, tmp_path, capsys):
+def test_deep_images_without_statistics_suggest_mean_and_std(pretrain, tmp_path, capsys):
     """What is advised can be pasted, and the loss is then of the usual size."""
     (tmp_path / "deep").mkdir()
     generator = np.random.default_rng(0)

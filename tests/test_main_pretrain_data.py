@@ -104,7 +104,7 @@ def test_an_epoch_on_every_kind_of_data_set(pretrain, smooth, tmp_path, kind):
     assert len(EventAccumulator(str(out)).Reload().Images("reconstruction")) == 1
 
 
-def test_an_archive_is_the_folder_that_was_packed(pretrain, pictures, tmp_path):
+def test_an_archive_trains_like_its_folder(pretrain, pictures, tmp_path):
     packed = shutil.make_archive(str(tmp_path / "set"), "tar", pictures)
     assert_equal(weights(pretrain("folder")), weights(pretrain("archive", data_path=packed)))
 
@@ -119,7 +119,7 @@ def test_resuming_from_an_archive_is_exact(pretrain, pictures, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_every_image_gives_several_samples(pretrain, smooth, tmp_path, streamed):
+def test_repeated_sampling_repeats_every_image(pretrain, smooth, tmp_path, streamed):
     data = webdatasets(tmp_path, smooth) if streamed else flat_folder(tmp_path, smooth)
     out = pretrain(**data, epochs=1, batch_size=32, repeated_sampling=4, vis_every=0)
     assert len(step_losses(out)) == 400 * 4 / 32
@@ -134,7 +134,7 @@ def test_resuming_with_fast_jpegs_and_repeated_samples_is_exact(pretrain, pictur
     assert_equal(weights(whole), weights(pretrain("parts", **settings, resume="auto")))
 
 
-def test_fast_jpegs_make_the_very_same_run(pretrain, pictures, monkeypatch):
+def test_fast_jpeg_gives_a_bit_equal_run(pretrain, pictures, monkeypatch):
     decoded, decode_rgb = [], jpeg.decode_rgb
     monkeypatch.setattr(jpeg, "decode_rgb", lambda *given: decoded.append(decode_rgb(*given)) or decoded[-1])
     fast = pretrain("fast", fast_jpeg=True)
@@ -153,7 +153,7 @@ def test_bad_images_are_counted_in_the_log(pretrain, pictures, tmp_path, capsys)
     assert said.count("01.jpg: the file is empty") == said.count("02.jpg: the file is not an image") == 1
 
 
-def test_two_processes_name_a_bad_image_once(pictures, tmp_path):
+def test_two_processes_log_a_bad_image_once(pictures, tmp_path):
     shutil.copytree(pictures, tmp_path / "images")
     (tmp_path / "images/train/cat/01.jpg").write_bytes(b"")
     done = in_processes(2, tmp_path / "images", tmp_path / "out", "--batch_size", 4, "--epochs", 6,
@@ -162,7 +162,7 @@ def test_two_processes_name_a_bad_image_once(pictures, tmp_path):
     assert [line["bad_images"] for line in lines(tmp_path / "out")] == [1] * 6
 
 
-def test_a_stream_in_two_processes_goes_on(pretrain, smooth, tmp_path):
+def test_a_stream_in_two_processes_resumes(pretrain, smooth, tmp_path):
     shards = ["--dataset", webdatasets(tmp_path, smooth)["dataset"], "--batch_size", 10]
     in_processes(2, tmp_path, tmp_path / "out", *shards, "--epochs", 1)
     done = in_processes(2, tmp_path, tmp_path / "out", *shards, "--epochs", 2, "--resume", "auto")

@@ -49,7 +49,7 @@ def corrupted(tmp_path_factory):
 
 
 @pytest.mark.parametrize("suite", ["imagenet-a", "imagenet-r"])
-def test_answers_are_among_the_suites_classes(suite, tmp_path):
+def test_predictions_are_restricted_to_the_classes_of_the_suite(suite, tmp_path):
     """Of each class a picture of itself, and one of the next class: the reader, who thinks the class below the
     likelier neighbour, is right where the next class is none of the suite's."""
     folders = robustness.subset(suite)
@@ -74,7 +74,7 @@ def test_imagenet_sketch_among_all_classes(tmp_path):
     assert Image.open(tmp_path / "imagenet-sketch.png").width > 300
 
 
-def test_imagenet_v2s_three_variants(tmp_path):
+def test_imagenet_v2_has_three_variants(tmp_path):
     for errors, name in enumerate(("matched-frequency", "threshold0.7", "top-images"), start=1):
         folder = tmp_path / f"imagenetv2-{name}-format-val"
         class_folders(folder, [str(n) for n in range(1000)], "0af3f1b55de791c4144e2fb6d7dfe96dfc22d3fc.jpeg",
@@ -113,7 +113,7 @@ def test_imagenet_c(corrupted, tmp_path):
     assert Image.open(tmp_path / "imagenet-c.png").width > 900
 
 
-def test_it_goes_on_where_it_was_stopped(corrupted, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_suite_resumes(corrupted, tmp_path, monkeypatch, capsys):
     whole = run("imagenet-c", corrupted, tmp_path / "whole", subset=20)
     original, evaluated = main_robustness.evaluate, []
 
@@ -141,7 +141,7 @@ def test_it_goes_on_where_it_was_stopped(corrupted, tmp_path, monkeypatch, capsy
             run("imagenet-c", corrupted, tmp_path / "out", subset=20)
 
 
-def test_a_folder_that_is_completed_is_evaluated_anew(tmp_path, capsys):
+def test_a_folder_with_more_images_is_evaluated_again(tmp_path, capsys):
     data = class_folders(tmp_path / "a", robustness.subset("imagenet-a"), "a.jpg", wrong_in_ten(0))
     told = run("imagenet-a", data, tmp_path / "out")
     assert "timm:reads_colours: 200 images of the 7,500 published" in told
@@ -196,7 +196,7 @@ def timms_scores(model, folder, valid=None):
             "acc5": pytest.approx(float(correct[1]) / images, abs=1e-4)}  # fmt: skip
 
 
-def test_a_timm_models_scores_are_timms(timm_model, tmp_path):
+def test_scores_of_a_timm_model_equal_timms(timm_model, tmp_path):
     model, name = timm_model
     folder = class_folders(tmp_path / "a", robustness.subset("imagenet-a"), "a.jpg", wrong_in_ten(5))
     run("imagenet-a", folder, tmp_path, name)
@@ -210,7 +210,7 @@ def test_a_timm_models_scores_are_timms(timm_model, tmp_path):
     assert scores(tmp_path, "imagenet-v2")["top"] == timms_scores(model, variant)
 
 
-def test_imagenet_c_is_seen_whole(timm_model, corrupted, tmp_path):
+def test_imagenet_c_is_evaluated_without_a_centre_crop(timm_model, corrupted, tmp_path):
     """Its images are crops already."""
     run("imagenet-c", corrupted, tmp_path, timm_model[1], subset=2)
     assert json.loads((tmp_path / "imagenet-c.json").read_text())["settings"]["crop_pct"] == 1.0
@@ -222,7 +222,7 @@ def test_imagenet_c_is_seen_whole(timm_model, corrupted, tmp_path):
         assert not torch.equal(cut(picture), pil_to_tensor(picture))
 
 
-def test_real_labels_are_counted_as_timm_counts_them(timm_model, tmp_path):
+def test_real_accuracy_equals_timms(timm_model, tmp_path):
     """In two processes, too, with an image more in the first, every answer meets its own image's labels."""
     model, name = timm_model
     real = RealLabelsImagenet([""] * 50_000)
@@ -267,7 +267,7 @@ def test_recorded_crops_are_the_defaults(tmp_path, capsys):
     assert json.loads((tmp_path / "whole/imagenet-r.json").read_text())["settings"]["crop_pct"] == 1.0
 
 
-def test_ours_and_wrong_models(tmp_path):
+def test_our_models_are_evaluated_and_invalid_models_are_errors(tmp_path):
     data = class_folders(tmp_path / "r", robustness.subset("imagenet-r"), "art_0.jpg", lambda label: label)
     for name, classes, told in (
         ("good", None, None),

@@ -9,7 +9,7 @@ from models_mae import mae_vit_mini_patch4
 from util.masking import block_mask, check_ratio, grid_mask, noise_from_mask, num_visible, random_mask, sampler
 
 
-def test_every_form_of_a_mask_means_the_same():
+def test_every_form_of_a_mask_is_equivalent():
     patches = torch.tensor([[0, 1, 1, 0, 0, 1], [1, 1, 0, 0, 0, 1]])
     pixels = patches.reshape(2, 2, 3).repeat_interleave(4, dim=1).repeat_interleave(2, dim=2)
     for mask in (patches, patches.bool(), patches.float(), patches.reshape(2, 2, 3), pixels):
@@ -18,7 +18,7 @@ def test_every_form_of_a_mask_means_the_same():
         assert num_visible(6, ratio) == 3
 
 
-def test_one_pixel_removes_its_patch():
+def test_one_masked_pixel_masks_its_patch():
     mask = torch.zeros(1, 8, 6)
     mask[0, 7, 0] = 1
     assert noise_from_mask(mask, (2, 3), (4, 2))[0].nonzero().tolist() == [[0, 3]]
@@ -35,14 +35,14 @@ def test_one_pixel_removes_its_patch():
         (torch.zeros(2, 5), r"must be \(B, 4\), \(B, 2, 2\) or \(B, 8, 8\); got \(2, 5\)"),
     ],
 )
-def test_impossible_masks(mask, message):
+def test_invalid_masks_are_errors(mask, message):
     with pytest.raises(ValueError, match=message):
         noise_from_mask(mask, (2, 2), (4, 4))
 
 
 @pytest.mark.parametrize("draw_masks", [random_mask, block_mask])
 @pytest.mark.parametrize("ratio", [0.5, 0.75])
-def test_samplers_remove_their_share_in_every_image(draw_masks, ratio):
+def test_samplers_mask_the_ratio_in_every_image(draw_masks, ratio):
     generator = torch.Generator().manual_seed(0)
     masks = draw_masks(200, (14, 12), ratio, generator)
     assert masks.dtype == torch.bool
@@ -60,26 +60,26 @@ def neighbours_alike(masks):
     return (masks[:, :, 1:] == masks[:, :, :-1]).float().mean().item()
 
 
-def test_blocks_hang_together():
+def test_blocks_are_connected():
     generator = torch.Generator().manual_seed(0)
     scattered = neighbours_alike(random_mask(100, (14, 14), 0.5, generator))
     assert scattered == pytest.approx(0.5, abs=0.02)
     assert neighbours_alike(block_mask(100, (14, 14), 0.5, generator)) > 0.8
 
 
-def test_the_grid_keeps_one_of_four():
+def test_grid_masking_leaves_one_of_four_patches_visible():
     masks = grid_mask(2, (4, 6))
     assert masks.shape == (2, 4, 6)
     assert (~masks[1]).nonzero().tolist() == [[0, 0], [0, 2], [0, 4], [2, 0], [2, 2], [2, 4]]
 
 
-def test_models_take_what_samplers_make(mini_mae):
+def test_models_accept_the_noise_of_samplers(mini_mae):
     imgs = torch.rand(3, 1, 16, 16)
     for mask in (random_mask(3, (4, 4), 0.75), block_mask(3, (4, 4), 0.75), grid_mask(3, (4, 4))):
         assert torch.equal(mini_mae(imgs, mask=mask)[2], mask.flatten(1).float())
 
 
-def test_blocks_have_16_patches_at_least():
+def test_blocks_have_at_least_16_patches():
     """Of 32 masked patches of 16 x 16 the first rectangle has at least 16: no mask is scattered."""
     masks = block_mask(200, (16, 16), 1 - 224 / 256, torch.Generator().manual_seed(0))
     assert set(masks.flatten(1).sum(dim=1).tolist()) == {32}
@@ -110,7 +110,7 @@ def test_blocks_of_a_wide_grid_lie_in_it():
 
 @pytest.mark.parametrize("masking", ["random", "block", "grid"])
 @pytest.mark.parametrize("grid_size", [(14, 14), (7, 7), (8, 4)])
-def test_training_masks_as_the_sampler(masking, grid_size):
+def test_training_uses_the_masks_of_the_sampler(masking, grid_size):
     draw_noise, mask_ratio = sampler(masking, grid_size, 0.75)
     model = mae_vit_mini_patch4(img_size=(4 * grid_size[0], 4 * grid_size[1]))
     torch.manual_seed(3)
@@ -152,7 +152,7 @@ def test_the_scripts_masks_do_not_depend_on_workers(pretrain):
         (196, 0.999, "--mask_ratio 0.999 leaves none of the 196 patches visible: give --mask_ratio 0.994 or less"),
     ],
 )
-def test_ratios_that_train_nothing(num_patches, ratio, message):
+def test_ratios_without_masked_or_visible_patches(num_patches, ratio, message):
     with pytest.raises(ValueError, match=message):
         check_ratio(num_patches, ratio)
     check_ratio(2, 0.5)

@@ -143,21 +143,21 @@ def test_urls_in_full(name, file):
     assert model_zoo.TABLE[name].url == f"{folder}/{file}.pth"
 
 
-def test_a_name_that_was_never_released():
+def test_an_unreleased_name_is_an_error():
     with pytest.raises(
         ValueError, match=r"announced and never released; released are vit-base-p16_mae-1600e-pre_8xb128"
     ):
         model_zoo.find("vit-base-p16_mae-300e-pre_8xb128-coslr-100e_in1k")
 
 
-def test_an_unknown_name():
+def test_an_unknown_name_is_an_error():
     with pytest.raises(ValueError, match=r"no file mae_pretrain_vit_bse, nor .*did you mean mae_pretrain_vit_base[?]$"):
         loading.read("mae_pretrain_vit_bse")
     with pytest.raises(CheckpointError, match=r"there is no file .*base.pth"):
         loading.read("runs/base.pth")
 
 
-def test_without_a_network(hub):
+def test_a_missing_network_is_a_one_line_error(hub):
     with pytest.raises(ValueError, match=r"can't download https://\S+/mae_pretrain_vit_base.pth .*put it at .*hub"):
         model_zoo.fetch("mae_pretrain_vit_base")
 

@@ -38,13 +38,13 @@ def test_every_setting_of_a_classifier():
 
 
 @pytest.mark.parametrize("on", [True, False])
-def test_recomputation_on_demand(on):
+def test_grad_checkpointing_is_enabled_by_its_setting(on):
     for model in (models_build.autoencoder(MAE | {"grad_checkpointing": on}),
                   models_build.classifier(MINI | {"grad_checkpointing": on})):  # fmt: skip
         assert {block.grad_checkpointing for block in model.blocks} == {on}
 
 
-def test_a_probe_trains_its_head_alone():
+def test_a_probe_trains_only_its_head():
     model = models_build.probe(MINI)
     norm, linear = model.head
     assert (norm.eps, norm.affine, norm.num_features) == (1e-6, False, 128)
@@ -84,7 +84,7 @@ def test_an_autoencoders_settings_make_a_classifier_of_its_encoder():
     assert models_build.classifier_settings({"model": "resnet50", "input_size": 16}) == {}
 
 
-def test_heads_side_by_side_answer_in_their_order():
+def test_parallel_heads_return_logits_in_order():
     first, second = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
     features = torch.randn(4, 3)
     logits = models_build.ParallelHeads([first, second])(features)

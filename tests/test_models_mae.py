@@ -178,7 +178,7 @@ def test_gradients_against_finite_differences():
     assert gradcheck(loss, values, eps=1e-6, atol=1e-6, fast_mode=True)
 
 
-def test_seed_keeps_the_published_patches():
+def test_a_seed_selects_the_published_patches():
     """One torch.rand(B, N) is all that a bare forward draws; the smallest values are kept."""
     model, imgs = build(), torch.randn(2, 3, 16, 16)
     torch.manual_seed(7)
@@ -205,7 +205,7 @@ def test_random_masking_contract():
 
 
 @pytest.mark.parametrize(("patches", "ratio", "kept"), [(100, 0.9, 9), (25, 0.8, 4), (196, 0.75, 49), (16, 0, 16)])
-def test_number_kept_is_truncated_as_published(patches, ratio, kept):
+def test_number_of_visible_patches_is_truncated(patches, ratio, kept):
     assert build().random_masking(torch.zeros(1, patches, 4), ratio)[0].shape[1] == kept
 
 
@@ -215,7 +215,7 @@ def test_impossible_ratio(ratio):
         build()(torch.zeros(1, 3, 16, 16), ratio)
 
 
-def test_nothing_masked_is_a_loss_of_zero_with_a_gradient():
+def test_a_mask_ratio_of_zero_has_zero_loss_and_a_gradient():
     model = build()
     loss, _, mask = model(torch.randn(2, 3, 16, 16), 0.0)
     loss.backward()
@@ -224,7 +224,7 @@ def test_nothing_masked_is_a_loss_of_zero_with_a_gradient():
     assert model.decoder_pred.weight.grad is not None
 
 
-def test_loss_is_the_mean_over_removed_patches():
+def test_loss_is_the_mean_over_masked_patches():
     model = build(norm_pix_loss=True)
     imgs = torch.randn(2, 3, 16, 16)
     pred, mask = torch.randn(2, 16, 48), (torch.rand(2, 16) < 0.5).float()
@@ -242,7 +242,7 @@ def test_loss_is_the_mean_over_removed_patches():
 @pytest.mark.parametrize(
     ("height", "width", "p", "q", "chans"), [(16, 16, 4, 4, 3), (8, 24, 4, 8, 1), (6, 10, 2, 5, 13)]
 )
-def test_patchify_and_back(height, width, p, q, chans):
+def test_unpatchify_inverts_patchify(height, width, p, q, chans):
     model = build(img_size=(height, width), patch_size=(p, q), in_chans=chans)
     imgs = torch.randn(2, chans, height, width)
     patches = model.patchify(imgs)
@@ -261,7 +261,7 @@ def test_another_image_size_recomputes_the_tables():
         small(torch.zeros(1, 3, 18, 16))
 
 
-def test_a_given_mask_is_the_mask():
+def test_an_explicit_mask_is_used():
     model, imgs = build(), torch.randn(2, 3, 16, 16)
     mask = torch.rand(2, 16).argsort(dim=1) < 11
     for given in (mask, mask.float(), mask.reshape(2, 4, 4)):

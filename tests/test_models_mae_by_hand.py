@@ -17,7 +17,7 @@ def single_layers(side, patch_size=1, **kwargs) -> MaskedAutoencoderViT:
 
 
 @pytest.mark.parametrize("side", [7, 14, 16])
-def test_a_given_mask_keeps_every_number_of_patches(side):
+def test_an_explicit_mask_works_for_every_number_of_patches(side):
     """49, 196 and 256 patches: the ratio that stands for a mask must not lose a patch to its rounding."""
     model, imgs, num_patches = single_layers(side), torch.randn(1, 1, side, side), side * side
     for kept in range(1, num_patches + 1):
@@ -25,7 +25,7 @@ def test_a_given_mask_keeps_every_number_of_patches(side):
         assert torch.equal(model(imgs, mask=mask)[2], mask.float()), kept
 
 
-def test_a_reconstruction_has_the_patches_own_mean_and_deviation():
+def test_reconstruct_restores_mean_and_std_of_each_patch():
     """Patch (1, 2, 3, 4): mean 2.5, unbiased variance 5/3."""
     imgs = torch.tensor([[1.0, 2, 5, 5], [3, 4, 5, 5]])[None, None]
     for norm_pix_loss, expected in ((True, [3.7909948, 1.2090054, 2.5, 5.0819885]), (False, [1.0, -1.0, 0.0, 2.0])):
@@ -48,7 +48,7 @@ def test_a_normalised_target_by_hand():
     assert model.forward_loss(1e-3 * imgs, pred, mask).item() == pytest.approx(0.46875, rel=1e-5)
 
 
-def test_the_decoder_puts_tokens_back_in_their_places():
+def test_the_decoder_restores_the_order_of_tokens():
     """Without blocks a visible patch is its own embedding, a masked one the mask token; positions are added to both."""
     model = single_layers((2, 4), patch_size=2, decoder_embed_dim=32)
     model.decoder_embed.weight.data, model.decoder_embed.bias.data = torch.eye(32), torch.zeros(32)
@@ -74,7 +74,7 @@ def test_the_class_token_and_every_patch_get_their_positions():
     assert (mask.tolist(), ids_restore.tolist()) == ([[1.0, 0.0]], [[1, 0]])
 
 
-def test_a_reconstruction_of_another_size_is_put_together_in_its_own_grid():
+def test_reconstruct_supports_other_image_sizes():
     model = single_layers((4, 4), patch_size=2)
     imgs = torch.arange(32.0).reshape(1, 1, 8, 4)
     picture = model.reconstruct(imgs, mask=torch.tensor([[True] + 7 * [False]]))
@@ -82,7 +82,7 @@ def test_a_reconstruction_of_another_size_is_put_together_in_its_own_grid():
     assert torch.equal(picture.masked[0, 0, :2, 2:], imgs[0, 0, :2, 2:])
 
 
-def test_weights_that_are_loaded_into_one_model_leave_the_tables_of_others_alone():
+def test_loading_weights_does_not_change_other_models():
     """The tables are computed once and copied."""
     first = single_layers(4)
     table = first.pos_embed.clone()

@@ -75,7 +75,7 @@ def test_from_scratch_weights():
     assert (model.blocks[0].mlp.fc1.bias == 0).all()
 
 
-def test_recomputed_blocks_drop_the_same_paths():
+def test_checkpointed_blocks_drop_the_same_paths():
     """The second computation draws the random numbers of the first, else its gradients are another function's."""
     model, imgs = models_vit.vit_mini_patch4(img_size=16, drop_path_rate=0.5, num_classes=3), torch.randn(16, 3, 16, 16)
 
@@ -150,7 +150,7 @@ def test_drop_path_acts_on_attention_and_mlp():
     torch.testing.assert_close(block(x), y + block.mlp(block.norm2(y)))
 
 
-def test_a_frozen_model_trains_its_head_alone():
+def test_a_frozen_model_trains_only_its_head():
     model = models_vit.vit_mini_patch4(img_size=16)
     model.freeze()
     model.train()
@@ -163,7 +163,7 @@ def test_a_frozen_model_trains_its_head_alone():
     assert not model.head.training
 
 
-def test_gelu_is_the_exact_one():
+def test_gelu_is_exact():
     """1 x Phi(1) = 0.8413447; the approximation by tanh is 0.8411920."""
     mlp = models_vit.Mlp(1, 1)
     for layer in (mlp.fc1, mlp.fc2):

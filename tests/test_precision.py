@@ -35,7 +35,7 @@ def test_bf16_computes_in_bf16_and_keeps_fp32_weights():
     assert precision.name == "bf16"
 
 
-def test_norm_is_of_the_whole_gradient_before_clipping():
+def test_the_norm_is_computed_before_clipping():
     weights = [torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(3))]
     optimizer = torch.optim.SGD(weights, lr=1.0, fused=True)
     weights[0].grad, weights[1].grad = torch.full((2,), 3.0), torch.full((3,), 4.0)
@@ -46,7 +46,7 @@ def test_norm_is_of_the_whole_gradient_before_clipping():
 
 
 @pytest.mark.parametrize(("loss", "gradient"), [(float("inf"), 1.0), (1.0, float("inf")), (float("nan"), 1.0)])
-def test_fp16_steps_that_are_not_finite_change_nothing(loss, gradient):
+def test_nonfinite_fp16_updates_are_skipped(loss, gradient):
     """The scaler's path, on a CPU; an infinite loss whose formula has a finite gradient among them."""
     precision = Precision("off", CPU)
     precision.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)

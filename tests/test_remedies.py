@@ -81,7 +81,7 @@ CASES = {  # script, right settings, wrong ones, and what the error advises
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_remedy_that_is_typed_helps(case, runs, labelled, tmp_path, call):
+def test_every_remedy_works_when_typed(case, runs, labelled, tmp_path, call):
     script, right, wrong, pattern = CASES[case]
     right = {**right, "data_path": labelled}
     if script is not main_knn:
@@ -96,14 +96,14 @@ def test_a_remedy_that_is_typed_helps(case, runs, labelled, tmp_path, call):
     assert call(script, {}, *argv_of(typed), *remedy[1].split()) == ""
 
 
-def test_a_learning_rate_that_diverges(labelled, tmp_path, call):
+def test_the_remedy_for_a_diverging_learning_rate_works(labelled, tmp_path, call):
     settings = {**MAE, "data_path": labelled, "output_dir": tmp_path / "out", "lr": 1e30}
     said = call(main_pretrain, settings)
     assert "a lower learning rate (--lr, or --blr where --lr is not given)" in said
     assert call(main_pretrain, {**settings, "lr": 1e-4, "output_dir": tmp_path / "lower"}) == ""
 
 
-def test_bad_images_are_skipped_where_the_script_can(labelled, tmp_path, call):
+def test_on_bad_image_is_suggested_only_by_scripts_that_have_it(labelled, tmp_path, call):
     for split in ("train", "val"):
         for kind in range(2):
             folder = tmp_path / "data" / split / f"kind{kind}"
@@ -122,13 +122,13 @@ def test_bad_images_are_skipped_where_the_script_can(labelled, tmp_path, call):
     assert "main_pretrain.py --on_bad_image skip leaves them out" in said
 
 
-def test_names_that_are_nearly_right(labelled, tmp_path, call):
+def test_misspelled_names_are_corrected(labelled, tmp_path, call):
     settings = {**MAE, "data_path": labelled, "output_dir": tmp_path / "out"}
     for wrong, right in (("cifar10", "CIFAR10"), ("CIFAR11", "CIFAR10"), ("Flower102", "Flowers102")):
         assert call(main_pretrain, {**settings, "dataset": wrong}).endswith(f"of this name; did you mean {right}?")
 
 
-def test_a_split_that_is_missing(runs, pictures, tmp_path, call):
+def test_the_remedy_for_a_missing_split_works(runs, pictures, tmp_path, call):
     settings = {**VIT, "data_path": pictures, "output_dir": tmp_path / "out"}
     assert call(main_finetune, settings).endswith("no folder val/ in it: give that, or --val_list")
     names = "".join(f"{path} {path.parent.name}\n" for path in sorted(pictures.glob("train/*/*")))

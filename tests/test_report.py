@@ -14,7 +14,7 @@ def rows(path):
         return list(csv.reader(file))
 
 
-def test_tables_and_picture(tmp_path):
+def test_report_writes_tables_and_a_picture(tmp_path):
     labels, predictions = np.array([0, 0, 0, 1, 1]), np.array([0, 2, 2, 1, 1])
     report.write(tmp_path / "new", ["cat", "dog", "emu"], labels, predictions)
     assert rows(tmp_path / "new" / "classes.csv")[1:] == [
@@ -28,7 +28,7 @@ def test_tables_and_picture(tmp_path):
     assert Image.open(tmp_path / "new" / "confusion.png").width > 200
 
 
-def test_many_classes(tmp_path):
+def test_report_supports_many_classes(tmp_path):
     labels = np.arange(300)
     report.write(tmp_path, [str(n) for n in labels], labels, labels)
     assert Image.open(tmp_path / "confusion.png").height <= 1300

@@ -40,7 +40,7 @@ def make_copy(*arguments):
     resize.main(entry_point.parse(resize.get_args_parser(), list(map(str, arguments))))
 
 
-def test_a_copy(folder, tmp_path):
+def test_resize_scales_large_images_only(folder, tmp_path):
     copy = tmp_path / "copy"
     done = run(folder, copy, "--short_side", 100)
     assert done.returncode == 0, done.stderr
@@ -56,7 +56,7 @@ def test_a_copy(folder, tmp_path):
     assert np.array_equal(np.asarray(Image.open(copy / "train/cat/b.PNG")), np.asarray(expected))
 
 
-def test_it_goes_on_where_it_was(folder, tmp_path, caplog):
+def test_resize_resumes_after_an_interruption(folder, tmp_path, caplog):
     caplog.set_level("INFO")
     copy = tmp_path / "copy"
     make_copy(folder, copy, "--short_side", 100)
@@ -69,7 +69,7 @@ def test_it_goes_on_where_it_was(folder, tmp_path, caplog):
     assert not list(copy.rglob("*.tmp"))
 
 
-def test_what_scaling_would_lose_is_copied(tmp_path, caplog):
+def test_files_that_scaling_would_change_are_copied(tmp_path, caplog):
     """Palettes, colour keys, 16 bits, frames, lossless WebP, TIFF; links that lead in circles count once."""
     folder = tmp_path / "images"
     folder.mkdir()
@@ -93,14 +93,14 @@ def test_what_scaling_would_lose_is_copied(tmp_path, caplog):
     assert Image.open(tmp_path / "copy/plain.png").getexif()[0x0112] == 6
 
 
-def test_a_copy_that_cant_be_written_ends_the_command(folder, tmp_path):
+def test_an_unwritable_copy_is_an_error(folder, tmp_path):
     (tmp_path / "copy").write_text("a file")
     done = run(folder, tmp_path / "copy")
     assert done.returncode == 1
     assert "Not a directory" in done.stderr or "File exists" in done.stderr
 
 
-def test_what_is_wrong_is_said(folder, tmp_path):
+def test_invalid_arguments_are_one_line_errors(folder, tmp_path):
     whole = (folder / "train/cat/a.jpg").read_bytes()
     (folder / "train/cat/bad.jpg").write_bytes(whole[:3000])
     done = run(folder, tmp_path / "copy")

@@ -14,7 +14,7 @@ from util.evaluation.robustness import CORRUPTIONS, SEVERITIES, corruption_error
 
 
 @pytest.mark.parametrize("name", ["imagenet-a", "imagenet-r"])
-def test_the_classes_are_timms(name, tmp_path):
+def test_the_classes_equal_timms(name, tmp_path):
     file = resources.files("timm.data") / "_info" / f"{name.replace('-', '_')}_indices.txt"
     suite = find(name, tmp_path)
     assert suite.columns == [int(line) for line in file.read_text().split()]
@@ -22,7 +22,7 @@ def test_the_classes_are_timms(name, tmp_path):
     assert [robustness.synsets()[label] for label in suite.columns] == suite.folders
 
 
-def test_alexnets_own_errors_are_100():
+def test_the_normalised_errors_of_alexnet_are_100():
     errors = {f"{name}/{severity}": 100 * error for name, error in CORRUPTIONS.items() for severity in SEVERITIES}
     found = corruption_errors(errors)
     assert found.mce == pytest.approx(100.0, abs=1e-9)
@@ -39,7 +39,7 @@ def test_errors_by_hand():
     assert found.unnormalised == pytest.approx(2.0)
 
 
-def test_imagenet_v2_counts_its_folders_as_numbers(tmp_path, monkeypatch):
+def test_imagenet_v2_folders_are_class_numbers(tmp_path, monkeypatch):
     folders = [str(number) for number in range(1000)]
     class_folders(tmp_path / "imagenetv2-matched-frequency-format-val", folders, "a.jpeg", lambda label: label)
     suite = find("imagenet-v2", tmp_path)
@@ -52,7 +52,7 @@ def test_imagenet_v2_counts_its_folders_as_numbers(tmp_path, monkeypatch):
     assert find("imagenet-v2", Path(".")) == suite
 
 
-def test_archives_of_one_folder(tmp_path):
+def test_suites_with_one_folder_accept_archives(tmp_path):
     class_folders(tmp_path / "set" / "imagenet-a", robustness.subset("imagenet-a"), "a.jpg", lambda label: label)
     archive = shutil.make_archive(str(tmp_path / "imagenet-a"), "tar", tmp_path / "set")
     source = open_cell(find("imagenet-a", tmp_path / "imagenet-a.tar"), "imagenet-a").source
@@ -78,7 +78,7 @@ def test_a_subset_is_spread_over_all_classes(tmp_path):
     assert len(open_cell(suite, "imagenet-r", 999).source) == 200
 
 
-def test_real_labels_are_found_by_file_names(tmp_path):
+def test_real_labels_are_looked_up_by_file_names(tmp_path):
     """Image 1 is a plain snake; 2 has two labels; some have none, and do not count."""
     labels = RealLabelsImagenet([""] * 50_000).real_labels
     names = [f"ILSVRC2012_val_{number:08d}.JPEG" for number in range(1, 101)]
@@ -110,7 +110,7 @@ def test_imagenet_c_unpacked_into_one_folder_or_four(tmp_path, families):
     assert cells["snow/5"] == tmp_path / ("weather" if families else "") / "snow" / "5"
 
 
-def test_wrong_folders_are_named(tmp_path):
+def test_invalid_folders_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"--data_path: there is no folder or archive .*nowhere"):
         find("imagenet-a", tmp_path / "nowhere")
     corrupted(tmp_path / "c")

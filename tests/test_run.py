@@ -126,7 +126,7 @@ def test_a_failing_pip_fails_the_task_with_pips_message(clone, tools):
     assert not (clone / ".venv/installed").exists()
 
 
-def test_a_silent_installation_shows_that_it_goes_on(clone, tools):
+def test_a_silent_installation_shows_progress(clone, tools):
     """pip is silent for 12 seconds, after a line for each package and one that is not shown."""
     disks(tools, 90, 90)
     write_python(tools, "echo '  Downloading torch-2.whl (539 MB)'; echo '  Downloading torch.whl.metadata'; sleep 12")

@@ -16,7 +16,7 @@ PRELUDE = (
 )
 
 
-def test_a_used_folder_needs_resume(tmp_path):
+def test_a_directory_with_a_run_requires_resume(tmp_path):
     (tmp_path / "job.log").write_text("a launcher's file is no run")
     run_directory.prepare(tmp_path, "")
     (tmp_path / "log.txt").write_text("{}\n")
@@ -28,7 +28,7 @@ def test_a_used_folder_needs_resume(tmp_path):
         run_directory.prepare(tmp_path, str(tmp_path.parent / "checkpoint-0.pth"))
 
 
-def test_two_runs_do_not_share_a_folder(tmp_path):
+def test_two_runs_can_not_write_to_one_directory(tmp_path):
     script = PRELUDE + f"with run_directory.locked(Path({str(tmp_path)!r})): pass"
     with run_directory.locked(tmp_path):
         assert (tmp_path / "run.lock").read_text().startswith(f"process {os.getpid()} on ")
@@ -37,7 +37,7 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0
 
 
-def test_the_lock_ends_with_its_process_and_not_with_the_workers(tmp_path):
+def test_the_lock_is_released_when_its_process_ends(tmp_path):
     """Worker processes are forked while the run holds the lock, and outlive a killed run for seconds."""
     script = PRELUDE + (
         f"with run_directory.locked(Path({str(tmp_path)!r})):\n"
@@ -50,7 +50,7 @@ def test_the_lock_ends_with_its_process_and_not_with_the_workers(tmp_path):
         os.kill(int(done.stdout), 9)  # the worker is still there
 
 
-def test_a_lock_that_a_killed_process_left_is_recognised(tmp_path, caplog):
+def test_a_stale_lock_is_ignored(tmp_path, caplog):
     script = (
         f"import sys, os; sys.path.insert(0, {str(ROOT)!r})\n"
         "from util.checkpoints import run_directory; from pathlib import Path\n"
@@ -63,21 +63,21 @@ def test_a_lock_that_a_killed_process_left_is_recognised(tmp_path, caplog):
         assert "was killed" in caplog.text
 
 
-def test_a_path_that_is_a_file(tmp_path):
+def test_an_output_dir_that_is_a_file_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"--output_dir .*file/run can't be made \(Not a directory\)"):
         run_directory.prepare(tmp_path / "file" / "run", "")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-def test_a_folder_of_somebody_else(tmp_path):
+def test_an_unwritable_run_directory_is_an_error(tmp_path):
     """Root passes through modes, so that an unprivileged user tries."""
     script = PRELUDE + f"os.seteuid(65534)\nwith run_directory.locked(Path({str(tmp_path)!r})): pass"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert "can't be written to (Permission denied): free space there, or give another" in done.stderr
 
 
-def test_a_restarted_run_goes_on_from_its_newest_state(monkeypatch, tmp_path):
+def test_a_restarted_run_resumes_from_its_newest_checkpoint(monkeypatch, tmp_path):
     other = "other/checkpoint-7.pth"
     assert [run_directory.chosen(tmp_path, resume) for resume in ("", other, "auto")] == ["", other, "auto"]
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
@@ -108,7 +108,7 @@ def make_run(folder):
     (folder / "log.txt").write_text("".join(f'{{"epoch": {n}}}\n' for n in range(6)))
 
 
-def test_going_back_sets_the_later_checkpoints_aside(tmp_path, caplog):
+def test_resuming_from_an_earlier_checkpoint_moves_later_ones(tmp_path, caplog):
     caplog.set_level("INFO")
     make_run(tmp_path)
     run_directory.begin_branch(tmp_path, tmp_path / "checkpoint-last.pth")
@@ -125,7 +125,7 @@ def test_going_back_sets_the_later_checkpoints_aside(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("moved", range(5))
-def test_a_crash_between_two_moves_is_completed_by_the_next_start(tmp_path, monkeypatch, moved):
+def test_an_interrupted_move_is_completed_at_the_next_start(tmp_path, monkeypatch, moved):
     make_run(tmp_path)
     rename, calls = Path.rename, iter(range(10))
 

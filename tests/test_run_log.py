@@ -36,7 +36,7 @@ def test_meters_are_means_over_updates():
     assert Meters().means() == {"train_loss": None, "train_lr": None}
 
 
-def test_stopwatch_counts_the_wait_alone():
+def test_stopwatch_measures_only_data_loading():
     def slow():
         for number in range(3):
             time.sleep(0.05)
@@ -84,7 +84,7 @@ def test_a_resumed_run_logs_every_scalar_once(tmp_path):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small disk")
-def test_what_a_full_disk_refuses_is_written_later(tmp_path, caplog):
+def test_log_lines_are_written_after_a_full_disk_has_space(tmp_path, caplog):
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", tmp_path], check=True)
     try:
         log = RunLog(tmp_path, tmp_path, epochs=4)
@@ -121,7 +121,7 @@ def test_what_a_full_disk_refuses_is_written_later(tmp_path, caplog):
         subprocess.run(["umount", "-l", tmp_path], check=True)
 
 
-def test_lines_where_there_is_no_terminal(tmp_path, caplog):
+def test_progress_is_logged_as_lines_without_a_terminal(tmp_path, caplog):
     caplog.set_level("INFO")
     log = RunLog(tmp_path, tmp_path, epochs=2)
     log.begin_epoch(1, 0, num_iterations=10, images_per_iteration=8, watch=Stopwatch())
@@ -138,7 +138,7 @@ def test_lines_where_there_is_no_terminal(tmp_path, caplog):
     assert line["train_loss"] == 0.5
 
 
-def test_a_bar_on_a_terminal(tmp_path):
+def test_progress_is_a_bar_on_a_terminal(tmp_path):
     """A real pseudo-terminal; tqdm writes what a person sees."""
     code = """
 import time
@@ -168,7 +168,7 @@ log.end_epoch({"train_lr": 1e-3, "train_loss": 0.25})
         assert part in text
 
 
-def test_other_ranks_log_only_what_is_about_themselves(monkeypatch, capsys):
+def test_other_ranks_log_only_their_own_messages(monkeypatch, capsys):
     monkeypatch.setattr(dist, "rank", lambda: 3)
     start_logging()
     logger = logging.getLogger("util.x")

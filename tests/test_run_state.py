@@ -22,7 +22,7 @@ def test_progress_counts_images():
     assert (foreign.epoch, foreign.first_iteration) == (20, 0)
 
 
-def test_another_architecture_is_named(mini_mae):
+def test_resuming_another_architecture_is_an_error(mini_mae):
     from models_mae import mae_vit_mini_patch4
 
     state = {"model": mae_vit_mini_patch4(img_size=16, in_chans=3).state_dict(), "args": {"model": "x", "in_chans": 3}}
@@ -31,7 +31,7 @@ def test_another_architecture_is_named(mini_mae):
     assert raised.value.__notes__ == ["give --model x --in_chans 3"]
 
 
-def test_optimizer_state_of_an_older_torch(mini_mae):
+def test_optimizer_states_of_older_versions_are_loaded(mini_mae):
     """The published code's groups know no fused option; ours stay fused."""
     weight = torch.nn.Parameter(torch.ones(3))
     optimizer = torch.optim.AdamW([weight], lr=1.0, weight_decay=0.3, fused=True)
@@ -45,7 +45,7 @@ def test_optimizer_state_of_an_older_torch(mini_mae):
     assert optimizer.state[weight]["step"] == 12
 
 
-def test_an_epoch_goes_on_with_the_same_images_only(caplog):
+def test_resuming_within_an_epoch_requires_the_same_images(caplog):
     position = {"effective_batch_size": 8, "epoch": 3, "meters": {}, "num_images": 160}
     progress = run_state.Progress(8, 8, num_images=161)
     progress.restore({"progress": {**position, "images_done": 0}})

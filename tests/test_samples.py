@@ -13,7 +13,7 @@ def equal(a, b):
     return torch.equal(a[0], b[0]) and torch.equal(a[2], b[2])
 
 
-def test_a_sample_depends_on_seed_epoch_and_index_alone(pictures):
+def test_a_sample_depends_only_on_seed_epoch_and_index(pictures):
     samples = make_samples(pictures)
     first = samples[2, 5]
     assert first[0].dtype == torch.uint8
@@ -27,7 +27,7 @@ def test_a_sample_depends_on_seed_epoch_and_index_alone(pictures):
     assert not equal(make_samples(pictures, seed=1)[2, 5], first)
 
 
-def test_sampling_leaves_the_processs_own_generators_alone(pictures):
+def test_sampling_does_not_change_global_generators(pictures):
     samples = make_samples(pictures)
     torch.manual_seed(5)
     expected = torch.rand(3)
@@ -57,7 +57,7 @@ def test_noise_is_uniform_and_independent_between_neighbours():
     assert len(np.unique(noise[:, 0])) == 4000
 
 
-def test_good_images_are_those_of_a_run_that_skips_nothing(pictures):
+def test_skipping_bad_images_does_not_change_good_ones(pictures):
     assert equal(make_samples(pictures)[1, 2], make_samples(pictures, on_bad_image="skip")[1, 2])
 
 

@@ -20,7 +20,7 @@ def make_saver(tmp_path, **options):
     return Saver(Interrupts(), tmp_path, lambda: {"model": {"weight": torch.zeros(1)}}, progress, **options)
 
 
-def test_milestones_are_the_published_ones(tmp_path):
+def test_checkpoints_are_written_at_the_published_epochs(tmp_path):
     saver = make_saver(tmp_path)
     for epoch in range(50):
         saver.save_epoch(epoch)
@@ -32,7 +32,7 @@ def test_milestones_are_the_published_ones(tmp_path):
     assert state["progress"]["epoch"] == 21
 
 
-def test_rolling_states_come_by_the_clock(tmp_path):
+def test_save_minutes_writes_checkpoint_last(tmp_path):
     assert make_saver(tmp_path).request() is Request.NONE
     saver = make_saver(tmp_path, save_minutes=0)
     assert saver.request() is Request.SAVE
@@ -48,7 +48,7 @@ def test_rolling_states_come_by_the_clock(tmp_path):
     }  # fmt: skip
 
 
-def test_a_state_that_cannot_be_written_does_not_end_the_run(tmp_path, caplog):
+def test_an_unwritable_checkpoint_does_not_end_the_run(tmp_path, caplog):
     saver = make_saver(tmp_path / "gone", save_minutes=0)
     saver.save(0, 1, {})
     wait([saver.writing])
@@ -74,7 +74,7 @@ def rescued(text):
     return {path.name: checkpoint.position(path) for path in place.iterdir()}
 
 
-def test_what_a_run_cannot_write_at_its_end_is_in_the_temporary_folder(tmp_path, caplog):
+def test_unwritten_checkpoints_are_saved_in_a_temporary_directory(tmp_path, caplog):
     """Its result; its last state when it is stopped; the state of before an error; and when too many states wait."""
     with pytest.raises(OSError, match=r"can't write .*checkpoint-49\.pth") as stop:
         make_saver(tmp_path / "gone").save_epoch(49)
@@ -107,7 +107,7 @@ def test_what_a_run_cannot_write_at_its_end_is_in_the_temporary_folder(tmp_path,
     assert "can't write" not in caplog.text.rpartition("tries again with the next state")[2]
 
 
-def test_the_best_accuracy_is_that_of_a_file_that_is_there(tmp_path):
+def test_best_accuracy_requires_an_existing_checkpoint(tmp_path):
     saver = make_saver(tmp_path)
     saver.progress.best_accuracy = 70.0
     again = Saver(Interrupts(), tmp_path, dict, saver.progress, epochs=50, save_every=20, save_minutes=15)
@@ -118,7 +118,7 @@ def test_the_best_accuracy_is_that_of_a_file_that_is_there(tmp_path):
     assert again.progress.best_accuracy == 50.0
 
 
-def test_the_best_state_is_kept_beside_the_milestones(tmp_path):
+def test_the_best_checkpoint_is_independent_of_keep_last(tmp_path):
     saver = make_saver(tmp_path)
     for epoch, accuracy in ((1, 50.0), (2, 70.0), (3, 60.0), (4, 70.0)):
         saver.save_epoch(epoch, accuracy)
@@ -132,7 +132,7 @@ def test_the_best_state_is_kept_beside_the_milestones(tmp_path):
     assert resumed.best_accuracy == 70.0
 
 
-def test_what_is_written_is_the_state_of_the_call(tmp_path, monkeypatch):
+def test_the_written_state_is_that_of_the_call(tmp_path, monkeypatch):
     """The training goes on while a state is written, and changes the weights in their place."""
     weight = torch.zeros(1000)
     saver = Saver(
@@ -158,7 +158,7 @@ class AllocatedBytes(TorchDispatchMode):
         return result
 
 
-def test_a_save_copies_the_state_once(tmp_path, monkeypatch):
+def test_saving_copies_the_state_once(tmp_path, monkeypatch):
     """The copy of the call is the one that the other thread writes."""
     weight, write = torch.zeros(1000, 1000), checkpoint.write
 
@@ -178,7 +178,7 @@ def test_a_save_copies_the_state_once(tmp_path, monkeypatch):
     assert checkpoint.read(tmp_path / "checkpoint-last.pth")["model"]["weight"].shape == (1000, 1000)
 
 
-def test_a_failed_state_leaves_the_one_before(tmp_path, monkeypatch, caplog):
+def test_a_failed_save_leaves_the_previous_checkpoint(tmp_path, monkeypatch, caplog):
     saver = make_saver(tmp_path)
     saver.save(0, 1, {})
     saver.close()
@@ -195,7 +195,7 @@ def test_a_failed_state_leaves_the_one_before(tmp_path, monkeypatch, caplog):
     assert checkpoint.read(tmp_path / "checkpoint-last.pth")["progress"]["images_done"] == 8
 
 
-def test_the_newest_milestones_are_kept(tmp_path):
+def test_keep_last_keeps_the_newest_checkpoints(tmp_path):
     saver = make_saver(tmp_path, save_every=1, keep_last=2)
     for epoch in range(12):
         saver.save_epoch(epoch, accuracy=50.0 if epoch == 3 else 10.0)

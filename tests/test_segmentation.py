@@ -25,7 +25,7 @@ def test_shapes_at_1024_pixels(name):
     assert wide.shape == (1, 192, 64, 32)
 
 
-def test_features_stand_where_their_patches_are():
+def test_features_are_in_the_order_of_patches():
     """Another picture in one patch changes that patch's features most."""
     torch.manual_seed(0)
     model = get_model("mae_vit_mini_patch4", input_size=[32, 48])
@@ -43,7 +43,7 @@ def test_mean_iou_is_scikit_learns():
     assert segmentation.mean_iou(predictions, labels, 5) == pytest.approx(100 * theirs)
 
 
-def test_pictures_are_made_of_two_garments():
+def test_images_combine_two_garments():
     pictures, labels = segmentation.make_pictures("train", 50, seed=3)
     archive = np.load(segmentation.ARCHIVE)
     assert pictures.shape == (50, 1, 28, 28)

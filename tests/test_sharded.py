@@ -155,26 +155,26 @@ def shared(pictures, tmp_path_factory):
 
 
 @pytest.mark.parametrize("flags", [("--batch_size", 12), ("--batch_size", 4, "--accum_iter", 3)])
-def test_ddp_has_the_losses_of_one_process(flags, whole, pictures, tmp_path):
+def test_ddp_losses_equal_those_of_one_process(flags, whole, pictures, tmp_path):
     in_processes(2, pictures, tmp_path / "run", *flags, *STEPS)
     assert len(losses(tmp_path / "run")) == 50
     assert relative_error(tmp_path / "run", whole) < 1e-5
 
 
-def test_sharded_has_the_losses_of_one_process(shared, whole):
+def test_fsdp_losses_equal_those_of_one_process(shared, whole):
     assert len(losses(shared)) == 50
     assert relative_error(shared, whole) < 1e-5
     assert [path.name for path in checkpoint.checkpoints(shared)] == [f"checkpoint-{n}" for n in (0, 20, 40, 49)]
 
 
-def test_a_sharded_state_is_continued_by_one_process(shared, whole, pictures, tmp_path):
+def test_a_sharded_checkpoint_resumes_in_one_process(shared, whole, pictures, tmp_path):
     flags = ("--batch_size", 24, "--resume", shared / "checkpoint-20", *STEPS)
     in_processes(1, pictures, tmp_path / "run", *flags)
     assert min(losses(tmp_path / "run")) == 21
     assert relative_error(tmp_path / "run", whole) < 1e-5
 
 
-def test_any_state_is_continued_sharded_in_bf16_with_accumulation(shared, whole, pictures, tmp_path):
+def test_a_file_checkpoint_resumes_with_fsdp_bf16_and_accumulation(shared, whole, pictures, tmp_path):
     for name, state in (("plain", whole / "checkpoint-40.pth"), ("shared", shared / "checkpoint-40")):
         flags = ("--batch_size", 4, "--accum_iter", 3, "--fsdp", "--clip_grad", 5, "--resume", state, *STEPS)
         in_processes(2, pictures, tmp_path / name, "--grad_checkpointing", "--amp", "bf16", *flags)
@@ -183,7 +183,7 @@ def test_any_state_is_continued_sharded_in_bf16_with_accumulation(shared, whole,
     assert losses(tmp_path / "plain") == pytest.approx(losses(tmp_path / "shared"), rel=1e-3)
 
 
-def test_the_command_makes_a_plain_checkpoint(shared, whole, tmp_path):
+def test_the_command_converts_to_a_file(shared, whole, tmp_path):
     file = tmp_path / "plain.pth"
     command = [sys.executable, "-m", "util.sharded", shared / "checkpoint-49", file]
     said = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
@@ -203,13 +203,13 @@ def test_the_command_makes_a_plain_checkpoint(shared, whole, tmp_path):
         sharded.gather(file)
 
 
-def test_weights_are_taken_from_folders_too(shared):
+def test_weights_are_loaded_from_sharded_checkpoints(shared):
     file = loading.read(shared / "checkpoint-49")
     assert (file.kind, file.settings["model"]) == ("encoder and decoder", "mae_vit_mini_patch4")
     loading.init_mae(mae_vit_mini_patch4(img_size=16), file)
 
 
-def test_stopped_sharded_runs_go_on(shared, pictures, tmp_path):
+def test_stopped_fsdp_runs_resume(shared, pictures, tmp_path):
     """By SIGTERM, then with all processes killed, and with the newest state damaged; old states are removed."""
     out, flags = tmp_path / "run", ("--batch_size", 12, "--fsdp", "--save_minutes", 0.005, *STEPS, "--keep_last", 2)
     command = [*torchrun(2), "main_pretrain.py", "--data_path", pictures, "--output_dir", out,
@@ -238,7 +238,7 @@ def test_stopped_sharded_runs_go_on(shared, pictures, tmp_path):
     assert all(torch.equal(ours["model"][name], theirs["model"][name]) for name in theirs["model"])
 
 
-def test_damaged_and_malicious_states_are_refused(shared, tmp_path):
+def test_damaged_and_malicious_checkpoints_are_rejected(shared, tmp_path):
     folder = tmp_path / "checkpoint-0"
     files = [path.name for path in (shared / "checkpoint-0").iterdir()]
     assert len(files) == 4  # two processes' tensors, their description, the rest
@@ -273,7 +273,7 @@ def call_through(name: str, module: str = "torch.distributed.checkpoint.filesyst
     [Evil(), {"x": Evil()}, print, torch.load, "os.mkdir", "FileSystem.mkdir", "Path.mkdir", "Path.__class__",
      "FileSystemWriter"],
 )  # fmt: skip
-def test_descriptions_execute_nothing(content, shared, tmp_path, monkeypatch):
+def test_metadata_execute_no_code(content, shared, tmp_path, monkeypatch):
     """Even those whose digest is right; a name that is given in words is one that PyTorch's modules lead to."""
     monkeypatch.setenv("EVIL", str(tmp_path / "done"))
     folder = tmp_path / "checkpoint-0"
@@ -298,7 +298,7 @@ class ByGetattr:
         return getattr, self.arguments
 
 
-def test_descriptions_of_an_older_python_are_read():
+def test_metadata_of_older_pythons_are_read():
     encoding = torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING
     content = pickle.dumps(ByGetattr(encoding, "TORCH_CHANNELS_LAST"))
     assert shard_files._Unpickler(io.BytesIO(content)).load() is encoding.TORCH_CHANNELS_LAST
@@ -310,7 +310,7 @@ def test_descriptions_of_an_older_python_are_read():
 @pytest.mark.parametrize(
     "optimizer", [[], {}, {"param_groups": 3}, {"param_groups": [["params"]]}, {"param_groups": [{"params": 3}]}]
 )
-def test_a_description_of_another_form_is_one_line(optimizer, shared, tmp_path):
+def test_unknown_metadata_are_a_one_line_error(optimizer, shared, tmp_path):
     folder = tmp_path / "checkpoint-0"
     shutil.copytree(shared / "checkpoint-0", folder)
     state = checkpoint.read(folder)
@@ -320,7 +320,7 @@ def test_a_description_of_another_form_is_one_line(optimizer, shared, tmp_path):
         sharded.gather(folder)
 
 
-def test_a_crash_while_a_folder_is_put_in_place(shared, tmp_path):
+def test_an_interrupted_rename_leaves_a_readable_checkpoint(shared, tmp_path):
     """The one before is found under its other name, and what is not complete is not found."""
     shutil.copytree(shared / "checkpoint-20", tmp_path / ".checkpoint-last.old")
     shutil.copytree(shared / "checkpoint-40", tmp_path / ".checkpoint-last.tmp")
@@ -358,7 +358,7 @@ def in_two_processes(script, tmp_path, *arguments):
     return ran.stdout + ran.stderr
 
 
-def test_resume_auto_takes_an_older_state_when_the_newest_is_damaged(shared, tmp_path):
+def test_resume_auto_uses_the_previous_checkpoint_if_the_newest_is_damaged(shared, tmp_path):
     """Whatever file is damaged, both processes take the same older state, and one warning names the damaged one."""
     whole, runs = shared / "checkpoint-49", tmp_path / "runs"
     for name in sorted(path.name for path in whole.iterdir()):
@@ -429,7 +429,7 @@ assert save(2, 1000, 1000) == (None, ["checkpoint-0", "checkpoint-2", "checkpoin
 """
 
 
-def test_a_full_disk_leaves_the_states_before_and_no_rubbish(tmp_path):
+def test_a_full_disk_leaves_only_complete_checkpoints(tmp_path):
     """A real full disk, in one process of two or both: both raise the same error, which names the folder."""
     place = tmp_path / "small"
     place.mkdir()
@@ -444,7 +444,7 @@ def test_a_full_disk_leaves_the_states_before_and_no_rubbish(tmp_path):
         subprocess.run(["umount", place], check=True)
 
 
-def test_what_is_said(shared, pictures, tmp_path):
+def test_sharded_errors_are_one_line(shared, pictures, tmp_path):
     with pytest.raises(ValueError, match="--fsdp shards the weights over several processes, and there is one"):
         fsdp.shard(mae_vit_mini_patch4(), [], torch.device("cpu"), None, "reconstruct")
     with pytest.raises(ValueError, match="--fsdp supports --amp bf16 and off"):
@@ -501,7 +501,7 @@ else:
 """
 
 
-def test_sharded_weights_start_as_those_of_one_process_do(whole, tmp_path):
+def test_sharded_initial_weights_equal_those_of_one_process(whole, tmp_path):
     """To the last bit, with the random generator's state after them; from a file's weights too."""
     in_two_processes(STARTED, tmp_path, whole / "checkpoint-49.pth")
 
@@ -534,7 +534,7 @@ for how in ("fsdp", "ddp"):
 """
 
 
-def test_what_each_process_of_two_holds(tmp_path):
+def test_fsdp_halves_the_memory_of_each_process(tmp_path):
     """Of ViT-B's parameters, gradients and optimizer states, at most .62 of what it holds with DDP.
 
     At the start, its part of the weights and a little more, at the peak.

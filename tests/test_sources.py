@@ -41,7 +41,7 @@ def test_flat_and_nested_folders_have_no_classes(tmp_path):
     assert set(source.labels) == {-1}
 
 
-def test_hidden_files_and_other_files_are_passed_over(tmp_path):
+def test_hidden_files_and_other_files_are_ignored(tmp_path):
     for name in ("a/1.png", "b/2.png", "a/.3.png", ".hidden/4.png", ".DS_Store.png"):
         save(tmp_path / name)
     (tmp_path / "notes.txt").write_text("no picture")
@@ -51,7 +51,7 @@ def test_hidden_files_and_other_files_are_passed_over(tmp_path):
     assert source.classes == ["a", "b"]
 
 
-def test_an_empty_class_folder_is_told_and_stays_a_class(tmp_path, caplog):
+def test_an_empty_class_folder_is_logged_and_remains_a_class(tmp_path, caplog):
     """So that the others keep the numbers that torchvision's ImageFolder gives them."""
     save(tmp_path / "a/1.png")
     save(tmp_path / "c/1.png")
@@ -74,7 +74,7 @@ def test_links_are_followed_and_loops_are_not(tmp_path, caplog):
     assert caplog.text.count("links to a folder that is already included; skipped") == 2
 
 
-def test_folders_that_link_to_each_other_count_once(tmp_path):
+def test_folders_that_link_to_each_other_are_read_once(tmp_path):
     for name in "abcdefg":
         save(tmp_path / name / "1.png")
     for name in "abcdefg":
@@ -102,7 +102,7 @@ def test_names_that_are_not_utf8(tmp_path):
     source.name(0).encode()
 
 
-def test_nothing_there(tmp_path):
+def test_a_missing_folder_is_an_error(tmp_path):
     with pytest.raises(ValueError, match=r"no images under .*\(looked in all its folders for \.jpg"):
         find_files(tmp_path)
     (tmp_path / "000.tar").touch()
@@ -110,7 +110,7 @@ def test_nothing_there(tmp_path):
         find_files(tmp_path)
 
 
-def test_strings_are_a_list_in_two_arrays():
+def test_strings_behave_like_a_list():
     strings = ["", "a", "ü\udce9", "", "longer"]
     packed = Strings(strings)
     assert [packed[index] for index in range(len(packed))] == strings
@@ -177,14 +177,14 @@ def test_lists_with_labels(listed, name, content):
     assert list(source.labels) == [1, 0, 1]
 
 
-def test_names_of_classes_behind_a_tab_may_have_blanks(listed):
+def test_class_names_after_a_tab_may_contain_spaces(listed):
     source = listed("list.txt", "a.png\tgreat white shark\nwith blank.png\ttabby cat\nsub/c.png\ttabby cat\n")
     assert names(source) == NAMES
     assert source.classes == ["great white shark", "tabby cat"]
     assert list(source.labels) == [0, 1, 1]
 
 
-def test_numbers_mean_themselves(listed):
+def test_numeric_labels_are_class_numbers(listed):
     source = listed("list.txt", "a.png 3\nsub/c.png 0\n")
     assert source.classes == ["0", "1", "2", "3"]
     assert list(source.labels) == [3, 0]
@@ -253,11 +253,11 @@ def test_relative_paths_start_at_the_root(listed, tmp_path):
         ("list.txt", "a\0.png\n", "it has a zero byte"),
     ],
 )
-def test_wrong_lists(listed, name, content, said):
+def test_invalid_lists_are_errors(listed, name, content, said):
     with pytest.raises(ValueError, match=said):
         listed(name, content)
 
 
-def test_no_list(tmp_path):
+def test_a_missing_list_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="--val_list: there is no file"):
         read_list(tmp_path / "list.txt", None, "--val_list")

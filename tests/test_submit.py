@@ -67,7 +67,7 @@ def wait_for(holds):
         time.sleep(0.05)
 
 
-def test_a_dry_run_prints_what_sbatch_would_get(run, tmp_path):
+def test_a_dry_run_prints_the_sbatch_script(run, tmp_path):
     jobs = tmp_path / "jobs"
     script = run(
         "--data_path", "/images", "--shared_dir", jobs, "--dry_run", "--nodes", 3, "--ngpus", 4, "--timeout", 90,
@@ -92,7 +92,7 @@ def test_a_dry_run_prints_what_sbatch_would_get(run, tmp_path):
     assert not jobs.exists()
 
 
-def test_nothing_of_a_site_is_assumed(run):
+def test_the_script_has_no_options_of_a_site(run):
     script = run("--data_path", "/images", "--dry_run", "--job_dir", "/shared/large", main="main_finetune")
     flags = set(re.findall(r"#SBATCH --([\w-]+)", script))
     assert not flags & {"partition", "account", "mem", "cpus-per-task", "constraint", "comment", "dependency"}
@@ -145,11 +145,11 @@ def test_a_job_that_is_not_requeued(run, monkeypatch, setting):
         ([], "there is no sbatch on this machine; submit on a login node, or give --cluster local or --dry_run"),
     ],
 )
-def test_wrong_flags_are_told_at_once(run, flags, said):
+def test_invalid_flags_are_errors_before_submission(run, flags, said):
     assert said in run(*flags, fails=True)
 
 
-def test_scontrol_survives_the_sigterm_that_it_causes(monkeypatch):
+def test_scontrol_requeue_survives_its_own_sigterm(monkeypatch):
     """Slurm ends the processes of a job that is requeued, the one that has asked for it among them."""
     monkeypatch.setattr(submit, "_is_submitits", lambda signum: True)
     before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGUSR2)}
@@ -168,7 +168,7 @@ def test_scontrol_survives_the_sigterm_that_it_causes(monkeypatch):
     assert asked == [0]
 
 
-def test_every_setting_is_known_refused_or_passed_on(run):
+def test_every_setting_is_passed_on_translated_or_rejected(run):
     """Submitit's own parameters, of the installed version, among them."""
     parameters = inspect.signature(slurm._make_sbatch_string).parameters.keys() - {"command", "folder"}
     unknown = parameters - slurm_settings.SBATCH - slurm_settings.SUBMITIT - slurm_settings.REFUSED.keys()
@@ -192,7 +192,7 @@ def test_options_of_the_installed_sbatch_are_known(run, monkeypatch, tmp_path):
     assert "#SBATCH --tmpfs=1G\n" in run("--dry_run", "--slurm", "tmpfs=1G")
 
 
-def test_sbatch_refuses_once(run, monkeypatch, tmp_path, capsys):
+def test_an_error_of_sbatch_is_printed_once(run, monkeypatch, tmp_path, capsys):
     sbatch = tmp_path / "sbatch"
     sbatch.write_text("#!/bin/sh\necho 'sbatch: error: invalid partition: moon' >&2\n"
                       "echo 'sbatch: error: Batch job submission failed' >&2\nexit 1\n")  # fmt: skip
@@ -204,7 +204,7 @@ def test_sbatch_refuses_once(run, monkeypatch, tmp_path, capsys):
     assert said.count("moon") == 1
 
 
-def test_private_names_of_submitit_stand_in_one_function():
+def test_private_names_of_submitit_exist():
     """A version of submitit that lacks them fails here, not at somebody's --dry_run."""
     private = {"_make_submission_file_text", "_submitit_command_str"}
     assert set(re.findall(r"self\.(_\w+)", inspect.getsource(submit._Slurm.script))) == private
@@ -214,14 +214,14 @@ def test_private_names_of_submitit_stand_in_one_function():
     assert names | set(re.findall(r"\.(_[a-z]\w+)", inspect.getsource(waiting))) == set()
 
 
-def test_after_a_requeue_a_run_goes_on():
+def test_a_requeued_run_resumes():
     job = submit.Job("main_pretrain", ("--epochs", "2"), "/here")
     for again in (job.checkpoint(), job.__submitit_checkpoint__(), job.checkpoint(restarted=True)):
         assert again.function is job
         assert again.kwargs == {"restarted": True}
 
 
-def test_a_local_job_runs_the_code_as_it_was_submitted(pictures, tmp_path):
+def test_a_local_job_runs_the_submitted_code(pictures, tmp_path):
     """In two processes, and in spite of what happens to the code and the recipe."""
     clone, _ = code_copy.make(tmp_path / "clones", None)
     (clone / "mine.yaml").write_text("epochs: 3\n")
@@ -246,7 +246,7 @@ def test_a_local_job_runs_the_code_as_it_was_submitted(pictures, tmp_path):
     assert "ngpus=" not in log.read_text()  # settings of the run, not of the job
 
 
-def test_a_local_job_goes_on_after_the_signal_of_its_time_limit(pictures, tmp_path):
+def test_a_local_job_resumes_after_its_time_limit(pictures, tmp_path):
     flags = tiny(pictures, "--epochs", 60, "--cluster", "local", "--job_dir", tmp_path / "job", "--wait")
     job = start(*flags)
     wait_for(lambda: (tmp_path / "job/log.txt").exists() and len(lines(tmp_path / "job")) > 1)
@@ -259,7 +259,7 @@ def test_a_local_job_goes_on_after_the_signal_of_its_time_limit(pictures, tmp_pa
     assert [line["epoch"] for line in lines(tmp_path / "job")] == list(range(60))
 
 
-def test_who_waits_for_a_job_that_failed_is_told_why(pictures, tmp_path):
+def test_wait_prints_the_error_of_a_failed_job(pictures, tmp_path):
     flags = tiny(pictures, "--data_path", "/nowhere", "--cluster", "local", "--shared_dir", tmp_path, "--wait")
     job = start(*flags)
     told = job.communicate(timeout=120)[0]
@@ -269,7 +269,7 @@ def test_who_waits_for_a_job_that_failed_is_told_why(pictures, tmp_path):
     assert "Traceback" not in told
 
 
-def test_ctrl_c_stops_a_local_job_that_is_waited_for(pictures, tmp_path):
+def test_ctrl_c_during_wait_stops_a_local_job(pictures, tmp_path):
     """With worker processes, and with the signal sent to all processes, as a terminal does."""
     out = tmp_path / "job"
     flags = tiny(pictures, "--epochs", 1000, "--cluster", "local", "--job_dir", out, "--wait", "--num_workers", 2)
@@ -304,7 +304,7 @@ def test_debug_runs_in_this_process(pictures, tmp_path):
     assert job.returncode == 1
 
 
-def test_copies_of_code_are_named_after_what_is_in_them(tmp_path):
+def test_code_snapshots_are_named_by_their_content(tmp_path):
     copy, recipe = code_copy.make(tmp_path, None)
     assert recipe is None
     assert code_copy.make(tmp_path, None)[0] == copy
@@ -318,7 +318,7 @@ def test_copies_of_code_are_named_after_what_is_in_them(tmp_path):
     assert len([entry for entry in tmp_path.iterdir() if entry.is_dir()]) == 2
 
 
-def test_shown_commands_parse(monkeypatch):
+def test_printed_commands_parse(monkeypatch):
     monkeypatch.chdir(ROOT)
     shown = [command for path in DOCUMENTS for command in bash_blocks(path)]
     shown += [command for path in SCRIPTS for command in commands(path.read_text())]

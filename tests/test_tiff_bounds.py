@@ -85,7 +85,7 @@ def check_all(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("without", ["", "sys.modules['imagecodecs'] = None"], ids=["imagecodecs", "without it"])
-def test_small_files_stay_small(without, bombs):
+def test_small_files_do_not_fill_the_memory(without, bombs):
     script = (
         f"import sys; sys.path[:0] = ['tests', '.']; {without}\n"
         f"from pathlib import Path; import test_tiff_bounds; test_tiff_bounds.check_all(Path({str(bombs)!r}))"
@@ -96,13 +96,13 @@ def test_small_files_stay_small(without, bombs):
 
 @pytest.mark.parametrize("compression", ["zlib", "lzma", "lzw", "packbits", "zstd", "jpeg2000"])
 @pytest.mark.parametrize("tile", [None, (256, 256)])
-def test_whole_files_are_read_as_before(compression, tile):
+def test_complete_files_are_decoded(compression, tile):
     pixels = np.random.default_rng(0).integers(0, 65536, size=(40, 50), dtype=np.uint16)
     stream = io.BytesIO()
     tifffile.imwrite(stream, pixels, compression=compression, tile=tile, rowsperstrip=None if tile else 7)
     np.testing.assert_allclose(decode(stream.getvalue(), 1)[0] * 65535, pixels, atol=0.01)
 
 
-def test_other_codecs_are_refused():
+def test_other_codecs_are_errors():
     with pytest.raises(BadImage, match="its compression LERC is not read; save it with deflate"):
         decode(by_hand(b"Lerc2 ", 34887), 1)

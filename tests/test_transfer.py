@@ -80,7 +80,7 @@ def test_fine_tuning_and_probing(recipe, make, tmp_path):
 
 
 @pytest.mark.parametrize("size", ["large", "256"])
-def test_places365_as_torchvision_lays_it_out(size, tmp_path, monkeypatch):
+def test_places365_in_torchvisions_layout(size, tmp_path, monkeypatch):
     """Its digests are those of the whole lists; ours are short."""
     places = torchvision.datasets.Places365
     monkeypatch.setattr(places, "_CATEGORIES_META", ("categories_places365.txt", None))

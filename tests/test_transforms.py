@@ -20,7 +20,7 @@ def photo():
 
 
 @pytest.mark.parametrize(("size", "resized"), [(32, 36), (224, 256), (256, 256)])
-def test_evaluation_is_torchvisions_pixel_for_pixel(photo, size, resized):
+def test_the_evaluation_transform_equals_torchvisions(photo, size, resized):
     oracle = tv.Compose(
         [tv.Resize(resized, interpolation=tv.InterpolationMode.BICUBIC), tv.CenterCrop(size), tv.PILToTensor()]
     )
@@ -41,13 +41,13 @@ def test_rectangular_evaluation_covers(photo, size):
     assert (white == 255).all()
 
 
-def test_small_pictures_are_seen_whole(photo):
+def test_crop_pct_1_evaluates_the_full_image(photo):
     square = photo.crop((0, 0, 50, 50))
     assert torch.equal(transforms.eval_transform(50, crop_pct=1)(square), tv.functional.pil_to_tensor(square))
     assert transforms.eval_transform((16, 24), crop_pct=1)(photo).shape == (3, 16, 24)
 
 
-def test_a_strip_is_cut_before_it_is_scaled():
+def test_a_strip_is_cropped_before_it_is_scaled():
     strip = Image.fromarray(np.random.default_rng(0).integers(0, 256, size=(2, 60_000), dtype=np.uint8))
     out = transforms.eval_transform(224)(strip)  # 15 gigabytes, if it were scaled whole
     middle = strip.crop((29_990, 0, 30_010, 2)).resize((2560, 256), Image.BICUBIC)
@@ -67,7 +67,7 @@ def test_pretraining_crops_the_published_share(photo):
     assert out.shape == (3, 16, 24)
 
 
-def test_pretraining_crops_are_torchvisions(photo):
+def test_pretraining_crops_equal_torchvisions(photo):
     scale, bicubic = (0.2, 1.0), tv.InterpolationMode.BICUBIC
     oracle = tv.Compose(
         [tv.RandomResizedCrop(24, scale, interpolation=bicubic), tv.RandomHorizontalFlip(0.5), tv.PILToTensor()]
@@ -101,7 +101,7 @@ def test_normalize_and_back():
     torch.testing.assert_close(normalize.inverse(normalize(imgs)), imgs.float() / 255)
 
 
-def test_statistics_in_0_to_255_are_noticed():
+def test_statistics_in_0_to_255_are_errors():
     normalize = transforms.Normalize([123.7], [58.4])
     with pytest.raises(ValueError, match=r"--mean 123.7: pixels of 8 bits count as 0 to 1; divide"):
         normalize(torch.zeros(1, 1, 2, 2, dtype=torch.uint8))
@@ -122,7 +122,7 @@ def test_statistics_of_other_channel_counts():
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
-def test_finetune_transform_is_timms(photo, mode):
+def test_finetune_transform_equals_timms(photo, mode):
     """The same draws give the same pixels as timm's own transform, but for its normalisation."""
     photo = photo.convert(mode)
     mean = IMAGENET_MEAN if mode == "RGB" else (0.5,)
@@ -167,7 +167,7 @@ def test_finetune_transform_without_policy_takes_any_image():
         transforms.finetune_transform(16, IMAGENET_MEAN, "abc")
 
 
-def test_probe_crop_draws_once(photo):
+def test_probe_crop_uses_its_first_random_numbers(photo):
     """Area and ratio as published, rounded and clipped to the picture; the first draw counts."""
     crop = crops.CropOnce(16, scale=(0.08, 1.0))
     areas, ratios = [], []
@@ -193,7 +193,7 @@ def test_probe_crop_draws_once(photo):
     [transforms.pretrain_transform(16), transforms.eval_transform((16, 24)), transforms.probe_transform(16),
      transforms.finetune_transform(16, IMAGENET_MEAN, "rand-m9-mstd0.5-inc1"), transforms.to_tensor],
 )  # fmt: skip
-def test_loading_processes_that_are_not_forked_get_transforms_too(transform, photo):
+def test_transforms_can_be_pickled_for_spawned_workers(transform, photo):
     copy = pickle.loads(pickle.dumps(transform))
     made = []
     for one in (transform, copy):

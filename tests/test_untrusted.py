@@ -13,7 +13,7 @@ from util.files.untrusted import MAX_BYTES, printable, read_file
 from util.training import run_log
 
 
-def test_what_strangers_name_fits_on_a_line_of_a_terminal():
+def test_untrusted_names_are_escaped():
     assert printable("plain, ünïcode 图 and blanks") == "plain, ünïcode 图 and blanks"
     assert printable("a\x1b]0;title\x07b\r\nc\x9b2J") == r"a\x1b]0;title\x07b\r\nc\x9b2J"
     assert printable("gnp.\u202eevil\udce9") == r"gnp.\u202eevil\udce9"
@@ -34,7 +34,7 @@ def test_only_regular_files_of_a_bounded_size_are_read(tmp_path):
         read_file(tmp_path / "sparse")
 
 
-def test_a_data_set_of_pipes_devices_and_odd_names(tmp_path):
+def test_a_dataset_of_pipes_devices_and_unusual_names_is_read_safely(tmp_path):
     """The command ends, names all of them, and sends nothing to the terminal that it would obey."""
     folder = tmp_path / "images"
     folder.mkdir()
@@ -54,7 +54,7 @@ def test_a_data_set_of_pipes_devices_and_odd_names(tmp_path):
     assert not set("\x1b\x07") & set(done.stdout + done.stderr)
 
 
-def test_a_file_named_like_a_command_is_a_file(tmp_path):
+def test_a_file_named_like_a_pipe_command_is_read_as_a_file(tmp_path):
     (tmp_path / "pipe:touch mark #.tar").write_bytes(bytes(1024))
     script = (
         "from util.data.webdataset_shards import Shards\n"
@@ -70,7 +70,7 @@ def test_a_file_named_like_a_command_is_a_file(tmp_path):
     assert not (tmp_path / "mark").exists()
 
 
-def test_log_lines_send_nothing_to_the_terminal(capsys):
+def test_log_lines_contain_no_control_characters(capsys):
     line = logging.LogRecord("", logging.WARNING, "", 0, "class \x1b]0;owned\x07\nand more", (), None)
     run_log._LineHandler().emit(line)
     assert capsys.readouterr().out == "warning: class \\x1b]0;owned\\x07\nand more\n"

@@ -53,7 +53,7 @@ def test_the_order_depends_on_the_seed_and_the_epoch():
     assert all(order != sorted(order) for order in orders)
 
 
-def test_the_train_loader_passes_its_arguments_on(pictures):
+def test_the_train_loader_passes_on_its_arguments(pictures):
     batches = TrainLoader(make_samples(pictures), 4, 7, 0, True, repeats=2, accum_iter=5)
     assert len(batches) == 10  # 24 images twice are 48 samples: 12 batches, 2 updates of 5
     assert batches.num_images == 48
@@ -66,7 +66,7 @@ def test_the_train_loader_passes_its_arguments_on(pictures):
     assert {epoch for batch in batches.order for epoch, _ in batch} == {3}
 
 
-def test_what_a_batch_draws_depends_on_seed_epoch_iteration_and_rank(pictures, monkeypatch):
+def test_random_numbers_of_a_batch_depend_on_seed_epoch_iteration_and_rank(pictures, monkeypatch):
     drawn = set()
     for seed in (0, 1):
         batches = TrainLoader(make_samples(pictures), 4, seed, 0, False)
@@ -143,7 +143,7 @@ def test_the_three_generators_continue_after_a_sample(pictures):
     assert draws(lambda: source[0, 1]) == draws(lambda: None)
 
 
-def test_what_takes_a_bad_images_place_depends_on_seed_and_epoch(pictures):
+def test_the_replacement_of_a_bad_image_depends_on_seed_and_epoch(pictures):
     def stand_ins(seed, epoch, index):
         candidates = make_samples(pictures, seed)._candidates(epoch, index)
         return tuple(next(candidates) for _ in range(8))
@@ -222,7 +222,7 @@ def test_noise_and_order_of_streamed_images_depend_on_seed_and_epoch(shards):
     assert len(orders) == 4
 
 
-def test_the_number_of_images_in_shards_is_the_given_one(shards):
+def test_num_images_sets_the_number_of_images_in_shards(shards):
     assert len(open_source("train", dataset=f"wds:{shards}/0.tar", num_images=5)) == 5
     assert len(open_source("train", dataset=f"wds:{shards}/0.tar")) == 8
 
@@ -247,7 +247,7 @@ def test_classes_have_the_order_of_torchvisions_image_folder(tmp_path):
     assert find_files(tmp_path).classes == ImageFolder(tmp_path).classes == ["A", "Z", "_", "b", "c10", "c9"]
 
 
-def test_an_archive_gives_the_part_that_is_named(tmp_path):
+def test_an_archive_contributes_the_given_split(tmp_path):
     save(tmp_path / "set/train/a/1.png", ROWS[1])
     save(tmp_path / "set/val/a/2.png", ROWS[2])
     for kind in ("zip", "tar"):
@@ -258,7 +258,7 @@ def test_an_archive_gives_the_part_that_is_named(tmp_path):
             assert source[0] == (png(ROWS[number]), 0)
 
 
-def test_an_archive_with_a_validation_part_alone_is_not_trained_on(tmp_path):
+def test_an_archive_with_only_a_validation_split_is_not_used_for_training(tmp_path):
     save(tmp_path / "set/val/a/2.png")
     with pytest.raises(ValueError, match="there is no folder train/ in it"):
         open_source("train", shutil.make_archive(str(tmp_path / "set"), "zip", tmp_path / "set"))
@@ -300,7 +300,7 @@ def test_deep_images_need_both_statistics(tmp_path, caplog):
 # -------------------------------------------------------------------------------------------------------------- pixels
 
 
-def test_photographs_are_not_turned_unless_asked():
+def test_exif_orientation_is_ignored_by_default():
     """As in training and evaluation."""
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -323,7 +323,7 @@ def test_a_tile_may_be_as_large_as_its_picture(monkeypatch):
     np.testing.assert_allclose(decode.decode(stream.getvalue(), 1)[0] * 65535, pixels, atol=0.01)
 
 
-def test_a_resized_copy_keeps_pictures_with_a_small_short_side():
+def test_resize_copies_images_with_a_small_short_side():
     assert resize.scale(png(np.zeros((90, 150, 3), np.uint8)), 100, 90) is None
     assert resize.scale(png(np.zeros((100, 150, 3), np.uint8)), 100, 90) is None
     with Image.open(io.BytesIO(resize.scale(png(np.zeros((150, 300, 3), np.uint8)), 100, 90))) as picture:
@@ -341,7 +341,7 @@ def test_a_resized_jpeg_has_the_given_quality():
         assert resize.scale(stream.getvalue(), 100, quality) == wanted.getvalue()
 
 
-def test_pictures_stand_on_white(mini_mae):
+def test_pictures_have_a_white_background(mini_mae):
     black = torch.zeros(2, 3, 4, 5)
     picture = pictures.tile([black, black], lambda x: x)
     assert (picture[:4, 5:7] == 255).all()  # between two pictures of a row
@@ -349,7 +349,7 @@ def test_pictures_stand_on_white(mini_mae):
     assert (picture[:4, :5] == 0).all()
 
 
-def test_the_share_of_hidden_patches_in_a_picture_is_the_given_one(mini_mae):
+def test_pictures_use_the_given_mask_ratio(mini_mae):
     noise = torch.arange(16.0)[None] / 16
     picture = pictures.reconstruction(
         mini_mae, torch.full((1, 1, 16, 16), 200, dtype=torch.uint8), noise, Normalize([0.4], [0.3]), 0.25

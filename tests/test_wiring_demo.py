@@ -54,7 +54,7 @@ def test_unpacked_images_have_their_class_number_and_pixels(tmp_path, monkeypatc
 # --------------------------------------------------------------------------------------------------------------- report
 
 
-def test_a_probe_is_chosen_on_training_images_and_scored_on_test_images(monkeypatch):
+def test_the_probe_is_selected_on_training_images_and_scored_on_test_images(monkeypatch):
     fits, scores = [], []
 
     class Regression:
@@ -84,7 +84,7 @@ def test_features_of_the_report(mae):
     np.testing.assert_allclose(found[:, 128:], tokens[:, 1:].mean(axis=1), rtol=1e-4, atol=1e-5)
 
 
-def test_the_share_of_neighbours_that_are_right():
+def test_neighbours_returns_the_accuracy():
     """The class is where a point lies: every test point but one of the wrong label is right."""
     angles = np.linspace(0, 1, 40)
     train = np.concatenate([np.stack([np.cos(a + angles), np.sin(a + angles)], axis=1) for a in (0.0, 3.0)])
@@ -107,7 +107,7 @@ def test_the_loss_is_drawn_over_finished_epochs(tmp_path, monkeypatch):
     assert drawn == [([1, 2], [0.9, 0.5])]
 
 
-def test_rows_of_the_report_are_what_their_names_say(labelled, tmp_path, monkeypatch):
+def test_rows_of_the_report_use_the_named_models(labelled, tmp_path, monkeypatch):
     """Which images and which model each row of the table takes."""
     torch.manual_seed(1)
     model = get_model("mae_vit_mini_patch4", input_size=20, in_chans=3)
@@ -163,7 +163,7 @@ def test_a_head_standardises_its_features():
     torch.testing.assert_close(seen[0].std(dim=(0, 2, 3)), torch.ones(5), rtol=0, atol=1e-3)
 
 
-def test_what_each_row_of_segmentation_is(tmp_path, monkeypatch):
+def test_rows_of_segmentation_use_the_named_models(tmp_path, monkeypatch):
     torch.manual_seed(1)
     model = get_model("mae_vit_mini_patch4", input_size=28, patch_size=7, in_chans=1)
     torch.save({"model": model.state_dict(), "args": model.settings}, tmp_path / "model.pth")
@@ -184,7 +184,7 @@ def test_what_each_row_of_segmentation_is(tmp_path, monkeypatch):
     assert torch.equal(tested[0], segmentation.make_pictures("val", 1000, 1)[0])
 
 
-def test_the_head_sees_the_given_number_of_blocks(monkeypatch):
+def test_the_head_uses_the_given_number_of_blocks(monkeypatch):
     model = get_model("mae_vit_mini_patch4", input_size=28, patch_size=7, in_chans=1)
     shapes = []
     monkeypatch.setattr(segmentation, "train", lambda head, features, labels: shapes.append(features.shape))
@@ -233,7 +233,7 @@ def test_the_page_shows_the_chosen_head(mae):
         assert np.array_equal(np.asarray(bright), np.asarray(wanted))
 
 
-def test_the_page_refuses_strips_and_says_so_without_markup(mae, tmp_path):
+def test_the_page_rejects_strips_with_an_escaped_message(mae, tmp_path):
     for size, refused in (((400, 100), False), ((100, 401), True), ((401, 100), True)):
         path = tmp_path / "a<b>.png"
         Image.new("RGB", size).save(path)
@@ -248,7 +248,7 @@ def test_the_page_refuses_strips_and_says_so_without_markup(mae, tmp_path):
 # ---------------------------------------------------------------------------------------------------------- benchmarks
 
 
-def test_the_share_of_time_that_saving_takes(monkeypatch, capsys):
+def test_saving_prints_its_share_of_the_time(monkeypatch, capsys):
     """A step takes 1 s, one beside the saving 3 s, the copy 2 s: of 15 minutes, 2 + 2 * (3 - 1) s."""
     clock, steps = SimpleNamespace(now=0.0), []
 
@@ -285,7 +285,7 @@ def test_the_share_of_time_that_saving_takes(monkeypatch, capsys):
     assert "| share of the run, one save every 15 minutes | 0.67% |" in said
 
 
-def test_a_result_tells_its_settings_and_its_machine(tmp_path):
+def test_a_result_has_its_settings_and_machine(tmp_path):
     settings = {"out": tmp_path, "name": "x", "batch_size": 64}
     machine.write("a", torch.device("cpu"), settings, {"images_per_second": {"ours": 3.0}}, tmp_path / "new")
     found = machine.read("a", tmp_path / "new")
@@ -296,7 +296,7 @@ def test_a_result_tells_its_settings_and_its_machine(tmp_path):
     assert machine.read("b", tmp_path / "new") is None
 
 
-def test_figures_are_beside_the_fastest_of_the_others(tmp_path, monkeypatch):
+def test_ratios_use_the_fastest_other_implementation(tmp_path, monkeypatch):
     found = {"images_per_second": {"ours compiled": 6.0, "ours eager": 5.0, "plain": 4.0, "transformers": 3.0},
              "flops_per_image": 10.0, "peak_flops": 80.0}  # fmt: skip
     assert targets.ratio("ours compiled", "transformers", "plain")(found) == 1.5

@@ -156,7 +156,7 @@ def test_the_learning_rate_of_every_update(pretrain, monkeypatch):
     assert [line["train_lr"] for line in lines(out)] == pytest.approx([0.0015, 0.0075, 0.01126776695, 0.00523223305])
 
 
-def test_compiled_on_demand(pretrain, loop_calls, monkeypatch):
+def test_compile_is_enabled_by_its_flag(pretrain, loop_calls, monkeypatch):
     compiled = []
     monkeypatch.setattr(trainer, "compile_model", lambda *args: compiled.append(args))
     pretrain("plain", epochs=1)
@@ -193,7 +193,7 @@ def test_the_loss_scaler_is_restored(pretrain, loop_calls, monkeypatch):
     assert (state["scale"], state["_growth_tracker"]) == (0.5, 7)
 
 
-def test_buffers_are_shared_and_epochs_saved(pretrain, loop_calls, monkeypatch):
+def test_buffers_are_synchronized_before_an_epoch_is_saved(pretrain, loop_calls, monkeypatch):
     """After every epoch: the buffers of rank 0 reach all processes, before anything is saved."""
     order = []
     monkeypatch.setattr(dist, "share_buffers", lambda model: order.append(("share", model)))
@@ -209,7 +209,7 @@ def test_buffers_are_shared_and_epochs_saved(pretrain, loop_calls, monkeypatch):
     assert order == [("share", model), ("save", 0, None), ("share", model), ("save", 1, None)]
 
 
-def test_the_rest_of_an_epoch(pretrain, loop_calls, monkeypatch):
+def test_a_resumed_run_trains_the_rest_of_an_epoch(pretrain, loop_calls, monkeypatch):
     """A run that resumes within an epoch trains the rest of it, and adds to its meters."""
 
     def resume(which, output_dir, model, optimizer, scaler, settings, progress: Progress, callbacks):
@@ -225,7 +225,7 @@ def test_the_rest_of_an_epoch(pretrain, loop_calls, monkeypatch):
     assert logs[0][1]["first_x"] == 1666  # int(1000 x (1 + 4 / 6))
 
 
-def test_a_run_locks_its_folder(pretrain, monkeypatch, tmp_path):
+def test_a_run_locks_its_directory(pretrain, monkeypatch, tmp_path):
     def train(compute_loss, model, batches, optimizer, options):
         log_an_epoch(batches, options)
         with (

@@ -242,7 +242,7 @@ def test_flags_reach_the_loop(monkeypatch, data, tmp_path):
 
 
 @pytest.mark.parametrize(("size", "scaled"), [(32, 36), (224, 256), (240, 240)])
-def test_evaluation_sees_the_published_crop(captured, size, scaled):
+def test_evaluation_uses_the_published_crop(captured, size, scaled):
     run = captured(model="vit_mini_patch4", input_size=size, patch_size=8)
     expected = tv.Compose([tv.Resize(scaled, tv.InterpolationMode.BICUBIC), tv.CenterCrop(size), tv.PILToTensor()])
     assert torch.equal(run.evaluation[0]["samples"].transform(photo()), expected(photo()))
@@ -288,7 +288,7 @@ def test_a_batch_is_normalized_then_erased_then_mixed(captured, monkeypatch, fla
     torch.testing.assert_close(loss, -(targets * logits.log_softmax(dim=1)).sum(dim=1).mean())
 
 
-def test_a_new_head_is_small_and_the_encoder_is_the_files(captured, tmp_path):
+def test_a_new_head_is_small_and_the_encoder_is_loaded(captured, tmp_path):
     seed_all(9)  # weights that the seed of the run does not give
     encoder = VisionTransformer(img_size=16, patch_size=4, embed_dim=128, depth=4, num_heads=4, num_classes=0)
     torch.save({"model": encoder.state_dict()}, tmp_path / "encoder.pth")
@@ -329,7 +329,7 @@ def test_wrong_settings_are_errors(captured, data):
         captured(model="vit_mini_patch4", input_size=16, cutmix_minmax="0.8 0.2")
 
 
-def test_an_evaluation_of_a_file(captured, data, tmp_path):
+def test_eval_evaluates_a_file(captured, data, tmp_path):
     model = VisionTransformer(16, 4, 3, 3, 128, 4, 4, global_pool=True)
     constant_head(model.head, 0)
     torch.save({"model": model.state_dict()}, tmp_path / "tuned.pth")

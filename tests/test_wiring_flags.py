@@ -141,7 +141,7 @@ def test_every_published_flag_takes_a_value(script):
 
 
 @pytest.mark.parametrize("script", PUBLISHED, ids=name)
-def test_switches_turn_on_and_off(script):
+def test_boolean_flags_turn_on_and_off(script):
     parser = script.get_args_parser()
     assert parser.parse_args(["--no_pin_mem"]).pin_mem is False
     assert parser.parse_args(["--no_pin_mem", "--pin_mem"]).pin_mem is True
@@ -168,7 +168,7 @@ LIMITS = [  # kind of value, what it takes, what it refuses
 
 
 @pytest.mark.parametrize(("kind", "taken", "refused"), LIMITS)
-def test_kinds_of_values_have_their_limits(kind, taken, refused):
+def test_types_of_values_have_limits(kind, taken, refused):
     assert [kind(text) for text in taken] == [type(kind(text))(text) for text in taken]
     for text in refused:
         with pytest.raises((argparse.ArgumentTypeError, ValueError)):
@@ -194,7 +194,7 @@ def test_a_recipe_does_not_set_options_of_a_job():
     assert untrusted.value_problem("partition", "gpu") is None
 
 
-def test_exit_codes_tell_what_ended_a_run(monkeypatch, capsys):
+def test_exit_codes_state_how_a_run_ended(monkeypatch, capsys):
     """128 plus the signal, as a shell does it; 1 for an error. Launchers decide on a restart by them."""
     from util.interrupts import Interrupted
 
@@ -216,7 +216,7 @@ def test_exit_codes_tell_what_ended_a_run(monkeypatch, capsys):
         assert said in capsys.readouterr().err
 
 
-def test_remedies_are_those_whose_flags_the_script_has(monkeypatch, capsys):
+def test_remedies_name_only_flags_of_the_script(monkeypatch, capsys):
     def main(args):
         raise advised(ValueError("no"), "--finetune A starts from it", "--init_from A starts from it", "give another")
 

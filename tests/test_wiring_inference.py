@@ -70,7 +70,7 @@ def test_names_of_imagenets_classes():
     assert classes[0].startswith("tench")
 
 
-def test_recorded_settings_win_over_inferred_ones(mae, tmp_path):
+def test_recorded_settings_take_precedence_over_inferred_ones(mae, tmp_path):
     """A file of 16 patches may be of 8 x 32 pixels; a bare file does not tell, and counts as square."""
     wide = get_model("mae_vit_mini_patch4", input_size=[8, 32])
     bare = get_model(saved(mae, tmp_path / "bare.pth"))
@@ -112,7 +112,7 @@ def test_the_crop_of_an_evaluation_is_the_recorded_one(tmp_path):
         assert torch.equal(model.transform(picture), expected(picture))
 
 
-def test_opened_pictures_are_turned_upright_too(tmp_path):
+def test_exif_orientation_of_opened_images_is_applied(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (40, 30)).save(tmp_path / "a.png", exif=exif)
@@ -121,7 +121,7 @@ def test_opened_pictures_are_turned_upright_too(tmp_path):
         assert open_image(picture, 3).size == (30, 40)
 
 
-def test_the_number_of_told_classes_is_the_given_one():
+def test_topk_sets_the_number_of_classes():
     model = get_model("vit_mini_patch4", nb_classes=9)
     image = np.zeros((32, 32, 3), np.uint8)
     assert len(inference_model(model, image)["top"]) == 5
@@ -129,7 +129,7 @@ def test_the_number_of_told_classes_is_the_given_one():
     assert model.predict(image, 2)["pred_scores"].sum() == pytest.approx(1)
 
 
-def test_a_transformers_folder_tells_its_loss(mae, tmp_path):
+def test_a_transformers_folder_records_its_loss(mae, tmp_path):
     for norm_pix_loss in (True, False):
         model = get_model("mae_vit_mini_patch4", input_size=16, norm_pix_loss=norm_pix_loss)
         export.export(model, "transformers", tmp_path / str(norm_pix_loss))
@@ -153,7 +153,7 @@ def test_each_photograph_has_its_own_prediction(tmp_path):
 
 
 @pytest.mark.parametrize("pool", [None, "cls", "avg", "tokens"])
-def test_features_are_pooled_as_asked(mae, labelled, tmp_path, pool):
+def test_features_use_the_given_pooling(mae, labelled, tmp_path, pool):
     flags = ["--pool", pool] if pool else []
     file = saved(mae, tmp_path / "m.pth")
     run(features, labelled, "--model", file, "--out", tmp_path / "f.npz", "--split", "val", "--num_workers", 0, *flags)
@@ -165,7 +165,7 @@ def test_features_are_pooled_as_asked(mae, labelled, tmp_path, pool):
     assert [found["classes"][label] in name for label, name in zip(found["labels"], names, strict=True)] == [True] * 23
 
 
-def test_what_the_command_reconstructs(mae, tmp_path, monkeypatch):
+def test_the_command_reconstructs_the_given_images(mae, tmp_path, monkeypatch):
     calls, plain = [], reconstruct.reconstruct
     monkeypatch.setattr(reconstruct, "reconstruct", lambda model, *given: calls.append(given) or plain(model, *given))
     flags = ["--model", saved(mae, tmp_path / "m.pth"), "--out", tmp_path / "o.png"]
@@ -191,7 +191,7 @@ def test_rectangles_are_left_top_width_height():
     assert torch.equal(scaled, expected)
 
 
-def test_psnr_is_of_the_hidden_pixels(mae):
+def test_psnr_is_of_the_masked_pixels(mae):
     """A quarter is hidden and off by a tenth: 20 dB."""
     original = mae.normalize(torch.full((1, 3, 16, 16), 0.5))
     pasted = original.clone()
@@ -204,7 +204,7 @@ def test_psnr_is_of_the_hidden_pixels(mae):
     assert reconstruct.psnr(mae, painted) == pytest.approx(20.0, abs=1e-3)
 
 
-def test_whole_images_are_scaled_to_the_models_short_side():
+def test_uncropped_images_are_scaled_to_the_short_side_of_the_model():
     assert reconstruct.fit(Image.new("RGB", (95, 60)), 32, (1, 1)).size == (51, 32)  # 50.67 is rounded
     assert reconstruct.fit(Image.new("RGB", (95, 60)), 32, (4, 4)).size == (48, 32)
     wide = get_model("mae_vit_mini_patch4", input_size=[16, 32])
@@ -212,7 +212,7 @@ def test_whole_images_are_scaled_to_the_models_short_side():
     assert reconstruct.uncropped_input(wide, Image.new("RGB", (90, 60)), 20).shape == (1, 3, 20, 28)
 
 
-def test_features_of_several_blocks_stand_in_their_order(mae):
+def test_features_of_several_blocks_are_in_order(mae):
     images = torch.randn(2, 3, 16, 32)
     several, last = maps.dense(mae, images, 3), maps.dense(mae, images, 1)
     assert several.shape == (2, 3 * 128, 4, 8)
@@ -244,14 +244,14 @@ def test_a_transformers_folder_has_the_models_settings(tmp_path):
     assert (processor.size["height"], processor.size["width"], int(processor.resample)) == (32, 32, 3)
 
 
-def test_an_encoder_answers_with_the_class_token(mae):
+def test_an_encoder_returns_the_class_token(mae):
     encoder = export.encoder_of(mae)
     images = torch.randn(2, 3, 16, 16)
     assert (encoder.settings["model"], encoder.settings["global_pool"]) == ("vit_mini_patch4", False)
     torch.testing.assert_close(encoder(images), mae.forward_features(images)[:, 0])
 
 
-def test_the_export_command_leaves_the_decoder_out_if_asked(mae, tmp_path):
+def test_the_export_command_can_omit_the_decoder(mae, tmp_path):
     file = saved(mae, tmp_path / "m.pth")
     for flags, whole in (([], True), (["--encoder"], False)):
         run(export, "--model", file, "--to", "reference", "--out", tmp_path / "o.pth", *flags)
@@ -260,7 +260,7 @@ def test_the_export_command_leaves_the_decoder_out_if_asked(mae, tmp_path):
         assert "norm.weight" in names
 
 
-def test_an_onnx_file_tells_pixels_and_classes(tmp_path, monkeypatch):
+def test_an_onnx_file_records_pixels_and_classes(tmp_path, monkeypatch):
     model = get_model("vit_mini_patch4", nb_classes=2, classes=["cat", "dog"], input_size=8, mean=[0.5, 0.25, 0.125])
     export.export(model, "onnx", tmp_path / "m.onnx")
     told = onnxruntime.InferenceSession(tmp_path / "m.onnx").get_modelmeta().custom_metadata_map
@@ -270,7 +270,7 @@ def test_an_onnx_file_tells_pixels_and_classes(tmp_path, monkeypatch):
     assert export.CLOSE == 1e-4
 
 
-def test_an_onnx_file_of_other_answers_is_not_written(tmp_path, monkeypatch):
+def test_an_onnx_file_with_wrong_outputs_is_not_written(tmp_path, monkeypatch):
     monkeypatch.setattr(export, "CLOSE", -1.0)
     with pytest.raises(ValueError, match="is not written: its outputs differ from the model's"):
         export.export(get_model("vit_mini_patch4", nb_classes=2, input_size=8), "onnx", tmp_path / "m.onnx")
@@ -280,7 +280,7 @@ def test_an_onnx_file_of_other_answers_is_not_written(tmp_path, monkeypatch):
 # -------------------------------------------------------------------------------------------- classifiers of ImageNet
 
 
-def test_some_of_the_classes_answer():
+def test_predictions_can_be_restricted_to_classes():
     scores = torch.arange(12.0).view(2, 6)
     assert imagenet.RestrictedClassifier(torch.nn.Identity(), [4, 1])(scores).tolist() == [[4, 1], [10, 7]]
 

@@ -31,7 +31,7 @@ def run_job(monkeypatch, tmp_path):
     return run
 
 
-def test_what_a_job_runs(run_job, tmp_path):
+def test_a_job_runs_its_script(run_job, tmp_path):
     (tmp_path / "here").mkdir()
     args, folder = run_job("--output_dir", "/runs/%j", "--log_dir", "/logs/%j/x", "--epochs", "7", "--ngpus", "4",
                            folder=tmp_path / "here")  # fmt: skip
@@ -69,7 +69,7 @@ def submitted(monkeypatch, tmp_path):
     return run
 
 
-def test_what_is_submitted(submitted, tmp_path, capsys):
+def test_a_submission_has_the_flags_and_the_snapshot(submitted, tmp_path, capsys):
     (tmp_path / "mine.yaml").write_text("epochs: 3\n")
     job, code = submitted("--config", "mine.yaml", "--log_dir", "logs", "--output_dir", "out/%j")
     assert job.main == "main_pretrain"
@@ -95,13 +95,13 @@ def test_folders_of_a_job_by_default(submitted, tmp_path):
         assert args.output_dir == args.log_dir == str(folder)
 
 
-def test_a_job_without_requeue_is_submitted_as_such(submitted):
+def test_requeue_false_is_passed_to_the_job(submitted):
     assert submitted("--slurm", "requeue=false")[0].requeue is False
     assert submitted("--slurm", "no_requeue=true")[0].requeue is False
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_rank_0_alone_asks_for_the_requeue(monkeypatch, rank):
+def test_only_rank_0_requeues_the_job(monkeypatch, rank):
     asked = []
     monkeypatch.setattr(submit, "_is_submitits", lambda signum: True)
     before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGUSR2)}
@@ -148,7 +148,7 @@ def test_a_stopped_job_says_how_to_resume(tmp_path, capsys):
     assert "to resume, add --resume auto --output_dir /out to the command" in capsys.readouterr().out
 
 
-def test_a_job_that_never_started_names_the_one_before(tmp_path):
+def test_a_job_that_never_started_names_its_dependency(tmp_path):
     with pytest.raises(ValueError, match=r"job 42 has not started .*: job 41 of --after has not succeeded"):
         waiting.wait(finished(tmp_path, ValueError()), "slurm", tmp_path / "log", "/out", "41")
 
@@ -156,7 +156,7 @@ def test_a_job_that_never_started_names_the_one_before(tmp_path):
 @pytest.mark.parametrize(
     ("cluster", "state", "cancel"), [("slurm", "squeue --job", "scancel"), ("local", "ps", "kill")]
 )
-def test_how_to_follow_and_cancel_a_job(cluster, state, cancel, capsys):
+def test_instructions_follow_and_cancel_a_job(cluster, state, cancel, capsys):
     waiting.print_instructions(cluster, "42", Path("/logs/42.out"), "/out")
     said = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[1:]]
     assert said[0] == ["results", "/out"]
@@ -165,7 +165,7 @@ def test_how_to_follow_and_cancel_a_job(cluster, state, cancel, capsys):
     assert said[3][1].startswith(f"{cancel} 42 ")
 
 
-def test_code_of_the_same_length_has_another_copy(tmp_path, monkeypatch):
+def test_changed_code_of_equal_length_has_another_snapshot(tmp_path, monkeypatch):
     source = tmp_path / "source"
     source.mkdir()
     monkeypatch.setattr(code_copy, "ROOT", source)

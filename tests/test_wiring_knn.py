@@ -114,7 +114,7 @@ def test_recorded_settings_and_adapted_channels(monkeypatch, data, encoder, tmp_
         captured(monkeypatch, **grey)
 
 
-def test_an_encoder_without_file_is_drawn_by_the_seed(monkeypatch, data):
+def test_an_encoder_without_a_file_is_initialized_by_the_seed(monkeypatch, data):
     flags = {"data_path": data, "model": "vit_mini_patch4", "input_size": 16, "seed": 5}
     found, *_ = captured(monkeypatch, **flags, k=1)
     seed_all(5)

@@ -142,7 +142,7 @@ def test_training_crops_once_and_flips(captured):
     assert 10 <= flips <= 30
 
 
-def test_evaluation_sees_the_published_crop(captured):
+def test_evaluation_uses_the_published_crop(captured):
     expected = tv.Compose([tv.Resize(256, tv.InterpolationMode.BICUBIC), tv.CenterCrop(224), tv.PILToTensor()])
     assert torch.equal(captured().evaluation[0]["samples"].transform(photo()), expected(photo()))
 
@@ -185,7 +185,7 @@ def test_flags_reach_the_loop(monkeypatch, data, tmp_path):
     assert [group["lr"] for group in call["optimizer"].param_groups] == pytest.approx([0.5, 0.25])
 
 
-def test_the_encoder_is_the_files(captured, tmp_path):
+def test_the_encoder_is_loaded_from_the_file(captured, tmp_path):
     seed_all(9)  # weights that the seed of the run does not give
     encoder = VisionTransformer(img_size=16, patch_size=4, embed_dim=128, depth=4, num_heads=4, num_classes=0)
     torch.save({"model": encoder.state_dict()}, tmp_path / "encoder.pth")
@@ -201,7 +201,7 @@ def test_the_encoder_is_the_files(captured, tmp_path):
 # ----------------------------------------------------------------------------------------------------- several rates
 
 
-def test_every_rate_has_a_head_and_images_held_out_choose(captured, capsys, tmp_path):
+def test_the_head_is_selected_on_held_out_images(captured, capsys, tmp_path):
     """The head that answers "ant" is the best one on the test set, and the one of "bee" on the training images."""
     run = captured(**mini(blr="0.2 0.1 0.4", batch_size=100, report=tmp_path / "report", epochs=1))
     first, second, third = run.model.head
@@ -238,7 +238,7 @@ def test_every_rate_has_a_head_and_images_held_out_choose(captured, capsys, tmp_
     assert (tmp_path / "report" / "classes.csv").exists()
 
 
-def test_the_share_and_the_seed_of_what_is_held_out(captured):
+def test_held_out_images_depend_on_the_fraction_and_the_seed(captured):
     def held_out(**flags):
         run = captured(**mini(blr="0.2 0.1", batch_size=100), **flags)
         source = run.evaluation[0]["samples"].source
@@ -251,7 +251,7 @@ def test_the_share_and_the_seed_of_what_is_held_out(captured):
         captured(**mini(blr="0.2 0.1", lr=1))
 
 
-def test_the_loss_is_the_heads_mean_and_its_gradient_their_sum(captured, monkeypatch):
+def test_the_loss_is_the_mean_of_heads_and_gradients_are_independent(captured, monkeypatch):
     run = captured(**mini(blr="0.2 0.1 0.4", batch_size=100))
     assert run.train_one_epoch.keywords["criterion"].losses.maxlen == 4  # batches of an epoch
     inputs, logits = [], torch.randn(3, 6, 3, requires_grad=True)
@@ -283,7 +283,7 @@ def test_cached_features_are_those_of_the_evaluation(captured, data):
     assert several.trained is several.model.head
 
 
-def test_an_evaluation_of_a_file(data, tmp_path, capsys):
+def test_eval_evaluates_a_file(data, tmp_path, capsys):
     model = VisionTransformer(16, 4, 3, 0, 128, 4, 4)
     model.head = nn.Sequential(nn.BatchNorm1d(128, affine=False, eps=1e-6), nn.Linear(128, 3))
     constant_head(model.head[1], 0)

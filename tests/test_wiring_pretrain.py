@@ -364,7 +364,7 @@ def test_when_reconstructions_are_logged(capture, monkeypatch, flags, epochs, lo
     assert log.pictures == [("reconstruction", "picture", epoch) for epoch in logged]
 
 
-def test_what_is_reconstructed(capture, monkeypatch):
+def test_eight_evenly_spaced_images_are_reconstructed(capture, monkeypatch):
     """Eight images, evenly spread, as in evaluation: centre crops, with the noise of epoch 0."""
     calls = keep_calls(monkeypatch, pictures, "reconstruction")
     call = capture("--input_size", 16, "--mask_ratio", 0.6, "--seed", 3)
@@ -384,7 +384,7 @@ def test_what_is_reconstructed(capture, monkeypatch):
         assert torch.equal(images[place], centre(Image.open(source.name(index))))
 
 
-def test_every_process_takes_part_in_a_picture_of_sharded_weights_only(capture, monkeypatch):
+def test_all_processes_draw_pictures_only_with_sharded_weights(capture, monkeypatch):
     calls = keep_calls(monkeypatch, pictures, "reconstruction")
     monkeypatch.setattr(fsdp, "shard", lambda model, units, device, *_, **__: model.to_empty(device=device))
     plain, sharded = capture("--input_size", 16), capture("--input_size", 16, "--fsdp")

@@ -71,7 +71,7 @@ def resumed(which, tmp_path, settings=SETTINGS):
 
 
 @pytest.mark.parametrize("which", ["auto", "checkpoint-last.pth"])
-def test_every_part_of_the_state_comes_back(saved, tmp_path, which):
+def test_every_part_of_the_state_is_restored(saved, tmp_path, which):
     torch.manual_seed(5)
     model, optimizer, scaler, progress = resumed(which if which == "auto" else str(tmp_path / which), tmp_path)
     torch.manual_seed(77)
@@ -93,7 +93,7 @@ def test_every_part_of_the_state_comes_back(saved, tmp_path, which):
     assert progress.meters == METERS
 
 
-def test_what_a_checkpoint_holds(saved, tmp_path):
+def test_contents_of_a_checkpoint(saved, tmp_path):
     state = torch.load(tmp_path / "checkpoint-last.pth", weights_only=True)
     assert state.keys() == {"model", "optimizer", "scaler", "args", "rng", "epoch", "progress", "digest"}
     assert state["args"] == SETTINGS
@@ -104,14 +104,14 @@ def test_what_a_checkpoint_holds(saved, tmp_path):
     }  # fmt: skip
 
 
-def test_the_next_epoch_begins_at_its_start():
+def test_the_next_epoch_starts_at_its_first_iteration():
     progress = Progress(16, 8)
     progress.epoch, progress.first_iteration, progress.meters, progress.best_accuracy = 3, 4, dict(METERS), 50.0
     progress.next_epoch()
     assert (progress.epoch, progress.first_iteration, progress.meters, progress.best_accuracy) == (4, 0, {}, 50.0)
 
 
-def test_settings_that_change_are_named_and_free_ones_are_not(saved, tmp_path, caplog):
+def test_changed_settings_are_named_except_free_ones(saved, tmp_path, caplog):
     resumed("auto", tmp_path, SETTINGS | {"mask_ratio": 0.5, "seed": 4, "accum_iter": 1, "data_path": "b"})
     warned = [record.message for record in caplog.records if "from now on" in record.message]
     assert warned == [
@@ -120,13 +120,13 @@ def test_settings_that_change_are_named_and_free_ones_are_not(saved, tmp_path, c
     ]
 
 
-def test_a_run_of_other_classes_is_not_resumed(tmp_path):
+def test_resuming_with_other_classes_is_an_error(tmp_path):
     run_state._warn_of_changes({"classes": ["cat", "dog"]}, {"classes": ["cat", "dog"]})
     with pytest.raises(CheckpointError, match="had other classes: --finetune starts from its weights"):
         run_state._warn_of_changes({"classes": ["cat", "dog"]}, {"classes": ["dog", "cat"]})
 
 
-def test_a_run_that_has_diverged_is_not_resumed(saved, tmp_path):
+def test_resuming_a_diverged_run_is_an_error(saved, tmp_path):
     state = checkpoint.read(tmp_path / "checkpoint-last.pth")
     state["model"]["norm.bias"][3] = math.nan
     checkpoint.write(state, tmp_path / "checkpoint-last.pth")
@@ -134,7 +134,7 @@ def test_a_run_that_has_diverged_is_not_resumed(saved, tmp_path):
         resumed("auto", tmp_path)
 
 
-def test_resuming_a_named_checkpoint_sets_later_ones_aside(saved, tmp_path):
+def test_resuming_a_given_checkpoint_moves_later_ones(saved, tmp_path):
     state = checkpoint.read(tmp_path / "checkpoint-last.pth")
     state["progress"] |= {"epoch": 9, "images_done": 0}
     checkpoint.write(state, tmp_path / "checkpoint-8.pth")
@@ -150,7 +150,7 @@ def test_the_position_of_a_published_file(tmp_path):
     assert checkpoint.position(tmp_path / "checkpoint-19.pth") == (20, 0)
 
 
-def test_worker_processes_do_not_hold_the_lock(tmp_path):
+def test_worker_processes_close_the_lock(tmp_path):
     """A forked process has the lock's file closed."""
     with run_directory.locked(tmp_path):
         child = os.fork()
@@ -163,7 +163,7 @@ def test_worker_processes_do_not_hold_the_lock(tmp_path):
 # -------------------------------------------------------------------------------------------------------------- saving
 
 
-def test_the_rolling_state_comes_every_save_minutes(tmp_path, monkeypatch):
+def test_checkpoint_last_is_written_every_save_minutes(tmp_path, monkeypatch):
     clock = SimpleNamespace(now=1000.0)
     monkeypatch.setattr(saver, "time", SimpleNamespace(monotonic=lambda: clock.now))
     progress = Progress(16, 8)
@@ -178,13 +178,13 @@ def test_the_rolling_state_comes_every_save_minutes(tmp_path, monkeypatch):
     assert [request is Request.SAVE for request in requests] == [False, False, True, False, False, True]
 
 
-def test_milestones_are_ordered_by_number(tmp_path):
+def test_checkpoints_are_ordered_by_epoch(tmp_path):
     for epoch in (100, 20, 3):
         checkpoint.write({"epoch": epoch}, tmp_path / f"checkpoint-{epoch}.pth")
     assert [path.name for path in checkpoint.milestones(tmp_path)] == [f"checkpoint-{n}.pth" for n in (3, 20, 100)]
 
 
-def test_data_are_on_the_disk_before_the_file_has_its_name(tmp_path, monkeypatch):
+def test_data_are_synced_before_the_rename(tmp_path, monkeypatch):
     """A power cut leaves the previous file or the new one: the order of fsync and rename counts."""
     calls = []
     fsync, replace = os.fsync, Path.replace
@@ -221,13 +221,13 @@ def folder(tmp_path):
     dist.teardown()
 
 
-def test_a_sharded_state_has_both_names(folder):
+def test_a_sharded_checkpoint_has_both_names(folder):
     for name in ("checkpoint-0", "checkpoint-best"):
         assert sharded.gather(folder.with_name(name))["epoch"] == 0
     assert sorted(path.name for path in folder.parent.iterdir()) == ["checkpoint-0", "checkpoint-best"]
 
 
-def test_every_file_of_a_sharded_state_is_checked(folder):
+def test_every_file_of_a_sharded_checkpoint_is_verified(folder):
     names = sorted(path.name for path in folder.iterdir())
     assert names == [".metadata", "__0_0.distcp", "state.pth"]
     for name in names:
@@ -245,7 +245,7 @@ def test_every_file_of_a_sharded_state_is_checked(folder):
     assert sharded.read(folder)["epoch"] == 0
 
 
-def test_a_sharded_state_is_there_until_the_next_one_has_its_name(folder):
+def test_a_sharded_checkpoint_exists_until_the_next_one_is_complete(folder):
     with pytest.raises(FileNotFoundError):  # a crash between the two renames
         sharded._put_in_place(folder.with_name("gone"), folder)
     assert not folder.exists()
@@ -284,7 +284,7 @@ def test_scalars_have_their_tags_values_and_axes(tmp_path):
     assert "train_loss" not in events.Tags()["scalars"]
 
 
-def test_rank_0_alone_writes_a_log(tmp_path, monkeypatch):
+def test_only_rank_0_writes_a_log(tmp_path, monkeypatch):
     monkeypatch.setattr(dist, "rank", lambda: 1)
     assert type(run_log.open_log(tmp_path, tmp_path, 3)) is run_log.NullLog
     assert list(tmp_path.iterdir()) == []
@@ -296,7 +296,7 @@ def test_rank_0_alone_writes_a_log(tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------------------------------- weights
 
 
-def test_a_wide_table_is_interpolated_as_such():
+def test_a_wide_position_table_is_interpolated():
     """Of 2 x 8 patches into 4 x 4: as many, in other places."""
     theirs, ours = vit_mini_patch4(img_size=(8, 32)), vit_mini_patch4(img_size=16)
     file = Weights(theirs.state_dict(), {"input_size": [8, 32], "patch_size": 4}, loading.ENCODER, "file")
@@ -308,7 +308,7 @@ def test_a_wide_table_is_interpolated_as_such():
                    loading.ENCODER, "file").grid_size == (4, 12)  # fmt: skip
 
 
-def test_a_head_of_other_classes_is_not_taken():
+def test_a_head_for_other_classes_is_not_loaded():
     theirs, classes = vit_mini_patch4(img_size=16, num_classes=2), ["cat", "dog"]
     for recorded, taken in ((classes, True), (None, True), (["dog", "cat"], False)):
         ours = vit_mini_patch4(img_size=16, num_classes=2)
@@ -317,7 +317,7 @@ def test_a_head_of_other_classes_is_not_taken():
         assert torch.equal(ours.head.weight, theirs.head.weight) is taken
 
 
-def test_statistics_are_the_given_ones_then_those_of_the_file():
+def test_explicit_statistics_override_those_of_the_file():
     file = Weights({}, {"in_chans": 1, "mean": [0.3], "std": [0.2]}, loading.ENCODER, "file")
     assert loading.statistics(file, 1, None, None) == ([0.3], [0.2])
     assert loading.statistics(file, 1, [0.5], None) == ([0.5], [0.2])
@@ -326,7 +326,7 @@ def test_statistics_are_the_given_ones_then_those_of_the_file():
     assert loading.statistics(None, 1, [0.5], [0.6]) == ([0.5], [0.6])
 
 
-def test_advice_is_typed_as_it_stands():
+def test_suggested_commands_can_be_typed():
     assert advice.flags({"global_pool": False, "pin_mem": False, "mean": [0.5, 0.25], "lr": None}) == \
         "--cls_token --no_pin_mem --mean 0.5 0.25 no --lr"  # fmt: skip
     assert advice.did_you_mean("cifar10", ["CIFAR10", "MNIST"]) == "; did you mean CIFAR10?"

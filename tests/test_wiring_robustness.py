@@ -83,7 +83,7 @@ def test_every_flag_reaches_its_place(run, tmp_path):
     assert "a subset of 7 images per cell" in found.table
 
 
-def test_corrupted_images_are_evaluated_as_they_are(run, tmp_path, monkeypatch):
+def test_corrupted_images_are_evaluated_without_a_crop(run, tmp_path, monkeypatch):
     images = class_folders(tmp_path / "images", robustness.synsets(), "a.jpg", lambda label: label)
     for name in robustness.CORRUPTIONS:
         (tmp_path / "imagenet-c" / name).mkdir(parents=True)
@@ -108,7 +108,7 @@ ALEXNET = {
 }  # fmt: skip
 
 
-def test_alexnets_errors_are_the_published_ones():
+def test_alexnets_errors_equal_the_published_ones():
     assert robustness.CORRUPTIONS == ALEXNET
     assert {family: len(errors) for family, errors in robustness.ALEXNET.items()} == {
         "noise": 3, "blur": 4, "weather": 4, "digital": 4,
@@ -126,7 +126,7 @@ def test_the_published_numbers_of_images():
 
 
 @pytest.mark.parametrize("name", ALEXNET)
-def test_each_corruption_counts_by_its_own_error(name):
+def test_each_corruption_is_normalised_by_its_own_error(name):
     """CE = sum of the five severities' errors / (5 x AlexNet's); mCE = the mean of the 15."""
     errors = {f"{other}/{severity}": 0.0 for other in ALEXNET for severity in range(1, 6)}
     errors |= {f"{name}/{severity}": float(error) for severity, error in enumerate((10, 20, 40, 50, 80), start=1)}
@@ -146,6 +146,6 @@ def test_each_corruption_counts_by_its_own_error(name):
         ("imagenet-sketch", [34.5, 45.3, 49.6, 50.9]),
     ],
 )
-def test_the_papers_scores(suite, published):
+def test_the_published_scores_are_printed(suite, published):
     models = ["ViT-B/16", "ViT-L/16", "ViT-H/14", "ViT-H/14, 448"]
     assert robustness.PUBLISHED[suite] == dict(zip(models, published, strict=True))

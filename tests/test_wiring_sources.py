@@ -50,7 +50,7 @@ def test_a_data_set_of_a_library(monkeypatch, script, flags, tmp_path):
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=ids)
-def test_each_set_has_its_own_list(monkeypatch, script, data, tmp_path):
+def test_each_split_has_its_own_list(monkeypatch, script, data, tmp_path):
     lists = {}
     for split, count in (("train", 9), ("val", 4)):
         rows = [f"{split}/{name}/{number}.png {name}" for name in ("ant", "bee") for number in range(count)]
@@ -79,7 +79,7 @@ class Gpu:
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=ids)
 @pytest.mark.parametrize("pinned", [True, False], ids=["pin_mem", "no_pin_mem"])
-def test_memory_is_pinned_for_a_gpu(monkeypatch, script, pinned, data, tmp_path):
+def test_memory_is_pinned_only_for_a_gpu(monkeypatch, script, pinned, data, tmp_path):
     """The model is placed on the device that the process joins with, and so are normalization and erasing."""
     gpu, placed = Gpu(), []
     no_features = (torch.zeros(0, 128), torch.zeros(0, dtype=torch.int64))
