@@ -91,8 +91,7 @@ def rate(batches: Callable[[], Iterator[Any]], limit: int) -> float:
     started, count = time.perf_counter(), 0
     for _ in itertools.islice(iterator, limit):
         count += BATCH
-    seconds = time.perf_counter() - started
-    return count / seconds
+    return count / (time.perf_counter() - started)
 
 
 def differences(folder: Path) -> dict[str, float]:

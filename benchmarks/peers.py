@@ -42,8 +42,8 @@ class PlainMAE(nn.Module):
         self.decoder_norm = norm(narrow)
         self.decoder_pred = nn.Linear(narrow, self.patch**2 * 3)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) -> the loss."""
+    def forward(self, images: Tensor) -> tuple[Tensor]:
+        """Images (B, 3, H, W) -> (the loss,), as the others return it first."""
         tokens = self.embed(images) + self.positions[:, 1:]
         count, length, width = tokens.shape
         order = torch.rand(count, length, device=images.device).argsort(dim=1)
@@ -62,27 +62,20 @@ class PlainMAE(nn.Module):
         target = images.reshape(count, 3, side, self.patch, side, self.patch).permute(0, 2, 4, 3, 5, 1).flatten(3)
         error = (predicted - target.flatten(1, 2)).square().mean(dim=-1)
         masked = (back >= num_visible).float()
-        return (error * masked).sum() / masked.sum()
+        return ((error * masked).sum() / masked.sum(),)
 
 
-class TransformersMAE(nn.Module):
-    """transformers' ViTMAEForPreTraining in one of our sizes."""
-
-    def __init__(self, size: str) -> None:
-        super().__init__()
-        width, depth, heads = (SIZES[size][key] for key in ("embed_dim", "depth", "num_heads"))
-        narrow, decoder_depth, decoder_heads = DECODERS[size].values()
-        config = ViTMAEConfig(
-            image_size=image_side(size), patch_size=SIZES[size]["patch_size"], hidden_size=width,
-            num_hidden_layers=depth, num_attention_heads=heads, intermediate_size=4 * width,
-            decoder_hidden_size=narrow, decoder_num_hidden_layers=decoder_depth,
-            decoder_num_attention_heads=decoder_heads, decoder_intermediate_size=4 * narrow,
-        )  # fmt: skip
-        self.model: Any = ViTMAEForPreTraining(config)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) -> the loss."""
-        return self.model(pixel_values=images).loss
+def transformers_mae(size: str) -> nn.Module:
+    """transformers' ViTMAEForPreTraining in one of our sizes; the first entry of its output is the loss."""
+    width, depth, heads = (SIZES[size][key] for key in ("embed_dim", "depth", "num_heads"))
+    narrow, decoder_depth, decoder_heads = DECODERS[size].values()
+    config = ViTMAEConfig(
+        image_size=image_side(size), patch_size=SIZES[size]["patch_size"], hidden_size=width,
+        num_hidden_layers=depth, num_attention_heads=heads, intermediate_size=4 * width,
+        decoder_hidden_size=narrow, decoder_num_hidden_layers=decoder_depth,
+        decoder_num_attention_heads=decoder_heads, decoder_intermediate_size=4 * narrow,
+    )  # fmt: skip
+    return ViTMAEForPreTraining(config)
 
 
 def timm_classifier(size: str) -> nn.Module:

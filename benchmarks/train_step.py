@@ -109,7 +109,7 @@ def input_images(args: argparse.Namespace, precision: Precision) -> Tensor:
 
 # The implementations of pre-training by name.
 MODELS: dict[str, Callable[[str], nn.Module]] = {
-    "transformers": peers.TransformersMAE,
+    "transformers": peers.transformers_mae,
     "plain": peers.PlainMAE,
     "ours": lambda size: getattr(models_mae, f"mae_vit_{size}")(),
 }
@@ -117,7 +117,7 @@ MODELS: dict[str, Callable[[str], nn.Module]] = {
 
 def loss_of_images(model: nn.Module, images: Tensor) -> Tensor:
     """The pre-training loss of a batch."""
-    return model(images)[0] if isinstance(model, models_mae.MaskedAutoencoderViT) else model(images)
+    return model(images)[0]
 
 
 def implementations(args: argparse.Namespace, precision: Precision) -> dict[str, Step]:

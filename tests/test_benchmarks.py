@@ -22,7 +22,7 @@ def test_operations_of_classifiers():
 
 def test_peers_have_our_parameters():
     ours = sum(p.numel() for p in mae_vit_mini_patch4().parameters())
-    for build in (peers.PlainMAE, peers.TransformersMAE):
+    for build in (peers.PlainMAE, peers.transformers_mae):
         assert sum(p.numel() for p in build("mini_patch4").parameters()) == ours
 
 
