@@ -180,8 +180,7 @@ def main(args: Namespace) -> None:
         for severity in range(1, 6):
             corrupted = corrupt(images, corruption, severity)
             for title, model in models.items():
-                scores = results[title].setdefault(corruption.__name__, [])
-                scores.append(accuracy(model, corrupted, names))
+                results[title].setdefault(corruption.__name__, []).append(accuracy(model, corrupted, names))
         summary = "; ".join(f"{title} {scores[corruption.__name__]}" for title, scores in results.items())
         print(f"{corruption.__name__}: {summary}", flush=True)
     args.out.mkdir(parents=True, exist_ok=True)

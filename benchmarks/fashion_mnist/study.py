@@ -188,22 +188,26 @@ def pretrain(study: Study) -> Path:
     return study.pretrain("pretrain", EPOCHS)
 
 
+def frozen_features(encoder: Path) -> dict[str, list[Any]]:
+    """Flags for both kinds of features of an untrained and of the pre-trained encoder, by name."""
+    starts: dict[str, list[Any]] = {"untrained": [], "pre-trained": ["--finetune", encoder]}
+    return {
+        f"{pooling}/{kind}": [f"--{pooling}", *start]
+        for pooling in ("cls_token", "global_pool")
+        for kind, start in starts.items()
+    }
+
+
 def probe(study: Study) -> None:
     """Linear probes with 10,000 labels, of the pre-trained and of an untrained encoder, on both kinds of features."""
-    encoder = pretrain(study)
-    for pooling in ("--cls_token", "--global_pool"):
-        for start in ([], ["--finetune", encoder]):
-            name = f"probe/10000/{pooling[2:]}/{'pre-trained' if start else 'untrained'}"
-            study.run([*PROBE, pooling, *start], name)
+    for name, features in frozen_features(pretrain(study)).items():
+        study.run([*PROBE, *features], f"probe/10000/{name}")
 
 
 def knn(study: Study) -> None:
     """Nearest neighbours with all 60,000 labels."""
-    encoder = pretrain(study)
-    for pooling in ("--cls_token", "--global_pool"):
-        for start in ([], ["--finetune", encoder]):
-            name = f"knn/60000/{pooling[2:]}/{'pre-trained' if start else 'untrained'}"
-            study.neighbours(name, pooling, *start)
+    for name, features in frozen_features(pretrain(study)).items():
+        study.neighbours(f"knn/60000/{name}", *features)
 
 
 def baselines(study: Study) -> None:
