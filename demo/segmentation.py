@@ -22,6 +22,7 @@ import torch
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from sklearn.metrics import jaccard_score
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -94,11 +95,8 @@ def train(head: Head, features: Tensor, labels: Tensor) -> None:
 
 def mean_iou(predictions: Tensor, labels: Tensor, num_classes: int) -> float:
     """Intersection over union of each class over all images; the mean over the classes in per cent."""
-    shares = []
-    for number in range(num_classes):
-        predicted, true = predictions == number, labels == number
-        shares.append(float((predicted & true).sum() / (predicted | true).sum().clamp(min=1)))
-    return 100 * float(np.mean(shares))
+    true, predicted = labels.flatten().numpy(), predictions.flatten().numpy()
+    return 100 * jaccard_score(true, predicted, labels=range(num_classes), average="macro", zero_division=0)
 
 
 def segment(model: Model, training: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], layers: int) -> Tensor:
