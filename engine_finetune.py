@@ -10,8 +10,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from util import datasets, dist
@@ -35,7 +33,7 @@ TOP = 5
 def train_one_epoch(
     model: nn.Module,
     data_loader: loop.Loader,
-    optimizer: Optimizer,
+    optimizer: torch.optim.Optimizer,
     options: loop.EpochOptions,
     *,
     criterion: Callable[[Tensor, Tensor], Tensor],
@@ -201,7 +199,7 @@ class Setup:
             samples, args.batch_size, args.seed, args.num_workers, self.pin_memory, accum_iter=args.accum_iter
         )
 
-    def eval_batches(self, source: Source, batch_size: int) -> DataLoader:
+    def eval_batches(self, source: Source, batch_size: int) -> torch.utils.data.DataLoader:
         """Returns this process's batches of a dataset, resized and cropped for an evaluation."""
         args = self.args
         transform = transforms.eval_transform(args.input_size, args.crop_pct)

@@ -5,8 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 
 from inference.model import Images, Model
 
@@ -68,9 +67,8 @@ def components(model: Model, images: Images) -> Tensor:
         (B, rows, columns, 3) in 0 to 1.
     """
     x = model.prepare(images)
-    tokens = model.extract_feat(x, "tokens")[:, 1:].float().cpu()
-    flat = tokens.flatten(0, 1)
-    centred = flat - flat.mean(dim=0)
+    tokens = model.extract_feat(x, "tokens")[:, 1:].float().cpu().flatten(0, 1)
+    centred = tokens - tokens.mean(dim=0)
     _, _, directions = torch.linalg.svd(centred, full_matrices=False)
     # Signs are arbitrary: each direction is turned so that its largest entry is positive.
     signs = directions.gather(1, directions.abs().argmax(dim=1, keepdim=True)).sign()
@@ -91,6 +89,6 @@ def overlay(model: Model, image: Tensor, weights: Tensor | None = None) -> Image
     pixels = model.normalize.inverse(image.to(model.normalize.mean)).cpu()
     pixels = pixels[:3] if len(pixels) >= 3 else pixels[:1].expand(3, -1, -1)
     if weights is not None:
-        bright = F.interpolate((weights / weights.max())[None, None], size=pixels.shape[1:], mode="nearest")[0]
-        pixels = pixels * (0.15 + 0.85 * bright)
+        relative = nn.functional.interpolate((weights / weights.max())[None, None], pixels.shape[1:], mode="nearest")
+        pixels = pixels * (0.15 + 0.85 * relative[0])
     return Image.fromarray((255 * pixels.permute(1, 2, 0).numpy()).round().astype(np.uint8))

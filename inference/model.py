@@ -23,7 +23,6 @@ from torch import Tensor
 import models_build
 import models_mae
 import models_vit
-from models_build import MODEL_SETTINGS, size_of
 from util.checkpoints.checkpoint import CheckpointError
 from util.cli.advice import did_you_mean
 from util.data import transforms
@@ -198,9 +197,10 @@ def get_model(
         ValueError: an unknown name, one whose weights were never released or can't be downloaded, an unknown setting.
         CheckpointError: the file is damaged, or does not hold the requested model.
     """
-    unknown = settings.keys() - set(MODEL_SETTINGS)
+    unknown = settings.keys() - set(models_build.MODEL_SETTINGS)
     if unknown:
-        raise ValueError(f"get_model has no setting {sorted(unknown)[0]}; it has {', '.join(MODEL_SETTINGS[1:])}")
+        known = ", ".join(models_build.MODEL_SETTINGS[1:])
+        raise ValueError(f"get_model has no setting {min(unknown)}; it has {known}")
     name = str(name)
     if name in ARCHITECTURES:
         name = ARCHITECTURES[name].__name__  # the published code has second names
@@ -230,10 +230,10 @@ def _class_of(architecture: str) -> type[Autoencoder] | type[Classifier]:
 
 
 def _settings(architecture: str, settings: dict[str, Any]) -> dict[str, Any]:
-    size = models_vit.SIZES[size_of(architecture)]
+    size = models_vit.SIZES[models_build.size_of(architecture)]
     usual = {"input_size": size.get("img_size", 224), "patch_size": None, "in_chans": 3, "norm_pix_loss": False,
              "global_pool": architecture.startswith("vit_"), "nb_classes": 1000, "mask_ratio": 0.75}  # fmt: skip
-    known = {key: value for key, value in settings.items() if key in MODEL_SETTINGS}
+    known = {key: value for key, value in settings.items() if key in models_build.MODEL_SETTINGS}
     return {**usual, **known, "model": architecture}
 
 
@@ -247,7 +247,7 @@ def _published_for(name: str) -> str:
     """The published weights that belong to a name best."""
     if name in model_zoo.TABLE:
         return name
-    size = size_of(name).partition("_")[0]
+    size = models_build.size_of(name).partition("_")[0]
     best = f"mae_pretrain_vit_{size}_full" if name.startswith("mae_") else f"mae_finetuned_vit_{size}"
     if best not in model_zoo.TABLE:
         raise ValueError(f"no weights were published for {name}: give a file of them")
@@ -256,7 +256,7 @@ def _published_for(name: str) -> str:
 
 def _load(file: Weights, architecture: str | None, settings: dict[str, Any]) -> Autoencoder | Classifier:
     """A model with a file's weights: of the given architecture, or of the one that the file records."""
-    inferred = _infer(file, size_of(architecture or str(file.settings.get("model"))))
+    inferred = _infer(file, models_build.size_of(architecture or str(file.settings.get("model"))))
     recorded = {**inferred, **_of_row(file.source), **file.settings}
     architecture = architecture or inferred["model"]
     if file.kind == CLASSIFIER and "nb_classes" in settings and settings["nb_classes"] != recorded["nb_classes"]:

@@ -214,12 +214,15 @@ def report_on(source: Source | Shards, facts: list[ImageFacts], seconds: float) 
         heights, widths = np.array([fact.size for fact in good]).T
         spread = f"; {heights.min()} to {heights.max()} x {widths.min()} to {widths.max()}"
         (size, most), *others = Counter(fact.size for fact in good).most_common()
-        lines.append(f"sizes       {size[0]} x {size[1]} (height x width): {most:,} images" + spread * bool(others))
         channels = Counter(fact.channels for fact in good).most_common()
-        lines.append("channels    " + ", ".join(f"{number}: {count:,} images" for number, count in channels))
-        lines.append(f"depth       {sum(fact.deep for fact in good):,} images of more than 8 bits")
         mean, std = statistics_of(good)
-        lines += [f"--mean      {mean}", f"--std       {std}"]
+        lines += [
+            f"sizes       {size[0]} x {size[1]} (height x width): {most:,} images" + spread * bool(others),
+            "channels    " + ", ".join(f"{number}: {count:,} images" for number, count in channels),
+            f"depth       {sum(fact.deep for fact in good):,} images of more than 8 bits",
+            f"--mean      {mean}",
+            f"--std       {std}",
+        ]
     lines.append(f"speed       {len(facts) / seconds:,.0f} images/s read and decoded")
     return lines
 

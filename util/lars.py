@@ -5,10 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 
-class LARS(Optimizer):
+class LARS(torch.optim.Optimizer):
     """Momentum SGD with the learning rate scaled by the norm of each weight; plain for biases and 1-D weights.
 
     g += wd·w; g *= trust·|w|/|g| (1 where either norm is 0); m = momentum·m + g; w -= lr·m.
@@ -47,8 +46,7 @@ class LARS(Optimizer):
             weight_norm, gradient_norm = weight.norm(), gradient.norm()
             trust = group["trust_coefficient"] * weight_norm / gradient_norm
             gradient = gradient * torch.where((weight_norm > 0) & (gradient_norm > 0), trust, 1.0)
-        state = self.state[weight]
-        old = state.setdefault("momentum", torch.zeros_like(weight))
+        old = self.state[weight].setdefault("momentum", torch.zeros_like(weight))
         new = group["momentum"] * old + gradient
         found_inf = getattr(self, "found_inf", None)
         if found_inf is not None:

@@ -5,8 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 Size = int | tuple[int, int]
 
@@ -69,8 +68,8 @@ def resize_pos_embed(pos_embed: Tensor, old_grid: tuple[int, int], new_grid: tup
         return pos_embed
     cls_row, patches = pos_embed[:, :1], pos_embed[:, 1:]
     patches = patches.reshape(1, *old_grid, -1).permute(0, 3, 1, 2)
-    patches = F.interpolate(patches.float(), size=new_grid, mode="bicubic", align_corners=False).to(pos_embed.dtype)
-    return torch.cat([cls_row, patches.flatten(2).transpose(1, 2)], dim=1)
+    patches = nn.functional.interpolate(patches.float(), size=new_grid, mode="bicubic", align_corners=False)
+    return torch.cat([cls_row, patches.to(pos_embed.dtype).flatten(2).transpose(1, 2)], dim=1)
 
 
 def interpolate_pos_embed(

@@ -13,7 +13,6 @@ from typing import IO
 
 from util import dist
 from util.checkpoints import checkpoint
-from util.checkpoints.checkpoint import CheckpointError
 from util.files import atomic
 
 logger = logging.getLogger(__name__)
@@ -131,7 +130,7 @@ def begin_branch(output_dir: Path, resumed: Path) -> None:
 def _is_later(path: Path, position: tuple[int, int]) -> bool:
     try:
         return checkpoint.position(path) > position
-    except CheckpointError:
+    except checkpoint.CheckpointError:
         return True
 
 

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from util import dist
 from util.checkpoints import checkpoint, run_directory, sharded
@@ -115,7 +114,7 @@ class Progress:
 
 def collect(
     model: nn.Module,
-    optimizer: Optimizer,
+    optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     settings: dict,
     callbacks: Sequence["Stateful"] = (),
@@ -139,7 +138,7 @@ def resume(
     which: str,
     output_dir: Path,
     model: nn.Module,
-    optimizer: Optimizer,
+    optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     settings: dict[str, Any],
     progress: Progress,
@@ -239,7 +238,7 @@ def restore_model(model: nn.Module, state: dict[str, Any], settings: dict[str, A
     model.load_state_dict({name: dist.placed_as(weights[name], like) for name, like in ours.items()})
 
 
-def _require_same_parameters(optimizer: Optimizer, state: dict[str, Any], settings: dict[str, Any]) -> None:
+def _require_same_parameters(optimizer: torch.optim.Optimizer, state: dict[str, Any], settings: dict[str, Any]) -> None:
     saved, ours = ([len(group["params"]) for group in groups]
                    for groups in (state["optimizer"]["param_groups"], optimizer.param_groups))  # fmt: skip
     if saved != ours:
@@ -260,7 +259,7 @@ def _args_of(state: dict[str, Any]) -> dict[str, Any]:
     return args if isinstance(args, dict) else vars(args)
 
 
-def restore_optimizer(optimizer: Optimizer, saved: dict[str, Any]) -> None:
+def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
     """Loads the moments of an optimizer, but not its settings, so that it stays fused."""
     groups = [
         {**ours, "params": group["params"]}

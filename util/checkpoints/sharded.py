@@ -19,7 +19,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as td
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from util import dist
 from util.checkpoints import checkpoint
@@ -191,7 +190,7 @@ def _sizes(state: dict[str, Any]) -> dict[str, torch.Size]:
         raise CheckpointError(f"{state['folder']} is refused: {error}. Nothing in it was executed.") from error
 
 
-def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """The state of an optimizer with parameter names instead of numbers.
 
     PyTorch's `get_optimizer_state_dict` has the same names, but changes an optimizer before its first step.
@@ -203,7 +202,7 @@ def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     return {"state": {order[number]: moments for number, moments in state["state"].items()}, "param_groups": groups}
 
 
-def fill(state: dict[str, Any], model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+def fill(state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Reads the tensors of a folder that `read` returned; each process reads its shards.
 
     Returns:

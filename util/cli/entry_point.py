@@ -203,6 +203,7 @@ def _entry_flags(parser: argparse.ArgumentParser, key: str, value: Any) -> list[
 def run(main: Callable[[argparse.Namespace], Any], parser: argparse.ArgumentParser) -> None:
     """Parses the command line and runs `main`. Errors end in a message of one line and an exit code above 0."""
     args = parse(parser)
+    resume = "; the same command with --resume auto resumes from the newest checkpoint" if "resume" in args else ""
     try:
         main(args)
         dist.teardown()  # not after an error: processes that still run would wait for this one, or it for them
@@ -218,10 +219,7 @@ def run(main: Callable[[argparse.Namespace], Any], parser: argparse.ArgumentPars
             remedy = "--resume auto resumes the run" if "resume" in args else "try again"
             _fail(parser, args, error, f"{reason}, usually for lack of memory: lower --num_workers; {remedy}", 1)
         elif lost := dist.lost_process(error):
-            remedy = (
-                "; the same command with --resume auto resumes from the newest checkpoint" if "resume" in args else ""
-            )
-            _fail(parser, args, error, lost + remedy, 1)
+            _fail(parser, args, error, lost + resume, 1)
         raise
     except (ValueError, OSError, ArithmeticError) as error:
         _fail(parser, args, error, _message(error) + _remedies(parser, error), 1)
@@ -229,8 +227,7 @@ def run(main: Callable[[argparse.Namespace], Any], parser: argparse.ArgumentPars
         reason = f"{error}, the state is saved; the same command with --resume auto resumes the run"
         _fail(parser, args, error, reason, 128 + error.signum)
     except KeyboardInterrupt as error:
-        remedy = "; the same command with --resume auto resumes from the newest checkpoint" if "resume" in args else ""
-        _fail(parser, args, error, f"interrupted{remedy}", 130)
+        _fail(parser, args, error, f"interrupted{resume}", 130)
 
 
 def _fail(

@@ -7,8 +7,7 @@ nearest of all. Nothing of the size queries x bank is ever held.
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 
 from util import dist
 
@@ -50,7 +49,7 @@ def classify(
     # Each process's queries in turn go round to all parts of the bank.
     for batch, expected in zip(dist.gather(queries), dist.gather(labels), strict=True):
         for part, truth in zip(batch.split(step), expected.split(step), strict=True):
-            similarity, neighbours = _nearest(F.normalize(part.to(device).float(), dim=1), bank, max(ks))
+            similarity, neighbours = _nearest(nn.functional.normalize(part.to(device).float(), dim=1), bank, max(ks))
             candidates = dist.gather((similarity.cpu(), bank_labels[neighbours].cpu()))
             similarity, order = torch.cat([s for s, _ in candidates], dim=1).sort(dim=1, descending=True, stable=True)
             classes = torch.cat([c for _, c in candidates], dim=1).gather(1, order)
@@ -66,7 +65,7 @@ def _unit(features: Tensor, device: torch.device) -> Tensor:
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     unit = torch.empty(features.shape, dtype=dtype, device=device)
     for target, chunk in zip(unit.split(SLICE), features.split(SLICE), strict=True):
-        target.copy_(F.normalize(chunk.to(device), dim=1))
+        target.copy_(nn.functional.normalize(chunk.to(device), dim=1))
     return unit
 
 

@@ -205,8 +205,7 @@ def _with_real_labels(images: Files | Archive, path: Path, limit: int | None) ->
 
 
 def _spread(indices: np.ndarray, limit: int | None) -> np.ndarray:
-    places = np.linspace(0, len(indices) - 1, min(limit or len(indices), len(indices)), dtype=int)
-    return indices[places]
+    return indices[np.linspace(0, len(indices) - 1, min(limit or len(indices), len(indices)), dtype=int)]
 
 
 class CorruptionErrors(NamedTuple):

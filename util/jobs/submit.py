@@ -66,7 +66,7 @@ class Job:
 
     def __call__(self, restarted: bool = False) -> None:
         job = submitit.JobEnvironment()
-        _log_plainly()
+        logging.getLogger("submitit").handlers.clear()  # the log of the run would have each line three times
         if job.cluster == "local":  # under Slurm, `util.dist` reads the environment of srun
             environment = TorchDistributedEnvironment()
             environment.master_addr = "127.0.0.1"  # the host name may not be resolvable
@@ -136,11 +136,6 @@ def _stop(job: submitit.JobEnvironment, signum: int, requeue: bool) -> None:
 
 def _is_submitits(signum: int) -> bool:
     return isinstance(getattr(signal.getsignal(signum), "__self__", None), SignalHandler)
-
-
-def _log_plainly() -> None:
-    """Removes submitit's log handlers: without this, the log of the run has each of its lines three times."""
-    logging.getLogger("submitit").handlers.clear()
 
 
 def _without_traceback(kind: type[BaseException], error: BaseException, trace: Any) -> None:

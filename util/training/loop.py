@@ -10,7 +10,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from util import dist
 from util.interrupts import Interrupted
@@ -84,7 +83,7 @@ def run_epoch(
     compute_loss: Callable[[Any], Tensor],
     model: nn.Module,
     loader: Loader,
-    optimizer: Optimizer,
+    optimizer: torch.optim.Optimizer,
     options: EpochOptions,
 ) -> None:
     """Trains for an epoch, or for the rest of one. It waits for the device only to save a state.

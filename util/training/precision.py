@@ -4,7 +4,6 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 
 def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
@@ -53,7 +52,7 @@ class Precision:
         factor = torch.where(torch.isfinite(loss.detach()), 1.0, float("nan"))
         self.scaler.scale(loss * factor).backward()
 
-    def step(self, optimizer: Optimizer, clip_grad: float | None) -> Tensor:
+    def step(self, optimizer: torch.optim.Optimizer, clip_grad: float | None) -> Tensor:
         """Clips the gradients, updates the weights and clears the gradients; skips the update if one is not finite.
 
         Args:
@@ -83,5 +82,5 @@ class Precision:
         return norm
 
 
-def _parameters(optimizer: Optimizer) -> Iterable[Tensor]:
+def _parameters(optimizer: torch.optim.Optimizer) -> Iterable[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -19,7 +19,6 @@ from typing import Any
 
 from util import dist
 from util.checkpoints import checkpoint, sharded
-from util.checkpoints.checkpoint import BEST, EMERGENCY, LAST, milestone, milestones
 from util.checkpoints.run_state import Progress
 from util.interrupts import Interrupted, Interrupts
 
@@ -118,7 +117,7 @@ class Saver(NullSaver):
         self.next_save = time.monotonic() + self.save_seconds
         self.writer = ThreadPoolExecutor(1, "saver")
         self.writing: Future[Path] | None = None
-        if not any(path.stem == Path(BEST).stem for path in checkpoint.checkpoints(output_dir)):
+        if not any(path.stem == Path(checkpoint.BEST).stem for path in checkpoint.checkpoints(output_dir)):
             progress.best_accuracy = -1.0  # a later epoch may have overwritten the best state before the resumed one
         self.is_ending = False  # the states are in the temporary folder, and the run ends with that error
         self.unwritten: list[tuple[dict[str, Any], list[Path]]] = []  # states and their files, oldest first
@@ -132,15 +131,15 @@ class Saver(NullSaver):
         return max(super().request(), Request.SAVE)
 
     def save(self, epoch: int, iterations: int, meters: dict[str, Any], alone: bool = False) -> None:
-        self._write([LAST], epoch, iterations, meters)
+        self._write([checkpoint.LAST], epoch, iterations, meters)
 
     def save_epoch(self, epoch: int, accuracy: float | None = None) -> None:
         names = []
         if epoch % self.save_every == 0 or epoch == self.epochs - 1:
-            names.append(milestone(epoch))
+            names.append(checkpoint.milestone(epoch))
         if accuracy is not None and accuracy > self.progress.best_accuracy:
             self.progress.best_accuracy = accuracy
-            names.append(BEST)
+            names.append(checkpoint.BEST)
         if names:
             self._write(names, epoch + 1, 0, {})
         if epoch == self.epochs - 1:
@@ -148,7 +147,7 @@ class Saver(NullSaver):
 
     def save_emergency(self, epoch: int, iterations: int, meters: dict[str, Any]) -> str:
         try:
-            self._write([EMERGENCY], epoch, iterations, meters)
+            self._write([checkpoint.EMERGENCY], epoch, iterations, meters)
             return str(self._settle())
         except OSError as error:  # the run ends with the earlier error
             logger.error(str(error))
@@ -174,7 +173,7 @@ class Saver(NullSaver):
         if self.is_ending:
             return
         self._finish("The run continues, and tries again with the next state.")
-        self.unwritten = [(state, paths) for state, paths in self.unwritten if paths[0].name != LAST]
+        self.unwritten = [(state, paths) for state, paths in self.unwritten if paths[0].name != checkpoint.LAST]
         if len(self.unwritten) >= MAX_UNWRITTEN:
             self._begin()
             self._settle()
@@ -200,7 +199,7 @@ class Saver(NullSaver):
         return paths[0]
 
     def _remove_old(self) -> None:
-        for path in milestones(self.output_dir)[: -self.keep_last] if self.keep_last else []:
+        for path in checkpoint.milestones(self.output_dir)[: -self.keep_last] if self.keep_last else []:
             try:
                 if path.is_dir():
                     shutil.rmtree(path)

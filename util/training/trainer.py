@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 
 from util import dist, lr_sched
 from util.checkpoints import run_directory, run_state
@@ -39,12 +38,12 @@ def start(args: Namespace) -> Precision:
 
 def run(
     model: nn.Module,
-    optimizer: Optimizer,
+    optimizer: torch.optim.Optimizer,
     batches: Any,
     precision: Precision,
     settings: Mapping[str, Any],
     *,
-    train_one_epoch: Callable[[nn.Module, Loader, Optimizer, EpochOptions], None],
+    train_one_epoch: Callable[[nn.Module, Loader, torch.optim.Optimizer, EpochOptions], None],
     after_epoch: Callable[[int, run_log.NullLog], dict[str, Any]],
     loss_tag: str = "train_loss",
     trained: nn.Module | None = None,
