@@ -11,8 +11,10 @@ logger = logging.getLogger(__name__)
 
 def scaled_lr(lr: float | None, blr: float, effective_batch_size: int) -> float:
     """`lr` if not None, else blr x effective batch size / 256. Logs the result."""
-    how = "" if lr is not None else f" = blr {blr:g} x {effective_batch_size} / 256"
-    lr = blr * effective_batch_size / 256 if lr is None else lr
+    how = ""
+    if lr is None:
+        lr = blr * effective_batch_size / 256
+        how = f" = blr {blr:g} x {effective_batch_size} / 256"
     logger.info(f"effective batch size {effective_batch_size}; learning rate {lr:.3g}{how}")
     return lr
 
