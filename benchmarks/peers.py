@@ -1,6 +1,5 @@
 """Implementations that train_step.py compares with ours: transformers' ViTMAE, and plain models of timm's blocks."""
 
-from functools import partial
 from typing import Any
 
 import timm
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from models_mae import DECODERS
-from models_vit import SIZES
+from models_vit import LAYER_NORM, SIZES
 
 
 def image_side(size: str) -> int:
@@ -26,7 +25,7 @@ class PlainMAE(nn.Module):
         super().__init__()
         width, depth, heads = (SIZES[size][key] for key in ("embed_dim", "depth", "num_heads"))
         narrow, decoder_depth, decoder_heads = DECODERS[size].values()
-        norm: Any = partial(nn.LayerNorm, eps=1e-6)
+        norm: Any = LAYER_NORM
         self.patch = SIZES[size]["patch_size"]
         self.embed = PatchEmbed(image_side(size), self.patch, 3, width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))

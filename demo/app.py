@@ -31,7 +31,6 @@ except ImportError:
     sys.exit('the web page requires the package gradio: pip install ".[app]"')
 import torch
 from PIL import Image
-from torch import Tensor
 
 from inference import maps
 from inference.model import Autoencoder, Classifier, Model, get_model, open_image
@@ -315,7 +314,7 @@ def _outputs(model: Autoencoder, result: Reconstruction, origin: str) -> list[An
     return [*(_image(model, part) for part in result[: len(TITLES)]), text]
 
 
-def _image(model: Autoencoder, batch: Tensor) -> Image.Image:
+def _image(model: Autoencoder, batch: torch.Tensor) -> Image.Image:
     """Batch (1, c, H, W) to a Pillow image."""
     pixels = pictures.tile([batch], model.normalize.inverse)
     return _enlarge(Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels))

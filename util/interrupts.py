@@ -10,7 +10,6 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from types import FrameType
 from typing import Any
 
 logger = logging.getLogger(__name__)
@@ -62,7 +61,7 @@ class Interrupts:
         finally:
             self.raises = False
 
-    def _record(self, signum: int, frame: FrameType | None) -> None:
+    def _record(self, signum: int, frame: object) -> None:
         if signum == signal.SIGINT and self.pending == signal.SIGINT:
             raise KeyboardInterrupt
         if self.pending is None:

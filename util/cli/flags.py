@@ -25,6 +25,7 @@ share = _kind(float, lambda value: 0 <= value <= 1, "in [0, 1]")
 positive_share = _kind(float, lambda value: 0 < value <= 1, "in (0, 1]")
 ratio = _kind(float, lambda value: 0 <= value < 1, "in [0, 1)")
 jpeg_quality = _kind(int, lambda value: 1 <= value <= 100, "in 1 to 100")
+job_id = _kind(str, str.isdecimal, "a job id, which is a number")
 seed = _kind(int, lambda value: 0 <= value < 2**32, "in [0, 2^32), which all random generators take")
 
 

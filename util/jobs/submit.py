@@ -7,7 +7,6 @@ PyTorch takes seconds to import. It is imported after submitit has installed its
 would end the job without a requeue.
 """
 
-import argparse
 import contextlib
 import importlib
 import io
@@ -25,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from util.cli.flags import positive_int
+from util.cli.flags import job_id, positive_int
 from util.interrupts import SIGNALS, Interrupted
 from util.jobs import code_copy, slurm_settings, waiting
 
@@ -183,7 +182,7 @@ def get_args_parser(main: str) -> tuple[ArgumentParser, list[str]]:
             help="any other option of sbatch or setting of submitit, such as account=lab; may be repeated; KEY=false "
             "removes an option",
         ),
-        group.add_argument("--after", type=_job_number, metavar="JOB", help="start after this job has succeeded"),
+        group.add_argument("--after", type=job_id, metavar="JOB", help="start after this job has succeeded"),
         group.add_argument(
             "--cluster", default="slurm", choices=("slurm", "local", "debug"),
             help="slurm; local: processes on this machine; debug: this process",
@@ -192,12 +191,6 @@ def get_args_parser(main: str) -> tuple[ArgumentParser, list[str]]:
         group.add_argument("--wait", action="store_true", help="wait for the job; the exit code is 1 if it failed"),
     ]  # fmt: skip
     return parser, [flag.dest for flag in flags]
-
-
-def _job_number(text: str) -> str:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"must be a job id, which is a number, got {text}")
-    return text
 
 
 class _Slurm(submitit.SlurmExecutor):

@@ -1,7 +1,5 @@
 """Mixed precision: autocast, the fp16 loss scaler, gradient clipping, and updates that skip non-finite gradients."""
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
@@ -82,5 +80,5 @@ class Precision:
         return norm
 
 
-def _parameters(optimizer: torch.optim.Optimizer) -> Iterable[Tensor]:
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -8,7 +8,6 @@ import hashlib
 import logging
 from pathlib import Path
 from typing import NamedTuple
-from urllib.error import URLError
 
 import torch
 
@@ -138,7 +137,7 @@ def fetch(name: str) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             torch.hub.download_url_to_file(row.url, str(path), progress=True)
-        except (URLError, OSError) as error:
+        except OSError as error:
             raise ValueError(
                 f"can't download {row.url} ({error}); fetch it where there is a network and put it at {path}, or give "
                 f"the file's path"
