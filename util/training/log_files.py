@@ -4,7 +4,7 @@ import os
 import socket
 import tempfile
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from io import BytesIO
 from pathlib import Path
 
@@ -82,9 +82,10 @@ class EventFile(GrowingFile):
         start = SessionLog(status=SessionLog.START)
         self._add(Event(wall_time=time.time(), step=first_step, session_log=start))
 
-    def scalar(self, tag: str, value: float, step: int) -> None:
-        """Adds a number."""
-        self._add(Event(wall_time=time.time(), step=step, summary=summary.scalar(tag, value)))
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Adds numbers by tag."""
+        for tag, value in values.items():
+            self._add(Event(wall_time=time.time(), step=step, summary=summary.scalar(tag, value)))
 
     def picture(self, tag: str, picture: np.ndarray, step: int) -> None:
         """Adds a uint8 image (H, W, c)."""

@@ -208,9 +208,7 @@ class RunLog(NullLog):
     def update(self, iterations: int, lr: float, loss: float, grad_norm: float) -> None:
         # Thousandths of an epoch, the axis of the published code.
         x = int(1000 * (self.epoch + (iterations - 1) / self.num_iterations))
-        self.events.scalar(self.loss_tag, loss, x)
-        self.events.scalar("lr", lr, x)
-        self.events.scalar("grad_norm", grad_norm, x)
+        self.events.scalars({self.loss_tag: loss, "lr": lr, "grad_norm": grad_norm}, x)
         watch = self.watch
         left = watch.seconds_per_iteration * ((self.epochs - self.epoch) * self.num_iterations - iterations)
         is_due = watch.seconds - self.last_line >= SECONDS_BETWEEN_LINES
@@ -237,11 +235,9 @@ class RunLog(NullLog):
             self.bar = None
         watch = self.watch
         rate = self.images_per_iteration / watch.seconds_per_iteration if watch.batches else 0.0
-        for name, value in stats.items():
-            if name.startswith("test_"):
-                self.events.scalar(f"perf/{name}", value, self.epoch)
-        self.events.scalar("perf/images_per_s", rate, self.epoch)
-        self.events.scalar("perf/data_wait", watch.loading_share, self.epoch)
+        scores = {f"perf/{name}": value for name, value in stats.items() if name.startswith("test_")}
+        speed = {"perf/images_per_s": rate, "perf/data_wait": watch.loading_share}
+        self.events.scalars(scores | speed, self.epoch)
         line = stats | {
             "epoch": self.epoch,
             "seconds": round(watch.seconds, 3),
