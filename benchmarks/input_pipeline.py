@@ -28,7 +28,6 @@ from PIL import Image
 from torch.utils.data import DataLoader, RandomSampler
 from torchvision import transforms as T
 from torchvision.datasets import ImageFolder
-from torchvision.transforms import InterpolationMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -47,7 +46,7 @@ BATCH = 64
 CROPS = 200  # random crops whose pixels are compared
 
 CLASSIC = T.Compose([
-    T.RandomResizedCrop(224, (0.2, 1.0), interpolation=InterpolationMode.BICUBIC),
+    T.RandomResizedCrop(224, (0.2, 1.0), interpolation=T.InterpolationMode.BICUBIC),
     T.RandomHorizontalFlip(),
     T.ToTensor(),
     T.Normalize(transforms.IMAGENET_MEAN, transforms.IMAGENET_STD),

@@ -23,12 +23,9 @@ BF16, FP32, FILES = "pretrain_base_patch16_bf16_cpu", "pretrain_base_patch16_fp3
 
 def ratio(ours: str, *others: str) -> Callable[[Results], float]:
     """Our images/s, relative to the fastest of the other implementations."""
-
-    def compute(results: Results) -> float:
-        rates = results["images_per_second"]
-        return rates[ours] / max(rates[name] for name in others)
-
-    return compute
+    return lambda results: (
+        results["images_per_second"][ours] / max(results["images_per_second"][name] for name in others)
+    )
 
 
 def share_of_peak(results: Results) -> float:

@@ -307,7 +307,7 @@ def _infer(file: Weights, size: str) -> dict[str, Any]:
         "norm_pix_loss": True,  # as most published ones; a file may not record it
         "global_pool": "fc_norm.weight" in tensors,
         "nb_classes": file.num_classes,
-        "probe": file.is_probe,
+        "probe": loading.PROBE_HEAD in tensors,
     }
     side = round((tensors["pos_embed"].shape[1] - 1) ** 0.5)
     if side * side == tensors["pos_embed"].shape[1] - 1:

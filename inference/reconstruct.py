@@ -126,14 +126,13 @@ def uncropped_input(model: Model, picture: Picture, short_side: int | None = Non
 
 def fit(picture: Picture, short_side: int, patch: tuple[int, int]) -> Picture:
     """Scales a picture to a short side, and cuts what no patch covers off its edges."""
-    from torchvision.transforms import InterpolationMode  # takes more than a second
-    from torchvision.transforms import functional as TF
+    from torchvision.transforms import functional as TF  # takes more than a second
 
     height, width = size_of(picture)
     scale = max(short_side / min(height, width), patch[0] / height, patch[1] / width)
     scaled = [max(p, round(side * scale)) for side, p in zip((height, width), patch, strict=True)]
     covered = [side - side % p for side, p in zip(scaled, patch, strict=True)]
-    return TF.center_crop(TF.resize(picture, scaled, interpolation=InterpolationMode.BICUBIC), covered)
+    return TF.center_crop(TF.resize(picture, scaled, interpolation=TF.InterpolationMode.BICUBIC), covered)
 
 
 def boxes_to_mask(boxes: Sequence[Box], size: tuple[int, int], scaled: Sequence[int]) -> Tensor:

@@ -181,6 +181,8 @@ class TrainLoader:
         accum_iter: int = 1,
     ) -> None:
         self.order = EpochBatches(len(samples), batch_size, seed, repeats, accum_iter)
+        self.num_images = self.order.num_images  # of an epoch, including repetitions
+        self.images_per_iteration = self.order.images_per_iteration
         self.named: set[str] = set()
         self.num_bad = 0  # in the last epoch
         workers = up_to_cores(num_workers)
@@ -190,16 +192,6 @@ class TrainLoader:
             self.batches = Batches(self.stream, workers, batch_size=batch_size, **options)
         else:
             self.batches = Batches(samples, workers, batch_sampler=self.order, **options)
-
-    @property
-    def images_per_iteration(self) -> int:
-        """Images in the batches of all processes together."""
-        return self.order.images_per_iteration
-
-    @property
-    def num_images(self) -> int:
-        """Images of an epoch, including repetitions."""
-        return self.order.num_images
 
     def seek(self, epoch: int, first_iteration: int = 0) -> None:
         """Sets the epoch and the first batch of the next iteration over this object."""

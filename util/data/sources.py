@@ -33,7 +33,8 @@ class Source(Protocol):
     def labels(self) -> np.ndarray:
         """The labels of all samples."""
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        """The number of samples."""
 
     def __getitem__(self, index: int) -> tuple[bytes | Picture, int]:
         """Raises OSError or `BadImage` where there is nothing to be had."""

@@ -32,17 +32,14 @@ def read_file(path: str | Path, limit: int = MAX_BYTES) -> bytes:
     Raises:
         OSError: no such file; a pipe, a socket or a device, of which a read may never end; or too large.
     """
-    with open(path, "rb", buffering=0, opener=_open_at_once) as file:
+    # Without O_NONBLOCK, to open a pipe waits for its writer.
+    with open(path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "not a regular file", str(path))
         if status.st_size > limit:
             raise OSError(errno.EFBIG, f"{status.st_size:,} bytes, and at most {limit:,} are read", str(path))
         return file.read()
-
-
-def _open_at_once(path: str, mode: int) -> int:
-    return os.open(path, mode | os.O_NONBLOCK)  # else to open a pipe waits for its writer
 
 
 def recipe_problem(text: str) -> str | None:

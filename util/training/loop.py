@@ -43,7 +43,8 @@ class Loader(Protocol):
     def __len__(self) -> int:
         """Batches of a complete epoch."""
 
-    def __iter__(self) -> Iterator[Any]: ...
+    def __iter__(self) -> Iterator[Any]:
+        """The batches from the position that `seek` chose."""
 
 
 class Callback(Protocol):  # no subclass of Stateful: isinstance checks of torch.distributed.checkpoint would fail

@@ -64,11 +64,6 @@ class Weights(NamedTuple):
         head = self.tensors.get(HEAD, self.tensors.get(PROBE_HEAD))
         return 0 if head is None else len(head)
 
-    @property
-    def is_probe(self) -> bool:
-        """Whether the head is that of a linear probe."""
-        return PROBE_HEAD in self.tensors
-
 
 def read(name: Path | str) -> Weights:
     """Reads a file of ours, of the published code, of mmpretrain or timm, a folder of transformers, or fetches a
