@@ -76,8 +76,7 @@ def draw(images: list[np.ndarray], predictions: list[dict[str, Any]], path: Path
         right.barh(names, scores)
         right.set(xlim=(0, 1))
         right.tick_params(axis="y", labelsize=8)
-        for side in ("top", "right"):
-            right.spines[side].set_visible(False)
+        right.spines[["top", "right"]].set_visible(False)
     with atomic.replacing(path) as written:
         figure.savefig(written)
 

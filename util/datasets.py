@@ -123,9 +123,6 @@ class FactsDataset(Dataset):
         self.source = source
         self.in_chans = in_chans
 
-    def __len__(self) -> int:
-        return len(self.source)
-
     def __getitem__(self, index: int) -> ImageFacts:
         try:
             return image_facts(*self.source[index], self.in_chans)

@@ -176,18 +176,14 @@ def _tar_members(archive: tarfile.TarFile, path: Path) -> dict[str, Place]:
                 links[member.name] = member.linkname
             elif member.issym():
                 links[member.name] = posixpath.join(posixpath.dirname(member.name), member.linkname)
-        ended = _ends_with_zeros(path, archive.offset)
+        with path.open("rb") as file:
+            file.seek(archive.offset)
+            ends_with_zeros = file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
     except (tarfile.TarError, UnicodeError) as error:
         raise ValueError(f"{path} is damaged or cut off after {last}: {error}") from error
-    if not ended:  # tarfile takes an invalid header for the end of the archive
+    if not ends_with_zeros:  # tarfile takes an invalid header for the end of the archive
         raise ValueError(f"{path} is damaged or cut off after {last}")
     return _images_of(places, links)
-
-
-def _ends_with_zeros(path: Path, offset: int) -> bool:
-    with path.open("rb") as file:
-        file.seek(offset)
-        return file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
 
 
 def _zip_members(path: Path) -> dict[str, Place]:

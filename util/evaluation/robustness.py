@@ -103,22 +103,20 @@ def find(name: str, root: Path) -> Suite:
     root = root.absolute()  # the variant of ImageNetV2 is a part of the folder's name
     if not root.exists():
         raise ValueError(f"--data_path: there is no folder or archive {root}")
-    cells, folders = {name: root}, synsets()
+    cells, folders, columns = {name: root}, synsets(), list(range(NUM_CLASSES))
     if root.is_file() and name in ("imagenet-v2", "imagenet-c"):
         raise ValueError(f"--data_path {root}: {name} has several archives; unpack them, and give the parent folder")
     if name in ("imagenet-a", "imagenet-r"):
         folders = subset(name)
+        columns = [synsets().index(synset) for synset in folders]
     elif name == "imagenet-v2":
         cells, folders = _variants(root), [str(number) for number in range(NUM_CLASSES)]
         root = root.parent if root in cells.values() else root
-        return Suite(name, root, cells, folders, list(range(NUM_CLASSES)))
     elif name == "imagenet-real":
-        cells = {name: root / "val" if (root / "val").is_dir() else root}
-        return Suite(name, root, cells, [], list(range(NUM_CLASSES)))
+        cells, folders = {name: root / "val" if (root / "val").is_dir() else root}, []
     elif name == "imagenet-c":
         cells = _corruptions(root)
-    number_of = {synset: number for number, synset in enumerate(synsets())}
-    return Suite(name, root, cells, folders, [number_of[synset] for synset in folders])
+    return Suite(name, root, cells, folders, columns)
 
 
 def _variants(root: Path) -> dict[str, Path]:

@@ -134,6 +134,5 @@ def _draw_accuracies(cells: Mapping[str, Scores], published: Mapping[str, float]
     axes.bar_label(container, fmt="%.1f", padding=3)
     axes.set(xlabel="top-1 accuracy, %", xlim=(0, 100))
     axes.invert_yaxis()
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    axes.spines[["top", "right"]].set_visible(False)
     return figure

@@ -79,8 +79,7 @@ class EventFile(GrowingFile):
             log_dir / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}.{run_name}"
         )
         self._add(Event(wall_time=time.time(), file_version="brain.Event:2"))
-        start = SessionLog(status=SessionLog.START)
-        self._add(Event(wall_time=time.time(), step=first_step, session_log=start))
+        self._add(Event(wall_time=time.time(), step=first_step, session_log=SessionLog(status=SessionLog.START)))
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Adds numbers by tag."""
