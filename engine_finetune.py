@@ -206,6 +206,11 @@ class Setup:
         samples = Samples(source, transform, in_chans=args.in_chans, seed=args.seed)
         return loader.eval_loader(samples, batch_size, args.num_workers, self.pin_memory)
 
+    def features_of(self, source: Source, model: Any, batch_size: int, precision: Precision) -> tuple[Tensor, Tensor]:
+        """Computes the features of a dataset, as `extract_features` returns them."""
+        batches = self.eval_batches(source, batch_size)
+        return extract_features(model, batches, normalize=self.normalize, precision=precision)
+
 
 def open_weights(settings: Mapping[str, Any]) -> Weights | None:
     """Reads the weights of `--finetune`; with `--eval`, the classifier of `--resume` or `--finetune`.

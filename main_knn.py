@@ -16,18 +16,15 @@ import argparse
 import json
 import logging
 from argparse import Namespace
-from typing import Any
+from functools import partial
 
 from util.cli import entry_point  # first, as it names the packages that are missing
 
 # isort: split
-from torch import Tensor
-
 import models_build
 import models_vit
-from engine_finetune import Setup, extract_features, load_frozen, with_recorded_settings
+from engine_finetune import Setup, load_frozen, with_recorded_settings
 from util.cli import options
-from util.data.sources import Source
 from util.evaluation.knn import classify
 from util.training import trainer
 from util.weights import loading
@@ -59,11 +56,7 @@ def main(args: Namespace) -> dict[int, float]:
     model = models_build.classifier({**vars(args), "nb_classes": 0})
     load_frozen(model, file, args.adapt_input)
     model.to(device)
-
-    def features_of(source: Source, model: Any) -> tuple[Tensor, Tensor]:
-        batches = setup.eval_batches(source, args.batch_size)
-        return extract_features(model, batches, normalize=setup.normalize, precision=precision)
-
+    features_of = partial(setup.features_of, batch_size=args.batch_size, precision=precision)
     bank, queries = features_of(train, model), features_of(val, model)
     del model  # to free its memory
     correct = classify(

@@ -35,7 +35,6 @@ from engine_finetune import (
     Evaluation,
     Setup,
     evaluate,
-    extract_features,
     load_for_evaluation,
     load_frozen,
     open_weights,
@@ -47,7 +46,6 @@ from util import dist
 from util.checkpoints import checkpoint, run_directory
 from util.cli import options
 from util.data import labels, loader, transforms
-from util.data.sources import Source
 from util.lars import LARS
 from util.training import run_log, trainer
 from util.training.precision import Precision
@@ -80,11 +78,7 @@ def main(args: Namespace) -> None:
     if args.eval and file:
         args = with_recorded_settings(args, file, models_build.classifier_settings(file.settings))
     setup = Setup(args, device, file)
-
-    def features_of(source: Source, model: Any) -> tuple[Tensor, Tensor]:
-        batches = setup.eval_batches(source, min(args.batch_size, 512))
-        return extract_features(model, batches, normalize=setup.normalize, precision=precision)
-
+    features_of = partial(setup.features_of, batch_size=min(args.batch_size, 512), precision=precision)
     test = partial(evaluate_head, precision=precision)
     if args.eval and file:
         probe, val = load_for_evaluation(models_build.probe, vars(args), file, setup.open_val())

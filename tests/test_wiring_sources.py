@@ -91,7 +91,7 @@ def test_memory_is_pinned_only_for_a_gpu(monkeypatch, script, pinned, data, tmp_
         loaders, trained = recorder(patch, loader, "eval_loader"), recorder(patch, loader.TrainLoader, "__init__")
         runs = recorder(patch, trainer, "run", call=False)
         if script is not main_finetune:
-            patch.setattr(script, "extract_features", lambda *args, **options: no_features)
+            patch.setattr("engine_finetune.extract_features", lambda *args, **options: no_features)
         if script is main_knn:
             patch.setattr(main_knn, "classify", lambda *args, device, **options: runs.append({"device": device}) or {})
         flags = {} if pinned else {"no_pin_mem": True}
