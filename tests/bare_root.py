@@ -1,10 +1,10 @@
-"""The README's two commands on a fresh machine: a Debian root that holds git and python3 and nothing else, timed.
+"""Runs and times the README's two commands in a Debian root that contains only git and python3.
 
     python tests/bare_root.py /tmp/bare          # as root, on Debian or Ubuntu, with debootstrap and 12 GB of free disk
     python tests/bare_root.py /tmp/bare lint     # another task, in a root that is there already
 
-Output goes to FOLDER/TASK.log, each piece with its time. It fails where a task fails, or where nothing was printed for
-more than 15 seconds.
+The output goes to FOLDER/TASK.log, with a time for each piece. The script fails if a task fails, or if a task prints
+nothing for more than 15 seconds.
 """
 
 import argparse
@@ -20,7 +20,7 @@ CERTIFICATES = "etc/ssl/certs/ca-certificates.crt"
 
 
 def make_root(root: Path) -> None:
-    """Installs git and python3, and clones this repository. pip reaches what it reaches outside."""
+    """Installs git and python3, and clones this repository. pip has the same network access as outside."""
     packages = "--include=git,python3,ca-certificates"
     subprocess.run(["debootstrap", "--variant=minbase", packages, "bookworm", root], check=True)
     for name in (CERTIFICATES, "etc/resolv.conf", "etc/hosts"):
@@ -29,10 +29,10 @@ def make_root(root: Path) -> None:
 
 
 def longest_silence(root: Path, task: str, log: Path) -> tuple[int, float, float]:
-    """Runs a task: its exit code, the seconds that it took, the longest without output."""
+    """Runs a task; returns its exit code, its duration and the longest time without output in seconds."""
     kept = {name: value for name, value in os.environ.items() if name.startswith("PIP_") and "FIND_LINKS" not in name}
     environment = {"HOME": "/root", "PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "SSL_CERT_FILE": f"/{CERTIFICATES}"} | kept
-    # In namespaces of its own, so that its /proc is gone when it ends.
+    # Own namespaces, so that its /proc is unmounted when it ends.
     mounts = f"mount -t proc proc {root}/proc; mount --rbind /dev {root}/dev"
     script = f"{mounts}; exec chroot {root} sh -c 'cd clone && ./run {task}'"
     process = subprocess.Popen(

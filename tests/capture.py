@@ -1,4 +1,4 @@
-"""Captures what a script trains and evaluates with: the script runs in this process up to the call of `trainer.run`."""
+"""Captures the arguments of training and evaluation: a script runs in this process up to `trainer.run`."""
 
 import inspect
 import random
@@ -42,7 +42,7 @@ def make_images(root: Path, **splits: Mapping[str, int]) -> Path:
 
 
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes the published models 16 wide. Names, depths and patches stay."""
+    """Reduces the width of the published models to 16. Names, depths and patches stay the same."""
     for name, size in models_vit.SIZES.items():
         if not name.startswith("mini"):
             width = {"embed_dim": 16, "num_heads": 2, "mlp_ratio": 2.0}
@@ -50,7 +50,7 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def recorder(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, call: bool = True) -> list[dict[str, Any]]:
-    """Records the arguments of each call, by their names, defaults included. The call itself follows unless off."""
+    """Records the arguments of each call by name, including defaults, and makes the call unless it is disabled."""
     original, calls = getattr(module, name), []
     signature = inspect.signature(original)
 
@@ -72,7 +72,7 @@ def parse(script: Any, **flags: Any) -> Any:
 
 
 def capture(monkeypatch: pytest.MonkeyPatch, script: Any, **flags: Any) -> SimpleNamespace:
-    """What reaches the run of a script.
+    """Captures the arguments of a run.
 
     Returns:
         The arguments of `trainer.run` by name, and the arguments of calls of other functions: joined (`dist.init`),
@@ -97,11 +97,11 @@ def capture(monkeypatch: pytest.MonkeyPatch, script: Any, **flags: Any) -> Simpl
 
 
 class Reached(BaseException):
-    """A script has come to the function whose arguments are asked for."""
+    """Raised when the script calls the captured function."""
 
 
 def loop_arguments(monkeypatch: pytest.MonkeyPatch, script: Any, **flags: Any) -> dict[str, Any]:
-    """The arguments of the first call of `loop.run_epoch`, with which the script ends."""
+    """The arguments of the first call of `loop.run_epoch`, which ends the script."""
     signature, found = inspect.signature(loop.run_epoch), {}
 
     def stop(*args: Any, **options: Any) -> None:
@@ -117,7 +117,7 @@ def loop_arguments(monkeypatch: pytest.MonkeyPatch, script: Any, **flags: Any) -
 
 
 def loss_function(monkeypatch: pytest.MonkeyPatch, run: SimpleNamespace, model: Any) -> Callable[[Any], torch.Tensor]:
-    """What a run computes for a batch, with another model in the place of its own."""
+    """The loss function of a run, with another model."""
     with monkeypatch.context() as patch:
         calls = recorder(patch, loop, "run_epoch", call=False)
         run.train_one_epoch(model, run.batches, run.optimizer, None)
@@ -131,7 +131,7 @@ def seed_all(number: int) -> None:
 
 
 def seeded(transform: Callable[[Any], torch.Tensor], picture: Image.Image, seed: int) -> torch.Tensor:
-    """A transform of a picture, with all random number generators seeded."""
+    """Applies a transform to a picture with seeded random number generators."""
     seed_all(seed)
     return transform(picture)
 
@@ -141,20 +141,20 @@ def photo(height: int = 60, width: int = 80) -> Image.Image:
 
 
 def normalized(images: torch.Tensor) -> torch.Tensor:
-    """uint8 images, normalized by the statistics of ImageNet."""
+    """Normalizes uint8 images with the statistics of ImageNet."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     return (images.float() / 255 - mean) / std
 
 
 def centre_crop(file: Path, size: int = 16, scaled: int = 18) -> torch.Tensor:
-    """The published view of a picture for an evaluation, normalized: (1, 3, size, size)."""
+    """The published evaluation transform of a picture, normalized: (1, 3, size, size)."""
     with Image.open(file) as picture:
         resized = tv.functional.resize(picture, [scaled], tv.InterpolationMode.BICUBIC)
         return normalized(tv.functional.pil_to_tensor(tv.functional.center_crop(resized, [size]))[None])
 
 
 def constant_head(linear: torch.nn.Linear, label: int) -> None:
-    """Makes a classifier answer one class, whatever the features are."""
+    """Sets the head of a classifier so that it predicts one class for all features."""
     with torch.no_grad():
         linear.weight.zero_()
         linear.bias.zero_()

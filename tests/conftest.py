@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 if "CUDA_TESTS" not in os.environ:  # ./run test-cuda
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the claims tested bit for bit are the CPU's
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bit-equal results are guaranteed on CPUs
 
 import numpy as np
 import pytest
@@ -19,8 +19,8 @@ from PIL import Image
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-torch.set_num_threads(1)  # the models here are small, and several tests may share the machine
-os.environ["OMP_NUM_THREADS"] = "1"  # the same in the processes that tests start
+torch.set_num_threads(1)  # the models are small, and several tests may share the machine
+os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 
 import main_knn  # noqa: E402
 import main_pretrain  # noqa: E402
@@ -32,13 +32,13 @@ from util.datasets import open_source  # noqa: E402
 
 
 def torchrun(processes: int, restarts: int = 0) -> list[str]:
-    """The command that starts a script in several processes, on a machine whose own name may lead nowhere."""
+    """The command that starts a script in several processes, without using the host name."""
     return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--max-restarts",
             str(restarts), "--master_addr", "127.0.0.1", "--master_port", str(free_port())]  # fmt: skip
 
 
 def free_port() -> int:
-    """A port of this machine that nobody uses."""
+    """A free port of this machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
@@ -60,7 +60,7 @@ def _seeded():
 
 @pytest.fixture
 def small_disk(tmp_path_factory):
-    """A file system of 1 MB, which is soon full."""
+    """A file system of 1 MB."""
     place = tmp_path_factory.mktemp("small")
     if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", place]).returncode:
         pytest.skip("only root can mount a small file system")
@@ -70,7 +70,7 @@ def small_disk(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory) -> Path:
-    """24 small JPEG and PNG files: in train/{cat,dog}/, of several sizes, grey ones among them."""
+    """24 small JPEG and PNG files in train/{cat,dog}/, of several sizes, some of them grey."""
     root = tmp_path_factory.mktemp("pictures")
     generator = np.random.default_rng(0)
     for number in range(24):
@@ -110,7 +110,7 @@ def mini_mae():
 
 @pytest.fixture
 def classify(labelled, tmp_path):
-    """Runs a main of classifiers in this process, with small settings; returns the output folder."""
+    """Runs a script for classifiers in this process with small settings; returns the output directory."""
 
     def run(main, name: str = "run", **flags) -> Path:
         out = tmp_path / name
@@ -131,7 +131,7 @@ def classify(labelled, tmp_path):
 
 @pytest.fixture
 def pretrain(pictures, tmp_path):
-    """Runs main_pretrain.py's `main` in this process, with small settings; returns the output folder."""
+    """Runs main_pretrain.py in this process with small settings; returns the output directory."""
 
     def run(name: str = "run", callbacks=(), **flags) -> Path:
         out = tmp_path / name

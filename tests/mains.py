@@ -1,4 +1,4 @@
-"""Runs of the mains: in several processes, stopped on the way, compared."""
+"""Helpers for runs of the scripts: several processes, interruption, comparison."""
 
 import json
 import subprocess
@@ -24,7 +24,7 @@ def assert_equal(a, b):
 
 
 def assert_close(a, b, name="checkpoint-1.pth"):
-    """Two runs that add up in another order. Keys' biases are left out: their gradient is zero but for rounding."""
+    """Compares two runs up to rounding, without the biases of keys, whose gradient is zero except for rounding."""
     ours, theirs = weights(a, name), weights(b, name)
     for name in ours:
         if not name.endswith("qkv.bias"):
@@ -38,7 +38,7 @@ def lines(out):
 
 
 def wait_until(condition: Callable[[], object], process: subprocess.Popen | None = None, seconds: float = 120) -> None:
-    """Waits for a condition; fails at the deadline, or with the output of a process that ends before."""
+    """Waits for a condition; fails at the deadline, or if a process ends before, with its output."""
     ends = time.monotonic() + seconds
     while not condition():
         assert process is None or process.poll() is None, process.stdout and process.stdout.read()
@@ -47,24 +47,24 @@ def wait_until(condition: Callable[[], object], process: subprocess.Popen | None
 
 
 class Stopped(BaseException):
-    """As sudden as a killed process: nothing is saved because of it."""
+    """Interrupts a run like SIGKILL: nothing is saved."""
 
 
 def stop_after(monkeypatch, method, calls):
-    """Makes the run die after so many calls of a saver's method, as a killed process would."""
+    """Interrupts the run after `count` calls of a method of the saver, like SIGKILL."""
     original, count = getattr(saver.Saver, method), iter(range(1, 1000))
 
     def save_and_stop(self, *args, **options):
         original(self, *args, **options)
         if next(count) == calls:
-            self.close()  # what it had begun to write
+            self.close()  # completes the write that has begun
             raise Stopped
 
     monkeypatch.setattr(saver.Saver, method, save_and_stop)
 
 
 def in_processes(processes, pictures, out, *flags, script="main_pretrain.py", check=True):
-    """main_pretrain.py as `pretrain` runs it, in several processes, or one of its own."""
+    """Runs main_pretrain.py like `pretrain`, in one or several new processes."""
     command = [
         *([sys.executable] if processes == 1 else torchrun(processes)), script,
         "--data_path", pictures, "--output_dir", out, "--model", "mae_vit_mini_patch4", "--input_size", 16,

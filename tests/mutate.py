@@ -1,4 +1,4 @@
-"""Changes the code in one place at a time, and reports which changes the tests notice.
+"""Mutation tests: changes the code in one place at a time, and reports the changes that the tests detect.
 
     python tests/mutate.py                        # every change in tests/mutants/ (under an hour on 2 cores)
     python tests/mutate.py models_mae.py          # the changes of one file
@@ -6,8 +6,8 @@
 
 Each file in tests/mutants/ is TOML. A table is named after a source file. It gives the tests that should notice a
 change, and a list of changes: function, snippet, replacement, and tests that differ from those of the table. The
-snippet must stand exactly once in the function (an empty name means the whole file). A change that no longer applies
-is an error, so the list is maintained together with the code. The exit code is 1 if fewer than 90 % are noticed.
+snippet must occur exactly once in the function (an empty name means the whole file). A change that no longer applies
+is an error, so the list is maintained together with the code. The exit code is 1 if fewer than 90 % are detected.
 """
 
 import ast
@@ -60,8 +60,8 @@ class Mutant(NamedTuple):
         """Returns the source with the change.
 
         Raises:
-            ValueError: the function does not exist, the snippet does not stand exactly once in it, or the result is
-                no Python.
+            ValueError: the function does not exist, the snippet does not occur exactly once in it, or the result is
+                not valid Python.
         """
         first, last = _lines(source, self.function) if self.function else (0, source.count("\n") + 1)
         lines = source.splitlines(keepends=True)
@@ -80,7 +80,7 @@ class Mutant(NamedTuple):
 
 @cache
 def _tree(source: str) -> str:
-    """The code without its layout; once a file, however many of its changes are checked."""
+    """The code without its layout, computed once per file."""
     return ast.dump(ast.parse(source))
 
 
@@ -113,7 +113,7 @@ def read_mutants(folder: Path = MUTANTS) -> list[Mutant]:
 
 
 def run_tests(folder: Path, tests: Sequence[str]) -> tuple[bool, str]:
-    """Runs tests in a copy of the repository: whether they pass, and the first that does not."""
+    """Runs tests in a copy of the repository; returns whether they pass, and the first failure."""
     output = folder.with_suffix(".txt")
     process = SERVER.Process(target=_run_pytest, args=(folder, tests, output))
     process.start()

@@ -1,5 +1,5 @@
-"""Folders shaped as ImageNet's test sets of robustness, whose images are painted in colours that name a class; and a
-classifier of timm's registry that reads the colours."""
+"""Folders with the layout of ImageNet's robustness test sets, whose images have a colour that encodes a class; and a
+classifier in timm's registry that decodes the colour."""
 
 import io
 from collections.abc import Callable
@@ -16,7 +16,7 @@ SIDE = 32
 
 
 def jpeg(label: int) -> bytes:
-    """A picture in the colour of a class: its digits are red, green and blue."""
+    """A picture in the colour of a class: the digits of its number are red, green and blue."""
     colour = (label // 100 * 25, label // 10 % 10 * 25, label % 10 * 25)
     file = io.BytesIO()
     Image.new("RGB", (SIDE, SIDE), colour).save(file, "JPEG", quality=95, subsampling=0)
@@ -40,7 +40,7 @@ def class_folders(root: Path, folders: list[str], name: str, painted: Callable[[
 
 
 def wrong_in_ten(count: int) -> Callable[[int], int]:
-    """Of every ten classes the first `count` look like the tenth class after them."""
+    """The first `count` of every ten classes have the colour of the tenth class after them."""
     return lambda label: label + 10 * (label % 10 < count)
 
 

@@ -1,4 +1,4 @@
-"""Checks the published files themselves: digests, that they load, and what they answer. It needs a network.
+"""Checks the published files: digests, loading, and predictions. It needs a network.
 
     ./run test-released                        # downloads about 14 GB, once
     ./run test-released --names mae_finetuned_vit_base --data_path IMAGENET
@@ -28,7 +28,7 @@ RECORDED: dict[str, float] = {}  # name: the largest logit, or the loss, of demo
 
 
 def fixed_image(pixels: int) -> torch.Tensor:
-    """The photograph as the models take it, (1, 3, pixels, pixels)."""
+    """The photograph as input of the models: (1, 3, pixels, pixels)."""
     picture = decode((Path(__file__).parents[1] / "demo/photos/coffee.jpg").read_bytes(), 3)
     normalize = transforms.Normalize(*transforms.channel_statistics(3))
     return normalize(transforms.eval_transform(pixels)(picture).unsqueeze(0))
@@ -36,10 +36,10 @@ def fixed_image(pixels: int) -> torch.Tensor:
 
 @torch.no_grad()
 def check(name: str, data_path: str | None) -> str:
-    """Loads a file, and returns what it answers.
+    """Loads a file and returns its result.
 
     Raises:
-        ValueError: it can't be fetched, does not fit, or answers otherwise than published.
+        ValueError: it can't be downloaded, does not fit, or its result differs from the published one.
     """
     row, file = model_zoo.TABLE[name], loading.read(name)
     torch.manual_seed(0)  # the decoder of a file without one
@@ -69,7 +69,7 @@ def check(name: str, data_path: str | None) -> str:
 
 
 def main() -> None:
-    """Checks the files one after the other."""
+    """Checks the files in turn."""
     released = [name for name, row in model_zoo.TABLE.items() if row.url]
     parser = argparse.ArgumentParser(description="Checks the published files; needs a network.")
     parser.add_argument("--names", nargs="+", default=released, choices=released, metavar="NAME")

@@ -1,4 +1,4 @@
-"""What errors advise can be typed: flags that messages name are flags of the scripts that print them."""
+"""Remedies in error messages can be typed: they name only flags of the script that prints them."""
 
 import argparse
 import ast
@@ -34,7 +34,7 @@ OTHERS = {
     "--help",
 }  # torchrun's, Slurm's, all
 FORMATS = {"{split}": "train"} | {f"--{{{part}}}": "--model" for part in ("flag", "name", "key")}  # of any setting
-# Messages that the syntax trees lead some scripts to, but that these can't come to.
+# Messages that some scripts can reach by the syntax trees, but not at run time.
 ELSEWHERE = {
     r"util\.cli\.(entry_point|advice)\.\w*": "it looks whether the script has the flag",
     r"util\.(data\.(torchvision_sets|huggingface_sets|webdataset_shards)|datasets)\.(\w+Set|Shards|open_source)": (
@@ -56,7 +56,7 @@ ELSEWHERE = {
 
 @functools.cache
 def definitions() -> dict[str, list[tuple[str, ast.AST]]]:
-    """Every name that a module defines -> module and definition."""
+    """Maps every name that a module defines to module and definition."""
     found: dict[str, list[tuple[str, ast.AST]]] = {}
     for module, file in modules().items():
         for node in ast.parse(file.read_text(encoding="utf-8")).body:
@@ -80,7 +80,7 @@ def graph() -> dict[str, set[str]]:
 
 
 def reached(script: str) -> list[tuple[str, ast.AST]]:
-    """The definitions that a script can come to: by name, in what is imported."""
+    """The definitions that a script can reach, by name, in its imports."""
     starts = {script, script.replace("submitit_", "main_"), "util.cli.entry_point"}
     waiting = [(m, node) for name in ("main", "run", "parse") for m, node in definitions()[name] if m in starts]
     seen = {}
@@ -95,7 +95,7 @@ def reached(script: str) -> list[tuple[str, ast.AST]]:
 
 
 def messages(node: ast.AST) -> list[tuple[str, bool]]:
-    """The texts of a definition, and whether they are remedies, printed where the script has their flags."""
+    """The texts of a definition, and whether they are remedies, which only scripts with their flags print."""
     passed_over, remedies = set(), set()
     for part in ast.walk(node):
         if isinstance(part, ast.FunctionDef | ast.ClassDef) and isinstance(part.body[0], ast.Expr):
@@ -119,13 +119,13 @@ def messages(node: ast.AST) -> list[tuple[str, bool]]:
 
 
 def flags_of(script: str) -> dict:
-    """A script's flags, and its positional arguments, which `entry_point.run` names by their metavar."""
+    """The flags of a script, and its positional arguments, which `entry_point.run` names by their metavar."""
     parser = PARSERS[script]
     return parser._option_string_actions | {f"--{a.dest}": a for a in parser._actions if not a.option_strings}
 
 
 def wrong(text: str, script: str) -> list[str]:
-    """What a text says of flags that a script's parser would not take."""
+    """The flags with values in a text that the parser of a script rejects."""
     for marker, name in FORMATS.items():
         text = text.replace(marker, name)
     known, found = flags_of(script), []

@@ -1,4 +1,4 @@
-"""The arrows of CONTRIBUTING.md: who may import whom. Walks the syntax trees, runs nothing."""
+"""The allowed imports of CONTRIBUTING.md, checked on the syntax trees."""
 
 import ast
 import re
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from conftest import ROOT
 
-# A package of util -> the packages that it may import. All may import themselves and SHARED.
+# A package of util -> the packages that it may import. Every package may import itself and SHARED.
 PACKAGES = {
     "files": "",
     "cli": "files",
@@ -20,7 +20,7 @@ PACKAGES = {
     "jobs": "cli|files",
 }
 SHARED = r"util\.(dist|interrupts|lr_sched|masking|pos_embed)"
-# A module, or a pattern of them -> what of this project it may import.
+# A module, or a pattern of modules -> the modules of this project that it may import.
 ARROWS = {
     r"submitit_\w+": r"main_\w+|util\.jobs\.submit",
     r"main_robustness": r"engine_finetune|inference\.imagenet|util\..+",
@@ -106,7 +106,7 @@ def test_the_layout_in_contributing_has_every_file():
 
 
 def test_functions_are_short():
-    """Files above 300 lines are printed: a reason to look whether they have two subjects."""
+    """Files above 300 lines are printed; they may have two subjects."""
     for name, file in modules().items():
         text = file.read_text(encoding="utf-8")
         if len(text.splitlines()) > 300:

@@ -24,7 +24,7 @@ from util.data.samples import Samples
 
 @pytest.fixture(params=["zip", "tar", "zip, stored", "tar of ./", "zip in a folder", "tar with a hard link"])
 def packed(request, pictures, tmp_path):
-    """`pictures`, packed in several ways."""
+    """`pictures` as archives of several formats."""
     return Path(pack(request.param, pictures, tmp_path))
 
 
@@ -62,7 +62,7 @@ def _sum(archive):
 
 
 def test_several_processes_read_one_archive(pictures, tmp_path):
-    """Forked ones inherit the open file, others get the source as bytes; none moves another's place."""
+    """Forked processes inherit the open file, others get the pickled source; no process changes another's offset."""
     archive = Archive(Path(shutil.make_archive(str(tmp_path / "set"), "zip", pictures)), "train")
     expected = _sum(archive)
     for method in ("fork", "spawn"):
@@ -108,7 +108,7 @@ def test_damaged_archives_are_errors(pictures, tmp_path):
 
 
 def test_damage_of_a_stored_member_is_an_error(tmp_path):
-    """Nothing but the checksum tells."""
+    """Only the checksum differs."""
     path = tmp_path / "set.zip"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         archive.writestr("a/1.png", b"pixels")
@@ -212,7 +212,7 @@ def test_zip_bombs_are_not_unpacked(tmp_path):
     with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("1.png", bytes(50_000_000))
     source = Archive(tmp_path / "bomb.zip", "train")
-    source.places[0][3] = 1000  # what a header that lies would say
+    source.places[0][3] = 1000  # the size in a wrong header
     with pytest.raises(BadImage, match="the checksum does not match"):
         _ = source[0]
     source.places[0][3] = 5 << 30
@@ -223,7 +223,7 @@ def test_zip_bombs_are_not_unpacked(tmp_path):
 
 
 def crooked_zip(path: Path, good: bytes) -> Path:
-    """A zip file with one good image among members that lie: about their size, as links, encrypted, nested."""
+    """A zip file with one good image; the other members have wrong sizes, or are links, encrypted or nested."""
     link = zipfile.ZipInfo("a/link.png")
     link.external_attr = (stat.S_IFLNK | 0o777) << 16
     link.compress_type = zipfile.ZIP_DEFLATED
@@ -242,7 +242,7 @@ def crooked_zip(path: Path, good: bytes) -> Path:
         (b"a/encrypted.png", 8, b"\1"), (b"a/stored_long.png", 20, b"\xf0\xff\xff\xff"),
         (b"a/unpacked_long.png", 24, b"\xf0\xff\xff\xff"), (b"a/short.png", 24, b"\5\0\0\0"),
     ):  # fmt: skip
-        start = data.rindex(name) - 46 + at  # its entry in the directory at the end
+        start = data.rindex(name) - 46 + at  # the entry in the directory at the end
         data[start : start + len(value)] = value
     path.write_bytes(data)
     return path
@@ -260,7 +260,7 @@ LIES = {
 
 
 def test_zip_members_with_wrong_headers_are_bad_images(tmp_path):
-    """Bounded before memory is taken, and skipped like any other bad image."""
+    """Sizes are checked before memory is allocated, and the members count as bad images."""
     good = io.BytesIO()
     Image.new("RGB", (16, 16), "red").save(good, "PNG")
     source = Archive(crooked_zip(tmp_path / "set.zip", good.getvalue()), "train")
@@ -284,7 +284,7 @@ def test_zip_members_with_wrong_headers_are_bad_images(tmp_path):
 
 
 def test_tar_headers_with_wrong_sizes_are_errors(tmp_path):
-    """A size below 0 would lead tarfile around in a circle; a long name could take all memory."""
+    """A negative size would make tarfile loop; a long name could fill the memory."""
     for size, kind in ((-1024, tarfile.REGTYPE), (8 << 30, tarfile.GNUTYPE_LONGNAME)):
         member = tarfile.TarInfo("1.png")
         member.size, member.type = size, kind

@@ -1,4 +1,4 @@
-"""Files that are complete or not there: on real full disks, and when a command is stopped in the middle."""
+"""Atomic files: complete or absent, on full disks and after interrupted commands."""
 
 import errno
 import os
@@ -22,7 +22,7 @@ def test_a_new_file_replaces_the_previous_one(tmp_path):
     file = tmp_path / "a.txt"
     for text in ("one", "two"):
         with atomic.replacing(file) as written:
-            assert written.name == "a.txt"  # writers choose a format by the suffix
+            assert written.name == "a.txt"  # some libraries choose the format by the suffix
             written.write_text(text)
             assert not file.exists() or file.read_text() == "one"
         assert file.read_text() == text
@@ -53,7 +53,7 @@ def test_temporary_files_of_killed_commands_are_removed(tmp_path):
 
 
 def test_a_folder_appears_complete_or_is_updated_file_by_file(tmp_path):
-    """A new one appears at once; in one that exists files are replaced, and others stay."""
+    """A new folder appears complete; in an existing folder, files are replaced and other files stay."""
     folder = tmp_path / "model"
     for text in ("one", "two"):
         with atomic.replacing(folder) as written:

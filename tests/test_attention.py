@@ -1,4 +1,4 @@
-"""The two kernels of attention agree; recomputed blocks save memory and change nothing."""
+"""The two attention kernels agree; activation checkpointing saves memory and gives equal results."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Callbacks between updates: when they run, and what the checkpoints contain of them. EMA is the example."""
+"""Callbacks between updates: when they run, and their state in checkpoints. The example is EMA."""
 
 import re
 
@@ -31,7 +31,7 @@ class History:
 
 
 def test_a_callback_runs_after_every_update(pretrain):
-    """Six iterations of an epoch are three updates. The weights are those after the optimizer step."""
+    """An epoch has six iterations, which are three updates. The weights are those after the optimizer step."""
     history = History()
     out = pretrain(accum_iter=2, callbacks=[history])
     assert history.epochs == pytest.approx([1 / 3, 2 / 3, 1, 4 / 3, 5 / 3, 2])
@@ -82,7 +82,7 @@ def test_fsdp_with_callbacks_is_a_one_line_error(pretrain, monkeypatch):
 
 
 def test_the_documented_ema_script_trains(pictures, tmp_path, monkeypatch):
-    """The script of PRETRAIN.md, with flags of main_pretrain.py."""
+    """The script of PRETRAIN.md accepts flags of main_pretrain.py."""
     codes = re.findall(r"```python\n(.*?)```", (ROOT / "PRETRAIN.md").read_text(), flags=re.DOTALL)
     (code,) = [code for code in codes if "EMA" in code]
     (tmp_path / "average.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}")

@@ -1,4 +1,4 @@
-"""Our files: whole or refused, without running anything; and foreign ones."""
+"""Checkpoint files: complete or rejected, without executing code; and files of other libraries."""
 
 import argparse
 import copy
@@ -127,14 +127,14 @@ def test_newest_first_orders_undamaged_checkpoints_by_progress(tmp_path, caplog)
     for number in range(3):
         path = tmp_path / f"checkpoint-{number}.pth"
         checkpoint.write(example_state() | {"epoch": number}, path)
-        os.utime(path, (9 - number, 9 - number))  # the times of a copied folder mean nothing
+        os.utime(path, (9 - number, 9 - number))  # modification times of a copied folder are ignored
     rolling = tmp_path / "checkpoint-last.pth"
     position = {"epoch": 3, "images_done": 8}
     checkpoint.write(example_state() | {"epoch": 2, "progress": position}, rolling)
     assert run_state.read_newest(tmp_path)["progress"] == position
     whole = rolling.read_bytes()
     middle = whole.index(example_weights(rolling))
-    rolling.write_bytes(whole[:middle] + b"\xff" + whole[middle + 1 :])  # found only when the digest is compared
+    rolling.write_bytes(whole[:middle] + b"\xff" + whole[middle + 1 :])  # only the digest detects the damage
     assert run_state.read_newest(tmp_path)["epoch"] == 2
     path.write_bytes(path.read_bytes()[:-100])
     assert run_state.read_newest(tmp_path)["epoch"] == 1
@@ -143,5 +143,5 @@ def test_newest_first_orders_undamaged_checkpoints_by_progress(tmp_path, caplog)
 
 
 def example_weights(path) -> bytes:
-    """The bytes of a tensor as they stand in the file."""
+    """The bytes of a tensor in the file."""
     return checkpoint.read(path)["model"]["weight"].numpy().tobytes()

@@ -59,7 +59,7 @@ def test_help_explains_every_flag(capsys):
     for action in actions:
         assert action.help, action.dest
         assert action.option_strings[0] in text
-        if action.nargs != 0:  # of which each has a default, or says in words what it is without one
+        if action.nargs != 0:  # each has a default, or explains its absence
             values = action.default if isinstance(action.default, list) else [action.default]
             optional = action.default not in (None, "")
             assert not optional or f"(default: {' '.join(map(str, values))})" in re.sub(r"\s+", " ", text), action.dest
@@ -146,7 +146,7 @@ def test_explicit_settings_are_recorded(tmp_path):
     assert entry_point.explicit(args, in_recipe=False) == typed
     assert entry_point.explicit(args) == typed | {"epochs", "pin_mem", "input_size"}
     assert entry_point.explicit(parse()) == frozenset()
-    # What becomes the checkpoint's `args` is free of it, and copies, also those of submitit's jobs, keep it.
+    # The `args` of checkpoints do not contain it; copies, also those of submitit's jobs, do.
     assert vars(args).keys() == vars(main_pretrain.get_args_parser().parse_args([])).keys()
     assert args == argparse.Namespace(**vars(args))
     for other in (copy.deepcopy(args), pickle.loads(pickle.dumps(args))):
@@ -200,7 +200,7 @@ def test_invalid_recipes_are_errors(text, message, tmp_path, capsys):
 def test_unreadable_recipes_are_errors(content, message, tmp_path, capsys):
     path = tmp_path / "recipe.yaml"
     if content is None:
-        path.symlink_to("/proc/self/mem")  # a file, of which nobody can read the beginning
+        path.symlink_to("/proc/self/mem")  # a file that can't be read
     else:
         path.write_bytes(content)
     with pytest.raises(SystemExit):
@@ -281,7 +281,7 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x]\n" + "".join(
     ],
 )
 def test_untrusted_recipes_are_limited(recipe, said, tmp_path, capsys):
-    """Nothing in them is executed, and none fills the memory."""
+    """Recipes execute nothing and can't fill the memory."""
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe.format(mark=tmp_path / "mark"))
     with pytest.raises(SystemExit):

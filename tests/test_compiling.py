@@ -1,4 +1,4 @@
-"""--compile: one graph, the same numbers, in one process and two, stopped and resumed; and without a compiler."""
+"""--compile: one graph, equal results, one and two processes, resume; and a machine without a compiler."""
 
 import subprocess
 import sys
@@ -56,7 +56,7 @@ def test_compiled_model_is_one_graph_with_equal_gradients():
 
 
 def test_compiled_training_resumes_and_runs_in_two_processes(pretrain, pictures, tmp_path, monkeypatch):
-    """All runs have the graph of the test above, which is compiled once."""
+    """All runs use the graph of the previous test, which is compiled once."""
     settings = {"accum_iter": 2, "save_minutes": 0, "grad_checkpointing": True}
     eager = pretrain("eager", **settings)
     whole = pretrain("whole", compile=True, **settings)

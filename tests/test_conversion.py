@@ -1,4 +1,4 @@
-"""Weights of other libraries, in files that these write, give what they give there."""
+"""Weights of other libraries, in files that these libraries write, give equal outputs."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ HF = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "inte
 
 
 def randomized(model):
-    """Weights away from their initial values, so that a mistake shows."""
+    """Random weights, so that a mistake changes the outputs."""
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -43,7 +43,7 @@ def hf_mae():
 
 @pytest.mark.parametrize("layout", ["file", "memory"])
 def test_transformers_mae(hf_mae, tmp_path, layout):
-    """Both layouts of the installed version: that of its files, and that in memory."""
+    """Both layouts of the installed version: in files and in memory."""
     if layout == "file":
         hf_mae.save_pretrained(tmp_path)
     else:
@@ -60,7 +60,7 @@ def test_transformers_mae(hf_mae, tmp_path, layout):
 
 
 def classic(name):
-    """A name of transformers before 5: the decoder's layers were called otherwise in files too."""
+    """The name of a weight in transformers before version 5."""
     return name.replace("decoder.decoder_encoder.layer.", "decoder.decoder_layers.")
 
 
@@ -137,7 +137,7 @@ def test_mmpretrain_classifier():
 
 
 def test_files_of_other_libraries_initialize_a_classifier(tmp_path, hf_mae):
-    """What --finetune, main_linprobe.py and main_knn.py do with a file."""
+    """Loads files like --finetune, main_linprobe.py and main_knn.py."""
     hf_mae.save_pretrained(tmp_path)
     for path in (tmp_path / "model.safetensors", MMPRETRAIN / "mae.pth"):
         file = loading.read(path)

@@ -1,4 +1,4 @@
-"""What only a GPU can show; skipped where there is none (./run test-cuda)."""
+"""Tests that need a GPU; skipped without one (./run test-cuda)."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ def batches(count: int = 12) -> Batches:
 
 
 def train(device: torch.device, amp: str, compiled: bool = False, may_wait: bool = True) -> list[float]:
-    """The loss of each step. A step that must not wait for the device fails where it does; the first two may."""
+    """The loss of each update. A synchronization with the device is an error after the first two updates."""
     torch.manual_seed(0)
     model = mae_vit_mini_patch4(in_chans=1).to(device)
     if compiled:

@@ -1,4 +1,4 @@
-"""Opening any data set, and the command that checks one."""
+"""Opening datasets, and the command that checks a dataset."""
 
 import shutil
 import subprocess
@@ -50,7 +50,7 @@ def test_missing_data_path_and_missing_folder_are_errors(tmp_path):
 
 
 def check(*argv) -> None:
-    """What the command does, in this process."""
+    """Runs the command in this process."""
     datasets.main(entry_point.parse(datasets.get_args_parser(), list(map(str, argv))))
 
 

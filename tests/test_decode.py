@@ -1,4 +1,4 @@
-"""Bytes to pixels: a table of odd files with the pixels that each must give, and damaged ones."""
+"""Decoding: a table of unusual files with the expected pixels, and damaged files."""
 
 import io
 import signal
@@ -47,7 +47,7 @@ def npy(array) -> bytes:
 
 
 def png(pixels, depth, colour_type, extra=b"") -> bytes:
-    """A PNG file by hand: kinds that Pillow can't write. Rows are not filtered."""
+    """Builds a PNG file of a kind that Pillow can't write, with unfiltered rows."""
 
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -65,7 +65,7 @@ def transparent(value) -> bytes:
 
 
 def bmp_top_down(pixels) -> bytes:
-    """A BMP file by hand: 24 bits, rows from the top, which a negative height means."""
+    """Builds a BMP file with 24 bits and rows from the top, which a negative height indicates."""
     height, width = pixels.shape[:2]
     rows = b"".join(row[:, ::-1].tobytes().ljust(-(-3 * width // 4) * 4, b"\0") for row in pixels)
     header = struct.pack("<IiiHHIIiiII", 40, width, -height, 1, 24, 0, len(rows), 0, 0, 0, 0)
@@ -73,7 +73,7 @@ def bmp_top_down(pixels) -> bytes:
 
 
 def over_white(colour, alpha):
-    """Pillow's rounding in `alpha_composite`, over an opaque white."""
+    """Composites over opaque white with the rounding of Pillow's `alpha_composite`."""
     blended = colour.astype(int) * alpha * 255 + 255 * 255 * (255 - alpha.astype(int))
     return np.round(blended / 255 / 255)
 
@@ -206,7 +206,7 @@ def test_unusual_files_decode_to_the_expected_pixels(name):
 
 
 def test_eight_bit_images_decode_to_pillow_images():
-    """So that torchvision's published crops and resizes apply to them."""
+    """torchvision's published crops and resizes apply to Pillow images."""
     for name, (data, in_chans, expected, *_) in TABLE.items():
         is_picture = isinstance(decode(data, in_chans), Image.Image)
         assert is_picture == (in_chans in (1, 3) and expected.dtype != np.float32), name
@@ -262,7 +262,7 @@ def test_pages_of_other_sizes_are_no_channels():
 
 
 def test_transforms_accept_pillow_images_and_tensors():
-    """Deep images are tensors; the same draws cut and turn them as they do pictures."""
+    """Deep images are tensors; the same random numbers crop and flip them like Pillow images."""
     deep, shallow = decode(saved((RGB[..., 0].astype(np.uint16) * 257), "PNG"), 1), decode(saved(GREY, "PNG"), 1)
     for transform in (
         transforms.pretrain_transform(8),
@@ -345,7 +345,7 @@ def test_a_missing_codec_is_named(monkeypatch):
 
 
 def declared_size(data) -> tuple[int, int]:
-    """(height, width) as the file's own header states them, by other code than `decode`'s where there is any."""
+    """(height, width) in the header of a file, read by other code than `decode`'s if possible."""
     if data.startswith(b"\x93NUMPY"):
         shape = np.load(io.BytesIO(data)).shape
         return (shape[1], shape[2]) if shape[0] == 13 else (shape[0], shape[1])
@@ -357,7 +357,7 @@ def declared_size(data) -> tuple[int, int]:
 
 
 def test_mutated_files_decode_or_raise_bad_image(recwarn):
-    """No crash, no hang, and what is read has the size that the file states, its channels, and makes a sample."""
+    """Decoding does not crash or hang; decoded images have the size in the header and can be augmented."""
     wide = GENERATOR.integers(0, 256, size=(40, 50, 3), dtype=np.uint8)
     deep = GENERATOR.integers(0, 65536, size=(13, 40, 50), dtype=np.uint16)
     whole = [

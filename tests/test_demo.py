@@ -1,4 +1,4 @@
-"""The demo's own parts; `.ci/run` runs the whole."""
+"""The parts of the demo; `.ci/run` runs the complete demo."""
 
 import json
 import subprocess
@@ -37,7 +37,7 @@ def test_unpacked_files_equal_the_images_of_the_archive(unpacked):
 
 
 def test_a_read_only_folder_is_a_one_line_error():
-    command = [sys.executable, "demo/unpack_data.py", "--out", "/proc/nowhere"]  # root may write to all real folders
+    command = [sys.executable, "demo/unpack_data.py", "--out", "/proc/nowhere"]  # root can write to all other folders
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert "error: --out /proc/nowhere can't be written to (" in done.stderr

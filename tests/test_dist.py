@@ -15,7 +15,7 @@ from util import dist
 
 @pytest.fixture
 def environment(monkeypatch):
-    """Sets variables; what is set beside them is taken back too."""
+    """Sets variables; all changes of the environment are undone after the test."""
     monkeypatch.setattr(os, "environ", dict(os.environ))
     return os.environ.update
 
@@ -127,7 +127,7 @@ def test_a_port_in_use_is_named(environment):
 
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_lost_process_is_a_one_line_error_in_the_others(pictures, tmp_path, killed):
-    """Started by hand: torchrun ends the survivor, perhaps before it has told."""
+    """The processes are started without torchrun, which may end the other process before it prints its error."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         together = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
@@ -193,8 +193,8 @@ def test_two_processes_average_gradients_on_demand_and_meet_at_a_barrier(tmp_pat
         cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, capture_output=True,
         timeout=120,
     )  # fmt: skip
-    # Gradients 1 and 2 stay apart without a sync; the sync averages all that was gathered: (2 + 4) / 2.
-    # The barrier waits for the late process; objects come in the order of ranks; buffers are those of rank 0.
+    # Without a sync, gradients 1 and 2 stay separate; the sync averages the accumulated ones: (2 + 4) / 2.
+    # The barrier waits for the late process; objects are in the order of ranks; buffers are those of rank 0.
     assert (tmp_path / "out0").read_text() == "0/2 1.0 3.0 0.5 True [7, 8] 5.0 True"
     assert (tmp_path / "out1").read_text() == "1/2 2.0 3.0 0.5 True [7, 8] 5.0 False"
 

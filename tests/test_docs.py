@@ -1,4 +1,4 @@
-"""What the documents show, works: code is run, commands are parsed; demo_readme.py runs those on embedded data."""
+"""The documents are correct: code is run and commands are parsed. demo_readme.py runs the README's commands."""
 
 import ast
 import re
@@ -123,7 +123,7 @@ def test_scripts_and_flags_of_a_document_exist(path):
 
 @pytest.fixture(scope="module")
 def downloads(tmp_path_factory):
-    """Files of the published shapes, where torch.hub keeps them."""
+    """Files with the shapes of published weights, in the cache of torch.hub."""
     home = tmp_path_factory.mktemp("home")
     downloads = home / "hub" / "checkpoints"
     downloads.mkdir(parents=True)
@@ -166,7 +166,7 @@ def test_the_results_python_runs(run_python):
 
 
 def anchors(path: Path) -> set[str]:
-    """The headings of a page, as links name them."""
+    """The headings of a page as anchors of links."""
     headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -180,7 +180,7 @@ def test_links_lead_to_files_and_headings(path):
 
 
 def test_long_pages_have_a_table_of_contents():
-    """A list of links before the first section, of every section."""
+    """A list with a link to every section stands before the first section."""
     for path in DOCUMENTS:
         text = path.read_text(encoding="utf-8")
         if text.count("\n") > 100 and path.name not in ("CONTRIBUTING.md", "SCALING.md"):
@@ -194,7 +194,7 @@ def anchors_of_sections(path: Path) -> set[str]:
 
 
 def texts_of_code() -> str:
-    """All string literals of the code, one a line; the number 0 stands for the values of an f-string."""
+    """All string literals of the code, one per line; 0 replaces the values of f-strings."""
     lines = []
     for path in CODE:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -1,4 +1,4 @@
-"""A researcher's edit of the method takes effect: in the file, in a subclass, in a part of the model."""
+"""Changes of the method take effect: in the file, in a subclass, in a submodule."""
 
 import json
 import re
@@ -63,7 +63,7 @@ def test_an_edit_of_the_file_changes_the_training(pictures, tmp_path):
 
 
 def test_a_new_size_needs_one_entry(pictures, tmp_path):
-    """It trains by its name, and its checkpoints are rebuilt with its own number of heads, which no shape has."""
+    """It trains by its name, and checkpoints restore its number of heads, which no shape records."""
     mini = '    "mini_patch4": {'
     heads = '    "heads8_patch4": {"patch_size": 4, "embed_dim": 128, "depth": 4, "num_heads": 8},\n'
     code = (
@@ -199,7 +199,7 @@ def test_reconstruct_with_another_target_is_a_one_line_error(kind, dim):
 
 
 def test_a_call_does_not_affect_the_noise_of_later_calls():
-    """A later call of a step draws its own random numbers and has the model's own grid, also after an error."""
+    """A later call uses new random numbers and the grid of the model, also after an error."""
     model, imgs = build(), torch.randn(2, 3, 12, 28)
     with pytest.raises(ValueError, match="noise or mask must be given"):
         model(imgs, noise=torch.rand(2, 20))
@@ -228,7 +228,7 @@ class Patches(models_vit.PatchEmbed):
 
 
 class Projection(nn.Module):
-    """As adapters wrap a layer."""
+    """Wraps a layer like an adapter."""
 
     def __init__(self, inner):
         super().__init__()

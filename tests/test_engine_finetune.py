@@ -1,4 +1,4 @@
-"""Evaluation: every sample once, a true mean, whatever the batches are."""
+"""Evaluation: every sample counts once, and the loss is a mean over samples for all batch sizes."""
 
 import numpy as np
 import pytest
@@ -70,7 +70,7 @@ def test_samples_of_several_processes_are_merged_in_order():
 
 
 def test_predictions_of_all_processes_are_counted(evaluation_of, monkeypatch):
-    """Another process has the first 23 samples, all answered right."""
+    """Another process has the first 23 samples, all with correct predictions."""
     _, _, alone = evaluation_of(8)
     other = [alone.labels[:23], alone.labels[:23], np.ones(23, dtype=bool), np.full(23, 2.0)]
     monkeypatch.setattr(dist, "gather", lambda mine: [mine, (other, 7)])

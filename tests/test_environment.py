@@ -1,4 +1,4 @@
-"""Scripts that are started outside of their environment: one line, which says what to type."""
+"""Scripts started outside of their environment print a one-line error with the command to type."""
 
 import shutil
 import subprocess

@@ -1,4 +1,4 @@
-"""What happens between two epochs: evaluation, log, checkpoint, signals, errors, and their order."""
+"""The order of operations between epochs: evaluation, log, checkpoint, signals, errors."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ METERS = {"loss": 6.0, "lr": 0.6, "updates": 2, "skipped_steps": 0}  # of an epo
 
 
 class Events:
-    """A saver, a log and a data loader that note what happens to them."""
+    """A saver, a log and a data loader that record calls."""
 
     def __init__(self):
         self.events = []
@@ -53,7 +53,7 @@ def train_epochs(events, after_epoch, num_epochs=1, eval_every=1, evaluates=Fals
 
 
 def test_the_order_of_training_saving_and_evaluation():
-    """A saved state first, as the evaluation may be ended; its accuracy decides about the best checkpoint."""
+    """The state is saved first, because a signal may interrupt the evaluation, which selects the best checkpoint."""
     events = Events()
 
     def evaluate(epoch, log):

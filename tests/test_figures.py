@@ -1,4 +1,4 @@
-"""Figures in the documents: published ones beside the papers', measured ones beside the files that hold them."""
+"""Numbers in the documents: published ones equal those of the papers, measured ones those of the result files."""
 
 import json
 import re
@@ -85,7 +85,7 @@ LINEAR = {"base": 67.8, "large": 76.0, "huge": 77.2}  # of the paper's released 
 
 
 def zoo_row(name):
-    """What the model zoo states of a released file."""
+    """The expected row of a released file in the model zoo."""
     row = model_zoo.TABLE[name]
     size = row.model.removeprefix("mae_").split("_")[1]
     with torch.device("meta"):

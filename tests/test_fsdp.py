@@ -1,4 +1,4 @@
-"""Sharding, in a process group of one process: which modules are units, in which types, with which weights."""
+"""FSDP in a process group of one process: units, dtypes and initial weights."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def process_group(monkeypatch):
-    """`shard` refuses a single process: its check gets 2, its mesh the real number."""
+    """`shard` rejects a single process: its check gets 2, its mesh the real number."""
     td.init_process_group("gloo", store=td.HashStore(), rank=0, world_size=1)
     numbers = iter([2])
     monkeypatch.setattr(dist, "world_size", lambda: next(numbers, 1))

@@ -38,7 +38,7 @@ def test_fuzz_reports_every_kind_of_fault(tmp_path, monkeypatch):
     monkeypatch.setattr("fuzz.SECONDS", 3)
     monkeypatch.setattr("fuzz.MAX_GROWTH", 100)
     found = [fault for _, faults, _ in fuzz(["crooked"], len(READ), tmp_path, processes=1) for fault in faults]
-    # A process that ends takes along what it has found; the next one begins behind the input that ended it.
+    # The faults of a process that ends are lost; the next process starts after the input that ended it.
     assert [(fault.number, fault.what[:18]) for fault in found] == [
         (3, "ends the process ("), (4, "hangs"), (5, "inputs 5 to 6 took"), (5, "a message with an "),
     ]  # fmt: skip

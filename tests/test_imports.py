@@ -1,4 +1,4 @@
-"""What scripts import before they work: --help and error messages are fast."""
+"""Imports of scripts at the start: --help and error messages are fast."""
 
 import json
 import subprocess

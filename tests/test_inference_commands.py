@@ -1,4 +1,4 @@
-"""The commands: predict, reconstruct, features; what they leave, print, and say to wrong inputs."""
+"""The commands predict, reconstruct and features: files, output, and error messages."""
 
 import json
 import shutil
@@ -159,7 +159,7 @@ def test_features_resume_after_an_interruption(files, pictures, tmp_path, monkey
 
 @pytest.mark.parametrize("change", ["weights", "split", "pool", "precision", "crop", "note"])
 def test_features_with_other_settings_start_again(files, labelled, tmp_path, capsys, monkeypatch, change):
-    """The rows are those of a command that never stopped, whatever lies there."""
+    """The rows equal those of a command without interruption, despite the existing files."""
     shutil.copy(files / "encoder.safetensors", tmp_path / "model.safetensors")
 
     def stop(*args, **named):
@@ -206,7 +206,7 @@ def test_features_of_images_without_classes(files, pictures, tmp_path):
 
 
 def test_features_on_a_full_disk_fail_in_one_line_and_resume(files, labelled, small_disk, capsys, monkeypatch):
-    """The process ended by SIGBUS where it wrote into mapped memory."""
+    """A write to a memory map would end the process with SIGBUS."""
     monkeypatch.setattr(features, "SAVE_EVERY", 1)
     argv = [labelled, "--model", files / "encoder.safetensors", "--out", small_disk / "f.npz", "--num_workers", 0,
             "--batch_size", 4, "--pool", "tokens"]  # fmt: skip
@@ -245,7 +245,7 @@ def test_invalid_inputs_are_errors(files, pictures, tmp_path, capsys, monkeypatc
 
 
 def test_an_unwritable_output_is_an_error_before_the_model_is_loaded(tmp_path, capsys, monkeypatch):
-    """Before the model is read: there is none."""
+    """The error comes before the model is read: the model does not exist."""
     (tmp_path / "folder.png").mkdir()
     for module in (predict, reconstruct):
         command = [PHOTOS[0], "--model", "nothing.pth", "--out"]

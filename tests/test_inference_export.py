@@ -1,4 +1,4 @@
-"""Ours to others and back: the other library's own model, on what was exported, gives what ours gives."""
+"""Export and import: the model of the other library gives the same outputs with exported weights."""
 
 import json
 import subprocess
@@ -155,7 +155,7 @@ def test_timm(pooled, of_token, mae, imgs, tmp_path, suffix):
 
 @pytest.mark.parametrize("name", ["mae.pth", "classifier.pth"])
 def test_a_file_of_mmpretrain_survives_the_round_trip(name):
-    """To the last name: what mmpretrain wrote goes through our names and back."""
+    """The names of a file of mmpretrain survive the conversion to our names and back."""
     theirs = torch.load(MMPRETRAIN / name, weights_only=True)["state_dict"]
     again = conversion.to_mmpretrain(loading.read(MMPRETRAIN / name).tensors)
     assert again.keys() == theirs.keys()
@@ -182,7 +182,7 @@ def test_torch_export(pooled, imgs, tmp_path):
 
 @pytest.mark.parametrize("to", ["timm", "transformers", "safetensors", "mmpretrain", "onnx", "torch_export"])
 def test_a_full_disk_leaves_no_file(of_token, to, small_disk):
-    """In one line, and not by ending the process, as torch.export.save does."""
+    """The error is one line; torch.export.save would end the process."""
     with pytest.raises(OSError, match=r"^can't write .*/(m\.\w+|folder) \(No space left on device\): free space there"):
         exported(of_token, to, small_disk)
     assert list(small_disk.iterdir()) == []

@@ -34,7 +34,7 @@ def test_components_are_scikit_learns(model):
     tokens = model.extract_feat(images, "tokens")[:, 1:].detach().flatten(0, 1).numpy()
     theirs = torch.from_numpy(PCA(3, svd_solver="full").fit_transform(tokens))
     inside = (found.view(-1, 3) > 0) & (found.view(-1, 3) < 1)
-    for number in range(3):  # but for the sign, and the scaling to 0 to 1
+    for number in range(3):  # up to the sign and the scaling to 0 to 1
         pair = torch.stack([found.view(-1, 3)[:, number], theirs[:, number]])[:, inside[:, number]]
         assert abs(torch.corrcoef(pair)[0, 1]) > 0.9999
 

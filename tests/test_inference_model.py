@@ -1,4 +1,4 @@
-"""From a name or a file to a model that is ready for use."""
+"""Models from names and files."""
 
 from functools import partial
 
@@ -41,7 +41,7 @@ def test_a_checkpoint_rebuilds_its_model(pretrain):
 
 
 def test_a_decoder_of_another_depth(pretrain, tmp_path):
-    """The paper's ablation (table 1a) on the command line; a bare file tells its depth by its names."""
+    """The paper's ablation (table 1a) on the command line; the depth of a bare file is inferred from its names."""
     model = get_model(pretrain(decoder_depth=3) / "checkpoint-1.pth")
     assert len(model.decoder_blocks) == 3
     torch.save({"model": model.state_dict()}, tmp_path / "bare.pth")
@@ -83,7 +83,7 @@ def test_names():
     assert list_models("*dec512d8b") == [f"mae_vit_{size}_dec512d8b" for size in
                                          ("base_patch16", "huge_patch14", "large_patch16")]  # fmt: skip
     assert isinstance(get_model("mae_vit-base-p16_8xb512-amp-coslr-300e_in1k"), Autoencoder)
-    with torch.device("meta"):  # so large a model is not filled with numbers
+    with torch.device("meta"):  # large models are not initialized
         huge = Classifier(
             _settings("vit_huge_patch14", _of_row("vit-huge-p14_mae-1600e-pre_32xb8-coslr-50e_in1k-448px"))
         )
@@ -104,7 +104,7 @@ def test_names():
      ("vit_base_patch16", "mae_finetuned_vit_base.pth")],
 )  # fmt: skip
 def test_published_names_of_other_libraries_are_accepted(tmp_path, monkeypatch, name, file):
-    """A file of the published shape stands where torch.hub keeps it; digests are another test's."""
+    """The cache of torch.hub has a file with the published shapes; another test checks digests."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr("util.weights.model_zoo._check", lambda path, digest: None)
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
@@ -209,7 +209,7 @@ def test_an_encoder_of_a_checkpoint_under_a_new_head(pretrain):
 
 
 def test_a_new_head_does_not_use_the_recorded_class_names(tmp_path, classifier):
-    """Names of classes from a run, or from the config.json of transformers: neither fits another number of classes."""
+    """Class names of a run, or of the config.json of transformers, do not fit another number of classes."""
     for name in ("classes", "label_names"):
         torch.save({"model": classifier.state_dict(), "args": {name: ["cat", "dog", "owl"]}}, tmp_path / "file.pth")
         assert get_model(tmp_path / "file.pth").classes == ["cat", "dog", "owl"]
@@ -233,7 +233,7 @@ def test_invalid_images_are_errors(tmp_path, classifier):
 
 
 def test_the_recorded_model_takes_precedence_over_shapes(tmp_path, monkeypatch):
-    """Two sizes that differ in the number of heads only have the same shapes and predict otherwise."""
+    """Two sizes that differ only in the number of heads have equal shapes and different predictions."""
     heads8 = {**models_vit.SIZES["mini_patch4"], "num_heads": 8}
     monkeypatch.setitem(models_vit.SIZES, "heads8_patch4", heads8)
     monkeypatch.setitem(models_vit.MODELS, "vit_heads8_patch4", partial(models_vit.VisionTransformer, **heads8))

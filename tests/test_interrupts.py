@@ -1,6 +1,7 @@
-"""Signals: the update is finished, the state saved, the exit code tells; and nothing of the run is lost.
+"""Signals: the run completes the update, saves its state, exits with the documented code, and resumes exactly.
 
-They go to all processes of a run, its worker processes included, as terminals, `timeout`, torchrun and Slurm send them.
+The tests send signals to all processes of a run, including worker processes, like terminals, `timeout`, torchrun and
+Slurm.
 """
 
 import os
@@ -54,7 +55,7 @@ def undisturbed(pictures, tmp_path_factory):
 
 
 def test_a_run_stopped_by_signals_resumes_exactly(pictures, tmp_path, undisturbed):
-    """One run that is stopped three times."""
+    """A run that is stopped three times."""
     reached = 0
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         code, said = stop_after_an_epoch(start(pictures, tmp_path), tmp_path, number)
@@ -76,7 +77,7 @@ def test_a_run_stopped_by_signals_resumes_exactly(pictures, tmp_path, undisturbe
 
 
 def test_all_processes_stop_after_the_same_update(pictures, tmp_path):
-    """The signal comes to one of them only, and not to the one that writes."""
+    """Only one process receives the signal, and it is not rank 0."""
     process = start(pictures, tmp_path, processes=2)
     os.kill(second_process(tmp_path), signal.SIGTERM)
     said = process.communicate(timeout=90)[0]
@@ -86,7 +87,7 @@ def test_all_processes_stop_after_the_same_update(pictures, tmp_path):
 
 
 def test_a_killed_process_ends_the_others(pictures, tmp_path):
-    """The second of two, without a word; the first neither hangs nor ends as if all were well."""
+    """Rank 1 of two is killed; rank 0 neither hangs nor exits with code 0."""
     process = start(pictures, tmp_path, processes=2)
     os.kill(second_process(tmp_path), signal.SIGKILL)
     said = process.communicate(timeout=90)[0]
@@ -124,7 +125,7 @@ entry_point.run(main_finetune.main, main_finetune.get_args_parser())
 
 
 def test_an_evaluation_ends_at_once_and_is_repeated(labelled, tmp_path):
-    """Slurm kills 30 seconds after its signal, and an evaluation may take longer."""
+    """Slurm kills a job 30 seconds after the signal, and an evaluation may take longer."""
     flags = ["--model", "vit_mini_patch4", "--input_size", 16, "--epochs", 2, "--warmup_epochs", 1, "--lr", 0.003,
              "--num_workers", 1, "--device", "cpu", "--batch_size", 8, "--data_path", labelled]  # fmt: skip
     (tmp_path / "slow.py").write_text(LONG_EVALUATION.format(root=str(ROOT)))
@@ -161,7 +162,7 @@ def parent_of(pid):
 
 
 def second_process(out):
-    """The process of rank 1, once there is an epoch; its worker processes have higher numbers."""
+    """The process id of rank 1 after the first epoch; its worker processes have higher ids."""
     wait_until((out / "log.txt").exists)
     return min(
         int(pid) for pid in os.listdir("/proc")
@@ -185,7 +186,7 @@ def command_of(pid):
 
 
 def test_the_second_sigint_stops_at_once():
-    before = signal.getsignal(signal.SIGINT)  # a shell's background jobs ignore it
+    before = signal.getsignal(signal.SIGINT)  # background jobs of a shell ignore SIGINT
     with Interrupts() as interrupts:
         os.kill(os.getpid(), signal.SIGINT)
         assert interrupts.pending == signal.SIGINT
@@ -209,7 +210,7 @@ def test_stop_signals_are_recorded_and_handlers_restored():
 
 
 def test_only_a_repeated_sigint_stops_at_once():
-    """Slurm sends SIGTERM before a keyboard's first SIGINT; the last signal decides the exit code."""
+    """A SIGTERM precedes the first SIGINT; the last signal determines the exit code."""
     with Interrupts() as interrupts:
         for signum in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
             os.kill(os.getpid(), signum)
@@ -226,10 +227,10 @@ def test_a_signal_interrupts_only_evaluations_at_once(caplog):
             time.sleep(1)
         assert stopped.value.signum == signal.SIGTERM
         assert "SIGTERM: the run stops now" in caplog.text
-        os.kill(os.getpid(), signal.SIGUSR1)  # outside it is noted only
+        os.kill(os.getpid(), signal.SIGUSR1)  # outside of an evaluation, the signal is only recorded
         assert interrupts.pending == signal.SIGUSR1
         evaluated = False
-        with pytest.raises(Interrupted), interrupts.at_once():  # it came before
+        with pytest.raises(Interrupted), interrupts.at_once():  # a signal before the evaluation
             evaluated = True
         assert not evaluated
     with Interrupts() as interrupts:
