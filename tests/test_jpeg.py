@@ -1,4 +1,4 @@
-"""--fast_jpeg: Pillow's pixels, from every kind of JPEG file; and crops of them."""
+"""--fast_jpeg: pixels and crops equal Pillow's for every kind of JPEG file."""
 
 import io
 import math
@@ -97,7 +97,7 @@ def test_crops_are_pillows_bit_for_bit():
 
 @pytest.mark.parametrize("kind", ["photograph", "noise of black and white"])
 def test_scaling_to_any_size_is_pillows(kind):
-    """Enlarged, shrunk, stretched, a side kept, sides of one pixel; sums beyond 0 and 255 (sharp edges)."""
+    """Enlarged, reduced, stretched, one side unchanged, sides of one pixel; sums beyond 0 and 255 (sharp edges)."""
     draw = np.random.default_rng(0)
     noise = 255 * draw.integers(2, size=(375, 500, 3), dtype=np.uint8)
     whole = np.array(photographs()[0]) if kind == "photograph" else noise
@@ -115,7 +115,7 @@ def test_scaling_to_any_size_is_pillows(kind):
 
 
 def test_crops_have_the_published_distribution(monkeypatch):
-    """Area uniform in .2 to 1 of the image's, the ratio log-uniform in 3/4 to 4/3, where such a crop fits."""
+    """The area is uniform in .2 to 1 of the image, and the ratio log-uniform in 3/4 to 4/3, if such a crop fits."""
     boxes = []
     draw = crops.Crop.get_params
     monkeypatch.setattr(crops.Crop, "get_params", staticmethod(lambda *given: boxes.append(draw(*given)) or boxes[-1]))

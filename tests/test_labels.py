@@ -1,4 +1,4 @@
-"""Classes that must agree, and parts of a data set."""
+"""Classes of the training and the validation set, and subsets of a dataset."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Data sets of torchvision, Hugging Face and WebDataset, written by these libraries or in their layout."""
+"""Datasets of torchvision, Hugging Face and WebDataset, written by these libraries or in their layout."""
 
 import builtins
 import gzip
@@ -76,7 +76,7 @@ def write_food(root: Path, train, test) -> None:
 
 
 def test_a_dataset_with_named_splits(tmp_path):
-    """Their bytes come to our own decoder; `val` is the part that comes nearest."""
+    """The files are decoded by `util.data.decode`; `val` is the most similar split."""
     write_food(tmp_path, ["apple_pie/1", "waffles/2", "waffles/3"], ["waffles/4"])
     source = open_source("train", str(tmp_path), dataset="Food101")
     assert [source[index][1] for index in range(3)] == [0, 1, 1]
@@ -99,7 +99,7 @@ def test_an_explicit_split_is_used(tmp_path):
 
 
 def test_parts_for_training_and_validation_do_not_overlap(tmp_path):
-    """torchvision's FGVCAircraft is `trainval` by default, which holds `val`."""
+    """The default split of torchvision's FGVCAircraft is `trainval`, which contains `val`."""
     data = tmp_path / "fgvc-aircraft-2013b" / "data"
     (data / "images").mkdir(parents=True)
     (data / "variants.txt").write_text("707\n747\n")
@@ -214,7 +214,7 @@ def test_a_missing_package_is_named(monkeypatch, package, dataset):
 
 @pytest.fixture
 def shards(tmp_path):
-    """40 images in 4 shards, one of the images bad."""
+    """40 images in 4 shards; one image is bad."""
     with webdataset.ShardWriter(str(tmp_path / "set-%03d.tar"), maxcount=10, verbose=0) as writer:
         for number, pixels in enumerate(PIXELS):
             data = b"" if number == 17 else png(pixels)

@@ -1,4 +1,4 @@
-"""The order of samples, their batches, and those that can't be read."""
+"""The order of samples, batches, and images that can't be read."""
 
 import multiprocessing
 import os
@@ -83,7 +83,7 @@ def test_fewer_images_than_an_effective_batch_are_an_error(
 
 
 def test_every_split_of_the_effective_batch_has_the_same_updates(monkeypatch):
-    """Of 1,000 images, 48 to an update: 20 updates of the same images each."""
+    """1,000 images with an effective batch size of 48 are 20 updates with the same images."""
 
     def updates(batch_size, processes, accum_iter, repeats):
         parts = []
@@ -125,7 +125,7 @@ def test_the_number_of_workers_has_no_effect(pictures, workers, monkeypatch):
 
 
 def begin(pictures):
-    """A loader of six batches, the rest of its epoch after the first, and its worker process."""
+    """A loader of six batches, an iterator after the first batch, and its worker process."""
     others = set(multiprocessing.active_children())
     batches = TrainLoader(make_samples(pictures), 4, 0, 1, False)
     rest = iter(batches)
@@ -136,14 +136,14 @@ def begin(pictures):
 
 @pytest.mark.parametrize("method", ["fork", "forkserver"])
 def test_worker_processes_ignore_stop_signals_of_other_processes(pictures, method, monkeypatch):
-    """A stop signal to all processes reaches them too; their run ends them by SIGTERM when it fails."""
+    """A stop signal to all processes reaches worker processes too; a failing run ends them with SIGTERM."""
     monkeypatch.setattr(
         multiprocessing.context._default_context, "_actual_context", multiprocessing.get_context(method)
     )
     _batches, rest, worker = begin(pictures)
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         sender = multiprocessing.get_context("fork").Process(target=os.kill, args=(worker.pid, signum))
-        sender.start()  # another process, as a launcher is: a worker obeys its own run
+        sender.start()  # another process, like a launcher: a worker process ends only on signals of its own run
         sender.join(20)
         assert sender.exitcode == 0
     assert len(list(rest)) == 5
@@ -184,7 +184,7 @@ def test_examples_are_deterministic(pictures):
 
 @pytest.fixture
 def half_bad(tmp_path):
-    """40 small images, three of them bad in as many ways; names in order."""
+    """40 small images with ordered names; three of them are bad, in different ways."""
     generator = np.random.default_rng(0)
     for number in range(40):
         pixels = generator.integers(0, 256, size=(9, 9, 3), dtype=np.uint8)
@@ -202,7 +202,7 @@ def epoch_of(batches, epoch):
 
 
 def test_bad_images_end_the_run_by_default(half_bad):
-    """The message names the flag where there is one: in training."""
+    """The message names the flag in training, where it exists."""
     training, evaluation = make_samples(half_bad, on_bad_image="error"), make_samples(half_bad)
     for index, said in ((7, "07.png: the file is empty"), (11, "11.png: can't be read"), (30, "30.png: No such file")):
         with pytest.raises(BadImage, match=f"{said}.*--on_bad_image skip"):
@@ -278,7 +278,7 @@ def test_evaluation_uses_each_image_once(pictures, processes, monkeypatch):
 
 
 def test_random_numbers_of_a_batch_depend_on_its_position_only(pictures):
-    """Dropped paths and mixtures are the same in a run that was stopped before this batch."""
+    """Drop path and mixup are the same in a run that resumes before this batch."""
 
     def draws(first_iteration):
         batches = TrainLoader(make_samples(pictures), 4, 0, 0, False)
@@ -296,7 +296,7 @@ def test_random_numbers_of_a_batch_depend_on_its_position_only(pictures):
 
 
 def test_random_numbers_of_a_batch_differ_between_seeds_epochs_iterations_and_ranks(pictures, monkeypatch):
-    """Else mixup and drop path would repeat in every epoch, in every batch, or on every GPU."""
+    """Otherwise mixup and drop path would repeat in every epoch, in every batch, or on every GPU."""
 
     def draw(seed, epoch, step, rank):
         monkeypatch.setattr(dist, "rank", lambda: rank)

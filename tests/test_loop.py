@@ -1,4 +1,4 @@
-"""The training loop: accumulation, the learning rate's moments, and steps that are not finite."""
+"""The training loop: accumulation, the schedule of the learning rate, and updates that are not finite."""
 
 import math
 from itertools import islice
@@ -75,7 +75,7 @@ def train(batch_size=4, accum_iter=1, lr=0.1, spoil=lambda step, loss: loss, pol
 
 
 def reference_run(groups, seen, lr=0.1):
-    """The same training, each group in one batch."""
+    """The same training without accumulation."""
     torch.manual_seed(0)
     Numbers(4)
     model = torch.nn.Linear(3, 1)
@@ -114,7 +114,7 @@ def test_an_epoch_can_start_at_any_iteration():
 
 @pytest.mark.parametrize("first_iteration", [0, 3])
 def test_every_iteration_is_seeded_before_its_loss(monkeypatch, first_iteration):
-    """What mixup and drop path draw belongs to (epoch, iteration), also in the rest of an epoch."""
+    """The random numbers of mixup and drop path depend on (epoch, iteration), also in a resumed epoch."""
     events = []
     monkeypatch.setattr(Numbers, "seed_iteration", lambda self, iteration: events.append((self.epoch, iteration)))
     train(accum_iter=3, first_iteration=first_iteration, spoil=lambda step, loss: events.append("loss") or loss)
@@ -131,7 +131,7 @@ def test_gradients_are_averaged_in_the_last_iteration_of_an_update(monkeypatch):
 
 
 def test_the_model_is_in_training_mode_under_autocast():
-    """An evaluation leaves it in the other mode."""
+    """An evaluation sets the model to evaluation mode."""
     modes = []
     model = torch.nn.Linear(3, 1).eval()
 
@@ -161,7 +161,7 @@ class Log(NullLog):
 
 
 def test_every_update_is_logged_once_with_its_own_numbers():
-    """The loss of an update is the mean of its iterations; its number counts iterations."""
+    """The loss of an update is the mean over its iterations; its index counts iterations."""
     log, constants = Log(), iter([1.0, 3.0, 5.0, 7.0])
     _, _, _, meters = train(batch_size=7, accum_iter=2, log=log, spoil=lambda step, loss: 0 * loss + next(constants))
     assert log.lines == [(3, 0, 4, 7), (2, 0.1, 2.0, 0.0), (4, 0.1, 6.0, 0.0)]
@@ -201,7 +201,7 @@ def test_an_error_after_a_signal_is_an_interruption():
 
 
 def test_the_strongest_request_applies_to_all_processes(monkeypatch):
-    """Numbers of two processes, of which one wants to save and one nothing."""
+    """One of two processes requests a save, the other nothing."""
     saver = Recorder()
     monkeypatch.setattr(loop.dist, "world_size", lambda: 2)
     monkeypatch.setattr(loop.dist, "mean_over_processes", lambda value: (value + torch.tensor([0, 0, 1, 0])) / 2)
@@ -211,7 +211,7 @@ def test_the_strongest_request_applies_to_all_processes(monkeypatch):
 
 
 def test_a_request_applies_when_all_processes_agree(monkeypatch):
-    """Its own request, after the first of three updates, takes effect when it is read, as in the other processes."""
+    """A request after the first of three updates takes effect when all processes read it."""
 
     class Saves(Recorder):
         def request(self):
@@ -226,7 +226,7 @@ def test_a_request_applies_when_all_processes_agree(monkeypatch):
 
 
 def test_no_process_ends_before_the_state_is_saved(monkeypatch):
-    """The launcher ends all processes when one of them ends."""
+    """The launcher ends all processes when one process ends."""
     events = []
     monkeypatch.setattr(loop.dist, "barrier", lambda: events.append("barrier"))
     with pytest.raises(loop.NonFiniteLoss, match=r"are in a\.pth"):
@@ -314,7 +314,7 @@ def test_a_saved_state_counts_the_updates_in_flight():
 
 
 class Recorder(NullSaver):
-    """Notes what is saved on an error."""
+    """Records the state that is saved on an error."""
 
     def __init__(self):
         super().__init__(Interrupts())
@@ -325,7 +325,7 @@ class Recorder(NullSaver):
 
 
 def test_an_error_leaves_the_state_after_the_last_update():
-    """Batch norm's statistics change in every forward pass, the weights only in whole updates."""
+    """The statistics of batch norm change in every forward pass, the weights only in complete updates."""
 
     class Broken(Numbers):
         def __iter__(self):

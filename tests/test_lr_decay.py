@@ -1,4 +1,4 @@
-"""Weight decay and layer-wise decay: the published groups, and timm's as the second opinion."""
+"""Weight decay and layer-wise learning-rate decay: the published groups, compared with timm's."""
 
 import pytest
 import torch

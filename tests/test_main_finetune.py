@@ -1,4 +1,4 @@
-"""Fine-tuning: what it leaves, that it continues exactly, and that an evaluation counts every image once."""
+"""Fine-tuning: its files, exact resume, and an evaluation that counts every image once."""
 
 import argparse
 import csv
@@ -67,7 +67,7 @@ def test_fine_tuning_reduces_the_loss(finetune):
 
 @pytest.mark.parametrize("extra", [{"mixup": 0.8, "cutmix": 1.0}, {}, {"mixup": 0.8, "mixup_mode": "elem"}])
 def test_stopped_and_resumed_equals_uninterrupted(finetune, monkeypatch, extra):
-    """With drop path, RandAugment, erasing and mixtures: all that is drawn is a function of its place in the run."""
+    """With drop path, RandAugment, erasing, mixup and cutmix: random numbers depend on the position in the run."""
     settings = {"save_minutes": 0, "epochs": 2, **extra}
     whole = finetune("whole", **settings)
 
@@ -128,7 +128,7 @@ def evaluated(capsys, run, **flags) -> str:
 
 
 def test_evaluation_equals_that_of_the_epoch(finetune, tuned, capsys, labelled, tmp_path):
-    """Of our file, of a bare one, and of one with a Namespace in it; with val/ alone."""
+    """Evaluates our file, a bare file and one that contains a Namespace; only val/ exists."""
     last = lines(tuned.parent)[-1]
     expected = f"* Acc@1 {last['test_acc1']:.3f} Acc@5 {last['test_acc5']:.3f} loss {last['test_loss']:.3f}"
     model = weights(tuned.parent, tuned.name)
@@ -154,7 +154,7 @@ dist.teardown()
 
 
 def test_batch_size_and_processes_have_no_effect(finetune, labelled, tuned, tmp_path):
-    """To the last count, and the loss to 1e-6."""
+    """The counts are equal, and the losses agree to 1e-6."""
     (tmp_path / "telling.py").write_text(TELLING.format(root=str(ROOT)))
     found = []
     for batch_size in (7, 64):
@@ -175,7 +175,7 @@ def test_batch_size_and_processes_have_no_effect(finetune, labelled, tuned, tmp_
 
 
 def test_evaluation_uses_the_recorded_statistics(finetune, capsys):
-    """Those that a run was given need not be given again, neither to evaluate it nor to go on from it."""
+    """Recorded statistics are the defaults of an evaluation and of a further training."""
     strange = {"mean": "0.9 0.8 0.7", "std": "0.1 0.1 0.2"}
     out = finetune("strange", **PLAIN, epochs=3, **strange)
     last = lines(out)[-1]
@@ -232,14 +232,14 @@ def test_the_report(finetune, tuned, capsys, tmp_path):
 
 
 def evaluated_in_full(capsys, script, *argv) -> str:
-    """What a script prints that gets these flags, and no others, from the command line."""
+    """The output of a script with these flags only."""
     capsys.readouterr()
     script.main(entry_point.parse(script.get_args_parser(), [*map(str, argv), "--device", "cpu", "--num_workers", "0"]))
     return capsys.readouterr().out
 
 
 def test_evaluation_uses_the_recorded_settings(finetune, capsys, labelled):
-    """Size, patch, channels, pooling, statistics and crop: none of them need be given again."""
+    """Recorded size, patch, channels, pooling, statistics and crop are the defaults."""
     shape = {"input_size": "20 16", "patch_size": 2, "in_chans": 1, "cls_token": True, "mean": 0.3, "std": 0.2}
     out = finetune("shaped", **PLAIN, **shape, crop_pct=1, epochs=6)
     last = lines(out)[-1]
@@ -341,7 +341,7 @@ def test_invalid_inputs_are_one_line_errors(tuned, labelled, pictures, tmp_path,
 
 
 def test_every_split_of_the_effective_batch_trains_equally(finetune, labelled, tmp_path):
-    """48 images are 4 updates of 10, which leave out 8. Nothing is drawn here for a batch as a whole."""
+    """48 images are 4 updates of 10, which leave out 8. No random numbers depend on the batch here."""
     one = finetune("one", batch_size=10, **PLAIN)
     assert checkpoint.read(one / "checkpoint-1.pth")["optimizer"]["state"][0]["step"] == 8
     accumulated = finetune("accumulated", batch_size=2, accum_iter=5, **PLAIN)

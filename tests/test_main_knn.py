@@ -20,7 +20,7 @@ def test_neighbours_of_a_trained_encoder_find_the_classes(classify, capsys):
 
 
 def test_recorded_settings_are_the_defaults(classify, pretrain, labelled, capsys):
-    """Of a classifier that pools, and of an autoencoder: the file names its encoder."""
+    """For a classifier with pooling, and for an autoencoder, whose file records its encoder."""
     shape = {"input_size": 20, "patch_size": 2, "in_chans": 1}
     tuned = classify(main_finetune, "tuned", aa="none", reprob=0, epochs=1, **shape, mean=0.3) / "checkpoint-0.pth"
     mae = pretrain("mae", data_path=labelled, epochs=1, **shape, std=0.4) / "checkpoint-0.pth"

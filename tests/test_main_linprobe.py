@@ -1,4 +1,4 @@
-"""Linear probing: the trunk stays, heads learn side by side, and the test set chooses nothing."""
+"""Linear probing: the encoder is frozen, heads train independently, and the test set selects nothing."""
 
 import json
 import subprocess
@@ -27,7 +27,7 @@ def lines(out):
 
 @pytest.fixture
 def tuned(classify):
-    """An encoder that knows the classes."""
+    """A fine-tuned encoder."""
     return classify(main_finetune, "tuned", aa="none", reprob=0, lr=0.003, epochs=20, cls_token=True, drop_path=0)
 
 
@@ -57,7 +57,7 @@ def test_the_trunk_is_in_evaluation_mode():
 
 
 def test_heads_train_independently():
-    """The gradient of each is that which it has alone."""
+    """The gradient of each head equals that of a single head."""
     torch.manual_seed(0)
     features, targets = torch.randn(16, 8), torch.randint(0, 3, (16,))
     first, second = probe_head(8, 3), probe_head(8, 3)
@@ -123,7 +123,7 @@ def test_a_selected_rate_at_the_limit_warns(caplog, best, warned):
 
 
 def test_two_processes_evaluate_the_saved_probe(tuned, labelled, tmp_path, capsys, probe):
-    """Batch norm's statistics are each process's own while it trains."""
+    """In training, each process has its own statistics of batch norm."""
     subprocess.run(
         [*torchrun(2), "main_linprobe.py", "--data_path", labelled, "--output_dir", tmp_path / "two", "--model",
          "vit_mini_patch4", "--input_size", "16", "--batch_size", "4", "--epochs", "3", "--warmup_epochs", "1", "--lr",
@@ -169,7 +169,7 @@ def test_evaluation_uses_the_recorded_settings(probe, tuned, capsys, labelled):
 
 
 def test_without_finetune_features_are_random_or_of_the_checkpoint(probe, tuned, capsys):
-    """A resumed probe has its encoder in the checkpoint: its features are that one's, with or without --finetune."""
+    """The checkpoint of a probe contains the encoder, which computes the features, with or without --finetune."""
     flags = {"lr": 5, "epochs": 4}
     probe("random", **flags)
     assert capsys.readouterr().out.count("warning: no --finetune: the features are those of an untrained encoder") == 1

@@ -1,4 +1,4 @@
-"""The real script: what it leaves, that it continues exactly, and what it says to wrong inputs."""
+"""main_pretrain.py: its files, exact resume, and error messages."""
 
 import re
 import shutil
@@ -69,7 +69,7 @@ def test_stopped_and_resumed_equals_uninterrupted(pretrain, monkeypatch, accum_i
 
 @pytest.mark.parametrize("place", [(loader.TrainLoader, "seek"), (run_log.RunLog, "end_epoch"), (dist, "gather")])
 def test_an_error_between_epochs_saves_the_state(pretrain, monkeypatch, place):
-    """That a loading process was killed, PyTorch tells wherever the run is, also there."""
+    """PyTorch may report a killed worker process at any time, also between epochs."""
     settings = {"epochs": 4, "save_every": 1000}
     whole = pretrain("whole", **settings)
     original, calls = getattr(*place), iter(range(100))
@@ -104,7 +104,7 @@ def test_every_split_of_the_effective_batch_trains_equally(pretrain, pictures, t
 
 
 def test_resumed_with_another_split(pretrain, monkeypatch):
-    """In the middle of an epoch; the means of log.txt count every update alike."""
+    """The run resumes within an epoch; every update has the same weight in the means of log.txt."""
     settings = {"epochs": 2, "save_minutes": 0}
     whole = pretrain("whole", batch_size=4, accum_iter=2, **settings)
     with monkeypatch.context() as patch, pytest.raises(Stopped):
@@ -126,7 +126,7 @@ def test_resumed_with_another_number_of_processes(pretrain, pictures, tmp_path, 
 
 
 def test_resuming_from_an_earlier_checkpoint_starts_a_branch(pretrain, monkeypatch):
-    """Interrupted, the branch is resumed, and not what it replaces; --keep_last counts its checkpoints alone."""
+    """After an interruption, --resume auto follows the branch; --keep_last counts only its checkpoints."""
     settings = {"epochs": 6, "save_every": 1, "save_minutes": 0}
     first = pretrain("run", **settings)
     back = {**settings, "resume": first / "checkpoint-1.pth", "mask_ratio": 0.5}
@@ -193,7 +193,7 @@ def test_a_nan_loss_writes_an_emergency_checkpoint(pretrain, monkeypatch, tmp_pa
 
 
 def fails(capsys, monkeypatch, *argv) -> str:
-    """Runs the script as the command line does; returns what it says."""
+    """Runs the script like the command line; returns the error message."""
     monkeypatch.setattr("sys.argv", ["main_pretrain.py", "--device", "cpu", *map(str, argv)])
     with pytest.raises(SystemExit) as stop:
         entry_point.run(main_pretrain.main, main_pretrain.get_args_parser())
@@ -291,7 +291,7 @@ entry_point.run(main_pretrain.main, main_pretrain.get_args_parser())
 
 
 def test_a_nan_in_one_process_ends_all_after_the_save(pictures, tmp_path):
-    """The write is slowed: a process that ended before it was done would have torchrun kill the writer."""
+    """The write is slow: if a process ended before it was complete, torchrun would kill the writing process."""
     (tmp_path / "main_pretrain_spoiled.py").write_text(ONE_RANK_NAN.format(root=str(ROOT)))
     done = in_processes(2, pictures, tmp_path / "out", "--batch_size", 2, "--epochs", 9, "--save_every", 99,
                     script=tmp_path / "main_pretrain_spoiled.py", check=False)  # fmt: skip
@@ -323,7 +323,7 @@ def test_a_warmup_as_long_as_the_run_warns(pretrain, capsys):
 
 
 def test_deep_images_without_statistics_suggest_mean_and_std(pretrain, tmp_path, capsys):
-    """What is advised can be pasted, and the loss is then of the usual size."""
+    """The suggested flags can be pasted, and the loss then has the usual scale."""
     (tmp_path / "deep").mkdir()
     generator = np.random.default_rng(0)
     for number in range(8):

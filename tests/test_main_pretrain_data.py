@@ -1,4 +1,4 @@
-"""main_pretrain.py on every kind of data set, and on damaged ones."""
+"""main_pretrain.py on every kind of dataset, and on damaged datasets."""
 
 import shutil
 import struct

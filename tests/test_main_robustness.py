@@ -1,4 +1,4 @@
-"""Robustness from the command line, on folders with the shapes of the published ones."""
+"""main_robustness.py on folders with the published layouts."""
 
 import csv
 import json
@@ -85,7 +85,7 @@ def test_imagenet_v2_has_three_variants(tmp_path):
 
 
 def test_imagenet_real_takes_any_of_several_labels(tmp_path):
-    """The pictures of odd numbers are painted for the last of their labels, the others for none of them."""
+    """Images with odd numbers have the colour of the last of their labels, the others of no label."""
     labels = RealLabelsImagenet([""] * 50_000).real_labels
     odd = total = 0
     for number in range(1, 301):
@@ -100,7 +100,7 @@ def test_imagenet_real_takes_any_of_several_labels(tmp_path):
 
 
 def test_imagenet_c(corrupted, tmp_path):
-    """Mean errors are 30 % and of fog 20 %, so that mCE is known."""
+    """Mean errors are 30 %, for fog 20 %, so the mCE is known."""
     table = run("imagenet-c", corrupted, tmp_path)
     mean = {name: 20.0 if name == "fog" else 30.0 for name in CORRUPTIONS}
     mce = sum(mean[name] / error for name, error in CORRUPTIONS.items()) / 15
@@ -183,7 +183,7 @@ def timm_loader(folder, config):
 
 
 def timms_scores(model, folder, valid=None):
-    """As timm's validate.py computes them, which its package does not contain, of the parts that it does."""
+    """Scores as in timm's validate.py, which is not part of its package, computed with functions of timm."""
     correct, images = torch.zeros(2), 0
     for x, target in timm_loader(folder, resolve_model_data_config(model, use_test_size=True)):
         with torch.no_grad():
@@ -211,7 +211,7 @@ def test_scores_of_a_timm_model_equal_timms(timm_model, tmp_path):
 
 
 def test_imagenet_c_is_evaluated_without_a_centre_crop(timm_model, corrupted, tmp_path):
-    """Its images are crops already."""
+    """The images are published as centre crops."""
     run("imagenet-c", corrupted, tmp_path, timm_model[1], subset=2)
     assert json.loads((tmp_path / "imagenet-c.json").read_text())["settings"]["crop_pct"] == 1.0
     for name, side in ((timm_model[1], 192), (save_ours(tmp_path / "ours.pth", input_size=160), 160)):
@@ -223,7 +223,7 @@ def test_imagenet_c_is_evaluated_without_a_centre_crop(timm_model, corrupted, tm
 
 
 def test_real_accuracy_equals_timms(timm_model, tmp_path):
-    """In two processes, too, with an image more in the first, every answer meets its own image's labels."""
+    """In two processes, with one more image in the first, predictions are compared with the labels of their images."""
     model, name = timm_model
     real = RealLabelsImagenet([""] * 50_000)
     for number in range(1, 201):

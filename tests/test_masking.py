@@ -1,4 +1,4 @@
-"""Masks given by callers."""
+"""Explicit masks, and masking strategies."""
 
 import json
 
@@ -80,7 +80,7 @@ def test_models_accept_the_noise_of_samplers(mini_mae):
 
 
 def test_blocks_have_at_least_16_patches():
-    """Of 32 masked patches of 16 x 16 the first rectangle has at least 16: no mask is scattered."""
+    """With 32 of 16 x 16 patches masked, the first rectangle has at least 16 patches."""
     masks = block_mask(200, (16, 16), 1 - 224 / 256, torch.Generator().manual_seed(0))
     assert set(masks.flatten(1).sum(dim=1).tolist()) == {32}
     largest = [max(rectangles(mask)) for mask in masks]
@@ -100,7 +100,7 @@ def rectangles(mask):
 
 
 def test_blocks_of_a_wide_grid_lie_in_it():
-    """In 2 rows of 40 patches blocks are up to 2 rows high and wider than high."""
+    """In a grid of 2 x 40 patches, blocks have up to 2 rows and more columns than rows."""
     masks = block_mask(100, (2, 40), 0.5, torch.Generator().manual_seed(0))
     both = (masks[:, 0] & masks[:, 1]).sum(dim=1).float().mean()
     assert both > 15  # of the 20 columns that a mask of full height would have

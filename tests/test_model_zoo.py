@@ -1,4 +1,4 @@
-"""The table of published weights, and files that are fetched and checked."""
+"""The table of published weights, and the download and verification of files."""
 
 import hashlib
 from urllib.error import URLError
@@ -14,7 +14,7 @@ from util.weights import loading, model_zoo
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """torch.hub's folder, and a network on which there is one file."""
+    """The folder of torch.hub, and a fake network with one file."""
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     served = {}
 

@@ -1,4 +1,4 @@
-"""From a run's settings to its model; heads of probes."""
+"""Models from the settings of runs; heads of probes."""
 
 import pytest
 import torch

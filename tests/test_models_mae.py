@@ -1,4 +1,4 @@
-"""The masked autoencoder: published names and counts, two independent implementations, and its mathematics."""
+"""The masked autoencoder: published names and parameter counts, independent implementations, and the formulas."""
 
 import pytest
 import torch
@@ -118,7 +118,7 @@ def transformers_twin(model: MaskedAutoencoderViT, img_size: int, in_chans: int)
                 state[f"{prefix}.{name}_proj.{kind}"] = part
         else:
             state[names[key] if key in names else f"{names[stem]}.{kind}"] = value
-    twin.load_state_dict(state)  # strict: every tensor of theirs is ours
+    twin.load_state_dict(state)  # strict: all tensors of transformers are loaded
     return twin
 
 
@@ -179,7 +179,7 @@ def test_gradients_against_finite_differences():
 
 
 def test_a_seed_selects_the_published_patches():
-    """One torch.rand(B, N) is all that a bare forward draws; the smallest values are kept."""
+    """forward calls torch.rand(B, N) once; the patches with the smallest values stay visible."""
     model, imgs = build(), torch.randn(2, 3, 16, 16)
     torch.manual_seed(7)
     _, _, mask = model(imgs)
@@ -330,7 +330,7 @@ def test_a_transposed_image_through_a_transposed_model_gives_the_transposed_resu
     for name in ("pos_embed", "decoder_pos_embed"):
         patches = weights[name][:, 1:].unflatten(1, (3, 10)).transpose(1, 2).flatten(1, 2)
         weights[name] = torch.cat([weights[name][:, :1], patches], dim=1)
-        # Half of the channels tell the column, half the row: they change places in the transposed model's own table.
+        # Half of the channels encode the column, half the row: they are exchanged in the table of the transposed model.
         torch.testing.assert_close(other.get_parameter(name), weights[name].roll(weights[name].shape[2] // 2, dims=2))
     other.load_state_dict(weights)
     imgs, noise = torch.randn(2, 2, 12, 20), torch.rand(2, 30)

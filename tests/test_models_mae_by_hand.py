@@ -1,4 +1,4 @@
-"""The masked autoencoder on inputs small enough to compute the results by hand, and with every number of patches."""
+"""The masked autoencoder on small inputs with results computed by hand, and with every number of patches."""
 
 from functools import partial
 
@@ -18,7 +18,7 @@ def single_layers(side, patch_size=1, **kwargs) -> MaskedAutoencoderViT:
 
 @pytest.mark.parametrize("side", [7, 14, 16])
 def test_an_explicit_mask_works_for_every_number_of_patches(side):
-    """49, 196 and 256 patches: the ratio that stands for a mask must not lose a patch to its rounding."""
+    """49, 196 and 256 patches: rounding of the ratio of a mask must not change its number of patches."""
     model, imgs, num_patches = single_layers(side), torch.randn(1, 1, side, side), side * side
     for kept in range(1, num_patches + 1):
         mask = torch.randperm(num_patches)[None] >= kept
@@ -40,7 +40,7 @@ def test_reconstruct_restores_mean_and_std_of_each_patch():
 
 
 def test_a_normalised_target_by_hand():
-    """Against a prediction of zeros the loss of patch (1, 2, 3, 4) is its mean square, 1.25 / (5/3 + 1e-6)."""
+    """With a prediction of zeros, the loss of patch (1, 2, 3, 4) is its mean square, 1.25 / (5/3 + 1e-6)."""
     model = single_layers((2, 4), patch_size=2, norm_pix_loss=True)
     imgs = torch.tensor([[1.0, 2, 5, 5], [3, 4, 5, 5]])[None, None]
     pred, mask = torch.zeros(1, 2, 4), torch.tensor([[1.0, 0.0]])
@@ -49,7 +49,7 @@ def test_a_normalised_target_by_hand():
 
 
 def test_the_decoder_restores_the_order_of_tokens():
-    """Without blocks a visible patch is its own embedding, a masked one the mask token; positions are added to both."""
+    """Without blocks, a visible patch is its embedding and a masked patch the mask token, plus their positions."""
     model = single_layers((2, 4), patch_size=2, decoder_embed_dim=32)
     model.decoder_embed.weight.data, model.decoder_embed.bias.data = torch.eye(32), torch.zeros(32)
     latent, ids_restore = torch.randn(1, 3, 32), torch.tensor([[1, 0]])
@@ -105,7 +105,7 @@ def test_loading_weights_does_not_change_other_models():
     ],
 )
 def test_published_sizes(name, encoder, decoder):
-    """Width, depth, heads and patch size of encoder and decoder: heads change no weight's shape."""
+    """Width, depth, heads and patch size of encoder and decoder: the number of heads has no effect on shapes."""
     with torch.device("meta"):
         model, classifier = getattr(models_mae, f"mae_vit_{name}")(), getattr(models_vit, f"vit_{name}")()
     for vit in (model, classifier):

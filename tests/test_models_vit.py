@@ -1,4 +1,4 @@
-"""The classifier: published names and counts, and timm's ViT as an oracle."""
+"""The classifier: published names and parameter counts, compared with timm's ViT."""
 
 import pytest
 import timm
@@ -76,7 +76,7 @@ def test_from_scratch_weights():
 
 
 def test_checkpointed_blocks_drop_the_same_paths():
-    """The second computation draws the random numbers of the first, else its gradients are another function's."""
+    """The recomputation must use the random numbers of the first pass; otherwise gradients are wrong."""
     model, imgs = models_vit.vit_mini_patch4(img_size=16, drop_path_rate=0.5, num_classes=3), torch.randn(16, 3, 16, 16)
 
     def gradients():
@@ -94,7 +94,7 @@ def test_checkpointed_blocks_drop_the_same_paths():
 
 
 def test_positions_of_another_rectangle():
-    """A table of 2 x 4 patches for images of 4 x 3: rows stay rows."""
+    """A table of 2 x 4 patches is interpolated to 4 x 3 with rows and columns in their order."""
     model = models_vit.vit_mini_patch4(img_size=(8, 16))
     for parameter in (model.patch_embed.proj.weight, model.patch_embed.proj.bias, model.cls_token):
         parameter.data.zero_()
@@ -107,7 +107,7 @@ def test_positions_of_another_rectangle():
 
 
 def test_attention_by_hand():
-    """Two heads of one channel: softmax of query times key over the root of the head's width, then the projection."""
+    """Two heads of one channel: softmax of query times key divided by the root of the head's width; projection."""
     attention = models_vit.Attention(2, 2)
     attention.qkv.weight.data = torch.tensor([[1.0, 0], [0, 1], [2, 0], [0, 3], [1, 1], [1, -1]])
     attention.qkv.bias.data.zero_()
@@ -131,7 +131,7 @@ def test_drop_path_equals_timms(shape):
 
 
 def test_drop_path_acts_on_attention_and_mlp():
-    """Each branch is left out of half of the samples, and counts twice in the others."""
+    """Each branch is dropped in half of the samples, and multiplied by two in the others."""
     block = models_vit.Block(8, 2, drop_path=0.5).train()
     x = torch.randn(400, 3, 8)
     attention = block.attn(block.norm1(x))
@@ -164,7 +164,7 @@ def test_a_frozen_model_trains_only_its_head():
 
 
 def test_gelu_is_exact():
-    """1 x Phi(1) = 0.8413447; the approximation by tanh is 0.8411920."""
+    """GELU(1) = Phi(1) = 0.8413447; the tanh approximation gives 0.8411920."""
     mlp = models_vit.Mlp(1, 1)
     for layer in (mlp.fc1, mlp.fc2):
         layer.weight.data, layer.bias.data = torch.ones(1, 1), torch.zeros(1)

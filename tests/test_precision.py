@@ -1,4 +1,4 @@
-"""What --amp means."""
+"""--amp: autocast, loss scaler and clipping."""
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ def test_the_norm_is_computed_before_clipping():
 
 @pytest.mark.parametrize(("loss", "gradient"), [(float("inf"), 1.0), (1.0, float("inf")), (float("nan"), 1.0)])
 def test_nonfinite_fp16_updates_are_skipped(loss, gradient):
-    """The scaler's path, on a CPU; an infinite loss whose formula has a finite gradient among them."""
+    """The scaler on a CPU; the cases include an infinite loss with a finite gradient."""
     precision = Precision("off", CPU)
     precision.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     weight = torch.nn.Parameter(torch.ones(3))
@@ -64,7 +64,7 @@ def test_nonfinite_fp16_updates_are_skipped(loss, gradient):
 
 @pytest.mark.parametrize(("clip_grad", "step"), [(1.0, [-0.6, -0.8]), (10.0, [-3.0, -4.0]), (None, [-3.0, -4.0])])
 def test_gradients_are_unscaled_before_they_are_clipped(clip_grad, step):
-    """The gradient (3, 4) has the norm 5, whatever the scale."""
+    """The gradient (3, 4) has the norm 5 for every scale."""
     precision = Precision("off", CPU)
     precision.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     weight = torch.nn.Parameter(torch.zeros(2))

@@ -1,4 +1,4 @@
-"""Remedies are typed: a wrong command, the remedy that its error prints, and the command with that, which works."""
+"""Remedies work when typed: a wrong command, the remedy in its error message, and the corrected command."""
 
 import re
 
@@ -27,7 +27,7 @@ def argv_of(settings: dict) -> list[str]:
 
 @pytest.fixture
 def call(capsys, monkeypatch):
-    """Runs a script in this process as its file does; returns the line that it ends with, "" after a success."""
+    """Runs a script in this process; returns its last line, or an empty string after a success."""
 
     def call(script, settings: dict, *argv) -> str:
         monkeypatch.setattr("sys.argv", [f"{script.__name__}.py", *map(str, argv), *argv_of(settings)])
@@ -45,7 +45,7 @@ def call(capsys, monkeypatch):
 
 @pytest.fixture(scope="module")
 def runs(labelled, tmp_path_factory):
-    """Directories of a run of pre-training, and of fine-tuned classifiers: of patch tokens, and with a frozen part."""
+    """Run directories of pre-training and of fine-tuned classifiers: with pooling, and with frozen blocks."""
     root = tmp_path_factory.mktemp("runs")
     for name, script, settings in (
         ("mae", main_pretrain, MAE),

@@ -1,4 +1,4 @@
-"""What --report writes."""
+"""The files of --report."""
 
 import csv
 

@@ -1,4 +1,4 @@
-"""python -m util.resize: sizes, what stays as it is, and going on after a stop."""
+"""python -m util.resize: sizes, files that are copied, and resuming."""
 
 import subprocess
 import sys
@@ -36,7 +36,7 @@ def run(*arguments):
 
 
 def make_copy(*arguments):
-    """As the command does, in this process."""
+    """Runs the command in this process."""
     resize.main(entry_point.parse(resize.get_args_parser(), list(map(str, arguments))))
 
 
@@ -70,7 +70,7 @@ def test_resize_resumes_after_an_interruption(folder, tmp_path, caplog):
 
 
 def test_files_that_scaling_would_change_are_copied(tmp_path, caplog):
-    """Palettes, colour keys, 16 bits, frames, lossless WebP, TIFF; links that lead in circles count once."""
+    """Palettes, colour keys, 16 bits, frames, lossless WebP, TIFF; circular links are followed once."""
     folder = tmp_path / "images"
     folder.mkdir()
     picture = Image.fromarray(skimage.data.chelsea())

@@ -1,4 +1,4 @@
-"""ImageNet's test sets of robustness: folders, classes, labels, and mean corruption errors."""
+"""ImageNet's robustness test sets: folders, classes, labels, and mean corruption errors."""
 
 import shutil
 from importlib import resources
@@ -30,7 +30,7 @@ def test_the_normalised_errors_of_alexnet_are_100():
 
 
 def test_errors_by_hand():
-    """Of fog severities 10 to 50 %, of all others nothing: the mean is 30, and AlexNet's 81.9324."""
+    """Errors of fog are 10 to 50 %, all others 0: the mean of fog is 30, and AlexNet's 81.9324."""
     errors = {f"{name}/{five}": 10.0 * five * (name == "fog") for name in CORRUPTIONS for five in SEVERITIES}
     found = corruption_errors(errors)
     assert found.mean["fog"] == pytest.approx(30.0)
@@ -61,7 +61,7 @@ def test_suites_with_one_folder_accept_archives(tmp_path):
 
 
 def test_an_archive_of_imagenets_validation_images(tmp_path):
-    """Flat, as it is published, or with the folder that it is unpacked to."""
+    """Flat, as published, or with the folder of the unpacked archive."""
     for folder in ("", "val/n01440764"):
         paint(tmp_path / "set" / folder, "ILSVRC2012_val_00000002.JPEG", 0)
         shutil.make_archive(str(tmp_path / "images"), "tar", tmp_path / "set")
@@ -79,7 +79,7 @@ def test_a_subset_is_spread_over_all_classes(tmp_path):
 
 
 def test_real_labels_are_looked_up_by_file_names(tmp_path):
-    """Image 1 is a plain snake; 2 has two labels; some have none, and do not count."""
+    """Image 1 has one label and image 2 two labels; images without labels are ignored."""
     labels = RealLabelsImagenet([""] * 50_000).real_labels
     names = [f"ILSVRC2012_val_{number:08d}.JPEG" for number in range(1, 101)]
     unlabelled = [name for name in names if not labels[name]]

@@ -1,4 +1,4 @@
-"""`./run` itself: what it does where it can't install, and with signals. Its tasks have their own tests."""
+"""`./run`: failed installations and signals. Its tasks have their own tests."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ from conftest import ROOT
 
 @pytest.fixture
 def clone(tmp_path) -> Path:
-    """What ./run needs of a clone, in a folder whose name has a space; nothing is installed."""
+    """The files that ./run needs, in a folder whose name contains a space; nothing is installed."""
     folder = tmp_path / "my clone"
     folder.mkdir()
     for name in ("run", "pyproject.toml"):
@@ -24,7 +24,7 @@ def clone(tmp_path) -> Path:
 
 @pytest.fixture
 def tools(tmp_path) -> Path:
-    """A folder of commands that stand before those of PATH."""
+    """A folder of commands at the start of PATH."""
     folder = tmp_path / "tools"
     folder.mkdir()
     return folder
@@ -64,7 +64,7 @@ def test_an_old_python_is_named(clone, tools):
     [(0, "apt-get could not install python3-venv"), (1000, "type: sudo apt-get install python3-venv")],
 )
 def test_a_python_without_venv_is_named(clone, tools, user, said):
-    """Debian's python3 comes without; root without a network, and anybody else."""
+    """Debian's python3 has no venv: for root without a network, and for other users."""
     write_tool(tools, "id", f"echo {user}")
     write_tool(tools, "apt-get", "echo E: no network >&2; exit 100")
     write_tool(tools, "python3", "case $* in *ensurepip*) exit 1; esac")
@@ -75,7 +75,7 @@ def test_a_python_without_venv_is_named(clone, tools, user, said):
 
 
 def disks(tools: Path, here: int, temporary: int) -> None:
-    """A df of two file systems, with so many free GB."""
+    """A fake df of two file systems with the given free GB."""
     write_tool(
         tools,
         "df",
@@ -104,7 +104,7 @@ def test_a_small_disk_is_named_before_anything_is_downloaded(clone, tools, here,
 
 
 def write_python(tools: Path, pip: str) -> None:
-    """A Python that makes environments of itself, in which pip does what it is told."""
+    """A fake Python that creates environments with a fake pip."""
     write_tool(
         tools,
         "python3",

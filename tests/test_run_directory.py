@@ -1,4 +1,4 @@
-"""One run to a folder, and one process that writes to it."""
+"""A run directory contains one run, and one process writes to it."""
 
 import os
 import subprocess
@@ -38,7 +38,7 @@ def test_two_runs_can_not_write_to_one_directory(tmp_path):
 
 
 def test_the_lock_is_released_when_its_process_ends(tmp_path):
-    """Worker processes are forked while the run holds the lock, and outlive a killed run for seconds."""
+    """Worker processes are forked while the run has the lock, and outlive a killed run for seconds."""
     script = PRELUDE + (
         f"with run_directory.locked(Path({str(tmp_path)!r})):\n"
         "    if child := os.fork():\n        print(child, flush=True); os.kill(os.getpid(), 9)\n"
@@ -71,7 +71,7 @@ def test_an_output_dir_that_is_a_file_is_an_error(tmp_path):
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 def test_an_unwritable_run_directory_is_an_error(tmp_path):
-    """Root passes through modes, so that an unprivileged user tries."""
+    """Root ignores permissions, so the test uses an unprivileged user."""
     script = PRELUDE + f"os.seteuid(65534)\nwith run_directory.locked(Path({str(tmp_path)!r})): pass"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert "can't be written to (Permission denied): free space there, or give another" in done.stderr
@@ -99,7 +99,7 @@ def positions(folder):
 
 
 def make_run(folder):
-    """Milestones of epochs 0 to 5, a rolling state in the middle of epoch 6, one of before an error, a damaged one."""
+    """Checkpoints of epochs 0 to 5, checkpoint-last within epoch 6, an emergency checkpoint and a damaged one."""
     for name, epoch, images_done in (*((str(n), n + 1, 0) for n in range(6)), ("last", 6, 8), ("emergency", 6, 4)):
         progress = {"epoch": epoch, "images_done": images_done}
         checkpoint.write({"epoch": epoch - 1, "progress": progress}, folder / f"checkpoint-{name}.pth")

@@ -1,4 +1,4 @@
-"""What a run tells."""
+"""The log of a run: header, progress, log.txt, TensorBoard."""
 
 import contextlib
 import json
@@ -56,7 +56,7 @@ def test_a_resumed_log_has_every_epoch_once(tmp_path):
 
 
 def test_a_resumed_run_logs_every_scalar_once(tmp_path):
-    """TensorBoard's axes: the loss counts thousandths of an epoch, perf/* counts epochs. Another run's file stays."""
+    """The x axis of the loss is thousandths of an epoch, that of perf/* epochs. Files of other runs are unchanged."""
 
     def log_epochs(first, last, first_iteration=0):
         log = RunLog(tmp_path / "run", tmp_path, 4, first, int(1000 * (first + first_iteration / 10)))
@@ -139,7 +139,7 @@ def test_progress_is_logged_as_lines_without_a_terminal(tmp_path, caplog):
 
 
 def test_progress_is_a_bar_on_a_terminal(tmp_path):
-    """A real pseudo-terminal; tqdm writes what a person sees."""
+    """The bar of tqdm on a pseudo-terminal."""
     code = """
 import time
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A run's position, its files, and its way back."""
+"""The state of a run: position, checkpoints, restoring."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def test_resuming_another_architecture_is_an_error(mini_mae):
 
 
 def test_optimizer_states_of_older_versions_are_loaded(mini_mae):
-    """The published code's groups know no fused option; ours stay fused."""
+    """The groups of the published code have no option `fused`; ours stay fused."""
     weight = torch.nn.Parameter(torch.ones(3))
     optimizer = torch.optim.AdamW([weight], lr=1.0, weight_decay=0.3, fused=True)
     old_group = {"lr": 0.5, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.05, "amsgrad": False, "params": [0]}
