@@ -347,6 +347,6 @@ def _architecture(tensors: dict[str, Tensor]) -> dict[str, Any]:
     return settings | {"global_pool": "fc_norm.weight" in tensors}
 
 
-def _some(names: Iterable[str], count: int = 3) -> str:
+def _some(names: Iterable[str]) -> str:
     names = sorted(names)
-    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
