@@ -265,14 +265,16 @@ def load_for_evaluation(
         ValueError: the file has another architecture, or the dataset has classes that the classifier does not have.
     """
     num_classes = file.num_classes
-    classes = file.settings.get("classes")
+    classes, names = file.settings.get("classes"), file.settings.get("label_names")
+    if not classes and names and set(val.classes) <= set(names):
+        classes = names
     if settings["nb_classes"] not in (None, num_classes):
         raise ValueError(f"{file.source} has {num_classes} classes, and --nb_classes is {settings['nb_classes']}")
     if classes:
         val = labels.counted_as(val, classes)
     elif len(val.classes) != num_classes:
         raise ValueError(f"{file.source} has {num_classes} classes, and the validation set has {len(val.classes)}")
-    model = build({**settings, "nb_classes": num_classes})
+    model = build({**settings, "nb_classes": num_classes, "layer_norm_eps": file.settings.get("layer_norm_eps")})
     loading.load_classifier(model, file)
     return model, val
 

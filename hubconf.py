@@ -1,13 +1,13 @@
 """For torch.hub: torch.hub.load(FOLDER_OR_REPOSITORY, "mae_vit_base_patch16", pretrained=True).
 
-Every architecture is an entry, with the arguments of `inference.get_model`.
+Every architecture is an entry, with the arguments of `inference.get_model`. Names with an underscore are no entries.
 """
 
-from functools import partial, update_wrapper
+import functools as _functools
 
-from inference.model import ARCHITECTURES, get_model
+from inference import model as _model
 
 dependencies = ["torch", "timm", "huggingface_hub", "safetensors", "tifffile"]
 
-for _name in ARCHITECTURES:
-    globals()[_name] = update_wrapper(partial(get_model, _name), get_model)
+for _name in _model.ARCHITECTURES:
+    globals()[_name] = _functools.update_wrapper(_functools.partial(_model.get_model, _name), _model.get_model)

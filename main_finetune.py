@@ -78,7 +78,7 @@ def main(args: Namespace) -> Evaluation | None:
     device = precision.device
     file = open_weights(vars(args))
     if args.eval and file:
-        args = with_recorded_settings(args, file, models_build.classifier_settings(file.settings))
+        args = with_recorded_settings(args, file, models_build.classifier_settings(file))
     setup = Setup(args, device, file)
 
     def evaluation(val: Source) -> Callable[[nn.Module], Evaluation]:

@@ -50,7 +50,7 @@ def main(args: Namespace) -> dict[int, float]:
     device = precision.device
     file = loading.read(args.finetune) if args.finetune else None
     if file:
-        args = with_recorded_settings(args, file, models_build.classifier_settings(file.settings))
+        args = with_recorded_settings(args, file, models_build.classifier_settings(file))
     setup = Setup(args, device, file)
     train, val = setup.open_pair()
     model = models_build.classifier({**vars(args), "nb_classes": 0})

@@ -76,7 +76,7 @@ def main(args: Namespace) -> None:
     encoder = args.finetune or (args.resume if args.resume != "auto" else "")
     file = open_weights({**vars(args), "finetune": encoder})
     if args.eval and file:
-        args = with_recorded_settings(args, file, models_build.classifier_settings(file.settings))
+        args = with_recorded_settings(args, file, models_build.classifier_settings(file))
     setup = Setup(args, device, file)
     features_of = partial(setup.features_of, batch_size=min(args.batch_size, 512), precision=precision)
     test = partial(evaluate_head, precision=precision)

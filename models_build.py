@@ -1,6 +1,9 @@
-"""Builds the model of a run from its settings (`args` of its checkpoints); heads of probes."""
+"""Builds the model of a run from its settings (`args` of its checkpoints), or from a file; heads of probes."""
 
+import math
+import re
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -10,14 +13,18 @@ import models_mae
 import models_vit
 from models_mae import DECODER_SUFFIX, DECODERS, MaskedAutoencoderViT
 from models_vit import SIZES, VisionTransformer, set_grad_checkpointing
+from util.checkpoints.checkpoint import CheckpointError
+from util.weights.loading import PROBE_HEAD, Weights
+from util.weights.model_zoo import CLASSIFIER, FULL
 
 Model = TypeVar("Model", bound=nn.Module)
 
 # The settings of a run that determine its model and the preprocessing of images.
 MODEL_SETTINGS = (
     "model", "input_size", "patch_size", "in_chans", "mean", "std", "crop_pct", "norm_pix_loss", "mask_ratio",
-    "decoder_depth", "global_pool", "nb_classes", "probe", "classes", "label_names",
+    "decoder_depth", "global_pool", "nb_classes", "probe", "classes", "label_names", "layer_norm_eps",
 )  # fmt: skip
+HEAD_SETTINGS = {"global_pool", "nb_classes", "probe"}
 
 
 def autoencoder(
@@ -40,15 +47,64 @@ def probe(settings: Mapping[str, Any]) -> VisionTransformer:
     return model
 
 
-def classifier_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a run that build a classifier with its encoder; none if it has no model of this library."""
-    size = size_of(str(settings.get("model")))
-    if size not in SIZES:
+def classifier_settings(file: Weights) -> dict[str, Any]:
+    """The settings that build a classifier with the encoder of a file; none if it has no model of this library."""
+    try:
+        settings = file_settings(file)
+    except CheckpointError:
         return {}
+    if file.kind != CLASSIFIER:  # the file's own settings may have a head, and those of its shapes have none
+        settings = {name: settings[name] for name in settings if name in file.settings or name not in HEAD_SETTINGS}
     result = {name: settings[name] for name in MODEL_SETTINGS if name in settings}
-    if result.get("patch_size", 0) is None:
-        result["patch_size"] = SIZES[size]["patch_size"]
-    return {**result, "model": f"vit_{size}"}
+    return {**result, "model": f"vit_{size_of(settings['model'])}"}
+
+
+def file_settings(file: Weights, model: str | None = None) -> dict[str, Any]:
+    """The settings of the model of a file: recorded ones first, and the shapes of its tensors where none is recorded.
+
+    Args:
+        model: the name of the model, instead of the recorded one.
+
+    Raises:
+        CheckpointError: no size has such shapes, or several have; or the file records another number of heads.
+    """
+    tensors, recorded = file.tensors, file.settings
+    width, channels, *patch = tensors["patch_embed.proj.weight"].shape
+    size = size_of(model or str(recorded.get("model")))
+    if size not in SIZES:
+        size = _size_with_shapes(file, width)
+    heads = SIZES[size] if file.kind != FULL else {**SIZES[size], **DECODERS[size]}
+    for name in {"num_heads", "decoder_num_heads"} & heads.keys():
+        if recorded.get(name, heads[name]) != heads[name]:
+            raise CheckpointError(f"{file.source} has {name} {recorded[name]}, and the model {size} has {heads[name]}")
+    settings: dict[str, Any] = {
+        "in_chans": channels,
+        "patch_size": patch if patch[0] != patch[1] else patch[0],
+        "decoder_depth": sum(name.endswith(".norm1.weight") for name in tensors if name.startswith("decoder_")) or None,
+        "norm_pix_loss": True,  # as most published ones; a file may not record it
+        "global_pool": "fc_norm.weight" in tensors,
+        "nb_classes": file.num_classes,
+        "probe": PROBE_HEAD in tensors,
+    }
+    side = math.isqrt(tensors["pos_embed"].shape[1] - 1)
+    if side * side == tensors["pos_embed"].shape[1] - 1:
+        settings["input_size"] = [side * patch[0], side * patch[1]] if patch[0] != patch[1] else side * patch[0]
+    known = {name: value for name, value in recorded.items() if name != "patch_size" or value is not None}
+    return {**settings, **known, "model": model or f"{'mae_' * (file.kind == FULL)}vit_{size}"}
+
+
+def _size_with_shapes(file: Weights, width: int) -> str:
+    depth = 1 + max(int(match[1]) for name in file.tensors if (match := re.match(r"blocks\.(\d+)\.", name)))
+    sizes = [name for name, entry in SIZES.items() if (entry["embed_dim"], entry["depth"]) == (width, depth)]
+    sizes = [name for name in sizes if file.settings.get("num_heads") == SIZES[name]["num_heads"]] or sizes
+    if not sizes:
+        raise CheckpointError(f"{file.source}: no model here is {width} wide and {depth} deep")
+    if len(sizes) > 1:
+        raise CheckpointError(
+            f"{file.source} records no model, and {' and '.join(sizes)} have its shapes: give "
+            f'get_model("vit_{sizes[0]}", pretrained="{file.source}"), or with another of these names'
+        )
+    return sizes[0]
 
 
 def size_of(model: str) -> str:
@@ -128,4 +184,6 @@ def _shape(size: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     shape = {"img_size": settings["input_size"], "in_chans": settings["in_chans"]}
     if settings["patch_size"] is not None:
         shape["patch_size"] = settings["patch_size"]
+    if settings.get("layer_norm_eps"):
+        shape["norm_layer"] = partial(nn.LayerNorm, eps=settings["layer_norm_eps"])
     return {**SIZES[size], **shape}

@@ -40,7 +40,6 @@ from util.data.jpeg import decode_rgb
 from util.data.loader import TrainLoader
 from util.data.samples import Samples
 from util.datasets import open_source
-from util.evaluation.tables import markdown
 
 ROOT = Path(__file__).parents[1]
 BATCH = 64
@@ -150,8 +149,9 @@ def main(args: argparse.Namespace) -> None:
             rates = {name: statistics.median(run[name] for run in runs) for name in ways}
             ratios = {name: statistics.median(run[name] / run["classic"] for run in runs) for name in ways}
             results[title] = {"images_per_second": rates, "to_classic": ratios}
-            rows = [(name, f"{rates[name]:,.0f}", f"{ratios[name]:.2f}") for name in ways]
-            print(f"\n{markdown([title, 'images/s', 'relative to classic'], rows)}", flush=True)
+            print(f"\n| {title} | images/s | relative to classic |\n|---|---|---|")
+            for name in ways:
+                print(f"| {name} | {rates[name]:,.0f} | {ratios[name]:.2f} |", flush=True)
             del batches
         shares = differences(folder)
         data_wait = wait_for_data(folder, Path(root, "run"))

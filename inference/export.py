@@ -6,15 +6,16 @@
 | --to | what is written | read by |
 |---|---|---|
 | reference | .pth, {model: ...} | the published code; everything here |
-| safetensors | .safetensors with our settings | everything here |
-| timm | state dict, .pth or .safetensors | timm.create_model(..., checkpoint_path=) |
+| safetensors | .safetensors | everything here |
+| timm | a folder; or a state dict, .pth or .safetensors | timm.create_model("local-dir:FOLDER", pretrained=True) |
 | transformers | a folder | ViTMAEForPreTraining, ViTModel, ViTForImageClassification |
 | mmpretrain | .pth, {state_dict: ...} | mmpretrain, mmselfsup |
 | onnx | .onnx of any batch size | onnxruntime and others |
 | torch_export | .pt2 of any batch size | torch.export.load |
 
-Classifiers give logits, encoders features. Autoencoders go whole into the first five (timm, which has no decoder, gets
-the encoder) and as encoders, images to tokens, into the last two; --encoder makes an encoder of anything.
+Each format has the normalisation, the crop and the class names of the model; what the other library does not read from
+the file is logged. Classifiers return logits, encoders features, autoencoders prediction and mask, from images and
+noise. timm has no decoder: it gets the encoder. --encoder exports the encoder of any model.
 """
 
 import argparse
@@ -30,11 +31,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import models_build
 from inference.model import Autoencoder, Classifier, Model, get_model
+from models_build import MODEL_SETTINGS
 from util.cli import entry_point, options
+from util.data import transforms
 from util.files import atomic
 from util.training.run_log import start_logging
-from util.weights import conversion
+from util.weights import conversion, foreign_settings
 from util.weights.loading import SETTINGS
 
 logger = logging.getLogger(__name__)
@@ -94,24 +98,86 @@ def encoder_of(model: Model) -> Classifier:
 # ----------------------------------------------------------------------------------------------------- state dicts
 
 
+def settings_of(model: Model) -> dict[str, Any]:
+    """The settings that rebuild a model and its preprocessing, with the defaults that it uses."""
+    mean, std = _statistics(model)
+    settings = {name: model.settings[name] for name in MODEL_SETTINGS if model.settings.get(name) is not None}
+    return {**settings, "mean": mean, "std": std, "crop_pct": _crop_pct(model)}
+
+
+def _statistics(model: Model) -> tuple[list[float], list[float]]:
+    return transforms.channel_statistics(model.in_chans, model.settings.get("mean"), model.settings.get("std"))
+
+
+def _crop_pct(model: Model) -> float:
+    return model.settings.get("crop_pct") or transforms.default_crop_pct(model.settings["input_size"])
+
+
 def write_reference(model: Model, out: Path) -> None:
-    _save({"model": model.state_dict()}, out)
+    _save({"model": model.state_dict(), "args": settings_of(model)}, out)
+    if _statistics(model) != transforms.channel_statistics(3):
+        logger.info("the published code normalises with ImageNet's mean and std, and this model has its own: %s, %s",
+                    *_statistics(model))  # fmt: skip
 
 
 def write_safetensors(model: Model, out: Path) -> None:
-    save_file(_contiguous(model.state_dict()), out, {"format": "pt", SETTINGS: json.dumps(model.settings)})
+    save_file(_contiguous(model.state_dict()), out, {"format": "pt", SETTINGS: json.dumps(settings_of(model))})
 
 
 def write_timm(model: Model, out: Path) -> None:
-    state = plain_head(model if isinstance(model, Classifier) else encoder_of(model))
+    """A folder that timm rebuilds the model from; or the weights alone, by the suffix."""
+    classifier = model if isinstance(model, Classifier) else encoder_of(model)
+    settings = settings_of(classifier) | {"probe": False}
+    state = _contiguous(plain_head(classifier))
+    metadata = {"format": "pt", SETTINGS: json.dumps(settings)}
+    if not out.suffix:
+        out.mkdir()
+        (out / "config.json").write_text(json.dumps(timm_config(classifier), indent=2), encoding="utf-8")
+        save_file(state, out / "model.safetensors", metadata)
+        return
     if out.suffix == ".safetensors":
-        save_file(_contiguous(state), out, {"format": "pt"})
+        save_file(state, out, metadata)
     else:
-        _save(state, out)
+        _save({"state_dict": state, "args": settings}, out)
+    config = timm_config(classifier)
+    overlay = {name: config["pretrained_cfg"][name] for name in ("mean", "std", "crop_pct", "interpolation")}
+    logger.info(f"timm reads weights alone from this file: give create_model {config['model_args']} and "
+                f"pretrained_cfg_overlay={overlay}, or export to a folder")  # fmt: skip
+
+
+def timm_config(model: Classifier) -> dict[str, Any]:
+    """The config.json of a folder of timm."""
+    mean, std = _statistics(model)
+    block: Any = model.blocks[0]
+    pooled = bool(model.settings["global_pool"])
+    height, width = model.patch_embed.img_size
+    size = models_build.size_of(model.settings["model"])
+    labels = {"label_names": model.classes} if model.classes else {}
+    return {
+        "architecture": f"vit_{'tiny_patch16' if size.startswith('mini') else size}_224",
+        "num_classes": model.settings["nb_classes"],
+        "global_pool": "avg" if pooled else "token",
+        "model_args": {
+            "img_size": [height, width], "patch_size": list(model.patch_embed.patch_size), "in_chans": model.in_chans,
+            "embed_dim": model.embed_dim, "depth": len(model.blocks), "num_heads": block.attn.num_heads,
+            "mlp_ratio": block.mlp.fc1.out_features / model.embed_dim, "global_pool": "avg" if pooled else "token",
+            "fc_norm": pooled,
+        },
+        "pretrained_cfg": {
+            "input_size": [model.in_chans, height, width], "fixed_input_size": True, "interpolation": "bicubic",
+            "crop_pct": _crop_pct(model), "mean": mean, "std": std, "num_classes": model.settings["nb_classes"],
+            "first_conv": "patch_embed.proj", "classifier": "head", **labels,
+        },
+    }  # fmt: skip
 
 
 def write_mmpretrain(model: Model, out: Path) -> None:
-    _save({"meta": {}, "state_dict": conversion.to_mmpretrain(plain_head(model))}, out)
+    """Weights under mmpretrain's names; class names in the place where its `get_model` and `init_model` read them."""
+    mean, std = _statistics(model)
+    meta = {"dataset_meta": {"classes": model.classes}} if isinstance(model, Classifier) and model.classes else {}
+    _save({"meta": meta, "state_dict": conversion.to_mmpretrain(model.state_dict()), "args": settings_of(model)}, out)
+    preprocessor = {"mean": [255 * value for value in mean], "std": [255 * value for value in std], "to_rgb": True}
+    logger.info(f"mmpretrain reads the normalisation from its configuration: data_preprocessor={preprocessor}")
 
 
 def write_transformers(model: Model, out: Path) -> None:
@@ -147,11 +213,12 @@ def write_transformers(model: Model, out: Path) -> None:
         theirs = transformers.ViTForImageClassification(transformers.ViTConfig(**same, **labels))
     theirs.load_state_dict(conversion.to_transformers(plain_head(model), set(theirs.state_dict())))
     theirs.save_pretrained(out)
+    mean, std = _statistics(model)
     transformers.ViTImageProcessor(
-        size={"height": height, "width": width}, resample=3,
-        image_mean=model.normalize.mean.flatten().tolist(), image_std=model.normalize.std.flatten().tolist(),
+        size={"shortest_edge": int(min(height, width) / _crop_pct(model))}, resample=foreign_settings.BICUBIC,
+        do_center_crop=True, crop_size={"height": height, "width": width}, do_convert_rgb=model.in_chans == 3,
+        image_mean=mean, image_std=std,
     ).save_pretrained(out)  # fmt: skip
-    logger.info("transformers' processor scales images to the model's size without cutting; ours cuts the centre out")
 
 
 def plain_head(model: Model) -> dict[str, Tensor]:
@@ -184,51 +251,75 @@ def _contiguous(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class Graph(nn.Module):
-    """What becomes a graph: normalised images (B, c, H, W) to logits, features or tokens."""
+    """What becomes a graph: normalised images (B, c, H, W) to logits or features.
+
+    Of an autoencoder: images and noise (B, N) to the prediction (B, N, p * p * c) and the mask (B, N). The patches with
+    the smallest noise stay visible.
+    """
 
     def __init__(self, model: Model) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.model.forward_features(images) if isinstance(self.model, Autoencoder) else self.model(images)
+    def forward(self, images: Tensor, noise: Tensor | None = None) -> Any:
+        if noise is None:
+            return self.model(images)
+        return self.model(images, self.model.settings["mask_ratio"], noise=noise)[1:]
 
 
-def _graph(model: Model) -> tuple[Graph, Tensor, dict[str, Any]]:
-    """A graph, an example batch, and which of its sides may vary."""
-    example = torch.randn(2, model.in_chans, *model.patch_embed.img_size, generator=torch.Generator().manual_seed(0))
-    return Graph(model).eval(), example, {"images": {0: torch.export.Dim("batch", min=1)}}
+def _graph(model: Model) -> tuple[Graph, dict[str, Tensor], list[str]]:
+    """A graph, example inputs by name, and the names of the outputs."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = {"images": torch.randn(2, model.in_chans, *model.patch_embed.img_size, generator=generator)}
+    if isinstance(model, Autoencoder):
+        inputs["noise"] = torch.rand(2, model.num_patches, generator=generator)
+        return Graph(model).eval(), inputs, ["prediction", "mask"]
+    return Graph(model).eval(), inputs, ["logits" if model.settings["nb_classes"] else "features"]
+
+
+def _dynamic(inputs: dict[str, Tensor]) -> dict[str, Any]:
+    batch = torch.export.Dim("batch", min=1)
+    return {name: {0: batch} for name in inputs}
 
 
 def write_torch_export(model: Model, out: Path) -> None:
-    graph, example, dynamic = _graph(model)
+    """The graph; the extra file "settings" has the settings as JSON."""
+    graph, inputs, _ = _graph(model)
     stream = io.BytesIO()  # a full disk would end the process in torch.export.save
     with torch.no_grad():
-        torch.export.save(torch.export.export(graph, (example,), dynamic_shapes=dynamic), stream)
+        program = torch.export.export(graph, (), kwargs=inputs, dynamic_shapes=_dynamic(inputs))
+    torch.export.save(program, stream, extra_files={"settings": json.dumps(settings_of(model))})
     out.write_bytes(stream.getbuffer())
 
 
+def _onnx_sort(values: Any, stable: bool, dim: int = -1, descending: bool = False) -> Any:
+    """A stable sort of the last of two dimensions: TopK of all values, which puts equal ones in their order."""
+    from onnxscript import opset18 as op
+
+    return op.TopK(values, op.Shape(values, start=dim, end=dim + 1), axis=dim, largest=int(descending))
+
+
 def write_onnx(model: Model, out: Path) -> None:
-    """The graph, checked by onnxruntime with another batch size; mean, std and classes stand in its metadata."""
+    """The graph, checked by onnxruntime with another batch size. Its metadata has the settings, each as JSON."""
     onnx, runtime = _library("onnx"), _library("onnxruntime", "onnx")
     _library("onnxscript", "onnx")
-    graph, example, dynamic = _graph(model)
-    name = "logits" if model.settings["nb_classes"] else "features"
+    graph, inputs, outputs = _graph(model)
     with torch.no_grad():
         program = torch.onnx.export(
-            graph, (example,), dynamo=True, dynamic_shapes=dynamic, input_names=["images"], output_names=[name],
-            verbose=False,
+            graph, (), kwargs=inputs, dynamo=True, dynamic_shapes=_dynamic(inputs), input_names=list(inputs),
+            output_names=outputs, custom_translation_table={torch.ops.aten.sort.stable: _onnx_sort}, verbose=False,
         )  # fmt: skip
         assert program
         program.save(out)
         exported = onnx.load(out, load_external_data=False)
-        for key in ("mean", "std"):
-            exported.metadata_props.add(key=key, value=json.dumps(getattr(model.normalize, key).flatten().tolist()))
-        exported.metadata_props.add(key="classes", value=json.dumps(model.classes))
+        for key, value in {**settings_of(model), "classes": model.classes}.items():
+            exported.metadata_props.add(key=key, value=json.dumps(value))
         onnx.save(exported, out)
-        batch = example[:1].repeat(3, 1, 1, 1)
-        theirs = runtime.InferenceSession(out).run(None, {"images": batch.numpy()})[0]
-        difference = float((torch.from_numpy(theirs) - graph(batch)).abs().max())
+        batch = {name: value[:1].repeat(3, *(1,) * (value.ndim - 1)) for name, value in inputs.items()}
+        theirs = runtime.InferenceSession(out).run(None, {name: value.numpy() for name, value in batch.items()})
+        ours = graph(**batch)
+        pairs = zip([ours] if isinstance(ours, Tensor) else ours, theirs, strict=True)
+        difference = max(float((torch.from_numpy(their) - our).abs().max()) for our, their in pairs)
     if difference > CLOSE:
         raise ValueError(
             f"--to onnx: {out.name} is not written: its outputs differ from the model's by {difference:.2g}"

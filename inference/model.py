@@ -7,7 +7,6 @@
 (10,)
 """
 
-import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from functools import cache
@@ -256,9 +255,11 @@ def _published_for(name: str) -> str:
 
 def _load(file: Weights, architecture: str | None, settings: dict[str, Any]) -> Autoencoder | Classifier:
     """A model with a file's weights: of the given architecture, or of the one that the file records."""
-    inferred = _infer(file, models_build.size_of(architecture or str(file.settings.get("model"))))
-    recorded = {**inferred, **_of_row(file.source), **file.settings}
-    architecture = architecture or inferred["model"]
+    recorded = models_build.file_settings(file, architecture)
+    for name, value in _of_row(file.source).items():
+        if name not in file.settings:
+            recorded[name] = value
+    architecture = recorded["model"]
     if file.kind == CLASSIFIER and "nb_classes" in settings and settings["nb_classes"] != recorded["nb_classes"]:
         recorded = {name: value for name, value in recorded.items() if name not in ("classes", "label_names")}
     merged = _settings(architecture, {**recorded, **settings})
@@ -275,44 +276,6 @@ def _load(file: Weights, architecture: str | None, settings: dict[str, Any]) -> 
     else:
         loading.load_encoder(model, file)
     return model
-
-
-def _infer(file: Weights, size: str) -> dict[str, Any]:
-    """A file's architecture from its tensors' shapes.
-
-    Args:
-        size: the size if it is known; another text if not.
-
-    Raises:
-        CheckpointError: no size has such shapes, or several have.
-    """
-    tensors = file.tensors
-    dim, channels, *patch = tensors["patch_embed.proj.weight"].shape
-    depth = 1 + max(int(match[1]) for name in tensors if (match := re.match(r"blocks\.(\d+)\.", name)))
-    if size not in models_vit.SIZES:
-        sizes = [n for n, entry in models_vit.SIZES.items() if (entry["embed_dim"], entry["depth"]) == (dim, depth)]
-        if not sizes:
-            raise CheckpointError(f"{file.source}: no model here is {dim} wide and {depth} deep")
-        if len(sizes) > 1:
-            raise CheckpointError(
-                f"{file.source} records no model, and {' and '.join(sizes)} have its shapes: give "
-                f'get_model("vit_{sizes[0]}", pretrained="{file.source}"), or with another of these names'
-            )
-        (size,) = sizes
-    settings: dict[str, Any] = {
-        "model": f"{'mae_' * (file.kind == FULL)}vit_{size}",
-        "in_chans": channels,
-        "patch_size": patch,
-        "decoder_depth": sum(name.endswith(".norm1.weight") for name in tensors if name.startswith("decoder_")) or None,
-        "norm_pix_loss": True,  # as most published ones; a file may not record it
-        "global_pool": "fc_norm.weight" in tensors,
-        "nb_classes": file.num_classes,
-        "probe": loading.PROBE_HEAD in tensors,
-    }
-    side = round((tensors["pos_embed"].shape[1] - 1) ** 0.5)
-    if side * side == tensors["pos_embed"].shape[1] - 1:
-        settings["input_size"] = [side * patch[0], side * patch[1]] if patch[0] != patch[1] else side * patch[0]
-    return settings
 
 
 def _are_several(images: Any) -> bool:

@@ -26,7 +26,7 @@ ARROWS = {
     r"main_robustness": r"engine_finetune|inference\.imagenet|util\..+",
     r"main_\w+": r"engine_\w+|models_\w+|util\..+",
     r"engine_\w+": r"util\..+",
-    r"models_build": r"models_(mae|vit)",
+    r"models_build": r"models_(mae|vit)|util\.weights\.(loading|model_zoo)|util\.checkpoints\.checkpoint",
     r"models_mae": r"models_vit|util\.pos_embed|util\.masking",
     r"models_vit": r"util\.pos_embed",
     r"hubconf": r"inference\.\w+",

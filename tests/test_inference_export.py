@@ -16,7 +16,7 @@ from PIL import Image
 
 import hubconf
 from inference import export, get_model
-from inference.model import Autoencoder, Classifier
+from inference.model import ARCHITECTURES, Autoencoder, Classifier
 from models_build import probe_head
 from util.weights import conversion, loading
 
@@ -79,7 +79,7 @@ def test_an_exported_classifier_loads_again(of_token, to, imgs, tmp_path):
     again = get_model(exported(of_token, to, tmp_path))
     assert isinstance(again, Classifier)
     torch.testing.assert_close(again(imgs), of_token(imgs), rtol=1e-5, atol=1e-5)
-    assert again.classes == (["cat", "dog", "owl"] if to in ("safetensors", "transformers") else None)
+    assert again.classes == ["cat", "dog", "owl"]
 
 
 @pytest.mark.parametrize("to", [to for to in FORMATS if to != "transformers"])
@@ -91,9 +91,11 @@ def test_a_probes_head_becomes_one_layer(imgs, tmp_path):
     probe = Classifier({**get_model("vit_mini_patch4", nb_classes=5, global_pool=False).settings, "probe": True})
     probe.head[0].running_mean.normal_()
     probe.head[0].running_var.uniform_(0.5, 2)
-    for to in ("timm", "mmpretrain", "transformers"):
-        torch.testing.assert_close(get_model(exported(probe, to, tmp_path))(imgs), probe(imgs), rtol=1e-4, atol=1e-5)
-    assert get_model(exported(probe, "reference", tmp_path)).state_dict().keys() == probe.state_dict().keys()
+    for to in FORMATS:
+        again = get_model(exported(probe, to, tmp_path))
+        torch.testing.assert_close(again(imgs), probe(imgs), rtol=1e-4, atol=1e-5)
+        is_probe = again.state_dict().keys() == probe.state_dict().keys()
+        assert is_probe == (to not in ("timm", "transformers"))  # which have no such head
     assert isinstance(probe.head, type(probe_head(2, 2)))
 
 
@@ -116,11 +118,11 @@ def test_transformers_autoencoder(mae, imgs, tmp_path):
 
 def test_transformers_encoder_in_its_pipeline(mae, tmp_path):
     folder = exported(export.encoder_of(mae), "transformers", tmp_path)
-    theirs = transformers.pipeline("image-feature-extraction", model=str(folder), device="cpu")
+    processor = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
+    theirs = transformers.pipeline("image-feature-extraction", str(folder), image_processor=processor, device="cpu")
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    batch = mae.normalize(torch.from_numpy(pixels).permute(2, 0, 1)[None])
     found = torch.tensor(theirs(Image.fromarray(pixels)))
-    torch.testing.assert_close(found, mae.extract_feat(batch, "tokens"), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(found, mae.extract_feat(Image.fromarray(pixels), "tokens"), rtol=1e-5, atol=1e-4)
 
 
 def test_transformers_classifier(of_token, imgs, tmp_path):
@@ -162,22 +164,40 @@ def test_a_file_of_mmpretrain_survives_the_round_trip(name):
     assert all(torch.equal(value, theirs[key]) for key, value in again.items())
 
 
+def inputs_and_outputs(model, images):
+    """Of the graph: a classifier's logits; an autoencoder's prediction and mask for some noise."""
+    if not isinstance(model, Autoencoder):
+        return {"images": images}, [model(images).detach()]
+    noise = torch.rand(len(images), model.num_patches)
+    _, pred, mask = model(images, noise=noise)
+    return {"images": images, "noise": noise}, [pred.detach(), mask]
+
+
 @pytest.mark.parametrize("kind", ["pooled", "mae"])
 def test_onnx(kind, imgs, tmp_path, request):
     model = request.getfixturevalue(kind)
     session = onnxruntime.InferenceSession(exported(model, "onnx", tmp_path))
     for batch in (imgs, imgs[:1]):
-        ours = model(batch) if kind == "pooled" else model.forward_features(batch)
-        (theirs,) = session.run(None, {"images": batch.numpy()})
-        torch.testing.assert_close(torch.from_numpy(theirs), ours.detach(), rtol=1e-5, atol=1e-5)
-    told = session.get_modelmeta().custom_metadata_map
-    assert json.loads(told["mean"]) == pytest.approx([0.485, 0.456, 0.406])
+        inputs, outputs = inputs_and_outputs(model, batch)
+        theirs = session.run(None, {name: value.numpy() for name, value in inputs.items()})
+        for ours, their in zip(outputs, theirs, strict=True):
+            torch.testing.assert_close(torch.from_numpy(their), ours, rtol=1e-5, atol=1e-5)
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert json.loads(metadata["mean"]) == [0.485, 0.456, 0.406]
+    assert json.loads(metadata["crop_pct"]) == 0.875
 
 
-def test_torch_export(pooled, imgs, tmp_path):
-    graph = torch.export.load(exported(pooled, "torch_export", tmp_path)).module()
+@pytest.mark.parametrize("kind", ["pooled", "mae"])
+def test_torch_export(kind, imgs, tmp_path, request):
+    model = request.getfixturevalue(kind)
+    extra = {"settings": ""}
+    graph = torch.export.load(exported(model, "torch_export", tmp_path), extra_files=extra).module()
     for batch in (imgs, imgs[:1]):
-        torch.testing.assert_close(graph(batch), pooled(batch), rtol=1e-5, atol=1e-5)
+        inputs, outputs = inputs_and_outputs(model, batch)
+        theirs = graph(**inputs)
+        for ours, their in zip(outputs, [theirs] if kind == "pooled" else theirs, strict=True):
+            torch.testing.assert_close(their, ours, rtol=1e-5, atol=1e-5)
+    assert json.loads(extra["settings"])["std"] == [0.229, 0.224, 0.225]
 
 
 @pytest.mark.parametrize("to", ["timm", "transformers", "safetensors", "mmpretrain", "onnx", "torch_export"])
@@ -190,8 +210,8 @@ def test_a_full_disk_leaves_no_file(of_token, to, small_disk):
 
 def test_torch_hub(mae, tmp_path):
     file = exported(mae, "safetensors", tmp_path)
-    entries = {name for name, value in vars(hubconf).items() if callable(value)}
-    assert {"mae_vit_base_patch16", "vit_huge_patch14"} <= entries
+    names = {name for name, value in vars(hubconf).items() if callable(value) and not name.startswith("_")}
+    assert names == set(ARCHITECTURES)  # as torch.hub.list lists them
     again = torch.hub.load(str(ROOT), "mae_vit_mini_patch4", source="local", pretrained=str(file), norm_pix_loss=True)
     assert torch.equal(again.decoder_pred.weight, mae.decoder_pred.weight)
 

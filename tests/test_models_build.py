@@ -4,7 +4,10 @@ import pytest
 import torch
 
 import models_build
-from models_vit import vit_mini_patch4
+from models_vit import VisionTransformer, vit_mini_patch4
+from util.checkpoints.checkpoint import CheckpointError
+from util.weights.loading import Weights
+from util.weights.model_zoo import CLASSIFIER, FULL
 
 MINI = {"model": "vit_mini_patch4", "input_size": 16, "patch_size": None, "in_chans": 3, "nb_classes": 5,
         "global_pool": True}  # fmt: skip
@@ -75,13 +78,36 @@ def test_partial_fine_tuning(global_pool):
             models_build.freeze_below(model, num_blocks)
 
 
-def test_an_autoencoders_settings_make_a_classifier_of_its_encoder():
+def weights(settings, model, kind):
+    return Weights(model.state_dict(), settings, kind, "file.pth")
+
+
+def test_a_file_of_an_autoencoder_gives_the_settings_of_a_classifier():
     settings = MAE | {"mean": [0.1], "epochs": 3, "mask_ratio": 0.6}
+    file = weights(settings, models_build.autoencoder(MAE), FULL)
     kept = {name: value for name, value in settings.items() if name != "epochs"}
-    assert models_build.classifier_settings(settings) == kept | {"model": "vit_mini_patch4", "patch_size": 4}
-    named = models_build.classifier_settings({"model": "mae_vit_huge_patch14_dec512d8b", "patch_size": None})
-    assert named == {"model": "vit_huge_patch14", "patch_size": 14}
-    assert models_build.classifier_settings({"model": "resnet50", "input_size": 16}) == {}
+    expected = kept | {"model": "vit_mini_patch4", "patch_size": 4, "decoder_depth": 1}
+    assert models_build.classifier_settings(file) == expected
+    named = models_build.classifier_settings(file._replace(settings={"model": "mae_vit_huge_patch14_dec512d8b"}))
+    assert named["model"] == "vit_huge_patch14"
+
+
+def test_a_file_without_settings_gives_those_of_its_shapes():
+    model = vit_mini_patch4(img_size=16, num_classes=5, global_pool=True)
+    file = weights({}, model, CLASSIFIER)
+    expected = {"model": "vit_mini_patch4", "patch_size": 4, "in_chans": 3, "input_size": 16, "global_pool": True}
+    assert models_build.classifier_settings(file).items() >= expected.items()
+    other = VisionTransformer(img_size=16, patch_size=4, embed_dim=24, depth=1, num_heads=2)
+    assert models_build.classifier_settings(weights({}, other, CLASSIFIER)) == {}
+
+
+def test_another_number_of_heads_is_refused():
+    file = weights({"num_heads": 8}, vit_mini_patch4(img_size=16), CLASSIFIER)
+    with pytest.raises(CheckpointError, match="has num_heads 8, and the model mini_patch4 has 4"):
+        models_build.file_settings(file)
+    file = weights({"decoder_num_heads": 8}, models_build.autoencoder(MAE), FULL)
+    with pytest.raises(CheckpointError, match="has decoder_num_heads 8, and the model mini_patch4 has 2"):
+        models_build.file_settings(file)
 
 
 def test_parallel_heads_return_logits_in_order():

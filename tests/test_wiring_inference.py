@@ -241,7 +241,8 @@ def test_a_transformers_folder_has_the_models_settings(tmp_path):
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
     assert processor.image_mean == pytest.approx([0.1, 0.2, 0.3])
     assert processor.image_std == pytest.approx([0.4, 0.5, 0.6])
-    assert (processor.size["height"], processor.size["width"], int(processor.resample)) == (32, 32, 3)
+    assert (processor.size["shortest_edge"], int(processor.resample)) == (36, 3)  # 32 / .875
+    assert (processor.crop_size["height"], processor.crop_size["width"]) == (32, 32)
 
 
 def test_an_encoder_returns_the_class_token(mae):

@@ -182,6 +182,12 @@ def to_tensor(picture: Picture) -> Tensor:
     return pil_to_tensor(picture)
 
 
+def default_crop_pct(input_size: Size) -> float:
+    """.875, and 1 for squares above 224 pixels, as published."""
+    height, width = to_pair(input_size)
+    return 1.0 if height == width > 224 else 0.875
+
+
 def eval_transform(input_size: Size, crop_pct: float | None = None) -> Transform:
     """Scales the picture to cover input_size / crop_pct and cuts out the centre.
 
@@ -192,8 +198,7 @@ def eval_transform(input_size: Size, crop_pct: float | None = None) -> Transform
     from torchvision import transforms as T
 
     height, width = to_pair(input_size)
-    if crop_pct is None:
-        crop_pct = 1.0 if height == width > 224 else 0.875
+    crop_pct = crop_pct or default_crop_pct(input_size)
     scaled = (int(height / crop_pct), int(width / crop_pct))
     return T.Compose([partial(_cover, size=scaled), T.CenterCrop((height, width)), to_tensor])
 

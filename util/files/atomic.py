@@ -40,6 +40,10 @@ def replacing(path: Path, sync: bool = True) -> Iterator[Path]:
             _remove(temporary)  # of a command that was killed
             temporary.mkdir()
             yield written
+            mode = temporary.stat().st_mode & 0o666  # by the umask; safetensors writes files for their owner alone
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    file.chmod(mode)
             if sync:
                 _sync(temporary)
             for beside in set(temporary.iterdir()) - {written}:

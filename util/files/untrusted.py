@@ -26,7 +26,7 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def read_file(path: str | Path) -> bytes:
+def read_file(path: str | Path, limit: int = MAX_BYTES) -> bytes:
     """A regular file's bytes.
 
     Raises:
@@ -37,8 +37,8 @@ def read_file(path: str | Path) -> bytes:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "not a regular file", str(path))
-        if status.st_size > MAX_BYTES:
-            raise OSError(errno.EFBIG, f"{status.st_size:,} bytes, and at most {MAX_BYTES:,} are read", str(path))
+        if status.st_size > limit:
+            raise OSError(errno.EFBIG, f"{status.st_size:,} bytes, and at most {limit:,} are read", str(path))
         return file.read()
 
 

@@ -31,11 +31,16 @@ MMPRETRAIN: Rows = [
     *_blocks("blocks", "backbone.layers", _MMPRETRAIN_BLOCK),
     ("norm.", "backbone.ln1."),
     ("fc_norm.", "backbone.ln2."),
-    ("head.", "head.fc."),
     *((name, f"neck.{name}") for name in DECODER),
     *_blocks("decoder_blocks", "neck.decoder_blocks", _MMPRETRAIN_BLOCK),
     ("decoder_norm.", "neck.ln1."),
 ]
+
+
+# The heads of its LinearClsHead, of its VisionTransformerClsHead, and of that one behind a ClsBatchNormNeck.
+_MMPRETRAIN_POOLED: Rows = [("head.", "head.fc.")]
+_MMPRETRAIN_TOKEN: Rows = [("head.", "head.layers.head.")]
+_MMPRETRAIN_PROBE: Rows = [("head.0.", "neck.bn."), ("head.1.", "head.layers.head.")]
 
 
 def _transformers(layers: str, decoder_layers: str, block: dict[str, str]) -> Rows:
@@ -71,16 +76,22 @@ def to_ours(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Weights under our names, from any of the known formats; unknown names stay as they are."""
     weights = {re.sub(r"^((module|_orig_mod)\.)+", "", name): value for name, value in weights.items()}  # of wrappers
     if any(name.startswith("backbone.") for name in weights):
-        return _renamed(weights, ((theirs, ours) for ours, theirs in MMPRETRAIN))
+        is_probe = any(name.startswith("neck.bn.") for name in weights)
+        head = _MMPRETRAIN_PROBE if is_probe else [*_MMPRETRAIN_POOLED, *_MMPRETRAIN_TOKEN]
+        return _renamed(weights, ((theirs, ours) for ours, theirs in [*MMPRETRAIN, *head]))
     if any(name.endswith("embeddings.cls_token") for name in weights):
         weights = {name.removeprefix("vit."): value for name, value in weights.items()}
+        # The pooler serves tasks of text and images; it is no part of the features.
+        weights = {name: value for name, value in weights.items() if not name.startswith("pooler.")}
         return _joined(_renamed(weights, ((theirs, ours) for rows in TRANSFORMERS for ours, theirs in rows)))
     return weights
 
 
 def to_mmpretrain(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Our weights under mmpretrain's names."""
-    return _renamed(weights, MMPRETRAIN)
+    if "head.0.running_mean" in weights:
+        return _renamed(weights, [*MMPRETRAIN, *_MMPRETRAIN_PROBE])
+    return _renamed(weights, [*MMPRETRAIN, *(_MMPRETRAIN_POOLED if "fc_norm.weight" in weights else _MMPRETRAIN_TOKEN)])
 
 
 def to_transformers(weights: dict[str, Tensor], names: set[str]) -> dict[str, Tensor]:

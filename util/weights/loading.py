@@ -6,6 +6,7 @@ The names of its tensors show what a file holds: an encoder, an encoder with its
 import argparse
 import json
 import logging
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from util.cli import advice
 from util.data.transforms import channel_statistics
 from util.files.untrusted import read_file
 from util.pos_embed import interpolate_pos_embed, to_pair
-from util.weights import model_zoo
+from util.weights import foreign_settings, model_zoo
 from util.weights.conversion import to_ours
 from util.weights.model_zoo import CLASSIFIER, ENCODER, FULL
 
@@ -33,8 +34,11 @@ SETTINGS = "args"  # the entry of a .safetensors file's metadata that holds the 
 # The settings of a file that are used, and what they, or the parts of lists, must be.
 SETTINGS_USED: dict[str, type | tuple[type, ...]] = {
     "model": str, "input_size": int, "patch_size": int, "in_chans": int, "mean": (int, float), "std": (int, float),
-    "classes": str, "label_names": str,
+    "classes": str, "label_names": str, "crop_pct": (int, float), "mask_ratio": (int, float), "num_heads": int,
+    "decoder_num_heads": int, "layer_norm_eps": (int, float),
 }  # fmt: skip
+OTHER_TOKENS = {"reg_token": "register tokens", "register_tokens": "register tokens",
+                "dist_token": "a distillation token", "distillation_token": "a distillation token"}  # fmt: skip
 
 
 # A head's weights in a classifier, in a linear probe (`models_build.probe_head`), and in one of several rates.
@@ -86,15 +90,29 @@ def read(name: Path | str) -> Weights:
         tensors = to_ours({key: t for key, t in content.items() if isinstance(key, str) and isinstance(t, Tensor)})
     except (KeyError, RuntimeError) as error:  # query, key and value that can't be joined
         raise CheckpointError(f"{path}: its weights don't fit each other: {' '.join(str(error).split())}") from error
-    if "patch_embed.proj.weight" not in tensors:
+    if "patch_embed.proj.weight" not in tensors or "blocks.0.norm1.weight" not in tensors:
         raise CheckpointError(f"{path} holds no weights of a Vision Transformer: {_some(map(str, content))}")
+    for key in tensors:
+        if tokens := OTHER_TOKENS.get(key.rpartition(".")[2]):
+            raise CheckpointError(f"{path} has {tokens} ({key}), which no model of this library has")
     for key, axes in (("patch_embed.proj.weight", 4), ("pos_embed", 3), ("decoder_pos_embed", 3)):
         if key in tensors and (tensors[key].ndim != axes or not tensors[key].is_floating_point()):
             shape = f"{tensors[key].dtype} {tuple(tensors[key].shape)}"
             raise CheckpointError(f"{path}: its {key} is {shape}, which is not a Vision Transformer's")
     _check_settings(path, settings)
+    _add_class_position(tensors)
     checkpoint.require_finite(tensors, str(name), "its run has diverged, or the file is damaged; give another file")
     return Weights(tensors, settings, _kind(tensors), str(name))
+
+
+def _add_class_position(tensors: dict[str, Tensor]) -> None:
+    """Adds a position of zeros for the class token where the table has none (timm's no_embed_class), in place."""
+    table = tensors.get("pos_embed")
+    if table is None or "cls_token" not in tensors:
+        return
+    is_square = {count: math.isqrt(count) ** 2 == count for count in (table.shape[1], table.shape[1] - 1)}
+    if is_square[table.shape[1]] and not is_square[table.shape[1] - 1]:
+        tensors["pos_embed"] = torch.cat([torch.zeros_like(table[:, :1]), table], dim=1)
 
 
 def _check_settings(path: Path, settings: dict[str, Any]) -> None:
@@ -124,6 +142,8 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     tensors = next((state[key] for key in ("model", "state_dict") if isinstance(state.get(key), dict)), state)
     settings = state.get("args")
     settings = vars(settings) if isinstance(settings, argparse.Namespace) else settings
+    if isinstance(state.get("meta"), dict):
+        settings = {**foreign_settings.of_mmpretrain(state["meta"]), **(settings or {})}
     return tensors, settings if isinstance(settings, dict) else {}
 
 
@@ -132,29 +152,28 @@ def _read_folder(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if (path / checkpoint.STATE).is_file():
         state = sharded.gather(path)
         return state["model"], state["args"] if isinstance(state.get("args"), dict) else {}
-    file = next((path / name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).is_file()), None)
+    names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+    file = next((path / name for name in names if (path / name).is_file()), None)
     if file is None:
         raise CheckpointError(f"{path} is a folder without model.safetensors or pytorch_model.bin: give a file")
-    content, settings = _read_file(file)
     try:
-        recorded = _config_settings(json.loads(read_file(path / "config.json")))
+        files = [path / Path(name).name for name in _shards(file)] if file.suffix == ".json" else [file]
+        recorded = foreign_settings.read_folder(path)
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}/config.json can't be read: {error}") from error
+        raise CheckpointError(f"{path}: its configuration can't be read: {error}") from error
     except (AttributeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}/config.json is not as transformers writes it: {error}") from error
+        raise CheckpointError(f"{path}: its configuration is neither transformers' nor timm's: {error}") from error
+    content: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
+    for file in files:
+        tensors, own = _read_file(file)
+        content, settings = content | tensors, settings | own
     return content, {**recorded, **settings}
 
 
-def _config_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """Our settings of a config.json; raises KeyError, TypeError or AttributeError of one of another form."""
-    names = {"image_size": "input_size", "patch_size": "patch_size", "num_channels": "in_chans",
-             "norm_pix_loss": "norm_pix_loss"}  # fmt: skip
-    settings = {ours: config[theirs] for theirs, ours in names.items() if theirs in config}
-    labels = config.get("id2label") or {}
-    if labels and labels.get("0") != "LABEL_0":  # what transformers writes for classes without names
-        # Not as "classes", which --eval compares with the names of folders.
-        settings["label_names"] = [labels[str(number)] for number in range(len(labels))]
-    return {**settings, **config.get("settings", {})}
+def _shards(index: Path) -> list[str]:
+    """The names of the files of a model that transformers has split."""
+    return sorted(set(json.loads(read_file(index))["weight_map"].values()))
 
 
 def _kind(tensors: dict[str, Tensor]) -> str:
@@ -347,6 +366,6 @@ def _architecture(tensors: dict[str, Tensor]) -> dict[str, Any]:
     return settings | {"global_pool": "fc_norm.weight" in tensors}
 
 
-def _some(names: Iterable[str]) -> str:
+def _some(names: Iterable[str], count: int = 3) -> str:
     names = sorted(names)
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")

@@ -1,0 +1,184 @@
+"""The settings in files of transformers, timm and mmpretrain take effect here, or the file is refused."""
+
+import json
+
+import pytest
+import timm
+import torch
+import transformers
+from PIL import Image
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor, ViTMAEConfig, ViTMAEForPreTraining
+
+from inference import get_model
+from models_vit import vit_mini_patch4
+from util.checkpoints.checkpoint import CheckpointError
+from util.weights import foreign_settings, loading
+
+MINI = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 512,
+        "image_size": 16, "patch_size": 4}  # fmt: skip
+DECODER = {"decoder_hidden_size": 64, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2,
+           "decoder_intermediate_size": 256}  # fmt: skip
+NAMES = {"id2label": {0: "ant", 1: "bee"}, "label2id": {"ant": 0, "bee": 1}}
+
+
+@pytest.fixture
+def imgs():
+    return torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+
+
+def saved(folder, config, **save):
+    torch.manual_seed(1)
+    kind = ViTMAEForPreTraining if isinstance(config, ViTMAEConfig) else ViTForImageClassification
+    model = kind(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "position" not in name and "pos_embed" not in name:
+                parameter.normal_(std=0.1)
+    model.save_pretrained(folder, **save)
+    return model
+
+
+@pytest.mark.parametrize("eps", [1e-12, 0.1])
+def test_eps_of_layer_norm_takes_effect(eps, imgs, tmp_path):
+    theirs = saved(tmp_path, ViTConfig(**MINI, **NAMES, layer_norm_eps=eps))
+    ours = get_model(tmp_path)
+    assert ours.norm.eps == eps
+    torch.testing.assert_close(ours(imgs), theirs(imgs).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_mask_ratio_and_loss_of_an_autoencoder(imgs, tmp_path):
+    saved(tmp_path, ViTMAEConfig(**MINI, **DECODER, mask_ratio=0.5, norm_pix_loss=False))
+    ours = get_model(tmp_path)
+    assert (ours.settings["mask_ratio"], ours.norm_pix_loss, ours.norm.eps) == (0.5, False, 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (ViTConfig(**{**MINI, "num_attention_heads": 8}), "num_heads 8, and the model mini_patch4 has 4"),
+        (ViTMAEConfig(**MINI, **{**DECODER, "decoder_num_attention_heads": 4}), "decoder_num_heads 4, and the model"),
+        (ViTConfig(**MINI, hidden_act="relu"), "hidden_act is relu; the models here have gelu"),
+    ],
+)
+def test_what_our_models_do_not_compute_is_refused(config, message, tmp_path):
+    saved(tmp_path, config)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        get_model(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_another_type_of_model_is_refused(tmp_path):
+    transformers.SwinModel(
+        transformers.SwinConfig(embed_dim=8, depths=[1], num_heads=[1], image_size=32)
+    ).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="it is for a model of type swin; vit and vit_mae can be read"):
+        loading.read(tmp_path)
+
+
+def test_the_image_processor_takes_effect(imgs, tmp_path, caplog):
+    """mean and std .5, as google's ViT have them; a crop of its own."""
+    saved(tmp_path, ViTConfig(**MINI, **NAMES))
+    size = {"size": {"shortest_edge": 18}, "do_center_crop": True, "crop_size": {"height": 16, "width": 16}}
+    ViTImageProcessor(**size, resample=3, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(tmp_path)
+    ours = get_model(tmp_path)
+    assert (ours.settings["mean"], ours.settings["std"], ours.classes) == ([0.5] * 3, [0.5] * 3, ["ant", "bee"])
+    image = Image.effect_noise((39, 31), 80).convert("RGB")
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
+    theirs = processor(image, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(ours.prepare(image), theirs, rtol=0, atol=1e-6)
+    assert not caplog.records
+
+
+def test_a_processor_that_squeezes_is_warned_of(tmp_path, caplog):
+    saved(tmp_path, ViTConfig(**MINI))
+    ViTImageProcessor(size={"height": 16, "width": 16}, resample=2).save_pretrained(tmp_path)
+    ours = get_model(tmp_path)
+    assert ours.settings["crop_pct"] == 1.0
+    (record,) = caplog.records
+    assert "scales images to a square (here the centre is cropped) and has resample 2" in record.message
+
+
+@pytest.mark.parametrize("crop", [16, 32, 96, 224, 384])
+def test_the_crop_share_gives_back_every_edge(crop):
+    for edge in range(crop, 2 * crop):
+        assert int(crop / foreign_settings.crop_share(crop, edge)) == edge
+    assert foreign_settings.crop_share(224, 256) == 0.875
+
+
+def test_a_split_folder_with_a_pooler(imgs, tmp_path):
+    torch.manual_seed(1)
+    theirs = transformers.ViTModel(ViTConfig(**MINI), add_pooling_layer=True).eval()
+    theirs.save_pretrained(tmp_path, max_shard_size="200KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 3
+    expected = theirs(imgs).last_hidden_state
+    torch.testing.assert_close(get_model(tmp_path).extract_feat(imgs, "tokens"), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_folder_of_timm(imgs, tmp_path):
+    shape = {"img_size": 16, "patch_size": 4, "embed_dim": 128, "depth": 4, "num_heads": 4}
+    torch.manual_seed(1)
+    theirs = timm.create_model("vit_tiny_patch16_224", num_classes=2, **shape).eval()
+    config = {
+        "mean": [0.5] * 3,
+        "std": [0.25] * 3,
+        "crop_pct": 0.9,
+        "input_size": [3, 16, 16],
+        "label_names": ["a", "b"],
+    }
+    timm.models.save_for_hf(theirs, tmp_path, {"pretrained_cfg": config}, safe_serialization=True)
+    written = json.loads((tmp_path / "config.json").read_text())
+    written["pretrained_cfg"] |= config
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    ours = get_model(tmp_path)
+    torch.testing.assert_close(ours(imgs), theirs(imgs), rtol=1e-5, atol=1e-5)
+    expected = {"mean": [0.5] * 3, "std": [0.25] * 3, "crop_pct": 0.9, "input_size": 16, "label_names": ["a", "b"]}
+    assert ours.settings.items() >= expected.items()
+
+
+def test_statistics_and_classes_of_mmpretrain(tmp_path):
+    cfg = """data_preprocessor = dict(
+    mean=[
+        127.5,
+        51,
+        0.0,
+    ],
+    num_classes=2,
+    std=[51, 51, 25.5],
+    to_rgb=True)
+model = dict(mean=[1])
+"""
+    model = vit_mini_patch4(img_size=16, num_classes=2, global_pool=True)
+    state = {"meta": {"cfg": cfg, "dataset_meta": {"classes": ("ant", "bee")}}, "state_dict": model.state_dict()}
+    torch.save(state, tmp_path / "m.pth")
+    settings = loading.read(tmp_path / "m.pth").settings
+    assert settings["label_names"] == ["ant", "bee"]
+    assert settings["mean"] == pytest.approx([0.5, 0.2, 0])
+    assert settings["std"] == pytest.approx([0.2, 0.2, 0.1])
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [("reg_token", r"has register tokens \(reg_token\), which no model"), ("dist_token", r"has a distillation token")],
+)
+def test_other_tokens_are_named(extra, message, tmp_path):
+    state = {**vit_mini_patch4(img_size=16).state_dict(), extra: torch.zeros(1, 1, 128)}
+    torch.save(state, tmp_path / "m.pth")
+    with pytest.raises(CheckpointError, match=message):
+        loading.read(tmp_path / "m.pth")
+
+
+def test_a_swin_file_is_no_vision_transformer(tmp_path):
+    theirs = timm.create_model(
+        "swin_tiny_patch4_window7_224", embed_dim=8, depths=(1, 1), num_heads=(1, 1), num_classes=2
+    )
+    torch.save(theirs.state_dict(), tmp_path / "swin.pth")
+    with pytest.raises(CheckpointError, match=r"holds no weights of a Vision Transformer: .*layers\.0"):
+        loading.read(tmp_path / "swin.pth")
+
+
+def test_timms_models_without_a_position_of_the_class_token(imgs, tmp_path):
+    shape = {"img_size": 16, "patch_size": 4, "embed_dim": 128, "depth": 4, "num_heads": 4}
+    torch.manual_seed(1)
+    theirs = timm.create_model("vit_tiny_patch16_224", num_classes=2, no_embed_class=True, **shape).eval()
+    torch.save(theirs.state_dict(), tmp_path / "m.pth")
+    torch.testing.assert_close(get_model(tmp_path / "m.pth")(imgs), theirs(imgs), rtol=1e-5, atol=1e-5)

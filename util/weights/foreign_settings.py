@@ -1,0 +1,115 @@
+"""The settings of models that transformers, timm and mmpretrain record, as ours.
+
+Images: mean, std, input_size and crop_pct. Classes: `label_names`, the names of the labels in order. They are not our
+`classes`, which are the names of folders.
+"""
+
+import json
+import logging
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from util.files.untrusted import read_file
+
+logger = logging.getLogger(__name__)
+
+BICUBIC = 3  # of Pillow
+
+
+def read_folder(folder: Path) -> dict[str, Any]:
+    """The settings of a folder of transformers or timm, or of one that our `save_pretrained` wrote.
+
+    Raises:
+        OSError, ValueError: config.json or preprocessor_config.json can't be read.
+        KeyError, TypeError, AttributeError: one has another form.
+    """
+    config = _read_json(folder / "config.json")
+    if "pretrained_cfg" in config:
+        return _timm(config)
+    settings = {**_transformers(config), **config.get("settings", {})}
+    if (folder / "preprocessor_config.json").is_file():
+        settings |= _processor(folder, _read_json(folder / "preprocessor_config.json"))
+    return settings
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    content = json.loads(read_file(path))
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name} is a {type(content).__name__}")
+    return content
+
+
+def _transformers(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a config.json of transformers.
+
+    Raises:
+        ValueError: the model computes something that ours does not.
+    """
+    if config.get("model_type") not in (None, "vit", "vit_mae"):
+        raise ValueError(f"it is for a model of type {config['model_type']}; vit and vit_mae can be read")
+    if config.get("hidden_act", "gelu") != "gelu":
+        raise ValueError(f"hidden_act is {config['hidden_act']}; the models here have gelu")
+    names = {"image_size": "input_size", "patch_size": "patch_size", "num_channels": "in_chans",
+             "norm_pix_loss": "norm_pix_loss", "mask_ratio": "mask_ratio", "num_attention_heads": "num_heads",
+             "decoder_num_attention_heads": "decoder_num_heads", "layer_norm_eps": "layer_norm_eps"}  # fmt: skip
+    settings = {ours: config[theirs] for theirs, ours in names.items() if theirs in config}
+    labels = config.get("id2label") or {}
+    if labels and labels.get("0") != "LABEL_0":  # what transformers writes for classes without names
+        settings["label_names"] = [labels[str(number)] for number in range(len(labels))]
+    return settings
+
+
+def _processor(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a preprocessor_config.json. A warning names what the transform here does otherwise."""
+    settings: dict[str, Any] = {}
+    if config.get("do_normalize", True) and "image_mean" in config:
+        settings |= {"mean": list(config["image_mean"]), "std": list(config["image_std"])}
+    elif not config.get("do_normalize", True):
+        settings |= {"mean": [0.0], "std": [1.0]}
+    size, crop = config.get("size") or {}, config.get("crop_size")
+    edge = size.get("shortest_edge") if isinstance(size, dict) else None
+    crop = crop.get("height") if isinstance(crop, dict) else crop
+    differences = []
+    if edge and crop and config.get("do_center_crop"):
+        settings["crop_pct"] = crop_share(crop, edge)
+    elif config.get("do_resize", True):
+        settings["crop_pct"] = 1.0
+        differences.append("scales images to a square (here the centre is cropped)")
+    if config.get("resample", BICUBIC) != BICUBIC:
+        differences.append(f"has resample {config['resample']} (here bicubic, 3)")
+    if differences:
+        logger.warning(f"{folder}: the image processor {' and '.join(differences)}")
+    return settings
+
+
+def crop_share(crop: int, edge: int) -> float:
+    """The crop_pct with which `transforms.eval_transform` scales the short side of a picture to `edge` pixels."""
+    share = crop / edge
+    return share if int(crop / share) == edge else crop / (edge + 0.5)
+
+
+def _timm(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a config.json of timm."""
+    pretrained = config["pretrained_cfg"]
+    channels, *size = pretrained["input_size"]
+    settings = {"in_chans": channels, "input_size": size[0] if size[0] == size[1] else size}
+    settings |= {name: pretrained[name] for name in ("mean", "std", "crop_pct") if name in pretrained}
+    labels = config.get("label_names") or pretrained.get("label_names")
+    return settings | ({"label_names": list(labels)} if labels else {})
+
+
+def of_mmpretrain(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings in the `meta` of a checkpoint of mmpretrain; its mean and std count values in 0 to 255."""
+    settings: dict[str, Any] = {}
+    dataset = meta.get("dataset_meta")
+    classes = dataset.get("classes", dataset.get("CLASSES")) if isinstance(dataset, dict) else None
+    if classes and all(isinstance(name, str) for name in classes):
+        settings["label_names"] = list(classes)
+    preprocessor = re.search(r"^data_preprocessor = dict\((.*?)\)$", str(meta.get("cfg", "")), re.DOTALL | re.MULTILINE)
+    for name in ("mean", "std") if preprocessor else ():
+        numbers = re.search(rf"{name}=\[([\d., \n]+)\]", preprocessor[1])  # type: ignore[index]
+        if numbers:
+            settings[name] = [float(number) / 255 for number in numbers[1].split(",") if number.strip()]
+    return settings
