@@ -24,13 +24,12 @@ from util.pos_embed import Size, sincos_table
 
 # He et al. 2021, table 1: the decoder has 8 blocks of 512 channels for every encoder. Small models have smaller
 # decoders.
-PUBLISHED_DECODER = {"decoder_embed_dim": 512, "decoder_depth": 8, "decoder_num_heads": 16}
+PUBLISHED_DECODER = {"decoder_embed_dim": 512, "decoder_depth": 8, "decoder_num_heads": 16, "decoder_mlp_ratio": 4.0}
 DECODERS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(SIZES, PUBLISHED_DECODER),
     "mini_patch4": {"decoder_embed_dim": 64, "decoder_depth": 1, "decoder_num_heads": 2},
     "tiny_patch16": {"decoder_embed_dim": 192, "decoder_depth": 4, "decoder_num_heads": 3},
     "small_patch16": {"decoder_embed_dim": 256, "decoder_depth": 4, "decoder_num_heads": 8},
-    "giant_patch14": {**PUBLISHED_DECODER, "decoder_mlp_ratio": 4.0},
 }
 
 DECODER_SUFFIX = "_dec512d8b"  # of the aliases of models in the published code
@@ -204,8 +203,18 @@ class MaskedAutoencoderViT(Encoder):
         return self.decoder_pred(self.decoder_norm(x))[:, 1:]
 
     def forward_loss(self, imgs: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
-        """Mean squared error over the masked patches (section 3, "Reconstruction target"); 0 if none is masked."""
-        loss = (pred - self.target(imgs)).square().mean(dim=-1)  # (B, N)
+        """Mean squared error over the masked patches (section 3, "Reconstruction target"); 0 if none is masked.
+
+        Raises:
+            ValueError: the target has another shape than `pred`; the difference would be broadcast.
+        """
+        target = self.target(imgs)
+        if target.shape != pred.shape:
+            raise ValueError(
+                f"the target is {tuple(target.shape)} and the prediction {tuple(pred.shape)}: both must be (B, N, "
+                f"target_dim), and target_dim of {type(self).__name__} is {self.target_dim}"
+            )
+        loss = (pred - target).square().mean(dim=-1)  # (B, N)
         return (loss * mask).sum() / mask.sum().clamp(min=1)
 
     def target(self, imgs: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
     python tests/mutate.py                        # every change in tests/mutants/ (under an hour on 2 cores)
     python tests/mutate.py models_mae.py          # the changes of one file
-    python tests/mutate.py models_mae.py:patchify # the changes of one function
+    python tests/mutate.py models_mae.py:MaskedAutoencoderViT.patchify   # the changes of one function
 
 Each file in tests/mutants/ is TOML. A table is named after a source file. It gives the tests that should notice a
 change, and a list of changes: function, snippet, replacement, and tests that differ from those of the table. The
@@ -14,6 +14,7 @@ import ast
 import multiprocessing
 import os
 import queue
+import re
 import shutil
 import signal
 import subprocess
@@ -127,6 +128,8 @@ def run_tests(folder: Path, tests: Sequence[str]) -> tuple[bool, str]:
     if process.exitcode == pytest.ExitCode.NO_TESTS_COLLECTED:
         raise ValueError(f"no such tests: {' '.join(tests)}")
     text = output.read_text(errors="replace")
+    if name_error := re.search(r"while loading conftest[\s\S]*NameError: .*", text):
+        raise ValueError(f"the change does not run: {name_error[0].splitlines()[-1]}")
     failures = [line for line in text.splitlines() if line.startswith(("FAILED", "ERROR"))]
     return False, failures[0] if failures else text[-2000:]
 
@@ -143,9 +146,10 @@ def _run_pytest(folder: Path, tests: Sequence[str], output: Path) -> None:
 
 
 def copy_repository(folder: Path) -> Path:
-    """Copies the files that git tracks, as they are now."""
-    names = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\n")
-    for name in filter(None, names):
+    """Copies the files of the working tree that git does not ignore."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\n")
+    for name in filter(lambda name: name and (ROOT / name).is_file(), names):
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, target)
@@ -155,13 +159,15 @@ def copy_repository(folder: Path) -> Path:
 def main(selected: Sequence[str]) -> int:
     """Runs the selected changes, all by default."""
 
-    def is_selected(mutant: Mutant) -> bool:
-        names = {mutant.file, f"{mutant.file}:{mutant.function}"}
-        return not selected or bool(names & set(selected))
+    def names_of(mutant: Mutant) -> set[str]:
+        return {mutant.file, f"{mutant.file}:{mutant.function}"}
 
-    mutants = [mutant for mutant in read_mutants() if is_selected(mutant)]
-    if not mutants:
-        raise SystemExit(f"no change is named {' or '.join(selected)}")
+    mutants = read_mutants()
+    if unknown := set(selected) - {name for mutant in mutants for name in names_of(mutant)}:
+        raise SystemExit(
+            f"tests/mutants/ has no change of {' or '.join(sorted(unknown))} (FILE or FILE:CLASS.FUNCTION)"
+        )
+    mutants = [mutant for mutant in mutants if not selected or names_of(mutant) & set(selected)]
     for mutant in mutants:
         mutant.apply((ROOT / mutant.file).read_text())
     os.environ |= {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "200", "CUDA_VISIBLE_DEVICES": ""}
@@ -202,7 +208,8 @@ def main(selected: Sequence[str]) -> int:
                 survivors.append(mutant)
     noticed = len(mutants) - len(survivors)
     minutes = (time.monotonic() - start) / 60
-    print(f"\n{noticed} of {len(mutants)} changes noticed ({noticed / len(mutants):.1%}) in {minutes:.0f} minutes")
+    share = noticed / max(1, len(mutants))
+    print(f"\n{noticed} of {len(mutants)} changes noticed ({share:.1%}) in {minutes:.0f} minutes")
     for mutant in survivors:
         print(f"survived: {mutant}")
     for names in sorted(failing):

@@ -11,6 +11,7 @@ import zipfile
 from multiprocessing import get_context
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -20,6 +21,7 @@ from util.data.archives import Archive
 from util.data.decode import BadImage, decode
 from util.data.folders import find_files
 from util.data.samples import Samples
+from util.datasets import open_source
 
 
 @pytest.fixture(params=["zip", "tar", "zip, stored", "tar of ./", "zip in a folder", "tar with a hard link"])
@@ -307,3 +309,19 @@ def test_an_archive_closes_its_file(pictures, tmp_path):
     for _ in range(5):
         _ = Archive(path, "train")[0]
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_file_of_numpy_arrays_is_no_archive(tmp_path):
+    np.savez(tmp_path / "images.npz", images=np.zeros((2, 4, 4, 3), np.uint8))
+    with pytest.raises(ValueError, match="is a file of NumPy arrays, not an archive of images"):
+        open_source("train", str(tmp_path / "images.npz"))
+
+
+def test_a_list_beside_an_archive_is_relative_to_its_own_folder(tmp_path):
+    (tmp_path / "val").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "val" / "a.png")
+    (tmp_path / "val" / "list.csv").write_text("path,label\na.png,cat\n")
+    with zipfile.ZipFile(tmp_path / "train.zip", "w") as archive:
+        archive.write(tmp_path / "val" / "a.png", "cat/a.png")
+    source = open_source("val", str(tmp_path / "train.zip"), str(tmp_path / "val" / "list.csv"))
+    assert (len(source), source.classes) == (1, ["cat"])

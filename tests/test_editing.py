@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 import main_pretrain
 import models_vit
+from inference import get_model
 from models_mae import MaskedAutoencoderViT
 from util.cli import entry_point
 from util.training.compiling import compile_model
@@ -181,6 +182,24 @@ def test_the_documented_target_trains(pictures, tmp_path):
     assert torch.equal(model.target(columns), F.one_hot(torch.zeros(1, 16, dtype=torch.long), 9).float())
     losses = train(names["HOGTarget"], pictures, tmp_path, "--epochs", "6", "--lr", "0.003")
     assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("dim", [1, 48])
+def test_a_target_of_another_shape_is_an_error_and_not_broadcast(dim):
+    class Wrong(MeanColour):
+        target_dim = dim
+
+    shapes = rf"the target is \(2, 16, 3\) and the prediction \(2, 16, {dim}\): .* is {dim}$"
+    with pytest.raises(ValueError, match=shapes):
+        Wrong(**SETTINGS)(torch.randn(2, 3, 16, 16))
+
+
+def test_a_file_of_another_target_gives_its_encoder(tmp_path):
+    model = MeanColour(**{**SETTINGS, "embed_dim": 128, "depth": 4}).eval()  # the encoder of vit_mini_patch4
+    torch.save({"model": model.state_dict()}, tmp_path / "m.pth")
+    encoder = get_model(tmp_path / "m.pth")
+    imgs = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(encoder.extract_feat(imgs, "tokens"), model.forward_features(imgs))
 
 
 class Gradients(MaskedAutoencoderViT):

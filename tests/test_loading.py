@@ -46,9 +46,9 @@ def test_an_encoder_alone_leaves_the_decoder_untrained(tmp_path, mini_mae, caplo
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: s.pop("norm.weight"), "lacks 1 tensors"),
-        (lambda s: s.update(extra=torch.zeros(1)), r"holds besides 1 tensors \(extra"),
-        (lambda s: s.update(cls_token=torch.zeros(1, 1, 5)), "in another shape 1 tensors"),
+        (lambda s: s.pop("norm.weight"), "1 tensor is missing"),
+        (lambda s: s.update(extra=torch.zeros(1)), r"1 tensor is unexpected \(extra"),
+        (lambda s: s.update(cls_token=torch.zeros(1, 1, 5)), "1 tensor is of another shape"),
     ],
 )
 def test_files_that_do_not_fit_are_errors(tmp_path, mini_mae, change, message):
@@ -109,10 +109,10 @@ def test_files_that_do_not_fit_a_classifier_are_errors(tmp_path, mini_mae):
     state = mini_mae.state_dict()
     del state["blocks.2.norm1.weight"]
     torch.save({"model": state}, tmp_path / "lacking.pth")
-    with pytest.raises(CheckpointError, match=r"lacks 1 tensors \(blocks.2.norm1.weight"):
+    with pytest.raises(CheckpointError, match=r"1 tensor is missing \(blocks.2.norm1.weight"):
         loading.load_encoder(vit(), loading.read(tmp_path / "lacking.pth"))
     torch.save({"model": mini_mae.state_dict() | {"extra": torch.zeros(1)}}, tmp_path / "more.pth")
-    with pytest.raises(CheckpointError, match=r"holds besides 1 tensors \(extra"):
+    with pytest.raises(CheckpointError, match=r"1 tensor is unexpected \(extra"):
         loading.load_encoder(vit(), loading.read(tmp_path / "more.pth"))
     pooled = saved(tmp_path / "pooled.pth", vit(global_pool=True))
     with pytest.raises(CheckpointError, match="--global_pool"):

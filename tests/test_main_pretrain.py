@@ -241,7 +241,7 @@ def test_invalid_inputs_are_one_line_errors(pretrain, pictures, tmp_path, capsys
     bare = tmp_path / "bare.pth"
     torch.save({"model": weights(out)}, bare)
     assert f"--init_from {bare} instead of --resume starts from its weights" in said(*here, "--resume", bare)
-    assert "has in another shape 3 tensors" in said(*here, "--init_from", good, "--in_chans", "1")
+    assert "3 tensors are of another shape" in said(*here, "--init_from", good, "--in_chans", "1")
     assert "--crop_scale 1.0 0.2" in said(*here, "--crop_scale", "1", "0.2")
     if not torch.cuda.is_available():
         assert "no CUDA device" in said(*here, "--device", "cuda")

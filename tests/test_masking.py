@@ -157,3 +157,8 @@ def test_ratios_without_masked_or_visible_patches(num_patches, ratio, message):
         check_ratio(num_patches, ratio)
     check_ratio(2, 0.5)
     check_ratio(196, 0.994)
+
+
+def test_an_unknown_strategy_is_refused():
+    with pytest.raises(ValueError, match="--masking nonsense: there are random, block, grid"):
+        sampler("nonsense", (4, 4), 0.75)

@@ -53,4 +53,4 @@ def test_a_selection_without_changes_is_one_line():
     command = [sys.executable, "tests/mutate.py", "models_nothing.py"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr == "no change is named models_nothing.py\n"
+    assert done.stderr == "tests/mutants/ has no change of models_nothing.py (FILE or FILE:CLASS.FUNCTION)\n"

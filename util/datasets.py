@@ -81,7 +81,8 @@ def open_source(
             return Shards(name, num_images)
         return TorchvisionSet(dataset, split, data_path, download)
     if file_list:
-        return read_list(Path(file_list), root, f"--{split}_list")
+        # Beside an archive, paths are relative to the folder of the list.
+        return read_list(Path(file_list), None if root and root.is_file() else root, f"--{split}_list")
     if root is None:
         raise ValueError(
             "--data_path is needed: a folder of images, or one with the folder train/ in it, or a tar or zip file of "

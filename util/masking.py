@@ -154,6 +154,8 @@ def sampler(masking: str, grid_size: tuple[int, int], mask_ratio: float) -> tupl
         return partial(torch.rand, math.prod(grid_size)), mask_ratio
     if masking == "block":
         return partial(_noise_of, partial(block_mask, 1, grid_size, mask_ratio), grid_size), mask_ratio
+    if masking != "grid":
+        raise ValueError(f"--masking {masking}: there are {', '.join(MASKING_CHOICES)}")
     if mask_ratio != GRID_RATIO:
         raise ValueError(
             f"--mask_ratio {mask_ratio:g}: --masking grid masks three of every 2x2 patches; leave out --mask_ratio"

@@ -146,6 +146,8 @@ def find_members(path: Path) -> tuple[bool, dict[str, Place]]:
     Raises:
         ValueError: the file is neither a tar nor a zip file, is damaged, or can't be read in place.
     """
+    if path.suffix.lower() == ".npz":  # a zip file, of arrays instead of images
+        raise ValueError(f"{path} is a file of NumPy arrays, not an archive of images: save each image as a file")
     try:
         archive = tarfile.open(path, "r:", tarinfo=BoundedTarInfo)  # noqa: SIM115  # first: a tar file may end in a zip file
     except tarfile.TarError:

@@ -72,7 +72,9 @@ def setting(text: str) -> tuple[str, Any]:
         raise argparse.ArgumentTypeError(f"{key} cannot be set: {remedy}")
     if key not in SBATCH | SUBMITIT and not _sbatch_lists(key):
         near = did_you_mean(key, sorted(SBATCH | SUBMITIT | REFUSED.keys()))
-        raise argparse.ArgumentTypeError(f"neither sbatch nor submitit has a setting {key}{near}")
+        is_here = shutil.which("sbatch")
+        source = "sbatch --help has" if is_here else "sbatch is not installed here, and the known settings have"
+        raise argparse.ArgumentTypeError(f"{source} no {key}{near}")
     if key in LISTS:
         return key, value
     if key in NUMBERS and value != "false" and not re.fullmatch(r"\d+(\.\d+)?" if key == "mem_gb" else r"\d+", value):

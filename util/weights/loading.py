@@ -179,7 +179,9 @@ def _shards(index: Path) -> list[str]:
 def _kind(tensors: dict[str, Tensor]) -> str:
     if any(name.startswith("head.") for name in tensors):
         return CLASSIFIER
-    return FULL if "decoder_pred.weight" in tensors else ENCODER
+    # A decoder of another target than pixels can't reconstruct.
+    num_values = tensors["patch_embed.proj.weight"][0].numel()
+    return FULL if len(tensors.get("decoder_pred.weight", ())) == num_values else ENCODER
 
 
 def init_mae(model: Any, file: Weights) -> None:
@@ -331,9 +333,10 @@ def _reshaped(weights: dict[str, Tensor], ours: dict[str, Tensor]) -> set[str]:
 
 def _require(file: Weights, model: nn.Module, missing: set[str], unexpected: set[str], reshaped: set[str]) -> None:
     """Raises CheckpointError, with the names and the remedy, where weights do not fit."""
-    for problem, names in (("lacks", missing), ("holds besides", unexpected), ("has in another shape", reshaped)):
+    for problem, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped)):
         if names:
-            error = CheckpointError(f"{file.source} ({file.kind}) {problem} {len(names)} tensors ({_some(names)})")
+            count = "1 tensor is" if len(names) == 1 else f"{len(names)} tensors are"
+            error = CheckpointError(f"{file.source} ({file.kind}): {count} {problem} ({_some(names)})")
             differing = _differing(file, model.state_dict())
             if "fc_norm.weight" not in missing | unexpected:
                 differing.pop("global_pool", None)
