@@ -86,8 +86,10 @@ def file_settings(file: Weights, model: str | None = None) -> dict[str, Any]:
         "nb_classes": file.num_classes,
         "probe": PROBE_HEAD in tensors,
     }
-    side = math.isqrt(tensors["pos_embed"].shape[1] - 1)
-    if side * side == tensors["pos_embed"].shape[1] - 1:
+    length = tensors["pos_embed"].shape[1]
+    # One position is the class token's, except in timm's models with no_embed_class.
+    sides = [math.isqrt(count) for count in (length - 1, length) if math.isqrt(count) ** 2 == count]
+    for side in sides[:1]:
         settings["input_size"] = [side * patch[0], side * patch[1]] if patch[0] != patch[1] else side * patch[0]
     known = {name: value for name, value in recorded.items() if name != "patch_size" or value is not None}
     return {**settings, **known, "model": model or f"{'mae_' * (file.kind == FULL)}vit_{size}"}

@@ -24,7 +24,9 @@ class PlainMAE(nn.Module):
     def __init__(self, size: str) -> None:
         super().__init__()
         width, depth, heads = (SIZES[size][key] for key in ("embed_dim", "depth", "num_heads"))
-        narrow, decoder_depth, decoder_heads = DECODERS[size].values()
+        narrow, decoder_depth, decoder_heads = (
+            DECODERS[size][f"decoder_{key}"] for key in ("embed_dim", "depth", "num_heads")
+        )
         norm: Any = LAYER_NORM
         self.patch = SIZES[size]["patch_size"]
         self.embed = PatchEmbed(image_side(size), self.patch, 3, width)
@@ -67,7 +69,9 @@ class PlainMAE(nn.Module):
 def transformers_mae(size: str) -> nn.Module:
     """transformers' ViTMAEForPreTraining in one of our sizes; the first entry of its output is the loss."""
     width, depth, heads = (SIZES[size][key] for key in ("embed_dim", "depth", "num_heads"))
-    narrow, decoder_depth, decoder_heads = DECODERS[size].values()
+    narrow, decoder_depth, decoder_heads = (
+        DECODERS[size][f"decoder_{key}"] for key in ("embed_dim", "depth", "num_heads")
+    )
     config = ViTMAEConfig(
         image_size=image_side(size), patch_size=SIZES[size]["patch_size"], hidden_size=width,
         num_hidden_layers=depth, num_attention_heads=heads, intermediate_size=4 * width,

@@ -239,7 +239,10 @@ def _settings(architecture: str, settings: dict[str, Any]) -> dict[str, Any]:
 def _of_row(name: str) -> dict[str, Any]:
     """The settings of a model in the table of published weights; {} if it is not there."""
     row = model_zoo.TABLE.get(name)
-    return {"input_size": row.input_size, "norm_pix_loss": row.norm_pix_loss} if row else {}
+    if not row:
+        return {}
+    head = {"probe": True, "global_pool": False} if "-linear-" in name else {}
+    return {"input_size": row.input_size, "norm_pix_loss": row.norm_pix_loss, **head}
 
 
 def _published_for(name: str) -> str:

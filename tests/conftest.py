@@ -51,6 +51,16 @@ def make_samples(folder: Path, seed: int = 0, num_noise: int = 16, **options) ->
     return Samples(source, transform, in_chans=3, seed=seed, draw_noise=partial(torch.rand, num_noise), **options)
 
 
+SLOW = ("test_sharded", "test_compiling", "test_interrupts", "test_main_robustness", "test_faults", "test_dist",
+        "test_main_finetune", "test_submit", "test_export_accuracy", "test_main_linprobe")  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the slowest files first, so that no process is left alone with one of them at the end."""
+    places = {name: place for place, name in enumerate(SLOW)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(SLOW)))
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)

@@ -10,8 +10,9 @@ from mains import Stopped, assert_close, assert_equal, in_processes, lines, stop
 from torch._dynamo.utils import counters
 
 import main_finetune
+import models_vit
 from models_mae import mae_vit_mini_patch4
-from models_vit import set_grad_checkpointing
+from models_vit import SIZES, set_grad_checkpointing
 from util.training.compiling import compile_model
 
 
@@ -24,7 +25,8 @@ def _compiler():
 
 
 @pytest.fixture(autouse=True)
-def _fresh(_compiler):
+def _fresh(_compiler, monkeypatch):
+    monkeypatch.setitem(models_vit.SIZES, "mini_patch4", SIZES["mini_patch4"] | {"depth": 2})  # compiles faster
     torch.compiler.reset()
     counters.clear()
 
@@ -55,6 +57,18 @@ def test_compiled_model_is_one_graph_with_equal_gradients():
         torch.testing.assert_close(compiled[name], value, rtol=1e-4, atol=1e-6)
 
 
+# main_pretrain.py with as many blocks as `_fresh` sets.
+SHALLOW = """
+import sys
+sys.path.insert(0, {root!r})
+import models_vit
+models_vit.SIZES["mini_patch4"]["depth"] = 2
+import main_pretrain
+from util.cli import entry_point
+entry_point.run(main_pretrain.main, main_pretrain.get_args_parser())
+"""
+
+
 def test_compiled_training_resumes_and_runs_in_two_processes(pretrain, pictures, tmp_path, monkeypatch):
     """All runs use the graph of the previous test, which is compiled once."""
     settings = {"accum_iter": 2, "save_minutes": 0, "grad_checkpointing": True}
@@ -65,7 +79,9 @@ def test_compiled_training_resumes_and_runs_in_two_processes(pretrain, pictures,
         stop_after(patch, "save", 2)
         pretrain("parts", compile=True, **settings)
     assert_equal(weights(whole), weights(pretrain("parts", compile=True, **settings, resume="auto")))
-    in_processes(2, pictures, tmp_path / "two", "--batch_size", 4, "--epochs", 2, "--compile", "--grad_checkpointing")
+    (tmp_path / "shallow.py").write_text(SHALLOW.format(root=str(ROOT)))
+    flags = ("--batch_size", 4, "--epochs", 2, "--compile", "--grad_checkpointing")
+    in_processes(2, pictures, tmp_path / "two", *flags, script=tmp_path / "shallow.py")
     assert_close(eager, tmp_path / "two")
 
 

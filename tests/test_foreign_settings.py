@@ -172,7 +172,7 @@ def test_a_swin_file_is_no_vision_transformer(tmp_path):
         "swin_tiny_patch4_window7_224", embed_dim=8, depths=(1, 1), num_heads=(1, 1), num_classes=2
     )
     torch.save(theirs.state_dict(), tmp_path / "swin.pth")
-    with pytest.raises(CheckpointError, match=r"holds no weights of a Vision Transformer: .*layers\.0"):
+    with pytest.raises(CheckpointError, match=r"contains no weights of a Vision Transformer: .*layers\.0"):
         loading.read(tmp_path / "swin.pth")
 
 

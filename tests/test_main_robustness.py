@@ -204,11 +204,6 @@ def test_scores_of_a_timm_model_equal_timms(timm_model, tmp_path):
     assert scores(tmp_path, "imagenet-a")["imagenet-a"] == theirs
     assert 10 < scores(tmp_path, "imagenet-a")["imagenet-a"]["acc1"] < 90
 
-    variant = class_folders(tmp_path / "imagenetv2-top-images-format-val", [str(n) for n in range(1000)], "a.jpeg",
-                            wrong_in_ten(2))  # fmt: skip
-    run("imagenet-v2", variant, tmp_path, name)
-    assert scores(tmp_path, "imagenet-v2")["top"] == timms_scores(model, variant)
-
 
 def test_imagenet_c_is_evaluated_without_a_centre_crop(timm_model, corrupted, tmp_path):
     """The images are published as centre crops."""

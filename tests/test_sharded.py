@@ -154,9 +154,8 @@ def shared(pictures, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("flags", [("--batch_size", 12), ("--batch_size", 4, "--accum_iter", 3)])
-def test_ddp_losses_equal_those_of_one_process(flags, whole, pictures, tmp_path):
-    in_processes(2, pictures, tmp_path / "run", *flags, *STEPS)
+def test_ddp_losses_equal_those_of_one_process(whole, pictures, tmp_path):
+    in_processes(2, pictures, tmp_path / "run", "--batch_size", 4, "--accum_iter", 3, *STEPS)
     assert len(losses(tmp_path / "run")) == 50
     assert relative_error(tmp_path / "run", whole) < 1e-5
 
@@ -174,13 +173,12 @@ def test_a_sharded_checkpoint_resumes_in_one_process(shared, whole, pictures, tm
     assert relative_error(tmp_path / "run", whole) < 1e-5
 
 
-def test_a_file_checkpoint_resumes_with_fsdp_bf16_and_accumulation(shared, whole, pictures, tmp_path):
-    for name, state in (("plain", whole / "checkpoint-40.pth"), ("shared", shared / "checkpoint-40")):
-        flags = ("--batch_size", 4, "--accum_iter", 3, "--fsdp", "--clip_grad", 5, "--resume", state, *STEPS)
-        in_processes(2, pictures, tmp_path / name, "--grad_checkpointing", "--amp", "bf16", *flags)
-        assert min(losses(tmp_path / name)) == 41
-        assert relative_error(tmp_path / name, whole) < 1e-2  # bf16 beside fp32
-    assert losses(tmp_path / "plain") == pytest.approx(losses(tmp_path / "shared"), rel=1e-3)
+def test_a_file_checkpoint_resumes_with_fsdp_bf16_and_accumulation(whole, pictures, tmp_path):
+    state = whole / "checkpoint-40.pth"
+    flags = ("--batch_size", 4, "--accum_iter", 3, "--fsdp", "--clip_grad", 5, "--resume", state, *STEPS)
+    in_processes(2, pictures, tmp_path / "run", "--grad_checkpointing", "--amp", "bf16", *flags)
+    assert min(losses(tmp_path / "run")) == 41
+    assert relative_error(tmp_path / "run", whole) < 1e-2  # bf16 beside fp32
 
 
 def test_the_command_converts_to_a_file(shared, whole, tmp_path):

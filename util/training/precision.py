@@ -35,7 +35,11 @@ class Precision:
         # fp16 gradients overflow until the loss scaler has adapted.
         self.overflow_is_normal = self.dtype is torch.float16
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.overflow_is_normal)
-        self.name = {torch.bfloat16: "bf16", torch.float16: "fp16", None: "fp32"}[self.dtype]
+
+    @property
+    def name(self) -> str:
+        """bf16, fp16 or fp32."""
+        return {torch.bfloat16: "bf16", torch.float16: "fp16", None: "fp32"}[self.dtype]
 
     def autocast(self) -> torch.autocast:
         """The context manager of a forward pass."""

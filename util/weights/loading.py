@@ -6,7 +6,6 @@ The names of its tensors show what a file holds: an encoder, an encoder with its
 import argparse
 import json
 import logging
-import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -90,8 +89,16 @@ def read(name: Path | str) -> Weights:
         tensors = to_ours({key: t for key, t in content.items() if isinstance(key, str) and isinstance(t, Tensor)})
     except (KeyError, RuntimeError) as error:  # query, key and value that can't be joined
         raise CheckpointError(f"{path}: its weights don't fit each other: {' '.join(str(error).split())}") from error
+    if "patch_embed.0.proj.weight" in tensors:
+        raise CheckpointError(
+            f"{path} has a patch projection for each group of channels (patch_embed.0.proj.weight): the models of this "
+            f"library have one"
+        )
     if "patch_embed.proj.weight" not in tensors or "blocks.0.norm1.weight" not in tensors:
-        raise CheckpointError(f"{path} holds no weights of a Vision Transformer: {_some(map(str, content))}")
+        raise CheckpointError(f"{path} contains no weights of a Vision Transformer: {_some(map(str, content))}")
+    for key in ("cls_token", "pos_embed"):
+        if key not in tensors:
+            raise CheckpointError(f"{path} has no {key}, which the models of this library have")
     for key in tensors:
         if tokens := OTHER_TOKENS.get(key.rpartition(".")[2]):
             raise CheckpointError(f"{path} has {tokens} ({key}), which no model of this library has")
@@ -100,19 +107,8 @@ def read(name: Path | str) -> Weights:
             shape = f"{tensors[key].dtype} {tuple(tensors[key].shape)}"
             raise CheckpointError(f"{path}: its {key} is {shape}, which is not a Vision Transformer's")
     _check_settings(path, settings)
-    _add_class_position(tensors)
     checkpoint.require_finite(tensors, str(name), "its run has diverged, or the file is damaged; give another file")
     return Weights(tensors, settings, _kind(tensors), str(name))
-
-
-def _add_class_position(tensors: dict[str, Tensor]) -> None:
-    """Adds a position of zeros for the class token where the table has none (timm's no_embed_class), in place."""
-    table = tensors.get("pos_embed")
-    if table is None or "cls_token" not in tensors:
-        return
-    is_square = {count: math.isqrt(count) ** 2 == count for count in (table.shape[1], table.shape[1] - 1)}
-    if is_square[table.shape[1]] and not is_square[table.shape[1] - 1]:
-        tensors["pos_embed"] = torch.cat([torch.zeros_like(table[:, :1]), table], dim=1)
 
 
 def _check_settings(path: Path, settings: dict[str, Any]) -> None:
@@ -241,6 +237,7 @@ def load_encoder(
     if not fits:
         weights = {key: value for key, value in weights.items() if key not in head}
     _adapt_input(file, weights, model, adapt_input)
+    _add_class_position(weights, ours)
     interpolate_pos_embed(model, weights, file.grid_size)
     may_lack = {"fc_norm.weight", "fc_norm.bias"} | {key for key in ours if key.startswith("head.")}
     if adapt_input == "skip":
@@ -277,6 +274,7 @@ def load_classifier(model: nn.Module, file: Weights) -> None:
     """
     weights, ours = dict(file.tensors), model.state_dict()
     if "pos_embed" in weights and weights["pos_embed"].shape[2] == ours["pos_embed"].shape[2]:
+        _add_class_position(weights, ours)
         patches = weights["pos_embed"].shape[1] - 1
         interpolate_pos_embed(model, weights, file.grid_size)
         if weights["pos_embed"].shape[1] - 1 != patches and "input_size" not in file.settings and dist.is_main():
@@ -305,6 +303,13 @@ def statistics(
             now, then = (" ".join(f"{value:g}" for value in values) for values in (used, recorded))
             logger.warning(f"{flag} {now} is used, and {file.source} was made with {flag} {then}")
     return chosen
+
+
+def _add_class_position(weights: dict[str, Tensor], ours: dict[str, Tensor]) -> None:
+    """Adds a position of zeros for the class token where the table has none (timm's no_embed_class), in place."""
+    table = weights["pos_embed"]
+    if table.shape[1] == ours["pos_embed"].shape[1] - 1:
+        weights["pos_embed"] = torch.cat([torch.zeros_like(table[:, :1]), table], dim=1)
 
 
 def _adapt_input(file: Weights, weights: dict[str, Tensor], model: nn.Module, how: str) -> None:

@@ -1,0 +1,144 @@
+"""mmpretrain itself, in both directions: its models' files are read here, and ours are read there.
+
+    ./run test-mmpretrain
+
+mmpretrain is not maintained for current versions of Python and PyTorch. The task installs version 1.2.0 with few of its
+dependencies into a temporary folder, which it removes.
+"""
+
+import re
+
+import mmpretrain.models
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.runner import load_checkpoint, save_checkpoint
+from mmpretrain.registry import MODELS
+
+import models_vit
+from inference import export, get_model
+from inference.model import Classifier
+from util.weights import loading, model_zoo
+
+assert mmpretrain.models  # registers them
+MINI = {"embed_dims": 128, "num_layers": 4, "num_heads": 4, "feedforward_channels": 512}
+SIZES = {"base": "b", "large": "l", "huge": "h"}
+NAMES = [name for name, row in model_zoo.TABLE.items() if name.startswith(("vit-", "mae_vit-"))]
+
+
+def backbone(out_type, arch=MINI, img_size=32, patch_size=4):
+    return {"type": "VisionTransformer", "arch": arch, "img_size": img_size, "patch_size": patch_size,
+            "out_type": out_type, "final_norm": out_type == "cls_token"}  # fmt: skip
+
+
+def classifier(kind, num_classes=5, width=128, **size):
+    """The model of mmpretrain's configurations for fine-tuning (pooled), for supervised training, and for probing."""
+    head = {"type": "VisionTransformerClsHead", "num_classes": num_classes, "in_channels": width}
+    model = {"type": "ImageClassifier", "backbone": backbone("cls_token", **size), "head": head}
+    if kind == "pooled":
+        model["backbone"] = backbone("avg_featmap", **size)
+        head["type"] = "LinearClsHead"
+    if kind == "probe":
+        model["neck"] = {"type": "ClsBatchNormNeck", "input_features": width}
+    return model
+
+
+def autoencoder(arch=MINI, img_size=32, patch_size=4, width=128, decoder=(64, 1, 2)):
+    decoder_width, depth, heads = decoder
+    return {
+        "type": "MAE",
+        "backbone": {"type": "MAEViT", "arch": arch, "img_size": img_size, "patch_size": patch_size},
+        "neck": {"type": "MAEPretrainDecoder", "num_patches": (img_size // patch_size) ** 2, "patch_size": patch_size,
+                 "in_chans": 3, "embed_dim": width, "decoder_embed_dim": decoder_width, "decoder_depth": depth,
+                 "decoder_num_heads": heads, "mlp_ratio": 4.0},
+        "head": {"type": "MAEPretrainHead", "norm_pix": True, "patch_size": patch_size,
+                 "loss": {"type": "PixelReconstructionLoss", "criterion": "L2"}},
+    }  # fmt: skip
+
+
+def randomized(model):
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, value in model.state_dict().items():
+            if value.is_floating_point() and "pos_embed" not in name:
+                value.uniform_(0.5, 1.5) if "running_var" in name else value.normal_(std=0.2)
+    return model.eval()
+
+
+@pytest.fixture
+def imgs():
+    return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("kind", ["pooled", "token", "probe"])
+def test_a_classifier_in_both_directions(kind, imgs, tmp_path):
+    theirs = randomized(MODELS.build(classifier(kind)))
+    meta = {"dataset_meta": {"classes": ["ant", "bee", "cat", "dog", "elk"]}}
+    save_checkpoint({"meta": meta, "state_dict": theirs.state_dict()}, str(tmp_path / "theirs.pth"))
+    ours = get_model(tmp_path / "theirs.pth")
+    with torch.no_grad():
+        expected = theirs(imgs, mode="tensor")
+        expected = theirs.head(expected if isinstance(expected, tuple) else (expected,))
+    torch.testing.assert_close(ours(imgs), expected, rtol=1e-5, atol=1e-5)
+    assert ours.classes == meta["dataset_meta"]["classes"]
+    assert bool(ours.settings["probe"]) == (kind == "probe")
+
+    export.export(ours, "mmpretrain", tmp_path / "ours.pth")
+    again = MODELS.build(classifier(kind)).eval()
+    loaded = load_checkpoint(again, str(tmp_path / "ours.pth"), map_location="cpu", strict=True)
+    assert loaded["meta"]["dataset_meta"]["classes"] == meta["dataset_meta"]["classes"]
+    with torch.no_grad():
+        features = again(imgs, mode="tensor")
+        found = again.head(features if isinstance(features, tuple) else (features,))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_an_autoencoder_in_both_directions(imgs, tmp_path):
+    theirs = MODELS.build(autoencoder())
+    theirs.init_weights()
+    theirs = randomized(theirs)
+    save_checkpoint({"meta": {}, "state_dict": theirs.state_dict()}, str(tmp_path / "theirs.pth"))
+    ours = get_model(tmp_path / "theirs.pth")
+    with torch.no_grad():
+        latent, mask, ids_restore = theirs.backbone(imgs, mask=True)
+        expected = theirs.neck(latent, ids_restore)
+        loss = theirs.head.loss(expected, imgs, mask)
+    found_loss, found, _ = ours(imgs, mask=mask)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found_loss, loss, rtol=1e-5, atol=1e-5)
+
+    export.export(ours, "mmpretrain", tmp_path / "ours.pth")
+    again = MODELS.build(autoencoder())
+    load_checkpoint(again, str(tmp_path / "ours.pth"), map_location="cpu", strict=True)
+    assert all(torch.equal(value, theirs.state_dict()[name]) for name, value in again.state_dict().items())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_name_builds_the_model_of_its_configuration(name, tmp_path):
+    """Names and shapes of all tensors, on the meta device."""
+    row = model_zoo.TABLE[name]
+    size = re.search("base|large|huge", name)[0]
+    entry = models_vit.SIZES[row.model.removeprefix("mae_").removeprefix("vit_")]
+    side = row.input_size
+    options = {"arch": SIZES[size], "img_size": side, "patch_size": entry["patch_size"]}
+    with torch.device("meta"):
+        if row.model.startswith("mae_"):
+            theirs = MODELS.build(autoencoder(**options, width=entry["embed_dim"], decoder=(512, 8, 16)))
+        else:
+            kind = "probe" if "-linear-" in name else "pooled"
+            theirs = MODELS.build(classifier(kind, 1000, entry["embed_dim"], **options))
+        ours = get_model(name)
+    expected = {key: value.shape for key, value in loading.to_ours(dict(theirs.state_dict())).items()}
+    assert {key: value.shape for key, value in ours.state_dict().items()} == expected
+
+
+def test_the_configuration_that_an_export_prints_is_read(imgs, tmp_path, caplog):
+    caplog.set_level("INFO")
+    model = Classifier({**get_model("vit_mini_patch4", nb_classes=5).settings, "mean": [0.5, 0.4, 0.3]})
+    export.export(model, "mmpretrain", tmp_path / "ours.pth")
+    text = caplog.messages[-1].partition("data_preprocessor=")[2]
+    preprocessor = Config.fromstring(f"data_preprocessor={text}", ".py")["data_preprocessor"]
+    theirs = MODELS.build({"type": "ClsDataPreprocessor", **preprocessor})
+    pixels = torch.randint(256, (3, 32, 32), dtype=torch.uint8)
+    found = theirs({"inputs": pixels.flip(0)[None]})["inputs"]  # mmcv reads BGR
+    torch.testing.assert_close(found, model.normalize(pixels[None]), rtol=1e-4, atol=1e-4)
