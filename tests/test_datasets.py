@@ -24,9 +24,11 @@ def test_open_source_reads_the_folder_of_a_split_or_all_images(pictures):
 
 
 def test_training_images_are_never_used_for_validation(pictures, tmp_path):
-    with pytest.raises(ValueError, match=r"there is no folder val/ in it\ngive that, or --val_list"):
+    with pytest.raises(ValueError, match=r"there is no folder val/ in it\nadd this folder, or give --val_list FILE"):
         open_source("val", str(pictures))
-    with pytest.raises(ValueError, match=r"set.zip: there is no folder val/ in it\ngive that, or --val_list"):
+    with pytest.raises(
+        ValueError, match=r"set.zip: there is no folder val/ in it\nadd this folder, or give --val_list FILE"
+    ):
         open_source("val", shutil.make_archive(str(tmp_path / "set"), "zip", pictures))
     shutil.copytree(pictures / "train", tmp_path / "only" / "val")
     assert isinstance(open_source("val", str(tmp_path / "only")), Files)
@@ -45,7 +47,7 @@ def test_missing_data_path_and_missing_folder_are_errors(tmp_path):
         open_source("train")
     with pytest.raises(ValueError, match="there is no folder or archive"):
         open_source("train", str(tmp_path / "nowhere"))
-    with pytest.raises(ValueError, match="--val_list and --dataset both name images"):
+    with pytest.raises(ValueError, match="--val_list and --dataset exclude each other"):
         open_source("val", None, "list.txt", "CIFAR10")
 
 
@@ -76,7 +78,7 @@ def test_the_check_reports_bad_images(tmp_path, capsys):
     for number in range(3):
         Image.fromarray(np.full((8, 8), 40000, dtype=np.uint16)).save(tmp_path / f"{number}.png")
     (tmp_path / "bad.jpg").write_bytes(b"")
-    with pytest.raises(BadImage, match=r"--on_bad_image skip leaves them out, up to a tenth$"):
+    with pytest.raises(BadImage, match=r"--on_bad_image skip excludes them, up to 10 % of an epoch$"):
         check(tmp_path, "--in_chans", 1, "--num_workers", 0)
     said = capsys.readouterr().out
     assert f"unreadable  1\n            {tmp_path / 'bad.jpg'}: the file is empty" in said
@@ -109,8 +111,8 @@ def test_the_check_reads_streams(tmp_path):
 
 def test_flags_without_effect_warn(pictures, caplog):
     open_source("train", str(pictures), download=True, num_images=7)
-    assert "--download has no effect here" in caplog.text
-    assert "--num_images has no effect here" in caplog.text
+    assert "--download has no effect with this dataset" in caplog.text
+    assert "--num_images has no effect with this dataset" in caplog.text
     caplog.clear()
     open_source("train", str(pictures))
     assert "no effect" not in caplog.text

@@ -31,15 +31,15 @@ def test_images_without_labels(tmp_path):
     folders(tmp_path / "flat", deep=2)
     Image.new("L", (4, 4)).save(tmp_path / "flat" / "1.png")
     flat = find_files(tmp_path / "flat")
-    with pytest.raises(ValueError, match=r"the images of val have no classes.*val/CLASS/IMAGE.*--val_list"):
+    with pytest.raises(ValueError, match=r"the val images have no classes.*val/CLASS/IMAGE.*--val_list"):
         labels.require(flat, "val")
-    with pytest.raises(ValueError, match="streamed shards serve pre-training only"):
+    with pytest.raises(ValueError, match="streamed shards are for pre-training only"):
         labels.require(Shards("https://example.org/{0..3}.tar", 10), "train")
     named = folders(tmp_path / "named", cat=1)
     assert labels.require(named, "val") is named
     some = folders(tmp_path / "some", cat=2)
     some.labels = np.array([0, -1])  # as of an image above the class folders
-    with pytest.raises(ValueError, match="the images of train have no classes"):
+    with pytest.raises(ValueError, match="the train images have no classes"):
         labels.require(some, "train")
 
 
@@ -51,8 +51,8 @@ def test_labels_count_the_models_classes(tmp_path, caplog):
     assert mapped.classes == ["ant", "cat", "dog", "emu"]
     assert mapped.name(2) == source.name(2)
     assert mapped[2][0] == source[2][0]
-    assert "of 2 of the model's 4 classes" in caplog.text
-    with pytest.raises(ValueError, match="1 of the 2 classes of the images are none of the model's 2: emu"):
+    assert "the images have only 2 of the model's 4 classes" in caplog.text
+    with pytest.raises(ValueError, match="1 of the 2 classes of the images are not among the model's 2 classes: emu"):
         labels.counted_as(source, ["cat", "dog"])
 
 

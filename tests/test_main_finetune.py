@@ -328,11 +328,11 @@ def test_invalid_inputs_are_one_line_errors(tuned, labelled, pictures, tmp_path,
     shutil.copytree(labelled, tmp_path / "unknown")
     (tmp_path / "unknown/val/kind5").rename(tmp_path / "unknown/val/kind7")
     unknown = ["--data_path", tmp_path / "unknown"]
-    assert "1 of the 6 classes of the images are none of the model's 6: kind7" in said(
+    assert "1 of the 6 classes of the images are not among the model's 6 classes: kind7" in said(
         *unknown, "--eval", "--resume", tuned
     )
     assert "different classes: only train: kind5; only val: kind7" in said(*unknown)
-    assert "there is no folder val/ in it: give that, or --val_list" in said("--data_path", pictures)
+    assert "there is no folder val/ in it: add this folder, or give --val_list FILE" in said("--data_path", pictures)
     assert "--batch_size 7: --mixup and --cutmix mix pairs" in said("--batch_size", "7", "--mixup", "0.8")
     assert "--unfreeze_blocks 5: the model has 4 blocks" in said("--unfreeze_blocks", "5")
     assert "--aa abc: timm has no such policy" in said("--aa", "abc")

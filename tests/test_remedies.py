@@ -114,12 +114,12 @@ def test_on_bad_image_is_suggested_only_by_scripts_that_have_it(labelled, tmp_pa
     data = {"data_path": tmp_path / "data"}
     settings = {**MAE, **data, "output_dir": tmp_path / "out"}
     said = call(main_pretrain, settings)
-    assert "bad.png: the file is empty (--on_bad_image skip leaves such images out of training)" in said
+    assert "bad.png: the file is empty (--on_bad_image skip excludes such images from training)" in said
     assert call(main_pretrain, {**settings, "on_bad_image": "skip", "output_dir": tmp_path / "skip"}) == ""
     said = call(main_knn, {**SMALL, **data, "model": "vit_mini_patch4"})
     assert said.endswith("bad.png: the file is empty")
     said = call(datasets, {"num_workers": 0}, tmp_path / "data")
-    assert "main_pretrain.py --on_bad_image skip leaves them out" in said
+    assert "main_pretrain.py --on_bad_image skip excludes them" in said
 
 
 def test_misspelled_names_are_corrected(labelled, tmp_path, call):
@@ -130,7 +130,7 @@ def test_misspelled_names_are_corrected(labelled, tmp_path, call):
 
 def test_the_remedy_for_a_missing_split_works(runs, pictures, tmp_path, call):
     settings = {**VIT, "data_path": pictures, "output_dir": tmp_path / "out"}
-    assert call(main_finetune, settings).endswith("no folder val/ in it: give that, or --val_list")
+    assert call(main_finetune, settings).endswith("no folder val/ in it: add this folder, or give --val_list FILE")
     names = "".join(f"{path} {path.parent.name}\n" for path in sorted(pictures.glob("train/*/*")))
     (tmp_path / "val.txt").write_text(names)
     assert call(main_finetune, {**settings, "val_list": tmp_path / "val.txt"}) == ""

@@ -106,13 +106,13 @@ def test_invalid_arguments_are_one_line_errors(folder, tmp_path):
     done = run(folder, tmp_path / "copy")
     assert done.returncode == 1
     assert "train/cat/bad.jpg: image file is truncated" in done.stdout
-    assert "1 files can't be read; the copy is without them" in done.stderr
+    assert "1 files can't be read; the copy does not contain them" in done.stderr
     assert not (tmp_path / "copy/train/cat/bad.jpg").exists()
     assert not list((tmp_path / "copy").rglob("*.tmp"))
     (tmp_path / "empty").mkdir()
     for arguments, said in (
         ((tmp_path / "nowhere", tmp_path / "copy"), "there is no folder"),
-        ((folder, folder / "copy"), "the copy must be a folder of its own"),
+        ((folder, folder / "copy"), "give a folder outside of it"),
         ((tmp_path / "copy/train/dog/../../../nothing", tmp_path / "other"), "there is no folder"),
         ((tmp_path / "empty", tmp_path / "other"), "there are no images in"),
     ):

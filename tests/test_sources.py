@@ -59,7 +59,7 @@ def test_an_empty_class_folder_is_logged_and_remains_a_class(tmp_path, caplog):
     source = find_files(tmp_path)
     assert source.classes == ["a", "b", "c"]
     assert list(source.labels) == [0, 2]
-    assert "the class folder b holds no images" in caplog.text
+    assert "the class folder b contains no images" in caplog.text
 
 
 def test_links_are_followed_and_loops_are_not(tmp_path, caplog):
@@ -103,7 +103,7 @@ def test_names_that_are_not_utf8(tmp_path):
 
 
 def test_a_missing_folder_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match=r"no images under .*\(looked in all its folders for \.jpg"):
+    with pytest.raises(ValueError, match=r"no images under .*\(searched all subfolders for \.jpg"):
         find_files(tmp_path)
     (tmp_path / "000.tar").touch()
     with pytest.raises(ValueError, match=r"--dataset wds:.*/\*\.tar reads shards of WebDataset"):
@@ -204,7 +204,7 @@ def coco(categories, labels):
 
 
 def test_annotations_of_cocos_form(tmp_path):
-    """Labels count the categories by their ids; one without images stays a class, or train and val would differ."""
+    """Labels number the categories by their ids. A category without images is a class too: train and val must agree."""
     for number in range(3):
         save(tmp_path / "train_val2018" / "Aves" / f"{number}.jpg")
     file = tmp_path / "train2018.json"
@@ -239,18 +239,22 @@ def test_relative_paths_start_at_the_root(listed, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("list.txt", "", "names no files"),
-        ("list.txt", "nowhere.png\n", "its first file, .*nowhere.png, does not exist; relative paths start at"),
+        ("list.txt", "", "the list is empty"),
+        ("list.txt", "nowhere.png\n", "its first file, .*nowhere.png, does not exist; paths are relative to"),
         ("list.txt", "a.png 1\nsub/c.png\n", "only 1 of its 2 files have a label"),
-        ("list.json", "{", "can't be read .*give a path and a label a line, CSV"),
-        ("list.json", '{"a": 1}', "can't be read .*it is no list"),
+        ("list.json", "{", "can't be read .*give a path and a label per line, CSV"),
+        ("list.json", '{"a": 1}', "can't be read .*it is neither a list nor"),
         ("list.json", '[{"file": "a.png"}]', "can't be read .*'path'"),
         ("list.csv", "label,path\ndog\n", "can't be read .* a column path or filename or file or image"),
         ("list.csv", "img,label\na.png,dog\n", "does not exist; .*; CSV has a column path or filename .* or no header"),
         ("list.csv", "path,label\na.png,cat\nsub/c.png,\n", "only 1 of its 2 files have a label"),
         ("list.csv", 'a.png,"' + "x" * 200_000, "can't be read .*field larger"),
-        ("list.txt", "a.png 20231105\n", "labels that are numbers count classes from 0; these go to 20231105"),
-        ("list.txt", "a\0.png\n", "it has a zero byte"),
+        (
+            "list.txt",
+            "a.png 20231105\n",
+            "labels that are numbers must be between 0 and 999,999, and these go from 20231105 to 20231105",
+        ),
+        ("list.txt", "a\0.png\n", "it contains a zero byte"),
     ],
 )
 def test_invalid_lists_are_errors(listed, name, content, said):

@@ -103,7 +103,7 @@ def test_normalize_and_back():
 
 def test_statistics_in_0_to_255_are_errors():
     normalize = transforms.Normalize([123.7], [58.4])
-    with pytest.raises(ValueError, match=r"--mean 123.7: pixels of 8 bits count as 0 to 1; divide"):
+    with pytest.raises(ValueError, match=r"--mean 123.7: 8-bit pixels are scaled to 0 to 1; divide"):
         normalize(torch.zeros(1, 1, 2, 2, dtype=torch.uint8))
     assert normalize(torch.full((1, 1, 2, 2), 123.7)).abs().max() < 1e-6  # a float image has its own range
     assert normalize.inverse(normalize(torch.full((1, 1, 2, 2), 123.7))).mean() == pytest.approx(0.5)
@@ -161,7 +161,7 @@ def test_posterizing_to_no_bits_leaves_black(photo):
 def test_finetune_transform_without_policy_takes_any_image():
     transform = transforms.finetune_transform((16, 24), [0.5] * 5, "none")
     assert transform(torch.rand(5, 40, 50)).shape == (5, 16, 24)
-    with pytest.raises(ValueError, match=r"--aa and --color_jitter change pictures of 8 bits.*give --aa none"):
+    with pytest.raises(ValueError, match=r"--aa and --color_jitter support 8-bit images.*give --aa none"):
         transforms.finetune_transform(16, [0.5] * 5, "rand-m9")(torch.rand(5, 40, 50))
     with pytest.raises(ValueError, match="--aa abc: timm has no such policy"):
         transforms.finetune_transform(16, IMAGENET_MEAN, "abc")

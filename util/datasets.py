@@ -1,10 +1,10 @@
-"""Opens any dataset, and checks one before training.
+"""Opens any dataset, and checks a dataset before training.
 
     python -m util.datasets IMAGES
     python -m util.datasets IMAGES.zip --in_chans 1
 
-prints the number of images, their sizes, channels and classes, which can't be read and why, the mean and standard
-deviation of each channel (for --mean and --std), and how many images a second are decoded.
+The command prints the number of images, their sizes, channels and classes, the unreadable images with the reason, the
+mean and standard deviation of each channel (for --mean and --std), and the decoding throughput in images/s.
 """
 
 import argparse
@@ -49,31 +49,32 @@ def open_source(
     download: bool = False,
     num_images: int | None = None,
 ) -> Source | Shards:
-    """The images of a dataset, whatever it is.
+    """Opens a dataset of any kind.
 
     Args:
-        split: "train" or "val": which list this is, or which part of a dataset that has parts.
-        data_path: a folder of images, or one with the folder `split` in it, or a tar or zip file of either; with a
-            list, where its relative paths start; with torchvision's datasets, where their files are.
-        file_list: a file that names the images.
-        dataset: a name of torchvision's, hf:NAME_OR_FOLDER, or wds:SHARDS.
-        download: let torchvision fetch its files.
-        num_images: in shards, in place of counting them.
+        split: "train" or "val".
+        data_path: a folder of images, a folder that contains the folder `split`, or a tar or zip file of either. With
+            `file_list`, the folder that its relative paths start from. With a dataset of torchvision, the folder with
+            its files.
+        file_list: a list of image files.
+        dataset: a dataset of torchvision, hf:NAME_OR_FOLDER, or wds:SHARDS.
+        download: download the files of a torchvision dataset.
+        num_images: number of images in shards, instead of counting them.
 
     Raises:
-        ValueError: nothing was named, or there is nothing under the name.
+        ValueError: no dataset is given, the dataset does not exist, or it has no images.
     """
     root = Path(data_path) if data_path else None
     kind, _, name = (dataset or "").partition(":")
     if file_list and dataset:
-        raise ValueError(f"--{split}_list and --dataset both name images; give one of them")
+        raise ValueError(f"--{split}_list and --dataset exclude each other; give one of them")
     for flag, value, counts in (
         ("--download", download, dataset and kind not in ("hf", "wds")),
         ("--num_images", num_images, kind == "wds"),
         ("--data_path", data_path, kind not in ("hf", "wds")),
     ):
         if value and not counts:
-            logger.warning(f"{flag} has no effect here")
+            logger.warning(f"{flag} has no effect with this dataset")
     if dataset:
         if kind == "hf":
             return HuggingFaceSet(name, split)
@@ -85,40 +86,40 @@ def open_source(
         return read_list(Path(file_list), None if root and root.is_file() else root, f"--{split}_list")
     if root is None:
         raise ValueError(
-            "--data_path is needed: a folder of images, or one with the folder train/ in it, or a tar or zip file of "
-            "one (or else --train_list or --dataset)"
+            "--data_path is needed: a folder of images, a folder that contains train/, or a tar or zip file of either "
+            "(or give --train_list or --dataset)"
         )
     if root.is_file():
         return Archive(root, split)
     if not root.is_dir():
-        raise ValueError(f"--data_path: there is no folder or archive {root}")
+        raise ValueError(f"--data_path: the folder or archive {root} does not exist")
     if (root / split).is_dir():
         return find_files(root / split)
-    if split == "val" or (root / "val").is_dir():  # never the images of the other part
+    if split == "val" or (root / "val").is_dir():  # never the images of the other split
         error = ValueError(f"--data_path {root}: there is no folder {split}/ in it")
-        raise advised(error, f"give that, or --{split}_list")
+        raise advised(error, f"add this folder, or give --{split}_list FILE")
     return find_files(root)
 
 
 # ---------------------------------------------------------------------------------------------- checking a dataset
 
-EXAMPLES = 8  # images whose statistics are suggested
-MAX_LISTED = 20  # unreadable images that are named
+EXAMPLES = 8  # images that `suggest_statistics` reads
+MAX_LISTED = 20  # unreadable images that are listed
 
 
 class ImageFacts(NamedTuple):
-    """Size, channels and statistics of one image; of an unreadable one, its name and the reason."""
+    """Size, channels and statistics of one image, or the reason why it can't be read."""
 
     label: int
     size: tuple[int, int] = (0, 0)  # height, width
-    channels: int = 0  # the file's own
+    channels: int = 0  # number of channels in the file
     deep: bool = False  # more than 8 bits
-    sums: np.ndarray | None = None  # of values and of squares (2, in_chans), in 0 to 1
-    unreadable: tuple[str, str] | None = None
+    sums: np.ndarray | None = None  # (2, in_chans): sums of the values, in 0 to 1, and of their squares
+    unreadable: tuple[str, str] | None = None  # name and reason
 
 
 class FactsDataset(Dataset):
-    """Looks at the images of a source, one an item."""
+    """The facts of each image of a source."""
 
     def __init__(self, source: Source, in_chans: int) -> None:
         self.source = source
@@ -127,12 +128,16 @@ class FactsDataset(Dataset):
     def __getitem__(self, index: int) -> ImageFacts:
         try:
             return image_facts(*self.source[index], self.in_chans)
-        except Exception as error:  # whatever damaged bytes lead a decoder to
+        except Exception as error:  # decoders raise any exception on damaged bytes
             return ImageFacts(-1, unreadable=(self.source.name(index), printable(" ".join(str(error).split()))))
 
 
 def image_facts(data: bytes | Picture, label: int, in_chans: int) -> ImageFacts:
-    """Decodes an image; raises what decoders raise."""
+    """Decodes an image and collects its facts.
+
+    Raises:
+        Exception: any exception of the decoder.
+    """
     own = read(data, in_chans) if isinstance(data, bytes) else data
     values = to_unit_range(to_tensor(fit_channels(own, in_chans))).double().flatten(1)
     sums = torch.stack([values.sum(dim=1), values.square().sum(dim=1)]).numpy()
@@ -141,7 +146,7 @@ def image_facts(data: bytes | Picture, label: int, in_chans: int) -> ImageFacts:
 
 
 def all_facts(source: Source | Shards, in_chans: int, indices: list[int], num_workers: int) -> Iterator[ImageFacts]:
-    """Looks at the chosen images; streamed ones from the start, as many."""
+    """Yields the facts of the images at `indices`; of a stream, those of the first len(indices) images."""
     if isinstance(source, Shards):
         unreadable: list[ImageFacts] = []
 
@@ -162,12 +167,12 @@ def all_facts(source: Source | Shards, in_chans: int, indices: list[int], num_wo
 
 
 def statistics_of(good: list[ImageFacts]) -> tuple[str, str]:
-    """Mean and standard deviation of each channel, as --mean and --std take them."""
+    """Returns mean and standard deviation of each channel, as arguments of --mean and --std."""
     pixels = sum(fact.size[0] * fact.size[1] for fact in good)
     mean, squares = np.sum([fact.sums for fact in good if fact.sums is not None], axis=0) / pixels
     std = np.sqrt(np.maximum(squares - mean**2, 0))
-    std = np.where(std > 0, std, 1)  # of a channel that is the same everywhere
-    # Without exponents: argparse takes -1e-05 for a flag.
+    std = np.where(std > 0, std, 1)  # a constant channel has std 0
+    # Without exponents, because argparse parses -1e-05 as a flag.
     texts = [
         " ".join(np.format_float_positional(value, 4, fractional=False, trim="-") for value in values)
         for values in (mean, std)
@@ -178,9 +183,10 @@ def statistics_of(good: list[ImageFacts]) -> tuple[str, str]:
 def suggest_statistics(
     source: Source | Shards, in_chans: int, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> None:
-    """Warns of images of more than 8 bits without `--mean` and `--std`, and says what to give: that of a few of them.
+    """Logs a warning if images have more than 8 bits and `--mean` or `--std` is missing. It suggests values.
 
-    Such images stay in their own range, to which ImageNet's statistics need not fit.
+    Float images are not scaled, and the statistics of ImageNet may not fit their range. The suggested values are the
+    statistics of EXAMPLES images.
     """
     if (mean and std) or isinstance(source, Shards) or not dist.is_main():
         return
@@ -190,13 +196,18 @@ def suggest_statistics(
     if any(fact.deep for fact in good):
         suggestion = "--mean {} --std {}".format(*statistics_of(good))
         logger.warning(
-            f"the images have more than 8 bits, and without --mean and --std they are normalised by ImageNet's; those "
-            f"of {len(good)} of them are {suggestion} (python -m util.datasets computes those of all)"
+            f"the images have more than 8 bits, and without --mean and --std the statistics of ImageNet normalise "
+            f"them; {len(good)} images suggest {suggestion} (python -m util.datasets reads all images)"
         )
 
 
 def report_on(source: Source | Shards, facts: list[ImageFacts], seconds: float) -> list[str]:
-    """The lines that the command prints."""
+    """Returns the lines of the report.
+
+    Args:
+        facts: the facts of the images that were read.
+        seconds: the duration of reading them.
+    """
     good = [fact for fact in facts if fact.sums is not None]
     bad = [fact.unreadable for fact in facts if fact.unreadable]
     lines = [f"images      {len(source):,}" + (f", of which {len(facts):,} were read" * (len(facts) < len(source)))]
@@ -226,7 +237,7 @@ def report_on(source: Source | Shards, facts: list[ImageFacts], seconds: float) 
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """The flags of the command."""
+    """Returns the parser of the command."""
     parser = entry_point.parser("Checks a dataset before training. The exit code is 1 if images can't be read.")
     parser.add_argument("data_path", nargs="?", metavar="PATH", help="as --data_path of main_pretrain.py")
     options.add_source_options(parser)
@@ -239,7 +250,12 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Prints the report."""
+    """Prints the report.
+
+    Raises:
+        ValueError: the dataset can't be opened.
+        BadImage: an image can't be read.
+    """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     file_list = args.train_list if args.split == "train" else args.val_list
     source = open_source(
@@ -252,7 +268,7 @@ def main(args: argparse.Namespace) -> None:
     print("\n".join(report_on(source, facts, time.perf_counter() - started)))
     if any(fact.unreadable for fact in facts):
         raise BadImage(
-            "there are unreadable images; main_pretrain.py --on_bad_image skip leaves them out, up to a tenth"
+            "there are unreadable images; main_pretrain.py --on_bad_image skip excludes them, up to 10 % of an epoch"
         )
 
 

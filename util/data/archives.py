@@ -23,7 +23,7 @@ from util.files.untrusted import MAX_BYTES, printable
 logger = logging.getLogger(__name__)
 
 STORED, DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
-MAX_LINK = 4096  # characters of a link's target: the limit of Linux
+MAX_LINK = 4096  # bytes of the target of a link, the limit of Linux
 HEADERS = (
     tarfile.GNUTYPE_LONGNAME,
     tarfile.GNUTYPE_LONGLINK,
@@ -82,7 +82,7 @@ class Archive:
             os.close(file)
 
     def name(self, index: int) -> str:
-        """The paths of the archive and of the member."""
+        """Returns the paths of the archive and of the member."""
         return printable(f"{self.path}: {self.names[index]}")
 
     def _member(self, place: Place) -> bytes:
@@ -121,7 +121,7 @@ class BoundedTarInfo(tarfile.TarInfo):
 
 
 def check_size(size: int) -> None:
-    """Raises BadImage if an unpacked file is too large: a small archive could fill the memory."""
+    """Raises BadImage if an unpacked file is too large. Without a limit, a small archive could fill the memory."""
     if size > MAX_BYTES:
         raise BadImage(f"it has {size:,} bytes when unpacked, more than the limit of {MAX_BYTES:,}")
 
@@ -182,9 +182,9 @@ def _tar_members(archive: tarfile.TarFile, path: Path) -> dict[str, Place]:
             file.seek(archive.offset)
             ends_with_zeros = file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
     except (tarfile.TarError, UnicodeError) as error:
-        raise ValueError(f"{path} is damaged or cut off after {last}: {error}") from error
+        raise ValueError(f"{path} is damaged or truncated after {last}: {error}") from error
     if not ends_with_zeros:  # tarfile takes an invalid header for the end of the archive
-        raise ValueError(f"{path} is damaged or cut off after {last}")
+        raise ValueError(f"{path} is damaged or truncated after {last}")
     return _images_of(places, links)
 
 
@@ -208,8 +208,8 @@ def _zip_members(path: Path) -> dict[str, Place]:
         raise ValueError(f"{path} is damaged, or a zip file of a kind that can't be read: {error}") from error
     if places and not any(place.method in (STORED, DEFLATED) for place in places.values()):
         raise ValueError(
-            f"{path}: all images, such as {printable(next(iter(places)))}, are encrypted or compressed with another "
-            f"method than deflate; pack the files again with deflate and without encryption"
+            f"{path}: all images, such as {printable(next(iter(places)))}, are encrypted or not compressed with "
+            f"deflate; pack the files again with deflate and without encryption"
         )
     return _images_of(places, links)
 
@@ -245,10 +245,11 @@ def _below(members: Iterable[str], split: str | None, path: Path) -> dict[str, s
             return {name.removeprefix(f"{split}/"): m for name, m in names.items() if name.startswith(f"{split}/")}
         if split and ((split == "val" and "train" in tops) or "val" in tops):  # never the images of the other split
             error = ValueError(f"--data_path {path}: there is no folder {split}/ in it")
-            raise advised(error, f"give that, or --{split}_list")
+            raise advised(error, f"add this folder, or give --{split}_list FILE")
         if len(tops) != 1 or "" in tops:
             break
         names = {name.partition("/")[2]: member for name, member in names.items()}
     if names and split == "val":
-        raise advised(ValueError(f"--data_path {path}: there is no folder val/ in it"), "give that, or --val_list")
+        error = ValueError(f"--data_path {path}: there is no folder val/ in it")
+        raise advised(error, "add this folder, or give --val_list FILE")
     return names

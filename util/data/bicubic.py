@@ -1,9 +1,9 @@
-"""Pillow's antialiased bicubic scaling of colour pictures, bit for bit, in a quarter of its time.
+"""Pillow's antialiased bicubic scaling of colour pictures, bit for bit, in a quarter of the time.
 
-It is compiled when imported (two seconds), by numba, which only `--fast_jpeg` asks for. The arithmetic is Pillow's:
-sums of integers, of weights with 22 bits, along rows first; what comes of them is rounded to bytes, and then taken down
-the columns. Here both passes go down columns, of the transposed picture and then of the picture, so that the processor
-adds whole rows of numbers at once.
+numba, which only `--fast_jpeg` requires, compiles this module at import (two seconds). The arithmetic is that of
+Pillow: integer sums with weights of 22 bits, first along rows and then along columns, with rounding to bytes in
+between. Here both passes work along columns, first of the transposed picture and then of the picture, because the
+processor then adds rows of numbers with vector instructions.
 """
 
 import math
@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-BITS = 22  # of a weight: with 8 for the pixel and one each for sign and overshoot, a sum has 32
-REACH = 2  # of the bicubic kernel, in pixels
+BITS = 22  # of a weight; 8 bits of the pixel, a sign and one bit of overshoot make 32
+REACH = 2  # half the width of the bicubic kernel, in pixels
 
 
 @njit
@@ -29,10 +29,10 @@ def weight(distance: float) -> float:
 
 @njit
 def scale_columns(rows: Any, out: Any) -> None:
-    """Scales columns of bytes: rows (n, m) into out (N, m)."""
+    """Scales along columns: uint8 rows (n, m) into out (N, m)."""
     num_rows, width = rows.shape
     factor = num_rows / len(out)
-    stretch = max(factor, 1.0)  # of the kernel: antialiasing
+    stretch = max(factor, 1.0)  # widens the kernel: antialiasing
     weights = np.empty(2 * math.ceil(REACH * stretch) + 1)
     sums = np.empty(width, np.int32)
     for y in range(len(out)):
@@ -43,7 +43,7 @@ def scale_columns(rows: Any, out: Any) -> None:
         for k in range(last - first):
             weights[k] = weight((first + k - center + 0.5) * (1 / stretch))
             total += weights[k]
-        sums[:] = 1 << (BITS - 1)  # half of the last place: rounds
+        sums[:] = 1 << (BITS - 1)  # one half, for rounding
         for k in range(last - first):
             exact = weights[k] * (1 / total) * (1 << BITS)
             rounded = np.int32(exact - 0.5 if exact < 0 else exact + 0.5)
@@ -56,7 +56,7 @@ def scale_columns(rows: Any, out: Any) -> None:
 
 @njit
 def transposed(picture: Any) -> Any:
-    """(h, w, 3) -> (w, h, 3), copied in strips that stay in the cache."""
+    """(h, w, 3) -> (w, h, 3). Copies in strips that fit into the cache."""
     height, width, _ = picture.shape
     out = np.empty((width, height, 3), np.uint8)
     for top in range(0, height, 32):
@@ -70,9 +70,9 @@ def transposed(picture: Any) -> Any:
 
 @njit("uint8[:, :, ::1](uint8[:, :, :], intp, intp)")
 def resize(picture: Any, height: int, width: int) -> Any:
-    """A picture (h, w, 3) of bytes -> (height, width, 3).
+    """uint8 picture (h, w, 3) -> (height, width, 3).
 
-    Pillow takes columns first where a picture is more than 100 times as tall as wide; a random crop never is.
+    Pillow scales columns first if a picture is more than 100 times as tall as wide. Random crops never are.
     """
     own_height, own_width, _ = picture.shape
     wide = np.empty((width, own_height * 3), np.uint8)

@@ -1,4 +1,7 @@
-"""Random resized crops. Importing torchvision takes more than a second, so `transforms.py` imports this at its use."""
+"""Random resized crops.
+
+`transforms.py` imports this module inside functions, because importing torchvision takes more than a second.
+"""
 
 import math
 import random
@@ -12,7 +15,7 @@ from util.data.decode import Picture, size_of
 
 
 class Crop(RandomResizedCrop):
-    """torchvision's, but that tensors of bytes, which are `util.data.jpeg`'s, are scaled by `util.data.bicubic`."""
+    """torchvision's random resized crop. `util.data.bicubic` scales the uint8 tensors of `util.data.jpeg`."""
 
     def forward(self, img: Picture) -> Picture:
         if not isinstance(img, Tensor) or img.dtype != torch.uint8 or len(img) != 3:
@@ -25,7 +28,7 @@ class Crop(RandomResizedCrop):
 
 
 class CropOnce(RandomResizedCrop):
-    """Draws area and ratio once, and clips the sides to the picture, where torchvision's draws up to ten times."""
+    """Samples area and aspect ratio once and clips the crop to the picture. torchvision samples up to ten times."""
 
     @staticmethod
     def get_params(img: Picture, scale: Sequence[float], ratio: Sequence[float]) -> tuple[int, int, int, int]:

@@ -1,8 +1,8 @@
 """Decodes the bytes of image files.
 
 An image with 8 bits and one or three channels becomes a Pillow image, so that transforms of Pillow apply bit for bit.
-Any other image becomes a tensor (c, H, W): uint8 or float32. Values of 16 bits are scaled to 0 to 1, and float values
-are unchanged.
+Any other image becomes a tensor (c, H, W), uint8 or float32. 16-bit values are scaled to the range 0 to 1, and float
+values are unchanged.
 """
 
 import io
@@ -22,7 +22,7 @@ from util.files.untrusted import printable
 
 Picture = Image.Image | Tensor
 
-# Supported formats, in Pillow's names. Pillow has more formats, and starts external programs for some of them.
+# Supported formats, by their names in Pillow. Pillow has more formats, and starts external programs for some of them.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "PPM", "TIFF", "JPEG2000", "AVIF")
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".pbm", ".pnm",
             ".tif", ".tiff", ".jp2", ".avif", ".npy")  # fmt: skip
@@ -59,11 +59,12 @@ def decode(
     """Decodes the bytes of an image file, or converts an image, to a picture with `in_chans` channels.
 
     Grey is repeated to colour, and colour is converted to grey by luminance. Transparent images are composited over
-    white. Pillow converts CMYK. The file must have any other number of channels itself. Of several frames, the first is
-    decoded; if a TIFF file has `in_chans` pages with one channel each, its pages are the channels.
+    white. Pillow converts CMYK. For any other number of channels, the file must have this number. The first frame of an
+    animation is decoded. If a TIFF file has `in_chans` pages with one channel each, its pages are the channels.
 
     Args:
         data: bytes, a picture, or an array (H, W), (H, W, c) or (c, H, W).
+        in_chans: number of channels.
         upright: apply the orientation in the EXIF data.
         fast_jpeg: decode colour JPEG files to a tensor with `util.data.jpeg` if `in_chans` is 3.
 
@@ -111,7 +112,11 @@ def read(data: bytes, in_chans: int) -> Picture:
 
 
 def fit_channels(picture: Picture, in_chans: int) -> Picture:
-    """Converts a picture to the given number of channels, as in `decode`; raises BadImage if that is impossible."""
+    """Converts a picture to the given number of channels, as in `decode`.
+
+    Raises:
+        BadImage: the conversion is not supported.
+    """
     if isinstance(picture, Tensor):
         return _fit_tensor(picture, in_chans)
     if in_chans in MODES:
@@ -125,7 +130,7 @@ def fit_channels(picture: Picture, in_chans: int) -> Picture:
 
 
 def size_of(picture: Picture) -> tuple[int, int]:
-    """(height, width)."""
+    """Returns (height, width)."""
     return (picture.shape[1], picture.shape[2]) if isinstance(picture, Tensor) else (picture.height, picture.width)
 
 
@@ -178,7 +183,7 @@ def _read_with_pillow(data: bytes) -> Picture:
 
 
 def _channel_axis(shape: tuple[int, ...], in_chans: int) -> int | None:
-    """The axis with `in_chans` channels, else with 1 or 3 channels: the last or the first. None for (H, W)."""
+    """Returns the axis of the channels: the last or first with `in_chans`, else 1 or 3 entries. None for (H, W)."""
     if len(shape) not in (2, 3) or min(shape) < 1:
         raise BadImage(f"an array of shape {shape} is no image: the shape must be (H, W), (H, W, c) or (c, H, W)")
     if len(shape) == 2:
@@ -209,7 +214,7 @@ def _read_npy(data: bytes, in_chans: int) -> Tensor:
 
 
 def _read_tiff(data: bytes, in_chans: int) -> Picture:
-    """Reads 8-bit images of Pillow's modes with Pillow. Other images, which Pillow would reduce, use tifffile."""
+    """Reads 8-bit images with Pillow if it has their mode, and other images, which it would reduce, with tifffile."""
     with tifffile.TiffFile(io.BytesIO(data)) as file:
         page = file.pages.first
         channels, bits = page.samplesperpixel, page.bitspersample

@@ -15,17 +15,17 @@ logger = logging.getLogger(__name__)
 
 
 def find_files(root: Path) -> Files:
-    """The image files below a folder, nested or flat, in the order of their names; hidden ones are skipped.
+    """Finds the image files in a folder and its subfolders, sorted by name. Hidden files and folders are skipped.
 
-    If all of them lie in sub-folders, these are the classes, in the order of their names.
+    If all images are in subfolders, the top-level subfolders are the classes, sorted by name.
 
     Raises:
-        ValueError: no image there.
+        ValueError: the folder contains no images.
     """
     started = time.perf_counter()
     names = sorted(os.path.relpath(path, root) for path in image_files(str(root)))
     if not names:
-        error = ValueError(f"--data_path: no images under {root} (looked in all its folders for {KINDS})")
+        error = ValueError(f"--data_path: no images under {root} (searched all subfolders for {KINDS})")
         shards = any(root.glob("*.tar"))
         raise advised(error, f"--dataset wds:{root}/*.tar reads shards of WebDataset") if shards else error
     folders = [entry.name for entry in os.scandir(root) if not entry.name.startswith(".") and _is_folder(entry)]
@@ -34,7 +34,10 @@ def find_files(root: Path) -> Files:
 
 
 def image_files(root: str) -> Iterator[str]:
-    """Follows links to folders; each folder counts once below every folder of `root`."""
+    """Yields the paths of the image files below `root`. Links to folders are followed.
+
+    Within each subfolder of `root`, a folder is visited once. Links that form a cycle therefore end.
+    """
     waiting = [(root, {_identity(root)})]
     while waiting:
         folder, ancestors = waiting.pop()

@@ -12,10 +12,15 @@ from util.files.untrusted import read_file
 
 
 class HuggingFaceSet:
-    """A map-style dataset of Hugging Face, by its name on the hub or a folder (of parquet, images, or as saved).
+    """A map-style dataset of Hugging Face.
+
+    Args:
+        name: its name on the hub, or a folder of Parquet files, of images, or written by `save_to_disk`.
+        split: "train" or "val".
 
     Raises:
-        ValueError: the package `datasets` is missing, or it can't open the set, or there is no column of images.
+        ValueError: the package `datasets` is not installed or can't open the dataset, or the dataset has no such split
+            or no column of images.
     """
 
     def __init__(self, name: str, split: str) -> None:
@@ -27,17 +32,17 @@ class HuggingFaceSet:
         if not name:
             raise ValueError("--dataset hf: give hf:NAME or hf:FOLDER")
         if dist.is_main():
-            self._load(datasets, name)  # the others find what it has prepared
+            self._load(datasets, name)  # the other processes use the prepared files
         dist.barrier()
         parts = self._load(datasets, name)
         available = [part for part in (("train",) if split == "train" else VALIDATION) if part in parts]
         if not available:
-            raise ValueError(f"--dataset {self.title}: it has no split for {split}, only {', '.join(parts)}")
+            raise ValueError(f"--dataset {self.title}: it has no {split} split, only {', '.join(parts)}")
         table = parts[available[0]]
         features = table.features
         image = next((c for c, kind in features.items() if isinstance(kind, datasets.Image)), None)
         if image is None:
-            raise ValueError(f"--dataset {self.title}: no column holds images: {', '.join(map(str, features))}")
+            raise ValueError(f"--dataset {self.title}: no column contains images: {', '.join(map(str, features))}")
         label = next((c for c, kind in features.items() if isinstance(kind, datasets.ClassLabel)), None)
         self.classes = list(features[label].names) if label else []
         self.labels = np.array([-1 if n is None else n for n in table[label]] if label else [-1] * len(table))
@@ -52,7 +57,7 @@ class HuggingFaceSet:
             if (Path(name) / "dataset_info.json").exists() and (Path(name) / "state.json").exists():
                 return {"train": datasets.load_from_disk(name)}
             return datasets.load_dataset(name)
-        except Exception as error:  # whatever files that it can't read lead the library to
+        except Exception as error:  # the library raises any exception for files that it can't read
             reason = " ".join(f"{error} {error.__cause__ or ''}".split())
             raise ValueError(f"--dataset {self.title}: {reason}") from error
 
@@ -63,10 +68,10 @@ class HuggingFaceSet:
         row = self.table[index]
         image, label = row[self.image], row[self.label] if self.label else -1
         if image is None:
-            raise BadImage("there is no image in this row")
+            raise BadImage("this row has no image")
         data = image["bytes"] if image["bytes"] is not None else read_file(image["path"])
         return data, -1 if label is None else label
 
     def name(self, index: int) -> str:
-        """The dataset's name and the number of the row."""
+        """Returns the name of the dataset and the number of the row."""
         return f"{self.title}[{index}]"

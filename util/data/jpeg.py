@@ -1,8 +1,8 @@
-"""A faster way from a JPEG file's bytes to its pixels: torchcodec's decoder, which shares Pillow's libjpeg-turbo.
+"""A faster decoder of JPEG files: torchcodec's, which uses libjpeg-turbo as Pillow does.
 
-Crops of them are scaled by `util.data.bicubic`, so that all in all the way has Pillow's pixels, bit for bit.
+`util.data.bicubic` scales the crops. Decoding and scaling together return the pixels of Pillow, bit for bit.
 
-What it is not sure to read as Pillow does (grey, CMYK, 12 bits, truncated or damaged files) it leaves to Pillow.
+Pillow decodes all files that the two libraries may decode differently: grey, CMYK, 12 bits, truncated or damaged files.
 """
 
 import struct
@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 
 EXIF, END, SCAN = 0xE1, 0xD9, 0xDA
-# Start-of-frame markers are C0 to CF but for these (tables, an extension, arithmetic coding's conditioning).
+# Start-of-frame markers are C0 to CF except these: Huffman tables, an extension, and conditioning of arithmetic coding.
 NO_FRAME = (0xC4, 0xC8, 0xCC)
 
 
 @cache
 def decoder() -> Any:
-    """torchcodec's function; and what scales its pictures is compiled.
+    """Returns the decoder of torchcodec, and compiles the scaling of its pictures.
 
     Raises:
-        ValueError: torchcodec or numba is not installed, or does not fit the installed PyTorch or NumPy.
+        ValueError: torchcodec or numba is not installed, or is incompatible with the installed PyTorch or NumPy.
     """
     try:
         from torchcodec.decoders import decode_jpeg
@@ -38,22 +38,29 @@ def decoder() -> Any:
 
 
 def decode_rgb(data: bytes, max_pixels: int) -> Tensor | None:
-    """A colour JPEG of 8 bits -> uint8 (3, H, W), Pillow's pixels bit for bit; None of anything else.
+    """Decodes a colour JPEG file with 8 bits to uint8 (3, H, W), with the pixels of Pillow, bit for bit.
 
     Args:
-        max_pixels: of a larger image, too, the answer is None.
+        max_pixels: larger images are not decoded.
+
+    Returns:
+        None for all other files, which Pillow must decode.
     """
     plain = _without_orientation(data, max_pixels)
     if plain is None:
         return None
     try:
         return decoder()(torch.frombuffer(plain, dtype=torch.uint8))
-    except RuntimeError:  # Pillow shall say what is wrong, or read it
+    except RuntimeError:  # Pillow reads the file or reports the error
         return None
 
 
 def _without_orientation(data: bytes, max_pixels: int) -> bytearray | None:
-    """The file with its EXIF data made a comment, so that no decoder turns the picture; None if it is not plain."""
+    """Turns the EXIF data into a comment, so that the decoder ignores the orientation.
+
+    Returns:
+        None if the file is not a colour JPEG file with 8 bits and at most `max_pixels` pixels.
+    """
     if not data.startswith(b"\xff\xd8\xff") or not data.endswith(b"\xff\xd9"):
         return None
     plain, at, is_plain = bytearray(data), 2, False

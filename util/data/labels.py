@@ -1,4 +1,4 @@
-"""What a classifier needs of a dataset: its classes, and parts of it."""
+"""Classes of training and validation sets, and subsets of a source."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -13,12 +13,12 @@ logger = logging.getLogger(__name__)
 
 
 class Subset:
-    """A part of a source; or all of it, with labels that count other classes.
+    """A subset of a source, optionally with other classes.
 
     Args:
-        indices: of the samples that are taken.
-        classes: that the labels count from now on, and
-        numbers: for each of the source's own labels, its new one; None leaves them as they are.
+        indices: (n,), indices of the samples in the source.
+        classes: the new classes. Default: those of the source.
+        numbers: (number of the source's classes,), the new label of each label of the source. Default: unchanged.
     """
 
     def __init__(
@@ -42,15 +42,15 @@ class Subset:
         return data, label if self.numbers is None else int(self.numbers[label])
 
     def name(self, index: int) -> str:
-        """As the source calls the sample."""
+        """Returns the name of the sample in the source."""
         return self.source.name(int(self.indices[index]))
 
 
 def check_classes(train: Source, val: Source, nb_classes: int | None) -> list[str]:
-    """The classes of a training and a validation set, which must be the same.
+    """Returns the classes of a training and a validation set, which must be equal.
 
     Raises:
-        ValueError: they differ, or `nb_classes` is another number.
+        ValueError: the classes differ, or their number is not `nb_classes`.
     """
     only_train, only_val = sorted(set(train.classes) - set(val.classes)), sorted(set(val.classes) - set(train.classes))
     if only_train or only_val:
@@ -61,7 +61,9 @@ def check_classes(train: Source, val: Source, nb_classes: int | None) -> list[st
             )
         )
     if nb_classes not in (None, len(train.classes)):
-        raise ValueError(f"the data has {len(train.classes)} classes, and --nb_classes is {nb_classes}; leave it out")
+        raise ValueError(
+            f"the data has {len(train.classes)} classes, and --nb_classes is {nb_classes}; omit --nb_classes"
+        )
     return train.classes
 
 
@@ -74,15 +76,15 @@ def open_pair(
     train_per_class: int | None,
     seed: int,
 ) -> tuple[Source, Source]:
-    """The images to train and to validate on, with labels that count the same classes.
+    """Opens the training set and the validation set. The labels of both are indices into the same classes.
 
     Args:
-        open_split: `datasets.open_source`, with what both have in common given.
-        nb_classes: what the number of classes must be, if given.
-        train_per_class: so many training images of each class, drawn by `seed`; None: all.
+        open_split: `datasets.open_source` with the arguments that are common to both sets.
+        nb_classes: the expected number of classes; None: any number.
+        train_per_class: number of training images of each class, chosen at random by `seed`; None: all images.
 
     Raises:
-        ValueError: either has no labels, or their classes differ, or a class has too few images.
+        ValueError: a set has no labels, the classes differ, or a class has too few images.
     """
     train = require(open_split("train", file_list=train_list), "train")
     val = require(open_split("val", file_list=val_list), "val")
@@ -92,46 +94,48 @@ def open_pair(
 
 
 def require(source: Source | Shards, split: str) -> Source:
-    """The source itself, if all its images have labels.
+    """Returns the source if all its images have labels.
 
     Raises:
-        ValueError: they have none, or it is a stream, which has no end that an evaluation could reach.
+        ValueError: an image has no label, or the source is a stream, which has no random access.
     """
     if isinstance(source, Shards):
-        raise ValueError(f"{source.title}: streamed shards serve pre-training only; unpack them, or pack a zip file")
+        raise ValueError(
+            f"{source.title}: streamed shards are for pre-training only; unpack them, or pack the images as a zip file"
+        )
     if not source.classes or (np.asarray(source.labels) < 0).any():
         raise ValueError(
-            f"the images of {split} have no classes, which supervised training and evaluation need: give class "
+            f"the {split} images have no classes, and supervised training and evaluation need them: give class "
             f"folders ({split}/CLASS/IMAGE), or a --{split}_list with labels"
         )
     return source
 
 
 def counted_as(source: Source, classes: Sequence[str]) -> Source:
-    """A source whose labels count a model's classes, of which it may lack some.
+    """Returns the source with labels that are indices into a model's classes. The source may lack some of them.
 
     Raises:
-        ValueError: it has a class that the model does not have.
+        ValueError: the source has a class that the model does not have.
     """
     if source.classes == list(classes):
         return source
     unknown = sorted(set(source.classes) - set(classes))
     if unknown:
         raise ValueError(
-            f"{len(unknown)} of the {len(source.classes)} classes of the images are none of the model's "
-            f"{len(classes)}: {first_few(unknown)}"
+            f"{len(unknown)} of the {len(source.classes)} classes of the images are not among the model's "
+            f"{len(classes)} classes: {first_few(unknown)}"
         )
-    logger.warning(f"the images are of {len(source.classes)} of the model's {len(classes)} classes")
+    logger.warning(f"the images have only {len(source.classes)} of the model's {len(classes)} classes")
     number_of = {name: number for number, name in enumerate(classes)}
     numbers = np.array([number_of[name] for name in source.classes])
     return Subset(source, np.arange(len(source)), list(classes), numbers)
 
 
 def some_of_each_class(source: Source, count: int, seed: int) -> Subset:
-    """`count` samples of every class, drawn by `seed`; a greater count holds the same ones and more.
+    """Chooses `count` samples of every class at random by `seed`. A larger `count` adds samples to those of a smaller.
 
     Raises:
-        ValueError: a class has fewer.
+        ValueError: a class has fewer samples.
     """
     generator = np.random.default_rng(seed)
     labels, chosen = np.asarray(source.labels), []
@@ -144,13 +148,19 @@ def some_of_each_class(source: Source, count: int, seed: int) -> Subset:
 
 
 def hold_out(source: Source, share: float, seed: int) -> tuple[Subset, Subset]:
-    """A source in two: the larger part, and a `share` of it, drawn by `seed`.
+    """Splits a source at random by `seed` into a training part and a held-out part.
+
+    Args:
+        share: the fraction of the samples that is held out.
+
+    Returns:
+        The training part and the held-out part.
 
     Raises:
-        ValueError: nothing would be held out.
+        ValueError: the held-out part would be empty.
     """
     if not round(share * len(source)):
-        raise ValueError(f"--held_out {share}: of {len(source)} images none would be held out; give a larger fraction")
+        raise ValueError(f"--held_out {share} holds out none of {len(source)} images; give a larger fraction")
     order = np.random.default_rng(seed).permutation(len(source))
     count = round(share * len(source))
     return Subset(source, np.sort(order[count:])), Subset(source, np.sort(order[:count]))

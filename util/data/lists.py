@@ -1,4 +1,4 @@
-"""Lists of image files: text, CSV, JSON, and the form of COCO and iNaturalist."""
+"""Lists of image files: text, CSV, JSON, and the JSON format of COCO and iNaturalist."""
 
 import csv
 import json
@@ -14,43 +14,45 @@ from util.data.sources import Files
 from util.files.untrusted import printable
 
 MOST_CLASSES = 1_000_000
-PATH_COLUMNS, LABEL_COLUMNS = ("path", "filename", "file", "image"), ("label", "class")  # of CSV; in upper case too
+PATH_COLUMNS, LABEL_COLUMNS = ("path", "filename", "file", "image"), ("label", "class")  # in any case
 CSV_HEADER = f"a column {' or '.join(PATH_COLUMNS)} (and {' or '.join(LABEL_COLUMNS)})"
 
 
 def read_list(path: Path, root: Path | None, flag: str) -> Files:
-    """The image files that a list names, in its order.
+    """Reads a list of image files. The order of the list is kept. Labels are numbers from 0, or names.
 
     Args:
-        path: text with a path a line, and a label behind it, after blanks; CSV of path and label, with or without a
-            header as CSV_HEADER has it, separated by commas or semicolons; or JSON, a list of paths, of [path, label]
-            or of {"path": ..., "label": ...}. Labels are numbers from 0 or names. Or JSON of COCO's form, as
-            iNaturalist's splits are: images, annotations, categories.
-        root: where relative paths start; the list's own folder by default.
-        flag: that named the list, for messages.
+        path: the list, in one of these formats:
+            text: one path per line, optionally followed by whitespace and a label;
+            CSV: path and label, separated by commas or semicolons, with or without the header CSV_HEADER;
+            JSON: a list of paths, of [path, label], or of {"path": ..., "label": ...};
+            JSON of COCO and iNaturalist: images, annotations, categories.
+        root: the folder that relative paths start from. Default: the folder of the list.
+        flag: the flag of the list, for messages.
 
     Raises:
-        ValueError: no such list, of another form, or with labels for a part of its files only.
+        ValueError: the list does not exist, has another format, or has labels for some of its files only.
     """
     if not path.is_file():
         raise ValueError(f"{flag}: there is no file {path}")
     text = os.fsdecode(path.read_bytes()).removeprefix("\ufeff")
     try:
         if "\0" in text:
-            raise ValueError("it has a zero byte")
+            raise ValueError("it contains a zero byte")
         names, classes, numbers = _read_rows(path.suffix.lower(), text)
     except (ValueError, KeyError, TypeError, IndexError, csv.Error, RecursionError) as error:
         raise ValueError(
-            f"{flag} {path}: can't be read ({type(error).__name__}: {error}); give a path and a label a line, CSV with "
-            f"{CSV_HEADER}, or JSON"
+            f"{flag} {path}: can't be read ({type(error).__name__}: {error}); give a path and a label per line, CSV "
+            f"with {CSV_HEADER}, or JSON"
         ) from error
     if not names:
-        raise ValueError(f"{flag} {path}: names no files")
+        raise ValueError(f"{flag} {path}: the list is empty")
     files = Files(root or path.parent, names, classes, numbers)
     if not os.path.exists(files._path(0)):
         raise ValueError(
-            f"{flag} {path}: its first file, {files.name(0)}, does not exist; relative paths start at --data_path, or "
-            f"where the list is" + (f"; CSV has {CSV_HEADER}, or no header" if path.suffix.lower() == ".csv" else "")
+            f"{flag} {path}: its first file, {files.name(0)}, does not exist; paths are relative to --data_path, or "
+            f"to the folder of the list"
+            + (f"; CSV has {CSV_HEADER}, or no header" if path.suffix.lower() == ".csv" else "")
         )
     return files
 
@@ -59,7 +61,7 @@ Row = tuple[str, str | None]
 
 
 def _read_rows(suffix: str, text: str) -> tuple[list[str], list[str], np.ndarray]:
-    """Paths, classes, and labels that count them, of a list."""
+    """Parses a list: paths, classes, and labels, which are indices into the classes."""
     parsed = json.loads(text) if suffix == ".json" else None
     if isinstance(parsed, dict) and "images" in parsed:
         return _read_annotations(parsed)
@@ -71,11 +73,11 @@ def _read_rows(suffix: str, text: str) -> tuple[list[str], list[str], np.ndarray
 
 
 def _read_annotations(document: dict[str, Any]) -> tuple[list[str], list[str], np.ndarray]:
-    """COCO's form. Classes are the categories in the order of their ids, those without images too."""
+    """Parses the format of COCO. All categories are classes, also those without images, in the order of their ids."""
     paths = [image["file_name"] for image in document["images"]]
     if not all(isinstance(path, str) for path in paths):
-        raise ValueError("a file_name in it is not a string")
-    if not document.get("annotations"):  # of a test set
+        raise ValueError("a file_name is not a string")
+    if not document.get("annotations"):  # a test set
         return paths, [], np.full(len(paths), -1)
     categories = sorted(document["categories"], key=lambda category: category["id"])
     number_of = {category["id"]: number for number, category in enumerate(categories)}
@@ -98,7 +100,10 @@ def _read_annotations(document: dict[str, Any]) -> tuple[list[str], list[str], n
 
 
 def _text_rows(text: str) -> list[Row]:
-    """A line is a path if it ends as image files do, or has no blanks; else what is behind the last ones is a label."""
+    """Parses text. A line without whitespace, or with the suffix of an image file, is a path.
+
+    In any other line, the text after the last tab, or else after the last whitespace, is the label.
+    """
     rows: list[Row] = []
     for line in filter(None, map(str.strip, text.splitlines())):
         if line.lower().endswith(SUFFIXES) or len(line.split()) == 1:
@@ -119,7 +124,7 @@ def _csv_rows(text: str) -> list[Row]:
         path, label = (next((header.index(name) for name in names if name in header), len(header))
                        for names in (PATH_COLUMNS, LABEL_COLUMNS))  # fmt: skip
         lines = lines[1:]
-    elif all(len(row) == 1 for row in lines):  # those of Places205 have blanks for commas
+    elif all(len(row) == 1 for row in lines):  # the CSV files of Places205 have blanks instead of commas
         return _text_rows("\n".join(row[0] for row in lines))
     return [(row[path], row[label].strip() if len(row) > label else None) for row in lines]
 
@@ -132,12 +137,12 @@ def _json_rows(entries: Any) -> list[Row]:
         return str(path), None if label is None else str(label)
 
     if not isinstance(entries, list):
-        raise ValueError("it is no list, and has no images, annotations and categories")
+        raise ValueError("it is neither a list nor a dictionary with images, annotations and categories")
     return [row(entry) for entry in entries]
 
 
 def _number(labels: Sequence[str], count: int) -> tuple[list[str], np.ndarray]:
-    """Numbers mean themselves; names are numbered in their order."""
+    """Returns the classes, and the labels as indices. Labels that are numbers are indices; names are sorted."""
     if not labels:
         return [], np.full(count, -1)
     try:
@@ -147,7 +152,10 @@ def _number(labels: Sequence[str], count: int) -> tuple[list[str], np.ndarray]:
         are_numbers = False
     if are_numbers:
         if not 0 <= numbers.min() <= numbers.max() < MOST_CLASSES:
-            raise ValueError(f"labels that are numbers count classes from 0; these go to {numbers.max():.0f}")
+            raise ValueError(
+                f"labels that are numbers must be between 0 and {MOST_CLASSES - 1:,}, and these go from "
+                f"{numbers.min():.0f} to {numbers.max():.0f}"
+            )
         return [str(number) for number in range(int(numbers.max()) + 1)], numbers.astype(np.int64)
     names, numbers = np.unique(labels, return_inverse=True)
     return [printable(str(name)) for name in names], numbers

@@ -28,8 +28,8 @@ from util.data.webdataset_shards import Shards
 
 logger = logging.getLogger(__name__)
 
-MAX_BAD_SHARE = 0.1  # of the images of an epoch; a larger share points to another error
-MAX_LEFT_OUT = 0.1  # share of the images of an epoch that may be left out without a warning
+MAX_BAD_SHARE = 0.1  # of the images of an epoch; a larger share indicates another problem
+MAX_LEFT_OUT = 0.1  # fraction of the images of an epoch that may be left out without a warning
 
 
 def updates_per_epoch(num_images: int, batch_size: int, accum_iter: int) -> int:
@@ -63,10 +63,10 @@ def updates_per_epoch(num_images: int, batch_size: int, accum_iter: int) -> int:
 
 
 class _Epochs:
-    """Epochs of whole updates, and the position in them: the epoch and the first batch of the next iteration.
+    """Epochs of complete updates, and the position in them: the epoch and the first batch of the next iteration.
 
     Args:
-        num_images: of an epoch in all processes, including repetitions.
+        num_images: images of an epoch in all processes, including repetitions.
     """
 
     def __init__(self, num_images: int, batch_size: int, seed: int, accum_iter: int) -> None:
@@ -181,7 +181,7 @@ class TrainLoader:
         accum_iter: int = 1,
     ) -> None:
         self.order = EpochBatches(len(samples), batch_size, seed, repeats, accum_iter)
-        self.num_images = self.order.num_images  # of an epoch, including repetitions
+        self.num_images = self.order.num_images  # images of an epoch, including repetitions
         self.images_per_iteration = self.order.images_per_iteration
         self.named: set[str] = set()
         self.num_bad = 0  # in the last epoch
@@ -200,8 +200,10 @@ class TrainLoader:
             self.stream.seek(epoch, first_iteration, len(self), self.order.batch_size)
 
     def seed_iteration(self, iteration: int) -> None:
-        """Seeds the random numbers of a batch, such as those of drop path and mixup. A run that resumes within an epoch
-        uses the same numbers as a run without interruption."""
+        """Seeds the random numbers of a batch, such as those of drop path and mixup.
+
+        A run that resumes within an epoch uses the same numbers as a run without interruption.
+        """
         torch.manual_seed(seed_python(self.order.seed, self.order.epoch, iteration, dist.rank()))
 
     def __len__(self) -> int:
@@ -214,10 +216,10 @@ class TrainLoader:
                 failures[name] = reason
                 if name not in self.named:
                     self.named.add(name)
-                    logger.warning(f"{name}: {reason}; another image takes its place", extra={"every_rank": True})
+                    logger.warning(f"{name}: {reason}; another image replaces it", extra={"every_rank": True})
             self._limit(failures)
             yield batch
-        # All processes exchange their failures: no image is logged again, and all apply the limit to the same number.
+        # All processes exchange their failures, so that no image is logged twice and all apply the limit equally.
         failures = {name: reason for part in dist.gather(failures) for name, reason in part.items()}
         self.named |= failures.keys()
         self.num_bad = len(failures)
@@ -229,7 +231,7 @@ class TrainLoader:
             )
 
     def counts(self) -> dict[str, int]:
-        """The entry of the last epoch in log.txt."""
+        """Returns the entries of the last epoch in log.txt."""
         return {"bad_images": self.num_bad} if self.num_bad else {}
 
     def _limit(self, failures: dict[str, str]) -> None:
@@ -267,7 +269,7 @@ class FeatureBatches(_Epochs):
             yield [self.features[mine], self.labels[mine], mine]
 
     def seed_iteration(self, iteration: int) -> None:
-        """Does nothing: features need no random numbers."""
+        """Does nothing: features are not augmented."""
 
     def counts(self) -> dict[str, int]:
         """Returns no counts: no images are read."""
@@ -284,7 +286,7 @@ def eval_loader(samples: Samples, batch_size: int, num_workers: int, pin_memory:
 
 
 def examples(samples: Samples, count: int) -> list[Tensor]:
-    """A batch of up to `count` samples, evenly spaced in the dataset: the same in every epoch and run."""
+    """Returns a batch of up to `count` evenly spaced samples of the dataset, the same in every epoch and run."""
     if isinstance(samples.source, Shards):
         stream = StreamedSamples(samples, samples.source)
         stream.seek(0, 0, 1, min(count, len(samples)))

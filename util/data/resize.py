@@ -1,7 +1,7 @@
-"""python -m util.resize FOLDER COPY: a copy of a folder of images, scaled so that their short sides have 256 pixels.
+"""python -m util.resize FOLDER COPY: copies a folder of images and scales their short sides to 256 pixels.
 
-Where processors can't decode as fast as a GPU trains, smaller files are the remedy: of the pixels of a photograph most
-are thrown away when a crop of it is scaled to 224. Crops of the copy are a little softer than the folder's.
+Smaller files help if the CPU cores decode images more slowly than the GPU trains. Training scales crops to 224 pixels
+and discards most pixels of a photograph. Crops of the copy are slightly less sharp than crops of the original.
 """
 
 import argparse
@@ -29,14 +29,22 @@ logger = logging.getLogger(__name__)
 
 JPEG, PNG = b"\xff\xd8\xff", b"\x89PNG"
 SCALED = ("L", "LA", "RGB", "RGBA", "CMYK")
-MAX_LISTED = 5  # files that can't be read are named, up to so many
+MAX_LISTED = 5  # unreadable files that are listed
 
 
 def resize(name: str, folder: Path, copy: Path, short_side: int, quality: int) -> tuple[str, str]:
-    """Writes the copy of one image, unless that is there already: what became of it, and why if it can't be read.
+    """Writes the copy of one image. An existing copy is kept.
 
-    Format, colours and EXIF data stay. A picture that is small already is copied as it is, and so is what a scaled
-    picture would lose something of: all but JPEG and plain PNG files of 8 bits.
+    Format, colours and EXIF data are preserved. Small pictures are copied unchanged. So are all files except JPEG and
+    plain PNG files with 8 bits, because scaling would lose information.
+
+    Args:
+        name: path of the image, relative to `folder`.
+        short_side: largest short side, in pixels.
+        quality: quality of JPEG files.
+
+    Returns:
+        The outcome, and the reason if the image can't be read.
 
     Raises:
         OSError: the copy can't be written.
@@ -47,22 +55,22 @@ def resize(name: str, folder: Path, copy: Path, short_side: int, quality: int) -
     try:
         data = read_file(folder / name)
         scaled = scale(data, short_side, quality)
-    except Exception as error:  # decoders raise whatever damaged bytes lead them to
+    except Exception as error:  # decoders raise any exception on damaged bytes
         return "can't be read", printable(f"{name}: {' '.join(str(error).split())}")
-    with atomic.replacing(target, sync=False) as written:  # to wait for the disk after each would take longer than all
+    with atomic.replacing(target, sync=False) as written:  # syncing every file would take longer than all the rest
         written.write_bytes(scaled or data)
     return "scaled" if scaled else "copied as they are", ""
 
 
 def scale(data: bytes, short_side: int, quality: int) -> bytes | None:
-    """An image file's bytes, scaled so that its short side has so many pixels; None where it must stay as it is."""
+    """Scales an image file so that its short side has `short_side` pixels; None if it must be copied unchanged."""
     if not data.startswith((JPEG, PNG)):
         return None
     picture = read(data, 3)
     if not isinstance(picture, Image.Image) or picture.mode not in SCALED or "transparency" in picture.info:
         return None
     if min(picture.size) <= short_side or getattr(picture, "n_frames", 1) > 1:
-        picture.load()  # it must be readable all the same
+        picture.load()  # raises if the file can't be read
         return None
     factor, stream = short_side / min(picture.size), io.BytesIO()
     size = (max(short_side, round(picture.width * factor)), max(short_side, round(picture.height * factor)))
@@ -73,13 +81,13 @@ def scale(data: bytes, short_side: int, quality: int) -> bytes | None:
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """The flags of the command."""
+    """Returns the parser of the command."""
     parser = entry_point.parser(
         "Copies a folder of images and scales them down. The same command resumes an interrupted copy."
     )
     parser.add_argument("data_path", type=Path, metavar="FOLDER", help="images, flat or nested")
     parser.add_argument(
-        "copy", type=Path, metavar="COPY", help="folder to write, with the same subfolders and file names"
+        "copy", type=Path, metavar="COPY", help="output folder, with the same subfolders and file names"
     )
     parser.add_argument(
         "--short_side", default=256, type=flags.positive_int, metavar="S", help="largest short side, in pixels"
@@ -87,18 +95,23 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--quality", default=90, type=flags.jpeg_quality, metavar="Q", help="quality of JPEG files")
     parser.add_argument(
         "--num_workers", default=DEFAULT_WORKERS, type=flags.positive_int, metavar="N",
-        help="processes, at most one per CPU core",
+        help="worker processes, at most one per CPU core",
     )  # fmt: skip
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
-    """Writes the copy and prints the number of files, and those that can't be read."""
+    """Writes the copy. Prints the number of files, and the files that can't be read.
+
+    Raises:
+        ValueError: a folder does not exist, contains no images, or contains the copy.
+        BadImage: a file can't be read.
+    """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     if not args.data_path.is_dir():
         raise ValueError(f"there is no folder {args.data_path}")
     if args.copy.resolve().is_relative_to(args.data_path.resolve()):
-        raise ValueError(f"{args.copy} lies in {args.data_path}: the copy must be a folder of its own")
+        raise ValueError(f"{args.copy} is inside {args.data_path}; give a folder outside of it")
     names = sorted(os.path.relpath(path, args.data_path) for path in image_files(str(args.data_path)))
     if not names:
         raise ValueError(f"there are no images in {args.data_path}")
@@ -115,4 +128,4 @@ def main(args: argparse.Namespace) -> None:
         logger.info("existing files are kept, even if made with another --short_side or --quality")
     logger.info("\n".join(unread[:MAX_LISTED]) or f"in {args.copy}")
     if unread:
-        raise BadImage(f"{len(unread):,} files can't be read; the copy is without them")
+        raise BadImage(f"{len(unread):,} files can't be read; the copy does not contain them")

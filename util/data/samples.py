@@ -1,7 +1,7 @@
-"""What worker processes make of a source: decoded, augmented samples, and what happens to those that can't be read.
+"""Decoding and augmentation of samples in worker processes, and the treatment of images that can't be read.
 
-What a sample looks like (its crop, its flip, its mask) depends on (seed, epoch, index) alone, and where an image gives
-several samples on the number of each: never on the number of workers or processes.
+The random numbers of a sample (crop, flip, mask) depend on (seed, epoch, index) only, and with repeated sampling also
+on the number of the repetition. They do not depend on the number of workers or processes.
 """
 
 import contextlib
@@ -27,27 +27,27 @@ from util.data.webdataset_shards import Shards
 
 MAX_BAD_IN_A_ROW = 20
 
-Bad = tuple[str, str]  # a sample's name, and why it can't be read
+Bad = tuple[str, str]  # name of a sample, and the reason why it can't be read
 
 
 class Sample(NamedTuple):
-    """What a worker process makes of one position of an epoch, before batches are formed."""
+    """One augmented sample, before it is collated to a batch."""
 
     image: Tensor  # uint8 or float (c, H, W)
     label: int
-    noise: Tensor  # (N,), or none (0,)
-    bad: list[Bad]  # found on the way; this sample stands in for the first of them
+    noise: Tensor  # (N,); (0,) if there is none
+    bad: list[Bad]  # images that can't be read, which this sample replaces
 
 
 class Samples(Dataset):
     """Decoded and augmented samples of a source, indexed by (epoch, index).
 
     Args:
-        draw_noise: returns the noise of a sample, from PyTorch's default generator: in pre-training that of
-            `masking.sampler`, which chooses the masked patches.
-        on_bad_image: "error", or "skip": another sample, drawn by (seed, epoch, index), takes the place; None where
-            there is no choice.
-        fast_jpeg: as for `decode`.
+        draw_noise: returns the noise of a sample, from PyTorch's default generator. In pre-training, `masking.sampler`
+            returns this function, and the noise determines the masked patches.
+        on_bad_image: "error", or "skip": a random image, chosen by (seed, epoch, index), replaces a bad image. None for
+            scripts without the flag: an error.
+        fast_jpeg: as in `decode`.
 
     Raises:
         ValueError: `fast_jpeg` needs a package that is not installed.
@@ -70,7 +70,7 @@ class Samples(Dataset):
         self.draw_noise = draw_noise or partial(torch.rand, 0)
         self.on_bad_image = on_bad_image
         if fast_jpeg:
-            jpeg.decoder()  # fails now if it is missing, and not in a worker process
+            jpeg.decoder()  # raises here if a package is missing, and not in a worker process
         self.decode = partial(decode, in_chans=in_chans, fast_jpeg=fast_jpeg)
 
     def __len__(self) -> int:
@@ -80,7 +80,7 @@ class Samples(Dataset):
         return self.__getitems__([place])[0]
 
     def __getitems__(self, places: list[tuple[int, int]]) -> list[Sample]:
-        """A batch. Where a place follows upon itself, its image is read once, and looks different in each sample."""
+        """Returns the samples of a batch. A place that is repeated consecutively is read once and augmented anew."""
         samples: list[Sample] = []
         with preserve_generators():
             for (epoch, index), same in itertools.groupby(places):
@@ -91,18 +91,22 @@ class Samples(Dataset):
     def finish(
         self, picture: Picture, label: int, bad: list[Bad], epoch: int, number: int, repeats: int
     ) -> Iterator[Sample]:
-        """Augments a decoded picture, so many times, with the random numbers of (seed, epoch, number)."""
+        """Yields `repeats` augmented samples of a picture, with the random numbers of (seed, epoch, number)."""
         for repeat in range(repeats):
-            # torch.manual_seed would look for every kind of device first: 72 µs in place of 1.
+            # torch.manual_seed also seeds every kind of device, which takes 72 µs instead of 1.
             torch.default_generator.manual_seed(seed_python(self.seed, epoch, number, *[repeat] * (repeat > 0)))
-            noise = self.draw_noise()  # first, so that the mask stays the same under another augmentation
+            noise = self.draw_noise()  # first, so that the mask does not depend on the augmentation
             yield Sample(self.transform(picture), label, noise, [] if repeat else bad)
 
     def refuse(self, name: str, error: Exception, bad: list[Bad]) -> None:
-        """Notes a sample that can't be read, or ends the run: at once, or where all seem to be so."""
+        """Records a sample that can't be read.
+
+        Raises:
+            BadImage: `on_bad_image` is not "skip", or MAX_BAD_IN_A_ROW images in a row can't be read.
+        """
         reason = (isinstance(error, OSError) and error.strerror) or str(error)
         if self.on_bad_image != "skip":
-            hint = " (--on_bad_image skip leaves such images out of training)" if self.on_bad_image else ""
+            hint = " (--on_bad_image skip excludes such images from training)" if self.on_bad_image else ""
             raise BadImage(f"{name}: {reason}{hint}") from error
         bad.append((name, reason))
         if len(bad) >= MAX_BAD_IN_A_ROW:
@@ -120,7 +124,7 @@ class Samples(Dataset):
         raise AssertionError("candidates never end")
 
     def _candidates(self, epoch: int, index: int) -> Iterator[int]:
-        """The index itself, then what may stand in for it."""
+        """Yields the index itself, then random indices of replacements."""
         yield index
         generator = np.random.default_rng([self.seed, epoch, index])
         while True:
@@ -128,22 +132,22 @@ class Samples(Dataset):
 
 
 class StreamedSamples(IterableDataset):
-    """Samples of streamed shards. Every worker process reads its own part of them, and makes whole batches.
+    """Samples of streamed shards. Every worker process reads its own shards and yields complete batches.
 
     Args:
-        samples: augments, and decides about bad images; its source are the shards.
-        repeats: samples of each image, one after the other.
+        samples: decodes and augments the images, and handles bad images.
+        repeats: number of consecutive samples of each image.
     """
 
     def __init__(self, samples: Samples, shards: Shards, repeats: int = 1) -> None:
         self.samples = samples
         self.shards = shards
         self.repeats = repeats
-        # Epoch, first batch, end, batch size; in shared memory, because workers outlive an epoch.
+        # Epoch, first iteration, number of iterations, batch size; in shared memory, because workers are persistent.
         self.place = torch.zeros(4, dtype=torch.int64).share_memory_()
 
     def seek(self, epoch: int, first_iteration: int, num_iterations: int, batch_size: int) -> None:
-        """Chooses what the next iteration yields: batches from `first_iteration` to `num_iterations` of an epoch."""
+        """Sets the epoch of the next pass, and its batches: from `first_iteration` to `num_iterations` (excluded)."""
         self.place.copy_(torch.tensor([epoch, first_iteration, num_iterations, batch_size]))
 
     def __iter__(self) -> Iterator[Sample]:
@@ -175,8 +179,10 @@ class StreamedSamples(IterableDataset):
 
 @contextlib.contextmanager
 def preserve_generators() -> Iterator[None]:
-    """In the training process itself (no workers) the generators that an augmentation may use, and which are seeded for
-    each sample, go on afterwards as if nothing had been drawn."""
+    """Restores the random number generators of PyTorch, Python and NumPy in the training process (no workers).
+
+    Every sample seeds these generators, and training must not be affected.
+    """
     if get_worker_info():
         yield
         return
@@ -190,9 +196,9 @@ def preserve_generators() -> Iterator[None]:
 
 
 def seed_python(*of: int) -> int:
-    """Seeds Python's and NumPy's generators by some numbers, and returns a seed for PyTorch's.
+    """Seeds the generators of Python and NumPy, and returns a seed for that of PyTorch.
 
-    A checksum makes the 32 bits that the generators take: within an epoch no two images share them.
+    The seed is the CRC-32 checksum of the arguments. Within an epoch, no two images have the same seed.
     """
     key = zlib.crc32(struct.pack(f"<{len(of)}q", *of))
     random.seed(key)

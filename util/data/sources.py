@@ -1,6 +1,6 @@
-"""What a source of images is: the protocol `Source`, and `Files`, the source of folders and lists.
+"""The interface of data sources, `Source`, and its implementation for folders and lists of image files, `Files`.
 
-A source lists its samples once, in the training process. The worker processes share those arrays.
+A source lists its samples once, in the training process. The worker processes share the memory of this list.
 """
 
 import logging
@@ -17,35 +17,42 @@ from util.files.untrusted import printable, read_file
 logger = logging.getLogger(__name__)
 
 KINDS = ", ".join(SUFFIXES)
-# Names that torchvision and Hugging Face have for the validation set; the first that a dataset has is used.
+# Names of validation splits in torchvision and Hugging Face, in the order of preference.
 VALIDATION = ("val", "valid", "validation", "2021_valid", "test")
 
 
 class Source(Protocol):
-    """A dataset before decoding: the bytes of image files, or what a library decodes itself, and labels.
+    """A dataset of encoded images and their labels. Sources that decode by a library return decoded images.
 
-    Labels count the entries of `classes`; they are -1 where there are none.
+    Labels are indices into `classes`, or -1 for samples without a label.
     """
 
     classes: list[str]
 
     @property
     def labels(self) -> np.ndarray:
-        """The labels of all samples."""
+        """Returns the labels of all samples, (n,)."""
 
     def __len__(self) -> int:
-        """The number of samples."""
+        """Returns the number of samples."""
 
     def __getitem__(self, index: int) -> tuple[bytes | Picture, int]:
-        """Raises OSError or `BadImage` where there is nothing to be had."""
+        """Returns the image of a sample and its label.
+
+        Raises:
+            OSError, BadImage: the sample can't be read.
+        """
 
     def name(self, index: int) -> str:
-        """How to call a sample, in a message; printable."""
+        """Returns a printable name of a sample for messages."""
 
 
 class Strings:
-    """Strings in two arrays: of a list, every process that reads it would come to hold a copy, string by string,
-    because counting references writes to their memory."""
+    """A sequence of strings in two arrays.
+
+    Worker processes share the memory of arrays. They would copy a list of strings gradually, because reading a string
+    updates its reference count.
+    """
 
     def __init__(self, strings: Sequence[str]) -> None:
         parts = [string.encode("utf-8", "surrogateescape") for string in strings]
@@ -61,16 +68,16 @@ class Strings:
 
 
 def first_few(names: Sequence[str]) -> str:
-    """Five of many names, for messages."""
+    """Joins up to five names for a message, and counts the others."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 class Files:
-    """Image files, found by `folders.find_files` or `lists.read_list`.
+    """Image files of a folder (`folders.find_files`) or a list (`lists.read_list`).
 
     Args:
-        root: the folder that the names start in.
-        labels: of each name, counting `classes`; -1 where there are none.
+        root: the folder that the names are relative to.
+        labels: (n,), indices into `classes`; -1 for files without a label.
     """
 
     def __init__(self, root: Path, names: Sequence[str], classes: list[str], labels: np.ndarray) -> None:
@@ -86,7 +93,7 @@ class Files:
         return read_file(self._path(index)), int(self.labels[index])
 
     def name(self, index: int) -> str:
-        """The file's path."""
+        """Returns the path of the file."""
         return printable(self._path(index))
 
     def _path(self, index: int) -> str:
@@ -94,12 +101,16 @@ class Files:
 
 
 def classes_of(names: Sequence[str], folders: Sequence[str] = ()) -> tuple[list[str], np.ndarray]:
-    """Classes and labels by the first folder of each name; none if there is a name without a folder."""
+    """Returns classes and labels by the first folder of each name; no classes if a name has no folder.
+
+    Args:
+        folders: class folders, including those without images.
+    """
     first = [name.partition("/")[0] if "/" in name else "" for name in names]
     if not all(first):
         return [], np.full(len(names), -1)
     classes = sorted({*first, *folders})
     for empty in sorted(set(folders) - set(first)):
-        logger.warning(f"the class folder {printable(empty)} holds no images; it stays a class")
+        logger.warning(f"the class folder {printable(empty)} contains no images; it still counts as a class")
     numbers = {name: number for number, name in enumerate(classes)}
     return [printable(name) for name in classes], np.array([numbers[name] for name in first])

@@ -1,4 +1,4 @@
-"""Bounds what a TIFF file unpacks to before it is unpacked: by its tags, and by what stands in its strips and tiles."""
+"""Bounds the unpacked size of a TIFF file before it is unpacked, from its tags and the headers of strips and tiles."""
 
 import lzma
 import math
@@ -10,7 +10,7 @@ from typing import Any
 import tifffile
 from tifffile import COMPRESSION, TIFF
 
-MAX_TILE_VALUES = 1 << 24  # a tile may be larger than a small picture, up to 4096 x 4096
+MAX_TILE_VALUES = 1 << 24  # 4096 x 4096; a tile may be larger than a small picture
 # imagecodecs decodes these into a buffer of the expected size.
 BOUNDED = {COMPRESSION.NONE, COMPRESSION.LZW, COMPRESSION.PACKBITS}
 ZSTD = {COMPRESSION.ZSTD, COMPRESSION.ZSTD_DEPRECATED}
@@ -18,7 +18,7 @@ INFLATED: dict[int, Callable[[], Any]] = {
     **dict.fromkeys((COMPRESSION.ADOBE_DEFLATE, COMPRESSION.DEFLATE), zlib.decompressobj),
     COMPRESSION.LZMA: lzma.LZMADecompressor,
 }
-# Strips and tiles that are images of their own: where these state their size.
+# Strips and tiles that are complete image files: the position of height and width in their headers.
 _JPEG = re.compile(rb"\xff[\xc0-\xc3\xc5-\xc7\xc9-\xcb\xcd-\xcf]..[\x08-\x10](?P<height>..)(?P<width>..)", re.DOTALL)
 _JPEG2000 = re.compile(rb"\xff\x4f\xff\x51....(?P<width>....)(?P<height>....)", re.DOTALL)
 EMBEDDED: dict[int, re.Pattern[bytes]] = {
@@ -36,7 +36,10 @@ EMBEDDED: dict[int, re.Pattern[bytes]] = {
 
 
 def tiles_problem(page: tifffile.TiffPage) -> str | None:
-    """Why a page is not decoded, by its tags: decoders make room for all of a tile, however small the picture is."""
+    """Returns the reason not to decode a page, from its tags, or None.
+
+    Decoders allocate memory for a complete tile, also for a small picture.
+    """
     for tag in ("ImageWidth", "ImageLength", "TileWidth", "TileLength", "SamplesPerPixel"):
         if len(page.tags.getall(tag) or ()) > 1:
             return f"it states its {tag} twice"
@@ -46,15 +49,16 @@ def tiles_problem(page: tifffile.TiffPage) -> str | None:
 
 
 def segments_problem(page: tifffile.TiffPage, data: bytes) -> str | None:
-    """Why a page is not decoded by its strips or tiles: they end after the file, or unpack to more than they may."""
+    """Returns the reason not to decode a page, from its strips or tiles, or None: truncated, or too large."""
     if len(page.dataoffsets) > math.prod(page.chunked):
-        return f"it has {len(page.dataoffsets)} strips or tiles, and room for {math.prod(page.chunked)}"
+        return f"it has {len(page.dataoffsets)} strips or tiles instead of {math.prod(page.chunked)}"
     if page.compression not in {*BOUNDED, *ZSTD, *INFLATED, *EMBEDDED}:
         return (
-            f"its compression {getattr(page.compression, 'name', page.compression)} is not read; save it with deflate"
+            f"its compression {getattr(page.compression, 'name', page.compression)} is not supported; save it with "
+            f"deflate"
         )
     for start, size in zip(page.dataoffsets, page.databytecounts, strict=True):
-        if start + size > len(data) or not size:  # tifffile would fill what a truncated file lacks with zeros
+        if start + size > len(data) or not size:  # tifffile would replace the missing part by zeros
             return "the file is truncated"
         if problem := _segment_problem(page, data[start : start + size]):
             return problem
@@ -66,7 +70,7 @@ def _segment_problem(page: tifffile.TiffPage, segment: bytes) -> str | None:
         for match in EMBEDDED[page.compression].finditer(segment):
             height, width = (int.from_bytes(match[side]) for side in ("height", "width"))
             if height * width > max(page.imagelength * page.imagewidth, MAX_TILE_VALUES):
-                return f"it holds an image of {width} x {height} pixels, much larger than the file states"
+                return f"it contains an image of {width} x {height} pixels, much larger than the file states"
     elif _is_unbounded(page.compression) and page.compression in ZSTD:
         return 'its compression needs the package imagecodecs: pip install ".[tiff]"'
     elif _is_unbounded(page.compression):
@@ -78,6 +82,6 @@ def _segment_problem(page: tifffile.TiffPage, segment: bytes) -> str | None:
 
 
 def _is_unbounded(compression: int) -> bool:
-    """Whether tifffile unpacks by a function of its own, which takes no bound, because imagecodecs is missing."""
+    """Whether tifffile uses its own function, which has no size limit, because imagecodecs is not installed."""
     codec = TIFF.DECOMPRESSORS.get(compression)
     return compression in {*INFLATED, *ZSTD} and codec is not None and codec.__module__.startswith("tifffile")

@@ -1,4 +1,4 @@
-"""Datasets of torchvision, by the name of their class."""
+"""Datasets of torchvision, chosen by the name of their class."""
 
 import inspect
 import logging
@@ -17,15 +17,17 @@ logger = logging.getLogger(__name__)
 
 
 class TorchvisionSet:
-    """A dataset of torchvision by the name of its class, such as CIFAR10, with the files under `root`.
+    """A dataset of torchvision.
 
     Args:
-        name: the class, or CLASS:SPLIT for one of its own splits or versions (STL10:unlabeled, INaturalist:2018).
-        split: "train", its default part, or "val".
-        download: fetch the files that are not there.
+        name: the name of its class, such as CIFAR10, or CLASS:SPLIT for a split or version of the class
+            (STL10:unlabeled, INaturalist:2018).
+        split: "train" or "val". Ignored for the training set if `name` has a split.
+        root: the folder with the files of the dataset.
+        download: download missing files to `root`.
 
     Raises:
-        ValueError: no such class or split, or the files are not there.
+        ValueError: the class or split does not exist, `root` is missing, or torchvision can't open the files.
     """
 
     def __init__(self, name: str, split: str, root: str | None, download: bool) -> None:
@@ -41,12 +43,14 @@ class TorchvisionSet:
         arguments: dict[str, Any] = {}
         if "root" in takes:
             if not root:
-                raise ValueError(f"--dataset {name} needs --data_path: the folder that has its files, or gets them")
+                raise ValueError(
+                    f"--dataset {name} needs --data_path: the folder with its files, or for its files with --download"
+                )
             arguments["root"] = root
         if "small" in takes and any(Path(arguments["root"]).glob("*_256*")):  # Places365 of 256 pixels
             arguments["small"] = True
         if "loader" in takes:
-            arguments["loader"] = read_file  # our own decoder does the rest
+            arguments["loader"] = read_file  # returns bytes, which our own decoder decodes
         parts = self._parts(make, takes, split, part)
         if dist.is_main() and download and "download" in takes:
             self._open(make, arguments | {"download": True}, parts)
@@ -58,37 +62,37 @@ class TorchvisionSet:
 
     @property
     def labels(self) -> np.ndarray:
-        """The labels of all samples; of datasets that don't list them, found by reading all, once."""
+        """Returns the labels of all samples, (n,). If the dataset does not list them, all samples are read once."""
         if self._labels is None:
-            logger.info(f"{self.title} does not list its labels: reading all {len(self):,} samples for them")
+            logger.info(f"{self.title} does not list its labels: reading all {len(self):,} samples to collect them")
             self._labels = np.array([self[index][1] for index in range(len(self))])
         return self._labels
 
     def _parts(self, make: type, takes: Any, split: str, part: str) -> list[dict[str, Any]]:
-        """The settings that choose a part of the dataset, of which the first that the class accepts is used."""
+        """Returns candidate arguments that select a split. The first that the class accepts is used."""
         chooser = next((name for name in ("split", "version", "image_set") if name in takes), None)
         if part and not chooser:
             raise ValueError(f"--dataset {self.title}: {make.__name__} has no splits of its own")
         own = {chooser: part} if chooser and part else {}
         if "train" in takes:
             return [own | {"train": split == "train"}]
-        if split == "train":  # without the images of "val", where the default has them too
+        if split == "train":  # "train" first, because the default split may include the images of "val"
             return [own] if own or not chooser else [{chooser: "train"}, {}]
         if not chooser or (own and chooser == "version"):
-            error = ValueError(f"--dataset {self.title}: torchvision's has no images for validation")
-            raise advised(error, "give --val_list")
+            error = ValueError(f"--dataset {self.title}: torchvision has no validation split of it")
+            raise advised(error, "give --val_list FILE")
         return [{chooser: name} for name in VALIDATION]
 
     def _open(self, make: type, arguments: dict[str, Any], parts: list[dict[str, Any]]) -> Any:
         for part in parts:
             try:
                 return make(**arguments, **part)
-            except Exception as error:  # whatever missing files lead a class to
+            except Exception as error:  # classes raise any exception for missing files
                 if isinstance(error, ValueError) and part is not parts[-1]:
                     continue  # the class has no such split
                 raise ValueError(
-                    f"--dataset {self.title}: torchvision says: {' '.join(str(error).split())} (--data_path is where "
-                    f"the files are looked for, and --download fetches them there)"
+                    f"--dataset {self.title}: torchvision reports: {' '.join(str(error).split())} (--data_path is the "
+                    f"folder with the files, and --download downloads them to it)"
                 ) from error
 
     def __len__(self) -> int:
@@ -104,12 +108,12 @@ class TorchvisionSet:
         return image, int(label) if isinstance(label, (int, np.integer)) and self.classes else -1
 
     def name(self, index: int) -> str:
-        """The dataset's name and the number of the sample."""
+        """Returns the name of the dataset and the number of the sample."""
         return f"{self.title}[{index}]"
 
 
 def _parameters(make: type) -> set[str]:
-    """What a class takes, and what it hands on to those that it is made of."""
+    """Returns the parameters of a class, including those that it passes to its base classes."""
     names: set[str] = set()
     for base in make.__mro__:
         parameters = inspect.signature(base.__init__).parameters  # type: ignore[misc]
@@ -120,7 +124,7 @@ def _parameters(make: type) -> set[str]:
 
 
 def _listed_labels(images: Any) -> np.ndarray | None:
-    """The labels that a dataset of torchvision lists, if they are numbers, one a sample."""
+    """Returns the labels that a dataset of torchvision lists, if they are one integer per sample."""
     for attribute in ("targets", "labels", "_labels"):
         listed = getattr(images, attribute, None)
         if listed is not None and len(listed) == len(images) and np.asarray(listed).dtype.kind in "iu":

@@ -1,6 +1,6 @@
-"""From decoded pictures to training batches: statistics, augmentation, and normalisation on the device.
+"""Transforms of decoded pictures: augmentation, evaluation crops, and normalisation on the device.
 
-torchvision and timm are imported where they are used: importing them takes as long as importing PyTorch.
+torchvision and timm are imported inside functions, because importing them takes as long as importing PyTorch.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,29 +22,31 @@ Transform = Callable[[Picture], Tensor]
 def channel_statistics(
     in_chans: int, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
 ) -> tuple[list[float], list[float]]:
-    """Mean and std of each channel, of pixels in 0 to 1: given, or ImageNet's, or for other channels its average.
+    """Returns mean and std of each channel, for pixels from 0 to 1.
+
+    Default: the statistics of ImageNet. If `in_chans` is not 3, every channel has their average.
 
     Raises:
-        ValueError: `--mean` or `--std` has not one value a channel.
+        ValueError: `mean` or `std` does not have one value per channel.
     """
 
     def choose(flag: str, values: Sequence[float] | None, imagenet: tuple[float, ...]) -> list[float]:
         if values is None:
             return list(imagenet) if in_chans == 3 else [sum(imagenet) / 3] * in_chans
         if len(values) != in_chans:
-            raise ValueError(f"{flag} has {len(values)} values for {in_chans} channels; give one a channel")
+            raise ValueError(f"{flag} has {len(values)} values for {in_chans} channels; give one value per channel")
         return list(values)
 
     return choose("--mean", mean, IMAGENET_MEAN), choose("--std", std, IMAGENET_STD)
 
 
 def to_unit_range(imgs: Tensor) -> Tensor:
-    """uint8 images to 0 to 1; those of deeper files are float already, and stay in their own range."""
+    """Scales uint8 images to the range 0 to 1. Float images (more than 8 bits) are unchanged."""
     return imgs.float() / 255 if imgs.dtype == torch.uint8 else imgs
 
 
 class Normalize(nn.Module):
-    """Images (B, c, H, W), uint8 or float, to normalised fp32 ones, on their device; and pixels back to 0 to 1."""
+    """Normalises images (B, c, H, W), uint8 or float, to fp32 on their device. `inverse` maps them back to 0 to 1."""
 
     mean: Tensor
     std: Tensor
@@ -58,25 +60,25 @@ class Normalize(nn.Module):
     def forward(self, imgs: Tensor) -> Tensor:
         if imgs.dtype == torch.uint8 and not self.fits_bytes:
             mean_text = " ".join(f"{value:g}" for value in self.mean.flatten().tolist())
-            raise ValueError(f"--mean {mean_text}: pixels of 8 bits count as 0 to 1; divide --mean and --std by 255")
+            raise ValueError(f"--mean {mean_text}: 8-bit pixels are scaled to 0 to 1; divide --mean and --std by 255")
         return (to_unit_range(imgs) - self.mean) / self.std
 
     def inverse(self, imgs: Tensor) -> Tensor:
-        """Normalised images -> values in 0 to 1, clipped, to look at."""
-        if not self.fits_bytes:  # values in a range of their own: two and a half deviations about the mean
+        """Maps normalised images (B, c, H, W) to values from 0 to 1 for display. Values outside are clipped."""
+        if not self.fits_bytes:  # the range is unknown: 2.5 standard deviations to either side
             return (imgs / 5 + 0.5).clamp(0, 1)
         return (imgs * self.std + self.mean).clamp(0, 1)
 
 
 def pretrain_transform(input_size: Size, crop_scale: Sequence[float] = (0.2, 1.0), hflip: float = 0.5) -> Transform:
-    """Random resized crop and flip, nothing more (He et al. 2021, A.1: "We do not use color jittering...").
+    """The augmentation of pre-training: random resized crop and horizontal flip (He et al. 2021, appendix A.1).
 
     Args:
-        crop_scale: least and greatest share of the image's area in a crop.
-        hflip: chance of a horizontal flip.
+        crop_scale: minimum and maximum area of a crop, as a fraction of the image.
+        hflip: probability of a horizontal flip.
 
     Raises:
-        ValueError: `crop_scale` is no range within (0, 1].
+        ValueError: `crop_scale` is not a range within (0, 1].
     """
     from torchvision import transforms as T
 
@@ -95,7 +97,7 @@ def pretrain_transform(input_size: Size, crop_scale: Sequence[float] = (0.2, 1.0
 def _check_crop_scale(crop_scale: Sequence[float]) -> None:
     least, greatest = crop_scale
     if not 0 < least <= greatest <= 1:
-        raise ValueError(f"--crop_scale {least} {greatest}: give the least and the greatest share, above 0 and up to 1")
+        raise ValueError(f"--crop_scale {least} {greatest}: give the minimum and the maximum area, above 0 and up to 1")
 
 
 def finetune_transform(
@@ -106,25 +108,25 @@ def finetune_transform(
     crop_scale: Sequence[float] = (0.08, 1.0),
     hflip: float = 0.5,
 ) -> Transform:
-    """timm's augmentation for supervised training: crop, flip, and RandAugment or the like.
+    """timm's augmentation for supervised training: random resized crop, flip, and a policy such as RandAugment.
 
-    Random erasing comes later, after normalisation, on the device.
+    Random erasing is applied later, on the device, after normalisation.
 
     Args:
-        mean: of each channel; the colour that fills what RandAugment's shifts and turns leave bare.
-        aa: timm's name of a policy, such as rand-m9-mstd0.5-inc1; None or "none" for no such.
+        mean: mean of each channel; fills the areas that shifts and rotations of the policy leave empty.
+        aa: name of an augmentation policy of timm, such as rand-m9-mstd0.5-inc1; None or "none": no policy.
         color_jitter: strength of random brightness, contrast and saturation; has no effect with `aa`.
-        crop_scale: least and greatest share of the image's area in a crop.
-        hflip: chance of a horizontal flip.
+        crop_scale: minimum and maximum area of a crop, as a fraction of the image.
+        hflip: probability of a horizontal flip.
 
     Raises:
-        ValueError: timm has no such policy, or `crop_scale` is no range within (0, 1].
+        ValueError: timm has no such policy, or `crop_scale` is not a range within (0, 1].
     """
     from timm.data import auto_augment, create_transform
     from torchvision import transforms as T
 
     _check_crop_scale(crop_scale)
-    # Strong policies ask for 0 bits now and then. timm passes them on to Pillow, which refuses them.
+    # Strong policies sometimes posterize to 0 bits. timm passes this to Pillow, which raises an error.
     auto_augment.NAME_TO_OP.update(
         {name: _posterize for name in auto_augment.NAME_TO_OP if name.startswith("Posterize")}
     )
@@ -135,7 +137,7 @@ def finetune_transform(
             is_training=True,
             scale=(crop_scale[0], crop_scale[1]),
             hflip=hflip,
-            color_jitter=color_jitter,  # type: ignore[arg-type]  # None is no jitter
+            color_jitter=color_jitter,  # type: ignore[arg-type]  # None: no jitter
             auto_augment=policy,
             interpolation="bicubic",
             mean=tuple(mean),
@@ -143,7 +145,9 @@ def finetune_transform(
             separate=True,
         )
     except (AssertionError, KeyError, ValueError) as error:
-        raise ValueError(f"--aa {aa}: timm has no such policy ({error}); give one of its policies, or none") from error
+        raise ValueError(
+            f"--aa {aa}: timm has no such policy ({error}); give rand-m9-mstd0.5-inc1, for example, or none"
+        ) from error
     return T.Compose(
         [crop, partial(_change_bytes, change=change), to_tensor] if change.transforms else [crop, to_tensor]
     )
@@ -152,7 +156,7 @@ def finetune_transform(
 def _change_bytes(picture: Picture, change: Callable[[Image.Image], Image.Image]) -> Image.Image:
     if isinstance(picture, Tensor):
         raise ValueError(
-            "--aa and --color_jitter change pictures of 8 bits with 1 or 3 channels only; give --aa none and no "
+            "--aa and --color_jitter support 8-bit images with 1 or 3 channels only; give --aa none and omit "
             "--color_jitter"
         )
     return change(picture)
@@ -164,7 +168,7 @@ def _posterize(picture: Image.Image, bits: int, **_: object) -> Image.Image:
 
 
 def probe_transform(input_size: Size) -> Transform:
-    """The published augmentation of linear probing: one draw of a crop (area .08 to 1), and a flip."""
+    """The published augmentation of linear probing: a crop that is sampled once (area 0.08 to 1), and a flip."""
     from torchvision import transforms as T
 
     from util.data.crops import CropOnce
@@ -174,7 +178,7 @@ def probe_transform(input_size: Size) -> Transform:
 
 
 def to_tensor(picture: Picture) -> Tensor:
-    """A decoded picture as it is, as a tensor (c, H, W)."""
+    """Converts a decoded picture to a tensor (c, H, W). Values are not scaled."""
     if isinstance(picture, Tensor):
         return picture
     from torchvision.transforms.functional import pil_to_tensor
@@ -183,17 +187,17 @@ def to_tensor(picture: Picture) -> Tensor:
 
 
 def default_crop_pct(input_size: Size) -> float:
-    """.875, and 1 for squares above 224 pixels, as published."""
+    """Returns the published crop ratio: 0.875, and 1 for squares above 224 pixels."""
     height, width = to_pair(input_size)
     return 1.0 if height == width > 224 else 0.875
 
 
 def eval_transform(input_size: Size, crop_pct: float | None = None) -> Transform:
-    """Scales the picture to cover input_size / crop_pct and cuts out the centre.
+    """Scales the picture to cover input_size / crop_pct and crops its centre.
 
     Args:
-        crop_pct: by default .875, and 1 for squares above 224 pixels, as published. Small pictures are better seen
-            whole (1).
+        crop_pct: crop ratio. Default: 0.875, and 1 for squares above 224 pixels, as published. For small pictures, 1 is
+            a better choice: nothing is cropped.
     """
     from torchvision import transforms as T
 
@@ -211,11 +215,11 @@ def _cover(picture: Picture, size: tuple[int, int]) -> Picture:
     height, width = size
     own_height, own_width = size_of(picture)
     longest = int(10 * max(height / width, width / height) * min(own_height, own_width))
-    if max(own_height, own_width) > longest:  # a strip, which would fill the memory before its ends are cut off
+    if max(own_height, own_width) > longest:  # a narrow strip: scaled before the crop, it could fill the memory
         picture = TF.center_crop(picture, [min(own_height, longest), min(own_width, longest)])
         own_height, own_width = size_of(picture)
     if height == width:
-        sides = [height]  # torchvision's rounding, the published numbers'
+        sides = [height]  # with the rounding of torchvision, as in the published results
     else:
         factor = max(height / own_height, width / own_width)
         sides = [max(height, round(own_height * factor)), max(width, round(own_width * factor))]

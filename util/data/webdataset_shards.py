@@ -18,22 +18,23 @@ from util.files.untrusted import printable
 
 logger = logging.getLogger(__name__)
 
-SHUFFLED = 1000  # samples of a stream that are mixed; shards themselves are shuffled anew in every epoch
+SHUFFLED = 1000  # size of the shuffle buffer, in samples; the order of the shards is random in every epoch
 
 
 class Shards:
-    """Tar files that are read from the first byte to the last (WebDataset): on slow disks, or from a URL.
+    """Tar files that are read sequentially (WebDataset), for slow disks and URLs.
 
     The samples of an epoch and their order depend on the number of processes and workers. A run that is resumed within
     an epoch reads other samples than the interrupted run would have read: resuming is approximate here, and exact for
     all other sources. Labels are read from members `.cls`.
 
     Args:
-        pattern: paths or URLs with braces {000..127}, or with * for files.
-        num_images: in all shards; None counts those of files.
+        pattern: paths or URLs with braces {000..127}; paths may also contain *.
+        num_images: number of images in all shards; None: the images are counted, which requires files.
 
     Raises:
-        ValueError: the package `webdataset` is missing, no such files, no image in them, or a URL and no `num_images`.
+        ValueError: the package `webdataset` is not installed, a file does not exist, the shards contain no images, or a
+            shard is a URL and `num_images` is None.
     """
 
     def __init__(self, pattern: str, num_images: int | None) -> None:
@@ -46,13 +47,13 @@ class Shards:
         expanded = webdataset.shardlists.expand_urls(pattern)
         urls = [url for one in expanded for url in (_matching(one) if "*" in one else [one])]
         files = [Path(url).absolute() for url in urls if not _is_scheme(url)]
-        # The path from the root, because webdataset would take a file named `pipe:...` for a command.
+        # Absolute paths, because webdataset would run a file name `pipe:...` as a command.
         self.urls = [url if _is_scheme(url) else str(Path(url).absolute()) for url in urls]
         missing = [str(file) for file in files if not file.is_file()]
         if missing or not self.urls:
             raise ValueError(f"--dataset {self.title}: there is no file {(missing or [pattern])[0]}")
         if num_images is None and len(files) < len(self.urls):
-            raise ValueError(f"--dataset {self.title}: shards at URLs can't be counted; give --num_images")
+            raise ValueError(f"--dataset {self.title}: images at URLs can't be counted; give --num_images N")
         self.num_images = num_images or sum(_count_samples(file) for file in files)
         if not self.num_images:
             raise ValueError(f"--dataset {self.title}: no images in its {len(files)} shards")
@@ -69,12 +70,17 @@ class Shards:
         report: Callable[[str, Exception], bool],
         laps: int = sys.maxsize,
     ) -> Iterator[tuple[str, bytes, int]]:
-        """Goes through the shards lap after lap, each time in another order: (name, bytes, label).
+        """Yields (name, bytes, label) of the samples of all shards, `laps` times, each time in another order.
 
         Args:
-            seed: of the order of shards, the same in all processes.
-            part: of so many `parts`, this one gets every `parts`-th shard, counted on through the laps.
-            report: called for a shard that can't be read to its end; True continues with the next.
+            seed: seed of the order of shards, the same in all processes.
+            part: index of this reader. It reads every `parts`-th shard, counted over all laps.
+            parts: number of readers.
+            report: called with name and error if a shard can't be read to its end; True: continue with the next shard.
+            laps: number of passes over the shards.
+
+        Raises:
+            ValueError: the shards contain no images.
         """
         import webdataset
 
@@ -105,11 +111,11 @@ def _is_scheme(url: str) -> bool:
 
 
 def read_shards(opened: Iterable[dict[str, Any]], handle: Callable[[Exception], bool]) -> Iterator[dict[str, Any]]:
-    """The images and labels of open shards, as webdataset's own reader has them, but of a bounded size.
+    """Yields the images and labels of open shards, in the format of webdataset's own reader, but of limited size.
 
     Args:
-        opened: {"url", "stream"} of each.
-        handle: called for each error; True continues with the next shard.
+        opened: a dictionary of "url" and "stream" for each shard.
+        handle: called with each error; True: continue with the next shard.
     """
     for shard in opened:
         try:
@@ -120,8 +126,8 @@ def read_shards(opened: Iterable[dict[str, Any]], handle: Callable[[Exception], 
                         file = archive.extractfile(member)
                         assert file is not None
                         yield {"fname": member.name, "data": file.read(), "__url__": shard["url"]}
-                    archive.members = []  # type: ignore[attr-defined]  # else it keeps all that it has passed
-            yield {}  # so that no sample is of two shards
+                    archive.members = []  # type: ignore[attr-defined]  # else the list of members grows with the shard
+            yield {}  # ends the last sample, so that no sample spans two shards
         except Exception as error:
             error.args = (*error.args, shard["url"])
             if not handle(error):
@@ -129,7 +135,7 @@ def read_shards(opened: Iterable[dict[str, Any]], handle: Callable[[Exception], 
 
 
 def _count_samples(file: Path) -> int:
-    """The samples of a shard: what has the same name up to its first dot is one."""
+    """Counts the samples of a shard. Members with the same name up to its first dot belong to one sample."""
     from webdataset.tariterators import base_plus_ext
 
     try:
@@ -138,7 +144,7 @@ def _count_samples(file: Path) -> int:
         raise advised(ValueError(str(error)), "give --num_images to stream it without counting its images") from error
     count = len({base_plus_ext(name)[0] for name in members})
     if count < len(members):
-        logger.warning(f"{file}: of samples with several images ({len(members)} in {count}), the first one is used")
+        logger.warning(f"{file}: {len(members)} images in {count} samples; only the first image of each sample is used")
     return count
 
 
