@@ -91,7 +91,7 @@ def test_relative_paths_links_and_devices_can_be_written(tmp_path, monkeypatch):
 
 def test_a_missing_folder_is_a_one_line_error(tmp_path):
     with pytest.raises(
-        OSError, match=r"^can't write .*none/a.txt \(No such file or directory\): write to another place$"
+        OSError, match=r"^can't write .*none/a.txt \(No such file or directory\): write to another folder$"
     ):
         atomic.write_text(tmp_path / "none" / "a.txt", "x")
 
@@ -116,6 +116,6 @@ def test_a_full_disk_is_a_one_line_error(small_disk, write):
     with pytest.raises(OSError) as raised, atomic.replacing(path) as written:
         write(written)
     assert str(raised.value) == f"can't write {path} ({os.strerror(errno.ENOSPC)}): free space there, or write to " \
-        "another place"  # fmt: skip
+        "another folder"  # fmt: skip
     assert path.read_text() == "before"
     assert names(small_disk) == ["file"]

@@ -81,7 +81,7 @@ def test_a_task_uses_the_gpus_assigned_by_slurm(monkeypatch, visible, variables,
     for name, value in ({"LOCAL_RANK": "3"} | in_a_step | variables).items():
         monkeypatch.setenv(name, value)
     if device is None:
-        with pytest.raises(ValueError, match="needs CUDA device 3, and there are 1 here: start fewer processes"):
+        with pytest.raises(ValueError, match="needs CUDA device 3, and this machine has 1: start fewer processes"):
             dist.choose_device("cuda")
     else:
         assert dist.choose_device("cuda") == torch.device("cuda", device)
@@ -92,10 +92,10 @@ def test_a_task_uses_the_gpus_assigned_by_slurm(monkeypatch, visible, variables,
     ("variables", "message"),
     [
         ({}, "RANK is not: start several processes with torchrun"),
-        ({"RANK": "first"}, "RANK=first in the environment is no number"),
+        ({"RANK": "first"}, "RANK=first in the environment is not a number"),
         ({"RANK": "2"}, "RANK=2 in the environment must be below WORLD_SIZE=2"),
         ({"RANK": "1"}, "WORLD_SIZE=2 in the environment without MASTER_ADDR and MASTER_PORT: start several processes"),
-        ({"RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "x"}, "MASTER_PORT=x in the environment is no"),
+        ({"RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "x"}, "MASTER_PORT=x in the environment is not"),
     ],
 )
 def test_an_incomplete_launcher_environment_is_an_error(environment, variables, message):
@@ -149,7 +149,7 @@ def test_a_lost_process_is_a_one_line_error_in_the_others(pictures, tmp_path, ki
     [line] = [line for line in survivor.communicate(timeout=120)[1].splitlines() if "WARNING" not in line]
     processes[killed].communicate()
     assert line == (
-        f"main_pretrain.py: error: process {1 - killed} of 2 lost process {killed}, whose log has the reason; the same "
+        f"main_pretrain.py: error: process {1 - killed} of 2 lost process {killed}; its log has the reason; the same "
         f"command with --resume auto resumes from the newest checkpoint"
     )
     assert survivor.returncode == 1

@@ -252,8 +252,8 @@ def test_an_unwritable_output_is_an_error_before_the_model_is_loaded(tmp_path, c
         for out, wanted in (
             (tmp_path / "grid", "grid: its name must end in .png or .jpg or "),
             (tmp_path / "grid.txt", "grid.txt: its name must end in .png"),
-            (tmp_path / "nowhere/grid.png", f"there is no folder {tmp_path}/nowhere; make it first"),
-            (tmp_path / "folder.png", "folder.png is a folder: give the name of a file"),
+            (tmp_path / "nowhere/grid.png", f"the folder {tmp_path}/nowhere does not exist; create it first"),
+            (tmp_path / "folder.png", "folder.png is a folder: give a file name"),
         ):
             assert f"--out: {tmp_path}" in (said := fails(capsys, monkeypatch, module, *command, out))
             assert wanted in said

@@ -160,5 +160,5 @@ def test_ratios_without_masked_or_visible_patches(num_patches, ratio, message):
 
 
 def test_an_unknown_strategy_is_refused():
-    with pytest.raises(ValueError, match="--masking nonsense: there are random, block, grid"):
+    with pytest.raises(ValueError, match="--masking nonsense: give one of random, block, grid"):
         sampler("nonsense", (4, 4), 0.75)

@@ -54,7 +54,7 @@ def test_interpolate_pos_embed_changes_the_checkpoint_in_place():
     same = {"pos_embed": model.pos_embed.data}
     interpolate_pos_embed(model, same)
     assert same["pos_embed"] is model.pos_embed.data or torch.equal(same["pos_embed"], model.pos_embed)
-    with pytest.raises(ValueError, match="no square"):
+    with pytest.raises(ValueError, match="not a square"):
         interpolate_pos_embed(model, {"pos_embed": torch.zeros(1, 13, 128)})
 
 

@@ -1,4 +1,4 @@
-"""Files of strangers: names that write to the terminal, pipes, devices, files without an end."""
+"""Untrusted files: names that write to the terminal, pipes, devices, files without an end."""
 
 import logging
 import os

@@ -1,7 +1,7 @@
-"""The parts of the scripts and engines: one package per subject.
+"""The library of the scripts and engines: one package per subject.
 
-This file comes before every import of a package that may be missing: a script that is started outside of its
-environment ends with one line that says what to type. It is plain enough for any Python 3.
+This module runs before any import of a package that may be missing. A script that is started outside of its environment
+exits with one line that names the remedy. The syntax is valid in every Python 3.
 """
 
 import os
@@ -23,7 +23,7 @@ def _require_packages() -> None:
     if os.path.exists(os.path.join(venv, "bin")) and os.path.realpath(venv) != os.path.realpath(sys.prefix):
         remedy = activate
     elif old:
-        remedy = "./run demo, which looks for a newer one, and makes .venv"
+        remedy = "./run demo, which finds a newer Python and creates .venv"
     elif sys.prefix != sys.base_prefix:
         remedy = "pip install " + root
     else:

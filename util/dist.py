@@ -23,12 +23,12 @@ BACKENDS = ("auto", "nccl", "gloo")
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of `--device`; `auto` is CUDA if available, else MPS, else the CPU.
+    """Returns the device of `--device`. `auto` is CUDA if available, else MPS, else the CPU.
 
     With a launcher, "cuda" is the GPU with the local rank of this process.
 
     Raises:
-        ValueError: the device is not on this machine.
+        ValueError: the name is unknown, or this machine does not have the device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -36,19 +36,19 @@ def choose_device(name: str) -> torch.device:
     if kind not in ("cpu", "cuda", "mps") or (index and not index.isdecimal()):
         raise ValueError(f"--device {name}: give auto, cpu, cuda, cuda:N or mps")
     if kind == "mps" and not torch.backends.mps.is_available():
-        raise ValueError(f"--device {name}, but PyTorch sees no MPS device here; give --device cpu or auto")
+        raise ValueError(f"--device {name}: PyTorch finds no MPS device; give --device cpu or auto")
     if kind != "cuda":
         return torch.device(kind)
     if not torch.cuda.is_available():
-        raise ValueError(f"--device {name}, but PyTorch sees no CUDA device here; give --device cpu or auto")
+        raise ValueError(f"--device {name}: PyTorch finds no CUDA device; give --device cpu or auto")
     number, count = int(index or _launched("LOCAL_RANK", 0)), torch.cuda.device_count()
     if not index and _has_own_gpus():
         number %= count
     if number >= count:
         raise ValueError(
-            f"this process needs CUDA device {number}, and there are {count} here: start fewer processes on this "
-            f"machine (torchrun's --nproc_per_node, submitit_pretrain.py --ngpus), or give --device cuda:0 if each one "
-            f"sees its own GPU"
+            f"this process needs CUDA device {number}, and this machine has {count}: start fewer processes on it "
+            f"(torchrun's --nproc_per_node, submitit_pretrain.py --ngpus), or give --device cuda:0 if each process "
+            f"has a GPU of its own"
         )
     return torch.device("cuda", number)
 
@@ -56,7 +56,7 @@ def choose_device(name: str) -> torch.device:
 def _has_own_gpus() -> bool:
     """Whether Slurm binds GPUs to this task of srun.
 
-    SLURM_STEP_GPUS lists the GPUs of this task if they are bound to tasks, else those of all tasks of the node.
+    If GPUs are bound to tasks, SLURM_STEP_GPUS lists the GPUs of this task, else the GPUs of all tasks of the node.
     """
     slurm = os.environ
     if slurm.get("SLURM_LOCALID") != slurm.get("LOCAL_RANK"):  # torchrun within a task
@@ -74,14 +74,16 @@ def _launched(variable: str, default: int | None = None) -> int:
             f"or unset WORLD_SIZE for one"
         )
     if not str(value).isdecimal():
-        raise ValueError(f"{variable}={value} in the environment is no number: torchrun and srun set it, or unset it")
+        raise ValueError(
+            f"{variable}={value} in the environment is not a number: unset it, or start with torchrun or srun"
+        )
     return int(value)
 
 
 def _translate_srun() -> None:
     """Sets the variables of torchrun from those of an srun step with several tasks.
 
-    A batch script or a shell of salloc is no such step: its program is one process.
+    A program in a batch script or a shell of salloc is a single process, and nothing is set.
 
     Raises:
         ValueError: a variable of srun is missing, for example in a container.
@@ -90,7 +92,7 @@ def _translate_srun() -> None:
     if "WORLD_SIZE" in slurm or slurm.get("SLURM_STEP_NUM_TASKS", "1") == "1":
         return
     formats = dict.fromkeys(("STEP_NUM_TASKS", "PROCID", "LOCALID", "JOB_ID", "STEP_ID", "STEP_TASKS_PER_NODE"), r"\d+")
-    formats["STEP_NODELIST"] = r"([^\[,]+)(?:\[(\d+))?"  # "n[03-04,7]" or "a1,b2": where rank 0 runs
+    formats["STEP_NODELIST"] = r"([^\[,]+)(?:\[(\d+))?"  # "n[03-04,7]" or "a1,b2"; rank 0 runs on the first node
     matches = {name: re.match(pattern, slurm.get(f"SLURM_{name}", "")) for name, pattern in formats.items()}
     parsed = {name: match for name, match in matches.items() if match}
     if missing := [f"SLURM_{name}" for name in formats if name not in parsed]:
@@ -113,19 +115,22 @@ def _translate_srun() -> None:
 
 
 def restarted() -> bool:
-    """Whether a launcher has restarted this run: torchrun after a failure (--max-restarts), Slurm after a requeue."""
+    """Whether a launcher restarted this run: torchrun after a failure (--max-restarts), or Slurm after a requeue."""
     return any(int(os.environ.get(name) or 0) > 0 for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
 
 
 def init(device_name: str, dist_url: str = "env://", timeout: float = 600, backend: str = "auto") -> torch.device:
-    """Joins the process group if a launcher started several processes; returns the device of this process.
+    """Joins the process group if a launcher started several processes. Returns the device of this process.
 
     Args:
-        timeout: seconds that a process waits for the others before it ends with an error.
-        backend: of BACKENDS; auto is nccl for GPUs, else gloo.
+        device_name: as in `choose_device`.
+        dist_url: address at which the processes connect; env:// reads MASTER_ADDR and MASTER_PORT.
+        timeout: seconds that a process waits for the other processes before it fails.
+        backend: one of BACKENDS; auto is nccl for GPUs, else gloo.
 
     Raises:
-        ValueError: nccl without a GPU; the launcher's variables are incomplete; the other processes are not reachable.
+        ValueError: the backend is nccl without a GPU, the variables of the launcher are incomplete, or the other
+            processes can't be reached.
     """
     _translate_srun()
     device = choose_device(device_name)
@@ -180,7 +185,11 @@ def _join(dist_url: str, world_size: int, backend: str, timeout: float, device: 
 
 
 def _wait_for_rank_0(host: str, port: int, timeout: float) -> None:
-    """Raises the error of the system after the timeout; that of PyTorch is a backtrace without the reason."""
+    """Waits for the port of rank 0.
+
+    Raises:
+        OSError: after the timeout. PyTorch would print a backtrace without the reason.
+    """
     ends = time.monotonic() + timeout
     while True:
         try:
@@ -193,34 +202,35 @@ def _wait_for_rank_0(host: str, port: int, timeout: float) -> None:
 
 
 def _is_of_connection(error: OSError | RuntimeError) -> bool:
-    return (
-        isinstance(error, OSError | td.DistError) or "gloo" in str(error).lower()
-    )  # which has no class for its errors
+    return isinstance(error, OSError | td.DistError) or "gloo" in str(error).lower()  # gloo raises RuntimeError
 
 
 def lost_process(error: RuntimeError) -> str | None:
-    """An error message if a collective operation failed because another process is gone, else None."""
+    """Returns an error message if a collective operation failed because another process ended, else None."""
     if world_size() == 1 or not _is_of_connection(error):
         return None
     other = f"process {1 - rank()}" if world_size() == 2 else "another process"
     reason = f" ({str(error).splitlines()[0]})" if isinstance(error, td.DistError) else ""
-    return f"process {rank()} of {world_size()} lost {other}{reason}, whose log has the reason"
+    return f"process {rank()} of {world_size()} lost {other}{reason}; its log has the reason"
 
 
 def teardown() -> None:
-    """Leaves the process group. A wrapped model must be deleted before: its threads would abort the process at exit."""
+    """Leaves the process group.
+
+    A model in DistributedDataParallel must be deleted before, because its threads would abort the process at exit.
+    """
     if td.is_initialized():
         gc.collect()
         td.destroy_process_group()
 
 
 def rank() -> int:
-    """The rank of this process."""
+    """Returns the rank of this process."""
     return td.get_rank() if td.is_initialized() else 0
 
 
 def world_size() -> int:
-    """The number of processes."""
+    """Returns the number of processes."""
     return td.get_world_size() if td.is_initialized() else 1
 
 
@@ -230,7 +240,7 @@ def is_main() -> bool:
 
 
 def processes_here() -> int:
-    """The number of processes on this machine."""
+    """Returns the number of processes on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
 
 
@@ -241,7 +251,7 @@ def barrier() -> None:
 
 
 def mean_over_processes(value: Tensor) -> Tensor:
-    """The mean of `value` over all processes, the same tensor in each."""
+    """Returns the mean of `value` over all processes, equal in all of them."""
     if world_size() == 1:
         return value
     value = value.clone()
@@ -253,7 +263,7 @@ def gather(value: Any, group: td.ProcessGroup | None = None) -> list[Any]:
     """Returns the `value` (a small object) of each process, in the order of ranks, in all processes.
 
     Args:
-        group: of all processes; the default group by default.
+        group: a group of all processes. Default: the default process group.
     """
     values = [value] * world_size()
     if td.is_initialized():
@@ -262,25 +272,25 @@ def gather(value: Any, group: td.ProcessGroup | None = None) -> list[Any]:
 
 
 def new_host_group() -> td.ProcessGroup | None:
-    """Makes another group of all processes, for communication of threads beside that of training."""
+    """Creates another group of all processes, for threads that communicate while training does."""
     group = td.new_group(backend="gloo") if td.is_initialized() else None
     return group if isinstance(group, td.ProcessGroup) else None
 
 
 def share_buffers(model: nn.Module) -> None:
-    """Copies the buffers of rank 0, which are saved, to all processes."""
+    """Copies the buffers of rank 0 to all processes. Checkpoints contain those of rank 0."""
     if td.is_initialized():
         for buffer in model.buffers():
             td.broadcast(buffer, 0)
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether the model is sharded by `fsdp.shard`. (Only sharded runs import FSDPModule, which takes a second.)"""
+    """Whether `fsdp.shard` sharded the model. It does not import FSDPModule, which takes a second."""
     return hasattr(model, "set_requires_gradient_sync")
 
 
 def placed_as(tensor: Tensor, like: Any) -> Tensor:
-    """Shards a full tensor, equal in all processes, like another tensor; no change if that one is not sharded."""
+    """Shards a full tensor, equal in all processes, like `like`. Returns it unchanged if `like` is not sharded."""
     if not hasattr(like, "placements") or hasattr(tensor, "placements"):
         return tensor
     from torch.distributed.tensor import distribute_tensor
@@ -292,14 +302,14 @@ def wrap(model: nn.Module, device: torch.device) -> nn.Module:
     """Wraps the model in DistributedDataParallel, unless it is sharded or there is one process."""
     if world_size() == 1 or is_sharded(model):
         return model
-    # With one channel, the strides of the gradient of the patch projection differ from its bucket: one small copy.
+    # With one channel, the gradient of the patch projection has other strides than its bucket. The copy is small.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     device_ids = [device.index] if device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
 
 
 def gradient_sync(model: Any, enabled: bool) -> contextlib.AbstractContextManager[None]:
-    """Context manager of a backward pass that averages gradients over the processes, or does not."""
+    """Context manager of a backward pass. If enabled, the pass averages gradients over the processes."""
     if is_sharded(model):
         model.set_requires_gradient_sync(enabled)
     if enabled or not isinstance(model, DistributedDataParallel):

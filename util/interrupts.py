@@ -1,7 +1,7 @@
-"""Signals that stop a run. The process records them, and the loop stops after the current update.
+"""Signals that stop a run. The process records them, and the training loop stops after the current update.
 
-A terminal, `timeout`, torchrun and Slurm send them to all processes of a run, also to its worker processes. Worker
-processes ignore them: the process that started them ends them.
+A terminal, `timeout`, torchrun and Slurm send them to all processes of a run, including its worker processes. Worker
+processes ignore them; the process that started them terminates them.
 """
 
 import contextlib
@@ -19,10 +19,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Interrupted(Exception):
-    """A signal ended the run, and its state is saved.
+    """A signal stopped the run, and its state is saved.
 
     Args:
-        signum: of the signal; the exit code is 128 + signum, as in a shell.
+        signum: number of the signal. The exit code is 128 + signum, as in a shell.
     """
 
     def __init__(self, signum: int) -> None:
@@ -48,10 +48,10 @@ class Interrupts:
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
-        """Context manager of code that does not change the state of the run, such as an evaluation: a signal ends it.
+        """Context manager of code that does not change the state of the run, such as an evaluation.
 
         Raises:
-            Interrupted: on a signal, also on an earlier one.
+            Interrupted: at a signal in the block, or if a signal is pending.
         """
         self.raises = True
         try:
@@ -79,7 +79,7 @@ class Interrupts:
 
 @contextlib.contextmanager
 def blocked() -> Iterator[None]:
-    """Context manager: processes and threads started in it block the signals; this process receives them after it."""
+    """Blocks the signals: processes and threads started in the block inherit this; pending signals arrive after it."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
@@ -88,10 +88,10 @@ def blocked() -> Iterator[None]:
 
 
 def ignore_from_others(run: int, *_: object) -> None:
-    """Ignores the signals in a worker process, except SIGTERM from its run, by which `multiprocessing` ends it.
+    """Ignores the signals in a worker process, except SIGTERM from its run, which `multiprocessing` sends to end it.
 
     Args:
-        run: the process ID of the run, which may differ from the parent: that may be a fork server.
+        run: process ID of the run. The parent may be another process, a fork server.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     if not hasattr(signal, "sigwaitinfo"):  # macOS

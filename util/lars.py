@@ -1,4 +1,4 @@
-"""LARS (You et al. 2017), for linear probing with large batches."""
+"""LARS (You et al. 2017), the optimizer of linear probing with large batches."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -8,12 +8,19 @@ from torch import Tensor
 
 
 class LARS(torch.optim.Optimizer):
-    """Momentum SGD with the learning rate scaled by the norm of each weight; plain for biases and 1-D weights.
+    """Momentum SGD whose learning rate is scaled by the norm of each weight. Biases and 1-D weights are not scaled.
 
-    g += wd·w; g *= trust·|w|/|g| (1 where either norm is 0); m = momentum·m + g; w -= lr·m.
+    g += wd·w; g *= trust·|w|/|g| (1 if either norm is 0); m = momentum·m + g; w -= lr·m.
 
-    Supports `found_inf` like fused optimizers (`precision.Precision.step`): if it is not 0, nothing changes, and the
-    host does not wait.
+    It supports `found_inf` like fused optimizers (`precision.Precision.step`): if `found_inf` is not 0, the update is
+    skipped without synchronizing with the host.
+
+    Args:
+        params: parameters or parameter groups.
+        lr: learning rate.
+        weight_decay: weight decay of weights with more than one dimension.
+        momentum: momentum factor.
+        trust_coefficient: factor of the ratio of the norms.
     """
 
     _step_supports_amp_scaling = True

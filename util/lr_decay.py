@@ -1,4 +1,7 @@
-"""Optimizer groups. Layer-wise learning-rate decay: Clark et al. 2020 (ELECTRA), Bao et al. 2021 (BEiT)."""
+"""Parameter groups with weight decay, and with layer-wise learning-rate decay.
+
+Layer-wise learning-rate decay: Clark et al. 2020 (ELECTRA), Bao et al. 2021 (BEiT).
+"""
 
 from collections.abc import Collection
 from typing import Any
@@ -7,9 +10,9 @@ from torch import nn
 
 
 def param_groups_weight_decay(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Optimizer groups without and with weight decay, as timm's: biases and 1-D weights have none.
+    """Returns two parameter groups, without and with weight decay, like timm: biases and 1-D weights have none.
 
-    So the class token and the mask token have weight decay, as published for pre-training.
+    The class token and the mask token have weight decay, as in published pre-training.
     """
     groups: list[dict[str, Any]] = [
         {"params": [], "weight_decay": 0.0},
@@ -27,14 +30,18 @@ def param_groups_lrd(
     no_weight_decay_list: Collection[str] = (),
     layer_decay: float = 0.75,
 ) -> list[dict[str, Any]]:
-    """Optimizer groups whose `lr_scale` falls by `layer_decay` with each layer below the head.
+    """Returns parameter groups with layer-wise learning-rate decay.
+
+    The factor `lr_scale` of a group is `layer_decay` to the power of the number of layers above it.
 
     Args:
-        model: has `blocks`, and the other names of `models_vit.VisionTransformer`.
-        no_weight_decay_list: names of parameters without weight decay, beside biases and 1-D weights.
+        model: has `blocks`, and the parameter names of `models_vit.VisionTransformer`.
+        weight_decay: weight decay of the parameters that have it.
+        no_weight_decay_list: names of parameters without weight decay, in addition to biases and 1-D weights.
+        layer_decay: factor from each layer to the layer below.
 
     Returns:
-        Groups in the order in which their first parameter is registered; frozen parameters are in none.
+        The groups, in the order in which their first parameter is registered. Frozen parameters are omitted.
     """
     depth = len(model.blocks)  # type: ignore[arg-type]
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
@@ -56,7 +63,7 @@ def param_groups_lrd(
 
 
 def get_layer_id_for_vit(name: str, num_layers: int) -> int:
-    """0 for the embeddings, i + 1 for block i, `num_layers` (depth + 1) for the head and norms."""
+    """Returns the layer of a parameter: 0: embeddings; i + 1: block i; `num_layers` (depth + 1): head and norms."""
     if name in ("cls_token", "pos_embed") or name.startswith("patch_embed."):
         return 0
     if name.startswith("blocks."):

@@ -10,7 +10,7 @@ logger = logging.getLogger(__name__)
 
 
 def scaled_lr(lr: float | None, blr: float, effective_batch_size: int) -> float:
-    """`lr` if not None, else blr x effective batch size / 256. Logs the result."""
+    """Returns and logs `lr`, or blr x effective batch size / 256 if `lr` is None (linear scaling rule)."""
     how = ""
     if lr is None:
         lr = blr * effective_batch_size / 256
@@ -20,7 +20,7 @@ def scaled_lr(lr: float | None, blr: float, effective_batch_size: int) -> float:
 
 
 def check_warmup(warmup_epochs: float, epochs: int) -> None:
-    """Warns if the warm-up is as long as the run."""
+    """Logs a warning if the warm-up is not shorter than the run."""
     if warmup_epochs >= epochs:
         logger.warning(
             f"--warmup_epochs {warmup_epochs:g} is not shorter than the run of --epochs {epochs}: the learning "
@@ -29,10 +29,10 @@ def check_warmup(warmup_epochs: float, epochs: int) -> None:
 
 
 def adjust_learning_rate(optimizer: Optimizer, epoch: float, args: Namespace) -> float:
-    """Sets the learning rate of all parameter groups, times `lr_scale` of the group.
+    """Sets the learning rate of all parameter groups, multiplied by the `lr_scale` of the group.
 
     Args:
-        epoch: fractional: 1.5 is the middle of the second epoch.
+        epoch: fractional epoch; 1.5 is the middle of the second epoch.
         args: has `lr`, `min_lr`, `warmup_epochs` and `epochs`.
 
     Returns:

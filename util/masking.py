@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 MASKING_CHOICES = ("random", "block", "grid")
-GRID_RATIO = 0.75  # of grid masking: one patch of every 2 x 2 is visible
+GRID_RATIO = 0.75  # mask ratio of grid masking: one patch of every 2 x 2 is visible
 
 
 def noise_from_mask(mask: Tensor, grid_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple[Tensor, float]:
-    """Converts a mask to noise and mask ratio, with which `MaskedAutoencoderViT.random_masking` gives that mask.
+    """Converts a mask to the noise and the mask ratio for which `MaskedAutoencoderViT.random_masking` returns the mask.
 
     Args:
-        mask: (B, N), (B, rows, columns) or per pixel (B, H, W); 1 or True is masked, and one masked pixel masks its
-            patch.
+        mask: (B, N), (B, rows, columns) or per pixel (B, H, W); 1 or True is masked. A patch with a masked pixel is
+            masked.
         grid_size: (rows, columns) of patches.
         patch_size: (rows, columns) of pixels in a patch.
 
@@ -51,20 +51,20 @@ def noise_from_mask(mask: Tensor, grid_size: tuple[int, int], patch_size: tuple[
         )
     if count == 0:
         raise ValueError("a mask must leave at least one patch visible")
-    # Half a patch more, against floating-point error in the truncation of `num_visible`.
+    # Half a patch is added, so that floating-point error does not change the truncation in `num_visible`.
     return masked.float(), max(0.0, 1 - (count + 0.5) / (rows * columns))
 
 
 def shuffle(x: Tensor, mask_ratio: float, noise: Tensor | None = None) -> tuple[Tensor, int]:
-    """The order of the patches of each image by ascending noise, and the number of the first ones that stay visible.
+    """Sorts the patches of each image by ascending noise. The first K patches are visible.
 
     Args:
         x: patches or tokens (B, N, D).
-        noise: (B, N), torch.rand by default. A forward pass draws no other random numbers, so that a seed gives the
-            masks of the published code.
+        noise: (B, N). Default: torch.rand. A forward pass samples no other random numbers, so that a seed results in
+            the masks of the published code.
 
     Returns:
-        ids_shuffle (B, N) and K = int(N·(1 - mask_ratio)).
+        ids_shuffle (B, N), and the number of visible patches K = int(N·(1 - mask_ratio)).
 
     Raises:
         ValueError: the ratio is outside [0, 1) or leaves no patch visible, or the noise has another shape.
@@ -85,7 +85,7 @@ def shuffle(x: Tensor, mask_ratio: float, noise: Tensor | None = None) -> tuple[
 def random_mask(
     batch_size: int, grid_size: tuple[int, int], mask_ratio: float, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Samples patches without replacement, as the model does -> bool (B, rows, columns)."""
+    """Random masks: masked patches are sampled without replacement, as in the model -> bool (B, rows, columns)."""
     noise = torch.rand(batch_size, math.prod(grid_size), generator=generator)
     masked = noise.argsort(dim=1).argsort(dim=1) >= num_visible(math.prod(grid_size), mask_ratio)
     return masked.unflatten(1, grid_size)
@@ -94,10 +94,11 @@ def random_mask(
 def block_mask(
     batch_size: int, grid_size: tuple[int, int], mask_ratio: float, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Samples large rectangles, as BEiT does (Bao et al. 2021, algorithm 1) -> bool (B, rows, columns).
+    """Block-wise masks: large rectangles, as in BEiT (Bao et al. 2021, algorithm 1) -> bool (B, rows, columns).
 
-    Blocks of 16 patches at least and sides of 3:10 to 10:3 are added until the share is reached; the last one is cut
-    off row by row, so that all images have the same number of visible patches.
+    Blocks of at least 16 patches with aspect ratios from 3:10 to 10:3 are added until the mask ratio is reached. The
+    last block masks only its first new patches, in row-major order, so that all images have the same number of visible
+    patches.
     """
     rows, columns = grid_size
     num_masked = rows * columns - num_visible(math.prod(grid_size), mask_ratio)
@@ -118,14 +119,20 @@ def block_mask(
 
 
 def grid_mask(batch_size: int, grid_size: tuple[int, int], step: int = 2) -> Tensor:
-    """Leaves the first patch of every `step` x `step` patches visible; 2 in the paper -> bool (B, rows, columns)."""
+    """Grid-wise masks: the first of every `step` x `step` patches is visible -> bool (B, rows, columns).
+
+    The paper uses a step of 2.
+    """
     mask = torch.ones(grid_size, dtype=torch.bool)
     mask[::step, ::step] = False
     return mask.expand(batch_size, -1, -1)
 
 
 def num_visible(num_patches: int, mask_ratio: float) -> int:
-    """The number of visible patches. As published, floating-point error is truncated: 9 of 100 patches at .9."""
+    """Returns the number of visible patches.
+
+    The truncation includes floating-point error, as in the published code: 9 of 100 patches at a ratio of 0.9.
+    """
     return int(num_patches * (1 - mask_ratio))
 
 
@@ -135,19 +142,20 @@ def take(x: Tensor, ids: Tensor) -> Tensor:
 
 
 def sampler(masking: str, grid_size: tuple[int, int], mask_ratio: float) -> tuple[Callable[[], Tensor], float]:
-    """The masking strategy of training.
+    """Returns the masking strategy of training.
 
     Args:
         masking: one of MASKING_CHOICES.
         grid_size: (rows, columns) of patches.
-        mask_ratio: of random and block masking.
+        mask_ratio: fraction of masked patches; must be GRID_RATIO for grid masking.
 
     Returns:
         A function that returns noise (N,) from PyTorch's default generator, and the mask ratio, both for
         `MaskedAutoencoderViT.forward`.
 
     Raises:
-        ValueError: the ratio masks all or none of the patches, or the ratio is not that of grid masking.
+        ValueError: the strategy is unknown, the ratio masks all or none of the patches, or the strategy is grid with
+            another ratio than GRID_RATIO.
     """
     check_ratio(math.prod(grid_size), mask_ratio)
     if masking == "random":
@@ -155,10 +163,10 @@ def sampler(masking: str, grid_size: tuple[int, int], mask_ratio: float) -> tupl
     if masking == "block":
         return partial(_noise_of, partial(block_mask, 1, grid_size, mask_ratio), grid_size), mask_ratio
     if masking != "grid":
-        raise ValueError(f"--masking {masking}: there are {', '.join(MASKING_CHOICES)}")
+        raise ValueError(f"--masking {masking}: give one of {', '.join(MASKING_CHOICES)}")
     if mask_ratio != GRID_RATIO:
         raise ValueError(
-            f"--mask_ratio {mask_ratio:g}: --masking grid masks three of every 2x2 patches; leave out --mask_ratio"
+            f"--mask_ratio {mask_ratio:g}: --masking grid masks three of every 2x2 patches; omit --mask_ratio"
         )
     mask = grid_mask(1, grid_size)
     return partial(_noise_of, partial(grid_mask, 1, grid_size), grid_size), noise_from_mask(mask, grid_size, (1, 1))[1]
@@ -179,8 +187,8 @@ def check_ratio(num_patches: int, mask_ratio: float) -> None:
     visible = num_visible(num_patches, mask_ratio)
     if visible == num_patches:
         raise ValueError(
-            f"--mask_ratio {mask_ratio:g} masks none of the {num_patches} patches, and only masked ones have a loss: "
-            f"nothing would be trained; give --mask_ratio 0.75"
+            f"--mask_ratio {mask_ratio:g} masks none of the {num_patches} patches, and only masked patches have a "
+            f"loss; give --mask_ratio 0.75"
         )
     if visible == 0:
         most = next(share / 1000 for share in range(999, 0, -1) if num_visible(num_patches, share / 1000))

@@ -1,4 +1,4 @@
-"""Position tables: the fixed 2-D sine-cosine table of the MAE, and interpolation of learned tables."""
+"""Position embeddings: the fixed 2-D sine-cosine table of the MAE, and interpolation of learned tables."""
 
 from functools import lru_cache
 from typing import Any
@@ -11,7 +11,7 @@ Size = int | tuple[int, int]
 
 
 def to_pair(size: Size | list[int]) -> tuple[int, int]:
-    """(rows, columns) of a size, which is one number for squares, or two."""
+    """Returns (rows, columns) of a size, which is one number for squares, or a pair."""
     if isinstance(size, int):
         return size, size
     rows, columns = size
@@ -19,7 +19,11 @@ def to_pair(size: Size | list[int]) -> tuple[int, int]:
 
 
 def get_1d_sincos_pos_embed_from_grid(embed_dim: int, pos: np.ndarray) -> np.ndarray:
-    """Encodes positions (M,) as (M, embed_dim) float64: the sines of all frequencies, then their cosines."""
+    """Encodes positions (M,) as (M, embed_dim) float64: the sines of all frequencies, followed by their cosines.
+
+    Raises:
+        ValueError: `embed_dim` is odd.
+    """
     if embed_dim % 2:
         raise ValueError(f"a sine-cosine table needs an even number of channels, got {embed_dim}")
     half = embed_dim // 2
@@ -29,18 +33,21 @@ def get_1d_sincos_pos_embed_from_grid(embed_dim: int, pos: np.ndarray) -> np.nda
 
 
 def get_2d_sincos_pos_embed(embed_dim: int, grid_size: Size, cls_token: bool = False) -> np.ndarray:
-    """The fixed table of He et al. 2021, appendix A.1 ("we use the sine-cosine version").
+    """Returns the fixed table of He et al. 2021, appendix A.1 ("we use the sine-cosine version").
 
-    The first half of the channels encodes the column (x), the second half the row (y). All published
-    weights were trained with this order.
+    The first half of the channels encodes the column (x), the second half the row (y). All published weights were
+    trained with this order.
 
     Args:
-        embed_dim: channels, a multiple of 4.
-        grid_size: (rows, columns) of the patch grid, or the side of a square one.
+        embed_dim: number of channels, a multiple of 4.
+        grid_size: (rows, columns) of the patch grid, or the side of a square grid.
         cls_token: add a row of zeros for the class token before the rows of the patches.
 
     Returns:
         (rows * columns [+ 1], embed_dim) float64, patches in row-major order.
+
+    Raises:
+        ValueError: `embed_dim` is not a multiple of 4.
     """
     if embed_dim % 4:
         raise ValueError(f"a 2-D sine-cosine table needs a multiple of 4 channels, got {embed_dim}")
@@ -58,12 +65,19 @@ def get_2d_sincos_pos_embed(embed_dim: int, grid_size: Size, cls_token: bool = F
 
 @lru_cache(maxsize=32)
 def sincos_table(embed_dim: int, grid_size: tuple[int, int]) -> Tensor:
-    """`get_2d_sincos_pos_embed` with the row of the class token, as a (1, N + 1, embed_dim) float32 tensor."""
+    """Returns `get_2d_sincos_pos_embed` with the row of the class token, as a float32 tensor (1, N + 1, embed_dim)."""
     return torch.from_numpy(get_2d_sincos_pos_embed(embed_dim, grid_size, cls_token=True)).float().unsqueeze(0)
 
 
 def resize_pos_embed(pos_embed: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
-    """Resizes a learned table (1, N + 1, D) bicubically to another patch grid. The row of the class token stays."""
+    """Interpolates a learned table (1, N + 1, D) bicubically to another patch grid.
+
+    The row of the class token is unchanged.
+
+    Args:
+        old_grid: (rows, columns) of the table.
+        new_grid: (rows, columns) of the result.
+    """
     if old_grid == new_grid:
         return pos_embed
     cls_row, patches = pos_embed[:, :1], pos_embed[:, 1:]
@@ -75,13 +89,18 @@ def resize_pos_embed(pos_embed: Tensor, old_grid: tuple[int, int], new_grid: tup
 def interpolate_pos_embed(
     model: Any, checkpoint_model: dict[str, Tensor], old_grid: tuple[int, int] | None = None
 ) -> None:
-    """Fits `checkpoint_model["pos_embed"]` in place to `model`'s patch grid (He et al. 2021, section 4.1: 448 pixels).
+    """Interpolates `checkpoint_model["pos_embed"]` in place to the patch grid of a model.
+
+    Fine-tuning at 448 pixels needs it (He et al. 2021, section 4.1).
 
     Args:
-        old_grid: (rows, columns) of the checkpoint's patches. Square by default, as in published files.
+        model: has `patch_embed.grid_size`.
+        checkpoint_model: state dict; unchanged if it has no "pos_embed".
+        old_grid: (rows, columns) of the patches in the checkpoint. Default: a square, as in published files.
 
     Raises:
-        ValueError: the grid is unknown: no `old_grid`, not square, and not the number of patches of the model.
+        ValueError: `old_grid` does not fit the table, or is not given for a table that is neither square nor of the
+            size of the model.
     """
     if "pos_embed" not in checkpoint_model:
         return
@@ -93,7 +112,7 @@ def interpolate_pos_embed(
         old_grid = (side, side) if side * side == num_patches else new_grid
     if old_grid[0] * old_grid[1] != num_patches:
         raise ValueError(
-            f"the checkpoint's position table has {num_patches} patches, which is no square; "
-            f"it can only be loaded into a model of the size it was trained at (input_size, patch_size)"
+            f"the position table of the checkpoint has {num_patches} patches, which is not a square; "
+            f"it can only be loaded into a model of the same size (input_size, patch_size)"
         )
     checkpoint_model["pos_embed"] = resize_pos_embed(table, old_grid, new_grid)

@@ -1,34 +1,38 @@
-"""Remedies in error messages, which `entry_point.run` prints where the script has the flags, and the nearest name."""
+"""Remedies for error messages, and suggestions of similar names."""
 
 import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 Error = TypeVar("Error", bound=Exception)
-OFF = {"global_pool": "--cls_token"}  # where the flag that turns a setting off is not --no_NAME
+OFF = {"global_pool": "--cls_token"}  # settings that a flag other than --no_NAME disables
 
 
 def did_you_mean(name: str, names: Iterable[str], cutoff: float = 0.6) -> str:
-    """The end of a message about an unknown name: the most similar known one, if its similarity is above `cutoff`."""
+    """Returns the end of a message about an unknown name: the most similar known name, or "".
+
+    Args:
+        cutoff: minimum similarity, as in `difflib.get_close_matches`.
+    """
     same = {known.lower(): known for known in names}
     matches = difflib.get_close_matches(name.lower(), same, n=1, cutoff=cutoff)
     return f"; did you mean {same[matches[0]]}?" if matches else ""
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    """The settings in `after` that were other ones in `before`, for a message; "" if there are none."""
+    """Lists the settings of `after` that differ from `before`, for a message; "" if there are none."""
     different = [key for key in after if before.get(key) != after[key]]
     return "; ".join(f"{key} was {before.get(key)} and is {after[key]}" for key in different)
 
 
 def advised(error: Error, *remedies: str) -> Error:
-    """The error with remedies as its notes.
+    """Adds remedies to an error, as notes, and returns it.
 
-    The code that raises an error does not depend on the script. `entry_point.run` does: it adds to the message the
+    The code that raises the error does not depend on the script. `entry_point.run` appends to the message only the
     remedies whose flags the script has.
 
     Args:
-        remedies: in the order of their use, such as "--finetune FILE starts from its weights".
+        remedies: texts such as "--finetune FILE starts from its weights", in the order of preference.
     """
     for remedy in remedies:
         error.add_note(remedy)
@@ -36,7 +40,7 @@ def advised(error: Error, *remedies: str) -> Error:
 
 
 def flags(settings: Mapping[str, Any]) -> str:
-    """Settings as they are typed: `--in_chans 1 --cls_token`."""
+    """Returns settings as they are typed, such as `--in_chans 1 --cls_token`."""
     return " ".join(_flag(name, value) for name, value in settings.items())
 
 

@@ -1,4 +1,4 @@
-"""The command line: `--config` recipes, and error messages in one line. The flags stand in `util/cli/options.py`."""
+"""The command line: `--config` recipes, and error messages in one line. `util/cli/options.py` defines the flags."""
 
 import argparse
 import copy
@@ -24,7 +24,7 @@ FILES = {"FILE", "PATH", "DIR", "FOLDER", "YAML", "IMAGE"}  # metavars of flags 
 
 
 class _Help(argparse.HelpFormatter):
-    """Shows defaults, as they are typed. Where the default is no value, the help text says what that means."""
+    """Shows defaults as they are typed. The help text of a flag with the default None explains the default."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=28, width=118)
@@ -38,28 +38,28 @@ class _Help(argparse.HelpFormatter):
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are the message in one line, and a line of usage."""
+    """A parser that reports an error in one line, followed by a line of usage."""
 
-    recipe = ""  # where the flags that are being parsed stand, if that is not the command line
+    recipe = ""  # prefix of error messages for flags in a recipe
 
     def format_usage(self) -> str:
-        """One line with what every call needs; --help lists the flags."""
+        """Returns the usage in one line, with the required arguments only; --help lists the flags."""
         formatter = self._get_formatter()
         formatter.add_usage(None, [action for action in self._actions if action.required], [])
         return " ".join(formatter.format_help().split()) + " [FLAGS]"
 
     def format_help(self) -> str:
-        """As argparse does, below a usage line without the optional flags."""
+        """Returns the help of argparse, below a usage line without the optional flags."""
         self.usage = self.format_usage().removeprefix("usage: ").replace("%", "%%")
         return super().format_help()
 
     def error(self, message: str) -> NoReturn:
-        """Prints the message and the usage; exit code 2."""
+        """Prints the message and the usage, and exits with code 2."""
         text = printable(self.recipe + message)
         self.exit(2, f"{self.prog}: error: {text}\n{self.format_usage()}; --help explains the flags\n")
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse does. Unknown flags fail first, and the error names the most similar known one."""
+        """Parses like argparse, but reports unknown flags first, with the most similar known flag."""
         args = sys.argv[1:] if args is None else list(args)
         flags = [text.partition("=")[0] for text in args if text.startswith("--") and text != "--"]
         unknown = [flag for flag in flags if flag not in self._option_string_actions]
@@ -70,7 +70,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _RecipeLoader(yaml.SafeLoader):
-    """Plain values only; a date is the text that stands there."""
+    """Loads plain values only. A date stays a string."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012
         first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
@@ -79,25 +79,25 @@ class _RecipeLoader(yaml.SafeLoader):
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """A parser for a main, without --help, so that it can be another's parent; `run` adds that."""
+    """Returns a parser for a script. It has no --help, so that it can be a parent of another parser; `run` adds it."""
     return _Parser(description=description, formatter_class=_Help, add_help=False, allow_abbrev=False)
 
 
 class _Args(argparse.Namespace):
-    """Settings, and the names of those that are not defaults, which `vars` does not return."""
+    """Settings, and the names of those that are set explicitly. `vars` returns the settings only."""
 
     __slots__ = ("explicit", "in_command")
-    explicit: frozenset[str]  # on the command line or in a recipe
-    in_command: frozenset[str]  # on the command line
+    explicit: frozenset[str]  # set on the command line or in a recipe
+    in_command: frozenset[str]  # set on the command line
 
 
 def explicit(args: argparse.Namespace, in_recipe: bool = True) -> frozenset[str]:
-    """The names of the settings that the command line or the recipe of `--config` sets.
+    """Returns the names of the settings that the command line or the recipe of `--config` sets.
 
-    A plain Namespace, which a program made without `parse`, has no defaults: all of its settings count.
+    All settings of a plain Namespace count, because a program that does not use `parse` has no defaults.
 
     Args:
-        in_recipe: whether those of a recipe count.
+        in_recipe: include the settings of the recipe.
     """
     if not isinstance(args, _Args):
         return frozenset(vars(args))
@@ -105,9 +105,10 @@ def explicit(args: argparse.Namespace, in_recipe: bool = True) -> frozenset[str]
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Flags over `--config` over defaults. A recipe's entries are read just as flags are, with the same checks.
+    """Parses the command line. Flags override the recipe of `--config`, and the recipe overrides defaults.
 
-    `explicit` returns the names of the settings that are not defaults.
+    The entries of a recipe are parsed like flags, with the same checks. `explicit` returns the names of the settings
+    that are not defaults.
     """
     assert isinstance(parser, _Parser), "made by `entry_point.parser`"
     argv = sys.argv[1:] if argv is None else list(argv)
@@ -121,19 +122,19 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
     _refuse_urls(parser, args)
     args.explicit, args.in_command = _settings_in(parser, recipe + argv), _settings_in(parser, argv)
     if "log_dir" in args and "log_dir" not in args.explicit:
-        args.log_dir = args.output_dir  # the published default is one fixed folder, in which all runs would meet
+        args.log_dir = args.output_dir  # all runs would write to the published default, a fixed folder
     if "dist_on_itp" in args and (args.dist_on_itp or args.world_size != 1):
         logger.warning("--world_size and --dist_on_itp have no effect: the launcher decides (torchrun)")
     return args
 
 
 def _settings_in(parser: _Parser, argv: list[str]) -> frozenset[str]:
-    """The names that a command line sets: what parsing it without defaults finds."""
+    """Returns the names that a command line sets, by parsing it without defaults."""
     return frozenset(vars(_without_defaults(parser).parse_args(argv)))
 
 
 def _without_defaults(parser: _Parser) -> _Parser:
-    """A copy without defaults, and with nothing required."""
+    """Returns a copy of the parser without defaults and without required arguments."""
     bare = copy.deepcopy(parser)
     bare._defaults.clear()
     for action in bare._actions:
@@ -146,13 +147,13 @@ def _refuse_urls(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
         if isinstance(action.metavar, str) and set(action.metavar.split("|")) & FILES:
             value_or_list = getattr(args, action.dest, None)
             for value in value_or_list if isinstance(value_or_list, list) else [value_or_list]:
-                if re.match(r"\w{2,}:/", str(value)):  # a Path has one slash left
+                if re.match(r"\w{2,}:/", str(value)):  # Path("a://b") has one slash
                     flag = "/".join(action.option_strings) or action.metavar
                     parser.error(f"{flag} {value} is a URL: download the file, and give its path")
 
 
 def _recipe_flags(parser: _Parser, path: Path) -> list[str]:
-    """A recipe's entries as flags. Each is parsed alone first, so that an error names the recipe."""
+    """Returns the entries of a recipe as flags. Each entry is parsed alone first, so that an error names the recipe."""
     if not path.is_file():
         parser.error(f"--config: there is no file {path}")
     try:
@@ -162,7 +163,7 @@ def _recipe_flags(parser: _Parser, path: Path) -> list[str]:
         recipe = _RecipeLoader(text).get_single_data()
     except OSError as error:
         parser.error(f"--config {path} can't be read: {error.strerror}")
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # values: an encoding other than UTF-8, an odd number
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or an invalid number
         parser.error(f"--config {path} is not YAML: {' '.join(str(error).split())}")
     if not isinstance(recipe, dict):
         parser.error(f"--config {path} must be a list of `flag: value` lines")
@@ -183,7 +184,7 @@ def _recipe_flags(parser: _Parser, path: Path) -> list[str]:
 
 
 def _entry_flags(parser: argparse.ArgumentParser, key: str, value: Any) -> list[str]:
-    """An entry of a recipe as flags; None stands for the default."""
+    """Returns an entry of a recipe as flags; None means the default."""
     if isinstance(value, bool):
         switches = {a.const: f for f, a in parser._option_string_actions.items() if a.dest == key and a.nargs == 0}
         if value and not switches:
@@ -201,17 +202,19 @@ def _entry_flags(parser: argparse.ArgumentParser, key: str, value: Any) -> list[
 
 
 def run(main: Callable[[argparse.Namespace], Any], parser: argparse.ArgumentParser) -> None:
-    """Parses the command line and runs `main`. Errors end in a message of one line and an exit code above 0."""
+    """Parses the command line and runs `main`. An error prints one line and exits with a code above 0.
+
+    The exit code is 1 after an error, 2 after a wrong command line, and 128 + the number of the signal after a signal.
+    """
     args = parse(parser)
     resume = "; the same command with --resume auto resumes from the newest checkpoint" if "resume" in args else ""
     try:
         main(args)
-        dist.teardown()  # not after an error: processes that still run would wait for this one, or it for them
+        dist.teardown()  # not after an error, because the processes would wait for each other
     except (torch.OutOfMemoryError, MemoryError) as error:
         _fail(parser, args, error, _out_of_memory(args), 1)
     except RuntimeError as error:
-        # PyTorch has no classes for these: its CPU's allocator, and the signal that a loader's process was killed,
-        # which comes wherever the main thread is.
+        # PyTorch raises RuntimeError for a failed allocation on the CPU, and for a killed worker process.
         if "allocate memory" in str(error):
             _fail(parser, args, error, _out_of_memory(args), 1)
         elif "DataLoader worker" in str(error):
@@ -236,14 +239,14 @@ def _fail(
     if "debug" in args and args.debug:
         traceback.print_exception(error)
     for action in parser._actions:
-        if not action.option_strings and action.metavar:  # others have a flag of this name
+        if not action.option_strings and action.metavar:  # a positional argument, which is a flag in other scripts
             message = message.replace(f"--{action.dest}", str(action.metavar))
     print(f"{parser.prog}: error: {printable(message)}", file=sys.stderr)
     sys.exit(code)
 
 
 def _remedies(parser: argparse.ArgumentParser, error: Exception) -> str:
-    """What `advised` has noted, as far as this script has the flags."""
+    """Returns the notes of `advised` whose flags this script has."""
     notes = [note for note in getattr(error, "__notes__", ())
              if set(re.findall(r"--\w+", note)) <= parser._option_string_actions.keys()]  # fmt: skip
     return f": {'; or '.join(notes)}" if notes else ""
@@ -257,8 +260,8 @@ def _out_of_memory(args: argparse.Namespace) -> str:
 
 
 def _message(error: Exception) -> str:
-    """An error's message. Those from a loader's worker bring its traceback along, message last."""
+    """Returns the message of an error. An error from a worker process contains its traceback; the last line counts."""
     if isinstance(error, OSError) and error.filename and error.strerror:
-        return f"{error.filename}: {error.strerror}"  # without the number of the error
+        return f"{error.filename}: {error.strerror}"  # without the error number
     text = str(error).strip()
     return text.splitlines()[-1].partition(": ")[2] if "Original Traceback" in text else text

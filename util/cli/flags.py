@@ -1,4 +1,4 @@
-"""The kinds of value that flags take, and what argparse says of a wrong one."""
+"""Types of flag values, with error messages for argparse."""
 
 import argparse
 from collections.abc import Callable
@@ -13,7 +13,7 @@ def _kind(convert: Callable[[str], Any], holds: Callable[[Any], bool], requireme
             raise argparse.ArgumentTypeError(f"must be {requirement}, got {text}")
         return value
 
-    kind.__name__ = convert.__name__  # argparse says so where the text is no number
+    kind.__name__ = convert.__name__  # argparse names it in the error for a text that is not a number
     return kind
 
 
@@ -30,33 +30,33 @@ seed = _kind(int, lambda value: 0 <= value < 2**32, "in [0, 2^32), which all ran
 
 
 def new_file(*suffixes: str) -> Callable[[str], Path]:
-    """A file that will be written: of one of these suffixes, if any are given, in a folder that is there."""
+    """Returns the type of an output file: a path in an existing folder, with one of the suffixes, if any are given."""
 
     def path(text: str) -> Path:
         file = Path(text)
         if suffixes and file.suffix.lower() not in suffixes:
-            endings = " or ".join(suffixes[:4]) + " or as other pictures do" * (len(suffixes) > 4)
+            endings = " or ".join(suffixes[:4]) + " or another suffix of images" * (len(suffixes) > 4)
             raise argparse.ArgumentTypeError(f"{text}: its name must end in {endings}")
         if file.is_dir():
-            raise argparse.ArgumentTypeError(f"{text} is a folder: give the name of a file")
+            raise argparse.ArgumentTypeError(f"{text} is a folder: give a file name")
         if not file.parent.is_dir():
-            raise argparse.ArgumentTypeError(f"{text}: there is no folder {file.parent}; make it first")
+            raise argparse.ArgumentTypeError(f"{text}: there is no folder {file.parent}; create it first")
         return file
 
     return path
 
 
 class Size(argparse.Action):
-    """One number for a square, two for height and width; one stays a plain number."""
+    """Stores one number (a square) as a number, and two numbers (height, width) as a list."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         if len(values) > 2:
-            raise argparse.ArgumentError(self, f"takes one number or two (height, width), got {len(values)}")
+            raise argparse.ArgumentError(self, f"takes one or two numbers (height, width), got {len(values)}")
         setattr(namespace, self.dest, values[0] if len(values) == 1 else list(values))
 
 
 def add_switch(group: argparse._ArgumentGroup, name: str, default: bool, text: str) -> None:
-    """Adds --NAME and --no_NAME: a flag can override a recipe in both directions."""
+    """Adds --NAME and --no_NAME, so that the command line can override a recipe in both directions."""
     on, off = (" (default)", "") if default else ("", " (default)")
     group.add_argument(f"--{name}", action="store_true", default=default, help=text + on)
     group.add_argument(f"--no_{name}", action="store_false", dest=name, default=default, help=f"disable --{name}{off}")

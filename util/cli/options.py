@@ -1,6 +1,6 @@
-"""Every flag, once. A script takes the functions that it needs and sets the defaults of its task.
+"""All flags. Each is defined once. A script calls the functions that it needs and sets the defaults of its task.
 
-A function may add flags to several groups of --help. Their order is that of GROUPS.
+A function may add flags to several groups of --help. GROUPS is their order.
 """
 
 import argparse
@@ -30,7 +30,7 @@ GROUPS = (DATA, AUGMENTATION, MODEL, OPTIMIZATION, EVALUATION, RUN, DISTRIBUTED)
 
 
 def _group(parser: argparse.ArgumentParser, title: str) -> argparse._ArgumentGroup:
-    """The group of this title. The first call adds all groups; --help leaves out those without flags."""
+    """Returns the group with this title. The first call adds all groups; --help omits groups without flags."""
     if not any(group.title == title for group in parser._action_groups):
         for name in GROUPS:
             parser.add_argument_group(name)
@@ -41,7 +41,7 @@ def _group(parser: argparse.ArgumentParser, title: str) -> argparse._ArgumentGro
 
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:
-    """The dataset and the size of its images."""
+    """Adds the flags of the dataset and the image size."""
     group = _group(parser, DATA)
     group.add_argument(
         "--data_path", metavar="PATH",
@@ -65,17 +65,18 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_source_options(group: argparse._ActionsContainer) -> None:
-    """Sources of images other than --data_path; channels; worker processes."""
+    """Adds the flags of data sources other than --data_path, of channels, and of worker processes."""
     group.add_argument(
         "--train_list", metavar="FILE",
-        help="text, CSV or JSON file with one path per image, optionally with a label; or iNaturalist's JSON",
+        help="text, CSV or JSON file with one path per image, optionally with a label; or a JSON file of COCO or "
+        "iNaturalist",
     )  # fmt: skip
     group.add_argument(
         "--dataset", metavar="NAME",
         help="dataset of a library: a class of torchvision, such as CIFAR10 or STL10:unlabeled, with its files in "
         "--data_path; hf:NAME_OR_FOLDER (Hugging Face); wds:SHARDS (WebDataset), such as wds:s/{000..127}.tar",
     )  # fmt: skip
-    group.add_argument("--download", action="store_true", help="let torchvision download --dataset into --data_path")
+    group.add_argument("--download", action="store_true", help="download a --dataset of torchvision to --data_path")
     group.add_argument(
         "--num_images", type=positive_int, metavar="N",
         help="number of images in the shards of wds: (default: counted, which needs local files)",
@@ -87,7 +88,7 @@ def add_source_options(group: argparse._ActionsContainer) -> None:
 def _add_num_workers(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--num_workers", default=DEFAULT_WORKERS, type=count, metavar="N",
-        help="data loader worker processes, at most one per CPU core; 0 loads in the main process",
+        help="data loader worker processes, at most one per CPU core; 0: load in the training process",
     )  # fmt: skip
 
 
@@ -104,17 +105,18 @@ def _add_crop_options(parser: argparse.ArgumentParser, crop_scale: list[float]) 
 
 
 def add_model_options(parser: argparse.ArgumentParser, models: Collection[str], default: str) -> None:
-    """The architecture."""
+    """Adds the flags of the architecture."""
     group = _group(parser, MODEL)
     group.add_argument("--model", default=default, choices=models, metavar="NAME", help=f"one of {', '.join(models)}")
     group.add_argument(
         "--patch_size", type=positive_int, nargs="+", action=Size, metavar=("P", "P"),
-        help="patch size in pixels: one number for squares, or height and width (default: that of the model's name)",
+        help="patch size in pixels: one number for squares, or height and width (default: the patch size in the name "
+        "of the model)",
     )  # fmt: skip
 
 
 def add_pretrain_options(parser: argparse.ArgumentParser) -> None:
-    """Masked pre-training."""
+    """Adds the flags of masked pre-training."""
     group = _group(parser, DATA)
     add_switch(
         group, "fast_jpeg", False,
@@ -154,7 +156,7 @@ def add_pretrain_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_supervised_options(parser: argparse.ArgumentParser, global_pool: bool) -> None:
-    """The pre-trained encoder, the classes, and the images of the validation set."""
+    """Adds the flags of the pre-trained encoder, the classes, and the validation set."""
     group = _group(parser, DATA)
     group.add_argument("--val_list", metavar="FILE", help="as --train_list, for the validation set")
     group.add_argument(
@@ -163,7 +165,7 @@ def add_supervised_options(parser: argparse.ArgumentParser, global_pool: bool) -
     )  # fmt: skip
     group.add_argument(
         "--train_per_class", type=positive_int, metavar="N",
-        help="train on N images of each class, chosen by --seed (default: on all)",
+        help="train on N images of each class, chosen by --seed (default: all images)",
     )  # fmt: skip
     group.add_argument(
         "--crop_pct", type=positive_share, metavar="S",
@@ -179,8 +181,9 @@ def add_supervised_options(parser: argparse.ArgumentParser, global_pool: bool) -
     )  # fmt: skip
     group.add_argument(
         "--adapt_input", default="error", choices=ADAPT_CHOICES,
-        help="if the weights of --finetune have another number of input channels: fail; give each channel the mean of "
-        "theirs; repeat theirs in turn; or skip them, so that the patch projection starts at random",
+        help="if the weights of --finetune have another number of input channels: error: abort; mean: each channel "
+        "starts from the mean of their channels; repeat: from their channels in turn; skip: the patch projection is "
+        "initialized at random",
     )  # fmt: skip
     on, off = (" (default)", "") if global_pool else ("", " (default)")
     group.add_argument(
@@ -196,7 +199,7 @@ def add_supervised_options(parser: argparse.ArgumentParser, global_pool: bool) -
 
 
 def add_optimizer_options(parser: argparse.ArgumentParser, several_blr: bool = False) -> None:
-    """Batch size, epochs, learning rate, regularization, and what a run does about broken values and images."""
+    """Adds the flags of batch size, epochs, learning rate, regularization, non-finite gradients and bad images."""
     group = _group(parser, OPTIMIZATION)
     group.add_argument("--batch_size", default=64, type=positive_int, metavar="N", help="batch size per process (GPU)")
     group.add_argument(
@@ -232,16 +235,16 @@ def add_optimizer_options(parser: argparse.ArgumentParser, several_blr: bool = F
     )
     group.add_argument(
         "--on_nonfinite", default="abort", choices=("abort", "skip"),
-        help="if a loss or gradient is not finite: save and abort, or skip the update",
+        help="if a loss or gradient is not finite: abort after saving a checkpoint, or skip the update",
     )  # fmt: skip
     _group(parser, DATA).add_argument(
         "--on_bad_image", default="error", choices=("error", "skip"),
-        help="if an image can't be read: abort, or use another image, for up to a tenth of an epoch",
+        help="if an image can't be read: abort, or use another image instead, for up to 10 %% of an epoch",
     )  # fmt: skip
 
 
 def add_finetune_options(parser: argparse.ArgumentParser) -> None:
-    """Fine-tuning: regularization, augmentation, trained layers."""
+    """Adds the flags of fine-tuning: regularization, augmentation, trained layers."""
     group = _group(parser, MODEL)
     group.add_argument(
         "--drop_path", default=0.1, type=ratio, metavar="R",
@@ -262,7 +265,7 @@ def add_finetune_options(parser: argparse.ArgumentParser) -> None:
     _add_crop_options(parser, [0.08, 1.0])
     group = _group(parser, AUGMENTATION)
     group.add_argument(
-        "--aa", default="rand-m9-mstd0.5-inc1", metavar="POLICY", help="AutoAugment policy, as timm names it; or none"
+        "--aa", default="rand-m9-mstd0.5-inc1", metavar="POLICY", help="augmentation policy, as timm names it, or none"
     )
     group.add_argument(
         "--color_jitter", type=non_negative, metavar="S", help="strength of color jitter, with --aa none (default: 0)"
@@ -294,7 +297,7 @@ def add_finetune_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_evaluation_options(parser: argparse.ArgumentParser) -> None:
-    """Evaluation of a classifier."""
+    """Adds the flags of evaluating a classifier."""
     group = _group(parser, EVALUATION)
     group.add_argument(
         "--eval", action="store_true", help="evaluate the weights of --resume or --finetune on the validation set, "
@@ -305,7 +308,7 @@ def add_evaluation_options(parser: argparse.ArgumentParser) -> None:
         "is always evaluated",
     )  # fmt: skip
     group.add_argument(
-        "--report", metavar="DIR", help="write accuracy per class and the confusion matrix there (CSV and picture)"
+        "--report", metavar="DIR", help="folder for the accuracy per class and the confusion matrix (CSV and picture)"
     )
     group.add_argument(
         "--dist_eval", action="store_true", help="no effect: the evaluation is always distributed, and exact"
@@ -313,7 +316,7 @@ def add_evaluation_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_probe_options(parser: argparse.ArgumentParser) -> None:
-    """Linear probing."""
+    """Adds the flags of linear probing."""
     _group(parser, DATA).add_argument(
         "--cache_features", action="store_true",
         help="compute the features of all images once, without augmentation, and train on them",
@@ -325,7 +328,7 @@ def add_probe_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_knn_options(parser: argparse.ArgumentParser) -> None:
-    """k-nearest-neighbor classification."""
+    """Adds the flags of k-nearest-neighbor classification."""
     group = _group(parser, EVALUATION)
     group.add_argument(
         "--k", default=[10, 20, 100], type=positive_int, nargs="+", metavar="K", help="numbers of neighbors"
@@ -340,7 +343,7 @@ def add_knn_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """Recipe, run directory, checkpoints, and computation."""
+    """Adds the flags of the recipe, the run directory, checkpoints, and computation."""
     group = _group(parser, RUN)
     _add_config(group)
     group.add_argument(
@@ -353,14 +356,14 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--resume", default="", metavar="FILE|auto",
         help="resume from this checkpoint; auto: from the newest valid one in --output_dir, if any "
-        "(default: start anew)",
+        "(default: start a new run)",
     )  # fmt: skip
     group.add_argument(
         "--start_epoch", default=0, type=count, metavar="N", help="first epoch of a run that is not resumed"
     )
     group.add_argument("--save_every", default=20, type=positive_int, metavar="N", help="epochs between checkpoints")
     group.add_argument(
-        "--keep_last", type=positive_int, metavar="K", help="keep only the newest K of these (default: all)"
+        "--keep_last", type=positive_int, metavar="K", help="keep only the newest K of these checkpoints (default: all)"
     )
     group.add_argument(
         "--save_minutes", default=15.0, type=non_negative, metavar="M",
@@ -374,7 +377,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_compute_options(parser: argparse.ArgumentParser) -> None:
-    """Recipe and computation, for a command without a run directory."""
+    """Adds the flags of the recipe and of computation, for a command without a run directory."""
     group = _group(parser, RUN)
     _add_config(group)
     _add_compute_options(group)
@@ -384,22 +387,24 @@ def add_compute_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_inference_options(parser: argparse.ArgumentParser, images: bool = True, also: str = "") -> None:
-    """The model of a command that uses a trained one, and its images.
+    """Adds the flags of a command that uses a trained model.
 
     Args:
-        also: other values of --model.
+        images: add the image files as arguments.
+        also: end of the help text of --model: other values that the command accepts.
     """
     if images:
         parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
     parser.add_argument(
         "--model", required=True, metavar="FILE",
-        help="checkpoint file, folder of transformers, or a published name such as mae_finetuned_vit_base" + also,
+        help="checkpoint file, folder in the format of transformers, or published name such as mae_finetuned_vit_base"
+        + also,
     )  # fmt: skip
     _add_device(parser)
 
 
 def add_extraction_options(parser: argparse.ArgumentParser) -> None:
-    """Batches and precision of a command that uses a trained model."""
+    """Adds the flags of batches and precision of a command that uses a trained model."""
     parser.add_argument("--batch_size", default=128, type=positive_int, metavar="N", help="batch size per process")
     _add_num_workers(parser)
     _add_amp(parser)
@@ -439,10 +444,10 @@ def _add_recompute_option(parser: argparse.ArgumentParser) -> None:
 
 
 def add_distributed_options(parser: argparse.ArgumentParser) -> None:
-    """Flags of launchers. Ranks and counts come from the environment that torchrun sets."""
+    """Adds the flags of launchers. Ranks and the number of processes come from the environment that torchrun sets."""
     group = _group(parser, DISTRIBUTED)
     group.add_argument(
-        "--dist_backend", default="auto", choices=BACKENDS, help="communication; auto: nccl for GPUs, else gloo"
+        "--dist_backend", default="auto", choices=BACKENDS, help="communication backend; auto: nccl for GPUs, else gloo"
     )
     group.add_argument(
         "--dist_timeout", default=600, type=positive, metavar="S",

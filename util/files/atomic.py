@@ -1,4 +1,4 @@
-"""Files and folders that are complete, or not there: whatever stops a command, no part of one lies under its name."""
+"""Atomic writes: a file or folder is complete or absent, also after a command was killed."""
 
 import errno
 import os
@@ -15,19 +15,19 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @contextmanager
 def replacing(path: Path, sync: bool = True) -> Iterator[Path]:
-    """Gives a path to write a file or a folder to. When the block ends, what was written takes the place of `path`.
+    """Context manager that replaces `path`, a file or a folder, when its block ends without an error.
 
-    The given path has the same name, in a hidden folder beside `path`; other files that the block writes there move
-    along. Of a folder that exists already, files of the same names are replaced, and the others stay. A link is
-    followed. What is neither file nor folder, such as /dev/stdout, is written to directly.
+    It yields a temporary path with the same name, in a hidden folder beside `path`. Other files that the block writes
+    to the hidden folder are moved beside `path` too. In an existing folder, files with the same names are replaced, and
+    other files are kept. Links are followed. Special files such as /dev/stdout are written directly.
 
-    The block should do nothing but write: an OSError of it is taken for a failure to write `path`.
+    The block must only write: any OSError in it counts as a failure to write `path`.
 
     Args:
-        sync: wait until the data is on the disk, so that even a power cut leaves the previous file or the new one.
+        sync: wait until the data is on the disk, so that the previous or the new file survives a power failure.
 
     Raises:
-        OSError: the disk is full, or the place can't be written to, in one line. The previous file is as it was.
+        OSError: `path` can't be written; the message is one line. The previous file is unchanged.
     """
     target = path.resolve() if path.is_symlink() else Path(os.path.abspath(path))
     if target.exists() and not (target.is_file() or target.is_dir()):
@@ -37,10 +37,10 @@ def replacing(path: Path, sync: bool = True) -> Iterator[Path]:
     written = temporary / target.name
     try:
         with writing(path):
-            _remove(temporary)  # of a command that was killed
+            _remove(temporary)  # left by a command that was killed
             temporary.mkdir()
             yield written
-            mode = temporary.stat().st_mode & 0o666  # by the umask; safetensors writes files for their owner alone
+            mode = temporary.stat().st_mode & 0o666  # follows the umask; files of safetensors are readable by the owner
             for file in temporary.rglob("*"):
                 if file.is_file():
                     file.chmod(mode)
@@ -55,10 +55,10 @@ def replacing(path: Path, sync: bool = True) -> Iterator[Path]:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """A block that does nothing but write to `path`.
+    """Context manager of a block that only writes to `path`.
 
     Raises:
-        OSError: it failed to, in one line that names the path, the reason, and what to do.
+        OSError: the block failed to write. The message is one line with path, reason and remedy.
     """
     try:
         yield
@@ -66,12 +66,12 @@ def writing(path: Path) -> Iterator[None]:
         number = _error_number(error)
         if number is None:
             raise
-        remedy = "free space there, or write to another place" if number in FULL else "write to another place"
+        remedy = "free space there, or write to another folder" if number in FULL else "write to another folder"
         raise OSError(f"can't write {path} ({os.strerror(number)}): {remedy}") from error
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file, UTF-8, as `replacing` does."""
+    """Writes a text file (UTF-8) atomically."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -99,9 +99,9 @@ def _move(written: Path, path: Path) -> None:
 
 
 def _error_number(error: BaseException | None) -> int | None:
-    """The system's number of a failure to write, if it is one.
+    """Returns the errno of a failure to write, or None for another error.
 
-    PyTorch raises a RuntimeError from it when it writes to an open file, safetensors has it in its text.
+    PyTorch raises a RuntimeError with an OSError as its context; the message of a SafetensorError contains the number.
     """
     if isinstance(error, SafetensorError):
         number = re.search(r"os error (\d+)", str(error))

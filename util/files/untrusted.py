@@ -1,5 +1,7 @@
-"""What the files of strangers may not do: a name that writes to the terminal, a file without an end, a recipe that runs
-commands or fills the memory."""
+"""Checks of untrusted files.
+
+They reject file names with escape sequences, files that never end, and recipes that run commands or fill the memory.
+"""
 
 import errno
 import os
@@ -9,17 +11,17 @@ from pathlib import Path
 
 import yaml
 
-MAX_BYTES = 1 << 30  # of an image's file, and of an archive's member when unpacked
+MAX_BYTES = 1 << 30  # of an image file, and of an unpacked member of an archive
 MAX_RECIPE_BYTES = 20_000
 MAX_RECIPE_DEPTH = 10
-SHARDS_OF_RECIPES = re.compile(r"[^:]*|https?://[^:]*(:\d+/[^:]*)?")  # files and web addresses, no other scheme
+SHARDS_OF_RECIPES = re.compile(r"[^:]*|https?://[^:]*(:\d+/[^:]*)?")  # files and http(s) URLs, no other scheme
 
 
 def printable(text: str) -> str:
-    """A text of a stranger's (a file's name, an error that quotes a file) for messages, on one line.
+    """Converts an untrusted text, such as a file name, to one printable line for messages.
 
-    Escape sequences, which could rewrite the terminal, line breaks, marks of the writing direction and bytes that are
-    no UTF-8 become backslash escapes.
+    Backslash escapes replace terminal escape sequences, line breaks, marks of the writing direction, and bytes that are
+    not UTF-8.
     """
     if text.isprintable():
         return text
@@ -27,12 +29,15 @@ def printable(text: str) -> str:
 
 
 def read_file(path: str | Path, limit: int = MAX_BYTES) -> bytes:
-    """A regular file's bytes.
+    """Reads a regular file.
+
+    Args:
+        limit: maximum size in bytes.
 
     Raises:
-        OSError: no such file; a pipe, a socket or a device, of which a read may never end; or too large.
+        OSError: the file does not exist, is too large, or is a pipe, a socket or a device, which may never end.
     """
-    # Without O_NONBLOCK, to open a pipe waits for its writer.
+    # Without O_NONBLOCK, opening a pipe waits for its writer.
     with open(path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
@@ -43,12 +48,13 @@ def read_file(path: str | Path, limit: int = MAX_BYTES) -> bytes:
 
 
 def recipe_problem(text: str) -> str | None:
-    """Why a recipe is not read, before its values are made.
+    """Returns the reason to reject a recipe, or None. It is called before the recipe is loaded.
 
-    Aliases can name the same list many times over in a few lines, and so can merges; a recipe is flat and needs none.
+    With aliases and merges, a few lines of YAML can expand to lists that fill the memory. A recipe is flat and needs
+    neither.
 
     Raises:
-        yaml.YAMLError: it is no YAML.
+        yaml.YAMLError: the text is not YAML.
     """
     if len(text) > MAX_RECIPE_BYTES:
         return f"has {len(text):,} characters, and a recipe has at most {MAX_RECIPE_BYTES:,}"
@@ -65,12 +71,15 @@ def recipe_problem(text: str) -> str | None:
 
 
 def value_problem(key: str, value: str) -> str | None:
-    """Why an entry of a recipe is not taken: what can run a command stands on the command line, where users see it."""
+    """Returns the reason to reject an entry of a recipe, or None.
+
+    Values that can run a command are accepted on the command line only, where the user types them.
+    """
     if not value.isprintable():
-        return f"{key} holds a control character: {printable(value)}"
+        return f"{key} contains a control character: {printable(value)}"
     kind, _, shards = value.partition(":")
     if key == "dataset" and kind == "wds" and not SHARDS_OF_RECIPES.fullmatch(shards):
-        return f"dataset {value} may run a command: a recipe names files or https:// addresses; give --dataset yourself"
+        return f"dataset {value} may run a command, and a recipe may not: give --dataset on the command line"
     if key == "slurm":
         return f"slurm {value} may run a command: give --slurm on the command line"
     return None
