@@ -152,7 +152,7 @@ def test_a_rejected_checkpoint_moves_no_files(pretrain):
     state["model"]["cls_token"][0, 0, 3] = float("nan")
     checkpoint.write(state, out / "checkpoint-7.pth")
     with pytest.raises(
-        ValueError, match=r"--resume .*checkpoint-7.pth: cls_token .* resume from an earlier checkpoint"
+        ValueError, match=r"--resume .*checkpoint-7.pth: .* cls_token: resume from an earlier checkpoint"
     ):
         pretrain("run", resume=out / "checkpoint-7.pth")
     (out / "checkpoint-7.pth").unlink()

@@ -99,7 +99,7 @@ def test_every_remedy_works_when_typed(case, runs, labelled, tmp_path, call):
 def test_the_remedy_for_a_diverging_learning_rate_works(labelled, tmp_path, call):
     settings = {**MAE, "data_path": labelled, "output_dir": tmp_path / "out", "lr": 1e30}
     said = call(main_pretrain, settings)
-    assert "a lower learning rate (--lr, or --blr where --lr is not given)" in said
+    assert "a lower learning rate (--lr, or --blr if --lr is not given)" in said
     assert call(main_pretrain, {**settings, "lr": 1e-4, "output_dir": tmp_path / "lower"}) == ""
 
 

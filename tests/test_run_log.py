@@ -114,7 +114,7 @@ def test_log_lines_are_written_after_a_full_disk_has_space(tmp_path, caplog):
                 file.write(bytes(512))
         log.begin_epoch(4, 0, 2, 8, Stopwatch())
         log.end_epoch({"train_lr": 1e-3, "train_loss": 0.0, "note": "x" * 9000})
-        with pytest.raises(OSError, match=r"can't write .*: its last [\d,]+ bytes are in (.*)") as stop:
+        with pytest.raises(OSError, match=r"can't write .*; the last [\d,]+ bytes are in (.*)") as stop:
             log.close()
         assert Path(str(stop.value).rpartition(" ")[2]).stat().st_size > 0
     finally:

@@ -197,7 +197,7 @@ def test_the_command_converts_to_a_file(shared, whole, tmp_path):
     assert moments.keys() == expected.keys()
     assert all(moments[n][k].shape == expected[n][k].shape for n in expected for k in expected[n])
     mae_vit_mini_patch4(img_size=16).load_state_dict(ours["model"])
-    with pytest.raises(CheckpointError, match="is a plain checkpoint already"):
+    with pytest.raises(CheckpointError, match="is already a plain checkpoint"):
         sharded.gather(file)
 
 
@@ -314,7 +314,7 @@ def test_unknown_metadata_are_a_one_line_error(optimizer, shared, tmp_path):
     state = checkpoint.read(folder)
     state["optimizer"] = optimizer
     checkpoint.write({name: value for name, value in state.items() if name != "folder"}, folder / "state.pth")
-    with pytest.raises(CheckpointError, match=r"checkpoint-0 is damaged: state.pth in it does not describe"):
+    with pytest.raises(CheckpointError, match=r"checkpoint-0 is damaged: its state.pth does not describe"):
         sharded.gather(folder)
 
 

@@ -125,7 +125,7 @@ def test_a_job_that_is_not_requeued(run, monkeypatch, setting):
         (["--slurm", "foo"], "--slurm: must be KEY=VALUE, such as account=lab, got foo"),
         (
             ["--slurm", "acount=lab"],
-            "sbatch is not installed here, and the known settings have no acount; did you mean account?",
+            "sbatch is not installed here, and its known options include no acount; did you mean account?",
         ),
         (["--slurm", "time=10"], "--slurm: time cannot be set: give --timeout 10"),
         (["--slurm", "time=1-00"], "--slurm: time cannot be set: give --timeout MINUTES"),

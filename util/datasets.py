@@ -92,7 +92,7 @@ def open_source(
     if root.is_file():
         return Archive(root, split)
     if not root.is_dir():
-        raise ValueError(f"--data_path: the folder or archive {root} does not exist")
+        raise ValueError(f"--data_path: there is no folder or archive {root}")
     if (root / split).is_dir():
         return find_files(root / split)
     if split == "val" or (root / "val").is_dir():  # never the images of the other split

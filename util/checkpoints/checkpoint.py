@@ -1,8 +1,8 @@
 """The format of checkpoints: written atomically, verified when read.
 
-A checkpoint holds {model, optimizer, epoch, scaler, args} as in the published code, and `progress`,
-`rng`, `digest`, and `callbacks` where there are any. It consists of dicts, lists, tensors and plain values.
-That of a sharded run is a folder (`util.checkpoints.sharded`), of which `state.pth` is such a file without tensors.
+A checkpoint contains {model, optimizer, epoch, scaler, args} as in the published code, and `progress`, `rng`, `digest`,
+and `callbacks` if there are any. It consists of dicts, lists, tensors and plain values. The checkpoint of a sharded run
+is a folder (`util.checkpoints.sharded`); `state.pth` in it has this format, without tensors.
 """
 
 import argparse
@@ -25,22 +25,22 @@ from util.files.untrusted import printable
 
 logger = logging.getLogger(__name__)
 
-MAX_PARTS = 1_000_000  # of a state; a part that occurs twice counts twice
+MAX_PARTS = 1_000_000  # largest number of parts of a state; a part that is referenced twice counts twice
 MAX_DEPTH = 30
-PREFIX = "checkpoint-"  # of the names of files, and of folders of sharded runs
+PREFIX = "checkpoint-"  # of files, and of folders of sharded runs
 LAST, BEST, EMERGENCY = f"{PREFIX}last.pth", f"{PREFIX}best.pth", f"{PREFIX}emergency.pth"
 STATE = "state.pth"  # in the folder of a sharded checkpoint
 
 
 class CheckpointError(ValueError):
-    """A file that can't be used, with the reason. Text from the file is made printable."""
+    """A file can't be used. The message has the reason. Text from the file is made printable."""
 
     def __init__(self, message: str) -> None:
         super().__init__(printable(message))
 
 
 def compute_digest(state: Any) -> str:
-    """The sha256 of the names, types, shapes and values in a nested state, in order."""
+    """Returns the SHA-256 of the names, types, shapes and values in a nested state, in their order."""
     sha = hashlib.sha256()
 
     def feed(value: Any) -> None:
@@ -64,10 +64,10 @@ def compute_digest(state: Any) -> str:
 
 
 def write(state: dict[str, Any], path: Path, *also: Path) -> None:
-    """Writes a state and its digest, atomically: a crash leaves the previous file.
+    """Writes a state and its digest atomically: the previous file survives a crash.
 
     Args:
-        state: its tensors are on the host (`snapshot`). It is not copied, so it must not change meanwhile.
+        state: tensors on the host (`snapshot`). It is not copied and must not change during the call.
         also: further paths of the same file, in the same folder.
 
     Raises:
@@ -91,10 +91,15 @@ def link(source: Path | str, path: Path | str) -> None:
 
 
 def require_finite(tensors: Mapping[str, Any], source: str, remedy: str) -> None:
-    """Refuses weights that are not finite.
+    """Checks that weights are finite.
+
+    Args:
+        tensors: the weights by name.
+        source: the file, for the message.
+        remedy: the end of the message.
 
     Raises:
-        CheckpointError: a tensor holds NaN or infinity.
+        CheckpointError: a tensor contains NaN or infinity.
     """
     bad = [
         name for name, value in tensors.items()
@@ -102,16 +107,16 @@ def require_finite(tensors: Mapping[str, Any], source: str, remedy: str) -> None
     ]  # fmt: skip
     if bad:
         more = f" and {len(bad) - 1} more tensors" if len(bad) > 1 else ""
-        raise CheckpointError(f"{source}: {bad[0]}{more} with values that are NaN or infinite: {remedy}")
+        raise CheckpointError(f"{source}: NaN or infinite values in {bad[0]}{more}: {remedy}")
 
 
 def weights_digest(model: nn.Module) -> str:
-    """The digest of the weights of a model, on any device."""
+    """Returns the digest of the weights of a model on any device."""
     return compute_digest(snapshot(dict(model.state_dict())))
 
 
 def snapshot(value: Any) -> Any:
-    """Copies a nested state to the host. Later changes of the state do not reach the copy."""
+    """Copies a nested state to the host. Later changes of the state do not affect the copy."""
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
@@ -122,10 +127,10 @@ def snapshot(value: Any) -> Any:
 
 
 def read(path: Path | str) -> dict[str, Any]:
-    """Reads a checkpoint without executing code from it. If it contains a digest, that must match.
+    """Reads a checkpoint without executing code from it. If it contains a digest, the content must match.
 
     Files of the published code are supported; their `args` are an argparse.Namespace. The tensors of a sharded
-    checkpoint stay on the disk; `folder` is its path.
+    checkpoint are not read; the entry `folder` is its path.
 
     Raises:
         CheckpointError: the file is missing, damaged, or contains anything but tensors and plain values.
@@ -134,14 +139,14 @@ def read(path: Path | str) -> dict[str, Any]:
     state = _load(path / STATE if path.is_dir() else path)
     digest = state.pop("digest", None)
     if digest is not None and digest != compute_digest(state):
-        raise CheckpointError(f"{path} is damaged: its content does not match its digest")
+        raise CheckpointError(f"{path} is damaged: the content does not match the digest")
     return {**state, "folder": str(path)} if path.is_dir() else state
 
 
 def newest_first(folder: Path) -> list[Path]:
-    """The checkpoints in a folder by their progress, the furthest first, without those that can't be read.
+    """Lists the readable checkpoints in a folder, in descending order of their progress.
 
-    File times have no effect: copying a folder changes them.
+    File times are ignored, because copying a folder changes them.
     """
     positions = []
     for path in checkpoints(folder):
@@ -153,33 +158,33 @@ def newest_first(folder: Path) -> list[Path]:
 
 
 def position(path: Path) -> tuple[int, int]:
-    """The position from which a checkpoint resumes: epoch, and number of images of that epoch.
+    """Returns the position from which a checkpoint resumes: epoch, and number of images of that epoch.
 
     Raises:
-        CheckpointError: it can't be read.
+        CheckpointError: the checkpoint can't be read.
     """
-    # mmap reads names and plain values, and no tensors.
+    # mmap reads names and plain values only.
     state = _load(path / STATE if path.is_dir() else path, mmap=True)
     try:
         progress = state.get("progress") or {"epoch": state["epoch"] + 1, "images_done": 0}
         return progress["epoch"], progress["images_done"]
     except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} has no position of a run ({error!r})") from error
+        raise CheckpointError(f"{path} does not record the position of a run ({error!r})") from error
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a run directory: files, and folders of sharded runs."""
+    """Lists the checkpoints in a run directory: files, and folders of sharded runs."""
     paths = [*folder.glob(PREFIX + "*.pth"), *(p.parent for p in folder.glob(f"{PREFIX}*/{STATE}"))]
-    return sorted([*paths, *(p.parent for p in folder.glob(f".{PREFIX}*.old/{STATE}"))])  # a crash left these
+    return sorted([*paths, *(p.parent for p in folder.glob(f".{PREFIX}*.old/{STATE}"))])  # left by a crash
 
 
 def milestone(epoch: int) -> str:
-    """The file name of the state after an epoch."""
+    """Returns the file name of the state after an epoch."""
     return f"{PREFIX}{epoch}.pth"
 
 
 def milestones(folder: Path) -> list[Path]:
-    """The milestones of a run, oldest first."""
+    """Lists the milestones of a run, oldest first."""
     numbers = ((path.stem.removeprefix(PREFIX), path) for path in checkpoints(folder))
     return [path for _, path in sorted((int(number), path) for number, path in numbers if number.isdecimal())]
 
@@ -196,13 +201,15 @@ def _load(path: Path, mmap: bool = False) -> dict[str, Any]:
         # PyTorch raises the same error for other objects and for damage.
         match = re.search(r"GLOBAL (\S+)", str(error))
         raise CheckpointError(
-            f"{path} is refused: it is damaged, or it holds objects other than tensors and plain values"
+            f"{path} is refused: it is damaged, or it contains objects other than tensors and plain values"
             f"{f' ({match[1]})' if match else ''}, which could run code when loaded. Nothing in it was executed."
         ) from error
-    except Exception as error:  # of any type, from the zip and pickle readers
-        raise CheckpointError(f"{path} is damaged or no checkpoint (a download or copy cut short?): {error}") from error
+    except Exception as error:  # the zip and pickle readers raise any exception
+        raise CheckpointError(
+            f"{path} is not a checkpoint, or is damaged (an incomplete download or copy?): {error}"
+        ) from error
     if not isinstance(state, dict):
-        raise CheckpointError(f"{path} holds a {type(state).__name__}, not a checkpoint")
+        raise CheckpointError(f"{path} contains a {type(state).__name__}, not a checkpoint")
     return state
 
 
@@ -222,7 +229,7 @@ def _check_parts(state: Any) -> None:
             waiting += [(part, depth + 1) for part in value]
         elif isinstance(value, Tensor):
             if value.layout != torch.strided or value.is_meta or value.is_quantized:
-                raise ValueError("a tensor in it is sparse, quantized or without data; save it as a plain one (dense)")
+                raise ValueError("a tensor is sparse, quantized or without data; save it as a dense tensor")
             if value.numel() * value.element_size() > value.untyped_storage().nbytes():
                 raise ValueError(
                     f"a tensor of shape {tuple(value.shape)} has fewer values in the file; save its clone()"
@@ -230,9 +237,9 @@ def _check_parts(state: Any) -> None:
 
 
 def _check_names(path: Path) -> bool:
-    """Verifies the checksum of names and plain values, which torch.load does not.
+    """Verifies the checksum of names and plain values. torch.load does not.
 
-    Damage could rename the key `digest`, and the file would look like one without a digest.
+    Without this check, damage could rename the key `digest`, and the digest would not be verified.
 
     Returns:
         Whether the file is a zip archive. Files of PyTorch before 1.6 are not.
@@ -241,7 +248,7 @@ def _check_names(path: Path) -> bool:
         return False
     with zipfile.ZipFile(path) as archive:
         if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
-            raise ValueError("its parts are compressed, which torch.save does not do")  # and could fill the memory
+            raise ValueError("its parts are compressed, which torch.save does not do")  # they could fill the memory
         for name in archive.namelist():
             if name.endswith("data.pkl"):
                 archive.read(name)

@@ -1,4 +1,4 @@
-"""The run directory: it must not contain another run, and one process at a time writes to it."""
+"""The run directory. It must not contain another run, and only one run at a time writes to it."""
 
 import contextlib
 import fcntl
@@ -18,13 +18,13 @@ from util.files import atomic
 logger = logging.getLogger(__name__)
 
 LOCK = "run.lock"
-RESUMED = ".resumed"  # an empty file: the run has resumed from the file of --resume
+RESUMED = ".resumed"  # an empty file; it exists after the run has resumed from the file of --resume
 ABANDONED = "abandoned"  # folder of the checkpoints after the resumed one, numbered from 1
-MOVING = "moving.json"  # the names of files that are still to be moved to it
+MOVING = "moving.json"  # the names of the files that are not moved yet
 
 
 def chosen(output_dir: Path, resume: str) -> str:
-    """What to resume from: `--resume`, or the newest checkpoint if a launcher restarts the run."""
+    """Returns the checkpoint to resume from: `resume`, or "auto" if a launcher restarted the run."""
     if not dist.restarted():
         return resume
     if resume in ("", "auto"):
@@ -33,11 +33,11 @@ def chosen(output_dir: Path, resume: str) -> str:
 
 
 def prepare(output_dir: Path, resume: str) -> None:
-    """Makes the run directory.
+    """Creates the run directory.
 
     Raises:
-        ValueError: it contains a run, and `resume` is neither "auto" nor a file of it.
-        OSError: it can't be made.
+        ValueError: the directory contains a run, and `resume` is neither "auto" nor a checkpoint in it.
+        OSError: the directory can't be created.
     """
     resume = chosen(output_dir, resume)
     continues = resume == "auto" or (resume and Path(resume).resolve().parent == output_dir.resolve())
@@ -46,7 +46,7 @@ def prepare(output_dir: Path, resume: str) -> None:
         existing = sorted({*files, *(path.name for path in checkpoint.checkpoints(output_dir))})
         if existing:
             raise ValueError(
-                f"--output_dir {output_dir} already contains a run ({', '.join(existing[:3])}): continue it with "
+                f"--output_dir {output_dir} already contains a run ({', '.join(existing[:3])}): resume it with "
                 f"--resume auto, or give another --output_dir"
             )
     try:
@@ -54,28 +54,30 @@ def prepare(output_dir: Path, resume: str) -> None:
         if dist.is_main() and not dist.restarted():
             (output_dir / RESUMED).unlink(missing_ok=True)
     except OSError as error:
-        raise OSError(f"--output_dir {output_dir} can't be made ({error.strerror}): give another") from error
+        raise OSError(
+            f"--output_dir {output_dir} can't be created ({error.strerror}): give another --output_dir"
+        ) from error
 
 
 @contextlib.contextmanager
 def locked(output_dir: Path) -> Iterator[None]:
-    """Locks a run directory. The system releases the lock when the process ends, in any way.
+    """Context manager that locks a run directory. The system releases the lock when the process ends for any reason.
 
     Raises:
-        ValueError: another process has locked it.
-        OSError: it can't be written to.
+        ValueError: another run has locked the directory.
+        OSError: the directory can't be written to.
     """
     with contextlib.ExitStack() as stack:
         if dist.is_main():
             try:
                 file = stack.enter_context((output_dir / LOCK).open("a+", encoding="utf-8"))
                 _take(file, output_dir)
-                stack.callback(file.truncate, 0)  # but do not delete it: another process may have it open
+                stack.callback(file.truncate, 0)  # the file is not deleted, because another process may have it open
                 _finish_moving(output_dir)
             except OSError as error:
                 raise OSError(
                     f"--output_dir {output_dir} can't be written to ({error.strerror or error}): free space there, or "
-                    f"give another"
+                    f"give another --output_dir"
                 ) from error
         dist.barrier()
         yield
@@ -93,7 +95,7 @@ def _take(file: IO[str], output_dir: Path) -> None:
         ) from None
     except OSError as error:  # some network file systems have no locks
         logger.warning(f"{output_dir} can't be locked ({error.strerror}): make sure that no other run writes to it")
-    os.register_at_fork(after_in_child=file.close)  # worker processes outlive a killed run for seconds
+    os.register_at_fork(after_in_child=file.close)  # worker processes run for seconds after their run was killed
     if holder:
         logger.info(f"the previous run ({holder}) was killed")
     file.truncate(0)
@@ -104,11 +106,11 @@ def _take(file: IO[str], output_dir: Path) -> None:
 def begin_branch(output_dir: Path, resumed: Path) -> None:
     """Moves the checkpoints after the resumed one to `abandoned/N`, so that the resumed one is the newest.
 
-    Those that can't be read move too. The folder gets copies of log.txt and of the TensorBoard events. After a crash
-    in between, the next start moves the rest.
+    Checkpoints that can't be read are moved too. log.txt and the TensorBoard events are copied to the folder. After a
+    crash in this function, the next start moves the remaining files.
 
     Raises:
-        OSError: they can't be moved.
+        OSError: the files can't be moved.
     """
     position = checkpoint.position(resumed)
     later = [path.name for path in checkpoint.checkpoints(output_dir) if _is_later(path, position)]

@@ -1,4 +1,4 @@
-"""The state of a run: collects and restores it. `saver.py` writes it to files."""
+"""Collects and restores the state of a run. `saver.py` writes it to files."""
 
 import logging
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ class Progress:
     Args:
         effective_batch_size: images per update: batch size per process x accum_iter x processes.
         global_batch_size: images per iteration: batch size per process x processes.
-        num_images: of an epoch, with repetitions.
+        num_images: images of an epoch, including repetitions.
     """
 
     def __init__(
@@ -45,19 +45,19 @@ class Progress:
         self.global_batch_size = global_batch_size
         self.epoch = start_epoch
         self.first_iteration = 0
-        self.meters: dict[str, Any] = {}  # of `run_log.Meters`
-        self.best_accuracy = -1.0  # of the epochs so far; -1: none
+        self.meters: dict[str, Any] = {}  # state of `run_log.Meters`
+        self.best_accuracy = -1.0  # best accuracy of the epochs so far; -1: none
 
     def next_epoch(self) -> None:
         """Moves to the start of the next epoch."""
         self.epoch, self.first_iteration, self.meters = self.epoch + 1, 0, {}
 
     def position(self, epoch: int, iterations: int, meters: dict[str, Any]) -> dict[str, Any]:
-        """The entry `progress` of a checkpoint, which `restore` reads.
+        """Returns the entry `progress` of a checkpoint, which `restore` reads.
 
         Args:
-            iterations: of the epoch whose gradients are in the weights.
-            meters: sums of the epoch so far, of `run_log.Meters`.
+            iterations: number of iterations of the epoch whose gradients are in the weights.
+            meters: state of `run_log.Meters`, the sums of the epoch so far.
         """
         return {
             "epoch": epoch,
@@ -69,7 +69,7 @@ class Progress:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Restores the position of a checkpoint; that of a file of the published code is the end of its epoch.
+        """Restores the position of a checkpoint. Files of the published code are at the end of their epoch.
 
         Raises:
             CheckpointError: the effective batch size differs, or the number of images differs within an epoch.
@@ -103,7 +103,7 @@ class Progress:
         self.meters = saved["meters"]
 
     def _split_of(self, effective_batch_size: int) -> str:
-        """Flags for an effective batch size with the same number of processes and no larger batches."""
+        """Returns flags for an effective batch size with the same number of processes and no larger batch size."""
         per_process, rest = divmod(effective_batch_size, dist.world_size())
         if rest:
             return f"a number of processes that divides {effective_batch_size}"
@@ -147,9 +147,9 @@ def resume(
     """Restores model, optimizer, scaler, random number generators, callbacks and position from a checkpoint.
 
     Args:
-        which: the path of a checkpoint, and later checkpoints of the run are moved to `abandoned`; or "auto" for the
-            newest checkpoint in `output_dir`, if any; or "" for none.
-        settings: of this run. A warning names those that differ from the settings in the checkpoint.
+        which: the path of a checkpoint, "auto" for the newest checkpoint in `output_dir`, if any, or "" for none. If it
+            is a path, later checkpoints of the run are moved to `abandoned`.
+        settings: settings of this run. A warning names those that differ from the settings in the checkpoint.
 
     Raises:
         CheckpointError: the file can't be read, contains weights only, or has another architecture or effective batch
@@ -160,7 +160,7 @@ def resume(
     if state is not None:
         missing = {"optimizer", "epoch", *(["model"] if "folder" not in state else [])} - state.keys()
         if missing:
-            error = CheckpointError(f"--resume {which}: it has no {' and no '.join(sorted(missing))} to resume from")
+            error = CheckpointError(f"--resume {which}: the file contains no {' and no '.join(sorted(missing))}")
             raise advised(error, *_start_from(which), "--eval evaluates it")
         if "folder" in state:
             state = sharded.fill(state, model, optimizer)
@@ -178,7 +178,7 @@ def resume(
     position = torch.tensor([progress.epoch, progress.first_iteration], device=next(model.parameters()).device)
     if not torch.equal(dist.mean_over_processes(position.float()), position.float()):
         raise CheckpointError(f"the processes found different checkpoints: --output_dir {output_dir} must be shared")
-    if which not in ("", "auto") and dist.is_main():  # all processes have accepted it
+    if which not in ("", "auto") and dist.is_main():  # after all processes have accepted the checkpoint
         run_directory.begin_branch(output_dir, Path(which))
     dist.barrier()
 
@@ -187,7 +187,7 @@ def read_newest(output_dir: Path) -> dict[str, Any] | None:
     """Reads the newest undamaged checkpoint in a folder, the same one in all processes.
 
     Raises:
-        CheckpointError: the processes do not see the same folder.
+        CheckpointError: the processes find different checkpoints.
     """
     names = dist.gather([path.name for path in checkpoint.checkpoints(output_dir)])
     if any(others != names[0] for others in names):
@@ -206,7 +206,7 @@ def read_newest(output_dir: Path) -> dict[str, Any] | None:
 
 
 def _start_from(file: str) -> list[str]:
-    """How to start a run from the weights of a file, in fine-tuning and probing or in pre-training."""
+    """Returns remedies: the flags that start a run from the weights of a file, one for each kind of script."""
     return [f"--{flag} {file} instead of --resume starts from its weights" for flag in ("finetune", "init_from")]
 
 
@@ -214,7 +214,7 @@ def restore_model(model: nn.Module, state: dict[str, Any], settings: dict[str, A
     """Loads all weights of a checkpoint.
 
     Args:
-        settings: of this run. The error message names those that differ from the checkpoint.
+        settings: settings of this run. The error message names those that differ from the checkpoint.
         which: as in `resume`.
 
     Raises:
@@ -227,8 +227,8 @@ def restore_model(model: nn.Module, state: dict[str, Any], settings: dict[str, A
     if differing:
         saved = _args_of(state)
         error = CheckpointError(
-            f"the checkpoint has another architecture than the model of this run: {len(differing)} tensors differ "
-            f"({', '.join(differing[:3])}, ...)"
+            f"the checkpoint has another architecture than the model of this run: {len(differing)} tensors differ, "
+            f"such as {', '.join(differing[:3])}"
         )
         if str(saved.get("model")).startswith("mae_") is str(settings.get("model")).startswith("mae_"):
             names = ["model", "input_size", "patch_size", "in_chans", "decoder_depth", "global_pool"]
@@ -243,7 +243,7 @@ def _require_same_parameters(optimizer: torch.optim.Optimizer, state: dict[str, 
                    for groups in (state["optimizer"]["param_groups"], optimizer.param_groups))  # fmt: skip
     if saved != ours:
         error = CheckpointError(
-            f"the checkpoint's run trained {sum(saved)} tensors of the model, and this run trains {sum(ours)}"
+            f"the run of the checkpoint trained {sum(saved)} tensors of the model, and this run trains {sum(ours)}"
         )
         raise _with_settings(error, {"unfreeze_blocks": _args_of(state).get("unfreeze_blocks")}, settings)
 
@@ -260,7 +260,7 @@ def _args_of(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Loads the moments of an optimizer, but not its settings, so that it stays fused."""
+    """Loads the moments of an optimizer, but not its settings, so that it remains a fused optimizer."""
     groups = [
         {**ours, "params": group["params"]}
         for group, ours in zip(saved["param_groups"], optimizer.param_groups, strict=True)
@@ -299,5 +299,5 @@ def _warn_of_changes(saved: dict[str, Any], settings: dict[str, Any]) -> None:
     for name in sorted(saved.keys() & settings.keys() - FREE_SETTINGS):
         if saved[name] != settings[name]:
             if name == "classes":
-                raise CheckpointError("the resumed run had other classes: --finetune starts from its weights")
+                raise CheckpointError("the resumed run had other classes; --finetune FILE starts from its weights")
             logger.warning(f"--{name} was {saved[name]} in the resumed run, and is {settings[name]} from now on")

@@ -1,6 +1,6 @@
 """The tensor files of sharded checkpoints, written and read by torch.distributed.checkpoint without executing code.
 
-The import takes most of a second, so `sharded.py` imports this module at its use.
+`sharded.py` imports this module inside functions, because the import takes most of a second.
 """
 
 import io
@@ -19,10 +19,10 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from util.checkpoints.checkpoint import CheckpointError
 from util.files.untrusted import read_file
 
-ERRORS = (OSError, RuntimeError, dcp.CheckpointException)  # of `write`
+ERRORS = (OSError, RuntimeError, dcp.CheckpointException)  # that `write` raises
 
-# The types in the tensor metadata of PyTorch, by their full names. Nothing else is loaded, so no code can run: a module
-# as a prefix would allow everything that it imports.
+# The types in the tensor metadata of PyTorch, by their full names. Nothing else is loaded, so that no code can run. A
+# module name as a prefix would allow everything that the module imports.
 DESCRIBED_BY = {
     *(("torch.distributed.checkpoint.metadata", name) for name in (
         "Metadata", "TensorStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING", "ChunkStorageMetadata",
@@ -35,25 +35,25 @@ DESCRIBED_BY = {
 
 
 def write(tensors: dict[str, Tensor], folder: Path, group: td.ProcessGroup | None) -> None:
-    """Writes tensors to a new folder; all processes of the group call this together. Each writes its shards.
+    """Writes tensors to a new folder. All processes of the group call this together, and each writes its shards.
 
     Raises:
-        Exception: of `ERRORS`; `reason` is its message.
+        Exception: one of `ERRORS`; `reason` returns its message.
     """
     dcp.save(tensors, storage_writer=_Writer(folder), process_group=group)
 
 
 def read(tensors: dict[str, Tensor], folder: Path, together: bool) -> None:
-    """Reads into tensors, sharded or not, by name.
+    """Reads values into the given tensors, sharded or not, by name.
 
     Args:
-        together: all processes call this.
+        together: whether all processes call this.
 
     Raises:
-        CheckpointError: a tensor can't be read; in all processes.
+        CheckpointError: a tensor can't be read. All processes raise it.
     """
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is enough
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # expected in a single process
         try:
             dcp.load(tensors, storage_reader=_Reader(folder), no_dist=not together)
         except dcp.CheckpointException as error:
@@ -61,7 +61,7 @@ def read(tensors: dict[str, Tensor], folder: Path, together: bool) -> None:
 
 
 def read_sizes(folder: Path) -> dict[str, torch.Size]:
-    """Shapes of all tensors of a folder, by name.
+    """Returns the shapes of all tensors of a folder, by name.
 
     Raises:
         CheckpointError: the metadata contains anything but tensors.
@@ -71,7 +71,7 @@ def read_sizes(folder: Path) -> dict[str, torch.Size]:
 
 
 class _Writer(dcp.FileSystemWriter):
-    """The writer of PyTorch, with errors that contain the reason, also in other processes."""
+    """The writer of PyTorch. Its errors contain the reason in all processes."""
 
     def write_data(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -81,7 +81,7 @@ class _Writer(dcp.FileSystemWriter):
 
 
 def reason(error: BaseException) -> str:
-    """The first line of the original error, of a chain of errors or of errors of several processes."""
+    """Returns the first line of the original error in a chain of errors, or in the errors of several processes."""
     if isinstance(error, dcp.CheckpointException):
         return reason(next(iter(error.failures.values()))[0])
     earlier = error.__cause__ or error.__context__
@@ -89,10 +89,10 @@ def reason(error: BaseException) -> str:
 
 
 def _enum_member(kind: Any, name: str) -> Enum:
-    """A member of an enumeration, which Python 3.11.0 to 3.11.3 pickles as a call of getattr."""
+    """Returns a member of an enumeration. Python 3.11.0 to 3.11.3 pickles it as a call of getattr."""
     if isinstance(kind, EnumType) and name in kind.__members__:
         return kind.__members__[name]
-    raise CheckpointError(f"its description reads {name!r} of {kind!r}, which could run code")
+    raise CheckpointError(f"its metadata reads {name!r} of {kind!r}, which could run code")
 
 
 class _Unpickler(pickle.Unpickler):
@@ -101,21 +101,21 @@ class _Unpickler(pickle.Unpickler):
             return super().find_class(module, name)
         if (module, name) == ("builtins", "getattr"):
             return _enum_member
-        raise CheckpointError(f"its description contains {module}.{name}, which could run code")
+        raise CheckpointError(f"its metadata contains {module}.{name}, which could run code")
 
 
 class _Reader(dcp.FileSystemReader):
-    """The reader of PyTorch, without executing code in the tensor metadata."""
+    """The reader of PyTorch. It does not execute code in the tensor metadata."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         metadata = _Unpickler(io.BytesIO(read_file(Path(self.path) / ".metadata"))).load()
         if not isinstance(metadata, Metadata):
-            raise CheckpointError(f"its description is a {type(metadata).__name__}")
+            raise CheckpointError(f"its metadata is a {type(metadata).__name__}")
         for name, described in metadata.state_dict_metadata.items():
             if not isinstance(described, TensorStorageMetadata):  # bytes, which PyTorch would unpickle
-                raise CheckpointError(f"it contains {name}, which is no tensor")
+                raise CheckpointError(f"it contains {name}, which is not a tensor")
         for info in (metadata.storage_data or {}).values():
             name = info.relative_path
             if Path(name).name != name or not (Path(self.path) / name).is_file():
-                raise CheckpointError(f"its description names a file {name}, which is not in the folder")
+                raise CheckpointError(f"its metadata names a file {name}, which is not in the folder")
         return metadata

@@ -29,16 +29,16 @@ T = TypeVar("T")
 
 
 def write(state: dict[str, Any], folder: Path, *also: Path, group: td.ProcessGroup | None) -> None:
-    """Writes a state; all processes call this together.
+    """Writes a state. All processes call this together.
 
     Args:
         state: from `run_state.collect`, on the host, with the position of the run.
         also: further paths of the checkpoint, in the same folder.
-        group: of all processes, without other communication meanwhile.
+        group: a group of all processes, without other communication during the call.
 
     Raises:
-        OSError: the disk is full, or the place can't be written to. If one process fails, all processes raise the same
-            error. The previous checkpoint is unchanged, and nothing remains of the new one.
+        OSError: the disk is full, or the folder can't be written to. If one process fails, all processes raise the same
+            error. The previous checkpoint is unchanged, and the incomplete files are removed.
     """
     from util.checkpoints import shard_files
 
@@ -83,10 +83,10 @@ def _temporary(folder: Path) -> Path:
 
 
 def _in_all(function: Callable[[], T], group: td.ProcessGroup | None) -> list[T]:
-    """Calls a function in all processes; returns the results of all.
+    """Calls a function in all processes, and returns the results of all of them.
 
     Raises:
-        OSError: in all processes, if it fails in one, with the reason of the first that failed.
+        OSError: the function failed in a process. All processes raise it, with the reason of the first that failed.
     """
     from util.checkpoints import shard_files
 
@@ -98,7 +98,7 @@ def _in_all(function: Callable[[], T], group: td.ProcessGroup | None) -> list[T]
         reason = shard_files.reason(error)
     try:
         results = dist.gather((result, reason), group)
-    except RuntimeError as error:  # a process is gone
+    except RuntimeError as error:  # a process ended
         raise OSError(shard_files.reason(error)) from error
     reasons = [reason for _, reason in results if reason]
     if reasons:
@@ -107,9 +107,9 @@ def _in_all(function: Callable[[], T], group: td.ProcessGroup | None) -> list[T]
 
 
 def _put_in_place(temporary: Path, folder: Path) -> None:
-    """Renames a complete folder. After a crash, the previous one is `.NAME.old`, which `checkpoints` lists too."""
+    """Renames a complete folder. After a crash, the previous folder is `.NAME.old`, which `checkpoints` lists too."""
     old = folder.with_name(f".{folder.name}.old")
-    if folder.exists():  # else the previous one is `old`, and stays until the new one is complete
+    if folder.exists():  # otherwise `old` is the previous checkpoint, and is kept until the new one is complete
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
     temporary.rename(folder)
@@ -125,13 +125,13 @@ def _digests(files: list[Path]) -> dict[str, str]:
 
 
 def read(path: Path | str) -> dict[str, Any]:
-    """Reads a checkpoint, a file or a folder, in all processes together. Each verifies a part of the files.
+    """Reads a checkpoint, a file or a folder, in all processes together. Each process verifies a part of the files.
 
     Returns:
-        As `checkpoint.read`. The tensors of a folder stay on the disk; `fill` reads them.
+        As `checkpoint.read`. The tensors of a folder are not read; `fill` reads them.
 
     Raises:
-        CheckpointError: as `checkpoint.read`, or a file of the folder is damaged. If one process finds damage, all
+        CheckpointError: as in `checkpoint.read`, or a file of the folder is damaged. If one process finds damage, all
             processes raise the same error.
     """
     state, error = dict[str, Any](), ""
@@ -159,9 +159,9 @@ def _check(state: dict[str, Any], part: int = 0, parts: int = 1) -> None:
         isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups
     )
     if not (isinstance(files, dict) and isinstance(state.get("tensors"), list) and are_groups):
-        raise CheckpointError(f"{folder} is damaged: {STATE} in it does not describe a sharded checkpoint")
+        raise CheckpointError(f"{folder} is damaged: its {STATE} does not describe a sharded checkpoint")
     if any(Path(str(name)).name != name or (folder / name).is_fifo() for name in files):
-        raise CheckpointError(f"{folder} is damaged: {STATE} in it names files elsewhere")
+        raise CheckpointError(f"{folder} is damaged: its {STATE} names files outside of the folder")
     for name in sorted(files)[part::parts]:
         try:
             is_intact = _digests([folder / name])[name] == files[name]
@@ -173,7 +173,7 @@ def _check(state: dict[str, Any], part: int = 0, parts: int = 1) -> None:
 
 
 def _sizes(state: dict[str, Any]) -> dict[str, torch.Size]:
-    """Shapes of all tensors of a folder, by name.
+    """Returns the shapes of all tensors of a folder, by name.
 
     Raises:
         CheckpointError: the metadata of the tensors is damaged, or contains anything but tensors.
@@ -186,14 +186,14 @@ def _sizes(state: dict[str, Any]) -> dict[str, torch.Size]:
         if sum(math.prod(size) for size in sizes.values()) > num_bytes:
             raise CheckpointError("its tensors are larger than its files")
         return {name: sizes[name] for name in state["tensors"]}
-    except Exception as error:  # whatever pickle raises on damaged bytes
+    except Exception as error:  # pickle raises any exception on damaged bytes
         raise CheckpointError(f"{state['folder']} is refused: {error}. Nothing in it was executed.") from error
 
 
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The state of an optimizer with parameter names instead of numbers.
+    """Returns the state of an optimizer with parameter names instead of numbers.
 
-    PyTorch's `get_optimizer_state_dict` has the same names, but changes an optimizer before its first step.
+    `get_optimizer_state_dict` of PyTorch returns the same names, but changes an optimizer before its first step.
     """
     names = {parameter: name for name, parameter in model.named_parameters()}
     order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
@@ -203,10 +203,10 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
 
 
 def fill(state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Reads the tensors of a folder that `read` returned; each process reads its shards.
+    """Reads the tensors of a folder that `read` returned. Each process reads its shards.
 
     Returns:
-        The state with `model` and `optimizer`, sharded as the weights of the model. The parameters of the optimizer
+        The state with `model` and `optimizer`, sharded like the weights of the model. The parameters of the optimizer
         have the numbers of this run.
 
     Raises:
@@ -236,7 +236,7 @@ def _load(state: dict[str, Any], tensors: dict[str, Tensor], together: bool) -> 
         key, _, moment = rest.rpartition(".")
         if kind == "model":
             model[rest] = tensor
-        elif key in number:  # others are of another architecture: `run_state.restore_model` raises an error
+        elif key in number:  # other names are of another architecture, and `run_state.restore_model` raises an error
             moments.setdefault(number[key], {})[moment] = tensor
     groups = [{**group, "params": [number[str(name)] for name in group["params"]]} for group in groups]
     complete = {"model": model, **state, "optimizer": {"state": dict(sorted(moments.items())), "param_groups": groups}}
@@ -247,11 +247,11 @@ def gather(folder: Path) -> dict[str, Any]:
     """Reads the complete state of a folder in one process, as in a plain checkpoint.
 
     Raises:
-        CheckpointError: the folder is no sharded checkpoint, or damaged.
+        CheckpointError: the folder is not a sharded checkpoint, or is damaged.
     """
     state = checkpoint.read(folder)
     if "folder" not in state:
-        raise CheckpointError(f"{folder} is a plain checkpoint already")
+        raise CheckpointError(f"{folder} is already a plain checkpoint")
     _check(state)
     return _load(state, {name: torch.zeros(size) for name, size in _sizes(state).items()}, together=False)
 
@@ -263,10 +263,10 @@ def main(args: argparse.Namespace) -> None:
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """The arguments of the command."""
+    """Returns the parser of the command."""
     parser = entry_point.parser("Converts a sharded checkpoint to a checkpoint file.")
     parser.add_argument(
         "folder", type=Path, metavar="FOLDER", help="sharded checkpoint, such as runs/giant/checkpoint-799"
     )
-    parser.add_argument("file", type=flags.new_file(), metavar="FILE", help="checkpoint to write, such as giant.pth")
+    parser.add_argument("file", type=flags.new_file(), metavar="FILE", help="output file, such as giant.pth")
     return parser

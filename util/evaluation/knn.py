@@ -1,7 +1,7 @@
-"""Weighted k nearest neighbours (Wu et al. 2018, section 3.4), for banks that fill a GPU.
+"""Weighted k-nearest-neighbour classification (Wu et al. 2018, section 3.4), for feature banks that fill a GPU.
 
-Every process holds a part of the bank and compares all queries with it; the nearest of each part together are the
-nearest of all. Nothing of the size queries x bank is ever held.
+Each process stores a part of the bank and compares all queries with it. The k nearest neighbours are among the k
+nearest neighbours of each part. The memory never contains all similarities, (queries, bank).
 """
 
 from collections.abc import Sequence
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from util import dist
 
-CHUNK = 2**25  # similarities that are held at once: 128 MiB
-SLICE = 2**16  # rows of the bank that are compared at once, in fp32: 320 MiB of ViT-H's features
+CHUNK = 2**25  # similarities in memory at a time: 128 MiB
+SLICE = 2**16  # rows of the bank that are compared at a time, in fp32: 320 MiB for the features of ViT-H
 
 
 def classify(
@@ -26,16 +26,18 @@ def classify(
     num_classes: int,
     device: torch.device,
 ) -> dict[int, int]:
-    """Counts the queries whose class is found by a vote of the k nearest, weighted by exp(cosine / temperature).
+    """Classifies queries by a vote of their k nearest neighbours, weighted by exp(cosine similarity / temperature).
 
     Args:
-        bank: this process's part of the training features (m, D), with its labels (m,).
-        queries: this process's part of the features to be classified (n, D), with their labels (n,).
+        bank: training features of this process (m, D).
+        bank_labels: their labels (m,).
+        queries: features to classify, of this process (n, D).
+        labels: their labels (n,).
         ks: numbers of neighbours.
-        device: where the products are computed; there, the bank takes m x D halves on CUDA, and floats elsewhere.
+        device: the device of the products. The bank takes m x D values in fp16 on CUDA, and in fp32 elsewhere.
 
     Returns:
-        For each k, how many queries of all processes were classified rightly.
+        The number of correctly classified queries of all processes, for each k.
 
     Raises:
         ValueError: the bank has fewer features than the largest k.
@@ -43,17 +45,18 @@ def classify(
     bank, bank_labels = _unit(bank, device), bank_labels.to(device)
     sizes = dist.gather(len(bank))
     if sum(sizes) < max(ks):
-        raise ValueError(f"--k {max(ks)}: there are only {sum(sizes)} training images")
-    step = max(1, CHUNK // min(SLICE, max(sizes)))  # the same in all processes, which go through the queries together
+        raise ValueError(f"--k {max(ks)}: there are only {sum(sizes)} training images; give a smaller --k")
+    step = max(1, CHUNK // min(SLICE, max(sizes)))  # equal in all processes, which process the queries together
     right = dict.fromkeys(ks, 0)
-    # Each process's queries in turn go round to all parts of the bank.
+    # All processes compare the queries of rank 0 with their parts of the bank, then those of rank 1, and so on.
     for batch, expected in zip(dist.gather(queries), dist.gather(labels), strict=True):
         for part, truth in zip(batch.split(step), expected.split(step), strict=True):
             similarity, neighbours = _nearest(nn.functional.normalize(part.to(device).float(), dim=1), bank, max(ks))
             candidates = dist.gather((similarity.cpu(), bank_labels[neighbours].cpu()))
             similarity, order = torch.cat([s for s, _ in candidates], dim=1).sort(dim=1, descending=True, stable=True)
             classes = torch.cat([c for _, c in candidates], dim=1).gather(1, order)
-            weights = ((similarity - similarity[:, :1]) / temperature).exp()  # a common factor, which no vote minds
+            # The subtraction prevents overflow. It multiplies all weights of a query by the same factor.
+            weights = ((similarity - similarity[:, :1]) / temperature).exp()
             for k in ks:
                 votes = torch.zeros(len(part), num_classes).scatter_add_(1, classes[:, :k], weights[:, :k])
                 right[k] += int((votes.argmax(dim=1) == truth).sum())
@@ -61,7 +64,7 @@ def classify(
 
 
 def _unit(features: Tensor, device: torch.device) -> Tensor:
-    """Features (n, D) of length 1 on the device, made there part by part, so that no copy of them all is needed."""
+    """Normalises features (n, D) to length 1 on the device, in parts, without a copy of all of them."""
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     unit = torch.empty(features.shape, dtype=dtype, device=device)
     for target, chunk in zip(unit.split(SLICE), features.split(SLICE), strict=True):
@@ -70,9 +73,9 @@ def _unit(features: Tensor, device: torch.device) -> Tensor:
 
 
 def _nearest(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Cosines, fp32, and places of the k nearest in this part of the bank: (n, k) each.
+    """Returns cosine similarities (fp32) and indices of the k nearest neighbours in this part of the bank, (n, k) each.
 
-    The bank may be in halves; products are not: near neighbours differ by less than a half can tell.
+    The bank may be fp16, but products are fp32: similarities of near neighbours differ by less than fp16 can represent.
     """
     similarity = queries.new_zeros(len(queries), 0)
     places = torch.zeros(len(queries), 0, dtype=torch.int64, device=queries.device)

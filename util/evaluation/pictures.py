@@ -1,4 +1,4 @@
-"""Pictures to look at, made from tensors."""
+"""Converts tensors to pictures."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,15 +13,16 @@ GAP = 2  # pixels between pictures
 
 
 def tile(columns: Sequence[Tensor], to_pixels: Callable[[Tensor], Tensor], scale: int = 1) -> np.ndarray:
-    """Sets batches of images side by side, an image a row, as one picture.
+    """Tiles batches of images to one picture: a row for each image, a column for each batch.
 
     Args:
-        columns: batches (B, c, H, W), such as the first four of `MaskedAutoencoderViT.reconstruct`.
-        to_pixels: brings their values into 0 to 1 (`transforms.Normalize.inverse`).
-        scale: enlarges each pixel so many times.
+        columns: batches (B, c, H, W), such as the first four results of `MaskedAutoencoderViT.reconstruct`.
+        to_pixels: maps their values to 0 to 1 (`transforms.Normalize.inverse`).
+        scale: side of the square that replaces each pixel.
 
     Returns:
-        uint8 (height, width, 1 or 3), on white; of more channels the first three, of two the first.
+        uint8 (height, width, 1 or 3), with white gaps. Images with more than 3 channels show the first three, images
+        with 2 channels the first.
     """
     channels = 3 if columns[0].shape[1] >= 3 else 1
     rows = torch.stack([to_pixels(column.float())[:, :channels] for column in columns], dim=1)  # (B, columns, c, H, W)
@@ -35,12 +36,18 @@ def tile(columns: Sequence[Tensor], to_pixels: Callable[[Tensor], Tensor], scale
 def reconstruction(
     model: Any, images: Tensor, noise: Tensor, normalize: Normalize, mask_ratio: float = 0.75, scale: int = 1
 ) -> np.ndarray:
-    """What a masked autoencoder makes of images: a row each with original, masked, prediction, pasted.
+    """Reconstructs images with a masked autoencoder. A row has original, masked, prediction, pasted.
 
     Args:
-        model: a `MaskedAutoencoderViT`; its `reconstruct` says how targets that were normalised are shown.
+        model: a `MaskedAutoencoderViT`. Its `reconstruct` documents the treatment of normalised targets.
         images: uint8 (B, c, H, W).
-        noise: (B, N), which chooses the masks.
+        noise: (B, N), determines the masks.
+        normalize: images -> the input of the model.
+        mask_ratio: fraction of masked patches.
+        scale: as in `tile`.
+
+    Returns:
+        As `tile`.
     """
     device = normalize.mean.device
     result = model.reconstruct(normalize(images.to(device)), mask_ratio, noise=noise.to(device))

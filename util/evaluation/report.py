@@ -1,4 +1,4 @@
-"""Accuracy by class and the confusion matrix of an evaluation, to read and to look at."""
+"""Writes the accuracy per class and the confusion matrix of an evaluation as CSV files and a picture."""
 
 import csv
 from collections.abc import Sequence
@@ -8,18 +8,18 @@ import numpy as np
 
 from util.files import atomic
 
-NAMED = 40  # with more classes, the picture's axes have numbers
+NAMED = 40  # largest number of classes with names at the axes of the picture
 
 
 def write(folder: Path, classes: Sequence[str], labels: np.ndarray, predictions: np.ndarray) -> None:
-    """Writes classes.csv, confusion.csv (a row a true class, a column a predicted one) and confusion.png.
+    """Writes classes.csv, confusion.csv (rows: true classes, columns: predicted classes) and confusion.png.
 
     Args:
-        labels: (n,), and
-        predictions: (n,), counting `classes`.
+        labels: (n,), indices into `classes`.
+        predictions: (n,), indices into `classes`.
 
     Raises:
-        OSError: the disk is full, or the folder can't be written to. Its files are as they were.
+        OSError: the disk is full, or the folder can't be written to. Its files are unchanged.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with atomic.replacing(folder) as written:

@@ -1,6 +1,7 @@
-"""ImageNet's test sets of robustness: what their folders hold, among which classes they ask, how they are scored.
+"""The robustness test sets of ImageNet: their folders, classes, labels and scores.
 
-A suite has cells, each a folder of images and a number of the table: ImageNet-C has 75, the others one or three.
+A suite consists of cells. A cell is a folder of images with a score of its own: ImageNet-C has 75 cells, the others
+have one or three.
 """
 
 from functools import cache
@@ -78,14 +79,14 @@ class Cell(NamedTuple):
 
 @cache
 def synsets() -> list[str]:
-    """The WordNet ids of ImageNet-1K's classes, in the order of labels."""
+    """Returns the WordNet ids of the classes of ImageNet-1K, in the order of labels."""
     from timm.data import ImageNetInfo  # takes more than a second
 
     return ImageNetInfo("imagenet-1k").label_names()
 
 
 def subset(name: str) -> list[str]:
-    """The sorted WordNet ids of the 200 classes of imagenet-a or imagenet-r, from timm."""
+    """Returns the sorted WordNet ids of the 200 classes of imagenet-a or imagenet-r, from timm."""
     listed = resources.files("timm.data") / "_info" / f"{name.replace('-', '_')}_synsets.txt"
     return sorted(listed.read_text().split())
 
@@ -100,7 +101,7 @@ def find(name: str, root: Path) -> Suite:
     Raises:
         ValueError: the folder does not exist, or a part of it is missing.
     """
-    root = root.absolute()  # the variant of ImageNetV2 is a part of the folder's name
+    root = root.absolute()  # the name of the folder contains the variant of ImageNetV2
     if not root.exists():
         raise ValueError(f"--data_path: there is no folder or archive {root}")
     cells, folders, columns = {name: root}, synsets(), list(range(NUM_CLASSES))
@@ -120,7 +121,7 @@ def find(name: str, root: Path) -> Suite:
 
 
 def _variants(root: Path) -> dict[str, Path]:
-    """The folders of the variants of ImageNetV2 that exist; `root` may be one of them."""
+    """Returns the folders of the variants of ImageNetV2 that exist; `root` may be one of them."""
     folders = [path for path in [root, *sorted(root.glob("*"))] if path.is_dir()]
     folders_of = {v: [path for path in folders if path.name.startswith(f"imagenetv2-{v}")] for v in VARIANTS}
     cells = {variant: paths[0] for variant, paths in folders_of.items() if paths}
@@ -133,7 +134,7 @@ def _variants(root: Path) -> dict[str, Path]:
 
 
 def _corruptions(root: Path) -> dict[str, Path]:
-    """The 75 folders of ImageNet-C: CORRUPTION/SEVERITY, in `root` or in the folder of a family."""
+    """Returns the 75 folders of ImageNet-C: CORRUPTION/SEVERITY, in `root` or in the folder of a family."""
     cells: dict[str, Path] = {}
     for family, errors in ALEXNET.items():
         for corruption in errors:
@@ -180,7 +181,7 @@ def open_cell(suite: Suite, name: str, limit: int | None = None) -> Cell:
 
 
 def _with_real_labels(images: Files | Archive, path: Path, limit: int | None) -> Cell:
-    """ImageNet's validation images with the labels of Beyer et al. (2020) from timm, without the images that have none.
+    """Returns the validation images of ImageNet that have a label of ReaL (Beyer et al. 2020), which timm contains.
 
     Labels are looked up by the number in the file name, so class folders have no effect.
     """
@@ -192,7 +193,7 @@ def _with_real_labels(images: Files | Archive, path: Path, limit: int | None) ->
     if strange:
         raise ValueError(
             f"--data_path {path}: {len(strange)} files, such as {strange[0]}, do not have the names of the published "
-            f"files, ILSVRC2012_val_00000001.JPEG to ILSVRC2012_val_00050000.JPEG, to which ReaL's labels belong"
+            f"files, ILSVRC2012_val_00000001.JPEG to ILSVRC2012_val_00050000.JPEG; ReaL's labels need them"
         )
     chosen = _spread(np.array([index for index, name in enumerate(files) if labels[name]], dtype=np.int64), limit)
     if not len(chosen):
@@ -209,7 +210,7 @@ def _spread(indices: np.ndarray, limit: int | None) -> np.ndarray:
 class CorruptionErrors(NamedTuple):
     """Errors on ImageNet-C in per cent (Hendrycks & Dietterich 2019)."""
 
-    mean: dict[str, float]  # of each corruption, over the severities
+    mean: dict[str, float]  # mean error of each corruption over the severities
     normalised: dict[str, float]  # CE: the mean divided by that of AlexNet
 
     @property

@@ -13,7 +13,7 @@ from util.files import atomic
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Scores = dict[str, float]  # of a cell: images, acc1, and acc5 unless images have several labels
+Scores = dict[str, float]  # scores of a cell: images, acc1, and acc5 unless images have several labels
 
 
 class Results:
@@ -29,7 +29,7 @@ class Results:
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         self.path = path
-        self.settings = json.loads(json.dumps(settings))  # as they are read back from the file
+        self.settings = json.loads(json.dumps(settings))  # equal to the settings that are read from the file
         self.cells: dict[str, Scores] = {}
         if not path.exists():
             return

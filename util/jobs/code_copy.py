@@ -1,4 +1,4 @@
-"""A snapshot of this project's code for a job: later changes of the code have no effect on a queued job."""
+"""A snapshot of the code for a job. Later changes of the code do not affect a queued job."""
 
 import hashlib
 import shutil
@@ -42,7 +42,7 @@ def make(folder: Path, config: str | None) -> tuple[Path, Path | None]:
 
 
 def _sources(folder: Path) -> Iterator[Path]:
-    """Python and YAML files of a folder and of its subfolders that contain any: no data, results or environments."""
+    """Yields the Python and YAML files of a folder, and of subfolders that directly contain such files."""
     for entry in sorted(folder.iterdir()):
         if entry.is_file() and entry.suffix in (".py", ".yaml"):
             yield entry

@@ -1,7 +1,7 @@
-"""`--slurm KEY=VALUE`: the settings of a Slurm job without a flag of their own.
+"""`--slurm KEY=VALUE`: settings of a Slurm job that have no flag.
 
 A key is a long option of sbatch, with `_` or `-` between its words, or a setting of submitit. This module lists the
-keys that are passed on, translated or rejected; an error message names the replacement of a rejected key.
+keys that are passed on, translated or rejected. The error message for a rejected key names its replacement.
 """
 
 import argparse
@@ -51,9 +51,9 @@ REFUSED = {
     "map_count": "a job is one run; submit a job for each run",
     "use_srun": "srun starts the processes of each job, and passes signals on to them",
     "chdir": "a job runs in the folder in which it is submitted",
-    "wrap": "the script is submitit's; --slurm setup='COMMAND' runs a command before it",
-    "parsable": "the number of the job is read from what sbatch prints",
-    "quiet": "the number of the job is read from what sbatch prints",
+    "wrap": "submitit writes the script; --slurm setup='COMMAND' runs a command before it",
+    "parsable": "the job id is read from the output of sbatch",
+    "quiet": "the job id is read from the output of sbatch",
 }  # fmt: skip
 
 
@@ -73,7 +73,7 @@ def setting(text: str) -> tuple[str, Any]:
     if key not in SBATCH | SUBMITIT and not _sbatch_lists(key):
         near = did_you_mean(key, sorted(SBATCH | SUBMITIT | REFUSED.keys()))
         is_here = shutil.which("sbatch")
-        source = "sbatch --help has" if is_here else "sbatch is not installed here, and the known settings have"
+        source = "sbatch --help has" if is_here else "sbatch is not installed here, and its known options include"
         raise argparse.ArgumentTypeError(f"{source} no {key}{near}")
     if key in LISTS:
         return key, value
@@ -88,7 +88,7 @@ def setting(text: str) -> tuple[str, Any]:
 
 
 def _sbatch_lists(key: str) -> bool:
-    """Whether the installed sbatch has the option: of a newer version, or of a plug-in."""
+    """Whether the installed sbatch has the option, because it is a newer version or has a plug-in."""
     if not shutil.which("sbatch"):
         return False
     text = subprocess.run(["sbatch", "--help"], capture_output=True, text=True, check=False).stdout

@@ -1,9 +1,9 @@
 """Jobs of a Slurm cluster through submitit: the flags, the submission, and the code that runs in the job.
 
 A job runs a snapshot of the code from the time of its submission, in the folder of the submission. It resumes from its
-newest checkpoint whenever Slurm starts it again: after the time limit, a preemption, or `scontrol requeue`.
+newest checkpoint when Slurm starts it again: after the time limit, a preemption, or `scontrol requeue`.
 
-PyTorch takes seconds to import. It is imported after submitit has installed its signal handlers: without them, a signal
+PyTorch takes seconds to import. It is imported after submitit has installed its signal handlers. Before that, a signal
 would end the job without a requeue.
 """
 
@@ -102,7 +102,7 @@ class Job:
             # submitit writes an exception to its result file at once, so that --wait reports the failure.
             sys.excepthook = _without_traceback
             if lost and self.requeue and job.cluster == "slurm":
-                # If a process died, srun ends the others now. If a node failed, Slurm requeues a job that still runs.
+                # If a process died, srun ends the others now. If a node failed, Slurm requeues the running job.
                 time.sleep(SECONDS_TO_KILL)
             raise Failed(f"{self.main}.py failed (exit code {error.code})") from error
         if stopped_by:
@@ -154,7 +154,7 @@ def run(main: str) -> None:
 
 
 def get_args_parser(main: str) -> tuple[ArgumentParser, list[str]]:
-    """The parser of a script with the flags of jobs, and the names of the flags of jobs."""
+    """Returns the parser of a script with the flags of jobs, and the names of the flags of jobs."""
     parser: ArgumentParser = importlib.import_module(main).get_args_parser()
     parser.set_defaults(output_dir=JOB_FOLDER)
     group = parser.add_argument_group("job")
@@ -199,7 +199,7 @@ class _Slurm(submitit.SlurmExecutor):
         return 2  # a dry run needs no Slurm
 
     def script(self) -> str:
-        """The text of the sbatch script."""
+        """Returns the text of the sbatch script."""
         return self._make_submission_file_text(self._submitit_command_str, "")
 
 

@@ -1,4 +1,4 @@
-"""torch.compile, where a compiler is installed."""
+"""torch.compile, if a compiler is installed."""
 
 import logging
 
@@ -22,7 +22,7 @@ def compile_model(model: nn.Module, device: torch.device) -> None:
         need = "Triton" if device.type == "cuda" else "a C++ compiler and Python's headers (g++, python3-dev)"
         logger.warning(f"--compile needs {need} and does not work here ({reason}): training continues without it")
         return
-    if dist.is_sharded(model):  # weights are gathered between its units, which are one graph each
+    if dist.is_sharded(model):  # each unit is one graph, because weights are gathered between units
         for unit in model.modules():
             if dist.is_sharded(unit) and unit is not model:
                 unit.forward = torch.compile(unit.forward, fullgraph=True, dynamic=False)

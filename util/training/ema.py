@@ -12,7 +12,7 @@ class EMA:
     The average starts with the weights after the first update. Its state is a `state_dict` of the model.
 
     Args:
-        decay: 0.999 averages over about the last 1,000 updates.
+        decay: the weight of the previous average. 0.999 averages over about the last 1,000 updates.
     """
 
     def __init__(self, decay: float = 0.9999) -> None:
@@ -29,7 +29,7 @@ class EMA:
                 self.weights[name] = weight.clone()
 
     def state_dict(self) -> dict[str, Any]:
-        """The averaged weights, by their names in the model."""
+        """Returns the averaged weights, by their names in the model."""
         return self.weights
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -19,30 +19,31 @@ def shard(
 ) -> None:
     """Shards weights, gradients and optimizer states over the processes (FSDP2), in place.
 
-    The weights of a unit are gathered while it computes, weights outside units from the forward to the backward pass.
-    No process has the complete model in memory: initialisation samples one complete tensor at a time.
+    The weights of a unit are gathered while it computes. Weights outside units are gathered from the forward to the
+    backward pass. No process has the complete model in memory: initialisation samples one complete tensor at a time.
 
     Args:
-        model: built under `torch.device("meta")`; `initialize_weights` runs after the `reset_parameters` of its
-            modules. With the same seed, the weights equal those of a model without sharding.
+        model: a model that was built under `torch.device("meta")`. `initialize_weights` runs after the
+            `reset_parameters` of its modules. With the same seed, the weights equal those of a model without sharding.
         units: the blocks.
-        device: of the weights.
-        dtype: of the weights of units in communication between GPUs, fp32 if None. Gradients are averaged in fp32.
-        method: another method of the model, beside `forward`, that computes with its weights.
+        device: device of the weights.
+        dtype: data type of the weights of units in communication between GPUs; None: fp32. Gradients are averaged in
+            fp32.
+        method: another method of the model, in addition to `forward`, that computes with its weights.
 
     Raises:
-        ValueError: there is one process only; or `dtype` is fp16, which needs a common loss scale; or a weight is not
+        ValueError: there is only one process, `dtype` is fp16, which needs a common loss scale, or a weight is not
             initialised.
     """
     if dtype is torch.float16:
         raise ValueError("--fsdp supports --amp bf16 and off, not fp16")
     if dist.world_size() == 1:
         raise ValueError(
-            "--fsdp shards the weights over several processes, and there is one: start several with torchrun"
+            "--fsdp shards the weights over several processes, and there is only one: start several with torchrun"
         )
     mesh = init_device_mesh(device.type, (dist.world_size(),))
-    # Activations have the dtype of autocast, as without sharding. So LayerNorm would get fp32 input and weights of
-    # another dtype, which the CPU does not support.
+    # Activations have the dtype of autocast, as without sharding. With param_dtype, LayerNorm would have fp32 input and
+    # weights of another dtype, which the CPU does not support.
     param_dtype = dtype if device.type == "cuda" else None
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for unit in units:
@@ -54,7 +55,7 @@ def shard(
 
 @torch.no_grad()
 def _initialize(model: Any, device: torch.device) -> None:
-    """Initialises a sharded model, in the order of its constructor."""
+    """Initialises a sharded model in the order of its constructor."""
     fixed = {name: tensor for name, tensor in model.state_dict().items() if not tensor.is_meta}  # position tables
     model.to_empty(device=device)
     for parameter in model.parameters():
@@ -71,9 +72,9 @@ def _initialize(model: Any, device: torch.device) -> None:
 
 
 class _FullTensorSampling(TorchDispatchMode):
-    """Samples the random numbers of a sharded tensor for the complete tensor, on the CPU, and takes the local shard.
+    """Samples the random numbers of the complete tensor on the CPU, and copies the local shard of them.
 
-    DTensor itself samples other numbers than a plain tensor does.
+    DTensor itself samples other numbers than a plain tensor.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

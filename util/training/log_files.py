@@ -1,4 +1,4 @@
-"""Files that grow while a run trains: log.txt and TensorBoard's events. Data that can't be written is written later."""
+"""Files that grow during a run: log.txt and the events of TensorBoard. Data that can't be written is written later."""
 
 import os
 import socket
@@ -51,7 +51,7 @@ class GrowingFile:
         """Writes the pending data for the last time.
 
         Raises:
-            OSError: that fails. The message names the file that contains the data instead, if there is one.
+            OSError: the data can't be written. The message names the file that contains the data instead, if any.
         """
         try:
             self.flush()
@@ -61,7 +61,7 @@ class GrowingFile:
                 place.write_bytes(self.pending)
             except OSError:
                 raise error from None
-            raise OSError(f"{error}: its last {len(self.pending):,} bytes are in {place}") from error
+            raise OSError(f"{error}; the last {len(self.pending):,} bytes are in {place}") from error
 
 
 class EventFile(GrowingFile):
@@ -114,7 +114,7 @@ def drop_events(log_dir: Path, run_name: str, by_step: Collection[str], first_st
 
 
 def _framed(record: bytes) -> bytes:
-    """A record with length and checksums, in the format of TensorFlow."""
+    """Returns a record with its length and checksums, in the format of TensorFlow."""
     file = BytesIO()
     RecordWriter(file).write(record)
     return file.getvalue()

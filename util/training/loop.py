@@ -1,4 +1,4 @@
-"""The training loop. There is one: an engine adds the loss of a batch."""
+"""The training loop. All engines use it, and add the loss of a batch."""
 
 import logging
 import math
@@ -19,7 +19,7 @@ from util.training.saver import NullSaver, Request
 
 logger = logging.getLogger(__name__)
 
-UPDATES_IN_FLIGHT = 4  # updates whose numbers are copied to the host meanwhile, so that the loop need not wait for them
+UPDATES_IN_FLIGHT = 4  # updates whose numbers are read later, so that the loop does not wait for the device
 MAX_SKIPS_IN_A_ROW = 20
 
 
@@ -35,20 +35,20 @@ class Loader(Protocol):
         """Images in the batches of all processes together."""
 
     def seek(self, epoch: int, first_iteration: int) -> None:
-        """Chooses the epoch and the first batch of the next `iter()`."""
+        """Sets the epoch and the first batch of the next `iter()`."""
 
     def seed_iteration(self, iteration: int) -> None:
         """Seeds the random numbers of a batch as a whole, such as those of mixup."""
 
     def __len__(self) -> int:
-        """Batches of a complete epoch."""
+        """Returns the number of batches of a complete epoch."""
 
     def __iter__(self) -> Iterator[Any]:
-        """The batches from the position that `seek` chose."""
+        """Returns the batches from the position that `seek` set."""
 
 
-class Callback(Protocol):  # no subclass of Stateful: isinstance checks of torch.distributed.checkpoint would fail
-    """Runs after every update, in every process. Checkpoints contain its state; a resumed run restores it.
+class Callback(Protocol):  # not a subclass of Stateful: isinstance checks of torch.distributed.checkpoint would fail
+    """Runs after every update, in every process. Checkpoints contain its state, and a resumed run restores it.
 
     The state is a dict of tensors and plain values. The state of rank 0 is saved.
     """
@@ -57,7 +57,7 @@ class Callback(Protocol):  # no subclass of Stateful: isinstance checks of torch
         """Called after the optimizer step; `epoch` is fractional: 1.5 is the middle of the second epoch."""
 
     def state_dict(self) -> dict[str, Any]:
-        """The state that a checkpoint contains."""
+        """Returns the state that a checkpoint contains."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the state of a checkpoint."""
@@ -65,18 +65,18 @@ class Callback(Protocol):  # no subclass of Stateful: isinstance checks of torch
 
 @dataclass(frozen=True)
 class EpochOptions:
-    """The arguments of `run_epoch` that do not depend on the engine."""
+    """Arguments of `run_epoch` that do not depend on the engine."""
 
     epoch: int
     schedule: Callable[[float], float]  # sets the learning rate for a fractional epoch, and returns it
     precision: Precision
-    guard: "NonFiniteGuard"  # decides about updates with a loss or gradient that is not finite
+    guard: "NonFiniteGuard"  # handles updates with a loss or gradient that is not finite
     log: NullLog
     saver: NullSaver
     meters: Meters = field(default_factory=Meters)  # sums of the epoch; `run_epoch` adds to them
     first_iteration: int = 0  # iterations of this epoch that an earlier run completed; a multiple of `accum_iter`
-    accum_iter: int = 1  # iterations of an update; divides the iterations of an epoch
-    clip_grad: float | None = None  # largest global norm of the gradient
+    accum_iter: int = 1  # iterations per update; divides the iterations of an epoch
+    clip_grad: float | None = None  # maximum global norm of the gradient
     after_update: Callable[[float], None] = lambda epoch: None  # called with the fractional epoch
 
 
@@ -87,21 +87,25 @@ def run_epoch(
     optimizer: torch.optim.Optimizer,
     options: EpochOptions,
 ) -> None:
-    """Trains for an epoch, or for the rest of one. It waits for the device only to save a state.
+    """Trains for an epoch, or for the rest of an epoch. It waits for the device only to save a state.
 
     Args:
-        compute_loss: from a batch, on the device, to its loss.
+        compute_loss: returns the loss () of a batch on the device.
+        model: the module whose gradients are averaged over the processes.
+        loader: the batches.
+        optimizer: supports `found_inf`, as fused optimizers do.
 
     Raises:
-        NonFiniteLoss: `options.guard` ends the run. The weights are those before the updates that were not finite.
+        NonFiniteLoss: `options.guard` ends the run. The non-finite updates did not change the weights.
+        Interrupted: a signal stopped the run, and its state is saved.
     """
     epoch, accum_iter, precision, saver = options.epoch, options.accum_iter, options.precision, options.saver
     num_iterations = len(loader)
     num_updates, rest = divmod(num_iterations, accum_iter)
     assert not rest, "an epoch is a whole number of updates"
-    updates = options.first_iteration // accum_iter  # optimizer steps of this epoch that the weights contain
+    updates = options.first_iteration // accum_iter  # completed optimizer steps of this epoch
     in_optimizer_step = False  # the weights are between two updates
-    buffers: list[Tensor] = []  # before the current update: a forward pass changes the statistics of batch norm
+    buffers: list[Tensor] = []  # copies from before the update: a forward pass changes the statistics of batch norm
     stopwatch, pending = Stopwatch(), PendingUpdates(options)
     zero = torch.zeros((), device=precision.device)
     model.train()
@@ -153,17 +157,17 @@ def run_epoch(
 def share_requests(loss: Tensor, request: Request) -> Tensor:
     """Averages the loss of an update over the processes, and shares their requests in the same collective operation.
 
-    It precedes the optimizer step: if a process is gone, this raises, and the weights are still those of whole updates.
+    It precedes the optimizer step. If a process has ended, this raises an error before the weights change.
 
     Returns:
-        (1 + len(Request),): the mean loss, and for each request the share of processes that make it.
+        (1 + len(Request),): the mean loss, and for each request the fraction of processes that make it.
     """
     return dist.mean_over_processes(torch.cat([loss[None], _one_hot_requests(loss.device)[request]]))
 
 
 @cache
 def _one_hot_requests(device: torch.device) -> Tensor:
-    """Row r encodes request r. It is created once, and not in every update."""
+    """Returns a matrix whose row r encodes request r. It is cached, and not created in every update."""
     return torch.eye(len(Request), device=device)
 
 
@@ -175,7 +179,10 @@ def _forward_backward(
     precision: Precision,
     is_last: bool,
 ) -> Tensor:
-    """Returns the part of the update's loss. The last iteration of an update averages gradients over the processes."""
+    """Runs an iteration, and returns its part of the loss of the update.
+
+    The last iteration of an update averages the gradients over the processes.
+    """
     with dist.gradient_sync(model, enabled=is_last):
         with precision.autocast():
             loss = compute_loss(batch) / accum_iter
@@ -184,18 +191,18 @@ def _forward_backward(
 
 
 def to_device(batch: list[Tensor], device: torch.device) -> list[Tensor]:
-    """A batch of tensors on the device."""
+    """Copies the tensors of a batch to the device."""
     return [part.to(device, non_blocking=True) for part in batch]
 
 
 @cache
 def _copying_stream(device: torch.device) -> torch.cuda.Stream:
-    """One stream for all epochs: the allocator does not share memory between streams."""
+    """Returns one stream for all epochs, because the allocator does not share memory between streams."""
     return torch.cuda.Stream(device)
 
 
 def prefetch(batches: Iterator[list[Tensor]], device: torch.device) -> Iterator[list[Tensor]]:
-    """Batches on the device. CUDA copies each one during the iteration before it."""
+    """Yields batches on the device. On CUDA, each batch is copied during the previous iteration."""
     if device.type != "cuda":
         for batch in batches:
             yield to_device(batch, device)
@@ -221,14 +228,14 @@ def prefetch(batches: Iterator[list[Tensor]], device: torch.device) -> Iterator[
 
 @dataclass(frozen=True)
 class Update:
-    """An optimizer step whose loss and gradient norm are being copied to the host."""
+    """An update whose loss and gradient norm are being copied to the host."""
 
-    iterations: int  # of the epoch, up to the end of this update
+    iterations: int  # number of iterations of the epoch, up to the end of this update
     lr: float
 
 
 class PendingUpdates:
-    """Losses, gradient norms and requests, copied from the device and read some updates later."""
+    """Losses, gradient norms and requests that are copied from the device and read some updates later."""
 
     def __init__(self, options: EpochOptions) -> None:
         self.options = options
@@ -245,10 +252,10 @@ class PendingUpdates:
         self.queue.append((update, values, copied))
 
     def read(self, max_pending: int, iterations: int) -> Request:
-        """Logs the oldest updates, until `max_pending` remain; returns the greatest request among them.
+        """Logs the oldest updates until `max_pending` remain, and returns the greatest request among them.
 
         Args:
-            iterations: of the epoch whose gradients are in the weights.
+            iterations: number of iterations of the epoch whose gradients are in the weights.
         """
         shared_request = Request.NONE
         while len(self.queue) > max_pending:
@@ -269,7 +276,7 @@ class PendingUpdates:
         return shared_request
 
     def meters_with_all(self) -> Meters:
-        """The sums with all pending updates, which stay in the queue."""
+        """Returns the sums including all pending updates, which remain in the queue."""
         total = Meters(**self.meters.state_dict())
         for update, values, copied in self.queue:
             grad_norm, loss, *_ = _numbers(values, copied)
@@ -284,10 +291,10 @@ def _numbers(values: Tensor, copied: torch.cuda.Event | None) -> list[float]:
 
 
 class NonFiniteGuard:
-    """Decides about updates whose loss or gradient is not finite. All processes have the same numbers.
+    """Handles updates whose loss or gradient is not finite. All processes have the same numbers.
 
     Args:
-        policy: "abort" ends the run; "skip" skips the update, up to MAX_SKIPS_IN_A_ROW.
+        policy: "abort" ends the run; "skip" skips the update, up to MAX_SKIPS_IN_A_ROW times in a row.
         overflow_is_normal: fp16 gradients overflow until the loss scaler has adapted.
     """
 
@@ -305,15 +312,23 @@ class NonFiniteGuard:
         return self.overflow_is_normal and math.isfinite(loss) and self.in_a_row < MAX_SKIPS_IN_A_ROW
 
     def react(self, what: str, save: Callable[[], str]) -> None:
-        """Warns of a skipped update; or saves the state and ends the run with remedies."""
+        """Logs a warning about a skipped update, or saves the state and ends the run.
+
+        Args:
+            what: description of the update.
+            save: saves the state, and returns the name of the file.
+
+        Raises:
+            NonFiniteLoss: the run ends.
+        """
         if self.policy == "skip" and self.in_a_row < MAX_SKIPS_IN_A_ROW:
             logger.warning(f"{what}; the update is skipped")
             return
         file = save()
-        dist.barrier()  # when one process ends, the launcher kills the others, also one that writes
+        dist.barrier()  # when one process ends, the launcher kills the others, including one that writes
         saved = f"The weights before this update are in {file}. " if file else ""
         raise NonFiniteLoss(
             f"{what} ({self.in_a_row} in a row). {saved}Try --clip_grad 1.0, a lower learning rate (--lr, or "
-            f"--blr where --lr is not given), --amp off (or bf16 in place of fp16), or --on_nonfinite skip if it "
+            f"--blr if --lr is not given), --amp off (or bf16 instead of fp16), or --on_nonfinite skip if it "
             f"happens rarely."
         )

@@ -5,9 +5,9 @@ from torch import Tensor
 
 
 def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
-    """The autocast dtype of `--amp` on a device; None is fp32.
+    """Returns the autocast dtype of `--amp` on a device; None: fp32.
 
-    auto is bf16 on CUDA devices with native support, fp16 on other CUDA devices, else off.
+    auto is bf16 on CUDA devices with native support, fp16 on other CUDA devices, and off elsewhere.
 
     Raises:
         ValueError: fp16 on a CPU.
@@ -22,11 +22,11 @@ def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
 
 
 class Precision:
-    """Autocast, and the optimizer step. Weights, gradients and the loss are fp32.
+    """Autocast and the optimizer step. Weights, gradients and the loss are fp32.
 
-    A step with a loss or gradient that is not finite does not change the weights. The fused optimizer decides that on
-    the device (`found_inf`), so that the host does not wait. A loss that is not finite makes all gradients NaN;
-    averaging propagates them to all processes.
+    A step with a non-finite loss or gradient does not change the weights. The fused optimizer checks this on the device
+    (`found_inf`), so that the host does not wait. A non-finite loss makes all gradients NaN, and averaging propagates
+    them to all processes.
     """
 
     def __init__(self, amp: str, device: torch.device) -> None:
@@ -42,7 +42,7 @@ class Precision:
         return {torch.bfloat16: "bf16", torch.float16: "fp16", None: "fp32"}[self.dtype]
 
     def autocast(self) -> torch.autocast:
-        """The context manager of a forward pass."""
+        """Returns the context manager of a forward pass."""
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
 
     def backward(self, loss: Tensor) -> None:
@@ -51,10 +51,12 @@ class Precision:
         self.scaler.scale(loss * factor).backward()
 
     def step(self, optimizer: torch.optim.Optimizer, clip_grad: float | None) -> Tensor:
-        """Clips the gradients, updates the weights and clears the gradients; skips the update if one is not finite.
+        """Clips the gradients, updates the weights and clears the gradients.
+
+        The update is skipped if a gradient is not finite.
 
         Args:
-            clip_grad: largest global norm of the gradient, or None.
+            clip_grad: maximum global norm of the gradient; None: no clipping.
 
         Returns:
             The global norm of the gradient before clipping, on the device.
@@ -67,7 +69,7 @@ class Precision:
         norm = torch.nn.utils.get_total_norm(gradients)
         if clip_grad is not None:
             torch.nn.utils.clip_grads_with_norm_(_parameters(optimizer), clip_grad, norm)
-        if hasattr(norm, "full_tensor"):  # of sharded gradients
+        if hasattr(norm, "full_tensor"):  # sharded gradients
             norm = norm.full_tensor()
         if self.scaler.is_enabled():
             self.scaler.step(optimizer)  # sets found_inf

@@ -20,7 +20,7 @@ from util.files.untrusted import printable
 logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 10.0
-SECONDS_BETWEEN_WARNINGS = 60.0  # of files that can't be written
+SECONDS_BETWEEN_WARNINGS = 60.0  # about files that can't be written
 
 
 class _LineHandler(logging.StreamHandler):
@@ -36,9 +36,9 @@ class _LineHandler(logging.StreamHandler):
 
 
 def start_logging() -> None:
-    """Starts logging to stdout: on rank 0 from INFO.
+    """Starts logging to stdout, on rank 0 from level INFO.
 
-    The other ranks log errors, and warnings with `extra={"every_rank": True}`, each with the rank.
+    The other ranks log errors, and warnings with `extra={"every_rank": True}`, with their rank as a prefix.
     """
     handler = _LineHandler()
     handler.addFilter(
@@ -55,9 +55,10 @@ def start_logging() -> None:
 
 @dataclass
 class Meters:
-    """Sums over the updates of an epoch, in plain numbers that a checkpoint contains.
+    """Sums over the updates of an epoch, as plain numbers for checkpoints.
 
-    All updates have the same number of images, so that the means do not depend on batch size and processes.
+    All updates have the same number of images, so that the means do not depend on the batch size and the number of
+    processes.
     """
 
     loss: float = 0.0
@@ -75,18 +76,18 @@ class Meters:
         self.updates += 1
 
     def means(self) -> dict[str, float | None]:
-        """The entries of an epoch in log.txt; None without updates."""
+        """Returns the entries of an epoch in log.txt; None without updates."""
         count = self.updates
         stats = {"train_lr": self.lr / count if count else None, "train_loss": self.loss / count if count else None}
         return stats | ({"skipped_steps": self.skipped_steps} if self.skipped_steps else {})
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values for a checkpoint; `Meters(**state)` restores them."""
+        """Returns plain values for a checkpoint; `Meters(**state)` restores them."""
         return asdict(self)
 
 
 class Stopwatch:
-    """Measures the time of the loop, and the part of it that is data loading."""
+    """Measures the time of the training loop, and the time of data loading in it."""
 
     def __init__(self) -> None:
         self.started = time.perf_counter()
@@ -95,7 +96,7 @@ class Stopwatch:
         self.batches = 0
 
     def watch(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """Yields batches, and adds up the time until each is available."""
+        """Yields batches, and sums the time until each is available."""
         iterator = iter(batches)
         while True:
             begin = time.perf_counter()
@@ -113,33 +114,33 @@ class Stopwatch:
 
     @property
     def seconds(self) -> float:
-        """Seconds from the start to the end, or to now."""
+        """Seconds from the start to the end, or until now."""
         return (self.ended or time.perf_counter()) - self.started
 
     @property
     def seconds_per_iteration(self) -> float:
-        """Mean time of an iteration, with data loading."""
+        """Mean seconds per iteration, including data loading."""
         return self.seconds / max(1, self.batches)
 
     @property
     def loading_share(self) -> float:
-        """Data-loading time as a share of the time, 0 to 1."""
+        """Data-loading time as a fraction of the time, 0 to 1."""
         return self.loading_seconds / max(self.seconds, 1e-9)
 
 
 class NullLog:
-    """Logs nothing: the log of processes other than rank 0."""
+    """The log of processes other than rank 0, which logs nothing."""
 
     def begin_epoch(
         self, epoch: int, first_iteration: int, num_iterations: int, images_per_iteration: int, watch: Stopwatch
     ) -> None:
-        """The loop starts an epoch, at one of its iterations."""
+        """Starts an epoch, at one of its iterations."""
 
     def update(self, iterations: int, lr: float, loss: float, grad_norm: float) -> None:
-        """The numbers of an update, some updates later, when they have reached the host.
+        """Logs the numbers of an update. They reach the host some updates later.
 
         Args:
-            iterations: of the epoch, up to the end of the update.
+            iterations: number of iterations of the epoch, up to the end of the update.
         """
 
     def end_epoch(self, stats: dict[str, Any]) -> None:
@@ -158,14 +159,14 @@ class RunLog(NullLog):
     Args:
         output_dir: folder of log.txt, which has one JSON object per epoch.
         log_dir: folder of the files of TensorBoard.
-        epochs: of the run, for the remaining time.
-        first_epoch: lines of this and later epochs, from before the run resumed, are removed.
+        epochs: number of epochs of the run, for the remaining time.
+        first_epoch: first epoch that this run logs. Earlier entries of this and later epochs are removed.
         first_x: the same for the scalars of TensorBoard, in thousandths of an epoch.
-        loss_tag: the loss's name in TensorBoard.
+        loss_tag: name of the loss in TensorBoard.
 
     Raises:
-        OSError: log.txt or the files of TensorBoard can't be written, at the start or when the log is closed. In
-            between, the log buffers the data and tries again.
+        OSError: log.txt or the files of TensorBoard can't be written when the log is opened or closed. In between, the
+            log buffers the data and tries again.
     """
 
     def __init__(
@@ -280,7 +281,7 @@ class RunLog(NullLog):
 
 
 def open_log(output_dir: Path, log_dir: Path, epochs: int, **options: Any) -> NullLog:
-    """The log of this process: `RunLog` on rank 0, else `NullLog`."""
+    """Returns the log of this process: `RunLog` on rank 0, else `NullLog`."""
     return RunLog(output_dir, log_dir, epochs, **options) if dist.is_main() else NullLog()
 
 
@@ -293,7 +294,7 @@ def _drop_lines_from(path: Path, first_epoch: int) -> None:
         try:
             if line.endswith("\n") and json.loads(line)["epoch"] < first_epoch:
                 lines.append(line)
-        except (ValueError, KeyError):  # a line that a crash cut off
+        except (ValueError, KeyError):  # a crash truncated the line
             continue
     atomic.write_text(path, "".join(lines))
 

@@ -1,8 +1,8 @@
 """Saves checkpoints in a thread, while training continues.
 
-`checkpoint-{epoch}.pth` is the state after an epoch, counted from 0; `checkpoint-last.pth` the newest state, also
-within an epoch; `checkpoint-best.pth` the state with the best accuracy; `checkpoint-emergency.pth` the state of a run
-that ended with an error. Checkpoints of sharded runs are folders with these names, without `.pth`.
+`checkpoint-{epoch}.pth` is the state after an epoch, counted from 0. `checkpoint-last.pth` is the newest state, also
+within an epoch. `checkpoint-best.pth` is the state with the best accuracy. `checkpoint-emergency.pth` is the state of a
+run that ended with an error. Checkpoints of sharded runs are folders with these names, without `.pth`.
 """
 
 import logging
@@ -29,44 +29,44 @@ MAX_UNWRITTEN = 2  # milestones and best states in memory that could not be writ
 
 
 class Request(IntEnum):
-    """What a process requests after an update; all processes follow the greatest request of any of them."""
+    """The request of a process after an update. All processes follow the greatest request among them."""
 
     NONE, SAVE, STOP = range(3)
 
 
 class NullSaver:
-    """Saves nothing: the saver of processes other than rank 0, and the interface that `loop.run_epoch` calls.
+    """The saver of processes other than rank 0, which saves nothing. It is the interface that `loop.run_epoch` calls.
 
     Args:
-        interrupts: a signal to this process stops the run.
+        interrupts: the signals to this process, which stop the run.
     """
 
     def __init__(self, interrupts: Interrupts) -> None:
         self.interrupts = interrupts
 
     def request(self) -> Request:
-        """The request of this process after an update."""
+        """Returns the request of this process after an update."""
         return Request.STOP if self.interrupts.pending else Request.NONE
 
     def save(self, epoch: int, iterations: int, meters: dict[str, Any], alone: bool = False) -> None:
         """Saves the rolling checkpoint.
 
         Args:
-            iterations: of the epoch whose gradients are in the weights.
-            alone: other processes may be gone, or may not save.
+            iterations: number of iterations of the epoch whose gradients are in the weights.
+            alone: other processes may have ended, or may not save.
         """
 
     def save_epoch(self, epoch: int, accuracy: float | None = None) -> None:
-        """Saves the state after an epoch if it is a milestone, or if its accuracy is the best."""
+        """Saves the state after an epoch if the epoch is a milestone or its accuracy is the best."""
 
     def save_emergency(self, epoch: int, iterations: int, meters: dict[str, Any]) -> str:
-        """Saves the state before the run ends with an error; returns the name of the file."""
+        """Saves the state before the run ends with an error. Returns the name of the file."""
         return ""
 
     def raise_if_stopping(self, error: Exception) -> None:
-        """Raises `Interrupted` in place of an error that follows a signal.
+        """Raises `Interrupted` instead of an error that follows a signal.
 
-        A signal to all processes ends some of them earlier than others, which causes errors in the others.
+        After a signal to all processes, some of them end earlier, which causes errors in the others.
         """
         if self.interrupts.pending:
             raise Interrupted(self.interrupts.pending) from error
@@ -77,15 +77,15 @@ class NullSaver:
     def stop(self) -> None:
         """Raises `Interrupted` in every process after the state is written."""
         self.close()
-        dist.barrier()  # when one process ends, the launcher ends the others, also one that writes
+        dist.barrier()  # when one process ends, the launcher ends the others, including one that writes
         raise Interrupted(self.interrupts.pending or signal.SIGTERM)
 
 
 class Saver(NullSaver):
     """Writes milestones, the best state and a rolling `checkpoint-last.pth`, while training continues.
 
-    A milestone or best state that can't be written stays in memory, and the saver tries again every minute. If there
-    are too many of them, or the run ends, it writes them to the temporary folder of the system.
+    A milestone or best state that can't be written is kept in memory, and the saver tries again every minute. If there
+    are more than MAX_UNWRITTEN of them, or the run ends, it writes them to the temporary folder of the system.
 
     Args:
         collect: returns the state without the position in the run.
@@ -119,7 +119,7 @@ class Saver(NullSaver):
         self.writing: Future[Path] | None = None
         if not any(path.stem == Path(checkpoint.BEST).stem for path in checkpoint.checkpoints(output_dir)):
             progress.best_accuracy = -1.0  # a later epoch may have overwritten the best state before the resumed one
-        self.is_ending = False  # the states are in the temporary folder, and the run ends with that error
+        self.is_ending = False  # the states were written to the temporary folder, and the run ends with that error
         self.unwritten: list[tuple[dict[str, Any], list[Path]]] = []  # states and their files, oldest first
 
     def request(self) -> Request:
@@ -143,7 +143,7 @@ class Saver(NullSaver):
         if names:
             self._write(names, epoch + 1, 0, {})
         if epoch == self.epochs - 1:
-            self._settle()  # the run fails if its result is not written
+            self._settle()  # the run fails if its result can't be written
 
     def save_emergency(self, epoch: int, iterations: int, meters: dict[str, Any]) -> str:
         try:
@@ -158,7 +158,7 @@ class Saver(NullSaver):
             self._settle()
         except OSError as error:
             if dist.is_main():
-                logger.error(str(error))  # the run ends with another error, or its result is written
+                logger.error(str(error))  # not raised: the run ends with another error, or its result is written
 
     def stop(self) -> None:
         self._settle()
@@ -187,7 +187,7 @@ class Saver(NullSaver):
         self.writing = self.writer.submit(self._write_all)
 
     def _write_all(self) -> Path:
-        """Writes the unwritten states, in the thread; returns the file of the last one."""
+        """Writes the unwritten states, in the thread. Returns the file of the last state."""
         while self.unwritten:
             path = self._write_one(*self.unwritten[0])
             del self.unwritten[0]
@@ -221,7 +221,7 @@ class Saver(NullSaver):
             self.next_save = time.monotonic() + RETRY_SECONDS
 
     def _settle(self) -> Path | None:
-        """Waits for the current write, and tries once more to write the unwritten states.
+        """Waits for the current write, or tries once more to write the unwritten states.
 
         Returns:
             The file of the last state.
@@ -240,7 +240,7 @@ class Saver(NullSaver):
         return path
 
     def _rescue(self) -> str:
-        """Writes the unwritten states to the temporary folder of the system; returns a text for the user."""
+        """Writes the unwritten states to the temporary folder of the system. Returns a text for the error message."""
         unwritten, self.unwritten, self.is_ending = self.unwritten, [], True
         try:
             place = Path(tempfile.mkdtemp(prefix="mae-"))
@@ -248,13 +248,13 @@ class Saver(NullSaver):
                 checkpoint.write(state, *(place / path.name for path in paths))
         except OSError as error:
             return f"The state can't be written to the temporary folder either ({error})"
-        return f"The state is in {place}: move its files to {self.output_dir}, and --resume auto resumes"
+        return f"The state is in {place}: move its files to {self.output_dir}, and --resume auto resumes the run"
 
 
 class ShardedSaver(Saver):
-    """The saver of each process of a sharded run: all write their shards when rank 0 requests it.
+    """The saver of each process of a sharded run. All processes write their shards when rank 0 requests it.
 
-    A process that fails alone can't save. The last checkpoint remains.
+    A process that fails alone can't save. The last checkpoint is unchanged.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -281,12 +281,12 @@ class ShardedSaver(Saver):
 
     def _settle(self) -> Path | None:
         if self.writing is None:
-            self.unwritten = []  # writing them needs all processes, and some may be gone
+            self.unwritten = []  # writing them needs all processes, and some may have ended
         return super()._settle()
 
     def _rescue(self) -> str:
         self.unwritten = []
-        return "The earlier checkpoints are complete"  # the shards of this one are on several machines
+        return "The earlier checkpoints are complete"  # the shards of this state are in the memory of several machines
 
 
 def open_saver(
@@ -297,7 +297,7 @@ def open_saver(
     is_sharded: bool,
     **options: Any,
 ) -> NullSaver:
-    """The saver of this process: `Saver` on rank 0, else `NullSaver`; `ShardedSaver` for a sharded run."""
+    """Returns the saver of this process: `Saver` on rank 0, else `NullSaver`; `ShardedSaver` for a sharded run."""
     if is_sharded:
         return ShardedSaver(interrupts, output_dir, collect, progress, **options)
     return Saver(interrupts, output_dir, collect, progress, **options) if dist.is_main() else NullSaver(interrupts)

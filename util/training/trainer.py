@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 def start(args: Namespace) -> Precision:
-    """Joins the process group, starts logging and seeds PyTorch, by the flags of a script.
+    """Joins the process group, starts logging and seeds PyTorch, according to the flags of a script.
 
     Returns:
         The device of this process and its precision.
@@ -53,24 +53,25 @@ def run(
     """Trains to the end of the last epoch.
 
     Args:
-        optimizer: its learning rate is set from `settings` before every update; a group may have an `lr_scale`.
-        batches: a `loader.TrainLoader`.
-        settings: the flags, which checkpoints contain as `args`. It reads those of `options.add_run_options` and
-            `options.add_optimizer_options`.
-        train_one_epoch: an engine's, with its own arguments bound (`functools.partial`).
-        after_epoch: called with epoch and log every `eval_every` epochs (1 if that is not in the settings), and after
-            the last one. Returns entries of log.txt; the best `test_acc1` is saved as checkpoint-best.pth.
+        optimizer: its learning rate is set from `settings` before every update. A group may have an `lr_scale`.
+        batches: a `loader.TrainLoader` or `loader.FeatureBatches`.
+        settings: the flags, which checkpoints contain as `args`. The flags of `options.add_run_options` and
+            `options.add_optimizer_options` are used.
+        train_one_epoch: the function of an engine, with its own arguments bound (`functools.partial`).
+        after_epoch: called with epoch and log every `eval_every` epochs (default: 1), and after the last epoch. It
+            returns entries of log.txt. The state with the best `test_acc1` is saved as checkpoint-best.pth.
         loss_tag: name of the loss in TensorBoard.
-        trained: the module that is called with a batch; the model by default.
+        trained: the module that is called with a batch. Default: the model.
         evaluates: `after_epoch` takes long and does not change the state. The state is saved before it, and a signal
             ends it at once; a resumed run repeats it.
-        callbacks: run after every update, in this order. Checkpoints contain their states, under the key `callbacks`.
+        callbacks: called after every update, in this order. Checkpoints contain their states, under the key
+            `callbacks`.
 
     Raises:
-        ValueError: the model is sharded, and there are callbacks: their states would not be saved.
+        ValueError: the model is sharded and there are callbacks, whose states would not be saved.
     """
     if callbacks and dist.is_sharded(model):
-        raise ValueError("--fsdp can't save the state of callbacks: leave out --fsdp or the callbacks")
+        raise ValueError("--fsdp can't save the state of callbacks: omit --fsdp or the callbacks")
     args = Namespace(**settings)
     output_dir = Path(args.output_dir)
     values = (f"{name}={value}" for name, value in sorted(settings.items()) if name != "classes")
@@ -133,7 +134,7 @@ def _run_callbacks(callbacks: Sequence[Callback], model: nn.Module, epoch: float
 
 @contextmanager
 def _closing(log: run_log.NullLog) -> Iterator[None]:
-    """Closes a log. An error that ends the run, which may name the place of its state, precedes one of the log."""
+    """Closes a log. An error that ends the run takes precedence over an error of the log, which is logged instead."""
     try:
         yield
     except BaseException:
@@ -164,14 +165,14 @@ def _train_epochs(
         train(replace(options, epoch=epoch, first_iteration=progress.first_iteration, meters=meters))
         try:
             progress.next_epoch()
-            dist.share_buffers(model)  # the statistics of batch norm differ between processes until here
+            dist.share_buffers(model)  # the statistics of batch norm differ between processes
             results: dict[str, Any] = {}
             if (epoch + 1) % eval_every == 0 or epoch + 1 == epochs:
                 if evaluates:
                     saver.save(epoch, len(batches), meters.state_dict())
                 with interrupts.at_once() if evaluates else nullcontext():
                     results = after_epoch(epoch, log)
-            # The log first: a run that stops between the two trains this epoch again, and replaces its line.
+            # The log is first: a run that stops between the two trains this epoch again, and replaces its line.
             log.end_epoch(meters.means() | results | batches.counts())
             saver.save_epoch(epoch, results.get("test_acc1"))
             # A signal may have arrived during the evaluation or a write in one process.
@@ -179,7 +180,7 @@ def _train_epochs(
         except Interrupted:  # the state was saved before the evaluation
             raise
         except Exception as error:
-            # For example an image that can't be read: the epoch is saved, and the resumed run evaluates it.
+            # For example, an image can't be read: the epoch is saved, and the resumed run evaluates it.
             saver.save(epoch, len(batches), meters.state_dict(), alone=True)
             saver.raise_if_stopping(error)
             raise
