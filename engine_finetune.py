@@ -44,10 +44,10 @@ def train_one_epoch(
     """Trains a classifier for an epoch.
 
     Args:
-        model: images (B, c, H, W) to logits (B, classes).
+        model: images (B, c, H, W) -> logits (B, classes).
         data_loader: batches of images, labels (B,), and noise (unused).
-        criterion: logits and labels, or mixed targets (B, classes), to the loss.
-        normalize: from images to the input of the model, on the device.
+        criterion: returns the loss of logits and labels (B,) or mixed targets (B, classes).
+        normalize: images -> the input of the model, on the device.
         erase: random erasing of normalised images.
         mixup: timm's mixup and cutmix.
     """
@@ -83,12 +83,12 @@ class Evaluation(NamedTuple):
         return None if self.num_in_top is None else 100 * self.num_in_top / len(self.labels)
 
     def stats(self) -> dict[str, float]:
-        """The entries of log.txt."""
+        """Returns the entries of log.txt."""
         top = {} if self.acc_top is None else {f"test_acc{TOP}": self.acc_top}
         return {"test_acc1": self.acc1, **top, "test_loss": self.loss}
 
     def __str__(self) -> str:
-        """The line of the published code."""
+        """Formats the scores like the published code."""
         top = "" if self.acc_top is None else f" Acc@{TOP} {self.acc_top:.3f}"
         return f"* Acc@1 {self.acc1:.3f}{top} loss {self.loss:.3f}"
 
@@ -104,7 +104,7 @@ def evaluate(
     """Evaluates a classifier on the batches of this process, and gathers the predictions of all processes.
 
     Args:
-        data_loader: the samples of this process, distributed in turn as by `loader.eval_loader`.
+        data_loader: batches of this process, distributed as in `loader.eval_loader`.
     """
     model.eval()
     columns: list[tuple[Tensor, ...]] = []
@@ -136,7 +136,7 @@ def _interleave(parts: list[np.ndarray]) -> np.ndarray:
     return result
 
 
-@torch.no_grad()  # not inference mode, whose tensors a head could not train on
+@torch.no_grad()  # not inference mode: a head can't be trained on its tensors
 def extract_features(
     model: Any, data_loader: Iterable[list[Tensor]], *, normalize: Callable[[Tensor], Tensor], precision: Precision
 ) -> tuple[Tensor, Tensor]:
@@ -156,12 +156,12 @@ def extract_features(
 
 
 class Setup:
-    """What fine-tuning, linear probing and nearest neighbours derive from their flags: data and normalisation.
+    """Datasets, batches and normalisation of fine-tuning, linear probing and k-NN, derived from their flags.
 
     Args:
-        args: the flags, or those that `with_recorded_settings` returns.
-        device: of the model's input.
-        file: the weights to start from or to evaluate; their mean and std are the default.
+        args: the flags, or the settings that `with_recorded_settings` returns.
+        device: the device of the input of the model.
+        file: the weights to start from or to evaluate. Their mean and std are the default.
     """
 
     def __init__(self, args: Namespace, device: torch.device, file: Weights | None) -> None:
@@ -172,7 +172,11 @@ class Setup:
         self.pin_memory = args.pin_mem and device.type == "cuda"
 
     def open_pair(self) -> tuple[Source, Source]:
-        """Opens the training and the validation set, which have the same classes."""
+        """Opens the training and the validation set.
+
+        Raises:
+            ValueError: a set can't be opened or has no labels, or their classes differ.
+        """
         args = self.args
         train, val = labels.open_pair(
             self._open_split, args.train_list, args.val_list,
@@ -192,7 +196,7 @@ class Setup:
         return datasets.open_source(split, args.data_path, file_list, args.dataset, download=args.download)
 
     def train_batches(self, source: Source, transform: Callable[[Any], Tensor]) -> loader.TrainLoader:
-        """Returns this process's augmented batches of a training set."""
+        """Returns the augmented batches of a training set for this process."""
         args = self.args
         samples = Samples(source, transform, in_chans=args.in_chans, seed=args.seed, on_bad_image=args.on_bad_image)
         return loader.TrainLoader(
@@ -200,7 +204,7 @@ class Setup:
         )
 
     def eval_batches(self, source: Source, batch_size: int) -> torch.utils.data.DataLoader:
-        """Returns this process's batches of a dataset, resized and cropped for an evaluation."""
+        """Returns the batches of a dataset for this process, resized and cropped for an evaluation."""
         args = self.args
         transform = transforms.eval_transform(args.input_size, args.crop_pct)
         samples = Samples(source, transform, in_chans=args.in_chans, seed=args.seed)
@@ -229,8 +233,8 @@ def open_weights(settings: Mapping[str, Any]) -> Weights | None:
 def with_recorded_settings(args: Namespace, file: Weights, recorded: Mapping[str, Any]) -> Namespace:
     """Returns the settings of an evaluation: explicit flags, else the recorded settings of a file.
 
-    A warning names each explicit flag that differs. The number of classes is that of the head and the data; mean and
-    std follow the same rule in `loading.statistics`.
+    A warning names each explicit flag that differs. The head and the data determine the number of classes;
+    `loading.statistics` applies the same rule to mean and std.
 
     Args:
         recorded: the settings of the file that determine its model, by the names of the flags.
@@ -244,7 +248,7 @@ def with_recorded_settings(args: Namespace, file: Weights, recorded: Mapping[str
 
 
 def warn_of_changes(source: str, args: Namespace, names: Iterable[str], recorded: Mapping[str, Any]) -> None:
-    """Warns of each explicit flag among `names` that differs from the recorded setting of a file."""
+    """Logs a warning for each explicit flag among `names` that differs from the recorded setting of a file."""
     for name in sorted(entry_point.explicit(args) & recorded.keys() & set(names)):
         current, value = getattr(args, name), recorded[name]
         if _sides(name, current) != _sides(name, value) and dist.is_main():
@@ -259,7 +263,7 @@ def _sides(name: str, value: Any) -> Any:
 def load_for_evaluation(
     build: Callable[[Mapping[str, Any]], nn.Module], settings: Mapping[str, Any], file: Weights, val: Source
 ) -> tuple[nn.Module, Source]:
-    """Loads the classifier of a file, and numbers the labels of a dataset by its classes.
+    """Loads the classifier of a file, and converts the labels of a dataset to indices into its classes.
 
     Raises:
         ValueError: the file has another architecture, or the dataset has classes that the classifier does not have.
@@ -280,11 +284,11 @@ def load_for_evaluation(
 
 
 def load_frozen(model: nn.Module, file: Weights | None, adapt_input: str) -> None:
-    """Loads the encoder of a file; warns if there is no file."""
+    """Loads the encoder of a file. Without a file, it logs a warning."""
     if file:
         loading.load_encoder(model, file, adapt_input)
     elif dist.is_main():
-        logger.warning("no --finetune: the features are those of an untrained encoder with random weights")
+        logger.warning("no --finetune: the features are from an untrained encoder with random weights")
 
 
 def report_scores(scores: Evaluation, classes: Sequence[str], folder: str | None) -> None:

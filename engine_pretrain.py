@@ -23,7 +23,8 @@ def train_one_epoch(
     Args:
         model: a `MaskedAutoencoderViT`, possibly wrapped.
         data_loader: batches of images (B, c, H, W), labels (unused), and noise (B, N), which determines the masks.
-        normalize: from images to the input of the model, on the device.
+        mask_ratio: fraction of masked patches.
+        normalize: images -> the input of the model, on the device.
     """
 
     def compute_loss(batch: Any) -> Tensor:

@@ -1,6 +1,7 @@
-"""For torch.hub: torch.hub.load(FOLDER_OR_REPOSITORY, "mae_vit_base_patch16", pretrained=True).
+"""Entry points of torch.hub: torch.hub.load(FOLDER_OR_REPOSITORY, "mae_vit_base_patch16", pretrained=True).
 
-Every architecture is an entry, with the arguments of `inference.get_model`. Names with an underscore are no entries.
+Every architecture is an entry point, with the arguments of `inference.get_model`. torch.hub ignores names with a
+leading underscore.
 """
 
 import functools as _functools

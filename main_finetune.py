@@ -51,11 +51,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-HEAD_STD = 2e-5  # of the weights of a new head, as published; a small head hardly changes the encoder at first
+HEAD_STD = 2e-5  # std of the weights of a new head, as published; its first gradients hardly change the encoder
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """All flags, with the published defaults."""
+    """Returns the parser of the script, with the published defaults."""
     parser = entry_point.parser("Fine-tuning of a Vision Transformer to a classifier (He et al. 2021, appendix A.1).")
     options.add_data_options(parser)
     options.add_model_options(parser, models_vit.MODELS, default="vit_large_patch16")
@@ -70,7 +70,10 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def main(args: Namespace) -> Evaluation | None:
-    """Trains for `args.epochs` epochs and evaluates after each; with --eval, evaluates once and returns the result."""
+    """Trains for `args.epochs` epochs and evaluates the model every `--eval_every` epochs.
+
+    With --eval, it evaluates a classifier once and returns the result.
+    """
     from timm.data.random_erasing import RandomErasing  # timm takes more than a second
     from timm.loss import SoftTargetCrossEntropy
 
@@ -109,7 +112,7 @@ def main(args: Namespace) -> Evaluation | None:
     mixup = mixing(args, len(classes))
     if mixup:
         criterion: nn.Module = SoftTargetCrossEntropy()
-    else:  # without smoothing it is the cross-entropy
+    else:  # with smoothing 0, it is the cross-entropy
         criterion = nn.CrossEntropyLoss(label_smoothing=args.smoothing)
     erase = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device=str(device))
     groups = param_groups_lrd(model, args.weight_decay, ("pos_embed", "cls_token"), args.layer_decay)
@@ -145,15 +148,15 @@ def main(args: Namespace) -> Evaluation | None:
 
 
 def mixing(args: Namespace, num_classes: int) -> "Mixup | None":
-    """mixup and cutmix of timm; None if both are off.
+    """Returns mixup and cutmix of timm, or None if both are disabled.
 
     Raises:
-        ValueError: the batch size is odd; they mix pairs of images.
+        ValueError: the batch size is odd, and images are mixed in pairs; or the range of --cutmix_minmax is empty.
     """
     if not (args.mixup or args.cutmix or args.cutmix_minmax):
         return None
     if args.cutmix_minmax and args.cutmix_minmax[0] >= args.cutmix_minmax[1]:
-        raise ValueError("--cutmix_minmax: give the smaller share first")
+        raise ValueError("--cutmix_minmax: give the smaller fraction first")
     if args.batch_size % 2:
         raise ValueError(f"--batch_size {args.batch_size}: --mixup and --cutmix mix pairs; give an even number")
     from timm.data import Mixup

@@ -1,6 +1,6 @@
 """k-nearest-neighbour classification on the features of a frozen encoder, without training.
 
-Under a minute on a CPU (without --finetune the encoder is an untrained one):
+Under a minute on a CPU (without --finetune, the encoder is untrained):
 
     python demo/unpack_data.py
     python main_knn.py --model vit_mini_patch4 --patch_size 7 --input_size 28 --in_chans 1 \\
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """All flags."""
+    """Returns the parser of the script."""
     parser = entry_point.parser("Weighted k-nearest-neighbour classification on frozen features (Wu et al. 2018).")
     options.add_data_options(parser)
     options.add_model_options(parser, models_vit.MODELS, default="vit_large_patch16")

@@ -1,6 +1,6 @@
 """Linear probing: trains a linear classifier on the features of a frozen encoder.
 
-Under a minute on a CPU (without --finetune the encoder is an untrained one):
+Under a minute on a CPU (without --finetune, the encoder is untrained):
 
     python demo/unpack_data.py
     python main_linprobe.py --model vit_mini_patch4 --patch_size 7 --input_size 28 --in_chans 1 --cache_features \\
@@ -54,7 +54,7 @@ logger = logging.getLogger(__name__)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """All flags, with the published defaults."""
+    """Returns the parser of the script, with the published defaults."""
     parser = entry_point.parser("Linear probing of a Vision Transformer (He et al. 2021, appendix A.1).")
     options.add_data_options(parser)
     options.add_model_options(parser, models_vit.MODELS, default="vit_large_patch16")
@@ -69,7 +69,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def main(args: Namespace) -> None:
-    """Trains for `args.epochs` epochs and evaluates after each; or, with --eval, evaluates once."""
+    """Trains for `args.epochs` epochs and evaluates every `--eval_every` epochs. With --eval, it evaluates once."""
     precision = trainer.start(args)
     device = precision.device
     # A resumed probe loads its encoder from the checkpoint, but it computes features before that.
@@ -90,7 +90,7 @@ def main(args: Namespace) -> None:
     classes = train.classes
     several = len(args.blr) > 1
     if several and args.lr is not None:
-        raise ValueError("--lr sets one rate; leave it out where --blr gives several")
+        raise ValueError(f"--lr {args.lr:g} sets a single rate, and --blr has {len(args.blr)} values; omit --lr")
     blr = args.blr if several else args.blr[0]
     statistics = {"mean": setup.mean, "std": setup.std}
     settings = {**vars(args), **statistics, "blr": blr, "nb_classes": len(classes), "classes": classes}
@@ -139,7 +139,7 @@ def main(args: Namespace) -> None:
 
 
 def make_heads(model: nn.Module, blrs: Sequence[float], weight_decay: float) -> tuple[list[nn.Module], LARS]:
-    """One copy of the head for each learning rate, and the optimizer of all heads."""
+    """Returns a copy of the head for each learning rate, and the optimizer of all heads."""
     head = model.get_submodule("head")
     heads = [head, *(copy.deepcopy(head) for _ in blrs[1:])]
     groups = [
@@ -157,7 +157,7 @@ def evaluate_head(head: nn.Module, features: tuple[Tensor, Tensor], precision: P
 def report_best_rate(
     blrs: Sequence[float], accuracies: Sequence[float], losses: Sequence[float], is_last: bool
 ) -> dict[str, float]:
-    """Logs the rate with the best held-out accuracy. In the last epoch, warns if it is the largest or the smallest.
+    """Logs the rate with the best held-out accuracy, and in the last epoch a warning if it is the largest or smallest.
 
     Returns:
         The entries of log.txt: the rate, and the training loss of its head.
@@ -167,7 +167,7 @@ def report_best_rate(
     logger.info(f"best of {len(blrs)} rates: --blr {blrs[best]:g}, held-out Acc@1 {accuracies[best]:.3f}{loss}")
     for end, which, others in ((max(blrs), "largest", "larger"), (min(blrs), "smallest", "smaller")):
         if is_last and blrs[best] == end:
-            logger.warning(f"--blr {end:g}, the {which} value, is the best: add {others} values")
+            logger.warning(f"--blr {end:g}, the {which} value, is the best; add {others} values")
     return {"chosen_blr": blrs[best], **({"train_loss": losses[best]} if losses else {})}
 
 
@@ -198,7 +198,7 @@ class HeadLosses:
         return total - total.detach() + losses.detach().mean()
 
     def means(self) -> list[float]:
-        """The mean loss of each head over the finite batches of all processes; empty without batches.
+        """Returns the mean loss of each head over the finite batches of all processes; [] without batches.
 
         After resuming within an epoch, the mean is over the rest of the epoch.
         """

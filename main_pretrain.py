@@ -41,7 +41,7 @@ EXAMPLES = 8  # reconstructions in TensorBoard
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """All flags, with the published defaults."""
+    """Returns the parser of the script, with the published defaults."""
     parser = entry_point.parser("Masked pre-training of a Vision Transformer (He et al. 2021).")
     options.add_data_options(parser)
     options.add_model_options(parser, models_mae.MODELS, default="mae_vit_large_patch16")
@@ -60,8 +60,8 @@ def main(
     """Trains for `args.epochs` epochs. Writes checkpoints, log.txt and TensorBoard files.
 
     Args:
-        model_class: of the model; a subclass changes the method.
-        callbacks: run after every update.
+        model_class: class of the model; a subclass changes the method.
+        callbacks: called after every update.
     """
     precision = trainer.start(args)
     device = precision.device
@@ -93,7 +93,7 @@ def main(
     )
     normalize = transforms.Normalize(*transforms.channel_statistics(args.in_chans, args.mean, args.std)).to(device)
 
-    # As published: no weight decay on biases and 1-D weights, so weight decay on the class and mask tokens.
+    # As published: biases and 1-D weights have no weight decay; the class and mask tokens have weight decay.
     groups = param_groups_weight_decay(model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
 

@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """The flags of the script."""
+    """Returns the parser of the script."""
     parser = entry_point.parser("Robustness of an ImageNet classifier (He et al. 2021, appendix B).")
     group = parser.add_argument_group("suite")
     group.add_argument(
@@ -70,7 +70,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def main(args: Namespace) -> str:
-    """Evaluates the cells without scores; prints, writes and returns the table."""
+    """Evaluates the cells that have no scores yet. Prints, writes and returns the table."""
     device = dist.init(args.device, args.dist_url, args.dist_timeout, args.dist_backend)
     run_log.start_logging()
     precision = Precision(args.amp, device)
@@ -112,7 +112,7 @@ def main(args: Namespace) -> str:
 
 
 def score(evaluation: Evaluation, cell: robustness.Cell) -> robustness_report.Scores:
-    """The accuracy on a cell in per cent.
+    """Returns the accuracies on a cell in per cent.
 
     If images have several correct labels, any of them counts, and there is no top-5 accuracy.
     """

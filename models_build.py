@@ -1,4 +1,4 @@
-"""Builds the model of a run from its settings (`args` of its checkpoints), or from a file; heads of probes."""
+"""Builds models from the settings of a run (`args` of its checkpoints) or from a file, and heads of linear probes."""
 
 import math
 import re
@@ -48,25 +48,25 @@ def probe(settings: Mapping[str, Any]) -> VisionTransformer:
 
 
 def classifier_settings(file: Weights) -> dict[str, Any]:
-    """The settings that build a classifier with the encoder of a file; none if it has no model of this library."""
+    """Returns the settings that build a classifier with the encoder of a file; {} if no model of this library fits."""
     try:
         settings = file_settings(file)
     except CheckpointError:
         return {}
-    if file.kind != CLASSIFIER:  # the file's own settings may have a head, and those of its shapes have none
+    if file.kind != CLASSIFIER:  # shapes do not determine the settings of a head; recorded settings may have them
         settings = {name: settings[name] for name in settings if name in file.settings or name not in HEAD_SETTINGS}
     result = {name: settings[name] for name in MODEL_SETTINGS if name in settings}
     return {**result, "model": f"vit_{size_of(settings['model'])}"}
 
 
 def file_settings(file: Weights, model: str | None = None) -> dict[str, Any]:
-    """The settings of the model of a file: recorded ones first, and the shapes of its tensors where none is recorded.
+    """Returns the settings of the model of a file. Shapes of tensors determine settings that are not recorded.
 
     Args:
-        model: the name of the model, instead of the recorded one.
+        model: the name of the model, instead of the recorded name.
 
     Raises:
-        CheckpointError: no size has such shapes, or several have; or the file records another number of heads.
+        CheckpointError: no size or several sizes have these shapes, or the file records another number of heads.
     """
     tensors, recorded = file.tensors, file.settings
     width, channels, *patch = tensors["patch_embed.proj.weight"].shape
@@ -81,7 +81,7 @@ def file_settings(file: Weights, model: str | None = None) -> dict[str, Any]:
         "in_chans": channels,
         "patch_size": patch if patch[0] != patch[1] else patch[0],
         "decoder_depth": sum(name.endswith(".norm1.weight") for name in tensors if name.startswith("decoder_")) or None,
-        "norm_pix_loss": True,  # as most published ones; a file may not record it
+        "norm_pix_loss": True,  # if a file does not record it: most published models were trained with it
         "global_pool": "fc_norm.weight" in tensors,
         "nb_classes": file.num_classes,
         "probe": PROBE_HEAD in tensors,
@@ -103,25 +103,25 @@ def _size_with_shapes(file: Weights, width: int) -> str:
         raise CheckpointError(f"{file.source}: no model here is {width} wide and {depth} deep")
     if len(sizes) > 1:
         raise CheckpointError(
-            f"{file.source} records no model, and {' and '.join(sizes)} have its shapes: give "
-            f'get_model("vit_{sizes[0]}", pretrained="{file.source}"), or with another of these names'
+            f"{file.source} records no model, and {' and '.join(sizes)} have its shapes: use "
+            f'get_model("vit_{sizes[0]}", pretrained="{file.source}"), or another of these names'
         )
     return sizes[0]
 
 
 def size_of(model: str) -> str:
-    """The key of `models_vit.SIZES` in the name of a model; another text for other names."""
+    """Returns the key of `models_vit.SIZES` in the name of a model. Unknown names result in another text."""
     return model.removeprefix("mae_").removeprefix("vit_").removesuffix(DECODER_SUFFIX)
 
 
 def autoencoder_arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of `MaskedAutoencoderViT` for the settings of a run.
+    """Returns the arguments of `MaskedAutoencoderViT` for the settings of a run.
 
     Raises:
-        ValueError: the model of the run is no masked autoencoder.
+        ValueError: the model of the run is not a masked autoencoder.
     """
     if settings["model"] not in models_mae.MODELS:
-        raise ValueError(f"{settings['model']} is no masked autoencoder")
+        raise ValueError(f"{settings['model']} is not a masked autoencoder")
     size = size_of(settings["model"])
     decoder: dict[str, Any] = {**DECODERS[size]}
     if settings.get("decoder_depth"):
@@ -130,13 +130,13 @@ def autoencoder_arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def classifier_arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of `VisionTransformer` for the settings of a run.
+    """Returns the arguments of `VisionTransformer` for the settings of a run.
 
     Raises:
-        ValueError: the model of the run is no classifier.
+        ValueError: the model of the run is not a classifier.
     """
     if settings["model"] not in models_vit.MODELS:
-        raise ValueError(f"{settings['model']} is no classifier")
+        raise ValueError(f"{settings['model']} is not a classifier")
     size = size_of(settings["model"])
     return {
         **_shape(size, settings),
@@ -154,7 +154,7 @@ class ParallelHeads(nn.ModuleList):
 
 
 def probe_head(embed_dim: int, num_classes: int) -> nn.Sequential:
-    """The head of a linear probe: batch norm without affine parameters, then a linear layer (appendix A.1)."""
+    """Returns the head of a linear probe: batch norm without affine parameters, then a linear layer (appendix A.1)."""
     linear = nn.Linear(embed_dim, num_classes)
     nn.init.normal_(linear.weight, std=0.01)
     nn.init.zeros_(linear.bias)
@@ -182,7 +182,7 @@ def _set_options(model: Model, settings: Mapping[str, Any]) -> Model:
 
 
 def _shape(size: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The entry of SIZES with `--input_size`, `--patch_size` and `--in_chans` of a run."""
+    """Returns the entry of SIZES, with `--input_size`, `--patch_size` and `--in_chans` of a run."""
     shape = {"img_size": settings["input_size"], "in_chans": settings["in_chans"]}
     if settings["patch_size"] is not None:
         shape["patch_size"] = settings["patch_size"]

@@ -32,7 +32,7 @@ DECODERS: dict[str, dict[str, Any]] = {
     "small_patch16": {"decoder_embed_dim": 256, "decoder_depth": 4, "decoder_num_heads": 8},
 }
 
-DECODER_SUFFIX = "_dec512d8b"  # of the aliases of models in the published code
+DECODER_SUFFIX = "_dec512d8b"  # suffix of model aliases in the published code
 PUBLISHED_SIZES = ("base_patch16", "large_patch16", "huge_patch14")
 TARGET_EPS = 1e-6  # added to the variance of a target patch before normalisation
 
@@ -48,7 +48,7 @@ class Reconstruction(NamedTuple):
 
 
 class _Call(threading.local):
-    """Arguments of `forward` that its steps use but that are not in their published signatures."""
+    """Arguments of `forward` that its steps use, and that their published signatures do not have."""
 
     def __init__(self) -> None:
         self.noise: Tensor | None = None  # (B, N)
@@ -59,13 +59,14 @@ _CALL = _Call()
 
 
 class MaskedAutoencoderViT(Encoder):
-    """Asymmetric encoder-decoder: a ViT encodes the visible patches, a small transformer reconstructs the masked ones.
+    """Asymmetric encoder-decoder (He et al. 2021, section 3).
 
-    The input may differ from `img_size`: the fixed position tables are then computed for its patch grid.
+    A ViT encodes the visible patches. A smaller transformer reconstructs the masked patches. The input may have another
+    size than `img_size`: the fixed position tables are then computed for its patch grid.
 
     Args:
         norm_pix_loss: normalise each target patch by its mean and variance (section 3, "Reconstruction target").
-        decoder_mlp_ratio: `mlp_ratio` by default.
+        decoder_mlp_ratio: MLP ratio of the decoder. Default: `mlp_ratio`.
 
     Attributes:
         target_dim: width P of the predictions and of `target`; None for the p·p·c pixels of a patch.
@@ -121,12 +122,12 @@ class MaskedAutoencoderViT(Encoder):
 
     @property
     def num_patches(self) -> int:
-        """N, for an image of `img_size`."""
+        """N, the number of patches of an image of `img_size`."""
         return self.patch_embed.num_patches
 
     @property
     def predicts_pixels(self) -> bool:
-        """Whether the target is pixels, which `reconstruct` needs."""
+        """Whether the target is pixels, as `reconstruct` requires."""
         return self.target_dim is None and type(self).target is MaskedAutoencoderViT.target
 
     def initialize_weights(self) -> None:
@@ -150,7 +151,11 @@ class MaskedAutoencoderViT(Encoder):
         return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
     def unpatchify(self, x: Tensor, grid_size: tuple[int, int] | None = None) -> Tensor:
-        """The inverse of `patchify`; `grid_size` is (rows, columns) of patches, by default that of `img_size`."""
+        """The inverse of `patchify`: (B, N, p·p·c) -> (B, c, H, W).
+
+        Args:
+            grid_size: (rows, columns) of patches. Default: that of `img_size`.
+        """
         rows, columns = grid_size or self.grid_size
         p, q = self.patch_embed.patch_size
         x = x.reshape(x.shape[0], rows, columns, p, q, -1)
@@ -162,18 +167,19 @@ class MaskedAutoencoderViT(Encoder):
     def random_masking(
         self, x: Tensor, mask_ratio: float, noise: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Keeps the int(N·(1 - mask_ratio)) tokens with the smallest noise (section 3, "Masking").
+        """Selects the int(N·(1 - mask_ratio)) tokens with the smallest noise (section 3, "Masking").
 
         Args:
             x: tokens (B, N, D).
-            noise: (B, N), by default the `noise` of `forward`, else torch.rand.
+            mask_ratio: fraction of masked patches.
+            noise: (B, N). Default: the `noise` of `forward`, else torch.rand.
 
         Returns:
             The visible tokens (B, K, D) in ascending order of noise; the mask (B, N), 0 visible and 1 masked;
             ids_restore (B, N), the index of each patch among the visible tokens followed by the masked ones.
 
         Raises:
-            ValueError: as `util.masking.shuffle`.
+            ValueError: as in `util.masking.shuffle`.
         """
         ids_shuffle, num_visible = shuffle(x, mask_ratio, _CALL.noise if noise is None else noise)
         ids_restore = torch.argsort(ids_shuffle, dim=1)
@@ -236,10 +242,14 @@ class MaskedAutoencoderViT(Encoder):
         """Images (B, c, H, W) -> loss (), predictions (B, N, P), mask (B, N).
 
         Args:
-            mask: patches to mask (1 or True), as (B, N), (B, rows, columns) or per pixel (B, H, W), where one
-                masked pixel masks its patch. It overrides `mask_ratio`. All images must have the same number of visible
+            mask_ratio: fraction of masked patches.
+            mask: patches to mask (1 or True), as (B, N), (B, rows, columns) or per pixel (B, H, W); a patch with a
+                masked pixel is masked. It overrides `mask_ratio`. All images must have the same number of visible
                 patches.
-            noise: (B, N); the patches with the smallest noise stay visible. torch.rand by default.
+            noise: (B, N); the patches with the smallest noise are visible. Default: torch.rand.
+
+        Raises:
+            ValueError: the sides of the images are not multiples of the patch size, or mask, noise or ratio is invalid.
         """
         grid = self.patch_embed.grid_of(*imgs.shape[-2:])
         if mask is not None:
@@ -266,13 +276,16 @@ class MaskedAutoencoderViT(Encoder):
     def reconstruct(
         self, imgs: Tensor, mask_ratio: float = 0.75, *, mask: Tensor | None = None, noise: Tensor | None = None
     ) -> Reconstruction:
-        """Masks patches of images (B, c, H, W) and reconstructs them; arguments as in `forward`.
+        """Masks patches of images (B, c, H, W) and reconstructs them. The arguments are those of `forward`.
 
-        A model trained with `norm_pix_loss` predicts normalised patches. The mean and standard deviation of each patch
-        are those OF THE ORIGINAL, so these images look better than the prediction of the model alone.
+        A model trained with `norm_pix_loss` predicts normalised patches. They are scaled by the mean and standard
+        deviation of each ORIGINAL patch, so that these images look better than the prediction of the model alone.
+
+        Raises:
+            ValueError: as in `forward`, or the model does not predict pixels.
         """
         if not self.predicts_pixels:
-            raise ValueError(f"{type(self).__name__} predicts features and no pixels: it can't make pictures")
+            raise ValueError(f"{type(self).__name__} does not predict pixels, so it can't reconstruct images")
         _, pred, patch_mask = self.forward(imgs, mask_ratio, mask=mask, noise=noise)
         target = self.patchify(imgs)
         pred = pred.to(target.dtype)
@@ -290,12 +303,12 @@ class MaskedAutoencoderViT(Encoder):
         )
 
     def _resized(self, table: Tensor, grid: tuple[int, int]) -> Tensor:
-        """The fixed position table, computed again if the patch grid differs from that of `img_size`."""
+        """Returns the fixed position table, computed for `grid` if it differs from the patch grid of `img_size`."""
         return table if grid == self.grid_size else sincos_table(table.shape[-1], grid).to(table)
 
 
 def _patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each patch (B, N, 1); the variance is unbiased, as published."""
+    """Returns mean and standard deviation of each patch (B, N, 1). The variance is unbiased, as published."""
     return patches.mean(dim=-1, keepdim=True), (patches.var(dim=-1, keepdim=True) + TARGET_EPS).sqrt()
 
 
@@ -309,7 +322,7 @@ def _factory(size: str) -> Callable[..., MaskedAutoencoderViT]:
     return build
 
 
-# The factories mae_vit_base_patch16 and so on, one for each entry of SIZES, by the names of --model.
+# The factories mae_vit_base_patch16 and so on, one for each entry of SIZES. Their names are the choices of --model.
 MODELS: dict[str, Callable[..., MaskedAutoencoderViT]] = {f"mae_vit_{size}": _factory(size) for size in SIZES}
 MODELS |= {f"mae_vit_{size}{DECODER_SUFFIX}": MODELS[f"mae_vit_{size}"] for size in PUBLISHED_SIZES}
 globals().update(MODELS)

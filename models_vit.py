@@ -22,7 +22,7 @@ from util.pos_embed import Size, resize_pos_embed, to_pair
 
 NormLayer = Callable[[int], nn.Module]
 
-# eps of the published models. The default of PyTorch is 1e-5, that of the ViT of transformers 1e-12.
+# eps of the published models. The default of PyTorch is 1e-5, and that of the ViT in transformers is 1e-12.
 LAYER_NORM: NormLayer = partial(nn.LayerNorm, eps=1e-6)
 
 # The list of models. An entry adds the factories, the choices of --model and the names of `get_model`.
@@ -38,14 +38,14 @@ SIZES: dict[str, dict[str, Any]] = {
     "giant_patch14": {"patch_size": 14, "embed_dim": 1408, "depth": 40, "num_heads": 16, "mlp_ratio": 6144 / 1408},
 }
 
-SHORT_SEQUENCE = 64  # tokens up to which plain products are faster than the fused kernel on a CPU in fp32
+SHORT_SEQUENCE = 64  # largest number of tokens for which matrix products are faster than the fused kernel (CPU, fp32)
 
 
 class PatchEmbed(nn.Module):
-    """Cuts images into patches and embeds each: (B, c, H, W) -> (B, N, D), patches in row-major order.
+    """Splits images into patches and embeds each patch: (B, c, H, W) -> (B, N, D), patches in row-major order.
 
     Raises:
-        ValueError: the image's sides are not multiples of the patch's.
+        ValueError: the sides of the image are not multiples of the patch size.
     """
 
     def __init__(self, img_size: Size, patch_size: Size, in_chans: int, embed_dim: int) -> None:
@@ -58,12 +58,16 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=self.patch_size, stride=self.patch_size)
 
     def grid_of(self, height: int, width: int) -> tuple[int, int]:
-        """(rows, columns) of patches in an image of height x width pixels."""
+        """Returns (rows, columns) of patches in an image of height x width pixels.
+
+        Raises:
+            ValueError: the sides of the image are not multiples of the patch size.
+        """
         rows, columns = self.patch_size
         if height % rows or width % columns or not height or not width:
             raise ValueError(
-                f"images of {height}x{width} pixels can't be cut into patches of {rows}x{columns}: "
-                f"choose input_size so that its sides are multiples of patch_size"
+                f"images of {height}x{width} pixels can't be split into patches of {rows}x{columns}: "
+                f"choose an input_size whose sides are multiples of patch_size"
             )
         return height // rows, width // columns
 
@@ -92,15 +96,15 @@ class Attention(nn.Module):
         return attention_weights(q, k)
 
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Queries, keys and values (B, h, L, D/h) of tokens (B, L, D)."""
+        """Returns queries, keys and values (B, h, L, D/h) of tokens (B, L, D)."""
         return tuple(part.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=2))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(d)) v, of (B, h, L, d) each.
 
-    On a CPU the fused kernel is slow for sequences as short as a ViT's: in bf16 plain products take a half to a fifth
-    of its time, and in fp32 less up to SHORT_SEQUENCE tokens
+    On a CPU, the fused kernel is slow for the short sequences of a ViT. In bf16, matrix products take a half to
+    a fifth of its time. In fp32, they are faster up to SHORT_SEQUENCE tokens
     (`python benchmarks/train_step.py --task attention`).
     """
     if q.device.type == "cpu" and (q.dtype == torch.bfloat16 or k.shape[-2] <= SHORT_SEQUENCE):
@@ -128,7 +132,7 @@ class Mlp(nn.Module):
 class DropPath(nn.Module):
     """Stochastic depth (Huang et al. 2016): in training, drops a residual branch of each sample with probability `p`.
 
-    The branches that remain are divided by 1 - p. (B, ...) -> (B, ...)
+    The other branches are divided by 1 - p. (B, ...) -> (B, ...)
     """
 
     def __init__(self, p: float) -> None:
@@ -146,7 +150,7 @@ class Block(nn.Module):
     """A pre-norm transformer block: (B, L, D) -> (B, L, D).
 
     Attributes:
-        grad_checkpointing: in training, store only the input, and compute the activations again in the backward pass.
+        grad_checkpointing: in training, store the input only, and recompute the activations in the backward pass.
     """
 
     def __init__(
@@ -177,14 +181,14 @@ class Block(nn.Module):
 
 
 def set_grad_checkpointing(model: nn.Module) -> None:
-    """Saves memory in all blocks of a model: their activations are computed again in the backward pass."""
+    """Enables gradient checkpointing in all blocks of a model: the backward pass recomputes their activations."""
     for module in model.modules():
         if isinstance(module, Block):
             module.grad_checkpointing = True
 
 
 class Encoder(nn.Module):
-    """The common base of autoencoder and classifier: the outputs of the blocks, without masking."""
+    """The base class of autoencoder and classifier: returns the outputs of the blocks, without masking."""
 
     blocks: nn.ModuleList
     norm: nn.Module
@@ -196,9 +200,10 @@ class Encoder(nn.Module):
     def get_intermediate_layers(
         self, imgs: Tensor, n: int = 1, norm: bool = True, return_attention: bool = False
     ) -> Any:
-        """The outputs of the last `n` blocks for images (B, c, H, W), in the order of the blocks.
+        """Returns the outputs of the last `n` blocks for images (B, c, H, W), in the order of the blocks.
 
         Args:
+            n: number of blocks.
             norm: apply the final norm of the encoder. A classifier with `global_pool` has no such norm for tokens.
             return_attention: also return the attention weights of these blocks, (B, h, N + 1, N + 1) each.
 
@@ -222,11 +227,11 @@ class Encoder(nn.Module):
 class VisionTransformer(Encoder):
     """The classifier: the encoder of the MAE on all patches, with learned positions and a linear head.
 
-    The input may differ from `img_size`: the position table is then interpolated to its patch grid.
+    The input may have another size than `img_size`: the position table is then interpolated to its patch grid.
 
     Args:
         drop_path_rate: stochastic depth rate of the last block; it increases linearly from 0 at the first block.
-        global_pool: classify the mean of the patch tokens, normalised after pooling (`fc_norm`), as published for
+        global_pool: classify the mean of the patch tokens, normalised after pooling (`fc_norm`), as in published
             fine-tuning; otherwise the normalised class token (`norm`).
     """
 
@@ -280,7 +285,7 @@ class VisionTransformer(Encoder):
                     nn.init.zeros_(module.bias)
 
     def freeze(self) -> None:
-        """Freezes everything but the head: no gradients, and always in evaluation mode."""
+        """Freezes everything except the head: no gradients, and always in evaluation mode."""
         self.requires_grad_(False)
         self.head.requires_grad_(True)
         self.frozen = True
@@ -321,7 +326,7 @@ def _factory(size: str) -> Callable[..., VisionTransformer]:
     return build
 
 
-# The factories vit_base_patch16 and so on, one for each entry of SIZES, by the names of --model.
+# The factories vit_base_patch16 and so on, one for each entry of SIZES. Their names are the choices of --model.
 MODELS: dict[str, Callable[..., VisionTransformer]] = {f"vit_{size}": _factory(size) for size in SIZES}
 globals().update(MODELS)
 

@@ -1,6 +1,6 @@
-"""main_finetune.py as a Slurm job, on one or more nodes; the run resumes after each requeue.
+"""Submits main_finetune.py as a Slurm job on one or more nodes. The run resumes after each requeue.
 
-Shows the job, and submits it without --dry_run:
+This command prints the sbatch script; without --dry_run, it submits the job:
 
     python submitit_finetune.py --config recipes/finetune_vit_base.yaml --data_path IMAGENET --batch_size 32 \\
         --finetune mae_pretrain_vit_base --nodes 4 --ngpus 8 --slurm cpus_per_task=12 --dry_run

@@ -1,6 +1,6 @@
-"""main_pretrain.py as a Slurm job, on one or more nodes; the run resumes after each requeue.
+"""Submits main_pretrain.py as a Slurm job on one or more nodes. The run resumes after each requeue.
 
-Shows the job, and submits it without --dry_run:
+This command prints the sbatch script; without --dry_run, it submits the job:
 
     python submitit_pretrain.py --config recipes/pretrain_vit_large.yaml --data_path IMAGENET --batch_size 64 \\
         --nodes 8 --ngpus 8 --slurm cpus_per_task=12 --dry_run

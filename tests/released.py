@@ -44,7 +44,7 @@ def check(name: str, data_path: str | None) -> str:
     row, file = model_zoo.TABLE[name], loading.read(name)
     torch.manual_seed(0)  # the decoder of a file without one
     if file.kind != row.kind:
-        raise ValueError(f"{name} holds an {file.kind}, not an {row.kind}")
+        raise ValueError(f"{name} contains an {file.kind}, not an {row.kind}")
     image = fixed_image(row.input_size)
     if row.kind == model_zoo.CLASSIFIER:
         model = getattr(models_vit, row.model)(img_size=row.input_size, global_pool=True).eval()

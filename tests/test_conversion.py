@@ -110,7 +110,7 @@ def test_files_without_a_transformer(tmp_path):
     with pytest.raises(CheckpointError, match=r"no weights of a Vision Transformer: conv.weight"):
         loading.read(tmp_path / "file.pth")
     (tmp_path / "file.safetensors").write_bytes(b"12345")
-    with pytest.raises(CheckpointError, match="damaged or no safetensors file"):
+    with pytest.raises(CheckpointError, match="is not a safetensors file, or is damaged"):
         loading.read(tmp_path / "file.safetensors")
 
 

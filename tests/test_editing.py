@@ -213,7 +213,7 @@ class Gradients(MaskedAutoencoderViT):
 def test_reconstruct_with_another_target_is_a_one_line_error(kind, dim):
     model = kind(**SETTINGS)
     assert model(torch.randn(2, 3, 16, 16))[1].shape == (2, 16, dim)
-    with pytest.raises(ValueError, match=rf"^{kind.__name__} predicts features and no pixels: it can't make pictures$"):
+    with pytest.raises(ValueError, match=rf"^{kind.__name__} does not predict pixels, so it can't reconstruct images$"):
         model.reconstruct(torch.randn(2, 3, 16, 16))
 
 

@@ -97,7 +97,7 @@ def layer_scale(state):
         (no_class_token, r"has no cls_token, which the models of this library have"),
         (
             tubelets,
-            r"its patch_embed\.proj\.weight is torch\.float32 \(128, 3, 2, 4, 4\), which is not a Vision Transf",
+            r"its patch_embed\.proj\.weight is torch\.float32 \(128, 3, 2, 4, 4\), which does not fit a Vision Transf",
         ),
         (layer_scale, r"2 tensors are unexpected \(blocks\.0\.ls1\.gamma, blocks\.0\.ls2\.gamma\)"),
     ],

@@ -57,7 +57,7 @@ def test_mask_ratio_and_loss_of_an_autoencoder(imgs, tmp_path):
     [
         (ViTConfig(**{**MINI, "num_attention_heads": 8}), "num_heads 8, and the model mini_patch4 has 4"),
         (ViTMAEConfig(**MINI, **{**DECODER, "decoder_num_attention_heads": 4}), "decoder_num_heads 4, and the model"),
-        (ViTConfig(**MINI, hidden_act="relu"), "hidden_act is relu; the models here have gelu"),
+        (ViTConfig(**MINI, hidden_act="relu"), "hidden_act is relu, and only gelu is supported"),
     ],
 )
 def test_what_our_models_do_not_compute_is_refused(config, message, tmp_path):
@@ -71,7 +71,7 @@ def test_another_type_of_model_is_refused(tmp_path):
     transformers.SwinModel(
         transformers.SwinConfig(embed_dim=8, depths=[1], num_heads=[1], image_size=32)
     ).save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="it is for a model of type swin; vit and vit_mae can be read"):
+    with pytest.raises(CheckpointError, match="model_type is swin, and only vit and vit_mae are supported"):
         loading.read(tmp_path)
 
 
@@ -95,7 +95,7 @@ def test_a_processor_that_squeezes_is_warned_of(tmp_path, caplog):
     ours = get_model(tmp_path)
     assert ours.settings["crop_pct"] == 1.0
     (record,) = caplog.records
-    assert "scales images to a square (here the centre is cropped) and has resample 2" in record.message
+    assert "scales images to a square (this library crops the centre) and has resample 2" in record.message
 
 
 @pytest.mark.parametrize("crop", [16, 32, 96, 224, 384])
@@ -158,7 +158,10 @@ model = dict(mean=[1])
 
 @pytest.mark.parametrize(
     ("extra", "message"),
-    [("reg_token", r"has register tokens \(reg_token\), which no model"), ("dist_token", r"has a distillation token")],
+    [
+        ("reg_token", r"has register tokens \(reg_token\), which this library does not"),
+        ("dist_token", r"has a distillation token"),
+    ],
 )
 def test_other_tokens_are_named(extra, message, tmp_path):
     state = {**vit_mini_patch4(img_size=16).state_dict(), extra: torch.zeros(1, 1, 128)}

@@ -246,7 +246,7 @@ def test_the_recorded_model_takes_precedence_over_shapes(tmp_path, monkeypatch):
         assert again.blocks[0].attn.num_heads == heads
         assert torch.equal(again(imgs), model(imgs))
     torch.save({"model": model.state_dict()}, tmp_path / "bare.pth")
-    remedy = f'give get_model("vit_mini_patch4", pretrained="{tmp_path}/bare.pth"), or with another'
+    remedy = f'use get_model("vit_mini_patch4", pretrained="{tmp_path}/bare.pth"), or another'
     with pytest.raises(CheckpointError, match=r"records no model, and mini_patch4 and heads8_patch4 .*") as error:
         get_model(tmp_path / "bare.pth")
     assert remedy in str(error.value)

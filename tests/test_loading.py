@@ -120,7 +120,7 @@ def test_files_that_do_not_fit_a_classifier_are_errors(tmp_path, mini_mae):
     with pytest.raises(CheckpointError, match="--cls_token"):
         loading.load_classifier(vit(global_pool=True), loading.read_classifier(saved(tmp_path / "cls.pth", vit())))
     with pytest.raises(
-        CheckpointError, match=r"holds an encoder and decoder, which has no classification head.*fine-tuned"
+        CheckpointError, match=r"contains an encoder and decoder, which has no classification head.*fine-tuned"
     ):
         loading.read_classifier(saved(tmp_path / "mae.pth", mini_mae))
 

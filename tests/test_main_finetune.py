@@ -313,7 +313,7 @@ def test_invalid_inputs_are_one_line_errors(tuned, labelled, pictures, tmp_path,
         return fails(capsys, monkeypatch, *here, *argv)
 
     torch.save({"model": mae_vit_mini_patch4(img_size=16).state_dict()}, tmp_path / "mae.pth")
-    assert "holds an encoder and decoder, which has no classification head" in said(
+    assert "contains an encoder and decoder, which has no classification head" in said(
         "--eval", "--resume", tmp_path / "mae.pth"
     )
     assert "--eval needs --resume or --finetune" in said("--eval")
@@ -336,7 +336,7 @@ def test_invalid_inputs_are_one_line_errors(tuned, labelled, pictures, tmp_path,
     assert "--batch_size 7: --mixup and --cutmix mix pairs" in said("--batch_size", "7", "--mixup", "0.8")
     assert "--unfreeze_blocks 5: the model has 4 blocks" in said("--unfreeze_blocks", "5")
     assert "--aa abc: timm has no such policy" in said("--aa", "abc")
-    assert "nor published weights of that name; did you mean" in said("--finetune", "mae_pretrained_base")
+    assert "no published weights named mae_pretrained_base; did you mean" in said("--finetune", "mae_pretrained_base")
     assert "choose --adapt_input mean" in said("--finetune", tuned, "--in_chans", "1")
 
 

@@ -8,7 +8,7 @@ from util.cli import entry_point
 def test_neighbours_of_a_trained_encoder_find_the_classes(classify, capsys):
     untrained = classify(main_knn, k="1 5")
     assert (
-        "warning: no --finetune: the features are those of an untrained encoder with random weights"
+        "warning: no --finetune: the features are from an untrained encoder with random weights"
         in capsys.readouterr().out
     )
     out = classify(main_finetune, "tuned", aa="none", reprob=0, lr=0.003, epochs=20, drop_path=0, cls_token=True)

@@ -172,7 +172,7 @@ def test_without_finetune_features_are_random_or_of_the_checkpoint(probe, tuned,
     """The checkpoint of a probe contains the encoder, which computes the features, with or without --finetune."""
     flags = {"lr": 5, "epochs": 4}
     probe("random", **flags)
-    assert capsys.readouterr().out.count("warning: no --finetune: the features are those of an untrained encoder") == 1
+    assert capsys.readouterr().out.count("warning: no --finetune: the features are from an untrained encoder") == 1
     whole = probe("whole", finetune=tuned / "checkpoint-19.pth", **flags)
     capsys.readouterr()
     again = probe("again", resume=whole / "checkpoint-1.pth", **flags)

@@ -25,7 +25,7 @@ def test_every_setting_of_an_autoencoder():
     named = models_build.autoencoder_arguments(MAE | {"model": "mae_vit_base_patch16_dec512d8b", "decoder_depth": None})
     assert (named["embed_dim"], named["decoder_depth"], named["decoder_embed_dim"]) == (768, 8, 512)
     for model in ("vit_mini_patch4", "mae_vit_none"):
-        with pytest.raises(ValueError, match=f"{model} is no masked autoencoder"):
+        with pytest.raises(ValueError, match=f"{model} is not a masked autoencoder"):
             models_build.autoencoder_arguments(MAE | {"model": model})
 
 
@@ -36,7 +36,7 @@ def test_every_setting_of_a_classifier():
     model = models_build.classifier(MINI | {"global_pool": False, "patch_size": 8, "in_chans": 1})
     assert (model.global_pool, model.patch_embed.patch_size, model.patch_embed.in_chans) == (False, (8, 8), 1)
     assert not any(hasattr(block.drop_path, "drop_prob") for block in model.blocks)
-    with pytest.raises(ValueError, match="mae_vit_mini_patch4 is no classifier"):
+    with pytest.raises(ValueError, match="mae_vit_mini_patch4 is not a classifier"):
         models_build.classifier_arguments(MINI | {"model": "mae_vit_mini_patch4"})
 
 

@@ -257,7 +257,7 @@ def test_another_image_size_recomputes_the_tables():
     imgs, noise = torch.randn(2, 3, 8, 24), torch.rand(2, 12)
     for ours, theirs in zip(small(imgs, noise=noise), large(imgs, noise=noise), strict=True):
         torch.testing.assert_close(ours, theirs)
-    with pytest.raises(ValueError, match="choose input_size so that its sides"):
+    with pytest.raises(ValueError, match="choose an input_size whose sides"):
         small(torch.zeros(1, 3, 18, 16))
 
 

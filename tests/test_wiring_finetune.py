@@ -325,7 +325,7 @@ def test_an_epochs_evaluation(captured, data, tmp_path):
 def test_wrong_settings_are_errors(captured, data):
     with pytest.raises(ValueError, match="the data has 3 classes, and --nb_classes is 4"):
         captured(nb_classes=4)
-    with pytest.raises(ValueError, match="--cutmix_minmax: give the smaller share first"):
+    with pytest.raises(ValueError, match="--cutmix_minmax: give the smaller fraction first"):
         captured(model="vit_mini_patch4", input_size=16, cutmix_minmax="0.8 0.2")
 
 

@@ -247,7 +247,7 @@ def test_held_out_images_depend_on_the_fraction_and_the_seed(captured):
     assert len(held_out(held_out=0.25)) == 130
     assert held_out(seed=1) != held_out(seed=2)
     assert captured(**mini(batch_size=520)).evaluation[0]["batch_size"] == 512  # the features of more take memory
-    with pytest.raises(ValueError, match="--lr sets one rate"):
+    with pytest.raises(ValueError, match="--lr 1 sets a single rate, and --blr has 2 values; omit --lr"):
         captured(**mini(blr="0.2 0.1", lr=1))
 
 

@@ -1,10 +1,11 @@
-"""Other people's names for the same weights: mmpretrain's (mmselfsup's) and those of transformers. timm's are ours.
+"""Converts the names of weights in mmpretrain (mmselfsup) and transformers. timm has the names of this library.
 
-mmpretrain puts the encoder under `backbone.`, the decoder under `neck.`. transformers has had three layouts: that of
-its files (`vit.encoder.layer.0.attention.attention.query`), the decoder's in files of 5.x (`decoder.decoder_encoder`),
-and that of 5.x in memory (`vit.layers.0.attention.q_proj`). It splits what is one matrix `qkv` here.
+In mmpretrain, the prefix of the encoder is `backbone.`, that of the decoder `neck.`. transformers has three layouts:
+its files (`vit.encoder.layer.0.attention.attention.query`), the decoder in files of 5.x (`decoder.decoder_encoder`),
+and models of 5.x in memory (`vit.layers.0.attention.q_proj`). Query, key and value are separate there, and one matrix
+`qkv` here.
 
-The tables hold (ours, theirs): beginnings of names, or whole ones; # stands for a number.
+The tables contain pairs (ours, theirs) of names, or of prefixes that end with a dot; # is a number.
 """
 
 import re
@@ -37,7 +38,7 @@ MMPRETRAIN: Rows = [
 ]
 
 
-# The heads of its LinearClsHead, of its VisionTransformerClsHead, and of that one behind a ClsBatchNormNeck.
+# The heads LinearClsHead, VisionTransformerClsHead, and VisionTransformerClsHead after a ClsBatchNormNeck.
 _MMPRETRAIN_POOLED: Rows = [("head.", "head.fc.")]
 _MMPRETRAIN_TOKEN: Rows = [("head.", "head.layers.head.")]
 _MMPRETRAIN_PROBE: Rows = [("head.0.", "neck.bn."), ("head.1.", "head.layers.head.")]
@@ -73,35 +74,36 @@ TRANSFORMERS: list[Rows] = [
 
 
 def to_ours(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights under our names, from any of the known formats; unknown names stay as they are."""
-    weights = {re.sub(r"^((module|_orig_mod)\.)+", "", name): value for name, value in weights.items()}  # of wrappers
+    """Renames weights of any known format to our names. Unknown names are kept."""
+    # The prefixes are those of DistributedDataParallel and torch.compile.
+    weights = {re.sub(r"^((module|_orig_mod)\.)+", "", name): value for name, value in weights.items()}
     if any(name.startswith("backbone.") for name in weights):
         is_probe = any(name.startswith("neck.bn.") for name in weights)
         head = _MMPRETRAIN_PROBE if is_probe else [*_MMPRETRAIN_POOLED, *_MMPRETRAIN_TOKEN]
         return _renamed(weights, ((theirs, ours) for ours, theirs in [*MMPRETRAIN, *head]))
     if any(name.endswith("embeddings.cls_token") for name in weights):
         weights = {name.removeprefix("vit."): value for name, value in weights.items()}
-        # The pooler serves tasks of text and images; it is no part of the features.
+        # The features do not depend on the pooler.
         weights = {name: value for name, value in weights.items() if not name.startswith("pooler.")}
         return _joined(_renamed(weights, ((theirs, ours) for rows in TRANSFORMERS for ours, theirs in rows)))
     return weights
 
 
 def to_mmpretrain(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our weights under mmpretrain's names."""
+    """Renames our weights to the names of mmpretrain."""
     if "head.0.running_mean" in weights:
         return _renamed(weights, [*MMPRETRAIN, *_MMPRETRAIN_PROBE])
     return _renamed(weights, [*MMPRETRAIN, *(_MMPRETRAIN_POOLED if "fc_norm.weight" in weights else _MMPRETRAIN_TOKEN)])
 
 
 def to_transformers(weights: dict[str, Tensor], names: set[str]) -> dict[str, Tensor]:
-    """Our weights as one of transformers' models has them.
+    """Converts our weights to the names of a model of transformers.
 
     Args:
-        names: that model's own.
+        names: the names in the state dict of that model.
 
     Raises:
-        ValueError: no layout known here has just these names.
+        ValueError: no known layout has exactly these names.
     """
     split: dict[str, Tensor] = {}
     for name, value in weights.items():
@@ -114,7 +116,7 @@ def to_transformers(weights: dict[str, Tensor], names: set[str]) -> dict[str, Te
             if complete.keys() == names:
                 return complete
     differing = sorted(names ^ renamed.keys())
-    raise ValueError(f"the installed transformers names weights in a way that is not known here: {differing[:4]}")
+    raise ValueError(f"the installed transformers has unknown names of weights: {', '.join(differing[:4])}")
 
 
 def _renamed(weights: dict[str, Tensor], rows: Iterable[tuple[str, str]]) -> dict[str, Tensor]:
@@ -133,7 +135,7 @@ def _renamed(weights: dict[str, Tensor], rows: Iterable[tuple[str, str]]) -> dic
 
 
 def _joined(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Puts query, key and value, each (D, D) or (D,), into one (3D, D) or (3D,)."""
+    """Concatenates query, key and value, (D, D) or (D,) each, to (3D, D) or (3D,)."""
     result = {}
     for name, value in weights.items():
         if ".attn.query." in name:

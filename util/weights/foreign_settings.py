@@ -1,7 +1,7 @@
-"""The settings of models that transformers, timm and mmpretrain record, as ours.
+"""Converts the settings that transformers, timm and mmpretrain record to settings of this library.
 
-Images: mean, std, input_size and crop_pct. Classes: `label_names`, the names of the labels in order. They are not our
-`classes`, which are the names of folders.
+Images: mean, std, input_size and crop_pct. Classes: `label_names`, the names of the labels in order. The setting
+`classes` is different: it contains the names of folders.
 """
 
 import json
@@ -15,15 +15,15 @@ from util.files.untrusted import read_file
 
 logger = logging.getLogger(__name__)
 
-BICUBIC = 3  # of Pillow
+BICUBIC = 3  # the number of Pillow's resampling filter
 
 
 def read_folder(folder: Path) -> dict[str, Any]:
-    """The settings of a folder of transformers or timm, or of one that our `save_pretrained` wrote.
+    """Reads the settings of a folder that transformers, timm, or `save_pretrained` of this library wrote.
 
     Raises:
         OSError, ValueError: config.json or preprocessor_config.json can't be read.
-        KeyError, TypeError, AttributeError: one has another form.
+        KeyError, TypeError, AttributeError: a file has another structure.
     """
     config = _read_json(folder / "config.json")
     if "pretrained_cfg" in config:
@@ -42,27 +42,27 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _transformers(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a config.json of transformers.
+    """Returns the settings in a config.json of transformers.
 
     Raises:
-        ValueError: the model computes something that ours does not.
+        ValueError: this library does not support the model.
     """
     if config.get("model_type") not in (None, "vit", "vit_mae"):
-        raise ValueError(f"it is for a model of type {config['model_type']}; vit and vit_mae can be read")
+        raise ValueError(f"model_type is {config['model_type']}, and only vit and vit_mae are supported")
     if config.get("hidden_act", "gelu") != "gelu":
-        raise ValueError(f"hidden_act is {config['hidden_act']}; the models here have gelu")
+        raise ValueError(f"hidden_act is {config['hidden_act']}, and only gelu is supported")
     names = {"image_size": "input_size", "patch_size": "patch_size", "num_channels": "in_chans",
              "norm_pix_loss": "norm_pix_loss", "mask_ratio": "mask_ratio", "num_attention_heads": "num_heads",
              "decoder_num_attention_heads": "decoder_num_heads", "layer_norm_eps": "layer_norm_eps"}  # fmt: skip
     settings = {ours: config[theirs] for theirs, ours in names.items() if theirs in config}
     labels = config.get("id2label") or {}
-    if labels and labels.get("0") != "LABEL_0":  # what transformers writes for classes without names
+    if labels and labels.get("0") != "LABEL_0":  # transformers writes LABEL_0 for classes without names
         settings["label_names"] = [labels[str(number)] for number in range(len(labels))]
     return settings
 
 
 def _processor(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a preprocessor_config.json. A warning names what the transform here does otherwise."""
+    """Returns the settings in a preprocessor_config.json. A warning names the differences to our transform."""
     settings: dict[str, Any] = {}
     if config.get("do_normalize", True) and "image_mean" in config:
         settings |= {"mean": list(config["image_mean"]), "std": list(config["image_std"])}
@@ -76,22 +76,27 @@ def _processor(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         settings["crop_pct"] = crop_share(crop, edge)
     elif config.get("do_resize", True):
         settings["crop_pct"] = 1.0
-        differences.append("scales images to a square (here the centre is cropped)")
+        differences.append("scales images to a square (this library crops the centre)")
     if config.get("resample", BICUBIC) != BICUBIC:
-        differences.append(f"has resample {config['resample']} (here bicubic, 3)")
+        differences.append(f"has resample {config['resample']} (this library: bicubic, 3)")
     if differences:
         logger.warning(f"{folder}: the image processor {' and '.join(differences)}")
     return settings
 
 
 def crop_share(crop: int, edge: int) -> float:
-    """The crop_pct with which `transforms.eval_transform` scales the short side of a picture to `edge` pixels."""
+    """Returns the crop_pct for which `transforms.eval_transform` scales the short side of a picture to `edge` pixels.
+
+    Args:
+        crop: side of the crop, in pixels.
+        edge: short side of the scaled picture, in pixels.
+    """
     share = crop / edge
     return share if int(crop / share) == edge else crop / (edge + 0.5)
 
 
 def _timm(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a config.json of timm."""
+    """Returns the settings in a config.json of timm."""
     pretrained = config["pretrained_cfg"]
     channels, *size = pretrained["input_size"]
     settings = {"in_chans": channels, "input_size": size[0] if size[0] == size[1] else size}
@@ -101,7 +106,7 @@ def _timm(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def of_mmpretrain(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings in the `meta` of a checkpoint of mmpretrain; its mean and std count values in 0 to 255."""
+    """Returns the settings in the `meta` of a checkpoint of mmpretrain, whose mean and std are for values 0 to 255."""
     settings: dict[str, Any] = {}
     dataset = meta.get("dataset_meta")
     classes = dataset.get("classes", dataset.get("CLASSES")) if isinstance(dataset, dict) else None

@@ -1,6 +1,6 @@
-"""Loads weights into our models: from a checkpoint file of any known format, or by a published name.
+"""Loads weights into models: from a checkpoint file of any known format, or by a published name.
 
-The names of its tensors show what a file holds: an encoder, an encoder with its decoder, or a classifier.
+The names of the tensors determine the kind of a file: an encoder, an encoder with a decoder, or a classifier.
 """
 
 import argparse
@@ -28,9 +28,9 @@ from util.weights.model_zoo import CLASSIFIER, ENCODER, FULL
 
 logger = logging.getLogger(__name__)
 
-FIXED_TABLES = {"pos_embed", "decoder_pos_embed"}  # every MAE computes its own, so that a file's may be of another size
-SETTINGS = "args"  # the entry of a .safetensors file's metadata that holds the settings of our run, as JSON
-# The settings of a file that are used, and what they, or the parts of lists, must be.
+FIXED_TABLES = {"pos_embed", "decoder_pos_embed"}  # a MAE computes them, so that those of a file may have another size
+SETTINGS = "args"  # the entry in the metadata of a .safetensors file with the settings of the run, as JSON
+# The settings of a file that are used, and the types of their values or of the elements of lists.
 SETTINGS_USED: dict[str, type | tuple[type, ...]] = {
     "model": str, "input_size": int, "patch_size": int, "in_chans": int, "mean": (int, float), "std": (int, float),
     "classes": str, "label_names": str, "crop_pct": (int, float), "mask_ratio": (int, float), "num_heads": int,
@@ -40,21 +40,21 @@ OTHER_TOKENS = {"reg_token": "register tokens", "register_tokens": "register tok
                 "dist_token": "a distillation token", "distillation_token": "a distillation token"}  # fmt: skip
 
 
-# A head's weights in a classifier, in a linear probe (`models_build.probe_head`), and in one of several rates.
+# The weights of the head of a classifier, of a linear probe (`models_build.probe_head`), and of the first of several.
 HEAD, PROBE_HEAD, FIRST_OF_HEADS = "head.weight", "head.1.weight", "head.0.1.weight"
 
 
 class Weights(NamedTuple):
-    """A file's tensors under our names, and the settings that it records."""
+    """The tensors of a file under our names, and the settings that it records."""
 
     tensors: dict[str, Tensor]
-    settings: dict[str, Any]  # of the run that made it, if it is one of ours
+    settings: dict[str, Any]  # settings of the run that wrote the file, or converted by `foreign_settings`
     kind: str  # ENCODER, FULL or CLASSIFIER
-    source: str  # the file or name, for messages
+    source: str  # path or published name, for messages
 
     @property
     def grid_size(self) -> tuple[int, int] | None:
-        """(rows, columns) of patches that the position table is for, if the file records it."""
+        """(rows, columns) of the patch grid of the position table; None if the file does not record it."""
         if self.settings.get("input_size") is None or self.settings.get("patch_size") is None:
             return None
         height, width = to_pair(self.settings["input_size"])
@@ -63,18 +63,21 @@ class Weights(NamedTuple):
 
     @property
     def num_classes(self) -> int:
-        """Classes of the head; 0 without a head."""
+        """Number of classes of the head; 0 without a head."""
         head = self.tensors.get(HEAD, self.tensors.get(PROBE_HEAD))
         return 0 if head is None else len(head)
 
 
 def read(name: Path | str) -> Weights:
-    """Reads a file of ours, of the published code, of mmpretrain or timm, a folder of transformers, or fetches a
-    published name.
+    """Reads weights.
+
+    Args:
+        name: a file of this library, of the published code, of mmpretrain or timm; a folder of transformers or timm, or
+            a sharded checkpoint; or a published name, which is downloaded.
 
     Raises:
-        CheckpointError: damaged, or no weights of a Vision Transformer, or some that are NaN or infinite.
-        ValueError: no such file or name, or it can't be downloaded.
+        CheckpointError: the file is damaged, has no weights of a Vision Transformer, or has NaN or infinite weights.
+        ValueError: the file or name does not exist, or can't be downloaded.
     """
     path = Path(name)
     if not path.exists():
@@ -87,12 +90,12 @@ def read(name: Path | str) -> Weights:
     content, settings = _read_folder(path) if path.is_dir() else _read_file(path)
     try:
         tensors = to_ours({key: t for key, t in content.items() if isinstance(key, str) and isinstance(t, Tensor)})
-    except (KeyError, RuntimeError) as error:  # query, key and value that can't be joined
-        raise CheckpointError(f"{path}: its weights don't fit each other: {' '.join(str(error).split())}") from error
+    except (KeyError, RuntimeError) as error:  # query, key and value can't be concatenated
+        raise CheckpointError(f"{path}: its weights are inconsistent: {' '.join(str(error).split())}") from error
     if "patch_embed.0.proj.weight" in tensors:
         raise CheckpointError(
-            f"{path} has a patch projection for each group of channels (patch_embed.0.proj.weight): the models of this "
-            f"library have one"
+            f"{path} has a patch projection for each group of channels (patch_embed.0.proj.weight), which "
+            f"this library does not support"
         )
     if "patch_embed.proj.weight" not in tensors or "blocks.0.norm1.weight" not in tensors:
         raise CheckpointError(f"{path} contains no weights of a Vision Transformer: {_some(map(str, content))}")
@@ -101,18 +104,18 @@ def read(name: Path | str) -> Weights:
             raise CheckpointError(f"{path} has no {key}, which the models of this library have")
     for key in tensors:
         if tokens := OTHER_TOKENS.get(key.rpartition(".")[2]):
-            raise CheckpointError(f"{path} has {tokens} ({key}), which no model of this library has")
+            raise CheckpointError(f"{path} has {tokens} ({key}), which this library does not support")
     for key, axes in (("patch_embed.proj.weight", 4), ("pos_embed", 3), ("decoder_pos_embed", 3)):
         if key in tensors and (tensors[key].ndim != axes or not tensors[key].is_floating_point()):
             shape = f"{tensors[key].dtype} {tuple(tensors[key].shape)}"
-            raise CheckpointError(f"{path}: its {key} is {shape}, which is not a Vision Transformer's")
+            raise CheckpointError(f"{path}: its {key} is {shape}, which does not fit a Vision Transformer")
     _check_settings(path, settings)
-    checkpoint.require_finite(tensors, str(name), "its run has diverged, or the file is damaged; give another file")
+    checkpoint.require_finite(tensors, str(name), "its run diverged, or the file is damaged; give another file")
     return Weights(tensors, settings, _kind(tensors), str(name))
 
 
 def _check_settings(path: Path, settings: dict[str, Any]) -> None:
-    """Raises CheckpointError where a setting that is used is of another kind than it should be."""
+    """Raises CheckpointError if a setting that is used has a wrong type."""
     for name, kinds in SETTINGS_USED.items():
         value = settings.get(name)
         parts: list[Any] = list(value) if isinstance(value, list | tuple) else [value]
@@ -120,11 +123,11 @@ def _check_settings(path: Path, settings: dict[str, Any]) -> None:
         if fits and name.endswith("_size"):
             fits = len(parts) in (1, 2) and min(parts) > 0
         if value is not None and not fits:
-            raise CheckpointError(f"{path}: the {name} that it records, {str(value)[:80]}, is invalid")
+            raise CheckpointError(f"{path}: its recorded {name}, {str(value)[:80]}, is invalid")
 
 
 def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A file's tensors, under its own names, and the settings that it records."""
+    """Returns the tensors of a file, under its own names, and the settings that it records."""
     if path.suffix == ".safetensors":
         try:
             with safetensors.safe_open(path, "pt") as file:
@@ -133,7 +136,7 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
                     raise ValueError(f"its settings are {settings!r}")
                 return {key: file.get_tensor(key) for key in file.keys()}, settings  # noqa: SIM118
         except Exception as error:
-            raise CheckpointError(f"{path} is damaged or no safetensors file: {error}") from error
+            raise CheckpointError(f"{path} is not a safetensors file, or is damaged: {error}") from error
     state = checkpoint.read(path)
     tensors = next((state[key] for key in ("model", "state_dict") if isinstance(state.get(key), dict)), state)
     settings = state.get("args")
@@ -144,21 +147,21 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _read_folder(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """As `_read_file`, of a folder that transformers, `save_pretrained` of ours, or a sharded run has written."""
+    """Like `_read_file`, for a folder of transformers, of timm, of `save_pretrained` here, or of a sharded run."""
     if (path / checkpoint.STATE).is_file():
         state = sharded.gather(path)
         return state["model"], state["args"] if isinstance(state.get("args"), dict) else {}
     names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
     file = next((path / name for name in names if (path / name).is_file()), None)
     if file is None:
-        raise CheckpointError(f"{path} is a folder without model.safetensors or pytorch_model.bin: give a file")
+        raise CheckpointError(f"{path} is a folder without model.safetensors or pytorch_model.bin; give a file")
     try:
         files = [path / Path(name).name for name in _shards(file)] if file.suffix == ".json" else [file]
         recorded = foreign_settings.read_folder(path)
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: its configuration can't be read: {error}") from error
     except (AttributeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: its configuration is neither transformers' nor timm's: {error}") from error
+        raise CheckpointError(f"{path}: its configuration is not that of transformers or timm: {error}") from error
     content: dict[str, Any] = {}
     settings: dict[str, Any] = {}
     for file in files:
@@ -168,23 +171,23 @@ def _read_folder(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _shards(index: Path) -> list[str]:
-    """The names of the files of a model that transformers has split."""
+    """Returns the file names of a model that transformers split into several files."""
     return sorted(set(json.loads(read_file(index))["weight_map"].values()))
 
 
 def _kind(tensors: dict[str, Tensor]) -> str:
     if any(name.startswith("head.") for name in tensors):
         return CLASSIFIER
-    # A decoder of another target than pixels can't reconstruct.
+    # A decoder that does not predict pixels can't reconstruct.
     num_values = tensors["patch_embed.proj.weight"][0].numel()
     return FULL if len(tensors.get("decoder_pred.weight", ())) == num_values else ENCODER
 
 
 def init_mae(model: Any, file: Weights) -> None:
-    """Starts a masked autoencoder from a file's weights: all of them, or the encoder's alone.
+    """Loads the weights of a file into a `MaskedAutoencoderViT`: all of them, or the encoder only.
 
     Raises:
-        CheckpointError: the file lacks encoder weights, has others' names, or other shapes than the model's.
+        CheckpointError: weights of the encoder are missing, or there are unexpected names or shapes.
     """
     ours = model.state_dict()
     other = _reshaped(file.tensors, ours) if file.grid_size in (None, model.grid_size) else FIXED_TABLES
@@ -192,7 +195,7 @@ def init_mae(model: Any, file: Weights) -> None:
     ours = {k: v for k, v in ours.items() if k not in FIXED_TABLES or k in weights}
     missing = ours.keys() - weights.keys()
     if missing == {name for name in ours if name.startswith("decoder_") or name == "mask_token"}:
-        logger.warning(f"{file.source} has an encoder only: the decoder starts untrained")
+        logger.warning(f"{file.source} contains an encoder only; the decoder starts from random weights")
         missing = set()
     _require(file, model, missing, weights.keys() - ours.keys(), _reshaped(weights, ours))
     model.load_state_dict({k: dist.placed_as(v, ours[k]) for k, v in weights.items()}, strict=False)
@@ -202,22 +205,23 @@ def init_mae(model: Any, file: Weights) -> None:
 def load_encoder(
     model: nn.Module, file: Weights, adapt_input: str = "error", classes: Sequence[str] | None = None
 ) -> bool:
-    """Starts a classifier from an encoder; its head too if the file has one of as many classes.
+    """Loads an encoder into a classifier, and the head if the file has a head with the same classes.
 
-    The position table is interpolated to the model's patch grid.
+    The position table is interpolated to the patch grid of the model.
 
     Args:
         model: a `models_vit.VisionTransformer`.
-        classes: the model's; a head of other classes is not loaded.
-        adapt_input: what becomes of the patch projection when the file has other channels: "error"; each of ours gets
-            the "mean" of the file's; the file's "repeat" in turn; or it starts untrained ("skip"). Mean and repeat are
-            scaled so that the sum of all channels' weights stays.
+        adapt_input: treatment of the patch projection if the file has another number of channels: "error"; "mean": each
+            channel gets the mean of the channels of the file; "repeat": the channels of the file in turn; "skip": the
+            projection keeps its random weights. "mean" and "repeat" are scaled so that the sum over channels is
+            unchanged.
+        classes: the classes of the model. A head of other classes is not loaded.
 
     Returns:
-        Whether the head is the file's.
+        Whether the head was loaded.
 
     Raises:
-        CheckpointError: the file lacks weights, holds others, or has other shapes than the model's.
+        CheckpointError: weights are missing, or there are unexpected names or shapes.
     """
     ours = model.state_dict()
     pooled = "fc_norm.weight" in ours
@@ -245,32 +249,32 @@ def load_encoder(
     missing = ours.keys() - weights.keys() - may_lack
     _require(file, model, missing, weights.keys() - ours.keys(), _reshaped(weights, ours))
     model.load_state_dict(weights, strict=False)
-    logger.info(f"weights from {file.source} ({file.kind})" + (", its head too" if fits else ""))
+    logger.info(f"weights from {file.source} ({file.kind})" + (", including the head" if fits else ""))
     return fits
 
 
 def read_classifier(name: Path | str) -> Weights:
-    """Reads a file that must hold a classifier.
+    """Reads a file that must contain a classifier.
 
     Raises:
-        CheckpointError: it holds an encoder only.
+        CheckpointError: as in `read`, or the file contains an encoder only or several heads.
     """
     file = read(name)
     if FIRST_OF_HEADS in file.tensors:
-        raise CheckpointError(f"{name} has several heads; take probe.pth in the same folder, which has the best one")
+        raise CheckpointError(f"{name} has several heads; give probe.pth in the same folder, which has the best head")
     if file.kind != CLASSIFIER:
         raise CheckpointError(
-            f"{name} holds an {file.kind}, which has no classification head: train one (--finetune), or take a "
+            f"{name} contains an {file.kind}, which has no classification head: train a head (--finetune), or give a "
             f"fine-tuned file, such as mae_finetuned_vit_base"
         )
     return file
 
 
 def load_classifier(model: nn.Module, file: Weights) -> None:
-    """Loads a classifier, all of it; the position table is interpolated to the model's patch grid.
+    """Loads all weights of a classifier. The position table is interpolated to the patch grid of the model.
 
     Raises:
-        CheckpointError: it is of another architecture.
+        CheckpointError: the file has another architecture.
     """
     weights, ours = dict(file.tensors), model.state_dict()
     if "pos_embed" in weights and weights["pos_embed"].shape[2] == ours["pos_embed"].shape[2]:
@@ -280,7 +284,7 @@ def load_classifier(model: nn.Module, file: Weights) -> None:
         if weights["pos_embed"].shape[1] - 1 != patches and "input_size" not in file.settings and dist.is_main():
             logger.warning(
                 f"{file.source} is for images of {patches} patches, and these have {ours['pos_embed'].shape[1] - 1}: "
-                "positions are interpolated; give input_size as it was trained with"
+                "positions are interpolated; give the input_size that it was trained with"
             )
     _require(file, model, ours.keys() - weights.keys(), weights.keys() - ours.keys(), _reshaped(weights, ours))
     model.load_state_dict(weights)
@@ -289,9 +293,9 @@ def load_classifier(model: nn.Module, file: Weights) -> None:
 def statistics(
     file: Weights | None, in_chans: int, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> tuple[Sequence[float] | None, Sequence[float] | None]:
-    """`--mean` and `--std` as given, else those that a file's own run had, if it has as many channels.
+    """Returns `mean` and `std`. Where one is None, it is that of the run of a file with the same number of channels.
 
-    A warning names each given one that differs from the run's.
+    A warning names each value that differs from the value of that run.
     """
     if file is None or file.settings.get("in_chans") != in_chans:
         return mean, std
@@ -313,7 +317,7 @@ def _add_class_position(weights: dict[str, Tensor], ours: dict[str, Tensor]) -> 
 
 
 def _adapt_input(file: Weights, weights: dict[str, Tensor], model: nn.Module, how: str) -> None:
-    """Fits the patch projection (D, c, p, p) to the model's number of channels, in place."""
+    """Adapts the patch projection (D, c, p, p) to the number of channels of the model, in place."""
     name = "patch_embed.proj.weight"
     theirs, shape = weights[name], model.state_dict()[name].shape
     if theirs.shape[1] == shape[1]:
@@ -321,8 +325,8 @@ def _adapt_input(file: Weights, weights: dict[str, Tensor], model: nn.Module, ho
     if how == "error":
         raise advice.advised(
             CheckpointError(f"{file.source} is for images of {theirs.shape[1]} channels, the model for {shape[1]}"),
-            "choose --adapt_input mean (each channel starts from their mean), repeat (they are taken in turn) or skip "
-            "(the patch projection starts untrained)",
+            "choose --adapt_input mean (each channel starts from their mean), repeat (from their channels in turn) or "
+            "skip (the patch projection starts from random weights)",
         )
     if how == "skip":
         del weights[name], weights["patch_embed.proj.bias"]
@@ -337,7 +341,7 @@ def _reshaped(weights: dict[str, Tensor], ours: dict[str, Tensor]) -> set[str]:
 
 
 def _require(file: Weights, model: nn.Module, missing: set[str], unexpected: set[str], reshaped: set[str]) -> None:
-    """Raises CheckpointError, with the names and the remedy, where weights do not fit."""
+    """Raises CheckpointError, with names and a remedy, if weights are missing, unexpected or of another shape."""
     for problem, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped)):
         if names:
             count = "1 tensor is" if len(names) == 1 else f"{len(names)} tensors are"
@@ -349,7 +353,7 @@ def _require(file: Weights, model: nn.Module, missing: set[str], unexpected: set
 
 
 def _differing(file: Weights, ours: dict[str, Tensor]) -> dict[str, Any]:
-    """The settings of a file's model that are other ones than our model's."""
+    """Returns the settings of the model of a file that differ from those of our model."""
     theirs, expected = _architecture(file.tensors), _architecture(ours)
     different = {name: theirs[name] for name in theirs if theirs[name] != expected.get(name, theirs[name])}
     if "model" in different:
@@ -361,7 +365,7 @@ def _differing(file: Weights, ours: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def _architecture(tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """The settings of a model that follow from its tensors; width and depth stand for its name."""
+    """Returns the settings of a model that its tensors determine. Its entry `model` is (width, depth)."""
     width, channels, *patch = tensors["patch_embed.proj.weight"].shape
     blocks = Counter(name.split(".")[0] for name in tensors if name.endswith(".norm1.weight"))
     settings = {

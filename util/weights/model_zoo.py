@@ -1,7 +1,7 @@
-"""The published weights: a table of them, their download, and the check of their digests.
+"""The published weights: their table, their download, and the verification of their digests.
 
-The paper's files are pickled {model: ...} under CC-BY-NC 4.0. Those of mmpretrain, a second implementation, are under
-Apache-2.0; some of its names were announced and never released.
+The files of the paper are pickled {model: ...} under CC-BY-NC 4.0. The files of mmpretrain, a second implementation,
+are under Apache-2.0. Some names of mmpretrain were announced, but their files were never released.
 """
 
 import hashlib
@@ -19,16 +19,16 @@ logger = logging.getLogger(__name__)
 META = "https://dl.fbaipublicfiles.com/mae"
 MM = "https://download.openmmlab.com/mmselfsup/1.x/mae"
 ENCODER, FULL, CLASSIFIER = "encoder", "encoder and decoder", "classifier"
-SIMILAR = 0.4  # similarity of names that are suggested; those here are long
+SIMILAR = 0.4  # minimum similarity of a suggested name; low, because the names are long
 
 
 class Published(NamedTuple):
     """A row of the table."""
 
-    model: str  # the factory, in models_mae or models_vit
+    model: str  # name of the factory in models_mae or models_vit
     kind: str
-    epochs: int | None  # of pre-training
-    top1: float | None  # on ImageNet-1K, as published: of these weights, or of what was fine-tuned from them
+    epochs: int | None  # epochs of pre-training
+    top1: float | None  # published accuracy on ImageNet-1K, of these weights or of weights fine-tuned from them
     url: str | None  # None: never released
     digest: str | None = None  # md5:PREFIX or sha256:PREFIX
     input_size: int = 224
@@ -37,7 +37,7 @@ class Published(NamedTuple):
 
 
 def _mm(model: str, kind: str, epochs: int, top1: float, file: str | None = None, input_size: int = 224) -> Published:
-    """A row of mmpretrain. Its file, if there is one, lies in the folder of its pre-training."""
+    """Returns a row of mmpretrain. Its file, if any, is in the folder of its pre-training."""
     size = model.split("_")[-2]
     url = f"{MM}/mae_vit-{size}-p16_8xb512-fp16-coslr-{epochs}e_in1k/{file}.pth" if file else None
     digest = f"sha256:{file[-8:]}" if file else None
@@ -106,14 +106,14 @@ TABLE = {
 
 
 def find(name: str) -> Published:
-    """The row of a name.
+    """Returns the row of a name.
 
     Raises:
-        ValueError: there is no such name, or its file was never released.
+        ValueError: the name is unknown, or its file was never released.
     """
     if name not in TABLE:
         near = did_you_mean(name, TABLE, SIMILAR)
-        raise ValueError(f"there is no file {name}, nor published weights of that name{near}")
+        raise ValueError(f"there is no file and no published weights named {name}{near}")
     row = TABLE[name]
     if row.url is None:
         released = [
@@ -124,10 +124,13 @@ def find(name: str) -> Published:
 
 
 def fetch(name: str) -> Path:
-    """The file of published weights, downloaded once into torch.hub's folder, and checked.
+    """Downloads published weights to the folder of torch.hub, unless they are there, and verifies them.
+
+    Returns:
+        The path of the file.
 
     Raises:
-        ValueError: there is no such name, it can't be downloaded, or the file is another than the published one.
+        ValueError: the name is unknown, the file can't be downloaded, or it differs from the published file.
     """
     row = find(name)
     assert row.url
@@ -139,15 +142,15 @@ def fetch(name: str) -> Path:
             torch.hub.download_url_to_file(row.url, str(path), progress=True)
         except OSError as error:
             raise ValueError(
-                f"can't download {row.url} ({error}); fetch it where there is a network and put it at {path}, or give "
-                f"the file's path"
+                f"can't download {row.url} ({error}); download it on a machine with a network and copy it to {path}, "
+                f"or give the path of the file"
             ) from error
     _check(path, row.digest)
     return path
 
 
 def _check(path: Path, digest: str | None) -> None:
-    """Compares a file with its published digest, and with the sha256 that it had when it was first used."""
+    """Compares a file with its published digest, and with the SHA-256 that was recorded at its first use."""
     remembered = path.with_name(f"{path.name}.sha256")
     sha256 = _hash(path, "sha256")
     if digest:
@@ -155,13 +158,13 @@ def _check(path: Path, digest: str | None) -> None:
         digest = sha256 if kind == "sha256" else _hash(path, kind)
         if not digest.startswith(prefix):
             raise ValueError(
-                f"{path} is not the published file, whose {kind} starts with {prefix} (this one's with "
-                f"{digest[: len(prefix)]}): a download cut short? Delete it and try again"
+                f"{path} is not the published file: its {kind} starts with {digest[: len(prefix)]} instead of {prefix} "
+                f"(an incomplete download?); delete it and try again"
             )
     elif not remembered.exists():
-        logger.warning(f"no digest was published for {path.name}; recording its sha256 {sha256}")
+        logger.warning(f"no digest was published for {path.name}; recording its SHA-256 {sha256}")
     if remembered.exists() and remembered.read_text().strip() != sha256:
-        raise ValueError(f"{path} has changed since it was first used; delete it and {remembered} to fetch it again")
+        raise ValueError(f"{path} has changed since its first use; delete it and {remembered} to download it again")
     if not remembered.exists():
         atomic.write_text(remembered, sha256 + "\n")
 
