@@ -1,4 +1,4 @@
-"""Using trained models: predictions, features, reconstructions, other libraries' formats."""
+"""Applies trained models: predictions, features, reconstructions, and exports to other libraries."""
 
 import util  # noqa: F401  # first, as it names the packages that are missing
 

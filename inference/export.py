@@ -3,19 +3,20 @@
     python -m inference.export --model runs/tuned/checkpoint-best.pth --to onnx --out model.onnx
     python -m inference.export --model runs/mine/checkpoint-last.pth --to transformers --out folder
 
-| --to | what is written | read by |
+| --to | output | read by |
 |---|---|---|
-| reference | .pth, {model: ...} | the published code; everything here |
-| safetensors | .safetensors | everything here |
+| reference | .pth, {model: ...} | the published code, this library |
+| safetensors | .safetensors | this library |
 | timm | a folder; or a state dict, .pth or .safetensors | timm.create_model("local-dir:FOLDER", pretrained=True) |
 | transformers | a folder | ViTMAEForPreTraining, ViTModel, ViTForImageClassification |
 | mmpretrain | .pth, {state_dict: ...} | mmpretrain, mmselfsup |
 | onnx | .onnx of any batch size | onnxruntime and others |
 | torch_export | .pt2 of any batch size | torch.export.load |
 
-Each format has the normalisation, the crop and the class names of the model; what the other library does not read from
-the file is logged. Classifiers return logits, encoders features, autoencoders prediction and mask, from images and
-noise. timm has no decoder: it gets the encoder. --encoder exports the encoder of any model.
+Each format contains the normalisation, the crop and the class names of the model. A log line names the settings that
+the other library does not read from the file. Graphs of classifiers return logits, graphs of encoders return features,
+and graphs of autoencoders return prediction and mask, from images and noise. timm has no decoder, so that the encoder
+is exported. --encoder exports the encoder of any model.
 """
 
 import argparse
@@ -43,25 +44,29 @@ from util.weights.loading import SETTINGS
 
 logger = logging.getLogger(__name__)
 
-CLOSE = 1e-4  # of an exported model's answers to ours
+CLOSE = 1e-4  # largest difference between the outputs of the exported model and of our model
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """The command's flags."""
+    """Returns the parser of the command."""
     parser = entry_point.parser("Exports a model to other libraries.")
     options.add_inference_options(parser, images=False)
     parser.add_argument(
         "--to", required=True, choices=sorted(WRITERS), metavar="FORMAT", help=", ".join(sorted(WRITERS))
     )
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="PATH", help="file to write; a folder for transformers"
+        "--out",
+        type=Path,
+        required=True,
+        metavar="PATH",
+        help="output file; a folder for transformers, and for timm if PATH has no suffix",
     )
     parser.add_argument("--encoder", action="store_true", help="export the encoder only, without decoder or head")
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
-    """Writes the file or folder."""
+    """Exports the model."""
     start_logging()
     model = get_model(args.model, pretrained=True)
     if args.encoder:
@@ -71,11 +76,15 @@ def main(args: argparse.Namespace) -> None:
 
 
 def export(model: Model, to: str, out: Path) -> None:
-    """Writes a model in a format that `--help` lists. The file or folder is there when it is complete.
+    """Exports a model. The file or folder is written atomically.
+
+    Args:
+        to: one of WRITERS.
+        out: output path.
 
     Raises:
-        ValueError: the format can't hold this model, or its library is not installed.
-        OSError: the disk is full, or the place can't be written to.
+        ValueError: the format does not support this model, or its library is not installed.
+        OSError: the disk is full, or the folder can't be written to.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic.replacing(out) as written:
@@ -83,9 +92,13 @@ def export(model: Model, to: str, out: Path) -> None:
 
 
 def encoder_of(model: Model) -> Classifier:
-    """The encoder alone, with the class token's normalised features."""
+    """Returns the encoder of a model. Its features are the normalised class token.
+
+    Raises:
+        ValueError: the model is a classifier that pools patch tokens.
+    """
     if model.settings.get("global_pool") and not isinstance(model, Autoencoder):
-        raise ValueError("--encoder: this classifier pools patch tokens, and has no norm for single ones")
+        raise ValueError("--encoder: this classifier pools patch tokens, and has no norm for single tokens")
     architecture = model.settings["model"].removeprefix("mae_")
     encoder = Classifier(
         {**model.settings, "model": architecture, "nb_classes": 0, "global_pool": False, "probe": False}
@@ -99,7 +112,7 @@ def encoder_of(model: Model) -> Classifier:
 
 
 def settings_of(model: Model) -> dict[str, Any]:
-    """The settings that rebuild a model and its preprocessing, with the defaults that it uses."""
+    """Returns the settings that rebuild a model and its preprocessing, including the defaults that it uses."""
     mean, std = _statistics(model)
     settings = {name: model.settings[name] for name in MODEL_SETTINGS if model.settings.get(name) is not None}
     return {**settings, "mean": mean, "std": std, "crop_pct": _crop_pct(model)}
@@ -116,7 +129,7 @@ def _crop_pct(model: Model) -> float:
 def write_reference(model: Model, out: Path) -> None:
     _save({"model": model.state_dict(), "args": settings_of(model)}, out)
     if _statistics(model) != transforms.channel_statistics(3):
-        logger.info("the published code normalises with ImageNet's mean and std, and this model has its own: %s, %s",
+        logger.info("the published code normalises with ImageNet's mean and std, and this model has others: %s, %s",
                     *_statistics(model))  # fmt: skip
 
 
@@ -125,7 +138,7 @@ def write_safetensors(model: Model, out: Path) -> None:
 
 
 def write_timm(model: Model, out: Path) -> None:
-    """A folder that timm rebuilds the model from; or the weights alone, by the suffix."""
+    """Writes a folder from which timm rebuilds the model, or with a suffix a file of the weights only."""
     classifier = model if isinstance(model, Classifier) else encoder_of(model)
     settings = settings_of(classifier) | {"probe": False}
     state = _contiguous(plain_head(classifier))
@@ -141,12 +154,12 @@ def write_timm(model: Model, out: Path) -> None:
         _save({"state_dict": state, "args": settings}, out)
     config = timm_config(classifier)
     overlay = {name: config["pretrained_cfg"][name] for name in ("mean", "std", "crop_pct", "interpolation")}
-    logger.info(f"timm reads weights alone from this file: give create_model {config['model_args']} and "
+    logger.info(f"timm reads only the weights from this file: give create_model {config['model_args']} and "
                 f"pretrained_cfg_overlay={overlay}, or export to a folder")  # fmt: skip
 
 
 def timm_config(model: Classifier) -> dict[str, Any]:
-    """The config.json of a folder of timm."""
+    """Returns the config.json of a folder of timm."""
     mean, std = _statistics(model)
     block: Any = model.blocks[0]
     pooled = bool(model.settings["global_pool"])
@@ -172,7 +185,7 @@ def timm_config(model: Classifier) -> dict[str, Any]:
 
 
 def write_mmpretrain(model: Model, out: Path) -> None:
-    """Weights under mmpretrain's names; class names in the place where its `get_model` and `init_model` read them."""
+    """Writes the weights under the names of mmpretrain. Its `get_model` and `init_model` read the class names."""
     mean, std = _statistics(model)
     meta = {"dataset_meta": {"classes": model.classes}} if isinstance(model, Classifier) and model.classes else {}
     _save({"meta": meta, "state_dict": conversion.to_mmpretrain(model.state_dict()), "args": settings_of(model)}, out)
@@ -181,7 +194,7 @@ def write_mmpretrain(model: Model, out: Path) -> None:
 
 
 def write_transformers(model: Model, out: Path) -> None:
-    """A folder with weights, config.json, and preprocessor_config.json for the model's own pixels."""
+    """Writes a folder with weights, config.json, and preprocessor_config.json for the preprocessing of the model."""
     transformers = _library("transformers")
     settings, (height, width) = model.settings, model.patch_embed.img_size
     block: Any = model.blocks[0]
@@ -192,7 +205,8 @@ def write_transformers(model: Model, out: Path) -> None:
         "patch_size": _square(model.patch_embed.patch_size, "patches"), "layer_norm_eps": block.norm1.eps,
     }  # fmt: skip
     if isinstance(model, Autoencoder):
-        _square((height, width), "images, whose decoder's positions it interpolates in one dimension,")
+        # transformers interpolates the positions of the decoder in one dimension.
+        _square((height, width), "images for an autoencoder")
         decoder: Any = model.decoder_blocks
         theirs = transformers.ViTMAEForPreTraining(transformers.ViTMAEConfig(
             **same, mask_ratio=settings["mask_ratio"], norm_pix_loss=model.norm_pix_loss,
@@ -202,8 +216,8 @@ def write_transformers(model: Model, out: Path) -> None:
         ))  # fmt: skip
     elif settings.get("global_pool"):
         raise ValueError(
-            "transformers' classifier takes the class token, and this one pools patch tokens: it can't be exported "
-            "there; onnx and torch_export can hold it, and timm has such a classifier"
+            "--to transformers: its classifier uses the class token, and this classifier pools patch tokens; give --to "
+            "timm, onnx or torch_export"
         )
     elif not settings["nb_classes"]:
         theirs = transformers.ViTModel(transformers.ViTConfig(**same), add_pooling_layer=False)
@@ -222,7 +236,10 @@ def write_transformers(model: Model, out: Path) -> None:
 
 
 def plain_head(model: Model) -> dict[str, Tensor]:
-    """The state dict, with a linear probe's batch norm and layer as one layer: other libraries have no such head."""
+    """Returns the state dict. The batch norm of a linear probe is merged into its linear layer.
+
+    Other libraries have no head with a batch norm.
+    """
     state = dict(model.state_dict())
     if not model.settings.get("probe"):
         return state
@@ -233,13 +250,13 @@ def plain_head(model: Model) -> dict[str, Tensor]:
 
 
 def _save(state: dict[str, Any], out: Path) -> None:
-    with out.open("wb") as file:  # given a path, torch.save does not say why it failed
+    with out.open("wb") as file:  # with a path, the error of torch.save has no reason
         torch.save(state, file)
 
 
 def _square(sides: tuple[int, int], what: str) -> int:
     if sides[0] != sides[1]:
-        raise ValueError(f"transformers supports square {what} only, and these are {sides[0]} x {sides[1]}")
+        raise ValueError(f"--to transformers supports only square {what}, and these are {sides[0]} x {sides[1]}")
     return sides[0]
 
 
@@ -251,10 +268,10 @@ def _contiguous(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class Graph(nn.Module):
-    """What becomes a graph: normalised images (B, c, H, W) to logits or features.
+    """The exported module: normalised images (B, c, H, W) -> logits or features.
 
-    Of an autoencoder: images and noise (B, N) to the prediction (B, N, p * p * c) and the mask (B, N). The patches with
-    the smallest noise stay visible.
+    For an autoencoder: images and noise (B, N) -> prediction (B, N, p·p·c) and mask (B, N). The patches with the
+    smallest noise are visible.
     """
 
     def __init__(self, model: Model) -> None:
@@ -268,7 +285,7 @@ class Graph(nn.Module):
 
 
 def _graph(model: Model) -> tuple[Graph, dict[str, Tensor], list[str]]:
-    """A graph, example inputs by name, and the names of the outputs."""
+    """Returns a graph, example inputs by name, and the names of the outputs."""
     generator = torch.Generator().manual_seed(0)
     inputs = {"images": torch.randn(2, model.in_chans, *model.patch_embed.img_size, generator=generator)}
     if isinstance(model, Autoencoder):
@@ -283,9 +300,9 @@ def _dynamic(inputs: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def write_torch_export(model: Model, out: Path) -> None:
-    """The graph; the extra file "settings" has the settings as JSON."""
+    """Writes the graph. The extra file "settings" contains the settings as JSON."""
     graph, inputs, _ = _graph(model)
-    stream = io.BytesIO()  # a full disk would end the process in torch.export.save
+    stream = io.BytesIO()  # torch.export.save would abort the process if the disk is full
     with torch.no_grad():
         program = torch.export.export(graph, (), kwargs=inputs, dynamic_shapes=_dynamic(inputs))
     torch.export.save(program, stream, extra_files={"settings": json.dumps(settings_of(model))})
@@ -293,14 +310,18 @@ def write_torch_export(model: Model, out: Path) -> None:
 
 
 def _onnx_sort(values: Any, stable: bool, dim: int = -1, descending: bool = False) -> Any:
-    """A stable sort of the last of two dimensions: TopK of all values, which puts equal ones in their order."""
+    """A stable sort along the last of two dimensions, as TopK of all values, which keeps the order of equal values."""
     from onnxscript import opset18 as op
 
     return op.TopK(values, op.Shape(values, start=dim, end=dim + 1), axis=dim, largest=int(descending))
 
 
 def write_onnx(model: Model, out: Path) -> None:
-    """The graph, checked by onnxruntime with another batch size. Its metadata has the settings, each as JSON."""
+    """Writes the graph, and checks it with onnxruntime and another batch size. Its metadata has the settings as JSON.
+
+    Raises:
+        ValueError: the outputs differ from those of the model by more than CLOSE.
+    """
     onnx, runtime = _library("onnx"), _library("onnxruntime", "onnx")
     _library("onnxscript", "onnx")
     graph, inputs, outputs = _graph(model)
@@ -331,7 +352,7 @@ def _library(name: str, extra: str | None = None) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise ValueError(
-            f'--to: it needs the package {name}, which is not installed: pip install ".[{extra or name}]"'
+            f'--to: this format needs the package {name}, which is not installed: pip install ".[{extra or name}]"'
         ) from error
 
 

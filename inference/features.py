@@ -1,9 +1,9 @@
-"""Computes the features of all images in a folder, for use elsewhere.
+"""Computes the features of all images in a folder and writes them to a file.
 
     python -m inference.features demo/data/fashion_mnist --model runs/mine/checkpoint-last.pth --out features.npz
 
-The file holds `features` (n, D), `names` (n,), and, where folders are classes, `labels` (n,) and `classes`. A command
-that was interrupted resumes if it is run again; with other weights, images or settings, it starts anew.
+The file contains `features` (n, D) and `names` (n,), and for class folders `labels` (n,) and `classes`. The same
+command resumes an interrupted run. With other weights, images or settings, it starts from the beginning.
 """
 
 import argparse
@@ -35,17 +35,17 @@ from util.training.run_log import start_logging
 
 logger = logging.getLogger(__name__)
 
-ROWS = "features.f32"  # in the folder of a command that is not finished
-SAVE_EVERY = 20  # batches between notes of how far it is
+ROWS = "features.f32"  # file name of the features in the folder of an unfinished run
+SAVE_EVERY = 20  # batches between updates of done.json, the progress
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """The command's flags."""
+    """Returns the parser of the command."""
     parser = entry_point.parser(
         "Computes the features of all images in a folder. The same command resumes an interrupted run."
     )
     parser.add_argument(
-        "data_path", metavar="FOLDER", help="folder of images, flat or nested, or a tar or zip file of one"
+        "data_path", metavar="FOLDER", help="folder of images, flat or nested, or a tar or zip file of such a folder"
     )
     options.add_inference_options(parser, images=False)
     parser.add_argument(
@@ -53,25 +53,25 @@ def get_args_parser() -> argparse.ArgumentParser:
         type=flags.new_file(".npz", ".safetensors"),
         required=True,
         metavar="FILE",
-        help="file to write: .npz or .safetensors",
+        help="output file: .npz or .safetensors",
     )
     parser.add_argument("--split", default="train", metavar="NAME", help="subfolder of a dataset with train/ and val/")
     parser.add_argument(
         "--pool", choices=("cls", "avg", "tokens"),
-        help="class token, mean of the patch tokens, or all tokens (default: the input of the model's head)",
+        help="cls: class token; avg: mean of the patch tokens; tokens: all tokens (default: the input of the head)",
     )  # fmt: skip
     options.add_extraction_options(parser)
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
-    """Writes the file."""
+    """Computes the features and writes the file."""
     start_logging()
     device = dist.choose_device(args.device)
     model = get_model(args.model, pretrained=True, device=device)
     precision = Precision(args.amp, device)
     source = datasets.open_source(args.split, args.data_path)
-    assert not isinstance(source, Shards)  # which have no path
+    assert not isinstance(source, Shards)  # --data_path never opens shards
     names = [source.name(index) for index in range(len(source))]
     partial = args.out.with_name(f"{args.out.name}.partial")
     rows = extract(
@@ -91,7 +91,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def row_settings(model: Model, names: list[str], args: argparse.Namespace, precision: Precision) -> dict[str, Any]:
-    """All that the features depend on, plain values: those of other settings are not continued."""
+    """Returns all settings that the features depend on, as plain values. Runs with other settings are not resumed."""
     of_labels = ("classes", "label_names")
     return json.loads(json.dumps({
         **{name: value for name, value in model.settings.items() if name not in of_labels},
@@ -110,14 +110,16 @@ def extract(
     num_workers: int,
     precision: Precision,
 ) -> np.ndarray:
-    """Features (n, D), or (n, N + 1, D) of tokens, fp32, in a file that is mapped into memory.
+    """Computes features (n, D), or (n, N + 1, D) for tokens, in fp32, in a file that is mapped into memory.
 
     Args:
-        folder: holds them, and how far they are; if it is there with the same settings, they are continued.
-        settings: of `row_settings`.
+        folder: folder of the features and their progress. If it exists with the same settings, the run is resumed.
+        settings: from `row_settings`.
+        pool: as in `ModelMixin.extract_feat`.
 
     Raises:
-        OSError: the disk is full. The same command continues.
+        OSError: the disk is full. The same command resumes the run.
+        BadImage: an image can't be read.
     """
     done, shape = _continued(folder, settings)
     if done:
@@ -127,8 +129,8 @@ def extract(
     batches = loader.eval_loader(samples, batch_size, num_workers, pin_memory=precision.device.type == "cuda")
     with atomic.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ROWS).open("ab", buffering=0)  # in order, not mapped: a full disk would end the process
-        file.truncate(4 * done * math.prod(shape))  # what came after the last note
+        file = (folder / ROWS).open("ab", buffering=0)  # not mapped: a full disk would abort the process
+        file.truncate(4 * done * math.prod(shape))  # removes features that done.json does not count
     with file, tqdm(total=len(source), initial=done, unit="image", disable=None) as bar, torch.inference_mode():
         for number, (images, *_) in enumerate(batches, start=1):
             with precision.autocast():
@@ -147,7 +149,7 @@ def extract(
 
 
 def _continued(folder: Path, settings: dict[str, Any]) -> tuple[int, list[int]]:
-    """How many images are done, and the shape of their features."""
+    """Returns the number of processed images, and the shape of the features of an image."""
     if not (folder / "done.json").exists():
         return 0, []
     try:
@@ -159,7 +161,7 @@ def _continued(folder: Path, settings: dict[str, Any]) -> tuple[int, list[int]]:
     if complete and theirs == settings:
         return done, shape
     reason = advice.changes(theirs, settings) if complete else "damaged"
-    logger.warning(f"{folder} is of other settings ({reason}): starting anew")
+    logger.warning(f"{folder} can't be resumed ({reason}): starting from the beginning")
     return 0, []
 
 

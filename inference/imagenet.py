@@ -1,4 +1,4 @@
-"""Classifiers of ImageNet-1K, ours and timm's, to be compared."""
+"""Loads classifiers of ImageNet-1K, of this library and of timm, for evaluation."""
 
 import logging
 from typing import Any, NamedTuple
@@ -13,21 +13,21 @@ from util.evaluation.robustness import NUM_CLASSES, synsets
 logger = logging.getLogger(__name__)
 
 TIMM = "timm:"
-ALIKE = 0.9  # so many of the names must be ImageNet's in its order; other libraries call some classes otherwise
+ALIKE = 0.9  # minimum fraction of equal class names; other libraries have other names for some classes
 
 
 class ImageNetClassifier(NamedTuple):
-    """What is evaluated."""
+    """A classifier with its preprocessing."""
 
-    model: nn.Module  # images (B, 3, H, W) to logits (B, 1000)
+    model: nn.Module  # images (B, 3, H, W) -> logits (B, 1000)
     transform: Transform
     normalize: nn.Module
-    data_config: dict[str, Any]  # what the transform and the normalisation were made of, plain values
-    recorded: dict[str, Any]  # those of them that a run of ours recorded with its model; of others nothing
+    data_config: dict[str, Any]  # settings of transform and normalisation, as plain values
+    recorded: dict[str, Any]  # those settings that the file records; {} for models of timm
 
 
 class RestrictedClassifier(nn.Module):
-    """Restricts a classifier to some of its classes: logits (B, 1000) to theirs (B, number of them)."""
+    """Restricts a classifier to some of its classes: logits (B, 1000) -> logits (B, len(classes))."""
 
     classes: Tensor
 
@@ -42,27 +42,28 @@ class RestrictedClassifier(nn.Module):
 
 
 def load(name: str, crop_pct: float | None, device: torch.device) -> ImageNetClassifier:
-    """A classifier with what belongs to it.
+    """Loads a classifier with its preprocessing.
 
     Args:
-        name: as for `get_model`, or timm:NAME, any model of timm, with the transform of timm's validation.
-        crop_pct: side of the centre crop, as a share of the scaled image's; None: the model's own.
+        name: as in `get_model`, or timm:NAME for a model of timm, with the validation transform of timm.
+        crop_pct: side of the centre crop, as a fraction of the scaled image; None: that of the model.
+        device: device of the model.
 
     Raises:
-        ValueError: there is none, or its classes are not ImageNet-1K's.
+        ValueError: the name is unknown, or the classes are not those of ImageNet-1K.
     """
     classifier = _load_timm(name, crop_pct) if name.startswith(TIMM) else _load_ours(name, crop_pct)
     num_classes = getattr(classifier.model, "num_classes", 0)
     if num_classes != NUM_CLASSES:
-        what = f"answers with {num_classes} classes" if num_classes else "has no classes: it is no classifier"
-        raise ValueError(f"--model {name} {what}; these suites are for classifiers of ImageNet-1K, which have 1000")
+        what = f"has {num_classes} classes" if num_classes else "is not a classifier"
+        raise ValueError(f"--model {name} {what}; the suites need a classifier with the 1000 classes of ImageNet-1K")
     return classifier._replace(model=classifier.model.to(device), normalize=classifier.normalize.to(device))
 
 
 def _load_ours(name: str, crop_pct: float | None) -> ImageNetClassifier:
     model = get_model(name, pretrained=True)
     if model.in_chans != 3:
-        raise ValueError(f"--model {name} has in_chans {model.in_chans}, and the suites' images have 3 channels")
+        raise ValueError(f"--model {name} has in_chans {model.in_chans}, and the images of the suites have 3 channels")
     classes = model.settings.get("classes")
     if model.num_classes == NUM_CLASSES and classes:
         _check_order(name, classes)
@@ -81,7 +82,10 @@ def _load_ours(name: str, crop_pct: float | None) -> ImageNetClassifier:
 
 
 def _check_order(name: str, classes: list[str]) -> None:
-    """Classes are called by their folders, by numbers (of lists), or by names (of torchvision and Hugging Face)."""
+    """Raises ValueError if the classes are not those of ImageNet-1K in the order of its labels.
+
+    They have the names of folders, numbers (lists), or the names of classes (torchvision and Hugging Face).
+    """
     if classes == synsets():
         return
     if classes == [str(number) for number in range(NUM_CLASSES)]:
@@ -90,8 +94,8 @@ def _check_order(name: str, classes: list[str]) -> None:
     pairs = zip(classes, imagenet_classes(), strict=True)
     if sum(_first_name(ours) == _first_name(theirs) for ours, theirs in pairs) < ALIKE * NUM_CLASSES:
         raise ValueError(
-            f"--model {name} was trained on other classes than ImageNet-1K's, or in another order: the first of them "
-            f"is {classes[0]}, and not {synsets()[0]} (or {imagenet_classes()[0]}, or 0)"
+            f"--model {name} was not trained on the classes of ImageNet-1K, or on another order of them: its first "
+            f"class is {classes[0]}, and not {synsets()[0]} (or {imagenet_classes()[0]}, or 0)"
         )
 
 
@@ -105,11 +109,11 @@ def _load_timm(name: str, crop_pct: float | None) -> ImageNetClassifier:
 
     try:
         model = timm.create_model(name.removeprefix(TIMM), pretrained=True).eval()
-    except Exception as error:  # unknown names, files that are missing, no network
+    except Exception as error:  # an unknown name, a missing file, or no network
         reason = " ".join(str(error).split())
-        raise ValueError(f"--model {name}: timm says: {reason} (timm.list_pretrained() has all names)") from error
+        raise ValueError(f"--model {name}: timm reports: {reason} (timm.list_pretrained() lists all names)") from error
     data_config = resolve_model_data_config(model, use_test_size=True) | ({"crop_pct": crop_pct} if crop_pct else {})
-    transform: Any = create_transform(**data_config, is_training=False, normalize=False)  # to bytes
+    transform: Any = create_transform(**data_config, is_training=False, normalize=False)  # returns uint8
     return ImageNetClassifier(
         model, transform, Normalize(data_config["mean"], data_config["std"]), data_config, recorded={}
     )

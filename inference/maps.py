@@ -1,4 +1,4 @@
-"""Maps of an encoder: attention of the class token, features of patches, their principal components."""
+"""Maps of an encoder: attention of the class token, features of patches, and their principal components."""
 
 from typing import Any
 
@@ -12,19 +12,23 @@ from inference.model import Images, Model
 
 @torch.inference_mode()
 def attention(model: Model, images: Images, block: int = -1) -> Tensor:
-    """How much the class token takes from each patch.
+    """Returns the attention weights of the class token over the patches.
 
     Args:
-        images: as `ModelMixin.prepare` takes them.
-        block: of the encoder; the last by default.
+        images: as in `ModelMixin.prepare`.
+        block: index of the block of the encoder. Default: the last block.
 
     Returns:
-        (B, heads, rows, columns) of the patch grid; of each head, the class token's own share is missing from 1.
+        (B, heads, rows, columns) of the patch grid. The weights of a head sum to 1 together with the weight of the
+        class token itself, which is omitted.
+
+    Raises:
+        ValueError: the encoder has no such block.
     """
     x = model.prepare(images)
     depth = len(model.blocks)
     if not -depth <= block < depth:
-        raise ValueError(f"block {block}: the encoder has {depth}")
+        raise ValueError(f"block {block}: the encoder has {depth} blocks; give {-depth} to {depth - 1}")
     tokens = model.embed(x)
     blocks: Any = model.blocks
     for earlier in blocks[: block % depth]:
@@ -34,21 +38,21 @@ def attention(model: Model, images: Images, block: int = -1) -> Tensor:
     return maps[:, :, 0, 1:].unflatten(2, model.patch_embed.grid_of(*x.shape[2:])).cpu()
 
 
-@torch.no_grad()  # and not inference mode: heads are trained on what comes out
+@torch.no_grad()  # not inference mode: heads are trained on the features
 def dense(model: Model, images: Images, layers: int = 4) -> Tensor:
-    """Features of every patch, for dense tasks: what the last blocks make of it, one behind the other.
+    """Returns features of every patch for dense tasks: the concatenated outputs of the last blocks.
 
-    They are normalised by the encoder's last LayerNorm, where it has one: classifiers that pool patches have none.
+    The final LayerNorm of the encoder normalises them. Classifiers that pool patches have no such norm.
 
     Args:
-        images: as `ModelMixin.prepare` takes them; of any size if they are float, the model's input.
-        layers: so many of the last blocks.
+        images: as in `ModelMixin.prepare`. Float tensors, the input of the model, may have any size.
+        layers: number of blocks.
 
     Returns:
         (B, layers * D, rows, columns) of the patch grid.
 
     Raises:
-        ValueError: there are not so many blocks.
+        ValueError: the encoder has fewer blocks.
     """
     if not 1 <= layers <= len(model.blocks):
         raise ValueError(f"layers={layers}: the encoder has {len(model.blocks)} blocks")
@@ -59,18 +63,18 @@ def dense(model: Model, images: Images, layers: int = 4) -> Tensor:
 
 @torch.inference_mode()
 def components(model: Model, images: Images) -> Tensor:
-    """The first three principal components of the patches' features, as colours: patches alike look alike.
+    """Returns the first three principal components of the features of patches, as colours.
 
-    The components are those of all images together.
+    Similar patches have similar colours. The components are computed from all images together.
 
     Returns:
-        (B, rows, columns, 3) in 0 to 1.
+        (B, rows, columns, 3) of the patch grid, in 0 to 1.
     """
     x = model.prepare(images)
     tokens = model.extract_feat(x, "tokens")[:, 1:].float().cpu().flatten(0, 1)
     centred = tokens - tokens.mean(dim=0)
     _, _, directions = torch.linalg.svd(centred, full_matrices=False)
-    # Signs are arbitrary: each direction is turned so that its largest entry is positive.
+    # Signs are arbitrary. Each direction is flipped so that its entry with the largest magnitude is positive.
     signs = directions.gather(1, directions.abs().argmax(dim=1, keepdim=True)).sign()
     components = centred @ (directions * signs)[:3].T
     low, high = components.quantile(0.01, dim=0), components.quantile(0.99, dim=0)
@@ -80,11 +84,11 @@ def components(model: Model, images: Images) -> Tensor:
 
 
 def overlay(model: Model, image: Tensor, weights: Tensor | None = None) -> Image.Image:
-    """A picture that is bright where weights are high; without weights as it is.
+    """Returns a picture that is bright at patches with high weights, or the unchanged picture without weights.
 
     Args:
-        image: the model's input (c, H, W), as `prepare` makes it.
-        weights: (rows, columns) of its patches, at least 0.
+        image: input of the model (c, H, W), as `prepare` returns it.
+        weights: (rows, columns) of the patch grid, at least 0.
     """
     pixels = model.normalize.inverse(image.to(model.normalize.mean)).cpu()
     pixels = pixels[:3] if len(pixels) >= 3 else pixels[:1].expand(3, -1, -1)

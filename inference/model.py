@@ -1,4 +1,4 @@
-"""From a name or a file to a model that is ready for use, with all that belongs to it.
+"""Loads models by a name or from a file, with their preprocessing and class names.
 
 >>> import torch
 >>> from inference import get_model
@@ -38,13 +38,13 @@ ARCHITECTURES = {**models_mae.MODELS, **models_vit.MODELS}
 
 
 class ModelMixin(PyTorchModelHubMixin):
-    """Transform, normalization, class names and predictions, for models that are ready to use.
+    """Adds transform, normalisation, class names and predictions to a model.
 
     Attributes:
         transform: a decoded picture -> uint8 (c, H, W), as in evaluation.
-        normalize: a batch of those -> the model's input.
-        classes: a classifier's, by label; ImageNet's for 1000 classes without names.
-        settings: those that the model is built from.
+        normalize: a batch of such tensors -> the input of the model.
+        classes: class names of a classifier, by label; those of ImageNet for 1000 classes without names.
+        settings: the settings that the model is built from.
     """
 
     in_chans: int
@@ -60,15 +60,15 @@ class ModelMixin(PyTorchModelHubMixin):
         self.eval()  # type: ignore[attr-defined]
 
     def prepare(self, images: Images) -> Tensor:
-        """Images of any kind -> the model's input (B, c, H, W), on its device.
+        """Images of any kind -> the input of the model (B, c, H, W), on its device.
 
         Args:
-            images: one, or a list. Paths, of photographs too that lie on their side; Pillow pictures; arrays (H, W),
-                (H, W, c) or (c, H, W); tensors (c, H, W) or (B, c, H, W): uint8 ones are pixels as arrays are, float
-                ones are taken for the model's input, as `model(images)` takes them.
+            images: an image or a list of images: paths (the orientation in EXIF data is applied); Pillow images; arrays
+                (H, W), (H, W, c) or (c, H, W); tensors (c, H, W) or (B, c, H, W). uint8 tensors are pixels, like
+                arrays. Float tensors are the input of the model and are not changed.
 
         Raises:
-            BadImage: one is no image, or has other channels than the model.
+            BadImage: an image can't be decoded, or has another number of channels than the model.
             OSError: a file can't be read.
         """
         device = next(self.parameters()).device  # type: ignore[attr-defined]
@@ -80,19 +80,24 @@ class ModelMixin(PyTorchModelHubMixin):
 
     @torch.inference_mode()
     def predict(self, images: Images, topk: int = 5) -> Any:
-        """Classifies images, as `prepare` takes them.
+        """Classifies images.
+
+        Args:
+            images: as in `prepare`.
+            topk: number of classes in `top`.
 
         Returns:
-            For an image, a dict: pred_label (the most likely class's number), pred_class (its name), pred_score,
-            pred_scores (of all classes, an array), and top, the `topk` most likely as (name, score). For a list of
-            images, a list of them.
+            For an image, a dict: pred_label (the most likely label), pred_class (its name), pred_score (its
+            probability), pred_scores (the probabilities of all classes, an array), and top (the `topk` most likely
+            classes as (name, probability)). For a list of images, a list of such dicts.
 
         Raises:
-            ValueError: the model has no head.
+            ValueError: the model has no classification head.
+            BadImage, OSError: as in `prepare`.
         """
         if not self.settings["nb_classes"]:
             raise ValueError(
-                f"{self.settings['model']} is an encoder without a classification head: take a fine-tuned file, or "
+                f"{self.settings['model']} is an encoder without a classification head: give a fine-tuned file, or "
                 f"train a head with main_finetune.py or main_linprobe.py"
             )
         scores = self(self.prepare(images)).float().softmax(dim=1).cpu()  # type: ignore[operator]
@@ -108,19 +113,24 @@ class ModelMixin(PyTorchModelHubMixin):
                 "top": top}  # fmt: skip
 
     def extract_feat(self, images: Images, pool: str | None = None) -> Tensor:
-        """Features of images, as `prepare` takes them; nothing is masked.
+        """Computes features of images. No patch is masked.
 
         Args:
-            pool: "cls", the class token; "avg", the mean of the patch tokens; "tokens", all of them, class token first;
-                by default what the model's own head is for, the class token where there is none.
+            images: as in `prepare`.
+            pool: "cls": the class token; "avg": the mean of the patch tokens; "tokens": all tokens, class token first.
+                Default: the input of the classification head, or the class token without a head.
 
         Returns:
-            (B, D), or (B, N + 1, D) of tokens.
+            (B, D), or (B, N + 1, D) for "tokens".
+
+        Raises:
+            ValueError: `pool` is unknown.
+            BadImage, OSError: as in `prepare`.
         """
         x = self.prepare(images)
         pooled = self.settings.get("global_pool", False)
         pool = pool or ("avg" if pooled else "cls")
-        if pooled and pool == "avg":  # its mean is normalised after pooling
+        if pooled and pool == "avg":  # the mean is normalised after pooling
             return self.forward_features(x)  # type: ignore[attr-defined]
         if pool not in ("cls", "avg", "tokens"):
             raise ValueError(f"pool={pool!r}: give cls, avg or tokens")
@@ -129,7 +139,7 @@ class ModelMixin(PyTorchModelHubMixin):
 
 
 class Autoencoder(ModelMixin, models_mae.MaskedAutoencoderViT):
-    """A masked autoencoder, ready for use."""
+    """A masked autoencoder with its preprocessing."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         super().__init__(**models_build.autoencoder_arguments(settings))
@@ -137,7 +147,7 @@ class Autoencoder(ModelMixin, models_mae.MaskedAutoencoderViT):
 
 
 class Classifier(ModelMixin, models_vit.VisionTransformer):
-    """A classifier, or of no classes an encoder, ready for use."""
+    """A classifier with its preprocessing; with 0 classes, an encoder."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         super().__init__(**models_build.classifier_arguments(settings))
@@ -153,7 +163,7 @@ Model = Autoencoder | Classifier
 
 @cache
 def imagenet_classes() -> list[str]:
-    """The names of ImageNet-1K's classes, by label."""
+    """Returns the names of the classes of ImageNet-1K, by label."""
     from timm.data import ImageNetInfo  # takes more than a second
 
     info = ImageNetInfo()
@@ -161,7 +171,11 @@ def imagenet_classes() -> list[str]:
 
 
 def open_image(image: ImageLike, in_chans: int) -> Any:
-    """A decoded picture of `in_chans` channels, the right way up; raises as `ModelMixin.prepare` does."""
+    """Decodes an image to a picture with `in_chans` channels, and applies the orientation in its EXIF data.
+
+    Raises:
+        BadImage, OSError: as in `ModelMixin.prepare`.
+    """
     if isinstance(image, str | Path):
         try:
             return decode(read_file(image), in_chans, upright=True)
@@ -171,10 +185,10 @@ def open_image(image: ImageLike, in_chans: int) -> Any:
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """The names that `get_model` accepts: architectures and published weights, also those that were only announced.
+    """Lists the names that `get_model` accepts: architectures and published weights, including unreleased weights.
 
     Args:
-        pattern: with * for anything, such as "vit-*_mae-*".
+        pattern: a pattern with *, such as "vit-*_mae-*".
     """
     return [name for name in sorted({*ARCHITECTURES, *model_zoo.TABLE}) if fnmatchcase(name, pattern)]
 
@@ -182,19 +196,21 @@ def list_models(pattern: str = "*") -> list[str]:
 def get_model(
     name: str | Path, pretrained: bool | str | Path = False, device: str | torch.device = "cpu", **settings: Any
 ) -> Autoencoder | Classifier:
-    """A model in evaluation mode.
+    """Returns a model in evaluation mode.
 
     Args:
-        name: an architecture, a published name (`list_models` has both), a checkpoint file, or a folder of
+        name: an architecture, a published name (`list_models` lists both), a checkpoint file, or a folder of
             transformers. A file is always loaded, and determines the architecture.
-        pretrained: for a name, whether to load its weights; of an architecture's published ones the fine-tuned for
-            vit_*, those with decoder for mae_vit_*. Or whose weights: a published name or a file.
-        settings: what of the model is to be different, by the flags' names: input_size, patch_size, in_chans,
+        pretrained: for a name, whether to load its weights. The published weights of an architecture are the fine-tuned
+            weights for vit_*, and those with a decoder for mae_vit_*. Or the weights to load: a published name or a
+            file.
+        device: device of the model.
+        settings: settings of the model to change, by the names of the flags: input_size, patch_size, in_chans,
             nb_classes, global_pool, norm_pix_loss, mean, std, classes.
 
     Raises:
-        ValueError: an unknown name, one whose weights were never released or can't be downloaded, an unknown setting.
-        CheckpointError: the file is damaged, or does not hold the requested model.
+        ValueError: a name or setting is unknown, or the weights were never released or can't be downloaded.
+        CheckpointError: the file is damaged, or does not contain the requested model.
     """
     unknown = settings.keys() - set(models_build.MODEL_SETTINGS)
     if unknown:
@@ -202,7 +218,7 @@ def get_model(
         raise ValueError(f"get_model has no setting {min(unknown)}; it has {known}")
     name = str(name)
     if name in ARCHITECTURES:
-        name = ARCHITECTURES[name].__name__  # the published code has second names
+        name = ARCHITECTURES[name].__name__  # the published code has aliases
     if Path(name).exists():
         return _load(loading.read(name), None, settings).to(device)
     if name not in ARCHITECTURES and name not in model_zoo.TABLE:
@@ -218,7 +234,7 @@ def get_model(
 def inference_model(
     model: str | Path | Classifier, image: Images, device: str | torch.device = "cpu", topk: int = 5
 ) -> Any:
-    """Classifies an image, or a list of them, with a model or its name; returns what `ModelMixin.predict` does."""
+    """Classifies an image or a list of images with a model or its name. Returns the result of `ModelMixin.predict`."""
     if isinstance(model, str | Path):
         model = get_model(model, pretrained=True, device=device)  # type: ignore[assignment]
     return model.predict(image, topk)  # type: ignore[union-attr]
@@ -237,7 +253,7 @@ def _settings(architecture: str, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _of_row(name: str) -> dict[str, Any]:
-    """The settings of a model in the table of published weights; {} if it is not there."""
+    """Returns the settings of a model in the table of published weights; {} for other names."""
     row = model_zoo.TABLE.get(name)
     if not row:
         return {}
@@ -246,18 +262,18 @@ def _of_row(name: str) -> dict[str, Any]:
 
 
 def _published_for(name: str) -> str:
-    """The published weights that belong to a name best."""
+    """Returns the name of the published weights for an architecture or a published name."""
     if name in model_zoo.TABLE:
         return name
     size = models_build.size_of(name).partition("_")[0]
     best = f"mae_pretrain_vit_{size}_full" if name.startswith("mae_") else f"mae_finetuned_vit_{size}"
     if best not in model_zoo.TABLE:
-        raise ValueError(f"no weights were published for {name}: give a file of them")
+        raise ValueError(f"no weights were published for {name}: give a file as pretrained")
     return best
 
 
 def _load(file: Weights, architecture: str | None, settings: dict[str, Any]) -> Autoencoder | Classifier:
-    """A model with a file's weights: of the given architecture, or of the one that the file records."""
+    """Returns a model with the weights of a file. If `architecture` is None, it is that of the file."""
     recorded = models_build.file_settings(file, architecture)
     for name, value in _of_row(file.source).items():
         if name not in file.settings:
@@ -270,8 +286,8 @@ def _load(file: Weights, architecture: str | None, settings: dict[str, Any]) -> 
     if isinstance(model, Autoencoder):
         if file.kind != FULL:
             raise CheckpointError(
-                f"{file.source} holds {file.kind}, no decoder, and can't reconstruct: take a file with decoder, such "
-                f"as mae_visualize_vit_large, or a checkpoint of main_pretrain.py"
+                f"{file.source} contains no decoder of pixels and can't reconstruct ({file.kind}): give a file with a "
+                f"decoder, such as mae_visualize_vit_large, or a checkpoint of main_pretrain.py"
             )
         loading.init_mae(model, file)
     elif file.kind == CLASSIFIER and merged["nb_classes"] == recorded["nb_classes"]:

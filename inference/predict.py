@@ -27,11 +27,11 @@ FORMATS = (
     ".pdf",
     ".svg",
     ".eps",
-)  # of --out; matplotlib writes them
+)  # suffixes of --out that matplotlib writes
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """The command's flags."""
+    """Returns the parser of the command."""
     parser = entry_point.parser("Classifies photographs and prints the most likely classes.")
     options.add_inference_options(parser)
     parser.add_argument("--topk", default=5, type=flags.positive_int, metavar="K", help="number of classes per image")
@@ -40,16 +40,16 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--out",
         type=flags.new_file(*FORMATS),
         metavar="FILE",
-        help="picture to write, with the images and their scores",
+        help="output picture with the images and their scores",
     )
     return parser
 
 
 def main(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Prints, and returns, what the model says of each image."""
+    """Prints and returns the predictions for each image."""
     model = get_model(args.model, pretrained=True, device=dist.choose_device(args.device))
     predictions = []
-    for path in args.images:  # one by one, so that results are printed before an unreadable image ends the command
+    for path in args.images:  # one at a time, so that results are printed before an unreadable image ends the command
         predictions.append(model.predict(path, args.topk))
         if args.json:
             entry = {key: value for key, value in predictions[-1].items() if key != "pred_scores"}
@@ -63,7 +63,7 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def draw(images: list[np.ndarray], predictions: list[dict[str, Any]], path: Path) -> None:
-    """A picture with a row for each image (H, W, 3): the image, and a bar for each of its classes."""
+    """Writes a picture with a row for each image (H, W, 3): the image, and a bar for each of its classes."""
     from matplotlib.figure import Figure
 
     figure = Figure((8, 2.6 * len(images)), dpi=100, layout="constrained")

@@ -27,12 +27,12 @@ logger = logging.getLogger(__name__)
 TITLES = ("original", "masked", "prediction", "pasted")
 SUFFIXES = (".png", ".jpg", ".webp", ".bmp", *(s for s, k in Image.registered_extensions().items() if k in Image.SAVE))
 HEADER = 18  # pixels above the pictures
-MIN_SIDE = 160  # pixels that a picture's short side has at least; those of small models are enlarged
+MIN_SIDE = 160  # minimum short side of a picture, in pixels; smaller pictures are enlarged
 Box = tuple[int, int, int, int]  # left, top, width, height, in pixels of the image file
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """The command's flags."""
+    """Returns the parser of the command."""
     parser = entry_point.parser("Masks patches of photographs of any shape and reconstructs them.")
     options.add_inference_options(parser)
     parser.add_argument(
@@ -40,7 +40,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         type=flags.new_file(*SUFFIXES),
         required=True,
         metavar="FILE",
-        help="picture to write, with one row per image",
+        help="output picture, with one row per image",
     )
     parser.add_argument("--mask_ratio", default=0.75, type=flags.ratio, metavar="R", help="fraction of masked patches")
     parser.add_argument("--seed", default=0, type=flags.seed, metavar="N", help="random seed of the mask")
@@ -52,22 +52,22 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--short_side",
         type=flags.positive_int,
         metavar="S",
-        help="scale images to this short side (default: the model's size)",
+        help="scale images to this short side, in pixels (default: the input size of the model)",
     )
     return parser
 
 
 def main(args: argparse.Namespace) -> list[Reconstruction]:
-    """Writes the picture, prints the PSNR of the masked pixels, and returns them."""
+    """Writes the picture, prints the PSNR of the masked pixels, and returns the reconstructions."""
     start_logging()
     model = get_model(args.model, pretrained=True, device=dist.choose_device(args.device))
     if not isinstance(model, Autoencoder):
         raise ValueError(
-            f"--model {args.model} has no decoder and can't reconstruct: take a checkpoint of main_pretrain.py, or a "
-            f"published file with decoder, such as mae_visualize_vit_large"
+            f"--model {args.model} has no decoder and can't reconstruct: give a checkpoint of main_pretrain.py, or a "
+            f"published file with a decoder, such as mae_visualize_vit_large"
         )
     if model.norm_pix_loss:
-        logger.info("trained on normalised patches: mean and contrast of masked ones are taken from the original")
+        logger.info("the model predicts normalised patches: their mean and contrast are those of the original")
     reconstructions = []
     for path in args.images:
         reconstructions.append(reconstruct(model, path, args.mask_ratio, args.seed, args.hide, args.short_side))
@@ -92,16 +92,18 @@ def reconstruct(
     """Masks patches of an image and reconstructs them.
 
     Args:
-        image: of any shape; it is scaled and not cropped, but for what no patch covers.
-        seed: of the random mask.
-        hide: rectangles in pixels of the image, whose patches are masked instead of random ones.
-        short_side: pixels to scale the image to; the model's own by default.
+        image: an image of any shape. It is scaled; only margins that do not fill a patch are cropped.
+        mask_ratio: fraction of masked patches.
+        seed: random seed of the mask.
+        hide: rectangles in pixels of the image. Their patches are masked instead of random patches.
+        short_side: short side of the scaled image, in pixels. Default: the input size of the model.
 
     Returns:
-        Tensors (1, c, H, W) of the model's input range, as `MaskedAutoencoderViT.reconstruct` makes them.
+        Tensors (1, c, H, W) in the value range of the input, as `MaskedAutoencoderViT.reconstruct` returns them.
 
     Raises:
-        ValueError: a rectangle lies outside of the image, or all or no patches are masked.
+        ValueError: a rectangle is outside of the image, or no patch is visible.
+        BadImage, OSError: the image can't be read.
     """
     picture = open_image(image, model.in_chans)
     device = model.cls_token.device
@@ -115,17 +117,19 @@ def reconstruct(
 
 
 def uncropped_input(model: Model, picture: Picture, short_side: int | None = None) -> Tensor:
-    """A picture of any shape, not cropped but for what no patch covers, as the model's input (1, c, H, W).
+    """Converts a picture of any shape to the input of a model (1, c, H, W).
+
+    The picture is scaled. Only margins that do not fill a patch are cropped.
 
     Args:
-        short_side: pixels to scale it to; the model's own by default.
+        short_side: short side of the scaled picture, in pixels. Default: the input size of the model.
     """
     small = fit(picture, short_side or min(model.patch_embed.img_size), model.patch_embed.patch_size)
     return model.normalize(to_tensor(small)[None].to(model.cls_token.device))
 
 
 def fit(picture: Picture, short_side: int, patch: tuple[int, int]) -> Picture:
-    """Scales a picture to a short side, and cuts what no patch covers off its edges."""
+    """Scales a picture to a short side, and crops the margins that do not fill a patch."""
     from torchvision.transforms import functional as TF  # takes more than a second
 
     height, width = size_of(picture)
@@ -136,7 +140,16 @@ def fit(picture: Picture, short_side: int, patch: tuple[int, int]) -> Picture:
 
 
 def boxes_to_mask(boxes: Sequence[Box], size: tuple[int, int], scaled: Sequence[int]) -> Tensor:
-    """Rectangles in an image of `size` (height, width) as a pixel mask (H, W) of its `scaled` copy, 1 for masked."""
+    """Converts rectangles to a pixel mask (H, W); 1 is masked.
+
+    Args:
+        boxes: rectangles in pixels of the image.
+        size: (height, width) of the image.
+        scaled: (H, W) of the scaled image.
+
+    Raises:
+        ValueError: a rectangle is empty or outside of the image.
+    """
     mask = torch.zeros(*scaled)
     down, along = scaled[0] / size[0], scaled[1] / size[1]
     for left, top, width, height in boxes:
@@ -152,14 +165,14 @@ def boxes_to_mask(boxes: Sequence[Box], size: tuple[int, int], scaled: Sequence[
 
 
 def psnr(model: Autoencoder, reconstruction: Reconstruction) -> float:
-    """Peak signal to noise of the masked pixels, dB."""
+    """Returns the peak signal-to-noise ratio of the masked pixels, in dB."""
     error = (model.normalize.inverse(reconstruction.pasted) - model.normalize.inverse(reconstruction.original)).square()
     num_values = reconstruction.mask.mean() * error[0].numel()
     return float(-10 * torch.log10(error.sum() / num_values.clamp(min=1)))
 
 
 def grid(model: Autoencoder, reconstructions: Sequence[Reconstruction]) -> Image.Image:
-    """A row for each image, with titles over the columns."""
+    """Returns a picture with a row for each image, and titles above the columns."""
     scale = max(1, MIN_SIDE // min(reconstructions[0].original.shape[2:]))
     rows = [[pictures.tile([part], model.normalize.inverse, scale) for part in row[:4]] for row in reconstructions]
     step = max(row[0].shape[1] for row in rows) + pictures.GAP
@@ -171,7 +184,7 @@ def grid(model: Autoencoder, reconstructions: Sequence[Reconstruction]) -> Image
     top = HEADER
     for row in rows:
         for column, picture in enumerate(row):
-            # In the middle of its column: images may be of different widths.
+            # Centred in its column, because images may have different widths.
             left = column * step + (step - picture.shape[1]) // 2
             sheet.paste(Image.fromarray(picture.squeeze(2) if picture.shape[2] == 1 else picture), (left, top))
         top += len(row[0]) + pictures.GAP

@@ -183,7 +183,7 @@ def test_features_with_other_settings_start_again(files, labelled, tmp_path, cap
     capsys.readouterr()
     run(features, *argv, *flags)
     said = capsys.readouterr().out
-    assert said.count(f"warning: {partial} is of other settings (") == 1
+    assert said.count(f"warning: {partial} can't be resumed (") == 1
     assert not partial.exists()
     found = np.load(out)
     run(features, *argv[:4], tmp_path / "new.npz", "--num_workers", 0, *flags)
@@ -252,7 +252,7 @@ def test_an_unwritable_output_is_an_error_before_the_model_is_loaded(tmp_path, c
         for out, wanted in (
             (tmp_path / "grid", "grid: its name must end in .png or .jpg or "),
             (tmp_path / "grid.txt", "grid.txt: its name must end in .png"),
-            (tmp_path / "nowhere/grid.png", f"the folder {tmp_path}/nowhere does not exist; create it first"),
+            (tmp_path / "nowhere/grid.png", f"there is no folder {tmp_path}/nowhere; create it first"),
             (tmp_path / "folder.png", "folder.png is a folder: give a file name"),
         ):
             assert f"--out: {tmp_path}" in (said := fails(capsys, monkeypatch, module, *command, out))

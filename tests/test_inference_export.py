@@ -132,10 +132,10 @@ def test_transformers_classifier(of_token, imgs, tmp_path):
 
 
 def test_models_without_an_equivalent_in_transformers_are_errors(pooled, tmp_path):
-    with pytest.raises(ValueError, match="takes the class token, and this one pools patch tokens"):
+    with pytest.raises(ValueError, match="uses the class token, and this classifier pools patch tokens"):
         export.export(pooled, "transformers", tmp_path / "folder")
     wide = get_model("mae_vit_mini_patch4", input_size=[32, 64])
-    with pytest.raises(ValueError, match=r"square images, .*, and these are 32 x 64"):
+    with pytest.raises(ValueError, match=r"only square images for an autoencoder, and these are 32 x 64"):
         export.export(wide, "transformers", tmp_path / "folder")
     with pytest.raises(ValueError, match="pools patch tokens"):
         export.encoder_of(pooled)

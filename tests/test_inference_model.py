@@ -63,7 +63,7 @@ def test_the_model_of_a_bare_file_is_inferred_from_its_tensors(tmp_path):
     torch.testing.assert_close(model.extract_feat(imgs, "tokens"), mini_mae.forward_features(imgs))
     with pytest.raises(ValueError, match="vit_mini_patch4 is an encoder without a classification head"):
         model.predict(imgs)
-    with pytest.raises(CheckpointError, match="holds encoder, no decoder, and can't reconstruct"):
+    with pytest.raises(CheckpointError, match="contains no decoder of pixels and can't reconstruct"):
         get_model("mae_vit_mini_patch4", tmp_path / "encoder.pth")
     with pytest.raises(ValueError, match="mae_vit_mini_patch4 is an encoder without a classification head"):
         get_model(tmp_path / "full.pth").predict(imgs)
@@ -90,7 +90,7 @@ def test_names():
     assert huge.patch_embed.img_size == (448, 448)
     with pytest.raises(ValueError, match="no file, model or published weights vit_bas_patch16; did you mean vit_bas"):
         get_model("vit_bas_patch16")
-    with pytest.raises(ValueError, match="no weights were published for vit_mini_patch4: give a file of them"):
+    with pytest.raises(ValueError, match="no weights were published for vit_mini_patch4: give a file as pretrained"):
         get_model("vit_mini_patch4", pretrained=True)
     with pytest.raises(ValueError, match="was announced and never released; released are"):
         get_model("vit-base-p16_mae-300e-pre_8xb128-coslr-100e_in1k", pretrained=True)

@@ -266,9 +266,13 @@ def test_our_models_are_evaluated_and_invalid_models_are_errors(tmp_path):
     data = class_folders(tmp_path / "r", robustness.subset("imagenet-r"), "art_0.jpg", lambda label: label)
     for name, classes, told in (
         ("good", None, None),
-        ("few", ["cat", "dog"], "answers with 2 classes; these suites are for classifiers of ImageNet-1K"),
-        ("renamed", [f"kind{n}" for n in range(1000)], "other classes than ImageNet-1K's.* kind0, and not n01440764"),
-        ("sorted", sorted(imagenet_classes()), "in another order: the first of them is Afghan hound.*or tench"),
+        ("few", ["cat", "dog"], "has 2 classes; the suites need a classifier with the 1000 classes of ImageNet-1K"),
+        (
+            "renamed",
+            [f"kind{n}" for n in range(1000)],
+            "not trained on the classes of ImageNet-1K.* kind0, and not n01440764",
+        ),
+        ("sorted", sorted(imagenet_classes()), "on another order of them: its first class is Afghan hound.*or tench"),
         ("known", robustness.synsets(), None),
         ("numbers", [str(n) for n in range(1000)], None),
         ("names", [name.partition(",")[0] for name in imagenet_classes()], None),
@@ -282,12 +286,12 @@ def test_our_models_are_evaluated_and_invalid_models_are_errors(tmp_path):
             run("imagenet-r", data, tmp_path / name, file)
             assert scores(tmp_path / name, "imagenet-r")["imagenet-r"]["images"] == 200
     encoder = save_ours(tmp_path / "encoder.pth", nb_classes=0)
-    with pytest.raises(ValueError, match="has no classes: it is no classifier"):
+    with pytest.raises(ValueError, match="is not a classifier"):
         run("imagenet-r", data, tmp_path / "encoder", encoder)
     grey = save_ours(tmp_path / "grey.pth", in_chans=1)
-    with pytest.raises(ValueError, match="has in_chans 1, and the suites' images have 3 channels"):
+    with pytest.raises(ValueError, match="has in_chans 1, and the images of the suites have 3 channels"):
         run("imagenet-r", data, tmp_path / "grey", grey)
-    with pytest.raises(ValueError, match="--model timm:no_such_model: timm says: Unknown model"):
+    with pytest.raises(ValueError, match="--model timm:no_such_model: timm reports: Unknown model"):
         run("imagenet-r", data, tmp_path, "timm:no_such_model")
     with pytest.raises(ValueError, match="there is no file, model or published weights nothing"):
         run("imagenet-r", data, tmp_path, "nothing")
