@@ -115,16 +115,6 @@ def test_resumed_with_another_split(pretrain, monkeypatch):
     assert_close(whole, pretrain("parts", batch_size=2, accum_iter=4, **settings, resume="auto"))
 
 
-def test_resumed_with_another_number_of_processes(pretrain, pictures, tmp_path, monkeypatch):
-    settings = {"batch_size": 8, "epochs": 3, "save_every": 1}
-    whole = pretrain("whole", **settings)
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
-        stop_after(patch, "save_epoch", 1)
-        pretrain("parts", **settings)
-    in_processes(2, pictures, tmp_path / "parts", "--batch_size", 4, "--epochs", 3, "--resume", "auto")
-    assert_close(whole, tmp_path / "parts", "checkpoint-2.pth")
-
-
 def test_resuming_from_an_earlier_checkpoint_starts_a_branch(pretrain, monkeypatch):
     """After an interruption, --resume auto follows the branch; --keep_last counts only its checkpoints."""
     settings = {"epochs": 6, "save_every": 1, "save_minutes": 0}
