@@ -52,7 +52,7 @@ def test_cuda_devices_have_a_number(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert dist.init("auto") == torch.device("cuda", 1)
     assert {device.index for device in chosen} == {0, 1}
-    with pytest.raises(ValueError, match="needs CUDA device 2, and there are 2 here"):
+    with pytest.raises(ValueError, match="needs CUDA device 2, and this machine has 2"):
         dist.init("cuda:2")
 
 

@@ -322,7 +322,7 @@ def test_deep_images_without_statistics_suggest_mean_and_std(pretrain, tmp_path,
     flags = {"data_path": tmp_path / "deep", "in_chans": 1, "epochs": 1}
     pretrain("without", **flags)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "more than 8 bits" in line]
-    found = re.search(r"are --mean (\S+) --std (\S+) ", line)
+    found = re.search(r"suggest --mean (\S+) --std (\S+) ", line)
     assert float(found[1]) == pytest.approx(-3000, abs=50)
     assert float(found[2]) == pytest.approx(500, abs=20)
     out = pretrain("with", **flags, mean=found[1], std=found[2])

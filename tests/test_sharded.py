@@ -443,7 +443,7 @@ def test_a_full_disk_leaves_only_complete_checkpoints(tmp_path):
 
 
 def test_sharded_errors_are_one_line(shared, pictures, tmp_path):
-    with pytest.raises(ValueError, match="--fsdp shards the weights over several processes, and there is one"):
+    with pytest.raises(ValueError, match="--fsdp shards the weights over several processes, and there is only one"):
         fsdp.shard(mae_vit_mini_patch4(), [], torch.device("cpu"), None, "reconstruct")
     with pytest.raises(ValueError, match="--fsdp supports --amp bf16 and off"):
         fsdp.shard(mae_vit_mini_patch4(), [], torch.device("cpu"), torch.float16, "reconstruct")
