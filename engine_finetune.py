@@ -3,7 +3,7 @@
 import copy
 import logging
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,7 +48,7 @@ def train_one_epoch(
         data_loader: batches of images, labels (B,), and noise (unused).
         criterion: returns the loss of logits and labels (B,) or mixed targets (B, classes).
         normalize: images -> the input of the model, on the device.
-        erase: random erasing of normalised images.
+        erase: random erasing of normalized images.
         mixup: timm's mixup and cutmix.
     """
 
@@ -74,12 +74,12 @@ class Evaluation(NamedTuple):
 
     @property
     def acc1(self) -> float:
-        """Top-1 accuracy in per cent."""
+        """Top-1 accuracy in percent."""
         return 100 * float((self.labels == self.predictions).mean())
 
     @property
     def acc_top(self) -> float | None:
-        """Top-5 accuracy in per cent (TOP); None with fewer classes."""
+        """Top-5 accuracy in percent (TOP); None with fewer classes."""
         return None if self.num_in_top is None else 100 * self.num_in_top / len(self.labels)
 
     def stats(self) -> dict[str, float]:
@@ -137,6 +137,18 @@ def _interleave(parts: list[np.ndarray]) -> np.ndarray:
 
 
 @torch.no_grad()  # not inference mode: a head can't be trained on its tensors
+def encode(
+    model: Any, data_loader: Iterable[list[Tensor]], *, normalize: Callable[[Tensor], Tensor], precision: Precision
+) -> Iterator[list[Tensor]]:
+    """Replaces the images in batches by the input of the head of a `VisionTransformer`, in fp32, on the device."""
+    model.eval()
+    for batch in data_loader:
+        images, *rest = loop.to_device(batch, precision.device)
+        with precision.autocast():
+            features = model.forward_features(normalize(images)).float()
+        yield [features, *rest]
+
+
 def extract_features(
     model: Any, data_loader: Iterable[list[Tensor]], *, normalize: Callable[[Tensor], Tensor], precision: Precision
 ) -> tuple[Tensor, Tensor]:
@@ -145,18 +157,16 @@ def extract_features(
     Returns:
         Features and labels (n,), on the host.
     """
-    model.eval()
     features, labels = [torch.zeros(0, model.embed_dim)], [torch.zeros(0, dtype=torch.int64)]
-    for batch in tqdm(data_loader, desc="features", unit="batch", leave=False, disable=None):
-        images, targets, _ = loop.to_device(batch, precision.device)
-        with precision.autocast():
-            features.append(model.forward_features(normalize(images)).float().cpu())
+    bar = tqdm(data_loader, desc="features", unit="batch", leave=False, disable=None)
+    for batch_features, targets, _ in encode(model, bar, normalize=normalize, precision=precision):
+        features.append(batch_features.cpu())
         labels.append(targets.cpu())
     return torch.cat(features), torch.cat(labels)
 
 
 class Setup:
-    """Datasets, batches and normalisation of fine-tuning, linear probing and k-NN, derived from their flags.
+    """Datasets, batches and normalization of fine-tuning, linear probing and k-NN, derived from their flags.
 
     Args:
         args: the flags, or the settings that `with_recorded_settings` returns.
@@ -183,7 +193,11 @@ class Setup:
             nb_classes=args.nb_classes, train_per_class=args.train_per_class, seed=args.seed,
         )  # fmt: skip
         datasets.suggest_statistics(train, args.in_chans, self.mean, self.std)
-        return train, val
+        return (
+            labels.hold_out(train, args.val_fraction, args.seed, "--val_fraction")
+            if args.val_fraction
+            else (train, val)
+        )
 
     def open_val(self) -> Source:
         """Opens the validation set."""
@@ -209,6 +223,11 @@ class Setup:
         transform = transforms.eval_transform(args.input_size, args.crop_pct)
         samples = Samples(source, transform, in_chans=args.in_chans, seed=args.seed)
         return loader.eval_loader(samples, batch_size, args.num_workers, self.pin_memory)
+
+    def encode(self, source: Source, model: Any, batch_size: int, precision: Precision) -> Iterator[list[Tensor]]:
+        """Returns batches with the features of a dataset, as the function `encode` computes them."""
+        batches = self.eval_batches(source, batch_size)
+        return encode(model, batches, normalize=self.normalize, precision=precision)
 
     def features_of(self, source: Source, model: Any, batch_size: int, precision: Precision) -> tuple[Tensor, Tensor]:
         """Computes the features of a dataset, as `extract_features` returns them."""
@@ -244,6 +263,7 @@ def with_recorded_settings(args: Namespace, file: Weights, recorded: Mapping[str
     args = copy.copy(args)
     for name in names - entry_point.explicit(args):
         setattr(args, name, recorded[name])
+    args.layer_norm_eps = recorded.get("layer_norm_eps")  # of foreign models; there is no flag
     return args
 
 
@@ -278,7 +298,7 @@ def load_for_evaluation(
         val = labels.counted_as(val, classes)
     elif len(val.classes) != num_classes:
         raise ValueError(f"{file.source} has {num_classes} classes, and the validation set has {len(val.classes)}")
-    model = build({**settings, "nb_classes": num_classes, "layer_norm_eps": file.settings.get("layer_norm_eps")})
+    model = build({**settings, "nb_classes": num_classes})
     loading.load_classifier(model, file)
     return model, val
 

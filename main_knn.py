@@ -1,4 +1,4 @@
-"""k-nearest-neighbour classification on the features of a frozen encoder, without training.
+"""k-nearest-neighbor classification on the features of a frozen encoder, without training.
 
 Under a minute on a CPU (without --finetune, the encoder is untrained):
 
@@ -16,6 +16,7 @@ import argparse
 import json
 import logging
 from argparse import Namespace
+from collections.abc import Mapping
 from functools import partial
 
 from util.cli import entry_point  # first, as it names the packages that are missing
@@ -26,6 +27,7 @@ import models_vit
 from engine_finetune import Setup, load_frozen, with_recorded_settings
 from util.cli import options
 from util.evaluation.knn import classify
+from util.evaluation.tables import markdown
 from util.training import trainer
 from util.weights import loading
 
@@ -34,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 def get_args_parser() -> argparse.ArgumentParser:
     """Returns the parser of the script."""
-    parser = entry_point.parser("Weighted k-nearest-neighbour classification on frozen features (Wu et al. 2018).")
+    parser = entry_point.parser("Weighted k-nearest-neighbor classification on frozen features (Wu et al. 2018).")
     options.add_data_options(parser)
     options.add_model_options(parser, models_vit.MODELS, default="vit_large_patch16")
     options.add_supervised_options(parser, global_pool=False)
@@ -44,8 +46,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(args: Namespace) -> dict[int, float]:
-    """Logs and returns the accuracy in per cent for every k."""
+def main(args: Namespace) -> dict[tuple[int, float], float]:
+    """Logs and returns the accuracy in percent for every pair of k and temperature."""
     precision = trainer.start(args)
     device = precision.device
     file = loading.read(args.finetune) if args.finetune else None
@@ -60,13 +62,33 @@ def main(args: Namespace) -> dict[int, float]:
     bank, queries = features_of(train, model), features_of(val, model)
     del model  # to free its memory
     correct = classify(
-        *bank, *queries, ks=args.k, temperature=args.temperature, num_classes=len(train.classes), device=device
+        *bank, *queries, ks=args.k, temperatures=args.temperature, num_classes=len(train.classes), device=device
     )
-    accuracies = {k: 100 * hits / len(val) for k, hits in correct.items()}
-    for k, accuracy in accuracies.items():
-        logger.info(f"* {k}-NN Acc@1 {accuracy:.3f}")
-    logger.info(json.dumps({f"knn_acc1_k{k}": accuracy for k, accuracy in accuracies.items()}))
+    accuracies = {pair: 100 * hits / len(val) for pair, hits in correct.items()}
+    report(accuracies)
     return accuracies
+
+
+def report(accuracies: Mapping[tuple[int, float], float]) -> None:
+    """Logs accuracies by (k, temperature): a line for each k; for several temperatures, a table and its best entry."""
+    ks, temperatures = (list(dict.fromkeys(values)) for values in zip(*accuracies, strict=True))
+    if len(temperatures) == 1:
+        for (k, _), accuracy in accuracies.items():
+            logger.info(f"* {k}-NN Acc@1 {accuracy:.3f}")
+        logger.info(json.dumps({f"knn_acc1_k{k}": accuracy for (k, _), accuracy in accuracies.items()}))
+        return
+    best = max(accuracies, key=lambda pair: accuracies[pair])
+    cells = {
+        pair: f"**{accuracy:.3f}**" if pair == best else f"{accuracy:.3f}" for pair, accuracy in accuracies.items()
+    }
+    titles = ["k", *(f"temperature {temperature:g}" for temperature in temperatures)]
+    rows = [[str(k), *(cells[k, temperature] for temperature in temperatures)] for k in ks]
+    logger.info("\n" + markdown(titles, rows))
+    logger.info(
+        f"* {best[0]}-NN Acc@1 {accuracies[best]:.3f} with temperature {best[1]:g}, the best of {len(accuracies)}; it "
+        f"is optimistic, because the validation set selected it"
+    )
+    logger.info(json.dumps({f"knn_acc1_k{k}_t{t:g}": accuracy for (k, t), accuracy in accuracies.items()}))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Linear probing: trains a linear classifier on the features of a frozen encoder.
+"""Linear and attentive probing: trains a classifier on the features of a frozen encoder.
 
 Under a minute on a CPU (without --finetune, the encoder is untrained):
 
@@ -10,14 +10,20 @@ The published recipe on ImageNet, 8 GPUs of one machine (effective batch size 16
 
     torchrun --nproc_per_node 8 main_linprobe.py --config recipes/linprobe_vit_base.yaml --data_path IMAGENET \\
         --batch_size 512 --accum_iter 4 --finetune mae_pretrain_vit_base --output_dir runs/base_probed
+
+An attentive probe (Psomas et al. 2025), with an effective batch size of 4096:
+
+    torchrun --nproc_per_node 8 main_linprobe.py --config recipes/linprobe_attentive_vit_base.yaml \\
+        --data_path IMAGENET --finetune mae_pretrain_vit_base --output_dir runs/base_attentive
 """
 
 import argparse
 import copy
 import logging
+import shutil
 from argparse import Namespace
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +31,7 @@ from typing import Any
 from util.cli import entry_point  # first, as it names the packages that are missing
 
 # isort: split
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -32,7 +39,6 @@ from torch.nn import functional as F
 import models_build
 import models_vit
 from engine_finetune import (
-    Evaluation,
     Setup,
     evaluate,
     load_for_evaluation,
@@ -42,20 +48,24 @@ from engine_finetune import (
     train_one_epoch,
     with_recorded_settings,
 )
+from models_vit import VisionTransformer
 from util import dist
 from util.checkpoints import checkpoint, run_directory
 from util.cli import options
-from util.data import labels, loader, transforms
+from util.data import feature_files, labels, loader, transforms
+from util.data.sources import Source
 from util.lars import LARS
-from util.training import run_log, trainer
+from util.training import loop, run_log, trainer
 from util.training.precision import Precision
 
 logger = logging.getLogger(__name__)
 
+MAX_BATCH = 512  # images or tokens in a batch of an evaluation
+
 
 def get_args_parser() -> argparse.ArgumentParser:
     """Returns the parser of the script, with the published defaults."""
-    parser = entry_point.parser("Linear probing of a Vision Transformer (He et al. 2021, appendix A.1).")
+    parser = entry_point.parser("Linear or attentive probing of a Vision Transformer (He et al. 2021, appendix A.1).")
     options.add_data_options(parser)
     options.add_model_options(parser, models_vit.MODELS, default="vit_large_patch16")
     options.add_supervised_options(parser, global_pool=False)
@@ -78,11 +88,11 @@ def main(args: Namespace) -> None:
     if args.eval and file:
         args = with_recorded_settings(args, file, models_build.classifier_settings(file))
     setup = Setup(args, device, file)
-    features_of = partial(setup.features_of, batch_size=min(args.batch_size, 512), precision=precision)
-    test = partial(evaluate_head, precision=precision)
+    test = partial(evaluate, normalize=Tensor.float, precision=precision)  # tokens in files are fp16
     if args.eval and file:
         probe, val = load_for_evaluation(models_build.probe, vars(args), file, setup.open_val())
-        report_scores(test(probe.get_submodule("head"), features_of(val, probe.to(device))), val.classes, args.report)
+        encoded = setup.encode(val, probe.to(device), min(args.batch_size, MAX_BATCH), precision)
+        report_scores(test(probe.get_submodule("head"), encoded), val.classes, args.report)
         return
 
     run_directory.prepare(Path(args.output_dir), args.resume)
@@ -98,44 +108,128 @@ def main(args: Namespace) -> None:
     load_frozen(model, file, args.adapt_input)
     model.to(device)
     heads, optimizer = make_heads(model, args.blr, args.weight_decay)
-    held_out: tuple[Tensor, Tensor] | None = None
+    sets = {"val": val}
     if several:
-        train, held_out_set = labels.hold_out(train, args.held_out, args.seed)
-        held_out = features_of(held_out_set, model)
+        train, held_out = labels.hold_out(train, args.held_out, args.seed, "--held_out")
+        sets = {"held_out": held_out, "val": val}
         model.head = models_build.ParallelHeads(heads)
-    val_features = features_of(val, model)
+    features = Features(setup, model, precision, {**sets, "train": train})
+    passes = {name: features.open(name) for name in sets}
 
     if args.cache_features:
-        batches: Any = loader.FeatureBatches(*features_of(train, model), args.batch_size, args.seed, args.accum_iter)
+        batches: Any = loader.FeatureBatches(*features.load("train"), args.batch_size, args.seed, args.accum_iter)
     else:
         batches = setup.train_batches(train, transforms.probe_transform(args.input_size))
     num_parameters, criterion = sum(p.numel() for p in heads[0].parameters()), HeadLosses(len(batches))
 
     def evaluate_epoch(epoch: int, log: run_log.NullLog) -> dict[str, Any]:
         """Evaluates the head with the best accuracy on the held-out images."""
-        accuracies = [test(head, held_out).acc1 for head in heads] if held_out else [0.0]
+        accuracies = accuracies_of(heads, passes["held_out"](), precision) if several else [0.0]
         best = accuracies.index(max(accuracies))
-        scores = test(heads[best], val_features)
+        scores = test(heads[best], passes["val"]())
         is_last = epoch + 1 == args.epochs
-        best_rate = report_best_rate(args.blr, accuracies, criterion.means(), is_last) if held_out else {}
+        best_rate = report_best_rate(args.blr, accuracies, criterion.means(), is_last) if several else {}
         report_scores(scores, classes, args.report)
-        if held_out and dist.is_main():
+        if several and dist.is_main():
             write_probe(model, heads[best], {**settings, "blr": args.blr[best]}, epoch)
         return {**scores.stats(), **best_rate, "n_parameters": num_parameters}
 
+    normalize = Tensor.float if args.cache_features else setup.normalize
     trainer.run(
         model,
         optimizer,
         batches,
         precision,
         settings,
-        train_one_epoch=partial(
-            train_one_epoch, criterion=criterion, normalize=nn.Identity() if args.cache_features else setup.normalize
-        ),
+        train_one_epoch=partial(train_one_epoch, criterion=criterion, normalize=normalize),
         after_epoch=evaluate_epoch,
         loss_tag="loss",
         trained=model.head if args.cache_features else None,
+        evaluates=not features.are_stored,
     )
+
+
+class Features:
+    """Features of a frozen encoder for the images of this process.
+
+    Features (n, D) are stored in memory. The tokens (n, N, D) of an attentive probe are stored in fp16 in files that
+    are mapped into memory (--cache_features), or are computed in every pass.
+
+    Args:
+        sets: datasets by name.
+
+    Raises:
+        ValueError: the disk has no space for the files.
+    """
+
+    def __init__(
+        self, setup: Setup, model: VisionTransformer, precision: Precision, sets: Mapping[str, Source]
+    ) -> None:
+        self.setup = setup
+        self.model = model
+        self.precision = precision
+        self.sets = sets
+        self.batch_size = min(setup.args.batch_size, MAX_BATCH)
+        self.are_stored = setup.args.cache_features or not model.head_pools
+        self.folder = Path(setup.args.output_dir) / "tokens"
+        if self.are_stored and model.head_pools:
+            self._require_space()
+
+    def open(self, name: str) -> Callable[[], Iterable[list[Tensor]]]:
+        """Returns a function that starts a pass over a dataset, in batches for `evaluate`."""
+        if not self.are_stored:
+            return partial(self.setup.encode, self.sets[name], self.model, self.batch_size, self.precision)
+        features, targets = self.load(name)
+        size = self.batch_size if self.model.head_pools else 4096
+        starts = range(0, len(targets), size)
+        return lambda: ([features[n : n + size], targets[n : n + size], targets[n : n + size]] for n in starts)
+
+    def load(self, name: str) -> tuple[Tensor, Tensor]:
+        """Returns the stored features (n, D) or tokens (n, N, D) of a dataset, and its labels (n,)."""
+        source, rank, world_size = self.sets[name], dist.rank(), dist.world_size()
+        if not self.model.head_pools:
+            return self.setup.features_of(source, self.model, self.batch_size, self.precision)
+
+        def compute_from(done: int) -> Iterator[np.ndarray]:
+            rest = labels.Subset(source, np.arange(done * world_size, len(source)))
+            for tokens, *_ in self.setup.encode(rest, self.model, self.batch_size, self.precision):
+                yield tokens.half().cpu().numpy()
+
+        own = np.asarray(source.labels, dtype=np.int64)[rank::world_size]
+        folder = self.folder / f"{name}-{rank}-of-{world_size}"
+        tokens = feature_files.write(folder, self._token_settings(source), len(own), compute_from, np.float16)
+        return torch.from_numpy(tokens), torch.from_numpy(own)
+
+    def _token_settings(self, source: Source) -> dict[str, Any]:
+        """Returns all settings that the tokens depend on, as plain values."""
+        args, (mean, std) = self.setup.args, self.setup.statistics
+        names = ("model", "input_size", "patch_size", "in_chans", "crop_pct", "dataset", "data_path")
+        return {
+            **{name: getattr(args, name) for name in names}, "mean": list(mean), "std": list(std),
+            "precision": self.precision.name, "weights": checkpoint.compute_digest(encoder_state(self.model)),
+            "images": checkpoint.compute_digest([source.name(index) for index in range(len(source))]),
+        }  # fmt: skip
+
+    def _require_space(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        count = sum(map(len, self.sets.values()))
+        size = 2 * count * self.model.patch_embed.num_patches * self.model.embed_dim
+        existing = sum(file.stat().st_size for file in self.folder.glob(f"*-of-{dist.world_size()}/features.*"))
+        free = shutil.disk_usage(self.folder).free
+        text = f"the tokens of {count:,} images take {size / 1e6:,.0f} MB in {self.folder}"
+        if size - existing > free:
+            raise ValueError(
+                f"--cache_features: {text}, where {free / 1e6:,.0f} MB are free: free space, give another "
+                f"--output_dir, or omit --cache_features"
+            )
+        logger.info(f"--cache_features: {text}")
+        dist.barrier()  # the free space is that before any process writes
+
+
+def encoder_state(model: nn.Module) -> dict[str, Tensor]:
+    """Returns the weights of a model without its head, on the host."""
+    tensors = {name: value for name, value in model.state_dict().items() if not name.startswith("head.")}
+    return checkpoint.snapshot(tensors)
 
 
 def make_heads(model: nn.Module, blrs: Sequence[float], weight_decay: float) -> tuple[list[nn.Module], LARS]:
@@ -148,10 +242,19 @@ def make_heads(model: nn.Module, blrs: Sequence[float], weight_decay: float) -> 
     return heads, LARS(groups, weight_decay=weight_decay)
 
 
-def evaluate_head(head: nn.Module, features: tuple[Tensor, Tensor], precision: Precision) -> Evaluation:
-    """Evaluates a head on features (n, D) and labels (n,) of this process, and gathers the predictions of all."""
-    batches = [[*part, part[1]] for part in zip(*(column.split(4096) for column in features), strict=True)]
-    return evaluate(head, batches, normalize=nn.Identity(), precision=precision)
+@torch.inference_mode()
+def accuracies_of(heads: Sequence[nn.Module], batches: Iterable[list[Tensor]], precision: Precision) -> list[float]:
+    """Returns the top-1 accuracy of each head in percent, in one pass over batches of features of this process."""
+    counts = np.zeros(1 + len(heads), dtype=int)  # the images, and the correct predictions of each head
+    for batch in batches:
+        features, targets, _ = loop.to_device(batch, precision.device)
+        counts[0] += len(targets)
+        for number, head in enumerate(heads, start=1):
+            with precision.autocast():
+                predictions = head.eval()(features.float()).argmax(dim=1)
+            counts[number] += int((predictions == targets).sum())
+    total, *correct = sum(dist.gather(counts)).tolist()
+    return [100 * hits / total for hits in correct]
 
 
 def report_best_rate(
@@ -173,9 +276,8 @@ def report_best_rate(
 
 def write_probe(model: nn.Module, head: nn.Module, settings: dict[str, Any], epoch: int) -> None:
     """Writes probe.pth: the model with one of its heads, under the published names."""
-    tensors = {name: value for name, value in model.state_dict().items() if not name.startswith("head.")}
-    tensors |= {f"head.{name}": value for name, value in head.state_dict().items()}
-    state = checkpoint.snapshot({"model": tensors, "epoch": epoch, "args": settings})
+    own = {f"head.{name}": value for name, value in head.state_dict().items()}
+    state = {"model": encoder_state(model) | checkpoint.snapshot(own), "epoch": epoch, "args": settings}
     checkpoint.write(state, Path(settings["output_dir"]) / "probe.pth")
 
 

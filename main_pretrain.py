@@ -67,7 +67,7 @@ def main(
     device = precision.device
     run_directory.prepare(Path(args.output_dir), args.resume)
 
-    with torch.device("meta" if args.fsdp else "cpu"):  # --fsdp initialises the shards
+    with torch.device("meta" if args.fsdp else "cpu"):  # --fsdp initializes the shards
         model = models_build.autoencoder(vars(args), model_class)
     if args.fsdp:
         from util.training import fsdp  # takes a second

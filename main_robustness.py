@@ -112,7 +112,7 @@ def main(args: Namespace) -> str:
 
 
 def score(evaluation: Evaluation, cell: robustness.Cell) -> robustness_report.Scores:
-    """Returns the accuracies on a cell in per cent.
+    """Returns the accuracies on a cell in percent.
 
     If images have several correct labels, any of them counts, and there is no top-5 accuracy.
     """

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections import OrderedDict
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, TypeVar
@@ -12,9 +13,10 @@ from torch import Tensor, nn
 import models_mae
 import models_vit
 from models_mae import DECODER_SUFFIX, DECODERS, MaskedAutoencoderViT
-from models_vit import SIZES, VisionTransformer, set_grad_checkpointing
+from models_vit import SIZES, VisionTransformer, attention_weights, set_grad_checkpointing
 from util.checkpoints.checkpoint import CheckpointError
-from util.weights.loading import PROBE_HEAD, Weights
+from util.cli.choices import ATTENTIVE, LINEAR, NUM_QUERIES
+from util.weights.loading import PROBE_HEAD, QUERIES, Weights
 from util.weights.model_zoo import CLASSIFIER, FULL
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -22,9 +24,10 @@ Model = TypeVar("Model", bound=nn.Module)
 # The settings of a run that determine its model and the preprocessing of images.
 MODEL_SETTINGS = (
     "model", "input_size", "patch_size", "in_chans", "mean", "std", "crop_pct", "norm_pix_loss", "mask_ratio",
-    "decoder_depth", "global_pool", "nb_classes", "probe", "classes", "label_names", "layer_norm_eps",
+    "decoder_depth", "global_pool", "nb_classes", "probe", "num_queries", "classes", "label_names",
+    "layer_norm_eps",
 )  # fmt: skip
-HEAD_SETTINGS = {"global_pool", "nb_classes", "probe"}
+HEAD_SETTINGS = {"global_pool", "nb_classes", "probe", "num_queries"}
 
 
 def autoencoder(
@@ -40,9 +43,9 @@ def classifier(settings: Mapping[str, Any]) -> VisionTransformer:
 
 
 def probe(settings: Mapping[str, Any]) -> VisionTransformer:
-    """Builds a frozen classifier with the head of a linear probe."""
+    """Builds a frozen classifier with the head of a probe."""
     model = classifier({**settings, "nb_classes": 0})
-    model.head = probe_head(model.embed_dim, settings["nb_classes"])
+    set_probe_head(model, settings)
     model.freeze()
     return model
 
@@ -66,17 +69,13 @@ def file_settings(file: Weights, model: str | None = None) -> dict[str, Any]:
         model: the name of the model, instead of the recorded name.
 
     Raises:
-        CheckpointError: no size or several sizes have these shapes, or the file records another number of heads.
+        CheckpointError: no size or several sizes have these shapes.
     """
     tensors, recorded = file.tensors, file.settings
     width, channels, *patch = tensors["patch_embed.proj.weight"].shape
     size = size_of(model or str(recorded.get("model")))
     if size not in SIZES:
         size = _size_with_shapes(file, width)
-    heads = SIZES[size] if file.kind != FULL else {**SIZES[size], **DECODERS[size]}
-    for name in {"num_heads", "decoder_num_heads"} & heads.keys():
-        if recorded.get(name, heads[name]) != heads[name]:
-            raise CheckpointError(f"{file.source} has {name} {recorded[name]}, and the model {size} has {heads[name]}")
     settings: dict[str, Any] = {
         "in_chans": channels,
         "patch_size": patch if patch[0] != patch[1] else patch[0],
@@ -84,14 +83,17 @@ def file_settings(file: Weights, model: str | None = None) -> dict[str, Any]:
         "norm_pix_loss": True,  # if a file does not record it: most published models were trained with it
         "global_pool": "fc_norm.weight" in tensors,
         "nb_classes": file.num_classes,
-        "probe": PROBE_HEAD in tensors,
     }
     length = tensors["pos_embed"].shape[1]
     # One position is the class token's, except in timm's models with no_embed_class.
-    sides = [math.isqrt(count) for count in (length - 1, length) if math.isqrt(count) ** 2 == count]
-    for side in sides[:1]:
+    side = next((math.isqrt(count) for count in (length - 1, length) if math.isqrt(count) ** 2 == count), None)
+    if side:
         settings["input_size"] = [side * patch[0], side * patch[1]] if patch[0] != patch[1] else side * patch[0]
     known = {name: value for name, value in recorded.items() if name != "patch_size" or value is not None}
+    # Earlier versions record True or nothing for a linear probe.
+    known["probe"] = ATTENTIVE if QUERIES in tensors else LINEAR if PROBE_HEAD in tensors else None
+    if QUERIES in tensors:
+        known["num_queries"] = len(tensors[QUERIES])
     return {**settings, **known, "model": model or f"{'mae_' * (file.kind == FULL)}vit_{size}"}
 
 
@@ -146,8 +148,45 @@ def classifier_arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+class AttentivePool(nn.Module):
+    """Learned queries pool the tokens of a frozen encoder: (B, N, D) -> (B, D). Efficient probing (Psomas et al. 2025).
+
+    The keys are the tokens. Query i pools the channels [i·D/Q, (i + 1)·D/Q) of the values.
+
+    Args:
+        dim: D, channels of a token.
+        num_queries: Q, a divisor of D.
+
+    Raises:
+        ValueError: `num_queries` does not divide `dim`.
+    """
+
+    def __init__(self, dim: int, num_queries: int) -> None:
+        super().__init__()
+        if dim % num_queries:
+            below = max(count for count in range(1, num_queries) if dim % count == 0)
+            above = min((count for count in range(num_queries, dim + 1) if dim % count == 0), default=below)
+            fitting = f"{below} or {above}" if above > below else f"{below}"
+            raise ValueError(
+                f"--num_queries {num_queries} does not divide the {dim} channels of a token: give {fitting}"
+            )
+        self.queries = nn.Parameter(torch.empty(num_queries, dim).normal_(std=0.02))
+        self.value = nn.Linear(dim, dim, bias=False)
+
+    def maps(self, tokens: Tensor) -> Tensor:
+        """Attention weights of the queries over the tokens: (B, N, D) -> (B, Q, N); they sum to 1 for each query."""
+        return attention_weights(self.queries, tokens)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        # Pooling and projection are linear, so their order is free. Values of all tokens, (B, N, D) for each of several
+        # heads, would take N / Q times the memory of the pooled tokens (B, Q, D), and more operations.
+        pooled = self.maps(tokens) @ tokens
+        slices = self.value.weight.unflatten(0, (len(self.queries), -1))  # (Q, D/Q, D)
+        return torch.einsum("bqd,qcd->bqc", pooled, slices).flatten(1)
+
+
 class ParallelHeads(nn.ModuleList):
-    """Several heads on the same features (B, D) -> logits (heads, B, classes)."""
+    """Several heads on the same features (B, D) or tokens (B, N, D) -> logits (heads, B, classes)."""
 
     def forward(self, features: Tensor) -> Tensor:
         return torch.stack([head(features) for head in self])
@@ -159,6 +198,37 @@ def probe_head(embed_dim: int, num_classes: int) -> nn.Sequential:
     nn.init.normal_(linear.weight, std=0.01)
     nn.init.zeros_(linear.bias)
     return nn.Sequential(nn.BatchNorm1d(embed_dim, affine=False, eps=1e-6), linear)
+
+
+def attentive_head(embed_dim: int, num_classes: int, num_queries: int) -> nn.Sequential:
+    """Returns the head of an attentive probe: the pooling of the tokens before the head of a linear probe.
+
+    Its tensors have the names of a linear probe, and `pool.queries` and `pool.value.weight`.
+
+    Raises:
+        ValueError: `num_queries` does not divide `embed_dim`.
+    """
+    pool = AttentivePool(embed_dim, num_queries)
+    return nn.Sequential(OrderedDict([("pool", pool), *probe_head(embed_dim, num_classes).named_children()]))
+
+
+def set_probe_head(model: VisionTransformer, settings: Mapping[str, Any]) -> None:
+    """Replaces the head of a classifier by that of a probe, for the settings `probe`, `num_queries`, `nb_classes`.
+
+    Raises:
+        ValueError: `num_queries` does not divide the width, or the model has no norm of tokens.
+    """
+    model.head_pools = settings.get("probe") == ATTENTIVE
+    if not model.head_pools:
+        model.head = probe_head(model.embed_dim, settings["nb_classes"])
+        return
+    if model.global_pool:
+        raise ValueError(
+            "--probe attentive pools patch tokens after the norm of the encoder, which a classifier with --global_pool "
+            "does not have: omit --global_pool and start from pre-trained weights, or give --probe linear"
+        )
+    num_queries = settings.get("num_queries") or NUM_QUERIES
+    model.head = attentive_head(model.embed_dim, settings["nb_classes"], num_queries)
 
 
 def freeze_below(model: VisionTransformer, num_blocks: int) -> None:

@@ -34,14 +34,14 @@ DECODERS: dict[str, dict[str, Any]] = {
 
 DECODER_SUFFIX = "_dec512d8b"  # suffix of model aliases in the published code
 PUBLISHED_SIZES = ("base_patch16", "large_patch16", "huge_patch14")
-TARGET_EPS = 1e-6  # added to the variance of a target patch before normalisation
+TARGET_EPS = 1e-6  # added to the variance of a target patch before normalization
 
 
 class Reconstruction(NamedTuple):
     """The result of `MaskedAutoencoderViT.reconstruct`. Images are (B, c, H, W), in the value range of the input."""
 
     original: Tensor
-    masked: Tensor  # masked patches are 0, the mean colour of normalised images
+    masked: Tensor  # masked patches are 0, the mean color of normalized images
     prediction: Tensor  # the output of the decoder for all patches
     pasted: Tensor  # the prediction of masked patches, the original of visible patches
     mask: Tensor  # (B, N), 0 visible, 1 masked
@@ -65,7 +65,7 @@ class MaskedAutoencoderViT(Encoder):
     size than `img_size`: the fixed position tables are then computed for its patch grid.
 
     Args:
-        norm_pix_loss: normalise each target patch by its mean and variance (section 3, "Reconstruction target").
+        norm_pix_loss: normalize each target patch by its mean and variance (section 3, "Reconstruction target").
         decoder_mlp_ratio: MLP ratio of the decoder. Default: `mlp_ratio`.
 
     Attributes:
@@ -131,7 +131,7 @@ class MaskedAutoencoderViT(Encoder):
         return self.target_dim is None and type(self).target is MaskedAutoencoderViT.target
 
     def initialize_weights(self) -> None:
-        """Initialises linear layers and the patch projection (Xavier uniform), biases (0) and tokens (std .02)."""
+        """Initializes linear layers and the patch projection (Xavier uniform), biases (0) and tokens (std .02)."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -162,7 +162,7 @@ class MaskedAutoencoderViT(Encoder):
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
 
     # --------------------------------------------------------------------------- the paper's three steps (figure 1)
-    # Training, evaluation and visualisation call these. Edit them here, or override them in a subclass.
+    # Training, evaluation and visualization call these. Edit them here, or override them in a subclass.
 
     def random_masking(
         self, x: Tensor, mask_ratio: float, noise: Tensor | None = None
@@ -224,7 +224,7 @@ class MaskedAutoencoderViT(Encoder):
         return (loss * mask).sum() / mask.sum().clamp(min=1)
 
     def target(self, imgs: Tensor) -> Tensor:
-        """The target of the decoder: images (B, c, H, W) -> (B, N, P), normalised per patch with `norm_pix_loss`.
+        """The target of the decoder: images (B, c, H, W) -> (B, N, P), normalized per patch with `norm_pix_loss`.
 
         An override may return other features of the patches. The attribute `target_dim` sets their width.
         """
@@ -264,7 +264,7 @@ class MaskedAutoencoderViT(Encoder):
             _CALL.noise, _CALL.grid = outer
 
     def forward_features(self, imgs: Tensor) -> Tensor:
-        """Images -> normalised encoder tokens (B, N + 1, D), class token first. No patch is masked."""
+        """Images -> normalized encoder tokens (B, N + 1, D), class token first. No patch is masked."""
         return self.get_intermediate_layers(imgs)[0]
 
     def embed(self, imgs: Tensor) -> Tensor:
@@ -278,7 +278,7 @@ class MaskedAutoencoderViT(Encoder):
     ) -> Reconstruction:
         """Masks patches of images (B, c, H, W) and reconstructs them. The arguments are those of `forward`.
 
-        A model trained with `norm_pix_loss` predicts normalised patches. They are scaled by the mean and standard
+        A model trained with `norm_pix_loss` predicts normalized patches. They are scaled by the mean and standard
         deviation of each ORIGINAL patch, so that these images look better than the prediction of the model alone.
 
         Raises:

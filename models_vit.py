@@ -231,8 +231,11 @@ class VisionTransformer(Encoder):
 
     Args:
         drop_path_rate: stochastic depth rate of the last block; it increases linearly from 0 at the first block.
-        global_pool: classify the mean of the patch tokens, normalised after pooling (`fc_norm`), as in published
-            fine-tuning; otherwise the normalised class token (`norm`).
+        global_pool: classify the mean of the patch tokens, normalized after pooling (`fc_norm`), as in published
+            fine-tuning; otherwise the normalized class token (`norm`).
+
+    Attributes:
+        head_pools: the head pools the patch tokens (B, N, D) itself. Its input is the normalized tokens.
     """
 
     def __init__(
@@ -253,6 +256,7 @@ class VisionTransformer(Encoder):
         super().__init__()
         self.global_pool = global_pool
         self.frozen = False
+        self.head_pools = False
         self.num_classes = num_classes
         self.embed_dim = embed_dim
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
@@ -271,7 +275,7 @@ class VisionTransformer(Encoder):
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
-        """Initialises linear weights, class token and positions (normal, std .02); biases are zero.
+        """Initializes linear weights, class token and positions (normal, std .02); biases are zero.
 
         The published truncation at ±2 is 100 standard deviations away, so this is the same distribution. timm's
         `trunc_normal_` sets about one weight in 2^24 to -2.
@@ -304,13 +308,14 @@ class VisionTransformer(Encoder):
         return torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + pos_embed
 
     def forward_features(self, imgs: Tensor) -> Tensor:
-        """Images (B, c, H, W) -> pooled features (B, D)."""
+        """Images (B, c, H, W) -> the input of the head: pooled features (B, D), or its tokens (B, N, D)."""
         x = self.embed(imgs)
         for block in self.blocks:
             x = block(x)
         if self.global_pool:
             return self.fc_norm(x[:, 1:].mean(dim=1))  # without the class token
-        return self.norm(x)[:, 0]
+        x = self.norm(x)
+        return x[:, 1:] if self.head_pools else x[:, 0]
 
     def forward(self, imgs: Tensor) -> Tensor:
         """Images (B, c, H, W) -> logits (B, num_classes)."""

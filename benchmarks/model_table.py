@@ -21,10 +21,7 @@ import models_mae
 import models_vit
 from util.evaluation.tables import markdown
 
-ROWS = (
-    ("mini_patch4", 32), ("tiny_patch16", 224), ("small_patch16", 224), ("base_patch16", 224), ("large_patch16", 224),
-    ("huge_patch14", 224), ("huge_patch14", 448),
-)  # fmt: skip
+ROWS = (*((size, entry.get("img_size", 224)) for size, entry in models_vit.SIZES.items()), ("huge_patch14", 448))
 
 
 def count_macs(model: nn.Module, call: Any) -> int:

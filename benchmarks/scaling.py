@@ -155,7 +155,7 @@ def tables(folder: Path) -> str:
 
 
 def draw(folder: Path, file: Path) -> None:
-    """Draws the efficiency over the number of GPUs: a panel per model, a colour per link, a line style per batch size.
+    """Draws the efficiency over the number of GPUs: a panel per model, a color per link, a line style per batch size.
 
     Args:
         folder: as in `speed`.

@@ -7,15 +7,11 @@ The page is served at http://127.0.0.1:7860, to this computer only. SPACE.md des
 """
 
 import argparse
-import base64
 import html
-import io
-import math
 import os
-import random
 import sys
-from collections.abc import Callable, Sequence
-from functools import partial, wraps
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,81 +25,54 @@ try:
     import gradio as gr
 except ImportError:
     sys.exit('the web page requires the package gradio: pip install ".[app]"')
-import torch
-from PIL import Image
 
-from inference import maps
-from inference.model import Autoencoder, Classifier, Model, get_model, open_image
-from inference.reconstruct import TITLES, psnr, reconstruct, uncropped_input
-from models_mae import Reconstruction
+from demo import outputs
+from inference.model import Autoencoder, Model, get_model
 from util import dist
 from util.cli import entry_point, flags, options
-from util.data.decode import SUFFIXES, Picture, size_of
-from util.evaluation import pictures
+from util.data.decode import SUFFIXES
 from util.masking import num_visible
 
-SAMPLES = Path(__file__).parent / "photos"
+FOLDER = Path(__file__).parent
+SAMPLES = {1: FOLDER / "clothes", 3: FOLDER / "photos"}  # examples for models with this number of channels
+MAX_SAMPLES = 10
 MAX_BYTES = 10 * 2**20  # of an upload
-MAX_ASPECT = 4  # long side divided by short side; the memory of the model grows with its square
 CONCURRENCY, MAX_QUEUE = 2, 100  # requests that run at once, and requests that wait
 CACHE_SECONDS = 3600  # seconds until uploads are deleted
-MIN_SIDE = 320  # minimum short side of a displayed picture in pixels; smaller ones are enlarged
 RATIOS = [step / 20 for step in range(1, 20)]
-MAX_SEED = 2**32 - 1
-FONT = ("system-ui", "sans-serif")
-HINT = "Upload an image above, or choose an example."
-STYLE = ".panel [data-testid=block-label] {position: static; width: max-content; margin-bottom: 4px}"
-
-# The picture on which a user marks patches with a brush. Its value is the indices of the masked patches in row-major
-# order. The browser sends indices, not a drawing, so there is no image to decode.
-PAINTING: dict[str, Any] = {
-    "html_template": """<p>Draw here to mask patches. A stroke that starts on a masked patch unmasks patches.</p>
-        <canvas width="0" height="0"></canvas><button>Clear the mask</button>""",
+# Some of the theme's colors have a contrast below 4.5 to 1 (WCAG 2.1, AA); app.css has one more.
+THEME = gr.themes.Soft(font=("system-ui", "sans-serif")).set(
+    background_fill_primary="*neutral_50",  # Soft's own, which `set` would reset
+    block_label_text_color="*primary_700", block_title_text_color="*primary_700", link_text_color="*primary_700",
+    body_text_color_subdued="*neutral_600", body_text_color_subdued_dark="*neutral_300",
+)  # fmt: skip
+INTRODUCTION = """<h1>Masked autoencoder</h1>
+<p>The encoder of a masked autoencoder sees only some patches of an image, and the decoder predicts the others. Choose
+an image, mask parts of it, and compare the prediction with the original.</p>"""
+WITHOUT_DECODER = """<h1>Vision transformer</h1>
+<p>Choose an image, and look at the attention and the features of the model. Without a decoder, it can't reconstruct
+masked patches.</p>"""
+HEADS = "Attention of the class token in the last block"
+COMPONENTS = """<p>The first three components of the features, as red, green and blue. Patches of a similar
+color have similar features; the colors have no other meaning.</p>"""
+# The values of the mask editor are described in its script.
+EDITOR: dict[str, Any] = {
+    "html_template": """<h3>The mask</h3>
+        <p>Blue patches are masked. Draw to mask patches; start on a masked patch to unmask. Or press arrow keys and
+        space.</p>
+        <canvas width="0" height="0" tabindex="0" role="application" aria-label="mask editor"></canvas>
+        <p role="status"></p><button>Unmask all patches</button>""",
     "css_template": """
-        canvas {display: block; max-width: 100%; max-height: 400px; margin: 8px auto; touch-action: none;
-                cursor: crosshair}
+        canvas {touch-action: none; cursor: crosshair}
+        [role=status] {height: 0; overflow: hidden}
         button {width: 100%; padding: 6px; border-radius: 6px; cursor: pointer;
                 background: var(--button-secondary-background-fill); color: var(--button-secondary-text-color)}""",
-    "js_on_load": """
-        const canvas = element.querySelector("canvas"), pen = canvas.getContext("2d"), photo = new Image();
-        let masked = new Set(), masking = null, last = null;
-        function draw() {
-            const {picture, rows, columns} = props, side = picture ? Math.ceil(480 / Math.max(rows, columns)) : 0;
-            [canvas.width, canvas.height] = [columns * side, rows * side];
-            if (!picture) return;
-            pen.drawImage(photo, 0, 0, canvas.width, canvas.height);
-            pen.fillStyle = "rgb(79 70 229 / 80%)";
-            masked.forEach(n => pen.fillRect(n % columns * side, Math.floor(n / columns) * side, side, side));
-        }
-        function stroke(event) {  // starts at the last position, because a fast pointer skips patches
-            const {rows, columns} = props, box = canvas.getBoundingClientRect();
-            const here = [(event.clientX - box.x) / box.width * columns, (event.clientY - box.y) / box.height * rows];
-            const from = last ?? here, steps = Math.ceil(8 * Math.hypot(here[0] - from[0], here[1] - from[1])) || 1;
-            for (let step = 0; step <= steps; step++) {
-                const [x, y] = from.map((start, axis) => Math.floor(start + (here[axis] - start) * step / steps));
-                if (x < 0 || y < 0 || x >= columns || y >= rows) continue;
-                masking ??= !masked.has(y * columns + x);
-                masking ? masked.add(y * columns + x) : masked.delete(y * columns + x);
-            }
-            last = here;
-            draw();
-        }
-        function finish() {
-            masking = last = null;
-            props.value = [...masked].join(" ");
-            trigger("input");
-        }
-        canvas.onpointerdown = event => { canvas.setPointerCapture(event.pointerId); stroke(event); };
-        canvas.onpointermove = event => last && stroke(event);
-        canvas.onpointerup = canvas.onpointercancel = finish;
-        element.querySelector("button").onclick = () => { masked.clear(); draw(); finish(); };
-        photo.onload = draw;
-        watch(["value", "picture"], () => {
-            masked = new Set(props.value.split(" ").filter(Boolean).map(Number));
-            photo.src = props.picture;
-            if (!props.picture) draw();
-        });""",
+    "js_on_load": (FOLDER / "mask_editor.js").read_text(encoding="utf-8"),
 }
+CHOICE = """element.onclick = event => {
+    const button = event.target.closest("button");
+    if (button) trigger("click", {index: Number(button.value)});
+};"""
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -117,18 +86,22 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--host", default="127.0.0.1", metavar="ADDRESS", help="network address; 0.0.0.0 accepts all hosts"
     )
     parser.add_argument("--port", default=7860, type=flags.positive_int, metavar="N", help="network port")
-    parser.add_argument("--samples", default=SAMPLES, type=Path, metavar="FOLDER", help="folder of example images")
+    parser.add_argument(
+        "--samples", type=Path, metavar="FOLDER",
+        help="folder of example images, with its subfolders (default: clothes for a model with one channel, photographs"
+        " for three)",
+    )  # fmt: skip
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
     """Serves the page until it is interrupted."""
-    if not args.samples.is_dir():
+    if args.samples and not args.samples.is_dir():
         raise ValueError(f"--samples: there is no folder {args.samples}")
     device = dist.choose_device(args.device)
     model = get_model(args.model, pretrained=True, device=device)
     classifier = get_model(args.classifier, pretrained=True, device=device) if args.classifier else None
-    page = build(model, classifier, sorted(args.samples.iterdir()))
+    page = build(model, classifier, args.samples)
     try:
         serve(page, args.host, args.port)
     except OSError as error:
@@ -137,17 +110,17 @@ def main(args: argparse.Namespace) -> None:
 
 def serve(page: gr.Blocks, host: str | None = None, port: int | None = None) -> None:
     """Serves a page until it is interrupted. By default, gradio's environment variables set host and port."""
-    page.launch(server_name=host, server_port=port, max_file_size=MAX_BYTES, theme=gr.themes.Soft(font=FONT), css=STYLE,
-                footer_links=[], ssr_mode=False)  # fmt: skip
+    page.launch(server_name=host, server_port=port, max_file_size=MAX_BYTES, theme=THEME,
+                css_paths=FOLDER / "app.css", footer_links=[], ssr_mode=False)  # fmt: skip
 
 
-def build(model: Model, classifier: Model | None = None, samples: Sequence[Path] = ()) -> gr.Blocks:
+def build(model: Model, classifier: Model | None = None, samples: Path | None = None) -> gr.Blocks:
     """Builds the page for `serve`.
 
     Args:
         model: an autoencoder, an encoder or a classifier; only an autoencoder has the tab for reconstruction.
         classifier: model for the classes (default: `model`, if it is a classifier).
-        samples: example images; other files are ignored.
+        samples: folder of example images (default: images of the kind that the model's channels suggest).
 
     Raises:
         ValueError: the classifier has no classification head.
@@ -158,171 +131,119 @@ def build(model: Model, classifier: Model | None = None, samples: Sequence[Path]
         raise ValueError(
             f"--classifier: {classifier.settings['model']} has no classification head; give a fine-tuned file"
         )
-    chosen = [str(file) for file in samples if file.suffix.lower() in SUFFIXES]
-    gr.set_static_paths(chosen)  # gradio rejects other files outside of the working directory
     with gr.Blocks(title="Masked autoencoder", delete_cache=(CACHE_SECONDS, CACHE_SECONDS)) as page:
-        gr.Markdown("# Masked autoencoder\nMask parts of an image, reconstruct them, and inspect the model.")
+        introduction = INTRODUCTION if isinstance(model, Autoencoder) else WITHOUT_DECODER
+        gr.HTML(introduction + _description(model, classifier))
         with gr.Row():
-            photo = gr.File(label="Your image", file_types=list(SUFFIXES), height=150, min_width=320)
-            sample = gr.Dataset(
-                label="Examples", components=[gr.Image(render=False)], samples=[[file] for file in chosen]
-            )
-        sample.click(lambda values: values[0], sample, photo, api_visibility="private")
-        opened: Callable[..., Any] = photo.change
+            upload = gr.File(label="Upload an image", file_types=list(SUFFIXES), height=140, min_width=320,
+                             elem_classes="upload")  # fmt: skip
+            photo = gr.File(visible="hidden")  # the chosen image; the upload is emptied, so that it takes another one
+            files = _examples(model, photo, samples)
+        upload.upload(lambda file: (None, file), upload, [upload, photo], api_visibility="private")
+        message = gr.HTML(elem_classes="message")
+        opened = photo.change(partial(outputs.check, model), photo, message, api_visibility="private")
         if isinstance(model, Autoencoder):
             with gr.Tab("Reconstruct"):
-                opened = _reconstruct_tab(model, photo)
+                opened = _reconstruct_tab(model, photo, opened)
         with gr.Tab("Look inside"):
             _inside_tab(model, classifier, photo, opened)
+        if files:
+            page.load(lambda: files[0], None, photo, api_visibility="private")
     return page.queue(max_size=MAX_QUEUE, default_concurrency_limit=CONCURRENCY)
 
 
-def _reconstruct_tab(model: Autoencoder, photo: gr.File) -> Callable[..., Any]:
-    """Adds the tab; returns the event listener that runs after an image was opened."""
+def _description(model: Model, classifier: Model | None) -> str:
+    names = {"Model": model} if classifier in (None, model) else {"Model": model, "Classifier": classifier}
+    return "".join(f"<p>{name} {outputs.describe(loaded)}.</p>" for name, loaded in names.items())
+
+
+def _examples(model: Model, photo: gr.File, samples: Path | None) -> list[str]:
+    """Adds buttons that choose an example; returns its files."""
+    folder = samples or SAMPLES.get(model.in_chans)
+    images = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES) if folder else []
+    chosen = images[:: max(1, len(images) // MAX_SAMPLES)][:MAX_SAMPLES]  # of all subfolders
+    thumbnails = {
+        str(file): outputs.thumbnail(model, picture)
+        for file in chosen
+        if (picture := outputs.open_usable(model, str(file))) is not None
+    }
+    files = list(thumbnails)
+    gr.set_static_paths(files)  # gradio rejects other files outside of the working directory
+    buttons = []
+    for number, file in enumerate(files):
+        name = html.escape(Path(file).stem)
+        image = f'<img src="{thumbnails[file]}" alt="{name}" title="{name}">'
+        buttons.append(f'<button value="{number}">{image}</button>')
+    if files:
+        row = gr.HTML("<h2>Or choose an example</h2>" + "".join(buttons), js_on_load=CHOICE, elem_classes="examples")
+
+        def choose(event: gr.EventData) -> str:
+            return files[event.index]
+
+        row.click(choose, None, photo, api_visibility="private")
+    return files
+
+
+def _reconstruct_tab(model: Autoencoder, photo: gr.File, opened: Any) -> Any:
+    """Adds the tab; returns the event that follows when its panels are drawn."""
     largest = max(ratio for ratio in RATIOS if num_visible(model.num_patches, ratio))
     with gr.Row():
-        painting: Any = gr.HTML("", picture="", rows=1, columns=1, container=True, padding=True, **PAINTING)
-        with gr.Column():
-            ratio = gr.Slider(RATIOS[0], largest, min(0.75, largest), step=RATIOS[0], label="Mask ratio")
-            seed = gr.Number(0, label="Seed of the random mask", precision=0, minimum=0, maximum=MAX_SEED)
-            again = gr.Button("Another mask")
-            caption = gr.Markdown(HINT)
+        with gr.Column(min_width=300):
+            editor: Any = gr.HTML("", picture="", rows=1, columns=1, container=True, padding=True, **EDITOR)
+        with gr.Column(min_width=300):
+            pasted = _panel(outputs.PANELS[-1])
+            caption = gr.HTML()
+            with gr.Row():
+                ratio = gr.Slider(RATIOS[0], largest, min(0.75, largest), step=RATIOS[0], label="Mask ratio")
+                seed = gr.Number(0, label="Random seed", precision=0, minimum=0, maximum=outputs.MAX_SEED)
+            another = gr.Button("Another mask")
     with gr.Row():
-        panels = [_panel(title) for title in TITLES]
-    inputs, answer = [photo, ratio, seed], [*panels, caption]
-    again.click(lambda: random.randint(1, 9999), None, seed, api_visibility="private")
-    gr.on([ratio.change, seed.change, painting.input], partial(paint, model), [*inputs, painting], answer,
-          api_name="paint", trigger_mode="always_last", concurrency_id="models", show_progress="minimal",
-          show_progress_on=panels)  # fmt: skip
-    return photo.change(partial(open_photo, model), inputs, [painting, *answer], api_visibility="private",
-                        concurrency_id="models", show_progress_on=panels).success  # fmt: skip
+        panels = [*(_panel(title) for title in outputs.PANELS[:-1]), pasted]
+    settings: dict[str, Any] = {"concurrency_id": "models", "show_progress": "minimal", "show_progress_on": panels}
+
+    def draw(*values: Any) -> list[Any]:
+        state, *rest = outputs.draw_mask(model, *values)
+        return [gr.HTML(**state), *rest]
+
+    def draw_another(*values: Any) -> list[Any]:
+        following, state, *rest = outputs.another_mask(model, *values)
+        return [following, gr.HTML(**state), *rest]
+
+    choice, answer = [photo, ratio, seed], [*panels, caption]
+    gr.on([ratio.input, seed.input], draw, choice, [editor, *answer], api_name="mask", trigger_mode="always_last",
+          **settings)  # fmt: skip
+    another.click(draw_another, [*choice, editor], [seed, editor, *answer], api_visibility="private", **settings)
+    editor.input(partial(outputs.paint, model), [photo, editor], answer, api_name="paint", trigger_mode="always_last",
+                 **settings)  # fmt: skip
+    return opened.then(draw, choice, [editor, *answer], api_visibility="private", **settings)
 
 
-def _inside_tab(model: Model, classifier: Model | None, photo: gr.File, opened: Callable[..., Any]) -> None:
+def _inside_tab(model: Model, classifier: Model | None, photo: gr.File, opened: Any) -> None:
+    """Adds the tab."""
     block: Any = model.blocks[-1]
     heads = ["mean of all heads", *(f"head {number + 1}" for number in range(block.attn.num_heads))]
-    head = gr.Dropdown(heads, type="index", label="Attention of the class token in the last block")
+    head = gr.Dropdown(heads, type="index", label=HEADS)
     with gr.Row():
-        panels = [_panel(title) for title in ("attention", "principal components of the features")]
-        inputs, view = [photo, head], partial(look_inside, model)
-        head.change(view, inputs, panels, api_name="look_inside", trigger_mode="always_last", concurrency_id="models")
-        opened(view, inputs, panels, api_visibility="private", concurrency_id="models")
+        original = _panel("original")
+        with gr.Column(min_width=200):
+            attention, legend = _panel("attention"), gr.HTML()
+        with gr.Column(min_width=200):
+            components, _ = _panel("principal components"), gr.HTML(COMPONENTS)
         if classifier is not None:
             classes = gr.Label(label="classes")
-            opened(partial(classify, classifier), photo, classes, api_name="classify", concurrency_id="models")
+            opened.then(partial(outputs.classify, classifier), photo, classes, api_name="classify",
+                        concurrency_id="models")  # fmt: skip
+    view: Callable[..., Any] = partial(outputs.look_inside, model)
+    answer = [original, attention, components, legend]
+    head.change(view, [photo, head], answer, api_name="look_inside", trigger_mode="always_last",
+                concurrency_id="models")  # fmt: skip
+    opened.then(view, [photo, head], answer, api_visibility="private", concurrency_id="models")
 
 
 def _panel(title: str) -> gr.Image:
-    return gr.Image(label=title, format="png", buttons=["download"], min_width=200, elem_classes="panel")
-
-
-def report_errors(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Shows the error message of an unusable image in the page, without the folder of the upload."""
-
-    @wraps(function)
-    def wrapper(model: Model, photo: str | None, *settings: Any) -> Any:
-        try:
-            return function(model, photo, *settings)
-        except (ValueError, OSError) as error:
-            text = str(error).replace(str(photo), Path(photo or "").name)
-            raise gr.Error(html.escape(text), print_exception=False) from None
-
-    return wrapper
-
-
-@report_errors
-def open_photo(model: Autoencoder, photo: str | None, ratio: float, seed: int | None) -> list[Any]:
-    """Opens a new image: returns the picture for the brush, and the results of `paint`."""
-    if photo is None:
-        return [gr.HTML("", picture=""), *[None] * len(TITLES), HINT]
-    result = _reconstruct(model, photo, ratio, seed)
-    rows, columns = model.patch_embed.grid_of(*result.original.shape[2:])
-    stream = io.BytesIO()
-    _image(model, result.original).save(stream, "JPEG", quality=92)
-    picture = "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
-    return [gr.HTML("", picture=picture, rows=rows, columns=columns), *_outputs(model, result, f"by seed {seed or 0}")]
-
-
-@report_errors
-def paint(model: Autoencoder, photo: str | None, ratio: float, seed: int | None, masked: str) -> list[Any]:
-    """Reconstructs an image: returns the four pictures and a caption with loss and PSNR.
-
-    Args:
-        seed: seed of the random mask; None, the value of an empty field, is 0.
-        masked: indices of the masked patches. If there are any, ratio and seed have no effect.
-    """
-    if photo is None:
-        return [*[None] * len(TITLES), HINT]
-    origin = "with the brush; clear the mask to use ratio and seed" if masked else f"by seed {seed or 0}"
-    return _outputs(model, _reconstruct(model, photo, ratio, seed, masked), origin)
-
-
-@report_errors
-def look_inside(model: Model, photo: str | None, head: int) -> list[Image.Image | None]:
-    """The attention of the class token (0: mean of all heads), and the principal components of the features."""
-    if photo is None:
-        return [None, None]
-    imgs = uncropped_input(model, _open(model, photo))
-    attention = maps.attention(model, imgs)[0]
-    bright = maps.overlay(model, imgs[0], attention[head - 1] if head else attention.mean(dim=0))
-    colours = Image.fromarray((maps.components(model, imgs)[0] * 255).byte().numpy())
-    return [_enlarge(bright), _enlarge(colours.resize(bright.size, Image.Resampling.NEAREST))]
-
-
-@report_errors
-def classify(classifier: Classifier, photo: str | None) -> dict[str, float] | None:
-    """The five most likely classes with their scores."""
-    return None if photo is None else dict(classifier.predict(photo)["top"])
-
-
-def _open(model: Model, photo: str) -> Picture:
-    """Opens an image; raises ValueError if its aspect ratio is too large."""
-    picture = open_image(photo, model.in_chans)
-    height, width = size_of(picture)
-    if max(height, width) > MAX_ASPECT * min(height, width):
-        raise ValueError(
-            f"{photo}: the aspect ratio of {width} x {height} pixels exceeds {MAX_ASPECT} to 1; crop the image"
-        )
-    return picture
-
-
-def _reconstruct(model: Autoencoder, photo: str, ratio: float, seed: int | None, masked: str = "") -> Reconstruction:
-    picture = _open(model, photo)
-    if not masked:
-        return reconstruct(model, picture, ratio, seed or 0)
-    imgs = uncropped_input(model, picture)
-    rows, columns = model.patch_embed.grid_of(*imgs.shape[2:])
-    numbers = {int(number) for number in masked.split()}
-    if not numbers <= set(range(rows * columns)):
-        raise ValueError("the mask does not belong to this image; clear it")
-    mask = torch.zeros(1, rows * columns)
-    mask[0, list(numbers)] = 1
-    return model.reconstruct(imgs, mask=mask)
-
-
-def _outputs(model: Autoencoder, result: Reconstruction, origin: str) -> list[Any]:
-    with torch.inference_mode():
-        loss = model(result.original, mask=result.mask)[0]
-    text = (
-        f"**{int(result.mask.sum())} of {result.mask.numel()} patches are masked**, chosen {origin}.\n\n"
-        f"Loss of the masked patches: **{loss:.4f}** · PSNR: **{psnr(model, result):.2f} dB**"
+    return gr.Image(
+        label=title, alt_text=title, format="png", buttons=["download"], min_width=200, elem_classes="panel"
     )
-    if model.norm_pix_loss:
-        text += (
-            "\n\nThis model predicts normalized patches; they are shown with the mean and std of the original patches."
-        )
-    return [*(_image(model, part) for part in result[: len(TITLES)]), text]
-
-
-def _image(model: Autoencoder, batch: torch.Tensor) -> Image.Image:
-    """Batch (1, c, H, W) to a Pillow image."""
-    pixels = pictures.tile([batch], model.normalize.inverse)
-    return _enlarge(Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels))
-
-
-def _enlarge(image: Image.Image) -> Image.Image:
-    scale = math.ceil(MIN_SIDE / min(image.size))
-    return image.resize((scale * image.width, scale * image.height), Image.Resampling.NEAREST)
 
 
 if __name__ == "__main__":

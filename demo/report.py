@@ -32,7 +32,7 @@ from util.evaluation import knn, pictures
 from util.files import atomic
 
 PICTURES = 8
-NEIGHBOURS = 20
+NEIGHBORS = 20
 STRENGTHS = (0.1, 1.0)  # inverse regularization strengths; chosen for each row on held-out training images
 HELD_OUT = 0.2
 ITERATIONS = 100
@@ -41,7 +41,7 @@ ITERATIONS = 100
 def read_images(model: Autoencoder, data_path: str, split: str) -> tuple[torch.Tensor, np.ndarray]:
     """All images of a split, uint8 (n, c, H, W), and their labels (n,)."""
     source = datasets.open_source(split, data_path)
-    # Without a transform: the images have the size of the model, and a centre crop would remove their borders.
+    # Without a transform: the images have the size of the model, and a center crop would remove their borders.
     samples = Samples(source, to_tensor, in_chans=model.in_chans, seed=0)
     items = [samples[0, index] for index in range(len(samples))]
     return torch.stack([sample.image for sample in items]), np.array([sample.label for sample in items])
@@ -99,13 +99,13 @@ def draw_loss(log: Path, path: Path) -> None:
         figure.savefig(written)
 
 
-def neighbours(train: np.ndarray, labels: np.ndarray, test: np.ndarray, test_labels: np.ndarray) -> float:
-    """Test accuracy of k-nearest-neighbour classification."""
+def neighbors(train: np.ndarray, labels: np.ndarray, test: np.ndarray, test_labels: np.ndarray) -> float:
+    """Test accuracy of k-nearest-neighbor classification."""
     bank, queries = ((torch.tensor(x), torch.tensor(y)) for x, y in ((train, labels), (test, test_labels)))
-    correct = knn.classify(
-        *bank, *queries, ks=[NEIGHBOURS], temperature=0.07, num_classes=len(set(labels)), device=torch.device("cpu")
-    )
-    return correct[NEIGHBOURS] / len(test)
+    (correct,) = knn.classify(
+        *bank, *queries, ks=[NEIGHBORS], temperatures=[0.07], num_classes=len(set(labels)), device=torch.device("cpu")
+    ).values()
+    return correct / len(test)
 
 
 def last_accuracy(folder: Path) -> float:
@@ -134,11 +134,11 @@ def main(args: argparse.Namespace) -> None:
     }
     results, table = (
         {},
-        [f"| {len(labels):,} labels | logistic regression | {NEIGHBOURS} nearest neighbours |", "|---|---|---|"],
+        [f"| {len(labels):,} labels | logistic regression | {NEIGHBORS} nearest neighbors |", "|---|---|---|"],
     )
     for name, encoder in encoders.items():
         features = encoder(train), labels, encoder(test), test_labels
-        results[name], results[f"{name}, neighbours"] = probe(*features), neighbours(*features)
+        results[name], results[f"{name}, neighbours"] = probe(*features), neighbors(*features)
         table.append(f"| {name} | {results[name]:.1%} | {results[f'{name}, neighbours']:.1%} |")
     if args.finetuned and args.scratch:
         source = require(datasets.open_source("train", args.data_path), "train")

@@ -34,7 +34,7 @@ from util.cli import entry_point, flags, options
 from util.files import atomic
 
 NUM_EXAMPLES = 8
-INK = 30  # grey level of 255: brighter pixels belong to a garment
+INK = 30  # gray level of 255: brighter pixels belong to a garment
 EPOCHS, BATCH, LR = 15, 100, 5e-3
 
 
@@ -94,7 +94,7 @@ def train(head: Head, features: Tensor, labels: Tensor) -> None:
 
 
 def mean_iou(predictions: Tensor, labels: Tensor, num_classes: int) -> float:
-    """Intersection over union of each class over all images; the mean over the classes in per cent."""
+    """Intersection over union of each class over all images; the mean over the classes in percent."""
     true, predicted = labels.flatten().numpy(), predictions.flatten().numpy()
     return 100 * jaccard_score(true, predicted, labels=range(num_classes), average="macro", zero_division=0)
 
@@ -115,18 +115,18 @@ def segment(model: Model, training: tuple[Tensor, Tensor], test: tuple[Tensor, T
 
 
 def draw(rows: dict[str, np.ndarray], names: list[str], path: Path) -> None:
-    """Draws rows of images: grey images, and classes as colours with a legend."""
-    colours = [(0.12, 0.12, 0.12), *colormaps["tab10"].colors]  # type: ignore[attr-defined]
+    """Draws rows of images: gray images, and classes as colors with a legend."""
+    colors = [(0.12, 0.12, 0.12), *colormaps["tab10"].colors]  # type: ignore[attr-defined]
     figure = Figure(figsize=(NUM_EXAMPLES + 2.2, len(rows) * 1.05), dpi=100)
     axes = figure.subplots(len(rows), NUM_EXAMPLES)
     for line, (title, pictures) in zip(axes, rows.items(), strict=True):
         for cell, picture in zip(line, pictures[:NUM_EXAMPLES], strict=True):
-            coloured = picture.ndim == 2 and picture.dtype != np.uint8
-            cell.imshow(np.array(colours)[picture] if coloured else picture, cmap="gray")
+            colored = picture.ndim == 2 and picture.dtype != np.uint8
+            cell.imshow(np.array(colors)[picture] if colored else picture, cmap="gray")
             cell.axis("off")
         line[0].set_title(title, fontsize=8, loc="left")
-    patches = [Patch(color=colour) for colour in colours]
-    figure.legend(patches, ["nothing", *names], loc="center right", fontsize=8, frameon=False)
+    patches = [Patch(color=color) for color in colors]
+    figure.legend(patches, ["background", *names], loc="center right", fontsize=8, frameon=False)
     figure.subplots_adjust(left=0.01, right=0.8, top=0.94, bottom=0.01, hspace=0.3, wspace=0.05)
     with atomic.replacing(path) as written:
         figure.savefig(written)
@@ -156,7 +156,7 @@ def main(args: Namespace) -> dict[str, float]:
     model = get_model(args.model, device=device)
     if model.in_chans != 1 or model.settings["input_size"] != 28:
         raise ValueError(
-            f"--model {args.model}: the images are grey and have 28 x 28 pixels; give a checkpoint of ./run demo"
+            f"--model {args.model}: the images are gray and have 28 x 28 pixels; give a checkpoint of ./run demo"
         )
     if args.layers > len(model.blocks):
         raise ValueError(f"--layers {args.layers}: the encoder has {len(model.blocks)} blocks; give at most as many")
@@ -164,7 +164,7 @@ def main(args: Namespace) -> dict[str, float]:
     untrained = type(model)(model.settings).to(device)
     training, test = make_pictures("train", args.pictures, seed=0), make_pictures("val", 1000, seed=1)
     names = [str(name) for name in np.load(ARCHIVE, allow_pickle=False)["classes"]]
-    rows = {"picture": test[0][:, 0].numpy(), "what it is made of": test[1].numpy()}
+    rows = {"image": test[0][:, 0].numpy(), "ground truth": test[1].numpy()}
     scores = {}
     print(f"| linear head on {args.layers} layers | mean IoU |\n|---|---|")
     for title, encoder in (("untrained encoder", untrained), ("pre-trained encoder", model)):

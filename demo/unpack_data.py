@@ -19,7 +19,7 @@ ARCHIVE = Path(__file__).parent / "data" / "fashion_mnist_12k.npz"
 
 
 def unpack(out: Path) -> None:
-    """Writes out/{train,val}/CLASS/NNNNN.png: 10,000 and 2,000 grey images of 28 x 28 pixels in 10 classes."""
+    """Writes out/{train,val}/CLASS/NNNNN.png: 10,000 and 2,000 gray images of 28 x 28 pixels in 10 classes."""
     archive = np.load(ARCHIVE, allow_pickle=False)
     for split in ("train", "val"):
         for name in archive["classes"]:

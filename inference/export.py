@@ -13,7 +13,7 @@
 | onnx | .onnx of any batch size | onnxruntime and others |
 | torch_export | .pt2 of any batch size | torch.export.load |
 
-Each format contains the normalisation, the crop and the class names of the model. A log line names the settings that
+Each format contains the normalization, the crop and the class names of the model. A log line names the settings that
 the other library does not read from the file. Graphs of classifiers return logits, graphs of encoders return features,
 and graphs of autoencoders return prediction and mask, from images and noise. timm has no decoder, so that the encoder
 is exported. --encoder exports the encoder of any model.
@@ -34,7 +34,6 @@ from torch import Tensor, nn
 
 import models_build
 from inference.model import Autoencoder, Classifier, Model, get_model
-from models_build import MODEL_SETTINGS
 from util.cli import entry_point, options
 from util.data import transforms
 from util.files import atomic
@@ -44,6 +43,7 @@ from util.weights.loading import SETTINGS
 
 logger = logging.getLogger(__name__)
 
+WITHOUT_ATTENTIVE_PROBE = ("mmpretrain", "timm", "transformers")
 CLOSE = 1e-4  # largest difference between the outputs of the exported model and of our model
 
 
@@ -86,13 +86,17 @@ def export(model: Model, to: str, out: Path) -> None:
         ValueError: the format does not support this model, or its library is not installed.
         OSError: the disk is full, or the folder can't be written to.
     """
+    if model.head_pools and to in WITHOUT_ATTENTIVE_PROBE:
+        raise ValueError(
+            f"--to {to}: {to} has no attentive probe; give --encoder, or --to safetensors, onnx or torch_export"
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic.replacing(out) as written:
         WRITERS[to](model, written)
 
 
 def encoder_of(model: Model) -> Classifier:
-    """Returns the encoder of a model. Its features are the normalised class token.
+    """Returns the encoder of a model. Its features are the normalized class token.
 
     Raises:
         ValueError: the model is a classifier that pools patch tokens.
@@ -114,8 +118,8 @@ def encoder_of(model: Model) -> Classifier:
 def settings_of(model: Model) -> dict[str, Any]:
     """Returns the settings that rebuild a model and its preprocessing, including the defaults that it uses."""
     mean, std = _statistics(model)
-    settings = {name: model.settings[name] for name in MODEL_SETTINGS if model.settings.get(name) is not None}
-    return {**settings, "mean": mean, "std": std, "crop_pct": _crop_pct(model)}
+    names = [name for name in models_build.MODEL_SETTINGS if model.settings.get(name) is not None]
+    return {**{name: model.settings[name] for name in names}, "mean": mean, "std": std, "crop_pct": _crop_pct(model)}
 
 
 def _statistics(model: Model) -> tuple[list[float], list[float]]:
@@ -128,8 +132,10 @@ def _crop_pct(model: Model) -> float:
 
 def write_reference(model: Model, out: Path) -> None:
     _save({"model": model.state_dict(), "args": settings_of(model)}, out)
+    if model.head_pools:
+        logger.info("the published code has no attentive probe; this library reads the file")
     if _statistics(model) != transforms.channel_statistics(3):
-        logger.info("the published code normalises with ImageNet's mean and std, and this model has others: %s, %s",
+        logger.info("the published code normalizes with ImageNet's mean and std, and this model has others: %s, %s",
                     *_statistics(model))  # fmt: skip
 
 
@@ -159,15 +165,17 @@ def write_timm(model: Model, out: Path) -> None:
 
 
 def timm_config(model: Classifier) -> dict[str, Any]:
-    """Returns the config.json of a folder of timm."""
+    """Returns the config.json of a folder of timm. `model_args` describes the model in full."""
+    from timm import is_model  # takes more than a second
+
     mean, std = _statistics(model)
     block: Any = model.blocks[0]
     pooled = bool(model.settings["global_pool"])
     height, width = model.patch_embed.img_size
-    size = models_build.size_of(model.settings["model"])
+    name = f"vit_{models_build.size_of(model.settings['model'])}_224"
     labels = {"label_names": model.classes} if model.classes else {}
     return {
-        "architecture": f"vit_{'tiny_patch16' if size.startswith('mini') else size}_224",
+        "architecture": name if is_model(name) else "vit_base_patch16_224",
         "num_classes": model.settings["nb_classes"],
         "global_pool": "avg" if pooled else "token",
         "model_args": {
@@ -190,7 +198,7 @@ def write_mmpretrain(model: Model, out: Path) -> None:
     meta = {"dataset_meta": {"classes": model.classes}} if isinstance(model, Classifier) and model.classes else {}
     _save({"meta": meta, "state_dict": conversion.to_mmpretrain(model.state_dict()), "args": settings_of(model)}, out)
     preprocessor = {"mean": [255 * value for value in mean], "std": [255 * value for value in std], "to_rgb": True}
-    logger.info(f"mmpretrain reads the normalisation from its configuration: data_preprocessor={preprocessor}")
+    logger.info(f"mmpretrain reads the normalization from its configuration: data_preprocessor={preprocessor}")
 
 
 def write_transformers(model: Model, out: Path) -> None:
@@ -268,7 +276,7 @@ def _contiguous(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class Graph(nn.Module):
-    """The exported module: normalised images (B, c, H, W) -> logits or features.
+    """The exported module: normalized images (B, c, H, W) -> logits or features.
 
     For an autoencoder: images and noise (B, N) -> prediction (B, N, p·p·c) and mask (B, N). The patches with the
     smallest noise are visible.

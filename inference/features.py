@@ -9,22 +9,20 @@ command resumes an interrupted run. With other weights, images or settings, it s
 import argparse
 import json
 import logging
-import math
-import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors.numpy import save_file
-from tqdm import tqdm
 
 from inference.model import Model, get_model
 from util import datasets, dist
 from util.checkpoints import checkpoint
-from util.cli import advice, entry_point, flags, options
-from util.data import loader
+from util.cli import entry_point, flags, options
+from util.data import feature_files, loader
 from util.data.labels import Subset
 from util.data.samples import Samples
 from util.data.sources import Source
@@ -34,9 +32,6 @@ from util.training.precision import Precision
 from util.training.run_log import start_logging
 
 logger = logging.getLogger(__name__)
-
-ROWS = "features.f32"  # file name of the features in the folder of an unfinished run
-SAVE_EVERY = 20  # batches between updates of done.json, the progress
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -121,48 +116,18 @@ def extract(
         OSError: the disk is full. The same command resumes the run.
         BadImage: an image can't be read.
     """
-    done, shape = _continued(folder, settings)
-    if done:
-        logger.info(f"resuming after {done:,} of {len(source):,} images")
-    rest = Subset(source, np.arange(done, len(source)))
-    samples = Samples(rest, model.transform, in_chans=model.in_chans, seed=0)
-    batches = loader.eval_loader(samples, batch_size, num_workers, pin_memory=precision.device.type == "cuda")
-    with atomic.writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ROWS).open("ab", buffering=0)  # not mapped: a full disk would abort the process
-        file.truncate(4 * done * math.prod(shape))  # removes features that done.json does not count
-    with file, tqdm(total=len(source), initial=done, unit="image", disable=None) as bar, torch.inference_mode():
-        for number, (images, *_) in enumerate(batches, start=1):
+
+    @torch.inference_mode()
+    def compute_from(done: int) -> Iterator[np.ndarray]:
+        rest = Subset(source, np.arange(done, len(source)))
+        samples = Samples(rest, model.transform, in_chans=model.in_chans, seed=0)
+        pin_memory = precision.device.type == "cuda"
+        for images, *_ in loader.eval_loader(samples, batch_size, num_workers, pin_memory=pin_memory):
             with precision.autocast():
-                features = model.extract_feat(model.normalize(images.to(precision.device)), pool).float().cpu().numpy()
-            shape, done = list(features.shape[1:]), done + len(features)
-            bar.update(len(features))
-            with atomic.writing(folder):
-                left = memoryview(features.tobytes())
-                while left:
-                    left = left[file.write(left) :]
-                if number % SAVE_EVERY == 0 or done == len(source):
-                    os.fsync(file.fileno())
-                    note = {"settings": settings, "done": done, "shape": shape}
-                    atomic.write_text(folder / "done.json", json.dumps(note))
-    return np.memmap(folder / ROWS, np.float32, "r", shape=(done, *shape))
+                features = model.extract_feat(model.normalize(images.to(precision.device)), pool)
+            yield features.float().cpu().numpy()
 
-
-def _continued(folder: Path, settings: dict[str, Any]) -> tuple[int, list[int]]:
-    """Returns the number of processed images, and the shape of the features of an image."""
-    if not (folder / "done.json").exists():
-        return 0, []
-    try:
-        note = json.loads((folder / "done.json").read_text(encoding="utf-8"))
-        theirs, done, shape = note["settings"], int(note["done"]), list(note["shape"])
-        complete = (folder / ROWS).stat().st_size >= 4 * done * math.prod(shape)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        theirs, done, shape, complete = {}, 0, [], False
-    if complete and theirs == settings:
-        return done, shape
-    reason = advice.changes(theirs, settings) if complete else "damaged"
-    logger.warning(f"{folder} can't be resumed ({reason}): starting from the beginning")
-    return 0, []
+    return feature_files.write(folder, settings, len(source), compute_from)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ class ImageNetClassifier(NamedTuple):
     model: nn.Module  # images (B, 3, H, W) -> logits (B, 1000)
     transform: Transform
     normalize: nn.Module
-    data_config: dict[str, Any]  # settings of transform and normalisation, as plain values
+    data_config: dict[str, Any]  # settings of transform and normalization, as plain values
     recorded: dict[str, Any]  # those settings that the file records; {} for models of timm
 
 
@@ -46,7 +46,7 @@ def load(name: str, crop_pct: float | None, device: torch.device) -> ImageNetCla
 
     Args:
         name: as in `get_model`, or timm:NAME for a model of timm, with the validation transform of timm.
-        crop_pct: side of the centre crop, as a fraction of the scaled image; None: that of the model.
+        crop_pct: side of the center crop, as a fraction of the scaled image; None: that of the model.
         device: device of the model.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Maps of an encoder: attention of the class token, features of patches, and their principal components."""
+"""Maps of an encoder: attention of the class token or of a probe, features of patches, their principal components."""
 
 from typing import Any
 
@@ -38,11 +38,31 @@ def attention(model: Model, images: Images, block: int = -1) -> Tensor:
     return maps[:, :, 0, 1:].unflatten(2, model.patch_embed.grid_of(*x.shape[2:])).cpu()
 
 
+@torch.inference_mode()
+def query_attention(model: Model, images: Images) -> Tensor:
+    """Returns the attention weights of the queries of an attentive probe over the patches.
+
+    Args:
+        images: as in `ModelMixin.prepare`.
+
+    Returns:
+        (B, Q, rows, columns) of the patch grid. The weights of a query sum to 1.
+
+    Raises:
+        ValueError: the model has no attentive probe.
+    """
+    if not model.head_pools:
+        raise ValueError("the model has no queries: give a probe that main_linprobe.py --probe attentive has trained")
+    x = model.prepare(images)
+    head: Any = model.head
+    return head.pool.maps(model.forward_features(x)).unflatten(2, model.patch_embed.grid_of(*x.shape[2:])).cpu()
+
+
 @torch.no_grad()  # not inference mode: heads are trained on the features
 def dense(model: Model, images: Images, layers: int = 4) -> Tensor:
     """Returns features of every patch for dense tasks: the concatenated outputs of the last blocks.
 
-    The final LayerNorm of the encoder normalises them. Classifiers that pool patches have no such norm.
+    The final LayerNorm of the encoder normalizes them. Classifiers that pool patches have no such norm.
 
     Args:
         images: as in `ModelMixin.prepare`. Float tensors, the input of the model, may have any size.
@@ -62,25 +82,35 @@ def dense(model: Model, images: Images, layers: int = 4) -> Tensor:
 
 
 @torch.inference_mode()
-def components(model: Model, images: Images) -> Tensor:
-    """Returns the first three principal components of the features of patches, as colours.
+def components(model: Model, images: Images, remove_position_mean: bool = False) -> Tensor:
+    """Returns the first three principal components of the features of patches, as colors.
 
-    Similar patches have similar colours. The components are computed from all images together.
+    Similar patches have similar colors. The components are computed from all images together.
+
+    Args:
+        images: as in `ModelMixin.prepare`.
+        remove_position_mean: at each position of the patch grid, subtract the mean over the images. The features of
+            small models encode mostly the position, which is then what the first components show.
 
     Returns:
         (B, rows, columns, 3) of the patch grid, in 0 to 1.
+
+    Raises:
+        ValueError: `remove_position_mean` with a single image, whose features are the mean.
     """
     x = model.prepare(images)
-    tokens = model.extract_feat(x, "tokens")[:, 1:].float().cpu().flatten(0, 1)
-    centred = tokens - tokens.mean(dim=0)
-    _, _, directions = torch.linalg.svd(centred, full_matrices=False)
+    if remove_position_mean and len(x) == 1:
+        raise ValueError("remove_position_mean=True: the mean of a single image is the image; give several images")
+    tokens = model.extract_feat(x, "tokens")[:, 1:].float().cpu()
+    centered = (tokens - tokens.mean(dim=0 if remove_position_mean else (0, 1))).flatten(0, 1)
+    _, _, directions = torch.linalg.svd(centered, full_matrices=False)
     # Signs are arbitrary. Each direction is flipped so that its entry with the largest magnitude is positive.
     signs = directions.gather(1, directions.abs().argmax(dim=1, keepdim=True)).sign()
-    components = centred @ (directions * signs)[:3].T
+    components = centered @ (directions * signs)[:3].T
     low, high = components.quantile(0.01, dim=0), components.quantile(0.99, dim=0)
-    colours = ((components - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
+    colors = ((components - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
     rows, columns = model.patch_embed.grid_of(*x.shape[2:])
-    return colours.view(len(x), rows, columns, 3)
+    return colors.view(len(x), rows, columns, 3)
 
 
 def overlay(model: Model, image: Tensor, weights: Tensor | None = None) -> Image.Image:

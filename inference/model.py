@@ -24,8 +24,9 @@ import models_mae
 import models_vit
 from util.checkpoints.checkpoint import CheckpointError
 from util.cli.advice import did_you_mean
+from util.cli.choices import LINEAR
 from util.data import transforms
-from util.data.decode import BadImage, decode
+from util.data.decode import MAX_PIXELS, BadImage, decode
 from util.files.untrusted import read_file
 from util.weights import loading, model_zoo
 from util.weights.loading import Weights
@@ -38,7 +39,7 @@ ARCHITECTURES = {**models_mae.MODELS, **models_vit.MODELS}
 
 
 class ModelMixin(PyTorchModelHubMixin):
-    """Adds transform, normalisation, class names and predictions to a model.
+    """Adds transform, normalization, class names and predictions to a model.
 
     Attributes:
         transform: a decoded picture -> uint8 (c, H, W), as in evaluation.
@@ -49,6 +50,7 @@ class ModelMixin(PyTorchModelHubMixin):
 
     in_chans: int
     classes: list[str] | None
+    head_pools = False  # as in `VisionTransformer`
 
     def _set_up(self, settings: dict[str, Any]) -> None:
         self.settings = settings
@@ -118,7 +120,8 @@ class ModelMixin(PyTorchModelHubMixin):
         Args:
             images: as in `prepare`.
             pool: "cls": the class token; "avg": the mean of the patch tokens; "tokens": all tokens, class token first.
-                Default: the input of the classification head, or the class token without a head.
+                Default: the input of the classification head, after the pooling of an attentive probe; or the class
+                token without a head.
 
         Returns:
             (B, D), or (B, N + 1, D) for "tokens".
@@ -128,9 +131,11 @@ class ModelMixin(PyTorchModelHubMixin):
             BadImage, OSError: as in `prepare`.
         """
         x = self.prepare(images)
+        if self.head_pools and pool is None:
+            return self.head.pool(self.forward_features(x))  # type: ignore[attr-defined]
         pooled = self.settings.get("global_pool", False)
         pool = pool or ("avg" if pooled else "cls")
-        if pooled and pool == "avg":  # the mean is normalised after pooling
+        if pooled and pool == "avg":  # the mean is normalized after pooling
             return self.forward_features(x)  # type: ignore[attr-defined]
         if pool not in ("cls", "avg", "tokens"):
             raise ValueError(f"pool={pool!r}: give cls, avg or tokens")
@@ -151,8 +156,8 @@ class Classifier(ModelMixin, models_vit.VisionTransformer):
 
     def __init__(self, settings: dict[str, Any]) -> None:
         super().__init__(**models_build.classifier_arguments(settings))
-        if settings.get("probe"):
-            self.head = models_build.probe_head(self.embed_dim, settings["nb_classes"])
+        if settings.get("probe") and settings["nb_classes"]:
+            models_build.set_probe_head(self, settings)
         self._set_up(settings)
         if not self.classes and self.num_classes == 1000:
             self.classes = imagenet_classes()
@@ -170,15 +175,19 @@ def imagenet_classes() -> list[str]:
     return [info.index_to_description(label) for label in range(1000)]
 
 
-def open_image(image: ImageLike, in_chans: int) -> Any:
+def open_image(image: ImageLike, in_chans: int, max_pixels: int = MAX_PIXELS) -> Any:
     """Decodes an image to a picture with `in_chans` channels, and applies the orientation in its EXIF data.
+
+    Args:
+        image: an image as in `ModelMixin.prepare`.
+        max_pixels: limit of the pixels of a file, which is checked before they are decoded.
 
     Raises:
         BadImage, OSError: as in `ModelMixin.prepare`.
     """
     if isinstance(image, str | Path):
         try:
-            return decode(read_file(image), in_chans, upright=True)
+            return decode(read_file(image), in_chans, upright=True, max_pixels=max_pixels)
         except BadImage as error:
             raise BadImage(f"{image}: {error}") from error
     return decode(image, in_chans, upright=True)  # type: ignore[arg-type]
@@ -257,7 +266,7 @@ def _of_row(name: str) -> dict[str, Any]:
     row = model_zoo.TABLE.get(name)
     if not row:
         return {}
-    head = {"probe": True, "global_pool": False} if "-linear-" in name else {}
+    head = {"probe": LINEAR, "global_pool": False} if "-linear-" in name else {}
     return {"input_size": row.input_size, "norm_pix_loss": row.norm_pix_loss, **head}
 
 
@@ -275,9 +284,7 @@ def _published_for(name: str) -> str:
 def _load(file: Weights, architecture: str | None, settings: dict[str, Any]) -> Autoencoder | Classifier:
     """Returns a model with the weights of a file. If `architecture` is None, it is that of the file."""
     recorded = models_build.file_settings(file, architecture)
-    for name, value in _of_row(file.source).items():
-        if name not in file.settings:
-            recorded[name] = value
+    recorded |= {name: value for name, value in _of_row(file.source).items() if name not in file.settings}
     architecture = recorded["model"]
     if file.kind == CLASSIFIER and "nb_classes" in settings and settings["nb_classes"] != recorded["nb_classes"]:
         recorded = {name: value for name, value in recorded.items() if name not in ("classes", "label_names")}

@@ -7,9 +7,10 @@ python -m inference.reconstruct photo.jpg --model runs/mine/checkpoint-last.pth 
 import argparse
 import logging
 from collections.abc import Sequence
+from math import ceil
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from inference.model import Autoencoder, ImageLike, Model, get_model, open_image
@@ -27,6 +28,7 @@ logger = logging.getLogger(__name__)
 TITLES = ("original", "masked", "prediction", "pasted")
 SUFFIXES = (".png", ".jpg", ".webp", ".bmp", *(s for s, k in Image.registered_extensions().items() if k in Image.SAVE))
 HEADER = 18  # pixels above the pictures
+LABEL_GAP = 6  # pixels between a label and its row
 MIN_SIDE = 160  # minimum short side of a picture, in pixels; smaller pictures are enlarged
 Box = tuple[int, int, int, int]  # left, top, width, height, in pixels of the image file
 
@@ -67,7 +69,7 @@ def main(args: argparse.Namespace) -> list[Reconstruction]:
             f"published file with a decoder, such as mae_visualize_vit_large"
         )
     if model.norm_pix_loss:
-        logger.info("the model predicts normalised patches: their mean and contrast are those of the original")
+        logger.info("the model predicts normalized patches: their mean and contrast are those of the original")
     reconstructions = []
     for path in args.images:
         reconstructions.append(reconstruct(model, path, args.mask_ratio, args.seed, args.hide, args.short_side))
@@ -171,22 +173,32 @@ def psnr(model: Autoencoder, reconstruction: Reconstruction) -> float:
     return float(-10 * torch.log10(error.sum() / num_values.clamp(min=1)))
 
 
-def grid(model: Autoencoder, reconstructions: Sequence[Reconstruction]) -> Image.Image:
-    """Returns a picture with a row for each image, and titles above the columns."""
-    scale = max(1, MIN_SIDE // min(reconstructions[0].original.shape[2:]))
+def grid(model: Autoencoder, reconstructions: Sequence[Sequence[Tensor]], labels: Sequence[str] = ()) -> Image.Image:
+    """Returns a picture with a row for each image, and titles above the columns.
+
+    Args:
+        reconstructions: results of `reconstruct`, or the first of their images: `result[:2]` omits the prediction.
+        labels: a text at the left of each row, of one or more lines.
+    """
+    scale = max(1, MIN_SIDE // min(reconstructions[0][0].shape[2:]))
     rows = [[pictures.tile([part], model.normalize.inverse, scale) for part in row[:4]] for row in reconstructions]
     step = max(row[0].shape[1] for row in rows) + pictures.GAP
     height = HEADER + sum(len(row[0]) + pictures.GAP for row in rows)
-    sheet = Image.new("RGB", (len(TITLES) * step, height), "white")
+    font = ImageFont.load_default()
+    widths = [ceil(font.getlength(line)) + 2 * LABEL_GAP for text in labels for line in text.split("\n")]
+    margin = max(widths, default=0)
+    sheet = Image.new("RGB", (margin + len(rows[0]) * step, height), "white")
     pen = ImageDraw.Draw(sheet)
-    for column, title in enumerate(TITLES):
-        pen.text(((column + 0.5) * step, 3), title, fill="black", anchor="ma")
+    for column, title in enumerate(TITLES[: len(rows[0])]):
+        pen.text((margin + (column + 0.5) * step, 3), title, fill="black", anchor="ma")
     top = HEADER
-    for row in rows:
+    for number, row in enumerate(rows):
         for column, picture in enumerate(row):
-            # Centred in its column, because images may have different widths.
-            left = column * step + (step - picture.shape[1]) // 2
+            # Centered in its column, because images may have different widths.
+            left = margin + column * step + (step - picture.shape[1]) // 2
             sheet.paste(Image.fromarray(picture.squeeze(2) if picture.shape[2] == 1 else picture), (left, top))
+        if labels:
+            pen.text((margin - LABEL_GAP, top), labels[number], fill="black", align="right", anchor="ra")
         top += len(row[0]) + pictures.GAP
     return sheet
 

@@ -146,7 +146,7 @@ def normalized(images: torch.Tensor) -> torch.Tensor:
     return (images.float() / 255 - mean) / std
 
 
-def centre_crop(file: Path, size: int = 16, scaled: int = 18) -> torch.Tensor:
+def center_crop(file: Path, size: int = 16, scaled: int = 18) -> torch.Tensor:
     """The published evaluation transform of a picture, normalized: (1, 3, size, size)."""
     with Image.open(file) as picture:
         resized = tv.functional.resize(picture, [scaled], tv.InterpolationMode.BICUBIC)

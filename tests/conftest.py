@@ -2,7 +2,6 @@
 
 import os
 import random
-import socket
 import subprocess
 import sys
 from functools import partial
@@ -32,16 +31,10 @@ from util.datasets import open_source  # noqa: E402
 
 
 def torchrun(processes: int, restarts: int = 0) -> list[str]:
-    """The command that starts a script in several processes, without using the host name."""
-    return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--max-restarts",
-            str(restarts), "--master_addr", "127.0.0.1", "--master_port", str(free_port())]  # fmt: skip
-
-
-def free_port() -> int:
-    """A free port of this machine."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    """The command that starts a script in several processes, on a free port and without using the host name."""
+    rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1"]
+    count = ["--nproc_per_node", str(processes), "--max-restarts", str(restarts)]
+    return [sys.executable, "-m", "torch.distributed.run", *count, *rendezvous]
 
 
 def make_samples(folder: Path, seed: int = 0, num_noise: int = 16, **options) -> Samples:
@@ -80,7 +73,7 @@ def small_disk(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory) -> Path:
-    """24 small JPEG and PNG files in train/{cat,dog}/, of several sizes, some of them grey."""
+    """24 small JPEG and PNG files in train/{cat,dog}/, of several sizes, some of them gray."""
     root = tmp_path_factory.mktemp("pictures")
     generator = np.random.default_rng(0)
     for number in range(24):
@@ -97,7 +90,7 @@ def pictures(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def labelled(tmp_path_factory) -> Path:
-    """train/ and val/ with 48 and 23 small pictures of six classes: bars in six directions of colour."""
+    """train/ and val/ with 48 and 23 small pictures of six classes: bars in six directions of color."""
     root = tmp_path_factory.mktemp("labelled")
     generator = np.random.default_rng(1)
     for split, count in (("train", 48), ("val", 23)):
@@ -114,7 +107,7 @@ def labelled(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def mini_mae():
-    """The smallest MAE, for grey images of 16 pixels: 16 patches."""
+    """The smallest MAE, for gray images of 16 pixels: 16 patches."""
     return mae_vit_mini_patch4(img_size=16, in_chans=1)
 
 

@@ -5,7 +5,6 @@ import sys
 
 import nbformat
 import pytest
-import torch
 from conftest import ROOT
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
@@ -13,33 +12,75 @@ from nbclient.exceptions import CellExecutionError
 from inference import export, get_model
 
 NOTEBOOK = ROOT / "demo" / "mae_visualize.ipynb"
-PICTURES = 6  # one of each section's last cell
+PICTURES = 7  # one of each section but the first
 
 
-def execute(monkeypatch, folder, **environment):
-    for name, value in environment.items():
-        monkeypatch.setenv(name, str(value))
+@pytest.fixture(autouse=True)
+def no_network(tmp_path, monkeypatch):
+    """The cache of published weights is empty, and downloads fail."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("MAE_MODEL", raising=False)
+
+
+def execute(folder):
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     return [o["data"]["image/png"] for o in outputs if "data" in o], "".join(o.get("text", "") for o in outputs)
 
 
-@pytest.mark.parametrize("norm_pix_loss", [False, True])
-def test_the_notebook_runs_from_its_folder(tmp_path, monkeypatch, norm_pix_loss):
-    torch.manual_seed(0)
-    model = get_model("mae_vit_mini_patch4", norm_pix_loss=norm_pix_loss)
-    export.export(model, "safetensors", tmp_path / "mae.safetensors")
-    pictures, text = execute(monkeypatch, NOTEBOOK.parent, MAE_MODEL=tmp_path / "mae.safetensors")
-    assert len(pictures) == PICTURES
-    assert len(set(pictures)) == PICTURES
-    assert "8 x 8 patches, 3 images" in text
+@pytest.mark.parametrize(
+    ("name", "settings", "text", "has_14_rows"),
+    [
+        ("mae_vit_mini_patch4", {"norm_pix_loss": True}, "8 x 8 patches of 4 x 4 pixels; images of photographs", False),
+        ("mae_vit_mini_patch4", {"input_size": 28, "patch_size": 7, "in_chans": 1},
+         "7 x 7 pixels; images of clothes", False),
+        ("mae_vit_tiny_patch16", {}, "14 x 14 patches of 16 x 16 pixels; images of photographs", True),
+    ],
+)  # fmt: skip
+def test_the_notebook_runs_from_its_folder(tmp_path, monkeypatch, name, settings, text, has_14_rows):
+    export.export(get_model(name, **settings), "safetensors", tmp_path / "mae.safetensors")
+    monkeypatch.setenv("MAE_MODEL", str(tmp_path / "mae.safetensors"))
+    pictures, output = execute(NOTEBOOK.parent)
+    assert len(pictures) == len(set(pictures)) == PICTURES
+    assert text in output
+    assert ("untrained weights, masks only" in output) != has_14_rows
+
+
+def test_without_a_trained_model_the_notebook_shows_masks(tmp_path):
+    """In a clone without the output of ./run demo."""
+    for path in (*ROOT.iterdir(), *ROOT.joinpath("demo").iterdir()):
+        if path.name not in ("demo", "output"):
+            target = tmp_path / "clone" / path.relative_to(ROOT)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.symlink_to(path)
+    pictures, output = execute(tmp_path / "clone")
+    assert len(pictures) == PICTURES - 2
+    assert "an untrained model: 14 x 14 patches of 16 x 16 pixels; images of photographs\n" in output
+    for start in ("mae_visualize_vit_large is neither in the cache nor", "attention needs", "features need"):
+        assert [line for line in output.splitlines() if line.startswith(start) and "type ./run demo" in line]
+
+
+def test_a_model_without_decoder_is_rejected(tmp_path, monkeypatch):
+    export.export(get_model("vit_mini_patch4"), "safetensors", tmp_path / "encoder.safetensors")
+    monkeypatch.setenv("MAE_MODEL", str(tmp_path / "encoder.safetensors"))
+    with pytest.raises(CellExecutionError, match=r"encoder\.safetensors has no decoder: set MAE_MODEL to"):
+        execute(NOTEBOOK.parent)
+
+
+def test_every_section_has_an_expectation_and_an_exercise():
+    sections = [cell.source for cell in nbformat.read(NOTEBOOK, as_version=4).cells if cell.source.startswith("## ")]
+    for section in sections[:-1]:  # the last leads on
+        expectation = section.partition("**You should see**")[2].partition("\n\n**Exercise.**")
+        assert expectation[0].strip().count("\n") == 1
+        assert expectation[2]
 
 
 def test_without_a_clone_the_error_names_the_remedy(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "")
     with pytest.raises(CellExecutionError, match="put the repository's address into REPOSITORY"):
-        execute(monkeypatch, tmp_path)
+        execute(tmp_path)
 
 
 def test_the_committed_notebook_was_executed():
@@ -47,7 +88,7 @@ def test_the_committed_notebook_was_executed():
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert sum("image/png" in output.get("data", {}) for output in outputs) == PICTURES
     assert not any(output.output_type == "error" for output in outputs)
-    assert NOTEBOOK.stat().st_size < 300_000
+    assert NOTEBOOK.stat().st_size < 450_000
 
 
 def test_the_first_cell_clones_the_repository(tmp_path):

@@ -10,8 +10,6 @@ that are bit-equal to those of an undisturbed run, and logs each epoch once.
 
 import argparse
 import contextlib
-import importlib
-import multiprocessing
 import os
 import random
 import re
@@ -29,7 +27,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-from conftest import ROOT, free_port, torchrun
+from conftest import ROOT, torchrun
+from forks import Forks
 from mains import lines
 
 from util.checkpoints import checkpoint, sharded
@@ -58,11 +57,8 @@ LAYOUTS = (ALONE, DDP, FSDP)
 class Run:
     """A run that saves its state after every update.
 
-    Its processes are forks of a server that has imported PyTorch, so a start takes one second. Each process and its
-    worker processes form a process group.
-
     Args:
-        script: the module whose `main` is called.
+        script: the module of the script.
         user: user id of the processes.
         output: file for the output (default: beside the run directory).
     """
@@ -87,17 +83,10 @@ class Run:
         """Starts or resumes the run; later flags take precedence."""
         self.offset = self.output.stat().st_size if self.output.exists() else 0
         argv = [f"{self.script}.py", *map(str, [*self.flags, "--resume", "auto", *flags])]
-        port, count = str(free_port()), self.layout.processes
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["main_pretrain", "main_finetune", "util.cli.entry_point"])
-        self.processes = []
-        for rank in range(count):
-            variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
-            environment = {name: str(value) for name, value in variables.items()} if count > 1 else {}
-            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-            process = context.Process(target=_run, args=(self.script, argv, self.output, environment, self.user))
-            process.start()
-            self.processes.append(process)
+        argv = [*self.flags, "--resume", "auto", *flags]
+        environment = {"OMP_NUM_THREADS": "1"}
+        self.forks = Forks(f"{self.script}.py", argv, self.output, self.layout.processes, environment, self.user)
+        self.processes = self.forks.processes
         return self
 
     def text(self) -> str:
@@ -112,12 +101,6 @@ class Run:
                 return True
             time.sleep(0.01)
         return False
-
-    def signal(self, signum: int) -> None:
-        """Sends a signal to all processes, including worker processes, like launchers and terminals."""
-        for process in self.processes:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signum)
 
     def kill(self) -> bool:
         """Sends SIGKILL to all processes except worker processes; returns False if the run had ended."""
@@ -134,13 +117,9 @@ class Run:
 
     def finish(self) -> list[int]:
         """Waits for the end of the run; returns the exit codes, and -1000 for a process that hangs."""
-        ends = time.monotonic() + SECONDS
-        codes = []
-        for process in self.processes:
-            process.join(max(0.0, ends - time.monotonic()))
-            codes.append(-1000 if process.exitcode is None else process.exitcode)
+        codes = self.forks.wait(SECONDS)
         if -1000 in codes:
-            self.signal(signal.SIGKILL)
+            self.forks.signal(signal.SIGKILL)
         return codes
 
     def finishes(self, *flags: Any) -> bool:
@@ -169,25 +148,6 @@ class Run:
             for run in (self, other)
         ]
         return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a) and logs[0] == logs[1]
-
-
-def _run(script: str, argv: list[str], output: Path, environment: dict[str, str], user: int | None) -> None:
-    os.setsid()
-    multiprocessing.set_start_method(None, force=True)  # worker processes use the default of the platform
-    os.chdir(ROOT)
-    os.environ.update(environment)
-    file = os.open(output, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    sys.stdout.reconfigure(line_buffering=True)
-    sys.argv = argv
-    from util.cli import entry_point
-
-    main = importlib.import_module(script)
-    if user is not None:
-        "".encode("utf-8-sig")  # imports the codec of recipes: only root may be able to read Python's files
-        os.seteuid(user)
-    entry_point.run(main.main, main.get_args_parser())
 
 
 def ranks(out: Path) -> dict[int, int]:
@@ -297,7 +257,7 @@ class Faults:
 
         def stop(run: Run) -> bool | None:
             signum = self.random.choice(STOPS)
-            run.signal(signum)
+            run.forks.signal(signum)
             codes = set(run.finish())
             if codes == {0} or run.is_finished():
                 return None
@@ -313,7 +273,7 @@ class Faults:
         """A signal to main_finetune.py during training or evaluation."""
 
         def stop(run: Run) -> bool | None:
-            run.signal(signal.SIGTERM)
+            run.forks.signal(signal.SIGTERM)
             started = time.monotonic()
             codes = run.finish()
             if codes == [0] or run.is_finished():

@@ -2,13 +2,12 @@
 
 import json
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 
+import forks
 import pytest
 import torch
-from conftest import ROOT, torchrun
 
 from util.checkpoints import checkpoint
 from util.training import saver
@@ -63,13 +62,14 @@ def stop_after(monkeypatch, method, calls):
     monkeypatch.setattr(saver.Saver, method, save_and_stop)
 
 
-def in_processes(processes, pictures, out, *flags, script="main_pretrain.py", check=True):
-    """Runs main_pretrain.py like `pretrain`, in one or several new processes."""
-    command = [
-        *([sys.executable] if processes == 1 else torchrun(processes)), script,
-        "--data_path", pictures, "--output_dir", out, "--model", "mae_vit_mini_patch4", "--input_size", 16,
+def small_run(data, out, *flags) -> list[str]:
+    """Arguments of main_pretrain.py for a small run."""
+    return [str(part) for part in (
+        "--data_path", data, "--output_dir", out, "--model", "mae_vit_mini_patch4", "--input_size", 16,
         "--warmup_epochs", 1, "--blr", 0.01, "--num_workers", 0, "--device", "cpu", "--vis_every", 0, *flags,
-    ]  # fmt: skip
-    done = subprocess.run([str(part) for part in command], cwd=ROOT, capture_output=True, timeout=300)
-    assert not check or done.returncode == 0, (done.stdout + done.stderr).decode()[-4000:]
-    return done
+    )]  # fmt: skip
+
+
+def in_processes(processes, data, out, *flags, script="main_pretrain.py", environment=None) -> str:
+    """Runs main_pretrain.py like `pretrain`, in one or several new processes; returns the output."""
+    return forks.run(script, small_run(data, out, *flags), out.with_suffix(".output"), processes, environment)

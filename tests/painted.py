@@ -1,5 +1,5 @@
-"""Folders with the layout of ImageNet's robustness test sets, whose images have a colour that encodes a class; and a
-classifier in timm's registry that decodes the colour."""
+"""Folders with the layout of ImageNet's robustness test sets, whose images have a color that encodes a class; and a
+classifier in timm's registry that decodes the color."""
 
 import io
 from collections.abc import Callable
@@ -16,10 +16,10 @@ SIDE = 32
 
 
 def jpeg(label: int) -> bytes:
-    """A picture in the colour of a class: the digits of its number are red, green and blue."""
-    colour = (label // 100 * 25, label // 10 % 10 * 25, label % 10 * 25)
+    """A picture in the color of a class: the digits of its number are red, green and blue."""
+    color = (label // 100 * 25, label // 10 % 10 * 25, label % 10 * 25)
     file = io.BytesIO()
-    Image.new("RGB", (SIDE, SIDE), colour).save(file, "JPEG", quality=95, subsampling=0)
+    Image.new("RGB", (SIDE, SIDE), color).save(file, "JPEG", quality=95, subsampling=0)
     return file.getvalue()
 
 
@@ -40,12 +40,12 @@ def class_folders(root: Path, folders: list[str], name: str, painted: Callable[[
 
 
 def wrong_in_ten(count: int) -> Callable[[int], int]:
-    """The first `count` of every ten classes have the colour of the tenth class after them."""
+    """The first `count` of every ten classes have the color of the tenth class after them."""
     return lambda label: label + 10 * (label % 10 < count)
 
 
-class ReadsColours(nn.Module):
-    """Its logits fall with the distance to the class that an image is painted for; of two neighbours the lower one is
+class ReadsColors(nn.Module):
+    """Its logits fall with the distance to the class that an image is painted for; of two neighbors the lower one is
     the likelier."""
 
     num_classes = 1000
@@ -57,11 +57,11 @@ class ReadsColours(nn.Module):
         self.register_buffer("digits", torch.tensor([100, 10, 1]))
 
     def forward(self, images: Tensor) -> Tensor:
-        colours = ((images.mean(dim=(2, 3)) * 0.5 + 0.5) * 255 / 25).round().long()
-        label = (colours * self.digits).sum(dim=1, keepdim=True)
+        colors = ((images.mean(dim=(2, 3)) * 0.5 + 0.5) * 255 / 25).round().long()
+        label = (colors * self.digits).sum(dim=1, keepdim=True)
         return -(torch.arange(1000) - label + 0.25).abs()
 
 
 @register_model
-def reads_colours(pretrained: bool = False, **_: object) -> nn.Module:
-    return ReadsColours()
+def reads_colors(pretrained: bool = False, **_: object) -> nn.Module:
+    return ReadsColors()

@@ -8,6 +8,7 @@ import re
 import pytest
 from test_architecture import imports, modules
 
+import main_compare
 import main_finetune
 import main_knn
 import main_linprobe
@@ -19,8 +20,8 @@ from util.cli import advice, entry_point
 from util.data import resize
 from util.jobs import submit
 
-SCRIPTS = (main_finetune, main_knn, main_linprobe, main_pretrain, main_robustness, export, features, predict,
-           reconstruct, datasets, resize)  # fmt: skip
+SCRIPTS = (main_compare, main_finetune, main_knn, main_linprobe, main_pretrain, main_robustness, export, features,
+           predict, reconstruct, datasets, resize)  # fmt: skip
 PARSERS = {script.__name__: script.get_args_parser() for script in SCRIPTS}
 PARSERS |= {f"submitit_{task}": submit.get_args_parser(f"main_{task}")[0] for task in ("pretrain", "finetune")}
 FLAG = r"(?<![\w-])--(?=[a-z])[\w-]+"
@@ -46,6 +47,10 @@ ELSEWHERE = {
     r"util\.files\.untrusted\.value_problem": "of a value that a recipe has for this flag",
     r"util\.data\.samples\.Samples": (
         r"main_knn|main_robustness|inference\.\w+", "it names --on_bad_image where the script has given that"),
+    r"models_build\.(set_probe_head|attentive_head|AttentivePool)": (
+        r"main_robustness|inference\.\w+", "a probe's settings are a file's, and were checked when it was trained"),
+    r"util\.(data\.(samples|labels|transforms)|weights\.loading)\.\w+": (
+        r"main_compare", "the scripts that it starts have the flag"),
     r"util\.data\.transforms\.\w+": (
         r"main_robustness|inference\.\w+", "the statistics are a file's, checked when read"),
     r"util\.checkpoints\.run_state\._warn_of_changes": "of settings that the script has",

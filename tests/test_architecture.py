@@ -23,15 +23,16 @@ SHARED = r"util\.(dist|interrupts|lr_sched|masking|pos_embed)"
 # A module, or a pattern of modules -> the modules of this project that it may import.
 ARROWS = {
     r"submitit_\w+": r"main_\w+|util\.jobs\.submit",
+    r"main_compare": r"main_(knn|linprobe|finetune)|models_\w+|util\..+",
     r"main_robustness": r"engine_finetune|inference\.imagenet|util\..+",
     r"main_\w+": r"engine_\w+|models_\w+|util\..+",
     r"engine_\w+": r"util\..+",
-    r"models_build": r"models_(mae|vit)|util\.weights\.(loading|model_zoo)|util\.checkpoints\.checkpoint",
+    r"models_build": r"models_(mae|vit)|util\.(weights\.(loading|model_zoo)|checkpoints\.checkpoint|cli\.choices)",
     r"models_mae": r"models_vit|util\.pos_embed|util\.masking",
     r"models_vit": r"util\.pos_embed",
     r"pretrain_\w+": r"(main|engine|models)_\w+|util\..+",  # scripts of your own on top of main_pretrain
     r"hubconf": r"inference\.\w+",
-    r"demo\.\w+": r"demo\.unpack_data|inference\.\w+|models_\w+|util\..+",
+    r"demo\.\w+": r"demo\.(outputs|unpack_data)|inference\.\w+|models_\w+|util\..+",
     r"benchmarks\.\w+": r"benchmarks\.\w+|inference\.\w+|models_\w+|util\..+",
     r"inference\.\w+": r"inference\.\w+|models_\w+|util\..+",
     **{

@@ -20,7 +20,7 @@ RAMP = np.arange(0, 252, 7, dtype=np.uint8).reshape(3, 4, 3)  # of make_imagemag
 GENERATOR = np.random.default_rng(0)
 RGB = GENERATOR.integers(0, 256, size=(5, 6, 3), dtype=np.uint8)
 ALPHA = GENERATOR.integers(0, 256, size=(5, 6, 1), dtype=np.uint8)
-GREY = RGB[:, :, :1]
+GRAY = RGB[:, :, :1]
 DEEP = GENERATOR.integers(0, 65536, size=(5, 6, 13), dtype=np.uint16)
 FLOATS = GENERATOR.normal(size=(5, 6, 13)).astype(np.float32)
 UNIT = DEEP.astype(np.float32) / 65535
@@ -46,7 +46,7 @@ def npy(array) -> bytes:
     return buffer.getvalue()
 
 
-def png(pixels, depth, colour_type, extra=b"") -> bytes:
+def png(pixels, depth, color_type, extra=b"") -> bytes:
     """Builds a PNG file of a kind that Pillow can't write, with unfiltered rows."""
 
     def chunk(kind, data):
@@ -54,7 +54,7 @@ def png(pixels, depth, colour_type, extra=b"") -> bytes:
 
     height, width = pixels.shape[:2]
     rows = b"".join(b"\0" + row.astype(">u2" if depth == 16 else "u1").tobytes() for row in pixels)
-    header = struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, depth, color_type, 0, 0, 0)
     parts = chunk(b"IHDR", header) + extra + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + parts
 
@@ -72,9 +72,9 @@ def bmp_top_down(pixels) -> bytes:
     return b"BM" + struct.pack("<IHHI", 54 + len(rows), 0, 0, 54) + header + rows
 
 
-def over_white(colour, alpha):
+def over_white(color, alpha):
     """Composites over opaque white with the rounding of Pillow's `alpha_composite`."""
-    blended = colour.astype(int) * alpha * 255 + 255 * 255 * (255 - alpha.astype(int))
+    blended = color.astype(int) * alpha * 255 + 255 * 255 * (255 - alpha.astype(int))
     return np.round(blended / 255 / 255)
 
 
@@ -95,48 +95,48 @@ CMYK = GENERATOR.integers(0, 256, size=(5, 6, 4), dtype=np.uint8)
 INK = 255 - CMYK[:, :, 3:].astype(int)
 PALETTE = np.array([[10, 20, 30], [200, 100, 50], [0, 255, 0]], dtype=np.uint8)
 INDICES = GENERATOR.integers(0, 3, size=(5, 6), dtype=np.uint8)
-COLOURED = Image.fromarray(INDICES).copy()
-COLOURED.putpalette(PALETTE.tobytes())
-BITS = (GREY > 127).astype(np.uint8) * 255
+COLORED = Image.fromarray(INDICES).copy()
+COLORED.putpalette(PALETTE.tobytes())
+BITS = (GRAY > 127).astype(np.uint8) * 255
 FOUR = np.concatenate([DEEP[:, :, :3], DEEP[:, :, 3:4]], axis=2)
 BLENDED = UNIT[:, :, :3] * UNIT[:, :, 3:4] + 1 - UNIT[:, :, 3:4]
 
 # name: (bytes, --in_chans, expected pixels (H, W, c) in 0 to 255, or float where the file is deeper, tolerance)
 TABLE = {
-    "PNG, colour": (saved(RGB, "PNG"), 3, RGB),
-    "PNG, grey as colour": (saved(GREY, "PNG"), 3, GREY.repeat(3, axis=2)),
-    "PNG, colour as grey": (saved(RGB, "PNG"), 1, luminance(RGB), 1),
+    "PNG, color": (saved(RGB, "PNG"), 3, RGB),
+    "PNG, gray as color": (saved(GRAY, "PNG"), 3, GRAY.repeat(3, axis=2)),
+    "PNG, color as gray": (saved(RGB, "PNG"), 1, luminance(RGB), 1),
     "PNG, alpha over white": (saved(RGBA, "PNG"), 3, over_white(RGB, ALPHA), 1),
     "PNG, alpha as a channel": (saved(RGBA, "PNG"), 4, RGBA),
-    "PNG, grey and alpha": (
-        saved(Image.merge("LA", [Image.fromarray(GREY[..., 0]), Image.fromarray(ALPHA[..., 0])]), "PNG"),
-        1, over_white(GREY, ALPHA), 1,
+    "PNG, gray and alpha": (
+        saved(Image.merge("LA", [Image.fromarray(GRAY[..., 0]), Image.fromarray(ALPHA[..., 0])]), "PNG"),
+        1, over_white(GRAY, ALPHA), 1,
     ),
-    "PNG, palette": (saved(COLOURED, "PNG"), 3, PALETTE[INDICES]),
-    "PNG, palette with a transparent colour": (
-        saved(COLOURED, "PNG", transparency=1), 3, np.where(INDICES[..., None] == 1, 255, PALETTE[INDICES]),
+    "PNG, palette": (saved(COLORED, "PNG"), 3, PALETTE[INDICES]),
+    "PNG, palette with a transparent color": (
+        saved(COLORED, "PNG", transparency=1), 3, np.where(INDICES[..., None] == 1, 255, PALETTE[INDICES]),
     ),
-    "PNG, palette's own channels": (saved(COLOURED, "PNG", transparency=b"\0\xff\xff"), 4,
+    "PNG, palette's own channels": (saved(COLORED, "PNG", transparency=b"\0\xff\xff"), 4,
         np.concatenate([PALETTE[INDICES], np.where(INDICES[..., None] == 0, 0, 255)], axis=2)),
     "PNG, one bit": (saved(Image.fromarray(BITS[..., 0]).convert("1"), "PNG"), 1, BITS),
-    "PNG, 16 bits grey": (saved(DEEP[..., :1], "PNG"), 1, UNIT[..., :1]),
-    "PNG, 16 bits grey as colour": (saved(DEEP[..., :1], "PNG"), 3, UNIT[..., :1].repeat(3, axis=2)),
-    "PNG, 16 bits with a transparent grey": (
+    "PNG, 16 bits gray": (saved(DEEP[..., :1], "PNG"), 1, UNIT[..., :1]),
+    "PNG, 16 bits gray as color": (saved(DEEP[..., :1], "PNG"), 3, UNIT[..., :1].repeat(3, axis=2)),
+    "PNG, 16 bits with a transparent gray": (
         png(DEEP[..., :1], 16, 0, transparent(DEEP[2, 3, :1])), 1,
         np.where(DEEP[..., :1] == DEEP[2, 3, 0], 1.0, UNIT[..., :1]).astype(np.float32),
     ),
-    "PNG, 16 bits colour, of which Pillow reads 8": (png(DEEP[..., :3], 16, 2), 3, DEEP[..., :3] >> 8),
-    "PNG, colour with a transparent one": (
+    "PNG, 16 bits color, of which Pillow reads 8": (png(DEEP[..., :3], 16, 2), 3, DEEP[..., :3] >> 8),
+    "PNG, color with a transparent one": (
         png(RGB, 8, 2, transparent(RGB[1, 1])), 3,
         np.where((RGB[1, 1] == RGB).all(axis=2, keepdims=True), 255, RGB),
     ),
-    "JPEG, flat grey": (saved(flat(100)[..., :1], "JPEG"), 3, flat(100, 100, 100)),
+    "JPEG, flat gray": (saved(flat(100)[..., :1], "JPEG"), 3, flat(100, 100, 100)),
     "JPEG, CMYK": (saved(Image.fromarray(CMYK * 0 + np.uint8(40), "CMYK").resize((16, 16)), "JPEG", quality=100), 3,
         flat(*[255 - 40 - round(215 * 40 / 255)] * 3), 1),
     "BMP, rows from the top": (bmp_top_down(RGB), 3, RGB),
-    "GIF, palette": (saved(COLOURED, "GIF"), 3, PALETTE[INDICES]),
+    "GIF, palette": (saved(COLORED, "GIF"), 3, PALETTE[INDICES]),
     "GIF, first of two frames": (
-        saved(COLOURED, "GIF", save_all=True, append_images=[Image.new("P", (6, 5))]), 3, PALETTE[INDICES],
+        saved(COLORED, "GIF", save_all=True, append_images=[Image.new("P", (6, 5))]), 3, PALETTE[INDICES],
     ),
     "PGM, text": (b"P2\n# by hand\n2 1\n255\n7 250\n", 1, np.array([[[7], [250]]])),
     "PGM, 16 bits": (b"P5 2 1 65535\n" + struct.pack(">HH", 300, 65535), 1,
@@ -144,10 +144,10 @@ TABLE = {
     "WebP, lossless with alpha": (saved(RGBA, "WEBP", lossless=True, exact=True), 3, over_white(RGB, ALPHA), 1),
     "JPEG 2000, lossless": (saved(RGB, "JPEG2000"), 3, RGB),
     "TIFF, CMYK": (tiff(CMYK, "separated"), 3, INK - np.round(INK * CMYK[:, :, :3] / 255), 1),
-    "TIFF, white is zero": (tiff(GREY[..., 0], "miniswhite"), 1, 255 - GREY),
+    "TIFF, white is zero": (tiff(GRAY[..., 0], "miniswhite"), 1, 255 - GRAY),
     "TIFF, 16 bits, white is zero": (tiff(DEEP[..., 0], "miniswhite"), 1, 1 - UNIT[..., :1]),
-    "TIFF, 16 bits colour": (tiff(DEEP[..., :3], "rgb"), 3, UNIT[..., :3]),
-    "TIFF, 16 bits colour as grey": (
+    "TIFF, 16 bits color": (tiff(DEEP[..., :3], "rgb"), 3, UNIT[..., :3]),
+    "TIFF, 16 bits color as gray": (
         tiff(DEEP[..., :3], "rgb"), 1, UNIT[..., :3] @ np.float32([[0.299], [0.587], [0.114]]),
     ),
     "TIFF, 16 bits, alpha": (tiff(FOUR, "rgb", extrasamples=["unassalpha"]), 3, BLENDED),
@@ -171,7 +171,7 @@ TABLE = {
     "BigTIFF": (tiff(DEEP[..., 0], bigtiff=True), 1, UNIT[..., :1]),
     "npy, channels last": (npy(RGB), 3, RGB),
     "npy, channels first": (npy(np.moveaxis(DEEP, 2, 0)), 13, UNIT),
-    "npy, grey, Fortran order": (npy(np.asfortranarray(FLOATS[..., 0])), 1, FLOATS[..., :1]),
+    "npy, gray, Fortran order": (npy(np.asfortranarray(FLOATS[..., 0])), 1, FLOATS[..., :1]),
     "npy, big-endian": (npy(DEEP.astype(">u2")), 13, UNIT),
     "npy, double": (npy(FLOATS.astype(np.float64)), 13, FLOATS),
     **{f"ImageMagick, {name}": (magick(name), 3, RAMP) for name in (
@@ -215,8 +215,8 @@ def test_eight_bit_images_decode_to_pillow_images():
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_both_tiff_decoders_apply_the_orientation(orientation):
     tag = [(274, 3, 1, orientation, True)]
-    eight = pixels_of(decode(tiff(GREY[..., 0], extratags=tag), 1))
-    sixteen = pixels_of(decode(tiff(GREY[..., 0].astype(np.uint16) * 257, extratags=tag), 1))
+    eight = pixels_of(decode(tiff(GRAY[..., 0], extratags=tag), 1))
+    sixteen = pixels_of(decode(tiff(GRAY[..., 0].astype(np.uint16) * 257, extratags=tag), 1))
     np.testing.assert_allclose(sixteen * 255, eight, atol=1e-4)
     assert eight.shape == ((5, 6, 1) if orientation < 5 else (6, 5, 1))
 
@@ -263,7 +263,7 @@ def test_pages_of_other_sizes_are_no_channels():
 
 def test_transforms_accept_pillow_images_and_tensors():
     """Deep images are tensors; the same random numbers crop and flip them like Pillow images."""
-    deep, shallow = decode(saved((RGB[..., 0].astype(np.uint16) * 257), "PNG"), 1), decode(saved(GREY, "PNG"), 1)
+    deep, shallow = decode(saved((RGB[..., 0].astype(np.uint16) * 257), "PNG"), 1), decode(saved(GRAY, "PNG"), 1)
     for transform in (
         transforms.pretrain_transform(8),
         transforms.eval_transform(8),
@@ -297,11 +297,11 @@ BAD = {
     "PNG bomb": (BOMB, 1, "too large to decode"),
     "npy bomb": (npy(np.zeros((1, 1), dtype=np.uint8)).replace(b"(1, 1)", b"(20000, 20000)"), 1, "more than the"),
     "TIFF bomb": (tiff(np.zeros((20000, 20000), dtype=np.uint8), compression="zlib"), 1, "more than the"),
-    "colour for 5 channels": (saved(RGB, "PNG"), 5, "it has 3 channels, and in_chans is 5"),
-    "grey for 2 channels": (saved(GREY, "PNG"), 2, "it has 1 channel, and in_chans is 2"),
-    "13 channels for colour": (tiff(DEEP, planarconfig="contig"), 3, "it has 13 channels, and in_chans is 3"),
-    "an array for colour": (npy(DEEP), 3, r"shape \(5, 6, 13\) does not have 3 channels"),
-    "a great many channels for colour": (
+    "color for 5 channels": (saved(RGB, "PNG"), 5, "it has 3 channels, and in_chans is 5"),
+    "gray for 2 channels": (saved(GRAY, "PNG"), 2, "it has 1 channel, and in_chans is 2"),
+    "13 channels for color": (tiff(DEEP, planarconfig="contig"), 3, "it has 13 channels, and in_chans is 3"),
+    "an array for color": (npy(DEEP), 3, r"shape \(5, 6, 13\) does not have 3 channels"),
+    "a great many channels for color": (
         tiff(np.zeros((9, 9, 100), dtype=np.uint16), planarconfig="contig"),
         3,
         "it has 100 channels",
@@ -313,7 +313,7 @@ BAD = {
     ),
     "CMYK for 4 channels": (magick("cmyk.tif"), 4, "it has 3 channels, and in_chans is 4"),
     "signed bytes": (tiff(np.ones((4, 4), dtype=np.int8)), 1, "range of its int8 pixels is unknown"),
-    "float colour with alpha to 255": (
+    "float color with alpha to 255": (
         tiff(np.full((4, 4, 4), 200, dtype=np.float32), "rgb", extrasamples=["unassalpha"]),
         3,
         "not in the range 0 to 1",
@@ -385,6 +385,20 @@ def test_mutated_files_decode_or_raise_bad_image(recwarn):
         finally:
             signal.alarm(0)
     assert 30 < read < 270
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "npy", "TIFF", "16-bit TIFF"])
+def test_a_lower_limit_of_pixels(kind):
+    files = {
+        "npy": lambda: npy(RGB),
+        "TIFF": lambda: tiff(RGB, "rgb"),
+        "16-bit TIFF": lambda: tiff(DEEP[:, :, :3], "rgb"),
+    }
+    data = files.get(kind, lambda: saved(RGB, kind))()
+    assert size_of(decode(data, 3, max_pixels=30)) == (5, 6)
+    for fast_jpeg in (False, True):
+        with pytest.raises(BadImage, match="its 6 x 5 pixels are more than the limit of 29"):
+            decode(data, 3, fast_jpeg=fast_jpeg, max_pixels=29)
 
 
 def test_the_pixel_limit_equals_pillows():

@@ -11,6 +11,7 @@ import torch
 import yaml
 from conftest import ROOT
 
+import main_compare
 import main_finetune
 import main_knn
 import main_linprobe
@@ -38,6 +39,7 @@ PARSERS = {
     "main_pretrain.py": main_pretrain.get_args_parser,
     "main_finetune.py": main_finetune.get_args_parser,
     "main_linprobe.py": main_linprobe.get_args_parser,
+    "main_compare.py": main_compare.get_args_parser,
     "main_knn.py": main_knn.get_args_parser,
     "main_robustness.py": main_robustness.get_args_parser,
     **{

@@ -107,14 +107,14 @@ class AbsoluteError(MaskedAutoencoderViT):
         return (loss * mask).sum() / mask.sum()
 
 
-class MeanColour(MaskedAutoencoderViT):
+class MeanColor(MaskedAutoencoderViT):
     target_dim = 3
 
     def target(self, imgs):
         return self.patchify(imgs).unflatten(2, (-1, 3)).mean(dim=2)
 
 
-SUBCLASSES = [FirstPatches, LargerLatent, ShiftedPrediction, AbsoluteError, MeanColour]
+SUBCLASSES = [FirstPatches, LargerLatent, ShiftedPrediction, AbsoluteError, MeanColor]
 
 
 def expected_loss(kind: type, imgs: torch.Tensor, noise: torch.Tensor, model: MaskedAutoencoderViT) -> torch.Tensor:
@@ -127,7 +127,7 @@ def expected_loss(kind: type, imgs: torch.Tensor, noise: torch.Tensor, model: Ma
     latent = model.norm(model.blocks[0](torch.cat([cls_token, x], dim=1)))
     pred = base.forward_decoder(model, 2 * latent if kind is LargerLatent else latent, ids_restore)
     pred = pred + 1 if kind is ShiftedPrediction else pred
-    error = pred - (kind.target if kind is MeanColour else base.target)(model, imgs)
+    error = pred - (kind.target if kind is MeanColor else base.target)(model, imgs)
     error = error.abs() if kind is AbsoluteError else error.square()
     return (error.mean(dim=-1) * mask).sum() / mask.sum()
 
@@ -146,7 +146,7 @@ def test_an_override_with_the_published_signature_takes_effect(kind, graph):
 
 
 def test_overrides_take_effect_in_compiled_code():
-    class All(LargerLatent, ShiftedPrediction, MeanColour, FirstPatches):
+    class All(LargerLatent, ShiftedPrediction, MeanColor, FirstPatches):
         pass
 
     model, imgs = All(**SETTINGS), torch.randn(2, 3, 16, 16)
@@ -185,7 +185,7 @@ def test_the_documented_target_trains(pictures, tmp_path):
 
 @pytest.mark.parametrize("dim", [1, 48])
 def test_a_target_of_another_shape_is_an_error_and_not_broadcast(dim):
-    class Wrong(MeanColour):
+    class Wrong(MeanColor):
         target_dim = dim
 
     shapes = rf"the target is \(2, 16, 3\) and the prediction \(2, 16, {dim}\): .* is {dim}$"
@@ -194,7 +194,7 @@ def test_a_target_of_another_shape_is_an_error_and_not_broadcast(dim):
 
 
 def test_a_file_of_another_target_gives_its_encoder(tmp_path):
-    model = MeanColour(**{**SETTINGS, "embed_dim": 128, "depth": 4}).eval()  # the encoder of vit_mini_patch4
+    model = MeanColor(**{**SETTINGS, "embed_dim": 128, "depth": 4}).eval()  # the encoder of vit_mini_patch4
     torch.save({"model": model.state_dict()}, tmp_path / "m.pth")
     encoder = get_model(tmp_path / "m.pth")
     imgs = torch.randn(2, 3, 16, 16)
@@ -208,7 +208,7 @@ class Gradients(MaskedAutoencoderViT):
         return self.patchify(imgs.diff(dim=2, append=imgs[:, :, -1:]))
 
 
-@pytest.mark.parametrize(("kind", "dim"), [(MeanColour, 3), (Gradients, 48)])
+@pytest.mark.parametrize(("kind", "dim"), [(MeanColor, 3), (Gradients, 48)])
 def test_reconstruct_with_another_target_is_a_one_line_error(kind, dim):
     model = kind(**SETTINGS)
     assert model(torch.randn(2, 3, 16, 16))[1].shape == (2, 16, dim)

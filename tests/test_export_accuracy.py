@@ -36,14 +36,14 @@ for file in sys.argv[2:]:
 
 
 def make_images(folder, count, seed):
-    """A faint colour for each class, below noise, on pictures of several shapes. The edges have another's colour."""
+    """A faint color for each class, below noise, on pictures of several shapes. The edges have another's color."""
     generator = np.random.default_rng(seed)
-    colours = np.array([[12, 0, 0], [0, 12, 0], [0, 0, 12], [-8, -8, -8]])
+    colors = np.array([[12, 0, 0], [0, 12, 0], [0, 0, 12], [-8, -8, -8]])
     for number in range(count):
         label = number % 4
         height, width = SHAPES[generator.integers(len(SHAPES))]
-        pixels = generator.normal(110, 30, size=(height, width, 3)) + colours[(label + 1) % 4]
-        pixels[3:-3, 3:-3] += colours[label] - colours[(label + 1) % 4]
+        pixels = generator.normal(110, 30, size=(height, width, 3)) + colors[(label + 1) % 4]
+        pixels[3:-3, 3:-3] += colors[label] - colors[(label + 1) % 4]
         path = folder / CLASSES[label] / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path)
@@ -51,7 +51,7 @@ def make_images(folder, count, seed):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("colours")
+    folder = tmp_path_factory.mktemp("colors")
     make_images(folder / "train", 160, seed=0)
     make_images(folder / "val", 200, seed=1)
     return folder
@@ -84,7 +84,7 @@ def trained(request, data, tmp_path_factory):
 def test_every_export_has_the_accuracy_of_its_checkpoint(trained):
     _, _, scores = trained
     expected = scores.pop("checkpoint")
-    assert expected["test_acc1"] > 40  # it has learned something that a wrong normalisation would cost
+    assert expected["test_acc1"] > 40  # it has learned something that a wrong normalization would cost
     for found in scores.values():
         assert found["test_acc1"] == expected["test_acc1"]
         assert found["test_loss"] == pytest.approx(expected["test_loss"], rel=1e-5)
@@ -132,15 +132,15 @@ def test_the_pipeline_of_transformers_predicts_the_same(trained, data):
     assert_same_predictions(np.array([[entry[name] for name in CLASSES] for entry in found]), model, files)
 
 
-def test_a_grey_picture_has_the_same_prediction_in_the_pipeline(trained, data):
+def test_a_gray_picture_has_the_same_prediction_in_the_pipeline(trained, data):
     out, model, scores = trained
     if "transformers" not in scores:
         pytest.skip("its classifier has no pooled tokens")
-    grey = photographs(data)[1][0].convert("L")
+    gray = photographs(data)[1][0].convert("L")
     processor = transformers.AutoImageProcessor.from_pretrained(out / "hf", backend="pil")
     pipeline = transformers.pipeline("image-classification", model=str(out / "hf"), image_processor=processor, top_k=1)
-    (found,) = pipeline(grey)
-    ours = model.predict(grey)
+    (found,) = pipeline(gray)
+    ours = model.predict(gray)
     assert found["label"] == ours["pred_class"]
     assert found["score"] == pytest.approx(ours["pred_score"], abs=1e-5)
 

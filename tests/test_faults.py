@@ -1,7 +1,6 @@
 """A sample of ./run faults, and a run that resumes with other numbers of processes."""
 
 import hashlib
-import os
 import re
 import signal
 import subprocess
@@ -9,9 +8,10 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, torchrun
+from conftest import ROOT
 from faults import Faults
-from mains import assert_close, lines
+from forks import Forks
+from mains import assert_close, lines, small_run
 
 
 @pytest.fixture(scope="module")
@@ -53,24 +53,17 @@ def test_a_run_resumes_with_other_numbers_of_processes(pictures, tmp_path):
     def run(name, processes, stop_after=None):
         out, notes = tmp_path / name, tmp_path / f"{name}.notes"
         notes.mkdir(exist_ok=True)
-        command = [
-            *([sys.executable] if processes == 1 else torchrun(processes)), script, "--data_path", pictures,
-            "--output_dir", out, "--model", "mae_vit_mini_patch4", "--input_size", 16, "--batch_size", 4 // processes,
-            "--epochs", 9, "--warmup_epochs", 1, "--blr", 0.01, "--num_workers", 0, "--device", "cpu", "--vis_every", 0,
-            "--resume", "auto",
-        ]  # fmt: skip
-        process = subprocess.Popen(
-            [str(part) for part in command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            env=os.environ | {"NOTES": str(notes), "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+        flags = small_run(pictures, out, "--batch_size", 4 // processes, "--epochs", 9, "--resume", "auto")
+        output = tmp_path / f"{name}.{processes}"
+        run = Forks(script, flags, output, processes, {"NOTES": str(notes)})
         if stop_after is not None:
             while not (notes / str(stop_after)).exists():
-                assert process.poll() is None, process.stdout.read()
+                assert all(process.is_alive() for process in run.processes), output.read_text()
                 time.sleep(0.005)
-            process.send_signal(signal.SIGTERM)
-        said = process.communicate(timeout=120)[0]
-        assert stop_after is not None or process.returncode == 0, said
-        return said
+            run.signal(signal.SIGTERM)
+        codes = run.wait(120)
+        assert stop_after is not None or not any(codes), output.read_text()
+        return output.read_text()
 
     run("whole", 1)
     run("parts", 2, stop_after=2)

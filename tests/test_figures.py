@@ -59,6 +59,13 @@ def test_the_published_recipes():
     assert row("PRETRAIN.md", "fine-tuned / linear top-1") == ["83.6 / 67.8", "85.9 / 76.0", "86.9 / 77.2"]
 
 
+def test_the_published_accuracies_of_frozen_features():
+    """ViT-S of a third party, ViT-B and ViT-L: k-NN, linear and attentive probes."""
+    for name, figures in (("nearest neighbors |", "18.0 35.6 48.1"), ("linear probe |", "47.1 67.8 76.0"),
+                          ("attentive probe |", "64.6 75.5 79.5")):  # fmt: skip
+        assert row("RESULTS.md", name)[:3] == figures.split()
+
+
 @pytest.mark.parametrize(
     ("recipe", "figures"),
     [
@@ -73,6 +80,11 @@ def test_the_published_recipes():
         ("linprobe_vit_large", "76.0 (the paper: 75.8)"),
         ("linprobe_vit_large", "70.7 (400), 73.7 (800), 75.5 (1600)"),
         ("linprobe_vit_huge", "77.2 (the paper: 76.6)"),
+        ("linprobe_attentive_vit_base", "top-1 75.5, of the best epoch on the validation set"),
+        ("linprobe_attentive_vit_base", "of the same encoder, k-NN 35.6 and linear probe 67.8"),
+        ("linprobe_attentive_vit_base", "ViT-S, 800 epochs: attentive 64.6, k-NN 18.0, linear probe 47.1"),
+        ("linprobe_attentive_vit_large", "top-1 79.5, of the best epoch on the validation set"),
+        ("linprobe_attentive_vit_large", "of the same encoder, k-NN 48.1 and linear probe 76.0"),
     ],
 )
 def test_the_headers_of_recipes(recipe, figures):
@@ -99,11 +111,11 @@ def zoo_row(name):
     if row.kind != model_zoo.CLASSIFIER and row.top1:
         probes = {key: probe.top1 for key, probe in model_zoo.TABLE.items() if "-linear-" in key}
         mine = [top1 for key, top1 in probes.items() if key.startswith(f"vit-{size}-") and f"-{row.epochs}e-" in key]
-        linear = LINEAR[size] if row.licence.startswith("CC") else (mine or [None])[0]
+        linear = LINEAR[size] if row.license.startswith("CC") else (mine or [None])[0]
     return [
         row.kind + (", 448 pixels" if row.input_size == 448 else ""), str(row.epochs or ""),
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M", f"{row.top1:.4g}" if row.top1 else "",
-        str(linear or ""), row.licence,
+        str(linear or ""), row.license,
     ]  # fmt: skip
 
 
@@ -156,15 +168,15 @@ def pixels():
 
 
 def test_the_baseline_of_raw_pixels(pixels):
-    """20 nearest neighbours of 10,000 labels, and logistic regression on 500, as in demo/README.md."""
+    """20 nearest neighbors of 10,000 labels, and logistic regression on 500, as in demo/README.md."""
     (train, labels), (test, test_labels) = pixels["train"], pixels["val"]
-    _, neighbours = row("demo/README.md", "raw pixels |")
+    _, neighbors = row("demo/README.md", "raw pixels |")
     unit = torch.nn.functional.normalize
     similarity, nearest = (unit(torch.tensor(test)) @ unit(torch.tensor(train)).T).topk(20)
     votes = torch.zeros(len(test), 10, dtype=torch.float64).scatter_add_(
         1, torch.tensor(labels)[nearest], (similarity / 0.07).exp()
     )
-    assert f"{float((votes.argmax(dim=1).numpy() == test_labels).mean()):.1%}" == neighbours
+    assert f"{float((votes.argmax(dim=1).numpy() == test_labels).mean()):.1%}" == neighbors
 
     generator = np.random.default_rng(0)  # as --train_per_class 50 chooses with seed 0
     few = np.sort(np.concatenate([generator.permutation(np.flatnonzero(labels == n))[:50] for n in range(10)]))

@@ -9,9 +9,12 @@ import transformers
 from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor, ViTMAEConfig, ViTMAEForPreTraining
 
+import main_finetune
+import main_knn
 from inference import get_model
 from models_vit import vit_mini_patch4
 from util.checkpoints.checkpoint import CheckpointError
+from util.cli import entry_point
 from util.weights import foreign_settings, loading
 
 MINI = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 512,
@@ -55,8 +58,11 @@ def test_mask_ratio_and_loss_of_an_autoencoder(imgs, tmp_path):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (ViTConfig(**{**MINI, "num_attention_heads": 8}), "num_heads 8, and the model mini_patch4 has 4"),
-        (ViTMAEConfig(**MINI, **{**DECODER, "decoder_num_attention_heads": 4}), "decoder_num_heads 4, and the model"),
+        (ViTConfig(**{**MINI, "num_attention_heads": 8}), "has num_heads 8, and the model has 4"),
+        (
+            ViTMAEConfig(**MINI, **{**DECODER, "decoder_num_attention_heads": 4}),
+            "has decoder_num_heads 4, and the model has 2",
+        ),
         (ViTConfig(**MINI, hidden_act="relu"), "hidden_act is relu, and only gelu is supported"),
     ],
 )
@@ -95,7 +101,7 @@ def test_a_processor_that_squeezes_is_warned_of(tmp_path, caplog):
     ours = get_model(tmp_path)
     assert ours.settings["crop_pct"] == 1.0
     (record,) = caplog.records
-    assert "scales images to a square (this library crops the centre) and has resample 2" in record.message
+    assert "scales images to a square (this library crops the center) and has resample 2" in record.message
 
 
 @pytest.mark.parametrize("crop", [16, 32, 96, 224, 384])
@@ -185,3 +191,58 @@ def test_timms_models_without_a_position_of_the_class_token(imgs, tmp_path):
     theirs = timm.create_model("vit_tiny_patch16_224", num_classes=2, no_embed_class=True, **shape).eval()
     torch.save(theirs.state_dict(), tmp_path / "m.pth")
     torch.testing.assert_close(get_model(tmp_path / "m.pth")(imgs), theirs(imgs), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("config", "mean", "std"),
+    [
+        ({"do_normalize": False}, [0.0] * 3, [1.0] * 3),
+        ({"do_rescale": False, "image_mean": [127.5] * 3, "image_std": [51] * 3}, [0.5] * 3, [0.2] * 3),
+        ({"rescale_factor": 2 / 255, "image_mean": [1.0] * 3, "image_std": [0.5] * 3}, [0.5] * 3, [0.25] * 3),
+    ],
+)
+def test_the_pixels_of_other_processors(config, mean, std, tmp_path):
+    saved(tmp_path, ViTConfig(**MINI, **NAMES))
+    size = {"size": {"shortest_edge": 16}, "do_center_crop": True, "crop_size": {"height": 16, "width": 16}}
+    ViTImageProcessor(**size, resample=3, **config).save_pretrained(tmp_path)
+    ours = get_model(tmp_path)
+    assert (ours.settings["mean"], ours.settings["std"]) == (pytest.approx(mean), pytest.approx(std))
+    image = Image.effect_noise((20, 16), 80).convert("RGB")
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
+    theirs = processor(image, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(ours.prepare(image), theirs.float(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_foreign_eps_reaches_the_scripts(labelled, tmp_path, monkeypatch):
+    names = [f"kind{number}" for number in range(6)]
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: n for n, name in enumerate(names)}}
+    saved(tmp_path, ViTConfig(**MINI, **labels, layer_norm_eps=0.1))
+    models = []
+    for name in ("load_classifier", "load_encoder"):
+        original = getattr(loading, name)
+        monkeypatch.setattr(loading, name, lambda model, *a, f=original, **k: models.append(model) or f(model, *a, **k))
+    flags = ["--data_path", str(labelled), "--num_workers", "0", "--device", "cpu"]
+    for script, more in (
+        (main_finetune, ["--eval", "--resume", str(tmp_path)]),
+        (main_knn, ["--finetune", str(tmp_path), "--k", "1"]),
+    ):
+        script.main(entry_point.parse(script.get_args_parser(), flags + more))
+    assert [model.blocks[0].norm1.eps for model in models] == [0.1, 0.1]
+
+
+def test_a_timm_model_of_another_interpolation_is_warned_of(tmp_path, caplog):
+    config = {"pretrained_cfg": {"input_size": [3, 16, 16], "interpolation": "bilinear", "crop_mode": "squash"},
+              "model_args": {"num_heads": 4}}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert foreign_settings.read_folder(tmp_path)["num_heads"] == 4
+    assert "was evaluated with interpolation bilinear and crop_mode squash" in caplog.text
+
+
+def test_statistics_of_mmpretrain_reach_an_evaluation(caplog):
+    file = loading.Weights(
+        vit_mini_patch4(img_size=16).state_dict(), {"mean": [0.5] * 3, "std": [0.2] * 3}, "", "m.pth"
+    )
+    assert loading.statistics(file, 3, None, None) == ([0.5] * 3, [0.2] * 3)
+    assert loading.statistics(file, 1, None, None) == (None, None)
+    assert loading.statistics(file._replace(settings={}), 3, None, [0.1] * 3) == (None, [0.1] * 3)
+    assert not caplog.text  # the statistics of a file that records none are not known

@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from inference import export, features, get_model, predict, reconstruct
 from util.cli import entry_point
-from util.data import loader
+from util.data import feature_files, loader
 
 PHOTOS = sorted((ROOT / "demo" / "photos").glob("*.jpg"))
 
@@ -90,6 +90,19 @@ def test_reconstruct_uses_the_ratio_and_the_seed(files, tmp_path):
     assert reconstruct.psnr(model, one) == pytest.approx(float(-10 * torch.log10(mse * pixel_std**2)), abs=0.6)
 
 
+def test_rows_of_reconstructions_have_labels(files):
+    model = get_model(files / "mae.safetensors")
+    results = [reconstruct.reconstruct(model, PHOTOS[0], ratio) for ratio in (0.5, 0.75)]
+    plain = np.asarray(reconstruct.grid(model, results))
+    with_labels = np.asarray(reconstruct.grid(model, results, ["", "seed 0\n75% masked"]))
+    margin = with_labels.shape[1] - plain.shape[1]
+    assert np.array_equal(with_labels[:, margin:], plain)
+    assert (with_labels[:180, :margin] == 255).all()
+    assert (with_labels[180:, 6:margin] < 128).any()
+    assert (with_labels[:, margin - 6 : margin] == 255).all()
+    assert np.array_equal(reconstruct.grid(model, [result[:2] for result in results]), plain[:, : plain.shape[1] // 2])
+
+
 def test_reconstruct_rectangles(files, tmp_path):
     model = get_model(files / "mae.safetensors")
     picture = Image.new("RGB", (640, 320))  # 64 x 32 for the model: a tenth
@@ -141,7 +154,7 @@ def test_features_resume_after_an_interruption(files, pictures, tmp_path, monkey
 
     loader_of = loader.eval_loader
     monkeypatch.setattr(loader, "eval_loader", stops)
-    monkeypatch.setattr(features, "SAVE_EVERY", 1)
+    monkeypatch.setattr(feature_files, "SAVE_EVERY", 1)
     with pytest.raises(Interrupted):
         run(features, *argv, "--out", tmp_path / "parts.npz")
     capsys.readouterr()
@@ -152,7 +165,7 @@ def test_features_resume_after_an_interruption(files, pictures, tmp_path, monkey
         whole, parts = np.load(tmp_path / "whole.npz"), np.load(tmp_path / "parts.npz")
         np.testing.assert_array_equal(whole["features"], parts["features"])
         shutil.copytree(tmp_path / "copy", tmp_path / "parts.npz.partial")
-        with (tmp_path / "parts.npz.partial" / features.ROWS).open("ab") as file:
+        with (tmp_path / "parts.npz.partial" / "features.f32").open("ab") as file:
             file.write(b"rows after the last note")
     assert sum(seen[:5]) == 16 + 4  # the fourth batch was drawn, and stopped in
 
@@ -207,7 +220,7 @@ def test_features_of_images_without_classes(files, pictures, tmp_path):
 
 def test_features_on_a_full_disk_fail_in_one_line_and_resume(files, labelled, small_disk, capsys, monkeypatch):
     """A write to a memory map would end the process with SIGBUS."""
-    monkeypatch.setattr(features, "SAVE_EVERY", 1)
+    monkeypatch.setattr(feature_files, "SAVE_EVERY", 1)
     argv = [labelled, "--model", files / "encoder.safetensors", "--out", small_disk / "f.npz", "--num_workers", 0,
             "--batch_size", 4, "--pool", "tokens"]  # fmt: skip
     said = fails(capsys, monkeypatch, features, *argv)

@@ -99,6 +99,32 @@ def test_a_probes_head_becomes_one_layer(imgs, tmp_path):
     assert isinstance(probe.head, type(probe_head(2, 2)))
 
 
+def test_an_attentive_probe_is_exported_where_the_format_has_one(imgs, tmp_path):
+    settings = get_model("vit_mini_patch4", nb_classes=5, global_pool=False).settings
+    probe = Classifier({**settings, "probe": "attentive", "num_queries": 8})
+    probe.head.pool.queries.data.mul_(50)
+    probe.head[1].running_mean.normal_()
+    for to in ("reference", "safetensors"):
+        again = get_model(exported(probe, to, tmp_path))
+        assert (again.settings["probe"], again.settings["num_queries"]) == ("attentive", 8)
+        torch.testing.assert_close(again(imgs), probe(imgs))
+    program = torch.export.load(exported(probe, "torch_export", tmp_path))
+    torch.testing.assert_close(program.module()(images=imgs), probe(imgs), rtol=1e-4, atol=1e-4)
+    for to in ("timm", "transformers", "mmpretrain"):
+        with pytest.raises(ValueError, match=f"--to {to}: {to} has no attentive probe; give --encoder, or --to safet"):
+            exported(probe, to, tmp_path)
+        encoder = get_model(exported(export.encoder_of(probe), to, tmp_path))
+        torch.testing.assert_close(encoder(imgs), probe.extract_feat(imgs, "cls"), rtol=1e-4, atol=1e-4)
+
+
+def test_an_attentive_probe_without_recorded_settings(imgs, tmp_path):
+    """Its tensors determine the kind of the probe and the number of queries."""
+    settings = get_model("vit_mini_patch4", nb_classes=5, global_pool=False).settings
+    probe = Classifier({**settings, "probe": "attentive", "num_queries": 8})
+    torch.save(probe.state_dict(), tmp_path / "probe.pth")
+    torch.testing.assert_close(get_model(tmp_path / "probe.pth", global_pool=False)(imgs), probe(imgs))
+
+
 # --------------------------------------------------------------------------------------------- in their libraries
 
 

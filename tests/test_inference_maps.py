@@ -1,10 +1,15 @@
 """Attention maps and principal components of patches."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from skimage import data as photographs
 
+import models_build
 from inference import get_model, maps
 
 
@@ -25,18 +30,50 @@ def test_attention_is_the_class_tokens_row(model):
         maps.attention(model, x, 4)
 
 
-def test_components_are_scikit_learns(model):
+def test_attention_of_an_attentive_probe(tmp_path, monkeypatch):
+    """The code in FINETUNE.md, for a checkpoint of a probe."""
+    settings = {"model": "vit_mini_patch4", "input_size": [32, 48], "patch_size": None, "in_chans": 3,
+                "global_pool": False, "nb_classes": 3, "probe": "attentive", "num_queries": 8}  # fmt: skip
+    probe = models_build.probe(settings).eval()
+    with torch.no_grad():
+        probe.head.pool.queries.mul_(50)
+    monkeypatch.chdir(tmp_path)
+    Path("runs/attentive").mkdir(parents=True)
+    torch.save({"model": probe.state_dict(), "args": settings}, "runs/attentive/probe.pth")
+    Path("photo.jpg").write_bytes((ROOT / "demo/photos/coffee.jpg").read_bytes())
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "FINETUNE.md").read_text(), flags=re.DOTALL)
+    names = {}
+    exec(code, names)
+    found, x = names["attention"], names["model"].prepare("photo.jpg")
+    assert found.shape == (1, 8, 8, 12)
+    tokens = probe.get_intermediate_layers(x)[0][:, 1:].detach()
+    scores = torch.einsum("qd,bnd->bqn", probe.head.pool.queries.detach(), tokens) / 128**0.5
+    torch.testing.assert_close(found, scores.softmax(dim=2).view(1, 8, 8, 12))
+    assert found.max() > 2 / 96  # not uniform
+    with pytest.raises(ValueError, match=r"has no queries: give a probe that main_linprobe.py --probe attentive"):
+        maps.query_attention(get_model("vit_mini_patch4"), x)
+
+
+@pytest.mark.parametrize("remove_position_mean", [False, True])
+def test_components_are_scikit_learns(model, remove_position_mean):
     from sklearn.decomposition import PCA
 
-    images = [photographs.chelsea(), photographs.coffee()]
-    found = maps.components(model, images)
-    assert found.shape == (2, 8, 12, 3)
-    tokens = model.extract_feat(images, "tokens")[:, 1:].detach().flatten(0, 1).numpy()
-    theirs = torch.from_numpy(PCA(3, svd_solver="full").fit_transform(tokens))
-    inside = (found.view(-1, 3) > 0) & (found.view(-1, 3) < 1)
+    images = [photographs.chelsea(), photographs.coffee(), photographs.astronaut()]
+    colors = maps.components(model, images, remove_position_mean)
+    assert colors.shape == (3, 8, 12, 3)
+    tokens = model.extract_feat(images, "tokens")[:, 1:].detach()
+    if remove_position_mean:
+        tokens = tokens - tokens.mean(dim=0)
+    expected = torch.from_numpy(PCA(3, svd_solver="full").fit_transform(tokens.flatten(0, 1).numpy()))
+    inside = (colors.view(-1, 3) > 0) & (colors.view(-1, 3) < 1)
     for number in range(3):  # up to the sign and the scaling to 0 to 1
-        pair = torch.stack([found.view(-1, 3)[:, number], theirs[:, number]])[:, inside[:, number]]
+        pair = torch.stack([colors.view(-1, 3)[:, number], expected[:, number]])[:, inside[:, number]]
         assert abs(torch.corrcoef(pair)[0, 1]) > 0.9999
+
+
+def test_the_position_mean_needs_several_images(model):
+    with pytest.raises(ValueError, match="a single image is the image; give several images"):
+        maps.components(model, photographs.chelsea(), remove_position_mean=True)
 
 
 def test_overlay_is_bright_where_weights_are(model):

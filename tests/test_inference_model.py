@@ -10,6 +10,7 @@ from skimage import data as photographs
 from torchvision import transforms as T
 
 import models_build
+import models_mae
 import models_vit
 from inference import get_model, inference_model, list_models
 from inference.model import Autoencoder, Classifier, _of_row, _settings
@@ -17,6 +18,7 @@ from util.checkpoints import checkpoint
 from util.checkpoints.checkpoint import CheckpointError
 from util.data.decode import BadImage
 from util.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from util.weights import loading, model_zoo
 
 MMPRETRAIN = "vit-base-p16_mae-1600e-pre_8xb128-coslr-100e_in1k"
 
@@ -118,6 +120,16 @@ def test_published_names_of_other_libraries_are_accepted(tmp_path, monkeypatch, 
     np.testing.assert_allclose(result["pred_scores"], scores.numpy(), rtol=1e-5)
     assert result["pred_class"] == theirs.classes[result["pred_label"]]
     assert theirs.classes[281] == "tabby, tabby cat"
+
+
+def test_published_weights_have_the_settings_of_their_row(monkeypatch):
+    """The published files record none of them."""
+    row = model_zoo.TABLE["mae_visualize_vit_large"]
+    monkeypatch.setitem(model_zoo.TABLE, "mini", row._replace(input_size=16, norm_pix_loss=False))
+    state = models_mae.mae_vit_mini_patch4(img_size=16).state_dict()
+    monkeypatch.setattr(loading, "read", lambda source: loading.Weights(state, {}, model_zoo.FULL, source))
+    assert not get_model("mae_vit_mini_patch4", pretrained="mini").norm_pix_loss
+    assert get_model("mae_vit_mini_patch4", pretrained="file.pth").norm_pix_loss
 
 
 def test_the_pixels_are_torchvisions(tmp_path):

@@ -1,11 +1,10 @@
-"""Nearest neighbours against scikit-learn's, in one process and in several."""
+"""Nearest neighbors against scikit-learn's, in one process and in several."""
 
-import subprocess
-
+import forks
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, torchrun
+from conftest import ROOT
 from sklearn.neighbors import KNeighborsClassifier
 
 from util.evaluation import knn
@@ -13,16 +12,16 @@ from util.evaluation import knn
 
 def clouds(count, seed):
     generator = torch.Generator().manual_seed(seed)
-    centres = torch.randn(5, 16, generator=torch.Generator().manual_seed(9))
+    centers = torch.randn(5, 16, generator=torch.Generator().manual_seed(9))
     labels = torch.randint(0, 5, (count,), generator=generator)
-    return centres[labels] + 1.5 * torch.randn(count, 16, generator=generator), labels
+    return centers[labels] + 1.5 * torch.randn(count, 16, generator=generator), labels
 
 
-def ours(bank, queries, ks=(1, 5, 20), temperature=0.07):
-    return knn.classify(*bank, *queries, ks=ks, temperature=temperature, num_classes=5, device=torch.device("cpu"))
+def ours(bank, queries, ks=(1, 5, 20), temperatures=(0.07,)):
+    return knn.classify(*bank, *queries, ks=ks, temperatures=temperatures, num_classes=5, device=torch.device("cpu"))
 
 
-def oracle(bank, queries, k, temperature=0.07):
+def oracle(bank, queries, k, temperature):
     def weights(distances):  # of unit vectors: half of the squared distance is 1 - cosine
         return np.exp(-(distances**2) / 2 / temperature)
 
@@ -31,12 +30,22 @@ def oracle(bank, queries, k, temperature=0.07):
     return int((model.predict(unit[1]) == queries[1].numpy()).sum())
 
 
-@pytest.mark.parametrize("temperature", [0.07, 1.0])
-def test_agrees_with_scikit_learn(temperature):
+def test_agrees_with_scikit_learn(monkeypatch):
+    """For all pairs of k and temperature, in one pass over the similarities."""
     bank, queries = clouds(600, 0), clouds(300, 1)
-    found = ours(bank, (queries[0].double(), queries[1]), temperature=temperature)  # of any precision
-    assert found == {k: oracle(bank, queries, k, temperature) for k in (1, 5, 20)}
-    assert found[20] > 200
+    nearest, passes = knn._nearest, []
+    monkeypatch.setattr(knn, "_nearest", lambda queries, bank, k: passes.append(k) or nearest(queries, bank, k))
+    pairs = [(k, temperature) for k in (1, 5, 20) for temperature in (0.07, 1.0)]
+    found = ours(bank, (queries[0].double(), queries[1]), temperatures=(0.07, 1.0))  # of any precision
+    assert found == {pair: oracle(bank, queries, *pair) for pair in pairs}
+    assert found[20, 0.07] > 200
+    assert passes == [20]
+
+
+def test_a_low_temperature_does_not_overflow():
+    """The nearest neighbor decides."""
+    found = ours(clouds(600, 0), clouds(300, 1), ks=(1, 20), temperatures=(1e-5,))
+    assert found[20, 1e-5] == found[1, 1e-5]
 
 
 def test_the_chunk_size_has_no_effect(monkeypatch):
@@ -82,5 +91,5 @@ dist.teardown()
 def test_the_number_of_processes_has_no_effect(tmp_path):
     script = tmp_path / "processes.py"
     script.write_text(IN_PROCESSES.format(root=str(ROOT), tests=str(ROOT / "tests")))
-    done = subprocess.run([*torchrun(3), script], capture_output=True, text=True, check=True, timeout=120)
-    assert f"FOUND {ours(clouds(601, 0), clouds(303, 1))}" in done.stdout
+    said = forks.run(script, [], tmp_path / "output", 3)
+    assert f"FOUND {ours(clouds(601, 0), clouds(303, 1))}" in said

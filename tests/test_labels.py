@@ -70,11 +70,11 @@ def test_some_of_each_class_grow_with_their_number(tmp_path):
 
 def test_held_out_images_are_in_no_other_part(tmp_path):
     source = folders(tmp_path, cat=9, dog=11)
-    rest, held = labels.hold_out(source, 0.2, seed=0)
+    rest, held = labels.hold_out(source, 0.2, seed=0, flag="--held_out")
     assert (len(rest), len(held)) == (16, 4)
     names = [part.name(i) for part in (rest, held) for i in range(len(part))]
     assert sorted(names) == sorted(source.name(i) for i in range(20))
-    _, other = labels.hold_out(source, 0.2, seed=1)
+    _, other = labels.hold_out(source, 0.2, seed=1, flag="--held_out")
     assert {other.name(i) for i in range(4)} != {held.name(i) for i in range(4)}
 
 

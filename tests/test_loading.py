@@ -131,18 +131,18 @@ def test_other_channels_require_adapt_input(tmp_path):
     kernel = rgb.patch_embed.proj.weight
     with pytest.raises(CheckpointError, match=r"for images of 3 channels.*\nchoose --adapt_input mean .*repeat .*skip"):
         loading.load_encoder(vit(in_chans=5), loading.read(path))
-    mean, repeat, skip, grey = vit(in_chans=5), vit(in_chans=5), vit(in_chans=5), vit(in_chans=1)
+    mean, repeat, skip, gray = vit(in_chans=5), vit(in_chans=5), vit(in_chans=5), vit(in_chans=1)
     untrained = skip.patch_embed.proj.weight.clone()
     loading.load_encoder(mean, loading.read(path), "mean")
     loading.load_encoder(repeat, loading.read(path), "repeat")
     loading.load_encoder(skip, loading.read(path), "skip")
-    loading.load_encoder(grey, loading.read(path), "mean")
+    loading.load_encoder(gray, loading.read(path), "mean")
     torch.testing.assert_close(mean.patch_embed.proj.weight, kernel.mean(1, keepdim=True).expand(-1, 5, -1, -1) * 3 / 5)
     torch.testing.assert_close(repeat.patch_embed.proj.weight, kernel[:, [0, 1, 2, 0, 1]] * 3 / 5)
     assert torch.equal(skip.patch_embed.proj.weight, untrained)
-    torch.testing.assert_close(grey.patch_embed.proj.weight, kernel.sum(1, keepdim=True))
+    torch.testing.assert_close(gray.patch_embed.proj.weight, kernel.sum(1, keepdim=True))
     picture = torch.rand(1, 1, 16, 16)
-    torch.testing.assert_close(grey(picture), rgb(picture.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(gray(picture), rgb(picture.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-5)
 
 
 def test_code_in_a_file_is_not_executed(tmp_path):
@@ -154,3 +154,29 @@ def test_code_in_a_file_is_not_executed(tmp_path):
     with pytest.raises(CheckpointError, match="Nothing in it was executed"):
         loading.read(tmp_path / "file.pth")
     assert not (tmp_path / "trapped").exists()
+
+
+@pytest.mark.parametrize("load", [loading.load_classifier, loading.load_encoder])
+def test_another_number_of_heads_is_an_error(load):
+    """Shapes do not show it, and predictions would be wrong."""
+    model = vit_mini_patch4(img_size=16, num_classes=5)
+    file = loading.Weights(model.state_dict(), {"num_heads": 8}, "classifier", "file.pth")
+    with pytest.raises(CheckpointError, match=r"file\.pth has num_heads 8, and the model has 4"):
+        load(model, file)
+
+
+def test_another_number_of_heads_in_the_decoder_is_an_error():
+    model = mae_vit_mini_patch4(img_size=16)
+    file = loading.Weights(model.state_dict(), {"decoder_num_heads": 8}, "encoder and decoder", "file.pth")
+    with pytest.raises(CheckpointError, match=r"file\.pth has decoder_num_heads 8, and the model has 2"):
+        loading.init_mae(model, file)
+
+
+def test_a_table_of_one_position_less_is_extended_only_without_a_class_position():
+    """A grid of 6 x 8 and its class token have as many positions as a grid of 7 x 7."""
+    model = vit_mini_patch4(img_size=28, num_classes=0)
+    other = vit_mini_patch4(img_size=(24, 32), num_classes=0)
+    settings = {"input_size": [24, 32], "patch_size": 4}
+    loading.load_encoder(model, loading.Weights(other.state_dict(), settings, "encoder", "file.pth"))
+    expected = resize_pos_embed(other.pos_embed, (6, 8), (7, 7))
+    torch.testing.assert_close(model.pos_embed, expected)

@@ -5,11 +5,11 @@ import csv
 import json
 import re
 import shutil
-import subprocess
 
+import forks
 import pytest
 import torch
-from conftest import ROOT, torchrun
+from conftest import ROOT
 from mains import Stopped, stop_after
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -161,13 +161,10 @@ def test_batch_size_and_processes_have_no_effect(finetune, labelled, tuned, tmp_
         alone = finetune(eval=True, resume=tuned, batch_size=batch_size)
         counts = f"SCORES {sorted(zip(alone.labels.tolist(), alone.predictions.tolist(), strict=True))}"
         found.append((f"{counts} {alone.num_in_top}", alone.loss))
-        done = subprocess.run(
-            [*torchrun(2), tmp_path / "telling.py", "--eval", "--resume", tuned, "--data_path", labelled,
-             "--device", "cpu", "--model", "vit_mini_patch4", "--input_size", "16", "--batch_size", str(batch_size),
-             "--num_workers", "0"],
-            capture_output=True, text=True, check=True, timeout=120,
-        )  # fmt: skip
-        (line,) = [line for line in done.stdout.splitlines() if line.startswith("SCORES")]
+        flags = ("--eval", "--resume", tuned, "--data_path", labelled, "--device", "cpu", "--model", "vit_mini_patch4",
+                 "--input_size", 16, "--batch_size", batch_size, "--num_workers", 0)  # fmt: skip
+        said = forks.run(tmp_path / "telling.py", flags, tmp_path / f"output{batch_size}", 2)
+        (line,) = [line for line in said.splitlines() if line.startswith("SCORES")]
         counts, _, loss = line.rpartition(" ")
         found.append((counts, float(loss)))
     assert {counts for counts, _ in found} == {found[0][0]}
@@ -349,7 +346,7 @@ def test_every_split_of_the_effective_batch_trains_equally(finetune, labelled, t
              "warmup_epochs": 1, "device": "cpu", "batch_size": 1, "accum_iter": 5,
              "output_dir": tmp_path / "two"}  # fmt: skip
     argv = [str(part) for name, value in (flags | PLAIN).items() for part in (f"--{name}", value)]
-    subprocess.run([*torchrun(2), "main_finetune.py", *argv], cwd=ROOT, capture_output=True, check=True, timeout=120)
+    forks.run("main_finetune.py", argv, tmp_path / "output", 2)
     for other in (accumulated, tmp_path / "two"):
         assert [line["train_loss"] for line in lines(other)] == pytest.approx(
             [line["train_loss"] for line in lines(one)], rel=1e-6

@@ -1,11 +1,13 @@
-"""Nearest neighbours from the command line."""
+"""Nearest neighbors from the command line."""
+
+import json
 
 import main_finetune
 import main_knn
 from util.cli import entry_point
 
 
-def test_neighbours_of_a_trained_encoder_find_the_classes(classify, capsys):
+def test_neighbors_of_a_trained_encoder_find_the_classes(classify, capsys):
     untrained = classify(main_knn, k="1 5")
     assert (
         "warning: no --finetune: the features are from an untrained encoder with random weights"
@@ -13,10 +15,24 @@ def test_neighbours_of_a_trained_encoder_find_the_classes(classify, capsys):
     )
     out = classify(main_finetune, "tuned", aa="none", reprob=0, lr=0.003, epochs=20, drop_path=0, cls_token=True)
     found = classify(main_knn, k="1 5", finetune=out / "checkpoint-19.pth")
-    assert found.keys() == untrained.keys() == {1, 5}
-    assert found[5] > 80
-    assert found[5] >= untrained[5]
-    assert f"* 5-NN Acc@1 {found[5]:.3f}" in capsys.readouterr().out
+    assert found.keys() == untrained.keys() == {(1, 0.07), (5, 0.07)}
+    assert found[5, 0.07] > 80
+    assert found[5, 0.07] >= untrained[5, 0.07]
+    expected = [f"* {k}-NN Acc@1 {found[k, 0.07]:.3f}" for k in (1, 5)]
+    expected += [json.dumps({f"knn_acc1_k{k}": found[k, 0.07] for k in (1, 5)})]
+    assert capsys.readouterr().out.splitlines()[-3:] == expected
+
+
+def test_a_sweep_prints_all_accuracies_and_the_best(caplog):
+    caplog.set_level("INFO")
+    main_knn.report({(10, 0.07): 80.0, (10, 0.1): 81.25, (200, 0.07): 79.5, (200, 0.1): 81.0})
+    table, best, entries = (record.getMessage() for record in caplog.records)
+    assert table.splitlines()[1:] == [
+        "| k | temperature 0.07 | temperature 0.1 |", "|---|---|---|",
+        "| 10 | 80.000 | **81.250** |", "| 200 | 79.500 | 81.000 |",
+    ]  # fmt: skip
+    assert best.startswith("* 10-NN Acc@1 81.250 with temperature 0.1, the best of 4; it is optimistic")
+    assert json.loads(entries)["knn_acc1_k200_t0.07"] == 79.5
 
 
 def test_recorded_settings_are_the_defaults(classify, pretrain, labelled, capsys):

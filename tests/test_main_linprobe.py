@@ -1,19 +1,27 @@
 """Linear probing: the encoder is frozen, heads train independently, and the test set selects nothing."""
 
 import json
-import subprocess
+from types import SimpleNamespace
 
+import forks
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT, torchrun
+from capture import parse, recorder
 from torch.nn import functional as F
 
+import engine_finetune
 import main_finetune
 import main_linprobe
 import models_build
+from inference import get_model
 from models_build import ParallelHeads, probe_head
+from util import dist
 from util.checkpoints import checkpoint
+from util.checkpoints.checkpoint import CheckpointError
 from util.cli import entry_point
+from util.data import feature_files
+from util.training.precision import Precision
 
 
 @pytest.fixture
@@ -25,10 +33,15 @@ def lines(out):
     return [json.loads(line) for line in (out / "log.txt").read_text().splitlines()]
 
 
-@pytest.fixture
-def tuned(classify):
-    """A fine-tuned encoder."""
-    return classify(main_finetune, "tuned", aa="none", reprob=0, lr=0.003, epochs=20, cls_token=True, drop_path=0)
+@pytest.fixture(scope="module")
+def tuned(labelled, tmp_path_factory):
+    """The run directory of a fine-tuned encoder."""
+    out = tmp_path_factory.mktemp("tuned")
+    flags = {"data_path": labelled, "model": "vit_mini_patch4", "input_size": 16, "batch_size": 8, "num_workers": 0,
+             "device": "cpu", "output_dir": out, "warmup_epochs": 1, "aa": "none", "reprob": 0, "lr": 0.003,
+             "epochs": 20, "cls_token": True, "drop_path": 0}  # fmt: skip
+    main_finetune.main(parse(main_finetune, **flags))
+    return out
 
 
 @pytest.mark.parametrize("cached", [False, True])
@@ -69,6 +82,19 @@ def test_heads_train_independently():
     main_linprobe.HeadLosses(1)(together(features), targets).backward()
     for head, gradient in zip(together, alone, strict=True):
         torch.testing.assert_close(head[1].weight.grad, gradient)
+
+
+def test_accuracies_of_several_heads_are_those_of_evaluation_mode():
+    features, targets = torch.randn(50, 8), torch.randint(0, 3, (50,))
+    heads = [probe_head(8, 3).train(), probe_head(8, 3).train()]
+    for head in heads:
+        head[0].running_mean.normal_()
+        head[1].weight.data.normal_()
+    batches = [[features[part].half(), targets[part], targets[part]] for part in (slice(30), slice(30, 50))]
+    found = main_linprobe.accuracies_of(heads, batches, Precision("off", torch.device("cpu")))
+    with torch.no_grad():
+        predictions = [head.eval()(features.half().float()).argmax(dim=1) for head in heads]
+    assert found == pytest.approx([100 * float((own == targets).float().mean()) for own in predictions])
 
 
 @pytest.mark.parametrize("cached", [False, True])
@@ -124,12 +150,10 @@ def test_a_selected_rate_at_the_limit_warns(caplog, best, warned):
 
 def test_two_processes_evaluate_the_saved_probe(tuned, labelled, tmp_path, capsys, probe):
     """In training, each process has its own statistics of batch norm."""
-    subprocess.run(
-        [*torchrun(2), "main_linprobe.py", "--data_path", labelled, "--output_dir", tmp_path / "two", "--model",
-         "vit_mini_patch4", "--input_size", "16", "--batch_size", "4", "--epochs", "3", "--warmup_epochs", "1", "--lr",
-         "3", "--num_workers", "0", "--device", "cpu", "--finetune", tuned / "checkpoint-19.pth"],
-        cwd=ROOT, check=True, capture_output=True, timeout=200,
-    )  # fmt: skip
+    flags = ("--data_path", labelled, "--output_dir", tmp_path / "two", "--model", "vit_mini_patch4",
+             "--input_size", 16, "--batch_size", 4, "--epochs", 3, "--warmup_epochs", 1, "--lr", 3, "--num_workers", 0,
+             "--device", "cpu", "--finetune", tuned / "checkpoint-19.pth")  # fmt: skip
+    forks.run("main_linprobe.py", flags, tmp_path / "output", 2)
     last = lines(tmp_path / "two")[-1]
     capsys.readouterr()
     probe("nothing", eval=True, resume=tmp_path / "two" / "checkpoint-2.pth")
@@ -143,6 +167,154 @@ def test_the_saved_probe_gives_equal_results(probe, tuned, capsys):
     capsys.readouterr()
     probe("nothing", eval=True, resume=out / "probe.pth")
     assert f"* Acc@1 {last['test_acc1']:.3f} Acc@5" in capsys.readouterr().out
+
+
+@pytest.fixture
+def mae(tmp_path, labelled):
+    """A file with a random encoder, whose tokens have a norm."""
+    torch.manual_seed(5)
+    model = models_build.classifier({"model": "vit_mini_patch4", "input_size": 16, "in_chans": 3, "patch_size": None,
+                                     "nb_classes": 0, "global_pool": False})  # fmt: skip
+    torch.save({"model": model.state_dict()}, tmp_path / "encoder.pth")
+    return tmp_path / "encoder.pth"
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_an_attentive_probe_learns_and_its_file_needs_no_flags(probe, mae, labelled, capsys, cached):
+    flags = {"cache_features": True} if cached else {}
+    out = probe(finetune=mae, probe="attentive", num_queries=8, epochs=12, lr=3, num_workers=1, **flags)
+    said, last = capsys.readouterr().out, lines(out)[-1]
+    assert ("the tokens of 71 images take 0 MB in " in said) == cached
+    assert last["test_acc1"] > 70
+    assert last["n_parameters"] == 8 * 128 + 128 * 128 + 6 * 128 + 6
+    file = out / "checkpoint-11.pth"
+    state, encoder = checkpoint.read(file)["model"], checkpoint.read(mae)["model"]
+    assert all(torch.equal(state[name], encoder[name]) for name in encoder)
+
+    flags = ["--eval", "--resume", file, "--data_path", labelled, "--num_workers", 0]
+    main_linprobe.main(entry_point.parse(main_linprobe.get_args_parser(), [*map(str, flags), "--device", "cpu"]))
+    said = capsys.readouterr().out
+    assert f"* Acc@1 {last['test_acc1']:.3f} Acc@5 {last['test_acc5']:.3f} loss " in said
+    assert float(said.split()[-1]) == pytest.approx(last["test_loss"], abs=2e-3 if cached else 1e-3)
+    assert "warning" not in said
+
+    model = get_model(file)
+    images = sorted((labelled / "val").glob("*/*.png"))
+    predictions = model.predict(images)
+    correct = [
+        prediction["pred_class"] == path.parent.name for prediction, path in zip(predictions, images, strict=True)
+    ]
+    assert 100 * sum(correct) / len(correct) == pytest.approx(last["test_acc1"])
+    pooled = model.extract_feat(images[:2])
+    torch.testing.assert_close(model.head[2](model.head[1](pooled)), model(model.prepare(images[:2])))
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_an_attentive_probe_resumes_exactly(probe, mae, cached, monkeypatch):
+    flags = {
+        "finetune": mae,
+        "probe": "attentive",
+        "lr": 3,
+        "epochs": 3,
+        **({"cache_features": True} if cached else {}),
+    }
+    whole, parts = probe("whole", **flags), probe("parts", **flags)
+    for name in ("checkpoint-2.pth", "checkpoint-best.pth"):
+        (parts / name).unlink()
+    encoded = recorder(monkeypatch, engine_finetune, "encode")
+    probe("parts", **flags, resume="auto")
+    assert len(encoded) == (0 if cached else 1)  # the files of tokens are complete; else the test images are encoded
+    a, b = (checkpoint.read(out / "checkpoint-2.pth") for out in (whole, parts))
+    assert [name for name in a["model"] if not torch.equal(a["model"][name], b["model"][name])] == []
+    assert torch.equal(a["optimizer"]["state"][0]["momentum"], b["optimizer"]["state"][0]["momentum"])
+    for changed in ({"probe": "linear"}, {"num_queries": 16}):
+        (parts / "checkpoint-2.pth").unlink(missing_ok=True)
+        with pytest.raises(CheckpointError) as error:
+            probe("parts", **flags | changed, resume="auto")
+        assert "another architecture" in str(error.value)
+        expected = "give --probe attentive" if "probe" in changed else "give --num_queries 32"
+        assert error.value.__notes__ == [expected]
+
+
+def test_several_attentive_probes_train_at_once(probe, mae, capsys):
+    flags = {"finetune": mae, "probe": "attentive", "epochs": 3, "cache_features": True}
+    out = probe("several", **flags, blr="1 30 100")
+    last = lines(out)[-1]
+    shapes = {name: tuple(value.shape) for name, value in checkpoint.read(out / "probe.pth")["model"].items()}
+    assert shapes["head.pool.queries"] == (32, 128)
+    all_heads = checkpoint.read(out / "checkpoint-2.pth")["model"]
+    assert {f"head.{number}.pool.value.weight" for number in range(3)} < all_heads.keys()
+    capsys.readouterr()
+    probe("nothing", eval=True, resume=out / "probe.pth")
+    assert f"* Acc@1 {last['test_acc1']:.3f} Acc@5" in capsys.readouterr().out
+    with pytest.raises(CheckpointError, match=r"has several heads; give probe\.pth"):
+        probe("nothing", eval=True, resume=out / "checkpoint-2.pth")
+
+
+def test_stored_tokens_are_those_of_the_encoder_in_fp16(probe, mae, labelled):
+    out = probe(finetune=mae, probe="attentive", epochs=1, cache_features=True)
+    model = get_model(mae, input_size=16)
+    for split, count in (("train", 48), ("val", 23)):
+        (file,) = (out / "tokens" / f"{split}-0-of-1").glob("features.f16")
+        tokens = torch.from_numpy(np.fromfile(file, np.float16)).view(count, 16, 128)
+        expected = model.extract_feat(sorted((labelled / split).glob("*/*.png")), "tokens")[:, 1:]
+        torch.testing.assert_close(tokens.float(), expected, rtol=1e-3, atol=1e-3)
+
+
+class Stopped(BaseException):
+    """Interrupts a run."""
+
+
+def test_each_process_stores_its_own_tokens_and_resumes(mae, labelled, tmp_path, monkeypatch):
+    """The second of two processes is interrupted after two batches."""
+    args = parse(main_linprobe, data_path=labelled, model="vit_mini_patch4", input_size=16, probe="attentive",
+                 cache_features=True, batch_size=4, num_workers=0, output_dir=tmp_path)  # fmt: skip
+    setup = engine_finetune.Setup(args, torch.device("cpu"), None)
+    model = models_build.probe({**vars(args), "nb_classes": 6})
+    train, _ = setup.open_pair()
+    features = main_linprobe.Features(setup, model, Precision("off", torch.device("cpu")), {"train": train})
+    tokens, numbers = features.load("train")
+    assert (tokens.shape, tokens.dtype) == ((48, 16, 128), torch.float16)
+    assert numbers.tolist() == list(train.labels)
+
+    encode, batches = engine_finetune.encode, []
+
+    def encode_and_stop(*args, **options):
+        for batch in encode(*args, **options):
+            if len(batches) == 2:
+                batches.append(None)
+                raise Stopped
+            batches.append(batch)
+            yield batch
+
+    monkeypatch.setattr(dist, "rank", lambda: 1)
+    monkeypatch.setattr(dist, "world_size", lambda: 2)
+    monkeypatch.setattr(engine_finetune, "encode", encode_and_stop)
+    monkeypatch.setattr(feature_files, "SAVE_EVERY", 1)
+    with pytest.raises(Stopped):
+        features.load("train")
+    own, own_numbers = (part.clone() for part in features.load("train"))
+    assert len(batches) == 3 + 4  # the rest of 24 images
+    torch.testing.assert_close(own.float(), tokens[1::2].float(), rtol=1e-3, atol=1e-3)
+    assert torch.equal(own_numbers, numbers[1::2])
+    model.cls_token.data.add_(1)
+    other, _ = features.load("train")
+    assert not torch.equal(other, own)  # other weights, other tokens
+
+
+def test_a_disk_without_space_for_tokens_is_an_error_before_they_are_computed(probe, mae, monkeypatch):
+    monkeypatch.setattr(main_linprobe.shutil, "disk_usage", lambda path: SimpleNamespace(free=290_000))
+    encoded = recorder(monkeypatch, engine_finetune, "encode")
+    with pytest.raises(ValueError) as error:
+        probe(finetune=mae, probe="attentive", epochs=1, cache_features=True)
+    assert "--cache_features: the tokens of 71 images take 0 MB in " in str(error.value)
+    assert "where 0 MB are free: free space, give another --output_dir, or omit --cache_features" in str(error.value)
+    assert not encoded
+    monkeypatch.setattr(main_linprobe.shutil, "disk_usage", lambda path: SimpleNamespace(free=71 * 16 * 128 * 2))
+    out = probe(finetune=mae, probe="attentive", epochs=1, cache_features=True)
+    monkeypatch.setattr(main_linprobe.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    probe(finetune=mae, probe="attentive", epochs=1, cache_features=True, resume="auto")
+    assert (out / "tokens/val-0-of-1/features.f16").stat().st_size == 23 * 16 * 128 * 2
 
 
 def test_resumes_exactly(probe, tuned):

@@ -8,8 +8,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
-from mains import Stopped, assert_close, assert_equal, in_processes, lines, stop_after, weights
+from conftest import ROOT, torchrun
+from mains import Stopped, assert_close, assert_equal, in_processes, lines, small_run, stop_after, weights
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -283,10 +283,11 @@ entry_point.run(main_pretrain.main, main_pretrain.get_args_parser())
 def test_a_nan_in_one_process_ends_all_after_the_save(pictures, tmp_path):
     """The write is slow: if a process ended before it was complete, torchrun would kill the writing process."""
     (tmp_path / "main_pretrain_spoiled.py").write_text(ONE_RANK_NAN.format(root=str(ROOT)))
-    done = in_processes(2, pictures, tmp_path / "out", "--batch_size", 2, "--epochs", 9, "--save_every", 99,
-                    script=tmp_path / "main_pretrain_spoiled.py", check=False)  # fmt: skip
+    flags = small_run(pictures, tmp_path / "out", "--batch_size", 2, "--epochs", 9, "--save_every", 99)
+    command = [*torchrun(2), tmp_path / "main_pretrain_spoiled.py", *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode != 0
-    assert "epoch 0, batch 2: loss nan" in done.stderr.decode()
+    assert "epoch 0, batch 2: loss nan" in done.stderr
     state = checkpoint.read(tmp_path / "out" / "checkpoint-emergency.pth")
     assert state["progress"]["meters"]["updates"] == 2
     assert all(torch.isfinite(weight).all() for weight in state["model"].values())

@@ -35,8 +35,8 @@ def flat_folder(root, smooth):
     return {"data_path": write_pngs(root / "flat", smooth[..., :3])}
 
 
-def grey_rectangles(root, smooth):
-    folder = write_pngs(root / "grey", smooth[..., 0])
+def gray_rectangles(root, smooth):
+    folder = write_pngs(root / "gray", smooth[..., 0])
     return {"data_path": folder, "input_size": "32 48", "in_chans": 1, "patch_size": 8}
 
 
@@ -87,7 +87,7 @@ def webdatasets(root, smooth):
     return {"dataset": f"wds:{root}/{{000..004}}.tar"}
 
 
-KINDS = [flat_folder, grey_rectangles, tiffs_of_13_channels, zip_file, list_of_files, torchvisions, hugging_faces,
+KINDS = [flat_folder, gray_rectangles, tiffs_of_13_channels, zip_file, list_of_files, torchvisions, hugging_faces,
          webdatasets]  # fmt: skip
 
 
@@ -138,7 +138,7 @@ def test_fast_jpeg_gives_a_bit_equal_run(pretrain, pictures, monkeypatch):
     decoded, decode_rgb = [], jpeg.decode_rgb
     monkeypatch.setattr(jpeg, "decode_rgb", lambda *given: decoded.append(decode_rgb(*given)) or decoded[-1])
     fast = pretrain("fast", fast_jpeg=True)
-    assert sum(picture is not None for picture in decoded) == 2 * 13  # the colour JPEG files among 24, in two epochs
+    assert sum(picture is not None for picture in decoded) == 2 * 13  # the color JPEG files among 24, in two epochs
     assert_equal(weights(fast), weights(pretrain("slow")))
     assert len(decoded) == 2 * 24
 
@@ -156,15 +156,15 @@ def test_bad_images_are_counted_in_the_log(pretrain, pictures, tmp_path, capsys)
 def test_two_processes_log_a_bad_image_once(pictures, tmp_path):
     shutil.copytree(pictures, tmp_path / "images")
     (tmp_path / "images/train/cat/01.jpg").write_bytes(b"")
-    done = in_processes(2, tmp_path / "images", tmp_path / "out", "--batch_size", 4, "--epochs", 6,
-                        "--on_bad_image", "skip")  # fmt: skip
-    assert done.stdout.decode().count("01.jpg: the file is empty") == 1
+    flags = ("--batch_size", 4, "--epochs", 6, "--on_bad_image", "skip")
+    said = in_processes(2, tmp_path / "images", tmp_path / "out", *flags)
+    assert said.count("01.jpg: the file is empty") == 1
     assert [line["bad_images"] for line in lines(tmp_path / "out")] == [1] * 6
 
 
 def test_a_stream_in_two_processes_resumes(pretrain, smooth, tmp_path):
     shards = ["--dataset", webdatasets(tmp_path, smooth)["dataset"], "--batch_size", 10]
     in_processes(2, tmp_path, tmp_path / "out", *shards, "--epochs", 1)
-    done = in_processes(2, tmp_path, tmp_path / "out", *shards, "--epochs", 2, "--resume", "auto")
-    assert "streamed: resuming is approximate" in done.stdout.decode()
+    said = in_processes(2, tmp_path, tmp_path / "out", *shards, "--epochs", 2, "--resume", "auto")
+    assert "streamed: resuming is approximate" in said
     assert [line["epoch"] for line in lines(tmp_path / "out")] == [0, 1]

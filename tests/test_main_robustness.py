@@ -2,13 +2,12 @@
 
 import csv
 import json
-import subprocess
 
+import forks
 import painted
 import pytest
 import timm
 import torch
-from conftest import ROOT, torchrun
 from painted import class_folders, wrong_in_ten
 from PIL import Image
 from timm.data import RealLabelsImagenet, create_dataset, create_loader, resolve_model_data_config
@@ -23,7 +22,7 @@ from util.evaluation import robustness
 from util.evaluation.robustness import CORRUPTIONS, SEVERITIES
 
 
-def run(suite, data, out, model="timm:reads_colours", **flags):
+def run(suite, data, out, model="timm:reads_colors", **flags):
     given = {"suite": suite, "data_path": data, "model": model, "output_dir": out, "num_workers": 0, "device": "cpu"}
     argv = [part for flag, value in (given | flags).items() for part in (f"--{flag}", str(value))]
     return main_robustness.main(entry_point.parse(main_robustness.get_args_parser(), argv))
@@ -51,7 +50,7 @@ def corrupted(tmp_path_factory):
 @pytest.mark.parametrize("suite", ["imagenet-a", "imagenet-r"])
 def test_predictions_are_restricted_to_the_classes_of_the_suite(suite, tmp_path):
     """Of each class a picture of itself, and one of the next class: the reader, who thinks the class below the
-    likelier neighbour, is right where the next class is none of the suite's."""
+    likelier neighbor, is right where the next class is none of the suite's."""
     folders = robustness.subset(suite)
     class_folders(tmp_path / "data", folders, "0.000116_digital clock _ digital clock_0.8.jpg", lambda label: label)
     class_folders(tmp_path / "data", folders, "0.01_fly _ bee_0.3.jpg", lambda label: label + 1)
@@ -85,7 +84,7 @@ def test_imagenet_v2_has_three_variants(tmp_path):
 
 
 def test_imagenet_real_takes_any_of_several_labels(tmp_path):
-    """Images with odd numbers have the colour of the last of their labels, the others of no label."""
+    """Images with odd numbers have the color of the last of their labels, the others of no label."""
     labels = RealLabelsImagenet([""] * 50_000).real_labels
     odd = total = 0
     for number in range(1, 301):
@@ -144,7 +143,7 @@ def test_an_interrupted_suite_resumes(corrupted, tmp_path, monkeypatch, capsys):
 def test_a_folder_with_more_images_is_evaluated_again(tmp_path, capsys):
     data = class_folders(tmp_path / "a", robustness.subset("imagenet-a"), "a.jpg", wrong_in_ten(0))
     told = run("imagenet-a", data, tmp_path / "out")
-    assert "timm:reads_colours: 200 images of the 7,500 published" in told
+    assert "timm:reads_colors: 200 images of the 7,500 published" in told
     assert "imagenet-a: 200 images, but 7,500 were published" in capsys.readouterr().out
     class_folders(data, robustness.subset("imagenet-a"), "b.jpg", lambda label: label + 10)
     for expected in ("Acc@1 5", "scores reused from"):
@@ -158,14 +157,14 @@ def test_a_folder_with_more_images_is_evaluated_again(tmp_path, capsys):
 
 @pytest.fixture(scope="session")
 def timm_model(tmp_path_factory):
-    """A small network of timm, as its hub has them, that knows each class's colour: by the nearest features.
+    """A small network of timm, as its hub has them, that knows each class's color: by the nearest features.
 
     It is tested on larger images than it was trained on, as many of timm's are.
     """
     torch.manual_seed(0)
     model = timm.create_model("test_resnet", pretrained_cfg_overlay={"test_input_size": (3, 192, 192)}).eval()
     config = resolve_model_data_config(model, use_test_size=True)
-    sketches = class_folders(tmp_path_factory.mktemp("colours"), robustness.synsets(), "a.JPEG", lambda label: label)
+    sketches = class_folders(tmp_path_factory.mktemp("colors"), robustness.synsets(), "a.JPEG", lambda label: label)
     batches = timm_loader(sketches, config)
     with torch.no_grad():
         features = torch.cat([model.forward_head(model.forward_features(x), pre_logits=True) for x, _ in batches])
@@ -205,8 +204,8 @@ def test_scores_of_a_timm_model_equal_timms(timm_model, tmp_path):
     assert 10 < scores(tmp_path, "imagenet-a")["imagenet-a"]["acc1"] < 90
 
 
-def test_imagenet_c_is_evaluated_without_a_centre_crop(timm_model, corrupted, tmp_path):
-    """The images are published as centre crops."""
+def test_imagenet_c_is_evaluated_without_a_center_crop(timm_model, corrupted, tmp_path):
+    """The images are published as center crops."""
     run("imagenet-c", corrupted, tmp_path, timm_model[1], subset=2)
     assert json.loads((tmp_path / "imagenet-c.json").read_text())["settings"]["crop_pct"] == 1.0
     for name, side in ((timm_model[1], 192), (save_ours(tmp_path / "ours.pth", input_size=160), 160)):
@@ -235,11 +234,9 @@ def test_real_accuracy_equals_timms(timm_model, tmp_path):
     assert found["acc1"] == pytest.approx(real.get_accuracy(1))
     assert 0 < found["acc1"] < 90
     assert found["images"] % 2
-    command = [
-        *torchrun(2), "main_robustness.py", "--suite", "imagenet-real", "--data_path", tmp_path, "--model", name,
-        "--output_dir", tmp_path / "two", "--num_workers", 0, "--device", "cpu",
-    ]  # fmt: skip
-    subprocess.run([str(part) for part in command], cwd=ROOT, check=True, capture_output=True, timeout=300)
+    flags = ("--suite", "imagenet-real", "--data_path", tmp_path, "--model", name, "--output_dir", tmp_path / "two",
+             "--num_workers", 0, "--device", "cpu")  # fmt: skip
+    forks.run("main_robustness.py", flags, tmp_path / "output", 2)
     assert scores(tmp_path / "two", "imagenet-real")["imagenet-real"] == found
 
 
@@ -288,9 +285,9 @@ def test_our_models_are_evaluated_and_invalid_models_are_errors(tmp_path):
     encoder = save_ours(tmp_path / "encoder.pth", nb_classes=0)
     with pytest.raises(ValueError, match="is not a classifier"):
         run("imagenet-r", data, tmp_path / "encoder", encoder)
-    grey = save_ours(tmp_path / "grey.pth", in_chans=1)
+    gray = save_ours(tmp_path / "gray.pth", in_chans=1)
     with pytest.raises(ValueError, match="has in_chans 1, and the images of the suites have 3 channels"):
-        run("imagenet-r", data, tmp_path / "grey", grey)
+        run("imagenet-r", data, tmp_path / "gray", gray)
     with pytest.raises(ValueError, match="--model timm:no_such_model: timm reports: Unknown model"):
         run("imagenet-r", data, tmp_path, "timm:no_such_model")
     with pytest.raises(ValueError, match="there is no file, model or published weights nothing"):

@@ -56,15 +56,15 @@ def test_samplers_mask_the_ratio_in_every_image(draw_masks, ratio):
     assert often.amax(dim=1).min() > 0.1
 
 
-def neighbours_alike(masks):
+def neighbors_alike(masks):
     return (masks[:, :, 1:] == masks[:, :, :-1]).float().mean().item()
 
 
 def test_blocks_are_connected():
     generator = torch.Generator().manual_seed(0)
-    scattered = neighbours_alike(random_mask(100, (14, 14), 0.5, generator))
+    scattered = neighbors_alike(random_mask(100, (14, 14), 0.5, generator))
     assert scattered == pytest.approx(0.5, abs=0.02)
-    assert neighbours_alike(block_mask(100, (14, 14), 0.5, generator)) > 0.8
+    assert neighbors_alike(block_mask(100, (14, 14), 0.5, generator)) > 0.8
 
 
 def test_grid_masking_leaves_one_of_four_patches_visible():

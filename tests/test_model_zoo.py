@@ -39,7 +39,7 @@ def test_the_names_of_both_implementations():
     assert {
         f"mae_{kind}_vit_{size}" for kind in ("pretrain", "finetuned") for size in ("base", "large", "huge")
     } < names
-    theirs = [name for name, row in model_zoo.TABLE.items() if row.licence == "Apache-2.0"]
+    theirs = [name for name, row in model_zoo.TABLE.items() if row.license == "Apache-2.0"]
     assert len(theirs) == 24
     assert sum(model_zoo.TABLE[name].url is not None for name in theirs) == 11
 
@@ -67,7 +67,7 @@ def test_the_papers_files():
     for name in ("mae_visualize_vit_large", "mae_visualize_vit_large_ganloss"):
         url = f"{META}/visualize/{name}.pth"
         expected[name] = ("mae_vit_large_patch16", "encoder and decoder", None, None, url, None, False)
-    found = {name: row for name, row in model_zoo.TABLE.items() if row.licence == "CC-BY-NC 4.0"}
+    found = {name: row for name, row in model_zoo.TABLE.items() if row.license == "CC-BY-NC 4.0"}
     assert {name: (*row[:6], row.norm_pix_loss) for name, row in found.items()} == expected
     assert {row.input_size for row in found.values()} == {224}
 
@@ -97,7 +97,7 @@ def test_the_files_of_mmpretrain():
         if probed:
             expected[f"{start}_8xb2048-linear-coslr-90e_in1k"] = (probed, epochs, None)
     expected["vit-huge-p14_mae-1600e-pre_32xb8-coslr-50e_in1k-448px"] = (87.3, 1600, "20220916-95b6a0ce")
-    found = {name: row for name, row in model_zoo.TABLE.items() if row.licence == "Apache-2.0"}
+    found = {name: row for name, row in model_zoo.TABLE.items() if row.license == "Apache-2.0"}
     assert len(expected) == 24
     assert {name: (row.top1, row.epochs) for name, row in found.items()} == {
         name: (top1, epochs) for name, (top1, epochs, _) in expected.items()

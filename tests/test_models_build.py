@@ -1,11 +1,12 @@
 """Models from the settings of runs; heads of probes."""
 
+import math
+
 import pytest
 import torch
 
 import models_build
 from models_vit import VisionTransformer, vit_mini_patch4
-from util.checkpoints.checkpoint import CheckpointError
 from util.weights.loading import Weights
 from util.weights.model_zoo import CLASSIFIER, FULL
 
@@ -62,6 +63,81 @@ def test_a_probe_trains_only_its_head():
     assert not any(block.training for block in model.blocks)
 
 
+def efficient_probing(tokens, queries, values, images, patches):
+    """The pooled channels of each image as lists of scalars, from the paper's definition, in plain loops."""
+    count, width = queries.shape
+    pooled = []
+    for image in range(images):
+        channels = []
+        for query in range(count):
+            scores = []
+            for patch in range(patches):
+                products = (queries[query, d] * tokens[image, patch, d] for d in range(width))
+                scores.append(sum(products) / math.sqrt(width))
+            exponentials = [score.exp() for score in scores]
+            weights = [value / sum(exponentials) for value in exponentials]
+            for channel in range(query * width // count, (query + 1) * width // count):
+                projected = [sum(values[channel, d] * tokens[image, patch, d] for d in range(width))
+                             for patch in range(patches)]  # fmt: skip
+                channels.append(sum(weight * value for weight, value in zip(weights, projected, strict=True)))
+        pooled.append(torch.stack(channels))
+    return torch.stack(pooled)
+
+
+def test_an_attentive_head_against_plain_loops():
+    """Outputs, and the gradients of all parameters."""
+    torch.manual_seed(3)
+    head = models_build.attentive_head(6, 4, num_queries=3).double().eval()
+    with torch.no_grad():
+        head.pool.queries.mul_(50)  # else all weights are almost equal
+    head[1].running_mean.normal_()
+    head[1].running_var.uniform_(0.5, 2)
+    tokens = torch.randn(2, 5, 6, dtype=torch.float64)
+    queries, values = head.pool.queries, head.pool.value.weight
+    pooled = efficient_probing(tokens, queries, values, 2, 5)
+    normalized = (pooled - head[1].running_mean) / (head[1].running_var + 1e-6).sqrt()
+    expected = normalized @ head[2].weight.T + head[2].bias
+    found = head(tokens)
+    torch.testing.assert_close(found, expected)
+    parameters, cotangent = list(head.parameters()), torch.randn(2, 4, dtype=torch.float64)
+    assert len(parameters) == 4
+    gradients = [torch.autograd.grad(result, parameters, cotangent) for result in (found, expected)]
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(head.pool.maps(tokens).sum(dim=2), torch.ones(2, 3, dtype=torch.float64))
+
+
+def test_an_attentive_probe_pools_the_normalized_patch_tokens():
+    settings = MINI | {"global_pool": False, "probe": "attentive"}
+    model = models_build.probe(settings)
+    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == [
+        "head.pool.queries", "head.pool.value.weight", "head.1.weight", "head.1.bias",
+    ]  # fmt: skip
+    pool, norm, linear = model.head
+    assert pool.queries.shape == (32, 128)
+    assert pool.queries.std().item() == pytest.approx(0.02, rel=0.05)
+    assert (norm.eps, norm.affine) == (1e-6, False)
+    assert linear.weight.std().item() == pytest.approx(0.01, rel=0.1)
+    images = torch.randn(2, 3, 16, 16)
+    tokens = model.get_intermediate_layers(images)[0][:, 1:]  # without the class token
+    torch.testing.assert_close(model.forward_features(images), tokens)
+    torch.testing.assert_close(model.eval()(images), model.head(tokens))
+    assert models_build.probe(settings | {"num_queries": 8}).head.pool.queries.shape == (8, 128)
+
+
+@pytest.mark.parametrize(("count", "fitting"), [(30, "16 or 32"), (3, "2 or 4"), (200, "128")])
+def test_queries_must_divide_the_width(count, fitting):
+    settings = MINI | {"global_pool": False, "probe": "attentive", "num_queries": count}
+    message = f"--num_queries {count} does not divide the 128 channels of a token: give {fitting}$"
+    with pytest.raises(ValueError, match=message):
+        models_build.probe(settings)
+
+
+def test_an_attentive_probe_needs_a_norm_of_tokens():
+    with pytest.raises(ValueError, match="--global_pool does not have: omit --global_pool and start from"):
+        models_build.probe(MINI | {"probe": "attentive"})
+
+
 @pytest.mark.parametrize("global_pool", [False, True])
 def test_partial_fine_tuning(global_pool):
     last = {"fc_norm" if global_pool else "norm", "head"}
@@ -99,15 +175,6 @@ def test_a_file_without_settings_gives_those_of_its_shapes():
     assert models_build.classifier_settings(file).items() >= expected.items()
     other = VisionTransformer(img_size=16, patch_size=4, embed_dim=24, depth=1, num_heads=2)
     assert models_build.classifier_settings(weights({}, other, CLASSIFIER)) == {}
-
-
-def test_another_number_of_heads_is_refused():
-    file = weights({"num_heads": 8}, vit_mini_patch4(img_size=16), CLASSIFIER)
-    with pytest.raises(CheckpointError, match="has num_heads 8, and the model mini_patch4 has 4"):
-        models_build.file_settings(file)
-    file = weights({"decoder_num_heads": 8}, models_build.autoencoder(MAE), FULL)
-    with pytest.raises(CheckpointError, match="has decoder_num_heads 8, and the model mini_patch4 has 2"):
-        models_build.file_settings(file)
 
 
 def test_parallel_heads_return_logits_in_order():

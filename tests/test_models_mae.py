@@ -290,7 +290,7 @@ def test_reconstruct():
     assert torch.equal(painted.masked, imgs.masked_fill(removed, 0))
     assert torch.equal(painted.pasted, torch.where(removed, painted.prediction, imgs))
     target, pred = model.patchify(imgs), model.patchify(painted.prediction)
-    # A prediction of zeros, un-normalised, is the mean of the original patch.
+    # A prediction of zeros, un-normalized, is the mean of the original patch.
     model.decoder_pred.weight.data.zero_()
     flat = model.patchify(model.reconstruct(imgs).prediction)
     torch.testing.assert_close(flat, target.mean(dim=-1, keepdim=True).expand_as(flat))

@@ -39,7 +39,7 @@ def test_reconstruct_restores_mean_and_std_of_each_patch():
         assert not picture.masked[..., :2].any()
 
 
-def test_a_normalised_target_by_hand():
+def test_a_normalized_target_by_hand():
     """With a prediction of zeros, the loss of patch (1, 2, 3, 4) is its mean square, 1.25 / (5/3 + 1e-6)."""
     model = single_layers((2, 4), patch_size=2, norm_pix_loss=True)
     imgs = torch.tensor([[1.0, 2, 5, 5], [3, 4, 5, 5]])[None, None]

@@ -23,7 +23,7 @@ def folder(tmp_path):
     exif[0x0112] = 6
     picture.save(root / "train/cat/a.jpg", exif=exif)
     picture.rotate(90, expand=True).save(root / "train/cat/b.PNG")
-    picture.convert("L").save(root / "train/dog/grey.jpg")
+    picture.convert("L").save(root / "train/dog/gray.jpg")
     picture.resize((80, 60)).save(root / "train/dog/small.jpg")
     np.save(root / "train/dog/deep.npy", np.zeros((13, 400, 300), dtype=np.float32))
     (root / "train/dog/readme.txt").write_text("no image")
@@ -46,12 +46,12 @@ def test_resize_scales_large_images_only(folder, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "5 images: 3 scaled, 2 copied as they are" in done.stdout
     sizes = {str(f.relative_to(copy)): Image.open(f).size for f in copy.rglob("*.*") if f.suffix != ".npy"}
-    assert sizes == {"train/cat/a.jpg": (150, 100), "train/cat/b.PNG": (100, 150), "train/dog/grey.jpg": (150, 100),
+    assert sizes == {"train/cat/a.jpg": (150, 100), "train/cat/b.PNG": (100, 150), "train/dog/gray.jpg": (150, 100),
                      "train/dog/small.jpg": (80, 60)}  # fmt: skip
     for name in ("train/dog/small.jpg", "train/dog/deep.npy"):
         assert (copy / name).read_bytes() == (folder / name).read_bytes()
     assert Image.open(copy / "train/cat/a.jpg").getexif()[0x0112] == 6
-    assert Image.open(copy / "train/dog/grey.jpg").mode == "L"
+    assert Image.open(copy / "train/dog/gray.jpg").mode == "L"
     expected = Image.open(folder / "train/cat/b.PNG").resize((100, 150), Image.Resampling.BICUBIC)
     assert np.array_equal(np.asarray(Image.open(copy / "train/cat/b.PNG")), np.asarray(expected))
 
@@ -70,7 +70,7 @@ def test_resize_resumes_after_an_interruption(folder, tmp_path, caplog):
 
 
 def test_files_that_scaling_would_change_are_copied(tmp_path, caplog):
-    """Palettes, colour keys, 16 bits, frames, lossless WebP, TIFF; circular links are followed once."""
+    """Palettes, color keys, 16 bits, frames, lossless WebP, TIFF; circular links are followed once."""
     folder = tmp_path / "images"
     folder.mkdir()
     picture = Image.fromarray(skimage.data.chelsea())

@@ -22,11 +22,11 @@ def test_the_classes_equal_timms(name, tmp_path):
     assert [robustness.synsets()[label] for label in suite.columns] == suite.folders
 
 
-def test_the_normalised_errors_of_alexnet_are_100():
+def test_the_normalized_errors_of_alexnet_are_100():
     errors = {f"{name}/{severity}": 100 * error for name, error in CORRUPTIONS.items() for severity in SEVERITIES}
     found = corruption_errors(errors)
     assert found.mce == pytest.approx(100.0, abs=1e-9)
-    assert list(found.normalised.values()) == pytest.approx([100.0] * 15)
+    assert list(found.normalized.values()) == pytest.approx([100.0] * 15)
 
 
 def test_errors_by_hand():
@@ -34,9 +34,9 @@ def test_errors_by_hand():
     errors = {f"{name}/{five}": 10.0 * five * (name == "fog") for name in CORRUPTIONS for five in SEVERITIES}
     found = corruption_errors(errors)
     assert found.mean["fog"] == pytest.approx(30.0)
-    assert found.normalised["fog"] == pytest.approx(100 * 30 / 81.9324)
+    assert found.normalized["fog"] == pytest.approx(100 * 30 / 81.9324)
     assert found.mce == pytest.approx(100 * 30 / 81.9324 / 15)
-    assert found.unnormalised == pytest.approx(2.0)
+    assert found.unnormalized == pytest.approx(2.0)
 
 
 def test_imagenet_v2_folders_are_class_numbers(tmp_path, monkeypatch):
@@ -82,12 +82,12 @@ def test_real_labels_are_looked_up_by_file_names(tmp_path):
     """Image 1 has one label and image 2 two labels; images without labels are ignored."""
     labels = RealLabelsImagenet([""] * 50_000).real_labels
     names = [f"ILSVRC2012_val_{number:08d}.JPEG" for number in range(1, 101)]
-    unlabelled = [name for name in names if not labels[name]]
+    unlabeled = [name for name in names if not labels[name]]
     for name in names:
         paint(tmp_path / "val" / "n01440764", name, 0)
     cell = open_cell(find("imagenet-real", tmp_path), "imagenet-real")
-    assert len(cell.source) == 100 - len(unlabelled) < 100
-    kept = [name for name in names if name not in unlabelled]
+    assert len(cell.source) == 100 - len(unlabeled) < 100
+    kept = [name for name in names if name not in unlabeled]
     assert [cell.source.name(index).split("/")[-1] for index in range(len(kept))] == kept
     assert cell.answers == [labels[name] for name in kept]
     assert any(len(answers) > 1 for answers in cell.answers)

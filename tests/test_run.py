@@ -1,6 +1,7 @@
 """`./run`: failed installations and signals. Its tasks have their own tests."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -147,23 +148,80 @@ def install(clone: Path) -> None:
     (clone / ".venv/installed").write_bytes(summed.stdout)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_reaches_the_task(clone, number):
+TASKS = re.findall(r"^([a-z-]+)\(\) \{ # ", (ROOT / "run").read_text().partition("\n# ---")[0], re.MULTILINE)
+
+
+@pytest.fixture
+def started(clone, tools):
+    """Starts a task whose first command starts another process, and then sleeps; returns the task, and a function that
+    reads both process IDs."""
     install(clone)
-    (clone / "demo").mkdir()
-    (clone / "demo/app.py").write_text(
-        "import os, pathlib, time\npathlib.Path('pid').write_text(str(os.getpid()))\ntime.sleep(200)\n"
-    )
-    process = subprocess.Popen(
-        [str(clone / "run"), "app"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # a shell's background jobs ignore SIGINT
-    )  # fmt: skip
-    while not ((clone / "pid").exists() and (clone / "pid").read_text()):
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode in (128 + signal.SIGTERM, 128 + number)  # the task's end, or the signal, is noticed first
-    assert "run app: FAILED" in output
-    with pytest.raises(ProcessLookupError):
-        os.kill(int((clone / "pid").read_text()), 0)
+    sleeping = "[ $1 = -c ] && exit; sleep 200 & echo $! $$ >pids; wait"
+    for name in ("python", "ruff"):
+        (clone / ".venv/bin" / name).unlink(missing_ok=True)
+        write_tool(clone / ".venv/bin", name, sleeping)
+    for name in ("apt-get", "chromium", "npm"):
+        write_tool(tools, name, "exit 0")
+    write_tool(tools, "id", "echo 0")
+
+    def start(task: str, stdin: int = subprocess.DEVNULL, ignored: int = signal.SIGUSR1) -> subprocess.Popen:
+        process = subprocess.Popen(
+            [str(clone / "run"), task], stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env=os.environ | {"PATH": f"{tools}:{os.environ['PATH']}"}, start_new_session=True,
+            preexec_fn=lambda: [signal.signal(n, signal.SIG_IGN if n == ignored else signal.SIG_DFL) for n in
+                                (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)],
+        )  # fmt: skip
+        deadline = time.monotonic() + 30
+        while not ((clone / "pids").exists() and (clone / "pids").read_text().endswith("\n")):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        return process
+
+    return start
+
+
+def assert_stopped(process: subprocess.Popen, clone: Path, task: str, code: int = 143) -> None:
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == code, output
+    assert f"run {task}: stopped after" in output
+    for pid in (clone / "pids").read_text().split():
+        status = Path(f"/proc/{pid}/stat")
+        for _ in range(100):
+            if not status.exists() or ") Z " in status.read_text():
+                break
+            time.sleep(0.05)
+        else:
+            raise AssertionError(f"process {pid} continues")
+
+
+@pytest.mark.parametrize("task", sorted(set(TASKS) - {"help"}))
+def test_a_signal_ends_all_processes_of_a_task(started, clone, task):
+    process = started(task)
+    process.send_signal(signal.SIGTERM)
+    assert_stopped(process, clone, task)
+
+
+def test_every_signal_ends_a_task(started, clone):
+    for number in (signal.SIGINT, signal.SIGHUP):
+        process = started("app")
+        process.send_signal(number)
+        assert_stopped(process, clone, "app")
+        (clone / "pids").unlink()
+    process = started("app", ignored=signal.SIGINT)  # as in the background of a script
+    process.send_signal(signal.SIGTERM)
+    assert_stopped(process, clone, "app")
+
+
+def test_a_signal_ends_a_task_at_a_terminal(started, clone):
+    """The command gets the terminal, and SIGINT, as after Ctrl-C."""
+    write_tool(clone / ".venv/bin", "python", "[ $1 = -c ] && exit; [ -t 0 ] && echo $$ >pids; exec sleep 200")
+    ours, theirs = os.openpty()
+    process = started("app", stdin=theirs)
+    process.send_signal(signal.SIGTERM)
+    assert_stopped(process, clone, "app")
+    (clone / "pids").unlink()
+    process = started("app", stdin=theirs)
+    os.killpg(process.pid, signal.SIGINT)  # Ctrl-C
+    assert_stopped(process, clone, "app", 130)
+    os.close(ours)
+    os.close(theirs)

@@ -1,4 +1,4 @@
-"""Samples depend on the seed, the epoch and their index alone."""
+"""Samples depend only on the seed, the epoch and their index."""
 
 import numpy as np
 import pytest
@@ -42,7 +42,7 @@ def test_noise_does_not_depend_on_the_augmentation(pictures):
     assert torch.equal(samples[1, 7][2], other[1, 7][2])
 
 
-def test_noise_is_uniform_and_independent_between_neighbours():
+def test_noise_is_uniform_and_independent_between_neighbors():
     rows = []
     for index in range(4000):
         torch.default_generator.manual_seed(seed_python(0, 3, index))
@@ -51,9 +51,9 @@ def test_noise_is_uniform_and_independent_between_neighbours():
     assert noise.mean().item() == pytest.approx(0.5, abs=0.005)
     assert noise.var().item() == pytest.approx(1 / 12, abs=0.002)
     columns = torch.corrcoef(noise.T) - torch.eye(16)
-    neighbours = torch.corrcoef(torch.cat([noise[:-1].T, noise[1:].T]))[:16, 16:]
+    neighbors = torch.corrcoef(torch.cat([noise[:-1].T, noise[1:].T]))[:16, 16:]
     assert columns.abs().max() < 0.07  # four standard deviations of 4000 independent pairs
-    assert neighbours.abs().max() < 0.07
+    assert neighbors.abs().max() < 0.07
     assert len(np.unique(noise[:, 0])) == 4000
 
 
@@ -63,11 +63,11 @@ def test_skipping_bad_images_does_not_change_good_ones(pictures):
 
 def test_an_image_that_is_repeated_is_read_once(pictures, monkeypatch):
     samples = make_samples(pictures)
-    read = []
-    plain = samples._read
-    monkeypatch.setattr(samples, "_read", lambda *place: read.append(place) or plain(*place))
+    reads = []
+    original = samples._read
+    monkeypatch.setattr(samples, "_read", lambda *key: reads.append(key) or original(*key))
     batch = samples.__getitems__([(2, 5)] * 3 + [(2, 6)] * 3)
-    assert read == [(2, 5), (2, 6)]
+    assert reads == [(2, 5), (2, 6)]
     monkeypatch.undo()
     assert equal(batch[0], samples[2, 5])
     assert equal(batch[3], samples[2, 6])

@@ -1,4 +1,4 @@
-"""Saving beside the training: which files, when, and what becomes of a failure."""
+"""Saving during training: file names, times, and failures."""
 
 import re
 from concurrent.futures import wait
@@ -36,7 +36,7 @@ def test_save_minutes_writes_checkpoint_last(tmp_path):
     assert make_saver(tmp_path).request() is Request.NONE
     saver = make_saver(tmp_path, save_minutes=0)
     assert saver.request() is Request.SAVE
-    assert saver.request() is Request.NONE  # it has been said
+    assert saver.request() is Request.NONE  # a request is returned once
     saver.save(3, 2, {"loss": 1.0})
     saver.close()
     assert saver.request() is Request.SAVE
@@ -70,12 +70,12 @@ def test_an_unwritable_checkpoint_does_not_end_the_run(tmp_path, caplog):
 
 
 def rescued(text):
-    place = Path(re.search(r"The state is in (\S+): move its files to \S+gone, and --resume auto", text)[1])
-    return {path.name: checkpoint.position(path) for path in place.iterdir()}
+    folder = Path(re.search(r"The state is in (\S+): move its files to \S+gone, and --resume auto", text)[1])
+    return {path.name: checkpoint.position(path) for path in folder.iterdir()}
 
 
 def test_unwritten_checkpoints_are_saved_in_a_temporary_directory(tmp_path, caplog):
-    """Its result; its last state when it is stopped; the state of before an error; and when too many states wait."""
+    """The final state, the state at a signal, the state before an error, and the states of a full queue."""
     with pytest.raises(OSError, match=r"can't write .*checkpoint-49\.pth") as stop:
         make_saver(tmp_path / "gone").save_epoch(49)
     assert rescued(str(stop.value)) == {"checkpoint-49.pth": (50, 0)}
@@ -102,7 +102,7 @@ def test_unwritten_checkpoints_are_saved_in_a_temporary_directory(tmp_path, capl
     with pytest.raises(OSError, match="can't write") as stop:
         saver.save_epoch(2)
     assert rescued(str(stop.value)) == {"checkpoint-0.pth": (1, 0), "checkpoint-1.pth": (2, 0)}
-    saver.save(2, 8, {}, alone=True)  # what follows an error: the state has its place already
+    saver.save(2, 8, {}, alone=True)  # after the error: the state is already saved elsewhere
     saver.close()
     assert "can't write" not in caplog.text.rpartition("tries again with the next state")[2]
 
@@ -110,12 +110,12 @@ def test_unwritten_checkpoints_are_saved_in_a_temporary_directory(tmp_path, capl
 def test_best_accuracy_requires_an_existing_checkpoint(tmp_path):
     saver = make_saver(tmp_path)
     saver.progress.best_accuracy = 70.0
-    again = Saver(Interrupts(), tmp_path, dict, saver.progress, epochs=50, save_every=20, save_minutes=15)
-    assert again.progress.best_accuracy == -1.0
+    resumed = Saver(Interrupts(), tmp_path, dict, saver.progress, epochs=50, save_every=20, save_minutes=15)
+    assert resumed.progress.best_accuracy == -1.0
     saver.save_epoch(1, 50.0)
     saver.close()
-    again = Saver(Interrupts(), tmp_path, dict, saver.progress, epochs=50, save_every=20, save_minutes=15)
-    assert again.progress.best_accuracy == 50.0
+    resumed = Saver(Interrupts(), tmp_path, dict, saver.progress, epochs=50, save_every=20, save_minutes=15)
+    assert resumed.progress.best_accuracy == 50.0
 
 
 def test_the_best_checkpoint_is_independent_of_keep_last(tmp_path):
@@ -133,7 +133,7 @@ def test_the_best_checkpoint_is_independent_of_keep_last(tmp_path):
 
 
 def test_the_written_state_is_that_of_the_call(tmp_path, monkeypatch):
-    """The training goes on while a state is written, and changes the weights in their place."""
+    """Training continues while a state is written, and modifies the weights in place."""
     weight = torch.zeros(1000)
     saver = Saver(
         Interrupts(), tmp_path, lambda: {"model": {"weight": weight}}, Progress(8, 8),
@@ -159,7 +159,7 @@ class AllocatedBytes(TorchDispatchMode):
 
 
 def test_saving_copies_the_state_once(tmp_path, monkeypatch):
-    """The copy of the call is the one that the other thread writes."""
+    """The writing thread makes no second copy."""
     weight, write = torch.zeros(1000, 1000), checkpoint.write
 
     def count(*args):

@@ -1,4 +1,4 @@
-"""Expected efficiency on many GPUs: the formulas by hand, and the tables and formulas in SCALING.md."""
+"""Expected efficiency on many GPUs: formulas with known results, and the tables and formulas in SCALING.md."""
 
 import json
 import math
@@ -12,7 +12,7 @@ GB = 1e9
 
 
 @pytest.fixture
-def free(monkeypatch):
+def no_latency(monkeypatch):
     """Sets the latency of messages to zero."""
     monkeypatch.setattr(scaling, "LATENCY", 0.0)
 
@@ -23,13 +23,13 @@ def test_one_gpu_exchanges_nothing():
 
 
 @pytest.mark.parametrize("gpus", [2, 8, 64, 512])
-def test_infinite_bandwidth(gpus, free, monkeypatch):
+def test_infinite_bandwidth(gpus, no_latency, monkeypatch):
     monkeypatch.setattr(scaling, "NVLINK", math.inf)
     assert scaling.efficiency(0.01, GB, gpus, math.inf) == 1
 
 
-def test_two_nodes_by_hand(free, monkeypatch):
-    """1.8 GB: 7/4 of it over NVLink in 7 ms, all of it through a link of 18 GB/s in 100 ms. A bucket is a tenth."""
+def test_two_nodes_by_hand(no_latency, monkeypatch):
+    """1.8 GB in ten buckets: 7/4 of them over NVLink take 7 ms, and all of them over a link of 18 GB/s 100 ms."""
     monkeypatch.setattr(scaling, "BUCKET", 0.18 * GB)
     assert scaling.all_reduce(1.8 * GB, 16, 18 * GB) == pytest.approx(0.107)
     # Nine tenths take 96.3 ms, of which a backward pass of 60 ms hides 60 ms; the last bucket adds 10.7 ms.
@@ -45,7 +45,7 @@ def test_messages_by_hand(monkeypatch):
     assert scaling.all_reduce(250, 64, math.inf) == pytest.approx(3 * 20 * scaling.LATENCY)
 
 
-def test_gradients_smaller_than_a_bucket(free):
+def test_gradients_smaller_than_a_bucket(no_latency):
     assert scaling.efficiency(1.0, 450, 2, GB) == pytest.approx(1 / (1 + 1e-6 * 450e6 / scaling.NVLINK))
 
 
@@ -67,9 +67,9 @@ def test_gradients_are_those_of_trained_parameters():
 def test_a_measured_step_replaces_the_assumed_one(tmp_path):
     assert scaling.speed("base_patch16", tmp_path) == (pytest.approx(0.42 * 989e12 / 58.456e9, rel=1e-4),
                                                        "assumed, not measured")  # fmt: skip
-    found = {"machine": {"gpu": "NVIDIA H200"}, "settings": {"batch_size": 1024},
-             "images_per_second": {"ours compiled": 5000.0}}  # fmt: skip
-    (tmp_path / "pretrain_base_patch16_bf16_cuda.json").write_text(json.dumps(found))
+    measurement = {"machine": {"gpu": "NVIDIA H200"}, "settings": {"batch_size": 1024},
+                   "images_per_second": {"ours compiled": 5000.0}}  # fmt: skip
+    (tmp_path / "pretrain_base_patch16_bf16_cuda.json").write_text(json.dumps(measurement))
     assert scaling.speed("base_patch16", tmp_path) == (5000.0, "measured: NVIDIA H200, 1024 images")
     rows = [row for row in scaling.tables(tmp_path).splitlines() if row.startswith("| ViT-")]
     assert len(rows) == 3 + 9 + 9

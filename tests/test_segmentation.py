@@ -1,4 +1,4 @@
-"""The dense example: features of patches, a linear head on them, and what it is worth."""
+"""The segmentation example: features of patches, a linear head, and the mean IoU."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ def test_shapes_at_1024_pixels(name):
 
 
 def test_features_are_in_the_order_of_patches():
-    """Another picture in one patch changes that patch's features most."""
+    """A change of one patch changes the features of this patch most."""
     torch.manual_seed(0)
     model = get_model("mae_vit_mini_patch4", input_size=[32, 48])
     images = torch.zeros(1, 3, 32, 48)
@@ -59,13 +59,13 @@ def test_the_command(tmp_path, capsys):
     model = get_model("mae_vit_mini_patch4", input_size=28, patch_size=7, in_chans=1)
     torch.save({"model": model.state_dict(), "args": model.settings}, tmp_path / "model.pth")
     argv = ["--model", tmp_path / "model.pth", "--pictures", 300, "--layers", 2, "--out", tmp_path, "--device", "cpu"]
-    found = segmentation.main(entry_point.parse(segmentation.get_args_parser(), [str(part) for part in argv]))
-    told = capsys.readouterr().out
-    assert all(f"| {title} | {share:.1f}% |" in told for title, share in found.items())
-    assert all(5 < share < 60 for share in found.values())
+    scores = segmentation.main(entry_point.parse(segmentation.get_args_parser(), [str(part) for part in argv]))
+    output = capsys.readouterr().out
+    assert all(f"| {title} | {score:.1f}% |" in output for title, score in scores.items())
+    assert all(5 < score < 60 for score in scores.values())
     assert Image.open(tmp_path / "segmentation.png").width > 900
     model = get_model("mae_vit_mini_patch4", input_size=32)
     torch.save({"model": model.state_dict(), "args": model.settings}, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match="the images are grey and have 28 x 28 pixels"):
+    with pytest.raises(ValueError, match="the images are gray and have 28 x 28 pixels"):
         argv[1] = tmp_path / "other.pth"
         segmentation.main(entry_point.parse(segmentation.get_args_parser(), [str(part) for part in argv]))

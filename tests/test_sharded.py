@@ -1,4 +1,4 @@
-"""Runs with their states shared out (--fsdp): the same losses, and states that nobody loses."""
+"""Runs with --fsdp: losses equal to those of one process, and complete checkpoints."""
 
 import io
 import json
@@ -9,14 +9,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
+import forks
 import pytest
 import torch
 import torch.distributed as td
 from conftest import ROOT, torchrun
-from faults import ranks
-from mains import in_processes, lines
+from mains import in_processes, lines, small_run, wait_until
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -28,20 +27,20 @@ from util.checkpoints.checkpoint import CheckpointError
 from util.training import fsdp
 from util.weights import loading
 
-# 24 images are one step of an epoch, so that log.txt has the loss of each of 50 steps.
+# 24 images are one update per epoch, so that log.txt contains the loss of each of the 50 updates.
 STEPS = ("--epochs", 50, "--save_every", 20)
 
 
 @pytest.fixture
 def one_process():
-    """A process group of one process: checkpoints are folders in it, as in many."""
+    """A process group of one process, in which checkpoints are sharded."""
     td.init_process_group("gloo", store=td.HashStore(), rank=0, world_size=1)
     yield
     dist.teardown()
 
 
 def sharded_model(seed, reverse=False):
-    """A sharded model and its optimizer after a step.
+    """Returns a sharded model and its optimizer after an update.
 
     Args:
         reverse: the optimizer has its parameters in the opposite order.
@@ -59,8 +58,8 @@ def sharded_model(seed, reverse=False):
     return model, optimizer
 
 
-def whole_moments(model, optimizer):
-    """Each parameter's optimizer state, by name."""
+def moments_by_name(model, optimizer):
+    """Returns the optimizer state of each parameter, by name."""
     return {
         name: {key: getattr(value, "_local_tensor", value) for key, value in optimizer.state[parameter].items()}
         for name, parameter in model.named_parameters()
@@ -68,42 +67,42 @@ def whole_moments(model, optimizer):
     }
 
 
-def assert_same(a, b):
+def assert_equal(a, b):
     assert a.keys() == b.keys()
     for name in a:
-        assert_same(a[name], b[name]) if isinstance(a[name], dict) else torch.testing.assert_close(
+        assert_equal(a[name], b[name]) if isinstance(a[name], dict) else torch.testing.assert_close(
             a[name], b[name], rtol=0, atol=0
         )
 
 
 def test_optimizer_states_are_written_and_read_by_name(one_process, tmp_path):
-    """An optimizer with its parameters in another order gets its own."""
+    """The order of the parameters in the optimizer may differ."""
     model, optimizer = sharded_model(seed=0)
     scaler, folder = torch.amp.GradScaler("cpu"), tmp_path / "checkpoint-3"
     state = {**run_state.collect(model, optimizer, scaler, {"model": "mini"}), "epoch": 3}
     assert state["optimizer"]["state"].keys() == get_optimizer_state_dict(model, optimizer)["state"].keys()
     sharded.write(checkpoint.snapshot(state), folder, group=None)
 
-    found = sharded.read(folder)
-    kept = {name.rpartition(".")[0] for name in found["tensors"] if name.startswith("optimizer.")}
+    contents = sharded.read(folder)
+    saved_names = {name.rpartition(".")[0] for name in contents["tensors"] if name.startswith("optimizer.")}
     names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert kept == {f"optimizer.{name}" for name in names}
+    assert saved_names == {f"optimizer.{name}" for name in names}
 
     other, other_optimizer = sharded_model(seed=1, reverse=True)
-    filled = sharded.fill(found, other, other_optimizer)
+    filled = sharded.fill(contents, other, other_optimizer)
     assert filled.keys() == state.keys()
     run_state.restore_model(other, filled, {})
     run_state.restore_optimizer(other_optimizer, filled["optimizer"])
-    assert_same(whole_moments(other, other_optimizer), whole_moments(model, optimizer))
-    assert_same({k: v.full_tensor() for k, v in other.state_dict().items()},
-                {k: v.full_tensor() for k, v in model.state_dict().items()})  # fmt: skip
+    assert_equal(moments_by_name(other, other_optimizer), moments_by_name(model, optimizer))
+    assert_equal({k: v.full_tensor() for k, v in other.state_dict().items()},
+                 {k: v.full_tensor() for k, v in model.state_dict().items()})  # fmt: skip
 
     plain = sharded.gather(folder)["optimizer"]
     assert plain["param_groups"] == optimizer.state_dict()["param_groups"]
-    expected = whole_moments(model, optimizer)
+    expected = moments_by_name(model, optimizer)
     order = [name for group in optimizer.param_groups for p in group["params"] for name, q in model.named_parameters()
              if p is q]  # fmt: skip
-    assert_same(plain["state"], {number: expected[name] for number, name in enumerate(order)})
+    assert_equal(plain["state"], {number: expected[name] for number, name in enumerate(order)})
 
 
 def test_an_optimizer_without_a_step_is_saved_as_it_is(one_process, tmp_path):
@@ -116,12 +115,12 @@ def test_an_optimizer_without_a_step_is_saved_as_it_is(one_process, tmp_path):
 
 
 def test_every_type_of_tensor_is_written_and_read(one_process, tmp_path):
-    """PyTorch's description of the tensors names its private classes, of which `DESCRIBED_BY` must list all."""
+    """PyTorch's metadata name its private classes, all of which `DESCRIBED_BY` must list."""
     types = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8)
     tensors = {str(dtype): torch.arange(6).reshape(2, 3).to(dtype) for dtype in types}
     state = {"model": tensors, "optimizer": {"state": {}, "param_groups": []}, "args": {}}
     sharded.write(state, tmp_path / "checkpoint-0", group=None)
-    assert_same(sharded.gather(tmp_path / "checkpoint-0")["model"], {k: v.float() for k, v in tensors.items()})
+    assert_equal(sharded.gather(tmp_path / "checkpoint-0")["model"], {k: v.float() for k, v in tensors.items()})
     reader = shard_files._Reader(tmp_path / "checkpoint-0")
     described = reader.read_metadata().state_dict_metadata
     assert {name: tensor.properties.dtype for name, tensor in described.items()} == {
@@ -133,115 +132,109 @@ def losses(out):
     return {line["epoch"]: line["train_loss"] for line in lines(out)}
 
 
-def relative_error(out, whole):
-    theirs = losses(whole)
-    return max(abs(loss / theirs[epoch] - 1) for epoch, loss in losses(out).items())
+def relative_error(out, single):
+    expected = losses(single)
+    return max(abs(value / expected[epoch] - 1) for epoch, value in losses(out).items())
 
 
 @pytest.fixture(scope="module")
-def whole(pictures, tmp_path_factory):
+def single(pictures, tmp_path_factory):
     """A run of one process."""
-    out = tmp_path_factory.mktemp("whole") / "run"
+    out = tmp_path_factory.mktemp("single") / "run"
     in_processes(1, pictures, out, "--batch_size", 24, *STEPS)
     return out
 
 
 @pytest.fixture(scope="module")
-def shared(pictures, tmp_path_factory):
+def shards(pictures, tmp_path_factory):
     """The same run, sharded over two processes."""
-    out = tmp_path_factory.mktemp("shared") / "run"
+    out = tmp_path_factory.mktemp("shards") / "run"
     in_processes(2, pictures, out, "--batch_size", 12, "--fsdp", *STEPS)
     return out
 
 
-def test_ddp_losses_equal_those_of_one_process(whole, pictures, tmp_path):
+def test_ddp_losses_equal_those_of_one_process(single, pictures, tmp_path):
     in_processes(2, pictures, tmp_path / "run", "--batch_size", 4, "--accum_iter", 3, *STEPS)
     assert len(losses(tmp_path / "run")) == 50
-    assert relative_error(tmp_path / "run", whole) < 1e-5
+    assert relative_error(tmp_path / "run", single) < 1e-5
 
 
-def test_fsdp_losses_equal_those_of_one_process(shared, whole):
-    assert len(losses(shared)) == 50
-    assert relative_error(shared, whole) < 1e-5
-    assert [path.name for path in checkpoint.checkpoints(shared)] == [f"checkpoint-{n}" for n in (0, 20, 40, 49)]
+def test_fsdp_losses_equal_those_of_one_process(shards, single):
+    assert len(losses(shards)) == 50
+    assert relative_error(shards, single) < 1e-5
+    assert [path.name for path in checkpoint.checkpoints(shards)] == [f"checkpoint-{n}" for n in (0, 20, 40, 49)]
 
 
-def test_a_sharded_checkpoint_resumes_in_one_process(shared, whole, pictures, tmp_path):
-    flags = ("--batch_size", 24, "--resume", shared / "checkpoint-20", *STEPS)
+def test_a_sharded_checkpoint_resumes_in_one_process(shards, single, pictures, tmp_path):
+    flags = ("--batch_size", 24, "--resume", shards / "checkpoint-20", *STEPS)
     in_processes(1, pictures, tmp_path / "run", *flags)
     assert min(losses(tmp_path / "run")) == 21
-    assert relative_error(tmp_path / "run", whole) < 1e-5
+    assert relative_error(tmp_path / "run", single) < 1e-5
 
 
-def test_a_file_checkpoint_resumes_with_fsdp_bf16_and_accumulation(whole, pictures, tmp_path):
-    state = whole / "checkpoint-40.pth"
+def test_a_file_checkpoint_resumes_with_fsdp_bf16_and_accumulation(single, pictures, tmp_path):
+    state = single / "checkpoint-40.pth"
     flags = ("--batch_size", 4, "--accum_iter", 3, "--fsdp", "--clip_grad", 5, "--resume", state, *STEPS)
     in_processes(2, pictures, tmp_path / "run", "--grad_checkpointing", "--amp", "bf16", *flags)
     assert min(losses(tmp_path / "run")) == 41
-    assert relative_error(tmp_path / "run", whole) < 1e-2  # bf16 beside fp32
+    assert relative_error(tmp_path / "run", single) < 1e-2  # bf16 compared with fp32
 
 
-def test_the_command_converts_to_a_file(shared, whole, tmp_path):
+def test_the_command_converts_to_a_file(shards, single, tmp_path):
     file = tmp_path / "plain.pth"
-    command = [sys.executable, "-m", "util.sharded", shared / "checkpoint-49", file]
-    said = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
-    assert f"{file}: resume it with --resume" in said.stdout
-    assert said.stderr == ""
-    ours, theirs = checkpoint.read(file), checkpoint.read(whole / "checkpoint-49.pth")
-    assert ours.keys() == theirs.keys()
-    assert list(ours["model"]) == list(theirs["model"])
-    assert ours["progress"].keys() == theirs["progress"].keys()
-    for name, weight in theirs["model"].items():
-        torch.testing.assert_close(ours["model"][name], weight, rtol=1e-3, atol=1e-3)
-    moments, expected = ours["optimizer"]["state"], theirs["optimizer"]["state"]
+    command = [sys.executable, "-m", "util.sharded", shards / "checkpoint-49", file]
+    process = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    assert f"{file}: resume it with --resume" in process.stdout
+    assert process.stderr == ""
+    state, reference = checkpoint.read(file), checkpoint.read(single / "checkpoint-49.pth")
+    assert state.keys() == reference.keys()
+    assert list(state["model"]) == list(reference["model"])
+    assert state["progress"].keys() == reference["progress"].keys()
+    for name, weight in reference["model"].items():
+        torch.testing.assert_close(state["model"][name], weight, rtol=1e-3, atol=1e-3)
+    moments, expected = state["optimizer"]["state"], reference["optimizer"]["state"]
     assert moments.keys() == expected.keys()
     assert all(moments[n][k].shape == expected[n][k].shape for n in expected for k in expected[n])
-    mae_vit_mini_patch4(img_size=16).load_state_dict(ours["model"])
+    mae_vit_mini_patch4(img_size=16).load_state_dict(state["model"])
     with pytest.raises(CheckpointError, match="is already a plain checkpoint"):
         sharded.gather(file)
 
 
-def test_weights_are_loaded_from_sharded_checkpoints(shared):
-    file = loading.read(shared / "checkpoint-49")
+def test_weights_are_loaded_from_sharded_checkpoints(shards):
+    file = loading.read(shards / "checkpoint-49")
     assert (file.kind, file.settings["model"]) == ("encoder and decoder", "mae_vit_mini_patch4")
     loading.init_mae(mae_vit_mini_patch4(img_size=16), file)
 
 
-def test_stopped_fsdp_runs_resume(shared, pictures, tmp_path):
-    """By SIGTERM, then with all processes killed, and with the newest state damaged; old states are removed."""
-    out, flags = tmp_path / "run", ("--batch_size", 12, "--fsdp", "--save_minutes", 0.005, *STEPS, "--keep_last", 2)
-    command = [*torchrun(2), "main_pretrain.py", "--data_path", pictures, "--output_dir", out,
-               "--model", "mae_vit_mini_patch4", "--input_size", 16, "--warmup_epochs", 1, "--blr", 0.01,
-               "--num_workers", 0, "--device", "cpu", "--vis_every", 0, *flags]  # fmt: skip
-    for signum, epochs in ((signal.SIGTERM, 10), (signal.SIGKILL, 25)):
-        process = subprocess.Popen([*map(str, command), "--resume", "auto"], cwd=ROOT)
-        ends = time.monotonic() + 120
-        while time.monotonic() < ends and not ((out / "log.txt").exists() and len(lines(out)) >= epochs):
-            time.sleep(0.02)
-        if signum == signal.SIGKILL:
-            assert process.poll() is None
-            for pid in (process.pid, *ranks(out).values()):
-                os.kill(pid, signal.SIGKILL)
-            process.wait()
-        else:
-            process.terminate()
-            assert process.wait(60) != 0
+def test_stopped_fsdp_runs_resume(shards, pictures, tmp_path):
+    """After SIGTERM, after SIGKILL, and with a damaged newest checkpoint. Old checkpoints are removed."""
+    out, flags = tmp_path / "run", ("--batch_size", 12, "--fsdp", "--save_minutes", 0.02, *STEPS, "--keep_last", 2)
+    command = small_run(pictures, out, *flags, "--resume", "auto")
+    process = subprocess.Popen([*torchrun(2), "main_pretrain.py", *command], cwd=ROOT)
+    wait_until(lambda: (out / "log.txt").exists() and len(lines(out)) >= 10, process)
+    process.terminate()
+    assert process.wait(60) != 0
+    killed = forks.Forks("main_pretrain.py", command, tmp_path / "killed.output", 2)
+    wait_until(lambda: len(lines(out)) >= 25)
+    assert all(process.is_alive() for process in killed.processes)
+    killed.signal(signal.SIGKILL)
+    killed.wait(60)
     newest = checkpoint.newest_first(out)[0]
     (newest / "__1_0.distcp").unlink()  # which process 0 does not read
-    said = in_processes(2, pictures, out, *flags, "--resume", "auto")
-    assert (said.stdout + said.stderr).decode().count(f"--resume auto skips {newest.name}: ") == 1
-    assert losses(out) == losses(shared)
+    output = in_processes(2, pictures, out, *flags, "--resume", "auto")
+    assert output.count(f"--resume auto skips {newest.name}: ") == 1
+    assert losses(out) == losses(shards)
     assert checkpoint.milestones(out) == [out / "checkpoint-40", out / "checkpoint-49"]
-    ours, theirs = sharded.gather(out / "checkpoint-49"), sharded.gather(shared / "checkpoint-49")
-    assert all(torch.equal(ours["model"][name], theirs["model"][name]) for name in theirs["model"])
+    state, reference = sharded.gather(out / "checkpoint-49"), sharded.gather(shards / "checkpoint-49")
+    assert all(torch.equal(state["model"][name], reference["model"][name]) for name in reference["model"])
 
 
-def test_damaged_and_malicious_checkpoints_are_rejected(shared, tmp_path):
+def test_damaged_and_malicious_checkpoints_are_rejected(shards, tmp_path):
     folder = tmp_path / "checkpoint-0"
-    files = [path.name for path in (shared / "checkpoint-0").iterdir()]
-    assert len(files) == 4  # two processes' tensors, their description, the rest
+    files = [path.name for path in (shards / "checkpoint-0").iterdir()]
+    assert len(files) == 4  # tensors of two processes, metadata, other state
     for name in files:
-        shutil.copytree(shared / "checkpoint-0", folder)
+        shutil.copytree(shards / "checkpoint-0", folder)
         damaged = bytearray((folder / name).read_bytes())
         damaged[len(damaged) // 2] ^= 1
         (folder / name).write_bytes(damaged)
@@ -253,13 +246,13 @@ def test_damaged_and_malicious_checkpoints_are_rejected(shared, tmp_path):
         shutil.rmtree(folder)
 
 
-class Evil:
+class Malicious:
     def __reduce__(self):
         return os.mkdir, (os.environ["EVIL"],)
 
 
-def call_through(name: str, module: str = "torch.distributed.checkpoint.filesystem") -> bytes:
-    """A pickle that makes a folder by a name that a module of PyTorch leads to."""
+def call_by_name(name: str, module: str = "torch.distributed.checkpoint.filesystem") -> bytes:
+    """Returns a pickle that creates a directory through a name in a module of PyTorch."""
     code = f"{module}\n{name}\n".encode()
     return pickle.PROTO + b"\x04" + b"".join(
         pickle.BINUNICODE + len(part).to_bytes(4, "little") + part for part in code.splitlines()
@@ -268,15 +261,15 @@ def call_through(name: str, module: str = "torch.distributed.checkpoint.filesyst
 
 @pytest.mark.parametrize(
     "content",
-    [Evil(), {"x": Evil()}, print, torch.load, "os.mkdir", "FileSystem.mkdir", "Path.mkdir", "Path.__class__",
+    [Malicious(), {"x": Malicious()}, print, torch.load, "os.mkdir", "FileSystem.mkdir", "Path.mkdir", "Path.__class__",
      "FileSystemWriter"],
 )  # fmt: skip
-def test_metadata_execute_no_code(content, shared, tmp_path, monkeypatch):
-    """Even those whose digest is right; a name that is given in words is one that PyTorch's modules lead to."""
+def test_metadata_execute_no_code(content, shards, tmp_path, monkeypatch):
+    """Even with a correct digest. Strings are names that are reachable from modules of PyTorch."""
     monkeypatch.setenv("EVIL", str(tmp_path / "done"))
     folder = tmp_path / "checkpoint-0"
-    shutil.copytree(shared / "checkpoint-0", folder)
-    evil = call_through(content) if isinstance(content, str) else pickle.dumps(content)
+    shutil.copytree(shards / "checkpoint-0", folder)
+    evil = call_by_name(content) if isinstance(content, str) else pickle.dumps(content)
     (folder / ".metadata").write_bytes(evil)
     state = checkpoint.read(folder)
     state["files"] |= sharded._digests([folder / ".metadata"])
@@ -287,7 +280,7 @@ def test_metadata_execute_no_code(content, shared, tmp_path, monkeypatch):
 
 
 class ByGetattr:
-    """Python 3.11.0 to 3.11.3 pickles a member of an enumeration so."""
+    """Is pickled as Python 3.11.0 to 3.11.3 pickles members of an enumeration."""
 
     def __init__(self, kind, name):
         self.arguments = kind, name
@@ -308,9 +301,9 @@ def test_metadata_of_older_pythons_are_read():
 @pytest.mark.parametrize(
     "optimizer", [[], {}, {"param_groups": 3}, {"param_groups": [["params"]]}, {"param_groups": [{"params": 3}]}]
 )
-def test_unknown_metadata_are_a_one_line_error(optimizer, shared, tmp_path):
+def test_unknown_metadata_are_a_one_line_error(optimizer, shards, tmp_path):
     folder = tmp_path / "checkpoint-0"
-    shutil.copytree(shared / "checkpoint-0", folder)
+    shutil.copytree(shards / "checkpoint-0", folder)
     state = checkpoint.read(folder)
     state["optimizer"] = optimizer
     checkpoint.write({name: value for name, value in state.items() if name != "folder"}, folder / "state.pth")
@@ -318,10 +311,10 @@ def test_unknown_metadata_are_a_one_line_error(optimizer, shared, tmp_path):
         sharded.gather(folder)
 
 
-def test_an_interrupted_rename_leaves_a_readable_checkpoint(shared, tmp_path):
-    """The one before is found under its other name, and what is not complete is not found."""
-    shutil.copytree(shared / "checkpoint-20", tmp_path / ".checkpoint-last.old")
-    shutil.copytree(shared / "checkpoint-40", tmp_path / ".checkpoint-last.tmp")
+def test_an_interrupted_rename_leaves_a_readable_checkpoint(shards, tmp_path):
+    """The previous checkpoint is read under its temporary name. Incomplete checkpoints are ignored."""
+    shutil.copytree(shards / "checkpoint-20", tmp_path / ".checkpoint-last.old")
+    shutil.copytree(shards / "checkpoint-40", tmp_path / ".checkpoint-last.tmp")
     (tmp_path / "checkpoint-49").mkdir()
     assert run_state.read_newest(tmp_path)["epoch"] == 20
     with pytest.raises(FileNotFoundError):  # a second crash, in the same place
@@ -332,7 +325,7 @@ def test_an_interrupted_rename_leaves_a_readable_checkpoint(shared, tmp_path):
     assert not (tmp_path / ".checkpoint-last.old").exists()
 
 
-RESUMED = """
+READ_NEWEST = """
 import json, logging, sys
 from pathlib import Path
 from util import dist; from util.checkpoints import run_state; from util.training import run_log
@@ -349,34 +342,30 @@ Path(sys.argv[2] + str(dist.rank())).write_text(json.dumps(found))
 def in_two_processes(script, tmp_path, *arguments):
     """Runs Python code in two processes; returns what they print."""
     (tmp_path / "script.py").write_text(script + "dist.teardown()\n")
-    command = [*torchrun(2), tmp_path / "script.py", *arguments]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    ran = subprocess.run([*map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-    assert ran.returncode == 0, ran.stderr
-    return ran.stdout + ran.stderr
+    return forks.run(tmp_path / "script.py", arguments, tmp_path / "output", 2)
 
 
-def test_resume_auto_uses_the_previous_checkpoint_if_the_newest_is_damaged(shared, tmp_path):
-    """Whatever file is damaged, both processes take the same older state, and one warning names the damaged one."""
-    whole, runs = shared / "checkpoint-49", tmp_path / "runs"
-    for name in sorted(path.name for path in whole.iterdir()):
+def test_resume_auto_uses_the_previous_checkpoint_if_the_newest_is_damaged(shards, tmp_path):
+    """For every damaged file, both processes use the same older checkpoint, and one warning names the damaged one."""
+    newest, runs = shards / "checkpoint-49", tmp_path / "runs"
+    for name in sorted(path.name for path in newest.iterdir()):
         for damage in ("changed", "cut", "missing"):
             if (name, damage) == ("state.pth", "missing"):
-                continue  # a folder without it is not complete, and no checkpoint
+                continue  # a folder without this file is not a checkpoint
             run = runs / f"{name} {damage}"
             for folder in ("checkpoint-0", "checkpoint-40", "checkpoint-49"):
-                shutil.copytree(shared / folder, run / folder)
-            data = bytearray((whole / name).read_bytes())
+                shutil.copytree(shards / folder, run / folder)
+            data = bytearray((newest / name).read_bytes())
             data[len(data) // 2] ^= 1
-            (run / whole.name / name).write_bytes(data if damage == "changed" else data[: len(data) // 2])
+            (run / newest.name / name).write_bytes(data if damage == "changed" else data[: len(data) // 2])
             if damage == "missing":
-                (run / whole.name / name).unlink()
-    said = in_two_processes(RESUMED, tmp_path, runs, tmp_path / "found")
-    found = [json.loads((tmp_path / f"found{rank}").read_text()) for rank in (0, 1)]
-    assert len(found[0]) == 11
-    assert found == [dict.fromkeys(found[0], 40)] * 2
+                (run / newest.name / name).unlink()
+    output = in_two_processes(READ_NEWEST, tmp_path, runs, tmp_path / "found")
+    epochs = [json.loads((tmp_path / f"found{rank}").read_text()) for rank in (0, 1)]
+    assert len(epochs[0]) == 11
+    assert epochs == [dict.fromkeys(epochs[0], 40)] * 2
     for run in sorted(runs.iterdir()):
-        warnings = [line for line in said.splitlines() if "skips" in line and f"{run.name}/" in line]
+        warnings = [line for line in output.splitlines() if "skips" in line and f"{run.name}/" in line]
         assert len(warnings) == 1
         assert "--resume auto skips checkpoint-49: " in warnings[0]
         assert run.name.split()[0] in warnings[0]  # the damaged file
@@ -413,7 +402,7 @@ for sizes in ((3_000_000, 1000), (1000, 3_000_000), (3_000_000, 3_000_000)):
     assert isinstance(failed, OSError) and "No space left on device" in str(failed), failed
     assert f"can't write {place}/checkpoint-1 (" in str(failed), failed
     assert names == both
-for pages in (1, 2, 3):  # no room for the tensors of one process, for their description, for the rest
+for pages in (1, 2, 3):  # no space for the tensors of one process, for the metadata, for the other state
     if dist.is_main():
         with (place / "filler").open("wb") as file:
             file.write(bytes(os.statvfs(place).f_bavail * 4096 - 4096 * pages))
@@ -428,21 +417,21 @@ assert save(2, 1000, 1000) == (None, ["checkpoint-0", "checkpoint-2", "checkpoin
 
 
 def test_a_full_disk_leaves_only_complete_checkpoints(tmp_path):
-    """A real full disk, in one process of two or both: both raise the same error, which names the folder."""
-    place = tmp_path / "small"
-    place.mkdir()
-    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", place]).returncode:
+    """A full disk in one or both of two processes: both raise the same error, which names the folder."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder]).returncode:
         pytest.skip("only root can mount a small file system")
     try:
-        said = in_two_processes(FULL, tmp_path, place)
-        assert said.count(f"can't write {place}/checkpoint-1 (") == 6  # by rank 0
-        assert checkpoint.newest_first(place)[0] == place / "checkpoint-best"
-        assert sharded.gather(place / "checkpoint-2")["model"].keys() == {"rank0"}
+        output = in_two_processes(FULL, tmp_path, folder)
+        assert output.count(f"can't write {folder}/checkpoint-1 (") == 6  # by rank 0
+        assert checkpoint.newest_first(folder)[0] == folder / "checkpoint-best"
+        assert sharded.gather(folder / "checkpoint-2")["model"].keys() == {"rank0"}
     finally:
-        subprocess.run(["umount", place], check=True)
+        subprocess.run(["umount", folder], check=True)
 
 
-def test_sharded_errors_are_one_line(shared, pictures, tmp_path):
+def test_sharded_errors_are_one_line(shards, pictures, tmp_path):
     with pytest.raises(ValueError, match="--fsdp shards the weights over several processes, and there is only one"):
         fsdp.shard(mae_vit_mini_patch4(), [], torch.device("cpu"), None, "reconstruct")
     with pytest.raises(ValueError, match="--fsdp supports --amp bf16 and off"):
@@ -451,11 +440,11 @@ def test_sharded_errors_are_one_line(shared, pictures, tmp_path):
     optimizer = torch.optim.AdamW(model.parameters())
     settings = {"model": "mae_vit_mini_patch4"}
     with pytest.raises(CheckpointError, match="another architecture"):
-        run_state.resume(str(shared / "checkpoint-0"), tmp_path, model, optimizer, torch.amp.GradScaler("cpu"),
+        run_state.resume(str(shards / "checkpoint-0"), tmp_path, model, optimizer, torch.amp.GradScaler("cpu"),
                         settings, run_state.Progress(24, 24, num_images=24))  # fmt: skip
 
 
-STARTED = """
+INITIALIZE = """
 import sys, torch, models_mae
 from torch import nn
 from util import dist; from util.training import fsdp; from util.weights import loading
@@ -493,18 +482,18 @@ class Scaled(models_mae.MaskedAutoencoderViT):
 try:
     shard(Scaled)
 except ValueError as error:
-    assert "gamma is not initialised: give its module a method reset_parameters" in str(error), error
+    assert "gamma is not initialized: give its module a method reset_parameters" in str(error), error
 else:
     raise AssertionError("gamma has no value")
 """
 
 
-def test_sharded_initial_weights_equal_those_of_one_process(whole, tmp_path):
-    """To the last bit, with the random generator's state after them; from a file's weights too."""
-    in_two_processes(STARTED, tmp_path, whole / "checkpoint-49.pth")
+def test_sharded_initial_weights_equal_those_of_one_process(single, tmp_path):
+    """The weights are bit-equal, and so is the state of the random generator. Weights from a file are equal too."""
+    in_two_processes(INITIALIZE, tmp_path, single / "checkpoint-49.pth")
 
 
-HELD = """
+MEMORY = """
 import resource, sys, torch, torch._dynamo, models_mae  # imported here, before the memory of weights is measured
 from util import dist; from util.training import fsdp
 device = dist.init("cpu")
@@ -533,13 +522,13 @@ for how in ("fsdp", "ddp"):
 
 
 def test_fsdp_halves_the_memory_of_each_process(tmp_path):
-    """Of ViT-B's parameters, gradients and optimizer states, at most .62 of what it holds with DDP.
+    """Parameters, gradients and optimizer states of ViT-B take at most 0.62 of the memory with DDP.
 
-    At the start, its part of the weights and a little more, at the peak.
+    The peak memory of the construction is at most three quarters of all weights.
     """
-    in_two_processes(HELD, tmp_path, tmp_path)
+    in_two_processes(MEMORY, tmp_path, tmp_path)
     read = {how: [(tmp_path / f"{how}{rank}").read_text().split() for rank in (0, 1)] for how in ("ddp", "fsdp")}
-    held = {how: [int(values[0]) for values in found] for how, found in read.items()}
-    assert min(held["ddp"]) > 4 * 4 * 111_000_000
-    assert max(held["fsdp"]) <= 0.62 * min(held["ddp"])
+    num_bytes = {how: [int(values[0]) for values in records] for how, records in read.items()}
+    assert min(num_bytes["ddp"]) > 4 * 4 * 111_000_000
+    assert max(num_bytes["fsdp"]) <= 0.62 * min(num_bytes["ddp"])
     assert max(int(values[1]) for values in read["fsdp"]) <= 0.75 * 4 * 111_000_000

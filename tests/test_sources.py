@@ -13,9 +13,9 @@ from util.data.sources import Strings
 from util.files.untrusted import printable
 
 
-def save(path, grey=0):
+def save(path, gray=0):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("L", (4, 4), grey).save(path)
+    Image.new("L", (4, 4), gray).save(path)
 
 
 def names(source):
@@ -52,7 +52,7 @@ def test_hidden_files_and_other_files_are_ignored(tmp_path):
 
 
 def test_an_empty_class_folder_is_logged_and_remains_a_class(tmp_path, caplog):
-    """So that the others keep the numbers that torchvision's ImageFolder gives them."""
+    """The numbers of the other classes are those of ImageFolder in torchvision."""
     save(tmp_path / "a/1.png")
     save(tmp_path / "c/1.png")
     (tmp_path / "b").mkdir()
@@ -121,7 +121,7 @@ def test_strings_behave_like_a_list():
 
 
 @pytest.fixture
-def listed(tmp_path):
+def make_list(tmp_path):
     for name in ("a.png", "with blank.png", "sub/c.png"):
         save(tmp_path / name)
 
@@ -146,8 +146,8 @@ NAMES = ["a.png", "with blank.png", "sub/c.png"]
         ("list.json", json.dumps([{"path": name} for name in NAMES])),
     ],
 )
-def test_lists_without_labels(listed, name, content):
-    source = listed(name, content)
+def test_lists_without_labels(make_list, name, content):
+    source = make_list(name, content)
     assert names(source) == NAMES
     assert source.classes == []
     assert source[1][0].startswith(b"\x89PNG")
@@ -170,31 +170,31 @@ def test_lists_without_labels(listed, name, content):
         ("list.json", json.dumps([{"path": n, "label": c} for n, c in zip(NAMES, ["dog", "cat", "dog"], strict=True)])),
     ],
 )
-def test_lists_with_labels(listed, name, content):
-    source = listed(name, content)
+def test_lists_with_labels(make_list, name, content):
+    source = make_list(name, content)
     assert names(source) == NAMES
     assert source.classes == ["cat", "dog"]
     assert list(source.labels) == [1, 0, 1]
 
 
-def test_class_names_after_a_tab_may_contain_spaces(listed):
-    source = listed("list.txt", "a.png\tgreat white shark\nwith blank.png\ttabby cat\nsub/c.png\ttabby cat\n")
+def test_class_names_after_a_tab_may_contain_spaces(make_list):
+    source = make_list("list.txt", "a.png\tgreat white shark\nwith blank.png\ttabby cat\nsub/c.png\ttabby cat\n")
     assert names(source) == NAMES
     assert source.classes == ["great white shark", "tabby cat"]
     assert list(source.labels) == [0, 1, 1]
 
 
-def test_numeric_labels_are_class_numbers(listed):
-    source = listed("list.txt", "a.png 3\nsub/c.png 0\n")
+def test_numeric_labels_are_class_numbers(make_list):
+    source = make_list("list.txt", "a.png 3\nsub/c.png 0\n")
     assert source.classes == ["0", "1", "2", "3"]
     assert list(source.labels) == [3, 0]
-    assert list(listed("list.json", '[["a.png", 1]]').labels) == [1]
-    assert list(listed("list.csv", "path,label\na.png,1.0\nsub/c.png,10.0\n").labels) == [1, 10]
-    assert listed("list.csv", "path,label\na.png,-1\nsub/c.png,\n").classes == []
+    assert list(make_list("list.json", '[["a.png", 1]]').labels) == [1]
+    assert list(make_list("list.csv", "path,label\na.png,1.0\nsub/c.png,10.0\n").labels) == [1, 10]
+    assert make_list("list.csv", "path,label\na.png,-1\nsub/c.png,\n").classes == []
 
 
 def coco(categories, labels):
-    """As iNaturalist's files are; ids count from anywhere."""
+    """Returns annotations in the format of iNaturalist. Ids need not start at 0."""
     return {
         "info": {"year": 2018},
         "images": [{"id": 40 + n, "file_name": f"train_val2018/Aves/{n}.jpg"} for n in range(len(labels))],
@@ -204,7 +204,7 @@ def coco(categories, labels):
 
 
 def test_annotations_of_cocos_form(tmp_path):
-    """Labels number the categories by their ids. A category without images is a class too: train and val must agree."""
+    """Labels number the categories by their ids. A category without images is a class, as train and val must agree."""
     for number in range(3):
         save(tmp_path / "train_val2018" / "Aves" / f"{number}.jpg")
     file = tmp_path / "train2018.json"
@@ -220,24 +220,27 @@ def test_annotations_of_cocos_form(tmp_path):
     assert read_list(file, tmp_path, "--train_list").classes == ["2", "9"]
     file.write_text(json.dumps(coco([], [1, 2, 3]) | {"annotations": []}))
     assert read_list(file, tmp_path, "--train_list").labels.tolist() == [-1, -1, -1]
-    wrong = coco([(2, "owl"), (5, "crow")], [2, 5, 5])
-    for change, said in (
-        ({"annotations": wrong["annotations"][:2]}, "1 of its 3 images have no annotation"),
-        ({"annotations": [*wrong["annotations"], {"image_id": 40, "category_id": 5}]}, "image 40 has several categor"),
+    document = coco([(2, "owl"), (5, "crow")], [2, 5, 5])
+    for change, message in (
+        ({"annotations": document["annotations"][:2]}, "1 of its 3 images have no annotation"),
+        (
+            {"annotations": [*document["annotations"], {"image_id": 40, "category_id": 5}]},
+            "image 40 has several categor",
+        ),
         ({"categories": [{"id": 2, "name": "owl"}]}, "can't be read .*KeyError: 5"),
     ):
-        file.write_text(json.dumps(wrong | change))
-        with pytest.raises(ValueError, match=said):
+        file.write_text(json.dumps(document | change))
+        with pytest.raises(ValueError, match=message):
             read_list(file, tmp_path, "--train_list")
 
 
-def test_relative_paths_start_at_the_root(listed, tmp_path):
-    assert len(listed("list.txt", "c.png\n", root=tmp_path / "sub")) == 1
-    assert len(listed("list.txt", f"{tmp_path}/a.png\n", root=tmp_path / "sub")) == 1
+def test_relative_paths_start_at_the_root(make_list, tmp_path):
+    assert len(make_list("list.txt", "c.png\n", root=tmp_path / "sub")) == 1
+    assert len(make_list("list.txt", f"{tmp_path}/a.png\n", root=tmp_path / "sub")) == 1
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "message"),
     [
         ("list.txt", "", "the list is empty"),
         ("list.txt", "nowhere.png\n", "its first file, .*nowhere.png, does not exist; paths are relative to"),
@@ -257,9 +260,9 @@ def test_relative_paths_start_at_the_root(listed, tmp_path):
         ("list.txt", "a\0.png\n", "it contains a zero byte"),
     ],
 )
-def test_invalid_lists_are_errors(listed, name, content, said):
-    with pytest.raises(ValueError, match=said):
-        listed(name, content)
+def test_invalid_lists_are_errors(make_list, name, content, message):
+    with pytest.raises(ValueError, match=message):
+        make_list(name, content)
 
 
 def test_a_missing_list_is_an_error(tmp_path):

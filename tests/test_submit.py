@@ -1,4 +1,4 @@
-"""Jobs: what would be submitted, and jobs of this machine. Those of a real Slurm: tests/slurm/cases.py."""
+"""Jobs: submission scripts, and jobs on this machine. tests/slurm/cases.py tests jobs on a real Slurm."""
 
 import importlib
 import inspect
@@ -25,8 +25,8 @@ from util.jobs import code_copy, slurm_settings, submit, waiting
 SCRIPTS = sorted(ROOT.glob("submitit_*.py"))
 
 
-def tiny(pictures, *flags):
-    """Flags of a job of one small process, but for those given."""
+def small_job(pictures, *flags):
+    """Returns the flags of a small job with one process, followed by `flags`."""
     settings = {
         "data_path": pictures, "model": "mae_vit_mini_patch4", "input_size": 16, "batch_size": 4, "warmup_epochs": 1,
         "blr": 0.01, "num_workers": 0, "device": "cpu", "vis_every": 0, "nodes": 1, "ngpus": 1,
@@ -36,16 +36,16 @@ def tiny(pictures, *flags):
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """Runs a script in this process, on a machine where nothing is installed; what it prints."""
+    """Runs a script in this process, with an empty PATH; returns the output."""
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.chdir(ROOT)
 
     def run(*flags, main="main_pretrain", fails=False):
         monkeypatch.setattr(sys, "argv", [main.replace("main", "submitit") + ".py", *map(str, flags)])
         if fails:
-            with pytest.raises(SystemExit) as ended:
+            with pytest.raises(SystemExit) as stop:
                 submit.run(main)
-            assert ended.value.code
+            assert stop.value.code
             return " ".join(capsys.readouterr().err.split())
         submit.run(main)
         return capsys.readouterr().out
@@ -60,10 +60,10 @@ def start(*flags):
     )  # fmt: skip
 
 
-def wait_for(holds):
-    ends = time.monotonic() + 120
-    while not holds():
-        assert time.monotonic() < ends
+def wait_for(condition):
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
         time.sleep(0.05)
 
 
@@ -120,7 +120,7 @@ def test_a_job_that_is_not_requeued(run, monkeypatch, setting):
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         (["--slurm", "foo"], "--slurm: must be KEY=VALUE, such as account=lab, got foo"),
         (
@@ -148,18 +148,18 @@ def test_a_job_that_is_not_requeued(run, monkeypatch, setting):
         ([], "there is no sbatch on this machine; submit on a login node, or give --cluster local or --dry_run"),
     ],
 )
-def test_invalid_flags_are_errors_before_submission(run, flags, said):
-    assert said in run(*flags, fails=True)
+def test_invalid_flags_are_errors_before_submission(run, flags, message):
+    assert message in run(*flags, fails=True)
 
 
 def test_scontrol_requeue_survives_its_own_sigterm(monkeypatch):
-    """Slurm ends the processes of a job that is requeued, the one that has asked for it among them."""
+    """Slurm ends all processes of a requeued job, including the one that calls scontrol."""
     monkeypatch.setattr(submit, "_is_submitits", lambda signum: True)
     before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGUSR2)}
-    asked = []
+    exit_codes = []
 
     def requeue(*_):
-        asked.append(subprocess.check_call(["sh", "-c", "kill -TERM $$"]))
+        exit_codes.append(subprocess.check_call(["sh", "-c", "kill -TERM $$"]))
 
     try:
         signal.signal(signal.SIGUSR2, requeue)
@@ -168,11 +168,11 @@ def test_scontrol_requeue_survives_its_own_sigterm(monkeypatch):
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
-    assert asked == [0]
+    assert exit_codes == [0]
 
 
 def test_every_setting_is_passed_on_translated_or_rejected(run):
-    """Submitit's own parameters, of the installed version, among them."""
+    """Including the parameters of the installed version of submitit."""
     parameters = inspect.signature(slurm._make_sbatch_string).parameters.keys() - {"command", "folder"}
     unknown = parameters - slurm_settings.SBATCH - slurm_settings.SUBMITIT - slurm_settings.REFUSED.keys()
     assert unknown == {"additional_parameters"}
@@ -180,13 +180,13 @@ def test_every_setting_is_passed_on_translated_or_rejected(run):
     for remedy in slurm_settings.REFUSED.values():
         flag = re.match(r"give (--\w+)", remedy)
         assert not flag or flag[1] in submit.get_args_parser("main_pretrain")[0]._option_string_actions
-    taken = sorted(slurm_settings.SBATCH - {"requeue", "no_requeue"})
-    script = run("--dry_run", *(part for key in taken for part in ("--slurm", f"{key}=7")))
-    assert [key for key in taken if f"#SBATCH --{key.replace('_', '-')}=7\n" not in script] == []
+    keys = sorted(slurm_settings.SBATCH - {"requeue", "no_requeue"})
+    script = run("--dry_run", *(part for key in keys for part in ("--slurm", f"{key}=7")))
+    assert [key for key in keys if f"#SBATCH --{key.replace('_', '-')}=7\n" not in script] == []
 
 
 def test_options_of_the_installed_sbatch_are_known(run, monkeypatch, tmp_path):
-    """One of a newer Slurm, or of a site's plug-in."""
+    """Options of a newer Slurm, or of a plug-in."""
     assert "no tmpfs; did you mean tmp?" in run("--dry_run", "--slurm", "tmpfs=1G", fails=True)
     sbatch = tmp_path / "sbatch"
     sbatch.write_text("#!/bin/sh\necho '      --tmpfs=size   of a plug-in'\n")
@@ -201,48 +201,48 @@ def test_an_error_of_sbatch_is_printed_once(run, monkeypatch, tmp_path, capsys):
                       "echo 'sbatch: error: Batch job submission failed' >&2\nexit 1\n")  # fmt: skip
     sbatch.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    said = run("--partition", "moon", "--shared_dir", tmp_path / "jobs", fails=True)
-    refusal = "sbatch rejects the job: invalid partition: moon; Batch job submission failed"
-    assert said == f"submitit_pretrain.py: error: {refusal}" or said.endswith(f"error: {refusal}")
-    assert said.count("moon") == 1
+    output = run("--partition", "moon", "--shared_dir", tmp_path / "jobs", fails=True)
+    message = "sbatch rejects the job: invalid partition: moon; Batch job submission failed"
+    assert output == f"submitit_pretrain.py: error: {message}" or output.endswith(f"error: {message}")
+    assert output.count("moon") == 1
 
 
 def test_private_names_of_submitit_exist():
-    """A version of submitit that lacks them fails here, not at somebody's --dry_run."""
+    """A version of submitit without these names fails here, and not in --dry_run."""
     private = {"_make_submission_file_text", "_submitit_command_str"}
     assert set(re.findall(r"self\.(_\w+)", inspect.getsource(submit._Slurm.script))) == private
     assert all(hasattr(submitit.SlurmExecutor, name) for name in private)
-    rest = inspect.getsource(submit).replace(inspect.getsource(submit._Slurm.script), "")
-    names = set(re.findall(r"\b(?:slurm|local|job|executor|task|submitit|self)\.(_[a-z]\w+)", rest))
+    other_code = inspect.getsource(submit).replace(inspect.getsource(submit._Slurm.script), "")
+    names = set(re.findall(r"\b(?:slurm|local|job|executor|task|submitit|self)\.(_[a-z]\w+)", other_code))
     assert names | set(re.findall(r"\.(_[a-z]\w+)", inspect.getsource(waiting))) == set()
 
 
 def test_a_requeued_run_resumes():
     job = submit.Job("main_pretrain", ("--epochs", "2"), "/here")
-    for again in (job.checkpoint(), job.__submitit_checkpoint__(), job.checkpoint(restarted=True)):
-        assert again.function is job
-        assert again.kwargs == {"restarted": True}
+    for requeued in (job.checkpoint(), job.__submitit_checkpoint__(), job.checkpoint(restarted=True)):
+        assert requeued.function is job
+        assert requeued.kwargs == {"restarted": True}
 
 
 def test_a_local_job_runs_the_submitted_code(pictures, tmp_path):
-    """In two processes, and in spite of what happens to the code and the recipe."""
+    """In two processes, although the code and the recipe change after the submission."""
     clone, _ = code_copy.make(tmp_path / "clones", None)
     (clone / "mine.yaml").write_text("epochs: 3\n")
-    flags = tiny(
+    flags = small_job(
         pictures, "--config", "mine.yaml", "--cluster", "local", "--ngpus", 2, "--batch_size", 2, "--shared_dir",
         tmp_path / "jobs", "--output_dir", tmp_path / "run%j",
     )  # fmt: skip
-    with (tmp_path / "told").open("w") as told:  # the job has it open, too
+    with (tmp_path / "told").open("w") as output:  # the job also has the file open
         command = [sys.executable, "submitit_pretrain.py", *flags]
-        subprocess.run(command, cwd=clone, stdin=subprocess.DEVNULL, stdout=told, check=True, timeout=120)
+        subprocess.run(command, cwd=clone, stdin=subprocess.DEVNULL, stdout=output, check=True, timeout=120)
     for file in (clone / "mine.yaml", *clone.glob("*.py"), *clone.glob("util/*.py")):
         file.write_text("this is edited")
-    told = (tmp_path / "told").read_text()
-    number = re.findall(r"job (\d+) is started", told)[0]
+    output = (tmp_path / "told").read_text()
+    number = re.findall(r"job (\d+) is started", output)[0]
     out = tmp_path / f"run{number}"
-    assert f"results  {out}\n" in told
+    assert f"results  {out}\n" in output
     log = tmp_path / f"jobs/{number}/{number}_0_log.out"
-    assert str(log) in told
+    assert str(log) in output
     wait_for(lambda: log.exists() and "Exiting after successful completion" in log.read_text())
     assert len(lines(out)) == 3
     assert "2 process(es)" in log.read_text()
@@ -250,7 +250,7 @@ def test_a_local_job_runs_the_submitted_code(pictures, tmp_path):
 
 
 def test_a_local_job_resumes_after_its_time_limit(pictures, tmp_path):
-    flags = tiny(pictures, "--epochs", 60, "--cluster", "local", "--job_dir", tmp_path / "job", "--wait")
+    flags = small_job(pictures, "--epochs", 60, "--cluster", "local", "--job_dir", tmp_path / "job", "--wait")
     job = start(*flags)
     wait_for(lambda: (tmp_path / "job/log.txt").exists() and len(lines(tmp_path / "job")) > 1)
     os.kill(int(re.findall(r"process (\d+) on", (tmp_path / "job/run.lock").read_text())[0]), signal.SIGUSR2)
@@ -263,40 +263,40 @@ def test_a_local_job_resumes_after_its_time_limit(pictures, tmp_path):
 
 
 def test_wait_prints_the_error_of_a_failed_job(pictures, tmp_path):
-    flags = tiny(pictures, "--data_path", "/nowhere", "--cluster", "local", "--shared_dir", tmp_path, "--wait")
+    flags = small_job(pictures, "--data_path", "/nowhere", "--cluster", "local", "--shared_dir", tmp_path, "--wait")
     job = start(*flags)
-    told = job.communicate(timeout=120)[0]
+    output = job.communicate(timeout=120)[0]
     assert job.returncode == 1
-    assert "main_pretrain.py: error: --data_path: there is no folder or archive /nowhere" in told
-    assert "submitit_pretrain.py: error: job" in told
-    assert "Traceback" not in told
+    assert "main_pretrain.py: error: --data_path: there is no folder or archive /nowhere" in output
+    assert "submitit_pretrain.py: error: job" in output
+    assert "Traceback" not in output
 
 
 def test_ctrl_c_during_wait_stops_a_local_job(pictures, tmp_path):
     """With worker processes, and with the signal sent to all processes, as a terminal does."""
     out = tmp_path / "job"
-    flags = tiny(pictures, "--epochs", 1000, "--cluster", "local", "--job_dir", out, "--wait", "--num_workers", 2)
+    flags = small_job(pictures, "--epochs", 1000, "--cluster", "local", "--job_dir", out, "--wait", "--num_workers", 2)
     job = subprocess.Popen(
         [sys.executable, "submitit_pretrain.py", *flags], cwd=ROOT, stdin=subprocess.DEVNULL, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
     wait_for(lambda: (out / "log.txt").exists())
     os.killpg(job.pid, signal.SIGINT)
-    began = time.monotonic()
-    told = job.communicate(timeout=120)[0]
+    start_time = time.monotonic()
+    output = job.communicate(timeout=120)[0]
     assert job.returncode == 130
-    assert time.monotonic() - began < 40  # a few seconds, but on a machine that does ten things
+    assert time.monotonic() - start_time < 40  # a few seconds, but more on a busy machine
     assert re.search(
-        rf"job \d+ was stopped by SIG(INT|TERM), the state is saved; .* --resume auto --output_dir {out}", told
+        rf"job \d+ was stopped by SIG(INT|TERM), the state is saved; .* --resume auto --output_dir {out}", output
     )
-    assert "Traceback" not in told
-    assert "failed" not in told
+    assert "Traceback" not in output
+    assert "failed" not in output
     saved = checkpoint.read(out / "checkpoint-last.pth")["progress"]
     assert saved["epoch"] + saved["images_done"] > 0
 
 
 def test_debug_runs_in_this_process(pictures, tmp_path):
-    flags = tiny(pictures, "--epochs", 1, "--cluster", "debug", "--job_dir", tmp_path / "%j")
+    flags = small_job(pictures, "--epochs", 1, "--cluster", "debug", "--job_dir", tmp_path / "%j")
     job = start(*flags)
     assert "epoch 0 done" in job.communicate(timeout=120)[0]
     assert job.returncode == 0
@@ -323,11 +323,11 @@ def test_code_snapshots_are_named_by_their_content(tmp_path):
 
 def test_printed_commands_parse(monkeypatch):
     monkeypatch.chdir(ROOT)
-    shown = [command for path in DOCUMENTS for command in bash_blocks(path)]
-    shown += [command for path in SCRIPTS for command in commands(path.read_text())]
-    calls = [re.search(r"python submitit_(\w+)\.py (-.*)", command) for command in shown]
-    found = [(f"main_{call[1]}", shlex.split(call[2])) for call in calls if call]
-    assert len(found) >= 5
-    for main, flags in found:
+    printed = [command for path in DOCUMENTS for command in bash_blocks(path)]
+    printed += [command for path in SCRIPTS for command in commands(path.read_text())]
+    calls = [re.search(r"python submitit_(\w+)\.py (-.*)", command) for command in printed]
+    parsed = [(f"main_{call[1]}", shlex.split(call[2])) for call in calls if call]
+    assert len(parsed) >= 5
+    for main, flags in parsed:
         importlib.import_module(main)
         assert entry_point.parse(submit.get_args_parser(main)[0], flags)

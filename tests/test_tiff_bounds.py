@@ -1,4 +1,4 @@
-"""Small TIFF files that would unpack to gigabytes, by each codec, with imagecodecs and without it."""
+"""Small TIFF files that unpack to gigabytes, for each codec, with and without imagecodecs."""
 
 import io
 import lzma
@@ -22,13 +22,13 @@ DEFLATE, LZMA, JPEG2000, JPEG = 8, 34925, 34712, 7
 
 
 def zeros(kind: int, size: int) -> bytes:
-    """So many zeros, compressed."""
+    """Returns `size` zero bytes, compressed."""
     packer = zlib.compressobj() if kind == DEFLATE else lzma.LZMACompressor(preset=0)
-    parts = [packer.compress(bytes(MB)) for _ in range(size // MB)]
-    return b"".join(parts) + packer.flush()
+    chunks = [packer.compress(bytes(MB)) for _ in range(size // MB)]
+    return b"".join(chunks) + packer.flush()
 
 
-def by_hand(
+def make_tiff(
     segment: bytes, compression: int, bits: int = 16, tile: int = 0, rows: int = 16, twice: bool = False
 ) -> bytes:
     """A TIFF file of 16 x 16 pixels in one strip or tile."""
@@ -40,7 +40,7 @@ def by_hand(
     return b"II*\0" + struct.pack("<I", 8 + len(segment)) + segment + struct.pack("<H", len(tags)) + entries + bytes(4)
 
 
-def embedded(kind: str, size: bytes) -> bytes:
+def with_false_size(kind: str, size: bytes) -> bytes:
     """An image of 16 x 16 pixels that states another size."""
     stream = io.BytesIO()
     Image.new("L", (16, 16)).save(stream, kind, **({"no_jp2": True} if kind == "JPEG2000" else {}))
@@ -49,39 +49,45 @@ def embedded(kind: str, size: bytes) -> bytes:
 
 @pytest.fixture(scope="module")
 def bombs(tmp_path_factory):
-    """A folder of files, and what must be said of each; "" where it may be read in the memory that it needs."""
+    """Files, each with its error message in a text file; "" if the file can be decoded in bounded memory."""
     large = {"deflate": (DEFLATE, zeros(DEFLATE, 128 * MB)), "LZMA": (LZMA, zeros(LZMA, 128 * MB))}
     files = {
-        "JPEG 2000": (by_hand(embedded("JPEG2000", struct.pack(">4I", 16, 16, 9999, 9999)), JPEG2000), "9999 x 9999"),
-        "JPEG": (by_hand(embedded("JPEG", struct.pack(">4H", 16, 16, 9999, 9999)), JPEG, bits=12), "9999 x 9999"),
-        "stated twice": (by_hand(large["deflate"][1], DEFLATE, tile=16, twice=True), "states its TileWidth twice"),
+        "JPEG 2000": (
+            make_tiff(with_false_size("JPEG2000", struct.pack(">4I", 16, 16, 9999, 9999)), JPEG2000),
+            "9999 x 9999",
+        ),
+        "JPEG": (
+            make_tiff(with_false_size("JPEG", struct.pack(">4H", 16, 16, 9999, 9999)), JPEG, bits=12),
+            "9999 x 9999",
+        ),
+        "stated twice": (make_tiff(large["deflate"][1], DEFLATE, tile=16, twice=True), "states its TileWidth twice"),
     }
     for name, (codec, data) in large.items():
-        files[f"{name}, strip"] = by_hand(data, codec), ""
-        files[f"{name}, a strip of many rows"] = by_hand(data, codec, rows=2**31), ""
-        files[f"{name}, strip of 8 bits"] = by_hand(data, codec, bits=8), ""
+        files[f"{name}, strip"] = make_tiff(data, codec), ""
+        files[f"{name}, a strip of many rows"] = make_tiff(data, codec, rows=2**31), ""
+        files[f"{name}, strip of 8 bits"] = make_tiff(data, codec, bits=8), ""
         for bits in (8, 16):
-            files[f"{name}, tile of {bits} bits"] = by_hand(data, codec, bits, tile=12_000), "larger than the picture"
+            files[f"{name}, tile of {bits} bits"] = make_tiff(data, codec, bits, tile=12_000), "larger than the picture"
     folder = tmp_path_factory.mktemp("bombs")
-    for name, (data, said) in files.items():
+    for name, (data, message) in files.items():
         (folder / f"{name}.tif").write_bytes(data)
-        (folder / f"{name}.txt").write_text(said)
+        (folder / f"{name}.txt").write_text(message)
     return folder
 
 
 def check_all(folder: Path) -> None:
-    """Decodes all of them in little memory."""
-    decode(by_hand(zlib.compress(bytes(512)), DEFLATE), 1)  # imports what is imported at first use
+    """Decodes all files, and checks the growth of the memory."""
+    decode(make_tiff(zlib.compress(bytes(512)), DEFLATE), 1)  # imports the modules of the first use
     for path in sorted(folder.glob("*.tif")):
-        data, said = path.read_bytes(), path.with_suffix(".txt").read_text()
+        data, message = path.read_bytes(), path.with_suffix(".txt").read_text()
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         try:
             decode(data, 1)
-            assert not said, path.stem
+            assert not message, path.stem
         except BadImage as error:
-            assert said in str(error), f"{path.stem}: {error}"
-        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-        assert grown < 64, f"{path.stem}: {grown:.0f} MB for {len(data):,} bytes"
+            assert message in str(error), f"{path.stem}: {error}"
+        growth = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+        assert growth < 64, f"{path.stem}: {growth:.0f} MB for {len(data):,} bytes"
 
 
 @pytest.mark.parametrize("without", ["", "sys.modules['imagecodecs'] = None"], ids=["imagecodecs", "without it"])
@@ -90,8 +96,8 @@ def test_small_files_do_not_fill_the_memory(without, bombs):
         f"import sys; sys.path[:0] = ['tests', '.']; {without}\n"
         f"from pathlib import Path; import test_tiff_bounds; test_tiff_bounds.check_all(Path({str(bombs)!r}))"
     )
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    process = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
 
 
 @pytest.mark.parametrize("compression", ["zlib", "lzma", "lzw", "packbits", "zstd", "jpeg2000"])
@@ -105,4 +111,4 @@ def test_complete_files_are_decoded(compression, tile):
 
 def test_other_codecs_are_errors():
     with pytest.raises(BadImage, match="its compression LERC is not supported; save it with deflate"):
-        decode(by_hand(b"Lerc2 ", 34887), 1)
+        decode(make_tiff(b"Lerc2 ", 34887), 1)

@@ -1,4 +1,4 @@
-"""iNaturalist and Places: folders and lists of their shapes go through fine-tuning and probing, with their recipes."""
+"""Fine-tuning and probing on folders and lists in the formats of iNaturalist and Places, with their recipes."""
 
 import io
 import json
@@ -18,12 +18,12 @@ from util.datasets import open_source
 
 def save(path, label):
     path.parent.mkdir(parents=True, exist_ok=True)
-    colour = np.eye(3, dtype=np.uint8)[label % 3] * 200
-    Image.fromarray(np.broadcast_to(colour, (24, 30, 3)).copy()).save(path)
+    color = np.eye(3, dtype=np.uint8)[label % 3] * 200
+    Image.fromarray(np.broadcast_to(color, (24, 30, 3)).copy()).save(path)
 
 
 def inaturalist(root):
-    """Images of both splits in the same folders; the JSON files tell which is which."""
+    """Writes images of both splits into the same folders. JSON files assign them to splits."""
     categories = [{"id": n, "name": f"Anas {'cba'[n]}", "supercategory": "Aves"} for n in range(3)]
     for split, count in (("train", 18), ("val", 6)):
         images, annotations = [], []
@@ -40,20 +40,20 @@ def inaturalist(root):
 
 def places205(root):
     for split, count in (("train", 18), ("val", 6)):
-        listed = []
+        rows = []
         for number in range(count):
             name = f"{'abc'[number % 3]}/place/gsun_{split}{number}.jpg"
             save(root / name, number % 3)
-            listed.append(f"{name} {number % 3}\n")
-        (root / f"{split}_places205.csv").write_text("".join(listed))
+            rows.append(f"{name} {number % 3}\n")
+        (root / f"{split}_places205.csv").write_text("".join(rows))
     return ["--train_list", root / "train_places205.csv", "--val_list", root / "val_places205.csv"]
 
 
 def places365(root):
     for split, count in (("train", 18), ("val", 6)):
         for number in range(count):
-            place = ("airfield", "airplane_cabin", "zen_garden")[number % 3]
-            save(root / split / place / f"{split}{number:08d}.jpg", number % 3)
+            category = ("airfield", "airplane_cabin", "zen_garden")[number % 3]
+            save(root / split / category / f"{split}{number:08d}.jpg", number % 3)
     return []
 
 
@@ -74,18 +74,18 @@ def test_fine_tuning_and_probing(recipe, make, tmp_path):
         source = open_source(split, str(tmp_path / "data"), str(data[listed]) if len(data) > 2 else None)
         assert len(source.classes) == 3
         assert len(source) == count
-        for index in range(count):  # the colour tells
+        for index in range(count):  # the color determines the label
             data_of, label = source[index]
             assert np.asarray(Image.open(io.BytesIO(data_of))).mean(axis=(0, 1)).argmax() == label
 
 
 @pytest.mark.parametrize("size", ["large", "256"])
 def test_places365_in_torchvisions_layout(size, tmp_path, monkeypatch):
-    """Its digests are those of the whole lists; ours are short."""
-    places = torchvision.datasets.Places365
-    monkeypatch.setattr(places, "_CATEGORIES_META", ("categories_places365.txt", None))
+    """The lists are short, so the digests of the complete lists are removed."""
+    dataset = torchvision.datasets.Places365
+    monkeypatch.setattr(dataset, "_CATEGORIES_META", ("categories_places365.txt", None))
     lists = {"train-standard": ("places365_train_standard.txt", None), "val": ("places365_val.txt", None)}
-    monkeypatch.setattr(places, "_FILE_LIST_META", lists)
+    monkeypatch.setattr(dataset, "_FILE_LIST_META", lists)
     (tmp_path / "categories_places365.txt").write_text("/a/airfield 0\n/a/airplane_cabin 1\n")
     (tmp_path / "places365_train_standard.txt").write_text("/a/airfield/1.jpg 0\n/a/airplane_cabin/2.jpg 1\n")
     (tmp_path / "places365_val.txt").write_text("Places365_val_1.jpg 1\n")

@@ -1,4 +1,4 @@
-"""Statistics, crops and normalisation."""
+"""Statistics, crops and normalization."""
 
 import pickle
 import random
@@ -49,7 +49,7 @@ def test_crop_pct_1_evaluates_the_full_image(photo):
 
 def test_a_strip_is_cropped_before_it_is_scaled():
     strip = Image.fromarray(np.random.default_rng(0).integers(0, 256, size=(2, 60_000), dtype=np.uint8))
-    out = transforms.eval_transform(224)(strip)  # 15 gigabytes, if it were scaled whole
+    out = transforms.eval_transform(224)(strip)  # 15 gigabytes if the strip were scaled before the crop
     middle = strip.crop((29_990, 0, 30_010, 2)).resize((2560, 256), Image.BICUBIC)
     assert torch.equal(out, tv.functional.pil_to_tensor(tv.functional.center_crop(middle, 224)))
 
@@ -73,11 +73,11 @@ def test_pretraining_crops_equal_torchvisions(photo):
         [tv.RandomResizedCrop(24, scale, interpolation=bicubic), tv.RandomHorizontalFlip(0.5), tv.PILToTensor()]
     )
     for seed in range(10):
-        made = []
+        results = []
         for transform in (transforms.pretrain_transform(24), oracle):
             torch.manual_seed(seed)
-            made.append(transform(photo))
-        assert torch.equal(*made)
+            results.append(transform(photo))
+        assert torch.equal(*results)
 
 
 def test_flip_and_crop_can_be_turned_off(photo):
@@ -123,30 +123,30 @@ def test_statistics_of_other_channel_counts():
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_finetune_transform_equals_timms(photo, mode):
-    """The same draws give the same pixels as timm's own transform, but for its normalisation."""
+    """With equal seeds, the pixels equal those of timm's transform without normalization."""
     photo = photo.convert(mode)
     mean = IMAGENET_MEAN if mode == "RGB" else (0.5,)
-    ours = transforms.finetune_transform(32, mean, "rand-m9-mstd0.5-inc1")
-    theirs = create_transform(
+    transform_ours = transforms.finetune_transform(32, mean, "rand-m9-mstd0.5-inc1")
+    transform_timm = create_transform(
         (len(mean), 32, 32), is_training=True, auto_augment="rand-m9-mstd0.5-inc1", interpolation="bicubic", mean=mean,
         normalize=False,
     )  # fmt: skip
-    seen = set()
+    means = set()
     for seed in range(40):
-        made = []
-        for transform in (ours, theirs):
+        results = []
+        for transform in (transform_ours, transform_timm):
             torch.manual_seed(seed)
             np.random.seed(seed)
             random.seed(seed)
-            made.append(transform(photo))
-        assert torch.equal(made[0], made[1])
-        assert made[0].shape == (len(mean), 32, 32)
-        seen.add(made[0].float().mean().item())
-    assert len(seen) == 40
+            results.append(transform(photo))
+        assert torch.equal(results[0], results[1])
+        assert results[0].shape == (len(mean), 32, 32)
+        means.add(results[0].float().mean().item())
+    assert len(means) == 40
 
 
 def test_posterizing_to_no_bits_leaves_black(photo):
-    """Pillow refuses 0 bits, which rand-m9-mstd0.5-inc1 asks for in one of some hundred pictures."""
+    """Pillow rejects 0 bits, which rand-m9-mstd0.5-inc1 samples for about one picture in several hundred."""
     transform = transforms.finetune_transform(8, IMAGENET_MEAN, "rand-m10-n4-mstd1.5-inc1")
     op = auto_augment.NAME_TO_OP["PosterizeIncreasing"]
     assert not np.asarray(op(photo, 0)).any()
@@ -168,7 +168,7 @@ def test_finetune_transform_without_policy_takes_any_image():
 
 
 def test_probe_crop_uses_its_first_random_numbers(photo):
-    """Area and ratio as published, rounded and clipped to the picture; the first draw counts."""
+    """Area and ratio are the published ones, rounded and clipped to the picture. The first sample is used."""
     crop = crops.CropOnce(16, scale=(0.08, 1.0))
     areas, ratios = [], []
     for seed in range(2000):
@@ -195,10 +195,10 @@ def test_probe_crop_uses_its_first_random_numbers(photo):
 )  # fmt: skip
 def test_transforms_can_be_pickled_for_spawned_workers(transform, photo):
     copy = pickle.loads(pickle.dumps(transform))
-    made = []
-    for one in (transform, copy):
+    results = []
+    for function in (transform, copy):
         torch.manual_seed(0)
         random.seed(0)
         np.random.seed(0)
-        made.append(one(photo))
-    assert torch.equal(*made)
+        results.append(function(photo))
+    assert torch.equal(*results)

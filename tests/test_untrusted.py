@@ -1,4 +1,4 @@
-"""Untrusted files: names that write to the terminal, pipes, devices, files without an end."""
+"""Untrusted files: names with control characters, pipes, devices, endless files."""
 
 import logging
 import os
@@ -35,7 +35,7 @@ def test_only_regular_files_of_a_bounded_size_are_read(tmp_path):
 
 
 def test_a_dataset_of_pipes_devices_and_unusual_names_is_read_safely(tmp_path):
-    """The command ends, names all of them, and sends nothing to the terminal that it would obey."""
+    """The command terminates, names all files, and prints no control characters."""
     folder = tmp_path / "images"
     folder.mkdir()
     os.mkfifo(tmp_path / "pipe")
@@ -45,13 +45,13 @@ def test_a_dataset_of_pipes_devices_and_unusual_names_is_read_safely(tmp_path):
     with (folder / "endless.png").open("wb") as file:
         file.truncate(1 << 40)
     command = [sys.executable, "-m", "util.datasets", str(folder), "--num_workers", "0"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 1
-    assert "unreadable  4" in done.stdout
-    assert done.stdout.count("not a regular file") == 2
-    assert "1,099,511,627,776 bytes, and at most" in done.stdout
-    assert r"\x1b]0;owned\x07.png" in done.stdout
-    assert not set("\x1b\x07") & set(done.stdout + done.stderr)
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert process.returncode == 1
+    assert "unreadable  4" in process.stdout
+    assert process.stdout.count("not a regular file") == 2
+    assert "1,099,511,627,776 bytes, and at most" in process.stdout
+    assert r"\x1b]0;owned\x07.png" in process.stdout
+    assert not set("\x1b\x07") & set(process.stdout + process.stderr)
 
 
 def test_a_file_named_like_a_pipe_command_is_read_as_a_file(tmp_path):
@@ -62,11 +62,11 @@ def test_a_file_named_like_a_pipe_command_is_read_as_a_file(tmp_path):
         "shards = Shards('*.tar', 1)\n"
         "print(list(shards.stream([0], 0, 1, lambda name, error: True, laps=1)))\n"
     )
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, env=os.environ | {"HERE": str(tmp_path)}, capture_output=True,
         text=True, check=False,
     )  # fmt: skip
-    assert done.stdout.strip() == "[]", done.stderr
+    assert process.stdout.strip() == "[]", process.stderr
     assert not (tmp_path / "mark").exists()
 
 

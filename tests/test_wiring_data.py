@@ -1,4 +1,4 @@
-"""Data: what the random numbers, the order and the parts of a data set depend on."""
+"""Data: random numbers, order and parts of a dataset as functions of seed, epoch and rank."""
 
 import io
 import random
@@ -67,7 +67,7 @@ def test_the_train_loader_passes_on_its_arguments(pictures):
 
 
 def test_random_numbers_of_a_batch_depend_on_seed_epoch_iteration_and_rank(pictures, monkeypatch):
-    drawn = set()
+    numbers = set()
     for seed in (0, 1):
         batches = TrainLoader(make_samples(pictures), 4, seed, 0, False)
         for epoch in (0, 1):
@@ -76,10 +76,10 @@ def test_random_numbers_of_a_batch_depend_on_seed_epoch_iteration_and_rank(pictu
                 for rank in (0, 1):
                     monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
                     batches.seed_iteration(step)
-                    drawn |= {torch.rand(1).item(), random.random(), np.random.rand()}
-    assert len(drawn) == 3 * 16
+                    numbers |= {torch.rand(1).item(), random.random(), np.random.rand()}
+    assert len(numbers) == 3 * 16
     batches.seed_iteration(1)
-    assert {torch.rand(1).item(), random.random(), np.random.rand()} < drawn  # the same again
+    assert {torch.rand(1).item(), random.random(), np.random.rand()} < numbers  # repeated
 
 
 def test_every_split_of_features_has_its_own_order(monkeypatch):
@@ -91,14 +91,14 @@ def test_every_split_of_features_has_its_own_order(monkeypatch):
                 monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
                 batches = FeatureBatches(features, 100 + torch.arange(12), 4, seed)
                 batches.seek(epoch)
-                found = list(batches)
-                for values, labels, places in found:
-                    assert torch.equal(labels, 100 + places)
-                    assert torch.equal(values, features[places])
-                orders.append(tuple(torch.cat([places for _, _, places in found]).tolist()))
+                epoch_batches = list(batches)
+                for values, labels, indices in epoch_batches:
+                    assert torch.equal(labels, 100 + indices)
+                    assert torch.equal(values, features[indices])
+                orders.append(tuple(torch.cat([indices for _, _, indices in epoch_batches]).tolist()))
                 assert sorted(orders[-1]) == list(range(12))
                 batches.seek(epoch, 2)
-                assert [tuple(places.tolist()) for _, _, places in batches] == [orders[-1][8:]]
+                assert [tuple(indices.tolist()) for _, _, indices in batches] == [orders[-1][8:]]
     assert len(set(orders)) == 8
 
 
@@ -109,7 +109,7 @@ def test_evaluation_keeps_the_order_of_the_data_set(pictures, monkeypatch):
         monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
         batches = loader.eval_loader(source, 5, 0, pin_memory=True)
         assert batches.pin_memory is True
-        images, labels, _ = (torch.cat(parts) for parts in zip(*batches, strict=True))
+        images, labels, _ = (torch.cat(values) for values in zip(*batches, strict=True))
         assert torch.equal(labels, torch.from_numpy(source.source.labels[rank::2].copy()))
         assert torch.equal(images, torch.stack([source[0, index].image for index in range(rank, 24, 2)]))
 
@@ -144,15 +144,15 @@ def test_the_three_generators_continue_after_a_sample(pictures):
 
 
 def test_the_replacement_of_a_bad_image_depends_on_seed_and_epoch(pictures):
-    def stand_ins(seed, epoch, index):
+    def replacements(seed, epoch, index):
         candidates = make_samples(pictures, seed)._candidates(epoch, index)
         return tuple(next(candidates) for _ in range(8))
 
-    places = [(seed, epoch, index) for seed in (0, 1) for epoch in (0, 1) for index in (4, 5)]
-    found = [stand_ins(*place) for place in places]
-    assert [stand_in[0] for stand_in in found] == [4, 5] * 4
-    assert len({stand_in[1:] for stand_in in found}) == 8
-    assert all(0 <= number < 24 for stand_in in found for number in stand_in)
+    keys = [(seed, epoch, index) for seed in (0, 1) for epoch in (0, 1) for index in (4, 5)]
+    sequences = [replacements(*key) for key in keys]
+    assert [numbers[0] for numbers in sequences] == [4, 5] * 4
+    assert len({numbers[1:] for numbers in sequences}) == 8
+    assert all(0 <= number < 24 for numbers in sequences for number in numbers)
 
 
 @pytest.fixture
@@ -171,7 +171,7 @@ def streamed(source, seed, part=0, parts=1, laps=1):
 
 
 def test_the_order_of_a_stream_depends_on_the_epoch(shards, monkeypatch):
-    """The order within one shard, and, without the shuffling of samples, the order of shards."""
+    """The order in a shard, and the order of shards if samples are not shuffled."""
     one = Shards(f"{shards}/0.tar", None)
     assert len({tuple(streamed(one, [seed, epoch])) for seed in (0, 1) for epoch in (0, 1, 2)}) == 6
     monkeypatch.setattr(webdataset, "shuffle", lambda *_, **__: lambda items: items)
@@ -184,20 +184,20 @@ def test_the_parts_of_a_stream_are_disjoint_and_take_turns(shards):
     several = Shards(f"{shards}/{{0..2}}.tar", None)
     parts = [set(streamed(several, [0, 0], part, 3)) for part in range(3)]
     assert sorted(number for part in parts for number in part) == list(range(24))
-    # Of three shards and two parts, a part has two shards in a lap and one in the next.
+    # With three shards and two parts, a part has two shards in one lap and one shard in the next.
     assert [len(streamed(several, [0, 0], 0, 2, laps)) for laps in (1, 2, 3)] == [16, 24, 40]
 
 
 def test_ranks_stream_different_images(shards, monkeypatch):
     source = make_samples_of(Shards(f"{shards}/{{0..2}}.tar", None))
     monkeypatch.setattr(dist, "world_size", lambda: 3)
-    found = []
+    images = []
     for rank in range(3):
         monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
         stream = samples.StreamedSamples(source, source.source)
         stream.seek(0, 0, 2, 4)
-        found += [sample.image.numpy().tobytes() for sample in stream]
-    assert len(set(found)) == len(found) == 24
+        images += [sample.image.numpy().tobytes() for sample in stream]
+    assert len(set(images)) == len(images) == 24
 
 
 def make_samples_of(source, seed=0):
@@ -215,9 +215,9 @@ def test_noise_and_order_of_streamed_images_depend_on_seed_and_epoch(shards):
         for epoch in (0, 1):
             stream = samples.StreamedSamples(make_samples_of(source, seed), source)
             stream.seek(epoch, 0, 1, 8)
-            found = list(stream)
-            noise |= {tuple(sample.noise.tolist()) for sample in found}
-            orders.add(tuple(sample.image.numpy().tobytes() for sample in found))
+            epoch_samples = list(stream)
+            noise |= {tuple(sample.noise.tolist()) for sample in epoch_samples}
+            orders.add(tuple(sample.image.numpy().tobytes() for sample in epoch_samples))
     assert len(noise) == 32
     assert len(orders) == 4
 
@@ -273,8 +273,8 @@ def test_the_validation_part_is_preferred_to_the_test_part(tmp_path):
         (data / f"images_variant_{part}.txt").write_text("".join(f"{letter} 707\n" for letter in name))
     for number, name in enumerate("abcd"):
         Image.fromarray(ROWS[number]).convert("RGB").save(data / "images" / f"{name}.jpg", quality=100)
-    found = open_source("val", str(tmp_path), dataset="FGVCAircraft")[0][0]
-    assert found == (data / "images" / "b.jpg").read_bytes()
+    content = open_source("val", str(tmp_path), dataset="FGVCAircraft")[0][0]
+    assert content == (data / "images" / "b.jpg").read_bytes()
 
 
 def test_the_check_of_a_data_set_takes_the_list_of_its_part(tmp_path, capsys):
@@ -312,7 +312,7 @@ def test_exif_orientation_is_ignored_by_default():
 
 def test_images_above_178_million_pixels_are_refused():
     assert decode.MAX_PIXELS == 178_956_970
-    assert decode.MAX_VALUES == 4 * 178_956_970
+    assert decode.VALUES_PER_PIXEL == 4
 
 
 def test_a_tile_may_be_as_large_as_its_picture(monkeypatch):
@@ -336,9 +336,9 @@ def test_a_resized_jpeg_has_the_given_quality():
     Image.fromarray(noise).save(stream, "JPEG", quality=100)
     expected = Image.open(io.BytesIO(stream.getvalue())).resize((100, 100), Image.Resampling.BICUBIC)
     for quality in (40, 90):
-        wanted = io.BytesIO()
-        expected.save(wanted, "JPEG", quality=quality)
-        assert resize.scale(stream.getvalue(), 100, quality) == wanted.getvalue()
+        expected_file = io.BytesIO()
+        expected.save(expected_file, "JPEG", quality=quality)
+        assert resize.scale(stream.getvalue(), 100, quality) == expected_file.getvalue()
 
 
 def test_pictures_have_a_white_background(mini_mae):

@@ -1,4 +1,4 @@
-"""The demo and the commands behind the documents' numbers: on small inputs with known answers."""
+"""The demo and the commands that measure, on small inputs with known results."""
 
 import argparse
 import base64
@@ -7,7 +7,6 @@ import json
 import re
 from types import SimpleNamespace
 
-import gradio
 import numpy as np
 import pytest
 import torch
@@ -16,7 +15,7 @@ from matplotlib.axes import Axes
 from PIL import Image
 
 from benchmarks import machine, saving, targets
-from demo import app, report, segmentation, unpack_data
+from demo import app, outputs, report, segmentation, unpack_data
 from inference import get_model, maps, reconstruct
 from util.cli import entry_point
 
@@ -45,9 +44,9 @@ def test_unpacked_images_have_their_class_number_and_pixels(tmp_path, monkeypatc
             f"{('t-shirt_top', 'ankle_boot')[label]}/{number:05}.png"
             for number, label in enumerate(labels[f"{split}_labels"])
         }
-        found = {f"{path.parent.name}/{path.name}": path for path in (tmp_path / "out" / split).glob("*/*")}
-        assert found.keys() == expected
-        for name, path in found.items():
+        files = {f"{path.parent.name}/{path.name}": path for path in (tmp_path / "out" / split).glob("*/*")}
+        assert files.keys() == expected
+        for name, path in files.items():
             assert np.array_equal(np.array(Image.open(path)), sets[f"{split}_images"][int(name[-9:-4])])
 
 
@@ -67,7 +66,7 @@ def test_the_probe_is_selected_on_training_images_and_scored_on_test_images(monk
 
         def score(self, features, targets):
             scores.append((self.strength, len(targets)))
-            return self.strength  # the strongest wins
+            return self.strength  # the highest value is selected
 
     monkeypatch.setattr(report, "LogisticRegression", Regression)
     assert report.probe(np.zeros((50, 3)), np.zeros(50), np.zeros((7, 3)), np.zeros(7)) == 1.0
@@ -79,18 +78,18 @@ def test_features_of_the_report(mae):
     images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
     with torch.no_grad():
         tokens = mae.forward_features(mae.normalize(images)).numpy()
-    found = report.encode(mae, images)
-    np.testing.assert_allclose(found[:, :128], tokens[:, 0], rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(found[:, 128:], tokens[:, 1:].mean(axis=1), rtol=1e-4, atol=1e-5)
+    features = report.encode(mae, images)
+    np.testing.assert_allclose(features[:, :128], tokens[:, 0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(features[:, 128:], tokens[:, 1:].mean(axis=1), rtol=1e-4, atol=1e-5)
 
 
-def test_neighbours_returns_the_accuracy():
-    """The class is where a point lies: every test point but one of the wrong label is right."""
+def test_neighbors_returns_the_accuracy():
+    """Classes are separate clusters; one of five test labels is wrong."""
     angles = np.linspace(0, 1, 40)
     train = np.concatenate([np.stack([np.cos(a + angles), np.sin(a + angles)], axis=1) for a in (0.0, 3.0)])
     labels = np.repeat([0, 1], 40)
     test, test_labels = train[[0, 20, 39, 45, 79]], np.array([0, 0, 0, 1, 0])
-    assert report.neighbours(train.astype(np.float32), labels, test.astype(np.float32), test_labels) == 0.8
+    assert report.neighbors(train.astype(np.float32), labels, test.astype(np.float32), test_labels) == 0.8
 
 
 def test_the_accuracy_is_that_of_the_last_epoch(tmp_path):
@@ -99,16 +98,16 @@ def test_the_accuracy_is_that_of_the_last_epoch(tmp_path):
 
 
 def test_the_loss_is_drawn_over_finished_epochs(tmp_path, monkeypatch):
-    drawn = []
-    plain = Axes.plot
-    monkeypatch.setattr(Axes, "plot", lambda self, *a, **k: drawn.append(a) or plain(self, *a, **k))
+    plots = []
+    original = Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda self, *a, **k: plots.append(a) or original(self, *a, **k))
     (tmp_path / "log.txt").write_text('{"epoch": 0, "train_loss": 0.9}\n{"epoch": 1, "train_loss": 0.5}\n')
     report.draw_loss(tmp_path / "log.txt", tmp_path / "loss.png")
-    assert drawn == [([1, 2], [0.9, 0.5])]
+    assert plots == [([1, 2], [0.9, 0.5])]
 
 
 def test_rows_of_the_report_use_the_named_models(labelled, tmp_path, monkeypatch):
-    """Which images and which model each row of the table takes."""
+    """The images and the model of each row of the table."""
     torch.manual_seed(1)
     model = get_model("mae_vit_mini_patch4", input_size=20, in_chans=3)
     torch.save({"model": model.state_dict(), "args": {**model.settings, "classes": None}}, tmp_path / "c.pth")
@@ -117,22 +116,22 @@ def test_rows_of_the_report_use_the_named_models(labelled, tmp_path, monkeypatch
         (tmp_path / name).mkdir()
         (tmp_path / name / "log.txt").write_text(json.dumps({"test_acc1": accuracy}))
     probes = []
-    monkeypatch.setattr(report, "probe", lambda *given: probes.append(given) or 0.5)
-    monkeypatch.setattr(report, "neighbours", lambda *given: 0.25)
+    monkeypatch.setattr(report, "probe", lambda *arguments: probes.append(arguments) or 0.5)
+    monkeypatch.setattr(report, "neighbors", lambda *arguments: 0.25)
     monkeypatch.setattr(report, "PICTURES", 2)
     report.main(argparse.Namespace(
         checkpoint=tmp_path / "c.pth", data_path=str(labelled), out=tmp_path / "out", finetuned=tmp_path / "finetuned",
         scratch=tmp_path / "scratch", train_per_class=3,
     ))  # fmt: skip
-    raw, untrained, trained, few = probes
-    assert [(len(given[0]), len(given[2])) for given in probes] == [(48, 23), (48, 23), (48, 23), (18, 23)]
+    raw, untrained, trained, subset = probes
+    assert [(len(arguments[0]), len(arguments[2])) for arguments in probes] == [(48, 23), (48, 23), (48, 23), (18, 23)]
     assert raw[0].shape == (48, 3 * 20 * 20)
     assert 0 <= raw[0].min() < raw[0].max() <= 1
     images, labels = report.read_images(model, str(labelled), "val")
     np.testing.assert_allclose(trained[2], report.encode(model, images), rtol=1e-4, atol=1e-5)
     assert not np.allclose(untrained[2], trained[2], atol=0.01)
     assert np.array_equal(raw[3], labels)
-    assert np.bincount(few[1]).tolist() == [3] * 6
+    assert np.bincount(subset[1]).tolist() == [3] * 6
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["18 labels: transformer from scratch"] == 0.3
     assert results["18 labels: the same, fine-tuned from the pre-trained encoder"] == 0.6
@@ -146,21 +145,21 @@ def test_labels_of_segmentation_are_the_classes_of_both_halves():
     archive = np.load(segmentation.ARCHIVE)
     left, right = np.random.default_rng(1).integers(2000, size=(2, 40))
     for number in range(40):
-        for source, part in ((left, slice(0, 8)), (right, slice(20, 28))):
-            own = archive["val_images"][source[number]][:, part]
-            assert np.array_equal(pictures[number, 0, :, part], own)
-            expected = np.where(own > 30, archive["val_labels"][source[number]] + 1, 0)
-            assert np.array_equal(labels[number, :, part], expected)
+        for source, columns in ((left, slice(0, 8)), (right, slice(20, 28))):
+            pixels = archive["val_images"][source[number]][:, columns]
+            assert np.array_equal(pictures[number, 0, :, columns], pixels)
+            expected = np.where(pixels > 30, archive["val_labels"][source[number]] + 1, 0)
+            assert np.array_equal(labels[number, :, columns], expected)
 
 
-def test_a_head_standardises_its_features():
+def test_a_head_standardizes_its_features():
     features = torch.randn(200, 5, 2, 2) * 7 + 3
     head = segmentation.Head(features, 2, 3)
-    seen = []
-    head.linear.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    inputs = []
+    head.linear.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
     assert head(features).shape == (200, 3, 4, 4)
-    torch.testing.assert_close(seen[0].mean(dim=(0, 2, 3)), torch.zeros(5), rtol=0, atol=1e-4)
-    torch.testing.assert_close(seen[0].std(dim=(0, 2, 3)), torch.ones(5), rtol=0, atol=1e-3)
+    torch.testing.assert_close(inputs[0].mean(dim=(0, 2, 3)), torch.zeros(5), rtol=0, atol=1e-4)
+    torch.testing.assert_close(inputs[0].std(dim=(0, 2, 3)), torch.ones(5), rtol=0, atol=1e-3)
 
 
 def test_rows_of_segmentation_use_the_named_models(tmp_path, monkeypatch):
@@ -169,19 +168,19 @@ def test_rows_of_segmentation_use_the_named_models(tmp_path, monkeypatch):
     torch.save({"model": model.state_dict(), "args": model.settings}, tmp_path / "model.pth")
     calls = []
 
-    def segment(encoder, seen, tested, layers):
-        calls.append((encoder.blocks[0].mlp.fc1.weight, seen, tested, layers))
-        return torch.zeros_like(tested[1])
+    def segment(encoder, training, test, layers):
+        calls.append((encoder.blocks[0].mlp.fc1.weight, training, test, layers))
+        return torch.zeros_like(test[1])
 
     monkeypatch.setattr(segmentation, "segment", segment)
     argv = ["--model", tmp_path / "model.pth", "--pictures", 30, "--layers", 2, "--out", tmp_path, "--device", "cpu"]
     segmentation.main(entry_point.parse(segmentation.get_args_parser(), [str(part) for part in argv]))
-    (untrained, *_), (trained, seen, tested, layers) = calls
+    (untrained, *_), (trained, training, test, layers) = calls
     assert torch.equal(trained, model.blocks[0].mlp.fc1.weight)
     assert not torch.equal(untrained, trained)
     assert layers == 2
-    assert torch.equal(seen[0], segmentation.make_pictures("train", 30, 0)[0])
-    assert torch.equal(tested[0], segmentation.make_pictures("val", 1000, 1)[0])
+    assert torch.equal(training[0], segmentation.make_pictures("train", 30, 0)[0])
+    assert torch.equal(test[0], segmentation.make_pictures("val", 1000, 1)[0])
 
 
 def test_the_head_uses_the_given_number_of_blocks(monkeypatch):
@@ -197,59 +196,156 @@ def test_the_head_uses_the_given_number_of_blocks(monkeypatch):
 
 
 def picture_of(model, batch):
-    return np.asarray(app._image(model, batch))
+    return np.asarray(outputs.to_image(model, batch))
 
 
 def test_the_page_masks_the_selected_patches(mae):
     masked = [3, 17, 95]
-    *panels, caption = app.paint(mae, str(CAT), 0.5, 0, " ".join(map(str, masked)))
+    *panels, caption = outputs.paint(mae, str(CAT), " ".join(map(str, masked)))
     mask = torch.zeros(1, 96)
     mask[0, masked] = 1
     expected = mae.reconstruct(reconstruct.uncropped_input(mae, Image.open(CAT)), mask=mask)
-    assert "**3 of 96 patches are masked**" in caption
+    assert "<b>3 of 96 patches are masked</b>, by you" in caption
     for number in range(4):
         assert np.array_equal(np.asarray(panels[number]), picture_of(mae, expected[number]))
 
 
 def test_the_page_masks_by_ratio_and_seed(mae):
-    for ratio, seed, count in ((0.25, 0, 24), (0.5, 3, 48)):
-        *shown, said = app.paint(mae, str(CAT), ratio, seed, "")
-        painted = reconstruct.reconstruct(mae, str(CAT), ratio, seed)
-        assert f"**{count} of 96 patches are masked**, chosen by seed {seed}" in said
-        assert f"PSNR: **{reconstruct.psnr(mae, painted):.2f} dB**" in said
-        assert np.array_equal(np.asarray(shown[3]), picture_of(mae, painted.pasted))
-    canvas, *_ = app.open_photo(mae, str(CAT), 0.5, 0)
-    picture = Image.open(io.BytesIO(base64.b64decode(canvas.props["picture"].partition(",")[2])))
-    assert (canvas.props["rows"], canvas.props["columns"]) == (8, 12)
-    assert picture.size == (480, 320)
+    for ratio, seed, count in ((0.25, 0, 24), (0.5, 3, 48), (0.5, None, 48)):
+        editor, *panels, caption = outputs.draw_mask(mae, str(CAT), ratio, seed)
+        result = reconstruct.reconstruct(mae, str(CAT), ratio, seed or 0)
+        assert f"<b>{count} of 96 patches are masked</b>, at random with seed {seed or 0}." in caption
+        assert f"PSNR <b>{reconstruct.psnr(mae, result):.2f} dB</b>" in caption
+        assert np.array_equal(np.asarray(panels[3]), picture_of(mae, result.pasted))
+        assert editor["value"] == " ".join(map(str, result.mask[0].nonzero()[:, 0].tolist()))
+        assert (editor["rows"], editor["columns"]) == (8, 12)
+        picture = Image.open(io.BytesIO(base64.b64decode(editor["picture"].partition(",")[2])))
+        assert picture.size == (480, 320)
 
 
-def test_the_page_shows_the_chosen_head(mae):
+def test_another_mask_is_never_the_present_one(tmp_path):
+    """Two patches have two masks with one masked patch; every second seed repeats one, on average."""
+    Image.new("RGB", (16, 8)).save(tmp_path / "small.png")
+    torch.manual_seed(0)
+    model = get_model("mae_vit_mini_patch4", input_size=[8, 16], patch_size=8)
+    seed, masked = 2**32 - 4, "0"
+    for _ in range(6):
+        seed, editor, *_, caption = outputs.another_mask(model, str(tmp_path / "small.png"), 0.5, seed, masked)
+        assert editor["value"] == {"0": "1", "1": "0"}[masked]
+        assert f"at random with seed {seed}." in caption
+        masked = editor["value"]
+    assert 0 <= seed < 100
+    assert outputs.another_mask(model, None, 0.5, 3, "") == [3, {"value": "", "picture": ""}, *[None] * 4, ""]
+
+
+def test_masks_that_can_not_be_reconstructed_are_errors_without_pictures(mae):
+    for masked, said in ((range(96), "all patches are masked"), ([96], "the mask does not belong to this image")):
+        *panels, caption = outputs.paint(mae, str(CAT), " ".join(map(str, masked)))
+        assert panels == [None] * 4
+        assert said in caption and 'role="alert"' in caption
+    *panels, caption = outputs.paint(mae, str(CAT), "")
+    assert caption == "<p><b>0 of 96 patches are masked</b>, by you.</p>"
+    assert np.array_equal(np.asarray(panels[0]), np.asarray(panels[3]))
+
+
+def test_the_page_displays_the_selected_head(mae):
     imgs = reconstruct.uncropped_input(mae, Image.open(CAT))
     attention = maps.attention(mae, imgs)[0]
     for head, expected in ((0, attention.mean(dim=0)), (1, attention[0]), (4, attention[3])):
-        bright, _ = app.look_inside(mae, str(CAT), head)
-        wanted = app._enlarge(maps.overlay(mae, imgs[0], expected))
+        original, bright, _, legend = outputs.look_inside(mae, str(CAT), head)
+        assert np.array_equal(np.asarray(original), picture_of(mae, imgs))
+        wanted = outputs._enlarge(maps.overlay(mae, imgs[0], expected))
         assert np.array_equal(np.asarray(bright), np.asarray(wanted))
+        assert f"0 %<i></i>{100 * expected.max():.1f} %" in legend
 
 
-def test_the_page_rejects_strips_with_an_escaped_message(mae, tmp_path):
-    for size, refused in (((400, 100), False), ((100, 401), True), ((401, 100), True)):
-        path = tmp_path / "a<b>.png"
+def test_the_page_classifies_like_the_model(tmp_path):
+    torch.manual_seed(0)
+    classifier = get_model("vit_mini_patch4", nb_classes=7)
+    deep = tmp_path / "deep.npy"
+    np.save(deep, np.random.default_rng(0).integers(0, 2**16, (40, 50, 3), dtype=np.uint16))
+    for path in (str(CAT), str(deep)):
+        assert outputs.classify(classifier, path) == pytest.approx(dict(classifier.predict(path)["top"]))
+
+
+def test_the_page_rejects_images_in_an_escaped_message(mae, tmp_path, monkeypatch):
+    monkeypatch.setattr(outputs, "MAX_PIXELS", 101_000)
+    strip, large = (
+        "the aspect ratio of {} x {} pixels exceeds 4 to 1; crop",
+        "its {} x {} pixels are more than the limit",
+    )
+    for size, said in (
+        ((400, 100), None),
+        ((100, 401), strip),
+        ((401, 100), strip),
+        ((252, 400), None),
+        ((253, 400), large),
+    ):
+        path = str(tmp_path / "a<b>.png")
         Image.new("RGB", size).save(path)
-        if not refused:
-            assert app._open(mae, str(path)).size == size
+        message = outputs.check(mae, path)
+        if said is None:
+            assert message == ""
+            assert outputs.open_usable(mae, path).size == size
             continue
-        with pytest.raises(gradio.Error, match=r"a&lt;b&gt;\.png: the aspect ratio of .* exceeds 4 to 1") as stop:
-            app.paint(mae, str(path), 0.5, 0, "")
-        assert str(tmp_path) not in str(stop.value)
+        assert f"a&lt;b&gt;.png: {said.format(*size)}" in message and 'role="alert"' in message
+        assert str(tmp_path) not in message
+        assert outputs.draw_mask(mae, path, 0.5, 0) == [{"value": "", "picture": ""}, *[None] * 4, ""]
+        assert outputs.paint(mae, path, "3") == [*[None] * 4, ""]
+        assert outputs.look_inside(mae, path, 0) == [None, None, None, ""]
+        assert outputs.classify(mae, path) is None
+    assert outputs.check(mae, None) == ""
+    deleted = str(tmp_path / "deleted.png")
+    assert "No such file" in outputs.check(mae, deleted)
+    for answer in (outputs.draw_mask(mae, deleted, 0.5, 0), outputs.paint(mae, deleted, "3")):
+        assert "the upload was deleted" in answer[-1] and answer[-2] is None
+
+
+def test_the_page_describes_models(mae):
+    assert outputs.describe(mae) == "<b>mae_vit_mini_patch4</b>: input 32 × 32 pixels, RGB; 64 patches of 4 × 4 pixels"
+    settings = {"input_size": [32, 64], "patch_size": [8, 16], "in_chans": 4, "nb_classes": 13}
+    names = ["<b>", *"cdefghijklmn"]
+    text = outputs.describe(get_model("vit_mini_patch4", classes=names, **settings))
+    assert "input 64 × 32 pixels, 4 channels; 16 patches of 16 × 8 pixels; 13 classes: &lt;b&gt;, c, d" in text
+    assert text.endswith("l, m, …")
+    text = outputs.describe(get_model("vit_mini_patch4", nb_classes=2))
+    assert text.endswith("2 classes: class 0, class 1")
+
+
+def test_examples_are_of_the_models_kind(tmp_path):
+    def alts(channels: int, samples=None) -> list[str]:
+        page = app.build(get_model("mae_vit_mini_patch4", in_chans=channels), samples=samples)
+        return re.findall(r'alt="(.*?)"', str(page.config["components"]))
+
+    assert alts(3) == ["astronaut", "chelsea", "coffee"]
+    assert alts(1)[:2] == ["ankle_boot", "bag"] and len(alts(1)) == 10
+    assert alts(4) == []
+    classifier = str(app.build(get_model("vit_mini_patch4", nb_classes=2)).config["components"])
+    assert "<h1>Vision transformer</h1>" in classifier and "2 classes: class 0, class 1." in classifier
+    for number in range(43):
+        folder = tmp_path / f"class{number // 4:02}"
+        folder.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8)).save(folder / f"{number:02}.png")
+    (tmp_path / "class00" / "bad.png").write_text("no image")
+    (tmp_path / "class00" / "notes.txt").write_text("no image")
+    assert alts(3, tmp_path) == ["00", *(f"{number:02}" for number in range(7, 36, 4))]  # bad.png would be the second
+
+
+def test_examples_of_clothes_are_test_images():
+    """The first of each class."""
+    archive = np.load(unpack_data.ARCHIVE)
+    names = [unpack_data.folder_of(name) for name in archive["classes"]]
+    assert sorted(path.stem for path in app.SAMPLES[1].glob("*.png")) == sorted(names)
+    for label, name in enumerate(names):
+        first = archive["val_images"][np.argmax(archive["val_labels"] == label)]
+        assert np.array_equal(np.array(Image.open(app.SAMPLES[1] / f"{name}.png")), first)
 
 
 # ---------------------------------------------------------------------------------------------------------- benchmarks
 
 
 def test_saving_prints_its_share_of_the_time(monkeypatch, capsys):
-    """A step takes 1 s, one beside the saving 3 s, the copy 2 s: of 15 minutes, 2 + 2 * (3 - 1) s."""
+    """An update takes 1 s, or 3 s during a write; the copy takes 2 s. The cost per 15 minutes is 2 + 2 * (3 - 1) s."""
     clock, steps = SimpleNamespace(now=0.0), []
 
     def advance(seconds):
@@ -277,32 +373,32 @@ def test_saving_prints_its_share_of_the_time(monkeypatch, capsys):
     monkeypatch.setattr(saving, "Saver", Slow)
     monkeypatch.setattr(saving.models_mae, "mae_vit_mini_patch4", lambda: Model(2, 2))
     saving.main(argparse.Namespace(model="mae_vit_mini_patch4", batch_size=2, save_minutes=15.0, folder=None))
-    said = capsys.readouterr().out
-    assert "| the training loop blocks for | 2.00 s |" in said
-    assert "| the file is complete after | 8.0 s |" in said
-    assert "| an update, median | 1.00 s |" in said
-    assert "| an update during the write, median | 3.00 s |" in said
-    assert "| share of the run, one save every 15 minutes | 0.67% |" in said
+    output = capsys.readouterr().out
+    assert "| the training loop blocks for | 2.00 s |" in output
+    assert "| the file is complete after | 8.0 s |" in output
+    assert "| an update, median | 1.00 s |" in output
+    assert "| an update during the write, median | 3.00 s |" in output
+    assert "| share of the run, one save every 15 minutes | 0.67% |" in output
 
 
 def test_a_result_has_its_settings_and_machine(tmp_path):
     settings = {"out": tmp_path, "name": "x", "batch_size": 64}
     machine.write("a", torch.device("cpu"), settings, {"images_per_second": {"ours": 3.0}}, tmp_path / "new")
-    found = machine.read("a", tmp_path / "new")
-    assert found["settings"] == {"batch_size": 64}
-    assert found["images_per_second"] == {"ours": 3.0}
-    assert found["machine"]["torch"] == torch.__version__
-    assert found["machine"]["gpu"] is None
+    result = machine.read("a", tmp_path / "new")
+    assert result["settings"] == {"batch_size": 64}
+    assert result["images_per_second"] == {"ours": 3.0}
+    assert result["machine"]["torch"] == torch.__version__
+    assert result["machine"]["gpu"] is None
     assert machine.read("b", tmp_path / "new") is None
 
 
 def test_ratios_use_the_fastest_other_implementation(tmp_path, monkeypatch):
-    found = {"images_per_second": {"ours compiled": 6.0, "ours eager": 5.0, "plain": 4.0, "transformers": 3.0},
-             "flops_per_image": 10.0, "peak_flops": 80.0}  # fmt: skip
-    assert targets.ratio("ours compiled", "transformers", "plain")(found) == 1.5
-    assert targets.share_of_peak(found) == 0.75
-    monkeypatch.setattr(targets, "ROWS", [("most", "a", lambda found: found["wait"], -0.02, "{:.1%}"),
-                                          ("least", "b", lambda found: found["wait"], 0.5, "{:.2f}")])  # fmt: skip
+    result = {"images_per_second": {"ours compiled": 6.0, "ours eager": 5.0, "plain": 4.0, "transformers": 3.0},
+              "flops_per_image": 10.0, "peak_flops": 80.0}  # fmt: skip
+    assert targets.ratio("ours compiled", "transformers", "plain")(result) == 1.5
+    assert targets.share_of_peak(result) == 0.75
+    monkeypatch.setattr(targets, "ROWS", [("most", "a", lambda result: result["wait"], -0.02, "{:.1%}"),
+                                          ("least", "b", lambda result: result["wait"], 0.5, "{:.2f}")])  # fmt: skip
     (tmp_path / "a.json").write_text('{"wait": 0.01}')
     (tmp_path / "a_tunables.json").write_text('{"wait": 0.005}')
     assert targets.table(tmp_path).splitlines()[2:] == [

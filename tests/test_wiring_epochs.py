@@ -1,5 +1,4 @@
-"""Between a script and the loop: what `trainer.run` passes to every epoch, the learning rate of every update, and what
-the engine computes for a batch, with literal values."""
+"""Arguments that `trainer.run` passes to every epoch, the learning rate of every update, and the loss of a batch."""
 
 import pytest
 import torch
@@ -16,8 +15,8 @@ from util.training.precision import Precision
 from util.training.run_log import Stopwatch
 
 
-def log_an_epoch(batches, options) -> None:
-    """What the log needs of an epoch in which nothing is trained."""
+def log_empty_epoch(batches, options) -> None:
+    """Logs an epoch without training."""
     if options:
         watch = Stopwatch()
         watch.stop()
@@ -26,27 +25,27 @@ def log_an_epoch(batches, options) -> None:
 
 @pytest.fixture
 def loop_calls(monkeypatch):
-    """Replaces the loop by a function that keeps its arguments."""
+    """Replaces the loop by a function that records its arguments."""
     calls = []
 
-    def keep(compute_loss, model, loader, optimizer, options):
-        log_an_epoch(loader, options)
+    def record(compute_loss, model, loader, optimizer, options):
+        log_empty_epoch(loader, options)
         arguments = {"compute_loss": compute_loss, "model": model, "loader": loader, "optimizer": optimizer}
         calls.append(arguments | (vars(options) if options else {}))
 
-    monkeypatch.setattr(loop, "run_epoch", keep)
+    monkeypatch.setattr(loop, "run_epoch", record)
     return calls
 
 
-def keep_calls(monkeypatch, module, name):
-    """Calls go through, and their arguments are kept."""
+def record_calls(monkeypatch, module, name):
+    """Records the arguments of all calls of a function."""
     calls, original = [], getattr(module, name)
 
-    def keep(*args, **kwargs):
+    def record(*args, **kwargs):
         calls.append((args, kwargs))
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(module, name, keep)
+    monkeypatch.setattr(module, name, record)
     return calls
 
 
@@ -76,16 +75,16 @@ def test_every_argument_of_the_loop_by_default(pretrain, loop_calls):
     )  # fmt: skip
     assert first["log"].loss_tag == "train_loss"
     assert first["meters"].updates == 0
-    # One of these for the run, new meters for every epoch.
+    # These objects exist once per run; the meters are new in every epoch.
     for name in ("model", "loader", "optimizer", "guard", "precision", "saver", "log"):
         assert second[name] is first[name]
     assert second["meters"] is not first["meters"]
 
 
 def test_every_argument_of_the_loop_by_flag(pretrain, loop_calls, monkeypatch, tmp_path):
-    logs = keep_calls(monkeypatch, trainer.run_log, "open_log")
-    wrapped = keep_calls(monkeypatch, dist, "wrap")
-    resumed = keep_calls(monkeypatch, trainer.run_state, "resume")
+    logs = record_calls(monkeypatch, trainer.run_log, "open_log")
+    wrapped = record_calls(monkeypatch, dist, "wrap")
+    resumed = record_calls(monkeypatch, trainer.run_state, "resume")
     pretrain(
         epochs=9, start_epoch=6, accum_iter=2, clip_grad=0.7, on_nonfinite="skip", save_every=5, save_minutes=2,
         keep_last=4, log_dir=tmp_path / "events", amp="bf16", warmup_epochs=2, min_lr=0.002, lr=0.01,
@@ -105,9 +104,9 @@ def test_every_argument_of_the_loop_by_flag(pretrain, loop_calls, monkeypatch, t
     ((args, options),) = logs
     assert args == (tmp_path / "run", tmp_path / "events", 9)
     assert options == {"first_epoch": 6, "first_x": 6000, "loss_tag": "train_loss"}
-    (((which, output_dir, model, optimizer, scaler, _, progress, callbacks), _),) = resumed
+    (((source, output_dir, model, optimizer, scaler, _, progress, callbacks), _),) = resumed
     assert callbacks == ()
-    assert (which, output_dir) == ("", tmp_path / "run")
+    assert (source, output_dir) == ("", tmp_path / "run")
     assert model is call["model"]
     assert optimizer is call["optimizer"]
     assert scaler is call["precision"].scaler
@@ -120,7 +119,7 @@ def test_every_argument_of_the_loop_by_flag(pretrain, loop_calls, monkeypatch, t
 
 
 def test_the_published_schedule(pretrain, loop_calls):
-    """blr 1.5e-4, warm-up 40, 800 epochs; 24 images per update here."""
+    """blr 1.5e-4, warm-up 40, 800 epochs. The effective batch size is 24."""
     pretrain(epochs=800, start_epoch=799, warmup_epochs=40, blr=1.5e-4, batch_size=24)
     schedule, peak = loop_calls[0]["schedule"], 1.40625e-5  # 1.5e-4 x 24 / 256
     rates = {0: 0, 10: peak / 4, 40: peak, 230: peak * 0.8535534, 420: peak / 2, 610: peak * 0.1464466, 800: 0}
@@ -129,7 +128,7 @@ def test_the_published_schedule(pretrain, loop_calls):
 
 
 def test_the_learning_rate_counts_the_images_of_all_processes(pretrain, loop_calls, monkeypatch):
-    scaled = keep_calls(monkeypatch, lr_sched, "scaled_lr")
+    scaled = record_calls(monkeypatch, lr_sched, "scaled_lr")
     monkeypatch.setattr(dist, "world_size", lambda: 2)
     monkeypatch.setattr(dist, "mean_over_processes", lambda value: value)
     monkeypatch.setattr(dist, "wrap", lambda model, device: model)
@@ -144,11 +143,11 @@ def test_the_learning_rate_of_every_update(pretrain, monkeypatch):
     """Two updates of 3 x 4 images per epoch; two epochs of warm-up and two of cosine from 0.012 to 0.002."""
     rates, step = [], Precision.step
 
-    def keep(self, optimizer, clip_grad):
+    def record(self, optimizer, clip_grad):
         rates.append([group["lr"] for group in optimizer.param_groups])
         return step(self, optimizer, clip_grad)
 
-    monkeypatch.setattr(Precision, "step", keep)
+    monkeypatch.setattr(Precision, "step", record)
     out = pretrain(epochs=4, accum_iter=3, blr=0.256, warmup_epochs=2, min_lr=0.002)
     published = [0, 0.003, 0.006, 0.009, 0.012, 0.0105355339, 0.007, 0.0034644661]
     assert [no_decay for no_decay, _ in rates] == pytest.approx(published)
@@ -177,12 +176,12 @@ def init_fp16(self, amp, device):
 
 
 def test_the_loss_scaler_is_restored(pretrain, loop_calls, monkeypatch):
-    """fp16 runs on GPUs only; here it stands for a scaler that has found its scale."""
+    """fp16 requires a GPU. The test restores the state of a scaler on the CPU."""
     monkeypatch.setattr(Precision, "__init__", init_fp16)
     with monkeypatch.context() as patch:
-        # The scale and the growth tracker that an overflow leaves.
+        # The state after an overflow.
         def train(compute_loss, model, batches, optimizer, options):
-            log_an_epoch(batches, options)
+            log_empty_epoch(batches, options)
             scaler = options.precision.scaler
             scaler.load_state_dict(scaler.state_dict() | {"scale": 0.5, "_growth_tracker": 7})
 
@@ -194,7 +193,7 @@ def test_the_loss_scaler_is_restored(pretrain, loop_calls, monkeypatch):
 
 
 def test_buffers_are_synchronized_before_an_epoch_is_saved(pretrain, loop_calls, monkeypatch):
-    """After every epoch: the buffers of rank 0 reach all processes, before anything is saved."""
+    """After every epoch, all processes receive the buffers of rank 0 before the checkpoint is saved."""
     order = []
     monkeypatch.setattr(dist, "share_buffers", lambda model: order.append(("share", model)))
     save_epoch = saver.Saver.save_epoch
@@ -210,13 +209,13 @@ def test_buffers_are_synchronized_before_an_epoch_is_saved(pretrain, loop_calls,
 
 
 def test_a_resumed_run_trains_the_rest_of_an_epoch(pretrain, loop_calls, monkeypatch):
-    """A run that resumes within an epoch trains the rest of it, and adds to its meters."""
+    """A run that resumes within an epoch trains the remaining iterations and continues the meters."""
 
-    def resume(which, output_dir, model, optimizer, scaler, settings, progress: Progress, callbacks):
+    def resume(source, output_dir, model, optimizer, scaler, settings, progress: Progress, callbacks):
         progress.epoch, progress.first_iteration, progress.meters = 1, 4, {"loss": 3.0, "lr": 0.5, "updates": 2}
 
     monkeypatch.setattr(trainer.run_state, "resume", resume)
-    logs = keep_calls(monkeypatch, trainer.run_log, "open_log")
+    logs = record_calls(monkeypatch, trainer.run_log, "open_log")
     pretrain(epochs=3, accum_iter=2)
     first, second = loop_calls
     assert (first["epoch"], first["first_iteration"], first["meters"].loss, first["meters"].updates) == (1, 4, 3.0, 2)
@@ -227,7 +226,7 @@ def test_a_resumed_run_trains_the_rest_of_an_epoch(pretrain, loop_calls, monkeyp
 
 def test_a_run_locks_its_directory(pretrain, monkeypatch, tmp_path):
     def train(compute_loss, model, batches, optimizer, options):
-        log_an_epoch(batches, options)
+        log_empty_epoch(batches, options)
         with (
             pytest.raises(ValueError, match="is being written to by another run"),
             run_directory.locked(tmp_path / "run"),
@@ -245,7 +244,7 @@ def test_a_run_locks_its_directory(pretrain, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("mask_ratio", [0.75, 0.5])
-def test_the_engine_computes_the_loss_of_normalised_images_and_the_samples_masks(loop_calls, mask_ratio):
+def test_the_engine_computes_the_loss_of_normalized_images_and_the_samples_masks(loop_calls, mask_ratio):
     model = mae_vit_mini_patch4(img_size=16)
     images = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
     labels, noise = torch.arange(4), torch.rand(4, 16)
@@ -262,11 +261,11 @@ def test_the_engine_computes_the_loss_of_normalised_images_and_the_samples_masks
 
 
 def test_the_loop_trains_with_the_gradient_of_that_loss(pretrain, monkeypatch):
-    """One update of a run against the same update by hand: sampling, normalisation, mask, AdamW."""
+    """An update of a run equals the update computed from its formulas: sampling, normalization, mask, AdamW."""
     batches = []
     run_epoch = loop.run_epoch
 
-    def keep(compute_loss, model, data, optimizer, options):
+    def record(compute_loss, model, data, optimizer, options):
         data.seek(0)
         batches.extend(data)
         before.extend(parameter.detach().clone() for parameter in model.parameters())
@@ -274,20 +273,20 @@ def test_the_loop_trains_with_the_gradient_of_that_loss(pretrain, monkeypatch):
         after.extend(model.parameters())
 
     before, after = [], []
-    monkeypatch.setattr(loop, "run_epoch", keep)
+    monkeypatch.setattr(loop, "run_epoch", record)
     pretrain(epochs=1, batch_size=24, warmup_epochs=0, lr=0.01, norm_pix_loss=True)
     ((images, _, noise),) = batches
-    twin = mae_vit_mini_patch4(img_size=16, norm_pix_loss=True)
-    for parameter, value in zip(twin.parameters(), before, strict=True):
+    reference = mae_vit_mini_patch4(img_size=16, norm_pix_loss=True)
+    for parameter, value in zip(reference.parameters(), before, strict=True):
         parameter.data.copy_(value)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
-    twin((images / 255 - mean) / std, 0.75, noise=noise)[0].backward()
-    for (name, theirs), ours in zip(twin.named_parameters(), after, strict=True):
-        if theirs.grad is None:
-            assert torch.equal(ours, theirs)
+    reference((images / 255 - mean) / std, 0.75, noise=noise)[0].backward()
+    for (name, start), result in zip(reference.named_parameters(), after, strict=True):
+        if start.grad is None:
+            assert torch.equal(result, start)
             continue
-        decay = 1 - 0.01 * 0.05 if theirs.ndim > 1 else 1.0
-        # AdamW's first update is the gradient's sign, but for the eps of 1e-8.
-        expected = theirs * decay - 0.01 * theirs.grad / (theirs.grad.abs() + 1e-8)
-        large = theirs.grad.abs() > 1e-5
-        torch.testing.assert_close(ours[large], expected[large], rtol=1e-4, atol=1e-5, msg=name)
+        decay = 1 - 0.01 * 0.05 if start.ndim > 1 else 1.0
+        # The first update of AdamW is the sign of the gradient, except for the eps of 1e-8.
+        expected = start * decay - 0.01 * start.grad / (start.grad.abs() + 1e-8)
+        large = start.grad.abs() > 1e-5
+        torch.testing.assert_close(result[large], expected[large], rtol=1e-4, atol=1e-5, msg=name)

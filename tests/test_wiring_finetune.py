@@ -1,11 +1,11 @@
-"""What reaches fine-tuning from its flags: each value beside the published one, for the defaults and the recipes."""
+"""Arguments of fine-tuning for the defaults and the recipes, compared with the published values."""
 
 import numpy as np
 import pytest
 import torch
 from capture import (
     capture,
-    centre_crop,
+    center_crop,
     constant_head,
     loop_arguments,
     loss_function,
@@ -40,7 +40,7 @@ DEFAULTS = {
     "dist_on_itp": False, "dist_url": "env://", "save_every": 1, "nb_classes": None,
 }  # fmt: skip
 
-# Model, blocks, epochs, learning rate at 1024 images an update, layer decay, drop path.
+# Model, blocks, epochs, learning rate at an effective batch size of 1024, layer decay, drop path.
 BASE = ("vit_base_patch16", 12, 100, 2e-3, 0.65, 0.1)
 LARGE = ("vit_large_patch16", 24, 50, 4e-3, 0.75, 0.2)
 HUGE = ("vit_huge_patch14", 32, 50, 4e-3, 0.75, 0.3)
@@ -66,20 +66,20 @@ def captured(monkeypatch, data, tmp_path):
 
 
 def groups(run):
-    """Of each trained parameter: the scale of its learning rate, and its weight decay."""
+    """Returns the learning-rate scale and the weight decay of each trained parameter."""
     names = {id(parameter): name for name, parameter in run.model.named_parameters()}
-    found = run.optimizer.param_groups
-    return {names[id(p)]: (group["lr_scale"], group["weight_decay"]) for group in found for p in group["params"]}
+    param_groups = run.optimizer.param_groups
+    return {names[id(p)]: (group["lr_scale"], group["weight_decay"]) for group in param_groups for p in group["params"]}
 
 
 def published_groups(model, depth, layer_decay, weight_decay):
     expected = {}
     for name, parameter in model.named_parameters():
-        place = {"cls_token": 0, "pos_embed": 0, "patch_embed": 0}.get(name.split(".")[0], depth + 1)
+        layer_id = {"cls_token": 0, "pos_embed": 0, "patch_embed": 0}.get(name.split(".")[0], depth + 1)
         if name.startswith("blocks."):
-            place = int(name.split(".")[1]) + 1
+            layer_id = int(name.split(".")[1]) + 1
         decays = parameter.ndim > 1 and name not in ("pos_embed", "cls_token")
-        expected[name] = (pytest.approx(layer_decay ** (depth + 1 - place)), weight_decay if decays else 0)
+        expected[name] = (pytest.approx(layer_decay ** (depth + 1 - layer_id)), weight_decay if decays else 0)
     return expected
 
 
@@ -98,9 +98,9 @@ def timms_transform(size=(224, 224), **options):
                             mean=(0.485, 0.456, 0.406), **options)  # fmt: skip
 
 
-def assert_same_transform(found, expected, seeds=6):
+def assert_same_transform(transform, expected, seeds=6):
     for seed in range(seeds):
-        assert torch.equal(seeded(found, photo(), seed), seeded(expected, photo(), seed)), seed
+        assert torch.equal(seeded(transform, photo(), seed), seeded(expected, photo(), seed)), seed
 
 
 def training_samples(run):
@@ -175,11 +175,11 @@ def test_a_recipe_is_the_published_one(captured, name):
 
 def test_the_recipe_of_the_demo(captured):
     run = captured(config=ROOT / "recipes/finetune_fashion_mnist.yaml")
-    chosen = {"model": "vit_mini_patch4", "patch_size": 7, "input_size": 28, "in_chans": 1, "mean": [0.286],
-              "std": [0.353], "crop_scale": [0.7, 1.0], "crop_pct": 1.0, "batch_size": 32, "epochs": 60, "lr": 1e-3,
-              "warmup_epochs": 5, "eval_every": 60, "mixup": 0.8, "cutmix": 1.0, "aa": "none", "reprob": 0,
-              "layer_decay": 0.75, "drop_path": 0.1, "smoothing": 0.1}  # fmt: skip
-    assert {name: run.settings[name] for name in chosen} == chosen
+    settings = {"model": "vit_mini_patch4", "patch_size": 7, "input_size": 28, "in_chans": 1, "mean": [0.286],
+                "std": [0.353], "crop_scale": [0.7, 1.0], "crop_pct": 1.0, "batch_size": 32, "epochs": 60, "lr": 1e-3,
+                "warmup_epochs": 5, "eval_every": 60, "mixup": 0.8, "cutmix": 1.0, "aa": "none", "reprob": 0,
+                "layer_decay": 0.75, "drop_path": 0.1, "smoothing": 0.1}  # fmt: skip
+    assert {name: run.settings[name] for name in settings} == settings
     assert run.train_one_epoch.keywords["erase"] is None
     expected = timms_transform((28, 28), auto_augment=None, scale=(0.7, 1.0))
     assert_same_transform(training_samples(run).transform, expected)
@@ -219,8 +219,8 @@ def test_every_flag_reaches_its_place(captured, tmp_path):
     assert (len(evaluation["samples"]), evaluation["samples"].on_bad_image) == (8, None)
     picture = photo(40, 30).resize((30, 40))
     scaled = tv.functional.resize(picture, [round(40 * 35 / 30), 35], interpolation=tv.InterpolationMode.BICUBIC)
-    centre = tv.functional.pil_to_tensor(tv.functional.center_crop(scaled, [24, 32]))
-    assert torch.equal(evaluation["samples"].transform(picture), centre)
+    center = tv.functional.pil_to_tensor(tv.functional.center_crop(scaled, [24, 32]))
+    assert torch.equal(evaluation["samples"].transform(picture), center)
     assert {(call["amp"], str(call["device"])) for call in run.precisions} == {("bf16", "cpu")}
     assert run.precision.dtype is torch.bfloat16
     assert run.joined == [{"device_name": "cpu", "dist_url": "tcp://x", "timeout": 9, "backend": "gloo"}]
@@ -264,7 +264,7 @@ def test_smoothing_without_mixup(captured, flags, criterion):
 
 
 def smoothed(logits, labels, amount):
-    """LabelSmoothingCrossEntropy, by its formula."""
+    """The formula of LabelSmoothingCrossEntropy."""
     logs = logits.log_softmax(dim=1)
     return ((1 - amount) * -logs.gather(1, labels[:, None])[:, 0] - amount * logs.mean(dim=1)).mean()
 
@@ -289,15 +289,15 @@ def test_a_batch_is_normalized_then_erased_then_mixed(captured, monkeypatch, fla
 
 
 def test_a_new_head_is_small_and_the_encoder_is_loaded(captured, tmp_path):
-    seed_all(9)  # weights that the seed of the run does not give
+    seed_all(9)  # another seed than that of the run
     encoder = VisionTransformer(img_size=16, patch_size=4, embed_dim=128, depth=4, num_heads=4, num_classes=0)
     torch.save({"model": encoder.state_dict()}, tmp_path / "encoder.pth")
     flags = {"model": "vit_mini_patch4", "input_size": 16, "finetune": tmp_path / "encoder.pth"}
     run = captured(**flags)
     assert run.model.head.weight.detach().std().item() == pytest.approx(2e-5, rel=0.2)
     assert torch.equal(run.model.cls_token, encoder.cls_token)
-    grey = captured(**flags, in_chans=1, adapt_input="mean").model.patch_embed.proj.weight
-    torch.testing.assert_close(grey, encoder.patch_embed.proj.weight.sum(dim=1, keepdim=True))
+    gray = captured(**flags, in_chans=1, adapt_input="mean").model.patch_embed.proj.weight
+    torch.testing.assert_close(gray, encoder.patch_embed.proj.weight.sum(dim=1, keepdim=True))
     partly = captured(**flags, unfreeze_blocks=1)
     trained = {name.rsplit(".", 1)[0] for name in groups(partly)}
     assert {name.split(".")[0] for name in trained} == {"blocks", "head", "fc_norm"}
@@ -306,12 +306,12 @@ def test_a_new_head_is_small_and_the_encoder_is_loaded(captured, tmp_path):
 
 
 def test_an_epochs_evaluation(captured, data, tmp_path):
-    """Every answer is "bee": 2 of 8 images are bees."""
+    """All predictions are "bee", and 2 of 8 images are bees."""
     run = captured(model="vit_mini_patch4", input_size=16, num_workers=0, unfreeze_blocks=0,
                    report=tmp_path / "report")  # fmt: skip
     constant_head(run.model.head, 1)
     inputs = []
-    run.model.register_forward_pre_hook(lambda module, given: inputs.append(given[0].clone()))
+    run.model.register_forward_pre_hook(lambda module, args: inputs.append(args[0].clone()))
     entries = run.after_epoch(0, None)
     assert entries["test_acc1"] == 25.0
     likely = 0.75 * 9 + np.log1p(2 * np.exp(-9))  # mean of -log softmax
@@ -319,7 +319,7 @@ def test_an_epochs_evaluation(captured, data, tmp_path):
     assert entries["n_parameters"] == 128 * 3 + 3 + 2 * 128  # the head and fc_norm
     rows = (tmp_path / "report" / "classes.csv").read_text().splitlines()
     assert rows[1:] == ["ant,5,0,0.0000,bee", "bee,2,2,1.0000,", "cat,1,0,0.0000,bee"]
-    torch.testing.assert_close(inputs[0][:1], centre_crop(data / "val/ant/0.png"))
+    torch.testing.assert_close(inputs[0][:1], center_crop(data / "val/ant/0.png"))
 
 
 def test_wrong_settings_are_errors(captured, data):
@@ -336,6 +336,8 @@ def test_eval_evaluates_a_file(captured, data, tmp_path):
     flags = {"model": "vit_mini_patch4", "input_size": 16, "data_path": data, "device": "cpu", "num_workers": 0}
     scores = main_finetune.main(parse(main_finetune, eval=True, resume=tmp_path / "tuned.pth", **flags))
     assert (scores.acc1, scores.num_in_top) == (62.5, None)
-    again = main_finetune.main(parse(main_finetune, eval=True, resume="auto", finetune=tmp_path / "tuned.pth", **flags))
-    assert again.loss == scores.loss
+    repeated = main_finetune.main(
+        parse(main_finetune, eval=True, resume="auto", finetune=tmp_path / "tuned.pth", **flags)
+    )
+    assert repeated.loss == scores.loss
     assert scores.labels.tolist() == [0] * 5 + [1] * 2 + [2]

@@ -1,4 +1,4 @@
-"""Every flag of every script, with its default: literals of the published code's command lines, then our own flags."""
+"""Every flag of every script with its default: those of the published code, and those that this library adds."""
 
 import argparse
 
@@ -49,7 +49,7 @@ RUN = DATA | COMPUTE | {
     "save_minutes": 15.0, "keep_last": None, "clip_grad": None, "compile": False, "on_nonfinite": "abort",
     "on_bad_image": "error",
 }  # fmt: skip
-CLASSES = {"adapt_input": "error", "val_list": None, "crop_pct": None, "train_per_class": None}
+CLASSES = {"adapt_input": "error", "val_list": None, "crop_pct": None, "train_per_class": None, "val_fraction": None}
 EVALUATION = CLASSES | {"eval_every": 1, "report": None, "save_every": 1}
 MODEL = {"model": None, "device": "auto", "debug": False}
 EXTRACTION = {"batch_size": 128, "num_workers": 10, "amp": "auto"}
@@ -64,14 +64,16 @@ OURS = {
     main_finetune: RUN | EVALUATION | {
         "unfreeze_blocks": None, "grad_checkpointing": False, "crop_scale": [0.08, 1.0], "hflip": 0.5,
     },
-    main_linprobe: RUN | EVALUATION | {"cache_features": False, "held_out": 0.1},
+    main_linprobe: RUN | EVALUATION | {
+        "cache_features": False, "held_out": 0.1, "probe": "linear", "num_queries": 32,
+    },
 }  # fmt: skip
 PUBLISHED = {main_pretrain: PRETRAIN, main_finetune: FINETUNE, main_linprobe: LINPROBE}
 COMMANDS = {
     main_knn: DATA | COMPUTE | CLASSES | {
         "seed": 0, "device": "auto", "batch_size": 256, "data_path": None, "input_size": 224, "pin_mem": True,
         "model": "vit_large_patch16", "finetune": "", "nb_classes": None, "global_pool": False, "k": [10, 20, 100],
-        "temperature": 0.07, "world_size": 1, "local_rank": -1, "dist_on_itp": False, "dist_url": "env://",
+        "temperature": [0.07], "world_size": 1, "local_rank": -1, "dist_on_itp": False, "dist_url": "env://",
     },
     main_robustness: MODEL | EXTRACTION | {
         "suite": None, "data_path": None, "subset": None, "crop_pct": None, "output_dir": "runs/robustness",
@@ -104,10 +106,10 @@ def test_every_default_of_a_script_is_the_published_one(script):
 
 @pytest.mark.parametrize("script", PUBLISHED, ids=name)
 def test_a_job_has_the_flags_of_its_script_and_its_own(script):
-    parser, own = submit.get_args_parser(script.__name__)
+    parser, job_flags = submit.get_args_parser(script.__name__)
     expected = PUBLISHED[script] | OURS[script] | JOB | OURS_JOB | {"output_dir": "the job's folder"}
     assert defaults(parser) == expected
-    assert set(own) == {*JOB, *OURS_JOB}
+    assert set(job_flags) == {*JOB, *OURS_JOB}
 
 
 @pytest.mark.parametrize("script", COMMANDS, ids=name)
@@ -117,7 +119,7 @@ def test_every_default_of_a_command(script):
 
 @pytest.mark.parametrize("script", PUBLISHED, ids=name)
 def test_every_published_flag_takes_a_value(script):
-    """Spelled as published, another value than the default arrives, with its type."""
+    """A value other than the default is parsed with its type, under the published name."""
     words = {
         "model": "mae_vit_base_patch16" if script is main_pretrain else "vit_base_patch16", "data_path": "/data",
         "output_dir": "/out", "log_dir": "/log", "device": "cpu", "resume": "a.pth", "finetune": "b.pth",
@@ -126,18 +128,18 @@ def test_every_published_flag_takes_a_value(script):
     numbers = {"lr": 0.25, "clip_grad": 0.5, "nb_classes": 7, "color_jitter": 0.5, "warmup_epochs": 2.5}
     parser = script.get_args_parser()
     for flag, default in PUBLISHED[script].items():
-        argv, wanted = [f"--{flag}", words.get(flag)], words.get(flag)
+        argv, expected = [f"--{flag}", words.get(flag)], words.get(flag)
         if isinstance(default, bool):
-            argv, wanted = [f"--{flag}"], True
+            argv, expected = [f"--{flag}"], True
         elif flag == "cutmix_minmax":
-            argv, wanted = [f"--{flag}", "0.25", "0.5"], [0.25, 0.5]
+            argv, expected = [f"--{flag}", "0.25", "0.5"], [0.25, 0.5]
         elif flag == "blr" and script is main_linprobe:
-            argv, wanted = ["--blr", "0.1", "0.5"], [0.1, 0.5]
+            argv, expected = ["--blr", "0.1", "0.5"], [0.1, 0.5]
         elif flag not in words:
-            wanted = numbers.get(flag, 3 if isinstance(default, int) else 0.5)
-            argv[1] = str(wanted)
-        found = getattr(parser.parse_args(argv), flag)
-        assert (found, type(found)) == (wanted, type(wanted)), flag
+            expected = numbers.get(flag, 3 if isinstance(default, int) else 0.5)
+            argv[1] = str(expected)
+        value = getattr(parser.parse_args(argv), flag)
+        assert (value, type(value)) == (expected, type(expected)), flag
 
 
 @pytest.mark.parametrize("script", PUBLISHED, ids=name)
@@ -154,7 +156,7 @@ def test_boolean_flags_turn_on_and_off(script):
         assert parser.parse_args(["--cls_token"]).global_pool is False
 
 
-LIMITS = [  # kind of value, what it takes, what it refuses
+LIMITS = [  # type, valid values, invalid values
     (flags.positive_int, ["1", "7"], ["0", "-1", "1.5"]),
     (flags.count, ["0", "7"], ["-1"]),
     (flags.non_negative, ["0", "0.5"], ["-0.1", "nan"]),
@@ -167,10 +169,10 @@ LIMITS = [  # kind of value, what it takes, what it refuses
 ]
 
 
-@pytest.mark.parametrize(("kind", "taken", "refused"), LIMITS)
-def test_types_of_values_have_limits(kind, taken, refused):
-    assert [kind(text) for text in taken] == [type(kind(text))(text) for text in taken]
-    for text in refused:
+@pytest.mark.parametrize(("kind", "valid", "invalid"), LIMITS)
+def test_types_of_values_have_limits(kind, valid, invalid):
+    assert [kind(text) for text in valid] == [type(kind(text))(text) for text in valid]
+    for text in invalid:
         with pytest.raises((argparse.ArgumentTypeError, ValueError)):
             kind(text)
 
@@ -183,7 +185,7 @@ def test_sizes_are_a_number_or_two():
 
 
 def test_a_url_is_no_folder(capsys):
-    """Also where the flag makes a path of it, which has one slash left."""
+    """Also if the flag converts the URL to a path, which has a single slash."""
     with pytest.raises(SystemExit):
         entry_point.parse(resize.get_args_parser(), ["https://a.org/images", "copy"])
     assert "FOLDER https:/a.org/images is a URL: download the file" in capsys.readouterr().err
@@ -195,10 +197,10 @@ def test_a_recipe_does_not_set_options_of_a_job():
 
 
 def test_exit_codes_state_how_a_run_ended(monkeypatch, capsys):
-    """128 plus the signal, as a shell does it; 1 for an error. Launchers decide on a restart by them."""
+    """128 plus the number of the signal, as in a shell, or 1 for an error. Launchers use them to decide on restarts."""
     from util.interrupts import Interrupted
 
-    for error, code, said in (
+    for error, code, message in (
         (Interrupted(15), 143, "the state is saved; the same command with --resume auto resumes the run"),
         (Interrupted(2), 130, "the state is saved"),
         (OSError(28, "No space left on device", "/out/x"), 1, "/out/x: No space left on device"),
@@ -213,14 +215,14 @@ def test_exit_codes_state_how_a_run_ended(monkeypatch, capsys):
         with pytest.raises(SystemExit) as stop:
             entry_point.run(main, main_pretrain.get_args_parser())
         assert stop.value.code == code
-        assert said in capsys.readouterr().err
+        assert message in capsys.readouterr().err
 
 
 def test_remedies_name_only_flags_of_the_script(monkeypatch, capsys):
     def main(args):
         raise advised(ValueError("no"), "--finetune A starts from it", "--init_from A starts from it", "give another")
 
-    for script, said in (
+    for script, message in (
         (main_pretrain, "no: --init_from A starts from it; or give another"),
         (main_finetune, "no: --finetune A starts from it; or give another"),
         (export, "no: give another"),
@@ -229,7 +231,7 @@ def test_remedies_name_only_flags_of_the_script(monkeypatch, capsys):
         monkeypatch.setattr("sys.argv", ["main.py", *argv])
         with pytest.raises(SystemExit):
             entry_point.run(main, script.get_args_parser())
-        assert capsys.readouterr().err.endswith(f"error: {said}\n")
+        assert capsys.readouterr().err.endswith(f"error: {message}\n")
 
 
 def test_a_program_error_keeps_its_traceback(monkeypatch):

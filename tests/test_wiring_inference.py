@@ -1,4 +1,4 @@
-"""Using trained models: which of a file's settings count, and what the commands hand on."""
+"""Use of trained models: precedence of settings, and the arguments that commands pass."""
 
 import json
 import math
@@ -71,29 +71,29 @@ def test_names_of_imagenets_classes():
 
 
 def test_recorded_settings_take_precedence_over_inferred_ones(mae, tmp_path):
-    """A file of 16 patches may be of 8 x 32 pixels; a bare file does not tell, and counts as square."""
+    """Images with 16 patches may have 8 x 32 pixels. Without recorded settings, images are assumed to be square."""
     wide = get_model("mae_vit_mini_patch4", input_size=[8, 32])
     bare = get_model(saved(mae, tmp_path / "bare.pth"))
     assert (bare.settings["input_size"], bare.norm_pix_loss) == (16, True)
-    told = get_model(saved(wide, tmp_path / "wide.pth", input_size=[8, 32], patch_size=4, norm_pix_loss=False,
-                           mask_ratio=0.5, mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6], in_chans=3))  # fmt: skip
-    assert told.grid_size == (2, 8)
-    assert (told.norm_pix_loss, told.settings["mask_ratio"]) == (False, 0.5)
-    assert told.normalize.mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
-    assert told.normalize.std.flatten().tolist() == pytest.approx([0.4, 0.5, 0.6])
-    again = get_model(tmp_path / "wide.pth", mean=[0.5, 0.5, 0.5])
-    assert again.normalize.mean.flatten().tolist() == [0.5, 0.5, 0.5]
-    assert not told.training
+    recorded = get_model(saved(wide, tmp_path / "wide.pth", input_size=[8, 32], patch_size=4, norm_pix_loss=False,
+                               mask_ratio=0.5, mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6], in_chans=3))  # fmt: skip
+    assert recorded.grid_size == (2, 8)
+    assert (recorded.norm_pix_loss, recorded.settings["mask_ratio"]) == (False, 0.5)
+    assert recorded.normalize.mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
+    assert recorded.normalize.std.flatten().tolist() == pytest.approx([0.4, 0.5, 0.6])
+    overridden = get_model(tmp_path / "wide.pth", mean=[0.5, 0.5, 0.5])
+    assert overridden.normalize.mean.flatten().tolist() == [0.5, 0.5, 0.5]
+    assert not recorded.training
 
 
 def test_pooling_is_that_of_the_tensors(tmp_path):
     for pooled in (True, False):
         model = get_model("vit_mini_patch4", nb_classes=3, global_pool=pooled, input_size=16)
-        again = get_model(saved(model, tmp_path / "bare.pth"))
-        assert again.settings["global_pool"] is pooled
+        loaded = get_model(saved(model, tmp_path / "bare.pth"))
+        assert loaded.settings["global_pool"] is pooled
         images = torch.randn(2, 3, 16, 16)
-        torch.testing.assert_close(again(images), model(images))
-        torch.testing.assert_close(again.extract_feat(images), model.forward_features(images))
+        torch.testing.assert_close(loaded(images), model(images))
+        torch.testing.assert_close(loaded.extract_feat(images), model.forward_features(images))
 
 
 def test_names_of_classes_are_those_of_the_head(tmp_path):
@@ -133,8 +133,8 @@ def test_a_transformers_folder_records_its_loss(mae, tmp_path):
     for norm_pix_loss in (True, False):
         model = get_model("mae_vit_mini_patch4", input_size=16, norm_pix_loss=norm_pix_loss)
         export.export(model, "transformers", tmp_path / str(norm_pix_loss))
-        found = loading.read(tmp_path / str(norm_pix_loss)).settings
-        assert (found["norm_pix_loss"], found["input_size"], found["in_chans"]) == (norm_pix_loss, 16, 3)
+        settings = loading.read(tmp_path / str(norm_pix_loss)).settings
+        assert (settings["norm_pix_loss"], settings["input_size"], settings["in_chans"]) == (norm_pix_loss, 16, 3)
 
 
 # ------------------------------------------------------------------------------------------------------------ commands
@@ -145,11 +145,11 @@ def test_each_photograph_has_its_own_prediction(tmp_path):
     model = get_model("vit_mini_patch4", nb_classes=6)
     with torch.no_grad():
         model.head.weight.normal_()
-    found = run(predict, *PHOTOS, "--model", saved(model, tmp_path / "m.pth"), "--topk", 3)
-    for path, prediction in zip(PHOTOS, found, strict=True):
+    predictions = run(predict, *PHOTOS, "--model", saved(model, tmp_path / "m.pth"), "--topk", 3)
+    for path, prediction in zip(PHOTOS, predictions, strict=True):
         np.testing.assert_allclose(prediction["pred_scores"], model.predict(path)["pred_scores"], rtol=1e-5)
         assert len(prediction["top"]) == 3
-    assert len({float(prediction["pred_scores"][0]) for prediction in found}) == len(PHOTOS)
+    assert len({float(prediction["pred_scores"][0]) for prediction in predictions}) == len(PHOTOS)
 
 
 @pytest.mark.parametrize("pool", [None, "cls", "avg", "tokens"])
@@ -157,17 +157,19 @@ def test_features_use_the_given_pooling(mae, labelled, tmp_path, pool):
     flags = ["--pool", pool] if pool else []
     file = saved(mae, tmp_path / "m.pth")
     run(features, labelled, "--model", file, "--out", tmp_path / "f.npz", "--split", "val", "--num_workers", 0, *flags)
-    found = np.load(tmp_path / "f.npz")
-    names = found["names"].tolist()
+    contents = np.load(tmp_path / "f.npz")
+    names = contents["names"].tolist()
     with torch.no_grad():
         expected = mae.extract_feat(names, pool or "cls").numpy()
-    np.testing.assert_allclose(found["features"], expected, rtol=1e-4, atol=1e-5)
-    assert [found["classes"][label] in name for label, name in zip(found["labels"], names, strict=True)] == [True] * 23
+    np.testing.assert_allclose(contents["features"], expected, rtol=1e-4, atol=1e-5)
+    assert [contents["classes"][label] in name for label, name in zip(contents["labels"], names, strict=True)] == [
+        True
+    ] * 23
 
 
 def test_the_command_reconstructs_the_given_images(mae, tmp_path, monkeypatch):
-    calls, plain = [], reconstruct.reconstruct
-    monkeypatch.setattr(reconstruct, "reconstruct", lambda model, *given: calls.append(given) or plain(model, *given))
+    calls, original = [], reconstruct.reconstruct
+    monkeypatch.setattr(reconstruct, "reconstruct", lambda model, *args: calls.append(args) or original(model, *args))
     flags = ["--model", saved(mae, tmp_path / "m.pth"), "--out", tmp_path / "o.png"]
     run(reconstruct, PHOTOS[0], *flags)
     run(reconstruct, PHOTOS[1], *flags, "--mask_ratio", 0.5, "--seed", 4, "--hide", 1, 2, 30, 40, "--short_side", 24)
@@ -185,23 +187,23 @@ def test_rectangles_are_left_top_width_height():
     expected = torch.zeros(50, 100)
     expected[20:35, 5:15] = 1
     assert torch.equal(mask, expected)
-    scaled = reconstruct.boxes_to_mask([(10, 40, 20, 30)], (100, 200), (100, 100))  # half as wide alone
+    scaled = reconstruct.boxes_to_mask([(10, 40, 20, 30)], (100, 200), (100, 100))  # only the width is halved
     expected = torch.zeros(100, 100)
     expected[40:70, 5:15] = 1
     assert torch.equal(scaled, expected)
 
 
 def test_psnr_is_of_the_masked_pixels(mae):
-    """A quarter is hidden and off by a tenth: 20 dB."""
+    """A quarter of the pixels is masked and has an error of 0.1: 20 dB."""
     original = mae.normalize(torch.full((1, 3, 16, 16), 0.5))
     pasted = original.clone()
     pasted[:, :, :8, :8] = mae.normalize(torch.full((1, 3, 8, 8), 0.6))
     mask = torch.zeros(1, 16)
     mask[0, [0, 1, 4, 5]] = 1
-    painted = Reconstruction(*[original] * len(Reconstruction._fields))._replace(
+    reconstruction = Reconstruction(*[original] * len(Reconstruction._fields))._replace(
         pasted=pasted, mask=mask, prediction=torch.zeros_like(original)
     )
-    assert reconstruct.psnr(mae, painted) == pytest.approx(20.0, abs=1e-3)
+    assert reconstruct.psnr(mae, reconstruction) == pytest.approx(20.0, abs=1e-3)
 
 
 def test_uncropped_images_are_scaled_to_the_short_side_of_the_model():
@@ -254,20 +256,20 @@ def test_an_encoder_returns_the_class_token(mae):
 
 def test_the_export_command_can_omit_the_decoder(mae, tmp_path):
     file = saved(mae, tmp_path / "m.pth")
-    for flags, whole in (([], True), (["--encoder"], False)):
+    for flags, has_decoder in (([], True), (["--encoder"], False)):
         run(export, "--model", file, "--to", "reference", "--out", tmp_path / "o.pth", *flags)
         names = checkpoint.read(tmp_path / "o.pth")["model"].keys()
-        assert ("decoder_pred.weight" in names) is whole
+        assert ("decoder_pred.weight" in names) is has_decoder
         assert "norm.weight" in names
 
 
 def test_an_onnx_file_records_pixels_and_classes(tmp_path, monkeypatch):
     model = get_model("vit_mini_patch4", nb_classes=2, classes=["cat", "dog"], input_size=8, mean=[0.5, 0.25, 0.125])
     export.export(model, "onnx", tmp_path / "m.onnx")
-    told = onnxruntime.InferenceSession(tmp_path / "m.onnx").get_modelmeta().custom_metadata_map
-    assert json.loads(told["classes"]) == ["cat", "dog"]
-    assert json.loads(told["mean"]) == [0.5, 0.25, 0.125]
-    assert json.loads(told["std"]) == pytest.approx([0.229, 0.224, 0.225])
+    metadata = onnxruntime.InferenceSession(tmp_path / "m.onnx").get_modelmeta().custom_metadata_map
+    assert json.loads(metadata["classes"]) == ["cat", "dog"]
+    assert json.loads(metadata["mean"]) == [0.5, 0.25, 0.125]
+    assert json.loads(metadata["std"]) == pytest.approx([0.229, 0.224, 0.225])
     assert export.CLOSE == 1e-4
 
 
@@ -286,31 +288,31 @@ def test_predictions_can_be_restricted_to_classes():
     assert imagenet.RestrictedClassifier(torch.nn.Identity(), [4, 1])(scores).tolist() == [[4, 1], [10, 7]]
 
 
-@pytest.mark.parametrize(("given", "scaled"), [(None, 40), (0.5, 64)])
-def test_crops_of_our_classifiers(tmp_path, given, scaled):
+@pytest.mark.parametrize(("crop_pct", "scaled"), [(None, 40), (0.5, 64)])
+def test_crops_of_our_classifiers(tmp_path, crop_pct, scaled):
     file = saved(get_model("vit_mini_patch4"), tmp_path / "m.pth", crop_pct=0.8, input_size=32, in_chans=3)
-    found = imagenet.load(str(file), given, torch.device("cpu"))
+    classifier = imagenet.load(str(file), crop_pct, torch.device("cpu"))
     picture = Image.open(PHOTOS[0])
     expected = T.Compose([T.Resize(scaled, T.InterpolationMode.BICUBIC), T.CenterCrop(32), T.PILToTensor()])
-    assert torch.equal(found.transform(picture), expected(picture))
-    assert (found.data_config["crop_pct"], found.recorded["crop_pct"]) == (given or 0.8, 0.8)
+    assert torch.equal(classifier.transform(picture), expected(picture))
+    assert (classifier.data_config["crop_pct"], classifier.recorded["crop_pct"]) == (crop_pct or 0.8, 0.8)
 
 
-@pytest.mark.parametrize(("given", "scaled"), [(None, 40), (0.5, 64)])
-def test_crops_and_statistics_of_timms_classifiers(monkeypatch, given, scaled):
-    theirs = timm.create_model("vit_tiny_patch16_224", img_size=32)
-    theirs.pretrained_cfg |= {
+@pytest.mark.parametrize(("crop_pct", "scaled"), [(None, 40), (0.5, 64)])
+def test_crops_and_statistics_of_timms_classifiers(monkeypatch, crop_pct, scaled):
+    timm_model = timm.create_model("vit_tiny_patch16_224", img_size=32)
+    timm_model.pretrained_cfg |= {
         "input_size": (3, 32, 32), "crop_pct": 0.8, "mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6),
         "interpolation": "bicubic",
     }  # fmt: skip
-    monkeypatch.setattr(timm, "create_model", lambda name, pretrained: theirs)
-    found = imagenet.load("timm:any", given, torch.device("cpu"))
-    assert found.normalize.mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
-    assert found.normalize.std.flatten().tolist() == pytest.approx([0.4, 0.5, 0.6])
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained: timm_model)
+    classifier = imagenet.load("timm:any", crop_pct, torch.device("cpu"))
+    assert classifier.normalize.mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
+    assert classifier.normalize.std.flatten().tolist() == pytest.approx([0.4, 0.5, 0.6])
     picture = Image.open(PHOTOS[0])
     expected = T.Compose([T.Resize(scaled, T.InterpolationMode.BICUBIC), T.CenterCrop(32), T.PILToTensor()])
-    assert torch.equal(torch.as_tensor(np.asarray(found.transform(picture))), expected(picture))
-    assert found.recorded == {}
+    assert torch.equal(torch.as_tensor(np.asarray(classifier.transform(picture))), expected(picture))
+    assert classifier.recorded == {}
 
 
 def test_classes_in_another_order_are_refused(tmp_path):

@@ -1,4 +1,4 @@
-"""Jobs: what reaches the script that a job runs, what a job's process does at a signal, and how a wait ends."""
+"""Jobs: arguments of the script, handling of signals, and the end of --wait."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ from util.jobs import code_copy, submit, waiting
 
 @pytest.fixture
 def run_job(monkeypatch, tmp_path):
-    """Runs a job's process here, as process 0 of job 42 of Slurm; returns the settings and the folder of its run."""
+    """Runs a job in this process as rank 0 of Slurm job 42; returns the settings and the working directory."""
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "")
     monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
     monkeypatch.setattr(sys, "argv", ["python"])
@@ -41,7 +41,7 @@ def test_a_job_runs_its_script(run_job, tmp_path):
 
 
 def test_a_requeued_job_resumes(run_job):
-    """As after a restart by torchrun: `util.checkpoints.run_directory.chosen` then takes the newest checkpoint."""
+    """As after a restart by torchrun: `util.checkpoints.run_directory.chosen` selects the newest checkpoint."""
     run_job()
     assert "TORCHELASTIC_RESTART_COUNT" not in os.environ
     run_job(restarted=True)
@@ -50,7 +50,7 @@ def test_a_requeued_job_resumes(run_job):
 
 @pytest.fixture
 def submitted(monkeypatch, tmp_path):
-    """Submits a job of main_pretrain.py to this machine, up to the point where it would start; returns the job."""
+    """Submits a job of main_pretrain.py to this machine without starting it; returns the job."""
     jobs = []
 
     def start(executor, job):
@@ -102,24 +102,24 @@ def test_requeue_false_is_passed_to_the_job(submitted):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_only_rank_0_requeues_the_job(monkeypatch, rank):
-    asked = []
+    requeues = []
     monkeypatch.setattr(submit, "_is_submitits", lambda signum: True)
     before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGUSR2)}
     try:
-        signal.signal(signal.SIGUSR2, lambda *_: asked.append(rank))
+        signal.signal(signal.SIGUSR2, lambda *_: requeues.append(rank))
         with pytest.raises(SystemExit, match="stopped by SIGUSR2"):
             submit._stop(SimpleNamespace(cluster="local", global_rank=rank), signal.SIGUSR2, requeue=True)
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
-    assert asked == [0] * (rank == 0)
+    assert requeues == [0] * (rank == 0)
 
 
 # ------------------------------------------------------------------------------------------------------ wait, the code
 
 
 def finished(tmp_path, *errors):
-    """A job whose tasks ended with these errors, None for success."""
+    """Returns a job whose tasks ended with these errors; None is a success."""
     (tmp_path / "result").touch()
     paths = SimpleNamespace(result_pickle=tmp_path / "result")
     tasks = [SimpleNamespace(paths=paths, exception=lambda error=error: error) for error in errors]
@@ -158,11 +158,11 @@ def test_a_job_that_never_started_names_its_dependency(tmp_path):
 )
 def test_instructions_follow_and_cancel_a_job(cluster, state, cancel, capsys):
     waiting.print_instructions(cluster, "42", Path("/logs/42.out"), "/out")
-    said = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[1:]]
-    assert said[0] == ["results", "/out"]
-    assert said[1] == ["follow", "tail -F /logs/42.out"]
-    assert said[2] == ["state", f"{state} 42"]
-    assert said[3][1].startswith(f"{cancel} 42 ")
+    printed = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[1:]]
+    assert printed[0] == ["results", "/out"]
+    assert printed[1] == ["follow", "tail -F /logs/42.out"]
+    assert printed[2] == ["state", f"{state} 42"]
+    assert printed[3][1].startswith(f"{cancel} 42 ")
 
 
 def test_changed_code_of_equal_length_has_another_snapshot(tmp_path, monkeypatch):

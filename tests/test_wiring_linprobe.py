@@ -1,4 +1,4 @@
-"""What reaches linear probing from its flags, and on which images a head is chosen."""
+"""Arguments of linear probing, and the selection of a head on held-out images."""
 
 import math
 import random
@@ -7,7 +7,7 @@ import pytest
 import torch
 from capture import (
     capture,
-    centre_crop,
+    center_crop,
     constant_head,
     loop_arguments,
     loss_function,
@@ -37,7 +37,8 @@ DEFAULTS = {
     "blr": [0.1], "min_lr": 0, "warmup_epochs": 10, "finetune": "", "global_pool": False, "eval": False,
     "dist_eval": False, "input_size": 224, "output_dir": "./output_dir", "log_dir": "./output_dir", "seed": 0,
     "resume": "", "start_epoch": 0, "num_workers": 10, "pin_mem": True, "world_size": 1, "local_rank": -1,
-    "dist_on_itp": False, "dist_url": "env://", "save_every": 1, "nb_classes": None,
+    "dist_on_itp": False, "dist_url": "env://", "save_every": 1, "nb_classes": None, "probe": "linear",
+    "num_queries": 32,
 }  # fmt: skip
 
 
@@ -90,7 +91,7 @@ def test_the_defaults_reach_the_run(captured, data, tmp_path):
 
 
 def assert_probe(run, width=16):
-    """A frozen encoder, and the published head, which alone is trained."""
+    """The encoder is frozen, and only the published head is trained."""
     normalization, linear = run.model.head
     assert type(normalization) is nn.BatchNorm1d and type(linear) is nn.Linear
     assert (normalization.eps, normalization.affine, normalization.num_features) == (1e-6, False, width)
@@ -118,6 +119,35 @@ def test_a_recipe_is_the_published_one(captured, size, depth, epochs):
     assert_probe(run)
 
 
+@pytest.mark.parametrize(("size", "depth"), [("base", 12), ("large", 24)])
+def test_an_attentive_recipe_is_the_published_one(captured, size, depth):
+    run = captured(config=ROOT / "recipes" / f"linprobe_attentive_vit_{size}.yaml", num_queries=8)
+    assert (run.settings["epochs"], run.settings["warmup_epochs"], run.settings["min_lr"]) == (90, 10, 0)
+    assert lr_sched.scaled_lr(run.settings["lr"], run.settings["blr"], 4096) == pytest.approx(1.6)
+    assert (len(run.model.blocks), run.model.head.pool.queries.shape) == (depth, (8, 16))
+    assert (type(run.optimizer), run.evaluates, run.trained) == (LARS, True, None)
+    (group,) = run.optimizer.param_groups
+    assert [id(parameter) for parameter in group["params"]] == [id(own) for own in run.model.head.parameters()]
+    assert group["weight_decay"] == 0
+    recipe = parse(main_linprobe, config=ROOT / "recipes" / f"linprobe_attentive_vit_{size}.yaml")
+    assert (recipe.probe, recipe.num_queries, recipe.model) == ("attentive", 32, f"vit_{size}_patch16")
+
+
+def test_an_attentive_probe_is_evaluated_on_new_or_stored_tokens(captured, monkeypatch):
+    """The head that answers "ant" is correct for 5 of 8 test images."""
+    for cached in (False, True):
+        flags = {"cache_features": True} if cached else {}
+        run = captured(**mini(probe="attentive", batch_size=100, epochs=1, accum_iter=2), **flags)
+        constant_head(run.model.head[2], 0)
+        assert run.after_epoch(0, None)["test_acc1"] == 62.5
+        assert (run.evaluates, run.trained) == ((False, run.model.head) if cached else (True, None))
+    batch = next(iter(run.batches))
+    assert (batch[0].dtype, batch[0].shape) == (torch.float16, (100, 16, 128))
+    inputs = []
+    loss_function(monkeypatch, run, lambda tokens: inputs.append(tokens) or run.model.head(tokens))(batch)
+    assert inputs[0].dtype is torch.float32
+
+
 def crop_once(picture):
     """The published crop: area uniform from .08 to 1, logarithm of the ratio uniform, clipped to the picture."""
     width, height = picture.size
@@ -132,12 +162,12 @@ def test_training_crops_once_and_flips(captured):
     transform = captured().batches.batches.dataset.transform
     flips = 0
     for seed in range(40):
-        found = seeded(transform, photo(), seed)
+        image = seeded(transform, photo(), seed)
         random.seed(seed)
         size, bicubic = [224, 224], tv.InterpolationMode.BICUBIC
         expected = tv.functional.pil_to_tensor(tv.functional.resize(crop_once(photo()), size, bicubic))
-        flipped = torch.equal(found, expected.flip(-1))
-        assert flipped or torch.equal(found, expected), seed
+        flipped = torch.equal(image, expected.flip(-1))
+        assert flipped or torch.equal(image, expected), seed
         flips += flipped
     assert 10 <= flips <= 30
 
@@ -186,29 +216,29 @@ def test_flags_reach_the_loop(monkeypatch, data, tmp_path):
 
 
 def test_the_encoder_is_loaded_from_the_file(captured, tmp_path):
-    seed_all(9)  # weights that the seed of the run does not give
+    seed_all(9)  # another seed than that of the run
     encoder = VisionTransformer(img_size=16, patch_size=4, embed_dim=128, depth=4, num_heads=4, num_classes=0)
     torch.save({"model": encoder.state_dict()}, tmp_path / "encoder.pth")
     run = captured(**mini(finetune=tmp_path / "encoder.pth"))
     assert torch.equal(run.model.cls_token, encoder.cls_token)
     resumed = captured(**mini(resume=tmp_path / "encoder.pth"))
     assert torch.equal(resumed.model.cls_token, encoder.cls_token)
-    grey = captured(**mini(finetune=tmp_path / "encoder.pth", in_chans=1, adapt_input="mean"))
+    gray = captured(**mini(finetune=tmp_path / "encoder.pth", in_chans=1, adapt_input="mean"))
     expected = encoder.patch_embed.proj.weight.sum(dim=1, keepdim=True)
-    torch.testing.assert_close(grey.model.patch_embed.proj.weight, expected)
+    torch.testing.assert_close(gray.model.patch_embed.proj.weight, expected)
 
 
 # ----------------------------------------------------------------------------------------------------- several rates
 
 
 def test_the_head_is_selected_on_held_out_images(captured, capsys, tmp_path):
-    """The head that answers "ant" is the best one on the test set, and the one of "bee" on the training images."""
+    """The head for "ant" is the best one on the test set, and the head for "bee" is the best one on held-out images."""
     run = captured(**mini(blr="0.2 0.1 0.4", batch_size=100, report=tmp_path / "report", epochs=1))
     first, second, third = run.model.head
     assert [group["lr_scale"] for group in run.optimizer.param_groups] == pytest.approx([0.5, 0.25, 1])
     for head, group in zip(run.model.head, run.optimizer.param_groups, strict=True):
         assert [id(parameter) for parameter in group["params"]] == [id(head[1].weight), id(head[1].bias)]
-        assert torch.equal(head[1].weight, first[1].weight)  # all start alike
+        assert torch.equal(head[1].weight, first[1].weight)  # all heads start with equal weights
     assert run.settings["blr"] == [0.2, 0.1, 0.4]
     held_out, test_set = (call["samples"] for call in run.evaluation)
     assert (len(held_out), len(test_set)) == (52, 8)
@@ -228,13 +258,13 @@ def test_the_head_is_selected_on_held_out_images(captured, capsys, tmp_path):
     assert entries["chosen_blr"] == 0.1
     assert entries["test_acc1"] == 25.0  # of 8 test images 2 are bees; 5 are ants
     assert entries["n_parameters"] == 128 * 3 + 3
-    written = checkpoint.read(tmp_path / "run" / "probe.pth")
-    assert written["model"]["head.1.bias"].tolist() == [0, 9, 0]
-    assert {name for name in written["model"] if name.startswith("head.")} == {
+    saved = checkpoint.read(tmp_path / "run" / "probe.pth")
+    assert saved["model"]["head.1.bias"].tolist() == [0, 9, 0]
+    assert {name for name in saved["model"] if name.startswith("head.")} == {
         "head.0.running_mean", "head.0.running_var", "head.0.num_batches_tracked", "head.1.weight", "head.1.bias",
     }  # fmt: skip
-    assert (written["args"]["blr"], written["epoch"]) == (0.1, 0)
-    assert torch.equal(written["model"]["cls_token"], run.model.cls_token)
+    assert (saved["args"]["blr"], saved["epoch"]) == (0.1, 0)
+    assert torch.equal(saved["model"]["cls_token"], run.model.cls_token)
     assert (tmp_path / "report" / "classes.csv").exists()
 
 
@@ -260,7 +290,7 @@ def test_the_loss_is_the_mean_of_heads_and_gradients_are_independent(captured, m
     labels = torch.arange(6) % 3
     loss = compute_loss([images, labels, None])
     torch.testing.assert_close(inputs[0], normalized(images))
-    losses = [F.cross_entropy(own, labels) for own in logits]
+    losses = [F.cross_entropy(head_logits, labels) for head_logits in logits]
     assert loss.item() == pytest.approx(sum(losses).item() / 3)
     loss.backward()
     expected = (logits.softmax(dim=2) - F.one_hot(labels, 3)) / 6
@@ -272,10 +302,10 @@ def test_cached_features_are_those_of_the_evaluation(captured, data):
     assert type(run.batches) is loader.FeatureBatches
     assert (run.batches.batch_size, run.batches.seed, len(run.batches)) == (100, 3, 4)
     assert run.trained is run.model.head
-    assert type(run.train_one_epoch.keywords["normalize"]) is nn.Identity
+    assert run.train_one_epoch.keywords["normalize"](torch.ones(1).half()).dtype is torch.float32
     assert run.batches.labels.tolist() == [0] * 60 + [1] * 400 + [2] * 60
     with torch.no_grad():
-        expected = run.model.eval().forward_features(centre_crop(data / "train/ant/0.png"))
+        expected = run.model.eval().forward_features(center_crop(data / "train/ant/0.png"))
     torch.testing.assert_close(run.batches.features[:1], expected)
     assert len(run.batches.features.unique(dim=0)) <= 6  # three pictures, but for rounding
     several = captured(**mini(cache_features=True, batch_size=100, blr="0.2 0.1"))

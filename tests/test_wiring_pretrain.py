@@ -1,6 +1,6 @@
-"""main_pretrain.py: what reaches the run, with the published values, for the defaults, the recipes and every flag.
+"""Arguments of a run of main_pretrain.py for the defaults, the recipes and every flag.
 
-The script runs in this process on small images; `trainer.run` is replaced by a function that keeps its arguments.
+The script runs in this process on small images. `trainer.run` is replaced by a function that records its arguments.
 """
 
 import re
@@ -54,14 +54,14 @@ def capture(images, tmp_path, monkeypatch):
     def run(*flags, **options) -> Namespace:
         calls = []
 
-        def keep(model, optimizer, batches, precision, settings, **options):
+        def record(model, optimizer, batches, precision, settings, **options):
             calls.append(Namespace(model=model, optimizer=optimizer, batches=batches, precision=precision,
                                    settings=settings, **options))  # fmt: skip
 
         argv = ["--data_path", images, "--output_dir", tmp_path / "run", "--device", "cpu", *flags,
                 "--model", "mae_vit_mini_patch4"]  # fmt: skip
         with monkeypatch.context() as patch:
-            patch.setattr(main_pretrain.trainer, "run", keep)
+            patch.setattr(main_pretrain.trainer, "run", record)
             main_pretrain.main(
                 entry_point.parse(main_pretrain.get_args_parser(), [str(part) for part in argv]), **options
             )
@@ -71,8 +71,8 @@ def capture(images, tmp_path, monkeypatch):
     return run
 
 
-def keep_calls(monkeypatch, module, name, result=None):
-    """Replaces a function by one that keeps its arguments, positional and named."""
+def record_calls(monkeypatch, module, name, result=None):
+    """Replaces a function by one that records its positional and keyword arguments."""
     calls = []
     monkeypatch.setattr(module, name, lambda *args, **kwargs: calls.append((args, kwargs)) or result)
     return calls
@@ -114,10 +114,10 @@ def test_defaults_optimizer(capture):
         assert not group["amsgrad"]
         assert "lr_scale" not in group
     assert names_of(call, decay) == DECAYED
-    fixed = {"pos_embed", "decoder_pos_embed"}
-    rest = [name for name, _ in call.model.named_parameters() if name not in {*DECAYED, *fixed}]
-    assert names_of(call, no_decay) == rest
-    assert {"patch_embed.proj.bias", "blocks.0.norm1.weight", "norm.weight", "decoder_pred.bias"} < set(rest)
+    tables = {"pos_embed", "decoder_pos_embed"}
+    no_decay_names = [name for name, _ in call.model.named_parameters() if name not in {*DECAYED, *tables}]
+    assert names_of(call, no_decay) == no_decay_names
+    assert {"patch_embed.proj.bias", "blocks.0.norm1.weight", "norm.weight", "decoder_pred.bias"} < set(no_decay_names)
 
 
 def test_defaults_data(capture):
@@ -144,8 +144,8 @@ def test_defaults_engine_and_model(capture):
     assert (len(call.model.blocks), len(call.model.decoder_blocks)) == (4, 1)
     assert (call.precision.name, call.precision.device) == ("fp32", torch.device("cpu"))
     torch.manual_seed(0)
-    for ours, theirs in zip(call.model.parameters(), mae_vit_mini_patch4(img_size=16).parameters(), strict=True):
-        assert torch.equal(ours, theirs)
+    for parameter, expected in zip(call.model.parameters(), mae_vit_mini_patch4(img_size=16).parameters(), strict=True):
+        assert torch.equal(parameter, expected)
 
 
 def test_defaults_settings_of_the_run(capture, tmp_path):
@@ -155,9 +155,9 @@ def test_defaults_settings_of_the_run(capture, tmp_path):
         "batch_size": 64, "epochs": 400, "accum_iter": 1, "lr": None, "blr": 1e-3, "min_lr": 0.0, "warmup_epochs": 40,
         "weight_decay": 0.05, "seed": 0, "resume": "", "start_epoch": 0,
     }  # fmt: skip
-    ours = {"clip_grad": None, "on_nonfinite": "abort", "compile": False, "save_every": 20, "save_minutes": 15.0,
-            "keep_last": None, "vis_every": 20}  # fmt: skip
-    assert {name: settings[name] for name in published | ours} == published | ours
+    added = {"clip_grad": None, "on_nonfinite": "abort", "compile": False, "save_every": 20, "save_minutes": 15.0,
+             "keep_last": None, "vis_every": 20}  # fmt: skip
+    assert {name: settings[name] for name in published | added} == published | added
 
 
 # --------------------------------------------------------------------------------------------------------- recipes
@@ -168,7 +168,7 @@ PUBLISHED_MODELS = {"base": (768, 12, 12, 16), "large": (1024, 24, 16, 16), "hug
 
 @pytest.mark.parametrize("size", PUBLISHED_MODELS)
 def test_published_recipes(capture, size):
-    """4096 images per update, normalised targets, ratio .75, 800 epochs, warm-up 40, blr 1.5e-4, weight decay .05."""
+    """4096 images per update, normalized targets, ratio .75, 800 epochs, warm-up 40, blr 1.5e-4, weight decay .05."""
     recipe = ROOT / f"recipes/pretrain_vit_{size}.yaml"
     call = capture("--config", recipe)
     published = {
@@ -198,7 +198,7 @@ def test_published_recipes(capture, size):
 
 
 def test_the_demos_recipe(capture, images):
-    """Grey images of 28 pixels in 16 patches of 7, with larger crops than the published ones."""
+    """Gray images of 28 pixels in 16 patches of 7, with larger crops than the published ones."""
     call = capture("--config", ROOT / "recipes/pretrain_fashion_mnist.yaml", "--data_path", images)
     assert (call.model.patch_embed.patch_size, call.model.num_patches, call.model.patch_embed.in_chans) == (
         (7, 7), 16, 1
@@ -254,23 +254,23 @@ def test_flags_of_model_and_optimizer(capture):
     assert [group["weight_decay"] for group in call.optimizer.param_groups] == [0.0, 0.3]
     assert call.precision.name == "bf16"
     torch.manual_seed(5)
-    twin = mae_vit_mini_patch4(img_size=(16, 24), patch_size=(8, 4), decoder_depth=3)
-    assert torch.equal(call.model.decoder_pred.weight, twin.decoder_pred.weight)
+    expected = mae_vit_mini_patch4(img_size=(16, 24), patch_size=(8, 4), decoder_depth=3)
+    assert torch.equal(call.model.decoder_pred.weight, expected.decoder_pred.weight)
 
 
 @pytest.mark.parametrize(("flag", "pinned"), [("--pin_mem", True), ("--no_pin_mem", False)])
 def test_pinned_memory_is_for_gpus(capture, monkeypatch, flag, pinned):
-    keep_calls(monkeypatch, main_pretrain.dist, "init", torch.device("cuda"))
+    record_calls(monkeypatch, main_pretrain.dist, "init", torch.device("cuda"))
     monkeypatch.setattr(torch.nn.Module, "to", lambda self, *_: self)
     assert capture("--input_size", 16, flag).batches.batches.pin_memory is pinned
 
 
 def test_flags_of_processes_and_sources(capture, monkeypatch, tmp_path, images):
-    init = keep_calls(monkeypatch, main_pretrain.dist, "init", torch.device("cpu"))
-    prepare = keep_calls(monkeypatch, main_pretrain.run_directory, "prepare")
+    init = record_calls(monkeypatch, main_pretrain.dist, "init", torch.device("cpu"))
+    prepare = record_calls(monkeypatch, main_pretrain.run_directory, "prepare")
     open_source = main_pretrain.datasets.open_source
-    opened = keep_calls(monkeypatch, main_pretrain.datasets, "open_source", open_source("train", str(images)))
-    suggested = keep_calls(monkeypatch, main_pretrain.datasets, "suggest_statistics")
+    opened = record_calls(monkeypatch, main_pretrain.datasets, "open_source", open_source("train", str(images)))
+    suggested = record_calls(monkeypatch, main_pretrain.datasets, "suggest_statistics")
     capture(
         "--input_size", 16, "--dist_url", "tcp://a:1", "--dist_timeout", 77, "--dist_backend", "gloo", "--resume",
         "run/a.pth", "--train_list", "list.csv", "--dataset", "CIFAR10", "--download", "--num_images", 9,
@@ -288,27 +288,27 @@ def test_init_from(capture, tmp_path):
     other = mae_vit_mini_patch4(img_size=16)
     torch.save({"model": other.state_dict()}, tmp_path / "other.pth")
     call = capture("--input_size", 16, "--init_from", tmp_path / "other.pth")
-    for ours, theirs in zip(call.model.parameters(), other.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
+    for parameter, expected in zip(call.model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(parameter, expected)
 
 
 def test_the_ratio_is_checked_for_the_models_patches(capture, monkeypatch):
-    checked = keep_calls(monkeypatch, masking, "check_ratio")
+    checked = record_calls(monkeypatch, masking, "check_ratio")
     capture("--input_size", 16, "--mask_ratio", 0.6)
     assert checked == [((16, 0.6), {})]
 
 
 def test_masking(capture, monkeypatch):
-    """The sampler's noise goes with the samples, its ratio to the engine and to the pictures."""
+    """Samples contain the noise of the sampler. The engine and the pictures use its ratio."""
     assert capture("--input_size", 16).settings["masking"] == "random"
-    calls = keep_calls(monkeypatch, masking, "sampler", (lambda: torch.full((24,), 0.25), 0.4))
-    shown = keep_calls(monkeypatch, pictures, "reconstruction")
+    calls = record_calls(monkeypatch, masking, "sampler", (lambda: torch.full((24,), 0.25), 0.4))
+    drawn_pictures = record_calls(monkeypatch, pictures, "reconstruction")
     call = capture("--input_size", 16, 24, "--masking", "block", "--mask_ratio", 0.6)
     assert calls == [(("block", (4, 6), 0.6), {})]
     assert call.train_one_epoch.keywords["mask_ratio"] == 0.4
     assert call.batches.batches.dataset[0, 3].noise.tolist() == [0.25] * 24
     call.after_epoch(0, Log())
-    assert shown[0][0][4] == 0.4
+    assert drawn_pictures[0][0][4] == 0.4
 
 
 class PredictsFeatures(MaskedAutoencoderViT):
@@ -316,15 +316,15 @@ class PredictsFeatures(MaskedAutoencoderViT):
 
 
 def test_a_class_of_models(capture, monkeypatch):
-    shown = keep_calls(monkeypatch, pictures, "reconstruction")
+    drawn_pictures = record_calls(monkeypatch, pictures, "reconstruction")
     call = capture("--input_size", 16, model_class=PredictsFeatures)
     assert type(call.model) is PredictsFeatures
     call.after_epoch(0, Log())
-    assert shown == []  # it predicts no pixels
+    assert drawn_pictures == []  # it predicts no pixels
 
 
 def test_fsdp(capture, monkeypatch):
-    """The model is built without values; every block is a unit."""
+    """The model is built on the meta device. Every block is a unit."""
     calls = []
 
     def shard(model, units, device, dtype, method):
@@ -333,9 +333,9 @@ def test_fsdp(capture, monkeypatch):
 
     monkeypatch.setattr(fsdp, "shard", shard)
     call = capture("--input_size", 16, "--fsdp", "--amp", "bf16", "--decoder_depth", 2)
-    ((units, *rest),) = calls
+    ((units, *arguments),) = calls
     assert units == [*call.model.blocks, *call.model.decoder_blocks]
-    assert rest == [torch.device("cpu"), torch.bfloat16, "reconstruct", "meta"]
+    assert arguments == [torch.device("cpu"), torch.bfloat16, "reconstruct", "meta"]
 
 
 # --------------------------------------------------------------------------------------------------------- pictures
@@ -358,15 +358,15 @@ class Log(run_log.NullLog):
     ],
 )
 def test_when_reconstructions_are_logged(capture, monkeypatch, flags, epochs, logged):
-    keep_calls(monkeypatch, pictures, "reconstruction", "picture")
+    record_calls(monkeypatch, pictures, "reconstruction", "picture")
     call, log = capture("--input_size", 16, *flags), Log()
     assert all(call.after_epoch(epoch, log) == {} for epoch in range(epochs))
     assert log.pictures == [("reconstruction", "picture", epoch) for epoch in logged]
 
 
 def test_eight_evenly_spaced_images_are_reconstructed(capture, monkeypatch):
-    """Eight images, evenly spread, as in evaluation: centre crops, with the noise of epoch 0."""
-    calls = keep_calls(monkeypatch, pictures, "reconstruction")
+    """Eight images, evenly spread, as in evaluation: center crops, with the noise of epoch 0."""
+    calls = record_calls(monkeypatch, pictures, "reconstruction")
     call = capture("--input_size", 16, "--mask_ratio", 0.6, "--seed", 3)
     call.after_epoch(0, Log())
     (((model, images, noise, normalize, mask_ratio), _),) = calls
@@ -374,18 +374,18 @@ def test_eight_evenly_spaced_images_are_reconstructed(capture, monkeypatch):
     assert normalize is call.train_one_epoch.keywords["normalize"]
     assert mask_ratio == 0.6
     assert (images.dtype, len(images)) == (torch.uint8, 8)
-    centre = tv.Compose(
+    center = tv.Compose(
         [tv.Resize(18, interpolation=tv.InterpolationMode.BICUBIC), tv.CenterCrop(16), tv.PILToTensor()]
     )
     source = call.batches.batches.dataset.source
-    for place, index in ((0, 0), (7, NUM_IMAGES - 1)):
+    for row, index in ((0, 0), (7, NUM_IMAGES - 1)):
         torch.manual_seed(zlib.crc32(struct.pack("<3q", 3, 0, index)))
-        assert torch.equal(noise[place], torch.rand(16))
-        assert torch.equal(images[place], centre(Image.open(source.name(index))))
+        assert torch.equal(noise[row], torch.rand(16))
+        assert torch.equal(images[row], center(Image.open(source.name(index))))
 
 
 def test_all_processes_draw_pictures_only_with_sharded_weights(capture, monkeypatch):
-    calls = keep_calls(monkeypatch, pictures, "reconstruction")
+    calls = record_calls(monkeypatch, pictures, "reconstruction")
     monkeypatch.setattr(fsdp, "shard", lambda model, units, device, *_, **__: model.to_empty(device=device))
     plain, sharded = capture("--input_size", 16), capture("--input_size", 16, "--fsdp")
     monkeypatch.setattr(main_pretrain.dist, "is_main", lambda: False)

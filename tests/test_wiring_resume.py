@@ -1,4 +1,4 @@
-"""A run resumes with its whole state: each part of it is compared with what was there before."""
+"""A run resumes with its complete state: each part is compared with the saved one."""
 
 import io
 import math
@@ -34,7 +34,7 @@ METERS = {"loss": 1.5, "lr": 0.25, "updates": 2, "skipped_steps": 1}
 
 
 def make_run(seed):
-    """A model of this seed, its optimizer with two groups, a scaler of this scale, and a position."""
+    """Returns a model, its optimizer with two groups, a scaler and a progress. Their values depend on the seed."""
     torch.manual_seed(seed)
     model = mae_vit_mini_patch4(img_size=16, in_chans=1)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -46,13 +46,13 @@ def make_run(seed):
 
 @pytest.fixture
 def saved(tmp_path):
-    """A run after two steps, saved after 4 batches of epoch 5 with a best accuracy of 70."""
+    """A run after two updates, saved after 4 batches of epoch 5 with a best accuracy of 70."""
     model, optimizer, scaler, progress = make_run(0)
     for _ in range(2):
         model(torch.randn(2, 1, 16, 16)).__getitem__(0).backward()
         optimizer.step()
     progress.best_accuracy = 70.0
-    checkpoint.write({"epoch": 0}, tmp_path / "checkpoint-best.pth")  # else a saver begins with no best accuracy
+    checkpoint.write({"epoch": 0}, tmp_path / "checkpoint-best.pth")  # otherwise a saver resets the best accuracy
     writer = Saver(
         Interrupts(), tmp_path, lambda: run_state.collect(model, optimizer, scaler, SETTINGS), progress,
         epochs=50, save_every=20, save_minutes=15,
@@ -63,31 +63,31 @@ def saved(tmp_path):
     return model, optimizer
 
 
-def resumed(which, tmp_path, settings=SETTINGS):
+def resumed(source, tmp_path, settings=SETTINGS):
     run = make_run(1)
     model, optimizer, scaler, progress = run
-    run_state.resume(which, tmp_path, model, optimizer, scaler, settings, progress)
+    run_state.resume(source, tmp_path, model, optimizer, scaler, settings, progress)
     return run
 
 
-@pytest.mark.parametrize("which", ["auto", "checkpoint-last.pth"])
-def test_every_part_of_the_state_is_restored(saved, tmp_path, which):
+@pytest.mark.parametrize("source", ["auto", "checkpoint-last.pth"])
+def test_every_part_of_the_state_is_restored(saved, tmp_path, source):
     torch.manual_seed(5)
-    model, optimizer, scaler, progress = resumed(which if which == "auto" else str(tmp_path / which), tmp_path)
+    model, optimizer, scaler, progress = resumed(source if source == "auto" else str(tmp_path / source), tmp_path)
     torch.manual_seed(77)
     expected = torch.rand(4)
     resumed("auto", tmp_path)
     assert torch.equal(torch.rand(4), expected)
     for name, value in saved[0].state_dict().items():
         assert torch.equal(model.state_dict()[name], value), name
-    ours, theirs = optimizer.state_dict(), saved[1].state_dict()
-    assert ours["state"].keys() == theirs["state"].keys()
-    for number, moments in theirs["state"].items():
+    restored, expected_state = optimizer.state_dict(), saved[1].state_dict()
+    assert restored["state"].keys() == expected_state["state"].keys()
+    for number, moments in expected_state["state"].items():
         assert moments["step"] == 2
         for name, value in moments.items():
-            assert torch.equal(ours["state"][number][name], value)
-    assert [group["lr"] for group in ours["param_groups"]] == [2e-3, 2e-3]  # settings are those of this run
-    assert [group["weight_decay"] for group in ours["param_groups"]] == [0.0, 0.05]
+            assert torch.equal(restored["state"][number][name], value)
+    assert [group["lr"] for group in restored["param_groups"]] == [2e-3, 2e-3]  # settings are those of this run
+    assert [group["weight_decay"] for group in restored["param_groups"]] == [0.0, 0.05]
     assert scaler.get_scale() == 1024.0
     assert (progress.epoch, progress.first_iteration, progress.best_accuracy) == (5, 4, 70.0)
     assert progress.meters == METERS
@@ -145,7 +145,7 @@ def test_resuming_a_given_checkpoint_moves_later_ones(saved, tmp_path):
 
 
 def test_the_position_of_a_published_file(tmp_path):
-    """It has an epoch and no progress: the epoch is finished."""
+    """The file has an epoch and no progress, so the epoch is complete."""
     torch.save({"model": {}, "epoch": 19}, tmp_path / "checkpoint-19.pth")
     assert checkpoint.position(tmp_path / "checkpoint-19.pth") == (20, 0)
 
@@ -185,21 +185,21 @@ def test_checkpoints_are_ordered_by_epoch(tmp_path):
 
 
 def test_data_are_synced_before_the_rename(tmp_path, monkeypatch):
-    """A power cut leaves the previous file or the new one: the order of fsync and rename counts."""
+    """After a power failure, either the previous or the new file exists. This requires fsync before the rename."""
     calls = []
     fsync, replace = os.fsync, Path.replace
 
-    def note_fsync(descriptor):
+    def record_fsync(descriptor):
         calls.append(("fsync", os.readlink(f"/proc/self/fd/{descriptor}").rpartition("/")[2]))
         fsync(descriptor)
 
-    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(os, "fsync", record_fsync)
     monkeypatch.setattr(Path, "replace", lambda a, b: calls.append(("rename", a.name)) or replace(a, b))
     checkpoint.write({"epoch": 0}, tmp_path / "a.pth")
     assert calls == [("fsync", "a.pth"), ("rename", "a.pth")]
     calls.clear()
-    with atomic.replacing(tmp_path / "b", sync=False) as written:
-        written.write_text("b")
+    with atomic.replacing(tmp_path / "b", sync=False) as file:
+        file.write_text("b")
     assert calls == [("rename", "b")]
 
 
@@ -208,7 +208,7 @@ def test_data_are_synced_before_the_rename(tmp_path, monkeypatch):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A sharded state of one process, under two names."""
+    """A sharded checkpoint of one process, with two names."""
     td.init_process_group("gloo", store=td.HashStore(), rank=0, world_size=1)
     model, optimizer, scaler, _ = make_run(0)
     model(torch.randn(2, 1, 16, 16))[0].backward()
@@ -231,17 +231,17 @@ def test_every_file_of_a_sharded_checkpoint_is_verified(folder):
     names = sorted(path.name for path in folder.iterdir())
     assert names == [".metadata", "__0_0.distcp", "state.pth"]
     for name in names:
-        whole = (folder / name).read_bytes()
+        content = (folder / name).read_bytes()
         generator = random.Random(0)
         for _ in range(3):
-            damaged = bytearray(whole)
-            damaged[generator.randrange(len(whole))] ^= 4
-            (folder / name).unlink()  # a file of two names keeps its bytes under the other
+            damaged = bytearray(content)
+            damaged[generator.randrange(len(content))] ^= 4
+            (folder / name).unlink()  # the file has a second name, whose content must not change
             (folder / name).write_bytes(damaged)
-            if name != "state.pth":  # a part of which has no meaning: a header of the archive
+            if name != "state.pth":  # some of its bytes are not verified: headers of the archive
                 with pytest.raises(CheckpointError, match=f"{name} does not match its digest"):
                     sharded.read(folder)
-        (folder / name).write_bytes(whole)
+        (folder / name).write_bytes(content)
     assert sharded.read(folder)["epoch"] == 0
 
 
@@ -297,28 +297,29 @@ def test_only_rank_0_writes_a_log(tmp_path, monkeypatch):
 
 
 def test_a_wide_position_table_is_interpolated():
-    """Of 2 x 8 patches into 4 x 4: as many, in other places."""
-    theirs, ours = vit_mini_patch4(img_size=(8, 32)), vit_mini_patch4(img_size=16)
-    file = Weights(theirs.state_dict(), {"input_size": [8, 32], "patch_size": 4}, loading.ENCODER, "file")
+    """From 2 x 8 to 4 x 4 patches: the same number in another grid."""
+    wide, square = vit_mini_patch4(img_size=(8, 32)), vit_mini_patch4(img_size=16)
+    file = Weights(wide.state_dict(), {"input_size": [8, 32], "patch_size": 4}, loading.ENCODER, "file")
     assert file.grid_size == (2, 8)
-    loading.load_encoder(ours, file)
-    assert torch.equal(ours.pos_embed, resize_pos_embed(theirs.pos_embed, (2, 8), (4, 4)))
-    assert not torch.equal(ours.pos_embed, theirs.pos_embed)
+    loading.load_encoder(square, file)
+    assert torch.equal(square.pos_embed, resize_pos_embed(wide.pos_embed, (2, 8), (4, 4)))
+    assert not torch.equal(square.pos_embed, wide.pos_embed)
     assert Weights({"patch_embed.proj.weight": torch.zeros(8, 1, 4, 2)}, {"input_size": [16, 24], "patch_size": [4, 2]},
                    loading.ENCODER, "file").grid_size == (4, 12)  # fmt: skip
 
 
 def test_a_head_for_other_classes_is_not_loaded():
-    theirs, classes = vit_mini_patch4(img_size=16, num_classes=2), ["cat", "dog"]
-    for recorded, taken in ((classes, True), (None, True), (["dog", "cat"], False)):
-        ours = vit_mini_patch4(img_size=16, num_classes=2)
-        file = Weights(theirs.state_dict(), {"classes": recorded}, loading.CLASSIFIER, "file")
-        assert loading.load_encoder(ours, file, classes=classes) is taken
-        assert torch.equal(ours.head.weight, theirs.head.weight) is taken
+    source, classes = vit_mini_patch4(img_size=16, num_classes=2), ["cat", "dog"]
+    for recorded, is_loaded in ((classes, True), (None, True), (["dog", "cat"], False)):
+        model = vit_mini_patch4(img_size=16, num_classes=2)
+        file = Weights(source.state_dict(), {"classes": recorded}, loading.CLASSIFIER, "file")
+        assert loading.load_encoder(model, file, classes=classes) is is_loaded
+        assert torch.equal(model.head.weight, source.head.weight) is is_loaded
 
 
 def test_explicit_statistics_override_those_of_the_file():
-    file = Weights({}, {"in_chans": 1, "mean": [0.3], "std": [0.2]}, loading.ENCODER, "file")
+    tensors = {"patch_embed.proj.weight": torch.zeros(8, 1, 4, 4)}
+    file = Weights(tensors, {"in_chans": 1, "mean": [0.3], "std": [0.2]}, loading.ENCODER, "file")
     assert loading.statistics(file, 1, None, None) == ([0.3], [0.2])
     assert loading.statistics(file, 1, [0.5], None) == ([0.5], [0.2])
     assert loading.statistics(file, 1, None, [0.6]) == ([0.3], [0.6])
@@ -335,7 +336,7 @@ def test_suggested_commands_can_be_typed():
 
 
 def test_numpy_and_python_generators_are_not_part_of_a_state(saved, tmp_path):
-    """What they draw depends on (seed, epoch, place) alone."""
+    """Their numbers depend only on (seed, epoch, index)."""
     random.seed(4), np.random.seed(4)
     expected = random.random(), np.random.rand()
     random.seed(4), np.random.seed(4)

@@ -1,4 +1,4 @@
-"""What reaches the evaluation of a classifier on ImageNet's test sets of robustness."""
+"""Arguments of the evaluation of classifiers on the robustness test sets of ImageNet."""
 
 import json
 from types import SimpleNamespace
@@ -21,15 +21,15 @@ DEFAULTS = {"subset": None, "crop_pct": None, "output_dir": "runs/robustness", "
 
 @pytest.fixture
 def run(monkeypatch, tmp_path):
-    """Runs the script on folders with one image a class; three of four images of each cell are answered right."""
+    """Runs the script with one image per class. Three of four predictions of each cell are correct."""
 
-    def answer(model, batches, *, normalize, precision):
+    def evaluate(model, batches, *, normalize, precision):
         calls.evaluated.append({"model": model, "normalize": normalize, "precision": precision})
         labels = np.concatenate([labels.numpy() for _, labels, _ in batches])
         return Evaluation(labels, np.where(np.arange(len(labels)) % 4, labels, labels + 1), len(labels) - 1, 0.5)
 
     calls = SimpleNamespace(evaluated=[])
-    monkeypatch.setattr(main_robustness, "evaluate", answer)
+    monkeypatch.setattr(main_robustness, "evaluate", evaluate)
 
     def start(suite, **flags):
         with monkeypatch.context() as patch:
@@ -38,7 +38,7 @@ def run(monkeypatch, tmp_path):
             calls.loaders = recorder(patch, loader, "eval_loader")
             patch.setattr(loader, "up_to_cores", lambda num_workers: 0)
             settings = {"data_path": tmp_path / suite, "output_dir": tmp_path / "out", "device": "cpu",
-                        "model": "timm:reads_colours"}  # fmt: skip
+                        "model": "timm:reads_colors"}  # fmt: skip
             calls.table = main_robustness.main(parse(main_robustness, suite=suite, **(settings | flags)))
         calls.results = json.loads((tmp_path / "out" / f"{suite}.json").read_text())
         return calls
@@ -53,34 +53,34 @@ def test_the_defaults():
 
 def test_the_classes_of_a_suite_are_answered(run, tmp_path):
     class_folders(tmp_path / "imagenet-a", robustness.subset("imagenet-a"), "a.jpg", lambda label: label)
-    found = run("imagenet-a")
-    (evaluated,) = found.evaluated
+    calls = run("imagenet-a")
+    (evaluated,) = calls.evaluated
     labels = [robustness.synsets().index(folder) for folder in robustness.subset("imagenet-a")]
     assert (len(labels), evaluated["model"].classes.tolist()) == (200, labels)
     images = evaluated["normalize"](torch.zeros(1, 3, 2, 2, dtype=torch.uint8))
     assert images.unique().tolist() == [-1.0]  # the model's mean and std are .5
-    assert found.results["cells"] == {"imagenet-a": {"images": 200, "acc1": 75.0, "acc5": 99.5}}
-    assert found.loaded[0]["crop_pct"] is None
-    (batches,) = found.loaders
+    assert calls.results["cells"] == {"imagenet-a": {"images": 200, "acc1": 75.0, "acc5": 99.5}}
+    assert calls.loaded[0]["crop_pct"] is None
+    (batches,) = calls.loaders
     assert (batches["batch_size"], batches["num_workers"], len(batches["samples"])) == (128, 10, 200)
     assert batches["samples"][0, 0].image.shape == (3, 32, 32)
-    assert "| imagenet-a | 200 | 75.000 | 99.500 |" in found.table
-    settings = {name: found.results["settings"][name] for name in ("model", "subset", "amp", "data_path")}
-    assert settings == {"model": "timm:reads_colours", "subset": None, "amp": "fp32",
+    assert "| imagenet-a | 200 | 75.000 | 99.500 |" in calls.table
+    settings = {name: calls.results["settings"][name] for name in ("model", "subset", "amp", "data_path")}
+    assert settings == {"model": "timm:reads_colors", "subset": None, "amp": "fp32",
                         "data_path": str(tmp_path / "imagenet-a")}  # fmt: skip
 
 
 def test_every_flag_reaches_its_place(run, tmp_path):
     class_folders(tmp_path / "imagenet-r", robustness.subset("imagenet-r"), "a.jpg", lambda label: label)
-    found = run("imagenet-r", subset=7, crop_pct=0.5, batch_size=3, num_workers=2, amp="bf16", dist_url="tcp://x",
+    calls = run("imagenet-r", subset=7, crop_pct=0.5, batch_size=3, num_workers=2, amp="bf16", dist_url="tcp://x",
                 dist_timeout=9, dist_backend="gloo")  # fmt: skip
-    assert found.loaded[0] == {"name": "timm:reads_colours", "crop_pct": 0.5, "device": torch.device("cpu")}
-    (batches,) = found.loaders
+    assert calls.loaded[0] == {"name": "timm:reads_colors", "crop_pct": 0.5, "device": torch.device("cpu")}
+    (batches,) = calls.loaders
     assert (batches["batch_size"], batches["num_workers"], len(batches["samples"])) == (3, 2, 7)
-    assert found.evaluated[0]["precision"].dtype is torch.bfloat16
-    assert found.joined == [{"device_name": "cpu", "dist_url": "tcp://x", "timeout": 9, "backend": "gloo"}]
-    assert (found.results["settings"]["subset"], found.results["settings"]["amp"]) == (7, "bf16")
-    assert "a subset of 7 images per cell" in found.table
+    assert calls.evaluated[0]["precision"].dtype is torch.bfloat16
+    assert calls.joined == [{"device_name": "cpu", "dist_url": "tcp://x", "timeout": 9, "backend": "gloo"}]
+    assert (calls.results["settings"]["subset"], calls.results["settings"]["amp"]) == (7, "bf16")
+    assert "a subset of 7 images per cell" in calls.table
 
 
 def test_corrupted_images_are_evaluated_without_a_crop(run, tmp_path, monkeypatch):
@@ -91,12 +91,12 @@ def test_corrupted_images_are_evaluated_without_a_crop(run, tmp_path, monkeypatc
             (tmp_path / "imagenet-c" / name / str(severity)).symlink_to(images)
     files = robustness.find_files(images)
     monkeypatch.setattr(robustness, "find_files", lambda path: files)
-    found = run("imagenet-c", subset=4)
-    assert found.loaded[0]["crop_pct"] == 1.0
-    assert len(found.evaluated) == len(found.results["cells"]) == 75
-    assert {tuple(cell.values()) for cell in found.results["cells"].values()} == {(4, 75.0, 75.0)}
+    calls = run("imagenet-c", subset=4)
+    assert calls.loaded[0]["crop_pct"] == 1.0
+    assert len(calls.evaluated) == len(calls.results["cells"]) == 75
+    assert {tuple(cell.values()) for cell in calls.results["cells"].values()} == {(4, 75.0, 75.0)}
     mce = 25 / 15 * sum(1 / error for error in ALEXNET.values())
-    assert f"**mCE {mce:.1f}**" in found.table
+    assert f"**mCE {mce:.1f}**" in calls.table
 
 
 # Hendrycks & Dietterich (2019): top-1 errors of AlexNet.
@@ -126,15 +126,15 @@ def test_the_published_numbers_of_images():
 
 
 @pytest.mark.parametrize("name", ALEXNET)
-def test_each_corruption_is_normalised_by_its_own_error(name):
+def test_each_corruption_is_normalized_by_its_own_error(name):
     """CE = sum of the five severities' errors / (5 x AlexNet's); mCE = the mean of the 15."""
     errors = {f"{other}/{severity}": 0.0 for other in ALEXNET for severity in range(1, 6)}
     errors |= {f"{name}/{severity}": float(error) for severity, error in enumerate((10, 20, 40, 50, 80), start=1)}
-    found = robustness.corruption_errors(errors)
-    assert found.mean[name] == pytest.approx(40)
-    assert found.normalised[name] == pytest.approx((10 + 20 + 40 + 50 + 80) / (5 * ALEXNET[name]))
-    assert found.mce == pytest.approx(200 / (5 * ALEXNET[name]) / 15)
-    assert found.unnormalised == pytest.approx(40 / 15)
+    summary = robustness.corruption_errors(errors)
+    assert summary.mean[name] == pytest.approx(40)
+    assert summary.normalized[name] == pytest.approx((10 + 20 + 40 + 50 + 80) / (5 * ALEXNET[name]))
+    assert summary.mce == pytest.approx(200 / (5 * ALEXNET[name]) / 15)
+    assert summary.unnormalized == pytest.approx(40 / 15)
 
 
 @pytest.mark.parametrize(

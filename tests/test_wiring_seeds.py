@@ -1,4 +1,4 @@
-"""What is drawn for a batch as a whole, mixtures and dropped paths, differs between batches, epochs and ranks."""
+"""Random numbers of a batch, such as those of mixup and drop path, differ between batches, epochs and ranks."""
 
 import random
 
@@ -19,7 +19,7 @@ def data(tmp_path_factory):
 
 
 def draw():
-    """What mixup (numpy), dropped paths (torch) and erasing (random) draw."""
+    """Returns random numbers as mixup (numpy), drop path (torch) and random erasing (random) use them."""
     return float(np.random.beta(0.8, 0.8)), torch.rand(1).item(), random.random()
 
 
@@ -57,7 +57,7 @@ def test_seeds_depend_on_the_run_the_epoch_the_batch_and_the_rank(monkeypatch, b
 
 
 def test_the_loop_seeds_every_batch(monkeypatch, data, tmp_path):
-    """Whatever state the generators are in, each batch of a run draws numbers of its own."""
+    """The random numbers of a batch do not depend on the previous state of the generators."""
     draws = []
 
     def mix(self, x, target):

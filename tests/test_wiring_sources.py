@@ -1,4 +1,4 @@
-"""Which images the supervised scripts open and how they are loaded: lists, data sets of libraries, pinned memory."""
+"""The images that supervised scripts open, and how they are loaded: lists, datasets of libraries, pinned memory."""
 
 import inspect
 from types import SimpleNamespace
@@ -33,20 +33,20 @@ def output(script, tmp_path):
 @pytest.mark.parametrize("script", SCRIPTS, ids=ids)
 @pytest.mark.parametrize("flags", [{"download": True}, {}], ids=["download", "no download"])
 def test_a_data_set_of_a_library(monkeypatch, script, flags, tmp_path):
-    signature, found = inspect.signature(datasets.open_source), {}
+    signature, arguments = inspect.signature(datasets.open_source), {}
 
     def stop(*args, **options):
         bound = signature.bind(*args, **options)
         bound.apply_defaults()
-        found.update(bound.arguments)
+        arguments.update(bound.arguments)
         raise Reached
 
     monkeypatch.setattr(datasets, "open_source", stop)
     flags = {"dataset": "CIFAR10", "data_path": tmp_path, "device": "cpu", **output(script, tmp_path), **flags}
     with pytest.raises(Reached):
         script.main(parse(script, **flags))
-    assert found == {"split": "train", "data_path": str(tmp_path), "file_list": None, "dataset": "CIFAR10",
-                     "download": "download" in flags, "num_images": None}  # fmt: skip
+    assert arguments == {"split": "train", "data_path": str(tmp_path), "file_list": None, "dataset": "CIFAR10",
+                         "download": "download" in flags, "num_images": None}  # fmt: skip
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=ids)
@@ -61,7 +61,7 @@ def test_each_split_has_its_own_list(monkeypatch, script, data, tmp_path):
         loaders = recorder(patch, loader, "eval_loader")
         runs = recorder(patch, trainer, "run", call=False)
         banks = []
-        patch.setattr(main_knn, "classify", lambda bank, *args, **options: banks.append(bank) or {})
+        patch.setattr(main_knn, "classify", lambda bank, *args, **options: banks.append(bank) or {(1, 1): 1})
         script.main(parse(script, data_path=data, train_list=lists["train"], val_list=lists["val"], device="cpu",
                           **MINI, **output(script, tmp_path)))  # fmt: skip
     assert len(loaders[-1]["samples"]) == 6
@@ -69,7 +69,7 @@ def test_each_split_has_its_own_list(monkeypatch, script, data, tmp_path):
 
 
 class Gpu:
-    """A device that nothing is computed on."""
+    """A device without computations."""
 
     type, index = "cuda", 0
 
@@ -93,7 +93,9 @@ def test_memory_is_pinned_only_for_a_gpu(monkeypatch, script, pinned, data, tmp_
         if script is not main_finetune:
             patch.setattr("engine_finetune.extract_features", lambda *args, **options: no_features)
         if script is main_knn:
-            patch.setattr(main_knn, "classify", lambda *args, device, **options: runs.append({"device": device}) or {})
+            patch.setattr(
+                main_knn, "classify", lambda *args, device, **options: runs.append({"device": device}) or {(1, 1): 1}
+            )
         flags = {} if pinned else {"no_pin_mem": True}
         script.main(parse(script, data_path=data, **MINI, **output(script, tmp_path), **flags))
     assert {call["pin_memory"] for call in loaders + trained} == {pinned}

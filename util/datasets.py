@@ -196,7 +196,7 @@ def suggest_statistics(
     if any(fact.deep for fact in good):
         suggestion = "--mean {} --std {}".format(*statistics_of(good))
         logger.warning(
-            f"the images have more than 8 bits, and without --mean and --std the statistics of ImageNet normalise "
+            f"the images have more than 8 bits, and without --mean and --std the statistics of ImageNet normalize "
             f"them; {len(good)} images suggest {suggestion} (python -m util.datasets reads all images)"
         )
 

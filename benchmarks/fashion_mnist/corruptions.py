@@ -35,7 +35,7 @@ EXAMPLE = 8016  # the image of the training set in the picture
 
 
 def noise(image: Image.Image, sigma: float, generator: np.random.Generator) -> Image.Image:
-    """Adds Gaussian noise; sigma in grey levels."""
+    """Adds Gaussian noise; sigma in gray levels."""
     pixels = np.asarray(image) + generator.normal(scale=sigma, size=image.size[::-1])
     return Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
 
@@ -58,7 +58,7 @@ def jpeg(image: Image.Image, quality: float, generator: np.random.Generator) -> 
 
 
 def occlusion(image: Image.Image, side: float, generator: np.random.Generator) -> Image.Image:
-    """Covers a random square with grey; side in pixels."""
+    """Covers a random square with gray; side in pixels."""
     left, top = (int(place) for place in generator.integers(0, np.array(image.size) - int(side) + 1))
     covered = image.copy()
     covered.paste(128, (left, top, left + int(side), top + int(side)))
@@ -106,7 +106,7 @@ def load(file: str) -> Classifier:
 
 @torch.inference_mode()
 def accuracy(model: Classifier, images: np.ndarray, names: list[str]) -> float:
-    """Accuracy in per cent, without a centre crop.
+    """Accuracy in percent, without a center crop.
 
     Args:
         names: the class of each image in the names of the dataset; the model may use the names of class folders.

@@ -1,4 +1,4 @@
-"""The benefit of pre-training on Fashion-MNIST: probes, nearest neighbours, few labels, mask ratios; on two CPU cores.
+"""The benefit of pre-training on Fashion-MNIST: probes, nearest neighbors, few labels, mask ratios; on two CPU cores.
 
     apt-get install dataset-fashion-mnist
     python benchmarks/fashion_mnist/study.py --work runs/study              # everything, about five hours
@@ -7,7 +7,7 @@
 Every part is a list of runs of the scripts. Results are stored with their command in results.json beside this file. The
 same command resumes an interrupted run and skips completed ones. `report` writes table.md and plot.png from
 results.json, and copies the logs of pre-training to logs/. Each run evaluates the test set once, after its last epoch,
-and selects nothing on it. One setting was chosen on the test set beforehand: evaluation without a centre crop
+and selects nothing on it. One setting was chosen on the test set beforehand: evaluation without a center crop
 (--crop_pct 1).
 """
 
@@ -51,10 +51,10 @@ MASKED = {
     "norm-0.75": (14, ["--mask_ratio", 0.75, "--norm_pix_loss"]),
 }
 VARIANTS = {
-    "norm-0.75": "mask ratio 0.75, normalised target",
+    "norm-0.75": "mask ratio 0.75, normalized target",
     "decoder-2": "mask ratio 0.75, decoder with two blocks",
 }
-NO_CROP = ["--crop_pct", 1]  # small images are evaluated without a centre crop
+NO_CROP = ["--crop_pct", 1]  # small images are evaluated without a center crop
 SHAPE = ["--input_size", 28, "--in_chans", 1, "--patch_size", PATCH, "--mean", 0.286, "--std", 0.353]
 MAE = ["--model", "mae_vit_mini_patch4", "--lr", 1e-3, "--crop_scale", 0.6, 1]  # effective batch size 64
 # For this small model, two processes with one thread each are faster than one process with two threads.
@@ -129,7 +129,7 @@ class Study:
 
         return self.keep(name, self._text_of(command), compute, needed)
 
-    def neighbours(self, name: str, *flags: Any) -> dict[str, Any]:
+    def neighbors(self, name: str, *flags: Any) -> dict[str, Any]:
         """Runs main_knn.py."""
         command = ["main_knn.py", "--model", "vit_mini_patch4", *NO_CROP, *flags, "--dataset", "FashionMNIST", *SHAPE]
 
@@ -205,9 +205,9 @@ def probe(study: Study) -> None:
 
 
 def knn(study: Study) -> None:
-    """Nearest neighbours with all 60,000 labels."""
+    """Nearest neighbors with all 60,000 labels."""
     for name, features in frozen_features(pretrain(study)).items():
-        study.neighbours(f"knn/60000/{name}", *features)
+        study.neighbors(f"knn/60000/{name}", *features)
 
 
 def baselines(study: Study) -> None:
@@ -256,7 +256,7 @@ def finetune(study: Study) -> None:
 
 
 def ratios(study: Study) -> None:
-    """Mask ratios, a deeper decoder and the normalised target, each with a linear probe."""
+    """Mask ratios, a deeper decoder and the normalized target, each with a linear probe."""
     for variant, (epochs, flags) in MASKED.items():
         encoder = study.pretrain(f"masked/{variant}", epochs, *flags)
         study.run([*PROBE, "--global_pool", "--finetune", encoder], f"masked/{variant}/probe")
@@ -295,7 +295,7 @@ def report(study: Study) -> None:
     frozen = []
     for title, prefix, key in (
         ("linear probe, 10,000 labels", "probe/10000", "test_acc1"),
-        ("20 nearest neighbours, 60,000 labels", "knn/60000", "knn_acc1_k20"),
+        ("20 nearest neighbors, 60,000 labels", "knn/60000", "knn_acc1_k20"),
     ):
         names = [
             f"{prefix}/{pool}/{start}"
@@ -326,7 +326,7 @@ def report(study: Study) -> None:
         spread = [float(np.std(accuracies, ddof=1)) if len(accuracies) > 1 else 0.0 for _, accuracies in points]
         means = [float(np.mean(accuracies)) for _, accuracies in points]
         axes.errorbar([count for count, _ in points], means, yerr=spread, marker=".", capsize=3, label=title)
-    axes.set(xscale="log", xlabel="labelled training images", ylabel="test accuracy, %", title="Fashion-MNIST")
+    axes.set(xscale="log", xlabel="labeled training images", ylabel="test accuracy, %", title="Fashion-MNIST")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(HERE / "plot.png")

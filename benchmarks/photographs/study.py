@@ -4,7 +4,7 @@
 
 The script pre-trains on random crops of photographs of scikit-image and scikit-learn, and reconstructs a photograph
 that is held out. It writes results.json, table.md and picture.png beside this file: the PSNR of the masked pixels in
-dB, compared with the mean colour of the visible pixels and with scikit-image's biharmonic inpainting. The same command
+dB, compared with the mean color of the visible pixels and with scikit-image's biharmonic inpainting. The same command
 resumes an interrupted run.
 """
 

@@ -232,6 +232,7 @@ def restore_model(model: nn.Module, state: dict[str, Any], settings: dict[str, A
         )
         if str(saved.get("model")).startswith("mae_") is str(settings.get("model")).startswith("mae_"):
             names = ["model", "input_size", "patch_size", "in_chans", "decoder_depth", "global_pool"]
+            names += ["probe", "num_queries"]
             names += ["blr"] if isinstance(saved.get("blr"), list) else []  # several heads
             raise _with_settings(error, {name: saved[name] for name in names if name in saved}, settings)
         raise advised(error, *(_start_from(which) if which != "auto" else ["give another --output_dir"]))

@@ -2,4 +2,6 @@
 
 AMP_CHOICES = ("auto", "bf16", "fp16", "off")
 ADAPT_CHOICES = ("error", "mean", "repeat", "skip")
+LINEAR, ATTENTIVE = PROBE_CHOICES = ("linear", "attentive")
 DEFAULT_WORKERS = 10  # default of --num_workers
+NUM_QUERIES = 32  # default of --num_queries

@@ -6,7 +6,7 @@ A function may add flags to several groups of --help. GROUPS is their order.
 import argparse
 from collections.abc import Collection
 
-from util.cli.choices import ADAPT_CHOICES, AMP_CHOICES, DEFAULT_WORKERS
+from util.cli.choices import ADAPT_CHOICES, AMP_CHOICES, DEFAULT_WORKERS, LINEAR, NUM_QUERIES, PROBE_CHOICES
 from util.cli.flags import (
     Size,
     add_switch,
@@ -155,10 +155,26 @@ def add_pretrain_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_supervised_options(parser: argparse.ArgumentParser, global_pool: bool) -> None:
-    """Adds the flags of the pre-trained encoder, the classes, and the validation set."""
+def add_validation_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of the validation set."""
     group = _group(parser, DATA)
     group.add_argument("--val_list", metavar="FILE", help="as --train_list, for the validation set")
+    group.add_argument(
+        "--crop_pct", type=positive_share, metavar="S",
+        help="side of the center crop in evaluation, as a fraction of the resized image (default: .875; 1 above 224 "
+        "pixels). Give 1 for small images such as CIFAR's",
+    )  # fmt: skip
+
+
+def add_supervised_options(parser: argparse.ArgumentParser, global_pool: bool) -> None:
+    """Adds the flags of the pre-trained encoder, the classes, and the validation set."""
+    add_validation_options(parser)
+    group = _group(parser, DATA)
+    group.add_argument(
+        "--val_fraction", type=ratio, metavar="R",
+        help="to choose hyperparameters: hold out this fraction of the training images and evaluate on it (default: "
+        "evaluate on the validation set)",
+    )  # fmt: skip
     group.add_argument(
         "--nb_classes", type=positive_int, metavar="N",
         help="number of classes, as a check (default: the number in the training set)",
@@ -167,12 +183,6 @@ def add_supervised_options(parser: argparse.ArgumentParser, global_pool: bool) -
         "--train_per_class", type=positive_int, metavar="N",
         help="train on N images of each class, chosen by --seed (default: all images)",
     )  # fmt: skip
-    group.add_argument(
-        "--crop_pct", type=positive_share, metavar="S",
-        help="side of the center crop in evaluation, as a fraction of the resized image (default: .875; 1 above 224 "
-        "pixels). Give 1 for small images such as CIFAR's",
-    )  # fmt: skip
-
     group = _group(parser, MODEL)
     group.add_argument(
         "--finetune", default="", metavar="FILE|NAME",
@@ -316,10 +326,21 @@ def add_evaluation_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_probe_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of linear probing."""
+    """Adds the flags of linear and attentive probing."""
+    group = _group(parser, MODEL)
+    group.add_argument(
+        "--probe", default=LINEAR, choices=PROBE_CHOICES,
+        help="linear: a linear layer on the pooled features; attentive: learned queries pool the patch tokens for the "
+        "linear layer (efficient probing, Psomas et al. 2025)",
+    )  # fmt: skip
+    group.add_argument(
+        "--num_queries", default=NUM_QUERIES, type=positive_int, metavar="Q",
+        help="queries of --probe attentive; a divisor of the width of the encoder",
+    )  # fmt: skip
     _group(parser, DATA).add_argument(
         "--cache_features", action="store_true",
-        help="compute the features of all images once, without augmentation, and train on them",
+        help="compute the features of all images once, without augmentation, and train on them. --probe attentive "
+        "stores patch tokens in fp16 in the folder tokens of --output_dir",
     )  # fmt: skip
     _group(parser, EVALUATION).add_argument(
         "--held_out", default=0.1, type=ratio, metavar="R",
@@ -334,9 +355,58 @@ def add_knn_options(parser: argparse.ArgumentParser) -> None:
         "--k", default=[10, 20, 100], type=positive_int, nargs="+", metavar="K", help="numbers of neighbors"
     )
     group.add_argument(
-        "--temperature", default=0.07, type=positive, metavar="T",
-        help="temperature T of the weight of a neighbor, exp(cosine similarity / T)",
+        "--temperature", default=[0.07], type=positive, nargs="+", metavar="T",
+        help="temperature T of the weight of a neighbor, exp(cosine similarity / T). Several values print a table of "
+        "all combinations with --k; the best of them is optimistic, because the validation set selects it",
     )  # fmt: skip
+
+
+def add_comparison_options(parser: argparse.ArgumentParser, protocols: Collection[str]) -> None:
+    """Adds the flags of main_compare.py."""
+    group = _group(parser, EVALUATION)
+    group.add_argument(
+        "--encoders", required=True, nargs="+", metavar="[NAME=]ENCODER",
+        help="checkpoint files, published names, timm:MODEL (a Vision Transformer of timm with its weights), scratch "
+        "(random weights in the architecture of the first file, or of --model), pixels (logistic regression and an "
+        "RBF-SVM on raw pixels). NAME is the title in the table (default: the name of the file)",
+    )  # fmt: skip
+    group.add_argument(
+        "--protocols", nargs="+", choices=protocols, metavar="P",
+        help=f"uses of the encoders, of {', '.join(protocols)}",
+    )  # fmt: skip
+    group.add_argument(
+        "--labels", nargs="+", default=["all"], metavar="N",
+        help="numbers of labeled training images, equally many of each class; all: the whole training set",
+    )  # fmt: skip
+    group.add_argument(
+        "--draws", type=positive_int, default=3, metavar="N",
+        help="random subsets for each number of labels; there is one of all",
+    )  # fmt: skip
+    group.add_argument(
+        "--budget", nargs="+", default=["50"], metavar="B",
+        help="fine-tuning budget of each run: epochs (50) or minutes (5m); one value, or one for each of --labels",
+    )  # fmt: skip
+    group.add_argument(
+        "--blr", nargs="+", type=positive, metavar="LR",
+        help="base learning rates of fine-tuning. Of several, the best on held-out training images of the first draw "
+        "is used (default: the rate of the recipe)",
+    )  # fmt: skip
+    group.add_argument(
+        "--recipes", nargs="+", default=[], metavar="P=YAML",
+        help="a recipe for the script of a protocol, such as finetune=recipes/finetune_fashion_mnist.yaml, instead of "
+        "the settings of this script",
+    )  # fmt: skip
+    group = _group(parser, RUN)
+    group.add_argument(
+        "--output_dir", default="runs/compare", metavar="DIR", help="folder of table, plot and runs; existing results "
+        "of the same commands are reused",
+    )  # fmt: skip
+    group.add_argument(
+        "--jobs", type=positive_int, default=1, metavar="N", help="runs at a time, which share the CPU cores or the GPU"
+    )
+    add_switch(group, "keep_checkpoints", False, "keep the checkpoints of completed runs")
+    _add_device(group)
+    _add_amp(group)
 
 
 # ----------------------------------------------------------------------------------------------------------------- run

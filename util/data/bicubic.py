@@ -1,4 +1,4 @@
-"""Pillow's antialiased bicubic scaling of colour pictures, bit for bit, in a quarter of the time.
+"""Pillow's antialiased bicubic scaling of color pictures, bit for bit, in a quarter of the time.
 
 numba, which only `--fast_jpeg` requires, compiles this module at import (two seconds). The arithmetic is that of
 Pillow: integer sums with weights of 22 bits, first along rows and then along columns, with rounding to bytes in

@@ -27,9 +27,9 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "PPM", "TIFF", "JPEG2000"
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".pbm", ".pnm",
             ".tif", ".tiff", ".jp2", ".avif", ".npy")  # fmt: skip
 MODES = {1: "L", 3: "RGB"}
-LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R 601-2, as in Pillow's conversion from colour to grey
+LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R 601-2, as in Pillow's conversion from color to gray
 MAX_PIXELS = 178_956_970  # Pillow's limit, here for all formats: a small file could fill the memory when decoded
-MAX_VALUES = 4 * MAX_PIXELS  # pixels times channels
+VALUES_PER_PIXEL = 4  # the limit of pixels times channels is this multiple of the limit of pixels
 ORIENTATION = 0x0112  # the tag of TIFF and EXIF
 ALPHA = (EXTRASAMPLE.ASSOCALPHA, EXTRASAMPLE.UNASSALPHA)
 TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {  # arrays (H, W, c), by the TIFF tag Orientation, as in Pillow
@@ -54,11 +54,15 @@ class BadImage(ValueError):
 
 
 def decode(
-    data: bytes | Picture | np.ndarray, in_chans: int, upright: bool = False, fast_jpeg: bool = False
+    data: bytes | Picture | np.ndarray,
+    in_chans: int,
+    upright: bool = False,
+    fast_jpeg: bool = False,
+    max_pixels: int = MAX_PIXELS,
 ) -> Picture:
     """Decodes the bytes of an image file, or converts an image, to a picture with `in_chans` channels.
 
-    Grey is repeated to colour, and colour is converted to grey by luminance. Transparent images are composited over
+    Gray is repeated to color, and color is converted to gray by luminance. Transparent images are composited over
     white. Pillow converts CMYK. For any other number of channels, the file must have this number. The first frame of an
     animation is decoded. If a TIFF file has `in_chans` pages with one channel each, its pages are the channels.
 
@@ -66,20 +70,21 @@ def decode(
         data: bytes, a picture, or an array (H, W), (H, W, c) or (c, H, W).
         in_chans: number of channels.
         upright: apply the orientation in the EXIF data.
-        fast_jpeg: decode colour JPEG files to a tensor with `util.data.jpeg` if `in_chans` is 3.
+        fast_jpeg: decode color JPEG files to a tensor with `util.data.jpeg` if `in_chans` is 3.
+        max_pixels: limit of the pixels of a file, which is checked before they are decoded; at most MAX_PIXELS.
 
     Raises:
         BadImage: the data are not an image, are damaged or too large, or have another number of channels.
     """
     if fast_jpeg and in_chans == 3 and isinstance(data, bytes):
-        pixels = jpeg.decode_rgb(data, MAX_PIXELS)
+        pixels = jpeg.decode_rgb(data, max_pixels)
         if pixels is not None:
             return pixels
     try:
         if isinstance(data, np.ndarray):
             axis = _channel_axis(data.shape, in_chans)
             data = _tensor(data[:, :, None] if axis is None else np.moveaxis(data, axis, 2))
-        picture = read(data, in_chans) if isinstance(data, bytes) else data
+        picture = read(data, in_chans, max_pixels) if isinstance(data, bytes) else data
         if upright and isinstance(picture, Image.Image):
             picture = _turn_upright(picture)
         return fit_channels(picture, in_chans)
@@ -98,17 +103,17 @@ def _turn_upright(picture: Image.Image) -> Image.Image:
     return picture if turn is None else picture.transpose(turn)
 
 
-def read(data: bytes, in_chans: int) -> Picture:
+def read(data: bytes, in_chans: int, max_pixels: int = MAX_PIXELS) -> Picture:
     """Decodes a file without conversion. `in_chans` determines whether TIFF pages are channels.
 
     Raises:
         Exception: any exception of the decoder.
     """
     if data.startswith(b"\x93NUMPY"):
-        return _read_npy(data, in_chans)
+        return _read_npy(data, in_chans, max_pixels)
     if data.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
-        return _read_tiff(data, in_chans)
-    return _read_with_pillow(data)
+        return _read_tiff(data, in_chans, max_pixels)
+    return _read_with_pillow(data, max_pixels)
 
 
 def fit_channels(picture: Picture, in_chans: int) -> Picture:
@@ -145,12 +150,13 @@ def _fit_tensor(picture: Tensor, in_chans: int) -> Picture:
     return picture.expand(in_chans, -1, -1)
 
 
-def _check_size(height: int, width: int, channels: int = 1) -> None:
-    if height * width > MAX_PIXELS:
-        raise BadImage(f"its {width} x {height} pixels are more than the limit of {MAX_PIXELS:,}")
-    if height * width * channels > MAX_VALUES:
+def _check_size(height: int, width: int, channels: int, max_pixels: int) -> None:
+    if height * width > max_pixels:
+        raise BadImage(f"its {width} x {height} pixels are more than the limit of {max_pixels:,}; scale it down")
+    max_values = VALUES_PER_PIXEL * max_pixels
+    if height * width * channels > max_values:
         raise BadImage(
-            f"its {channels} channels of {width} x {height} pixels exceed the limit of {MAX_VALUES:,} values"
+            f"its {channels} channels of {width} x {height} pixels exceed the limit of {max_values:,} values"
         )
 
 
@@ -160,21 +166,22 @@ def _refuse(problem: str | None) -> None:
 
 
 def _check_channels(own: int, in_chans: int) -> None:
-    """Raises BadImage if a file does not have the requested channels; only grey and colour are converted."""
+    """Raises BadImage if a file does not have the requested channels; only gray and color are converted."""
     if own != in_chans and not (own in MODES and in_chans in MODES):
         raise BadImage(f"it has {own} channel{'s' * (own > 1)}, and in_chans is {in_chans}")
 
 
-def _read_with_pillow(data: bytes) -> Picture:
+def _read_with_pillow(data: bytes, max_pixels: int) -> Picture:
     try:
         picture = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
         raise BadImage("the file is not an image of a known format" if data else "the file is empty") from None
     except Image.DecompressionBombError as error:
         raise BadImage(f"too large to decode: {error}") from None
+    _check_size(picture.height, picture.width, 1, max_pixels)  # nothing is decoded yet
     if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PPM", "PNG")):
         pixels = np.array(picture, dtype=np.uint16)
-        if "transparency" in picture.info:  # one grey value
+        if "transparency" in picture.info:  # one gray value
             pixels[pixels == picture.info["transparency"]] = 65535
         return _tensor(pixels[:, :, None])
     if picture.mode in ("I", "F"):
@@ -194,7 +201,7 @@ def _channel_axis(shape: tuple[int, ...], in_chans: int) -> int | None:
     return fitting[0]
 
 
-def _read_npy(data: bytes, in_chans: int) -> Tensor:
+def _read_npy(data: bytes, in_chans: int, max_pixels: int) -> Tensor:
     stream = io.BytesIO(data)
     version = np.lib.format.read_magic(stream)
     if version not in ((1, 0), (2, 0)):
@@ -205,7 +212,7 @@ def _read_npy(data: bytes, in_chans: int) -> Tensor:
         raise BadImage("an array of Python objects is no image")
     axis = _channel_axis(shape, in_chans)
     height, width = (size for a, size in enumerate(shape) if a != axis)
-    _check_size(height, width, 1 if axis is None else shape[axis])
+    _check_size(height, width, 1 if axis is None else shape[axis], max_pixels)
     count = int(np.prod(shape, dtype=object))
     if stream.tell() + count * dtype.itemsize > len(data):
         raise BadImage("the file is truncated")
@@ -213,12 +220,12 @@ def _read_npy(data: bytes, in_chans: int) -> Tensor:
     return _tensor(array[:, :, None] if axis is None else np.moveaxis(array, axis, 2))
 
 
-def _read_tiff(data: bytes, in_chans: int) -> Picture:
+def _read_tiff(data: bytes, in_chans: int, max_pixels: int) -> Picture:
     """Reads 8-bit images with Pillow if it has their mode, and other images, which it would reduce, with tifffile."""
     with tifffile.TiffFile(io.BytesIO(data)) as file:
         page = file.pages.first
         channels, bits = page.samplesperpixel, page.bitspersample
-        _check_size(page.imagelength, page.imagewidth, channels)
+        _check_size(page.imagelength, page.imagewidth, channels, max_pixels)
         if page.imagedepth > 1:
             raise BadImage(f"it is a volume with {page.imagedepth} levels, not an image")
         plain = page.photometric in (PHOTOMETRIC.MINISBLACK, PHOTOMETRIC.MINISWHITE, PHOTOMETRIC.RGB)
@@ -228,7 +235,7 @@ def _read_tiff(data: bytes, in_chans: int) -> Picture:
             pages = [page]  # the other pages are smaller copies of the first one
         of_pillow = page.dtype == np.uint8 and channels <= 4 and set(page.extrasamples) <= set(ALPHA)
         if not plain or bits < 8 or (of_pillow and len(pages) == 1):
-            return _read_with_pillow(data)
+            return _read_with_pillow(data, max_pixels)
         has_alpha = len(page.extrasamples) == 1 and page.extrasamples[0] in ALPHA and channels != in_chans
         if len(pages) == 1:  # checked before many channels are decoded
             _check_channels(channels - has_alpha, in_chans)
@@ -259,10 +266,10 @@ def _page_pixels(page: tifffile.TiffPage) -> np.ndarray:
 
 def _over_white(picture: Tensor, kind: int) -> Tensor:
     """Composites a picture over white; its last channel is alpha."""
-    colour, alpha = picture[:-1], picture[-1:]
+    color, alpha = picture[:-1], picture[-1:]
     if picture.dtype == torch.uint8 or not 0 <= alpha.min() <= alpha.max() <= 1:
         raise BadImage("its alpha channel is not in the range 0 to 1")
-    return (colour if kind == EXTRASAMPLE.ASSOCALPHA else colour * alpha) + (1 - alpha)
+    return (color if kind == EXTRASAMPLE.ASSOCALPHA else color * alpha) + (1 - alpha)
 
 
 def _tensor(pixels: np.ndarray) -> Tensor:

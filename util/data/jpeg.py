@@ -2,7 +2,7 @@
 
 `util.data.bicubic` scales the crops. Decoding and scaling together return the pixels of Pillow, bit for bit.
 
-Pillow decodes all files that the two libraries may decode differently: grey, CMYK, 12 bits, truncated or damaged files.
+Pillow decodes all files that the two libraries may decode differently: gray, CMYK, 12 bits, truncated or damaged files.
 """
 
 import struct
@@ -38,7 +38,7 @@ def decoder() -> Any:
 
 
 def decode_rgb(data: bytes, max_pixels: int) -> Tensor | None:
-    """Decodes a colour JPEG file with 8 bits to uint8 (3, H, W), with the pixels of Pillow, bit for bit.
+    """Decodes a color JPEG file with 8 bits to uint8 (3, H, W), with the pixels of Pillow, bit for bit.
 
     Args:
         max_pixels: larger images are not decoded.
@@ -59,7 +59,7 @@ def _without_orientation(data: bytes, max_pixels: int) -> bytearray | None:
     """Turns the EXIF data into a comment, so that the decoder ignores the orientation.
 
     Returns:
-        None if the file is not a colour JPEG file with 8 bits and at most `max_pixels` pixels.
+        None if the file is not a color JPEG file with 8 bits and at most `max_pixels` pixels.
     """
     if not data.startswith(b"\xff\xd8\xff") or not data.endswith(b"\xff\xd9"):
         return None

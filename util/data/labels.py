@@ -147,11 +147,12 @@ def some_of_each_class(source: Source, count: int, seed: int) -> Subset:
     return Subset(source, np.sort(np.concatenate(chosen)))
 
 
-def hold_out(source: Source, share: float, seed: int) -> tuple[Subset, Subset]:
+def hold_out(source: Source, share: float, seed: int, flag: str) -> tuple[Subset, Subset]:
     """Splits a source at random by `seed` into a training part and a held-out part.
 
     Args:
         share: the fraction of the samples that is held out.
+        flag: the flag of the fraction, for the error.
 
     Returns:
         The training part and the held-out part.
@@ -160,7 +161,7 @@ def hold_out(source: Source, share: float, seed: int) -> tuple[Subset, Subset]:
         ValueError: the held-out part would be empty.
     """
     if not round(share * len(source)):
-        raise ValueError(f"--held_out {share} holds out none of {len(source)} images; give a larger fraction")
+        raise ValueError(f"{flag} {share} holds out none of {len(source)} images; give a larger fraction")
     order = np.random.default_rng(seed).permutation(len(source))
     count = round(share * len(source))
     return Subset(source, np.sort(order[count:])), Subset(source, np.sort(order[:count]))

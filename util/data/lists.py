@@ -89,9 +89,9 @@ def _read_annotations(document: dict[str, Any]) -> tuple[list[str], list[str], n
         number = number_of[annotation["category_id"]]
         if label_of.setdefault(annotation["image_id"], number) != number:
             raise ValueError(f"image {annotation['image_id']} has several categories, and a classifier needs one")
-    unlabelled = sum(image["id"] not in label_of for image in document["images"])
-    if unlabelled:
-        raise ValueError(f"{unlabelled} of its {len(paths)} images have no annotation")
+    unlabeled = sum(image["id"] not in label_of for image in document["images"])
+    if unlabeled:
+        raise ValueError(f"{unlabeled} of its {len(paths)} images have no annotation")
     return (
         paths,
         [printable(name) for name in classes],

@@ -245,10 +245,10 @@ class TrainLoader:
 
 
 class FeatureBatches(_Epochs):
-    """Batches of features in memory for `loop.run_epoch`, with the interface of `TrainLoader`.
+    """Batches of stored features for `loop.run_epoch`, with the interface of `TrainLoader`.
 
     Args:
-        features: (n, D); n differs by at most one between processes.
+        features: (n, D) or tokens (n, N, D); n differs by at most one between processes.
         labels: (n,).
 
     Raises:

@@ -35,7 +35,7 @@ MAX_LISTED = 5  # unreadable files that are listed
 def resize(name: str, folder: Path, copy: Path, short_side: int, quality: int) -> tuple[str, str]:
     """Writes the copy of one image. An existing copy is kept.
 
-    Format, colours and EXIF data are preserved. Small pictures are copied unchanged. So are all files except JPEG and
+    Format, colors and EXIF data are preserved. Small pictures are copied unchanged. So are all files except JPEG and
     plain PNG files with 8 bits, because scaling would lose information.
 
     Args:

@@ -1,4 +1,4 @@
-"""Transforms of decoded pictures: augmentation, evaluation crops, and normalisation on the device.
+"""Transforms of decoded pictures: augmentation, evaluation crops, and normalization on the device.
 
 torchvision and timm are imported inside functions, because importing them takes as long as importing PyTorch.
 """
@@ -46,7 +46,7 @@ def to_unit_range(imgs: Tensor) -> Tensor:
 
 
 class Normalize(nn.Module):
-    """Normalises images (B, c, H, W), uint8 or float, to fp32 on their device. `inverse` maps them back to 0 to 1."""
+    """Normalizes images (B, c, H, W), uint8 or float, to fp32 on their device. `inverse` maps them back to 0 to 1."""
 
     mean: Tensor
     std: Tensor
@@ -64,7 +64,7 @@ class Normalize(nn.Module):
         return (to_unit_range(imgs) - self.mean) / self.std
 
     def inverse(self, imgs: Tensor) -> Tensor:
-        """Maps normalised images (B, c, H, W) to values from 0 to 1 for display. Values outside are clipped."""
+        """Maps normalized images (B, c, H, W) to values from 0 to 1 for display. Values outside are clipped."""
         if not self.fits_bytes:  # the range is unknown: 2.5 standard deviations to either side
             return (imgs / 5 + 0.5).clamp(0, 1)
         return (imgs * self.std + self.mean).clamp(0, 1)
@@ -110,7 +110,7 @@ def finetune_transform(
 ) -> Transform:
     """timm's augmentation for supervised training: random resized crop, flip, and a policy such as RandAugment.
 
-    Random erasing is applied later, on the device, after normalisation.
+    Random erasing is applied later, on the device, after normalization.
 
     Args:
         mean: mean of each channel; fills the areas that shifts and rotations of the policy leave empty.
@@ -193,7 +193,7 @@ def default_crop_pct(input_size: Size) -> float:
 
 
 def eval_transform(input_size: Size, crop_pct: float | None = None) -> Transform:
-    """Scales the picture to cover input_size / crop_pct and crops its centre.
+    """Scales the picture to cover input_size / crop_pct and crops its center.
 
     Args:
         crop_pct: crop ratio. Default: 0.875, and 1 for squares above 224 pixels, as published. For small pictures, 1 is
@@ -209,7 +209,6 @@ def eval_transform(input_size: Size, crop_pct: float | None = None) -> Transform
 
 def _cover(picture: Picture, size: tuple[int, int]) -> Picture:
     """Scales a picture to cover (height, width)."""
-    from torchvision.transforms import InterpolationMode
     from torchvision.transforms import functional as TF
 
     height, width = size
@@ -223,4 +222,4 @@ def _cover(picture: Picture, size: tuple[int, int]) -> Picture:
     else:
         factor = max(height / own_height, width / own_width)
         sides = [max(height, round(own_height * factor)), max(width, round(own_width * factor))]
-    return TF.resize(picture, sides, interpolation=InterpolationMode.BICUBIC)
+    return TF.resize(picture, sides, interpolation=TF.InterpolationMode.BICUBIC)

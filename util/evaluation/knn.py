@@ -1,9 +1,10 @@
-"""Weighted k-nearest-neighbour classification (Wu et al. 2018, section 3.4), for feature banks that fill a GPU.
+"""Weighted k-nearest-neighbor classification (Wu et al. 2018, section 3.4), for feature banks that fill a GPU.
 
-Each process stores a part of the bank and compares all queries with it. The k nearest neighbours are among the k
-nearest neighbours of each part. The memory never contains all similarities, (queries, bank).
+Each process stores a part of the bank and compares all queries with it. The k nearest neighbors are among the k
+nearest neighbors of each part. The memory never contains all similarities, (queries, bank).
 """
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -22,22 +23,24 @@ def classify(
     labels: Tensor,
     *,
     ks: Sequence[int],
-    temperature: float,
+    temperatures: Sequence[float],
     num_classes: int,
     device: torch.device,
-) -> dict[int, int]:
-    """Classifies queries by a vote of their k nearest neighbours, weighted by exp(cosine similarity / temperature).
+) -> dict[tuple[int, float], int]:
+    """Classifies queries by a vote of their k nearest neighbors, weighted by exp(cosine similarity / temperature).
+
+    The neighbors for the largest k are computed once. All k and temperatures use them.
 
     Args:
         bank: training features of this process (m, D).
         bank_labels: their labels (m,).
         queries: features to classify, of this process (n, D).
         labels: their labels (n,).
-        ks: numbers of neighbours.
+        ks: numbers of neighbors.
         device: the device of the products. The bank takes m x D values in fp16 on CUDA, and in fp32 elsewhere.
 
     Returns:
-        The number of correctly classified queries of all processes, for each k.
+        The number of correctly classified queries of all processes, for each pair of k and temperature.
 
     Raises:
         ValueError: the bank has fewer features than the largest k.
@@ -47,24 +50,24 @@ def classify(
     if sum(sizes) < max(ks):
         raise ValueError(f"--k {max(ks)}: there are only {sum(sizes)} training images; give a smaller --k")
     step = max(1, CHUNK // min(SLICE, max(sizes)))  # equal in all processes, which process the queries together
-    right = dict.fromkeys(ks, 0)
+    right = dict.fromkeys(itertools.product(ks, temperatures), 0)
     # All processes compare the queries of rank 0 with their parts of the bank, then those of rank 1, and so on.
     for batch, expected in zip(dist.gather(queries), dist.gather(labels), strict=True):
         for part, truth in zip(batch.split(step), expected.split(step), strict=True):
-            similarity, neighbours = _nearest(nn.functional.normalize(part.to(device).float(), dim=1), bank, max(ks))
-            candidates = dist.gather((similarity.cpu(), bank_labels[neighbours].cpu()))
+            similarity, neighbors = _nearest(nn.functional.normalize(part.to(device).float(), dim=1), bank, max(ks))
+            candidates = dist.gather((similarity.cpu(), bank_labels[neighbors].cpu()))
             similarity, order = torch.cat([s for s, _ in candidates], dim=1).sort(dim=1, descending=True, stable=True)
             classes = torch.cat([c for _, c in candidates], dim=1).gather(1, order)
-            # The subtraction prevents overflow. It multiplies all weights of a query by the same factor.
-            weights = ((similarity - similarity[:, :1]) / temperature).exp()
-            for k in ks:
-                votes = torch.zeros(len(part), num_classes).scatter_add_(1, classes[:, :k], weights[:, :k])
-                right[k] += int((votes.argmax(dim=1) == truth).sum())
+            for k, temperature in right:
+                # The subtraction prevents overflow. It multiplies all weights of a query by the same factor.
+                weights = ((similarity[:, :k] - similarity[:, :1]) / temperature).exp()
+                votes = torch.zeros(len(part), num_classes).scatter_add_(1, classes[:, :k], weights)
+                right[k, temperature] += int((votes.argmax(dim=1) == truth).sum())
     return right
 
 
 def _unit(features: Tensor, device: torch.device) -> Tensor:
-    """Normalises features (n, D) to length 1 on the device, in parts, without a copy of all of them."""
+    """Normalizes features (n, D) to length 1 on the device, in parts, without a copy of all of them."""
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     unit = torch.empty(features.shape, dtype=dtype, device=device)
     for target, chunk in zip(unit.split(SLICE), features.split(SLICE), strict=True):
@@ -73,9 +76,9 @@ def _unit(features: Tensor, device: torch.device) -> Tensor:
 
 
 def _nearest(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Returns cosine similarities (fp32) and indices of the k nearest neighbours in this part of the bank, (n, k) each.
+    """Returns cosine similarities (fp32) and indices of the k nearest neighbors in this part of the bank, (n, k) each.
 
-    The bank may be fp16, but products are fp32: similarities of near neighbours differ by less than fp16 can represent.
+    The bank may be fp16, but products are fp32: similarities of near neighbors differ by less than fp16 can represent.
     """
     similarity = queries.new_zeros(len(queries), 0)
     places = torch.zeros(len(queries), 0, dtype=torch.int64, device=queries.device)

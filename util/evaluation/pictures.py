@@ -39,7 +39,7 @@ def reconstruction(
     """Reconstructs images with a masked autoencoder. A row has original, masked, prediction, pasted.
 
     Args:
-        model: a `MaskedAutoencoderViT`. Its `reconstruct` documents the treatment of normalised targets.
+        model: a `MaskedAutoencoderViT`. Its `reconstruct` documents the treatment of normalized targets.
         images: uint8 (B, c, H, W).
         noise: (B, N), determines the masks.
         normalize: images -> the input of the model.

@@ -58,8 +58,8 @@ def _draw(path: Path, classes: Sequence[str], shares: np.ndarray) -> None:
         axes.set_yticks(range(len(classes)), classes)
         for (row, column), value in np.ndenumerate(shares):
             if value >= 0.005:
-                colour = "white" if value > 0.5 else "black"
-                axes.text(column, row, f"{value:.0%}", ha="center", va="center", fontsize=7, color=colour)
+                color = "white" if value > 0.5 else "black"
+                axes.text(column, row, f"{value:.0%}", ha="center", va="center", fontsize=7, color=color)
     axes.set(xlabel="predicted class", ylabel="true class", title="Share of each true class")
     figure.colorbar(picture, shrink=0.8)
     figure.savefig(path)

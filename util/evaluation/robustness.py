@@ -32,7 +32,7 @@ ALEXNET = {
 CORRUPTIONS = {name: error for family in ALEXNET.values() for name, error in family.items()}
 SEVERITIES = range(1, 6)
 
-# The paper's fine-tuned models (He et al. 2021, appendix B): top-1 accuracy in per cent; mCE for ImageNet-C.
+# The paper's fine-tuned models (He et al. 2021, appendix B): top-1 accuracy in percent; mCE for ImageNet-C.
 PUBLISHED = {
     "imagenet-c": {"ViT-B/16": 51.7, "ViT-L/16": 41.8, "ViT-H/14": 33.8, "ViT-H/14, 448": 36.8},
     "imagenet-a": {"ViT-B/16": 35.9, "ViT-L/16": 57.1, "ViT-H/14": 68.2, "ViT-H/14, 448": 76.7},
@@ -208,24 +208,24 @@ def _spread(indices: np.ndarray, limit: int | None) -> np.ndarray:
 
 
 class CorruptionErrors(NamedTuple):
-    """Errors on ImageNet-C in per cent (Hendrycks & Dietterich 2019)."""
+    """Errors on ImageNet-C in percent (Hendrycks & Dietterich 2019)."""
 
     mean: dict[str, float]  # mean error of each corruption over the severities
-    normalised: dict[str, float]  # CE: the mean divided by that of AlexNet
+    normalized: dict[str, float]  # CE: the mean divided by that of AlexNet
 
     @property
-    def unnormalised(self) -> float:
+    def unnormalized(self) -> float:
         """The mean error of all corruptions."""
         return float(np.mean(list(self.mean.values())))
 
     @property
     def mce(self) -> float:
-        """mCE: the mean of the normalised errors."""
-        return float(np.mean(list(self.normalised.values())))
+        """mCE: the mean of the normalized errors."""
+        return float(np.mean(list(self.normalized.values())))
 
 
 def corruption_errors(errors: dict[str, float]) -> CorruptionErrors:
-    """Summarises the errors of the cells, CORRUPTION/SEVERITY -> per cent, by corruption."""
+    """Summarizes the errors of the cells, CORRUPTION/SEVERITY -> percent, by corruption."""
     of = {name: np.array([errors[f"{name}/{severity}"] for severity in SEVERITIES]) for name in CORRUPTIONS}
     return CorruptionErrors(
         {name: float(five.mean()) for name, five in of.items()},

@@ -90,17 +90,17 @@ def _accuracy_rows(cells: Mapping[str, Scores]) -> list[list[str]]:
 
 
 def _corruption_rows(cells: Mapping[str, Scores]) -> list[list[str]]:
-    """Errors at each severity, their mean, the mean of AlexNet, and the ratio of the two in per cent."""
+    """Errors at each severity, their mean, the mean of AlexNet, and the ratio of the two in percent."""
     errors = {name: 100 - scores["acc1"] for name, scores in cells.items()}
     summary = corruption_errors(errors)
-    rows = [["error, %", *map(str, SEVERITIES), "mean", "AlexNet", "normalised"]]
+    rows = [["error, %", *map(str, SEVERITIES), "mean", "AlexNet", "normalized"]]
     for name, alexnet in CORRUPTIONS.items():
         five = [errors[f"{name}/{severity}"] for severity in SEVERITIES]
-        numbers = [*five, summary.mean[name], 100 * alexnet, summary.normalised[name]]
+        numbers = [*five, summary.mean[name], 100 * alexnet, summary.normalized[name]]
         rows.append([name, *(f"{number:.1f}" for number in numbers)])
     of_all = [sum(errors[f"{name}/{severity}"] for name in CORRUPTIONS) / len(CORRUPTIONS) for severity in SEVERITIES]
     alexnet = 100 * sum(CORRUPTIONS.values()) / len(CORRUPTIONS)
-    ends = [f"{summary.unnormalised:.1f}", f"{alexnet:.1f}", f"**mCE {summary.mce:.1f}**"]
+    ends = [f"{summary.unnormalized:.1f}", f"{alexnet:.1f}", f"**mCE {summary.mce:.1f}**"]
     return [*rows, ["mean", *(f"{error:.1f}" for error in of_all), *ends]]
 
 

@@ -20,7 +20,7 @@ def shard(
     """Shards weights, gradients and optimizer states over the processes (FSDP2), in place.
 
     The weights of a unit are gathered while it computes. Weights outside units are gathered from the forward to the
-    backward pass. No process has the complete model in memory: initialisation samples one complete tensor at a time.
+    backward pass. No process has the complete model in memory: initialization samples one complete tensor at a time.
 
     Args:
         model: a model that was built under `torch.device("meta")`. `initialize_weights` runs after the
@@ -33,7 +33,7 @@ def shard(
 
     Raises:
         ValueError: there is only one process, `dtype` is fp16, which needs a common loss scale, or a weight is not
-            initialised.
+            initialized.
     """
     if dtype is torch.float16:
         raise ValueError("--fsdp supports --amp bf16 and off, not fp16")
@@ -55,7 +55,7 @@ def shard(
 
 @torch.no_grad()
 def _initialize(model: Any, device: torch.device) -> None:
-    """Initialises a sharded model in the order of its constructor."""
+    """Initializes a sharded model in the order of its constructor."""
     fixed = {name: tensor for name, tensor in model.state_dict().items() if not tensor.is_meta}  # position tables
     model.to_empty(device=device)
     for parameter in model.parameters():
@@ -68,7 +68,7 @@ def _initialize(model: Any, device: torch.device) -> None:
         model.initialize_weights()
     unset = dist.gather([name for name, parameter in model.named_parameters() if parameter.to_local().isnan().any()])
     for name in chain(*unset):
-        raise ValueError(f"--fsdp: {name} is not initialised: give its module a method reset_parameters that sets it")
+        raise ValueError(f"--fsdp: {name} is not initialized: give its module a method reset_parameters that sets it")
 
 
 class _FullTensorSampling(TorchDispatchMode):

@@ -6,6 +6,7 @@ Images: mean, std, input_size and crop_pct. Classes: `label_names`, the names of
 
 import json
 import logging
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -64,10 +65,14 @@ def _transformers(config: Mapping[str, Any]) -> dict[str, Any]:
 def _processor(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the settings in a preprocessor_config.json. A warning names the differences to our transform."""
     settings: dict[str, Any] = {}
-    if config.get("do_normalize", True) and "image_mean" in config:
-        settings |= {"mean": list(config["image_mean"]), "std": list(config["image_std"])}
-    elif not config.get("do_normalize", True):
-        settings |= {"mean": [0.0], "std": [1.0]}
+    if "image_mean" in config:
+        mean, std = config["image_mean"], config["image_std"]
+        if not config.get("do_normalize", True):
+            mean, std = [0.0] * len(mean), [1.0] * len(std)
+        # Our mean and std are for pixels in 0 to 1.
+        scale = 255 * config.get("rescale_factor", 1 / 255) if config.get("do_rescale", True) else 255.0
+        scale = 1.0 if math.isclose(scale, 1) else scale
+        settings |= {"mean": [value / scale for value in mean], "std": [value / scale for value in std]}
     size, crop = config.get("size") or {}, config.get("crop_size")
     edge = size.get("shortest_edge") if isinstance(size, dict) else None
     crop = crop.get("height") if isinstance(crop, dict) else crop
@@ -76,7 +81,7 @@ def _processor(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         settings["crop_pct"] = crop_share(crop, edge)
     elif config.get("do_resize", True):
         settings["crop_pct"] = 1.0
-        differences.append("scales images to a square (this library crops the centre)")
+        differences.append("scales images to a square (this library crops the center)")
     if config.get("resample", BICUBIC) != BICUBIC:
         differences.append(f"has resample {config['resample']} (this library: bicubic, 3)")
     if differences:
@@ -101,6 +106,11 @@ def _timm(config: Mapping[str, Any]) -> dict[str, Any]:
     channels, *size = pretrained["input_size"]
     settings = {"in_chans": channels, "input_size": size[0] if size[0] == size[1] else size}
     settings |= {name: pretrained[name] for name in ("mean", "std", "crop_pct") if name in pretrained}
+    settings |= {name: value for name, value in config.get("model_args", {}).items() if name == "num_heads"}
+    differences = [f"{name} {pretrained[name]}" for name, own in (("interpolation", "bicubic"), ("crop_mode", "center"))
+                   if pretrained.get(name, own) != own]  # fmt: skip
+    if differences:
+        logger.warning(f"the timm model was evaluated with {' and '.join(differences)} (this library: bicubic, center)")
     labels = config.get("label_names") or pretrained.get("label_names")
     return settings | ({"label_names": list(labels)} if labels else {})
 

@@ -6,6 +6,7 @@ The names of the tensors determine the kind of a file: an encoder, an encoder wi
 import argparse
 import json
 import logging
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -40,8 +41,9 @@ OTHER_TOKENS = {"reg_token": "register tokens", "register_tokens": "register tok
                 "dist_token": "a distillation token", "distillation_token": "a distillation token"}  # fmt: skip
 
 
-# The weights of the head of a classifier, of a linear probe (`models_build.probe_head`), and of the first of several.
+# The weights of the head of a classifier, of a probe (`models_build.probe_head`), and of the first of several probes.
 HEAD, PROBE_HEAD, FIRST_OF_HEADS = "head.weight", "head.1.weight", "head.0.1.weight"
+QUERIES = "head.pool.queries"  # of an attentive probe
 
 
 class Weights(NamedTuple):
@@ -241,7 +243,7 @@ def load_encoder(
     if not fits:
         weights = {key: value for key, value in weights.items() if key not in head}
     _adapt_input(file, weights, model, adapt_input)
-    _add_class_position(weights, ours)
+    _add_class_position(file, weights, ours)
     interpolate_pos_embed(model, weights, file.grid_size)
     may_lack = {"fc_norm.weight", "fc_norm.bias"} | {key for key in ours if key.startswith("head.")}
     if adapt_input == "skip":
@@ -278,7 +280,7 @@ def load_classifier(model: nn.Module, file: Weights) -> None:
     """
     weights, ours = dict(file.tensors), model.state_dict()
     if "pos_embed" in weights and weights["pos_embed"].shape[2] == ours["pos_embed"].shape[2]:
-        _add_class_position(weights, ours)
+        _add_class_position(file, weights, ours)
         patches = weights["pos_embed"].shape[1] - 1
         interpolate_pos_embed(model, weights, file.grid_size)
         if weights["pos_embed"].shape[1] - 1 != patches and "input_size" not in file.settings and dist.is_main():
@@ -297,7 +299,9 @@ def statistics(
 
     A warning names each value that differs from the value of that run.
     """
-    if file is None or file.settings.get("in_chans") != in_chans:
+    if file is None or not file.settings.keys() & {"in_chans", "mean", "std"}:
+        return mean, std  # the file records nothing about its images
+    if file.tensors["patch_embed.proj.weight"].shape[1] != in_chans:
         return mean, std
     theirs = file.settings.get("mean"), file.settings.get("std")
     chosen = mean or theirs[0], std or theirs[1]
@@ -309,10 +313,11 @@ def statistics(
     return chosen
 
 
-def _add_class_position(weights: dict[str, Tensor], ours: dict[str, Tensor]) -> None:
+def _add_class_position(file: Weights, weights: dict[str, Tensor], ours: dict[str, Tensor]) -> None:
     """Adds a position of zeros for the class token where the table has none (timm's no_embed_class), in place."""
     table = weights["pos_embed"]
-    if table.shape[1] == ours["pos_embed"].shape[1] - 1:
+    is_short = table.shape[1] == ours["pos_embed"].shape[1] - 1
+    if is_short and (file.grid_size is None or math.prod(file.grid_size) == table.shape[1]):
         weights["pos_embed"] = torch.cat([torch.zeros_like(table[:, :1]), table], dim=1)
 
 
@@ -340,8 +345,16 @@ def _reshaped(weights: dict[str, Tensor], ours: dict[str, Tensor]) -> set[str]:
     return {name for name in ours.keys() & weights.keys() if ours[name].shape != weights[name].shape}
 
 
-def _require(file: Weights, model: nn.Module, missing: set[str], unexpected: set[str], reshaped: set[str]) -> None:
-    """Raises CheckpointError, with names and a remedy, if weights are missing, unexpected or of another shape."""
+def _require(file: Weights, model: Any, missing: set[str], unexpected: set[str], reshaped: set[str]) -> None:
+    """Raises CheckpointError, with names and a remedy, if weights are missing, unexpected or of another shape.
+
+    The numbers of attention heads, which shapes do not show, must be those that the file records.
+    """
+    for name, blocks in (("num_heads", "blocks"), ("decoder_num_heads", "decoder_blocks")):
+        if name in file.settings and hasattr(model, blocks):
+            heads = getattr(model, blocks)[0].attn.num_heads
+            if heads != file.settings[name]:
+                raise CheckpointError(f"{file.source} has {name} {file.settings[name]}, and the model has {heads}")
     for problem, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped)):
         if names:
             count = "1 tensor is" if len(names) == 1 else f"{len(names)} tensors are"

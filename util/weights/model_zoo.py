@@ -33,7 +33,7 @@ class Published(NamedTuple):
     digest: str | None = None  # md5:PREFIX or sha256:PREFIX
     input_size: int = 224
     norm_pix_loss: bool = True
-    licence: str = "CC-BY-NC 4.0"
+    license: str = "CC-BY-NC 4.0"
 
 
 def _mm(model: str, kind: str, epochs: int, top1: float, file: str | None = None, input_size: int = 224) -> Published:
@@ -41,7 +41,7 @@ def _mm(model: str, kind: str, epochs: int, top1: float, file: str | None = None
     size = model.split("_")[-2]
     url = f"{MM}/mae_vit-{size}-p16_8xb512-fp16-coslr-{epochs}e_in1k/{file}.pth" if file else None
     digest = f"sha256:{file[-8:]}" if file else None
-    return Published(model, kind, epochs, top1, url, digest, input_size, licence="Apache-2.0")
+    return Published(model, kind, epochs, top1, url, digest, input_size, license="Apache-2.0")
 
 
 TABLE = {
@@ -117,7 +117,7 @@ def find(name: str) -> Published:
     row = TABLE[name]
     if row.url is None:
         released = [
-            other for other, its in TABLE.items() if its.url and its.kind == row.kind and its.licence == row.licence
+            other for other, its in TABLE.items() if its.url and its.kind == row.kind and its.license == row.license
         ]
         raise ValueError(f"{name} was announced and never released; released are {', '.join(released)}")
     return row
@@ -136,7 +136,7 @@ def fetch(name: str) -> Path:
     assert row.url
     path = Path(torch.hub.get_dir()) / "checkpoints" / Path(row.url).name
     if not path.exists():
-        logger.info(f"downloading {row.url} ({row.licence}) to {path}")
+        logger.info(f"downloading {row.url} ({row.license}) to {path}")
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             torch.hub.download_url_to_file(row.url, str(path), progress=True)

@@ -1,0 +1,341 @@
+"""Comparison of encoders: which one is worth most on this data, and how many labels does it need?
+
+Under ten minutes on two CPU cores:
+
+    python demo/unpack_data.py
+    python main_compare.py --data_path demo/data/fashion_mnist --input_size 28 --in_chans 1 --crop_pct 1 \\
+        --encoders scratch pixels mine=demo/output/pretrain/checkpoint-31.pth --labels 100 1000 --draws 2 \\
+        --recipes finetune=recipes/finetune_fashion_mnist.yaml --budget 30 --jobs 2 --output_dir runs/compare
+
+Released weights on your own images, on one GPU:
+
+    python main_compare.py --data_path IMAGES --encoders scratch mae_pretrain_vit_base timm:vit_base_patch16_224 \\
+        --labels 500 5000 all --draws 3 --budget 50 --output_dir runs/compare
+
+Each cell of the table is a run of main_knn.py, main_linprobe.py or main_finetune.py. The same command resumes an
+interrupted comparison and skips the runs that are complete.
+"""
+
+import argparse
+import json
+import logging
+import re
+import shutil
+import time
+from argparse import Namespace
+from collections.abc import Sequence
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from util.cli import entry_point  # first, as it names the packages that are missing
+
+# isort: split
+import numpy as np
+
+import main_finetune
+import main_knn
+import main_linprobe
+import models_build
+import models_vit
+from util import datasets
+from util.checkpoints import checkpoint
+from util.cli import options
+from util.data import labels as label_sets
+from util.data.sources import Source
+from util.evaluation import comparison, pixel_baselines
+from util.evaluation.comparison import PIXELS, Result
+from util.jobs.commands import Commands, arguments
+from util.training import run_log
+from util.weights import loading
+
+logger = logging.getLogger(__name__)
+
+SCRATCH, TIMM = "scratch", "timm:"
+KNN, LINEAR, ATTENTIVE, FINETUNE = "knn", "linear", "attentive", "finetune"
+TITLES = {KNN: "k-NN", LINEAR: "linear probe", ATTENTIVE: "attentive probe", FINETUNE: "fine-tuned"}
+PROBE = {"cache_features": True, "blr": [0.3, 1, 3, 10, 30], "epochs": 60, "warmup_epochs": 5, "batch_size": 256,
+         "eval_every": 60, "save_every": 60}  # fmt: skip
+# Protocol -> script, and its flags without a recipe.
+PROTOCOLS: dict[str, tuple[ModuleType, dict[str, Any]]] = {
+    KNN: (main_knn, {"global_pool": True, "k": [5, 20, 100]}),
+    LINEAR: (main_linprobe, {**PROBE, "global_pool": True}),
+    ATTENTIVE: (main_linprobe, {**PROBE, "probe": "attentive"}),
+    FINETUNE: (main_finetune, {"batch_size": 128}),
+}  # fmt: skip
+# Flags that all scripts share; the comparison passes those that are given.
+SHARED = (
+    "data_path", "dataset", "download", "train_list", "val_list", "input_size", "mean", "std", "in_chans", "patch_size",
+    "crop_pct", "num_workers", "pin_mem", "device", "amp",
+)  # fmt: skip
+VAL_FRACTION = 0.2  # of the training images of the first draw, held out to choose hyperparameters
+LEAST_UPDATES = 3  # of an epoch; batches of few images are smaller
+ARCHITECTURE = ("model", "input_size", "patch_size", "in_chans", "crop_pct")  # flags that a file records
+
+Flags = dict[str, Any]
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """Returns the parser of the script."""
+    parser = entry_point.parser("Compares encoders on a dataset: protocols x numbers of labels x random subsets.")
+    options.add_data_options(parser)
+    options.add_validation_options(parser)
+    options.add_model_options(parser, models_vit.MODELS, default="vit_base_patch16")
+    options.add_comparison_options(parser, list(PROTOCOLS))
+    parser.set_defaults(protocols=[KNN, LINEAR, FINETUNE])
+    return parser
+
+
+class Encoder(NamedTuple):
+    """An encoder of the comparison."""
+
+    name: str
+    flags: Flags  # of its architecture and weights
+
+
+class Task(NamedTuple):
+    """A cell of the table for one draw."""
+
+    encoder: Encoder
+    protocol: str  # for raw pixels the name of the baseline
+    labels: int  # number of training images
+    per_class: int | None  # of each class; None: all images
+    draw: int
+
+    @property
+    def name(self) -> str:
+        """The name of its run directory."""
+        return re.sub(r"[^\w./-]", "_", f"{self.encoder.name}/{self.protocol}/{self.labels}/{self.draw}")
+
+
+def main(args: Namespace) -> str:
+    """Runs the scripts that have no result yet. Prints, writes and returns the table and the conclusion."""
+    run_log.start_logging()
+    out = Path(args.output_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    encoders = _encoders(args, out / "encoders")
+    open_split = partial(datasets.open_source, data_path=args.data_path, dataset=args.dataset, download=args.download)
+    train, val = label_sets.open_pair(
+        open_split, args.train_list, args.val_list, nb_classes=None, train_per_class=None, seed=0
+    )
+    sizes = [_size(text, train) for text in args.labels]
+    draws = [(*size, draw) for draw in range(args.draws) for size in sizes if size[1] or not draw]
+    tasks = [
+        Task(encoder, protocol, *draw)
+        for draw in draws
+        for encoder in encoders
+        for protocol in (pixel_baselines.STRENGTHS if encoder.name == PIXELS else args.protocols)
+    ]
+    runs = Runs(args, Commands(out / "runs", args.jobs), [labels for labels, _ in sizes], train, val)
+    order = {(task.encoder.name, task.protocol): place for place, task in enumerate(tasks)}
+    begin, results = time.perf_counter(), list[tuple[int, Result]]()
+    chosen = [partial(runs.choose, task) for task in tasks if not task.draw and task.encoder.name != PIXELS]
+    for number, _ in enumerate(runs.commands.each(chosen), start=1):
+        logger.info(f"hyperparameters of {number} of {len(chosen)} cells are chosen")
+    try:
+        for task, result in runs.commands.each([partial(runs.result, task) for task in tasks]):
+            results.append((order[task.encoder.name, task.protocol], result))
+            left = (time.perf_counter() - begin) / len(results) * (len(tasks) - len(results))
+            logger.info(
+                f"[{len(results)}/{len(tasks)}] {result.row}, {result.labels:,} labels, draw {result.draw}: "
+                f"{result.accuracy:.2f} % ({result.seconds:.0f} s; about {timedelta(seconds=round(left))} left)"
+            )
+    finally:
+        if results:
+            text = comparison.write(out, [result for _, result in sorted(results)])
+    logger.info(f"\n{text}\nall runs with their commands: {out / 'results.csv'}; plot: {out / 'plot.png'}")
+    return text
+
+
+def _size(text: str, train: Source) -> tuple[int, int | None]:
+    """Returns a number of labels, and the number of images of each class; None for all.
+
+    Raises:
+        ValueError: the number is not one, or a class has fewer images.
+    """
+    if text == "all":
+        return len(train), None
+    per_class = int(text) // len(train.classes) if text.isdecimal() else 0
+    fewest = int(np.bincount(train.labels, minlength=len(train.classes)).min())
+    if not 0 < per_class <= fewest:
+        raise ValueError(
+            f"--labels {text}: give {len(train.classes)} (one image of each class) to {len(train.classes) * fewest} "
+            f"(the smallest class has {fewest}), or all"
+        )
+    return per_class * len(train.classes), per_class
+
+
+def _encoders(args: Namespace, folder: Path) -> list[Encoder]:
+    """Opens the encoders. Explicit flags override the recorded settings of a file.
+
+    Raises:
+        ValueError: two encoders have one name, or an encoder can't be opened.
+    """
+    explicit = entry_point.explicit(args)
+    encoders, architecture = [], {"model": args.model} if "model" in explicit else {}
+    for text in args.encoders:
+        if text in (SCRATCH, PIXELS):
+            encoders.append(Encoder(text, {}))
+            continue
+        name, _, file = text.rpartition("=")
+        path = timm_folder(file.removeprefix(TIMM), folder) if file.startswith(TIMM) else file
+        weights = loading.read(path)
+        recorded = models_build.classifier_settings(weights)
+        if not recorded:
+            raise ValueError(f"--encoders {text}: no model of this library has its shapes")
+        own = {key: recorded[key] for key in ARCHITECTURE if recorded.get(key) is not None and key not in explicit}
+        encoders.append(Encoder(name or Path(file).stem, {**own, "finetune": path}))
+        architecture = architecture or {**own, **{key: recorded[key] for key in ("mean", "std") if recorded.get(key)}}
+    if len({encoder.name for encoder in encoders}) < len(encoders):
+        raise ValueError("--encoders: two encoders have one name; give names, such as long=runs/b/checkpoint-99.pth")
+    return [encoder if encoder.flags else encoder._replace(flags=architecture) for encoder in encoders]
+
+
+def timm_folder(name: str, folder: Path) -> str:
+    """Saves a model of timm with its weights as a folder; returns the folder, which `loading.read` reads."""
+    import timm  # takes more than a second
+    from timm.models import save_for_hf
+
+    if not (folder / name / "config.json").exists():
+        save_for_hf(timm.create_model(name, pretrained=True), str(folder / name))
+    return str(folder / name)
+
+
+class Runs:
+    """Runs the scripts of a comparison.
+
+    Args:
+        args: the flags of the comparison.
+        commands: runs the scripts and keeps their results.
+        sizes: the number of training images of each of --labels.
+        train, val: the data, for the baselines on raw pixels.
+    """
+
+    def __init__(self, args: Namespace, commands: Commands, sizes: Sequence[int], train: Source, val: Source) -> None:
+        self.args, self.commands, self.sizes, self.train, self.val = args, commands, sizes, train, val
+        self.shared = {name: getattr(args, name) for name in SHARED if name in entry_point.explicit(args)}
+        self.recipes = dict(text.split("=", 1) for text in args.recipes)
+        if unknown := self.recipes.keys() - set(args.protocols):
+            raise ValueError(f"--recipes {unknown.pop()}=: give PROTOCOL=YAML with one of {', '.join(args.protocols)}")
+        if len(args.budget) not in (1, len(args.labels)):
+            count = len(args.labels)
+            raise ValueError(f"--budget has {len(args.budget)} values: give one, or one for each of {count} --labels")
+        self.chosen: dict[tuple[str, str, int], Flags] = {}
+        self.notes: set[str] = set()
+
+    def flags(self, task: Task) -> Flags:
+        """Returns the flags of a task, without those that `choose` returns."""
+        own = PROTOCOLS[task.protocol][1]
+        recipe = self.recipes.get(task.protocol)
+        flags = {**({"config": recipe} if recipe else own), **task.encoder.flags, **self.shared, "seed": task.draw}
+        if task.per_class:
+            flags["train_per_class"] = task.per_class
+        if task.protocol == FINETUNE and "finetune" not in flags:
+            flags["layer_decay"] = 1  # no layer has pre-trained weights
+        return {**flags, **self._smaller_batch(task, flags)}
+
+    def check(self, task: Task) -> None:
+        """Exits with the message of the script if it refuses the flags of a task."""
+        self._settings(task, self.flags(task))
+
+    def choose(self, task: Task) -> None:
+        """Chooses the hyperparameters of a cell on held-out training images of this draw; `result` uses them."""
+        flags = self.flags(task)
+        held_out = {**flags, "val_fraction": VAL_FRACTION}
+        chosen: Flags = {}
+        if task.protocol == KNN:
+            most = round(task.labels * (1 - VAL_FRACTION))
+            ks = [k for k in self._settings(task, flags).k if k <= most] or [1]
+            accuracies = self._run(f"choices/{task.name}", task, {**held_out, "k": ks}) if len(ks) > 1 else {}
+            chosen["k"] = max(ks, key=lambda k: accuracies.get(f"knn_acc1_k{k}", 0.0))
+        elif task.protocol == FINETUNE:
+            chosen = self._epochs(task, flags)
+            rates = self.args.blr or []
+            accuracies = {
+                rate: self._run(f"choices/{task.name}/{rate}", task, {**held_out, **chosen, "blr": rate})["test_acc1"]
+                for rate in (rates if len(rates) > 1 else [])
+            }
+            if rates:
+                chosen["blr"] = max(rates, key=lambda rate: accuracies.get(rate, 0.0))
+        self.chosen[task.encoder.name, task.protocol, task.labels] = chosen
+
+    def result(self, task: Task) -> tuple[Task, Result]:
+        """Returns the result of a task, after `choose` for its first draw."""
+        if task.encoder.name == PIXELS:
+            scores = self._pixels(task)
+        else:
+            own = self.chosen[task.encoder.name, task.protocol, task.labels]
+            scores = self._run(task.name, task, {**self.flags(task), **own})
+            names = {"k": own.get("k"), "blr": own.get("blr") or scores.get("chosen_blr")}
+            scores["chosen"] = ", ".join(f"{name} {value:g}" for name, value in names.items() if value)
+        title = TITLES.get(task.protocol, task.protocol)
+        accuracy = next(value for name, value in scores.items() if name.startswith(("test_acc1", "knn_acc1")))
+        scored = (accuracy, scores["chosen"], scores["seconds"], scores["command"])
+        return task, Result(task.encoder.name, title, task.labels, task.draw, *scored)
+
+    def _settings(self, task: Task, flags: Flags) -> Namespace:
+        return entry_point.parse(PROTOCOLS[task.protocol][0].get_args_parser(), arguments(flags))
+
+    def _smaller_batch(self, task: Task, flags: Flags) -> Flags:
+        """Returns a smaller batch size if that of the flags has fewer than LEAST_UPDATES updates per epoch."""
+        batch_size = self._settings(task, flags).batch_size
+        largest = 2 ** max(1, (task.labels // LEAST_UPDATES).bit_length() - 1)
+        if task.protocol == KNN or batch_size <= largest:
+            return {}
+        note = f"{TITLES[task.protocol]} with {task.labels} labels: batches of {largest} images, not {batch_size}"
+        if note not in self.notes:
+            logger.info(note)
+        self.notes.add(note)
+        return {"batch_size": largest}
+
+    def _epochs(self, task: Task, flags: Flags) -> Flags:
+        """Returns the flags of the budget. Minutes are converted by the time of the second of two epochs."""
+        budget = self.args.budget[self.sizes.index(task.labels) if len(self.args.budget) > 1 else 0]
+        if match := re.fullmatch(r"(\d+(?:\.\d+)?)m", budget):
+            seconds = self._run(f"timing/{task.name}", task, {**flags, **_epoch_flags(2)})["seconds_per_epoch"]
+            return _epoch_flags(max(1, int(60 * float(match[1]) / seconds)))
+        return _epoch_flags(int(budget))
+
+    def _run(self, name: str, task: Task, flags: Flags) -> dict[str, Any]:
+        script = Path(str(PROTOCOLS[task.protocol][0].__file__))
+        if task.protocol == KNN:
+            return self.commands.run(name, script, flags, lambda _, output: json.loads(output.strip().splitlines()[-1]))
+        flags = {**flags, "output_dir": self.commands.folder / name, "resume": "auto"}
+        return self.commands.run(name, script, flags, partial(_last_line, keep=self.args.keep_checkpoints))
+
+    def _pixels(self, task: Task) -> dict[str, Any]:
+        """Fits a baseline of scikit-learn on the images of the same draw."""
+        settings = {name: getattr(self.args, name) for name in ("input_size", "in_chans", "crop_pct")}
+        settings |= {name: value for name, value in task.encoder.flags.items() if name in settings}
+
+        def compute(_: Path) -> dict[str, Any]:
+            few = label_sets.some_of_each_class(self.train, task.per_class, task.draw) if task.per_class else self.train
+            train, val = (
+                (pixel_baselines.read(source, **settings, num_workers=self.args.num_workers), source.labels)
+                for source in (few, self.val)
+            )
+            accuracy, chosen = pixel_baselines.evaluate(task.protocol, *train, *val, seed=task.draw)
+            return {"test_acc1": accuracy, "chosen": chosen}
+
+        name = f"{task.protocol} of scikit-learn on {task.labels} images of {self.args.data_path or self.args.dataset}"
+        return self.commands.keep(task.name, f"{name}, {arguments(settings)}, seed {task.draw}", compute)
+
+
+def _epoch_flags(epochs: int) -> Flags:
+    return {"epochs": epochs, "warmup_epochs": epochs // 10, "eval_every": epochs, "save_every": epochs}
+
+
+def _last_line(out: Path, _: str, keep: bool) -> dict[str, Any]:
+    """Returns the scores of a run directory, and removes its checkpoints and stored tokens unless `keep`."""
+    lines = [json.loads(line) for line in (out / "log.txt").read_text(encoding="utf-8").splitlines()]
+    if not keep:
+        for path in {*checkpoint.checkpoints(out), *out.glob("*.pth"), *out.glob("tokens")}:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    scores = {name: value for name, value in lines[-1].items() if name.startswith(("test_", "chosen"))}
+    return {**scores, "epochs": len(lines), "seconds_per_epoch": lines[-1]["seconds"]}
+
+
+if __name__ == "__main__":
+    entry_point.run(main, get_args_parser())

@@ -1,0 +1,65 @@
+"""A comparison that is killed at a random moment and started again, beside an undisturbed one: ./run test-compare.
+
+    python tests/compare.py demo/output/pretrain                        # 5 minutes on two cores
+    python tests/compare.py demo/output/pretrain --kills 3 --draws 2
+
+The encoders are two checkpoints of ./run demo (after the first and the last epoch), random weights, and raw pixels.
+"""
+
+import argparse
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+DATA = "demo/data/fashion_mnist"
+
+
+def command(encoders: Path, out: Path, draws: int) -> list[str]:
+    """Returns the command of the comparison."""
+    last = max(encoders.glob("checkpoint-*.pth"), key=lambda path: int(path.stem.rpartition("-")[2]))
+    return [
+        sys.executable, "main_compare.py", "--data_path", DATA, "--input_size", "28", "--in_chans", "1",
+        "--crop_pct", "1", "--num_workers", "0", "--encoders", "scratch", "pixels",
+        f"first={encoders / 'checkpoint-0.pth'}", f"last={last}", "--protocols", "knn", "linear", "finetune",
+        "--labels", "100", "1000", "--draws", str(draws),
+        "--recipes", "finetune=recipes/finetune_fashion_mnist.yaml", "--budget", "40", "10", "--jobs", "2",
+        "--output_dir", str(out),
+    ]  # fmt: skip
+
+
+def main() -> None:
+    """Exits with code 1 if the two tables differ or a complete run was repeated."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("encoders", type=Path, help="run directory of pre-training")
+    parser.add_argument("--draws", type=int, default=1)
+    parser.add_argument("--kills", type=int, default=1)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        whole, parts = Path(folder, "whole"), Path(folder, "parts")
+        begin = time.perf_counter()
+        subprocess.run(command(args.encoders, whole, args.draws), cwd=ROOT, check=True)
+        seconds = time.perf_counter() - begin
+        for _ in range(args.kills):
+            process = subprocess.Popen(command(args.encoders, parts, args.draws), cwd=ROOT)
+            time.sleep(random.uniform(0.1, 0.9) * seconds / (args.kills + 1))
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            print(f"killed after {len(list(parts.rglob('result.json')))} runs", flush=True)
+        kept = {path: path.stat().st_mtime_ns for path in parts.rglob("result.json")}
+        subprocess.run(command(args.encoders, parts, args.draws), cwd=ROOT, check=True)
+        repeated = [path for path, written in kept.items() if path.stat().st_mtime_ns != written]
+        tables = [(out / "table.md").read_text() for out in (whole, parts)]
+        if tables[0] != tables[1] or repeated:
+            sys.exit(f"the tables differ, or runs were repeated: {repeated}\n" + "\n".join(tables))
+        shutil.copytree(whole, ROOT / "runs/compare", dirs_exist_ok=True)
+    print(f"{seconds:.0f} s; the killed and the undisturbed comparison have the same table. It is in runs/compare")
+
+
+if __name__ == "__main__":
+    main()

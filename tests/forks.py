@@ -1,0 +1,102 @@
+"""Scripts in forks of a server that has imported PyTorch: a process starts in a second instead of four.
+
+Tests of torchrun itself, its signals and its restarts, start it (`conftest.torchrun`).
+"""
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as td
+
+ROOT = Path(__file__).parents[1]
+
+
+class Forks:
+    """The processes of a script, each with a process group of its own.
+
+    Args:
+        script: its file; relative paths begin at the repository.
+        argv: its arguments.
+        output: the file that stdout and stderr of all processes are appended to.
+        count: the number of processes. Several have the environment variables of torchrun.
+        environment: variables beside those of this process.
+        user: the numeric user to change to.
+    """
+
+    def __init__(
+        self, script: str | Path, argv: Sequence[Any], output: Path, count: int = 1,
+        environment: Mapping[str, str] | None = None, user: int | None = None,
+    ) -> None:  # fmt: skip
+        # As in torchrun, the store belongs to the launcher, which chooses a free port.
+        self.store = td.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if count > 1 else None
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["main_pretrain", "main_finetune", "util.cli.entry_point"])
+        self.processes: list[ForkServerProcess] = []
+        for rank in range(count):
+            variables = {**os.environ, **(environment or {})}
+            if self.store:
+                variables |= dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank))
+                variables |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(count))
+                variables |= {"MASTER_ADDR": self.store.host, "MASTER_PORT": str(self.store.port)}
+                variables["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+            arguments = (str(ROOT / script), [str(argument) for argument in argv], output, variables, user)
+            self.processes.append(context.Process(target=_run, args=arguments))
+            self.processes[-1].start()
+
+    def wait(self, seconds: float) -> list[int]:
+        """Waits for the end; returns the exit codes, and -1000 for a process that hangs."""
+        ends = time.monotonic() + seconds
+        for process in self.processes:
+            process.join(max(0.0, ends - time.monotonic()))
+        return [-1000 if process.exitcode is None else process.exitcode for process in self.processes]
+
+    def signal(self, signum: int) -> None:
+        """Sends a signal to all processes, including worker processes, like launchers and terminals."""
+        for process in self.processes:
+            try:
+                os.killpg(process.pid or 0, signum)
+            except ProcessLookupError:
+                continue
+
+
+def run(
+    script: str | Path, argv: Sequence[Any], output: Path, count: int = 1, environment: Mapping[str, str] | None = None
+) -> str:
+    """Runs a script to its end and returns its output.
+
+    Raises:
+        subprocess.CalledProcessError: a process failed.
+    """
+    forks = Forks(script, argv, output, count, environment)
+    codes = forks.wait(300)
+    said = output.read_text()
+    if any(codes):
+        forks.signal(9)
+        print(said[-4000:])
+        raise subprocess.CalledProcessError(next(filter(None, codes)), [str(script), *map(str, argv)], said)
+    return said
+
+
+def _run(script: str, argv: list[str], output: Path, environment: dict[str, str], user: int | None) -> None:
+    os.setsid()
+    multiprocessing.set_start_method(None, force=True)  # worker processes use the default of the platform
+    os.chdir(ROOT)
+    os.environ.clear()
+    os.environ.update(environment)
+    file = os.open(output, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    sys.argv = [script, *argv]
+    code = compile(Path(script).read_text(), script, "exec")
+    if user is not None:
+        "".encode("utf-8-sig")  # imports the codec of recipes: only root may be able to read Python's files
+        os.seteuid(user)
+    exec(code, {"__name__": "__main__", "__file__": script})

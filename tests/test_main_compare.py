@@ -1,0 +1,281 @@
+"""The comparison of encoders: its cells are runs of the scripts, and an interruption loses none of them."""
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from mains import wait_until
+
+import main_compare
+import main_knn
+from inference import get_model
+from util import datasets
+from util.cli import entry_point
+from util.data.labels import hold_out
+from util.evaluation import comparison, pixel_baselines
+from util.evaluation.comparison import Result
+from util.jobs.commands import Commands, arguments
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("encoder") / "mine.pth"
+    model = get_model("mae_vit_mini_patch4", input_size=16)
+    torch.save({"model": model.state_dict(), "args": model.settings}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def compared(labelled, encoder, tmp_path_factory):
+    """A complete comparison: its folder and its text."""
+    out = tmp_path_factory.mktemp("compare")
+    return out, compare(labelled, out, encoder)
+
+
+def compare(data, out, encoder, *more):
+    flags = ["--input_size", "16", "--num_workers", "0", "--device", "cpu", "--data_path", data, "--output_dir", out,
+             "--encoders", "pixels", encoder, "--protocols", "knn", "finetune", "--labels", "12", "--draws", "1",
+             "--budget", "2", "--blr", "1e-3", "1e-2", "--jobs", "2", *more]  # fmt: skip
+    return main_compare.main(entry_point.parse(main_compare.get_args_parser(), list(map(str, flags))))
+
+
+def rows(out):
+    with (out / "results.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def test_every_cell_is_a_run_that_can_be_repeated(compared):
+    out, text = compared
+    cells = [(row["encoder"], row["protocol"], row["labels"], row["draw"]) for row in rows(out)]
+    titles = [("pixels", "logistic regression"), ("pixels", "RBF-SVM"), ("mine", "k-NN"), ("mine", "fine-tuned")]
+    assert cells == [(*title, "12", "0") for title in titles]
+    row = next(row for row in rows(out) if row["protocol"] == "k-NN")
+    words = row["command"].split()
+    assert words[:2] == ["python", "main_knn.py"]
+    (accuracy,) = main_knn.main(entry_point.parse(main_knn.get_args_parser(), words[2:])).values()
+    assert accuracy == float(row["accuracy"])
+    for row in rows(out):
+        if row["protocol"] == "fine-tuned":
+            assert "--seed 0 --train_per_class 2 --epochs 2 --warmup_epochs 0" in row["command"]
+            assert "--batch_size 4 " in row["command"]
+            assert "--val_fraction" not in row["command"]  # the reported accuracy is of the validation set
+    assert not list(out.rglob("*.pth"))
+    assert (out / "plot.png").stat().st_size > 5000
+    assert (out / "table.md").read_text() == text
+
+
+def test_learning_rates_are_chosen_on_held_out_training_images(compared):
+    out, _ = compared
+    choices = {path.parent.name: read(path) for path in out.glob("runs/choices/mine/finetune/12/0/*/result.json")}
+    assert choices.keys() == {"0.001", "0.01"}
+    assert all("--val_fraction 0.2" in choice["command"] for choice in choices.values())
+    best = max(sorted(choices), key=lambda rate: choices[rate]["test_acc1"])
+    tuned = [row for row in rows(out) if row["protocol"] == "fine-tuned"]
+    assert [row["chosen"] for row in tuned] == [f"blr {best}"]
+    assert all(f"--blr {best}" in row["command"] for row in tuned)
+
+
+def test_a_comparison_resumes(compared, labelled, encoder, tmp_path):
+    """Complete runs are not repeated; results of other flags are not used."""
+    whole, text = compared
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    for path in tmp_path.rglob("command.txt"):  # the commands name the folder
+        path.write_text(path.read_text().replace(str(whole), str(tmp_path)))
+    (tmp_path / "runs/pixels/RBF-SVM/12/0/result.json").unlink()
+    (tmp_path / "runs/mine/knn/12/0/command.txt").write_text("another command")
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")}
+    assert compare(labelled, tmp_path, encoder) == text
+    again = {path for path in tmp_path.rglob("result.json") if times.get(path) != path.stat().st_mtime_ns}
+    assert {str(path.relative_to(tmp_path / "runs")) for path in again} == {
+        "pixels/RBF-SVM/12/0/result.json", "mine/knn/12/0/result.json",
+    }  # fmt: skip
+
+
+def test_flags_of_the_runs(labelled, encoder, tmp_path, monkeypatch):
+    """The flags of the command line, those that a file records, and those of the protocol; no run is started."""
+    seen = []
+    monkeypatch.setattr(Commands, "run", lambda self, name, script, flags, read: seen.append((name, flags)) or SCORES)
+    flags = ("--encoders", "scratch", encoder, "--labels", "30", "all", "--draws", "2", "--budget", "3", "0.5m",
+             "--protocols", "knn", "linear", "finetune", "--mean", "0.5", "0.5", "0.5")  # fmt: skip
+    compare(labelled, tmp_path, encoder, *flags)
+    runs = dict(seen)
+    assert {name for name in runs if not name.startswith(("choices", "timing"))} == {
+        f"{name}/{protocol}/{cell}" for name in ("scratch", "mine") for protocol in ("knn", "linear", "finetune")
+        for cell in ("30/0", "30/1", "48/0")
+    }  # fmt: skip
+    assert all(
+        (run["model"], run["input_size"], run["mean"]) == ("vit_mini_patch4", 16, [0.5] * 3) for run in runs.values()
+    )
+    assert runs["mine/linear/30/1"].get("finetune") == str(encoder)
+    assert "finetune" not in runs["scratch/linear/30/1"]
+    assert runs["scratch/finetune/30/0"]["layer_decay"] == 1
+    assert "layer_decay" not in runs["mine/finetune/30/0"]
+    assert runs["mine/finetune/30/0"]["epochs"] == 3
+    assert runs["mine/finetune/48/0"]["epochs"] == 15  # 30 seconds; SCORES has 2 seconds per epoch
+    assert (runs["mine/finetune/30/1"]["train_per_class"], "train_per_class" in runs["mine/finetune/48/0"]) == (
+        5,
+        False,
+    )
+    assert runs["choices/mine/knn/30/0"]["k"] == [5, 20]  # 24 images are left
+    assert [runs[f"mine/knn/30/{draw}"]["seed"] for draw in (0, 1)] == [0, 1]
+    assert runs["mine/knn/30/1"]["k"] == 20  # the better one in SCORES
+
+
+SCORES = {"test_acc1": 50.0, "knn_acc1_k5": 40.0, "knn_acc1_k20": 60.0, "seconds": 1.0, "seconds_per_epoch": 2.0,
+          "command": ""}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--labels", "5"], r"--labels 5: give 6 \(one image of each class\) to 48"),
+        (["--labels", "7000"], r"--labels 7000: give 6 .* to 48 \(the smallest class has 8\), or all"),
+        (["--budget", "1", "2", "3"], "--budget has 3 values: give one, or one for each of 1 --labels"),
+        (["--recipes", "linear=x.yaml"], "--recipes linear=: give PROTOCOL=YAML with one of knn, finetune"),
+        (["--encoders", "a=scratch.pth", "a=scratch.pth"], "there is no file scratch.pth"),
+    ],
+)
+def test_errors_are_one_line(labelled, encoder, tmp_path, flags, message):
+    with pytest.raises(ValueError, match=message):
+        compare(labelled, tmp_path / "out", encoder, *flags)
+
+
+def results(encoder, accuracies, labels=100):
+    return [Result(encoder, "k-NN", labels, draw, acc, "", 1.0, "") for draw, acc in enumerate(accuracies)]
+
+
+def test_the_conclusion_says_when_a_difference_is_within_the_spread():
+    cells = comparison.cells_of([*results("a", [70.0, 72.0, 74.0]), *results("b", [69.0, 70.5, 72.0])])
+    # Differences of the same draws: 1, 1.5 and 2.
+    assert comparison.conclusion(cells) == (
+        "With 100 labels, a (k-NN) has the best accuracy, 72.0 ± 2.0 %, 1.5 ± 0.5 points above b (k-NN)."
+    )
+    cells = comparison.cells_of([*results("a", [70.0, 74.0]), *results("b", [72.0, 71.0])])
+    assert "0.5 ± 3.5 points (within the spread of the draws) above b" in comparison.conclusion(cells)
+    cells = comparison.cells_of([*results("a", [70.0], 5), *results("b", [72.0], 5), *results("a", [1.0], 9)])
+    assert comparison.conclusion(cells) == (
+        "With 5 labels, b (k-NN) has the best accuracy, 72.0 %, 2.0 points (one draw: the spread is unknown) above a "
+        "(k-NN); with 9 labels, a (k-NN) has the best accuracy, 1.0 %."
+    )
+
+
+def test_the_table():
+    cells = comparison.cells_of([*results("a", [70.0, 72.0]), *results("b", [60.0]), *results("b", [80.0], 1000)])
+    assert comparison.table(cells).splitlines()[2:] == [
+        "| a (k-NN) | **71.0 ± 1.4** |  |", "| b (k-NN) | 60.0 | **80.0** |",
+    ]  # fmt: skip
+
+
+def test_baselines_equal_scikit_learns(compared):
+    """The choice of C is on held-out training images; with fewer than five of a class, there is none."""
+    chosen = {(row["labels"], row["chosen"]) for row in rows(compared[0]) if row["protocol"] == "RBF-SVM"}
+    assert ("12", "C 10") in chosen
+    from sklearn.svm import SVC
+
+    generator = np.random.default_rng(0)
+    labels = np.arange(60) % 3
+    train = generator.random((60, 5)).astype(np.float32) + labels[:, None] * 0.3
+    accuracy, chosen = pixel_baselines.evaluate("RBF-SVM", train, labels, train[::2], labels[::2], seed=1)
+    model = SVC(C=float(chosen.split()[1])).fit(train, labels)
+    assert accuracy == 100 * model.score(train[::2], labels[::2])
+
+
+def test_pixels_are_resized_to_32_and_keep_their_range(labelled):
+    source = datasets.open_source("val", str(labelled))
+    pixels = pixel_baselines.read(source, (64, 32), in_chans=1, crop_pct=1, num_workers=0)
+    assert pixels.shape == (23, 32 * 16)
+    assert 0 <= pixels.min() < pixels.max() <= 1
+    assert pixel_baselines.read(source, 16, in_chans=3, crop_pct=None, num_workers=0).shape == (23, 3 * 16 * 16)
+
+
+def test_scratch_has_the_settings_of_the_first_file(labelled, encoder, tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(Commands, "run", lambda self, name, script, flags, read: seen.update({name: flags}) or SCORES)
+    state = torch.load(encoder) | {"args": torch.load(encoder)["args"] | {"mean": [0.1] * 3, "std": [0.4] * 3}}
+    torch.save(state, tmp_path / "other.pth")
+    compare(labelled, tmp_path / "out", tmp_path / "other.pth", "--encoders", "scratch", tmp_path / "other.pth")
+    scratch = seen["scratch/finetune/12/0"]
+    assert (scratch["model"], scratch["mean"], scratch["std"]) == ("vit_mini_patch4", [0.1] * 3, [0.4] * 3)
+
+
+def test_val_fraction_evaluates_on_training_images(labelled, classify, capsys):
+    (accuracy,) = classify(main_knn, k=1, val_fraction=0.25, seed=3).values()
+    train = datasets.open_source("train", str(labelled))
+    rest, held_out = hold_out(train, 0.25, 3, "--val_fraction")
+    assert (len(rest), len(held_out)) == (36, 12)
+    assert accuracy * 12 / 100 == pytest.approx(round(accuracy * 12 / 100))  # of twelve images
+    with pytest.raises(ValueError, match=r"--val_fraction 0.01 holds out none of 48 images"):
+        classify(main_knn, k=1, val_fraction=0.01)
+
+
+def test_an_error_is_the_last_line_of_its_output(tmp_path):
+    script = tmp_path / "fails.py"
+    script.write_text("import sys; print('starts'); sys.exit('fails.py: error: --flag 1 is wrong')")
+    with pytest.raises(ValueError, match=r"^fails.py: error: --flag 1 is wrong \(the output is in .*output.txt\)$"):
+        Commands(tmp_path, 1).run("a", script, {}, lambda out, text: {})
+
+
+def test_an_error_ends_the_others(tmp_path):
+    """Each of them notes its end by a signal; a script of its own stands for a training run."""
+    script = tmp_path / "waits.py"
+    script.write_text("import pathlib, signal, sys, time\nfile = pathlib.Path(sys.argv[2])\n"
+                      "signal.signal(signal.SIGTERM, lambda *_: file.write_text('saved') and sys.exit(1))\n"
+                      "file.write_text('waits')\ntime.sleep(60)")  # fmt: skip
+    commands, note = Commands(tmp_path, 2), tmp_path / "note"
+
+    def fail():
+        wait_until(lambda: note.exists() and note.read_text())
+        raise ValueError("failed")
+
+    calls = [lambda: commands.run("a", script, {"note": note}, lambda out, text: {}), fail]
+    with pytest.raises(ValueError, match="failed"):
+        list(commands.each(calls))
+    wait_until(lambda: note.read_text() == "saved")
+
+
+def test_a_killed_comparison_ends_its_scripts(tmp_path):
+    """Otherwise they would train on, beside the resumed comparison."""
+    (tmp_path / "sleeps.py").write_text(
+        "import os, pathlib, sys, time\npathlib.Path(sys.argv[2]).write_text(str(os.getpid()))\ntime.sleep(60)"
+    )
+    code = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+from pathlib import Path; from util.jobs.commands import Commands, arguments
+here = Path({str(tmp_path)!r})
+list(Commands(here, 1).each([lambda: Commands(here, 1).run("a", here / "sleeps.py", {{"x": here / "pid"}}, None)]))
+"""
+    process = subprocess.Popen([sys.executable, "-c", code])
+    wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text(), process)
+    process.kill()
+    process.wait()
+    wait_until(lambda: not Path(f"/proc/{(tmp_path / 'pid').read_text()}").exists(), seconds=20)
+
+
+def test_arguments_of_a_command():
+    flags = {"global_pool": True, "k": [5, 20], "mean": None, "epochs": 3}
+    assert arguments(flags) == ["--global_pool", "--k", "5", "20", "--epochs", "3"]
+
+
+def test_checkpoints_and_tokens_of_complete_runs_are_removed(tmp_path):
+    (tmp_path / "log.txt").write_text(
+        '{"test_acc1": 1, "seconds": 2}\n{"test_acc1": 5, "chosen_blr": 3, "seconds": 4}\n'
+    )
+    (tmp_path / "tokens").mkdir()
+    for name in ("checkpoint-1.pth", "checkpoint-best.pth", "probe.pth", "tokens/train.npy"):
+        (tmp_path / name).touch()
+    expected = {"test_acc1": 5, "chosen_blr": 3, "epochs": 2, "seconds_per_epoch": 4}
+    assert main_compare._last_line(tmp_path, "", keep=True) == expected
+    assert len(list(tmp_path.rglob("*"))) == 6
+    assert main_compare._last_line(tmp_path, "", keep=False) == expected
+    assert [path.name for path in tmp_path.iterdir()] == ["log.txt"]

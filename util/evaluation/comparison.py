@@ -1,0 +1,158 @@
+"""Results of a comparison of encoders: a table, a CSV file, a plot over the number of labels, and a conclusion."""
+
+import csv
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from util.evaluation.tables import markdown
+from util.files import atomic
+
+PIXELS = "pixels"  # the encoder of baselines on raw pixels
+
+
+class Result(NamedTuple):
+    """The accuracy of an encoder with a protocol."""
+
+    encoder: str
+    protocol: str  # title, such as "linear probe"
+    labels: int  # number of training images
+    draw: int  # number of the random subset of the labels
+    accuracy: float  # top-1, in percent
+    chosen: str  # hyperparameters that were chosen on held-out training images
+    seconds: float
+    command: str
+
+    @property
+    def row(self) -> str:
+        """The title of its row."""
+        return f"{self.encoder} ({self.protocol})"
+
+
+class Cell(NamedTuple):
+    """The accuracies of the draws of an encoder, a protocol and a number of labels."""
+
+    encoder: str
+    protocol: str
+    by_draw: dict[int, float]
+
+    @property
+    def mean(self) -> float:
+        """Mean over the draws."""
+        return statistics.fmean(self.by_draw.values())
+
+    @property
+    def spread(self) -> float | None:
+        """Standard deviation over the draws; None with one draw."""
+        return statistics.stdev(self.by_draw.values()) if len(self.by_draw) > 1 else None
+
+    def __str__(self) -> str:
+        """Formats mean ± standard deviation."""
+        return f"{self.mean:.1f}" if self.spread is None else f"{self.mean:.1f} ± {self.spread:.1f}"
+
+
+Cells = dict[str, dict[int, Cell]]  # by title of the row and number of labels
+
+
+def cells_of(results: Sequence[Result]) -> Cells:
+    """Collects the draws of each cell."""
+    cells: Cells = {}
+    for result in results:
+        cell = cells.setdefault(result.row, {}).setdefault(result.labels, Cell(result.encoder, result.protocol, {}))
+        cell.by_draw[result.draw] = result.accuracy
+    return cells
+
+
+def columns_of(cells: Cells) -> list[int]:
+    """Returns the numbers of labels in ascending order."""
+    return sorted({labels for row in cells.values() for labels in row})
+
+
+def table(cells: Cells) -> str:
+    """Returns the table in Markdown. The best mean of each column is bold."""
+    columns = columns_of(cells)
+    best = {labels: max(row[labels].mean for row in cells.values() if labels in row) for labels in columns}
+
+    def text(row: dict[int, Cell], labels: int) -> str:
+        if labels not in row:
+            return ""
+        return f"**{row[labels]}**" if row[labels].mean == best[labels] else str(row[labels])
+
+    titles = ["test accuracy, %", *(f"{labels:,} labels" for labels in columns)]
+    return markdown(titles, [[name, *(text(row, labels) for labels in columns)] for name, row in cells.items()])
+
+
+def conclusion(cells: Cells) -> str:
+    """Returns one sentence: the best encoder for each number of labels, and its distance to the best other encoder.
+
+    The distance is the mean over the draws, with its standard deviation: the encoders share the subset of each draw.
+    """
+    parts = []
+    for labels in columns_of(cells):
+        column = sorted(((row[labels], name) for name, row in cells.items() if labels in row), key=lambda c: -c[0].mean)
+        (best, name), *rest = column
+        part = f"with {labels:,} labels, {name} has the best accuracy, {best} %"
+        other, other_name = next(((cell, title) for cell, title in rest if cell.encoder != best.encoder), (None, ""))
+        parts.append(part + (f", {_distance(best, other)} {other_name}" if other else ""))
+    return f"W{'; '.join(parts)[1:]}."
+
+
+def _distance(best: Cell, other: Cell) -> str:
+    differences = [best.by_draw[draw] - other.by_draw[draw] for draw in best.by_draw.keys() & other.by_draw.keys()]
+    if len(differences) < 2:
+        return f"{best.mean - other.mean:.1f} points (one draw: the spread is unknown) above"
+    mean, spread = statistics.fmean(differences), statistics.stdev(differences)
+    verdict = "" if abs(mean) > spread else " (within the spread of the draws)"
+    return f"{mean:.1f} ± {spread:.1f} points{verdict} above"
+
+
+def write(folder: Path, results: Sequence[Result]) -> str:
+    """Writes table.md, results.csv and plot.png to a folder.
+
+    Returns:
+        The table and the conclusion.
+    """
+    cells = cells_of(results)
+    text = f"{table(cells)}\n\n{conclusion(cells)}\n"
+    with atomic.replacing(folder / "results.csv") as written, written.open("w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerow(Result._fields)
+        rows.writerows(results)
+    draw(cells, folder / "plot.png")
+    atomic.write_text(folder / "table.md", text)
+    return text
+
+
+def draw(cells: Cells, path: Path) -> None:
+    """Draws accuracy over the number of labels: one panel for each protocol, one line for each encoder.
+
+    Baselines on raw pixels are dashed, in every panel.
+    """
+    from matplotlib.figure import Figure  # takes half a second
+
+    titles = {name: next(iter(row.values())) for name, row in cells.items()}  # any cell of the row
+    encoders = list(dict.fromkeys(cell.encoder for cell in titles.values()))
+    protocols = list(dict.fromkeys(cell.protocol for cell in titles.values() if cell.encoder != PIXELS)) or [""]
+    figure = Figure((max(4.5, 3.2 * len(protocols)), 3.6), dpi=100, layout="constrained")
+    panels = figure.subplots(1, len(protocols), sharey=True, squeeze=False)[0]
+    for axes, protocol in zip(panels, protocols, strict=True):
+        for name, row in cells.items():
+            encoder, own, _ = titles[name]
+            if encoder == PIXELS:
+                style = {"label": name, "color": "0.6", "linestyle": ("--", ":")["SVM" in own]}
+            elif own == protocol:
+                style = {"label": encoder, "color": f"C{encoders.index(encoder)}", "marker": "."}
+            else:
+                continue
+            columns = sorted(row)
+            means, spreads = zip(*((row[labels].mean, row[labels].spread or 0.0) for labels in columns), strict=True)
+            axes.errorbar(columns, means, spreads, capsize=2, **style)
+        axes.set(xscale="log", title=protocol, xlabel="labels", xticks=columns_of(cells))
+        axes.set_xticks(columns_of(cells), [f"{labels:,}" for labels in columns_of(cells)])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("test accuracy, %")
+    figure.legend(*figure.axes[-1].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+    with atomic.replacing(path) as written:
+        figure.savefig(written)

@@ -1,0 +1,121 @@
+"""Runs scripts in processes of their own, several at a time; each result is computed once and kept in a folder."""
+
+import ctypes
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any, TypeVar
+
+from util.files import atomic
+
+Scores = dict[str, Any]
+T = TypeVar("T")
+
+PR_SET_PDEATHSIG = 1  # of Linux: the signal that a process gets when its parent ends
+
+
+class Commands:
+    """Runs commands and keeps their scores in `folder`/NAME/result.json. A kept result of another command is replaced.
+
+    Args:
+        folder: the run directories.
+        jobs: commands at a time. Each gets an equal share of the CPU cores.
+    """
+
+    def __init__(self, folder: Path, jobs: int) -> None:
+        self.folder, self.jobs = folder, jobs
+        self.processes: set[subprocess.Popen[bytes]] = set()
+
+    def keep(self, name: str, command: str, compute: Callable[[Path], Scores]) -> Scores:
+        """Returns the scores of a name, with `seconds` and `command`. They are computed unless they are kept.
+
+        Args:
+            compute: computes the scores in a run directory. After an interruption it is called again with the same
+                directory.
+        """
+        out = self.folder / name
+        stored, started = out / "result.json", out / "command.txt"
+        if started.exists() and started.read_text(encoding="utf-8") != command:
+            shutil.rmtree(out)  # of other flags; it can't be resumed
+        if stored.exists():
+            return json.loads(stored.read_text(encoding="utf-8"))
+        out.mkdir(parents=True, exist_ok=True)
+        atomic.write_text(started, command)
+        begin = time.perf_counter()
+        scores = {**compute(out), "seconds": time.perf_counter() - begin, "command": command}
+        atomic.write_text(stored, json.dumps(scores, indent=1) + "\n")
+        return scores
+
+    def run(self, name: str, script: Path, flags: Mapping[str, Any], read: Callable[[Path, str], Scores]) -> Scores:
+        """Runs a script.
+
+        Args:
+            flags: by name; True for switches, a list for several values, None for none.
+            read: returns the scores of a run directory and an output.
+
+        Raises:
+            ValueError: the script failed; the message is the last line of its output.
+        """
+        command = shlex.join(["python", script.name, *arguments(flags)])
+
+        def compute(out: Path) -> Scores:
+            output = out / "output.txt"
+            with output.open("wb") as file:
+                process = subprocess.Popen(
+                    [sys.executable, str(script), *arguments(flags)], stdout=file, stderr=subprocess.STDOUT,
+                    preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+                    env=os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.jobs))},
+                )  # fmt: skip
+                self.processes.add(process)
+                code = process.wait()
+                self.processes.discard(process)
+            text = output.read_text(encoding="utf-8", errors="replace")
+            if code:
+                last = next((line for line in reversed(text.splitlines()) if line.strip()), f"exit code {code}")
+                raise ValueError(f"{last} (the output is in {output})")
+            return read(out, text)
+
+        return self.keep(name, command, compute)
+
+    def each(self, calls: Iterable[Callable[[], T]]) -> Iterator[T]:
+        """Calls functions, `jobs` at a time, and yields their results as they are complete.
+
+        An error or an interruption ends the running commands; they save their state.
+        """
+        pending: set[Future[T]] = set()
+        with ThreadPoolExecutor(self.jobs) as pool:
+            try:
+                pending = {pool.submit(call) for call in calls}
+                while pending:
+                    done, pending = wait(pending, timeout=1, return_when=FIRST_COMPLETED)
+                    yield from (future.result() for future in done)
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+                for process in list(self.processes):
+                    process.terminate()
+
+
+def arguments(flags: Mapping[str, Any]) -> list[str]:
+    """Returns flags as arguments of a command."""
+    words: list[str] = []
+    for name, value in flags.items():
+        values = [] if value is True else value if isinstance(value, list | tuple) else [value]
+        words += [f"--{name}", *map(str, values)] if value is not None else []
+    return words
+
+
+_libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+def _end_with_parent() -> None:
+    """Lets the command save its state and end if this process is killed; otherwise it would train on alone."""
+    assert _libc
+    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
