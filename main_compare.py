@@ -21,9 +21,11 @@ import json
 import logging
 import re
 import shutil
+import statistics
 import time
 from argparse import Namespace
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -43,17 +45,19 @@ import models_vit
 from util import datasets
 from util.checkpoints import checkpoint
 from util.cli import options
+from util.cli.advice import arguments
 from util.data import labels as label_sets
 from util.data.sources import Source
 from util.evaluation import comparison, pixel_baselines
 from util.evaluation.comparison import PIXELS, Result
-from util.jobs.commands import Commands, arguments
+from util.jobs.commands import Commands
 from util.training import run_log
 from util.weights import loading
 
 logger = logging.getLogger(__name__)
 
 SCRATCH, TIMM = "scratch", "timm:"
+RESERVED = (SCRATCH, PIXELS, "choices", "timing")  # names of encoders and folders in runs/
 KNN, LINEAR, ATTENTIVE, FINETUNE = "knn", "linear", "attentive", "finetune"
 TITLES = {KNN: "k-NN", LINEAR: "linear probe", ATTENTIVE: "attentive probe", FINETUNE: "fine-tuned"}
 PROBE = {"cache_features": True, "blr": [0.3, 1, 3, 10, 30], "epochs": 60, "warmup_epochs": 5, "batch_size": 256,
@@ -107,7 +111,7 @@ class Task(NamedTuple):
     @property
     def name(self) -> str:
         """The name of its run directory."""
-        return re.sub(r"[^\w./-]", "_", f"{self.encoder.name}/{self.protocol}/{self.labels}/{self.draw}")
+        return f"{_directory(self.encoder.name)}/{_directory(self.protocol)}/{self.labels}/{self.draw}"
 
 
 def main(args: Namespace) -> str:
@@ -121,6 +125,11 @@ def main(args: Namespace) -> str:
         open_split, args.train_list, args.val_list, nb_classes=None, train_per_class=None, seed=0
     )
     sizes = [_size(text, train) for text in args.labels]
+    if len({labels for labels, _ in sizes}) < len(sizes):
+        numbers = ", ".join(f"{labels:,}" for labels, _ in sizes)
+        raise ValueError(
+            f"--labels {' '.join(args.labels)}: these are {numbers} images, equally many of each class; give each once"
+        )
     draws = [(*size, draw) for draw in range(args.draws) for size in sizes if size[1] or not draw]
     tasks = [
         Task(encoder, protocol, *draw)
@@ -130,23 +139,51 @@ def main(args: Namespace) -> str:
     ]
     runs = Runs(args, Commands(out / "runs", args.jobs), [labels for labels, _ in sizes], train, val)
     order = {(task.encoder.name, task.protocol): place for place, task in enumerate(tasks)}
+    trained = [task for task in tasks if task.encoder.name != PIXELS]
+    for task in trained:
+        runs.flags(task)  # the script's error about a flag comes now, and not after hours
     begin, results = time.perf_counter(), list[tuple[int, Result]]()
-    chosen = [partial(runs.choose, task) for task in tasks if not task.draw and task.encoder.name != PIXELS]
+    chosen = [partial(runs.choose, task) for task in trained if not task.draw]
     for number, _ in enumerate(runs.commands.each(chosen), start=1):
-        logger.info(f"hyperparameters of {number} of {len(chosen)} cells are chosen")
+        left = _duration((time.perf_counter() - begin) / number * (len(chosen) - number))
+        logger.info(f"hyperparameters of {number} of {len(chosen)} cells are chosen (about {left} left for these)")
+    seconds: dict[str, float] = {}
     try:
         for task, result in runs.commands.each([partial(runs.result, task) for task in tasks]):
             results.append((order[task.encoder.name, task.protocol], result))
-            left = (time.perf_counter() - begin) / len(results) * (len(tasks) - len(results))
+            seconds[task.name] = result.seconds  # reused results keep the seconds that they took
             logger.info(
                 f"[{len(results)}/{len(tasks)}] {result.row}, {result.labels:,} labels, draw {result.draw}: "
-                f"{result.accuracy:.2f} % ({result.seconds:.0f} s; about {timedelta(seconds=round(left))} left)"
+                f"{result.accuracy:.2f} % ({result.seconds:.0f} s; about "
+                f"{_duration(_seconds_left(tasks, seconds) / args.jobs)} left)"
             )
     finally:
         if results:
             text = comparison.write(out, [result for _, result in sorted(results)])
     logger.info(f"\n{text}\nall runs with their commands: {out / 'results.csv'}; plot: {out / 'plot.png'}")
     return text
+
+
+def _seconds_left(tasks: Sequence[Task], seconds: Mapping[str, float]) -> float:
+    """Returns the computing time of the open tasks; `seconds` has that of the complete ones, by name."""
+
+    def mean(similar: Callable[[Task], bool]) -> float | None:
+        values = [seconds[task.name] for task in tasks if task.name in seconds and similar(task)]
+        return statistics.fmean(values) if values else None
+
+    def expected(task: Task) -> float:
+        same = mean(lambda other: (other.protocol, other.labels) == (task.protocol, task.labels))
+        return same or mean(lambda other: other.protocol == task.protocol) or mean(lambda other: True) or 0.0
+
+    return sum(expected(task) for task in tasks if task.name not in seconds)
+
+
+def _duration(seconds: float) -> timedelta:
+    return timedelta(seconds=round(seconds))
+
+
+def _directory(name: str) -> str:
+    return re.sub(r"[^\w.-]|^\.+", "_", name)
 
 
 def _size(text: str, train: Source) -> tuple[int, int | None]:
@@ -164,7 +201,9 @@ def _size(text: str, train: Source) -> tuple[int, int | None]:
             f"--labels {text}: give {len(train.classes)} (one image of each class) to {len(train.classes) * fewest} "
             f"(the smallest class has {fewest}), or all"
         )
-    return per_class * len(train.classes), per_class
+    if int(text) != (labels := per_class * len(train.classes)):
+        logger.info(f"--labels {text}: {labels} images are used, {per_class} of each class")
+    return labels, per_class
 
 
 def _encoders(args: Namespace, folder: Path) -> list[Encoder]:
@@ -179,18 +218,41 @@ def _encoders(args: Namespace, folder: Path) -> list[Encoder]:
         if text in (SCRATCH, PIXELS):
             encoders.append(Encoder(text, {}))
             continue
-        name, _, file = text.rpartition("=")
+        name, file = _named(text)
         path = timm_folder(file.removeprefix(TIMM), folder) if file.startswith(TIMM) else file
         weights = loading.read(path)
         recorded = models_build.classifier_settings(weights)
         if not recorded:
             raise ValueError(f"--encoders {text}: no model of this library has its shapes")
         own = {key: recorded[key] for key in ARCHITECTURE if recorded.get(key) is not None and key not in explicit}
-        encoders.append(Encoder(name or Path(file).stem, {**own, "finetune": path}))
+        encoders.append(Encoder(name, {**own, "finetune": path}))
         architecture = architecture or {**own, **{key: recorded[key] for key in ("mean", "std") if recorded.get(key)}}
-    if len({encoder.name for encoder in encoders}) < len(encoders):
-        raise ValueError("--encoders: two encoders have one name; give names, such as long=runs/b/checkpoint-99.pth")
+    names = Counter(_directory(encoder.name) for encoder in encoders)
+    if repeated := [name for name, count in names.items() if count > 1]:
+        raise ValueError(
+            f"--encoders: two have the name {repeated[0]}; give names, such as long=runs/b/checkpoint-99.pth"
+        )
     return [encoder if encoder.flags else encoder._replace(flags=architecture) for encoder in encoders]
+
+
+def _named(text: str) -> tuple[str, str]:
+    """Splits [NAME=]ENCODER. A path may contain an equals sign.
+
+    Raises:
+        ValueError: the name has another meaning.
+    """
+    name, file = text.split("=", 1) if "=" in text and not Path(text).exists() else ("", text)
+    if not name:  # a dot of a model of timm or of a folder begins no suffix
+        name = (
+            file.removeprefix(TIMM)
+            if file.startswith(TIMM)
+            else Path(file).name
+            if Path(file).is_dir()
+            else Path(file).stem
+        )
+    if _directory(name) in RESERVED:
+        raise ValueError(f"--encoders {text}: the name {name} is reserved; give another, such as mine={file}")
+    return name, file
 
 
 def timm_folder(name: str, folder: Path) -> str:
@@ -216,9 +278,12 @@ class Runs:
     def __init__(self, args: Namespace, commands: Commands, sizes: Sequence[int], train: Source, val: Source) -> None:
         self.args, self.commands, self.sizes, self.train, self.val = args, commands, sizes, train, val
         self.shared = {name: getattr(args, name) for name in SHARED if name in entry_point.explicit(args)}
-        self.recipes = dict(text.split("=", 1) for text in args.recipes)
-        if unknown := self.recipes.keys() - set(args.protocols):
-            raise ValueError(f"--recipes {unknown.pop()}=: give PROTOCOL=YAML with one of {', '.join(args.protocols)}")
+        self.recipes = {}
+        for text in args.recipes:
+            protocol, _, recipe = text.partition("=")
+            if protocol not in args.protocols or not recipe:
+                raise ValueError(f"--recipes {text}: give PROTOCOL=YAML with one of {', '.join(args.protocols)}")
+            self.recipes[protocol] = recipe
         if len(args.budget) not in (1, len(args.labels)):
             count = len(args.labels)
             raise ValueError(f"--budget has {len(args.budget)} values: give one, or one for each of {count} --labels")
@@ -226,7 +291,11 @@ class Runs:
         self.notes: set[str] = set()
 
     def flags(self, task: Task) -> Flags:
-        """Returns the flags of a task, without those that `choose` returns."""
+        """Returns the flags of a task, without those that `choose` returns.
+
+        Raises:
+            SystemExit: the script refuses them; its message is printed.
+        """
         own = PROTOCOLS[task.protocol][1]
         recipe = self.recipes.get(task.protocol)
         flags = {**({"config": recipe} if recipe else own), **task.encoder.flags, **self.shared, "seed": task.draw}
@@ -235,10 +304,6 @@ class Runs:
         if task.protocol == FINETUNE and "finetune" not in flags:
             flags["layer_decay"] = 1  # no layer has pre-trained weights
         return {**flags, **self._smaller_batch(task, flags)}
-
-    def check(self, task: Task) -> None:
-        """Exits with the message of the script if it refuses the flags of a task."""
-        self._settings(task, self.flags(task))
 
     def choose(self, task: Task) -> None:
         """Chooses the hyperparameters of a cell on held-out training images of this draw; `result` uses them."""

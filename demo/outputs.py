@@ -7,6 +7,7 @@ import base64
 import html
 import io
 import math
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -234,4 +235,7 @@ def _data_url(image: Image.Image) -> str:
 
 def _enlarge(image: Image.Image) -> Image.Image:
     scale = math.ceil(MIN_SIDE / min(image.size))
-    return image.resize((scale * image.width, scale * image.height), Image.Resampling.NEAREST)
+    large = image.resize((scale * image.width, scale * image.height), Image.Resampling.NEAREST)
+    # gradio names a file by its contents, and writes it again while it sends the same picture to another visitor.
+    large.info["id"] = uuid.uuid4().hex
+    return large

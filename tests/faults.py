@@ -82,7 +82,6 @@ class Run:
     def start(self, *flags: Any) -> "Run":
         """Starts or resumes the run; later flags take precedence."""
         self.offset = self.output.stat().st_size if self.output.exists() else 0
-        argv = [f"{self.script}.py", *map(str, [*self.flags, "--resume", "auto", *flags])]
         argv = [*self.flags, "--resume", "auto", *flags]
         environment = {"OMP_NUM_THREADS": "1"}
         self.forks = Forks(f"{self.script}.py", argv, self.output, self.layout.processes, environment, self.user)

@@ -197,3 +197,5 @@ def test_settings_are_formatted_as_on_the_command_line():
     args = vars(entry_point.parse(main_finetune.get_args_parser(), typed.split()))
     assert {name: args[name] for name in settings} == settings
     assert advice.flags({"norm_pix_loss": True, "unfreeze_blocks": None}) == "--norm_pix_loss no --unfreeze_blocks"
+    settings = {"global_pool": False, "k": [5, 20], "mean": None, "pin_mem": False, "config": "my recipe.yaml"}
+    assert advice.arguments(settings) == ["--cls_token", "--k", "5", "20", "--no_pin_mem", "--config", "my recipe.yaml"]

@@ -21,7 +21,7 @@ from util.cli import entry_point
 from util.data.labels import hold_out
 from util.evaluation import comparison, pixel_baselines
 from util.evaluation.comparison import Result
-from util.jobs.commands import Commands, arguments
+from util.jobs.commands import Commands
 
 
 @pytest.fixture(scope="module")
@@ -142,13 +142,69 @@ SCORES = {"test_acc1": 50.0, "knn_acc1_k5": 40.0, "knn_acc1_k20": 60.0, "seconds
         (["--labels", "5"], r"--labels 5: give 6 \(one image of each class\) to 48"),
         (["--labels", "7000"], r"--labels 7000: give 6 .* to 48 \(the smallest class has 8\), or all"),
         (["--budget", "1", "2", "3"], "--budget has 3 values: give one, or one for each of 1 --labels"),
-        (["--recipes", "linear=x.yaml"], "--recipes linear=: give PROTOCOL=YAML with one of knn, finetune"),
+        (
+            ["--labels", "12", "13"],
+            r"--labels 12 13: these are 12, 12 images, equally many of each class; give each once",
+        ),
+        (["--recipes", "linear=x.yaml"], "--recipes linear=x.yaml: give PROTOCOL=YAML with one of knn, finetune"),
+        (["--recipes", "finetune"], "--recipes finetune: give PROTOCOL=YAML with one of knn, finetune"),
         (["--encoders", "a=scratch.pth", "a=scratch.pth"], "there is no file scratch.pth"),
+        (
+            ["--encoders", "pixels=a.pth"],
+            r"--encoders pixels=a.pth: the name pixels is reserved; give another, such as mine=a.pth",
+        ),
+        (["--encoders", "choices.pth"], "the name choices is reserved"),
     ],
 )
 def test_errors_are_one_line(labelled, encoder, tmp_path, flags, message):
     with pytest.raises(ValueError, match=message):
         compare(labelled, tmp_path / "out", encoder, *flags)
+
+
+@pytest.mark.parametrize("budget", ["0", "abc", "m", "5min", "-1m"])
+def test_the_budget_is_epochs_or_minutes(budget, capsys):
+    with pytest.raises(SystemExit):
+        main_compare.get_args_parser().parse_args(["--encoders", "scratch", f"--budget={budget}"])
+    assert f"argument --budget: must be epochs (50) or minutes (5m), got {budget}" in capsys.readouterr().err
+
+
+def test_names_of_encoders(tmp_path, monkeypatch):
+    """A path may contain an equals sign, the name of a model of timm a dot."""
+    monkeypatch.chdir(tmp_path)
+    for path in ("lr=0.1/checkpoint-9.pth", "v1.5/config.json"):
+        Path(path).parent.mkdir()
+        Path(path).touch()
+    assert {text: main_compare._named(text) for text in NAMED} == NAMED
+
+
+NAMED = {
+    "lr=0.1/checkpoint-9.pth": ("checkpoint-9", "lr=0.1/checkpoint-9.pth"),
+    "mine=lr=0.1/checkpoint-9.pth": ("mine", "lr=0.1/checkpoint-9.pth"),
+    "v1.5": ("v1.5", "v1.5"),
+    "timm:vit_base_patch16_224.mae": ("vit_base_patch16_224.mae", "timm:vit_base_patch16_224.mae"),
+    "mae_pretrain_vit_base": ("mae_pretrain_vit_base", "mae_pretrain_vit_base"),
+}
+
+
+def test_encoders_of_one_directory_are_an_error(labelled, encoder, tmp_path):
+    with pytest.raises(ValueError, match="--encoders: two have the name a_b; give names, such as long="):
+        compare(labelled, tmp_path, encoder, "--encoders", f"a b={encoder}", f"a/b={encoder}")
+
+
+def test_errors_of_the_scripts_come_before_the_runs(labelled, encoder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Commands, "run", lambda *_: pytest.fail("a run was started"))
+    (tmp_path / "recipe.yaml").write_text("epoch: 3\n")
+    with pytest.raises(SystemExit):
+        compare(labelled, tmp_path / "out", encoder, "--recipes", f"finetune={tmp_path / 'recipe.yaml'}")
+    assert "recipe.yaml: there is no flag 'epoch'; did you mean epochs?" in capsys.readouterr().err
+
+
+def test_the_time_left_is_that_of_similar_runs():
+    encoder = main_compare.Encoder("mine", {})
+    tasks = [main_compare.Task(encoder, protocol, labels, 1, draw)
+             for protocol, labels in (("knn", 10), ("knn", 50), ("finetune", 10)) for draw in (0, 1, 2)]  # fmt: skip
+    seconds = {tasks[0].name: 2.0, tasks[1].name: 4.0, tasks[6].name: 60.0}
+    assert main_compare._seconds_left(tasks, seconds) == 3 + 3 * 3 + 2 * 60
 
 
 def results(encoder, accuracies, labels=100):
@@ -241,7 +297,8 @@ def test_an_error_ends_the_others(tmp_path):
     calls = [lambda: commands.run("a", script, {"note": note}, lambda out, text: {}), fail]
     with pytest.raises(ValueError, match="failed"):
         list(commands.each(calls))
-    wait_until(lambda: note.read_text() == "saved")
+    wait_until(lambda: note.read_text() != "waits")
+    assert note.read_text() == "saved"
 
 
 def test_a_killed_comparison_ends_its_scripts(tmp_path):
@@ -251,7 +308,7 @@ def test_a_killed_comparison_ends_its_scripts(tmp_path):
     )
     code = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
-from pathlib import Path; from util.jobs.commands import Commands, arguments
+from pathlib import Path; from util.jobs.commands import Commands
 here = Path({str(tmp_path)!r})
 list(Commands(here, 1).each([lambda: Commands(here, 1).run("a", here / "sleeps.py", {{"x": here / "pid"}}, None)]))
 """
@@ -260,11 +317,6 @@ list(Commands(here, 1).each([lambda: Commands(here, 1).run("a", here / "sleeps.p
     process.kill()
     process.wait()
     wait_until(lambda: not Path(f"/proc/{(tmp_path / 'pid').read_text()}").exists(), seconds=20)
-
-
-def test_arguments_of_a_command():
-    flags = {"global_pool": True, "k": [5, 20], "mean": None, "epochs": 3}
-    assert arguments(flags) == ["--global_pool", "--k", "5", "20", "--epochs", "3"]
 
 
 def test_checkpoints_and_tokens_of_complete_runs_are_removed(tmp_path):

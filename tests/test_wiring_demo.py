@@ -301,6 +301,14 @@ def test_the_page_rejects_images_in_an_escaped_message(mae, tmp_path, monkeypatc
         assert "the upload was deleted" in answer[-1] and answer[-2] is None
 
 
+def test_equal_pictures_are_files_of_their_own(mae):
+    """A visitor loads one of them while another is written."""
+    panel, batch = app._panel("original"), torch.zeros(1, 3, 32, 32)
+    first, second = (panel.postprocess(outputs.to_image(mae, batch)).path for _ in range(2))
+    assert first != second
+    assert np.array_equal(Image.open(first), Image.open(second))
+
+
 def test_the_page_describes_models(mae):
     assert outputs.describe(mae) == "<b>mae_vit_mini_patch4</b>: input 32 × 32 pixels, RGB; 64 patches of 4 × 4 pixels"
     settings = {"input_size": [32, 64], "patch_size": [8, 16], "in_chans": 4, "nb_classes": 13}

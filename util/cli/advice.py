@@ -40,13 +40,16 @@ def advised(error: Error, *remedies: str) -> Error:
 
 
 def flags(settings: Mapping[str, Any]) -> str:
-    """Returns settings as they are typed, such as `--in_chans 1 --cls_token`."""
-    return " ".join(_flag(name, value) for name, value in settings.items())
+    """Returns settings as they are typed, such as `--in_chans 1 --cls_token`; None as `no --NAME`."""
+    return " ".join(" ".join(arguments({name: value})) or f"no --{name}" for name, value in settings.items())
 
 
-def _flag(name: str, value: Any) -> str:
-    if value is None:
-        return f"no --{name}"
-    if isinstance(value, bool):
-        return f"--{name}" if value else OFF.get(name, f"--no_{name}")
-    return f"--{name} " + " ".join(map(str, value if isinstance(value, list | tuple) else [value]))
+def arguments(settings: Mapping[str, Any]) -> list[str]:
+    """Returns settings as the arguments of a command; those that are None are left out."""
+    words: list[str] = []
+    for name, value in settings.items():
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else OFF.get(name, f"--no_{name}"))
+        elif value is not None:
+            words += [f"--{name}", *map(str, value if isinstance(value, list | tuple) else [value])]
+    return words

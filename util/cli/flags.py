@@ -1,6 +1,7 @@
 """Types of flag values, with error messages for argparse."""
 
 import argparse
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,13 @@ ratio = _kind(float, lambda value: 0 <= value < 1, "in [0, 1)")
 jpeg_quality = _kind(int, lambda value: 1 <= value <= 100, "in 1 to 100")
 job_id = _kind(str, str.isdecimal, "a job id, which is a number")
 seed = _kind(int, lambda value: 0 <= value < 2**32, "in [0, 2^32), which all random generators take")
+
+
+def budget(text: str) -> str:
+    """The type of a training budget: epochs or minutes."""
+    if not re.fullmatch(r"\d*[1-9]\d*|\d+(\.\d+)?m", text):
+        raise argparse.ArgumentTypeError(f"must be epochs (50) or minutes (5m), got {text}")
+    return text
 
 
 def new_file(*suffixes: str) -> Callable[[str], Path]:

@@ -10,6 +10,7 @@ from util.cli.choices import ADAPT_CHOICES, AMP_CHOICES, DEFAULT_WORKERS, LINEAR
 from util.cli.flags import (
     Size,
     add_switch,
+    budget,
     count,
     non_negative,
     positive,
@@ -383,7 +384,7 @@ def add_comparison_options(parser: argparse.ArgumentParser, protocols: Collectio
         help="random subsets for each number of labels; there is one of all",
     )  # fmt: skip
     group.add_argument(
-        "--budget", nargs="+", default=["50"], metavar="B",
+        "--budget", nargs="+", type=budget, default=["50"], metavar="B",
         help="fine-tuning budget of each run: epochs (50) or minutes (5m); one value, or one for each of --labels",
     )  # fmt: skip
     group.add_argument(

@@ -88,14 +88,14 @@ def conclusion(cells: Cells) -> str:
 
     The distance is the mean over the draws, with its standard deviation: the encoders share the subset of each draw.
     """
-    parts = []
+    parts: list[str] = []
     for labels in columns_of(cells):
         column = sorted(((row[labels], name) for name, row in cells.items() if labels in row), key=lambda c: -c[0].mean)
         (best, name), *rest = column
-        part = f"with {labels:,} labels, {name} has the best accuracy, {best} %"
+        part = f"{'; with' if parts else 'With'} {labels:,} labels, {name} has the best accuracy, {best} %"
         other, other_name = next(((cell, title) for cell, title in rest if cell.encoder != best.encoder), (None, ""))
         parts.append(part + (f", {_distance(best, other)} {other_name}" if other else ""))
-    return f"W{'; '.join(parts)[1:]}."
+    return "".join(parts) + "."
 
 
 def _distance(best: Cell, other: Cell) -> str:

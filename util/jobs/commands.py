@@ -14,6 +14,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, TypeVar
 
+from util.cli.advice import arguments
 from util.files import atomic
 
 Scores = dict[str, Any]
@@ -58,7 +59,7 @@ class Commands:
         """Runs a script.
 
         Args:
-            flags: by name; True for switches, a list for several values, None for none.
+            flags: by name, as `advice.arguments` takes them.
             read: returns the scores of a run directory and an output.
 
         Raises:
@@ -101,15 +102,6 @@ class Commands:
                 pool.shutdown(wait=False, cancel_futures=True)
                 for process in list(self.processes):
                     process.terminate()
-
-
-def arguments(flags: Mapping[str, Any]) -> list[str]:
-    """Returns flags as arguments of a command."""
-    words: list[str] = []
-    for name, value in flags.items():
-        values = [] if value is True else value if isinstance(value, list | tuple) else [value]
-        words += [f"--{name}", *map(str, values)] if value is not None else []
-    return words
 
 
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
