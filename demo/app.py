@@ -10,7 +10,6 @@ import argparse
 import html
 import os
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -53,6 +52,7 @@ WITHOUT_DECODER = """<h1>Vision transformer</h1>
 <p>Choose an image, and look at the attention and the features of the model. Without a decoder, it can't reconstruct
 masked patches.</p>"""
 HEADS = "Attention of the class token in the last block"
+QUERIES = "Attention of the class token in the last block (heads) or of the probe (queries)"
 COMPONENTS = """<p>The first three components of the features, as red, green and blue. Patches of a similar
 color have similar features; the colors have no other meaning.</p>"""
 # The values of the mask editor are described in its script.
@@ -220,9 +220,9 @@ def _reconstruct_tab(model: Autoencoder, photo: gr.File, opened: Any) -> Any:
 
 def _inside_tab(model: Model, classifier: Model | None, photo: gr.File, opened: Any) -> None:
     """Adds the tab."""
-    block: Any = model.blocks[-1]
-    heads = ["mean of all heads", *(f"head {number + 1}" for number in range(block.attn.num_heads))]
-    head = gr.Dropdown(heads, type="index", label=HEADS)
+    choices = outputs.attention_maps(model, classifier)
+    names = [choice.name for choice in choices]
+    chosen = gr.Dropdown(names, type="index", label=QUERIES if "query 1" in names else HEADS)
     with gr.Row():
         original = _panel("original")
         with gr.Column(min_width=200):
@@ -233,11 +233,14 @@ def _inside_tab(model: Model, classifier: Model | None, photo: gr.File, opened: 
             classes = gr.Label(label="classes")
             opened.then(partial(outputs.classify, classifier), photo, classes, api_name="classify",
                         concurrency_id="models")  # fmt: skip
-    view: Callable[..., Any] = partial(outputs.look_inside, model)
+
+    def view(file: str | None, index: int) -> list[Any]:
+        return outputs.look_inside(model, file, choices[index])
+
     answer = [original, attention, components, legend]
-    head.change(view, [photo, head], answer, api_name="look_inside", trigger_mode="always_last",
-                concurrency_id="models")  # fmt: skip
-    opened.then(view, [photo, head], answer, api_visibility="private", concurrency_id="models")
+    chosen.change(view, [photo, chosen], answer, api_name="look_inside", trigger_mode="always_last",
+                  concurrency_id="models")  # fmt: skip
+    opened.then(view, [photo, chosen], answer, api_visibility="private", concurrency_id="models")
 
 
 def _panel(title: str) -> gr.Image:

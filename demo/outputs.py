@@ -8,8 +8,9 @@ import html
 import io
 import math
 import uuid
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image, ImageOps
@@ -117,24 +118,44 @@ def paint(model: Autoencoder, photo: str | None, masked: str) -> list[Any]:
     return _reconstruction(model, model.reconstruct(imgs, mask=mask), "by you")
 
 
-def look_inside(model: Model, photo: str | None, head: int) -> list[Any]:
+class AttentionMap(NamedTuple):
+    """An attention map that the page offers."""
+
+    name: str
+    model: Model
+    weights: Callable[[Model, torch.Tensor], torch.Tensor]  # of all heads or queries (B, heads or Q, rows, columns)
+    number: int | None  # of the head or query; None: the mean of all
+
+
+def attention_maps(model: Model, classifier: Model | None) -> list[AttentionMap]:
+    """Returns the maps of a model's class token, and those of the queries of an attentive probe."""
+    block: Any = model.blocks[-1]
+    heads = range(block.attn.num_heads)
+    offered = [AttentionMap("mean of all heads", model, maps.attention, None)]
+    offered += [AttentionMap(f"head {index + 1}", model, maps.attention, index) for index in heads]
+    if classifier is not None and classifier.head_pools:
+        head: Any = classifier.head
+        offered.append(AttentionMap("mean of all queries", classifier, maps.query_attention, None))
+        for index in range(len(head.pool.queries)):
+            offered.append(AttentionMap(f"query {index + 1}", classifier, maps.query_attention, index))
+    return offered
+
+
+def look_inside(model: Model, photo: str | None, attention: AttentionMap) -> list[Any]:
     """Computes maps of an image.
 
-    Args:
-        head: the number of the head; 0 is the mean of all heads.
-
     Returns:
-        The image; the attention of the class token; the principal components; the legend of the attention as HTML.
+        The image; its attention map; the principal components; the legend of the attention as HTML.
     """
     picture = open_usable(model, photo)
     if picture is None:
         return [None, None, None, ""]
-    imgs = uncropped_input(model, picture)
-    attention = maps.attention(model, imgs)[0]
-    weights = attention[head - 1] if head else attention.mean(dim=0)
-    bright = maps.overlay(model, imgs[0], weights)
+    imgs, attended = uncropped_input(model, picture), uncropped_input(attention.model, picture)
+    of_all = attention.weights(attention.model, attended)[0]
+    weights = of_all.mean(dim=0) if attention.number is None else of_all[attention.number]
+    image, bright = maps.overlay(model, imgs[0]), maps.overlay(attention.model, attended[0], weights)
     colors = Image.fromarray((maps.components(model, imgs)[0] * 255).byte().numpy())
-    images = (maps.overlay(model, imgs[0]), bright, colors.resize(bright.size, Image.Resampling.NEAREST))
+    images = (image, bright, colors.resize(image.size, Image.Resampling.NEAREST))
     legend = (
         f'<p class="scale">0 %<i></i>{100 * float(weights.max()):.1f} %</p>'
         f"<p>Share of the attention that a patch gets: bright patches get most.</p>"

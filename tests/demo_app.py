@@ -518,7 +518,9 @@ def test_every_image_format_is_reconstructed(model, tmp_path):
             assert {panel.size for panel in panels} == {(width, height)}
             assert (editor["rows"], editor["columns"]) == (height // SIDE, width // SIDE)
             assert f"{height * width // SIDE**2 // 2} of {height * width // SIDE**2} patches" in said
-            assert {panel.size for panel in outputs.look_inside(sees, str(file), 0)[:3]} == {(width, height)}
+            assert {
+                panel.size for panel in outputs.look_inside(sees, str(file), outputs.attention_maps(sees, None)[0])[:3]
+            } == {(width, height)}
 
 
 def test_invalid_flags_are_errors(files, tmp_path):

@@ -14,6 +14,7 @@ from conftest import ROOT
 from matplotlib.axes import Axes
 from PIL import Image
 
+import models_build
 from benchmarks import machine, saving, targets
 from demo import app, outputs, report, segmentation, unpack_data
 from inference import get_model, maps, reconstruct
@@ -251,12 +252,38 @@ def test_masks_that_can_not_be_reconstructed_are_errors_without_pictures(mae):
 def test_the_page_displays_the_selected_head(mae):
     imgs = reconstruct.uncropped_input(mae, Image.open(CAT))
     attention = maps.attention(mae, imgs)[0]
+    choices = outputs.attention_maps(mae, None)
+    assert [choice.name for choice in choices] == ["mean of all heads", *(f"head {n}" for n in (1, 2, 3, 4))]
     for head, expected in ((0, attention.mean(dim=0)), (1, attention[0]), (4, attention[3])):
-        original, bright, _, legend = outputs.look_inside(mae, str(CAT), head)
+        original, bright, _, legend = outputs.look_inside(mae, str(CAT), choices[head])
         assert np.array_equal(np.asarray(original), picture_of(mae, imgs))
         wanted = outputs._enlarge(maps.overlay(mae, imgs[0], expected))
         assert np.array_equal(np.asarray(bright), np.asarray(wanted))
         assert f"0 %<i></i>{100 * expected.max():.1f} %" in legend
+
+
+def test_the_page_displays_the_queries_of_an_attentive_probe(mae, tmp_path):
+    settings = {"model": "vit_mini_patch4", "input_size": 40, "patch_size": 4, "in_chans": 3, "global_pool": False,
+                "nb_classes": 3, "probe": "attentive", "num_queries": 2}  # fmt: skip
+    probe = models_build.probe(settings)
+    torch.nn.init.normal_(probe.head.pool.queries)
+    torch.save({"model": probe.state_dict(), "args": settings}, tmp_path / "probe.pth")
+    classifier = get_model(tmp_path / "probe.pth")
+    choices = outputs.attention_maps(mae, classifier)
+    assert [choice.name for choice in choices[5:]] == ["mean of all queries", "query 1", "query 2"]
+    imgs = reconstruct.uncropped_input(
+        classifier, Image.open(CAT)
+    )  # 60 x 40 pixels; that of the autoencoder has 48 x 32
+    of_all = maps.query_attention(classifier, imgs)[0]
+    for choice, expected in zip(choices[5:], (of_all.mean(dim=0), *of_all), strict=True):
+        original, bright, colors, legend = outputs.look_inside(mae, str(CAT), choice)
+        wanted = outputs._enlarge(maps.overlay(classifier, imgs[0], expected))
+        assert np.array_equal(np.asarray(bright), np.asarray(wanted))
+        assert original.size == colors.size == bright.size == (480, 320)
+        assert f"0 %<i></i>{100 * expected.max():.1f} %" in legend
+    components = app.build(mae, classifier).config["components"]
+    menus = [part["props"] for part in components if part["type"] == "dropdown"]
+    assert [name for name, _ in menus[0]["choices"]] == [choice.name for choice in choices]
 
 
 def test_the_page_classifies_like_the_model(tmp_path):
@@ -292,7 +319,7 @@ def test_the_page_rejects_images_in_an_escaped_message(mae, tmp_path, monkeypatc
         assert str(tmp_path) not in message
         assert outputs.draw_mask(mae, path, 0.5, 0) == [{"value": "", "picture": ""}, *[None] * 4, ""]
         assert outputs.paint(mae, path, "3") == [*[None] * 4, ""]
-        assert outputs.look_inside(mae, path, 0) == [None, None, None, ""]
+        assert outputs.look_inside(mae, path, outputs.attention_maps(mae, None)[0]) == [None, None, None, ""]
         assert outputs.classify(mae, path) is None
     assert outputs.check(mae, None) == ""
     deleted = str(tmp_path / "deleted.png")
