@@ -60,13 +60,13 @@ SCRATCH, TIMM = "scratch", "timm:"
 RESERVED = (SCRATCH, PIXELS, "choices", "timing")  # names of encoders and folders in runs/
 KNN, LINEAR, ATTENTIVE, FINETUNE = "knn", "linear", "attentive", "finetune"
 TITLES = {KNN: "k-NN", LINEAR: "linear probe", ATTENTIVE: "attentive probe", FINETUNE: "fine-tuned"}
-PROBE = {"cache_features": True, "blr": [0.3, 1, 3, 10, 30], "epochs": 60, "warmup_epochs": 5, "batch_size": 256,
+PROBE = {"cache_features": True, "epochs": 60, "warmup_epochs": 5, "batch_size": 256,
          "eval_every": 60, "save_every": 60}  # fmt: skip
 # Protocol -> script, and its flags without a recipe.
 PROTOCOLS: dict[str, tuple[ModuleType, dict[str, Any]]] = {
     KNN: (main_knn, {"global_pool": True, "k": [5, 20, 100]}),
-    LINEAR: (main_linprobe, {**PROBE, "global_pool": True}),
-    ATTENTIVE: (main_linprobe, {**PROBE, "probe": "attentive"}),
+    LINEAR: (main_linprobe, {**PROBE, "blr": [0.3, 1, 3, 10, 30, 100], "global_pool": True}),
+    ATTENTIVE: (main_linprobe, {**PROBE, "blr": [0.3, 1, 3, 10, 30], "probe": "attentive"}),
     FINETUNE: (main_finetune, {"batch_size": 128}),
 }  # fmt: skip
 # Flags that all scripts share; the comparison passes those that are given.
@@ -130,14 +130,22 @@ def main(args: Namespace) -> str:
         raise ValueError(
             f"--labels {' '.join(args.labels)}: these are {numbers} images, equally many of each class; give each once"
         )
-    draws = [(*size, draw) for draw in range(args.draws) for size in sizes if size[1] or not draw]
+    counts = [
+        count if per_class else 1
+        for count, (_, per_class) in zip(_each("--draws", args.draws, len(sizes)), sizes, strict=True)
+    ]
+    draws = [
+        (*size, draw) for draw in range(max(counts)) for size, count in zip(sizes, counts, strict=True) if draw < count
+    ]
     tasks = [
         Task(encoder, protocol, *draw)
         for draw in draws
         for encoder in encoders
         for protocol in (pixel_baselines.STRENGTHS if encoder.name == PIXELS else args.protocols)
     ]
-    runs = Runs(args, Commands(out / "runs", args.jobs), [labels for labels, _ in sizes], train, val)
+    runs = Runs(
+        args, Commands(out / "runs", out / "results.json", args.jobs), [labels for labels, _ in sizes], train, val
+    )
     order = {(task.encoder.name, task.protocol): place for place, task in enumerate(tasks)}
     trained = [task for task in tasks if task.encoder.name != PIXELS]
     for task in trained:
@@ -162,6 +170,17 @@ def main(args: Namespace) -> str:
             text = comparison.write(out, [result for _, result in sorted(results)])
     logger.info(f"\n{text}\nall runs with their commands: {out / 'results.csv'}; plot: {out / 'plot.png'}")
     return text
+
+
+def _each(flag: str, values: list[Any], count: int) -> list[Any]:
+    """Returns the value of a flag for each of the `count` numbers of --labels.
+
+    Raises:
+        ValueError: the flag has another number of values.
+    """
+    if len(values) not in (1, count):
+        raise ValueError(f"{flag} has {len(values)} values: give one, or one for each of {count} --labels")
+    return values * count if len(values) == 1 else values
 
 
 def _seconds_left(tasks: Sequence[Task], seconds: Mapping[str, float]) -> float:
@@ -276,7 +295,7 @@ class Runs:
     """
 
     def __init__(self, args: Namespace, commands: Commands, sizes: Sequence[int], train: Source, val: Source) -> None:
-        self.args, self.commands, self.sizes, self.train, self.val = args, commands, sizes, train, val
+        self.args, self.commands, self.train, self.val = args, commands, train, val
         self.shared = {name: getattr(args, name) for name in SHARED if name in entry_point.explicit(args)}
         self.recipes = {}
         for text in args.recipes:
@@ -284,9 +303,7 @@ class Runs:
             if protocol not in args.protocols or not recipe:
                 raise ValueError(f"--recipes {text}: give PROTOCOL=YAML with one of {', '.join(args.protocols)}")
             self.recipes[protocol] = recipe
-        if len(args.budget) not in (1, len(args.labels)):
-            count = len(args.labels)
-            raise ValueError(f"--budget has {len(args.budget)} values: give one, or one for each of {count} --labels")
+        self.budgets = dict(zip(sizes, _each("--budget", args.budget, len(sizes)), strict=True))
         self.chosen: dict[tuple[str, str, int], Flags] = {}
         self.notes: set[str] = set()
 
@@ -357,7 +374,7 @@ class Runs:
 
     def _epochs(self, task: Task, flags: Flags) -> Flags:
         """Returns the flags of the budget. Minutes are converted by the time of the second of two epochs."""
-        budget = self.args.budget[self.sizes.index(task.labels) if len(self.args.budget) > 1 else 0]
+        budget = self.budgets[task.labels]
         if match := re.fullmatch(r"(\d+(?:\.\d+)?)m", budget):
             seconds = self._run(f"timing/{task.name}", task, {**flags, **_epoch_flags(2)})["seconds_per_epoch"]
             return _epoch_flags(max(1, int(60 * float(match[1]) / seconds)))

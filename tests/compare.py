@@ -7,6 +7,7 @@ The encoders are two checkpoints of ./run demo (after the first and the last epo
 """
 
 import argparse
+import json
 import random
 import shutil
 import signal
@@ -15,6 +16,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 DATA = "demo/data/fashion_mnist"
@@ -31,6 +33,12 @@ def command(encoders: Path, out: Path, draws: int) -> list[str]:
         "--recipes", "finetune=recipes/finetune_fashion_mnist.yaml", "--budget", "40", "10", "--jobs", "2",
         "--output_dir", str(out),
     ]  # fmt: skip
+
+
+def results(out: Path) -> dict[str, Any]:
+    """Returns the complete runs by name."""
+    path = out / "results.json"
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def main() -> None:
@@ -50,10 +58,10 @@ def main() -> None:
             time.sleep(random.uniform(0.1, 0.9) * seconds / (args.kills + 1))
             process.send_signal(signal.SIGKILL)
             process.wait()
-            print(f"killed after {len(list(parts.rglob('result.json')))} runs", flush=True)
-        kept = {path: path.stat().st_mtime_ns for path in parts.rglob("result.json")}
+            print(f"killed after {len(results(parts))} runs", flush=True)
+        before = results(parts)
         subprocess.run(command(args.encoders, parts, args.draws), cwd=ROOT, check=True)
-        repeated = [path for path, written in kept.items() if path.stat().st_mtime_ns != written]
+        repeated = [name for name, result in before.items() if results(parts)[name] != result]  # their seconds differ
         tables = [(out / "table.md").read_text() for out in (whole, parts)]
         if tables[0] != tables[1] or repeated:
             sys.exit(f"the tables differ, or runs were repeated: {repeated}\n" + "\n".join(tables))

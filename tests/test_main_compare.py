@@ -51,8 +51,8 @@ def rows(out):
         return list(csv.DictReader(file))
 
 
-def read(path):
-    return json.loads(path.read_text())
+def read(out):
+    return json.loads((out / "results.json").read_text())
 
 
 def test_every_cell_is_a_run_that_can_be_repeated(compared):
@@ -77,7 +77,8 @@ def test_every_cell_is_a_run_that_can_be_repeated(compared):
 
 def test_learning_rates_are_chosen_on_held_out_training_images(compared):
     out, _ = compared
-    choices = {path.parent.name: read(path) for path in out.glob("runs/choices/mine/finetune/12/0/*/result.json")}
+    prefix = "choices/mine/finetune/12/0/"
+    choices = {name.removeprefix(prefix): run for name, run in read(out).items() if name.startswith(prefix)}
     assert choices.keys() == {"0.001", "0.01"}
     assert all("--val_fraction 0.2" in choice["command"] for choice in choices.values())
     best = max(sorted(choices), key=lambda rate: choices[rate]["test_acc1"])
@@ -90,23 +91,23 @@ def test_a_comparison_resumes(compared, labelled, encoder, tmp_path):
     """Complete runs are not repeated; results of other flags are not used."""
     whole, text = compared
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
-    for path in tmp_path.rglob("command.txt"):  # the commands name the folder
-        path.write_text(path.read_text().replace(str(whole), str(tmp_path)))
-    (tmp_path / "runs/pixels/RBF-SVM/12/0/result.json").unlink()
+    before = json.loads((whole / "results.json").read_text().replace(str(whole), str(tmp_path)))  # in the commands
+    changed = {**before, "mine/knn/12/0": {**before["mine/knn/12/0"], "command": "another command"}}
+    del changed["pixels/RBF-SVM/12/0"]
+    (tmp_path / "results.json").write_text(json.dumps(changed))
     (tmp_path / "runs/mine/knn/12/0/command.txt").write_text("another command")
-    times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")}
+    (tmp_path / "runs/mine/knn/12/0/rest").touch()
     assert compare(labelled, tmp_path, encoder) == text
-    again = {path for path in tmp_path.rglob("result.json") if times.get(path) != path.stat().st_mtime_ns}
-    assert {str(path.relative_to(tmp_path / "runs")) for path in again} == {
-        "pixels/RBF-SVM/12/0/result.json", "mine/knn/12/0/result.json",
-    }  # fmt: skip
+    again = {name for name, run in read(tmp_path).items() if run != before[name]}  # their seconds differ
+    assert again == {"pixels/RBF-SVM/12/0", "mine/knn/12/0"}
+    assert not (tmp_path / "runs/mine/knn/12/0/rest").exists()
 
 
 def test_flags_of_the_runs(labelled, encoder, tmp_path, monkeypatch):
     """The flags of the command line, those that a file records, and those of the protocol; no run is started."""
     seen = []
     monkeypatch.setattr(Commands, "run", lambda self, name, script, flags, read: seen.append((name, flags)) or SCORES)
-    flags = ("--encoders", "scratch", encoder, "--labels", "30", "all", "--draws", "2", "--budget", "3", "0.5m",
+    flags = ("--encoders", "scratch", encoder, "--labels", "30", "all", "--draws", "2", "3", "--budget", "3", "0.5m",
              "--protocols", "knn", "linear", "finetune", "--mean", "0.5", "0.5", "0.5")  # fmt: skip
     compare(labelled, tmp_path, encoder, *flags)
     runs = dict(seen)
@@ -141,6 +142,7 @@ SCORES = {"test_acc1": 50.0, "knn_acc1_k5": 40.0, "knn_acc1_k20": 60.0, "seconds
     [
         (["--labels", "5"], r"--labels 5: give 6 \(one image of each class\) to 48"),
         (["--labels", "7000"], r"--labels 7000: give 6 .* to 48 \(the smallest class has 8\), or all"),
+        (["--draws", "1", "2"], "--draws has 2 values: give one, or one for each of 1 --labels"),
         (["--budget", "1", "2", "3"], "--budget has 3 values: give one, or one for each of 1 --labels"),
         (
             ["--labels", "12", "13"],
@@ -279,7 +281,7 @@ def test_an_error_is_the_last_line_of_its_output(tmp_path):
     script = tmp_path / "fails.py"
     script.write_text("import sys; print('starts'); sys.exit('fails.py: error: --flag 1 is wrong')")
     with pytest.raises(ValueError, match=r"^fails.py: error: --flag 1 is wrong \(the output is in .*output.txt\)$"):
-        Commands(tmp_path, 1).run("a", script, {}, lambda out, text: {})
+        Commands(tmp_path, tmp_path / "results.json", 1).run("a", script, {}, lambda out, text: {})
 
 
 def test_an_error_ends_the_others(tmp_path):
@@ -288,7 +290,7 @@ def test_an_error_ends_the_others(tmp_path):
     script.write_text("import pathlib, signal, sys, time\nfile = pathlib.Path(sys.argv[2])\n"
                       "signal.signal(signal.SIGTERM, lambda *_: file.write_text('saved') and sys.exit(1))\n"
                       "file.write_text('waits')\ntime.sleep(60)")  # fmt: skip
-    commands, note = Commands(tmp_path, 2), tmp_path / "note"
+    commands, note = Commands(tmp_path, tmp_path / "results.json", 2), tmp_path / "note"
 
     def fail():
         wait_until(lambda: note.exists() and note.read_text())
@@ -310,7 +312,8 @@ def test_a_killed_comparison_ends_its_scripts(tmp_path):
 import sys; sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path; from util.jobs.commands import Commands
 here = Path({str(tmp_path)!r})
-list(Commands(here, 1).each([lambda: Commands(here, 1).run("a", here / "sleeps.py", {{"x": here / "pid"}}, None)]))
+commands = Commands(here, here / "results.json", 1)
+list(commands.each([lambda: commands.run("a", here / "sleeps.py", {{"x": here / "pid"}}, None)]))
 """
     process = subprocess.Popen([sys.executable, "-c", code])
     wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text(), process)

@@ -380,8 +380,8 @@ def add_comparison_options(parser: argparse.ArgumentParser, protocols: Collectio
         help="numbers of labeled training images, equally many of each class; all: the whole training set",
     )  # fmt: skip
     group.add_argument(
-        "--draws", type=positive_int, default=3, metavar="N",
-        help="random subsets for each number of labels; there is one of all",
+        "--draws", nargs="+", type=positive_int, default=[3], metavar="N",
+        help="random subsets for each number of labels; there is one of all. One value, or one for each of --labels",
     )  # fmt: skip
     group.add_argument(
         "--budget", nargs="+", type=budget, default=["50"], metavar="B",

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -24,15 +25,17 @@ PR_SET_PDEATHSIG = 1  # of Linux: the signal that a process gets when its parent
 
 
 class Commands:
-    """Runs commands and keeps their scores in `folder`/NAME/result.json. A kept result of another command is replaced.
+    """Runs commands and keeps their scores in a file. A result of another command is replaced.
 
     Args:
         folder: the run directories.
+        stored: JSON file with the scores of all commands, by name.
         jobs: commands at a time. Each gets an equal share of the CPU cores.
     """
 
-    def __init__(self, folder: Path, jobs: int) -> None:
-        self.folder, self.jobs = folder, jobs
+    def __init__(self, folder: Path, stored: Path, jobs: int) -> None:
+        self.folder, self.stored, self.jobs = folder, stored, jobs
+        self.lock = threading.Lock()  # of the file
         self.processes: set[subprocess.Popen[bytes]] = set()
 
     def keep(self, name: str, command: str, compute: Callable[[Path], Scores]) -> Scores:
@@ -43,17 +46,24 @@ class Commands:
                 directory.
         """
         out = self.folder / name
-        stored, started = out / "result.json", out / "command.txt"
+        scores = self.scores().get(name, {})
+        if scores.get("command") == command:
+            return scores
+        started = out / "command.txt"
         if started.exists() and started.read_text(encoding="utf-8") != command:
             shutil.rmtree(out)  # of other flags; it can't be resumed
-        if stored.exists():
-            return json.loads(stored.read_text(encoding="utf-8"))
         out.mkdir(parents=True, exist_ok=True)
         atomic.write_text(started, command)
         begin = time.perf_counter()
         scores = {**compute(out), "seconds": time.perf_counter() - begin, "command": command}
-        atomic.write_text(stored, json.dumps(scores, indent=1) + "\n")
+        with self.lock:
+            text = json.dumps({**self.scores(), name: scores}, indent=1, sort_keys=True)
+            atomic.write_text(self.stored, text + "\n")
         return scores
+
+    def scores(self) -> dict[str, Scores]:
+        """Returns the scores of all complete commands, by name."""
+        return json.loads(self.stored.read_text(encoding="utf-8")) if self.stored.exists() else {}
 
     def run(self, name: str, script: Path, flags: Mapping[str, Any], read: Callable[[Path, str], Scores]) -> Scores:
         """Runs a script.
