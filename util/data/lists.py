@@ -15,6 +15,7 @@ from util.files.untrusted import printable
 
 MOST_CLASSES = 1_000_000
 PATH_COLUMNS, LABEL_COLUMNS = ("path", "filename", "file", "image"), ("label", "class")  # in any case
+MASK_COLUMNS = ("mask", "annotation", *LABEL_COLUMNS)
 CSV_HEADER = f"a column {' or '.join(PATH_COLUMNS)} (and {' or '.join(LABEL_COLUMNS)})"
 
 
@@ -33,9 +34,7 @@ def read_list(path: Path, root: Path | None, flag: str) -> Files:
     Raises:
         ValueError: the list does not exist, has another format, or has labels for some of its files only.
     """
-    if not path.is_file():
-        raise ValueError(f"{flag}: there is no file {path}")
-    text = os.fsdecode(path.read_bytes()).removeprefix("\ufeff")
+    text = _read_text(path, flag)
     try:
         if "\0" in text:
             raise ValueError("it contains a zero byte")
@@ -55,6 +54,35 @@ def read_list(path: Path, root: Path | None, flag: str) -> Files:
             + (f"; CSV has {CSV_HEADER}, or no header" if path.suffix.lower() == ".csv" else "")
         )
     return files
+
+
+def read_pairs(path: Path, flag: str) -> tuple[list[str], list[str]]:
+    """Reads a CSV file of images and masks: a row `image,mask` for each pair, with or without a header.
+
+    Args:
+        flag: the flag of the list, for messages.
+
+    Returns:
+        The paths of the images and of the masks.
+
+    Raises:
+        ValueError: the file does not exist, is empty, or has a row without a mask.
+    """
+    text = _read_text(path, flag)
+    try:
+        rows = _csv_rows(text, MASK_COLUMNS)
+        pairs = [(image.strip(), mask) for image, mask in rows if mask]
+        if not rows or len(pairs) < len(rows) or "\0" in text:
+            raise ValueError(f"{len(pairs)} of its {len(rows)} rows have an image and a mask")
+    except (ValueError, IndexError, csv.Error) as error:
+        raise ValueError(f"{flag} {path}: {error}; give CSV with the columns image and mask") from error
+    return [image for image, _ in pairs], [mask for _, mask in pairs]
+
+
+def _read_text(path: Path, flag: str) -> str:
+    if not path.is_file():
+        raise ValueError(f"{flag}: there is no file {path}")
+    return os.fsdecode(path.read_bytes()).removeprefix("\ufeff")
 
 
 Row = tuple[str, str | None]
@@ -114,7 +142,7 @@ def _text_rows(text: str) -> list[Row]:
     return rows
 
 
-def _csv_rows(text: str) -> list[Row]:
+def _csv_rows(text: str, label_columns: Sequence[str] = LABEL_COLUMNS) -> list[Row]:
     rows = [line for line in text.splitlines() if line.strip()]
     semicolons = all(";" in row for row in rows) and "," not in rows[0] if rows else False
     lines = [row for row in csv.reader(rows, delimiter=";" if semicolons else ",") if row]
@@ -122,7 +150,7 @@ def _csv_rows(text: str) -> list[Row]:
     path, label = 0, 1
     if any(name in header for name in PATH_COLUMNS):
         path, label = (next((header.index(name) for name in names if name in header), len(header))
-                       for names in (PATH_COLUMNS, LABEL_COLUMNS))  # fmt: skip
+                       for names in (PATH_COLUMNS, label_columns))  # fmt: skip
         lines = lines[1:]
     elif all(len(row) == 1 for row in lines):  # the CSV files of Places205 have blanks instead of commas
         return _text_rows("\n".join(row[0] for row in lines))

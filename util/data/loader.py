@@ -302,11 +302,11 @@ def _collate_good(samples: list[Sample]) -> list[Tensor]:
 
 
 def _collate(samples: list[Sample]) -> tuple[list[Tensor], list[Bad]]:
-    """Images (B, c, H, W), labels (B,), noise (B, N); and the images that can't be read."""
+    """Images (B, c, H, W), labels (B,) or masks (B, H, W), noise (B, N); and the images that can't be read."""
     images = [sample.image for sample in samples]
     if len({image.dtype for image in images}) > 1:  # files with 8 and with 16 bits
         images = [to_unit_range(image) for image in images]
-    labels = torch.tensor([sample.label for sample in samples])
+    labels = default_collate([sample.label for sample in samples])
     noise = torch.stack([sample.noise for sample in samples])
     return [_stack(images), labels, noise], [bad for sample in samples for bad in sample.bad]
 

@@ -11,7 +11,7 @@ import struct
 import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ class Sample(NamedTuple):
     """One augmented sample, before it is collated to a batch."""
 
     image: Tensor  # uint8 or float (c, H, W)
-    label: int
+    label: Any  # the class, or the classes of the pixels (H, W)
     noise: Tensor  # (N,); (0,) if there is none
     bad: list[Bad]  # images that can't be read, which this sample replaces
 
@@ -88,15 +88,29 @@ class Samples(Dataset):
                 samples += self.finish(picture, label, bad, epoch, index, sum(1 for _ in same))
         return samples
 
+    def read(self, index: int) -> tuple[Picture, Any]:
+        """Returns the decoded picture of a sample, and its label.
+
+        Raises:
+            OSError, BadImage: the sample can't be read.
+        """
+        assert not isinstance(self.source, Shards), "streamed samples come from StreamedSamples"
+        data, label = self.source[index]
+        return self.decode(data), label
+
+    def augment(self, picture: Picture, label: Any) -> tuple[Tensor, Any]:
+        """Returns the transformed picture, and the label that fits it."""
+        return self.transform(picture), label
+
     def finish(
-        self, picture: Picture, label: int, bad: list[Bad], epoch: int, number: int, repeats: int
+        self, picture: Picture, label: Any, bad: list[Bad], epoch: int, number: int, repeats: int
     ) -> Iterator[Sample]:
         """Yields `repeats` augmented samples of a picture, with the random numbers of (seed, epoch, number)."""
         for repeat in range(repeats):
             # torch.manual_seed also seeds every kind of device, which takes 72 µs instead of 1.
             torch.default_generator.manual_seed(seed_python(self.seed, epoch, number, *[repeat] * (repeat > 0)))
             noise = self.draw_noise()  # first, so that the mask does not depend on the augmentation
-            yield Sample(self.transform(picture), label, noise, [] if repeat else bad)
+            yield Sample(*self.augment(picture, label), noise, [] if repeat else bad)
 
     def refuse(self, name: str, error: Exception, bad: list[Bad]) -> None:
         """Records a sample that can't be read.
@@ -112,13 +126,12 @@ class Samples(Dataset):
         if len(bad) >= MAX_BAD_IN_A_ROW:
             raise BadImage(f"{len(bad)} images in a row can't be read; the last is {name}: {reason}") from error
 
-    def _read(self, epoch: int, index: int) -> tuple[Picture, int, list[Bad]]:
+    def _read(self, epoch: int, index: int) -> tuple[Picture, Any, list[Bad]]:
         assert not isinstance(self.source, Shards), "streamed samples come from StreamedSamples"
         bad: list[Bad] = []
         for candidate in self._candidates(epoch, index):
             try:
-                data, label = self.source[candidate]
-                return self.decode(data), label, bad
+                return *self.read(candidate), bad
             except (BadImage, OSError) as error:
                 self.refuse(self.source.name(candidate), error, bad)
         raise AssertionError("candidates never end")

@@ -1,0 +1,280 @@
+"""Images with masks: their sources, the values of masks, and masks that can't be used."""
+
+import io
+import random
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from segments import LAYOUTS, make_scenes
+
+from util.data import joint_transforms, masks
+from util.data.decode import BadImage
+from util.data.masks import MaskFormat, PairSamples, open_pairs
+from util.data.transforms import to_tensor
+
+THREE = MaskFormat(3)
+CLASSES = ["ground", "tree", "water"]
+
+
+def png(array, mode=None, palette=None):
+    picture = Image.fromarray(np.asarray(array, dtype=np.uint8), mode)
+    if palette:
+        picture.putpalette(palette)
+    stream = io.BytesIO()
+    picture.save(stream, "PNG")
+    return stream.getvalue()
+
+
+def samples_of(pairs, **options):
+    return PairSamples(pairs, joint_transforms.EvalTransform(0), in_chans=3, seed=0, **options)
+
+
+def test_indexed_gray_and_color_masks_have_the_same_values():
+    values = np.array([[0, 1, 2], [255, 2, 0]], dtype=np.uint8)
+    colors = [(10, 20, 30), (200, 0, 0), (0, 0, 200)]
+    table = np.full((256, 3), 99, dtype=np.uint8)
+    table[:3] = colors
+    indexed = Image.fromarray(values, "P")
+    indexed.putpalette(table.tobytes())
+    stream = io.BytesIO()
+    indexed.save(stream, "PNG")
+    assert torch.equal(THREE.decode(png(values)), torch.from_numpy(values))
+    assert torch.equal(THREE.decode(stream.getvalue()), torch.from_numpy(values))
+    of_colors = MaskFormat(3, colors=colors)
+    assert torch.equal(of_colors.decode(png(table[values])), torch.from_numpy(values))  # (99, 99, 99) is ignored
+    black_and_white = io.BytesIO()
+    Image.fromarray(np.array([[True, False]])).save(black_and_white, "PNG")
+    assert THREE.decode(black_and_white.getvalue()).tolist() == [[1, 0]]
+
+
+def test_reduce_zero_label_ignores_zero_and_counts_from_one():
+    decoded = MaskFormat(3, reduce_zero_label=True).decode(png([[0, 1, 3, 255]]))
+    assert decoded.tolist() == [[255, 0, 2, 255]]
+    assert decoded.dtype == torch.uint8
+    with pytest.raises(BadImage, match=r"value 4, and the 3 classes are 1 to 3 \(255 is ignored\): correct --nb_class"):
+        MaskFormat(3, reduce_zero_label=True).decode(png([[4, 0]]))
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (png([[0, 3]]), r"it has the value 3, and the 3 classes are 0 to 2 \(255 is ignored\)"),
+        (png([[[1, 2, 3]]]), "it is a color image: give --palette with the colors of the classes"),
+        (b"no image", "not an image of a known format"),
+    ],
+)
+def test_values_that_are_no_classes_are_errors(data, reason):
+    with pytest.raises(BadImage, match=reason):
+        THREE.decode(data)
+
+
+def test_masks_of_16_bits_are_an_error():
+    stream = io.BytesIO()
+    Image.fromarray(np.array([[1, 2]], dtype=np.uint16)).save(stream, "PNG")
+    with pytest.raises(BadImage, match="neither an indexed nor a gray image of 8 bits"):
+        THREE.decode(stream.getvalue())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("packed", ["", "zip", "tar"])
+def test_layouts_of_known_datasets(tmp_path, layout, packed):
+    root = make_scenes(tmp_path / "scenes", layout)
+    folders, suffix = LAYOUTS[layout]
+    expected = {split: [f"{folders[split][0]}/{n:02}.{suffix}" for n in range(count)]
+                for split, count in (("train", 12), ("val", 5))}  # fmt: skip
+    if packed:
+        command = ["zip", "-qr"] if packed == "zip" else ["tar", "cf"]
+        if not shutil.which(command[0]):
+            shutil.make_archive(str(tmp_path / "scenes"), packed, tmp_path, "scenes")
+        else:
+            subprocess.run([*command, f"scenes.{packed}", "scenes"], cwd=tmp_path, check=True)
+        root = tmp_path / f"scenes.{packed}"
+    for split in ("train", "val"):
+        pairs = open_pairs(split, CLASSES, THREE, data_path=str(root))
+        assert len(pairs) == len(expected[split])
+        for index, name in enumerate(expected[split]):
+            assert pairs.name(index).endswith(name)
+            data, mask = pairs[index]
+            file = tmp_path / "scenes" / name
+            assert data == file.read_bytes()
+            own = (tmp_path / "scenes" / folders[split][1] / file.name).with_suffix(".png")
+            assert torch.equal(mask, to_tensor(Image.open(own))[0])
+        assert (pairs.labels == -1).all()
+        assert pairs.classes == CLASSES
+
+
+def test_two_folders_and_a_csv_file_have_the_same_pairs(tmp_path):
+    make_scenes(tmp_path, "ade20k")
+    (tmp_path / "images/training").rename(tmp_path / "photos")
+    (tmp_path / "annotations/training").rename(tmp_path / "truth")
+    by_folder = open_pairs("train", CLASSES, THREE, folders=[str(tmp_path / "photos"), str(tmp_path / "truth")])
+    relative = open_pairs("train", CLASSES, THREE, data_path=str(tmp_path), folders=["photos", "truth"])
+    rows = [f"photos/{n:02}.jpg,truth/{n:02}.png" for n in range(12)]
+    (tmp_path / "pairs.csv").write_text("\n".join(["image,mask", *rows]))
+    (tmp_path / "plain.csv").write_text("\n".join(rows).replace(",", ";"))
+    lists = [open_pairs("train", CLASSES, THREE, file_list=str(tmp_path / name)) for name in ("pairs.csv", "plain.csv")]
+    for pairs in (relative, *lists):
+        assert len(pairs) == 12
+        for (data, mask), (other, other_mask) in zip(pairs, by_folder, strict=True):
+            assert data == other
+            assert torch.equal(mask, other_mask)
+
+
+def test_voc_comes_from_torchvision(tmp_path):
+    root = tmp_path / "VOCdevkit" / "VOC2012"
+    for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (root / folder).mkdir(parents=True)
+    for split, names in (("train", ["b", "a"]), ("val", ["c"])):
+        for number, name in enumerate(names):
+            Image.new("RGB", (20, 10), (9 * number, 0, 0)).save(root / "JPEGImages" / f"{name}.jpg")
+            mask = Image.new("P", (20, 10), 20 - number)
+            mask.putpalette(bytes(range(256)) * 3)
+            mask.save(root / "SegmentationClass" / f"{name}.png")
+        (root / "ImageSets/Segmentation" / f"{split}.txt").write_text("\n".join(names))
+    options = {"data_path": str(tmp_path), "dataset": "VOCSegmentation"}
+    train = open_pairs("train", list(masks.VOC), MaskFormat(21), **options)
+    assert [train.name(index).rpartition("/")[2] for index in range(2)] == ["b.jpg", "a.jpg"]
+    assert [int(mask.unique()) for _, mask in train] == [20, 19]
+    val = open_pairs("val", list(masks.VOC), MaskFormat(21), **options)
+    assert val.mask_name(0).endswith("SegmentationClass/c.png")
+    sample = samples_of(val)[0, 0]
+    assert (sample.image.shape, sample.label.shape) == ((3, 10, 20), (10, 20))
+    assert len(masks.VOC) == 21
+    shutil.make_archive(str(tmp_path / "set"), "zip", root / "JPEGImages")
+    with pytest.raises(ValueError, match="torchvision has no mask files for it; VOCSegmentation has"):
+        open_pairs("train", CLASSES, THREE, dataset="FakeData")
+
+
+def test_colors_of_voc():
+    """The first and the last color of VOC's 21 classes, and the color of ignored pixels."""
+    colors = masks.default_colors(256)
+    assert colors[:4] == [(0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0)]
+    assert (colors[15], colors[20], colors[255]) == ((192, 128, 128), (0, 64, 128), (224, 224, 192))
+    assert len(set(colors)) == 256
+
+
+def test_a_palette_names_and_colors_classes(tmp_path):
+    file = tmp_path / "palette.txt"
+    file.write_text("# LoveDA\n255 255 255 background\n255, 0, 0, a building\n\n")
+    assert masks.read_palette(file) == (["background", "a building"], [(255, 255, 255), (255, 0, 0)])
+    for text, problem in (
+        ("1 2 300 a", r"line 1: '1 2 300 a' is not R G B NAME, such as '255 0 0 building'"),
+        ("1 2 3 a\n4 5", r"line 2: '4 5' is not R G B NAME"),
+        ("", "has 0 classes: give 1 to 255"),
+        ("1 2 3 a\n4 5 6 a", "with different names"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=problem):
+            masks.read_palette(file)
+    with pytest.raises(ValueError, match="--palette: there is no file"):
+        masks.read_palette(tmp_path / "none.txt")
+
+
+def test_unusable_masks_are_one_line_that_names_the_file(tmp_path):
+    make_scenes(tmp_path, "ade20k", train=3)
+    place = tmp_path / "annotations/training"
+    (place / "01.png").write_bytes(png(np.full((24, 30), 7)))
+    Image.fromarray(np.zeros((5, 6), dtype=np.uint8)).save(place / "02.png")
+    samples = samples_of(open_pairs("train", CLASSES, THREE, data_path=str(tmp_path)))
+    for index, reason in ((1, "it has the value 7, and the 3 classes are 0 to 2"), (2, "has 5 x 6 pixels")):
+        with pytest.raises(BadImage) as error:
+            samples[0, index]
+        message = str(error.value)
+        assert f"images/training/0{index}.jpg: its mask {place / f'0{index}.png'}" in message
+        assert reason in message
+        assert "\n" not in message
+    assert "has 5 x 6 pixels (height x width), and the image 24 x 30" in message
+    (place / "01.png").unlink()
+    with pytest.raises(ValueError, match=r"1 of 3 images have no mask in a folder annotations.*such as .*/01.jpg$"):
+        open_pairs("train", CLASSES, THREE, data_path=str(tmp_path))
+    with pytest.raises(ValueError, match=r"1 of 3 images have no mask in .*annotations/training, such as .*01.jpg"):
+        open_pairs("train", CLASSES, THREE, data_path=str(tmp_path),
+                   folders=["images/training", "annotations/training"])  # fmt: skip
+    rows = ["images/training/00.jpg,annotations/training/00.png", "images/training/01.jpg,annotations/training/01.png"]
+    (tmp_path / "list.csv").write_text("\n".join(rows))
+    listed = samples_of(open_pairs("train", CLASSES, THREE, file_list=str(tmp_path / "list.csv")))
+    with pytest.raises(BadImage, match=r"01.jpg: its mask .*01.png: No such file or directory$"):
+        listed[0, 1]
+    skipping = samples_of(listed.source, on_bad_image="skip")
+    sample = skipping[0, 1]
+    assert sample.bad[0] == (listed.source.name(1), f"its mask {listed.source.mask_name(1)}: No such file or directory")
+    assert torch.equal(sample.label, listed[0, 0].label)
+
+
+def test_sources_that_do_not_exist_are_errors(tmp_path):
+    make_scenes(tmp_path / "a")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "bad.csv").write_text("image,mask\nnone.jpg,none.png")
+    (tmp_path / "short.csv").write_text("a.jpg,b.png\nc.jpg,")
+    Image.new("RGB", (2, 2)).save(tmp_path / "images/x.png")
+    for options, problem in (
+        ({}, r"--data_path is needed: .* \(or give --val_folders IMAGES MASKS, --val_list CSV or --dataset\)"),
+        ({"data_path": "none"}, "there is no folder or archive none"),
+        (
+            {"data_path": str(tmp_path / "images")},
+            r"there are no images for val in it \(looked for images/training and",
+        ),
+        ({"folders": ["a", "b"]}, "--val_folders: there is no folder a"),
+        ({"file_list": str(tmp_path / "none.csv")}, "--val_list: there is no file"),
+        ({"file_list": str(tmp_path / "bad.csv")}, "its first row names .*none.jpg, which does not exist"),
+        ({"file_list": str(tmp_path / "short.csv")}, "1 of its 2 rows have an image and a mask; give CSV with"),
+        ({"file_list": "a", "dataset": "VOCSegmentation"}, "exclude each other"),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            open_pairs("val", CLASSES, THREE, **options)
+
+
+def test_an_image_and_its_mask_are_augmented_together(tmp_path):
+    """The image has the values of its mask, so that both remain equal up to the interpolation at edges."""
+    values = np.kron(np.arange(12).reshape(3, 4), np.ones((16, 16))).astype(np.uint8)
+    picture, mask = Image.fromarray(20 * values), torch.from_numpy(values)
+    transform = joint_transforms.TrainTransform((32, 40), 48, (0.5, 2.0), 0.5, [0.8])
+    padded = flipped = agreeing = 0
+    for seed in range(40):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        image, classes = transform(picture, mask)
+        assert (image.shape, classes.shape) == ((1, 32, 40), (32, 40))
+        assert (image.dtype, classes.dtype) == (torch.uint8, torch.uint8)
+        ignored = classes == masks.IGNORED
+        assert (image[0][ignored] == 204).all()  # the mean
+        assert ignored.float().mean() < 0.75
+        padded += bool(ignored.any())
+        agreeing += ((image[0].int() - 20 * classes.int()).abs() <= 1)[~ignored].float().mean() > 0.6
+        rows = classes[0][~ignored[0]].int()
+        flipped += bool((rows.diff() < 0).any() and not (rows.diff() > 0).any())
+    assert agreeing == 40
+    assert 5 < flipped < 35
+    assert 0 < padded < 25
+
+
+def test_scales_are_relative_to_the_short_side():
+    picture, mask = Image.new("L", (60, 30)), torch.zeros(30, 60, dtype=torch.uint8)
+    sizes = []
+    for short_side, scale in ((45, 1), (0, 2), (20, 0.5)):
+        transform = joint_transforms.TrainTransform((200, 200), short_side, (scale, scale), 0, [0.5])
+        _, classes = transform(picture, mask)
+        valid = classes != masks.IGNORED
+        sizes.append((int(valid[:, 0].sum()), int(valid[0].sum())))
+        evaluated, same = joint_transforms.EvalTransform(short_side)(picture, mask)
+        assert evaluated.shape[1:] == ((short_side, 2 * short_side) if short_side else (30, 60))
+        assert same is mask
+    assert sizes == [(45, 90), (60, 120), (10, 20)]
+    mask = torch.randint(0, 3, (30, 60), dtype=torch.uint8)
+    _, classes = joint_transforms.TrainTransform((17, 34), 17, (1, 1), 0, [0.5])(picture, mask)
+    nearest = Image.fromarray(mask.numpy()).resize((34, 17), Image.Resampling.NEAREST)
+    assert torch.equal(classes, to_tensor(nearest)[0])
+    with pytest.raises(ValueError, match="--scale 2 1: give the minimum and the maximum, above 0"):
+        joint_transforms.TrainTransform(8, 0, (2, 1), 0, [0.5])
+
+
+def test_images_of_any_channels_are_augmented():
+    picture, mask = torch.rand(5, 20, 30), torch.zeros(20, 30, dtype=torch.uint8)
+    image, classes = joint_transforms.TrainTransform(24, 24, (0.5, 0.6), 0, [0.1, 0.2, 0.3, 0.4, 0.5])(picture, mask)
+    assert (image.shape, image.dtype) == ((5, 24, 24), torch.float32)
+    assert image[:, -1, -1].tolist() == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
+    assert classes[-1, -1] == masks.IGNORED

@@ -1,0 +1,94 @@
+"""Transforms of an image together with its segmentation mask: augmentation, and the scale of an evaluation."""
+
+import random
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from util.data.decode import Picture, size_of
+from util.data.masks import IGNORED
+from util.data.transforms import to_tensor
+from util.pos_embed import Size, to_pair
+
+
+def scaled(picture: Picture, height: int, width: int) -> Picture:
+    """Scales a picture bilinearly, with antialiasing."""
+    from torchvision.transforms import functional as TF  # takes more than a second
+
+    if size_of(picture) == (height, width):
+        return picture
+    return TF.resize(picture, [height, width], interpolation=TF.InterpolationMode.BILINEAR, antialias=True)
+
+
+def sides_for(size: tuple[int, int], short_side: float) -> tuple[int, int]:
+    """Returns the (height, width) of a picture whose shorter side is scaled to `short_side` pixels."""
+    factor = short_side / min(size)
+    return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
+
+
+def fitted(picture: Picture, short_side: int) -> Picture:
+    """Scales a picture so that its shorter side has `short_side` pixels; 0: unchanged."""
+    return scaled(picture, *sides_for(size_of(picture), short_side)) if short_side else picture
+
+
+class EvalTransform:
+    """Scales the image so that its shorter side has `short_side` pixels; 0: unchanged. The mask keeps its size."""
+
+    def __init__(self, short_side: int) -> None:
+        self.short_side = short_side
+
+    def __call__(self, picture: Picture, mask: Tensor) -> tuple[Tensor, Tensor]:
+        return to_tensor(fitted(picture, self.short_side)), mask
+
+
+class TrainTransform:
+    """Random scale, random crop and horizontal flip of an image and its mask.
+
+    A scaled image that is smaller than the crop is padded at the bottom and at the right: the image with the mean, the
+    mask with IGNORED.
+
+    Args:
+        size: (H, W) of the crop.
+        short_side: shorter side of the image in pixels for a scale of 1; 0: that of the file.
+        scale: minimum and maximum of the random scale.
+        hflip: probability of a horizontal flip.
+        mean: mean of each channel, for pixel values from 0 to 1.
+
+    Raises:
+        ValueError: `scale` is no range above 0.
+    """
+
+    def __init__(
+        self, size: Size, short_side: int, scale: Sequence[float], hflip: float, mean: Sequence[float]
+    ) -> None:
+        if not 0 < scale[0] <= scale[1]:
+            raise ValueError(f"--scale {scale[0]} {scale[1]}: give the minimum and the maximum, above 0")
+        self.size = to_pair(size)
+        self.short_side = short_side
+        self.scale = scale
+        self.hflip = hflip
+        self.mean = torch.tensor(mean)[:, None, None]
+
+    def __call__(self, picture: Picture, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """A picture and its mask (H, W) -> image (c, h, w) and mask (h, w) of the size of the crop."""
+        own = size_of(picture)
+        height, width = sides_for(own, (self.short_side or min(own)) * random.uniform(*self.scale))
+        image = to_tensor(scaled(picture, height, width))
+        mask = F.interpolate(mask[None, None], (height, width), mode="nearest-exact")[0, 0]
+        rows, columns = self.size
+        top, left = random.randint(0, max(0, height - rows)), random.randint(0, max(0, width - columns))
+        area = (..., slice(top, top + rows), slice(left, left + columns))
+        image, mask = self._padded(image[area], mask[area])
+        return (image.flip(-1), mask.flip(-1)) if random.random() < self.hflip else (image, mask)
+
+    def _padded(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        height, width = mask.shape
+        if (height, width) == self.size:
+            return image, mask
+        color = (255 * self.mean).round() if image.dtype == torch.uint8 else self.mean
+        canvas = color.to(image.dtype).expand(-1, *self.size).clone()
+        canvas[:, :height, :width] = image
+        bottom, right = self.size[0] - height, self.size[1] - width
+        return canvas, F.pad(mask, (0, right, 0, bottom), value=IGNORED)

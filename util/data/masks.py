@@ -1,0 +1,317 @@
+"""Images with segmentation masks: pairs of files in a folder, an archive, two folders or a CSV file, and VOC.
+
+A mask is an image with one value per pixel: the index of a class, or IGNORED.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from util.cli.advice import advised
+from util.data import decode
+from util.data.archives import Archive
+from util.data.decode import BadImage, Picture, size_of
+from util.data.folders import find_files
+from util.data.lists import read_pairs
+from util.data.samples import Samples
+from util.data.sources import Files, Strings
+from util.data.torchvision_sets import TorchvisionSet
+from util.files.untrusted import printable, read_file
+
+IGNORED = 255  # the value of pixels without a class
+MOST_CLASSES = 255
+# Names of folders, in lower case: of ADE20K, of mmsegmentation, of LoveDA.
+SPLITS = {"train": ("train", "training"), "val": ("val", "validation")}
+IMAGE_FOLDERS = ("images", "img_dir", "images_png")
+MASK_FOLDERS = ("annotations", "ann_dir", "masks_png", "masks", "labels")
+LAYOUT = "images/training and annotations/training, or train/images and train/masks"
+
+Color = tuple[int, int, int]
+VOC = (
+    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
+    "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+)  # fmt: skip
+
+
+class Palette(NamedTuple):
+    """Names and colors of classes."""
+
+    names: list[str]
+    colors: list[Color]
+
+
+def read_palette(path: Path) -> Palette:
+    """Reads a text file with a line `R G B NAME` for each class, in the order of the classes. # starts a comment.
+
+    Raises:
+        ValueError: the file does not exist, or a line has another format.
+    """
+    if not path.is_file():
+        raise ValueError(f"--palette: there is no file {path}")
+    names, colors = [], []
+    for number, line in enumerate(read_file(path).decode("utf-8-sig", "replace").splitlines(), start=1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        match = re.fullmatch(r"(\d{1,3})[\s,]+(\d{1,3})[\s,]+(\d{1,3})[\s,]+(\S.*)", line.strip())
+        if not match or max(map(int, match.groups()[:3])) > 255:
+            raise ValueError(
+                f"--palette {path}, line {number}: {printable(line.strip())[:80]!r} is not R G B NAME, such as "
+                f"'255 0 0 building'"
+            )
+        red, green, blue, name = match.groups()
+        colors.append((int(red), int(green), int(blue)))
+        names.append(printable(name))
+    if not 0 < len(names) <= MOST_CLASSES or len(set(names)) < len(names):
+        raise ValueError(f"--palette {path} has {len(names)} classes: give 1 to {MOST_CLASSES}, with different names")
+    return Palette(names, colors)
+
+
+def default_colors(count: int) -> list[Color]:
+    """Returns the colors of VOC's masks: the bits of a class, spread over the channels from their highest bit."""
+    numbers = np.arange(count)[:, None]
+    bits = numbers >> np.arange(0, 24, 3)  # (count, 8): three bits of the number for each bit of a channel
+    return [
+        tuple(int(((row >> channel & 1) << np.arange(7, -1, -1)).sum()) for channel in range(3))  # type: ignore[misc]
+        for row in bits
+    ]
+
+
+@dataclass(frozen=True)
+class MaskFormat:
+    """Decodes masks: indexed and gray images of 8 bits, and color images with the colors of a palette.
+
+    Args:
+        num_classes: number of classes.
+        reduce_zero_label: the value 0 is ignored, and the classes start at 1.
+        colors: the colors of the classes in color images. Pixels of other colors are ignored.
+    """
+
+    num_classes: int
+    reduce_zero_label: bool = False
+    colors: Sequence[Sequence[int]] | None = None
+
+    def decode(self, data: bytes | Any) -> Tensor:
+        """Returns the classes of the pixels of a mask, uint8 (H, W).
+
+        Args:
+            data: the bytes of an image file.
+
+        Raises:
+            BadImage: the file can't be decoded, or has a value that is not a class.
+        """
+        try:
+            picture = decode.read(data, 1)
+        except Exception as error:  # decoders raise any exception on damaged bytes
+            raise BadImage(printable(" ".join(str(error).split()))) from error
+        if not isinstance(picture, Tensor) and picture.mode in ("RGB", "RGBA"):
+            return self._of_colors(np.asarray(picture.convert("RGB")))
+        values = picture[0].numpy() if isinstance(picture, Tensor) else np.asarray(picture)
+        if values.dtype == bool:
+            values = values.astype(np.uint8)
+        if values.dtype != np.uint8 or values.ndim != 2:
+            raise BadImage("it is neither an indexed nor a gray image of 8 bits")
+        if self.reduce_zero_label:
+            values = np.where(values == IGNORED, IGNORED, values - 1)  # 0 - 1 is 255
+        classes = values[values != IGNORED]
+        if classes.size and classes.max() >= self.num_classes:
+            first = int(self.reduce_zero_label)
+            raise BadImage(
+                f"it has the value {classes.max() + first}, and the {self.num_classes} classes are {first} to "
+                f"{self.num_classes - 1 + first} ({IGNORED} is ignored): correct --nb_classes, --palette or "
+                f"--reduce_zero_label"
+            )
+        return torch.from_numpy(values.copy())
+
+    def _of_colors(self, pixels: np.ndarray) -> Tensor:
+        if self.colors is None:
+            raise BadImage("it is a color image: give --palette with the colors of the classes")
+        table = np.full(1 << 24, IGNORED, dtype=np.uint8)
+        weights = np.array([1 << 16, 1 << 8, 1])
+        table[np.asarray(self.colors) @ weights] = np.arange(len(self.colors))
+        return torch.from_numpy(table[pixels @ weights])
+
+
+class Pairs:
+    """Images and their masks, of one source or two.
+
+    Args:
+        images: the images.
+        masks: the masks.
+        places: (n, 2), the indices of each pair in `images` and `masks`.
+        classes: names of the classes.
+        mask_format: decodes the masks.
+    """
+
+    def __init__(
+        self, images: Files | Archive, masks: Files | Archive, places: np.ndarray, classes: list[str],
+        mask_format: MaskFormat,
+    ) -> None:  # fmt: skip
+        self.images = images
+        self.masks = masks
+        self.places = places
+        self.classes = classes
+        self.mask_format = mask_format
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Returns -1 for each pair: the images have no label as a whole."""
+        return np.full(len(self), -1)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> tuple[bytes, Tensor]:  # type: ignore[override]
+        """Returns the image file of a pair and its mask, uint8 (H, W).
+
+        Raises:
+            OSError: the image can't be read.
+            BadImage: the mask can't be read, or has a value that is not a class.
+        """
+        data, _ = self.images[self.places[index, 0]]
+        try:
+            return data, self.mask_format.decode(self.masks[self.places[index, 1]][0])
+        except (BadImage, OSError) as error:
+            reason = (isinstance(error, OSError) and error.strerror) or str(error)
+            raise BadImage(f"its mask {self.mask_name(index)}: {reason}") from error
+
+    def name(self, index: int) -> str:
+        """Returns the name of the image."""
+        return self.images.name(self.places[index, 0])
+
+    def mask_name(self, index: int) -> str:
+        """Returns the name of the mask."""
+        return self.masks.name(self.places[index, 1])
+
+
+class PairSamples(Samples):
+    """Samples of `Pairs`. The transform takes an image and its mask, and the label of a sample is the mask (H, W)."""
+
+    def read(self, index: int) -> tuple[Picture, Any]:
+        picture, mask = super().read(index)
+        if size_of(picture) != mask.shape:
+            (height, width), (own_height, own_width) = mask.shape, size_of(picture)
+            raise BadImage(
+                f"its mask {self.source.mask_name(index)} has {height} x {width} pixels (height x width), and the "  # type: ignore[union-attr]
+                f"image {own_height} x {own_width}"
+            )
+        return picture, mask
+
+    def augment(self, picture: Picture, label: Any) -> tuple[Tensor, Any]:
+        return self.transform(picture, label)  # type: ignore[call-arg, return-value]
+
+
+def open_pairs(
+    split: str,
+    classes: list[str],
+    mask_format: MaskFormat,
+    *,
+    data_path: str | None = None,
+    file_list: str | None = None,
+    folders: Sequence[str] | None = None,
+    dataset: str | None = None,
+    download: bool = False,
+) -> Pairs:
+    """Opens images with masks.
+
+    Args:
+        split: "train" or "val".
+        classes: names of the classes.
+        mask_format: decodes the masks.
+        data_path: a folder, or a tar or zip file, with the layout of ADE20K, mmsegmentation or LoveDA: some folder in
+            each path names the split (SPLITS), and another the kind of file (IMAGE_FOLDERS, MASK_FOLDERS). Else the
+            folder that the following paths start from.
+        file_list: a CSV file with a row `image,mask` for each pair.
+        folders: the folder of the images and the folder of the masks, which have the same names except for suffixes.
+        dataset: VOCSegmentation, or another dataset of torchvision with lists of image files and mask files.
+        download: download the dataset of torchvision.
+
+    Raises:
+        ValueError: no dataset is given, it does not exist, it has no images, or an image has no mask.
+    """
+    root = Path(data_path) if data_path else None
+    if sum(map(bool, (file_list, folders, dataset))) > 1:
+        raise ValueError(f"--{split}_list, --{split}_folders and --dataset exclude each other; give one of them")
+    if dataset:
+        opened = TorchvisionSet(dataset, split, data_path, download).images
+        if not all(isinstance(getattr(opened, name, None), list) for name in ("images", "masks")):
+            raise ValueError(f"--dataset {dataset}: torchvision has no mask files for it; VOCSegmentation has")
+        return _listed(Path(), opened.images, opened.masks, classes, mask_format)
+    if file_list:
+        images, masks = read_pairs(Path(file_list), f"--{split}_list")
+        start = root or Path(file_list).parent
+        for name in (images[0], masks[0]):
+            if not (start / name).is_file():
+                raise ValueError(
+                    f"--{split}_list {file_list}: its first row names {printable(str(start / name))}, which does not "
+                    f"exist; paths are relative to --data_path, or to the folder of the list"
+                )
+        return _listed(start, images, masks, classes, mask_format)
+    if folders:
+        places = [root / folder if root else Path(folder) for folder in folders]
+        for folder in places:
+            if not folder.is_dir():
+                raise ValueError(f"--{split}_folders: there is no folder {folder}")
+        pair = [find_files(folder) for folder in places]
+        of_images, of_masks = ({_stem(name): index for index, name in enumerate(one.names)} for one in pair)
+        indices = _matched(of_images, of_masks, pair[0], f"in {places[1]}")
+        return Pairs(pair[0], pair[1], indices, classes, mask_format)
+    if root is None:
+        raise ValueError(
+            f"--data_path is needed: a folder or an archive with {LAYOUT} (or give --{split}_folders IMAGES MASKS, "
+            f"--{split}_list CSV or --dataset)"
+        )
+    if not root.exists():
+        raise ValueError(f"--data_path: there is no folder or archive {root}")
+    files = find_files(root) if root.is_dir() else Archive(root, None)
+    by_key = _by_folder(files.names, split)
+    if not by_key[0]:
+        error = ValueError(f"--data_path {root}: there are no images for {split} in it (looked for {LAYOUT})")
+        raise advised(error, f"give --{split}_folders IMAGES MASKS or --{split}_list CSV")
+    place = f"in a folder {', '.join(MASK_FOLDERS)}"
+    return Pairs(files, files, _matched(*by_key, files, place), classes, mask_format)
+
+
+def _listed(root: Path, images: list[str], masks: list[str], classes: list[str], mask_format: MaskFormat) -> Pairs:
+    nothing = np.full(len(images), -1)
+    places = np.repeat(np.arange(len(images))[:, None], 2, axis=1)
+    return Pairs(Files(root, images, [], nothing), Files(root, masks, [], nothing), places, classes, mask_format)
+
+
+def _stem(name: str) -> str:
+    return name[: name.rindex(".")]
+
+
+def _by_folder(names: Strings, split: str) -> tuple[dict[str, int], dict[str, int]]:
+    """Returns the indices of the images and of the masks of a split, by the rest of their path."""
+    images: dict[str, int] = {}
+    masks: dict[str, int] = {}
+    for index, name in enumerate(names):
+        *folders, file = name.split("/")
+        is_split = [folder.lower() in SPLITS[split] for folder in folders]
+        kinds = [folder.lower() in IMAGE_FOLDERS + MASK_FOLDERS for folder in folders]
+        if any(is_split) and any(kinds):
+            named = is_split.index(True), kinds.index(True)
+            key = "/".join([*(folder for place, folder in enumerate(folders) if place not in named), _stem(file)])
+            (images if folders[named[1]].lower() in IMAGE_FOLDERS else masks)[key] = index
+    return images, masks
+
+
+def _matched(images: Mapping[str, int], masks: Mapping[str, int], source: Files | Archive, place: str) -> np.ndarray:
+    """Returns the indices of the images and of their masks, (n, 2).
+
+    Raises:
+        ValueError: an image has no mask.
+    """
+    missing = [key for key in images if key not in masks]
+    if missing:
+        raise ValueError(
+            f"{len(missing):,} of {len(images):,} images have no mask {place}, such as "
+            f"{source.name(images[missing[0]])}"
+        )
+    return np.array([(index, masks[key]) for key, index in images.items()])

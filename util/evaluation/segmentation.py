@@ -1,0 +1,116 @@
+"""Evaluation of segmentation: windows over large images, the confusion matrix, and the scores."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def window_starts(length: int, window: int) -> list[int]:
+    """Returns the first pixels of windows that cover a side of `length` pixels, at least that of a window.
+
+    The stride is two thirds of the window. The last window ends at the last pixel.
+    """
+    stride = max(1, 2 * window // 3)
+    return [*range(0, length - window, stride), length - window]
+
+
+def predict_windows(
+    model: Callable[[Tensor], Tensor], image: Tensor, window: tuple[int, int], batch_size: int
+) -> Tensor:
+    """Averages the logits of overlapping windows.
+
+    An image that is smaller than a window is padded with zeros at the bottom and at the right, which is the mean of
+    normalized images.
+
+    Args:
+        model: images (n, c, h, w) of the size of a window -> logits (n, classes, h, w).
+        image: normalized image (c, H, W).
+        window: (h, w).
+        batch_size: number of windows in a batch.
+
+    Returns:
+        Logits (classes, H, W), fp32.
+    """
+    height, width = image.shape[1:]
+    image = F.pad(image, (0, max(0, window[1] - width), 0, max(0, window[0] - height)))
+    starts = [window_starts(length, side) for length, side in zip(image.shape[1:], window, strict=True)]
+    areas = [
+        (..., slice(top, top + window[0]), slice(left, left + window[1])) for top in starts[0] for left in starts[1]
+    ]
+    total: Tensor | None = None
+    count = torch.zeros(image.shape[1:], device=image.device)
+    for first in range(0, len(areas), batch_size):
+        batch = areas[first : first + batch_size]
+        for area, logits in zip(batch, model(torch.stack([image[area] for area in batch])), strict=True):
+            if total is None:
+                total = logits.new_zeros(len(logits), *image.shape[1:], dtype=torch.float32)
+            total[area] += logits
+            count[area] += 1
+    assert total is not None
+    return (total / count)[:, :height, :width]
+
+
+def predict_classes(
+    model: Callable[[Tensor], Tensor], image: Tensor, size: tuple[int, int], window: tuple[int, int], batch_size: int
+) -> Tensor:
+    """Returns the most likely class of each pixel.
+
+    Args:
+        model, image, window, batch_size: as in `predict_windows`.
+        size: (H, W) of the result. The logits are scaled to it before the classes are compared.
+
+    Returns:
+        (H, W), int64.
+    """
+    logits = predict_windows(model, image, window, batch_size)
+    return F.interpolate(logits[None], size, mode="bilinear", align_corners=True)[0].argmax(dim=0)
+
+
+def confusion_matrix(targets: Tensor, predictions: Tensor, num_classes: int) -> Tensor:
+    """Counts the pixels of each pair of true class (row) and predicted class (column), int64 (classes, classes).
+
+    Args:
+        targets: true classes, of any shape. Pixels with another value, such as 255, are ignored.
+        predictions: predicted classes, of the same shape.
+    """
+    valid = targets < num_classes
+    pairs = targets[valid].long() * num_classes + predictions[valid]
+    return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
+
+
+class Scores(NamedTuple):
+    """Scores of a segmentation.
+
+    The intersection and the union of a class are counted over all images (Everingham et al. 2010).
+    """
+
+    matrix: np.ndarray  # (classes, classes), pixels: rows are true classes, columns predicted classes
+
+    @property
+    def iou(self) -> np.ndarray:
+        """Intersection over union of each class in percent, (classes,); NaN for classes without a pixel in both."""
+        union = self.matrix.sum(axis=0) + self.matrix.sum(axis=1) - self.matrix.diagonal()
+        return 100 * self.matrix.diagonal() / np.where(union, union, np.nan)
+
+    @property
+    def miou(self) -> float:
+        """Mean intersection over union of the classes in percent; classes without a pixel are left out."""
+        return float(np.nanmean(self.iou)) if self.matrix.any() else 0.0
+
+    @property
+    def accuracy(self) -> float:
+        """Correct pixels in percent."""
+        return 100 * float(self.matrix.trace() / max(1, self.matrix.sum()))
+
+    def stats(self) -> dict[str, float]:
+        """Returns the entries of log.txt."""
+        return {"test_miou": self.miou, "test_pixel_acc": self.accuracy}
+
+    def __str__(self) -> str:
+        present = int(np.isfinite(self.iou).sum())
+        absent = f" ({present} of {len(self.matrix)} classes)" if present < len(self.matrix) else ""
+        return f"* mIoU {self.miou:.3f}{absent} pixel accuracy {self.accuracy:.3f}"
