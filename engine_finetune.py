@@ -24,6 +24,7 @@ from util.training import loop
 from util.training.precision import Precision
 from util.weights import loading
 from util.weights.loading import Weights
+from util.weights.model_zoo import CLASSIFIER
 
 logger = logging.getLogger(__name__)
 
@@ -174,6 +175,8 @@ class Setup:
         file: the weights to start from or to evaluate. Their mean and std are the default.
     """
 
+    samples: type[Samples] = Samples
+
     def __init__(self, args: Namespace, device: torch.device, file: Weights | None) -> None:
         self.args = args
         self.mean, self.std = loading.statistics(file, args.in_chans, args.mean, args.std)
@@ -209,10 +212,12 @@ class Setup:
         args = self.args
         return datasets.open_source(split, args.data_path, file_list, args.dataset, download=args.download)
 
-    def train_batches(self, source: Source, transform: Callable[[Any], Tensor]) -> loader.TrainLoader:
+    def train_batches(self, source: Source, transform: Callable[..., Any]) -> loader.TrainLoader:
         """Returns the augmented batches of a training set for this process."""
         args = self.args
-        samples = Samples(source, transform, in_chans=args.in_chans, seed=args.seed, on_bad_image=args.on_bad_image)
+        samples = self.samples(
+            source, transform, in_chans=args.in_chans, seed=args.seed, on_bad_image=args.on_bad_image
+        )
         return loader.TrainLoader(
             samples, args.batch_size, args.seed, args.num_workers, self.pin_memory, accum_iter=args.accum_iter
         )
@@ -220,9 +225,12 @@ class Setup:
     def eval_batches(self, source: Source, batch_size: int) -> torch.utils.data.DataLoader:
         """Returns the batches of a dataset for this process, resized and cropped for an evaluation."""
         args = self.args
-        transform = transforms.eval_transform(args.input_size, args.crop_pct)
-        samples = Samples(source, transform, in_chans=args.in_chans, seed=args.seed)
+        samples = self.samples(source, self.eval_transform(), in_chans=args.in_chans, seed=args.seed)
         return loader.eval_loader(samples, batch_size, args.num_workers, self.pin_memory)
+
+    def eval_transform(self) -> Callable[..., Any]:
+        """Returns the transform of an evaluation."""
+        return transforms.eval_transform(self.args.input_size, self.args.crop_pct)
 
     def encode(self, source: Source, model: Any, batch_size: int, precision: Precision) -> Iterator[list[Tensor]]:
         """Returns batches with the features of a dataset, as the function `encode` computes them."""
@@ -235,18 +243,21 @@ class Setup:
         return extract_features(model, batches, normalize=self.normalize, precision=precision)
 
 
-def open_weights(settings: Mapping[str, Any]) -> Weights | None:
+def open_weights(settings: Mapping[str, Any], kind: str = CLASSIFIER) -> Weights | None:
     """Reads the weights of `--finetune`; with `--eval`, the classifier of `--resume` or `--finetune`.
 
+    Args:
+        kind: the kind of a file to evaluate.
+
     Raises:
-        ValueError: with `--eval`, neither names a file, or the file contains no classifier.
+        ValueError: with `--eval`, neither names a file, or the file is of another kind.
     """
     if not settings["eval"]:
         return loading.read(settings["finetune"]) if settings["finetune"] else None
     name = settings["resume"] if settings["resume"] not in ("", "auto") else settings["finetune"]
     if not name:
-        raise ValueError("--eval needs --resume or --finetune: the file of a classifier, or a published name")
-    return loading.read_classifier(name)
+        raise ValueError(f"--eval needs --resume or --finetune: the file of a {kind}, or a published name")
+    return loading.read_classifier(name, kind)
 
 
 def with_recorded_settings(args: Namespace, file: Weights, recorded: Mapping[str, Any]) -> Namespace:
@@ -303,10 +314,10 @@ def load_for_evaluation(
     return model, val
 
 
-def load_frozen(model: nn.Module, file: Weights | None, adapt_input: str) -> None:
-    """Loads the encoder of a file. Without a file, it logs a warning."""
+def load_frozen(model: nn.Module, file: Weights | None, adapt_input: str, classes: Sequence[str] | None = None) -> None:
+    """Loads the encoder of a file, as `loading.load_encoder` does. Without a file, it logs a warning."""
     if file:
-        loading.load_encoder(model, file, adapt_input)
+        loading.load_encoder(model, file, adapt_input, classes)
     elif dist.is_main():
         logger.warning("no --finetune: the features are from an untrained encoder with random weights")
 

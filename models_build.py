@@ -13,11 +13,12 @@ from torch import Tensor, nn
 import models_mae
 import models_vit
 from models_mae import DECODER_SUFFIX, DECODERS, MaskedAutoencoderViT
+from models_segment import Segmenter
 from models_vit import SIZES, VisionTransformer, attention_weights, set_grad_checkpointing
 from util.checkpoints.checkpoint import CheckpointError
 from util.cli.choices import ATTENTIVE, LINEAR, NUM_QUERIES
-from util.weights.loading import PROBE_HEAD, QUERIES, Weights
-from util.weights.model_zoo import CLASSIFIER, FULL
+from util.weights.loading import DPT_HEAD, PROBE_HEAD, QUERIES, Weights
+from util.weights.model_zoo import CLASSIFIER, FULL, SEGMENTER
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -25,9 +26,9 @@ Model = TypeVar("Model", bound=nn.Module)
 MODEL_SETTINGS = (
     "model", "input_size", "patch_size", "in_chans", "mean", "std", "crop_pct", "norm_pix_loss", "mask_ratio",
     "decoder_depth", "global_pool", "nb_classes", "probe", "num_queries", "classes", "label_names",
-    "layer_norm_eps",
+    "layer_norm_eps", "head", "short_side", "reduce_zero_label", "colors",
 )  # fmt: skip
-HEAD_SETTINGS = {"global_pool", "nb_classes", "probe", "num_queries"}
+HEAD_SETTINGS = {"global_pool", "nb_classes", "probe", "num_queries", "head"}
 
 
 def autoencoder(
@@ -50,13 +51,29 @@ def probe(settings: Mapping[str, Any]) -> VisionTransformer:
     return model
 
 
+def segmenter(settings: Mapping[str, Any]) -> Segmenter:
+    """Builds the segmentation model of a run. Without trained blocks, the encoder stays in evaluation mode."""
+    model = _set_options(Segmenter(**segmenter_arguments(settings)), settings)
+    if settings.get("unfreeze_blocks") == 0:
+        model.freeze()
+    elif isinstance(settings.get("unfreeze_blocks"), int):
+        freeze_below(model, settings["unfreeze_blocks"])
+    return model
+
+
 def classifier_settings(file: Weights) -> dict[str, Any]:
-    """Returns the settings that build a classifier with the encoder of a file; {} if no model of this library fits."""
+    """Returns the settings that build a classifier with the encoder of a file; {} if no model of this library fits.
+
+    For the file of a segmentation model, they build this model.
+    """
     try:
         settings = file_settings(file)
     except CheckpointError:
         return {}
-    if file.kind != CLASSIFIER:  # shapes do not determine the settings of a head; recorded settings may have them
+    if file.kind not in (
+        CLASSIFIER,
+        SEGMENTER,
+    ):  # shapes do not determine the settings of a head; recorded settings may have them
         settings = {name: settings[name] for name in settings if name in file.settings or name not in HEAD_SETTINGS}
     result = {name: settings[name] for name in MODEL_SETTINGS if name in settings}
     return {**result, "model": f"vit_{size_of(settings['model'])}"}
@@ -94,6 +111,8 @@ def file_settings(file: Weights, model: str | None = None) -> dict[str, Any]:
     known["probe"] = ATTENTIVE if QUERIES in tensors else LINEAR if PROBE_HEAD in tensors else None
     if QUERIES in tensors:
         known["num_queries"] = len(tensors[QUERIES])
+    if file.kind == SEGMENTER:
+        known["head"] = "dpt" if DPT_HEAD in tensors else "linear"
     return {**settings, **known, "model": model or f"{'mae_' * (file.kind == FULL)}vit_{size}"}
 
 
@@ -146,6 +165,12 @@ def classifier_arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
         "drop_path_rate": settings.get("drop_path", 0.0),
         "global_pool": settings["global_pool"],
     }
+
+
+def segmenter_arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of `Segmenter` for the settings of a run."""
+    arguments = classifier_arguments({**settings, "global_pool": False})
+    return {name: value for name, value in arguments.items() if name != "global_pool"} | {"head": settings["head"]}
 
 
 class AttentivePool(nn.Module):

@@ -9,7 +9,7 @@ Letters in shapes: B images, c channels, H x W pixels, p pixels along the side o
 channels of a token, h heads. Parameters have the names of the published checkpoints.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -198,12 +198,12 @@ class Encoder(nn.Module):
         raise NotImplementedError
 
     def get_intermediate_layers(
-        self, imgs: Tensor, n: int = 1, norm: bool = True, return_attention: bool = False
+        self, imgs: Tensor, n: int | Sequence[int] = 1, norm: bool = True, return_attention: bool = False
     ) -> Any:
         """Returns the outputs of the last `n` blocks for images (B, c, H, W), in the order of the blocks.
 
         Args:
-            n: number of blocks.
+            n: number of blocks, or the indices of the blocks.
             norm: apply the final norm of the encoder. A classifier with `global_pool` has no such norm for tokens.
             return_attention: also return the attention weights of these blocks, (B, h, N + 1, N + 1) each.
 
@@ -213,9 +213,11 @@ class Encoder(nn.Module):
         x = self.embed(imgs)
         normalize = self.norm if norm and hasattr(self, "norm") else nn.Identity()
         layers, maps = [], []
+        depth = len(self.blocks)
+        chosen = range(depth - n, depth) if isinstance(n, int) else n
         block: Any
-        for number, block in enumerate(self.blocks, start=1):
-            is_returned = number > len(self.blocks) - n
+        for number, block in enumerate(self.blocks):
+            is_returned = number in chosen
             if is_returned and return_attention:
                 maps.append(block.attn.maps(block.norm1(x)))
             x = block(x)

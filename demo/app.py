@@ -26,7 +26,7 @@ except ImportError:
     sys.exit('the web page requires the package gradio: pip install ".[app]"')
 
 from demo import outputs
-from inference.model import Autoencoder, Model, get_model
+from inference.model import Autoencoder, Classifier, Model, get_model
 from util import dist
 from util.cli import entry_point, flags, options
 from util.data.decode import SUFFIXES
@@ -125,9 +125,9 @@ def build(model: Model, classifier: Model | None = None, samples: Path | None = 
     Raises:
         ValueError: the classifier has no classification head.
     """
-    if classifier is None and model.settings["nb_classes"]:
+    if classifier is None and isinstance(model, Classifier) and model.settings["nb_classes"]:
         classifier = model
-    if classifier is not None and not classifier.settings["nb_classes"]:
+    if classifier is not None and not (isinstance(classifier, Classifier) and classifier.settings["nb_classes"]):
         raise ValueError(
             f"--classifier: {classifier.settings['model']} has no classification head; give a fine-tuned file"
         )

@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import models_build
-from inference.model import Autoencoder, Classifier, Model, get_model
+from inference.model import Autoencoder, Classifier, Model, Segmenter, get_model
 from util.cli import entry_point, options
 from util.data import transforms
 from util.files import atomic
@@ -43,7 +43,7 @@ from util.weights.loading import SETTINGS
 
 logger = logging.getLogger(__name__)
 
-WITHOUT_ATTENTIVE_PROBE = ("mmpretrain", "timm", "transformers")
+WITHOUT_OTHER_HEADS = ("mmpretrain", "timm", "transformers")
 CLOSE = 1e-4  # largest difference between the outputs of the exported model and of our model
 
 
@@ -86,10 +86,9 @@ def export(model: Model, to: str, out: Path) -> None:
         ValueError: the format does not support this model, or its library is not installed.
         OSError: the disk is full, or the folder can't be written to.
     """
-    if model.head_pools and to in WITHOUT_ATTENTIVE_PROBE:
-        raise ValueError(
-            f"--to {to}: {to} has no attentive probe; give --encoder, or --to safetensors, onnx or torch_export"
-        )
+    if (model.head_pools or isinstance(model, Segmenter)) and to in WITHOUT_OTHER_HEADS:
+        head = "attentive probe" if model.head_pools else "head for segmentation that this library uses"
+        raise ValueError(f"--to {to}: {to} has no {head}; give --encoder, or --to safetensors, onnx or torch_export")
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic.replacing(out) as written:
         WRITERS[to](model, written)

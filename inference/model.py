@@ -21,16 +21,21 @@ from torch import Tensor
 
 import models_build
 import models_mae
+import models_segment
 import models_vit
 from util.checkpoints.checkpoint import CheckpointError
 from util.cli.advice import did_you_mean
 from util.cli.choices import LINEAR
 from util.data import transforms
-from util.data.decode import MAX_PIXELS, BadImage, decode
+from util.data.decode import MAX_PIXELS, BadImage, decode, size_of
+from util.data.joint_transforms import fitted
+from util.data.masks import default_colors
+from util.evaluation.segmentation import predict_classes
 from util.files.untrusted import read_file
+from util.pos_embed import to_pair
 from util.weights import loading, model_zoo
 from util.weights.loading import Weights
-from util.weights.model_zoo import CLASSIFIER, FULL
+from util.weights.model_zoo import CLASSIFIER, FULL, SEGMENTER
 
 ImageLike = str | Path | Image.Image | np.ndarray | Tensor
 Images = ImageLike | Sequence[ImageLike]
@@ -106,6 +111,17 @@ class ModelMixin(PyTorchModelHubMixin):
         predictions = [self._prediction(row, topk) for row in scores]
         return predictions if _are_several(images) else predictions[0]
 
+    def segment(self, images: Images) -> Any:
+        """Predicts the class of each pixel. Only models with a segmentation head (`Segmenter`) have this method.
+
+        Raises:
+            ValueError: the model has no segmentation head.
+        """
+        raise ValueError(
+            f"{self.settings['model']} has no segmentation head: train one with main_segment.py, and give its "
+            f"checkpoint"
+        )
+
     def _prediction(self, scores: Tensor, topk: int) -> dict[str, Any]:
         best = scores.topk(min(topk, len(scores)))
         names = [self.classes[label] if self.classes else f"class {label}" for label in best.indices.tolist()]
@@ -163,7 +179,57 @@ class Classifier(ModelMixin, models_vit.VisionTransformer):
             self.classes = imagenet_classes()
 
 
-Model = Autoencoder | Classifier
+class Segmenter(ModelMixin, models_segment.Segmenter):
+    """A segmentation model with its preprocessing.
+
+    Attributes:
+        colors: colors of the classes in pictures, uint8 (classes, 3): those of the palette of the run, or of VOC.
+    """
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        super().__init__(**models_build.segmenter_arguments(settings))
+        self._set_up(settings)
+        self.window = to_pair(settings["input_size"])
+        recorded = settings.get("short_side")
+        self.short_side = min(self.window) if recorded is None else recorded
+        colors = settings.get("colors") or default_colors(self.num_classes)
+        self.colors = np.array(colors, dtype=np.uint8).reshape(-1, 3)
+
+    @torch.inference_mode()
+    def segment(self, images: Images, batch_size: int = 8) -> Any:
+        """Predicts the class of each pixel, by windows over the scaled image, as in evaluation.
+
+        Args:
+            images: as in `prepare`, of any sizes.
+            batch_size: number of windows in a batch.
+
+        Returns:
+            For an image, the classes of its pixels, uint8 (H, W) in the size of the image. For a list of images, a list
+            of such arrays.
+
+        Raises:
+            BadImage, OSError: as in `prepare`.
+        """
+        several: Any = images if _are_several(images) else [images]
+        results = [self._segment_one(image, batch_size) for image in several]
+        return results if _are_several(images) else results[0]
+
+    def _segment_one(self, image: ImageLike, batch_size: int) -> np.ndarray:
+        device = self.pos_embed.device
+        if isinstance(image, Tensor) and image.is_floating_point():
+            pixels, size = image.to(device), (image.shape[1], image.shape[2])
+        else:
+            picture = open_image(image, self.in_chans)
+            size = size_of(picture)
+            pixels = self.normalize(transforms.to_tensor(fitted(picture, self.short_side)).to(device))
+        return predict_classes(self, pixels, size, self.window, batch_size).to(torch.uint8).cpu().numpy()
+
+    def predict(self, images: Images, topk: int = 5) -> Any:
+        """Raises ValueError: `segment` predicts the classes of the pixels."""
+        raise ValueError(f"{self.settings['model']} has a segmentation head, and no classes of images: use segment")
+
+
+Model = Autoencoder | Classifier | Segmenter
 
 
 @cache
@@ -204,7 +270,7 @@ def list_models(pattern: str = "*") -> list[str]:
 
 def get_model(
     name: str | Path, pretrained: bool | str | Path = False, device: str | torch.device = "cpu", **settings: Any
-) -> Autoencoder | Classifier:
+) -> Model:
     """Returns a model in evaluation mode.
 
     Args:
@@ -281,7 +347,7 @@ def _published_for(name: str) -> str:
     return best
 
 
-def _load(file: Weights, architecture: str | None, settings: dict[str, Any]) -> Autoencoder | Classifier:
+def _load(file: Weights, architecture: str | None, settings: dict[str, Any]) -> Model:
     """Returns a model with the weights of a file. If `architecture` is None, it is that of the file."""
     recorded = models_build.file_settings(file, architecture)
     recorded |= {name: value for name, value in _of_row(file.source).items() if name not in file.settings}
@@ -289,7 +355,8 @@ def _load(file: Weights, architecture: str | None, settings: dict[str, Any]) -> 
     if file.kind == CLASSIFIER and "nb_classes" in settings and settings["nb_classes"] != recorded["nb_classes"]:
         recorded = {name: value for name, value in recorded.items() if name not in ("classes", "label_names")}
     merged = _settings(architecture, {**recorded, **settings})
-    model = _class_of(architecture)(merged)
+    segments = file.kind == SEGMENTER and not architecture.startswith("mae_")
+    model: Model = Segmenter(merged) if segments else _class_of(architecture)(merged)
     if isinstance(model, Autoencoder):
         if file.kind != FULL:
             raise CheckpointError(
@@ -297,7 +364,7 @@ def _load(file: Weights, architecture: str | None, settings: dict[str, Any]) -> 
                 f"decoder, such as mae_visualize_vit_large, or a checkpoint of main_pretrain.py"
             )
         loading.init_mae(model, file)
-    elif file.kind == CLASSIFIER and merged["nb_classes"] == recorded["nb_classes"]:
+    elif (segments or file.kind == CLASSIFIER) and merged["nb_classes"] == recorded["nb_classes"]:
         loading.load_classifier(model, file)
     else:
         loading.load_encoder(model, file)

@@ -14,14 +14,15 @@ import main_knn
 import main_linprobe
 import main_pretrain
 import main_robustness
-from inference import export, features, predict, reconstruct
+import main_segment
+from inference import export, features, predict, reconstruct, segment
 from util import datasets
 from util.cli import advice, entry_point
 from util.data import resize
 from util.jobs import submit
 
-SCRIPTS = (main_compare, main_finetune, main_knn, main_linprobe, main_pretrain, main_robustness, export, features,
-           predict, reconstruct, datasets, resize)  # fmt: skip
+SCRIPTS = (main_compare, main_finetune, main_knn, main_linprobe, main_pretrain, main_robustness, main_segment,
+           export, features, predict, reconstruct, segment, datasets, resize)  # fmt: skip
 PARSERS = {script.__name__: script.get_args_parser() for script in SCRIPTS}
 PARSERS |= {f"submitit_{task}": submit.get_args_parser(f"main_{task}")[0] for task in ("pretrain", "finetune")}
 FLAG = r"(?<![\w-])--(?=[a-z])[\w-]+"
@@ -55,6 +56,9 @@ ELSEWHERE = {
         r"main_robustness|inference\.\w+", "the statistics are a file's, checked when read"),
     r"util\.checkpoints\.run_state\._warn_of_changes": "of settings that the script has",
     r"util\.weights\.loading\.statistics": (r"main_robustness|inference\.\w+", "another of this name is meant"),
+    r"engine_finetune\.Setup|util\.(datasets\.open_source|data\.(webdataset_shards|labels)\.\w+)": (
+        r"main_segment", "it opens pairs of images and masks"),
+    r"util\.training\.loop\.NonFiniteGuard": (r"main_segment", "its --lr has a default"),
     r"util\.data\.labels\.require": (r"inference\.features", "a file list is not among its flags"),
 }  # fmt: skip
 

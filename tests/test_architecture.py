@@ -27,8 +27,11 @@ ARROWS = {
     r"main_robustness": r"engine_finetune|inference\.imagenet|util\..+",
     r"main_\w+": r"engine_\w+|models_\w+|util\..+",
     r"engine_\w+": r"util\..+",
-    r"models_build": r"models_(mae|vit)|util\.(weights\.(loading|model_zoo)|checkpoints\.checkpoint|cli\.choices)",
+    r"models_build": (
+        r"models_(mae|segment|vit)|util\.(weights\.(loading|model_zoo)|checkpoints\.checkpoint|cli\.choices)"
+    ),
     r"models_mae": r"models_vit|util\.pos_embed|util\.masking",
+    r"models_segment": r"models_vit",
     r"models_vit": r"util\.pos_embed",
     r"pretrain_\w+": r"(main|engine|models)_\w+|util\..+",  # scripts of your own on top of main_pretrain
     r"hubconf": r"inference\.\w+",

@@ -17,9 +17,10 @@ import main_knn
 import main_linprobe
 import main_pretrain
 import main_robustness
+import main_segment
 import models_mae
 from benchmarks import targets, train_step, whole_run
-from inference import export, features, get_model, predict, reconstruct
+from inference import export, features, get_model, predict, reconstruct, segment
 from util import datasets
 from util.checkpoints import sharded
 from util.cli import entry_point
@@ -42,16 +43,20 @@ PARSERS = {
     "main_compare.py": main_compare.get_args_parser,
     "main_knn.py": main_knn.get_args_parser,
     "main_robustness.py": main_robustness.get_args_parser,
+    "main_segment.py": main_segment.get_args_parser,
     **{
         f"submitit_{task}.py": lambda task=task: submit.get_args_parser(f"main_{task}")[0]
-        for task in ("pretrain", "finetune", "linprobe")
+        for task in ("pretrain", "finetune", "linprobe", "segment")
     },
     "benchmarks/train_step.py": train_step.get_args_parser,
     "benchmarks/whole_run.py": whole_run.get_args_parser,
     "util.datasets": datasets.get_args_parser,
     "util.resize": resize.get_args_parser,
     "util.sharded": sharded.get_args_parser,
-    **{f"inference.{part.__name__[10:]}": part.get_args_parser for part in (export, features, predict, reconstruct)},
+    **{
+        f"inference.{part.__name__[10:]}": part.get_args_parser
+        for part in (export, features, predict, reconstruct, segment)
+    },
 }
 
 

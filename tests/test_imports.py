@@ -7,9 +7,9 @@ import sys
 from conftest import ROOT
 
 SCRIPTS = ("main_pretrain", "main_finetune", "main_linprobe", "main_knn", "main_compare", "main_robustness",
-           "submitit_pretrain",
-           "inference.predict", "inference.features", "inference.reconstruct", "inference.maps", "inference.export",
-           "util.datasets", "util.resize", "util.sharded", "hubconf")  # fmt: skip
+           "main_segment", "submitit_pretrain",
+           "inference.predict", "inference.features", "inference.reconstruct", "inference.maps", "inference.segment",
+           "inference.export", "util.datasets", "util.resize", "util.sharded", "hubconf")  # fmt: skip
 # Each takes from half a second to two seconds to import; PyTorch itself takes two.
 SLOW = ("torchvision", "timm", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor",
         "torch.distributed.checkpoint", "tensorboard", "matplotlib", "sklearn", "scipy", "transformers",

@@ -23,6 +23,14 @@ def test_published_formula():
         assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([lr, lr / 4])
 
 
+def test_polynomial_decay():
+    args = Namespace(lr=2.0, min_lr=0.5, warmup_epochs=2, epochs=10, poly_power=2)
+    optimizer = optimizer_of(None, 0.25)
+    for epoch, lr in {1: 1.0, 2: 2.0, 6: 0.5 + 1.5 / 4, 10: 0.5}.items():
+        assert adjust_learning_rate(optimizer, epoch, args) == pytest.approx(lr)
+        assert optimizer.param_groups[1]["lr"] == pytest.approx(lr / 4)
+
+
 def test_agrees_with_timm():
     args = Namespace(lr=1e-3, min_lr=1e-6, warmup_epochs=40, epochs=400)
     ours, theirs = optimizer_of(None), torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
@@ -36,3 +44,4 @@ def test_linear_scaling():
     assert scaled_lr(None, 1.5e-4, 4096) == pytest.approx(2.4e-3)
     assert scaled_lr(1e-2, 1.5e-4, 4096) == 1e-2
     assert scaled_lr(0.0, 1.5e-4, 4096) == 0.0
+    assert scaled_lr(None, [0.1, 0.4, 0.2], 512) == pytest.approx(0.8)

@@ -9,7 +9,8 @@ import main_knn
 import main_linprobe
 import main_pretrain
 import main_robustness
-from inference import export, features, predict, reconstruct
+import main_segment
+from inference import export, features, predict, reconstruct, segment
 from util import datasets
 from util.cli import entry_point, flags
 from util.cli.advice import advised
@@ -80,9 +81,18 @@ COMMANDS = {
         "world_size": 1, "local_rank": -1, "dist_on_itp": False, "dist_url": "env://", "dist_backend": "auto",
         "dist_timeout": 600,
     },
+    main_segment: RUN | COMMON | {
+        "train_folders": None, "val_folders": None, "val_list": None, "nb_classes": None, "reduce_zero_label": False,
+        "palette": None, "short_side": None, "batch_size": 16, "epochs": 60, "warmup_epochs": 0, "lr": 2e-4,
+        "poly_power": 0.9, "min_lr": 0.0, "weight_decay": 0.01, "head": "linear", "finetune": "",
+        "adapt_input": "error", "drop_path": 0.0, "layer_decay": 0.75, "unfreeze_blocks": 0,
+        "grad_checkpointing": False, "scale": [0.5, 2.0], "hflip": 0.5, "eval": False, "eval_every": 1, "report": None,
+        "dist_eval": False, "save_every": 1, "model": "vit_large_patch16",
+    },
     predict: MODEL | {"images": None, "topk": 5, "json": False, "out": None},
     reconstruct: MODEL | {"images": None, "out": None, "mask_ratio": 0.75, "seed": 0, "hide": None, "short_side": None},
     features: MODEL | EXTRACTION | {"data_path": None, "out": None, "split": "train", "pool": None},
+    segment: MODEL | {"images": None, "out": None, "opacity": 0.6, "masks": None},
     export: MODEL | {"to": None, "out": None, "encoder": False},
     datasets: SOURCE | {"data_path": None, "val_list": None, "split": "train", "limit": None},
     resize: {"data_path": None, "copy": None, "short_side": 256, "quality": 90, "num_workers": 10},
@@ -114,7 +124,10 @@ def test_a_job_has_the_flags_of_its_script_and_its_own(script):
 
 @pytest.mark.parametrize("script", COMMANDS, ids=name)
 def test_every_default_of_a_command(script):
-    assert defaults(script.get_args_parser()) == COMMANDS[script]
+    expected = COMMANDS[script]
+    if script is main_segment:  # the masks have other sources
+        expected = {name: value for name, value in expected.items() if name != "num_images"}
+    assert defaults(script.get_args_parser()) == expected
 
 
 @pytest.mark.parametrize("script", PUBLISHED, ids=name)
@@ -165,6 +178,7 @@ LIMITS = [  # type, valid values, invalid values
     (flags.positive_share, ["0.1", "1"], ["0", "1.01"]),
     (flags.ratio, ["0", "0.99"], ["1", "-0.1"]),
     (flags.jpeg_quality, ["1", "100"], ["0", "101"]),
+    (flags.count_or_all, ["0", "3", "all"], ["-1", "some"]),
     (flags.seed, ["0", str(2**32 - 1)], ["-1", str(2**32)]),
 ]
 

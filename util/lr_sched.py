@@ -1,4 +1,7 @@
-"""The learning rate: linear scaling, warm-up, half-cycle cosine (Goyal et al. 2017; He et al. 2021, A.1)."""
+"""The learning rate: linear scaling, warm-up, half-cycle cosine (Goyal et al. 2017; He et al. 2021, A.1).
+
+Segmentation has a polynomial decay instead of the cosine.
+"""
 
 import logging
 import math
@@ -9,10 +12,16 @@ from torch.optim import Optimizer
 logger = logging.getLogger(__name__)
 
 
-def scaled_lr(lr: float | None, blr: float, effective_batch_size: int) -> float:
-    """Returns and logs `lr`, or blr x effective batch size / 256 if `lr` is None (linear scaling rule)."""
+def scaled_lr(lr: float | None, blr: float | list[float] | None, effective_batch_size: int) -> float:
+    """Returns and logs `lr`, or blr x effective batch size / 256 if `lr` is None (linear scaling rule).
+
+    Args:
+        blr: of several values, the largest is used.
+    """
     how = ""
     if lr is None:
+        blr = max(blr) if isinstance(blr, list) else blr
+        assert blr is not None
         lr = blr * effective_batch_size / 256
         how = f" = blr {blr:g} x {effective_batch_size} / 256"
     logger.info(f"effective batch size {effective_batch_size}; learning rate {lr:.3g}{how}")
@@ -33,7 +42,8 @@ def adjust_learning_rate(optimizer: Optimizer, epoch: float, args: Namespace) ->
 
     Args:
         epoch: fractional epoch; 1.5 is the middle of the second epoch.
-        args: has `lr`, `min_lr`, `warmup_epochs` and `epochs`.
+        args: has `lr`, `min_lr`, `warmup_epochs` and `epochs`. After the warm-up, the decay from `lr` to `min_lr` is a
+            half-cycle cosine, or with `poly_power` (1 - progress) to this power.
 
     Returns:
         The learning rate of groups with an `lr_scale` of 1.
@@ -42,7 +52,9 @@ def adjust_learning_rate(optimizer: Optimizer, epoch: float, args: Namespace) ->
         lr = args.lr * epoch / args.warmup_epochs
     else:
         progress = (epoch - args.warmup_epochs) / (args.epochs - args.warmup_epochs)
-        lr = args.min_lr + (args.lr - args.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+        power = getattr(args, "poly_power", None)
+        factor = 0.5 * (1 + math.cos(math.pi * progress)) if power is None else (1 - progress) ** power
+        lr = args.min_lr + (args.lr - args.min_lr) * factor
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
     return lr

@@ -23,8 +23,8 @@ FREE_SETTINGS = {
     "accum_iter", "batch_size", "compile", "config", "data_path", "debug", "device", "dist_backend", "dist_eval",
     "dist_on_itp", "dist_timeout", "dist_url", "download", "eval", "finetune", "fsdp", "grad_checkpointing",
     "init_from", "keep_last", "local_rank", "log_dir", "num_workers", "on_bad_image", "output_dir", "pin_mem",
-    "report", "resume", "save_every", "save_minutes", "start_epoch", "train_list", "val_list", "vis_every",
-    "world_size",
+    "report", "resume", "save_every", "save_minutes", "start_epoch", "train_folders", "train_list", "val_folders",
+    "val_list", "vis_every", "world_size",
 }  # fmt: skip
 
 
@@ -232,7 +232,7 @@ def restore_model(model: nn.Module, state: dict[str, Any], settings: dict[str, A
         )
         if str(saved.get("model")).startswith("mae_") is str(settings.get("model")).startswith("mae_"):
             names = ["model", "input_size", "patch_size", "in_chans", "decoder_depth", "global_pool"]
-            names += ["probe", "num_queries"]
+            names += ["probe", "num_queries", "head"]
             names += ["blr"] if isinstance(saved.get("blr"), list) else []  # several heads
             raise _with_settings(error, {name: saved[name] for name in names if name in saved}, settings)
         raise advised(error, *(_start_from(which) if which != "auto" else ["give another --output_dir"]))

@@ -30,6 +30,11 @@ job_id = _kind(str, str.isdecimal, "a job id, which is a number")
 seed = _kind(int, lambda value: 0 <= value < 2**32, "in [0, 2^32), which all random generators take")
 
 
+def count_or_all(text: str) -> int | str:
+    """The type of a number of blocks: at least 0, or "all"."""
+    return text if text == "all" else count(text)
+
+
 def budget(text: str) -> str:
     """The type of a training budget: epochs or minutes."""
     if not re.fullmatch(r"\d*[1-9]\d*|\d+(\.\d+)?m", text):

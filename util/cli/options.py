@@ -6,12 +6,21 @@ A function may add flags to several groups of --help. GROUPS is their order.
 import argparse
 from collections.abc import Collection
 
-from util.cli.choices import ADAPT_CHOICES, AMP_CHOICES, DEFAULT_WORKERS, LINEAR, NUM_QUERIES, PROBE_CHOICES
+from util.cli.choices import (
+    ADAPT_CHOICES,
+    AMP_CHOICES,
+    DEFAULT_WORKERS,
+    HEAD_CHOICES,
+    LINEAR,
+    NUM_QUERIES,
+    PROBE_CHOICES,
+)
 from util.cli.flags import (
     Size,
     add_switch,
     budget,
     count,
+    count_or_all,
     non_negative,
     positive,
     positive_int,
@@ -50,9 +59,13 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
         "such a folder",
     )  # fmt: skip
     add_source_options(group)
+    _add_input_options(group, "image size")
+
+
+def _add_input_options(group: argparse._ArgumentGroup, what: str) -> None:
     group.add_argument(
         "--input_size", default=224, type=positive_int, nargs="+", action=Size, metavar=("H", "W"),
-        help="image size in pixels: one number for squares, or height and width",
+        help=f"{what} in pixels: one number for squares, or height and width",
     )  # fmt: skip
     group.add_argument(
         "--mean", type=float, nargs="+", metavar="M",
@@ -86,6 +99,73 @@ def add_source_options(group: argparse._ActionsContainer) -> None:
     _add_num_workers(group)
 
 
+def add_pair_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of images with segmentation masks, of the crop and of channels."""
+    group = _group(parser, DATA)
+    group.add_argument(
+        "--data_path", metavar="PATH",
+        help="folder, or tar or zip file, with images and masks: images/training and annotations/training (ADE20K), "
+        "train/images and train/masks, or the folders of mmsegmentation or LoveDA; for validation alike",
+    )  # fmt: skip
+    for flag, what in (("--train_folders", "training"), ("--val_folders", "validation")):
+        group.add_argument(
+            flag, nargs=2, metavar=("IMAGES", "MASKS"),
+            help=f"two folders with the {what} images and their masks, which have the same names except for suffixes",
+        )  # fmt: skip
+    for flag, what in (("--train_list", "training"), ("--val_list", "validation")):
+        group.add_argument(flag, metavar="FILE", help=f"CSV file with a row `image,mask` for each {what} image")
+    group.add_argument(
+        "--dataset", metavar="NAME", help="VOCSegmentation: the dataset of torchvision, with its files in --data_path"
+    )
+    group.add_argument("--download", action="store_true", help="download --dataset to --data_path")
+    group.add_argument(
+        "--nb_classes", type=positive_int, metavar="N",
+        help="number of classes: the values of masks are 0 to N - 1, and 255 is ignored (default: that of --palette)",
+    )  # fmt: skip
+    add_switch(
+        group,
+        "reduce_zero_label",
+        False,
+        "the value 0 of masks is ignored, and the classes are 1 to N (ADE20K, LoveDA)",
+    )
+    group.add_argument(
+        "--palette", metavar="FILE",
+        help="text file with a line `R G B NAME` for each class: the names, and the colors of masks that are color "
+        "images and of pictures (default: names are numbers, and colors are those of VOC)",
+    )  # fmt: skip
+    _add_input_options(group, "crop and window size")
+    group.add_argument(
+        "--short_side", type=count, metavar="N",
+        help="scale images so that their shorter side has N pixels, before the random scale in training and the "
+        "windows in evaluation; 0: the size of the file (default: the shorter side of --input_size)",
+    )  # fmt: skip
+    group.add_argument("--in_chans", default=3, type=positive_int, metavar="C", help="input channels: 3 RGB, 1 gray")
+    _add_num_workers(group)
+
+
+def add_segmentation_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of the head, the encoder and the augmentation of segmentation."""
+    group = _group(parser, MODEL)
+    group.add_argument(
+        "--head", default=HEAD_CHOICES[0], choices=HEAD_CHOICES,
+        help="linear: batch norm and a 1 x 1 convolution on the tokens of the last block; dpt: a dense prediction "
+        "transformer on four evenly spaced blocks (Ranftl et al. 2021)",
+    )  # fmt: skip
+    _add_weights_options(group)
+    _add_layer_options(parser, drop_path=0.0)
+    _group(parser, OPTIMIZATION).add_argument(
+        "--unfreeze_blocks", default=0, type=count_or_all, metavar="K|all",
+        help="train the head and the last K blocks; 0: a frozen encoder; all: all parameters",
+    )  # fmt: skip
+    _add_recompute_option(parser)
+    group = _group(parser, AUGMENTATION)
+    group.add_argument(
+        "--scale", default=[0.5, 2.0], type=positive, nargs=2, metavar=("MIN", "MAX"),
+        help="range of the random scale of an image, before the random crop of --input_size",
+    )  # fmt: skip
+    _add_hflip(group)
+
+
 def _add_num_workers(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--num_workers", default=DEFAULT_WORKERS, type=count, metavar="N",
@@ -99,6 +179,10 @@ def _add_crop_options(parser: argparse.ArgumentParser, crop_scale: list[float]) 
         "--crop_scale", default=crop_scale, type=float, nargs=2, metavar=("MIN", "MAX"),
         help="range of the area of a random crop, as a fraction of the image",
     )  # fmt: skip
+    _add_hflip(group)
+
+
+def _add_hflip(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--hflip", default=0.5, type=share, metavar="P", help="probability of a horizontal flip")
 
 
@@ -185,6 +269,18 @@ def add_supervised_options(parser: argparse.ArgumentParser, global_pool: bool) -
         help="train on N images of each class, chosen by --seed (default: all images)",
     )  # fmt: skip
     group = _group(parser, MODEL)
+    _add_weights_options(group)
+    on, off = (" (default)", "") if global_pool else ("", " (default)")
+    group.add_argument(
+        "--global_pool", action="store_true", default=global_pool, help="classify the mean of the patch tokens" + on
+    )
+    group.add_argument(
+        "--cls_token", action="store_false", dest="global_pool", default=global_pool,
+        help="classify the class token" + off,
+    )  # fmt: skip
+
+
+def _add_weights_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--finetune", default="", metavar="FILE|NAME",
         help="weights to start from: a checkpoint file, or a published name such as mae_pretrain_vit_base "
@@ -196,21 +292,19 @@ def add_supervised_options(parser: argparse.ArgumentParser, global_pool: bool) -
         "starts from the mean of their channels; repeat: from their channels in turn; skip: the patch projection is "
         "initialized at random",
     )  # fmt: skip
-    on, off = (" (default)", "") if global_pool else ("", " (default)")
-    group.add_argument(
-        "--global_pool", action="store_true", default=global_pool, help="classify the mean of the patch tokens" + on
-    )
-    group.add_argument(
-        "--cls_token", action="store_false", dest="global_pool", default=global_pool,
-        help="classify the class token" + off,
-    )  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------------------------- optimization
 
 
-def add_optimizer_options(parser: argparse.ArgumentParser, several_blr: bool = False) -> None:
-    """Adds the flags of batch size, epochs, learning rate, regularization, non-finite gradients and bad images."""
+def add_optimizer_options(parser: argparse.ArgumentParser, several_blr: bool = False, lr: float | None = None) -> None:
+    """Adds the flags of batch size, epochs, learning rate, regularization, non-finite gradients and bad images.
+
+    Args:
+        several_blr: --blr takes several values.
+        lr: default of --lr for a script without --blr, whose learning rate does not depend on the batch size and has a
+            polynomial decay.
+    """
     group = _group(parser, OPTIMIZATION)
     group.add_argument("--batch_size", default=64, type=positive_int, metavar="N", help="batch size per process (GPU)")
     group.add_argument(
@@ -219,9 +313,15 @@ def add_optimizer_options(parser: argparse.ArgumentParser, several_blr: bool = F
     )  # fmt: skip
     group.add_argument("--epochs", default=400, type=positive_int, metavar="N", help="number of epochs")
     group.add_argument(
-        "--warmup_epochs", default=40, type=non_negative, metavar="N", help="epochs of linear warm-up, then cosine"
+        "--warmup_epochs", default=40, type=non_negative, metavar="N", help="epochs of linear warm-up, then the decay"
     )
-    if several_blr:
+    if lr is not None:
+        group.add_argument("--lr", default=lr, type=non_negative, metavar="LR", help="learning rate after the warm-up")
+        group.add_argument(
+            "--poly_power", default=0.9, type=positive, metavar="P",
+            help="power of the polynomial decay: the rate is proportional to (1 - progress)^P",
+        )  # fmt: skip
+    elif several_blr:
         group.add_argument(
             "--blr", default=[0.1], type=positive, nargs="+", metavar="LR",
             help="base learning rate: lr = blr x effective batch size / 256. Several values train one head each",
@@ -231,11 +331,13 @@ def add_optimizer_options(parser: argparse.ArgumentParser, several_blr: bool = F
             "--blr", default=1e-3, type=non_negative, metavar="LR",
             help="base learning rate: lr = blr x effective batch size / 256",
         )  # fmt: skip
+    if lr is None:
+        group.add_argument(
+            "--lr", type=non_negative, metavar="LR",
+            help="learning rate after the warm-up, then a cosine (default: computed from --blr)",
+        )  # fmt: skip
     group.add_argument(
-        "--lr", type=non_negative, metavar="LR", help="learning rate after the warm-up (default: computed from --blr)"
-    )
-    group.add_argument(
-        "--min_lr", default=0.0, type=non_negative, metavar="LR", help="learning rate at the end of the cosine"
+        "--min_lr", default=0.0, type=non_negative, metavar="LR", help="learning rate at the end of the decay"
     )
     group.add_argument(
         "--weight_decay", default=0.05, type=non_negative, metavar="W",
@@ -256,16 +358,8 @@ def add_optimizer_options(parser: argparse.ArgumentParser, several_blr: bool = F
 
 def add_finetune_options(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of fine-tuning: regularization, augmentation, trained layers."""
-    group = _group(parser, MODEL)
-    group.add_argument(
-        "--drop_path", default=0.1, type=ratio, metavar="R",
-        help="stochastic depth: drop rate of the last block; it grows linearly from 0 at the first block",
-    )  # fmt: skip
+    _add_layer_options(parser, drop_path=0.1)
     group = _group(parser, OPTIMIZATION)
-    group.add_argument(
-        "--layer_decay", default=0.75, type=positive, metavar="D",
-        help="layer-wise learning rate decay: the factor from each layer to the layer below",
-    )  # fmt: skip
     group.add_argument(
         "--unfreeze_blocks", type=count, metavar="K",
         help="train the head and the last K blocks only (default: all parameters)",
@@ -301,6 +395,17 @@ def add_finetune_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--mixup_mode", default="batch", choices=("batch", "pair", "elem"),
         help="sample the mixing parameters once per batch, pair or element",
+    )  # fmt: skip
+
+
+def _add_layer_options(parser: argparse.ArgumentParser, drop_path: float) -> None:
+    _group(parser, MODEL).add_argument(
+        "--drop_path", default=drop_path, type=ratio, metavar="R",
+        help="stochastic depth: drop rate of the last block; it grows linearly from 0 at the first block",
+    )  # fmt: skip
+    _group(parser, OPTIMIZATION).add_argument(
+        "--layer_decay", default=0.75, type=positive, metavar="D",
+        help="layer-wise learning rate decay: the factor from each layer to the layer below",
     )  # fmt: skip
 
 

@@ -166,7 +166,7 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.places)
 
-    def __getitem__(self, index: int) -> tuple[bytes, Tensor]:  # type: ignore[override]
+    def __getitem__(self, index: int) -> tuple[bytes, Tensor]:
         """Returns the image file of a pair and its mask, uint8 (H, W).
 
         Raises:

@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -36,8 +36,8 @@ class Source(Protocol):
     def __len__(self) -> int:
         """Returns the number of samples."""
 
-    def __getitem__(self, index: int) -> tuple[bytes | Picture, int]:
-        """Returns the image of a sample and its label.
+    def __getitem__(self, index: int) -> tuple[bytes | Picture, Any]:
+        """Returns the image of a sample and its label; of `masks.Pairs`, its mask.
 
         Raises:
             OSError, BadImage: the sample can't be read.

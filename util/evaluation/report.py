@@ -1,7 +1,7 @@
 """Writes the accuracy per class and the confusion matrix of an evaluation as CSV files and a picture."""
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +12,30 @@ NAMED = 40  # largest number of classes with names at the axes of the picture
 
 
 def write(folder: Path, classes: Sequence[str], labels: np.ndarray, predictions: np.ndarray) -> None:
-    """Writes classes.csv, confusion.csv (rows: true classes, columns: predicted classes) and confusion.png.
+    """Writes the report of a classifier, as `write_matrix` does.
 
     Args:
         labels: (n,), indices into `classes`.
         predictions: (n,), indices into `classes`.
+    """
+    matrix = np.zeros((len(classes), len(classes)), dtype=np.int64)
+    np.add.at(matrix, (labels, predictions), 1)
+    write_matrix(folder, classes, matrix)
+
+
+def write_matrix(
+    folder: Path,
+    classes: Sequence[str],
+    matrix: np.ndarray,
+    unit: str = "images",
+    scores: Mapping[str, np.ndarray] | None = None,
+) -> None:
+    """Writes classes.csv, confusion.csv (rows: true classes, columns: predicted classes) and confusion.png.
+
+    Args:
+        matrix: (classes, classes), the counts of confusion.csv.
+        unit: what is counted.
+        scores: further columns of classes.csv, (classes,) in percent; NaN is an empty cell.
 
     Raises:
         OSError: the disk is full, or the folder can't be written to. Its files are unchanged.
@@ -24,21 +43,22 @@ def write(folder: Path, classes: Sequence[str], labels: np.ndarray, predictions:
     folder.mkdir(parents=True, exist_ok=True)
     with atomic.replacing(folder) as written:
         written.mkdir()
-        _write(written, classes, labels, predictions)
+        _write(written, classes, matrix, unit, scores or {})
 
 
-def _write(folder: Path, classes: Sequence[str], labels: np.ndarray, predictions: np.ndarray) -> None:
-    matrix = np.zeros((len(classes), len(classes)), dtype=np.int64)
-    np.add.at(matrix, (labels, predictions), 1)
+def _write(
+    folder: Path, classes: Sequence[str], matrix: np.ndarray, unit: str, scores: Mapping[str, np.ndarray]
+) -> None:
     images, right = matrix.sum(axis=1), matrix.diagonal()
     with (folder / "classes.csv").open("w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
-        rows.writerow(["class", "images", "right", "accuracy", "most often taken for"])
+        rows.writerow(["class", unit, "right", "accuracy", *scores, "most often taken for"])
         for number, name in enumerate(classes):
             wrong = np.where(np.arange(len(classes)) == number, 0, matrix[number])
             other = classes[int(wrong.argmax())] if wrong.any() else ""
             share = f"{right[number] / images[number]:.4f}" if images[number] else ""
-            rows.writerow([name, images[number], right[number], share, other])
+            own = ["" if np.isnan(column[number]) else f"{column[number] / 100:.4f}" for column in scores.values()]
+            rows.writerow([name, images[number], right[number], share, *own, other])
     with (folder / "confusion.csv").open("w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
         rows.writerow(["true \\ predicted", *classes])

@@ -48,6 +48,7 @@ def run(
     loss_tag: str = "train_loss",
     trained: nn.Module | None = None,
     evaluates: bool = False,
+    metric: str = "test_acc1",
     callbacks: Sequence[Callback] = (),
 ) -> None:
     """Trains to the end of the last epoch.
@@ -59,11 +60,12 @@ def run(
             `options.add_optimizer_options` are used.
         train_one_epoch: the function of an engine, with its own arguments bound (`functools.partial`).
         after_epoch: called with epoch and log every `eval_every` epochs (default: 1), and after the last epoch. It
-            returns entries of log.txt. The state with the best `test_acc1` is saved as checkpoint-best.pth.
+            returns entries of log.txt. The state with the best `metric` is saved as checkpoint-best.pth.
         loss_tag: name of the loss in TensorBoard.
         trained: the module that is called with a batch. Default: the model.
         evaluates: `after_epoch` takes long and does not change the state. The state is saved before it, and a signal
             ends it at once; a resumed run repeats it.
+        metric: the entry of log.txt that selects the best state.
         callbacks: called after every update, in this order. Checkpoints contain their states, under the key
             `callbacks`.
 
@@ -77,8 +79,7 @@ def run(
     values = (f"{name}={value}" for name, value in sorted(settings.items()) if name != "classes")
     logger.info("settings: " + " ".join(values))
     progress = _initial_progress(args, batches.num_images)
-    base = max(args.blr) if isinstance(args.blr, list) else args.blr
-    args.lr = lr_sched.scaled_lr(args.lr, base, progress.effective_batch_size)
+    args.lr = lr_sched.scaled_lr(args.lr, settings.get("blr"), progress.effective_batch_size)
     lr_sched.check_warmup(args.warmup_epochs, args.epochs)
     logger.info(f"{args.model} on {precision.device} in {precision.name}, {dist.world_size()} process(es)")
     with ExitStack() as stack:
@@ -118,7 +119,7 @@ def run(
         )
         _train_epochs(
             train, options, after_epoch, model, batches, progress, interrupts,
-            epochs=args.epochs, eval_every=settings.get("eval_every", 1), evaluates=evaluates,
+            epochs=args.epochs, eval_every=settings.get("eval_every", 1), evaluates=evaluates, metric=metric,
         )  # fmt: skip
 
 
@@ -158,6 +159,7 @@ def _train_epochs(
     epochs: int,
     eval_every: int,
     evaluates: bool,
+    metric: str,
 ) -> None:
     saver, log = options.saver, options.log
     for epoch in range(progress.epoch, epochs):
@@ -174,7 +176,7 @@ def _train_epochs(
                     results = after_epoch(epoch, log)
             # The log is first: a run that stops between the two trains this epoch again, and replaces its line.
             log.end_epoch(meters.means() | results | batches.counts())
-            saver.save_epoch(epoch, results.get("test_acc1"))
+            saver.save_epoch(epoch, results.get(metric))
             # A signal may have arrived during the evaluation or a write in one process.
             stops = epoch + 1 < epochs and any(dist.gather(interrupts.pending))
         except Interrupted:  # the state was saved before the evaluation

@@ -1,6 +1,7 @@
 """Loads weights into models: from a checkpoint file of any known format, or by a published name.
 
-The names of the tensors determine the kind of a file: an encoder, an encoder with a decoder, or a classifier.
+The names of the tensors determine the kind of a file: an encoder, an encoder with a decoder, a classifier, or a
+segmentation model.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from util.files.untrusted import read_file
 from util.pos_embed import interpolate_pos_embed, to_pair
 from util.weights import foreign_settings, model_zoo
 from util.weights.conversion import to_ours
-from util.weights.model_zoo import CLASSIFIER, ENCODER, FULL
+from util.weights.model_zoo import CLASSIFIER, ENCODER, FULL, SEGMENTER
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ SETTINGS = "args"  # the entry in the metadata of a .safetensors file with the s
 SETTINGS_USED: dict[str, type | tuple[type, ...]] = {
     "model": str, "input_size": int, "patch_size": int, "in_chans": int, "mean": (int, float), "std": (int, float),
     "classes": str, "label_names": str, "crop_pct": (int, float), "mask_ratio": (int, float), "num_heads": int,
-    "decoder_num_heads": int, "layer_norm_eps": (int, float),
+    "decoder_num_heads": int, "layer_norm_eps": (int, float), "short_side": int, "colors": int,
 }  # fmt: skip
 OTHER_TOKENS = {"reg_token": "register tokens", "register_tokens": "register tokens",
                 "dist_token": "a distillation token", "distillation_token": "a distillation token"}  # fmt: skip
@@ -44,6 +45,7 @@ OTHER_TOKENS = {"reg_token": "register tokens", "register_tokens": "register tok
 # The weights of the head of a classifier, of a probe (`models_build.probe_head`), and of the first of several probes.
 HEAD, PROBE_HEAD, FIRST_OF_HEADS = "head.weight", "head.1.weight", "head.0.1.weight"
 QUERIES = "head.pool.queries"  # of an attentive probe
+PIXEL_HEAD, DPT_HEAD = "head.classifier.weight", "head.projects.0.weight"  # of segmentation models
 
 
 class Weights(NamedTuple):
@@ -51,7 +53,7 @@ class Weights(NamedTuple):
 
     tensors: dict[str, Tensor]
     settings: dict[str, Any]  # settings of the run that wrote the file, or converted by `foreign_settings`
-    kind: str  # ENCODER, FULL or CLASSIFIER
+    kind: str  # ENCODER, FULL, CLASSIFIER or SEGMENTER
     source: str  # path or published name, for messages
 
     @property
@@ -66,8 +68,7 @@ class Weights(NamedTuple):
     @property
     def num_classes(self) -> int:
         """Number of classes of the head; 0 without a head."""
-        head = self.tensors.get(HEAD, self.tensors.get(PROBE_HEAD))
-        return 0 if head is None else len(head)
+        return next((len(self.tensors[name]) for name in (HEAD, PROBE_HEAD, PIXEL_HEAD) if name in self.tensors), 0)
 
 
 def read(name: Path | str) -> Weights:
@@ -178,6 +179,8 @@ def _shards(index: Path) -> list[str]:
 
 
 def _kind(tensors: dict[str, Tensor]) -> str:
+    if PIXEL_HEAD in tensors:
+        return SEGMENTER
     if any(name.startswith("head.") for name in tensors):
         return CLASSIFIER
     # A decoder that does not predict pixels can't reconstruct.
@@ -255,19 +258,23 @@ def load_encoder(
     return fits
 
 
-def read_classifier(name: Path | str) -> Weights:
-    """Reads a file that must contain a classifier.
+def read_classifier(name: Path | str, kind: str = CLASSIFIER) -> Weights:
+    """Reads a file that must contain a classifier, or with the kind SEGMENTER a segmentation model.
 
     Raises:
-        CheckpointError: as in `read`, or the file contains an encoder only or several heads.
+        CheckpointError: as in `read`, or the file is of another kind or contains several heads.
     """
     file = read(name)
     if FIRST_OF_HEADS in file.tensors:
         raise CheckpointError(f"{name} has several heads; give probe.pth in the same folder, which has the best head")
-    if file.kind != CLASSIFIER:
+    if file.kind != kind:
+        article = "an" if file.kind.startswith("e") else "a"
+        head, example = "classification", "a fine-tuned file, such as mae_finetuned_vit_base"
+        if kind == SEGMENTER:
+            head, example = "segmentation", "a checkpoint of main_segment.py"
         raise CheckpointError(
-            f"{name} contains an {file.kind}, which has no classification head: train a head (--finetune), or give a "
-            f"fine-tuned file, such as mae_finetuned_vit_base"
+            f"{name} contains {article} {file.kind}, which has no {head} head: train a head (--finetune), or give "
+            f"{example}"
         )
     return file
 

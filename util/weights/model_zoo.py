@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 META = "https://dl.fbaipublicfiles.com/mae"
 MM = "https://download.openmmlab.com/mmselfsup/1.x/mae"
-ENCODER, FULL, CLASSIFIER = "encoder", "encoder and decoder", "classifier"
+ENCODER, FULL, CLASSIFIER, SEGMENTER = "encoder", "encoder and decoder", "classifier", "segmentation model"
 SIMILAR = 0.4  # minimum similarity of a suggested name; low, because the names are long
 
 

@@ -1,0 +1,74 @@
+"""The loss of segmentation, and evaluation of segmentation models."""
+
+import logging
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from util import dist
+from util.data.masks import IGNORED
+from util.evaluation import report
+from util.evaluation.segmentation import Scores, confusion_matrix, predict_classes
+from util.training import loop
+from util.training.precision import Precision
+
+logger = logging.getLogger(__name__)
+
+
+def pixel_loss(logits: Tensor, masks: Tensor) -> Tensor:
+    """Returns the cross-entropy of the pixels that are not ignored, divided by the number of all pixels.
+
+    This divisor does not depend on the masks. The gradient of an update is therefore the same for every split of the
+    effective batch size, and a batch of ignored pixels has the loss 0.
+
+    Args:
+        logits: (B, classes, H, W).
+        masks: classes (B, H, W), or IGNORED.
+    """
+    return F.cross_entropy(logits.float(), masks.long(), ignore_index=IGNORED, reduction="sum") / masks.numel()
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    data_loader: Iterable[list[Tensor]],
+    *,
+    normalize: Callable[[Tensor], Tensor],
+    precision: Precision,
+    num_classes: int,
+    window: tuple[int, int],
+    batch_size: int,
+) -> Scores:
+    """Evaluates a model by windows on the images of this process, at the resolution of the masks.
+
+    The counts of all processes are added, so that the scores do not depend on the number of processes.
+
+    Args:
+        data_loader: batches of one image each, distributed as in `loader.eval_loader`.
+        window: (h, w) of the windows.
+        batch_size: number of windows in a batch.
+    """
+    model.eval()
+
+    def predict(windows: Tensor) -> Tensor:
+        with precision.autocast():
+            return model(windows).float()
+
+    matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=precision.device)
+    for batch in tqdm(data_loader, desc="evaluation", unit="img", leave=False, disable=None):
+        images, masks, _ = loop.to_device(batch, precision.device)
+        size = (masks.shape[1], masks.shape[2])
+        predictions = predict_classes(predict, normalize(images)[0], size, window, batch_size)
+        matrix += confusion_matrix(masks[0], predictions, num_classes)
+    return Scores(sum(dist.gather(matrix.cpu().numpy())))
+
+
+def report_scores(scores: Scores, classes: list[str], folder: str | None) -> None:
+    """Logs the scores, and writes the files of `--report` to a folder."""
+    logger.info(str(scores))
+    if folder and dist.is_main():
+        report.write_matrix(Path(folder), classes, scores.matrix, "pixels", {"iou": scores.iou})

@@ -1,0 +1,188 @@
+"""Semantic segmentation: trains a head on a pre-trained encoder, or fine-tunes both.
+
+Images and masks are pairs of files with the same names, in folders such as images/training and annotations/training
+(--finetune FILE starts from a file of main_pretrain.py; without it, the encoder is untrained):
+
+    python main_segment.py --data_path SCENES --nb_classes 21 --model vit_base_patch16 --input_size 512 \\
+        --finetune mae_pretrain_vit_base --output_dir runs/scenes
+
+ADE20K with a linear head on a frozen encoder, 8 GPUs of one machine (16 images per update):
+
+    torchrun --nproc_per_node 8 main_segment.py --config recipes/segment_ade20k_vit_huge.yaml \\
+        --data_path ADEChallengeData2016 --batch_size 2 --finetune mae_pretrain_vit_huge --output_dir runs/ade20k
+"""
+
+import argparse
+import logging
+from argparse import Namespace
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from util.cli import entry_point  # first, as it names the packages that are missing
+
+# isort: split
+import torch
+
+import models_build
+import models_vit
+from engine_finetune import Setup, load_frozen, open_weights, train_one_epoch, with_recorded_settings
+from engine_segment import evaluate, pixel_loss, report_scores
+from util import datasets
+from util.checkpoints import run_directory
+from util.cli import options
+from util.data import masks
+from util.data.joint_transforms import EvalTransform, TrainTransform
+from util.evaluation.segmentation import Scores
+from util.lr_decay import param_groups_lrd
+from util.pos_embed import to_pair
+from util.training import run_log, trainer
+from util.weights import loading
+from util.weights.model_zoo import SEGMENTER
+
+logger = logging.getLogger(__name__)
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """Returns the parser of the script."""
+    parser = entry_point.parser("Semantic segmentation with the encoder of a masked autoencoder.")
+    options.add_pair_options(parser)
+    options.add_model_options(parser, models_vit.MODELS, default="vit_large_patch16")
+    options.add_optimizer_options(parser, lr=2e-4)
+    options.add_segmentation_options(parser)
+    options.add_evaluation_options(parser)
+    options.add_run_options(parser)
+    options.add_distributed_options(parser)
+    parser.set_defaults(batch_size=16, epochs=60, warmup_epochs=0, weight_decay=0.01, save_every=1)
+    return parser
+
+
+def main(args: Namespace) -> Scores | None:
+    """Trains for `args.epochs` epochs and evaluates the model every `--eval_every` epochs.
+
+    With --eval, it evaluates a segmentation model once and returns the result.
+    """
+    precision = trainer.start(args)
+    device = precision.device
+    file = open_weights(vars(args), SEGMENTER)
+    recorded: dict[str, Any] = {}
+    if args.eval and file:
+        recorded = models_build.classifier_settings(file)
+        args = with_recorded_settings(args, file, recorded)
+    setup = PairSetup(args, device, file, recorded)
+    evaluation = partial(
+        evaluate,
+        normalize=setup.normalize,
+        precision=precision,
+        num_classes=len(setup.classes),
+        window=to_pair(args.input_size),
+        batch_size=args.batch_size,
+    )
+
+    if args.eval and file:
+        model = models_build.segmenter({**vars(args), **setup.settings()})
+        loading.load_classifier(model, file)
+        scores = evaluation(model.to(device), setup.eval_batches(setup.open_pairs("val"), 1))
+        report_scores(scores, setup.classes, args.report)
+        return scores
+
+    run_directory.prepare(Path(args.output_dir), args.resume)
+    train, val = setup.open_pairs("train"), setup.open_pairs("val")
+    datasets.suggest_statistics(train, args.in_chans, setup.mean, setup.std)
+    settings = {**vars(args), **setup.settings()}
+    model = models_build.segmenter(settings)
+    if file or args.unfreeze_blocks != "all":
+        load_frozen(model, file, args.adapt_input, setup.classes)
+    model.to(device)
+    augment = TrainTransform(args.input_size, setup.short_side, args.scale, args.hflip, setup.statistics[0])
+    batches = setup.train_batches(train, augment)
+    groups = param_groups_lrd(model, args.weight_decay, ("pos_embed", "cls_token"), args.layer_decay)
+    optimizer = torch.optim.AdamW(groups, lr=0.0, fused=True)
+    num_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    logger.info(f"{num_parameters:,} parameters to train, {len(train):,} images of {len(setup.classes)} classes")
+    test = setup.eval_batches(val, 1)
+
+    def evaluate_epoch(epoch: int, log: run_log.NullLog) -> dict[str, Any]:
+        scores = evaluation(model, test)
+        report_scores(scores, setup.classes, args.report)
+        return {**scores.stats(), "n_parameters": num_parameters}
+
+    trainer.run(
+        model,
+        optimizer,
+        batches,
+        precision,
+        settings,
+        train_one_epoch=partial(train_one_epoch, criterion=pixel_loss, normalize=setup.normalize),
+        after_epoch=evaluate_epoch,
+        loss_tag="loss",
+        evaluates=True,
+        metric="test_miou",
+    )
+    return None
+
+
+class PairSetup(Setup):
+    """Images with masks, their classes and batches, derived from the flags.
+
+    Args:
+        recorded: the settings of the file to evaluate, if any; its classes are used.
+
+    Raises:
+        ValueError: the number of classes is unknown, or `--nb_classes` differs from that of the palette.
+    """
+
+    samples = masks.PairSamples
+
+    def __init__(self, args: Namespace, device: torch.device, file: Any, recorded: dict[str, Any]) -> None:
+        super().__init__(args, device, file)
+        self.short_side = min(to_pair(args.input_size)) if args.short_side is None else args.short_side
+        colors = recorded.get("colors")
+        self.classes, self.colors = (
+            recorded.get("classes") or [],
+            colors and [colors[n : n + 3] for n in range(0, len(colors), 3)],
+        )
+        if args.palette:
+            palette = masks.read_palette(Path(args.palette))
+            self.classes, self.colors = palette.names, [list(color) for color in palette.colors]
+        elif not self.classes and (args.dataset or "").startswith("VOCSegmentation"):
+            self.classes = list(masks.VOC)
+        elif not self.classes and args.nb_classes:
+            self.classes = [str(number) for number in range(args.nb_classes)]
+        if not self.classes:
+            raise ValueError(
+                "--nb_classes is needed: the number of classes in the masks, without the ignored value 255; or give "
+                "--palette FILE with a line `R G B NAME` for each class"
+            )
+        count = file.num_classes if args.eval and file else args.nb_classes
+        if count not in (None, len(self.classes)):
+            raise ValueError(f"{len(self.classes)} classes are named, and {count} are in the model or in --nb_classes")
+
+    def open_pairs(self, split: str) -> masks.Pairs:
+        """Opens the images of a split and their masks. For "val", it logs the protocol, on which scores depend."""
+        args = self.args
+        if split == "val":
+            height, width = to_pair(args.input_size)
+            scale = f"scaled to a shorter side of {self.short_side} pixels" if self.short_side else "at their own size"
+            logger.info(f"evaluation: images {scale}, windows of {height} x {width} pixels, at the resolution of masks")
+        mask_format = masks.MaskFormat(len(self.classes), args.reduce_zero_label, self.colors)
+        return masks.open_pairs(
+            split, self.classes, mask_format, data_path=args.data_path, file_list=getattr(args, f"{split}_list"),
+            folders=getattr(args, f"{split}_folders"), dataset=args.dataset, download=args.download,
+        )  # fmt: skip
+
+    def eval_transform(self) -> Callable[..., Any]:
+        return EvalTransform(self.short_side)
+
+    def settings(self) -> dict[str, Any]:
+        """Returns the settings that a checkpoint records in addition to the flags."""
+        colors = None if self.colors is None else [value for color in self.colors for value in color]
+        return {
+            "nb_classes": len(self.classes), "classes": self.classes, "colors": colors, "short_side": self.short_side,
+            "mean": self.mean, "std": self.std,
+        }  # fmt: skip
+
+
+if __name__ == "__main__":
+    entry_point.run(main, get_args_parser())

@@ -1,0 +1,102 @@
+"""Use of a segmentation model: the classes of photographs of any size, pictures and masks."""
+
+import numpy as np
+import pytest
+import torch
+from capture import parse
+from PIL import Image
+from segments import make_scenes
+
+import main_segment
+from inference import export, get_model, segment
+from inference.model import Segmenter
+from util.evaluation.segmentation import Scores, confusion_matrix
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The data and the run directory of a segmentation model."""
+    root = tmp_path_factory.mktemp("trained")
+    make_scenes(root / "scenes", train=24, val=6, size=(40, 52))
+    (root / "palette.txt").write_text("10 20 30 ground\n200 0 0 tree\n0 0 200 water\n")
+    flags = {
+        "data_path": root / "scenes", "palette": root / "palette.txt", "model": "vit_mini_patch4", "input_size": 24,
+        "short_side": 30, "batch_size": 4, "epochs": 6, "lr": 0.01, "num_workers": 0, "device": "cpu", "eval_every": 6,
+        "mean": "0.3 0.2 0.2", "output_dir": root / "run",
+    }  # fmt: skip
+    main_segment.main(parse(main_segment, **flags))
+    return root
+
+
+def test_a_file_segments_as_in_its_evaluation(trained):
+    file = trained / "run" / "checkpoint-best.pth"
+    model = get_model(file)
+    assert isinstance(model, Segmenter)
+    assert (model.classes, model.short_side, model.window) == (["ground", "tree", "water"], 30, (24, 24))
+    assert model.colors.tolist() == [[10, 20, 30], [200, 0, 0], [0, 0, 200]]
+    paths = sorted((trained / "scenes/images/validation").glob("*.jpg"))
+    results = model.segment(paths)
+    matrix = torch.zeros(3, 3, dtype=torch.int64)
+    for path, classes in zip(paths, results, strict=True):
+        assert (classes.shape, classes.dtype) == ((40, 52), np.uint8)
+        truth = np.asarray(Image.open(trained / "scenes/annotations/validation" / f"{path.stem}.png"))
+        matrix += confusion_matrix(torch.tensor(truth), torch.from_numpy(classes).long(), 3)
+    flags = {"eval": True, "resume": file, "data_path": trained / "scenes", "num_workers": 0, "device": "cpu"}
+    scores = main_segment.main(parse(main_segment, **flags))
+    assert np.array_equal(scores.matrix, matrix.numpy())
+    assert Scores(matrix.numpy()).miou > 40
+
+
+def test_images_of_any_kind_and_size(trained):
+    model = get_model(trained / "run" / "checkpoint-best.pth")
+    picture = Image.open(sorted((trained / "scenes/images/validation").glob("*.jpg"))[0])
+    classes = model.segment(picture)
+    assert np.array_equal(model.segment(np.asarray(picture)), classes)
+    tall, small = model.segment([picture.resize((20, 90)), picture.resize((9, 7))])
+    assert (tall.shape, small.shape) == ((90, 20), (7, 9))
+    scaled = model.normalize(torch.from_numpy(np.asarray(picture.resize((39, 30), 2))).permute(2, 0, 1)[None])
+    assert model.segment(scaled[0]).shape == (30, 39)
+    assert model.extract_feat(picture).shape == (1, 128)
+    with pytest.raises(ValueError, match="vit_mini_patch4 has a segmentation head, and no classes of images: use seg"):
+        model.predict(picture)
+    with pytest.raises(ValueError, match=r"has no segmentation head: train one with main_segment\.py"):
+        get_model("vit_mini_patch4", nb_classes=3).segment(picture)
+
+
+def test_the_command_prints_shares_and_writes_pictures(trained, tmp_path, capsys):
+    paths = sorted((trained / "scenes/images/validation").glob("*.jpg"))[:2]
+    argv = [*paths, "--model", trained / "run" / "checkpoint-best.pth", "--out", tmp_path / "overlay.png",
+            "--masks", tmp_path / "masks", "--device", "cpu"]  # fmt: skip
+    results = segment.main(segment.get_args_parser().parse_args([str(part) for part in argv]))
+    printed = capsys.readouterr().out
+    share = (results[0] == 0).mean()
+    assert f"{paths[0]}\n  {share:7.2%}  ground\n" in printed
+    assert Image.open(tmp_path / "overlay.png").width == 900
+    for path, classes in zip(paths, results, strict=True):
+        mask = Image.open(tmp_path / "masks" / f"{path.stem}.png")
+        assert mask.mode == "P"
+        assert np.array_equal(np.asarray(mask), classes)
+        colors = np.asarray(mask.convert("RGB"))
+        assert np.array_equal(colors, get_model(trained / "run" / "checkpoint-best.pth").colors[classes])
+
+
+def test_overlays_blend_colors():
+    image, classes = np.full((1, 2, 3), 100, dtype=np.uint8), np.array([[0, 1]])
+    colors = np.array([[0, 0, 0], [200, 100, 0]], dtype=np.uint8)
+    assert segment.overlay(image, classes, colors, 0.25).tolist() == [[[75, 75, 75], [125, 100, 75]]]
+    assert np.array_equal(segment.overlay(image, classes, colors, 0), image)
+
+
+def test_an_export_keeps_the_head_and_the_settings(trained, tmp_path):
+    model = get_model(trained / "run" / "checkpoint-best.pth")
+    export.export(model, "safetensors", tmp_path / "model.safetensors")
+    other = get_model(tmp_path / "model.safetensors")
+    path = sorted((trained / "scenes/images/validation").glob("*.jpg"))[0]
+    assert np.array_equal(other.segment(path), model.segment(path))
+    assert (other.classes, other.short_side, other.colors.tolist()) == (
+        model.classes, model.short_side, model.colors.tolist()
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="--to timm: timm has no head for segmentation that this library uses; give"):
+        export.export(model, "timm", tmp_path / "timm")
+    encoder = export.encoder_of(model)
+    torch.testing.assert_close(encoder.extract_feat(path), model.extract_feat(path))

@@ -1,0 +1,315 @@
+"""Segmentation: training, exact evaluation and resume, datasets of several layouts, checkpoints that need no flags."""
+
+import csv
+import json
+
+import forks
+import numpy as np
+import pytest
+import torch
+from capture import parse
+from conftest import ROOT
+from mains import Stopped, assert_equal, lines, stop_after, weights
+from PIL import Image
+from segments import make_scenes
+
+import engine_segment
+import main_finetune
+import main_segment
+import models_build
+import models_segment
+from models_mae import mae_vit_mini_patch4
+from util.checkpoints import checkpoint
+from util.checkpoints.checkpoint import CheckpointError
+from util.evaluation.segmentation import Scores
+from util.training import loop
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    """Twelve images for training, and five for validation."""
+    return make_scenes(tmp_path_factory.mktemp("scenes"))
+
+
+@pytest.fixture
+def segment(scenes, tmp_path):
+    """Runs main_segment.py in this process with small settings; returns the output directory, or the scores."""
+
+    def run(name="run", **flags):
+        out = tmp_path / name
+        settings = {
+            "data_path": scenes, "output_dir": out, "nb_classes": 3, "model": "vit_mini_patch4", "input_size": 16,
+            "batch_size": 4, "epochs": 2, "lr": 0.01, "num_workers": 0, "device": "cpu",
+        } | flags  # fmt: skip
+        scores = main_segment.main(parse(main_segment, **{k: v for k, v in settings.items() if v is not None}))
+        return out if scores is None else scores
+
+    return run
+
+
+@pytest.fixture
+def encoder(tmp_path):
+    """A file of main_pretrain.py."""
+    torch.manual_seed(3)
+    model = mae_vit_mini_patch4(img_size=16)
+    args = {"model": "mae_vit_mini_patch4", "input_size": 16, "in_chans": 3, "mean": [0.4, 0.3, 0.2], "std": [0.2] * 3}
+    torch.save({"model": model.state_dict(), "args": args}, tmp_path / "encoder.pth")
+    return tmp_path / "encoder.pth"
+
+
+@pytest.mark.parametrize("head", ["linear", "dpt"])
+def test_only_the_head_learns_and_its_file_needs_no_flags(
+    segment, scenes, encoder, capsys, tmp_path, head, monkeypatch
+):
+    monkeypatch.setattr(models_segment, "DPT_CHANNELS", (16, 16, 16, 16))  # of 27 million parameters
+    monkeypatch.setattr(models_segment, "DPT_FEATURES", 16)
+    report = tmp_path / "report"
+    out = segment(finetune=encoder, epochs=4, head=head, input_size=20, short_side=18, hflip=0, report=report)
+    last, before = lines(out)[-1], checkpoint.read(encoder)["model"]
+    assert last["test_miou"] > 40
+    assert last["test_pixel_acc"] > 60
+    assert lines(out)[0]["train_loss"] > last["train_loss"]
+    state = checkpoint.read(out / "checkpoint-3.pth")
+    own = {name: value for name, value in state["model"].items() if not name.startswith("head.")}
+    assert all(torch.equal(value, before[name]) for name, value in own.items() if name != "pos_embed")
+    assert state["args"]["classes"] == ["0", "1", "2"]
+    assert (state["args"]["short_side"], state["args"]["mean"]) == (18, [0.4, 0.3, 0.2])
+    names = {file.name.removeprefix("checkpoint-") for file in out.glob("*.pth")}
+    assert names == {"0.pth", "1.pth", "2.pth", "3.pth", "best.pth", "last.pth"}
+    best = max(lines(out), key=lambda line: line["test_miou"])
+    assert checkpoint.read(out / "checkpoint-best.pth")["epoch"] == best["epoch"]
+
+    capsys.readouterr()
+    flags = {"eval": True, "resume": out / "checkpoint-3.pth", "data_path": scenes, "num_workers": 0, "device": "cpu"}
+    scores = main_segment.main(parse(main_segment, **flags, report=tmp_path / "other"))
+    printed = capsys.readouterr().out
+    assert f"* mIoU {last['test_miou']:.3f} pixel accuracy {last['test_pixel_acc']:.3f}" in printed
+    assert "scaled to a shorter side of 18 pixels, windows of 20 x 20 pixels, at the resolution of masks" in printed
+    assert "warning" not in printed
+    assert scores.stats() == {name: last[name] for name in ("test_miou", "test_pixel_acc")}
+    for folder in ("report", "other"):
+        with (tmp_path / folder / "classes.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert [float(row["iou"]) for row in rows] == pytest.approx(scores.iou / 100, abs=1e-4)
+        assert [int(row["pixels"]) for row in rows] == scores.matrix.sum(axis=1).tolist()
+        assert Image.open(tmp_path / folder / "confusion.png").width > 300
+
+
+@pytest.mark.parametrize("unfreeze", ["0", "2", "all"])
+def test_a_resumed_run_equals_an_uninterrupted_run(segment, encoder, monkeypatch, unfreeze):
+    """With worker processes, drop path and batch norm; the second run is killed within an epoch."""
+    settings = {
+        "finetune": encoder, "num_workers": 1, "unfreeze_blocks": unfreeze, "drop_path": 0.2, "batch_size": 2,
+        "save_minutes": 0, "accum_iter": 2,
+    }  # fmt: skip
+    complete = segment("complete", **settings)
+    for calls in (2, 5):
+        name = f"parts{calls}"
+        with monkeypatch.context() as patch, pytest.raises(Stopped):
+            stop_after(patch, "save", calls)
+            segment(name, **settings)
+        parts = segment(name, **settings, resume="auto")
+        assert_equal(weights(complete), weights(parts))
+        timing = {"seconds", "images_per_s", "data_wait"}
+        for a, b in zip(lines(complete), lines(parts), strict=True):
+            assert {k: v for k, v in a.items() if k not in timing} == {k: v for k, v in b.items() if k not in timing}
+
+
+def test_all_parameters_train_with_layer_wise_decay(segment, encoder, monkeypatch):
+    optimizers = []
+    original = loop.run_epoch
+    monkeypatch.setattr(loop, "run_epoch", lambda *args: (optimizers.append(args[3]), original(*args)))
+    out = segment(finetune=encoder, unfreeze_blocks="all", epochs=1, layer_decay=0.5)
+    before, after = checkpoint.read(encoder)["model"], weights(out, "checkpoint-0.pth")
+    assert not any(torch.equal(after[name], before[name]) for name in ("cls_token", "blocks.0.mlp.fc1.weight"))
+    groups = optimizers[0].param_groups
+    assert {(group["lr_scale"], group["weight_decay"]) for group in groups} == {
+        (0.5**layer, decay) for layer in range(6) for decay in (0, 0.01)
+    }
+    assert all(group["betas"] == (0.9, 0.999) and group["fused"] for group in groups)
+
+
+def test_scores_do_not_depend_on_the_number_of_processes(segment, scenes, tmp_path):
+    """Five images in one, two and three processes."""
+    out = segment(epochs=1)
+    flags = ["--eval", "--resume", out / "checkpoint-0.pth", "--data_path", scenes, "--num_workers", 0,
+             "--device", "cpu"]  # fmt: skip
+    printed = []
+    for processes in (1, 2, 3):
+        report = tmp_path / f"report{processes}"
+        output = forks.run("main_segment.py", [*flags, "--report", report], tmp_path / f"{processes}.txt", processes)
+        printed.append([line for line in output.splitlines() if line.startswith("* mIoU")])
+        assert (report / "confusion.csv").read_text() == (tmp_path / "report1" / "confusion.csv").read_text()
+    last = lines(out)[-1]
+    assert printed == [[f"* mIoU {last['test_miou']:.3f} pixel accuracy {last['test_pixel_acc']:.3f}"]] * 3
+
+
+def test_two_processes_train_one_model(scenes, tmp_path, segment, encoder, capsys):
+    flags = ["--data_path", scenes, "--nb_classes", 3, "--model", "vit_mini_patch4", "--input_size", 16, "--epochs", 2,
+             "--batch_size", 2, "--lr", 0.01, "--num_workers", 0, "--device", "cpu", "--finetune", encoder,
+             "--output_dir", tmp_path / "two", "--unfreeze_blocks", 1]  # fmt: skip
+    forks.run("main_segment.py", flags, tmp_path / "output.txt", 2)
+    last = lines(tmp_path / "two")[-1]
+    scores = segment("nothing", eval=True, resume=tmp_path / "two" / "checkpoint-1.pth")
+    assert scores.miou == last["test_miou"]  # rank 0 evaluates with the statistics of batch norm that it saves
+
+
+def test_the_loss_is_that_of_the_pixels_that_are_not_ignored():
+    torch.manual_seed(0)
+    logits = torch.randn(4, 3, 5, 6, requires_grad=True)
+    masks = torch.randint(0, 3, (4, 5, 6), dtype=torch.uint8)
+    masks[0] = 255
+    masks[1, :2] = 255
+    loss = engine_segment.pixel_loss(logits, masks)
+    log_probabilities = logits.log_softmax(dim=1)
+    total = sum(
+        -log_probabilities[b, masks[b, i, j].long(), i, j]
+        for b in range(4) for i in range(5) for j in range(6) if masks[b, i, j] != 255
+    )  # fmt: skip
+    torch.testing.assert_close(loss, total / masks.numel())
+    halves = [engine_segment.pixel_loss(logits[part], masks[part]) for part in (slice(2), slice(2, 4))]
+    torch.testing.assert_close(sum(halves) / 2, loss)  # whatever is ignored
+    assert engine_segment.pixel_loss(logits[:1], masks[:1]) == 0
+
+
+@pytest.mark.parametrize("layout", ["ade20k", "loveda"])
+def test_datasets_without_the_value_zero(tmp_path, segment, layout):
+    root = make_scenes(tmp_path / layout, layout, zero_label=True)
+    out = segment(data_path=root, reduce_zero_label=True, epochs=1)
+    scores = segment("nothing", eval=True, resume=out / "checkpoint-0.pth", data_path=root, nb_classes=None)
+    assert scores.miou == lines(out)[-1]["test_miou"]
+    assert scores.matrix.sum() == 5 * (24 * 30 - 4)  # four pixels are ignored
+
+
+def test_voc_and_its_classes(tmp_path, segment):
+    scenes = make_scenes(tmp_path / "scenes", "mmseg")
+    root = tmp_path / "VOC/VOCdevkit/VOC2012"
+    (root / "ImageSets/Segmentation").mkdir(parents=True)
+    for folder in ("JPEGImages", "SegmentationClass"):
+        (root / folder).mkdir()
+    for split, count in (("train", 12), ("val", 5)):
+        names = [f"{split}{number}" for number in range(count)]
+        (root / f"ImageSets/Segmentation/{split}.txt").write_text("\n".join(names))
+        for number, name in enumerate(names):
+            Image.open(scenes / f"img_dir/{split}/{number:02}.png").save(root / f"JPEGImages/{name}.jpg", quality=95)
+            (root / f"SegmentationClass/{name}.png").write_bytes(
+                (scenes / f"ann_dir/{split}/{number:02}.png").read_bytes()
+            )
+    out = segment(data_path=tmp_path / "VOC", dataset="VOCSegmentation", nb_classes=None, epochs=1)
+    args = checkpoint.read(out / "checkpoint-0.pth")["args"]
+    assert (args["nb_classes"], args["classes"][:2]) == (21, ["background", "aeroplane"])
+    assert lines(out)[-1]["test_pixel_acc"] > 0
+
+
+def test_a_palette_decodes_masks_and_names_classes(tmp_path, segment):
+    root = make_scenes(tmp_path / "scenes", "mmseg")
+    colors = np.full((256, 3), 7, dtype=np.uint8)
+    colors[:3] = [(1, 2, 3), (4, 5, 6), (7, 8, 9)]
+    for file in root.glob("ann_dir/*/*.png"):
+        Image.fromarray(colors[np.asarray(Image.open(file))]).save(file)
+    (tmp_path / "palette.txt").write_text("1 2 3 sky\n4 5 6 sea\n7 8 9 sand\n")
+    out = segment(data_path=root, palette=tmp_path / "palette.txt", nb_classes=None, epochs=1)
+    args = checkpoint.read(out / "checkpoint-0.pth")["args"]
+    assert (args["classes"], args["colors"]) == (["sky", "sea", "sand"], [1, 2, 3, 4, 5, 6, 7, 8, 9])
+    scores = segment("nothing", eval=True, resume=out / "checkpoint-0.pth", data_path=root, nb_classes=None)
+    assert scores.miou == lines(out)[-1]["test_miou"]
+    assert scores.matrix.sum() == 5 * (24 * 30 - 4)
+
+
+def test_a_model_of_pixels_has_perfect_scores(scenes, monkeypatch):
+    """The classes are those of the colors of the images, at the resolution of the masks."""
+    args = parse(main_segment, data_path=scenes, nb_classes=3, input_size=16, short_side=0, num_workers=0)
+    setup = main_segment.PairSetup(args, torch.device("cpu"), None, {})
+
+    class Pixels(torch.nn.Module):
+        def forward(self, windows):
+            return 50 * windows
+
+    val = setup.open_pairs("val")
+    files = [f"{scenes}/images/validation/{number:02}.jpg" for number in range(5)]
+    for number, file in enumerate(files):
+        classes = torch.where(val[number][1] == 255, 0, val[number][1]).long()
+        image = (255 * torch.eye(3))[classes].to(torch.uint8)
+        monkeypatch.setitem(PICTURES, file, image.numpy())
+    monkeypatch.setattr(type(val.images), "__getitem__", replaced(type(val.images).__getitem__))
+    scores = engine_segment.evaluate(
+        Pixels(), setup.eval_batches(val, 1), normalize=lambda images: images.float() / 255,
+        precision=main_segment.trainer.Precision("off", torch.device("cpu")), num_classes=3, window=(16, 16),
+        batch_size=3,
+    )  # fmt: skip
+    assert isinstance(scores, Scores)
+    assert scores.stats() == {"test_miou": 100.0, "test_pixel_acc": 100.0}
+    assert scores.matrix.sum() == 5 * (24 * 30 - 4)
+
+
+PICTURES: dict = {}
+
+
+def replaced(original):
+    def read(self, index):
+        picture = PICTURES.get(self.name(index))
+        return original(self, index) if picture is None else (Image.fromarray(picture), -1)
+
+    return read
+
+
+def test_errors_name_the_remedy(segment, scenes, encoder, tmp_path, labelled, classify):
+    with pytest.raises(ValueError, match=r"--nb_classes is needed: .* or give --palette FILE with a line `R G B NAME`"):
+        segment(nb_classes=None)
+    (tmp_path / "palette.txt").write_text("1 2 3 sky\n")
+    with pytest.raises(ValueError, match="1 classes are named, and 3 are in the model or in --nb_classes"):
+        segment(palette=tmp_path / "palette.txt")
+    with pytest.raises(ValueError, match="--eval needs --resume or --finetune: the file of a segmentation model"):
+        segment(eval=True)
+    with pytest.raises(CheckpointError, match=r"encoder and decoder, which has no segmentation head: train a head"):
+        segment(eval=True, resume=encoder)
+    out = segment(epochs=1)
+    with pytest.raises(CheckpointError, match="contains a segmentation model, which has no classification head"):
+        classify(main_finetune, eval=True, resume=out / "checkpoint-0.pth")
+    classify(main_finetune, "tuned", finetune=out / "checkpoint-0.pth", epochs=1, cls_token=True, batch_size=8)
+    with pytest.raises(CheckpointError) as error:
+        segment("run", epochs=1, head="dpt", resume="auto")
+    assert error.value.__notes__ == ["give --head linear"]
+    bad = make_scenes(tmp_path / "bad", train=4, val=2)
+    Image.fromarray(np.full((24, 30), 9, dtype=np.uint8)).save(bad / "annotations/validation/01.png")
+    with pytest.raises(ValueError, match=r"01.jpg: its mask .*01.png: it has the value 9, and the 3 classes are 0 to"):
+        segment("bad", data_path=bad, epochs=1)
+
+
+@pytest.mark.parametrize("name", ["ade20k_vit_huge", "voc_vit_huge", "loveda_vit_huge", "ade20k_vit_base_finetune"])
+def test_recipes_build_their_models(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    args = parse(main_segment, config=f"recipes/segment_{name}.yaml")
+    setup = main_segment.PairSetup(args, torch.device("cpu"), None, {})
+    with torch.device("meta"):
+        model = models_build.segmenter({**vars(args), **setup.settings()})
+        assert model(torch.zeros(1, 3, args.input_size, args.input_size)).shape == (
+            1, {"ade": 150, "voc": 21, "lov": 7}[name[:3]], args.input_size, args.input_size
+        )  # fmt: skip
+    assert args.reduce_zero_label == ("voc" not in name)
+    if "huge" in name:
+        assert (len(model.blocks), model.frozen, args.input_size, args.epochs) == (32, True, 252, 60)
+        assert (args.lr, args.weight_decay, args.poly_power, args.scale) == (2e-4, 0.01, 0.9, [0.5, 2])
+
+
+def test_an_untrained_encoder_is_a_warning(segment, capsys):
+    segment(epochs=1)
+    assert "no --finetune: the features are from an untrained encoder" in capsys.readouterr().out
+    segment("tuned", epochs=1, unfreeze_blocks="all")
+    assert "no --finetune" not in capsys.readouterr().out
+
+
+def test_the_log_has_a_polynomial_rate(segment):
+    """Of each update, as PyTorch computes it."""
+    out = segment(epochs=4, poly_power=0.7)
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=0.01)
+    schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, total_iters=12, power=0.7)
+    rates = []
+    for _ in range(12):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    expected = [sum(rates[3 * n : 3 * n + 3]) / 3 for n in range(4)]
+    assert [line["train_lr"] for line in lines(out)] == pytest.approx(expected)
+    assert json.loads((out / "log.txt").read_text().splitlines()[0])["n_parameters"] == 2 * 256 + 3 * 256 + 3

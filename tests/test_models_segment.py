@@ -1,0 +1,131 @@
+"""Segmentation heads: known shapes, and transformers' DPT as an oracle."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import models_build
+import models_segment
+from models_segment import DPTHead, LinearHead, Segmenter
+from models_vit import VisionTransformer
+
+MINI = {"img_size": 16, "patch_size": 4, "in_chans": 1, "embed_dim": 32, "depth": 4, "num_heads": 4}
+SETTINGS = {"model": "vit_mini_patch4", "input_size": 16, "patch_size": None, "in_chans": 1, "nb_classes": 5}
+
+
+@pytest.mark.parametrize("head", models_segment.HEADS)
+def test_the_output_has_the_size_of_the_image(head):
+    model = Segmenter(5, head, **MINI).eval()
+    for size in ((16, 16), (24, 40)):
+        assert model(torch.rand(2, 1, *size)).shape == (2, 5, *size)
+    assert model.num_classes == 5
+    encoder = VisionTransformer(num_classes=0, **MINI).state_dict()
+    assert {name: value.shape for name, value in model.state_dict().items() if not name.startswith("head.")} == {
+        name: value.shape for name, value in encoder.items()
+    }
+
+
+def test_the_linear_head_by_hand():
+    """Batch norm and a matrix on each patch token beside the class token, then bilinear scaling."""
+    torch.manual_seed(0)
+    model = Segmenter(5, "linear", **MINI).eval()
+    norm = model.head.norm
+    assert isinstance(norm, nn.BatchNorm2d)
+    for tensor in (norm.running_mean, norm.weight.data, norm.bias.data):
+        tensor.normal_()
+    norm.running_var.uniform_(0.5, 2)
+    model.head.classifier.weight.data.normal_()
+    model.head.classifier.bias.data.normal_()
+    images = torch.rand(2, 1, 12, 20)
+    tokens = model.get_intermediate_layers(images)[0]
+    both = torch.cat([tokens[:, 1:], tokens[:, :1].repeat(1, 15, 1)], dim=2)
+    scaled = (both - norm.running_mean) / (norm.running_var + norm.eps).sqrt() * norm.weight + norm.bias
+    logits = scaled @ model.head.classifier.weight[:, :, 0, 0].T + model.head.classifier.bias
+    maps = logits.transpose(1, 2).reshape(2, 5, 3, 5)
+    expected = F.interpolate(maps, (12, 20), mode="bilinear", align_corners=True)
+    torch.testing.assert_close(model(images), expected)
+
+
+@pytest.mark.parametrize(("depth", "layers"), [(4, [0, 1, 2, 3]), (12, [2, 5, 8, 11]), (24, [5, 11, 17, 23])])
+def test_dpt_takes_evenly_spaced_blocks(depth, layers):
+    with torch.device("meta"):
+        model = Segmenter(2, "dpt", **MINI | {"depth": depth})
+    assert model.layers == layers
+    with pytest.raises(ValueError, match="head 'dpt' takes the tokens of 4 blocks, and the encoder has 3"):
+        Segmenter(2, "dpt", **MINI | {"depth": 3})
+
+
+def test_blocks_are_chosen_by_index():
+    model = VisionTransformer(num_classes=0, **MINI).eval()
+    images = torch.rand(1, 1, 16, 16)
+    every = model.get_intermediate_layers(images, 4)
+    chosen = model.get_intermediate_layers(images, [0, 2])
+    assert [torch.equal(a, b) for a, b in zip(chosen, (every[0], every[2]), strict=True)] == [True, True]
+
+
+def test_the_neck_of_dpt_is_that_of_transformers():
+    from transformers import DepthAnythingConfig, Dinov2Config
+    from transformers.models.depth_anything.modeling_depth_anything import DepthAnythingNeck
+
+    torch.manual_seed(0)
+    config = DepthAnythingConfig(
+        backbone_config=Dinov2Config(hidden_size=32, num_hidden_layers=4, num_attention_heads=4),
+        reassemble_hidden_size=32, patch_size=4, reassemble_factors=[4, 2, 1, 0.5],
+        neck_hidden_sizes=list(models_segment.DPT_CHANNELS), fusion_hidden_size=models_segment.DPT_FEATURES,
+    )  # fmt: skip
+    theirs, ours = DepthAnythingNeck(config).eval(), DPTHead(32, 3).eval()
+    for parameter in theirs.parameters():
+        nn.init.normal_(parameter, std=0.1 if parameter.ndim == 1 else 0.5 / parameter[0].numel() ** 0.5)
+    copies = {}
+    for n in range(4):
+        stage = f"reassemble_stage.layers.{n}"
+        copies |= {f"projects.{n}": f"{stage}.projection", f"convs.{n}": f"convs.{n}"}
+        copies |= {f"resizes.{n}": f"{stage}.resize"} if n != 2 else {}
+        fusion = f"fusion_stage.layers.{n}"
+        copies[f"fusions.{n}.project"] = f"{fusion}.projection"
+        for unit, number in (("skip", 1), ("unit", 2)) if n else (("unit", 2),):
+            for conv in (1, 2):
+                copies[f"fusions.{n}.{unit}.conv{conv}"] = f"{fusion}.residual_layer{number}.convolution{conv}"
+    weights = theirs.state_dict()
+    state = {f"{name}.{part}": weights[f"{source}.{part}"] for name, source in copies.items()
+             for part in ("weight", "bias") if f"{source}.{part}" in weights}  # fmt: skip
+    missing = ours.load_state_dict(state, strict=False)
+    assert missing.unexpected_keys == []
+    assert all(name.startswith(("output.", "classifier.")) for name in missing.missing_keys)
+    features = []
+    ours.output.register_forward_pre_hook(lambda module, inputs: features.append(inputs[0]))
+    layers = [torch.randn(2, 1 + 3 * 5, 32) for _ in range(4)]
+    with torch.no_grad():
+        logits = ours(layers, (3, 5))
+        expected = theirs(layers, 3, 5)[-1]
+    assert features[0].shape == (2, 256, 24, 40)
+    torch.testing.assert_close(features[0], expected, rtol=1e-4, atol=1e-4)
+    assert logits.shape == (2, 3, 24, 40)
+
+
+def test_every_trained_parameter_has_a_gradient():
+    for head in models_segment.HEADS:
+        for blocks in (0, 2, "all"):
+            model = models_build.segmenter({**SETTINGS, "head": head, "unfreeze_blocks": blocks}).train()
+            model(torch.rand(2, 1, 16, 16)).square().mean().backward()
+            for name, parameter in model.named_parameters():
+                assert (parameter.grad is not None) == parameter.requires_grad, name
+
+
+def test_trained_parts_of_the_encoder():
+    def trained(blocks):
+        model = models_build.segmenter({**SETTINGS, "head": "linear", "unfreeze_blocks": blocks}).train()
+        parts = {name.split(".")[0] + (f".{name.split('.')[1]}" if "blocks" in name else "")
+                 for name, parameter in model.named_parameters() if parameter.requires_grad}  # fmt: skip
+        return parts, model.blocks[0].training, model.head.training
+
+    assert trained(0) == ({"head"}, False, True)
+    assert trained(1) == ({"head", "norm", "blocks.3"}, True, True)
+    everything = {"cls_token", "pos_embed", "patch_embed", "norm", "head"} | {f"blocks.{n}" for n in range(4)}
+    assert trained("all") == (everything, True, True)
+
+
+def test_size_of_the_heads():
+    """The linear head has two numbers of batch norm for each channel, and a matrix."""
+    assert sum(p.numel() for p in LinearHead(768, 150).parameters()) == 2 * 1536 + 150 * 1536 + 150
