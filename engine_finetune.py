@@ -179,6 +179,7 @@ class Setup:
 
     def __init__(self, args: Namespace, device: torch.device, file: Weights | None) -> None:
         self.args = args
+        self.num_cls_tokens = args.num_cls_tokens or (file.num_cls_tokens if file else 1)
         self.mean, self.std = loading.statistics(file, args.in_chans, args.mean, args.std)
         self.statistics = transforms.channel_statistics(args.in_chans, self.mean, self.std)
         self.normalize = transforms.Normalize(*self.statistics).to(device)

@@ -72,7 +72,7 @@ PROTOCOLS: dict[str, tuple[ModuleType, dict[str, Any]]] = {
 # Flags that all scripts share; the comparison passes those that are given.
 SHARED = (
     "data_path", "dataset", "download", "train_list", "val_list", "input_size", "mean", "std", "in_chans", "patch_size",
-    "crop_pct", "num_workers", "pin_mem", "device", "amp",
+    "num_cls_tokens", "crop_pct", "num_workers", "pin_mem", "device", "amp",
 )  # fmt: skip
 VAL_FRACTION = 0.2  # of the training images of the first draw, held out to choose hyperparameters
 LEAST_UPDATES = 3  # of an epoch; batches of few images are smaller
@@ -245,7 +245,11 @@ def _encoders(args: Namespace, folder: Path) -> list[Encoder]:
             raise ValueError(f"--encoders {text}: no model of this library has its shapes")
         own = {key: recorded[key] for key in ARCHITECTURE if recorded.get(key) is not None and key not in explicit}
         encoders.append(Encoder(name, {**own, "finetune": path}))
-        architecture = architecture or {**own, **{key: recorded[key] for key in ("mean", "std") if recorded.get(key)}}
+        also = ("mean", "std", "num_cls_tokens")  # with --finetune, the scripts read them from the file
+        architecture = architecture or {
+            **own,
+            **{key: recorded[key] for key in also if recorded.get(key) not in (None, 1)},
+        }
     names = Counter(_directory(encoder.name) for encoder in encoders)
     if repeated := [name for name, count in names.items() if count > 1]:
         raise ValueError(

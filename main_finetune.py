@@ -97,7 +97,8 @@ def main(args: Namespace) -> Evaluation | None:
     run_directory.prepare(Path(args.output_dir), args.resume)
     train, val = setup.open_pair()
     classes = train.classes
-    settings = {**vars(args), "nb_classes": len(classes), "classes": classes, "mean": setup.mean, "std": setup.std}
+    settings = {**vars(args), "nb_classes": len(classes), "classes": classes, "mean": setup.mean, "std": setup.std,
+                "num_cls_tokens": setup.num_cls_tokens}  # fmt: skip
     model = models_build.classifier(settings)
     if file and not loading.load_encoder(model, file, args.adapt_input, classes):
         nn.init.normal_(model.head.get_parameter("weight"), std=HEAD_STD)

@@ -102,8 +102,8 @@ def main(args: Namespace) -> None:
     if several and args.lr is not None:
         raise ValueError(f"--lr {args.lr:g} sets a single rate, and --blr has {len(args.blr)} values; omit --lr")
     blr = args.blr if several else args.blr[0]
-    statistics = {"mean": setup.mean, "std": setup.std}
-    settings = {**vars(args), **statistics, "blr": blr, "nb_classes": len(classes), "classes": classes}
+    recorded = {"mean": setup.mean, "std": setup.std, "num_cls_tokens": setup.num_cls_tokens}
+    settings = {**vars(args), **recorded, "blr": blr, "nb_classes": len(classes), "classes": classes}
     model = models_build.probe(settings)
     load_frozen(model, file, args.adapt_input)
     model.to(device)

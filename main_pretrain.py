@@ -73,7 +73,9 @@ def main(
         from util.training import fsdp  # takes a second
 
         fsdp.shard(model, [*model.blocks, *model.decoder_blocks], device, precision.dtype, method="reconstruct")
-    draw_noise, mask_ratio = masking.sampler(args.masking, model.grid_size, args.mask_ratio)
+    draw_noise, mask_ratio = masking.sampler(
+        args.masking, model.grid_size, args.mask_ratio, args.mask_block, model.patch_embed.patch_size
+    )
     if args.init_from:
         loading.init_mae(model, loading.read(args.init_from))
     model.to(device)
@@ -89,8 +91,9 @@ def main(
     full_images = Samples(source, transforms.eval_transform(args.input_size), **sample_options)
     pin_memory = args.pin_mem and device.type == "cuda"
     batches = loader.TrainLoader(
-        samples, args.batch_size, args.seed, args.num_workers, pin_memory, args.repeated_sampling, args.accum_iter
-    )
+        samples, args.batch_size, args.seed, args.num_workers, pin_memory, args.repeated_sampling, args.accum_iter,
+        args.updates_per_epoch,
+    )  # fmt: skip
     normalize = transforms.Normalize(*transforms.channel_statistics(args.in_chans, args.mean, args.std)).to(device)
 
     # As published: biases and 1-D weights have no weight decay; the class and mask tokens have weight decay.

@@ -26,7 +26,7 @@ Model = TypeVar("Model", bound=nn.Module)
 MODEL_SETTINGS = (
     "model", "input_size", "patch_size", "in_chans", "mean", "std", "crop_pct", "norm_pix_loss", "mask_ratio",
     "decoder_depth", "global_pool", "nb_classes", "probe", "num_queries", "classes", "label_names",
-    "layer_norm_eps", "head", "short_side", "reduce_zero_label", "colors",
+    "layer_norm_eps", "head", "short_side", "reduce_zero_label", "colors", "num_cls_tokens", "learned_pos_embed",
 )  # fmt: skip
 HEAD_SETTINGS = {"global_pool", "nb_classes", "probe", "num_queries", "head"}
 
@@ -100,13 +100,16 @@ def file_settings(file: Weights, model: str | None = None) -> dict[str, Any]:
         "norm_pix_loss": True,  # if a file does not record it: most published models were trained with it
         "global_pool": "fc_norm.weight" in tensors,
         "nb_classes": file.num_classes,
+        "learned_pos_embed": file.learned_pos_embed,
     }
     length = tensors["pos_embed"].shape[1]
-    # One position is the class token's, except in timm's models with no_embed_class.
-    side = next((math.isqrt(count) for count in (length - 1, length) if math.isqrt(count) ** 2 == count), None)
+    # The class tokens have positions, except in timm's models with no_embed_class.
+    counts = (length - file.num_cls_tokens, length)
+    side = next((math.isqrt(count) for count in counts if math.isqrt(count) ** 2 == count), None)
     if side:
         settings["input_size"] = [side * patch[0], side * patch[1]] if patch[0] != patch[1] else side * patch[0]
     known = {name: value for name, value in recorded.items() if name != "patch_size" or value is not None}
+    known["num_cls_tokens"] = file.num_cls_tokens
     # Earlier versions record True or nothing for a linear probe.
     known["probe"] = ATTENTIVE if QUERIES in tensors else LINEAR if PROBE_HEAD in tensors else None
     if QUERIES in tensors:
@@ -120,9 +123,11 @@ def _size_with_shapes(file: Weights, width: int) -> str:
     depth = 1 + max(int(match[1]) for name in file.tensors if (match := re.match(r"blocks\.(\d+)\.", name)))
     sizes = [name for name, entry in SIZES.items() if (entry["embed_dim"], entry["depth"]) == (width, depth)]
     sizes = [name for name in sizes if file.settings.get("num_heads") == SIZES[name]["num_heads"]] or sizes
+    side = file.tensors["patch_embed.proj.weight"].shape[-1]
+    sizes = [name for name in sizes if SIZES[name]["patch_size"] == side] or sizes
     if not sizes:
         raise CheckpointError(f"{file.source}: no model here is {width} wide and {depth} deep")
-    if len(sizes) > 1:
+    if len({SIZES[name]["num_heads"] for name in sizes}) > 1:
         raise CheckpointError(
             f"{file.source} records no model, and {' and '.join(sizes)} have its shapes: use "
             f'get_model("vit_{sizes[0]}", pretrained="{file.source}"), or another of these names'
@@ -147,7 +152,13 @@ def autoencoder_arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
     decoder: dict[str, Any] = {**DECODERS[size]}
     if settings.get("decoder_depth"):
         decoder["decoder_depth"] = settings["decoder_depth"]
-    return {**_shape(size, settings), **decoder, "norm_pix_loss": settings["norm_pix_loss"]}
+    return {
+        **_shape(size, settings),
+        **decoder,
+        "norm_pix_loss": settings["norm_pix_loss"],
+        "learned_pos_embed": bool(settings.get("learned_pos_embed")),
+        "drop_path_rate": settings.get("drop_path", 0.0),
+    }
 
 
 def classifier_arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -278,7 +289,11 @@ def _set_options(model: Model, settings: Mapping[str, Any]) -> Model:
 
 def _shape(size: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the entry of SIZES, with `--input_size`, `--patch_size` and `--in_chans` of a run."""
-    shape = {"img_size": settings["input_size"], "in_chans": settings["in_chans"]}
+    shape = {
+        "img_size": settings["input_size"],
+        "in_chans": settings["in_chans"],
+        "num_cls_tokens": settings.get("num_cls_tokens") or 1,
+    }
     if settings["patch_size"] is not None:
         shape["patch_size"] = settings["patch_size"]
     if settings.get("layer_norm_eps"):

@@ -7,8 +7,8 @@
     (torch.Size([2, 64, 16]), torch.Size([2, 64]))
 
 Letters in shapes: B images, c channels, H x W pixels, p pixels along the side of a patch, N patches, K visible
-patches, D channels of an encoder token, E channels of a decoder token, P predicted values per patch. Parameters have
-the names of the published checkpoints.
+patches, T class tokens, D channels of an encoder token, E channels of a decoder token, P predicted values per patch.
+Parameters have the names of the published checkpoints.
 """
 
 import threading
@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from models_vit import LAYER_NORM, SIZES, Block, Encoder, NormLayer, PatchEmbed
+from models_vit import LAYER_NORM, SIZES, Block, Encoder, NormLayer, PatchEmbed, drop_path_rates
 from util.masking import noise_from_mask, shuffle, take
-from util.pos_embed import Size, sincos_table
+from util.pos_embed import Size, resize_pos_embed, sincos_table
 
 # He et al. 2021, table 1: the decoder has 8 blocks of 512 channels for every encoder. Small models have smaller
 # decoders.
@@ -34,6 +34,9 @@ DECODERS: dict[str, dict[str, Any]] = {
 
 DECODER_SUFFIX = "_dec512d8b"  # suffix of model aliases in the published code
 PUBLISHED_SIZES = ("base_patch16", "large_patch16", "huge_patch14")
+# Yang et al. 2025, "In Pursuit of Pixel Supervision" (arXiv 2512.15715).
+PIXIO = {"img_size": 256, "num_cls_tokens": 8, "learned_pos_embed": True, "decoder_depth": 32}
+PIXIO_SIZES = ("base_patch16", "large_patch16", "huge_patch16", "1b_patch16")
 TARGET_EPS = 1e-6  # added to the variance of a target patch before normalization
 
 
@@ -62,11 +65,15 @@ class MaskedAutoencoderViT(Encoder):
     """Asymmetric encoder-decoder (He et al. 2021, section 3).
 
     A ViT encodes the visible patches. A smaller transformer reconstructs the masked patches. The input may have another
-    size than `img_size`: the fixed position tables are then computed for its patch grid.
+    size than `img_size`: the fixed position tables are then computed for its patch grid, and learned ones interpolated.
 
     Args:
         norm_pix_loss: normalize each target patch by its mean and variance (section 3, "Reconstruction target").
         decoder_mlp_ratio: MLP ratio of the decoder. Default: `mlp_ratio`.
+        num_cls_tokens: T, the number of class tokens. The decoder receives all of them and predicts patches only.
+        learned_pos_embed: learn the positions of encoder and decoder, instead of the fixed sine-cosine tables.
+        drop_path_rate: stochastic depth rate of the last block of the encoder; it increases linearly from 0 at the
+            first block.
 
     Attributes:
         target_dim: width P of the predictions and of `target`; None for the p·p·c pixels of a patch.
@@ -89,28 +96,31 @@ class MaskedAutoencoderViT(Encoder):
         norm_layer: NormLayer = LAYER_NORM,
         norm_pix_loss: bool = False,
         decoder_mlp_ratio: float | None = None,
+        num_cls_tokens: int = 1,
+        learned_pos_embed: bool = False,
+        drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
 
-        def blocks(count: int, dim: int, heads: int, ratio: float | None = None) -> nn.ModuleList:
-            return nn.ModuleList([Block(dim, heads, ratio or mlp_ratio, norm_layer=norm_layer) for _ in range(count)])
+        def blocks(dim: int, heads: int, ratio: float, rates: list[float]) -> nn.ModuleList:
+            return nn.ModuleList([Block(dim, heads, ratio, norm_layer=norm_layer, drop_path=rate) for rate in rates])
 
+        self.learned_pos_embed = learned_pos_embed
         self.norm_pix_loss = norm_pix_loss
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
         rows, columns = self.patch_embed.patch_size
 
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        # Fixed tables, but parameters: the published checkpoints contain them under these names.
-        self.pos_embed = nn.Parameter(sincos_table(embed_dim, self.grid_size).clone(), requires_grad=False)
-        self.blocks = blocks(depth, embed_dim, num_heads)
+        self.cls_token = nn.Parameter(torch.zeros(1, num_cls_tokens, embed_dim))
+        self.pos_embed = self._position_table(embed_dim)
+        self.blocks = blocks(embed_dim, num_heads, mlp_ratio, drop_path_rates(drop_path_rate, depth))
         self.norm = norm_layer(embed_dim)
 
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
-        self.decoder_pos_embed = nn.Parameter(
-            sincos_table(decoder_embed_dim, self.grid_size).clone(), requires_grad=False
-        )
+        self.decoder_pos_embed = self._position_table(decoder_embed_dim)
         self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
-        self.decoder_blocks = blocks(decoder_depth, decoder_embed_dim, decoder_num_heads, decoder_mlp_ratio)
+        self.decoder_blocks = blocks(
+            decoder_embed_dim, decoder_num_heads, decoder_mlp_ratio or mlp_ratio, drop_path_rates(0, decoder_depth)
+        )
         self.decoder_norm = norm_layer(decoder_embed_dim)
         self.decoder_pred = nn.Linear(decoder_embed_dim, self.target_dim or rows * columns * in_chans)
         self.initialize_weights()
@@ -131,7 +141,9 @@ class MaskedAutoencoderViT(Encoder):
         return self.target_dim is None and type(self).target is MaskedAutoencoderViT.target
 
     def initialize_weights(self) -> None:
-        """Initializes linear layers and the patch projection (Xavier uniform), biases (0) and tokens (std .02)."""
+        """Initializes linear layers and the patch projection (Xavier uniform), biases (0), tokens and learned positions
+        (std .02).
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -140,6 +152,9 @@ class MaskedAutoencoderViT(Encoder):
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))
         nn.init.normal_(self.cls_token, std=0.02)
         nn.init.normal_(self.mask_token, std=0.02)
+        if self.learned_pos_embed:
+            nn.init.normal_(self.pos_embed, std=0.02)
+            nn.init.normal_(self.decoder_pos_embed, std=0.02)
 
     # ------------------------------------------------------------------------------------- patches and pixels
 
@@ -187,26 +202,28 @@ class MaskedAutoencoderViT(Encoder):
         return take(x, ids_shuffle[:, :num_visible]), mask, ids_restore
 
     def forward_encoder(self, imgs: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Images -> latent (B, K + 1, D) of the class token and the visible patches, mask and ids_restore (B, N)."""
+        """Images -> latent (B, T + K, D) of class tokens and visible patches, mask and ids_restore (B, N)."""
         pos_embed = self._resized(self.pos_embed, self.patch_embed.grid_of(*imgs.shape[-2:]))
-        x = self.patch_embed(imgs) + pos_embed[:, 1:]
+        x = self.patch_embed(imgs) + self.patch_tokens(pos_embed)
         x, mask, ids_restore = self.random_masking(x, mask_ratio)
-        cls_token = self.cls_token + pos_embed[:, :1]
-        x = torch.cat([cls_token.expand(x.shape[0], -1, -1), x], dim=1)
+        cls_tokens = self.cls_token + pos_embed[:, : self.num_prefix_tokens]
+        x = torch.cat([cls_tokens.expand(x.shape[0], -1, -1), x], dim=1)
         for block in self.blocks:
             x = block(x)
         return self.norm(x), mask, ids_restore
 
     def forward_decoder(self, latent: Tensor, ids_restore: Tensor) -> Tensor:
-        """Latent (B, K + 1, D) -> predictions for all patches (B, N, P), in image order."""
+        """Latent (B, T + K, D) -> predictions for all patches (B, N, P), in image order."""
         x = self.decoder_embed(latent)
-        num_masked = ids_restore.shape[1] + 1 - x.shape[1]
+        cls_tokens, visible = x[:, : self.num_prefix_tokens], self.patch_tokens(x)
+        num_masked = ids_restore.shape[1] - visible.shape[1]
         mask_tokens = self.mask_token.to(x.dtype).expand(x.shape[0], num_masked, -1)
-        patches = take(torch.cat([x[:, 1:], mask_tokens], dim=1), ids_restore)
-        x = torch.cat([x[:, :1], patches], dim=1) + self._resized(self.decoder_pos_embed, _CALL.grid or self.grid_size)
+        patches = take(torch.cat([visible, mask_tokens], dim=1), ids_restore)
+        pos_embed = self._resized(self.decoder_pos_embed, _CALL.grid or self.grid_size)
+        x = torch.cat([cls_tokens, patches], dim=1) + pos_embed
         for block in self.decoder_blocks:
             x = block(x)
-        return self.decoder_pred(self.decoder_norm(x))[:, 1:]
+        return self.patch_tokens(self.decoder_pred(self.decoder_norm(x)))
 
     def forward_loss(self, imgs: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
         """Mean squared error over the masked patches (section 3, "Reconstruction target"); 0 if none is masked.
@@ -264,7 +281,7 @@ class MaskedAutoencoderViT(Encoder):
             _CALL.noise, _CALL.grid = outer
 
     def forward_features(self, imgs: Tensor) -> Tensor:
-        """Images -> normalized encoder tokens (B, N + 1, D), class token first. No patch is masked."""
+        """Images -> normalized encoder tokens (B, T + N, D), class tokens first. No patch is masked."""
         return self.get_intermediate_layers(imgs)[0]
 
     def embed(self, imgs: Tensor) -> Tensor:
@@ -303,8 +320,18 @@ class MaskedAutoencoderViT(Encoder):
         )
 
     def _resized(self, table: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Returns the fixed position table, computed for `grid` if it differs from the patch grid of `img_size`."""
-        return table if grid == self.grid_size else sincos_table(table.shape[-1], grid).to(table)
+        """Returns the position table for `grid`: learned tables are interpolated, fixed tables are computed."""
+        if self.learned_pos_embed or grid == self.grid_size:
+            return resize_pos_embed(table, self.grid_size, grid)
+        return sincos_table(table.shape[-1], grid, self.num_prefix_tokens).to(table)
+
+    def _position_table(self, dim: int) -> nn.Parameter:
+        """Returns the positions (1, T + N, dim) for images of `img_size`."""
+        if self.learned_pos_embed:
+            return nn.Parameter(torch.zeros(1, self.num_prefix_tokens + self.num_patches, dim))
+        # Fixed tables, but parameters: the published checkpoints contain them under these names.
+        table = sincos_table(dim, self.grid_size, self.num_prefix_tokens)
+        return nn.Parameter(table.clone(), requires_grad=False)
 
 
 def _patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
@@ -312,20 +339,22 @@ def _patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
     return patches.mean(dim=-1, keepdim=True), (patches.var(dim=-1, keepdim=True) + TARGET_EPS).sqrt()
 
 
-def _factory(size: str) -> Callable[..., MaskedAutoencoderViT]:
+def _factory(size: str, prefix: str = "mae_vit", **own: Any) -> Callable[..., MaskedAutoencoderViT]:
     def build(**kwargs: Any) -> MaskedAutoencoderViT:
-        return MaskedAutoencoderViT(**{**SIZES[size], **DECODERS[size], **kwargs})
+        return MaskedAutoencoderViT(**{**SIZES[size], **DECODERS[size], **own, **kwargs})
 
-    build.__name__ = build.__qualname__ = f"mae_vit_{size}"
+    build.__name__ = build.__qualname__ = f"{prefix}_{size}"
     sizes = "{embed_dim} wide, {depth} deep, {num_heads} heads; decoder {decoder_embed_dim} wide, {decoder_depth} deep"
-    build.__doc__ = f"{sizes.format(**SIZES[size], **DECODERS[size])}; arguments override these."
+    build.__doc__ = f"{sizes.format(**{**SIZES[size], **DECODERS[size], **own})}; arguments override these."
     return build
 
 
 # The factories mae_vit_base_patch16 and so on, one for each entry of SIZES. Their names are the choices of --model.
 MODELS: dict[str, Callable[..., MaskedAutoencoderViT]] = {f"mae_vit_{size}": _factory(size) for size in SIZES}
 MODELS |= {f"mae_vit_{size}{DECODER_SUFFIX}": MODELS[f"mae_vit_{size}"] for size in PUBLISHED_SIZES}
-globals().update(MODELS)
+# pixio_vit_base_patch16 and so on. recipes/pretrain_pixio_*.yaml have the flags for these models.
+PIXIO_MODELS = {f"pixio_vit_{size}": _factory(size, "pixio_vit", **PIXIO) for size in PIXIO_SIZES}
+globals().update(MODELS | PIXIO_MODELS)
 
 if TYPE_CHECKING:
 

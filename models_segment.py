@@ -6,7 +6,8 @@
     >>> model(torch.rand(2, 3, 64, 64)).shape
     torch.Size([2, 21, 64, 64])
 
-Letters in shapes: B images, H x W pixels, D channels of a token, K classes, h x w patches.
+Letters in shapes: B images, H x W pixels, D channels of a token, K classes, T class tokens, h x w
+patches.
 """
 
 from collections.abc import Sequence
@@ -30,6 +31,8 @@ def resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
 class LinearHead(nn.Module):
     """Batch norm and a 1 x 1 convolution on patch tokens that are concatenated with the class token.
 
+    Several class tokens are averaged.
+
     Args:
         dim: D.
         num_classes: K.
@@ -43,10 +46,11 @@ class LinearHead(nn.Module):
         self.classifier = _classifier(2 * dim, num_classes)
 
     def forward(self, layers: Sequence[Tensor], grid: tuple[int, int]) -> Tensor:
-        """Tokens of the last block (B, 1 + h * w, D), class token first -> logits (B, K, h, w)."""
+        """Tokens of the last block (B, T + h * w, D), class tokens first -> logits (B, K, h, w)."""
         (tokens,) = layers
-        classes = tokens[:, :1].expand(-1, tokens.shape[1] - 1, -1)
-        features = torch.cat([tokens[:, 1:], classes], dim=2)
+        num_patches = grid[0] * grid[1]
+        classes = tokens[:, :-num_patches].mean(dim=1, keepdim=True).expand(-1, num_patches, -1)
+        features = torch.cat([tokens[:, -num_patches:], classes], dim=2)
         return self.classifier(self.norm(_to_map(features, grid)))
 
 
@@ -81,7 +85,7 @@ class DPTHead(nn.Module):
     """The dense prediction transformer (Ranftl et al. 2021) for four blocks of the encoder.
 
     The tokens of each block become maps of 4, 2, 1 and 1/2 times the resolution of the patches, from the first to the
-    last block. They are fused from coarse to fine. The class token is not used.
+    last block. They are fused from coarse to fine. Class tokens are not used.
 
     Args:
         dim: D.
@@ -112,10 +116,10 @@ class DPTHead(nn.Module):
         self.classifier = _classifier(DPT_FEATURES, num_classes)
 
     def forward(self, layers: Sequence[Tensor], grid: tuple[int, int]) -> Tensor:
-        """Tokens of four blocks (B, 1 + h * w, D), class token first -> logits (B, K, 8 h, 8 w)."""
-        maps = []
+        """Tokens of four blocks (B, T + h * w, D), class tokens first -> logits (B, K, 8 h, 8 w)."""
+        maps, num_patches = [], grid[0] * grid[1]
         for tokens, project, resize, conv in zip(layers, self.projects, self.resizes, self.convs, strict=True):
-            maps.append(conv(resize(project(_to_map(tokens[:, 1:], grid)))))
+            maps.append(conv(resize(project(_to_map(tokens[:, -num_patches:], grid)))))
         x = maps[-1]
         sizes = [tuple(finer.shape[2:]) for finer in maps[-2::-1]]
         sizes.append((2 * sizes[-1][0], 2 * sizes[-1][1]))

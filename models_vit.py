@@ -5,8 +5,8 @@
     >>> model(torch.rand(2, 1, 32, 32)).shape
     torch.Size([2, 10])
 
-Letters in shapes: B images, c channels, H x W pixels, p pixels along the side of a patch, N patches, L tokens, D
-channels of a token, h heads. Parameters have the names of the published checkpoints.
+Letters in shapes: B images, c channels, H x W pixels, p pixels along the side of a patch, N patches, T class
+tokens, L = T + N tokens, D channels of a token, h heads. Parameters have the names of the published checkpoints.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,7 +27,7 @@ LAYER_NORM: NormLayer = partial(nn.LayerNorm, eps=1e-6)
 
 # The list of models. An entry adds the factories, the choices of --model and the names of `get_model`.
 # base, large and huge: He et al. 2021; giant: ViT-g of Zhai et al. 2021; tiny and small: the usual sizes; mini: for
-# images of about 32 pixels.
+# images of about 32 pixels; huge_patch16 and 1b: Yang et al. 2025 (Pixio).
 SIZES: dict[str, dict[str, Any]] = {
     "mini_patch4": {"img_size": 32, "patch_size": 4, "embed_dim": 128, "depth": 4, "num_heads": 4},
     "tiny_patch16": {"patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3},
@@ -35,6 +35,8 @@ SIZES: dict[str, dict[str, Any]] = {
     "base_patch16": {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12},
     "large_patch16": {"patch_size": 16, "embed_dim": 1024, "depth": 24, "num_heads": 16},
     "huge_patch14": {"patch_size": 14, "embed_dim": 1280, "depth": 32, "num_heads": 16},
+    "huge_patch16": {"patch_size": 16, "embed_dim": 1280, "depth": 32, "num_heads": 16},
+    "1b_patch16": {"patch_size": 16, "embed_dim": 1536, "depth": 48, "num_heads": 24},
     "giant_patch14": {"patch_size": 14, "embed_dim": 1408, "depth": 40, "num_heads": 16, "mlp_ratio": 6144 / 1408},
 }
 
@@ -180,6 +182,11 @@ class Block(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
+def drop_path_rates(last: float, depth: int) -> list[float]:
+    """Returns the drop path rate of each block: linear from 0 at the first block to `last` at the last one."""
+    return [last * i / max(1, depth - 1) for i in range(depth)]
+
+
 def set_grad_checkpointing(model: nn.Module) -> None:
     """Enables gradient checkpointing in all blocks of a model: the backward pass recomputes their activations."""
     for module in model.modules():
@@ -192,9 +199,23 @@ class Encoder(nn.Module):
 
     blocks: nn.ModuleList
     norm: nn.Module
+    cls_token: nn.Parameter  # (1, T, D)
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """T, the number of class tokens. They precede the patch tokens."""
+        return self.cls_token.shape[1]
+
+    def class_features(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, T + N, D) -> the class token (B, D), or the mean of several class tokens."""
+        return tokens[:, : self.num_prefix_tokens].mean(dim=1)
+
+    def patch_tokens(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, T + N, D) -> patch tokens (B, N, D)."""
+        return tokens[:, self.num_prefix_tokens :]
 
     def embed(self, imgs: Tensor) -> Tensor:
-        """Images (B, c, H, W) -> tokens with their positions (B, N + 1, D), class token first."""
+        """Images (B, c, H, W) -> tokens with their positions (B, T + N, D), class tokens first."""
         raise NotImplementedError
 
     def get_intermediate_layers(
@@ -205,10 +226,10 @@ class Encoder(nn.Module):
         Args:
             n: number of blocks, or the indices of the blocks.
             norm: apply the final norm of the encoder. A classifier with `global_pool` has no such norm for tokens.
-            return_attention: also return the attention weights of these blocks, (B, h, N + 1, N + 1) each.
+            return_attention: also return the attention weights of these blocks, (B, h, T + N, T + N) each.
 
         Returns:
-            A list of tokens (B, N + 1, D), class token first; with `return_attention`, also the list of weights.
+            A list of tokens (B, T + N, D), class tokens first; with `return_attention`, also the list of weights.
         """
         x = self.embed(imgs)
         normalize = self.norm if norm and hasattr(self, "norm") else nn.Identity()
@@ -234,7 +255,8 @@ class VisionTransformer(Encoder):
     Args:
         drop_path_rate: stochastic depth rate of the last block; it increases linearly from 0 at the first block.
         global_pool: classify the mean of the patch tokens, normalized after pooling (`fc_norm`), as in published
-            fine-tuning; otherwise the normalized class token (`norm`).
+            fine-tuning; otherwise the normalized class token (`norm`), or the mean of several.
+        num_cls_tokens: T, the number of class tokens.
 
     Attributes:
         head_pools: the head pools the patch tokens (B, N, D) itself. Its input is the normalized tokens.
@@ -254,6 +276,7 @@ class VisionTransformer(Encoder):
         norm_layer: NormLayer = LAYER_NORM,
         drop_path_rate: float = 0.0,
         global_pool: bool = False,
+        num_cls_tokens: int = 1,
     ) -> None:
         super().__init__()
         self.global_pool = global_pool
@@ -262,9 +285,9 @@ class VisionTransformer(Encoder):
         self.num_classes = num_classes
         self.embed_dim = embed_dim
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, self.patch_embed.num_patches + 1, embed_dim))
-        rates = [drop_path_rate * i / max(1, depth - 1) for i in range(depth)]
+        self.cls_token = nn.Parameter(torch.zeros(1, num_cls_tokens, embed_dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, num_cls_tokens + self.patch_embed.num_patches, embed_dim))
+        rates = drop_path_rates(drop_path_rate, depth)
         self.blocks = nn.ModuleList(
             [Block(embed_dim, num_heads, mlp_ratio, qkv_bias, norm_layer, drop_path=rate) for rate in rates]
         )
@@ -315,9 +338,9 @@ class VisionTransformer(Encoder):
         for block in self.blocks:
             x = block(x)
         if self.global_pool:
-            return self.fc_norm(x[:, 1:].mean(dim=1))  # without the class token
+            return self.fc_norm(self.patch_tokens(x).mean(dim=1))
         x = self.norm(x)
-        return x[:, 1:] if self.head_pools else x[:, 0]
+        return self.patch_tokens(x) if self.head_pools else self.class_features(x)
 
     def forward(self, imgs: Tensor) -> Tensor:
         """Images (B, c, H, W) -> logits (B, num_classes)."""

@@ -53,7 +53,7 @@ def encode(model: Autoencoder, images: torch.Tensor) -> np.ndarray:
     parts = []
     for batch in images.split(500):
         tokens = model.forward_features(model.normalize(batch))
-        parts.append(torch.cat([tokens[:, 0], tokens[:, 1:].mean(dim=1)], dim=1))
+        parts.append(torch.cat([model.class_features(tokens), model.patch_tokens(tokens).mean(dim=1)], dim=1))
     return torch.cat(parts).numpy()
 
 

@@ -8,7 +8,7 @@
 | reference | .pth, {model: ...} | the published code, this library |
 | safetensors | .safetensors | this library |
 | timm | a folder; or a state dict, .pth or .safetensors | timm.create_model("local-dir:FOLDER", pretrained=True) |
-| transformers | a folder | ViTMAEForPreTraining, ViTModel, ViTForImageClassification |
+| transformers | a folder | ViTMAEForPreTraining, ViTModel, ViTForImageClassification, PixioModel |
 | mmpretrain | .pth, {state_dict: ...} | mmpretrain, mmselfsup |
 | onnx | .onnx of any batch size | onnxruntime and others |
 | torch_export | .pt2 of any batch size | torch.export.load |
@@ -86,6 +86,12 @@ def export(model: Model, to: str, out: Path) -> None:
         ValueError: the format does not support this model, or its library is not installed.
         OSError: the disk is full, or the folder can't be written to.
     """
+    pools_patches = isinstance(model, Classifier) and model.global_pool
+    if model.num_prefix_tokens > 1 and (to == "mmpretrain" or (to == "timm" and not pools_patches)):
+        raise ValueError(
+            f"--to {to}: {to} uses a single class token, and this model the mean of {model.num_prefix_tokens}; give "
+            f"--to transformers, safetensors, onnx or torch_export"
+        )
     if (model.head_pools or isinstance(model, Segmenter)) and to in WITHOUT_OTHER_HEADS:
         head = "attentive probe" if model.head_pools else "head for segmentation that this library uses"
         raise ValueError(f"--to {to}: {to} has no {head}; give --encoder, or --to safetensors, onnx or torch_export")
@@ -147,6 +153,8 @@ def write_timm(model: Model, out: Path) -> None:
     classifier = model if isinstance(model, Classifier) else encoder_of(model)
     settings = settings_of(classifier) | {"probe": False}
     state = _contiguous(plain_head(classifier))
+    if classifier.num_prefix_tokens > 1:  # without pooling of tokens, class tokens and register tokens are the same
+        state |= {"cls_token": state["cls_token"][:, :1].clone(), "reg_token": state["cls_token"][:, 1:].clone()}
     metadata = {"format": "pt", SETTINGS: json.dumps(settings)}
     if not out.suffix:
         out.mkdir()
@@ -169,7 +177,7 @@ def timm_config(model: Classifier) -> dict[str, Any]:
 
     mean, std = _statistics(model)
     block: Any = model.blocks[0]
-    pooled = bool(model.settings["global_pool"])
+    pooled, registers = bool(model.settings["global_pool"]), model.num_prefix_tokens - 1
     height, width = model.patch_embed.img_size
     name = f"vit_{models_build.size_of(model.settings['model'])}_224"
     labels = {"label_names": model.classes} if model.classes else {}
@@ -181,7 +189,7 @@ def timm_config(model: Classifier) -> dict[str, Any]:
             "img_size": [height, width], "patch_size": list(model.patch_embed.patch_size), "in_chans": model.in_chans,
             "embed_dim": model.embed_dim, "depth": len(model.blocks), "num_heads": block.attn.num_heads,
             "mlp_ratio": block.mlp.fc1.out_features / model.embed_dim, "global_pool": "avg" if pooled else "token",
-            "fc_norm": pooled,
+            "fc_norm": pooled, **({"reg_tokens": registers} if registers else {}),
         },
         "pretrained_cfg": {
             "input_size": [model.in_chans, height, width], "fixed_input_size": True, "interpolation": "bicubic",
@@ -211,7 +219,9 @@ def write_transformers(model: Model, out: Path) -> None:
         "image_size": height if height == width else (height, width), "num_channels": model.in_chans,
         "patch_size": _square(model.patch_embed.patch_size, "patches"), "layer_norm_eps": block.norm1.eps,
     }  # fmt: skip
-    if isinstance(model, Autoencoder):
+    if model.num_prefix_tokens > 1:
+        theirs = _pixio(model, **same)
+    elif isinstance(model, Autoencoder):
         # transformers interpolates the positions of the decoder in one dimension.
         _square((height, width), "images for an autoencoder")
         decoder: Any = model.decoder_blocks
@@ -240,6 +250,30 @@ def write_transformers(model: Model, out: Path) -> None:
         do_center_crop=True, crop_size={"height": height, "width": width}, do_convert_rgb=model.in_chans == 3,
         image_mean=mean, image_std=std,
     ).save_pretrained(out)  # fmt: skip
+
+
+def _pixio(model: Model, intermediate_size: int, **same: Any) -> Any:
+    """Returns a PixioModel of transformers: an encoder with several class tokens.
+
+    Args:
+        same: arguments of its configuration.
+
+    Raises:
+        ValueError: transformers has no such model.
+    """
+    transformers = _library("transformers")
+    instead = "--to safetensors, onnx or torch_export"
+    if isinstance(model, Autoencoder) or model.settings["nb_classes"] or model.settings.get("global_pool"):
+        raise ValueError(
+            f"--to transformers: PixioModel, for several class tokens, has no decoder and no head: give --encoder, or "
+            f"{instead}"
+        )
+    _square(model.patch_embed.img_size, "images for several class tokens")  # transformers interpolates other grids
+    ratio, rest = divmod(intermediate_size, model.embed_dim)
+    if rest:
+        raise ValueError(f"--to transformers: PixioModel needs a whole number as MLP ratio: give {instead}")
+    config = transformers.PixioConfig(**same, mlp_ratio=ratio, n_cls_tokens=model.num_prefix_tokens)
+    return transformers.PixioModel(config)
 
 
 def plain_head(model: Model) -> dict[str, Tensor]:

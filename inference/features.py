@@ -105,7 +105,7 @@ def extract(
     num_workers: int,
     precision: Precision,
 ) -> np.ndarray:
-    """Computes features (n, D), or (n, N + 1, D) for tokens, in fp32, in a file that is mapped into memory.
+    """Computes features (n, D), or (n, T + N, D) for tokens, in fp32, in a file that is mapped into memory.
 
     Args:
         folder: folder of the features and their progress. If it exists with the same settings, the run is resumed.

@@ -12,15 +12,15 @@ from inference.model import Images, Model
 
 @torch.inference_mode()
 def attention(model: Model, images: Images, block: int = -1) -> Tensor:
-    """Returns the attention weights of the class token over the patches.
+    """Returns the attention weights of the class token over the patches; of several class tokens, the mean weights.
 
     Args:
         images: as in `ModelMixin.prepare`.
         block: index of the block of the encoder. Default: the last block.
 
     Returns:
-        (B, heads, rows, columns) of the patch grid. The weights of a head sum to 1 together with the weight of the
-        class token itself, which is omitted.
+        (B, heads, rows, columns) of the patch grid. The weights of a head sum to 1 together with the weights of the
+        class tokens themselves, which are omitted.
 
     Raises:
         ValueError: the encoder has no such block.
@@ -35,7 +35,8 @@ def attention(model: Model, images: Images, block: int = -1) -> Tensor:
         tokens = earlier(tokens)
     chosen = blocks[block]
     maps = chosen.attn.maps(chosen.norm1(tokens))
-    return maps[:, :, 0, 1:].unflatten(2, model.patch_embed.grid_of(*x.shape[2:])).cpu()
+    T = model.num_prefix_tokens
+    return maps[:, :, :T, T:].mean(dim=2).unflatten(2, model.patch_embed.grid_of(*x.shape[2:])).cpu()
 
 
 @torch.inference_mode()
@@ -77,7 +78,7 @@ def dense(model: Model, images: Images, layers: int = 4) -> Tensor:
     if not 1 <= layers <= len(model.blocks):
         raise ValueError(f"layers={layers}: the encoder has {len(model.blocks)} blocks")
     x = model.prepare(images)
-    tokens = torch.cat(model.get_intermediate_layers(x, n=layers), dim=2)[:, 1:]
+    tokens = model.patch_tokens(torch.cat(model.get_intermediate_layers(x, n=layers), dim=2))
     return tokens.float().transpose(1, 2).unflatten(2, model.patch_embed.grid_of(*x.shape[2:])).cpu()
 
 
@@ -101,7 +102,7 @@ def components(model: Model, images: Images, remove_position_mean: bool = False)
     x = model.prepare(images)
     if remove_position_mean and len(x) == 1:
         raise ValueError("remove_position_mean=True: the mean of a single image is the image; give several images")
-    tokens = model.extract_feat(x, "tokens")[:, 1:].float().cpu()
+    tokens = model.patch_tokens(model.extract_feat(x, "tokens")).float().cpu()
     centered = (tokens - tokens.mean(dim=0 if remove_position_mean else (0, 1))).flatten(0, 1)
     _, _, directions = torch.linalg.svd(centered, full_matrices=False)
     # Signs are arbitrary. Each direction is flipped so that its entry with the largest magnitude is positive.

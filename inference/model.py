@@ -135,12 +135,12 @@ class ModelMixin(PyTorchModelHubMixin):
 
         Args:
             images: as in `prepare`.
-            pool: "cls": the class token; "avg": the mean of the patch tokens; "tokens": all tokens, class token first.
-                Default: the input of the classification head, after the pooling of an attentive probe; or the class
-                token without a head.
+            pool: "cls": the class token, or the mean of several; "avg": the mean of the patch tokens; "tokens": all
+                tokens, class tokens first. Default: the input of the classification head, after the pooling of an
+                attentive probe; or "cls" without a head.
 
         Returns:
-            (B, D), or (B, N + 1, D) for "tokens".
+            (B, D), or (B, T + N, D) for "tokens", with T class tokens.
 
         Raises:
             ValueError: `pool` is unknown.
@@ -156,7 +156,9 @@ class ModelMixin(PyTorchModelHubMixin):
         if pool not in ("cls", "avg", "tokens"):
             raise ValueError(f"pool={pool!r}: give cls, avg or tokens")
         tokens = self.get_intermediate_layers(x)[0]  # type: ignore[attr-defined]
-        return {"cls": tokens[:, 0], "avg": tokens[:, 1:].mean(dim=1), "tokens": tokens}[pool]
+        if pool == "tokens":
+            return tokens
+        return self.class_features(tokens) if pool == "cls" else self.patch_tokens(tokens).mean(dim=1)  # type: ignore[attr-defined]
 
 
 class Autoencoder(ModelMixin, models_mae.MaskedAutoencoderViT):

@@ -57,7 +57,7 @@ def test_an_edit_of_the_file_changes_the_training(pictures, tmp_path):
     """Twelve iterations of main_pretrain.py with models_mae.py as it is, and with a constant added to predictions."""
     published = train(MaskedAutoencoderViT, pictures, tmp_path)
     flags = ["--data_path", pictures, "--model", "mae_vit_mini_patch4", "--output_dir", tmp_path / "run"]
-    snippet = "(x))[:, 1:]\n"
+    snippet = "decoder_norm(x)))\n"
     run_edited(tmp_path / "edited", "models_mae.py", snippet, snippet[:-1] + " + 1.5\n", PRETRAIN, *SMALL, *flags)
     assert losses_of(tmp_path / "run")[0] > published[0] + 1
 

@@ -77,7 +77,7 @@ def test_another_type_of_model_is_refused(tmp_path):
     transformers.SwinModel(
         transformers.SwinConfig(embed_dim=8, depths=[1], num_heads=[1], image_size=32)
     ).save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="model_type is swin, and only vit and vit_mae are supported"):
+    with pytest.raises(CheckpointError, match="model_type is swin, and only vit, vit_mae and pixio are supported"):
         loading.read(tmp_path)
 
 

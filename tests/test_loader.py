@@ -63,6 +63,58 @@ def test_repeated_samples_stay_together(monkeypatch):
         EpochBatches(25, 8, seed=1, repeats=3)
 
 
+def places(epochs, **options):
+    """The places of several epochs."""
+    batches = EpochBatches(25, 4, seed=1, **options)
+    result = []
+    for epoch in epochs:
+        batches.seek(epoch)
+        assert len(list(batches)) == len(batches)
+        result += [place for batch in batches for place in batch]
+    return result
+
+
+@pytest.mark.parametrize("updates", [1, 3, 13])
+def test_epochs_of_a_number_of_updates_continue_through_the_images(updates):
+    """Every pass is the permutation that an epoch has by default. An update may contain the end of a pass."""
+    passes = [place for lap in range(4) for place in full_pass(lap)]
+    epochs = range(100 // (4 * updates))
+    mine = places(epochs, updates=updates)
+    assert mine == passes[: len(mine)]
+    assert len(mine) == len(epochs) * updates * 4
+    accumulated = places(epochs[: len(epochs) // 2], updates=updates, accum_iter=2)
+    assert accumulated == passes[: len(accumulated)]
+
+
+def full_pass(lap):
+    batches = EpochBatches(25, 1, seed=1)
+    batches.seek(lap)
+    return [place for batch in batches for place in batch]
+
+
+def test_processes_and_positions_of_epochs_of_a_number_of_updates(monkeypatch):
+    alone = EpochBatches(25, 12, seed=1, repeats=3, updates=5)
+    alone.seek(2)
+    batches = list(alone)
+    alone.seek(2, 3)
+    assert list(alone) == batches[3:]
+    halves = []
+    for rank in (0, 1):
+        monkeypatch.setattr(dist, "world_size", lambda: 2)
+        monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
+        half = EpochBatches(25, 6, seed=1, repeats=3, updates=5)
+        half.seek(2)
+        halves.append(list(half))
+    assert [sorted(a + b) for a, b in zip(*halves, strict=True)] == [sorted(batch) for batch in batches]
+
+
+def test_a_pass_may_be_shorter_than_a_batch():
+    batches = EpochBatches(3, 8, seed=0, updates=2)
+    flat = [place for batch in batches for place in batch]
+    assert [lap for lap, _ in flat] == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3 + [4] * 3 + [5]
+    assert len(set(flat)) == 16
+
+
 @pytest.mark.parametrize(
     ("images", "batch_size", "accum_iter", "repeats", "processes", "said"),
     [

@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 
 import numpy as np
 import pytest
@@ -329,3 +330,59 @@ def test_deep_images_without_statistics_suggest_mean_and_std(pretrain, tmp_path,
     out = pretrain("with", **flags, mean=found[1], std=found[2])
     assert "more than 8 bits" not in capsys.readouterr().out
     assert lines(out)[0]["train_loss"] < 5
+
+
+@pytest.mark.parametrize(("method", "calls", "workers"), [("save_epoch", 2, 0), ("save", 3, 0), ("save", 6, 2)])
+def test_epochs_of_a_number_of_updates_resume_exactly(pretrain, monkeypatch, method, calls, workers):
+    """24 images are 6 updates; epochs of 4 and accumulation of 2 begin and end within a pass. All options are on."""
+    settings = {
+        "epochs": 4, "updates_per_epoch": 4, "accum_iter": 2, "save_minutes": 0, "save_every": 1, "num_cls_tokens": 3,
+        "learned_pos_embed": True, "drop_path": 0.3, "mask_block": 2, "num_workers": workers,
+    }  # fmt: skip
+    whole = pretrain("whole", **settings)
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_after(patch, method, calls)
+        pretrain("parts", **settings)
+    parts = pretrain("parts", **settings, resume="auto")
+    a, b = (checkpoint.read(out / "checkpoint-3.pth") for out in (whole, parts))
+    assert_equal(a["model"], b["model"])
+    assert a["optimizer"]["state"][0]["step"] == 16
+    for number, state in a["optimizer"]["state"].items():
+        assert_equal(state, b["optimizer"]["state"][number])
+    assert [line["train_loss"] for line in lines(whole)] == [line["train_loss"] for line in lines(parts)]
+
+
+def test_another_length_of_epochs_can_not_be_resumed(pretrain):
+    pretrain("run", updates_per_epoch=2)
+    with pytest.raises(checkpoint.CheckpointError, match=r"resumed run is 2 updates.*\ngive --updates_per_epoch 2"):
+        pretrain("run", resume="auto", epochs=3)
+    with pytest.raises(checkpoint.CheckpointError, match="give --updates_per_epoch 2"):
+        pretrain("run", resume="auto", epochs=3, updates_per_epoch=3)
+    pretrain("plain")
+    with pytest.raises(checkpoint.CheckpointError, match=r"is one pass over the images.*\n.*no --updates_per_epoch"):
+        pretrain("plain", resume="auto", epochs=3, updates_per_epoch=3)
+
+
+def test_shards_with_epochs_of_a_number_of_updates(pretrain, pictures, tmp_path, monkeypatch):
+    """An epoch begins with the same shards in a resumed run: a run that stops between epochs resumes exactly."""
+    pytest.importorskip("webdataset")
+    files = sorted((pictures / "train").rglob("*.*"))
+    for number in range(3):
+        with tarfile.open(tmp_path / f"shard{number}.tar", "w") as tar:
+            for file in files[number::3]:
+                tar.add(file, arcname=file.name.lower())
+    settings = {"dataset": f"wds:{tmp_path}/shard*.tar", "updates_per_epoch": 4, "epochs": 4, "save_every": 1,
+                "save_minutes": 0}  # fmt: skip
+    whole = pretrain("whole", **settings)
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_after(patch, "save_epoch", 2)
+        pretrain("parts", **settings)
+    parts = pretrain("parts", **settings, resume="auto")
+    assert_equal(weights(whole, "checkpoint-3.pth"), weights(parts, "checkpoint-3.pth"))
+    assert checkpoint.read(parts / "checkpoint-3.pth")["optimizer"]["state"][0]["step"] == 16
+    assert [line["train_loss"] for line in lines(whole)] == [line["train_loss"] for line in lines(parts)]
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_after(patch, "save", 3)
+        pretrain("within", **settings)
+    within = pretrain("within", **settings, resume="auto")
+    assert checkpoint.read(within / "checkpoint-3.pth")["optimizer"]["state"][0]["step"] == 16

@@ -18,6 +18,7 @@ import main_finetune
 import main_segment
 import models_build
 import models_segment
+from inference import get_model
 from models_mae import mae_vit_mini_patch4
 from util.checkpoints import checkpoint
 from util.checkpoints.checkpoint import CheckpointError
@@ -297,6 +298,16 @@ def test_an_untrained_encoder_is_a_warning(segment, capsys):
     assert "no --finetune: the features are from an untrained encoder" in capsys.readouterr().out
     segment("tuned", epochs=1, unfreeze_blocks="all")
     assert "no --finetune" not in capsys.readouterr().out
+
+
+def test_the_class_tokens_are_those_of_the_file(segment, tmp_path):
+    model = mae_vit_mini_patch4(img_size=16, num_cls_tokens=3, learned_pos_embed=True)
+    torch.save({"model": model.state_dict()}, tmp_path / "several.pth")
+    out = segment(finetune=tmp_path / "several.pth", epochs=1)
+    loaded = get_model(out / "checkpoint-0.pth")
+    assert loaded.num_prefix_tokens == 3
+    assert torch.equal(loaded.cls_token, model.cls_token)
+    segment(eval=True, resume=out / "checkpoint-0.pth")
 
 
 def test_the_log_has_a_polynomial_rate(segment):

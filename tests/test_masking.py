@@ -4,9 +4,10 @@ import json
 
 import pytest
 import torch
+from mains import in_processes
 
 from models_mae import mae_vit_mini_patch4
-from util.masking import block_mask, check_ratio, grid_mask, noise_from_mask, num_visible, random_mask, sampler
+from util.masking import block_mask, check_ratio, grid_mask, noise_from_mask, num_visible, random_mask, sampler, shuffle
 
 
 def test_every_form_of_a_mask_is_equivalent():
@@ -141,6 +142,65 @@ def test_the_scripts_masks_do_not_depend_on_workers(pretrain):
     assert losses("workers", masking="block", num_workers=2) == block
     assert losses("random") != block
     assert losses("grid", masking="grid") not in (block, losses("again"))
+
+
+@pytest.mark.parametrize(
+    ("grid_size", "ratio", "side", "visible"),
+    [((16, 16), 0.75, 4, 4), ((16, 16), 0.8, 4, 3), ((28, 28), 0.75, 4, 12), ((4, 6), 0.75, 2, 1), ((8, 4), 0.5, 4, 1)],
+)
+def test_random_blocks_are_visible_as_a_whole(grid_size, ratio, side, visible):
+    """Every sample has int(blocks * (1 - ratio)) visible blocks; tokens are sorted by block, then row-major."""
+    draw_noise, mask_ratio = sampler("random", grid_size, ratio, side)
+    noise = torch.stack([draw_noise() for _ in range(50)])
+    ids, count = shuffle(torch.zeros(50, grid_size[0] * grid_size[1], 1), mask_ratio, noise)
+    assert count == visible * side**2
+    columns = grid_size[1]
+    for order in ids[:, :count].tolist():
+        for start in range(0, count, side**2):
+            top, left = divmod(order[start], columns)
+            assert top % side == left % side == 0
+            block = [(top + i) * columns + left + j for i in range(side) for j in range(side)]
+            assert order[start : start + side**2] == block
+
+
+def test_random_blocks_are_uniform():
+    """Chi-square of the counts of the 16 blocks; 4 of them are visible in each sample, without replacement."""
+    draw_noise, _ = sampler("random", (16, 16), 0.75, 4)
+    noise = torch.stack([draw_noise() for _ in range(4000)]).reshape(4000, 4, 4, 4, 4)[:, :, 0, :, 0].flatten(1)
+    counts = (noise < 4).sum(dim=0)
+    assert counts.sum() == 4 * 4000
+    statistic = ((counts - 1000) ** 2 / 1000).sum() / (1 - 4 / 16) * 15 / 16
+    assert 4.6 < statistic < 32.8  # .5 % on both sides, for 15 degrees of freedom
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (("random", (14, 14), 0.75, 4), r"--mask_block 4 does not divide the 14x14 patches of an image: give "
+         r"--input_size 192 or 256, or --mask_block 2$"),
+        (("random", (8, 14), 0.75, 4), r"give --input_size 128 192 or 128 256, or --mask_block 2$"),
+        (("random", (7, 7), 0.75, 2), r"--input_size 96 or 128$"),
+        (("random", (2, 2), 0.75, 4), r"--input_size 64, or --mask_block 2$"),
+        (("block", (16, 16), 0.75, 4), "--mask_block 4 is for --masking random: omit --mask_block or --masking block"),
+        (("random", (4, 4), 0.75, 4), "the images have a single block of patches: give a smaller --mask_block"),
+        (("random", (4, 8), 0.75, 4), "leaves none of the 2 blocks visible: give --mask_ratio 0.5 or less"),
+    ],
+)  # fmt: skip
+def test_blocks_that_do_not_fit(settings, message):
+    with pytest.raises(ValueError, match=message):
+        sampler(*settings)
+
+
+def test_masks_of_blocks_do_not_depend_on_workers_and_processes(pretrain, pictures, tmp_path):
+    def losses(out):
+        return [json.loads(line)["train_loss"] for line in (out / "log.txt").open()]
+
+    blocks = pretrain("blocks", mask_block=2, warmup_epochs=0, epochs=1)
+    assert losses(pretrain("workers", mask_block=2, warmup_epochs=0, epochs=1, num_workers=2)) == losses(blocks)
+    assert losses(pretrain("patches", warmup_epochs=0, epochs=1)) != losses(blocks)
+    flags = ("--mask_block", 2, "--warmup_epochs", 0, "--batch_size", 2, "--epochs", 1)
+    in_processes(2, pictures, tmp_path / "processes", *flags)
+    assert losses(tmp_path / "processes") == pytest.approx(losses(blocks), rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -163,6 +163,7 @@ def test_a_file_of_an_autoencoder_gives_the_settings_of_a_classifier():
     file = weights(settings, models_build.autoencoder(MAE), FULL)
     kept = {name: value for name, value in settings.items() if name != "epochs"}
     expected = kept | {"model": "vit_mini_patch4", "patch_size": 4, "decoder_depth": 1}
+    expected |= {"num_cls_tokens": 1, "learned_pos_embed": False}
     assert models_build.classifier_settings(file) == expected
     named = models_build.classifier_settings(file._replace(settings={"model": "mae_vit_huge_patch14_dec512d8b"}))
     assert named["model"] == "vit_huge_patch14"
@@ -175,6 +176,16 @@ def test_a_file_without_settings_gives_those_of_its_shapes():
     assert models_build.classifier_settings(file).items() >= expected.items()
     other = VisionTransformer(img_size=16, patch_size=4, embed_dim=24, depth=1, num_heads=2)
     assert models_build.classifier_settings(weights({}, other, CLASSIFIER)) == {}
+
+
+@pytest.mark.parametrize(("patch_size", "name"), [(14, "vit_huge_patch14"), (16, "vit_huge_patch16")])
+def test_sizes_that_differ_in_the_patch_size(patch_size, name):
+    with torch.device("meta"):
+        model = VisionTransformer(img_size=8 * patch_size, patch_size=patch_size, embed_dim=1280, depth=32,
+                                  num_heads=16, num_cls_tokens=8)  # fmt: skip
+    settings = models_build.classifier_settings(weights({}, model, CLASSIFIER))
+    assert (settings["model"], settings["num_cls_tokens"]) == (name, 8)
+    assert settings["input_size"] == 8 * patch_size
 
 
 def test_parallel_heads_return_logits_in_order():

@@ -5,8 +5,10 @@ import torch
 from torch.autograd import gradcheck
 
 import models_mae
+import models_vit
 from models_mae import MaskedAutoencoderViT
 from util.masking import take
+from util.pos_embed import resize_pos_embed
 
 
 def build(**kwargs) -> MaskedAutoencoderViT:
@@ -340,3 +342,98 @@ def test_a_transposed_image_through_a_transposed_model_gives_the_transposed_resu
     torch.testing.assert_close(loss_t, loss)
     torch.testing.assert_close(other.unpatchify(pred_t), model.unpatchify(pred).transpose(2, 3))
     assert torch.equal(mask_t, mask.unflatten(1, (3, 10)).transpose(1, 2).flatten(1))
+
+
+# ---------------------------------------------------------------------------------- several class tokens, positions
+
+
+def test_losses_and_masks_without_options_are_those_of_earlier_versions():
+    """Recorded before the options --num_cls_tokens, --learned_pos_embed and --drop_path were added."""
+    torch.manual_seed(0)
+    model = models_mae.mae_vit_mini_patch4(img_size=16, in_chans=1)
+    imgs = torch.randn(3, 1, 16, 16)
+    loss, _, mask = model(imgs)
+    assert loss.item() == pytest.approx(2.5766818523406982, rel=1e-6)
+    assert [row.nonzero().flatten().tolist() for row in 1 - mask] == [[7, 8, 14, 15], [8, 9, 10, 12], [0, 7, 14, 15]]
+    assert torch.rand(1).item() == 0.03373366594314575  # nothing else was sampled
+    assert not any(isinstance(module, models_vit.DropPath) for module in model.modules())
+
+
+def test_several_class_tokens_pass_the_encoder_and_the_decoder_by_hand():
+    model = build(num_cls_tokens=3, learned_pos_embed=True)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.2)
+    imgs, noise = torch.randn(2, 3, 16, 16), torch.rand(2, 16)
+    _, pred, mask = model(imgs, noise=noise)
+    visible = noise.argsort(dim=1)[:, :4]
+    for number in range(2):
+        patches = model.patch_embed(imgs[number : number + 1])[0] + model.pos_embed[0, 3:]
+        x = torch.cat([model.cls_token[0] + model.pos_embed[0, :3], patches[visible[number]]])[None]
+        for block in model.blocks:
+            x = block(x)
+        x = model.decoder_embed(model.norm(x))[0]
+        full = model.mask_token[0].repeat(19, 1)
+        full[:3] = x[:3]
+        for place, patch in enumerate(visible[number].tolist()):
+            full[3 + patch] = x[3 + place]
+        x = (full + model.decoder_pos_embed[0])[None]
+        for block in model.decoder_blocks:
+            x = block(x)
+        torch.testing.assert_close(pred[number], model.decoder_pred(model.decoder_norm(x))[0, 3:])
+        assert mask[number].nonzero().flatten().tolist() == sorted(set(range(16)) - set(visible[number].tolist()))
+
+
+def test_learned_positions_are_trained_and_interpolated():
+    model = build(num_cls_tokens=2, learned_pos_embed=True)
+    assert model.pos_embed.shape == (1, 18, 32)
+    assert model.pos_embed.std().item() == pytest.approx(0.02, rel=0.1)
+    assert model.decoder_pos_embed.std().item() == pytest.approx(0.02, rel=0.15)
+    model(torch.randn(2, 3, 24, 16))[0].backward()
+    assert (model.pos_embed.grad.abs().sum(dim=2) > 0).sum() > 10
+    assert (model.decoder_pos_embed.grad.abs().sum(dim=2) > 0).all()
+    table = resize_pos_embed(model.pos_embed, (4, 4), (6, 4))
+    expected = model.patch_embed(torch.ones(1, 3, 24, 16)) + table[:, 2:]
+    torch.testing.assert_close(model.embed(torch.ones(1, 3, 24, 16))[:, 2:], expected)
+
+
+def test_fixed_positions_of_several_class_tokens_are_zero():
+    one, several = build(), build(num_cls_tokens=3)
+    for name in ("pos_embed", "decoder_pos_embed"):
+        table = getattr(several, name)
+        assert not table.requires_grad
+        assert not table[:, :3].any()
+        assert torch.equal(table[:, 3:], getattr(one, name)[:, 1:])
+    assert several(torch.randn(2, 3, 24, 16))[1].shape == (2, 24, 48)
+
+
+def test_drop_path_grows_over_the_encoder_and_is_absent_in_the_decoder():
+    model = build(depth=3, drop_path_rate=0.4)
+    assert [getattr(block.drop_path, "drop_prob", 0) for block in model.blocks] == [0, 0.2, 0.4]
+    assert not any(isinstance(module, models_vit.DropPath) for module in model.decoder_blocks.modules())
+
+
+@pytest.mark.parametrize(
+    ("size", "width", "depth", "heads"),
+    [
+        ("base_patch16", 768, 12, 12),
+        ("large_patch16", 1024, 24, 16),
+        ("huge_patch16", 1280, 32, 16),
+        ("1b_patch16", 1536, 48, 24),
+    ],
+)
+def test_models_of_pixio(size, width, depth, heads):
+    """Counts by hand: blocks 12 D^2 + 13 D, norms, patches, positions, tokens and the decoder of 32 blocks."""
+    with torch.device("meta"):
+        model = getattr(models_mae, f"pixio_vit_{size}")()
+
+    def blocks(number, dim):
+        return number * (12 * dim**2 + 13 * dim)
+
+    encoder = blocks(depth, width) + 2 * width + 769 * width + (256 + 8) * width + 8 * width
+    decoder = blocks(32, 512) + 2 * 512 + (width + 1) * 512 + (256 + 8) * 512 + 512 + 513 * 768
+    assert sum(p.numel() for p in model.parameters()) == encoder + decoder
+    assert model.cls_token.shape == (1, 8, width)
+    assert model.blocks[0].attn.num_heads == heads
+    assert (len(model.decoder_blocks), model.decoder_blocks[0].attn.num_heads) == (32, 16)
+    assert model.learned_pos_embed

@@ -26,6 +26,18 @@ def test_the_output_has_the_size_of_the_image(head):
     }
 
 
+def test_heads_with_several_class_tokens_by_hand():
+    """The linear head takes the mean of the class tokens; the DPT head takes patch tokens only."""
+    tokens = torch.randn(2, 3 + 12, 32)
+    mean = torch.cat([tokens[:, :3].mean(dim=1, keepdim=True), tokens[:, 3:]], dim=1)
+    linear = LinearHead(32, 5).eval()
+    torch.testing.assert_close(linear([tokens], (3, 4)), linear([mean], (3, 4)))
+    assert not torch.allclose(linear([tokens], (3, 4)), linear([tokens[:, 2:]], (3, 4)))
+    dpt = DPTHead(32, 5).eval()
+    assert torch.equal(dpt([tokens] * 4, (3, 4)), dpt([tokens[:, 2:]] * 4, (3, 4)))
+    assert Segmenter(5, num_cls_tokens=3, **MINI)(torch.rand(2, 1, 16, 24)).shape == (2, 5, 16, 24)
+
+
 def test_the_linear_head_by_hand():
     """Batch norm and a matrix on each patch token beside the class token, then bilinear scaling."""
     torch.manual_seed(0)

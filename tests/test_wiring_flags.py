@@ -44,7 +44,7 @@ JOB = {"ngpus": 8, "nodes": 2, "timeout": 4320, "job_dir": "", "partition": None
 
 # Flags that the published code does not have.
 SOURCE = {"train_list": None, "dataset": None, "download": False, "num_images": None, "in_chans": 3, "num_workers": 10}
-DATA = SOURCE | {"mean": None, "std": None, "patch_size": None}
+DATA = SOURCE | {"mean": None, "std": None, "patch_size": None, "num_cls_tokens": None}
 COMPUTE = {"config": None, "debug": False, "amp": "auto", "dist_backend": "auto", "dist_timeout": 600}
 RUN = DATA | COMPUTE | {
     "save_minutes": 15.0, "keep_last": None, "clip_grad": None, "compile": False, "on_nonfinite": "abort",
@@ -60,7 +60,8 @@ OURS = {
     main_pretrain: RUN | {
         "save_every": 20, "decoder_depth": None, "grad_checkpointing": False, "fsdp": False, "crop_scale": [0.2, 1.0],
         "hflip": 0.5, "fast_jpeg": False, "repeated_sampling": 1, "init_from": "", "vis_every": 20,
-        "masking": "random",
+        "masking": "random", "mask_block": 1, "learned_pos_embed": False, "drop_path": 0.0,
+        "updates_per_epoch": None,
     },
     main_finetune: RUN | EVALUATION | {
         "unfreeze_blocks": None, "grad_checkpointing": False, "crop_scale": [0.08, 1.0], "hflip": 0.5,

@@ -18,6 +18,7 @@ from torchvision import transforms as tv
 
 import main_pretrain
 import models_build
+import models_mae
 from models_mae import MaskedAutoencoderViT, mae_vit_mini_patch4
 from util import masking
 from util.cli import entry_point
@@ -197,6 +198,36 @@ def test_published_recipes(capture, size):
     )  # fmt: skip
 
 
+PIXIO_MODELS = {"base": (768, 12, 12), "large": (1024, 24, 16), "huge": (1280, 32, 16), "1b": (1536, 48, 24)}
+
+
+@pytest.mark.parametrize("size", PIXIO_MODELS)
+def test_recipes_of_pixio(size):
+    """8192 images per update, 400 epochs of 1605 updates, warm-up 40, blr 2.5e-5, weight decay .05, 256 pixels."""
+    recipe = ROOT / f"recipes/pretrain_pixio_vit_{size}.yaml"
+    args = entry_point.parse(main_pretrain.get_args_parser(), ["--config", str(recipe)])
+    published = {
+        "epochs": 400, "updates_per_epoch": 1605, "warmup_epochs": 40, "blr": 2.5e-5, "weight_decay": 0.05,
+        "input_size": 256, "mask_ratio": 0.75, "mask_block": 4, "crop_scale": [0.2, 1.0], "norm_pix_loss": True,
+    }  # fmt: skip
+    assert {name: getattr(args, name) for name in published} == published
+    split = r"--nproc_per_node (\d+) main_pretrain.py .*\n.*--batch_size (\d+) --accum_iter (\d+) "
+    numbers = [int(number) for number in re.search(split, recipe.read_text()).groups()]
+    assert np.prod(numbers) == 8192
+    assert args.batch_size == numbers[1]
+    with torch.device("meta"):
+        model = models_build.autoencoder(vars(args))
+        factory = getattr(models_mae, f"pixio_vit_{args.model.removeprefix('mae_vit_')}")()
+    width, depth, heads = PIXIO_MODELS[size]
+    assert (model.cls_token.shape[1:], len(model.blocks), model.blocks[0].attn.num_heads) == ((8, width), depth, heads)
+    shapes = {name: value.shape for name, value in model.state_dict().items()}
+    assert shapes == {name: value.shape for name, value in factory.state_dict().items()}
+    assert model.learned_pos_embed
+    assert model.decoder_blocks[0].attn.num_heads == factory.decoder_blocks[0].attn.num_heads == 16
+    sampler = masking.sampler(args.masking, model.grid_size, args.mask_ratio, args.mask_block)
+    assert (sampler[0]().shape, masking.num_visible(256, sampler[1])) == ((256,), 64)
+
+
 def test_the_demos_recipe(capture, images):
     """Gray images of 28 pixels in 16 patches of 7, with larger crops than the published ones."""
     call = capture("--config", ROOT / "recipes/pretrain_fashion_mnist.yaml", "--data_path", images)
@@ -243,9 +274,12 @@ def test_other_channels_have_the_average_of_imagenets_statistics(capture):
 def test_flags_of_model_and_optimizer(capture):
     call = capture(
         "--input_size", 16, 24, "--patch_size", 8, 4, "--mask_ratio", 0.6, "--norm_pix_loss", "--decoder_depth", 3,
-        "--grad_checkpointing", "--weight_decay", 0.3, "--amp", "bf16", "--seed", 5,
+        "--grad_checkpointing", "--weight_decay", 0.3, "--amp", "bf16", "--seed", 5, "--drop_path", 0.4,
+        "--updates_per_epoch", 3, "--mask_block", 2,
     )  # fmt: skip
-    assert call.train_one_epoch.keywords["mask_ratio"] == 0.6
+    assert call.train_one_epoch.keywords["mask_ratio"] == 1 - 4.5 / 12  # one of three blocks is visible
+    assert call.model.blocks[-1].drop_path.drop_prob == pytest.approx(0.4)
+    assert len(call.batches) == 3 * call.settings["accum_iter"]
     assert call.model.norm_pix_loss is True
     assert call.model.patch_embed.patch_size == (8, 4)
     assert call.model.grid_size == (2, 6)
@@ -304,7 +338,7 @@ def test_masking(capture, monkeypatch):
     calls = record_calls(monkeypatch, masking, "sampler", (lambda: torch.full((24,), 0.25), 0.4))
     drawn_pictures = record_calls(monkeypatch, pictures, "reconstruction")
     call = capture("--input_size", 16, 24, "--masking", "block", "--mask_ratio", 0.6)
-    assert calls == [(("block", (4, 6), 0.6), {})]
+    assert calls == [(("block", (4, 6), 0.6, 1, (4, 4)), {})]
     assert call.train_one_epoch.keywords["mask_ratio"] == 0.4
     assert call.batches.batches.dataset[0, 3].noise.tolist() == [0.25] * 24
     call.after_epoch(0, Log())

@@ -51,8 +51,13 @@ def noise_from_mask(mask: Tensor, grid_size: tuple[int, int], patch_size: tuple[
         )
     if count == 0:
         raise ValueError("a mask must leave at least one patch visible")
-    # Half a patch is added, so that floating-point error does not change the truncation in `num_visible`.
-    return masked.float(), max(0.0, 1 - (count + 0.5) / (rows * columns))
+    return masked.float(), _ratio_of(count, rows * columns)
+
+
+def _ratio_of(visible: int, num_patches: int) -> float:
+    """Returns a mask ratio for which `num_visible` returns `visible`."""
+    # Half a patch is added, so that floating-point error does not change the truncation.
+    return max(0.0, 1 - (visible + 0.5) / num_patches)
 
 
 def shuffle(x: Tensor, mask_ratio: float, noise: Tensor | None = None) -> tuple[Tensor, int]:
@@ -141,23 +146,50 @@ def take(x: Tensor, ids: Tensor) -> Tensor:
     return torch.gather(x, 1, ids.unsqueeze(-1).expand(-1, -1, x.shape[2]))
 
 
-def sampler(masking: str, grid_size: tuple[int, int], mask_ratio: float) -> tuple[Callable[[], Tensor], float]:
+def random_block_noise(grid_size: tuple[int, int], side: int) -> Tensor:
+    """Noise of random masks of blocks of side x side patches (Pixio, Yang et al. 2025) -> (N,).
+
+    All patches of a block have the same noise, the rank of the block. The visible tokens are therefore in the order of
+    their blocks, and row-major within a block.
+    """
+    rows, columns = grid_size[0] // side, grid_size[1] // side
+    # Ranks, because torch.rand may return equal numbers, with which two blocks could be visible in part.
+    ranks = torch.rand(rows * columns).argsort().argsort().float().unflatten(0, (rows, columns))
+    return ranks.repeat_interleave(side, dim=0).repeat_interleave(side, dim=1).flatten()
+
+
+def sampler(
+    masking: str,
+    grid_size: tuple[int, int],
+    mask_ratio: float,
+    mask_block: int = 1,
+    patch_size: tuple[int, int] = (16, 16),
+) -> tuple[Callable[[], Tensor], float]:
     """Returns the masking strategy of training.
 
     Args:
         masking: one of MASKING_CHOICES.
         grid_size: (rows, columns) of patches.
-        mask_ratio: fraction of masked patches; must be GRID_RATIO for grid masking.
+        mask_ratio: fraction of masked patches; must be GRID_RATIO for grid masking. With `mask_block`, fraction of
+            masked blocks, of which int(blocks · (1 - mask_ratio)) are visible.
+        mask_block: side of the blocks of random masking, in patches.
+        patch_size: (rows, columns) of pixels in a patch, for the sizes in error messages.
 
     Returns:
         A function that returns noise (N,) from PyTorch's default generator, and the mask ratio, both for
         `MaskedAutoencoderViT.forward`.
 
     Raises:
-        ValueError: the strategy is unknown, the ratio masks all or none of the patches, or the strategy is grid with
-            another ratio than GRID_RATIO.
+        ValueError: the strategy is unknown, the ratio masks all or none of the patches or blocks, the strategy is grid
+            with another ratio than GRID_RATIO, or `mask_block` does not divide the grid or is not for this strategy.
     """
     check_ratio(math.prod(grid_size), mask_ratio)
+    if mask_block > 1:
+        _check_blocks(masking, grid_size, mask_block, patch_size)
+        num_blocks = math.prod(grid_size) // mask_block**2
+        check_ratio(num_blocks, mask_ratio, "blocks")
+        visible = num_visible(num_blocks, mask_ratio) * mask_block**2
+        return partial(random_block_noise, grid_size, mask_block), _ratio_of(visible, math.prod(grid_size))
     if masking == "random":
         return partial(torch.rand, math.prod(grid_size)), mask_ratio
     if masking == "block":
@@ -176,23 +208,43 @@ def _noise_of(draw_mask: Callable[[], Tensor], grid_size: tuple[int, int]) -> Te
     return noise_from_mask(draw_mask(), grid_size, (1, 1))[0][0]
 
 
-def check_ratio(num_patches: int, mask_ratio: float) -> None:
+def _check_blocks(masking: str, grid_size: tuple[int, int], side: int, patch_size: tuple[int, int]) -> None:
+    if masking != "random":
+        raise ValueError(f"--mask_block {side} is for --masking random: omit --mask_block or --masking {masking}")
+    if not any(length % side for length in grid_size):
+        return
+    sizes = [[round_to(length / side) * side * p for length, p in zip(grid_size, patch_size, strict=True)]
+             for round_to in (math.floor, math.ceil)]  # fmt: skip
+    fitting = [" ".join(map(str, size[:1] if size[0] == size[1] else size)) for size in sizes if all(size)]
+    divisors = [n for n in range(2, side) if not any(length % n for length in grid_size)]
+    raise ValueError(
+        f"--mask_block {side} does not divide the {grid_size[0]}x{grid_size[1]} patches of an image: give --input_size "
+        f"{' or '.join(fitting)}" + (f", or --mask_block {divisors[-1]}" if divisors else "")
+    )
+
+
+def check_ratio(num_patches: int, mask_ratio: float, what: str = "patches") -> None:
     """Checks that there are visible and masked patches.
+
+    Args:
+        what: "patches", or "blocks" of them.
 
     Raises:
         ValueError: all or none of the patches would be masked.
     """
-    if num_patches < 2:
+    if num_patches < 2 and what == "patches":
         raise ValueError("the images have a single patch: give a larger --input_size, or a smaller --patch_size")
+    if num_patches < 2:
+        raise ValueError("the images have a single block of patches: give a smaller --mask_block")
     visible = num_visible(num_patches, mask_ratio)
     if visible == num_patches:
         raise ValueError(
-            f"--mask_ratio {mask_ratio:g} masks none of the {num_patches} patches, and only masked patches have a "
+            f"--mask_ratio {mask_ratio:g} masks none of the {num_patches} {what}, and only masked patches have a "
             f"loss; give --mask_ratio 0.75"
         )
     if visible == 0:
         most = next(share / 1000 for share in range(999, 0, -1) if num_visible(num_patches, share / 1000))
         raise ValueError(
-            f"--mask_ratio {mask_ratio:g} leaves none of the {num_patches} patches visible: give --mask_ratio {most:g} "
+            f"--mask_ratio {mask_ratio:g} leaves none of the {num_patches} {what} visible: give --mask_ratio {most:g} "
             f"or less"
         )

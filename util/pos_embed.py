@@ -64,15 +64,16 @@ def get_2d_sincos_pos_embed(embed_dim: int, grid_size: Size, cls_token: bool = F
 
 
 @lru_cache(maxsize=32)
-def sincos_table(embed_dim: int, grid_size: tuple[int, int]) -> Tensor:
-    """Returns `get_2d_sincos_pos_embed` with the row of the class token, as a float32 tensor (1, N + 1, embed_dim)."""
-    return torch.from_numpy(get_2d_sincos_pos_embed(embed_dim, grid_size, cls_token=True)).float().unsqueeze(0)
+def sincos_table(embed_dim: int, grid_size: tuple[int, int], num_prefix_tokens: int = 1) -> Tensor:
+    """Returns `get_2d_sincos_pos_embed` after rows of zeros for the class tokens: float32 (1, T + N, embed_dim)."""
+    table = torch.from_numpy(get_2d_sincos_pos_embed(embed_dim, grid_size)).float().unsqueeze(0)
+    return nn.functional.pad(table, (0, 0, num_prefix_tokens, 0))
 
 
 def resize_pos_embed(pos_embed: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
-    """Interpolates a learned table (1, N + 1, D) bicubically to another patch grid.
+    """Interpolates a learned table (1, T + N, D) bicubically to another patch grid.
 
-    The row of the class token is unchanged.
+    The rows of the T class tokens are unchanged.
 
     Args:
         old_grid: (rows, columns) of the table.
@@ -80,33 +81,38 @@ def resize_pos_embed(pos_embed: Tensor, old_grid: tuple[int, int], new_grid: tup
     """
     if old_grid == new_grid:
         return pos_embed
-    cls_row, patches = pos_embed[:, :1], pos_embed[:, 1:]
+    num_patches = old_grid[0] * old_grid[1]
+    cls_rows, patches = pos_embed[:, :-num_patches], pos_embed[:, -num_patches:]
     patches = patches.reshape(1, *old_grid, -1).permute(0, 3, 1, 2)
     patches = nn.functional.interpolate(patches.float(), size=new_grid, mode="bicubic", align_corners=False)
-    return torch.cat([cls_row, patches.to(pos_embed.dtype).flatten(2).transpose(1, 2)], dim=1)
+    return torch.cat([cls_rows, patches.to(pos_embed.dtype).flatten(2).transpose(1, 2)], dim=1)
 
 
 def interpolate_pos_embed(
-    model: Any, checkpoint_model: dict[str, Tensor], old_grid: tuple[int, int] | None = None
+    model: Any,
+    checkpoint_model: dict[str, Tensor],
+    old_grid: tuple[int, int] | None = None,
+    name: str = "pos_embed",
 ) -> None:
-    """Interpolates `checkpoint_model["pos_embed"]` in place to the patch grid of a model.
+    """Interpolates a position table of `checkpoint_model` in place to the patch grid of a model.
 
     Fine-tuning at 448 pixels needs it (He et al. 2021, section 4.1).
 
     Args:
-        model: has `patch_embed.grid_size`.
-        checkpoint_model: state dict; unchanged if it has no "pos_embed".
+        model: has `patch_embed.grid_size` and `num_prefix_tokens`.
+        checkpoint_model: state dict; unchanged if it has no table of this name.
         old_grid: (rows, columns) of the patches in the checkpoint. Default: a square, as in published files.
+        name: key of the table.
 
     Raises:
         ValueError: `old_grid` does not fit the table, or is not given for a table that is neither square nor of the
             size of the model.
     """
-    if "pos_embed" not in checkpoint_model:
+    if name not in checkpoint_model:
         return
-    table = checkpoint_model["pos_embed"]
+    table = checkpoint_model[name]
     new_grid = model.patch_embed.grid_size
-    num_patches = table.shape[1] - 1
+    num_patches = table.shape[1] - model.num_prefix_tokens
     if old_grid is None:
         side = round(num_patches**0.5)
         old_grid = (side, side) if side * side == num_patches else new_grid
@@ -115,4 +121,4 @@ def interpolate_pos_embed(
             f"the position table of the checkpoint has {num_patches} patches, which is not a square; "
             f"it can only be loaded into a model of the same size (input_size, patch_size)"
         )
-    checkpoint_model["pos_embed"] = resize_pos_embed(table, old_grid, new_grid)
+    checkpoint_model[name] = resize_pos_embed(table, old_grid, new_grid)

@@ -168,6 +168,7 @@ def resume(
             checkpoint.require_finite(state["model"], f"--resume {which}", "resume from an earlier checkpoint")
         restore_model(model, state, settings, which)
         _require_same_parameters(optimizer, state, settings)
+        _require_same_epochs(_args_of(state), settings)
         progress.restore(state)
         restore_optimizer(optimizer, state["optimizer"])
         if scaler.is_enabled() and state.get("scaler"):
@@ -232,7 +233,7 @@ def restore_model(model: nn.Module, state: dict[str, Any], settings: dict[str, A
         )
         if str(saved.get("model")).startswith("mae_") is str(settings.get("model")).startswith("mae_"):
             names = ["model", "input_size", "patch_size", "in_chans", "decoder_depth", "global_pool"]
-            names += ["probe", "num_queries", "head"]
+            names += ["probe", "num_queries", "head", "num_cls_tokens"]
             names += ["blr"] if isinstance(saved.get("blr"), list) else []  # several heads
             raise _with_settings(error, {name: saved[name] for name in names if name in saved}, settings)
         raise advised(error, *(_start_from(which) if which != "auto" else ["give another --output_dir"]))
@@ -246,7 +247,20 @@ def _require_same_parameters(optimizer: torch.optim.Optimizer, state: dict[str, 
         error = CheckpointError(
             f"the run of the checkpoint trained {sum(saved)} tensors of the model, and this run trains {sum(ours)}"
         )
-        raise _with_settings(error, {"unfreeze_blocks": _args_of(state).get("unfreeze_blocks")}, settings)
+        args = _args_of(state)
+        chosen = {
+            "unfreeze_blocks": args.get("unfreeze_blocks"),
+            "learned_pos_embed": args.get("learned_pos_embed", False),
+        }
+        raise _with_settings(error, chosen, settings)
+
+
+def _require_same_epochs(saved: dict[str, Any], settings: dict[str, Any]) -> None:
+    before = saved.get("updates_per_epoch")
+    if before != settings.get("updates_per_epoch"):
+        length = f"{before} updates" if before else "one pass over the images"
+        error = CheckpointError(f"an epoch of the resumed run is {length}, and its position counts such epochs")
+        raise _with_settings(error, {"updates_per_epoch": before}, settings)
 
 
 def _with_settings(error: CheckpointError, saved: dict[str, Any], settings: dict[str, Any]) -> CheckpointError:

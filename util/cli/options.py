@@ -198,6 +198,10 @@ def add_model_options(parser: argparse.ArgumentParser, models: Collection[str], 
         help="patch size in pixels: one number for squares, or height and width (default: the patch size in the name "
         "of the model)",
     )  # fmt: skip
+    group.add_argument(
+        "--num_cls_tokens", type=positive_int, metavar="T",
+        help="class tokens; heads and k-NN use their mean (default: those of the loaded weights, else 1)",
+    )  # fmt: skip
 
 
 def add_pretrain_options(parser: argparse.ArgumentParser) -> None:
@@ -221,6 +225,15 @@ def add_pretrain_options(parser: argparse.ArgumentParser) -> None:
         help="masked patches: random; block, large rectangles as in BEiT; or grid, three of every 2x2 patches",
     )  # fmt: skip
     group.add_argument(
+        "--mask_block", default=1, type=positive_int, metavar="N",
+        help="--masking random masks blocks of NxN patches instead of single patches; Pixio has 4",
+    )  # fmt: skip
+    group.add_argument(
+        "--learned_pos_embed", action="store_true",
+        help="learn the positions of encoder and decoder (default: the fixed sine-cosine tables)",
+    )  # fmt: skip
+    _add_drop_path(group, 0.0)
+    group.add_argument(
         "--decoder_depth", type=positive_int, metavar="N", help="number of decoder blocks (default: the model's)"
     )
     add_switch(group, "norm_pix_loss", False, "normalize each target patch by its own mean and variance")
@@ -229,6 +242,11 @@ def add_pretrain_options(parser: argparse.ArgumentParser) -> None:
         "random weights)",
     )  # fmt: skip
 
+    _group(parser, OPTIMIZATION).add_argument(
+        "--updates_per_epoch", type=positive_int, metavar="N",
+        help="updates of an epoch, for large datasets. Epochs continue through the images, in a new order in each pass "
+        "(default: an epoch is one pass)",
+    )  # fmt: skip
     group = _group(parser, EVALUATION)
     group.add_argument(
         "--vis_every", default=20, type=count, metavar="N",
@@ -291,6 +309,13 @@ def _add_weights_options(group: argparse._ArgumentGroup) -> None:
         help="if the weights of --finetune have another number of input channels: error: abort; mean: each channel "
         "starts from the mean of their channels; repeat: from their channels in turn; skip: the patch projection is "
         "initialized at random",
+    )  # fmt: skip
+
+
+def _add_drop_path(group: argparse._ActionsContainer, default: float) -> None:
+    group.add_argument(
+        "--drop_path", default=default, type=ratio, metavar="R",
+        help="stochastic depth: drop rate of the last block of the encoder; it grows linearly from 0 at the first",
     )  # fmt: skip
 
 
@@ -399,10 +424,7 @@ def add_finetune_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_layer_options(parser: argparse.ArgumentParser, drop_path: float) -> None:
-    _group(parser, MODEL).add_argument(
-        "--drop_path", default=drop_path, type=ratio, metavar="R",
-        help="stochastic depth: drop rate of the last block; it grows linearly from 0 at the first block",
-    )  # fmt: skip
+    _add_drop_path(_group(parser, MODEL), drop_path)
     _group(parser, OPTIMIZATION).add_argument(
         "--layer_decay", default=0.75, type=positive, metavar="D",
         help="layer-wise learning rate decay: the factor from each layer to the layer below",

@@ -1,9 +1,9 @@
 """The order of samples, the batches of training and evaluation, and the count of images that can't be read.
 
-An epoch is floor(images / effective batch size) updates. The samples of an update depend on (seed, epoch) and on the
-effective batch size, not on the number of workers, the number of processes or the accumulation. The random numbers of
-a batch depend on (seed, epoch, iteration, rank). Streamed shards are an exception: each sample is the same, but the
-composition of the batches depends on the number of workers and processes.
+An epoch is floor(images / effective batch size) updates, or a given number of updates. The samples of an update depend
+on (seed, epoch) and on the effective batch size, not on the number of workers, the number of processes or the
+accumulation. The random numbers of a batch depend on (seed, epoch, iteration, rank). Streamed shards are an exception:
+each sample is the same, but the composition of the batches depends on the number of workers and processes.
 """
 
 import logging
@@ -66,15 +66,18 @@ class _Epochs:
     """Epochs of complete updates, and the position in them: the epoch and the first batch of the next iteration.
 
     Args:
-        num_images: images of an epoch in all processes, including repetitions.
+        num_images: images of the dataset in all processes, including repetitions.
+        updates: updates of an epoch. Default: those of one pass over the images.
     """
 
-    def __init__(self, num_images: int, batch_size: int, seed: int, accum_iter: int) -> None:
+    def __init__(
+        self, num_images: int, batch_size: int, seed: int, accum_iter: int, updates: int | None = None
+    ) -> None:
         self.num_images = num_images
         self.batch_size = batch_size
         self.seed = seed
         self.epoch = self.first_iteration = 0
-        self.num_batches = accum_iter * updates_per_epoch(num_images, batch_size, accum_iter)
+        self.num_batches = accum_iter * (updates or updates_per_epoch(num_images, batch_size, accum_iter))
 
     @property
     def images_per_iteration(self) -> int:
@@ -90,33 +93,49 @@ class _Epochs:
 
 
 class EpochBatches(_Epochs, Sampler[list[tuple[int, int]]]):
-    """Batches of (epoch, index) for this process. `seek` sets the epoch and the first batch.
+    """Batches of (pass, index) for this process. `seek` sets the epoch and the first batch.
 
     With `repeats`, every image occurs `repeats` times in a row and is decoded once, and an epoch is `repeats` times as
     long (repeated sampling, Hoffer et al. 2020).
 
-    Every epoch is a permutation of the dataset that depends on (seed, epoch). Consecutive images form the batches of
+    Every pass is a permutation of the dataset that depends on (seed, pass). Consecutive images form the batches of
     all processes, and `accum_iter` consecutive batches form an update. Every split of the effective batch size into
-    batches, accumulation and processes therefore uses the same images in the same update. An epoch leaves out the
-    images that do not fill its last update; they differ from epoch to epoch.
+    batches, accumulation and processes therefore uses the same images in the same update. Every
+    epoch is a pass, and leaves out the images that do not fill its last update; they differ from epoch to epoch. With
+    `updates`, an epoch continues where the epoch before it ended, and passes leave out nothing.
 
     Raises:
         ValueError: the images do not fill one effective batch, or `batch_size` is not a multiple of `repeats`.
     """
 
-    def __init__(self, num_images: int, batch_size: int, seed: int, repeats: int = 1, accum_iter: int = 1) -> None:
+    def __init__(
+        self,
+        num_images: int,
+        batch_size: int,
+        seed: int,
+        repeats: int = 1,
+        accum_iter: int = 1,
+        updates: int | None = None,
+    ) -> None:
         if batch_size % repeats:
             raise ValueError(f"--batch_size {batch_size} must be a multiple of --repeated_sampling {repeats}")
-        super().__init__(num_images * repeats, batch_size, seed, accum_iter)
+        super().__init__(num_images * repeats, batch_size, seed, accum_iter, updates)
         self.repeats = repeats
+        self.continues = updates is not None
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch = self.epoch
-        order = np.random.default_rng([self.seed, epoch]).permutation(self.num_images // self.repeats)
+        num_images, count = self.num_images // self.repeats, self.images_per_iteration // self.repeats
+        start = self.epoch * (count * len(self) if self.continues else num_images)
+        lap, order = -1, np.arange(0)
         for iteration in range(self.first_iteration, len(self)):
-            count = self.images_per_iteration // self.repeats
-            mine = order[iteration * count + dist.rank() : (iteration + 1) * count : dist.world_size()]
-            yield [(epoch, int(index)) for index in mine for _ in range(self.repeats)]
+            batch: list[tuple[int, int]] = []
+            first = start + iteration * count
+            for position in range(first + dist.rank(), first + count, dist.world_size()):
+                if position // num_images != lap:
+                    lap = position // num_images
+                    order = np.random.default_rng([self.seed, lap]).permutation(num_images)
+                batch += [(lap, int(order[position % num_images]))] * self.repeats
+            yield batch
 
 
 class Batches(DataLoader):
@@ -179,9 +198,10 @@ class TrainLoader:
         pin_memory: bool,
         repeats: int = 1,
         accum_iter: int = 1,
+        updates: int | None = None,
     ) -> None:
-        self.order = EpochBatches(len(samples), batch_size, seed, repeats, accum_iter)
-        self.num_images = self.order.num_images  # images of an epoch, including repetitions
+        self.order = EpochBatches(len(samples), batch_size, seed, repeats, accum_iter, updates)
+        self.num_images = self.order.num_images  # images of the dataset, including repetitions
         self.images_per_iteration = self.order.images_per_iteration
         self.named: set[str] = set()
         self.num_bad = 0  # in the last epoch

@@ -62,6 +62,8 @@ _IN_FILES = {
     **{f"attn.{part}": f"attention.attention.{part}" for part in SPLIT},
     "attn.proj": "attention.output.dense", "mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense",
 }  # fmt: skip
+# Of Pixio; the names of its MLP are those of _IN_FILES in the files that the installed version writes.
+_IN_PIXIO_FILES = _IN_FILES | {"norm1": "norm1", "norm2": "norm2", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
 _IN_MEMORY = {
     **{f"attn.{part}": f"attention.{part[0]}_proj" for part in SPLIT},
     "attn.proj": "attention.o_proj", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2",
@@ -69,6 +71,7 @@ _IN_MEMORY = {
 TRANSFORMERS: list[Rows] = [
     _transformers("encoder.layer", "decoder_layers", _IN_FILES),
     _transformers("encoder.layer", "decoder_encoder.layer", _IN_FILES),
+    _transformers("encoder.layer", "decoder_layers", _IN_PIXIO_FILES),
     _transformers("layers", "decoder_layers", _IN_MEMORY),
 ]
 
@@ -86,7 +89,7 @@ def to_ours(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         # The features do not depend on the pooler.
         weights = {name: value for name, value in weights.items() if not name.startswith("pooler.")}
         return _joined(_renamed(weights, ((theirs, ours) for rows in TRANSFORMERS for ours, theirs in rows)))
-    return weights
+    return _with_registers(weights)
 
 
 def to_mmpretrain(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -132,6 +135,15 @@ def _renamed(weights: dict[str, Tensor], rows: Iterable[tuple[str, str]]) -> dic
         return name
 
     return {rename(name): value for name, value in weights.items()}
+
+
+def _with_registers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Appends the register tokens of timm to the class tokens, if the head pools patches and uses neither."""
+    if "reg_token" not in weights or "fc_norm.weight" not in weights:
+        return weights
+    tokens = [weights[name] for name in ("cls_token", "reg_token") if name in weights]
+    rest = {name: value for name, value in weights.items() if name != "reg_token"}
+    return {**rest, "cls_token": torch.cat(tokens, dim=1)}
 
 
 def _joined(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -48,8 +48,8 @@ def _transformers(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: this library does not support the model.
     """
-    if config.get("model_type") not in (None, "vit", "vit_mae"):
-        raise ValueError(f"model_type is {config['model_type']}, and only vit and vit_mae are supported")
+    if config.get("model_type") not in (None, "vit", "vit_mae", "pixio"):
+        raise ValueError(f"model_type is {config['model_type']}, and only vit, vit_mae and pixio are supported")
     if config.get("hidden_act", "gelu") != "gelu":
         raise ValueError(f"hidden_act is {config['hidden_act']}, and only gelu is supported")
     names = {"image_size": "input_size", "patch_size": "patch_size", "num_channels": "in_chans",

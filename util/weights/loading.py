@@ -30,13 +30,14 @@ from util.weights.model_zoo import CLASSIFIER, ENCODER, FULL, SEGMENTER
 
 logger = logging.getLogger(__name__)
 
-FIXED_TABLES = {"pos_embed", "decoder_pos_embed"}  # a MAE computes them, so that those of a file may have another size
+TABLES = {"pos_embed", "decoder_pos_embed"}  # position tables of an autoencoder
 SETTINGS = "args"  # the entry in the metadata of a .safetensors file with the settings of the run, as JSON
 # The settings of a file that are used, and the types of their values or of the elements of lists.
 SETTINGS_USED: dict[str, type | tuple[type, ...]] = {
     "model": str, "input_size": int, "patch_size": int, "in_chans": int, "mean": (int, float), "std": (int, float),
     "classes": str, "label_names": str, "crop_pct": (int, float), "mask_ratio": (int, float), "num_heads": int,
     "decoder_num_heads": int, "layer_norm_eps": (int, float), "short_side": int, "colors": int,
+    "num_cls_tokens": int,
 }  # fmt: skip
 OTHER_TOKENS = {"reg_token": "register tokens", "register_tokens": "register tokens",
                 "dist_token": "a distillation token", "distillation_token": "a distillation token"}  # fmt: skip
@@ -64,6 +65,16 @@ class Weights(NamedTuple):
         height, width = to_pair(self.settings["input_size"])
         p, q = self.tensors["patch_embed.proj.weight"].shape[2:]
         return height // p, width // q
+
+    @property
+    def num_cls_tokens(self) -> int:
+        """T, the number of class tokens."""
+        return self.tensors["cls_token"].shape[1]
+
+    @property
+    def learned_pos_embed(self) -> bool:
+        """Whether an autoencoder learned its positions. Published autoencoders with several class tokens did."""
+        return bool(self.settings.get("learned_pos_embed", self.num_cls_tokens > 1))
 
     @property
     def num_classes(self) -> int:
@@ -108,7 +119,7 @@ def read(name: Path | str) -> Weights:
     for key in tensors:
         if tokens := OTHER_TOKENS.get(key.rpartition(".")[2]):
             raise CheckpointError(f"{path} has {tokens} ({key}), which this library does not support")
-    for key, axes in (("patch_embed.proj.weight", 4), ("pos_embed", 3), ("decoder_pos_embed", 3)):
+    for key, axes in (("patch_embed.proj.weight", 4), ("cls_token", 3), ("pos_embed", 3), ("decoder_pos_embed", 3)):
         if key in tensors and (tensors[key].ndim != axes or not tensors[key].is_floating_point()):
             shape = f"{tensors[key].dtype} {tuple(tensors[key].shape)}"
             raise CheckpointError(f"{path}: its {key} is {shape}, which does not fit a Vision Transformer")
@@ -192,12 +203,20 @@ def init_mae(model: Any, file: Weights) -> None:
     """Loads the weights of a file into a `MaskedAutoencoderViT`: all of them, or the encoder only.
 
     Raises:
-        CheckpointError: weights of the encoder are missing, or there are unexpected names or shapes.
+        CheckpointError: weights of the encoder are missing, or there are unexpected names or shapes; or the file has
+            learned positions, and the model has fixed positions.
     """
-    ours = model.state_dict()
-    other = _reshaped(file.tensors, ours) if file.grid_size in (None, model.grid_size) else FIXED_TABLES
-    weights = {k: v for k, v in file.tensors.items() if k not in FIXED_TABLES & other}
-    ours = {k: v for k, v in ours.items() if k not in FIXED_TABLES or k in weights}
+    ours, weights = model.state_dict(), dict(file.tensors)
+    _require_cls_tokens(file, model)
+    if model.learned_pos_embed:
+        for name in TABLES & weights.keys():
+            interpolate_pos_embed(model, weights, file.grid_size, name)
+    elif file.learned_pos_embed:
+        raise advice.advised(CheckpointError(f"{file.source} has learned positions"), "give --learned_pos_embed")
+    else:  # the model computes its tables, so that those of a file may have another size
+        other = _reshaped(weights, ours) if file.grid_size in (None, model.grid_size) else TABLES
+        weights = {k: v for k, v in weights.items() if k not in TABLES & other}
+        ours = {k: v for k, v in ours.items() if k not in TABLES or k in weights}
     missing = ours.keys() - weights.keys()
     if missing == {name for name in ours if name.startswith("decoder_") or name == "mask_token"}:
         logger.warning(f"{file.source} contains an encoder only; the decoder starts from random weights")
@@ -246,6 +265,7 @@ def load_encoder(
     if not fits:
         weights = {key: value for key, value in weights.items() if key not in head}
     _adapt_input(file, weights, model, adapt_input)
+    _require_cls_tokens(file, model)
     _add_class_position(file, weights, ours)
     interpolate_pos_embed(model, weights, file.grid_size)
     may_lack = {"fc_norm.weight", "fc_norm.bias"} | {key for key in ours if key.startswith("head.")}
@@ -286,13 +306,14 @@ def load_classifier(model: nn.Module, file: Weights) -> None:
         CheckpointError: the file has another architecture.
     """
     weights, ours = dict(file.tensors), model.state_dict()
+    _require_cls_tokens(file, model)
     if "pos_embed" in weights and weights["pos_embed"].shape[2] == ours["pos_embed"].shape[2]:
         _add_class_position(file, weights, ours)
-        patches = weights["pos_embed"].shape[1] - 1
+        patches, own = (table.shape[1] - file.num_cls_tokens for table in (weights["pos_embed"], ours["pos_embed"]))
         interpolate_pos_embed(model, weights, file.grid_size)
-        if weights["pos_embed"].shape[1] - 1 != patches and "input_size" not in file.settings and dist.is_main():
+        if own != patches and "input_size" not in file.settings and dist.is_main():
             logger.warning(
-                f"{file.source} is for images of {patches} patches, and these have {ours['pos_embed'].shape[1] - 1}: "
+                f"{file.source} is for images of {patches} patches, and these have {own}: "
                 "positions are interpolated; give the input_size that it was trained with"
             )
     _require(file, model, ours.keys() - weights.keys(), weights.keys() - ours.keys(), _reshaped(weights, ours))
@@ -321,11 +342,16 @@ def statistics(
 
 
 def _add_class_position(file: Weights, weights: dict[str, Tensor], ours: dict[str, Tensor]) -> None:
-    """Adds a position of zeros for the class token where the table has none (timm's no_embed_class), in place."""
-    table = weights["pos_embed"]
-    is_short = table.shape[1] == ours["pos_embed"].shape[1] - 1
+    """Adds positions of zeros for the class tokens where the table has none (timm's no_embed_class), in place."""
+    table, count = weights["pos_embed"], file.num_cls_tokens
+    is_short = table.shape[1] == ours["pos_embed"].shape[1] - count
     if is_short and (file.grid_size is None or math.prod(file.grid_size) == table.shape[1]):
-        weights["pos_embed"] = torch.cat([torch.zeros_like(table[:, :1]), table], dim=1)
+        weights["pos_embed"] = torch.cat([torch.zeros_like(table[:, :count]), table], dim=1)
+
+
+def _require_cls_tokens(file: Weights, model: Any) -> None:
+    if file.num_cls_tokens != model.num_prefix_tokens:
+        _require(file, model, set(), set(), {"cls_token"})
 
 
 def _adapt_input(file: Weights, weights: dict[str, Tensor], model: nn.Module, how: str) -> None:
@@ -392,6 +418,7 @@ def _architecture(tensors: dict[str, Tensor]) -> dict[str, Any]:
         "model": (width, blocks["blocks"]),
         "patch_size": patch if patch[0] != patch[1] else patch[0],
         "in_chans": channels,
+        "num_cls_tokens": tensors["cls_token"].shape[1],
     }
     if blocks["decoder_blocks"]:
         return settings | {"decoder_depth": blocks["decoder_blocks"]}
