@@ -1,16 +1,18 @@
-"""Segmentation: a linear head on the last layers of a frozen encoder predicts the class of every pixel.
+"""Segmentation of garments: a frozen encoder before and after pre-training, and full fine-tuning.
 
-    python demo/segmentation.py --model demo/output/pretrain/checkpoint-31.pth --out demo/output
+    python demo/segmentation.py --model demo/output/pretrain/checkpoint-31.pth --out demo/output/segmentation
 
-Each image joins two embedded garments at a random column. The head predicts for each pixel the class of its garment, or
-background. It is a linear layer on the tokens of the last four blocks that predicts all pixels of a patch at once, and
-is trained on 4,000 images. The encoder is frozen; the baseline is an untrained encoder. The command takes two minutes
-on two CPU cores.
+The command writes pictures of garments on textures with their masks, trains and evaluates main_segment.py on them for
+each encoder and seed, and prints a table of the mean IoU. The same command resumes an interrupted comparison. With
+three seeds it takes a few minutes on two CPU cores.
 """
 
+import json
 import sys
 from argparse import ArgumentParser, Namespace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the demo runs from a clone
 
@@ -18,115 +20,104 @@ import util  # noqa: F401  # first: it names missing packages
 
 # isort: split
 import numpy as np
-import torch
-from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from sklearn.metrics import jaccard_score
-from torch import Tensor, nn
+from PIL import Image
 from tqdm import tqdm
 
 from demo.unpack_data import ARCHIVE
-from inference.maps import dense
-from inference.model import Model, get_model
-from util import dist
+from inference.model import get_model
+from util.checkpoints import checkpoint
 from util.cli import entry_point, flags, options
+from util.data.masks import default_colors, read_palette
+from util.evaluation.tables import markdown
 from util.files import atomic
+from util.jobs.commands import Commands
 
-NUM_EXAMPLES = 8
+ROOT = Path(__file__).parents[1]
+RECIPE = ROOT / "recipes" / "segment_garments.yaml"
+SIDE, SHIFT = 28, 4  # pixels of a picture, and of the largest shift of its garment
 INK = 30  # gray level of 255: brighter pixels belong to a garment
-EPOCHS, BATCH, LR = 15, 100, 5e-3
+VALIDATION = 300  # pictures
+EXAMPLES = 8
+# The rows of the table: the weights to start from, and further flags of main_segment.py.
+RUNS: dict[str, tuple[str, dict[str, Any]]] = {
+    "untrained encoder, frozen": ("untrained", {}),
+    "pre-trained encoder, frozen": ("pretrained", {}),
+    "pre-trained encoder, fine-tuned": ("pretrained", {"unfreeze_blocks": "all", "lr": 1e-3}),
+}
 
 
-def make_pictures(split: str, count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Joins pairs of images of the embedded dataset.
+def make_textures(count: int, generator: np.random.Generator) -> np.ndarray:
+    """Returns textures uint8 (count, SIDE, SIDE): smooth noise with waves of random direction and frequency."""
+    coarse = generator.random((count, 6, 6), dtype=np.float32)
+    resize = partial(Image.Image.resize, size=(SIDE, SIDE), resample=Image.Resampling.BICUBIC)
+    noise = np.stack([np.asarray(resize(Image.fromarray(one))) for one in coarse])
+    direction, frequency, phase = (most * generator.random((count, 1, 1)) for most in (np.pi, 0.25, 2 * np.pi))
+    rows, columns = np.mgrid[:SIDE, :SIDE]
+    waves = np.sin(2 * np.pi * frequency * (np.cos(direction) * rows + np.sin(direction) * columns) + phase)
+    contrast = generator.uniform(20, 120, size=(count, 1, 1))
+    return (contrast * np.clip(0.5 * noise + 0.25 * (1 + waves), 0, 1)).astype(np.uint8)
+
+
+def make_pictures(split: str, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Composes garments of the embedded dataset on textures, each shifted by up to SHIFT pixels.
 
     Returns:
-        Images uint8 (n, 1, 28, 28), and labels (n, 28, 28): 0 for background, or 1 + the class of the garment.
+        Pictures uint8 (count, SIDE, SIDE), and masks of the same shape: 0 for the texture, or 1 + the class of the
+        garment.
     """
     archive = np.load(ARCHIVE, allow_pickle=False)
-    images, classes = archive[f"{split}_images"], archive[f"{split}_labels"]
     generator = np.random.default_rng(seed)
-    left, right = generator.integers(len(images), size=(2, count))
-    column = np.arange(images.shape[2])
-    is_left = column < generator.integers(8, 21, size=(count, 1, 1))
-    pixels = np.where(is_left, images[left], images[right])
-    of_class = np.where(is_left, classes[left, None, None], classes[right, None, None]) + 1
-    labels = np.where(pixels > INK, of_class, 0)
-    return torch.from_numpy(pixels)[:, None], torch.from_numpy(labels.astype(np.int64))
+    chosen = generator.integers(len(archive[f"{split}_images"]), size=count)
+    garments = np.pad(archive[f"{split}_images"][chosen], ((0, 0), (SHIFT, SHIFT), (SHIFT, SHIFT)))
+    starts = generator.integers(0, 2 * SHIFT + 1, size=(count, 2))
+    cut = [one[top : top + SIDE, left : left + SIDE] for one, (top, left) in zip(garments, starts, strict=True)]
+    shifted, classes = np.stack(cut), archive[f"{split}_labels"][chosen].astype(np.uint8)
+    is_garment = shifted > INK
+    pictures = np.where(is_garment, shifted, make_textures(count, generator))
+    return pictures, np.where(is_garment, classes[:, None, None] + np.uint8(1), np.uint8(0))
 
 
-class Head(nn.Module):
-    """A linear head: features (B, C, rows, columns) -> logits of each pixel (B, classes, H, W).
-
-    Args:
-        features: training features; their mean and standard deviation standardize the input.
-    """
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, features: Tensor, patch: int, num_classes: int) -> None:
-        super().__init__()
-        self.register_buffer("mean", features.mean(dim=(0, 2, 3), keepdim=True))
-        self.register_buffer("std", features.std(dim=(0, 2, 3), keepdim=True) + 1e-6)
-        self.linear = nn.Conv2d(features.shape[1], num_classes * patch * patch, 1)
-        self.to_pixels = nn.PixelShuffle(patch)
-
-    def forward(self, features: Tensor) -> Tensor:
-        scores: Tensor = self.to_pixels(self.linear((features - self.mean) / self.std))
-        return scores
+def write_pictures(folder: Path, count: int) -> None:
+    """Writes the pictures and masks of both splits in the layout of ADE20K, and palette.txt. It does so once."""
+    if folder.exists():
+        return
+    names = ["texture", *(str(name) for name in np.load(ARCHIVE, allow_pickle=False)["classes"])]
+    with atomic.replacing(folder) as written:
+        for split, source, number, seed in (("training", "train", count, 0), ("validation", "val", VALIDATION, 1)):
+            for kind, arrays in zip(("images", "annotations"), make_pictures(source, number, seed), strict=True):
+                place = written / kind / split
+                place.mkdir(parents=True)
+                for index, array in enumerate(tqdm(arrays, desc=f"{kind}/{split}", leave=False, disable=None)):
+                    Image.fromarray(array).save(place / f"{index:05}.png")
+        colors = default_colors(len(names))
+        lines = [f"{red} {green} {blue} {name}" for (red, green, blue), name in zip(colors, names, strict=True)]
+        (written / "palette.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def train(head: Head, features: Tensor, labels: Tensor) -> None:
-    """Trains the head."""
-    steps = EPOCHS * -(-len(labels) // BATCH)
-    optimizer = torch.optim.AdamW(head.parameters(), weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=steps)
-    with tqdm(total=steps, desc="head", leave=False, disable=None) as bar:
-        for _ in range(EPOCHS):
-            for chosen in torch.randperm(len(labels)).split(BATCH):
-                nn.functional.cross_entropy(head(features[chosen]), labels[chosen]).backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                schedule.step()
-                bar.update()
+def last_scores(out: Path, output: str) -> dict[str, Any]:
+    """Returns the entry of the last epoch in log.txt."""
+    return json.loads((out / "log.txt").read_text(encoding="utf-8").splitlines()[-1])
 
 
-def mean_iou(predictions: Tensor, labels: Tensor, num_classes: int) -> float:
-    """Intersection over union of each class over all images; the mean over the classes in percent."""
-    true, predicted = labels.flatten().numpy(), predictions.flatten().numpy()
-    return 100 * jaccard_score(true, predicted, labels=range(num_classes), average="macro", zero_division=0)
-
-
-def segment(model: Model, training: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], layers: int) -> Tensor:
-    """Trains a head on the features of an encoder; returns its predictions for the test images (n, H, W)."""
-    torch.manual_seed(0)
-
-    def features_of(pictures: Tensor) -> Tensor:
-        device = model.pos_embed.device
-        return torch.cat([dense(model, model.normalize(part.to(device)), layers) for part in pictures.split(200)])
-
-    features = features_of(training[0])
-    head = Head(features, training[0].shape[-1] // features.shape[-1], int(training[1].max()) + 1)
-    train(head, features, training[1])
-    with torch.inference_mode():
-        return torch.cat([head(part).argmax(dim=1) for part in features_of(test[0]).split(200)])
-
-
-def draw(rows: dict[str, np.ndarray], names: list[str], path: Path) -> None:
-    """Draws rows of images: gray images, and classes as colors with a legend."""
-    colors = [(0.12, 0.12, 0.12), *colormaps["tab10"].colors]  # type: ignore[attr-defined]
-    figure = Figure(figsize=(NUM_EXAMPLES + 2.2, len(rows) * 1.05), dpi=100)
-    axes = figure.subplots(len(rows), NUM_EXAMPLES)
-    for line, (title, pictures) in zip(axes, rows.items(), strict=True):
-        for cell, picture in zip(line, pictures[:NUM_EXAMPLES], strict=True):
-            colored = picture.ndim == 2 and picture.dtype != np.uint8
-            cell.imshow(np.array(colors)[picture] if colored else picture, cmap="gray")
+def draw(files: dict[str, Path], data: Path, path: Path) -> None:
+    """Draws the first pictures of the validation set, their masks, and the predictions of models, with a legend."""
+    pictures, masks = ([data / kind / "validation" / f"{index:05}.png" for index in range(EXAMPLES)]
+                       for kind in ("images", "annotations"))  # fmt: skip
+    rows = {"picture": [np.asarray(Image.open(file)) for file in pictures],
+            "mask": [np.asarray(Image.open(file)) for file in masks]}  # fmt: skip
+    for title, file in files.items():
+        rows[title] = get_model(file).segment(pictures)
+    names, colors = read_palette(data / "palette.txt")
+    figure = Figure(figsize=(EXAMPLES + 2.2, len(rows) * 1.15), dpi=100)
+    for line, (title, arrays) in zip(figure.subplots(len(rows), EXAMPLES), rows.items(), strict=True):
+        for cell, array in zip(line, arrays, strict=True):
+            cell.imshow(array if title == "picture" else np.array(colors)[array], cmap="gray", vmin=0, vmax=255)
             cell.axis("off")
         line[0].set_title(title, fontsize=8, loc="left")
-    patches = [Patch(color=color) for color in colors]
-    figure.legend(patches, ["background", *names], loc="center right", fontsize=8, frameon=False)
+    patches = [Patch(color=(red / 255, green / 255, blue / 255)) for red, green, blue in colors]
+    figure.legend(patches, names, loc="center right", fontsize=8, frameon=False)
     figure.subplots_adjust(left=0.01, right=0.8, top=0.94, bottom=0.01, hspace=0.3, wspace=0.05)
     with atomic.replacing(path) as written:
         figure.savefig(written)
@@ -134,48 +125,70 @@ def draw(rows: dict[str, np.ndarray], names: list[str], path: Path) -> None:
 
 def get_args_parser() -> ArgumentParser:
     """The flags of the command."""
-    parser = entry_point.parser("Trains a linear segmentation head on a frozen encoder, on images of two garments.")
+    parser = entry_point.parser("Compares encoders by the segmentation of garments on textures.")
     options.add_inference_options(parser, images=False)
+    for flag, default, text in (
+        ("--pictures", 2000, "number of training pictures"),
+        ("--seeds", 3, "number of runs of each encoder, with the seeds 0, 1, ..."),
+        ("--jobs", 2, "runs at a time"),
+    ):
+        parser.add_argument(flag, default=default, type=flags.positive_int, metavar="N", help=text)
     parser.add_argument(
-        "--layers",
-        default=4,
-        type=flags.positive_int,
-        metavar="N",
-        help="number of last blocks whose features the head uses",
+        "--out", default="demo/output/segmentation", type=Path, metavar="DIR", help="folder of pictures, runs and table"
     )
-    parser.add_argument(
-        "--pictures", default=4000, type=flags.positive_int, metavar="N", help="number of training images"
-    )
-    parser.add_argument("--out", default="demo/output", type=Path, metavar="DIR", help="folder of segmentation.png")
     return parser
 
 
-def main(args: Namespace) -> dict[str, float]:
-    """Prints and returns the mean intersection over union of each encoder; draws eight images."""
-    device = dist.choose_device(args.device)
-    model = get_model(args.model, device=device)
-    if model.in_chans != 1 or model.settings["input_size"] != 28:
+def main(args: Namespace) -> dict[str, list[float]]:
+    """Prints and returns the mean IoU of each run by seed; draws examples of the first seed."""
+    model = get_model(args.model)
+    if model.in_chans != 1 or model.settings["input_size"] != SIDE:
         raise ValueError(
-            f"--model {args.model}: the images are gray and have 28 x 28 pixels; give a checkpoint of ./run demo"
+            f"--model {args.model}: the pictures are gray, with garments of 28 x 28 pixels; give a checkpoint of "
+            f"./run demo"
         )
-    if args.layers > len(model.blocks):
-        raise ValueError(f"--layers {args.layers}: the encoder has {len(model.blocks)} blocks; give at most as many")
-    torch.manual_seed(0)
-    untrained = type(model)(model.settings).to(device)
-    training, test = make_pictures("train", args.pictures, seed=0), make_pictures("val", 1000, seed=1)
-    names = [str(name) for name in np.load(ARCHIVE, allow_pickle=False)["classes"]]
-    rows = {"image": test[0][:, 0].numpy(), "ground truth": test[1].numpy()}
-    scores = {}
-    print(f"| linear head on {args.layers} layers | mean IoU |\n|---|---|")
-    for title, encoder in (("untrained encoder", untrained), ("pre-trained encoder", model)):
-        predictions = segment(encoder, training, test, args.layers)
-        scores[title] = mean_iou(predictions, test[1], len(names) + 1)
-        rows[f"{title}, mean IoU {scores[title]:.1f}%"] = predictions.numpy()
-        print(f"| {title} | {scores[title]:.1f}% |", flush=True)
+    data = args.out / f"pictures_{args.pictures}"
     args.out.mkdir(parents=True, exist_ok=True)
-    draw(rows, names, args.out / "segmentation.png")
+    write_pictures(data, args.pictures)
+    untrained = type(model)(model.settings)
+    weights = {"pretrained": Path(args.model), "untrained": args.out / "untrained.pth"}
+    checkpoint.write({"model": untrained.state_dict(), "args": model.settings}, weights["untrained"])
+    commands = Commands(args.out, args.out / "results.json", args.jobs)
+
+    def run(title: str, seed: int) -> None:
+        start, others = RUNS[title]
+        settings = {"config": RECIPE, "data_path": data, "palette": data / "palette.txt", "finetune": weights[start]}
+        place = args.out / run_name(title, seed)
+        settings |= {"seed": seed, "device": args.device, "output_dir": place, "resume": "auto", **others}
+        commands.run(run_name(title, seed), ROOT / "main_segment.py", settings, last_scores)
+
+    calls = [partial(run, title, seed) for seed in range(args.seeds) for title in RUNS]
+    for _ in tqdm(commands.each(calls), total=len(calls), desc="runs", leave=False, disable=None):
+        pass
+    stored = commands.scores()
+    scores = {title: [stored[run_name(title, seed)]["test_miou"] for seed in range(args.seeds)] for title in RUNS}
+    print(table(scores))
+    draw(
+        {title: args.out / run_name(title, 0) / "checkpoint-best.pth" for title in RUNS},
+        data,
+        args.out / "segmentation.png",
+    )
     print(f"\npicture: {args.out / 'segmentation.png'}")
     return scores
+
+
+def run_name(title: str, seed: int) -> str:
+    """Returns the name of a run and of its folder."""
+    return f"{title.replace(', ', '_').replace(' ', '_')}_{seed}"
+
+
+def table(scores: dict[str, list[float]]) -> str:
+    """Returns the mean and the standard deviation over the seeds as a Markdown table."""
+    rows = []
+    for title, values in scores.items():
+        spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+        rows.append([title, f"{np.mean(values):.1f}%{spread}", " ".join(f"{value:.1f}" for value in values)])
+    return markdown(["linear head", "mean IoU", "seeds"], rows)
 
 
 if __name__ == "__main__":

@@ -188,6 +188,8 @@ class Segmenter(ModelMixin, models_segment.Segmenter):
         colors: colors of the classes in pictures, uint8 (classes, 3): those of the palette of the run, or of VOC.
     """
 
+    colors: np.ndarray
+
     def __init__(self, settings: dict[str, Any]) -> None:
         super().__init__(**models_build.segmenter_arguments(settings))
         self._set_up(settings)

@@ -1,13 +1,18 @@
-"""The segmentation example: features of patches, a linear head, and the mean IoU."""
+"""Features of patches, and the example of segmentation: its pictures, its runs and its table."""
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import main_segment
 from demo import segmentation
 from inference import get_model, maps
+from util.checkpoints import checkpoint
 from util.cli import entry_point
+from util.cli.advice import arguments
+from util.data.masks import read_palette
+from util.jobs.commands import Commands
 
 
 @pytest.mark.parametrize("name", ["mae_vit_tiny_patch16", "vit_tiny_patch16"])
@@ -15,8 +20,6 @@ def test_shapes_at_1024_pixels(name):
     model = get_model(name)
     features = maps.dense(model, torch.zeros(1, 3, 1024, 1024))
     assert features.shape == (1, 4 * 192, 64, 64)
-    head = segmentation.Head(features, patch=16, num_classes=21)
-    assert head(features).shape == (1, 21, 1024, 1024)
     for layers in (0, 13):
         with pytest.raises(ValueError, match=f"layers={layers}: the encoder has 12 blocks"):
             maps.dense(model, torch.zeros(1, 3, 1024, 1024), layers)
@@ -35,37 +38,90 @@ def test_features_are_in_the_order_of_patches():
     assert divmod(int(distance.argmax()), 12) == (5, 9)
 
 
-def test_mean_iou_by_hand():
-    """Classes 0 and 1 share 1 of 2 and 2 of 3 pixels; class 2 is absent."""
-    labels, predictions = torch.tensor([[[0, 0], [1, 1]]]), torch.tensor([[[0, 1], [1, 1]]])
-    assert segmentation.mean_iou(predictions, labels, 3) == pytest.approx(100 * (1 / 2 + 2 / 3) / 3)
-
-
-def test_images_combine_two_garments():
-    pictures, labels = segmentation.make_pictures("train", 50, seed=3)
+def test_pictures_compose_garments_on_textures():
+    pictures, masks = segmentation.make_pictures("train", 30, seed=3)
+    assert pictures.shape == masks.shape == (30, 28, 28)
+    assert pictures.dtype == masks.dtype == np.uint8
     archive = np.load(segmentation.ARCHIVE)
-    assert pictures.shape == (50, 1, 28, 28)
-    for picture, label in zip(pictures[:, 0], labels, strict=True):
-        assert torch.equal(label > 0, picture > segmentation.INK)
-        assert len(label.unique()) <= 3
-        assert max(len(label[:, :8].unique()), len(label[:, 21:].unique())) <= 2
-    images = {image.tobytes() for image in archive["train_images"][:, :, :8]}
-    assert all(np.ascontiguousarray(picture[:, :8]).tobytes() in images for picture in pictures[:, 0].numpy())
-    assert torch.equal(segmentation.make_pictures("train", 50, seed=3)[0], pictures)
+    chosen = np.random.default_rng(3).integers(len(archive["train_images"]), size=30)
+    shifts = set()
+    for picture, mask, index in zip(pictures, masks, chosen, strict=True):
+        garment = np.pad(archive["train_images"][index], 4)
+        cuts = {(top, left): garment[top : top + 28, left : left + 28] for top in range(9) for left in range(9)}
+        matches = [shift for shift, cut in cuts.items() if np.array_equal(cut > 30, mask > 0)
+                   and np.array_equal(cut[mask > 0], picture[mask > 0])]  # fmt: skip
+        assert matches
+        assert set(np.unique(mask)) <= {0, 1 + archive["train_labels"][index]}
+        shifts |= set(matches)
+    assert len(shifts) > 12
+    backgrounds = [picture[mask == 0].astype(float) for picture, mask in zip(pictures, masks, strict=True)]
+    assert np.mean([background.std() for background in backgrounds]) > 5
+    assert max(background.max() for background in backgrounds) < 121
+    assert np.array_equal(segmentation.make_pictures("train", 30, seed=3)[0], pictures)
 
 
-def test_the_command(tmp_path, capsys):
+@pytest.fixture
+def encoder(tmp_path):
     torch.manual_seed(1)
     model = get_model("mae_vit_mini_patch4", input_size=28, patch_size=7, in_chans=1)
     torch.save({"model": model.state_dict(), "args": model.settings}, tmp_path / "model.pth")
-    argv = ["--model", tmp_path / "model.pth", "--pictures", 300, "--layers", 2, "--out", tmp_path, "--device", "cpu"]
+    return tmp_path / "model.pth"
+
+
+def test_the_command_compares_three_runs_of_each_seed(encoder, tmp_path, capsys, monkeypatch):
+    calls = {}
+
+    def run(self, name, script, flags, read):
+        """Runs main_segment.py in this process, for one epoch."""
+        calls[name] = flags
+        argv = [*arguments(flags), "--epochs", "1", "--num_workers", "0"]
+        main_segment.main(entry_point.parse(main_segment.get_args_parser(), argv))
+        return self.keep(name, str(argv), lambda out: read(self.folder / name, ""))
+
+    monkeypatch.setattr(Commands, "run", run)
+    monkeypatch.setattr(Commands, "each", lambda self, calls: [call() for call in calls])
+    monkeypatch.setattr(segmentation, "VALIDATION", 9)
+    argv = [
+        "--model",
+        encoder,
+        "--pictures",
+        40,
+        "--seeds",
+        2,
+        "--jobs",
+        1,
+        "--out",
+        tmp_path / "out",
+        "--device",
+        "cpu",
+    ]
     scores = segmentation.main(entry_point.parse(segmentation.get_args_parser(), [str(part) for part in argv]))
     output = capsys.readouterr().out
-    assert all(f"| {title} | {score:.1f}% |" in output for title, score in scores.items())
-    assert all(5 < score < 60 for score in scores.values())
-    assert Image.open(tmp_path / "segmentation.png").width > 900
+    assert list(scores) == list(segmentation.RUNS)
+    for title, values in scores.items():
+        assert len(values) == 2
+        assert f"| {title} | {np.mean(values):.1f}% ± {np.std(values, ddof=1):.1f} |" in output
+    assert Image.open(tmp_path / "out/segmentation.png").width > 900
+    data = tmp_path / "out/pictures_40"
+    assert len(list(data.glob("images/training/*.png"))) == 40
+    assert len(list(data.glob("annotations/validation/*.png"))) == 9
+    assert read_palette(data / "palette.txt").names[:2] == ["texture", "T-shirt/top"]
+    flags = calls["pre-trained_encoder_fine-tuned_1"]
+    assert (flags["seed"], flags["unfreeze_blocks"], flags["finetune"]) == (1, "all", encoder)
+    untrained = checkpoint.read(calls["untrained_encoder_frozen_0"]["finetune"])
+    frozen = checkpoint.read(tmp_path / "out/untrained_encoder_frozen_0/checkpoint-0.pth")["model"]
+    assert torch.equal(frozen["blocks.0.mlp.fc1.weight"], untrained["model"]["blocks.0.mlp.fc1.weight"])
+    trained = checkpoint.read(tmp_path / "out/pre-trained_encoder_frozen_0/checkpoint-0.pth")["model"]
+    assert torch.equal(trained["blocks.0.mlp.fc1.weight"], checkpoint.read(encoder)["model"]["blocks.0.mlp.fc1.weight"])
+    assert not torch.equal(trained["blocks.0.mlp.fc1.weight"], frozen["blocks.0.mlp.fc1.weight"])
+
+
+def test_the_command_needs_an_encoder_of_garments(tmp_path):
     model = get_model("mae_vit_mini_patch4", input_size=32)
     torch.save({"model": model.state_dict(), "args": model.settings}, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match="the images are gray and have 28 x 28 pixels"):
-        argv[1] = tmp_path / "other.pth"
-        segmentation.main(entry_point.parse(segmentation.get_args_parser(), [str(part) for part in argv]))
+    with pytest.raises(ValueError, match="the pictures are gray, with garments of 28 x 28 pixels"):
+        segmentation.main(
+            entry_point.parse(
+                segmentation.get_args_parser(), ["--model", str(tmp_path / "other.pth"), "--out", str(tmp_path)]
+            )
+        )

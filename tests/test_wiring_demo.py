@@ -16,9 +16,8 @@ from PIL import Image
 
 import models_build
 from benchmarks import machine, saving, targets
-from demo import app, outputs, report, segmentation, unpack_data
+from demo import app, outputs, report, unpack_data
 from inference import get_model, maps, reconstruct
-from util.cli import entry_point
 
 CAT = ROOT / "demo" / "photos" / "chelsea.jpg"  # 451 x 300: 8 x 12 patches of the smallest model
 
@@ -136,61 +135,6 @@ def test_rows_of_the_report_use_the_named_models(labelled, tmp_path, monkeypatch
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["18 labels: transformer from scratch"] == 0.3
     assert results["18 labels: the same, fine-tuned from the pre-trained encoder"] == 0.6
-
-
-# -------------------------------------------------------------------------------------------------------- segmentation
-
-
-def test_labels_of_segmentation_are_the_classes_of_both_halves():
-    pictures, labels = segmentation.make_pictures("val", 40, seed=1)
-    archive = np.load(segmentation.ARCHIVE)
-    left, right = np.random.default_rng(1).integers(2000, size=(2, 40))
-    for number in range(40):
-        for source, columns in ((left, slice(0, 8)), (right, slice(20, 28))):
-            pixels = archive["val_images"][source[number]][:, columns]
-            assert np.array_equal(pictures[number, 0, :, columns], pixels)
-            expected = np.where(pixels > 30, archive["val_labels"][source[number]] + 1, 0)
-            assert np.array_equal(labels[number, :, columns], expected)
-
-
-def test_a_head_standardizes_its_features():
-    features = torch.randn(200, 5, 2, 2) * 7 + 3
-    head = segmentation.Head(features, 2, 3)
-    inputs = []
-    head.linear.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
-    assert head(features).shape == (200, 3, 4, 4)
-    torch.testing.assert_close(inputs[0].mean(dim=(0, 2, 3)), torch.zeros(5), rtol=0, atol=1e-4)
-    torch.testing.assert_close(inputs[0].std(dim=(0, 2, 3)), torch.ones(5), rtol=0, atol=1e-3)
-
-
-def test_rows_of_segmentation_use_the_named_models(tmp_path, monkeypatch):
-    torch.manual_seed(1)
-    model = get_model("mae_vit_mini_patch4", input_size=28, patch_size=7, in_chans=1)
-    torch.save({"model": model.state_dict(), "args": model.settings}, tmp_path / "model.pth")
-    calls = []
-
-    def segment(encoder, training, test, layers):
-        calls.append((encoder.blocks[0].mlp.fc1.weight, training, test, layers))
-        return torch.zeros_like(test[1])
-
-    monkeypatch.setattr(segmentation, "segment", segment)
-    argv = ["--model", tmp_path / "model.pth", "--pictures", 30, "--layers", 2, "--out", tmp_path, "--device", "cpu"]
-    segmentation.main(entry_point.parse(segmentation.get_args_parser(), [str(part) for part in argv]))
-    (untrained, *_), (trained, training, test, layers) = calls
-    assert torch.equal(trained, model.blocks[0].mlp.fc1.weight)
-    assert not torch.equal(untrained, trained)
-    assert layers == 2
-    assert torch.equal(training[0], segmentation.make_pictures("train", 30, 0)[0])
-    assert torch.equal(test[0], segmentation.make_pictures("val", 1000, 1)[0])
-
-
-def test_the_head_uses_the_given_number_of_blocks(monkeypatch):
-    model = get_model("mae_vit_mini_patch4", input_size=28, patch_size=7, in_chans=1)
-    shapes = []
-    monkeypatch.setattr(segmentation, "train", lambda head, features, labels: shapes.append(features.shape))
-    pictures = torch.zeros(4, 1, 28, 28, dtype=torch.uint8), torch.ones(4, 28, 28, dtype=torch.int64)
-    assert segmentation.segment(model, pictures, pictures, 3).shape == (4, 28, 28)
-    assert shapes == [(4, 3 * 128, 4, 4)]
 
 
 # -------------------------------------------------------------------------------------------------------- the web page
