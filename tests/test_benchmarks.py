@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import input_pipeline, machine, peers, targets, train_step, whole_run
+from benchmarks import input_pipeline, listing, machine, peers, targets, train_step, whole_run
 from models_mae import mae_vit_mini_patch4
 
 
@@ -62,6 +62,15 @@ def test_batches_are_timed_and_compared(tmp_path):
     for batches in (input_pipeline.classic(tmp_path, 0), input_pipeline.ours(tmp_path, 0, fast_jpeg=True)):
         assert input_pipeline.rate(batches, 1) > 0
     assert input_pipeline.differences(tmp_path)["0"] > 0.99
+
+
+def test_opening_is_measured_for_every_kind(tmp_path, monkeypatch):
+    monkeypatch.setattr(listing, "CLASSES", 3)
+    for kind, path in listing.write_files(tmp_path, 30).items():
+        assert len(listing.open_images(kind, path)) == 30, kind
+    result = listing.measure(listing.FOLDER, tmp_path / "images", 1)
+    assert 0 < result["seconds"] < 10
+    assert result["bytes_with_workers"] > result["bytes"]
 
 
 def test_losses_in_two_precisions(tmp_path):

@@ -1,15 +1,17 @@
 """Opening datasets, and the command that checks a dataset."""
 
+import pickle
 import shutil
 import subprocess
 import sys
+import tarfile
 
 import numpy as np
 import pytest
 from conftest import ROOT
 from PIL import Image
 
-from util import datasets
+from util import datasets, dist
 from util.cli import entry_point
 from util.data.archives import Archive
 from util.data.decode import BadImage
@@ -40,6 +42,34 @@ def test_lists_and_archives(pictures, tmp_path):
     (tmp_path / "list.txt").write_text("dog/00.PNG\n")
     assert len(open_source("train", str(pictures / "train"), str(tmp_path / "list.txt"))) == 1
     assert isinstance(open_source("train", shutil.make_archive(str(tmp_path / "set"), "zip", pictures)), Archive)
+
+
+def test_rank_0_lists_the_images_for_all(pictures, tmp_path, monkeypatch):
+    (tmp_path / "list.txt").write_text("cat/01.jpg\n")
+    with tarfile.open(tmp_path / "shard.tar", "w") as tar:
+        tar.add(pictures / "train/cat/01.jpg", "0.jpg")
+    opened = [
+        {"data_path": str(pictures)},
+        {"data_path": str(pictures / "train" / "cat")},
+        {"data_path": str(pictures / "train"), "file_list": str(tmp_path / "list.txt")},
+        {"data_path": shutil.make_archive(str(tmp_path / "set"), "tar", pictures)},
+        {"dataset": f"wds:{tmp_path}/shard.tar"},
+    ]
+    calls = []
+
+    def copied(compute):
+        calls.append(compute)
+        return pickle.loads(pickle.dumps(compute()))
+
+    for arguments in opened:
+        own = open_source("train", **arguments)
+        with monkeypatch.context() as patch:
+            patch.setattr(dist, "from_rank_0", copied)
+            other = open_source("train", **arguments)
+        assert len(other) == len(own)
+        if "dataset" not in arguments:
+            assert [other[index] for index in range(len(own))] == [own[index] for index in range(len(own))]
+    assert len(calls) == len(opened)
 
 
 def test_missing_data_path_and_missing_folder_are_errors(tmp_path):

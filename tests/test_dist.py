@@ -199,6 +199,45 @@ def test_two_processes_average_gradients_on_demand_and_meet_at_a_barrier(tmp_pat
     assert (tmp_path / "out1").read_text() == "1/2 2.0 3.0 0.5 True [7, 8] 5.0 False"
 
 
+OF_RANK_0 = """
+import time
+from util import dist
+from util.cli.advice import advised
+
+calls, exchanges, gather = [], [], dist.gather
+dist.gather = lambda value: exchanges.append(value) or gather(value)
+dist.EXCHANGE_SECONDS = 0.1
+
+def slow():
+    calls.append(dist.rank())
+    time.sleep(0.5)
+    return {"rank": dist.rank()}
+
+def fails():
+    raise advised(ValueError("no images"), "give others")
+
+dist.init("cpu")
+line = f"{dist.from_rank_0(slow)} {calls} {len(exchanges) > 3}"
+try:
+    dist.from_rank_0(fails)
+except ValueError as error:
+    line += f" {error} {error.__notes__}"
+open(f"out{dist.rank()}", "w").write(line)
+dist.teardown()
+"""
+
+
+def test_rank_0_computes_for_all(tmp_path):
+    """The exchanges keep a long call below the timeout of the process group. An error is raised in all processes."""
+    (tmp_path / "code.py").write_text(OF_RANK_0)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run(
+        [*torchrun(2), "code.py"], cwd=tmp_path, env=environment, check=True, capture_output=True, timeout=120
+    )
+    assert (tmp_path / "out0").read_text() == "{'rank': 0} [0] True no images ['give others']"
+    assert (tmp_path / "out1").read_text() == "{'rank': 0} [] True no images ['give others']"
+
+
 def test_a_run_prints_no_warnings(pictures, tmp_path):
     flags = ("--batch_size", 12, "--in_chans", 1, "--epochs", 1, "--warmup_epochs", 0)
     command = [*torchrun(2), "main_pretrain.py", *small_run(pictures, tmp_path / "run", *flags)]

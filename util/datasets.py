@@ -51,6 +51,8 @@ def open_source(
 ) -> Source | Shards:
     """Opens a dataset of any kind.
 
+    All processes call it. Rank 0 lists the images of folders, lists, archives and shards; the others receive the list.
+
     Args:
         split: "train" or "val".
         data_path: a folder of images, a folder that contains the folder `split`, or a tar or zip file of either. With
@@ -79,26 +81,27 @@ def open_source(
         if kind == "hf":
             return HuggingFaceSet(name, split)
         if kind == "wds":
-            return Shards(name, num_images)
+            return dist.from_rank_0(lambda: Shards(name, num_images))
         return TorchvisionSet(dataset, split, data_path, download)
     if file_list:
         # Beside an archive, paths are relative to the folder of the list.
-        return read_list(Path(file_list), None if root and root.is_file() else root, f"--{split}_list")
+        below = None if root and root.is_file() else root
+        return dist.from_rank_0(lambda: read_list(Path(file_list), below, f"--{split}_list"))
     if root is None:
         raise ValueError(
             "--data_path is needed: a folder of images, a folder that contains train/, or a tar or zip file of either "
             "(or give --train_list or --dataset)"
         )
     if root.is_file():
-        return Archive(root, split)
+        return dist.from_rank_0(lambda: Archive(root, split))
     if not root.is_dir():
         raise ValueError(f"--data_path: there is no folder or archive {root}")
     if (root / split).is_dir():
-        return find_files(root / split)
+        return dist.from_rank_0(lambda: find_files(root / split))
     if split == "val" or (root / "val").is_dir():  # never the images of the other split
         error = ValueError(f"--data_path {root}: there is no folder {split}/ in it")
         raise advised(error, f"add this folder, or give --{split}_list FILE")
-    return find_files(root)
+    return dist.from_rank_0(lambda: find_files(root))
 
 
 # ---------------------------------------------------------------------------------------------- checking a dataset

@@ -11,8 +11,10 @@ import re
 import socket
 import time
 import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as td
@@ -20,6 +22,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 BACKENDS = ("auto", "nccl", "gloo")
+EXCHANGE_SECONDS = 10.0  # between the exchanges of `from_rank_0`
+T = TypeVar("T")
 
 
 def choose_device(name: str) -> torch.device:
@@ -269,6 +273,27 @@ def gather(value: Any, group: td.ProcessGroup | None = None) -> list[Any]:
     if td.is_initialized():
         td.all_gather_object(values, value, group=group)
     return values
+
+
+def from_rank_0(compute: Callable[[], T]) -> T:
+    """Returns the result of a function that only rank 0 calls. The other processes get a pickled copy.
+
+    They wait as long as the function takes: each exchange with rank 0 ends before the timeout of the process group.
+
+    Raises:
+        Exception: the exception of the function, in all processes.
+    """
+    if world_size() == 1:
+        return compute()
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(compute) if is_main() else None
+        while not gather(bool(future and wait([future], EXCHANGE_SECONDS).done))[0]:
+            pass
+    result = [(future.exception() or future.result()) if future else None]
+    td.broadcast_object_list(result, src=0)
+    if isinstance(result[0], BaseException):
+        raise result[0]
+    return cast(T, result[0])
 
 
 def new_host_group() -> td.ProcessGroup | None:

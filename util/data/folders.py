@@ -23,7 +23,8 @@ def find_files(root: Path) -> Files:
         ValueError: the folder contains no images.
     """
     started = time.perf_counter()
-    names = sorted(os.path.relpath(path, root) for path in image_files(str(root)))
+    start = len(os.path.join(root, ""))  # the paths begin with the root; os.path.relpath takes 5 µs for each
+    names = sorted(path[start:] for path in image_files(str(root)))
     if not names:
         error = ValueError(f"--data_path: no images under {root} (searched all subfolders for {KINDS})")
         shards = any(root.glob("*.tar"))
