@@ -22,22 +22,24 @@ def process_group(monkeypatch):
     dist.teardown()
 
 
-def build() -> torch.nn.Module:
+def build(**options) -> torch.nn.Module:
     with torch.device("meta"):
-        return mae_vit_mini_patch4(img_size=16)
+        return mae_vit_mini_patch4(img_size=16, **options)
 
 
-def test_a_sharded_model_has_the_weights_and_outputs_of_a_plain_one(process_group):
+@pytest.mark.parametrize("options", [{}, {"num_cls_tokens": 3, "learned_pos_embed": True}], ids=["mae", "pixio"])
+def test_a_sharded_model_has_the_weights_and_outputs_of_a_plain_one(process_group, options):
     torch.manual_seed(3)
-    plain = mae_vit_mini_patch4(img_size=16)
+    plain = mae_vit_mini_patch4(img_size=16, **options)
     torch.manual_seed(3)
-    model = build()
+    model = build(**options)
     fsdp.shard(model, [*model.blocks, *model.decoder_blocks], CPU, None, "reconstruct")
     for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
         assert torch.equal(ours.full_tensor(), theirs), name
     units = {name for name, module in model.named_modules() if isinstance(module, FSDPModule)}
     assert units == {"", "blocks.0", "blocks.1", "blocks.2", "blocks.3", "decoder_blocks.0"}
     assert dist.is_sharded(model)
+    assert model.num_prefix_tokens == options.get("num_cls_tokens", 1)
     assert not dist.is_sharded(plain)
     imgs, noise = torch.randn(2, 3, 16, 16), torch.rand(2, 16)
     torch.testing.assert_close(model(imgs, noise=noise)[0], plain(imgs, noise=noise)[0])
