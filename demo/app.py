@@ -26,7 +26,7 @@ except ImportError:
     sys.exit('the web page requires the package gradio: pip install ".[app]"')
 
 from demo import outputs
-from inference.model import Autoencoder, Classifier, Model, get_model
+from inference.model import Autoencoder, Classifier, Model, Segmenter, get_model
 from util import dist
 from util.cli import entry_point, flags, options
 from util.data.decode import SUFFIXES
@@ -51,6 +51,8 @@ an image, mask parts of it, and compare the prediction with the original.</p>"""
 WITHOUT_DECODER = """<h1>Vision transformer</h1>
 <p>Choose an image, and look at the attention and the features of the model. Without a decoder, it can't reconstruct
 masked patches.</p>"""
+SEGMENTER = """<h1>Segmentation</h1>
+<p>Choose an image. The model predicts the class of each of its pixels.</p>"""
 HEADS = "Attention of the class token in the last block"
 QUERIES = "Attention of the class token in the last block (heads) or of the probe (queries)"
 COMPONENTS = """<p>The first three components of the features, as red, green and blue. Patches of a similar
@@ -132,8 +134,7 @@ def build(model: Model, classifier: Model | None = None, samples: Path | None = 
             f"--classifier: {classifier.settings['model']} has no classification head; give a fine-tuned file"
         )
     with gr.Blocks(title="Masked autoencoder", delete_cache=(CACHE_SECONDS, CACHE_SECONDS)) as page:
-        introduction = INTRODUCTION if isinstance(model, Autoencoder) else WITHOUT_DECODER
-        gr.HTML(introduction + _description(model, classifier))
+        gr.HTML(_introduction(model) + _description(model, classifier))
         with gr.Row():
             upload = gr.File(label="Upload an image", file_types=list(SUFFIXES), height=140, min_width=320,
                              elem_classes="upload")  # fmt: skip
@@ -145,11 +146,20 @@ def build(model: Model, classifier: Model | None = None, samples: Path | None = 
         if isinstance(model, Autoencoder):
             with gr.Tab("Reconstruct"):
                 opened = _reconstruct_tab(model, photo, opened)
+        if isinstance(model, Segmenter):
+            with gr.Tab("Segment"):
+                _segment_tab(model, photo, opened)
         with gr.Tab("Look inside"):
             _inside_tab(model, classifier, photo, opened)
         if files:
             page.load(lambda: files[0], None, photo, api_visibility="private")
     return page.queue(max_size=MAX_QUEUE, default_concurrency_limit=CONCURRENCY)
+
+
+def _introduction(model: Model) -> str:
+    if isinstance(model, Segmenter):
+        return SEGMENTER
+    return INTRODUCTION if isinstance(model, Autoencoder) else WITHOUT_DECODER
 
 
 def _description(model: Model, classifier: Model | None) -> str:
@@ -216,6 +226,19 @@ def _reconstruct_tab(model: Autoencoder, photo: gr.File, opened: Any) -> Any:
     editor.input(partial(outputs.paint, model), [photo, editor], answer, api_name="paint", trigger_mode="always_last",
                  **settings)  # fmt: skip
     return opened.then(draw, choice, [editor, *answer], api_visibility="private", **settings)
+
+
+def _segment_tab(model: Segmenter, photo: gr.File, opened: Any) -> None:
+    """Adds the tab."""
+    with gr.Row():
+        panel = _panel("classes of the pixels")
+        with gr.Column(min_width=200):
+            legend = gr.HTML()
+            opacity = gr.Slider(0, 1, 0.6, step=0.05, label="Opacity")
+    draw = partial(outputs.segment, model)
+    opacity.input(draw, [photo, opacity], [panel, legend], api_name="segment", trigger_mode="always_last",
+                  concurrency_id="models")  # fmt: skip
+    opened.then(draw, [photo, opacity], [panel, legend], api_visibility="private", concurrency_id="models")
 
 
 def _inside_tab(model: Model, classifier: Model | None, photo: gr.File, opened: Any) -> None:

@@ -12,19 +12,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps
 
 from inference import maps
-from inference.model import Autoencoder, Model, open_image
+from inference.model import Autoencoder, Model, Segmenter, open_image
 from inference.reconstruct import psnr, reconstruct, uncropped_input
+from inference.segment import class_name
 from models_mae import Reconstruction
 from util.data.decode import Picture, size_of
+from util.data.joint_transforms import fitted
+from util.data.transforms import to_tensor
 from util.evaluation import pictures
 
 MAX_PIXELS = 25_000_000  # of an upload; decoding takes a few times 4 bytes for each
 MAX_ASPECT = 4  # long side divided by short side; the memory of the model grows with its square
 MAX_SEED = 2**32 - 1
+MAX_SIDE = 512  # maximum short side of an image that is segmented at its own size, in pixels
 MIN_SIDE = 320  # minimum short side of a displayed picture in pixels; smaller ones are enlarged
 THUMBNAIL = (128, 128)  # pixels of an example's picture
 MAX_CLASSES = 12  # class names in the description of a classifier
@@ -173,6 +178,33 @@ def classify(classifier: Model, photo: str | None) -> dict[str, float] | None:
     return dict(prediction["top"])
 
 
+def segment(model: Segmenter, photo: str | None, opacity: float) -> list[Any]:
+    """Predicts the class of each pixel.
+
+    Args:
+        opacity: of the classes over the image, from 0 to 1.
+
+    Returns:
+        The image with the colors of the classes; the classes with their colors and shares as HTML.
+    """
+    picture = open_usable(model, photo)
+    if picture is None:
+        return [None, ""]
+    short_side = model.short_side or min(*size_of(picture), MAX_SIDE)
+    pixels = model.normalize(to_tensor(fitted(picture, short_side)).to(model.cls_token.device))
+    classes = model.segment(pixels)
+    image = to_image(model, pixels[None]).convert("RGB")
+    colors = Image.fromarray(model.colors[classes]).resize(image.size, Image.Resampling.NEAREST)
+    shares = np.bincount(classes.ravel(), minlength=model.num_classes) / classes.size
+    rows = "".join(
+        f'<li><i style="background: rgb{tuple(map(int, model.colors[label]))}"></i>'
+        f"{html.escape(class_name(model, label))}: {100 * shares[label]:.1f} %</li>"
+        for label in np.argsort(-shares, kind="stable").tolist()
+        if shares[label]
+    )
+    return [_unique(Image.blend(image, colors, opacity)), f'<ul class="legend">{rows}</ul>']
+
+
 def open_usable(model: Model, photo: str | None) -> Picture | None:
     """Opens an image; returns None for None and for a file that `check` reports."""
     try:
@@ -256,7 +288,10 @@ def _data_url(image: Image.Image) -> str:
 
 def _enlarge(image: Image.Image) -> Image.Image:
     scale = math.ceil(MIN_SIDE / min(image.size))
-    large = image.resize((scale * image.width, scale * image.height), Image.Resampling.NEAREST)
-    # gradio names a file by its contents, and writes it again while it sends the same picture to another visitor.
-    large.info["id"] = uuid.uuid4().hex
-    return large
+    return _unique(image.resize((scale * image.width, scale * image.height), Image.Resampling.NEAREST))
+
+
+def _unique(image: Image.Image) -> Image.Image:
+    """Makes the file of a picture unique: gradio names it by its contents, and rewrites it while others load it."""
+    image.info["id"] = uuid.uuid4().hex
+    return image

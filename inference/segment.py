@@ -1,7 +1,7 @@
 """Predicts the class of each pixel of photographs, and draws the classes over them.
 
 python -m inference.segment photo.jpg --model runs/scenes/checkpoint-best.pth --out overlay.png
-python -m inference.segment *.jpg --model runs/scenes/checkpoint-best.pth --out overlay.png --opacity 0.4 --masks masks
+python -m inference.segment *.jpg --model runs/scenes/checkpoint-best.pth --out overlay.png --masks masks
 """
 
 import argparse

@@ -18,6 +18,8 @@ import models_build
 from benchmarks import machine, saving, targets
 from demo import app, outputs, report, unpack_data
 from inference import get_model, maps, reconstruct
+from util.data.joint_transforms import fitted
+from util.data.transforms import to_tensor
 
 CAT = ROOT / "demo" / "photos" / "chelsea.jpg"  # 451 x 300: 8 x 12 patches of the smallest model
 
@@ -228,6 +230,29 @@ def test_the_page_displays_the_queries_of_an_attentive_probe(mae, tmp_path):
     components = app.build(mae, classifier).config["components"]
     menus = [part["props"] for part in components if part["type"] == "dropdown"]
     assert [name for name, _ in menus[0]["choices"]] == [choice.name for choice in choices]
+
+
+def test_the_page_segments_like_the_model(tmp_path):
+    torch.manual_seed(0)
+    settings = {"model": "vit_mini_patch4", "input_size": 32, "patch_size": 4, "in_chans": 3, "nb_classes": 3,
+                "head": "linear", "short_side": 32, "classes": ["sky", "<b>", "cat"]}  # fmt: skip
+    own = models_build.segmenter(settings)
+    torch.nn.init.normal_(own.head.classifier.weight)
+    torch.save({"model": own.state_dict(), "args": settings}, tmp_path / "segmenter.pth")
+    model = get_model(tmp_path / "segmenter.pth")
+    colored, legend = outputs.segment(model, str(CAT), 1.0)
+    pixels = model.normalize(to_tensor(fitted(Image.open(CAT), 32)))
+    classes = model.segment(pixels)
+    assert classes.shape == (32, 48) and len(np.unique(classes)) > 1
+    assert np.array_equal(np.asarray(colored), model.colors[classes].repeat(10, axis=0).repeat(10, axis=1))
+    shares = np.bincount(classes.ravel(), minlength=3) / classes.size
+    for name, share in zip(("sky", "&lt;b&gt;", "cat"), shares, strict=True):
+        assert (f"{name}: {100 * share:.1f} %" in legend) == bool(share)
+    plain, _ = outputs.segment(model, str(CAT), 0.0)
+    assert np.array_equal(np.asarray(plain), np.asarray(outputs.to_image(model, pixels[None])))
+    assert outputs.segment(model, None, 0.5) == [None, ""]
+    components = app.build(model).config["components"]
+    assert [part["props"]["label"] for part in components if part["type"] == "tabitem"] == ["Segment", "Look inside"]
 
 
 def test_the_page_classifies_like_the_model(tmp_path):
