@@ -48,7 +48,7 @@ def train_epochs(events, after_epoch, num_epochs=1, eval_every=1, evaluates=Fals
     options = trainer.EpochOptions(0, schedule=None, precision=None, guard=None, log=events, saver=events)
     trainer._train_epochs(
         train, options, after_epoch, torch.nn.Linear(1, 1), events, progress, interrupts or Interrupts(),
-        epochs=num_epochs, eval_every=eval_every, evaluates=evaluates,
+        epochs=num_epochs, eval_every=eval_every, evaluates=evaluates, metric="test_acc1",
     )  # fmt: skip
 
 

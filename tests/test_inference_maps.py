@@ -41,7 +41,8 @@ def test_attention_of_an_attentive_probe(tmp_path, monkeypatch):
     Path("runs/attentive").mkdir(parents=True)
     torch.save({"model": probe.state_dict(), "args": settings}, "runs/attentive/probe.pth")
     Path("photo.jpg").write_bytes((ROOT / "demo/photos/coffee.jpg").read_bytes())
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "FINETUNE.md").read_text(), flags=re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "FINETUNE.md").read_text(), flags=re.DOTALL)
+    (code,) = (block for block in blocks if "query_attention" in block)
     names = {}
     exec(code, names)
     found, x = names["attention"], names["model"].prepare("photo.jpg")

@@ -283,7 +283,7 @@ def from_rank_0(compute: Callable[[], T]) -> T:
     Raises:
         Exception: the exception of the function, in all processes.
     """
-    if world_size() == 1:
+    if not td.is_initialized():
         return compute()
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(compute) if is_main() else None
