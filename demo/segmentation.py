@@ -27,7 +27,6 @@ from tqdm import tqdm
 
 from demo.unpack_data import ARCHIVE
 from inference.model import get_model
-from util.checkpoints import checkpoint
 from util.cli import entry_point, flags, options
 from util.data.masks import default_colors, read_palette
 from util.evaluation.tables import markdown
@@ -40,7 +39,7 @@ SIDE, SHIFT = 28, 4  # pixels of a picture, and of the largest shift of its garm
 INK = 30  # gray level of 255: brighter pixels belong to a garment
 VALIDATION = 300  # pictures
 EXAMPLES = 8
-# The rows of the table: the weights to start from, and further flags of main_segment.py.
+# The rows of the table: the start, and further flags of main_segment.py.
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "untrained encoder, frozen": ("untrained", {}),
     "pre-trained encoder, frozen": ("pretrained", {}),
@@ -150,14 +149,16 @@ def main(args: Namespace) -> dict[str, list[float]]:
     data = args.out / f"pictures_{args.pictures}"
     args.out.mkdir(parents=True, exist_ok=True)
     write_pictures(data, args.pictures)
-    untrained = type(model)(model.settings)
-    weights = {"pretrained": Path(args.model), "untrained": args.out / "untrained.pth"}
-    checkpoint.write({"model": untrained.state_dict(), "args": model.settings}, weights["untrained"])
+    # Without a file, main_segment.py begins with random weights, which depend on the seed.
+    starts = {
+        "untrained": {name: model.settings.get(name) for name in ("mean", "std")},
+        "pretrained": {"finetune": Path(args.model)},
+    }
     commands = Commands(args.out, args.out / "results.json", args.jobs)
 
     def run(title: str, seed: int) -> None:
         start, others = RUNS[title]
-        settings = {"config": RECIPE, "data_path": data, "palette": data / "palette.txt", "finetune": weights[start]}
+        settings = {"config": RECIPE, "data_path": data, "palette": data / "palette.txt", **starts[start]}
         place = args.out / run_name(title, seed)
         settings |= {"seed": seed, "device": args.device, "output_dir": place, "resume": "auto", **others}
         commands.run(run_name(title, seed), ROOT / "main_segment.py", settings, last_scores)

@@ -319,7 +319,9 @@ list(commands.each([lambda: commands.run("a", here / "sleeps.py", {{"x": here / 
     wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text(), process)
     process.kill()
     process.wait()
-    wait_until(lambda: not Path(f"/proc/{(tmp_path / 'pid').read_text()}").exists(), seconds=20)
+    script = Path(f"/proc/{(tmp_path / 'pid').read_text()}")
+    wait_until(lambda: not script.exists(), seconds=20)
+    assert not script.exists()
 
 
 def test_checkpoints_and_tokens_of_complete_runs_are_removed(tmp_path):

@@ -108,9 +108,11 @@ def test_the_command_compares_three_runs_of_each_seed(encoder, tmp_path, capsys,
     assert read_palette(data / "palette.txt").names[:2] == ["texture", "T-shirt/top"]
     flags = calls["pre-trained_encoder_fine-tuned_1"]
     assert (flags["seed"], flags["unfreeze_blocks"], flags["finetune"]) == (1, "all", encoder)
-    untrained = checkpoint.read(calls["untrained_encoder_frozen_0"]["finetune"])
-    frozen = checkpoint.read(tmp_path / "out/untrained_encoder_frozen_0/checkpoint-0.pth")["model"]
-    assert torch.equal(frozen["blocks.0.mlp.fc1.weight"], untrained["model"]["blocks.0.mlp.fc1.weight"])
+    assert "finetune" not in calls["untrained_encoder_frozen_0"]
+    frozen, other = (
+        checkpoint.read(tmp_path / f"out/untrained_encoder_frozen_{seed}/checkpoint-0.pth")["model"] for seed in (0, 1)
+    )
+    assert not torch.equal(frozen["blocks.0.mlp.fc1.weight"], other["blocks.0.mlp.fc1.weight"])
     trained = checkpoint.read(tmp_path / "out/pre-trained_encoder_frozen_0/checkpoint-0.pth")["model"]
     assert torch.equal(trained["blocks.0.mlp.fc1.weight"], checkpoint.read(encoder)["model"]["blocks.0.mlp.fc1.weight"])
     assert not torch.equal(trained["blocks.0.mlp.fc1.weight"], frozen["blocks.0.mlp.fc1.weight"])
