@@ -150,7 +150,7 @@ def main(args: Namespace) -> dict[str, list[float]]:
     args.out.mkdir(parents=True, exist_ok=True)
     write_pictures(data, args.pictures)
     # Without a file, main_segment.py begins with random weights, which depend on the seed.
-    starts = {
+    starts: dict[str, dict[str, Any]] = {
         "untrained": {name: model.settings.get(name) for name in ("mean", "std")},
         "pretrained": {"finetune": Path(args.model)},
     }
