@@ -20,13 +20,15 @@ import util  # noqa: F401  # first: it names missing packages
 
 # isort: split
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image
 from tqdm import tqdm
 
 from demo.unpack_data import ARCHIVE
-from inference.model import get_model
+from inference.model import Model, get_model
+from util.checkpoints import checkpoint
 from util.cli import entry_point, flags, options
 from util.data.masks import default_colors, read_palette
 from util.evaluation.tables import markdown
@@ -149,16 +151,14 @@ def main(args: Namespace) -> dict[str, list[float]]:
     data = args.out / f"pictures_{args.pictures}"
     args.out.mkdir(parents=True, exist_ok=True)
     write_pictures(data, args.pictures)
-    # Without a file, main_segment.py begins with random weights, which depend on the seed.
-    starts: dict[str, dict[str, Any]] = {
-        "untrained": {name: model.settings.get(name) for name in ("mean", "std")},
-        "pretrained": {"finetune": Path(args.model)},
-    }
+    for seed in range(args.seeds):
+        write_untrained(model, seed, args.out / f"untrained_{seed}.pth")
     commands = Commands(args.out, args.out / "results.json", args.jobs)
 
     def run(title: str, seed: int) -> None:
         start, others = RUNS[title]
-        settings = {"config": RECIPE, "data_path": data, "palette": data / "palette.txt", **starts[start]}
+        weights = args.out / f"untrained_{seed}.pth" if start == "untrained" else Path(args.model)
+        settings = {"config": RECIPE, "data_path": data, "palette": data / "palette.txt", "finetune": weights}
         place = args.out / run_name(title, seed)
         settings |= {"seed": seed, "device": args.device, "output_dir": place, "resume": "auto", **others}
         commands.run(run_name(title, seed), ROOT / "main_segment.py", settings, last_scores)
@@ -176,6 +176,12 @@ def main(args: Namespace) -> dict[str, list[float]]:
     )
     print(f"\npicture: {args.out / 'segmentation.png'}")
     return scores
+
+
+def write_untrained(model: Model, seed: int, path: Path) -> None:
+    """Writes the random weights with which the pre-training of a model begins."""
+    torch.manual_seed(seed)
+    checkpoint.write({"model": type(model)(model.settings).state_dict(), "args": model.settings}, path)
 
 
 def run_name(title: str, seed: int) -> str:
