@@ -128,7 +128,7 @@ def main(args: Namespace) -> None:
         best = accuracies.index(max(accuracies))
         scores = test(heads[best], passes["val"]())
         is_last = epoch + 1 == args.epochs
-        best_rate = report_best_rate(args.blr, accuracies, criterion.means(), is_last) if several else {}
+        best_rate = report_best_rate(args.blr, accuracies, *criterion.means(), is_last) if several else {}
         report_scores(scores, classes, args.report)
         if several and dist.is_main():
             write_probe(model, heads[best], {**settings, "blr": args.blr[best]}, epoch)
@@ -233,9 +233,14 @@ def encoder_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def make_heads(model: nn.Module, blrs: Sequence[float], weight_decay: float) -> tuple[list[nn.Module], LARS]:
-    """Returns a copy of the head for each learning rate, and the optimizer of all heads."""
+    """Returns a copy of the head for each learning rate, and the optimizer of all heads.
+
+    Of several heads, one whose gradient is infinite or not a number is not updated, and the others train on.
+    """
     head = model.get_submodule("head")
     heads = [head, *(copy.deepcopy(head) for _ in blrs[1:])]
+    for parameter in (parameter for own in heads for parameter in own.parameters() if len(heads) > 1):
+        parameter.register_hook(lambda gradient: torch.where(gradient.isfinite().all(), gradient, 0.0))
     groups = [
         {"params": list(own.parameters()), "lr_scale": blr / max(blrs)} for own, blr in zip(heads, blrs, strict=True)
     ]
@@ -258,9 +263,11 @@ def accuracies_of(heads: Sequence[nn.Module], batches: Iterable[list[Tensor]], p
 
 
 def report_best_rate(
-    blrs: Sequence[float], accuracies: Sequence[float], losses: Sequence[float], is_last: bool
+    blrs: Sequence[float], accuracies: Sequence[float], losses: Sequence[float], shares: Sequence[float], is_last: bool
 ) -> dict[str, float]:
     """Logs the rate with the best held-out accuracy, and in the last epoch a warning if it is the largest or smallest.
+
+    A warning names the rates whose loss was not finite in all batches; `shares` are those of the finite batches.
 
     Returns:
         The entries of log.txt: the rate, and the training loss of its head.
@@ -268,6 +275,9 @@ def report_best_rate(
     best = accuracies.index(max(accuracies))
     loss = f", training loss {losses[best]:.4f}" if losses else ""
     logger.info(f"best of {len(blrs)} rates: --blr {blrs[best]:g}, held-out Acc@1 {accuracies[best]:.3f}{loss}")
+    for rate, share in zip(blrs, shares, strict=False):
+        if share < 1:
+            logger.warning(f"--blr {rate:g}: {1 - share:.0%} of the updates had an infinite loss and were left out")
     for end, which, others in ((max(blrs), "largest", "larger"), (min(blrs), "smallest", "smaller")):
         if is_last and blrs[best] == end:
             logger.warning(f"--blr {end:g}, the {which} value, is the best; add {others} values")
@@ -285,7 +295,8 @@ class HeadLosses:
     """The criterion: cross-entropy of (B, classes), or of several heads (heads, B, classes).
 
     The gradient of several heads is that of the sum of their losses, so that each head trains independently. The value
-    is the mean. The loss of each head is stored until the end of the epoch.
+    is the mean over the heads with a finite loss, and NaN if there is none. The loss of each head is stored until the
+    end of the epoch.
     """
 
     def __init__(self, batches: int) -> None:
@@ -296,22 +307,24 @@ class HeadLosses:
             return F.cross_entropy(logits, targets)
         losses = torch.stack([F.cross_entropy(own, targets) for own in logits])
         self.losses.append(losses.detach())
-        total = losses.sum()
-        return total - total.detach() + losses.detach().mean()
+        finite = losses.isfinite()
+        total = losses.where(finite, 0.0).sum()
+        return total - total.detach() + total.detach() / finite.sum()
 
-    def means(self) -> list[float]:
-        """Returns the mean loss of each head over the finite batches of all processes; [] without batches.
+    def means(self) -> tuple[list[float], list[float]]:
+        """Returns the mean loss of each head over its finite batches, and the share of these batches.
 
-        After resuming within an epoch, the mean is over the rest of the epoch.
+        They are of all processes. Both are [] without batches. After resuming within an epoch, they are over the rest
+        of the epoch.
         """
         if not self.losses:
-            return []
+            return [], []
         losses = torch.stack(list(self.losses))
         self.losses.clear()
-        finite = losses.isfinite().all(dim=1)
-        sums = torch.cat([losses[finite].sum(dim=0), finite.sum()[None].to(losses.dtype)])
-        sums = dist.mean_over_processes(sums)
-        return (sums[:-1] / sums[-1]).tolist()
+        finite = losses.isfinite()
+        sums = torch.stack([losses.where(finite, 0.0).mean(dim=0), finite.to(losses.dtype).mean(dim=0)])
+        means, shares = dist.mean_over_processes(sums)
+        return (means / shares).tolist(), shares.tolist()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Linear probing: the encoder is frozen, heads train independently, and the test set selects nothing."""
 
 import json
+import math
 from types import SimpleNamespace
 
 import forks
@@ -117,11 +118,36 @@ def test_the_loss_is_the_mean_and_each_head_records_its_own():
     own = [[float(F.cross_entropy(head, targets)) for head in batch] for batch in logits]
     for batch, losses in zip(logits, own, strict=True):
         assert float(criterion(batch, targets)) == pytest.approx(sum(losses) / 2)
-    assert criterion.means() == pytest.approx([(own[1][n] + own[2][n]) / 2 for n in range(2)])  # of the last epoch
-    assert criterion.means() == []
+    means, shares = criterion.means()
+    assert means == pytest.approx([(own[1][n] + own[2][n]) / 2 for n in range(2)])  # of the last epoch
+    assert shares == [1, 1]
+    assert criterion.means() == ([], [])
+
+
+def test_the_loss_is_over_the_heads_that_are_finite():
+    torch.manual_seed(0)
+    criterion, logits, targets = main_linprobe.HeadLosses(2), torch.randn(2, 2, 5, 4), torch.randint(0, 4, (5,))
+    own = [[float(F.cross_entropy(head, targets)) for head in batch] for batch in logits]
     criterion(logits[0], targets)
-    criterion(logits[1] * float("nan"), targets)
-    assert criterion.means() == pytest.approx(own[0])
+    logits[1, 1] *= float("nan")
+    assert float(criterion(logits[1], targets)) == pytest.approx(own[1][0])
+    means, shares = criterion.means()
+    assert means == pytest.approx([(own[0][0] + own[1][0]) / 2, own[0][1]])
+    assert shares == [1, 0.5]
+    assert math.isnan(float(criterion(logits[:1, 1:].repeat(1, 2, 1, 1)[0] * float("nan"), targets)))
+
+
+def test_a_rate_that_diverges_does_not_end_the_others(probe, tuned, capsys):
+    """The head of the other rate has the weights that it has alone."""
+    flags = {"finetune": tuned / "checkpoint-19.pth", "epochs": 3, "cache_features": True}
+    heads = {}
+    for name, rates in (("diverges", "1 1e36"), ("finite", "1 2")):
+        out = probe(name, blr=rates, **flags)
+        heads[name] = checkpoint.read(out / "checkpoint-2.pth")["model"]["head.0.1.weight"]
+        assert ("--blr 1e+36: " in capsys.readouterr().out) == (name == "diverges")
+        assert math.isfinite(lines(out)[-1]["train_loss"])
+    assert lines(out.parent / "diverges")[-1]["chosen_blr"] == 1
+    torch.testing.assert_close(heads["diverges"], heads["finite"])
 
 
 def test_the_selected_rate_and_its_loss_are_logged(probe, tuned, capsys):
@@ -139,12 +165,12 @@ def test_the_selected_rate_and_its_loss_are_logged(probe, tuned, capsys):
 )
 def test_a_selected_rate_at_the_limit_warns(caplog, best, warned):
     accuracies = [50.0 + (number == best) for number in range(3)]
-    entries = main_linprobe.report_best_rate([0.1, 1.0, 10.0], accuracies, [3.0, 2.0, 1.0], is_last=True)
+    entries = main_linprobe.report_best_rate([0.1, 1.0, 10.0], accuracies, [3.0, 2.0, 1.0], [1, 1, 1], is_last=True)
     assert entries == {"chosen_blr": [0.1, 1.0, 10.0][best], "train_loss": [3.0, 2.0, 1.0][best]}
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert [message.split(", ")[1].removesuffix(" value") for message in warnings] == warned
     caplog.clear()
-    main_linprobe.report_best_rate([0.1, 1.0, 10.0], accuracies, [], is_last=False)
+    main_linprobe.report_best_rate([0.1, 1.0, 10.0], accuracies, [], [], is_last=False)
     assert not any(record.levelname == "WARNING" for record in caplog.records)
 
 
