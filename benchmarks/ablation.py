@@ -1,0 +1,186 @@
+"""Ablations of pre-training: encoders that differ in one setting are pre-trained and compared."""
+
+import argparse
+import csv
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from util.cli.advice import arguments
+from util.evaluation.comparison import Cell
+from util.evaluation.tables import markdown
+from util.files import atomic
+from util.jobs.commands import Commands
+
+ROOT = Path(__file__).parents[1]
+DATA = Path("demo/data/fashion_mnist")
+JOBS = 2  # pre-trainings at a time
+
+
+class Run(NamedTuple):
+    """A pre-training on the first images of each class of DATA."""
+
+    row: str  # title of its row in the table; runs with other seeds share it
+    images: int
+    epochs: int
+    others: dict[str, Any]  # flags of main_pretrain.py
+
+
+def read_log(out: Path) -> list[dict[str, Any]]:
+    """Returns the entries of log.txt, one per epoch."""
+    return [json.loads(line) for line in (out / "log.txt").read_text().splitlines()]
+
+
+class Ablation:
+    """Pre-trains encoders, compares them with main_compare.py, and keeps their results.
+
+    results.json and table.md hold the results so far. An encoder that has a result of the same command is left out.
+
+    Args:
+        here: folder of results.json and table.md.
+        work: folder of the run directories.
+        runs: the encoders by name.
+        shared: flags of main_pretrain.py that all runs share.
+        evaluation: flags of main_compare.py.
+        segmentation: flags of main_segment.py, if the encoders are evaluated with it, too.
+    """
+
+    def __init__(
+        self,
+        here: Path,
+        work: Path,
+        runs: Mapping[str, Run],
+        shared: dict[str, Any],
+        evaluation: dict[str, Any],
+        segmentation: dict[str, Any] | None = None,
+    ) -> None:
+        self.here, self.work, self.runs, self.shared = here, work, runs, shared
+        self.evaluation, self.segmentation = evaluation, segmentation
+
+    @property
+    def results(self) -> dict[str, Any]:
+        """The results so far, by name of the encoder."""
+        path = self.here / "results.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    def flags(self, name: str) -> dict[str, Any]:
+        """Returns the flags of main_pretrain.py for an encoder."""
+        _, images, epochs, others = self.runs[name]
+        return {
+            **self.shared, "data_path": DATA / "train", "train_list": self.work / f"{images}.txt", "epochs": epochs,
+            "warmup_epochs": max(1, epochs // 20), "save_every": epochs, "vis_every": 0, "resume": "auto",
+            "output_dir": self.work / name, **others,
+        }  # fmt: skip
+
+    def write_list(self, images: int) -> None:
+        """Writes a list of the first images of each class, equally many."""
+        folder = DATA / "train"
+        classes = sorted(path for path in folder.iterdir() if path.is_dir())
+        files = [file for path in classes for file in sorted(path.iterdir())[: images // len(classes)]]
+        atomic.write_text(self.work / f"{images}.txt", "".join(f"{file.relative_to(folder)}\n" for file in files))
+
+    def pretrain(self, commands: Commands, name: str) -> tuple[str, dict[str, Any]]:
+        """Pre-trains an encoder; returns its name with the loss of the last epoch and the minutes of training."""
+
+        def read(out: Path, _: str) -> dict[str, Any]:
+            lines = read_log(out)
+            return {"loss": lines[-1]["train_loss"], "minutes": sum(line["seconds"] for line in lines) / 60}
+
+        return name, commands.run(name, ROOT / "main_pretrain.py", self.flags(name), read)
+
+    def segment(self, commands: Commands, name: str) -> tuple[str, float]:
+        """Trains a segmentation head; returns the name of the encoder with the mean IoU in percent."""
+        run = f"{name}-segmented"
+        flags = {"finetune": self.checkpoint(name), "output_dir": self.work / run, "resume": "auto"}
+        scores = commands.run(
+            run, ROOT / "main_segment.py", {**(self.segmentation or {}), **flags}, lambda out, _: read_log(out)[-1]
+        )
+        return name, scores["test_miou"]
+
+    def checkpoint(self, name: str) -> Path:
+        """Returns the last checkpoint of an encoder."""
+        return self.work / name / f"checkpoint-{self.runs[name].epochs - 1}.pth"
+
+    def compare(self, names: Sequence[str]) -> dict[str, dict[str, list[float]]]:
+        """Evaluates encoders; returns the accuracies of the draws, by encoder and protocol."""
+        out = self.work / "compare"
+        encoders = [f"{name}={self.checkpoint(name)}" for name in names]
+        words = ["main_compare.py", *arguments({**self.evaluation, "encoders": encoders, "output_dir": out})]
+        print("$", shlex.join(["python", *words]), flush=True)
+        subprocess.run([sys.executable, *words], cwd=ROOT, check=True)
+        accuracies: dict[str, dict[str, list[float]]] = {name: {} for name in names}
+        with (out / "results.csv").open(newline="") as file:
+            for row in csv.DictReader(file):
+                accuracies[row["encoder"]].setdefault(row["protocol"], []).append(float(row["accuracy"]))
+        return accuracies
+
+    def table(self) -> str:
+        """Returns the table of the results so far in Markdown.
+
+        A cell is the mean ± the standard deviation over the draws, or over the seeds if a row has several.
+        """
+        results = self.results
+        rows: dict[str, list[str]] = {}
+        for name, run in self.runs.items():
+            if name in results:
+                rows.setdefault(run.row, []).append(name)
+        protocols = list(dict.fromkeys(protocol for result in results.values() for protocol in result["accuracies"]))
+        lines = []
+        for row, names in rows.items():
+            run = self.runs[names[0]]
+            minutes, loss = (statistics.fmean(results[name][key] for name in names) for key in ("minutes", "loss"))
+            cells = []
+            for protocol in protocols:
+                draws = [results[name]["accuracies"][protocol] for name in names]
+                values = draws[0] if len(draws) == 1 else [statistics.fmean(values) for values in draws]
+                cells.append(str(Cell(row, protocol, dict(enumerate(values)))))
+            lines.append([row, f"{run.images:,}", f"{run.epochs:,}", f"{minutes:.0f}", f"{loss:.4f}", *cells])
+        return markdown(
+            ["encoder", "images", "epochs", "minutes", "loss", *(f"{name}, %" for name in protocols)], lines
+        )
+
+    def run(self, names: Sequence[str]) -> None:
+        """Pre-trains and evaluates the encoders of `names` that have no result; writes and prints the table."""
+        self.work.mkdir(parents=True, exist_ok=True)
+        for images in {self.runs[name].images for name in names}:
+            self.write_list(images)
+        commands = Commands(self.work, self.work / "results.json", JOBS)
+        results = self.results
+        names = [
+            name
+            for name in names
+            if results.get(name, {}).get("command")
+            != shlex.join(["python", "main_pretrain.py", *arguments(self.flags(name))])
+        ]
+        trained = {}
+        for name, scores in commands.each([partial(self.pretrain, commands, name) for name in names]):
+            trained[name] = scores
+            progress = f"[{len(trained)}/{len(names)}] {name}"
+            print(f"{progress}: loss {scores['loss']:.4f}, {scores['minutes']:.1f} minutes", flush=True)
+        accuracies = self.compare(names) if names else {}
+        if self.segmentation:
+            for name, mean_iou in commands.each([partial(self.segment, commands, name) for name in names]):
+                accuracies[name]["segmentation, mean IoU"] = [mean_iou]
+        for name in names:
+            own = {key: trained[name][key] for key in ("loss", "command")}
+            results[name] = {**own, "minutes": round(trained[name]["minutes"], 1), "accuracies": accuracies[name]}
+        atomic.write_text(self.here / "results.json", json.dumps(results, indent=1, sort_keys=True) + "\n")
+        atomic.write_text(self.here / "table.md", self.table() + "\n")
+        print(self.table())
+
+    def main(self, description: str | None) -> None:
+        """Runs the command of a study: names of encoders, or all."""
+        parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(self.runs)} (default: all)")
+        names = parser.parse_args().names or list(self.runs)
+        if unknown := [name for name in names if name not in self.runs]:
+            parser.error(f"there is no encoder {unknown[0]}; the names are {', '.join(self.runs)}")
+        os.chdir(ROOT)
+        self.run(names)

@@ -1,0 +1,115 @@
+"""Ablations of pre-training: encoders are pre-trained and compared, and results are not computed twice."""
+
+import importlib.util
+import json
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+import main_compare
+import main_pretrain
+import main_segment
+from benchmarks import ablation
+from benchmarks.ablation import Ablation, Run
+from demo.segmentation import write_pictures
+from util.cli import entry_point
+from util.cli.advice import arguments
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    """Twelve training images of each class instead of the embedded ones."""
+    monkeypatch.setattr(ablation, "DATA", tmp_path / "data")
+    monkeypatch.chdir(ROOT)
+    for split, images in (("train", 12), ("val", 2)):
+        for label in range(10):
+            folder = ablation.DATA / split / f"class{label}"
+            folder.mkdir(parents=True)
+            for number in range(images):
+                Image.fromarray(np.full((28, 28), 25 * label + number, np.uint8)).save(folder / f"{number:03}.png")
+    return ablation.DATA
+
+
+def read_study(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / name / "study.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.STUDY
+
+
+def test_two_encoders_are_pretrained_and_compared_once(data, tmp_path, monkeypatch):
+    study = read_study("small_data")
+    runs = {"base": Run("base", 100, 1, {}), "mask-0.5": Run("mask-0.5", 100, 2, {"mask_ratio": 0.5})}
+    evaluation = {name: value for name, value in study.evaluation.items() if name not in ("recipes", "budget")}
+    evaluation |= {"data_path": data, "protocols": ["knn"], "labels": [10], "draws": [1]}
+    small = Ablation(tmp_path, tmp_path / "runs", runs, study.shared, evaluation)
+    small.run(list(runs))
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    assert lines[0] == "| encoder | images | epochs | minutes | loss | k-NN, % |"
+    assert [line.split(" | ")[:3] for line in lines[2:]] == [["| base", "100", "1"], ["| mask-0.5", "100", "2"]]
+    results = small.results
+    assert "--mask_ratio 0.5" in results["mask-0.5"]["command"]
+    log = (tmp_path / "runs" / "mask-0.5" / "log.txt").read_text().splitlines()
+    assert results["mask-0.5"]["loss"] == json.loads(log[1])["train_loss"]
+
+    monkeypatch.setattr(small, "compare", None)  # is not called again
+    small.run(list(runs))
+    assert small.results == results
+
+
+def test_rows_with_several_seeds(tmp_path):
+    runs = {f"a-{seed}": Run("a", 100, 2, {"seed": seed}) for seed in range(2)} | {"b": Run("b", 1_000, 2, {})}
+    accuracies = {"a-0": [70, 72], "a-1": [73, 75], "b": [80, 84]}
+    results = {
+        name: {"loss": 0.5, "minutes": 3, "accuracies": {"linear probe": values}} for name, values in accuracies.items()
+    }
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    study = Ablation(tmp_path, tmp_path, runs, {}, {})
+    assert study.table().splitlines()[2:] == [
+        "| a | 100 | 2 | 3 | 0.5000 | 72.5 ± 2.1 |",  # over the means of the seeds, 71 and 74
+        "| b | 1,000 | 2 | 3 | 0.5000 | 82.0 ± 2.8 |",  # over the draws
+    ]
+
+
+def test_the_commands_parse_and_differ_in_one_setting():
+    study = read_study("small_data")
+
+    def parse(name):
+        return vars(entry_point.parse(main_pretrain.get_args_parser(), arguments(study.flags(name))))
+
+    for name in study.runs:
+        base, own = parse("1000-images" if name.startswith("1000-images") else "base"), parse(name)
+        changed = {flag for flag in own if own[flag] != base[flag]} - {"save_every", "warmup_epochs", "output_dir"}
+        assert len(changed - {"log_dir"}) == (name not in ("base", "1000-images")), name
+
+
+@pytest.mark.parametrize("name", ["small_data", "mask_blocks"])
+def test_the_commands_of_the_evaluation_parse(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    study = read_study(name)
+    for run in study.runs:
+        entry_point.parse(main_pretrain.get_args_parser(), arguments(study.flags(run)))
+    entry_point.parse(main_compare.get_args_parser(), arguments({**study.evaluation, "encoders": ["base"]}))
+    if study.segmentation:
+        entry_point.parse(main_segment.get_args_parser(), arguments(study.segmentation))
+
+
+def test_an_encoder_with_mask_blocks_is_evaluated_by_segmentation(data, tmp_path):
+    study = read_study("mask_blocks")
+    write_pictures(tmp_path / "pictures", 32)
+    flags = {"data_path": tmp_path / "pictures", "palette": tmp_path / "pictures" / "palette.txt", "epochs": 1}
+    runs = {"a": Run("a", 100, 1, {"mask_block": 4, "num_cls_tokens": 4})}
+    small = Ablation(tmp_path, tmp_path / "runs", runs, study.shared, {}, {**study.segmentation, **flags})
+    small.compare = lambda names: {name: {} for name in names}
+    small.run(["a"])
+    (score,) = small.results["a"]["accuracies"]["segmentation, mean IoU"]
+    assert 0 < score < 100
+
+
+def test_the_images_are_the_first_of_each_class(data, tmp_path):
+    Ablation(tmp_path, tmp_path, {}, {}, {}).write_list(100)
+    lines = (tmp_path / "100.txt").read_text().splitlines()
+    assert len(lines) == 100
+    assert (lines[0], lines[9], lines[10]) == ("class0/000.png", "class0/009.png", "class1/000.png")
