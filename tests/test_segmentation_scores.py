@@ -5,6 +5,7 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, jaccard_score
 from torch.nn import functional as F
+from torchmetrics.classification import MulticlassJaccardIndex
 
 from util.evaluation.segmentation import Scores, confusion_matrix, predict_classes, predict_windows, window_starts
 
@@ -59,7 +60,7 @@ def test_logits_are_scaled_to_the_mask_before_classes_are_compared():
 
 
 @pytest.mark.parametrize("num_classes", [2, 5, 12])
-def test_scores_are_those_of_scikit_learn(num_classes):
+def test_scores_are_those_of_torchmetrics_and_scikit_learn(num_classes):
     """Random maps with ignored pixels and absent classes."""
     generator = torch.Generator().manual_seed(num_classes)
     used = max(2, num_classes - 2)
@@ -71,6 +72,10 @@ def test_scores_are_those_of_scikit_learn(num_classes):
     )
     targets[torch.rand(targets.shape, generator=generator) < 0.1] = 255
     scores = Scores(confusion_matrix(targets.to(torch.uint8), predictions, num_classes).numpy())
+    for average, own in (("macro", scores.miou), ("none", scores.iou)):
+        metric = MulticlassJaccardIndex(num_classes, average, ignore_index=255)
+        expected = 100 * metric(predictions, targets).numpy()  # 0 for absent classes
+        np.testing.assert_allclose(np.nan_to_num(own), expected, rtol=1e-6)
     valid = targets != 255
     true, predicted = targets[valid].numpy(), predictions[valid].numpy()
     assert scores.miou == pytest.approx(100 * jaccard_score(true, predicted, average="macro"))
