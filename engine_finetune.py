@@ -175,8 +175,6 @@ class Setup:
         file: the weights to start from or to evaluate. Their mean and std are the default.
     """
 
-    samples: type[Samples] = Samples
-
     def __init__(self, args: Namespace, device: torch.device, file: Weights | None) -> None:
         self.args = args
         self.num_cls_tokens = args.num_cls_tokens or (file.num_cls_tokens if file else 1)
@@ -216,18 +214,23 @@ class Setup:
     def train_batches(self, source: Source, transform: Callable[..., Any]) -> loader.TrainLoader:
         """Returns the augmented batches of a training set for this process."""
         args = self.args
-        samples = self.samples(
-            source, transform, in_chans=args.in_chans, seed=args.seed, on_bad_image=args.on_bad_image
-        )
+        samples = self.samples(source, transform, args.on_bad_image)
         return loader.TrainLoader(
             samples, args.batch_size, args.seed, args.num_workers, self.pin_memory, accum_iter=args.accum_iter
         )
 
     def eval_batches(self, source: Source, batch_size: int) -> torch.utils.data.DataLoader:
         """Returns the batches of a dataset for this process, resized and cropped for an evaluation."""
+        samples = self.samples(source, self.eval_transform())
+        return loader.eval_loader(samples, batch_size, self.args.num_workers, self.pin_memory)
+
+    def samples(self, source: Source, transform: Callable[..., Any], on_bad_image: str | None = None) -> Samples:
+        """Returns the decoded and transformed samples of a dataset."""
         args = self.args
-        samples = self.samples(source, self.eval_transform(), in_chans=args.in_chans, seed=args.seed)
-        return loader.eval_loader(samples, batch_size, args.num_workers, self.pin_memory)
+        return Samples(
+            source, transform, in_chans=args.in_chans, seed=args.seed, on_bad_image=on_bad_image,
+            fast_jpeg=args.fast_jpeg,
+        )  # fmt: skip
 
     def eval_transform(self) -> Callable[..., Any]:
         """Returns the transform of an evaluation."""

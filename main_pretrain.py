@@ -85,9 +85,9 @@ def main(
     )
     datasets.suggest_statistics(source, args.in_chans, args.mean, args.std)
     sample_options = {"in_chans": args.in_chans, "seed": args.seed, "draw_noise": draw_noise,
-                      "on_bad_image": args.on_bad_image}  # fmt: skip
+                      "on_bad_image": args.on_bad_image, "fast_jpeg": args.fast_jpeg}  # fmt: skip
     augment = transforms.pretrain_transform(args.input_size, args.crop_scale, args.hflip)
-    samples = Samples(source, augment, fast_jpeg=args.fast_jpeg, **sample_options)
+    samples = Samples(source, augment, **sample_options)
     full_images = Samples(source, transforms.eval_transform(args.input_size), **sample_options)
     pin_memory = args.pin_mem and device.type == "cuda"
     batches = loader.TrainLoader(

@@ -92,7 +92,7 @@ def main(args: Namespace) -> str:
             continue
         if dist.is_main() and not args.subset and len(cell.source) != robustness.IMAGES[args.suite]:
             logger.warning(f"{name}: {len(cell.source):,} images, but {robustness.IMAGES[args.suite]:,} were published")
-        samples = Samples(cell.source, classifier.transform, in_chans=3, seed=0)
+        samples = Samples(cell.source, classifier.transform, in_chans=3, seed=0, fast_jpeg=args.fast_jpeg)
         batches = loader.eval_loader(samples, args.batch_size, args.num_workers, device.type == "cuda")
         progress = tqdm(batches, desc=name, unit="batch", leave=False, disable=None if dist.is_main() else True)
         evaluation = evaluate(model, progress, normalize=classifier.normalize, precision=precision)

@@ -34,6 +34,8 @@ from util.checkpoints import run_directory
 from util.cli import options
 from util.data import masks
 from util.data.joint_transforms import EvalTransform, TrainTransform
+from util.data.samples import Samples
+from util.data.sources import Source
 from util.evaluation.segmentation import Scores
 from util.lr_decay import param_groups_lrd
 from util.pos_embed import to_pair
@@ -133,8 +135,6 @@ class PairSetup(Setup):
         ValueError: the number of classes is unknown, or `--nb_classes` differs from that of the palette.
     """
 
-    samples = masks.PairSamples
-
     def __init__(self, args: Namespace, device: torch.device, file: Any, recorded: dict[str, Any]) -> None:
         super().__init__(args, device, file)
         self.short_side = min(to_pair(args.input_size)) if args.short_side is None else args.short_side
@@ -171,6 +171,10 @@ class PairSetup(Setup):
             split, self.classes, mask_format, data_path=args.data_path, file_list=getattr(args, f"{split}_list"),
             folders=getattr(args, f"{split}_folders"), dataset=args.dataset, download=args.download,
         )  # fmt: skip
+
+    def samples(self, source: Source, transform: Callable[..., Any], on_bad_image: str | None = None) -> Samples:
+        args = self.args
+        return masks.PairSamples(source, transform, in_chans=args.in_chans, seed=args.seed, on_bad_image=on_bad_image)
 
     def eval_transform(self) -> Callable[..., Any]:
         return EvalTransform(self.short_side)

@@ -71,7 +71,7 @@ def main(args: argparse.Namespace) -> None:
     partial = args.out.with_name(f"{args.out.name}.partial")
     rows = extract(
         model, source, partial, row_settings(model, names, args, precision), args.pool, args.batch_size,
-        args.num_workers, precision,
+        args.num_workers, precision, args.fast_jpeg,
     )  # fmt: skip
     content: dict[str, Any] = {"features": rows} | ({"labels": source.labels} if source.classes else {})
     with atomic.replacing(args.out) as written:
@@ -104,6 +104,7 @@ def extract(
     batch_size: int,
     num_workers: int,
     precision: Precision,
+    fast_jpeg: bool = False,
 ) -> np.ndarray:
     """Computes features (n, D), or (n, T + N, D) for tokens, in fp32, in a file that is mapped into memory.
 
@@ -111,6 +112,7 @@ def extract(
         folder: folder of the features and their progress. If it exists with the same settings, the run is resumed.
         settings: from `row_settings`.
         pool: as in `ModelMixin.extract_feat`.
+        fast_jpeg: as in `decode`.
 
     Raises:
         OSError: the disk is full. The same command resumes the run.
@@ -120,7 +122,7 @@ def extract(
     @torch.inference_mode()
     def compute_from(done: int) -> Iterator[np.ndarray]:
         rest = Subset(source, np.arange(done, len(source)))
-        samples = Samples(rest, model.transform, in_chans=model.in_chans, seed=0)
+        samples = Samples(rest, model.transform, in_chans=model.in_chans, seed=0, fast_jpeg=fast_jpeg)
         pin_memory = precision.device.type == "cuda"
         for images, *_ in loader.eval_loader(samples, batch_size, num_workers, pin_memory=pin_memory):
             with precision.autocast():

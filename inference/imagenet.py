@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from inference.model import get_model, imagenet_classes
+from util.data.decode import to_pillow
 from util.data.transforms import Normalize, Transform, eval_transform
 from util.evaluation.robustness import NUM_CLASSES, synsets
 
@@ -114,6 +115,7 @@ def _load_timm(name: str, crop_pct: float | None) -> ImageNetClassifier:
         raise ValueError(f"--model {name}: timm reports: {reason} (timm.list_pretrained() lists all names)") from error
     data_config = resolve_model_data_config(model, use_test_size=True) | ({"crop_pct": crop_pct} if crop_pct else {})
     transform: Any = create_transform(**data_config, is_training=False, normalize=False)  # returns uint8
+    transform.transforms.insert(0, to_pillow)  # its pixels of a tensor would differ
     return ImageNetClassifier(
         model, transform, Normalize(data_config["mean"], data_config["std"]), data_config, recorded={}
     )

@@ -43,8 +43,10 @@ ELSEWHERE = {
         r"inference\.features|main_robustness", "opens folders and archives only, no --dataset and no list"),
     r"util\.datasets\.report_on": (r"util\.datasets", "it prints what to give to other scripts"),
     r"util\.data\.loader\.updates_per_epoch": (r"main_knn", "it trains nothing"),
-    r"util\.(data\.loader\.EpochBatches|data\.jpeg\.\w+|dist\.shard|training\.trainer\.run)": (
-        r"(?!main_pretrain|submitit_pretrain).*", "only pre-training has --repeated_sampling, --fast_jpeg, --fsdp"),
+    r"util\.(data\.loader\.EpochBatches|dist\.shard|training\.trainer\.run)": (
+        r"(?!main_pretrain|submitit_pretrain).*", "only pre-training has --repeated_sampling, --fsdp"),
+    r"util\.data\.jpeg\.\w+": (
+        r"main_(segment|compare)|submitit_segment|inference\.(?!features)\w+|util\.\w+", "it has no --fast_jpeg"),
     r"util\.files\.untrusted\.value_problem": "of a value that a recipe has for this flag",
     r"util\.data\.samples\.Samples": (
         r"main_knn|main_robustness|inference\.\w+", "it names --on_bad_image where the script has given that"),

@@ -10,10 +10,13 @@ import skimage.data
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
+from torchvision.transforms import RandomResizedCrop
 
-from util.data import bicubic, crops, jpeg, transforms
+from util.data import bicubic, jpeg, transforms
+from util.data.crops import scale
 from util.data.decode import BadImage, decode
-from util.data.transforms import pretrain_transform
+from util.data.samples import seed_python
+from util.data.transforms import eval_transform, finetune_transform, pretrain_transform, probe_transform
 
 
 def photographs() -> list[Image.Image]:
@@ -84,15 +87,42 @@ def test_damaged_files_decode_as_in_pillow():
         assert results[0] is None or np.array_equal(results[0], results[1])
 
 
-def test_crops_are_pillows_bit_for_bit():
-    transform = pretrain_transform(224)
+IMAGENET = transforms.IMAGENET_MEAN
+RECIPE = "rand-m9-mstd0.5-inc1"
+
+
+@pytest.mark.parametrize(
+    ("transform", "count"),
+    [
+        (pretrain_transform(224), 80),
+        (finetune_transform(224, IMAGENET, RECIPE), 40),
+        (finetune_transform((32, 48), IMAGENET, color_jitter=0.4, crop_scale=(0.01, 0.1), hflip=0), 40),
+        (probe_transform(224), 40),
+        (eval_transform(224), 6),
+        (eval_transform(64, crop_pct=1), 6),
+        (eval_transform((48, 200)), 6),
+    ],
+    ids=["pre-training", "fine-tuning", "color jitter", "probe", "evaluation", "evaluation, small", "evaluation, wide"],
+)
+def test_transforms_give_pillows_pixels_bit_for_bit(transform, count):
     files = [encoded(picture) for picture in photographs()]
-    for number in range(200):
+    for number in range(count):
         made = []
         for fast in (True, False):
+            seed_python(number)
             torch.manual_seed(number)
             made.append(transform(decode(files[number % len(files)], 3, fast_jpeg=fast)))
         assert torch.equal(*made)
+
+
+def test_narrow_strips_are_scaled_as_in_pillow():
+    """Pillow scales columns first if a picture is more than 100 times as tall as wide."""
+    noise = np.random.default_rng(0).integers(256, size=(505, 5, 3), dtype=np.uint8)
+    for picture in (noise, noise[:500], noise.swapaxes(0, 1)):
+        data = encoded(Image.fromarray(picture), subsampling=0)
+        assert decode(data, 3, fast_jpeg=True).shape[1:] == picture.shape[:2]
+        sizes = [scale(decode(data, 3, fast_jpeg=fast), 40, 30) for fast in (True, False)]
+        assert np.array_equal(*map(pixels, sizes))
 
 
 @pytest.mark.parametrize("kind", ["photograph", "noise of black and white"])
@@ -117,8 +147,9 @@ def test_scaling_to_any_size_is_pillows(kind):
 def test_crops_have_the_published_distribution(monkeypatch):
     """The area is uniform in .2 to 1 of the image, and the ratio log-uniform in 3/4 to 4/3, if such a crop fits."""
     boxes = []
-    draw = crops.Crop.get_params
-    monkeypatch.setattr(crops.Crop, "get_params", staticmethod(lambda *given: boxes.append(draw(*given)) or boxes[-1]))
+    draw = RandomResizedCrop.get_params
+    record = staticmethod(lambda *given: boxes.append(draw(*given)) or boxes[-1])
+    monkeypatch.setattr(RandomResizedCrop, "get_params", record)
     transform, picture = pretrain_transform(8), torch.zeros(3, 375, 500, dtype=torch.uint8)
     for _ in range(3000):
         transform(picture)

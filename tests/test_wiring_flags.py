@@ -44,22 +44,24 @@ JOB = {"ngpus": 8, "nodes": 2, "timeout": 4320, "job_dir": "", "partition": None
 
 # Flags that the published code does not have.
 SOURCE = {"train_list": None, "dataset": None, "download": False, "num_images": None, "in_chans": 3, "num_workers": 10}
-DATA = SOURCE | {"mean": None, "std": None, "patch_size": None, "num_cls_tokens": None}
+INPUT = SOURCE | {"mean": None, "std": None, "patch_size": None, "num_cls_tokens": None}
+DATA = INPUT | {"fast_jpeg": False}
 COMPUTE = {"config": None, "debug": False, "amp": "auto", "dist_backend": "auto", "dist_timeout": 600}
-RUN = DATA | COMPUTE | {
+TRAINING = COMPUTE | {
     "save_minutes": 15.0, "keep_last": None, "clip_grad": None, "compile": False, "on_nonfinite": "abort",
     "on_bad_image": "error",
 }  # fmt: skip
+RUN = DATA | TRAINING
 CLASSES = {"adapt_input": "error", "val_list": None, "crop_pct": None, "train_per_class": None, "val_fraction": None}
 EVALUATION = CLASSES | {"eval_every": 1, "report": None, "save_every": 1}
 MODEL = {"model": None, "device": "auto", "debug": False}
-EXTRACTION = {"batch_size": 128, "num_workers": 10, "amp": "auto"}
+EXTRACTION = {"batch_size": 128, "num_workers": 10, "fast_jpeg": False, "amp": "auto"}
 OURS_JOB = {"shared_dir": "", "slurm": [], "after": None, "cluster": "slurm", "dry_run": False, "wait": False}
 
 OURS = {
     main_pretrain: RUN | {
         "save_every": 20, "decoder_depth": None, "grad_checkpointing": False, "fsdp": False, "crop_scale": [0.2, 1.0],
-        "hflip": 0.5, "fast_jpeg": False, "repeated_sampling": 1, "init_from": "", "vis_every": 20,
+        "hflip": 0.5, "repeated_sampling": 1, "init_from": "", "vis_every": 20,
         "masking": "random", "mask_block": 1, "learned_pos_embed": False, "drop_path": 0.0,
         "updates_per_epoch": None,
     },
@@ -82,7 +84,7 @@ COMMANDS = {
         "world_size": 1, "local_rank": -1, "dist_on_itp": False, "dist_url": "env://", "dist_backend": "auto",
         "dist_timeout": 600,
     },
-    main_segment: RUN | COMMON | {
+    main_segment: INPUT | TRAINING | COMMON | {
         "train_folders": None, "val_folders": None, "val_list": None, "nb_classes": None, "reduce_zero_label": False,
         "palette": None, "short_side": None, "batch_size": 16, "epochs": 60, "warmup_epochs": 0, "lr": 2e-4,
         "poly_power": 0.9, "min_lr": 0.0, "weight_decay": 0.01, "head": "linear", "finetune": "",

@@ -68,7 +68,7 @@ class Size(argparse.Action):
         setattr(namespace, self.dest, values[0] if len(values) == 1 else list(values))
 
 
-def add_switch(group: argparse._ArgumentGroup, name: str, default: bool, text: str) -> None:
+def add_switch(group: argparse._ActionsContainer, name: str, default: bool, text: str) -> None:
     """Adds --NAME and --no_NAME, so that the command line can override a recipe in both directions."""
     on, off = (" (default)", "") if default else ("", " (default)")
     group.add_argument(f"--{name}", action="store_true", default=default, help=text + on)

@@ -60,6 +60,7 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add_source_options(group)
     _add_input_options(group, "image size")
+    _add_fast_jpeg(group)
 
 
 def _add_input_options(group: argparse._ArgumentGroup, what: str) -> None:
@@ -143,6 +144,14 @@ def add_pair_options(parser: argparse.ArgumentParser) -> None:
     _add_num_workers(group)
 
 
+def _add_fast_jpeg(group: argparse._ActionsContainer) -> None:
+    add_switch(
+        group, "fast_jpeg", False,
+        "decode color JPEG files with torchcodec and scale them with compiled code: the same pixels at up to twice the "
+        "throughput. Pillow decodes other files, and computes augmentation policies, as without the flag",
+    )  # fmt: skip
+
+
 def add_segmentation_options(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of the head, the encoder and the augmentation of segmentation."""
     group = _group(parser, MODEL)
@@ -207,10 +216,6 @@ def add_model_options(parser: argparse.ArgumentParser, models: Collection[str], 
 def add_pretrain_options(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of masked pre-training."""
     group = _group(parser, DATA)
-    add_switch(
-        group, "fast_jpeg", False,
-        "decode JPEG files with torchcodec and resize crops in one pass: the same pixels at about twice the throughput",
-    )  # fmt: skip
     group.add_argument(
         "--repeated_sampling", default=1, type=positive_int, metavar="R",
         help="crops per decoded image, all in one batch. An epoch has R times as many samples: divide --epochs and "
@@ -605,6 +610,7 @@ def add_extraction_options(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of batches and precision of a command that uses a trained model."""
     parser.add_argument("--batch_size", default=128, type=positive_int, metavar="N", help="batch size per process")
     _add_num_workers(parser)
+    _add_fast_jpeg(parser)
     _add_amp(parser)
 
 

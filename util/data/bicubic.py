@@ -13,6 +13,7 @@ import numpy as np
 from numba import njit
 
 BITS = 22  # of a weight; 8 bits of the pixel, a sign and one bit of overshoot make 32
+MAX_RATIO = 100  # height to width; Pillow scales columns first if it is larger
 REACH = 2  # half the width of the bicubic kernel, in pixels
 
 
@@ -72,7 +73,7 @@ def transposed(picture: Any) -> Any:
 def resize(picture: Any, height: int, width: int) -> Any:
     """uint8 picture (h, w, 3) -> (height, width, 3).
 
-    Pillow scales columns first if a picture is more than 100 times as tall as wide. Random crops never are.
+    The pixels are Pillow's for pictures that are at most MAX_RATIO times as tall as wide.
     """
     own_height, own_width, _ = picture.shape
     wide = np.empty((width, own_height * 3), np.uint8)

@@ -1,4 +1,4 @@
-"""Random resized crops.
+"""Random resized crops, and the scaling of pictures as Pillow computes it.
 
 `transforms.py` imports this module inside functions, because importing torchvision takes more than a second.
 """
@@ -6,25 +6,31 @@
 import math
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
 from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms import functional as TF
 
-from util.data.decode import Picture, size_of
+from util.data.decode import Picture, is_rgb, size_of, to_pillow
 
 
-class Crop(RandomResizedCrop):
-    """torchvision's random resized crop. `util.data.bicubic` scales the uint8 tensors of `util.data.jpeg`."""
+def scale(picture: Picture, height: int, width: int) -> Picture:
+    """Scales a picture bicubically, with antialiasing. Bytes are those of Pillow, bit for bit."""
+    if is_rgb(picture):
+        from util.data.bicubic import MAX_RATIO, resize  # compiled when imported
 
-    def forward(self, img: Picture) -> Picture:
-        if not isinstance(img, Tensor) or img.dtype != torch.uint8 or len(img) != 3:
-            return super().forward(img)
-        from util.data.bicubic import resize  # compiled when imported
+        if picture.shape[1] <= MAX_RATIO * picture.shape[2]:
+            return torch.from_numpy(resize(picture.permute(1, 2, 0).numpy(), height, width)).permute(2, 0, 1)
+    return TF.resize(to_pillow(picture), [height, width], interpolation=TF.InterpolationMode.BICUBIC)
 
-        top, left, height, width = self.get_params(img, self.scale, self.ratio)
-        cut = img[:, top : top + height, left : left + width].permute(1, 2, 0).numpy()
-        return torch.from_numpy(resize(cut, *self.size)).permute(2, 0, 1)
+
+def random_crop(picture: Picture, crop: Any) -> Picture:
+    """Applies a random resized crop of torchvision or timm, whose interpolation is bicubic."""
+    if not is_rgb(picture):
+        return crop(picture)
+    top, left, height, width = crop.get_params(picture, crop.scale, crop.ratio)
+    return scale(picture[:, top : top + height, left : left + width], *crop.size)
 
 
 class CropOnce(RandomResizedCrop):

@@ -8,7 +8,7 @@ values are unchanged.
 import io
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import tifffile
@@ -137,6 +137,16 @@ def fit_channels(picture: Picture, in_chans: int) -> Picture:
 def size_of(picture: Picture) -> tuple[int, int]:
     """Returns (height, width)."""
     return (picture.shape[1], picture.shape[2]) if isinstance(picture, Tensor) else (picture.height, picture.width)
+
+
+def is_rgb(picture: Picture) -> TypeGuard[Tensor]:
+    """Whether a picture is a tensor of color bytes. Only `util.data.jpeg` decodes to them."""
+    return isinstance(picture, Tensor) and picture.dtype == torch.uint8 and len(picture) == 3
+
+
+def to_pillow(picture: Picture) -> Picture:
+    """Converts a tensor of color bytes to a Pillow image, for transforms that compute other pixels for tensors."""
+    return Image.fromarray(picture.permute(1, 2, 0).numpy()) if is_rgb(picture) else picture
 
 
 def _fit_tensor(picture: Tensor, in_chans: int) -> Picture:

@@ -1,6 +1,6 @@
 """A faster decoder of JPEG files: torchcodec's, which uses libjpeg-turbo as Pillow does.
 
-`util.data.bicubic` scales the crops. Decoding and scaling together return the pixels of Pillow, bit for bit.
+`util.data.bicubic` scales the pictures. Decoding and scaling together return the pixels of Pillow, bit for bit.
 
 Pillow decodes all files that the two libraries may decode differently: gray, CMYK, 12 bits, truncated or damaged files.
 """

@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from util.data.decode import Picture, size_of
+from util.data.decode import Picture, size_of, to_pillow
 from util.pos_embed import Size, to_pair
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -82,16 +82,11 @@ def pretrain_transform(input_size: Size, crop_scale: Sequence[float] = (0.2, 1.0
     """
     from torchvision import transforms as T
 
-    from util.data.crops import Crop
+    from util.data.crops import random_crop
 
     _check_crop_scale(crop_scale)
-    return T.Compose(
-        [
-            Crop(to_pair(input_size), tuple(crop_scale), interpolation=T.InterpolationMode.BICUBIC),
-            T.RandomHorizontalFlip(hflip),
-            to_tensor,
-        ]
-    )
+    crop = T.RandomResizedCrop(to_pair(input_size), tuple(crop_scale), interpolation=T.InterpolationMode.BICUBIC)
+    return T.Compose([partial(random_crop, crop=crop), T.RandomHorizontalFlip(hflip), to_tensor])
 
 
 def _check_crop_scale(crop_scale: Sequence[float]) -> None:
@@ -125,6 +120,8 @@ def finetune_transform(
     from timm.data import auto_augment, create_transform
     from torchvision import transforms as T
 
+    from util.data.crops import random_crop
+
     _check_crop_scale(crop_scale)
     # Strong policies sometimes posterize to 0 bits. timm passes this to Pillow, which raises an error.
     auto_augment.NAME_TO_OP.update(
@@ -132,7 +129,7 @@ def finetune_transform(
     )
     policy = None if aa in (None, "", "none") else aa
     try:
-        crop, change, _ = create_transform(
+        stages = create_transform(
             (len(mean), *to_pair(input_size)),
             is_training=True,
             scale=(crop_scale[0], crop_scale[1]),
@@ -148,12 +145,13 @@ def finetune_transform(
         raise ValueError(
             f"--aa {aa}: timm has no such policy ({error}); give rand-m9-mstd0.5-inc1, for example, or none"
         ) from error
-    return T.Compose(
-        [crop, partial(_change_bytes, change=change), to_tensor] if change.transforms else [crop, to_tensor]
-    )
+    (crop, *flip), change = stages[0].transforms, stages[1]
+    policies = [partial(_change_bytes, change=change)] if change.transforms else []
+    return T.Compose([partial(random_crop, crop=crop), *flip, *policies, to_tensor])
 
 
 def _change_bytes(picture: Picture, change: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    picture = to_pillow(picture)
     if isinstance(picture, Tensor):
         raise ValueError(
             "--aa and --color_jitter support 8-bit images with 1 or 3 channels only; give --aa none and omit "
@@ -171,10 +169,10 @@ def probe_transform(input_size: Size) -> Transform:
     """The published augmentation of linear probing: a crop that is sampled once (area 0.08 to 1), and a flip."""
     from torchvision import transforms as T
 
-    from util.data.crops import CropOnce
+    from util.data.crops import CropOnce, random_crop
 
     crop = CropOnce(to_pair(input_size), scale=(0.08, 1.0), interpolation=T.InterpolationMode.BICUBIC)
-    return T.Compose([crop, T.RandomHorizontalFlip(), to_tensor])
+    return T.Compose([partial(random_crop, crop=crop), T.RandomHorizontalFlip(), to_tensor])
 
 
 def to_tensor(picture: Picture) -> Tensor:
@@ -211,6 +209,8 @@ def _cover(picture: Picture, size: tuple[int, int]) -> Picture:
     """Scales a picture to cover (height, width)."""
     from torchvision.transforms import functional as TF
 
+    from util.data import crops
+
     height, width = size
     own_height, own_width = size_of(picture)
     longest = int(10 * max(height / width, width / height) * min(own_height, own_width))
@@ -218,8 +218,7 @@ def _cover(picture: Picture, size: tuple[int, int]) -> Picture:
         picture = TF.center_crop(picture, [min(own_height, longest), min(own_width, longest)])
         own_height, own_width = size_of(picture)
     if height == width:
-        sides = [height]  # with the rounding of torchvision, as in the published results
-    else:
-        factor = max(height / own_height, width / own_width)
-        sides = [max(height, round(own_height * factor)), max(width, round(own_width * factor))]
-    return TF.resize(picture, sides, interpolation=TF.InterpolationMode.BICUBIC)
+        shorter = min(own_height, own_width)  # with the rounding of torchvision, as in the published results
+        return crops.scale(picture, height * own_height // shorter, width * own_width // shorter)
+    factor = max(height / own_height, width / own_width)
+    return crops.scale(picture, max(height, round(own_height * factor)), max(width, round(own_width * factor)))

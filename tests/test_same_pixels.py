@@ -1,0 +1,131 @@
+"""Flags of data loading that change no pixel: runs with and without them are bit-equal, with worker processes."""
+
+import multiprocessing
+
+import numpy as np
+import painted
+import pytest
+import torch
+from mains import assert_equal, weights
+from PIL import Image
+from test_jpeg import photographs
+
+import main_finetune
+import main_knn
+import main_linprobe
+import main_robustness
+from inference import features, get_model
+from inference.export import export
+from util.cli import entry_point
+from util.data import jpeg
+from util.evaluation import robustness
+
+WAYS = {"plain": {}, "fast": {"fast_jpeg": True}}
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    """train/ and val/ with 32 and 12 photographs of three classes; most are color JPEG files."""
+    root, sources = tmp_path_factory.mktemp("photos"), photographs()
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 32), ("val", 12)):
+        for number in range(count):
+            width, height = generator.integers(40, 90, size=2).tolist()
+            left, top = generator.integers(0, 280, size=2).tolist()
+            picture = sources[number % len(sources)].crop((left, top, left + width, top + height))
+            picture = picture.convert("L") if number % 8 == 5 else picture
+            folder = root / split / f"kind{number % 3}"
+            folder.mkdir(parents=True, exist_ok=True)
+            picture.save(folder / f"{number:02}.{'png' if number % 8 == 2 else 'jpg'}", quality=90)
+    return root
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """Counts the files that torchcodec decodes, in all processes."""
+    number, decode_rgb = multiprocessing.get_context("fork").Value("i", 0), jpeg.decode_rgb
+
+    def count(*args):
+        picture = decode_rgb(*args)
+        with number.get_lock():
+            number.value += picture is not None
+        return picture
+
+    monkeypatch.setattr(jpeg, "decode_rgb", count)
+    return number
+
+
+def color_files(folder) -> int:
+    """The number of color JPEG files."""
+    return sum(Image.open(file).mode == "RGB" for file in folder.rglob("*.jpg"))
+
+
+def test_fine_tuning(classify, photos, decoded):
+    """With RandAugment, and with the evaluations of two epochs."""
+    runs = [
+        classify(main_finetune, name, data_path=photos, input_size=32, num_workers=1, **way)
+        for name, way in WAYS.items()
+    ]
+    assert_equal(*map(weights, runs))
+    assert decoded.value == 2 * color_files(photos)
+    before = decoded.value
+    scores = [
+        classify(main_finetune, data_path=photos, eval=True, finetune=runs[0] / "checkpoint-1.pth", **way)
+        for way in WAYS.values()
+    ]
+    assert scores[0].loss == scores[1].loss
+    assert decoded.value == before + color_files(photos / "val")
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_probes(classify, photos, decoded, cached):
+    flags = {"data_path": photos, "input_size": 32, "num_workers": 1} | ({"cache_features": True} if cached else {})
+    assert_equal(*(weights(classify(main_linprobe, name, **flags, **way)) for name, way in WAYS.items()))
+    train, val = (color_files(photos / split) for split in ("train", "val"))
+    assert decoded.value == val + train * (1 if cached else 2)
+
+
+def test_neighbors(classify, photos, decoded, monkeypatch):
+    banks = []
+    monkeypatch.setattr(main_knn, "classify", lambda *args, **options: banks.append(args) or {(1, 0.07): 0})
+    for way in WAYS.values():
+        classify(main_knn, k=1, data_path=photos, input_size=32, num_workers=1, **way)
+    assert all(torch.equal(a, b) for a, b in zip(*banks, strict=True))
+    assert decoded.value == color_files(photos)
+
+
+def test_features(photos, decoded, tmp_path):
+    export(get_model("vit_mini_patch4", nb_classes=3), "safetensors", tmp_path / "model.safetensors")
+    results = []
+    for flags in ([], ["--fast_jpeg"]):
+        out = tmp_path / f"{len(flags)}.npz"
+        argv = [photos, "--model", tmp_path / "model.safetensors", "--out", out, "--num_workers", 1, *flags]
+        features.main(entry_point.parse(features.get_args_parser(), list(map(str, argv))))
+        results.append(np.load(out)["features"])
+    assert np.array_equal(*results)
+    assert decoded.value == color_files(photos / "train")
+
+
+@pytest.mark.parametrize("owner", ["timm", "ours"])
+def test_robustness(owner, decoded, tmp_path, monkeypatch, photos):
+    """Models of timm receive Pillow images, because timm's transform computes other pixels for tensors."""
+    source = next(file for file in sorted(photos.rglob("*.jpg")) if Image.open(file).mode == "RGB")
+    for folder in robustness.subset("imagenet-a"):
+        (tmp_path / "data" / folder).mkdir(parents=True)
+        (tmp_path / "data" / folder / "1.jpg").symlink_to(source)
+    seen = []
+    monkeypatch.setattr(main_robustness, "score", lambda evaluation, cell: seen.append(evaluation.loss) or
+                        {"images": 1, "acc1": 0.0, "acc5": 0.0})  # fmt: skip
+    model = "timm:reads_colors"
+    if owner == "ours":
+        model = str(tmp_path / "model.safetensors")
+        export(get_model("vit_mini_patch4", nb_classes=1000), "safetensors", tmp_path / "model.safetensors")
+    for number, flags in enumerate([[], ["--fast_jpeg"]]):
+        argv = ["--suite", "imagenet-a", "--data_path", tmp_path / "data", "--output_dir", tmp_path / str(number),
+                "--model", model, "--num_workers", 1, "--subset", 8, "--device", "cpu", *flags]  # fmt: skip
+        main_robustness.main(entry_point.parse(main_robustness.get_args_parser(), list(map(str, argv))))
+    assert decoded.value == 8
+    assert seen[0] == seen[1]
+
+
+assert painted  # registers the model of timm
