@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from util import datasets, dist
 from util.cli import advice, entry_point
-from util.data import labels, loader, transforms
+from util.data import image_cache, labels, loader, transforms
 from util.data.samples import Samples
 from util.data.sources import Source
 from util.data.webdataset_shards import Shards
@@ -199,6 +199,19 @@ class Setup:
             labels.hold_out(train, args.val_fraction, args.seed, "--val_fraction")
             if args.val_fraction
             else (train, val)
+        )
+
+    def cached(self, *sources: Source) -> Sequence[Source]:
+        """Returns the datasets; with --cache_images, with their decoded images in memory.
+
+        Raises:
+            ValueError: the images take too much memory.
+        """
+        args = self.args
+        if not args.cache_images:
+            return sources
+        return image_cache.cached(
+            sources, in_chans=args.in_chans, fast_jpeg=args.fast_jpeg, num_workers=args.num_workers
         )
 
     def open_val(self) -> Source:

@@ -58,6 +58,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     """Returns the parser of the script, with the published defaults."""
     parser = entry_point.parser("Fine-tuning of a Vision Transformer to a classifier (He et al. 2021, appendix A.1).")
     options.add_data_options(parser)
+    options.add_cache_options(parser)
     options.add_model_options(parser, models_vit.MODELS, default="vit_large_patch16")
     options.add_supervised_options(parser, global_pool=True)
     options.add_optimizer_options(parser)
@@ -95,7 +96,7 @@ def main(args: Namespace) -> Evaluation | None:
         return scores
 
     run_directory.prepare(Path(args.output_dir), args.resume)
-    train, val = setup.open_pair()
+    train, val = setup.cached(*setup.open_pair())
     classes = train.classes
     settings = {**vars(args), "nb_classes": len(classes), "classes": classes, "mean": setup.mean, "std": setup.std,
                 "num_cls_tokens": setup.num_cls_tokens}  # fmt: skip

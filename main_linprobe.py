@@ -67,6 +67,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     """Returns the parser of the script, with the published defaults."""
     parser = entry_point.parser("Linear or attentive probing of a Vision Transformer (He et al. 2021, appendix A.1).")
     options.add_data_options(parser)
+    options.add_cache_options(parser)
     options.add_model_options(parser, models_vit.MODELS, default="vit_large_patch16")
     options.add_supervised_options(parser, global_pool=False)
     options.add_optimizer_options(parser, several_blr=True)
@@ -97,6 +98,10 @@ def main(args: Namespace) -> None:
 
     run_directory.prepare(Path(args.output_dir), args.resume)
     train, val = setup.open_pair()
+    if not args.cache_features:
+        train, val = setup.cached(train, val)
+    elif args.cache_images:
+        logger.warning("--cache_images has no effect with --cache_features, which reads each image once")
     classes = train.classes
     several = len(args.blr) > 1
     if several and args.lr is not None:

@@ -29,7 +29,7 @@ from engine_pretrain import train_one_epoch
 from util import datasets, dist, masking
 from util.checkpoints import run_directory
 from util.cli import options
-from util.data import loader, transforms
+from util.data import image_cache, loader, transforms
 from util.data.samples import Samples
 from util.evaluation import pictures
 from util.lr_decay import param_groups_weight_decay
@@ -44,6 +44,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     """Returns the parser of the script, with the published defaults."""
     parser = entry_point.parser("Masked pre-training of a Vision Transformer (He et al. 2021).")
     options.add_data_options(parser)
+    options.add_cache_options(parser)
     options.add_model_options(parser, models_mae.MODELS, default="mae_vit_large_patch16")
     options.add_pretrain_options(parser)
     options.add_optimizer_options(parser)
@@ -84,6 +85,10 @@ def main(
         "train", args.data_path, args.train_list, args.dataset, download=args.download, num_images=args.num_images
     )
     datasets.suggest_statistics(source, args.in_chans, args.mean, args.std)
+    if args.cache_images:
+        (source,) = image_cache.cached(
+            [source], in_chans=args.in_chans, fast_jpeg=args.fast_jpeg, num_workers=args.num_workers
+        )
     sample_options = {"in_chans": args.in_chans, "seed": args.seed, "draw_noise": draw_noise,
                       "on_bad_image": args.on_bad_image, "fast_jpeg": args.fast_jpeg}  # fmt: skip
     augment = transforms.pretrain_transform(args.input_size, args.crop_scale, args.hflip)

@@ -20,7 +20,9 @@ from util.cli import entry_point
 from util.data import jpeg
 from util.evaluation import robustness
 
-WAYS = {"plain": {}, "fast": {"fast_jpeg": True}}
+FAST = {"fast_jpeg": True}
+WAYS = {"plain": {}, "fast": FAST}
+CACHED = {**WAYS, "cached": {**FAST, "cache_images": True}}
 
 
 @pytest.fixture(scope="session")
@@ -64,10 +66,11 @@ def test_fine_tuning(classify, photos, decoded):
     """With RandAugment, and with the evaluations of two epochs."""
     runs = [
         classify(main_finetune, name, data_path=photos, input_size=32, num_workers=1, **way)
-        for name, way in WAYS.items()
+        for name, way in CACHED.items()
     ]
-    assert_equal(*map(weights, runs))
-    assert decoded.value == 2 * color_files(photos)
+    for run in runs[1:]:
+        assert_equal(weights(runs[0]), weights(run))
+    assert decoded.value == (2 + 1) * color_files(photos)  # two epochs, or once
     before = decoded.value
     scores = [
         classify(main_finetune, data_path=photos, eval=True, finetune=runs[0] / "checkpoint-1.pth", **way)
@@ -78,11 +81,15 @@ def test_fine_tuning(classify, photos, decoded):
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_probes(classify, photos, decoded, cached):
+def test_probes(classify, photos, decoded, cached, capsys):
     flags = {"data_path": photos, "input_size": 32, "num_workers": 1} | ({"cache_features": True} if cached else {})
-    assert_equal(*(weights(classify(main_linprobe, name, **flags, **way)) for name, way in WAYS.items()))
+    runs = [classify(main_linprobe, name, **flags, **way) for name, way in CACHED.items()]
+    for run in runs[1:]:
+        assert_equal(weights(runs[0]), weights(run))
     train, val = (color_files(photos / split) for split in ("train", "val"))
-    assert decoded.value == val + train * (1 if cached else 2)
+    assert decoded.value == 2 * (val + train) if cached else (val + 2 * train) + (val + train)
+    warning = "--cache_images has no effect with --cache_features"
+    assert capsys.readouterr().out.count(warning) == cached
 
 
 def test_neighbors(classify, photos, decoded, monkeypatch):

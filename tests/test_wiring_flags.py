@@ -51,7 +51,7 @@ TRAINING = COMPUTE | {
     "save_minutes": 15.0, "keep_last": None, "clip_grad": None, "compile": False, "on_nonfinite": "abort",
     "on_bad_image": "error",
 }  # fmt: skip
-RUN = DATA | TRAINING
+RUN = DATA | TRAINING | {"cache_images": False}
 CLASSES = {"adapt_input": "error", "val_list": None, "crop_pct": None, "train_per_class": None, "val_fraction": None}
 EVALUATION = CLASSES | {"eval_every": 1, "report": None, "save_every": 1}
 MODEL = {"model": None, "device": "auto", "debug": False}

@@ -20,11 +20,11 @@ logger = logging.getLogger(__name__)
 
 # Settings that a resumed run may change without a warning.
 FREE_SETTINGS = {
-    "accum_iter", "batch_size", "compile", "config", "data_path", "debug", "device", "dist_backend", "dist_eval",
-    "dist_on_itp", "dist_timeout", "dist_url", "download", "eval", "finetune", "fsdp", "grad_checkpointing",
-    "init_from", "keep_last", "local_rank", "log_dir", "num_workers", "on_bad_image", "output_dir", "pin_mem",
-    "report", "resume", "save_every", "save_minutes", "start_epoch", "train_folders", "train_list", "val_folders",
-    "val_list", "vis_every", "world_size",
+    "accum_iter", "batch_size", "cache_images", "compile", "config", "data_path", "debug", "device", "dist_backend",
+    "dist_eval", "dist_on_itp", "dist_timeout", "dist_url", "download", "eval", "fast_jpeg", "finetune", "fsdp",
+    "grad_checkpointing", "init_from", "keep_last", "local_rank", "log_dir", "num_workers", "on_bad_image",
+    "output_dir", "pin_mem", "report", "resume", "save_every", "save_minutes", "start_epoch", "train_folders",
+    "train_list", "val_folders", "val_list", "vis_every", "world_size",
 }  # fmt: skip
 
 

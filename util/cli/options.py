@@ -63,6 +63,16 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     _add_fast_jpeg(group)
 
 
+def add_cache_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the flag of images in memory, for scripts that read each image several times."""
+    group = _group(parser, DATA)
+    add_switch(
+        group, "cache_images", False,
+        "for small datasets: decode all images at the start and keep them in up to half of the memory of the machine, "
+        "divided among its processes. An image takes height x width x channels bytes. The batches are the same",
+    )  # fmt: skip
+
+
 def _add_input_options(group: argparse._ArgumentGroup, what: str) -> None:
     group.add_argument(
         "--input_size", default=224, type=positive_int, nargs="+", action=Size, metavar=("H", "W"),

@@ -70,15 +70,16 @@ def decode(
         data: bytes, a picture, or an array (H, W), (H, W, c) or (c, H, W).
         in_chans: number of channels.
         upright: apply the orientation in the EXIF data.
-        fast_jpeg: decode color JPEG files to a tensor with `util.data.jpeg` if `in_chans` is 3.
+        fast_jpeg: decode color JPEG files to a tensor with `util.data.jpeg`, and return tensors of color bytes
+            unchanged, if `in_chans` is 3.
         max_pixels: limit of the pixels of a file, which is checked before they are decoded; at most MAX_PIXELS.
 
     Raises:
         BadImage: the data are not an image, are damaged or too large, or have another number of channels.
     """
-    if fast_jpeg and in_chans == 3 and isinstance(data, bytes):
-        pixels = jpeg.decode_rgb(data, max_pixels)
-        if pixels is not None:
+    if fast_jpeg and in_chans == 3 and not isinstance(data, np.ndarray):
+        pixels = jpeg.decode_rgb(data, max_pixels) if isinstance(data, bytes) else data
+        if pixels is not None and is_rgb(pixels):
             return pixels
     try:
         if isinstance(data, np.ndarray):
@@ -140,7 +141,7 @@ def size_of(picture: Picture) -> tuple[int, int]:
 
 
 def is_rgb(picture: Picture) -> TypeGuard[Tensor]:
-    """Whether a picture is a tensor of color bytes. Only `util.data.jpeg` decodes to them."""
+    """Whether a picture is a tensor of color bytes. Only `util.data.jpeg` and `util.data.image_cache` return them."""
     return isinstance(picture, Tensor) and picture.dtype == torch.uint8 and len(picture) == 3
 
 

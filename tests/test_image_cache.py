@@ -1,0 +1,167 @@
+"""--cache_images: the decoded images of a source in memory that worker processes share."""
+
+import multiprocessing
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mains import Stopped, assert_equal, lines, stop_after, weights
+from PIL import Image
+
+from util.data import image_cache
+from util.data.decode import BadImage, decode
+from util.data.labels import Subset
+from util.data.transforms import to_tensor
+from util.data.webdataset_shards import Shards
+from util.datasets import open_source
+
+OPTIONS = {"in_chans": 3, "fast_jpeg": False, "num_workers": 0}
+
+
+@pytest.fixture
+def mixed(pictures, tmp_path):
+    """The pictures, an image with 16 bits, and a file that is no image."""
+    folder = tmp_path / "mixed"
+    shutil.copytree(pictures / "train", folder)
+    Image.fromarray(np.full((9, 7), 40_000, dtype=np.uint16)).save(folder / "cat" / "deep.png")
+    (folder / "dog" / "text.jpg").write_text("text")
+    return folder
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("fast_jpeg", [False, True])
+@pytest.mark.parametrize("in_chans", [1, 3])
+def test_images_are_those_of_the_source(mixed, in_chans, fast_jpeg, num_workers):
+    source = open_source("train", str(mixed))
+    (cache,) = image_cache.cached([source], in_chans=in_chans, fast_jpeg=fast_jpeg, num_workers=num_workers)
+    assert (len(cache), cache.classes) == (26, ["cat", "dog"])
+    assert [cache.name(n) for n in range(26)] == [source.name(n) for n in range(26)]
+    kept = 0
+    for index in range(26):
+        if source.name(index).endswith("text.jpg"):
+            with pytest.raises(BadImage, match="not an image"):
+                decode(cache[index][0], in_chans)
+            continue
+        (ours, label), (theirs, expected) = cache[index], source[index]
+        pixels = [decode(data, in_chans, fast_jpeg=fast_jpeg) for data in (ours, theirs)]
+        assert torch.equal(*map(to_tensor, pixels))
+        if isinstance(ours, torch.Tensor):
+            kept += 1
+            assert isinstance(pixels[0], torch.Tensor) == (fast_jpeg and in_chans == 3)
+        assert label == expected
+    assert kept == 24
+
+
+def test_the_files_are_read_once(pictures, tmp_path):
+    shutil.copytree(pictures, tmp_path / "images")
+    source = open_source("train", str(tmp_path / "images"))
+    cache = Subset(image_cache.cached([source], **OPTIONS)[0], np.arange(3, 20))
+    shutil.rmtree(tmp_path / "images")
+    assert all(isinstance(cache[index][0], torch.Tensor) for index in range(17))
+
+
+def test_channels_of_other_images(tmp_path):
+    arrays = [
+        np.random.default_rng(number).integers(256, size=(5, 6 + number, 7), dtype=np.uint8) for number in range(40)
+    ]
+    for number, array in enumerate(arrays):
+        np.save(tmp_path / f"{number:02}.npy", array)
+    (cache,) = image_cache.cached([open_source("train", str(tmp_path))], in_chans=7, fast_jpeg=True, num_workers=0)
+    for number, array in enumerate(arrays):
+        assert np.array_equal(to_tensor(decode(cache[number][0], 7)), array.transpose(2, 0, 1))
+    assert cache.num_bytes == sum(array.size for array in arrays)
+
+
+def private_bytes() -> int:
+    """Bytes of memory of this process that no other process shares."""
+    rows = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return 1024 * sum(int(row.split()[1]) for row in rows if row.startswith(("Private_Clean:", "Private_Dirty:")))
+
+
+def test_worker_processes_share_the_memory(tmp_path):
+    for number in range(40):
+        np.save(tmp_path / f"{number}.npy", np.full((1000, 1000, 2), number, dtype=np.uint8))
+    (cache,) = image_cache.cached([open_source("train", str(tmp_path))], in_chans=2, fast_jpeg=False, num_workers=0)
+    assert cache.num_bytes == 80_000_000
+    context = multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+
+    def read_all():
+        before = private_bytes()
+        total = sum(int(cache[index][0][0, ::50].sum()) for index in range(40))
+        queue.put((total, private_bytes() - before))
+
+    process = context.Process(target=read_all)
+    process.start()
+    total, growth = queue.get()
+    process.join()
+    assert total == sum(range(40)) * 20 * 1000
+    assert growth < 10_000_000
+
+
+def test_too_many_images_are_an_error_before_all_are_decoded(tmp_path, monkeypatch):
+    for number in range(40):
+        np.save(tmp_path / f"{number:02}.npy", np.zeros((10, 10, 3), dtype=np.uint8))
+    (tmp_path / "05.npy").unlink()
+    source = open_source("train", str(tmp_path))
+    monkeypatch.setattr(image_cache, "memory_bytes", lambda: 2 * (300 * 39))
+    assert len(image_cache.cached([source], **OPTIONS)) == 1
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="for 2 processes on this machine"):
+        patch.setenv("LOCAL_WORLD_SIZE", "2")
+        image_cache.cached([source], **OPTIONS)
+    monkeypatch.setattr(image_cache, "memory_bytes", lambda: 2 * (2 * 300 * 39) - 2)
+    with pytest.raises(
+        ValueError, match=r"--cache_images: 39 images take about 0 MB of memory, .* python -m util.resize"
+    ):
+        image_cache.cached([source, source], **OPTIONS)
+    monkeypatch.setattr(image_cache, "memory_bytes", lambda: 300 * 39)
+    monkeypatch.setattr(image_cache, "SAMPLE", 10)
+    read = []
+    monkeypatch.setattr(image_cache, "decode", lambda *args, **options: read.append(1) or decode(*args, **options))
+    with pytest.raises(ValueError, match=r"--cache_images"):
+        image_cache.cached([source], **OPTIONS)
+    assert len(read) < 39
+
+
+@pytest.mark.parametrize(
+    ("group", "file", "limit"),
+    [
+        ("0::/job/step", "job/memory.max", "1000"),
+        ("0::/job/step", "memory.max", "1000"),
+        ("4:memory:/job", "memory/job/memory.limit_in_bytes", "1000"),
+        ("0::/job/step", "job/memory.max", "max"),
+        ("4:cpuset:/job", "job/memory.max", "1000"),
+    ],
+)
+def test_the_limit_of_a_container_or_job_counts(group, file, limit, tmp_path, monkeypatch):
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / file).write_text(limit + "\n")
+    (tmp_path / "groups").write_text(f"{group}\n1:name=systemd:/\n")
+    monkeypatch.setattr(image_cache, "GROUPS", tmp_path)
+    monkeypatch.setattr(image_cache, "PROCESS_GROUPS", tmp_path / "groups")
+    total = 1024 * int(Path("/proc/meminfo").read_text().split()[1])
+    assert image_cache.memory_bytes() == (1000 if limit == "1000" and "cpuset" not in group else total)
+
+
+def test_shards_have_no_random_access():
+    shards = object.__new__(Shards)
+    with pytest.raises(ValueError, match=r"--cache_images: shards \(wds:\) are streamed"):
+        image_cache.cached([shards], **OPTIONS)
+
+
+def test_resuming_with_and_without_a_cache_is_exact(pretrain, mixed, monkeypatch, capsys):
+    settings = {"data_path": mixed, "save_minutes": 0, "on_bad_image": "skip"}
+    whole = pretrain("whole", **settings)
+    assert "text.jpg: the file is not an image" in capsys.readouterr().out
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_after(patch, "save", 3)
+        pretrain("parts", **settings, cache_images=True, num_workers=1)
+    said = capsys.readouterr().out
+    assert "--cache_images: 26 images are decoded and take" in said
+    assert "text.jpg: the file is not an image" in said
+    parts = pretrain("parts", **settings, resume="auto")
+    assert_equal(weights(whole), weights(parts))
+    assert lines(whole)[-1]["train_loss"] == lines(parts)[-1]["train_loss"]
+    assert "--cache_images was" not in capsys.readouterr().out  # the flag may change without a warning

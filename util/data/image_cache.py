@@ -1,0 +1,155 @@
+"""Images of a small dataset, decoded once and kept in memory (--cache_images)."""
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from util import dist
+from util.data.decode import BadImage, decode
+from util.data.loader import Batches, up_to_cores
+from util.data.sources import Source
+from util.data.transforms import to_tensor
+from util.data.webdataset_shards import Shards
+
+logger = logging.getLogger(__name__)
+
+SHARE = 0.5  # of the memory of this machine, for the images of all its processes; the rest is for the training
+BATCH = 16  # images that a worker process decodes at a time
+SAMPLE = 512  # decoded images, evenly spaced, from which the size of all is estimated
+PROCESS_GROUPS, GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")  # of Linux; limits are in the latter
+
+
+class ImageCache:
+    """A source whose images are decoded at the start and kept in memory, as uint8 tensors (c, H, W).
+
+    Worker processes share the memory, and each process of a distributed job has its own. Images with more than 8 bits
+    and images that can't be read are not kept. They are read from the source, with its result, at each access.
+
+    Args:
+        source: the encoded images.
+        limit: bytes that the images may take.
+        in_chans: as in `decode`.
+        fast_jpeg: as in `decode`.
+        num_workers: worker processes that decode the images.
+
+    Raises:
+        ValueError: the images take more than `limit` bytes, which is estimated from the first SAMPLE of them.
+    """
+
+    def __init__(self, source: Source, limit: float, *, in_chans: int, fast_jpeg: bool, num_workers: int) -> None:
+        self.source = source
+        self.classes = source.classes
+        self.labels = source.labels
+        self.in_chans = in_chans
+        self.num_bytes = num_images = 0
+        self.sizes = np.zeros((len(source), 2), dtype=np.int64)  # height, width; 0 for images that are not kept
+        self.starts = np.zeros(len(source), dtype=np.int64)
+        self.parts: list[np.ndarray] = []  # the bytes of the images n, n + len(parts), ...
+        count = -(-len(source) // BATCH)
+        batches = [list(range(number, len(source), count)) for number in range(count)]
+        decoded = Batches(
+            _Decoded(source, in_chans, fast_jpeg), up_to_cores(num_workers), batch_sampler=batches, collate_fn=_flatten,
+            generator=torch.Generator(),  # the random numbers of the run are not affected
+        )  # fmt: skip
+        bar = tqdm(total=len(source), desc="decoding", unit="image", disable=None if dist.is_main() else True)
+        with bar:
+            for batch, (pixels, sizes) in zip(batches, decoded, strict=True):
+                self.parts.append(pixels.numpy().copy())  # from the shared memory of the worker process
+                lengths = in_chans * sizes.prod(dim=1).numpy()
+                self.sizes[batch], self.starts[batch] = sizes.numpy(), lengths.cumsum() - lengths
+                self.num_bytes += len(pixels)
+                num_images += len(batch)
+                bar.update(len(batch))
+                if num_images >= min(SAMPLE, len(source)):
+                    self._limit(self.num_bytes * len(source) / num_images, limit)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        height, width = self.sizes[index].tolist()
+        if not height:
+            return self.source[index]
+        start = self.starts[index]
+        pixels = self.parts[index % len(self.parts)][start : start + height * width * self.in_chans]
+        return torch.from_numpy(pixels).view(height, width, -1).permute(2, 0, 1), int(self.labels[index])
+
+    def name(self, index: int) -> str:
+        """Returns the name of an image in the source."""
+        return self.source.name(index)
+
+    def _limit(self, estimate: float, limit: float) -> None:
+        if estimate > limit:
+            raise ValueError(
+                f"--cache_images: {len(self):,} images take about {estimate / 1e6:,.0f} MB of memory, and "
+                f"{limit / 1e6:,.0f} MB are available ({SHARE:.0%} of the memory, for {dist.processes_here()} "
+                f"processes on this machine): omit it, or write smaller images with python -m util.resize"
+            )
+
+
+def cached(sources: Sequence[Source | Shards], *, in_chans: int, fast_jpeg: bool, num_workers: int) -> list[ImageCache]:
+    """Decodes the images of datasets, and keeps them in up to SHARE of the memory.
+
+    Args:
+        in_chans: as in `decode`.
+        fast_jpeg: as in `decode`.
+        num_workers: worker processes that decode the images.
+
+    Raises:
+        ValueError: the images take more memory, or the source has no random access.
+    """
+    limit = SHARE * memory_bytes() / dist.processes_here()
+    caches: list[ImageCache] = []
+    for source in sources:
+        if isinstance(source, Shards):
+            raise ValueError("--cache_images: shards (wds:) are streamed, in another order in each epoch; omit it")
+        left = limit - sum(cache.num_bytes for cache in caches)
+        options = {"in_chans": in_chans, "fast_jpeg": fast_jpeg, "num_workers": num_workers}
+        caches.append(ImageCache(source, left, **options))  # type: ignore[arg-type]
+    images, size = sum(map(len, caches)), sum(cache.num_bytes for cache in caches)
+    logger.info(f"--cache_images: {images:,} images are decoded and take {size / 1e6:,.0f} MB of memory")
+    return caches
+
+
+def memory_bytes() -> int:
+    """Returns the memory of this machine, or of the container or Slurm job if their limit is lower."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for line in PROCESS_GROUPS.read_text().splitlines() if PROCESS_GROUPS.exists() else []:
+        _, controllers, path = line.split(":", 2)
+        folder = GROUPS / ("memory" if controllers else "") / path.strip("/")
+        name = "memory.limit_in_bytes" if controllers else "memory.max"  # version 1 or 2 of control groups
+        files = [parent / name for parent in (folder, *folder.parents)] if controllers in ("", "memory") else []
+        texts = [file.read_text().strip() for file in files if file.exists()]
+        limits += [int(text) for text in texts if text.isdecimal()]  # or "max"
+    return min(limits)
+
+
+class _Decoded(Dataset):
+    """The decoded images of a source, uint8 (c, H, W); (c, 0, 0) for those that are not kept."""
+
+    def __init__(self, source: Source, in_chans: int, fast_jpeg: bool) -> None:
+        self.source = source
+        self.in_chans = in_chans
+        self.fast_jpeg = fast_jpeg
+
+    def __getitem__(self, index: int) -> Tensor:
+        nothing = torch.zeros(self.in_chans, 0, 0, dtype=torch.uint8)
+        try:
+            pixels = to_tensor(decode(self.source[index][0], self.in_chans, fast_jpeg=self.fast_jpeg))
+        except (BadImage, OSError):
+            return nothing
+        return pixels if pixels.dtype == torch.uint8 else nothing
+
+
+def _flatten(images: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Returns the bytes of all images, and their heights and widths (n, 2)."""
+    sizes = torch.tensor([image.shape[1:] for image in images])
+    return torch.cat([image.permute(1, 2, 0).reshape(-1) for image in images]), sizes
