@@ -29,7 +29,7 @@ import models_build
 import models_vit
 from engine_finetune import Setup, load_frozen, open_weights, train_one_epoch, with_recorded_settings
 from engine_segment import evaluate, pixel_loss, report_scores
-from util import datasets
+from util import datasets, dist
 from util.checkpoints import run_directory
 from util.cli import options
 from util.data import masks
@@ -41,6 +41,7 @@ from util.lr_decay import param_groups_lrd
 from util.pos_embed import to_pair
 from util.training import run_log, trainer
 from util.weights import loading
+from util.weights.loading import Weights
 from util.weights.model_zoo import SEGMENTER
 
 logger = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ def main(args: Namespace) -> Scores | None:
     """
     precision = trainer.start(args)
     device = precision.device
-    file = open_weights(vars(args), SEGMENTER)
+    file = with_token_norm(open_weights(vars(args), SEGMENTER))
     recorded: dict[str, Any] = {}
     if args.eval and file:
         recorded = models_build.classifier_settings(file)
@@ -125,6 +126,16 @@ def main(args: Namespace) -> Scores | None:
     return None
 
 
+def with_token_norm(file: Weights | None) -> Weights | None:
+    """Renames the norm of the pooled patch tokens of a classifier (`fc_norm`) to that of all tokens (`norm`)."""
+    if file is None or "fc_norm.weight" not in file.tensors:
+        return file
+    if dist.is_main():
+        logger.info(f"{file.source} pools patch tokens: its norm after pooling normalizes the tokens of the head")
+    tensors = {name.replace("fc_norm.", "norm."): value for name, value in file.tensors.items()}
+    return file._replace(tensors=tensors)
+
+
 class PairSetup(Setup):
     """Images with masks, their classes and batches, derived from the flags.
 
@@ -155,9 +166,14 @@ class PairSetup(Setup):
                 "--nb_classes is needed: the number of classes in the masks, without the ignored value 255; or give "
                 "--palette FILE with a line `R G B NAME` for each class"
             )
-        count = file.num_classes if args.eval and file else args.nb_classes
-        if count not in (None, len(self.classes)):
-            raise ValueError(f"{len(self.classes)} classes are named, and {count} are in the model or in --nb_classes")
+        origin = f"--palette {args.palette}" if args.palette else "the dataset"
+        count, source = (file.num_classes, file.source) if args.eval and file else (len(self.classes), origin)
+        if count > masks.MOST_CLASSES:
+            raise ValueError(f"--nb_classes {count}: masks of 8 bits have at most {masks.MOST_CLASSES} classes")
+        if args.nb_classes not in (None, count):
+            raise ValueError(f"--nb_classes {args.nb_classes}: {source} has {count} classes; omit --nb_classes")
+        if len(self.classes) != count:
+            raise ValueError(f"{origin} has {len(self.classes)} classes, and {source} has {count}")
 
     def open_pairs(self, split: str) -> masks.Pairs:
         """Opens the images of a split and their masks. For "val", it logs the protocol, on which scores depend."""

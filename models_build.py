@@ -274,7 +274,10 @@ def freeze_below(model: VisionTransformer, num_blocks: int) -> None:
         ValueError: the model has fewer blocks.
     """
     if not 0 <= num_blocks <= len(model.blocks):
-        raise ValueError(f"--unfreeze_blocks {num_blocks}: the model has {len(model.blocks)} blocks")
+        raise ValueError(
+            f"--unfreeze_blocks {num_blocks}: the model has {len(model.blocks)} blocks; give 0 to {len(model.blocks)}, "
+            f"or all"
+        )
     model.requires_grad_(False)
     top = [model.head, model.fc_norm if model.global_pool else model.norm]
     for module in [*list(model.blocks)[len(model.blocks) - num_blocks :], *top]:

@@ -49,13 +49,13 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def make_textures(count: int, generator: np.random.Generator) -> np.ndarray:
-    """Returns textures uint8 (count, SIDE, SIDE): smooth noise with waves of random direction and frequency."""
+def make_textures(count: int, generator: np.random.Generator, side: int = SIDE) -> np.ndarray:
+    """Returns textures uint8 (count, side, side): smooth noise with waves of random direction and frequency."""
     coarse = generator.random((count, 6, 6), dtype=np.float32)
-    resize = partial(Image.Image.resize, size=(SIDE, SIDE), resample=Image.Resampling.BICUBIC)
+    resize = partial(Image.Image.resize, size=(side, side), resample=Image.Resampling.BICUBIC)
     noise = np.stack([np.asarray(resize(Image.fromarray(one))) for one in coarse])
     direction, frequency, phase = (most * generator.random((count, 1, 1)) for most in (np.pi, 0.25, 2 * np.pi))
-    rows, columns = np.mgrid[:SIDE, :SIDE]
+    rows, columns = np.mgrid[:side, :side]
     waves = np.sin(2 * np.pi * frequency * (np.cos(direction) * rows + np.sin(direction) * columns) + phase)
     contrast = generator.uniform(20, 120, size=(count, 1, 1))
     return (contrast * np.clip(0.5 * noise + 0.25 * (1 + waves), 0, 1)).astype(np.uint8)

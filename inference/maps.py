@@ -63,21 +63,26 @@ def query_attention(model: Model, images: Images) -> Tensor:
 def dense(model: Model, images: Images, layers: int = 4) -> Tensor:
     """Returns features of every patch for dense tasks: the concatenated outputs of the last blocks.
 
-    The final LayerNorm of the encoder normalizes them. Classifiers that pool patches have no such norm.
+    The final LayerNorm of the encoder normalizes them. Classifiers that pool patches have no such norm. The position
+    table is interpolated to the patch grid; the fixed table of an autoencoder is computed for it.
 
     Args:
-        images: as in `ModelMixin.prepare`. Float tensors, the input of the model, may have any size.
+        images: as in `ModelMixin.prepare`. Float tensors, the input of the model, may have any size. A side that is no
+            multiple of the patch size is scaled to the nearest multiple, so that the features cover the complete image.
         layers: number of blocks.
 
     Returns:
-        (B, layers * D, rows, columns) of the patch grid.
+        (B, layers * D, rows, columns) of the patch grid, fp32 on the host.
 
     Raises:
         ValueError: the encoder has fewer blocks.
     """
     if not 1 <= layers <= len(model.blocks):
-        raise ValueError(f"layers={layers}: the encoder has {len(model.blocks)} blocks")
+        raise ValueError(f"layers={layers}: the encoder has {len(model.blocks)} blocks; give 1 to {len(model.blocks)}")
     x = model.prepare(images)
+    sides = [max(1, round(side / p)) * p for side, p in zip(x.shape[2:], model.patch_embed.patch_size, strict=True)]
+    if sides != list(x.shape[2:]):
+        x = nn.functional.interpolate(x, sides, mode="bicubic", antialias=True)
     tokens = model.patch_tokens(torch.cat(model.get_intermediate_layers(x, n=layers), dim=2))
     return tokens.float().transpose(1, 2).unflatten(2, model.patch_embed.grid_of(*x.shape[2:])).cpu()
 

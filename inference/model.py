@@ -221,6 +221,11 @@ class Segmenter(ModelMixin, models_segment.Segmenter):
     def _segment_one(self, image: ImageLike, batch_size: int) -> np.ndarray:
         device = self.pos_embed.device
         if isinstance(image, Tensor) and image.is_floating_point():
+            if image.ndim != 3 or len(image) != self.in_chans:
+                raise BadImage(
+                    f"a float tensor {tuple(image.shape)} is not the input of the model, ({self.in_chans}, H, W); "
+                    f"uint8 tensors are pixels"
+                )
             pixels, size = image.to(device), (image.shape[1], image.shape[2])
         else:
             picture = open_image(image, self.in_chans)

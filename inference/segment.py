@@ -5,6 +5,7 @@ python -m inference.segment *.jpg --model runs/scenes/checkpoint-best.pth --out 
 """
 
 import argparse
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,8 @@ from util import dist
 from util.cli import entry_point, flags, options
 from util.files import atomic
 from util.files.untrusted import printable
+
+MAX_LEGEND, MAX_NAME = 16, 20  # classes in a legend; characters of a name
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -35,7 +38,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--masks",
         type=Path,
         metavar="DIR",
-        help="folder for the classes as indexed PNG files of the size of the images",
+        help="folder for the classes as indexed PNG files of the size of the images; the value of the first class is 0",
     )
     return parser
 
@@ -44,29 +47,39 @@ def main(args: argparse.Namespace) -> list[np.ndarray]:
     """Prints the share of each class, writes pictures, and returns the classes (H, W) of each image.
 
     Raises:
-        ValueError: the model has no segmentation head.
+        ValueError: the model has no segmentation head, or two images have the same name with `--masks`.
     """
     model = get_model(args.model, device=dist.choose_device(args.device))
+    if not isinstance(model, Segmenter):
+        raise ValueError(
+            f"--model {args.model} has no segmentation head: train one with main_segment.py, and give its checkpoint"
+        )
+    if args.masks:
+        name, count = Counter(f"{Path(path).stem}.png" for path in args.images).most_common(1)[0]
+        if count > 1:
+            raise ValueError(
+                f"--masks {args.masks}: {count} images have the mask {name}; give them in {count} commands"
+            )
+        args.masks.mkdir(parents=True, exist_ok=True)
     results = []
     for path in args.images:  # one at a time, so that results are printed before an unreadable image ends the command
         results.append(model.segment(path))
-        assert isinstance(model, Segmenter)  # otherwise, segment raises an error
         shares = np.bincount(results[-1].ravel(), minlength=model.num_classes) / results[-1].size
         print(printable(str(path)))
         for label in np.argsort(-shares, kind="stable")[: np.count_nonzero(shares)]:
             print(f"  {shares[label]:7.2%}  {class_name(model, label)}", flush=True)
         if args.masks:
-            args.masks.mkdir(parents=True, exist_ok=True)
             write_mask(results[-1], model, args.masks / f"{Path(path).stem}.png")
-    if args.out and isinstance(model, Segmenter):
+    if args.out:
         images = [np.asarray(open_image(path, 3)) for path in args.images]
         draw(images, results, model, args.opacity, args.out)
     return results
 
 
 def class_name(model: Segmenter, label: int) -> str:
-    """Returns the name of a class."""
-    return printable(model.classes[label]) if model.classes else f"class {label}"
+    """Returns the name of a class; without a palette, names are numbers."""
+    name = printable(model.classes[label]) if model.classes else str(label)
+    return f"class {name}" if name.isdecimal() else name
 
 
 def write_mask(classes: np.ndarray, model: Segmenter, path: Path) -> None:
@@ -78,13 +91,29 @@ def write_mask(classes: np.ndarray, model: Segmenter, path: Path) -> None:
 
 
 def overlay(image: np.ndarray, classes: np.ndarray, colors: np.ndarray, opacity: float) -> np.ndarray:
-    """Blends the colors of the classes (H, W) over an image (H, W, 3), uint8.
+    """Blends the colors of the classes (H, W) over the gray levels of an image (H, W, 3), uint8.
+
+    The colors of the image would change those of the classes.
 
     Args:
         colors: (number of classes, 3), uint8.
-        opacity: from 0, the image, to 1, the colors.
+        opacity: from 0, the gray image, to 1, the colors.
     """
-    return ((1 - opacity) * image + opacity * colors[classes]).round().astype(np.uint8)
+    gray = np.asarray(Image.fromarray(image).convert("L"))[:, :, None]
+    return ((1 - opacity) * gray + opacity * colors[classes]).round().astype(np.uint8)
+
+
+def legend(classes: np.ndarray, model: Segmenter) -> tuple[list[str], np.ndarray]:
+    """Returns names with shares, and the colors (n, 3) from 0 to 1, of the MAX_LEGEND most frequent classes (H, W)."""
+    shares = np.bincount(classes.ravel(), minlength=model.num_classes) / classes.size
+    labels = np.argsort(-shares, kind="stable")[: min(MAX_LEGEND, np.count_nonzero(shares))]
+    names = (class_name(model, label) for label in labels)
+    texts = [f"{name[:MAX_NAME]}{'…' * (len(name) > MAX_NAME)} {shares[label]:.1%}"
+             for name, label in zip(names, labels, strict=True)]  # fmt: skip
+    others = np.count_nonzero(shares) - len(labels)
+    if others:
+        texts.append(f"{others} other classes {1 - shares[labels].sum():.1%}")
+    return texts, np.vstack([model.colors[labels] / 255, np.ones((int(others > 0), 3))])
 
 
 def draw(images: list[np.ndarray], results: list[np.ndarray], model: Segmenter, opacity: float, path: Path) -> None:
@@ -92,16 +121,18 @@ def draw(images: list[np.ndarray], results: list[np.ndarray], model: Segmenter, 
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    height = sum(7 * image.shape[0] / (2 * image.shape[1]) for image in images) + 0.2 * len(images)
-    figure = Figure((9, max(2.0, min(height, 100.0))), dpi=100, layout="constrained")
-    rows = figure.subplots(len(images), 2, squeeze=False)
-    for (left, right), image, classes in zip(rows, images, results, strict=True):
-        left.imshow(image)
-        right.imshow(overlay(image, classes, model.colors, opacity))
-        present = np.flatnonzero(np.bincount(classes.ravel())).tolist()
-        patches = [Patch(color=model.colors[label] / 255, label=class_name(model, label)) for label in present]
-        right.legend(handles=patches, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, frameon=False)
-        for axes in (left, right):
+    legends = [legend(classes, model) for classes in results]
+    # In inches: the columns of the images are 4 wide, and a line of the legend is 0.2 high.
+    heights = [max(4 * image.shape[0] / image.shape[1], 0.2 * len(texts) + 0.1)
+               for image, (texts, _) in zip(images, legends, strict=True)]  # fmt: skip
+    figure = Figure((10, min(sum(heights) + 0.1 * len(images), 100.0)), dpi=100, layout="constrained")
+    rows = figure.subplots(len(images), 3, squeeze=False, width_ratios=(4, 4, 2), height_ratios=heights)
+    for row, image, classes, (texts, colors) in zip(rows, images, results, legends, strict=True):
+        row[0].imshow(image)
+        row[1].imshow(overlay(image, classes, model.colors, opacity))
+        patches = [Patch(color=color, label=text) for color, text in zip(colors, texts, strict=True)]
+        row[2].legend(handles=patches, loc="center left", fontsize=8, frameon=False, borderaxespad=0, handlelength=1.5)
+        for axes in row:
             axes.axis("off")
     with atomic.replacing(path) as written:
         figure.savefig(written)

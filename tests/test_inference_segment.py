@@ -1,5 +1,7 @@
 """Use of a segmentation model: the classes of photographs of any size, pictures and masks."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -71,7 +73,7 @@ def test_the_command_prints_shares_and_writes_pictures(trained, tmp_path, capsys
     printed = capsys.readouterr().out
     share = (results[0] == 0).mean()
     assert f"{paths[0]}\n  {share:7.2%}  ground\n" in printed
-    assert Image.open(tmp_path / "overlay.png").width == 900
+    assert Image.open(tmp_path / "overlay.png").width == 1000
     for path, classes in zip(paths, results, strict=True):
         mask = Image.open(tmp_path / "masks" / f"{path.stem}.png")
         assert mask.mode == "P"
@@ -85,6 +87,44 @@ def test_overlays_blend_colors():
     colors = np.array([[0, 0, 0], [200, 100, 0]], dtype=np.uint8)
     assert segment.overlay(image, classes, colors, 0.25).tolist() == [[[75, 75, 75], [125, 100, 75]]]
     assert np.array_equal(segment.overlay(image, classes, colors, 0), image)
+
+
+def test_the_legend_has_the_most_frequent_classes():
+    colors = np.random.default_rng(0).integers(0, 256, (150, 3), dtype=np.uint8)
+    names = [f"a class with the number {label}" for label in range(149)] + ["7"]
+    model = SimpleNamespace(num_classes=150, classes=names, colors=colors)
+    classes = np.repeat(np.arange(20, dtype=np.uint8), np.arange(20) + 1)[None]  # 210 pixels
+    texts, swatches = segment.legend(classes, model)
+    assert texts[0] == f"a class with the num… {20 / 210:.1%}"
+    assert texts[-1] == f"4 other classes {10 / 210:.1%}"  # 1 + 2 + 3 + 4 pixels
+    assert len(texts) == len(swatches) == 17
+    assert np.array_equal(swatches[:-1], colors[19:3:-1] / 255)
+    assert segment.legend(np.full((2, 2), 149, dtype=np.uint8), model)[0] == ["class 7 100.0%"]
+
+
+def test_errors_name_the_flag(trained, tmp_path):
+    file = trained / "run" / "checkpoint-best.pth"
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        Image.new("RGB", (30, 30)).save(tmp_path / folder / "same.png")
+    model = get_model("vit_mini_patch4", nb_classes=3)
+    torch.save({"model": model.state_dict(), "args": model.settings}, tmp_path / "classifier.pth")
+    images = [str(tmp_path / folder / "same.png") for folder in ("a", "b")]
+    for argv, problem in (
+        (
+            [*images, "--model", file, "--masks", tmp_path / "m"],
+            "--masks .*: 2 images have the mask same.png; give them",
+        ),
+        (
+            [images[0], "--model", tmp_path / "classifier.pth"],
+            "--model .*classifier.pth has no segmentation head: train",
+        ),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            segment.main(segment.get_args_parser().parse_args([str(part) for part in argv]))
+    for tensor in (torch.zeros(20, 20), torch.zeros(1, 20, 20)):
+        with pytest.raises(ValueError, match=r"a float tensor \(.*20, 20\) is not the input of the model, \(3, H, W\)"):
+            get_model(file).segment(tensor)
 
 
 def test_an_export_keeps_the_head_and_the_settings(trained, tmp_path):

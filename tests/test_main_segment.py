@@ -258,13 +258,25 @@ def test_errors_name_the_remedy(segment, scenes, encoder, tmp_path, labelled, cl
     with pytest.raises(ValueError, match=r"--nb_classes is needed: .* or give --palette FILE with a line `R G B NAME`"):
         segment(nb_classes=None)
     (tmp_path / "palette.txt").write_text("1 2 3 sky\n")
-    with pytest.raises(ValueError, match="1 classes are named, and 3 are in the model or in --nb_classes"):
+    with pytest.raises(ValueError, match=r"--nb_classes 3: --palette .*palette.txt has 1 classes; omit --nb_classes"):
         segment(palette=tmp_path / "palette.txt")
     with pytest.raises(ValueError, match="--eval needs --resume or --finetune: the file of a segmentation model"):
         segment(eval=True)
     with pytest.raises(CheckpointError, match=r"encoder and decoder, which has no segmentation head: train a head"):
         segment(eval=True, resume=encoder)
     out = segment(epochs=1)
+    with pytest.raises(ValueError, match=r"--nb_classes 7: .*checkpoint-0.pth has 3 classes; omit --nb_classes"):
+        segment(eval=True, resume=out / "checkpoint-0.pth", nb_classes=7)
+    with pytest.raises(ValueError, match=r"--palette .* has 1 classes, and .*checkpoint-0.pth has 3"):
+        segment(eval=True, resume=out / "checkpoint-0.pth", nb_classes=None, palette=tmp_path / "palette.txt")
+    with pytest.raises(ValueError, match="--nb_classes 256: masks of 8 bits have at most 255 classes"):
+        segment(nb_classes=256)
+    with pytest.raises(CheckpointError, match="60 tensors are missing") as error:
+        segment(eval=True, resume=out / "checkpoint-0.pth", head="dpt")
+    assert error.value.__notes__ == ["give --head linear"]
+    with pytest.raises(CheckpointError, match="the file contains no epoch and no optimizer") as error:
+        segment("fresh", resume=encoder)
+    assert not any("--eval" in note for note in error.value.__notes__)  # it needs a segmentation model
     with pytest.raises(CheckpointError, match="contains a segmentation model, which has no classification head"):
         classify(main_finetune, eval=True, resume=out / "checkpoint-0.pth")
     classify(main_finetune, "tuned", finetune=out / "checkpoint-0.pth", epochs=1, cls_token=True, batch_size=8)
@@ -308,6 +320,20 @@ def test_the_class_tokens_are_those_of_the_file(segment, tmp_path):
     assert loaded.num_prefix_tokens == 3
     assert torch.equal(loaded.cls_token, model.cls_token)
     segment(eval=True, resume=out / "checkpoint-0.pth")
+
+
+@pytest.mark.parametrize("pooled", [True, False])
+def test_a_classifier_is_an_encoder(segment, tmp_path, pooled):
+    """The norm after pooling becomes that of the tokens; the head of the classifier is not used."""
+    torch.manual_seed(0)
+    model = get_model("vit_mini_patch4", input_size=16, nb_classes=3, global_pool=pooled)
+    norm = model.fc_norm if pooled else model.norm
+    torch.nn.init.normal_(norm.weight)
+    torch.save({"model": model.state_dict(), "args": model.settings}, tmp_path / "classifier.pth")
+    state = weights(segment(finetune=tmp_path / "classifier.pth", epochs=1), "checkpoint-0.pth")
+    assert torch.equal(state["norm.weight"], norm.weight)
+    assert torch.equal(state["blocks.3.mlp.fc2.weight"], model.blocks[3].mlp.fc2.weight)
+    assert "fc_norm.weight" not in state
 
 
 def test_the_log_has_a_polynomial_rate(segment):

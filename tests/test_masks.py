@@ -51,6 +51,15 @@ def test_indexed_gray_and_color_masks_have_the_same_values():
     assert THREE.decode(black_and_white.getvalue()).tolist() == [[1, 0]]
 
 
+def test_a_mask_of_other_colors_than_those_of_the_palette_is_an_error():
+    """A mask of one such color has ignored pixels only."""
+    of_colors = MaskFormat(2, colors=[(10, 20, 30), (200, 0, 0)])
+    with pytest.raises(BadImage, match="none of its colors, such as 1 2 3, is in the palette: correct --palette"):
+        of_colors.decode(png([[[1, 2, 3], [4, 5, 6]]]))
+    assert of_colors.decode(png([[[1, 2, 3], [1, 2, 3]]])).tolist() == [[255, 255]]
+    assert of_colors.decode(png([[[1, 2, 3], [200, 0, 0]]])).tolist() == [[255, 1]]
+
+
 def test_reduce_zero_label_ignores_zero_and_counts_from_one():
     decoded = MaskFormat(3, reduce_zero_label=True).decode(png([[0, 1, 3, 255]]))
     assert decoded.tolist() == [[255, 0, 2, 255]]
@@ -64,6 +73,7 @@ def test_reduce_zero_label_ignores_zero_and_counts_from_one():
     [
         (png([[0, 3]]), r"it has the value 3, and the 3 classes are 0 to 2 \(255 is ignored\)"),
         (png([[[1, 2, 3]]]), "it is a color image: give --palette with the colors of the classes"),
+        (b"\xff\xd8\xff\xe0", "it is a JPEG file, whose compression changes the values: give masks as PNG files"),
         (b"no image", "not an image of a known format"),
     ],
 )
@@ -166,6 +176,7 @@ def test_a_palette_names_and_colors_classes(tmp_path):
         ("1 2 3 a\n4 5", r"line 2: '4 5' is not R G B NAME"),
         ("", "has 0 classes: give 1 to 255"),
         ("1 2 3 a\n4 5 6 a", "with different names"),
+        ("1 2 3 a\n1 2 3 b", "with different names and colors"),
     ):
         file.write_text(text)
         with pytest.raises(ValueError, match=problem):
@@ -189,9 +200,15 @@ def test_unusable_masks_are_one_line_that_names_the_file(tmp_path):
         assert "\n" not in message
     assert "has 5 x 6 pixels (height x width), and the image 24 x 30" in message
     (place / "01.png").unlink()
-    with pytest.raises(ValueError, match=r"1 of 3 images have no mask in a folder annotations.*such as .*/01.jpg$"):
+    with pytest.raises(
+        ValueError,
+        match=r"1 of 3 images have no mask of the same name in a folder annot.*such as .*/01.jpg: add the",
+    ):
         open_pairs("train", CLASSES, THREE, data_path=str(tmp_path))
-    with pytest.raises(ValueError, match=r"1 of 3 images have no mask in .*annotations/training, such as .*01.jpg"):
+    with pytest.raises(
+        ValueError,
+        match=r"no mask of the same name in .*annotations/training, such as .*01.jpg: .* CSV file \(--train_list\)$",
+    ):
         open_pairs("train", CLASSES, THREE, data_path=str(tmp_path),
                    folders=["images/training", "annotations/training"])  # fmt: skip
     rows = ["images/training/00.jpg,annotations/training/00.png", "images/training/01.jpg,annotations/training/01.png"]
@@ -211,6 +228,7 @@ def test_sources_that_do_not_exist_are_errors(tmp_path):
     (tmp_path / "bad.csv").write_text("image,mask\nnone.jpg,none.png")
     (tmp_path / "short.csv").write_text("a.jpg,b.png\nc.jpg,")
     Image.new("RGB", (2, 2)).save(tmp_path / "images/x.png")
+    (tmp_path / "empty").mkdir()
     for options, problem in (
         ({}, r"--data_path is needed: .* \(or give --val_folders IMAGES MASKS, --val_list CSV or --dataset\)"),
         ({"data_path": "none"}, "there is no folder or archive none"),
@@ -219,6 +237,10 @@ def test_sources_that_do_not_exist_are_errors(tmp_path):
             r"there are no images for val in it \(looked for images/training and",
         ),
         ({"folders": ["a", "b"]}, "--val_folders: there is no folder a"),
+        (
+            {"folders": [str(tmp_path / "images"), str(tmp_path / "empty")]},
+            "--val_folders: there are no images in .*empty",
+        ),
         ({"file_list": str(tmp_path / "none.csv")}, "--val_list: there is no file"),
         ({"file_list": str(tmp_path / "bad.csv")}, "its first row names .*none.jpg, which does not exist"),
         ({"file_list": str(tmp_path / "short.csv")}, "1 of its 2 rows have an image and a mask; give CSV with"),

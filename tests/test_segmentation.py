@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 
 import main_segment
+import models_vit
 from demo import segmentation
 from inference import get_model, maps
 from util.checkpoints import checkpoint
@@ -36,6 +38,34 @@ def test_features_are_in_the_order_of_patches():
     changed[:, :, 4 * 5 : 4 * 6, 4 * 9 : 4 * 10] = 3.0
     distance = (maps.dense(model, images) - maps.dense(model, changed)).norm(dim=1)[0]
     assert divmod(int(distance.argmax()), 12) == (5, 9)
+
+
+@pytest.mark.parametrize(("size", "grid"), [((33, 47), (8, 12)), ((5, 70), (1, 18)), ((1, 2), (1, 1))])
+@pytest.mark.parametrize("name", ["mae_vit_mini_patch4", "vit_mini_patch4"])
+def test_images_that_the_patch_does_not_divide_are_scaled(name, size, grid):
+    torch.manual_seed(0)
+    model = get_model(name, input_size=[32, 48])
+    images = torch.randn(1, 3, *size)
+    features = maps.dense(model, images, layers=2)
+    assert features.shape == (1, 2 * 128, *grid)
+    sides = [4 * side for side in grid]
+    scaled = torch.nn.functional.interpolate(images, sides, mode="bicubic", antialias=True)
+    torch.testing.assert_close(features, maps.dense(model, scaled, layers=2))
+
+
+def test_the_memory_of_features_is_that_of_the_document():
+    """The table of FINETUNE.md, for 1024 x 2048 pixels: bytes of a patch times patches."""
+    table = (ROOT / "FINETUNE.md").read_text().partition("A picture of 1024 × 2048 pixels needs:")[2]
+    header, _, patches, features = (
+        [cell.strip() for cell in line.strip("|").split("|")[1:]] for line in table.strip().splitlines()[:4]
+    )
+    assert header == ["ViT-B/16", "ViT-L/16", "ViT-H/14"]
+    bytes_of_patch = maps.dense(get_model("vit_mini_patch4"), torch.zeros(1, 3, 8, 8)).nbytes / (4 * 128)
+    for name, grid, memory in zip(("base_patch16", "large_patch16", "huge_patch14"), patches, features, strict=True):
+        size = models_vit.SIZES[name]
+        rows, columns = (round(side / size["patch_size"]) for side in (1024, 2048))
+        assert grid == f"{rows} × {columns}"
+        assert memory == f"{bytes_of_patch * size['embed_dim'] * rows * columns / 1e6:.0f} MB"
 
 
 def test_pictures_compose_garments_on_textures():
@@ -108,7 +138,7 @@ def test_the_command_compares_three_runs_of_each_seed(encoder, tmp_path, capsys,
     assert read_palette(data / "palette.txt").names[:2] == ["texture", "T-shirt/top"]
     flags = calls["pre-trained_encoder_fine-tuned_1"]
     assert (flags["seed"], flags["unfreeze_blocks"], flags["finetune"]) == (1, "all", encoder)
-    assert "finetune" not in calls["untrained_encoder_frozen_0"]
+    assert calls["untrained_encoder_frozen_0"]["finetune"] == tmp_path / "out" / "untrained_0.pth"
     frozen, other = (
         checkpoint.read(tmp_path / f"out/untrained_encoder_frozen_{seed}/checkpoint-0.pth")["model"] for seed in (0, 1)
     )

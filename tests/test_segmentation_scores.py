@@ -7,7 +7,15 @@ from sklearn.metrics import accuracy_score, jaccard_score
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassJaccardIndex
 
-from util.evaluation.segmentation import Scores, confusion_matrix, predict_classes, predict_windows, window_starts
+from util.evaluation import segmentation
+from util.evaluation.segmentation import (
+    Scores,
+    confusion_matrix,
+    most_likely,
+    predict_classes,
+    predict_windows,
+    window_starts,
+)
 
 
 def test_windows_cover_each_side_with_a_stride_of_two_thirds():
@@ -57,6 +65,22 @@ def test_logits_are_scaled_to_the_mask_before_classes_are_compared():
     assert classes.tolist() == [[1, 1, 0, 0, 0, 0, 0]]  # 3 x > 0.8 from the third of seven pixels on
     expected = F.interpolate(logits[None], (1, 7), mode="bilinear", align_corners=True)[0].argmax(dim=0)
     assert torch.equal(classes, expected)
+
+
+@pytest.mark.parametrize("size", [(13, 9), (5, 40), (37, 20), (1, 7), (200, 3)])
+def test_strips_of_scaled_logits_are_pytorchs(size, monkeypatch):
+    """Strips of at most 400 logits; an interpolation of all of them at once is the oracle."""
+    strips = []
+    original = F.interpolate
+    monkeypatch.setattr(F, "interpolate", lambda x, *args, **options: (strips.append(x.shape), original(
+        x, *args, **options))[1])  # fmt: skip
+    monkeypatch.setattr(segmentation, "STRIP_VALUES", 400)
+    logits = torch.randn(4, 13, 9, generator=torch.Generator().manual_seed(0))
+    classes = most_likely(logits, size)
+    expected = original(logits[None].double(), size, mode="bilinear", align_corners=True)[0].argmax(dim=0)
+    assert torch.equal(classes, expected)
+    assert sum(shape[2] for shape in strips) == size[0]
+    assert max(4 * shape[2] * size[1] for shape in strips) <= 400
 
 
 @pytest.mark.parametrize("num_classes", [2, 5, 12])

@@ -161,7 +161,8 @@ def resume(
         missing = {"optimizer", "epoch", *(["model"] if "folder" not in state else [])} - state.keys()
         if missing:
             error = CheckpointError(f"--resume {which}: the file contains no {' and no '.join(sorted(missing))}")
-            raise advised(error, *_start_from(which), "--eval evaluates it")
+            is_same = model.state_dict().keys() <= state.get("model", {}).keys()
+            raise advised(error, *_start_from(which), *(["--eval evaluates it"] if is_same else []))
         if "folder" in state:
             state = sharded.fill(state, model, optimizer)
         else:

@@ -17,7 +17,7 @@ from util.cli.advice import advised
 from util.data import decode
 from util.data.archives import Archive
 from util.data.decode import BadImage, Picture, size_of
-from util.data.folders import find_files
+from util.data.folders import find_files, image_files
 from util.data.lists import read_pairs
 from util.data.samples import Samples
 from util.data.sources import Files, Strings
@@ -25,6 +25,7 @@ from util.data.torchvision_sets import TorchvisionSet
 from util.files.untrusted import printable, read_file
 
 IGNORED = 255  # the value of pixels without a class
+JPEG = b"\xff\xd8\xff"  # the first bytes of a file
 MOST_CLASSES = 255
 # Names of folders, in lower case: of ADE20K, of mmsegmentation, of LoveDA.
 SPLITS = {"train": ("train", "training"), "val": ("val", "validation")}
@@ -67,8 +68,10 @@ def read_palette(path: Path) -> Palette:
         red, green, blue, name = match.groups()
         colors.append((int(red), int(green), int(blue)))
         names.append(printable(name))
-    if not 0 < len(names) <= MOST_CLASSES or len(set(names)) < len(names):
-        raise ValueError(f"--palette {path} has {len(names)} classes: give 1 to {MOST_CLASSES}, with different names")
+    if not 0 < len(names) <= MOST_CLASSES or len(set(names)) < len(names) or len(set(colors)) < len(colors):
+        raise ValueError(
+            f"--palette {path} has {len(names)} classes: give 1 to {MOST_CLASSES}, with different names and colors"
+        )
     return Palette(names, colors)
 
 
@@ -105,6 +108,8 @@ class MaskFormat:
         Raises:
             BadImage: the file can't be decoded, or has a value that is not a class.
         """
+        if isinstance(data, bytes) and data.startswith(JPEG):
+            raise BadImage("it is a JPEG file, whose compression changes the values: give masks as PNG files")
         try:
             picture = decode.read(data, 1)
         except Exception as error:  # decoders raise any exception on damaged bytes
@@ -115,7 +120,7 @@ class MaskFormat:
         if values.dtype == bool:
             values = values.astype(np.uint8)
         if values.dtype != np.uint8 or values.ndim != 2:
-            raise BadImage("it is neither an indexed nor a gray image of 8 bits")
+            raise BadImage("it is neither an indexed nor a gray image of 8 bits: convert it to one")
         if self.reduce_zero_label:
             values = np.where(values == IGNORED, IGNORED, values - 1)  # 0 - 1 is 255
         classes = values[values != IGNORED]
@@ -134,7 +139,13 @@ class MaskFormat:
         table = np.full(1 << 24, IGNORED, dtype=np.uint8)
         weights = np.array([1 << 16, 1 << 8, 1])
         table[np.asarray(self.colors) @ weights] = np.arange(len(self.colors))
-        return torch.from_numpy(table[pixels @ weights])
+        values = pixels @ weights
+        classes = table[values]
+        # A single color may be that of ignored pixels. Several colors are those of another palette.
+        if (classes == IGNORED).all() and (values != values.flat[0]).any():
+            color = " ".join(map(str, pixels[0, 0]))
+            raise BadImage(f"none of its colors, such as {color}, is in the palette: correct --palette")
+        return torch.from_numpy(classes)
 
 
 class Pairs:
@@ -257,9 +268,11 @@ def open_pairs(
         for folder in places:
             if not folder.is_dir():
                 raise ValueError(f"--{split}_folders: there is no folder {folder}")
+            if not any(image_files(str(folder))):
+                raise ValueError(f"--{split}_folders: there are no images in {folder}")
         pair = [find_files(folder) for folder in places]
         of_images, of_masks = ({_stem(name): index for index, name in enumerate(one.names)} for one in pair)
-        indices = _matched(of_images, of_masks, pair[0], f"in {places[1]}")
+        indices = _matched(of_images, of_masks, pair[0], f"in {places[1]}", split)
         return Pairs(pair[0], pair[1], indices, classes, mask_format)
     if root is None:
         raise ValueError(
@@ -274,7 +287,7 @@ def open_pairs(
         error = ValueError(f"--data_path {root}: there are no images for {split} in it (looked for {LAYOUT})")
         raise advised(error, f"give --{split}_folders IMAGES MASKS or --{split}_list CSV")
     place = f"in a folder {', '.join(MASK_FOLDERS)}"
-    return Pairs(files, files, _matched(*by_key, files, place), classes, mask_format)
+    return Pairs(files, files, _matched(*by_key, files, place, split), classes, mask_format)
 
 
 def _listed(root: Path, images: list[str], masks: list[str], classes: list[str], mask_format: MaskFormat) -> Pairs:
@@ -302,7 +315,9 @@ def _by_folder(names: Strings, split: str) -> tuple[dict[str, int], dict[str, in
     return images, masks
 
 
-def _matched(images: Mapping[str, int], masks: Mapping[str, int], source: Files | Archive, place: str) -> np.ndarray:
+def _matched(
+    images: Mapping[str, int], masks: Mapping[str, int], source: Files | Archive, place: str, split: str
+) -> np.ndarray:
     """Returns the indices of the images and of their masks, (n, 2).
 
     Raises:
@@ -311,7 +326,7 @@ def _matched(images: Mapping[str, int], masks: Mapping[str, int], source: Files 
     missing = [key for key in images if key not in masks]
     if missing:
         raise ValueError(
-            f"{len(missing):,} of {len(images):,} images have no mask {place}, such as "
-            f"{source.name(images[missing[0]])}"
+            f"{len(missing):,} of {len(images):,} images have no mask of the same name {place}, such as "
+            f"{source.name(images[missing[0]])}: add the masks, or list the pairs in a CSV file (--{split}_list)"
         )
     return np.array([(index, masks[key]) for key, index in images.items()])

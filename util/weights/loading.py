@@ -395,6 +395,8 @@ def _require(file: Weights, model: Any, missing: set[str], unexpected: set[str],
             differing = _differing(file, model.state_dict())
             if "fc_norm.weight" not in missing | unexpected:
                 differing.pop("global_pool", None)
+            if not any(name.startswith("head.") for name in missing | unexpected):
+                differing.pop("head", None)
             raise advice.advised(error, f"give {advice.flags(differing)}") if differing else error
 
 
@@ -422,6 +424,8 @@ def _architecture(tensors: dict[str, Tensor]) -> dict[str, Any]:
     }
     if blocks["decoder_blocks"]:
         return settings | {"decoder_depth": blocks["decoder_blocks"]}
+    if PIXEL_HEAD in tensors:
+        return settings | {"head": "dpt" if DPT_HEAD in tensors else "linear"}
     return settings | {"global_pool": "fc_norm.weight" in tensors}
 
 
