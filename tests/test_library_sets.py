@@ -222,15 +222,15 @@ def shards(tmp_path):
     return tmp_path
 
 
-def batches_of(shards, num_workers=0, on_bad_image="skip", batch_size=8, pattern="set-{000..003}.tar"):
+def batches_of(shards, num_workers=0, on_bad_image="skip", batch_size=8, pattern="set-{000..003}.tar", **options):
     source = open_source("train", dataset=f"wds:{shards}/{pattern}")
     samples = Samples(
         source, transforms.to_tensor, in_chans=1, seed=0, draw_noise=partial(torch.rand, 4), on_bad_image=on_bad_image
     )
-    return loader.TrainLoader(samples, batch_size, 0, num_workers, False)
+    return loader.TrainLoader(samples, batch_size, 0, num_workers, False, **options)
 
 
-def seen(batches, epoch, first_iteration=0) -> list[int]:
+def images_of(batches, epoch, first_iteration=0) -> list[int]:
     """The images of an epoch, by their numbers."""
     number_of = {p.tobytes(): number for number, p in enumerate(PIXELS)}
     batches.seek(epoch, first_iteration)
@@ -241,11 +241,31 @@ def seen(batches, epoch, first_iteration=0) -> list[int]:
 def test_an_epoch_streams_every_image_once(shards, pattern):
     batches = batches_of(shards, batch_size=13, pattern=pattern)
     assert len(batches) == 3
-    first, second = seen(batches, 0), seen(batches, 1)
+    first, second = images_of(batches, 0), images_of(batches, 1)
     assert sorted(first) == sorted(set(range(40)) - {17})
     assert sorted(first) == sorted(second)
     assert first != second
-    assert seen(batches, 0) == first
+    assert images_of(batches, 0) == first
+
+
+@pytest.mark.parametrize(("pattern", "workers"), [("all.tar", 0), ("set-*.tar", 0), ("set-*.tar", 2)])
+def test_epochs_of_a_number_of_updates_continue_through_the_shards(shards, pattern, workers, monkeypatch):
+    """Without a shuffle buffer, two passes over the 40 images of one or four shards are 10 epochs of 8 images."""
+    with webdataset.TarWriter(str(shards / "all.tar")) as writer:
+        for number, pixels in enumerate(PIXELS):
+            writer.write({"__key__": f"{number:03}", "png": png(pixels)})
+    with webdataset.ShardWriter(str(shards / "set-%03d.tar"), maxcount=10, verbose=0) as writer:
+        for number, pixels in enumerate(PIXELS):
+            writer.write({"__key__": f"{number:03}", "png": png(pixels)})
+    monkeypatch.setattr(webdataset, "shuffle", lambda *_, **__: lambda items: items)
+    monkeypatch.setattr(loader.os, "sched_getaffinity", lambda pid: range(8))
+    batches = batches_of(shards, workers, batch_size=2, pattern=pattern, updates=4)
+    epochs = [images_of(batches, epoch) for epoch in range(10)]
+    for half in (epochs[:5], epochs[5:]):
+        assert sorted(number for epoch in half for number in epoch) == list(range(40))
+    if not workers:  # a resumed run continues, also within an epoch
+        resumed = batches_of(shards, batch_size=2, pattern=pattern, updates=4)
+        assert images_of(resumed, 7, first_iteration=3) == epochs[7][6:]
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
@@ -253,9 +273,9 @@ def test_worker_processes_share_the_stream(shards, workers, monkeypatch):
     monkeypatch.setattr(loader.os, "sched_getaffinity", lambda pid: range(8))
     batches = batches_of(shards, workers, batch_size=5)
     for epoch in (0, 1):
-        assert len(seen(batches, epoch)) == 40
-        assert len(set(seen(batches, epoch))) > 20
-    assert len(seen(batches, 2, first_iteration=5)) == 15
+        assert len(images_of(batches, epoch)) == 40
+        assert len(set(images_of(batches, epoch))) > 20
+    assert len(images_of(batches, 2, first_iteration=5)) == 15
 
 
 def test_labels_and_noise_belong_to_the_image(shards):
@@ -275,18 +295,18 @@ def test_labels_and_noise_belong_to_the_image(shards):
 
 
 def test_a_bad_image_of_a_stream_is_named(shards, caplog):
-    seen(batches_of(shards), 0)
+    images_of(batches_of(shards), 0)
     assert "set-001.tar: 017: the file is empty; another image replaces it" in caplog.text
     assert "1 of 40 images since the start or resume of this epoch can't be read" in caplog.text
     with pytest.raises(BadImage, match=r"set-001.tar: 017: the file is empty \(--on_bad_image skip"):
-        seen(batches_of(shards, on_bad_image="error"), 0)
+        images_of(batches_of(shards, on_bad_image="error"), 0)
 
 
 def test_a_damaged_shard_is_named(shards, caplog):
     batches = batches_of(shards)
     whole = (shards / "set-002.tar").read_bytes()
     (shards / "set-002.tar").write_bytes(whole[: len(whole) // 2 + 100])
-    assert set(seen(batches, 0)) < set(range(40))
+    assert set(images_of(batches, 0)) < set(range(40))
     assert "set-002.tar: the shard can't be read to its end" in caplog.text
 
 
@@ -301,15 +321,15 @@ def test_samples_are_counted_as_in_webdataset(tmp_path, caplog):
     (tmp_path / "b.tar.gz").write_bytes(gzip.compress((tmp_path / "a.tar").read_bytes()))
     with pytest.raises(ValueError, match="give --num_images to stream it without counting its images"):
         Shards(f"{tmp_path}/b.tar.gz", None)
-    assert len(list(Shards(f"{tmp_path}/b.tar.gz", 3).stream([0], 0, 1, lambda *_: False, laps=1))) == 3
+    assert len(list(Shards(f"{tmp_path}/b.tar.gz", 3).stream(0, 0, 1, lambda *_: False, laps=1))) == 3
 
 
 def test_non_numeric_labels_are_ignored(tmp_path):
     with webdataset.TarWriter(str(tmp_path / "a.tar")) as writer:
         writer.write({"__key__": "a", "png": png(PIXELS[0]), "cls": b"cat"})
         writer.write({"__key__": "b", "png": png(PIXELS[1]), "cls": b"7"})
-    stream = Shards(f"{tmp_path}/a.tar", None).stream([0], 0, 1, lambda *_: False, laps=1)
-    assert sorted(label for _, _, label in stream) == [-1, 7]
+    stream = Shards(f"{tmp_path}/a.tar", None).stream(0, 0, 1, lambda *_: False, laps=1)
+    assert sorted(label for *_, label in stream) == [-1, 7]
 
 
 def test_examples_of_a_stream(shards):

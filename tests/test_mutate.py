@@ -24,6 +24,8 @@ def test_every_selection_of_tests_exists():
     files = {test.split("::")[0] for mutant in read_mutants() for test in mutant.tests if not test.startswith("-")}
     names = {test for mutant in read_mutants() for test in mutant.tests if "::" in test}
     assert [file for file in files if not (ROOT / file).exists()] == []
+    without_file = [mutant for mutant in read_mutants() if all(test.startswith("-") for test in mutant.tests)]
+    assert without_file == []  # it would select from all tests
     for name in names:
         file, test = name.split("::", 1)
         assert f"def {test.split('[')[0]}(" in (ROOT / file).read_text(), name

@@ -60,7 +60,7 @@ def test_a_file_named_like_a_pipe_command_is_read_as_a_file(tmp_path):
         "from util.data.webdataset_shards import Shards\n"
         "import os; os.chdir(os.environ['HERE'])\n"
         "shards = Shards('*.tar', 1)\n"
-        "print(list(shards.stream([0], 0, 1, lambda name, error: True, laps=1)))\n"
+        "print(list(shards.stream(0, 0, 1, lambda name, error: True, laps=1)))\n"
     )
     process = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, env=os.environ | {"HERE": str(tmp_path)}, capture_output=True,

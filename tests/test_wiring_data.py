@@ -165,27 +165,27 @@ def shards(tmp_path):
     return tmp_path
 
 
-def streamed(source, seed, part=0, parts=1, laps=1):
-    stream = source.stream(seed, part, parts, lambda *_: False, laps)
-    return [int(name.rpartition(": ")[2]) for name, _, _ in stream]
+def streamed(source, seed, epoch=0, part=0, parts=1, laps=1):
+    stream = source.stream(seed, part, parts, lambda *_: False, epoch * len(source), laps)
+    return [int(name.rpartition(": ")[2]) for _, name, _, _ in stream]
 
 
 def test_the_order_of_a_stream_depends_on_the_epoch(shards, monkeypatch):
     """The order in a shard, and the order of shards if samples are not shuffled."""
     one = Shards(f"{shards}/0.tar", None)
-    assert len({tuple(streamed(one, [seed, epoch])) for seed in (0, 1) for epoch in (0, 1, 2)}) == 6
+    assert len({tuple(streamed(one, seed, epoch)) for seed in (0, 1) for epoch in (0, 1, 2)}) == 6
     monkeypatch.setattr(webdataset, "shuffle", lambda *_, **__: lambda items: items)
     several = Shards(f"{shards}/{{0..2}}.tar", None)
-    assert len({tuple(streamed(several, [0, epoch])[::8]) for epoch in range(12)}) > 3
-    assert len({tuple(streamed(several, [seed, 0])[::8]) for seed in range(12)}) > 3
+    assert len({tuple(streamed(several, 0, epoch)[::8]) for epoch in range(12)}) > 3
+    assert len({tuple(streamed(several, seed)[::8]) for seed in range(12)}) > 3
 
 
 def test_the_parts_of_a_stream_are_disjoint_and_take_turns(shards):
     several = Shards(f"{shards}/{{0..2}}.tar", None)
-    parts = [set(streamed(several, [0, 0], part, 3)) for part in range(3)]
+    parts = [set(streamed(several, 0, 0, part, 3)) for part in range(3)]
     assert sorted(number for part in parts for number in part) == list(range(24))
     # With three shards and two parts, a part has two shards in one lap and one shard in the next.
-    assert [len(streamed(several, [0, 0], 0, 2, laps)) for laps in (1, 2, 3)] == [16, 24, 40]
+    assert [len(streamed(several, 0, 0, 0, 2, laps)) for laps in (1, 2, 3)] == [16, 24, 40]
 
 
 def test_ranks_stream_different_images(shards, monkeypatch):
@@ -195,7 +195,7 @@ def test_ranks_stream_different_images(shards, monkeypatch):
     for rank in range(3):
         monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
         stream = samples.StreamedSamples(source, source.source)
-        stream.seek(0, 0, 2, 4)
+        stream.seek(0, 2, 4)
         images += [sample.image.numpy().tobytes() for sample in stream]
     assert len(set(images)) == len(images) == 24
 
@@ -214,7 +214,7 @@ def test_noise_and_order_of_streamed_images_depend_on_seed_and_epoch(shards):
     for seed in (0, 1):
         for epoch in (0, 1):
             stream = samples.StreamedSamples(make_samples_of(source, seed), source)
-            stream.seek(epoch, 0, 1, 8)
+            stream.seek(8 * epoch, 1, 8)
             epoch_samples = list(stream)
             noise |= {tuple(sample.noise.tolist()) for sample in epoch_samples}
             orders.add(tuple(sample.image.numpy().tobytes() for sample in epoch_samples))

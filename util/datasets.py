@@ -157,7 +157,7 @@ def all_facts(source: Source | Shards, in_chans: int, indices: list[int], num_wo
             unreadable.append(ImageFacts(-1, unreadable=(name, str(error))))
             return True
 
-        for name, data, label in islice(source.stream([0], 0, 1, report, laps=1), len(indices)):
+        for _, name, data, label in islice(source.stream(0, 0, 1, report, laps=1), len(indices)):
             try:
                 yield image_facts(data, label, in_chans)
             except Exception as error:

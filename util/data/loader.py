@@ -123,13 +123,17 @@ class EpochBatches(_Epochs, Sampler[list[tuple[int, int]]]):
         self.repeats = repeats
         self.continues = updates is not None
 
+    def images_before(self, iteration: int) -> int:
+        """Returns the number of images of all passes before an iteration of the epoch, without repetitions."""
+        num_images, count = self.num_images // self.repeats, self.images_per_iteration // self.repeats
+        return self.epoch * (count * len(self) if self.continues else num_images) + iteration * count
+
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         num_images, count = self.num_images // self.repeats, self.images_per_iteration // self.repeats
-        start = self.epoch * (count * len(self) if self.continues else num_images)
         lap, order = -1, np.arange(0)
         for iteration in range(self.first_iteration, len(self)):
             batch: list[tuple[int, int]] = []
-            first = start + iteration * count
+            first = self.images_before(iteration)
             for position in range(first + dist.rank(), first + count, dist.world_size()):
                 if position // num_images != lap:
                     lap = position // num_images
@@ -217,7 +221,8 @@ class TrainLoader:
         """Sets the epoch and the first batch of the next iteration over this object."""
         self.order.seek(epoch, first_iteration)
         if self.stream:
-            self.stream.seek(epoch, first_iteration, len(self), self.order.batch_size)
+            start = self.order.images_before(first_iteration)
+            self.stream.seek(start, len(self) - first_iteration, self.order.batch_size)
 
     def seed_iteration(self, iteration: int) -> None:
         """Seeds the random numbers of a batch, such as those of drop path and mixup.
@@ -309,7 +314,7 @@ def examples(samples: Samples, count: int) -> list[Tensor]:
     """Returns a batch of up to `count` evenly spaced samples of the dataset, the same in every epoch and run."""
     if isinstance(samples.source, Shards):
         stream = StreamedSamples(samples, samples.source)
-        stream.seek(0, 0, 1, min(count, len(samples)))
+        stream.seek(0, 1, min(count, len(samples)))
         chosen = list(stream)
     else:
         indices = np.unique(np.linspace(0, len(samples) - 1, count, dtype=int))

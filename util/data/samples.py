@@ -156,21 +156,26 @@ class StreamedSamples(IterableDataset):
         self.samples = samples
         self.shards = shards
         self.repeats = repeats
-        # Epoch, first iteration, number of iterations, batch size; in shared memory, because workers are persistent.
-        self.place = torch.zeros(4, dtype=torch.int64).share_memory_()
+        # Start, number of batches, batch size; in shared memory, because workers are persistent.
+        self.place = torch.zeros(3, dtype=torch.int64).share_memory_()
 
-    def seek(self, epoch: int, first_iteration: int, num_iterations: int, batch_size: int) -> None:
-        """Sets the epoch of the next pass, and its batches: from `first_iteration` to `num_iterations` (excluded)."""
-        self.place.copy_(torch.tensor([epoch, first_iteration, num_iterations, batch_size]))
+    def seek(self, start: int, num_batches: int, batch_size: int) -> None:
+        """Sets the next pass over this object.
+
+        Args:
+            start: number of images that all processes together have read before.
+            num_batches: number of batches of this process.
+        """
+        self.place.copy_(torch.tensor([start, num_batches, batch_size]))
 
     def __iter__(self) -> Iterator[Sample]:
-        epoch, first_iteration, num_iterations, batch_size = self.place.tolist()
+        start, num_batches, batch_size = self.place.tolist()
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        batches = len(range(first_iteration + worker, num_iterations, workers))  # workers take turns
-        yield from itertools.islice(self._stream(epoch, first_iteration, worker, workers), batches * batch_size)
+        batches = len(range(worker, num_batches, workers))  # workers take turns
+        yield from itertools.islice(self._stream(start, worker, workers), batches * batch_size)
 
-    def _stream(self, epoch: int, first_iteration: int, worker: int, workers: int) -> Iterator[Sample]:
+    def _stream(self, start: int, worker: int, workers: int) -> Iterator[Sample]:
         bad: list[Bad] = []
 
         def report(name: str, error: Exception) -> bool:
@@ -178,14 +183,14 @@ class StreamedSamples(IterableDataset):
             return True
 
         part, parts = dist.rank() * workers + worker, dist.world_size() * workers
-        for name, data, label in self.shards.stream([self.samples.seed, epoch, first_iteration], part, parts, report):
+        for lap, name, data, label in self.shards.stream(self.samples.seed, part, parts, report, start):
             try:
                 picture = self.samples.decode(data)
             except BadImage as error:
                 self.samples.refuse(name, error, bad)
                 continue
             with preserve_generators():
-                finished = list(self.samples.finish(picture, label, bad, epoch, zlib.crc32(data), self.repeats))
+                finished = list(self.samples.finish(picture, label, bad, lap, zlib.crc32(data), self.repeats))
             yield from finished
             bad = []
 

@@ -1,5 +1,6 @@
 """Shards of WebDataset: tar files, read as a stream."""
 
+import itertools
 import logging
 import random
 import sys
@@ -24,9 +25,10 @@ SHUFFLED = 1000  # size of the shuffle buffer, in samples; the order of the shar
 class Shards:
     """Tar files that are read sequentially (WebDataset), for slow disks and URLs.
 
-    The samples of an epoch and their order depend on the number of processes and workers. A run that is resumed within
-    an epoch reads other samples than the interrupted run would have read: resuming is approximate here, and exact for
-    all other sources. Labels are read from members `.cls`.
+    The samples of an epoch and their order depend on the number of processes and workers. An epoch continues at about
+    the place where the epoch before it ended: the place is exact if all shards have equally many images. A run that is
+    resumed within an epoch reads other samples than the interrupted run would have read: resuming is approximate here,
+    and exact for all other sources. Labels are read from members `.cls`.
 
     Args:
         pattern: paths or URLs with braces {000..127}; paths may also contain *.
@@ -64,19 +66,21 @@ class Shards:
 
     def stream(
         self,
-        seed: Sequence[int],
+        seed: int,
         part: int,
         parts: int,
         report: Callable[[str, Exception], bool],
+        start: int = 0,
         laps: int = sys.maxsize,
-    ) -> Iterator[tuple[str, bytes, int]]:
-        """Yields (name, bytes, label) of the samples of all shards, `laps` times, each time in another order.
+    ) -> Iterator[tuple[int, str, bytes, int]]:
+        """Yields (pass, name, bytes, label) of the samples of all shards, `laps` times, each time in another order.
 
         Args:
             seed: seed of the order of shards, the same in all processes.
-            part: index of this reader. It reads every `parts`-th shard, counted over all laps.
+            part: index of this reader. It reads every `parts`-th shard, counted over all passes.
             parts: number of readers.
             report: called with name and error if a shard can't be read to its end; True: continue with the next shard.
+            start: number of samples that all readers together have read before, since the first pass.
             laps: number of passes over the shards.
 
         Raises:
@@ -88,20 +92,28 @@ class Shards:
             where = next((part for part in error.args[::-1] if part in self.urls), self.title)
             return report(where, BadImage(f"the shard can't be read to its end: {error.args[0] if error.args else ''}"))
 
-        generator = np.random.default_rng(seed)
-        mixed = webdataset.shuffle(SHUFFLED, rng=random.Random(zlib.crc32(repr((*seed, part)).encode())))
-        had_some = 0
-        for lap in range(laps):
-            order = enumerate(generator.permutation(len(self.urls)), start=lap * len(self.urls))
-            mine = [{"url": self.urls[number]} for position, number in order if position % parts == part]
+        num_shards = len(self.urls)
+        # Each reader has completed this number of shards of the mean length, and has read `skip` samples of the next.
+        completed, rest = divmod(start * num_shards, self.num_images * parts)
+        skip = rest // (num_shards * parts)
+        first = part + completed * parts
+        mixed = webdataset.shuffle(SHUFFLED, rng=random.Random(zlib.crc32(repr((seed, start, part)).encode())))
+        had_some = first_lap = first // num_shards
+        for lap in range(first_lap, first_lap + laps):
+            order = enumerate(np.random.default_rng([seed, lap]).permutation(num_shards), start=lap * num_shards)
+            mine = [
+                {"url": self.urls[number]} for place, number in order if place >= first and place % parts == part
+            ]
             members = read_shards(webdataset.tariterators.url_opener(mine, handler=handle), handle)
-            for sample in mixed(webdataset.tariterators.group_by_keys(members, handler=handle)):
+            samples = itertools.islice(webdataset.tariterators.group_by_keys(members, handler=handle), skip, None)
+            skip = 0
+            for sample in mixed(samples):
                 data = next((sample[key] for key in sample if f".{key}".lower().endswith(SUFFIXES)), None)
                 if data is not None:
                     had_some = lap
                     label = sample.get("cls", b"").decode("utf-8", "replace")
                     name = printable(f"{sample['__url__']}: {sample['__key__']}")
-                    yield name, data, int(label) if label.strip().isdecimal() else -1
+                    yield lap, name, data, int(label) if label.strip().isdecimal() else -1
             if lap - had_some > parts:
                 raise ValueError(f"--dataset {self.title}: no images in these shards")
 
