@@ -25,7 +25,7 @@ Model = TypeVar("Model", bound=nn.Module)
 # The settings of a run that determine its model and the preprocessing of images.
 MODEL_SETTINGS = (
     "model", "input_size", "patch_size", "in_chans", "mean", "std", "crop_pct", "norm_pix_loss", "mask_ratio",
-    "decoder_depth", "global_pool", "nb_classes", "probe", "num_queries", "classes", "label_names",
+    "mask_block", "decoder_depth", "global_pool", "nb_classes", "probe", "num_queries", "classes", "label_names",
     "layer_norm_eps", "head", "short_side", "reduce_zero_label", "colors", "num_cls_tokens", "learned_pos_embed",
 )  # fmt: skip
 HEAD_SETTINGS = {"global_pool", "nb_classes", "probe", "num_queries", "head"}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from inference.model import Autoencoder, ImageLike, Model, get_model, open_image
 from models_mae import Reconstruction
-from util import dist
+from util import dist, masking
 from util.cli import entry_point, flags, options
 from util.data.decode import Picture, size_of
 from util.data.transforms import to_tensor
@@ -95,7 +95,7 @@ def reconstruct(
 
     Args:
         image: an image of any shape. It is scaled; only margins that do not fill a patch are cropped.
-        mask_ratio: fraction of masked patches.
+        mask_ratio: fraction of masked patches; of a model that was pre-trained with `--mask_block`, of masked blocks.
         seed: random seed of the mask.
         hide: rectangles in pixels of the image. Their patches are masked instead of random patches.
         short_side: short side of the scaled image, in pixels. Default: the input size of the model.
@@ -114,8 +114,9 @@ def reconstruct(
         mask = boxes_to_mask(hide, size_of(picture), imgs.shape[2:])
         return model.reconstruct(imgs, mask=mask[None].to(device))
     grid_size = model.patch_embed.grid_of(*imgs.shape[2:])
-    noise = torch.rand(1, grid_size[0] * grid_size[1], generator=torch.Generator().manual_seed(seed))
-    return model.reconstruct(imgs, mask_ratio, noise=noise.to(device))
+    side = model.settings.get("mask_block") or 1
+    noise = masking.random_block_noise(grid_size, side, torch.Generator().manual_seed(seed))
+    return model.reconstruct(imgs, masking.ratio_of_patches(noise, mask_ratio), noise=noise[None].to(device))
 
 
 def uncropped_input(model: Model, picture: Picture, short_side: int | None = None) -> Tensor:

@@ -182,6 +182,18 @@ def test_the_mask_depends_on_seed_and_ratio(mae):
     assert {sum(mask) for mask in masks} == {4}
 
 
+def test_a_model_that_was_trained_with_blocks_reconstructs_blocks(pretrain, tmp_path):
+    """The picture has 4 x 6 patches: 6 blocks, of which one is visible."""
+    model = get_model(pretrain("blocks", mask_block=2, mask_ratio=0.5, epochs=1) / "checkpoint-0.pth")
+    masks = set()
+    for seed in range(8):
+        mask = reconstruct.reconstruct(model, Image.new("RGB", (96, 64)), 0.75, seed).mask.view(2, 2, 3, 2)
+        blocks = mask.float().mean(dim=(1, 3))
+        assert sorted(blocks.flatten().tolist()) == [0, 1, 1, 1, 1, 1]
+        masks.add(tuple(blocks.flatten().tolist()))
+    assert len(masks) > 2
+
+
 def test_rectangles_are_left_top_width_height():
     mask = reconstruct.boxes_to_mask([(10, 40, 20, 30)], (100, 200), (50, 100))
     expected = torch.zeros(50, 100)

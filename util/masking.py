@@ -87,15 +87,6 @@ def shuffle(x: Tensor, mask_ratio: float, noise: Tensor | None = None) -> tuple[
     return torch.argsort(noise, dim=1, stable=True), visible
 
 
-def random_mask(
-    batch_size: int, grid_size: tuple[int, int], mask_ratio: float, generator: torch.Generator | None = None
-) -> Tensor:
-    """Random masks: masked patches are sampled without replacement, as in the model -> bool (B, rows, columns)."""
-    noise = torch.rand(batch_size, math.prod(grid_size), generator=generator)
-    masked = noise.argsort(dim=1).argsort(dim=1) >= num_visible(math.prod(grid_size), mask_ratio)
-    return masked.unflatten(1, grid_size)
-
-
 def block_mask(
     batch_size: int, grid_size: tuple[int, int], mask_ratio: float, generator: torch.Generator | None = None
 ) -> Tensor:
@@ -146,16 +137,34 @@ def take(x: Tensor, ids: Tensor) -> Tensor:
     return torch.gather(x, 1, ids.unsqueeze(-1).expand(-1, -1, x.shape[2]))
 
 
-def random_block_noise(grid_size: tuple[int, int], side: int) -> Tensor:
+def random_block_noise(grid_size: tuple[int, int], side: int, generator: torch.Generator | None = None) -> Tensor:
     """Noise of random masks of blocks of side x side patches (Pixio, Yang et al. 2025) -> (N,).
 
     All patches of a block have the same noise, the rank of the block. The visible tokens are therefore in the order of
-    their blocks, and row-major within a block.
+    their blocks, and row-major within a block. Blocks at the right and the bottom of the grid may be incomplete.
     """
-    rows, columns = grid_size[0] // side, grid_size[1] // side
+    rows, columns = (math.ceil(length / side) for length in grid_size)
     # Ranks, because torch.rand may return equal numbers, with which two blocks could be visible in part.
-    ranks = torch.rand(rows * columns).argsort().argsort().float().unflatten(0, (rows, columns))
-    return ranks.repeat_interleave(side, dim=0).repeat_interleave(side, dim=1).flatten()
+    ranks = torch.rand(rows * columns, generator=generator).argsort().argsort().float().unflatten(0, (rows, columns))
+    patches = ranks.repeat_interleave(side, dim=0).repeat_interleave(side, dim=1)
+    return patches[: grid_size[0], : grid_size[1]].flatten()
+
+
+def ratio_of_patches(block_noise: Tensor, mask_ratio: float) -> float:
+    """Returns the mask ratio of patches for which int(blocks · (1 - mask_ratio)) blocks are visible.
+
+    Args:
+        block_noise: (N,), of `random_block_noise`.
+        mask_ratio: fraction of masked blocks.
+
+    Raises:
+        ValueError: no block is visible.
+    """
+    num_blocks = int(block_noise.max()) + 1
+    visible = num_visible(num_blocks, mask_ratio)
+    if not visible:
+        raise ValueError(f"--mask_ratio {mask_ratio:g} leaves none of the {num_blocks} patches or blocks visible")
+    return _ratio_of(int((block_noise < visible).sum()), len(block_noise))
 
 
 def sampler(

@@ -37,7 +37,7 @@ SETTINGS_USED: dict[str, type | tuple[type, ...]] = {
     "model": str, "input_size": int, "patch_size": int, "in_chans": int, "mean": (int, float), "std": (int, float),
     "classes": str, "label_names": str, "crop_pct": (int, float), "mask_ratio": (int, float), "num_heads": int,
     "decoder_num_heads": int, "layer_norm_eps": (int, float), "short_side": int, "colors": int,
-    "num_cls_tokens": int,
+    "num_cls_tokens": int, "mask_block": int,
 }  # fmt: skip
 OTHER_TOKENS = {"reg_token": "register tokens", "register_tokens": "register tokens",
                 "dist_token": "a distillation token", "distillation_token": "a distillation token"}  # fmt: skip
