@@ -20,6 +20,7 @@ import argparse
 import json
 import logging
 import re
+import shlex
 import shutil
 import statistics
 import time
@@ -43,9 +44,9 @@ import main_linprobe
 import models_build
 import models_vit
 from util import datasets
-from util.checkpoints import checkpoint
+from util.checkpoints import run_directory
 from util.cli import options
-from util.cli.advice import arguments
+from util.cli.advice import arguments, did_you_mean
 from util.data import labels as label_sets
 from util.data.sources import Source
 from util.evaluation import comparison, pixel_baselines
@@ -118,7 +119,12 @@ def main(args: Namespace) -> str:
     """Runs the scripts that have no result yet. Prints, writes and returns the table and the conclusion."""
     run_log.start_logging()
     out = Path(args.output_dir)
-    out.mkdir(parents=True, exist_ok=True)
+    run_directory.prepare(out, "auto")
+    with run_directory.locked(out):
+        return _compare(args, out)
+
+
+def _compare(args: Namespace, out: Path) -> str:
     encoders = _encoders(args, out / "encoders")
     open_split = partial(datasets.open_source, data_path=args.data_path, dataset=args.dataset, download=args.download)
     train, val = label_sets.open_pair(
@@ -141,7 +147,7 @@ def main(args: Namespace) -> str:
         Task(encoder, protocol, *draw)
         for draw in draws
         for encoder in encoders
-        for protocol in (pixel_baselines.STRENGTHS if encoder.name == PIXELS else args.protocols)
+        for protocol in (pixel_baselines.STRENGTHS if encoder.name == PIXELS else dict.fromkeys(args.protocols))
     ]
     runs = Runs(
         args, Commands(out / "runs", out / "results.json", args.jobs), [labels for labels, _ in sizes], train, val
@@ -243,7 +249,8 @@ def _encoders(args: Namespace, folder: Path) -> list[Encoder]:
         recorded = models_build.classifier_settings(weights)
         if not recorded:
             raise ValueError(f"--encoders {text}: no model of this library has its shapes")
-        own = {key: recorded[key] for key in ARCHITECTURE if recorded.get(key) is not None and key not in explicit}
+        known = [key for key in ARCHITECTURE if recorded.get(key) is not None]
+        own = {key: recorded[key] for key in known if key == "model" or key not in explicit}  # --model is of scratch
         encoders.append(Encoder(name, {**own, "finetune": path}))
         also = ("mean", "std", "num_cls_tokens")  # with --finetune, the scripts read them from the file
         architecture = architecture or {
@@ -255,6 +262,7 @@ def _encoders(args: Namespace, folder: Path) -> list[Encoder]:
         raise ValueError(
             f"--encoders: two have the name {repeated[0]}; give names, such as long=runs/b/checkpoint-99.pth"
         )
+    architecture = architecture or {"model": args.model}
     return [encoder if encoder.flags else encoder._replace(flags=architecture) for encoder in encoders]
 
 
@@ -273,18 +281,29 @@ def _named(text: str) -> tuple[str, str]:
             if Path(file).is_dir()
             else Path(file).stem
         )
+    if not file:
+        raise ValueError(f"--encoders {text}: give a file or a published name after the equals sign")
     if _directory(name) in RESERVED:
         raise ValueError(f"--encoders {text}: the name {name} is reserved; give another, such as mine={file}")
     return name, file
 
 
 def timm_folder(name: str, folder: Path) -> str:
-    """Saves a model of timm with its weights as a folder; returns the folder, which `loading.read` reads."""
+    """Saves a model of timm with its weights as a folder; returns the folder, which `loading.read` reads.
+
+    Raises:
+        ValueError: timm does not have the model, or its weights can't be downloaded.
+    """
     import timm  # takes more than a second
     from timm.models import save_for_hf
 
     if not (folder / name / "config.json").exists():
-        save_for_hf(timm.create_model(name, pretrained=True), str(folder / name))
+        try:
+            model = timm.create_model(name, pretrained=True)
+        except Exception as error:  # of timm, of the Hugging Face Hub and of the network
+            near = "" if timm.is_model(name) else did_you_mean(name, timm.list_models("*vit*"))
+            raise ValueError(f"--encoders {TIMM}{name}: {str(error).splitlines()[0]}{near}") from error
+        save_for_hf(model, str(folder / name))
     return str(folder / name)
 
 
@@ -304,8 +323,10 @@ class Runs:
         self.recipes = {}
         for text in args.recipes:
             protocol, _, recipe = text.partition("=")
-            if protocol not in args.protocols or not recipe:
-                raise ValueError(f"--recipes {text}: give PROTOCOL=YAML with one of {', '.join(args.protocols)}")
+            if protocol not in args.protocols or protocol in self.recipes or not recipe:
+                raise ValueError(f"--recipes {text}: give PROTOCOL=YAML once for each of {', '.join(args.protocols)}")
+            if not Path(recipe).is_file():
+                raise ValueError(f"--recipes {text}: there is no file {recipe}")
             self.recipes[protocol] = recipe
         self.budgets = dict(zip(sizes, _each("--budget", args.budget, len(sizes)), strict=True))
         self.chosen: dict[tuple[str, str, int], Flags] = {}
@@ -380,7 +401,9 @@ class Runs:
         """Returns the flags of the budget. Minutes are converted by the time of the second of two epochs."""
         budget = self.budgets[task.labels]
         if match := re.fullmatch(r"(\d+(?:\.\d+)?)m", budget):
-            seconds = self._run(f"timing/{task.name}", task, {**flags, **_epoch_flags(2)})["seconds_per_epoch"]
+            seconds = self._run(f"timing/{self.args.jobs}/{task.name}", task, {**flags, **_epoch_flags(2)})[
+                "seconds_per_epoch"
+            ]
             return _epoch_flags(max(1, int(60 * float(match[1]) / seconds)))
         return _epoch_flags(int(budget))
 
@@ -388,8 +411,11 @@ class Runs:
         script = Path(str(PROTOCOLS[task.protocol][0].__file__))
         if task.protocol == KNN:
             return self.commands.run(name, script, flags, lambda _, output: json.loads(output.strip().splitlines()[-1]))
-        flags = {**flags, "output_dir": self.commands.folder / name, "resume": "auto"}
-        return self.commands.run(name, script, flags, partial(_last_line, keep=self.args.keep_checkpoints))
+        out = self.commands.folder / name
+        scores = self.commands.run(name, script, {**flags, "output_dir": out, "resume": "auto"}, _last_line)
+        if not self.args.keep_checkpoints:
+            _remove_checkpoints(out)
+        return scores
 
     def _pixels(self, task: Task) -> dict[str, Any]:
         """Fits a baseline of scikit-learn on the images of the same draw."""
@@ -405,22 +431,28 @@ class Runs:
             accuracy, chosen = pixel_baselines.evaluate(task.protocol, *train, *val, seed=task.draw)
             return {"test_acc1": accuracy, "chosen": chosen}
 
-        name = f"{task.protocol} of scikit-learn on {task.labels} images of {self.args.data_path or self.args.dataset}"
-        return self.commands.keep(task.name, f"{name}, {arguments(settings)}, seed {task.draw}", compute)
+        data = {name: getattr(self.args, name) for name in ("data_path", "dataset", "train_list", "val_list")}
+        words = shlex.join(arguments({**data, **settings, "seed": task.draw}))
+        return self.commands.keep(
+            task.name, f"{task.protocol} of scikit-learn on {task.labels} images: {words}", data, compute
+        )
 
 
 def _epoch_flags(epochs: int) -> Flags:
     return {"epochs": epochs, "warmup_epochs": epochs // 10, "eval_every": epochs, "save_every": epochs}
 
 
-def _last_line(out: Path, _: str, keep: bool) -> dict[str, Any]:
-    """Returns the scores of a run directory, and removes its checkpoints and stored tokens unless `keep`."""
+def _last_line(out: Path, _: str) -> dict[str, Any]:
+    """Returns the scores of a run directory."""
     lines = [json.loads(line) for line in (out / "log.txt").read_text(encoding="utf-8").splitlines()]
-    if not keep:
-        for path in {*checkpoint.checkpoints(out), *out.glob("*.pth"), *out.glob("tokens")}:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
     scores = {name: value for name, value in lines[-1].items() if name.startswith(("test_", "chosen"))}
     return {**scores, "epochs": len(lines), "seconds_per_epoch": lines[-1]["seconds"]}
+
+
+def _remove_checkpoints(out: Path) -> None:
+    """Removes the checkpoints and stored tokens of a run directory."""
+    for path in (*out.glob("*.pth"), *out.glob("tokens")):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 if __name__ == "__main__":

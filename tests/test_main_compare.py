@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ import main_compare
 import main_knn
 from inference import get_model
 from util import datasets
+from util.checkpoints import run_directory
 from util.cli import entry_point
 from util.data.labels import hold_out
 from util.evaluation import comparison, pixel_baselines
@@ -44,6 +46,9 @@ def compare(data, out, encoder, *more):
              "--encoders", "pixels", encoder, "--protocols", "knn", "finetune", "--labels", "12", "--draws", "1",
              "--budget", "2", "--blr", "1e-3", "1e-2", "--jobs", "2", *more]  # fmt: skip
     return main_compare.main(entry_point.parse(main_compare.get_args_parser(), list(map(str, flags))))
+
+
+RECIPE = ROOT / "recipes/finetune_fashion_mnist.yaml"
 
 
 def rows(out):
@@ -148,8 +153,16 @@ SCORES = {"test_acc1": 50.0, "knn_acc1_k5": 40.0, "knn_acc1_k20": 60.0, "seconds
             ["--labels", "12", "13"],
             r"--labels 12 13: these are 12, 12 images, equally many of each class; give each once",
         ),
-        (["--recipes", "linear=x.yaml"], "--recipes linear=x.yaml: give PROTOCOL=YAML with one of knn, finetune"),
-        (["--recipes", "finetune"], "--recipes finetune: give PROTOCOL=YAML with one of knn, finetune"),
+        (["--recipes", "linear=x.yaml"], "--recipes linear=x.yaml: give PROTOCOL=YAML once for each of knn, finetune"),
+        (["--recipes", "finetune"], "--recipes finetune: give PROTOCOL=YAML once for each of knn, finetune"),
+        (["--recipes", f"knn={RECIPE}", f"knn={RECIPE}"], "--recipes knn=.*: give PROTOCOL=YAML once for each of"),
+        (["--recipes", "finetune=x.yaml"], "--recipes finetune=x.yaml: there is no file x.yaml"),
+        (["--encoders", "a="], "--encoders a=: give a file or a published name after the equals sign"),
+        (
+            ["--encoders", "timm:vit_base_patch16_223"],
+            r"--encoders timm:vit_base_patch16_223: Unknown model \(vit_base_patch16_223\); did you mean "
+            r"vit_base_patch16_224\?",
+        ),
         (["--encoders", "a=scratch.pth", "a=scratch.pth"], "there is no file scratch.pth"),
         (
             ["--encoders", "pixels=a.pth"],
@@ -163,7 +176,7 @@ def test_errors_are_one_line(labelled, encoder, tmp_path, flags, message):
         compare(labelled, tmp_path / "out", encoder, *flags)
 
 
-@pytest.mark.parametrize("budget", ["0", "abc", "m", "5min", "-1m"])
+@pytest.mark.parametrize("budget", ["0", "0m", "0.0m", "abc", "m", "5min", "-1m", "1.5"])
 def test_the_budget_is_epochs_or_minutes(budget, capsys):
     with pytest.raises(SystemExit):
         main_compare.get_args_parser().parse_args(["--encoders", "scratch", f"--budget={budget}"])
@@ -188,9 +201,54 @@ NAMED = {
 }
 
 
+def test_a_directory_has_one_comparison_at_a_time(labelled, encoder, tmp_path):
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(OSError, match=r"--output_dir .*out can't be created"):
+        compare(labelled, tmp_path / "out", encoder)
+    with run_directory.locked(tmp_path), pytest.raises(ValueError, match="is being written to by another run"):
+        compare(labelled, tmp_path, encoder)
+
+
 def test_encoders_of_one_directory_are_an_error(labelled, encoder, tmp_path):
     with pytest.raises(ValueError, match="--encoders: two have the name a_b; give names, such as long="):
         compare(labelled, tmp_path, encoder, "--encoders", f"a b={encoder}", f"a/b={encoder}")
+
+
+@pytest.mark.parametrize(("flag", "runs"), [("finetune", 2), ("config", 2), ("train_list", 2), ("data_path", 1)])
+def test_a_result_belongs_to_the_contents_of_its_files(tmp_path, flag, runs):
+    """An archive of images is not read: it may have hundreds of gigabytes."""
+    script, file = tmp_path / "counts.py", tmp_path / "file"
+    script.write_text("open(__file__ + '.txt', 'a').write('run ')")
+    for content in ("one", "one", "two!"):
+        file.write_text(content)
+        commands = Commands(tmp_path / "runs", tmp_path / "results.json", 1)
+        commands.run("name", script, {flag: file}, lambda out, text: {})
+    assert script.with_suffix(".py.txt").read_text().count("run") == runs
+
+
+def test_an_interrupted_run_of_other_files_is_not_resumed(tmp_path):
+    def interrupt(out):
+        (out / "state").touch()
+        raise KeyboardInterrupt
+
+    (tmp_path / "recipe").write_text("epochs: 1")
+    commands = Commands(tmp_path / "runs", tmp_path / "results.json", 1)
+    with pytest.raises(KeyboardInterrupt):
+        commands.keep("name", "command", {"config": tmp_path / "recipe"}, interrupt)
+    (tmp_path / "recipe").write_text("epochs: 20")
+    commands.keep("name", "command", {"config": tmp_path / "recipe"}, lambda out: {"value": (out / "state").exists()})
+    assert commands.scores()["name"]["value"] is False
+
+
+def test_pixels_of_other_lists_are_computed_again(labelled, encoder, tmp_path, monkeypatch):
+    computed = []
+    monkeypatch.setattr(pixel_baselines, "evaluate", lambda *args, **_: computed.append(len(args[1])) or (50.0, "C 1"))
+    for count in (3, 4):
+        per_class = [file for path in sorted((labelled / "train").iterdir()) for file in sorted(path.iterdir())[:count]]
+        (tmp_path / "list.csv").write_text("".join(f"{file},{file.parent.name}\n" for file in per_class))
+        flags = ("--train_list", tmp_path / "list.csv", "--encoders", "pixels")
+        compare(labelled, tmp_path / "out", encoder, *flags)
+    assert len(computed) == 4
 
 
 def test_errors_of_the_scripts_come_before_the_runs(labelled, encoder, tmp_path, monkeypatch, capsys):
@@ -257,6 +315,26 @@ def test_pixels_are_resized_to_32_and_keep_their_range(labelled):
     assert pixel_baselines.read(source, 16, in_chans=3, crop_pct=None, num_workers=0).shape == (23, 3 * 16 * 16)
 
 
+def test_flags_of_models(labelled, encoder, tmp_path, monkeypatch):
+    """--model is the architecture of scratch; a file has its own."""
+    runs = {}
+    monkeypatch.setattr(Commands, "run", lambda self, name, script, flags, read: runs.update({name: flags}) or SCORES)
+    compare(labelled, tmp_path, encoder, "--encoders", "scratch", encoder, "--model", "vit_tiny_patch16")
+    assert runs["scratch/finetune/12/0"]["model"] == "vit_tiny_patch16"
+    assert runs["mine/finetune/12/0"]["model"] == "vit_mini_patch4"
+    compare(labelled, tmp_path, encoder, "--encoders", "scratch", "--protocols", "finetune", "finetune")
+    assert runs["scratch/finetune/12/0"]["model"] == "vit_base_patch16"  # the default of this script
+
+
+def test_the_time_of_an_epoch_depends_on_the_number_of_jobs(labelled, encoder, tmp_path, monkeypatch):
+    names = []
+    monkeypatch.setattr(Commands, "run", lambda self, name, *_: names.append(name) or SCORES)
+    for jobs in (1, 2):
+        compare(labelled, tmp_path, encoder, "--budget", "1m", "--protocols", "finetune", "--jobs", jobs)
+    timed = [name for name in names if name.startswith("timing")]
+    assert timed == ["timing/1/mine/finetune/12/0", "timing/2/mine/finetune/12/0"]
+
+
 def test_scratch_has_the_settings_of_the_first_file(labelled, encoder, tmp_path, monkeypatch):
     seen = {}
     monkeypatch.setattr(Commands, "run", lambda self, name, script, flags, read: seen.update({name: flags}) or SCORES)
@@ -303,6 +381,27 @@ def test_an_error_ends_the_others(tmp_path):
     assert note.read_text() == "saved"
 
 
+def test_no_command_begins_after_an_error(tmp_path):
+    """The function goes on between two commands, when another one fails."""
+    (tmp_path / "script.py").write_text("")
+    commands, ended = Commands(tmp_path, tmp_path / "results.json", 2), threading.Event()
+
+    def go_on():
+        wait_until(lambda: commands.stopping)
+        try:
+            commands.run("a", tmp_path / "script.py", {}, lambda out, text: {})
+        except ValueError as error:
+            assert "a was not started: another command has failed" in str(error)
+            ended.set()
+
+    def fail():
+        raise ValueError("failed")
+
+    with pytest.raises(ValueError, match="failed"):
+        list(commands.each([go_on, fail]))
+    assert ended.is_set()
+
+
 def test_a_killed_comparison_ends_its_scripts(tmp_path):
     """Otherwise they would train on, beside the resumed comparison."""
     (tmp_path / "sleeps.py").write_text(
@@ -331,8 +430,22 @@ def test_checkpoints_and_tokens_of_complete_runs_are_removed(tmp_path):
     (tmp_path / "tokens").mkdir()
     for name in ("checkpoint-1.pth", "checkpoint-best.pth", "probe.pth", "tokens/train.npy"):
         (tmp_path / name).touch()
-    expected = {"test_acc1": 5, "chosen_blr": 3, "epochs": 2, "seconds_per_epoch": 4}
-    assert main_compare._last_line(tmp_path, "", keep=True) == expected
-    assert len(list(tmp_path.rglob("*"))) == 6
-    assert main_compare._last_line(tmp_path, "", keep=False) == expected
+    assert main_compare._last_line(tmp_path, "") == {
+        "test_acc1": 5, "chosen_blr": 3, "epochs": 2, "seconds_per_epoch": 4,
+    }  # fmt: skip
+    main_compare._remove_checkpoints(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["log.txt"]
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_checkpoints_are_removed_after_the_result_is_stored(labelled, encoder, tmp_path, monkeypatch, keeps):
+    """A comparison that is killed between the two would otherwise train again."""
+
+    def run(self, name, *_):
+        (self.folder / name).mkdir(parents=True, exist_ok=True)
+        (self.folder / name / "checkpoint-1.pth").touch()
+        return SCORES
+
+    monkeypatch.setattr(Commands, "run", run)
+    compare(labelled, tmp_path, encoder, *["--keep_checkpoints"] * keeps)
+    assert bool(list((tmp_path / "runs/mine/finetune").rglob("*.pth"))) == keeps

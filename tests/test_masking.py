@@ -192,7 +192,7 @@ def test_incomplete_blocks_of_any_grid():
         sizes.add(count)
         assert num_visible(35, ratio_of_patches(noise, 0.5)) == int((noise < 2).sum())
     assert sizes == {16, 12, 4, 3}
-    with pytest.raises(ValueError, match="--mask_ratio 0.8 leaves none of the 4 patches or blocks visible"):
+    with pytest.raises(ValueError, match=r"--mask_ratio 0.8 leaves none of the 4 patches or blocks visible"):
         ratio_of_patches(noise, 0.8)
 
 

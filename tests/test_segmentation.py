@@ -106,7 +106,7 @@ def test_the_command_compares_three_runs_of_each_seed(encoder, tmp_path, capsys,
         calls[name] = flags
         argv = [*arguments(flags), "--epochs", "1", "--num_workers", "0"]
         main_segment.main(entry_point.parse(main_segment.get_args_parser(), argv))
-        return self.keep(name, str(argv), lambda out: read(self.folder / name, ""))
+        return self.keep(name, str(argv), {}, lambda out: read(self.folder / name, ""))
 
     monkeypatch.setattr(Commands, "run", run)
     monkeypatch.setattr(Commands, "each", lambda self, calls: [call() for call in calls])

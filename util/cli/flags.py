@@ -37,7 +37,7 @@ def count_or_all(text: str) -> int | str:
 
 def budget(text: str) -> str:
     """The type of a training budget: epochs or minutes."""
-    if not re.fullmatch(r"\d*[1-9]\d*|\d+(\.\d+)?m", text):
+    if not re.fullmatch(r"(?=.*[1-9])(\d+|\d+(\.\d+)?m)", text):
         raise argparse.ArgumentTypeError(f"must be epochs (50) or minutes (5m), got {text}")
     return text
 

@@ -219,7 +219,7 @@ def add_model_options(parser: argparse.ArgumentParser, models: Collection[str], 
     )  # fmt: skip
     group.add_argument(
         "--num_cls_tokens", type=positive_int, metavar="T",
-        help="class tokens; heads and k-NN use their mean (default: those of the loaded weights, else 1)",
+        help="number of class tokens; heads and k-NN use their mean (default: those of the loaded weights, else 1)",
     )  # fmt: skip
 
 
@@ -515,7 +515,7 @@ def add_comparison_options(parser: argparse.ArgumentParser, protocols: Collectio
     )  # fmt: skip
     group.add_argument(
         "--protocols", nargs="+", choices=protocols, metavar="P",
-        help=f"uses of the encoders, of {', '.join(protocols)}",
+        help=f"evaluations of each encoder: any of {', '.join(protocols)}",
     )  # fmt: skip
     group.add_argument(
         "--labels", nargs="+", default=["all"], metavar="N",
@@ -523,7 +523,8 @@ def add_comparison_options(parser: argparse.ArgumentParser, protocols: Collectio
     )  # fmt: skip
     group.add_argument(
         "--draws", nargs="+", type=positive_int, default=[3], metavar="N",
-        help="random subsets for each number of labels; there is one of all. One value, or one for each of --labels",
+        help="number of random subsets of each number of labels; all labels are a single one. One value, or one for "
+        "each of --labels",
     )  # fmt: skip
     group.add_argument(
         "--budget", nargs="+", type=budget, default=["50"], metavar="B",
@@ -541,12 +542,13 @@ def add_comparison_options(parser: argparse.ArgumentParser, protocols: Collectio
     )  # fmt: skip
     group = _group(parser, RUN)
     group.add_argument(
-        "--output_dir", default="runs/compare", metavar="DIR", help="folder of table, plot and runs; existing results "
-        "of the same commands are reused",
+        "--output_dir", default="runs/compare", metavar="DIR", help="folder of table, plot and runs. Results in it are "
+        "reused if the command and the files that it names are the same",
     )  # fmt: skip
     group.add_argument(
-        "--jobs", type=positive_int, default=1, metavar="N", help="runs at a time, which share the CPU cores or the GPU"
-    )
+        "--jobs", type=positive_int, default=1, metavar="N",
+        help="number of runs at a time, which share the CPU cores or the GPU",
+    )  # fmt: skip
     add_switch(group, "keep_checkpoints", False, "keep the checkpoints of completed runs")
     _add_device(group)
     _add_amp(group)

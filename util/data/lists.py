@@ -47,7 +47,7 @@ def read_list(path: Path, root: Path | None, flag: str) -> Files:
     if not names:
         raise ValueError(f"{flag} {path}: the list is empty")
     files = Files(root or path.parent, names, classes, numbers)
-    if not os.path.exists(files._path(0)):
+    if not os.path.exists(files.path(0)):
         raise ValueError(
             f"{flag} {path}: its first file, {files.name(0)}, does not exist; paths are relative to --data_path, or "
             f"to the folder of the list"

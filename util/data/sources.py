@@ -93,13 +93,14 @@ class Files:
         return len(self.names)
 
     def __getitem__(self, index: int) -> tuple[bytes, int]:
-        return read_file(self._path(index)), int(self.labels[index])
+        return read_file(self.path(index)), int(self.labels[index])
 
     def name(self, index: int) -> str:
-        """Returns the path of the file."""
-        return printable(self._path(index))
+        """Returns the path of the file for messages."""
+        return printable(self.path(index))
 
-    def _path(self, index: int) -> str:
+    def path(self, index: int) -> str:
+        """Returns the path of the file."""
         return os.path.join(self.root, self.names[index])
 
 

@@ -6,7 +6,7 @@ import random
 import sys
 import tarfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -101,9 +101,7 @@ class Shards:
         had_some = first_lap = first // num_shards
         for lap in range(first_lap, first_lap + laps):
             order = enumerate(np.random.default_rng([seed, lap]).permutation(num_shards), start=lap * num_shards)
-            mine = [
-                {"url": self.urls[number]} for place, number in order if place >= first and place % parts == part
-            ]
+            mine = [{"url": self.urls[number]} for place, number in order if place >= first and place % parts == part]
             members = read_shards(webdataset.tariterators.url_opener(mine, handler=handle), handle)
             samples = itertools.islice(webdataset.tariterators.group_by_keys(members, handler=handle), skip, None)
             skip = 0

@@ -1,6 +1,7 @@
 """Runs scripts in processes of their own, several at a time; each result is computed once and kept in a folder."""
 
 import ctypes
+import hashlib
 import json
 import os
 import shlex
@@ -12,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,7 +27,9 @@ PR_SET_PDEATHSIG = 1  # of Linux: the signal that a process gets when its parent
 
 
 class Commands:
-    """Runs commands and keeps their scores in a file. A result of another command is replaced.
+    """Runs commands and keeps their scores in a file.
+
+    A result is computed again if its command is another one, or if a file that a flag names has another content.
 
     Args:
         folder: the run directories.
@@ -35,27 +39,30 @@ class Commands:
 
     def __init__(self, folder: Path, stored: Path, jobs: int) -> None:
         self.folder, self.stored, self.jobs = folder, stored, jobs
-        self.lock = threading.Lock()  # of the file
+        self.lock = threading.Lock()  # of the file and of the processes
         self.processes: set[subprocess.Popen[bytes]] = set()
+        self.stopping = False
 
-    def keep(self, name: str, command: str, compute: Callable[[Path], Scores]) -> Scores:
-        """Returns the scores of a name, with `seconds` and `command`. They are computed unless they are kept.
+    def keep(self, name: str, command: str, flags: Mapping[str, Any], compute: Callable[[Path], Scores]) -> Scores:
+        """Returns the scores of a name, with `seconds`, `command` and `files`. They are computed unless they are kept.
 
         Args:
+            flags: by name. The contents of the files among their values, except for `data_path`, belong to the result.
             compute: computes the scores in a run directory. After an interruption it is called again with the same
                 directory.
         """
         out = self.folder / name
+        files = {key: digest for key, value in flags.items() if key != "data_path" and (digest := _digest_of(value))}
         scores = self.scores().get(name, {})
-        if scores.get("command") == command:
+        if scores.get("command") == command and scores.get("files", files) == files:
             return scores
-        started = out / "command.txt"
-        if started.exists() and started.read_text(encoding="utf-8") != command:
-            shutil.rmtree(out)  # of other flags; it can't be resumed
+        started, text = out / "command.txt", f"{command}\n{json.dumps(files)}\n"
+        if started.exists() and started.read_text(encoding="utf-8") != text:
+            shutil.rmtree(out)  # of other flags or files; it can't be resumed
         out.mkdir(parents=True, exist_ok=True)
-        atomic.write_text(started, command)
+        atomic.write_text(started, text)
         begin = time.perf_counter()
-        scores = {**compute(out), "seconds": time.perf_counter() - begin, "command": command}
+        scores = {**compute(out), "seconds": time.perf_counter() - begin, "command": command, "files": files}
         with self.lock:
             text = json.dumps({**self.scores(), name: scores}, indent=1, sort_keys=True)
             atomic.write_text(self.stored, text + "\n")
@@ -80,12 +87,15 @@ class Commands:
         def compute(out: Path) -> Scores:
             output = out / "output.txt"
             with output.open("wb") as file:
-                process = subprocess.Popen(
-                    [sys.executable, str(script), *arguments(flags)], stdout=file, stderr=subprocess.STDOUT,
-                    preexec_fn=_end_with_parent if sys.platform == "linux" else None,
-                    env=os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.jobs))},
-                )  # fmt: skip
-                self.processes.add(process)
+                with self.lock:
+                    if self.stopping:
+                        raise ValueError(f"{name} was not started: another command has failed")
+                    process = subprocess.Popen(
+                        [sys.executable, str(script), *arguments(flags)], stdout=file, stderr=subprocess.STDOUT,
+                        preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+                        env=os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.jobs))},
+                    )  # fmt: skip
+                    self.processes.add(process)
                 code = process.wait()
                 self.processes.discard(process)
             text = output.read_text(encoding="utf-8", errors="replace")
@@ -94,7 +104,7 @@ class Commands:
                 raise ValueError(f"{last} (the output is in {output})")
             return read(out, text)
 
-        return self.keep(name, command, compute)
+        return self.keep(name, command, flags, compute)
 
     def each(self, calls: Iterable[Callable[[], T]]) -> Iterator[T]:
         """Calls functions, `jobs` at a time, and yields their results as they are complete.
@@ -108,10 +118,27 @@ class Commands:
                 while pending:
                     done, pending = wait(pending, timeout=1, return_when=FIRST_COMPLETED)
                     yield from (future.result() for future in done)
-            finally:
+            except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
-                for process in list(self.processes):
-                    process.terminate()
+                with self.lock:
+                    self.stopping = True
+                    for process in list(self.processes):
+                        process.terminate()
+                raise
+
+
+def _digest_of(value: Any) -> str | None:
+    """Returns a digest of a file; None for values that are no files."""
+    if not isinstance(value, str | Path) or not os.path.isfile(value):
+        return None
+    status = os.stat(value)
+    return _digest(str(value), status.st_size, status.st_mtime_ns)
+
+
+@cache  # checkpoints of gigabytes
+def _digest(path: str, _size: int, _time: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
