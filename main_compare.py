@@ -232,13 +232,12 @@ def _size(text: str, train: Source) -> tuple[int, int | None]:
 
 
 def _encoders(args: Namespace, folder: Path) -> list[Encoder]:
-    """Opens the encoders. Explicit flags override the recorded settings of a file.
+    """Opens the encoders, with the settings that their files record.
 
     Raises:
         ValueError: two encoders have one name, or an encoder can't be opened.
     """
-    explicit = entry_point.explicit(args)
-    encoders, architecture = [], {"model": args.model} if "model" in explicit else {}
+    encoders, architecture = [], {"model": args.model} if "model" in entry_point.explicit(args) else {}
     for text in args.encoders:
         if text in (SCRATCH, PIXELS):
             encoders.append(Encoder(text, {}))
@@ -249,8 +248,7 @@ def _encoders(args: Namespace, folder: Path) -> list[Encoder]:
         recorded = models_build.classifier_settings(weights)
         if not recorded:
             raise ValueError(f"--encoders {text}: no model of this library has its shapes")
-        known = [key for key in ARCHITECTURE if recorded.get(key) is not None]
-        own = {key: recorded[key] for key in known if key == "model" or key not in explicit}  # --model is of scratch
+        own = {key: recorded[key] for key in ARCHITECTURE if recorded.get(key) is not None}
         encoders.append(Encoder(name, {**own, "finetune": path}))
         also = ("mean", "std", "num_cls_tokens")  # with --finetune, the scripts read them from the file
         architecture = architecture or {
@@ -320,7 +318,7 @@ class Runs:
     def __init__(self, args: Namespace, commands: Commands, sizes: Sequence[int], train: Source, val: Source) -> None:
         self.args, self.commands, self.train, self.val = args, commands, train, val
         self.shared = {name: getattr(args, name) for name in SHARED if name in entry_point.explicit(args)}
-        self.recipes = {}
+        self.recipes: dict[str, str] = {}
         for text in args.recipes:
             protocol, _, recipe = text.partition("=")
             if protocol not in args.protocols or protocol in self.recipes or not recipe:
@@ -419,8 +417,8 @@ class Runs:
 
     def _pixels(self, task: Task) -> dict[str, Any]:
         """Fits a baseline of scikit-learn on the images of the same draw."""
-        settings = {name: getattr(self.args, name) for name in ("input_size", "in_chans", "crop_pct")}
-        settings |= {name: value for name, value in task.encoder.flags.items() if name in settings}
+        flags = {**vars(self.args), **task.encoder.flags, **self.shared}
+        settings = {name: flags[name] for name in ("input_size", "in_chans", "crop_pct")}
 
         def compute(_: Path) -> dict[str, Any]:
             few = label_sets.some_of_each_class(self.train, task.per_class, task.draw) if task.per_class else self.train

@@ -1,6 +1,6 @@
 """Ablations of pre-training: encoders are pre-trained and compared, and results are not computed twice."""
 
-import importlib.util
+import importlib
 import json
 
 import numpy as np
@@ -33,10 +33,7 @@ def data(tmp_path, monkeypatch):
 
 
 def read_study(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / name / "study.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.STUDY
+    return importlib.import_module(f"benchmarks.{name}.study").STUDY
 
 
 def test_two_encoders_are_pretrained_and_compared_once(data, tmp_path, monkeypatch):

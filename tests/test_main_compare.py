@@ -253,18 +253,21 @@ def test_pixels_of_other_lists_are_computed_again(labelled, encoder, tmp_path, m
 
 def test_errors_of_the_scripts_come_before_the_runs(labelled, encoder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Commands, "run", lambda *_: pytest.fail("a run was started"))
-    (tmp_path / "recipe.yaml").write_text("epoch: 3\n")
+    (tmp_path / "recipe.yaml").write_text("amps: off\n")
+    flags = ("--protocols", "finetune", "knn", "--recipes", f"knn={tmp_path / 'recipe.yaml'}", "--jobs", "1")
     with pytest.raises(SystemExit):
-        compare(labelled, tmp_path / "out", encoder, "--recipes", f"finetune={tmp_path / 'recipe.yaml'}")
-    assert "recipe.yaml: there is no flag 'epoch'; did you mean epochs?" in capsys.readouterr().err
+        compare(labelled, tmp_path / "out", encoder, *flags)
+    assert "recipe.yaml: there is no flag 'amps'; did you mean amp?" in capsys.readouterr().err
 
 
 def test_the_time_left_is_that_of_similar_runs():
     encoder = main_compare.Encoder("mine", {})
     tasks = [main_compare.Task(encoder, protocol, labels, 1, draw)
-             for protocol, labels in (("knn", 10), ("knn", 50), ("finetune", 10)) for draw in (0, 1, 2)]  # fmt: skip
-    seconds = {tasks[0].name: 2.0, tasks[1].name: 4.0, tasks[6].name: 60.0}
-    assert main_compare._seconds_left(tasks, seconds) == 3 + 3 * 3 + 2 * 60
+             for protocol in ("knn", "finetune") for labels in (10, 50) for draw in (0, 1, 2)]  # fmt: skip
+    seconds = {tasks[0].name: 2.0, tasks[1].name: 4.0, tasks[3].name: 10.0, tasks[6].name: 60.0}
+    assert main_compare._seconds_left(tasks, seconds) == 3 + 2 * 10 + 2 * 60 + 3 * 60
+    tasks.append(main_compare.Task(encoder, "linear", 10, 1, 0))
+    assert main_compare._seconds_left(tasks, seconds) == 323 + 76 / 4
 
 
 def results(encoder, accuracies, labels=100):
@@ -324,6 +327,22 @@ def test_flags_of_models(labelled, encoder, tmp_path, monkeypatch):
     assert runs["mine/finetune/12/0"]["model"] == "vit_mini_patch4"
     compare(labelled, tmp_path, encoder, "--encoders", "scratch", "--protocols", "finetune", "finetune")
     assert runs["scratch/finetune/12/0"]["model"] == "vit_base_patch16"  # the default of this script
+
+
+def test_pixels_of_the_size_of_the_encoder_or_of_the_flag(labelled, encoder, tmp_path, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(pixel_baselines, "evaluate", lambda *_, **__: (50.0, "C 1"))
+    monkeypatch.setattr(
+        pixel_baselines, "read", lambda source, input_size, **_: sizes.append(input_size) or np.zeros((len(source), 1))
+    )
+    monkeypatch.setattr(Commands, "run", lambda *_: SCORES)
+    compare(labelled, tmp_path, encoder, "--input_size", "8")
+    assert set(sizes) == {8}
+    sizes.clear()
+    flags = ["--device", "cpu", "--data_path", labelled, "--output_dir", tmp_path / "own", "--encoders", "pixels",
+             encoder, "--protocols", "knn", "--labels", "12", "--draws", "1"]  # fmt: skip
+    main_compare.main(entry_point.parse(main_compare.get_args_parser(), list(map(str, flags))))
+    assert set(sizes) == {16}
 
 
 def test_the_time_of_an_epoch_depends_on_the_number_of_jobs(labelled, encoder, tmp_path, monkeypatch):

@@ -96,6 +96,12 @@ def test_only_the_head_learns_and_its_file_needs_no_flags(
         assert Image.open(tmp_path / folder / "confusion.png").width > 300
 
 
+def test_another_window_keeps_the_scale_of_the_training(segment):
+    """The default of --short_side is recorded as the number of pixels."""
+    out = segment(epochs=1)
+    assert get_model(out / "checkpoint-0.pth", input_size=32).short_side == 16
+
+
 @pytest.mark.parametrize("unfreeze", ["0", "2", "all"])
 def test_a_resumed_run_equals_an_uninterrupted_run(segment, encoder, monkeypatch, unfreeze):
     """With worker processes, drop path and batch norm; the second run is killed within an epoch."""

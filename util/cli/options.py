@@ -106,8 +106,7 @@ def add_source_options(group: argparse._ActionsContainer) -> None:
         "--num_images", type=positive_int, metavar="N",
         help="number of images in the shards of wds: (default: counted, which needs local files)",
     )  # fmt: skip
-    group.add_argument("--in_chans", default=3, type=positive_int, metavar="C", help="input channels: 3 RGB, 1 gray")
-    _add_num_workers(group)
+    _add_reading_options(group)
 
 
 def add_pair_options(parser: argparse.ArgumentParser) -> None:
@@ -116,12 +115,12 @@ def add_pair_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--data_path", metavar="PATH",
         help="folder, or tar or zip file, with images and masks: images/training and annotations/training (ADE20K), "
-        "train/images and train/masks, or the folders of mmsegmentation or LoveDA; for validation alike",
+        "train/images and train/masks, or the folders of mmsegmentation or LoveDA; the same for validation",
     )  # fmt: skip
     for flag, what in (("--train_folders", "training"), ("--val_folders", "validation")):
         group.add_argument(
             flag, nargs=2, metavar=("IMAGES", "MASKS"),
-            help=f"two folders with the {what} images and their masks, which have the same names except for suffixes",
+            help=f"the folder of the {what} images and that of their masks, with the same file names except for suffixes",
         )  # fmt: skip
     for flag, what in (("--train_list", "training"), ("--val_list", "validation")):
         group.add_argument(flag, metavar="FILE", help=f"CSV file with a row `image,mask` for each {what} image")
@@ -131,18 +130,18 @@ def add_pair_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--download", action="store_true", help="download --dataset to --data_path")
     group.add_argument(
         "--nb_classes", type=positive_int, metavar="N",
-        help="number of classes: the values of masks are 0 to N - 1, and 255 is ignored (default: that of --palette)",
+        help="number of classes. The values in masks are 0 to N - 1; 255 is ignored (default: number in --palette)",
     )  # fmt: skip
     add_switch(
         group,
         "reduce_zero_label",
         False,
-        "the value 0 of masks is ignored, and the classes are 1 to N (ADE20K, LoveDA)",
+        "ignore the value 0 in masks; the classes have the values 1 to N (ADE20K, LoveDA)",
     )
     group.add_argument(
         "--palette", metavar="FILE",
-        help="text file with a line `R G B NAME` for each class: the names, and the colors of masks that are color "
-        "images and of pictures (default: names are numbers, and colors are those of VOC)",
+        help="text file with a line `R G B NAME` for each class: its name, and its color in color masks and in "
+        "pictures (default: numbers, and the colors of VOC)",
     )  # fmt: skip
     _add_input_options(group, "crop and window size")
     group.add_argument(
@@ -150,8 +149,7 @@ def add_pair_options(parser: argparse.ArgumentParser) -> None:
         help="scale images so that their shorter side has N pixels, before the random scale in training and the "
         "windows in evaluation; 0: the size of the file (default: the shorter side of --input_size)",
     )  # fmt: skip
-    group.add_argument("--in_chans", default=3, type=positive_int, metavar="C", help="input channels: 3 RGB, 1 gray")
-    _add_num_workers(group)
+    _add_reading_options(group)
 
 
 def _add_fast_jpeg(group: argparse._ActionsContainer) -> None:
@@ -183,6 +181,11 @@ def add_segmentation_options(parser: argparse.ArgumentParser) -> None:
         help="range of the random scale of an image, before the random crop of --input_size",
     )  # fmt: skip
     _add_hflip(group)
+
+
+def _add_reading_options(group: argparse._ActionsContainer) -> None:
+    group.add_argument("--in_chans", default=3, type=positive_int, metavar="C", help="input channels: 3 RGB, 1 gray")
+    _add_num_workers(group)
 
 
 def _add_num_workers(group: argparse._ActionsContainer) -> None:
@@ -461,7 +464,7 @@ def add_evaluation_options(parser: argparse.ArgumentParser) -> None:
         "is always evaluated",
     )  # fmt: skip
     group.add_argument(
-        "--report", metavar="DIR", help="folder for the accuracy per class and the confusion matrix (CSV and picture)"
+        "--report", metavar="DIR", help="folder for the scores per class and the confusion matrix (CSV and picture)"
     )
     group.add_argument(
         "--dist_eval", action="store_true", help="no effect: the evaluation is always distributed, and exact"
