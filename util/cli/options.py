@@ -120,7 +120,7 @@ def add_pair_options(parser: argparse.ArgumentParser) -> None:
     for flag, what in (("--train_folders", "training"), ("--val_folders", "validation")):
         group.add_argument(
             flag, nargs=2, metavar=("IMAGES", "MASKS"),
-            help=f"the folder of the {what} images and that of their masks, with the same file names except for suffixes",
+            help=f"the folder of the {what} images and that of their masks. File names are equal except for suffixes",
         )  # fmt: skip
     for flag, what in (("--train_list", "training"), ("--val_list", "validation")):
         group.add_argument(flag, metavar="FILE", help=f"CSV file with a row `image,mask` for each {what} image")
