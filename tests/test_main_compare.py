@@ -289,6 +289,15 @@ def test_the_conclusion_says_when_a_difference_is_within_the_spread():
     )
 
 
+def test_the_conclusion_compares_with_another_encoder():
+    probe = Result("a", "linear probe", 100, 0, 71.0, "", 1.0, "")
+    cells = comparison.cells_of([*results("a", [72.0]), probe, *results("b", [69.0])])
+    assert comparison.conclusion(cells) == (
+        "With 100 labels, a (k-NN) has the best accuracy, 72.0 %, 3.0 points (one draw: the spread is unknown) above b "
+        "(k-NN)."
+    )
+
+
 def test_the_table():
     cells = comparison.cells_of([*results("a", [70.0, 72.0]), *results("b", [60.0]), *results("b", [80.0], 1000)])
     assert comparison.table(cells).splitlines()[2:] == [
