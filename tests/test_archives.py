@@ -86,10 +86,10 @@ def test_images_of_other_splits_are_ignored(tmp_path):
     with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
         for name in ("set/train/a/1.png", "set/val/a/2.png"):
             archive.writestr(name, name)
-    for split, said in (("train", b"set/train/a/1.png"), ("val", b"set/val/a/2.png")):
+    for split, content in (("train", b"set/train/a/1.png"), ("val", b"set/val/a/2.png")):
         source = Archive(tmp_path / "set.zip", split)
         assert len(source) == 1
-        assert source[0] == (said, 0)
+        assert source[0] == (content, 0)
 
 
 def test_damaged_archives_are_errors(pictures, tmp_path):
@@ -279,8 +279,8 @@ def test_zip_members_with_wrong_headers_are_bad_images(tmp_path):
     tracemalloc.stop()
     assert peak < 10_000_000
     assert why.keys() == LIES.keys()
-    for name, said in LIES.items():
-        assert said in why[name]
+    for name, message in LIES.items():
+        assert message in why[name]
     samples = Samples(source, transforms.pretrain_transform(8), in_chans=3, seed=0, on_bad_image="skip")
     taken = [samples[(0, index)] for index in range(len(source))]
     assert [len(sample.bad) > 0 for sample in taken].count(False) == 1

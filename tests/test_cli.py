@@ -231,15 +231,15 @@ def test_errors_are_one_line_and_debug_shows_the_traceback(capsys, monkeypatch):
             entry_point.run(main, main_pretrain.get_args_parser())
         return stop.value.code, capsys.readouterr().err
 
-    code, said = run(ValueError("--data_path: there is no folder x"))
+    code, output = run(ValueError("--data_path: there is no folder x"))
     assert code == 1
-    assert said.endswith("error: --data_path: there is no folder x\n")
-    assert "Traceback" not in said
+    assert output.endswith("error: --data_path: there is no folder x\n")
+    assert "Traceback" not in output
     assert "Traceback" in run(ValueError("x"), "--debug")[1]
     assert "halve --batch_size 64 and double --accum_iter" in run(torch.OutOfMemoryError("CUDA out of memory"))[1]
-    code, said = run(KeyboardInterrupt())
+    code, output = run(KeyboardInterrupt())
     assert code == 130
-    assert "--resume auto resumes from the newest checkpoint" in said
+    assert "--resume auto resumes from the newest checkpoint" in output
 
 
 @pytest.mark.parametrize(
@@ -265,7 +265,7 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x]\n" + "".join(
 
 
 @pytest.mark.parametrize(
-    ("recipe", "said"),
+    ("recipe", "message"),
     [
         ("dataset: 'wds:pipe:touch {mark}'", "may run a command.*give --dataset on the command line"),
         ("dataset: 'wds:{{p,q}}ipe:touch {mark}'", "may run a command"),
@@ -280,14 +280,14 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x]\n" + "".join(
         ("mean: [" + "0.5, " * 5000 + "]", "25,008 characters"),
     ],
 )
-def test_untrusted_recipes_are_limited(recipe, said, tmp_path, capsys):
+def test_untrusted_recipes_are_limited(recipe, message, tmp_path, capsys):
     """Recipes execute nothing and can't fill the memory."""
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe.format(mark=tmp_path / "mark"))
     with pytest.raises(SystemExit):
         parse("--config", str(path))
     text = capsys.readouterr().err
-    assert re.search(rf"{path}.*{said}", text), text
+    assert re.search(rf"{path}.*{message}", text), text
     assert text.replace("\n", "").isprintable()
     assert not (tmp_path / "mark").exists()
 

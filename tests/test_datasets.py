@@ -90,18 +90,18 @@ def test_the_check_reports_good_images(pictures):
     done = subprocess.run([sys.executable, "-m", "util.datasets", str(pictures), "--num_workers", "1"], cwd=ROOT,
                           capture_output=True, text=True, timeout=120)  # fmt: skip
     assert done.returncode == 0, done.stderr
-    said = dict(line.split(maxsplit=1) for line in done.stdout.splitlines()[1:])
-    assert said["images"] == "24"
-    assert said["classes"] == "2, of 12 to 12 images"
-    assert said["unreadable"] == "0"
-    assert "1: 5 images" in said["channels"]
+    output = dict(line.split(maxsplit=1) for line in done.stdout.splitlines()[1:])
+    assert output["images"] == "24"
+    assert output["classes"] == "2, of 12 to 12 images"
+    assert output["unreadable"] == "0"
+    assert "1: 5 images" in output["channels"]
     pixels = [np.asarray(Image.open(path).convert("RGB")) for path in (pictures / "train").rglob("*.*")]
     values = np.concatenate([p.reshape(-1, 3) for p in pixels]) / 255
-    np.testing.assert_allclose(np.array(said["--mean"].split(), float), values.mean(axis=0), atol=6e-4)
-    np.testing.assert_allclose(np.array(said["--std"].split(), float), values.std(axis=0), atol=6e-4)
+    np.testing.assert_allclose(np.array(output["--mean"].split(), float), values.mean(axis=0), atol=6e-4)
+    np.testing.assert_allclose(np.array(output["--std"].split(), float), values.std(axis=0), atol=6e-4)
     heights = [len(p) for p in pixels]
-    assert f"{min(heights)} to {max(heights)} x" in said["sizes"]
-    assert "images/s read and decoded" in said["speed"]
+    assert f"{min(heights)} to {max(heights)} x" in output["sizes"]
+    assert "images/s read and decoded" in output["speed"]
 
 
 def test_the_check_reports_bad_images(tmp_path, capsys):
@@ -110,10 +110,10 @@ def test_the_check_reports_bad_images(tmp_path, capsys):
     (tmp_path / "bad.jpg").write_bytes(b"")
     with pytest.raises(BadImage, match=r"--on_bad_image skip excludes them, up to 10 % of an epoch$"):
         check(tmp_path, "--in_chans", 1, "--num_workers", 0)
-    said = capsys.readouterr().out
-    assert f"unreadable  1\n            {tmp_path / 'bad.jpg'}: the file is empty" in said
-    assert "depth       3 images of more than 8 bits" in said
-    assert "classes     none" in said
+    output = capsys.readouterr().out
+    assert f"unreadable  1\n            {tmp_path / 'bad.jpg'}: the file is empty" in output
+    assert "depth       3 images of more than 8 bits" in output
+    assert "classes     none" in output
 
 
 def test_the_check_limits_the_number_of_images(pictures, capsys):

@@ -329,8 +329,8 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_files_are_one_line_errors(name):
-    data, in_chans, said = BAD[name]
-    with pytest.raises(BadImage, match=said) as raised:
+    data, in_chans, message = BAD[name]
+    with pytest.raises(BadImage, match=message) as raised:
         decode(data, in_chans)
     assert "\n" not in str(raised.value)
 

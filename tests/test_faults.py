@@ -70,9 +70,9 @@ def test_a_run_resumes_with_other_numbers_of_processes(pictures, tmp_path):
     assert "resuming from" in run("parts", 1, stop_after=5)
     assert "resuming from" in run("parts", 2)
     for epoch in range(9):
-        seen = [sorted(map(int, (tmp_path / f"{name}.notes" / str(epoch)).read_text().split())) for name in
+        ids_of = [sorted(map(int, (tmp_path / f"{name}.notes" / str(epoch)).read_text().split())) for name in
                 ("whole", "parts")]  # fmt: skip
-        digests = [hashlib.sha256(str(sorted(set(ids))).encode()).hexdigest() for ids in seen]
+        digests = [hashlib.sha256(str(sorted(set(ids))).encode()).hexdigest() for ids in ids_of]
         assert digests[0] == digests[1], epoch
     parts = lines(tmp_path / "parts")
     assert [line["epoch"] for line in parts] == list(range(9))

@@ -129,10 +129,10 @@ def test_an_attentive_probe_without_recorded_settings(imgs, tmp_path):
 
 
 def test_transformers_autoencoder(mae, imgs, tmp_path):
-    theirs, said = transformers.ViTMAEForPreTraining.from_pretrained(
+    theirs, output = transformers.ViTMAEForPreTraining.from_pretrained(
         exported(mae, "transformers", tmp_path), output_loading_info=True
     )
-    assert not said["missing_keys"] and not said["unexpected_keys"]
+    assert not output["missing_keys"] and not output["unexpected_keys"]
     noise = torch.rand(3, 64)
     loss, pred, mask = mae(imgs, noise=noise)
     with torch.no_grad():

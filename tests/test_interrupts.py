@@ -41,8 +41,8 @@ def stop_after_an_epoch(process, out, *signals):
     wait_until(lambda: log.exists() and log.read_text() != before, process)
     for number in signals:
         os.killpg(process.pid, number)
-    said = process.communicate(timeout=60)[0]
-    return process.returncode, said
+    output = process.communicate(timeout=60)[0]
+    return process.returncode, output
 
 
 @pytest.fixture(scope="module")
@@ -58,12 +58,12 @@ def test_a_run_stopped_by_signals_resumes_exactly(pictures, tmp_path, undisturbe
     """A run that is stopped twice."""
     reached = 0
     for number in (signal.SIGTERM, signal.SIGUSR1):
-        code, said = stop_after_an_epoch(start(pictures, tmp_path), tmp_path, number)
-        assert code == 128 + number, said
-        assert f"{number.name}: the run stops after this update and saves its state" in said
-        assert f"stopped by {number.name}, the state is saved; the same command with --resume auto resumes" in said
-        assert "DataLoader" not in said
-        assert "Traceback" not in said
+        code, output = stop_after_an_epoch(start(pictures, tmp_path), tmp_path, number)
+        assert code == 128 + number, output
+        assert f"{number.name}: the run stops after this update and saves its state" in output
+        assert f"stopped by {number.name}, the state is saved; the same command with --resume auto resumes" in output
+        assert "DataLoader" not in output
+        assert "Traceback" not in output
         state = torch.load(tmp_path / "checkpoint-last.pth", weights_only=True)
         assert reached < state["progress"]["epoch"] < EPOCHS
         reached = state["progress"]["epoch"]
@@ -80,9 +80,9 @@ def test_all_processes_stop_after_the_same_update(pictures, tmp_path):
     """Only one process receives the signal, and it is not rank 0."""
     process = start(pictures, tmp_path, processes=2)
     os.kill(second_process(tmp_path), signal.SIGTERM)
-    said = process.communicate(timeout=90)[0]
-    assert "[rank 1] SIGTERM: the run stops after this update" in said
-    assert said.count("stopped by SIGTERM, the state is saved") == 2
+    output = process.communicate(timeout=90)[0]
+    assert "[rank 1] SIGTERM: the run stops after this update" in output
+    assert output.count("stopped by SIGTERM, the state is saved") == 2
     assert (tmp_path / "checkpoint-last.pth").exists()
 
 
@@ -90,9 +90,9 @@ def test_a_killed_process_ends_the_others(pictures, tmp_path):
     """Rank 1 of two is killed; rank 0 neither hangs nor exits with code 0."""
     process = start(pictures, tmp_path, processes=2)
     os.kill(second_process(tmp_path), signal.SIGKILL)
-    said = process.communicate(timeout=90)[0]
+    output = process.communicate(timeout=90)[0]
     assert process.returncode != 0
-    assert "Signal 9" in said or "SIGKILL" in said
+    assert "Signal 9" in output or "SIGKILL" in output
     process = start(pictures, tmp_path, processes=1)
     assert "resuming from" in process.communicate(timeout=60)[0]
     assert [line["epoch"] for line in lines(tmp_path)] == list(range(EPOCHS))
@@ -103,10 +103,10 @@ def test_a_killed_worker_process_is_a_one_line_error(pictures, tmp_path):
     wait_until((tmp_path / "log.txt").exists, process)
     (child,) = [pid for pid in os.listdir("/proc") if pid.isdecimal() and parent_of(pid) == process.pid]
     os.kill(int(child), signal.SIGKILL)
-    said = process.communicate(timeout=60)[0]
-    assert process.returncode == 1, said
-    assert re.search(r"error: DataLoader worker .pid.*lower --num_workers; --resume auto resumes the run", said)
-    assert "Traceback" not in said
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 1, output
+    assert re.search(r"error: DataLoader worker .pid.*lower --num_workers; --resume auto resumes the run", output)
+    assert "Traceback" not in output
     assert (tmp_path / "checkpoint-last.pth").exists()
 
 
@@ -140,9 +140,9 @@ def test_an_evaluation_ends_at_once_and_is_repeated(labelled, tmp_path):
         if line == "evaluates\n":
             break
     os.killpg(process.pid, signal.SIGTERM)
-    said = process.communicate(timeout=30)[0]
-    assert process.returncode == 128 + signal.SIGTERM, said
-    assert "SIGTERM: the run stops now and saves its state" in said
+    output = process.communicate(timeout=30)[0]
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert "SIGTERM: the run stops now and saves its state" in output
     assert checkpoint.position(tmp_path / "parts/checkpoint-last.pth") == (0, 48)
     for out in ("parts", "whole"):
         process = finetune(out, "main_finetune.py")

@@ -91,5 +91,5 @@ dist.teardown()
 def test_the_number_of_processes_has_no_effect(tmp_path):
     script = tmp_path / "processes.py"
     script.write_text(IN_PROCESSES.format(root=str(ROOT), tests=str(ROOT / "tests")))
-    said = forks.run(script, [], tmp_path / "output", 3)
-    assert f"FOUND {ours(clouds(601, 0), clouds(303, 1))}" in said
+    output = forks.run(script, [], tmp_path / "output", 3)
+    assert f"FOUND {ours(clouds(601, 0), clouds(303, 1))}" in output

@@ -125,7 +125,7 @@ def test_datasets_without_files():
 
 
 @pytest.mark.parametrize(
-    ("name", "path", "said"),
+    ("name", "path", "message"),
     [
         ("CIFAR11", "here", "torchvision has no dataset of this name"),
         ("os", "here", "torchvision has no dataset of this name"),
@@ -135,8 +135,8 @@ def test_datasets_without_files():
         ("CIFAR10:extra", "here", "--dataset CIFAR10:extra: CIFAR10 has no splits of its own"),
     ],
 )
-def test_unknown_dataset_names_are_errors(name, path, said, tmp_path):
-    with pytest.raises(ValueError, match=said):
+def test_unknown_dataset_names_are_errors(name, path, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
         open_source("train", path and str(tmp_path), dataset=name)
 
 

@@ -116,7 +116,7 @@ def test_a_pass_may_be_shorter_than_a_batch():
 
 
 @pytest.mark.parametrize(
-    ("images", "batch_size", "accum_iter", "repeats", "processes", "said"),
+    ("images", "batch_size", "accum_iter", "repeats", "processes", "message"),
     [
         (7, 8, 1, 1, 1, "has 7 images, fewer than one effective batch of 8 .*: give --batch_size 7 --accum_iter 1"),
         (47, 12, 4, 1, 1, r"of 48 \(--batch_size 12 x --accum_iter 4 x 1 processes\): give --accum_iter 3$"),
@@ -127,10 +127,10 @@ def test_a_pass_may_be_shorter_than_a_batch():
     ],
 )
 def test_fewer_images_than_an_effective_batch_are_an_error(
-    monkeypatch, images, batch_size, accum_iter, repeats, processes, said
+    monkeypatch, images, batch_size, accum_iter, repeats, processes, message
 ):
     monkeypatch.setattr(dist, "world_size", lambda: processes)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         EpochBatches(images, batch_size, 0, repeats, accum_iter)
 
 
@@ -256,10 +256,14 @@ def epoch_of(batches, epoch):
 def test_bad_images_end_the_run_by_default(half_bad):
     """The message names the flag in training, where it exists."""
     training, evaluation = make_samples(half_bad, on_bad_image="error"), make_samples(half_bad)
-    for index, said in ((7, "07.png: the file is empty"), (11, "11.png: can't be read"), (30, "30.png: No such file")):
-        with pytest.raises(BadImage, match=f"{said}.*--on_bad_image skip"):
+    for index, message in (
+        (7, "07.png: the file is empty"),
+        (11, "11.png: can't be read"),
+        (30, "30.png: No such file"),
+    ):
+        with pytest.raises(BadImage, match=f"{message}.*--on_bad_image skip"):
             _ = training[0, index]
-        with pytest.raises(BadImage, match=f"{said}[^-]*$"):
+        with pytest.raises(BadImage, match=f"{message}[^-]*$"):
             _ = evaluation[0, index]
 
 
@@ -324,13 +328,13 @@ def test_a_batch_may_mix_8_and_16_bit_files(tmp_path):
 @pytest.mark.parametrize("processes", [1, 2, 5])
 def test_evaluation_uses_each_image_once(pictures, processes, monkeypatch):
     monkeypatch.setattr(dist, "world_size", lambda: processes)
-    seen = []
+    contents = []
     for rank in range(processes):
         monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
         for images, labels, _ in loader.eval_loader(make_samples(pictures), 7, 0, False):
             assert len(images) == len(labels) <= 7
-            seen += [image.numpy().tobytes() for image in images]
-    assert len(seen) == len(set(seen)) == 24
+            contents += [image.numpy().tobytes() for image in images]
+    assert len(contents) == len(set(contents)) == 24
 
 
 def test_random_numbers_of_a_batch_depend_on_its_position_only(pictures):

@@ -52,12 +52,12 @@ def train(batch_size=4, accum_iter=1, lr=0.1, spoil=lambda step, loss: loss, pol
     batches = Numbers(batch_size, accum_iter)
     model = torch.nn.Linear(3, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, fused=True)
-    seen, moments = [], []
+    inputs, moments = [], []
 
     def compute_loss(batch):
         (batch,) = batch
-        seen.append(batch)
-        return spoil(len(seen), model(batch).square().mean())
+        inputs.append(batch)
+        return spoil(len(inputs), model(batch).square().mean())
 
     def schedule(epoch):
         moments.append(epoch)
@@ -71,10 +71,10 @@ def train(batch_size=4, accum_iter=1, lr=0.1, spoil=lambda step, loss: loss, pol
             meters=meters, log=log or NullLog(), saver=saver or NullSaver(Interrupts()), **options,
         ),
     )  # fmt: skip
-    return model, seen, moments, meters
+    return model, inputs, moments, meters
 
 
-def reference_run(groups, seen, lr=0.1):
+def reference_run(groups, batches, lr=0.1):
     """The same training without accumulation."""
     torch.manual_seed(0)
     Numbers(4)
@@ -82,7 +82,7 @@ def reference_run(groups, seen, lr=0.1):
     losses = []
     for group in groups:
         model.zero_grad()
-        loss = model(torch.cat([seen[i] for i in group])).square().mean()
+        loss = model(torch.cat([batches[i] for i in group])).square().mean()
         loss.backward()
         losses.append(loss.item())
         with torch.no_grad():
@@ -92,9 +92,9 @@ def reference_run(groups, seen, lr=0.1):
 
 
 def test_an_epoch_is_a_whole_number_of_updates():
-    model, seen, moments, meters = train(accum_iter=3)
-    assert len(seen) == 6  # 28 samples are two effective batches of 12
-    twin, losses = reference_run([(0, 1, 2), (3, 4, 5)], seen)
+    model, batches, moments, meters = train(accum_iter=3)
+    assert len(batches) == 6  # 28 samples are two effective batches of 12
+    twin, losses = reference_run([(0, 1, 2), (3, 4, 5)], batches)
     for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs)
     assert moments == [3, 3.5]
@@ -104,11 +104,11 @@ def test_an_epoch_is_a_whole_number_of_updates():
 
 
 def test_an_epoch_can_start_at_any_iteration():
-    _, seen, moments, _ = train()
+    _, batches, moments, _ = train()
     assert moments == pytest.approx([3, 3 + 1 / 7, 3 + 2 / 7, 3 + 3 / 7, 3 + 4 / 7, 3 + 5 / 7, 3 + 6 / 7])
     _, rest, later, _ = train(first_iteration=5)
     assert len(rest) == 2
-    assert all(torch.equal(a, b) for a, b in zip(rest, seen[5:], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(rest, batches[5:], strict=True))
     assert later == moments[5:]
 
 
@@ -249,8 +249,8 @@ def nan_at(*steps):
 
 def test_skip_leaves_the_weights_unchanged():
     saver = RecordingSaver()
-    model, seen, _, meters = train(spoil=nan_at(3), policy="skip", saver=saver)
-    twin, losses = reference_run([(0,), (1,), (3,), (4,), (5,), (6,)], seen)
+    model, batches, _, meters = train(spoil=nan_at(3), policy="skip", saver=saver)
+    twin, losses = reference_run([(0,), (1,), (3,), (4,), (5,), (6,)], batches)
     for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs)
     assert meters.skipped_steps == 1

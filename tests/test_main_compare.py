@@ -110,12 +110,12 @@ def test_a_comparison_resumes(compared, labelled, encoder, tmp_path):
 
 def test_flags_of_the_runs(labelled, encoder, tmp_path, monkeypatch):
     """The flags of the command line, those that a file records, and those of the protocol; no run is started."""
-    seen = []
-    monkeypatch.setattr(Commands, "run", lambda self, name, script, flags, read: seen.append((name, flags)) or SCORES)
+    calls = []
+    monkeypatch.setattr(Commands, "run", lambda self, name, script, flags, read: calls.append((name, flags)) or SCORES)
     flags = ("--encoders", "scratch", encoder, "--labels", "30", "all", "--draws", "2", "3", "--budget", "3", "0.5m",
              "--protocols", "knn", "linear", "finetune", "--mean", "0.5", "0.5", "0.5")  # fmt: skip
     compare(labelled, tmp_path, encoder, *flags)
-    runs = dict(seen)
+    runs = dict(calls)
     assert {name for name in runs if not name.startswith(("choices", "timing"))} == {
         f"{name}/{protocol}/{cell}" for name in ("scratch", "mine") for protocol in ("knn", "linear", "finetune")
         for cell in ("30/0", "30/1", "48/0")
@@ -364,12 +364,12 @@ def test_the_time_of_an_epoch_depends_on_the_number_of_jobs(labelled, encoder, t
 
 
 def test_scratch_has_the_settings_of_the_first_file(labelled, encoder, tmp_path, monkeypatch):
-    seen = {}
-    monkeypatch.setattr(Commands, "run", lambda self, name, script, flags, read: seen.update({name: flags}) or SCORES)
+    runs = {}
+    monkeypatch.setattr(Commands, "run", lambda self, name, script, flags, read: runs.update({name: flags}) or SCORES)
     state = torch.load(encoder) | {"args": torch.load(encoder)["args"] | {"mean": [0.1] * 3, "std": [0.4] * 3}}
     torch.save(state, tmp_path / "other.pth")
     compare(labelled, tmp_path / "out", tmp_path / "other.pth", "--encoders", "scratch", tmp_path / "other.pth")
-    scratch = seen["scratch/finetune/12/0"]
+    scratch = runs["scratch/finetune/12/0"]
     assert (scratch["model"], scratch["mean"], scratch["std"]) == ("vit_mini_patch4", [0.1] * 3, [0.4] * 3)
 
 

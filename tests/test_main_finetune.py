@@ -163,8 +163,8 @@ def test_batch_size_and_processes_have_no_effect(finetune, labelled, tuned, tmp_
         found.append((f"{counts} {alone.num_in_top}", alone.loss))
         flags = ("--eval", "--resume", tuned, "--data_path", labelled, "--device", "cpu", "--model", "vit_mini_patch4",
                  "--input_size", 16, "--batch_size", batch_size, "--num_workers", 0)  # fmt: skip
-        said = forks.run(tmp_path / "telling.py", flags, tmp_path / f"output{batch_size}", 2)
-        (line,) = [line for line in said.splitlines() if line.startswith("SCORES")]
+        output = forks.run(tmp_path / "telling.py", flags, tmp_path / f"output{batch_size}", 2)
+        (line,) = [line for line in output.splitlines() if line.startswith("SCORES")]
         counts, _, loss = line.rpartition(" ")
         found.append((counts, float(loss)))
     assert {counts for counts, _ in found} == {found[0][0]}
@@ -242,17 +242,17 @@ def test_evaluation_uses_the_recorded_settings(finetune, capsys, labelled):
     last = lines(out)[-1]
     expected = f"* Acc@1 {last['test_acc1']:.3f} Acc@5 {last['test_acc5']:.3f} loss {last['test_loss']:.3f}"
     file = out / "checkpoint-5.pth"
-    said = evaluated_in_full(capsys, main_finetune, "--eval", "--resume", file, "--data_path", labelled)
-    assert expected in said
-    assert "warning" not in said
+    output = evaluated_in_full(capsys, main_finetune, "--eval", "--resume", file, "--data_path", labelled)
+    assert expected in output
+    assert "warning" not in output
     same = ["--patch_size", 2, 2, "--cls_token", "--mean", "0.3"]
-    said = evaluated_in_full(capsys, main_finetune, "--eval", "--resume", file, "--data_path", labelled, *same)
-    assert expected in said
-    assert "warning" not in said
+    output = evaluated_in_full(capsys, main_finetune, "--eval", "--resume", file, "--data_path", labelled, *same)
+    assert expected in output
+    assert "warning" not in output
     other = ["--input_size", 40, 32, "--std", "0.4", "--crop_pct", "0.5"]
-    said = evaluated_in_full(capsys, main_finetune, "--eval", "--resume", file, "--data_path", labelled, *other)
-    assert "* Acc@1" in said and expected not in said
-    assert [line for line in said.splitlines() if line.startswith("warning")] == [
+    output = evaluated_in_full(capsys, main_finetune, "--eval", "--resume", file, "--data_path", labelled, *other)
+    assert "* Acc@1" in output and expected not in output
+    assert [line for line in output.splitlines() if line.startswith("warning")] == [
         f"warning: --crop_pct 0.5 is used, and {file} was made with --crop_pct 1.0",
         f"warning: --input_size 40 32 is used, and {file} was made with --input_size 20 16",
         f"warning: --std 0.4 is used, and {file} was made with --std 0.2",
@@ -262,16 +262,16 @@ def test_evaluation_uses_the_recorded_settings(finetune, capsys, labelled):
 def test_values_of_a_recipe_count_as_explicit(tuned, capsys, labelled, tmp_path):
     (tmp_path / "recipe.yaml").write_text("input_size: 32\n")
     flags = ["--eval", "--resume", tuned, "--data_path", labelled, "--config", tmp_path / "recipe.yaml"]
-    said = evaluated_in_full(capsys, main_finetune, *flags)
-    assert f"warning: --input_size 32 is used, and {tuned} was made with --input_size 16" in said
+    output = evaluated_in_full(capsys, main_finetune, *flags)
+    assert f"warning: --input_size 32 is used, and {tuned} was made with --input_size 16" in output
 
 
 def test_files_of_other_libraries_use_the_flags(finetune, tuned, capsys, tmp_path):
     torch.save({"model": weights(tuned.parent, tuned.name)}, tmp_path / "bare.pth")
     capsys.readouterr()
     finetune("nothing", eval=True, resume=tmp_path / "bare.pth", input_size=32)
-    said = capsys.readouterr().out
-    assert "bare.pth is for images of 16 patches, and these have 64: positions are interpolated" in said
+    output = capsys.readouterr().out
+    assert "bare.pth is for images of 16 patches, and these have 64: positions are interpolated" in output
 
 
 def test_a_subset_of_the_classes_keeps_their_numbers(finetune, tuned, capsys, labelled, tmp_path):
@@ -296,45 +296,49 @@ def fails(capsys, monkeypatch, *argv) -> str:
     monkeypatch.setattr("sys.argv", ["main_finetune.py", "--device", "cpu", *map(str, argv)])
     with pytest.raises(SystemExit) as stop:
         entry_point.run(main_finetune.main, main_finetune.get_args_parser())
-    said = capsys.readouterr().err
+    output = capsys.readouterr().err
     assert stop.value.code not in (0, None)
-    assert "Traceback" not in said
-    return said
+    assert "Traceback" not in output
+    return output
 
 
 def test_invalid_inputs_are_one_line_errors(tuned, labelled, pictures, tmp_path, capsys, monkeypatch):
     here = ["--data_path", labelled, "--model", "vit_mini_patch4", "--input_size", "16", "--batch_size", "8",
             "--num_workers", "0", "--output_dir", tmp_path / "wrong"]  # fmt: skip
 
-    def said(*argv):
+    def error_of(*argv):
         return fails(capsys, monkeypatch, *here, *argv)
 
     torch.save({"model": mae_vit_mini_patch4(img_size=16).state_dict()}, tmp_path / "mae.pth")
-    assert "contains an encoder and decoder, which has no classification head" in said(
+    assert "contains an encoder and decoder, which has no classification head" in error_of(
         "--eval", "--resume", tmp_path / "mae.pth"
     )
-    assert "--eval needs --resume or --finetune" in said("--eval")
+    assert "--eval needs --resume or --finetune" in error_of("--eval")
     torch.save(
         {"model": vit_mini_patch4(img_size=16, num_classes=9, global_pool=True).state_dict()}, tmp_path / "9.pth"
     )
-    assert "has 9 classes, and the validation set has 6" in said("--eval", "--resume", tmp_path / "9.pth")
-    assert "has 6 classes, and --nb_classes is 7" in said("--eval", "--resume", tuned, "--nb_classes", "7")
-    assert "the data has 6 classes, and --nb_classes is 1000" in said("--nb_classes", "1000")
-    assert "give --model" in said("--eval", "--resume", tuned, "--model", "vit_tiny_patch16")
+    assert "has 9 classes, and the validation set has 6" in error_of("--eval", "--resume", tmp_path / "9.pth")
+    assert "has 6 classes, and --nb_classes is 7" in error_of("--eval", "--resume", tuned, "--nb_classes", "7")
+    assert "the data has 6 classes, and --nb_classes is 1000" in error_of("--nb_classes", "1000")
+    assert "give --model" in error_of("--eval", "--resume", tuned, "--model", "vit_tiny_patch16")
 
     shutil.copytree(labelled, tmp_path / "unknown")
     (tmp_path / "unknown/val/kind5").rename(tmp_path / "unknown/val/kind7")
     unknown = ["--data_path", tmp_path / "unknown"]
-    assert "1 of the 6 classes of the images are not among the model's 6 classes: kind7" in said(
+    assert "1 of the 6 classes of the images are not among the model's 6 classes: kind7" in error_of(
         *unknown, "--eval", "--resume", tuned
     )
-    assert "different classes: only train: kind5; only val: kind7" in said(*unknown)
-    assert "there is no folder val/ in it: add this folder, or give --val_list FILE" in said("--data_path", pictures)
-    assert "--batch_size 7: --mixup and --cutmix mix pairs" in said("--batch_size", "7", "--mixup", "0.8")
-    assert "--unfreeze_blocks 5: the model has 4 blocks" in said("--unfreeze_blocks", "5")
-    assert "--aa abc: timm has no such policy" in said("--aa", "abc")
-    assert "no published weights named mae_pretrained_base; did you mean" in said("--finetune", "mae_pretrained_base")
-    assert "choose --adapt_input mean" in said("--finetune", tuned, "--in_chans", "1")
+    assert "different classes: only train: kind5; only val: kind7" in error_of(*unknown)
+    assert "there is no folder val/ in it: add this folder, or give --val_list FILE" in error_of(
+        "--data_path", pictures
+    )
+    assert "--batch_size 7: --mixup and --cutmix mix pairs" in error_of("--batch_size", "7", "--mixup", "0.8")
+    assert "--unfreeze_blocks 5: the model has 4 blocks" in error_of("--unfreeze_blocks", "5")
+    assert "--aa abc: timm has no such policy" in error_of("--aa", "abc")
+    assert "no published weights named mae_pretrained_base; did you mean" in error_of(
+        "--finetune", "mae_pretrained_base"
+    )
+    assert "choose --adapt_input mean" in error_of("--finetune", tuned, "--in_chans", "1")
 
 
 def test_every_split_of_the_effective_batch_trains_equally(finetune, labelled, tmp_path):

@@ -41,10 +41,10 @@ def test_recorded_settings_are_the_defaults(classify, pretrain, labelled, capsys
     tuned = classify(main_finetune, "tuned", aa="none", reprob=0, epochs=1, **shape, mean=0.3) / "checkpoint-0.pth"
     mae = pretrain("mae", data_path=labelled, epochs=1, **shape, std=0.4) / "checkpoint-0.pth"
     for file, flags in ((tuned, {**shape, "global_pool": True, "mean": 0.3}), (mae, {**shape, "std": 0.4})):
-        told = classify(main_knn, k="1 5", finetune=file, **flags)
+        accuracies = classify(main_knn, k="1 5", finetune=file, **flags)
         capsys.readouterr()
         argv = ["--data_path", labelled, "--finetune", file, "--k", 1, 5, "--num_workers", 0, "--device", "cpu"]
-        assert main_knn.main(entry_point.parse(main_knn.get_args_parser(), list(map(str, argv)))) == told
+        assert main_knn.main(entry_point.parse(main_knn.get_args_parser(), list(map(str, argv)))) == accuracies
         assert "warning" not in capsys.readouterr().out
     classify(main_knn, k=1, finetune=mae, in_chans=1, input_size=32, patch_size=2)
     assert f"warning: --input_size 32 is used, and {mae} was made with --input_size 20" in capsys.readouterr().out

@@ -153,11 +153,11 @@ def test_a_rate_that_diverges_does_not_end_the_others(probe, tuned, capsys):
 def test_the_selected_rate_and_its_loss_are_logged(probe, tuned, capsys):
     flags = {"finetune": tuned / "checkpoint-19.pth", "epochs": 2, "cache_features": True}
     out = probe("several", blr="1 30 100", **flags)
-    said, last = capsys.readouterr().out, lines(out)[-1]
+    output, last = capsys.readouterr().out, lines(out)[-1]
     loss = f"{last['train_loss']:.4f}"
-    assert f"best of 3 rates: --blr {last['chosen_blr']:g}, held-out Acc@1 " in said
-    assert f", training loss {loss}\n" in said
-    assert f"loss {loss}," in said[said.index("epoch 1 done in") :]
+    assert f"best of 3 rates: --blr {last['chosen_blr']:g}, held-out Acc@1 " in output
+    assert f", training loss {loss}\n" in output
+    assert f"loss {loss}," in output[output.index("epoch 1 done in") :]
 
 
 @pytest.mark.parametrize(
@@ -183,8 +183,8 @@ def test_two_processes_evaluate_the_saved_probe(tuned, labelled, tmp_path, capsy
     last = lines(tmp_path / "two")[-1]
     capsys.readouterr()
     probe("nothing", eval=True, resume=tmp_path / "two" / "checkpoint-2.pth")
-    said = capsys.readouterr().out
-    assert f"* Acc@1 {last['test_acc1']:.3f} Acc@5 {last['test_acc5']:.3f} loss {last['test_loss']:.3f}" in said
+    output = capsys.readouterr().out
+    assert f"* Acc@1 {last['test_acc1']:.3f} Acc@5 {last['test_acc5']:.3f} loss {last['test_loss']:.3f}" in output
 
 
 def test_the_saved_probe_gives_equal_results(probe, tuned, capsys):
@@ -209,8 +209,8 @@ def mae(tmp_path, labelled):
 def test_an_attentive_probe_learns_and_its_file_needs_no_flags(probe, mae, labelled, capsys, cached):
     flags = {"cache_features": True} if cached else {}
     out = probe(finetune=mae, probe="attentive", num_queries=8, epochs=12, lr=3, num_workers=1, **flags)
-    said, last = capsys.readouterr().out, lines(out)[-1]
-    assert ("the tokens of 71 images take 0 MB in " in said) == cached
+    output, last = capsys.readouterr().out, lines(out)[-1]
+    assert ("the tokens of 71 images take 0 MB in " in output) == cached
     assert last["test_acc1"] > 70
     assert last["n_parameters"] == 8 * 128 + 128 * 128 + 6 * 128 + 6
     file = out / "checkpoint-11.pth"
@@ -219,10 +219,10 @@ def test_an_attentive_probe_learns_and_its_file_needs_no_flags(probe, mae, label
 
     flags = ["--eval", "--resume", file, "--data_path", labelled, "--num_workers", 0]
     main_linprobe.main(entry_point.parse(main_linprobe.get_args_parser(), [*map(str, flags), "--device", "cpu"]))
-    said = capsys.readouterr().out
-    assert f"* Acc@1 {last['test_acc1']:.3f} Acc@5 {last['test_acc5']:.3f} loss " in said
-    assert float(said.split()[-1]) == pytest.approx(last["test_loss"], abs=2e-3 if cached else 1e-3)
-    assert "warning" not in said
+    output = capsys.readouterr().out
+    assert f"* Acc@1 {last['test_acc1']:.3f} Acc@5 {last['test_acc5']:.3f} loss " in output
+    assert float(output.split()[-1]) == pytest.approx(last["test_loss"], abs=2e-3 if cached else 1e-3)
+    assert "warning" not in output
 
     model = get_model(file)
     images = sorted((labelled / "val").glob("*/*.png"))
@@ -361,9 +361,9 @@ def test_evaluation_uses_the_recorded_settings(probe, tuned, capsys, labelled):
     capsys.readouterr()
     flags = ["--eval", "--resume", out / "checkpoint-2.pth", "--data_path", labelled, "--num_workers", 0]
     main_linprobe.main(entry_point.parse(main_linprobe.get_args_parser(), [*map(str, flags), "--device", "cpu"]))
-    said = capsys.readouterr().out
-    assert f"* Acc@1 {last['test_acc1']:.3f} Acc@5 {last['test_acc5']:.3f} loss {last['test_loss']:.3f}" in said
-    assert "warning" not in said
+    output = capsys.readouterr().out
+    assert f"* Acc@1 {last['test_acc1']:.3f} Acc@5 {last['test_acc5']:.3f} loss {last['test_loss']:.3f}" in output
+    assert "warning" not in output
 
 
 def test_without_finetune_features_are_random_or_of_the_checkpoint(probe, tuned, capsys):

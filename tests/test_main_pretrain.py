@@ -188,10 +188,10 @@ def fails(capsys, monkeypatch, *argv) -> str:
     monkeypatch.setattr("sys.argv", ["main_pretrain.py", "--device", "cpu", *map(str, argv)])
     with pytest.raises(SystemExit) as stop:
         entry_point.run(main_pretrain.main, main_pretrain.get_args_parser())
-    said = capsys.readouterr().err
+    output = capsys.readouterr().err
     assert stop.value.code not in (0, None)
-    assert "Traceback" not in said
-    return said
+    assert "Traceback" not in output
+    return output
 
 
 def test_invalid_inputs_are_one_line_errors(pretrain, pictures, tmp_path, capsys, monkeypatch):
@@ -200,44 +200,44 @@ def test_invalid_inputs_are_one_line_errors(pretrain, pictures, tmp_path, capsys
     mini = ["--model", "mae_vit_mini_patch4", "--input_size", "16", "--batch_size", "4", "--num_workers", "0"]
     here = ["--data_path", pictures, "--output_dir", tmp_path / "wrong", *mini]
 
-    def said(*argv):
+    def error_of(*argv):
         return fails(capsys, monkeypatch, *argv)
 
-    assert "--data_path is needed" in said(*mini, "--output_dir", tmp_path / "wrong")
-    assert "there is no folder or archive" in said(*here, "--data_path", tmp_path / "nowhere")
+    assert "--data_path is needed" in error_of(*mini, "--output_dir", tmp_path / "wrong")
+    assert "there is no folder or archive" in error_of(*here, "--data_path", tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    assert "--data_path: no images under" in said(*here, "--data_path", tmp_path / "empty")
+    assert "--data_path: no images under" in error_of(*here, "--data_path", tmp_path / "empty")
     (tmp_path / "set.tar.gz").write_bytes(b"\x1f\x8b")
-    assert "neither a zip file nor an uncompressed tar" in said(*here, "--data_path", tmp_path / "set.tar.gz")
-    assert "--train_list: there is no file" in said(*here, "--train_list", tmp_path / "list.txt")
-    assert "torchvision has no dataset of this name" in said(*here, "--dataset", "CIFAR11")
-    assert "Dataset not found" in said(*here, "--dataset", "CIFAR10")
-    assert "--dataset hf:" in said(*here, "--dataset", f"hf:{tmp_path}/nowhere")
-    assert "there is no file" in said(*here, "--dataset", f"wds:{tmp_path}/{{0..3}}.tar")
-    assert "give --batch_size 24 --accum_iter 1" in said(*here, "--batch_size", "25")
-    assert "multiples of patch_size" in said(*here, "--input_size", "18")
-    assert "it has 3 channels, and in_chans is 5" in said(*here, "--in_chans", "5")
-    assert "--mean has 2 values for 3 channels" in said(*here, "--mean", "0.5", "0.5")
-    assert "--mask_ratio 0.99 leaves none of the 16 patches visible" in said(*here, "--mask_ratio", "0.99")
-    assert "already contains a run" in said(*here, "--output_dir", out)
+    assert "neither a zip file nor an uncompressed tar" in error_of(*here, "--data_path", tmp_path / "set.tar.gz")
+    assert "--train_list: there is no file" in error_of(*here, "--train_list", tmp_path / "list.txt")
+    assert "torchvision has no dataset of this name" in error_of(*here, "--dataset", "CIFAR11")
+    assert "Dataset not found" in error_of(*here, "--dataset", "CIFAR10")
+    assert "--dataset hf:" in error_of(*here, "--dataset", f"hf:{tmp_path}/nowhere")
+    assert "there is no file" in error_of(*here, "--dataset", f"wds:{tmp_path}/{{0..3}}.tar")
+    assert "give --batch_size 24 --accum_iter 1" in error_of(*here, "--batch_size", "25")
+    assert "multiples of patch_size" in error_of(*here, "--input_size", "18")
+    assert "it has 3 channels, and in_chans is 5" in error_of(*here, "--in_chans", "5")
+    assert "--mean has 2 values for 3 channels" in error_of(*here, "--mean", "0.5", "0.5")
+    assert "--mask_ratio 0.99 leaves none of the 16 patches visible" in error_of(*here, "--mask_ratio", "0.99")
+    assert "already contains a run" in error_of(*here, "--output_dir", out)
     continued = [*here, "--output_dir", out, "--resume", good]
-    assert "another architecture" in said(*continued, "--in_chans", "1")
-    assert "give --batch_size 2 --accum_iter 2" in said(*continued, "--batch_size", "2")
-    assert "already contains a run" in said(*here, "--output_dir", pretrain("other"), "--resume", good)
-    assert "there is no checkpoint" in said(*here, "--resume", tmp_path / "nothing.pth")
+    assert "another architecture" in error_of(*continued, "--in_chans", "1")
+    assert "give --batch_size 2 --accum_iter 2" in error_of(*continued, "--batch_size", "2")
+    assert "already contains a run" in error_of(*here, "--output_dir", pretrain("other"), "--resume", good)
+    assert "there is no checkpoint" in error_of(*here, "--resume", tmp_path / "nothing.pth")
 
     truncated = tmp_path / "truncated.pth"
     truncated.write_bytes(good.read_bytes()[:5000])
-    assert "is damaged" in said(*here, "--resume", truncated)
+    assert "is damaged" in error_of(*here, "--resume", truncated)
     bare = tmp_path / "bare.pth"
     torch.save({"model": weights(out)}, bare)
-    assert f"--init_from {bare} instead of --resume starts from its weights" in said(*here, "--resume", bare)
-    assert "3 tensors are of another shape" in said(*here, "--init_from", good, "--in_chans", "1")
-    assert "--crop_scale 1.0 0.2" in said(*here, "--crop_scale", "1", "0.2")
+    assert f"--init_from {bare} instead of --resume starts from its weights" in error_of(*here, "--resume", bare)
+    assert "3 tensors are of another shape" in error_of(*here, "--init_from", good, "--in_chans", "1")
+    assert "--crop_scale 1.0 0.2" in error_of(*here, "--crop_scale", "1", "0.2")
     if not torch.cuda.is_available():
-        assert "no CUDA device" in said(*here, "--device", "cuda")
-    assert "--device abacus: give auto" in said(*here, "--device", "abacus")
-    assert "--amp fp16 needs a GPU" in said(*here, "--amp", "fp16")
+        assert "no CUDA device" in error_of(*here, "--device", "cuda")
+    assert "--device abacus: give auto" in error_of(*here, "--device", "abacus")
+    assert "--amp fp16 needs a GPU" in error_of(*here, "--amp", "fp16")
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -249,8 +249,8 @@ def test_a_file_that_is_no_image_is_named(tmp_path, capsys, monkeypatch, workers
     (folder / "broken.jpg").write_bytes(b"not a picture")
     argv = ["--data_path", folder, "--output_dir", tmp_path / "out", "--model", "mae_vit_mini_patch4", "--input_size",
             "16", "--batch_size", "5", "--num_workers", workers, "--epochs", "1"]  # fmt: skip
-    said = fails(capsys, monkeypatch, *argv)
-    assert f"error: {folder / 'broken.jpg'}: the file is not an image of a known format" in said
+    output = fails(capsys, monkeypatch, *argv)
+    assert f"error: {folder / 'broken.jpg'}: the file is not an image of a known format" in output
 
 
 def test_the_script_exits_with_a_one_line_error(tmp_path):

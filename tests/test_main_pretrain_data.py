@@ -149,22 +149,22 @@ def test_bad_images_are_counted_in_the_log(pretrain, pictures, tmp_path, capsys)
     (tmp_path / "some_bad/train/dog/02.jpg").write_bytes(b"GIF89a")
     out = pretrain(data_path=tmp_path / "some_bad", on_bad_image="skip")
     assert [line["bad_images"] for line in lines(out)] == [2, 2]
-    said = capsys.readouterr().out
-    assert said.count("01.jpg: the file is empty") == said.count("02.jpg: the file is not an image") == 1
+    output = capsys.readouterr().out
+    assert output.count("01.jpg: the file is empty") == output.count("02.jpg: the file is not an image") == 1
 
 
 def test_two_processes_log_a_bad_image_once(pictures, tmp_path):
     shutil.copytree(pictures, tmp_path / "images")
     (tmp_path / "images/train/cat/01.jpg").write_bytes(b"")
     flags = ("--batch_size", 4, "--epochs", 6, "--on_bad_image", "skip")
-    said = in_processes(2, tmp_path / "images", tmp_path / "out", *flags)
-    assert said.count("01.jpg: the file is empty") == 1
+    output = in_processes(2, tmp_path / "images", tmp_path / "out", *flags)
+    assert output.count("01.jpg: the file is empty") == 1
     assert [line["bad_images"] for line in lines(tmp_path / "out")] == [1] * 6
 
 
 def test_a_stream_in_two_processes_resumes(pretrain, smooth, tmp_path):
     shards = ["--dataset", webdatasets(tmp_path, smooth)["dataset"], "--batch_size", 10]
     in_processes(2, tmp_path, tmp_path / "out", *shards, "--epochs", 1)
-    said = in_processes(2, tmp_path, tmp_path / "out", *shards, "--epochs", 2, "--resume", "auto")
-    assert "streamed: resuming is approximate" in said
+    output = in_processes(2, tmp_path, tmp_path / "out", *shards, "--epochs", 2, "--resume", "auto")
+    assert "streamed: resuming is approximate" in output
     assert [line["epoch"] for line in lines(tmp_path / "out")] == [0, 1]

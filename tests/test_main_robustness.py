@@ -131,9 +131,9 @@ def test_an_interrupted_suite_resumes(corrupted, tmp_path, monkeypatch, capsys):
     assert run("imagenet-c", corrupted, tmp_path / "out", subset=20) == whole
     assert len(evaluated) == 75
     assert capsys.readouterr().out.count("scores reused from") == 40
-    for change, told in (("subset", "20 and is 1"), ("crop_pct", "1.0 and is 0.5")):
-        with pytest.raises(ValueError, match=rf"another run \({change} was {told}\); give another --output_dir"):
-            run("imagenet-c", corrupted, tmp_path / "out", **({"subset": 20} | {change: told.split()[-1]}))
+    for change, message in (("subset", "20 and is 1"), ("crop_pct", "1.0 and is 0.5")):
+        with pytest.raises(ValueError, match=rf"another run \({change} was {message}\); give another --output_dir"):
+            run("imagenet-c", corrupted, tmp_path / "out", **({"subset": 20} | {change: message.split()[-1]}))
     for damage in ("{", '{"settings": [1], "cells": {}}'):
         (tmp_path / "out" / "imagenet-c.json").write_text(damage)
         with pytest.raises(ValueError, match="can't be read"):
@@ -142,8 +142,8 @@ def test_an_interrupted_suite_resumes(corrupted, tmp_path, monkeypatch, capsys):
 
 def test_a_folder_with_more_images_is_evaluated_again(tmp_path, capsys):
     data = class_folders(tmp_path / "a", robustness.subset("imagenet-a"), "a.jpg", wrong_in_ten(0))
-    told = run("imagenet-a", data, tmp_path / "out")
-    assert "timm:reads_colors: 200 images of the 7,500 published" in told
+    output = run("imagenet-a", data, tmp_path / "out")
+    assert "timm:reads_colors: 200 images of the 7,500 published" in output
     assert "imagenet-a: 200 images, but 7,500 were published" in capsys.readouterr().out
     class_folders(data, robustness.subset("imagenet-a"), "b.jpg", lambda label: label + 10)
     for expected in ("Acc@1 5", "scores reused from"):
@@ -261,7 +261,7 @@ def test_recorded_crops_are_the_defaults(tmp_path, capsys):
 
 def test_our_models_are_evaluated_and_invalid_models_are_errors(tmp_path):
     data = class_folders(tmp_path / "r", robustness.subset("imagenet-r"), "art_0.jpg", lambda label: label)
-    for name, classes, told in (
+    for name, classes, message in (
         ("good", None, None),
         ("few", ["cat", "dog"], "has 2 classes; the suites need a classifier with the 1000 classes of ImageNet-1K"),
         (
@@ -276,8 +276,8 @@ def test_our_models_are_evaluated_and_invalid_models_are_errors(tmp_path):
     ):
         settings = {"nb_classes": len(classes), "classes": classes} if classes else {}
         file = save_ours(tmp_path / f"{name}.pth", **settings)
-        if told:
-            with pytest.raises(ValueError, match=told):
+        if message:
+            with pytest.raises(ValueError, match=message):
                 run("imagenet-r", data, tmp_path / name, file)
         else:
             run("imagenet-r", data, tmp_path / name, file)

@@ -35,9 +35,9 @@ def call(capsys, monkeypatch):
         try:
             entry_point.run(script.main, script.get_args_parser())
         except SystemExit:
-            said = capsys.readouterr().err
-            assert "Traceback" not in said
-            return next(line for line in said.splitlines() if "error: " in line)
+            output = capsys.readouterr().err
+            assert "Traceback" not in output
+            return next(line for line in output.splitlines() if "error: " in line)
         return ""
 
     return call
@@ -89,17 +89,17 @@ def test_every_remedy_works_when_typed(case, runs, labelled, tmp_path, call):
     for settings in (right, wrong := dict(wrong)):
         for flag in {"finetune", "init_from", "resume"} & settings.keys():
             settings[flag] = next((runs / str(settings[flag])).glob("checkpoint-0.pth"))
-    said = call(script, {**right, **wrong})
-    remedy = re.search(pattern, said)
-    assert remedy, said
+    output = call(script, {**right, **wrong})
+    remedy = re.search(pattern, output)
+    assert remedy, output
     typed = {flag: value for flag, value in {**right, **wrong}.items() if flag != "resume" or flag in right}
     assert call(script, {}, *argv_of(typed), *remedy[1].split()) == ""
 
 
 def test_the_remedy_for_a_diverging_learning_rate_works(labelled, tmp_path, call):
     settings = {**MAE, "data_path": labelled, "output_dir": tmp_path / "out", "lr": 1e30}
-    said = call(main_pretrain, settings)
-    assert "a lower learning rate (--lr, or --blr if --lr is not given)" in said
+    output = call(main_pretrain, settings)
+    assert "a lower learning rate (--lr, or --blr if --lr is not given)" in output
     assert call(main_pretrain, {**settings, "lr": 1e-4, "output_dir": tmp_path / "lower"}) == ""
 
 
@@ -113,13 +113,13 @@ def test_on_bad_image_is_suggested_only_by_scripts_that_have_it(labelled, tmp_pa
     (tmp_path / "data/train/kind1/bad.png").write_bytes(b"")
     data = {"data_path": tmp_path / "data"}
     settings = {**MAE, **data, "output_dir": tmp_path / "out"}
-    said = call(main_pretrain, settings)
-    assert "bad.png: the file is empty (--on_bad_image skip excludes such images from training)" in said
+    output = call(main_pretrain, settings)
+    assert "bad.png: the file is empty (--on_bad_image skip excludes such images from training)" in output
     assert call(main_pretrain, {**settings, "on_bad_image": "skip", "output_dir": tmp_path / "skip"}) == ""
-    said = call(main_knn, {**SMALL, **data, "model": "vit_mini_patch4"})
-    assert said.endswith("bad.png: the file is empty")
-    said = call(datasets, {"num_workers": 0}, tmp_path / "data")
-    assert "main_pretrain.py --on_bad_image skip excludes them" in said
+    output = call(main_knn, {**SMALL, **data, "model": "vit_mini_patch4"})
+    assert output.endswith("bad.png: the file is empty")
+    output = call(datasets, {"num_workers": 0}, tmp_path / "data")
+    assert "main_pretrain.py --on_bad_image skip excludes them" in output
 
 
 def test_misspelled_names_are_corrected(labelled, tmp_path, call):

@@ -110,11 +110,11 @@ def test_invalid_arguments_are_one_line_errors(folder, tmp_path):
     assert not (tmp_path / "copy/train/cat/bad.jpg").exists()
     assert not list((tmp_path / "copy").rglob("*.tmp"))
     (tmp_path / "empty").mkdir()
-    for arguments, said in (
+    for arguments, message in (
         ((tmp_path / "nowhere", tmp_path / "copy"), "there is no folder"),
         ((folder, folder / "copy"), "give a folder outside of it"),
         ((tmp_path / "copy/train/dog/../../../nothing", tmp_path / "other"), "there is no folder"),
         ((tmp_path / "empty", tmp_path / "other"), "there are no images in"),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             make_copy(*arguments)

@@ -61,17 +61,17 @@ def test_an_old_python_is_named(clone, tools):
 
 
 @pytest.mark.parametrize(
-    ("user", "said"),
+    ("user", "message"),
     [(0, "apt-get could not install python3-venv"), (1000, "type: sudo apt-get install python3-venv")],
 )
-def test_a_python_without_venv_is_named(clone, tools, user, said):
+def test_a_python_without_venv_is_named(clone, tools, user, message):
     """Debian's python3 has no venv: for root without a network, and for other users."""
     write_tool(tools, "id", f"echo {user}")
     write_tool(tools, "apt-get", "echo E: no network >&2; exit 100")
     write_tool(tools, "python3", "case $* in *ensurepip*) exit 1; esac")
     done = run(clone, "demo", path=f"{tools}:{os.environ['PATH']}")
     assert done.returncode == 1
-    assert said in done.stderr.splitlines()[-1]
+    assert message in done.stderr.splitlines()[-1]
     assert not (clone / ".venv").exists()
 
 
@@ -86,19 +86,19 @@ if [ "$2" = . ]; then echo "a 9 9 {here}000000 9% /"; else echo "b 9 9 {temporar
 
 
 @pytest.mark.parametrize(
-    ("here", "temporary", "environment", "said"),
+    ("here", "temporary", "environment", "message"),
     [
         (2, 90, {}, "my clone needs 8 GB of free disk, and has 2 GB"),
         (90, 1, {}, "needs 4 GB of free disk, and has 1 GB; type: TMPDIR=FOLDER ./run demo"),
         (2, 90, {"CPU": "1"}, "my clone needs 3 GB of free disk, and has 2 GB"),
     ],
 )
-def test_a_small_disk_is_named_before_anything_is_downloaded(clone, tools, here, temporary, environment, said):
+def test_a_small_disk_is_named_before_anything_is_downloaded(clone, tools, here, temporary, environment, message):
     disks(tools, here, temporary)
     done = run(clone, "demo", path=f"{tools}:{os.environ['PATH']}", **environment)
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
-    assert said in line
+    assert message in line
     assert not (clone / ".venv").exists()
     assert ("download.pytorch.org/whl/cpu" in done.stdout) == ("CPU" in environment)
     assert ("CPU=1 ./run demo" in done.stdout) != ("CPU" in environment)

@@ -156,14 +156,14 @@ log.end_epoch({"train_lr": 1e-3, "train_loss": 0.25})
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stderr=theirs, env=environment)
     os.close(theirs)
-    seen = b""
+    data = b""
     try:
         while chunk := os.read(ours, 1 << 16):
-            seen += chunk
+            data += chunk
     except OSError:  # the terminal's other end is closed
         pass
     assert process.wait() == 0
-    text = seen.decode()
+    text = data.decode()
     for part in ("epoch 0/3", "loss 0.2500", "lr 1.00e-03", "img/s", "data loading", "run ends in"):
         assert part in text
 

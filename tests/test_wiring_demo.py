@@ -186,10 +186,10 @@ def test_another_mask_is_never_the_present_one(tmp_path):
 
 
 def test_masks_that_can_not_be_reconstructed_are_errors_without_pictures(mae):
-    for masked, said in ((range(96), "all patches are masked"), ([96], "the mask does not belong to this image")):
+    for masked, message in ((range(96), "all patches are masked"), ([96], "the mask does not belong to this image")):
         *panels, caption = outputs.paint(mae, str(CAT), " ".join(map(str, masked)))
         assert panels == [None] * 4
-        assert said in caption and 'role="alert"' in caption
+        assert message in caption and 'role="alert"' in caption
     *panels, caption = outputs.paint(mae, str(CAT), "")
     assert caption == "<p><b>0 of 96 patches are masked</b>, by you.</p>"
     assert np.array_equal(np.asarray(panels[0]), np.asarray(panels[3]))
@@ -270,7 +270,7 @@ def test_the_page_rejects_images_in_an_escaped_message(mae, tmp_path, monkeypatc
         "the aspect ratio of {} x {} pixels exceeds 4 to 1; crop",
         "its {} x {} pixels are more than the limit",
     )
-    for size, said in (
+    for size, expected in (
         ((400, 100), None),
         ((100, 401), strip),
         ((401, 100), strip),
@@ -280,11 +280,11 @@ def test_the_page_rejects_images_in_an_escaped_message(mae, tmp_path, monkeypatc
         path = str(tmp_path / "a<b>.png")
         Image.new("RGB", size).save(path)
         message = outputs.check(mae, path)
-        if said is None:
+        if expected is None:
             assert message == ""
             assert outputs.open_usable(mae, path).size == size
             continue
-        assert f"a&lt;b&gt;.png: {said.format(*size)}" in message and 'role="alert"' in message
+        assert f"a&lt;b&gt;.png: {expected.format(*size)}" in message and 'role="alert"' in message
         assert str(tmp_path) not in message
         assert outputs.draw_mask(mae, path, 0.5, 0) == [{"value": "", "picture": ""}, *[None] * 4, ""]
         assert outputs.paint(mae, path, "3") == [*[None] * 4, ""]
