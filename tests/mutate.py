@@ -136,6 +136,7 @@ def run_tests(folder: Path, tests: Sequence[str]) -> tuple[bool, str]:
 
 def _run_pytest(folder: Path, tests: Sequence[str], output: Path) -> None:
     os.setsid()  # the processes of the tests end with it at the deadline
+    multiprocessing.set_start_method(None, force=True)  # data loader workers start as in pytest
     os.chdir(folder)
     sys.path[:] = [str(folder), *(path for path in sys.path if Path(path) not in (ROOT, ROOT / "tests"))]
     sys.dont_write_bytecode = True
