@@ -329,12 +329,20 @@ def test_pixels_are_resized_to_32_and_keep_their_range(labelled):
 
 def test_flags_of_models(labelled, encoder, tmp_path, monkeypatch):
     """--model is the architecture of scratch; a file has its own."""
-    runs = {}
-    monkeypatch.setattr(Commands, "run", lambda self, name, script, flags, read: runs.update({name: flags}) or SCORES)
+    runs, names = {}, []
+
+    def run(self, name, script, flags, read):
+        runs[name] = flags
+        names.append(name)
+        return SCORES
+
+    monkeypatch.setattr(Commands, "run", run)
     compare(labelled, tmp_path, encoder, "--encoders", "scratch", encoder, "--model", "vit_tiny_patch16")
     assert runs["scratch/finetune/12/0"]["model"] == "vit_tiny_patch16"
     assert runs["mine/finetune/12/0"]["model"] == "vit_mini_patch4"
+    names.clear()
     compare(labelled, tmp_path, encoder, "--encoders", "scratch", "--protocols", "finetune", "finetune")
+    assert names.count("scratch/finetune/12/0") == 1
     assert runs["scratch/finetune/12/0"]["model"] == "vit_base_patch16"  # the default of this script
 
 
