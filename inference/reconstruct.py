@@ -44,7 +44,11 @@ def get_args_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="output picture, with one row per image",
     )
-    parser.add_argument("--mask_ratio", default=0.75, type=flags.ratio, metavar="R", help="fraction of masked patches")
+    parser.add_argument(
+        "--mask_ratio", default=0.75, type=flags.ratio, metavar="R",
+        help="fraction of masked patches, or of masked blocks if the model was pre-trained with --mask_block of "
+        "main_pretrain.py",
+    )  # fmt: skip
     parser.add_argument("--seed", default=0, type=flags.seed, metavar="N", help="random seed of the mask")
     parser.add_argument(
         "--hide", type=int, nargs=4, action="append", metavar=("X", "Y", "W", "H"),
