@@ -46,8 +46,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--mask_ratio", default=0.75, type=flags.ratio, metavar="R",
-        help="fraction of masked patches, or of masked blocks if the model was pre-trained with --mask_block of "
-        "main_pretrain.py",
+        help="fraction of masked patches, or of masked blocks if the model was pre-trained with main_pretrain.py "
+        "--mask_block",
     )  # fmt: skip
     parser.add_argument("--seed", default=0, type=flags.seed, metavar="N", help="random seed of the mask")
     parser.add_argument(

@@ -1,21 +1,24 @@
 """The Fashion-MNIST study: completed commands are not repeated, and a changed command is run again."""
 
+import importlib.util
 import json
 from pathlib import Path
 
 import pytest
-
-from benchmarks.fashion_mnist import study
-
-
-@pytest.fixture(autouse=True)
-def folder_of_results(tmp_path, monkeypatch):
-    """The results of the study are written to a temporary folder."""
-    monkeypatch.setattr(study, "HERE", tmp_path)
-    monkeypatch.setattr(study, "RESULTS", tmp_path / "results.json")
+from conftest import ROOT
 
 
-def test_a_result_is_computed_once_per_command(tmp_path):
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("study", ROOT / "benchmarks/fashion_mnist/study.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "HERE", tmp_path)
+    monkeypatch.setattr(module, "RESULTS", tmp_path / "results.json")
+    return module
+
+
+def test_a_result_is_computed_once_per_command(study, tmp_path):
     calls = []
 
     def compute():
@@ -30,7 +33,7 @@ def test_a_result_is_computed_once_per_command(tmp_path):
     assert len(calls) == 3
 
 
-def test_the_report_has_the_results_so_far(tmp_path):
+def test_the_report_has_the_results_so_far(study, tmp_path):
     for seed, accuracy in enumerate((60.0, 62.0, 64.0)):
         study.Study(tmp_path, tmp_path).keep(f"svm/100/{seed}", "c", lambda found=accuracy: {"test_acc1": found})
     (tmp_path / "masked" / "ratio-0.5").mkdir(parents=True)
