@@ -58,8 +58,10 @@ def main(args: argparse.Namespace) -> list[np.ndarray]:
         name, count = Counter(f"{Path(path).stem}.png" for path in args.images).most_common(1)[0]
         if count > 1:
             raise ValueError(
-                f"--masks {args.masks}: {count} images have the mask {name}; give them in {count} commands"
+                f"--masks {args.masks}: {count} images have the mask {name}; give a folder for each of them"
             )
+        if args.masks.is_file():
+            raise ValueError(f"--masks {args.masks} is a file: give a folder")
         args.masks.mkdir(parents=True, exist_ok=True)
     results = []
     for path in args.images:  # one at a time, so that results are printed before an unreadable image ends the command

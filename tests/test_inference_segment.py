@@ -113,8 +113,9 @@ def test_errors_name_the_flag(trained, tmp_path):
     for argv, problem in (
         (
             [*images, "--model", file, "--masks", tmp_path / "m"],
-            "--masks .*: 2 images have the mask same.png; give them",
+            "--masks .*: 2 images have the mask same.png; give a f",
         ),
+        ([images[0], "--model", file, "--masks", images[0]], "--masks .*same.png is a file: give a folder"),
         (
             [images[0], "--model", tmp_path / "classifier.pth"],
             "--model .*classifier.pth has no segmentation head: train",
