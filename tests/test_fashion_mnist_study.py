@@ -1,44 +1,83 @@
-"""The Fashion-MNIST study: completed commands are not repeated, and a changed command is run again."""
+"""The study of Fashion-MNIST: its commands parse, the data are unpacked, and results are reused and copied back."""
 
+import gzip
 import importlib.util
-import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import yaml
 from conftest import ROOT
+from torchvision.datasets import FashionMNIST
+
+import main_compare
+import main_pretrain
+from inference import export
+from util.cli import entry_point
 
 
 @pytest.fixture
-def study(tmp_path, monkeypatch):
+def study():
     spec = importlib.util.spec_from_file_location("study", ROOT / "benchmarks/fashion_mnist/study.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "HERE", tmp_path)
-    monkeypatch.setattr(module, "RESULTS", tmp_path / "results.json")
     return module
 
 
-def test_a_result_is_computed_once_per_command(study, tmp_path):
-    calls = []
-
-    def compute():
-        calls.append(1)
-        return {"test_acc1": 80.0 + len(calls)}
-
-    for command in ("a", "a", "b", "b"):
-        study.Study(tmp_path, tmp_path).keep("svm/100/0", command, compute)
-    assert len(calls) == 2
-    assert json.loads((tmp_path / "results.json").read_text()) == {"svm/100/0": {"test_acc1": 82.0, "command": "b"}}
-    study.Study(tmp_path, tmp_path).keep("svm/100/0", "b", compute, needed=Path(tmp_path / "checkpoint.pth"))
-    assert len(calls) == 3
+@pytest.mark.parametrize("name", ["PRETRAIN", "EXPORT", "COMPARE"])
+def test_its_commands_parse(study, name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    scripts = {"main_pretrain.py": main_pretrain, "inference.export": export, "main_compare.py": main_compare}
+    words = list(map(str, getattr(study, name)))
+    script = next(word for word in words if word in scripts)
+    arguments = words[words.index(script) + 1 :]
+    args = entry_point.parse(scripts[script].get_args_parser(), arguments)
+    if name == "COMPARE":
+        assert len(args.labels) == len(args.draws) == len(args.budget) == 5
 
 
-def test_the_report_has_the_results_so_far(study, tmp_path):
-    for seed, accuracy in enumerate((60.0, 62.0, 64.0)):
-        study.Study(tmp_path, tmp_path).keep(f"svm/100/{seed}", "c", lambda found=accuracy: {"test_acc1": found})
-    (tmp_path / "masked" / "ratio-0.5").mkdir(parents=True)
-    (tmp_path / "masked" / "ratio-0.5" / "log.txt").write_text("{}\n")
-    study.report(study.Study(tmp_path, tmp_path))
-    assert (tmp_path / "logs" / "ratio-0.5.txt").read_text() == "{}\n"
-    assert "| RBF-SVM on raw pixels | 62.0 ± 2.0 |" in (tmp_path / "table.md").read_text()
-    assert (tmp_path / "plot.png").stat().st_size > 5000
+def test_the_exported_checkpoint_is_the_last_of_the_recipe(study):
+    recipe = yaml.safe_load((ROOT / "recipes" / "pretrain_fashion_mnist_full.yaml").read_text())
+    assert recipe["epochs"] == study.EPOCHS
+
+
+def test_the_data_are_unpacked_for_torchvision(study, tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "DEBIAN", tmp_path / "debian")
+    study.DEBIAN.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 28, 28), dtype=np.uint8)
+    for part in ("train", "t10k"):
+        for kind, array in (("images-idx3", pixels), ("labels-idx1", np.array([4, 0, 9], dtype=np.uint8))):
+            header = bytes((0, 0, 8, array.ndim)) + np.array(array.shape, dtype=">u4").tobytes()
+            with gzip.open(study.DEBIAN / f"{part}-{kind}-ubyte.gz", "wb") as file:
+                file.write(header + array.tobytes())
+    study.prepare(tmp_path / "data")
+    train = FashionMNIST(str(tmp_path / "data"), train=True)
+    assert np.array_equal(train.data.numpy(), pixels)
+    assert train.targets.tolist() == [4, 0, 9]
+
+
+def test_without_the_data_the_package_is_named(study, tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "DEBIAN", tmp_path / "missing")
+    with pytest.raises(SystemExit, match="apt-get install dataset-fashion-mnist"):
+        study.prepare(tmp_path / "data")
+
+
+def test_results_are_reused_and_come_back_after_an_interruption(study, tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "ROOT", tmp_path)
+    monkeypatch.setattr(study, "HERE", tmp_path / "study")
+    study.HERE.mkdir()
+    (study.HERE / "results.json").write_text("first")
+    out = tmp_path / study.WORK / "compare"
+
+    def call(command):
+        assert Path(command[command.index("--output_dir") + 1]) == study.WORK / "compare"
+        assert (out / "results.json").read_text() == "first"
+        (out / "results.json").write_text("second")
+        (out / "table.md").write_text("table")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(study, "call", call)
+    with pytest.raises(KeyboardInterrupt):
+        study.compare()
+    assert (study.HERE / "results.json").read_text() == "second"
+    assert (study.HERE / "table.md").read_text() == "table"

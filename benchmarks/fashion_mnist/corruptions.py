@@ -1,13 +1,11 @@
 """Robustness of two classifiers of the Fashion-MNIST study to corruptions: one pre-trained, one trained from scratch.
 
-    python benchmarks/fashion_mnist/study.py --work runs/study pretrain finetune
-    python benchmarks/fashion_mnist/corruptions.py \\
-        --pretrained runs/study/finetune/2000/0/pre-trained/checkpoint-29.pth \\
-        --scratch runs/study/finetune/2000/0/scratch/checkpoint-29.pth
+    python benchmarks/fashion_mnist/corruptions.py --pretrained runs/study/pre-trained/checkpoint-39.pth \\
+        --scratch runs/study/scratch/checkpoint-39.pth
 
-Both are evaluated on the 2,000 embedded images of the test set under six corruptions with five severities each
-(Hendrycks & Dietterich 2019 have fifteen for photographs). The script writes corruptions.json, corruptions.md and
-corruptions.png beside this file, or to --out.
+README.md beside this file has the commands that train both. They are evaluated on the 2,000 embedded images of the test
+set under six corruptions with five severities each (Hendrycks & Dietterich 2019 have fifteen for photographs). The
+script writes corruptions.json, corruptions.md and corruptions.png beside this file, or to --out.
 """
 
 import io
@@ -100,7 +98,9 @@ def load(file: str) -> Classifier:
     model = get_model(file)
     names = {folder_of(str(name)) for name in np.load(ARCHIVE, allow_pickle=False)["classes"]}
     if not isinstance(model, Classifier) or {folder_of(name) for name in model.classes or []} != names:
-        raise ValueError(f"{file} is no classifier of Fashion-MNIST; give a checkpoint of study.py finetune")
+        raise ValueError(
+            f"{file} is no classifier of Fashion-MNIST; give a checkpoint of main_finetune.py --dataset FashionMNIST"
+        )
     return model
 
 
