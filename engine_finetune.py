@@ -151,19 +151,29 @@ def encode(
 
 
 def extract_features(
-    model: Any, data_loader: Iterable[list[Tensor]], *, normalize: Callable[[Tensor], Tensor], precision: Precision
+    model: Any,
+    data_loader: Iterable[list[Tensor]],
+    count: int,
+    *,
+    normalize: Callable[[Tensor], Tensor],
+    precision: Precision,
 ) -> tuple[Tensor, Tensor]:
     """Computes the pooled features (n, D) of a `VisionTransformer`, in fp32, for the images of this process.
+
+    Args:
+        count: n, so that the memory never contains the features twice.
 
     Returns:
         Features and labels (n,), on the host.
     """
-    features, labels = [torch.zeros(0, model.embed_dim)], [torch.zeros(0, dtype=torch.int64)]
+    features, labels, done = torch.empty(count, model.embed_dim), torch.empty(count, dtype=torch.int64), 0
     bar = tqdm(data_loader, desc="features", unit="batch", leave=False, disable=None)
     for batch_features, targets, _ in encode(model, bar, normalize=normalize, precision=precision):
-        features.append(batch_features.cpu())
-        labels.append(targets.cpu())
-    return torch.cat(features), torch.cat(labels)
+        place = slice(done, done + len(targets))
+        features[place], labels[place] = batch_features, targets
+        done += len(targets)
+    assert done == count
+    return features, labels
 
 
 class Setup:
@@ -257,7 +267,8 @@ class Setup:
     def features_of(self, source: Source, model: Any, batch_size: int, precision: Precision) -> tuple[Tensor, Tensor]:
         """Computes the features of a dataset, as `extract_features` returns them."""
         batches = self.eval_batches(source, batch_size)
-        return extract_features(model, batches, normalize=self.normalize, precision=precision)
+        count = len(range(dist.rank(), len(source), dist.world_size()))
+        return extract_features(model, batches, count, normalize=self.normalize, precision=precision)
 
 
 def open_weights(settings: Mapping[str, Any], kind: str = CLASSIFIER) -> Weights | None:

@@ -44,6 +44,7 @@ from util.data import transforms
 from util.data.sources import Source
 from util.lr_decay import param_groups_lrd
 from util.training import run_log, trainer
+from util.training.compiling import compile_model
 from util.weights import loading
 
 if TYPE_CHECKING:
@@ -91,7 +92,10 @@ def main(args: Namespace) -> Evaluation | None:
 
     if args.eval and file:
         model, val = load_for_evaluation(models_build.classifier, vars(args), file, setup.open_val())
-        scores = evaluation(val)(model.to(device))
+        model.to(device)
+        if args.compile:
+            compile_model(model, device)
+        scores = evaluation(val)(model)
         report_scores(scores, val.classes, args.report)
         return scores
 

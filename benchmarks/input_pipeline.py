@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision import transforms as T
 from torchvision.datasets import ImageFolder
 
@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import machine
 from benchmarks.photographs.study import PHOTOGRAPHS, find
 from util.cli import entry_point
-from util.data import transforms
+from util.data import loader, transforms
 from util.data.decode import MAX_PIXELS
 from util.data.jpeg import decode_rgb
 from util.data.loader import TrainLoader
@@ -91,6 +91,47 @@ def rate(batches: Callable[[], Iterator[Any]], limit: int) -> float:
     for _ in itertools.islice(iterator, limit):
         count += BATCH
     return count / (time.perf_counter() - started)
+
+
+class Sent(Dataset):
+    """A dataset whose worker processes allocate and send batches (BATCH, 3, 224, 224) of bytes, without other work."""
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, number: int) -> torch.Tensor:
+        return torch.full((BATCH, 3, 224, 224), number, dtype=torch.uint8)
+
+
+def profile(folder: Path, rounds: int) -> dict[str, float]:
+    """Microseconds per image of each stage of --fast_jpeg in one process, and of the transfer from a worker process."""
+    source: Any = open_source("train", str(folder))
+    transform = transforms.pretrain_transform(224)
+    samples = Samples(source, transform, in_chans=3, seed=0, draw_noise=partial(torch.rand, 196), fast_jpeg=True)
+    runs: list[dict[str, float]] = []
+    for number in range(rounds + 1):  # the first one does not count
+        times = dict.fromkeys(("read", "decode", "crop, resize, flip", "random numbers and other", "collate"), 0.0)
+        batch = list(range(BATCH))
+
+        def timed(stage: str, compute: Callable[..., Any], *args: Any, times: dict[str, float] = times) -> Any:
+            started = time.perf_counter()
+            result = compute(*args)
+            times[stage] += 1e6 * (time.perf_counter() - started) / BATCH
+            return result
+
+        files = timed("read", lambda: [source[index][0] for index in range(BATCH)])
+        pictures = timed("decode", list, map(samples.decode, files))
+        timed("crop, resize, flip", list, map(transform, pictures))
+        augmented = timed("random numbers and other", samples.__getitems__, [(number, index) for index in batch])
+        times["random numbers and other"] -= sum(times.values()) - times["random numbers and other"]
+        timed("collate", loader._collate, augmented)
+        runs.append(times)
+    sent = iter(DataLoader(Sent(), batch_size=None, num_workers=1))
+    next(sent)
+    started = time.perf_counter()
+    count = sum(1 for _ in sent)
+    stages = {stage: statistics.median(run[stage] for run in runs[1:]) for stage in runs[0]}
+    return {**stages, "transfer": 1e6 * (time.perf_counter() - started) / count / BATCH}
 
 
 def differences(folder: Path) -> dict[str, float]:
@@ -153,13 +194,18 @@ def main(args: argparse.Namespace) -> None:
             for name in ways:
                 print(f"| {name} | {rates[name]:,.0f} | {ratios[name]:.2f} |", flush=True)
             del batches
+        stages = profile(folder, args.rounds)
         shares = differences(folder)
         data_wait = wait_for_data(folder, Path(root, "run"))
+    total = sum(stages.values())
+    print("\n| stage of --fast_jpeg | µs per image | share |\n|---|---|---|")
+    for stage, value in stages.items():
+        print(f"| {stage} | {value:.0f} | {value / total:.0%} |")
     print(f"\nvalues of {CROPS} crops, --fast_jpeg compared with Pillow: " + ", ".join(
         f"{share:.4%} differ by {level}" for level, share in shares.items()
     ))  # fmt: skip
     settings = {**vars(args), "batch": BATCH}
-    results |= {"differences": shares, "data_wait": data_wait}
+    results |= {"profile": stages, "differences": shares, "data_wait": data_wait}
     machine.write("input_pipeline", torch.device("cpu"), settings, results, args.out)
 
 

@@ -16,6 +16,15 @@ binary trees (Sanders et al. 2009; NCCL since 2.4) transfer the same number of b
 with log2 m. DistributedDataParallel (Li et al. 2020) sends buckets of 25 MiB during the backward pass, which is two
 thirds of the FLOPs of a step. The last bucket is full when the backward pass ends, so nothing hides its communication.
 
+Before, beside and after training, with F images/s of a forward pass, D images/s that a core decodes (--fast_jpeg in
+results/input_pipeline.json), and c bytes of a checkpoint (weights and both moments of AdamW):
+
+    opening     = IMAGES LISTING + 2 ceil(log2 n) IMAGES ENTRY / SOCKET
+    evaluation  = ceil(VALIDATION / n) / min(F, WORKERS D)
+    checkpoint  = c / DISK,  or  c / min(n DISK, STORAGE) in shards (--fsdp)
+
+Rank 0 lists the images and the others receive the list. One process writes a checkpoint, while the training continues.
+
 A step takes images / (images/s of "ours compiled" in results/pretrain_{size}_bf16_cuda.json). Without that file, the
 share of the peak is assumed to be the target in targets.py.
 """
@@ -44,6 +53,15 @@ NVLINK = 450e9  # bytes/s of a GPU in one direction
 LATENCY = 5e-6  # seconds of a message: assumed
 BUCKET = 25 * 2**20  # bytes: the default of DistributedDataParallel's bucket_cap_mb
 FIXED = 256  # batch size per GPU
+# LISTING and ENTRY are measured: processor time of opening the folder of benchmarks/listing.py with 100,000 images in
+# the page cache, on one core of an EPYC, and the size of the pickled list. A network file system takes longer.
+IMAGES, VALIDATION = 1_281_167, 50_000  # ImageNet
+LISTING = 1.4e-6  # seconds of an image
+ENTRY = 46  # bytes of the name and label of an image
+WORKERS = 10  # processes that decode images for each GPU: the default of --num_workers
+SOCKET = 1e9  # bytes/s of a message between processes: assumed
+DISK = 1e9  # bytes/s that one process writes: assumed
+STORAGE = 10e9  # bytes/s that the file system writes: assumed
 PUBLISHED = 4096  # effective batch size: He et al. 2021, appendix A.1
 
 
@@ -140,6 +158,43 @@ def table_of_efficiency(folder: Path, images: dict[int, int]) -> str:
     return "\n".join(lines)
 
 
+def opening(processes: int) -> float:
+    """Seconds until all processes have the list of ImageNet's training images."""
+    return IMAGES * (LISTING + 2 * math.ceil(math.log2(processes)) * ENTRY / SOCKET)
+
+
+def evaluation(rate: float, processes: int) -> float:
+    """Seconds of an evaluation of ImageNet's validation set, at `rate` images/s of a process."""
+    return math.ceil(VALIDATION / processes) / rate
+
+
+def checkpoint(size: float, processes: int) -> float:
+    """Seconds to write a checkpoint of `size` bytes; with several processes, each writes a shard."""
+    return size / min(processes * DISK, STORAGE)
+
+
+def table_of_other_times(folder: Path) -> str:
+    """The table of opening, evaluation and checkpoints in Markdown."""
+    lines = [
+        "| | processes | opening ImageNet, s | evaluation of 50,000 images, s | checkpoint | one process writes it, s "
+        "| in shards, s | source of the speed |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    measured = machine.read("input_pipeline", machine.RESULTS)
+    assert measured
+    decoded = measured["one process"]["images_per_second"]["ours, --fast_jpeg"]
+    for size, name in NAMES.items():
+        (rate, source), state = speed(size, folder), 3 * gradient_bytes(size)
+        forward = rate * train_step.training_flops(size) / train_step.classifier_flops(size)
+        forward = min(forward, WORKERS * decoded)
+        for count in (64, 512):
+            lines.append(
+                f"| {name} | {count} | {opening(count):.1f} | {evaluation(forward, count):.2f} | {state / 1e9:.2f} GB "
+                f"| {checkpoint(state, 1):.1f} | {checkpoint(state, count):.1f} | {source.partition(':')[0]} |"
+            )
+    return "\n".join(lines)
+
+
 def tables(folder: Path) -> str:
     """All tables of SCALING.md."""
     return "\n\n".join(
@@ -150,6 +205,8 @@ def tables(folder: Path) -> str:
             table_of_efficiency(folder, dict.fromkeys(GPUS, FIXED)),
             f"Expected efficiency with the published effective batch size of {PUBLISHED}, divided among the GPUs:",
             table_of_efficiency(folder, {gpus: PUBLISHED // gpus for gpus in GPUS}),
+            "Opening the dataset, evaluation and checkpoints, without data loading:",
+            table_of_other_times(folder),
         ]
     )
 

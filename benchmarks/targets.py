@@ -3,8 +3,8 @@
     python benchmarks/targets.py
     python benchmarks/targets.py --results runs/bench         # the measurements of ./run bench
 
-train_step.py, input_pipeline.py and whole_run.py write the measurements, with a description of the machine. On a GPU:
-train_step.py --size base_patch16 --batch_size 1024 --device cuda, and whole_run.py, for each size.
+The other scripts here write the measurements, with a description of the machine. On a GPU: train_step.py --size
+base_patch16 --batch_size 1024 --device cuda, and whole_run.py, for each size.
 """
 
 import argparse
@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import machine
 
 Results = dict[str, Any]
+EVAL, FEATURES = "eval_base_patch16_bf16_cpu_files", "features_base_patch16_bf16_cpu_files"
 BF16, FP32, FILES = "pretrain_base_patch16_bf16_cpu", "pretrain_base_patch16_fp32_cpu", "input_pipeline"
 
 
@@ -56,6 +57,18 @@ ROWS: list[tuple[str, str, Callable[[Results], float], float, str]] = [
      lambda results: results["one process"]["to_classic"]["ours, resized copy, --fast_jpeg"], 4.0, "{:.2f}"),
     ("values of random crops that differ between --fast_jpeg and Pillow, at most", FILES,
      lambda results: 1 - results["differences"]["0"], -0.0, "{:.1%}"),
+    ("opening a folder of images, time relative to torchvision's ImageFolder, at most", "listing",
+     lambda results: results["results"]["folder"]["seconds"] / results["results"]["torchvision"]["seconds"], -1.0,
+     "{:.2f}"),
+    ("classification of JPEG files (--eval --fast_jpeg), bf16 compiled, relative to timm's fastest", EVAL,
+     ratio("ours compiled, --fast_jpeg", "timm eager", "timm compiled"), 1.25, "{:.2f}"),
+    ("the same in fp32, eager", EVAL.replace("bf16", "fp32"), ratio("ours eager, --fast_jpeg", "timm eager"), 1.0,
+     "{:.2f}"),
+    ("features of JPEG files (--fast_jpeg), bf16, relative to transformers eager", FEATURES,
+     ratio("ours eager, --fast_jpeg", "transformers eager"), 1.25, "{:.2f}"),
+    ("the same in fp32, eager", FEATURES.replace("bf16", "fp32"),
+     ratio("ours eager, --fast_jpeg", "transformers eager"), 1.0, "{:.2f}"),
+    ("k-NN, share of the peak of a matrix product in fp32", "knn_cpu", lambda results: results["share"], 0.5, "{:.0%}"),
     ("data-loading share of main_pretrain.py, at most", FILES, lambda results: results["data_wait"], -0.02, "{:.1%}"),
     *((f"{size}, one GPU, compiled: share of 989 TFLOP/s", f"pretrain_{size}_bf16_cuda",
        lambda r: r["images_per_second"]["ours compiled"] * r["flops_per_image"] / 989e12, least, "{:.0%}")

@@ -86,7 +86,7 @@ def test_features_are_those_of_evaluation_mode(pictures):
     normalize = transforms.Normalize(*transforms.channel_statistics(3))
     batches = loader.eval_loader(make_samples(pictures), 7, 0, False)
     precision = Precision("off", torch.device("cpu"))
-    features, labels = extract_features(model, batches, normalize=normalize, precision=precision)
+    features, labels = extract_features(model, batches, 24, normalize=normalize, precision=precision)
     with torch.no_grad():
         expected = torch.cat([model.eval().forward_features(normalize(images)) for images, _, _ in batches])
     torch.testing.assert_close(features, expected)

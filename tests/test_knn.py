@@ -1,5 +1,9 @@
 """Nearest neighbors against scikit-learn's, in one process and in several."""
 
+import multiprocessing
+import re
+from pathlib import Path
+
 import forks
 import numpy as np
 import pytest
@@ -93,3 +97,29 @@ def test_the_number_of_processes_has_no_effect(tmp_path):
     script.write_text(IN_PROCESSES.format(root=str(ROOT), tests=str(ROOT / "tests")))
     output = forks.run(script, [], tmp_path / "output", 3)
     assert f"FOUND {ours(clouds(601, 0), clouds(303, 1))}" in output
+
+
+def test_the_peak_memory_does_not_contain_a_second_bank(monkeypatch):
+    """Beside the bank (m, D): the similarities of a chunk in fp32, and their largest values."""
+    monkeypatch.setattr(knn, "CHUNK", 2**20)
+    monkeypatch.setattr(knn, "SLICE", 2**14)
+    context = multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+
+    def peak() -> int:
+        return 1024 * int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1])
+
+    def measure() -> None:
+        bank, labels = torch.rand(2**16, 512), torch.zeros(2**16, dtype=torch.int64)
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+        before = peak()
+        ours((bank, labels), (torch.rand(128, 512), labels[:128]))
+        queue.put((bank.nbytes, peak() - before, float(bank.norm(dim=1).sub(1).abs().max())))
+
+    process = context.Process(target=measure)
+    process.start()
+    size, growth, error = queue.get()
+    process.join()
+    assert size == 2**27
+    assert growth < size / 2
+    assert error < 1e-5

@@ -9,6 +9,7 @@ import shutil
 import forks
 import pytest
 import torch
+from capture import recorder
 from conftest import ROOT
 from mains import Stopped, stop_after
 from PIL import Image
@@ -55,6 +56,15 @@ def test_a_run_writes_the_files_of_the_published_code(finetune, capsys):
     events = EventAccumulator(str(out)).Reload()
     assert {"loss", "lr", "perf/test_acc1", "perf/test_acc5", "perf/test_loss"} <= set(events.Tags()["scalars"])
     assert re.search(r"^\* Acc@1 \d+\.\d{3} Acc@5 \d+\.\d{3} loss \d+\.\d{3}$", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_an_evaluation_compiles_the_model(finetune, monkeypatch):
+    file = finetune(**PLAIN, epochs=1) / "checkpoint-0.pth"
+    calls = recorder(monkeypatch, main_finetune, "compile_model", call=False)
+    plain = finetune(eval=True, finetune=file)
+    assert calls == []
+    assert finetune(eval=True, finetune=file, compile=True).loss == plain.loss
+    assert [(type(call["model"]).__name__, call["device"].type) for call in calls] == [("VisionTransformer", "cpu")]
 
 
 def test_fine_tuning_reduces_the_loss(finetune):

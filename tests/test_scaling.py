@@ -72,7 +72,7 @@ def test_a_measured_step_replaces_the_assumed_one(tmp_path):
     (tmp_path / "pretrain_base_patch16_bf16_cuda.json").write_text(json.dumps(measurement))
     assert scaling.speed("base_patch16", tmp_path) == (5000.0, "measured: NVIDIA H200, 1024 images")
     rows = [row for row in scaling.tables(tmp_path).splitlines() if row.startswith("| ViT-")]
-    assert len(rows) == 3 + 9 + 9
+    assert len(rows) == 3 + 9 + 9 + 6
     for row in rows:
         assert ("| measured" in row) == row.startswith("| ViT-B")
         assert row.endswith("| assumed, not measured |") != row.startswith("| ViT-B")
@@ -85,8 +85,20 @@ def test_the_page_has_the_printed_tables():
 def test_the_page_has_the_formulas_of_the_script():
     text = (ROOT / "benchmarks/SCALING.md").read_text(encoding="utf-8")
     formulas = [line.strip() for line in scaling.__doc__.splitlines() if line.startswith("    ") and " = " in line]
-    assert len(formulas) == 4
-    assert "\n".join(formulas) in text
+    assert len(formulas) == 7
+    assert "\n".join(formulas[:4]) in text
+    assert "\n".join(formulas[4:]) in text
+
+
+def test_other_times_by_hand(monkeypatch):
+    """The list passes through eight hops of 59 ms; the last of 64 processes evaluates 782 images."""
+    monkeypatch.setattr(scaling, "LISTING", 0.0)
+    assert scaling.opening(1) == 0
+    assert scaling.opening(16) == pytest.approx(8 * 1_281_167 * 46 / GB)
+    assert scaling.evaluation(100.0, 64) == pytest.approx(7.82)
+    assert scaling.checkpoint(30 * GB, 1) == 30
+    assert scaling.checkpoint(30 * GB, 6) == 5
+    assert scaling.checkpoint(30 * GB, 64) == 3
 
 
 def test_the_picture_is_drawn(tmp_path):

@@ -43,6 +43,8 @@ def captured(monkeypatch, **flags):
     """The arguments of `knn.classify`, of `loader.eval_loader` and of `dist.init`, and what the script returns."""
     with monkeypatch.context() as patch:
         narrow(patch)
+        normalize = knn._unit
+        patch.setattr(knn, "_unit", lambda features, device: normalize(features.clone(), device))  # it works in place
         calls = recorder(patch, main_knn, "classify")
         loaders, joined = recorder(patch, loader, "eval_loader"), recorder(patch, dist, "init")
         accuracies = main_knn.main(parse(main_knn, **({"device": "cpu", "num_workers": 0} | flags)))

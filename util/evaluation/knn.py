@@ -32,7 +32,8 @@ def classify(
     The neighbors for the largest k are computed once. All k and temperatures use them.
 
     Args:
-        bank: training features of this process (m, D).
+        bank: training features of this process (m, D). Those in fp32 on the CPU are normalized in place if `device` is
+            the CPU, because a copy of ImageNet's takes 4 GB.
         bank_labels: their labels (m,).
         queries: features to classify, of this process (n, D).
         labels: their labels (n,).
@@ -67,9 +68,10 @@ def classify(
 
 
 def _unit(features: Tensor, device: torch.device) -> Tensor:
-    """Normalizes features (n, D) to length 1 on the device, in parts, without a copy of all of them."""
+    """Normalizes features (n, D) to length 1 on the device, in parts; in place if they have the type of the result."""
     dtype = torch.float16 if device.type == "cuda" else torch.float32
-    unit = torch.empty(features.shape, dtype=dtype, device=device)
+    in_place = features.device == device and features.dtype == dtype
+    unit = features if in_place else torch.empty(features.shape, dtype=dtype, device=device)
     for target, chunk in zip(unit.split(SLICE), features.split(SLICE), strict=True):
         target.copy_(nn.functional.normalize(chunk.to(device), dim=1))
     return unit

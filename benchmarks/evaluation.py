@@ -1,0 +1,292 @@
+"""Throughput from JPEG files to predictions and features, compared with timm and transformers, and of k-NN.
+
+    python benchmarks/evaluation.py                              # ViT-B in bf16, ten minutes on two CPU cores
+    python benchmarks/evaluation.py --amp off --rounds 3 --only "timm eager" "transformers eager" "ours eager"
+    python benchmarks/evaluation.py --task knn
+
+eval: `main_finetune.py --eval`, and a loop like timm's validate.py with its data set, loader, model and accuracy.
+features: `python -m inference.features`, and transformers' image processor and ViTModel in a DataLoader. All read the
+same files of 500 x 375 pixels, with the same batch size and number of worker processes, and take turns. The time begins
+after the first batch, which includes the start of the workers. The share of the peak is the FLOP/s of the forward pass
+divided by the FLOP/s of a large matrix product, which is measured between the rounds.
+
+knn: the classification of `main_knn.py` on random features (bank, 768). Its time on the 1,281,167 training and 50,000
+validation images of ImageNet follows from its share of the peak, and its memory from the formula
+
+    bytes = 4 (bank + queries) width + 8 CHUNK
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from PIL import Image
+from timm.data import create_dataset, create_loader
+from timm.utils import AverageMeter, accuracy
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from transformers import ViTConfig, ViTImageProcessor, ViTModel
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import models_vit
+from benchmarks import machine, peers
+from benchmarks.input_pipeline import write_photographs
+from benchmarks.train_step import classifier_flops, matrix_product, seconds
+from engine_finetune import evaluate
+from inference import features, get_model
+from util.cli import entry_point, flags
+from util.cli.choices import AMP_CHOICES
+from util.data import loader, transforms
+from util.data.samples import Samples
+from util.data.sources import Source
+from util.datasets import open_source
+from util.dist import choose_device
+from util.evaluation import knn
+from util.evaluation.tables import markdown
+from util.training.precision import Precision
+
+IMAGENET = {"bank": 1_281_167, "queries": 50_000}
+WIDTH = 768
+BANK, QUERIES = 2**17, 1024  # features of a measurement
+
+
+class Clock:
+    """Batches of a data loader; `rate` is the throughput after the first one."""
+
+    def __init__(self, batches: Any, num_images: int, batch_size: int) -> None:
+        self.batches = batches
+        self.num_images = num_images - batch_size
+        self.started = 0.0
+
+    def __iter__(self) -> Iterator[Any]:
+        for number, batch in enumerate(self.batches):
+            yield batch
+            if number == 0:
+                self.started = time.perf_counter()
+
+    def rate(self) -> float:
+        """Images/s from the second batch until now."""
+        return self.num_images / (time.perf_counter() - self.started)
+
+
+# --------------------------------------------------------------------------------------------------- implementations
+
+
+def our_evaluation(model: Any, source: Source, args: argparse.Namespace, precision: Precision, fast: bool) -> float:
+    """Images/s of `main_finetune.py --eval`."""
+    samples = Samples(source, model.transform, in_chans=3, seed=0, fast_jpeg=fast)
+    clock = Clock(loader.eval_loader(samples, args.batch_size, args.num_workers, False), len(source), args.batch_size)
+    evaluate(model, clock, normalize=model.normalize, precision=precision)
+    return clock.rate()
+
+
+def timms_evaluation(model: nn.Module, folder: Path, args: argparse.Namespace, precision: Precision) -> float:
+    """Images/s of a loop like timm's validate.py."""
+    dataset, side = create_dataset("", root=str(folder / "train")), peers.image_side(args.size)
+    batches: Any = create_loader(
+        dataset, (3, side, side), args.batch_size, use_prefetcher=False, interpolation="bicubic", crop_pct=0.875,
+        mean=transforms.IMAGENET_MEAN, std=transforms.IMAGENET_STD, num_workers=args.num_workers,
+    )  # fmt: skip
+    clock = Clock(batches, len(dataset), args.batch_size)
+    losses, top1, top5 = AverageMeter(), AverageMeter(), AverageMeter()
+    with torch.inference_mode():
+        for images, targets in clock:
+            with precision.autocast():
+                logits = model(images.to(precision.device))
+                loss = nn.functional.cross_entropy(logits, targets.to(precision.device))
+            acc1, acc5 = accuracy(logits.float(), targets.to(precision.device), topk=(1, 5))
+            for meter, value in ((losses, loss), (top1, acc1), (top5, acc5)):
+                meter.update(value.item(), len(images))
+    return clock.rate()
+
+
+def our_features(model: Any, source: Source, args: argparse.Namespace, precision: Precision, fast: bool) -> float:
+    """Images/s of `python -m inference.features`, which also writes them."""
+    clocks = []
+
+    def timed_loader(*parts: Any, **options: Any) -> Clock:
+        clocks.append(Clock(eval_loader(*parts, **options), len(source), args.batch_size))
+        return clocks[-1]
+
+    eval_loader = loader.eval_loader
+    with tempfile.TemporaryDirectory() as root, patch.object(loader, "eval_loader", timed_loader):
+        features.extract(
+            model, source, Path(root, "rows"), {}, "cls", args.batch_size, args.num_workers, precision, fast
+        )
+        return clocks[0].rate()
+
+
+class ProcessedImages(Dataset):
+    """Images as transformers' processor prepares them."""
+
+    def __init__(self, folder: Path, side: int) -> None:
+        self.files = sorted((folder / "train" / "photograph").iterdir())
+        self.processor = ViTImageProcessor(
+            size={"height": side, "width": side}, image_mean=list(transforms.IMAGENET_MEAN),
+            image_std=list(transforms.IMAGENET_STD), resample=Image.Resampling.BICUBIC,
+        )  # fmt: skip
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.processor(Image.open(self.files[index]).convert("RGB"), return_tensors="pt")["pixel_values"][0]
+
+
+def transformers_features(model: nn.Module, folder: Path, args: argparse.Namespace, precision: Precision) -> float:
+    """Images/s of transformers' ViTModel: the class tokens, in memory."""
+    dataset = ProcessedImages(folder, peers.image_side(args.size))
+    clock = Clock(DataLoader(dataset, args.batch_size, num_workers=args.num_workers), len(dataset), args.batch_size)
+    rows = []
+    with torch.inference_mode():
+        for images in clock:
+            with precision.autocast():
+                rows.append(model(images.to(precision.device)).last_hidden_state[:, 0].float().cpu())
+    torch.cat(rows)
+    return clock.rate()
+
+
+def transformers_encoder(size: str) -> nn.Module:
+    """transformers' ViTModel in one of our sizes."""
+    width, depth, heads = (models_vit.SIZES[size][key] for key in ("embed_dim", "depth", "num_heads"))
+    config = ViTConfig(
+        image_size=peers.image_side(size), patch_size=models_vit.SIZES[size]["patch_size"], hidden_size=width,
+        num_hidden_layers=depth, num_attention_heads=heads, intermediate_size=4 * width,
+    )  # fmt: skip
+    return ViTModel(config, add_pooling_layer=False)
+
+
+def implementations(
+    task: str, args: argparse.Namespace, folder: Path, precision: Precision
+) -> dict[str, Callable[[], float]]:
+    """The passes over all images by name; each returns images/s."""
+    source: Any = open_source("train", str(folder))
+    build: dict[str, Callable[[], nn.Module]] = {"ours": lambda: get_model(f"vit_{args.size}", nb_classes=1000)}
+    if task == "eval":
+        build = {"timm": lambda: peers.timm_classifier(args.size), **build}
+        ours, theirs = our_evaluation, timms_evaluation
+    else:
+        build = {"transformers": lambda: transformers_encoder(args.size), **build}
+        ours, theirs = our_features, transformers_features
+    passes: dict[str, Callable[[], float]] = {}
+    for name, make in build.items():
+        for how in ("eager", "compiled"):
+            title = f"{name} {how}"
+            if args.only and name not in args.only and title not in args.only:
+                continue
+            if title == "ours compiled" and task == "features":  # the command has no --compile
+                continue
+            model = make().eval().to(precision.device)
+            if how == "compiled":
+                model.compile()
+            if name == "ours":
+                for fast, flag in ((False, ""), (True, ", --fast_jpeg")):
+                    passes[title + flag] = partial(ours, model, source, args, precision, fast)
+            else:
+                passes[title] = partial(theirs, model, folder, args, precision)
+    return passes
+
+
+# ------------------------------------------------------------------------------------------------------ measurements
+
+
+def compare(task: str, args: argparse.Namespace, precision: Precision) -> dict[str, Any]:
+    """Prints and returns the images/s of all implementations of a task, eval or features."""
+    product, operations = matrix_product(precision)
+    peaks, rates = [], {}
+    with tempfile.TemporaryDirectory() as root:
+        write_photographs(Path(root), args.images)
+        passes = implementations(task, args, Path(root), precision)
+        for name, run in passes.items():
+            print(f"warming up: {name}", flush=True)
+            run()  # the first pass compiles
+        runs: dict[str, list[float]] = {name: [] for name in passes}
+        for number in range(args.rounds):
+            print(f"round {number + 1} of {args.rounds}", flush=True)
+            peaks.append(operations / min(seconds(product, 1, precision.device) for _ in range(10)))
+            for name, run in passes.items():
+                runs[name].append(run())
+    rates = {name: statistics.median(values) for name, values in runs.items()}
+    first, peak, flops = next(iter(rates)), statistics.median(peaks), classifier_flops(args.size)
+    ratios = {name: statistics.median(a / b for a, b in zip(runs[name], runs[first], strict=True)) for name in rates}
+    rows = [(name, f"{rate:.2f}", f"{ratios[name]:.2f}", f"{rate * flops / peak:.0%}") for name, rate in rates.items()]
+    print(f"\n{task}, {args.size}, batch {args.batch_size}, {precision.name}, {precision.device.type}\n")
+    print(markdown(["", "images/s", f"relative to {first}", "share of the peak"], rows))
+    return {"images_per_second": rates, "all_images_per_second": runs, "peak_flops": peak, "flops_per_image": flops}
+
+
+def knn_bytes(bank: int, queries: int) -> int:
+    """Memory of the classification: features, and the similarities of a chunk with their largest values."""
+    return 4 * (bank + queries) * WIDTH + 8 * knn.CHUNK
+
+
+def measure_knn(task: str, args: argparse.Namespace, precision: Precision) -> dict[str, Any]:
+    """Prints and returns the share of the peak of k-NN, and its expected time and memory on ImageNet."""
+    product, operations = matrix_product(Precision("off", precision.device))
+    bank, queries = torch.randn(BANK, WIDTH), torch.randn(QUERIES, WIDTH)
+    labels = torch.randint(1000, (len(bank),))
+    shares, peaks = [], []
+    for _ in range(args.rounds + 1):
+        peaks.append(operations / min(seconds(product, 1, precision.device) for _ in range(10)))
+        step = partial(
+            knn.classify, bank, labels, queries, labels[: len(queries)], ks=[20, 200], temperatures=[0.07],
+            num_classes=1000, device=precision.device,
+        )  # fmt: skip
+        shares.append(2 * len(bank) * len(queries) * WIDTH / seconds(step, 1, precision.device) / peaks[-1])
+    share, peak = statistics.median(shares[1:]), statistics.median(peaks)
+    expected = 2 * IMAGENET["bank"] * IMAGENET["queries"] * WIDTH / (share * peak)
+    size = knn_bytes(**IMAGENET)
+    print(f"k-NN: {share:.0%} of the peak of a matrix product in fp32 ({peak / 1e12:.3f} TFLOP/s)")
+    print(f"ImageNet, features of {WIDTH} values: {expected / 60:.1f} minutes (computed), {size / 1e9:.2f} GB")
+    return {"share": share, "peak_flops": peak, "imagenet_seconds": expected, "imagenet_bytes": size}
+
+
+def main(args: argparse.Namespace) -> None:
+    """Prints a table for each task and writes it as JSON."""
+    if args.images < 2 * args.batch_size:
+        raise ValueError(f"--images {args.images} is less than two batches; give {2 * args.batch_size} or more")
+    torch.manual_seed(0)
+    device = choose_device(args.device)
+    precision = Precision(args.amp, device)
+    tasks = {"eval": compare, "features": compare, "knn": measure_knn}
+    for task in args.task:
+        name = f"{task}_{args.size}_{precision.name}_{device.type}_files" if task != "knn" else f"knn_{device.type}"
+        machine.write(name, device, vars(args), tasks[task](task, args, precision), args.out)
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The flags."""
+    parser = entry_point.parser("Throughput of evaluation and features from files, compared with others; k-NN.")
+    parser.add_argument(
+        "--task", nargs="+", default=["eval", "features"], choices=("eval", "features", "knn"), help="measurements"
+    )
+    parser.add_argument(
+        "--size", default="base_patch16", choices=models_vit.SIZES, metavar="SIZE", help="a size of models_vit"
+    )
+    parser.add_argument("--batch_size", default=16, type=flags.positive_int, metavar="N", help="batch size")
+    parser.add_argument("--images", default=96, type=flags.positive_int, metavar="N", help="number of image files")
+    parser.add_argument("--num_workers", default=1, type=flags.count, metavar="N", help="worker processes of all")
+    parser.add_argument("--amp", default="bf16", choices=AMP_CHOICES, help="bf16, fp16 or off (fp32)")
+    parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda")
+    parser.add_argument(
+        "--rounds", default=5, type=flags.positive_int, metavar="N",
+        help="repetitions; each measures every implementation once",
+    )  # fmt: skip
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="NAME", help="implementations, such as ours or 'timm compiled'"
+    )
+    parser.add_argument("--out", default=machine.RESULTS, type=Path, metavar="DIR", help="folder of the JSON files")
+    return parser
+
+
+if __name__ == "__main__":
+    entry_point.run(main, get_args_parser())
