@@ -102,7 +102,7 @@ def test_the_number_of_processes_has_no_effect(tmp_path):
 def test_the_peak_memory_does_not_contain_a_second_bank(monkeypatch):
     """Beside the bank (m, D): the similarities of a chunk in fp32, and their largest values."""
     monkeypatch.setattr(knn, "CHUNK", 2**20)
-    monkeypatch.setattr(knn, "SLICE", 2**14)
+    monkeypatch.setattr(knn, "SLICE", 2**11)
     context = multiprocessing.get_context("fork")
     queue = context.SimpleQueue()
 
