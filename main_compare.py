@@ -73,7 +73,7 @@ PROTOCOLS: dict[str, tuple[ModuleType, dict[str, Any]]] = {
 # Flags that all scripts share; the comparison passes those that are given.
 SHARED = (
     "data_path", "dataset", "download", "train_list", "val_list", "input_size", "mean", "std", "in_chans", "patch_size",
-    "num_cls_tokens", "crop_pct", "num_workers", "pin_mem", "device", "amp",
+    "num_cls_tokens", "crop_pct", "num_workers", "fast_jpeg", "pin_mem", "device", "amp",
 )  # fmt: skip
 VAL_FRACTION = 0.2  # of the training images of the first draw, held out to choose hyperparameters
 LEAST_UPDATES = 3  # of an epoch; batches of few images are smaller
@@ -442,7 +442,7 @@ def _epoch_flags(epochs: int) -> Flags:
 
 def _last_line(out: Path, _: str) -> dict[str, Any]:
     """Returns the scores of a run directory."""
-    lines = [json.loads(line) for line in (out / "log.txt").read_text(encoding="utf-8").splitlines()]
+    lines = run_log.read(out)
     scores = {name: value for name, value in lines[-1].items() if name.startswith(("test_", "chosen"))}
     return {**scores, "epochs": len(lines), "seconds_per_epoch": lines[-1]["seconds"]}
 

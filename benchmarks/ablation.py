@@ -6,20 +6,20 @@ import json
 import os
 import shlex
 import statistics
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks import scripts
+from benchmarks.scripts import ROOT
 from util.cli.advice import arguments
 from util.evaluation.comparison import Cell
 from util.evaluation.tables import markdown
 from util.files import atomic
 from util.jobs.commands import Commands
+from util.training import run_log
 
-ROOT = Path(__file__).parents[1]
 DATA = Path("demo/data/fashion_mnist")
 JOBS = 2  # pre-trainings at a time
 
@@ -31,11 +31,6 @@ class Run(NamedTuple):
     images: int
     epochs: int
     others: dict[str, Any]  # flags of main_pretrain.py
-
-
-def read_log(out: Path) -> list[dict[str, Any]]:
-    """Returns the entries of log.txt, one per epoch."""
-    return [json.loads(line) for line in (out / "log.txt").read_text().splitlines()]
 
 
 class Ablation:
@@ -90,7 +85,7 @@ class Ablation:
         """Pre-trains an encoder; returns its name with the loss of the last epoch and the minutes of training."""
 
         def read(out: Path, _: str) -> dict[str, Any]:
-            lines = read_log(out)
+            lines = run_log.read(out)
             return {"loss": lines[-1]["train_loss"], "minutes": sum(line["seconds"] for line in lines) / 60}
 
         return name, commands.run(name, ROOT / "main_pretrain.py", self.flags(name), read)
@@ -100,7 +95,7 @@ class Ablation:
         run = f"{name}-segmented"
         flags = {"finetune": self.checkpoint(name), "output_dir": self.work / run, "resume": "auto"}
         scores = commands.run(
-            run, ROOT / "main_segment.py", {**(self.segmentation or {}), **flags}, lambda out, _: read_log(out)[-1]
+            run, ROOT / "main_segment.py", {**(self.segmentation or {}), **flags}, lambda out, _: run_log.read(out)[-1]
         )
         return name, scores["test_miou"]
 
@@ -112,9 +107,7 @@ class Ablation:
         """Evaluates encoders; returns the accuracies of the draws, by encoder and protocol."""
         out = self.work / "compare"
         encoders = [f"{name}={self.checkpoint(name)}" for name in names]
-        words = ["main_compare.py", *arguments({**self.evaluation, "encoders": encoders, "output_dir": out})]
-        print("$", shlex.join(["python", *words]), flush=True)
-        subprocess.run([sys.executable, *words], cwd=ROOT, check=True)
+        scripts.run("main_compare.py", *arguments({**self.evaluation, "encoders": encoders, "output_dir": out}))
         accuracies: dict[str, dict[str, list[float]]] = {name: {} for name in names}
         with (out / "results.csv").open(newline="") as file:
             for row in csv.DictReader(file):

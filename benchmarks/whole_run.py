@@ -11,9 +11,7 @@ point is the mean of four updates.
 """
 
 import argparse
-import json
 import math
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -22,26 +20,21 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import models_vit
-from benchmarks import machine, peers
+from benchmarks import machine, peers, scripts
 from benchmarks.input_pipeline import write_photographs
 from util.cli import entry_point
 from util.dist import choose_device
 from util.evaluation.tables import markdown
+from util.training import run_log
 
-ROOT = Path(__file__).parents[1]
 FILES = 1280  # different files; the others are links to them
 STEPS_A_POINT = 4
 
 
-def run(*command: object) -> None:
-    """Runs a script of this repository."""
-    subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True)
-
-
 def pretrain(folder: Path, out: Path, *flags: object) -> list[dict[str, Any]]:
     """Runs main_pretrain.py on a folder of images; returns the lines of its log.txt."""
-    run("main_pretrain.py", "--data_path", folder, "--output_dir", out, "--vis_every", 0, "--fast_jpeg", *flags)
-    return [json.loads(line) for line in (out / "log.txt").read_text().splitlines()]
+    scripts.run("main_pretrain.py", "--data_path", folder, "--output_dir", out, "--vis_every", 0, "--fast_jpeg", *flags)
+    return run_log.read(out)
 
 
 def write_files(folder: Path, count: int) -> None:
@@ -55,7 +48,7 @@ def write_files(folder: Path, count: int) -> None:
 def speed(args: argparse.Namespace, folder: Path, flags: list[object]) -> dict[str, float]:
     """Images/s of the second epoch of a run, and of updates without data loading."""
     epochs = pretrain(folder, folder / "speed", *flags, "--amp", args.amp, "--compile", "--epochs", 2)
-    run(
+    scripts.run(
         "benchmarks/train_step.py", "--size", args.size, "--batch_size", args.batch_size, "--device", args.device,
         "--amp", args.amp, "--only", "ours compiled", "--out", folder, "--name", "step",
     )  # fmt: skip

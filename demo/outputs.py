@@ -12,14 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image, ImageOps
 
 from inference import maps
 from inference.model import Autoencoder, Model, Segmenter, open_image
 from inference.reconstruct import psnr, reconstruct, uncropped_input
-from inference.segment import class_name
+from inference.segment import class_name, class_shares
 from models_mae import Reconstruction
 from util.data.decode import Picture, size_of
 from util.data.joint_transforms import fitted
@@ -195,12 +194,10 @@ def segment(model: Segmenter, photo: str | None, opacity: float) -> list[Any]:
     classes = model.segment(pixels)
     image = to_image(model, pixels[None]).convert("RGB")
     colors = Image.fromarray(model.colors[classes]).resize(image.size, Image.Resampling.NEAREST)
-    shares = np.bincount(classes.ravel(), minlength=model.num_classes) / classes.size
     rows = "".join(
         f'<li><i style="background: rgb{tuple(map(int, model.colors[label]))}"></i>'
-        f"{html.escape(class_name(model, label))}: {100 * shares[label]:.1f} %</li>"
-        for label in np.argsort(-shares, kind="stable").tolist()
-        if shares[label]
+        f"{html.escape(class_name(model, label))}: {100 * share:.1f} %</li>"
+        for label, share in class_shares(classes)
     )
     return [_unique(Image.blend(image, colors, opacity)), f'<ul class="legend">{rows}</ul>']
 

@@ -30,6 +30,7 @@ from util.data.samples import Samples
 from util.data.transforms import to_tensor
 from util.evaluation import knn, pictures
 from util.files import atomic
+from util.training import run_log
 
 PICTURES = 8
 NEIGHBORS = 20
@@ -87,9 +88,9 @@ def draw_reconstructions(model: Autoencoder, images: torch.Tensor, path: Path) -
         figure.savefig(written)
 
 
-def draw_loss(log: Path, path: Path) -> None:
-    """Draws the training loss of each epoch from log.txt."""
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
+def draw_loss(run: Path, path: Path) -> None:
+    """Draws the training loss of each epoch of a run directory."""
+    lines = run_log.read(run)
     figure = Figure(figsize=(6, 4), dpi=100, layout="constrained")
     axes = figure.subplots()
     axes.plot([line["epoch"] + 1 for line in lines], [line["train_loss"] for line in lines], marker=".")
@@ -110,7 +111,7 @@ def neighbors(train: np.ndarray, labels: np.ndarray, test: np.ndarray, test_labe
 
 def last_accuracy(folder: Path) -> float:
     """The test accuracy after the last epoch of a run of main_finetune.py."""
-    return json.loads((folder / "log.txt").read_text().splitlines()[-1])["test_acc1"] / 100
+    return run_log.read(folder)[-1]["test_acc1"] / 100
 
 
 def main(args: argparse.Namespace) -> None:
@@ -122,7 +123,7 @@ def main(args: argparse.Namespace) -> None:
     train, labels = read_images(model, args.data_path, "train")
     test, test_labels = read_images(model, args.data_path, "val")
     draw_reconstructions(model, test, args.out / "reconstructions.png")
-    draw_loss(args.checkpoint.parent / "log.txt", args.out / "loss.png")
+    draw_loss(args.checkpoint.parent, args.out / "loss.png")
 
     def raw(images: torch.Tensor) -> np.ndarray:
         return images.flatten(1).numpy() / 255

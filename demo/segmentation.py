@@ -7,7 +7,6 @@ each encoder and seed, and prints a table of the mean IoU. The same command resu
 three seeds it takes a few minutes on two CPU cores.
 """
 
-import json
 import sys
 from argparse import ArgumentParser, Namespace
 from functools import partial
@@ -34,6 +33,7 @@ from util.data.masks import default_colors, read_palette
 from util.evaluation.tables import markdown
 from util.files import atomic
 from util.jobs.commands import Commands
+from util.training import run_log
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "segment_garments.yaml"
@@ -99,7 +99,7 @@ def write_pictures(folder: Path, count: int) -> None:
 
 def last_scores(out: Path, output: str) -> dict[str, Any]:
     """Returns the entry of the last epoch in log.txt."""
-    return json.loads((out / "log.txt").read_text(encoding="utf-8").splitlines()[-1])
+    return run_log.read(out)[-1]
 
 
 def draw(files: dict[str, Path], data: Path, path: Path) -> None:

@@ -66,10 +66,9 @@ def main(args: argparse.Namespace) -> list[np.ndarray]:
     results = []
     for path in args.images:  # one at a time, so that results are printed before an unreadable image ends the command
         results.append(model.segment(path))
-        shares = np.bincount(results[-1].ravel(), minlength=model.num_classes) / results[-1].size
         print(printable(str(path)))
-        for label in np.argsort(-shares, kind="stable")[: np.count_nonzero(shares)]:
-            print(f"  {shares[label]:7.2%}  {class_name(model, label)}", flush=True)
+        for label, share in class_shares(results[-1]):
+            print(f"  {share:7.2%}  {class_name(model, label)}", flush=True)
         if args.masks:
             write_mask(results[-1], model, args.masks / f"{Path(path).stem}.png")
     if args.out:
@@ -82,6 +81,13 @@ def class_name(model: Segmenter, label: int) -> str:
     """Returns the name of a class; without a palette, names are numbers."""
     name = printable(model.classes[label]) if model.classes else str(label)
     return f"class {name}" if name.isdecimal() else name
+
+
+def class_shares(classes: np.ndarray) -> list[tuple[int, float]]:
+    """Returns the labels in classes (H, W) with their shares of the pixels, the most frequent first."""
+    labels, counts = np.unique(classes, return_counts=True)
+    order = np.argsort(-counts, kind="stable")
+    return list(zip(labels[order].tolist(), (counts[order] / classes.size).tolist(), strict=True))
 
 
 def write_mask(classes: np.ndarray, model: Segmenter, path: Path) -> None:
@@ -107,15 +113,16 @@ def overlay(image: np.ndarray, classes: np.ndarray, colors: np.ndarray, opacity:
 
 def legend(classes: np.ndarray, model: Segmenter) -> tuple[list[str], np.ndarray]:
     """Returns names with shares, and the colors (n, 3) from 0 to 1, of the MAX_LEGEND most frequent classes (H, W)."""
-    shares = np.bincount(classes.ravel(), minlength=model.num_classes) / classes.size
-    labels = np.argsort(-shares, kind="stable")[: min(MAX_LEGEND, np.count_nonzero(shares))]
-    names = (class_name(model, label) for label in labels)
-    texts = [f"{name[:MAX_NAME]}{'…' * (len(name) > MAX_NAME)} {shares[label]:.1%}"
-             for name, label in zip(names, labels, strict=True)]  # fmt: skip
-    others = np.count_nonzero(shares) - len(labels)
+    shares = class_shares(classes)
+    named, others = shares[:MAX_LEGEND], shares[MAX_LEGEND:]
+    names = [class_name(model, label) for label, _ in named]
+    texts = [f"{name[:MAX_NAME]}{'…' * (len(name) > MAX_NAME)} {share:.1%}"
+             for name, (_, share) in zip(names, named, strict=True)]  # fmt: skip
+    colors = [model.colors[label] / 255 for label, _ in named]
     if others:
-        texts.append(f"{others} other classes {1 - shares[labels].sum():.1%}")
-    return texts, np.vstack([model.colors[labels] / 255, np.ones((int(others > 0), 3))])
+        texts.append(f"{len(others)} other classes {sum(share for _, share in others):.1%}")
+        colors.append(np.ones(3))  # white
+    return texts, np.array(colors)
 
 
 def draw(images: list[np.ndarray], results: list[np.ndarray], model: Segmenter, opacity: float, path: Path) -> None:

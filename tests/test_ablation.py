@@ -1,6 +1,5 @@
 """Ablations of pre-training: encoders are pre-trained and compared, and results are not computed twice."""
 
-import importlib
 import json
 
 import numpy as np
@@ -13,6 +12,8 @@ import main_pretrain
 import main_segment
 from benchmarks import ablation
 from benchmarks.ablation import Ablation, Run
+from benchmarks.mask_blocks import study as mask_blocks
+from benchmarks.small_data import study as small_data
 from demo.segmentation import write_pictures
 from util.cli import entry_point
 from util.cli.advice import arguments
@@ -32,12 +33,8 @@ def data(tmp_path, monkeypatch):
     return ablation.DATA
 
 
-def read_study(name):
-    return importlib.import_module(f"benchmarks.{name}.study").STUDY
-
-
 def test_two_encoders_are_pretrained_and_compared_once(data, tmp_path, monkeypatch):
-    study = read_study("small_data")
+    study = small_data.STUDY
     runs = {"base": Run("base", 100, 1, {}), "mask-0.5": Run("mask-0.5", 100, 2, {"mask_ratio": 0.5})}
     evaluation = {name: value for name, value in study.evaluation.items() if name not in ("recipes", "budget")}
     evaluation |= {"data_path": data, "protocols": ["knn"], "labels": [10], "draws": [1]}
@@ -71,7 +68,7 @@ def test_rows_with_several_seeds(tmp_path):
 
 
 def test_the_commands_parse_and_differ_in_one_setting():
-    study = read_study("small_data")
+    study = small_data.STUDY
 
     def parse(name):
         return vars(entry_point.parse(main_pretrain.get_args_parser(), arguments(study.flags(name))))
@@ -82,10 +79,9 @@ def test_the_commands_parse_and_differ_in_one_setting():
         assert len(changed - {"log_dir"}) == (name not in ("base", "1000-images")), name
 
 
-@pytest.mark.parametrize("name", ["small_data", "mask_blocks"])
-def test_the_commands_of_the_evaluation_parse(name, monkeypatch):
+@pytest.mark.parametrize("study", [small_data.STUDY, mask_blocks.STUDY], ids=["small_data", "mask_blocks"])
+def test_the_commands_of_the_evaluation_parse(study, monkeypatch):
     monkeypatch.chdir(ROOT)
-    study = read_study(name)
     for run in study.runs:
         entry_point.parse(main_pretrain.get_args_parser(), arguments(study.flags(run)))
     entry_point.parse(main_compare.get_args_parser(), arguments({**study.evaluation, "encoders": ["base"]}))
@@ -94,7 +90,7 @@ def test_the_commands_of_the_evaluation_parse(name, monkeypatch):
 
 
 def test_an_encoder_with_mask_blocks_is_evaluated_by_segmentation(data, tmp_path):
-    study = read_study("mask_blocks")
+    study = mask_blocks.STUDY
     write_pictures(tmp_path / "pictures", 32)
     flags = {"data_path": tmp_path / "pictures", "palette": tmp_path / "pictures" / "palette.txt", "epochs": 1}
     runs = {"a": Run("a", 100, 1, {"mask_block": 4, "num_cls_tokens": 4})}

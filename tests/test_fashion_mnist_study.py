@@ -1,7 +1,6 @@
 """The study of Fashion-MNIST: its commands parse, the data are unpacked, and results are reused and copied back."""
 
 import gzip
-import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -12,20 +11,13 @@ from torchvision.datasets import FashionMNIST
 
 import main_compare
 import main_pretrain
+from benchmarks.fashion_mnist import study
 from inference import export
 from util.cli import entry_point
 
 
-@pytest.fixture
-def study():
-    spec = importlib.util.spec_from_file_location("study", ROOT / "benchmarks/fashion_mnist/study.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("name", ["PRETRAIN", "EXPORT", "COMPARE"])
-def test_its_commands_parse(study, name, monkeypatch):
+def test_its_commands_parse(name, monkeypatch):
     monkeypatch.chdir(ROOT)
     scripts = {"main_pretrain.py": main_pretrain, "inference.export": export, "main_compare.py": main_compare}
     words = list(map(str, getattr(study, name)))
@@ -36,12 +28,12 @@ def test_its_commands_parse(study, name, monkeypatch):
         assert len(args.labels) == len(args.draws) == len(args.budget) == 5
 
 
-def test_the_exported_checkpoint_is_the_last_of_the_recipe(study):
+def test_the_exported_checkpoint_is_the_last_of_the_recipe():
     recipe = yaml.safe_load((ROOT / "recipes" / "pretrain_fashion_mnist_full.yaml").read_text())
     assert recipe["epochs"] == study.EPOCHS
 
 
-def test_the_data_are_unpacked_for_torchvision(study, tmp_path, monkeypatch):
+def test_the_data_are_unpacked_for_torchvision(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "DEBIAN", tmp_path / "debian")
     study.DEBIAN.mkdir()
     pixels = np.random.default_rng(0).integers(0, 256, (3, 28, 28), dtype=np.uint8)
@@ -56,27 +48,27 @@ def test_the_data_are_unpacked_for_torchvision(study, tmp_path, monkeypatch):
     assert train.targets.tolist() == [4, 0, 9]
 
 
-def test_without_the_data_the_package_is_named(study, tmp_path, monkeypatch):
+def test_without_the_data_the_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "DEBIAN", tmp_path / "missing")
     with pytest.raises(SystemExit, match="apt-get install dataset-fashion-mnist"):
         study.prepare(tmp_path / "data")
 
 
-def test_results_are_reused_and_come_back_after_an_interruption(study, tmp_path, monkeypatch):
+def test_results_are_reused_and_come_back_after_an_interruption(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "ROOT", tmp_path)
     monkeypatch.setattr(study, "HERE", tmp_path / "study")
     study.HERE.mkdir()
     (study.HERE / "results.json").write_text("first")
     out = tmp_path / study.WORK / "compare"
 
-    def call(command):
+    def run(*command):
         assert Path(command[command.index("--output_dir") + 1]) == study.WORK / "compare"
         assert (out / "results.json").read_text() == "first"
         (out / "results.json").write_text("second")
         (out / "table.md").write_text("table")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(study, "call", call)
+    monkeypatch.setattr(study.scripts, "run", run)
     with pytest.raises(KeyboardInterrupt):
         study.compare()
     assert (study.HERE / "results.json").read_text() == "second"

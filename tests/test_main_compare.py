@@ -113,9 +113,10 @@ def test_flags_of_the_runs(labelled, encoder, tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(Commands, "run", lambda self, name, script, flags, read: calls.append((name, flags)) or SCORES)
     flags = ("--encoders", "scratch", encoder, "--labels", "30", "all", "--draws", "2", "3", "--budget", "3", "0.5m",
-             "--protocols", "knn", "linear", "finetune", "--mean", "0.5", "0.5", "0.5")  # fmt: skip
+             "--protocols", "knn", "linear", "finetune", "--mean", "0.5", "0.5", "0.5", "--fast_jpeg")  # fmt: skip
     compare(labelled, tmp_path, encoder, *flags)
     runs = dict(calls)
+    assert all(run["fast_jpeg"] for run in runs.values())
     assert {name for name in runs if not name.startswith(("choices", "timing"))} == {
         f"{name}/{protocol}/{cell}" for name in ("scratch", "mine") for protocol in ("knn", "linear", "finetune")
         for cell in ("30/0", "30/1", "48/0")

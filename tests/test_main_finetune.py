@@ -2,7 +2,6 @@
 
 import argparse
 import csv
-import json
 import re
 import shutil
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 from capture import recorder
 from conftest import ROOT
-from mains import Stopped, stop_after
+from mains import Stopped, lines, stop_after
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from timm.loss import LabelSmoothingCrossEntropy
@@ -37,10 +36,6 @@ def weights(out, name="checkpoint-1.pth"):
 def assert_equal(a, b):
     assert a.keys() == b.keys()
     assert [key for key in a if not torch.equal(a[key], b[key])] == []
-
-
-def lines(out):
-    return [json.loads(line) for line in (out / "log.txt").read_text().splitlines()]
 
 
 def test_a_run_writes_the_files_of_the_published_code(finetune, capsys):

@@ -1,6 +1,5 @@
 """Linear probing: the encoder is frozen, heads train independently, and the test set selects nothing."""
 
-import json
 import math
 from types import SimpleNamespace
 
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from capture import parse, recorder
+from mains import lines
 from torch.nn import functional as F
 
 import engine_finetune
@@ -28,10 +28,6 @@ from util.training.precision import Precision
 @pytest.fixture
 def probe(classify):
     return lambda name="run", **flags: classify(main_linprobe, name, **flags)
-
-
-def lines(out):
-    return [json.loads(line) for line in (out / "log.txt").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")

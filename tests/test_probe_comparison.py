@@ -15,11 +15,13 @@ MINI = {"model": "mae_vit_mini_patch4", "input_size": 28, "patch_size": 7, "in_c
 def test_the_table_has_the_accuracies_of_all_runs(labelled, tmp_path, monkeypatch, capsys):
     calls = []
 
-    def run(arguments):
+    def run(script, *words):
+        assert script == "main_linprobe.py"
+        arguments = list(map(str, words))
         calls.append(arguments)
         main_linprobe.main(entry_point.parse(main_linprobe.get_args_parser(), arguments))
 
-    monkeypatch.setattr(probes, "run", run)
+    monkeypatch.setattr(probes.scripts, "run", run)
     monkeypatch.setattr(probes, "SEEDS", range(2))
     torch.save({"model": models_build.autoencoder(MINI).state_dict()}, tmp_path / "encoder.pth")
     flags = ["--data_path", labelled, "--epochs", 1, "--warmup_epochs", 0, "--batch_size", 8, "--device", "cpu",

@@ -104,7 +104,7 @@ def test_the_loss_is_drawn_over_finished_epochs(tmp_path, monkeypatch):
     original = Axes.plot
     monkeypatch.setattr(Axes, "plot", lambda self, *a, **k: plots.append(a) or original(self, *a, **k))
     (tmp_path / "log.txt").write_text('{"epoch": 0, "train_loss": 0.9}\n{"epoch": 1, "train_loss": 0.5}\n')
-    report.draw_loss(tmp_path / "log.txt", tmp_path / "loss.png")
+    report.draw_loss(tmp_path, tmp_path / "loss.png")
     assert plots == [([1, 2], [0.9, 0.5])]
 
 

@@ -9,8 +9,6 @@ main_linprobe.py. The same command resumes an interrupted comparison.
 """
 
 import argparse
-import json
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,10 +17,11 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from benchmarks import scripts
 from util.evaluation.tables import markdown
+from util.training import run_log
 
-ROOT = Path(__file__).parents[2]
-RECIPE = ROOT / "recipes" / "linprobe_attentive_fashion_mnist.yaml"
+RECIPE = scripts.ROOT / "recipes" / "linprobe_attentive_fashion_mnist.yaml"
 LINEAR = ["--probe", "linear", "--blr", "1", "3", "10", "30", "100", "300"]
 PROBES = {
     "linear, class token": LINEAR,
@@ -30,11 +29,6 @@ PROBES = {
     "attentive": ["--probe", "attentive"],
 }
 SEEDS = range(3)
-
-
-def run(arguments: Sequence[str]) -> None:
-    """Runs main_linprobe.py."""
-    subprocess.run([sys.executable, "main_linprobe.py", *arguments], cwd=ROOT, check=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -48,9 +42,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         accuracies = []
         for seed in SEEDS:
             out = args.work.resolve() / title.replace(", ", "-").replace(" ", "_") / str(seed)
-            run(["--config", str(RECIPE), "--finetune", str(args.encoder.resolve()), "--output_dir", str(out),
-                 "--resume", "auto", "--seed", str(seed), *flags, *others])  # fmt: skip
-            accuracies.append(json.loads((out / "log.txt").read_text().splitlines()[-1])["test_acc1"])
+            scripts.run(
+                "main_linprobe.py", "--config", RECIPE, "--finetune", args.encoder.resolve(), "--output_dir", out,
+                "--resume", "auto", "--seed", seed, *flags, *others,
+            )  # fmt: skip
+            accuracies.append(run_log.read(out)[-1]["test_acc1"])
         cells = [f"{accuracy:.1f}" for accuracy in accuracies]
         rows.append([title, *cells, f"{np.mean(accuracies):.1f} ± {np.std(accuracies, ddof=1):.1f}"])
     print(markdown(["test accuracy, %", *(f"seed {seed}" for seed in SEEDS), "mean and standard deviation"], rows))

@@ -11,16 +11,16 @@ that are there.
 
 import argparse
 import gzip
-import os
-import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from benchmarks import scripts
+from benchmarks.scripts import ROOT
 
 HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # the package dataset-fashion-mnist
 WORK = Path("runs/study")
 DATA = ["--dataset", "FashionMNIST", "--data_path", WORK / "data"]
@@ -60,17 +60,10 @@ def prepare(data: Path) -> None:
         (raw / path.stem).write_bytes(gzip.decompress(path.read_bytes()))
 
 
-def call(command: list[Any]) -> None:
-    """Runs a script in the repository."""
-    words = list(map(str, command))
-    print("$", shlex.join(["python", *words]), flush=True)
-    subprocess.run([sys.executable, *words], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
-
-
 def pretrain() -> None:
     """Pre-trains the encoder; writes its weights and its log beside this file."""
-    call(PRETRAIN)
-    call(EXPORT)
+    scripts.run(*PRETRAIN, threads=1)
+    scripts.run(*EXPORT)
     shutil.copy(ROOT / WORK / "pretrain" / "log.txt", HERE / "logs" / f"pretrain-{EPOCHS}.txt")
 
 
@@ -81,7 +74,7 @@ def compare() -> None:
         out.mkdir(parents=True, exist_ok=True)
         shutil.copy(HERE / "results.json", out)
     try:
-        call(COMPARE)
+        scripts.run(*COMPARE)
     finally:
         for name in RESULTS:
             if (out / name).exists():

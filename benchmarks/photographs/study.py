@@ -10,8 +10,6 @@ resumes an interrupted run.
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,11 +25,11 @@ from torchvision.transforms.functional import pil_to_tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from benchmarks import scripts
 from inference.model import get_model
 from util.files import atomic
 
 HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "hubble_deep_field.jpg", "ihc.png", "motorcycle_left.png", "retina.jpg",
                "rocket.jpg", "china.jpg", "flower.jpg", "grass.png", "gravel.png", "brick.png")  # fmt: skip
 HELD_OUT = "coffee.png"
@@ -53,13 +51,12 @@ def train(work: Path) -> Path:
     crops.write_text("".join(f"{find(name)}\n" * CROPS for name in PHOTOGRAPHS))
     out = work / "pretrain"
     command = [
-        sys.executable, "main_pretrain.py", "--model", "mae_vit_tiny_patch16", "--train_list", crops,
+        "main_pretrain.py", "--model", "mae_vit_tiny_patch16", "--train_list", crops,
         "--output_dir", out,
         "--epochs", EPOCHS, "--warmup_epochs", 4, "--batch_size", 32, "--lr", 1e-3, "--crop_scale", 0.05, 0.5,
         "--vis_every", 10, "--num_workers", 1, "--resume", "auto",
     ]  # fmt: skip
-    print("$", *command, flush=True)
-    subprocess.run([str(part) for part in command], cwd=ROOT, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    scripts.run(*command, threads=1)
     return out / f"checkpoint-{EPOCHS - 1}.pth"
 
 

@@ -41,7 +41,7 @@ class ImageCache:
         num_workers: worker processes that decode the images.
 
     Raises:
-        ValueError: the images take more than `limit` bytes, which is estimated from the first SAMPLE of them.
+        ValueError: the images take more than `limit` bytes, which is estimated after SAMPLE of them.
     """
 
     def __init__(self, source: Source, limit: float, *, in_chans: int, fast_jpeg: bool, num_workers: int) -> None:

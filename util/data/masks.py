@@ -6,6 +6,7 @@ A mask is an image with one value per pixel: the index of a class, or IGNORED.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ from util.files.untrusted import printable, read_file
 IGNORED = 255  # the value of pixels without a class
 JPEG = b"\xff\xd8\xff"  # the first bytes of a file
 MOST_CLASSES = 255
+RGB_WEIGHTS = np.array([1 << 16, 1 << 8, 1])  # a color as one number
 # Names of folders, in lower case: of ADE20K, of mmsegmentation, of LoveDA.
 SPLITS = {"train": ("train", "training"), "val": ("val", "validation")}
 IMAGE_FOLDERS = ("images", "img_dir", "images_png")
@@ -133,14 +135,18 @@ class MaskFormat:
             )
         return torch.from_numpy(values.copy())
 
+    @cached_property  # it has 16 MB
+    def _class_of_color(self) -> np.ndarray:
+        assert self.colors
+        table = np.full(1 << 24, IGNORED, dtype=np.uint8)
+        table[np.asarray(self.colors) @ RGB_WEIGHTS] = np.arange(len(self.colors))
+        return table
+
     def _of_colors(self, pixels: np.ndarray) -> Tensor:
         if self.colors is None:
             raise BadImage("it is a color image: give --palette with the colors of the classes")
-        table = np.full(1 << 24, IGNORED, dtype=np.uint8)
-        weights = np.array([1 << 16, 1 << 8, 1])
-        table[np.asarray(self.colors) @ weights] = np.arange(len(self.colors))
-        values = pixels @ weights
-        classes = table[values]
+        values = pixels @ RGB_WEIGHTS
+        classes = self._class_of_color[values]
         # A single color may be that of ignored pixels. Several colors are those of another palette.
         if (classes == IGNORED).all() and (values != values.flat[0]).any():
             color = " ".join(map(str, pixels[0, 0]))

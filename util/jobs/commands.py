@@ -54,7 +54,7 @@ class Commands:
         out = self.folder / name
         files = {key: digest for key, value in flags.items() if key != "data_path" and (digest := _digest_of(value))}
         scores = self.scores().get(name, {})
-        if scores.get("command") == command and scores.get("files", files) == files:
+        if scores.get("command") == command and scores.get("files") == files:
             return scores
         started, text = out / "command.txt", f"{command}\n{json.dumps(files)}\n"
         if started.exists() and started.read_text(encoding="utf-8") != text:

@@ -285,6 +285,11 @@ def open_log(output_dir: Path, log_dir: Path, epochs: int, **options: Any) -> Nu
     return RunLog(output_dir, log_dir, epochs, **options) if dist.is_main() else NullLog()
 
 
+def read(output_dir: Path) -> list[dict[str, Any]]:
+    """Returns the entries of log.txt, one per completed epoch."""
+    return [json.loads(line) for line in (output_dir / "log.txt").read_text(encoding="utf-8").splitlines()]
+
+
 def _drop_lines_from(path: Path, first_epoch: int) -> None:
     """Removes the lines of `first_epoch` and later epochs, which a resumed run writes again."""
     if not path.exists():

@@ -1,0 +1,25 @@
+"""Runs the scripts of this repository."""
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*command: object, threads: int | None = None) -> None:
+    """Prints and runs a command of Python in the repository.
+
+    Args:
+        command: a script, or -m and a module; then its arguments.
+        threads: threads of each process (default: PyTorch's).
+
+    Raises:
+        subprocess.CalledProcessError: the command failed.
+    """
+    words = list(map(str, command))
+    print("$", shlex.join(["python", *words]), flush=True)
+    environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, check=True)
