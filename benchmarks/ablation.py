@@ -25,7 +25,7 @@ JOBS = 2  # pre-trainings at a time
 
 
 class Run(NamedTuple):
-    """A pre-training on the first images of each class of DATA."""
+    """A pre-training on the first images of each class."""
 
     row: str  # title of its row in the table; runs with other seeds share it
     images: int
@@ -45,6 +45,7 @@ class Ablation:
         shared: flags of main_pretrain.py that all runs share.
         evaluation: flags of main_compare.py.
         segmentation: flags of main_segment.py, if the encoders are evaluated with it, too.
+        data: folder with train/ and val/, each with a folder for each class.
     """
 
     def __init__(
@@ -55,9 +56,15 @@ class Ablation:
         shared: dict[str, Any],
         evaluation: dict[str, Any],
         segmentation: dict[str, Any] | None = None,
+        data: Path = DATA,
     ) -> None:
         self.here, self.work, self.runs, self.shared = here, work, runs, shared
-        self.evaluation, self.segmentation = evaluation, segmentation
+        self.evaluation, self.segmentation, self.data = evaluation, segmentation, data
+
+    def commands(self) -> Commands:
+        """Returns the commands of the study, whose results are kept beside the run directories."""
+        self.work.mkdir(parents=True, exist_ok=True)
+        return Commands(self.work, self.work / "results.json", JOBS)
 
     @property
     def results(self) -> dict[str, Any]:
@@ -69,26 +76,36 @@ class Ablation:
         """Returns the flags of main_pretrain.py for an encoder."""
         _, images, epochs, others = self.runs[name]
         return {
-            **self.shared, "data_path": DATA / "train", "train_list": self.work / f"{images}.txt", "epochs": epochs,
-            "warmup_epochs": max(1, epochs // 20), "save_every": epochs, "vis_every": 0, "resume": "auto",
-            "output_dir": self.work / name, **others,
+            **self.shared, "data_path": self.data / "train", "train_list": self.work / f"{images}.txt",
+            "epochs": epochs, "warmup_epochs": max(1, epochs // 20), "save_every": epochs, "vis_every": 0,
+            "resume": "auto", "output_dir": self.work / name, **others,
         }  # fmt: skip
 
     def write_list(self, images: int) -> None:
         """Writes a list of the first images of each class, equally many."""
-        folder = DATA / "train"
+        folder = self.data / "train"
         classes = sorted(path for path in folder.iterdir() if path.is_dir())
         files = [file for path in classes for file in sorted(path.iterdir())[: images // len(classes)]]
         atomic.write_text(self.work / f"{images}.txt", "".join(f"{file.relative_to(folder)}\n" for file in files))
 
-    def pretrain(self, commands: Commands, name: str) -> tuple[str, dict[str, Any]]:
-        """Pre-trains an encoder; returns its name with the loss of the last epoch and the minutes of training."""
+    def pretrain(self, commands: Commands, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """Pre-trains encoders; returns the loss of the last epoch and the minutes of training, by name."""
+        for images in {self.runs[name].images for name in names}:
+            self.write_list(images)
 
         def read(out: Path, _: str) -> dict[str, Any]:
             lines = run_log.read(out)
             return {"loss": lines[-1]["train_loss"], "minutes": sum(line["seconds"] for line in lines) / 60}
 
-        return name, commands.run(name, ROOT / "main_pretrain.py", self.flags(name), read)
+        def run(name: str) -> tuple[str, dict[str, Any]]:
+            return name, commands.run(name, ROOT / "main_pretrain.py", self.flags(name), read)
+
+        trained: dict[str, dict[str, Any]] = {}
+        for name, scores in commands.each([partial(run, name) for name in names]):
+            trained[name] = scores
+            progress = f"[{len(trained)}/{len(names)}] {name}"
+            print(f"{progress}: loss {scores['loss']:.4f}, {scores['minutes']:.1f} minutes", flush=True)
+        return trained
 
     def segment(self, commands: Commands, name: str) -> tuple[str, float]:
         """Trains a segmentation head; returns the name of the encoder with the mean IoU in percent."""
@@ -103,15 +120,25 @@ class Ablation:
         """Returns the last checkpoint of an encoder."""
         return self.work / name / f"checkpoint-{self.runs[name].epochs - 1}.pth"
 
-    def compare(self, names: Sequence[str]) -> dict[str, dict[str, list[float]]]:
-        """Evaluates encoders; returns the accuracies of the draws, by encoder and protocol."""
+    def compare(self, names: Sequence[str], baselines: Sequence[str] = ()) -> Path:
+        """Evaluates encoders; returns the folder with the results of main_compare.py.
+
+        Args:
+            names: encoders of this study, of which the first determines the architecture of `scratch`.
+            baselines: encoders that need no pre-training, as main_compare.py names them.
+        """
         out = self.work / "compare"
-        encoders = [f"{name}={self.checkpoint(name)}" for name in names]
+        encoders = [*baselines, *(f"{name}={self.checkpoint(name)}" for name in names)]
         scripts.run("main_compare.py", *arguments({**self.evaluation, "encoders": encoders, "output_dir": out}))
+        return out
+
+    def accuracies(self, names: Sequence[str]) -> dict[str, dict[str, list[float]]]:
+        """Evaluates encoders; returns the accuracies of the draws, by encoder and protocol."""
         accuracies: dict[str, dict[str, list[float]]] = {name: {} for name in names}
-        with (out / "results.csv").open(newline="") as file:
-            for row in csv.DictReader(file):
-                accuracies[row["encoder"]].setdefault(row["protocol"], []).append(float(row["accuracy"]))
+        if names:
+            with (self.compare(names) / "results.csv").open(newline="") as file:
+                for row in csv.DictReader(file):
+                    accuracies[row["encoder"]].setdefault(row["protocol"], []).append(float(row["accuracy"]))
         return accuracies
 
     def table(self) -> str:
@@ -141,23 +168,15 @@ class Ablation:
 
     def run(self, names: Sequence[str]) -> None:
         """Pre-trains and evaluates the encoders of `names` that have no result; writes and prints the table."""
-        self.work.mkdir(parents=True, exist_ok=True)
-        for images in {self.runs[name].images for name in names}:
-            self.write_list(images)
-        commands = Commands(self.work, self.work / "results.json", JOBS)
-        results = self.results
+        commands, results = self.commands(), self.results
         names = [
             name
             for name in names
             if results.get(name, {}).get("command")
             != shlex.join(["python", "main_pretrain.py", *arguments(self.flags(name))])
         ]
-        trained = {}
-        for name, scores in commands.each([partial(self.pretrain, commands, name) for name in names]):
-            trained[name] = scores
-            progress = f"[{len(trained)}/{len(names)}] {name}"
-            print(f"{progress}: loss {scores['loss']:.4f}, {scores['minutes']:.1f} minutes", flush=True)
-        accuracies = self.compare(names) if names else {}
+        trained = self.pretrain(commands, names)
+        accuracies = self.accuracies(names)
         if self.segmentation:
             for name, mean_iou in commands.each([partial(self.segment, commands, name) for name in names]):
                 accuracies[name]["segmentation, mean IoU"] = [mean_iou]

@@ -10,9 +10,9 @@ from PIL import Image
 import main_compare
 import main_pretrain
 import main_segment
-from benchmarks import ablation
 from benchmarks.ablation import Ablation, Run
 from benchmarks.mask_blocks import study as mask_blocks
+from benchmarks.small_data import other_images
 from benchmarks.small_data import study as small_data
 from demo.segmentation import write_pictures
 from util.cli import entry_point
@@ -21,16 +21,15 @@ from util.cli.advice import arguments
 
 @pytest.fixture
 def data(tmp_path, monkeypatch):
-    """Twelve training images of each class instead of the embedded ones."""
-    monkeypatch.setattr(ablation, "DATA", tmp_path / "data")
+    """A folder with twelve training images of each of ten classes."""
     monkeypatch.chdir(ROOT)
     for split, images in (("train", 12), ("val", 2)):
         for label in range(10):
-            folder = ablation.DATA / split / f"class{label}"
+            folder = tmp_path / "data" / split / f"class{label}"
             folder.mkdir(parents=True)
             for number in range(images):
                 Image.fromarray(np.full((28, 28), 25 * label + number, np.uint8)).save(folder / f"{number:03}.png")
-    return ablation.DATA
+    return tmp_path / "data"
 
 
 def test_two_encoders_are_pretrained_and_compared_once(data, tmp_path, monkeypatch):
@@ -38,7 +37,7 @@ def test_two_encoders_are_pretrained_and_compared_once(data, tmp_path, monkeypat
     runs = {"base": Run("base", 100, 1, {}), "mask-0.5": Run("mask-0.5", 100, 2, {"mask_ratio": 0.5})}
     evaluation = {name: value for name, value in study.evaluation.items() if name not in ("recipes", "budget")}
     evaluation |= {"data_path": data, "protocols": ["knn"], "labels": [10], "draws": [1]}
-    small = Ablation(tmp_path, tmp_path / "runs", runs, study.shared, evaluation)
+    small = Ablation(tmp_path, tmp_path / "runs", runs, study.shared, evaluation, data=data)
     small.run(list(runs))
     lines = (tmp_path / "table.md").read_text().splitlines()
     assert lines[0] == "| encoder | images | epochs | minutes | loss | k-NN, % |"
@@ -79,7 +78,11 @@ def test_the_commands_parse_and_differ_in_one_setting():
         assert len(changed - {"log_dir"}) == (name not in ("base", "1000-images")), name
 
 
-@pytest.mark.parametrize("study", [small_data.STUDY, mask_blocks.STUDY], ids=["small_data", "mask_blocks"])
+@pytest.mark.parametrize(
+    "study",
+    [small_data.STUDY, mask_blocks.STUDY, *map(other_images.study, other_images.DATASETS)],
+    ids=["small_data", "mask_blocks", *other_images.DATASETS],
+)
 def test_the_commands_of_the_evaluation_parse(study, monkeypatch):
     monkeypatch.chdir(ROOT)
     for run in study.runs:
@@ -94,15 +97,30 @@ def test_an_encoder_with_mask_blocks_is_evaluated_by_segmentation(data, tmp_path
     write_pictures(tmp_path / "pictures", 32)
     flags = {"data_path": tmp_path / "pictures", "palette": tmp_path / "pictures" / "palette.txt", "epochs": 1}
     runs = {"a": Run("a", 100, 1, {"mask_block": 4, "num_cls_tokens": 4})}
-    small = Ablation(tmp_path, tmp_path / "runs", runs, study.shared, {}, {**study.segmentation, **flags})
-    small.compare = lambda names: {name: {} for name in names}
+    small = Ablation(tmp_path, tmp_path / "runs", runs, study.shared, {}, {**study.segmentation, **flags}, data)
+    small.accuracies = lambda names: {name: {} for name in names}
     small.run(["a"])
     (score,) = small.results["a"]["accuracies"]["segmentation, mean IoU"]
     assert 0 < score < 100
 
 
 def test_the_images_are_the_first_of_each_class(data, tmp_path):
-    Ablation(tmp_path, tmp_path, {}, {}, {}).write_list(100)
+    Ablation(tmp_path, tmp_path, {}, {}, {}, data=data).write_list(100)
     lines = (tmp_path / "100.txt").read_text().splitlines()
     assert len(lines) == 100
     assert (lines[0], lines[9], lines[10]) == ("class0/000.png", "class0/009.png", "class1/000.png")
+
+
+@pytest.mark.parametrize(("dataset", "classes", "size"), [("digits", 10, 8), ("photographs", 16, 96)])
+def test_the_images_of_other_kinds(tmp_path, dataset, classes, size):
+    for name in "ab":
+        other_images.WRITERS[dataset](tmp_path / name)
+    files = {path.relative_to(tmp_path / "a"): path.read_bytes() for path in (tmp_path / "a").rglob("*.png")}
+    assert files == {path.relative_to(tmp_path / "b"): path.read_bytes() for path in (tmp_path / "b").rglob("*.png")}
+    for split in ("train", "val"):
+        assert len({path.parent for path in files if path.parts[0] == split}) == classes
+    assert Image.open(tmp_path / "a" / next(iter(files))).size == (size, size)
+    images = other_images.DATASETS[dataset].images
+    study = Ablation(tmp_path, tmp_path, {}, {}, {}, data=tmp_path / "a")
+    study.write_list(images)
+    assert len((tmp_path / f"{images}.txt").read_text().splitlines()) == images  # each class has enough

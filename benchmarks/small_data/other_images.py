@@ -1,0 +1,138 @@
+"""Pre-training on about 1,000 images of other kinds: digits of 8 x 8 pixels, and photographs of 96 x 96 pixels.
+
+    python benchmarks/small_data/other_images.py digits         # 15 minutes on two CPU cores
+    python benchmarks/small_data/other_images.py photographs    # 45 minutes
+
+Encoders are pre-trained without labels, two at a time. main_compare.py then compares them with the same architecture
+from scratch, and with raw pixels. DATASET.md and DATASET.csv are written beside this file: the accuracies, and the
+command of every run. The same command resumes an interrupted study. The images and the encoders are in
+runs/small_data/DATASET.
+
+digits: the 1,797 images of scikit-learn, 1,000 of them for pre-training and 100 or all labels.
+photographs: random squares of 16 photographs of scikit-image and scikit-learn, which are the classes. The training
+images are from the left 60 % of a photograph, the test images from the rest.
+"""
+
+import argparse
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import skimage.data
+import sklearn.datasets
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from benchmarks.ablation import ROOT, Ablation, Run
+from util.files import atomic
+
+HERE = Path(__file__).parent
+PHOTOGRAPHS = (
+    "astronaut.png", "brick.png", "camera.png", "cell.png", "chelsea.png", "coffee.png", "grass.png", "gravel.png",
+    "hubble_deep_field.jpg", "ihc.png", "moon.png", "motorcycle_left.png", "retina.jpg", "rocket.jpg", "china.jpg",
+    "flower.jpg",
+)  # fmt: skip
+BORDER = 0.6  # of the width of a photograph, between training and test images
+COUNTS = {"train": 60, "val": 40}  # squares of a photograph
+SIDES = 64, 160  # pixels of a square before it is resized
+SIDE = 96
+TRAIN_DIGITS = 1_200
+
+
+class Dataset(NamedTuple):
+    """A data set with the encoders and the flags of its study."""
+
+    images: int
+    shared: dict[str, Any]  # flags of main_pretrain.py
+    encoders: dict[str, dict[str, Any]]
+    evaluation: dict[str, Any]  # flags of main_compare.py
+
+
+EVALUATION = {
+    "num_workers": 1, "crop_pct": 1, "protocols": ["linear", "finetune"], "draws": [3], "budget": [100, 50], "jobs": 2,
+}  # fmt: skip
+SHARED = {"model": "mae_vit_mini_patch4", "batch_size": 64, "lr": 1e-3, "amp": "bf16", "num_workers": 1}
+DIGITS = {"input_size": 8, "in_chans": 1, "mean": [0.306], "std": [0.377]}
+DATASETS = {
+    "digits": Dataset(
+        1_000,
+        {**SHARED, **DIGITS, "crop_scale": [0.8, 1], "hflip": 0},
+        {"patch-2": {"patch_size": 2}, "patch-1": {"patch_size": 1},
+         "patch-2-mask-0.5": {"patch_size": 2, "mask_ratio": 0.5}},
+        {**EVALUATION, **DIGITS, "labels": [100, "all"]},
+    ),
+    "photographs": Dataset(
+        960,
+        {**SHARED, "input_size": SIDE},
+        {"patch-12": {"patch_size": 12}, "patch-16": {"patch_size": 16}, "patch-8": {"patch_size": 8},
+         "patch-12-crop-0.6": {"patch_size": 12, "crop_scale": [0.6, 1]}},
+        {**EVALUATION, "input_size": SIDE, "labels": [160, "all"]},
+    ),
+}  # fmt: skip
+EPOCHS = 200
+
+
+def write_digits(folder: Path) -> None:
+    """Writes the digits of scikit-learn as images."""
+    digits = sklearn.datasets.load_digits()
+    pixels = (digits.images * 255 / 16).round().astype(np.uint8)  # of 0 to 16
+    for number, (image, label) in enumerate(zip(pixels, digits.target, strict=True)):
+        place = folder / ("train" if number < TRAIN_DIGITS else "val") / str(label)
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(place / f"{number:04}.png")
+
+
+def write_photographs(folder: Path) -> None:
+    """Writes random squares of the photographs as images."""
+    generator = np.random.default_rng(0)
+    packages = Path(skimage.data.__file__).parent, Path(sklearn.datasets.__file__).parent / "images"
+    for name in PHOTOGRAPHS:
+        path = next(package / name for package in packages if (package / name).exists())
+        photograph = Image.open(path).convert("RGB")
+        border = round(BORDER * photograph.width)
+        for split, (left, right) in {"train": (0, border), "val": (border, photograph.width)}.items():
+            place = folder / split / Path(name).stem
+            place.mkdir(parents=True)
+            for number in range(COUNTS[split]):
+                side = int(generator.integers(SIDES[0], min(SIDES[1], right - left, photograph.height), endpoint=True))
+                x = int(generator.integers(left, right - side, endpoint=True))
+                y = int(generator.integers(0, photograph.height - side, endpoint=True))
+                square = photograph.resize((SIDE, SIDE), Image.Resampling.BICUBIC, (x, y, x + side, y + side))
+                square.save(place / f"{number:03}.png")
+
+
+WRITERS = {"digits": write_digits, "photographs": write_photographs}
+
+
+def study(name: str) -> Ablation:
+    """Returns the study of a data set."""
+    dataset, work = DATASETS[name], Path("runs/small_data") / name
+    runs = {encoder: Run(encoder, dataset.images, EPOCHS, flags) for encoder, flags in dataset.encoders.items()}
+    data, recipe = work / "images", f"finetune={(HERE / f'finetune_{name}.yaml').relative_to(ROOT)}"
+    evaluation = {**dataset.evaluation, "data_path": data, "recipes": [recipe]}
+    return Ablation(HERE, work, runs, dataset.shared, evaluation, data=data)
+
+
+def main() -> None:
+    """Writes the images, pre-trains the encoders and compares them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset", choices=DATASETS, help="the images")
+    name = parser.parse_args().dataset
+    os.chdir(ROOT)
+    ablation = study(name)
+    if not ablation.data.exists():
+        ablation.data.parent.mkdir(parents=True, exist_ok=True)
+        with atomic.replacing(ablation.data) as written:
+            WRITERS[name](written)
+    ablation.pretrain(ablation.commands(), list(ablation.runs))
+    out = ablation.compare(list(ablation.runs), ["scratch", "pixels"])
+    for file in ("table.md", "results.csv"):
+        shutil.copyfile(out / file, HERE / f"{name}{Path(file).suffix}")
+
+
+if __name__ == "__main__":
+    main()
