@@ -1,11 +1,22 @@
 """The benchmarks run on the smallest sizes, and count FLOPs with the rules of the field."""
 
 import json
+from argparse import Namespace
 
 import pytest
 import torch
 
-from benchmarks import evaluation, input_pipeline, listing, machine, peers, targets, train_step, whole_run
+from benchmarks import (
+    dense_features,
+    evaluation,
+    input_pipeline,
+    listing,
+    machine,
+    peers,
+    targets,
+    train_step,
+    whole_run,
+)
 from models_mae import mae_vit_mini_patch4
 
 
@@ -123,3 +134,10 @@ def test_every_cpu_target_has_a_measurement():
     assert len(rows) == 26
     later = [row for row in rows if "not measured" in row and "GPU" not in row]
     assert len(later) in (0, 6)  # evaluation.py and listing.py, until ./run bench has run on idle cores
+
+
+def test_memory_of_dense_features(capsys):
+    dense_features.main(Namespace(models=["vit_mini_patch4"], size=[64, 128]))
+    table = capsys.readouterr().out.splitlines()
+    assert table[2:4] == ["| patches | 16 × 32 |", "| features, 4 layers | 1 MB |"]
+    assert table[4].startswith("| peak beside the weights | ")
