@@ -46,6 +46,8 @@ class Ablation:
         evaluation: flags of main_compare.py.
         segmentation: flags of main_segment.py, if the encoders are evaluated with it, too.
         data: folder with train/ and val/, each with a folder for each class.
+        baselines: encoders without pre-training, as main_compare.py names them. `scratch` has the architecture of the
+            first encoder.
     """
 
     def __init__(
@@ -57,9 +59,11 @@ class Ablation:
         evaluation: dict[str, Any],
         segmentation: dict[str, Any] | None = None,
         data: Path = DATA,
+        baselines: Sequence[str] = (),
     ) -> None:
         self.here, self.work, self.runs, self.shared = here, work, runs, shared
         self.evaluation, self.segmentation, self.data = evaluation, segmentation, data
+        self.baselines = baselines
 
     def commands(self) -> Commands:
         """Returns the commands of the study, whose results are kept beside the run directories."""
@@ -120,25 +124,22 @@ class Ablation:
         """Returns the last checkpoint of an encoder."""
         return self.work / name / f"checkpoint-{self.runs[name].epochs - 1}.pth"
 
-    def compare(self, names: Sequence[str], baselines: Sequence[str] = ()) -> Path:
-        """Evaluates encoders; returns the folder with the results of main_compare.py.
-
-        Args:
-            names: encoders of this study, of which the first determines the architecture of `scratch`.
-            baselines: encoders that need no pre-training, as main_compare.py names them.
-        """
+    def compare(self, names: Sequence[str], baselines: Sequence[str]) -> Path:
+        """Evaluates encoders and baselines; returns the folder with the results of main_compare.py."""
         out = self.work / "compare"
         encoders = [*baselines, *(f"{name}={self.checkpoint(name)}" for name in names)]
         scripts.run("main_compare.py", *arguments({**self.evaluation, "encoders": encoders, "output_dir": out}))
         return out
 
-    def accuracies(self, names: Sequence[str]) -> dict[str, dict[str, list[float]]]:
-        """Evaluates encoders; returns the accuracies of the draws, by encoder and protocol."""
-        accuracies: dict[str, dict[str, list[float]]] = {name: {} for name in names}
-        if names:
-            with (self.compare(names) / "results.csv").open(newline="") as file:
+    def accuracies(self, names: Sequence[str], baselines: Sequence[str]) -> dict[str, dict[str, list[float]]]:
+        """Evaluates encoders and baselines; returns the accuracies of the draws, by encoder and protocol."""
+        accuracies: dict[str, dict[str, list[float]]] = {name: {} for name in [*baselines, *names]}
+        if accuracies:
+            out = self.compare(names or list(self.runs)[:1], baselines)
+            with (out / "results.csv").open(newline="") as file:
                 for row in csv.DictReader(file):
-                    accuracies[row["encoder"]].setdefault(row["protocol"], []).append(float(row["accuracy"]))
+                    if row["encoder"] in accuracies:
+                        accuracies[row["encoder"]].setdefault(row["protocol"], []).append(float(row["accuracy"]))
         return accuracies
 
     def table(self) -> str:
@@ -147,21 +148,24 @@ class Ablation:
         A cell is the mean ± the standard deviation over the draws, or over the seeds if a row has several.
         """
         results = self.results
-        rows: dict[str, list[str]] = {}
+        rows: dict[str, list[str]] = {name: [name] for name in self.baselines if name in results}
         for name, run in self.runs.items():
             if name in results:
                 rows.setdefault(run.row, []).append(name)
         protocols = list(dict.fromkeys(protocol for result in results.values() for protocol in result["accuracies"]))
         lines = []
         for row, names in rows.items():
-            run = self.runs[names[0]]
-            minutes, loss = (statistics.fmean(results[name][key] for name in names) for key in ("minutes", "loss"))
+            pretraining = [""] * 4
+            if names[0] in self.runs:
+                run = self.runs[names[0]]
+                minutes, loss = (statistics.fmean(results[name][key] for name in names) for key in ("minutes", "loss"))
+                pretraining = [f"{run.images:,}", f"{run.epochs:,}", f"{minutes:.0f}", f"{loss:.4f}"]
             cells = []
             for protocol in protocols:
                 draws = [results[name]["accuracies"][protocol] for name in names]
                 values = draws[0] if len(draws) == 1 else [statistics.fmean(values) for values in draws]
                 cells.append(str(Cell(row, protocol, dict(enumerate(values)))))
-            lines.append([row, f"{run.images:,}", f"{run.epochs:,}", f"{minutes:.0f}", f"{loss:.4f}", *cells])
+            lines.append([row, *pretraining, *cells])
         return markdown(
             ["encoder", "images", "epochs", "minutes", "loss", *(f"{name}, %" for name in protocols)], lines
         )
@@ -176,7 +180,9 @@ class Ablation:
             != shlex.join(["python", "main_pretrain.py", *arguments(self.flags(name))])
         ]
         trained = self.pretrain(commands, names)
-        accuracies = self.accuracies(names)
+        baselines = [name for name in self.baselines if name not in results]
+        accuracies = self.accuracies(names, baselines)
+        results |= {name: {"accuracies": accuracies[name]} for name in baselines}
         if self.segmentation:
             for name, mean_iou in commands.each([partial(self.segment, commands, name) for name in names]):
                 accuracies[name]["segmentation, mean IoU"] = [mean_iou]

@@ -37,12 +37,14 @@ def test_two_encoders_are_pretrained_and_compared_once(data, tmp_path, monkeypat
     runs = {"base": Run("base", 100, 1, {}), "mask-0.5": Run("mask-0.5", 100, 2, {"mask_ratio": 0.5})}
     evaluation = {name: value for name, value in study.evaluation.items() if name not in ("recipes", "budget")}
     evaluation |= {"data_path": data, "protocols": ["knn"], "labels": [10], "draws": [1]}
-    small = Ablation(tmp_path, tmp_path / "runs", runs, study.shared, evaluation, data=data)
+    small = Ablation(tmp_path, tmp_path / "runs", runs, study.shared, evaluation, data=data, baselines=["scratch"])
     small.run(list(runs))
     lines = (tmp_path / "table.md").read_text().splitlines()
     assert lines[0] == "| encoder | images | epochs | minutes | loss | k-NN, % |"
-    assert [line.split(" | ")[:3] for line in lines[2:]] == [["| base", "100", "1"], ["| mask-0.5", "100", "2"]]
+    rows = [line.split(" | ")[:3] for line in lines[2:]]
+    assert rows == [["| scratch", "", ""], ["| base", "100", "1"], ["| mask-0.5", "100", "2"]]
     results = small.results
+    assert results["scratch"]["accuracies"].keys() == {"k-NN"}
     assert "--mask_ratio 0.5" in results["mask-0.5"]["command"]
     log = (tmp_path / "runs" / "mask-0.5" / "log.txt").read_text().splitlines()
     assert results["mask-0.5"]["loss"] == json.loads(log[1])["train_loss"]
@@ -98,7 +100,7 @@ def test_an_encoder_with_mask_blocks_is_evaluated_by_segmentation(data, tmp_path
     flags = {"data_path": tmp_path / "pictures", "palette": tmp_path / "pictures" / "palette.txt", "epochs": 1}
     runs = {"a": Run("a", 100, 1, {"mask_block": 4, "num_cls_tokens": 4})}
     small = Ablation(tmp_path, tmp_path / "runs", runs, study.shared, {}, {**study.segmentation, **flags}, data)
-    small.accuracies = lambda names: {name: {} for name in names}
+    small.accuracies = lambda names, baselines: {name: {} for name in names}
     small.run(["a"])
     (score,) = small.results["a"]["accuracies"]["segmentation, mean IoU"]
     assert 0 < score < 100

@@ -114,7 +114,7 @@ def study(name: str) -> Ablation:
     runs = {encoder: Run(encoder, dataset.images, EPOCHS, flags) for encoder, flags in dataset.encoders.items()}
     data, recipe = work / "images", f"finetune={(HERE / f'finetune_{name}.yaml').relative_to(ROOT)}"
     evaluation = {**dataset.evaluation, "data_path": data, "recipes": [recipe]}
-    return Ablation(HERE, work, runs, dataset.shared, evaluation, data=data)
+    return Ablation(HERE, work, runs, dataset.shared, evaluation, data=data, baselines=["scratch", "pixels"])
 
 
 def main() -> None:
@@ -129,7 +129,7 @@ def main() -> None:
         with atomic.replacing(ablation.data) as written:
             WRITERS[name](written)
     ablation.pretrain(ablation.commands(), list(ablation.runs))
-    out = ablation.compare(list(ablation.runs), ["scratch", "pixels"])
+    out = ablation.compare(list(ablation.runs), ablation.baselines)
     for file in ("table.md", "results.csv"):
         shutil.copyfile(out / file, HERE / f"{name}{Path(file).suffix}")
 

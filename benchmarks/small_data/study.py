@@ -5,9 +5,9 @@
     python benchmarks/small_data/study.py patch-7 mask-0.9    # these; the table has all so far
 
 Each encoder is pre-trained without labels on 1,000 or 10,000 images, two encoders at a time. main_compare.py then
-evaluates them with 500 labels: a linear probe and fine-tuning, three random subsets each. table.md and results.json are
-written beside this file; an encoder that has a result there is left out. The same command resumes an interrupted study.
-The encoders are in runs/small_data.
+evaluates them, and the same architecture from scratch, with 500 labels: a linear probe and fine-tuning, three random
+subsets each. table.md and results.json are written beside this file; an encoder that has a result there is left out.
+The same command resumes an interrupted study. The encoders are in runs/small_data.
 """
 
 import sys
@@ -51,6 +51,7 @@ STUDY = Ablation(
     {name: Run(name, *settings) for name, settings in SETTINGS.items()},
     BASE,
     EVALUATION,
+    baselines=["scratch"],
 )
 
 if __name__ == "__main__":
