@@ -180,3 +180,26 @@ def test_a_table_of_one_position_less_is_extended_only_without_a_class_position(
     loading.load_encoder(model, loading.Weights(other.state_dict(), settings, "encoder", "file.pth"))
     expected = resize_pos_embed(other.pos_embed, (6, 8), (7, 7))
     torch.testing.assert_close(model.pos_embed, expected)
+
+
+@pytest.mark.parametrize("load", [loading.load_encoder, loading.load_classifier])
+def test_as_many_patches_as_a_square_are_no_square(load):
+    """Runs without --patch_size do not record it. A grid of 2 x 8 has as many patches as one of 4 x 4."""
+    model, other = (vit_mini_patch4(img_size=(8, 32), num_classes=0) for _ in range(2))
+    torch.nn.init.normal_(other.pos_embed)
+    file = loading.Weights(other.state_dict(), {"input_size": [8, 32], "patch_size": None}, "encoder", "file.pth")
+    load(model, file)
+    assert torch.equal(model.pos_embed, other.pos_embed)
+
+
+def test_a_rectangle_is_loaded_into_another_size():
+    model = vit_mini_patch4(img_size=(16, 24), num_classes=0)
+    other = vit_mini_patch4(img_size=(8, 12), num_classes=0)
+    loading.load_encoder(model, loading.Weights(other.state_dict(), {"input_size": [8, 12]}, "encoder", "file.pth"))
+    torch.testing.assert_close(model.pos_embed, resize_pos_embed(other.pos_embed, (2, 3), (4, 6)))
+
+
+def test_a_recorded_size_that_does_not_fit_the_table_is_ignored():
+    model, other = vit_mini_patch4(img_size=16, num_classes=0), vit_mini_patch4(img_size=32, num_classes=0)
+    loading.load_encoder(model, loading.Weights(other.state_dict(), {"input_size": 16}, "encoder", "file.pth"))
+    torch.testing.assert_close(model.pos_embed, resize_pos_embed(other.pos_embed, (8, 8), (4, 4)))

@@ -258,6 +258,32 @@ def test_skip_leaves_the_weights_unchanged():
     assert not saver.emergencies
 
 
+@pytest.mark.parametrize("policy", ["skip", "abort"])
+def test_an_update_that_is_skipped_does_not_change_the_statistics_of_batch_norm(policy):
+    """A batch with an infinite value makes the running mean infinite."""
+    batches, model = Numbers(4), torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 1))
+    batches.values[5] = math.inf
+    statistics = []
+
+    def compute_loss(batch):
+        statistics.append([buffer.clone() for buffer in model.buffers()])
+        is_infinite.append(bool(batch[0].isinf().any()))
+        return model(batch[0]).square().mean()
+
+    is_infinite, options = [], epoch_options(guard=loop.NonFiniteGuard(policy), saver=RecordingSaver())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
+    if policy == "abort":
+        with pytest.raises(loop.NonFiniteLoss):
+            loop.run_epoch(compute_loss, model, batches, optimizer, options)
+    else:
+        loop.run_epoch(compute_loss, model, batches, optimizer, options)
+    assert all(buffer.isfinite().all() for buffer in model.buffers())
+    assert model[0].num_batches_tracked == len(is_infinite) - sum(is_infinite)
+    first = is_infinite.index(True)
+    if first + 1 < len(statistics):
+        assert all(torch.equal(*pair) for pair in zip(statistics[first], statistics[first + 1], strict=True))
+
+
 def test_abort_saves_the_state_and_suggests_remedies():
     saver = RecordingSaver()
     with pytest.raises(loop.NonFiniteLoss, match=r"epoch 3, batch 1.*--clip_grad"):

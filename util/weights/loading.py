@@ -59,12 +59,16 @@ class Weights(NamedTuple):
 
     @property
     def grid_size(self) -> tuple[int, int] | None:
-        """(rows, columns) of the patch grid of the position table; None if the file does not record it."""
-        if self.settings.get("input_size") is None or self.settings.get("patch_size") is None:
+        """(rows, columns) of the patch grid of the position table; None if the file does not record it.
+
+        A recorded image size that does not fit the table, as of a file that was fine-tuned at another size, is ignored.
+        """
+        if self.settings.get("input_size") is None or "pos_embed" not in self.tensors:
             return None
         height, width = to_pair(self.settings["input_size"])
         p, q = self.tensors["patch_embed.proj.weight"].shape[2:]
-        return height // p, width // q
+        length, grid = self.tensors["pos_embed"].shape[1], (height // p, width // q)
+        return grid if math.prod(grid) in (length, length - self.num_cls_tokens) else None
 
     @property
     def num_cls_tokens(self) -> int:
