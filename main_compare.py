@@ -399,18 +399,19 @@ class Runs:
         """Returns the flags of the budget. Minutes are converted by the time of the second of two epochs."""
         budget = self.budgets[task.labels]
         if match := re.fullmatch(r"(\d+(?:\.\d+)?)m", budget):
-            seconds = self._run(f"timing/{self.args.jobs}/{task.name}", task, {**flags, **_epoch_flags(2)})[
-                "seconds_per_epoch"
-            ]
-            return _epoch_flags(max(1, int(60 * float(match[1]) / seconds)))
+            name = f"timing/{self.args.jobs}/{task.name}"
+            scores = self._run(name, task, {**flags, **_epoch_flags(2)}, resume="")  # a resumed epoch seems too short
+            return _epoch_flags(max(1, int(60 * float(match[1]) / scores["seconds_per_epoch"])))
         return _epoch_flags(int(budget))
 
-    def _run(self, name: str, task: Task, flags: Flags) -> dict[str, Any]:
+    def _run(self, name: str, task: Task, flags: Flags, resume: str = "auto") -> dict[str, Any]:
         script = Path(str(PROTOCOLS[task.protocol][0].__file__))
         if task.protocol == KNN:
             return self.commands.run(name, script, flags, lambda _, output: json.loads(output.strip().splitlines()[-1]))
         out = self.commands.folder / name
-        scores = self.commands.run(name, script, {**flags, "output_dir": out, "resume": "auto"}, _last_line)
+        if not resume and name not in self.commands.scores():
+            shutil.rmtree(out, ignore_errors=True)  # of an interrupted run
+        scores = self.commands.run(name, script, {**flags, "output_dir": out, "resume": resume or None}, _last_line)
         if not self.args.keep_checkpoints:
             _remove_checkpoints(out)
         return scores

@@ -24,6 +24,7 @@ import shutil
 from argparse import Namespace
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,8 @@ from util.data.sources import Source
 from util.lars import LARS
 from util.training import loop, run_log, trainer
 from util.training.precision import Precision
+from util.weights import loading
+from util.weights.loading import Weights
 
 logger = logging.getLogger(__name__)
 
@@ -83,20 +86,45 @@ def main(args: Namespace) -> None:
     """Trains for `args.epochs` epochs and evaluates every `--eval_every` epochs. With --eval, it evaluates once."""
     precision = trainer.start(args)
     device = precision.device
-    # A resumed probe loads its encoder from the checkpoint, but it computes features before that.
-    encoder = args.finetune or (args.resume if args.resume != "auto" else "")
-    file = open_weights({**vars(args), "finetune": encoder})
+    file = open_encoder(args)
     if args.eval and file:
         args = with_recorded_settings(args, file, models_build.classifier_settings(file))
     setup = Setup(args, device, file)
-    test = partial(evaluate, normalize=Tensor.float, precision=precision)  # tokens in files are fp16
     if args.eval and file:
+        if args.compile:
+            logger.warning("--compile has no effect with --eval")
         probe, val = load_for_evaluation(models_build.probe, vars(args), file, setup.open_val())
         encoded = setup.encode(val, probe.to(device), min(args.batch_size, MAX_BATCH), precision)
-        report_scores(test(probe.get_submodule("head"), encoded), val.classes, args.report)
+        scores = evaluate(probe.get_submodule("head"), encoded, normalize=Tensor.float, precision=precision)
+        report_scores(scores, val.classes, args.report)
         return
 
     run_directory.prepare(Path(args.output_dir), args.resume)
+    with run_directory.locked(Path(args.output_dir)):  # also while features are stored
+        train_probe(args, setup, file, precision)
+
+
+def open_encoder(args: Namespace) -> Weights | None:
+    """Reads the encoder: of the checkpoint from which the run resumes, else of `--finetune`. With --eval, a classifier.
+
+    The features of a resumed run are computed before its state is loaded.
+    """
+    if args.eval:
+        return open_weights(vars(args))
+    which = run_directory.chosen(Path(args.output_dir), args.resume)
+    for path in checkpoint.newest_first(Path(args.output_dir)) if which == "auto" else []:
+        with suppress(checkpoint.CheckpointError):  # it is skipped by the run, too, with a warning
+            return loading.read(path)
+    return open_weights({**vars(args), "finetune": args.finetune if which == "auto" else which or args.finetune})
+
+
+def train_probe(args: Namespace, setup: Setup, file: Weights | None, precision: Precision) -> None:
+    """Trains the head on the features of the encoder of a file. Without a file, the encoder has random weights.
+
+    The run directory must be locked.
+    """
+    device = precision.device
+    test = partial(evaluate, normalize=Tensor.float, precision=precision)  # tokens in files are fp16
     train, val = setup.open_pair()
     if not args.cache_features:
         train, val = setup.cached(train, val)
@@ -151,6 +179,7 @@ def main(args: Namespace) -> None:
         loss_tag="loss",
         trained=model.head if args.cache_features else None,
         evaluates=not features.are_stored,
+        is_locked=True,
     )
 
 

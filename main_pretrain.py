@@ -110,6 +110,7 @@ def main(
     def draw_examples(epoch: int, log: run_log.NullLog) -> dict[str, Any]:
         takes_part = dist.is_main() or args.fsdp  # sharded weights need all processes
         if takes_part and vis_every and (epoch % vis_every == 0 or epoch == args.epochs - 1):
+            model.eval()  # without drop path; the next epoch begins in training mode
             images, _, noise = loader.examples(full_images, EXAMPLES)
             picture = pictures.reconstruction(model, images, noise, normalize, mask_ratio)
             log.picture("reconstruction", picture, epoch)

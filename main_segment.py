@@ -40,6 +40,7 @@ from util.evaluation.segmentation import Scores
 from util.lr_decay import param_groups_lrd
 from util.pos_embed import to_pair
 from util.training import run_log, trainer
+from util.training.compiling import compile_model
 from util.weights import loading
 from util.weights.loading import Weights
 from util.weights.model_zoo import SEGMENTER
@@ -86,7 +87,10 @@ def main(args: Namespace) -> Scores | None:
     if args.eval and file:
         model = models_build.segmenter({**vars(args), **setup.settings()})
         loading.load_classifier(model, file)
-        scores = evaluation(model.to(device), setup.eval_batches(setup.open_pairs("val"), 1))
+        model.to(device)
+        if args.compile:
+            compile_model(model, device)
+        scores = evaluation(model, setup.eval_batches(setup.open_pairs("val"), 1))
         report_scores(scores, setup.classes, args.report)
         return scores
 

@@ -143,7 +143,6 @@ def test_explicit_settings_are_recorded(tmp_path):
     path = recipe(tmp_path, "epochs: 7\npin_mem: false\ninput_size: [16, 32]\nlr: null\nnorm_pix_loss: true\n")
     args = parse("--config", path, "--no_norm_pix_loss", "--batch_size=64", "--log_dir", "x", "--local-rank", "0")
     typed = {"config", "norm_pix_loss", "batch_size", "log_dir", "local_rank"}
-    assert entry_point.explicit(args, in_recipe=False) == typed
     assert entry_point.explicit(args) == typed | {"epochs", "pin_mem", "input_size"}
     assert entry_point.explicit(parse()) == frozenset()
     # The `args` of checkpoints do not contain it; copies, also those of submitit's jobs, do.
@@ -163,7 +162,13 @@ def test_explicit_settings_with_required_flags_and_positionals(tmp_path):
     args = entry_point.parse(parser, ["a.png", "--config", recipe(tmp_path, "model: x.pth\n")])
     assert (args.images, args.model, args.topk) == (["a.png"], "x.pth", 5)
     assert entry_point.explicit(args) == {"images", "config", "model"}
-    assert entry_point.explicit(args, in_recipe=False) == {"images", "config"}
+
+
+def test_blr_on_the_command_line_replaces_the_rate_of_a_recipe(tmp_path):
+    path = recipe(tmp_path, "lr: 1e-3\n")
+    assert (parse("--config", path).lr, parse("--config", path, "--blr", "0.01").lr) == (1e-3, None)
+    both = parse("--config", path, "--blr", "0.01", "--lr", "0.1")
+    assert (both.lr, both.blr) == (0.1, 0.01)
 
 
 @pytest.mark.parametrize(

@@ -385,6 +385,24 @@ def test_the_time_of_an_epoch_depends_on_the_number_of_jobs(labelled, encoder, t
     assert timed == ["timing/1/mine/finetune/12/0", "timing/2/mine/finetune/12/0"]
 
 
+def test_the_time_of_an_epoch_is_that_of_an_uninterrupted_run(labelled, encoder, tmp_path, monkeypatch):
+    """A resumed epoch takes the time of its rest only."""
+    out = tmp_path / "runs/timing/1/mine/finetune/12/0"
+    out.mkdir(parents=True)
+    (out / "checkpoint-0.pth").write_text("of an interrupted run")
+    runs = {}
+
+    def run(self, name, script, flags, read):
+        runs[name] = flags, out.exists()
+        return SCORES
+
+    monkeypatch.setattr(Commands, "run", run)
+    compare(labelled, tmp_path, encoder, "--budget", "1m", "--protocols", "finetune", "--jobs", 1)
+    flags, existed = runs["timing/1/mine/finetune/12/0"]
+    assert (flags["resume"], existed) == (None, False)
+    assert runs["mine/finetune/12/0"][0]["resume"] == "auto"
+
+
 def test_scratch_has_the_settings_of_the_first_file(labelled, encoder, tmp_path, monkeypatch):
     runs = {}
     monkeypatch.setattr(Commands, "run", lambda self, name, script, flags, read: runs.update({name: flags}) or SCORES)

@@ -18,7 +18,7 @@ import models_build
 from inference import get_model
 from models_build import ParallelHeads, probe_head
 from util import dist
-from util.checkpoints import checkpoint
+from util.checkpoints import checkpoint, run_directory
 from util.checkpoints.checkpoint import CheckpointError
 from util.cli import entry_point
 from util.data import feature_files
@@ -373,3 +373,35 @@ def test_without_finetune_features_are_random_or_of_the_checkpoint(probe, tuned,
     assert "untrained encoder" not in capsys.readouterr().out
     assert lines(again)[-1]["test_acc1"] == lines(whole)[-1]["test_acc1"]
     assert lines(again)[-1]["test_loss"] == lines(whole)[-1]["test_loss"]
+
+
+@pytest.mark.parametrize("flags", [{}, {"cache_features": True}, {"finetune": "other"}])
+def test_a_resumed_run_has_the_encoder_of_its_checkpoint(probe, tuned, capsys, flags):
+    """Also if --finetune is omitted, or names another file."""
+    run = {"lr": 5, "epochs": 4, **{name: value for name, value in flags.items() if name == "cache_features"}}
+    whole = probe("whole", finetune=tuned / "checkpoint-19.pth", **run)
+    parts = probe("parts", finetune=tuned / "checkpoint-19.pth", **run)
+    for name in ("checkpoint-3.pth", "checkpoint-best.pth"):
+        (parts / name).unlink()
+    (parts / "checkpoint-2.pth").write_bytes(b"damaged")
+    capsys.readouterr()
+    probe("parts", **run, resume="auto", **({"finetune": tuned / "checkpoint-0.pth"} if "finetune" in flags else {}))
+    assert "untrained encoder" not in capsys.readouterr().out
+    assert lines(parts)[-1]["test_loss"] == lines(whole)[-1]["test_loss"]
+    a, b = (checkpoint.read(out / "checkpoint-3.pth")["model"] for out in (whole, parts))
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+def test_the_run_directory_is_locked_while_features_are_stored(probe, mae, monkeypatch):
+    """A second run would write to the files of the first."""
+    out = probe("run", finetune=mae, probe="attentive", epochs=1, cache_features=True)
+    monkeypatch.setattr(feature_files, "write", None)  # is not called
+    with run_directory.locked(out), pytest.raises(ValueError, match="is being written to by another run"):
+        probe("run", finetune=mae, probe="attentive", epochs=2, cache_features=True, resume="auto")
+
+
+def test_compile_has_no_effect_in_evaluation(probe, tuned, labelled, capsys):
+    out = probe("run", finetune=tuned / "checkpoint-19.pth", lr=5, epochs=1)
+    flags = ["--eval", "--resume", out / "checkpoint-0.pth", "--data_path", labelled, "--num_workers", 0, "--compile"]
+    main_linprobe.main(entry_point.parse(main_linprobe.get_args_parser(), [*map(str, flags), "--device", "cpu"]))
+    assert "warning: --compile has no effect with --eval" in capsys.readouterr().out

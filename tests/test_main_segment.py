@@ -96,6 +96,15 @@ def test_only_the_head_learns_and_its_file_needs_no_flags(
         assert Image.open(tmp_path / folder / "confusion.png").width > 300
 
 
+def test_compile_applies_to_evaluation(segment, scenes, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(main_segment, "compile_model", lambda model, device: compiled.append(model))
+    out = segment(epochs=1)
+    flags = {"eval": True, "resume": out / "checkpoint-0.pth", "data_path": scenes, "num_workers": 0, "device": "cpu"}
+    main_segment.main(parse(main_segment, **flags, compile=True))
+    assert len(compiled) == 1
+
+
 def test_another_window_keeps_the_scale_of_the_training(segment):
     """The default of --short_side is recorded as the number of pixels."""
     out = segment(epochs=1)

@@ -402,9 +402,11 @@ def test_eight_evenly_spaced_images_are_reconstructed(capture, monkeypatch):
     """Eight images, evenly spread, as in evaluation: center crops, with the noise of epoch 0."""
     calls = record_calls(monkeypatch, pictures, "reconstruction")
     call = capture("--input_size", 16, "--mask_ratio", 0.6, "--seed", 3)
+    call.model.train()
     call.after_epoch(0, Log())
     (((model, images, noise, normalize, mask_ratio), _),) = calls
     assert model is call.model
+    assert not model.training  # no drop path
     assert normalize is call.train_one_epoch.keywords["normalize"]
     assert mask_ratio == 0.6
     assert (images.dtype, len(images)) == (torch.uint8, 8)

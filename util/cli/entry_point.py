@@ -86,22 +86,16 @@ def parser(description: str) -> argparse.ArgumentParser:
 class _Args(argparse.Namespace):
     """Settings, and the names of those that are set explicitly. `vars` returns the settings only."""
 
-    __slots__ = ("explicit", "in_command")
-    explicit: frozenset[str]  # set on the command line or in a recipe
-    in_command: frozenset[str]  # set on the command line
+    __slots__ = ("explicit",)
+    explicit: frozenset[str]
 
 
-def explicit(args: argparse.Namespace, in_recipe: bool = True) -> frozenset[str]:
+def explicit(args: argparse.Namespace) -> frozenset[str]:
     """Returns the names of the settings that the command line or the recipe of `--config` sets.
 
     All settings of a plain Namespace count, because a program that does not use `parse` has no defaults.
-
-    Args:
-        in_recipe: include the settings of the recipe.
     """
-    if not isinstance(args, _Args):
-        return frozenset(vars(args))
-    return args.explicit if in_recipe else args.in_command
+    return args.explicit if isinstance(args, _Args) else frozenset(vars(args))
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -120,7 +114,9 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
     recipe = _recipe_flags(parser, Path(config_args.config)) if config_args.config else []
     args = parser.parse_args(recipe + argv, _Args())
     _refuse_urls(parser, args)
-    args.explicit, args.in_command = _settings_in(parser, recipe + argv), _settings_in(parser, argv)
+    args.explicit, typed = _settings_in(parser, recipe + argv), _settings_in(parser, argv)
+    if "lr" in args and "blr" in typed and "lr" not in typed:
+        args.lr = None  # of the recipe; it would take precedence over the --blr of the command line
     if "log_dir" in args and "log_dir" not in args.explicit:
         args.log_dir = args.output_dir  # all runs would write to the published default, a fixed folder
     if "dist_on_itp" in args and (args.dist_on_itp or args.world_size != 1):

@@ -131,7 +131,7 @@ def run_epoch(
             in_optimizer_step = True
             grad_norm = precision.step(optimizer, options.clip_grad)
             is_finite = (grad_norm + mean_loss_and_requests[0]).isfinite()
-            for buffer, before in zip(model.buffers(), buffers, strict=True):  # an update that is skipped changes nothing
+            for buffer, before in zip(model.buffers(), buffers, strict=True):  # skipped updates change nothing
                 buffer.copy_(torch.where(is_finite, buffer, before))
             options.after_update(epoch + (updates + 1) / num_updates)
             pending.push(Update(iteration + 1, lr), torch.cat([grad_norm[None], mean_loss_and_requests]))

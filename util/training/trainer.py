@@ -50,6 +50,7 @@ def run(
     evaluates: bool = False,
     metric: str = "test_acc1",
     callbacks: Sequence[Callback] = (),
+    is_locked: bool = False,
 ) -> None:
     """Trains to the end of the last epoch.
 
@@ -68,6 +69,7 @@ def run(
         metric: the entry of log.txt that selects the best state.
         callbacks: called after every update, in this order. Checkpoints contain their states, under the key
             `callbacks`.
+        is_locked: the caller has locked the run directory.
 
     Raises:
         ValueError: the model is sharded and there are callbacks, whose states would not be saved.
@@ -83,7 +85,8 @@ def run(
     lr_sched.check_warmup(args.warmup_epochs, args.epochs)
     logger.info(f"{args.model} on {precision.device} in {precision.name}, {dist.world_size()} process(es)")
     with ExitStack() as stack:
-        stack.enter_context(run_directory.locked(output_dir))
+        if not is_locked:
+            stack.enter_context(run_directory.locked(output_dir))
         run_state.resume(
             args.resume, output_dir, model, optimizer, precision.scaler, dict(settings), progress, callbacks
         )
