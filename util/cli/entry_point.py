@@ -114,8 +114,8 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
     recipe = _recipe_flags(parser, Path(config_args.config)) if config_args.config else []
     args = parser.parse_args(recipe + argv, _Args())
     _refuse_urls(parser, args)
-    args.explicit, typed = _settings_in(parser, recipe + argv), _settings_in(parser, argv)
-    if "lr" in args and "blr" in typed and "lr" not in typed:
+    args.explicit, in_command = _settings_in(parser, recipe + argv), _settings_in(parser, argv)
+    if "lr" in args and "blr" in in_command and "lr" not in in_command:
         args.lr = None  # of the recipe; it would take precedence over the --blr of the command line
     if "log_dir" in args and "log_dir" not in args.explicit:
         args.log_dir = args.output_dir  # all runs would write to the published default, a fixed folder

@@ -76,17 +76,14 @@ def run(
     """
     if callbacks and dist.is_sharded(model):
         raise ValueError("--fsdp can't save the state of callbacks: omit --fsdp or the callbacks")
-    args = Namespace(**settings)
-    output_dir = Path(args.output_dir)
-    values = (f"{name}={value}" for name, value in sorted(settings.items()) if name != "classes")
-    logger.info("settings: " + " ".join(values))
+    args, output_dir = Namespace(**settings), Path(settings["output_dir"])
+    logger.info("settings: " + " ".join(f"{key}={settings[key]}" for key in sorted(settings) if key != "classes"))
     progress = _initial_progress(args, batches.num_images)
     args.lr = lr_sched.scaled_lr(args.lr, settings.get("blr"), progress.effective_batch_size)
     lr_sched.check_warmup(args.warmup_epochs, args.epochs)
     logger.info(f"{args.model} on {precision.device} in {precision.name}, {dist.world_size()} process(es)")
     with ExitStack() as stack:
-        if not is_locked:
-            stack.enter_context(run_directory.locked(output_dir))
+        stack.enter_context(nullcontext() if is_locked else run_directory.locked(output_dir))
         run_state.resume(
             args.resume, output_dir, model, optimizer, precision.scaler, dict(settings), progress, callbacks
         )
