@@ -46,7 +46,10 @@ def get_args_parser() -> argparse.ArgumentParser:
         help=", ".join(robustness.SUITES),
     )
     group.add_argument(
-        "--data_path", required=True, metavar="PATH", help="folder with the unpacked archives of the suite"
+        "--data_path",
+        required=True,
+        metavar="PATH",
+        help="folder with the unpacked archives of the suite, or imagenet-a.tar or imagenet-r.tar",
     )
     group.add_argument(
         "--subset",

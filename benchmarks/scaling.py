@@ -2,31 +2,7 @@
 
     python benchmarks/scaling.py        # prints the tables of benchmarks/SCALING.md, draws benchmarks/scaling.png
 
-No run on several GPUs was timed. With b bytes of gradients (4 for each trained parameter in fp32), n GPUs in m nodes of
-g, NVLINK bytes/s of a GPU and LINK bytes/s of a node, both in one direction:
-
-    all-reduce(b) = 2(g-1)/g b/NVLINK  +  2(m-1)/m b/LINK  +  ceil(b/BUCKET) messages LATENCY
-    messages      = 2(g-1) + 2 ceil(log2 m)
-    exposed       = max(0, all-reduce(b - BUCKET) - 2/3 step) + all-reduce(BUCKET)
-    efficiency    = step / (step + exposed)
-
-The GPUs of a node reduce-scatter, then all-gather, in a ring over NVLink (Patarasuk and Yuan 2009: 2(g-1)/g b in all).
-In between, each GPU reduces 1/g of b over the nodes. All g share the node's link, so 2(m-1)/m b pass through it. Double
-binary trees (Sanders et al. 2009; NCCL since 2.4) transfer the same number of bytes, and their number of messages grows
-with log2 m. DistributedDataParallel (Li et al. 2020) sends buckets of 25 MiB during the backward pass, which is two
-thirds of the FLOPs of a step. The last bucket is full when the backward pass ends, so nothing hides its communication.
-
-Before, beside and after training, with F images/s of a forward pass, D images/s that a core decodes (--fast_jpeg in
-results/input_pipeline.json), and c bytes of a checkpoint (weights and both moments of AdamW):
-
-    opening     = IMAGES LISTING + 2 ceil(log2 n) IMAGES ENTRY / SOCKET
-    evaluation  = ceil(VALIDATION / n) / min(F, WORKERS D)
-    checkpoint  = c / DISK,  or  c / min(n DISK, STORAGE) in shards (--fsdp)
-
-Rank 0 lists the images and the others receive the list. One process writes a checkpoint, while the training continues.
-
-A step takes images / (images/s of "ours compiled" in results/pretrain_{size}_bf16_cuda.json). Without that file, the
-share of the peak is assumed to be the target in targets.py.
+No run on several GPUs was timed. SCALING.md explains the formulas and their sources.
 """
 
 import math
@@ -104,18 +80,18 @@ def all_reduce(size: float, gpus: int, link: float) -> float:
     )
 
 
-def efficiency(step: float, size: float, gpus: int, link: float) -> float:
+def efficiency(update: float, size: float, gpus: int, link: float) -> float:
     """Time of an update on one GPU divided by the expected time on many: 1 if the all-reduce takes no time.
 
     Args:
-        step: seconds of an update on one GPU.
+        update: seconds of an update on one GPU.
         size: bytes of its gradients.
         gpus: as in `all_reduce`.
         link: as in `all_reduce`.
     """
     last = min(size, BUCKET)
-    exposed = max(0.0, all_reduce(size - last, gpus, link) - 2 / 3 * step) + all_reduce(last, gpus, link)
-    return step / (step + exposed)
+    exposed = max(0.0, all_reduce(size - last, gpus, link) - 2 / 3 * update) + all_reduce(last, gpus, link)
+    return update / (update + exposed)
 
 
 def table_of_models(folder: Path) -> str:
@@ -149,11 +125,11 @@ def table_of_efficiency(folder: Path, images: dict[int, int]) -> str:
     for size, name in NAMES.items():
         (rate, source), gradients = speed(size, folder), gradient_bytes(size)
         for gpus, count in images.items():
-            step = count / rate
+            update = count / rate
             times = " · ".join(f"{1000 * all_reduce(gradients, gpus, 1e9 * link):.1f}" for link in LINKS)
-            shares = " | ".join(f"{efficiency(step, gradients, gpus, 1e9 * link):.0%}" for link in LINKS)
+            shares = " | ".join(f"{efficiency(update, gradients, gpus, 1e9 * link):.0%}" for link in LINKS)
             lines.append(
-                f"| {name} | {gpus} | {count} | {1000 * step:.1f} | {times} | {shares} | {source.partition(':')[0]} |"
+                f"| {name} | {gpus} | {count} | {1000 * update:.1f} | {times} | {shares} | {source.partition(':')[0]} |"
             )
     return "\n".join(lines)
 
@@ -205,7 +181,7 @@ def tables(folder: Path) -> str:
             table_of_efficiency(folder, dict.fromkeys(GPUS, FIXED)),
             f"Expected efficiency with the published effective batch size of {PUBLISHED}, divided among the GPUs:",
             table_of_efficiency(folder, {gpus: PUBLISHED // gpus for gpus in GPUS}),
-            "Opening the dataset, evaluation and checkpoints, without data loading:",
+            "Opening the dataset, evaluation (with decoding) and checkpoints:",
             table_of_other_times(folder),
         ]
     )

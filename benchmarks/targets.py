@@ -3,8 +3,7 @@
     python benchmarks/targets.py
     python benchmarks/targets.py --results runs/bench         # the measurements of ./run bench
 
-The other scripts here write the measurements, with a description of the machine. On a GPU: train_step.py --size
-base_patch16 --batch_size 1024 --device cuda, and whole_run.py, for each size.
+The other scripts here write the measurements, with a description of the machine. README.md has the commands for a GPU.
 """
 
 import argparse

@@ -55,14 +55,14 @@ def test_images_that_the_patch_does_not_divide_are_scaled(name, size, grid):
 
 def test_the_memory_of_features_is_that_of_the_document():
     """The table of FINETUNE.md, for 1024 x 2048 pixels: bytes of a patch times patches."""
-    table = (ROOT / "FINETUNE.md").read_text().partition("A picture of 1024 × 2048 pixels needs:")[2]
+    table = (ROOT / "FINETUNE.md").read_text().partition("of 1024 × 2048 pixels, in fp32 on a CPU:")[2]
     header, _, patches, features = (
         [cell.strip() for cell in line.strip("|").split("|")[1:]] for line in table.strip().splitlines()[:4]
     )
-    assert header == ["ViT-B/16", "ViT-L/16", "ViT-H/14"]
+    assert len(header) == 3
     bytes_of_patch = maps.dense(get_model("vit_mini_patch4"), torch.zeros(1, 3, 8, 8)).nbytes / (4 * 128)
-    for name, grid, memory in zip(("base_patch16", "large_patch16", "huge_patch14"), patches, features, strict=True):
-        size = models_vit.SIZES[name]
+    for name, grid, memory in zip(header, patches, features, strict=True):
+        size = models_vit.SIZES[name.removeprefix("vit_")]
         rows, columns = (round(side / size["patch_size"]) for side in (1024, 2048))
         assert grid == f"{rows} × {columns}"
         assert memory == f"{bytes_of_patch * size['embed_dim'] * rows * columns / 1e6:.0f} MB"
