@@ -11,8 +11,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
+import main_pretrain
+import models_build
 from benchmarks import scripts
+from benchmarks.model_table import count_macs
 from benchmarks.scripts import ROOT
+from util.cli import entry_point
 from util.cli.advice import arguments
 from util.evaluation.comparison import Cell
 from util.evaluation.tables import markdown
@@ -85,6 +91,18 @@ class Ablation:
             "resume": "auto", "output_dir": self.work / name, **others,
         }  # fmt: skip
 
+    def macs(self, name: str) -> float:
+        """Returns the multiply-adds of all forward passes of a pre-training."""
+        args = entry_point.parse(main_pretrain.get_args_parser(), arguments(self.flags(name)))
+        with torch.device("meta"):
+            model = models_build.autoencoder(vars(args)).to("meta")
+            images, noise = (
+                torch.empty(1, args.in_chans, *model.patch_embed.img_size),
+                torch.empty(1, model.num_patches),
+            )
+        forward = partial(model.forward, images, mask_ratio=args.mask_ratio, noise=noise)
+        return count_macs(model, lambda _: forward()) * self.runs[name].images * self.runs[name].epochs
+
     def write_list(self, images: int) -> None:
         """Writes a list of the first images of each class, equally many."""
         folder = self.data / "train"
@@ -145,7 +163,8 @@ class Ablation:
     def table(self) -> str:
         """Returns the table of the results so far in Markdown.
 
-        A cell is the mean ± the standard deviation over the draws, or over the seeds if a row has several.
+        An accuracy is the mean ± the standard deviation over the draws, or over the seeds if a row has several. The
+        cost of a pre-training is relative to that of the first encoder.
         """
         results = self.results
         rows: dict[str, list[str]] = {name: [name] for name in self.baselines if name in results}
@@ -157,18 +176,16 @@ class Ablation:
         for row, names in rows.items():
             pretraining = [""] * 4
             if names[0] in self.runs:
-                run = self.runs[names[0]]
-                minutes, loss = (statistics.fmean(results[name][key] for name in names) for key in ("minutes", "loss"))
-                pretraining = [f"{run.images:,}", f"{run.epochs:,}", f"{minutes:.0f}", f"{loss:.4f}"]
+                run, cost = self.runs[names[0]], self.macs(names[0]) / self.macs(next(iter(self.runs)))
+                loss = statistics.fmean(results[name]["loss"] for name in names)
+                pretraining = [f"{run.images:,}", f"{run.epochs:,}", f"{cost:.2f}", f"{loss:.4f}"]
             cells = []
             for protocol in protocols:
                 draws = [results[name]["accuracies"][protocol] for name in names]
                 values = draws[0] if len(draws) == 1 else [statistics.fmean(values) for values in draws]
                 cells.append(str(Cell(row, protocol, dict(enumerate(values)))))
             lines.append([row, *pretraining, *cells])
-        return markdown(
-            ["encoder", "images", "epochs", "minutes", "loss", *(f"{name}, %" for name in protocols)], lines
-        )
+        return markdown(["encoder", "images", "epochs", "cost", "loss", *(f"{name}, %" for name in protocols)], lines)
 
     def run(self, names: Sequence[str]) -> None:
         """Pre-trains and evaluates the encoders of `names` that have no result; writes and prints the table."""
@@ -188,7 +205,7 @@ class Ablation:
                 accuracies[name]["segmentation, mean IoU"] = [mean_iou]
         for name in names:
             own = {key: trained[name][key] for key in ("loss", "command")}
-            results[name] = {**own, "minutes": round(trained[name]["minutes"], 1), "accuracies": accuracies[name]}
+            results[name] = {**own, "accuracies": accuracies[name]}
         atomic.write_text(self.here / "results.json", json.dumps(results, indent=1, sort_keys=True) + "\n")
         atomic.write_text(self.here / "table.md", self.table() + "\n")
         print(self.table())

@@ -40,7 +40,7 @@ def test_two_encoders_are_pretrained_and_compared_once(data, tmp_path, monkeypat
     small = Ablation(tmp_path, tmp_path / "runs", runs, study.shared, evaluation, data=data, baselines=["scratch"])
     small.run(list(runs))
     lines = (tmp_path / "table.md").read_text().splitlines()
-    assert lines[0] == "| encoder | images | epochs | minutes | loss | k-NN, % |"
+    assert lines[0] == "| encoder | images | epochs | cost | loss | k-NN, % |"
     rows = [line.split(" | ")[:3] for line in lines[2:]]
     assert rows == [["| scratch", "", ""], ["| base", "100", "1"], ["| mask-0.5", "100", "2"]]
     results = small.results
@@ -54,18 +54,31 @@ def test_two_encoders_are_pretrained_and_compared_once(data, tmp_path, monkeypat
     assert small.results == results
 
 
-def test_rows_with_several_seeds(tmp_path):
-    runs = {f"a-{seed}": Run("a", 100, 2, {"seed": seed}) for seed in range(2)} | {"b": Run("b", 1_000, 2, {})}
+def test_rows_with_several_seeds(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    runs = {f"a-{seed}": Run("a", 100, 2, {"seed": seed}) for seed in range(2)} | {"b": Run("b", 1_000, 3, {})}
     accuracies = {"a-0": [70, 72], "a-1": [73, 75], "b": [80, 84]}
-    results = {
-        name: {"loss": 0.5, "minutes": 3, "accuracies": {"linear probe": values}} for name, values in accuracies.items()
-    }
+    results = {name: {"loss": 0.5, "accuracies": {"linear probe": values}} for name, values in accuracies.items()}
     (tmp_path / "results.json").write_text(json.dumps(results))
-    study = Ablation(tmp_path, tmp_path, runs, {}, {})
+    study = Ablation(tmp_path, tmp_path, runs, small_data.BASE, {})
     assert study.table().splitlines()[2:] == [
-        "| a | 100 | 2 | 3 | 0.5000 | 72.5 ± 2.1 |",  # over the means of the seeds, 71 and 74
-        "| b | 1,000 | 2 | 3 | 0.5000 | 82.0 ± 2.8 |",  # over the draws
+        "| a | 100 | 2 | 1.00 | 0.5000 | 72.5 ± 2.1 |",  # over the means of the seeds, 71 and 74
+        "| b | 1,000 | 3 | 15.00 | 0.5000 | 82.0 ± 2.8 |",  # over the draws
     ]
+
+
+def test_the_cost_is_that_of_the_layers(tmp_path, monkeypatch):
+    """Multiply-adds by hand, of linear layers and attention: they are more than 99 % of all."""
+    monkeypatch.chdir(ROOT)
+    runs = {"a": Run("a", 10, 2, {"patch_size": 4, "mask_ratio": 0.75})}
+    counted = Ablation(tmp_path, tmp_path, runs, small_data.BASE, {}).macs("a")
+
+    def blocks(depth, tokens, width):
+        return depth * (12 * tokens * width**2 + 2 * tokens**2 * width)
+
+    encoder = 49 * 16 * 128 + blocks(4, 13, 128)  # 12 visible patches and the class token
+    decoder = 13 * 128 * 64 + blocks(1, 50, 64) + 50 * 64 * 16
+    assert encoder + decoder == pytest.approx(counted / 20, rel=0.01)
 
 
 def test_the_commands_parse_and_differ_in_one_setting():

@@ -36,7 +36,7 @@ ARROWS = {
     r"pretrain_\w+": r"(main|engine|models)_\w+|util\..+",  # scripts of your own on top of main_pretrain
     r"hubconf": r"inference\.\w+",
     r"demo\.\w+": r"demo\.(outputs|segmentation|unpack_data)|inference\.\w+|models_\w+|util\..+",
-    r"benchmarks\.\w+": r"benchmarks\.\w+|inference\.\w+|engine_finetune|models_\w+|util\..+",
+    r"benchmarks\.\w+": r"benchmarks\.\w+|inference\.\w+|engine_finetune|main_pretrain|models_\w+|util\..+",
     r"inference\.\w+": r"inference\.\w+|models_\w+|util\..+",
     **{
         rf"util\.{package}\.\w+": rf"util\.({'|'.join(filter(None, [package, below]))})\.\w+|{SHARED}"
