@@ -2,12 +2,11 @@
 
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from inference.model import Images, Model
+from inference.model import Images, Model, to_bytes, to_rgb
 
 
 @torch.inference_mode()
@@ -126,9 +125,8 @@ def overlay(model: Model, image: Tensor, weights: Tensor | None = None) -> Image
         image: input of the model (c, H, W), as `prepare` returns it.
         weights: (rows, columns) of the patch grid, at least 0.
     """
-    pixels = model.normalize.inverse(image.to(model.normalize.mean)).cpu()
-    pixels = pixels[:3] if len(pixels) >= 3 else pixels[:1].expand(3, -1, -1)
+    pixels = to_rgb(model, image)
     if weights is not None:
         relative = nn.functional.interpolate((weights / weights.max())[None, None], pixels.shape[1:], mode="nearest")
         pixels = pixels * (0.15 + 0.85 * relative[0])
-    return Image.fromarray((255 * pixels.permute(1, 2, 0).numpy()).round().astype(np.uint8))
+    return Image.fromarray(to_bytes(pixels))

@@ -75,12 +75,21 @@ class ModelMixin(PyTorchModelHubMixin):
                 arrays. Float tensors are the input of the model and are not changed.
 
         Raises:
+            ValueError: the list is empty, or mixes float tensors with other images.
             BadImage: an image can't be decoded, or has another number of channels than the model.
             OSError: a file can't be read.
         """
         device = next(self.parameters()).device  # type: ignore[attr-defined]
         several: Any = images if _are_several(images) else [images]
-        if len(several) and all(isinstance(image, Tensor) and image.is_floating_point() for image in several):
+        if not len(several):
+            raise ValueError("the list of images is empty; give at least one image")
+        are_inputs = {isinstance(image, Tensor) and image.is_floating_point() for image in several}
+        if are_inputs == {True, False}:
+            raise ValueError(
+                "the list mixes float tensors, which are the input of the model, with other images, which are "
+                "normalized; give float tensors only, or none"
+            )
+        if are_inputs == {True}:
             return torch.stack(list(several)).to(device)
         pixels = [self.transform(open_image(image, self.in_chans)) for image in several]
         return self.normalize(torch.stack(pixels).to(device))
@@ -266,6 +275,30 @@ def open_image(image: ImageLike, in_chans: int, max_pixels: int = MAX_PIXELS) ->
         except BadImage as error:
             raise BadImage(f"{image}: {error}") from error
     return decode(image, in_chans, upright=True)  # type: ignore[arg-type]
+
+
+def to_rgb(model: Model, image: Tensor) -> Tensor:
+    """Input of a model (c, H, W) -> its colors for display (3, H, W), in 0 to 1, on the host.
+
+    They are the first three channels. Of fewer channels, the first is repeated.
+    """
+    pixels = model.normalize.inverse(image.to(model.normalize.mean)).cpu()
+    return pixels[:3] if len(pixels) >= 3 else pixels[:1].expand(3, -1, -1)
+
+
+def picture_of(model: Model, path: str | Path) -> np.ndarray:
+    """Decodes an image file as the model gets it, in its own size -> a picture for display, uint8 (H, W, 3).
+
+    Raises:
+        BadImage, OSError: as in `ModelMixin.prepare`.
+    """
+    pixels = transforms.to_tensor(open_image(path, model.in_chans)).to(model.normalize.mean.device)
+    return to_bytes(to_rgb(model, model.normalize(pixels)))
+
+
+def to_bytes(colors: Tensor) -> np.ndarray:
+    """Colors (3, H, W) in 0 to 1 -> uint8 (H, W, 3)."""
+    return (255 * colors.permute(1, 2, 0).numpy()).round().astype(np.uint8)
 
 
 def list_models(pattern: str = "*") -> list[str]:

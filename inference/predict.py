@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from inference.model import get_model, open_image
+from inference.model import get_model, picture_of
 from util import dist
 from util.cli import entry_point, flags, options
 from util.files import atomic
@@ -58,7 +58,7 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
             lines = [f"  {score:7.2%}  {printable(name)}" for name, score in predictions[-1]["top"]]
             print(printable(str(path)), *lines, sep="\n", flush=True)
     if args.out:
-        draw([np.asarray(open_image(path, 3)) for path in args.images], predictions, args.out)
+        draw([picture_of(model, path) for path in args.images], predictions, args.out)
     return predictions
 
 

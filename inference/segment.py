@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from inference.model import Segmenter, get_model, open_image
+from inference.model import Segmenter, get_model, picture_of
 from inference.predict import FORMATS
 from util import dist
 from util.cli import entry_point, flags, options
@@ -72,8 +72,7 @@ def main(args: argparse.Namespace) -> list[np.ndarray]:
         if args.masks:
             write_mask(results[-1], model, args.masks / f"{Path(path).stem}.png")
     if args.out:
-        images = [np.asarray(open_image(path, 3)) for path in args.images]
-        draw(images, results, model, args.opacity, args.out)
+        draw([picture_of(model, path) for path in args.images], results, model, args.opacity, args.out)
     return results
 
 

@@ -164,6 +164,16 @@ def test_kinds_of_images(tmp_path, classifier):
     assert classifier.prepare(Image.new("RGB", (1, 1))).shape == wanted.shape
 
 
+def test_lists_without_images_and_of_two_kinds_are_errors(classifier):
+    pixels = photographs.chelsea()
+    for images in ([], (), torch.zeros(0, 3, 32, 32)):
+        with pytest.raises(ValueError, match=r"^the list of images is empty; give at least one image$"):
+            classifier.predict(images)
+    for images in ([pixels, torch.zeros(3, 32, 32)], [torch.zeros(3, 32, 32), torch.zeros(3, 32, 32).byte()]):
+        with pytest.raises(ValueError, match=r"^the list mixes float tensors, which are the input of the model, with "):
+            classifier.predict(images)
+
+
 def test_predictions(classifier):
     images = [photographs.chelsea(), photographs.coffee()]
     both = classifier.predict(images)

@@ -82,6 +82,22 @@ def test_the_command_prints_shares_and_writes_pictures(trained, tmp_path, capsys
         assert np.array_equal(colors, get_model(trained / "run" / "checkpoint-best.pth").colors[classes])
 
 
+def test_the_picture_has_images_of_more_bits_and_channels(trained, tmp_path):
+    settings = get_model(trained / "run" / "checkpoint-best.pth").settings
+    model = Segmenter({**settings, "in_chans": 5, "mean": None, "std": None})
+    export.export(model, "safetensors", tmp_path / "five.safetensors")
+    np.save(tmp_path / "five.npy", np.random.default_rng(0).random((40, 52, 5), dtype=np.float32))
+    Image.fromarray(np.full((40, 52), 40_000, dtype=np.uint16)).save(tmp_path / "deep.png")
+    for image, file in (
+        ("deep.png", trained / "run" / "checkpoint-best.pth"),
+        ("five.npy", tmp_path / "five.safetensors"),
+    ):
+        argv = [tmp_path / image, "--model", file, "--out", tmp_path / "overlay.png", "--device", "cpu"]
+        segment.main(segment.get_args_parser().parse_args([str(part) for part in argv]))
+        assert Image.open(tmp_path / "overlay.png").width == 1000
+        (tmp_path / "overlay.png").unlink()
+
+
 def test_overlays_blend_colors():
     image, classes = np.full((1, 2, 3), 100, dtype=np.uint8), np.array([[0, 1]])
     colors = np.array([[0, 0, 0], [200, 100, 0]], dtype=np.uint8)
