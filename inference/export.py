@@ -43,6 +43,11 @@ from util.weights.loading import SETTINGS
 
 logger = logging.getLogger(__name__)
 
+# The suffixes of the files of each format; "" is a folder.
+SUFFIXES = {
+    "reference": (".pth",), "safetensors": (".safetensors",), "timm": ("", ".pth", ".safetensors"),
+    "transformers": ("",), "mmpretrain": (".pth",), "onnx": (".onnx",), "torch_export": (".pt2",),
+}  # fmt: skip
 WITHOUT_OTHER_HEADS = ("mmpretrain", "timm", "transformers")
 CLOSE = 1e-4  # largest difference between the outputs of the exported model and of our model
 
@@ -68,6 +73,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> None:
     """Exports the model."""
     start_logging()
+    check_suffix(args.to, args.out)
     model = get_model(args.model, pretrained=True)
     if args.encoder:
         model = encoder_of(model)
@@ -83,7 +89,7 @@ def export(model: Model, to: str, out: Path) -> None:
         out: output path.
 
     Raises:
-        ValueError: the format does not support this model, or its library is not installed.
+        ValueError: the format does not support this model or the suffix of `out`, or its library is not installed.
         OSError: the disk is full, or the folder can't be written to.
     """
     pools_patches = isinstance(model, Classifier) and model.global_pool
@@ -95,9 +101,19 @@ def export(model: Model, to: str, out: Path) -> None:
     if (model.head_pools or isinstance(model, Segmenter)) and to in WITHOUT_OTHER_HEADS:
         head = "attentive probe" if model.head_pools else "head for segmentation that this library uses"
         raise ValueError(f"--to {to}: {to} has no {head}; give --encoder, or --to safetensors, onnx or torch_export")
+    check_suffix(to, out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic.replacing(out) as written:
         WRITERS[to](model, written)
+
+
+def check_suffix(to: str, out: Path) -> None:
+    """Raises ValueError if the name of an output file or folder has another suffix than those of its format."""
+    suffixes = SUFFIXES[to]
+    others = {suffix for known in SUFFIXES.values() for suffix in known} - {""}
+    if out.suffix not in suffixes and (suffixes != ("",) or out.suffix in others):  # a folder may be named v1.5
+        kind = "a folder" if suffixes == ("",) else " or ".join(suffix or "a folder" for suffix in suffixes)
+        raise ValueError(f"--out {out}: --to {to} writes {kind}; give --out {out.with_suffix(suffixes[0])}")
 
 
 def encoder_of(model: Model) -> Classifier:

@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from inference import export, features, get_model, predict, reconstruct
+from inference.model import picture_of
 from util.cli import entry_point
 from util.data import feature_files, loader
 
@@ -60,6 +61,33 @@ def test_predict(files, tmp_path, capsys):
     assert len(told["top"]) == 5
 
 
+@pytest.mark.parametrize("in_chans", [1, 3, 5])
+def test_the_picture_of_predictions_has_any_image_that_the_model_accepts(tmp_path, in_chans, monkeypatch):
+    """16-bit and float images, and images with many channels, which matplotlib does not draw."""
+    pixels = np.random.default_rng(0).integers(0, 65536, (40, 60), dtype=np.uint16)
+    Image.fromarray(pixels).save(tmp_path / "deep.png")
+    floats = np.random.default_rng(0).random((40, 60, in_chans), dtype=np.float32)
+    np.save(tmp_path / "floats.npy", floats)
+    images = [tmp_path / name for name in ("deep.png", "floats.npy")[in_chans == 5 :]]
+    torch.manual_seed(0)
+    model = get_model("vit_mini_patch4", nb_classes=6, in_chans=in_chans)
+    export.export(model, "safetensors", tmp_path / "m.safetensors")
+    pictures, draw = [], predict.draw
+    monkeypatch.setattr(predict, "draw", lambda images, *rest: pictures.extend(images) or draw(images, *rest))
+    run(predict, *images, "--model", tmp_path / "m.safetensors", "--out", tmp_path / "out.png")
+    assert {(picture.shape, picture.dtype) for picture in pictures} == {((40, 60, 3), np.dtype(np.uint8))}
+    if in_chans != 5:
+        assert np.array_equal(pictures[0], (pixels / 65535 * 255).round()[:, :, None].repeat(3, 2))
+    expected = (floats * 255).round().repeat(3 if in_chans == 1 else 1, axis=2)[:, :, :3]
+    assert np.abs(pictures[-1].astype(int) - expected).max() <= 1  # of values halfway between two bytes
+
+
+def test_pictures_of_photographs_are_their_pixels():
+    model = get_model("vit_mini_patch4")
+    with Image.open(PHOTOS[0]) as photo:
+        assert np.array_equal(picture_of(model, PHOTOS[0]), photo.convert("RGB"))
+
+
 def test_reconstruct_any_size(files, tmp_path, capsys):
     Image.new("L", (1, 1)).save(tmp_path / "dot.png")
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 300, 3), dtype=np.uint8)).save(tmp_path / "wide.png")
@@ -106,14 +134,19 @@ def test_rows_of_reconstructions_have_labels(files):
 def test_reconstruct_rectangles(files, tmp_path):
     model = get_model(files / "mae.safetensors")
     picture = Image.new("RGB", (640, 320))  # 64 x 32 for the model: a tenth
-    painted = reconstruct.reconstruct(model, picture, hide=[(0, 0, 40, 80), (600, 280, 100, 100)])
+    painted = reconstruct.reconstruct(model, picture, mask_boxes=[(0, 0, 40, 80), (600, 280, 100, 100)])
     mask = painted.mask.view(8, 16)
     assert mask[:2, 0].all() and mask[7, 15] == 1
     assert mask.sum() == 3
-    with pytest.raises(ValueError, match="--hide 700 0 10 10: the image has 640 x 320 pixels"):
-        reconstruct.reconstruct(model, picture, hide=[(700, 0, 10, 10)])
+    assert reconstruct.reconstruct(model, picture, mask_boxes=[(100, 100, 5, 5)]).mask.sum() == 1
+    with pytest.raises(ValueError, match=r"--mask_box 700 0 10 10 .*: the image has 640 x 320 pixels"):
+        reconstruct.reconstruct(model, picture, mask_boxes=[(700, 0, 10, 10)])
     with pytest.raises(ValueError, match="at least one patch visible"):
-        reconstruct.reconstruct(model, picture, hide=[(0, 0, 640, 320)])
+        reconstruct.reconstruct(model, picture, mask_boxes=[(0, 0, 640, 320)])
+    argv = [PHOTOS[0], "--model", files / "mae.safetensors", "--out", tmp_path / "grid.png"]
+    (one,), (other,) = (run(reconstruct, *argv, flag, 100, 100, 5, 5) for flag in ("--mask_box", "--hide"))
+    assert one.mask.sum() == 1
+    assert torch.equal(one.mask, other.mask)
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
@@ -272,3 +305,22 @@ def test_an_unwritable_output_is_an_error_before_the_model_is_loaded(tmp_path, c
             assert wanted in said
     command = [tmp_path, "--model", "nothing.pth", "--out", tmp_path / "nowhere/f.npz"]
     assert "there is no folder" in fails(capsys, monkeypatch, features, *command)
+
+
+def test_an_export_with_the_suffix_of_another_format_is_an_error(files, tmp_path, capsys, monkeypatch):
+    """Before the model is read: the model does not exist."""
+    assert export.SUFFIXES.keys() == export.WRITERS.keys()
+    for to, name, other in (
+        ("safetensors", "x.pth", "x.safetensors"), ("reference", "x.safetensors", "x.pth"), ("onnx", "x", "x.onnx"),
+        ("mmpretrain", "x.pt", "x.pth"), ("torch_export", "x.onnx", "x.pt2"), ("timm", "x.onnx", "x"),
+        ("transformers", "x.safetensors", "x"),
+    ):  # fmt: skip
+        out = tmp_path / name
+        said = fails(capsys, monkeypatch, export, "--model", "nothing.pth", "--to", to, "--out", out)
+        assert f"--out {out}: --to {to} writes " in said
+        assert said.endswith(f"; give --out {tmp_path / other}")
+        export.check_suffix(to, tmp_path / other)
+    export.check_suffix("transformers", tmp_path / "vit-1.5")
+    with pytest.raises(ValueError, match=r"--to safetensors writes \.safetensors; give --out "):
+        export.export(get_model(files / "mae.safetensors"), "safetensors", tmp_path / "x.pth")
+    assert list(tmp_path.iterdir()) == []
