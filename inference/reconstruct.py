@@ -1,7 +1,7 @@
 """Masks parts of photographs and reconstructs them with a masked autoencoder.
 
 python -m inference.reconstruct demo/photos/*.jpg --model mae_visualize_vit_large --out grid.png
-python -m inference.reconstruct photo.jpg --model runs/mine/checkpoint-last.pth --hide 40 60 200 120 --out grid.png
+python -m inference.reconstruct photo.jpg --model runs/mine/checkpoint-last.pth --mask_box 40 60 200 120 --out grid.png
 """
 
 import argparse
@@ -51,8 +51,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--seed", default=0, type=flags.seed, metavar="N", help="random seed of the mask")
     parser.add_argument(
-        "--hide", type=int, nargs=4, action="append", metavar=("X", "Y", "W", "H"),
-        help="mask this rectangle instead: left, top, width, height in pixels of the image; may be repeated",
+        "--mask_box", "--hide", type=int, nargs=4, action="append", metavar=("X", "Y", "W", "H"),
+        help="mask the patches that this rectangle touches, instead of random patches: left, top, width, height in "
+        "pixels of the image; may be repeated",
     )  # fmt: skip
     parser.add_argument(
         "--short_side",
@@ -76,7 +77,7 @@ def main(args: argparse.Namespace) -> list[Reconstruction]:
         logger.info("the model predicts normalized patches: their mean and contrast are those of the original")
     reconstructions = []
     for path in args.images:
-        reconstructions.append(reconstruct(model, path, args.mask_ratio, args.seed, args.hide, args.short_side))
+        reconstructions.append(reconstruct(model, path, args.mask_ratio, args.seed, args.mask_box, args.short_side))
         rows, columns = model.patch_embed.grid_of(*reconstructions[-1].original.shape[2:])
         num_masked = int(reconstructions[-1].mask.sum())
         quality = f"PSNR {psnr(model, reconstructions[-1]):.2f} dB"
@@ -92,7 +93,7 @@ def reconstruct(
     image: ImageLike,
     mask_ratio: float = 0.75,
     seed: int = 0,
-    hide: Sequence[Box] | None = None,
+    mask_boxes: Sequence[Box] | None = None,
     short_side: int | None = None,
 ) -> Reconstruction:
     """Masks patches of an image and reconstructs them.
@@ -101,7 +102,7 @@ def reconstruct(
         image: an image of any shape. It is scaled; only margins that do not fill a patch are cropped.
         mask_ratio: fraction of masked patches; of a model that was pre-trained with `--mask_block`, of masked blocks.
         seed: random seed of the mask.
-        hide: rectangles in pixels of the image. Their patches are masked instead of random patches.
+        mask_boxes: rectangles in pixels of the image. The patches that they touch are masked instead of random patches.
         short_side: short side of the scaled image, in pixels. Default: the input size of the model.
 
     Returns:
@@ -114,8 +115,11 @@ def reconstruct(
     picture = open_image(image, model.in_chans)
     device = model.cls_token.device
     imgs = uncropped_input(model, picture, short_side)
-    if hide:
-        mask = boxes_to_mask(hide, size_of(picture), imgs.shape[2:])
+    if mask_boxes:
+        scaled = scaled_size(
+            size_of(picture), short_side or min(model.patch_embed.img_size), model.patch_embed.patch_size
+        )
+        mask = boxes_to_mask(mask_boxes, size_of(picture), scaled, imgs.shape[2:])
         return model.reconstruct(imgs, mask=mask[None].to(device))
     grid_size = model.patch_embed.grid_of(*imgs.shape[2:])
     side = model.settings.get("mask_block") or 1
@@ -139,36 +143,51 @@ def fit(picture: Picture, short_side: int, patch: tuple[int, int]) -> Picture:
     """Scales a picture to a short side, and crops the margins that do not fill a patch."""
     from torchvision.transforms import functional as TF  # takes more than a second
 
-    height, width = size_of(picture)
-    scale = max(short_side / min(height, width), patch[0] / height, patch[1] / width)
-    scaled = [max(p, round(side * scale)) for side, p in zip((height, width), patch, strict=True)]
+    scaled = scaled_size(size_of(picture), short_side, patch)
     covered = [side - side % p for side, p in zip(scaled, patch, strict=True)]
     return TF.center_crop(TF.resize(picture, scaled, interpolation=TF.InterpolationMode.BICUBIC), covered)
 
 
-def boxes_to_mask(boxes: Sequence[Box], size: tuple[int, int], scaled: Sequence[int]) -> Tensor:
-    """Converts rectangles to a pixel mask (H, W); 1 is masked.
+def scaled_size(size: tuple[int, int], short_side: int, patch: tuple[int, int]) -> list[int]:
+    """Returns [height, width] of a picture of `size` that is scaled to a short side, and has at least one patch."""
+    scale = max(short_side / min(size), *(p / side for side, p in zip(size, patch, strict=True)))
+    return [max(p, round(side * scale)) for side, p in zip(size, patch, strict=True)]
+
+
+def boxes_to_mask(boxes: Sequence[Box], size: tuple[int, int], scaled: Sequence[int], covered: Sequence[int]) -> Tensor:
+    """Converts rectangles to a mask of all pixels that they touch (H, W); 1 is masked.
 
     Args:
         boxes: rectangles in pixels of the image.
         size: (height, width) of the image.
-        scaled: (H, W) of the scaled image.
+        scaled: (height, width) of the scaled image.
+        covered: (H, W) of its center, without the margins that `fit` crops.
 
     Raises:
-        ValueError: a rectangle is empty or outside of the image.
+        ValueError: a rectangle is empty, or outside of the part of the image that the patches cover.
     """
-    mask = torch.zeros(*scaled)
-    down, along = scaled[0] / size[0], scaled[1] / size[1]
+    mask = torch.zeros(*covered)
     for left, top, width, height in boxes:
-        if width < 1 or height < 1 or left + width <= 0 or top + height <= 0 or left >= size[1] or top >= size[0]:
+        rows, columns = (
+            pixel_range(start, length, *sides)
+            for start, length, *sides in ((top, height, size[0], scaled[0], covered[0]),
+                                          (left, width, size[1], scaled[1], covered[1]))
+        )  # fmt: skip
+        if not mask[rows, columns].numel():
             raise ValueError(
-                f"--hide {left} {top} {width} {height}: the image has {size[1]} x {size[0]} pixels; give left, top, "
-                f"width and height of a rectangle in it"
+                f"--mask_box {left} {top} {width} {height} touches no patch: the image has {size[1]} x {size[0]} "
+                f"pixels, and margins that do not fill a patch are cropped; give left, top, width and height of a "
+                f"rectangle in it"
             )
-        rows = slice(max(0, int(top * down)), max(1, round((top + height) * down)))
-        columns = slice(max(0, int(left * along)), max(1, round((left + width) * along)))
         mask[rows, columns] = 1
     return mask
+
+
+def pixel_range(start: int, length: int, side: int, scaled: int, covered: int) -> slice:
+    """Returns the pixels of the center of a scaled side that a part of the side touches; they may be empty."""
+    margin = round((scaled - covered) / 2)  # as in torchvision's center_crop
+    first, end = start * scaled // side - margin, -(-(start + length) * scaled // side) - margin  # floor and ceil
+    return slice(max(0, first), max(0, end))
 
 
 def psnr(model: Autoencoder, reconstruction: Reconstruction) -> float:

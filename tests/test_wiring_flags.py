@@ -93,7 +93,8 @@ COMMANDS = {
         "dist_eval": False, "save_every": 1, "model": "vit_large_patch16",
     },
     predict: MODEL | {"images": None, "topk": 5, "json": False, "out": None},
-    reconstruct: MODEL | {"images": None, "out": None, "mask_ratio": 0.75, "seed": 0, "hide": None, "short_side": None},
+    reconstruct: MODEL
+    | {"images": None, "out": None, "mask_ratio": 0.75, "seed": 0, "mask_box": None, "short_side": None},
     features: MODEL | EXTRACTION | {"data_path": None, "out": None, "split": "train", "pool": None},
     segment: MODEL | {"images": None, "out": None, "opacity": 0.6, "masks": None},
     export: MODEL | {"to": None, "out": None, "encoder": False},

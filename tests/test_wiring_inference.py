@@ -172,7 +172,9 @@ def test_the_command_reconstructs_the_given_images(mae, tmp_path, monkeypatch):
     monkeypatch.setattr(reconstruct, "reconstruct", lambda model, *args: calls.append(args) or original(model, *args))
     flags = ["--model", saved(mae, tmp_path / "m.pth"), "--out", tmp_path / "o.png"]
     run(reconstruct, PHOTOS[0], *flags)
-    run(reconstruct, PHOTOS[1], *flags, "--mask_ratio", 0.5, "--seed", 4, "--hide", 1, 2, 30, 40, "--short_side", 24)
+    run(
+        reconstruct, PHOTOS[1], *flags, "--mask_ratio", 0.5, "--seed", 4, "--mask_box", 1, 2, 30, 40, "--short_side", 24
+    )
     assert calls == [(str(PHOTOS[0]), 0.75, 0, None, None), (str(PHOTOS[1]), 0.5, 4, [[1, 2, 30, 40]], 24)]
 
 
@@ -195,14 +197,44 @@ def test_a_model_that_was_trained_with_blocks_reconstructs_blocks(pretrain, tmp_
 
 
 def test_rectangles_are_left_top_width_height():
-    mask = reconstruct.boxes_to_mask([(10, 40, 20, 30)], (100, 200), (50, 100))
+    mask = reconstruct.boxes_to_mask([(10, 40, 20, 30)], (100, 200), (50, 100), (50, 100))
     expected = torch.zeros(50, 100)
     expected[20:35, 5:15] = 1
     assert torch.equal(mask, expected)
-    scaled = reconstruct.boxes_to_mask([(10, 40, 20, 30)], (100, 200), (100, 100))  # only the width is halved
+    scaled = reconstruct.boxes_to_mask([(10, 40, 20, 30)], (100, 200), (100, 100), (100, 100))  # half the width
     expected = torch.zeros(100, 100)
     expected[40:70, 5:15] = 1
     assert torch.equal(scaled, expected)
+
+
+def test_a_rectangle_masks_every_pixel_that_it_touches():
+    """Of an image of 300 x 100 pixels, scaled to 30 x 10; 24 x 8 of them are covered, between margins of 3 and 1."""
+    for box, rows, columns in (
+        ((130, 50, 1, 1), (4, 5), (10, 11)),
+        ((130, 50, 10, 10), (4, 5), (10, 11)),
+        ((130, 50, 11, 11), (4, 6), (10, 12)),
+        ((129, 49, 2, 2), (3, 5), (9, 11)),
+        ((0, 0, 31, 11), (0, 1), (0, 1)),  # ends in the first covered pixel
+        ((269, 89, 900, 900), (7, 8), (23, 24)),
+    ):
+        expected = torch.zeros(8, 24)
+        expected[slice(*rows), slice(*columns)] = 1
+        assert torch.equal(reconstruct.boxes_to_mask([box], (100, 300), (10, 30), (8, 24)), expected), box
+    for box in ((0, 0, 30, 100), (270, 0, 30, 100), (0, 0, 300, 10), (130, 50, 0, 5), (-9, 0, 9, 100), (300, 0, 9, 9)):
+        with pytest.raises(ValueError, match="touches no patch: the image has 300 x 100 pixels"):
+            reconstruct.boxes_to_mask([box], (100, 300), (10, 30), (8, 24))
+
+
+def test_a_rectangle_is_where_the_image_shows_it(mae):
+    """A white rectangle on black: the mask is that of the patches that are not black, also beside cropped margins."""
+    for size, box in (((100, 64), (2, 3, 5, 5)), ((73, 130), (60, 100, 5, 6)), ((64, 103), (20, 50, 9, 30))):
+        pixels = np.zeros((*size[::-1], 3), dtype=np.uint8)
+        left, top, width, height = box
+        pixels[top : top + height, left : left + width] = 255
+        result = reconstruct.reconstruct(mae, Image.fromarray(pixels), mask_boxes=[box])
+        bright = mae.patchify(mae.normalize.inverse(result.original)).amax(dim=2) > 0.5
+        assert result.mask[bright].all() and bright.any()
+        assert result.mask.sum() <= bright.sum() + 3
 
 
 def test_psnr_is_of_the_masked_pixels(mae):
