@@ -4,7 +4,7 @@
     python benchmarks/evaluation.py --amp off --rounds 3 --only "timm eager" "transformers eager" "ours eager"
     python benchmarks/evaluation.py --task knn
 
-eval: `main_finetune.py --eval`, and a loop like timm's validate.py with its data set, loader, model and accuracy.
+eval: `main_finetune.py --eval`, and a loop like timm's validate.py with its dataset, loader, model and accuracy.
 features: `python -m inference.features`, and transformers' image processor and ViTModel in a DataLoader. All read the
 same files of 500 x 375 pixels, with the same batch size and number of worker processes, and take turns. The time begins
 after the first batch, which includes the start of the workers. The share of the peak is the FLOP/s of the forward pass
@@ -160,7 +160,7 @@ def transformers_encoder(size: str) -> nn.Module:
     width, depth, heads = (models_vit.SIZES[size][key] for key in ("embed_dim", "depth", "num_heads"))
     config = ViTConfig(
         image_size=peers.image_side(size), patch_size=models_vit.SIZES[size]["patch_size"], hidden_size=width,
-        num_hidden_layers=depth, num_attention_heads=heads, intermediate_size=4 * width,
+        num_hidden_layers=depth, num_attention_heads=heads, intermediate_size=round(peers.mlp_ratio(size) * width),
     )  # fmt: skip
     return ViTModel(config, add_pooling_layer=False)
 

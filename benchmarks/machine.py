@@ -18,16 +18,24 @@ def describe(device: torch.device) -> dict[str, Any]:
     """Describes the hardware, the versions and the commit."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     processor = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     return {
         "processor": processor,
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "commit": commit or None,
+        "commit": commit(),
         "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES"),
     }
+
+
+def commit() -> str | None:
+    """Returns the commit of this repository; None without git, or outside of a clone."""
+    command, folder = ["git", "rev-parse", "--short", "HEAD"], Path(__file__).parent
+    try:
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True).stdout.strip() or None
+    except OSError:
+        return None
 
 
 def write(name: str, device: torch.device, settings: dict[str, Any], results: dict[str, Any], folder: Path) -> None:

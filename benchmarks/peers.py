@@ -18,6 +18,11 @@ def image_side(size: str) -> int:
     return SIZES[size].get("img_size", 224)
 
 
+def mlp_ratio(size: str) -> float:
+    """MLP ratio of the encoder of a model size. That of the decoders is 4."""
+    return SIZES[size].get("mlp_ratio", 4)
+
+
 class PlainMAE(nn.Module):
     """The masked autoencoder of He et al. 2021, figure 1, from timm's blocks, without optimizations for speed."""
 
@@ -32,7 +37,9 @@ class PlainMAE(nn.Module):
         self.embed = PatchEmbed(image_side(size), self.patch, 3, width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.positions = nn.Parameter(torch.randn(1, self.embed.num_patches + 1, width), requires_grad=False)
-        self.blocks = nn.Sequential(*(Block(width, heads, 4, qkv_bias=True, norm_layer=norm) for _ in range(depth)))
+        self.blocks = nn.Sequential(
+            *(Block(width, heads, mlp_ratio(size), qkv_bias=True, norm_layer=norm) for _ in range(depth))
+        )
         self.norm = norm(width)
         self.decoder_embed = nn.Linear(width, narrow)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, narrow))
@@ -74,7 +81,7 @@ def transformers_mae(size: str) -> nn.Module:
     )
     config = ViTMAEConfig(
         image_size=image_side(size), patch_size=SIZES[size]["patch_size"], hidden_size=width,
-        num_hidden_layers=depth, num_attention_heads=heads, intermediate_size=4 * width,
+        num_hidden_layers=depth, num_attention_heads=heads, intermediate_size=round(mlp_ratio(size) * width),
         decoder_hidden_size=narrow, decoder_num_hidden_layers=decoder_depth,
         decoder_num_attention_heads=decoder_heads, decoder_intermediate_size=4 * narrow,
     )  # fmt: skip

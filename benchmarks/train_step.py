@@ -50,11 +50,8 @@ def training_flops(size: str) -> float:
     N, P = (peers.image_side(size) // model["patch_size"]) ** 2, 3 * model["patch_size"] ** 2
     D, E, K = model["embed_dim"], decoder["decoder_embed_dim"], N // 4
 
-    def blocks(depth: int, tokens: int, width: int) -> int:
-        return depth * (12 * tokens * width**2 + 2 * tokens**2 * width)
-
-    encoder = N * P * D + blocks(model["depth"], K + 1, D)
-    forward = encoder + (K + 1) * D * E + blocks(decoder["decoder_depth"], N + 1, E) + (N + 1) * E * P
+    encoder = N * P * D + block_macs(model["depth"], K + 1, D, peers.mlp_ratio(size))
+    forward = encoder + (K + 1) * D * E + block_macs(decoder["decoder_depth"], N + 1, E) + (N + 1) * E * P
     return 2.0 * (3 * forward - N * P * D)  # the pixels need no gradient
 
 
@@ -62,8 +59,12 @@ def classifier_flops(size: str) -> float:
     """FLOPs of the forward pass of a classifier per image, counted as in `training_flops`."""
     model = models_vit.SIZES[size]
     N, D = (peers.image_side(size) // model["patch_size"]) ** 2, model["embed_dim"]
-    per_block = 12 * (N + 1) * D**2 + 2 * (N + 1) ** 2 * D
-    return 2.0 * (N * 3 * model["patch_size"] ** 2 * D + model["depth"] * per_block)
+    return 2.0 * (N * 3 * model["patch_size"] ** 2 * D + block_macs(model["depth"], N + 1, D, peers.mlp_ratio(size)))
+
+
+def block_macs(depth: int, tokens: int, width: int, mlp_ratio: float = 4) -> float:
+    """Multiply-adds of the matrix products of blocks: four projections and the MLP, and the products of attention."""
+    return depth * ((4 + 2 * mlp_ratio) * tokens * width**2 + 2 * tokens**2 * width)
 
 
 # --------------------------------------------------------------------------------------------------- implementations

@@ -2,7 +2,7 @@
 
     python benchmarks/whole_run.py --device cuda --batch_size 256                                       # ViT-B
     python benchmarks/whole_run.py --device cuda --batch_size 128 --size huge_patch14
-    python benchmarks/whole_run.py --size mini_patch4 --batch_size 8 --images 320 --steps 40            # on a CPU
+    python benchmarks/whole_run.py --size mini_patch4 --batch_size 8 --images 320 --updates 40          # on a CPU
 
 The dataset has JPEG files of 500 x 375 pixels, crops of photographs, in the page cache. The throughput includes
 decoding, augmentation, the copy to the device and the update. benchmarks/train_step.py measures the throughput without
@@ -28,7 +28,7 @@ from util.evaluation.tables import markdown
 from util.training import run_log
 
 FILES = 1280  # different files; the others are links to them
-STEPS_A_POINT = 4
+UPDATES_PER_POINT = 4
 
 
 def pretrain(folder: Path, out: Path, *flags: object) -> list[dict[str, Any]]:
@@ -60,10 +60,10 @@ def speed(args: argparse.Namespace, folder: Path, flags: list[object]) -> dict[s
 
 
 def losses(args: argparse.Namespace, folder: Path, flags: list[object]) -> dict[str, list[float]]:
-    """Mean losses over STEPS_A_POINT updates each, in both precisions."""
+    """Mean losses over UPDATES_PER_POINT updates each, in both precisions."""
     few = folder / "few"
-    write_files(few, STEPS_A_POINT * args.batch_size)
-    epochs = math.ceil(args.steps / STEPS_A_POINT)
+    write_files(few, UPDATES_PER_POINT * args.batch_size)
+    epochs = math.ceil(args.updates / UPDATES_PER_POINT)
     return {
         amp: [
             line["train_loss"]
@@ -94,7 +94,7 @@ def main(args: argparse.Namespace) -> None:
         ("main_pretrain.py", f"{rates['with_data']:,.0f}"),
     ]
     points = [
-        (f"{number * STEPS_A_POINT} to {(number + 1) * STEPS_A_POINT - 1}", *(f"{loss:.4f}" for loss in pair))
+        (f"{number * UPDATES_PER_POINT} to {(number + 1) * UPDATES_PER_POINT - 1}", *(f"{loss:.4f}" for loss in pair))
         for number, pair in enumerate(zip(*curves.values(), strict=True))
     ]
     print(f"\n{markdown(['', 'images/s'], throughput)}")
@@ -115,7 +115,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--images", default=51200, type=int, metavar="N", help="number of image files, for the throughput"
     )
-    parser.add_argument("--steps", default=200, type=int, metavar="N", help="number of updates, for the losses")
+    parser.add_argument("--updates", default=200, type=int, metavar="N", help="number of updates, for the losses")
     parser.add_argument("--amp", default="bf16", choices=("bf16", "fp16"), help="the precision to compare with fp32")
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda")
     parser.add_argument("--out", default=machine.RESULTS, type=Path, metavar="DIR", help="folder of the JSON file")

@@ -44,7 +44,7 @@ TRAIN_DIGITS = 1_200
 
 
 class Dataset(NamedTuple):
-    """A data set with the encoders and the flags of its study."""
+    """A dataset with the encoders and the flags of its study."""
 
     images: int
     shared: dict[str, Any]  # flags of main_pretrain.py
@@ -109,7 +109,7 @@ WRITERS = {"digits": write_digits, "photographs": write_photographs}
 
 
 def study(name: str) -> Ablation:
-    """Returns the study of a data set."""
+    """Returns the study of a dataset."""
     dataset, work = DATASETS[name], Path("runs/small_data") / name
     runs = {encoder: Run(encoder, dataset.images, EPOCHS, flags) for encoder, flags in dataset.encoders.items()}
     data, recipe = work / "images", f"finetune={(HERE / f'finetune_{name}.yaml').relative_to(ROOT)}"
