@@ -8,6 +8,7 @@ The page is served at http://127.0.0.1:7860, to this computer only. SPACE.md des
 
 import argparse
 import html
+import math
 import os
 import sys
 from functools import partial
@@ -46,8 +47,8 @@ THEME = gr.themes.Soft(font=("system-ui", "sans-serif")).set(
     body_text_color_subdued="*neutral_600", body_text_color_subdued_dark="*neutral_300",
 )  # fmt: skip
 INTRODUCTION = """<h1>Masked autoencoder</h1>
-<p>The encoder of a masked autoencoder sees only some patches of an image, and the decoder predicts the others. Choose
-an image, mask parts of it, and compare the prediction with the original.</p>"""
+<p>The encoder of a masked autoencoder processes only the visible patches of an image, and the decoder predicts the
+others. Choose an image, mask parts of it, and compare the prediction with the original.</p>"""
 WITHOUT_DECODER = """<h1>Vision transformer</h1>
 <p>Choose an image, and look at the attention and the features of the model. Without a decoder, it can't reconstruct
 masked patches.</p>"""
@@ -194,9 +195,16 @@ def _examples(model: Model, photo: gr.File, samples: Path | None) -> list[str]:
     return files
 
 
+def largest_ratio(model: Autoencoder) -> float:
+    """Returns the largest of RATIOS that leaves a patch, or a block of `--mask_block`, of every image visible."""
+    side, block = min(model.patch_embed.img_size), model.settings.get("mask_block") or 1
+    num_blocks = math.prod(math.ceil(max(1, side // p) / block) for p in model.patch_embed.patch_size)  # of a square
+    return max((ratio for ratio in RATIOS if num_visible(num_blocks, ratio)), default=RATIOS[0])
+
+
 def _reconstruct_tab(model: Autoencoder, photo: gr.File, opened: Any) -> Any:
     """Adds the tab; returns the event that follows when its panels are drawn."""
-    largest = max(ratio for ratio in RATIOS if num_visible(model.num_patches, ratio))
+    largest = largest_ratio(model)
     with gr.Row():
         with gr.Column(min_width=300):
             editor: Any = gr.HTML("", picture="", rows=1, columns=1, container=True, padding=True, **EDITOR)
@@ -223,8 +231,8 @@ def _reconstruct_tab(model: Autoencoder, photo: gr.File, opened: Any) -> Any:
     gr.on([ratio.input, seed.input], draw, choice, [editor, *answer], api_name="mask", trigger_mode="always_last",
           **settings)  # fmt: skip
     another.click(draw_another, [*choice, editor], [seed, editor, *answer], api_visibility="private", **settings)
-    editor.input(partial(outputs.paint, model), [photo, editor], answer, api_name="paint", trigger_mode="always_last",
-                 **settings)  # fmt: skip
+    editor.input(partial(outputs.apply_mask, model), [photo, editor], answer, api_name="apply_mask",
+                 trigger_mode="always_last", **settings)  # fmt: skip
     return opened.then(draw, choice, [editor, *answer], api_visibility="private", **settings)
 
 

@@ -36,7 +36,7 @@ CHANNELS = {1: "gray", 3: "RGB"}
 # The panels of a reconstruction, in the order of `Reconstruction`.
 PANELS = (
     "original",
-    "what the encoder sees",
+    "visible patches",
     "prediction (visible patches are never trained: ignore them)",
     "prediction pasted into the gaps",
 )
@@ -95,7 +95,7 @@ def another_mask(model: Autoencoder, photo: str | None, ratio: float, seed: int 
             return [seed, *_random_mask(model, result, seed)]
 
 
-def paint(model: Autoencoder, photo: str | None, masked: str) -> list[Any]:
+def apply_mask(model: Autoencoder, photo: str | None, masked: str) -> list[Any]:
     """Masks given patches of an image.
 
     Args:

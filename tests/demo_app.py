@@ -455,7 +455,7 @@ def test_twenty_visitors_at_once(address, model, tmp_path):
         ratio, painted = (0.5, f"{number} 33") if number % 4 == 0 else (0.25 + 0.05 * (number % 10), "")
         ready.wait()
         if painted:
-            return file, ratio, painted, client.predict(handle_file(file), painted, api_name="/paint")
+            return file, ratio, painted, client.predict(handle_file(file), painted, api_name="/apply_mask")
         return file, ratio, painted, client.predict(handle_file(file), ratio, number, api_name="/mask")[1:]
 
     with ThreadPoolExecutor(VISITORS) as pool:

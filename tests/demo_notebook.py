@@ -1,5 +1,6 @@
 """The notebook, executed as Jupyter would. ./run test-demo collects this file; ./run test does not."""
 
+import re
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import pytest
 from conftest import ROOT
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
+from PIL import Image
 
 from inference import export, get_model
 
@@ -23,8 +25,11 @@ def no_network(tmp_path, monkeypatch):
     monkeypatch.delenv("MAE_MODEL", raising=False)
 
 
-def execute(folder):
+def execute(folder, inserted=""):
+    """Runs the notebook in a folder, with a cell after the one that loads the model; returns pictures and text."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)
+    (loads,) = (number for number, cell in enumerate(notebook.cells) if "model, trained = load(name)" in cell.source)
+    notebook.cells.insert(loads + 1, nbformat.v4.new_code_cell(inserted))
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     return [o["data"]["image/png"] for o in outputs if "data" in o], "".join(o.get("text", "") for o in outputs)
@@ -46,6 +51,22 @@ def test_the_notebook_runs_from_its_folder(tmp_path, monkeypatch, name, settings
     assert len(pictures) == len(set(pictures)) == PICTURES
     assert text in output
     assert ("untrained weights, masks only" in output) != has_14_rows
+
+
+@pytest.mark.parametrize("in_chans", [1, 3])
+def test_the_notebook_runs_with_images_of_ones_own(tmp_path, monkeypatch, in_chans):
+    """The instruction of the last cell, followed."""
+    model = get_model("mae_vit_mini_patch4", in_chans=in_chans)
+    export.export(model, "safetensors", tmp_path / "mae.safetensors")
+    monkeypatch.setenv("MAE_MODEL", str(tmp_path / "mae.safetensors"))
+    for name, size in (("red", (90, 60)), ("green", (60, 90)), ("blue", (64, 64))):
+        Image.new("RGB", size, name).save(tmp_path / f"{name}.jpg")
+    last = nbformat.read(NOTEBOOK, as_version=4).cells[-1].source
+    (instruction,) = (line for line in last.splitlines() if line.startswith("| use your own images here |"))
+    code = "\n".join(re.findall(r"`([^`]*)`", instruction)).replace("FOLDER", str(tmp_path))
+    pictures, output = execute(NOTEBOOK.parent, f"{code}\nprint(*names, len(images))")
+    assert "blue green red 3" in output
+    assert len(pictures) == PICTURES
 
 
 def test_without_a_trained_model_the_notebook_shows_masks(tmp_path):

@@ -5,6 +5,7 @@ import base64
 import io
 import json
 import re
+import subprocess
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +16,7 @@ from matplotlib.axes import Axes
 from PIL import Image
 
 import models_build
+import util
 from benchmarks import machine, saving, targets
 from demo import app, outputs, report, unpack_data
 from inference import get_model, maps, reconstruct
@@ -148,7 +150,7 @@ def picture_of(model, batch):
 
 def test_the_page_masks_the_selected_patches(mae):
     masked = [3, 17, 95]
-    *panels, caption = outputs.paint(mae, str(CAT), " ".join(map(str, masked)))
+    *panels, caption = outputs.apply_mask(mae, str(CAT), " ".join(map(str, masked)))
     mask = torch.zeros(1, 96)
     mask[0, masked] = 1
     expected = mae.reconstruct(reconstruct.uncropped_input(mae, Image.open(CAT)), mask=mask)
@@ -170,6 +172,22 @@ def test_the_page_masks_by_ratio_and_seed(mae):
         assert picture.size == (480, 320)
 
 
+@pytest.mark.parametrize(
+    ("block", "size", "largest"), [(None, 32, 0.95), (1, 32, 0.95), (4, 32, 0.75), (3, 32, 0.85), (2, [16, 32], 0.75)]
+)  # blocks of a square image: 64, 64, 4, 9, 4
+def test_every_ratio_of_the_page_leaves_a_block_visible(block, size, largest, tmp_path):
+    Image.new("RGB", (50, 50)).save(tmp_path / "square.png")
+    model = get_model("mae_vit_mini_patch4", input_size=size, mask_block=block)
+    (slider,) = [part["props"] for part in app.build(model).config["components"]
+                 if part["type"] == "slider"]  # fmt: skip
+    assert (slider["maximum"], slider["value"]) == (largest, min(largest, 0.75))
+    for photo in (str(tmp_path / "square.png"), str(CAT)):
+        assert outputs.draw_mask(model, photo, slider["maximum"], 0)[1] is not None
+    if block and block > 1:
+        with pytest.raises(ValueError, match="leaves none of the"):
+            outputs.draw_mask(model, str(tmp_path / "square.png"), slider["maximum"] + slider["step"], 0)
+
+
 def test_another_mask_is_never_the_present_one(tmp_path):
     """Two patches have two masks with one masked patch; every second seed repeats one, on average."""
     Image.new("RGB", (16, 8)).save(tmp_path / "small.png")
@@ -187,10 +205,10 @@ def test_another_mask_is_never_the_present_one(tmp_path):
 
 def test_masks_that_can_not_be_reconstructed_are_errors_without_pictures(mae):
     for masked, message in ((range(96), "all patches are masked"), ([96], "the mask does not belong to this image")):
-        *panels, caption = outputs.paint(mae, str(CAT), " ".join(map(str, masked)))
+        *panels, caption = outputs.apply_mask(mae, str(CAT), " ".join(map(str, masked)))
         assert panels == [None] * 4
         assert message in caption and 'role="alert"' in caption
-    *panels, caption = outputs.paint(mae, str(CAT), "")
+    *panels, caption = outputs.apply_mask(mae, str(CAT), "")
     assert caption == "<p><b>0 of 96 patches are masked</b>, by you.</p>"
     assert np.array_equal(np.asarray(panels[0]), np.asarray(panels[3]))
 
@@ -287,13 +305,13 @@ def test_the_page_rejects_images_in_an_escaped_message(mae, tmp_path, monkeypatc
         assert f"a&lt;b&gt;.png: {expected.format(*size)}" in message and 'role="alert"' in message
         assert str(tmp_path) not in message
         assert outputs.draw_mask(mae, path, 0.5, 0) == [{"value": "", "picture": ""}, *[None] * 4, ""]
-        assert outputs.paint(mae, path, "3") == [*[None] * 4, ""]
+        assert outputs.apply_mask(mae, path, "3") == [*[None] * 4, ""]
         assert outputs.look_inside(mae, path, outputs.attention_maps(mae, None)[0]) == [None, None, None, ""]
         assert outputs.classify(mae, path) is None
     assert outputs.check(mae, None) == ""
     deleted = str(tmp_path / "deleted.png")
     assert "No such file" in outputs.check(mae, deleted)
-    for answer in (outputs.draw_mask(mae, deleted, 0.5, 0), outputs.paint(mae, deleted, "3")):
+    for answer in (outputs.draw_mask(mae, deleted, 0.5, 0), outputs.apply_mask(mae, deleted, "3")):
         assert "the upload was deleted" in answer[-1] and answer[-2] is None
 
 
@@ -385,6 +403,18 @@ def test_saving_prints_its_share_of_the_time(monkeypatch, capsys):
     assert "| share of the run, one save every 15 minutes | 0.67% |" in output
 
 
+def test_a_result_without_git_has_no_commit(tmp_path, monkeypatch):
+    commit = machine.commit()
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    author = ("-c", "user.name=a", "-c", "user.email=b")
+    subprocess.run(["git", *author, "commit", "-q", "--allow-empty", "-m", "c"], cwd=tmp_path, check=True)
+    monkeypatch.chdir(tmp_path)
+    assert machine.commit() == commit  # of the code, not of the working directory
+    monkeypatch.setenv("PATH", "")
+    machine.write("a", torch.device("cpu"), {}, {}, tmp_path)
+    assert machine.read("a", tmp_path)["machine"]["commit"] is None
+
+
 def test_a_result_has_its_settings_and_machine(tmp_path):
     settings = {"out": tmp_path, "name": "x", "batch_size": 64}
     machine.write("a", torch.device("cpu"), settings, {"images_per_second": {"ours": 3.0}}, tmp_path / "new")
@@ -410,3 +440,11 @@ def test_ratios_use_the_fastest_other_implementation(tmp_path, monkeypatch):
         "| least | 0.50 | not measured |  |",
     ]
     assert re.match(r"\| \| target \| measured \|", targets.table(tmp_path))
+
+
+def test_the_requirements_of_a_space_are_those_of_the_code():
+    """gradio comes with a Space."""
+    text = (ROOT / "demo" / "SPACE.md").read_text(encoding="utf-8")
+    requirements = text.partition("`requirements.txt`:\n\n```\n")[2].partition("```")[0].split()
+    names = {"PIL": "pillow", "yaml": "pyyaml"}
+    assert sorted(requirements) == sorted(names.get(name, name) for name in util.PACKAGES)
