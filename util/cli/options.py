@@ -532,7 +532,7 @@ def add_comparison_options(parser: argparse.ArgumentParser, protocols: Collectio
     group.add_argument(
         "--budget", nargs="+", type=budget, default=["50"], metavar="B",
         help="fine-tuning budget of each run: epochs (50) or minutes (5m); one value, or one for each of --labels. It "
-        "sets --epochs, and --warmup_epochs to a tenth of them, also with --recipes",
+        "sets main_finetune.py --epochs, and main_finetune.py --warmup_epochs to a tenth of them, also with --recipes",
     )  # fmt: skip
     group.add_argument(
         "--blr", nargs="+", type=positive, metavar="LR",
