@@ -269,7 +269,8 @@ def encoder_state(model: nn.Module) -> dict[str, Tensor]:
 def make_heads(model: nn.Module, blrs: Sequence[float], weight_decay: float) -> tuple[list[nn.Module], LARS]:
     """Returns a copy of the head for each learning rate, and the optimizer of all heads.
 
-    Of several heads, one whose gradient is infinite or not a number is not updated, and the others train on.
+    Of several heads, a gradient that is infinite or not a number counts as zero, so that the others train on. The
+    momentum of earlier updates still changes the head.
     """
     head = model.get_submodule("head")
     heads = [head, *(copy.deepcopy(head) for _ in blrs[1:])]
@@ -311,7 +312,7 @@ def report_best_rate(
     logger.info(f"best of {len(blrs)} rates: --blr {blrs[best]:g}, held-out Acc@1 {accuracies[best]:.3f}{loss}")
     for rate, share in zip(blrs, shares, strict=False):
         if share < 1:
-            logger.warning(f"--blr {rate:g}: {1 - share:.0%} of the updates had an infinite loss and were left out")
+            logger.warning(f"--blr {rate:g}: {1 - share:.0%} of the updates had an infinite loss, which counts as zero")
     for end, which, others in ((max(blrs), "largest", "larger"), (min(blrs), "smallest", "smaller")):
         if is_last and blrs[best] == end:
             logger.warning(f"--blr {end:g}, the {which} value, is the best; add {others} values")

@@ -224,18 +224,24 @@ class Encoder(nn.Module):
         """Returns the outputs of the last `n` blocks for images (B, c, H, W), in the order of the blocks.
 
         Args:
-            n: number of blocks, or the indices of the blocks.
+            n: number of blocks, or the indices of the blocks; -1 is the last block.
             norm: apply the final norm of the encoder. A classifier with `global_pool` has no such norm for tokens.
             return_attention: also return the attention weights of these blocks, (B, h, T + N, T + N) each.
 
         Returns:
             A list of tokens (B, T + N, D), class tokens first; with `return_attention`, also the list of weights.
+
+        Raises:
+            ValueError: there is no block with one of the indices.
         """
+        depth = len(self.blocks)
+        indices = range(max(0, depth - n), depth) if isinstance(n, int) else n
+        if missing := [index for index in indices if not -depth <= index < depth]:
+            raise ValueError(f"there is no block {missing[0]}: the indices of the {depth} blocks are 0 to {depth - 1}")
+        chosen = {index % depth for index in indices}
         x = self.embed(imgs)
         normalize = self.norm if norm and hasattr(self, "norm") else nn.Identity()
         layers, maps = [], []
-        depth = len(self.blocks)
-        chosen = range(depth - n, depth) if isinstance(n, int) else n
         block: Any
         for number, block in enumerate(self.blocks):
             is_returned = number in chosen

@@ -1,5 +1,7 @@
 """Classes of the training and the validation set, and subsets of a dataset."""
 
+import re
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -76,6 +78,25 @@ def test_held_out_images_are_in_no_other_part(tmp_path):
     assert sorted(names) == sorted(source.name(i) for i in range(20))
     _, other = labels.hold_out(source, 0.2, seed=1, flag="--held_out")
     assert {other.name(i) for i in range(4)} != {held.name(i) for i in range(4)}
+
+
+@pytest.mark.parametrize(
+    ("count", "share", "message"),
+    [
+        (20, 0.02, "--val_fraction 0.02 holds out none of 20 images; give --val_fraction 0.05 or more"),
+        (10, 0.99, "--val_fraction 0.99 holds out all 10 images; give --val_fraction 0.9 or less"),
+        (3, 0.1, "holds out none of 3 images; give --val_fraction 0.333333 or more"),
+        (3, 0.9, "holds out all 3 images; give --val_fraction 0.666667 or less"),
+        (1, 0.5, "--val_fraction 0.5 needs at least 2 images, and there is 1"),
+    ],
+)
+def test_both_parts_have_images(tmp_path, count, share, message):
+    source = folders(tmp_path, cat=count)
+    with pytest.raises(ValueError, match=message) as error:
+        labels.hold_out(source, share, seed=0, flag="--val_fraction")
+    if advised := re.search(r"give --val_fraction ([\d.]+)", str(error.value)):
+        rest, held_out = labels.hold_out(source, float(advised[1]), seed=0, flag="--val_fraction")
+        assert len(rest) + len(held_out) == count
 
 
 def test_the_labels_of_both_sets_count_the_same_classes(tmp_path):

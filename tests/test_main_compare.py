@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import ROOT
 from mains import wait_until
+from PIL import Image
 
 import main_compare
 import main_knn
@@ -339,6 +340,18 @@ def test_pixels_are_resized_to_32_and_keep_their_range(labelled):
     assert pixels.shape == (23, 32 * 16)
     assert 0 <= pixels.min() < pixels.max() <= 1
     assert pixel_baselines.read(source, 16, in_chans=3, crop_pct=None, num_workers=0).shape == (23, 3 * 16 * 16)
+
+
+def test_pixels_are_in_one_range_for_files_of_8_and_16_bits(tmp_path):
+    shades = np.linspace(0, 255, 64).astype(np.uint8).reshape(8, 8)
+    for name, pixels in (("bytes", shades), ("deep", shades.astype(np.uint16) * 257)):
+        (tmp_path / name / "val/cat").mkdir(parents=True)
+        Image.fromarray(pixels).save(tmp_path / name / "val/cat/0.png")
+    sources = [datasets.open_source("val", str(tmp_path / name)) for name in ("bytes", "deep")]
+    read = [pixel_baselines.read(source, 8, in_chans=1, crop_pct=1, num_workers=0) for source in sources]
+    np.testing.assert_allclose(*read, atol=1e-6)
+    assert read[0].max() == 1
+    assert read[0].dtype == np.float32
 
 
 def test_flags_of_models(labelled, encoder, tmp_path, monkeypatch):

@@ -72,8 +72,13 @@ def test_blocks_are_chosen_by_index():
     model = VisionTransformer(num_classes=0, **MINI).eval()
     images = torch.rand(1, 1, 16, 16)
     every = model.get_intermediate_layers(images, 4)
-    chosen = model.get_intermediate_layers(images, [0, 2])
-    assert [torch.equal(a, b) for a, b in zip(chosen, (every[0], every[2]), strict=True)] == [True, True]
+    for indices in ([0, 2], [-4, -2], [2, -4]):  # negative indices as in Python; the order is that of the blocks
+        chosen = model.get_intermediate_layers(images, indices)
+        assert [torch.equal(a, b) for a, b in zip(chosen, (every[0], every[2]), strict=True)] == [True, True]
+    assert len(model.get_intermediate_layers(images, 9)) == 4
+    for index in (4, -5):
+        with pytest.raises(ValueError, match=f"there is no block {index}: the indices of the 4 blocks are 0 to 3"):
+            model.get_intermediate_layers(images, [0, index])
 
 
 def test_the_neck_of_dpt_is_that_of_transformers():

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from util import dist
 from util.training import run_log, trainer
@@ -72,7 +73,7 @@ def test_a_resumed_run_logs_every_scalar_once(tmp_path):
     (tmp_path / "run").mkdir()
     log_epochs(0, 3)
     other = tmp_path / "events.out.tfevents.1.host.2.other"
-    shutil.copy(next(tmp_path.glob("events.*.run")), other)
+    shutil.copy(next(tmp_path.glob("events.*.run-*")), other)
     before = other.read_bytes()
     log_epochs(1, 4, first_iteration=5)
     assert other.read_bytes() == before
@@ -81,6 +82,42 @@ def test_a_resumed_run_logs_every_scalar_once(tmp_path):
     assert [e.step for e in events.Scalars("train_loss")] == [int(1000 * (i / 10)) for i in range(40)]
     assert [(e.step, e.value) for e in events.Scalars("perf/test_acc1")] == [(0, 0), (1, 10), (2, 20), (3, 30)]
     assert [e.step for e in events.Images("reconstruction")] == [0, 1, 2, 3]
+
+
+def log_events(run, events, *epochs, resumed=0):
+    """A run that logs epochs of one update."""
+    run.mkdir(parents=True, exist_ok=True)
+    log = RunLog(run, events, 4, resumed, 1000 * resumed)
+    for epoch in epochs:
+        log.begin_epoch(epoch, 0, 1, 8, Stopwatch())
+        log.update(1, lr=1e-3, loss=1.0, grad_norm=2.0)
+    log.close()
+
+
+def steps_of(events):
+    """The steps of the losses in each file, also of those that TensorBoard ignores."""
+    steps = []
+    for file in events.iterdir():
+        loaded = EventFileLoader(str(file)).Load()
+        steps.append([event.step for event in loaded for value in event.summary.value if value.tag == "train_loss"])
+    return [own for own in steps if own]
+
+
+def test_runs_that_share_a_folder_for_tensorboard_keep_their_events(tmp_path):
+    """The names of two are equal, the name of one is the end of another, and one is a pattern that fits another."""
+    names, events = ["a/base", "b/base", "lr.x5", "x5", "x[5]"], tmp_path / "events"
+    for name in names:
+        log_events(tmp_path / name, events, 0, 1)
+    assert steps_of(events) == [[0, 1000]] * len(names)
+    log_events(tmp_path / "x[5]", events, resumed=1)
+    assert sorted(steps_of(events)) == [[0], *[[0, 1000]] * (len(names) - 1)]
+
+
+def test_a_resumed_run_drops_its_events_after_a_move(tmp_path):
+    log_events(tmp_path / "old/run", tmp_path / "old/events", 0, 1)
+    shutil.move(tmp_path / "old", tmp_path / "new")
+    log_events(tmp_path / "new/run", tmp_path / "new/events", resumed=1)
+    assert steps_of(tmp_path / "new/events") == [[0]]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small disk")

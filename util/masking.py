@@ -246,13 +246,13 @@ def check_ratio(num_patches: int, mask_ratio: float, what: str = "patches") -> N
     if num_patches < 2:
         raise ValueError("the images have a single block of patches: give a smaller --mask_block")
     visible = num_visible(num_patches, mask_ratio)
+    most = next(share / 1000 for share in range(999, 0, -1) if num_visible(num_patches, share / 1000))
     if visible == num_patches:
         raise ValueError(
             f"--mask_ratio {mask_ratio:g} masks none of the {num_patches} {what}, and only masked patches have a "
-            f"loss; give --mask_ratio 0.75"
+            f"loss; give --mask_ratio {min(0.75, most):g}"
         )
     if visible == 0:
-        most = next(share / 1000 for share in range(999, 0, -1) if num_visible(num_patches, share / 1000))
         raise ValueError(
             f"--mask_ratio {mask_ratio:g} leaves none of the {num_patches} {what} visible: give --mask_ratio {most:g} "
             f"or less"

@@ -158,10 +158,14 @@ def hold_out(source: Source, share: float, seed: int, flag: str) -> tuple[Subset
         The training part and the held-out part.
 
     Raises:
-        ValueError: the held-out part would be empty.
+        ValueError: one of the parts would be empty.
     """
-    if not round(share * len(source)):
-        raise ValueError(f"{flag} {share} holds out none of {len(source)} images; give a larger fraction")
-    order = np.random.default_rng(seed).permutation(len(source))
-    count = round(share * len(source))
+    total, count = len(source), round(share * len(source))
+    if total < 2:
+        raise ValueError(f"{flag} {share:g} needs at least 2 images, and there is {total}")
+    if count == 0:
+        raise ValueError(f"{flag} {share:g} holds out none of {total} images; give {flag} {1 / total:g} or more")
+    if count == total:
+        raise ValueError(f"{flag} {share:g} holds out all {total} images; give {flag} {1 - 1 / total:g} or less")
+    order = np.random.default_rng(seed).permutation(total)
     return Subset(source, np.sort(order[count:])), Subset(source, np.sort(order[:count]))

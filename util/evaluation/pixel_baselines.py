@@ -21,7 +21,7 @@ def read(source: Source, input_size: Size, in_chans: int, crop_pct: float | None
     scale = min(1.0, SIDE / max(height, width))
     transform = transforms.eval_transform((round(height * scale), round(width * scale)), crop_pct)
     batches = loader.eval_loader(Samples(source, transform, in_chans=in_chans, seed=0), 256, num_workers, False)
-    return torch.cat([images.flatten(1) for images, *_ in batches]).numpy().astype(np.float32) / 255
+    return torch.cat([transforms.to_unit_range(images).flatten(1) for images, *_ in batches]).numpy()
 
 
 def evaluate(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from util.cli.advice import changes
+from util.evaluation import tables
 from util.evaluation.robustness import ALEXNET, CORRUPTIONS, IMAGES, PUBLISHED, SEVERITIES, corruption_errors
 from util.files import atomic
 
@@ -69,8 +70,7 @@ def write(path: Path, suite: str, cells: Mapping[str, Scores], title: str) -> st
     measure = "mCE" if suite == "imagenet-c" else "top-1 accuracy"
     num_images, num_published = sum(int(scores["images"]) for scores in cells.values()), IMAGES[suite] * len(cells)
     of_all = f" of the {num_published:,} published" if num_images != num_published else ""
-    lines = [f"{title}: {num_images:,} images{of_all}", ""]
-    lines += ["| " + " | ".join(row) + " |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:])]
+    lines = [f"{title}: {num_images:,} images{of_all}", "", tables.markdown(rows[0], rows[1:])]
     lines += ["", f"Published {measure} of the paper's models: {values}."] if published else []
     table = "\n".join(lines) + "\n"
     figure = _draw_corruptions(cells) if suite == "imagenet-c" else _draw_accuracies(cells, published)

@@ -1,5 +1,7 @@
 """Files that grow during a run: log.txt and the events of TensorBoard. Data that can't be written is written later."""
 
+import glob
+import hashlib
 import os
 import socket
 import tempfile
@@ -69,7 +71,7 @@ class EventFile(GrowingFile):
 
     Args:
         log_dir: folder of the file.
-        run_name: the end of the file name, so that several runs can share a folder.
+        run_name: the end of the file name, of `name_of_run`.
         first_step: TensorBoard ignores events of earlier starts of the run from this step on.
     """
 
@@ -94,13 +96,19 @@ class EventFile(GrowingFile):
         self.add(_framed(event.SerializeToString()))
 
 
+def name_of_run(output_dir: Path, log_dir: Path) -> str:
+    """Returns a name that differs between the runs that share a `log_dir`, and remains when both folders are moved."""
+    place = os.path.relpath(output_dir.resolve(), log_dir.resolve())
+    return f"{output_dir.resolve().name}-{hashlib.sha256(place.encode()).hexdigest()[:8]}"
+
+
 def drop_events(log_dir: Path, run_name: str, by_step: Collection[str], first_step: int, first_epoch: int) -> None:
     """Removes the events that a resumed run logs again.
 
     Args:
         by_step: tags to remove from `first_step` on; the other tags count epochs and are removed from `first_epoch`.
     """
-    for path in log_dir.glob(f"events.out.tfevents.*.{run_name}"):
+    for path in log_dir.glob(f"events.out.tfevents.*.{glob.escape(run_name)}"):
         records = list(RawEventFileLoader(str(path)).Load())
         remaining = []
         for record in records:

@@ -180,11 +180,13 @@ class RunLog(NullLog):
     ) -> None:
         self.epochs = epochs
         self.loss_tag = loss_tag
-        path, run_name = output_dir / "log.txt", output_dir.resolve().name
+        path = output_dir / "log.txt"
         _drop_lines_from(path, first_epoch)
         from util.training import log_files  # imports TensorBoard
 
-        log_files.drop_events(log_dir, run_name, (loss_tag, "lr", "grad_norm"), first_x, first_epoch)
+        run_name = log_files.name_of_run(output_dir, log_dir)
+        if first_epoch or first_x:  # a resumed run
+            log_files.drop_events(log_dir, run_name, (loss_tag, "lr", "grad_norm"), first_x, first_epoch)
         self.lines = log_files.GrowingFile(path)
         self.events = log_files.EventFile(log_dir, run_name, first_x)
         self.next_warning = 0.0
