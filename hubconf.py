@@ -1,14 +1,15 @@
 """Entry points of torch.hub: torch.hub.load(FOLDER_OR_REPOSITORY, "mae_vit_base_patch16", pretrained=True).
 
 Every architecture is an entry point, with the arguments of `inference.get_model`. torch.hub ignores names with a
-leading underscore.
+leading underscore. Without one of the dependencies, the import of `util` raises an ImportError that names it.
 """
 
 import functools as _functools
 
+import util as _util
 from inference import model as _model
 
-dependencies = ["torch", "timm", "huggingface_hub", "safetensors", "tifffile"]
+dependencies = list(_util.PACKAGES)
 
 for _name in _model.ARCHITECTURES:
     globals()[_name] = _functools.update_wrapper(_functools.partial(_model.get_model, _name), _model.get_model)

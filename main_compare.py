@@ -343,7 +343,7 @@ class Runs:
             flags["train_per_class"] = task.per_class
         if task.protocol == FINETUNE and "finetune" not in flags:
             flags["layer_decay"] = 1  # no layer has pre-trained weights
-        return {**flags, **self._smaller_batch(task, flags)}
+        return {**flags, **self._smaller_batch(task, flags), **self._larger_held_out(task, flags)}
 
     def choose(self, task: Task) -> None:
         """Chooses the hyperparameters of a cell on held-out training images of this draw; `result` uses them."""
@@ -394,6 +394,22 @@ class Runs:
             logger.info(note)
         self.notes.add(note)
         return {"batch_size": largest}
+
+    def _larger_held_out(self, task: Task, flags: Flags) -> Flags:
+        """Returns a larger held-out part of a probe if that of the flags, which selects the rate, has no image.
+
+        Raises:
+            ValueError: fewer than two images are left to train on, which batch norm needs.
+        """
+        if task.protocol not in (LINEAR, ATTENTIVE) or len((settings := self._settings(task, flags)).blr) < 2:
+            return {}
+        if task.labels < 3:
+            least = len(self.train.classes) * -(-3 // len(self.train.classes))
+            raise ValueError(
+                f"--labels {task.labels}: --protocols {task.protocol} trains on at least two images, and selects its "
+                f"learning rate on another; give --labels {least} or more"
+            )
+        return {} if round(settings.held_out * task.labels) else {"held_out": float(f"{1 / task.labels:.3g}")}
 
     def _epochs(self, task: Task, flags: Flags) -> Flags:
         """Returns the flags of the budget. Minutes are converted by the time of the second of two epochs."""

@@ -41,6 +41,8 @@ ELSEWHERE = {
     r"util\.cli\.(entry_point|advice)\.\w*": "it looks whether the script has the flag",
     r"util\.(data\.(torchvision_sets|huggingface_sets|webdataset_shards)|datasets)\.(\w+Set|Shards|open_source)": (
         r"inference\.features|main_robustness", "opens folders and archives only, no --dataset and no list"),
+    r"util\.datasets\.open_source": (
+        r"(?!main_pretrain|submitit_pretrain|util\.datasets).*", "only pre-training streams, and has --num_images"),
     r"util\.datasets\.report_on": (r"util\.datasets", "it prints what to give to other scripts"),
     r"util\.data\.loader\.updates_per_epoch": (r"main_knn", "it trains nothing"),
     r"util\.(data\.loader\.EpochBatches|dist\.shard|training\.trainer\.run)": (

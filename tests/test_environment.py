@@ -35,3 +35,15 @@ def test_missing_packages_are_a_one_line_error(clone, command):
     assert line.endswith("python3 -m venv ./.venv && source ./.venv/bin/activate && pip install .")
     (clone / ".venv/bin").mkdir(parents=True)
     assert start(clone, *command).stderr.endswith("; type: source ./.venv/bin/activate\n")
+
+
+def test_a_program_that_imports_the_library_can_catch_the_error(clone):
+    """torch.hub executes hubconf.py in the process of its caller."""
+    code = "try: import hubconf\nexcept ImportError as error: print('caught', error)\nprint('runs on')\n1 / 0"
+    done = start(clone, "-c", code)
+    caught, after = done.stdout.splitlines()
+    assert caught.startswith("caught -c: error: ")
+    assert "lacks torch, torchvision, timm, ...; type: " in caught
+    assert after == "runs on"
+    assert "Traceback" in done.stderr  # other errors are reported as usual
+    assert done.stderr.endswith("ZeroDivisionError: division by zero\n")

@@ -238,6 +238,7 @@ def test_torch_hub(mae, tmp_path):
     file = exported(mae, "safetensors", tmp_path)
     names = {name for name, value in vars(hubconf).items() if callable(value) and not name.startswith("_")}
     assert names == set(ARCHITECTURES)  # as torch.hub.list lists them
+    assert {"torchvision", "PIL", "yaml", "tqdm"} < set(hubconf.dependencies)
     again = torch.hub.load(str(ROOT), "mae_vit_mini_patch4", source="local", pretrained=str(file), norm_pix_loss=True)
     assert torch.equal(again.decoder_pred.weight, mae.decoder_pred.weight)
 

@@ -345,7 +345,7 @@ def test_invalid_shards_are_errors(tmp_path):
         Shards(f"{tmp_path}/a-{{000..003}}.tar", None)
     with pytest.raises(ValueError, match=r"there is no file .*\*.tar"):
         Shards(f"{tmp_path}/*.tar", None)
-    with pytest.raises(ValueError, match="can't be counted; give --num_images"):
+    with pytest.raises(ValueError, match=r"can't be counted\ngive --num_images N"):
         Shards("https://example.org/{000..003}.tar", None)
     assert len(Shards("https://example.org/{000..003}.tar", 1000)) == 1000
     with webdataset.TarWriter(str(tmp_path / "none.tar")) as writer:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -140,6 +141,37 @@ def test_flags_of_the_runs(labelled, encoder, tmp_path, monkeypatch):
     assert runs["mine/knn/30/1"]["k"] == 20  # the better one in SCORES
 
 
+@pytest.fixture
+def pairs(tmp_path):
+    """Pictures of two classes, three of each in each split."""
+    for split in ("train", "val"):
+        for name, shade in (("dark", 40), ("light", 200)):
+            (tmp_path / "pairs" / split / name).mkdir(parents=True)
+            for number in range(3):
+                file = tmp_path / "pairs" / split / name / f"{number}.png"
+                Image.new("RGB", (16, 16), (shade + number, shade, shade)).save(file)
+    return tmp_path / "pairs"
+
+
+def test_a_probe_of_few_labels_holds_out_an_image(pairs, tmp_path, monkeypatch):
+    """The default of --held_out, a tenth, would hold out none of 4 images."""
+    (tmp_path / "linear.yaml").write_text("epochs: 2\nwarmup_epochs: 0\nblr: [1, 10]\ncache_features: true\n")
+    flags = ("--encoders", "scratch", "--model", "vit_mini_patch4", "--protocols", "linear", "--labels", "4", "--blr",
+             "1e-3", "--recipes", f"linear={tmp_path / 'linear.yaml'}")  # fmt: skip
+    compare(pairs, tmp_path / "out", None, *flags)
+    (row,) = rows(tmp_path / "out")
+    assert "--held_out 0.25" in row["command"]
+    assert row["chosen"] in ("blr 1", "blr 10")
+    with pytest.raises(ValueError, match=r"--labels 2: --protocols linear trains .* give --labels 4 or more"):
+        compare(pairs, tmp_path / "two", None, *flags, "--labels", "2")
+    monkeypatch.setattr(Commands, "run", lambda self, name, script, flags, read: calls.append(flags) or SCORES)
+    for recipe, labels in (("blr: [1]", "2"), ("blr: [1, 10]", "6"), ("held_out: .5", "4")):
+        calls = []
+        (tmp_path / "linear.yaml").write_text(recipe)
+        compare(pairs, tmp_path / "other", None, *flags, "--labels", labels)
+        assert "held_out" not in calls[-1]
+
+
 SCORES = {"test_acc1": 50.0, "knn_acc1_k5": 40.0, "knn_acc1_k20": 60.0, "seconds": 1.0, "seconds_per_epoch": 2.0,
           "command": ""}  # fmt: skip
 
@@ -226,6 +258,20 @@ def test_a_result_belongs_to_the_contents_of_its_files(tmp_path, flag, runs):
         commands = Commands(tmp_path / "runs", tmp_path / "results.json", 1)
         commands.run("name", script, {flag: file}, lambda out, text: {})
     assert script.with_suffix(".py.txt").read_text().count("run") == runs
+
+
+@pytest.mark.parametrize(("flag", "runs"), [("finetune", 4), ("data_path", 1), ("output_dir", 1), ("log_dir", 1)])
+def test_a_result_belongs_to_the_files_of_its_folders(tmp_path, flag, runs):
+    """Encoders of transformers and timm and sharded checkpoints are folders."""
+    folder, count = tmp_path / "encoder", iter(range(100))
+    (folder / "sub").mkdir(parents=True)
+    written = [("a", "one", 1), ("a", "one", 1), ("a", "three", 1), ("sub/b", "b", 1), ("a", "Three", 2)]
+    for name, content, time in written:
+        (folder / name).write_text(content)
+        os.utime(folder / name, (time, time))
+        commands = Commands(tmp_path / "runs", tmp_path / "results.json", 1)
+        commands.keep("name", "command", {flag: folder}, lambda out: {"run": next(count)})
+    assert next(count) == runs
 
 
 def test_an_interrupted_run_of_other_files_is_not_resumed(tmp_path):

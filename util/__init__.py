@@ -1,7 +1,8 @@
 """The library of the scripts and engines: one package per subject.
 
-This module runs before any import of a package that may be missing. A script that is started outside of its environment
-exits with one line that names the remedy. The syntax is valid in every Python 3.
+This module runs before any import of a package that may be missing. Outside of its environment, it raises an
+ImportError whose message names the remedy. If a program does not catch it, such as the scripts, it ends with this line.
+The syntax is valid in every Python 3.
 """
 
 import os
@@ -30,7 +31,12 @@ def _require_packages() -> None:
         remedy = f"python3 -m venv {venv} && {activate} && pip install {root}"
     lack = "is older than Python 3.11" if old else "lacks " + ", ".join(missing[:3]) + ", ..." * (len(missing) > 3)
     script = os.path.basename(sys.argv[0]).replace("-m", "python -m")
-    sys.exit(f"{script}: error: {sys.executable} {lack}; type: {remedy}")
+    error = ImportError(f"{script}: error: {sys.executable} {lack}; type: {remedy}")
+    report = sys.excepthook
+    sys.excepthook = lambda kind, value, trace: (
+        print(value, file=sys.stderr) if value is error else report(kind, value, trace)
+    )
+    raise error
 
 
 _require_packages()

@@ -102,11 +102,15 @@ def add_source_options(group: argparse._ActionsContainer) -> None:
         "--data_path; hf:NAME_OR_FOLDER (Hugging Face); wds:SHARDS (WebDataset), such as wds:s/{000..127}.tar",
     )  # fmt: skip
     group.add_argument("--download", action="store_true", help="download a --dataset of torchvision to --data_path")
+    _add_reading_options(group)
+
+
+def add_stream_options(group: argparse._ActionsContainer) -> None:
+    """Adds the flags of streamed shards, which are for pre-training only."""
     group.add_argument(
         "--num_images", type=positive_int, metavar="N",
         help="number of images in the shards of wds: (default: counted, which needs local files)",
     )  # fmt: skip
-    _add_reading_options(group)
 
 
 def add_pair_options(parser: argparse.ArgumentParser) -> None:
@@ -229,6 +233,7 @@ def add_model_options(parser: argparse.ArgumentParser, models: Collection[str], 
 def add_pretrain_options(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of masked pre-training."""
     group = _group(parser, DATA)
+    add_stream_options(group)
     group.add_argument(
         "--repeated_sampling", default=1, type=positive_int, metavar="R",
         help="crops per decoded image, all in one batch. An epoch has R times as many samples: divide --epochs and "

@@ -55,7 +55,7 @@ class Shards:
         if missing or not self.urls:
             raise ValueError(f"--dataset {self.title}: there is no file {(missing or [pattern])[0]}")
         if num_images is None and len(files) < len(self.urls):
-            raise ValueError(f"--dataset {self.title}: images at URLs can't be counted; give --num_images N")
+            raise advised(ValueError(f"--dataset {self.title}: images at URLs can't be counted"), "give --num_images N")
         self.num_images = num_images or sum(_count_samples(file) for file in files)
         if not self.num_images:
             raise ValueError(f"--dataset {self.title}: no images in its {len(files)} shards")

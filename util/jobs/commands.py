@@ -23,13 +23,15 @@ from util.files import atomic
 Scores = dict[str, Any]
 T = TypeVar("T")
 
+# Flags whose files do not belong to a result: images may have hundreds of gigabytes, and runs write the others.
+NOT_COMPARED = {"data_path", "output_dir", "log_dir"}
 PR_SET_PDEATHSIG = 1  # of Linux: the signal that a process gets when its parent ends
 
 
 class Commands:
     """Runs commands and keeps their scores in a file.
 
-    A result is computed again if its command is another one, or if a file that a flag names has another content.
+    A result is computed again if its command is another one, or if a file or folder that a flag names has changed.
 
     Args:
         folder: the run directories.
@@ -47,12 +49,14 @@ class Commands:
         """Returns the scores of a name, with `seconds`, `command` and `files`. They are computed unless they are kept.
 
         Args:
-            flags: by name. The contents of the files among their values, except for `data_path`, belong to the result.
+            flags: by name. The contents of the files among their values belong to the result, and the names, sizes and
+                times of the files in folders, except for NOT_COMPARED.
             compute: computes the scores in a run directory. After an interruption it is called again with the same
                 directory.
         """
         out = self.folder / name
-        files = {key: digest for key, value in flags.items() if key != "data_path" and (digest := _digest_of(value))}
+        compared = {key: value for key, value in flags.items() if key not in NOT_COMPARED}
+        files = {key: digest for key, value in compared.items() if (digest := _digest_of(value))}
         scores = self.scores().get(name, {})
         if scores.get("command") == command and scores.get("files") == files:
             return scores
@@ -128,9 +132,13 @@ class Commands:
 
 
 def _digest_of(value: Any) -> str | None:
-    """Returns a digest of a file; None for values that are no files."""
-    if not isinstance(value, str | Path) or not os.path.isfile(value):
+    """Returns a digest of a file, or of the names, sizes and times of the files in a folder; None for other values."""
+    if not isinstance(value, str | Path) or not os.path.exists(value):
         return None
+    if os.path.isdir(value):  # sharded checkpoints of many gigabytes
+        files = sorted(path for path in Path(value).rglob("*") if path.is_file())
+        stats = [(str(path.relative_to(value)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+        return hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:16]
     status = os.stat(value)
     return _digest(str(value), status.st_size, status.st_mtime_ns)
 
