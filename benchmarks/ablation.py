@@ -210,12 +210,20 @@ class Ablation:
         atomic.write_text(self.here / "table.md", self.table() + "\n")
         print(self.table())
 
-    def main(self, description: str | None) -> None:
-        """Runs the command of a study: names of encoders, or all."""
+    def get_args_parser(self, description: str | None) -> argparse.ArgumentParser:
+        """Returns the parser of the command of a study: names of encoders, or none for all."""
         parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-        parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(self.runs)} (default: all)")
-        names = parser.parse_args().names or list(self.runs)
-        if unknown := [name for name in names if name not in self.runs]:
-            parser.error(f"there is no encoder {unknown[0]}; the names are {', '.join(self.runs)}")
+        names = ", ".join(self.runs)
+
+        def encoder(name: str) -> str:
+            if name not in self.runs:
+                raise argparse.ArgumentTypeError(f"there is no encoder {name}; the names are {names}")
+            return name
+
+        parser.add_argument("names", nargs="*", type=encoder, metavar="NAME", help=f"{names} (default: all)")
+        return parser
+
+    def main(self, args: argparse.Namespace) -> None:
+        """Runs the study for the encoders of the command."""
         os.chdir(ROOT)
-        self.run(names)
+        self.run(args.names or list(self.runs))

@@ -1,6 +1,7 @@
 """Ablations of pre-training: encoders are pre-trained and compared, and results are not computed twice."""
 
 import json
+import runpy
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from benchmarks.ablation import Ablation, Run
 from benchmarks.mask_blocks import study as mask_blocks
 from benchmarks.small_data import other_images
 from benchmarks.small_data import study as small_data
+from demo import segmentation
 from demo.segmentation import write_pictures
 from util.cli import entry_point
 from util.cli.advice import arguments
@@ -117,6 +119,31 @@ def test_an_encoder_with_mask_blocks_is_evaluated_by_segmentation(data, tmp_path
     small.run(["a"])
     (score,) = small.results["a"]["accuracies"]["segmentation, mean IoU"]
     assert 0 < score < 100
+
+
+def test_the_pictures_of_mask_blocks_are_written_when_the_study_runs(monkeypatch, capsys):
+    """Not by --help or a wrong name, which argparse refuses."""
+    calls = []
+    monkeypatch.setattr(segmentation, "write_pictures", lambda folder, count: calls.append("pictures"))
+    monkeypatch.setattr(Ablation, "run", lambda study, names: calls.append(names))
+    monkeypatch.chdir(ROOT)
+    script = str(ROOT / "benchmarks" / "mask_blocks" / "study.py")
+    for argument, expected in (
+        ("--help", "block-1-tokens-1-depth-1-seed-0"),
+        ("x", "there is no encoder x; the names"),
+    ):
+        monkeypatch.setattr("sys.argv", [script, argument])
+        with pytest.raises(SystemExit):
+            runpy.run_path(script, run_name="__main__")
+        printed = capsys.readouterr()
+        assert expected in printed.out + printed.err
+    assert calls == []
+    monkeypatch.setattr("sys.argv", [script, "block-1-tokens-1-depth-1-seed-0"])
+    runpy.run_path(script, run_name="__main__")
+    assert calls == ["pictures", ["block-1-tokens-1-depth-1-seed-0"]]
+    monkeypatch.setattr("sys.argv", [script])
+    runpy.run_path(script, run_name="__main__")
+    assert calls[-1] == list(mask_blocks.STUDY.runs)
 
 
 def test_the_images_are_the_first_of_each_class(data, tmp_path):

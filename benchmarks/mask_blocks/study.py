@@ -12,6 +12,7 @@ study. The encoders are in runs/mask_blocks.
 """
 
 import sys
+from argparse import ArgumentParser
 from itertools import product
 from pathlib import Path
 
@@ -44,6 +45,13 @@ STUDY = Ablation(
     SEGMENTATION,
 )  # fmt: skip
 
+
+def get_args_parser() -> ArgumentParser:
+    """Returns the parser of the command."""
+    return STUDY.get_args_parser(__doc__)
+
+
 if __name__ == "__main__":
+    args = get_args_parser().parse_args()
     write_pictures(ROOT / PICTURES, 2_000)
-    STUDY.main(__doc__)
+    STUDY.main(args)

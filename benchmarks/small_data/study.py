@@ -11,6 +11,7 @@ The same command resumes an interrupted study. The encoders are in runs/small_da
 """
 
 import sys
+from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
 
@@ -54,5 +55,11 @@ STUDY = Ablation(
     baselines=["scratch"],
 )
 
+
+def get_args_parser() -> ArgumentParser:
+    """Returns the parser of the command."""
+    return STUDY.get_args_parser(__doc__)
+
+
 if __name__ == "__main__":
-    STUDY.main(__doc__)
+    STUDY.main(get_args_parser().parse_args())
