@@ -48,9 +48,14 @@ def main(args: argparse.Namespace) -> None:
     print(markdown(["", *names], [(title, *row) for title, row in zip(titles, rows, strict=True)]))
 
 
-if __name__ == "__main__":
+def get_args_parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     models = ["vit_base_patch16", "vit_large_patch16", "vit_huge_patch14"]
     parser.add_argument("--models", nargs="+", default=models, metavar="NAME", help="models of models_vit")
     parser.add_argument("--size", nargs=2, type=int, default=[1024, 2048], metavar=("H", "W"), help="in pixels")
-    main(parser.parse_args())
+    return parser
+
+
+if __name__ == "__main__":
+    main(get_args_parser().parse_args())

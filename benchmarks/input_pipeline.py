@@ -209,11 +209,16 @@ def main(args: argparse.Namespace) -> None:
     machine.write("input_pipeline", torch.device("cpu"), settings, results, args.out)
 
 
-if __name__ == "__main__":
+def get_args_parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command."""
     parser = entry_point.parser("Throughput from JPEG files to training batches, compared with the classic pipeline.")
     parser.add_argument("--images", default=1280, type=int, metavar="N", help="number of image files")
     parser.add_argument(
         "--rounds", default=7, type=int, metavar="N", help="repetitions; each measures every pipeline once"
     )
     parser.add_argument("--out", default=machine.RESULTS, type=Path, metavar="DIR", help="folder of the JSON file")
-    entry_point.run(main, parser)
+    return parser
+
+
+if __name__ == "__main__":
+    entry_point.run(main, get_args_parser())

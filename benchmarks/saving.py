@@ -70,10 +70,15 @@ def main(args: argparse.Namespace) -> None:
     print(markdown(["", ""], rows))
 
 
-if __name__ == "__main__":
+def get_args_parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="mae_vit_base_patch16", metavar="NAME", help="a model of models_mae")
     parser.add_argument("--batch_size", default=2, type=int, metavar="N", help="effective batch size")
     parser.add_argument("--save_minutes", default=15.0, type=float, metavar="M", help="minutes between saves")
     parser.add_argument("--folder", type=Path, metavar="DIR", help="folder of the file (default: a temporary one)")
-    main(parser.parse_args())
+    return parser
+
+
+if __name__ == "__main__":
+    main(get_args_parser().parse_args())

@@ -98,7 +98,12 @@ def table(folder: Path) -> str:
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
+def get_args_parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", default=machine.RESULTS, type=Path, metavar="DIR", help="folder of the results")
-    print(table(parser.parse_args().results))
+    return parser
+
+
+if __name__ == "__main__":
+    print(table(get_args_parser().parse_args().results))

@@ -159,7 +159,8 @@ def main(args: argparse.Namespace) -> None:
     print(f"\npictures: {args.out / 'reconstructions.png'} and {args.out / 'loss.png'}; table: {args.out / 'table.md'}")
 
 
-if __name__ == "__main__":
+def get_args_parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command."""
     parser = entry_point.parser("Writes reconstructions, loss curve and accuracies of a pre-training run.")
     parser.add_argument(
         "--checkpoint",
@@ -179,4 +180,8 @@ if __name__ == "__main__":
         "--train_per_class", type=int, default=50, metavar="N", help="labeled images per class in those runs"
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for pictures and tables")
-    entry_point.run(main, parser)
+    return parser
+
+
+if __name__ == "__main__":
+    entry_point.run(main, get_args_parser())

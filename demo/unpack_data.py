@@ -36,11 +36,17 @@ def folder_of(class_name: str) -> str:
     return class_name.lower().replace("/", "_").replace(" ", "_")
 
 
-if __name__ == "__main__":
+def get_args_parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command."""
     parser = argparse.ArgumentParser(
         description="Unpacks the embedded Fashion-MNIST images to class folders of PNG files."
     )
     parser.add_argument("--out", type=Path, default=ARCHIVE.parent / "fashion_mnist", help="folder to write")
+    return parser
+
+
+if __name__ == "__main__":
+    parser = get_args_parser()
     out = parser.parse_args().out
     try:
         unpack(out)

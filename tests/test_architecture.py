@@ -36,7 +36,12 @@ ARROWS = {
     r"pretrain_\w+": r"(main|engine|models)_\w+|util\..+",  # scripts of your own on top of main_pretrain
     r"hubconf": r"inference\.\w+",
     r"demo\.\w+": r"demo\.(outputs|segmentation|unpack_data)|inference\.\w+|models_\w+|util\..+",
-    r"benchmarks\.\w+": r"benchmarks\.\w+|inference\.\w+|engine_finetune|main_pretrain|models_\w+|util\..+",
+    r"benchmarks\.\w+\.\w+": (  # studies
+        r"benchmarks\.\w+|demo\.(segmentation|unpack_data)|inference\.\w+|models_\w+|util\..+"
+    ),
+    r"benchmarks\.\w+": (
+        r"benchmarks\.(\w+|photographs\.study)|inference\.\w+|engine_finetune|main_pretrain|models_\w+|util\..+"
+    ),
     r"inference\.\w+": r"inference\.\w+|models_\w+|util\..+",
     **{
         rf"util\.{package}\.\w+": rf"util\.({'|'.join(filter(None, [package, below]))})\.\w+|{SHARED}"
@@ -53,7 +58,7 @@ OPTIONAL = {"gradio", "onnx", "onnxruntime", "onnxscript", "transformers", "torc
 
 
 def modules() -> dict[str, Path]:
-    folders = ("util", "util/*", "inference", "demo", "benchmarks")
+    folders = ("util", "util/*", "inference", "demo", "benchmarks", "benchmarks/*")
     files = [*ROOT.glob("*.py"), *(file for folder in folders for file in ROOT.glob(f"{folder}/*.py"))]
     return {".".join(f.relative_to(ROOT).with_suffix("").parts): f for f in files if f.name != "__init__.py"}
 
@@ -103,7 +108,10 @@ def test_the_layout_in_contributing_has_every_file():
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     layout = text.split("```")[1]
     for name in modules():
-        assert Path(name.replace(".", "/")).name + ".py" in layout, f"CONTRIBUTING.md does not mention {name}"
+        *_, folder, file = "", *name.split(".")
+        # The files of a study are in the entry of its folder, which may have several lines.
+        entry = rf"^  {folder}/(.|\n {{3}})*" if re.fullmatch(r"benchmarks\.\w+\.\w+", name) else ""
+        assert re.search(rf"{entry}\b{file}\.py", layout, re.MULTILINE), f"CONTRIBUTING.md does not mention {name}"
     for mentioned in re.findall(r"^ *(\w+\.py)", layout, flags=re.MULTILINE):
         assert any(f"{name}.py".endswith(mentioned) for name in modules()), (
             f"CONTRIBUTING.md mentions {mentioned}, which is not there"

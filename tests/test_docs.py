@@ -1,9 +1,11 @@
 """The documents are correct: code is run and commands are parsed. demo_readme.py runs the README's commands."""
 
 import ast
+import importlib
 import re
 import shlex
 import tomllib
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ import main_pretrain
 import main_robustness
 import main_segment
 import models_mae
-from benchmarks import targets, train_step, whole_run
+from benchmarks import targets
 from inference import export, features, get_model, predict, reconstruct, segment
 from util import datasets
 from util.checkpoints import sharded
@@ -48,8 +50,6 @@ PARSERS = {
         f"submitit_{task}.py": lambda task=task: submit.get_args_parser(f"main_{task}")[0]
         for task in ("pretrain", "finetune", "linprobe", "segment")
     },
-    "benchmarks/train_step.py": train_step.get_args_parser,
-    "benchmarks/whole_run.py": whole_run.get_args_parser,
     "util.datasets": datasets.get_args_parser,
     "util.resize": resize.get_args_parser,
     "util.sharded": sharded.get_args_parser,
@@ -91,26 +91,40 @@ def test_the_extras_of_the_readme_are_those_of_the_project():
     assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == list(project["optional-dependencies"])
 
 
+def parse(script: str, flags: list[str]) -> Namespace:
+    """Parses a command with the parser of its script; those of the demo and the benchmarks are imported here."""
+    module = script.removesuffix(".py").replace("/", ".")
+    parser = PARSERS[script]() if script in PARSERS else importlib.import_module(module).get_args_parser()
+    if isinstance(parser, type(entry_point.parser(""))):
+        return entry_point.parse(parser, flags)
+    return parser.parse_args(flags)
+
+
 def script_commands() -> list[tuple[str, list[str]]]:
-    """Every command of a script in documents, docstrings and recipe headers: (script, flags)."""
+    """Every command of a script in documents, docstrings, recipe headers and `run`: (script, flags)."""
     lines = [command for path in DOCUMENTS for command in bash_blocks(path) + indented(path)]
     for path in SCRIPTS + sorted(ROOT.glob("inference/*.py")) + sorted(ROOT.glob("recipes/*.yaml")):
         lines += commands(path.read_text().replace("\n#", "\n"))
-    lines += [line for line in commands(RUN) if "show python benchmarks/" in line]
-    scripts = r"(?:main|submitit)_\w+\.py|benchmarks/(?:train_step|whole_run)\.py"
+    for path in DOCUMENTS:
+        lines += re.findall(r"`(python (?:demo|benchmarks)/[^`]*)`", path.read_text(encoding="utf-8"))
+    for path in (*ROOT.glob("demo/*.py"), *ROOT.glob("benchmarks/**/*.py")):
+        docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        lines += [line for line in commands(docstring) if line.strip().startswith("python ")]
+    lines += [line for line in commands(RUN) if "show python" in line and "$@" not in line]
+    scripts = r"(?:main|submitit)_\w+\.py|(?:demo|benchmarks)/[\w/]+\.py"
     modules = r"inference\.\w+|util\.(?:datasets|resize|sharded)"
     calls = [re.search(rf"(?:python|torchrun)\s.*?({scripts}|{modules}) ([\w-].*)", line) for line in lines]
-    return [(call[1], shlex.split(call[2])) for call in calls if call]
+    return [(call[1], shlex.split(call[2], comments=True)) for call in calls if call]
 
 
 @pytest.mark.parametrize(("script", "flags"), script_commands(), ids=lambda part: part if isinstance(part, str) else "")
 def test_every_command_parses(script, flags, monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert entry_point.parse(PARSERS[script](), flags)
+    assert parse(script, flags)
 
 
 def test_the_number_of_commands():
-    assert len(script_commands()) >= 65
+    assert len(script_commands()) >= 150
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))

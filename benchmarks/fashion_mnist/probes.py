@@ -31,12 +31,17 @@ PROBES = {
 SEEDS = range(3)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Trains the probes and prints the table."""
+def get_args_parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--encoder", type=Path, required=True, metavar="FILE", help="checkpoint of pre-training")
     parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="folder of the runs")
-    args, others = parser.parse_known_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Trains the probes and prints the table."""
+    args, others = get_args_parser().parse_known_args(argv)
     rows = []
     for title, flags in PROBES.items():
         accuracies = []

@@ -84,11 +84,16 @@ def compare() -> None:
 PARTS = {part.__name__: part for part in (pretrain, compare)}
 
 
-def main() -> None:
-    """Runs the parts."""
+def get_args_parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="+", choices=PARTS, metavar="PART", help=" or ".join(PARTS))
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Runs the parts."""
+    args = get_args_parser().parse_args()
     prepare(ROOT / WORK / "data")
     for name in args.parts:
         PARTS[name]()

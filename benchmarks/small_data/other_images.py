@@ -115,11 +115,16 @@ def study(name: str) -> Ablation:
     return Ablation(HERE, work, runs, dataset.shared, evaluation, data=data, baselines=["scratch", "pixels"])
 
 
-def main() -> None:
-    """Writes the images, pre-trains the encoders and compares them."""
+def get_args_parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", choices=DATASETS, help="the images")
-    name = parser.parse_args().dataset
+    return parser
+
+
+def main() -> None:
+    """Writes the images, pre-trains the encoders and compares them."""
+    name = get_args_parser().parse_args().dataset
     os.chdir(ROOT)
     ablation = study(name)
     if not ablation.data.exists():
