@@ -15,7 +15,8 @@ from tqdm import tqdm
 from util import datasets, dist
 from util.cli import advice, entry_point
 from util.data import image_cache, labels, loader, transforms
-from util.data.samples import Samples
+from util.data.decode import BadImage
+from util.data.samples import Samples, preserve_generators
 from util.data.sources import Source
 from util.data.webdataset_shards import Shards
 from util.evaluation import report
@@ -192,12 +193,17 @@ class Setup:
         self.statistics = transforms.channel_statistics(args.in_chans, self.mean, self.std)
         self.normalize = transforms.Normalize(*self.statistics).to(device)
         self.pin_memory = args.pin_mem and device.type == "cuda"
+        self.val: Source | None = None
 
     def open_pair(self) -> tuple[Source, Source]:
         """Opens the training and the validation set.
 
+        With `on_bad_image` "skip", training images that can't be read are excluded if their features are stored or some
+        of them are held out. Else, `Samples` replaces them in training.
+
         Raises:
             ValueError: a set can't be opened or has no labels, or their classes differ.
+            BadImage: more than `loader.MAX_BAD_SHARE` of the training images can't be read.
         """
         args = self.args
         train, val = labels.open_pair(
@@ -205,11 +211,31 @@ class Setup:
             nb_classes=args.nb_classes, train_per_class=args.train_per_class, seed=args.seed,
         )  # fmt: skip
         datasets.suggest_statistics(train, args.in_chans, self.mean, self.std)
-        return (
-            labels.hold_out(train, args.val_fraction, args.seed, "--val_fraction")
-            if args.val_fraction
-            else (train, val)
-        )
+        if getattr(args, "on_bad_image", None) == "skip" and (
+            args.val_fraction or getattr(args, "cache_features", False) or np.size(args.blr) > 1
+        ):
+            train = self._readable(train)
+        if args.val_fraction:
+            train, val = labels.hold_out(train, args.val_fraction, args.seed, "--val_fraction")
+        self.val = val
+        return train, val
+
+    def _readable(self, train: Source) -> Source:
+        """Returns a training set without the images that can't be read, and logs them."""
+        args, own = self.args, list(range(dist.rank(), len(train), dist.world_size()))
+        with preserve_generators():
+            facts = datasets.all_facts(train, args.in_chans, own, loader.up_to_cores(args.num_workers))
+            bar = tqdm(facts, "reading", len(own), unit="image", leave=False, disable=None if dist.is_main() else True)
+            bad = {index: fact.unreadable for index, fact in zip(own, bar, strict=True) if fact.unreadable}
+        bad = {index: why for part in dist.gather(bad) for index, why in part.items()}
+        for name, reason in bad.values():
+            logger.warning(f"{name}: {reason}; it is excluded")
+        if len(bad) > loader.MAX_BAD_SHARE * len(train):
+            raise BadImage(
+                f"{len(bad):,} of {len(train):,} training images can't be read, more than {loader.MAX_BAD_SHARE:.0%}; "
+                f"one of them: {': '.join(bad[min(bad)])}"
+            )
+        return labels.Subset(train, np.delete(np.arange(len(train)), list(bad)))
 
     def cached(self, *sources: Source) -> Sequence[Source]:
         """Returns the datasets; with --cache_images, with their decoded images in memory.
@@ -244,7 +270,10 @@ class Setup:
 
     def eval_batches(self, source: Source, batch_size: int) -> torch.utils.data.DataLoader:
         """Returns the batches of a dataset for this process, resized and cropped for an evaluation."""
-        samples = self.samples(source, self.eval_transform())
+        # The error message about a training image names the flag that excludes it, if the script has it.
+        is_train = self.val is not None and self.val not in (source, getattr(source, "source", None))
+        flag = "error" if is_train and hasattr(self.args, "on_bad_image") else None
+        samples = self.samples(source, self.eval_transform(), flag)
         return loader.eval_loader(samples, batch_size, self.args.num_workers, self.pin_memory)
 
     def samples(self, source: Source, transform: Callable[..., Any], on_bad_image: str | None = None) -> Samples:

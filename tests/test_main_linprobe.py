@@ -1,6 +1,8 @@
 """Linear probing: the encoder is frozen, heads train independently, and the test set selects nothing."""
 
 import math
+import shutil
+import subprocess
 from types import SimpleNamespace
 
 import forks
@@ -8,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from capture import parse, recorder
-from mains import lines
+from mains import Stopped, lines, stop_after
 from torch.nn import functional as F
 
 import engine_finetune
@@ -22,6 +24,8 @@ from util.checkpoints import checkpoint, run_directory
 from util.checkpoints.checkpoint import CheckpointError
 from util.cli import entry_point
 from util.data import feature_files
+from util.data.decode import BadImage
+from util.training import trainer
 from util.training.precision import Precision
 
 
@@ -283,10 +287,6 @@ def test_stored_tokens_are_those_of_the_encoder_in_fp16(probe, mae, labelled):
         torch.testing.assert_close(tokens.float(), expected, rtol=1e-3, atol=1e-3)
 
 
-class Stopped(BaseException):
-    """Interrupts a run."""
-
-
 def test_each_process_stores_its_own_tokens_and_resumes(mae, labelled, tmp_path, monkeypatch):
     """The second of two processes is interrupted after two batches."""
     args = parse(main_linprobe, data_path=labelled, model="vit_mini_patch4", input_size=16, probe="attentive",
@@ -349,6 +349,62 @@ def test_resumes_exactly(probe, tuned):
     a, b = (checkpoint.read(out / "checkpoint-3.pth") for out in (whole, parts))
     assert torch.equal(a["model"]["head.1.weight"], b["model"]["head.1.weight"])
     assert torch.equal(a["optimizer"]["state"][0]["momentum"], b["optimizer"]["state"][0]["momentum"])
+
+
+def test_stored_features_resume_within_an_epoch_in_as_many_processes(probe, tuned, labelled, tmp_path, monkeypatch):
+    """Each process permutes its own features: the rest of an epoch of one process is not that of two."""
+    flags = {"finetune": tuned / "checkpoint-19.pth", "lr": 5, "cache_features": True, "save_minutes": 0}
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_after(patch, "save", 9)  # of 6 updates per epoch
+        probe("run", **flags, batch_size=4, accum_iter=2)
+    out = tmp_path / "run"
+    assert checkpoint.read(out / "checkpoint-last.pth")["progress"]["images_done"] % 48
+    two = ("--data_path", labelled, "--output_dir", out, "--model", "vit_mini_patch4", "--input_size", 16,
+           "--batch_size", 4, "--epochs", 2, "--warmup_epochs", 1, "--lr", 5, "--num_workers", 0, "--device", "cpu",
+           "--finetune", tuned / "checkpoint-19.pth", "--cache_features", "--resume")  # fmt: skip
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        forks.run("main_linprobe.py", (*two, "auto"), tmp_path / "output", 2)
+    assert "there were 1 processes and are 2 now: start 1, or resume from the checkpoint of a" in failed.value.output
+    shutil.copytree(out, tmp_path / "one")
+    assert len(lines(probe("one", **flags, resume="auto"))) == 2
+    forks.run("main_linprobe.py", (*two, out / "checkpoint-0.pth"), tmp_path / "output", 2)
+    assert len(lines(out)) == 2
+
+
+@pytest.fixture
+def damaged(labelled, tmp_path):
+    """The pictures of six classes, one of them damaged."""
+    shutil.copytree(labelled, tmp_path / "damaged")
+    (tmp_path / "damaged/train/kind1/01.png").write_bytes(b"")
+    return tmp_path / "damaged"
+
+
+@pytest.mark.parametrize("flags", [{"cache_features": True}, {"cache_features": True, "probe": "attentive"},
+                                   {"blr": "1 10", "held_out": 0.5}, {"val_fraction": 0.5}])  # fmt: skip
+def test_bad_training_images_are_excluded_before_their_features(probe, mae, damaged, capsys, flags, monkeypatch):
+    flags = {"finetune": mae, "data_path": damaged, "epochs": 1, "warmup_epochs": 0, **flags}
+    if "cache_features" in flags:
+        with pytest.raises(BadImage, match=r"01.png: the file is empty \(--on_bad_image skip excludes such"):
+            probe("error", **flags)
+    runs = recorder(monkeypatch, trainer, "run")
+    probe("skip", **flags, on_bad_image="skip")
+    (run,) = runs
+    held_out = {"blr": 24, "val_fraction": 24}  # of 47
+    assert run["batches"].num_images == 47 - next((held_out[name] for name in held_out if name in flags), 0)
+    assert capsys.readouterr().out.count("01.png: the file is empty; it is excluded") == 1
+    for number in (7, 13, 19, 25):  # with 01.png, more than a tenth of the images
+        (damaged / f"train/kind1/{number:02}.png").write_bytes(b"")
+    with pytest.raises(BadImage, match=r"5 of 48 training images can't be read, more than 10%; one of them: .*01.png"):
+        probe("many", **flags, on_bad_image="skip")
+
+
+@pytest.mark.parametrize("kind", ["linear", "attentive"])
+def test_a_bad_validation_image_is_an_error(probe, mae, labelled, tmp_path, kind):
+    shutil.copytree(labelled, tmp_path / "damaged")
+    (tmp_path / "damaged/val/kind1/01.png").write_bytes(b"")
+    flags = {"finetune": mae, "data_path": tmp_path / "damaged", "probe": kind, "cache_features": True}
+    with pytest.raises(BadImage, match=r"01.png: the file is empty$"):
+        probe(**flags, on_bad_image="skip")
 
 
 def test_evaluation_uses_the_recorded_settings(probe, tuned, capsys, labelled):

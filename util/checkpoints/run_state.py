@@ -171,6 +171,7 @@ def resume(
         _require_same_parameters(optimizer, state, settings)
         _require_same_epochs(_args_of(state), settings)
         progress.restore(state)
+        _require_same_processes(state, settings)
         restore_optimizer(optimizer, state["optimizer"])
         if scaler.is_enabled() and state.get("scaler"):
             scaler.load_state_dict(state["scaler"])
@@ -262,6 +263,20 @@ def _require_same_epochs(saved: dict[str, Any], settings: dict[str, Any]) -> Non
         length = f"{before} updates" if before else "one pass over the images"
         error = CheckpointError(f"an epoch of the resumed run is {length}, and its position counts such epochs")
         raise _with_settings(error, {"updates_per_epoch": before}, settings)
+
+
+def _require_same_processes(state: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Within an epoch of `loader.FeatureBatches`, the remaining images depend on the number of processes."""
+    saved, position = _args_of(state), state.get("progress") or {}
+    if not (settings.get("cache_features") and position.get("images_done")):
+        return
+    before, now = position["effective_batch_size"] // (saved["batch_size"] * saved["accum_iter"]), dist.world_size()
+    if before != now:
+        raise CheckpointError(
+            f"the checkpoint is in the middle of an epoch on stored features, each process has its own part of them, "
+            f"and there were {before} processes and are {now} now: start {before}, or resume from the checkpoint of a "
+            f"complete epoch"
+        )
 
 
 def _with_settings(error: CheckpointError, saved: dict[str, Any], settings: dict[str, Any]) -> CheckpointError:

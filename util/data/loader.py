@@ -3,7 +3,8 @@
 An epoch is floor(images / effective batch size) updates, or a given number of updates. The samples of an update depend
 on (seed, epoch) and on the effective batch size, not on the number of workers, the number of processes or the
 accumulation. The random numbers of a batch depend on (seed, epoch, iteration, rank). Streamed shards are an exception:
-each sample is the same, but the composition of the batches depends on the number of workers and processes.
+each sample is the same, but the composition of the batches depends on the number of workers and processes. So are
+stored features, whose order depends on the number of processes.
 """
 
 import logging
@@ -271,6 +272,9 @@ class TrainLoader:
 
 class FeatureBatches(_Epochs):
     """Batches of stored features for `loop.run_epoch`, with the interface of `TrainLoader`.
+
+    Every process has the features of its part of the images, and permutes them by (seed, epoch, rank). The images of an
+    update therefore depend on the number of processes, and a run resumes within an epoch with the same number only.
 
     Args:
         features: (n, D) or tokens (n, N, D); n differs by at most one between processes.
