@@ -73,7 +73,7 @@ def draw(images: list[np.ndarray], predictions: list[dict[str, Any]], path: Path
         left.imshow(image)
         left.axis("off")
         names, scores = zip(*reversed(prediction["top"]), strict=True)
-        right.barh(names, scores)
+        right.barh(range(len(names)), scores, tick_label=names)  # two classes of ImageNet-1K are named crane
         right.set(xlim=(0, 1))
         right.tick_params(axis="y", labelsize=8)
         right.spines[["top", "right"]].set_visible(False)

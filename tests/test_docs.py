@@ -106,7 +106,8 @@ def script_commands() -> list[tuple[str, list[str]]]:
     for path in SCRIPTS + sorted(ROOT.glob("inference/*.py")) + sorted(ROOT.glob("recipes/*.yaml")):
         lines += commands(path.read_text().replace("\n#", "\n"))
     for path in DOCUMENTS:
-        lines += re.findall(r"`(python (?:demo|benchmarks)/[^`]*)`", path.read_text(encoding="utf-8"))
+        inline = re.findall(r"`(python (?:demo|benchmarks)/[^`]*)`", path.read_text(encoding="utf-8"))
+        lines += [" ".join(command.split()) for command in inline]  # in the text, where they may wrap
     for path in (*ROOT.glob("demo/*.py"), *ROOT.glob("benchmarks/**/*.py")):
         docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
         lines += [line for line in commands(docstring) if line.strip().startswith("python ")]

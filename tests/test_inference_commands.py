@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from matplotlib.figure import Figure
 from PIL import Image
 from safetensors import safe_open
 
@@ -80,6 +81,20 @@ def test_the_picture_of_predictions_has_any_image_that_the_model_accepts(tmp_pat
         assert np.array_equal(pictures[0], (pixels / 65535 * 255).round()[:, :, None].repeat(3, 2))
     expected = (floats * 255).round().repeat(3 if in_chans == 1 else 1, axis=2)[:, :, :3]
     assert np.abs(pictures[-1].astype(int) - expected).max() <= 1  # of values halfway between two bytes
+
+
+def test_classes_of_the_same_name_have_their_own_bars(tmp_path, monkeypatch):
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args: figures.append(figure) or save(figure, *args))
+    top = [("crane", 0.4), ("owl", 0.3), ("crane", 0.2)]
+    predict.draw([np.zeros((8, 8, 3), np.uint8)], [{"top": top}], tmp_path / "p.png")
+    bars = figures[0].axes[1]
+    assert [(bar.get_y() + bar.get_height() / 2, bar.get_width()) for bar in bars.patches] == [
+        (0, 0.2),
+        (1, 0.3),
+        (2, 0.4),
+    ]
+    assert [label.get_text() for label in bars.get_yticklabels()] == ["crane", "owl", "crane"]
 
 
 def test_pictures_of_photographs_are_their_pixels():
