@@ -28,6 +28,7 @@ from util.training import run_log
 
 DATA = Path("demo/data/fashion_mnist")
 JOBS = 2  # pre-trainings at a time
+CURVE = (0, 1, 4, 9, 19, 79, 199, 999)  # epochs whose losses are kept
 
 
 class Run(NamedTuple):
@@ -117,7 +118,11 @@ class Ablation:
 
         def read(out: Path, _: str) -> dict[str, Any]:
             lines = run_log.read(out)
-            return {"loss": lines[-1]["train_loss"], "minutes": sum(line["seconds"] for line in lines) / 60}
+            losses = {line["epoch"]: line["train_loss"] for line in lines if line["epoch"] in CURVE}
+            return {
+                "loss": lines[-1]["train_loss"], "losses": losses,
+                "minutes": sum(line["seconds"] for line in lines) / 60,
+            }  # fmt: skip
 
         def run(name: str) -> tuple[str, dict[str, Any]]:
             return name, commands.run(name, ROOT / "main_pretrain.py", self.flags(name), read)
@@ -204,7 +209,7 @@ class Ablation:
             for name, mean_iou in commands.each([partial(self.segment, commands, name) for name in names]):
                 accuracies[name]["segmentation, mean IoU"] = [mean_iou]
         for name in names:
-            own = {key: trained[name][key] for key in ("loss", "command")}
+            own = {key: trained[name][key] for key in ("loss", "losses", "command")}
             results[name] = {**own, "accuracies": accuracies[name]}
         atomic.write_text(self.here / "results.json", json.dumps(results, indent=1, sort_keys=True) + "\n")
         atomic.write_text(self.here / "table.md", self.table() + "\n")

@@ -166,3 +166,16 @@ def test_the_images_of_other_kinds(tmp_path, dataset, classes, size):
     study = Ablation(tmp_path, tmp_path, {}, {}, {}, data=tmp_path / "a")
     study.write_list(images)
     assert len((tmp_path / f"{images}.txt").read_text().splitlines()) == images  # each class has enough
+
+
+def test_the_document_has_the_losses_of_the_runs():
+    lines = (ROOT / "SMALL_DATA.md").read_text().splitlines()
+    (header,) = (line for line in lines if line.startswith("| images | epoch 0 |"))
+    epochs = [text.strip().removeprefix("epoch ") for text in header.split("|")[2:-1]]
+    names = ("1000-images", "1000-images-epochs-1000", "base", "epochs-80")
+    for name in names:
+        run = small_data.STUDY.runs[name]
+        losses = small_data.STUDY.results[name]["losses"]
+        (row,) = (line for line in lines if line.startswith(f"| {run.images:,}, {run.epochs:,} epochs |"))
+        values = [f"{losses[epoch]:.3f}" if epoch in losses else "" for epoch in epochs]
+        assert [text.strip() for text in row.split("|")[2:-1]] == values
