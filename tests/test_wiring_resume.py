@@ -304,8 +304,9 @@ def test_a_wide_position_table_is_interpolated():
     loading.load_encoder(square, file)
     assert torch.equal(square.pos_embed, resize_pos_embed(wide.pos_embed, (2, 8), (4, 4)))
     assert not torch.equal(square.pos_embed, wide.pos_embed)
-    assert Weights({"patch_embed.proj.weight": torch.zeros(8, 1, 4, 2)}, {"input_size": [16, 24], "patch_size": [4, 2]},
-                   loading.ENCODER, "file").grid_size == (4, 12)  # fmt: skip
+    tensors = {"patch_embed.proj.weight": torch.zeros(8, 1, 4, 2), "pos_embed": torch.zeros(1, 49, 8),
+               "cls_token": torch.zeros(1, 1, 8)}  # fmt: skip
+    assert Weights(tensors, {"input_size": [16, 24]}, loading.ENCODER, "file").grid_size == (4, 12)
 
 
 def test_a_head_for_other_classes_is_not_loaded():
