@@ -92,6 +92,13 @@ def test_images_of_other_splits_are_ignored(tmp_path):
         assert source[0] == (content, 0)
 
 
+def test_absolute_names_have_splits_and_classes(pictures, tmp_path):
+    subprocess.run(["tar", "-Pcf", tmp_path / "set.tar", pictures], check=True)  # an absolute folder
+    folder, source = find_files(pictures / "train"), Archive(tmp_path / "set.tar", "train")
+    assert list(source.names) == list(folder.names)
+    assert source.classes == folder.classes
+
+
 def test_damaged_archives_are_errors(pictures, tmp_path):
     path = Path(shutil.make_archive(str(tmp_path / "set"), "zip", pictures))
     source = Archive(path, "train")

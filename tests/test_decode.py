@@ -235,6 +235,28 @@ def test_exif_orientation_is_applied_as_in_pillow(orientation):
     assert np.array_equal(decode(file, 3, upright=True), ImageOps.exif_transpose(Image.open(io.BytesIO(file))))
 
 
+@pytest.mark.parametrize(("orientation", "rows"), {
+    3: ["fed", "cba"], 5: ["ad", "be", "cf"], 6: ["da", "eb", "fc"], 8: ["cf", "be", "ad"],
+}.items())  # fmt: skip
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+def test_the_orientation_of_a_tiff_is_applied_once(orientation, rows, compression):
+    stored = np.array([list(b"abc"), list(b"def")], dtype=np.uint8)
+    file = saved(stored, "TIFF", tiffinfo={274: orientation}, compression=compression)
+    for upright in (True, False):
+        assert np.asarray(decode(file, 1, upright)).tolist() == [list(row.encode()) for row in rows]
+
+
+def test_bits_and_transparent_palettes_have_their_own_channels():
+    with pytest.raises(BadImage, match="it has 1 channel, and in_chans is 4"):
+        decode(Image.new("1", (2, 2)), 4)
+    picture = Image.new("P", (1, 1), 1)
+    picture.putpalette(PALETTE.tobytes())
+    picture = picture.convert("PA")
+    assert pixels_of(decode(picture, 4)).tolist() == [[[200, 100, 50, 255]]]
+    with pytest.raises(BadImage, match="it has 4 channels, and in_chans is 2"):
+        decode(picture, 2)
+
+
 def test_damaged_exif_data_are_ignored():
     exif = Image.Exif()
     exif[274] = 6

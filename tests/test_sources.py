@@ -2,11 +2,13 @@
 
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from util.data import labels
 from util.data.folders import find_files
 from util.data.lists import read_list
 from util.data.sources import Strings
@@ -165,6 +167,7 @@ def test_lists_without_labels(make_list, name, content):
         ("list.csv", "class;size;IMAGE\ndog;1,5;a.png\ncat;2;with blank.png\ndog;3;sub/c.png\n"),
         ("list.csv", "file;label\n\na.png;dog\nwith blank.png;cat\nsub/c.png;dog\n"),
         ("list.csv", "a.png;dog\nwith blank.png; cat\nsub/c.png;dog\n"),
+        ("list.csv", "label, path\ndog, a.png\ncat, with blank.png \ndog,sub/c.png\n"),
         ("list.csv", "a.png dog\nwith blank.png cat\nsub/c.png dog\n"),
         ("list.json", json.dumps([["a.png", "dog"], ["with blank.png", "cat"], ["sub/c.png", "dog"]])),
         ("list.json", json.dumps([{"path": n, "label": c} for n, c in zip(NAMES, ["dog", "cat", "dog"], strict=True)])),
@@ -220,18 +223,27 @@ def test_annotations_of_cocos_form(tmp_path):
     assert read_list(file, tmp_path, "--train_list").classes == ["2", "9"]
     file.write_text(json.dumps(coco([], [1, 2, 3]) | {"annotations": []}))
     assert read_list(file, tmp_path, "--train_list").labels.tolist() == [-1, -1, -1]
+    file.write_text(json.dumps(coco([(2, "owl")], [2, 5, 5])))
+    with pytest.raises(ValueError, match=r"can't be read .*KeyError: 5"):
+        read_list(file, tmp_path, "--train_list")
+
+
+def test_annotations_for_detection_are_no_labels(tmp_path, caplog):
+    for number in range(3):
+        save(tmp_path / "train_val2018" / "Aves" / f"{number}.jpg")
     document = coco([(2, "owl"), (5, "crow")], [2, 5, 5])
-    for change, message in (
-        ({"annotations": document["annotations"][:2]}, "1 of its 3 images have no annotation"),
-        (
-            {"annotations": [*document["annotations"], {"image_id": 40, "category_id": 5}]},
-            "image 40 has several categor",
-        ),
-        ({"categories": [{"id": 2, "name": "owl"}]}, "can't be read .*KeyError: 5"),
+    boxes = document["annotations"]
+    for annotations, reason in (
+        (boxes[:2], "1 of 3 images have no annotation"),
+        ([*boxes, {"image_id": 40, "category_id": 5}], "image 40 has several categories"),
     ):
-        file.write_text(json.dumps(document | change))
-        with pytest.raises(ValueError, match=message):
-            read_list(file, tmp_path, "--train_list")
+        (tmp_path / "boxes.json").write_text(json.dumps(document | {"annotations": annotations}))
+        source = read_list(tmp_path / "boxes.json", tmp_path, "--train_list")
+        assert f"the annotations are not used as labels, because {reason}" in caplog.text
+        assert [Path(source.path(n)).name for n in range(3)] == ["0.jpg", "1.jpg", "2.jpg"]
+        assert source.labels.tolist() == [-1, -1, -1]
+        with pytest.raises(ValueError, match="the train images have no classes, and supervised training"):
+            labels.require(source, "train")
 
 
 def test_relative_paths_start_at_the_root(make_list, tmp_path):

@@ -238,7 +238,7 @@ def _is_image(name: str) -> bool:
 
 def _below(members: Iterable[str], split: str | None, path: Path) -> dict[str, str]:
     """Maps names relative to the folder of a split to members. An archive without splits contributes all members."""
-    names = {posixpath.normpath(member): member for member in members}
+    names = {posixpath.normpath(member).lstrip("/"): member for member in members}  # tar -P stores absolute names
     while names:
         tops = {name.partition("/")[0] if "/" in name else "" for name in names}
         if split in tops:

@@ -97,6 +97,7 @@ def decode(
 
 
 def _turn_upright(picture: Image.Image) -> Image.Image:
+    picture.load()  # Pillow turns TIFF images when it loads them, and then removes the tag
     try:
         turn = UPRIGHT.get(picture.getexif().get(ORIENTATION, 1))
     except Exception:  # damaged EXIF data do not make the pixels unusable
@@ -130,7 +131,9 @@ def fit_channels(picture: Picture, in_chans: int) -> Picture:
             picture = picture.convert("RGBA")
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
         return picture.convert(MODES[in_chans])
-    if picture.mode in ("P", "CMYK"):
+    if picture.mode == "1":
+        picture = picture.convert("L")
+    if picture.mode in ("P", "PA", "CMYK"):
         picture = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
     return _fit_tensor(_tensor(np.atleast_3d(np.asarray(picture))), in_chans)
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,8 @@ import numpy as np
 from util.data.decode import SUFFIXES
 from util.data.sources import Files
 from util.files.untrusted import printable
+
+logger = logging.getLogger(__name__)
 
 MOST_CLASSES = 1_000_000
 PATH_COLUMNS, LABEL_COLUMNS = ("path", "filename", "file", "image"), ("label", "class")  # in any case
@@ -71,7 +74,7 @@ def read_pairs(path: Path, flag: str) -> tuple[list[str], list[str]]:
     text = _read_text(path, flag)
     try:
         rows = _csv_rows(text, MASK_COLUMNS)
-        pairs = [(image.strip(), mask) for image, mask in rows if mask]
+        pairs = [(image, mask) for image, mask in rows if mask]
         if not rows or len(pairs) < len(rows) or "\0" in text:
             raise ValueError(f"{len(pairs)} of its {len(rows)} rows have an image and a mask")
     except (ValueError, IndexError, csv.Error) as error:
@@ -101,7 +104,10 @@ def _read_rows(suffix: str, text: str) -> tuple[list[str], list[str], np.ndarray
 
 
 def _read_annotations(document: dict[str, Any]) -> tuple[list[str], list[str], np.ndarray]:
-    """Parses the format of COCO. All categories are classes, also those without images, in the order of their ids."""
+    """Parses the format of COCO. All categories are classes, also those without images, in the order of their ids.
+
+    Images with several categories or without an annotation, as for detection, have no labels.
+    """
     paths = [image["file_name"] for image in document["images"]]
     if not all(isinstance(path, str) for path in paths):
         raise ValueError("a file_name is not a string")
@@ -116,15 +122,20 @@ def _read_annotations(document: dict[str, Any]) -> tuple[list[str], list[str], n
     for annotation in document["annotations"]:
         number = number_of[annotation["category_id"]]
         if label_of.setdefault(annotation["image_id"], number) != number:
-            raise ValueError(f"image {annotation['image_id']} has several categories, and a classifier needs one")
+            return _unlabeled(paths, f"image {annotation['image_id']} has several categories")
     unlabeled = sum(image["id"] not in label_of for image in document["images"])
     if unlabeled:
-        raise ValueError(f"{unlabeled} of its {len(paths)} images have no annotation")
+        return _unlabeled(paths, f"{unlabeled} of {len(paths)} images have no annotation")
     return (
         paths,
         [printable(name) for name in classes],
         np.array([label_of[image["id"]] for image in document["images"]]),
     )
+
+
+def _unlabeled(paths: list[str], reason: str) -> tuple[list[str], list[str], np.ndarray]:
+    logger.warning(f"the annotations are not used as labels, because {reason}")
+    return paths, [], np.full(len(paths), -1)
 
 
 def _text_rows(text: str) -> list[Row]:
@@ -154,7 +165,7 @@ def _csv_rows(text: str, label_columns: Sequence[str] = LABEL_COLUMNS) -> list[R
         lines = lines[1:]
     elif all(len(row) == 1 for row in lines):  # the CSV files of Places205 have blanks instead of commas
         return _text_rows("\n".join(row[0] for row in lines))
-    return [(row[path], row[label].strip() if len(row) > label else None) for row in lines]
+    return [(row[path].strip(), row[label].strip() if len(row) > label else None) for row in lines]
 
 
 def _json_rows(entries: Any) -> list[Row]:
