@@ -3,7 +3,9 @@
 import io
 import random
 import shutil
+import struct
 import subprocess
+import zlib
 
 import numpy as np
 import pytest
@@ -46,9 +48,50 @@ def test_indexed_gray_and_color_masks_have_the_same_values():
     assert torch.equal(THREE.decode(stream.getvalue()), torch.from_numpy(values))
     of_colors = MaskFormat(3, colors=colors)
     assert torch.equal(of_colors.decode(png(table[values])), torch.from_numpy(values))  # (99, 99, 99) is ignored
-    black_and_white = io.BytesIO()
-    Image.fromarray(np.array([[True, False]])).save(black_and_white, "PNG")
-    assert THREE.decode(black_and_white.getvalue()).tolist() == [[1, 0]]
+
+
+def test_an_indexed_mask_with_the_colors_of_the_palette_is_decoded_by_color():
+    """Optimizers of PNG files number colors in any order. The index 255 of VOC's masks is ignored, as by index."""
+    colors = [(0, 0, 0), (255, 0, 0), (0, 255, 0)]
+    of_colors = MaskFormat(3, colors=colors)
+    indices = [[0, 0, 1], [2, 1, 0]]
+    optimized = [channel for number in (2, 1, 0) for channel in colors[number]]
+    assert of_colors.decode(png(indices, "P", optimized)).tolist() == [[2, 2, 1], [0, 1, 2]]
+    assert THREE.decode(png(indices, "P", optimized)).tolist() == indices
+    voc = np.array([[0, 1, 20, 255]])
+    table = list(np.array(masks.default_colors(256)).ravel())
+    white_is_a_class = [*masks.default_colors(20), (224, 224, 192)]  # the color of the index 255
+    for classes in (masks.default_colors(21), [(9, 9, 9), (8, 8, 8), *masks.default_colors(23)[4:]]):
+        assert MaskFormat(len(classes), colors=classes).decode(png(voc[:, :2], "P", table)).tolist() == [[0, 1]]
+    assert MaskFormat(21, colors=masks.default_colors(21)).decode(png(voc, "P", table)).tolist() == voc.tolist()
+    assert MaskFormat(21, colors=white_is_a_class).decode(png(voc[:, [0, 1, 3]], "P", table)).tolist() == [[0, 1, 255]]
+    other = [(1, 2, 3), (4, 5, 6), (7, 8, 9)]
+    assert MaskFormat(3, colors=other).decode(png(indices, "P", optimized)).tolist() == indices
+    with pytest.raises(
+        BadImage, match=r"only some of its colors are in the palette \(that of index 2 is not\): correct"
+    ):
+        MaskFormat(2, colors=[(255, 0, 0), (0, 255, 0)]).decode(png(indices, "P", optimized))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_gray_masks_of_less_than_8_bits_are_an_error(bits):
+    """The largest value of 2 bits is 3 for some programs, and 255 for others."""
+    if bits == 1:
+        stream = io.BytesIO()
+        Image.fromarray(np.array([[True, False]])).save(stream, "PNG")
+        data = stream.getvalue()
+    else:
+        chunks = [
+            (b"IHDR", struct.pack(">IIBBBBB", 2, 1, bits, 0, 0, 0, 0)),
+            (b"IDAT", zlib.compress(b"\0\xf0")),
+            (b"IEND", b""),
+        ]
+        data = b"\x89PNG\r\n\x1a\n" + b"".join(
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+            for kind, body in chunks
+        )
+    with pytest.raises(BadImage, match=r"gray image of less than 8 bits, .*: save it with 8 bits"):
+        THREE.decode(data)
 
 
 def test_a_mask_of_other_colors_than_those_of_the_palette_is_an_error():

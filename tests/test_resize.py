@@ -93,6 +93,20 @@ def test_files_that_scaling_would_change_are_copied(tmp_path, caplog):
     assert Image.open(tmp_path / "copy/plain.png").getexif()[0x0112] == 6
 
 
+@pytest.mark.parametrize("name", ["annotations/training/a.png", "Train/Rural/masks_png/a.png"])
+def test_folders_of_masks_are_refused(tmp_path, name):
+    """Interpolation would create values of other classes."""
+    file = tmp_path / "set" / name
+    file.parent.mkdir(parents=True)
+    Image.fromarray(np.zeros((300, 300), dtype=np.uint8)).save(file)
+    for root in (tmp_path / "set", file.parent if "masks" in name else file.parents[1]):
+        with pytest.raises(
+            ValueError, match=r"masks can't be scaled like photographs: .*a.png .*main_segment.py scales"
+        ):
+            make_copy(root, tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+
+
 def test_an_unwritable_copy_is_an_error(folder, tmp_path):
     (tmp_path / "copy").write_text("a file")
     done = run(folder, tmp_path / "copy")

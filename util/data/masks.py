@@ -26,7 +26,7 @@ from util.data.torchvision_sets import TorchvisionSet
 from util.files.untrusted import printable, read_file
 
 IGNORED = 255  # the value of pixels without a class
-JPEG = b"\xff\xd8\xff"  # the first bytes of a file
+JPEG, PNG = b"\xff\xd8\xff", b"\x89PNG"  # the first bytes of a file
 MOST_CLASSES = 255
 RGB_WEIGHTS = np.array([1 << 16, 1 << 8, 1])  # a color as one number
 # Names of folders, in lower case: of ADE20K, of mmsegmentation, of LoveDA.
@@ -91,6 +91,8 @@ def default_colors(count: int) -> list[Color]:
 class MaskFormat:
     """Decodes masks: indexed and gray images of 8 bits, and color images with the colors of a palette.
 
+    With a palette, an indexed image whose colors are those of the palette in another order is a color image.
+
     Args:
         num_classes: number of classes.
         reduce_zero_label: the value 0 is ignored, and the classes start at 1.
@@ -119,12 +121,19 @@ class MaskFormat:
         if not isinstance(picture, Tensor) and picture.mode in ("RGB", "RGBA"):
             return self._of_colors(np.asarray(picture.convert("RGB")))
         values = picture[0].numpy() if isinstance(picture, Tensor) else np.asarray(picture)
-        if values.dtype == bool:
-            values = values.astype(np.uint8)
+        if values.dtype == bool or (data.startswith(PNG) and data[24] < 8 and data[25] == 0):  # bits, and 0: gray
+            raise BadImage(
+                "it is a gray image of less than 8 bits, whose white is 1 for some programs and 255 for others: save "
+                "it with 8 bits"
+            )
         if values.dtype != np.uint8 or values.ndim != 2:
             raise BadImage("it is neither an indexed nor a gray image of 8 bits: convert it to one")
         if self.reduce_zero_label:
             values = np.where(values == IGNORED, IGNORED, values - 1)  # 0 - 1 is 255
+        if self.colors and not isinstance(picture, Tensor) and picture.mode == "P":
+            by_color = self._of_palette(picture, np.asarray(picture), values)
+            if by_color is not None:
+                return torch.from_numpy(by_color)
         classes = values[values != IGNORED]
         if classes.size and classes.max() >= self.num_classes:
             first = int(self.reduce_zero_label)
@@ -152,6 +161,27 @@ class MaskFormat:
             color = " ".join(map(str, pixels[0, 0]))
             raise BadImage(f"none of its colors, such as {color}, is in the palette: correct --palette")
         return torch.from_numpy(classes)
+
+    def _of_palette(self, picture: Any, indices: np.ndarray, values: np.ndarray) -> np.ndarray | None:
+        """Returns the classes of an indexed image by color, or None if its indices are the classes.
+
+        Programs that optimize color images number their colors in any order.
+        """
+        own = np.array(picture.getpalette()).reshape(-1, 3)
+        of_index = np.full(256, IGNORED, dtype=np.uint8)
+        of_index[: len(own)] = self._class_of_color[own @ RGB_WEIGHTS]
+        classes = of_index[indices]
+        used = values != IGNORED
+        known = classes[used] != IGNORED
+        if not known.any() or (classes[used] == values[used]).all():
+            return None
+        if known.all():
+            return classes
+        index = indices[used][~known][0]
+        raise BadImage(
+            f"it is an indexed image, and only some of its colors are in the palette (that of index {index} is not): "
+            f"correct --palette, or save it as RGB if its colors are the classes, as gray if its indices are"
+        )
 
 
 class Pairs:

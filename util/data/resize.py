@@ -22,6 +22,7 @@ from util.cli.choices import DEFAULT_WORKERS
 from util.data.decode import BadImage, read
 from util.data.folders import image_files
 from util.data.loader import up_to_cores
+from util.data.masks import MASK_FOLDERS
 from util.files import atomic
 from util.files.untrusted import printable, read_file
 
@@ -104,7 +105,7 @@ def main(args: argparse.Namespace) -> None:
     """Writes the copy. Prints the number of files, and the files that can't be read.
 
     Raises:
-        ValueError: a folder does not exist, contains no images, or contains the copy.
+        ValueError: a folder does not exist, contains no images or a folder of masks, or contains the copy.
         BadImage: a file can't be read.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
@@ -115,6 +116,7 @@ def main(args: argparse.Namespace) -> None:
     names = sorted(os.path.relpath(path, args.data_path) for path in image_files(str(args.data_path)))
     if not names:
         raise ValueError(f"there are no images in {args.data_path}")
+    _refuse_masks(args.data_path, names)
     for parent in {(args.copy / name).parent for name in names}:
         parent.mkdir(parents=True, exist_ok=True)
     one = partial(resize, folder=args.data_path, copy=args.copy, short_side=args.short_side, quality=args.quality)
@@ -129,3 +131,15 @@ def main(args: argparse.Namespace) -> None:
     logger.info("\n".join(unread[:MAX_LISTED]) or f"in {args.copy}")
     if unread:
         raise BadImage(f"{len(unread):,} files can't be read; the copy does not contain them")
+
+
+def _refuse_masks(root: Path, names: list[str]) -> None:
+    """Raises ValueError for a folder of segmentation masks: interpolation creates values of other classes."""
+    for name in names:
+        folders = [root.resolve().name, *name.split(os.sep)[:-1]]
+        if any(folder.lower() in MASK_FOLDERS for folder in folders):
+            raise ValueError(
+                f"masks can't be scaled like photographs: {printable(str(root / name))} is in a folder of masks "
+                f"({', '.join(MASK_FOLDERS)}); main_segment.py scales images and masks itself (--short_side), and for "
+                f"other scripts give the folder of the images alone"
+            )
