@@ -304,7 +304,8 @@ def test_recipes_of_transfer_state_the_published_accuracy(name):
 @pytest.mark.parametrize(
     ("study", "page"),
     [("photographs/table", "README"), ("fashion_mnist/table", "fashion_mnist/README"),
-     ("fashion_mnist/corruptions", "fashion_mnist/README"), ("small_data/table", "../SMALL_DATA")],
+     ("fashion_mnist/corruptions", "fashion_mnist/README"), ("small_data/table", "../SMALL_DATA"),
+     ("small_data/digits", "../SMALL_DATA")],
 )  # fmt: skip
 def test_pages_have_the_tables_of_the_studies(study, page):
     text = " ".join((ROOT / "benchmarks" / f"{page}.md").read_text(encoding="utf-8").split())
