@@ -293,6 +293,44 @@ def test_sources_that_do_not_exist_are_errors(tmp_path):
             open_pairs("val", CLASSES, THREE, **options)
 
 
+def test_the_first_folder_with_the_name_of_a_split_counts(tmp_path):
+    make_scenes(tmp_path)
+    for split in ("training", "validation"):
+        for kind in ("images", "annotations"):
+            (tmp_path / kind / split / "train").mkdir()
+            for file in [*(tmp_path / kind / split).glob("*.*")]:
+                file.rename(file.parent / "train" / file.name)
+    for split, name, count in (("train", "training", 12), ("val", "validation", 5)):
+        pairs = open_pairs(split, CLASSES, THREE, data_path=str(tmp_path))
+        assert len(pairs) == count
+        assert all(f"images/{name}/train/" in pairs.name(index) for index in range(count))
+
+
+def test_files_of_the_same_name_except_for_the_suffix_are_an_error(tmp_path):
+    make_scenes(tmp_path)
+    for place, suffix in (("images/training", "png"), ("annotations/training", "tif")):
+        extra = tmp_path / place / f"03.{suffix}"
+        Image.new("L", (30, 24)).save(extra)
+        for options in ({}, {"folders": ["images/training", "annotations/training"]}):
+            two = rf"{place}/03.\w+ and .*{place}/03.\w+ have the same name except for the suffix: remove one"
+            with pytest.raises(ValueError, match=two + r", or list the pairs in a CSV file \(--train_list\)"):
+                open_pairs("train", CLASSES, THREE, data_path=str(tmp_path), **options)
+        extra.unlink()
+    assert len(open_pairs("train", CLASSES, THREE, data_path=str(tmp_path))) == 12
+
+
+def test_an_archive_of_one_split_and_a_list_beside_it(tmp_path):
+    make_scenes(tmp_path, "loveda")
+    archive = shutil.make_archive(str(tmp_path / "set"), "zip", tmp_path, "Val")
+    pairs = open_pairs("val", CLASSES, THREE, data_path=archive)
+    assert [pairs.name(index) for index in range(5)] == [f"{archive}: Val/Urban/images_png/0{n}.png" for n in range(5)]
+    with pytest.raises(ValueError, match="there are no images for train in it"):
+        open_pairs("train", CLASSES, THREE, data_path=archive)
+    (tmp_path / "list.csv").write_text("Val/Urban/images_png/02.png,Val/Urban/masks_png/02.png")
+    listed = open_pairs("val", CLASSES, THREE, data_path=archive, file_list=str(tmp_path / "list.csv"))
+    assert listed[0][0] == pairs[2][0]
+
+
 def test_an_image_and_its_mask_are_augmented_together(tmp_path):
     """The image has the values of its mask, so that both remain equal up to the interpolation at edges."""
     values = np.kron(np.arange(12).reshape(3, 4), np.ones((16, 16))).astype(np.uint8)

@@ -53,14 +53,19 @@ class Archive:
     The layout is that of an unpacked dataset: enclosing folders are skipped, and the folders below `split` are the
     classes. An archive without splits contributes all of its images.
 
+    Args:
+        path: the archive.
+        split: "train" or "val"; None: all images.
+        enclosing: keep enclosing folders in the names, if `split` is None.
+
     Raises:
         ValueError: the archive can't be read in place, is damaged, or contains no image.
     """
 
-    def __init__(self, path: Path, split: str | None) -> None:
+    def __init__(self, path: Path, split: str | None, *, enclosing: bool = False) -> None:
         started = time.perf_counter()
         self.is_zip, members = find_members(path)
-        names = sorted(_below(members, split, path).items())
+        names = sorted(_below(members, split, path, enclosing).items())
         if not names:
             raise ValueError(f"--data_path: no images in {path} (looked for {KINDS})")
         self.path = str(path)
@@ -236,10 +241,10 @@ def _is_image(name: str) -> bool:
     return name.lower().endswith(SUFFIXES) and not ignored
 
 
-def _below(members: Iterable[str], split: str | None, path: Path) -> dict[str, str]:
+def _below(members: Iterable[str], split: str | None, path: Path, enclosing: bool) -> dict[str, str]:
     """Maps names relative to the folder of a split to members. An archive without splits contributes all members."""
     names = {posixpath.normpath(member).lstrip("/"): member for member in members}  # tar -P stores absolute names
-    while names:
+    while names and not enclosing:
         tops = {name.partition("/")[0] if "/" in name else "" for name in names}
         if split in tops:
             return {name.removeprefix(f"{split}/"): m for name, m in names.items() if name.startswith(f"{split}/")}

@@ -4,7 +4,7 @@ A mask is an image with one value per pixel: the index of a class, or IGNORED.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,7 @@ from util.data.decode import BadImage, Picture, size_of
 from util.data.folders import find_files, image_files
 from util.data.lists import read_pairs
 from util.data.samples import Samples
-from util.data.sources import Files, Strings
+from util.data.sources import Files
 from util.data.torchvision_sets import TorchvisionSet
 from util.files.untrusted import printable, read_file
 
@@ -291,7 +291,8 @@ def open_pairs(
         return _listed(Path(), opened.images, opened.masks, classes, mask_format)
     if file_list:
         images, masks = read_pairs(Path(file_list), f"--{split}_list")
-        start = root or Path(file_list).parent
+        # Beside an archive, paths are relative to the folder of the list, as in util.datasets.
+        start = root if root and not root.is_file() else Path(file_list).parent
         for name in (images[0], masks[0]):
             if not (start / name).is_file():
                 raise ValueError(
@@ -307,7 +308,9 @@ def open_pairs(
             if not any(image_files(str(folder))):
                 raise ValueError(f"--{split}_folders: there are no images in {folder}")
         pair = [find_files(folder) for folder in places]
-        of_images, of_masks = ({_stem(name): index for index, name in enumerate(one.names)} for one in pair)
+        of_images, of_masks = (
+            _by_key(((_stem(name), index) for index, name in enumerate(one.names)), one, split) for one in pair
+        )
         indices = _matched(of_images, of_masks, pair[0], f"in {places[1]}", split)
         return Pairs(pair[0], pair[1], indices, classes, mask_format)
     if root is None:
@@ -317,8 +320,8 @@ def open_pairs(
         )
     if not root.exists():
         raise ValueError(f"--data_path: there is no folder or archive {root}")
-    files = find_files(root) if root.is_dir() else Archive(root, None)
-    by_key = _by_folder(files.names, split)
+    files = find_files(root) if root.is_dir() else Archive(root, None, enclosing=True)
+    by_key = _by_folder(files, split)
     if not by_key[0]:
         error = ValueError(f"--data_path {root}: there are no images for {split} in it (looked for {LAYOUT})")
         raise advised(error, f"give --{split}_folders IMAGES MASKS or --{split}_list CSV")
@@ -336,19 +339,38 @@ def _stem(name: str) -> str:
     return name[: name.rindex(".")]
 
 
-def _by_folder(names: Strings, split: str) -> tuple[dict[str, int], dict[str, int]]:
+def _by_folder(files: Files | Archive, split: str) -> tuple[dict[str, int], dict[str, int]]:
     """Returns the indices of the images and of the masks of a split, by the rest of their path."""
-    images: dict[str, int] = {}
-    masks: dict[str, int] = {}
-    for index, name in enumerate(names):
+    of_splits = {name for names in SPLITS.values() for name in names}
+    images: list[tuple[str, int]] = []
+    masks: list[tuple[str, int]] = []
+    for index, name in enumerate(files.names):
         *folders, file = name.split("/")
-        is_split = [folder.lower() in SPLITS[split] for folder in folders]
-        kinds = [folder.lower() in IMAGE_FOLDERS + MASK_FOLDERS for folder in folders]
-        if any(is_split) and any(kinds):
-            named = is_split.index(True), kinds.index(True)
+        lower = [folder.lower() for folder in folders]
+        splits = [place for place, folder in enumerate(lower) if folder in of_splits]
+        kinds = [place for place, folder in enumerate(lower) if folder in IMAGE_FOLDERS + MASK_FOLDERS]
+        if splits and kinds and lower[splits[0]] in SPLITS[split]:  # the first one: a subfolder may have any name
+            named = splits[0], kinds[0]
             key = "/".join([*(folder for place, folder in enumerate(folders) if place not in named), _stem(file)])
-            (images if folders[named[1]].lower() in IMAGE_FOLDERS else masks)[key] = index
-    return images, masks
+            (images if lower[kinds[0]] in IMAGE_FOLDERS else masks).append((key, index))
+    return _by_key(images, files, split), _by_key(masks, files, split)
+
+
+def _by_key(entries: Iterable[tuple[str, int]], files: Files | Archive, split: str) -> dict[str, int]:
+    """Returns the indices by key.
+
+    Raises:
+        ValueError: two files have the same key.
+    """
+    index_of: dict[str, int] = {}
+    for key, index in entries:
+        if key in index_of:
+            raise ValueError(
+                f"{files.name(index_of[key])} and {files.name(index)} have the same name except for the suffix: remove "
+                f"one, or list the pairs in a CSV file (--{split}_list)"
+            )
+        index_of[key] = index
+    return index_of
 
 
 def _matched(
