@@ -375,6 +375,27 @@ def test_scales_are_relative_to_the_short_side():
         joint_transforms.TrainTransform(8, 0, (2, 1), 0, [0.5])
 
 
+def test_narrow_strips_are_not_enlarged_without_limit(tmp_path):
+    """The random scale does not decide whether an image is an error."""
+    for name, size in (("strip", (6000, 10)), ("wide", (1000, 100))):
+        for kind in ("images", "masks"):
+            (tmp_path / "train" / kind).mkdir(parents=True, exist_ok=True)
+            Image.new("L", size).save(tmp_path / "train" / kind / f"{name}.png")
+    pairs = open_pairs("train", CLASSES, THREE, data_path=str(tmp_path))
+    for transform, scaled in (
+        (joint_transforms.EvalTransform(224), "134400 x 224"),
+        (joint_transforms.TrainTransform(8, 20, (0.1, 2), 0, [0.5] * 3), "24000 x 40"),
+    ):
+        samples = PairSamples(pairs, transform, in_chans=3, seed=0)
+        with pytest.raises(
+            BadImage,
+            match=rf"train/images/strip.png: its 6000 x 10 pixels .* would be scaled to {scaled}, .* 13,377: cut it",
+        ):
+            samples[0, 0]
+        assert samples[0, 1].image.shape[0] == 3
+    joint_transforms.EvalTransform(0).check((20_000, 8000))  # not enlarged
+
+
 def test_images_of_any_channels_are_augmented():
     picture, mask = torch.rand(5, 20, 30), torch.zeros(20, 30, dtype=torch.uint8)
     image, classes = joint_transforms.TrainTransform(24, 24, (0.5, 0.6), 0, [0.1, 0.2, 0.3, 0.4, 0.5])(picture, mask)

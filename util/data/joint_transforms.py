@@ -1,5 +1,6 @@
 """Transforms of an image together with its segmentation mask: augmentation, and the scale of an evaluation."""
 
+import math
 import random
 from collections.abc import Sequence
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from util.data.decode import Picture, size_of
+from util.data.decode import MAX_PIXELS, BadImage, Picture, size_of
 from util.data.masks import IGNORED
 from util.data.transforms import to_tensor
 from util.pos_embed import Size, to_pair
@@ -23,9 +24,19 @@ def scaled(picture: Picture, height: int, width: int) -> Picture:
 
 
 def sides_for(size: tuple[int, int], short_side: float) -> tuple[int, int]:
-    """Returns the (height, width) of a picture whose shorter side is scaled to `short_side` pixels."""
+    """Returns the (height, width) of a picture whose shorter side is scaled to `short_side` pixels.
+
+    Raises:
+        BadImage: the picture is enlarged, and a square of its longer side has more than MAX_PIXELS.
+    """
     factor = short_side / min(size)
-    return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
+    height, width = max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
+    if factor > 1 and max(height, width) ** 2 > MAX_PIXELS:  # scaled before the crop, a strip could fill the memory
+        raise BadImage(
+            f"its {size[1]} x {size[0]} pixels (width x height) would be scaled to {width} x {height}, a side of more "
+            f"than {math.isqrt(MAX_PIXELS):,}: cut it into shorter images"
+        )
+    return height, width
 
 
 def fitted(picture: Picture, short_side: int) -> Picture:
@@ -38,6 +49,10 @@ class EvalTransform:
 
     def __init__(self, short_side: int) -> None:
         self.short_side = short_side
+
+    def check(self, size: tuple[int, int]) -> None:
+        """Raises BadImage if a picture of this (height, width) can't be scaled."""
+        sides_for(size, self.short_side or min(size))
 
     def __call__(self, picture: Picture, mask: Tensor) -> tuple[Tensor, Tensor]:
         return to_tensor(fitted(picture, self.short_side)), mask
@@ -70,6 +85,10 @@ class TrainTransform:
         self.scale = scale
         self.hflip = hflip
         self.mean = torch.tensor(mean)[:, None, None]
+
+    def check(self, size: tuple[int, int]) -> None:
+        """Raises BadImage if a picture of this (height, width) can't be scaled by the maximum of the random scale."""
+        sides_for(size, (self.short_side or min(size)) * self.scale[1])
 
     def __call__(self, picture: Picture, mask: Tensor) -> tuple[Tensor, Tensor]:
         """A picture and its mask (H, W) -> image (c, h, w) and mask (h, w) of the size of the crop."""

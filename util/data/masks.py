@@ -237,7 +237,10 @@ class Pairs:
 
 
 class PairSamples(Samples):
-    """Samples of `Pairs`. The transform takes an image and its mask, and the label of a sample is the mask (H, W)."""
+    """Samples of `Pairs`. The label of a sample is its mask (H, W).
+
+    The transform takes an image and its mask, and its method `check` the size of an image.
+    """
 
     def read(self, index: int) -> tuple[Picture, Any]:
         picture, mask = super().read(index)
@@ -247,6 +250,7 @@ class PairSamples(Samples):
                 f"its mask {self.source.mask_name(index)} has {height} x {width} pixels (height x width), and the "  # type: ignore[union-attr]
                 f"image {own_height} x {own_width}"
             )
+        self.transform.check(size_of(picture))  # type: ignore[attr-defined]  # here, an error names the file
         return picture, mask
 
     def augment(self, picture: Picture, label: Any) -> tuple[Tensor, Any]:
