@@ -15,7 +15,7 @@ from inference.model import get_model, picture_of
 from util import dist
 from util.cli import entry_point, flags, options
 from util.files import atomic
-from util.files.untrusted import printable
+from util.files.untrusted import escape_dollars, printable
 
 FORMATS = (
     ".png",
@@ -73,7 +73,9 @@ def draw(images: list[np.ndarray], predictions: list[dict[str, Any]], path: Path
         left.imshow(image)
         left.axis("off")
         names, scores = zip(*reversed(prediction["top"]), strict=True)
-        right.barh(range(len(names)), scores, tick_label=names)  # two classes of ImageNet-1K are named crane
+        right.barh(
+            range(len(names)), scores, tick_label=[*map(escape_dollars, names)]
+        )  # two classes of ImageNet-1K are named crane
         right.set(xlim=(0, 1))
         right.tick_params(axis="y", labelsize=8)
         right.spines[["top", "right"]].set_visible(False)

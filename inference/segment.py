@@ -16,7 +16,7 @@ from inference.predict import FORMATS
 from util import dist
 from util.cli import entry_point, flags, options
 from util.files import atomic
-from util.files.untrusted import printable
+from util.files.untrusted import escape_dollars, printable
 
 MAX_LEGEND, MAX_NAME = 16, 20  # classes in a legend; characters of a name
 
@@ -138,7 +138,7 @@ def draw(images: list[np.ndarray], results: list[np.ndarray], model: Segmenter, 
     for row, image, classes, (texts, colors) in zip(rows, images, results, legends, strict=True):
         row[0].imshow(image)
         row[1].imshow(overlay(image, classes, model.colors, opacity))
-        patches = [Patch(color=color, label=text) for color, text in zip(colors, texts, strict=True)]
+        patches = [Patch(color=color, label=escape_dollars(text)) for color, text in zip(colors, texts, strict=True)]
         row[2].legend(handles=patches, loc="center left", fontsize=8, frameon=False, borderaxespad=0, handlelength=1.5)
         for axes in row:
             axes.axis("off")

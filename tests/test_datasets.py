@@ -38,6 +38,17 @@ def test_training_images_are_never_used_for_validation(pictures, tmp_path):
         open_source("train", str(tmp_path / "only"))
 
 
+def test_splits_are_in_lower_case(pictures, tmp_path):
+    for folder in ("Train", "Val"):
+        shutil.copytree(pictures / "train", tmp_path / "set" / folder)
+    for path in (tmp_path / "set", shutil.make_archive(str(tmp_path / "set"), "zip", tmp_path, "set")):
+        for split, folder in (("train", "Train"), ("val", "Val")):
+            with pytest.raises(ValueError, match=f"there is no folder {split}/ in it; rename {folder}/ to {split}/"):
+                open_source(split, str(path))
+    (tmp_path / "set" / "Val").rename(tmp_path / "set" / "Car")  # two classes
+    assert open_source("train", str(tmp_path / "set")).classes == ["Car", "Train"]
+
+
 def test_lists_and_archives(pictures, tmp_path):
     (tmp_path / "list.txt").write_text("dog/00.PNG\n")
     assert len(open_source("train", str(pictures / "train"), str(tmp_path / "list.txt"))) == 1

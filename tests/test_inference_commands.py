@@ -83,6 +83,12 @@ def test_the_picture_of_predictions_has_any_image_that_the_model_accepts(tmp_pat
     assert np.abs(pictures[-1].astype(int) - expected).max() <= 1  # of values halfway between two bytes
 
 
+def test_names_of_classes_are_no_formulas(tmp_path):
+    top = [(r"$\frac{1$", 0.4), ("$5-$9", 0.3)]
+    predict.draw([np.zeros((8, 8, 3), np.uint8)], [{"top": top}], tmp_path / "p.png")
+    assert (tmp_path / "p.png").exists()
+
+
 def test_classes_of_the_same_name_have_their_own_bars(tmp_path, monkeypatch):
     figures, save = [], Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda figure, *args: figures.append(figure) or save(figure, *args))

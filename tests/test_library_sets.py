@@ -324,6 +324,18 @@ def test_samples_are_counted_as_in_webdataset(tmp_path, caplog):
     assert len(list(Shards(f"{tmp_path}/b.tar.gz", 3).stream(0, 0, 1, lambda *_: False, laps=1))) == 3
 
 
+def test_files_of_macos_are_neither_counted_nor_streamed(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name in ("._000.jpg", "000.jpg", "__MACOSX/001.jpg", "001.jpg"):
+            member = tarfile.TarInfo(name)
+            member.size = 3
+            archive.addfile(member, io.BytesIO(b"abc"))
+    source = Shards(f"{tmp_path}/a.tar", None)
+    names = [name for _, name, *_ in source.stream(0, 0, 1, lambda *_: False, laps=1)]
+    assert sorted(name.rpartition(": ")[2] for name in names) == ["000", "001"]
+    assert len(source) == 2
+
+
 def test_non_numeric_labels_are_ignored(tmp_path):
     with webdataset.TarWriter(str(tmp_path / "a.tar")) as writer:
         writer.write({"__key__": "a", "png": png(PIXELS[0]), "cls": b"cat"})

@@ -348,6 +348,11 @@ def test_the_conclusion_compares_with_another_encoder():
     )
 
 
+def test_names_of_encoders_are_no_formulas(tmp_path):
+    comparison.draw(comparison.cells_of(results(r"$\frac{1$", [70.0, 72.0])), tmp_path / "c.png")
+    assert (tmp_path / "c.png").exists()
+
+
 def test_the_table():
     cells = comparison.cells_of([*results("a", [70.0, 72.0]), *results("b", [60.0]), *results("b", [80.0], 1000)])
     assert comparison.table(cells).splitlines()[2:] == [
@@ -378,6 +383,22 @@ def test_baselines_equal_scikit_learns():
     assert chosen == "C 1"
     model = SVC(C=1.0).fit(train, labels)
     assert accuracy == 100 * model.score(train[::2], labels[::2])
+
+
+def test_a_rare_class_may_be_absent_from_the_images_that_choose(monkeypatch):
+    monkeypatch.setattr(pixel_baselines, "MOST", 100)
+    labels = np.repeat([0, 1, 2], [5, 1000, 1000])
+    assert np.bincount(labels[np.random.default_rng(0).permutation(2005)[:100]])[0] < 2
+    train = np.random.default_rng(0).random((2005, 3)).astype(np.float32)
+    assert pixel_baselines.evaluate("logistic regression", train, labels, train, labels, seed=0)[1] == "C 0.1"
+    with pytest.raises(ValueError, match="--encoders pixels: the training images have only one class"):
+        pixel_baselines.evaluate("RBF-SVM", train[:5], labels[:5], train, labels, seed=0)
+
+
+def test_pixels_have_the_default_crop_of_the_input_size(labelled):
+    source = datasets.open_source("val", str(labelled))
+    default, uncropped = (pixel_baselines.read(source, 256, in_chans=1, crop_pct=c, num_workers=0) for c in (None, 1.0))
+    assert np.array_equal(default, uncropped)
 
 
 def test_pixels_are_resized_to_32_and_keep_their_range(labelled):

@@ -28,6 +28,11 @@ def test_report_writes_tables_and_a_picture(tmp_path):
     assert Image.open(tmp_path / "new" / "confusion.png").width > 200
 
 
+def test_names_of_classes_are_no_formulas(tmp_path):
+    report.write(tmp_path, [r"$\frac{1$", "$5-$9"], np.array([0, 1]), np.array([0, 1]))
+    assert Image.open(tmp_path / "confusion.png").width > 200
+
+
 def test_report_supports_many_classes(tmp_path):
     labels = np.arange(300)
     report.write(tmp_path, [str(n) for n in labels], labels, labels)

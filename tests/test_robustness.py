@@ -9,7 +9,7 @@ import pytest
 from painted import class_folders, paint
 from timm.data import RealLabelsImagenet
 
-from util.evaluation import robustness
+from util.evaluation import robustness, robustness_report
 from util.evaluation.robustness import CORRUPTIONS, SEVERITIES, corruption_errors, find, open_cell
 
 
@@ -37,6 +37,12 @@ def test_errors_by_hand():
     assert found.normalized["fog"] == pytest.approx(100 * 30 / 81.9324)
     assert found.mce == pytest.approx(100 * 30 / 81.9324 / 15)
     assert found.unnormalized == pytest.approx(2.0)
+
+
+def test_names_of_models_are_no_formulas(tmp_path):
+    cells = {"imagenet-a": {"images": 7500.0, "acc1": 50.0}}
+    robustness_report.write(tmp_path / "scores", "imagenet-a", cells, r"imagenet-a, $\frac{1$")
+    assert (tmp_path / "scores.png").exists()
 
 
 def test_imagenet_v2_folders_are_class_numbers(tmp_path, monkeypatch):

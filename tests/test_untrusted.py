@@ -8,8 +8,10 @@ import sys
 
 import pytest
 from conftest import ROOT
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
-from util.files.untrusted import MAX_BYTES, printable, read_file
+from util.files.untrusted import MAX_BYTES, escape_dollars, printable, read_file
 from util.training import run_log
 
 
@@ -17,6 +19,19 @@ def test_untrusted_names_are_escaped():
     assert printable("plain, ünïcode 图 and blanks") == "plain, ünïcode 图 and blanks"
     assert printable("a\x1b]0;title\x07b\r\nc\x9b2J") == r"a\x1b]0;title\x07b\r\nc\x9b2J"
     assert printable("gnp.\u202eevil\udce9") == r"gnp.\u202eevil\udce9"
+
+
+@pytest.mark.parametrize("text", ["$1-$5", "$", r"a\$\frac{1$", "plain"])
+def test_names_with_dollars_are_no_formulas(text):
+    """matplotlib draws the same pixels as without formulas."""
+    drawn = []
+    for label, options in ((escape_dollars(text), {}), (text, {"parse_math": False})):
+        figure = Figure((2, 1), dpi=50)
+        figure.text(0.1, 0.5, label, **options)
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        drawn.append(bytes(canvas.buffer_rgba()))
+    assert drawn[0] == drawn[1]
 
 
 def test_only_regular_files_of_a_bounded_size_are_read(tmp_path):

@@ -9,6 +9,7 @@ mean and standard deviation of each channel (for --mean and --std), and the deco
 
 import argparse
 import logging
+import os
 import sys
 import time
 from collections import Counter
@@ -31,7 +32,7 @@ from util.data.folders import find_files
 from util.data.huggingface_sets import HuggingFaceSet
 from util.data.lists import read_list
 from util.data.loader import up_to_cores
-from util.data.sources import Source
+from util.data.sources import Files, Source, check_split_names
 from util.data.torchvision_sets import TorchvisionSet
 from util.data.transforms import to_tensor, to_unit_range
 from util.data.webdataset_shards import Shards
@@ -96,12 +97,17 @@ def open_source(
         return dist.from_rank_0(lambda: Archive(root, split))
     if not root.is_dir():
         raise ValueError(f"--data_path: there is no folder or archive {root}")
+    return dist.from_rank_0(lambda: _open_folder(root, split))
+
+
+def _open_folder(root: Path, split: str) -> Files:
     if (root / split).is_dir():
-        return dist.from_rank_0(lambda: find_files(root / split))
+        return find_files(root / split)
+    check_split_names(os.listdir(root), split, root)
     if split == "val" or (root / "val").is_dir():  # never the images of the other split
         error = ValueError(f"--data_path {root}: there is no folder {split}/ in it")
         raise advised(error, f"add this folder, or give --{split}_list FILE")
-    return dist.from_rank_0(lambda: find_files(root))
+    return find_files(root)
 
 
 # ---------------------------------------------------------------------------------------------- checking a dataset

@@ -17,7 +17,7 @@ import numpy as np
 
 from util.cli.advice import advised
 from util.data.decode import SUFFIXES, BadImage
-from util.data.sources import KINDS, Strings, classes_of
+from util.data.sources import KINDS, Strings, check_split_names, classes_of
 from util.files.untrusted import MAX_BYTES, printable
 
 logger = logging.getLogger(__name__)
@@ -236,9 +236,12 @@ def _images_of(places: dict[str, Place], links: dict[str, str]) -> dict[str, Pla
 
 
 def _is_image(name: str) -> bool:
-    parts = name.split("/")
-    ignored = any((part.startswith(".") and part not in (".", "..")) or part == "__MACOSX" for part in parts)
-    return name.lower().endswith(SUFFIXES) and not ignored
+    return name.lower().endswith(SUFFIXES) and not is_ignored(name)
+
+
+def is_ignored(name: str) -> bool:
+    """Whether a member is a dotfile or is in such a folder, as the ._ files and __MACOSX of macOS."""
+    return any((part.startswith(".") and part not in (".", "..")) or part == "__MACOSX" for part in name.split("/"))
 
 
 def _below(members: Iterable[str], split: str | None, path: Path, enclosing: bool) -> dict[str, str]:
@@ -248,6 +251,7 @@ def _below(members: Iterable[str], split: str | None, path: Path, enclosing: boo
         tops = {name.partition("/")[0] if "/" in name else "" for name in names}
         if split in tops:
             return {name.removeprefix(f"{split}/"): m for name, m in names.items() if name.startswith(f"{split}/")}
+        check_split_names(tops, split, path)
         if split and ((split == "val" and "train" in tops) or "val" in tops):  # never the images of the other split
             error = ValueError(f"--data_path {path}: there is no folder {split}/ in it")
             raise advised(error, f"add this folder, or give --{split}_list FILE")

@@ -5,7 +5,7 @@ A source lists its samples once, in the training process. The worker processes s
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -102,6 +102,14 @@ class Files:
     def path(self, index: int) -> str:
         """Returns the path of the file."""
         return os.path.join(self.root, self.names[index])
+
+
+def check_split_names(folders: Iterable[str], split: str | None, path: Path) -> None:
+    """Raises ValueError if folders are splits of a dataset, and the one of `split` is not in lower case."""
+    names = {folder.lower(): folder for folder in folders}
+    other = names.get(split or "", split)
+    if other != split and "train" in names and not names.keys().isdisjoint(VALIDATION):
+        raise ValueError(f"--data_path {path}: there is no folder {split}/ in it; rename {other}/ to {split}/")
 
 
 def classes_of(names: Sequence[str], folders: Sequence[str] = ()) -> tuple[list[str], np.ndarray]:

@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 
 from util.cli.advice import advised
-from util.data.archives import BoundedTarInfo, check_size, find_members
+from util.data.archives import BoundedTarInfo, check_size, find_members, is_ignored
 from util.data.decode import SUFFIXES, BadImage
 from util.files.untrusted import printable
 
 logger = logging.getLogger(__name__)
 
+READ = (*SUFFIXES, ".cls")
 SHUFFLED = 1000  # size of the shuffle buffer, in samples; the order of the shards is random in every epoch
 
 
@@ -131,7 +132,7 @@ def read_shards(opened: Iterable[dict[str, Any]], handle: Callable[[Exception], 
         try:
             with tarfile.open(fileobj=shard["stream"], mode="r|*", tarinfo=BoundedTarInfo) as archive:
                 for member in archive:
-                    if member.isreg() and member.name.lower().endswith((*SUFFIXES, ".cls")):
+                    if member.isreg() and member.name.lower().endswith(READ) and not is_ignored(member.name):
                         check_size(member.size)
                         file = archive.extractfile(member)
                         assert file is not None

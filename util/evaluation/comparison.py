@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from util.evaluation.tables import markdown
 from util.files import atomic
+from util.files.untrusted import escape_dollars
 
 PIXELS = "pixels"  # the encoder of baselines on raw pixels
 
@@ -142,7 +143,7 @@ def draw(cells: Cells, path: Path) -> None:
             if encoder == PIXELS:
                 style = {"label": name, "color": "0.6", "linestyle": ("--", ":")["SVM" in own]}
             elif own == protocol:
-                style = {"label": encoder, "color": f"C{encoders.index(encoder)}", "marker": "."}
+                style = {"label": escape_dollars(encoder), "color": f"C{encoders.index(encoder)}", "marker": "."}
             else:
                 continue
             columns = sorted(row)

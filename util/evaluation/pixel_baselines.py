@@ -19,6 +19,7 @@ def read(source: Source, input_size: Size, in_chans: int, crop_pct: float | None
     """Reads the images of a source: float32 (n, c·h·w) in [0, 1], preprocessed as in an evaluation."""
     height, width = to_pair(input_size)
     scale = min(1.0, SIDE / max(height, width))
+    crop_pct = crop_pct or transforms.default_crop_pct(input_size)
     transform = transforms.eval_transform((round(height * scale), round(width * scale)), crop_pct)
     batches = loader.eval_loader(Samples(source, transform, in_chans=in_chans, seed=0), 256, num_workers, False)
     return torch.cat([transforms.to_unit_range(images).flatten(1) for images, *_ in batches]).numpy()
@@ -30,22 +31,29 @@ def evaluate(
     """Fits a baseline.
 
     A fifth of the training images (at most MOST are used for this) is held out to choose C. With fewer than five images
-    of a class, the middle value is used.
+    of a class among them, the middle value is used.
 
     Args:
         name: a key of STRENGTHS.
 
     Returns:
         The test accuracy in percent, and the chosen C.
+
+    Raises:
+        ValueError: the training images have one class.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import GridSearchCV, StratifiedShuffleSplit
     from sklearn.svm import SVC
 
+    if (labels == labels[0]).all():
+        raise ValueError(
+            "--encoders pixels: the training images have only one class; give images of two classes, or omit pixels"
+        )
     model: Any = SVC(gamma="scale") if name == "RBF-SVM" else LogisticRegression(max_iter=300)
     strength = STRENGTHS[name][1]
-    if np.bincount(labels).min() >= 5:
-        some = np.random.default_rng(seed).permutation(len(labels))[:MOST]
+    some = np.random.default_rng(seed).permutation(len(labels))[:MOST]
+    if np.bincount(labels[some], minlength=labels.max() + 1).min() >= 5:
         split = StratifiedShuffleSplit(1, test_size=0.2, random_state=seed)
         search = GridSearchCV(model, {"C": STRENGTHS[name]}, cv=split, refit=False)
         strength = search.fit(train[some], labels[some]).best_params_["C"]

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from util.files import atomic
+from util.files.untrusted import escape_dollars
 
 NAMED = 40  # largest number of classes with names at the axes of the picture
 
@@ -74,8 +75,9 @@ def _draw(path: Path, classes: Sequence[str], shares: np.ndarray) -> None:
     axes = figure.subplots()
     picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     if len(classes) <= NAMED:
-        axes.set_xticks(range(len(classes)), classes, rotation=60, ha="right")
-        axes.set_yticks(range(len(classes)), classes)
+        names = [escape_dollars(name) for name in classes]
+        axes.set_xticks(range(len(classes)), names, rotation=60, ha="right")
+        axes.set_yticks(range(len(classes)), names)
         for (row, column), value in np.ndenumerate(shares):
             if value >= 0.005:
                 color = "white" if value > 0.5 else "black"

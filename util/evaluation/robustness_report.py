@@ -10,6 +10,7 @@ from util.cli.advice import changes
 from util.evaluation import tables
 from util.evaluation.robustness import ALEXNET, CORRUPTIONS, IMAGES, PUBLISHED, SEVERITIES, corruption_errors
 from util.files import atomic
+from util.files.untrusted import escape_dollars
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -74,7 +75,7 @@ def write(path: Path, suite: str, cells: Mapping[str, Scores], title: str) -> st
     lines += ["", f"Published {measure} of the paper's models: {values}."] if published else []
     table = "\n".join(lines) + "\n"
     figure = _draw_corruptions(cells) if suite == "imagenet-c" else _draw_accuracies(cells, published)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(escape_dollars(title), fontsize=10)
     with atomic.replacing(path.with_suffix(".md")) as written:  # the other two files are written beside it
         written.write_text(table, encoding="utf-8")
         with written.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:

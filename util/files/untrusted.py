@@ -28,6 +28,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def escape_dollars(text: str) -> str:
+    """Escapes dollar signs for matplotlib, which reads the text between two of them as a formula."""
+    return text.replace("$", r"\$")
+
+
 def read_file(path: str | Path, limit: int = MAX_BYTES) -> bytes:
     """Reads a regular file.
 
