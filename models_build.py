@@ -108,7 +108,7 @@ def file_settings(file: Weights, model: str | None = None) -> dict[str, Any]:
     side = next((math.isqrt(count) for count in counts if math.isqrt(count) ** 2 == count), None)
     if side:
         settings["input_size"] = [side * patch[0], side * patch[1]] if patch[0] != patch[1] else side * patch[0]
-    known = {name: value for name, value in recorded.items() if name != "patch_size" or value is not None}
+    known = {name: value for name, value in recorded.items() if value is not None or name not in settings}
     known["num_cls_tokens"] = file.num_cls_tokens
     # Earlier versions record True or nothing for a linear probe.
     known["probe"] = ATTENTIVE if QUERIES in tensors else LINEAR if PROBE_HEAD in tensors else None

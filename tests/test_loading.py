@@ -1,8 +1,11 @@
 """Weights of files into models."""
 
+import argparse
+
 import pytest
 import torch
 
+from inference import get_model
 from models_mae import mae_vit_mini_patch4
 from models_vit import vit_mini_patch4
 from util.checkpoints.checkpoint import CheckpointError
@@ -203,3 +206,17 @@ def test_a_recorded_size_that_does_not_fit_the_table_is_ignored():
     model, other = vit_mini_patch4(img_size=16, num_classes=0), vit_mini_patch4(img_size=32, num_classes=0)
     loading.load_encoder(model, loading.Weights(other.state_dict(), {"input_size": 16}, "encoder", "file.pth"))
     torch.testing.assert_close(model.pos_embed, resize_pos_embed(other.pos_embed, (8, 8), (4, 4)))
+
+
+@pytest.mark.parametrize(("recorded", "shape"), [(None, (16, 16)), ([3, 16, 24], (16, 24)), ((3, 16, 16), (16, 16))])
+def test_a_checkpoint_of_timms_train_script(recorded, shape, tmp_path):
+    """Its settings are None where the flags were not given. Its input_size is (channels, height, width)."""
+    theirs = vit_mini_patch4(img_size=shape, num_classes=2)
+    args = argparse.Namespace(
+        model="vit_tiny_patch16_224", input_size=recorded, in_chans=None, mean=None, crop_pct=None
+    )
+    torch.save({"epoch": 3, "arch": args.model, "state_dict": theirs.state_dict(), "args": args}, tmp_path / "m.pth")
+    ours = get_model(tmp_path / "m.pth")
+    assert ours.settings["input_size"] == (list(shape) if shape[0] != shape[1] else 16)
+    x = torch.randn(1, 3, *shape)
+    torch.testing.assert_close(ours(x), theirs.eval()(x))

@@ -189,3 +189,27 @@ def test_a_file_without_published_digest_is_remembered(hub, caplog):
     path.write_bytes(b"others")
     with pytest.raises(ValueError, match="has changed since its first use"):
         model_zoo.fetch(name)
+
+
+@pytest.mark.parametrize("name", ["mae_pretrain_vit_base", "mae_visualize_vit_large"])
+def test_weights_in_a_read_only_folder_are_used(name, hub, monkeypatch):
+    def read_only(path, text):
+        raise OSError(f"can't write {path} (Read-only file system): write to another folder")
+
+    row = model_zoo.TABLE[name]
+    hub[row.url] = b"pixels"
+    digest = row.digest and "md5:" + hashlib.md5(b"pixels").hexdigest()[:6]
+    monkeypatch.setitem(model_zoo.TABLE, name, row._replace(digest=digest))
+    monkeypatch.setattr(model_zoo.atomic, "write_text", read_only)
+    path = model_zoo.fetch(name)
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_the_other_processes_wait_for_a_download_as_long_as_it_takes(monkeypatch, tmp_path):
+    """Each exchange of `from_rank_0` ends before --dist_timeout. A plain barrier does not."""
+    calls = []
+    torch.save(models_vit.vit_mini_patch4(img_size=16, num_classes=0).state_dict(), tmp_path / "m.pth")
+    monkeypatch.setattr(loading.dist, "from_rank_0", lambda compute: calls.append(compute()))
+    monkeypatch.setattr(loading.model_zoo, "fetch", lambda name: tmp_path / "m.pth")
+    loading.read("mae_pretrain_vit_base")
+    assert calls == [tmp_path / "m.pth"]

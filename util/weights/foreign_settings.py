@@ -8,7 +8,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,11 +100,17 @@ def crop_share(crop: int, edge: int) -> float:
     return share if int(crop / share) == edge else crop / (edge + 0.5)
 
 
+def side_or_sides(size: Sequence[int]) -> int | list[int]:
+    """Returns the side of a square, or [height, width] of another rectangle."""
+    height, width = size
+    return height if height == width else [height, width]
+
+
 def _timm(config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the settings in a config.json of timm."""
     pretrained = config["pretrained_cfg"]
     channels, *size = pretrained["input_size"]
-    settings = {"in_chans": channels, "input_size": size[0] if size[0] == size[1] else size}
+    settings = {"in_chans": channels, "input_size": side_or_sides(size)}
     settings |= {name: pretrained[name] for name in ("mean", "std", "crop_pct") if name in pretrained}
     settings |= {name: value for name, value in config.get("model_args", {}).items() if name == "num_heads"}
     differences = [f"{name} {pretrained[name]}" for name, own in (("interpolation", "bicubic"), ("crop_mode", "center"))

@@ -101,9 +101,7 @@ def read(name: Path | str) -> Weights:
     if not path.exists():
         if path.suffix or len(path.parts) > 1:
             raise CheckpointError(f"there is no file {path}")
-        if dist.is_main():
-            model_zoo.fetch(str(name))
-        dist.barrier()
+        dist.from_rank_0(lambda: model_zoo.fetch(str(name)))  # a download may take longer than --dist_timeout
         path = model_zoo.fetch(str(name))
     content, settings = _read_folder(path) if path.is_dir() else _read_file(path)
     try:
@@ -127,6 +125,9 @@ def read(name: Path | str) -> Weights:
         if key in tensors and (tensors[key].ndim != axes or not tensors[key].is_floating_point()):
             shape = f"{tensors[key].dtype} {tuple(tensors[key].shape)}"
             raise CheckpointError(f"{path}: its {key} is {shape}, which does not fit a Vision Transformer")
+    size = settings.get("input_size")
+    if isinstance(size, list | tuple) and len(size) == 3:  # timm's train.py records (channels, height, width)
+        settings = {**settings, "input_size": foreign_settings.side_or_sides(size[1:])}
     _check_settings(path, settings)
     checkpoint.require_finite(tensors, str(name), "its run diverged, or the file is damaged; give another file")
     return Weights(tensors, settings, _kind(tensors), str(name))

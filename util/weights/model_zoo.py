@@ -6,6 +6,7 @@ are under Apache-2.0. Some names of mmpretrain were announced, but their files w
 
 import hashlib
 import logging
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -150,23 +151,24 @@ def fetch(name: str) -> Path:
 
 
 def _check(path: Path, digest: str | None) -> None:
-    """Compares a file with its published digest, and with the SHA-256 that was recorded at its first use."""
-    remembered = path.with_name(f"{path.name}.sha256")
-    sha256 = _hash(path, "sha256")
+    """Compares a file with its published digest, or with the SHA-256 that was recorded at its first use."""
     if digest:
         kind, _, prefix = digest.partition(":")
-        digest = sha256 if kind == "sha256" else _hash(path, kind)
+        digest = _hash(path, kind)
         if not digest.startswith(prefix):
             raise ValueError(
                 f"{path} is not the published file: its {kind} starts with {digest[: len(prefix)]} instead of {prefix} "
                 f"(an incomplete download?); delete it and try again"
             )
-    elif not remembered.exists():
-        logger.warning(f"no digest was published for {path.name}; recording its SHA-256 {sha256}")
-    if remembered.exists() and remembered.read_text().strip() != sha256:
-        raise ValueError(f"{path} has changed since its first use; delete it and {remembered} to download it again")
+        return
+    remembered = path.with_name(f"{path.name}.sha256")
+    sha256 = _hash(path, "sha256")
     if not remembered.exists():
-        atomic.write_text(remembered, sha256 + "\n")
+        logger.warning(f"no digest was published for {path.name}; recording its SHA-256 {sha256}")
+        with suppress(OSError):  # the folder is read-only, or another process records it
+            atomic.write_text(remembered, sha256 + "\n")
+    elif remembered.read_text().strip() != sha256:
+        raise ValueError(f"{path} has changed since its first use; delete it and {remembered} to download it again")
 
 
 def _hash(path: Path, kind: str) -> str:
