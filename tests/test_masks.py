@@ -78,7 +78,7 @@ def test_gray_masks_of_less_than_8_bits_are_an_error(bits):
     """The largest value of 2 bits is 3 for some programs, and 255 for others."""
     if bits == 1:
         stream = io.BytesIO()
-        Image.fromarray(np.array([[True, False]])).save(stream, "PNG")
+        Image.fromarray(np.array([[True, False]])).save(stream, "PPM")
         data = stream.getvalue()
     else:
         chunks = [
