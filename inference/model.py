@@ -407,6 +407,11 @@ def _load(file: Weights, architecture: str | None, settings: dict[str, Any]) -> 
             )
         loading.init_mae(model, file)
     elif (segments or file.kind == CLASSIFIER) and merged["nb_classes"] == recorded["nb_classes"]:
+        if file.kind == CLASSIFIER and model.classes and len(model.classes) != merged["nb_classes"]:
+            raise CheckpointError(
+                f"{file.source}: {len(model.classes)} names of classes for a head of {merged['nb_classes']} classes: "
+                f"give classes, a list of {merged['nb_classes']} names"
+            )
         loading.load_classifier(model, file)
     else:
         loading.load_encoder(model, file)

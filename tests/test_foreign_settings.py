@@ -141,6 +141,40 @@ def test_a_folder_of_timm(imgs, tmp_path):
     assert ours.settings.items() >= expected.items()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"global_pool": "avgmax"}, "global_pool is 'avgmax', and only token and avg are supported"),
+        ({"global_pool": "max"}, "global_pool is 'max', and only token and avg are supported"),
+        ({"global_pool": "avg", "fc_norm": False}, "fc_norm is False with global_pool avg, and only its default is"),
+        ({"fc_norm": True}, "fc_norm is True with global_pool token, and only its default is supported"),
+        ({"act_layer": "quick_gelu"}, "act_layer is quick_gelu, and only gelu is supported"),
+        ({"global_pool": "avg", "fc_norm": True, "act_layer": "gelu"}, None),
+        ({"global_pool": "token"}, None),
+    ],
+)
+def test_arguments_of_timm_that_our_models_do_not_have(arguments, message, imgs, tmp_path):
+    arguments = {**arguments, "img_size": 16, "patch_size": 4, "embed_dim": 128, "depth": 4, "num_heads": 4}
+    theirs = timm.create_model("vit_tiny_patch16_224", num_classes=2, **arguments).eval()
+    names = {"label_names": {"0": "ant", "1": "bee"}}
+    timm.models.save_for_hf(theirs, tmp_path, names, model_args=arguments, safe_serialization=True)
+    if message:
+        with pytest.raises(CheckpointError, match=message):
+            get_model(tmp_path)
+        return
+    ours = get_model(tmp_path)
+    assert ours.classes == ["ant", "bee"]
+    torch.testing.assert_close(ours(imgs), theirs(imgs), rtol=1e-5, atol=1e-5)
+
+
+def test_images_of_mmpretrain_in_bgr_are_refused(tmp_path):
+    cfg = "data_preprocessor = dict(\n    mean=[1, 2, 3],\n    std=[1, 1, 1],\n    to_rgb=False)\n"
+    state = {"meta": {"cfg": cfg}, "state_dict": vit_mini_patch4(img_size=16).state_dict()}
+    torch.save(state, tmp_path / "m.pth")
+    with pytest.raises(CheckpointError, match=r"m\.pth: data_preprocessor has to_rgb=False, .* images here are RGB"):
+        loading.read(tmp_path / "m.pth")
+
+
 def test_statistics_and_classes_of_mmpretrain(tmp_path):
     cfg = """data_preprocessor = dict(
     mean=[

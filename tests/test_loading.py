@@ -186,6 +186,19 @@ def test_a_table_of_one_position_less_is_extended_only_without_a_class_position(
 
 
 @pytest.mark.parametrize("load", [loading.load_encoder, loading.load_classifier])
+@pytest.mark.parametrize("settings", [{}, {"input_size": 16}])
+def test_a_table_without_class_positions_is_interpolated(load, settings):
+    """timm's no_embed_class, for images of another size."""
+    model, other = (vit_mini_patch4(img_size=size, num_classes=0) for size in (32, 16))
+    torch.nn.init.normal_(other.pos_embed)
+    expected = resize_pos_embed(other.pos_embed, (4, 4), (8, 8))[:, 1:]
+    weights = {**other.state_dict(), "pos_embed": other.pos_embed.detach()[:, 1:]}
+    load(model, loading.Weights(weights, settings, "encoder", "file.pth"))
+    torch.testing.assert_close(model.pos_embed[:, 1:], expected)
+    assert not model.pos_embed[:, 0].any()
+
+
+@pytest.mark.parametrize("load", [loading.load_encoder, loading.load_classifier])
 def test_as_many_patches_as_a_square_are_no_square(load):
     """Runs without --patch_size do not record it. A grid of 2 x 8 has as many patches as one of 4 x 4."""
     model, other = (vit_mini_patch4(img_size=(8, 32), num_classes=0) for _ in range(2))
@@ -220,3 +233,32 @@ def test_a_checkpoint_of_timms_train_script(recorded, shape, tmp_path):
     assert ours.settings["input_size"] == (list(shape) if shape[0] != shape[1] else 16)
     x = torch.randn(1, 3, *shape)
     torch.testing.assert_close(ours(x), theirs.eval()(x))
+
+
+@pytest.mark.parametrize("names", [["a", "b"], list("abcdef")])
+def test_as_many_names_as_classes(names, tmp_path):
+    settings = {"model": "vit_mini_patch4", "input_size": 16, "classes": names}
+    weights = vit_mini_patch4(img_size=16, num_classes=4).state_dict()
+    torch.save({"model": weights, "args": settings}, tmp_path / "m.pth")
+    message = f"m.pth: {len(names)} names of classes for a head of 4 classes: give classes, a list of 4 names$"
+    with pytest.raises(CheckpointError, match=message):
+        get_model(tmp_path / "m.pth")
+    assert get_model(tmp_path / "m.pth", classes=list("abcd")).classes == list("abcd")
+
+
+class HistoryBuffer:
+    """An object in the checkpoints of mmengine."""
+
+
+@pytest.mark.parametrize("entry", ["message_hub", "others"])
+def test_a_checkpoint_of_mmengine_is_refused_with_the_remedy(entry, tmp_path):
+    file = tmp_path / "epoch_1.pth"
+    weights = vit_mini_patch4(img_size=16, num_classes=4).state_dict()
+    torch.save({"meta": {}, "state_dict": weights, entry: {"loss": HistoryBuffer()}}, file)
+    with pytest.raises(CheckpointError, match="refused") as caught:
+        loading.read(file)
+    _, separator, remedy = str(caught.value).partition("where you trust the file, ")
+    assert bool(separator) == (entry == "message_hub")
+    if separator:
+        exec(remedy, {"torch": torch, "NEW": tmp_path / "new.pth"})
+        assert loading.read(tmp_path / "new.pth").num_classes == 4

@@ -107,7 +107,12 @@ def side_or_sides(size: Sequence[int]) -> int | list[int]:
 
 
 def _timm(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the settings in a config.json of timm."""
+    """Returns the settings in a config.json of timm.
+
+    Raises:
+        ValueError: this library does not support the model.
+    """
+    _check_timm_arguments(config.get("model_args", {}))
     pretrained = config["pretrained_cfg"]
     channels, *size = pretrained["input_size"]
     settings = {"in_chans": channels, "input_size": side_or_sides(size)}
@@ -118,17 +123,38 @@ def _timm(config: Mapping[str, Any]) -> dict[str, Any]:
     if differences:
         logger.warning(f"the timm model was evaluated with {' and '.join(differences)} (this library: bicubic, center)")
     labels = config.get("label_names") or pretrained.get("label_names")
+    labels = labels.values() if isinstance(labels, dict) else labels
     return settings | ({"label_names": list(labels)} if labels else {})
 
 
+def _check_timm_arguments(arguments: Mapping[str, Any]) -> None:
+    """Raises ValueError for arguments of timm's model that change its output, but not the shapes of its tensors."""
+    pool, norm, activation = (arguments.get(name) for name in ("global_pool", "fc_norm", "act_layer"))
+    if pool not in (None, "token", "avg"):
+        raise ValueError(f"global_pool is {pool!r}, and only token and avg are supported")
+    if None not in (pool, norm) and norm != (pool == "avg"):
+        raise ValueError(f"fc_norm is {norm} with global_pool {pool}, and only its default is supported")
+    if activation not in (None, "gelu"):
+        raise ValueError(f"act_layer is {activation}, and only gelu is supported")
+
+
 def of_mmpretrain(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the settings in the `meta` of a checkpoint of mmpretrain, whose mean and std are for values 0 to 255."""
+    """Returns the settings in the `meta` of a checkpoint of mmpretrain, whose mean and std are for values 0 to 255.
+
+    Raises:
+        ValueError: the images of the model are BGR.
+    """
     settings: dict[str, Any] = {}
     dataset = meta.get("dataset_meta")
     classes = dataset.get("classes", dataset.get("CLASSES")) if isinstance(dataset, dict) else None
     if classes and all(isinstance(name, str) for name in classes):
         settings["label_names"] = list(classes)
     preprocessor = re.search(r"^data_preprocessor = dict\((.*?)\)$", str(meta.get("cfg", "")), re.DOTALL | re.MULTILINE)
+    if preprocessor and re.search(r"to_rgb=False", preprocessor[1]):
+        raise ValueError(
+            "data_preprocessor has to_rgb=False, and the images here are RGB: flip the input channels of "
+            "patch_embed.projection.weight, mean and std, and set to_rgb=True"
+        )
     for name in ("mean", "std") if preprocessor else ():
         numbers = re.search(rf"{name}=\[([\d., \n]+)\]", preprocessor[1])  # type: ignore[index]
         if numbers:

@@ -161,7 +161,10 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     settings = state.get("args")
     settings = vars(settings) if isinstance(settings, argparse.Namespace) else settings
     if isinstance(state.get("meta"), dict):
-        settings = {**foreign_settings.of_mmpretrain(state["meta"]), **(settings or {})}
+        try:
+            settings = {**foreign_settings.of_mmpretrain(state["meta"]), **(settings or {})}
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {error}") from error
     return tensors, settings if isinstance(settings, dict) else {}
 
 
@@ -349,9 +352,16 @@ def statistics(
 def _add_class_position(file: Weights, weights: dict[str, Tensor], ours: dict[str, Tensor]) -> None:
     """Adds positions of zeros for the class tokens where the table has none (timm's no_embed_class), in place."""
     table, count = weights["pos_embed"], file.num_cls_tokens
-    is_short = table.shape[1] == ours["pos_embed"].shape[1] - count
-    if is_short and (file.grid_size is None or math.prod(file.grid_size) == table.shape[1]):
+    length, own = table.shape[1], ours["pos_embed"].shape[1]
+    is_short = length == own - count or (length != own and _is_square(length) and not _is_square(length - count))
+    if file.grid_size is not None:
+        is_short = math.prod(file.grid_size) == length
+    if is_short:
         weights["pos_embed"] = torch.cat([torch.zeros_like(table[:, :count]), table], dim=1)
+
+
+def _is_square(number: int) -> bool:
+    return math.isqrt(max(number, 0)) ** 2 == number
 
 
 def _require_cls_tokens(file: Weights, model: Any) -> None:
