@@ -100,7 +100,7 @@ def main(args: Namespace) -> None:
         return
 
     run_directory.prepare(Path(args.output_dir), args.resume)
-    with run_directory.locked(Path(args.output_dir)):  # also while features are stored
+    with run_directory.locked(Path(args.output_dir), args.resume):  # also while features are stored
         train_probe(args, setup, file, precision)
 
 

@@ -75,9 +75,10 @@ def main(args: argparse.Namespace) -> None:
     )  # fmt: skip
     content: dict[str, Any] = {"features": rows} | ({"labels": source.labels} if source.classes else {})
     with atomic.replacing(args.out) as written:
-        if args.out.suffix == ".npz":
+        if args.out.suffix.lower() == ".npz":
             content |= {"classes": np.array(source.classes)} if source.classes else {}
-            np.savez(written, names=np.array(names), **content)  # type: ignore[arg-type]
+            with written.open("wb") as file:  # numpy would append .npz to .NPZ
+                np.savez(file, names=np.array(names), **content)  # type: ignore[arg-type]
         else:
             texts = {"names": json.dumps(names), "classes": json.dumps(source.classes)}
             save_file({name: np.ascontiguousarray(value) for name, value in content.items()}, written, metadata=texts)

@@ -345,3 +345,21 @@ def test_an_export_with_the_suffix_of_another_format_is_an_error(files, tmp_path
     with pytest.raises(ValueError, match=r"--to safetensors writes \.safetensors; give --out "):
         export.export(get_model(files / "mae.safetensors"), "safetensors", tmp_path / "x.pth")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_two_processes_do_not_write_the_same_features(tmp_path):
+    """The second of two starts is refused while the first computes, and reads the result afterwards."""
+
+    def first(done):
+        with pytest.raises(ValueError, match=r"rows is being written to by another process: wait for it, or stop it"):
+            feature_files.write(tmp_path / "rows", {}, 4, lambda done: [])
+        yield np.arange(8, dtype=np.float32).reshape(4, 2)
+
+    rows = feature_files.write(tmp_path / "rows", {}, 4, first)
+    assert np.array_equal(feature_files.write(tmp_path / "rows", {}, 4, lambda done: []), rows)
+
+
+def test_the_suffix_of_features_may_be_in_capitals(files, tmp_path):
+    run(features, ROOT / "demo" / "photos", "--model", files / "encoder.safetensors", "--out", tmp_path / "F.NPZ",
+        "--num_workers", 0)  # fmt: skip
+    assert "features" in np.load(tmp_path / "F.NPZ", allow_pickle=False)

@@ -89,9 +89,48 @@ def test_a_restarted_run_resumes_from_its_newest_checkpoint(monkeypatch, tmp_pat
     run_directory.begin_branch(tmp_path, tmp_path / "checkpoint-0.pth")
     assert run_directory.chosen(tmp_path, other) == "auto"
     monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
-    run_directory.prepare(tmp_path, str(tmp_path / "checkpoint-0.pth"))  # a person goes back to it once more
+    with run_directory.locked(tmp_path, str(tmp_path / "checkpoint-0.pth")):  # a person goes back to it once more
+        pass
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert run_directory.chosen(tmp_path, str(tmp_path / "checkpoint-0.pth")) != "auto"
+
+
+def test_a_run_without_a_checkpoint_of_its_own_resumes_from_its_file_again(monkeypatch, tmp_path):
+    """It resumed from a file of another run, and was killed before its first checkpoint."""
+    out, file = tmp_path / "out", tmp_path / "checkpoint-7.pth"
+    checkpoint.write({"epoch": 7}, file)
+    run_directory.prepare(out, str(file))
+    run_directory.begin_branch(out, file)
+    (out / "log.txt").write_text("{}\n")
+    with pytest.raises(ValueError, match="--resume auto"):
+        run_directory.prepare(out, str(file))
+    assert run_directory.chosen(out, "auto") == str(file)  # the remedy of the message
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    run_directory.prepare(out, str(file))
+    with run_directory.locked(out, str(file)):
+        assert run_directory.chosen(out, str(file)) == str(file)
+        checkpoint.write({"epoch": 8}, out / "checkpoint-8.pth")
+    assert run_directory.chosen(out, str(file)) == "auto"
+
+
+def test_a_second_start_that_is_refused_changes_nothing(monkeypatch, tmp_path):
+    file = str(tmp_path / "checkpoint-0.pth")
+    checkpoint.write({"epoch": 0}, tmp_path / "checkpoint-0.pth")
+    with run_directory.locked(tmp_path, file):
+        run_directory.begin_branch(tmp_path, Path(file))
+        for resume in ("auto", file):
+            run_directory.prepare(tmp_path, resume)
+            with pytest.raises(ValueError, match="by another run"), run_directory.locked(tmp_path, resume):
+                pass
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert run_directory.chosen(tmp_path, file) == "auto"
+
+
+def test_a_run_that_began_and_ended_in_the_meantime_is_not_overwritten(tmp_path):
+    run_directory.prepare(tmp_path, "")
+    (tmp_path / "log.txt").write_text("{}\n")  # of the other run
+    with pytest.raises(ValueError, match="already contains a run"), run_directory.locked(tmp_path, ""):
+        pass
 
 
 def positions(folder):

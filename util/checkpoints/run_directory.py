@@ -18,18 +18,22 @@ from util.files import atomic
 logger = logging.getLogger(__name__)
 
 LOCK = "run.lock"
-RESUMED = ".resumed"  # an empty file; it exists after the run has resumed from the file of --resume
+RESUMED = ".resumed"  # contains the path of the checkpoint from which the run has resumed (--resume FILE)
 ABANDONED = "abandoned"  # folder of the checkpoints after the resumed one, numbered from 1
 MOVING = "moving.json"  # the names of the files that are not moved yet
 
 
 def chosen(output_dir: Path, resume: str) -> str:
-    """Returns the checkpoint to resume from: `resume`, or "auto" if a launcher restarted the run."""
-    if not dist.restarted():
-        return resume
-    if resume in ("", "auto"):
-        return "auto"
-    return "auto" if (output_dir / RESUMED).exists() and checkpoint.checkpoints(output_dir) else resume
+    """Returns the checkpoint to resume from: `resume`, or "auto" if a launcher restarted the run.
+
+    A run that has resumed from a file and has no checkpoint of its own yet resumes from this file again.
+    """
+    source, has_checkpoints = output_dir / RESUMED, bool(checkpoint.checkpoints(output_dir))
+    if dist.restarted() and (resume == "" or (source.exists() and has_checkpoints)):
+        resume = "auto"
+    if resume == "auto" and source.exists() and not has_checkpoints:
+        return source.read_text(encoding="utf-8") or "auto"
+    return resume
 
 
 def prepare(output_dir: Path, resume: str) -> None:
@@ -39,8 +43,18 @@ def prepare(output_dir: Path, resume: str) -> None:
         ValueError: the directory contains a run, and `resume` is neither "auto" nor a checkpoint in it.
         OSError: the directory can't be created.
     """
-    resume = chosen(output_dir, resume)
+    _require_new(output_dir, resume)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"--output_dir {output_dir} can't be created ({error.strerror}): give another --output_dir"
+        ) from error
+
+
+def _require_new(output_dir: Path, resume: str) -> None:
     continues = resume == "auto" or (resume and Path(resume).resolve().parent == output_dir.resolve())
+    continues = continues or (dist.restarted() and (resume == "" or (output_dir / RESUMED).exists()))
     if dist.is_main() and not continues:
         files = [path.name for path in output_dir.glob("*") if path.name == "log.txt" or path.suffix == ".pth"]
         existing = sorted({*files, *(path.name for path in checkpoint.checkpoints(output_dir))})
@@ -49,22 +63,17 @@ def prepare(output_dir: Path, resume: str) -> None:
                 f"--output_dir {output_dir} already contains a run ({', '.join(existing[:3])}): resume it with "
                 f"--resume auto, or give another --output_dir"
             )
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        if dist.is_main() and not dist.restarted():
-            (output_dir / RESUMED).unlink(missing_ok=True)
-    except OSError as error:
-        raise OSError(
-            f"--output_dir {output_dir} can't be created ({error.strerror}): give another --output_dir"
-        ) from error
 
 
 @contextlib.contextmanager
-def locked(output_dir: Path) -> Iterator[None]:
+def locked(output_dir: Path, resume: str = "auto") -> Iterator[None]:
     """Context manager that locks a run directory. The system releases the lock when the process ends for any reason.
 
+    Args:
+        resume: as in `prepare`, whose check is repeated: another run may have ended in the meantime.
+
     Raises:
-        ValueError: another run has locked the directory.
+        ValueError: another run has locked the directory, or has trained in it.
         OSError: the directory can't be written to.
     """
     with contextlib.ExitStack() as stack:
@@ -74,6 +83,9 @@ def locked(output_dir: Path) -> Iterator[None]:
                 _take(file, output_dir)
                 stack.callback(file.truncate, 0)  # the file is not deleted, because another process may have it open
                 _finish_moving(output_dir)
+                _require_new(output_dir, resume)
+                if resume != "auto" and not dist.restarted():
+                    (output_dir / RESUMED).unlink(missing_ok=True)  # of an earlier job
             except OSError as error:
                 raise OSError(
                     f"--output_dir {output_dir} can't be written to ({error.strerror or error}): free space there, or "
@@ -126,7 +138,7 @@ def begin_branch(output_dir: Path, resumed: Path) -> None:
         atomic.write_text(branch / MOVING, json.dumps(later))
         _finish_moving(output_dir)
         logger.info(f"moved to {branch}: {', '.join(later)}")
-    (output_dir / RESUMED).touch()
+    atomic.write_text(output_dir / RESUMED, str(resumed.resolve()))
 
 
 def _is_later(path: Path, position: tuple[int, int]) -> bool:

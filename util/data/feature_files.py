@@ -1,10 +1,12 @@
 """Features in a file that is mapped into memory. An interrupted computation resumes."""
 
+import fcntl
 import json
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from util.files import atomic
 logger = logging.getLogger(__name__)
 
 NOTE = "done.json"  # the progress
+LOCK = "lock"
 SAVE_EVERY = 20  # batches between updates of the progress
 
 
@@ -38,13 +41,40 @@ def write(
 
     Raises:
         OSError: the disk is full. The same call resumes the computation.
+        ValueError: another process computes the features.
     """
+    with _locked(folder):
+        return _write(folder, settings, count, compute_from, dtype)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    with atomic.writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK).open("a")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{folder} is being written to by another process: wait for it, or stop it") from None
+        except OSError as error:  # some network file systems have no locks
+            logger.warning(f"{folder} can't be locked ({error.strerror}): make sure that no other process writes to it")
+        os.register_at_fork(after_in_child=file.close)  # worker processes run for seconds after a killed process
+        yield
+
+
+def _write(
+    folder: Path,
+    settings: dict[str, Any],
+    count: int,
+    compute_from: Callable[[int], Iterable[np.ndarray]],
+    dtype: type[np.floating],
+) -> np.ndarray:
     rows, size = folder / f"features.f{8 * np.dtype(dtype).itemsize}", np.dtype(dtype).itemsize
     done, shape = _progress(folder, rows, settings, size)
     if done:
         logger.info(f"resuming after {done:,} of {count:,} images")
     with atomic.writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
         file = rows.open("ab", buffering=0)  # not mapped: a full disk would abort the process
         file.truncate(size * done * math.prod(shape))  # removes features that the progress does not count
     with file, tqdm(total=count, initial=done, desc="features", unit="image", disable=None) as bar:

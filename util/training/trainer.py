@@ -83,7 +83,7 @@ def run(
     lr_sched.check_warmup(args.warmup_epochs, args.epochs)
     logger.info(f"{args.model} on {precision.device} in {precision.name}, {dist.world_size()} process(es)")
     with ExitStack() as stack:
-        stack.enter_context(nullcontext() if is_locked else run_directory.locked(output_dir))
+        stack.enter_context(nullcontext() if is_locked else run_directory.locked(output_dir, args.resume))
         run_state.resume(
             args.resume, output_dir, model, optimizer, precision.scaler, dict(settings), progress, callbacks
         )
