@@ -58,7 +58,7 @@ ELSEWHERE = {
         r"main_robustness|inference\.\w+", "a probe's settings are a file's, and were checked when it was trained"),
     r"util\.(data\.(samples|labels|transforms)|weights\.loading)\.\w+": (
         r"main_compare", "the scripts that it starts have the flag"),
-    r"util\.checkpoints\.run_directory\.prepare": (r"main_compare", "it always resumes"),
+    r"util\.checkpoints\.run_directory\._require_new": (r"main_compare", "it always resumes"),
     r"util\.data\.transforms\.\w+": (
         r"main_robustness|inference\.\w+", "the statistics are a file's, checked when read"),
     r"util\.checkpoints\.run_state\._warn_of_changes": "of settings that the script has",

@@ -94,6 +94,13 @@ def test_gray_masks_of_less_than_8_bits_are_an_error(bits):
         THREE.decode(data)
 
 
+@pytest.mark.parametrize("suffix", ["PNG", "PPM"])
+def test_a_mask_of_1_bit_has_two_classes(suffix):
+    stream = io.BytesIO()
+    Image.fromarray(np.array([[True, False]])).save(stream, suffix)
+    assert MaskFormat(2).decode(stream.getvalue()).tolist() == [[1, 0]]
+
+
 def test_a_mask_of_other_colors_than_those_of_the_palette_is_an_error():
     """A mask of one such color has ignored pixels only."""
     of_colors = MaskFormat(2, colors=[(10, 20, 30), (200, 0, 0)])

@@ -121,7 +121,9 @@ class MaskFormat:
         if not isinstance(picture, Tensor) and picture.mode in ("RGB", "RGBA"):
             return self._of_colors(np.asarray(picture.convert("RGB")))
         values = picture[0].numpy() if isinstance(picture, Tensor) else np.asarray(picture)
-        if values.dtype == bool or (data.startswith(PNG) and data[24] < 8 and data[25] == 0):  # bits, and 0: gray
+        if values.dtype == bool and self.num_classes == 2 and not self.reduce_zero_label:
+            values = values.astype(np.uint8)  # the usual format of two classes
+        elif values.dtype == bool or (data.startswith(PNG) and data[24] < 8 and data[25] == 0):  # bits, and 0: gray
             raise BadImage(
                 "it is a gray image of less than 8 bits, whose white is 1 for some programs and 255 for others: save "
                 "it with 8 bits"
