@@ -37,7 +37,7 @@ ARROWS = {
     r"hubconf": r"inference\.\w+",
     r"demo\.\w+": r"demo\.(outputs|segmentation|unpack_data)|inference\.\w+|models_\w+|util\..+",
     r"benchmarks\.\w+\.\w+": (  # studies
-        r"benchmarks\.\w+|demo\.(segmentation|unpack_data)|inference\.\w+|models_\w+|util\..+"
+        r"benchmarks\.(\w+|photographs\.study)|demo\.(segmentation|unpack_data)|inference\.\w+|models_\w+|util\..+"
     ),
     r"benchmarks\.\w+": (
         r"benchmarks\.(\w+|photographs\.study)|inference\.\w+|engine_finetune|main_pretrain|models_\w+|util\..+"

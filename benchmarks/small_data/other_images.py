@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import skimage.data
 import sklearn.datasets
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.ablation import ROOT, Ablation, Run
+from benchmarks.photographs.study import find
 from util.files import atomic
 
 HERE = Path(__file__).parent
@@ -87,10 +87,8 @@ def write_digits(folder: Path) -> None:
 def write_photographs(folder: Path) -> None:
     """Writes random squares of the photographs as images."""
     generator = np.random.default_rng(0)
-    packages = Path(skimage.data.__file__).parent, Path(sklearn.datasets.__file__).parent / "images"
     for name in PHOTOGRAPHS:
-        path = next(package / name for package in packages if (package / name).exists())
-        photograph = Image.open(path).convert("RGB")
+        photograph = Image.open(find(name)).convert("RGB")
         border = round(BORDER * photograph.width)
         for split, (left, right) in {"train": (0, border), "val": (border, photograph.width)}.items():
             place = folder / split / Path(name).stem

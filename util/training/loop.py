@@ -130,9 +130,10 @@ def run_epoch(
             mean_loss_and_requests = share_requests(loss, request)
             in_optimizer_step = True
             grad_norm = precision.step(optimizer, options.clip_grad)
-            is_finite = (grad_norm + mean_loss_and_requests[0]).isfinite()
-            for buffer, before in zip(model.buffers(), buffers, strict=True):  # skipped updates change nothing
-                buffer.copy_(torch.where(is_finite, buffer, before))
+            if buffers:  # skipped updates change nothing
+                is_finite = (grad_norm + mean_loss_and_requests[0]).isfinite()
+                for buffer, before in zip(model.buffers(), buffers, strict=True):
+                    buffer.copy_(torch.where(is_finite, buffer, before))
             options.after_update(epoch + (updates + 1) / num_updates)
             pending.push(Update(iteration + 1, lr), torch.cat([grad_norm[None], mean_loss_and_requests]))
             updates, in_optimizer_step, buffers = updates + 1, False, []
