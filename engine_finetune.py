@@ -193,7 +193,6 @@ class Setup:
         self.statistics = transforms.channel_statistics(args.in_chans, self.mean, self.std)
         self.normalize = transforms.Normalize(*self.statistics).to(device)
         self.pin_memory = args.pin_mem and device.type == "cuda"
-        self.val: Source | None = None
 
     def open_pair(self) -> tuple[Source, Source]:
         """Opens the training and the validation set.
@@ -217,7 +216,6 @@ class Setup:
             train = self._readable(train)
         if args.val_fraction:
             train, val = labels.hold_out(train, args.val_fraction, args.seed, "--val_fraction")
-        self.val = val
         return train, val
 
     def _readable(self, train: Source) -> Source:
@@ -268,12 +266,15 @@ class Setup:
             samples, args.batch_size, args.seed, args.num_workers, self.pin_memory, accum_iter=args.accum_iter
         )
 
-    def eval_batches(self, source: Source, batch_size: int) -> torch.utils.data.DataLoader:
-        """Returns the batches of a dataset for this process, resized and cropped for an evaluation."""
-        # The error message about a training image names the flag that excludes it, if the script has it.
-        is_train = self.val is not None and self.val not in (source, getattr(source, "source", None))
-        flag = "error" if is_train and hasattr(self.args, "on_bad_image") else None
-        samples = self.samples(source, self.eval_transform(), flag)
+    def eval_batches(
+        self, source: Source, batch_size: int, on_bad_image: str | None = None
+    ) -> torch.utils.data.DataLoader:
+        """Returns the batches of a dataset for this process, resized and cropped for an evaluation.
+
+        Args:
+            on_bad_image: "error" if --on_bad_image excludes images of the dataset; error messages then name the flag.
+        """
+        samples = self.samples(source, self.eval_transform(), on_bad_image)
         return loader.eval_loader(samples, batch_size, self.args.num_workers, self.pin_memory)
 
     def samples(self, source: Source, transform: Callable[..., Any], on_bad_image: str | None = None) -> Samples:
@@ -288,14 +289,18 @@ class Setup:
         """Returns the transform of an evaluation."""
         return transforms.eval_transform(self.args.input_size, self.args.crop_pct)
 
-    def encode(self, source: Source, model: Any, batch_size: int, precision: Precision) -> Iterator[list[Tensor]]:
+    def encode(
+        self, source: Source, model: Any, batch_size: int, precision: Precision, on_bad_image: str | None = None
+    ) -> Iterator[list[Tensor]]:
         """Returns batches with the features of a dataset, as the function `encode` computes them."""
-        batches = self.eval_batches(source, batch_size)
+        batches = self.eval_batches(source, batch_size, on_bad_image)
         return encode(model, batches, normalize=self.normalize, precision=precision)
 
-    def features_of(self, source: Source, model: Any, batch_size: int, precision: Precision) -> tuple[Tensor, Tensor]:
+    def features_of(
+        self, source: Source, model: Any, batch_size: int, precision: Precision, on_bad_image: str | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Computes the features of a dataset, as `extract_features` returns them."""
-        batches = self.eval_batches(source, batch_size)
+        batches = self.eval_batches(source, batch_size, on_bad_image)
         count = len(range(dist.rank(), len(source), dist.world_size()))
         return extract_features(model, batches, count, normalize=self.normalize, precision=precision)
 

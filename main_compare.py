@@ -343,7 +343,8 @@ class Runs:
             flags["train_per_class"] = task.per_class
         if task.protocol == FINETUNE and "finetune" not in flags:
             flags["layer_decay"] = 1  # no layer has pre-trained weights
-        return {**flags, **self._smaller_batch(task, flags), **self._larger_held_out(task, flags)}
+        self._require_enough_labels(task, flags)
+        return {**flags, **self._smaller_batch(task, flags)}
 
     def choose(self, task: Task) -> None:
         """Chooses the hyperparameters of a cell on held-out training images of this draw; `result` uses them."""
@@ -351,7 +352,7 @@ class Runs:
         held_out = {**flags, "val_fraction": VAL_FRACTION}
         chosen: Flags = {}
         if task.protocol == KNN:
-            most = round(task.labels * (1 - VAL_FRACTION))
+            most = min(round(task.labels * (1 - VAL_FRACTION)), task.labels - 1)
             ks = [k for k in self._settings(task, flags).k if k <= most] or [1]
             accuracies = self._run(f"choices/{task.name}", task, {**held_out, "k": ks}) if len(ks) > 1 else {}
             chosen["k"] = max(ks, key=lambda k: accuracies.get(f"knn_acc1_k{k}", 0.0))
@@ -395,21 +396,14 @@ class Runs:
         self.notes.add(note)
         return {"batch_size": largest}
 
-    def _larger_held_out(self, task: Task, flags: Flags) -> Flags:
-        """Returns a larger held-out part of a probe if that of the flags, which selects the rate, has no image.
-
-        Raises:
-            ValueError: fewer than two images are left to train on, which batch norm needs.
-        """
-        if task.protocol not in (LINEAR, ATTENTIVE) or len((settings := self._settings(task, flags)).blr) < 2:
-            return {}
-        if task.labels < 3:
+    def _require_enough_labels(self, task: Task, flags: Flags) -> None:
+        """Raises ValueError if a probe that selects its rate has fewer than two images left for its batch norm."""
+        if task.protocol in (LINEAR, ATTENTIVE) and len(self._settings(task, flags).blr) > 1 and task.labels < 3:
             least = len(self.train.classes) * -(-3 // len(self.train.classes))
             raise ValueError(
                 f"--labels {task.labels}: --protocols {task.protocol} trains on at least two images, and selects its "
                 f"learning rate on another; give --labels {least} or more"
             )
-        return {} if round(settings.held_out * task.labels) else {"held_out": float(f"{1 / task.labels:.3g}")}
 
     def _epochs(self, task: Task, flags: Flags) -> Flags:
         """Returns the flags of the budget. Minutes are converted by the time of the second of two epochs."""

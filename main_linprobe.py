@@ -212,7 +212,7 @@ class Features:
     def open(self, name: str) -> Callable[[], Iterable[list[Tensor]]]:
         """Returns a function that starts a pass over a dataset, in batches for `evaluate`."""
         if not self.are_stored:
-            return partial(self.setup.encode, self.sets[name], self.model, self.batch_size, self.precision)
+            return partial(self._encode, self.sets[name], name)
         features, targets = self.load(name)
         size = self.batch_size if self.model.head_pools else 4096
         starts = range(0, len(targets), size)
@@ -222,17 +222,20 @@ class Features:
         """Returns the stored features (n, D) or tokens (n, N, D) of a dataset, and its labels (n,)."""
         source, rank, world_size = self.sets[name], dist.rank(), dist.world_size()
         if not self.model.head_pools:
-            return self.setup.features_of(source, self.model, self.batch_size, self.precision)
+            return self.setup.features_of(source, self.model, self.batch_size, self.precision, _on_bad_image(name))
 
         def compute_from(done: int) -> Iterator[np.ndarray]:
             rest = labels.Subset(source, np.arange(done * world_size, len(source)))
-            for tokens, *_ in self.setup.encode(rest, self.model, self.batch_size, self.precision):
+            for tokens, *_ in self._encode(rest, name):
                 yield tokens.half().cpu().numpy()
 
         own = np.asarray(source.labels, dtype=np.int64)[rank::world_size]
         folder = self.folder / f"{name}-{rank}-of-{world_size}"
         tokens = feature_files.write(folder, self._token_settings(source), len(own), compute_from, np.float16)
         return torch.from_numpy(tokens), torch.from_numpy(own)
+
+    def _encode(self, source: Source, name: str) -> Iterator[list[Tensor]]:
+        return self.setup.encode(source, self.model, self.batch_size, self.precision, _on_bad_image(name))
 
     def _token_settings(self, source: Source) -> dict[str, Any]:
         """Returns all settings that the tokens depend on, as plain values."""
@@ -258,6 +261,10 @@ class Features:
             )
         logger.info(f"--cache_features: {text}")
         dist.barrier()  # the free space is that before any process writes
+
+
+def _on_bad_image(name: str) -> str | None:
+    return None if name == "val" else "error"
 
 
 def encoder_state(model: nn.Module) -> dict[str, Tensor]:

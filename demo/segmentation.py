@@ -84,6 +84,7 @@ def write_pictures(folder: Path, count: int) -> None:
     """Writes the pictures and masks of both splits in the layout of ADE20K, and palette.txt. It does so once."""
     if folder.exists():
         return
+    folder.parent.mkdir(parents=True, exist_ok=True)
     names = ["texture", *(str(name) for name in np.load(ARCHIVE, allow_pickle=False)["classes"])]
     with atomic.replacing(folder) as written:
         for split, source, number, seed in (("training", "train", count, 0), ("validation", "val", VALIDATION, 1)):

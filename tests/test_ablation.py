@@ -111,8 +111,12 @@ def test_the_commands_of_the_evaluation_parse(study, monkeypatch):
 
 def test_an_encoder_with_mask_blocks_is_evaluated_by_segmentation(data, tmp_path):
     study = mask_blocks.STUDY
-    write_pictures(tmp_path / "pictures", 32)
-    flags = {"data_path": tmp_path / "pictures", "palette": tmp_path / "pictures" / "palette.txt", "epochs": 1}
+    write_pictures(tmp_path / "runs" / "pictures", 32)
+    flags = {
+        "data_path": tmp_path / "runs" / "pictures",
+        "palette": tmp_path / "runs" / "pictures" / "palette.txt",
+        "epochs": 1,
+    }
     runs = {"a": Run("a", 100, 1, {"mask_block": 4, "num_cls_tokens": 4})}
     small = Ablation(tmp_path, tmp_path / "runs", runs, study.shared, {}, {**study.segmentation, **flags}, data)
     small.accuracies = lambda names, baselines: {name: {} for name in names}

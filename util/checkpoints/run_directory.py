@@ -1,7 +1,6 @@
 """The run directory. It must not contain another run, and only one run at a time writes to it."""
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
@@ -13,7 +12,7 @@ from typing import IO
 
 from util import dist
 from util.checkpoints import checkpoint
-from util.files import atomic
+from util.files import atomic, locks
 
 logger = logging.getLogger(__name__)
 
@@ -98,16 +97,11 @@ def locked(output_dir: Path, resume: str = "auto") -> Iterator[None]:
 def _take(file: IO[str], output_dir: Path) -> None:
     file.seek(0)
     holder = file.read()
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if not locks.acquire(file, output_dir):
         raise ValueError(
             f"--output_dir {output_dir} is being written to by another run ({holder}): wait for it, stop it, or give "
             f"another --output_dir"
-        ) from None
-    except OSError as error:  # some network file systems have no locks
-        logger.warning(f"{output_dir} can't be locked ({error.strerror}): make sure that no other run writes to it")
-    os.register_at_fork(after_in_child=file.close)  # worker processes run for seconds after their run was killed
+        )
     if holder:
         logger.info(f"the previous run ({holder}) was killed")
     file.truncate(0)

@@ -1,6 +1,5 @@
 """Features in a file that is mapped into memory. An interrupted computation resumes."""
 
-import fcntl
 import json
 import logging
 import math
@@ -14,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from util.cli import advice
-from util.files import atomic
+from util.files import atomic, locks
 
 logger = logging.getLogger(__name__)
 
@@ -53,13 +52,8 @@ def _locked(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / LOCK).open("a")
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{folder} is being written to by another process: wait for it, or stop it") from None
-        except OSError as error:  # some network file systems have no locks
-            logger.warning(f"{folder} can't be locked ({error.strerror}): make sure that no other process writes to it")
-        os.register_at_fork(after_in_child=file.close)  # worker processes run for seconds after a killed process
+        if not locks.acquire(file, folder):
+            raise ValueError(f"{folder} is being written to by another process: wait for it, or stop it")
         yield
 
 

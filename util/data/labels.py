@@ -151,21 +151,18 @@ def hold_out(source: Source, share: float, seed: int, flag: str) -> tuple[Subset
     """Splits a source at random by `seed` into a training part and a held-out part.
 
     Args:
-        share: the fraction of the samples that is held out.
+        share: the fraction of the samples that is held out, rounded so that both parts have at least one.
         flag: the flag of the fraction, for the error.
 
     Returns:
         The training part and the held-out part.
 
     Raises:
-        ValueError: one of the parts would be empty.
+        ValueError: there are fewer than two samples.
     """
-    total, count = len(source), round(share * len(source))
+    total = len(source)
     if total < 2:
         raise ValueError(f"{flag} {share:g} needs at least 2 images, and there is {total}")
-    if count == 0:
-        raise ValueError(f"{flag} {share:g} holds out none of {total} images; give {flag} {1 / total:g} or more")
-    if count == total:
-        raise ValueError(f"{flag} {share:g} holds out all {total} images; give {flag} {1 - 1 / total:g} or less")
+    count = min(max(round(share * total), 1), total - 1)
     order = np.random.default_rng(seed).permutation(total)
     return Subset(source, np.sort(order[count:])), Subset(source, np.sort(order[:count]))
