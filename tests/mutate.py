@@ -10,6 +10,7 @@ snippet must occur exactly once in the function (an empty name means the whole f
 is an error, so the list is maintained together with the code. The exit code is 1 if fewer than 90 % are detected.
 """
 
+import argparse
 import ast
 import multiprocessing
 import os
@@ -219,4 +220,6 @@ def main(selected: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("selected", nargs="*", metavar="FILE[:FUNCTION]", help="default: all changes")
+    sys.exit(main(parser.parse_args().selected))

@@ -228,11 +228,15 @@ def test_a_checkpoint_of_timms_train_script(recorded, shape, tmp_path):
     args = argparse.Namespace(
         model="vit_tiny_patch16_224", input_size=recorded, in_chans=None, mean=None, crop_pct=None
     )
-    torch.save({"epoch": 3, "arch": args.model, "state_dict": theirs.state_dict(), "args": args}, tmp_path / "m.pth")
+    state = {"epoch": 3, "arch": args.model, "state_dict": theirs.state_dict(), "args": args}
+    torch.save(state, tmp_path / "m.pth")
     ours = get_model(tmp_path / "m.pth")
     assert ours.settings["input_size"] == (list(shape) if shape[0] != shape[1] else 16)
     x = torch.randn(1, 3, *shape)
     torch.testing.assert_close(ours(x), theirs.eval()(x))
+    averaged = vit_mini_patch4(img_size=shape, num_classes=2)
+    torch.save({**state, "state_dict_ema": averaged.state_dict()}, tmp_path / "m.pth")
+    torch.testing.assert_close(get_model(tmp_path / "m.pth")(x), averaged.eval()(x))
 
 
 @pytest.mark.parametrize("names", [["a", "b"], list("abcdef")])

@@ -157,7 +157,8 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         except Exception as error:
             raise CheckpointError(f"{path} is not a safetensors file, or is damaged: {error}") from error
     state = checkpoint.read(path)
-    tensors = next((state[key] for key in ("model", "state_dict") if isinstance(state.get(key), dict)), state)
+    keys = ("state_dict_ema", "model", "state_dict")  # timm, too, reads the averaged weights first
+    tensors = next((state[key] for key in keys if isinstance(state.get(key), dict)), state)
     settings = state.get("args")
     settings = vars(settings) if isinstance(settings, argparse.Namespace) else settings
     if isinstance(state.get("meta"), dict):
