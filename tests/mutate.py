@@ -70,25 +70,27 @@ class Mutant(NamedTuple):
         body = "".join(lines[first:last])
         if body.count(self.snippet) != 1:
             raise ValueError(f"the snippet stands {body.count(self.snippet)} times in the function, not once: {self}")
-        changed = "".join(lines[:first]) + body.replace(self.snippet, self.replacement) + "".join(lines[last:])
+        changed = body.replace(self.snippet, self.replacement)
         try:
-            same = ast.dump(ast.parse(changed)) == _tree(source)
+            same = _tree(changed) == _tree(body)
         except SyntaxError as error:
             raise ValueError(f"the change is no Python ({error}): {self}") from error
         if same:
             raise ValueError(f"nothing is changed: {self}")
-        return changed
+        return "".join([*lines[:first], changed, *lines[last:]])
 
 
-@cache
-def _tree(source: str) -> str:
-    """The code without its layout, computed once per file."""
-    return ast.dump(ast.parse(source))
+_parse = cache(ast.parse)
+
+
+def _tree(code: str) -> str:
+    """The code of a file or function without its layout."""
+    return ast.dump(ast.parse(f"if True:\n{code}" if code[:1].isspace() else code))
 
 
 def _lines(source: str, function: str) -> tuple[int, int]:
     """First line (from 0) and end of a function, method or class."""
-    node: ast.AST = ast.parse(source)
+    node: ast.AST = _parse(source)
     for name in function.split("."):
         inside = (
             child
