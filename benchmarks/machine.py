@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,8 @@ RESULTS = Path(__file__).parent / "results"
 
 def describe(device: torch.device) -> dict[str, Any]:
     """Describes the hardware, the versions and the commit."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    processor = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
     return {
-        "processor": processor,
+        "processor": processor(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "python": platform.python_version(),
@@ -27,6 +26,14 @@ def describe(device: torch.device) -> dict[str, Any]:
         "commit": commit(),
         "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES"),
     }
+
+
+def processor() -> str:
+    """Returns the name of the processor, such as "AMD EPYC", or "Intel Xeon, AMX" with the matrix unit of Intel."""
+    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    facts = dict(re.findall(r"^(model name|flags)\s*: (.*)$", text, re.MULTILINE))
+    name = facts.get("model name", platform.machine()).replace("(R)", "").removesuffix(" Processor")
+    return name + ", AMX" * ("amx_bf16" in facts.get("flags", ""))
 
 
 def commit() -> str | None:

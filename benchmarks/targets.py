@@ -85,7 +85,7 @@ ROWS: list[tuple[str, str, Callable[[Results], float], float, str]] = [
 
 def table(folder: Path) -> str:
     """The table in Markdown, from the files in a folder."""
-    lines = ["| | target | measured | with GLIBC_TUNABLES |", "|---|---|---|---|"]
+    lines = ["| | target | measured | with GLIBC_TUNABLES | processor |", "|---|---|---|---|---|"]
     for title, name, figure, target, form in ROWS:
         cells = [form.format(abs(target))]
         for file, otherwise in ((name, "not measured"), (f"{name}_tunables", "")):
@@ -94,6 +94,8 @@ def table(folder: Path) -> str:
                 cells.append(form.format(figure(results)) if results else otherwise)
             except KeyError:  # --only excluded a part of the measurement
                 cells.append(otherwise)
+        record = machine.read(name, folder)
+        cells.append(record["machine"]["gpu"] or record["machine"]["processor"] if record else "")
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
