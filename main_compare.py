@@ -85,7 +85,7 @@ Flags = dict[str, Any]
 def get_args_parser() -> argparse.ArgumentParser:
     """Returns the parser of the script."""
     parser = entry_point.parser("Compares encoders on a dataset: protocols x numbers of labels x random subsets.")
-    options.add_data_options(parser)
+    options.add_data_options(parser, labels=True)
     options.add_validation_options(parser)
     options.add_model_options(parser, models_vit.MODELS, default="vit_base_patch16")
     options.add_comparison_options(parser, list(PROTOCOLS))

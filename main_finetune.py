@@ -58,7 +58,7 @@ HEAD_STD = 2e-5  # std of the weights of a new head, as published; its first gra
 def get_args_parser() -> argparse.ArgumentParser:
     """Returns the parser of the script, with the published defaults."""
     parser = entry_point.parser("Fine-tuning of a Vision Transformer to a classifier (He et al. 2021, appendix A.1).")
-    options.add_data_options(parser)
+    options.add_data_options(parser, labels=True)
     options.add_cache_options(parser)
     options.add_model_options(parser, models_vit.MODELS, default="vit_large_patch16")
     options.add_supervised_options(parser, global_pool=True)

@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 def get_args_parser() -> argparse.ArgumentParser:
     """Returns the parser of the script."""
     parser = entry_point.parser("Weighted k-nearest-neighbor classification on frozen features (Wu et al. 2018).")
-    options.add_data_options(parser)
+    options.add_data_options(parser, labels=True)
     options.add_model_options(parser, models_vit.MODELS, default="vit_large_patch16")
     options.add_supervised_options(parser, global_pool=False)
     options.add_knn_options(parser)

@@ -69,7 +69,7 @@ MAX_BATCH = 512  # images or tokens in a batch of an evaluation
 def get_args_parser() -> argparse.ArgumentParser:
     """Returns the parser of the script, with the published defaults."""
     parser = entry_point.parser("Linear or attentive probing of a Vision Transformer (He et al. 2021, appendix A.1).")
-    options.add_data_options(parser)
+    options.add_data_options(parser, labels=True)
     options.add_cache_options(parser)
     options.add_model_options(parser, models_vit.MODELS, default="vit_large_patch16")
     options.add_supervised_options(parser, global_pool=False)

@@ -8,6 +8,7 @@ classifier, which other libraries also print for masked autoencoders. "Masked" i
 encoder on a quarter of the patches, the decoder on all.
 """
 
+import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -79,5 +80,11 @@ def table() -> str:
     return markdown(titles, rows)
 
 
+def get_args_parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command."""
+    return argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
 if __name__ == "__main__":
+    get_args_parser().parse_args()
     print(table())

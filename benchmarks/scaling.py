@@ -5,6 +5,7 @@
 No run on several GPUs was timed. SCALING.md explains the formulas and their sources.
 """
 
+import argparse
 import math
 import sys
 from pathlib import Path
@@ -224,6 +225,12 @@ def draw(folder: Path, file: Path) -> None:
     figure.savefig(file)
 
 
+def get_args_parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command."""
+    return argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
 if __name__ == "__main__":
+    get_args_parser().parse_args()
     print(tables(machine.RESULTS))
     draw(machine.RESULTS, PLOT)

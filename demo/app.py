@@ -83,7 +83,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = entry_point.parser(
         "Serves a web page for a trained model: reconstructions, attention maps, features and classes."
     )
-    options.add_inference_options(parser, images=False)
+    options.add_inference_options(parser, images=False, example="mae_visualize_vit_large")
     parser.add_argument("--classifier", metavar="FILE", help="classifier for the classes, given like --model")
     parser.add_argument(
         "--host", default="127.0.0.1", metavar="ADDRESS", help="network address; 0.0.0.0 accepts all hosts"

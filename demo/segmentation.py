@@ -128,7 +128,7 @@ def draw(files: dict[str, Path], data: Path, path: Path) -> None:
 def get_args_parser() -> ArgumentParser:
     """The flags of the command."""
     parser = entry_point.parser("Compares encoders by the segmentation of garments on textures.")
-    options.add_inference_options(parser, images=False)
+    options.add_inference_options(parser, images=False, example="mae_pretrain_vit_base")
     for flag, default, text in (
         ("--pictures", 2000, "number of training pictures"),
         ("--seeds", 3, "number of runs of each encoder, with the seeds 0, 1, ..."),

@@ -42,7 +42,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "data_path", metavar="FOLDER", help="folder of images, flat or nested, or a tar or zip file of such a folder"
     )
-    options.add_inference_options(parser, images=False)
+    options.add_inference_options(parser, images=False, example="mae_pretrain_vit_base")
     parser.add_argument(
         "--out",
         type=flags.new_file(".npz", ".safetensors"),

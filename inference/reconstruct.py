@@ -36,7 +36,7 @@ Box = tuple[int, int, int, int]  # left, top, width, height, in pixels of the im
 def get_args_parser() -> argparse.ArgumentParser:
     """Returns the parser of the command."""
     parser = entry_point.parser("Masks patches of photographs of any shape and reconstructs them.")
-    options.add_inference_options(parser)
+    options.add_inference_options(parser, example="mae_visualize_vit_large")
     parser.add_argument(
         "--out",
         type=flags.new_file(*SUFFIXES),

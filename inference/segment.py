@@ -24,7 +24,7 @@ MAX_LEGEND, MAX_NAME = 16, 20  # classes in a legend; characters of a name
 def get_args_parser() -> argparse.ArgumentParser:
     """Returns the parser of the command."""
     parser = entry_point.parser("Predicts the class of each pixel of photographs.")
-    options.add_inference_options(parser)
+    options.add_inference_options(parser, example="", also=" of main_segment.py")
     parser.add_argument(
         "--out",
         type=flags.new_file(*FORMATS),

@@ -4,6 +4,8 @@ import argparse
 import copy
 import pickle
 import re
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from conftest import ROOT
 import main_pretrain
 from inference import features, predict
 from util.cli import entry_point
+from util.data import resize
 
 PUBLISHED = {
     "batch_size": 64, "epochs": 400, "accum_iter": 1, "model": "mae_vit_large_patch16", "input_size": 224,
@@ -101,6 +104,15 @@ def test_invalid_flags_are_errors(argv, message, capsys):
     error, usage = capsys.readouterr().err.splitlines()  # two lines, the message first
     assert re.search(message, error)
     assert usage.startswith("usage: ")
+
+
+def test_usage_names_the_module_of_python_m(monkeypatch):
+    spec = SimpleNamespace(name="inference.predict", origin="/clone/inference/predict.py")
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
+    monkeypatch.setattr(sys, "argv", [spec.origin])
+    assert predict.get_args_parser().format_usage().startswith("usage: python -m inference.predict --model FILE")
+    monkeypatch.setattr(sys, "argv", ["/clone/resize.py"])
+    assert resize.get_args_parser().format_usage() == "usage: resize.py FOLDER COPY [FLAGS]"
 
 
 def test_usage_shows_the_required_flags(capsys):

@@ -1,8 +1,8 @@
 """Fashion-MNIST with few and many labels, with and without masked pre-training; two CPU cores.
 
     apt-get install dataset-fashion-mnist
-    python benchmarks/fashion_mnist/study.py pretrain   # an hour; writes encoder.safetensors
-    python benchmarks/fashion_mnist/study.py compare    # two hours, with the encoder of this folder
+    python benchmarks/fashion_mnist/study.py pretrain   # 75 minutes; writes encoder.safetensors
+    python benchmarks/fashion_mnist/study.py compare    # 1 h 45 min, with the encoder of this folder
 
 Both parts are commands of this library, which are printed. The same command resumes an interrupted part. `compare`
 writes results.json, results.csv, table.md and plot.png of main_compare.py beside this file, and begins with the results

@@ -50,15 +50,18 @@ def _group(parser: argparse.ArgumentParser, title: str) -> argparse._ArgumentGro
 # ---------------------------------------------------------------------------------------------------------------- data
 
 
-def add_data_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of the dataset and the image size."""
+def add_data_options(parser: argparse.ArgumentParser, labels: bool = False) -> None:
+    """Adds the flags of the dataset and the image size.
+
+    Args:
+        labels: the images need labels.
+    """
     group = _group(parser, DATA)
-    group.add_argument(
-        "--data_path", metavar="PATH",
-        help="folder of images, flat or nested, optionally with subfolders train/ and val/; or a tar or zip file of "
-        "such a folder",
-    )  # fmt: skip
-    add_source_options(group)
+    layout = "folder of images, flat or nested; if it contains train/, only train/ is read"
+    if labels:
+        layout = "folder with train/CLASS/IMAGE and val/CLASS/IMAGE"
+    group.add_argument("--data_path", metavar="PATH", help=f"{layout}; or a tar or zip file of such a folder")
+    add_source_options(group, labels)
     _add_input_options(group, "image size")
     _add_fast_jpeg(group)
 
@@ -89,17 +92,18 @@ def _add_input_options(group: argparse._ArgumentGroup, what: str) -> None:
     add_switch(group, "pin_mem", True, "load batches into pinned memory, for faster copies to the GPU")
 
 
-def add_source_options(group: argparse._ActionsContainer) -> None:
+def add_source_options(group: argparse._ActionsContainer, labels: bool = False) -> None:
     """Adds the flags of data sources other than --data_path, of channels, and of worker processes."""
+    entry = "a path and a label for each image" if labels else "a path for each image, optionally with a label"
     group.add_argument(
         "--train_list", metavar="FILE",
-        help="text, CSV or JSON file with one path per image, optionally with a label; or a JSON file of COCO or "
-        "iNaturalist",
+        help=f"text, CSV or JSON file with {entry}; or a JSON file of COCO or iNaturalist",
     )  # fmt: skip
     group.add_argument(
         "--dataset", metavar="NAME",
         help="dataset of a library: a class of torchvision, such as CIFAR10 or STL10:unlabeled, with its files in "
-        "--data_path; hf:NAME_OR_FOLDER (Hugging Face); wds:SHARDS (WebDataset), such as wds:s/{000..127}.tar",
+        "--data_path; or hf:NAME_OR_FOLDER (Hugging Face)"
+        + "; or wds:SHARDS (WebDataset), such as wds:s/{000..127}.tar" * (not labels),
     )  # fmt: skip
     group.add_argument("--download", action="store_true", help="download a --dataset of torchvision to --data_path")
     _add_reading_options(group)
@@ -610,20 +614,20 @@ def add_compute_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_inference_options(parser: argparse.ArgumentParser, images: bool = True, also: str = "") -> None:
+def add_inference_options(
+    parser: argparse.ArgumentParser, images: bool = True, example: str = "mae_finetuned_vit_base", also: str = ""
+) -> None:
     """Adds the flags of a command that uses a trained model.
 
     Args:
         images: add the image files as arguments.
+        example: a published name that the command accepts; "" if it accepts checkpoint files only.
         also: end of the help text of --model: other values that the command accepts.
     """
+    published = f", folder in the format of transformers, or published name such as {example}" * bool(example)
     if images:
         parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
-    parser.add_argument(
-        "--model", required=True, metavar="FILE",
-        help="checkpoint file, folder in the format of transformers, or published name such as mae_finetuned_vit_base"
-        + also,
-    )  # fmt: skip
+    parser.add_argument("--model", required=True, metavar="FILE", help=f"checkpoint file{published}{also}")
     _add_device(parser)
 
 
