@@ -13,7 +13,7 @@ The published recipe on ImageNet, 8 GPUs of one machine:
 
 import argparse
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -55,21 +55,25 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(
     args: Namespace,
-    model_class: type[models_mae.MaskedAutoencoderViT] = models_mae.MaskedAutoencoderViT,
+    model_class: Callable[..., models_mae.MaskedAutoencoderViT] = models_mae.MaskedAutoencoderViT,
     callbacks: Sequence[Callback] = (),
 ) -> None:
     """Trains for `args.epochs` epochs. Writes checkpoints, log.txt and TensorBoard files.
 
     Args:
-        model_class: class of the model; a subclass changes the method.
+        model_class: class of the model, or a `partial` of it; a subclass changes the method.
         callbacks: called after every update.
     """
     precision = trainer.start(args)
     device = precision.device
     run_directory.prepare(Path(args.output_dir), args.resume)
 
-    with torch.device("meta" if args.fsdp else "cpu"):  # --fsdp initializes the shards
-        model = models_build.autoencoder(vars(args), model_class)
+    settings, is_base = vars(args), model_class is models_mae.MaskedAutoencoderViT
+    # --fsdp initializes the shards. The constructor of a subclass may set weights and buffers, which have to exist.
+    with torch.device("meta" if args.fsdp and is_base else "cpu"):
+        model = models_build.autoencoder(settings, model_class)
+    if not is_base:  # for programs that read the checkpoints, and do not have the class
+        settings = {**settings, "model_class": type(model).__qualname__, "predicts_pixels": model.predicts_pixels}
     if args.fsdp:
         from util.training import fsdp  # takes a second
 
@@ -121,7 +125,7 @@ def main(
         optimizer,
         batches,
         precision,
-        vars(args),
+        settings,
         train_one_epoch=partial(train_one_epoch, mask_ratio=mask_ratio, normalize=normalize),
         after_epoch=draw_examples,
         callbacks=callbacks,

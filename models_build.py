@@ -3,7 +3,7 @@
 import math
 import re
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, TypeVar
 
@@ -32,7 +32,7 @@ HEAD_SETTINGS = {"global_pool", "nb_classes", "probe", "num_queries", "head"}
 
 
 def autoencoder(
-    settings: Mapping[str, Any], model_class: type[MaskedAutoencoderViT] = MaskedAutoencoderViT
+    settings: Mapping[str, Any], model_class: Callable[..., MaskedAutoencoderViT] = MaskedAutoencoderViT
 ) -> MaskedAutoencoderViT:
     """Builds the masked autoencoder of a run."""
     return _set_options(model_class(**autoencoder_arguments(settings)), settings)
@@ -96,7 +96,8 @@ def file_settings(file: Weights, model: str | None = None) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "in_chans": channels,
         "patch_size": patch if patch[0] != patch[1] else patch[0],
-        "decoder_depth": sum(name.endswith(".norm1.weight") for name in tensors if name.startswith("decoder_")) or None,
+        "decoder_depth": sum(name.endswith(".norm1.weight") for name in tensors if name.startswith("decoder_blocks."))
+        or None,
         "norm_pix_loss": True,  # if a file does not record it: most published models were trained with it
         "global_pool": "fc_norm.weight" in tensors,
         "nb_classes": file.num_classes,

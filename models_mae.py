@@ -138,7 +138,8 @@ class MaskedAutoencoderViT(Encoder):
     @property
     def predicts_pixels(self) -> bool:
         """Whether the target is pixels, as `reconstruct` requires."""
-        return self.target_dim is None and type(self).target is MaskedAutoencoderViT.target
+        is_patch = getattr(self.decoder_pred, "out_features", None) == self.patch_embed.proj.weight[0].numel()
+        return is_patch and self.target_dim is None and type(self).target is MaskedAutoencoderViT.target
 
     def initialize_weights(self) -> None:
         """Initializes linear layers and the patch projection (Xavier uniform), biases (0), tokens and learned positions
@@ -183,6 +184,9 @@ class MaskedAutoencoderViT(Encoder):
         self, x: Tensor, mask_ratio: float, noise: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Selects the int(N·(1 - mask_ratio)) tokens with the smallest noise (section 3, "Masking").
+
+        `--masking`, `--mask_block`, `mask` and the reproducible masks of training reach an override only through its
+        call of this method. It may pass its own `noise`.
 
         Args:
             x: tokens (B, N, D).
@@ -299,18 +303,25 @@ class MaskedAutoencoderViT(Encoder):
         deviation of each ORIGINAL patch, so that these images look better than the prediction of the model alone.
 
         Raises:
-            ValueError: as in `forward`, or the model does not predict pixels.
+            ValueError: as in `forward`, the model does not predict pixels, or an override of `random_masking` ignores
+                the mask.
         """
         if not self.predicts_pixels:
             raise ValueError(f"{type(self).__name__} does not predict pixels, so it can't reconstruct images")
-        _, pred, patch_mask = self.forward(imgs, mask_ratio, mask=mask, noise=noise)
+        _, pred, patch_mask = self.forward(imgs, mask_ratio, mask=mask, noise=noise)[:3]
+        grid = self.patch_embed.grid_of(*imgs.shape[-2:])
+        if mask is not None:
+            expected = noise_from_mask(mask.to(imgs.device), grid, self.patch_embed.patch_size)[0]
+            if not torch.equal(patch_mask.bool(), expected.bool()):
+                raise ValueError(
+                    f"{type(self).__name__}.random_masking ignores the mask: call super().random_masking, which uses it"
+                )
         target = self.patchify(imgs)
         pred = pred.to(target.dtype)
         if self.norm_pix_loss:
             mean, std = _patch_statistics(target)
             pred = pred * std + mean
         masked = patch_mask.unsqueeze(-1).to(target.dtype)
-        grid = self.patch_embed.grid_of(*imgs.shape[-2:])
         return Reconstruction(
             original=imgs,
             masked=self.unpatchify(target * (1 - masked), grid),

@@ -338,7 +338,7 @@ class Graph(nn.Module):
     def forward(self, images: Tensor, noise: Tensor | None = None) -> Any:
         if noise is None:
             return self.model(images)
-        return self.model(images, self.model.settings["mask_ratio"], noise=noise)[1:]
+        return self.model(images, self.model.settings["mask_ratio"], noise=noise)[1:3]
 
 
 def _graph(model: Model) -> tuple[Graph, dict[str, Tensor], list[str]]:

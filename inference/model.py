@@ -7,6 +7,7 @@
 (10,)
 """
 
+import logging
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from functools import cache
@@ -39,6 +40,8 @@ from util.weights.model_zoo import CLASSIFIER, FULL, SEGMENTER
 
 ImageLike = str | Path | Image.Image | np.ndarray | Tensor
 Images = ImageLike | Sequence[ImageLike]
+
+logger = logging.getLogger(__name__)
 
 ARCHITECTURES = {**models_mae.MODELS, **models_vit.MODELS}
 
@@ -405,6 +408,8 @@ def _load(file: Weights, architecture: str | None, settings: dict[str, Any]) -> 
                 f"{file.source} contains no decoder of pixels and can't reconstruct ({file.kind}): give a file with a "
                 f"decoder, such as mae_visualize_vit_large, or a checkpoint of main_pretrain.py"
             )
+        if name := file.settings.get("model_class"):
+            logger.warning(f"{file.source} was trained with the class {name}, and this model lacks its changes")
         loading.init_mae(model, file)
     elif (segments or file.kind == CLASSIFIER) and merged["nb_classes"] == recorded["nb_classes"]:
         if file.kind == CLASSIFIER and model.classes and len(model.classes) != merged["nb_classes"]:

@@ -1,12 +1,16 @@
 """Callbacks between updates: when they run, and their state in checkpoints. The example is EMA."""
 
 import re
+from collections import deque
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 from mains import Stopped, assert_equal, in_processes, stop_after, weights
 
+import main_pretrain
 from util import dist
 from util.checkpoints import checkpoint
 from util.checkpoints.checkpoint import CheckpointError
@@ -38,6 +42,32 @@ def test_a_callback_runs_after_every_update(pretrain):
     state = checkpoint.read(out / "checkpoint-1.pth")
     assert state["callbacks"] == [history.state_dict()]
     assert history.weights[-1] == state["model"]["cls_token"][0, 0, 0].item() != history.weights[-2]
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        (np.float64(3), "the state of History.epochs is a float64, and checkpoints contain .* plain values only"),
+        ([Path("a")], "the state of History.epochs.0 is a PosixPath"),
+        (deque([1]), "the state of History.epochs is a deque"),
+        ({(1, 2): np.int64(3)}, r"the state of History.epochs.\(1, 2\) is a int64"),
+    ],
+)
+def test_a_state_that_could_not_be_read_again_is_an_error_before_training(pretrain, tmp_path, state, message):
+    history = History()
+    history.epochs = state
+    with pytest.raises(ValueError, match=message):
+        pretrain(callbacks=[history])
+    with pytest.raises(ValueError, match=message.split()[-1]):
+        checkpoint.write({"epoch": 1, "state": state}, tmp_path / "m.pth")
+    assert not list(tmp_path.rglob("*.pth"))
+
+
+def test_an_own_flag_that_could_not_be_read_again_is_an_error_before_training(pretrain, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match=r"args.teacher is a PosixPath"):
+        patch.setattr(main_pretrain, "vars", lambda args: {**args.__dict__, "teacher": Path("t.pth")}, raising=False)
+        pretrain()
+    assert not list(tmp_path.rglob("*.pth"))
 
 
 def test_only_checkpoints_of_runs_with_callbacks_have_the_key(pretrain):

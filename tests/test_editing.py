@@ -15,10 +15,13 @@ from torch import nn
 from torch.nn import functional as F
 
 import main_pretrain
+import models_build
 import models_vit
 from inference import get_model
 from models_mae import MaskedAutoencoderViT
+from util.checkpoints.checkpoint import CheckpointError
 from util.cli import entry_point
+from util.weights import loading
 
 SETTINGS = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 1, "num_heads": 4, "decoder_embed_dim": 16,
             "decoder_depth": 1, "decoder_num_heads": 2}  # fmt: skip
@@ -214,6 +217,92 @@ def test_reconstruct_with_another_target_is_a_one_line_error(kind, dim):
     assert model(torch.randn(2, 3, 16, 16))[1].shape == (2, 16, dim)
     with pytest.raises(ValueError, match=rf"^{kind.__name__} does not predict pixels, so it can't reconstruct images$"):
         model.reconstruct(torch.randn(2, 3, 16, 16))
+
+
+class OwnHead(MaskedAutoencoderViT):
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.decoder_pred = nn.Linear(16, 9)
+
+
+class LogsParts(MaskedAutoencoderViT):
+    def forward(self, imgs, mask_ratio=0.75, *, mask=None, noise=None):
+        return *super().forward(imgs, mask_ratio, mask=mask, noise=noise), {"pixels": 1.0}
+
+
+class PublishedMasking(MaskedAutoencoderViT):
+    def random_masking(self, x, mask_ratio):
+        return super().random_masking(x, mask_ratio, torch.rand(x.shape[:2]))
+
+
+def test_reconstruct_fits_the_edited_model():
+    torch.manual_seed(0)
+    imgs, mask = torch.randn(2, 3, 16, 16), torch.arange(16).expand(2, -1) % 4 > 0
+    assert torch.equal(LogsParts(**SETTINGS).reconstruct(imgs, mask=mask).mask.bool(), mask)
+    with pytest.raises(ValueError, match="OwnHead does not predict pixels"):
+        OwnHead(**SETTINGS).reconstruct(imgs)
+    with pytest.raises(ValueError, match=r"PublishedMasking.random_masking ignores the mask: call super"):
+        PublishedMasking(**SETTINGS).reconstruct(imgs, mask=mask)
+
+
+class Distills(MaskedAutoencoderViT):
+    """Has weights that only pre-training needs, a second decoder, and a name that foreign files have, too."""
+
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.register_buffer("kernel", torch.ones(3))
+        self.register_tokens = nn.Parameter(torch.ones(1, 4, 128))
+        self.projection = nn.Linear(128, 7)
+        self.decoder_blocks_hog = nn.ModuleList([models_vit.Block(16, 2)])
+
+
+WIDE = {**SETTINGS, "embed_dim": 128, "depth": 4, "decoder_embed_dim": 64}  # mini_patch4
+
+
+def test_weights_of_a_subclass_are_left_out_elsewhere(pictures, tmp_path, capsys):
+    flags = ["--model", "mae_vit_mini_patch4", "--decoder_depth", "1", "--input_size", "16", "--epochs", "1"]
+    train(Distills, pictures, tmp_path, *flags, "--warmup_epochs", "0")
+    file = tmp_path / "Distills" / "checkpoint-0.pth"
+    imgs, noise = torch.randn(2, 3, 16, 16), torch.rand(2, 16)
+    weights = torch.load(file)["model"]
+    trained = MaskedAutoencoderViT(**WIDE).eval()
+    trained.load_state_dict(weights, strict=False)
+    model = get_model(file)
+    torch.testing.assert_close(model.reconstruct(imgs, noise=noise), trained.reconstruct(imgs, noise=noise))
+    assert f"{file} was trained with the class Distills, and this model lacks its changes" in capsys.readouterr().out
+    encoder = models_vit.vit_mini_patch4(img_size=16, num_classes=0)
+    loading.load_encoder(encoder, loading.read(file))
+    torch.testing.assert_close(encoder.state_dict(), {name: weights[name] for name in encoder.state_dict()})
+    assert "was trained with the class Distills: kernel, projection.bias, projection.weight" in capsys.readouterr().out
+
+    del weights["blocks.3.attn.qkv.weight"]
+    torch.save({"model": weights, "args": {"model_class": "Distills"}}, tmp_path / "part.pth")
+    with pytest.raises(CheckpointError, match=r"1 tensor is missing \(blocks.3.attn.qkv.weight\)"):
+        loading.load_encoder(encoder, loading.read(tmp_path / "part.pth"))
+
+
+def test_a_subclass_starts_from_weights_of_the_base_class(tmp_path, caplog):
+    base, own = MaskedAutoencoderViT(**WIDE), Distills(**WIDE)
+    initial = own.projection.weight.clone()
+    torch.save({"model": base.state_dict()}, tmp_path / "m.pth")
+    loading.init_mae(own, loading.read(tmp_path / "m.pth"))
+    torch.testing.assert_close({name: own.state_dict()[name] for name in base.state_dict()}, dict(base.state_dict()))
+    assert torch.equal(own.projection.weight, initial)
+    assert "m.pth has no decoder_blocks_hog" in caplog.text and "they keep their initial values" in caplog.text
+
+
+def test_the_file_of_a_subclass_with_another_target_has_no_decoder_of_pixels(pictures, tmp_path):
+    """The target has as many values as a patch, so that shapes do not show that it is not pixels."""
+    train(Gradients, pictures, tmp_path, "--epochs", "1", "--warmup_epochs", "0")
+    model = get_model(tmp_path / "Gradients" / "checkpoint-0.pth")
+    assert type(model).__name__ == "Classifier"
+
+
+def test_a_second_decoder_in_the_file_does_not_count(tmp_path):
+    """As in an edit of models_mae.py, of which the file records nothing."""
+    torch.save({"model": Distills(**WIDE).state_dict()}, tmp_path / "m.pth")
+    file = loading.Weights(torch.load(tmp_path / "m.pth")["model"], {}, "full", "m.pth")
+    assert models_build.file_settings(file, "mae_vit_mini_patch4")["decoder_depth"] == 1
 
 
 def test_a_call_does_not_affect_the_noise_of_later_calls():

@@ -359,6 +359,25 @@ def test_two_processes_do_not_write_the_same_features(tmp_path):
     assert np.array_equal(feature_files.write(tmp_path / "rows", {}, 4, lambda done: []), rows)
 
 
+def test_an_interrupted_computation_of_other_features_is_not_resumed(tmp_path, monkeypatch):
+    """Of three computations, the second has other settings, and is interrupted before it records its progress."""
+    monkeypatch.setattr(feature_files, "SAVE_EVERY", 2)
+
+    def compute(value, batches):
+        def compute_from(done):
+            for start in range(done, 8, 2):
+                if start // 2 == batches:
+                    raise KeyboardInterrupt
+                yield np.full((2, 3), value, np.float32)
+
+        return feature_files.write(tmp_path / "rows", {"model": value}, 8, compute_from)
+
+    for value, batches in ((1, 2), (2, 1)):
+        with pytest.raises(KeyboardInterrupt):
+            compute(value, batches)
+    assert (compute(1, 4) == 1).all()
+
+
 def test_the_suffix_of_features_may_be_in_capitals(files, tmp_path):
     run(features, ROOT / "demo" / "photos", "--model", files / "encoder.safetensors", "--out", tmp_path / "F.NPZ",
         "--num_workers", 0)  # fmt: skip

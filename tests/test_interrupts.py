@@ -198,7 +198,7 @@ def test_the_second_sigint_stops_at_once():
 
 
 def test_stop_signals_are_recorded_and_handlers_restored():
-    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
     assert signals == SIGNALS
     before = [signal.getsignal(signum) for signum in signals]
     for signum in signals:
@@ -238,6 +238,18 @@ def test_a_signal_interrupts_only_evaluations_at_once(caplog):
             evaluated = True
         os.kill(os.getpid(), signal.SIGTERM)
         assert interrupts.pending == signal.SIGTERM
+
+
+def test_an_ignored_signal_stays_ignored():
+    """nohup ignores SIGHUP."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interrupts() as interrupts:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert interrupts.pending is None
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_signals_are_blocked_while_processes_start():

@@ -1,11 +1,17 @@
 """The state of a run: position, checkpoints, restoring."""
 
+import itertools
+import os
+import tempfile
+from pathlib import Path
+
 import pytest
 import torch
 
-from util.checkpoints import run_state
+from util.checkpoints import checkpoint, run_state
 from util.checkpoints.checkpoint import CheckpointError
 from util.checkpoints.run_state import Progress
+from util.lars import LARS
 
 
 def test_progress_counts_images():
@@ -29,6 +35,74 @@ def test_resuming_another_architecture_is_an_error(mini_mae):
     with pytest.raises(CheckpointError, match="3 tensors differ") as raised:
         run_state.restore_model(mini_mae, state, {"model": "y", "in_chans": 1, "input_size": 16})
     assert raised.value.__notes__ == ["give --model x --in_chans 3"]
+
+
+@pytest.mark.parametrize(
+    ("saved", "model", "which", "remedy"),
+    [
+        ("vit", "mae_vit", "a.pth", "give a checkpoint of main_pretrain.py"),
+        ("vit", "mae_vit", "auto", "give another --output_dir"),
+        ("mae_vit", "vit", "a.pth", "--finetune a.pth instead of --resume starts from its weights"),
+    ],
+)
+def test_the_remedy_for_the_checkpoint_of_another_script(saved, model, which, remedy):
+    ours, theirs = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 3)}), {"b.weight": torch.ones(1)}
+    with pytest.raises(CheckpointError) as raised:
+        run_state.restore_model(ours, {"model": theirs, "args": {"model": saved}}, {"model": model}, which)
+    assert raised.value.__notes__[0] == remedy
+
+
+@pytest.mark.parametrize("is_saved", [True, False])
+def test_a_probe_and_a_fine_tuned_classifier_are_of_different_scripts(is_saved):
+    """The head of a probe has two layers; --cls_token would not change that."""
+    probe = {"head.0.running_mean": torch.ones(2), "head.1.weight": torch.ones(2, 2)}
+    models = [probe, {"head.weight": torch.ones(2, 2)}]
+    theirs, ours = models if is_saved else models[::-1]
+    model = torch.nn.Module()
+    model.state_dict = lambda: ours
+    state = {"model": theirs, "args": {"model": "vit", "global_pool": not is_saved}}
+    with pytest.raises(CheckpointError) as raised:
+        run_state.restore_model(model, state, {"model": "vit", "global_pool": is_saved}, "a.pth")
+    assert raised.value.__notes__[0] == "--finetune a.pth instead of --resume starts from its weights"
+
+
+def test_resuming_with_another_optimizer_is_an_error():
+    """AdamW can't use the momentum of SGD: it fails at its first update. The reverse would silently start from zero."""
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizers = [torch.optim.AdamW([weight]), torch.optim.SGD([weight], lr=1, momentum=0.9), LARS([weight])]
+    for ours, theirs in itertools.product(optimizers, optimizers):
+        state = {"optimizer": theirs.state_dict()}
+        if isinstance(ours, torch.optim.AdamW) is isinstance(theirs, torch.optim.AdamW):
+            run_state._require_same_optimizer(ours, state)
+        else:
+            with pytest.raises(CheckpointError, match="the run of the checkpoint had another optimizer"):
+                run_state._require_same_optimizer(ours, state)
+
+
+@pytest.mark.parametrize("content", [b"damaged", None])
+def test_checkpoints_that_can_not_be_read_are_not_trained_over(tmp_path, content, caplog):
+    """None: a link to a file system that is not mounted."""
+    path = tmp_path / "checkpoint-3.pth"
+    path.write_bytes(content) if content else path.symlink_to("/nothing/checkpoint-3.pth")
+    with pytest.raises(CheckpointError, match=r"contains checkpoint-3.pth, and none of its checkpoints can be read"):
+        run_state.read_newest(tmp_path)
+    assert "--resume auto skips checkpoint-3.pth" in caplog.text
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="takes the rights of another user")
+def test_a_checkpoint_of_another_user_is_not_skipped():
+    """An older one that can be read would silently lose epochs."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        for epoch in range(2):
+            checkpoint.write({"epoch": epoch, "model": {}}, Path(folder) / f"checkpoint-{epoch}.pth")
+        (Path(folder) / "checkpoint-1.pth").chmod(0o600)
+        os.seteuid(65534)  # nobody
+        try:
+            with pytest.raises(OSError, match=r"checkpoint-1.pth can't be read \(Permission denied\): restore access"):
+                run_state.read_newest(Path(folder))
+        finally:
+            os.seteuid(0)
 
 
 def test_optimizer_states_of_older_versions_are_loaded(mini_mae):

@@ -445,7 +445,7 @@ def test_sharded_errors_are_one_line(shards, pictures, tmp_path):
 
 
 INITIALIZE = """
-import sys, torch, models_mae
+import copy, sys, torch, models_mae
 from torch import nn
 from util import dist; from util.training import fsdp; from util.weights import loading
 device = dist.init("cpu")
@@ -485,6 +485,23 @@ except ValueError as error:
     assert "gamma is not initialized: give its module a method reset_parameters" in str(error), error
 else:
     raise AssertionError("gamma has no value")
+class Teaches(Scaled):
+    def __init__(self, **arguments):
+        super().__init__()
+        self.register_buffer("kernel", torch.arange(3.0))
+        self.teacher = copy.deepcopy(self.blocks)
+try:
+    shard(Teaches)
+except ValueError as error:
+    assert "the buffer kernel is not initialized: set it in a subclass" in str(error), error
+else:
+    raise AssertionError("the buffer has no value")
+torch.manual_seed(3)
+whole = Teaches()
+model = copy.deepcopy(whole)
+fsdp.shard(model, [*model.blocks, *model.decoder_blocks], device, None, "reconstruct")
+compare(model, dict(whole.named_parameters()))
+assert torch.equal(model.kernel, torch.arange(3.0))
 """
 
 

@@ -3,6 +3,7 @@
 The script runs in this process on small images. `trainer.run` is replaced by a function that records its arguments.
 """
 
+import functools
 import re
 import struct
 import zlib
@@ -353,12 +354,17 @@ def test_a_class_of_models(capture, monkeypatch):
     drawn_pictures = record_calls(monkeypatch, pictures, "reconstruction")
     call = capture("--input_size", 16, model_class=PredictsFeatures)
     assert type(call.model) is PredictsFeatures
+    assert (call.settings["model_class"], call.settings["predicts_pixels"]) == ("PredictsFeatures", False)
+    bound = capture("--input_size", 16, model_class=functools.partial(PredictsFeatures))
+    assert bound.settings["model_class"] == "PredictsFeatures"
+    assert "model_class" not in capture("--input_size", 16).settings
     call.after_epoch(0, Log())
     assert drawn_pictures == []  # it predicts no pixels
 
 
-def test_fsdp(capture, monkeypatch):
-    """The model is built on the meta device. Every block is a unit."""
+@pytest.mark.parametrize(("kind", "built_on"), [(MaskedAutoencoderViT, "meta"), (PredictsFeatures, "cpu")])
+def test_fsdp(capture, monkeypatch, kind, built_on):
+    """The model is built on the meta device, but not a subclass, which may set weights. Every block is a unit."""
     calls = []
 
     def shard(model, units, device, dtype, method):
@@ -366,10 +372,10 @@ def test_fsdp(capture, monkeypatch):
         model.to_empty(device=device)
 
     monkeypatch.setattr(fsdp, "shard", shard)
-    call = capture("--input_size", 16, "--fsdp", "--amp", "bf16", "--decoder_depth", 2)
+    call = capture("--input_size", 16, "--fsdp", "--amp", "bf16", "--decoder_depth", 2, model_class=kind)
     ((units, *arguments),) = calls
     assert units == [*call.model.blocks, *call.model.decoder_blocks]
-    assert arguments == [torch.device("cpu"), torch.bfloat16, "reconstruct", "meta"]
+    assert arguments == [torch.device("cpu"), torch.bfloat16, "reconstruct", built_on]
 
 
 # --------------------------------------------------------------------------------------------------------- pictures

@@ -14,8 +14,9 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-# Sent before SIGKILL: SIGTERM by Slurm and torchrun, SIGINT by a keyboard, SIGUSR1 and SIGUSR2 by schedulers.
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+# Sent before SIGKILL: SIGTERM by Slurm and torchrun, SIGINT by a keyboard, SIGHUP by a terminal that is closed, SIGUSR1
+# and SIGUSR2 by schedulers.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Interrupted(Exception):
@@ -31,7 +32,10 @@ class Interrupted(Exception):
 
 
 class Interrupts:
-    """Context manager that records signals. A second SIGINT raises KeyboardInterrupt."""
+    """Context manager that records signals. A second SIGINT raises KeyboardInterrupt.
+
+    Signals that the process ignores remain ignored, such as SIGHUP under nohup.
+    """
 
     def __init__(self) -> None:
         self.pending: int | None = None  # the recorded signal
@@ -39,7 +43,8 @@ class Interrupts:
         self.raises = False
 
     def __enter__(self) -> "Interrupts":
-        self.earlier = {signum: signal.signal(signum, self._record) for signum in SIGNALS}
+        caught = [signum for signum in SIGNALS if signal.getsignal(signum) != signal.SIG_IGN]
+        self.earlier = {signum: signal.signal(signum, self._record) for signum in caught}
         return self
 
     def __exit__(self, *_: object) -> None:

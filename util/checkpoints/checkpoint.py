@@ -6,6 +6,7 @@ is a folder (`util.checkpoints.sharded`); `state.pth` in it has this format, wit
 """
 
 import argparse
+import errno
 import hashlib
 import logging
 import os
@@ -13,6 +14,7 @@ import pickle
 import re
 import shutil
 import zipfile
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,9 @@ MAX_DEPTH = 30
 PREFIX = "checkpoint-"  # of files, and of folders of sharded runs
 LAST, BEST, EMERGENCY = f"{PREFIX}last.pth", f"{PREFIX}best.pth", f"{PREFIX}emergency.pth"
 STATE = "state.pth"  # in the folder of a sharded checkpoint
+NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENOTCONN)  # the file may be undamaged
+# torch.load accepts instances of these types, but not of all their subclasses (weights_only).
+PLAIN = {type(None), bool, int, float, str, bytes, list, tuple, dict, OrderedDict, set, torch.Size, torch.dtype}
 
 
 class CheckpointError(ValueError):
@@ -63,6 +68,28 @@ def compute_digest(state: Any) -> str:
     return f"sha256:{sha.hexdigest()}"
 
 
+def require_plain(value: Any, name: str) -> None:
+    """Checks that `read` will accept a state: tensors and plain values only.
+
+    Args:
+        name: name of the state, for the message.
+
+    Raises:
+        ValueError: the state contains another object, such as a Path or a NumPy number.
+    """
+    if isinstance(value, Tensor):
+        return
+    if type(value) not in PLAIN:
+        raise ValueError(
+            f"{name} is a {type(value).__name__}, and checkpoints contain tensors and plain values only: convert it to "
+            f"a tensor, number, text, list or dict"
+        )
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+    for key, item in items:
+        require_plain(key, f"a key of {name}")
+        require_plain(item, f"{name}.{key}")
+
+
 def write(state: dict[str, Any], path: Path, *also: Path) -> None:
     """Writes a state and its digest atomically: the previous file survives a crash.
 
@@ -71,8 +98,11 @@ def write(state: dict[str, Any], path: Path, *also: Path) -> None:
         also: further paths of the same file, in the same folder.
 
     Raises:
+        ValueError: `read` would not accept the state (`require_plain`).
         OSError: the disk is full, or the folder can't be written to. The previous file is unchanged.
     """
+    for key, value in state.items():
+        require_plain(value, key)
     state = {**state, "digest": compute_digest(state)}
     with atomic.replacing(path) as temporary:
         with temporary.open("wb") as file:
@@ -206,6 +236,8 @@ def _load(path: Path, mmap: bool = False) -> dict[str, Any]:
             f"{_remedy(path)}"
         ) from error
     except Exception as error:  # the zip and pickle readers raise any exception
+        if isinstance(error, OSError) and error.errno in NO_ACCESS:
+            raise OSError(f"{path} can't be read ({error.strerror}): restore access to it") from error
         raise CheckpointError(
             f"{path} is not a checkpoint, or is damaged (an incomplete download or copy?): {error}"
         ) from error

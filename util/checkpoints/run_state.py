@@ -169,6 +169,7 @@ def resume(
             checkpoint.require_finite(state["model"], f"--resume {which}", "resume from an earlier checkpoint")
         restore_model(model, state, settings, which)
         _require_same_parameters(optimizer, state, settings)
+        _require_same_optimizer(optimizer, state)
         _require_same_epochs(_args_of(state), settings)
         progress.restore(state)
         _require_same_processes(state, settings)
@@ -190,7 +191,8 @@ def read_newest(output_dir: Path) -> dict[str, Any] | None:
     """Reads the newest undamaged checkpoint in a folder, the same one in all processes.
 
     Raises:
-        CheckpointError: the processes find different checkpoints.
+        CheckpointError: the processes find different checkpoints, or none of them can be read.
+        OSError: the system can't read a checkpoint.
     """
     names = dist.gather([path.name for path in checkpoint.checkpoints(output_dir)])
     if any(others != names[0] for others in names):
@@ -204,6 +206,11 @@ def read_newest(output_dir: Path) -> dict[str, Any] | None:
             continue
         logger.info(f"resuming from {path}")
         return state
+    if names[0]:
+        raise CheckpointError(
+            f"--resume auto: {output_dir} contains {', '.join(names[0][:3])}, and none of its checkpoints can be read: "
+            f"restore them, or give another --output_dir"
+        )
     logger.info(f"--resume auto: no checkpoint in {output_dir}, starting from the beginning")
     return None
 
@@ -233,12 +240,19 @@ def restore_model(model: nn.Module, state: dict[str, Any], settings: dict[str, A
             f"the checkpoint has another architecture than the model of this run: {len(differing)} tensors differ, "
             f"such as {', '.join(differing[:3])}"
         )
-        if str(saved.get("model")).startswith("mae_") is str(settings.get("model")).startswith("mae_"):
+        scripts = [
+            (str(model).startswith("mae_"), any(name.startswith("head.0.") for name in tensors))  # probes have head.0
+            for model, tensors in ((saved.get("model"), weights), (settings.get("model"), ours))
+        ]
+        if scripts[0] == scripts[1]:
             names = ["model", "input_size", "patch_size", "in_chans", "decoder_depth", "global_pool"]
             names += ["probe", "num_queries", "head", "num_cls_tokens"]
             names += ["blr"] if isinstance(saved.get("blr"), list) else []  # several heads
             raise _with_settings(error, {name: saved[name] for name in names if name in saved}, settings)
-        raise advised(error, *(_start_from(which) if which != "auto" else ["give another --output_dir"]))
+        if which == "auto":
+            raise advised(error, "give another --output_dir")
+        is_pretraining = scripts[1][0]
+        raise advised(error, *(["give a checkpoint of main_pretrain.py"] if is_pretraining else _start_from(which)))
     model.load_state_dict({name: dist.placed_as(weights[name], like) for name, like in ours.items()})
 
 
@@ -255,6 +269,19 @@ def _require_same_parameters(optimizer: torch.optim.Optimizer, state: dict[str, 
             "learned_pos_embed": args.get("learned_pos_embed", False),
         }
         raise _with_settings(error, chosen, settings)
+
+
+def _require_same_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Checkpoints do not record the class of the optimizer. The settings of Adam and of SGD or LARS differ."""
+    for name in ("betas", "momentum"):
+        saved, ours = (name in groups[0] for groups in (state["optimizer"]["param_groups"], optimizer.param_groups))
+        if saved != ours:
+            raise advised(
+                CheckpointError(
+                    f"the run of the checkpoint had another optimizer: its {name} {'are' if saved else 'are not'} set"
+                ),
+                "give another --output_dir",
+            )
 
 
 def _require_same_epochs(saved: dict[str, Any], settings: dict[str, Any]) -> None:

@@ -69,6 +69,8 @@ def _write(
     if done:
         logger.info(f"resuming after {done:,} of {count:,} images")
     with atomic.writing(folder):
+        if not done:
+            (folder / NOTE).unlink(missing_ok=True)  # of other settings
         file = rows.open("ab", buffering=0)  # not mapped: a full disk would abort the process
         file.truncate(size * done * math.prod(shape))  # removes features that the progress does not count
     with file, tqdm(total=count, initial=done, desc="features", unit="image", disable=None) as bar:

@@ -20,11 +20,13 @@ def shard(
     """Shards weights, gradients and optimizer states over the processes (FSDP2), in place.
 
     The weights of a unit are gathered while it computes. Weights outside units are gathered from the forward to the
-    backward pass. No process has the complete model in memory: initialization samples one complete tensor at a time.
+    backward pass. No process has a complete model from the meta device in memory: initialization samples one complete
+    tensor at a time.
 
     Args:
-        model: a model that was built under `torch.device("meta")`. `initialize_weights` runs after the
-            `reset_parameters` of its modules. With the same seed, the weights equal those of a model without sharding.
+        model: a model that was built under `torch.device("meta")`: `initialize_weights` runs after the
+            `reset_parameters` of its modules, and with the same seed, the weights equal those of a model without
+            sharding. Or a model with weights, which are the same in all processes.
         units: the blocks.
         device: device of the weights.
         dtype: data type of the weights of units in communication between GPUs; None: fp32. Gradients are averaged in
@@ -32,8 +34,8 @@ def shard(
         method: another method of the model, in addition to `forward`, that computes with its weights.
 
     Raises:
-        ValueError: there is only one process, `dtype` is fp16, which needs a common loss scale, or a weight is not
-            initialized.
+        ValueError: there is only one process, `dtype` is fp16, which needs a common loss scale, or a weight or buffer
+            is not initialized.
     """
     if dtype is torch.float16:
         raise ValueError("--fsdp supports --amp bf16 and off, not fp16")
@@ -50,12 +52,16 @@ def shard(
         fully_shard(unit, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh)
     register_fsdp_forward_method(model, method)
-    _initialize(model, device)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        _initialize(model, device)
 
 
 @torch.no_grad()
 def _initialize(model: Any, device: torch.device) -> None:
     """Initializes a sharded model in the order of its constructor."""
+    for name, buffer in model.named_buffers():
+        if buffer.is_meta:
+            raise ValueError(f"--fsdp: the buffer {name} is not initialized: set it in a subclass (model_class)")
     fixed = {name: tensor for name, tensor in model.state_dict().items() if not tensor.is_meta}  # position tables
     model.to_empty(device=device)
     for parameter in model.parameters():

@@ -62,7 +62,7 @@ class Precision:
             The global norm of the gradient before clipping, on the device.
         """
         assert getattr(optimizer, "_step_supports_amp_scaling", False), (
-            "the optimizer must support found_inf (fused=True)"
+            "the optimizer must support found_inf, as torch.optim.AdamW(fused=True) and util/lars.py do"
         )
         self.scaler.unscale_(optimizer)
         gradients = [p.grad for p in _parameters(optimizer) if p.grad is not None]

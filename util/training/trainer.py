@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from util import dist, lr_sched
-from util.checkpoints import run_directory, run_state
+from util.checkpoints import checkpoint, run_directory, run_state
 from util.interrupts import Interrupted, Interrupts
 from util.training import run_log
 from util.training.compiling import compile_model
@@ -72,10 +72,10 @@ def run(
         is_locked: the caller has locked the run directory.
 
     Raises:
-        ValueError: the model is sharded and there are callbacks, whose states would not be saved.
+        ValueError: the model is sharded and there are callbacks, whose states would not be saved; or a setting or the
+            state of a callback is not a plain value.
     """
-    if callbacks and dist.is_sharded(model):
-        raise ValueError("--fsdp can't save the state of callbacks: omit --fsdp or the callbacks")
+    _require_storable(model, settings, callbacks)
     args, output_dir = Namespace(**settings), Path(settings["output_dir"])
     logger.info("settings: " + " ".join(f"{key}={settings[key]}" for key in sorted(settings) if key != "classes"))
     progress = _initial_progress(args, batches.num_images)
@@ -121,6 +121,14 @@ def run(
             train, options, after_epoch, model, batches, progress, interrupts,
             epochs=args.epochs, eval_every=settings.get("eval_every", 1), evaluates=evaluates, metric=metric,
         )  # fmt: skip
+
+
+def _require_storable(model: nn.Module, settings: Mapping[str, Any], callbacks: Sequence[Callback]) -> None:
+    if callbacks and dist.is_sharded(model):
+        raise ValueError("--fsdp can't save the state of callbacks: omit --fsdp or the callbacks")
+    checkpoint.require_plain({**settings}, "args")
+    for callback in callbacks:
+        checkpoint.require_plain(callback.state_dict(), f"the state of {type(callback).__name__}")
 
 
 def _initial_progress(args: Namespace, num_images: int) -> run_state.Progress:

@@ -9,7 +9,7 @@ import json
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,13 +31,17 @@ from util.weights.model_zoo import CLASSIFIER, ENCODER, FULL, SEGMENTER
 logger = logging.getLogger(__name__)
 
 TABLES = {"pos_embed", "decoder_pos_embed"}  # position tables of an autoencoder
+MODULES = {  # of models_mae.MaskedAutoencoderViT
+    "cls_token", "pos_embed", "patch_embed", "blocks", "norm", "mask_token", "decoder_pos_embed", "decoder_embed",
+    "decoder_blocks", "decoder_norm", "decoder_pred",
+}  # fmt: skip
 SETTINGS = "args"  # the entry in the metadata of a .safetensors file with the settings of the run, as JSON
 # The settings of a file that are used, and the types of their values or of the elements of lists.
 SETTINGS_USED: dict[str, type | tuple[type, ...]] = {
     "model": str, "input_size": int, "patch_size": int, "in_chans": int, "mean": (int, float), "std": (int, float),
     "classes": str, "label_names": str, "crop_pct": (int, float), "mask_ratio": (int, float), "num_heads": int,
     "decoder_num_heads": int, "layer_norm_eps": (int, float), "short_side": int, "colors": int,
-    "num_cls_tokens": int, "mask_block": int,
+    "num_cls_tokens": int, "mask_block": int, "model_class": str,
 }  # fmt: skip
 OTHER_TOKENS = {"reg_token": "register tokens", "register_tokens": "register tokens",
                 "dist_token": "a distillation token", "distillation_token": "a distillation token"}  # fmt: skip
@@ -118,7 +122,7 @@ def read(name: Path | str) -> Weights:
     for key in ("cls_token", "pos_embed"):
         if key not in tensors:
             raise CheckpointError(f"{path} has no {key}, which the models of this library have")
-    for key in tensors:
+    for key in tensors if "model_class" not in settings else ():
         if tokens := OTHER_TOKENS.get(key.rpartition(".")[2]):
             raise CheckpointError(f"{path} has {tokens} ({key}), which this library does not support")
     for key, axes in (("patch_embed.proj.weight", 4), ("cls_token", 3), ("pos_embed", 3), ("decoder_pos_embed", 3)):
@@ -130,7 +134,7 @@ def read(name: Path | str) -> Weights:
         settings = {**settings, "input_size": foreign_settings.side_or_sides(size[1:])}
     _check_settings(path, settings)
     checkpoint.require_finite(tensors, str(name), "its run diverged, or the file is damaged; give another file")
-    return Weights(tensors, settings, _kind(tensors), str(name))
+    return Weights(tensors, settings, _kind(tensors, settings), str(name))
 
 
 def _check_settings(path: Path, settings: dict[str, Any]) -> None:
@@ -198,14 +202,15 @@ def _shards(index: Path) -> list[str]:
     return sorted(set(json.loads(read_file(index))["weight_map"].values()))
 
 
-def _kind(tensors: dict[str, Tensor]) -> str:
+def _kind(tensors: dict[str, Tensor], settings: Mapping[str, Any]) -> str:
     if PIXEL_HEAD in tensors:
         return SEGMENTER
     if any(name.startswith("head.") for name in tensors):
         return CLASSIFIER
     # A decoder that does not predict pixels can't reconstruct.
     num_values = tensors["patch_embed.proj.weight"][0].numel()
-    return FULL if len(tensors.get("decoder_pred.weight", ())) == num_values else ENCODER
+    pixels = settings.get("predicts_pixels") is not False and len(tensors.get("decoder_pred.weight", ())) == num_values
+    return FULL if pixels else ENCODER
 
 
 def init_mae(model: Any, file: Weights) -> None:
@@ -215,7 +220,16 @@ def init_mae(model: Any, file: Weights) -> None:
         CheckpointError: weights of the encoder are missing, or there are unexpected names or shapes; or the file has
             learned positions, and the model has fixed positions.
     """
-    ours, weights = model.state_dict(), dict(file.tensors)
+    if file.kind in (CLASSIFIER, SEGMENTER):
+        raise CheckpointError(
+            f"{file.source} is a {file.kind}: give the weights of an autoencoder or of an encoder, such as those from "
+            f"which it was trained"
+        )
+    ours, weights = model.state_dict(), _known(file, model)
+    own = _added(ours.keys() - weights.keys())
+    if own:
+        logger.warning(f"{file.source} has no {_some(own)}: they keep their initial values")
+        ours = {name: value for name, value in ours.items() if name not in own}
     _require_cls_tokens(file, model)
     if model.learned_pos_embed:
         for name in TABLES & weights.keys():
@@ -260,7 +274,7 @@ def load_encoder(
     pooled = "fc_norm.weight" in ours
     weights = {
         key: value
-        for key, value in file.tensors.items()
+        for key, value in _known(file, model).items()
         if not key.startswith("decoder_") and key != "mask_token" and not (pooled and key.startswith("norm."))
     }
     head = {key for key in weights if key.startswith("head.")}
@@ -394,6 +408,21 @@ def _reshaped(weights: dict[str, Tensor], ours: dict[str, Tensor]) -> set[str]:
     return {name for name in ours.keys() & weights.keys() if ours[name].shape != weights[name].shape}
 
 
+def _added(names: Iterable[str]) -> set[str]:
+    """Returns the names of the weights that a subclass of `MaskedAutoencoderViT` adds."""
+    return {name for name in names if name.partition(".")[0] not in MODULES}
+
+
+def _known(file: Weights, model: nn.Module) -> dict[str, Tensor]:
+    """Returns the weights of a file without those that a subclass has added, and the model does not have."""
+    name = file.settings.get("model_class")
+    added = _added(file.tensors.keys() - model.state_dict().keys()) if name else set()
+    dropped = {key for key in added if not key.startswith("decoder_")}
+    if dropped:
+        logger.warning(f"{file.source} was trained with the class {name}: {_some(dropped)} are not loaded")
+    return {key: value for key, value in file.tensors.items() if key not in added}
+
+
 def _require(file: Weights, model: Any, missing: set[str], unexpected: set[str], reshaped: set[str]) -> None:
     """Raises CheckpointError, with names and a remedy, if weights are missing, unexpected or of another shape.
 
@@ -413,6 +442,8 @@ def _require(file: Weights, model: Any, missing: set[str], unexpected: set[str],
                 differing.pop("global_pool", None)
             if not any(name.startswith("head.") for name in missing | unexpected):
                 differing.pop("head", None)
+            if getattr(model, "head_pools", False) and differing.pop("global_pool", None):
+                raise advice.advised(error, "give --probe linear --global_pool, or pre-trained weights")
             raise advice.advised(error, f"give {advice.flags(differing)}") if differing else error
 
 
