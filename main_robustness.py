@@ -12,12 +12,14 @@ import argparse
 import logging
 import time
 from argparse import Namespace
+from contextlib import nullcontext
 from pathlib import Path
 
 from util.cli import entry_point  # first: it names missing packages
 
 # isort: split
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from engine_finetune import Evaluation, evaluate, warn_of_changes
@@ -28,6 +30,7 @@ from util.cli import flags, options
 from util.data import loader
 from util.data.samples import Samples
 from util.evaluation import robustness, robustness_report
+from util.files import locks
 from util.training import run_log
 from util.training.precision import Precision
 
@@ -73,9 +76,18 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def main(args: Namespace) -> str:
-    """Evaluates the cells that have no scores yet. Prints, writes and returns the table."""
+    """Evaluates the cells that have no scores yet. Prints, writes and returns the table.
+
+    Raises:
+        ValueError: another process evaluates the suite with the same output directory.
+    """
     device = dist.init(args.device, args.dist_url, args.dist_timeout, args.dist_backend)
     run_log.start_logging()
+    with locks.locked(Path(args.output_dir), f"{args.suite}.lock") if dist.is_main() else nullcontext():
+        return _evaluate(args, device)
+
+
+def _evaluate(args: Namespace, device: torch.device) -> str:
     precision = Precision(args.amp, device)
     suite = robustness.find(args.suite, Path(args.data_path).expanduser())
     crop_pct = args.crop_pct or (1.0 if args.suite == "imagenet-c" else None)

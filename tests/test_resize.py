@@ -2,15 +2,18 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import skimage.data
 from conftest import ROOT
+from mains import wait_until
 from PIL import Image
 
 from util.cli import entry_point
 from util.data import resize
+from util.files import locks
 
 
 @pytest.fixture
@@ -67,6 +70,38 @@ def test_resize_resumes_after_an_interruption(folder, tmp_path, caplog):
     assert "existing files are kept" in caplog.text
     assert (copy / "train/cat/a.jpg").stat().st_mtime_ns == kept.st_mtime_ns
     assert not list(copy.rglob("*.tmp"))
+
+
+def test_two_commands_do_not_write_one_copy(folder, tmp_path):
+    """They would remove each other's temporary files."""
+    with locks.locked(tmp_path / "copy"), pytest.raises(ValueError, match="copy is being written to by another"):
+        make_copy(folder, tmp_path / "copy")
+    make_copy(folder, tmp_path / "copy")
+
+
+def test_worker_processes_end_with_a_killed_command(folder, tmp_path):
+    """They would write to the copy, beside the same command."""
+    script, pid = tmp_path / "script.py", tmp_path / "pid"
+    script.write_text(f"""
+import os, sys, time
+from pathlib import Path
+sys.path.insert(0, {str(ROOT)!r})
+from util.cli import entry_point
+from util.data import resize
+
+def sleep(*_, **__):
+    Path({str(pid)!r}).write_text(str(os.getpid()))
+    time.sleep(60)
+
+resize.resize = sleep
+if __name__ == "__main__":
+    resize.main(entry_point.parse(resize.get_args_parser()))
+""")
+    process = subprocess.Popen([sys.executable, script, folder, tmp_path / "copy", "--num_workers", "1"])
+    wait_until(lambda: pid.exists() and pid.read_text(), process)
+    process.kill()
+    process.wait()
+    wait_until(lambda: not Path(f"/proc/{pid.read_text()}").exists(), seconds=20)
 
 
 def test_files_that_scaling_would_change_are_copied(tmp_path, caplog):

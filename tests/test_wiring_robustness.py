@@ -15,6 +15,7 @@ from engine_finetune import Evaluation
 from util import dist
 from util.data import loader
 from util.evaluation import robustness
+from util.files import locks
 
 DEFAULTS = {"subset": None, "crop_pct": None, "output_dir": "runs/robustness", "batch_size": 128, "num_workers": 10}
 
@@ -81,6 +82,16 @@ def test_every_flag_reaches_its_place(run, tmp_path):
     assert calls.joined == [{"device_name": "cpu", "dist_url": "tcp://x", "timeout": 9, "backend": "gloo"}]
     assert (calls.results["settings"]["subset"], calls.results["settings"]["amp"]) == (7, "bf16")
     assert "a subset of 7 images per cell" in calls.table
+
+
+def test_two_models_at_once_do_not_write_one_file(run, tmp_path):
+    """The second would overwrite the scores of the first. Two suites may be evaluated at once."""
+    for suite in ("imagenet-a", "imagenet-r"):
+        class_folders(tmp_path / suite, robustness.subset(suite), "a.jpg", lambda label: label)
+    with locks.locked(tmp_path / "out", "imagenet-a.lock"):
+        with pytest.raises(ValueError, match="out is being written to by another process"):
+            run("imagenet-a")
+        run("imagenet-r")
 
 
 def test_corrupted_images_are_evaluated_without_a_crop(run, tmp_path, monkeypatch):

@@ -4,8 +4,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from util.files import atomic, locks
 logger = logging.getLogger(__name__)
 
 NOTE = "done.json"  # the progress
-LOCK = "lock"
 SAVE_EVERY = 20  # batches between updates of the progress
 
 
@@ -42,19 +40,8 @@ def write(
         OSError: the disk is full. The same call resumes the computation.
         ValueError: another process computes the features.
     """
-    with _locked(folder):
+    with locks.locked(folder):
         return _write(folder, settings, count, compute_from, dtype)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    with atomic.writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / LOCK).open("a")
-    with file:
-        if not locks.acquire(file, folder):
-            raise ValueError(f"{folder} is being written to by another process: wait for it, or stop it")
-        yield
 
 
 def _write(

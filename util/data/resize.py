@@ -23,8 +23,9 @@ from util.data.decode import BadImage, read
 from util.data.folders import image_files
 from util.data.loader import up_to_cores
 from util.data.masks import MASK_FOLDERS
-from util.files import atomic
+from util.files import atomic, locks
 from util.files.untrusted import printable, read_file
+from util.interrupts import end_with_parent
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +106,8 @@ def main(args: argparse.Namespace) -> None:
     """Writes the copy. Prints the number of files, and the files that can't be read.
 
     Raises:
-        ValueError: a folder does not exist, contains no images or a folder of masks, or contains the copy.
+        ValueError: a folder does not exist, contains no images or a folder of masks, or contains the copy, or another
+            process writes the copy.
         BadImage: a file can't be read.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
@@ -117,11 +119,12 @@ def main(args: argparse.Namespace) -> None:
     if not names:
         raise ValueError(f"there are no images in {args.data_path}")
     _refuse_masks(args.data_path, names)
-    for parent in {(args.copy / name).parent for name in names}:
-        parent.mkdir(parents=True, exist_ok=True)
+    num_workers = up_to_cores(args.num_workers)
     one = partial(resize, folder=args.data_path, copy=args.copy, short_side=args.short_side, quality=args.quality)
     counts, unread = Counter[str](), []
-    with ProcessPoolExecutor(up_to_cores(args.num_workers)) as pool:
+    with locks.locked(args.copy), ProcessPoolExecutor(num_workers, initializer=end_with_parent) as pool:
+        for parent in {(args.copy / name).parent for name in names}:
+            parent.mkdir(parents=True, exist_ok=True)
         for outcome, why in tqdm(pool.map(one, names, chunksize=16), total=len(names), unit="image", disable=None):
             counts[outcome] += 1
             unread += [why] if why else []

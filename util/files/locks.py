@@ -3,10 +3,34 @@
 import fcntl
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from util.files import atomic
+
 logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def locked(folder: Path, name: str = "lock") -> Iterator[None]:
+    """Context manager that creates a folder and locks it.
+
+    Args:
+        name: name of the lock file. It stays in the folder, because another process may have it open.
+
+    Raises:
+        ValueError: another process has locked the folder.
+        OSError: the folder can't be written to.
+    """
+    with atomic.writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / name).open("a")
+    with file:
+        if not acquire(file, folder):
+            raise ValueError(f"{folder} is being written to by another process: wait for it, or stop it")
+        yield
 
 
 def acquire(file: IO[str], folder: Path) -> bool:

@@ -1,12 +1,10 @@
 """Runs scripts in processes of their own, several at a time; each result is computed once and kept in a folder."""
 
-import ctypes
 import hashlib
 import json
 import os
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -19,13 +17,13 @@ from typing import Any, TypeVar
 
 from util.cli.advice import arguments
 from util.files import atomic
+from util.interrupts import end_with_parent
 
 Scores = dict[str, Any]
 T = TypeVar("T")
 
 # Flags whose files do not belong to a result: images may have hundreds of gigabytes, and runs write the others.
 NOT_COMPARED = {"data_path", "output_dir", "log_dir"}
-PR_SET_PDEATHSIG = 1  # of Linux: the signal that a process gets when its parent ends
 
 
 class Commands:
@@ -96,7 +94,7 @@ class Commands:
                         raise ValueError(f"{name} was not started: another command has failed")
                     process = subprocess.Popen(
                         [sys.executable, str(script), *arguments(flags)], stdout=file, stderr=subprocess.STDOUT,
-                        preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+                        preexec_fn=end_with_parent,  # it would train on, beside a resumed comparison
                         env=os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.jobs))},
                     )  # fmt: skip
                     self.processes.add(process)
@@ -147,12 +145,3 @@ def _digest_of(value: Any) -> str | None:
 def _digest(path: str, _size: int, _time: int) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-
-
-_libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-
-
-def _end_with_parent() -> None:
-    """Lets the command save its state and end if this process is killed; otherwise it would train on alone."""
-    assert _libc
-    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
