@@ -57,7 +57,7 @@ def undisturbed(pictures, tmp_path_factory):
 def test_a_run_stopped_by_signals_resumes_exactly(pictures, tmp_path, undisturbed):
     """A run that is stopped twice."""
     reached = 0
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGTERM, signal.SIGHUP):
         code, output = stop_after_an_epoch(start(pictures, tmp_path), tmp_path, number)
         assert code == 128 + number, output
         assert f"{number.name}: the run stops after this update and saves its state" in output
