@@ -415,16 +415,29 @@ class Runs:
         return _epoch_flags(int(budget))
 
     def _run(self, name: str, task: Task, flags: Flags, resume: str = "auto") -> dict[str, Any]:
-        script = Path(str(PROTOCOLS[task.protocol][0].__file__))
         if task.protocol == KNN:
-            return self.commands.run(name, script, flags, lambda _, output: json.loads(output.strip().splitlines()[-1]))
+            return self._start(name, task, flags, lambda _, output: json.loads(output.strip().splitlines()[-1]))
         out = self.commands.folder / name
         if not resume and name not in self.commands.scores():
             shutil.rmtree(out, ignore_errors=True)  # of an interrupted run
-        scores = self.commands.run(name, script, {**flags, "output_dir": out, "resume": resume or None}, _last_line)
+        scores = self._start(name, task, {**flags, "output_dir": out, "resume": resume or None}, _last_line)
         if not self.args.keep_checkpoints:
             _remove_checkpoints(out)
         return scores
+
+    def _start(
+        self, name: str, task: Task, flags: Flags, read: Callable[[Path, str], dict[str, Any]]
+    ) -> dict[str, Any]:
+        """Runs the script of a protocol. An error names the recipe as the place of flags that only the script has."""
+        try:
+            return self.commands.run(name, Path(str(PROTOCOLS[task.protocol][0].__file__)), flags, read)
+        except ValueError as error:
+            of_script = vars(self._settings(task, flags)).keys() - vars(self.args).keys()
+            others = [flag for flag in re.findall(r"--(\w+)", str(error)) if flag in of_script - {"resume"}]
+            if not others:
+                raise
+            place = f"main_compare.py passes {', '.join(others)} in a recipe: --recipes {task.protocol}=YAML"
+            raise ValueError(f"{error}; {place}") from error
 
     def _pixels(self, task: Task) -> dict[str, Any]:
         """Fits a baseline of scikit-learn on the images of the same draw."""

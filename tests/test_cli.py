@@ -12,6 +12,7 @@ import torch
 import yaml
 from conftest import ROOT
 
+import main_finetune
 import main_pretrain
 from inference import features, predict
 from util.cli import entry_point
@@ -257,6 +258,29 @@ def test_errors_are_one_line_and_debug_shows_the_traceback(capsys, monkeypatch):
     code, output = run(KeyboardInterrupt())
     assert code == 130
     assert "--resume auto resumes from the newest checkpoint" in output
+
+
+@pytest.mark.parametrize(
+    ("flags", "remedy"),
+    [
+        ([], "; the same command with --resume auto resumes "),
+        (["--resume", "auto"], "; the same command resumes "),
+        (["--eval", "--resume", "a.pth"], ""),
+    ],
+)
+def test_an_interrupted_command_names_the_one_that_resumes(flags, remedy, capsys, monkeypatch):
+    """An evaluation does not resume."""
+    killed = RuntimeError("DataLoader worker (pid 3) is killed by signal: Killed. More")
+    for error, end in ((KeyboardInterrupt(), "from the newest checkpoint"), (killed, "the run")):
+
+        def main(args, error=error):
+            raise error
+
+        monkeypatch.setattr("sys.argv", ["main.py", *flags])
+        with pytest.raises(SystemExit):
+            entry_point.run(main, main_finetune.get_args_parser())
+        instead = "; try again" if error is killed else "interrupted"
+        assert capsys.readouterr().err.endswith(f"{remedy}{end}\n" if remedy else f"{instead}\n")
 
 
 @pytest.mark.parametrize(

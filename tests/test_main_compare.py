@@ -270,7 +270,15 @@ def test_a_result_belongs_to_the_files_of_its_folders(tmp_path, flag, runs):
     assert next(count) == runs
 
 
-def test_an_interrupted_run_of_other_files_is_not_resumed(tmp_path):
+@pytest.mark.parametrize(
+    ("recipe", "command", "resumes"),
+    [
+        ("epochs: 20", "run.py --seed 1", False),
+        ("epochs: 1", "run.py --seed 2", False),
+        ("epochs: 1", "run.py --seed 1 --num_workers 2 --output_dir 'the place'", True),
+    ],
+)
+def test_an_interrupted_run_of_other_flags_or_files_is_not_resumed(tmp_path, recipe, command, resumes):
     def interrupt(out):
         (out / "state").touch()
         raise KeyboardInterrupt
@@ -278,10 +286,31 @@ def test_an_interrupted_run_of_other_files_is_not_resumed(tmp_path):
     (tmp_path / "recipe").write_text("epochs: 1")
     commands = Commands(tmp_path / "runs", tmp_path / "results.json", 1)
     with pytest.raises(KeyboardInterrupt):
-        commands.keep("name", "command", {"config": tmp_path / "recipe"}, interrupt)
-    (tmp_path / "recipe").write_text("epochs: 20")
-    commands.keep("name", "command", {"config": tmp_path / "recipe"}, lambda out: {"value": (out / "state").exists()})
-    assert commands.scores()["name"]["value"] is False
+        commands.keep("name", "run.py --seed 1", {"config": tmp_path / "recipe"}, interrupt)
+    (tmp_path / "recipe").write_text(recipe)
+    commands.keep("name", command, {"config": tmp_path / "recipe"}, lambda out: {"value": (out / "state").exists()})
+    assert commands.scores()["name"]["value"] is resumes
+
+
+def test_a_moved_comparison_is_complete(tmp_path):
+    """The encoders of timm are in the moved folder. The commands of the results are those of the new folder."""
+    (tmp_path / "counts.py").write_text("open(__file__ + '.txt', 'a').write('run ')")
+
+    def run(out, **flags):
+        encoder = out / "encoders" / "a.pth"
+        if not encoder.exists():
+            encoder.parent.mkdir(parents=True)
+            encoder.write_text("weights")
+        commands = Commands(out / "runs", out / "results.json", 1)
+        settings = {"finetune": encoder, "data_path": "images", "output_dir": out / "runs/a", **flags}
+        scores = commands.run("a", tmp_path / "counts.py", settings, lambda out, text: {"value": 1})
+        assert f"--output_dir {out}/runs/a" in scores["command"]
+        return (tmp_path / "counts.py.txt").read_text().count("run")
+
+    assert run(tmp_path / "one") == 1
+    (tmp_path / "one").rename(tmp_path / "two")
+    assert run(tmp_path / "two", num_workers=2, download=True) == 1
+    assert run(tmp_path / "two", data_path="others") == 2
 
 
 def test_pixels_of_other_lists_are_computed_again(labelled, encoder, tmp_path, monkeypatch):
@@ -521,6 +550,24 @@ def test_an_error_ends_the_others(tmp_path):
         list(commands.each(calls))
     wait_until(lambda: note.read_text() != "waits")
     assert note.read_text() == "saved"
+
+
+def test_a_remedy_of_a_script_is_given_in_a_recipe(labelled, encoder, tmp_path, monkeypatch):
+    """main_compare.py does not have all flags of the scripts."""
+
+    def fail(self, name, script, *_):
+        raise ValueError(f"{script.name}: error: a.png: empty (--on_bad_image skip, --batch_size 2, --amp off)")
+
+    monkeypatch.setattr(Commands, "run", fail)
+    with pytest.raises(
+        ValueError,
+        match=r"; main_compare.py passes on_bad_image, batch_size in a recipe: --recipes "
+        r"finetune=YAML$",
+    ):
+        compare(labelled, tmp_path / "a", encoder, "--protocols", "finetune")
+    monkeypatch.setattr(Commands, "run", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        compare(labelled, tmp_path / "b", encoder, "--protocols", "finetune")
 
 
 def test_no_command_begins_after_an_error(tmp_path):

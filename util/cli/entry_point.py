@@ -205,7 +205,9 @@ def run(main: Callable[[argparse.Namespace], Any], parser: argparse.ArgumentPars
     The exit code is 1 after an error, 2 after a wrong command line, and 128 + the number of the signal after a signal.
     """
     args = parse(parser)
-    resume = "; the same command with --resume auto resumes from the newest checkpoint" if "resume" in args else ""
+    trains = "resume" in args and not getattr(args, "eval", False)
+    same = "the same command" if trains and args.resume == "auto" else "the same command with --resume auto"
+    resume = f"; {same} resumes from the newest checkpoint" if trains else ""
     try:
         main(args)
         dist.teardown()  # not after an error, because the processes would wait for each other
@@ -217,7 +219,7 @@ def run(main: Callable[[argparse.Namespace], Any], parser: argparse.ArgumentPars
             _fail(parser, args, error, _out_of_memory(args), 1)
         elif "DataLoader worker" in str(error):
             reason = str(error).partition(". ")[0].strip()
-            remedy = "--resume auto resumes the run" if "resume" in args else "try again"
+            remedy = f"{same} resumes the run" if trains else "try again"
             _fail(parser, args, error, f"{reason}, usually for lack of memory: lower --num_workers; {remedy}", 1)
         elif lost := dist.lost_process(error):
             _fail(parser, args, error, lost + resume, 1)
@@ -225,7 +227,7 @@ def run(main: Callable[[argparse.Namespace], Any], parser: argparse.ArgumentPars
     except (ValueError, OSError, ArithmeticError) as error:
         _fail(parser, args, error, _message(error) + _remedies(parser, error), 1)
     except Interrupted as error:  # 143 after SIGTERM, 130 after SIGINT
-        reason = f"{error}, the state is saved; the same command with --resume auto resumes the run"
+        reason = f"{error}, the state is saved; {same} resumes the run"
         _fail(parser, args, error, reason, 128 + error.signum)
     except KeyboardInterrupt as error:
         _fail(parser, args, error, f"interrupted{resume}", 130)

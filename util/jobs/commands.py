@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from functools import cache
 from pathlib import Path
@@ -22,14 +22,16 @@ from util.interrupts import end_with_parent
 Scores = dict[str, Any]
 T = TypeVar("T")
 
-# Flags whose files do not belong to a result: images may have hundreds of gigabytes, and runs write the others.
-NOT_COMPARED = {"data_path", "output_dir", "log_dir"}
+# Flags that do not change a result. A moved folder of results is complete.
+WITHOUT_EFFECT = {"output_dir", "log_dir", "num_workers", "download"}
+# Flags whose files are not compared: images may have hundreds of gigabytes, and runs write the others.
+NOT_COMPARED = WITHOUT_EFFECT | {"data_path"}
 
 
 class Commands:
     """Runs commands and keeps their scores in a file.
 
-    A result is computed again if its command is another one, or if a file or folder that a flag names has changed.
+    A result is computed again if a flag has changed, or the contents of a file or folder that a flag names.
 
     Args:
         folder: the run directories.
@@ -55,14 +57,17 @@ class Commands:
         out = self.folder / name
         compared = {key: value for key, value in flags.items() if key not in NOT_COMPARED}
         files = {key: digest for key, value in compared.items() if (digest := _digest_of(value))}
+        words = _compared_words(command, files)
         scores = self.scores().get(name, {})
-        if scores.get("command") == command and scores.get("files") == files:
-            return scores
-        started, text = out / "command.txt", f"{command}\n{json.dumps(files)}\n"
-        if started.exists() and started.read_text(encoding="utf-8") != text:
-            shutil.rmtree(out)  # of other flags or files; it can't be resumed
+        if scores.get("files") == files and _compared_words(scores["command"], files) == words:
+            return {**scores, "command": command}
+        started = out / "command.txt"
+        if started.exists():
+            before, _, digests = started.read_text(encoding="utf-8").rstrip("\n").rpartition("\n")
+            if digests != json.dumps(files) or _compared_words(before, files) != words:
+                shutil.rmtree(out)  # of other flags or files; it can't be resumed
         out.mkdir(parents=True, exist_ok=True)
-        atomic.write_text(started, text)
+        atomic.write_text(started, f"{command}\n{json.dumps(files)}\n")
         begin = time.perf_counter()
         scores = {**compute(out), "seconds": time.perf_counter() - begin, "command": command, "files": files}
         with self.lock:
@@ -127,6 +132,17 @@ class Commands:
                     for process in list(self.processes):
                         process.terminate()
                 raise
+
+
+def _compared_words(command: str, files: Collection[str]) -> list[str]:
+    """Returns a command without the flags that do not change its result and those whose files are compared."""
+    words, compared = [], True
+    for word in shlex.split(command):
+        if word.startswith("--"):
+            compared = word[2:] not in WITHOUT_EFFECT | set(files)
+        if compared:
+            words.append(word)
+    return words
 
 
 def _digest_of(value: Any) -> str | None:
