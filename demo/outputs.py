@@ -151,10 +151,10 @@ def look_inside(model: Model, photo: str | None, attention: AttentionMap) -> lis
     Returns:
         The image; its attention map; the principal components; the legend of the attention as HTML.
     """
-    picture = open_usable(model, photo)
-    if picture is None:
+    picture, attended_picture = open_usable(model, photo), open_usable(attention.model, photo)
+    if picture is None or attended_picture is None:
         return [None, None, None, ""]
-    imgs, attended = uncropped_input(model, picture), uncropped_input(attention.model, picture)
+    imgs, attended = uncropped_input(model, picture), uncropped_input(attention.model, attended_picture)
     of_all = attention.weights(attention.model, attended)[0]
     weights = of_all.mean(dim=0) if attention.number is None else of_all[attention.number]
     image, bright = maps.overlay(model, imgs[0]), maps.overlay(attention.model, attended[0], weights)
@@ -168,13 +168,13 @@ def look_inside(model: Model, photo: str | None, attention: AttentionMap) -> lis
 
 
 def classify(classifier: Model, photo: str | None) -> dict[str, float] | None:
-    """Returns the five most likely classes with their scores."""
+    """Returns the five most likely classes with their scores. Of classes with one name, the most likely is returned."""
     picture = open_usable(classifier, photo)
     if picture is None:
         return None
     pixels = classifier.transform(picture)[None].to(classifier.cls_token.device)
     (prediction,) = classifier.predict(classifier.normalize(pixels))
-    return dict(prediction["top"])
+    return dict(reversed(prediction["top"]))  # two classes of ImageNet-1K are named crane
 
 
 def segment(model: Segmenter, photo: str | None, opacity: float) -> list[Any]:

@@ -49,6 +49,8 @@ SUFFIXES = {
     "transformers": ("",), "mmpretrain": (".pth",), "onnx": (".onnx",), "torch_export": (".pt2",),
 }  # fmt: skip
 WITHOUT_OTHER_HEADS = ("mmpretrain", "timm", "transformers")
+ONLY_OURS = ("learned_pos_embed", "mask_block")  # settings of an autoencoder that transformers does not have
+FOR_ALL = "--to safetensors, onnx or torch_export"  # formats that have all models
 CLOSE = 1e-4  # largest difference between the outputs of the exported model and of our model
 
 
@@ -100,7 +102,7 @@ def export(model: Model, to: str, out: Path) -> None:
         )
     if (model.head_pools or isinstance(model, Segmenter)) and to in WITHOUT_OTHER_HEADS:
         head = "attentive probe" if model.head_pools else "head for segmentation that this library uses"
-        raise ValueError(f"--to {to}: {to} has no {head}; give --encoder, or --to safetensors, onnx or torch_export")
+        raise ValueError(f"--to {to}: {to} has no {head}; give --encoder, or {FOR_ALL}")
     check_suffix(to, out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic.replacing(out) as written:
@@ -227,19 +229,20 @@ def write_mmpretrain(model: Model, out: Path) -> None:
 def write_transformers(model: Model, out: Path) -> None:
     """Writes a folder with weights, config.json, and preprocessor_config.json for the preprocessing of the model."""
     transformers = _library("transformers")
-    settings, (height, width) = model.settings, model.patch_embed.img_size
+    settings = model.settings
     block: Any = model.blocks[0]
+    # Its processors scale the short side of a picture to a fixed length. Its decoder interpolates positions in one
+    # dimension.
+    side = _square(model.patch_embed.img_size, "images")
     same = {
         "hidden_size": model.pos_embed.shape[-1], "num_hidden_layers": len(model.blocks),
         "num_attention_heads": block.attn.num_heads, "intermediate_size": block.mlp.fc1.out_features,
-        "image_size": height if height == width else (height, width), "num_channels": model.in_chans,
+        "image_size": side, "num_channels": model.in_chans,
         "patch_size": _square(model.patch_embed.patch_size, "patches"), "layer_norm_eps": block.norm1.eps,
     }  # fmt: skip
     if model.num_prefix_tokens > 1:
         theirs = _pixio(model, **same)
     elif isinstance(model, Autoencoder):
-        # transformers interpolates the positions of the decoder in one dimension.
-        _square((height, width), "images for an autoencoder")
         decoder: Any = model.decoder_blocks
         theirs = transformers.ViTMAEForPreTraining(transformers.ViTMAEConfig(
             **same, mask_ratio=settings["mask_ratio"], norm_pix_loss=model.norm_pix_loss,
@@ -247,6 +250,8 @@ def write_transformers(model: Model, out: Path) -> None:
             decoder_num_attention_heads=decoder[0].attn.num_heads,
             decoder_intermediate_size=decoder[0].mlp.fc1.out_features,
         ))  # fmt: skip
+        if (settings.get("mask_block") or 1) > 1:
+            logger.info(f"transformers masks single patches, and this model has mask_block {settings['mask_block']}")
     elif settings.get("global_pool"):
         raise ValueError(
             "--to transformers: its classifier uses the class token, and this classifier pools patch tokens; give --to "
@@ -259,11 +264,12 @@ def write_transformers(model: Model, out: Path) -> None:
         labels = {"id2label": dict(enumerate(names)), "label2id": {name: label for label, name in enumerate(names)}}
         theirs = transformers.ViTForImageClassification(transformers.ViTConfig(**same, **labels))
     theirs.load_state_dict(conversion.to_transformers(plain_head(model), set(theirs.state_dict())))
+    theirs.config.settings = {name: settings[name] for name in ONLY_OURS if settings.get(name) is not None}
     theirs.save_pretrained(out)
     mean, std = _statistics(model)
     transformers.ViTImageProcessor(
-        size={"shortest_edge": int(min(height, width) / _crop_pct(model))}, resample=foreign_settings.BICUBIC,
-        do_center_crop=True, crop_size={"height": height, "width": width}, do_convert_rgb=model.in_chans == 3,
+        size={"shortest_edge": int(side / _crop_pct(model))}, resample=foreign_settings.BICUBIC,
+        do_center_crop=True, crop_size={"height": side, "width": side}, do_convert_rgb=model.in_chans == 3,
         image_mean=mean, image_std=std,
     ).save_pretrained(out)  # fmt: skip
 
@@ -278,16 +284,14 @@ def _pixio(model: Model, intermediate_size: int, **same: Any) -> Any:
         ValueError: transformers has no such model.
     """
     transformers = _library("transformers")
-    instead = "--to safetensors, onnx or torch_export"
     if isinstance(model, Autoencoder) or model.settings["nb_classes"] or model.settings.get("global_pool"):
         raise ValueError(
             f"--to transformers: PixioModel, for several class tokens, has no decoder and no head: give --encoder, or "
-            f"{instead}"
+            f"{FOR_ALL}"
         )
-    _square(model.patch_embed.img_size, "images for several class tokens")  # transformers interpolates other grids
     ratio, rest = divmod(intermediate_size, model.embed_dim)
     if rest:
-        raise ValueError(f"--to transformers: PixioModel needs a whole number as MLP ratio: give {instead}")
+        raise ValueError(f"--to transformers: PixioModel needs a whole number as MLP ratio: give {FOR_ALL}")
     config = transformers.PixioConfig(**same, mlp_ratio=ratio, n_cls_tokens=model.num_prefix_tokens)
     return transformers.PixioModel(config)
 
@@ -313,7 +317,9 @@ def _save(state: dict[str, Any], out: Path) -> None:
 
 def _square(sides: tuple[int, int], what: str) -> int:
     if sides[0] != sides[1]:
-        raise ValueError(f"--to transformers supports only square {what}, and these are {sides[0]} x {sides[1]}")
+        raise ValueError(
+            f"--to transformers supports only square {what}, and these are {sides[0]} x {sides[1]}: give {FOR_ALL}"
+        )
     return sides[0]
 
 

@@ -104,6 +104,22 @@ def test_a_processor_that_squeezes_is_warned_of(tmp_path, caplog):
     assert "scales images to a square (this library crops the center) and has resample 2" in record.message
 
 
+@pytest.mark.parametrize("sides", [(16, 32), (32, 16)])
+def test_a_processor_with_a_crop_that_is_no_square_is_warned_of(sides, tmp_path, caplog):
+    """Pictures of the aspect ratio of the crop have equal pixels."""
+    saved(tmp_path, ViTConfig(**{**MINI, "image_size": sides}))
+    crop = dict(zip(("height", "width"), sides, strict=True))
+    ViTImageProcessor(size={"shortest_edge": 20}, do_center_crop=True, crop_size=crop, resample=3).save_pretrained(
+        tmp_path
+    )
+    ours = get_model(tmp_path)
+    assert f"crops {sides[0]} x {sides[1]} pixels of an image whose short side is 20 (this library" in caplog.text
+    image = Image.effect_noise((3 * sides[1], 3 * sides[0]), 80).convert("RGB")
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
+    theirs = processor(image, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(ours.prepare(image), theirs, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("crop", [16, 32, 96, 224, 384])
 def test_the_crop_share_gives_back_every_edge(crop):
     for edge in range(crop, 2 * crop):

@@ -160,11 +160,43 @@ def test_transformers_classifier(of_token, imgs, tmp_path):
 def test_models_without_an_equivalent_in_transformers_are_errors(pooled, tmp_path):
     with pytest.raises(ValueError, match="uses the class token, and this classifier pools patch tokens"):
         export.export(pooled, "transformers", tmp_path / "folder")
-    wide = get_model("mae_vit_mini_patch4", input_size=[32, 64])
-    with pytest.raises(ValueError, match=r"only square images for an autoencoder, and these are 32 x 64"):
-        export.export(wide, "transformers", tmp_path / "folder")
+    for name in ("mae_vit_mini_patch4", "vit_mini_patch4"):
+        wide = get_model(name, input_size=[32, 64], global_pool=False, nb_classes=3)
+        with pytest.raises(
+            ValueError, match=r"only square images, and these are 32 x 64: give --to safetensors, onnx or torch_export$"
+        ):
+            export.export(wide, "transformers", tmp_path / "folder")
     with pytest.raises(ValueError, match="pools patch tokens"):
         export.encoder_of(pooled)
+
+
+def test_settings_that_transformers_does_not_have_survive_the_round_trip(tmp_path, caplog):
+    """Images of another size interpolate learned positions; fixed positions are computed anew."""
+    caplog.set_level("INFO")
+    mae = get_model("mae_vit_mini_patch4", learned_pos_embed=True, mask_block=2)
+    torch.nn.init.normal_(mae.pos_embed)
+    torch.nn.init.normal_(mae.decoder_pos_embed)
+    folder = exported(mae, "transformers", tmp_path)
+    assert "transformers masks single patches, and this model has mask_block 2" in caplog.text
+    again = get_model(folder)
+    assert again.settings["mask_block"] == 2
+    imgs, noise = torch.randn(2, 3, 40, 40), torch.rand(2, 100)
+    with torch.no_grad():
+        for ours, theirs in zip(mae(imgs, noise=noise), again(imgs, noise=noise), strict=True):
+            torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-5)
+        theirs = transformers.ViTMAEForPreTraining.from_pretrained(folder).eval()
+        imgs, noise = imgs[..., :32, :32], noise[:, :64]
+        torch.testing.assert_close(theirs(imgs, noise=noise).logits, mae(imgs, noise=noise)[1], rtol=1e-5, atol=1e-5)
+
+
+def test_settings_of_a_folder_do_not_describe_what_transformers_trained(mae, tmp_path):
+    """A classifier of transformers that starts from an exported encoder has its own head."""
+    folder = exported(export.encoder_of(mae), "transformers", tmp_path)
+    theirs = transformers.ViTForImageClassification.from_pretrained(folder, num_labels=5)
+    theirs.save_pretrained(tmp_path / "trained")
+    imgs = torch.randn(2, 3, 32, 32)
+    ours = get_model(tmp_path / "trained")
+    torch.testing.assert_close(ours(imgs), theirs.eval()(imgs).logits, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])

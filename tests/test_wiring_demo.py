@@ -250,6 +250,19 @@ def test_the_page_displays_the_queries_of_an_attentive_probe(mae, tmp_path):
     assert [name for name, _ in menus[0]["choices"]] == [choice.name for choice in choices]
 
 
+def test_a_probe_of_gray_images_looks_inside_next_to_a_model_of_colors(mae, tmp_path):
+    settings = {"model": "vit_mini_patch4", "input_size": 32, "patch_size": 4, "in_chans": 1, "global_pool": False,
+                "nb_classes": 3, "probe": "attentive", "num_queries": 2}  # fmt: skip
+    probe = models_build.probe(settings)
+    torch.nn.init.normal_(probe.head.pool.queries)
+    torch.save({"model": probe.state_dict(), "args": settings}, tmp_path / "probe.pth")
+    classifier = get_model(tmp_path / "probe.pth")
+    imgs = reconstruct.uncropped_input(classifier, Image.open(CAT).convert("L"))
+    wanted = outputs._enlarge(maps.overlay(classifier, imgs[0], maps.query_attention(classifier, imgs)[0, 1]))
+    _, bright, _, _ = outputs.look_inside(mae, str(CAT), outputs.attention_maps(mae, classifier)[-1])
+    assert np.array_equal(np.asarray(bright), np.asarray(wanted))
+
+
 def test_the_page_segments_like_the_model(tmp_path):
     torch.manual_seed(0)
     settings = {"model": "vit_mini_patch4", "input_size": 32, "patch_size": 4, "in_chans": 3, "nb_classes": 3,
@@ -280,6 +293,13 @@ def test_the_page_classifies_like_the_model(tmp_path):
     np.save(deep, np.random.default_rng(0).integers(0, 2**16, (40, 50, 3), dtype=np.uint16))
     for path in (str(CAT), str(deep)):
         assert outputs.classify(classifier, path) == pytest.approx(dict(classifier.predict(path)["top"]))
+
+
+def test_the_most_likely_of_two_classes_with_one_name_is_displayed():
+    classifier = get_model("vit_mini_patch4", nb_classes=3, classes=["crane", "owl", "crane"])
+    torch.nn.init.zeros_(classifier.head.weight)
+    classifier.head.bias.data = torch.tensor([0.1, 0.2, 0.7]).log()
+    assert outputs.classify(classifier, str(CAT)) == pytest.approx({"crane": 0.7, "owl": 0.2})
 
 
 def test_the_page_rejects_images_in_an_escaped_message(mae, tmp_path, monkeypatch):

@@ -75,10 +75,15 @@ def _processor(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         settings |= {"mean": [value / scale for value in mean], "std": [value / scale for value in std]}
     size, crop = config.get("size") or {}, config.get("crop_size")
     edge = size.get("shortest_edge") if isinstance(size, dict) else None
-    crop = crop.get("height") if isinstance(crop, dict) else crop
+    height, width = (crop.get("height"), crop.get("width")) if isinstance(crop, dict) else (crop, crop)
     differences = []
-    if edge and crop and config.get("do_center_crop"):
-        settings["crop_pct"] = crop_share(crop, edge)
+    if edge and height and width and config.get("do_center_crop"):
+        settings["crop_pct"] = crop_share(min(height, width), edge)
+        if height != width:
+            differences.append(
+                f"crops {height} x {width} pixels of an image whose short side is {edge} (this library scales images "
+                f"to cover a rectangle of this aspect ratio)"
+            )
     elif config.get("do_resize", True):
         settings["crop_pct"] = 1.0
         differences.append("scales images to a square (this library crops the center)")
