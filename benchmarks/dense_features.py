@@ -44,7 +44,7 @@ def main(args: argparse.Namespace) -> None:
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
         columns = list(pool.map(measure, args.models, [tuple(args.size)] * len(args.models)))
     names, *rows = zip(*columns, strict=True)
-    titles = "patches", f"features, {LAYERS} layers", "peak beside the weights"
+    titles = "patches", f"features, {LAYERS} layers", "peak memory, excluding weights"
     print(markdown(["", *names], [(title, *row) for title, row in zip(titles, rows, strict=True)]))
 
 

@@ -245,7 +245,7 @@ def measure_knn(task: str, args: argparse.Namespace, precision: Precision) -> di
     share, peak = statistics.median(shares[1:]), statistics.median(peaks)
     expected = 2 * IMAGENET["bank"] * IMAGENET["queries"] * WIDTH / (share * peak)
     size = knn_bytes(**IMAGENET)
-    print(f"k-NN: {share:.0%} of the peak of a matrix product in fp32 ({peak / 1e12:.3f} TFLOP/s)")
+    print(f"k-NN: {share:.0%} of the peak matmul throughput in fp32 ({peak / 1e12:.3f} TFLOP/s)")
     print(f"ImageNet, features of {WIDTH} values: {expected / 60:.1f} minutes (computed), {size / 1e9:.2f} GB")
     return {"share": share, "peak_flops": peak, "imagenet_seconds": expected, "imagenet_bytes": size}
 

@@ -211,7 +211,7 @@ def main(args: argparse.Namespace) -> None:
 
 def get_args_parser() -> argparse.ArgumentParser:
     """Returns the parser of the command."""
-    parser = entry_point.parser("Throughput from JPEG files to training batches, compared with the classic pipeline.")
+    parser = entry_point.parser("Throughput from JPEG files to training batches, compared with Pillow and torchvision.")
     parser.add_argument("--images", default=1280, type=int, metavar="N", help="number of image files")
     parser.add_argument(
         "--rounds", default=7, type=int, metavar="N", help="repetitions; each measures every pipeline once"

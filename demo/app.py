@@ -150,7 +150,7 @@ def build(model: Model, classifier: Model | None = None, samples: Path | None = 
         if isinstance(model, Segmenter):
             with gr.Tab("Segment"):
                 _segment_tab(model, photo, opened)
-        with gr.Tab("Look inside"):
+        with gr.Tab("Attention and features"):
             _inside_tab(model, classifier, photo, opened)
         if files:
             page.load(lambda: files[0], None, photo, api_visibility="private")

@@ -369,7 +369,7 @@ def test_look_inside(visit, files, model):
     page = visit()
     upload(page, CAT)
     settled(page, "72 of 96 patches are masked")
-    page.get_by_role("tab", name="Look inside").click()
+    page.get_by_role("tab", name="Attention and features").click()
     best = get_model(files / "classifier.safetensors").predict(CAT)["top"]
     label = page.get_by_test_id("label-output-value")
     expect(label).to_have_text(best[0][0])
@@ -425,7 +425,7 @@ def test_the_page_fits_and_is_accessible(visit, axe, clothes_address, scheme, wi
         assert min(box["width"] for box in boxes) > 150
         top, bottom = min(box["y"] for box in boxes), max(box["y"] + box["height"] for box in boxes)
         assert bottom - top < page.viewport_size["height"]  # the mask and the result are on one screen
-        for tab in ("Reconstruct", "Look inside"):
+        for tab in ("Reconstruct", "Attention and features"):
             page.get_by_role("tab", name=tab).click()
             image(page, "original").wait_for()
             page.wait_for_timeout(300)  # transitions of colors
@@ -494,10 +494,10 @@ def test_tabs_depend_on_the_model(files):
         labels = [part["props"].get("label") for part in components if part["type"] in ("tabitem", "label")]
         return [str(label) for label in labels]
 
-    assert tabs("mae") == ["Reconstruct", "Look inside"]
-    assert tabs("encoder") == ["Look inside"]
-    assert tabs("classifier") == ["Look inside", "classes"]
-    assert tabs("encoder", "classifier") == ["Look inside", "classes"]
+    assert tabs("mae") == ["Reconstruct", "Attention and features"]
+    assert tabs("encoder") == ["Attention and features"]
+    assert tabs("classifier") == ["Attention and features", "classes"]
+    assert tabs("encoder", "classifier") == ["Attention and features", "classes"]
     with pytest.raises(ValueError, match="--classifier: vit_mini_patch4 has no classification head"):
         tabs("mae", "encoder")
 

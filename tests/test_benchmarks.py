@@ -161,4 +161,4 @@ def test_memory_of_dense_features(capsys):
     dense_features.main(Namespace(models=["vit_mini_patch4"], size=[192, 256]))
     table = capsys.readouterr().out.splitlines()
     assert table[2:4] == ["| patches | 48 × 64 |", "| features, 4 layers | 6 MB |"]
-    assert int(re.fullmatch(r"\| peak beside the weights \| (\d+) MB \|", table[4])[1]) > 0
+    assert int(re.fullmatch(r"\| peak memory, excluding weights \| (\d+) MB \|", table[4])[1]) > 0

@@ -162,7 +162,8 @@ def run_python(downloads, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TORCH_HOME", str(downloads))
     monkeypatch.setattr("util.weights.model_zoo._check", lambda path, digest: None)
-    for photo in ("photo.jpg", "street.jpg", "field.jpg"):
+    (tmp_path / "demo").symlink_to(ROOT / "demo")
+    for photo in ("street.jpg", "field.jpg"):
         (tmp_path / photo).write_bytes((ROOT / "demo/photos/coffee.jpg").read_bytes())
 
     def run(document: str, part: str = "") -> dict:
@@ -270,7 +271,7 @@ def test_the_tables_of_speed_have_the_measured_values():
         ("activation memory", "activation memory with the fused attention kernel, saving relative to transformers"),
         (
             "throughput of data loading",
-            "JPEG files to batches, one process, --fast_jpeg, relative to the classic pipeline",
+            "JPEG files to batches, one process, --fast_jpeg, relative to Pillow and torchvision",
         ),
     ):
         (line,) = [line for line in speed.splitlines() if line.startswith(f"| {start}")]
@@ -298,7 +299,7 @@ def test_recipes_of_transfer_state_the_published_accuracy(name):
     title = name.capitalize().replace("Inat", "iNaturalist ")
     sizes = ("ViT-B", "ViT-L", "ViT-H", "ViT-H at 448 pixels")
     assert ", ".join(f"{size} {number}" for size, number in zip(sizes, results_row(title), strict=True)) in head
-    assert "settings ours, unpublished" in head
+    assert "our settings, unpublished" in head
 
 
 @pytest.mark.parametrize(

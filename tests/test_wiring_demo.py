@@ -283,7 +283,10 @@ def test_the_page_segments_like_the_model(tmp_path):
     assert np.array_equal(np.asarray(plain), np.asarray(outputs.to_image(model, pixels[None])))
     assert outputs.segment(model, None, 0.5) == [None, ""]
     components = app.build(model).config["components"]
-    assert [part["props"]["label"] for part in components if part["type"] == "tabitem"] == ["Segment", "Look inside"]
+    assert [part["props"]["label"] for part in components if part["type"] == "tabitem"] == [
+        "Segment",
+        "Attention and features",
+    ]
 
 
 def test_the_page_classifies_like_the_model(tmp_path):

@@ -271,13 +271,13 @@ def add_pretrain_options(parser: argparse.ArgumentParser) -> None:
 
     _group(parser, OPTIMIZATION).add_argument(
         "--updates_per_epoch", type=positive_int, metavar="N",
-        help="updates of an epoch, for large datasets. Epochs continue through the images, in a new order in each pass "
-        "(default: an epoch is one pass)",
+        help="number of updates per epoch; the next epoch continues where this one ended, and the data are reshuffled "
+        "after each pass (default: one pass)",
     )  # fmt: skip
     group = _group(parser, EVALUATION)
     group.add_argument(
         "--vis_every", default=20, type=count, metavar="N",
-        help="epochs between pictures of reconstructions in TensorBoard; 0: none",
+        help="log reconstructions to TensorBoard every N epochs; 0: never",
     )  # fmt: skip
     _add_recompute_option(parser)
     _group(parser, DISTRIBUTED).add_argument(
@@ -433,7 +433,7 @@ def add_finetune_options(parser: argparse.ArgumentParser) -> None:
         help="values of erased pixels: const: 0; rand: one random color; pixel: random for each pixel",
     )  # fmt: skip
     group.add_argument("--recount", default=1, type=positive_int, metavar="N", help="largest number of erased areas")
-    group.add_argument("--resplit", action="store_true", help="no effect; accepted for compatibility")
+    group.add_argument("--resplit", action="store_true", help="accepted but ignored")
     group.add_argument("--mixup", default=0.0, type=non_negative, metavar="A", help="alpha of mixup; 0: no mixup")
     group.add_argument("--cutmix", default=0.0, type=non_negative, metavar="A", help="alpha of cutmix; 0: no cutmix")
     group.add_argument(
@@ -469,14 +469,14 @@ def add_evaluation_options(parser: argparse.ArgumentParser) -> None:
         "and exit",
     )  # fmt: skip
     group.add_argument(
-        "--eval_every", default=1, type=positive_int, metavar="N", help="epochs between evaluations; the last epoch "
-        "is always evaluated",
+        "--eval_every", default=1, type=positive_int, metavar="N",
+        help="evaluate every N epochs, and after the last one",
     )  # fmt: skip
     group.add_argument(
         "--report", metavar="DIR", help="folder for the scores per class and the confusion matrix (CSV and picture)"
     )
     group.add_argument(
-        "--dist_eval", action="store_true", help="no effect: the evaluation is always distributed, and exact"
+        "--dist_eval", action="store_true", help="accepted but ignored: the evaluation is always distributed, and exact"
     )
 
 
@@ -589,7 +589,9 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--start_epoch", default=0, type=count, metavar="N", help="first epoch of a run that is not resumed"
     )
-    group.add_argument("--save_every", default=20, type=positive_int, metavar="N", help="epochs between checkpoints")
+    group.add_argument(
+        "--save_every", default=20, type=positive_int, metavar="N", help="save a checkpoint every N epochs"
+    )
     group.add_argument(
         "--keep_last", type=positive_int, metavar="K", help="keep only the newest K of these checkpoints (default: all)"
     )
@@ -683,8 +685,15 @@ def add_distributed_options(parser: argparse.ArgumentParser) -> None:
         help="seconds to wait for another process before the run fails",
     )  # fmt: skip
     group.add_argument("--dist_url", default="env://", metavar="URL", help="address at which the processes connect")
-    group.add_argument("--world_size", default=1, type=int, metavar="N", help="no effect: the launcher sets it")
     group.add_argument(
-        "--local_rank", "--local-rank", default=-1, type=int, metavar="N", help="no effect: the launcher sets it"
+        "--world_size", default=1, type=int, metavar="N", help="accepted but ignored: the launcher sets it"
     )
-    group.add_argument("--dist_on_itp", action="store_true", help="no effect; accepted for compatibility")
+    group.add_argument(
+        "--local_rank",
+        "--local-rank",
+        default=-1,
+        type=int,
+        metavar="N",
+        help="accepted but ignored: the launcher sets it",
+    )
+    group.add_argument("--dist_on_itp", action="store_true", help="accepted but ignored")
