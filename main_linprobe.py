@@ -53,6 +53,7 @@ from models_vit import VisionTransformer
 from util import dist
 from util.checkpoints import checkpoint, run_directory
 from util.cli import options
+from util.cli.choices import ATTENTIVE
 from util.data import feature_files, labels, loader, transforms
 from util.data.sources import Source
 from util.lars import LARS
@@ -137,6 +138,8 @@ def train_probe(args: Namespace, setup: Setup, file: Weights | None, precision: 
     blr = args.blr if several else args.blr[0]
     recorded = {"mean": setup.mean, "std": setup.std, "num_cls_tokens": setup.num_cls_tokens}
     settings = {**vars(args), **recorded, "blr": blr, "nb_classes": len(classes), "classes": classes}
+    if args.probe == ATTENTIVE and file and "fc_norm.weight" in file.tensors:
+        settings["global_pool"] = True  # `probe` raises the error; `load_frozen` would ask for the flag first
     model = models_build.probe(settings)
     load_frozen(model, file, args.adapt_input)
     model.to(device)

@@ -262,7 +262,7 @@ def set_probe_head(model: VisionTransformer, settings: Mapping[str, Any]) -> Non
     if model.global_pool:
         raise ValueError(
             "--probe attentive pools patch tokens after the norm of the encoder, which a classifier with --global_pool "
-            "does not have: omit --global_pool and start from pre-trained weights, or give --probe linear"
+            "does not have: start from pre-trained weights without --global_pool, or give --probe linear --global_pool"
         )
     num_queries = settings.get("num_queries") or NUM_QUERIES
     model.head = attentive_head(model.embed_dim, settings["nb_classes"], num_queries)

@@ -17,6 +17,7 @@ import engine_finetune
 import main_finetune
 import main_linprobe
 import models_build
+import models_vit
 from inference import get_model
 from models_build import ParallelHeads, probe_head
 from util import dist
@@ -57,6 +58,13 @@ def test_only_the_head_learns(probe, tuned, cached):
     assert all(torch.equal(state[name], encoder[name]) for name in state if not name.startswith("head."))
     assert lines(out)[-1]["test_acc1"] > 70
     assert lines(out)[-1]["n_parameters"] == 6 * 128 + 6
+
+
+def test_an_attentive_probe_refuses_a_classifier_that_pools_patches_at_once(probe, tmp_path):
+    pooling = models_vit.vit_mini_patch4(img_size=16, num_classes=3, global_pool=True)
+    torch.save({"model": pooling.state_dict()}, tmp_path / "pooling.pth")
+    with pytest.raises(ValueError, match=r"start from pre-trained weights .*or give --probe linear --global_pool$"):
+        probe(finetune=tmp_path / "pooling.pth", probe="attentive", epochs=1)
 
 
 def test_the_trunk_is_in_evaluation_mode():

@@ -134,7 +134,7 @@ def test_queries_must_divide_the_width(count, fitting):
 
 
 def test_an_attentive_probe_needs_a_norm_of_tokens():
-    with pytest.raises(ValueError, match="--global_pool does not have: omit --global_pool and start from"):
+    with pytest.raises(ValueError, match="which a classifier with --global_pool does not have: start from"):
         models_build.probe(MINI | {"probe": "attentive"})
 
 
