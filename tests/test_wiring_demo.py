@@ -456,11 +456,11 @@ def test_ratios_use_the_fastest_other_implementation(tmp_path, monkeypatch):
     assert targets.share_of_peak(result) == 0.75
     monkeypatch.setattr(targets, "ROWS", [("most", "a", lambda result: result["wait"], -0.02, "{:.1%}"),
                                           ("least", "b", lambda result: result["wait"], 0.5, "{:.2f}")])  # fmt: skip
-    (tmp_path / "a.json").write_text('{"wait": 0.01}')
+    (tmp_path / "a.json").write_text('{"wait": 0.01, "machine": {"gpu": null, "processor": "AMD EPYC"}}')
     (tmp_path / "a_tunables.json").write_text('{"wait": 0.005}')
     assert targets.table(tmp_path).splitlines()[2:] == [
-        "| most | 2.0% | 1.0% | 0.5% |",
-        "| least | 0.50 | not measured |  |",
+        "| most | 2.0% | 1.0% | 0.5% | AMD EPYC |",
+        "| least | 0.50 | not measured |  |  |",
     ]
     assert re.match(r"\| \| target \| measured \|", targets.table(tmp_path))
 
