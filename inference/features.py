@@ -3,7 +3,8 @@
     python -m inference.features demo/data/fashion_mnist --model runs/mine/checkpoint-last.pth --out features.npz
 
 The file contains `features` (n, D) and `names` (n,), and for class folders `labels` (n,) and `classes`. The same
-command resumes an interrupted run. With other weights, images or settings, it starts from the beginning.
+command resumes an interrupted run. With other weights, settings or names of images, it starts from the beginning. It
+does not detect images that changed under the same names: remove FILE.partial to start from the beginning.
 """
 
 import argparse
@@ -68,7 +69,7 @@ def main(args: argparse.Namespace) -> None:
     source = datasets.open_source(args.split, args.data_path)
     assert not isinstance(source, Shards)  # --data_path never opens shards
     names = [source.name(index) for index in range(len(source))]
-    partial = args.out.with_name(f"{args.out.name}.partial")
+    partial = args.out.with_name(atomic.temporary_name(args.out.name, "{}.partial"))
     rows = extract(
         model, source, partial, row_settings(model, names, args, precision), args.pool, args.batch_size,
         args.num_workers, precision, args.fast_jpeg,

@@ -388,7 +388,7 @@ def _published_for(name: str) -> str:
     size = models_build.size_of(name).partition("_")[0]
     best = f"mae_pretrain_vit_{size}_full" if name.startswith("mae_") else f"mae_finetuned_vit_{size}"
     if best not in model_zoo.TABLE:
-        raise ValueError(f"no weights were published for {name}: give a file as pretrained")
+        raise ValueError(f"no weights were published for {name}: give the path of a file")
     return best
 
 

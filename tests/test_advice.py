@@ -204,9 +204,11 @@ def test_an_unknown_flag_in_a_message_is_reported():
 def test_settings_are_formatted_as_on_the_command_line():
     settings = {"model": "vit_mini_patch4", "patch_size": [7, 7], "in_chans": 1, "global_pool": False, "pin_mem": False}
     typed = "--model vit_mini_patch4 --patch_size 7 7 --in_chans 1 --cls_token --no_pin_mem"
-    assert advice.flags(settings) == typed
+    assert advice.remedy(settings) == f"give {typed}"
     args = vars(entry_point.parse(main_finetune.get_args_parser(), typed.split()))
     assert {name: args[name] for name in settings} == settings
-    assert advice.flags({"norm_pix_loss": True, "unfreeze_blocks": None}) == "--norm_pix_loss no --unfreeze_blocks"
+    omitting = {"unfreeze_blocks": None, "norm_pix_loss": True}
+    assert advice.remedy(omitting) == "give --norm_pix_loss and omit --unfreeze_blocks"
+    assert advice.remedy({"unfreeze_blocks": None}) == "omit --unfreeze_blocks"
     settings = {"global_pool": False, "k": [5, 20], "mean": None, "pin_mem": False, "config": "my recipe.yaml"}
     assert advice.arguments(settings) == ["--cls_token", "--k", "5", "20", "--no_pin_mem", "--config", "my recipe.yaml"]

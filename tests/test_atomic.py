@@ -40,6 +40,17 @@ def test_an_interrupted_write_leaves_the_previous_file(tmp_path):
         assert (tmp_path / "a.txt").read_text() == "before"
 
 
+@pytest.mark.parametrize("name", ["a" * 250 + ".jpg", "\u00e9" * 127, "a" * 251])
+def test_the_longest_names_can_be_written(tmp_path, name):
+    for text in ("one", "two"):
+        atomic.write_text(tmp_path / name, text)
+    assert (names(tmp_path), (tmp_path / name).read_text()) == ([name], "two")
+    temporary = atomic.temporary_name(name, ".{}.tmp")
+    assert len(os.fsencode(temporary)) <= 255
+    assert temporary != atomic.temporary_name("b" * 251, ".{}.tmp")
+    assert atomic.temporary_name("a.txt", ".{}.tmp") == ".a.txt.tmp"
+
+
 def test_temporary_files_of_killed_commands_are_removed(tmp_path):
     killed = "import os, sys\nfrom pathlib import Path\nfrom util.files import atomic\n" + (
         "with atomic.replacing(Path(sys.argv[1])) as written:\n    written.write_text('half')\n    os._exit(9)"

@@ -92,7 +92,7 @@ def test_names():
     assert huge.patch_embed.img_size == (448, 448)
     with pytest.raises(ValueError, match="no file, model or published weights vit_bas_patch16; did you mean vit_bas"):
         get_model("vit_bas_patch16")
-    with pytest.raises(ValueError, match="no weights were published for vit_mini_patch4: give a file as pretrained"):
+    with pytest.raises(ValueError, match="no weights were published for vit_mini_patch4: give the path of a file"):
         get_model("vit_mini_patch4", pretrained=True)
     with pytest.raises(ValueError, match="was announced and never released; released are"):
         get_model("vit-base-p16_mae-300e-pre_8xb128-coslr-100e_in1k", pretrained=True)

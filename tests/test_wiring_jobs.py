@@ -143,9 +143,9 @@ def test_a_stopped_job_says_how_to_resume(tmp_path, capsys):
     log = tmp_path / "log"
     log.write_text("epoch 1\nstopped by SIGTERM, the state is saved\n")
     with pytest.raises(SystemExit) as stop:
-        waiting.wait(finished(tmp_path, ValueError()), "local", log, "/out", None)
+        waiting.wait(finished(tmp_path, ValueError()), "local", log, "/my jobs/42", None)
     assert stop.value.code == 130
-    assert "to resume, add --resume auto --output_dir /out to the command" in capsys.readouterr().out
+    assert "to resume, add --resume auto --output_dir '/my jobs/42' to the command" in capsys.readouterr().out
 
 
 def test_a_job_that_never_started_names_its_dependency(tmp_path):
@@ -157,10 +157,10 @@ def test_a_job_that_never_started_names_its_dependency(tmp_path):
     ("cluster", "state", "cancel"), [("slurm", "squeue --job", "scancel"), ("local", "ps", "kill")]
 )
 def test_instructions_follow_and_cancel_a_job(cluster, state, cancel, capsys):
-    waiting.print_instructions(cluster, "42", Path("/logs/42.out"), "/out")
+    waiting.print_instructions(cluster, "42", Path("/my logs/42.out"), "/out")
     printed = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[1:]]
     assert printed[0] == ["results", "/out"]
-    assert printed[1] == ["follow", "tail -F /logs/42.out"]
+    assert printed[1] == ["follow", "tail -F '/my logs/42.out'"]
     assert printed[2] == ["state", f"{state} 42"]
     assert printed[3][1].startswith(f"{cancel} 42 ")
 

@@ -329,8 +329,8 @@ def test_explicit_statistics_override_those_of_the_file():
 
 
 def test_suggested_commands_can_be_typed():
-    assert advice.flags({"global_pool": False, "pin_mem": False, "mean": [0.5, 0.25], "lr": None}) == \
-        "--cls_token --no_pin_mem --mean 0.5 0.25 no --lr"  # fmt: skip
+    settings = {"global_pool": False, "pin_mem": False, "mean": [0.5, 0.25], "lr": None}
+    assert advice.remedy(settings) == "give --cls_token --no_pin_mem --mean 0.5 0.25 and omit --lr"
     assert advice.did_you_mean("cifar10", ["CIFAR10", "MNIST"]) == "; did you mean CIFAR10?"
     assert advice.did_you_mean("MODEL", ["model"]) == "; did you mean model?"
     assert advice.did_you_mean("zzz", ["model"]) == ""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from util import dist
 from util.checkpoints import checkpoint, run_directory, sharded
 from util.checkpoints.checkpoint import CheckpointError
-from util.cli.advice import advised, flags
+from util.cli.advice import advised, remedy
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.stateful import Stateful
@@ -309,7 +309,7 @@ def _require_same_processes(state: dict[str, Any], settings: dict[str, Any]) -> 
 def _with_settings(error: CheckpointError, saved: dict[str, Any], settings: dict[str, Any]) -> CheckpointError:
     """Adds the settings of the checkpoint that differ to an error message."""
     differing = {name: value for name, value in saved.items() if name in settings and value != settings[name]}
-    return advised(error, f"give {flags(differing)}") if differing else error
+    return advised(error, remedy(differing)) if differing else error
 
 
 def _args_of(state: dict[str, Any]) -> dict[str, Any]:

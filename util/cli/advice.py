@@ -39,9 +39,11 @@ def advised(error: Error, *remedies: str) -> Error:
     return error
 
 
-def flags(settings: Mapping[str, Any]) -> str:
-    """Returns settings as they are typed, such as `--in_chans 1 --cls_token`; None as `no --NAME`."""
-    return " ".join(" ".join(arguments({name: value})) or f"no --{name}" for name, value in settings.items())
+def remedy(settings: Mapping[str, Any]) -> str:
+    """Returns a remedy that sets flags, such as `give --in_chans 1 --cls_token`; None as `omit --NAME`."""
+    omitted = " ".join(f"--{name}" for name, value in settings.items() if value is None)
+    words = " ".join(arguments(settings))
+    return " and ".join([f"give {words}"] * bool(words) + [f"omit {omitted}"] * bool(omitted))
 
 
 def arguments(settings: Mapping[str, Any]) -> list[str]:

@@ -48,7 +48,8 @@ def updates_per_epoch(num_images: int, batch_size: int, accum_iter: int) -> int:
     updates, left_out = divmod(num_images, effective_batch_size)
     if not updates:
         fitting = num_images // (batch_size * processes)
-        remedy = f"--accum_iter {fitting}" if fitting else f"--batch_size {num_images // processes} --accum_iter 1"
+        even = num_images // processes // 2 * 2 or 1  # mixup mixes pairs
+        remedy = f"--accum_iter {fitting}" if fitting else f"--batch_size {even} --accum_iter 1"
         if num_images < processes:
             remedy = f"at most {num_images} processes"
         raise ValueError(

@@ -1,6 +1,7 @@
 """Atomic writes: a file or folder is complete or absent, also after a command was killed."""
 
 import errno
+import hashlib
 import os
 import re
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+MAX_NAME = 255  # bytes of the name of a file
 
 
 @contextmanager
@@ -33,7 +35,7 @@ def replacing(path: Path, sync: bool = True) -> Iterator[Path]:
     if target.exists() and not (target.is_file() or target.is_dir()):
         yield path
         return
-    temporary = (target if target.is_dir() else target.parent) / f".{target.name}.tmp"
+    temporary = (target if target.is_dir() else target.parent) / temporary_name(target.name, ".{}.tmp")
     written = temporary / target.name
     try:
         with writing(path):
@@ -51,6 +53,12 @@ def replacing(path: Path, sync: bool = True) -> Iterator[Path]:
             _move(written, target)
     finally:
         _remove(temporary)
+
+
+def temporary_name(name: str, pattern: str) -> str:
+    """Returns a pattern such as "{}.partial" with a name in it; with a digest if a file system refuses its length."""
+    long = len(os.fsencode(pattern.format(name))) > MAX_NAME
+    return pattern.format(hashlib.sha256(os.fsencode(name)).hexdigest() if long else name)
 
 
 @contextmanager

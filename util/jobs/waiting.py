@@ -1,6 +1,7 @@
 """Instructions for following a submitted job, and `--wait`."""
 
 import os
+import shlex
 import signal
 import sys
 import time
@@ -16,7 +17,7 @@ def print_instructions(cluster: str, number: str, log: Path, output_dir: str) ->
     print(
         f"job {number} is {'submitted' if slurm else 'started'}\n"
         f"  results  {output_dir}\n"
-        f"  follow   tail -F {log}\n"
+        f"  follow   tail -F {shlex.quote(str(log))}\n"
         f"  state    {'squeue --job' if slurm else 'ps'} {number}\n"
         f"  cancel   {'scancel' if slurm else 'kill'} {number}    (its state is saved)",
         flush=True,
@@ -46,7 +47,8 @@ def wait(job: Any, cluster: str, log: Path, output_dir: str, after: str | None) 
         raise ValueError(f"job {job.job_id} has not started (state {job.state}){why}")
     if SAVED in lines[-1]:
         print(
-            f"job {job.job_id} was {lines[-1]}; to resume, add --resume auto --output_dir {output_dir} to the command"
+            f"job {job.job_id} was {lines[-1]}; to resume, add --resume auto --output_dir {shlex.quote(output_dir)} "
+            f"to the command"
         )
         raise SystemExit(130)
     print("\n".join(lines[-20:]))

@@ -444,7 +444,7 @@ def _require(file: Weights, model: Any, missing: set[str], unexpected: set[str],
                 differing.pop("head", None)
             if getattr(model, "head_pools", False) and differing.pop("global_pool", None):
                 raise advice.advised(error, "give --probe linear --global_pool, or pre-trained weights")
-            raise advice.advised(error, f"give {advice.flags(differing)}") if differing else error
+            raise advice.advised(error, advice.remedy(differing)) if differing else error
 
 
 def _differing(file: Weights, ours: dict[str, Tensor]) -> dict[str, Any]:
