@@ -345,8 +345,9 @@ def warn_of_changes(source: str, args: Namespace, names: Iterable[str], recorded
     for name in sorted(entry_point.explicit(args) & recorded.keys() & set(names)):
         current, value = getattr(args, name), recorded[name]
         if _sides(name, current) != _sides(name, value) and dist.is_main():
-            setting = f"without --{name}" if value is None else f"with {advice.flags({name: value})}"
-            logger.warning(f"{advice.flags({name: current})} is used, and {source} was made {setting}")
+            used, recorded_flag = (" ".join(advice.arguments({name: setting})) for setting in (current, value))
+            origin = f"with {recorded_flag}" if recorded_flag else f"without --{name}"
+            logger.warning(f"{used} is used, and {source} was made {origin}")
 
 
 def _sides(name: str, value: Any) -> Any:
