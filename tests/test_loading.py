@@ -5,7 +5,6 @@ import argparse
 import pytest
 import torch
 
-import models_build
 from inference import get_model
 from models_mae import mae_vit_mini_patch4
 from models_vit import vit_mini_patch4
@@ -275,14 +274,3 @@ def test_a_classifier_does_not_initialize_an_autoencoder(tmp_path):
         CheckpointError, match=r"m.pth is a classifier: give the weights of an autoencoder or of an encod"
     ):
         loading.init_mae(mae_vit_mini_patch4(img_size=16), loading.read(tmp_path / "m.pth"))
-
-
-def test_the_remedy_for_an_attentive_probe_of_a_pooled_classifier(tmp_path):
-    """It has no norm of the tokens. An attentive probe refuses --global_pool."""
-    pooled = vit_mini_patch4(img_size=16, num_classes=2, global_pool=True)
-    torch.save({"model": pooled.state_dict()}, tmp_path / "m.pth")
-    settings = {"model": "vit_mini_patch4", "input_size": 16, "in_chans": 3, "patch_size": None, "nb_classes": 2,
-                "global_pool": False, "probe": "attentive"}  # fmt: skip
-    with pytest.raises(CheckpointError, match=r"2 tensors are missing \(norm.bias, norm.weight\)") as raised:
-        loading.load_encoder(models_build.probe(settings), loading.read(tmp_path / "m.pth"))
-    assert raised.value.__notes__ == ["give --probe linear --global_pool, or pre-trained weights"]

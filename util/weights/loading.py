@@ -442,8 +442,6 @@ def _require(file: Weights, model: Any, missing: set[str], unexpected: set[str],
                 differing.pop("global_pool", None)
             if not any(name.startswith("head.") for name in missing | unexpected):
                 differing.pop("head", None)
-            if getattr(model, "head_pools", False) and differing.pop("global_pool", None):
-                raise advice.advised(error, "give --probe linear --global_pool, or pre-trained weights")
             raise advice.advised(error, advice.remedy(differing)) if differing else error
 
 
