@@ -40,12 +40,12 @@ def test_attention_of_an_attentive_probe(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("runs/attentive").mkdir(parents=True)
     torch.save({"model": probe.state_dict(), "args": settings}, "runs/attentive/probe.pth")
-    Path("photo.jpg").write_bytes((ROOT / "demo/photos/coffee.jpg").read_bytes())
+    Path("demo").symlink_to(ROOT / "demo")
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "FINETUNE.md").read_text(), flags=re.DOTALL)
     (code,) = (block for block in blocks if "query_attention" in block)
     names = {}
     exec(code, names)
-    found, x = names["attention"], names["model"].prepare("photo.jpg")
+    found, x = names["attention"], names["model"].prepare("demo/clothes/bag.png")
     assert found.shape == (1, 8, 8, 12)
     tokens = probe.get_intermediate_layers(x)[0][:, 1:].detach()
     scores = torch.einsum("qd,bnd->bqn", probe.head.pool.queries.detach(), tokens) / 128**0.5
