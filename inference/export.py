@@ -267,8 +267,12 @@ def write_transformers(model: Model, out: Path) -> None:
     theirs.config.settings = {name: settings[name] for name in ONLY_OURS if settings.get(name) is not None}
     theirs.save_pretrained(out)
     mean, std = _statistics(model)
+    edge = int(side / _crop_pct(model))
+    if (edge - side) % 4 == 3:  # transformers rounds half of the difference down, torchvision to an even number
+        logger.info(f"transformers scales images to {edge} pixels, and its center crop of {side} pixels begins one "
+                    f"pixel before that of this library, which matters for small images")  # fmt: skip
     transformers.ViTImageProcessor(
-        size={"shortest_edge": int(side / _crop_pct(model))}, resample=foreign_settings.BICUBIC,
+        size={"shortest_edge": edge}, resample=foreign_settings.BICUBIC,
         do_center_crop=True, crop_size={"height": side, "width": side}, do_convert_rgb=model.in_chans == 3,
         image_mean=mean, image_std=std,
     ).save_pretrained(out)  # fmt: skip
@@ -387,6 +391,8 @@ def write_onnx(model: Model, out: Path) -> None:
     """
     onnx, runtime = _library("onnx"), _library("onnxruntime", "onnx")
     _library("onnxscript", "onnx")
+    for name in ("onnx_ir", "onnxscript"):  # they log each change of the graph
+        logging.getLogger(name).setLevel(logging.WARNING)
     graph, inputs, outputs = _graph(model)
     with torch.no_grad():
         program = torch.onnx.export(

@@ -5,6 +5,8 @@
 The file contains `features` (n, D) and `names` (n,), and for class folders `labels` (n,) and `classes`. The same
 command resumes an interrupted run. With other weights, settings or names of images, it starts from the beginning. It
 does not detect images that changed under the same names: remove FILE.partial to start from the beginning.
+
+The orientation in EXIF data is ignored, as in training and evaluation. `extract_feat` applies it to image files.
 """
 
 import argparse

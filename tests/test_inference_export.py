@@ -157,6 +157,19 @@ def test_transformers_classifier(of_token, imgs, tmp_path):
     assert theirs.config.id2label == {0: "cat", 1: "dog", 2: "owl"}
 
 
+@pytest.mark.parametrize(("input_size", "edge"), [(24, 27), (28, 32), (32, 36), (40, 45), (56, 64), (48, 54), (20, 22)])
+def test_the_export_to_transformers_names_a_shifted_crop(input_size, edge, tmp_path, caplog):
+    caplog.set_level("INFO")
+    model = get_model("vit_mini_patch4", nb_classes=3, global_pool=False, input_size=input_size)
+    folder = exported(model, "transformers", tmp_path)
+    image = Image.effect_noise((80, 80), 80).convert("RGB")
+    processor = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
+    pixels = processor(image, return_tensors="pt")["pixel_values"]
+    shifted = not torch.allclose(pixels, model.prepare(image), atol=1e-6)
+    line = f"transformers scales images to {edge} pixels, and its center crop of {input_size} pixels begins one pixel"
+    assert (line in caplog.text) == shifted == (input_size == 24)
+
+
 def test_models_without_an_equivalent_in_transformers_are_errors(pooled, tmp_path):
     with pytest.raises(ValueError, match="uses the class token, and this classifier pools patch tokens"):
         export.export(pooled, "transformers", tmp_path / "folder")
@@ -232,9 +245,11 @@ def inputs_and_outputs(model, images):
 
 
 @pytest.mark.parametrize("kind", ["pooled", "mae"])
-def test_onnx(kind, imgs, tmp_path, request):
+def test_onnx(kind, imgs, tmp_path, request, caplog):
+    caplog.set_level("INFO")
     model = request.getfixturevalue(kind)
     session = onnxruntime.InferenceSession(exported(model, "onnx", tmp_path))
+    assert not [record for record in caplog.records if record.name.startswith("onnx")]
     for batch in (imgs, imgs[:1]):
         inputs, outputs = inputs_and_outputs(model, batch)
         theirs = session.run(None, {name: value.numpy() for name, value in inputs.items()})
