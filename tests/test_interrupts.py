@@ -61,7 +61,7 @@ def test_a_run_stopped_by_signals_resumes_exactly(pictures, tmp_path, undisturbe
         code, output = stop_after_an_epoch(start(pictures, tmp_path), tmp_path, number)
         assert code == 128 + number, output
         assert f"{number.name}: the run stops after this update and saves its state" in output
-        assert f"stopped by {number.name}, the state is saved; the same command with --resume auto resumes" in output
+        assert f"stopped by {number.name}, the state is saved; the same command resumes the run" in output
         assert "DataLoader" not in output
         assert "Traceback" not in output
         state = torch.load(tmp_path / "checkpoint-last.pth", weights_only=True)
@@ -242,8 +242,7 @@ def test_a_signal_interrupts_only_evaluations_at_once(caplog):
         assert interrupts.pending == signal.SIGTERM
 
 
-def test_an_ignored_signal_stays_ignored():
-    """nohup ignores SIGHUP."""
+def test_nohup_stays_in_effect():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with Interrupts() as interrupts:

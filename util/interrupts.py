@@ -39,7 +39,7 @@ class Interrupted(Exception):
 class Interrupts:
     """Context manager that records signals. A second SIGINT raises KeyboardInterrupt.
 
-    Signals that the process ignores remain ignored, such as SIGHUP under nohup.
+    SIGHUP remains ignored under nohup.
     """
 
     def __init__(self) -> None:
@@ -48,8 +48,8 @@ class Interrupts:
         self.raises = False
 
     def __enter__(self) -> "Interrupts":
-        caught = [signum for signum in SIGNALS if signal.getsignal(signum) != signal.SIG_IGN]
-        self.earlier = {signum: signal.signal(signum, self._record) for signum in caught}
+        nohup = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
+        self.earlier = {signum: signal.signal(signum, self._record) for signum in SIGNALS if signum not in nohup}
         return self
 
     def __exit__(self, *_: object) -> None:
