@@ -309,7 +309,7 @@ def test_recipes_of_transfer_state_the_published_accuracy(name):
     ("study", "page"),
     [("photographs/table", "README"), ("fashion_mnist/table", "fashion_mnist/README"),
      ("fashion_mnist/corruptions", "fashion_mnist/README"), ("small_data/table", "../SMALL_DATA"),
-     ("small_data/digits", "../SMALL_DATA")],
+     ("small_data/digits", "../SMALL_DATA"), ("mask_blocks/table", "mask_blocks/README")],
 )  # fmt: skip
 def test_pages_have_the_tables_of_the_studies(study, page):
     text = " ".join((ROOT / "benchmarks" / f"{page}.md").read_text(encoding="utf-8").split())
