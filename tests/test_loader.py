@@ -211,7 +211,7 @@ def test_a_killed_worker_process_raises_only_at_the_next_batch(pictures):
     os.kill(worker.pid, signal.SIGKILL)
     status = Path(f"/proc/{worker.pid}/stat")
     wait_until(lambda: ") Z " in status.read_text())  # PyTorch would raise here
-    with pytest.raises(RuntimeError, match=r"DataLoader worker .* (is killed by signal: Killed|exited unexpectedly)"):
+    with pytest.raises(RuntimeError, match=r"DataLoader worker .*(killed|exited)"):
         list(rest)
 
 
