@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from util import dist
-from util.data.masks import IGNORED
+from util.data.segmentation_masks import IGNORED
 from util.evaluation import report
 from util.evaluation.segmentation import Scores, confusion_matrix, predict_classes
 from util.training import loop

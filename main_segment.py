@@ -32,9 +32,9 @@ from engine_segment import evaluate, pixel_loss, report_scores
 from util import datasets, dist
 from util.checkpoints import run_directory
 from util.cli import options
-from util.data import masks
 from util.data.joint_transforms import EvalTransform, TrainTransform
 from util.data.samples import Samples
+from util.data.segmentation_masks import MOST_CLASSES, VOC, MaskFormat, Pairs, PairSamples, open_pairs, read_palette
 from util.data.sources import Source
 from util.evaluation.segmentation import Scores
 from util.lr_decay import param_groups_lrd
@@ -159,10 +159,10 @@ class PairSetup(Setup):
             colors and [colors[n : n + 3] for n in range(0, len(colors), 3)],
         )
         if args.palette:
-            palette = masks.read_palette(Path(args.palette))
+            palette = read_palette(Path(args.palette))
             self.classes, self.colors = palette.names, [list(color) for color in palette.colors]
         elif not self.classes and (args.dataset or "").startswith("VOCSegmentation"):
-            self.classes = list(masks.VOC)
+            self.classes = list(VOC)
         elif not self.classes and args.nb_classes:
             self.classes = [str(number) for number in range(args.nb_classes)]
         if not self.classes:
@@ -172,29 +172,29 @@ class PairSetup(Setup):
             )
         origin = f"--palette {args.palette}" if args.palette else "the dataset"
         count, source = (file.num_classes, file.source) if args.eval and file else (len(self.classes), origin)
-        if count > masks.MOST_CLASSES:
-            raise ValueError(f"--nb_classes {count}: masks of 8 bits have at most {masks.MOST_CLASSES} classes")
+        if count > MOST_CLASSES:
+            raise ValueError(f"--nb_classes {count}: masks of 8 bits have at most {MOST_CLASSES} classes")
         if args.nb_classes not in (None, count):
             raise ValueError(f"--nb_classes {args.nb_classes}: {source} has {count} classes; omit --nb_classes")
         if len(self.classes) != count:
             raise ValueError(f"{origin} has {len(self.classes)} classes, and {source} has {count}")
 
-    def open_pairs(self, split: str) -> masks.Pairs:
+    def open_pairs(self, split: str) -> Pairs:
         """Opens the images of a split and their masks. For "val", it logs the protocol, on which scores depend."""
         args = self.args
         if split == "val":
             height, width = to_pair(args.input_size)
             scale = f"scaled to a shorter side of {self.short_side} pixels" if self.short_side else "at their own size"
             logger.info(f"evaluation: images {scale}, windows of {height} x {width} pixels, at the resolution of masks")
-        mask_format = masks.MaskFormat(len(self.classes), args.reduce_zero_label, self.colors)
-        return masks.open_pairs(
+        mask_format = MaskFormat(len(self.classes), args.reduce_zero_label, self.colors)
+        return open_pairs(
             split, self.classes, mask_format, data_path=args.data_path, file_list=getattr(args, f"{split}_list"),
             folders=getattr(args, f"{split}_folders"), dataset=args.dataset, download=args.download,
         )  # fmt: skip
 
     def samples(self, source: Source, transform: Callable[..., Any], on_bad_image: str | None = None) -> Samples:
         args = self.args
-        return masks.PairSamples(source, transform, in_chans=args.in_chans, seed=args.seed, on_bad_image=on_bad_image)
+        return PairSamples(source, transform, in_chans=args.in_chans, seed=args.seed, on_bad_image=on_bad_image)
 
     def eval_transform(self) -> Callable[..., Any]:
         return EvalTransform(self.short_side)

@@ -29,7 +29,7 @@ from demo.unpack_data import ARCHIVE
 from inference.model import Model, get_model
 from util.checkpoints import checkpoint
 from util.cli import entry_point, flags, options
-from util.data.masks import default_colors, read_palette
+from util.data.segmentation_masks import default_colors, read_palette
 from util.evaluation.tables import markdown
 from util.files import atomic
 from util.jobs.commands import Commands

@@ -30,7 +30,7 @@ from util.cli.choices import LINEAR
 from util.data import transforms
 from util.data.decode import MAX_PIXELS, BadImage, decode, size_of
 from util.data.joint_transforms import fitted
-from util.data.masks import default_colors
+from util.data.segmentation_masks import default_colors
 from util.evaluation.segmentation import predict_classes
 from util.files.untrusted import read_file
 from util.pos_embed import to_pair

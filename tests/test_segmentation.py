@@ -13,7 +13,7 @@ from inference import get_model, maps
 from util.checkpoints import checkpoint
 from util.cli import entry_point
 from util.cli.advice import arguments
-from util.data.masks import read_palette
+from util.data.segmentation_masks import read_palette
 from util.jobs.commands import Commands
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from util.data.decode import MAX_PIXELS, BadImage, Picture, size_of
-from util.data.masks import IGNORED
+from util.data.segmentation_masks import IGNORED
 from util.data.transforms import to_tensor
 from util.pos_embed import Size, to_pair
 

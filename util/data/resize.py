@@ -22,7 +22,7 @@ from util.cli.choices import DEFAULT_WORKERS
 from util.data.decode import BadImage, read
 from util.data.folders import image_files
 from util.data.loader import up_to_cores
-from util.data.masks import MASK_FOLDERS
+from util.data.segmentation_masks import MASK_FOLDERS
 from util.files import atomic, locks
 from util.files.untrusted import printable, read_file
 from util.interrupts import end_with_parent

@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from segments import LAYOUTS, make_scenes
 
-from util.data import joint_transforms, masks
+from util.data import joint_transforms
 from util.data.decode import BadImage
-from util.data.masks import MaskFormat, PairSamples, open_pairs
+from util.data.segmentation_masks import IGNORED, VOC, MaskFormat, PairSamples, default_colors, open_pairs, read_palette
 from util.data.transforms import to_tensor
 
 THREE = MaskFormat(3)
@@ -59,11 +59,14 @@ def test_an_indexed_mask_with_the_colors_of_the_palette_is_decoded_by_color():
     assert of_colors.decode(png(indices, "P", optimized)).tolist() == [[2, 2, 1], [0, 1, 2]]
     assert THREE.decode(png(indices, "P", optimized)).tolist() == indices
     voc = np.array([[0, 1, 20, 255]])
-    table = list(np.array(masks.default_colors(256)).ravel())
-    white_is_a_class = [*masks.default_colors(20), (224, 224, 192)]  # the color of the index 255
-    for classes in (masks.default_colors(21), [(9, 9, 9), (8, 8, 8), *masks.default_colors(23)[4:]]):
+    table = list(np.array(default_colors(256)).ravel())
+    white_is_a_class = [*default_colors(20), (224, 224, 192)]  # the color of the index 255
+    for classes in (
+        default_colors(21),
+        [(9, 9, 9), (8, 8, 8), *default_colors(23)[4:]],
+    ):
         assert MaskFormat(len(classes), colors=classes).decode(png(voc[:, :2], "P", table)).tolist() == [[0, 1]]
-    assert MaskFormat(21, colors=masks.default_colors(21)).decode(png(voc, "P", table)).tolist() == voc.tolist()
+    assert MaskFormat(21, colors=default_colors(21)).decode(png(voc, "P", table)).tolist() == voc.tolist()
     assert MaskFormat(21, colors=white_is_a_class).decode(png(voc[:, [0, 1, 3]], "P", table)).tolist() == [[0, 1, 255]]
     other = [(1, 2, 3), (4, 5, 6), (7, 8, 9)]
     assert MaskFormat(3, colors=other).decode(png(indices, "P", optimized)).tolist() == indices
@@ -196,14 +199,14 @@ def test_voc_comes_from_torchvision(tmp_path):
             mask.save(root / "SegmentationClass" / f"{name}.png")
         (root / "ImageSets/Segmentation" / f"{split}.txt").write_text("\n".join(names))
     options = {"data_path": str(tmp_path), "dataset": "VOCSegmentation"}
-    train = open_pairs("train", list(masks.VOC), MaskFormat(21), **options)
+    train = open_pairs("train", list(VOC), MaskFormat(21), **options)
     assert [train.name(index).rpartition("/")[2] for index in range(2)] == ["b.jpg", "a.jpg"]
     assert [int(mask.unique()) for _, mask in train] == [20, 19]
-    val = open_pairs("val", list(masks.VOC), MaskFormat(21), **options)
+    val = open_pairs("val", list(VOC), MaskFormat(21), **options)
     assert val.mask_name(0).endswith("SegmentationClass/c.png")
     sample = samples_of(val)[0, 0]
     assert (sample.image.shape, sample.label.shape) == ((3, 10, 20), (10, 20))
-    assert len(masks.VOC) == 21
+    assert len(VOC) == 21
     shutil.make_archive(str(tmp_path / "set"), "zip", root / "JPEGImages")
     with pytest.raises(ValueError, match="torchvision has no mask files for it; VOCSegmentation has"):
         open_pairs("train", CLASSES, THREE, dataset="FakeData")
@@ -211,7 +214,7 @@ def test_voc_comes_from_torchvision(tmp_path):
 
 def test_colors_of_voc():
     """The first and the last color of VOC's 21 classes, and the color of ignored pixels."""
-    colors = masks.default_colors(256)
+    colors = default_colors(256)
     assert colors[:4] == [(0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0)]
     assert (colors[15], colors[20], colors[255]) == ((192, 128, 128), (0, 64, 128), (224, 224, 192))
     assert len(set(colors)) == 256
@@ -220,7 +223,7 @@ def test_colors_of_voc():
 def test_a_palette_names_and_colors_classes(tmp_path):
     file = tmp_path / "palette.txt"
     file.write_text("# LoveDA\n255 255 255 background\n255, 0, 0, a building\n\n")
-    assert masks.read_palette(file) == (["background", "a building"], [(255, 255, 255), (255, 0, 0)])
+    assert read_palette(file) == (["background", "a building"], [(255, 255, 255), (255, 0, 0)])
     for text, problem in (
         ("1 2 300 a", r"line 1: '1 2 300 a' is not R G B NAME, such as '255 0 0 building'"),
         ("1 2 3 a\n4 5", r"line 2: '4 5' is not R G B NAME"),
@@ -230,9 +233,9 @@ def test_a_palette_names_and_colors_classes(tmp_path):
     ):
         file.write_text(text)
         with pytest.raises(ValueError, match=problem):
-            masks.read_palette(file)
+            read_palette(file)
     with pytest.raises(ValueError, match="--palette: there is no file"):
-        masks.read_palette(tmp_path / "none.txt")
+        read_palette(tmp_path / "none.txt")
 
 
 def test_unusable_masks_are_one_line_that_names_the_file(tmp_path):
@@ -350,7 +353,7 @@ def test_an_image_and_its_mask_are_augmented_together(tmp_path):
         image, classes = transform(picture, mask)
         assert (image.shape, classes.shape) == ((1, 32, 40), (32, 40))
         assert (image.dtype, classes.dtype) == (torch.uint8, torch.uint8)
-        ignored = classes == masks.IGNORED
+        ignored = classes == IGNORED
         assert (image[0][ignored] == 204).all()  # the mean
         assert ignored.float().mean() < 0.75
         padded += bool(ignored.any())
@@ -368,7 +371,7 @@ def test_scales_are_relative_to_the_short_side():
     for short_side, scale in ((45, 1), (0, 2), (20, 0.5)):
         transform = joint_transforms.TrainTransform((200, 200), short_side, (scale, scale), 0, [0.5])
         _, classes = transform(picture, mask)
-        valid = classes != masks.IGNORED
+        valid = classes != IGNORED
         sizes.append((int(valid[:, 0].sum()), int(valid[0].sum())))
         evaluated, same = joint_transforms.EvalTransform(short_side)(picture, mask)
         assert evaluated.shape[1:] == ((short_side, 2 * short_side) if short_side else (30, 60))
@@ -408,4 +411,4 @@ def test_images_of_any_channels_are_augmented():
     image, classes = joint_transforms.TrainTransform(24, 24, (0.5, 0.6), 0, [0.1, 0.2, 0.3, 0.4, 0.5])(picture, mask)
     assert (image.shape, image.dtype) == ((5, 24, 24), torch.float32)
     assert image[:, -1, -1].tolist() == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
-    assert classes[-1, -1] == masks.IGNORED
+    assert classes[-1, -1] == IGNORED
