@@ -40,7 +40,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "giant_patch14": {"patch_size": 14, "embed_dim": 1408, "depth": 40, "num_heads": 16, "mlp_ratio": 6144 / 1408},
 }
 
-SHORT_SEQUENCE = 64  # largest number of tokens for which matrix products are faster than the fused kernel (CPU, fp32)
+SHORT_SEQUENCE = 64  # tokens up to which matrix products train faster than the fused kernel (CPU, fp32)
 
 
 class PatchEmbed(nn.Module):
@@ -105,11 +105,11 @@ class Attention(nn.Module):
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(d)) v, of (B, h, L, d) each.
 
-    On a CPU, the fused kernel is slow for the short sequences of a ViT. In bf16, matrix products take a half to
-    a fifth of its time. In fp32, they are faster up to SHORT_SEQUENCE tokens
-    (`python benchmarks/train_step.py --task attention`).
+    On a CPU, the backward pass of the fused kernel is slow for the short sequences of a ViT. In bf16, matrix products
+    take a half to a fifth of its time. In fp32, they are faster up to SHORT_SEQUENCE tokens. Without gradients, the
+    fused kernel is faster (`python benchmarks/train_step.py --task attention`).
     """
-    if q.device.type == "cpu" and (q.dtype == torch.bfloat16 or k.shape[-2] <= SHORT_SEQUENCE):
+    if q.requires_grad and q.device.type == "cpu" and (q.dtype == torch.bfloat16 or k.shape[-2] <= SHORT_SEQUENCE):
         return attention_weights(q, k) @ v
     return F.scaled_dot_product_attention(q, k, v)
 
