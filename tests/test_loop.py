@@ -243,6 +243,14 @@ def test_clip_grad_limits_the_update():
     assert step.norm().item() == pytest.approx(1e-3, rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("change", "kind"), [(lambda loss: (loss, {}), "tuple"), (lambda loss: loss.expand(4), r"tensor of shape \(4,\)")]
+)
+def test_a_loss_of_another_form_is_an_error(change, kind):
+    with pytest.raises(TypeError, match=rf"^the loss of a batch is a {kind}; return a tensor of shape \(\), such as"):
+        train(spoil=lambda step, loss: change(loss))
+
+
 def nan_at(*steps):
     return lambda step, loss: loss * (math.nan if step in steps else 1.0)
 

@@ -186,10 +186,17 @@ def _forward_backward(
     """Runs an iteration, and returns its part of the loss of the update.
 
     The last iteration of an update averages the gradients over the processes.
+
+    Raises:
+        TypeError: the loss is not a tensor of shape ().
     """
     with dist.gradient_sync(model, enabled=is_last):
         with precision.autocast():
-            loss = compute_loss(batch) / accum_iter
+            loss = compute_loss(batch)
+        if not isinstance(loss, Tensor) or loss.ndim:
+            kind = f"tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise TypeError(f"the loss of a batch is a {kind}; return a tensor of shape (), such as loss.mean()")
+        loss = loss / accum_iter
         precision.backward(loss)
     return loss.detach()
 
