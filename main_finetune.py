@@ -94,7 +94,7 @@ def main(args: Namespace) -> Evaluation | None:
         model, val = load_for_evaluation(models_build.classifier, vars(args), file, setup.open_val())
         model.to(device)
         if args.compile:
-            compile_model(model, device)
+            compile_model(model, device, freeze_weights=True)
         scores = evaluation(val)(model)
         report_scores(scores, val.classes, args.report)
         return scores

@@ -32,6 +32,7 @@ from util.data.samples import Samples
 from util.evaluation import robustness, robustness_report
 from util.files import locks
 from util.training import run_log
+from util.training.compiling import compile_model
 from util.training.precision import Precision
 
 logger = logging.getLogger(__name__)
@@ -94,6 +95,8 @@ def _evaluate(args: Namespace, device: torch.device) -> str:
     classifier = load(args.model, crop_pct, device)
     warn_of_changes(args.model, args, {"crop_pct"}, classifier.recorded)
     model = RestrictedClassifier(classifier.model, suite.columns).to(device)
+    if args.compile:
+        compile_model(model, device, freeze_weights=True)
     out = Path(args.output_dir) / args.suite
     results = robustness_report.Results(out.with_suffix(".json"), {
         "model": args.model, "weights": checkpoint.weights_digest(model),

@@ -89,7 +89,7 @@ def main(args: Namespace) -> Scores | None:
         loading.load_classifier(model, file)
         model.to(device)
         if args.compile:
-            compile_model(model, device)
+            compile_model(model, device, freeze_weights=True)
         scores = evaluation(model, setup.eval_batches(setup.open_pairs("val"), 1))
         report_scores(scores, setup.classes, args.report)
         return scores

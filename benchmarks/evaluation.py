@@ -52,6 +52,7 @@ from util.datasets import open_source
 from util.dist import choose_device
 from util.evaluation import knn
 from util.evaluation.tables import markdown
+from util.training.compiling import compile_model
 from util.training.precision import Precision
 
 IMAGENET = {"bank": 1_281_167, "queries": 50_000}
@@ -109,7 +110,9 @@ def timms_evaluation(model: nn.Module, folder: Path, args: argparse.Namespace, p
     return clock.rate()
 
 
-def our_features(model: Any, source: Source, args: argparse.Namespace, precision: Precision, fast: bool) -> float:
+def our_features(
+    extractor: features.Extractor, source: Source, args: argparse.Namespace, precision: Precision, fast: bool
+) -> float:
     """Images/s of `python -m inference.features`, which also writes them."""
     clocks = []
 
@@ -119,9 +122,7 @@ def our_features(model: Any, source: Source, args: argparse.Namespace, precision
 
     eval_loader = loader.eval_loader
     with tempfile.TemporaryDirectory() as root, patch.object(loader, "eval_loader", timed_loader):
-        features.extract(
-            model, source, Path(root, "rows"), {}, "cls", args.batch_size, args.num_workers, precision, fast
-        )
+        features.extract(extractor, source, Path(root, "rows"), {}, args.batch_size, args.num_workers, precision, fast)
         return clocks[0].rate()
 
 
@@ -170,12 +171,18 @@ def implementations(
 ) -> dict[str, Callable[[], float]]:
     """The passes over all images by name; each returns images/s."""
     source: Any = open_source("train", str(folder))
-    build: dict[str, Callable[[], nn.Module]] = {"ours": lambda: get_model(f"vit_{args.size}", nb_classes=1000)}
+    build: dict[str, Callable[[], nn.Module]]
     if task == "eval":
-        build = {"timm": lambda: peers.timm_classifier(args.size), **build}
+        build = {
+            "timm": lambda: peers.timm_classifier(args.size),
+            "ours": lambda: get_model(f"vit_{args.size}", nb_classes=1000),
+        }
         ours, theirs = our_evaluation, timms_evaluation
     else:
-        build = {"transformers": lambda: transformers_encoder(args.size), **build}
+        build = {
+            "transformers": lambda: transformers_encoder(args.size),
+            "ours": lambda: features.Extractor(get_model(f"vit_{args.size}"), "cls"),
+        }
         ours, theirs = our_features, transformers_features
     passes: dict[str, Callable[[], float]] = {}
     for name, make in build.items():
@@ -183,11 +190,12 @@ def implementations(
             title = f"{name} {how}"
             if args.only and name not in args.only and title not in args.only:
                 continue
-            if title == "ours compiled" and task == "features":  # the command has no --compile
-                continue
             model = make().eval().to(precision.device)
             if how == "compiled":
-                model.compile()
+                if name == "ours":
+                    compile_model(model, precision.device, freeze_weights=True)
+                else:
+                    model.compile()
             if name == "ours":
                 for fast, flag in ((False, ""), (True, ", --fast_jpeg")):
                     passes[title + flag] = partial(ours, model, source, args, precision, fast)

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.numpy import save_file
+from torch import nn
 
 from inference.model import Model, get_model
 from util import datasets, dist
@@ -31,6 +32,7 @@ from util.data.samples import Samples
 from util.data.sources import Source
 from util.data.webdataset_shards import Shards
 from util.files import atomic
+from util.training.compiling import compile_model
 from util.training.precision import Precision
 from util.training.run_log import start_logging
 
@@ -72,9 +74,12 @@ def main(args: argparse.Namespace) -> None:
     assert not isinstance(source, Shards)  # --data_path never opens shards
     names = [source.name(index) for index in range(len(source))]
     partial = args.out.with_name(atomic.temporary_name(args.out.name, "{}.partial"))
+    extractor = Extractor(model, args.pool)
+    if args.compile:
+        compile_model(extractor, device, freeze_weights=True)
     rows = extract(
-        model, source, partial, row_settings(model, names, args, precision), args.pool, args.batch_size,
-        args.num_workers, precision, args.fast_jpeg,
+        extractor, source, partial, row_settings(model, names, args, precision), args.batch_size, args.num_workers,
+        precision, args.fast_jpeg,
     )  # fmt: skip
     content: dict[str, Any] = {"features": rows} | ({"labels": source.labels} if source.classes else {})
     with atomic.replacing(args.out) as written:
@@ -99,12 +104,27 @@ def row_settings(model: Model, names: list[str], args: argparse.Namespace, preci
     }))  # fmt: skip
 
 
+class Extractor(nn.Module):
+    """Normalized images (B, c, H, W) -> features, as a module, which can be compiled.
+
+    Args:
+        pool: as in `ModelMixin.extract_feat`.
+    """
+
+    def __init__(self, model: Model, pool: str | None) -> None:
+        super().__init__()
+        self.model = model
+        self.pool = pool
+
+    def forward(self, imgs: torch.Tensor) -> torch.Tensor:
+        return self.model.compute_features(imgs, self.pool)
+
+
 def extract(
-    model: Model,
+    extractor: Extractor,
     source: Source,
     folder: Path,
     settings: dict[str, Any],
-    pool: str | None,
     batch_size: int,
     num_workers: int,
     precision: Precision,
@@ -115,13 +135,13 @@ def extract(
     Args:
         folder: folder of the features and their progress. If it exists with the same settings, the run is resumed.
         settings: from `row_settings`.
-        pool: as in `ModelMixin.extract_feat`.
         fast_jpeg: as in `decode`.
 
     Raises:
         OSError: the disk is full. The same command resumes the run.
         BadImage: an image can't be read.
     """
+    model = extractor.model
 
     @torch.inference_mode()
     def compute_from(done: int) -> Iterator[np.ndarray]:
@@ -130,7 +150,7 @@ def extract(
         pin_memory = precision.device.type == "cuda"
         for images, *_ in loader.eval_loader(samples, batch_size, num_workers, pin_memory=pin_memory):
             with precision.autocast():
-                features = model.extract_feat(model.normalize(images.to(precision.device)), pool)
+                features = extractor(model.normalize(images.to(precision.device)))
             yield features.float().cpu().numpy()
 
     return feature_files.write(folder, settings, len(source), compute_from)

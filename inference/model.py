@@ -158,7 +158,10 @@ class ModelMixin(PyTorchModelHubMixin):
             ValueError: `pool` is unknown.
             BadImage, OSError: as in `prepare`.
         """
-        x = self.prepare(images)
+        return self.compute_features(self.prepare(images), pool)
+
+    def compute_features(self, x: Tensor, pool: str | None = None) -> Tensor:
+        """The features of normalized images (B, c, H, W); as `extract_feat`."""
         if self.head_pools and pool is None:
             return self.head.pool(self.forward_features(x))  # type: ignore[attr-defined]
         pooled = self.settings.get("global_pool", False)

@@ -3,16 +3,20 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 from mains import Stopped, assert_close, assert_equal, in_processes, lines, stop_after, weights
 from torch._dynamo.utils import counters
+from torch._inductor import config as inductor
 
 import main_finetune
 import models_vit
+from inference import features
 from models_mae import mae_vit_mini_patch4
 from models_vit import SIZES, set_grad_checkpointing
+from util.cli import entry_point
 from util.training.compiling import compile_model
 
 
@@ -29,6 +33,8 @@ def _fresh(_compiler, monkeypatch):
     monkeypatch.setitem(models_vit.SIZES, "mini_patch4", SIZES["mini_patch4"] | {"depth": 2})  # compiles faster
     torch.compiler.reset()
     counters.clear()
+    with inductor.patch(freezing=False):  # restores it
+        yield
 
 
 def test_compiled_model_is_one_graph_with_equal_gradients():
@@ -91,6 +97,29 @@ def test_a_classifier_is_compiled_for_training_and_evaluation(classify):
     for ours, theirs in zip(lines(compiled), lines(eager), strict=True):
         assert ours["test_loss"] == pytest.approx(theirs["test_loss"], rel=1e-4)
         assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-4)
+
+
+def test_evaluation_and_features_of_a_compiled_model(classify, labelled, tmp_path):
+    file = classify(main_finetune, epochs=1) / "checkpoint-0.pth"
+    eager, compiled = (classify(main_finetune, eval=True, finetune=file, **how) for how in ({}, {"compile": True}))
+    assert compiled.loss == pytest.approx(eager.loss, rel=1e-4)
+    assert compiled.predictions.tolist() == eager.predictions.tolist()
+    rows = []
+    for how in ([], ["--compile"]):
+        argv = [labelled, "--model", file, "--out", tmp_path / "rows.npz", "--num_workers", 1, "--device", "cpu", *how]
+        features.main(entry_point.parse(features.get_args_parser(), list(map(str, argv))))
+        rows.append(np.load(tmp_path / "rows.npz")["features"])
+    np.testing.assert_allclose(*rows, rtol=1e-3, atol=1e-5)
+
+
+def test_a_graph_with_frozen_weights_contains_them_in_bf16():
+    model, imgs = models_vit.vit_mini_patch4(img_size=16).eval(), torch.rand(2, 3, 16, 16)
+    compile_model(model, torch.device("cpu"), freeze_weights=True)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        before = model(imgs)
+        torch.testing.assert_close(before, model.forward(imgs), rtol=0.05, atol=0.02)
+        model.head.weight.zero_()
+        assert torch.equal(model(imgs), before)
 
 
 def test_without_a_compiler_the_run_warns_and_continues(tmp_path, monkeypatch):

@@ -60,6 +60,7 @@ def test_an_evaluation_compiles_the_model(finetune, monkeypatch):
     assert calls == []
     assert finetune(eval=True, finetune=file, compile=True).loss == plain.loss
     assert [(type(call["model"]).__name__, call["device"].type) for call in calls] == [("VisionTransformer", "cpu")]
+    assert calls[0]["freeze_weights"]
 
 
 def test_fine_tuning_reduces_the_loss(finetune):

@@ -7,7 +7,7 @@ import forks
 import numpy as np
 import pytest
 import torch
-from capture import parse
+from capture import parse, recorder
 from conftest import ROOT
 from mains import Stopped, assert_equal, lines, stop_after, weights
 from PIL import Image
@@ -97,12 +97,11 @@ def test_only_the_head_learns_and_its_file_needs_no_flags(
 
 
 def test_compile_applies_to_evaluation(segment, scenes, monkeypatch):
-    compiled = []
-    monkeypatch.setattr(main_segment, "compile_model", lambda model, device: compiled.append(model))
+    calls = recorder(monkeypatch, main_segment, "compile_model", call=False)
     out = segment(epochs=1)
     flags = {"eval": True, "resume": out / "checkpoint-0.pth", "data_path": scenes, "num_workers": 0, "device": "cpu"}
     main_segment.main(parse(main_segment, **flags, compile=True))
-    assert len(compiled) == 1
+    assert [call["freeze_weights"] for call in calls] == [True]
 
 
 def test_another_window_keeps_the_scale_of_the_training(segment):

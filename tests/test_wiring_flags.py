@@ -55,7 +55,7 @@ RUN = DATA | TRAINING | {"cache_images": False}
 CLASSES = {"adapt_input": "error", "val_list": None, "crop_pct": None, "train_per_class": None, "val_fraction": None}
 EVALUATION = CLASSES | {"eval_every": 1, "report": None, "save_every": 1}
 MODEL = {"model": None, "device": "auto", "debug": False}
-EXTRACTION = {"batch_size": 128, "num_workers": 10, "fast_jpeg": False, "amp": "auto"}
+EXTRACTION = {"batch_size": 128, "num_workers": 10, "fast_jpeg": False, "amp": "auto", "compile": False}
 OURS_JOB = {"shared_dir": "", "slurm": [], "after": None, "cluster": "slurm", "dry_run": False, "wait": False}
 
 OURS = {

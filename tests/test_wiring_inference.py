@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 import transformers
+from capture import recorder
 from conftest import ROOT
 from PIL import Image
 from torchvision import transforms as T
@@ -165,6 +166,14 @@ def test_features_use_the_given_pooling(mae, labelled, tmp_path, pool):
     assert [contents["classes"][label] in name for label, name in zip(contents["labels"], names, strict=True)] == [
         True
     ] * 23
+
+
+def test_compile_applies_to_features(mae, labelled, tmp_path, monkeypatch):
+    calls = recorder(monkeypatch, features, "compile_model", call=False)
+    file = saved(mae, tmp_path / "m.pth")
+    for flags in ([], ["--compile"]):
+        run(features, labelled, "--model", file, "--out", tmp_path / "f.npz", "--num_workers", 0, *flags)
+    assert [(type(call["model"]), call["freeze_weights"]) for call in calls] == [(features.Extractor, True)]
 
 
 def test_the_command_reconstructs_the_given_images(mae, tmp_path, monkeypatch):

@@ -37,11 +37,12 @@ def run(monkeypatch, tmp_path):
             calls.joined = recorder(patch, dist, "init")
             calls.loaded = recorder(patch, main_robustness, "load")
             calls.loaders = recorder(patch, loader, "eval_loader")
+            calls.compiled = recorder(patch, main_robustness, "compile_model", call=False)
             patch.setattr(loader, "up_to_cores", lambda num_workers: 0)
             settings = {"data_path": tmp_path / suite, "output_dir": tmp_path / "out", "device": "cpu",
                         "model": "timm:reads_colors"}  # fmt: skip
             calls.table = main_robustness.main(parse(main_robustness, suite=suite, **(settings | flags)))
-        calls.results = json.loads((tmp_path / "out" / f"{suite}.json").read_text())
+        calls.results = json.loads((settings | flags)["output_dir"].joinpath(f"{suite}.json").read_text())
         return calls
 
     return start
@@ -50,6 +51,15 @@ def run(monkeypatch, tmp_path):
 def test_the_defaults():
     args = vars(parse(main_robustness, suite="imagenet-a", data_path="a", model="m"))
     assert {name: args[name] for name in DEFAULTS} == DEFAULTS
+
+
+def test_compile_applies_to_the_model_with_the_classes_of_the_suite(run, tmp_path):
+    class_folders(tmp_path / "imagenet-a", robustness.subset("imagenet-a"), "a.jpg", lambda label: label)
+    assert run("imagenet-a", output_dir=tmp_path / "eager").compiled == []
+    calls = run("imagenet-a", compile=True)
+    (compiled,) = calls.compiled
+    assert compiled["model"] is calls.evaluated[-1]["model"]
+    assert compiled["freeze_weights"]
 
 
 def test_the_classes_of_a_suite_are_answered(run, tmp_path):

@@ -601,10 +601,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         help="minutes between writes of checkpoint-last.pth, also within an epoch",
     )  # fmt: skip
     _add_compute_options(group)
-    group.add_argument(
-        "--compile", action="store_true",
-        help="compile the model with torch.compile: higher throughput, after a minute or more of compilation",
-    )  # fmt: skip
+    _add_compile(group)
 
 
 def add_compute_options(parser: argparse.ArgumentParser) -> None:
@@ -640,6 +637,7 @@ def add_extraction_options(parser: argparse.ArgumentParser) -> None:
     _add_num_workers(parser)
     _add_fast_jpeg(parser)
     _add_amp(parser)
+    _add_compile(parser)
 
 
 def _add_config(group: argparse._ActionsContainer) -> None:
@@ -652,6 +650,13 @@ def _add_compute_options(group: argparse._ArgumentGroup) -> None:
     )
     _add_device(group)
     _add_amp(group)
+
+
+def _add_compile(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
+        "--compile", action="store_true",
+        help="compile the model with torch.compile: higher throughput, after a minute or more of compilation",
+    )  # fmt: skip
 
 
 def _add_device(group: argparse._ActionsContainer) -> None:

@@ -10,22 +10,30 @@ from util import dist
 logger = logging.getLogger(__name__)
 
 
-def compile_model(model: nn.Module, device: torch.device) -> None:
+def compile_model(model: nn.Module, device: torch.device, freeze_weights: bool = False) -> None:
     """Compiles a model in place, one graph per input shape. The names of parameters do not change.
 
     Without a compiler, it logs a warning and does not change the model.
+
+    Args:
+        freeze_weights: for a process that does not train. Graphs without gradients contain the weights, in the dtype
+            and the layout of the matrix products; later changes of the weights have no effect.
     """
     try:
         torch.compile(torch.relu)(torch.ones(2, device=device))
     except Exception as error:  # the type depends on the backend
         reason = str(error).strip().splitlines()[0]
         need = "Triton" if device.type == "cuda" else "a C++ compiler and Python's headers (g++, python3-dev)"
-        logger.warning(f"--compile needs {need} and does not work here ({reason}): training continues without it")
+        logger.warning(f"--compile needs {need} and does not work here ({reason}): the command continues without it")
         return
+    if freeze_weights:
+        from torch._inductor import config  # takes longer to import than PyTorch
+
+        config.freezing = True
     if dist.is_sharded(model):  # each unit is one graph, because weights are gathered between units
         for unit in model.modules():
             if dist.is_sharded(unit) and unit is not model:
                 unit.forward = torch.compile(unit.forward, fullgraph=True, dynamic=False)
     else:
         model.compile(fullgraph=True, dynamic=False)
-    logger.info("--compile: the first iteration and the first evaluation take a minute or more")
+    logger.info("--compile: the first batch, and the first of another size, take a minute or more")
