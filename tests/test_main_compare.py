@@ -15,6 +15,8 @@ import torch
 from conftest import ROOT
 from mains import wait_until
 from PIL import Image
+from sklearn.svm import SVC
+from threadpoolctl import threadpool_info
 
 import main_compare
 import main_knn
@@ -390,10 +392,22 @@ def test_baselines_without_held_out_images_have_the_middle_value(compared):
     assert {row["chosen"] for row in rows(compared[0]) if row["protocol"] == "RBF-SVM"} == {"C 10"}
 
 
+def test_a_baseline_of_pixels_uses_one_thread(monkeypatch):
+    fit, threads = SVC.fit, []
+
+    def record(model, *data):
+        threads.append(max(pool["num_threads"] for pool in threadpool_info()))
+        return fit(model, *data)
+
+    monkeypatch.setattr(SVC, "fit", record)
+    images, labels = np.random.default_rng(0).random((40, 12)), np.arange(40) % 2
+    pixel_baselines.evaluate("RBF-SVM", images, labels, images, labels, seed=0)
+    assert threads == [1] * 4  # three values of C, and the choice
+
+
 def test_baselines_equal_scikit_learns():
     """C is chosen on held-out training images."""
     from sklearn.model_selection import StratifiedShuffleSplit
-    from sklearn.svm import SVC
 
     generator = np.random.default_rng(0)
     labels = np.arange(60) % 3
