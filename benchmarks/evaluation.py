@@ -32,6 +32,7 @@ from PIL import Image
 from timm.data import create_dataset, create_loader
 from timm.utils import AverageMeter, accuracy
 from torch import nn
+from torch._inductor import config as inductor
 from torch.utils.data import DataLoader, Dataset
 from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
@@ -216,7 +217,8 @@ def compare(task: str, args: argparse.Namespace, precision: Precision) -> dict[s
         passes = implementations(task, args, Path(root), precision)
         for name, run in passes.items():
             print(f"warming up: {name}", flush=True)
-            run()  # the first pass compiles
+            with inductor.patch(freezing=name.startswith("ours")):  # off by default in the others
+                run()  # the first pass compiles
         runs: dict[str, list[float]] = {name: [] for name in passes}
         for number in range(args.rounds):
             print(f"round {number + 1} of {args.rounds}", flush=True)
@@ -281,7 +283,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--size", default="base_patch16", choices=models_vit.SIZES, metavar="SIZE", help="a size of models_vit"
     )
     parser.add_argument("--batch_size", default=16, type=flags.positive_int, metavar="N", help="batch size")
-    parser.add_argument("--images", default=96, type=flags.positive_int, metavar="N", help="number of image files")
+    parser.add_argument("--images", default=192, type=flags.positive_int, metavar="N", help="number of image files")
     parser.add_argument("--num_workers", default=1, type=flags.count, metavar="N", help="worker processes of all")
     parser.add_argument("--amp", default="bf16", choices=AMP_CHOICES, help="bf16, fp16 or off (fp32)")
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda")
@@ -292,7 +294,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--only", nargs="+", default=[], metavar="NAME", help="implementations, such as ours or 'timm compiled'"
     )
-    parser.add_argument("--out", default=machine.RESULTS, type=Path, metavar="DIR", help="folder of the JSON files")
+    parser.add_argument("--out", type=Path, metavar="DIR", help=machine.OUT_HELP)
     return parser
 
 

@@ -216,7 +216,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--rounds", default=7, type=int, metavar="N", help="repetitions; each measures every pipeline once"
     )
-    parser.add_argument("--out", default=machine.RESULTS, type=Path, metavar="DIR", help="folder of the JSON file")
+    parser.add_argument("--out", type=Path, metavar="DIR", help=machine.OUT_HELP)
     return parser
 
 

@@ -134,7 +134,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS, metavar="K", help=f"of {', '.join(KINDS)}")
     parser.add_argument("--rounds", default=3, type=flags.positive_int, metavar="N", help="measurements of each kind")
     parser.add_argument("--folder", type=Path, metavar="DIR", help="folder for the files (default: the system's)")
-    parser.add_argument("--out", default=machine.RESULTS, type=Path, metavar="DIR", help="folder of the results")
+    parser.add_argument("--out", type=Path, metavar="DIR", help=machine.OUT_HELP)
     return parser
 
 

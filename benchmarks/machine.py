@@ -1,4 +1,4 @@
-"""The files in benchmarks/results: measurements with the machine and the settings."""
+"""The files in benchmarks/results: measurements with the settings, a folder per machine."""
 
 import json
 import os
@@ -13,6 +13,7 @@ import torch
 from util.files import atomic
 
 RESULTS = Path(__file__).parent / "results"
+OUT_HELP = "folder of the JSON files (default: benchmarks/results/MACHINE)"
 
 
 def describe(device: torch.device) -> dict[str, Any]:
@@ -45,12 +46,30 @@ def commit() -> str | None:
         return None
 
 
-def write(name: str, device: torch.device, settings: dict[str, Any], results: dict[str, Any], folder: Path) -> None:
-    """Writes NAME.json."""
-    folder.mkdir(parents=True, exist_ok=True)
+def write(
+    name: str, device: torch.device, settings: dict[str, Any], results: dict[str, Any], folder: Path | None
+) -> None:
+    """Writes NAME.json. The default of `folder` is the machine's folder in `RESULTS`."""
     settings = {key: value for key, value in settings.items() if key not in ("out", "name")}
     record = {"machine": describe(device), "settings": settings, **results}
+    folder = folder or RESULTS / re.sub(r"\W+", "_", title(record).lower())
+    folder.mkdir(parents=True, exist_ok=True)
     atomic.write_text(folder / f"{name}.json", json.dumps(record, indent=1, default=str) + "\n")
+
+
+def title(record: dict[str, Any]) -> str:
+    """Returns the name of the hardware of a measurement: the GPU's, or the processor's."""
+    return str(record["machine"]["gpu"] or record["machine"]["processor"])
+
+
+def folders(root: Path = RESULTS) -> list[Path]:
+    """Returns the folders of the machines, sorted."""
+    return sorted(folder for folder in root.iterdir() if folder.is_dir())
+
+
+def find(name: str, root: Path = RESULTS) -> dict[str, Any] | None:
+    """Reads NAME.json of the first machine that has it; None if no machine has it."""
+    return next(filter(None, (read(name, folder) for folder in folders(root))), None)
 
 
 def read(name: str, folder: Path) -> dict[str, Any] | None:

@@ -30,11 +30,8 @@ NVLINK = 450e9  # bytes/s of a GPU in one direction
 LATENCY = 5e-6  # seconds of a message: assumed
 BUCKET = 25 * 2**20  # bytes: the default of DistributedDataParallel's bucket_cap_mb
 FIXED = 256  # batch size per GPU
-# LISTING and ENTRY are measured: processor time of opening the folder of benchmarks/listing.py with 100,000 images in
-# the page cache, on one core of an EPYC, and the size of the pickled list. A network file system takes longer.
 IMAGES, VALIDATION = 1_281_167, 50_000  # ImageNet
-LISTING = 1.4e-6  # seconds of an image
-ENTRY = 46  # bytes of the name and label of an image
+ENTRY = 46  # bytes of the name and label of an image in the pickled list
 WORKERS = 10  # processes that decode images for each GPU: the default of --num_workers
 SOCKET = 1e9  # bytes/s of a message between processes: assumed
 DISK = 1e9  # bytes/s that one process writes: assumed
@@ -53,9 +50,9 @@ def speed(size: str, folder: Path) -> tuple[float, str]:
     """Images/s of one GPU, and the source of the number.
 
     Args:
-        folder: contains the files of train_step.py.
+        folder: contains the files of train_step.py, in a folder per machine.
     """
-    results = machine.read(f"pretrain_{size}_bf16_cuda", folder)
+    results = machine.find(f"pretrain_{size}_bf16_cuda", folder)
     if results:
         source = f"measured: {results['machine']['gpu']}, {results['settings']['batch_size']} images"
         return results["images_per_second"]["ours compiled"], source
@@ -135,9 +132,9 @@ def table_of_efficiency(folder: Path, images: dict[int, int]) -> str:
     return "\n".join(lines)
 
 
-def opening(processes: int) -> float:
-    """Seconds until all processes have the list of ImageNet's training images."""
-    return IMAGES * (LISTING + 2 * math.ceil(math.log2(processes)) * ENTRY / SOCKET)
+def opening(processes: int, listing: float) -> float:
+    """Seconds until all processes have the list of ImageNet's training images, at `listing` seconds per image."""
+    return IMAGES * (listing + 2 * math.ceil(math.log2(processes)) * ENTRY / SOCKET)
 
 
 def evaluation(rate: float, processes: int) -> float:
@@ -157,17 +154,20 @@ def table_of_other_times(folder: Path) -> str:
         "| in shards, s | source of the speed |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    measured = machine.read("input_pipeline", machine.RESULTS)
-    assert measured
-    decoded = measured["one process"]["images_per_second"]["ours, --fast_jpeg"]
+    pipeline, opened = machine.find("input_pipeline"), machine.find("listing")
+    assert pipeline
+    assert opened
+    decoded = pipeline["one process"]["images_per_second"]["ours, --fast_jpeg"]
+    listing = opened["results"]["folder"]["seconds"] / opened["settings"]["images"]
     for size, name in NAMES.items():
         (rate, source), state = speed(size, folder), 3 * gradient_bytes(size)
         forward = rate * train_step.training_flops(size) / train_step.classifier_flops(size)
         forward = min(forward, WORKERS * decoded)
         for count in (64, 512):
+            times = opening(count, listing), evaluation(forward, count), checkpoint(state, 1), checkpoint(state, count)
             lines.append(
-                f"| {name} | {count} | {opening(count):.1f} | {evaluation(forward, count):.2f} | {state / 1e9:.2f} GB "
-                f"| {checkpoint(state, 1):.1f} | {checkpoint(state, count):.1f} | {source.partition(':')[0]} |"
+                f"| {name} | {count} | {times[0]:.1f} | {times[1]:.2f} | {state / 1e9:.2f} GB | {times[2]:.1f} "
+                f"| {times[3]:.1f} | {source.partition(':')[0]} |"
             )
     return "\n".join(lines)
 

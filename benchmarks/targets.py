@@ -8,7 +8,7 @@ The other scripts here write the measurements, with a description of the machine
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +63,8 @@ ROWS: list[tuple[str, str, Callable[[Results], float], float, str]] = [
      ratio("ours compiled, --fast_jpeg", "timm eager", "timm compiled"), 1.25, "{:.2f}"),
     ("the same in fp32, eager", EVAL.replace("bf16", "fp32"), ratio("ours eager, --fast_jpeg", "timm eager"), 1.0,
      "{:.2f}"),
-    ("features of JPEG files (--fast_jpeg), bf16, relative to transformers eager", FEATURES,
-     ratio("ours eager, --fast_jpeg", "transformers eager"), 1.25, "{:.2f}"),
+    ("features of JPEG files (--fast_jpeg), bf16 compiled, relative to transformers' fastest", FEATURES,
+     ratio("ours compiled, --fast_jpeg", "transformers eager", "transformers compiled"), 1.25, "{:.2f}"),
     ("the same in fp32, eager", FEATURES.replace("bf16", "fp32"),
      ratio("ours eager, --fast_jpeg", "transformers eager"), 1.0, "{:.2f}"),
     ("k-NN, share of the peak matmul throughput in fp32", "knn_cpu", lambda results: results["share"], 0.5, "{:.0%}"),
@@ -83,29 +83,54 @@ ROWS: list[tuple[str, str, Callable[[Results], float], float, str]] = [
 ]  # fmt: skip
 
 
-def table(folder: Path) -> str:
-    """The table in Markdown, from the files in a folder."""
-    lines = ["| | target | measured | with GLIBC_TUNABLES | processor |", "|---|---|---|---|---|"]
+def table(folders: Sequence[Path]) -> str:
+    """The table in Markdown, from the files in the folders: a column for each.
+
+    Raises:
+        ValueError: a folder has no measurement.
+    """
+    lines = ["| | target | " + " | ".join(map(title_of, folders)) + " |", "|---|---|" + "---|" * len(folders)]
     for title, name, figure, target, form in ROWS:
-        cells = [form.format(abs(target))]
-        for file, otherwise in ((name, "not measured"), (f"{name}_tunables", "")):
-            results = machine.read(file, folder)
-            try:
-                cells.append(form.format(figure(results)) if results else otherwise)
-            except KeyError:  # --only excluded a part of the measurement
-                cells.append(otherwise)
-        record = machine.read(name, folder)
-        cells.append(record["machine"]["gpu"] or record["machine"]["processor"] if record else "")
-        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+        cells = []
+        for folder in folders:
+            default, tunables = (value_of(file, folder, figure, form) for file in (name, f"{name}_tunables"))
+            cells.append(f"{default} ({tunables})" if tunables else default)
+        if not any(cells):
+            cells[0] = "not measured"
+        lines.append(f"| {title} | {form.format(abs(target))} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def title_of(folder: Path) -> str:
+    """The hardware of the measurements in a folder."""
+    record = next((machine.read(file.stem, folder) for file in sorted(folder.glob("*.json"))), None)
+    if not record:
+        raise ValueError(f"--results {folder} has no measurements; `./run bench {folder}` writes them")
+    return machine.title(record)
+
+
+def value_of(name: str, folder: Path, figure: Callable[[Results], float], form: str) -> str:
+    """The measured figure; empty without a measurement."""
+    results = machine.read(name, folder)
+    try:
+        return form.format(figure(results)) if results else ""
+    except KeyError:  # --only excluded a part of the measurement
+        return ""
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     """Returns the parser of the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", default=machine.RESULTS, type=Path, metavar="DIR", help="folder of the results")
+    parser.add_argument(
+        "--results", nargs="+", default=machine.folders(), type=Path, metavar="DIR",
+        help="folders of results, a column each (default: the folders in benchmarks/results)",
+    )  # fmt: skip
     return parser
 
 
 if __name__ == "__main__":
-    print(table(get_args_parser().parse_args().results))
+    parser = get_args_parser()
+    try:
+        print(table(parser.parse_args().results))
+    except ValueError as error:
+        parser.error(str(error))

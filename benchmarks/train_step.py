@@ -13,6 +13,7 @@ GFLOP per image.
 """
 
 import argparse
+import itertools
 import statistics
 import sys
 import time
@@ -156,17 +157,20 @@ def implementations(args: argparse.Namespace, precision: Precision) -> dict[str,
     return steps
 
 
-def attention_steps(precision: Precision, batch_size: int, shape: tuple[int, int, int]) -> dict[str, Step]:
-    """Forward and backward pass of each implementation of attention."""
+def attention_steps(
+    precision: Precision, batch_size: int, shape: tuple[int, int, int], with_backward: bool
+) -> dict[str, Step]:
+    """Forward pass of each implementation of attention, with the backward pass or without gradients."""
     heads, tokens, width = shape
-    dtype = precision.dtype or torch.float32
-    qkv = torch.randn(3, batch_size, heads, tokens, width, device=precision.device, dtype=dtype, requires_grad=True)
+    dtype, device = precision.dtype or torch.float32, precision.device
+    qkv = torch.randn(3, batch_size, heads, tokens, width, device=device, dtype=dtype, requires_grad=with_backward)
 
     def step_of(attend: Callable[..., Tensor]) -> Step:
         def step() -> None:
             qkv.grad = None
             out = attend(*qkv)
-            out.backward(out.detach())
+            if with_backward:
+                out.backward(out.detach())
 
         return step
 
@@ -248,16 +252,19 @@ def memory(args: argparse.Namespace, precision: Precision) -> dict[str, int]:
 
 
 def compare_attention(args: argparse.Namespace, precision: Precision) -> dict[str, Any]:
-    """Prints and returns the milliseconds of each implementation, for each of SHAPES."""
+    """Prints and returns the milliseconds of each implementation in training and evaluation, for each of SHAPES."""
     results = {}
-    print("| heads, tokens, channels | fused kernel, ms | plain products, ms | ours, ms |\n|---|---|---|---|")
-    for shape in SHAPES:
-        steps = attention_steps(precision, args.batch_size, shape)
+    print(
+        "| heads, tokens, channels | pass | fused kernel, ms | plain products, ms | ours, ms |\n|---|---|---|---|---|"
+    )
+    for shape, (title, with_backward) in itertools.product(SHAPES, {"training": True, "evaluation": False}.items()):
+        steps = attention_steps(precision, args.batch_size, shape, with_backward)
         runs = [
             {way: seconds(step, 5, precision.device) for way, step in steps.items()} for _ in range(args.rounds + 2)
         ]
-        results[str(shape)] = {way: 1000 * statistics.median(run[way] for run in runs[2:]) for way in steps}
-        print(f"| {shape} | " + " | ".join(f"{value:.1f}" for value in results[str(shape)].values()) + " |", flush=True)
+        times = {way: 1000 * statistics.median(run[way] for run in runs[2:]) for way in steps}
+        results[f"{shape} {title}"] = times
+        print(f"| {shape} | {title} | " + " | ".join(f"{value:.1f}" for value in times.values()) + " |", flush=True)
     return {"milliseconds": results}
 
 
@@ -320,7 +327,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--only", nargs="+", default=[], metavar="NAME", help="implementations, such as ours or 'ours compiled'"
     )
-    parser.add_argument("--out", default=machine.RESULTS, type=Path, metavar="DIR", help="folder of the JSON file")
+    parser.add_argument("--out", type=Path, metavar="DIR", help=machine.OUT_HELP)
     parser.add_argument(
         "--name", metavar="NAME", help="name of the file (default: from task, size, precision and device)"
     )

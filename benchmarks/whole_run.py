@@ -118,7 +118,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--updates", default=200, type=int, metavar="N", help="number of updates, for the losses")
     parser.add_argument("--amp", default="bf16", choices=("bf16", "fp16"), help="the precision to compare with fp32")
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda")
-    parser.add_argument("--out", default=machine.RESULTS, type=Path, metavar="DIR", help="folder of the JSON file")
+    parser.add_argument("--out", type=Path, metavar="DIR", help=machine.OUT_HELP)
     return parser
 
 

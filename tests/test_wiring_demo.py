@@ -458,11 +458,30 @@ def test_ratios_use_the_fastest_other_implementation(tmp_path, monkeypatch):
                                           ("least", "b", lambda result: result["wait"], 0.5, "{:.2f}")])  # fmt: skip
     (tmp_path / "a.json").write_text('{"wait": 0.01, "machine": {"gpu": null, "processor": "AMD EPYC"}}')
     (tmp_path / "a_tunables.json").write_text('{"wait": 0.005}')
-    assert targets.table(tmp_path).splitlines()[2:] == [
-        "| most | 2.0% | 1.0% | 0.5% | AMD EPYC |",
-        "| least | 0.50 | not measured |  |  |",
+    assert targets.table([tmp_path]).splitlines() == [
+        "| | target | AMD EPYC |",
+        "|---|---|---|",
+        "| most | 2.0% | 1.0% (0.5%) |",
+        "| least | 0.50 | not measured |",
     ]
-    assert re.match(r"\| \| target \| measured \|", targets.table(tmp_path))
+    (tmp_path / "gpu").mkdir()
+    with pytest.raises(ValueError, match=r"gpu has no measurements; `\./run bench .*gpu` writes them$"):
+        targets.table([tmp_path / "gpu"])
+    (tmp_path / "gpu" / "b.json").write_text('{"wait": 0.7, "machine": {"gpu": "NVIDIA H200", "processor": "Intel"}}')
+    assert targets.table([tmp_path, tmp_path / "gpu"]).splitlines()[::3] == [
+        "| | target | AMD EPYC | NVIDIA H200 |",
+        "| least | 0.50 |  | 0.70 |",
+    ]
+    assert machine.find("b", tmp_path)["wait"] == 0.7
+    assert machine.find("a", tmp_path) is None
+
+
+def test_the_default_folder_of_a_result_names_the_machine(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "RESULTS", tmp_path)
+    monkeypatch.setattr(machine, "processor", lambda: "Intel Xeon, AMX")
+    machine.write("a", torch.device("cpu"), {}, {}, None)
+    assert machine.folders(tmp_path) == [tmp_path / "intel_xeon_amx"]
+    assert machine.read("a", tmp_path / "intel_xeon_amx")
 
 
 def test_the_requirements_of_a_space_are_those_of_the_code():

@@ -16,8 +16,8 @@ def compile_model(model: nn.Module, device: torch.device, freeze_weights: bool =
     Without a compiler, it logs a warning and does not change the model.
 
     Args:
-        freeze_weights: for a process that does not train. Graphs without gradients contain the weights, in the dtype
-            and the layout of the matrix products; later changes of the weights have no effect.
+        freeze_weights: for a process that does not train. On a CPU, graphs without gradients contain the weights in the
+            dtype and the layout of the matrix products; later changes of the weights have no effect.
     """
     try:
         torch.compile(torch.relu)(torch.ones(2, device=device))
@@ -26,7 +26,7 @@ def compile_model(model: nn.Module, device: torch.device, freeze_weights: bool =
         need = "Triton" if device.type == "cuda" else "a C++ compiler and Python's headers (g++, python3-dev)"
         logger.warning(f"--compile needs {need} and does not work here ({reason}): the command continues without it")
         return
-    if freeze_weights:
+    if freeze_weights and device.type == "cpu":  # on a GPU, this was not measured
         from torch._inductor import config  # takes longer to import than PyTorch
 
         config.freezing = True
