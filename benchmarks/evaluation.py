@@ -173,6 +173,7 @@ def implementations(
     """The passes over all images by name; each returns images/s."""
     source: Any = open_source("train", str(folder))
     build: dict[str, Callable[[], nn.Module]]
+    ours: Callable[..., float]
     if task == "eval":
         build = {
             "timm": lambda: peers.timm_classifier(args.size),
@@ -191,7 +192,7 @@ def implementations(
             title = f"{name} {how}"
             if args.only and name not in args.only and title not in args.only:
                 continue
-            model = make().eval().to(precision.device)
+            model: Any = make().eval().to(precision.device)
             if how == "compiled":
                 if name == "ours":
                     compile_model(model, precision.device, freeze_weights=True)
