@@ -32,7 +32,6 @@ from PIL import Image
 from timm.data import create_dataset, create_loader
 from timm.utils import AverageMeter, accuracy
 from torch import nn
-from torch._inductor import config as inductor
 from torch.utils.data import DataLoader, Dataset
 from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
@@ -218,8 +217,7 @@ def compare(task: str, args: argparse.Namespace, precision: Precision) -> dict[s
         passes = implementations(task, args, Path(root), precision)
         for name, run in passes.items():
             print(f"warming up: {name}", flush=True)
-            with inductor.patch(freezing=name.startswith("ours")):  # off by default in the others
-                run()  # the first pass compiles
+            run()  # the first pass compiles
         runs: dict[str, list[float]] = {name: [] for name in passes}
         for number in range(args.rounds):
             print(f"round {number + 1} of {args.rounds}", flush=True)

@@ -103,8 +103,8 @@ def table(folders: Sequence[Path]) -> str:
 
 def title_of(folder: Path) -> str:
     """The hardware of the measurements in a folder."""
-    record = next((machine.read(file.stem, folder) for file in sorted(folder.glob("*.json"))), None)
-    if not record:
+    records = (machine.read(file.stem, folder) for file in sorted(folder.glob("*.json")))
+    if not (record := next(records, None)):
         raise ValueError(f"--results {folder} has no measurements; `./run bench {folder}` writes them")
     return machine.title(record)
 

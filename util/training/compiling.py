@@ -16,8 +16,8 @@ def compile_model(model: nn.Module, device: torch.device, freeze_weights: bool =
     Without a compiler, it logs a warning and does not change the model.
 
     Args:
-        freeze_weights: for a process that does not train. On a CPU, graphs without gradients contain the weights in the
-            dtype and the layout of the matrix products; later changes of the weights have no effect.
+        freeze_weights: for a model that is only evaluated. On a CPU, the graph contains the weights, in the dtype and
+            the layout of the matrix products; later changes of the weights have no effect.
     """
     try:
         torch.compile(torch.relu)(torch.ones(2, device=device))
@@ -29,8 +29,9 @@ def compile_model(model: nn.Module, device: torch.device, freeze_weights: bool =
     if freeze_weights and device.type == "cpu":  # on a GPU, this was not measured
         from torch._inductor import config  # takes longer to import than PyTorch
 
-        config.freezing = True
-    if dist.is_sharded(model):  # each unit is one graph, because weights are gathered between units
+        # PyTorch reads this setting when it traces and when it compiles, so an argument of torch.compile is too late.
+        model.forward = config.patch(freezing=True)(torch.compile(model.forward, fullgraph=True, dynamic=False))
+    elif dist.is_sharded(model):  # each unit is one graph, because weights are gathered between units
         for unit in model.modules():
             if dist.is_sharded(unit) and unit is not model:
                 unit.forward = torch.compile(unit.forward, fullgraph=True, dynamic=False)
