@@ -88,7 +88,10 @@ def main(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as root:
         folder = Path(root)
         write_files(folder, args.images)
-        rates, curves = speed(args, folder, flags), losses(args, folder, flags)
+        results: dict[str, Any] = {"speed": speed(args, folder, flags)}
+        if args.updates:
+            results["losses"] = losses(args, folder, flags)
+    rates, curves = results["speed"], results.get("losses", {})
     throughput = [
         ("updates without data loading", f"{rates['without_data']:,.0f}"),
         ("main_pretrain.py", f"{rates['with_data']:,.0f}"),
@@ -99,10 +102,10 @@ def main(args: argparse.Namespace) -> None:
     ]
     print(f"\n{markdown(['', 'images/s'], throughput)}")
     print(f"\nratio {rates['share']:.2f}, data loading {rates['data_wait']:.1%} of the time")
-    print(f"\n{markdown(['updates', 'loss in fp32', f'loss in {args.amp}'], points)}")
+    if points:
+        print(f"\n{markdown(['updates', 'loss in fp32', f'loss in {args.amp}'], points)}")
     device = choose_device(args.device)
-    name, results = f"whole_run_{args.size}_{args.amp}_{device.type}", {"speed": rates, "losses": curves}
-    machine.write(name, device, vars(args), results, args.out)
+    machine.write(f"whole_run_{args.size}_{args.amp}_{device.type}", device, vars(args), results, args.out)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -115,7 +118,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--images", default=51200, type=int, metavar="N", help="number of image files, for the throughput"
     )
-    parser.add_argument("--updates", default=200, type=int, metavar="N", help="number of updates, for the losses")
+    parser.add_argument(
+        "--updates", default=200, type=int, metavar="N", help="number of updates, for the losses; 0: throughput only"
+    )
     parser.add_argument("--amp", default="bf16", choices=("bf16", "fp16"), help="the precision to compare with fp32")
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda")
     parser.add_argument("--out", type=Path, metavar="DIR", help=machine.OUT_HELP)

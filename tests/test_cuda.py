@@ -5,6 +5,7 @@ import torch
 
 from engine_pretrain import train_one_epoch
 from models_mae import mae_vit_mini_patch4
+from models_vit import PatchEmbed
 from util.data.transforms import Normalize
 from util.interrupts import Interrupts
 from util.training import loop, run_log
@@ -94,3 +95,9 @@ def test_memory_does_not_grow_over_epochs():
 def test_batches_are_copied_completely_and_in_order():
     for ours, theirs in zip(loop.prefetch(iter(batches()), CUDA), batches(), strict=True):
         assert all(torch.equal(a.cpu(), b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_patches_are_embedded_as_on_a_cpu():
+    embed, imgs = PatchEmbed((32, 48), (4, 8), in_chans=3, embed_dim=16), torch.rand(2, 3, 32, 48)
+    expected = embed(imgs)
+    torch.testing.assert_close(embed.to(CUDA)(imgs.to(CUDA)).cpu(), expected, rtol=1e-4, atol=1e-4)
