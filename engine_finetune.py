@@ -194,6 +194,11 @@ class Setup:
         self.normalize = transforms.Normalize(*self.statistics).to(device)
         self.pin_memory = args.pin_mem and device.type == "cuda"
 
+    @property
+    def crop_pct(self) -> float:
+        """Side of the center crop in evaluation, as a fraction of the resized image."""
+        return self.args.crop_pct or transforms.default_crop_pct(self.args.input_size)
+
     def open_pair(self) -> tuple[Source, Source]:
         """Opens the training and the validation set.
 
@@ -287,7 +292,7 @@ class Setup:
 
     def eval_transform(self) -> Callable[..., Any]:
         """Returns the transform of an evaluation."""
-        return transforms.eval_transform(self.args.input_size, self.args.crop_pct)
+        return transforms.eval_transform(self.args.input_size, self.crop_pct, self.args.crop)
 
     def encode(
         self, source: Source, model: Any, batch_size: int, precision: Precision, on_bad_image: str | None = None

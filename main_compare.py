@@ -73,11 +73,11 @@ PROTOCOLS: dict[str, tuple[ModuleType, dict[str, Any]]] = {
 # Flags that all scripts share; the comparison passes those that are given.
 SHARED = (
     "data_path", "dataset", "download", "train_list", "val_list", "input_size", "mean", "std", "in_chans", "patch_size",
-    "num_cls_tokens", "crop_pct", "num_workers", "fast_jpeg", "pin_mem", "device", "amp",
+    "num_cls_tokens", "crop", "crop_pct", "num_workers", "fast_jpeg", "pin_mem", "device", "amp",
 )  # fmt: skip
 VAL_FRACTION = 0.2  # of the training images of the first draw, held out to choose hyperparameters
 LEAST_UPDATES = 3  # of an epoch; batches of few images are smaller
-ARCHITECTURE = ("model", "input_size", "patch_size", "in_chans", "crop_pct")  # flags that a file records
+ARCHITECTURE = ("model", "input_size", "patch_size", "in_chans", "crop", "crop_pct")  # flags that a file records
 
 Flags = dict[str, Any]
 
@@ -442,7 +442,7 @@ class Runs:
     def _pixels(self, task: Task) -> dict[str, Any]:
         """Fits a baseline of scikit-learn on the images of the same draw."""
         flags = {**vars(self.args), **task.encoder.flags, **self.shared}
-        settings = {name: flags[name] for name in ("input_size", "in_chans", "crop_pct")}
+        settings = {name: flags[name] for name in ("input_size", "in_chans", "crop", "crop_pct")}
 
         def compute(_: Path) -> dict[str, Any]:
             few = label_sets.some_of_each_class(self.train, task.per_class, task.draw) if task.per_class else self.train

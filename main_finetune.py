@@ -103,6 +103,7 @@ def main(args: Namespace) -> Evaluation | None:
     train, val = setup.cached(*setup.open_pair())
     classes = train.classes
     settings = {**vars(args), "nb_classes": len(classes), "classes": classes, "mean": setup.mean, "std": setup.std,
+                "crop_pct": setup.crop_pct,
                 "num_cls_tokens": setup.num_cls_tokens}  # fmt: skip
     model = models_build.classifier(settings)
     if file and not loading.load_encoder(model, file, args.adapt_input, classes):
@@ -112,8 +113,9 @@ def main(args: Namespace) -> Evaluation | None:
     model.to(device)
 
     augment = transforms.finetune_transform(
-        args.input_size, setup.statistics[0], args.aa, args.color_jitter, args.crop_scale, args.hflip
-    )
+        args.input_size, setup.statistics[0], args.aa, args.color_jitter, args.crop_scale, args.hflip, crop=args.crop,
+        crop_ratio=args.crop_ratio, vflip=args.vflip, rotate90=args.rotate90,
+    )  # fmt: skip
     batches = setup.train_batches(train, augment)
     mixup = mixing(args, len(classes))
     if mixup:

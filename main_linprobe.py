@@ -136,7 +136,8 @@ def train_probe(args: Namespace, setup: Setup, file: Weights | None, precision: 
     if several and args.lr is not None:
         raise ValueError(f"--lr {args.lr:g} sets a single rate, and --blr has {len(args.blr)} values; omit --lr")
     blr = args.blr if several else args.blr[0]
-    recorded = {"mean": setup.mean, "std": setup.std, "num_cls_tokens": setup.num_cls_tokens}
+    recorded = {"mean": setup.mean, "std": setup.std, "num_cls_tokens": setup.num_cls_tokens,
+                "crop_pct": setup.crop_pct}  # fmt: skip
     settings = {**vars(args), **recorded, "blr": blr, "nb_classes": len(classes), "classes": classes}
     if args.probe == ATTENTIVE and file and "fc_norm.weight" in file.tensors:
         settings["global_pool"] = True  # `probe` raises the error; `load_frozen` would ask for the flag first
@@ -155,7 +156,7 @@ def train_probe(args: Namespace, setup: Setup, file: Weights | None, precision: 
     if args.cache_features:
         batches: Any = loader.FeatureBatches(*features.load("train"), args.batch_size, args.seed, args.accum_iter)
     else:
-        batches = setup.train_batches(train, transforms.probe_transform(args.input_size))
+        batches = setup.train_batches(train, transforms.probe_transform(args.input_size, args.crop))
     num_parameters, criterion = sum(p.numel() for p in heads[0].parameters()), HeadLosses(len(batches))
 
     def evaluate_epoch(epoch: int, log: run_log.NullLog) -> dict[str, Any]:
@@ -243,9 +244,10 @@ class Features:
     def _token_settings(self, source: Source) -> dict[str, Any]:
         """Returns all settings that the tokens depend on, as plain values."""
         args, (mean, std) = self.setup.args, self.setup.statistics
-        names = ("model", "input_size", "patch_size", "in_chans", "crop_pct", "dataset", "data_path")
+        names = ("model", "input_size", "patch_size", "in_chans", "crop", "dataset", "data_path")
         return {
             **{name: getattr(args, name) for name in names}, "mean": list(mean), "std": list(std),
+            "crop_pct": self.setup.crop_pct,
             "precision": self.precision.name, "weights": checkpoint.compute_digest(encoder_state(self.model)),
             "images": checkpoint.compute_digest([source.name(index) for index in range(len(source))]),
         }  # fmt: skip

@@ -95,9 +95,12 @@ def main(
         )
     sample_options = {"in_chans": args.in_chans, "seed": args.seed, "draw_noise": draw_noise,
                       "on_bad_image": args.on_bad_image, "fast_jpeg": args.fast_jpeg}  # fmt: skip
-    augment = transforms.pretrain_transform(args.input_size, args.crop_scale, args.hflip)
+    augment = transforms.pretrain_transform(
+        args.input_size, args.crop_scale, args.hflip, crop=args.crop, crop_ratio=args.crop_ratio, vflip=args.vflip,
+        rotate90=args.rotate90,
+    )  # fmt: skip
     samples = Samples(source, augment, **sample_options)
-    full_images = Samples(source, transforms.eval_transform(args.input_size), **sample_options)
+    full_images = Samples(source, transforms.eval_transform(args.input_size, crop=args.crop), **sample_options)
     pin_memory = args.pin_mem and device.type == "cuda"
     batches = loader.TrainLoader(
         samples, args.batch_size, args.seed, args.num_workers, pin_memory, args.repeated_sampling, args.accum_iter,

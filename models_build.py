@@ -1,10 +1,11 @@
 """Builds models from the settings of a run (`args` of its checkpoints) or from a file, and heads of linear probes."""
 
+import logging
 import math
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache, partial
 from typing import Any, TypeVar
 
 import torch
@@ -15,16 +16,21 @@ import models_vit
 from models_mae import DECODER_SUFFIX, DECODERS, MaskedAutoencoderViT
 from models_segment import Segmenter
 from models_vit import SIZES, VisionTransformer, attention_weights, set_grad_checkpointing
+from util import dist
 from util.checkpoints.checkpoint import CheckpointError
 from util.cli.choices import ATTENTIVE, LINEAR, NUM_QUERIES
+from util.data.transforms import default_crop_pct, published_crop_pct
+from util.pos_embed import to_pair
 from util.weights.loading import DPT_HEAD, PROBE_HEAD, QUERIES, Weights
 from util.weights.model_zoo import CLASSIFIER, FULL, SEGMENTER
 
 Model = TypeVar("Model", bound=nn.Module)
 
+logger = logging.getLogger(__name__)
+
 # The settings of a run that determine its model and the preprocessing of images.
 MODEL_SETTINGS = (
-    "model", "input_size", "patch_size", "in_chans", "mean", "std", "crop_pct", "norm_pix_loss", "mask_ratio",
+    "model", "input_size", "patch_size", "in_chans", "mean", "std", "crop", "crop_pct", "norm_pix_loss", "mask_ratio",
     "mask_block", "decoder_depth", "global_pool", "nb_classes", "probe", "num_queries", "classes", "label_names",
     "layer_norm_eps", "head", "short_side", "reduce_zero_label", "colors", "num_cls_tokens", "learned_pos_embed",
 )  # fmt: skip
@@ -117,7 +123,20 @@ def file_settings(file: Weights, model: str | None = None) -> dict[str, Any]:
         known["num_queries"] = len(tensors[QUERIES])
     if file.kind == SEGMENTER:
         known["head"] = "dpt" if DPT_HEAD in tensors else "linear"
+    if file.kind in (CLASSIFIER, SEGMENTER) and known.get("crop_pct") is None:
+        size_of_input = known.get("input_size") or settings.get("input_size")
+        if size_of_input:
+            known["crop_pct"] = _crop_pct_of_earlier_version(file.source, *to_pair(size_of_input))
     return {**settings, **known, "model": model or f"{'mae_' * (file.kind == FULL)}vit_{size}"}
+
+
+@cache
+def _crop_pct_of_earlier_version(source: str, height: int, width: int) -> float:
+    """Returns the crop ratio of a file that records none; logs it once if the default has changed since."""
+    crop_pct = published_crop_pct((height, width))
+    if crop_pct != default_crop_pct((height, width)) and dist.is_main():
+        logger.warning(f"{source} records no --crop_pct, and {crop_pct} is used, the default of its time")
+    return crop_pct
 
 
 def _size_with_shapes(file: Weights, width: int) -> str:

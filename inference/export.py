@@ -150,7 +150,14 @@ def _statistics(model: Model) -> tuple[list[float], list[float]]:
 
 
 def _crop_pct(model: Model) -> float:
+    if _is_whole(model):
+        return 1.0
     return model.settings.get("crop_pct") or transforms.default_crop_pct(model.settings["input_size"])
+
+
+def _is_whole(model: Model) -> bool:
+    """Whether the input is the whole picture, scaled to its size."""
+    return model.settings.get("crop") == transforms.NO_CROP
 
 
 def write_reference(model: Model, out: Path) -> None:
@@ -184,7 +191,9 @@ def write_timm(model: Model, out: Path) -> None:
     else:
         _save({"state_dict": state, "args": settings}, out)
     config = timm_config(classifier)
-    overlay = {name: config["pretrained_cfg"][name] for name in ("mean", "std", "crop_pct", "interpolation")}
+    overlay = {
+        name: config["pretrained_cfg"][name] for name in ("mean", "std", "crop_pct", "crop_mode", "interpolation")
+    }
     logger.info(f"timm reads only the weights from this file: give create_model {config['model_args']} and "
                 f"pretrained_cfg_overlay={overlay}, or export to a folder")  # fmt: skip
 
@@ -211,7 +220,8 @@ def timm_config(model: Classifier) -> dict[str, Any]:
         },
         "pretrained_cfg": {
             "input_size": [model.in_chans, height, width], "fixed_input_size": True, "interpolation": "bicubic",
-            "crop_pct": _crop_pct(model), "mean": mean, "std": std, "num_classes": model.settings["nb_classes"],
+            "crop_pct": _crop_pct(model), "crop_mode": "squash" if _is_whole(model) else "center",
+            "mean": mean, "std": std, "num_classes": model.settings["nb_classes"],
             "first_conv": "patch_embed.proj", "classifier": "head", **labels,
         },
     }  # fmt: skip
@@ -271,9 +281,10 @@ def write_transformers(model: Model, out: Path) -> None:
     if (edge - side) % 4 == 3:  # transformers rounds half of the difference down, torchvision to an even number
         logger.info(f"transformers scales images to {edge} pixels, and its center crop of {side} pixels begins one "
                     f"pixel before that of this library, which matters for small images")  # fmt: skip
+    square = {"height": side, "width": side}
     transformers.ViTImageProcessor(
-        size={"shortest_edge": edge}, resample=foreign_settings.BICUBIC,
-        do_center_crop=True, crop_size={"height": side, "width": side}, do_convert_rgb=model.in_chans == 3,
+        size=square if _is_whole(model) else {"shortest_edge": edge}, resample=foreign_settings.BICUBIC,
+        do_center_crop=not _is_whole(model), crop_size=square, do_convert_rgb=model.in_chans == 3,
         image_mean=mean, image_std=std,
     ).save_pretrained(out)  # fmt: skip
 

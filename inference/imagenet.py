@@ -69,16 +69,17 @@ def _load_ours(name: str, crop_pct: float | None) -> ImageNetClassifier:
     if model.num_classes == NUM_CLASSES and classes:
         _check_order(name, classes)
     recorded: dict[str, Any] = {
-        key: model.settings[key] for key in ("input_size", "crop_pct", "mean", "std") if key in model.settings
+        key: model.settings[key] for key in ("input_size", "crop", "crop_pct", "mean", "std") if key in model.settings
     }
     data_config: dict[str, Any] = {
+        "crop": None,
         "crop_pct": None,
         "mean": None,
         "std": None,
         **recorded,
         **({"crop_pct": crop_pct} if crop_pct else {}),
     }
-    transform = eval_transform(data_config["input_size"], data_config["crop_pct"])
+    transform = eval_transform(data_config["input_size"], data_config["crop_pct"], data_config["crop"])
     return ImageNetClassifier(model, transform, model.normalize, data_config, recorded)
 
 

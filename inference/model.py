@@ -63,7 +63,9 @@ class ModelMixin(PyTorchModelHubMixin):
     def _set_up(self, settings: dict[str, Any]) -> None:
         self.settings = settings
         self.in_chans = settings["in_chans"]
-        self.transform = transforms.eval_transform(settings["input_size"], settings.get("crop_pct"))
+        self.transform = transforms.eval_transform(
+            settings["input_size"], settings.get("crop_pct"), settings.get("crop")
+        )
         statistics = transforms.channel_statistics(self.in_chans, settings.get("mean"), settings.get("std"))
         self.normalize = transforms.Normalize(*statistics)
         self.classes = settings.get("classes") or settings.get("label_names")

@@ -437,16 +437,21 @@ def test_a_rare_class_may_be_absent_from_the_images_that_choose(monkeypatch):
 
 def test_pixels_have_the_default_crop_of_the_input_size(labelled):
     source = datasets.open_source("val", str(labelled))
-    default, uncropped = (pixel_baselines.read(source, 256, in_chans=1, crop_pct=c, num_workers=0) for c in (None, 1.0))
+    default, uncropped = (
+        pixel_baselines.read(source, 256, in_chans=1, crop="random", crop_pct=c, num_workers=0) for c in (None, 1.0)
+    )
     assert np.array_equal(default, uncropped)
 
 
 def test_pixels_are_resized_to_32_and_keep_their_range(labelled):
     source = datasets.open_source("val", str(labelled))
-    pixels = pixel_baselines.read(source, (64, 32), in_chans=1, crop_pct=1, num_workers=0)
+    pixels = pixel_baselines.read(source, (64, 32), in_chans=1, crop="random", crop_pct=1, num_workers=0)
     assert pixels.shape == (23, 32 * 16)
     assert 0 <= pixels.min() < pixels.max() <= 1
-    assert pixel_baselines.read(source, 16, in_chans=3, crop_pct=None, num_workers=0).shape == (23, 3 * 16 * 16)
+    assert pixel_baselines.read(source, 16, in_chans=3, crop="random", crop_pct=None, num_workers=0).shape == (
+        23,
+        3 * 16 * 16,
+    )
 
 
 def test_pixels_are_in_one_range_for_files_of_8_and_16_bits(tmp_path):
@@ -455,7 +460,7 @@ def test_pixels_are_in_one_range_for_files_of_8_and_16_bits(tmp_path):
         (tmp_path / name / "val/cat").mkdir(parents=True)
         Image.fromarray(pixels).save(tmp_path / name / "val/cat/0.png")
     sources = [datasets.open_source("val", str(tmp_path / name)) for name in ("bytes", "deep")]
-    read = [pixel_baselines.read(source, 8, in_chans=1, crop_pct=1, num_workers=0) for source in sources]
+    read = [pixel_baselines.read(source, 8, in_chans=1, crop="random", crop_pct=1, num_workers=0) for source in sources]
     np.testing.assert_allclose(*read, atol=1e-6)
     assert read[0].max() == 1
     assert read[0].dtype == np.float32

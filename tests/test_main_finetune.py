@@ -6,6 +6,7 @@ import re
 import shutil
 
 import forks
+import numpy as np
 import pytest
 import torch
 from capture import recorder
@@ -16,6 +17,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from timm.loss import LabelSmoothingCrossEntropy
 
 import main_finetune
+import main_knn
+from inference import get_model
 from models_mae import mae_vit_mini_patch4
 from models_vit import vit_mini_patch4
 from util.checkpoints import checkpoint
@@ -263,6 +266,45 @@ def test_evaluation_uses_the_recorded_settings(finetune, capsys, labelled):
         f"warning: --input_size 40 32 is used, and {file} was made with --input_size 20 16",
         f"warning: --std 0.4 is used, and {file} was made with --std 0.2",
     ]
+
+
+def test_whole_images_are_a_setting_of_the_checkpoint(finetune, capsys, labelled):
+    """--crop none: evaluation, k-NN and predictions scale the whole image, as training did."""
+    out = finetune("whole", **PLAIN, input_size="16 32", crop="none")
+    file, photo = out / "checkpoint-1.pth", Image.open(next((labelled / "val").rglob("*.png")))
+    pixels = get_model(str(file)).transform(photo.crop((0, 0, 10, 19)))
+    expected = photo.crop((0, 0, 10, 19)).resize((32, 16), Image.Resampling.BICUBIC)
+    assert np.array_equal(pixels.permute(1, 2, 0), np.asarray(expected))
+    capsys.readouterr()
+    output = evaluated_in_full(capsys, main_finetune, "--eval", "--resume", file, "--data_path", labelled)
+    assert f"* Acc@1 {lines(out)[-1]['test_acc1']:.3f} " in output
+    knn = ["--finetune", file, "--data_path", labelled, "--k", 3]
+    output = evaluated_in_full(capsys, main_knn, *knn, "--crop", "random")
+    assert "--crop random is used" in output
+    assert "Acc@1" in evaluated_in_full(capsys, main_knn, *knn)
+
+
+def test_the_crop_of_small_images_is_recorded_and_earlier_files_keep_theirs(tuned, finetune, capsys, tmp_path):
+    state = checkpoint.read(tuned)
+    assert state["args"]["crop_pct"] == 1.0
+    stripes = Image.fromarray((np.arange(32) * 8).astype(np.uint8)[None, :, None].repeat(32, 0).repeat(3, 2))
+    assert (get_model(str(tuned)).transform(stripes)[0, 8].max() > 240).all()  # up to the right border
+    state["args"]["crop_pct"] = None
+    torch.save(state, tmp_path / "earlier.pth")
+    capsys.readouterr()
+    assert (get_model(str(tmp_path / "earlier.pth")).transform(stripes)[0, 8].max() < 235).all()
+    evaluated(capsys, finetune, resume=tmp_path / "earlier.pth")
+
+
+def test_a_file_without_a_crop_says_once_which_one_it_uses(tuned, labelled, capsys, tmp_path):
+    state = checkpoint.read(tuned)
+    state["args"]["crop_pct"] = None
+    torch.save(state, tmp_path / "earlier.pth")
+    output = evaluated_in_full(
+        capsys, main_finetune, "--eval", "--resume", tmp_path / "earlier.pth", "--data_path", labelled
+    )
+    assert output.count("crop_pct") - output.count("crop_pct=") == 1
+    assert "0.875" in output
 
 
 def test_values_of_a_recipe_count_as_explicit(tuned, capsys, labelled, tmp_path):

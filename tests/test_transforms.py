@@ -19,7 +19,7 @@ def photo():
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, size=(50, 70, 3), dtype=np.uint8))
 
 
-@pytest.mark.parametrize(("size", "resized"), [(32, 36), (224, 256), (256, 256)])
+@pytest.mark.parametrize(("size", "resized"), [(32, 32), (112, 128), (224, 256), (256, 256)])
 def test_the_evaluation_transform_equals_torchvisions(photo, size, resized):
     oracle = tv.Compose(
         [tv.Resize(resized, interpolation=tv.InterpolationMode.BICUBIC), tv.CenterCrop(size), tv.PILToTensor()]
@@ -27,11 +27,11 @@ def test_the_evaluation_transform_equals_torchvisions(photo, size, resized):
     assert torch.equal(transforms.eval_transform(size)(photo), oracle(photo))
 
 
-@pytest.mark.parametrize("size", [(32, 48), (48, 16), (256, 240)])
-def test_rectangular_evaluation_covers(photo, size):
+@pytest.mark.parametrize(("size", "share"), [((32, 48), 1), ((48, 160), 1), ((128, 112), 0.875), ((256, 240), 0.875)])
+def test_rectangular_evaluation_covers(photo, size, share):
     out = transforms.eval_transform(size)(photo)
     assert out.shape == (3, *size)
-    covered = (int(size[0] / 0.875), int(size[1] / 0.875))
+    covered = (int(size[0] / share), int(size[1] / share))
     factor = max(covered[0] / 50, covered[1] / 70)
     resized = photo.resize((max(covered[1], round(70 * factor)), max(covered[0], round(50 * factor))), Image.BICUBIC)
     left, top = (resized.width - size[1]) / 2, (resized.height - size[0]) / 2
@@ -88,6 +88,113 @@ def test_flip_and_crop_can_be_turned_off(photo):
     assert torch.equal(flipped.flip(-1), tv.functional.pil_to_tensor(square))
     with pytest.raises(ValueError, match=r"--crop_scale 0.5 0.2"):
         transforms.pretrain_transform(50, crop_scale=(0.5, 0.2))
+
+
+AUGMENTATIONS = {
+    "pre-training": lambda size, **options: transforms.pretrain_transform(size, **options),
+    "fine-tuning": lambda size, **options: transforms.finetune_transform(size, [0.5] * 2, **options),
+    "probe": lambda size, **options: transforms.probe_transform(size, **options),
+}
+
+
+def coordinates(height, width):
+    """A float picture (2, height, width): each pixel contains its row and its column."""
+    rows, columns = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
+    return torch.stack([rows, columns])
+
+
+def region(out, inner=0.2):
+    """The height and width of the part of the picture that an output shows, in pixels, from its linear inner part."""
+    spans = []
+    for channel, dim in ((out[0], 0), (out[1], 1)):
+        side = channel.shape[dim]
+        if side == 1:
+            spans.append(1.0)
+            continue
+        line = channel.mean(1 - dim)
+        first, last = int(side * inner), side - 1 - int(side * inner)
+        spans.append(abs((line[last] - line[first]).item()) / (last - first) * side)
+    return spans
+
+
+@pytest.mark.parametrize("size", [(1024, 128), (128, 1024), (224, 448), (1, 200), (64, 16), (96, 96)])
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_crops_have_the_aspect_ratio_of_the_input(name, size):
+    """A picture with the aspect ratio of the input: all of it can be seen, and it is distorted by 3/4 to 4/3."""
+    torch.manual_seed(0)
+    random.seed(0)
+    height, width = size
+    picture, transform = coordinates(height, width), AUGMENTATIONS[name](size)
+    areas, ratios = [], []
+    for _ in range(60):
+        out = transform(picture)
+        assert out.shape == (2, *size)
+        rows, columns = region(out)
+        areas.append(rows * columns / (height * width))
+        ratios.append((columns / width) / (rows / height))
+    assert max(areas) > 0.75
+    if height > 1:
+        assert min(areas) > 0.05
+        assert 0.7 < min(ratios) < 0.85
+        assert 1.15 < max(ratios) < 1.4
+    assert np.std(areas) > 0.1  # crops, not the whole picture
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_crops_of_pictures_with_another_aspect_ratio_than_the_input(name):
+    """A square photograph for an input of 64 x 16 pixels: never stretched by more than 4/3."""
+    torch.manual_seed(0)
+    random.seed(0)
+    transform = AUGMENTATIONS[name]((64, 16))
+    for _ in range(60):
+        rows, columns = region(transform(coordinates(80, 80)))
+        assert 0.68 < (columns / 16) / (rows / 64) < 1.45
+
+
+def test_the_range_of_aspect_ratios_is_a_setting():
+    for ratio in ((1, 1), (2, 2)):
+        transform = transforms.pretrain_transform((64, 128), (0.3, 0.4), crop_ratio=ratio)
+        for _ in range(20):
+            rows, columns = region(transform(coordinates(128, 256)))
+            assert (columns / 128) / (rows / 64) == pytest.approx(ratio[0], rel=0.06)
+    with pytest.raises(ValueError, match=r"--crop_ratio 2 1"):
+        transforms.pretrain_transform(32, crop_ratio=(2, 1))
+
+
+@pytest.mark.parametrize("name", [*AUGMENTATIONS, "evaluation"])
+def test_without_a_crop_the_whole_image_is_the_input(name):
+    make = {**AUGMENTATIONS, "evaluation": lambda size, crop: transforms.eval_transform(size, crop=crop)}[name]
+    for size in ((1024, 128), (1, 200), (32, 32)):
+        picture = torch.rand(2, *size)
+        out = make(size, crop="none")(picture)
+        assert torch.equal(out, picture) or torch.equal(out, picture.flip(-1))
+    out = make((64, 16), crop="none")(coordinates(100, 100))
+    assert region(out) == pytest.approx([100, 100], rel=0.02)
+
+
+def test_evaluation_sees_the_center_undistorted():
+    for size, share in (((1024, 128), 0.875), ((64, 16), 1), ((1, 200), 1), ((128, 256), 0.875)):
+        out = transforms.eval_transform(size)(coordinates(*size))
+        rows, columns = region(out)
+        assert columns == pytest.approx(share * size[1], rel=0.02)
+        assert size[0] == 1 or rows == pytest.approx(share * size[0], rel=0.02)
+        middle = out[1, size[0] // 2].mean().item()
+        assert middle == pytest.approx(size[1] / 2, abs=1)
+
+
+def test_vertical_flips_and_rotations_of_images_without_an_upper_side(photo):
+    square = photo.crop((0, 0, 48, 48))
+    pixels = tv.functional.pil_to_tensor(square)
+    options = {"crop": "none", "hflip": 0}
+    for make in (
+        transforms.pretrain_transform,
+        lambda size, **options: transforms.finetune_transform(size, [0.5] * 3, **options),
+    ):
+        assert torch.equal(make(48, **options, vflip=1)(square), pixels.flip(-2))
+        found = {tuple(make(48, **options, rotate90=True)(square).flatten()[:200].tolist()) for _ in range(40)}
+        assert found == {tuple(pixels.rot90(k, (1, 2)).flatten()[:200].tolist()) for k in range(4)}
+    with pytest.raises(ValueError, match="--rotate90: --input_size 32 48"):
+        transforms.pretrain_transform((32, 48), rotate90=True)
 
 
 def test_normalize_and_back():

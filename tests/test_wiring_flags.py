@@ -45,7 +45,8 @@ JOB = {"ngpus": 8, "nodes": 2, "timeout": 4320, "job_dir": "", "partition": None
 # Flags that the published code does not have.
 SOURCE = {"train_list": None, "dataset": None, "download": False, "in_chans": 3, "num_workers": 10}
 INPUT = SOURCE | {"mean": None, "std": None, "patch_size": None, "num_cls_tokens": None}
-DATA = INPUT | {"fast_jpeg": False}
+DATA = INPUT | {"fast_jpeg": False, "crop": "random"}
+CROPS = {"hflip": 0.5, "vflip": 0.0, "rotate90": False, "crop_ratio": [3 / 4, 4 / 3]}
 COMPUTE = {"config": None, "debug": False, "amp": "auto", "dist_backend": "auto", "dist_timeout": 600}
 TRAINING = COMPUTE | {
     "save_minutes": 15.0, "keep_last": None, "clip_grad": None, "compile": False, "on_nonfinite": "abort",
@@ -61,12 +62,12 @@ OURS_JOB = {"shared_dir": "", "slurm": [], "after": None, "cluster": "slurm", "d
 OURS = {
     main_pretrain: RUN | {
         "save_every": 20, "decoder_depth": None, "grad_checkpointing": False, "fsdp": False, "crop_scale": [0.2, 1.0],
-        "hflip": 0.5, "repeated_sampling": 1, "init_from": "", "vis_every": 20,
+        **CROPS, "repeated_sampling": 1, "init_from": "", "vis_every": 20,
         "masking": "random", "mask_block": 1, "learned_pos_embed": False, "drop_path": 0.0,
         "updates_per_epoch": None, "num_images": None,
     },
     main_finetune: RUN | EVALUATION | {
-        "unfreeze_blocks": None, "grad_checkpointing": False, "crop_scale": [0.08, 1.0], "hflip": 0.5,
+        "unfreeze_blocks": None, "grad_checkpointing": False, "crop_scale": [0.08, 1.0], **CROPS,
     },
     main_linprobe: RUN | EVALUATION | {
         "cache_features": False, "held_out": 0.1, "probe": "linear", "num_queries": 32,

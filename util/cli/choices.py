@@ -5,4 +5,5 @@ ADAPT_CHOICES = ("error", "mean", "repeat", "skip")
 LINEAR, ATTENTIVE = PROBE_CHOICES = ("linear", "attentive")
 DEFAULT_WORKERS = 10  # default of --num_workers
 NUM_QUERIES = 32  # default of --num_queries
+CROP_CHOICES = ("random", "none")
 HEAD_CHOICES = ("linear", "dpt")  # of segmentation

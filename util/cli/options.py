@@ -9,6 +9,7 @@ from collections.abc import Collection
 from util.cli.choices import (
     ADAPT_CHOICES,
     AMP_CHOICES,
+    CROP_CHOICES,
     DEFAULT_WORKERS,
     HEAD_CHOICES,
     LINEAR,
@@ -63,6 +64,11 @@ def add_data_options(parser: argparse.ArgumentParser, labels: bool = False) -> N
     group.add_argument("--data_path", metavar="PATH", help=f"{layout}; or a tar or zip file of such a folder")
     add_source_options(group, labels)
     _add_input_options(group, "image size")
+    group.add_argument(
+        "--crop", default=CROP_CHOICES[0], choices=CROP_CHOICES,
+        help="random: random crops in training, and the center in evaluation, with the aspect ratio of --input_size; "
+        "none: the whole image, scaled to --input_size, for spectrograms and signals",
+    )  # fmt: skip
     _add_fast_jpeg(group)
 
 
@@ -209,7 +215,17 @@ def _add_crop_options(parser: argparse.ArgumentParser, crop_scale: list[float]) 
         "--crop_scale", default=crop_scale, type=float, nargs=2, metavar=("MIN", "MAX"),
         help="range of the area of a random crop, as a fraction of the image",
     )  # fmt: skip
+    group.add_argument(
+        "--crop_ratio", default=[3 / 4, 4 / 3], type=positive, nargs=2, metavar=("MIN", "MAX"),
+        help="range of the aspect ratio (width / height) of a random crop, relative to that of --input_size (default: "
+        "3/4 to 4/3)",
+    )  # fmt: skip
     _add_hflip(group)
+    group.add_argument(
+        "--vflip", default=0.0, type=share, metavar="P",
+        help="probability of a vertical flip, for images without an upper side, such as microscope images",
+    )  # fmt: skip
+    add_switch(group, "rotate90", False, "rotate images by random multiples of 90 degrees; needs a square --input_size")
 
 
 def _add_hflip(group: argparse._ArgumentGroup) -> None:
@@ -291,8 +307,8 @@ def add_validation_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--val_list", metavar="FILE", help="as --train_list, for the validation set")
     group.add_argument(
         "--crop_pct", type=positive_share, metavar="S",
-        help="side of the center crop in evaluation, as a fraction of the resized image (default: .875; 1 above 224 "
-        "pixels). Give 1 for small images such as CIFAR's",
+        help="side of the center crop in evaluation, as a fraction of the resized image (default: .875; 1 for squares "
+        "above 224 pixels, and if the shorter side of --input_size is below 112)",
     )  # fmt: skip
 
 

@@ -15,6 +15,9 @@ from util.pos_embed import Size, to_pair
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+CROP_RATIO = (3 / 4, 4 / 3)  # aspect ratio of random crops, relative to the aspect ratio of the input
+NO_CROP = "none"  # the value of --crop for whole images
+SMALL = 112  # pixels: for inputs with a shorter side below, the default evaluation crops nothing
 
 Transform = Callable[[Picture], Tensor]
 
@@ -70,29 +73,73 @@ class Normalize(nn.Module):
         return (imgs * self.std + self.mean).clamp(0, 1)
 
 
-def pretrain_transform(input_size: Size, crop_scale: Sequence[float] = (0.2, 1.0), hflip: float = 0.5) -> Transform:
+def pretrain_transform(
+    input_size: Size,
+    crop_scale: Sequence[float] = (0.2, 1.0),
+    hflip: float = 0.5,
+    *,
+    crop: str = "random",
+    crop_ratio: Sequence[float] = CROP_RATIO,
+    vflip: float = 0.0,
+    rotate90: bool = False,
+) -> Transform:
     """The augmentation of pre-training: random resized crop and horizontal flip (He et al. 2021, appendix A.1).
 
     Args:
         crop_scale: minimum and maximum area of a crop, as a fraction of the image.
         hflip: probability of a horizontal flip.
+        crop: "random"; or "none", the whole image, scaled to `input_size`.
+        crop_ratio: minimum and maximum aspect ratio of a crop, relative to the aspect ratio of `input_size`.
+        vflip: probability of a vertical flip.
+        rotate90: rotate by a random multiple of 90 degrees.
 
     Raises:
-        ValueError: `crop_scale` is not a range within (0, 1].
+        ValueError: `crop_scale` or `crop_ratio` is not a range, or `rotate90` is set and `input_size` is not a square.
     """
     from torchvision import transforms as T
 
     from util.data.crops import random_crop
 
-    _check_crop_scale(crop_scale)
-    crop = T.RandomResizedCrop(to_pair(input_size), tuple(crop_scale), interpolation=T.InterpolationMode.BICUBIC)
-    return T.Compose([partial(random_crop, crop=crop), T.RandomHorizontalFlip(hflip), to_tensor])
+    scale, ratio = _crop_ranges(input_size, crop_scale, crop_ratio)
+    resized = T.RandomResizedCrop(to_pair(input_size), scale, ratio, interpolation=T.InterpolationMode.BICUBIC)
+    first = partial(_whole, size=to_pair(input_size)) if crop == NO_CROP else partial(random_crop, crop=resized)
+    return T.Compose([first, T.RandomHorizontalFlip(hflip), *_flip_and_rotate(input_size, vflip, rotate90), to_tensor])
 
 
-def _check_crop_scale(crop_scale: Sequence[float]) -> None:
-    least, greatest = crop_scale
-    if not 0 < least <= greatest <= 1:
-        raise ValueError(f"--crop_scale {least} {greatest}: give the minimum and the maximum area, above 0 and up to 1")
+def _crop_ranges(
+    input_size: Size, scale: Sequence[float], ratio: Sequence[float]
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Returns the ranges of the area and of the aspect ratio (width / height) of a crop, as torchvision takes them."""
+    if not 0 < scale[0] <= scale[1] <= 1:
+        raise ValueError(
+            f"--crop_scale {scale[0]} {scale[1]}: give the minimum and the maximum area, above 0 and up to 1"
+        )
+    if not 0 < ratio[0] <= ratio[1]:
+        raise ValueError(f"--crop_ratio {ratio[0]} {ratio[1]}: give the minimum and the maximum, above 0")
+    height, width = to_pair(input_size)
+    aspect = width / height
+    return (scale[0], scale[1]), (ratio[0] * aspect, ratio[1] * aspect)
+
+
+def _whole(picture: Picture, size: tuple[int, int]) -> Picture:
+    """Scales a picture to (height, width); a picture of this size is unchanged."""
+    from util.data import crops
+
+    return picture if size_of(picture) == size else crops.scale(picture, *size)
+
+
+def _flip_and_rotate(input_size: Size, vflip: float, rotate90: bool) -> list[Callable[[Picture], Picture]]:
+    from torchvision import transforms as T
+
+    height, width = to_pair(input_size)
+    if rotate90 and height != width:
+        raise ValueError(f"--rotate90: --input_size {height} {width} is not a square; omit --rotate90")
+    return [T.RandomVerticalFlip(vflip)] * (vflip > 0) + [_rotate90] * rotate90
+
+
+def _rotate90(picture: Picture) -> Tensor:
+    """Rotates a picture by a random multiple of 90 degrees."""
+    return torch.rot90(to_tensor(picture), int(torch.randint(4, (1,))), (1, 2))
 
 
 def finetune_transform(
@@ -102,6 +149,11 @@ def finetune_transform(
     color_jitter: float | None = None,
     crop_scale: Sequence[float] = (0.08, 1.0),
     hflip: float = 0.5,
+    *,
+    crop: str = "random",
+    crop_ratio: Sequence[float] = CROP_RATIO,
+    vflip: float = 0.0,
+    rotate90: bool = False,
 ) -> Transform:
     """timm's augmentation for supervised training: random resized crop, flip, and a policy such as RandAugment.
 
@@ -111,18 +163,17 @@ def finetune_transform(
         mean: mean of each channel; fills the areas that shifts and rotations of the policy leave empty.
         aa: name of an augmentation policy of timm, such as rand-m9-mstd0.5-inc1; None or "none": no policy.
         color_jitter: strength of random brightness, contrast and saturation; has no effect with `aa`.
-        crop_scale: minimum and maximum area of a crop, as a fraction of the image.
-        hflip: probability of a horizontal flip.
+        crop_scale, hflip, crop, crop_ratio, vflip, rotate90: as in `pretrain_transform`.
 
     Raises:
-        ValueError: timm has no such policy, or `crop_scale` is not a range within (0, 1].
+        ValueError: timm has no such policy, or as in `pretrain_transform`.
     """
     from timm.data import auto_augment, create_transform
     from torchvision import transforms as T
 
     from util.data.crops import random_crop
 
-    _check_crop_scale(crop_scale)
+    scale, ratio = _crop_ranges(input_size, crop_scale, crop_ratio)
     # Strong policies sometimes posterize to 0 bits. timm passes this to Pillow, which raises an error.
     auto_augment.NAME_TO_OP.update(
         {name: _posterize for name in auto_augment.NAME_TO_OP if name.startswith("Posterize")}
@@ -132,7 +183,8 @@ def finetune_transform(
         stages = create_transform(
             (len(mean), *to_pair(input_size)),
             is_training=True,
-            scale=(crop_scale[0], crop_scale[1]),
+            scale=scale,
+            ratio=ratio,
             hflip=hflip,
             color_jitter=color_jitter,  # type: ignore[arg-type]  # None: no jitter
             auto_augment=policy,
@@ -145,9 +197,13 @@ def finetune_transform(
         raise ValueError(
             f"--aa {aa}: timm has no such policy ({error}); give rand-m9-mstd0.5-inc1, for example, or none"
         ) from error
-    (crop, *flip), change = stages[0].transforms, stages[1]
+    (resized, *flip), change = stages[0].transforms, stages[1]
+    height, width = to_pair(input_size)
+    if height != width:  # timm samples empty crops of signals with one row
+        resized = T.RandomResizedCrop((height, width), scale, ratio, interpolation=T.InterpolationMode.BICUBIC)
+    first = partial(_whole, size=(height, width)) if crop == NO_CROP else partial(random_crop, crop=resized)
     policies = [partial(_change_bytes, change=change)] if change.transforms else []
-    return T.Compose([partial(random_crop, crop=crop), *flip, *policies, to_tensor])
+    return T.Compose([first, *flip, *policies, *_flip_and_rotate(input_size, vflip, rotate90), to_tensor])
 
 
 def _change_bytes(picture: Picture, change: Callable[[Image.Image], Image.Image]) -> Image.Image:
@@ -165,14 +221,22 @@ def _posterize(picture: Image.Image, bits: int, **_: object) -> Image.Image:
     return ImageOps.posterize(picture, bits) if 1 <= bits <= 8 else picture.point(lambda value: value * (bits > 8))
 
 
-def probe_transform(input_size: Size) -> Transform:
-    """The published augmentation of linear probing: a crop that is sampled once (area 0.08 to 1), and a flip."""
+def probe_transform(input_size: Size, crop: str = "random") -> Transform:
+    """The published augmentation of linear probing: a crop that is sampled once (area 0.08 to 1), and a flip.
+
+    A crop that is sampled once is clipped to the picture, which may distort it further. If `input_size` is not a
+    square, the crop is sampled as in pre-training.
+    """
     from torchvision import transforms as T
 
     from util.data.crops import CropOnce, random_crop
 
-    crop = CropOnce(to_pair(input_size), scale=(0.08, 1.0), interpolation=T.InterpolationMode.BICUBIC)
-    return T.Compose([partial(random_crop, crop=crop), T.RandomHorizontalFlip(), to_tensor])
+    height, width = to_pair(input_size)
+    kind = CropOnce if height == width else T.RandomResizedCrop
+    scale, ratio = _crop_ranges(input_size, (0.08, 1.0), CROP_RATIO)
+    resized = kind((height, width), scale, ratio, interpolation=T.InterpolationMode.BICUBIC)
+    first = partial(_whole, size=(height, width)) if crop == NO_CROP else partial(random_crop, crop=resized)
+    return T.Compose([first, T.RandomHorizontalFlip(), to_tensor])
 
 
 def to_tensor(picture: Picture) -> Tensor:
@@ -185,21 +249,28 @@ def to_tensor(picture: Picture) -> Tensor:
 
 
 def default_crop_pct(input_size: Size) -> float:
+    """Returns the published crop ratio; 1 if the shorter side is below SMALL, where it would crop what matters."""
+    return 1.0 if min(to_pair(input_size)) < SMALL else published_crop_pct(input_size)
+
+
+def published_crop_pct(input_size: Size) -> float:
     """Returns the published crop ratio: 0.875, and 1 for squares above 224 pixels."""
     height, width = to_pair(input_size)
     return 1.0 if height == width > 224 else 0.875
 
 
-def eval_transform(input_size: Size, crop_pct: float | None = None) -> Transform:
+def eval_transform(input_size: Size, crop_pct: float | None = None, crop: str | None = None) -> Transform:
     """Scales the picture to cover input_size / crop_pct and crops its center.
 
     Args:
-        crop_pct: crop ratio. Default: 0.875, and 1 for squares above 224 pixels, as published. For small pictures, 1 is
-            a better choice: nothing is cropped.
+        crop_pct: crop ratio. Default: `default_crop_pct`.
+        crop: "none" for the whole picture, scaled to `input_size`.
     """
     from torchvision import transforms as T
 
     height, width = to_pair(input_size)
+    if crop == NO_CROP:
+        return T.Compose([partial(_whole, size=(height, width)), to_tensor])
     crop_pct = crop_pct or default_crop_pct(input_size)
     scaled = (int(height / crop_pct), int(width / crop_pct))
     return T.Compose([partial(_cover, size=scaled), T.CenterCrop((height, width)), to_tensor])

@@ -123,8 +123,11 @@ def _timm(config: Mapping[str, Any]) -> dict[str, Any]:
     settings = {"in_chans": channels, "input_size": side_or_sides(size)}
     settings |= {name: pretrained[name] for name in ("mean", "std", "crop_pct") if name in pretrained}
     settings |= {name: value for name, value in config.get("model_args", {}).items() if name == "num_heads"}
-    differences = [f"{name} {pretrained[name]}" for name, own in (("interpolation", "bicubic"), ("crop_mode", "center"))
-                   if pretrained.get(name, own) != own]  # fmt: skip
+    if pretrained.get("crop_mode") == "squash":
+        settings["crop"] = "none"
+    differences = [f"{name} {pretrained[name]}" for name, own in (("interpolation", ("bicubic",)),
+                                                                  ("crop_mode", ("center", "squash")))
+                   if pretrained.get(name, own[0]) not in own]  # fmt: skip
     if differences:
         logger.warning(f"the timm model was evaluated with {' and '.join(differences)} (this library: bicubic, center)")
     labels = config.get("label_names") or pretrained.get("label_names")

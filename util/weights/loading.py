@@ -39,8 +39,8 @@ SETTINGS = "args"  # the entry in the metadata of a .safetensors file with the s
 # The settings of a file that are used, and the types of their values or of the elements of lists.
 SETTINGS_USED: dict[str, type | tuple[type, ...]] = {
     "model": str, "input_size": int, "patch_size": int, "in_chans": int, "mean": (int, float), "std": (int, float),
-    "classes": str, "label_names": str, "crop_pct": (int, float), "mask_ratio": (int, float), "num_heads": int,
-    "decoder_num_heads": int, "layer_norm_eps": (int, float), "short_side": int, "colors": int,
+    "classes": str, "label_names": str, "crop": str, "crop_pct": (int, float), "mask_ratio": (int, float),
+    "num_heads": int, "decoder_num_heads": int, "layer_norm_eps": (int, float), "short_side": int, "colors": int,
     "num_cls_tokens": int, "mask_block": int, "model_class": str,
 }  # fmt: skip
 OTHER_TOKENS = {"reg_token": "register tokens", "register_tokens": "register tokens",
