@@ -75,7 +75,8 @@ class ModelMixin(PyTorchModelHubMixin):
         """Images of any kind -> the input of the model (B, c, H, W), on its device.
 
         Args:
-            images: an image or a list of images: paths (the orientation in EXIF data is applied); Pillow images; arrays
+            images: an image or a list of images: paths and images of Image.open (the orientation in EXIF data is
+                applied); other Pillow images, such as rotated or converted ones (their pixels are unchanged); arrays
                 (H, W), (H, W, c) or (c, H, W); tensors (c, H, W) or (B, c, H, W). uint8 tensors are pixels, like
                 arrays. Float tensors are the input of the model and are not changed.
 

@@ -157,3 +157,13 @@ def test_flags_without_effect_warn(pictures, caplog):
     caplog.clear()
     open_source("train", str(pictures))
     assert "no effect" not in caplog.text
+
+
+def test_the_check_counts_images_with_an_orientation(tmp_path, capsys):
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[274] = orientation
+        Image.new("RGB", (8, 6)).save(tmp_path / f"{orientation}.jpg", exif=exif)
+    check(tmp_path, "--num_workers", 1)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "EXIF" in line]
+    assert line.split()[1] == "7"

@@ -235,6 +235,18 @@ def test_exif_orientation_is_applied_as_in_pillow(orientation):
     assert np.array_equal(decode(file, 3, upright=True), ImageOps.exif_transpose(Image.open(io.BytesIO(file))))
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_upright_image_is_not_turned_again(orientation):
+    """The pixels of an image that was turned, by this library or by the user, are those that the user wants."""
+    exif = Image.Exif()
+    exif[274] = orientation
+    opened = Image.open(io.BytesIO(saved(RGB, "JPEG", exif=exif, quality=100)))
+    upright = decode(opened, 3, upright=True)
+    assert np.array_equal(decode(upright, 3, upright=True), upright)
+    for changed in (opened.rotate(90, expand=True), opened.crop((0, 0, 3, 2)), opened.convert("RGB")):
+        assert np.array_equal(decode(changed, 3, upright=True), changed.convert("RGB"))
+
+
 @pytest.mark.parametrize(("orientation", "rows"), {
     3: ["fed", "cba"], 5: ["ad", "be", "cf"], 6: ["da", "eb", "fc"], 8: ["cf", "be", "ad"],
 }.items())  # fmt: skip

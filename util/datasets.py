@@ -27,7 +27,7 @@ from util import dist
 from util.cli import entry_point, flags, options
 from util.cli.advice import advised
 from util.data.archives import Archive
-from util.data.decode import BadImage, Picture, fit_channels, read, size_of
+from util.data.decode import BadImage, Picture, fit_channels, is_turned, read, size_of
 from util.data.folders import find_files
 from util.data.huggingface_sets import HuggingFaceSet
 from util.data.lists import read_list
@@ -125,6 +125,7 @@ class ImageFacts(NamedTuple):
     deep: bool = False  # more than 8 bits
     sums: np.ndarray | None = None  # (2, in_chans): sums of the values, in 0 to 1, and of their squares
     unreadable: tuple[str, str] | None = None  # name and reason
+    turned: bool = False  # the EXIF data have an orientation, which training and evaluation ignore
 
 
 class FactsDataset(Dataset):
@@ -151,7 +152,8 @@ def image_facts(data: bytes | Picture, label: int, in_chans: int) -> ImageFacts:
     values = to_unit_range(to_tensor(fit_channels(own, in_chans))).double().flatten(1)
     sums = torch.stack([values.sum(dim=1), values.square().sum(dim=1)]).numpy()
     channels = len(own) if isinstance(own, torch.Tensor) else len(own.getbands())
-    return ImageFacts(label, size_of(own), channels, isinstance(own, torch.Tensor) and own.is_floating_point(), sums)
+    deep = isinstance(own, torch.Tensor) and own.is_floating_point()
+    return ImageFacts(label, size_of(own), channels, deep, sums, turned=is_turned(own))
 
 
 def all_facts(source: Source | Shards, in_chans: int, indices: list[int], num_workers: int) -> Iterator[ImageFacts]:
@@ -238,6 +240,7 @@ def report_on(source: Source | Shards, facts: list[ImageFacts], seconds: float) 
             f"sizes       {size[0]} x {size[1]} (height x width): {most:,} images" + spread * bool(others),
             "channels    " + ", ".join(f"{number}: {count:,} images" for number, count in channels),
             f"depth       {sum(fact.deep for fact in good):,} images of more than 8 bits",
+            f"rotated     {sum(fact.turned for fact in good):,} images by EXIF data, which is ignored in training",
             f"--mean      {mean}",
             f"--std       {std}",
         ]

@@ -13,7 +13,7 @@ from typing import Any, TypeGuard
 import numpy as np
 import tifffile
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from tifffile import EXTRASAMPLE, PHOTOMETRIC
 from torch import Tensor
 
@@ -42,10 +42,6 @@ TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {  # arrays (H, W, c), by
     8: lambda a: np.rot90(a),
 }
 
-UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-           5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-           8: Image.Transpose.ROTATE_90}  # fmt: skip
-
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # errors of damaged files are raised instead
 
 
@@ -69,7 +65,8 @@ def decode(
     Args:
         data: bytes, a picture, or an array (H, W), (H, W, c) or (c, H, W).
         in_chans: number of channels.
-        upright: apply the orientation in the EXIF data.
+        upright: apply the orientation in the EXIF data of a file, also if Image.open has read it. The pixels of an
+            image that was rotated, cropped or converted since are unchanged.
         fast_jpeg: decode color JPEG files to a tensor with `util.data.jpeg`, and return tensors of color bytes
             unchanged, if `in_chans` is 3.
         max_pixels: limit of the pixels of a file, which is checked before they are decoded; at most MAX_PIXELS.
@@ -86,7 +83,9 @@ def decode(
             axis = _channel_axis(data.shape, in_chans)
             data = _tensor(data[:, :, None] if axis is None else np.moveaxis(data, axis, 2))
         picture = read(data, in_chans, max_pixels) if isinstance(data, bytes) else data
-        if upright and isinstance(picture, Image.Image):
+        # Pillow's rotate, crop and convert return another class: their pixels are those that the caller wants.
+        is_file = isinstance(data, bytes | ImageFile.ImageFile)
+        if upright and is_file and isinstance(picture, Image.Image):
             picture = _turn_upright(picture)
         return fit_channels(picture, in_chans)
     except BadImage:
@@ -96,13 +95,18 @@ def decode(
         raise BadImage(f"can't be read as an image ({type(error).__name__}: {reason})") from error
 
 
-def _turn_upright(picture: Image.Image) -> Image.Image:
-    picture.load()  # Pillow turns TIFF images when it loads them, and then removes the tag
+def is_turned(picture: Picture) -> bool:
+    """Returns whether the EXIF data of a decoded picture have an orientation that its pixels do not have."""
     try:
-        turn = UPRIGHT.get(picture.getexif().get(ORIENTATION, 1))
+        return isinstance(picture, Image.Image) and picture.getexif().get(ORIENTATION, 1) in TURNS
     except Exception:  # damaged EXIF data do not make the pixels unusable
-        return picture
-    return picture if turn is None else picture.transpose(turn)
+        return False
+
+
+def _turn_upright(picture: Image.Image) -> Image.Image:
+    """Applies the orientation in the EXIF data, and removes it, so that no second call applies it again."""
+    picture.load()  # Pillow turns TIFF images when it loads them, and then removes the tag
+    return ImageOps.exif_transpose(picture) if is_turned(picture) else picture
 
 
 def read(data: bytes, in_chans: int, max_pixels: int = MAX_PIXELS) -> Picture:
