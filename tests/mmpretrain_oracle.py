@@ -91,6 +91,55 @@ def test_a_classifier_in_both_directions(kind, imgs, tmp_path):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+STATISTICS = {"mean": [10, 20, 30], "std": [40, 50, 60]}
+
+
+@pytest.mark.parametrize("place", ["in the model", "outside", "both"])
+@pytest.mark.parametrize(
+    "preprocessor",
+    [{**STATISTICS, "to_rgb": True}, {**STATISTICS, "to_rgb": False}, STATISTICS, {"to_rgb": True}, {}],
+    ids=["rgb", "bgr", "default order", "no statistics", "empty"],
+)
+def test_predictions_for_an_image_by_every_preprocessor(preprocessor, place, tmp_path):
+    """mmpretrain gets an image as OpenCV decodes it, in BGR."""
+    config = {"model": classifier("pooled")}
+    if place != "outside":
+        config["model"]["data_preprocessor"] = preprocessor
+    if place != "in the model":
+        config["data_preprocessor"] = preprocessor if place == "outside" else {"mean": [1], "std": [2], "to_rgb": True}
+    config = Config(config)
+    state = randomized(MODELS.build(classifier("pooled"))).state_dict()
+    save_checkpoint({"meta": {"cfg": config.pretty_text}, "state_dict": state}, str(tmp_path / "theirs.pth"))
+    theirs = mmpretrain.get_model(config, pretrained=str(tmp_path / "theirs.pth")).eval()
+    pixels = torch.randint(256, (3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = theirs(theirs.data_preprocessor({"inputs": pixels.flip(0)[None]})["inputs"], mode="tensor")
+    ours = get_model(tmp_path / "theirs.pth")
+    torch.testing.assert_close(ours(ours.normalize(pixels[None])), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_settings_in_a_configuration(imgs, tmp_path):
+    model = autoencoder()
+    for part in ("backbone", "neck"):
+        model[part]["norm_cfg"] = {"type": "LN", "eps": 0.1}
+    model["head"]["norm_pix"] = False
+    model["data_preprocessor"] = {"to_rgb": True, **STATISTICS}
+    theirs = MODELS.build(model)
+    theirs.init_weights()
+    theirs = randomized(theirs)
+    meta = {"cfg": Config({"model": model}).pretty_text}
+    save_checkpoint({"meta": meta, "state_dict": theirs.state_dict()}, str(tmp_path / "theirs.pth"))
+    ours = get_model(tmp_path / "theirs.pth")
+    assert (ours.norm_pix_loss, ours.norm.eps) == (False, 0.1)
+    with torch.no_grad():
+        latent, mask, ids_restore = theirs.backbone(imgs, mask=True)
+        expected = theirs.neck(latent, ids_restore)
+        loss = theirs.head.loss(expected, imgs, mask)
+    found_loss, found, _ = ours(imgs, mask=mask)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found_loss, loss, rtol=1e-5, atol=1e-5)
+
+
 def test_an_autoencoder_in_both_directions(imgs, tmp_path):
     theirs = MODELS.build(autoencoder())
     theirs.init_weights()
