@@ -244,7 +244,7 @@ def mmpretrain_config(model: Autoencoder | Classifier) -> dict[str, Any]:
     norm = {"type": "LN", "eps": block.norm1.eps}
     size, patch = (sides[0] if sides[0] == sides[1] else tuple(sides)
                    for sides in (model.patch_embed.img_size, model.patch_embed.patch_size))  # fmt: skip
-    backbone = {
+    backbone: dict[str, Any] = {
         "arch": {"embed_dims": width, "num_layers": len(model.blocks), "num_heads": block.attn.num_heads,
                  "feedforward_channels": block.mlp.fc1.out_features},
         "img_size": size, "patch_size": patch, "patch_cfg": {"in_channels": model.in_chans}, "norm_cfg": norm,

@@ -240,7 +240,11 @@ def test_a_model_of_mmpretrain_for_rgb_images(preprocessor, mean, tmp_path):
         ("data_preprocessor = dict(to_rgb=RGB)", "to_rgb of its data_preprocessor"),
         ("data_preprocessor = dict(mean=numpy.zeros(3), std=[1])", "mean of its data_preprocessor"),
         ("data_preprocessor = Preprocessor()", "data_preprocessor is not"),
+        ("data_preprocessor = dict(**base)", "data_preprocessor is not"),
+        ("model = {**base}", "model of its configuration is not"),
         ("data_preprocessor = dict(", "its configuration can't be read"),
+        ("model = " + 100_000 * "-" + "1", "its configuration can't be read"),
+        ("model = dict()" + 1_000_000 * " ", "its configuration has 1000014 characters"),
         ("model = dict(backbone=dict(arch=dict(num_heads=8)), data_preprocessor=dict(to_rgb=True))", "num_heads 8"),
         ("model = dict(backbone=dict(layer_cfgs=dict(act_cfg=dict(type='QuickGELU'))))", "QuickGELU"),
         ("model = dict(type='MAE', neck=dict(norm_cfg=dict(type='LN')))", "1e-05 in its neck"),
@@ -312,12 +316,19 @@ def test_one_notice_of_what_a_file_without_settings_does_not_show(layout, tmp_pa
         assert all(assumed in notice for notice in notices)
 
 
-@pytest.mark.parametrize("run", [{"gp": "avgmax"}, {"gp": None, "model_kwargs": {"act_layer": "quick_gelu"}}])
+@pytest.mark.parametrize(
+    "run",
+    [
+        {"gp": "avgmax"},
+        {"gp": None, "model_kwargs": {"act_layer": "quick_gelu"}},
+        {"model_kwargs": {"num_heads": 8}},
+    ],
+)
 def test_a_checkpoint_of_timms_training_that_is_refused(run, tmp_path):
     state = vit_mini_patch4(img_size=16, num_classes=2).state_dict()
     torch.save({"state_dict": state, "args": argparse.Namespace(model="vit_mini", **run)}, tmp_path / "m.pth")
-    with pytest.raises(CheckpointError, match=r"avgmax|quick_gelu"):
-        loading.read(tmp_path / "m.pth")
+    with pytest.raises(CheckpointError, match=r"avgmax|quick_gelu|num_heads 8"):
+        get_model(tmp_path / "m.pth")
 
 
 @pytest.mark.parametrize("form", ["folder", "file", "bare"])

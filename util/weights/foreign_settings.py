@@ -16,6 +16,7 @@ from util.files.untrusted import read_file
 
 logger = logging.getLogger(__name__)
 
+MAX_CONFIG = 1_000_000  # characters; configurations of mmpretrain have about 10,000
 BICUBIC = 3  # the number of Pillow's resampling filter
 
 
@@ -145,15 +146,16 @@ def _check_timm_arguments(arguments: Mapping[str, Any]) -> None:
         raise ValueError("pool_include_prefix is True, and only patches are pooled here")
 
 
-def check_timm_run(settings: Mapping[str, Any]) -> None:
-    """Raises ValueError if a checkpoint of timm's train.py is of a model that this library does not support.
+def of_timm_run(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings in the arguments of the model (`gp`, `model_kwargs`) of timm's train.py, if there are any.
 
-    Args:
-        settings: the recorded flags; those of other programs have neither `gp` nor `model_kwargs`.
+    Raises:
+        ValueError: this library does not support the model.
     """
-    arguments = settings.get("model_kwargs")
-    pool = {"global_pool": settings["gp"]} if settings.get("gp") else {}
-    _check_timm_arguments({**pool, **(arguments if isinstance(arguments, Mapping) else {})})
+    arguments = flags.get("model_kwargs")
+    arguments = dict(arguments) if isinstance(arguments, Mapping) else {}
+    _check_timm_arguments({**({"global_pool": flags["gp"]} if flags.get("gp") else {}), **arguments})
+    return {name: value for name, value in arguments.items() if name == "num_heads"}
 
 
 def of_mmpretrain(meta: Mapping[str, Any]) -> dict[str, Any]:
@@ -174,8 +176,9 @@ def of_mmpretrain(meta: Mapping[str, Any]) -> dict[str, Any]:
     config = _python_config(meta["cfg"]) if isinstance(meta.get("cfg"), str) else {}
     if not config.keys() & {"model", "data_preprocessor"}:
         return settings
-    model = config.get("model") if isinstance(config.get("model"), dict) else {}
-    assert isinstance(model, dict)
+    model = config.get("model") or {}
+    if not isinstance(model, dict):
+        raise ValueError("the model of its configuration is not a dict of literal values")
     preprocessor = model.get("data_preprocessor", config.get("data_preprocessor")) or {}
     if not isinstance(preprocessor, dict):
         raise ValueError("its data_preprocessor is not a dict of literal values")
@@ -227,6 +230,8 @@ def _python_config(text: str) -> dict[str, Any]:
     Raises:
         ValueError: it is not Python.
     """
+    if len(text) > MAX_CONFIG:
+        raise ValueError(f"its configuration has {len(text)} characters, and at most {MAX_CONFIG} are read")
     try:
         nodes = ast.parse(text).body
         return {target.id: _literal(node.value) for node in nodes if isinstance(node, ast.Assign)
@@ -238,10 +243,11 @@ def _python_config(text: str) -> dict[str, Any]:
 def _literal(node: ast.expr) -> Any:
     """Returns the value of an expression of literals, lists, tuples (as lists) and dicts; `...` for other ones."""
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict" and not node.args:
-        return {word.arg: _literal(word.value) for word in node.keywords}
+        words = {word.arg: _literal(word.value) for word in node.keywords}
+        return ... if None in words else words  # dict(**NAME)
     if isinstance(node, ast.Dict):
         keys = [key.value if isinstance(key, ast.Constant) else None for key in node.keys]
-        return dict(zip(keys, map(_literal, node.values), strict=True))
+        return ... if None in keys else dict(zip(keys, map(_literal, node.values), strict=True))
     if isinstance(node, ast.List | ast.Tuple):
         return [_literal(element) for element in node.elts]
     try:

@@ -213,7 +213,7 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     settings = vars(settings) if isinstance(settings, argparse.Namespace) else settings
     settings = settings if isinstance(settings, dict) else {}
     try:
-        foreign_settings.check_timm_run(settings)
+        settings = {**settings, **foreign_settings.of_timm_run(settings)}
         if isinstance(state.get("meta"), dict) and not settings:  # an export of this library has its own settings
             settings = foreign_settings.of_mmpretrain(state["meta"])
     except ValueError as error:
