@@ -51,6 +51,12 @@ SUFFIXES = {
 WITHOUT_OTHER_HEADS = ("mmpretrain", "timm", "transformers")
 ONLY_OURS = ("learned_pos_embed", "mask_block")  # settings of an autoencoder that transformers does not have
 FOR_ALL = "--to safetensors, onnx or torch_export"  # formats that have all models
+GRAY = (  # classifiers of gray images; pipeline("image-classification") raises an error
+    "the pipelines of transformers convert images to RGB, and this model has one channel; use processor and model: "
+    "processor = transformers.AutoImageProcessor.from_pretrained({folder!r}, backend='pil'); model = "
+    "transformers.AutoModelForImageClassification.from_pretrained({folder!r}); "
+    "model(**processor(image.convert('L'), return_tensors='pt')).logits"
+)
 CLOSE = 1e-4  # largest difference between the outputs of the exported model and of our model
 
 
@@ -191,11 +197,11 @@ def write_timm(model: Model, out: Path) -> None:
     else:
         _save({"state_dict": state, "args": settings}, out)
     config = timm_config(classifier)
-    overlay = {
-        name: config["pretrained_cfg"][name] for name in ("mean", "std", "crop_pct", "crop_mode", "interpolation")
-    }
-    logger.info(f"timm reads only the weights from this file: give create_model {config['model_args']} and "
-                f"pretrained_cfg_overlay={overlay}, or export to a folder")  # fmt: skip
+    overlay = {name: value for name, value in config["pretrained_cfg"].items() if name != "label_names"}
+    arguments = {"num_classes": config["num_classes"], **config["model_args"], "pretrained_cfg_overlay": overlay}
+    text = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+    logger.info(f"timm reads only the weights from this file: export to a folder, or call "
+                f"timm.create_model({config['architecture']!r}, checkpoint_path={out.name!r}, {text})")  # fmt: skip
 
 
 def timm_config(model: Classifier) -> dict[str, Any]:
@@ -229,11 +235,57 @@ def timm_config(model: Classifier) -> dict[str, Any]:
 
 def write_mmpretrain(model: Model, out: Path) -> None:
     """Writes the weights under the names of mmpretrain. Its `get_model` and `init_model` read the class names."""
-    mean, std = _statistics(model)
-    meta = {"dataset_meta": {"classes": model.classes}} if isinstance(model, Classifier) and model.classes else {}
+    assert not isinstance(model, Segmenter)
+    config = f"model = {mmpretrain_config(model)}"
+    meta: dict[str, Any] = {"cfg": config}
+    if isinstance(model, Classifier) and model.classes:
+        meta["dataset_meta"] = {"classes": model.classes}
     _save({"meta": meta, "state_dict": conversion.to_mmpretrain(model.state_dict()), "args": settings_of(model)}, out)
-    preprocessor = {"mean": [255 * value for value in mean], "std": [255 * value for value in std], "to_rgb": True}
-    logger.info(f"mmpretrain reads the normalization from its configuration: data_preprocessor={preprocessor}")
+    logger.info(f"mmpretrain reads model and normalization from a configuration file; its content is: {config}")
+
+
+def mmpretrain_config(model: Autoencoder | Classifier) -> dict[str, Any]:
+    """Returns the `model` of a configuration of mmpretrain. It describes the model and its normalization in full."""
+    mean, std = _statistics(model)
+    block: Any = model.blocks[0]
+    width = model.pos_embed.shape[-1]
+    norm = {"type": "LN", "eps": block.norm1.eps}
+    size, patch = (sides[0] if sides[0] == sides[1] else tuple(sides)
+                   for sides in (model.patch_embed.img_size, model.patch_embed.patch_size))  # fmt: skip
+    backbone: dict[str, Any] = {
+        "arch": {"embed_dims": width, "num_layers": len(model.blocks), "num_heads": block.attn.num_heads,
+                 "feedforward_channels": block.mlp.fc1.out_features},
+        "img_size": size, "patch_size": patch, "patch_cfg": {"in_channels": model.in_chans}, "norm_cfg": norm,
+    }  # fmt: skip
+    # mmpretrain reverses the channels of the BGR images that OpenCV decodes.
+    config: dict[str, Any] = {"data_preprocessor": {
+        "mean": [255 * value for value in mean], "std": [255 * value for value in std], "to_rgb": model.in_chans == 3,
+    }}  # fmt: skip
+    if isinstance(model, Autoencoder):
+        decoder: Any = model.decoder_blocks
+        decoder_width = model.decoder_pos_embed.shape[-1]
+        neck = {
+            "type": "MAEPretrainDecoder", "num_patches": model.num_patches, "patch_size": patch,
+            "in_chans": model.in_chans, "embed_dim": width, "decoder_embed_dim": decoder_width,
+            "decoder_depth": len(decoder), "decoder_num_heads": decoder[0].attn.num_heads,
+            "mlp_ratio": decoder[0].mlp.fc1.out_features / decoder_width, "norm_cfg": norm,
+            "predict_feature_dim": model.decoder_pred.out_features,
+        }  # fmt: skip
+        loss = {"type": "PixelReconstructionLoss", "criterion": "L2"}
+        head = {"type": "MAEPretrainHead", "norm_pix": model.norm_pix_loss, "patch_size": patch,
+                "in_channels": model.in_chans, "loss": loss}  # fmt: skip
+        backbone |= {"type": "MAEViT", "mask_ratio": model.settings["mask_ratio"]}
+        return {"type": "MAE", "backbone": backbone, "neck": neck, "head": head, **config}
+    pooled = bool(model.global_pool)
+    backbone |= {"type": "VisionTransformer", "out_type": "avg_featmap" if pooled else "cls_token",
+                 "final_norm": not pooled}  # fmt: skip
+    is_probe = bool(model.settings.get("probe"))
+    if model.num_classes:
+        config["head"] = {"type": "LinearClsHead" if pooled and not is_probe else "VisionTransformerClsHead",
+                          "num_classes": model.num_classes, "in_channels": width}  # fmt: skip
+        if is_probe:
+            config["neck"] = {"type": "ClsBatchNormNeck", "input_features": width}
+    return {"type": "ImageClassifier", "backbone": backbone, **config}
 
 
 def write_transformers(model: Model, out: Path) -> None:
@@ -273,9 +325,14 @@ def write_transformers(model: Model, out: Path) -> None:
         names = model.classes or [f"class {label}" for label in range(settings["nb_classes"])]
         labels = {"id2label": dict(enumerate(names)), "label2id": {name: label for label, name in enumerate(names)}}
         theirs = transformers.ViTForImageClassification(transformers.ViTConfig(**same, **labels))
+        if model.in_chans == 1:
+            logger.info(GRAY.format(folder=out.name))
     theirs.load_state_dict(conversion.to_transformers(plain_head(model), set(theirs.state_dict())))
     theirs.config.settings = {name: settings[name] for name in ONLY_OURS if settings.get(name) is not None}
     theirs.save_pretrained(out)
+    if model.in_chans not in (1, 3):
+        logger.info(f"the image processors of transformers read images of 1 or 3 channels, and this model has "
+                    f"{model.in_chans}: give the model normalized tensors (B, c, H, W)")  # fmt: skip
     mean, std = _statistics(model)
     edge = int(side / _crop_pct(model))
     if (edge - side) % 4 == 3:  # transformers rounds half of the difference down, torchvision to an even number

@@ -17,7 +17,7 @@ from mmpretrain.registry import MODELS
 
 import models_vit
 from inference import export, get_model
-from inference.model import Classifier
+from inference.model import Autoencoder, Classifier
 from util.weights import loading, model_zoo
 
 assert mmpretrain.models  # registers them
@@ -91,6 +91,55 @@ def test_a_classifier_in_both_directions(kind, imgs, tmp_path):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+STATISTICS = {"mean": [10, 20, 30], "std": [40, 50, 60]}
+
+
+@pytest.mark.parametrize("place", ["in the model", "outside", "both"])
+@pytest.mark.parametrize(
+    "preprocessor",
+    [{**STATISTICS, "to_rgb": True}, {**STATISTICS, "to_rgb": False}, STATISTICS, {"to_rgb": True}, {}],
+    ids=["rgb", "bgr", "default order", "no statistics", "empty"],
+)
+def test_predictions_for_an_image_by_every_preprocessor(preprocessor, place, tmp_path):
+    """mmpretrain gets an image as OpenCV decodes it, in BGR."""
+    config = {"model": classifier("pooled")}
+    if place != "outside":
+        config["model"]["data_preprocessor"] = preprocessor
+    if place != "in the model":
+        config["data_preprocessor"] = preprocessor if place == "outside" else {"mean": [1], "std": [2], "to_rgb": True}
+    config = Config(config)
+    state = randomized(MODELS.build(classifier("pooled"))).state_dict()
+    save_checkpoint({"meta": {"cfg": config.pretty_text}, "state_dict": state}, str(tmp_path / "theirs.pth"))
+    theirs = mmpretrain.get_model(config, pretrained=str(tmp_path / "theirs.pth")).eval()
+    pixels = torch.randint(256, (3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = theirs(theirs.data_preprocessor({"inputs": pixels.flip(0)[None]})["inputs"], mode="tensor")
+    ours = get_model(tmp_path / "theirs.pth")
+    torch.testing.assert_close(ours(ours.normalize(pixels[None])), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_settings_in_a_configuration(imgs, tmp_path):
+    model = autoencoder()
+    for part in ("backbone", "neck"):
+        model[part]["norm_cfg"] = {"type": "LN", "eps": 0.1}
+    model["head"]["norm_pix"] = False
+    model["data_preprocessor"] = {"to_rgb": True, **STATISTICS}
+    theirs = MODELS.build(model)
+    theirs.init_weights()
+    theirs = randomized(theirs)
+    meta = {"cfg": Config({"model": model}).pretty_text}
+    save_checkpoint({"meta": meta, "state_dict": theirs.state_dict()}, str(tmp_path / "theirs.pth"))
+    ours = get_model(tmp_path / "theirs.pth")
+    assert (ours.norm_pix_loss, ours.norm.eps) == (False, 0.1)
+    with torch.no_grad():
+        latent, mask, ids_restore = theirs.backbone(imgs, mask=True)
+        expected = theirs.neck(latent, ids_restore)
+        loss = theirs.head.loss(expected, imgs, mask)
+    found_loss, found, _ = ours(imgs, mask=mask)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found_loss, loss, rtol=1e-5, atol=1e-5)
+
+
 def test_an_autoencoder_in_both_directions(imgs, tmp_path):
     theirs = MODELS.build(autoencoder())
     theirs.init_weights()
@@ -130,13 +179,36 @@ def test_every_name_builds_the_model_of_its_configuration(name, tmp_path):
     assert {key: value.shape for key, value in ours.state_dict().items()} == expected
 
 
-def test_the_configuration_that_an_export_prints_is_read(imgs, tmp_path, caplog):
+@pytest.mark.parametrize("kind", ["pooled", "token", "probe", "pooled probe", "encoder", "gray", "autoencoder"])
+def test_the_configuration_that_an_export_prints_builds_the_model(kind, tmp_path, caplog):
     caplog.set_level("INFO")
-    model = Classifier({**get_model("vit_mini_patch4", nb_classes=5).settings, "mean": [0.5, 0.4, 0.3]})
-    export.export(model, "mmpretrain", tmp_path / "ours.pth")
-    text = caplog.messages[-1].partition("data_preprocessor=")[2]
-    preprocessor = Config.fromstring(f"data_preprocessor={text}", ".py")["data_preprocessor"]
-    theirs = MODELS.build({"type": "ClsDataPreprocessor", **preprocessor})
-    pixels = torch.randint(256, (3, 32, 32), dtype=torch.uint8)
-    found = theirs({"inputs": pixels.flip(0)[None]})["inputs"]  # mmcv reads BGR
-    torch.testing.assert_close(found, model.normalize(pixels[None]), rtol=1e-4, atol=1e-4)
+    channels = 1 if kind == "gray" else 3
+    settings = {"mean": [0.5, 0.4, 0.3][:channels], "std": [0.1, 0.2, 0.3][:channels], "in_chans": channels,
+                "layer_norm_eps": 1e-3}  # fmt: skip
+    if kind == "autoencoder":
+        base = {**get_model("mae_vit_mini_patch4").settings, **settings, "norm_pix_loss": True}
+        ours = randomized(Autoencoder(base))
+    else:
+        probe = {"probe": "linear"} if "probe" in kind else {}
+        base = {**get_model("vit_mini_patch4", nb_classes=0 if kind == "encoder" else 5).settings, **settings, **probe}
+        ours = randomized(Classifier({**base, "global_pool": "pooled" in kind or kind == "gray"}))
+    export.export(ours, "mmpretrain", tmp_path / "ours.pth")
+    text = caplog.messages[-1].partition("model = ")
+    (tmp_path / "config.py").write_text("".join(text[1:]))
+    theirs = mmpretrain.get_model(str(tmp_path / "config.py"), pretrained=str(tmp_path / "ours.pth")).eval()
+    load_checkpoint(theirs, str(tmp_path / "ours.pth"), map_location="cpu", strict=True)
+    pixels = torch.randint(256, (channels, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    data = {"inputs": pixels.flip(0)[None]}  # OpenCV decodes to BGR
+    with torch.no_grad():
+        batch = theirs.data_preprocessor(data | ({"data_samples": []} if kind == "autoencoder" else {}))["inputs"]
+        if kind == "autoencoder":
+            latent, mask, ids_restore = theirs.backbone(batch, mask=True)
+            expected = theirs.neck(latent, ids_restore)
+            loss = theirs.head.loss(expected, batch, mask)
+            found_loss, found, _ = ours(ours.normalize(pixels[None]), mask=mask)
+            torch.testing.assert_close(found_loss, loss, rtol=1e-4, atol=1e-4)
+        elif kind == "encoder":
+            expected, found = theirs.extract_feat(batch)[-1], ours.compute_features(ours.normalize(pixels[None]))
+        else:
+            expected, found = theirs(batch, mode="tensor"), ours(ours.normalize(pixels[None]))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

@@ -1,8 +1,10 @@
 """The settings in files of transformers, timm and mmpretrain take effect here, or the file is refused."""
 
+import argparse
 import json
 
 import pytest
+import safetensors.torch
 import timm
 import torch
 import transformers
@@ -11,7 +13,8 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 import main_finetune
 import main_knn
-from inference import get_model
+from inference import export, get_model
+from models_mae import mae_vit_mini_patch4
 from models_vit import vit_mini_patch4
 from util.checkpoints.checkpoint import CheckpointError
 from util.cli import entry_point
@@ -165,6 +168,7 @@ def test_a_folder_of_timm(imgs, tmp_path):
         ({"global_pool": "avg", "fc_norm": False}, "fc_norm is False with global_pool avg, and only its default is"),
         ({"fc_norm": True}, "fc_norm is True with global_pool token, and only its default is supported"),
         ({"act_layer": "quick_gelu"}, "act_layer is quick_gelu, and only gelu is supported"),
+        ({"global_pool": "avg", "pool_include_prefix": True}, "pool_include_prefix is True"),
         ({"global_pool": "avg", "fc_norm": True, "act_layer": "gelu"}, None),
         ({"global_pool": "token"}, None),
     ],
@@ -183,12 +187,160 @@ def test_arguments_of_timm_that_our_models_do_not_have(arguments, message, imgs,
     torch.testing.assert_close(ours(imgs), theirs(imgs), rtol=1e-5, atol=1e-5)
 
 
-def test_images_of_mmpretrain_in_bgr_are_refused(tmp_path):
-    cfg = "data_preprocessor = dict(\n    mean=[1, 2, 3],\n    std=[1, 1, 1],\n    to_rgb=False)\n"
-    state = {"meta": {"cfg": cfg}, "state_dict": vit_mini_patch4(img_size=16).state_dict()}
+BGR = "mean=[10, 20, 30], std=[40, 50, 60]"
+
+
+@pytest.mark.parametrize(
+    ("preprocessor", "mean", "std"),
+    [
+        ("data_preprocessor = dict({})", [30, 20, 10], [60, 50, 40]),  # to_rgb is False by default
+        ("data_preprocessor = dict({}, to_rgb=False)", [30, 20, 10], [60, 50, 40]),
+        ("model = dict(data_preprocessor=dict({}, to_rgb=False))", [30, 20, 10], [60, 50, 40]),
+        ("data_preprocessor = dict(to_rgb=True)\nmodel = dict(data_preprocessor=dict({}))", [30, 20, 10], [60, 50, 40]),
+        ("model = dict(type='ImageClassifier')", [0, 0, 0], [1, 1, 1]),  # not normalized
+    ],
+)
+@pytest.mark.parametrize("kind", ["classifier", "autoencoder"])
+def test_a_model_of_mmpretrain_for_bgr_images(kind, preprocessor, mean, std, imgs, tmp_path):
+    """The same outputs for RGB images here as for BGR images there."""
+    is_classifier = kind == "classifier"
+    theirs = vit_mini_patch4(img_size=16, num_classes=2) if is_classifier else mae_vit_mini_patch4(img_size=16)
+    state = {"meta": {"cfg": preprocessor.format(BGR)}, "state_dict": theirs.state_dict()}
     torch.save(state, tmp_path / "m.pth")
-    with pytest.raises(CheckpointError, match=r"m\.pth: data_preprocessor has to_rgb=False, .* images here are RGB"):
-        loading.read(tmp_path / "m.pth")
+    ours = get_model(tmp_path / "m.pth")
+    assert ours.settings["mean"] == pytest.approx([value / 255 for value in mean])
+    assert ours.settings["std"] == pytest.approx([value / 255 for value in std])
+    if is_classifier:
+        torch.testing.assert_close(ours(imgs), theirs.eval()(imgs.flip(1)), rtol=1e-5, atol=1e-5)
+        return
+    noise = torch.rand(2, 16, generator=torch.Generator().manual_seed(0))
+    found, expected = ours(imgs, noise=noise)[1], theirs.eval()(imgs.flip(1), noise=noise)[1]
+    torch.testing.assert_close(ours.unpatchify(found), theirs.unpatchify(expected).flip(1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("preprocessor", "mean"),
+    [
+        ("model = dict(data_preprocessor=dict({}, to_rgb=True))", [10, 20, 30]),
+        ("data_preprocessor = dict({}, bgr_to_rgb=True)", [10, 20, 30]),  # mmselfsup
+        ("data_preprocessor = {{'mean': [5], 'std': [1], 'to_rgb': True}}", [5, 5, 5]),
+    ],
+)
+def test_a_model_of_mmpretrain_for_rgb_images(preprocessor, mean, tmp_path):
+    theirs = vit_mini_patch4(img_size=16, num_classes=2)
+    torch.save({"meta": {"cfg": preprocessor.format(BGR)}, "state_dict": theirs.state_dict()}, tmp_path / "m.pth")
+    file = loading.read(tmp_path / "m.pth")
+    assert file.settings["mean"] == pytest.approx([value / 255 for value in mean])
+    assert torch.equal(file.tensors["patch_embed.proj.weight"], theirs.patch_embed.proj.weight)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("data_preprocessor = dict(to_rgb=RGB)", "to_rgb of its data_preprocessor"),
+        ("data_preprocessor = dict(mean=numpy.zeros(3), std=[1])", "mean of its data_preprocessor"),
+        ("data_preprocessor = Preprocessor()", "data_preprocessor is not"),
+        ("data_preprocessor = dict(**base)", "data_preprocessor is not"),
+        ("model = {**base}", "model of its configuration is not"),
+        ("data_preprocessor = dict(", "its configuration can't be read"),
+        ("model = " + 100_000 * "-" + "1", "its configuration can't be read"),
+        ("model = dict()" + 1_000_000 * " ", "its configuration has 1000014 characters"),
+        ("model = dict(backbone=dict(arch=dict(num_heads=8)), data_preprocessor=dict(to_rgb=True))", "num_heads 8"),
+        ("model = dict(backbone=dict(layer_cfgs=dict(act_cfg=dict(type='QuickGELU'))))", "QuickGELU"),
+        ("model = dict(type='MAE', neck=dict(norm_cfg=dict(type='LN')))", "1e-05 in its neck"),
+    ],
+)
+def test_a_configuration_of_mmpretrain_that_is_refused(config, message, tmp_path):
+    state = {"meta": {"cfg": config}, "state_dict": vit_mini_patch4(img_size=16, num_classes=2).state_dict()}
+    torch.save(state, tmp_path / "m.pth")
+    with pytest.raises(CheckpointError, match=message) as caught:
+        get_model(tmp_path / "m.pth")
+    assert "m.pth" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("max_shard_size", ["1GB", "200KB"])
+def test_a_file_in_a_folder_of_transformers_is_read_as_the_folder(max_shard_size, imgs, tmp_path, caplog):
+    theirs = saved(tmp_path, ViTConfig(**MINI, **NAMES, layer_norm_eps=0.1), max_shard_size=max_shard_size)
+    size = {"size": {"shortest_edge": 18}, "do_center_crop": True, "crop_size": {"height": 16, "width": 16}}
+    ViTImageProcessor(**size, resample=3, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(tmp_path)
+    ours = get_model(next(tmp_path.glob("model*.safetensors")))
+    assert (ours.settings["mean"], ours.classes) == ([0.5] * 3, ["ant", "bee"])
+    torch.testing.assert_close(ours(imgs), theirs(imgs).logits, rtol=1e-5, atol=1e-5)
+    assert not caplog.records
+
+
+def test_pytorch_model_bin_in_a_folder_of_transformers(imgs, tmp_path):
+    """The file that the user gives, not the one that the folder stands for."""
+    theirs = saved(tmp_path, ViTConfig(**MINI, **NAMES, layer_norm_eps=0.1))
+    state = {name: 2 * value if name == "classifier.weight" else value for name, value in theirs.state_dict().items()}
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    theirs.load_state_dict(state)
+    found = get_model(tmp_path / "pytorch_model.bin")(imgs)
+    torch.testing.assert_close(found, theirs(imgs).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_a_file_in_a_folder_that_is_refused(tmp_path):
+    transformers.ViTMSNForImageClassification(transformers.ViTMSNConfig(**MINI, **NAMES)).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="model_type is vit_msn"):
+        loading.read(tmp_path / "model.safetensors")
+
+
+def test_a_file_with_settings_does_not_need_those_beside_it(of_folder, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "swin"}')
+    export.export(of_folder, "safetensors", tmp_path / "ours.safetensors")
+    assert get_model(tmp_path / "ours.safetensors").settings["mean"] == [0.1, 0.2, 0.3]
+
+
+@pytest.fixture
+def of_folder():
+    return get_model("vit_mini_patch4", nb_classes=2, mean=[0.1, 0.2, 0.3])
+
+
+@pytest.mark.parametrize("layout", ["bare.pth", "bare.safetensors", "state_dict.pth", "model.pth", "args.pth"])
+def test_one_notice_of_what_a_file_without_settings_does_not_show(layout, tmp_path, caplog):
+    state = timm.create_model("vit_tiny_patch16_224", num_classes=2, img_size=16, patch_size=4, embed_dim=128, depth=4,
+                              num_heads=4).state_dict()  # fmt: skip
+    file = tmp_path / layout
+    if file.suffix == ".safetensors":
+        safetensors.torch.save_file(state, file)
+    elif layout == "args.pth":
+        torch.save({"state_dict": state, "args": {"mean": [0.5] * 3}}, file)
+    else:
+        torch.save(state if file.stem == "bare" else {file.stem: state}, file)
+    for _ in range(2):
+        loading.read(file)
+    notices = [record.message for record in caplog.records]
+    assert len(notices) == (layout not in ("model.pth", "args.pth"))
+    for assumed in ("heads", "GELU", "fc_norm", "class token", "RGB", "mean"):
+        assert all(assumed in notice for notice in notices)
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        {"gp": "avgmax"},
+        {"gp": None, "model_kwargs": {"act_layer": "quick_gelu"}},
+        {"model_kwargs": {"num_heads": 8}},
+    ],
+)
+def test_a_checkpoint_of_timms_training_that_is_refused(run, tmp_path):
+    state = vit_mini_patch4(img_size=16, num_classes=2).state_dict()
+    torch.save({"state_dict": state, "args": argparse.Namespace(model="vit_mini", **run)}, tmp_path / "m.pth")
+    with pytest.raises(CheckpointError, match=r"avgmax|quick_gelu|num_heads 8"):
+        get_model(tmp_path / "m.pth")
+
+
+@pytest.mark.parametrize("form", ["folder", "file", "bare"])
+def test_models_of_clip_are_named(form, tmp_path):
+    shape = {"img_size": 16, "patch_size": 4, "embed_dim": 128, "depth": 4, "num_heads": 4}
+    theirs = timm.create_model("vit_base_patch16_clip_quickgelu_224", num_classes=2, **shape)
+    timm.models.save_for_hf(theirs, tmp_path, model_args=shape, safe_serialization=True)
+    if form == "bare":
+        (tmp_path / "config.json").unlink()
+    with pytest.raises(CheckpointError, match="CLIP") as caught:
+        get_model(tmp_path if form == "folder" else tmp_path / "model.safetensors")
+    assert "norm_pre" in str(caught.value)
 
 
 def test_statistics_and_classes_of_mmpretrain(tmp_path):

@@ -1,6 +1,8 @@
 """Export and import: the model of the other library gives the same outputs with exported weights."""
 
+import ast
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -224,6 +226,55 @@ def test_timm(pooled, of_token, mae, imgs, tmp_path, suffix):
         theirs = timm.create_model("vit_tiny_patch16_224", checkpoint_path=str(file), **SIZES, **settings).eval()
         ours = model.extract_feat(imgs, "tokens")[:, 0] if model is mae else model(imgs)
         torch.testing.assert_close(theirs(imgs), ours, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("pools", [True, False])
+def test_the_call_of_timm_that_an_export_prints(suffix, pools, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    statistics = {"mean": [0.5, 0.4], "std": [0.1, 0.2], "in_chans": 2}
+    ours = randomized(get_model("vit_mini_patch4", nb_classes=7, global_pool=pools, input_size=[16, 32], **statistics))
+    export.export(ours, "timm", tmp_path / f"m{suffix}")
+    call = re.search(r"timm\.create_model\(.*\)", caplog.messages[-1])
+    monkeypatch.chdir(tmp_path)
+    theirs = eval(call[0]).eval()
+    config = timm.data.resolve_model_data_config(theirs)
+    assert (list(config["input_size"]), list(config["mean"]), config["crop_pct"]) == ([2, 16, 32], [0.5, 0.4], 0.875)
+    images = torch.randn(2, 2, 16, 32)
+    torch.testing.assert_close(theirs(images), ours(images), rtol=1e-5, atol=1e-5)
+
+
+def test_a_gray_classifier_by_the_code_that_its_export_prints(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    ours = randomized(get_model("vit_mini_patch4", nb_classes=3, global_pool=False, in_chans=1))
+    exported(ours, "transformers", tmp_path)
+    (line,) = (message for message in caplog.messages if "pipeline" in message)
+    monkeypatch.chdir(tmp_path)
+    image = Image.effect_noise((39, 31), 80)
+    *statements, expression = line[line.index("processor = ") :].split("; ")
+    names = {"transformers": transformers, "image": image}
+    exec("\n".join(statements), names)
+    torch.testing.assert_close(eval(expression, names), ours(ours.prepare(image)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["pooled", "of_token", "mae"])
+def test_the_configuration_for_mmpretrain(kind, tmp_path, request, caplog):
+    """It is Python of literals, and in the file too. tests/mmpretrain_oracle.py builds the model."""
+    caplog.set_level("INFO")
+    model = request.getfixturevalue(kind)
+    file = exported(model, "mmpretrain", tmp_path)
+    config = ast.literal_eval(caplog.messages[-1].partition("model = ")[2])
+    assert torch.load(file, weights_only=True)["meta"]["cfg"].endswith(str(config))
+    backbone, preprocessor = config["backbone"], config["data_preprocessor"]
+    assert backbone["arch"] == {"embed_dims": 128, "num_layers": 4, "num_heads": 4, "feedforward_channels": 512}
+    assert (backbone["img_size"], backbone["patch_size"]) == (32, 4)
+    assert preprocessor["to_rgb"]
+    assert preprocessor["mean"] == pytest.approx([123.675, 116.28, 103.53])
+    if kind == "mae":
+        assert (config["type"], config["neck"]["num_patches"], config["head"]["norm_pix"]) == ("MAE", 64, True)
+    else:
+        assert config["head"]["num_classes"] == model.num_classes
+        assert backbone["out_type"] == ("avg_featmap" if kind == "pooled" else "cls_token")
 
 
 @pytest.mark.parametrize("name", ["mae.pth", "classifier.pth"])

@@ -4,10 +4,10 @@ Images: mean, std, input_size and crop_pct. Classes: `label_names`, the names of
 `classes` is different: it contains the names of folders.
 """
 
+import ast
 import json
 import logging
 import math
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from util.files.untrusted import read_file
 
 logger = logging.getLogger(__name__)
 
+MAX_CONFIG = 1_000_000  # characters; configurations of mmpretrain have about 10,000
 BICUBIC = 3  # the number of Pillow's resampling filter
 
 
@@ -144,27 +145,115 @@ def _check_timm_arguments(arguments: Mapping[str, Any]) -> None:
         raise ValueError(f"fc_norm is {norm} with global_pool {pool}, and only its default is supported")
     if activation not in (None, "gelu"):
         raise ValueError(f"act_layer is {activation}, and only gelu is supported")
+    if arguments.get("pool_include_prefix"):
+        raise ValueError("pool_include_prefix is True, and only patches are pooled here")
+
+
+def of_timm_run(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings in the arguments of the model (`gp`, `model_kwargs`) of timm's train.py, if there are any.
+
+    Raises:
+        ValueError: this library does not support the model.
+    """
+    arguments = flags.get("model_kwargs")
+    arguments = dict(arguments) if isinstance(arguments, Mapping) else {}
+    _check_timm_arguments({**({"global_pool": flags["gp"]} if flags.get("gp") else {}), **arguments})
+    return {name: value for name, value in arguments.items() if name == "num_heads"}
 
 
 def of_mmpretrain(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the settings in the `meta` of a checkpoint of mmpretrain, whose mean and std are for values 0 to 255.
+    """Returns the settings in the `meta` of a checkpoint of mmpretrain, as mmpretrain itself reads them.
+
+    mmpretrain decodes images to BGR values from 0 to 255. Its data preprocessor reverses the channels and normalizes
+    only if its configuration says so. `channel_order` is the order of the channels in the input of the model, and of
+    mean and std. One value of mean or std is for all channels.
 
     Raises:
-        ValueError: the images of the model are BGR.
+        ValueError: the configuration can't be read, or this library does not support the model.
     """
     settings: dict[str, Any] = {}
     dataset = meta.get("dataset_meta")
     classes = dataset.get("classes", dataset.get("CLASSES")) if isinstance(dataset, dict) else None
     if classes and all(isinstance(name, str) for name in classes):
         settings["label_names"] = list(classes)
-    preprocessor = re.search(r"^data_preprocessor = dict\((.*?)\)$", str(meta.get("cfg", "")), re.DOTALL | re.MULTILINE)
-    if preprocessor and re.search(r"to_rgb=False", preprocessor[1]):
-        raise ValueError(
-            "data_preprocessor has to_rgb=False, and the images here are RGB: flip the input channels of "
-            "patch_embed.projection.weight, mean and std, and set to_rgb=True"
-        )
-    for name in ("mean", "std") if preprocessor else ():
-        numbers = re.search(rf"{name}=\[([\d., \n]+)\]", preprocessor[1])  # type: ignore[index]
-        if numbers:
-            settings[name] = [float(number) / 255 for number in numbers[1].split(",") if number.strip()]
+    config = _python_config(meta["cfg"]) if isinstance(meta.get("cfg"), str) else {}
+    if not config.keys() & {"model", "data_preprocessor"}:
+        return settings
+    model = config.get("model") or {}
+    if not isinstance(model, dict):
+        raise ValueError("the model of its configuration is not a dict of literal values")
+    preprocessor = model.get("data_preprocessor", config.get("data_preprocessor")) or {}
+    if not isinstance(preprocessor, dict):
+        raise ValueError("its data_preprocessor is not a dict of literal values")
+    reversals = [preprocessor.get(name) for name in ("to_rgb", "bgr_to_rgb", "rgb_to_bgr")]
+    if any(value not in (None, True, False) for value in reversals):
+        raise ValueError("to_rgb of its data_preprocessor is neither True nor False")
+    settings["channel_order"] = "rgb" if any(reversals) else "bgr"
+    for name, identity in (("mean", 0), ("std", 1)):
+        numbers = preprocessor.get(name)
+        numbers = [identity] if numbers is None else numbers
+        if not isinstance(numbers, list) or not all(type(number) in (int, float) for number in numbers):
+            raise ValueError(f"{name} of its data_preprocessor is not a list of numbers")
+        settings[name] = [number / 255 for number in numbers]
+    return settings | _of_mmpretrain_model(model)
+
+
+def _of_mmpretrain_model(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings of the model that the shapes of its tensors do not show."""
+    settings: dict[str, Any] = {}
+    backbone, neck, head = (model.get(name) or {} for name in ("backbone", "neck", "head"))
+    if not all(isinstance(part, dict) for part in (backbone, neck, head)):
+        raise ValueError("backbone, neck or head in its model is not a dict of literal values")
+    arch, layers = backbone.get("arch"), backbone.get("layer_cfgs")
+    eps, neck_eps = (_mmpretrain_eps(part) for part in (backbone, neck))
+    activation = layers.get("act_cfg") if isinstance(layers, dict) else None
+    if isinstance(activation, dict) and activation.get("type") != "GELU":
+        raise ValueError(f"act_cfg is {activation}, and only GELU is supported")
+    if isinstance(arch, dict) and "num_heads" in arch:
+        settings["num_heads"] = arch["num_heads"]
+    if eps is not None:
+        settings["layer_norm_eps"] = eps
+    if model.get("type") == "MAE":
+        settings["norm_pix_loss"] = bool(head.get("norm_pix", False))
+        if eps != neck_eps:
+            raise ValueError(f"eps of norm_cfg is {eps or 1e-6} in its backbone, and {neck_eps or 1e-6} in its neck")
     return settings
+
+
+def _mmpretrain_eps(part: Mapping[str, Any]) -> Any:
+    """Returns the eps of LayerNorm in a part of a model of mmpretrain; None if that is its default and ours, 1e-6."""
+    norm = part.get("norm_cfg")
+    eps = norm.get("eps", 1e-5) if isinstance(norm, dict) else 1e-6
+    return None if eps == 1e-6 else eps
+
+
+def _python_config(text: str) -> dict[str, Any]:
+    """Returns the assignments in a configuration of mmengine, without executing it.
+
+    Raises:
+        ValueError: it is not Python.
+    """
+    if len(text) > MAX_CONFIG:
+        raise ValueError(f"its configuration has {len(text)} characters, and at most {MAX_CONFIG} are read")
+    try:
+        nodes = ast.parse(text).body
+        return {target.id: _literal(node.value) for node in nodes if isinstance(node, ast.Assign)
+                for target in node.targets if isinstance(target, ast.Name)}  # fmt: skip
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise ValueError(f"its configuration can't be read: {' '.join(str(error).split())}") from error
+
+
+def _literal(node: ast.expr) -> Any:
+    """Returns the value of an expression of literals, lists, tuples (as lists) and dicts; `...` for other ones."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict" and not node.args:
+        words = {word.arg: _literal(word.value) for word in node.keywords}
+        return ... if None in words else words  # dict(**NAME)
+    if isinstance(node, ast.Dict):
+        keys = [key.value if isinstance(key, ast.Constant) else None for key in node.keys]
+        return ... if None in keys else dict(zip(keys, map(_literal, node.values), strict=True))
+    if isinstance(node, ast.List | ast.Tuple):
+        return [_literal(element) for element in node.elts]
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        return ...

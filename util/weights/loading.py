@@ -10,6 +10,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +37,8 @@ MODULES = {  # of models_mae.MaskedAutoencoderViT
     "decoder_blocks", "decoder_norm", "decoder_pred",
 }  # fmt: skip
 SETTINGS = "args"  # the entry in the metadata of a .safetensors file with the settings of the run, as JSON
+CONFIG = "config.json"  # of a folder of transformers or timm
+BARE = "bare"  # entry in the settings of a file that records none
 # The settings of a file that are used, and the types of their values or of the elements of lists.
 SETTINGS_USED: dict[str, type | tuple[type, ...]] = {
     "model": str, "input_size": int, "patch_size": int, "in_chans": int, "mean": (int, float), "std": (int, float),
@@ -108,6 +111,9 @@ def read(name: Path | str) -> Weights:
         dist.from_rank_0(lambda: model_zoo.fetch(str(name)))  # a download may take longer than --dist_timeout
         path = model_zoo.fetch(str(name))
     content, settings = _read_folder(path) if path.is_dir() else _read_file(path)
+    if settings.get(BARE) and path.suffix in (".safetensors", ".bin") and (path.parent / CONFIG).is_file():
+        content, settings = _read_folder(path.parent, path)
+    records_nothing = settings.pop(BARE, False)
     try:
         tensors = to_ours({key: t for key, t in content.items() if isinstance(key, str) and isinstance(t, Tensor)})
     except (KeyError, RuntimeError) as error:  # query, key and value can't be concatenated
@@ -129,12 +135,51 @@ def read(name: Path | str) -> Weights:
         if key in tensors and (tensors[key].ndim != axes or not tensors[key].is_floating_point()):
             shape = f"{tensors[key].dtype} {tuple(tensors[key].shape)}"
             raise CheckpointError(f"{path}: its {key} is {shape}, which does not fit a Vision Transformer")
+    norm_pre = next((key for key in tensors if key.startswith(("norm_pre.", "backbone.pre_norm."))), None)
+    if norm_pre and "model_class" not in settings:
+        raise CheckpointError(
+            f"{path} has a norm before its blocks ({norm_pre}), as the models of CLIP have (timm: pre_norm, often with "
+            f"quick_gelu), which this library does not support; give the weights of a model without it"
+        )
+    if "channel_order" in settings:
+        tensors, settings = _in_rgb(tensors, settings)
     size = settings.get("input_size")
     if isinstance(size, list | tuple) and len(size) == 3:  # timm's train.py records (channels, height, width)
         settings = {**settings, "input_size": foreign_settings.side_or_sides(size[1:])}
     _check_settings(path, settings)
     checkpoint.require_finite(tensors, str(name), "its run diverged, or the file is damaged; give another file")
+    if records_nothing and path == Path(name):  # the settings of published files are known
+        _report_assumptions(path)
     return Weights(tensors, settings, _kind(tensors, settings), str(name))
+
+
+def _in_rgb(tensors: dict[str, Tensor], settings: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Returns the weights and settings of a model of mmpretrain for RGB images, with a mean and std for each channel.
+
+    `channel_order` in the settings is the order in which the model gets its channels, which has a meaning for three.
+    """
+    channels, p, q = tensors["patch_embed.proj.weight"].shape[1:]
+    is_bgr = settings["channel_order"] == "bgr" and channels == 3
+    settings = {name: value for name, value in settings.items() if name != "channel_order"}
+    settings |= {name: settings[name] * channels for name in ("mean", "std") if len(settings[name]) == 1}
+    if not is_bgr:
+        return tensors, settings
+    tensors = {**tensors, "patch_embed.proj.weight": tensors["patch_embed.proj.weight"].flip(1)}
+    for name in ("decoder_pred.weight", "decoder_pred.bias"):  # pixels of a patch, the channel last
+        if name in tensors and len(tensors[name]) == p * q * channels:
+            tensors[name] = tensors[name].unflatten(0, (p * q, channels)).flip(1).flatten(0, 1)
+    return tensors, settings | {name: settings[name][::-1] for name in ("mean", "std")}
+
+
+@cache  # some scripts read a file twice
+def _report_assumptions(path: Path) -> None:
+    """Warns of what the tensors of a file without settings do not show."""
+    if dist.is_main():
+        logger.warning(
+            f"{path} records no settings. Assumed are: as many attention heads as the model of this size has, GELU, "
+            f"LayerNorm eps 1e-6, a head on the mean of the patches if there is an fc_norm, else on the class token, "
+            f"RGB images with ImageNet's mean and std. A folder with {CONFIG} records them"
+        )
 
 
 def _check_settings(path: Path, settings: dict[str, Any]) -> None:
@@ -157,7 +202,8 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
                 settings = json.loads((file.metadata() or {}).get(SETTINGS, "{}"))
                 if not isinstance(settings, dict):
                     raise ValueError(f"its settings are {settings!r}")
-                return {key: file.get_tensor(key) for key in file.keys()}, settings  # noqa: SIM118
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                return tensors, settings or {BARE: True}
         except Exception as error:
             raise CheckpointError(f"{path} is not a safetensors file, or is damaged: {error}") from error
     state = checkpoint.read(path)
@@ -165,36 +211,47 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     tensors = next((state[key] for key in keys if isinstance(state.get(key), dict)), state)
     settings = state.get("args")
     settings = vars(settings) if isinstance(settings, argparse.Namespace) else settings
-    if isinstance(state.get("meta"), dict):
-        try:
-            settings = {**foreign_settings.of_mmpretrain(state["meta"]), **(settings or {})}
-        except ValueError as error:
-            raise CheckpointError(f"{path}: {error}") from error
-    return tensors, settings if isinstance(settings, dict) else {}
+    settings = settings if isinstance(settings, dict) else {}
+    try:
+        settings = {**settings, **foreign_settings.of_timm_run(settings)}
+        if isinstance(state.get("meta"), dict) and not settings:  # an export of this library has its own settings
+            settings = foreign_settings.of_mmpretrain(state["meta"])
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    # Files with "model" have the layout of the published code, whose models this library has.
+    is_bare = not settings.keys() - {"label_names"} and not isinstance(state.get("model"), dict)
+    return tensors, {**settings, **({BARE: True} if is_bare else {})}
 
 
-def _read_folder(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Like `_read_file`, for a folder of transformers, of timm, of `save_pretrained` here, or of a sharded run."""
+def _read_folder(path: Path, file: Path | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Like `_read_file`, for a folder of transformers, of timm, of `save_pretrained` here, or of a sharded run.
+
+    Args:
+        file: the file with the weights. A file that contains a part of them stands for all parts.
+    """
     if (path / checkpoint.STATE).is_file():
         state = sharded.gather(path)
         return state["model"], state["args"] if isinstance(state.get("args"), dict) else {}
     names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-    file = next((path / name for name in names if (path / name).is_file()), None)
+    present = [path / name for name in names if (path / name).is_file()]
+    file = file or next(iter(present), None)
     if file is None:
         raise CheckpointError(f"{path} is a folder without model.safetensors or pytorch_model.bin; give a file")
     try:
-        files = [path / Path(name).name for name in _shards(file)] if file.suffix == ".json" else [file]
+        indices = [file] if file.suffix == ".json" else [other for other in present if other.suffix == ".json"]
+        splits = (_shards(index) for index in indices)
+        parts = next((parts for parts in splits if file in indices or file.name in parts), [file.name])
+        files = [path / Path(name).name for name in parts]
         recorded = foreign_settings.read_folder(path)
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: its configuration can't be read: {error}") from error
     except (AttributeError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: its configuration is not that of transformers or timm: {error}") from error
     content: dict[str, Any] = {}
-    settings: dict[str, Any] = {}
     for file in files:
         tensors, own = _read_file(file)
-        content, settings = content | tensors, settings | own
-    return content, {**recorded, **settings}
+        content, recorded = content | tensors, recorded | {name: own[name] for name in own.keys() - {BARE}}
+    return content, recorded
 
 
 def _shards(index: Path) -> list[str]:
