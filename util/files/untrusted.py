@@ -5,7 +5,6 @@ They reject file names with escape sequences, files that never end, and recipes 
 
 import errno
 import os
-import re
 import stat
 from pathlib import Path
 
@@ -14,7 +13,6 @@ import yaml
 MAX_BYTES = 1 << 30  # of an image file, and of an unpacked member of an archive
 MAX_RECIPE_BYTES = 20_000
 MAX_RECIPE_DEPTH = 10
-SHARDS_OF_RECIPES = re.compile(r"[^:]*|https?://[^:]*(:\d+/[^:]*)?")  # files and http(s) URLs, no other scheme
 
 
 def printable(text: str) -> str:
@@ -72,19 +70,4 @@ def recipe_problem(text: str) -> str | None:
         depth -= kind.endswith("EndToken") and kind.startswith(("Block", "Flow"))
         if depth > MAX_RECIPE_DEPTH:
             return "is nested: a recipe is a list of `flag: value` lines"
-    return None
-
-
-def value_problem(key: str, value: str) -> str | None:
-    """Returns the reason to reject an entry of a recipe, or None.
-
-    Values that can run a command are accepted on the command line only, where the user types them.
-    """
-    if not value.isprintable():
-        return f"{key} contains a control character: {printable(value)}"
-    kind, _, shards = value.partition(":")
-    if key == "dataset" and kind == "wds" and not SHARDS_OF_RECIPES.fullmatch(shards):
-        return f"dataset {value} may run a command, and a recipe may not: give --dataset on the command line"
-    if key == "slurm":
-        return f"slurm {value} may run a command: give --slurm on the command line"
     return None
