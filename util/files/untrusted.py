@@ -5,12 +5,17 @@ They reject file names with escape sequences, files that never end, and recipes 
 
 import errno
 import os
+import re
 import stat
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 MAX_BYTES = 1 << 30  # of an image file, and of an unpacked member of an archive
+# Texts that a spreadsheet computes, by their first character, also of full width; numbers are no formulas.
+FORMULA = re.compile(r"(?![+-]?[\d.]+%?$)[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
 MAX_RECIPE_BYTES = 20_000
 MAX_RECIPE_DEPTH = 10
 
@@ -24,6 +29,19 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def csv_row(values: Iterable[Any]) -> list[Any]:
+    """Prepares a row of a CSV file for spreadsheets, which would compute a text such as `=HYPERLINK(...)`.
+
+    An apostrophe before a text marks it as a text. `csv_text` removes it. Numbers are unchanged.
+    """
+    return [f"'{value}" if isinstance(value, str) and FORMULA.match(value) else value for value in values]
+
+
+def csv_text(cell: str) -> str:
+    """Returns the text of a cell that `csv_row` prepared."""
+    return cell[1:] if cell.startswith("'") and FORMULA.match(cell[1:]) else cell
 
 
 def escape_dollars(text: str) -> str:
