@@ -8,6 +8,7 @@ import os
 import re
 import stat
 from collections.abc import Iterable
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,20 @@ def escape_dollars(text: str) -> str:
     return text.replace("$", r"\$")
 
 
+def open_file(path: str | Path) -> FileIO:
+    """Opens a regular file for reading, or a link to one.
+
+    Raises:
+        OSError: the file does not exist, or is a pipe, a socket or a device, which may never end.
+    """
+    # Without O_NONBLOCK, opening a pipe waits for its writer.
+    file = FileIO(path, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return file
+
+
 def read_file(path: str | Path, limit: int = MAX_BYTES) -> bytes:
     """Reads a regular file.
 
@@ -56,15 +71,12 @@ def read_file(path: str | Path, limit: int = MAX_BYTES) -> bytes:
         limit: maximum size in bytes.
 
     Raises:
-        OSError: the file does not exist, is too large, or is a pipe, a socket or a device, which may never end.
+        OSError: as `open_file`, or the file is too large.
     """
-    # Without O_NONBLOCK, opening a pipe waits for its writer.
-    with open(path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(errno.EINVAL, "not a regular file", str(path))
-        if status.st_size > limit:
-            raise OSError(errno.EFBIG, f"{status.st_size:,} bytes, and at most {limit:,} are read", str(path))
+    with open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise OSError(errno.EFBIG, f"{size:,} bytes, and at most {limit:,} are read", str(path))
         return file.read()
 
 
