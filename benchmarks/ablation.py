@@ -23,6 +23,7 @@ from util.cli.advice import arguments
 from util.evaluation.comparison import Cell
 from util.evaluation.tables import markdown
 from util.files import atomic
+from util.files.untrusted import csv_text
 from util.jobs.commands import Commands
 from util.training import run_log
 
@@ -161,8 +162,8 @@ class Ablation:
             out = self.compare(names or list(self.runs)[:1], baselines)
             with (out / "results.csv").open(newline="") as file:
                 for row in csv.DictReader(file):
-                    if row["encoder"] in accuracies:
-                        accuracies[row["encoder"]].setdefault(row["protocol"], []).append(float(row["accuracy"]))
+                    if (name := csv_text(row["encoder"])) in accuracies:
+                        accuracies[name].setdefault(row["protocol"], []).append(float(row["accuracy"]))
         return accuracies
 
     def table(self) -> str:

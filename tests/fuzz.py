@@ -5,8 +5,9 @@
 
 A door is a function that reads untrusted files: images, archives, lists, recipes, weights, sharded checkpoints. Its
 inputs are valid files with flipped bits, truncation, splices, unusual numbers in headers, and changes of the structure
-of their format (`mutations.py`). Each input must be read, or rejected with a documented exception in one line of
-printable text, within 20 seconds. 100 inputs share a process and may use 1 GiB of memory together.
+of their format (`mutations.py`): very many scans of JPEG files, links in place of files, large headers. Each input must
+be read, or rejected with a documented exception in one line of printable text, within 20 seconds. 100 inputs share a
+process and may use 1 GiB of memory together.
 """
 
 import argparse

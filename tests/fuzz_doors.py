@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import importlib.util
 import io
 import itertools
 import json
@@ -30,6 +31,7 @@ import models_vit
 from util.checkpoints import checkpoint, sharded
 from util.cli import entry_point
 from util.cli.choices import ADAPT_CHOICES
+from util.data import jpeg
 from util.data.archives import Archive
 from util.data.decode import decode
 from util.data.lists import read_list
@@ -48,6 +50,9 @@ class Door(NamedTuple):
 # ------------------------------------------------------------------------------------------------------------- images
 
 
+HAS_FAST_JPEG = all(map(importlib.util.find_spec, ("torchcodec", "numba")))
+
+
 def _images(folder: Path) -> list[tuple[bytes, int]]:
     seeds = [(data, in_chans) for data, in_chans, *_ in TABLE.values()]
     pixels = np.arange(40 * 48 * 3, dtype=np.uint16).reshape(40, 48, 3)
@@ -63,6 +68,9 @@ def _images(folder: Path) -> list[tuple[bytes, int]]:
     eight = pixels.astype(np.uint8)
     seeds += [(saved(eight, kind, exif=exif), 3) for kind in ("JPEG", "PNG", "WEBP", "AVIF")]
     seeds += [(saved(eight, "JPEG", progressive=True), 3), (saved(eight, "JPEG2000", no_jp2=True), 3)]
+    seeds += 3 * [(saved(np.full((4000, 4000, 3), 99, np.uint8), "JPEG", progressive=True), 3)]  # for many scans
+    if HAS_FAST_JPEG:
+        jpeg.decoder()  # compiles before the processes start
     return seeds
 
 
@@ -73,12 +81,16 @@ def _mutate_image(seeds: list[tuple[bytes, int]], generator: random.Random) -> t
             return mutations.tiff(data, generator), in_chans
         if data.startswith(b"\x89PNG"):
             return mutations.png(data, generator), in_chans
+        if data.startswith(b"\xff\xd8"):
+            return mutations.jpeg(data, generator), in_chans
     return mutations.mutate(data, [other for other, _ in seeds], generator), in_chans
 
 
 def _read_image(made: tuple[bytes, int], folder: Path, generator: random.Random) -> None:
     data, in_chans = made
-    decode(data, in_chans if generator.random() < 0.8 else 1, upright=generator.random() < 0.5)
+    in_chans = in_chans if generator.random() < 0.8 else 1
+    fast_jpeg = HAS_FAST_JPEG and generator.random() < 0.5
+    decode(data, in_chans, upright=generator.random() < 0.5, fast_jpeg=fast_jpeg)
 
 
 # ----------------------------------------------------------------------------------------------------------- archives
@@ -219,8 +231,27 @@ def _weights(folder: Path) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def _mutate_weights(seeds: list[dict[str, Any]], generator: random.Random) -> dict[str, bytes]:
-    """The files of a checkpoint: {name: bytes}."""
+def _link(generator: random.Random) -> Path:
+    """The target of a link in place of a file."""
+    return Path(
+        generator.choice(("/dev/zero", "/dev/zero", "/dev/null", "/dev/stdin", ".", "..", "none", "/etc/passwd"))
+    )
+
+
+def _other_header(header: bytes, generator: random.Random) -> bytes:
+    """A .safetensors header, with its length, that is damaged, very large, or of another length than stated."""
+    how = generator.random()
+    if how < 0.1:
+        number = generator.choice((1_000, 50_000, 800_000))
+        header = b"{%s}" % b",".join(b'"%d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}' % n for n in range(number))
+    elif how < 0.8:
+        header = mutations.document(header, generator)
+    size = len(header).to_bytes(8, "little") if how < 0.9 else mutations.odd_number(8, generator)
+    return size + header
+
+
+def _mutate_weights(seeds: list[dict[str, Any]], generator: random.Random) -> dict[str, bytes | Path]:
+    """The files of a checkpoint: {name: bytes, or the target of a link}."""
     seed = generator.choice(seeds)
     how = generator.choice(("bytes", "header", "content", "content"))
     if "file" in seed:
@@ -246,8 +277,7 @@ def _mutate_weights(seeds: list[dict[str, Any]], generator: random.Random) -> di
     data = safetensors.torch.save({name: tensor.contiguous() for name, tensor in seed["safetensors"].items()}, metadata)
     if how == "header":
         size = int.from_bytes(data[:8], "little")
-        header = mutations.document(data[8 : 8 + size], generator)
-        data = len(header).to_bytes(8, "little") + header + data[8 + size :]
+        data = _other_header(data[8 : 8 + size], generator) + data[8 + size :]
     elif how == "bytes":
         data = mutations.mutate(data, [data], generator)
     if "config" not in seed:
@@ -255,6 +285,15 @@ def _mutate_weights(seeds: list[dict[str, Any]], generator: random.Random) -> di
     config = json.dumps(seed["config"]).encode()
     if how == "content":
         config = mutations.document(config, generator)
+    if generator.random() < 0.3:
+        index = json.dumps({"weight_map": {"cls_token": "a.safetensors", "norm": "b.safetensors"}}).encode()
+        link = _link(generator) if generator.random() < 0.7 else b""
+        return {
+            "model.safetensors.index.json": index,
+            "a.safetensors": data,
+            "b.safetensors": link,
+            "config.json": config,
+        }
     return {"model.safetensors": data, "config.json": config}
 
 
@@ -270,15 +309,18 @@ def _other_pickle(data: bytes, generator: random.Random) -> bytes:
     return stream.getvalue()
 
 
-def _write(files: dict[str, bytes], folder: Path) -> Path:
+def _write(files: dict[str, bytes | Path], folder: Path) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     for name, data in files.items():
-        (folder / name).write_bytes(data)
+        if isinstance(data, Path):
+            (folder / name).symlink_to(data)
+        else:
+            (folder / name).write_bytes(data)
     return folder
 
 
-def _read_weights(files: dict[str, bytes], folder: Path, generator: random.Random) -> None:
+def _read_weights(files: dict[str, bytes | Path], folder: Path, generator: random.Random) -> None:
     own = _write(files, folder / "weights")
     path = own if "config.json" in files else own / next(iter(files))
     if path.suffix == ".pth":
@@ -306,8 +348,8 @@ def _sharded(folder: Path) -> list[dict[str, bytes]]:
     return [{path.name: path.read_bytes() for path in whole.iterdir()} | {"names": json.dumps(list(names)).encode()}]
 
 
-def _mutate_sharded(seeds: list[dict[str, bytes]], generator: random.Random) -> dict[str, bytes]:
-    files = dict(seeds[0])
+def _mutate_sharded(seeds: list[dict[str, bytes]], generator: random.Random) -> dict[str, bytes | Path]:
+    files: dict[str, Any] = dict(seeds[0])
     names = json.loads(files.pop("names"))
     which = generator.choice((".metadata", ".metadata", *files))
     other = b"\x80\x04\x95" + pickle.dumps(generator.choice(mutations.VALUES[:10]))
@@ -319,10 +361,13 @@ def _mutate_sharded(seeds: list[dict[str, bytes]], generator: random.Random) -> 
         state = mutations.nested(state, generator)
     stream = io.BytesIO()
     torch.save(state | {"digest": checkpoint.compute_digest(state)} if isinstance(state, dict) else state, stream)
-    return files | {checkpoint.STATE: stream.getvalue()}
+    files[checkpoint.STATE] = stream.getvalue()
+    if generator.random() < 0.3:
+        files[generator.choice(list(files))] = _link(generator)
+    return files
 
 
-def _read_sharded(files: dict[str, bytes], folder: Path, generator: random.Random) -> None:
+def _read_sharded(files: dict[str, bytes | Path], folder: Path, generator: random.Random) -> None:
     own = _write(files, folder / "checkpoint-0")
     sharded.gather(own)
     assert not os.path.exists(folder / "executed")

@@ -94,6 +94,18 @@ def png(data: bytes, generator: random.Random) -> bytes:
     return data[:8] + b"".join(made)
 
 
+def jpeg(data: bytes, generator: random.Random) -> bytes:
+    """Repeats a segment or scan of a JPEG file up to thousands of times, with bytes before each copy."""
+    markers = [at for at in range(2, len(data) - 3) if data[at] == 0xFF and data[at + 1] in (*range(0xC0, 0xD0), 0xDA)]
+    if not markers:
+        return data
+    start = generator.choice((markers[-1], generator.choice(markers)))
+    end = generator.choice([at for at in [*markers, len(data) - 2] if at > start][:2] or [len(data)])
+    between = generator.choice((b"", b"", b"\0", b"\xff\xff", b"\xff\xd0", b"\xff\xfe\0\2", b"\xff\xd9"))
+    number = generator.choice((1, 2, 30, 100, 3000))
+    return data[:end] + (between + data[start:end]) * number + data[end:]
+
+
 def zip_directory(data: bytes, generator: random.Random) -> bytes:
     """Changes a field of an entry, or of the end, of the directory of a zip file."""
     signature, fields = generator.choice((

@@ -51,7 +51,6 @@ ELSEWHERE = {
         r"main_(segment|compare)|submitit_segment|inference\.(?!features)\w+|util\.\w+", "it has no --fast_jpeg"),
     r"util\.data\.image_cache\.\w+": (
         r"(?!(main|submitit)_(pretrain|finetune|linprobe)).*", "only training of these kinds has --cache_images"),
-    r"util\.files\.untrusted\.value_problem": "of a value that a recipe has for this flag",
     r"util\.data\.samples\.Samples": (
         r"main_knn|main_robustness|inference\.\w+", "it names --on_bad_image where the script has given that"),
     r"models_build\.(set_probe_head|attentive_head|AttentivePool)": (

@@ -50,6 +50,7 @@ ARROWS = {
     r"util\.datasets": r"util\.(data|cli|files)\.\w+|util\.dist",
     r"util\.resize": r"util\.cli\.entry_point|util\.data\.resize",
     r"util\.sharded": r"util\.cli\.entry_point|util\.checkpoints\.sharded",
+    r"util\.dist": r"util\.plain_data",
     r"util\.\w+": r"",  # the rest are leaves
 }
 # Optional packages, each imported in one file only.

@@ -16,7 +16,9 @@ import main_finetune
 import main_pretrain
 from inference import features, predict
 from util.cli import entry_point
+from util.cli.flags import not_in_recipes
 from util.data import resize
+from util.jobs import submit
 
 PUBLISHED = {
     "batch_size": 64, "epochs": 400, "accum_iter": 1, "model": "mae_vit_large_patch16", "input_size": 224,
@@ -308,11 +310,21 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x]\n" + "".join(
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        ("dataset: 'wds:pipe:touch {mark}'", "may run a command.*give --dataset on the command line"),
-        ("dataset: 'wds:{{p,q}}ipe:touch {mark}'", "may run a command"),
-        ("dataset: 'wds:a.tar::pipe:touch {mark}'", "may run a command"),
-        ("dataset: 'wds:https://a.org/b.tar::pipe:touch {mark}'", "may run a command"),
-        ("dataset: 'wds:gs://a/b.tar'", "may run a command"),
+        (
+            "dataset: 'wds:pipe:touch {mark}'",
+            "must not set dataset.* give --dataset 'wds:pipe:touch .*' on the command line",
+        ),
+        ("dataset: 'wds:{{p,q}}ipe:touch {mark}'", "must not set dataset"),
+        ("dataset: 'wds:a.tar::pipe:touch {mark}'", "must not set dataset"),
+        ("dataset: 'wds:https://a.org/b.tar::pipe:touch {mark}'", "must not set dataset"),
+        ("dataset: \"wds:https://a.org/b';touch\t{mark};'.tar\"", "must not set dataset"),
+        ("dataset: 'wds:gs://a/b.tar'", "must not set dataset"),
+        (
+            "dist_url: tcp://10.0.0.1:29500",
+            "must not set dist_url.* give --dist_url tcp://10.0.0.1:29500 on the command",
+        ),
+        ("dist_backend: gloo", "must not set dist_backend.* give --dist_backend gloo on the command line"),
+        ("download: true", "must not set download.* give --download on the command line"),
         ("mean: [0.5, '--dataset=wds:pipe:touch {mark}']", "plain value"),
         ('output_dir: "a\\e[2Jb"', r"output_dir contains a control character: a\\x1b\[2Jb"),
         ('comment: "a\\nb"', "no flag 'comment'"),
@@ -331,6 +343,42 @@ def test_untrusted_recipes_are_limited(recipe, message, tmp_path, capsys):
     assert re.search(rf"{path}.*{message}", text), text
     assert text.replace("\n", "").isprintable()
     assert not (tmp_path / "mark").exists()
+
+
+def test_a_flag_that_names_code_is_declared_once(tmp_path, capsys):
+    """The declaration of a flag applies to all scripts and jobs that have it."""
+    parser = entry_point.parser("A script.")
+    parser.add_argument("--config", metavar="YAML")
+    not_in_recipes(parser.add_argument("--encoder", nargs="+"))
+    not_in_recipes(parser.add_argument("--set"), lambda value: value.startswith("py:"))
+    shared = entry_point.parser("Another script.")
+    for flag in parser._actions:
+        shared._add_action(flag)
+    for refused in ("encoder: [my.module:Encoder, b]", "set: 'py:my.module:Set'"):
+        path = recipe(tmp_path, refused)
+        with pytest.raises(SystemExit):
+            entry_point.parse(copy.deepcopy(shared), ["--config", path])
+        key, _, value = refused.partition(": ")
+        remedy = f"give --{key} {value.strip(chr(39)).strip('[]').replace(',', '')} on the command line"
+        error = capsys.readouterr().err.splitlines()[0]
+        assert f"--config {path}: " in error
+        assert remedy in error
+    args = entry_point.parse(shared, ["--config", recipe(tmp_path, "encoder: null\nset: folder\n")])
+    assert (args.encoder, args.set) == (None, "folder")
+
+
+def test_a_job_refuses_recipes_with_commands_or_with_folders_of_code(tmp_path, capsys):
+    for entry in ("slurm: setup=reboot", "job_dir: data", "shared_dir: data"):
+        path = recipe(tmp_path, entry)
+        parser, _ = submit.get_args_parser("main_pretrain")
+        with pytest.raises(SystemExit):
+            entry_point.parse(parser, ["--config", path])
+        key, value = entry.split(": ")
+        error = capsys.readouterr().err
+        assert f"--config {path}: " in error
+        assert f"--{key} {value} on the command line" in error
+    parser, _ = submit.get_args_parser("main_pretrain")
+    assert entry_point.parse(parser, ["--config", recipe(tmp_path, "partition: gpu")]).partition == "gpu"
 
 
 def test_recipes_restrict_shards_and_the_command_line_does_not(tmp_path):

@@ -1,16 +1,19 @@
 """Processes and devices."""
 
+import argparse
 import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, torchrun
 from mains import small_run, wait_until
 
-from util import dist
+from util import dist, plain_data
 
 
 @pytest.fixture
@@ -158,7 +161,7 @@ def test_a_lost_process_is_a_one_line_error_in_the_others(pictures, tmp_path, ki
 CODE = """
 import os, time
 import torch
-from util import dist
+from util import dist, plain_data
 
 def main(device):
     if dist.rank() == 1:
@@ -201,7 +204,7 @@ def test_two_processes_average_gradients_on_demand_and_meet_at_a_barrier(tmp_pat
 
 OF_RANK_0 = """
 import time
-from util import dist
+from util import dist, plain_data
 from util.cli.advice import advised
 
 calls, exchanges, gather = [], [], dist.gather
@@ -236,6 +239,60 @@ def test_rank_0_computes_for_all(tmp_path):
     )
     assert (tmp_path / "out0").read_text() == "{'rank': 0} [0] True no images ['give others']"
     assert (tmp_path / "out1").read_text() == "{'rank': 0} [] True no images ['give others']"
+
+
+OF_AN_ATTACKER = """
+import os
+import torch.distributed as td
+from util import dist, plain_data
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, (f"executed{os.environ['RANK']}",)
+
+dist.init("cpu")
+for attack, honest in (
+    (lambda: td.all_gather_object([None, None], Evil()), lambda: dist.gather({"a": 1})),
+    (lambda: (dist.gather(True), td.broadcast_object_list([Evil()], 0)), lambda: dist.from_rank_0(dict)),
+):
+    try:
+        honest() if dist.rank() else attack()
+    except Exception as error:
+        open(f"out{dist.rank()}", "a").write(f"{type(error).__name__} ")
+os._exit(0)
+"""
+
+
+def test_a_process_executes_nothing_that_another_one_sends(tmp_path):
+    """Rank 0 sends pickles instead of data. They are rejected, and not executed."""
+    (tmp_path / "code.py").write_text(OF_AN_ATTACKER)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run(
+        [*torchrun(2), "code.py"], cwd=tmp_path, env=environment, check=True, capture_output=True, timeout=120
+    )
+    assert not (tmp_path / "executed1").exists()
+    assert (tmp_path / "out1").read_text() == "ValueError ValueError "
+
+
+def test_exchanged_values_are_equal_and_contain_no_objects():
+    """Names of files may contain bytes that are not UTF-8; arrays may be empty or not contiguous."""
+    tensor = torch.arange(6, dtype=torch.bfloat16).view(2, 3)[:, ::2]
+    value = {"a": [1, 2.5, None, True, "x\udc80"], 3: (1, Path("b")), "t": tensor, "e": torch.zeros(0, 4)}
+    copy = plain_data.loads(plain_data.dumps(value))
+    assert torch.equal(copy.pop("t"), value.pop("t"))
+    assert copy.pop("e").shape == value.pop("e").shape
+    assert copy == value
+    for array in (np.array(["ab", "c"]), np.zeros((0, 3), np.int64), np.array([True, False]), np.float32([1, 2])):
+        copy = plain_data.loads(plain_data.dumps(array))
+        assert (copy.dtype, copy.shape, copy.tolist()) == (array.dtype, array.shape, array.tolist())
+    for other in (argparse.Namespace(), np.array([None])):
+        with pytest.raises(TypeError, match="no plain data"):
+            plain_data.dumps([other])
+    data = plain_data.dumps(argparse.Namespace(a=1), [argparse.Namespace])
+    assert plain_data.loads(data, [argparse.Namespace]).a == 1
+    for wrong in (data, data[:12], b'\x20\0\0\0\0\0\0\0{"array": ["|O", [1], [0, 8]]}  ' + bytes(8)):
+        with pytest.raises(ValueError, match="no plain data"):
+            plain_data.loads(wrong)
 
 
 def test_a_run_prints_no_warnings(pictures, tmp_path):

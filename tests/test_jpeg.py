@@ -3,6 +3,7 @@
 import io
 import math
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -55,6 +56,33 @@ def test_exif_orientation_is_not_applied(orientation):
     data = encoded(photographs()[1].crop((0, 0, 90, 50)), exif=exif)
     assert decode(data, 3, fast_jpeg=True).shape == (3, 50, 90)
     assert np.array_equal(decode(data, 3, fast_jpeg=True).numpy(), pixels(decode(data, 3)))
+
+
+def with_scans(data: bytes, number: int, before: bytes = b"") -> bytes:
+    """Repeats the last scan of a progressive file until it has `number` scans."""
+    last = data[data.rindex(b"\xff\xda") : -2]
+    return data[:-2] + (before + last) * (number - data.count(b"\xff\xda")) + data[-2:]
+
+
+@pytest.mark.parametrize("before", [b"", b"\0\0", b"\xff\xff", b"\xff\xd0", b"\xff\xfe\0\2"], ids=bytes.hex)
+@pytest.mark.parametrize("fast_jpeg", [False, True])
+def test_files_with_very_many_scans_are_refused_before_they_are_decoded(fast_jpeg, before):
+    """Each scan costs a pass over all pixels, and takes a few bytes."""
+    data = encoded(Image.new("RGB", (2000, 1000)), progressive=True)
+    start = time.perf_counter()
+    with pytest.raises(BadImage, match="more than 50 scans"):
+        decode(with_scans(data, 2000, before), 3, fast_jpeg=fast_jpeg)
+    assert time.perf_counter() - start < 1
+    assert np.array_equal(pixels(decode(with_scans(data, 50, before), 3, fast_jpeg=fast_jpeg)), pixels(decode(data, 3)))
+
+
+@pytest.mark.parametrize("fast_jpeg", [False, True])
+def test_bytes_of_comments_and_after_the_end_are_no_scans(fast_jpeg):
+    marks = b"\xff\xda\0\2" * 1000
+    picture = photographs()[0]
+    data = encoded(picture, comment=marks, progressive=True)
+    assert np.array_equal(pixels(decode(data, 3, fast_jpeg=fast_jpeg)), pixels(decode(encoded(picture), 3)))
+    assert np.array_equal(pixels(decode(data + marks, 3, fast_jpeg=fast_jpeg)), pixels(decode(data, 3)))
 
 
 def test_unsupported_files_are_left_to_pillow():

@@ -1,6 +1,8 @@
 """Weights of files into models."""
 
 import argparse
+import json
+import time
 
 import pytest
 import torch
@@ -25,6 +27,28 @@ def test_all_weights_also_for_another_image_size(tmp_path, mini_mae):
         if name not in loading.TABLES:
             assert torch.equal(value, other.state_dict()[name])
     assert mini_mae.pos_embed.shape[1] == 17
+
+
+def test_the_header_of_a_safetensors_file_has_a_limit(tmp_path):
+    """The library takes seconds for each megabyte of names, and reads up to 100 MB."""
+    entries = {f"{n}": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]} for n in range(100_000)}
+    header = json.dumps(entries).encode()
+    (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    start = time.perf_counter()
+    with pytest.raises(CheckpointError, match=r"a\.safetensors .* its header has [\d,]+ bytes, and at most 4,194,304"):
+        loading.read(tmp_path / "a.safetensors")
+    assert time.perf_counter() - start < 1
+
+
+def test_weights_are_regular_files(tmp_path):
+    """Also those that the index of a folder names."""
+    index = {"weight_map": {"cls_token": "part.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "part.safetensors").symlink_to("/dev/zero")
+    for path in (tmp_path, tmp_path / "part.safetensors"):
+        with pytest.raises(CheckpointError, match=r"part\.safetensors .*not a regular file"):
+            loading.read(path)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

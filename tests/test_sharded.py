@@ -246,6 +246,24 @@ def test_damaged_and_malicious_checkpoints_are_rejected(shards, tmp_path):
         shutil.rmtree(folder)
 
 
+def test_a_checkpoint_that_names_a_device_or_a_pipe_is_refused(shards, tmp_path):
+    """Reading them would never end."""
+    folder = tmp_path / "checkpoint-0"
+    shutil.copytree(shards / "checkpoint-0", folder)
+    os.mkfifo(folder / "pipe")
+    (folder / "zero").symlink_to("/dev/zero")
+    (folder / "link").symlink_to(folder / "pipe")
+    whole = checkpoint.read(folder)
+    for name in ("pipe", "zero", "link"):
+        state = {key: value for key, value in whole.items() if key != "folder"}
+        checkpoint.write({**state, "files": state["files"] | {name: "0"}}, folder / "state.pth")
+        command = [sys.executable, "-m", "util.sharded", folder, tmp_path / "a.pth"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 1
+        assert re.search(rf"{folder} is damaged: {name} can't be read .*not a regular file", done.stderr), done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+
 class Malicious:
     def __reduce__(self):
         return os.mkdir, (os.environ["EVIL"],)

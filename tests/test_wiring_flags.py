@@ -15,7 +15,6 @@ from util import datasets
 from util.cli import entry_point, flags
 from util.cli.advice import advised
 from util.data import resize
-from util.files import untrusted
 from util.jobs import submit
 
 RECIPE = "rand-m9-mstd0.5-inc1"
@@ -205,11 +204,6 @@ def test_a_url_is_no_folder(capsys):
     with pytest.raises(SystemExit):
         entry_point.parse(resize.get_args_parser(), ["https://a.org/images", "copy"])
     assert "FOLDER https:/a.org/images is a URL: download the file" in capsys.readouterr().err
-
-
-def test_a_recipe_does_not_set_options_of_a_job():
-    assert "may run a command" in untrusted.value_problem("slurm", "setup=rm -r /")
-    assert untrusted.value_problem("partition", "gpu") is None
 
 
 def test_exit_codes_state_how_a_run_ended(monkeypatch, capsys):

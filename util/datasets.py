@@ -32,7 +32,7 @@ from util.data.folders import find_files
 from util.data.huggingface_sets import HuggingFaceSet
 from util.data.lists import read_list
 from util.data.loader import up_to_cores
-from util.data.sources import Files, Source, check_split_names
+from util.data.sources import Files, Source, Strings, check_split_names
 from util.data.torchvision_sets import TorchvisionSet
 from util.data.transforms import to_tensor, to_unit_range
 from util.data.webdataset_shards import Shards
@@ -82,22 +82,22 @@ def open_source(
         if kind == "hf":
             return HuggingFaceSet(name, split)
         if kind == "wds":
-            return dist.from_rank_0(lambda: Shards(name, num_images))
+            return dist.from_rank_0(lambda: Shards(name, num_images), Shards)
         return TorchvisionSet(dataset, split, data_path, download)
     if file_list:
         # Beside an archive, paths are relative to the folder of the list.
         below = None if root and root.is_file() else root
-        return dist.from_rank_0(lambda: read_list(Path(file_list), below, f"--{split}_list"))
+        return dist.from_rank_0(lambda: read_list(Path(file_list), below, f"--{split}_list"), Files, Strings)
     if root is None:
         raise ValueError(
             "--data_path is needed: a folder of images, a folder that contains train/, or a tar or zip file of either "
             "(or give --train_list or --dataset)"
         )
     if root.is_file():
-        return dist.from_rank_0(lambda: Archive(root, split))
+        return dist.from_rank_0(lambda: Archive(root, split), Archive, Strings)
     if not root.is_dir():
         raise ValueError(f"--data_path: there is no folder or archive {root}")
-    return dist.from_rank_0(lambda: _open_folder(root, split))
+    return dist.from_rank_0(lambda: _open_folder(root, split), Files, Strings)
 
 
 def _open_folder(root: Path, split: str) -> Files:

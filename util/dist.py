@@ -21,6 +21,8 @@ import torch.distributed as td
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from util import plain_data
+
 BACKENDS = ("auto", "nccl", "gloo")
 EXCHANGE_SECONDS = 10.0  # between the exchanges of `from_rank_0`
 T = TypeVar("T")
@@ -264,24 +266,48 @@ def mean_over_processes(value: Tensor) -> Tensor:
 
 
 def gather(value: Any, group: td.ProcessGroup | None = None) -> list[Any]:
-    """Returns the `value` (a small object) of each process, in the order of ranks, in all processes.
+    """Returns the `value` (small, of plain data, arrays and tensors) of each process, in the order of ranks.
+
+    Values are exchanged as data, not as pickles, which could run code of another process.
 
     Args:
         group: a group of all processes. Default: the default process group.
+
+    Raises:
+        TypeError: the value contains an object.
     """
-    values = [value] * world_size()
-    if td.is_initialized():
-        td.all_gather_object(values, value, group=group)
-    return values
+    if not td.is_initialized():
+        return [value]
+    data = _to_tensor(plain_data.dumps(value), group)
+    lengths = [torch.zeros(1, dtype=torch.int64, device=data.device) for _ in range(world_size())]
+    td.all_gather(lengths, torch.tensor([len(data)], device=data.device), group)
+    longest = max(map(int, lengths))
+    padded = [data.new_empty(longest) for _ in lengths]
+    td.all_gather(padded, nn.functional.pad(data, (0, longest - len(data))), group)
+    return [plain_data.loads(_to_bytes(part[: int(length)])) for part, length in zip(padded, lengths, strict=True)]
 
 
-def from_rank_0(compute: Callable[[], T]) -> T:
-    """Returns the result of a function that only rank 0 calls. The other processes get a pickled copy.
+def _to_tensor(data: bytes, group: td.ProcessGroup | None = None) -> Tensor:
+    """Bytes -> uint8 tensor on the device of the backend."""
+    on_gpu = td.get_backend(group) == "nccl"
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8).to("cuda" if on_gpu else "cpu")
+
+
+def _to_bytes(data: Tensor) -> bytes:
+    return data.cpu().numpy().tobytes()
+
+
+def from_rank_0(compute: Callable[[], T], *types: type) -> T:
+    """Returns the result of a function that only rank 0 calls. The other processes get a copy, exchanged as data.
 
     They wait as long as the function takes: each exchange with rank 0 ends before the timeout of the process group.
 
+    Args:
+        types: the classes of objects in the result.
+
     Raises:
-        Exception: the exception of the function, in all processes.
+        Exception: the exception of the function, in all processes. Other processes than rank 0 raise it as an OSError,
+            ValueError, or another type of `plain_data.ERRORS`.
     """
     if not td.is_initialized():
         return compute()
@@ -289,11 +315,16 @@ def from_rank_0(compute: Callable[[], T]) -> T:
         future = pool.submit(compute) if is_main() else None
         while not gather(bool(future and wait([future], EXCHANGE_SECONDS).done))[0]:
             pass
-    result = [(future.exception() or future.result()) if future else None]
-    td.broadcast_object_list(result, src=0)
-    if isinstance(result[0], BaseException):
-        raise result[0]
-    return cast(T, result[0])
+    result = (future.exception() or future.result()) if future else None
+    data = _to_tensor(plain_data.dumps(result, types))
+    length = torch.tensor([len(data)], device=data.device)
+    td.broadcast(length, 0)
+    data = data if is_main() else data.new_empty(int(length))
+    td.broadcast(data, 0)
+    result = result if is_main() else plain_data.loads(_to_bytes(data), types)
+    if isinstance(result, BaseException):
+        raise result
+    return cast(T, result)
 
 
 def new_host_group() -> td.ProcessGroup | None:

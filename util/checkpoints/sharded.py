@@ -24,6 +24,7 @@ from util import dist
 from util.checkpoints import checkpoint
 from util.checkpoints.checkpoint import STATE, CheckpointError
 from util.cli import entry_point, flags
+from util.files.untrusted import open_file
 
 T = TypeVar("T")
 
@@ -119,7 +120,7 @@ def _put_in_place(temporary: Path, folder: Path) -> None:
 def _digests(files: list[Path]) -> dict[str, str]:
     digests = {}
     for file in files:
-        with file.open("rb") as stream:
+        with open_file(file) as stream:
             digests[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
     return digests
 
@@ -160,7 +161,7 @@ def _check(state: dict[str, Any], part: int = 0, parts: int = 1) -> None:
     )
     if not (isinstance(files, dict) and isinstance(state.get("tensors"), list) and are_groups):
         raise CheckpointError(f"{folder} is damaged: its {STATE} does not describe a sharded checkpoint")
-    if any(Path(str(name)).name != name or (folder / name).is_fifo() for name in files):
+    if any(Path(str(name)).name != name for name in files):
         raise CheckpointError(f"{folder} is damaged: its {STATE} names files outside of the folder")
     for name in sorted(files)[part::parts]:
         try:

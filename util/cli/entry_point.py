@@ -4,6 +4,7 @@ import argparse
 import copy
 import logging
 import re
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -15,7 +16,8 @@ import yaml
 
 from util import dist
 from util.cli.advice import did_you_mean
-from util.files.untrusted import printable, recipe_problem, value_problem
+from util.cli.flags import is_refused_in_recipes
+from util.files.untrusted import printable, recipe_problem
 from util.interrupts import Interrupted
 
 logger = logging.getLogger(__name__)
@@ -183,6 +185,10 @@ def _recipe_flags(parser: _Parser, path: Path) -> list[str]:
 
 def _entry_flags(parser: argparse.ArgumentParser, key: str, value: Any) -> list[str]:
     """Returns an entry of a recipe as flags; None means the default."""
+    if is_refused_in_recipes(parser._option_string_actions[f"--{key}"], value):
+        values = [] if isinstance(value, bool) else value if isinstance(value, list) else [value]
+        text = shlex.join([f"--{key}", *map(str, values)])
+        parser.error(f"a recipe must not set {key}, because recipes may be untrusted: give {text} on the command line")
     if isinstance(value, bool):
         switches = {a.const: f for f, a in parser._option_string_actions.items() if a.dest == key and a.nargs == 0}
         if value and not switches:
@@ -190,8 +196,8 @@ def _entry_flags(parser: argparse.ArgumentParser, key: str, value: Any) -> list[
         return [switches[value]] if value in switches else []
     values = value if isinstance(value, list) else [value]
     for one in values:
-        if isinstance(one, str) and (problem := value_problem(key, one)):
-            parser.error(problem)
+        if isinstance(one, str) and not one.isprintable():
+            parser.error(f"{key} contains a control character: {one}")
     if any(not isinstance(one, str | int | float | None) or str(one).startswith("--") for one in values):
         parser.error(f"{key} takes a plain value, or a list of plain values, not {value}")
     if isinstance(value, list):

@@ -6,6 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+# Shards that a recipe may name: files and http(s) URLs. WebDataset runs programs for other schemes.
+SHARDS_OF_RECIPES = re.compile(r"wds:([^:]*|https?://[^:\s'\"$`;|&<>()\\]*(:\d+/[^:\s'\"$`;|&<>()\\]*)?)")
+
 
 def _kind(convert: Callable[[str], Any], holds: Callable[[Any], bool], requirement: str) -> Callable[[str], Any]:
     def kind(text: str) -> Any:
@@ -66,6 +69,31 @@ class Size(argparse.Action):
         if len(values) > 2:
             raise argparse.ArgumentError(self, f"takes one or two numbers (height, width), got {len(values)}")
         setattr(namespace, self.dest, values[0] if len(values) == 1 else list(values))
+
+
+def not_in_recipes(flag: argparse.Action, values: Callable[[str], bool] = lambda value: True) -> argparse.Action:
+    """Declares that a recipe must not set a flag, because its value may run code or connect to other machines.
+
+    Recipes may come from others. A flag that names code, a command or an address has this declaration where it is
+    added.
+
+    Args:
+        values: whether a recipe must not set this value. Default: no value is accepted.
+    """
+    flag.refused_in_recipes = values  # type: ignore[attr-defined]
+    return flag
+
+
+def is_refused_in_recipes(flag: argparse.Action, value: Any) -> bool:
+    """Whether `not_in_recipes` declares that a recipe must not set this value. None and False set nothing."""
+    values = value if isinstance(value, list) else [value]
+    refused = getattr(flag, "refused_in_recipes", None)
+    return refused is not None and any(refused(str(one)) for one in values if one is not None and one is not False)
+
+
+def runs_command(dataset: str) -> bool:
+    """Whether a value of --dataset names shards that are read by a program: any scheme except http and https."""
+    return dataset.startswith("wds:") and not SHARDS_OF_RECIPES.fullmatch(dataset)
 
 
 def add_switch(group: argparse._ActionsContainer, name: str, default: bool, text: str) -> None:

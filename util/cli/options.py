@@ -23,10 +23,12 @@ from util.cli.flags import (
     count,
     count_or_all,
     non_negative,
+    not_in_recipes,
     positive,
     positive_int,
     positive_share,
     ratio,
+    runs_command,
     seed,
     share,
 )
@@ -105,13 +107,14 @@ def add_source_options(group: argparse._ActionsContainer, labels: bool = False) 
         "--train_list", metavar="FILE",
         help=f"text, CSV or JSON file with {entry}; or a JSON file of COCO or iNaturalist",
     )  # fmt: skip
-    group.add_argument(
+    dataset = group.add_argument(
         "--dataset", metavar="NAME",
         help="dataset of a library: a class of torchvision, such as CIFAR10 or STL10:unlabeled, with its files in "
         "--data_path; or hf:NAME_OR_FOLDER (Hugging Face)"
         + "; or wds:SHARDS (WebDataset), such as wds:s/{000..127}.tar" * (not labels),
     )  # fmt: skip
-    group.add_argument("--download", action="store_true", help="download a --dataset of torchvision to --data_path")
+    not_in_recipes(dataset, runs_command)
+    _add_download(group, "download a --dataset of torchvision to --data_path")
     _add_reading_options(group)
 
 
@@ -141,7 +144,7 @@ def add_pair_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dataset", metavar="NAME", help="VOCSegmentation: the dataset of torchvision, with its files in --data_path"
     )
-    group.add_argument("--download", action="store_true", help="download --dataset to --data_path")
+    _add_download(group, "download --dataset to --data_path")
     group.add_argument(
         "--nb_classes", type=positive_int, metavar="N",
         help="number of classes. The values in masks are 0 to N - 1; 255 is ignored (default: number in --palette)",
@@ -195,6 +198,10 @@ def add_segmentation_options(parser: argparse.ArgumentParser) -> None:
         help="range of the random scale of an image, before the random crop of --input_size",
     )  # fmt: skip
     _add_hflip(group)
+
+
+def _add_download(group: argparse._ActionsContainer, text: str) -> None:
+    not_in_recipes(group.add_argument("--download", action="store_true", help=text))
 
 
 def _add_reading_options(group: argparse._ActionsContainer) -> None:
@@ -699,14 +706,18 @@ def _add_recompute_option(parser: argparse.ArgumentParser) -> None:
 def add_distributed_options(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of launchers. Ranks and the number of processes come from the environment that torchrun sets."""
     group = _group(parser, DISTRIBUTED)
-    group.add_argument(
+    backend = group.add_argument(
         "--dist_backend", default="auto", choices=BACKENDS, help="communication backend; auto: nccl for GPUs, else gloo"
     )
+    not_in_recipes(backend)
     group.add_argument(
         "--dist_timeout", default=600, type=positive, metavar="S",
         help="seconds to wait for another process before the run fails",
     )  # fmt: skip
-    group.add_argument("--dist_url", default="env://", metavar="URL", help="address at which the processes connect")
+    url = group.add_argument(
+        "--dist_url", default="env://", metavar="URL", help="address at which the processes connect"
+    )
+    not_in_recipes(url)
     group.add_argument(
         "--world_size", default=1, type=int, metavar="N", help="accepted but ignored: the launcher sets it"
     )

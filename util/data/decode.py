@@ -197,6 +197,8 @@ def _read_with_pillow(data: bytes, max_pixels: int) -> Picture:
     except Image.DecompressionBombError as error:
         raise BadImage(f"too large to decode: {error}") from None
     _check_size(picture.height, picture.width, 1, max_pixels)  # nothing is decoded yet
+    if data.startswith(b"\xff\xd8") and jpeg.has_many_scans(data):
+        raise BadImage(f"it has more than {jpeg.MAX_SCANS} scans; save it again")
     if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PPM", "PNG")):
         pixels = np.array(picture, dtype=np.uint16)
         if "transparency" in picture.info:  # one gray value

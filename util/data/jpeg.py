@@ -5,6 +5,7 @@
 Pillow decodes all files that the two libraries may decode differently: gray, CMYK, 12 bits, truncated or damaged files.
 """
 
+import re
 import struct
 from functools import cache
 from importlib import import_module
@@ -16,6 +17,19 @@ from torch import Tensor
 EXIF, END, SCAN = 0xE1, 0xD9, 0xDA
 # Start-of-frame markers are C0 to CF except these: Huffman tables, an extension, and conditioning of arithmetic coding.
 NO_FRAME = (0xC4, 0xC8, 0xCC)
+MAX_SCANS = 50  # a progressive file has about 10; each scan of a small file may process all of its pixels
+_MARKER = re.compile(rb"\xff[\xc0-\xcf\xd9-\xfe]")  # with a length, or the end; other bytes follow FF within a scan
+
+
+def has_many_scans(data: bytes) -> bool:
+    """Whether a JPEG file has more than MAX_SCANS scans. libjpeg decodes any number of them."""
+    if data.count(b"\xff\xda") <= MAX_SCANS:  # as in almost every file
+        return False
+    number, at = 0, 2
+    while (match := _MARKER.search(data, at)) and data[match.start() + 1] != END and number <= MAX_SCANS:
+        number += data[match.start() + 1] == SCAN
+        at = match.end() + int.from_bytes(data[match.end() : match.end() + 2])
+    return number > MAX_SCANS
 
 
 @cache
@@ -67,7 +81,7 @@ def _without_orientation(data: bytes, max_pixels: int) -> bytearray | None:
     while at + 4 <= len(plain) and plain[at] == 0xFF:
         marker, length = plain[at + 1], struct.unpack_from(">H", plain, at + 2)[0]
         if marker == SCAN:
-            return plain if is_plain else None
+            return plain if is_plain and not has_many_scans(data) else None
         if marker == EXIF:
             plain[at + 1] = 0xFE
         elif 0xC0 <= marker <= 0xCF and marker not in NO_FRAME and at + 10 <= len(plain):

@@ -10,6 +10,8 @@ from typing import Any
 import tifffile
 from tifffile import COMPRESSION, TIFF
 
+from util.data import jpeg
+
 MAX_TILE_VALUES = 1 << 24  # 4096 x 4096; a tile may be larger than a small picture
 # imagecodecs decodes these into a buffer of the expected size.
 BOUNDED = {COMPRESSION.NONE, COMPRESSION.LZW, COMPRESSION.PACKBITS}
@@ -71,6 +73,8 @@ def _segment_problem(page: tifffile.TiffPage, segment: bytes) -> str | None:
             height, width = (int.from_bytes(match[side]) for side in ("height", "width"))
             if height * width > max(page.imagelength * page.imagewidth, MAX_TILE_VALUES):
                 return f"it contains an image of {width} x {height} pixels, much larger than the file states"
+        if EMBEDDED[page.compression] is _JPEG and jpeg.has_many_scans(segment):
+            return f"a strip or tile has more than {jpeg.MAX_SCANS} scans; save it with deflate"
     elif _is_unbounded(page.compression) and page.compression in ZSTD:
         return 'its compression needs the package imagecodecs: pip install ".[tiff]"'
     elif _is_unbounded(page.compression):

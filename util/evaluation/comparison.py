@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from util.evaluation.tables import markdown
 from util.files import atomic
-from util.files.untrusted import escape_dollars
+from util.files.untrusted import csv_row, escape_dollars
 
 PIXELS = "pixels"  # the encoder of baselines on raw pixels
 
@@ -119,7 +119,7 @@ def write(folder: Path, results: Sequence[Result]) -> str:
     with atomic.replacing(folder / "results.csv") as written, written.open("w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
         rows.writerow(Result._fields)
-        rows.writerows(results)
+        rows.writerows(map(csv_row, results))
     draw(cells, folder / "plot.png")
     atomic.write_text(folder / "table.md", text)
     return text

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from util.files import atomic
-from util.files.untrusted import escape_dollars
+from util.files.untrusted import csv_row, escape_dollars
 
 NAMED = 40  # largest number of classes with names at the axes of the picture
 
@@ -59,11 +59,11 @@ def _write(
             other = classes[int(wrong.argmax())] if wrong.any() else ""
             share = f"{right[number] / images[number]:.4f}" if images[number] else ""
             own = ["" if np.isnan(column[number]) else f"{column[number] / 100:.4f}" for column in scores.values()]
-            rows.writerow([name, images[number], right[number], share, *own, other])
+            rows.writerow(csv_row([name, images[number], right[number], share, *own, other]))
     with (folder / "confusion.csv").open("w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
-        rows.writerow(["true \\ predicted", *classes])
-        rows.writerows([name, *row] for name, row in zip(classes, matrix.tolist(), strict=True))
+        rows.writerow(csv_row(["true \\ predicted", *classes]))
+        rows.writerows(csv_row([name, *row]) for name, row in zip(classes, matrix.tolist(), strict=True))
     _draw(folder / "confusion.png", classes, matrix / np.maximum(images, 1)[:, None])
 
 

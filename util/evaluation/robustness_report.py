@@ -10,7 +10,7 @@ from util.cli.advice import changes
 from util.evaluation import tables
 from util.evaluation.robustness import ALEXNET, CORRUPTIONS, IMAGES, PUBLISHED, SEVERITIES, corruption_errors
 from util.files import atomic
-from util.files.untrusted import escape_dollars
+from util.files.untrusted import csv_row, escape_dollars
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -79,7 +79,7 @@ def write(path: Path, suite: str, cells: Mapping[str, Scores], title: str) -> st
     with atomic.replacing(path.with_suffix(".md")) as written:  # the other two files are written beside it
         written.write_text(table, encoding="utf-8")
         with written.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows(rows)
+            csv.writer(file).writerows(map(csv_row, rows))
         figure.savefig(written.with_suffix(".png"))
     return table
 

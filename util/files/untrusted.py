@@ -7,14 +7,18 @@ import errno
 import os
 import re
 import stat
+from collections.abc import Iterable
+from io import FileIO
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 MAX_BYTES = 1 << 30  # of an image file, and of an unpacked member of an archive
+# Texts that a spreadsheet computes, by their first character, also of full width; numbers are no formulas.
+FORMULA = re.compile(r"(?![+-]?[\d.]+%?$)[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
 MAX_RECIPE_BYTES = 20_000
 MAX_RECIPE_DEPTH = 10
-SHARDS_OF_RECIPES = re.compile(r"[^:]*|https?://[^:]*(:\d+/[^:]*)?")  # files and http(s) URLs, no other scheme
 
 
 def printable(text: str) -> str:
@@ -28,9 +32,36 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def csv_row(values: Iterable[Any]) -> list[Any]:
+    """Prepares a row of a CSV file for spreadsheets, which would compute a text such as `=HYPERLINK(...)`.
+
+    An apostrophe before a text marks it as a text. `csv_text` removes it. Numbers are unchanged.
+    """
+    return [f"'{value}" if isinstance(value, str) and FORMULA.match(value) else value for value in values]
+
+
+def csv_text(cell: str) -> str:
+    """Returns the text of a cell that `csv_row` prepared."""
+    return cell[1:] if cell.startswith("'") and FORMULA.match(cell[1:]) else cell
+
+
 def escape_dollars(text: str) -> str:
     """Escapes dollar signs for matplotlib, which reads the text between two of them as a formula."""
     return text.replace("$", r"\$")
+
+
+def open_file(path: str | Path) -> FileIO:
+    """Opens a regular file for reading, or a link to one.
+
+    Raises:
+        OSError: the file does not exist, or is a pipe, a socket or a device, which may never end.
+    """
+    # Without O_NONBLOCK, opening a pipe waits for its writer.
+    file = FileIO(path, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return file
 
 
 def read_file(path: str | Path, limit: int = MAX_BYTES) -> bytes:
@@ -40,15 +71,12 @@ def read_file(path: str | Path, limit: int = MAX_BYTES) -> bytes:
         limit: maximum size in bytes.
 
     Raises:
-        OSError: the file does not exist, is too large, or is a pipe, a socket or a device, which may never end.
+        OSError: as `open_file`, or the file is too large.
     """
-    # Without O_NONBLOCK, opening a pipe waits for its writer.
-    with open(path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(errno.EINVAL, "not a regular file", str(path))
-        if status.st_size > limit:
-            raise OSError(errno.EFBIG, f"{status.st_size:,} bytes, and at most {limit:,} are read", str(path))
+    with open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise OSError(errno.EFBIG, f"{size:,} bytes, and at most {limit:,} are read", str(path))
         return file.read()
 
 
@@ -72,19 +100,4 @@ def recipe_problem(text: str) -> str | None:
         depth -= kind.endswith("EndToken") and kind.startswith(("Block", "Flow"))
         if depth > MAX_RECIPE_DEPTH:
             return "is nested: a recipe is a list of `flag: value` lines"
-    return None
-
-
-def value_problem(key: str, value: str) -> str | None:
-    """Returns the reason to reject an entry of a recipe, or None.
-
-    Values that can run a command are accepted on the command line only, where the user types them.
-    """
-    if not value.isprintable():
-        return f"{key} contains a control character: {printable(value)}"
-    kind, _, shards = value.partition(":")
-    if key == "dataset" and kind == "wds" and not SHARDS_OF_RECIPES.fullmatch(shards):
-        return f"dataset {value} may run a command, and a recipe may not: give --dataset on the command line"
-    if key == "slurm":
-        return f"slurm {value} may run a command: give --slurm on the command line"
     return None

@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from util.cli.flags import job_id, positive_int
+from util.cli.flags import job_id, not_in_recipes, positive_int
 from util.interrupts import SIGNALS, Interrupted
 from util.jobs import code_copy, slurm_settings, waiting
 
@@ -190,6 +190,9 @@ def get_args_parser(main: str) -> tuple[ArgumentParser, list[str]]:
         group.add_argument("--dry_run", action="store_true", help="print the sbatch script without submitting it"),
         group.add_argument("--wait", action="store_true", help="wait for the job; the exit code is 1 if it failed"),
     ]  # fmt: skip
+    for flag in flags:  # commands, and folders of code that the job runs
+        if flag.dest in ("slurm", "job_dir", "shared_dir"):
+            not_in_recipes(flag)
     return parser, [flag.dest for flag in flags]
 
 

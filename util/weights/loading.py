@@ -23,7 +23,7 @@ from util.checkpoints import checkpoint, sharded
 from util.checkpoints.checkpoint import CheckpointError
 from util.cli import advice
 from util.data.transforms import channel_statistics
-from util.files.untrusted import read_file
+from util.files.untrusted import open_file, read_file
 from util.pos_embed import interpolate_pos_embed, to_pair
 from util.weights import foreign_settings, model_zoo
 from util.weights.conversion import to_ours
@@ -36,6 +36,7 @@ MODULES = {  # of models_mae.MaskedAutoencoderViT
     "cls_token", "pos_embed", "patch_embed", "blocks", "norm", "mask_token", "decoder_pos_embed", "decoder_embed",
     "decoder_blocks", "decoder_norm", "decoder_pred",
 }  # fmt: skip
+MAX_HEADER = 1 << 22  # bytes of the names and settings of a .safetensors file; a large model has less than 1 MB
 SETTINGS = "args"  # the entry in the metadata of a .safetensors file with the settings of the run, as JSON
 CONFIG = "config.json"  # of a folder of transformers or timm
 BARE = "bare"  # entry in the settings of a file that records none
@@ -198,6 +199,7 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the tensors of a file, under its own names, and the settings that it records."""
     if path.suffix == ".safetensors":
         try:
+            _check_header(path)
             with safetensors.safe_open(path, "pt") as file:
                 settings = json.loads((file.metadata() or {}).get(SETTINGS, "{}"))
                 if not isinstance(settings, dict):
@@ -221,6 +223,14 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     # Files with "model" have the layout of the published code, whose models this library has.
     is_bare = not settings.keys() - {"label_names"} and not isinstance(state.get("model"), dict)
     return tensors, {**settings, **({BARE: True} if is_bare else {})}
+
+
+def _check_header(path: Path) -> None:
+    """Raises OSError or ValueError for a .safetensors file that is not regular or has a very large header."""
+    with open_file(path) as file:
+        size = int.from_bytes(file.read(8), "little")
+    if size > MAX_HEADER:
+        raise ValueError(f"its header has {size:,} bytes, and at most {MAX_HEADER:,} are read")
 
 
 def _read_folder(path: Path, file: Path | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
