@@ -3,8 +3,8 @@
     python -m inference.features demo/data/fashion_mnist --model runs/mine/checkpoint-last.pth --out features.npz
 
 The file contains `features` (n, D) and `names` (n,), and for class folders `labels` (n,) and `classes`. The same
-command resumes an interrupted run. With other weights, settings or names of images, it starts from the beginning. It
-does not detect images that changed under the same names: remove FILE.partial to start from the beginning.
+command resumes an interrupted run. With other weights, settings or images, it starts from the beginning; names, sizes
+and modification times of the files are compared.
 
 The orientation in EXIF data is ignored, as in training and evaluation. `extract_feat` applies it to image files.
 """
@@ -29,7 +29,7 @@ from util.cli import entry_point, flags, options
 from util.data import feature_files, loader
 from util.data.labels import Subset
 from util.data.samples import Samples
-from util.data.sources import Source
+from util.data.sources import Source, versions
 from util.data.webdataset_shards import Shards
 from util.files import atomic
 from util.training.compiling import compile_model
@@ -78,7 +78,7 @@ def main(args: argparse.Namespace) -> None:
     if args.compile:
         compile_model(extractor, device, freeze_weights=True)
     rows = extract(
-        extractor, source, partial, row_settings(model, names, args, precision), args.batch_size, args.num_workers,
+        extractor, source, partial, row_settings(model, source, args, precision), args.batch_size, args.num_workers,
         precision, args.fast_jpeg,
     )  # fmt: skip
     content: dict[str, Any] = {"features": rows} | ({"labels": source.labels} if source.classes else {})
@@ -94,13 +94,14 @@ def main(args: argparse.Namespace) -> None:
     logger.info(f"{args.out}: features {rows.shape} of {args.data_path}")
 
 
-def row_settings(model: Model, names: list[str], args: argparse.Namespace, precision: Precision) -> dict[str, Any]:
+def row_settings(model: Model, source: Source, args: argparse.Namespace, precision: Precision) -> dict[str, Any]:
     """Returns all settings that the features depend on, as plain values. Runs with other settings are not resumed."""
     of_labels = ("classes", "label_names")
     return json.loads(json.dumps({
         **{name: value for name, value in model.settings.items() if name not in of_labels},
         "weights": checkpoint.weights_digest(model), "pool": args.pool, "precision": precision.name,
-        "folder": args.data_path, "split": args.split, "images": checkpoint.compute_digest(names),
+        "folder": args.data_path, "split": args.split, "images": checkpoint.compute_digest(versions(source)),
+        "fast_jpeg": args.fast_jpeg,
     }))  # fmt: skip
 
 

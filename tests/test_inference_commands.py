@@ -224,7 +224,7 @@ def test_features_resume_after_an_interruption(files, pictures, tmp_path, monkey
     assert sum(seen[:5]) == 16 + 4  # the fourth batch was drawn, and stopped in
 
 
-@pytest.mark.parametrize("change", ["weights", "split", "pool", "precision", "crop", "note"])
+@pytest.mark.parametrize("change", ["weights", "split", "pool", "precision", "crop", "note", "image"])
 def test_features_with_other_settings_start_again(files, labelled, tmp_path, capsys, monkeypatch, change):
     """The rows equal those of a command without interruption, despite the existing files."""
     shutil.copy(files / "encoder.safetensors", tmp_path / "model.safetensors")
@@ -233,7 +233,8 @@ def test_features_with_other_settings_start_again(files, labelled, tmp_path, cap
         raise KeyboardInterrupt
 
     out, partial = tmp_path / "f.npz", tmp_path / "f.npz.partial"
-    argv = [labelled, "--model", tmp_path / "model.safetensors", "--out", out, "--num_workers", 0]
+    folder = shutil.copytree(labelled, tmp_path / "images")
+    argv = [folder, "--model", tmp_path / "model.safetensors", "--out", out, "--num_workers", 0]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # stopped at its end
         patch.setattr(np, "savez", stop)
         run(features, *argv)
@@ -247,6 +248,8 @@ def test_features_with_other_settings_start_again(files, labelled, tmp_path, cap
         export.export(other, "safetensors", tmp_path / "model.safetensors")
     elif change == "note":
         (partial / "done.json").write_text("{")
+    elif change == "image":
+        Image.new("RGB", (20, 20)).save(folder / "train" / "kind1" / "01.png")
     capsys.readouterr()
     run(features, *argv, *flags)
     said = capsys.readouterr().out

@@ -11,6 +11,7 @@ import pytest
 import torch
 from capture import parse, recorder
 from mains import Stopped, lines, stop_after
+from PIL import Image
 from torch.nn import functional as F
 
 import engine_finetune
@@ -293,6 +294,27 @@ def test_stored_tokens_are_those_of_the_encoder_in_fp16(probe, mae, labelled):
         tokens = torch.from_numpy(np.fromfile(file, np.float16)).view(count, 16, 128)
         expected = model.extract_feat(sorted((labelled / split).glob("*/*.png")), "tokens")[:, 1:]
         torch.testing.assert_close(tokens.float(), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("resume", ["auto", ""])
+def test_tokens_are_those_of_the_present_images(probe, mae, labelled, tmp_path, resume):
+    """Images that are replaced under their names get new tokens. A run without --resume does not use existing ones."""
+    folder = shutil.copytree(labelled, tmp_path / "images")
+    flags = {"data_path": folder, "finetune": mae, "probe": "attentive", "epochs": 1, "cache_features": True}
+    out = probe("run", **flags)
+    for name in ("checkpoint-0.pth", "checkpoint-best.pth", "log.txt"):
+        (out / name).unlink()  # as if the run had been killed while it stored tokens
+    if resume:
+        for file in sorted((folder / "train").glob("*/*.png"))[:10]:
+            Image.new("RGB", (20, 20)).save(file)
+    else:
+        tokens = out / "tokens/train-0-of-1/features.f16"
+        tokens.write_bytes(bytes(tokens.stat().st_size))
+    probe("run", **flags, **({"resume": resume} if resume else {}))
+    fresh = probe("fresh", **flags)
+    for split in ("train", "val"):
+        ours, expected = ((run / f"tokens/{split}-0-of-1/features.f16").read_bytes() for run in (out, fresh))
+        assert ours == expected
 
 
 def test_each_process_stores_its_own_tokens_and_resumes(mae, labelled, tmp_path, monkeypatch):

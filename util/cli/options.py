@@ -495,8 +495,8 @@ def add_probe_options(parser: argparse.ArgumentParser) -> None:
     _group(parser, DATA).add_argument(
         "--cache_features", action="store_true",
         help="compute the features of all images once, without augmentation, and train on them. --probe attentive "
-        "stores patch tokens in fp16 in the folder tokens of --output_dir; remove it if images changed under the same "
-        "names",
+        "stores patch tokens in fp16 in the folder tokens of --output_dir, and a resumed run reuses those of unchanged "
+        "images",
     )  # fmt: skip
     _group(parser, EVALUATION).add_argument(
         "--held_out", default=0.1, type=ratio, metavar="R",

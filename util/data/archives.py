@@ -10,6 +10,7 @@ import time
 import zipfile
 import zlib
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ import numpy as np
 
 from util.cli.advice import advised
 from util.data.decode import SUFFIXES, BadImage
-from util.data.sources import KINDS, Strings, check_split_names, classes_of
+from util.data.sources import KINDS, Strings, check_split_names, classes_of, version_of
 from util.files.untrusted import MAX_BYTES, printable
 
 logger = logging.getLogger(__name__)
@@ -89,6 +90,14 @@ class Archive:
     def name(self, index: int) -> str:
         """Returns the paths of the archive and of the member."""
         return printable(f"{self.path}: {self.names[index]}")
+
+    def version(self, index: int) -> str:
+        """Returns the version of the archive."""
+        return self._version
+
+    @cached_property
+    def _version(self) -> str:
+        return version_of(self.path)
 
     def _member(self, place: Place) -> bytes:
         """Reads a member. Each process opens the file itself."""

@@ -86,6 +86,10 @@ class ImageCache:
         """Returns the name of an image in the source."""
         return self.source.name(index)
 
+    def version(self, index: int) -> str:
+        """Returns the version of an image in the source."""
+        return self.source.version(index)
+
     def _limit(self, estimate: float, limit: float) -> None:
         if estimate > limit:
             raise ValueError(

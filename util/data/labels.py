@@ -45,6 +45,10 @@ class Subset:
         """Returns the name of the sample in the source."""
         return self.source.name(int(self.indices[index]))
 
+    def version(self, index: int) -> str:
+        """Returns the version of the sample in the source."""
+        return self.source.version(int(self.indices[index]))
+
 
 def check_classes(train: Source, val: Source, nb_classes: int | None) -> list[str]:
     """Returns the classes of a training and a validation set, which must be equal.

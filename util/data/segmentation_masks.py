@@ -233,6 +233,10 @@ class Pairs:
         """Returns the name of the image."""
         return self.images.name(self.places[index, 0])
 
+    def version(self, index: int) -> str:
+        """Returns the versions of image and mask."""
+        return f"{self.images.version(self.places[index, 0])} {self.masks.version(self.places[index, 1])}"
+
     def mask_name(self, index: int) -> str:
         """Returns the name of the mask."""
         return self.masks.name(self.places[index, 1])
