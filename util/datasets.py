@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from util import dist
@@ -31,7 +31,7 @@ from util.data.decode import BadImage, Picture, fit_channels, read, size_of
 from util.data.folders import find_files
 from util.data.huggingface_sets import HuggingFaceSet
 from util.data.lists import read_list
-from util.data.loader import up_to_cores
+from util.data.loader import Batches, up_to_cores
 from util.data.sources import Files, Source, check_split_names
 from util.data.torchvision_sets import TorchvisionSet
 from util.data.transforms import to_tensor, to_unit_range
@@ -171,7 +171,7 @@ def all_facts(source: Source | Shards, in_chans: int, indices: list[int], num_wo
         yield from unreadable
     else:
         dataset = FactsDataset(source, in_chans)
-        for batch in DataLoader(dataset, 16, sampler=indices, num_workers=num_workers, collate_fn=list):
+        for batch in Batches(dataset, num_workers, batch_size=16, sampler=indices, collate_fn=list):
             yield from batch
 
 
