@@ -195,7 +195,7 @@ class Setup:
         self.pin_memory = args.pin_mem and device.type == "cuda"
 
     def open_pair(self) -> tuple[Source, Source]:
-        """Opens the training and the validation set.
+        """Opens the training and the validation set. With `val_fraction`, held-out training images are the latter.
 
         With `on_bad_image` "skip", training images that can't be read are excluded if their features are stored or some
         of them are held out. Else, `Samples` replaces them in training.
@@ -205,9 +205,11 @@ class Setup:
             BadImage: more than `loader.MAX_BAD_SHARE` of the training images can't be read.
         """
         args = self.args
+        if args.val_fraction and args.val_list:
+            logger.warning("--val_list has no effect with --val_fraction, which evaluates on training images")
         train, val = labels.open_pair(
-            self._open_split, args.train_list, args.val_list,
-            nb_classes=args.nb_classes, train_per_class=args.train_per_class, seed=args.seed,
+            self._open_split, args.train_list, args.val_list, nb_classes=args.nb_classes,
+            train_per_class=args.train_per_class, seed=args.seed, validation=not args.val_fraction,
         )  # fmt: skip
         datasets.suggest_statistics(train, args.in_chans, self.mean, self.std)
         if getattr(args, "on_bad_image", None) == "skip" and (
@@ -249,7 +251,9 @@ class Setup:
         )
 
     def open_val(self) -> Source:
-        """Opens the validation set."""
+        """Opens the validation set; with `val_fraction`, the held-out training images."""
+        if self.args.val_fraction:
+            return self.open_pair()[1]
         val = labels.require(self._open_split("val", self.args.val_list), "val")
         datasets.suggest_statistics(val, self.args.in_chans, self.mean, self.std)
         return val
