@@ -34,7 +34,8 @@ OTHERS = {
     "--cpus-per-task",
     "--job",
     "--help",
-}  # torchrun's, Slurm's, all
+    "--shm-size",
+}  # torchrun's, Slurm's, all, Docker's
 FORMATS = {"{split}": "train"} | {f"--{{{part}}}": "--model" for part in ("flag", "name", "key")}  # of any setting
 # Messages that some scripts can reach by the syntax trees, but not at run time.
 ELSEWHERE = {
@@ -52,7 +53,7 @@ ELSEWHERE = {
     r"util\.data\.image_cache\.\w+": (
         r"(?!(main|submitit)_(pretrain|finetune|linprobe)).*", "only training of these kinds has --cache_images"),
     r"util\.files\.untrusted\.value_problem": "of a value that a recipe has for this flag",
-    r"util\.data\.samples\.Samples": (
+    r"util\.data\.samples\.(Samples|bad_image_error)": (
         r"main_knn|main_robustness|inference\.\w+", "it names --on_bad_image where the script has given that"),
     r"models_build\.(set_probe_head|attentive_head|AttentivePool)": (
         r"main_robustness|inference\.\w+", "a probe's settings are a file's, and were checked when it was trained"),

@@ -275,6 +275,25 @@ def test_features_of_images_without_classes(files, pictures, tmp_path):
         np.testing.assert_array_equal(file.get_tensor("features"), found["features"])
 
 
+def test_features_without_unreadable_images(files, labelled, tmp_path, capsys, monkeypatch):
+    folder = shutil.copytree(labelled / "train", tmp_path / "images")
+    argv = [folder, "--model", files / "encoder.safetensors", "--num_workers", 0, "--batch_size", 4, "--out"]
+    run(features, *argv, tmp_path / "all.npz")
+    (folder / "kind3" / "03.png").write_text("text")
+    monkeypatch.setattr(feature_files, "SAVE_EVERY", 1)
+    said = fails(capsys, monkeypatch, features, *argv, tmp_path / "f.npz")
+    assert f"{folder}/kind3/03.png: the file is not an image" in said
+    assert "--on_bad_image skip" in said
+    assert not list(tmp_path.glob("f.npz*"))
+    run(features, *argv, tmp_path / "f.npz", "--on_bad_image", "skip")
+    assert f"{folder}/kind3/03.png: the file is not an image" in capsys.readouterr().out
+    found, whole = np.load(tmp_path / "f.npz"), np.load(tmp_path / "all.npz")
+    good = [not name.endswith("03.png") for name in whole["names"]]
+    assert found["names"].tolist() == whole["names"][good].tolist()
+    np.testing.assert_array_equal(found["labels"], whole["labels"][good])
+    np.testing.assert_allclose(found["features"], whole["features"][good], rtol=1e-4, atol=1e-5)
+
+
 def test_features_on_a_full_disk_fail_in_one_line_and_resume(files, labelled, small_disk, capsys, monkeypatch):
     """A write to a memory map would end the process with SIGBUS."""
     monkeypatch.setattr(feature_files, "SAVE_EVERY", 1)

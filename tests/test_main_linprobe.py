@@ -424,7 +424,7 @@ def test_bad_training_images_are_excluded_before_their_features(probe, mae, dama
     assert capsys.readouterr().out.count("01.png: the file is empty; it is excluded") == 1
     for number in (7, 13, 19, 25):  # with 01.png, more than a tenth of the images
         (damaged / f"train/kind1/{number:02}.png").write_bytes(b"")
-    with pytest.raises(BadImage, match=r"5 of 48 training images can't be read, more than 10%; one of them: .*01.png"):
+    with pytest.raises(BadImage, match=r"5 of 48 images can't be read, more than 10%; one of them: .*01.png"):
         probe("many", **flags, on_bad_image="skip")
 
 

@@ -402,9 +402,14 @@ def add_optimizer_options(parser: argparse.ArgumentParser, several_blr: bool = F
         "--on_nonfinite", default="abort", choices=("abort", "skip"),
         help="if a loss or gradient is not finite: abort after saving a checkpoint, or skip the update",
     )  # fmt: skip
-    _group(parser, DATA).add_argument(
+    add_bad_image_option(_group(parser, DATA), "use another image instead, for up to 10 %% of an epoch")
+
+
+def add_bad_image_option(parser: argparse._ActionsContainer, skip: str) -> None:
+    """Adds the flag of images that can't be read; `skip` describes its second value."""
+    parser.add_argument(
         "--on_bad_image", default="error", choices=("error", "skip"),
-        help="if an image can't be read: abort, or use another image instead, for up to 10 %% of an epoch",
+        help=f"if an image can't be read: abort, or {skip}",
     )  # fmt: skip
 
 

@@ -56,6 +56,6 @@ def full(num_workers: int) -> OSError:
     """Returns an error that names the shared memory and the remedies."""
     size = f" ({shutil.disk_usage(PLACE).total / 1e6:,.1f} MB)" if PLACE.is_dir() else ""
     return OSError(
-        f"{PLACE} is full{size}, and {num_workers} worker process(es) send batches through it: give --num_workers 0, "
+        f"/dev/shm is full{size}, and {num_workers} worker process(es) send batches through it: give --num_workers 0, "
         f"or more shared memory (docker run --shm-size 8g)"
     )
