@@ -58,12 +58,13 @@ class Archive:
         path: the archive.
         split: "train" or "val"; None: all images.
         enclosing: keep enclosing folders in the names, if `split` is None.
+        kind: what the files are, for the log.
 
     Raises:
         ValueError: the archive can't be read in place, is damaged, or contains no image.
     """
 
-    def __init__(self, path: Path, split: str | None, *, enclosing: bool = False) -> None:
+    def __init__(self, path: Path, split: str | None, *, enclosing: bool = False, kind: str = "images") -> None:
         started = time.perf_counter()
         self.is_zip, members = find_members(path)
         names = sorted(_below(members, split, path, enclosing).items())
@@ -74,7 +75,7 @@ class Archive:
         self.places = np.array([members[member] for _, member in names], dtype=np.int64)
         self.classes, self.labels = classes_of([name for name, _ in names])
         self.file: tuple[int, int] | None = None  # process id and file descriptor
-        logger.info(f"{len(self):,} images in {path}, found in {time.perf_counter() - started:.1f} s")
+        logger.info(f"{len(self):,} {kind} in {path}, found in {time.perf_counter() - started:.1f} s")
 
     def __len__(self) -> int:
         return len(self.names)
