@@ -53,7 +53,7 @@ ELSEWHERE = {
     r"util\.data\.image_cache\.\w+": (
         r"(?!(main|submitit)_(pretrain|finetune|linprobe)).*", "only training of these kinds has --cache_images"),
     r"util\.files\.untrusted\.value_problem": "of a value that a recipe has for this flag",
-    r"util\.data\.samples\.(Samples|bad_image_error)": (
+    r"util\.data\.samples\.Samples": (
         r"main_knn|main_robustness|inference\.\w+", "it names --on_bad_image where the script has given that"),
     r"models_build\.(set_probe_head|attentive_head|AttentivePool)": (
         r"main_robustness|inference\.\w+", "a probe's settings are a file's, and were checked when it was trained"),

@@ -57,26 +57,6 @@ def test_images_are_those_of_the_source(mixed, in_chans, fast_jpeg, num_workers)
     assert kept == 24
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_bad_image_ends_a_run_before_the_others_are_decoded(mixed, pretrain, capsys, num_workers, monkeypatch):
-    read = []
-    monkeypatch.setattr(image_cache, "decode", lambda *args, **options: read.append(1) or decode(*args, **options))
-    monkeypatch.setattr(image_cache, "BATCH", 2)
-    (mixed / "cat" / "00.png").write_text("text")  # the first file
-    with pytest.raises(BadImage, match=r"cat/00.png: the file is not an image.* \(--on_bad_image skip"):
-        pretrain("bad", data_path=mixed, cache_images=True, num_workers=num_workers)
-    assert "are decoded" not in capsys.readouterr().out
-    assert num_workers or len(read) < 3
-
-
-def test_a_bad_validation_image_ends_a_run_before_it_trains(labelled, classify, tmp_path):
-    folder = shutil.copytree(labelled, tmp_path / "images")
-    (folder / "val/kind1/01.png").write_bytes(b"")
-    with pytest.raises(BadImage, match=r"01.png: the file is empty$"):
-        classify(main_finetune, data_path=folder, cache_images=True, on_bad_image="skip")
-    assert not list(tmp_path.glob("run/*.pth"))
-
-
 def test_the_files_are_read_once(pictures, tmp_path):
     shutil.copytree(pictures, tmp_path / "images")
     source = open_source("train", str(tmp_path / "images"))
@@ -188,3 +168,23 @@ def test_resuming_with_and_without_a_cache_is_exact(pretrain, mixed, monkeypatch
     assert_equal(weights(whole), weights(parts))
     assert lines(whole)[-1]["train_loss"] == lines(parts)[-1]["train_loss"]
     assert "--cache_images was" not in capsys.readouterr().out  # the flag may change without a warning
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_bad_image_ends_a_run_before_the_others_are_decoded(mixed, pretrain, capsys, num_workers, monkeypatch):
+    read = []
+    monkeypatch.setattr(image_cache, "decode", lambda *args, **options: read.append(1) or decode(*args, **options))
+    monkeypatch.setattr(image_cache, "BATCH", 2)
+    (mixed / "cat" / "00.png").write_text("text")  # the first file
+    with pytest.raises(BadImage, match=r"cat/00.png: the file is not an image.* \(--on_bad_image skip"):
+        pretrain("bad", data_path=mixed, cache_images=True, num_workers=num_workers)
+    assert "are decoded" not in capsys.readouterr().out
+    assert num_workers or len(read) < 3
+
+
+def test_a_bad_validation_image_ends_a_run_before_it_trains(labelled, classify, tmp_path):
+    folder = shutil.copytree(labelled, tmp_path / "images")
+    (folder / "val/kind1/01.png").write_bytes(b"")
+    with pytest.raises(BadImage, match=r"01.png: the file is empty$"):
+        classify(main_finetune, data_path=folder, cache_images=True, on_bad_image="skip")
+    assert not list(tmp_path.glob("run/*.pth"))

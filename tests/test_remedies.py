@@ -114,7 +114,7 @@ def test_on_bad_image_is_suggested_only_by_scripts_that_have_it(labelled, tmp_pa
     data = {"data_path": tmp_path / "data"}
     settings = {**MAE, **data, "output_dir": tmp_path / "out"}
     output = call(main_pretrain, settings)
-    assert "bad.png: the file is empty (--on_bad_image skip " in output
+    assert "bad.png: the file is empty (--on_bad_image skip excludes such images from training)" in output
     assert call(main_pretrain, {**settings, "on_bad_image": "skip", "output_dir": tmp_path / "skip"}) == ""
     output = call(main_knn, {**SMALL, **data, "model": "vit_mini_patch4"})
     assert output.endswith("bad.png: the file is empty")

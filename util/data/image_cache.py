@@ -16,7 +16,7 @@ from tqdm import tqdm
 from util import dist
 from util.data.decode import BadImage, decode
 from util.data.loader import Batches, up_to_cores
-from util.data.samples import bad_image_error
+from util.data.samples import Samples
 from util.data.sources import Source
 from util.data.transforms import to_tensor
 from util.data.webdataset_shards import Shards
@@ -164,7 +164,9 @@ class _Decoded(Dataset):
 
     def __init__(self, source: Source, in_chans: int, fast_jpeg: bool, on_bad_image: str | None) -> None:
         self.source = source
-        self.on_bad_image = on_bad_image
+        self.samples = Samples(
+            source, to_tensor, in_chans=in_chans, seed=0, on_bad_image=on_bad_image, fast_jpeg=fast_jpeg
+        )
         self.in_chans = in_chans
         self.fast_jpeg = fast_jpeg
 
@@ -173,8 +175,7 @@ class _Decoded(Dataset):
         try:
             pixels = to_tensor(decode(self.source[index][0], self.in_chans, fast_jpeg=self.fast_jpeg))
         except (BadImage, OSError) as error:
-            if self.on_bad_image != "skip":
-                raise bad_image_error(self.source.name(index), error, self.on_bad_image) from error
+            self.samples.refuse(self.source.name(index), error, [])
             return nothing
         return pixels if pixels.dtype == torch.uint8 else nothing
 

@@ -30,15 +30,6 @@ MAX_BAD_IN_A_ROW = 20
 Bad = tuple[str, str]  # name of a sample, and the reason why it can't be read
 
 
-def bad_image_error(name: str, error: Exception, on_bad_image: str | None) -> BadImage:
-    """Returns the error about an image that can't be read; it names `--on_bad_image` if the script has the flag."""
-    return BadImage(f"{name}: {_reason(error)}" + " (--on_bad_image skip excludes such images)" * bool(on_bad_image))
-
-
-def _reason(error: Exception) -> str:
-    return (isinstance(error, OSError) and error.strerror) or str(error)
-
-
 class Sample(NamedTuple):
     """One augmented sample, before it is collated to a batch."""
 
@@ -127,11 +118,13 @@ class Samples(Dataset):
         Raises:
             BadImage: `on_bad_image` is not "skip", or MAX_BAD_IN_A_ROW images in a row can't be read.
         """
+        reason = (isinstance(error, OSError) and error.strerror) or str(error)
         if self.on_bad_image != "skip":
-            raise bad_image_error(name, error, self.on_bad_image) from error
-        bad.append((name, _reason(error)))
+            hint = " (--on_bad_image skip excludes such images from training)" if self.on_bad_image else ""
+            raise BadImage(f"{name}: {reason}{hint}") from error
+        bad.append((name, reason))
         if len(bad) >= MAX_BAD_IN_A_ROW:
-            raise BadImage(f"{len(bad)} images in a row can't be read; the last is {name}: {bad[-1][1]}") from error
+            raise BadImage(f"{len(bad)} images in a row can't be read; the last is {name}: {reason}") from error
 
     def _read(self, epoch: int, index: int) -> tuple[Picture, Any, list[Bad]]:
         assert not isinstance(self.source, Shards), "streamed samples come from StreamedSamples"
