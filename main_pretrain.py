@@ -117,7 +117,8 @@ def main(
         if takes_part and vis_every and (epoch % vis_every == 0 or epoch == args.epochs - 1):
             model.eval()  # without drop path; the next epoch begins in training mode
             images, _, noise = loader.examples(full_images, EXAMPLES)
-            picture = pictures.reconstruction(model, images, noise, normalize, mask_ratio)
+            names = loader.example_names(full_images, EXAMPLES)
+            picture = pictures.reconstruction(model, images, noise, normalize, mask_ratio, labels=names)
             log.picture("reconstruction", picture, epoch)
         return {}
 

@@ -13,6 +13,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -340,9 +341,19 @@ def examples(samples: Samples, count: int) -> list[Tensor]:
         stream.seek(0, 1, min(count, len(samples)))
         chosen = list(stream)
     else:
-        indices = np.unique(np.linspace(0, len(samples) - 1, count, dtype=int))
-        chosen = [samples[0, int(index)] for index in indices]
+        chosen = [samples[0, index] for index in _evenly_spaced(len(samples), count)]
     return _collate_good(chosen)
+
+
+def example_names(samples: Samples, count: int) -> list[str]:
+    """Returns the file names of `examples`; of a stream, none."""
+    if isinstance(samples.source, Shards):
+        return []
+    return [Path(samples.source.name(index)).name for index in _evenly_spaced(len(samples), count)]
+
+
+def _evenly_spaced(total: int, count: int) -> list[int]:
+    return np.unique(np.linspace(0, total - 1, count, dtype=int)).tolist()
 
 
 def _collate_good(samples: list[Sample]) -> list[Tensor]:
