@@ -14,6 +14,7 @@ from util.data.transforms import Normalize
 GAP = 2  # pixels between pictures
 HEADER = 18  # pixels above pictures with titles
 MIN_WIDTH = 80  # pixels of a column with a title
+MAX_LABEL = 24  # characters
 
 
 def tile(columns: Sequence[Tensor], to_pixels: Callable[[Tensor], Tensor], scale: int = 1) -> np.ndarray:
@@ -47,6 +48,7 @@ def with_labels(picture: np.ndarray, titles: Sequence[str], labels: Sequence[str
     Returns:
         uint8 (height, width, 3).
     """
+    labels = [label if len(label) <= MAX_LABEL else f"{label[: MAX_LABEL - 1]}…" for label in labels]
     font = ImageFont.load_default()
     margin = max((ceil(font.getlength(label)) + 2 * GAP for label in labels), default=0)
     sheet = Image.new("RGB", (margin + picture.shape[1], HEADER + len(picture)), "white")
