@@ -15,8 +15,7 @@ from tqdm import tqdm
 from util import datasets, dist
 from util.cli import advice, entry_point
 from util.data import image_cache, labels, loader, transforms
-from util.data.decode import BadImage
-from util.data.samples import Samples, preserve_generators
+from util.data.samples import Samples
 from util.data.sources import Source
 from util.data.webdataset_shards import Shards
 from util.evaluation import report
@@ -200,7 +199,7 @@ class Setup:
         return self.args.crop_pct or transforms.default_crop_pct(self.args.input_size)
 
     def open_pair(self) -> tuple[Source, Source]:
-        """Opens the training and the validation set.
+        """Opens the training and the validation set. With `val_fraction`, held-out training images are the latter.
 
         With `on_bad_image` "skip", training images that can't be read are excluded if their features are stored or some
         of them are held out. Else, `Samples` replaces them in training.
@@ -210,51 +209,40 @@ class Setup:
             BadImage: more than `loader.MAX_BAD_SHARE` of the training images can't be read.
         """
         args = self.args
+        if args.val_fraction and args.val_list:
+            logger.warning("--val_list has no effect with --val_fraction, which evaluates on training images")
         train, val = labels.open_pair(
-            self._open_split, args.train_list, args.val_list,
-            nb_classes=args.nb_classes, train_per_class=args.train_per_class, seed=args.seed,
+            self._open_split, args.train_list, args.val_list, nb_classes=args.nb_classes,
+            train_per_class=args.train_per_class, seed=args.seed, validation=not args.val_fraction,
         )  # fmt: skip
         datasets.suggest_statistics(train, args.in_chans, self.mean, self.std)
         if getattr(args, "on_bad_image", None) == "skip" and (
             args.val_fraction or getattr(args, "cache_features", False) or np.size(args.blr) > 1
         ):
-            train = self._readable(train)
+            train = datasets.readable(train, args.in_chans, args.num_workers)
         if args.val_fraction:
             train, val = labels.hold_out(train, args.val_fraction, args.seed, "--val_fraction")
         return train, val
 
-    def _readable(self, train: Source) -> Source:
-        """Returns a training set without the images that can't be read, and logs them."""
-        args, own = self.args, list(range(dist.rank(), len(train), dist.world_size()))
-        with preserve_generators():
-            facts = datasets.all_facts(train, args.in_chans, own, loader.up_to_cores(args.num_workers))
-            bar = tqdm(facts, "reading", len(own), unit="image", leave=False, disable=None if dist.is_main() else True)
-            bad = {index: fact.unreadable for index, fact in zip(own, bar, strict=True) if fact.unreadable}
-        bad = {index: why for part in dist.gather(bad) for index, why in part.items()}
-        for name, reason in bad.values():
-            logger.warning(f"{name}: {reason}; it is excluded")
-        if len(bad) > loader.MAX_BAD_SHARE * len(train):
-            raise BadImage(
-                f"{len(bad):,} of {len(train):,} training images can't be read, more than {loader.MAX_BAD_SHARE:.0%}; "
-                f"one of them: {': '.join(bad[min(bad)])}"
-            )
-        return labels.Subset(train, np.delete(np.arange(len(train)), list(bad)))
-
-    def cached(self, *sources: Source) -> Sequence[Source]:
+    def cached(self, train: Source, val: Source) -> Sequence[Source]:
         """Returns the datasets; with --cache_images, with their decoded images in memory.
 
         Raises:
+            BadImage: an image can't be read, and is not skipped.
             ValueError: the images take too much memory.
         """
         args = self.args
         if not args.cache_images:
-            return sources
+            return train, val
         return image_cache.cached(
-            sources, in_chans=args.in_chans, fast_jpeg=args.fast_jpeg, num_workers=args.num_workers
-        )
+            [train, val], in_chans=args.in_chans, fast_jpeg=args.fast_jpeg, num_workers=args.num_workers,
+            on_bad_image=[args.on_bad_image],
+        )  # fmt: skip
 
     def open_val(self) -> Source:
-        """Opens the validation set."""
+        """Opens the validation set; with `val_fraction`, the held-out training images."""
+        if self.args.val_fraction:
+            return self.open_pair()[1]
         val = labels.require(self._open_split("val", self.args.val_list), "val")
         datasets.suggest_statistics(val, self.args.in_chans, self.mean, self.std)
         return val

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from util import dist
 from util.data.segmentation_masks import IGNORED
 from util.evaluation import report
-from util.evaluation.segmentation import Scores, confusion_matrix, predict_classes
+from util.evaluation.segmentation import Scores, class_title, confusion_matrix, predict_classes
 from util.training import loop
 from util.training.precision import Precision
 
@@ -71,4 +71,4 @@ def report_scores(scores: Scores, classes: list[str], folder: str | None) -> Non
     """Logs the scores, and writes the files of `--report` to a folder."""
     logger.info(str(scores))
     if folder and dist.is_main():
-        report.write_matrix(Path(folder), classes, scores.matrix, "pixels", {"iou": scores.iou})
+        report.write_matrix(Path(folder), [*map(class_title, classes)], scores.matrix, "pixels", {"iou": scores.iou})

@@ -55,7 +55,7 @@ from util.checkpoints import checkpoint, run_directory
 from util.cli import options
 from util.cli.choices import ATTENTIVE
 from util.data import feature_files, labels, loader, transforms
-from util.data.sources import Source
+from util.data.sources import Source, versions
 from util.lars import LARS
 from util.training import loop, run_log, trainer
 from util.training.precision import Precision
@@ -211,6 +211,8 @@ class Features:
         self.are_stored = setup.args.cache_features or not model.head_pools
         self.folder = Path(setup.args.output_dir) / "tokens"
         if self.are_stored and model.head_pools:
+            if dist.is_main() and not run_directory.chosen(Path(setup.args.output_dir), setup.args.resume):
+                shutil.rmtree(self.folder, ignore_errors=True)  # of an earlier run, which is not resumed
             self._require_space()
 
     def open(self, name: str) -> Callable[[], Iterable[list[Tensor]]]:
@@ -244,12 +246,12 @@ class Features:
     def _token_settings(self, source: Source) -> dict[str, Any]:
         """Returns all settings that the tokens depend on, as plain values."""
         args, (mean, std) = self.setup.args, self.setup.statistics
-        names = ("model", "input_size", "patch_size", "in_chans", "crop", "dataset", "data_path")
+        names = ("model", "input_size", "patch_size", "in_chans", "crop", "fast_jpeg", "dataset", "data_path")
         return {
             **{name: getattr(args, name) for name in names}, "mean": list(mean), "std": list(std),
             "crop_pct": self.setup.crop_pct,
             "precision": self.precision.name, "weights": checkpoint.compute_digest(encoder_state(self.model)),
-            "images": checkpoint.compute_digest([source.name(index) for index in range(len(source))]),
+            "images": checkpoint.compute_digest(versions(source, dist.rank(), dist.world_size())),
         }  # fmt: skip
 
     def _require_space(self) -> None:

@@ -91,8 +91,9 @@ def main(
     datasets.suggest_statistics(source, args.in_chans, args.mean, args.std)
     if args.cache_images:
         (source,) = image_cache.cached(
-            [source], in_chans=args.in_chans, fast_jpeg=args.fast_jpeg, num_workers=args.num_workers
-        )
+            [source], in_chans=args.in_chans, fast_jpeg=args.fast_jpeg, num_workers=args.num_workers,
+            on_bad_image=[args.on_bad_image],
+        )  # fmt: skip
     sample_options = {"in_chans": args.in_chans, "seed": args.seed, "draw_noise": draw_noise,
                       "on_bad_image": args.on_bad_image, "fast_jpeg": args.fast_jpeg}  # fmt: skip
     augment = transforms.pretrain_transform(
@@ -119,7 +120,8 @@ def main(
         if takes_part and vis_every and (epoch % vis_every == 0 or epoch == args.epochs - 1):
             model.eval()  # without drop path; the next epoch begins in training mode
             images, _, noise = loader.examples(full_images, EXAMPLES)
-            picture = pictures.reconstruction(model, images, noise, normalize, mask_ratio)
+            names = loader.example_names(full_images, EXAMPLES)
+            picture = pictures.reconstruction(model, images, noise, normalize, mask_ratio, labels=names)
             log.picture("reconstruction", picture, epoch)
         return {}
 

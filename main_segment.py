@@ -187,10 +187,12 @@ class PairSetup(Setup):
             scale = f"scaled to a shorter side of {self.short_side} pixels" if self.short_side else "at their own size"
             logger.info(f"evaluation: images {scale}, windows of {height} x {width} pixels, at the resolution of masks")
         mask_format = MaskFormat(len(self.classes), args.reduce_zero_label, self.colors)
-        return open_pairs(
+        pairs = open_pairs(
             split, self.classes, mask_format, data_path=args.data_path, file_list=getattr(args, f"{split}_list"),
             folders=getattr(args, f"{split}_folders"), dataset=args.dataset, download=args.download,
         )  # fmt: skip
+        logger.info(f"{len(pairs):,} images with masks for {split}")
+        return pairs
 
     def samples(self, source: Source, transform: Callable[..., Any], on_bad_image: str | None = None) -> Samples:
         args = self.args

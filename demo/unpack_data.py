@@ -5,7 +5,9 @@ python demo/unpack_data.py --out demo/data/fashion_mnist
 
 import argparse
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the demo runs from a clone
 
@@ -15,12 +17,23 @@ import util  # noqa: F401  # first: it names missing packages
 import numpy as np
 from PIL import Image
 
+from util.files import atomic
+
 ARCHIVE = Path(__file__).parent / "data" / "fashion_mnist_12k.npz"
 
 
 def unpack(out: Path) -> None:
-    """Writes out/{train,val}/CLASS/NNNNN.png: 10,000 and 2,000 gray images of 28 x 28 pixels in 10 classes."""
+    """Writes out/{train,val}/CLASS/NNNNN.png: 10,000 and 2,000 gray images of 28 x 28 pixels in 10 classes.
+
+    Each file is complete or absent, also after the command was killed.
+    """
     archive = np.load(ARCHIVE, allow_pickle=False)
+    out.mkdir(parents=True, exist_ok=True)
+    with atomic.replacing(out, sync=False) as written:
+        _write(archive, written)
+
+
+def _write(archive: Mapping[str, Any], out: Path) -> None:
     for split in ("train", "val"):
         for name in archive["classes"]:
             (out / split / folder_of(name)).mkdir(parents=True, exist_ok=True)
@@ -29,7 +42,7 @@ def unpack(out: Path) -> None:
         ):
             Image.fromarray(image).save(out / split / folder_of(archive["classes"][label]) / f"{number:05}.png")
             if (number + 1) % 2000 == 0:
-                print(f"{number + 1:,} images in {out / split}", flush=True)
+                print(f"{number + 1:,} images of {split}/", flush=True)
 
 
 def folder_of(class_name: str) -> str:
@@ -52,5 +65,6 @@ if __name__ == "__main__":
         unpack(out)
     except OSError as error:
         parser.exit(
-            1, f"{parser.prog}: error: --out {out} can't be written to ({error.strerror}); give another folder\n"
+            1,
+            f"{parser.prog}: error: --out {out} can't be written to ({error.strerror or error}); give another folder\n",
         )

@@ -3,8 +3,9 @@
     python -m inference.features demo/data/fashion_mnist --model runs/mine/checkpoint-last.pth --out features.npz
 
 The file contains `features` (n, D) and `names` (n,), and for class folders `labels` (n,) and `classes`. The same
-command resumes an interrupted run. With other weights, settings or names of images, it starts from the beginning. It
-does not detect images that changed under the same names: remove FILE.partial to start from the beginning.
+command resumes an interrupted run. With other weights, settings or images, it starts from the beginning; names, sizes
+and modification times of the files are compared. An image that can't be read ends the command; with
+`--on_bad_image skip`, the file has no row for such images.
 
 The orientation in EXIF data is ignored, as in training and evaluation. `extract_feat` applies it to image files.
 """
@@ -27,9 +28,10 @@ from util import datasets, dist
 from util.checkpoints import checkpoint
 from util.cli import entry_point, flags, options
 from util.data import feature_files, loader
+from util.data.decode import BadImage
 from util.data.labels import Subset
 from util.data.samples import Samples
-from util.data.sources import Source
+from util.data.sources import Source, versions
 from util.data.webdataset_shards import Shards
 from util.files import atomic
 from util.training.compiling import compile_model
@@ -61,6 +63,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="cls: class token; avg: mean of the patch tokens; tokens: all tokens (default: the input of the head)",
     )  # fmt: skip
     options.add_extraction_options(parser)
+    options.add_bad_image_option(parser, "leave it out, up to 10 %% of the images; it first reads all images")
     return parser
 
 
@@ -72,15 +75,21 @@ def main(args: argparse.Namespace) -> None:
     precision = Precision(args.amp, device)
     source = datasets.open_source(args.split, args.data_path)
     assert not isinstance(source, Shards)  # --data_path never opens shards
+    if args.on_bad_image == "skip":
+        source = datasets.readable(source, model.in_chans, args.num_workers)
     names = [source.name(index) for index in range(len(source))]
     partial = args.out.with_name(atomic.temporary_name(args.out.name, "{}.partial"))
     extractor = Extractor(model, args.pool)
     if args.compile:
         compile_model(extractor, device, freeze_weights=True)
-    rows = extract(
-        extractor, source, partial, row_settings(model, names, args, precision), args.batch_size, args.num_workers,
-        precision, args.fast_jpeg,
-    )  # fmt: skip
+    try:
+        rows = extract(
+            extractor, source, partial, row_settings(model, source, args, precision), args.batch_size,
+            args.num_workers, precision, args.fast_jpeg,
+        )  # fmt: skip
+    except BadImage:
+        shutil.rmtree(partial)  # it is of these files: a run without the image, or with another file, starts anew
+        raise
     content: dict[str, Any] = {"features": rows} | ({"labels": source.labels} if source.classes else {})
     with atomic.replacing(args.out) as written:
         if args.out.suffix.lower() == ".npz":
@@ -94,13 +103,14 @@ def main(args: argparse.Namespace) -> None:
     logger.info(f"{args.out}: features {rows.shape} of {args.data_path}")
 
 
-def row_settings(model: Model, names: list[str], args: argparse.Namespace, precision: Precision) -> dict[str, Any]:
+def row_settings(model: Model, source: Source, args: argparse.Namespace, precision: Precision) -> dict[str, Any]:
     """Returns all settings that the features depend on, as plain values. Runs with other settings are not resumed."""
     of_labels = ("classes", "label_names")
     return json.loads(json.dumps({
         **{name: value for name, value in model.settings.items() if name not in of_labels},
         "weights": checkpoint.weights_digest(model), "pool": args.pool, "precision": precision.name,
-        "folder": args.data_path, "split": args.split, "images": checkpoint.compute_digest(names),
+        "folder": args.data_path, "split": args.split, "images": checkpoint.compute_digest(versions(source)),
+        "fast_jpeg": args.fast_jpeg,
     }))  # fmt: skip
 
 
@@ -146,7 +156,8 @@ def extract(
     @torch.inference_mode()
     def compute_from(done: int) -> Iterator[np.ndarray]:
         rest = Subset(source, np.arange(done, len(source)))
-        samples = Samples(rest, model.transform, in_chans=model.in_chans, seed=0, fast_jpeg=fast_jpeg)
+        samples = Samples(rest, model.transform, in_chans=model.in_chans, seed=0, on_bad_image="error",
+                          fast_jpeg=fast_jpeg)  # fmt: skip
         pin_memory = precision.device.type == "cuda"
         for images, *_ in loader.eval_loader(samples, batch_size, num_workers, pin_memory=pin_memory):
             with precision.autocast():

@@ -15,6 +15,7 @@ from inference.model import Segmenter, get_model, picture_of
 from inference.predict import FORMATS
 from util import dist
 from util.cli import entry_point, flags, options
+from util.evaluation.segmentation import class_title
 from util.files import atomic
 from util.files.untrusted import escape_dollars, printable
 
@@ -77,9 +78,8 @@ def main(args: argparse.Namespace) -> list[np.ndarray]:
 
 
 def class_name(model: Segmenter, label: int) -> str:
-    """Returns the name of a class; without a palette, names are numbers."""
-    name = printable(model.classes[label]) if model.classes else str(label)
-    return f"class {name}" if name.isdecimal() else name
+    """Returns the name of a class, as in the confusion matrix of main_segment.py."""
+    return class_title(printable(model.classes[label]) if model.classes else str(label))
 
 
 def class_shares(classes: np.ndarray) -> list[tuple[int, float]]:
@@ -100,14 +100,16 @@ def write_mask(classes: np.ndarray, model: Segmenter, path: Path) -> None:
 def overlay(image: np.ndarray, classes: np.ndarray, colors: np.ndarray, opacity: float) -> np.ndarray:
     """Blends the colors of the classes (H, W) over the gray levels of an image (H, W, 3), uint8.
 
-    The colors of the image would change those of the classes.
+    The colors of the image would change those of the classes. Black, the color of the first class without a palette, is
+    transparent, because it would hide the image.
 
     Args:
         colors: (number of classes, 3), uint8.
         opacity: from 0, the gray image, to 1, the colors.
     """
     gray = np.asarray(Image.fromarray(image).convert("L"))[:, :, None]
-    return ((1 - opacity) * gray + opacity * colors[classes]).round().astype(np.uint8)
+    covered = colors[classes].any(axis=2, keepdims=True)
+    return np.where(covered, (1 - opacity) * gray + opacity * colors[classes], gray).round().astype(np.uint8)
 
 
 def legend(classes: np.ndarray, model: Segmenter) -> tuple[list[str], np.ndarray]:
@@ -138,7 +140,8 @@ def draw(images: list[np.ndarray], results: list[np.ndarray], model: Segmenter, 
     for row, image, classes, (texts, colors) in zip(rows, images, results, legends, strict=True):
         row[0].imshow(image)
         row[1].imshow(overlay(image, classes, model.colors, opacity))
-        patches = [Patch(color=color, label=escape_dollars(text)) for color, text in zip(colors, texts, strict=True)]
+        patches = [Patch(facecolor=color if color.any() else "none", edgecolor=color, label=escape_dollars(text))
+                   for color, text in zip(colors, texts, strict=True)]  # fmt: skip
         row[2].legend(handles=patches, loc="center left", fontsize=8, frameon=False, borderaxespad=0, handlelength=1.5)
         for axes in row:
             axes.axis("off")

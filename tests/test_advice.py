@@ -34,7 +34,8 @@ OTHERS = {
     "--cpus-per-task",
     "--job",
     "--help",
-}  # torchrun's, Slurm's, all
+    "--shm-size",
+}  # torchrun's, Slurm's, all, Docker's
 FORMATS = {"{split}": "train"} | {f"--{{{part}}}": "--model" for part in ("flag", "name", "key")}  # of any setting
 # Messages that some scripts can reach by the syntax trees, but not at run time.
 ELSEWHERE = {

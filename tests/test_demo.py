@@ -36,6 +36,19 @@ def test_unpacked_files_equal_the_images_of_the_archive(unpacked):
         assert path.parent.name == name.lower().replace("/", "_").replace(" ", "_")
 
 
+def test_an_interrupted_command_leaves_the_pictures_that_exist(unpacked, tmp_path):
+    """No byte can be written to a file, as after a kill or on a full disk."""
+    first = min(unpacked.glob("train/*/*.png"), key=lambda path: path.name)
+    copy = tmp_path / first.relative_to(unpacked)
+    copy.parent.mkdir(parents=True)
+    copy.write_bytes(first.read_bytes())
+    command = f"ulimit -f 0; exec {sys.executable} demo/unpack_data.py --out {tmp_path}"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+    assert copy.read_bytes() == first.read_bytes()
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [copy]
+
+
 def test_a_read_only_folder_is_a_one_line_error():
     command = [sys.executable, "demo/unpack_data.py", "--out", "/proc/nowhere"]  # root can write to all other folders
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)

@@ -1,12 +1,17 @@
 """Evaluation: every sample counts once, and the loss is a mean over samples for all batch sizes."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from conftest import make_samples
+from mains import lines
 from sklearn.metrics import log_loss, top_k_accuracy_score
 
 import main_finetune
+import main_knn
+import main_linprobe
 from engine_finetune import Evaluation, _interleave, evaluate, extract_features, with_recorded_settings
 from models_vit import vit_mini_patch4
 from util import dist
@@ -105,3 +110,30 @@ def test_explicit_flags_override_recorded_settings(caplog):
     assert [record.getMessage() for record in caplog.records] == [
         "--input_size 32 is used, and run.pth was made with --input_size 16"
     ]
+
+
+@pytest.mark.parametrize("main", [main_finetune, main_linprobe, main_knn])
+@pytest.mark.parametrize("layout", ["train", "flat", "list"])
+def test_val_fraction_needs_no_validation_set(main, layout, classify, labelled, tmp_path, capsys):
+    """The result is that of a dataset which has one. --eval evaluates on the same held-out images."""
+    if layout == "train":
+        data = {"data_path": shutil.copytree(labelled / "train", tmp_path / "images/train").parent}
+    elif layout == "flat":
+        data = {"data_path": shutil.copytree(labelled / "train", tmp_path / "images")}
+    else:
+        files = sorted((labelled / "train").glob("*/*.png"))
+        (tmp_path / "train.txt").write_text("".join(f"{file} {file.parent.name}\n" for file in files))
+        data = {"data_path": labelled / "train", "train_list": tmp_path / "train.txt"}
+    flags = {"val_fraction": 0.25, "seed": 3, **({"k": 1} if main is main_knn else {"epochs": 1, "warmup_epochs": 0})}
+
+    def result(name, **more):
+        out = classify(main, name, **flags, **more)
+        return out if main is main_knn else lines(out)[-1]["test_loss"]
+
+    assert result("with") == result("without", **data)
+    if main is not main_knn:
+        capsys.readouterr()
+        scores = classify(main, "eval", **flags, **data, eval=True, resume=tmp_path / "without/checkpoint-0.pth")
+        loss = float(capsys.readouterr().out.split()[-1])
+        assert loss == pytest.approx(lines(tmp_path / "without")[-1]["test_loss"], abs=1e-3)
+        assert main is main_linprobe or len(scores.labels) == 12

@@ -10,6 +10,7 @@ import torch
 from mains import Stopped, assert_equal, lines, stop_after, weights
 from PIL import Image
 
+import main_finetune
 from util.data import image_cache
 from util.data.decode import BadImage, decode
 from util.data.labels import Subset
@@ -18,6 +19,7 @@ from util.data.webdataset_shards import Shards
 from util.datasets import open_source
 
 OPTIONS = {"in_chans": 3, "fast_jpeg": False, "num_workers": 0}
+SKIP = {"on_bad_image": ["skip"]}
 
 
 @pytest.fixture
@@ -35,7 +37,8 @@ def mixed(pictures, tmp_path):
 @pytest.mark.parametrize("in_chans", [1, 3])
 def test_images_are_those_of_the_source(mixed, in_chans, fast_jpeg, num_workers):
     source = open_source("train", str(mixed))
-    (cache,) = image_cache.cached([source], in_chans=in_chans, fast_jpeg=fast_jpeg, num_workers=num_workers)
+    options = {"in_chans": in_chans, "fast_jpeg": fast_jpeg, "num_workers": num_workers, **SKIP}
+    (cache,) = image_cache.cached([source], **options)
     assert (len(cache), cache.classes) == (26, ["cat", "dog"])
     assert [cache.name(n) for n in range(26)] == [source.name(n) for n in range(26)]
     kept = 0
@@ -165,3 +168,23 @@ def test_resuming_with_and_without_a_cache_is_exact(pretrain, mixed, monkeypatch
     assert_equal(weights(whole), weights(parts))
     assert lines(whole)[-1]["train_loss"] == lines(parts)[-1]["train_loss"]
     assert "--cache_images was" not in capsys.readouterr().out  # the flag may change without a warning
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_bad_image_ends_a_run_before_the_others_are_decoded(mixed, pretrain, capsys, num_workers, monkeypatch):
+    read = []
+    monkeypatch.setattr(image_cache, "decode", lambda *args, **options: read.append(1) or decode(*args, **options))
+    monkeypatch.setattr(image_cache, "BATCH", 2)
+    (mixed / "cat" / "00.png").write_text("text")  # the first file
+    with pytest.raises(BadImage, match=r"cat/00.png: the file is not an image.* \(--on_bad_image skip"):
+        pretrain("bad", data_path=mixed, cache_images=True, num_workers=num_workers)
+    assert "are decoded" not in capsys.readouterr().out
+    assert num_workers or len(read) < 3
+
+
+def test_a_bad_validation_image_ends_a_run_before_it_trains(labelled, classify, tmp_path):
+    folder = shutil.copytree(labelled, tmp_path / "images")
+    (folder / "val/kind1/01.png").write_bytes(b"")
+    with pytest.raises(BadImage, match=r"01.png: the file is empty$"):
+        classify(main_finetune, data_path=folder, cache_images=True, on_bad_image="skip")
+    assert not list(tmp_path.glob("run/*.pth"))

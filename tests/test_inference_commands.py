@@ -224,7 +224,7 @@ def test_features_resume_after_an_interruption(files, pictures, tmp_path, monkey
     assert sum(seen[:5]) == 16 + 4  # the fourth batch was drawn, and stopped in
 
 
-@pytest.mark.parametrize("change", ["weights", "split", "pool", "precision", "crop", "note"])
+@pytest.mark.parametrize("change", ["weights", "split", "pool", "precision", "crop", "note", "image"])
 def test_features_with_other_settings_start_again(files, labelled, tmp_path, capsys, monkeypatch, change):
     """The rows equal those of a command without interruption, despite the existing files."""
     shutil.copy(files / "encoder.safetensors", tmp_path / "model.safetensors")
@@ -233,7 +233,8 @@ def test_features_with_other_settings_start_again(files, labelled, tmp_path, cap
         raise KeyboardInterrupt
 
     out, partial = tmp_path / "f.npz", tmp_path / "f.npz.partial"
-    argv = [labelled, "--model", tmp_path / "model.safetensors", "--out", out, "--num_workers", 0]
+    folder = shutil.copytree(labelled, tmp_path / "images")
+    argv = [folder, "--model", tmp_path / "model.safetensors", "--out", out, "--num_workers", 0]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # stopped at its end
         patch.setattr(np, "savez", stop)
         run(features, *argv)
@@ -247,6 +248,8 @@ def test_features_with_other_settings_start_again(files, labelled, tmp_path, cap
         export.export(other, "safetensors", tmp_path / "model.safetensors")
     elif change == "note":
         (partial / "done.json").write_text("{")
+    elif change == "image":
+        Image.new("RGB", (20, 20)).save(folder / "train" / "kind1" / "01.png")
     capsys.readouterr()
     run(features, *argv, *flags)
     said = capsys.readouterr().out
@@ -270,6 +273,25 @@ def test_features_of_images_without_classes(files, pictures, tmp_path):
     with safe_open(tmp_path / "f.safetensors", "np") as file:
         assert set(file.keys()) == {"features"}
         np.testing.assert_array_equal(file.get_tensor("features"), found["features"])
+
+
+def test_features_without_unreadable_images(files, labelled, tmp_path, capsys, monkeypatch):
+    folder = shutil.copytree(labelled / "train", tmp_path / "images")
+    argv = [folder, "--model", files / "encoder.safetensors", "--num_workers", 0, "--batch_size", 4, "--out"]
+    run(features, *argv, tmp_path / "all.npz")
+    (folder / "kind3" / "03.png").write_text("text")
+    monkeypatch.setattr(feature_files, "SAVE_EVERY", 1)
+    said = fails(capsys, monkeypatch, features, *argv, tmp_path / "f.npz")
+    assert f"{folder}/kind3/03.png: the file is not an image" in said
+    assert "--on_bad_image skip" in said
+    assert not list(tmp_path.glob("f.npz*"))
+    run(features, *argv, tmp_path / "f.npz", "--on_bad_image", "skip")
+    assert f"{folder}/kind3/03.png: the file is not an image" in capsys.readouterr().out
+    found, whole = np.load(tmp_path / "f.npz"), np.load(tmp_path / "all.npz")
+    good = [not name.endswith("03.png") for name in whole["names"]]
+    assert found["names"].tolist() == whole["names"][good].tolist()
+    np.testing.assert_array_equal(found["labels"], whole["labels"][good])
+    np.testing.assert_allclose(found["features"], whole["features"][good], rtol=1e-4, atol=1e-5)
 
 
 def test_features_on_a_full_disk_fail_in_one_line_and_resume(files, labelled, small_disk, capsys, monkeypatch):

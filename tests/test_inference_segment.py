@@ -10,6 +10,7 @@ from PIL import Image
 from segments import make_scenes
 
 import main_segment
+import models_build
 from inference import export, get_model, segment
 from inference.model import Segmenter
 from util.evaluation.segmentation import Scores, confusion_matrix
@@ -99,10 +100,36 @@ def test_the_picture_has_images_of_more_bits_and_channels(trained, tmp_path):
 
 
 def test_overlays_blend_colors():
+    """Black is transparent: it is the color of the first class without a palette, and would hide the image."""
     image, classes = np.full((1, 2, 3), 100, dtype=np.uint8), np.array([[0, 1]])
     colors = np.array([[0, 0, 0], [200, 100, 0]], dtype=np.uint8)
-    assert segment.overlay(image, classes, colors, 0.25).tolist() == [[[75, 75, 75], [125, 100, 75]]]
+    assert segment.overlay(image, classes, colors, 0.25).tolist() == [[[100, 100, 100], [125, 100, 75]]]
     assert np.array_equal(segment.overlay(image, classes, colors, 0), image)
+
+
+def test_the_first_class_without_a_palette_does_not_hide_the_photograph(tmp_path):
+    """The middle panel has the gray levels of the photograph where the class is 0."""
+    settings = {"model": "vit_mini_patch4", "input_size": 32, "patch_size": 8, "in_chans": 3, "nb_classes": 2,
+                "head": "linear", "short_side": 0, "classes": ["0", "1"]}  # fmt: skip
+    own = models_build.segmenter(settings)
+    torch.nn.init.zeros_(own.head.classifier.weight)
+    own.head.classifier.bias.data = torch.tensor([1.0, 0.0])  # every pixel has the class 0
+    torch.save({"model": own.state_dict(), "args": settings}, tmp_path / "zero.pth")
+    Image.new("RGB", (32, 32), (200, 200, 200)).save(tmp_path / "gray.png")
+    argv = [
+        tmp_path / "gray.png",
+        "--model",
+        tmp_path / "zero.pth",
+        "--out",
+        tmp_path / "overlay.png",
+        "--device",
+        "cpu",
+    ]
+    (classes,) = segment.main(segment.get_args_parser().parse_args([str(part) for part in argv]))
+    assert not classes.any()
+    picture = np.asarray(Image.open(tmp_path / "overlay.png").convert("RGB"))
+    middle = picture[picture.shape[0] // 2, 450:750]
+    assert (middle == 200).mean() > 0.9
 
 
 def test_the_legend_has_the_most_frequent_classes():

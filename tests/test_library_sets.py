@@ -4,8 +4,10 @@ import builtins
 import gzip
 import io
 import json
+import shutil
 import struct
 import tarfile
+import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -182,6 +184,34 @@ def test_saved_datasets_and_image_folders_are_read(table, tmp_path):
         (tmp_path / "images" / name).write_bytes(png(PIXELS[0]))
     source = open_source("train", dataset=f"hf:{tmp_path / 'images'}")
     assert [source[0], source[1]] == [(png(PIXELS[0]), 0), (png(PIXELS[0]), 1)]
+
+
+@pytest.mark.parametrize("kind", ["torchvision", "saved", "parquet", "images"])
+def test_the_version_of_a_sample_changes_with_the_files_of_its_library(kind, table, fashion, tmp_path):
+    def write(count):
+        folder = tmp_path / kind
+        if kind == "torchvision":
+            pixels = np.roll(PIXELS[:30], count)
+            write_idx(fashion / "FashionMNIST/raw/train-images-idx3-ubyte", pixels)
+        elif kind == "saved":
+            shutil.rmtree(folder, ignore_errors=True)
+            table.select(range(count, 30)).save_to_disk(folder)
+        elif kind == "parquet":
+            folder.mkdir(exist_ok=True)
+            table.select(range(count, 30)).to_parquet(folder / "train-00000-of-00001.parquet")
+        else:
+            folder.mkdir(exist_ok=True)
+            (folder / "1.png").write_bytes(png(PIXELS[count]))
+
+    def version():
+        dataset = "FashionMNIST" if kind == "torchvision" else f"hf:{tmp_path / kind}"
+        return open_source("train", str(fashion) if kind == "torchvision" else None, dataset=dataset).version(0)
+
+    write(0)
+    first, again = version(), version()
+    time.sleep(0.01)  # the clock of a file system may have steps of 4 ms
+    write(1)
+    assert (again == first, version() == first) == (True, False)
 
 
 def test_datasets_without_images_are_errors(table, tmp_path):

@@ -4,13 +4,15 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_samples
-from mains import wait_until
+from conftest import ROOT, make_samples
+from mains import small_run, wait_until
 from PIL import Image
 
 from util import dist
@@ -385,3 +387,34 @@ def test_fewer_cores_than_workers_are_logged_once(caplog, monkeypatch):
     assert caplog.messages == []
     assert [loader.up_to_cores(77), loader.up_to_cores(77)] == [2, 2]
     assert caplog.messages == ["--num_workers 77: this process has 2 CPU cores and uses 2 worker processes"]
+
+
+@pytest.mark.parametrize(
+    ("size", "flags"),
+    [("300k", ["--cache_images"]), ("300k", []), ("4k", []), ("4k", ["--cache_images", "--num_workers", "0"])],
+)
+def test_a_full_shared_memory_is_an_error_in_one_line(size, flags, tmp_path):
+    """Neither the semaphores of the queues fit into 4 KB nor a batch of images into 300 KB."""
+    for number in range(4):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        Image.new("RGB", (400, 400)).save(tmp_path / "images" / f"{number}.png")
+    command = [
+        sys.executable,
+        "main_pretrain.py",
+        *small_run(tmp_path / "images", tmp_path / "run"),
+        "--batch_size",
+        "4",
+    ]
+    command += ["--input_size", "224", "--patch_size", "56", "--epochs", "1", "--num_workers", "1", *flags]
+    mounted = f'mount -t tmpfs -o size={size} tmpfs /dev/shm && exec "$@"'
+    if os.geteuid() or subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
+        pytest.skip("only root can mount a small /dev/shm")
+    run = subprocess.run(
+        ["unshare", "-m", "sh", "-c", mounted, "sh", *command], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    if "0" in flags:
+        assert run.returncode == 0, run.stderr
+        return
+    assert run.returncode == 1
+    (line,) = run.stderr.splitlines()
+    assert all(part in line for part in ("error: ", "/dev/shm", "--num_workers 0", "docker run --shm-size")), line

@@ -11,6 +11,7 @@ import pytest
 import torch
 from capture import parse, recorder
 from mains import Stopped, lines, stop_after
+from PIL import Image
 from torch.nn import functional as F
 
 import engine_finetune
@@ -295,6 +296,27 @@ def test_stored_tokens_are_those_of_the_encoder_in_fp16(probe, mae, labelled):
         torch.testing.assert_close(tokens.float(), expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("resume", ["auto", ""])
+def test_tokens_are_those_of_the_present_images(probe, mae, labelled, tmp_path, resume):
+    """Images that are replaced under their names get new tokens. A run without --resume does not use existing ones."""
+    folder = shutil.copytree(labelled, tmp_path / "images")
+    flags = {"data_path": folder, "finetune": mae, "probe": "attentive", "epochs": 1, "cache_features": True}
+    out = probe("run", **flags)
+    for name in ("checkpoint-0.pth", "checkpoint-best.pth", "log.txt"):
+        (out / name).unlink()  # as if the run had been killed while it stored tokens
+    if resume:
+        for file in sorted((folder / "train").glob("*/*.png"))[:10]:
+            Image.new("RGB", (20, 20)).save(file)
+    else:
+        tokens = out / "tokens/train-0-of-1/features.f16"
+        tokens.write_bytes(bytes(tokens.stat().st_size))
+    probe("run", **flags, **({"resume": resume} if resume else {}))
+    fresh = probe("fresh", **flags)
+    for split in ("train", "val"):
+        ours, expected = ((run / f"tokens/{split}-0-of-1/features.f16").read_bytes() for run in (out, fresh))
+        assert ours == expected
+
+
 def test_each_process_stores_its_own_tokens_and_resumes(mae, labelled, tmp_path, monkeypatch):
     """The second of two processes is interrupted after two batches."""
     args = parse(main_linprobe, data_path=labelled, model="vit_mini_patch4", input_size=16, probe="attentive",
@@ -402,7 +424,7 @@ def test_bad_training_images_are_excluded_before_their_features(probe, mae, dama
     assert capsys.readouterr().out.count("01.png: the file is empty; it is excluded") == 1
     for number in (7, 13, 19, 25):  # with 01.png, more than a tenth of the images
         (damaged / f"train/kind1/{number:02}.png").write_bytes(b"")
-    with pytest.raises(BadImage, match=r"5 of 48 training images can't be read, more than 10%; one of them: .*01.png"):
+    with pytest.raises(BadImage, match=r"5 of 48 images can't be read, more than 10%; one of them: .*01.png"):
         probe("many", **flags, on_bad_image="skip")
 
 

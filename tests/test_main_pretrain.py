@@ -1,5 +1,6 @@
 """main_pretrain.py: its files, exact resume, and error messages."""
 
+import io
 import re
 import shutil
 import subprocess
@@ -35,7 +36,11 @@ def test_a_run_writes_the_files_of_the_published_code(pretrain):
     events = EventAccumulator(str(out)).Reload()
     assert [e.step for e in events.Scalars("train_loss")] == [int(1000 * (i / 6)) for i in range(12)]
     assert events.Scalars("lr")[6].value == pytest.approx(0.01 * 4 / 256)
-    assert len(events.Images("reconstruction")) == 2
+    shown = events.Images("reconstruction")
+    assert len(shown) == 2
+    images = np.asarray(Image.open(io.BytesIO(shown[0].encoded_image_string)))
+    titles = images[: -(8 * 80 + 7 * 2)]  # above 8 images of 16 pixels, enlarged to 80, and the gaps
+    assert (titles[:, -4 * 80 :] < 128).any()
 
 
 def test_the_loss_falls(pretrain):

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import re
+import shutil
 
 import forks
 import numpy as np
@@ -19,6 +21,7 @@ import main_segment
 import models_build
 import models_segment
 from inference import get_model
+from inference import segment as inference_segment
 from models_mae import mae_vit_mini_patch4
 from util.checkpoints import checkpoint
 from util.checkpoints.checkpoint import CheckpointError
@@ -364,3 +367,24 @@ def test_the_log_has_a_polynomial_rate(segment):
     expected = [sum(rates[3 * n : 3 * n + 3]) / 3 for n in range(4)]
     assert [line["train_lr"] for line in lines(out)] == pytest.approx(expected)
     assert json.loads((out / "log.txt").read_text().splitlines()[0])["n_parameters"] == 2 * 256 + 3 * 256 + 3
+
+
+def test_numbered_classes_have_the_same_names_in_all_outputs(segment, scenes, tmp_path, capsys):
+    out = segment(epochs=1, report=tmp_path / "report")
+    photo = scenes / "images/validation/00.jpg"
+    capsys.readouterr()
+    inference_segment.main(
+        inference_segment.get_args_parser().parse_args([str(photo), "--model", str(out / "checkpoint-0.pth")])
+    )
+    printed = {line.split("%")[1].strip() for line in capsys.readouterr().out.splitlines() if "%" in line}
+    header, *rows = csv.reader((tmp_path / "report/confusion.csv").read_text().splitlines())
+    assert [row[0] for row in rows] == header[1:]
+    assert printed <= set(header[1:])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_masks_do_not_count_as_images(segment, scenes, tmp_path, capsys, packed):
+    data = shutil.make_archive(str(tmp_path / "scenes"), "zip", scenes) if packed else scenes
+    segment(epochs=1, data_path=data)
+    counts = {int(count) for count in re.findall(r"(\d+) images(?! and masks|/s)", capsys.readouterr().out)}
+    assert counts == {12, 5}

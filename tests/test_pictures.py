@@ -37,3 +37,18 @@ def test_other_channel_counts_show_the_first(channels, shown):
     picture = pictures.tile([images, images], lambda x: x)
     assert picture.shape == (2 * 4 + pictures.GAP, 2 * 5 + pictures.GAP, shown)
     assert np.array_equal(picture[:4, :5], (images[0, :shown].permute(1, 2, 0) * 255).round().byte())
+
+
+def test_titles_and_labels_stand_beside_the_pictures(mini_mae):
+    images, noise = torch.randint(0, 256, (2, 1, 16, 16), dtype=torch.uint8), torch.rand(2, 16)
+    normalize = Normalize([0.4], [0.3])
+    plain = pictures.reconstruction(mini_mae, images, noise, normalize, 0.5, scale=5)
+    labelled = pictures.reconstruction(mini_mae, images, noise, normalize, 0.5, labels=["first.png", ""])
+    assert np.array_equal(labelled[-len(plain) :, -plain.shape[1] :], plain.repeat(3, axis=2))
+    header, margin = labelled[: -len(plain)], labelled[-len(plain) :, : -plain.shape[1]]
+    for column in np.array_split(header[:, -plain.shape[1] :], 4, axis=1):
+        assert (column < 128).any()
+    first, second = np.array_split(margin, 2)
+    assert (first < 128).any() and (second == 255).all()
+    streamed = pictures.reconstruction(mini_mae, images, noise, normalize, 0.5, labels=[])
+    assert streamed.shape[1] == plain.shape[1]

@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +11,10 @@ import pytest
 from PIL import Image
 
 from util.data import labels
+from util.data.archives import Archive
 from util.data.folders import find_files
 from util.data.lists import read_list
-from util.data.sources import Strings
+from util.data.sources import Strings, versions
 from util.files.untrusted import printable
 
 
@@ -32,6 +35,28 @@ def test_class_folders(pictures):
     assert names(source) == sorted(names(source))
     assert source[3][0] == (pictures / "train" / source.names[3]).read_bytes()
     assert source.name(3) == str(pictures / "train" / source.names[3])
+
+
+def test_the_version_of_a_sample_changes_with_its_file(tmp_path):
+    for name in ("train/a/1.png", "train/b/2.png"):
+        save(tmp_path / name)
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        for name in ("a/1.png", "b/2.png"):
+            archive.write(tmp_path / "train" / name, name)
+    folder = find_files(tmp_path / "train")
+    before = versions(labels.Subset(folder, np.array([1, 0])))
+    assert before == versions(folder)[::-1]
+    assert versions(folder, 1, 2) == versions(folder)[1:]
+    packed = versions(Archive(tmp_path / "images.zip", "train"))
+    assert packed == versions(Archive(tmp_path / "images.zip", "train"))
+    save(tmp_path / "train/b/2.png", gray=255)
+    after = versions(labels.Subset(folder, np.array([1, 0])))
+    assert (after[0] != before[0], after[1]) == (True, before[1])
+    shutil.copy(tmp_path / "images.zip", tmp_path / "copy.zip")
+    shutil.move(tmp_path / "copy.zip", tmp_path / "images.zip")
+    assert not set(packed) & set(versions(Archive(tmp_path / "images.zip", "train")))
+    (tmp_path / "train/b/2.png").unlink()  # is reported when it is read
+    assert versions(folder)[1] not in (before[0], after[0])
 
 
 def test_flat_and_nested_folders_have_no_classes(tmp_path):

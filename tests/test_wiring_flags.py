@@ -95,7 +95,8 @@ COMMANDS = {
     predict: MODEL | {"images": None, "topk": 5, "json": False, "out": None},
     reconstruct: MODEL
     | {"images": None, "out": None, "mask_ratio": 0.75, "seed": 0, "mask_box": None, "short_side": None},
-    features: MODEL | EXTRACTION | {"data_path": None, "out": None, "split": "train", "pool": None},
+    features: MODEL | EXTRACTION | {"data_path": None, "out": None, "split": "train", "pool": None}
+    | {"on_bad_image": "error"},
     segment: MODEL | {"images": None, "out": None, "opacity": 0.6, "masks": None},
     export: MODEL | {"to": None, "out": None, "encoder": False},
     datasets: SOURCE | {"num_images": None, "data_path": None, "val_list": None, "split": "train", "limit": None},

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from util import dist
@@ -30,8 +30,10 @@ from util.data.archives import Archive
 from util.data.decode import BadImage, Picture, fit_channels, is_turned, read, size_of
 from util.data.folders import find_files
 from util.data.huggingface_sets import HuggingFaceSet
+from util.data.labels import Subset
 from util.data.lists import read_list
-from util.data.loader import up_to_cores
+from util.data.loader import MAX_BAD_SHARE, Batches, up_to_cores
+from util.data.samples import preserve_generators
 from util.data.sources import Files, Source, Strings, check_split_names
 from util.data.torchvision_sets import TorchvisionSet
 from util.data.transforms import to_tensor, to_unit_range
@@ -173,8 +175,30 @@ def all_facts(source: Source | Shards, in_chans: int, indices: list[int], num_wo
         yield from unreadable
     else:
         dataset = FactsDataset(source, in_chans)
-        for batch in DataLoader(dataset, 16, sampler=indices, num_workers=num_workers, collate_fn=list):
+        for batch in Batches(dataset, num_workers, batch_size=16, sampler=indices, collate_fn=list):
             yield from batch
+
+
+def readable(source: Source, in_chans: int, num_workers: int) -> Source:
+    """Returns a dataset without the images that can't be read, and logs them. All processes call it.
+
+    Raises:
+        BadImage: more than `loader.MAX_BAD_SHARE` of the images can't be read.
+    """
+    own = list(range(dist.rank(), len(source), dist.world_size()))
+    with preserve_generators():
+        facts = all_facts(source, in_chans, own, up_to_cores(num_workers))
+        bar = tqdm(facts, "reading", len(own), unit="image", leave=False, disable=None if dist.is_main() else True)
+        bad = {index: fact.unreadable for index, fact in zip(own, bar, strict=True) if fact.unreadable}
+    bad = {index: why for part in dist.gather(bad) for index, why in part.items()}
+    for name, reason in bad.values():
+        logger.warning(f"{name}: {reason}; it is excluded")
+    if len(bad) > MAX_BAD_SHARE * len(source):
+        raise BadImage(
+            f"{len(bad):,} of {len(source):,} images can't be read, more than {MAX_BAD_SHARE:.0%}; one of them: "
+            f"{': '.join(bad[min(bad)])}"
+        )
+    return Subset(source, np.delete(np.arange(len(source)), list(bad)))
 
 
 def statistics_of(good: list[ImageFacts]) -> tuple[str, str]:

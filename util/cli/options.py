@@ -425,9 +425,14 @@ def add_optimizer_options(parser: argparse.ArgumentParser, several_blr: bool = F
         "--on_nonfinite", default="abort", choices=("abort", "skip"),
         help="if a loss or gradient is not finite: abort after saving a checkpoint, or skip the update",
     )  # fmt: skip
-    _group(parser, DATA).add_argument(
+    add_bad_image_option(_group(parser, DATA), "use another image instead, for up to 10 %% of an epoch")
+
+
+def add_bad_image_option(parser: argparse._ActionsContainer, skip: str) -> None:
+    """Adds the flag of images that can't be read; `skip` describes its second value."""
+    parser.add_argument(
         "--on_bad_image", default="error", choices=("error", "skip"),
-        help="if an image can't be read: abort, or use another image instead, for up to 10 %% of an epoch",
+        help=f"if an image can't be read: abort, or {skip}",
     )  # fmt: skip
 
 
@@ -518,8 +523,8 @@ def add_probe_options(parser: argparse.ArgumentParser) -> None:
     _group(parser, DATA).add_argument(
         "--cache_features", action="store_true",
         help="compute the features of all images once, without augmentation, and train on them. --probe attentive "
-        "stores patch tokens in fp16 in the folder tokens of --output_dir; remove it if images changed under the same "
-        "names",
+        "stores patch tokens in fp16 in the folder tokens of --output_dir, and a resumed run reuses those of unchanged "
+        "images",
     )  # fmt: skip
     _group(parser, EVALUATION).add_argument(
         "--held_out", default=0.1, type=ratio, metavar="R",

@@ -10,6 +10,7 @@ import time
 import zipfile
 import zlib
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ import numpy as np
 
 from util.cli.advice import advised
 from util.data.decode import SUFFIXES, BadImage
-from util.data.sources import KINDS, Strings, check_split_names, classes_of
+from util.data.sources import KINDS, Strings, check_split_names, classes_of, version_of
 from util.files.untrusted import MAX_BYTES, printable
 
 logger = logging.getLogger(__name__)
@@ -57,12 +58,13 @@ class Archive:
         path: the archive.
         split: "train" or "val"; None: all images.
         enclosing: keep enclosing folders in the names, if `split` is None.
+        kind: what the files are, for the log.
 
     Raises:
         ValueError: the archive can't be read in place, is damaged, or contains no image.
     """
 
-    def __init__(self, path: Path, split: str | None, *, enclosing: bool = False) -> None:
+    def __init__(self, path: Path, split: str | None, *, enclosing: bool = False, kind: str = "images") -> None:
         started = time.perf_counter()
         self.is_zip, members = find_members(path)
         names = sorted(_below(members, split, path, enclosing).items())
@@ -73,7 +75,7 @@ class Archive:
         self.places = np.array([members[member] for _, member in names], dtype=np.int64)
         self.classes, self.labels = classes_of([name for name, _ in names])
         self.file: tuple[int, int] | None = None  # process id and file descriptor
-        logger.info(f"{len(self):,} images in {path}, found in {time.perf_counter() - started:.1f} s")
+        logger.info(f"{len(self):,} {kind} in {path}, found in {time.perf_counter() - started:.1f} s")
 
     def __len__(self) -> int:
         return len(self.names)
@@ -89,6 +91,14 @@ class Archive:
     def name(self, index: int) -> str:
         """Returns the paths of the archive and of the member."""
         return printable(f"{self.path}: {self.names[index]}")
+
+    def version(self, index: int) -> str:
+        """Returns the version of the archive."""
+        return self._version
+
+    @cached_property
+    def _version(self) -> str:
+        return version_of(self.path)
 
     def _member(self, place: Place) -> bytes:
         """Reads a member. Each process opens the file itself."""

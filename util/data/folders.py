@@ -14,10 +14,13 @@ from util.files.untrusted import printable
 logger = logging.getLogger(__name__)
 
 
-def find_files(root: Path) -> Files:
+def find_files(root: Path, kind: str = "images") -> Files:
     """Finds the image files in a folder and its subfolders, sorted by name. Hidden files and folders are skipped.
 
     If all images are in subfolders, the top-level subfolders are the classes, sorted by name.
+
+    Args:
+        kind: what the files are, for the log.
 
     Raises:
         ValueError: the folder contains no images.
@@ -30,7 +33,7 @@ def find_files(root: Path) -> Files:
         shards = any(root.glob("*.tar"))
         raise advised(error, f"--dataset wds:{root}/*.tar reads shards of WebDataset") if shards else error
     folders = [entry.name for entry in os.scandir(root) if not entry.name.startswith(".") and _is_folder(entry)]
-    logger.info(f"{len(names):,} images under {root}, found in {time.perf_counter() - started:.1f} s")
+    logger.info(f"{len(names):,} {kind} under {root}, found in {time.perf_counter() - started:.1f} s")
     return Files(root, names, *classes_of(names, folders))
 
 

@@ -1,5 +1,6 @@
 """Map-style datasets of Hugging Face, from the hub or from a folder."""
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import numpy as np
 
 from util import dist
 from util.data.decode import BadImage
-from util.data.sources import VALIDATION
+from util.data.sources import VALIDATION, version_of
 from util.files.untrusted import read_file
 
 
@@ -75,3 +76,12 @@ class HuggingFaceSet:
     def name(self, index: int) -> str:
         """Returns the name of the dataset and the number of the row."""
         return f"{self.title}[{index}]"
+
+    def version(self, index: int) -> str:
+        """Returns the names and versions of the prepared files; the library prepares a changed dataset anew."""
+        return self._version
+
+    @cached_property
+    def _version(self) -> str:
+        files = [file["filename"] for file in self.table.cache_files]
+        return " ".join(f"{file} {version_of(file)}" for file in files)

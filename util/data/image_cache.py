@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tqdm import tqdm
 from util import dist
 from util.data.decode import BadImage, decode
 from util.data.loader import Batches, up_to_cores
+from util.data.samples import Samples
 from util.data.sources import Source
 from util.data.transforms import to_tensor
 from util.data.webdataset_shards import Shards
@@ -31,7 +33,8 @@ class ImageCache:
     """A source whose images are decoded at the start and kept in memory, as uint8 tensors (c, H, W).
 
     Worker processes share the memory, and each process of a distributed job has its own. Images with more than 8 bits
-    and images that can't be read are not kept. They are read from the source, with its result, at each access.
+    and images that can't be read and are skipped are not kept. They are read from the source, with its result, at each
+    access.
 
     Args:
         source: the encoded images.
@@ -39,12 +42,23 @@ class ImageCache:
         in_chans: as in `decode`.
         fast_jpeg: as in `decode`.
         num_workers: worker processes that decode the images.
+        on_bad_image: as in `Samples`.
 
     Raises:
+        BadImage: an image can't be read, and `on_bad_image` is not "skip".
         ValueError: the images take more than `limit` bytes, which is estimated after SAMPLE of them.
     """
 
-    def __init__(self, source: Source, limit: float, *, in_chans: int, fast_jpeg: bool, num_workers: int) -> None:
+    def __init__(
+        self,
+        source: Source,
+        limit: float,
+        *,
+        in_chans: int,
+        fast_jpeg: bool,
+        num_workers: int,
+        on_bad_image: str | None = None,
+    ) -> None:
         self.source = source
         self.classes = source.classes
         self.labels = source.labels
@@ -56,8 +70,8 @@ class ImageCache:
         count = -(-len(source) // BATCH)
         batches = [list(range(number, len(source), count)) for number in range(count)]
         decoded = Batches(
-            _Decoded(source, in_chans, fast_jpeg), up_to_cores(num_workers), batch_sampler=batches, collate_fn=_flatten,
-            generator=torch.Generator(),  # the random numbers of the run are not affected
+            _Decoded(source, in_chans, fast_jpeg, on_bad_image), up_to_cores(num_workers), batch_sampler=batches,
+            collate_fn=_flatten, generator=torch.Generator(),  # the random numbers of the run are not affected
         )  # fmt: skip
         bar = tqdm(total=len(source), desc="decoding", unit="image", disable=None if dist.is_main() else True)
         with bar:
@@ -86,6 +100,10 @@ class ImageCache:
         """Returns the name of an image in the source."""
         return self.source.name(index)
 
+    def version(self, index: int) -> str:
+        """Returns the version of an image in the source."""
+        return self.source.version(index)
+
     def _limit(self, estimate: float, limit: float) -> None:
         if estimate > limit:
             raise ValueError(
@@ -95,24 +113,33 @@ class ImageCache:
             )
 
 
-def cached(sources: Sequence[Source | Shards], *, in_chans: int, fast_jpeg: bool, num_workers: int) -> list[ImageCache]:
+def cached(
+    sources: Sequence[Source | Shards],
+    *,
+    in_chans: int,
+    fast_jpeg: bool,
+    num_workers: int,
+    on_bad_image: Sequence[str | None] = (),
+) -> list[ImageCache]:
     """Decodes the images of datasets, and keeps them in up to SHARE of the memory.
 
     Args:
         in_chans: as in `decode`.
         fast_jpeg: as in `decode`.
         num_workers: worker processes that decode the images.
+        on_bad_image: as in `Samples`, for the first sources; None for the others.
 
     Raises:
+        BadImage: an image can't be read, and `on_bad_image` of its source is not "skip".
         ValueError: the images take more memory, or the source has no random access.
     """
     limit = SHARE * memory_bytes() / dist.processes_here()
     caches: list[ImageCache] = []
-    for source in sources:
+    for source, on_bad in zip_longest(sources, on_bad_image):
         if isinstance(source, Shards):
             raise ValueError("--cache_images: shards (wds:) are streamed, in another order in each epoch; omit it")
         left = limit - sum(cache.num_bytes for cache in caches)
-        options = {"in_chans": in_chans, "fast_jpeg": fast_jpeg, "num_workers": num_workers}
+        options = {"in_chans": in_chans, "fast_jpeg": fast_jpeg, "num_workers": num_workers, "on_bad_image": on_bad}
         caches.append(ImageCache(source, left, **options))  # type: ignore[arg-type]
     images, size = sum(map(len, caches)), sum(cache.num_bytes for cache in caches)
     logger.info(f"--cache_images: {images:,} images are decoded and take {size / 1e6:,.0f} MB of memory")
@@ -135,8 +162,11 @@ def memory_bytes() -> int:
 class _Decoded(Dataset):
     """The decoded images of a source, uint8 (c, H, W); (c, 0, 0) for those that are not kept."""
 
-    def __init__(self, source: Source, in_chans: int, fast_jpeg: bool) -> None:
+    def __init__(self, source: Source, in_chans: int, fast_jpeg: bool, on_bad_image: str | None) -> None:
         self.source = source
+        self.samples = Samples(
+            source, to_tensor, in_chans=in_chans, seed=0, on_bad_image=on_bad_image, fast_jpeg=fast_jpeg
+        )
         self.in_chans = in_chans
         self.fast_jpeg = fast_jpeg
 
@@ -144,7 +174,8 @@ class _Decoded(Dataset):
         nothing = torch.zeros(self.in_chans, 0, 0, dtype=torch.uint8)
         try:
             pixels = to_tensor(decode(self.source[index][0], self.in_chans, fast_jpeg=self.fast_jpeg))
-        except (BadImage, OSError):
+        except (BadImage, OSError) as error:
+            self.samples.refuse(self.source.name(index), error, [])
             return nothing
         return pixels if pixels.dtype == torch.uint8 else nothing
 

@@ -45,6 +45,10 @@ class Subset:
         """Returns the name of the sample in the source."""
         return self.source.name(int(self.indices[index]))
 
+    def version(self, index: int) -> str:
+        """Returns the version of the sample in the source."""
+        return self.source.version(int(self.indices[index]))
+
 
 def check_classes(train: Source, val: Source, nb_classes: int | None) -> list[str]:
     """Returns the classes of a training and a validation set, which must be equal.
@@ -75,6 +79,7 @@ def open_pair(
     nb_classes: int | None,
     train_per_class: int | None,
     seed: int,
+    validation: bool = True,
 ) -> tuple[Source, Source]:
     """Opens the training set and the validation set. The labels of both are indices into the same classes.
 
@@ -82,12 +87,13 @@ def open_pair(
         open_split: `datasets.open_source` with the arguments that are common to both sets.
         nb_classes: the expected number of classes; None: any number.
         train_per_class: number of training images of each class, chosen at random by `seed`; None: all images.
+        validation: open the validation set. Else, the training set takes its place.
 
     Raises:
         ValueError: a set has no labels, the classes differ, or a class has too few images.
     """
     train = require(open_split("train", file_list=train_list), "train")
-    val = require(open_split("val", file_list=val_list), "val")
+    val = require(open_split("val", file_list=val_list), "val") if validation else train
     classes = check_classes(train, val, nb_classes)
     chosen = some_of_each_class(train, train_per_class, seed) if train_per_class else train
     return chosen, counted_as(val, classes)

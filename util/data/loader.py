@@ -13,6 +13,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from torch.utils.data import DataLoader, Sampler, default_collate
 
 from util import dist, interrupts
 from util.cli.choices import DEFAULT_WORKERS
+from util.data import shared_memory
 from util.data.decode import BadImage
 from util.data.samples import Bad, Sample, Samples, StreamedSamples, seed_python
 from util.data.transforms import to_unit_range
@@ -147,20 +149,34 @@ class EpochBatches(_Epochs, Sampler[list[tuple[int, int]]]):
 class Batches(DataLoader):
     """A data loader whose worker processes ignore the signals that stop a run, and which raises errors between updates.
 
+    Worker processes send batches through shared memory, also if it is too small for them: the loader raises an error.
+
     If a worker process dies, PyTorch raises an error from a signal handler, at any time: also between an update of the
     weights and its bookkeeping. This class installs that handler only while it waits for a batch.
 
     Raises (while iterating):
         RuntimeError: a worker process was killed.
+        OSError: the shared memory is full.
     """
 
     _raise_if_dead: Any = staticmethod(lambda *_: None)  # PyTorch's handler of SIGCHLD, installed once per process
 
     def __init__(self, dataset: Any, num_workers: int, **options: Any) -> None:
         prepare = partial(interrupts.ignore_from_others, os.getpid())
-        super().__init__(dataset, num_workers=num_workers, worker_init_fn=prepare, **options)
+        collate = shared_memory.Shared(options.pop("collate_fn"))
+        super().__init__(dataset, num_workers=num_workers, worker_init_fn=prepare, collate_fn=collate, **options)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        if self.num_workers:
+            shared_memory.require_space(self.num_workers)
+        try:
+            yield from self._batches()
+        except RuntimeError as error:
+            if not shared_memory.is_full(error):
+                raise
+            raise shared_memory.full(self.num_workers) from error
+
+    def _batches(self) -> Iterator[Any]:
         with interrupts.blocked():
             iterator = super().__iter__()
         if not self.num_workers or threading.current_thread() is not threading.main_thread():
@@ -215,6 +231,9 @@ class TrainLoader:
         options: dict[str, Any] = {"pin_memory": pin_memory, "persistent_workers": workers > 0, "collate_fn": _collate}
         self.stream = StreamedSamples(samples, samples.source, repeats) if isinstance(samples.source, Shards) else None
         if self.stream:
+            if workers:  # persistent worker processes read the place of the next pass from it
+                shared_memory.require_space(workers)
+                self.stream.place.share_memory_()
             self.batches = Batches(self.stream, workers, batch_size=batch_size, **options)
         else:
             self.batches = Batches(samples, workers, batch_sampler=self.order, **options)
@@ -322,9 +341,19 @@ def examples(samples: Samples, count: int) -> list[Tensor]:
         stream.seek(0, 1, min(count, len(samples)))
         chosen = list(stream)
     else:
-        indices = np.unique(np.linspace(0, len(samples) - 1, count, dtype=int))
-        chosen = [samples[0, int(index)] for index in indices]
+        chosen = [samples[0, index] for index in _evenly_spaced(len(samples), count)]
     return _collate_good(chosen)
+
+
+def example_names(samples: Samples, count: int) -> list[str]:
+    """Returns the file names of `examples`; of a stream, none."""
+    if isinstance(samples.source, Shards):
+        return []
+    return [Path(samples.source.name(index)).name for index in _evenly_spaced(len(samples), count)]
+
+
+def _evenly_spaced(total: int, count: int) -> list[int]:
+    return np.unique(np.linspace(0, total - 1, count, dtype=int)).tolist()
 
 
 def _collate_good(samples: list[Sample]) -> list[Tensor]:

@@ -156,8 +156,7 @@ class StreamedSamples(IterableDataset):
         self.samples = samples
         self.shards = shards
         self.repeats = repeats
-        # Start, number of batches, batch size; in shared memory, because workers are persistent.
-        self.place = torch.zeros(3, dtype=torch.int64).share_memory_()
+        self.place = torch.zeros(3, dtype=torch.int64)  # start, number of batches, batch size
 
     def seek(self, start: int, num_batches: int, batch_size: int) -> None:
         """Sets the next pass over this object.

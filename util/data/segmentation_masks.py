@@ -233,6 +233,10 @@ class Pairs:
         """Returns the name of the image."""
         return self.images.name(self.places[index, 0])
 
+    def version(self, index: int) -> str:
+        """Returns the versions of image and mask."""
+        return f"{self.images.version(self.places[index, 0])} {self.masks.version(self.places[index, 1])}"
+
     def mask_name(self, index: int) -> str:
         """Returns the name of the mask."""
         return self.masks.name(self.places[index, 1])
@@ -313,7 +317,7 @@ def open_pairs(
                 raise ValueError(f"--{split}_folders: there is no folder {folder}")
             if not any(image_files(str(folder))):
                 raise ValueError(f"--{split}_folders: there are no images in {folder}")
-        pair = [find_files(folder) for folder in places]
+        pair = [find_files(folder, kind) for folder, kind in zip(places, ("images", "masks"), strict=True)]
         of_images, of_masks = (
             _by_key(((_stem(name), index) for index, name in enumerate(one.names)), one, split) for one in pair
         )
@@ -326,7 +330,8 @@ def open_pairs(
         )
     if not root.exists():
         raise ValueError(f"--data_path: there is no folder or archive {root}")
-    files = find_files(root) if root.is_dir() else Archive(root, None, enclosing=True)
+    kind = "images and masks"
+    files = find_files(root, kind) if root.is_dir() else Archive(root, None, enclosing=True, kind=kind)
     by_key = _by_folder(files, split)
     if not by_key[0]:
         error = ValueError(f"--data_path {root}: there are no images for {split} in it (looked for {LAYOUT})")

@@ -3,6 +3,7 @@
 A source lists its samples once, in the training process. The worker processes share the memory of this list.
 """
 
+import hashlib
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -46,6 +47,9 @@ class Source(Protocol):
     def name(self, index: int) -> str:
         """Returns a printable name of a sample for messages."""
 
+    def version(self, index: int) -> str:
+        """Returns a text that changes when the file of a sample changes: `version_of` the file."""
+
 
 class Strings:
     """A sequence of strings in two arrays.
@@ -68,6 +72,23 @@ class Strings:
     def __getitem__(self, index: int) -> str:
         start = self.ends[index - 1] if index else 0
         return self.bytes[start : self.ends[index]].tobytes().decode("utf-8", "surrogateescape")
+
+
+def version_of(path: str | Path) -> str:
+    """Returns size and modification time of a file, or a digest of those of all files in a folder, as a text."""
+    if os.path.isdir(path):
+        files = sorted(os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names)
+        return hashlib.sha256(os.fsencode("\n".join(f"{file} {version_of(file)}" for file in files))).hexdigest()
+    try:
+        status = os.stat(path)
+    except OSError:  # such as a broken link: its image is reported when it is read
+        return "missing"
+    return f"{status.st_size} {status.st_mtime_ns}"
+
+
+def versions(source: Source, start: int = 0, step: int = 1) -> list[str]:
+    """Returns name and version of the samples `start`, `start + step`, ..., on which stored features depend."""
+    return [f"{source.name(index)} {source.version(index)}" for index in range(start, len(source), step)]
 
 
 def first_few(names: Sequence[str]) -> str:
@@ -98,6 +119,10 @@ class Files:
     def name(self, index: int) -> str:
         """Returns the path of the file for messages."""
         return printable(self.path(index))
+
+    def version(self, index: int) -> str:
+        """Returns the version of the file."""
+        return version_of(self.path(index))
 
     def path(self, index: int) -> str:
         """Returns the path of the file."""

@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 from util import dist
 from util.cli.advice import advised, did_you_mean
 from util.data.decode import BadImage, Picture
-from util.data.sources import VALIDATION
+from util.data.sources import VALIDATION, version_of
 from util.files.untrusted import read_file
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ class TorchvisionSet:
     def __init__(self, name: str, split: str, root: str | None, download: bool) -> None:
         import torchvision  # takes more than a second
 
-        self.title = name
+        self.title, self.root = name, root
         name, _, part = name.partition(":")
         make = getattr(torchvision.datasets, name, None)
         if not inspect.isclass(make):
@@ -110,6 +111,14 @@ class TorchvisionSet:
     def name(self, index: int) -> str:
         """Returns the name of the dataset and the number of the sample."""
         return f"{self.title}[{index}]"
+
+    def version(self, index: int) -> str:
+        """Returns the version of the folder with the files of the dataset."""
+        return self._version
+
+    @cached_property
+    def _version(self) -> str:
+        return version_of(self.root) if self.root else ""
 
 
 def _parameters(make: type) -> set[str]:

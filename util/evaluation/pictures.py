@@ -1,15 +1,20 @@
 """Converts tensors to pictures."""
 
 from collections.abc import Callable, Sequence
+from math import ceil
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from util.data.transforms import Normalize
 
 GAP = 2  # pixels between pictures
+HEADER = 18  # pixels above pictures with titles
+MIN_WIDTH = 80  # pixels of a column with a title
+MAX_LABEL = 24  # characters
 
 
 def tile(columns: Sequence[Tensor], to_pixels: Callable[[Tensor], Tensor], scale: int = 1) -> np.ndarray:
@@ -33,8 +38,37 @@ def tile(columns: Sequence[Tensor], to_pixels: Callable[[Tensor], Tensor], scale
     return (picture * 255).round().to(torch.uint8).cpu().numpy()
 
 
+def with_labels(picture: np.ndarray, titles: Sequence[str], labels: Sequence[str]) -> np.ndarray:
+    """Adds a title above each column of a picture of `tile`, and a label at the left of each row.
+
+    Args:
+        picture: uint8 (height, width, 1 or 3).
+        labels: of the rows; empty for none.
+
+    Returns:
+        uint8 (height, width, 3).
+    """
+    labels = [label if len(label) <= MAX_LABEL else f"{label[: MAX_LABEL - 1]}…" for label in labels]
+    font = ImageFont.load_default()
+    margin = max((ceil(font.getlength(label)) + 2 * GAP for label in labels), default=0)
+    sheet = Image.new("RGB", (margin + picture.shape[1], HEADER + len(picture)), "white")
+    sheet.paste(Image.fromarray(picture.squeeze(2) if picture.shape[2] == 1 else picture), (margin, HEADER))
+    pen = ImageDraw.Draw(sheet)
+    for column, title in enumerate(titles):
+        pen.text((margin + (column + 0.5) * picture.shape[1] / len(titles), 3), title, fill="black", anchor="ma")
+    for row, label in enumerate(labels):
+        pen.text((GAP, HEADER + row * (len(picture) + GAP) / len(labels)), label, fill="black")
+    return np.asarray(sheet)
+
+
 def reconstruction(
-    model: Any, images: Tensor, noise: Tensor, normalize: Normalize, mask_ratio: float = 0.75, scale: int = 1
+    model: Any,
+    images: Tensor,
+    noise: Tensor,
+    normalize: Normalize,
+    mask_ratio: float = 0.75,
+    scale: int = 1,
+    labels: Sequence[str] | None = None,
 ) -> np.ndarray:
     """Reconstructs images with a masked autoencoder. A row has original, masked, prediction, pasted.
 
@@ -45,10 +79,15 @@ def reconstruction(
         normalize: images -> the input of the model.
         mask_ratio: fraction of masked patches.
         scale: as in `tile`.
+        labels: add titles and these labels of the images, as `with_labels` does; small images are enlarged.
 
     Returns:
         As `tile`.
     """
+    scale = scale if labels is None else max(scale, ceil(MIN_WIDTH / images.shape[3]))
     device = normalize.mean.device
     result = model.reconstruct(normalize(images.to(device)), mask_ratio, noise=noise.to(device))
-    return tile(result[:4], normalize.inverse, scale)
+    picture = tile(result[:4], normalize.inverse, scale)
+    if labels is None:
+        return picture
+    return with_labels(picture, ("original", f"masked {mask_ratio:.0%}", "prediction", "pasted"), labels)

@@ -105,6 +105,11 @@ def confusion_matrix(targets: Tensor, predictions: Tensor, num_classes: int) -> 
     return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
 
 
+def class_title(name: str) -> str:
+    """Returns the name of a class for tables and pictures; without a palette, the names are numbers."""
+    return f"class {name}" if name.isdecimal() else name
+
+
 class Scores(NamedTuple):
     """Scores of a segmentation.
 
