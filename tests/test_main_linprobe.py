@@ -67,6 +67,14 @@ def test_an_attentive_probe_refuses_a_classifier_that_pools_patches_at_once(prob
         probe(finetune=tmp_path / "pooling.pth", probe="attentive", epochs=1)
 
 
+def test_a_resumed_probe_with_another_crop_is_an_error(probe):
+    probe(epochs=1, warmup_epochs=0, crop_pct=0.5)
+    with pytest.raises(CheckpointError) as raised:
+        probe(epochs=2, warmup_epochs=0, crop_pct=1, resume="auto")
+    assert raised.value.__notes__ == ["give --crop_pct 0.5"]
+    assert len(lines(probe(epochs=2, warmup_epochs=0, crop_pct=0.5, resume="auto"))) == 2
+
+
 def test_the_trunk_is_in_evaluation_mode():
     settings = {"model": "vit_mini_patch4", "input_size": 16, "in_chans": 1, "patch_size": None, "nb_classes": 3,
                 "global_pool": False}  # fmt: skip

@@ -17,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import main_pretrain
 from util import dist
 from util.checkpoints import checkpoint
+from util.checkpoints.checkpoint import CheckpointError
 from util.cli import entry_point
 from util.data import loader
 from util.training import loop, run_log
@@ -151,6 +152,36 @@ def test_a_rejected_checkpoint_moves_no_files(pretrain):
         pretrain("run", resume=out / "checkpoint-0.pth", in_chans=1)
     assert not (out / "abandoned").exists()
     assert len(lines(out)) == 2
+
+
+def typed(note: str, flags: dict) -> dict:
+    """The flags of a command after its remedy is typed, such as `give --mean 0.5 and omit --crop_pct`."""
+    given, _, omitted = note.partition("omit ")
+    words = re.findall(r"--(\w+)((?: (?!and )[^-\s]\S*)*)", given)
+    flags = flags | {name: values.strip() or True for name, values in words}
+    return {name: value for name, value in flags.items() if f"--{name}" not in omitted.split()}
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ({"mean": 0.1, "std": 0.01, "in_chans": 1}, {"in_chans": 1}),
+        ({}, {"mean": "0.5 0.5 0.5"}),
+        ({"input_size": 16}, {"input_size": "8 32"}),  # the same number of patches
+        ({"crop_scale": "0.5 1"}, {"crop_scale": "0.9 1"}),
+        ({"norm_pix_loss": True}, {}),
+        ({"mean": "0.1", "in_chans": 1, "patch_size": 8}, {}),
+    ],
+)
+def test_resuming_with_a_different_meaning_of_the_data_is_an_error(pretrain, first, then):
+    pretrain(epochs=1, **{"warmup_epochs": 0, **first})
+    again = {"warmup_epochs": 0, "epochs": 2, "resume": "auto", **then}
+    with pytest.raises(CheckpointError) as raised:
+        pretrain(**again)
+    (note,) = raised.value.__notes__
+    changed = first.keys() ^ then.keys() | {name for name in first if first[name] != then.get(name)}
+    assert set(re.findall(r"--(?:no_)?(\w+)", note)) == changed
+    assert len(lines(pretrain(**typed(note, again)))) == 2
 
 
 def test_changed_settings_are_logged(pretrain, capsys):
