@@ -1,7 +1,9 @@
 """main_pretrain.py: its files, exact resume, and error messages."""
 
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -20,6 +22,7 @@ from util.checkpoints import checkpoint
 from util.checkpoints.checkpoint import CheckpointError
 from util.cli import entry_point
 from util.data import loader
+from util.interrupts import Interrupted
 from util.training import loop, run_log
 
 
@@ -152,6 +155,38 @@ def test_a_rejected_checkpoint_moves_no_files(pretrain):
         pretrain("run", resume=out / "checkpoint-0.pth", in_chans=1)
     assert not (out / "abandoned").exists()
     assert len(lines(out)) == 2
+
+
+class Stops:
+    """Sends a signal to this process after an update of each start of the run."""
+
+    def __init__(self, updates):
+        self.updates = updates
+
+    def after_update(self, model, epoch):
+        self.updates -= 1
+        if not self.updates:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state_dict):
+        pass
+
+
+@pytest.mark.parametrize("updates", [6, 5000])
+def test_a_run_that_is_stopped_logs_every_update_once(pretrain, tmp_path, updates):
+    """Long epochs have several updates at each x, which is thousandths of an epoch."""
+    for count in (8, 3, 7):
+        with pytest.raises(Interrupted):
+            pretrain(epochs=10, updates_per_epoch=updates, resume="auto", callbacks=[Stops(count)])
+    events = EventAccumulator(str(tmp_path / "run"), size_guidance={"scalars": 0}).Reload()
+    position = checkpoint.read(tmp_path / "run" / "checkpoint-last.pth")["progress"]
+    done = position["epoch"] * updates + position["images_done"] // 4
+    assert done >= 18
+    for tag in ("train_loss", "lr", "grad_norm"):
+        assert [e.step for e in events.Scalars(tag)] == [int(1000 * (i / updates)) for i in range(done)]
 
 
 def typed(note: str, flags: dict) -> dict:
