@@ -157,6 +157,16 @@ def test_a_rejected_checkpoint_moves_no_files(pretrain):
     assert len(lines(out)) == 2
 
 
+def test_the_sizes_of_encoder_and_decoder_are_logged(pretrain, capsys):
+    state = weights(pretrain(epochs=1, warmup_epochs=0), "checkpoint-0.pth")
+    sizes = {True: 0, False: 0}
+    for name, tensor in state.items():
+        sizes[name.startswith("decoder_") or name == "mask_token"] += tensor.numel()
+    output = capsys.readouterr().out
+    assert re.search(rf"encoder\b.* 128 wide, 4 deep, {sizes[False]:,} parameters", output)
+    assert re.search(rf"decoder\b.* 64 wide, 1 deep, {sizes[True]:,} parameters", output)
+
+
 class Stops:
     """Sends a signal to this process after an update of each start of the run."""
 
