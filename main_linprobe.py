@@ -20,9 +20,9 @@ An attentive probe (Psomas et al. 2025), with an effective batch size of 4096:
 import argparse
 import copy
 import logging
+import math
 import shutil
 from argparse import Namespace
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -157,7 +157,7 @@ def train_probe(args: Namespace, setup: Setup, file: Weights | None, precision: 
         batches: Any = loader.FeatureBatches(*features.load("train"), args.batch_size, args.seed, args.accum_iter)
     else:
         batches = setup.train_batches(train, transforms.probe_transform(args.input_size, args.crop))
-    num_parameters, criterion = sum(p.numel() for p in heads[0].parameters()), HeadLosses(len(batches))
+    num_parameters, criterion = sum(p.numel() for p in heads[0].parameters()), HeadLosses()
 
     def evaluate_epoch(epoch: int, log: run_log.NullLog) -> dict[str, Any]:
         """Evaluates the head with the best accuracy on the held-out images."""
@@ -183,6 +183,7 @@ def train_probe(args: Namespace, setup: Setup, file: Weights | None, precision: 
         loss_tag="loss",
         trained=model.head if args.cache_features else None,
         evaluates=not features.are_stored,
+        callbacks=[criterion] if several else [],
         is_locked=True,
     )
 
@@ -344,36 +345,52 @@ class HeadLosses:
     """The criterion: cross-entropy of (B, classes), or of several heads (heads, B, classes).
 
     The gradient of several heads is that of the sum of their losses, so that each head trains independently. The value
-    is the mean over the heads with a finite loss, and NaN if there is none. The loss of each head is stored until the
-    end of the epoch.
+    is the mean over the heads with a finite loss, and NaN if there is none. As a `Callback`, it sums the losses of each
+    head over the updates of an epoch; checkpoints contain the sums.
     """
 
-    def __init__(self, batches: int) -> None:
-        self.losses = deque[Tensor](maxlen=batches)  # (heads,), of each batch of an epoch
+    def __init__(self) -> None:
+        self.epoch = self.batches = 0
+        self.sums: Tensor | None = None  # (2, heads): finite losses, and number of them; means over the processes
+        self.of_update: list[Tensor] = []  # the same of each batch since the last update
 
     def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
         if logits.ndim == 2:
             return F.cross_entropy(logits, targets)
         losses = torch.stack([F.cross_entropy(own, targets) for own in logits])
-        self.losses.append(losses.detach())
         finite = losses.isfinite()
         total = losses.where(finite, 0.0).sum()
+        batch = torch.stack([losses.detach().where(finite, 0.0), finite.to(losses.dtype)])
+        # Not after the update: if another process has ended, this raises an error before the weights change.
+        self.of_update.append(dist.mean_over_processes(batch))
         return total - total.detach() + total.detach() / finite.sum()
 
-    def means(self) -> tuple[list[float], list[float]]:
-        """Returns the mean loss of each head over its finite batches, and the share of these batches.
+    def after_update(self, model: nn.Module, epoch: float) -> None:
+        """Adds the batches of an update."""
+        if self.epoch != math.ceil(epoch):
+            self.epoch, self.batches, self.sums = math.ceil(epoch), 0, None
+        for batch in self.of_update:
+            self.sums = batch if self.sums is None else self.sums.to(batch) + batch
+            self.batches += 1
+        self.of_update.clear()
 
-        They are of all processes. Both are [] without batches. After resuming within an epoch, they are over the rest
-        of the epoch.
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the sums of the epoch so far."""
+        return {"epoch": self.epoch, "batches": self.batches, "sums": self.sums}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores the sums."""
+        self.epoch, self.batches, self.sums = state_dict["epoch"], state_dict["batches"], state_dict["sums"]
+
+    def means(self) -> tuple[list[float], list[float]]:
+        """Returns the mean loss of each head over its finite batches of the epoch, and the share of these batches.
+
+        They are of all processes. Both are [] without batches.
         """
-        if not self.losses:
+        if self.sums is None:
             return [], []
-        losses = torch.stack(list(self.losses))
-        self.losses.clear()
-        finite = losses.isfinite()
-        sums = torch.stack([losses.where(finite, 0.0).mean(dim=0), finite.to(losses.dtype).mean(dim=0)])
-        means, shares = dist.mean_over_processes(sums)
-        return (means / shares).tolist(), shares.tolist()
+        losses, counts = self.sums
+        return (losses / counts).tolist(), (counts / self.batches).tolist()
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ The published recipe on ImageNet, 8 GPUs of one machine:
 """
 
 import argparse
+import logging
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -36,6 +37,8 @@ from util.lr_decay import param_groups_weight_decay
 from util.training import run_log, trainer
 from util.training.loop import Callback
 from util.weights import loading
+
+logger = logging.getLogger(__name__)
 
 EXAMPLES = 8  # reconstructions in TensorBoard
 
@@ -72,6 +75,7 @@ def main(
     # --fsdp initializes the shards. The constructor of a subclass may set weights and buffers, which have to exist.
     with torch.device("meta" if args.fsdp and is_base else "cpu"):
         model = models_build.autoencoder(settings, model_class)
+    log_sizes(model)
     if not is_base:  # for programs that read the checkpoints, and do not have the class
         settings = {**settings, "model_class": type(model).__qualname__, "predicts_pixels": model.predicts_pixels}
     if args.fsdp:
@@ -135,6 +139,19 @@ def main(
         after_epoch=draw_examples,
         callbacks=callbacks,
     )
+
+
+def log_sizes(model: models_mae.MaskedAutoencoderViT) -> None:
+    """Logs width, depth and number of parameters of encoder and decoder."""
+    counts = [0, 0]
+    for name, parameter in model.named_parameters():
+        counts[name.startswith(("decoder_", "mask_token"))] += parameter.numel()
+    parts = (
+        ("encoder", model.cls_token.shape[-1], model.blocks),
+        ("decoder", model.mask_token.shape[-1], model.decoder_blocks),
+    )
+    for (part, width, blocks), count in zip(parts, counts, strict=True):
+        logger.info(f"{part}: {width} wide, {len(blocks)} deep, {count:,} parameters")
 
 
 if __name__ == "__main__":

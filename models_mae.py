@@ -22,12 +22,21 @@ from models_vit import LAYER_NORM, SIZES, Block, Encoder, NormLayer, PatchEmbed,
 from util.masking import noise_from_mask, shuffle, take
 from util.pos_embed import Size, resize_pos_embed, sincos_table
 
-# He et al. 2021, table 1: the decoder has 8 blocks of 512 channels for every encoder. Small models have smaller
-# decoders.
-PUBLISHED_DECODER = {"decoder_embed_dim": 512, "decoder_depth": 8, "decoder_num_heads": 16, "decoder_mlp_ratio": 4.0}
+
+def decoder_for(embed_dim: int, depth: int) -> dict[str, Any]:
+    """Returns the size of the decoder of an encoder: 8 blocks of 512 channels (He et al. 2021, table 1).
+
+    An encoder that is narrower than ViT-B has a decoder of half its width and a third of its depth, which is smaller
+    than the encoder.
+    """
+    if embed_dim >= SIZES["base_patch16"]["embed_dim"]:
+        return {"decoder_embed_dim": 512, "decoder_depth": 8, "decoder_num_heads": 16, "decoder_mlp_ratio": 4.0}
+    heads = max(1, embed_dim // 64)  # of 32 channels, as in the published decoder
+    return {"decoder_embed_dim": 32 * heads, "decoder_depth": max(1, depth // 3), "decoder_num_heads": heads}
+
+
 DECODERS: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(SIZES, PUBLISHED_DECODER),
-    "mini_patch4": {"decoder_embed_dim": 64, "decoder_depth": 1, "decoder_num_heads": 2},
+    **{size: decoder_for(entry["embed_dim"], entry["depth"]) for size, entry in SIZES.items()},
     "tiny_patch16": {"decoder_embed_dim": 192, "decoder_depth": 4, "decoder_num_heads": 3},
     "small_patch16": {"decoder_embed_dim": 256, "decoder_depth": 4, "decoder_num_heads": 8},
 }

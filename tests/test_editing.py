@@ -13,6 +13,7 @@ from conftest import ROOT
 from test_models_mae import build
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import main_pretrain
 import models_build
@@ -75,7 +76,9 @@ def test_a_new_size_needs_one_entry(pictures, tmp_path):
 import inference, main_finetune, models_vit
 checkpoint = sys.argv[-1] + "/checkpoint-1.pth"
 model = inference.get_model(checkpoint)
-assert model.blocks[0].attn.num_heads == 8 and len(model.decoder_blocks) == 8
+assert model.blocks[0].attn.num_heads == 8
+sizes = [sum(p.numel() for p in blocks.parameters()) for blocks in (model.blocks, model.decoder_blocks)]
+assert 0 < sizes[1] < sizes[0] / 2  # the decoder is that of a small encoder
 assert inference.get_model("vit_heads8_patch4", checkpoint, nb_classes=0).blocks[0].attn.num_heads == 8
 assert models_vit.vit_heads8_patch4().blocks[0].attn.num_heads == 8
 entry_point.parse(main_finetune.get_args_parser(), ["--model", "vit_heads8_patch4"])
@@ -324,6 +327,43 @@ def test_concurrent_calls_use_their_own_noise():
     with ThreadPoolExecutor(4) as pool:
         masks = list(pool.map(lambda noise: model(imgs, noise=noise)[2], noises))
     assert all(map(torch.equal, masks, expected))
+
+
+class Recomputed(MaskedAutoencoderViT):
+    """Recomputes the whole encoder in the backward pass, to save memory."""
+
+    def forward_encoder(self, imgs, mask_ratio, **options):
+        return checkpoint(super().forward_encoder, imgs, mask_ratio, use_reentrant=False, **options)
+
+
+@pytest.mark.xfail(strict=True, reason="the noise of a call reaches forward_encoder outside of its arguments")
+def test_an_encoder_that_is_recomputed_has_the_same_gradients():
+    torch.manual_seed(0)
+    base, own = (kind(**{**SETTINGS, "depth": 2}).double() for kind in (MaskedAutoencoderViT, Recomputed))
+    own.load_state_dict(base.state_dict())
+    imgs, noise = torch.randn(2, 3, 16, 16).double(), torch.rand(2, 16)
+    losses = [model(imgs, noise=noise)[0] for model in (base, own)]
+    for loss in losses:
+        loss.backward()
+    torch.testing.assert_close(*losses)
+    gradients = [{name: p.grad for name, p in model.named_parameters() if p.requires_grad} for model in (base, own)]
+    torch.testing.assert_close(*gradients)
+
+
+class Steps(MaskedAutoencoderViT):
+    """Calls the published steps one after another."""
+
+    def predict(self, imgs, mask_ratio):
+        latent, _, ids_restore = self.forward_encoder(imgs, mask_ratio)
+        return self.forward_decoder(latent, ids_restore, grid_size=self.patch_embed.grid_of(*imgs.shape[-2:]))
+
+
+@pytest.mark.xfail(strict=True, reason="the patch grid of a call reaches forward_decoder outside of its arguments")
+def test_the_steps_of_a_wide_image_give_the_predictions_of_forward():
+    """16 x 64 pixels have as many patches as the 32 x 32 pixels of the model."""
+    model, imgs = Steps(**{**SETTINGS, "img_size": 32}).eval(), torch.randn(2, 3, 16, 64)
+    expected = model(imgs, 0.0)[1]
+    torch.testing.assert_close(model.predict(imgs, 0.0), expected)
 
 
 # -------------------------------------------------------------------------------------------- in a part of the model

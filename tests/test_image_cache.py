@@ -57,6 +57,30 @@ def test_images_are_those_of_the_source(mixed, in_chans, fast_jpeg, num_workers)
     assert kept == 24
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_labels_are_what_the_source_returned(pictures, num_workers):
+    """A source of a user returns metadata, of any kind, with the class of an image."""
+    source = open_source("train", str(pictures))
+    meta = [{"age": torch.tensor([3.5, 1.0])}, (1, [2.5]), np.arange(3.0), torch.tensor(7), 5, "text", None, 1.5]
+
+    class Described:
+        classes, labels, name = source.classes, source.labels, source.name
+
+        def __len__(self):
+            return len(source)
+
+        def __getitem__(self, index):
+            data, label = source[index]
+            return data, (meta[index] if index < len(meta) else label)
+
+    (cache,) = image_cache.cached([Described()], **{**OPTIONS, "num_workers": num_workers})
+    labels = [cache[index][1] for index in range(24)]
+    assert [type(label) for label in labels[:8]] == [type(label) for label in meta]
+    assert torch.equal(labels[0]["age"], meta[0]["age"])
+    assert (labels[1], labels[2].tolist(), labels[3:8]) == (meta[1], meta[2].tolist(), meta[3:])
+    assert labels[8:] == source.labels[8:].tolist()
+
+
 def test_the_files_are_read_once(pictures, tmp_path):
     shutil.copytree(pictures, tmp_path / "images")
     source = open_source("train", str(tmp_path / "images"))

@@ -68,6 +68,14 @@ def test_an_attentive_probe_refuses_a_classifier_that_pools_patches_at_once(prob
         probe(finetune=tmp_path / "pooling.pth", probe="attentive", epochs=1)
 
 
+def test_a_resumed_probe_with_another_crop_is_an_error(probe):
+    probe(epochs=1, warmup_epochs=0, crop_pct=0.5)
+    with pytest.raises(CheckpointError) as raised:
+        probe(epochs=2, warmup_epochs=0, crop_pct=1, resume="auto")
+    assert raised.value.__notes__ == ["give --crop_pct 0.5"]
+    assert len(lines(probe(epochs=2, warmup_epochs=0, crop_pct=0.5, resume="auto"))) == 2
+
+
 def test_the_trunk_is_in_evaluation_mode():
     settings = {"model": "vit_mini_patch4", "input_size": 16, "in_chans": 1, "patch_size": None, "nb_classes": 3,
                 "global_pool": False}  # fmt: skip
@@ -85,11 +93,11 @@ def test_heads_train_independently():
     features, targets = torch.randn(16, 8), torch.randint(0, 3, (16,))
     first, second = probe_head(8, 3), probe_head(8, 3)
     for head in (first, second):
-        main_linprobe.HeadLosses(1)(head(features), targets).backward()
+        main_linprobe.HeadLosses()(head(features), targets).backward()
     alone = [head[1].weight.grad.clone() for head in (first, second)]
     together = ParallelHeads([first, second])
     together.zero_grad()
-    main_linprobe.HeadLosses(1)(together(features), targets).backward()
+    main_linprobe.HeadLosses()(together(features), targets).backward()
     for head, gradient in zip(together, alone, strict=True):
         torch.testing.assert_close(head[1].weight.grad, gradient)
 
@@ -123,23 +131,25 @@ def test_the_best_of_several_rates_is_selected(probe, tuned, cached):
 
 def test_the_loss_is_the_mean_and_each_head_records_its_own():
     torch.manual_seed(0)
-    criterion, logits, targets = main_linprobe.HeadLosses(2), torch.randn(3, 2, 5, 4), torch.randint(0, 4, (5,))
+    criterion, logits, targets = main_linprobe.HeadLosses(), torch.randn(3, 2, 5, 4), torch.randint(0, 4, (5,))
     own = [[float(F.cross_entropy(head, targets)) for head in batch] for batch in logits]
-    for batch, losses in zip(logits, own, strict=True):
+    for batch, losses, epoch in zip(logits, own, (1, 1.5, 2), strict=True):
         assert float(criterion(batch, targets)) == pytest.approx(sum(losses) / 2)
+        criterion.after_update(None, epoch)
     means, shares = criterion.means()
     assert means == pytest.approx([(own[1][n] + own[2][n]) / 2 for n in range(2)])  # of the last epoch
     assert shares == [1, 1]
-    assert criterion.means() == ([], [])
+    assert main_linprobe.HeadLosses().means() == ([], [])
 
 
 def test_the_loss_is_over_the_heads_that_are_finite():
     torch.manual_seed(0)
-    criterion, logits, targets = main_linprobe.HeadLosses(2), torch.randn(2, 2, 5, 4), torch.randint(0, 4, (5,))
+    criterion, logits, targets = main_linprobe.HeadLosses(), torch.randn(2, 2, 5, 4), torch.randint(0, 4, (5,))
     own = [[float(F.cross_entropy(head, targets)) for head in batch] for batch in logits]
     criterion(logits[0], targets)
     logits[1, 1] *= float("nan")
     assert float(criterion(logits[1], targets)) == pytest.approx(own[1][0])
+    criterion.after_update(None, 0.5)
     means, shares = criterion.means()
     assert means == pytest.approx([(own[0][0] + own[1][0]) / 2, own[0][1]])
     assert shares == [1, 0.5]
@@ -167,6 +177,20 @@ def test_the_selected_rate_and_its_loss_are_logged(probe, tuned, capsys):
     assert f"best of 3 rates: --blr {last['chosen_blr']:g}, held-out Acc@1 " in output
     assert f", training loss {loss}\n" in output
     assert f"loss {loss}," in output[output.index("epoch 1 done in") :]
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_the_loss_of_the_selected_rate_counts_the_epoch_before_a_resume(probe, tuned, monkeypatch, cached):
+    """The second run is killed after two of five updates of its second epoch."""
+    flags = {"finetune": tuned / "checkpoint-19.pth", "epochs": 2, "blr": "1 30", "save_minutes": 0,
+             "on_nonfinite": "skip", **({"cache_features": True} if cached else {})}  # fmt: skip
+    whole = probe("whole", **flags)
+    for calls in (2, 7 + (not cached)):  # a probe on images is saved before it is evaluated
+        with monkeypatch.context() as patch, pytest.raises(Stopped):
+            stop_after(patch, "save", calls)
+            probe(f"parts{calls}", **flags)
+        parts = probe(f"parts{calls}", **flags, resume="auto")
+        assert [line["train_loss"] for line in lines(parts)] == [line["train_loss"] for line in lines(whole)]
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,10 @@
 """main_pretrain.py: its files, exact resume, and error messages."""
 
 import io
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -18,8 +20,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import main_pretrain
 from util import dist
 from util.checkpoints import checkpoint
+from util.checkpoints.checkpoint import CheckpointError
 from util.cli import entry_point
 from util.data import loader
+from util.interrupts import Interrupted
 from util.training import loop, run_log
 
 
@@ -156,6 +160,78 @@ def test_a_rejected_checkpoint_moves_no_files(pretrain):
         pretrain("run", resume=out / "checkpoint-0.pth", in_chans=1)
     assert not (out / "abandoned").exists()
     assert len(lines(out)) == 2
+
+
+def test_the_sizes_of_encoder_and_decoder_are_logged(pretrain, capsys):
+    state = weights(pretrain(epochs=1, warmup_epochs=0), "checkpoint-0.pth")
+    sizes = {True: 0, False: 0}
+    for name, tensor in state.items():
+        sizes[name.startswith("decoder_") or name == "mask_token"] += tensor.numel()
+    output = capsys.readouterr().out
+    assert re.search(rf"encoder\b.* 128 wide, 4 deep, {sizes[False]:,} parameters", output)
+    assert re.search(rf"decoder\b.* 64 wide, 1 deep, {sizes[True]:,} parameters", output)
+
+
+class Stops:
+    """Sends a signal to this process after an update of each start of the run."""
+
+    def __init__(self, updates):
+        self.updates = updates
+
+    def after_update(self, model, epoch):
+        self.updates -= 1
+        if not self.updates:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state_dict):
+        pass
+
+
+@pytest.mark.parametrize("updates", [6, 5000])
+def test_a_run_that_is_stopped_logs_every_update_once(pretrain, tmp_path, updates):
+    """Long epochs have several updates at each x, which is thousandths of an epoch."""
+    for count in (8, 3, 7):
+        with pytest.raises(Interrupted):
+            pretrain(epochs=10, updates_per_epoch=updates, resume="auto", callbacks=[Stops(count)])
+    events = EventAccumulator(str(tmp_path / "run"), size_guidance={"scalars": 0}).Reload()
+    position = checkpoint.read(tmp_path / "run" / "checkpoint-last.pth")["progress"]
+    done = position["epoch"] * updates + position["images_done"] // 4
+    assert done >= 18
+    for tag in ("train_loss", "lr", "grad_norm"):
+        assert [e.step for e in events.Scalars(tag)] == [int(1000 * (i / updates)) for i in range(done)]
+
+
+def typed(note: str, flags: dict) -> dict:
+    """The flags of a command after its remedy is typed, such as `give --mean 0.5 and omit --crop_pct`."""
+    given, _, omitted = note.partition("omit ")
+    words = re.findall(r"--(\w+)((?: (?!and )[^-\s]\S*)*)", given)
+    flags = flags | {name: values.strip() or True for name, values in words}
+    return {name: value for name, value in flags.items() if f"--{name}" not in omitted.split()}
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ({"mean": 0.1, "std": 0.01, "in_chans": 1}, {"in_chans": 1}),
+        ({}, {"mean": "0.5 0.5 0.5"}),
+        ({"input_size": 16}, {"input_size": "8 32"}),  # the same number of patches
+        ({"crop_scale": "0.5 1"}, {"crop_scale": "0.9 1"}),
+        ({"norm_pix_loss": True}, {}),
+        ({"mean": "0.1", "in_chans": 1, "patch_size": 8}, {}),
+    ],
+)
+def test_resuming_with_a_different_meaning_of_the_data_is_an_error(pretrain, first, then):
+    pretrain(epochs=1, **{"warmup_epochs": 0, **first})
+    again = {"warmup_epochs": 0, "epochs": 2, "resume": "auto", **then}
+    with pytest.raises(CheckpointError) as raised:
+        pretrain(**again)
+    (note,) = raised.value.__notes__
+    changed = first.keys() ^ then.keys() | {name for name in first if first[name] != then.get(name)}
+    assert set(re.findall(r"--(?:no_)?(\w+)", note)) == changed
+    assert len(lines(pretrain(**typed(note, again)))) == 2
 
 
 def test_changed_settings_are_logged(pretrain, capsys):

@@ -113,6 +113,22 @@ def test_another_window_keeps_the_scale_of_the_training(segment):
     assert get_model(out / "checkpoint-0.pth", input_size=32).short_side == 16
 
 
+@pytest.mark.parametrize(
+    ("changed", "remedy"),
+    [
+        ({"short_side": 24}, "give --short_side 16"),
+        ({"reduce_zero_label": True}, "give --no_reduce_zero_label"),
+        ({"nb_classes": 4}, "give --nb_classes 3"),
+    ],
+)
+def test_a_resumed_run_with_other_masks_or_sizes_is_an_error(segment, changed, remedy):
+    segment(short_side=16, epochs=1)
+    with pytest.raises(CheckpointError) as raised:
+        segment(**{"short_side": 16, "resume": "auto", **changed})
+    assert raised.value.__notes__ == [remedy]
+    assert len(lines(segment(short_side=16, resume="auto"))) == 2
+
+
 @pytest.mark.parametrize("unfreeze", ["0", "2", "all"])
 def test_a_resumed_run_equals_an_uninterrupted_run(segment, encoder, monkeypatch, unfreeze):
     """With worker processes, drop path and batch norm; the second run is killed within an epoch."""

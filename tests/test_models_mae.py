@@ -34,6 +34,28 @@ def test_published_parameter_counts(name, count):
     assert getattr(models_mae, f"{name}_dec512d8b") is getattr(models_mae, name)
 
 
+@pytest.mark.parametrize(
+    ("size", "decoder"),
+    [("mini_patch4", (64, 1, 2)), ("tiny_patch16", (192, 4, 3)), ("small_patch16", (256, 4, 8)),
+     ("base_patch16", (512, 8, 16)), ("1b_patch16", (512, 8, 16))],
+)  # fmt: skip
+def test_decoders_of_the_list_of_models(size, decoder):
+    """Width, depth and heads; weights in use depend on them."""
+    with torch.device("meta"):
+        model = models_mae.MODELS[f"mae_vit_{size}"]()
+    assert (model.mask_token.shape[-1], len(model.decoder_blocks), model.decoder_blocks[0].attn.num_heads) == decoder
+
+
+@pytest.mark.parametrize(("width", "depth"), [(16, 1), (48, 3), (100, 6), (256, 8), (512, 12), (640, 12)])
+def test_the_decoder_of_a_small_encoder_is_smaller(width, depth):
+    model = models_mae.MaskedAutoencoderViT(
+        img_size=16, patch_size=4, embed_dim=width, depth=depth, num_heads=4, **models_mae.decoder_for(width, depth)
+    )
+    encoder, decoder = (sum(p.numel() for p in blocks.parameters()) for blocks in (model.blocks, model.decoder_blocks))
+    assert decoder < encoder / 2 or width < 32
+    assert model(torch.randn(2, 3, 16, 16))[1].shape == (2, 16, 48)
+
+
 def test_giant():
     with torch.device("meta"):
         model = models_mae.mae_vit_giant_patch14()

@@ -120,10 +120,29 @@ def test_changed_settings_are_named_except_free_ones(saved, tmp_path, caplog):
     ]
 
 
+def test_one_warning_names_the_settings_that_the_code_does_not_know(saved, tmp_path, caplog):
+    state = checkpoint.read(tmp_path / "checkpoint-last.pth")
+    state["args"] = {**SETTINGS, "new_loss": "l1", "gpu": 3, "ema_rate": 0.5}
+    checkpoint.write(state, tmp_path / "checkpoint-last.pth")
+    resumed("auto", tmp_path)
+    (warned,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert "new_loss (l1)" in warned and "ema_rate (0.5)" in warned and "gpu" not in warned
+
+
+def test_sizes_are_compared_by_value(saved, tmp_path, caplog):
+    """A square has one number or two, and statistics are lists or tuples."""
+    same = {"input_size": 16, "mean": [0.5], "patch_size": None, "crop_pct": None}
+    run_state._require_same_meaning(same, {"input_size": [16, 16], "mean": (0.5,), "crop_pct": 1.0})
+    with pytest.raises(CheckpointError) as raised:
+        run_state._require_same_meaning(same | {"crop_pct": 0.9}, {"input_size": [8, 32], "mean": None})
+    assert raised.value.__notes__ == ["give --input_size 16 --mean 0.5"]
+
+
 def test_resuming_with_other_classes_is_an_error(tmp_path):
-    run_state._warn_of_changes({"classes": ["cat", "dog"]}, {"classes": ["cat", "dog"]})
-    with pytest.raises(CheckpointError, match="had other classes; --finetune FILE starts from its weights"):
-        run_state._warn_of_changes({"classes": ["cat", "dog"]}, {"classes": ["dog", "cat"]})
+    run_state._require_same_meaning({"classes": ["cat", "dog"]}, {"classes": ["cat", "dog"]})
+    with pytest.raises(CheckpointError, match="had other classes") as raised:
+        run_state._require_same_meaning({"classes": ["cat", "dog"]}, {"classes": ["dog", "cat"]})
+    assert "--finetune FILE starts from its weights" in raised.value.__notes__
 
 
 def test_resuming_a_diverged_run_is_an_error(saved, tmp_path):

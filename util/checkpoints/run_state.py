@@ -11,20 +11,26 @@ from torch import Tensor, nn
 from util import dist
 from util.checkpoints import checkpoint, run_directory, sharded
 from util.checkpoints.checkpoint import CheckpointError
-from util.cli.advice import advised, remedy
+from util.cli.advice import advised, arguments, remedy
+from util.pos_embed import to_pair
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.stateful import Stateful
 
 logger = logging.getLogger(__name__)
 
-# Settings that a resumed run may change without a warning.
+# Settings that determine the meaning of the data or the task. A resumed run has the same, or is an error.
+MEANING = (
+    "input_size", "patch_size", "in_chans", "mean", "std", "crop", "crop_pct", "crop_ratio", "crop_scale", "short_side",
+    "reduce_zero_label", "norm_pix_loss", "val_fraction", "held_out",
+)  # fmt: skip
+# Settings that a resumed run may change without a warning. "distributed", "gpu" and "rank" are of the published code.
 FREE_SETTINGS = {
     "accum_iter", "batch_size", "cache_images", "compile", "config", "data_path", "debug", "device", "dist_backend",
-    "dist_eval", "dist_on_itp", "dist_timeout", "dist_url", "download", "eval", "fast_jpeg", "finetune", "fsdp",
-    "grad_checkpointing", "init_from", "keep_last", "local_rank", "log_dir", "num_workers", "on_bad_image",
-    "output_dir", "pin_mem", "report", "resume", "save_every", "save_minutes", "start_epoch", "train_folders",
-    "train_list", "val_folders", "val_list", "vis_every", "world_size",
+    "dist_eval", "dist_on_itp", "dist_timeout", "dist_url", "distributed", "download", "eval", "fast_jpeg", "finetune",
+    "fsdp", "gpu", "grad_checkpointing", "init_from", "keep_last", "local_rank", "log_dir", "num_workers",
+    "on_bad_image", "output_dir", "pin_mem", "rank", "report", "resume", "save_every", "save_minutes", "start_epoch",
+    "train_folders", "train_list", "val_folders", "val_list", "vis_every", "world_size",
 }  # fmt: skip
 
 
@@ -152,8 +158,8 @@ def resume(
         settings: settings of this run. A warning names those that differ from the settings in the checkpoint.
 
     Raises:
-        CheckpointError: the file can't be read, contains weights only, or has another architecture or effective batch
-            size.
+        CheckpointError: the file can't be read, contains weights only, or has another architecture, effective batch
+            size, or meaning of the data or the task.
     """
     which = run_directory.chosen(output_dir, which)
     state = read_newest(output_dir) if which == "auto" else sharded.read(which) if which else None
@@ -168,6 +174,7 @@ def resume(
         else:
             checkpoint.require_finite(state["model"], f"--resume {which}", "resume from an earlier checkpoint")
         restore_model(model, state, settings, which)
+        _require_same_meaning(_args_of(state), settings)
         _require_same_parameters(optimizer, state, settings)
         _require_same_optimizer(optimizer, state)
         _require_same_epochs(_args_of(state), settings)
@@ -245,15 +252,52 @@ def restore_model(model: nn.Module, state: dict[str, Any], settings: dict[str, A
             for model, tensors in ((saved.get("model"), weights), (settings.get("model"), ours))
         ]
         if scripts[0] == scripts[1]:
-            names = ["model", "input_size", "patch_size", "in_chans", "decoder_depth", "global_pool"]
-            names += ["probe", "num_queries", "head", "num_cls_tokens"]
+            names = ["model", *MEANING, "decoder_depth", "global_pool", "probe", "num_queries", "head"]
+            names += ["num_cls_tokens"]
             names += ["blr"] if isinstance(saved.get("blr"), list) else []  # several heads
+            _require_same_classes(saved, settings)
             raise _with_settings(error, {name: saved[name] for name in names if name in saved}, settings)
         if which == "auto":
             raise advised(error, "give another --output_dir")
         is_pretraining = scripts[1][0]
         raise advised(error, *(["give a checkpoint of main_pretrain.py"] if is_pretraining else _start_from(which)))
     model.load_state_dict({name: dist.placed_as(weights[name], like) for name, like in ours.items()})
+
+
+def _require_same_meaning(saved: dict[str, Any], settings: dict[str, Any]) -> None:
+    different = {name: saved[name] for name in MEANING if _differs(name, saved, settings)}
+    if different.get("crop_pct", 1) is None:  # an earlier version, which records no default
+        del different["crop_pct"]
+    if different:
+        before, now = (
+            " ".join(arguments({name: values[name] for name in different})) or "the defaults"
+            for values in (saved, settings)
+        )
+        error = CheckpointError(
+            f"the run of the checkpoint had {before}, and this run has {now}, which is different data or another task"
+        )
+        raise advised(error, remedy(different))
+    _require_same_classes(saved, settings)
+
+
+def _require_same_classes(saved: dict[str, Any], settings: dict[str, Any]) -> None:
+    for name in ("classes", "colors"):
+        if _differs(name, saved, settings):
+            error = CheckpointError(f"the resumed run had other {name}")
+            chosen = {flag: saved.get(flag) for flag in ("palette", "nb_classes") if "palette" in settings}
+            if any(_differs(flag, chosen, settings) for flag in chosen):  # segmentation
+                raise _with_settings(error, chosen, settings)
+            raise advised(error, "give the data of that run", "--finetune FILE starts from its weights")
+
+
+def _differs(name: str, saved: dict[str, Any], settings: dict[str, Any]) -> bool:
+    """Whether a setting that both have differs. One number is the size of a square, and tuples are lists."""
+    if name not in saved or name not in settings:
+        return False
+    values = [list(value) if isinstance(value, tuple) else value for value in (saved[name], settings[name])]
+    if name in ("input_size", "patch_size") and None not in values:
+        values = [to_pair(value) for value in values]
+    return values[0] != values[1]
 
 
 def _require_same_parameters(optimizer: torch.optim.Optimizer, state: dict[str, Any], settings: dict[str, Any]) -> None:
@@ -308,7 +352,7 @@ def _require_same_processes(state: dict[str, Any], settings: dict[str, Any]) -> 
 
 def _with_settings(error: CheckpointError, saved: dict[str, Any], settings: dict[str, Any]) -> CheckpointError:
     """Adds the settings of the checkpoint that differ to an error message."""
-    differing = {name: value for name, value in saved.items() if name in settings and value != settings[name]}
+    differing = {name: value for name, value in saved.items() if _differs(name, saved, settings)}
     return advised(error, remedy(differing)) if differing else error
 
 
@@ -355,7 +399,9 @@ def _restore_rng(rng: dict[str, Tensor]) -> None:
 
 def _warn_of_changes(saved: dict[str, Any], settings: dict[str, Any]) -> None:
     for name in sorted(saved.keys() & settings.keys() - FREE_SETTINGS):
-        if saved[name] != settings[name]:
-            if name == "classes":
-                raise CheckpointError("the resumed run had other classes; --finetune FILE starts from its weights")
+        if _differs(name, saved, settings):
             logger.warning(f"--{name} was {saved[name]} in the resumed run, and is {settings[name]} from now on")
+    unknown = sorted(saved.keys() - settings.keys() - FREE_SETTINGS)
+    if unknown:
+        names = ", ".join(f"{name} ({str(saved[name])[:40]})" for name in unknown)
+        logger.warning(f"the checkpoint has settings that this script does not know, and they have no effect: {names}")

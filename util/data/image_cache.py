@@ -1,5 +1,6 @@
 """Images of a small dataset, decoded once and kept in memory (--cache_images)."""
 
+import copy
 import logging
 import os
 from collections.abc import Sequence
@@ -34,7 +35,7 @@ class ImageCache:
 
     Worker processes share the memory, and each process of a distributed job has its own. Images with more than 8 bits
     and images that can't be read and are skipped are not kept. They are read from the source, with its result, at each
-    access.
+    access. The labels are those that the source returned with the images.
 
     Args:
         source: the encoded images.
@@ -67,6 +68,7 @@ class ImageCache:
         self.sizes = np.zeros((len(source), 2), dtype=np.int64)  # height, width; 0 for images that are not kept
         self.starts = np.zeros(len(source), dtype=np.int64)
         self.parts: list[np.ndarray] = []  # the bytes of the images n, n + len(parts), ...
+        self.other_labels: dict[int, Any] = {}  # those that differ from `labels`, such as labels with metadata
         count = -(-len(source) // BATCH)
         batches = [list(range(number, len(source), count)) for number in range(count)]
         decoded = Batches(
@@ -75,8 +77,11 @@ class ImageCache:
         )  # fmt: skip
         bar = tqdm(total=len(source), desc="decoding", unit="image", disable=None if dist.is_main() else True)
         with bar:
-            for batch, (pixels, sizes) in zip(batches, decoded, strict=True):
+            for batch, (pixels, sizes, labels) in zip(batches, decoded, strict=True):
                 self.parts.append(pixels.numpy().copy())  # from the shared memory of the worker process
+                for index, label in zip(batch, labels, strict=True):
+                    if type(label) is not int or label != self.labels[index]:
+                        self.other_labels[index] = copy.deepcopy(label)  # tensors are in the shared memory, too
                 lengths = in_chans * sizes.prod(dim=1).numpy()
                 self.sizes[batch], self.starts[batch] = sizes.numpy(), lengths.cumsum() - lengths
                 self.num_bytes += len(pixels)
@@ -94,7 +99,8 @@ class ImageCache:
             return self.source[index]
         start = self.starts[index]
         pixels = self.parts[index % len(self.parts)][start : start + height * width * self.in_chans]
-        return torch.from_numpy(pixels).view(height, width, -1).permute(2, 0, 1), int(self.labels[index])
+        label = self.other_labels[index] if index in self.other_labels else int(self.labels[index])
+        return torch.from_numpy(pixels).view(height, width, -1).permute(2, 0, 1), label
 
     def name(self, index: int) -> str:
         """Returns the name of an image in the source."""
@@ -160,7 +166,7 @@ def memory_bytes() -> int:
 
 
 class _Decoded(Dataset):
-    """The decoded images of a source, uint8 (c, H, W); (c, 0, 0) for those that are not kept."""
+    """The decoded images of a source, uint8 (c, H, W), and their labels; (c, 0, 0) for those that are not kept."""
 
     def __init__(self, source: Source, in_chans: int, fast_jpeg: bool, on_bad_image: str | None) -> None:
         self.source = source
@@ -170,17 +176,19 @@ class _Decoded(Dataset):
         self.in_chans = in_chans
         self.fast_jpeg = fast_jpeg
 
-    def __getitem__(self, index: int) -> Tensor:
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
         nothing = torch.zeros(self.in_chans, 0, 0, dtype=torch.uint8)
         try:
-            pixels = to_tensor(decode(self.source[index][0], self.in_chans, fast_jpeg=self.fast_jpeg))
+            data, label = self.source[index]
+            pixels = to_tensor(decode(data, self.in_chans, fast_jpeg=self.fast_jpeg))
         except (BadImage, OSError) as error:
             self.samples.refuse(self.source.name(index), error, [])
-            return nothing
-        return pixels if pixels.dtype == torch.uint8 else nothing
+            return nothing, int(self.source.labels[index])
+        return (pixels if pixels.dtype == torch.uint8 else nothing), label
 
 
-def _flatten(images: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Returns the bytes of all images, and their heights and widths (n, 2)."""
+def _flatten(samples: list[tuple[Tensor, Any]]) -> tuple[Tensor, Tensor, list[Any]]:
+    """Returns the bytes of all images, their heights and widths (n, 2), and their labels."""
+    images, labels = zip(*samples, strict=True)
     sizes = torch.tensor([image.shape[1:] for image in images])
-    return torch.cat([image.permute(1, 2, 0).reshape(-1) for image in images]), sizes
+    return torch.cat([image.permute(1, 2, 0).reshape(-1) for image in images]), sizes, list(labels)

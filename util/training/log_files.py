@@ -6,6 +6,7 @@ import os
 import socket
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Collection, Mapping
 from io import BytesIO
 from pathlib import Path
@@ -102,19 +103,27 @@ def name_of_run(output_dir: Path, log_dir: Path) -> str:
     return f"{output_dir.resolve().name}-{hashlib.sha256(place.encode()).hexdigest()[:8]}"
 
 
-def drop_events(log_dir: Path, run_name: str, by_step: Collection[str], first_step: int, first_epoch: int) -> None:
+def drop_events(
+    log_dir: Path, run_name: str, by_step: Collection[str], first_step: int, first_epoch: int, at_first_step: int = 0
+) -> None:
     """Removes the events that a resumed run logs again.
 
     Args:
         by_step: tags to remove from `first_step` on; the other tags count epochs and are removed from `first_epoch`.
+        at_first_step: number of events of each tag at `first_step` that remain, the earliest ones.
     """
-    for path in log_dir.glob(f"events.out.tfevents.*.{glob.escape(run_name)}"):
+    earlier = Counter[str]()  # events at `first_step` by tag
+    for path in sorted(log_dir.glob(f"events.out.tfevents.*.{glob.escape(run_name)}")):  # by time
         records = list(RawEventFileLoader(str(path)).Load())
         remaining = []
         for record in records:
             event = Event.FromString(record)
             tags = {value.tag for value in event.summary.value}
-            if not tags or event.step < (first_step if tags <= set(by_step) else first_epoch):
+            is_by_step = tags <= set(by_step)
+            at_first = bool(tags) and is_by_step and event.step == first_step
+            earlier.update(tags if at_first else ())
+            is_earlier = at_first and earlier[min(tags)] <= at_first_step
+            if not tags or is_earlier or event.step < (first_step if is_by_step else first_epoch):
                 remaining.append(record)
         if len(remaining) < len(records):
             with atomic.replacing(path) as temporary:

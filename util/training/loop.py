@@ -5,7 +5,8 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
+from itertools import islice
 from typing import Any, Protocol
 
 import torch
@@ -111,6 +112,7 @@ def run_epoch(
     model.train()
 
     def save(alone: bool = False) -> None:
+        pending.log()  # a resumed run does not log the updates of the saved state again
         saver.save(epoch, updates * accum_iter, pending.meters_with_all().state_dict(), alone)
 
     try:
@@ -251,6 +253,7 @@ class PendingUpdates:
     def __init__(self, options: EpochOptions) -> None:
         self.options = options
         self.meters = options.meters
+        self.num_logged = 0  # of the oldest updates in the queue
         self.queue: deque[tuple[Update, Tensor, torch.cuda.Event | None]] = deque()
 
     def push(self, update: Update, values: Tensor) -> None:
@@ -274,17 +277,27 @@ class PendingUpdates:
             grad_norm, loss, *shares = _numbers(values, copied)
             shared_request = max(shared_request, *(request for request in Request if shares[request] > 0))
             self.meters.add(loss, grad_norm, update.lr)
-            self.options.log.update(update.iterations, update.lr, loss, grad_norm)
+            if not self.num_logged:
+                self.options.log.update(update.iterations, update.lr, loss, grad_norm)
+            self.num_logged = max(0, self.num_logged - 1)
             if not self.options.guard.accepts(loss, grad_norm):
                 place = f"epoch {self.options.epoch}, batch {update.iterations - 1}"
                 what = f"{place}: loss {loss}, gradient norm {grad_norm}, lr {update.lr:.3g}"
-                self.options.guard.react(
-                    what,
-                    lambda: self.options.saver.save_emergency(
-                        self.options.epoch, iterations, self.meters_with_all().state_dict()
-                    ),
-                )
+                self.options.guard.react(what, partial(self._save_emergency, iterations))
         return shared_request
+
+    def log(self) -> None:
+        """Logs all pending updates, which remain in the queue, and writes the log."""
+        for update, values, copied in islice(self.queue, self.num_logged, None):
+            grad_norm, loss, *_ = _numbers(values, copied)
+            self.options.log.update(update.iterations, update.lr, loss, grad_norm)
+        self.num_logged = len(self.queue)
+        self.options.log.flush()
+
+    def _save_emergency(self, iterations: int) -> str:
+        self.log()
+        meters = self.meters_with_all().state_dict()
+        return self.options.saver.save_emergency(self.options.epoch, iterations, meters)
 
     def meters_with_all(self) -> Meters:
         """Returns the sums including all pending updates, which remain in the queue."""

@@ -149,8 +149,11 @@ class NullLog:
     def picture(self, tag: str, picture: np.ndarray, epoch: int) -> None:
         """Adds a uint8 image (H, W, c) to TensorBoard."""
 
+    def flush(self) -> None:
+        """Writes buffered data, before a state is saved whose updates are not logged again."""
+
     def close(self) -> None:
-        """Writes buffered data."""
+        """Writes buffered data for the last time."""
 
 
 class RunLog(NullLog):
@@ -162,6 +165,7 @@ class RunLog(NullLog):
         epochs: number of epochs of the run, for the remaining time.
         first_epoch: first epoch that this run logs. Earlier entries of this and later epochs are removed.
         first_x: the same for the scalars of TensorBoard, in thousandths of an epoch.
+        updates_at_first_x: earlier updates at `first_x` whose scalars remain. Long epochs have several at each x.
         loss_tag: name of the loss in TensorBoard.
 
     Raises:
@@ -176,6 +180,7 @@ class RunLog(NullLog):
         epochs: int,
         first_epoch: int = 0,
         first_x: int = 0,
+        updates_at_first_x: int = 0,
         loss_tag: str = "train_loss",
     ) -> None:
         self.epochs = epochs
@@ -186,9 +191,10 @@ class RunLog(NullLog):
 
         run_name = log_files.name_of_run(output_dir, log_dir)
         if first_epoch or first_x:  # a resumed run
-            log_files.drop_events(log_dir, run_name, (loss_tag, "lr", "grad_norm"), first_x, first_epoch)
+            by_x = (loss_tag, "lr", "grad_norm")
+            log_files.drop_events(log_dir, run_name, by_x, first_x, first_epoch, updates_at_first_x)
         self.lines = log_files.GrowingFile(path)
-        self.events = log_files.EventFile(log_dir, run_name, first_x)
+        self.events = log_files.EventFile(log_dir, run_name, first_x + bool(updates_at_first_x))
         self.next_warning = 0.0
         self.bar: tqdm | None = None
 
@@ -209,15 +215,14 @@ class RunLog(NullLog):
             )
 
     def update(self, iterations: int, lr: float, loss: float, grad_norm: float) -> None:
-        # Thousandths of an epoch, the axis of the published code.
-        x = int(1000 * (self.epoch + (iterations - 1) / self.num_iterations))
+        x = x_of(self.epoch, iterations, self.num_iterations)
         self.events.scalars({self.loss_tag: loss, "lr": lr, "grad_norm": grad_norm}, x)
         watch = self.watch
         left = watch.seconds_per_iteration * ((self.epochs - self.epoch) * self.num_iterations - iterations)
         is_due = watch.seconds - self.last_line >= SECONDS_BETWEEN_LINES
         if is_due:
             self.last_line = watch.seconds
-            self._flush()
+            self.flush()
         if self.bar is not None:
             self.bar.set_postfix_str(
                 f"loss {loss:.4f}, lr {lr:.2e}, data loading {watch.loading_share:.0%}, run ends in {_duration(left)}",
@@ -248,7 +253,7 @@ class RunLog(NullLog):
             "data_wait": round(watch.loading_share, 4),
         }
         self.lines.add((json.dumps(line) + "\n").encode())
-        self._flush()
+        self.flush()
         loss = math.nan if stats["train_loss"] is None else stats["train_loss"]
         logger.info(
             f"epoch {self.epoch} done in {_duration(watch.seconds)}: loss {loss:.4f}, "
@@ -257,7 +262,7 @@ class RunLog(NullLog):
 
     def picture(self, tag: str, picture: np.ndarray, epoch: int) -> None:
         self.events.picture(tag, picture, epoch)
-        self._flush()
+        self.flush()
 
     def close(self) -> None:
         if self.bar is not None:
@@ -271,8 +276,7 @@ class RunLog(NullLog):
         if errors:
             raise OSError("; ".join(errors))
 
-    def _flush(self) -> None:
-        """Writes buffered data. If that fails, the run continues."""
+    def flush(self) -> None:  # if it fails, the run continues
         try:
             self.lines.flush()
             self.events.flush()
@@ -280,6 +284,16 @@ class RunLog(NullLog):
             if time.monotonic() >= self.next_warning:
                 self.next_warning = time.monotonic() + SECONDS_BETWEEN_WARNINGS
                 logger.warning(f"{error}. The run continues and tries again later.")
+
+
+def x_of(epoch: int, iterations: int, num_iterations: int) -> int:
+    """Returns the x of an update in TensorBoard: thousandths of an epoch, the axis of the published code.
+
+    Args:
+        iterations: number of iterations of the epoch, up to the end of the update.
+        num_iterations: number of iterations of a complete epoch.
+    """
+    return int(1000 * (epoch + (iterations - 1) / num_iterations))
 
 
 def open_log(output_dir: Path, log_dir: Path, epochs: int, **options: Any) -> NullLog:
