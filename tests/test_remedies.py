@@ -4,6 +4,7 @@ import itertools
 import pickle
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import main_pretrain
 import main_segment
 from inference import features
 from util import datasets
+from util.checkpoints import checkpoint
 from util.cli import entry_point
 from util.data.decode import BadImage
 
@@ -132,6 +134,25 @@ def test_misspelled_names_are_corrected(labelled, tmp_path, call):
     settings = {**MAE, "data_path": labelled, "output_dir": tmp_path / "out"}
     for wrong, right in (("cifar10", "CIFAR10"), ("CIFAR11", "CIFAR10"), ("Flower102", "Flowers102")):
         assert call(main_pretrain, {**settings, "dataset": wrong}).endswith(f"of this name; did you mean {right}?")
+    assert call(main_pretrain, {**settings, "model": "mae_vit_mini_ptach4"}).endswith("mean mae_vit_mini_patch4?")
+    assert call(main_finetune, {"model": "mae_vit_mini_patch4"}).endswith("mean vit_mini_patch4?")
+    (tmp_path / "recipe.yaml").write_text("model: vit_basepatch16\n")
+    assert call(main_finetune, {"config": tmp_path / "recipe.yaml"}).endswith("mean vit_base_patch16?")
+
+
+def test_a_run_directory_is_not_a_file_and_has_a_newest_checkpoint(runs, labelled, tmp_path, call):
+    newest = str(runs / "mae/checkpoint-0.pth")
+    data = {"data_path": labelled, "output_dir": tmp_path / "out"}
+    for script, settings, flag in (
+        (main_finetune, {**VIT, **data}, "finetune"),
+        (main_pretrain, {**MAE, **data}, "init_from"),
+        (main_pretrain, {**MAE, **data}, "resume"),
+    ):
+        output = call(script, {**settings, flag: runs / "mae"})
+        assert output.endswith(newest)
+        assert call(script, {**settings, flag: newest, "output_dir": tmp_path / f"{script.__name__}-{flag}"}) == ""
+    output = call(main_finetune, {**VIT, **data, "eval": True, "resume": runs / "part"})  # of two epochs
+    assert checkpoint.position(Path(output.split()[-1])) == checkpoint.position(runs / "part/checkpoint-1.pth")
 
 
 def test_the_remedy_for_a_missing_split_works(runs, pictures, tmp_path, call):

@@ -181,6 +181,7 @@ def _read_folder(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
     file = next((path / name for name in names if (path / name).is_file()), None)
     if file is None:
+        checkpoint.refuse_run_directory(path)
         raise CheckpointError(f"{path} is a folder without model.safetensors or pytorch_model.bin; give a file")
     try:
         files = [path / Path(name).name for name in _shards(file)] if file.suffix == ".json" else [file]
