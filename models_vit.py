@@ -206,6 +206,11 @@ class Encoder(nn.Module):
     norm: nn.Module
     cls_token: nn.Parameter  # (1, T, D)
 
+    def __getattr__(self, name: str) -> Tensor | nn.Module:
+        # An AttributeError in a property ends here. nn.Module would raise another one, which names only the property.
+        attribute = getattr(type(self), name, None)
+        return attribute.__get__(self) if isinstance(attribute, property) else super().__getattr__(name)
+
     @property
     def num_prefix_tokens(self) -> int:
         """T, the number of class tokens. They precede the patch tokens."""

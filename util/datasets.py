@@ -105,7 +105,7 @@ def _open_folder(root: Path, split: str) -> Files:
     try:
         files = _files_of_split(root, split)
     except ValueError as error:
-        raise advised(error, *[remedy] * bool(remedy)) from None
+        raise advised(error, remedy) if remedy else error from None
     if remedy:
         logger.warning(f"{root} has the files of a dataset of torchvision: for its splits and labels {remedy}")
     return files
