@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from util import dist
 from util.interrupts import Interrupted
-from util.training.precision import Precision
+from util.training.precision import Precision, require_found_inf
 from util.training.run_log import Meters, NullLog, Stopwatch
 from util.training.saver import NullSaver, Request
 
@@ -96,9 +96,11 @@ def run_epoch(
         optimizer: supports `found_inf`, as fused optimizers do.
 
     Raises:
+        ValueError: the optimizer does not support `found_inf`.
         NonFiniteLoss: `options.guard` ends the run. The non-finite updates did not change the weights.
         Interrupted: a signal stopped the run, and its state is saved.
     """
+    require_found_inf(optimizer)
     epoch, accum_iter, precision, saver = options.epoch, options.accum_iter, options.precision, options.saver
     num_iterations = len(loader)
     num_updates, rest = divmod(num_iterations, accum_iter)
