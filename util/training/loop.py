@@ -191,6 +191,7 @@ def _forward_backward(
 
     Raises:
         TypeError: the loss is not a tensor of shape ().
+        ValueError: there are several processes, and a trained parameter has no gradient.
     """
     with dist.gradient_sync(model, enabled=is_last):
         with precision.autocast():
@@ -200,6 +201,8 @@ def _forward_backward(
             raise TypeError(f"the loss of a batch is a {kind}; return a tensor of shape (), such as loss.mean()")
         loss = loss / accum_iter
         precision.backward(loss)
+    if is_last:
+        dist.require_gradients(model)
     return loss.detach()
 
 
