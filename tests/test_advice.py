@@ -45,7 +45,7 @@ ELSEWHERE = {
         r"(?!main_pretrain|submitit_pretrain|util\.datasets).*", "only pre-training streams, and has --num_images"),
     r"util\.datasets\.report_on": (r"util\.datasets", "it prints what to give to other scripts"),
     r"util\.data\.loader\.updates_per_epoch": (r"main_knn", "it trains nothing"),
-    r"util\.(data\.loader\.EpochBatches|dist\.shard|training\.trainer\.(run|_require_storable))": (
+    r"util\.(data\.loader\.EpochBatches|dist\.shard|training\.trainer\.(run|_require_usable))": (
         r"(?!main_pretrain|submitit_pretrain).*", "only pre-training has --repeated_sampling, --fsdp"),
     r"util\.data\.jpeg\.\w+": (
         r"main_(segment|compare)|submitit_segment|inference\.(?!features)\w+|util\.\w+", "it has no --fast_jpeg"),

@@ -75,8 +75,7 @@ def run(
         ValueError: the optimizer does not support `found_inf`; the model is sharded and there are callbacks, whose
             states would not be saved; or a setting or the state of a callback is not a plain value.
     """
-    require_found_inf(optimizer)
-    _require_storable(model, settings, callbacks)
+    _require_usable(model, optimizer, settings, callbacks)
     args, output_dir = Namespace(**settings), Path(settings["output_dir"])
     logger.info("settings: " + " ".join(f"{key}={settings[key]}" for key in sorted(settings) if key != "classes"))
     progress = _initial_progress(args, batches.num_images)
@@ -124,7 +123,10 @@ def run(
         )  # fmt: skip
 
 
-def _require_storable(model: nn.Module, settings: Mapping[str, Any], callbacks: Sequence[Callback]) -> None:
+def _require_usable(
+    model: nn.Module, optimizer: torch.optim.Optimizer, settings: Mapping[str, Any], callbacks: Sequence[Callback]
+) -> None:
+    require_found_inf(optimizer)
     if callbacks and dist.is_sharded(model):
         raise ValueError("--fsdp can't save the state of callbacks: omit --fsdp or the callbacks")
     checkpoint.require_plain({**settings}, "args")
