@@ -221,4 +221,4 @@ def test_a_folder_of_torchvision_needs_dataset(tmp_path, call, capsys):
     Image.new("RGB", (16, 16)).save(root / "flowers-102/jpg/1.jpg")
     shutil.rmtree(root / "cifar-10-batches-py")
     assert call(datasets, {"num_workers": 0}, root) == ""
-    assert "--dataset Flowers102" in capsys.readouterr().out
+    assert "torchvision's dataset Flowers102" in capsys.readouterr().out

@@ -107,7 +107,10 @@ def _open_folder(root: Path, split: str) -> Files:
     except ValueError as error:
         raise advised(error, remedy) if remedy else error from None
     if remedy:
-        logger.warning(f"{root} has the files of a dataset of torchvision: for its splits and labels {remedy}")
+        name = remedy.removeprefix("give --dataset ")
+        logger.warning(
+            f"{root} has the files of torchvision's dataset {name}, and is read without its splits and labels"
+        )
     return files
 
 

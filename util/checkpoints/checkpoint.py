@@ -6,6 +6,7 @@ is a folder (`util.checkpoints.sharded`); `state.pth` in it has this format, wit
 """
 
 import argparse
+import contextlib
 import errno
 import hashlib
 import logging
@@ -176,9 +177,12 @@ def read(path: Path | str) -> dict[str, Any]:
 
 def refuse_run_directory(path: Path) -> None:
     """Raises CheckpointError if a path is a run directory. The message names its newest checkpoint."""
-    newest = newest_first(path) if path.is_dir() and not (path / STATE).is_file() else []
-    if newest:
-        raise CheckpointError(f"{path} is a run directory: give its newest checkpoint, {newest[0]}")
+    readable = []
+    for file in checkpoints(path) if path.is_dir() and not (path / STATE).is_file() else []:
+        with contextlib.suppress(CheckpointError):
+            readable.append((position(file), file))
+    if readable:
+        raise CheckpointError(f"{path} is a run directory: give its newest checkpoint, {max(readable)[1]}")
 
 
 def newest_first(folder: Path) -> list[Path]:
