@@ -107,7 +107,7 @@ def _open_folder(root: Path, split: str) -> Files:
     except ValueError as error:
         raise advised(error, remedy) if remedy else error from None
     if remedy:
-        name = remedy.removeprefix("give --dataset ")
+        name = remedy.partition("dataset ")[2]
         logger.warning(
             f"{root} has the files of torchvision's dataset {name}, and is read without its splits and labels"
         )
