@@ -24,6 +24,8 @@ from util.pos_embed import to_pair
 from util.weights.loading import DPT_HEAD, PROBE_HEAD, QUERIES, Weights
 from util.weights.model_zoo import CLASSIFIER, FULL, SEGMENTER
 
+logger = logging.getLogger(__name__)
+
 Model = TypeVar("Model", bound=nn.Module)
 
 logger = logging.getLogger(__name__)
@@ -305,8 +307,11 @@ def freeze_below(model: VisionTransformer, num_blocks: int) -> None:
 
 
 def _set_options(model: Model, settings: Mapping[str, Any]) -> Model:
-    if settings.get("grad_checkpointing"):
-        set_grad_checkpointing(model)
+    if settings.get("grad_checkpointing") and (others := set_grad_checkpointing(model)):
+        logger.warning(
+            f"--grad_checkpointing has no effect on the blocks of class {', '.join(sorted(others))}: derive them from "
+            f"models_vit.Block, and override compute instead of forward"
+        )
     return model
 
 

@@ -192,11 +192,18 @@ def drop_path_rates(last: float, depth: int) -> list[float]:
     return [last * i / max(1, depth - 1) for i in range(depth)]
 
 
-def set_grad_checkpointing(model: nn.Module) -> None:
-    """Enables gradient checkpointing in all blocks of a model: the backward pass recomputes their activations."""
+def set_grad_checkpointing(model: nn.Module) -> set[str]:
+    """Enables gradient checkpointing in all blocks of a model: the backward pass recomputes their activations.
+
+    Returns:
+        The class names of the blocks of encoder and decoder that do not support it.
+    """
     for module in model.modules():
         if isinstance(module, Block):
             module.grad_checkpointing = True
+    lists = [getattr(model, name, nn.ModuleList()) for name in ("blocks", "decoder_blocks")]
+    return {type(block).__name__ for blocks in lists for block in blocks.children()
+            if not isinstance(block, Block) or type(block).forward is not Block.forward}  # fmt: skip
 
 
 class Encoder(nn.Module):
@@ -205,6 +212,11 @@ class Encoder(nn.Module):
     blocks: nn.ModuleList
     norm: nn.Module
     cls_token: nn.Parameter  # (1, T, D)
+
+    def __getattr__(self, name: str) -> Tensor | nn.Module:
+        # An AttributeError in a property ends here. nn.Module would raise another one, which names only the property.
+        attribute = getattr(type(self), name, None)
+        return attribute.__get__(self) if isinstance(attribute, property) else super().__getattr__(name)
 
     @property
     def num_prefix_tokens(self) -> int:

@@ -17,7 +17,7 @@ from inference.model import Autoencoder, ImageLike, Model, get_model, open_image
 from models_mae import Reconstruction
 from util import dist, masking
 from util.cli import entry_point, flags, options
-from util.data.decode import Picture, size_of
+from util.data.decode import BadImage, Picture, size_of
 from util.data.transforms import to_tensor
 from util.evaluation import pictures
 from util.files import atomic
@@ -77,7 +77,13 @@ def main(args: argparse.Namespace) -> list[Reconstruction]:
         logger.info("the model predicts normalized patches: their mean and contrast are those of the original")
     reconstructions = []
     for path in args.images:
-        reconstructions.append(reconstruct(model, path, args.mask_ratio, args.seed, args.mask_box, args.short_side))
+        try:
+            result = reconstruct(model, path, args.mask_ratio, args.seed, args.mask_box, args.short_side)
+        except BadImage:
+            raise  # it names the image
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        reconstructions.append(result)
         rows, columns = model.patch_embed.grid_of(*reconstructions[-1].original.shape[2:])
         num_masked = int(reconstructions[-1].mask.sum())
         quality = f"PSNR {psnr(model, reconstructions[-1]):.2f} dB"
@@ -167,18 +173,24 @@ def boxes_to_mask(boxes: Sequence[Box], size: tuple[int, int], scaled: Sequence[
         ValueError: a rectangle is empty, or outside of the part of the image that the patches cover.
     """
     mask = torch.zeros(*covered)
+    pixels = f"the image has {size[1]} x {size[0]} pixels (width x height)"
     for left, top, width, height in boxes:
+        flag = f"--mask_box {left} {top} {width} {height}"
         rows, columns = (
             pixel_range(start, length, *sides)
             for start, length, *sides in ((top, height, size[0], scaled[0], covered[0]),
                                           (left, width, size[1], scaled[1], covered[1]))
         )  # fmt: skip
         if not mask[rows, columns].numel():
+            # Margins that do not fill a patch are cropped; this rectangle is never in them.
+            inside = [max(1, side // 4) for side in (size[1], size[0], size[1], size[0])]
+            example = " ".join(map(str, inside))
             raise ValueError(
-                f"--mask_box {left} {top} {width} {height} touches no patch: the image has {size[1]} x {size[0]} "
-                f"pixels, and margins that do not fill a patch are cropped; give left, top, width and height of a "
-                f"rectangle in it"
+                f"{flag} touches no patch: {pixels}; give left, top, width and height of a rectangle in it, such as "
+                f"--mask_box {example}"
             )
+        if min(left, top) < 0 or left + width > size[1] or top + height > size[0]:
+            logger.warning(f"{flag} reaches over the border, and is cut there: {pixels}")
         mask[rows, columns] = 1
     return mask
 

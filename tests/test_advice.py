@@ -46,7 +46,7 @@ ELSEWHERE = {
         r"(?!main_pretrain|submitit_pretrain|util\.datasets).*", "only pre-training streams, and has --num_images"),
     r"util\.datasets\.report_on": (r"util\.datasets", "it prints what to give to other scripts"),
     r"util\.data\.loader\.updates_per_epoch": (r"main_knn", "it trains nothing"),
-    r"util\.(data\.loader\.EpochBatches|dist\.shard|training\.trainer\.(run|_require_storable))": (
+    r"util\.(data\.loader\.EpochBatches|dist\.shard|training\.trainer\.(run|_require_usable))": (
         r"(?!main_pretrain|submitit_pretrain).*", "only pre-training has --repeated_sampling, --fsdp"),
     r"util\.data\.jpeg\.\w+": (
         r"main_(segment|compare)|submitit_segment|inference\.(?!features)\w+|util\.\w+", "it has no --fast_jpeg"),
@@ -58,6 +58,9 @@ ELSEWHERE = {
         r"main_robustness|inference\.\w+", "a probe's settings are a file's, and were checked when it was trained"),
     r"util\.(data\.(samples|labels|transforms)|weights\.loading)\.\w+": (
         r"main_compare", "the scripts that it starts have the flag"),
+    r"util\.data\.decode\._(check_channels|channel_axis)": "Samples.refuse adds it where the script has --on_bad_image",
+    r"util\.data\.torchvision_sets\.dataset_in": (r"main_robustness|inference\.\w+", "a note, as of `advised`"),
+    r"models_build\._set_options": "of the blocks of a subclass, which main_pretrain.py trains",
     r"util\.checkpoints\.run_directory\._require_new": (r"main_compare", "it always resumes"),
     r"util\.data\.transforms\.\w+": (
         r"main_robustness|inference\.\w+", "the statistics are a file's, checked when read"),

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import numpy as np
 import pytest
 import torch
@@ -300,6 +301,32 @@ def test_a_run_prints_no_warnings(pictures, tmp_path):
     command = [*torchrun(2), "main_pretrain.py", *small_run(pictures, tmp_path / "run", *flags)]
     done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=120)
     assert "warning: " not in done.stdout.lower()
+
+
+UNUSED = """
+from torch import nn
+import main_pretrain
+from models_mae import MaskedAutoencoderViT
+from util.cli import entry_point
+
+class Unused(MaskedAutoencoderViT):
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.projection = nn.Linear(4, 4)
+
+entry_point.run(lambda args: main_pretrain.main(args, Unused), main_pretrain.get_args_parser())
+"""
+
+
+def test_parameters_without_a_gradient_are_named_before_the_first_update(pictures, tmp_path):
+    """PyTorch would update weights with gradients that are not averaged, and fail in the next forward pass, if any."""
+    (tmp_path / "unused.py").write_text(UNUSED)
+    argv = small_run(pictures, tmp_path / "run", "--batch_size", 12, "--epochs", 1, "--warmup_epochs", 0)  # one update
+    processes = forks.Forks(tmp_path / "unused.py", argv, tmp_path / "output", 2)
+    assert 1 in processes.wait(60)
+    errors = [line for line in (tmp_path / "output").read_text().splitlines() if line.startswith("unused.py: error: ")]
+    assert any("projection.weight, projection.bias" in line for line in errors)
+    assert not list((tmp_path / "run").glob("*.pth"))
 
 
 STEP = {

@@ -64,7 +64,7 @@ RUN = (ROOT / "run").read_text()
 PATTERNS = ("*.py", "util/**/*.py", "inference/*.py", "demo/*.py", "benchmarks/**/*.py", "tests/[a-s]*.py")
 CODE = [path for pattern in PATTERNS for path in sorted(ROOT.glob(pattern))]
 FLAGS = {flag for path in CODE for flag in re.findall(r'"(--[a-z][\w-]*)"', path.read_text(encoding="utf-8"))}
-FLAGS |= {f"--{flag}" for path in CODE for flag in re.findall(r'add_switch\(\s*group, "(\w+)"', path.read_text())}
+FLAGS |= {f"--{flag}" for path in CODE for flag in re.findall(r'add_switch\(\s*group,\s*"(\w+)"', path.read_text())}
 OTHER_FLAGS = {  # of torchrun, tensorboard, pip, Docker and Slurm
     "--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--max-restarts", "--logdir", "--gpu-bind",
     "--gpus-per-node", "--index-url", "--shm-size",

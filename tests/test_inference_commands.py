@@ -170,6 +170,19 @@ def test_reconstruct_rectangles(files, tmp_path):
     assert torch.equal(one.mask, other.mask)
 
 
+def test_a_rectangle_outside_of_the_image_is_an_error_that_names_one_inside(files, tmp_path, capsys):
+    Image.new("RGB", (80, 40)).save(tmp_path / "small.png")
+    argv = [tmp_path / "small.png", "--model", files / "mae.safetensors", "--out", tmp_path / "grid.png"]
+    for box in ((100, 10, 20, 20), (-30, 0, 10, 10), (0, 0, 0, 5)):
+        with pytest.raises(ValueError, match=r"small.png.* 80 x 40 .*--mask_box \d+ \d+ \d+ \d+$") as caught:
+            run(reconstruct, *argv, "--mask_box", *box)
+        inside = str(caught.value).rpartition("--mask_box ")[2].split()
+    (result,) = run(reconstruct, *argv, "--mask_box", *inside)
+    assert 0 < result.mask.sum() < result.mask.numel()
+    run(reconstruct, *argv, "--mask_box", 60, 20, 50, 50)
+    assert "--mask_box 60 20 50 50" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
 def test_features(files, labelled, tmp_path, suffix):
     out = tmp_path / f"features{suffix}"

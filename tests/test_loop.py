@@ -323,11 +323,12 @@ def test_persistent_overflow_under_fp16_is_an_error():
     assert not loop.NonFiniteGuard("abort").accepts(1.0, math.inf)
 
 
-def test_an_optimizer_without_found_inf_is_an_error():
-    precision = Precision("off", torch.device("cpu"))
-    weight = torch.nn.Parameter(torch.ones(1))
-    with pytest.raises(AssertionError, match="found_inf"):
-        precision.step(torch.optim.SGD([weight], lr=1.0), None)
+def test_an_optimizer_without_found_inf_is_an_error_before_the_first_batch():
+    model, calls = torch.nn.Linear(3, 1, bias=False), []
+    for optimizer in (torch.optim.Muon(model.parameters()), torch.optim.AdamW(model.parameters())):
+        with pytest.raises(ValueError, match=rf"{type(optimizer).__name__} .*fused=True"):
+            loop.run_epoch(calls.append, model, Numbers(4), optimizer, epoch_options())
+    assert calls == []
 
 
 def test_a_saved_state_counts_the_updates_in_flight():

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 import models_build
+import models_vit
+from models_mae import MaskedAutoencoderViT
 from models_vit import VisionTransformer, vit_mini_patch4
 from util.weights.loading import Weights
 from util.weights.model_zoo import CLASSIFIER, FULL
@@ -39,6 +41,36 @@ def test_every_setting_of_a_classifier():
     assert not any(hasattr(block.drop_path, "drop_prob") for block in model.blocks)
     with pytest.raises(ValueError, match="mae_vit_mini_patch4 is not a classifier"):
         models_build.classifier_arguments(MINI | {"model": "mae_vit_mini_patch4"})
+
+
+class OtherForward(models_vit.Block):
+    def forward(self, x):
+        return x + self.mlp(self.norm2(x))
+
+
+class OtherCompute(models_vit.Block):
+    def compute(self, x):
+        return x + self.mlp(self.norm2(x))
+
+
+@pytest.mark.parametrize("block", [torch.nn.Linear, OtherForward, OtherCompute])
+def test_grad_checkpointing_names_the_blocks_that_it_does_not_reach(block, caplog):
+    class Blocks(MaskedAutoencoderViT):
+        def __init__(self, **arguments):
+            super().__init__(**arguments)
+            self.blocks = torch.nn.ModuleList([block(128, 128 if block is torch.nn.Linear else 4) for _ in range(2)])
+
+    passes = []
+    model = models_build.autoencoder(MAE | {"grad_checkpointing": True}, Blocks)
+    inner = model.blocks[0].mlp if block is OtherCompute else model.blocks[0]
+    inner.register_forward_pre_hook(lambda *_: passes.append(1))
+    model(torch.randn(2, model.patch_embed.in_chans, *model.patch_embed.img_size))[0].backward()
+    assert (len(passes) == 2) is (block is OtherCompute)  # recomputed
+    assert (f"class {block.__name__}" in caplog.text) is (block is not OtherCompute)
+    caplog.clear()
+    models_build.autoencoder(MAE, Blocks)
+    models_build.autoencoder(MAE | {"grad_checkpointing": True})
+    assert caplog.text == ""
 
 
 @pytest.mark.parametrize("on", [True, False])

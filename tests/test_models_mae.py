@@ -459,3 +459,13 @@ def test_models_of_pixio(size, width, depth, heads):
     assert model.blocks[0].attn.num_heads == heads
     assert (len(model.decoder_blocks), model.decoder_blocks[0].attn.num_heads) == (32, 16)
     assert model.learned_pos_embed
+
+
+def test_an_error_in_a_property_names_its_cause(mini_mae):
+    mini_mae.patch_embed = torch.nn.ModuleList([mini_mae.patch_embed])  # as in a model of groups of channels
+    with pytest.raises(AttributeError, match="'ModuleList' object has no attribute 'proj'"):
+        _ = mini_mae.predicts_pixels
+    with pytest.raises(AttributeError, match="'ModuleList' object has no attribute 'grid_size'"):
+        _ = mini_mae.grid_size
+    with pytest.raises(AttributeError, match="'MaskedAutoencoderViT' object has no attribute 'nothing'"):
+        _ = mini_mae.nothing

@@ -1,7 +1,12 @@
 """Remedies work when typed: a wrong command, the remedy in its error message, and the corrected command."""
 
+import itertools
+import pickle
 import re
+import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -9,9 +14,12 @@ import main_finetune
 import main_knn
 import main_linprobe
 import main_pretrain
+import main_segment
 from inference import features
 from util import datasets
+from util.checkpoints import checkpoint
 from util.cli import entry_point
+from util.data.decode import BadImage
 
 SMALL = {"input_size": 16, "batch_size": 8, "num_workers": 0, "device": "cpu"}
 RUN = {**SMALL, "epochs": 1, "warmup_epochs": 0}
@@ -126,6 +134,25 @@ def test_misspelled_names_are_corrected(labelled, tmp_path, call):
     settings = {**MAE, "data_path": labelled, "output_dir": tmp_path / "out"}
     for wrong, right in (("cifar10", "CIFAR10"), ("CIFAR11", "CIFAR10"), ("Flower102", "Flowers102")):
         assert call(main_pretrain, {**settings, "dataset": wrong}).endswith(f"of this name; did you mean {right}?")
+    assert call(main_pretrain, {**settings, "model": "mae_vit_mini_ptach4"}).endswith("mean mae_vit_mini_patch4?")
+    assert call(main_finetune, {"model": "mae_vit_mini_patch4"}).endswith("mean vit_mini_patch4?")
+    (tmp_path / "recipe.yaml").write_text("model: vit_basepatch16\n")
+    assert call(main_finetune, {"config": tmp_path / "recipe.yaml"}).endswith("mean vit_base_patch16?")
+
+
+def test_a_run_directory_is_not_a_file_and_has_a_newest_checkpoint(runs, labelled, tmp_path, call):
+    newest = str(runs / "mae/checkpoint-0.pth")
+    data = {"data_path": labelled, "output_dir": tmp_path / "out"}
+    for script, settings, flag in (
+        (main_finetune, {**VIT, **data}, "finetune"),
+        (main_pretrain, {**MAE, **data}, "init_from"),
+        (main_pretrain, {**MAE, **data}, "resume"),
+    ):
+        output = call(script, {**settings, flag: runs / "mae"})
+        assert output.endswith(newest)
+        assert call(script, {**settings, flag: newest, "output_dir": tmp_path / f"{script.__name__}-{flag}"}) == ""
+    output = call(main_finetune, {**VIT, **data, "eval": True, "resume": runs / "part"})  # of two epochs
+    assert checkpoint.position(Path(output.split()[-1])) == checkpoint.position(runs / "part/checkpoint-1.pth")
 
 
 def test_the_remedy_for_a_missing_split_works(runs, pictures, tmp_path, call):
@@ -136,3 +163,62 @@ def test_the_remedy_for_a_missing_split_works(runs, pictures, tmp_path, call):
     assert call(main_finetune, {**settings, "val_list": tmp_path / "val.txt"}) == ""
     command = {"model": runs / "mae/checkpoint-0.pth", "out": tmp_path / "f.npz", "split": "val"}
     assert call(features, command, pictures).endswith("no folder val/ in it")  # which has no lists
+
+
+def test_images_of_five_channels_need_in_chans_and_not_skip(tmp_path, call):
+    (tmp_path / "five").mkdir()
+    for number in range(24):
+        np.save(tmp_path / f"five/{number:02}.npy", np.full((5, 16, 16), number, dtype=np.uint8))
+    alone = {"num_workers": 0}
+    output = call(datasets, alone, tmp_path / "five")
+    assert "give --in_chans 5" in output
+    assert "skip" not in output
+    assert call(datasets, {**alone, "in_chans": 5}, tmp_path / "five") == ""
+    settings = {**MAE, "data_path": tmp_path / "five", "output_dir": tmp_path / "out"}
+    assert "give --in_chans 5 " in call(main_pretrain, settings)
+    assert call(main_pretrain, {**settings, "in_chans": 5}) == ""
+
+
+def test_the_check_counts_the_images_that_it_does_not_list(tmp_path, capsys):
+    for number in range(24):
+        (tmp_path / f"{number:02}.png").write_bytes(b"")
+    with pytest.raises(BadImage, match="24 of 24"):
+        datasets.main(entry_point.parse(datasets.get_args_parser(), [str(tmp_path), "--num_workers", "0"]))
+    listed = capsys.readouterr().out
+    assert "19.png" in listed
+    assert "20.png" not in listed
+    assert "and 4 more" in listed
+
+
+def test_a_class_above_those_of_the_masks_needs_nb_classes_and_not_skip(tmp_path, call):
+    for split, part in itertools.product(("train", "val"), ("images", "masks")):
+        (tmp_path / part / split).mkdir(parents=True)
+        for number in range(4):
+            image = Image.new("L", (16, 16), 2 if part == "masks" else 50 * number)
+            image.save(tmp_path / part / split / f"{number}.png")
+    settings = {**RUN, "model": "vit_mini_patch4", "data_path": tmp_path, "output_dir": tmp_path / "out",
+                "batch_size": 2, "head": "linear"}  # fmt: skip
+    for wrong in ({"nb_classes": 2}, {"nb_classes": 2, "on_bad_image": "error", "batch_size": 4}):
+        output = call(main_segment, {**settings, **wrong})
+        assert "give --nb_classes 3" in output
+        assert "skip" not in output
+    assert call(main_segment, {**settings, "nb_classes": 3}) == ""
+
+
+def test_a_folder_of_torchvision_needs_dataset(tmp_path, call, capsys):
+    batch = {b"data": np.zeros((20, 3072), np.uint8), b"labels": [n % 10 for n in range(20)]}
+    root = tmp_path / "data"
+    (root / "cifar-10-batches-py").mkdir(parents=True)
+    (root / "cifar-10-batches-py/data_batch_1").write_bytes(pickle.dumps(batch))
+    for script, settings, argv in (
+        (main_pretrain, {**MAE, "data_path": root, "output_dir": tmp_path / "out"}, []),
+        (datasets, {"num_workers": 0}, [root]),
+    ):
+        assert call(script, settings, *argv).endswith("give --dataset CIFAR10")
+    inside = call(datasets, {"num_workers": 0}, root / "cifar-10-batches-py")
+    assert inside.endswith(f"give --dataset CIFAR10 and its folder {root}")
+    (root / "flowers-102/jpg").mkdir(parents=True)
+    Image.new("RGB", (16, 16)).save(root / "flowers-102/jpg/1.jpg")
+    shutil.rmtree(root / "cifar-10-batches-py")
+    assert call(datasets, {"num_workers": 0}, root) == ""
+    assert "torchvision's dataset Flowers102" in capsys.readouterr().out

@@ -117,7 +117,9 @@ def test_reduce_zero_label_ignores_zero_and_counts_from_one():
     decoded = MaskFormat(3, reduce_zero_label=True).decode(png([[0, 1, 3, 255]]))
     assert decoded.tolist() == [[255, 0, 2, 255]]
     assert decoded.dtype == torch.uint8
-    with pytest.raises(BadImage, match=r"value 4, and the 3 classes are 1 to 3 \(255 is ignored\): correct --nb_class"):
+    with pytest.raises(
+        BadImage, match=r"value 4, and the 3 classes are 1 to 3 \(255 is ignored\): give --nb_classes 4$"
+    ):
         MaskFormat(3, reduce_zero_label=True).decode(png([[4, 0]]))
 
 

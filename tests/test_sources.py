@@ -302,6 +302,18 @@ def test_invalid_lists_are_errors(make_list, name, content, message):
         make_list(name, content)
 
 
+def test_headers_of_csv_files_may_have_blanks_and_capitals(make_list, caplog):
+    for header in ("File Name, Ground Truth", "file_name,label", "Image;Class", "ground-truth,file path"):
+        separator = ";" if ";" in header else ","
+        row = separator.join(["cat", "a.png"] if header.startswith("ground") else ["a.png", " cat"])
+        source = make_list("list.csv", f"{header}\n{row}\n")
+        assert (len(source), source.classes, source.labels.tolist()) == (1, ["cat"], [0])
+        assert source[0][0]
+    assert caplog.text == ""
+    assert make_list("list.csv", "File Name,species\na.png,cat\n").classes == []
+    assert "species" in caplog.text
+
+
 def test_a_missing_list_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="--val_list: there is no file"):
         read_list(tmp_path / "list.txt", None, "--val_list")

@@ -255,7 +255,7 @@ def test_the_head_is_selected_on_held_out_images(captured, capsys, tmp_path):
     run.callbacks[0].after_update(run.model, 1.0)
     entries = run.after_epoch(0, None)
     assert entries["train_loss"] == pytest.approx(F.cross_entropy(logits[1], labels).item())  # of the chosen head
-    assert "--blr 0.1, the smallest value, is the best" in capsys.readouterr().out
+    assert "--blr 0.1, the smallest value, is the best; give --blr 0.033 0.1 0.2 0.4" in capsys.readouterr().out
     assert entries["chosen_blr"] == 0.1
     assert entries["test_acc1"] == 25.0  # of 8 test images 2 are bees; 5 are ants
     assert entries["n_parameters"] == 128 * 3 + 3

@@ -35,7 +35,7 @@ from util.data.lists import read_list
 from util.data.loader import MAX_BAD_SHARE, Batches, up_to_cores
 from util.data.samples import preserve_generators
 from util.data.sources import Files, Source, Strings, check_split_names
-from util.data.torchvision_sets import TorchvisionSet
+from util.data.torchvision_sets import TorchvisionSet, dataset_in
 from util.data.transforms import to_tensor, to_unit_range
 from util.data.webdataset_shards import Shards
 from util.files.untrusted import printable
@@ -103,6 +103,20 @@ def open_source(
 
 
 def _open_folder(root: Path, split: str) -> Files:
+    remedy = dataset_in(root)
+    try:
+        files = _files_of_split(root, split)
+    except ValueError as error:
+        raise advised(error, remedy) if remedy else error from None
+    if remedy:
+        name = remedy.partition("dataset ")[2]
+        logger.warning(
+            f"{root} has the files of torchvision's dataset {name}, and is read without its splits and labels"
+        )
+    return files
+
+
+def _files_of_split(root: Path, split: str) -> Files:
     if (root / split).is_dir():
         return find_files(root / split)
     check_split_names(os.listdir(root), split, root)
@@ -128,6 +142,7 @@ class ImageFacts(NamedTuple):
     sums: np.ndarray | None = None  # (2, in_chans): sums of the values, in 0 to 1, and of their squares
     unreadable: tuple[str, str] | None = None  # name and reason
     turned: bool = False  # the EXIF data have an orientation, which training and evaluation ignore
+    remedy: str | None = None  # flags with which an unreadable image can be read
 
 
 class FactsDataset(Dataset):
@@ -141,7 +156,12 @@ class FactsDataset(Dataset):
         try:
             return image_facts(*self.source[index], self.in_chans)
         except Exception as error:  # decoders raise any exception on damaged bytes
-            return ImageFacts(-1, unreadable=(self.source.name(index), printable(" ".join(str(error).split()))))
+            return _unreadable(self.source.name(index), error)
+
+
+def _unreadable(name: str, error: Exception) -> ImageFacts:
+    reason = printable(" ".join(str(error).split()))
+    return ImageFacts(-1, unreadable=(name, reason), remedy=getattr(error, "remedy", None))
 
 
 def image_facts(data: bytes | Picture, label: int, in_chans: int) -> ImageFacts:
@@ -164,7 +184,7 @@ def all_facts(source: Source | Shards, in_chans: int, indices: list[int], num_wo
         unreadable: list[ImageFacts] = []
 
         def report(name: str, error: Exception) -> bool:
-            unreadable.append(ImageFacts(-1, unreadable=(name, str(error))))
+            unreadable.append(_unreadable(name, error))
             return True
 
         for _, name, data, label in islice(source.stream(0, 0, 1, report, laps=1), len(indices)):
@@ -253,7 +273,8 @@ def report_on(source: Source | Shards, facts: list[ImageFacts], seconds: float) 
     else:
         lines.append("classes     none: pre-training needs no labels")
     listed = "".join(f"\n            {name}: {why}" for name, why in bad[:MAX_LISTED])
-    lines.append(f"unreadable  {len(bad):,}{listed}")
+    more = f"\n            and {len(bad) - MAX_LISTED:,} more" * (len(bad) > MAX_LISTED)
+    lines.append(f"unreadable  {len(bad):,}{listed}{more}")
     if good:
         heights, widths = np.array([fact.size for fact in good]).T
         spread = f"; {heights.min()} to {heights.max()} x {widths.min()} to {widths.max()}"
@@ -303,10 +324,21 @@ def main(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     facts = list(tqdm(all_facts(source, args.in_chans, indices, workers), total=len(indices), disable=None))
     print("\n".join(report_on(source, facts, time.perf_counter() - started)))
-    if any(fact.unreadable for fact in facts):
-        raise BadImage(
-            "there are unreadable images; main_pretrain.py --on_bad_image skip excludes them, up to 10 % of an epoch"
-        )
+    bad = [fact for fact in facts if fact.unreadable]
+    if bad:
+        raise BadImage(f"{len(bad):,} of {len(facts):,} images can't be read: {_remedy_of(bad, len(facts))}")
+
+
+def _remedy_of(bad: list[ImageFacts], count: int) -> str:
+    """Returns the remedy for the unreadable among `count` images."""
+    (remedy, shared), *_ = Counter(fact.remedy for fact in bad).most_common()
+    if remedy and shared > count / 2:
+        return remedy
+    if len(bad) <= MAX_BAD_SHARE * count:
+        return f"main_pretrain.py --on_bad_image skip excludes them, up to {MAX_BAD_SHARE:.0%} of an epoch"
+    return (
+        f"replace or remove them; main_pretrain.py --on_bad_image skip excludes up to {MAX_BAD_SHARE:.0%} of an epoch"
+    )
 
 
 if __name__ == "__main__":

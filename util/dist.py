@@ -364,6 +364,27 @@ def wrap(model: nn.Module, device: torch.device) -> nn.Module:
     return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
 
 
+def require_gradients(model: nn.Module) -> None:
+    """Checks that all trained parameters of a DistributedDataParallel have a gradient. It accepts any other model.
+
+    Call it after a backward pass with `gradient_sync`. Without this check, the gradients of some parameters would not
+    be averaged, and the next forward pass would fail with an error that does not name the unused parameters.
+
+    Raises:
+        ValueError: a trained parameter has no gradient.
+    """
+    if not isinstance(model, DistributedDataParallel):
+        return
+    unused = [name for name, p in model.module.named_parameters() if p.requires_grad and p.grad is None]
+    if unused:
+        names = ", ".join(unused[:5]) + f" and {len(unused) - 5} more" * (len(unused) > 5)
+        raise ValueError(
+            f"the loss does not depend on the parameters {names}, and several processes average their gradients only "
+            f"if every parameter has one: use these parameters in the loss, freeze them (requires_grad_(False)), or "
+            f"remove them"
+        )
+
+
 def gradient_sync(model: Any, enabled: bool) -> contextlib.AbstractContextManager[None]:
     """Context manager of a backward pass. If enabled, the pass averages gradients over the processes."""
     if is_sharded(model):

@@ -6,6 +6,7 @@ is a folder (`util.checkpoints.sharded`); `state.pth` in it has this format, wit
 """
 
 import argparse
+import contextlib
 import errno
 import hashlib
 import logging
@@ -166,11 +167,22 @@ def read(path: Path | str) -> dict[str, Any]:
         CheckpointError: the file is missing, damaged, or contains anything but tensors and plain values.
     """
     path = Path(path)
+    refuse_run_directory(path)
     state = _load(path / STATE if path.is_dir() else path)
     digest = state.pop("digest", None)
     if digest is not None and digest != compute_digest(state):
         raise CheckpointError(f"{path} is damaged: the content does not match the digest")
     return {**state, "folder": str(path)} if path.is_dir() else state
+
+
+def refuse_run_directory(path: Path) -> None:
+    """Raises CheckpointError if a path is a run directory. The message names its newest checkpoint."""
+    readable = []
+    for file in checkpoints(path) if path.is_dir() and not (path / STATE).is_file() else []:
+        with contextlib.suppress(CheckpointError):
+            readable.append((position(file), file))
+    if readable:
+        raise CheckpointError(f"{path} is a run directory: give its newest checkpoint, {max(readable)[1]}")
 
 
 def newest_first(folder: Path) -> list[Path]:

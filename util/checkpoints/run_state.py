@@ -175,7 +175,7 @@ def resume(
             checkpoint.require_finite(state["model"], f"--resume {which}", "resume from an earlier checkpoint")
         restore_model(model, state, settings, which)
         _require_same_meaning(_args_of(state), settings)
-        _require_same_parameters(optimizer, state, settings)
+        _require_same_parameters(optimizer, state, settings, which)
         _require_same_optimizer(optimizer, state)
         _require_same_epochs(_args_of(state), settings)
         progress.restore(state)
@@ -300,9 +300,17 @@ def _differs(name: str, saved: dict[str, Any], settings: dict[str, Any]) -> bool
     return values[0] != values[1]
 
 
-def _require_same_parameters(optimizer: torch.optim.Optimizer, state: dict[str, Any], settings: dict[str, Any]) -> None:
+def _require_same_parameters(
+    optimizer: torch.optim.Optimizer, state: dict[str, Any], settings: dict[str, Any], which: str = "auto"
+) -> None:
     saved, ours = ([len(group["params"]) for group in groups]
                    for groups in (state["optimizer"]["param_groups"], optimizer.param_groups))  # fmt: skip
+    if saved != ours and sum(saved) == sum(ours):
+        error = CheckpointError(
+            f"the parameter groups of the optimizer have {_listed(ours)} tensors, and in the checkpoint "
+            f"{_listed(saved)}: build the groups as before"
+        )
+        raise advised(error, *(["give another --output_dir"] if which == "auto" else _start_from(which)))
     if saved != ours:
         error = CheckpointError(
             f"the run of the checkpoint trained {sum(saved)} tensors of the model, and this run trains {sum(ours)}"
@@ -313,6 +321,10 @@ def _require_same_parameters(optimizer: torch.optim.Optimizer, state: dict[str, 
             "learned_pos_embed": args.get("learned_pos_embed", False),
         }
         raise _with_settings(error, chosen, settings)
+
+
+def _listed(counts: list[int]) -> str:
+    return ", ".join(map(str, counts[:6])) + ", ..." * (len(counts) > 6)
 
 
 def _require_same_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

@@ -46,7 +46,16 @@ logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # errors of damaged fi
 
 
 class BadImage(ValueError):
-    """A sample of a dataset can't be decoded to an image with the requested number of channels."""
+    """A sample of a dataset can't be decoded to an image with the requested number of channels.
+
+    Args:
+        remedy: flags with which the sample can be read; only some scripts have them. "" if the reason names the flags,
+            None if there are none.
+    """
+
+    def __init__(self, reason: str, remedy: str | None = None) -> None:
+        super().__init__(reason)
+        self.remedy = remedy
 
 
 def decode(
@@ -186,7 +195,7 @@ def _refuse(problem: str | None) -> None:
 def _check_channels(own: int, in_chans: int) -> None:
     """Raises BadImage if a file does not have the requested channels; only gray and color are converted."""
     if own != in_chans and not (own in MODES and in_chans in MODES):
-        raise BadImage(f"it has {own} channel{'s' * (own > 1)}, and in_chans is {in_chans}")
+        raise BadImage(f"it has {own} channel{'s' * (own > 1)}, and in_chans is {in_chans}", f"give --in_chans {own}")
 
 
 def _read_with_pillow(data: bytes, max_pixels: int) -> Picture:
@@ -217,7 +226,11 @@ def _channel_axis(shape: tuple[int, ...], in_chans: int) -> int | None:
         return None
     fitting = [axis for sizes in ((in_chans,), MODES) for axis in (2, 0) if shape[axis] in sizes]
     if not fitting:
-        raise BadImage(f"an array of shape {shape} does not have {in_chans} channels on its last or first axis")
+        own = min(shape[0], shape[2])
+        raise BadImage(
+            f"an array of shape {shape} does not have {in_chans} channels on its last or first axis",
+            f"give --in_chans {own}",
+        )
     return fitting[0]
 
 

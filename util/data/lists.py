@@ -4,6 +4,7 @@ import csv
 import json
 import logging
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from util.files.untrusted import printable
 logger = logging.getLogger(__name__)
 
 MOST_CLASSES = 1_000_000
-PATH_COLUMNS, LABEL_COLUMNS = ("path", "filename", "file", "image"), ("label", "class")  # in any case
+# Names of columns in lower case and without blanks, hyphens and underscores: "File Name" is filename.
+PATH_COLUMNS, LABEL_COLUMNS = ("path", "filename", "file", "image", "filepath"), ("label", "class", "groundtruth")
 MASK_COLUMNS = ("mask", "annotation", *LABEL_COLUMNS)
 CSV_HEADER = f"a column {' or '.join(PATH_COLUMNS)} (and {' or '.join(LABEL_COLUMNS)})"
 
@@ -157,11 +159,17 @@ def _csv_rows(text: str, label_columns: Sequence[str] = LABEL_COLUMNS) -> list[R
     rows = [line for line in text.splitlines() if line.strip()]
     semicolons = all(";" in row for row in rows) and "," not in rows[0] if rows else False
     lines = [row for row in csv.reader(rows, delimiter=";" if semicolons else ",") if row]
-    header = [cell.strip().lower() for cell in lines[0]] if lines else []
+    header = [re.sub(r"[\s_-]", "", cell).lower() for cell in lines[0]] if lines else []
     path, label = 0, 1
     if any(name in header for name in PATH_COLUMNS):
         path, label = (next((header.index(name) for name in names if name in header), len(header))
                        for names in (PATH_COLUMNS, label_columns))  # fmt: skip
+        if label == len(header) > 1:
+            others = ", ".join(cell.strip() for number, cell in enumerate(lines[0]) if number != path)
+            logger.warning(
+                f"the CSV file has no labels: none of its columns {printable(others)} is named "
+                f"{' or '.join(label_columns)}"
+            )
         lines = lines[1:]
     elif all(len(row) == 1 for row in lines):  # the CSV files of Places205 have blanks instead of commas
         return _text_rows("\n".join(row[0] for row in lines))

@@ -119,12 +119,18 @@ class Samples(Dataset):
             BadImage: `on_bad_image` is not "skip", or MAX_BAD_IN_A_ROW images in a row can't be read.
         """
         reason = (isinstance(error, OSError) and error.strerror) or str(error)
+        remedy = getattr(error, "remedy", None)
         if self.on_bad_image != "skip":
-            hint = " (--on_bad_image skip excludes such images from training)" if self.on_bad_image else ""
-            raise BadImage(f"{name}: {reason}{hint}") from error
+            hint = "--on_bad_image skip excludes such images from training" * (remedy != "")
+            if remedy:
+                hint = f"{remedy} if all images are like this one; {hint}"
+            raise BadImage(f"{name}: {reason}" + f" ({hint})" * bool(hint and self.on_bad_image)) from error
         bad.append((name, reason))
         if len(bad) >= MAX_BAD_IN_A_ROW:
-            raise BadImage(f"{len(bad)} images in a row can't be read; the last is {name}: {reason}") from error
+            raise BadImage(
+                f"{len(bad)} images in a row can't be read; the last is {name}: {reason}"
+                + f" ({remedy})" * bool(remedy)
+            ) from error
 
     def _read(self, epoch: int, index: int) -> tuple[Picture, Any, list[Bad]]:
         assert not isinstance(self.source, Shards), "streamed samples come from StreamedSamples"

@@ -139,10 +139,13 @@ class MaskFormat:
         classes = values[values != IGNORED]
         if classes.size and classes.max() >= self.num_classes:
             first = int(self.reduce_zero_label)
+            remedy = "correct --palette" if self.colors else f"give --nb_classes {classes.max() + 1}"
+            if classes.max() == self.num_classes and not self.reduce_zero_label:
+                remedy += ", or --reduce_zero_label if 0 is no class"
             raise BadImage(
                 f"it has the value {classes.max() + first}, and the {self.num_classes} classes are {first} to "
-                f"{self.num_classes - 1 + first} ({IGNORED} is ignored): correct --nb_classes, --palette or "
-                f"--reduce_zero_label"
+                f"{self.num_classes - 1 + first} ({IGNORED} is ignored): {remedy}",
+                remedy="",  # without the image, the mistake would remain
             )
         return torch.from_numpy(values.copy())
 
@@ -227,7 +230,7 @@ class Pairs:
             return data, self.mask_format.decode(self.masks[self.places[index, 1]][0])
         except (BadImage, OSError) as error:
             reason = (isinstance(error, OSError) and error.strerror) or str(error)
-            raise BadImage(f"its mask {self.mask_name(index)}: {reason}") from error
+            raise BadImage(f"its mask {self.mask_name(index)}: {reason}", getattr(error, "remedy", None)) from error
 
     def name(self, index: int) -> str:
         """Returns the name of the image."""

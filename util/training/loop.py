@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from util import dist
 from util.interrupts import Interrupted
-from util.training.precision import Precision
+from util.training.precision import Precision, require_found_inf
 from util.training.run_log import Meters, NullLog, Stopwatch
 from util.training.saver import NullSaver, Request
 
@@ -97,9 +97,11 @@ def run_epoch(
         optimizer: supports `found_inf`, as fused optimizers do.
 
     Raises:
+        ValueError: the optimizer does not support `found_inf`.
         NonFiniteLoss: `options.guard` ends the run. The non-finite updates did not change the weights.
         Interrupted: a signal stopped the run, and its state is saved.
     """
+    require_found_inf(optimizer)
     epoch, accum_iter, precision, saver = options.epoch, options.accum_iter, options.precision, options.saver
     num_iterations = len(loader)
     num_updates, rest = divmod(num_iterations, accum_iter)
@@ -191,6 +193,7 @@ def _forward_backward(
 
     Raises:
         TypeError: the loss is not a tensor of shape ().
+        ValueError: there are several processes, and a trained parameter has no gradient.
     """
     with dist.gradient_sync(model, enabled=is_last):
         with precision.autocast():
@@ -200,6 +203,8 @@ def _forward_backward(
             raise TypeError(f"the loss of a batch is a {kind}; return a tensor of shape (), such as loss.mean()")
         loss = loss / accum_iter
         precision.backward(loss)
+    if is_last:
+        dist.require_gradients(model)
     return loss.detach()
 
 

@@ -61,9 +61,6 @@ class Precision:
         Returns:
             The global norm of the gradient before clipping, on the device.
         """
-        assert getattr(optimizer, "_step_supports_amp_scaling", False), (
-            "the optimizer must support found_inf, as torch.optim.AdamW(fused=True) and util/lars.py do"
-        )
         self.scaler.unscale_(optimizer)
         gradients = [p.grad for p in _parameters(optimizer) if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
@@ -80,6 +77,19 @@ class Precision:
         self.scaler.update()
         optimizer.zero_grad(set_to_none=True)
         return norm
+
+
+def require_found_inf(optimizer: torch.optim.Optimizer) -> None:
+    """Checks that an optimizer skips updates whose gradients are not finite, as `Precision.step` requires.
+
+    Raises:
+        ValueError: it does not support `found_inf`.
+    """
+    if not getattr(optimizer, "_step_supports_amp_scaling", False):
+        raise ValueError(
+            f"the optimizer {type(optimizer).__name__} does not skip updates with infinite gradients: give one with "
+            f"fused=True, such as torch.optim.AdamW(groups, fused=True), or one that uses found_inf, as util/lars.py"
+        )
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:

@@ -18,7 +18,7 @@ from util.interrupts import Interrupted, Interrupts
 from util.training import run_log
 from util.training.compiling import compile_model
 from util.training.loop import Callback, EpochOptions, Loader, NonFiniteGuard
-from util.training.precision import Precision
+from util.training.precision import Precision, require_found_inf
 from util.training.saver import open_saver
 
 logger = logging.getLogger(__name__)
@@ -72,10 +72,10 @@ def run(
         is_locked: the caller has locked the run directory.
 
     Raises:
-        ValueError: the model is sharded and there are callbacks, whose states would not be saved; or a setting or the
-            state of a callback is not a plain value.
+        ValueError: the optimizer does not support `found_inf`; the model is sharded and there are callbacks, whose
+            states would not be saved; or a setting or the state of a callback is not a plain value.
     """
-    _require_storable(model, settings, callbacks)
+    _require_usable(model, optimizer, settings, callbacks)
     args, output_dir = Namespace(**settings), Path(settings["output_dir"])
     logger.info("settings: " + " ".join(f"{key}={settings[key]}" for key in sorted(settings) if key != "classes"))
     progress = _initial_progress(args, batches.num_images)
@@ -122,7 +122,10 @@ def run(
         )  # fmt: skip
 
 
-def _require_storable(model: nn.Module, settings: Mapping[str, Any], callbacks: Sequence[Callback]) -> None:
+def _require_usable(
+    model: nn.Module, optimizer: torch.optim.Optimizer, settings: Mapping[str, Any], callbacks: Sequence[Callback]
+) -> None:
+    require_found_inf(optimizer)
     if callbacks and dist.is_sharded(model):
         raise ValueError("--fsdp can't save the state of callbacks: omit --fsdp or the callbacks")
     checkpoint.require_plain({**settings}, "args")

@@ -246,6 +246,7 @@ def _read_folder(path: Path, file: Path | None = None) -> tuple[dict[str, Any], 
     present = [path / name for name in names if (path / name).is_file()]
     file = file or next(iter(present), None)
     if file is None:
+        checkpoint.refuse_run_directory(path)
         raise CheckpointError(f"{path} is a folder without model.safetensors or pytorch_model.bin; give a file")
     try:
         indices = [file] if file.suffix == ".json" else [other for other in present if other.suffix == ".json"]
