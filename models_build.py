@@ -18,8 +18,7 @@ from models_segment import Segmenter
 from models_vit import SIZES, VisionTransformer, attention_weights, set_grad_checkpointing
 from util import dist
 from util.checkpoints.checkpoint import CheckpointError
-from util.cli.choices import ATTENTIVE, LINEAR, NUM_QUERIES
-from util.data.transforms import default_crop_pct, published_crop_pct
+from util.cli.choices import ATTENTIVE, LINEAR, NUM_QUERIES, default_crop_pct, published_crop_pct
 from util.pos_embed import to_pair
 from util.weights.loading import DPT_HEAD, PROBE_HEAD, QUERIES, Weights
 from util.weights.model_zoo import CLASSIFIER, FULL, SEGMENTER

@@ -12,6 +12,7 @@ from util import dist
 from util.checkpoints import checkpoint, run_directory, sharded
 from util.checkpoints.checkpoint import CheckpointError
 from util.cli.advice import advised, arguments, remedy
+from util.cli.choices import published_crop_pct
 from util.pos_embed import to_pair
 
 if TYPE_CHECKING:
@@ -265,9 +266,9 @@ def restore_model(model: nn.Module, state: dict[str, Any], settings: dict[str, A
 
 
 def _require_same_meaning(saved: dict[str, Any], settings: dict[str, Any]) -> None:
+    if "crop_pct" in saved and saved["crop_pct"] is None and saved.get("input_size"):  # an earlier version's default
+        saved = {**saved, "crop_pct": published_crop_pct(saved["input_size"])}
     different = {name: saved[name] for name in MEANING if _differs(name, saved, settings)}
-    if different.get("crop_pct", 1) is None:  # an earlier version, which records no default
-        del different["crop_pct"]
     if different:
         before, now = (
             " ".join(arguments({name: values[name] for name in different})) or "the defaults"

@@ -1,5 +1,7 @@
 """Choices and defaults of flags that other packages also use."""
 
+from util.pos_embed import Size, to_pair
+
 AMP_CHOICES = ("auto", "bf16", "fp16", "off")
 ADAPT_CHOICES = ("error", "mean", "repeat", "skip")
 LINEAR, ATTENTIVE = PROBE_CHOICES = ("linear", "attentive")
@@ -7,3 +9,15 @@ DEFAULT_WORKERS = 10  # default of --num_workers
 NUM_QUERIES = 32  # default of --num_queries
 CROP_CHOICES = ("random", "none")
 HEAD_CHOICES = ("linear", "dpt")  # of segmentation
+SMALL = 112  # pixels: for inputs with a shorter side below, the default evaluation crops nothing
+
+
+def default_crop_pct(input_size: Size) -> float:
+    """Returns the published crop ratio; 1 if the shorter side is below SMALL, where it would crop what matters."""
+    return 1.0 if min(to_pair(input_size)) < SMALL else published_crop_pct(input_size)
+
+
+def published_crop_pct(input_size: Size) -> float:
+    """Returns the published crop ratio: 0.875, and 1 for squares above 224 pixels."""
+    height, width = to_pair(input_size)
+    return 1.0 if height == width > 224 else 0.875

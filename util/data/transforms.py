@@ -10,6 +10,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
+from util.cli.choices import default_crop_pct
 from util.data.decode import Picture, size_of, to_pillow
 from util.pos_embed import Size, to_pair
 
@@ -17,7 +18,6 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 CROP_RATIO = (3 / 4, 4 / 3)  # aspect ratio of random crops, relative to the aspect ratio of the input
 NO_CROP = "none"  # the value of --crop for whole images
-SMALL = 112  # pixels: for inputs with a shorter side below, the default evaluation crops nothing
 
 Transform = Callable[[Picture], Tensor]
 
@@ -246,17 +246,6 @@ def to_tensor(picture: Picture) -> Tensor:
     from torchvision.transforms.functional import pil_to_tensor
 
     return pil_to_tensor(picture)
-
-
-def default_crop_pct(input_size: Size) -> float:
-    """Returns the published crop ratio; 1 if the shorter side is below SMALL, where it would crop what matters."""
-    return 1.0 if min(to_pair(input_size)) < SMALL else published_crop_pct(input_size)
-
-
-def published_crop_pct(input_size: Size) -> float:
-    """Returns the published crop ratio: 0.875, and 1 for squares above 224 pixels."""
-    height, width = to_pair(input_size)
-    return 1.0 if height == width > 224 else 0.875
 
 
 def eval_transform(input_size: Size, crop_pct: float | None = None, crop: str | None = None) -> Transform:
