@@ -294,6 +294,15 @@ def test_an_interrupted_run_of_other_flags_or_files_is_not_resumed(tmp_path, rec
     assert commands.scores()["name"]["value"] is resumes
 
 
+def test_a_killed_script_is_reported_as_killed(tmp_path):
+    script = tmp_path / "killed.py"
+    script.write_text("import os\nprint('warning: give --amp', flush=True)\nos.kill(os.getpid(), 9)\n")
+    commands = Commands(tmp_path / "runs", tmp_path / "results.json", 1)
+    with pytest.raises(ValueError, match=r"SIGKILL.*memory.*resumes") as error:
+        commands.run("mine/linear", script, {}, lambda *_: {})
+    assert "--amp" not in str(error.value) and "mine/linear" in str(error.value)
+
+
 def test_a_moved_comparison_is_complete(tmp_path):
     """The encoders of timm are in the moved folder. The commands of the results are those of the new folder."""
     (tmp_path / "counts.py").write_text("open(__file__ + '.txt', 'a').write('run ')")

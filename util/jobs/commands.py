@@ -5,6 +5,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -87,7 +88,7 @@ class Commands:
             read: returns the scores of a run directory and an output.
 
         Raises:
-            ValueError: the script failed; the message is the last line of its output.
+            ValueError: the script failed; the message is the last line of its output, or says that it was killed.
         """
         command = shlex.join(["python", script.name, *arguments(flags)])
 
@@ -106,6 +107,11 @@ class Commands:
                 code = process.wait()
                 self.processes.discard(process)
             text = output.read_text(encoding="utf-8", errors="replace")
+            if code == -signal.SIGKILL:  # the end of the output is unrelated; a script handles all other signals
+                raise ValueError(
+                    f"{name} was killed by SIGKILL, usually for lack of memory; the same command resumes "
+                    f"(the output is in {output})"
+                )
             if code:
                 last = next((line for line in reversed(text.splitlines()) if line.strip()), f"exit code {code}")
                 raise ValueError(f"{last} (the output is in {output})")
