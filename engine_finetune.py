@@ -196,7 +196,7 @@ class Setup:
     @property
     def crop_pct(self) -> float:
         """Side of the center crop in evaluation, as a fraction of the resized image."""
-        return self.args.crop_pct or transforms.default_crop_pct(self.args.input_size)
+        return getattr(self.args, "crop_pct", None) or transforms.default_crop_pct(self.args.input_size)
 
     def open_pair(self) -> tuple[Source, Source]:
         """Opens the training and the validation set. With `val_fraction`, held-out training images are the latter.

@@ -206,6 +206,7 @@ class PairSetup(Setup):
         colors = None if self.colors is None else [value for color in self.colors for value in color]
         return {
             "nb_classes": len(self.classes), "classes": self.classes, "colors": colors, "short_side": self.short_side,
+            "crop_pct": self.crop_pct,
             "mean": self.mean, "std": self.std, "num_cls_tokens": self.num_cls_tokens,
         }  # fmt: skip
 

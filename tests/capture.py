@@ -146,8 +146,8 @@ def normalized(images: torch.Tensor) -> torch.Tensor:
     return (images.float() / 255 - mean) / std
 
 
-def center_crop(file: Path, size: int = 16, scaled: int = 18) -> torch.Tensor:
-    """The published evaluation transform of a picture, normalized: (1, 3, size, size)."""
+def center_crop(file: Path, size: int = 16, scaled: int = 16) -> torch.Tensor:
+    """The evaluation transform of a picture, normalized: (1, 3, size, size)."""
     with Image.open(file) as picture:
         resized = tv.functional.resize(picture, [scaled], tv.InterpolationMode.BICUBIC)
         return normalized(tv.functional.pil_to_tensor(tv.functional.center_crop(resized, [size]))[None])

@@ -162,7 +162,7 @@ def test_transformers_classifier(of_token, imgs, tmp_path):
 @pytest.mark.parametrize(("input_size", "edge"), [(24, 27), (28, 32), (32, 36), (40, 45), (56, 64), (48, 54), (20, 22)])
 def test_the_export_to_transformers_names_a_shifted_crop(input_size, edge, tmp_path, caplog):
     caplog.set_level("INFO")
-    model = get_model("vit_mini_patch4", nb_classes=3, global_pool=False, input_size=input_size)
+    model = get_model("vit_mini_patch4", nb_classes=3, global_pool=False, input_size=input_size, crop_pct=0.875)
     folder = exported(model, "transformers", tmp_path)
     image = Image.effect_noise((80, 80), 80).convert("RGB")
     processor = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
@@ -239,7 +239,7 @@ def test_the_call_of_timm_that_an_export_prints(suffix, pools, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     theirs = eval(call[0]).eval()
     config = timm.data.resolve_model_data_config(theirs)
-    assert (list(config["input_size"]), list(config["mean"]), config["crop_pct"]) == ([2, 16, 32], [0.5, 0.4], 0.875)
+    assert (list(config["input_size"]), list(config["mean"]), config["crop_pct"]) == ([2, 16, 32], [0.5, 0.4], 1.0)
     images = torch.randn(2, 2, 16, 32)
     torch.testing.assert_close(theirs(images), ours(images), rtol=1e-5, atol=1e-5)
 
@@ -308,7 +308,7 @@ def test_onnx(kind, imgs, tmp_path, request, caplog):
             torch.testing.assert_close(torch.from_numpy(their), ours, rtol=1e-5, atol=1e-5)
     metadata = session.get_modelmeta().custom_metadata_map
     assert json.loads(metadata["mean"]) == [0.485, 0.456, 0.406]
-    assert json.loads(metadata["crop_pct"]) == 0.875
+    assert json.loads(metadata["crop_pct"]) == 1.0
 
 
 @pytest.mark.parametrize("kind", ["pooled", "mae"])

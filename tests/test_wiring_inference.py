@@ -107,7 +107,7 @@ def test_names_of_classes_are_those_of_the_head(tmp_path):
 
 def test_the_crop_of_an_evaluation_is_the_recorded_one(tmp_path):
     picture = Image.open(PHOTOS[0])
-    for crop_pct, scaled in ((None, 36), (1.0, 32), (0.5, 64)):
+    for crop_pct, scaled in ((None, 32), (1.0, 32), (0.5, 64)):
         model = get_model("vit_mini_patch4", nb_classes=3, crop_pct=crop_pct)
         expected = T.Compose([T.Resize(scaled, T.InterpolationMode.BICUBIC), T.CenterCrop(32), T.PILToTensor()])
         assert torch.equal(model.transform(picture), expected(picture))
@@ -146,7 +146,7 @@ def test_each_photograph_has_its_own_prediction(tmp_path):
     model = get_model("vit_mini_patch4", nb_classes=6)
     with torch.no_grad():
         model.head.weight.normal_()
-    predictions = run(predict, *PHOTOS, "--model", saved(model, tmp_path / "m.pth"), "--topk", 3)
+    predictions = run(predict, *PHOTOS, "--model", saved(model, tmp_path / "m.pth", crop_pct=1.0), "--topk", 3)
     for path, prediction in zip(PHOTOS, predictions, strict=True):
         np.testing.assert_allclose(prediction["pred_scores"], model.predict(path)["pred_scores"], rtol=1e-5)
         assert len(prediction["top"]) == 3
@@ -296,7 +296,7 @@ def test_a_transformers_folder_has_the_models_settings(tmp_path):
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
     assert processor.image_mean == pytest.approx([0.1, 0.2, 0.3])
     assert processor.image_std == pytest.approx([0.4, 0.5, 0.6])
-    assert (processor.size["shortest_edge"], int(processor.resample)) == (36, 3)  # 32 / .875
+    assert (processor.size["shortest_edge"], int(processor.resample)) == (32, 3)
     assert (processor.crop_size["height"], processor.crop_size["width"]) == (32, 32)
 
 

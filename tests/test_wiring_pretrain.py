@@ -86,7 +86,9 @@ def names_of(call, group) -> list[str]:
 
 
 def published_augmentation(size, scale=(0.2, 1.0), flip=0.5):
-    crop = tv.RandomResizedCrop(size, scale=scale, interpolation=tv.InterpolationMode.BICUBIC)
+    aspect = size[1] / size[0] if isinstance(size, tuple) else 1
+    ratio = (3 / 4 * aspect, 4 / 3 * aspect)
+    crop = tv.RandomResizedCrop(size, scale, ratio, interpolation=tv.InterpolationMode.BICUBIC)
     return tv.Compose([crop, tv.RandomHorizontalFlip(flip), tv.PILToTensor()])
 
 
@@ -417,7 +419,7 @@ def test_eight_evenly_spaced_images_are_reconstructed(capture, monkeypatch):
     assert mask_ratio == 0.6
     assert (images.dtype, len(images)) == (torch.uint8, 8)
     center = tv.Compose(
-        [tv.Resize(18, interpolation=tv.InterpolationMode.BICUBIC), tv.CenterCrop(16), tv.PILToTensor()]
+        [tv.Resize(16, interpolation=tv.InterpolationMode.BICUBIC), tv.CenterCrop(16), tv.PILToTensor()]
     )
     source = call.batches.batches.dataset.source
     for row, index in ((0, 0), (7, NUM_IMAGES - 1)):
