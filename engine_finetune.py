@@ -83,15 +83,26 @@ class Evaluation(NamedTuple):
         """Top-5 accuracy in percent (TOP); None with fewer classes."""
         return None if self.num_in_top is None else 100 * self.num_in_top / len(self.labels)
 
+    @property
+    def balanced_acc(self) -> float | None:
+        """Mean of the accuracies of the classes in percent; None if the classes have similar numbers of samples."""
+        counts = np.bincount(self.labels)
+        if not labels.is_imbalanced(counts):
+            return None
+        right = np.bincount(self.labels, self.labels == self.predictions)
+        return 100 * float((right[counts > 0] / counts[counts > 0]).mean())
+
     def stats(self) -> dict[str, float]:
         """Returns the entries of log.txt."""
         top = {} if self.acc_top is None else {f"test_acc{TOP}": self.acc_top}
-        return {"test_acc1": self.acc1, **top, "test_loss": self.loss}
+        balanced = {} if self.balanced_acc is None else {"test_balanced_acc": self.balanced_acc}
+        return {"test_acc1": self.acc1, **top, **balanced, "test_loss": self.loss}
 
     def __str__(self) -> str:
         """Formats the scores like the published code."""
         top = "" if self.acc_top is None else f" Acc@{TOP} {self.acc_top:.3f}"
-        return f"* Acc@1 {self.acc1:.3f}{top} loss {self.loss:.3f}"
+        balanced = "" if self.balanced_acc is None else f" balanced accuracy {self.balanced_acc:.3f}"
+        return f"* Acc@1 {self.acc1:.3f}{top}{balanced} loss {self.loss:.3f}"
 
 
 @torch.inference_mode()

@@ -5,9 +5,12 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from util import dist
 from util.data.decode import Picture
 from util.data.sources import Source, first_few
 from util.data.webdataset_shards import Shards
+
+IMBALANCE = 5  # ratio of the largest to the smallest class from which the accuracy of each class counts
 
 logger = logging.getLogger(__name__)
 
@@ -95,8 +98,27 @@ def open_pair(
     train = require(open_split("train", file_list=train_list), "train")
     val = require(open_split("val", file_list=val_list), "val") if validation else train
     classes = check_classes(train, val, nb_classes)
+    if dist.is_main():
+        _warn_of_imbalance(train, classes)
     chosen = some_of_each_class(train, train_per_class, seed) if train_per_class else train
     return chosen, counted_as(val, classes)
+
+
+def _warn_of_imbalance(train: Source, classes: Sequence[str]) -> None:
+    counts = np.bincount(train.labels, minlength=len(classes))
+    if is_imbalanced(counts) or counts.min() == 1 < counts.max():
+        few, many = int(counts.argmin()), int(counts.argmax())
+        logger.warning(
+            f"the training set has {counts[few]:,} to {counts[many]:,} images of a class: {classes[few]} has "
+            f"{counts[few]:,}, and {classes[many]} has {counts[many]:,}. The top-1 accuracy depends mostly on large "
+            f"classes, and a class of one image may be a misspelled name"
+        )
+
+
+def is_imbalanced(counts: np.ndarray) -> bool:
+    """Whether the numbers of images of the classes that have any differ by more than IMBALANCE times."""
+    present = counts[counts > 0]
+    return len(present) > 0 and present.max() > IMBALANCE * present.min()
 
 
 def require(source: Source | Shards, split: str) -> Source:
