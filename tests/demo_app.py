@@ -239,6 +239,32 @@ def test_an_uploaded_image_is_masked_and_reconstructed(visit, model):
     assert f"{loss:.4f}" in said and f"PSNR {psnr(model, result):.2f} dB" in said
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_photograph_with_an_exif_orientation_is_upright_in_both_tabs(visit, tmp_path, orientation):
+    turns = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_90",
+             7: "TRANSVERSE", 8: "ROTATE_270"}  # how the camera stores the upright photograph  # fmt: skip
+    with Image.open(CAT) as photo:
+        stored = photo.copy() if orientation == 1 else photo.transpose(Image.Transpose[turns[orientation]])
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tmp_path / "turned.png", exif=exif)
+    with Image.open(CAT) as photo:
+        upright = np.asarray(photo.convert("RGB").resize((COLUMNS * SIDE, ROWS * SIDE)), float)
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    page = visit()
+    upload(page, tmp_path / "turned.png")
+    page.wait_for_timeout(1000)
+    settled(page, "at random with seed 0")
+    for tab in ("Reconstruct", "Attention and features"):
+        page.get_by_role("tab", name=tab).click()
+        page.wait_for_timeout(1000)
+        shown = pixels(page, "original")
+        page.screenshot(path=SCREENSHOTS / f"exif_{orientation}_{tab.split()[0].lower()}.png")
+        resized = Image.fromarray(shown).resize((COLUMNS * SIDE, ROWS * SIDE))
+        assert shown.shape[0] < shown.shape[1]
+        assert np.abs(np.asarray(resized, float) - upright).mean() < 15
+
+
 def test_ratio_and_seed(visit):
     page = visit()
     page.get_by_role("button", name="chelsea").click()
