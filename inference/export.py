@@ -156,12 +156,12 @@ def _statistics(model: Model) -> tuple[list[float], list[float]]:
 
 
 def _crop_pct(model: Model) -> float:
-    if _is_whole(model):
+    if _is_uncropped(model):
         return 1.0
     return model.settings.get("crop_pct") or transforms.default_crop_pct(model.settings["input_size"])
 
 
-def _is_whole(model: Model) -> bool:
+def _is_uncropped(model: Model) -> bool:
     """Whether the input is the whole picture, scaled to its size."""
     return model.settings.get("crop") == transforms.NO_CROP
 
@@ -226,7 +226,7 @@ def timm_config(model: Classifier) -> dict[str, Any]:
         },
         "pretrained_cfg": {
             "input_size": [model.in_chans, height, width], "fixed_input_size": True, "interpolation": "bicubic",
-            "crop_pct": _crop_pct(model), "crop_mode": "squash" if _is_whole(model) else "center",
+            "crop_pct": _crop_pct(model), "crop_mode": "squash" if _is_uncropped(model) else "center",
             "mean": mean, "std": std, "num_classes": model.settings["nb_classes"],
             "first_conv": "patch_embed.proj", "classifier": "head", **labels,
         },
@@ -340,8 +340,8 @@ def write_transformers(model: Model, out: Path) -> None:
                     f"pixel before that of this library, which matters for small images")  # fmt: skip
     square = {"height": side, "width": side}
     transformers.ViTImageProcessor(
-        size=square if _is_whole(model) else {"shortest_edge": edge}, resample=foreign_settings.BICUBIC,
-        do_center_crop=not _is_whole(model), crop_size=square, do_convert_rgb=model.in_chans == 3,
+        size=square if _is_uncropped(model) else {"shortest_edge": edge}, resample=foreign_settings.BICUBIC,
+        do_center_crop=not _is_uncropped(model), crop_size=square, do_convert_rgb=model.in_chans == 3,
         image_mean=mean, image_std=std,
     ).save_pretrained(out)  # fmt: skip
 

@@ -102,7 +102,7 @@ def pretrain_transform(
 
     scale, ratio = _crop_ranges(input_size, crop_scale, crop_ratio)
     resized = T.RandomResizedCrop(to_pair(input_size), scale, ratio, interpolation=T.InterpolationMode.BICUBIC)
-    first = partial(_whole, size=to_pair(input_size)) if crop == NO_CROP else partial(random_crop, crop=resized)
+    first = partial(_scaled, size=to_pair(input_size)) if crop == NO_CROP else partial(random_crop, crop=resized)
     return T.Compose([first, T.RandomHorizontalFlip(hflip), *_flip_and_rotate(input_size, vflip, rotate90), to_tensor])
 
 
@@ -121,7 +121,7 @@ def _crop_ranges(
     return (scale[0], scale[1]), (ratio[0] * aspect, ratio[1] * aspect)
 
 
-def _whole(picture: Picture, size: tuple[int, int]) -> Picture:
+def _scaled(picture: Picture, size: tuple[int, int]) -> Picture:
     """Scales a picture to (height, width); a picture of this size is unchanged."""
     from util.data import crops
 
@@ -201,7 +201,7 @@ def finetune_transform(
     height, width = to_pair(input_size)
     if height != width:  # timm samples empty crops of signals with one row
         resized = T.RandomResizedCrop((height, width), scale, ratio, interpolation=T.InterpolationMode.BICUBIC)
-    first = partial(_whole, size=(height, width)) if crop == NO_CROP else partial(random_crop, crop=resized)
+    first = partial(_scaled, size=(height, width)) if crop == NO_CROP else partial(random_crop, crop=resized)
     policies = [partial(_change_bytes, change=change)] if change.transforms else []
     return T.Compose([first, *flip, *policies, *_flip_and_rotate(input_size, vflip, rotate90), to_tensor])
 
@@ -235,7 +235,7 @@ def probe_transform(input_size: Size, crop: str = "random") -> Transform:
     kind = CropOnce if height == width else T.RandomResizedCrop
     scale, ratio = _crop_ranges(input_size, (0.08, 1.0), CROP_RATIO)
     resized = kind((height, width), scale, ratio, interpolation=T.InterpolationMode.BICUBIC)
-    first = partial(_whole, size=(height, width)) if crop == NO_CROP else partial(random_crop, crop=resized)
+    first = partial(_scaled, size=(height, width)) if crop == NO_CROP else partial(random_crop, crop=resized)
     return T.Compose([first, T.RandomHorizontalFlip(), to_tensor])
 
 
@@ -259,7 +259,7 @@ def eval_transform(input_size: Size, crop_pct: float | None = None, crop: str | 
 
     height, width = to_pair(input_size)
     if crop == NO_CROP:
-        return T.Compose([partial(_whole, size=(height, width)), to_tensor])
+        return T.Compose([partial(_scaled, size=(height, width)), to_tensor])
     crop_pct = crop_pct or default_crop_pct(input_size)
     scaled = (int(height / crop_pct), int(width / crop_pct))
     return T.Compose([partial(_cover, size=scaled), T.CenterCrop((height, width)), to_tensor])
