@@ -352,6 +352,8 @@ class HeadLosses:
     head over the updates of an epoch; checkpoints contain the sums.
     """
 
+    is_optional = True  # checkpoints of earlier versions do not have the sums, and resume without them
+
     def __init__(self) -> None:
         self.epoch = self.batches = 0
         self.sums: Tensor | None = None  # (2, heads): finite losses, and number of them; means over the processes

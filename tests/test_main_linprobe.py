@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from capture import parse, recorder
-from mains import Stopped, lines, stop_after
+from mains import Stopped, assert_equal, lines, stop_after, weights
 from PIL import Image
 from torch.nn import functional as F
 
@@ -191,6 +191,19 @@ def test_the_loss_of_the_selected_rate_counts_the_epoch_before_a_resume(probe, t
             probe(f"parts{calls}", **flags)
         parts = probe(f"parts{calls}", **flags, resume="auto")
         assert [line["train_loss"] for line in lines(parts)] == [line["train_loss"] for line in lines(whole)]
+
+
+def test_a_probe_of_an_earlier_version_with_several_rates_resumes(probe, tuned):
+    """Its checkpoints have no sums of the losses."""
+    flags = {"finetune": tuned / "checkpoint-19.pth", "blr": "1 30", "cache_features": True, "epochs": 2}
+    whole = probe("whole", **flags)
+    state = checkpoint.read(whole / "checkpoint-0.pth")
+    del state["callbacks"]
+    (whole.parent / "earlier").mkdir()
+    torch.save(state, whole.parent / "earlier/checkpoint-0.pth")
+    earlier = probe("earlier", **flags, resume="auto")
+    assert_equal(weights(earlier), weights(whole))
+    assert lines(earlier)[-1]["train_loss"] == lines(whole)[-1]["train_loss"]
 
 
 @pytest.mark.parametrize(

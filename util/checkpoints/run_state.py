@@ -394,6 +394,8 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -
 
 
 def _restore_callbacks(callbacks: Sequence["Stateful"], states: list[dict[str, Any]]) -> None:
+    if not states and all(getattr(callback, "is_optional", False) for callback in callbacks):
+        return
     if len(callbacks) != len(states):
         raise CheckpointError(
             f"the checkpoint contains the state of {len(states)} callbacks, and this run has {len(callbacks)}: resume "
