@@ -16,10 +16,8 @@ import models_vit
 from models_mae import DECODER_SUFFIX, DECODERS, MaskedAutoencoderViT
 from models_segment import Segmenter
 from models_vit import SIZES, VisionTransformer, attention_weights, set_grad_checkpointing
-from util import dist
 from util.checkpoints.checkpoint import CheckpointError
 from util.cli.choices import ATTENTIVE, LINEAR, NUM_QUERIES, default_crop_pct, published_crop_pct
-from util.pos_embed import to_pair
 from util.weights.loading import DPT_HEAD, PROBE_HEAD, QUERIES, Weights
 from util.weights.model_zoo import CLASSIFIER, FULL, SEGMENTER
 
@@ -125,18 +123,19 @@ def file_settings(file: Weights, model: str | None = None) -> dict[str, Any]:
     if file.kind == SEGMENTER:
         known["head"] = "dpt" if DPT_HEAD in tensors else "linear"
     if file.kind in (CLASSIFIER, SEGMENTER) and known.get("crop_pct") is None:
-        size_of_input = known.get("input_size") or settings.get("input_size")
-        if size_of_input:
-            known["crop_pct"] = _crop_pct_of_earlier_version(file.source, *to_pair(size_of_input))
+        sides = known.get("input_size") or settings.get("input_size")
+        if sides:
+            sides = tuple(sides) if isinstance(sides, list) else sides
+            known["crop_pct"] = _crop_pct_of_earlier_version(file.source, sides)
     return {**settings, **known, "model": model or f"{'mae_' * (file.kind == FULL)}vit_{size}"}
 
 
 @cache
-def _crop_pct_of_earlier_version(source: str, height: int, width: int) -> float:
+def _crop_pct_of_earlier_version(source: str, input_size: Any) -> float:
     """Returns the crop ratio of a file that records none; logs it once if the default has changed since."""
-    crop_pct = published_crop_pct((height, width))
-    if crop_pct != default_crop_pct((height, width)) and dist.is_main():
-        logger.warning(f"{source} records no --crop_pct, and {crop_pct} is used, the default of its time")
+    crop_pct = published_crop_pct(input_size)
+    if crop_pct != default_crop_pct(input_size):
+        logger.warning(f"{source} records no crop ratio, and {crop_pct} is used, the default of its time")
     return crop_pct
 
 

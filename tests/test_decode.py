@@ -300,8 +300,8 @@ def test_transforms_accept_pillow_images_and_tensors():
     deep, shallow = decode(saved((RGB[..., 0].astype(np.uint16) * 257), "PNG"), 1), decode(saved(GRAY, "PNG"), 1)
     for transform in (
         transforms.pretrain_transform(8),
-        transforms.eval_transform(8),
-        transforms.eval_transform((4, 8)),
+        transforms.eval_transform(8, crop_pct=0.875),
+        transforms.eval_transform((4, 8), crop_pct=0.875),
     ):
         made = []
         for picture in (deep, shallow):

@@ -31,6 +31,9 @@ class Events:
     def save_epoch(self, epoch, accuracy=None):
         self.events.append(("save_epoch", epoch, accuracy))
 
+    def flush(self):
+        pass
+
     def raise_if_stopping(self, error):
         self.events.append(("raise_if_stopping", str(error)))
 

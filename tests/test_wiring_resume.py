@@ -132,7 +132,7 @@ def test_one_warning_names_the_settings_that_the_code_does_not_know(saved, tmp_p
 def test_sizes_are_compared_by_value(saved, tmp_path, caplog):
     """A square has one number or two, and statistics are lists or tuples."""
     same = {"input_size": 16, "mean": [0.5], "patch_size": None, "crop_pct": None}
-    run_state._require_same_meaning(same, {"input_size": [16, 16], "mean": (0.5,), "crop_pct": 1.0})
+    run_state._require_same_meaning(same, {"input_size": [16, 16], "mean": (0.5,), "crop_pct": 0.875})
     with pytest.raises(CheckpointError) as raised:
         run_state._require_same_meaning(same | {"crop_pct": 0.9}, {"input_size": [8, 32], "mean": None})
     assert raised.value.__notes__ == ["give --input_size 16 --mean 0.5"]

@@ -100,6 +100,7 @@ def pretrain_transform(
 
     from util.data.crops import random_crop
 
+    _check_ranges(crop_scale, crop_ratio)
     scale, ratio = _crop_ranges(input_size, crop_scale, crop_ratio)
     resized = T.RandomResizedCrop(to_pair(input_size), scale, ratio, interpolation=T.InterpolationMode.BICUBIC)
     first = partial(_scaled, size=to_pair(input_size)) if crop == NO_CROP else partial(random_crop, crop=resized)
@@ -110,15 +111,18 @@ def _crop_ranges(
     input_size: Size, scale: Sequence[float], ratio: Sequence[float]
 ) -> tuple[tuple[float, float], tuple[float, float]]:
     """Returns the ranges of the area and of the aspect ratio (width / height) of a crop, as torchvision takes them."""
+    height, width = to_pair(input_size)
+    aspect = width / height
+    return (scale[0], scale[1]), (ratio[0] * aspect, ratio[1] * aspect)
+
+
+def _check_ranges(scale: Sequence[float], ratio: Sequence[float]) -> None:
     if not 0 < scale[0] <= scale[1] <= 1:
         raise ValueError(
             f"--crop_scale {scale[0]} {scale[1]}: give the minimum and the maximum area, above 0 and up to 1"
         )
     if not 0 < ratio[0] <= ratio[1]:
         raise ValueError(f"--crop_ratio {ratio[0]} {ratio[1]}: give the minimum and the maximum, above 0")
-    height, width = to_pair(input_size)
-    aspect = width / height
-    return (scale[0], scale[1]), (ratio[0] * aspect, ratio[1] * aspect)
 
 
 def _scaled(picture: Picture, size: tuple[int, int]) -> Picture:
@@ -173,6 +177,7 @@ def finetune_transform(
 
     from util.data.crops import random_crop
 
+    _check_ranges(crop_scale, crop_ratio)
     scale, ratio = _crop_ranges(input_size, crop_scale, crop_ratio)
     # Strong policies sometimes posterize to 0 bits. timm passes this to Pillow, which raises an error.
     auto_augment.NAME_TO_OP.update(
