@@ -25,6 +25,14 @@ FLAGS = ["--model", "mae_vit_mini_patch4", "--input_size", 16, "--epochs", EPOCH
          "--num_workers", 1, "--device", "cpu", "--vis_every", 0, "--save_every", 1000, "--resume", "auto"]  # fmt: skip
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _hangups():
+    """SIGHUP is not ignored, as it is under nohup; processes inherit it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 def start(pictures, out, processes=1, *more, script="main_pretrain.py"):
     launcher = [sys.executable] if processes == 1 else torchrun(processes)
     command = [*launcher, script, "--data_path", pictures, "--output_dir", out, "--batch_size",
