@@ -2,14 +2,20 @@
 
 import pickle
 import random
+import tarfile
 
 import numpy as np
 import pytest
 import torch
+from capture import capture
 from PIL import Image
+from test_jpeg import photographs
 from timm.data import auto_augment, create_transform
 from torchvision import transforms as tv
 
+import main_finetune
+import main_linprobe
+import main_pretrain
 from util.data import crops, transforms
 from util.data.transforms import IMAGENET_MEAN
 
@@ -180,6 +186,81 @@ def test_evaluation_sees_the_center_undistorted():
         assert size[0] == 1 or rows == pytest.approx(share * size[0], rel=0.02)
         middle = out[1, size[0] // 2].mean().item()
         assert middle == pytest.approx(size[1] / 2, abs=1)
+
+
+SCRIPTS = {main_pretrain: "mae_vit_mini_patch4", main_finetune: "vit_mini_patch4", main_linprobe: "vit_mini_patch4"}
+
+
+def inputs_of(monkeypatch, script, data, size, output_dir, **flags):
+    """The training samples of a script, and its evaluation samples if it has any, in their sources' order."""
+    patch = [max(1, side // 8) for side in size]
+    run = capture(
+        monkeypatch, script, data_path=data, output_dir=output_dir, model=SCRIPTS[script],
+        input_size=f"{size[0]} {size[1]}", patch_size=f"{patch[0]} {patch[1]}", batch_size=2, num_workers=0,
+        **({"aa": "none"} if script is main_finetune else {}), **flags,
+    )  # fmt: skip
+    return run.batches.batches.dataset, run.evaluation[0]["samples"] if run.evaluation else None
+
+
+@pytest.mark.parametrize("size", [(1024, 128), (128, 1024), (224, 448), (1, 200), (64, 16), (96, 96)])
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_scripts_read_undistorted_crops_from_files(script, size, tmp_path, monkeypatch):
+    """Files with the coordinates of their pixels, in folders and in a tar file."""
+    height, width = size
+    for split in ("train", "val"):
+        for label in ("a", "b"):
+            (tmp_path / "data" / split / label).mkdir(parents=True)
+            for number in range(2):
+                np.save(tmp_path / "data" / split / label / f"{number}.npy", coordinates(*size).numpy())
+    data = tmp_path / "data"
+    if script is main_pretrain:
+        with tarfile.open(tmp_path / "data.tar", "w") as archive:
+            archive.add(data / "train", "train")
+        data = tmp_path / "data.tar"
+    flags = {"in_chans": 2, "mean": "0 0", "std": "1 1"}
+    train, val = inputs_of(monkeypatch, script, data, size, tmp_path / "run", **flags)
+    areas, ratios = [], []
+    for epoch in range(15):
+        for index in range(4):
+            rows, columns = region(train[epoch, index].image)
+            areas.append(rows * columns / (height * width))
+            ratios.append((columns / width) / (rows / height))
+    assert max(areas) > 0.7
+    assert np.std(areas) > 0.1
+    assert height == 1 or 0.7 < min(ratios) < max(ratios) < 1.4
+    share = 0.875 if min(size) >= 112 else 1
+    if val:
+        rows, columns = region(val[0, 0].image)
+        assert columns == pytest.approx(share * width, rel=0.02)
+        assert height == 1 or rows == pytest.approx(share * height, rel=0.02)
+    whole, val = inputs_of(monkeypatch, script, data, size, tmp_path / "whole", **flags, crop="none")
+    for samples in filter(None, (whole, val)):
+        image = samples[0, 1].image
+        assert torch.equal(image, coordinates(*size)) or torch.equal(image, coordinates(*size).flip(-1))
+
+
+@pytest.mark.parametrize(
+    ("size", "flags"),
+    [((32, 96), {}), ((96, 32), {"crop": "none"}), ((48, 48), {"vflip": 0.5, "rotate90": True})],
+    ids=["random", "none", "turned"],
+)
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_the_fast_decoder_changes_no_pixel(script, size, flags, tmp_path, monkeypatch):
+    if script is main_linprobe and "vflip" in flags:
+        pytest.skip("probes have no such flags")
+    for split in ("train", "val"):
+        for number, picture in enumerate(photographs()[:2] * 2):
+            folder = tmp_path / "data" / split / f"kind{number % 2}"
+            folder.mkdir(parents=True, exist_ok=True)
+            left, top = 30 * number, 20 * number
+            picture.convert("RGB").crop((left, top, left + 90, top + 60)).save(folder / f"{number}.jpg", quality=90)
+    plain, fast = (
+        inputs_of(monkeypatch, script, tmp_path / "data", size, tmp_path / str(len(fast)), **flags, **fast)
+        for fast in ({}, {"fast_jpeg": True})
+    )
+    for ours, theirs in zip(plain, fast, strict=True):
+        for place in [(epoch, index) for epoch in range(5) for index in range(4)] if ours else []:
+            assert torch.equal(ours[place].image, theirs[place].image)
 
 
 def test_vertical_flips_and_rotations_of_images_without_an_upper_side(photo):
