@@ -340,7 +340,26 @@ def with_recorded_settings(args: Namespace, file: Weights, recorded: Mapping[str
     args = copy.copy(args)
     for name in names - entry_point.explicit(args):
         setattr(args, name, recorded[name])
+    if "crop_pct" in args and args.crop_pct is None:
+        args.crop_pct = loading.crop_pct_of_earlier_version(file, args.input_size)
     args.layer_norm_eps = recorded.get("layer_norm_eps")  # of foreign models; there is no flag
+    return args
+
+
+def with_recorded_crop(args: Namespace, file: Weights) -> Namespace:
+    """Returns the settings of a training from the encoder of a run with `--crop none`: without crops, by default.
+
+    `crop_mode` of timm's files is about evaluation, and has no effect here.
+    """
+    if "model" not in file.settings or file.settings.get("crop") != transforms.NO_CROP:
+        return args
+    warn_of_changes(file.source, args, ["crop"], file.settings)
+    if "crop" in entry_point.explicit(args):
+        return args
+    if dist.is_main():
+        logger.info(f"--crop none is used, because {file.source} was made with it")
+    args = copy.copy(args)
+    args.crop = transforms.NO_CROP
     return args
 
 

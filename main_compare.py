@@ -3,7 +3,7 @@
 Under ten minutes on two CPU cores:
 
     python demo/unpack_data.py
-    python main_compare.py --data_path demo/data/fashion_mnist --input_size 28 --in_chans 1 --crop_pct 1 \\
+    python main_compare.py --data_path demo/data/fashion_mnist --input_size 28 --in_chans 1 \\
         --encoders scratch pixels mine=demo/output/pretrain/checkpoint-31.pth --labels 100 1000 --draws 2 \\
         --recipes finetune=recipes/finetune_fashion_mnist.yaml --budget 30 --jobs 2 --output_dir runs/compare
 
@@ -248,6 +248,10 @@ def _encoders(args: Namespace, folder: Path) -> list[Encoder]:
         recorded = models_build.classifier_settings(weights)
         if not recorded:
             raise ValueError(f"--encoders {text}: no model of this library has its shapes")
+        if recorded.get("crop_pct") is None and args.crop_pct is None:
+            is_explicit = "input_size" in entry_point.explicit(args)
+            size = args.input_size if is_explicit else recorded.get("input_size", args.input_size)
+            recorded["crop_pct"] = loading.crop_pct_of_earlier_version(weights, size)
         own = {key: recorded[key] for key in ARCHITECTURE if recorded.get(key) is not None}
         encoders.append(Encoder(name, {**own, "finetune": path}))
         also = ("mean", "std", "num_cls_tokens")  # with --finetune, the scripts read them from the file

@@ -36,6 +36,7 @@ from engine_finetune import (
     open_weights,
     report_scores,
     train_one_epoch,
+    with_recorded_crop,
     with_recorded_settings,
 )
 from util.checkpoints import run_directory
@@ -82,8 +83,10 @@ def main(args: Namespace) -> Evaluation | None:
     precision = trainer.start(args)
     device = precision.device
     file = open_weights(vars(args))
-    if args.eval and file:
+    if file and args.eval:
         args = with_recorded_settings(args, file, models_build.classifier_settings(file))
+    elif file:
+        args = with_recorded_crop(args, file)
     setup = Setup(args, device, file)
 
     def evaluation(val: Source) -> Callable[[nn.Module], Evaluation]:

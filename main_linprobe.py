@@ -47,6 +47,7 @@ from engine_finetune import (
     open_weights,
     report_scores,
     train_one_epoch,
+    with_recorded_crop,
     with_recorded_settings,
 )
 from models_vit import VisionTransformer
@@ -88,8 +89,10 @@ def main(args: Namespace) -> None:
     precision = trainer.start(args)
     device = precision.device
     file = open_encoder(args)
-    if args.eval and file:
+    if file and args.eval:
         args = with_recorded_settings(args, file, models_build.classifier_settings(file))
+    elif file:
+        args = with_recorded_crop(args, file)
     setup = Setup(args, device, file)
     if args.eval and file:
         if args.compile:

@@ -5,7 +5,7 @@ import math
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from functools import cache, partial
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -17,15 +17,13 @@ from models_mae import DECODER_SUFFIX, DECODERS, MaskedAutoencoderViT
 from models_segment import Segmenter
 from models_vit import SIZES, VisionTransformer, attention_weights, set_grad_checkpointing
 from util.checkpoints.checkpoint import CheckpointError
-from util.cli.choices import ATTENTIVE, LINEAR, NUM_QUERIES, default_crop_pct, published_crop_pct
+from util.cli.choices import ATTENTIVE, LINEAR, NUM_QUERIES
 from util.weights.loading import DPT_HEAD, PROBE_HEAD, QUERIES, Weights
 from util.weights.model_zoo import CLASSIFIER, FULL, SEGMENTER
 
 logger = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=nn.Module)
-
-logger = logging.getLogger(__name__)
 
 # The settings of a run that determine its model and the preprocessing of images.
 MODEL_SETTINGS = (
@@ -122,21 +120,7 @@ def file_settings(file: Weights, model: str | None = None) -> dict[str, Any]:
         known["num_queries"] = len(tensors[QUERIES])
     if file.kind == SEGMENTER:
         known["head"] = "dpt" if DPT_HEAD in tensors else "linear"
-    if file.kind in (CLASSIFIER, SEGMENTER) and known.get("crop_pct") is None:
-        sides = known.get("input_size") or settings.get("input_size")
-        if sides:
-            sides = tuple(sides) if isinstance(sides, list) else sides
-            known["crop_pct"] = _crop_pct_of_earlier_version(file.source, sides)
     return {**settings, **known, "model": model or f"{'mae_' * (file.kind == FULL)}vit_{size}"}
-
-
-@cache
-def _crop_pct_of_earlier_version(source: str, input_size: Any) -> float:
-    """Returns the crop ratio of a file that records none; logs it once if the default has changed since."""
-    crop_pct = published_crop_pct(input_size)
-    if crop_pct != default_crop_pct(input_size):
-        logger.warning(f"{source} records no crop ratio, and {crop_pct} is used, the default of its time")
-    return crop_pct
 
 
 def _size_with_shapes(file: Weights, width: int) -> str:

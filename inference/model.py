@@ -406,6 +406,8 @@ def _load(file: Weights, architecture: str | None, settings: dict[str, Any]) -> 
     if file.kind == CLASSIFIER and "nb_classes" in settings and settings["nb_classes"] != recorded["nb_classes"]:
         recorded = {name: value for name, value in recorded.items() if name not in ("classes", "label_names")}
     merged = _settings(architecture, {**recorded, **settings})
+    if merged.get("crop_pct") is None:
+        merged["crop_pct"] = loading.crop_pct_of_earlier_version(file, merged["input_size"])
     segments = file.kind == SEGMENTER and not architecture.startswith("mae_")
     model: Model = Segmenter(merged) if segments else _class_of(architecture)(merged)
     if isinstance(model, Autoencoder):

@@ -18,7 +18,7 @@ from models_mae import Reconstruction
 from util import dist, masking
 from util.cli import entry_point, flags, options
 from util.data.decode import BadImage, Picture, size_of
-from util.data.transforms import to_tensor
+from util.data.transforms import NO_CROP, to_tensor
 from util.evaluation import pictures
 from util.files import atomic
 from util.training.run_log import start_logging
@@ -122,9 +122,7 @@ def reconstruct(
     device = model.cls_token.device
     imgs = uncropped_input(model, picture, short_side)
     if mask_boxes:
-        scaled = scaled_size(
-            size_of(picture), short_side or min(model.patch_embed.img_size), model.patch_embed.patch_size
-        )
+        scaled = scaled_size(model, size_of(picture), short_side)
         mask = boxes_to_mask(mask_boxes, size_of(picture), scaled, imgs.shape[2:])
         return model.reconstruct(imgs, mask=mask[None].to(device))
     grid_size = model.patch_embed.grid_of(*imgs.shape[2:])
@@ -141,21 +139,27 @@ def uncropped_input(model: Model, picture: Picture, short_side: int | None = Non
     Args:
         short_side: short side of the scaled picture, in pixels. Default: the input size of the model.
     """
-    small = fit(picture, short_side or min(model.patch_embed.img_size), model.patch_embed.patch_size)
+    small = fit(picture, scaled_size(model, size_of(picture), short_side), model.patch_embed.patch_size)
     return model.normalize(to_tensor(small)[None].to(model.cls_token.device))
 
 
-def fit(picture: Picture, short_side: int, patch: tuple[int, int]) -> Picture:
-    """Scales a picture to a short side, and crops the margins that do not fill a patch."""
+def fit(picture: Picture, scaled: Sequence[int], patch: tuple[int, int]) -> Picture:
+    """Scales a picture to [height, width], and crops the margins that do not fill a patch."""
     from torchvision.transforms import functional as TF  # takes more than a second
 
-    scaled = scaled_size(size_of(picture), short_side, patch)
     covered = [side - side % p for side, p in zip(scaled, patch, strict=True)]
-    return TF.center_crop(TF.resize(picture, scaled, interpolation=TF.InterpolationMode.BICUBIC), covered)
+    return TF.center_crop(TF.resize(picture, list(scaled), interpolation=TF.InterpolationMode.BICUBIC), covered)
 
 
-def scaled_size(size: tuple[int, int], short_side: int, patch: tuple[int, int]) -> list[int]:
-    """Returns [height, width] of a picture of `size` that is scaled to a short side, and has at least one patch."""
+def scaled_size(model: Model, size: tuple[int, int], short_side: int | None = None) -> list[int]:
+    """Returns [height, width] of a picture of `size` that is scaled to a short side, and has at least one patch.
+
+    The default of a model that was trained with --crop none is its input size, as in training.
+    """
+    if short_side is None and model.settings.get("crop") == NO_CROP:
+        return list(model.patch_embed.img_size)
+    patch = model.patch_embed.patch_size
+    short_side = short_side or min(model.patch_embed.img_size)
     scale = max(short_side / min(size), *(p / side for side, p in zip(size, patch, strict=True)))
     return [max(p, round(side * scale)) for side, p in zip(size, patch, strict=True)]
 

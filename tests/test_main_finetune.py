@@ -18,6 +18,7 @@ from timm.loss import LabelSmoothingCrossEntropy
 
 import main_finetune
 import main_knn
+import main_linprobe
 from inference import get_model
 from models_mae import mae_vit_mini_patch4
 from models_vit import vit_mini_patch4
@@ -75,7 +76,10 @@ def test_fine_tuning_reduces_the_loss(finetune):
     assert checkpoint.read(out / "checkpoint-best.pth")["epoch"] == best["epoch"]
 
 
-@pytest.mark.parametrize("extra", [{"mixup": 0.8, "cutmix": 1.0}, {}, {"mixup": 0.8, "mixup_mode": "elem"}])
+@pytest.mark.parametrize(
+    "extra",
+    [{"mixup": 0.8, "cutmix": 1.0}, {}, {"mixup": 0.8, "mixup_mode": "elem"}, {"vflip": 0.5, "rotate90": True}],
+)
 def test_stopped_and_resumed_equals_uninterrupted(finetune, monkeypatch, extra):
     """With drop path, RandAugment, erasing, mixup and cutmix: random numbers depend on the position in the run."""
     settings = {"save_minutes": 0, "epochs": 2, **extra}
@@ -315,11 +319,51 @@ def test_a_file_without_a_crop_says_once_which_one_it_uses(tuned, labelled, caps
     state = checkpoint.read(tuned)
     state["args"]["crop_pct"] = None
     torch.save(state, tmp_path / "earlier.pth")
-    output = evaluated_in_full(
-        capsys, main_finetune, "--eval", "--resume", tmp_path / "earlier.pth", "--data_path", labelled
-    )
-    assert output.count("crop_pct") - output.count("crop_pct=") == 1
-    assert "0.875" in output
+    flags = ["--eval", "--resume", tmp_path / "earlier.pth", "--data_path", labelled]
+    output = evaluated_in_full(capsys, main_finetune, *flags)
+    assert output.count("0.875") == 1
+    assert "0.875" not in evaluated_in_full(capsys, main_finetune, *flags, "--crop_pct", 1)
+
+
+def test_the_crop_of_a_file_without_one_follows_the_input_size(finetune, labelled, capsys, tmp_path):
+    """The published rule: above 224 pixels, nothing is cropped."""
+    torch.manual_seed(0)
+    model = get_model("vit_mini_patch4", nb_classes=6, patch_size=32, input_size=224)
+    torch.nn.init.normal_(model.head.weight)
+    classes = [f"kind{number}" for number in range(6)]
+    args = {"model": "vit_mini_patch4", "input_size": 224, "patch_size": 32, "in_chans": 3, "global_pool": True}
+    torch.save({"model": model.state_dict(), "args": args | {"classes": classes}}, tmp_path / "earlier.pth")
+    for size, crop_pct in ((256, 1), (224, 0.875)):
+        assert get_model(str(tmp_path / "earlier.pth"), input_size=size).settings["crop_pct"] == crop_pct
+        flags = ["--eval", "--resume", tmp_path / "earlier.pth", "--data_path", labelled, "--input_size", size]
+        default, same, other = (
+            re.search(r"loss ([\d.]+)", evaluated_in_full(capsys, main_finetune, *flags, *more))[1]
+            for more in ([], ["--crop_pct", crop_pct], ["--crop_pct", 0.5])
+        )
+        assert default == same != other
+
+
+@pytest.mark.parametrize("script", [main_finetune, main_linprobe])
+def test_runs_from_an_encoder_of_whole_images_use_whole_images(script, classify, pretrain, labelled, capsys):
+    encoder = pretrain("mae", data_path=labelled, crop="none") / "checkpoint-1.pth"
+    out = classify(script, "default", finetune=encoder)
+    assert "--crop none" in capsys.readouterr().out
+    assert checkpoint.read(out / "checkpoint-1.pth")["args"]["crop"] == "none"
+    resumed = classify(script, "default", finetune=encoder, resume="auto", epochs=3)
+    assert checkpoint.read(resumed / "checkpoint-2.pth")["args"]["crop"] == "none"
+    capsys.readouterr()
+    out = classify(script, "explicit", finetune=encoder, crop="random")
+    assert "--crop random is used" in capsys.readouterr().out
+    assert checkpoint.read(out / "checkpoint-1.pth")["args"]["crop"] == "random"
+
+
+def test_flags_of_crops_without_crops_are_named(finetune, capsys):
+    finetune(crop="none", crop_scale="0.5 1", crop_pct=0.9, epochs=1)
+    line = next(line for line in capsys.readouterr().out.splitlines() if "no effect" in line)
+    assert "--crop_scale" in line
+    assert "--crop_pct" in line
+    with pytest.raises(ValueError, match="--crop None: give random or none"):
+        get_model("vit_mini_patch4", crop="None")
 
 
 def test_values_of_a_recipe_count_as_explicit(tuned, capsys, labelled, tmp_path):

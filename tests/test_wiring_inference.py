@@ -260,11 +260,20 @@ def test_psnr_is_of_the_masked_pixels(mae):
 
 
 def test_uncropped_images_are_scaled_to_the_short_side_of_the_model():
-    assert reconstruct.fit(Image.new("RGB", (95, 60)), 32, (1, 1)).size == (51, 32)  # 50.67 is rounded
-    assert reconstruct.fit(Image.new("RGB", (95, 60)), 32, (4, 4)).size == (48, 32)
+    for patch, width in ((1, 51), (4, 48)):  # 50.67 is rounded
+        square = get_model("mae_vit_mini_patch4", input_size=32, patch_size=patch)
+        assert reconstruct.uncropped_input(square, Image.new("RGB", (95, 60))).shape == (1, 3, 32, width)
     wide = get_model("mae_vit_mini_patch4", input_size=[16, 32])
     assert reconstruct.uncropped_input(wide, Image.new("RGB", (90, 60))).shape == (1, 3, 16, 24)
     assert reconstruct.uncropped_input(wide, Image.new("RGB", (90, 60)), 20).shape == (1, 3, 20, 28)
+
+
+def test_models_of_whole_images_reconstruct_them_at_the_input_size():
+    model = get_model("mae_vit_mini_patch4", input_size=[16, 32], crop="none")
+    assert reconstruct.uncropped_input(model, Image.new("RGB", (60, 90))).shape == (1, 3, 16, 32)
+    assert reconstruct.uncropped_input(model, Image.new("RGB", (90, 60)), 20).shape == (1, 3, 20, 28)
+    result = reconstruct.reconstruct(model, Image.new("RGB", (60, 90)), mask_boxes=[(30, 0, 30, 90)])
+    assert result.mask.reshape(4, 8).tolist() == [[0] * 4 + [1] * 4] * 4
 
 
 def test_features_of_several_blocks_are_in_order(mae):

@@ -132,6 +132,11 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
         args.log_dir = args.output_dir  # all runs would write to the published default, a fixed folder
     if "dist_on_itp" in args and (args.dist_on_itp or args.world_size != 1):
         logger.warning("--world_size and --dist_on_itp have no effect: the launcher decides (torchrun)")
+    if getattr(args, "crop", None) == "none":
+        unused = sorted(args.explicit & {"crop_scale", "crop_ratio", "crop_pct"})
+        if unused:
+            flags = " and ".join(f"--{name}" for name in unused)
+            logger.warning(f"{flags} {'have' if len(unused) > 1 else 'has'} no effect with --crop none")
     return args
 
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from util.cli.choices import default_crop_pct
+from util.cli.choices import CROP_CHOICES, default_crop_pct
 from util.data.decode import Picture, size_of, to_pillow
 from util.pos_embed import Size, to_pair
 
@@ -258,10 +258,15 @@ def eval_transform(input_size: Size, crop_pct: float | None = None, crop: str | 
 
     Args:
         crop_pct: crop ratio. Default: `default_crop_pct`.
-        crop: "none" for the whole picture, scaled to `input_size`.
+        crop: "none" for the whole picture, scaled to `input_size`; None or "random" for the center.
+
+    Raises:
+        ValueError: `crop` has another value.
     """
     from torchvision import transforms as T
 
+    if crop not in (None, *CROP_CHOICES):
+        raise ValueError(f"--crop {crop}: give {' or '.join(CROP_CHOICES)}")
     height, width = to_pair(input_size)
     if crop == NO_CROP:
         return T.Compose([partial(_scaled, size=(height, width)), to_tensor])

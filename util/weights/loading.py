@@ -22,9 +22,10 @@ from util import dist
 from util.checkpoints import checkpoint, sharded
 from util.checkpoints.checkpoint import CheckpointError
 from util.cli import advice
+from util.cli.choices import default_crop_pct, published_crop_pct
 from util.data.transforms import channel_statistics
 from util.files.untrusted import open_file, read_file
-from util.pos_embed import interpolate_pos_embed, to_pair
+from util.pos_embed import Size, interpolate_pos_embed, to_pair
 from util.weights import foreign_settings, model_zoo
 from util.weights.conversion import to_ours
 from util.weights.model_zoo import CLASSIFIER, ENCODER, FULL, SEGMENTER
@@ -430,6 +431,24 @@ def statistics(
             now, then = (" ".join(f"{value:g}" for value in values) for values in (used, recorded))
             logger.warning(f"{flag} {now} is used, and {file.source} was made with {flag} {then}")
     return chosen
+
+
+def crop_pct_of_earlier_version(file: Weights, input_size: Size) -> float | None:
+    """Returns the crop ratio of the evaluation of a trained head whose file records none: the published default.
+
+    For other files it returns None. A file is named once, if the default has changed since.
+    """
+    if file.kind not in (CLASSIFIER, SEGMENTER) or file.settings.get("crop_pct") is not None:
+        return None
+    return _published_crop_pct(file.source, *to_pair(input_size))
+
+
+@cache
+def _published_crop_pct(source: str, height: int, width: int) -> float:
+    crop_pct = published_crop_pct((height, width))
+    if crop_pct != default_crop_pct((height, width)) and dist.is_main():
+        logger.warning(f"{source} records no crop ratio, and {crop_pct} is used, the default of its time")
+    return crop_pct
 
 
 def _add_class_position(file: Weights, weights: dict[str, Tensor], ours: dict[str, Tensor]) -> None:
