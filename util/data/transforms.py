@@ -266,7 +266,7 @@ def eval_transform(input_size: Size, crop_pct: float | None = None, crop: str | 
     from torchvision import transforms as T
 
     if crop not in (None, *CROP_CHOICES):
-        raise ValueError(f"--crop {crop}: give {' or '.join(CROP_CHOICES)}")
+        raise ValueError(f"crop {crop!r} is not {' or '.join(CROP_CHOICES)}")
     height, width = to_pair(input_size)
     if crop == NO_CROP:
         return T.Compose([partial(_scaled, size=(height, width)), to_tensor])
