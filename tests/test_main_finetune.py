@@ -362,7 +362,7 @@ def test_flags_of_crops_without_crops_are_named(finetune, capsys):
     line = next(line for line in capsys.readouterr().out.splitlines() if "no effect" in line)
     assert "--crop_scale" in line
     assert "--crop_pct" in line
-    with pytest.raises(ValueError, match="None.* random or none"):
+    with pytest.raises(ValueError, match=r"None.* random or none"):
         get_model("vit_mini_patch4", crop="None")
 
 
