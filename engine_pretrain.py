@@ -17,6 +17,7 @@ def train_one_epoch(
     *,
     mask_ratio: float,
     normalize: Normalize,
+    uses_noise: bool = True,
 ) -> None:
     """Trains a masked autoencoder for an epoch.
 
@@ -25,10 +26,12 @@ def train_one_epoch(
         data_loader: batches of images (B, c, H, W), labels (unused), and noise (B, N), which determines the masks.
         mask_ratio: fraction of masked patches.
         normalize: images -> the input of the model, on the device.
+        uses_noise: pass the noise of the batches. Else the model draws its masks.
     """
 
     def compute_loss(batch: Any) -> Tensor:
         images, _, noise = batch
-        return model(normalize(images), mask_ratio, noise=noise)[0]
+        options = {"noise": noise} if uses_noise else {}
+        return model(normalize(images), mask_ratio, **options)[0]
 
     loop.run_epoch(compute_loss, model, data_loader, optimizer, options)

@@ -87,6 +87,7 @@ def main(
     )
     if args.init_from:
         loading.init_mae(model, loading.read(args.init_from))
+    uses_noise = accepts_noise(model, args.masking, args.mask_block)
     model.to(device)
 
     source = datasets.open_source(
@@ -125,7 +126,8 @@ def main(
             model.eval()  # without drop path; the next epoch begins in training mode
             images, _, noise = loader.examples(full_images, EXAMPLES)
             names = loader.example_names(full_images, EXAMPLES)
-            picture = pictures.reconstruction(model, images, noise, normalize, mask_ratio, labels=names)
+            given = noise if uses_noise else None
+            picture = pictures.reconstruction(model, images, given, normalize, mask_ratio, labels=names)
             log.picture("reconstruction", picture, epoch)
         return {}
 
@@ -135,10 +137,28 @@ def main(
         batches,
         precision,
         settings,
-        train_one_epoch=partial(train_one_epoch, mask_ratio=mask_ratio, normalize=normalize),
+        train_one_epoch=partial(train_one_epoch, mask_ratio=mask_ratio, normalize=normalize, uses_noise=uses_noise),
         after_epoch=draw_examples,
         callbacks=callbacks,
     )
+
+
+def accepts_noise(model: models_mae.MaskedAutoencoderViT, masking: str, mask_block: int) -> bool:
+    """Whether the masks of a run can be determined by the noise of its samples. A warning says that they can't.
+
+    Raises:
+        ValueError: an override lacks the argument, and the masking strategy needs it.
+    """
+    if "noise" not in model.lacking:
+        return True
+    method = f"{type(model).__name__}.{model.lacking['noise']}"
+    if masking != "random" or mask_block > 1:
+        flag = f"--masking {masking}" if masking != "random" else f"--mask_block {mask_block}"
+        raise ValueError(f"{flag}: {method} has no argument noise: add noise=None, and pass it on")
+    logger.warning(
+        f"{method} has no argument noise: the masks depend on the number of processes. Add noise=None, and pass it on"
+    )
+    return False
 
 
 def log_sizes(model: models_mae.MaskedAutoencoderViT) -> None:

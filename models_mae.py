@@ -11,9 +11,9 @@ patches, T class tokens, D channels of an encoder token, E channels of a decoder
 Parameters have the names of the published checkpoints.
 """
 
-import threading
+import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -59,15 +59,8 @@ class Reconstruction(NamedTuple):
     mask: Tensor  # (B, N), 0 visible, 1 masked
 
 
-class _Call(threading.local):
-    """Arguments of `forward` that its steps use, and that their published signatures do not have."""
-
-    def __init__(self) -> None:
-        self.noise: Tensor | None = None  # (B, N)
-        self.grid: tuple[int, int] | None = None  # (rows, columns) of patches of the images
-
-
-_CALL = _Call()
+# Arguments that the steps of the published code do not have, and the methods that pass them on.
+STEP_ARGUMENTS = {"noise": ("forward", "forward_encoder", "random_masking"), "grid_size": ("forward_decoder",)}
 
 
 class MaskedAutoencoderViT(Encoder):
@@ -86,9 +79,20 @@ class MaskedAutoencoderViT(Encoder):
 
     Attributes:
         target_dim: width P of the predictions and of `target`; None for the p·p·c pixels of a patch.
+        lacking: arguments of STEP_ARGUMENTS that a subclass does not pass on, with the name of its first method without
+            the argument. An override with the published signature has none of them.
     """
 
     target_dim: int | None = None
+    lacking: ClassVar[dict[str, str]] = {}
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls.lacking = {
+            argument: lacks[0]
+            for argument, steps in STEP_ARGUMENTS.items()
+            if (lacks := [step for step in steps if not _accepts(getattr(cls, step), argument)])
+        }
 
     def __init__(
         self,
@@ -194,13 +198,12 @@ class MaskedAutoencoderViT(Encoder):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Selects the int(N·(1 - mask_ratio)) tokens with the smallest noise (section 3, "Masking").
 
-        `--masking`, `--mask_block`, `mask` and the reproducible masks of training reach an override only through its
-        call of this method. It may pass its own `noise`.
+        An override passes `noise` on, or its own.
 
         Args:
             x: tokens (B, N, D).
             mask_ratio: fraction of masked patches.
-            noise: (B, N). Default: the `noise` of `forward`, else torch.rand.
+            noise: (B, N). Default: torch.rand.
 
         Returns:
             The visible tokens (B, K, D) in ascending order of noise; the mask (B, N), 0 visible and 1 masked;
@@ -209,30 +212,40 @@ class MaskedAutoencoderViT(Encoder):
         Raises:
             ValueError: as in `util.masking.shuffle`.
         """
-        ids_shuffle, num_visible = shuffle(x, mask_ratio, _CALL.noise if noise is None else noise)
+        ids_shuffle, num_visible = shuffle(x, mask_ratio, noise)
         ids_restore = torch.argsort(ids_shuffle, dim=1)
         mask = (ids_restore >= num_visible).to(torch.float32)
         return take(x, ids_shuffle[:, :num_visible]), mask, ids_restore
 
-    def forward_encoder(self, imgs: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Images -> latent (B, T + K, D) of class tokens and visible patches, mask and ids_restore (B, N)."""
+    def forward_encoder(
+        self, imgs: Tensor, mask_ratio: float, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Images -> latent (B, T + K, D) of class tokens and visible patches, mask and ids_restore (B, N).
+
+        Args:
+            noise: (B, N), as in `random_masking`.
+        """
         pos_embed = self._resized(self.pos_embed, self.patch_embed.grid_of(*imgs.shape[-2:]))
         x = self.patch_embed(imgs) + self.patch_tokens(pos_embed)
-        x, mask, ids_restore = self.random_masking(x, mask_ratio)
+        x, mask, ids_restore = self.random_masking(x, mask_ratio, **_given(noise=noise))
         cls_tokens = self.cls_token + pos_embed[:, : self.num_prefix_tokens]
         x = torch.cat([cls_tokens.expand(x.shape[0], -1, -1), x], dim=1)
         for block in self.blocks:
             x = block(x)
         return self.norm(x), mask, ids_restore
 
-    def forward_decoder(self, latent: Tensor, ids_restore: Tensor) -> Tensor:
-        """Latent (B, T + K, D) -> predictions for all patches (B, N, P), in image order."""
+    def forward_decoder(self, latent: Tensor, ids_restore: Tensor, grid_size: tuple[int, int] | None = None) -> Tensor:
+        """Latent (B, T + K, D) -> predictions for all patches (B, N, P), in image order.
+
+        Args:
+            grid_size: (rows, columns) of patches. Default: that of `img_size`.
+        """
         x = self.decoder_embed(latent)
         cls_tokens, visible = x[:, : self.num_prefix_tokens], self.patch_tokens(x)
         num_masked = ids_restore.shape[1] - visible.shape[1]
         mask_tokens = self.mask_token.to(x.dtype).expand(x.shape[0], num_masked, -1)
         patches = take(torch.cat([visible, mask_tokens], dim=1), ids_restore)
-        pos_embed = self._resized(self.decoder_pos_embed, _CALL.grid or self.grid_size)
+        pos_embed = self._resized(self.decoder_pos_embed, grid_size or self.grid_size)
         x = torch.cat([cls_tokens, patches], dim=1) + pos_embed
         for block in self.decoder_blocks:
             x = block(x)
@@ -279,19 +292,21 @@ class MaskedAutoencoderViT(Encoder):
             noise: (B, N); the patches with the smallest noise are visible. Default: torch.rand.
 
         Raises:
-            ValueError: the sides of the images are not multiples of the patch size, or mask, noise or ratio is invalid.
+            ValueError: the sides of the images are not multiples of the patch size; mask, noise or ratio is invalid; or
+                an override of a step does not accept an argument that the call needs (`lacking`).
         """
         grid = self.patch_embed.grid_of(*imgs.shape[-2:])
         if mask is not None:
             noise, mask_ratio = noise_from_mask(mask.to(imgs.device), grid, self.patch_embed.patch_size)
-        outer = _CALL.noise, _CALL.grid
-        _CALL.noise, _CALL.grid = noise, grid
-        try:
-            latent, patch_mask, ids_restore = self.forward_encoder(imgs, mask_ratio)
-            pred = self.forward_decoder(latent, ids_restore)
-            return self.forward_loss(imgs, pred, patch_mask), pred, patch_mask
-        finally:
-            _CALL.noise, _CALL.grid = outer
+        options = {"noise": noise, "grid_size": None if grid == self.grid_size else grid}
+        for argument, step in self.lacking.items():
+            if options[argument] is not None:
+                raise ValueError(
+                    f"{type(self).__name__}.{step} has no argument {argument}: add {argument}=None, and pass it on"
+                )
+        latent, patch_mask, ids_restore = self.forward_encoder(imgs, mask_ratio, **_given(noise=noise))
+        pred = self.forward_decoder(latent, ids_restore, **_given(grid_size=options["grid_size"]))
+        return self.forward_loss(imgs, pred, patch_mask), pred, patch_mask
 
     def forward_features(self, imgs: Tensor) -> Tensor:
         """Images -> normalized encoder tokens (B, T + N, D), class tokens first. No patch is masked."""
@@ -317,7 +332,7 @@ class MaskedAutoencoderViT(Encoder):
         """
         if not self.predicts_pixels:
             raise ValueError(f"{type(self).__name__} does not predict pixels, so it can't reconstruct images")
-        _, pred, patch_mask = self.forward(imgs, mask_ratio, mask=mask, noise=noise)[:3]
+        _, pred, patch_mask = self.forward(imgs, mask_ratio, **_given(mask=mask, noise=noise))[:3]
         grid = self.patch_embed.grid_of(*imgs.shape[-2:])
         if mask is not None:
             expected = noise_from_mask(mask.to(imgs.device), grid, self.patch_embed.patch_size)[0]
@@ -352,6 +367,16 @@ class MaskedAutoencoderViT(Encoder):
         # Fixed tables, but parameters: the published checkpoints contain them under these names.
         table = sincos_table(dim, self.grid_size, self.num_prefix_tokens)
         return nn.Parameter(table.clone(), requires_grad=False)
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """Returns the arguments that are not None. Overrides with the published signatures do not have the others."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _accepts(method: Callable[..., Any], argument: str) -> bool:
+    parameters = inspect.signature(method).parameters
+    return argument in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def _patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:

@@ -64,7 +64,7 @@ def with_labels(picture: np.ndarray, titles: Sequence[str], labels: Sequence[str
 def reconstruction(
     model: Any,
     images: Tensor,
-    noise: Tensor,
+    noise: Tensor | None,
     normalize: Normalize,
     mask_ratio: float = 0.75,
     scale: int = 1,
@@ -75,7 +75,7 @@ def reconstruction(
     Args:
         model: a `MaskedAutoencoderViT`. Its `reconstruct` documents the treatment of normalized targets.
         images: uint8 (B, c, H, W).
-        noise: (B, N), determines the masks.
+        noise: (B, N), determines the masks. None: random masks.
         normalize: images -> the input of the model.
         mask_ratio: fraction of masked patches.
         scale: as in `tile`.
@@ -86,7 +86,8 @@ def reconstruction(
     """
     scale = scale if labels is None else max(scale, ceil(MIN_WIDTH / images.shape[3]))
     device = normalize.mean.device
-    result = model.reconstruct(normalize(images.to(device)), mask_ratio, noise=noise.to(device))
+    noise = None if noise is None else noise.to(device)
+    result = model.reconstruct(normalize(images.to(device)), mask_ratio, noise=noise)
     picture = tile(result[:4], normalize.inverse, scale)
     if labels is None:
         return picture
