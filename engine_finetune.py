@@ -1,6 +1,5 @@
 """The loss of a batch in supervised training, and evaluation of classifiers; for fine-tuning and probing."""
 
-import copy
 import logging
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from util import datasets, dist
+from util import datasets, dist, settings
 from util.cli import advice, entry_point
 from util.data import image_cache, labels, loader, transforms
 from util.data.samples import Samples
 from util.data.sources import Source
 from util.data.webdataset_shards import Shards
 from util.evaluation import report
-from util.pos_embed import to_pair
+from util.settings import ImageSpec, ModelSpec
 from util.training import loop
 from util.training.precision import Precision
 from util.weights import loading
@@ -309,7 +308,7 @@ class Setup:
         return extract_features(model, batches, count, normalize=self.normalize, precision=precision)
 
 
-def open_weights(settings: Mapping[str, Any], kind: str = CLASSIFIER) -> Weights | None:
+def open_weights(flags: Mapping[str, Any], kind: str = CLASSIFIER) -> Weights | None:
     """Reads the weights of `--finetune`; with `--eval`, the classifier of `--resume` or `--finetune`.
 
     Args:
@@ -318,48 +317,41 @@ def open_weights(settings: Mapping[str, Any], kind: str = CLASSIFIER) -> Weights
     Raises:
         ValueError: with `--eval`, neither names a file, or the file is of another kind.
     """
-    if not settings["eval"]:
-        return loading.read(settings["finetune"]) if settings["finetune"] else None
-    name = settings["resume"] if settings["resume"] not in ("", "auto") else settings["finetune"]
+    if not flags["eval"]:
+        return loading.read(flags["finetune"]) if flags["finetune"] else None
+    name = flags["resume"] if flags["resume"] not in ("", "auto") else flags["finetune"]
     if not name:
         raise ValueError(f"--eval needs --resume or --finetune: the file of a {kind}, or a published name")
     return loading.read_classifier(name, kind)
 
 
-def with_recorded_settings(args: Namespace, file: Weights, recorded: Mapping[str, Any]) -> Namespace:
-    """Returns the settings of an evaluation: explicit flags, else the recorded settings of a file.
+def with_recorded_settings(
+    args: Namespace, file: Weights, recorded: Mapping[str, Any], trains: bool = False
+) -> Namespace:
+    """Returns the settings of a run that uses a file: explicit flags, else the settings of the file.
 
     A warning names each explicit flag that differs. The head and the data determine the number of classes;
     `loading.statistics` applies the same rule to mean and std.
 
     Args:
         recorded: the settings of the file that determine its model, by the names of the flags.
+        trains: a new head is trained. The settings of the task are not taken from the file, and its crops only if it is
+            a file of this library; the crops of other libraries are about evaluation.
     """
     names = (recorded.keys() & vars(args).keys()) - {"nb_classes", "mean", "std"}
+    if trains:
+        names -= {*settings.names_where(lambda one: one["of_task"])}
+        names -= set() if "model" in file.settings else {"crop", "crop_pct"}
     warn_of_changes(file.source, args, names, recorded)
-    args = copy.copy(args)
-    for name in names - entry_point.explicit(args):
-        setattr(args, name, recorded[name])
-    if "crop_pct" in args and args.crop_pct is None:
+    taken = {name: recorded[name] for name in sorted(names - entry_point.explicit(args))}
+    changed = {name: value for name, value in taken.items() if settings.differs(name, value, getattr(args, name))}
+    if changed and dist.is_main():
+        logger.info(f"settings of {file.source}: {' '.join(advice.arguments(changed))}")
+    args = entry_point.changed(args, taken)
+    if not trains and "crop_pct" in args and args.crop_pct is None:
         args.crop_pct = loading.crop_pct_of_earlier_version(file, args.input_size)
-    args.layer_norm_eps = recorded.get("layer_norm_eps")  # of foreign models; there is no flag
-    return args
-
-
-def with_recorded_crop(args: Namespace, file: Weights) -> Namespace:
-    """Returns the settings of a training from the encoder of a run with `--crop none`: without crops, by default.
-
-    `crop_mode` of timm's files is about evaluation, and has no effect here.
-    """
-    if "model" not in file.settings or file.settings.get("crop") != transforms.NO_CROP:
-        return args
-    warn_of_changes(file.source, args, ["crop"], file.settings)
-    if "crop" in entry_point.explicit(args):
-        return args
-    if dist.is_main():
-        logger.info(f"--crop none is used, because {file.source} was made with it")
-    args = copy.copy(args)
-    args.crop = transforms.NO_CROP
+    if recorded.get("layer_norm_eps"):  # of foreign models; there is no flag
+        args.layer_norm_eps = recorded["layer_norm_eps"]
     return args
 
 
@@ -367,18 +359,14 @@ def warn_of_changes(source: str, args: Namespace, names: Iterable[str], recorded
     """Logs a warning for each explicit flag among `names` that differs from the recorded setting of a file."""
     for name in sorted(entry_point.explicit(args) & recorded.keys() & set(names)):
         current, value = getattr(args, name), recorded[name]
-        if _sides(name, current) != _sides(name, value) and dist.is_main():
+        if settings.differs(name, current, value) and dist.is_main():
             used, recorded_flag = (" ".join(advice.arguments({name: setting})) for setting in (current, value))
             origin = f"with {recorded_flag}" if recorded_flag else f"without --{name}"
             logger.warning(f"{used} is used, and {source} was made {origin}")
 
 
-def _sides(name: str, value: Any) -> Any:
-    return to_pair(value) if value is not None and name in ("input_size", "patch_size") else value
-
-
 def load_for_evaluation(
-    build: Callable[[Mapping[str, Any]], nn.Module], settings: Mapping[str, Any], file: Weights, val: Source
+    build: Callable[[ModelSpec, ImageSpec], nn.Module], flags: Mapping[str, Any], file: Weights, val: Source
 ) -> tuple[nn.Module, Source]:
     """Loads the classifier of a file, and converts the labels of a dataset to indices into its classes.
 
@@ -389,13 +377,13 @@ def load_for_evaluation(
     classes, names = file.settings.get("classes"), file.settings.get("label_names")
     if not classes and names and set(val.classes) <= set(names):
         classes = names
-    if settings["nb_classes"] not in (None, num_classes):
-        raise ValueError(f"{file.source} has {num_classes} classes, and --nb_classes is {settings['nb_classes']}")
+    if flags["nb_classes"] not in (None, num_classes):
+        raise ValueError(f"{file.source} has {num_classes} classes, and --nb_classes is {flags['nb_classes']}")
     if classes:
         val = labels.counted_as(val, classes)
     elif len(val.classes) != num_classes:
         raise ValueError(f"{file.source} has {num_classes} classes, and the validation set has {len(val.classes)}")
-    model = build({**settings, "nb_classes": num_classes})
+    model = build(*settings.specs({**flags, "nb_classes": num_classes}))
     loading.load_classifier(model, file)
     return model, val
 

@@ -52,6 +52,7 @@ from util.data.sources import Source
 from util.evaluation import comparison, pixel_baselines
 from util.evaluation.comparison import PIXELS, Result
 from util.jobs.commands import Commands
+from util.settings import DataSpec, ImageSpec, ModelSpec, names_where
 from util.training import run_log
 from util.weights import loading
 
@@ -71,13 +72,9 @@ PROTOCOLS: dict[str, tuple[ModuleType, dict[str, Any]]] = {
     FINETUNE: (main_finetune, {"batch_size": 128}),
 }  # fmt: skip
 # Flags that all scripts share; the comparison passes those that are given.
-SHARED = (
-    "data_path", "dataset", "download", "train_list", "val_list", "input_size", "mean", "std", "in_chans", "patch_size",
-    "num_cls_tokens", "crop", "crop_pct", "num_workers", "fast_jpeg", "pin_mem", "device", "amp",
-)  # fmt: skip
+SHARED = [*names_where(lambda one: True, ModelSpec, ImageSpec, DataSpec), "device", "amp"]
 VAL_FRACTION = 0.2  # of the training images of the first draw, held out to choose hyperparameters
 LEAST_UPDATES = 3  # of an epoch; batches of few images are smaller
-ARCHITECTURE = ("model", "input_size", "patch_size", "in_chans", "crop", "crop_pct")  # flags that a file records
 
 Flags = dict[str, Any]
 
@@ -252,13 +249,12 @@ def _encoders(args: Namespace, folder: Path) -> list[Encoder]:
             is_explicit = "input_size" in entry_point.explicit(args)
             size = args.input_size if is_explicit else recorded.get("input_size", args.input_size)
             recorded["crop_pct"] = loading.crop_pct_of_earlier_version(weights, size)
-        own = {key: recorded[key] for key in ARCHITECTURE if recorded.get(key) is not None}
-        encoders.append(Encoder(name, {**own, "finetune": path}))
         also = ("mean", "std", "num_cls_tokens")  # with --finetune, the scripts read them from the file
-        architecture = architecture or {
-            **own,
-            **{key: recorded[key] for key in also if recorded.get(key) not in (None, 1)},
-        }
+        known = {key: recorded[key] for key in names_where(lambda one: not one["of_task"], ModelSpec, ImageSpec)
+                 if key in args and recorded.get(key) is not None}  # fmt: skip
+        own = {key: value for key, value in known.items() if key not in also}
+        encoders.append(Encoder(name, {**own, "finetune": path}))
+        architecture = architecture or {key: value for key, value in known.items() if key not in also or value != 1}
     names = Counter(_directory(encoder.name) for encoder in encoders)
     if repeated := [name for name, count in names.items() if count > 1]:
         raise ValueError(
@@ -321,7 +317,7 @@ class Runs:
 
     def __init__(self, args: Namespace, commands: Commands, sizes: Sequence[int], train: Source, val: Source) -> None:
         self.args, self.commands, self.train, self.val = args, commands, train, val
-        self.shared = {name: getattr(args, name) for name in SHARED if name in entry_point.explicit(args)}
+        self.shared = {name: getattr(args, name) for name in SHARED if name in entry_point.explicit(args) - {"model"}}
         self.recipes: dict[str, str] = {}
         for text in args.recipes:
             protocol, _, recipe = text.partition("=")

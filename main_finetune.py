@@ -36,7 +36,6 @@ from engine_finetune import (
     open_weights,
     report_scores,
     train_one_epoch,
-    with_recorded_crop,
     with_recorded_settings,
 )
 from util.checkpoints import run_directory
@@ -44,6 +43,7 @@ from util.cli import options
 from util.data import transforms
 from util.data.sources import Source
 from util.lr_decay import param_groups_lrd
+from util.settings import specs
 from util.training import run_log, trainer
 from util.training.compiling import compile_model
 from util.weights import loading
@@ -80,13 +80,11 @@ def main(args: Namespace) -> Evaluation | None:
     from timm.data.random_erasing import RandomErasing  # timm takes more than a second
     from timm.loss import SoftTargetCrossEntropy
 
-    precision = trainer.start(args)
+    args, precision = trainer.start(args, "main_finetune")
     device = precision.device
     file = open_weights(vars(args))
-    if file and args.eval:
-        args = with_recorded_settings(args, file, models_build.classifier_settings(file))
-    elif file:
-        args = with_recorded_crop(args, file)
+    if file:
+        args = with_recorded_settings(args, file, models_build.classifier_settings(file), trains=not args.eval)
     setup = Setup(args, device, file)
 
     def evaluation(val: Source) -> Callable[[nn.Module], Evaluation]:
@@ -108,7 +106,7 @@ def main(args: Namespace) -> Evaluation | None:
     settings = {**vars(args), "nb_classes": len(classes), "classes": classes, "mean": setup.mean, "std": setup.std,
                 "crop_pct": setup.crop_pct,
                 "num_cls_tokens": setup.num_cls_tokens}  # fmt: skip
-    model = models_build.classifier(settings)
+    model = models_build.classifier(*specs(settings))
     if file and not loading.load_encoder(model, file, args.adapt_input, classes):
         nn.init.normal_(model.head.get_parameter("weight"), std=HEAD_STD)
     if args.unfreeze_blocks is not None:

@@ -28,6 +28,7 @@ from engine_finetune import Setup, load_frozen, with_recorded_settings
 from util.cli import options
 from util.evaluation.knn import classify
 from util.evaluation.tables import markdown
+from util.settings import specs
 from util.training import trainer
 from util.weights import loading
 
@@ -48,14 +49,14 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(args: Namespace) -> dict[tuple[int, float], float]:
     """Logs and returns the accuracy in percent for every pair of k and temperature."""
-    precision = trainer.start(args)
+    args, precision = trainer.start(args)
     device = precision.device
     file = loading.read(args.finetune) if args.finetune else None
     if file:
         args = with_recorded_settings(args, file, models_build.classifier_settings(file))
     setup = Setup(args, device, file)
     train, val = setup.open_pair()
-    model = models_build.classifier({**vars(args), "nb_classes": 0})
+    model = models_build.classifier(*specs({**vars(args), "nb_classes": 0}))
     load_frozen(model, file, args.adapt_input)
     model.to(device)
     features_of = partial(setup.features_of, batch_size=args.batch_size, precision=precision)

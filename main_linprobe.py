@@ -47,7 +47,6 @@ from engine_finetune import (
     open_weights,
     report_scores,
     train_one_epoch,
-    with_recorded_crop,
     with_recorded_settings,
 )
 from models_vit import VisionTransformer
@@ -58,6 +57,7 @@ from util.cli.choices import ATTENTIVE
 from util.data import feature_files, labels, loader, transforms
 from util.data.sources import Source, versions
 from util.lars import LARS
+from util.settings import ImageSpec, names_where, specs
 from util.training import loop, run_log, trainer
 from util.training.precision import Precision
 from util.weights import loading
@@ -86,13 +86,12 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(args: Namespace) -> None:
     """Trains for `args.epochs` epochs and evaluates every `--eval_every` epochs. With --eval, it evaluates once."""
-    precision = trainer.start(args)
+    args, precision = trainer.start(args, "main_linprobe")
+    args.blr = args.blr if isinstance(args.blr, list) else [args.blr]  # checkpoints record a single rate as a number
     device = precision.device
     file = open_encoder(args)
-    if file and args.eval:
-        args = with_recorded_settings(args, file, models_build.classifier_settings(file))
-    elif file:
-        args = with_recorded_crop(args, file)
+    if file:
+        args = with_recorded_settings(args, file, models_build.classifier_settings(file), trains=not args.eval)
     setup = Setup(args, device, file)
     if args.eval and file:
         if args.compile:
@@ -144,7 +143,7 @@ def train_probe(args: Namespace, setup: Setup, file: Weights | None, precision: 
     settings = {**vars(args), **recorded, "blr": blr, "nb_classes": len(classes), "classes": classes}
     if args.probe == ATTENTIVE and file and "fc_norm.weight" in file.tensors:
         settings["global_pool"] = True  # `probe` raises the error; `load_frozen` would ask for the flag first
-    model = models_build.probe(settings)
+    model = models_build.probe(*specs(settings))
     load_frozen(model, file, args.adapt_input)
     model.to(device)
     heads, optimizer = make_heads(model, args.blr, args.weight_decay)
@@ -250,9 +249,12 @@ class Features:
     def _token_settings(self, source: Source) -> dict[str, Any]:
         """Returns all settings that the tokens depend on, as plain values."""
         args, (mean, std) = self.setup.args, self.setup.statistics
-        names = ("model", "input_size", "patch_size", "in_chans", "crop", "fast_jpeg", "dataset", "data_path")
+        images = {
+            name: getattr(args, name) for name in names_where(lambda one: one["rebuilds"], ImageSpec) if name in args
+        }
         return {
-            **{name: getattr(args, name) for name in names}, "mean": list(mean), "std": list(std),
+            **images, **{name: getattr(args, name) for name in ("model", "patch_size", "fast_jpeg", "dataset", "data_path")},
+            "mean": list(mean), "std": list(std),
             "crop_pct": self.setup.crop_pct,
             "precision": self.precision.name, "weights": checkpoint.compute_digest(encoder_state(self.model)),
             "images": checkpoint.compute_digest(versions(source, dist.rank(), dist.world_size())),

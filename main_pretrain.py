@@ -34,6 +34,7 @@ from util.data import image_cache, loader, transforms
 from util.data.samples import Samples
 from util.evaluation import pictures
 from util.lr_decay import param_groups_weight_decay
+from util.settings import specs
 from util.training import run_log, trainer
 from util.training.loop import Callback
 from util.weights import loading
@@ -67,14 +68,14 @@ def main(
         model_class: class of the model, or a `partial` of it; a subclass changes the method.
         callbacks: called after every update.
     """
-    precision = trainer.start(args)
+    args, precision = trainer.start(args, "main_pretrain")
     device = precision.device
     run_directory.prepare(Path(args.output_dir), args.resume)
 
     settings, is_base = vars(args), model_class is models_mae.MaskedAutoencoderViT
     # --fsdp initializes the shards. The constructor of a subclass may set weights and buffers, which have to exist.
     with torch.device("meta" if args.fsdp and is_base else "cpu"):
-        model = models_build.autoencoder(settings, model_class)
+        model = models_build.autoencoder(*specs(settings), model_class)
     log_sizes(model)
     if not is_base:  # for programs that read the checkpoints, and do not have the class
         settings = {**settings, "model_class": type(model).__qualname__, "predicts_pixels": model.predicts_pixels}

@@ -39,6 +39,7 @@ from util.data.sources import Source
 from util.evaluation.segmentation import Scores
 from util.lr_decay import param_groups_lrd
 from util.pos_embed import to_pair
+from util.settings import specs
 from util.training import run_log, trainer
 from util.training.compiling import compile_model
 from util.weights import loading
@@ -67,14 +68,13 @@ def main(args: Namespace) -> Scores | None:
 
     With --eval, it evaluates a segmentation model once and returns the result.
     """
-    precision = trainer.start(args)
+    args, precision = trainer.start(args, "main_segment")
     device = precision.device
     file = with_token_norm(open_weights(vars(args), SEGMENTER))
-    recorded: dict[str, Any] = {}
-    if args.eval and file:
-        recorded = models_build.classifier_settings(file)
-        args = with_recorded_settings(args, file, recorded)
-    setup = PairSetup(args, device, file, recorded)
+    recorded = models_build.classifier_settings(file) if file else {}
+    if file:
+        args = with_recorded_settings(args, file, recorded, trains=not args.eval)
+    setup = PairSetup(args, device, file, recorded if args.eval else {})
     evaluation = partial(
         evaluate,
         normalize=setup.normalize,
@@ -85,7 +85,7 @@ def main(args: Namespace) -> Scores | None:
     )
 
     if args.eval and file:
-        model = models_build.segmenter({**vars(args), **setup.settings()})
+        model = models_build.segmenter(*specs({**vars(args), **setup.settings()}))
         loading.load_classifier(model, file)
         model.to(device)
         if args.compile:
@@ -98,7 +98,7 @@ def main(args: Namespace) -> Scores | None:
     train, val = setup.open_pairs("train"), setup.open_pairs("val")
     datasets.suggest_statistics(train, args.in_chans, setup.mean, setup.std)
     settings = {**vars(args), **setup.settings()}
-    model = models_build.segmenter(settings)
+    model = models_build.segmenter(*specs(settings))
     if file or args.unfreeze_blocks != "all":
         load_frozen(model, file, args.adapt_input, setup.classes)
     model.to(device)

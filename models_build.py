@@ -1,10 +1,9 @@
-"""Builds models from the settings of a run (`args` of its checkpoints) or from a file, and heads of linear probes."""
+"""Builds models from their settings, which may be those of a file, and heads of probes."""
 
 import logging
-import math
-import re
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -17,50 +16,44 @@ from models_mae import DECODER_SUFFIX, DECODERS, MaskedAutoencoderViT
 from models_segment import Segmenter
 from models_vit import SIZES, VisionTransformer, attention_weights, set_grad_checkpointing
 from util.checkpoints.checkpoint import CheckpointError
-from util.cli.choices import ATTENTIVE, LINEAR, NUM_QUERIES
-from util.weights.loading import DPT_HEAD, PROBE_HEAD, QUERIES, Weights
+from util.cli.choices import ATTENTIVE, NUM_QUERIES
+from util.settings import ImageSpec, ModelSpec, chosen, names_where
+from util.weights import shapes
+from util.weights.loading import Weights
 from util.weights.model_zoo import CLASSIFIER, FULL, SEGMENTER
 
 logger = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=nn.Module)
 
-# The settings of a run that determine its model and the preprocessing of images.
-MODEL_SETTINGS = (
-    "model", "input_size", "patch_size", "in_chans", "mean", "std", "crop", "crop_pct", "norm_pix_loss", "mask_ratio",
-    "mask_block", "decoder_depth", "global_pool", "nb_classes", "probe", "num_queries", "classes", "label_names",
-    "layer_norm_eps", "head", "short_side", "reduce_zero_label", "colors", "num_cls_tokens", "learned_pos_embed",
-)  # fmt: skip
-HEAD_SETTINGS = {"global_pool", "nb_classes", "probe", "num_queries", "head"}
-
 
 def autoencoder(
-    settings: Mapping[str, Any], model_class: Callable[..., MaskedAutoencoderViT] = MaskedAutoencoderViT
+    spec: ModelSpec, image: ImageSpec, model_class: Callable[..., MaskedAutoencoderViT] = MaskedAutoencoderViT
 ) -> MaskedAutoencoderViT:
     """Builds the masked autoencoder of a run."""
-    return _set_options(model_class(**autoencoder_arguments(settings)), settings)
+    return _set_options(model_class(**autoencoder_arguments(spec, image)), spec)
 
 
-def classifier(settings: Mapping[str, Any]) -> VisionTransformer:
+def classifier(spec: ModelSpec, image: ImageSpec) -> VisionTransformer:
     """Builds the classifier of a run."""
-    return _set_options(VisionTransformer(**classifier_arguments(settings)), settings)
+    return _set_options(VisionTransformer(**classifier_arguments(spec, image)), spec)
 
 
-def probe(settings: Mapping[str, Any]) -> VisionTransformer:
+def probe(spec: ModelSpec, image: ImageSpec) -> VisionTransformer:
     """Builds a frozen classifier with the head of a probe."""
-    model = classifier({**settings, "nb_classes": 0})
-    set_probe_head(model, settings)
+    model = classifier(replace(spec, nb_classes=0), image)
+    set_probe_head(model, spec)
     model.freeze()
     return model
 
 
-def segmenter(settings: Mapping[str, Any]) -> Segmenter:
+def segmenter(spec: ModelSpec, image: ImageSpec) -> Segmenter:
     """Builds the segmentation model of a run. Without trained blocks, the encoder stays in evaluation mode."""
-    model = _set_options(Segmenter(**segmenter_arguments(settings)), settings)
-    if settings.get("unfreeze_blocks") == 0:
+    model = _set_options(Segmenter(**segmenter_arguments(spec, image)), spec)
+    if spec.unfreeze_blocks == 0:
         model.freeze()
-    elif isinstance(settings.get("unfreeze_blocks"), int):
-        freeze_below(model, settings["unfreeze_blocks"])
+    elif isinstance(spec.unfreeze_blocks, int):
+        freeze_below(model, spec.unfreeze_blocks)
     return model
 
 
@@ -73,17 +66,16 @@ def classifier_settings(file: Weights) -> dict[str, Any]:
         settings = file_settings(file)
     except CheckpointError:
         return {}
-    if file.kind not in (
-        CLASSIFIER,
-        SEGMENTER,
-    ):  # shapes do not determine the settings of a head; recorded settings may have them
-        settings = {name: settings[name] for name in settings if name in file.settings or name not in HEAD_SETTINGS}
-    result = {name: settings[name] for name in MODEL_SETTINGS if name in settings}
+    if file.kind not in (CLASSIFIER, SEGMENTER):  # shapes do not determine the head; recorded settings may
+        of_task = names_where(lambda one: one["of_task"], ModelSpec)
+        settings = {name: settings[name] for name in settings if name in file.settings or name not in of_task}
+    known = names_where(lambda one: one["rebuilds"], ModelSpec, ImageSpec)
+    result = {name: settings[name] for name in known if name in settings}
     return {**result, "model": f"vit_{size_of(settings['model'])}"}
 
 
 def file_settings(file: Weights, model: str | None = None) -> dict[str, Any]:
-    """Returns the settings of the model of a file. Shapes of tensors determine settings that are not recorded.
+    """Returns the settings of the model of a file: the recorded ones, else those that shapes of tensors determine.
 
     Args:
         model: the name of the model, instead of the recorded name.
@@ -91,40 +83,20 @@ def file_settings(file: Weights, model: str | None = None) -> dict[str, Any]:
     Raises:
         CheckpointError: no size or several sizes have these shapes.
     """
-    tensors, recorded = file.tensors, file.settings
-    width, channels, *patch = tensors["patch_embed.proj.weight"].shape
-    size = size_of(model or str(recorded.get("model")))
+    size = size_of(model or str(file.settings.get("model")))
     if size not in SIZES:
-        size = _size_with_shapes(file, width)
-    settings: dict[str, Any] = {
-        "in_chans": channels,
-        "patch_size": patch if patch[0] != patch[1] else patch[0],
-        "decoder_depth": sum(name.endswith(".norm1.weight") for name in tensors if name.startswith("decoder_blocks."))
-        or None,
-        "norm_pix_loss": True,  # if a file does not record it: most published models were trained with it
-        "global_pool": "fc_norm.weight" in tensors,
-        "nb_classes": file.num_classes,
-        "learned_pos_embed": file.learned_pos_embed,
-    }
-    length = tensors["pos_embed"].shape[1]
-    # The class tokens have positions, except in timm's models with no_embed_class.
-    counts = (length - file.num_cls_tokens, length)
-    side = next((math.isqrt(count) for count in counts if math.isqrt(count) ** 2 == count), None)
-    if side:
-        settings["input_size"] = [side * patch[0], side * patch[1]] if patch[0] != patch[1] else side * patch[0]
-    known = {name: value for name, value in recorded.items() if value is not None or name not in settings}
-    known["num_cls_tokens"] = file.num_cls_tokens
-    # Earlier versions record True or nothing for a linear probe.
-    known["probe"] = ATTENTIVE if QUERIES in tensors else LINEAR if PROBE_HEAD in tensors else None
-    if QUERIES in tensors:
-        known["num_queries"] = len(tensors[QUERIES])
-    if file.kind == SEGMENTER:
-        known["head"] = "dpt" if DPT_HEAD in tensors else "linear"
-    return {**settings, **known, "model": model or f"{'mae_' * (file.kind == FULL)}vit_{size}"}
+        size = _size_with_shapes(file)
+    # Most published models that do not record it were trained with norm_pix_loss.
+    determined = {"norm_pix_loss": True, "learned_pos_embed": file.learned_pos_embed} | shapes.determined(file.tensors)
+    recorded = {**file.settings, **shapes.certain(file.tensors)}  # earlier versions recorded other values
+    settings = chosen({}, recorded, determined, {})
+    if settings["patch_size"] == SIZES[size]["patch_size"]:
+        settings["patch_size"] = None  # that in the name of the model, as the flag has it
+    return {**settings, "model": model or f"{'mae_' * (file.kind == FULL)}vit_{size}"}
 
 
-def _size_with_shapes(file: Weights, width: int) -> str:
-    depth = 1 + max(int(match[1]) for name in file.tensors if (match := re.match(r"blocks\.(\d+)\.", name)))
+def _size_with_shapes(file: Weights) -> str:
+    width, depth = shapes.width_and_depth(file.tensors)
     sizes = [name for name, entry in SIZES.items() if (entry["embed_dim"], entry["depth"]) == (width, depth)]
     sizes = [name for name in sizes if file.settings.get("num_heads") == SIZES[name]["num_heads"]] or sizes
     side = file.tensors["patch_embed.proj.weight"].shape[-1]
@@ -144,48 +116,46 @@ def size_of(model: str) -> str:
     return model.removeprefix("mae_").removeprefix("vit_").removesuffix(DECODER_SUFFIX)
 
 
-def autoencoder_arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the arguments of `MaskedAutoencoderViT` for the settings of a run.
+def autoencoder_arguments(spec: ModelSpec, image: ImageSpec) -> dict[str, Any]:
+    """Returns the arguments of `MaskedAutoencoderViT`.
 
     Raises:
         ValueError: the model of the run is not a masked autoencoder.
     """
-    if settings["model"] not in models_mae.MODELS:
-        raise ValueError(f"{settings['model']} is not a masked autoencoder")
-    size = size_of(settings["model"])
-    decoder: dict[str, Any] = {**DECODERS[size]}
-    if settings.get("decoder_depth"):
-        decoder["decoder_depth"] = settings["decoder_depth"]
+    if spec.model not in models_mae.MODELS:
+        raise ValueError(f"{spec.model} is not a masked autoencoder")
+    decoder: dict[str, Any] = {**DECODERS[size_of(spec.model)]}
+    if spec.decoder_depth:
+        decoder["decoder_depth"] = spec.decoder_depth
     return {
-        **_shape(size, settings),
+        **_shape(spec, image),
         **decoder,
-        "norm_pix_loss": settings["norm_pix_loss"],
-        "learned_pos_embed": bool(settings.get("learned_pos_embed")),
-        "drop_path_rate": settings.get("drop_path", 0.0),
+        "norm_pix_loss": spec.norm_pix_loss,
+        "learned_pos_embed": spec.learned_pos_embed,
+        "drop_path_rate": spec.drop_path,
     }
 
 
-def classifier_arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the arguments of `VisionTransformer` for the settings of a run.
+def classifier_arguments(spec: ModelSpec, image: ImageSpec) -> dict[str, Any]:
+    """Returns the arguments of `VisionTransformer`.
 
     Raises:
         ValueError: the model of the run is not a classifier.
     """
-    if settings["model"] not in models_vit.MODELS:
-        raise ValueError(f"{settings['model']} is not a classifier")
-    size = size_of(settings["model"])
+    if spec.model not in models_vit.MODELS:
+        raise ValueError(f"{spec.model} is not a classifier")
     return {
-        **_shape(size, settings),
-        "num_classes": settings["nb_classes"],
-        "drop_path_rate": settings.get("drop_path", 0.0),
-        "global_pool": settings["global_pool"],
+        **_shape(spec, image),
+        "num_classes": spec.nb_classes,
+        "drop_path_rate": spec.drop_path,
+        "global_pool": spec.global_pool,
     }
 
 
-def segmenter_arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the arguments of `Segmenter` for the settings of a run."""
-    arguments = classifier_arguments({**settings, "global_pool": False})
-    return {name: value for name, value in arguments.items() if name != "global_pool"} | {"head": settings["head"]}
+def segmenter_arguments(spec: ModelSpec, image: ImageSpec) -> dict[str, Any]:
+    """Returns the arguments of `Segmenter`."""
+    arguments = classifier_arguments(spec, image)
+    return {name: value for name, value in arguments.items() if name != "global_pool"} | {"head": spec.head}
 
 
 class AttentivePool(nn.Module):
@@ -252,23 +222,22 @@ def attentive_head(embed_dim: int, num_classes: int, num_queries: int) -> nn.Seq
     return nn.Sequential(OrderedDict([("pool", pool), *probe_head(embed_dim, num_classes).named_children()]))
 
 
-def set_probe_head(model: VisionTransformer, settings: Mapping[str, Any]) -> None:
-    """Replaces the head of a classifier by that of a probe, for the settings `probe`, `num_queries`, `nb_classes`.
+def set_probe_head(model: VisionTransformer, spec: ModelSpec) -> None:
+    """Replaces the head of a classifier by the head of a probe (`probe`, `num_queries`, `nb_classes`).
 
     Raises:
         ValueError: `num_queries` does not divide the width, or the model has no norm of tokens.
     """
-    model.head_pools = settings.get("probe") == ATTENTIVE
+    model.head_pools = spec.probe == ATTENTIVE
     if not model.head_pools:
-        model.head = probe_head(model.embed_dim, settings["nb_classes"])
+        model.head = probe_head(model.embed_dim, spec.nb_classes)
         return
     if model.global_pool:
         raise ValueError(
             "--probe attentive pools patch tokens after the norm of the encoder, which a classifier with --global_pool "
             "does not have: start from pre-trained weights without --global_pool, or give --probe linear --global_pool"
         )
-    num_queries = settings.get("num_queries") or NUM_QUERIES
-    model.head = attentive_head(model.embed_dim, settings["nb_classes"], num_queries)
+    model.head = attentive_head(model.embed_dim, spec.nb_classes, spec.num_queries or NUM_QUERIES)
 
 
 def freeze_below(model: VisionTransformer, num_blocks: int) -> None:
@@ -288,8 +257,8 @@ def freeze_below(model: VisionTransformer, num_blocks: int) -> None:
         module.requires_grad_(True)
 
 
-def _set_options(model: Model, settings: Mapping[str, Any]) -> Model:
-    if settings.get("grad_checkpointing") and (others := set_grad_checkpointing(model)):
+def _set_options(model: Model, spec: ModelSpec) -> Model:
+    if spec.grad_checkpointing and (others := set_grad_checkpointing(model)):
         logger.warning(
             f"--grad_checkpointing has no effect on the blocks of class {', '.join(sorted(others))}: derive them from "
             f"models_vit.Block, and override compute instead of forward"
@@ -297,15 +266,15 @@ def _set_options(model: Model, settings: Mapping[str, Any]) -> Model:
     return model
 
 
-def _shape(size: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the entry of SIZES, with `--input_size`, `--patch_size` and `--in_chans` of a run."""
-    shape = {
-        "img_size": settings["input_size"],
-        "in_chans": settings["in_chans"],
-        "num_cls_tokens": settings.get("num_cls_tokens") or 1,
+def _shape(spec: ModelSpec, image: ImageSpec) -> dict[str, Any]:
+    """Returns the entry of SIZES, with the image size, channels and patch size of a run."""
+    shape: dict[str, Any] = {
+        "img_size": image.input_size,
+        "in_chans": image.in_chans,
+        "num_cls_tokens": spec.num_cls_tokens,
     }
-    if settings["patch_size"] is not None:
-        shape["patch_size"] = settings["patch_size"]
-    if settings.get("layer_norm_eps"):
-        shape["norm_layer"] = partial(nn.LayerNorm, eps=settings["layer_norm_eps"])
-    return {**SIZES[size], **shape}
+    if spec.patch_size is not None:
+        shape["patch_size"] = spec.patch_size
+    if spec.layer_norm_eps:
+        shape["norm_layer"] = partial(nn.LayerNorm, eps=spec.layer_norm_eps)
+    return {**SIZES[size_of(spec.model)], **shape}

@@ -25,6 +25,7 @@ from util.evaluation.tables import markdown
 from util.files import atomic
 from util.files.untrusted import csv_text
 from util.jobs.commands import Commands
+from util.settings import specs
 from util.training import run_log
 
 DATA = Path("demo/data/fashion_mnist")
@@ -97,7 +98,7 @@ class Ablation:
         """Returns the multiply-adds of all forward passes of a pre-training."""
         args = entry_point.parse(main_pretrain.get_args_parser(), arguments(self.flags(name)))
         with torch.device("meta"):
-            model = models_build.autoencoder(vars(args)).to("meta")
+            model = models_build.autoencoder(*specs(vars(args))).to("meta")
             images, noise = (
                 torch.empty(1, args.in_chans, *model.patch_embed.img_size),
                 torch.empty(1, model.num_patches),

@@ -33,10 +33,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import models_build
-from inference.model import Autoencoder, Classifier, Model, Segmenter, get_model
+from inference.model import REBUILDS, Autoencoder, Classifier, Model, Segmenter, get_model
 from util.cli import entry_point, options
 from util.data import transforms
 from util.files import atomic
+from util.settings import ModelSpec, names_where
 from util.training.run_log import start_logging
 from util.weights import conversion, foreign_settings
 from util.weights.loading import SETTINGS
@@ -49,7 +50,6 @@ SUFFIXES = {
     "transformers": ("",), "mmpretrain": (".pth",), "onnx": (".onnx",), "torch_export": (".pt2",),
 }  # fmt: skip
 WITHOUT_OTHER_HEADS = ("mmpretrain", "timm", "transformers")
-ONLY_OURS = ("learned_pos_embed", "mask_block")  # settings of an autoencoder that transformers does not have
 FOR_ALL = "--to safetensors, onnx or torch_export"  # formats that have all models
 GRAY = (  # classifiers of gray images; pipeline("image-classification") raises an error
     "the pipelines of transformers convert images to RGB, and this model has one channel; use processor and model: "
@@ -147,7 +147,7 @@ def encoder_of(model: Model) -> Classifier:
 def settings_of(model: Model) -> dict[str, Any]:
     """Returns the settings that rebuild a model and its preprocessing, including the defaults that it uses."""
     mean, std = _statistics(model)
-    names = [name for name in models_build.MODEL_SETTINGS if model.settings.get(name) is not None]
+    names = [name for name in REBUILDS if model.settings.get(name) is not None]
     return {**{name: model.settings[name] for name in names}, "mean": mean, "std": std, "crop_pct": _crop_pct(model)}
 
 
@@ -328,7 +328,8 @@ def write_transformers(model: Model, out: Path) -> None:
         if model.in_chans == 1:
             logger.info(GRAY.format(folder=out.name))
     theirs.load_state_dict(conversion.to_transformers(plain_head(model), set(theirs.state_dict())))
-    theirs.config.settings = {name: settings[name] for name in ONLY_OURS if settings.get(name) is not None}
+    only_ours = names_where(lambda one: one["only_ours"], ModelSpec)
+    theirs.config.settings = {name: settings[name] for name in only_ours if settings.get(name) is not None}
     theirs.save_pretrained(out)
     if model.in_chans not in (1, 3):
         logger.info(f"the image processors of transformers read images of 1 or 3 channels, and this model has "

@@ -34,6 +34,7 @@ from util.data.segmentation_masks import default_colors
 from util.evaluation.segmentation import predict_classes
 from util.files.untrusted import read_file
 from util.pos_embed import to_pair
+from util.settings import ImageSpec, ModelSpec, names_where, specs
 from util.weights import loading, model_zoo
 from util.weights.loading import Weights
 from util.weights.model_zoo import CLASSIFIER, FULL, SEGMENTER
@@ -43,6 +44,7 @@ Images = ImageLike | Sequence[ImageLike]
 
 logger = logging.getLogger(__name__)
 
+REBUILDS = names_where(lambda one: one["rebuilds"], ModelSpec, ImageSpec)
 ARCHITECTURES = {**models_mae.MODELS, **models_vit.MODELS}
 
 
@@ -183,7 +185,7 @@ class Autoencoder(ModelMixin, models_mae.MaskedAutoencoderViT):
     """A masked autoencoder with its preprocessing."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
-        super().__init__(**models_build.autoencoder_arguments(settings))
+        super().__init__(**models_build.autoencoder_arguments(*specs(settings)))
         self._set_up({**settings, "nb_classes": 0})
 
 
@@ -191,9 +193,9 @@ class Classifier(ModelMixin, models_vit.VisionTransformer):
     """A classifier with its preprocessing; with 0 classes, an encoder."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
-        super().__init__(**models_build.classifier_arguments(settings))
+        super().__init__(**models_build.classifier_arguments(*specs(settings)))
         if settings.get("probe") and settings["nb_classes"]:
-            models_build.set_probe_head(self, settings)
+            models_build.set_probe_head(self, specs(settings)[0])
         self._set_up(settings)
         if not self.classes and self.num_classes == 1000:
             self.classes = imagenet_classes()
@@ -209,7 +211,7 @@ class Segmenter(ModelMixin, models_segment.Segmenter):
     colors: np.ndarray
 
     def __init__(self, settings: dict[str, Any]) -> None:
-        super().__init__(**models_build.segmenter_arguments(settings))
+        super().__init__(**models_build.segmenter_arguments(*specs(settings)))
         self._set_up(settings)
         self.window = to_pair(settings["input_size"])
         recorded = settings.get("short_side")
@@ -338,9 +340,9 @@ def get_model(
         ValueError: a name or setting is unknown, or the weights were never released or can't be downloaded.
         CheckpointError: the file is damaged, or does not contain the requested model.
     """
-    unknown = settings.keys() - set(models_build.MODEL_SETTINGS)
+    unknown = settings.keys() - set(REBUILDS)
     if unknown:
-        known = ", ".join(models_build.MODEL_SETTINGS[1:])
+        known = ", ".join(name for name in REBUILDS if name != "model")
         raise ValueError(f"get_model has no setting {min(unknown)}; it has {known}")
     name = str(name)
     if name in ARCHITECTURES:
@@ -374,7 +376,7 @@ def _settings(architecture: str, settings: dict[str, Any]) -> dict[str, Any]:
     size = models_vit.SIZES[models_build.size_of(architecture)]
     usual = {"input_size": size.get("img_size", 224), "patch_size": None, "in_chans": 3, "norm_pix_loss": False,
              "global_pool": architecture.startswith("vit_"), "nb_classes": 1000, "mask_ratio": 0.75}  # fmt: skip
-    known = {key: value for key, value in settings.items() if key in models_build.MODEL_SETTINGS}
+    known = {key: value for key, value in settings.items() if key in REBUILDS}
     return {**usual, **known, "model": architecture}
 
 

@@ -108,8 +108,8 @@ def test_explicit_flags_override_recorded_settings(caplog):
     assert (found.input_size, found.in_chans, found.crop_pct, found.nb_classes, found.mean) == (32, 1, 0.5, 6, None)
     assert args.in_chans == 3
     assert [record.getMessage() for record in caplog.records] == [
-        "--input_size 32 is used, and run.pth was made with --input_size 16"
-    ]
+        "--input_size 32 is used, and run.pth was made with --input_size 16", "settings of run.pth: --in_chans 1"
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("main", [main_finetune, main_linprobe, main_knn])

@@ -11,6 +11,7 @@ from skimage import data as photographs
 
 import models_build
 from inference import get_model, maps
+from util.settings import specs
 
 
 @pytest.fixture(params=["mae_vit_mini_patch4", "vit_mini_patch4"])
@@ -34,7 +35,7 @@ def test_attention_of_an_attentive_probe(tmp_path, monkeypatch):
     """The code in FINETUNE.md, for a checkpoint of a probe."""
     settings = {"model": "vit_mini_patch4", "input_size": [32, 48], "patch_size": None, "in_chans": 3,
                 "global_pool": False, "nb_classes": 3, "probe": "attentive", "num_queries": 8}  # fmt: skip
-    probe = models_build.probe(settings).eval()
+    probe = models_build.probe(*specs(settings)).eval()
     with torch.no_grad():
         probe.head.pool.queries.mul_(50)
     monkeypatch.chdir(tmp_path)

@@ -19,6 +19,7 @@ from util.checkpoints.checkpoint import CheckpointError
 from util.cli import entry_point
 from util.data.decode import BadImage
 from util.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from util.settings import specs
 from util.weights import loading, model_zoo
 
 MMPRETRAIN = "vit-base-p16_mae-1600e-pre_8xb128-coslr-100e_in1k"
@@ -263,7 +264,7 @@ def test_the_recorded_model_takes_precedence_over_shapes(tmp_path, monkeypatch):
     settings = {"input_size": 32, "patch_size": None, "in_chans": 3, "global_pool": True, "nb_classes": 5}
     imgs = torch.randn(2, 3, 32, 32)
     for name, heads in (("vit_heads8_patch4", 8), ("vit_mini_patch4", 4)):
-        model = models_build.classifier({**settings, "model": name}).eval()
+        model = models_build.classifier(*specs({**settings, "model": name})).eval()
         torch.save({"model": model.state_dict(), "args": {**settings, "model": name}}, tmp_path / f"{name}.pth")
         again = get_model(tmp_path / f"{name}.pth")
         assert again.blocks[0].attn.num_heads == heads

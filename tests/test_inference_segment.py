@@ -14,6 +14,7 @@ import models_build
 from inference import export, get_model, segment
 from inference.model import Segmenter
 from util.evaluation.segmentation import Scores, confusion_matrix
+from util.settings import specs
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +112,7 @@ def test_the_first_class_without_a_palette_does_not_hide_the_photograph(tmp_path
     """The middle panel has the gray levels of the photograph where the class is 0."""
     settings = {"model": "vit_mini_patch4", "input_size": 32, "patch_size": 8, "in_chans": 3, "nb_classes": 2,
                 "head": "linear", "short_side": 0, "classes": ["0", "1"]}  # fmt: skip
-    own = models_build.segmenter(settings)
+    own = models_build.segmenter(*specs(settings))
     torch.nn.init.zeros_(own.head.classifier.weight)
     own.head.classifier.bias.data = torch.tensor([1.0, 0.0])  # every pixel has the class 0
     torch.save({"model": own.state_dict(), "args": settings}, tmp_path / "zero.pth")

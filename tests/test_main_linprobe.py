@@ -27,6 +27,7 @@ from util.checkpoints.checkpoint import CheckpointError
 from util.cli import entry_point
 from util.data import feature_files
 from util.data.decode import BadImage
+from util.settings import specs
 from util.training import trainer
 from util.training.precision import Precision
 
@@ -79,7 +80,7 @@ def test_a_resumed_probe_with_another_crop_is_an_error(probe):
 def test_the_trunk_is_in_evaluation_mode():
     settings = {"model": "vit_mini_patch4", "input_size": 16, "in_chans": 1, "patch_size": None, "nb_classes": 3,
                 "global_pool": False}  # fmt: skip
-    model = models_build.probe(settings).train()
+    model = models_build.probe(*specs(settings)).train()
     assert model.training
     assert model.head[0].training
     assert not any(module.training for module in model.blocks.modules())
@@ -245,8 +246,7 @@ def test_the_saved_probe_gives_equal_results(probe, tuned, capsys):
 def mae(tmp_path, labelled):
     """A file with a random encoder, whose tokens have a norm."""
     torch.manual_seed(5)
-    model = models_build.classifier({"model": "vit_mini_patch4", "input_size": 16, "in_chans": 3, "patch_size": None,
-                                     "nb_classes": 0, "global_pool": False})  # fmt: skip
+    model = models_build.classifier(*specs({"model": "vit_mini_patch4", "input_size": 16}))
     torch.save({"model": model.state_dict()}, tmp_path / "encoder.pth")
     return tmp_path / "encoder.pth"
 
@@ -359,7 +359,7 @@ def test_each_process_stores_its_own_tokens_and_resumes(mae, labelled, tmp_path,
     args = parse(main_linprobe, data_path=labelled, model="vit_mini_patch4", input_size=16, probe="attentive",
                  cache_features=True, batch_size=4, num_workers=0, output_dir=tmp_path)  # fmt: skip
     setup = engine_finetune.Setup(args, torch.device("cpu"), None)
-    model = models_build.probe({**vars(args), "nb_classes": 6})
+    model = models_build.probe(*specs({**vars(args), "nb_classes": 6}))
     train, _ = setup.open_pair()
     features = main_linprobe.Features(setup, model, Precision("off", torch.device("cpu")), {"train": train})
     tokens, numbers = features.load("train")

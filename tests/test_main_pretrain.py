@@ -215,12 +215,12 @@ def typed(note: str, flags: dict) -> dict:
 @pytest.mark.parametrize(
     ("first", "then"),
     [
-        ({"mean": 0.1, "std": 0.01, "in_chans": 1}, {"in_chans": 1}),
+        ({"mean": 0.1, "std": 0.01, "in_chans": 1}, {"mean": 0.2}),
         ({}, {"mean": "0.5 0.5 0.5"}),
         ({"input_size": 16}, {"input_size": "8 32"}),  # the same number of patches
         ({"crop_scale": "0.5 1"}, {"crop_scale": "0.9 1"}),
-        ({"norm_pix_loss": True}, {}),
-        ({"mean": "0.1", "in_chans": 1, "patch_size": 8}, {}),
+        ({"norm_pix_loss": True}, {"no_norm_pix_loss": True}),
+        ({"in_chans": 1, "patch_size": 8}, {"patch_size": 4}),
     ],
 )
 def test_resuming_with_a_different_meaning_of_the_data_is_an_error(pretrain, first, then):
@@ -229,8 +229,7 @@ def test_resuming_with_a_different_meaning_of_the_data_is_an_error(pretrain, fir
     with pytest.raises(CheckpointError) as raised:
         pretrain(**again)
     (note,) = raised.value.__notes__
-    changed = first.keys() ^ then.keys() | {name for name in first if first[name] != then.get(name)}
-    assert set(re.findall(r"--(?:no_)?(\w+)", note)) == changed
+    assert set(re.findall(r"--(?:no_)?(\w+)", note)) == {name.removeprefix("no_") for name in then}
     assert len(lines(pretrain(**typed(note, again)))) == 2
 
 
@@ -436,8 +435,6 @@ def test_epochs_of_a_number_of_updates_resume_exactly(pretrain, monkeypatch, met
 def test_another_length_of_epochs_can_not_be_resumed(pretrain):
     pretrain("run", updates_per_epoch=2)
     with pytest.raises(checkpoint.CheckpointError, match=r"resumed run is 2 updates.*\ngive --updates_per_epoch 2"):
-        pretrain("run", resume="auto", epochs=3)
-    with pytest.raises(checkpoint.CheckpointError, match="give --updates_per_epoch 2"):
         pretrain("run", resume="auto", epochs=3, updates_per_epoch=3)
     pretrain("plain")
     with pytest.raises(checkpoint.CheckpointError, match=r"is one pass over the images.*\n.*omit --updates_per_epoch"):

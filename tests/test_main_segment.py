@@ -26,6 +26,7 @@ from models_mae import mae_vit_mini_patch4
 from util.checkpoints import checkpoint
 from util.checkpoints.checkpoint import CheckpointError
 from util.evaluation.segmentation import Scores
+from util.settings import specs
 from util.training import loop
 
 
@@ -328,7 +329,7 @@ def test_recipes_build_their_models(name, monkeypatch):
     args = parse(main_segment, config=f"recipes/segment_{name}.yaml")
     setup = main_segment.PairSetup(args, torch.device("cpu"), None, {})
     with torch.device("meta"):
-        model = models_build.segmenter({**vars(args), **setup.settings()})
+        model = models_build.segmenter(*specs({**vars(args), **setup.settings()}))
         assert model(torch.zeros(1, 3, args.input_size, args.input_size)).shape == (
             1, {"ade": 150, "voc": 21, "lov": 7}[name[:3]], args.input_size, args.input_size
         )  # fmt: skip

@@ -9,6 +9,7 @@ import models_build
 import models_segment
 from models_segment import DPTHead, LinearHead, Segmenter
 from models_vit import VisionTransformer
+from util.settings import specs
 
 MINI = {"img_size": 16, "patch_size": 4, "in_chans": 1, "embed_dim": 32, "depth": 4, "num_heads": 4}
 SETTINGS = {"model": "vit_mini_patch4", "input_size": 16, "patch_size": None, "in_chans": 1, "nb_classes": 5}
@@ -124,7 +125,7 @@ def test_the_neck_of_dpt_is_that_of_transformers():
 def test_every_trained_parameter_has_a_gradient():
     for head in models_segment.HEADS:
         for blocks in (0, 2, "all"):
-            model = models_build.segmenter({**SETTINGS, "head": head, "unfreeze_blocks": blocks}).train()
+            model = models_build.segmenter(*specs({**SETTINGS, "head": head, "unfreeze_blocks": blocks})).train()
             model(torch.rand(2, 1, 16, 16)).square().mean().backward()
             for name, parameter in model.named_parameters():
                 assert (parameter.grad is not None) == parameter.requires_grad, name
@@ -132,7 +133,7 @@ def test_every_trained_parameter_has_a_gradient():
 
 def test_trained_parts_of_the_encoder():
     def trained(blocks):
-        model = models_build.segmenter({**SETTINGS, "head": "linear", "unfreeze_blocks": blocks}).train()
+        model = models_build.segmenter(*specs({**SETTINGS, "head": "linear", "unfreeze_blocks": blocks})).train()
         parts = {name.split(".")[0] + (f".{name.split('.')[1]}" if "blocks" in name else "")
                  for name, parameter in model.named_parameters() if parameter.requires_grad}  # fmt: skip
         return parts, model.blocks[0].training, model.head.training

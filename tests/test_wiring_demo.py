@@ -22,6 +22,7 @@ from demo import app, outputs, report, unpack_data
 from inference import get_model, maps, reconstruct
 from util.data.joint_transforms import fitted
 from util.data.transforms import to_tensor
+from util.settings import specs
 
 CAT = ROOT / "demo" / "photos" / "chelsea.jpg"  # 451 x 300: 8 x 12 patches of the smallest model
 
@@ -229,7 +230,7 @@ def test_the_page_displays_the_selected_head(mae):
 def test_the_page_displays_the_queries_of_an_attentive_probe(mae, tmp_path):
     settings = {"model": "vit_mini_patch4", "input_size": 40, "patch_size": 4, "in_chans": 3, "global_pool": False,
                 "nb_classes": 3, "probe": "attentive", "num_queries": 2}  # fmt: skip
-    probe = models_build.probe(settings)
+    probe = models_build.probe(*specs(settings))
     torch.nn.init.normal_(probe.head.pool.queries)
     torch.save({"model": probe.state_dict(), "args": settings}, tmp_path / "probe.pth")
     classifier = get_model(tmp_path / "probe.pth")
@@ -253,7 +254,7 @@ def test_the_page_displays_the_queries_of_an_attentive_probe(mae, tmp_path):
 def test_a_probe_of_gray_images_looks_inside_next_to_a_model_of_colors(mae, tmp_path):
     settings = {"model": "vit_mini_patch4", "input_size": 32, "patch_size": 4, "in_chans": 1, "global_pool": False,
                 "nb_classes": 3, "probe": "attentive", "num_queries": 2}  # fmt: skip
-    probe = models_build.probe(settings)
+    probe = models_build.probe(*specs(settings))
     torch.nn.init.normal_(probe.head.pool.queries)
     torch.save({"model": probe.state_dict(), "args": settings}, tmp_path / "probe.pth")
     classifier = get_model(tmp_path / "probe.pth")
@@ -267,7 +268,7 @@ def test_the_page_segments_like_the_model(tmp_path):
     torch.manual_seed(0)
     settings = {"model": "vit_mini_patch4", "input_size": 32, "patch_size": 4, "in_chans": 3, "nb_classes": 3,
                 "head": "linear", "short_side": 32, "classes": ["sky", "<b>", "cat"]}  # fmt: skip
-    own = models_build.segmenter(settings)
+    own = models_build.segmenter(*specs(settings))
     torch.nn.init.normal_(own.head.classifier.weight)
     torch.save({"model": own.state_dict(), "args": settings}, tmp_path / "segmenter.pth")
     model = get_model(tmp_path / "segmenter.pth")

@@ -26,6 +26,7 @@ from util.cli import entry_point
 from util.data import jpeg as fast_jpeg
 from util.data import loader
 from util.evaluation import pictures
+from util.settings import specs
 from util.training import fsdp, run_log
 
 NUM_IMAGES = 70
@@ -192,7 +193,7 @@ def test_published_recipes(capture, size):
 
     args = entry_point.parse(main_pretrain.get_args_parser(), ["--config", str(recipe)])
     with torch.device("meta"):
-        model = models_build.autoencoder(vars(args))
+        model = models_build.autoencoder(*specs(vars(args)))
     width, depth, heads, patch = PUBLISHED_MODELS[size]
     assert (model.cls_token.shape[-1], len(model.blocks), model.blocks[0].attn.num_heads) == (width, depth, heads)
     assert model.patch_embed.patch_size == (patch, patch)
@@ -219,7 +220,7 @@ def test_recipes_of_pixio(size):
     assert np.prod(numbers) == 8192
     assert args.batch_size == numbers[1]
     with torch.device("meta"):
-        model = models_build.autoencoder(vars(args))
+        model = models_build.autoencoder(*specs(vars(args)))
         factory = getattr(models_mae, f"pixio_vit_{args.model.removeprefix('mae_vit_')}")()
     width, depth, heads = PIXIO_MODELS[size]
     assert (model.cls_token.shape[1:], len(model.blocks), model.blocks[0].attn.num_heads) == ((8, width), depth, heads)

@@ -199,14 +199,22 @@ def newest_first(folder: Path) -> list[Path]:
     return [path for _, path in sorted(positions, reverse=True)]
 
 
+def read_plain(path: Path) -> dict[str, Any]:
+    """Reads the names and plain values of a checkpoint; its tensors stay in the file, and are not verified.
+
+    Raises:
+        CheckpointError: as `read`.
+    """
+    return _load(path / STATE if path.is_dir() else path, mmap=True)
+
+
 def position(path: Path) -> tuple[int, int]:
     """Returns the position from which a checkpoint resumes: epoch, and number of images of that epoch.
 
     Raises:
         CheckpointError: the checkpoint can't be read.
     """
-    # mmap reads names and plain values only.
-    state = _load(path / STATE if path.is_dir() else path, mmap=True)
+    state = read_plain(path)
     try:
         progress = state.get("progress") or {"epoch": state["epoch"] + 1, "images_done": 0}
         return progress["epoch"], progress["images_done"]

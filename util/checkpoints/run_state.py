@@ -1,6 +1,7 @@
 """Collects and restores the state of a run. `saver.py` writes it to files."""
 
 import logging
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,30 +10,27 @@ import torch
 from torch import Tensor, nn
 
 from util import dist
+from util import settings as settings_of
 from util.checkpoints import checkpoint, run_directory, sharded
 from util.checkpoints.checkpoint import CheckpointError
+from util.cli import entry_point
 from util.cli.advice import advised, arguments, remedy
 from util.cli.choices import published_crop_pct
-from util.pos_embed import to_pair
+from util.cli.flags import runs_command
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.stateful import Stateful
 
 logger = logging.getLogger(__name__)
 
-# Settings that determine the meaning of the data or the task. A resumed run has the same, or is an error.
-MEANING = (
-    "input_size", "patch_size", "in_chans", "mean", "std", "crop", "crop_pct", "crop_ratio", "crop_scale", "short_side",
-    "reduce_zero_label", "norm_pix_loss", "val_fraction", "held_out",
-)  # fmt: skip
-# Settings that a resumed run may change without a warning. "distributed", "gpu" and "rank" are of the published code.
-FREE_SETTINGS = {
-    "accum_iter", "batch_size", "cache_images", "compile", "config", "data_path", "debug", "device", "dist_backend",
-    "dist_eval", "dist_on_itp", "dist_timeout", "dist_url", "distributed", "download", "eval", "fast_jpeg", "finetune",
-    "fsdp", "gpu", "grad_checkpointing", "init_from", "keep_last", "local_rank", "log_dir", "num_workers",
-    "on_bad_image", "output_dir", "pin_mem", "rank", "report", "resume", "save_every", "save_minutes", "start_epoch",
-    "train_folders", "train_list", "val_folders", "val_list", "vis_every", "world_size",
-}  # fmt: skip
+# A resumed run has the same settings of FIXED, or is an error, and may change those of FREE without a warning.
+FIXED = settings_of.names_where(lambda one: one["resumed"] == settings_of.FIXED)
+FREE = {
+    *settings_of.names_where(lambda one: one["resumed"] == settings_of.FREE),
+    "distributed",
+    "gpu",
+    "rank",
+}  # published
 
 
 class Progress:
@@ -139,6 +137,60 @@ def collect(
         "rng": rng,
         **({"callbacks": [callback.state_dict() for callback in callbacks]} if callbacks else {}),
     }
+
+
+def with_recorded_settings(args: Namespace, script: str) -> Namespace:
+    """Returns the settings of a run: explicit flags, else those of the checkpoint from which it resumes.
+
+    The settings of a start (`of_start`) are not taken from a file. Of a file of the published code, only those of the
+    model and the optimization are taken.
+
+    Args:
+        script: name of the script, which checkpoints record.
+
+    Raises:
+        CheckpointError: the checkpoint is of another script, or a setting in it is invalid.
+    """
+    args = entry_point.changed(args, {"script": script})
+    output_dir = Path(args.output_dir)
+    which = "" if getattr(args, "eval", False) else run_directory.chosen(output_dir, args.resume)
+    file = next(iter(checkpoint.newest_first(output_dir)), None) if which == "auto" else which and Path(which)
+    if not file:
+        return args
+    checkpoint.refuse_run_directory(file)
+    state = checkpoint.read_plain(file)
+    saved = _args_of(state)
+    if saved.get("script", script) != script:
+        error = CheckpointError(f"--resume {which}: {file} is a checkpoint of {saved['script']}.py")
+        if which == "auto":
+            raise advised(error, "give another --output_dir")
+        is_pretraining = script == "main_pretrain"  # no classifier is the start of one
+        raise advised(error, *([f"give a checkpoint of {script}.py"] if is_pretraining else _start_from(which)))
+    taken = vars(args).keys() & saved.keys() - entry_point.explicit(args)
+    taken -= {*settings_of.names_where(lambda one: one["of_start"])}
+    if "progress" not in state:
+        models = settings_of.names_where(lambda one: one["rebuilds"], settings_of.ModelSpec, settings_of.ImageSpec)
+        taken &= {*models, *settings_of.names_where(lambda one: one["optimizes"])}
+    if "blr" in entry_point.explicit(args):
+        taken -= {"lr"}  # it would take precedence
+    changed = {name: saved[name] for name in sorted(taken) if _differs(name, saved, vars(args))}
+    for name, value in changed.items():
+        _require_setting(file, name, value, getattr(args, name))
+    if changed:
+        logger.info(f"settings of {file}: {' '.join(arguments(changed))}")
+    return entry_point.changed(args, {name: saved[name] for name in taken if saved[name] is not None})
+
+
+def _require_setting(file: Path, name: str, value: Any, default: Any) -> None:
+    """Raises CheckpointError if a recorded setting can't be the value of a flag, or would run a command."""
+    parts = value if isinstance(value, list | tuple) else [value]
+    kinds = {float if type(one) is int else type(one) for one in (default if isinstance(default, list) else [default])}
+    for one in parts:
+        kind = float if type(one) is int else type(one)
+        if value is not None and (kind not in (bool, float, str) or (kind not in kinds and default is not None)):
+            raise CheckpointError(f"{file}: its recorded {name}, {str(value)[:80]}, is invalid")
+    if name == "dataset" and runs_command(str(value)):
+        raise CheckpointError(f"{file} records a --dataset that runs a program: give --dataset '{value}'")
 
 
 def resume(
@@ -248,27 +300,20 @@ def restore_model(model: nn.Module, state: dict[str, Any], settings: dict[str, A
             f"the checkpoint has another architecture than the model of this run: {len(differing)} tensors differ, "
             f"such as {', '.join(differing[:3])}"
         )
-        scripts = [
-            (str(model).startswith("mae_"), any(name.startswith("head.0.") for name in tensors))  # probes have head.0
-            for model, tensors in ((saved.get("model"), weights), (settings.get("model"), ours))
-        ]
-        if scripts[0] == scripts[1]:
-            names = ["model", *MEANING, "decoder_depth", "global_pool", "probe", "num_queries", "head"]
-            names += ["num_cls_tokens"]
-            names += ["blr"] if isinstance(saved.get("blr"), list) else []  # several heads
-            _require_same_classes(saved, settings)
-            raise _with_settings(error, {name: saved[name] for name in names if name in saved}, settings)
-        if which == "auto":
-            raise advised(error, "give another --output_dir")
-        is_pretraining = scripts[1][0]
-        raise advised(error, *(["give a checkpoint of main_pretrain.py"] if is_pretraining else _start_from(which)))
+        _require_same_classes(saved, settings)
+        of_model = [*settings_of.names_where(lambda one: one["rebuilds"], settings_of.ModelSpec), *FIXED]
+        of_model += ["blr"] if isinstance(saved.get("blr"), list) else []  # several heads
+        differing_settings = {name: saved[name] for name in of_model if _differs(name, saved, settings)}
+        if differing_settings and ("script" in saved or "model" not in differing_settings):
+            raise advised(error, remedy(differing_settings))
+        raise advised(error, *(["give another --output_dir"] if which == "auto" else _start_from(which)))
     model.load_state_dict({name: dist.placed_as(weights[name], like) for name, like in ours.items()})
 
 
 def _require_same_meaning(saved: dict[str, Any], settings: dict[str, Any]) -> None:
     if "crop_pct" in saved and saved["crop_pct"] is None and saved.get("input_size"):  # an earlier version's default
         saved = {**saved, "crop_pct": published_crop_pct(saved["input_size"])}
-    different = {name: saved[name] for name in MEANING if _differs(name, saved, settings)}
+    different = {name: saved[name] for name in FIXED if _differs(name, saved, settings)}
     if different:
         before, now = (
             " ".join(arguments({name: values[name] for name in different})) or "the defaults"
@@ -292,13 +337,8 @@ def _require_same_classes(saved: dict[str, Any], settings: dict[str, Any]) -> No
 
 
 def _differs(name: str, saved: dict[str, Any], settings: dict[str, Any]) -> bool:
-    """Whether a setting that both have differs. One number is the size of a square, and tuples are lists."""
-    if name not in saved or name not in settings:
-        return False
-    values = [list(value) if isinstance(value, tuple) else value for value in (saved[name], settings[name])]
-    if name in ("input_size", "patch_size") and None not in values:
-        values = [to_pair(value) for value in values]
-    return values[0] != values[1]
+    """Whether a setting that both have differs."""
+    return name in saved and name in settings and settings_of.differs(name, saved[name], settings[name])
 
 
 def _require_same_parameters(
@@ -413,10 +453,10 @@ def _restore_rng(rng: dict[str, Tensor]) -> None:
 
 
 def _warn_of_changes(saved: dict[str, Any], settings: dict[str, Any]) -> None:
-    for name in sorted(saved.keys() & settings.keys() - FREE_SETTINGS):
+    for name in sorted(saved.keys() & settings.keys() - FREE):
         if _differs(name, saved, settings):
             logger.warning(f"--{name} was {saved[name]} in the resumed run, and is {settings[name]} from now on")
-    unknown = sorted(saved.keys() - settings.keys() - FREE_SETTINGS)
+    unknown = sorted(saved.keys() - settings.keys() - FREE)
     if unknown:
         names = ", ".join(f"{name} ({str(saved[name])[:40]})" for name in unknown)
         logger.warning(f"the checkpoint has settings that this script does not know, and they have no effect: {names}")

@@ -7,7 +7,7 @@ import re
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -107,6 +107,16 @@ def explicit(args: argparse.Namespace) -> frozenset[str]:
     All settings of a plain Namespace count, because a program that does not use `parse` has no defaults.
     """
     return args.explicit if isinstance(args, _Args) else frozenset(vars(args))
+
+
+def changed(args: argparse.Namespace, settings: Mapping[str, Any]) -> argparse.Namespace:
+    """Returns a copy of the settings with other values, which count as explicit."""
+    before, args = explicit(args), copy.copy(args)
+    for name, value in settings.items():
+        setattr(args, name, value)
+    if isinstance(args, _Args):
+        args.explicit = before | settings.keys()
+    return args
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -19,12 +19,13 @@ from typing import Any, TypeVar
 from util.cli.advice import arguments
 from util.files import atomic
 from util.interrupts import end_with_parent
+from util.settings import names_where
 
 Scores = dict[str, Any]
 T = TypeVar("T")
 
 # Flags that do not change a result. A moved folder of results is complete.
-WITHOUT_EFFECT = {"output_dir", "log_dir", "num_workers", "download"}
+WITHOUT_EFFECT = {*names_where(lambda one: not one["in_result"])}
 # Flags whose files are not compared: images may have hundreds of gigabytes, and runs write the others.
 NOT_COMPARED = WITHOUT_EFFECT | {"data_path"}
 

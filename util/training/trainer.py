@@ -24,16 +24,22 @@ from util.training.saver import open_saver
 logger = logging.getLogger(__name__)
 
 
-def start(args: Namespace) -> Precision:
+def start(args: Namespace, script: str = "") -> tuple[Namespace, Precision]:
     """Joins the process group, starts logging and seeds PyTorch, according to the flags of a script.
 
+    Args:
+        script: name of a script that trains, such as "main_pretrain".
+
     Returns:
-        The device of this process and its precision.
+        The settings of the run, which may be those of the checkpoint from which it resumes; the device of this process
+        and its precision.
     """
     device = dist.init(args.device, args.dist_url, args.dist_timeout, args.dist_backend)
     run_log.start_logging()
+    if script:
+        args = run_state.with_recorded_settings(args, script)
     torch.manual_seed(args.seed)
-    return Precision(args.amp, device)
+    return args, Precision(args.amp, device)
 
 
 def run(

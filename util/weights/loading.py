@@ -8,8 +8,8 @@ import argparse
 import json
 import logging
 import math
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +26,8 @@ from util.cli.choices import default_crop_pct, published_crop_pct
 from util.data.transforms import channel_statistics
 from util.files.untrusted import open_file, read_file
 from util.pos_embed import Size, interpolate_pos_embed, to_pair
-from util.weights import foreign_settings, model_zoo
+from util.settings import ImageSpec, ModelSpec
+from util.weights import foreign_settings, model_zoo, shapes
 from util.weights.conversion import to_ours
 from util.weights.model_zoo import CLASSIFIER, ENCODER, FULL, SEGMENTER
 
@@ -41,21 +42,8 @@ MAX_HEADER = 1 << 22  # bytes of the names and settings of a .safetensors file; 
 SETTINGS = "args"  # the entry in the metadata of a .safetensors file with the settings of the run, as JSON
 CONFIG = "config.json"  # of a folder of transformers or timm
 BARE = "bare"  # entry in the settings of a file that records none
-# The settings of a file that are used, and the types of their values or of the elements of lists.
-SETTINGS_USED: dict[str, type | tuple[type, ...]] = {
-    "model": str, "input_size": int, "patch_size": int, "in_chans": int, "mean": (int, float), "std": (int, float),
-    "classes": str, "label_names": str, "crop": str, "crop_pct": (int, float), "mask_ratio": (int, float),
-    "num_heads": int, "decoder_num_heads": int, "layer_norm_eps": (int, float), "short_side": int, "colors": int,
-    "num_cls_tokens": int, "mask_block": int, "model_class": str,
-}  # fmt: skip
 OTHER_TOKENS = {"reg_token": "register tokens", "register_tokens": "register tokens",
                 "dist_token": "a distillation token", "distillation_token": "a distillation token"}  # fmt: skip
-
-
-# The weights of the head of a classifier, of a probe (`models_build.probe_head`), and of the first of several probes.
-HEAD, PROBE_HEAD, FIRST_OF_HEADS = "head.weight", "head.1.weight", "head.0.1.weight"
-QUERIES = "head.pool.queries"  # of an attentive probe
-PIXEL_HEAD, DPT_HEAD = "head.classifier.weight", "head.projects.0.weight"  # of segmentation models
 
 
 class Weights(NamedTuple):
@@ -92,7 +80,7 @@ class Weights(NamedTuple):
     @property
     def num_classes(self) -> int:
         """Number of classes of the head; 0 without a head."""
-        return next((len(self.tensors[name]) for name in (HEAD, PROBE_HEAD, PIXEL_HEAD) if name in self.tensors), 0)
+        return shapes.num_classes(self.tensors)
 
 
 def read(name: Path | str) -> Weights:
@@ -186,8 +174,10 @@ def _report_assumptions(path: Path) -> None:
 
 def _check_settings(path: Path, settings: dict[str, Any]) -> None:
     """Raises CheckpointError if a setting that is used has a wrong type."""
-    for name, kinds in SETTINGS_USED.items():
-        value = settings.get(name)
+    for one in (*fields(ModelSpec), *fields(ImageSpec)):
+        name, kinds, value = one.name, one.metadata["kind"], settings.get(one.name)
+        if kinds is None:
+            continue
         parts: list[Any] = list(value) if isinstance(value, list | tuple) else [value]
         fits = all(isinstance(part, kinds) and not isinstance(part, bool) for part in parts)
         if fits and name.endswith("_size"):
@@ -272,7 +262,7 @@ def _shards(index: Path) -> list[str]:
 
 
 def _kind(tensors: dict[str, Tensor], settings: Mapping[str, Any]) -> str:
-    if PIXEL_HEAD in tensors:
+    if shapes.PIXEL_HEAD in tensors:
         return SEGMENTER
     if any(name.startswith("head.") for name in tensors):
         return CLASSIFIER
@@ -377,7 +367,7 @@ def read_classifier(name: Path | str, kind: str = CLASSIFIER) -> Weights:
         CheckpointError: as in `read`, or the file is of another kind or contains several heads.
     """
     file = read(name)
-    if FIRST_OF_HEADS in file.tensors:
+    if shapes.FIRST_OF_HEADS in file.tensors:
         raise CheckpointError(f"{name} has several heads; give probe.pth in the same folder, which has the best head")
     if file.kind != kind:
         article = "an" if file.kind.startswith("e") else "a"
@@ -533,32 +523,16 @@ def _require(file: Weights, model: Any, missing: set[str], unexpected: set[str],
 
 
 def _differing(file: Weights, ours: dict[str, Tensor]) -> dict[str, Any]:
-    """Returns the settings of the model of a file that differ from those of our model."""
-    theirs, expected = _architecture(file.tensors), _architecture(ours)
-    different = {name: theirs[name] for name in theirs if theirs[name] != expected.get(name, theirs[name])}
-    if "model" in different:
+    """Returns the settings of the model of a file that differ from those of our model, for a remedy."""
+    theirs, expected = shapes.determined(file.tensors), shapes.determined(ours)
+    # Positions are interpolated, and the data determine the number of classes.
+    different = {name: theirs[name] for name in theirs if name not in ("input_size", "nb_classes")
+                 and theirs[name] != expected[name]}  # fmt: skip
+    if (architecture := shapes.width_and_depth(file.tensors)) != shapes.width_and_depth(ours):
         row = model_zoo.TABLE.get(file.source)
-        width, depth = different["model"]
-        recorded = row.model if row else file.settings.get("model", f"(of {depth} blocks, {width} wide)")
+        recorded = row.model if row else file.settings.get("model", "(of {1} blocks, {0} wide)".format(*architecture))
         different["model"] = f"{'mae_' * ('mask_token' in ours)}{str(recorded).removeprefix('mae_')}"
     return different
-
-
-def _architecture(tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Returns the settings of a model that its tensors determine. Its entry `model` is (width, depth)."""
-    width, channels, *patch = tensors["patch_embed.proj.weight"].shape
-    blocks = Counter(name.split(".")[0] for name in tensors if name.endswith(".norm1.weight"))
-    settings = {
-        "model": (width, blocks["blocks"]),
-        "patch_size": patch if patch[0] != patch[1] else patch[0],
-        "in_chans": channels,
-        "num_cls_tokens": tensors["cls_token"].shape[1],
-    }
-    if blocks["decoder_blocks"]:
-        return settings | {"decoder_depth": blocks["decoder_blocks"]}
-    if PIXEL_HEAD in tensors:
-        return settings | {"head": "dpt" if DPT_HEAD in tensors else "linear"}
-    return settings | {"global_pool": "fc_norm.weight" in tensors}
 
 
 def _some(names: Iterable[str], count: int = 3) -> str:

@@ -1,0 +1,119 @@
+"""A resumed run has the settings of its checkpoint; explicit flags win. So has a run that starts from a file."""
+
+import shutil
+from argparse import Namespace
+
+import pytest
+import torch
+from mains import assert_equal, lines, weights
+from segments import make_scenes
+
+import main_finetune
+import main_linprobe
+import main_pretrain
+import main_segment
+from util.checkpoints.checkpoint import CheckpointError
+from util.cli import entry_point
+
+SMALL = ["--epochs", "2", "--warmup_epochs", "0", "--batch_size", "4", "--save_every", "1", "--device", "cpu",
+         "--num_workers", "0"]  # fmt: skip
+MAE, VIT = ["--model", "mae_vit_mini_patch4"], ["--model", "vit_mini_patch4"]
+# Flags that differ from the defaults, in data, model, augmentation and optimization.
+RUNS = {
+    main_pretrain: [*MAE, "--input_size", "16", "--mean", ".5", ".5", ".5", "--hflip", "0", "--norm_pix_loss",
+                    "--mask_ratio", ".6", "--blr", ".02", "--decoder_depth", "2", "--seed", "3", "--min_lr", "1e-4"],
+    main_finetune: [*VIT, "--input_size", "16", "--cls_token", "--train_per_class", "4", "--aa", "none", "--lr", ".01",
+                    "--layer_decay", ".9", "--smoothing", "0", "--unfreeze_blocks", "2", "--mixup", ".8"],
+    main_linprobe: [*VIT, "--input_size", "16", "--blr", ".3", "--val_fraction", ".25", "--cache_features"],
+    main_segment: [*VIT, "--input_size", "16", "24", "--nb_classes", "3", "--head", "dpt", "--short_side", "20"],
+}  # fmt: skip
+
+
+def run(script, *flags):
+    return script.main(entry_point.parse(script.get_args_parser(), list(map(str, flags))))
+
+
+@pytest.fixture(scope="module")
+def data(pictures, labelled, tmp_path_factory):
+    scenes = make_scenes(tmp_path_factory.mktemp("scenes"))
+    return {main_pretrain: pictures, main_finetune: labelled, main_linprobe: labelled, main_segment: scenes}
+
+
+@pytest.mark.parametrize("script", RUNS, ids=lambda script: script.__name__)
+def test_resume_needs_no_other_flag(script, data, tmp_path):
+    run(script, *SMALL, *RUNS[script], "--data_path", data[script], "--output_dir", tmp_path / "whole")
+    (tmp_path / "resumed").mkdir()
+    shutil.copy(tmp_path / "whole" / "checkpoint-0.pth", tmp_path / "resumed")
+    run(script, "--resume", "auto", "--output_dir", tmp_path / "resumed", "--num_workers", "0", "--device", "cpu")
+    whole, resumed = (torch.load(tmp_path / name / "checkpoint-1.pth") for name in ("whole", "resumed"))
+    assert_equal(whole["model"], resumed["model"])
+    own = {"output_dir", "log_dir", "resume"}
+    assert {key: value for key, value in resumed["args"].items() if key not in own} == {
+        key: value for key, value in whole["args"].items() if key not in own
+    }
+
+
+def test_explicit_flags_win(data, tmp_path):
+    run(main_pretrain, *SMALL, *RUNS[main_pretrain], "--data_path", data[main_pretrain], "--output_dir", tmp_path)
+    run(main_pretrain, "--resume", "auto", "--output_dir", tmp_path, "--epochs", "3", "--blr", ".5", "--device", "cpu",
+        "--batch_size", "2", "--accum_iter", "2")  # fmt: skip
+    args = torch.load(tmp_path / "checkpoint-2.pth")["args"]
+    assert (args["epochs"], args["blr"], args["batch_size"], args["mask_ratio"]) == (3, 0.5, 2, 0.6)
+    assert len(lines(tmp_path)) == 3
+
+
+def test_a_checkpoint_of_another_script(data, tmp_path):
+    run(main_pretrain, *SMALL, *RUNS[main_pretrain], "--data_path", data[main_pretrain], "--output_dir", tmp_path / "a")
+    file = tmp_path / "a" / "checkpoint-0.pth"
+    for script, resume, remedy in (
+        (main_finetune, file, f"--finetune {file} instead of --resume"),
+        (main_finetune, "auto", "give another --output_dir"),
+    ):
+        out = tmp_path / ("a" if resume == "auto" else "b")
+        with pytest.raises(CheckpointError, match=r"is a checkpoint of main_pretrain\.py") as raised:
+            run(script, "--resume", resume, "--output_dir", out, "--data_path", data[script])
+        assert raised.value.__notes__[0].startswith(remedy)
+    assert not (tmp_path / "b" / "log.txt").exists()
+
+
+def test_a_checkpoint_never_runs_a_program_or_chooses_a_machine(data, tmp_path):
+    run(main_pretrain, *SMALL, *RUNS[main_pretrain], "--data_path", data[main_pretrain], "--output_dir", tmp_path)
+    state = torch.load(tmp_path / "checkpoint-1.pth")
+    state["args"] |= {"device": "cuda:7", "dist_url": "tcp://192.0.2.1:1", "num_workers": 99}
+    del state["digest"]
+    torch.save(state, tmp_path / "checkpoint-1.pth")
+    flags = ["--resume", "auto", "--output_dir", tmp_path]
+    run(main_pretrain, *flags)
+    state["args"]["dataset"] = "wds:pipe:touch proof {000..001}"
+    torch.save(state, tmp_path / "checkpoint-1.pth")
+    with pytest.raises(CheckpointError, match=r"--dataset 'wds:pipe:touch proof"):
+        run(main_pretrain, *flags)
+    state["args"] |= {"dataset": None, "batch_size": "many"}
+    torch.save(state, tmp_path / "checkpoint-1.pth")
+    with pytest.raises(CheckpointError, match="recorded batch_size, many"):
+        run(main_pretrain, *flags)
+
+
+def test_published_checkpoints_give_model_and_optimization_only(data, tmp_path):
+    """Their data and machine are those of their authors."""
+    run(main_pretrain, *SMALL, *RUNS[main_pretrain], "--data_path", data[main_pretrain], "--output_dir", tmp_path / "a")
+    state = torch.load(tmp_path / "a" / "checkpoint-0.pth")
+    args = Namespace(**state["args"] | {"data_path": "/datasets01/imagenet", "pin_mem": False})
+    published = {key: state[key] for key in ("model", "optimizer", "epoch", "scaler")} | {"args": args}
+    torch.save(published, tmp_path / "published.pth")
+    run(main_pretrain, "--resume", tmp_path / "published.pth", "--output_dir", tmp_path / "b", "--device", "cpu",
+        "--data_path", data[main_pretrain], "--num_workers", "0")  # fmt: skip
+    found = torch.load(tmp_path / "b" / "checkpoint-1.pth")["args"]
+    assert (found["mask_ratio"], found["weight_decay"], found["pin_mem"]) == (0.6, 0.05, True)
+
+
+def test_fine_tuning_takes_model_and_images_from_the_file(data, tmp_path):
+    flags = [*RUNS[main_pretrain], "--in_chans", "1", "--mean", ".3", "--std", ".2"]
+    run(main_pretrain, *SMALL, *flags, "--data_path", data[main_pretrain], "--output_dir", tmp_path / "a")
+    file = tmp_path / "a" / "checkpoint-1.pth"
+    run(main_finetune, *SMALL, "--finetune", file, "--data_path", data[main_finetune], "--output_dir", tmp_path / "b")
+    args = torch.load(tmp_path / "b" / "checkpoint-1.pth")["args"]
+    assert (args["model"], args["input_size"], args["in_chans"]) == ("vit_mini_patch4", 16, 1)
+    assert (args["mean"], args["std"]) == ([0.3], [0.2])
+    assert args["crop_scale"] == [0.08, 1.0]  # of fine-tuning
+    assert weights(tmp_path / "b")["head.weight"].shape[0] == 6

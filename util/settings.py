@@ -1,0 +1,208 @@
+"""Settings of a run as values. A field is the home of a setting: other files ask the fields, and list no names.
+
+A setting is an explicit flag, else what a file records, else what the shapes of its tensors determine, else the default
+of the field or of the script. `chosen` is this rule. None counts as absent.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, TypeVar
+
+from util.pos_embed import Size, to_pair
+
+FREE, WARNS, FIXED = "free", "warns", "fixed"  # whether a resumed run may change a setting
+NUMBER = (int, float)
+SIZES = ("input_size", "patch_size")  # one number is the size of a square
+
+Spec = TypeVar("Spec", bound="Values")
+
+
+def setting(
+    default: Any = MISSING,
+    kind: type | tuple[type, ...] | None = None,
+    *,
+    resumed: str = WARNS,
+    rebuilds: bool = True,
+    of_task: bool = False,
+    in_result: bool = True,
+    only_ours: bool = False,
+    of_start: bool = False,
+    optimizes: bool = False,
+) -> Any:
+    """Returns a field of a settings class. The flag has its name.
+
+    Args:
+        kind: type of the value, or of the elements of a list, in files that others wrote. None: not read from them.
+        resumed: FREE, WARNS or FIXED; a setting that is FIXED determines the meaning of the data or the task.
+        rebuilds: an evaluation of the file needs the setting. Else it is about training only.
+        of_task: the setting is about head and labels. A training that starts from the file does not take it.
+        in_result: two results with different values are not the same (main_compare.py).
+        only_ours: no format of other libraries has it.
+        of_start: the setting belongs to a machine or to a start of the program, and is never taken from a file.
+        optimizes: the setting is about optimization. Of files of the published code, a resumed run takes these and
+            the settings of the model.
+    """
+    metadata = {"kind": kind, "resumed": FREE if of_start else resumed, "rebuilds": rebuilds, "of_task": of_task,
+                "in_result": in_result, "only_ours": only_ours, "of_start": of_start,
+                "optimizes": optimizes}  # fmt: skip
+    return field(metadata=metadata) if default is MISSING else field(default=default, metadata=metadata)
+
+
+class Values:
+    """The base of the settings classes."""
+
+    @classmethod
+    def of(cls: type[Spec], settings: Mapping[str, Any]) -> Spec:
+        """Returns the settings of a class among those of a run. Absent settings and None are the default."""
+        known = {one.name: settings.get(one.name) for one in fields(cls)}  # type: ignore[arg-type]
+        return cls(**{name: value for name, value in known.items() if value is not None})
+
+    def record(self) -> dict[str, Any]:
+        """Returns the settings by the names of the flags, as plain values."""
+        return {one.name: getattr(self, one.name) for one in fields(self)}  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class ImageSpec(Values):
+    """How a picture becomes the input of a model."""
+
+    input_size: Size = setting(224, int, resumed=FIXED)
+    in_chans: int = setting(3, int, resumed=FIXED)
+    mean: list[float] | None = setting(None, NUMBER, resumed=FIXED)  # None: ImageNet's
+    std: list[float] | None = setting(None, NUMBER, resumed=FIXED)
+    crop: str = setting("random", str, resumed=FIXED)
+    crop_pct: float | None = setting(None, NUMBER, resumed=FIXED)  # None: the default for the input size
+    crop_ratio: list[float] | None = setting(None, resumed=FIXED, rebuilds=False)
+    crop_scale: list[float] | None = setting(None, resumed=FIXED, rebuilds=False)
+    short_side: int | None = setting(None, int, resumed=FIXED)  # of segmentation
+    reduce_zero_label: bool = setting(False, resumed=FIXED, of_task=True)
+    colors: list[int] | None = setting(None, int, of_task=True)
+
+
+@dataclass(frozen=True)
+class ModelSpec(Values):
+    """What builds a model for images of an `ImageSpec`."""
+
+    model: str = setting("", str)
+    patch_size: Size | None = setting(None, int, resumed=FIXED)  # None: that in the name of the model
+    num_cls_tokens: int = setting(1, int)
+    learned_pos_embed: bool = setting(False, only_ours=True)
+    layer_norm_eps: float | None = setting(None, NUMBER)  # of foreign models; None: 1e-6
+    num_heads: int | None = setting(None, int, rebuilds=False)  # in foreign files, to be checked
+    decoder_num_heads: int | None = setting(None, int, rebuilds=False)
+    model_class: str | None = setting(None, str, rebuilds=False)  # of a subclass
+    predicts_pixels: bool = setting(True, rebuilds=False)
+    drop_path: float = setting(0.0, rebuilds=False)
+    grad_checkpointing: bool = setting(False, resumed=FREE, rebuilds=False)
+    unfreeze_blocks: int | str | None = setting(None, rebuilds=False)
+    decoder_depth: int | None = setting(None)  # None: the decoder of the model
+    norm_pix_loss: bool = setting(False, resumed=FIXED)
+    mask_ratio: float = setting(0.75, NUMBER)
+    mask_block: int = setting(1, int, only_ours=True)
+    global_pool: bool = setting(False, of_task=True)
+    nb_classes: int = setting(0, of_task=True)
+    probe: str | None = setting(None, of_task=True)
+    num_queries: int | None = setting(None, of_task=True)
+    head: str | None = setting(None, of_task=True)  # of segmentation
+    classes: list[str] | None = setting(None, str)  # names of folders
+    label_names: list[str] | None = setting(None, str)  # names of labels in foreign files
+
+
+@dataclass(frozen=True)
+class DataSpec(Values):
+    """The images of a run, and how they are read."""
+
+    data_path: str | None = setting(None, resumed=FREE)
+    dataset: str | None = setting(None)
+    train_list: str | None = setting(None, resumed=FREE)
+    val_list: str | None = setting(None, resumed=FREE)
+    train_folders: list[str] | None = setting(None, resumed=FREE)
+    val_folders: list[str] | None = setting(None, resumed=FREE)
+    download: bool = setting(False, of_start=True, in_result=False)
+    train_per_class: int | None = setting(None)
+    val_fraction: float | None = setting(None, resumed=FIXED)
+    held_out: float | None = setting(None, resumed=FIXED)
+    on_bad_image: str | None = setting(None, resumed=FREE)
+    fast_jpeg: bool = setting(False, resumed=FREE)
+    cache_images: bool = setting(False, resumed=FREE)
+    num_workers: int = setting(0, of_start=True, in_result=False)
+    pin_mem: bool = setting(True, resumed=FREE)
+    seed: int = setting(0)
+
+
+@dataclass(frozen=True)
+class RunSpec(Values):
+    """Length, optimization, files and processes of a run."""
+
+    epochs: int = setting(400, optimizes=True)
+    start_epoch: int = setting(0, of_start=True)
+    batch_size: int = setting(64, resumed=FREE, optimizes=True)  # the effective batch size must be the same
+    accum_iter: int = setting(1, resumed=FREE, optimizes=True)
+    lr: float | None = setting(None, optimizes=True)  # None: computed from blr
+    blr: float | list[float] | None = setting(None, optimizes=True)
+    min_lr: float = setting(0.0, optimizes=True)
+    warmup_epochs: float = setting(0, optimizes=True)
+    poly_power: float | None = setting(None, optimizes=True)  # None: a cosine
+    weight_decay: float = setting(0.0, optimizes=True)
+    layer_decay: float | None = setting(None, optimizes=True)
+    smoothing: float | None = setting(None, optimizes=True)
+    clip_grad: float | None = setting(None, optimizes=True)
+    on_nonfinite: str = setting("abort")
+    updates_per_epoch: int | None = setting(None)
+    eval_every: int = setting(1)
+    vis_every: int = setting(0, resumed=FREE)
+    finetune: str = setting("", resumed=FREE)
+    init_from: str = setting("", resumed=FREE)
+    report: str | None = setting(None, resumed=FREE)
+    output_dir: str = setting("", of_start=True, in_result=False)
+    log_dir: str = setting("", of_start=True, in_result=False)
+    resume: str = setting("", of_start=True)
+    eval: bool = setting(False, of_start=True)
+    save_every: int = setting(20, resumed=FREE)
+    save_minutes: float = setting(15.0, resumed=FREE)
+    keep_last: int | None = setting(None, resumed=FREE)
+    amp: str = setting("auto")
+    compile: bool = setting(False, resumed=FREE)
+    fsdp: bool = setting(False, resumed=FREE)
+    device: str = setting("auto", of_start=True)
+    config: str | None = setting(None, of_start=True)
+    debug: bool = setting(False, of_start=True)
+    dist_backend: str = setting("auto", of_start=True)
+    dist_url: str = setting("env://", of_start=True)
+    dist_timeout: float = setting(600, of_start=True)
+    dist_eval: bool = setting(False, of_start=True)
+    dist_on_itp: bool = setting(False, of_start=True)
+    world_size: int = setting(1, of_start=True)
+    local_rank: int = setting(-1, of_start=True)
+
+
+def specs(settings: Mapping[str, Any]) -> tuple[ModelSpec, ImageSpec]:
+    """Returns the model and the images of a run or of a file."""
+    return ModelSpec.of(settings), ImageSpec.of(settings)
+
+
+def names_where(applies: Callable[[Mapping[str, Any]], bool], *classes: type[Values]) -> list[str]:
+    """Lists the settings of classes (default: all) whose metadata fulfil a condition."""
+    return [one.name for kind in classes or CLASSES for one in fields(kind) if applies(one.metadata)]  # type: ignore[arg-type]
+
+
+def chosen(
+    explicit: Mapping[str, Any], recorded: Mapping[str, Any], determined: Mapping[str, Any], default: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The rule: an explicit flag, else what a file records, else what its shapes determine, else the default."""
+    return {**default, **_known(determined), **_known(recorded), **_known(explicit)}
+
+
+def _known(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def differs(name: str, first: Any, second: Any) -> bool:
+    """Whether two values of a setting differ. One number is the size of a square, and tuples are lists."""
+    first, second = (list(value) if isinstance(value, tuple) else value for value in (first, second))
+    if name in SIZES and None not in (first, second):
+        return to_pair(first) != to_pair(second)
+    return first != second
+
+
+CLASSES: tuple[type[Values], ...] = (ModelSpec, ImageSpec, DataSpec, RunSpec)

@@ -1,0 +1,62 @@
+"""Settings of a model that the names and shapes of its tensors determine."""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from util.cli.choices import ATTENTIVE, LINEAR
+
+# The weights of the head of a classifier, of a probe (`models_build.probe_head`), and of the first of several probes.
+HEAD, PROBE_HEAD, FIRST_OF_HEADS = "head.weight", "head.1.weight", "head.0.1.weight"
+QUERIES = "head.pool.queries"  # of an attentive probe
+PIXEL_HEAD, DPT_HEAD = "head.classifier.weight", "head.projects.0.weight"  # of segmentation models
+
+
+def certain(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Returns the settings that hold for the tensors, whatever a file records."""
+    settings: dict[str, Any] = {
+        "num_cls_tokens": tensors["cls_token"].shape[1],
+        "probe": ATTENTIVE if QUERIES in tensors else LINEAR if PROBE_HEAD in tensors else None,
+    }
+    if QUERIES in tensors:
+        settings["num_queries"] = len(tensors[QUERIES])
+    if PIXEL_HEAD in tensors:
+        settings["head"] = "dpt" if DPT_HEAD in tensors else "linear"
+    return settings
+
+
+def determined(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Returns all settings that the tensors determine; images are assumed to be squares."""
+    _, channels, *patch = tensors["patch_embed.proj.weight"].shape
+    is_square = patch[0] == patch[1]
+    settings: dict[str, Any] = {
+        **certain(tensors),
+        "patch_size": patch[0] if is_square else patch,
+        "in_chans": channels,
+        "global_pool": "fc_norm.weight" in tensors,
+        "nb_classes": num_classes(tensors),
+        "decoder_depth": _depth(tensors, "decoder_blocks") or None,
+    }
+    length, count = tensors["pos_embed"].shape[1], settings["num_cls_tokens"]
+    # The class tokens have positions, except in timm's models with no_embed_class.
+    side = next((math.isqrt(n) for n in (length - count, length) if math.isqrt(max(n, 0)) ** 2 == n), None)
+    if side:
+        settings["input_size"] = side * patch[0] if is_square else [side * patch[0], side * patch[1]]
+    return settings
+
+
+def width_and_depth(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
+    """Returns the channels of a token of the encoder, and the number of its blocks."""
+    return len(tensors["patch_embed.proj.weight"]), _depth(tensors, "blocks")
+
+
+def num_classes(tensors: Mapping[str, Tensor]) -> int:
+    """Returns the number of classes of the head; 0 without a head."""
+    return next((len(tensors[name]) for name in (HEAD, PROBE_HEAD, PIXEL_HEAD) if name in tensors), 0)
+
+
+def _depth(tensors: Mapping[str, Tensor], blocks: str) -> int:
+    return 1 + max((int(match[1]) for name in tensors if (match := re.match(rf"{blocks}\.(\d+)\.", name))), default=-1)
