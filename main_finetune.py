@@ -43,7 +43,7 @@ from util.cli import options
 from util.data import transforms
 from util.data.sources import Source
 from util.lr_decay import param_groups_lrd
-from util.settings import specs
+from util.settings import RunSpec, specs
 from util.training import run_log, trainer
 from util.training.compiling import compile_model
 from util.weights import loading
@@ -136,12 +136,7 @@ def main(args: Namespace) -> Evaluation | None:
         report_scores(scores, classes, args.report)
         return {**scores.stats(), "n_parameters": num_parameters}
 
-    trainer.run(
-        model,
-        optimizer,
-        batches,
-        precision,
-        settings,
+    task = trainer.Task(
         train_one_epoch=partial(
             train_one_epoch,
             criterion=criterion,
@@ -153,6 +148,7 @@ def main(args: Namespace) -> Evaluation | None:
         loss_tag="loss",
         evaluates=True,
     )
+    trainer.run(model, optimizer, batches, precision, task, RunSpec.of(settings), settings)
     return None
 
 

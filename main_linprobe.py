@@ -57,7 +57,7 @@ from util.cli.choices import ATTENTIVE
 from util.data import feature_files, labels, loader, transforms
 from util.data.sources import Source, versions
 from util.lars import LARS
-from util.settings import ImageSpec, names_where, specs
+from util.settings import ImageSpec, RunSpec, names_where, specs
 from util.training import loop, run_log, trainer
 from util.training.precision import Precision
 from util.weights import loading
@@ -174,20 +174,15 @@ def train_probe(args: Namespace, setup: Setup, file: Weights | None, precision: 
         return {**scores.stats(), **best_rate, "n_parameters": num_parameters}
 
     normalize = Tensor.float if args.cache_features else setup.normalize
-    trainer.run(
-        model,
-        optimizer,
-        batches,
-        precision,
-        settings,
+    task = trainer.Task(
         train_one_epoch=partial(train_one_epoch, criterion=criterion, normalize=normalize),
         after_epoch=evaluate_epoch,
         loss_tag="loss",
         trained=model.head if args.cache_features else None,
         evaluates=not features.are_stored,
         callbacks=[criterion] if several else [],
-        is_locked=True,
     )
+    trainer.run(model, optimizer, batches, precision, task, RunSpec.of(settings), settings, is_locked=True)
 
 
 class Features:
@@ -249,11 +244,9 @@ class Features:
     def _token_settings(self, source: Source) -> dict[str, Any]:
         """Returns all settings that the tokens depend on, as plain values."""
         args, (mean, std) = self.setup.args, self.setup.statistics
-        images = {
-            name: getattr(args, name) for name in names_where(lambda one: one["rebuilds"], ImageSpec) if name in args
-        }
+        names = ("model", "patch_size", *names_where(lambda one: one["rebuilds"], ImageSpec), "fast_jpeg", "dataset")
         return {
-            **images, **{name: getattr(args, name) for name in ("model", "patch_size", "fast_jpeg", "dataset", "data_path")},
+            **{name: getattr(args, name) for name in (*names, "data_path") if name in args},
             "mean": list(mean), "std": list(std),
             "crop_pct": self.setup.crop_pct,
             "precision": self.precision.name, "weights": checkpoint.compute_digest(encoder_state(self.model)),

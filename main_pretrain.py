@@ -34,7 +34,7 @@ from util.data import image_cache, loader, transforms
 from util.data.samples import Samples
 from util.evaluation import pictures
 from util.lr_decay import param_groups_weight_decay
-from util.settings import specs
+from util.settings import RunSpec, specs
 from util.training import run_log, trainer
 from util.training.loop import Callback
 from util.weights import loading
@@ -132,16 +132,12 @@ def main(
             log.picture("reconstruction", picture, epoch)
         return {}
 
-    trainer.run(
-        model,
-        optimizer,
-        batches,
-        precision,
-        settings,
+    task = trainer.Task(
         train_one_epoch=partial(train_one_epoch, mask_ratio=mask_ratio, normalize=normalize, uses_noise=uses_noise),
         after_epoch=draw_examples,
         callbacks=callbacks,
     )
+    trainer.run(model, optimizer, batches, precision, task, RunSpec.of(settings), settings)
 
 
 def accepts_noise(model: models_mae.MaskedAutoencoderViT, masking: str, mask_block: int) -> bool:

@@ -39,7 +39,7 @@ from util.data.sources import Source
 from util.evaluation.segmentation import Scores
 from util.lr_decay import param_groups_lrd
 from util.pos_embed import to_pair
-from util.settings import specs
+from util.settings import RunSpec, specs
 from util.training import run_log, trainer
 from util.training.compiling import compile_model
 from util.weights import loading
@@ -115,18 +115,14 @@ def main(args: Namespace) -> Scores | None:
         report_scores(scores, setup.classes, args.report)
         return {**scores.stats(), "n_parameters": num_parameters}
 
-    trainer.run(
-        model,
-        optimizer,
-        batches,
-        precision,
-        settings,
+    task = trainer.Task(
         train_one_epoch=partial(train_one_epoch, criterion=pixel_loss, normalize=setup.normalize),
         after_epoch=evaluate_epoch,
         loss_tag="loss",
         evaluates=True,
         metric="test_miou",
     )
+    trainer.run(model, optimizer, batches, precision, task, RunSpec.of(settings), settings)
     return None
 
 

@@ -1,12 +1,11 @@
 """The learning rate, with timm's scheduler as an oracle."""
 
-from argparse import Namespace
-
 import pytest
 import torch
 from timm.scheduler import CosineLRScheduler
 
 from util.lr_sched import adjust_learning_rate, scaled_lr
+from util.settings import RunSpec
 
 
 def optimizer_of(*scales):
@@ -15,7 +14,7 @@ def optimizer_of(*scales):
 
 
 def test_published_formula():
-    args = Namespace(lr=2.0, min_lr=0.5, warmup_epochs=4, epochs=12)
+    args = RunSpec(lr=2.0, min_lr=0.5, warmup_epochs=4, epochs=12)
     optimizer = optimizer_of(None, 0.25)
     expected = {0: 0.0, 1: 0.5, 4: 2.0, 8: 1.25, 12: 0.5, 6: 0.5 + 1.5 * (1 + 2**-0.5) / 2}
     for epoch, lr in expected.items():
@@ -24,7 +23,7 @@ def test_published_formula():
 
 
 def test_polynomial_decay():
-    args = Namespace(lr=2.0, min_lr=0.5, warmup_epochs=2, epochs=10, poly_power=2)
+    args = RunSpec(lr=2.0, min_lr=0.5, warmup_epochs=2, epochs=10, poly_power=2)
     optimizer = optimizer_of(None, 0.25)
     for epoch, lr in {1: 1.0, 2: 2.0, 6: 0.5 + 1.5 / 4, 10: 0.5}.items():
         assert adjust_learning_rate(optimizer, epoch, args) == pytest.approx(lr)
@@ -32,7 +31,7 @@ def test_polynomial_decay():
 
 
 def test_agrees_with_timm():
-    args = Namespace(lr=1e-3, min_lr=1e-6, warmup_epochs=40, epochs=400)
+    args = RunSpec(lr=1e-3, min_lr=1e-6, warmup_epochs=40, epochs=400)
     ours, theirs = optimizer_of(None), torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
     scheduler = CosineLRScheduler(theirs, t_initial=360, lr_min=1e-6, warmup_t=40, warmup_prefix=True)
     for epoch in range(0, 400, 7):

@@ -5,9 +5,10 @@ Segmentation has a polynomial decay instead of the cosine.
 
 import logging
 import math
-from argparse import Namespace
 
 from torch.optim import Optimizer
+
+from util.settings import RunSpec
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ def check_warmup(warmup_epochs: float, epochs: int) -> None:
         )
 
 
-def adjust_learning_rate(optimizer: Optimizer, epoch: float, args: Namespace) -> float:
+def adjust_learning_rate(optimizer: Optimizer, epoch: float, args: RunSpec) -> float:
     """Sets the learning rate of all parameter groups, multiplied by the `lr_scale` of the group.
 
     Args:
@@ -48,11 +49,12 @@ def adjust_learning_rate(optimizer: Optimizer, epoch: float, args: Namespace) ->
     Returns:
         The learning rate of groups with an `lr_scale` of 1.
     """
+    assert args.lr is not None, "set by `scaled_lr`"
     if epoch < args.warmup_epochs:
         lr = args.lr * epoch / args.warmup_epochs
     else:
         progress = (epoch - args.warmup_epochs) / (args.epochs - args.warmup_epochs)
-        power = getattr(args, "poly_power", None)
+        power = args.poly_power
         factor = 0.5 * (1 + math.cos(math.pi * progress)) if power is None else (1 - progress) ** power
         lr = args.min_lr + (args.lr - args.min_lr) * factor
     for group in optimizer.param_groups:

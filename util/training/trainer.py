@@ -4,7 +4,7 @@ import logging
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import nn
 from util import dist, lr_sched
 from util.checkpoints import checkpoint, run_directory, run_state
 from util.interrupts import Interrupted, Interrupts
+from util.settings import RunSpec
 from util.training import run_log
 from util.training.compiling import compile_model
 from util.training.loop import Callback, EpochOptions, Loader, NonFiniteGuard
@@ -42,32 +43,14 @@ def start(args: Namespace, script: str = "") -> tuple[Namespace, Precision]:
     return args, Precision(args.amp, device)
 
 
-def run(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batches: Any,
-    precision: Precision,
-    settings: Mapping[str, Any],
-    *,
-    train_one_epoch: Callable[[nn.Module, Loader, torch.optim.Optimizer, EpochOptions], None],
-    after_epoch: Callable[[int, run_log.NullLog], dict[str, Any]],
-    loss_tag: str = "train_loss",
-    trained: nn.Module | None = None,
-    evaluates: bool = False,
-    metric: str = "test_acc1",
-    callbacks: Sequence[Callback] = (),
-    is_locked: bool = False,
-) -> None:
-    """Trains to the end of the last epoch.
+@dataclass(frozen=True)
+class Task:
+    """What a run trains, evaluates and logs.
 
     Args:
-        optimizer: its learning rate is set from `settings` before every update. A group may have an `lr_scale`.
-        batches: a `loader.TrainLoader` or `loader.FeatureBatches`.
-        settings: the flags, which checkpoints contain as `args`. The flags of `options.add_run_options` and
-            `options.add_optimizer_options` are used.
         train_one_epoch: the function of an engine, with its own arguments bound (`functools.partial`).
-        after_epoch: called with epoch and log every `eval_every` epochs (default: 1), and after the last epoch. It
-            returns entries of log.txt. The state with the best `metric` is saved as checkpoint-best.pth.
+        after_epoch: called with epoch and log every `eval_every` epochs, and after the last epoch. It returns entries
+            of log.txt. The state with the best `metric` is saved as checkpoint-best.pth.
         loss_tag: name of the loss in TensorBoard.
         trained: the module that is called with a batch. Default: the model.
         evaluates: `after_epoch` takes long and does not change the state. The state is saved before it, and a signal
@@ -75,73 +58,98 @@ def run(
         metric: the entry of log.txt that selects the best state.
         callbacks: called after every update, in this order. Checkpoints contain their states, under the key
             `callbacks`.
+    """
+
+    train_one_epoch: Callable[[nn.Module, Loader, torch.optim.Optimizer, EpochOptions], None]
+    after_epoch: Callable[[int, run_log.NullLog], dict[str, Any]]
+    loss_tag: str = "train_loss"
+    trained: nn.Module | None = None
+    evaluates: bool = False
+    metric: str = "test_acc1"
+    callbacks: Sequence[Callback] = ()
+
+
+def run(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Any,
+    precision: Precision,
+    task: Task,
+    spec: RunSpec,
+    record: Mapping[str, Any],
+    is_locked: bool = False,
+) -> None:
+    """Trains to the end of the last epoch.
+
+    Args:
+        optimizer: its learning rate is set before every update. A group may have an `lr_scale`.
+        batches: a `loader.TrainLoader` or `loader.FeatureBatches`.
+        record: all settings of the run, which checkpoints contain as `args`.
         is_locked: the caller has locked the run directory.
 
     Raises:
         ValueError: the optimizer does not support `found_inf`; the model is sharded and there are callbacks, whose
             states would not be saved; or a setting or the state of a callback is not a plain value.
     """
-    _require_usable(model, optimizer, settings, callbacks)
-    args, output_dir = Namespace(**settings), Path(settings["output_dir"])
-    logger.info("settings: " + " ".join(f"{key}={settings[key]}" for key in sorted(settings) if key != "classes"))
-    progress = _initial_progress(args, batches.num_images)
-    args.lr = lr_sched.scaled_lr(args.lr, settings.get("blr"), progress.effective_batch_size)
-    lr_sched.check_warmup(args.warmup_epochs, args.epochs)
-    logger.info(f"{args.model} on {precision.device} in {precision.name}, {dist.world_size()} process(es)")
+    _require_usable(model, optimizer, record, task.callbacks)
+    output_dir = Path(spec.output_dir)
+    logger.info("settings: " + " ".join(f"{key}={record[key]}" for key in sorted(record) if key != "classes"))
+    progress = _initial_progress(spec, batches.num_images)
+    spec = replace(spec, lr=lr_sched.scaled_lr(spec.lr, spec.blr, progress.effective_batch_size))
+    lr_sched.check_warmup(spec.warmup_epochs, spec.epochs)
+    logger.info(f"{record['model']} on {precision.device} in {precision.name}, {dist.world_size()} process(es)")
     with ExitStack() as stack:
-        stack.enter_context(nullcontext() if is_locked else run_directory.locked(output_dir, args.resume))
+        stack.enter_context(nullcontext() if is_locked else run_directory.locked(output_dir, spec.resume))
         run_state.resume(
-            args.resume, output_dir, model, optimizer, precision.scaler, dict(settings), progress, callbacks
+            spec.resume, output_dir, model, optimizer, precision.scaler, dict(record), progress, task.callbacks
         )
         interrupts = Interrupts()
         saver = open_saver(
             interrupts, output_dir,
-            partial(run_state.collect, model, optimizer, precision.scaler, dict(settings), callbacks),
+            partial(run_state.collect, model, optimizer, precision.scaler, dict(record), task.callbacks),
             progress, dist.is_sharded(model),
-            epochs=args.epochs, save_every=args.save_every, save_minutes=args.save_minutes, keep_last=args.keep_last,
+            epochs=spec.epochs, save_every=spec.save_every, save_minutes=spec.save_minutes, keep_last=spec.keep_last,
         )  # fmt: skip
-        if args.compile:
-            compile_model(trained or model, precision.device)
-        train = partial(train_one_epoch, dist.wrap(trained or model, precision.device), batches, optimizer)
-        if progress.epoch >= args.epochs:
-            logger.info(f"nothing to do: the run has completed its {args.epochs} epochs")
+        trained = task.trained or model
+        if spec.compile:
+            compile_model(trained, precision.device)
+        train = partial(task.train_one_epoch, dist.wrap(trained, precision.device), batches, optimizer)
+        if progress.epoch >= spec.epochs:
+            logger.info(f"nothing to do: the run has completed its {spec.epochs} epochs")
         log = run_log.open_log(
-            output_dir, Path(args.log_dir), args.epochs, first_epoch=progress.epoch, loss_tag=loss_tag,
-            **_first_x(progress, len(batches), args.accum_iter),
+            output_dir, Path(spec.log_dir), spec.epochs, first_epoch=progress.epoch, loss_tag=task.loss_tag,
+            **_first_x(progress, len(batches), spec.accum_iter),
         )  # fmt: skip
         for resource in (interrupts, _closing(log), closing(saver)):  # a signal takes effect after they are closed
             stack.enter_context(resource)
         options = EpochOptions(
             epoch=progress.epoch,
-            schedule=partial(lr_sched.adjust_learning_rate, optimizer, args=args),
+            schedule=partial(lr_sched.adjust_learning_rate, optimizer, args=spec),
             precision=precision,
-            guard=NonFiniteGuard(args.on_nonfinite, precision.overflow_is_normal),
+            guard=NonFiniteGuard(spec.on_nonfinite, precision.overflow_is_normal),
             log=log,
             saver=saver,
-            accum_iter=args.accum_iter,
-            clip_grad=args.clip_grad,
-            after_update=partial(_run_callbacks, callbacks, model),
+            accum_iter=spec.accum_iter,
+            clip_grad=spec.clip_grad,
+            after_update=partial(_run_callbacks, task.callbacks, model),
         )
-        _train_epochs(
-            train, options, after_epoch, model, batches, progress, interrupts,
-            epochs=args.epochs, eval_every=settings.get("eval_every", 1), evaluates=evaluates, metric=metric,
-        )  # fmt: skip
+        _train_epochs(train, options, task, spec, model, batches, progress, interrupts)
 
 
 def _require_usable(
-    model: nn.Module, optimizer: torch.optim.Optimizer, settings: Mapping[str, Any], callbacks: Sequence[Callback]
+    model: nn.Module, optimizer: torch.optim.Optimizer, record: Mapping[str, Any], callbacks: Sequence[Callback]
 ) -> None:
     require_found_inf(optimizer)
     if callbacks and dist.is_sharded(model):
         raise ValueError("--fsdp can't save the state of callbacks: omit --fsdp or the callbacks")
-    checkpoint.require_plain({**settings}, "args")
+    checkpoint.require_plain({**record}, "args")
     for callback in callbacks:
         checkpoint.require_plain(callback.state_dict(), f"the state of {type(callback).__name__}")
 
 
-def _initial_progress(args: Namespace, num_images: int) -> run_state.Progress:
-    global_batch_size = args.batch_size * dist.world_size()
-    return run_state.Progress(global_batch_size * args.accum_iter, global_batch_size, args.start_epoch, num_images)
+def _initial_progress(spec: RunSpec, num_images: int) -> run_state.Progress:
+    global_batch_size = spec.batch_size * dist.world_size()
+    return run_state.Progress(global_batch_size * spec.accum_iter, global_batch_size, spec.start_epoch, num_images)
 
 
 def _first_x(progress: run_state.Progress, num_iterations: int, accum_iter: int) -> dict[str, int]:
@@ -175,36 +183,32 @@ def _closing(log: run_log.NullLog) -> Iterator[None]:
 def _train_epochs(
     train: Callable[[EpochOptions], None],
     options: EpochOptions,
-    after_epoch: Callable[[int, run_log.NullLog], dict[str, Any]],
+    task: Task,
+    spec: RunSpec,
     model: nn.Module,
     batches: Any,
     progress: run_state.Progress,
     interrupts: Interrupts,
-    *,
-    epochs: int,
-    eval_every: int,
-    evaluates: bool,
-    metric: str,
 ) -> None:
     saver, log = options.saver, options.log
-    for epoch in range(progress.epoch, epochs):
+    for epoch in range(progress.epoch, spec.epochs):
         meters = run_log.Meters(**progress.meters)
         train(replace(options, epoch=epoch, first_iteration=progress.first_iteration, meters=meters))
         try:
             progress.next_epoch()
             dist.share_buffers(model)  # the statistics of batch norm differ between processes
             results: dict[str, Any] = {}
-            if (epoch + 1) % eval_every == 0 or epoch + 1 == epochs:
-                if evaluates:
+            if (epoch + 1) % spec.eval_every == 0 or epoch + 1 == spec.epochs:
+                if task.evaluates:
                     log.flush()
                     saver.save(epoch, len(batches), meters.state_dict())
-                with interrupts.at_once() if evaluates else nullcontext():
-                    results = after_epoch(epoch, log)
+                with interrupts.at_once() if task.evaluates else nullcontext():
+                    results = task.after_epoch(epoch, log)
             # The log is first: a run that stops between the two trains this epoch again, and replaces its line.
             log.end_epoch(meters.means() | results | batches.counts())
-            saver.save_epoch(epoch, results.get(metric))
+            saver.save_epoch(epoch, results.get(task.metric))
             # A signal may have arrived during the evaluation or a write in one process.
-            stops = epoch + 1 < epochs and any(dist.gather(interrupts.pending))
+            stops = epoch + 1 < spec.epochs and any(dist.gather(interrupts.pending))
         except Interrupted:  # the state was saved before the evaluation
             raise
         except Exception as error:
