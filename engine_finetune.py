@@ -245,8 +245,8 @@ class Setup:
         if not args.cache_images:
             return train, val
         return image_cache.cached(
-            [train, val], in_chans=args.in_chans, fast_jpeg=args.fast_jpeg, num_workers=args.num_workers,
-            on_bad_image=[args.on_bad_image],
+            [train, val], in_chans=args.in_chans, fast_jpeg=args.fast_jpeg, exif=bool(args.exif),
+            num_workers=args.num_workers, on_bad_image=[args.on_bad_image],
         )  # fmt: skip
 
     def open_val(self) -> Source:
@@ -285,7 +285,7 @@ class Setup:
         args = self.args
         return Samples(
             source, transform, in_chans=args.in_chans, seed=args.seed, on_bad_image=on_bad_image,
-            fast_jpeg=args.fast_jpeg,
+            fast_jpeg=args.fast_jpeg, exif=bool(args.exif),
         )  # fmt: skip
 
     def eval_transform(self) -> Callable[..., Any]:

@@ -442,7 +442,7 @@ class Runs:
     def _pixels(self, task: Task) -> dict[str, Any]:
         """Fits a baseline of scikit-learn on the images of the same draw."""
         flags = {**vars(self.args), **task.encoder.flags, **self.shared}
-        settings = {name: flags[name] for name in ("input_size", "in_chans", "crop", "crop_pct")}
+        settings = {name: flags[name] for name in ("input_size", "in_chans", "crop", "crop_pct", "exif")}
 
         def compute(_: Path) -> dict[str, Any]:
             few = label_sets.some_of_each_class(self.train, task.per_class, task.draw) if task.per_class else self.train

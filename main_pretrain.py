@@ -97,11 +97,12 @@ def main(
     datasets.suggest_statistics(source, args.in_chans, args.mean, args.std)
     if args.cache_images:
         (source,) = image_cache.cached(
-            [source], in_chans=args.in_chans, fast_jpeg=args.fast_jpeg, num_workers=args.num_workers,
-            on_bad_image=[args.on_bad_image],
+            [source], in_chans=args.in_chans, fast_jpeg=args.fast_jpeg, exif=bool(args.exif),
+            num_workers=args.num_workers, on_bad_image=[args.on_bad_image],
         )  # fmt: skip
     sample_options = {"in_chans": args.in_chans, "seed": args.seed, "draw_noise": draw_noise,
-                      "on_bad_image": args.on_bad_image, "fast_jpeg": args.fast_jpeg}  # fmt: skip
+                      "on_bad_image": args.on_bad_image, "fast_jpeg": args.fast_jpeg,
+                      "exif": bool(args.exif)}  # fmt: skip
     augment = transforms.pretrain_transform(
         args.input_size, args.crop_scale, args.hflip, crop=args.crop, crop_ratio=args.crop_ratio, vflip=args.vflip,
         rotate90=args.rotate90,

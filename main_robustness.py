@@ -93,7 +93,8 @@ def _evaluate(args: Namespace, device: torch.device) -> str:
     suite = robustness.find(args.suite, Path(args.data_path).expanduser())
     crop_pct = args.crop_pct or (1.0 if args.suite == "imagenet-c" else None)
     classifier = load(args.model, crop_pct, device)
-    warn_of_changes(args.model, args, {"crop_pct"}, classifier.recorded)
+    warn_of_changes(args.model, args, {"crop_pct", "exif"}, classifier.recorded)
+    exif = classifier.recorded.get("exif") if args.exif is None else args.exif
     model = RestrictedClassifier(classifier.model, suite.columns).to(device)
     if args.compile:
         compile_model(model, device, freeze_weights=True)
@@ -101,6 +102,7 @@ def _evaluate(args: Namespace, device: torch.device) -> str:
     results = robustness_report.Results(out.with_suffix(".json"), {
         "model": args.model, "weights": checkpoint.weights_digest(model),
         **classifier.data_config, "data_path": str(suite.root), "subset": args.subset, "amp": precision.name,
+        **({"exif": True} if exif else {}),
     })  # fmt: skip
     for number, name in enumerate(suite.cells, start=1):
         cell, started = robustness.open_cell(suite, name, args.subset), time.perf_counter()
@@ -110,7 +112,8 @@ def _evaluate(args: Namespace, device: torch.device) -> str:
             continue
         if dist.is_main() and not args.subset and len(cell.source) != robustness.IMAGES[args.suite]:
             logger.warning(f"{name}: {len(cell.source):,} images, but {robustness.IMAGES[args.suite]:,} were published")
-        samples = Samples(cell.source, classifier.transform, in_chans=3, seed=0, fast_jpeg=args.fast_jpeg)
+        samples = Samples(cell.source, classifier.transform, in_chans=3, seed=0, fast_jpeg=args.fast_jpeg,
+                          exif=bool(exif))  # fmt: skip
         batches = loader.eval_loader(samples, args.batch_size, args.num_workers, device.type == "cuda")
         progress = tqdm(batches, desc=name, unit="batch", leave=False, disable=None if dist.is_main() else True)
         evaluation = evaluate(model, progress, normalize=classifier.normalize, precision=precision)

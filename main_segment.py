@@ -192,7 +192,9 @@ class PairSetup(Setup):
 
     def samples(self, source: Source, transform: Callable[..., Any], on_bad_image: str | None = None) -> Samples:
         args = self.args
-        return PairSamples(source, transform, in_chans=args.in_chans, seed=args.seed, on_bad_image=on_bad_image)
+        return PairSamples(
+            source, transform, in_chans=args.in_chans, seed=args.seed, on_bad_image=on_bad_image, exif=bool(args.exif)
+        )
 
     def eval_transform(self) -> Callable[..., Any]:
         return EvalTransform(self.short_side)

@@ -16,7 +16,7 @@ import torch
 from PIL import Image, ImageOps
 
 from inference import maps
-from inference.model import Autoencoder, Model, Segmenter, open_image
+from inference.model import Autoencoder, Model, Segmenter
 from inference.reconstruct import psnr, reconstruct, uncropped_input
 from inference.segment import class_name, class_shares
 from models_mae import Reconstruction
@@ -230,7 +230,7 @@ def to_image(model: Model, batch: torch.Tensor) -> Image.Image:
 
 def _open(model: Model, photo: str) -> Picture:
     """Opens an image; raises ValueError or OSError if it can't be read, is too large or too narrow."""
-    picture = open_image(photo, model.in_chans, MAX_PIXELS)
+    picture = model.open(photo, MAX_PIXELS)
     height, width = size_of(picture)
     if max(height, width) > MAX_ASPECT * min(height, width):
         raise ValueError(

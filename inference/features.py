@@ -71,7 +71,7 @@ def main(args: argparse.Namespace) -> None:
     """Computes the features and writes the file."""
     start_logging()
     device = dist.choose_device(args.device)
-    model = get_model(args.model, pretrained=True, device=device)
+    model = get_model(args.model, pretrained=True, device=device, **options.chosen_exif(args))
     precision = Precision(args.amp, device)
     source = datasets.open_source(args.split, args.data_path)
     assert not isinstance(source, Shards)  # --data_path never opens shards
@@ -85,7 +85,7 @@ def main(args: argparse.Namespace) -> None:
     try:
         rows = extract(
             extractor, source, partial, row_settings(model, source, args, precision), args.batch_size,
-            args.num_workers, precision, args.fast_jpeg,
+            args.num_workers, precision, args.fast_jpeg, bool(model.settings.get("exif")),
         )  # fmt: skip
     except BadImage:
         shutil.rmtree(partial)  # it is of these files: a run without the image, or with another file, starts anew
@@ -139,6 +139,7 @@ def extract(
     num_workers: int,
     precision: Precision,
     fast_jpeg: bool = False,
+    exif: bool = False,
 ) -> np.ndarray:
     """Computes features (n, D), or (n, T + N, D) for tokens, in fp32, in a file that is mapped into memory.
 
@@ -146,6 +147,7 @@ def extract(
         folder: folder of the features and their progress. If it exists with the same settings, the run is resumed.
         settings: from `row_settings`.
         fast_jpeg: as in `decode`.
+        exif: as in `Samples`.
 
     Raises:
         OSError: the disk is full. The same command resumes the run.
@@ -157,7 +159,7 @@ def extract(
     def compute_from(done: int) -> Iterator[np.ndarray]:
         rest = Subset(source, np.arange(done, len(source)))
         samples = Samples(rest, model.transform, in_chans=model.in_chans, seed=0, on_bad_image="error",
-                          fast_jpeg=fast_jpeg)  # fmt: skip
+                          fast_jpeg=fast_jpeg, exif=exif)  # fmt: skip
         pin_memory = precision.device.type == "cuda"
         for images, *_ in loader.eval_loader(samples, batch_size, num_workers, pin_memory=pin_memory):
             with precision.autocast():

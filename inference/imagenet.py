@@ -69,7 +69,9 @@ def _load_ours(name: str, crop_pct: float | None) -> ImageNetClassifier:
     if model.num_classes == NUM_CLASSES and classes:
         _check_order(name, classes)
     recorded: dict[str, Any] = {
-        key: model.settings[key] for key in ("input_size", "crop", "crop_pct", "mean", "std") if key in model.settings
+        key: model.settings[key]
+        for key in ("input_size", "crop", "crop_pct", "mean", "std", "exif")
+        if key in model.settings
     }
     data_config: dict[str, Any] = {
         "crop": None,

@@ -99,8 +99,28 @@ class ModelMixin(PyTorchModelHubMixin):
             )
         if are_inputs == {True}:
             return torch.stack(list(several)).to(device)
-        pixels = [self.transform(open_image(image, self.in_chans)) for image in several]
+        pixels = [self.transform(self.open(image)) for image in several]
         return self.normalize(torch.stack(pixels).to(device))
+
+    def open(self, image: ImageLike, max_pixels: int = MAX_PIXELS) -> Any:
+        """Decodes an image to a picture with the channels of the model.
+
+        The orientation in its EXIF data is applied, unless the model was trained with --no_exif.
+
+        Args:
+            image: an image as in `prepare`.
+            max_pixels: limit of the pixels of a file, which is checked before they are decoded.
+
+        Raises:
+            BadImage, OSError: as in `prepare`.
+        """
+        upright = self.settings.get("exif") is not False
+        if isinstance(image, str | Path):
+            try:
+                return decode(read_file(image), self.in_chans, upright, max_pixels=max_pixels)
+            except BadImage as error:
+                raise BadImage(f"{image}: {error}") from error
+        return decode(image, self.in_chans, upright)  # type: ignore[arg-type]
 
     @torch.inference_mode()
     def predict(self, images: Images, topk: int = 5) -> Any:
@@ -248,7 +268,7 @@ class Segmenter(ModelMixin, models_segment.Segmenter):
                 )
             pixels, size = image.to(device), (image.shape[1], image.shape[2])
         else:
-            picture = open_image(image, self.in_chans)
+            picture = self.open(image)
             size = size_of(picture)
             pixels = self.normalize(transforms.to_tensor(fitted(picture, self.short_side)).to(device))
         return predict_classes(self, pixels, size, self.window, batch_size).to(torch.uint8).cpu().numpy()
@@ -270,24 +290,6 @@ def imagenet_classes() -> list[str]:
     return [info.index_to_description(label) for label in range(1000)]
 
 
-def open_image(image: ImageLike, in_chans: int, max_pixels: int = MAX_PIXELS) -> Any:
-    """Decodes an image to a picture with `in_chans` channels, and applies the orientation in its EXIF data.
-
-    Args:
-        image: an image as in `ModelMixin.prepare`.
-        max_pixels: limit of the pixels of a file, which is checked before they are decoded.
-
-    Raises:
-        BadImage, OSError: as in `ModelMixin.prepare`.
-    """
-    if isinstance(image, str | Path):
-        try:
-            return decode(read_file(image), in_chans, upright=True, max_pixels=max_pixels)
-        except BadImage as error:
-            raise BadImage(f"{image}: {error}") from error
-    return decode(image, in_chans, upright=True)  # type: ignore[arg-type]
-
-
 def to_rgb(model: Model, image: Tensor) -> Tensor:
     """Input of a model (c, H, W) -> its colors for display (3, H, W), in 0 to 1, on the host.
 
@@ -303,7 +305,7 @@ def picture_of(model: Model, path: str | Path) -> np.ndarray:
     Raises:
         BadImage, OSError: as in `ModelMixin.prepare`.
     """
-    pixels = transforms.to_tensor(open_image(path, model.in_chans)).to(model.normalize.mean.device)
+    pixels = transforms.to_tensor(model.open(path)).to(model.normalize.mean.device)
     return to_bytes(to_rgb(model, model.normalize(pixels)))
 
 

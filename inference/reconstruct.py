@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from inference.model import Autoencoder, ImageLike, Model, get_model, open_image
+from inference.model import Autoencoder, ImageLike, Model, get_model
 from models_mae import Reconstruction
 from util import dist, masking
 from util.cli import entry_point, flags, options
@@ -67,7 +67,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> list[Reconstruction]:
     """Writes the picture, prints the PSNR of the masked pixels, and returns the reconstructions."""
     start_logging()
-    model = get_model(args.model, pretrained=True, device=dist.choose_device(args.device))
+    model = get_model(args.model, pretrained=True, device=dist.choose_device(args.device), **options.chosen_exif(args))
     if not isinstance(model, Autoencoder):
         raise ValueError(
             f"--model {args.model} has no decoder and can't reconstruct: give a checkpoint of main_pretrain.py, or a "
@@ -118,7 +118,7 @@ def reconstruct(
         ValueError: a rectangle is outside of the image, or no patch is visible.
         BadImage, OSError: the image can't be read.
     """
-    picture = open_image(image, model.in_chans)
+    picture = model.open(image)
     device = model.cls_token.device
     imgs = uncropped_input(model, picture, short_side)
     if mask_boxes:

@@ -12,6 +12,7 @@ from PIL import Image
 
 import main_finetune
 from util.data import image_cache
+from util.data import samples as samples_module
 from util.data.decode import BadImage, decode
 from util.data.labels import Subset
 from util.data.transforms import to_tensor
@@ -146,7 +147,7 @@ def test_too_many_images_are_an_error_before_all_are_decoded(tmp_path, monkeypat
     monkeypatch.setattr(image_cache, "memory_bytes", lambda: 300 * 39)
     monkeypatch.setattr(image_cache, "SAMPLE", 10)
     read = []
-    monkeypatch.setattr(image_cache, "decode", lambda *args, **options: read.append(1) or decode(*args, **options))
+    monkeypatch.setattr(samples_module, "decode", lambda *args, **options: read.append(1) or decode(*args, **options))
     with pytest.raises(ValueError, match=r"--cache_images"):
         image_cache.cached([source], **OPTIONS)
     assert len(read) < 39
@@ -197,7 +198,7 @@ def test_resuming_with_and_without_a_cache_is_exact(pretrain, mixed, monkeypatch
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_bad_image_ends_a_run_before_the_others_are_decoded(mixed, pretrain, capsys, num_workers, monkeypatch):
     read = []
-    monkeypatch.setattr(image_cache, "decode", lambda *args, **options: read.append(1) or decode(*args, **options))
+    monkeypatch.setattr(samples_module, "decode", lambda *args, **options: read.append(1) or decode(*args, **options))
     monkeypatch.setattr(image_cache, "BATCH", 2)
     (mixed / "cat" / "00.png").write_text("text")  # the first file
     with pytest.raises(BadImage, match=r"cat/00.png: the file is not an image.* \(--on_bad_image skip"):

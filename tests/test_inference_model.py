@@ -5,7 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from skimage import data as photographs
 from torchvision import transforms as T
 
@@ -277,9 +277,12 @@ def test_the_recorded_model_takes_precedence_over_shapes(tmp_path, monkeypatch):
     assert torch.equal(get_model("vit_mini_patch4", pretrained=tmp_path / "bare.pth", nb_classes=5)(imgs), model(imgs))
 
 
-@pytest.mark.xfail(strict=True, reason="no setting says whether the orientation in EXIF data is applied")
-def test_features_of_a_file_do_not_depend_on_the_command(tmp_path):
-    """`extract_feat` and `inference.features` agree on a photograph with an orientation in its EXIF data."""
+@pytest.mark.parametrize("fast", [[], ["--fast_jpeg"]])
+@pytest.mark.parametrize(("recorded", "flags", "turned"), [
+    (None, [], False), (None, ["--exif"], True), (True, [], True), (False, [], False), (True, ["--no_exif"], False),
+])  # fmt: skip
+def test_the_orientation_in_a_dataset(recorded, flags, turned, fast, tmp_path):
+    """Datasets are turned by a choice, which a file records. Single photographs are, unless a file says no."""
     exif = Image.Exif()
     exif[274] = 6
     folder = tmp_path / "images/train/photos"
@@ -287,9 +290,14 @@ def test_features_of_a_file_do_not_depend_on_the_command(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (40, 32, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(folder / "a.jpg", exif=exif)
     file = tmp_path / "model.safetensors"
-    model = get_model("vit_mini_patch4")
+    model = get_model("vit_mini_patch4", **({} if recorded is None else {"exif": recorded}))
     export.export(model, "safetensors", file)
-    flags = [str(tmp_path / "images"), "--model", str(file), "--out", str(tmp_path / "f.npz"), "--num_workers", "0"]
+    flags = [str(tmp_path / "images"), "--model", str(file), "--out", str(tmp_path / "f.npz"), "--num_workers", "0",
+             *flags, *fast]  # fmt: skip
     features.main(entry_point.parse(features.get_args_parser(), flags))
     stored = torch.from_numpy(np.load(tmp_path / "f.npz")["features"])
-    torch.testing.assert_close(stored, model.extract_feat(folder / "a.jpg"), rtol=1e-3, atol=1e-3)
+    with Image.open(folder / "a.jpg") as picture:
+        upright = {True: ImageOps.exif_transpose(picture), False: picture.copy()}
+    torch.testing.assert_close(stored, model.extract_feat(upright[turned]), rtol=1e-3, atol=1e-3)
+    alone = get_model(file).extract_feat(folder / "a.jpg")
+    torch.testing.assert_close(alone, model.extract_feat(upright[recorded is not False]), rtol=1e-3, atol=1e-3)

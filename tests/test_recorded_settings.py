@@ -3,9 +3,11 @@
 import shutil
 from argparse import Namespace
 
+import numpy as np
 import pytest
 import torch
 from mains import assert_equal, lines, weights
+from PIL import Image
 from segments import make_scenes
 
 import main_finetune
@@ -117,3 +119,25 @@ def test_fine_tuning_takes_model_and_images_from_the_file(data, tmp_path):
     assert (args["mean"], args["std"]) == ([0.3], [0.2])
     assert args["crop_scale"] == [0.08, 1.0]  # of fine-tuning
     assert weights(tmp_path / "b")["head.weight"].shape[0] == 6
+
+
+@pytest.mark.parametrize("flags", [[], ["--cache_images"], ["--fast_jpeg"]])
+def test_a_run_applies_and_records_the_orientation(flags, tmp_path):
+    """Training on turned files with --exif equals training on upright files."""
+    generator, exif = np.random.default_rng(0), Image.Exif()
+    exif[274] = 6
+    for number in range(8):
+        stored = Image.fromarray(generator.integers(0, 256, (20, 32, 3), dtype=np.uint8))
+        for kind, picture, options in (("turned", stored, {"exif": exif}),
+                                       ("upright", stored.transpose(Image.Transpose.ROTATE_270), {})):  # fmt: skip
+            (tmp_path / kind).mkdir(exist_ok=True)
+            picture.save(tmp_path / kind / f"{number}.tif", **options)
+    for kind, own in (("turned", ["--exif"]), ("upright", [])):
+        run(main_pretrain, *SMALL, *RUNS[main_pretrain], *flags, *own, "--data_path", tmp_path / kind,
+            "--output_dir", tmp_path / "runs" / kind)  # fmt: skip
+    assert_equal(*(weights(tmp_path / "runs" / kind) for kind in ("turned", "upright")))
+    args = torch.load(tmp_path / "runs" / "turned" / "checkpoint-1.pth")["args"]
+    assert args["exif"] is True
+    with pytest.raises(CheckpointError) as raised:
+        run(main_pretrain, "--resume", "auto", "--output_dir", tmp_path / "runs" / "turned", "--no_exif")
+    assert raised.value.__notes__ == ["give --exif"]

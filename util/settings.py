@@ -72,6 +72,7 @@ class ImageSpec(Values):
     std: list[float] | None = setting(None, NUMBER, resumed=FIXED)
     crop: str = setting("random", str, resumed=FIXED)
     crop_pct: float | None = setting(None, NUMBER, resumed=FIXED)  # None: the default for the input size
+    exif: bool | None = setting(None, bool, resumed=FIXED)  # apply the orientation; None: to single photographs only
     crop_ratio: list[float] | None = setting(None, resumed=FIXED, rebuilds=False)
     crop_scale: list[float] | None = setting(None, resumed=FIXED, rebuilds=False)
     short_side: int | None = setting(None, int, resumed=FIXED)  # of segmentation

@@ -97,6 +97,7 @@ def _add_input_options(group: argparse._ArgumentGroup, what: str) -> None:
         "--std", type=positive, nargs="+", metavar="S",
         help="standard deviation of each channel (default: as for --mean)",
     )  # fmt: skip
+    _add_exif(group, "not applied")
     add_switch(group, "pin_mem", True, "load batches into pinned memory, for faster copies to the GPU")
 
 
@@ -207,6 +208,20 @@ def _add_download(group: argparse._ActionsContainer, text: str) -> None:
 def _add_reading_options(group: argparse._ActionsContainer) -> None:
     group.add_argument("--in_chans", default=3, type=positive_int, metavar="C", help="input channels: 3 RGB, 1 gray")
     _add_num_workers(group)
+
+
+def _add_exif(group: argparse._ActionsContainer, default: str) -> None:
+    group.add_argument(
+        "--exif", action="store_true", default=None,
+        help="apply the orientation that cameras record in the EXIF data of photographs; the checkpoint records it "
+        f"(default: the choice of the model's run, else {default})",
+    )  # fmt: skip
+    group.add_argument("--no_exif", action="store_false", dest="exif", default=None, help="disable --exif")
+
+
+def chosen_exif(args: argparse.Namespace) -> dict[str, bool]:
+    """Returns the argument `exif` of `get_model`, if the command line has the flag."""
+    return {} if args.exif is None else {"exif": args.exif}
 
 
 def _add_num_workers(group: argparse._ActionsContainer) -> None:
@@ -655,6 +670,7 @@ def add_inference_options(
     published = f", folder in the format of transformers, or published name such as {example}" * bool(example)
     if images:
         parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
+        _add_exif(parser, "applied to single photographs")
     parser.add_argument("--model", required=True, metavar="FILE", help=f"checkpoint file{published}{also}")
     _add_device(parser)
 
@@ -663,6 +679,7 @@ def add_extraction_options(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of batches and precision of a command that uses a trained model."""
     parser.add_argument("--batch_size", default=128, type=positive_int, metavar="N", help="batch size per process")
     _add_num_workers(parser)
+    _add_exif(parser, "not applied to datasets")
     _add_fast_jpeg(parser)
     _add_amp(parser)
     _add_compile(parser)

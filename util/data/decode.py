@@ -83,7 +83,7 @@ def decode(
     Raises:
         BadImage: the data are not an image, are damaged or too large, or have another number of channels.
     """
-    if fast_jpeg and in_chans == 3 and not isinstance(data, np.ndarray):
+    if fast_jpeg and in_chans == 3 and not isinstance(data, np.ndarray) and not (upright and _records_turn(data)):
         pixels = jpeg.decode_rgb(data, max_pixels) if isinstance(data, bytes) else data
         if pixels is not None and is_rgb(pixels):
             return pixels
@@ -102,6 +102,13 @@ def decode(
     except Exception as error:  # decoders raise any exception on damaged bytes
         reason = printable(" ".join(str(error).split()))
         raise BadImage(f"can't be read as an image ({type(error).__name__}: {reason})") from error
+
+
+def _records_turn(data: bytes | Picture) -> bool:
+    try:
+        return isinstance(data, bytes) and is_turned(Image.open(io.BytesIO(data)))
+    except Exception:  # the decoder refuses it
+        return False
 
 
 def is_turned(picture: Picture) -> bool:

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from util import dist
-from util.data.decode import BadImage, decode
+from util.data.decode import BadImage
 from util.data.loader import Batches, up_to_cores
 from util.data.samples import Samples
 from util.data.sources import Source
@@ -42,6 +42,7 @@ class ImageCache:
         limit: bytes that the images may take.
         in_chans: as in `decode`.
         fast_jpeg: as in `decode`.
+        exif: as in `Samples`.
         num_workers: worker processes that decode the images.
         on_bad_image: as in `Samples`.
 
@@ -57,6 +58,7 @@ class ImageCache:
         *,
         in_chans: int,
         fast_jpeg: bool,
+        exif: bool = False,
         num_workers: int,
         on_bad_image: str | None = None,
     ) -> None:
@@ -72,7 +74,7 @@ class ImageCache:
         count = -(-len(source) // BATCH)
         batches = [list(range(number, len(source), count)) for number in range(count)]
         decoded = Batches(
-            _Decoded(source, in_chans, fast_jpeg, on_bad_image), up_to_cores(num_workers), batch_sampler=batches,
+            _Decoded(source, in_chans, fast_jpeg, exif, on_bad_image), up_to_cores(num_workers), batch_sampler=batches,
             collate_fn=_flatten, generator=torch.Generator(),  # the random numbers of the run are not affected
         )  # fmt: skip
         bar = tqdm(total=len(source), desc="decoding", unit="image", disable=None if dist.is_main() else True)
@@ -124,6 +126,7 @@ def cached(
     *,
     in_chans: int,
     fast_jpeg: bool,
+    exif: bool = False,
     num_workers: int,
     on_bad_image: Sequence[str | None] = (),
 ) -> list[ImageCache]:
@@ -132,6 +135,7 @@ def cached(
     Args:
         in_chans: as in `decode`.
         fast_jpeg: as in `decode`.
+        exif: as in `Samples`.
         num_workers: worker processes that decode the images.
         on_bad_image: as in `Samples`, for the first sources; None for the others.
 
@@ -145,7 +149,13 @@ def cached(
         if isinstance(source, Shards):
             raise ValueError("--cache_images: shards (wds:) are streamed, in another order in each epoch; omit it")
         left = limit - sum(cache.num_bytes for cache in caches)
-        options = {"in_chans": in_chans, "fast_jpeg": fast_jpeg, "num_workers": num_workers, "on_bad_image": on_bad}
+        options = {
+            "in_chans": in_chans,
+            "fast_jpeg": fast_jpeg,
+            "exif": exif,
+            "num_workers": num_workers,
+            "on_bad_image": on_bad,
+        }
         caches.append(ImageCache(source, left, **options))  # type: ignore[arg-type]
     images, size = sum(map(len, caches)), sum(cache.num_bytes for cache in caches)
     logger.info(f"--cache_images: {images:,} images are decoded and take {size / 1e6:,.0f} MB of memory")
@@ -168,19 +178,18 @@ def memory_bytes() -> int:
 class _Decoded(Dataset):
     """The decoded images of a source, uint8 (c, H, W), and their labels; (c, 0, 0) for those that are not kept."""
 
-    def __init__(self, source: Source, in_chans: int, fast_jpeg: bool, on_bad_image: str | None) -> None:
+    def __init__(self, source: Source, in_chans: int, fast_jpeg: bool, exif: bool, on_bad_image: str | None) -> None:
         self.source = source
         self.samples = Samples(
-            source, to_tensor, in_chans=in_chans, seed=0, on_bad_image=on_bad_image, fast_jpeg=fast_jpeg
+            source, to_tensor, in_chans=in_chans, seed=0, on_bad_image=on_bad_image, fast_jpeg=fast_jpeg, exif=exif
         )
         self.in_chans = in_chans
-        self.fast_jpeg = fast_jpeg
 
     def __getitem__(self, index: int) -> tuple[Tensor, Any]:
         nothing = torch.zeros(self.in_chans, 0, 0, dtype=torch.uint8)
         try:
             data, label = self.source[index]
-            pixels = to_tensor(decode(data, self.in_chans, fast_jpeg=self.fast_jpeg))
+            pixels = to_tensor(self.samples.decode(data))
         except (BadImage, OSError) as error:
             self.samples.refuse(self.source.name(index), error, [])
             return nothing, int(self.source.labels[index])

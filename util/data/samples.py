@@ -48,6 +48,7 @@ class Samples(Dataset):
         on_bad_image: "error", or "skip": a random image, chosen by (seed, epoch, index), replaces a bad image. None for
             scripts without the flag: an error.
         fast_jpeg: as in `decode`.
+        exif: apply the orientation in the EXIF data of files.
 
     Raises:
         ValueError: `fast_jpeg` needs a package that is not installed.
@@ -63,6 +64,7 @@ class Samples(Dataset):
         draw_noise: Callable[[], Tensor] | None = None,
         on_bad_image: str | None = None,
         fast_jpeg: bool = False,
+        exif: bool = False,
     ) -> None:
         self.source = source
         self.transform = transform
@@ -71,7 +73,7 @@ class Samples(Dataset):
         self.on_bad_image = on_bad_image
         if fast_jpeg:
             jpeg.decoder()  # raises here if a package is missing, and not in a worker process
-        self.decode = partial(decode, in_chans=in_chans, fast_jpeg=fast_jpeg)
+        self.decode = partial(decode, in_chans=in_chans, fast_jpeg=fast_jpeg, upright=exif)
 
     def __len__(self) -> int:
         return len(self.source)

@@ -16,14 +16,21 @@ MOST = 10_000  # images on which C is chosen
 
 
 def read(
-    source: Source, input_size: Size, in_chans: int, crop: str, crop_pct: float | None, num_workers: int
+    source: Source,
+    input_size: Size,
+    in_chans: int,
+    crop: str,
+    crop_pct: float | None,
+    num_workers: int,
+    exif: bool | None = None,
 ) -> np.ndarray:
     """Reads the images of a source: float32 (n, c·h·w) in [0, 1], preprocessed as in an evaluation."""
     height, width = to_pair(input_size)
     scale = min(1.0, SIDE / max(height, width))
     crop_pct = crop_pct or transforms.default_crop_pct(input_size)
     transform = transforms.eval_transform((round(height * scale), round(width * scale)), crop_pct, crop)
-    batches = loader.eval_loader(Samples(source, transform, in_chans=in_chans, seed=0), 256, num_workers, False)
+    samples = Samples(source, transform, in_chans=in_chans, seed=0, exif=bool(exif))
+    batches = loader.eval_loader(samples, 256, num_workers, False)
     return torch.cat([transforms.to_unit_range(images).flatten(1) for images, *_ in batches]).numpy()
 
 

@@ -179,7 +179,7 @@ def _check_settings(path: Path, settings: dict[str, Any]) -> None:
         if kinds is None:
             continue
         parts: list[Any] = list(value) if isinstance(value, list | tuple) else [value]
-        fits = all(isinstance(part, kinds) and not isinstance(part, bool) for part in parts)
+        fits = all(isinstance(part, kinds) and isinstance(part, bool) == (kinds is bool) for part in parts)
         if fits and name.endswith("_size"):
             fits = len(parts) in (1, 2) and min(parts) > 0
         if value is not None and not fits:
