@@ -67,7 +67,7 @@ FLAGS = {flag for path in CODE for flag in re.findall(r'"(--[a-z][\w-]*)"', path
 FLAGS |= {f"--{flag}" for path in CODE for flag in re.findall(r'add_switch\(\s*group,\s*"(\w+)"', path.read_text())}
 OTHER_FLAGS = {  # of torchrun, tensorboard, pip, Docker and Slurm
     "--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--max-restarts", "--logdir", "--gpu-bind",
-    "--gpus-per-node", "--index-url", "--shm-size",
+    "--gpus-per-node", "--index-url", "--shm-size", "--signal",
 }  # fmt: skip
 
 

@@ -1,8 +1,10 @@
 """Linear probing: the encoder is frozen, heads train independently, and the test set selects nothing."""
 
 import math
+import re
 import shutil
 import subprocess
+import sys
 from types import SimpleNamespace
 
 import forks
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from capture import parse, recorder
+from conftest import ROOT
 from mains import Stopped, assert_equal, lines, stop_after, weights
 from PIL import Image
 from torch.nn import functional as F
@@ -128,6 +131,16 @@ def test_the_best_of_several_rates_is_selected(probe, tuned, cached):
     all_heads = checkpoint.read(out / "checkpoint-2.pth")["model"]
     number = [1, 30, 100].index(chosen)
     assert torch.equal(all_heads[f"head.{number}.1.weight"], written["model"]["head.1.weight"])
+
+
+def test_every_reader_of_a_classifier_names_the_file_with_the_best_head(probe, mae, labelled):
+    out = probe(blr="1 30", finetune=mae, epochs=1, warmup_epochs=0)
+    image = min(labelled.glob("val/*/*.png"))
+    command = [sys.executable, "-m", "inference.predict", image, "--model", out / "checkpoint-best.pth"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    message = re.search(r"error: (\S+) has several heads; give (\S+) in the same folder", done.stderr)
+    assert (message and message[1], done.returncode) == (f"{out}/checkpoint-best.pth", 1)
+    assert len(get_model(out / message[2]).predict(image)["top"]) == 5
 
 
 def test_the_loss_is_the_mean_and_each_head_records_its_own():

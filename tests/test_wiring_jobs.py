@@ -115,6 +115,49 @@ def test_only_rank_0_requeues_the_job(monkeypatch, rank):
     assert requeues == [0] * (rank == 0)
 
 
+@pytest.mark.parametrize(
+    ("states", "signum", "count"),
+    [
+        (["RUNNING"], signal.SIGTERM, 1),  # scancel --signal=TERM, or a preemption with a grace time
+        (["COMPLETING"], signal.SIGTERM, 0),  # scancel, or scontrol requeue
+        (["RUNNING"], signal.SIGUSR2, 1),
+        (["COMPLETING"], signal.SIGUSR2, 0),  # canceled while the run saves its state after the first signal
+        (["", "RUNNING"], signal.SIGTERM, 1),  # Slurm does not answer at first
+        ([""], signal.SIGTERM, 0),
+    ],
+)
+def test_a_slurm_job_is_requeued_if_it_still_runs(monkeypatch, tmp_path, states, signum, count):
+    (tmp_path / "states").write_text("".join(f"{state}\n" for state in states))
+    squeue = tmp_path / "squeue"  # answers the first line of the file; the last one stays
+    squeue.write_text(f"""#!/bin/sh
+cd {tmp_path}
+read state < states
+[ $(wc -l < states) = 1 ] || sed -i 1d states
+[ "$state" ] || exit 1
+echo $state $4 >> asked
+echo $state
+""")
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    now = [0.0]
+    monkeypatch.setattr(submit.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(submit.time, "sleep", lambda seconds: now.append(now.pop() + seconds))
+    monkeypatch.setattr(submit, "_is_submitits", lambda signum: True)
+    requeues = []
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGUSR2)}
+    try:
+        signal.signal(signal.SIGTERM, lambda *_: requeues.append("SIGTERM"))
+        signal.signal(signal.SIGUSR2, lambda signum, _: requeues.append(signum))
+        with pytest.raises(SystemExit, match=f"stopped by {signum.name}, the state is saved"):
+            submit._stop(SimpleNamespace(cluster="slurm", global_rank=0, job_id="42"), signum, requeue=True)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert requeues == [signum] * count
+    if states[-1]:
+        assert (tmp_path / "asked").read_text() == f"{states[-1]} --jobs=42\n"
+
+
 # ------------------------------------------------------------------------------------------------------ wait, the code
 
 

@@ -34,7 +34,7 @@ from util.checkpoints import checkpoint  # noqa: E402
 
 EPOCHS, IMAGES, BATCH = 20, 640, 32
 UPDATES = EPOCHS * IMAGES // BATCH
-SECONDS = 300  # timeout of every wait
+SECONDS = 900  # timeout of every wait, on a machine that has other work
 FLAGS = ["--config", "recipes/pretrain_fashion_mnist.yaml", "--epochs", EPOCHS, "--warmup_epochs", 1,
          "--num_workers", 0, "--save_every", EPOCHS, "--vis_every", 0]  # fmt: skip
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
@@ -292,6 +292,27 @@ class Cases:
         self.signals.call("scontrol", "requeue", job.number)
         return [self.row("scontrol requeue", job, stopped=True)]
 
+    def term(self) -> list[Row]:
+        """`scancel --signal=TERM`: Slurm neither ends nor requeues the job, which requeues itself."""
+        job = self.pretrain("term").train()
+        self.signals.call("scancel", "--signal=TERM", job.number)
+        return [self.row("scancel --signal=TERM", job, stopped=True)]
+
+    def cancel(self) -> list[Row]:
+        """`scancel`: the job saves its state, exits before Slurm kills it, and is not requeued."""
+        job = self.pretrain("cancel").train()
+        self.signals.call("scancel", job.number)
+        state = job.finish()
+        time.sleep(10)  # a requeued job starts after 5 seconds
+        row = Row("scancel", job.finish(), False)
+        row.starts = job.text().count("Starting with JobEnvironment")
+        exited = "\nstopped by SIGTERM, the state is saved\n" in job.text()  # a killed process does not print it
+        saved = (job.out / "checkpoint-last.pth").exists()
+        row.passed = state == row.state == "CANCELLED" and row.starts == 1 and exited and saved
+        if not row.passed:
+            print(f"scancel: the log of job {job.number} ends with\n{job.text()[-3000:]}", file=sys.stderr)
+        return [row]
+
     def workers(self) -> list[Row]:
         """`scontrol requeue` with the default number of worker processes, which receive SIGTERM too."""
         job = self.pretrain("workers", "--num_workers", 10).train()
@@ -393,6 +414,8 @@ CASES: dict[str, Callable[[Cases], list[Row]]] = {
     "preempt": Cases.preempt,
     "node": Cases.node,
     "requeue": Cases.requeue,
+    "term": Cases.term,
+    "cancel": Cases.cancel,
     "workers": Cases.workers,
     "nodes": Cases.nodes,
     "tasks": Cases.tasks,

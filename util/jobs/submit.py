@@ -15,6 +15,7 @@ import os
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from argparse import ArgumentParser, Namespace
@@ -118,19 +119,38 @@ class Job:
 
 
 def _stop(job: submitit.JobEnvironment, signum: int, requeue: bool) -> None:
-    """Ends or requeues a process after a signal, when its state is saved.
+    """Ends or requeues a job after a signal, when its state is saved. Called by all of its processes.
 
-    Under Slurm, the process waits until Slurm ends it: if it exited, the job would end before it is requeued.
+    Under Slurm, rank 0 requeues the job if it still runs: before its time limit or its preemption, and after
+    `scancel --signal`. Otherwise, Slurm has ended or requeued it. The other processes wait until srun ends them.
     """
-    handler = signal.getsignal(signum)
     if requeue and _is_submitits(signum):
+        requeues = signal.Signals[f"SIG{submitit.JobEnvironment.USR_SIG}"]
+        handler = signal.getsignal(requeues)
         # scontrol inherits this setting, and survives the end of the job that it requeues.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        if job.global_rank == 0 and callable(handler):
-            handler(signum, None)  # requeues and exits after the signal of the time limit; logs a SIGTERM
-        if job.cluster == "slurm":
+        if job.global_rank == 0 and (_is_running(job) if job.cluster == "slurm" else signum == requeues):
+            assert callable(handler)
+            handler(signum, None)  # requeues the job, and exits
+        if job.global_rank != 0 and job.cluster == "slurm":
             time.sleep(SECONDS_TO_KILL)
     raise SystemExit(f"stopped by {signal.Signals(signum).name}, {waiting.SAVED}")
+
+
+def _is_running(job: submitit.JobEnvironment) -> bool:
+    """Returns whether Slurm has neither ended nor requeued a job: `scontrol requeue` would restart a canceled one.
+
+    Slurm changes the state before it sends the signal. If it does not answer, this asks again.
+    """
+    command = ["squeue", "--noheader", "--states=all", "--format=%T", f"--jobs={job.job_id}"]
+    ends = time.monotonic() + SECONDS_TO_KILL
+    while time.monotonic() < ends:
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode == 0:
+            return done.stdout.strip() in ("RUNNING", "SIGNALING")  # the latter while SIGSTOP or SIGCONT is on its way
+        logger.warning(f"squeue: {done.stderr.strip()}")
+        time.sleep(10)
+    return False
 
 
 def _is_submitits(signum: int) -> bool:

@@ -367,8 +367,7 @@ def read_classifier(name: Path | str, kind: str = CLASSIFIER) -> Weights:
         CheckpointError: as in `read`, or the file is of another kind or contains several heads.
     """
     file = read(name)
-    if shapes.FIRST_OF_HEADS in file.tensors:
-        raise CheckpointError(f"{name} has several heads; give probe.pth in the same folder, which has the best head")
+    _require_one_head(file)
     if file.kind != kind:
         article = "an" if file.kind.startswith("e") else "a"
         head, example = "classification", "a fine-tuned file, such as mae_finetuned_vit_base"
@@ -385,8 +384,9 @@ def load_classifier(model: nn.Module, file: Weights) -> None:
     """Loads all weights of a classifier. The position table is interpolated to the patch grid of the model.
 
     Raises:
-        CheckpointError: the file has another architecture.
+        CheckpointError: the file has another architecture or several heads.
     """
+    _require_one_head(file)
     weights, ours = dict(file.tensors), model.state_dict()
     _require_cls_tokens(file, model)
     if "pos_embed" in weights and weights["pos_embed"].shape[2] == ours["pos_embed"].shape[2]:
@@ -454,6 +454,13 @@ def _add_class_position(file: Weights, weights: dict[str, Tensor], ours: dict[st
 
 def _is_square(number: int) -> bool:
     return math.isqrt(max(number, 0)) ** 2 == number
+
+
+def _require_one_head(file: Weights) -> None:
+    if shapes.FIRST_OF_HEADS in file.tensors:
+        raise CheckpointError(
+            f"{file.source} has several heads; give probe.pth in the same folder, which has the best head"
+        )
 
 
 def _require_cls_tokens(file: Weights, model: Any) -> None:
