@@ -84,12 +84,9 @@ class Evaluation(NamedTuple):
 
     @property
     def balanced_acc(self) -> float | None:
-        """Mean of the accuracies of the classes in percent; None if the classes have similar numbers of samples."""
-        counts = np.bincount(self.labels)
-        if not labels.is_imbalanced(counts):
-            return None
+        """Balanced accuracy in percent; None unless the classes are imbalanced."""
         right = np.bincount(self.labels, self.labels == self.predictions)
-        return 100 * float((right[counts > 0] / counts[counts > 0]).mean())
+        return labels.balanced_accuracy(right, np.bincount(self.labels))
 
     def stats(self) -> dict[str, float]:
         """Returns the entries of log.txt."""

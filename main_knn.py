@@ -22,10 +22,13 @@ from functools import partial
 from util.cli import entry_point  # first, as it names the packages that are missing
 
 # isort: split
+import numpy as np
+
 import models_build
 import models_vit
 from engine_finetune import Setup, load_frozen, with_recorded_settings
 from util.cli import options
+from util.data.labels import balanced_accuracy
 from util.evaluation.knn import classify
 from util.evaluation.tables import markdown
 from util.settings import specs
@@ -62,34 +65,40 @@ def main(args: Namespace) -> dict[tuple[int, float], float]:
     features_of = partial(setup.features_of, batch_size=args.batch_size, precision=precision)
     bank, queries = features_of(train, model), features_of(val, model)
     del model  # to free its memory
-    correct = classify(
-        *bank, *queries, ks=args.k, temperatures=args.temperature, num_classes=len(train.classes), device=device
-    )
-    accuracies = {pair: 100 * hits / len(val) for pair, hits in correct.items()}
-    report(accuracies)
+    classes = len(train.classes)
+    right = classify(*bank, *queries, ks=args.k, temperatures=args.temperature, num_classes=classes, device=device)
+    accuracies = {pair: 100 * sum(hits) / len(val) for pair, hits in right.items()}
+    counts = np.bincount(val.labels, minlength=classes)
+    report(accuracies, {pair: balanced_accuracy(np.array(hits), counts) for pair, hits in right.items()})
     return accuracies
 
 
-def report(accuracies: Mapping[tuple[int, float], float]) -> None:
-    """Logs accuracies by (k, temperature): a line for each k; for several temperatures, a table and its best entry."""
+def report(accuracies: Mapping[tuple[int, float], float], balanced: Mapping[tuple[int, float], float | None]) -> None:
+    """Logs accuracies by (k, temperature): a line for each k; for several temperatures, a table and its best entry.
+
+    Args:
+        balanced: the balanced accuracies; None unless the classes are imbalanced.
+    """
     ks, temperatures = (list(dict.fromkeys(values)) for values in zip(*accuracies, strict=True))
+    means = {pair: value for pair, value in balanced.items() if value is not None}
+    texts = {pair: f"{accuracy:.3f}" for pair, accuracy in accuracies.items()}
+    texts |= {pair: f"{texts[pair]} balanced accuracy {value:.3f}" for pair, value in means.items()}
+    names = {(k, t): f"k{k}" if len(temperatures) == 1 else f"k{k}_t{t:g}" for k, t in accuracies}
     if len(temperatures) == 1:
-        for (k, _), accuracy in accuracies.items():
-            logger.info(f"* {k}-NN Acc@1 {accuracy:.3f}")
-        logger.info(json.dumps({f"knn_acc1_k{k}": accuracy for (k, _), accuracy in accuracies.items()}))
-        return
-    best = max(accuracies, key=lambda pair: accuracies[pair])
-    cells = {
-        pair: f"**{accuracy:.3f}**" if pair == best else f"{accuracy:.3f}" for pair, accuracy in accuracies.items()
-    }
-    titles = ["k", *(f"temperature {temperature:g}" for temperature in temperatures)]
-    rows = [[str(k), *(cells[k, temperature] for temperature in temperatures)] for k in ks]
-    logger.info("\n" + markdown(titles, rows))
-    logger.info(
-        f"* {best[0]}-NN Acc@1 {accuracies[best]:.3f} with temperature {best[1]:g}, the best of {len(accuracies)}; it "
-        f"is optimistic, because the validation set selected it"
-    )
-    logger.info(json.dumps({f"knn_acc1_k{k}_t{t:g}": accuracy for (k, t), accuracy in accuracies.items()}))
+        for (k, _), text in texts.items():
+            logger.info(f"* {k}-NN Acc@1 {text}")
+    else:
+        best = max(accuracies, key=lambda pair: accuracies[pair])
+        cells = texts | {best: f"**{texts[best]}**"}
+        titles = ["k", *(f"temperature {temperature:g}" for temperature in temperatures)]
+        rows = [[str(k), *(cells[k, temperature] for temperature in temperatures)] for k in ks]
+        logger.info("\n" + markdown(titles, rows))
+        logger.info(
+            f"* {best[0]}-NN Acc@1 {texts[best]} with temperature {best[1]:g}, the best of {len(accuracies)}; it "
+            f"is optimistic, because the validation set selected it"
+        )
+    scores = {f"knn_acc1_{names[pair]}": accuracy for pair, accuracy in accuracies.items()}
+    logger.info(json.dumps(scores | {f"knn_balanced_acc_{names[pair]}": value for pair, value in means.items()}))
 
 
 if __name__ == "__main__":

@@ -121,7 +121,8 @@ def _evaluate(args: Namespace, device: torch.device) -> str:
         if dist.is_main():
             results.add(name, scores)
         seconds = time.perf_counter() - started
-        logger.info(f"{name}: Acc@1 {scores['acc1']:.3f} ({len(samples):,} images, {seconds:.0f} s{place})")
+        balanced = f" balanced accuracy {scores['balanced_acc']:.3f}" if "balanced_acc" in scores else ""
+        logger.info(f"{name}: Acc@1 {scores['acc1']:.3f}{balanced} ({len(samples):,} images, {seconds:.0f} s{place})")
 
     table = ""
     if dist.is_main():
@@ -135,14 +136,15 @@ def _evaluate(args: Namespace, device: torch.device) -> str:
 def score(evaluation: Evaluation, cell: robustness.Cell) -> robustness_report.Scores:
     """Returns the accuracies on a cell in percent.
 
-    If images have several correct labels, any of them counts, and there is no top-5 accuracy.
+    If images have several correct labels, any of them counts, and there is no other score.
     """
     images = len(evaluation.labels)
     if cell.answers is not None:
         correct = [answer in answers for answer, answers in zip(evaluation.predictions, cell.answers, strict=True)]
         return {"images": images, "acc1": 100 * float(np.mean(correct))}
     assert evaluation.acc_top is not None, "there are more than five classes"
-    return {"images": images, "acc1": evaluation.acc1, "acc5": evaluation.acc_top}
+    balanced = {} if evaluation.balanced_acc is None else {"balanced_acc": evaluation.balanced_acc}
+    return {"images": images, "acc1": evaluation.acc1, "acc5": evaluation.acc_top, **balanced}
 
 
 if __name__ == "__main__":

@@ -103,10 +103,10 @@ def draw_loss(run: Path, path: Path) -> None:
 def neighbors(train: np.ndarray, labels: np.ndarray, test: np.ndarray, test_labels: np.ndarray) -> float:
     """Test accuracy of k-nearest-neighbor classification."""
     bank, queries = ((torch.tensor(x), torch.tensor(y)) for x, y in ((train, labels), (test, test_labels)))
-    (correct,) = knn.classify(
+    (right,) = knn.classify(
         *bank, *queries, ks=[NEIGHBORS], temperatures=[0.07], num_classes=len(set(labels)), device=torch.device("cpu")
     ).values()
-    return correct / len(test)
+    return sum(right) / len(test)
 
 
 def last_accuracy(folder: Path) -> float:

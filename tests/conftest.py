@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -103,6 +104,19 @@ def labelled(tmp_path_factory) -> Path:
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number:02}.png")
     return root
+
+
+@pytest.fixture
+def imbalanced(labelled, tmp_path) -> Path:
+    """`labelled` with one image of kind3 in each split, and 12 validation images of kind0."""
+    data = shutil.copytree(labelled, tmp_path / "data")
+    for split in ("train", "val"):
+        for file in sorted((data / split / "kind3").iterdir())[1:]:
+            file.unlink()
+    for file in list((data / "val/kind0").iterdir()):
+        for copy in range(2):
+            shutil.copy(file, file.with_name(f"{file.stem}_{copy}.png"))
+    return data
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -384,9 +385,19 @@ def test_the_conclusion_compares_with_another_encoder():
     )
 
 
-def test_names_of_encoders_are_no_formulas(tmp_path):
-    comparison.draw(comparison.cells_of(results(r"$\frac{1$", [70.0, 72.0])), tmp_path / "c.png")
-    assert (tmp_path / "c.png").exists()
+@pytest.mark.parametrize("sizes", [(100,), (100, 1000)])
+def test_plots_have_names_that_are_no_formulas_and_the_scale(tmp_path, sizes):
+    """Bars with their values for one number of labels, on an axis that names its start; else lines."""
+    found = [*results(r"$\frac{1$", [70.0, 72.0]), *results("b", [80.0])]
+    comparison.draw(comparison.cells_of([r._replace(labels=n) for r in found for n in sizes]), tmp_path / "plot.svg")
+    texts = re.findall(r"<!-- (.*) -->", (tmp_path / "plot.svg").read_text())
+    if len(sizes) > 1:
+        assert {r"$\frac{1$", "b", "k-NN", "100", "1,000", "test accuracy, %"} <= set(texts)
+    else:
+        assert {r"$\frac{1$ (k-NN)", "b (k-NN)", "71.0 ± 1.4", "80.0", "100 labels"} <= set(texts)
+        (label,) = (text for text in texts if text.startswith("top-1 accuracy (%)"))
+        assert label == f"top-1 accuracy (%); the axis starts at {float(texts[0]):g} %"
+        assert 50 < float(texts[0]) < 69
 
 
 def test_the_table():

@@ -2,8 +2,16 @@
 
 import json
 
+import forks
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import accuracy_score, balanced_accuracy_score
+from test_knn import predictions
+
 import main_finetune
 import main_knn
+from inference import features, get_model
 from util.cli import entry_point
 
 
@@ -25,14 +33,39 @@ def test_neighbors_of_a_trained_encoder_find_the_classes(classify, capsys):
 
 def test_a_sweep_prints_all_accuracies_and_the_best(caplog):
     caplog.set_level("INFO")
-    main_knn.report({(10, 0.07): 80.0, (10, 0.1): 81.25, (200, 0.07): 79.5, (200, 0.1): 81.0})
+    accuracies = {(10, 0.07): 80.0, (10, 0.1): 81.25, (200, 0.07): 79.5, (200, 0.1): 81.0}
+    main_knn.report(accuracies, {**dict.fromkeys(accuracies), (10, 0.1): 70.0})
     table, best, entries = (record.getMessage() for record in caplog.records)
     assert table.splitlines()[1:] == [
         "| k | temperature 0.07 | temperature 0.1 |", "|---|---|---|",
-        "| 10 | 80.000 | **81.250** |", "| 200 | 79.500 | 81.000 |",
+        "| 10 | 80.000 | **81.250 balanced accuracy 70.000** |", "| 200 | 79.500 | 81.000 |",
     ]  # fmt: skip
-    assert best.startswith("* 10-NN Acc@1 81.250 with temperature 0.1, the best of 4; it is optimistic")
-    assert json.loads(entries)["knn_acc1_k200_t0.07"] == 79.5
+    assert best.startswith("* 10-NN Acc@1 81.250 balanced accuracy 70.000 with temperature 0.1, the best of 4;")
+    scores = json.loads(entries)
+    assert (scores["knn_acc1_k200_t0.07"], scores["knn_balanced_acc_k10_t0.1"], len(scores)) == (79.5, 70.0, 5)
+
+
+def test_imbalanced_classes_have_a_balanced_accuracy(imbalanced, tmp_path):
+    """In one process and in two; exact by scikit-learn, on the features that `inference.features` writes."""
+    model = get_model("vit_mini_patch4", input_size=16, nb_classes=0)
+    torch.save({"model": model.state_dict(), "args": model.settings}, tmp_path / "encoder.pth")
+    sets = []
+    for split in ("train", "val"):
+        argv = [imbalanced, "--split", split, "--model", tmp_path / "encoder.pth", "--out", tmp_path / f"{split}.npz"]
+        features.main(entry_point.parse(features.get_args_parser(), [*map(str, argv), "--device", "cpu"]))
+        stored = np.load(tmp_path / f"{split}.npz")
+        sets.append((torch.tensor(stored["features"]), stored["labels"]))
+    predicted = {k: predictions(*sets, k, 1) for k in (5, 20)}
+    argv = ("--data_path", imbalanced, "--finetune", tmp_path / "encoder.pth", "--k", 5, 20, "--temperature", 1,
+            "--num_workers", 0, "--device", "cpu")  # fmt: skip
+    for processes in (1, 2):
+        output = forks.run("main_knn.py", argv, tmp_path / f"output{processes}", processes)
+        scores = json.loads(output.splitlines()[-1])
+        for k, classes in predicted.items():
+            accuracy, balanced = (100 * f(sets[1][1], classes) for f in (accuracy_score, balanced_accuracy_score))
+            assert (scores[f"knn_acc1_k{k}"], scores[f"knn_balanced_acc_k{k}"]) == pytest.approx((accuracy, balanced))
+            assert abs(accuracy - balanced) > 1
+            assert f"* {k}-NN Acc@1 {accuracy:.3f} balanced accuracy {balanced:.3f}\n" in output
 
 
 def test_recorded_settings_are_the_defaults(classify, pretrain, labelled, capsys):

@@ -1,15 +1,18 @@
 """main_robustness.py on folders with the published layouts."""
 
 import csv
+import itertools
 import json
 
 import forks
+import numpy as np
 import painted
 import pytest
 import timm
 import torch
 from painted import class_folders, wrong_in_ten
 from PIL import Image
+from sklearn.metrics import accuracy_score, balanced_accuracy_score
 from timm.data import RealLabelsImagenet, create_dataset, create_loader, resolve_model_data_config
 from timm.models import save_for_hf
 from torchvision.transforms.functional import pil_to_tensor
@@ -110,6 +113,24 @@ def test_imagenet_c(corrupted, tmp_path):
     assert rows[-1][:7] == ["mean", "9.3", "19.3", "29.3", "39.3", "49.3", "29.3"]
     assert (tmp_path / "imagenet-c.md").read_text() == table
     assert Image.open(tmp_path / "imagenet-c.png").width > 900
+
+
+def test_imbalanced_classes_of_imagenet_c_have_a_balanced_error(tmp_path):
+    """Half of the 40 images are of the first class; severity 5 has all others wrong, the other severities none."""
+    root, synsets = tmp_path / "imagenet-c", robustness.synsets()
+    class_folders(tmp_path / "right", synsets, "a.JPEG", lambda label: label)
+    class_folders(tmp_path / "wrong", synsets, "a.JPEG", lambda label: label and label % 999 + 1)
+    for number in range(999):
+        for tree in ("right", "wrong"):
+            painted.paint(tmp_path / tree / synsets[0], f"{number}.JPEG", 0)
+    for name, severity in itertools.product(CORRUPTIONS, SEVERITIES):
+        (root / name).mkdir(parents=True, exist_ok=True)
+        (root / name / str(severity)).symlink_to(tmp_path / ("right" if severity < 5 else "wrong"))
+    rows = [row.split(" | ") for row in run("imagenet-c", root, tmp_path / "out", subset=40).splitlines() if "|" in row]
+    labels = np.maximum(0, np.arange(40) - 19)
+    mean = (100 - 100 * balanced_accuracy_score(labels, np.where(labels, labels % 20 + 1, 0))) / len(SEVERITIES)
+    assert [row[-1] for row in rows] == ["balanced mean |", rows[1][-1], *[f"{mean:.1f} |"] * 16]
+    assert rows[2][1:6] == ["0.0"] * 4 + ["50.0"]
 
 
 def test_an_interrupted_suite_resumes(corrupted, tmp_path, monkeypatch, capsys):
@@ -214,6 +235,28 @@ def test_imagenet_c_is_evaluated_without_a_center_crop(timm_model, corrupted, tm
         assert torch.equal(whole(picture), pil_to_tensor(picture))
         assert cut(picture).shape == whole(picture).shape
         assert not torch.equal(cut(picture), pil_to_tensor(picture))
+
+
+def test_imbalanced_classes_have_a_balanced_accuracy(timm_model, tmp_path):
+    """In one process and in two; exact by scikit-learn."""
+    model, name = timm_model
+    data = class_folders(tmp_path / "r", robustness.subset("imagenet-r"), "art_0.jpg", wrong_in_ten(5))
+    for number in range(1, 12):
+        painted.paint(data / robustness.subset("imagenet-r")[-1], f"art_{number}.jpg", number)
+    batches, columns = timm_loader(data, resolve_model_data_config(model)), robustness.find("imagenet-r", data).columns
+    with torch.no_grad():
+        found = [(labels, model(x)[:, columns].argmax(dim=1)) for x, labels in batches]
+    labels, predictions = (torch.cat(column) for column in zip(*found, strict=True))
+    accuracy, balanced = (100 * f(labels, predictions) for f in (accuracy_score, balanced_accuracy_score))
+    assert accuracy < balanced - 1
+    flags = ("--suite", "imagenet-r", "--data_path", data, "--model", name, "--num_workers", 0, "--device", "cpu",
+             "--output_dir")  # fmt: skip
+    for count in (1, 2):
+        output = forks.run("main_robustness.py", [*flags, tmp_path / str(count)], tmp_path / f"{count}.txt", count)
+        assert f"imagenet-r: Acc@1 {accuracy:.3f} balanced accuracy {balanced:.3f} (211 images" in output
+        assert f" | {balanced:.3f} |" in output
+        cell = scores(tmp_path / str(count), "imagenet-r")["imagenet-r"]
+        assert (cell["acc1"], cell["balanced_acc"]) == pytest.approx((accuracy, balanced))
 
 
 def test_real_accuracy_equals_timms(timm_model, tmp_path):

@@ -94,7 +94,7 @@ def test_probes(classify, photos, decoded, cached, capsys):
 
 def test_neighbors(classify, photos, decoded, monkeypatch):
     banks = []
-    monkeypatch.setattr(main_knn, "classify", lambda *args, **options: banks.append(args) or {(1, 0.07): 0})
+    monkeypatch.setattr(main_knn, "classify", lambda *args, **options: banks.append(args) or {(1, 0.07): [0]})
     for way in WAYS.values():
         classify(main_knn, k=1, data_path=photos, input_size=32, num_workers=1, **way)
     assert all(torch.equal(a, b) for a, b in zip(*banks, strict=True))

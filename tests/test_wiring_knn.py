@@ -133,7 +133,7 @@ def votes(bank, labels, temperature, k=3):
             bank, torch.tensor(labels), torch.tensor([[2.0, 0.0]]), torch.tensor([label]),
             ks=[k], temperatures=[temperature], num_classes=2, device=torch.device("cpu"),
         )  # fmt: skip
-        if correct[k, temperature]:
+        if any(correct[k, temperature]):
             return label
     return None
 

@@ -61,7 +61,7 @@ def test_each_split_has_its_own_list(monkeypatch, script, data, tmp_path):
         loaders = recorder(patch, loader, "eval_loader")
         runs = recorder(patch, trainer, "run", call=False)
         banks = []
-        patch.setattr(main_knn, "classify", lambda bank, *args, **options: banks.append(bank) or {(1, 1): 1})
+        patch.setattr(main_knn, "classify", lambda bank, *args, **options: banks.append(bank) or {(1, 1): [1, 0]})
         script.main(parse(script, data_path=data, train_list=lists["train"], val_list=lists["val"], device="cpu",
                           **MINI, **output(script, tmp_path)))  # fmt: skip
     assert len(loaders[-1]["samples"]) == 6
@@ -93,9 +93,8 @@ def test_memory_is_pinned_only_for_a_gpu(monkeypatch, script, pinned, data, tmp_
         if script is not main_finetune:
             patch.setattr("engine_finetune.extract_features", lambda *args, **options: no_features)
         if script is main_knn:
-            patch.setattr(
-                main_knn, "classify", lambda *args, device, **options: runs.append({"device": device}) or {(1, 1): 1}
-            )
+            found = {(1, 1): [1, 0]}
+            patch.setattr(main_knn, "classify", lambda *_, device, **__: runs.append({"device": device}) or found)
         flags = {} if pinned else {"no_pin_mem": True}
         script.main(parse(script, data_path=data, **MINI, **output(script, tmp_path), **flags))
     assert {call["pin_memory"] for call in loaders + trained} == {pinned}

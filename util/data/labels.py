@@ -121,6 +121,18 @@ def is_imbalanced(counts: np.ndarray) -> bool:
     return len(present) > 0 and present.max() > IMBALANCE * present.min()
 
 
+def balanced_accuracy(right: np.ndarray, counts: np.ndarray) -> float | None:
+    """Returns the mean of the accuracies of the classes in percent; None unless the classes are imbalanced.
+
+    Args:
+        right: correctly classified images of each class (classes,).
+        counts: images of each class (classes,). Classes without images do not count.
+    """
+    if not is_imbalanced(counts):
+        return None
+    return 100 * float((right[counts > 0] / counts[counts > 0]).mean())
+
+
 def require(source: Source | Shards, split: str) -> Source:
     """Returns the source if all its images have labels.
 

@@ -1,14 +1,18 @@
 """Results of a comparison of encoders: a table, a CSV file, a plot over the number of labels, and a conclusion."""
 
 import csv
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from util.evaluation.tables import markdown
 from util.files import atomic
 from util.files.untrusted import csv_row, escape_dollars
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure  # takes half a second to import
 
 PIXELS = "pixels"  # the encoder of baselines on raw pixels
 
@@ -126,11 +130,43 @@ def write(folder: Path, results: Sequence[Result]) -> str:
 
 
 def draw(cells: Cells, path: Path) -> None:
-    """Draws accuracy over the number of labels: one panel for each protocol, one line for each encoder.
+    """Draws the accuracies: lines over the numbers of labels, or bars for one number of labels."""
+    figure = _draw_lines(cells) if len(columns_of(cells)) > 1 else _draw_bars(cells)
+    with atomic.replacing(path) as written:
+        figure.savefig(written)
+
+
+def _draw_bars(cells: Cells) -> "Figure":
+    """Draws a bar for each row, with its standard deviation. Baselines on raw pixels are gray."""
+    from matplotlib.figure import Figure
+
+    (labels,) = columns_of(cells)
+    column = {escape_dollars(name): row[labels] for name, row in cells.items()}
+    encoders = list(dict.fromkeys(cell.encoder for cell in column.values()))
+    means, spreads = zip(*((cell.mean, cell.spread or 0.0) for cell in column.values()), strict=True)
+    least = min(mean - spread for mean, spread in zip(means, spreads, strict=True))
+    most = max(mean + spread for mean, spread in zip(means, spreads, strict=True))
+    start = max(0, 5 * math.floor((least - max(1.0, most - least) / 2) / 5))
+    colors = ["0.7" if cell.encoder == PIXELS else f"C{encoders.index(cell.encoder)}" for cell in column.values()]
+    figure = Figure((5.5 + 0.07 * max(map(len, column)), 1 + 0.35 * len(column)), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    bars = axes.barh(list(column), means, xerr=spreads if any(spreads) else None, color=colors, capsize=2)
+    axes.bar_label(bars, list(map(str, column.values())), padding=4)
+    axes.set(
+        title=f"{labels:,} labels", xlim=(start, most + 0.02 * (most - start)),
+        xlabel="top-1 accuracy (%)" + (f"; the axis starts at {start} %" if start else ""),
+    )  # fmt: skip
+    axes.invert_yaxis()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _draw_lines(cells: Cells) -> "Figure":
+    """Draws one panel for each protocol, and one line for each encoder.
 
     Baselines on raw pixels are dashed, in every panel.
     """
-    from matplotlib.figure import Figure  # takes half a second
+    from matplotlib.figure import Figure
 
     titles = {name: next(iter(row.values())) for name, row in cells.items()}  # any cell of the row
     encoders = list(dict.fromkeys(cell.encoder for cell in titles.values()))
@@ -155,5 +191,4 @@ def draw(cells: Cells, path: Path) -> None:
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("test accuracy, %")
     figure.legend(*figure.axes[-1].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
-    with atomic.replacing(path) as written:
-        figure.savefig(written)
+    return figure

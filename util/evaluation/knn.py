@@ -26,7 +26,7 @@ def classify(
     temperatures: Sequence[float],
     num_classes: int,
     device: torch.device,
-) -> dict[tuple[int, float], int]:
+) -> dict[tuple[int, float], list[int]]:
     """Classifies queries by a vote of their k nearest neighbors, weighted by exp(cosine similarity / temperature).
 
     The neighbors for the largest k are computed once. All k and temperatures use them.
@@ -41,7 +41,7 @@ def classify(
         device: the device of the products. The bank takes m x D values in fp16 on CUDA, and in fp32 elsewhere.
 
     Returns:
-        The number of correctly classified queries of all processes, for each pair of k and temperature.
+        The numbers of correctly classified queries of each class, of all processes, by k and temperature.
 
     Raises:
         ValueError: the bank has fewer features than the largest k.
@@ -51,7 +51,7 @@ def classify(
     if sum(sizes) < max(ks):
         raise ValueError(f"--k {max(ks)}: there are only {sum(sizes)} training images; give a smaller --k")
     step = max(1, CHUNK // min(SLICE, max(sizes)))  # equal in all processes, which process the queries together
-    right = dict.fromkeys(itertools.product(ks, temperatures), 0)
+    right = {pair: torch.zeros(num_classes, dtype=torch.int64) for pair in itertools.product(ks, temperatures)}
     # All processes compare the queries of rank 0 with their parts of the bank, then those of rank 1, and so on.
     for batch, expected in zip(dist.gather(queries), dist.gather(labels), strict=True):
         for part, truth in zip(batch.split(step), expected.split(step), strict=True):
@@ -63,8 +63,8 @@ def classify(
                 # The subtraction prevents overflow. It multiplies all weights of a query by the same factor.
                 weights = ((similarity[:, :k] - similarity[:, :1]) / temperature).exp()
                 votes = torch.zeros(len(part), num_classes).scatter_add_(1, classes[:, :k], weights)
-                right[k, temperature] += int((votes.argmax(dim=1) == truth).sum())
-    return right
+                right[k, temperature] += truth[votes.argmax(dim=1) == truth].bincount(minlength=num_classes)
+    return {pair: hits.tolist() for pair, hits in right.items()}
 
 
 def _unit(features: Tensor, device: torch.device) -> Tensor:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from util.cli.advice import changes
 from util.evaluation import tables
 from util.evaluation.robustness import ALEXNET, CORRUPTIONS, IMAGES, PUBLISHED, SEVERITIES, corruption_errors
@@ -15,7 +17,9 @@ from util.files.untrusted import csv_row, escape_dollars
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Scores = dict[str, float]  # scores of a cell: images, acc1, and acc5 unless images have several labels
+# Scores of a cell: images, acc1, acc5 unless images have several labels, balanced_acc if the classes are imbalanced.
+Scores = dict[str, float]
+MEASURES = {"acc1": "Acc@1", "acc5": "Acc@5", "balanced_acc": "balanced accuracy"}
 
 
 class Results:
@@ -85,13 +89,19 @@ def write(path: Path, suite: str, cells: Mapping[str, Scores], title: str) -> st
 
 
 def _accuracy_rows(cells: Mapping[str, Scores]) -> list[list[str]]:
-    measures = [measure for measure in ("acc1", "acc5") if all(measure in scores for scores in cells.values())]
-    rows = [[name, str(s["images"]), *(f"{s[measure]:.3f}" for measure in measures)] for name, s in cells.items()]
-    return [["", "images", *(f"Acc@{measure[3:]}" for measure in measures)], *rows]
+    measures = [measure for measure in MEASURES if any(measure in scores for scores in cells.values())]
+    rows = [
+        [name, str(scores["images"]), *(f"{scores[m]:.3f}" if m in scores else "" for m in measures)]
+        for name, scores in cells.items()
+    ]
+    return [["", "images", *(MEASURES[measure] for measure in measures)], *rows]
 
 
 def _corruption_rows(cells: Mapping[str, Scores]) -> list[list[str]]:
-    """Errors at each severity, their mean, the mean of AlexNet, and the ratio of the two in percent."""
+    """Errors at each severity, their mean, the mean of AlexNet, and the ratio of the two in percent.
+
+    If the classes are imbalanced, another column has the mean of 100 minus the balanced accuracy.
+    """
     errors = {name: 100 - scores["acc1"] for name, scores in cells.items()}
     summary = corruption_errors(errors)
     rows = [["error, %", *map(str, SEVERITIES), "mean", "AlexNet", "normalized"]]
@@ -102,7 +112,14 @@ def _corruption_rows(cells: Mapping[str, Scores]) -> list[list[str]]:
     of_all = [sum(errors[f"{name}/{severity}"] for name in CORRUPTIONS) / len(CORRUPTIONS) for severity in SEVERITIES]
     alexnet = 100 * sum(CORRUPTIONS.values()) / len(CORRUPTIONS)
     ends = [f"{summary.unnormalized:.1f}", f"{alexnet:.1f}", f"**mCE {summary.mce:.1f}**"]
-    return [*rows, ["mean", *(f"{error:.1f}" for error in of_all), *ends]]
+    rows.append(["mean", *(f"{error:.1f}" for error in of_all), *ends])
+    balanced = np.array(
+        [[100 - cells[f"{name}/{level}"].get("balanced_acc", np.nan) for level in SEVERITIES] for name in CORRUPTIONS]
+    )
+    if not np.isnan(balanced).all():
+        means = ["" if np.isnan(mean) else f"{mean:.1f}" for mean in (*balanced.mean(axis=1), balanced.mean())]
+        rows = [[*row, text] for row, text in zip(rows, ["balanced mean", *means], strict=True)]
+    return rows
 
 
 def _figure(width: float, height: float) -> "Figure":
