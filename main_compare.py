@@ -33,9 +33,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from util.cli import entry_point  # first, as it names the packages that are missing
-
-# isort: split
 import numpy as np
 
 import main_finetune
@@ -45,7 +42,7 @@ import models_build
 import models_vit
 from util import datasets
 from util.checkpoints import run_directory
-from util.cli import options
+from util.cli import entry_point, options
 from util.cli.advice import arguments, did_you_mean
 from util.data import labels as label_sets
 from util.data.sources import Source

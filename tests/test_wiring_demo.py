@@ -15,8 +15,8 @@ from conftest import ROOT
 from matplotlib.axes import Axes
 from PIL import Image
 
+import hubconf
 import models_build
-import util
 from benchmarks import machine, saving, targets
 from demo import app, outputs, report, unpack_data
 from inference import get_model, maps, reconstruct
@@ -500,4 +500,4 @@ def test_the_requirements_of_a_space_are_those_of_the_code():
     text = (ROOT / "demo" / "SPACE.md").read_text(encoding="utf-8")
     requirements = text.partition("`requirements.txt`:\n\n```\n")[2].partition("```")[0].split()
     names = {"PIL": "pillow", "yaml": "pyyaml"}
-    assert sorted(requirements) == sorted(names.get(name, name) for name in util.PACKAGES)
+    assert sorted(requirements) == sorted(names.get(name, name) for name in hubconf.dependencies)
