@@ -149,6 +149,5 @@ def test_files_beyond_the_different_ones_are_links(tmp_path, monkeypatch):
 
 
 def test_every_cpu_target_has_a_measurement():
-    rows = targets.table(machine.folders()).splitlines()[2:]
-    assert len(rows) == 26
-    assert [row for row in rows if "not measured" in row and "GPU" not in row] == []
+    titles = [line.split(" | ")[0].strip("| ") for line in targets.table(machine.folders()).splitlines()[2:]]
+    assert [title for title, *_ in targets.ROWS if title not in titles and "GPU" not in title] == []
