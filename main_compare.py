@@ -33,9 +33,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from util.cli import entry_point  # first, as it names the packages that are missing
-
-# isort: split
 import numpy as np
 
 import main_finetune
@@ -45,7 +42,7 @@ import models_build
 import models_vit
 from util import datasets
 from util.checkpoints import run_directory
-from util.cli import options
+from util.cli import entry_point, options
 from util.cli.advice import arguments, did_you_mean
 from util.data import labels as label_sets
 from util.data.sources import Source
@@ -59,7 +56,7 @@ from util.weights import loading
 logger = logging.getLogger(__name__)
 
 SCRATCH, TIMM = "scratch", "timm:"
-RESERVED = (SCRATCH, PIXELS, "choices", "timing")  # names of encoders and folders in runs/
+RESERVED = (SCRATCH, PIXELS, "choices")  # names of encoders and folders in runs/
 KNN, LINEAR, ATTENTIVE, FINETUNE = "knn", "linear", "attentive", "finetune"
 TITLES = {KNN: "k-NN", LINEAR: "linear probe", ATTENTIVE: "attentive probe", FINETUNE: "fine-tuned"}
 PROBE = {"cache_features": True, "epochs": 60, "warmup_epochs": 5, "batch_size": 256,
@@ -357,7 +354,8 @@ class Runs:
             accuracies = self._run(f"choices/{task.name}", task, {**held_out, "k": ks}) if len(ks) > 1 else {}
             chosen["k"] = max(ks, key=lambda k: accuracies.get(f"knn_acc1_k{k}", 0.0))
         elif task.protocol == FINETUNE:
-            chosen = self._epochs(task, flags)
+            epochs = self.budgets[task.labels]
+            chosen = {"epochs": epochs, "warmup_epochs": epochs // 10, "eval_every": epochs, "save_every": epochs}
             rates = self.args.blr or []
             accuracies = {
                 rate: self._run(f"choices/{task.name}/{rate}", task, {**held_out, **chosen, "blr": rate})["test_acc1"]
@@ -405,22 +403,11 @@ class Runs:
                 f"learning rate on another; give --labels {least} or more"
             )
 
-    def _epochs(self, task: Task, flags: Flags) -> Flags:
-        """Returns the flags of the budget. Minutes are converted by the time of the second of two epochs."""
-        budget = self.budgets[task.labels]
-        if match := re.fullmatch(r"(\d+(?:\.\d+)?)m", budget):
-            name = f"timing/{self.args.jobs}/{task.name}"
-            scores = self._run(name, task, {**flags, **_epoch_flags(2)}, resume="")  # a resumed epoch seems too short
-            return _epoch_flags(max(1, int(60 * float(match[1]) / scores["seconds_per_epoch"])))
-        return _epoch_flags(int(budget))
-
-    def _run(self, name: str, task: Task, flags: Flags, resume: str = "auto") -> dict[str, Any]:
+    def _run(self, name: str, task: Task, flags: Flags) -> dict[str, Any]:
         if task.protocol == KNN:
             return self._start(name, task, flags, lambda _, output: json.loads(output.strip().splitlines()[-1]))
         out = self.commands.folder / name
-        if not resume and name not in self.commands.scores():
-            shutil.rmtree(out, ignore_errors=True)  # of an interrupted run
-        scores = self._start(name, task, {**flags, "output_dir": out, "resume": resume or None}, _last_line)
+        scores = self._start(name, task, {**flags, "output_dir": out, "resume": "auto"}, _last_line)
         if not self.args.keep_checkpoints:
             _remove_checkpoints(out)
         return scores
@@ -460,15 +447,11 @@ class Runs:
         )
 
 
-def _epoch_flags(epochs: int) -> Flags:
-    return {"epochs": epochs, "warmup_epochs": epochs // 10, "eval_every": epochs, "save_every": epochs}
-
-
 def _last_line(out: Path, _: str) -> dict[str, Any]:
     """Returns the scores of a run directory."""
     lines = run_log.read(out)
     scores = {name: value for name, value in lines[-1].items() if name.startswith(("test_", "chosen"))}
-    return {**scores, "epochs": len(lines), "seconds_per_epoch": lines[-1]["seconds"]}
+    return {**scores, "epochs": len(lines)}
 
 
 def _remove_checkpoints(out: Path) -> None:

@@ -20,9 +20,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from util.cli import entry_point  # first, as it names the packages that are missing
-
-# isort: split
 import torch
 from torch import nn
 
@@ -39,7 +36,7 @@ from engine_finetune import (
     with_recorded_settings,
 )
 from util.checkpoints import run_directory
-from util.cli import options
+from util.cli import entry_point, options
 from util.data import transforms
 from util.data.sources import Source
 from util.lr_decay import param_groups_lrd

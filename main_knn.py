@@ -19,15 +19,12 @@ from argparse import Namespace
 from collections.abc import Mapping
 from functools import partial
 
-from util.cli import entry_point  # first, as it names the packages that are missing
-
-# isort: split
 import numpy as np
 
 import models_build
 import models_vit
 from engine_finetune import Setup, load_frozen, with_recorded_settings
-from util.cli import options
+from util.cli import entry_point, options
 from util.data.labels import balanced_accuracy
 from util.evaluation.knn import classify
 from util.evaluation.tables import markdown

@@ -29,9 +29,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from util.cli import entry_point  # first, as it names the packages that are missing
-
-# isort: split
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -52,7 +49,7 @@ from engine_finetune import (
 from models_vit import VisionTransformer
 from util import dist
 from util.checkpoints import checkpoint, run_directory
-from util.cli import options
+from util.cli import entry_point, options
 from util.cli.choices import ATTENTIVE
 from util.data import feature_files, labels, loader, transforms
 from util.data.sources import Source, versions

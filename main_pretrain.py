@@ -19,9 +19,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from util.cli import entry_point  # first, as it names the packages that are missing
-
-# isort: split
 import torch
 
 import models_build
@@ -29,7 +26,7 @@ import models_mae
 from engine_pretrain import train_one_epoch
 from util import datasets, dist, masking
 from util.checkpoints import run_directory
-from util.cli import options
+from util.cli import entry_point, options
 from util.data import image_cache, loader, transforms
 from util.data.samples import Samples
 from util.evaluation import pictures

@@ -15,9 +15,6 @@ from argparse import Namespace
 from contextlib import nullcontext
 from pathlib import Path
 
-from util.cli import entry_point  # first: it names missing packages
-
-# isort: split
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -26,7 +23,7 @@ from engine_finetune import Evaluation, evaluate, warn_of_changes
 from inference.imagenet import TIMM, RestrictedClassifier, load
 from util import dist
 from util.checkpoints import checkpoint
-from util.cli import flags, options
+from util.cli import entry_point, flags, options
 from util.data import loader
 from util.data.samples import Samples
 from util.evaluation import robustness, robustness_report

@@ -20,9 +20,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from util.cli import entry_point  # first, as it names the packages that are missing
-
-# isort: split
 import torch
 
 import models_build
@@ -31,7 +28,7 @@ from engine_finetune import Setup, load_frozen, open_weights, train_one_epoch, w
 from engine_segment import evaluate, pixel_loss, report_scores
 from util import datasets, dist
 from util.checkpoints import run_directory
-from util.cli import options
+from util.cli import entry_point, options
 from util.data.joint_transforms import EvalTransform, TrainTransform
 from util.data.samples import Samples
 from util.data.segmentation_masks import MOST_CLASSES, VOC, MaskFormat, Pairs, PairSamples, open_pairs, read_palette

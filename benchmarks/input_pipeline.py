@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import skimage.data
+import sklearn.datasets
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, RandomSampler
@@ -32,7 +34,6 @@ from torchvision.datasets import ImageFolder
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import machine
-from benchmarks.photographs.study import PHOTOGRAPHS, find
 from util.cli import entry_point
 from util.data import loader, transforms
 from util.data.decode import MAX_PIXELS
@@ -43,6 +44,8 @@ from util.datasets import open_source
 
 ROOT = Path(__file__).parents[1]
 BATCH = 64
+PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "hubble_deep_field.jpg", "ihc.png", "motorcycle_left.png", "retina.jpg",
+               "rocket.jpg", "china.jpg", "flower.jpg", "grass.png", "gravel.png", "brick.png")  # fmt: skip
 CROPS = 200  # random crops whose pixels are compared
 
 CLASSIC = T.Compose([
@@ -51,6 +54,12 @@ CLASSIC = T.Compose([
     T.ToTensor(),
     T.Normalize(transforms.IMAGENET_MEAN, transforms.IMAGENET_STD),
 ])  # fmt: skip
+
+
+def find(name: str) -> Path:
+    """Returns the path of a photograph in the package of scikit-image or scikit-learn."""
+    folders = Path(skimage.data.__file__).parent, Path(sklearn.datasets.__file__).parent / "images"
+    return next(folder / name for folder in folders if (folder / name).exists())
 
 
 def write_photographs(folder: Path, count: int) -> None:

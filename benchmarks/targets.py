@@ -84,7 +84,7 @@ ROWS: list[tuple[str, str, Callable[[Results], float], float, str]] = [
 
 
 def table(folders: Sequence[Path]) -> str:
-    """The table in Markdown, from the files in the folders: a column for each.
+    """The table in Markdown, from the files in the folders: a column for each, and a row for each measured target.
 
     Raises:
         ValueError: a folder has no measurement.
@@ -95,9 +95,8 @@ def table(folders: Sequence[Path]) -> str:
         for folder in folders:
             default, tunables = (value_of(file, folder, figure, form) for file in (name, f"{name}_tunables"))
             cells.append(f"{default} ({tunables})" if tunables else default)
-        if not any(cells):
-            cells[0] = "not measured"
-        lines.append(f"| {title} | {form.format(abs(target))} | " + " | ".join(cells) + " |")
+        if any(cells):
+            lines.append(f"| {title} | {form.format(abs(target))} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

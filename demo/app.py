@@ -18,9 +18,6 @@ from typing import Any
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read at import; the page needs no network
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the demo runs from a clone
 
-import util  # noqa: F401  # first: it names missing packages
-
-# isort: split
 try:
     import gradio as gr
 except ImportError:

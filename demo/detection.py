@@ -14,9 +14,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the demo runs from a clone
 
-import util  # noqa: F401  # first: it names missing packages
-
-# isort: split
 import numpy as np
 import torch
 from timm.layers import LayerNorm2d

@@ -13,9 +13,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the demo runs from a clone
 
-import util  # noqa: F401  # first, as it names the packages that are missing
-
-# isort: split
 import numpy as np
 import torch
 from matplotlib.figure import Figure

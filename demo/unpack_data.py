@@ -11,9 +11,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the demo runs from a clone
 
-import util  # noqa: F401  # first: it names missing packages
-
-# isort: split
 import numpy as np
 from PIL import Image
 

@@ -2,10 +2,11 @@
 
 import ast
 import re
-import warnings
+import subprocess
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+import size
 from conftest import ROOT
 
 # A package of util -> the packages that it may import. Every package may import itself and SHARED.
@@ -37,11 +38,9 @@ ARROWS = {
     r"hubconf": r"inference\.\w+",
     r"demo\.\w+": r"demo\.(outputs|segmentation|unpack_data)|inference\.\w+|models_\w+|util\..+",
     r"benchmarks\.\w+\.\w+": (  # studies
-        r"benchmarks\.(\w+|photographs\.study)|demo\.(segmentation|unpack_data)|inference\.\w+|models_\w+|util\..+"
+        r"benchmarks\.\w+|demo\.(segmentation|unpack_data)|inference\.\w+|models_\w+|util\..+"
     ),
-    r"benchmarks\.\w+": (
-        r"benchmarks\.(\w+|photographs\.study)|inference\.\w+|engine_finetune|main_pretrain|models_\w+|util\..+"
-    ),
+    r"benchmarks\.\w+": r"benchmarks\.\w+|inference\.\w+|engine_finetune|main_pretrain|models_\w+|util\..+",
     r"inference\.\w+": r"inference\.\w+|models_\w+|util\..+",
     **{
         rf"util\.{package}\.\w+": rf"util\.({'|'.join(filter(None, [package, below]))})\.\w+|{SHARED}"
@@ -105,28 +104,24 @@ def test_only_dist_reads_the_launchers_environment():
             assert not re.search(r"""["'](RANK|WORLD_SIZE|LOCAL_RANK|MASTER_ADDR|SLURM_(?!CONF)\w+)["']""", text), name
 
 
-def test_the_layout_in_contributing_has_every_file():
-    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    layout = text.split("```")[1]
-    for name in modules():
-        *_, folder, file = "", *name.split(".")
-        # The files of a study are in the entry of its folder, which may have several lines.
-        entry = rf"^  {folder}/(.|\n {{3}})*" if re.fullmatch(r"benchmarks\.\w+\.\w+", name) else ""
-        assert re.search(rf"{entry}\b{file}\.py", layout, re.MULTILINE), f"CONTRIBUTING.md does not mention {name}"
-    for mentioned in re.findall(r"^ *(\w+\.py)", layout, flags=re.MULTILINE):
-        assert any(f"{name}.py".endswith(mentioned) for name in modules()), (
-            f"CONTRIBUTING.md mentions {mentioned}, which is not there"
-        )
-
-
 def test_functions_are_short():
-    """Files above 300 lines are printed; they may have two subjects."""
-    long = []
     for name, file in modules().items():
-        text = file.read_text(encoding="utf-8")
-        if len(text.splitlines()) > 300:
-            long.append(f"{name} ({len(text.splitlines())})")
-        for node in ast.walk(ast.parse(text)):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef):
                 assert node.end_lineno - node.lineno < 85, f"{name}.{node.name}"
-    warnings.warn(f"files above 300 lines: {', '.join(long)}", stacklevel=1)
+
+
+def test_the_size_counts_statements_lines_and_long_functions(tmp_path):
+    """`./run size`. A statement may span lines, and a line may have several."""
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests/test_a.py").write_text("x = 1\n\ny = 2\n")
+    (tmp_path / "README.md").write_text("# Title\n\ntext\n")
+    (tmp_path / "long.py").write_text("def f():\n" + "    x = 1; y = 2\n" * 70 + "\n" * 230)
+    (tmp_path / "short.py").write_text("z = (\n    1\n)\n")
+    (tmp_path / "untracked.py").write_text("z = 1\n")
+    for command in (["init", "-q"], ["add", "tests", "README.md", "long.py", "short.py"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    assert size.report(tmp_path) == [
+        "statements outside of tests: 142", "lines of tests: 3", "lines of documents: 3",
+        "files above 300 lines: 1", "  301 long.py", "functions above 70 lines: 1", "  71 long.py f",
+    ]  # fmt: skip

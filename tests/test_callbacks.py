@@ -1,4 +1,4 @@
-"""Callbacks between updates: when they run, and their state in checkpoints. The example is EMA."""
+"""Callbacks between updates: when they run, and their state in checkpoints."""
 
 import re
 from collections import deque
@@ -14,7 +14,6 @@ import main_pretrain
 from util import dist
 from util.checkpoints import checkpoint
 from util.checkpoints.checkpoint import CheckpointError
-from util.training.ema import EMA
 
 
 class History:
@@ -74,48 +73,48 @@ def test_only_checkpoints_of_runs_with_callbacks_have_the_key(pretrain):
     assert "callbacks" not in checkpoint.read(pretrain(epochs=1) / "checkpoint-0.pth")
 
 
+def ema_script():
+    """The script of PRETRAIN.md that averages the weights."""
+    codes = re.findall(r"```python\n(.*?)```", (ROOT / "PRETRAIN.md").read_text(), flags=re.DOTALL)
+    (code,) = [code for code in codes if "EMA" in code]
+    return code
+
+
 @pytest.mark.parametrize(("method", "calls"), [("save_epoch", 1), ("save", 2)])
-def test_ema_is_saved_and_resumed_exactly(pretrain, monkeypatch, method, calls):
+def test_the_documented_average_is_saved_and_resumed_exactly(pretrain, monkeypatch, method, calls):
+    code, names = ema_script(), {"__name__": "average"}
+    exec(code, names)
+    EMA = names["EMA"]
     settings = {"epochs": 3, "accum_iter": 2, "save_minutes": 0, "save_every": 1}
-    uninterrupted = pretrain("a", callbacks=[EMA(0.9)], **settings)
+    uninterrupted = pretrain("a", callbacks=[EMA()], **settings)
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         stop_after(patch, method, calls)
-        pretrain("b", callbacks=[EMA(0.9)], **settings)
-    resumed = pretrain("b", callbacks=[EMA(0.9)], resume="auto", **settings)
+        pretrain("b", callbacks=[EMA()], **settings)
+    resumed = pretrain("b", callbacks=[EMA()], resume="auto", **settings)
     (ours,), (theirs,) = (checkpoint.read(out / "checkpoint-2.pth")["callbacks"] for out in (uninterrupted, resumed))
     assert_equal(ours, theirs)
-    assert any(not torch.equal(ours[name], weight) for name, weight in weights(resumed, "checkpoint-2.pth").items())
-
-
-def test_ema_matches_its_definition():
-    model, ema = torch.nn.BatchNorm1d(3), EMA(0.75)
-    for value in (4.0, 8.0, 16.0):
-        model.weight.data.fill_(value)
-        model.num_batches_tracked.fill_(int(value))
-        ema.after_update(model, 0.0)
-    assert ema.state_dict()["weight"].tolist() == [7.75] * 3  # 0.75 * (0.75 * 4 + 0.25 * 8) + 0.25 * 16
-    assert ema.state_dict()["num_batches_tracked"] == 16
-    assert model.weight.tolist() == [16.0] * 3
+    assert ours["n_averaged"] == 9
+    last = weights(resumed, "checkpoint-2.pth")
+    assert any(not torch.equal(ours[f"module.{name}"], weight) for name, weight in last.items())
 
 
 @pytest.mark.parametrize(("before", "after", "numbers"), [(0, 1, "0 callbacks.* has 1"), (1, 0, "1 callbacks.* has 0")])
 def test_a_run_resumes_with_the_same_callbacks(pretrain, before, after, numbers):
-    pretrain(epochs=1, callbacks=[EMA()] * before)
+    pretrain(epochs=1, callbacks=[History()] * before)
     with pytest.raises(CheckpointError, match=numbers):
-        pretrain(epochs=2, resume="auto", callbacks=[EMA()] * after)
+        pretrain(epochs=2, resume="auto", callbacks=[History()] * after)
 
 
 def test_fsdp_with_callbacks_is_a_one_line_error(pretrain, monkeypatch):
     monkeypatch.setattr(dist, "is_sharded", lambda model: True)
     with pytest.raises(ValueError, match=r"^--fsdp can't save the state of callbacks: omit --fsdp or the"):
-        pretrain(callbacks=[EMA()])
+        pretrain(callbacks=[History()])
 
 
-def test_the_documented_ema_script_trains(pictures, tmp_path, monkeypatch):
+def test_the_documented_script_of_an_average_trains(pictures, tmp_path):
     """The script of PRETRAIN.md accepts flags of main_pretrain.py."""
-    codes = re.findall(r"```python\n(.*?)```", (ROOT / "PRETRAIN.md").read_text(), flags=re.DOTALL)
-    (code,) = [code for code in codes if "EMA" in code]
-    (tmp_path / "average.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}")
+    (tmp_path / "average.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{ema_script()}")
     in_processes(1, pictures, tmp_path / "run", "--batch_size", 4, "--epochs", 1, script=tmp_path / "average.py")
     state = checkpoint.read(tmp_path / "run/checkpoint-0.pth")
-    assert state["callbacks"][0].keys() == state["model"].keys()
+    names = {"n_averaged", *(f"module.{name}" for name in state["model"])}
+    assert state["callbacks"][0].keys() == names

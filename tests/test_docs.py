@@ -30,7 +30,7 @@ from util.data import resize
 from util.evaluation import robustness
 from util.jobs import submit
 
-RESULTS = {"table.md", "corruptions.md"}  # written by the studies
+RESULTS = {"table.md"}  # written by the studies
 DOCUMENTS = sorted(
     path
     for pattern in ("*.md", "demo/**/*.md", "benchmarks/**/*.md")
@@ -308,8 +308,7 @@ def test_recipes_of_transfer_state_the_published_accuracy(name):
 
 @pytest.mark.parametrize(
     ("study", "page"),
-    [("photographs/table", "README"), ("fashion_mnist/table", "fashion_mnist/README"),
-     ("fashion_mnist/corruptions", "fashion_mnist/README"), ("small_data/table", "../SMALL_DATA"),
+    [("fashion_mnist/table", "fashion_mnist/README"), ("small_data/table", "../SMALL_DATA"),
      ("small_data/digits", "../SMALL_DATA"), ("small_data/photographs", "../SMALL_DATA"),
      ("mask_blocks/table", "mask_blocks/README")],
 )  # fmt: skip

@@ -27,7 +27,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.ablation import ROOT, Ablation, Run
-from benchmarks.photographs.study import find
+from benchmarks.input_pipeline import find
 from util.files import atomic
 
 HERE = Path(__file__).parent

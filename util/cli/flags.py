@@ -38,13 +38,6 @@ def count_or_all(text: str) -> int | str:
     return text if text == "all" else count(text)
 
 
-def budget(text: str) -> str:
-    """The type of a training budget: epochs or minutes."""
-    if not re.fullmatch(r"(?=.*[1-9])(\d+|\d+(\.\d+)?m)", text):
-        raise argparse.ArgumentTypeError(f"must be epochs (50) or minutes (5m), got {text}")
-    return text
-
-
 def new_file(*suffixes: str) -> Callable[[str], Path]:
     """Returns the type of an output file: a path in an existing folder, with one of the suffixes, if any are given."""
 

@@ -19,7 +19,6 @@ from util.cli.choices import (
 from util.cli.flags import (
     Size,
     add_switch,
-    budget,
     count,
     count_or_all,
     non_negative,
@@ -583,9 +582,9 @@ def add_comparison_options(parser: argparse.ArgumentParser, protocols: Collectio
         "each of --labels",
     )  # fmt: skip
     group.add_argument(
-        "--budget", nargs="+", type=budget, default=["50"], metavar="B",
-        help="fine-tuning budget of each run: epochs (50) or minutes (5m); one value, or one for each of --labels. It "
-        "sets main_finetune.py --epochs, and main_finetune.py --warmup_epochs to a tenth of them, also with --recipes",
+        "--budget", nargs="+", type=positive_int, default=[50], metavar="N",
+        help="epochs of each fine-tuning run; one value, or one for each of --labels. It sets main_finetune.py "
+        "--epochs, and main_finetune.py --warmup_epochs to a tenth of them, also with --recipes",
     )  # fmt: skip
     group.add_argument(
         "--blr", nargs="+", type=positive, metavar="LR",

@@ -25,17 +25,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import submitit
+from submitit.core.job_environment import SignalHandler
+from submitit.core.utils import FailedSubmissionError, JobPaths, UncompletedJobError
+from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment
+
 from util.cli.flags import job_id, not_in_recipes, positive_int
 from util.interrupts import SIGNALS, Interrupted
 from util.jobs import code_copy, slurm_settings, waiting
-
-try:
-    import submitit
-    from submitit.core.job_environment import SignalHandler
-    from submitit.core.utils import FailedSubmissionError, JobPaths, UncompletedJobError
-    from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment
-except ImportError as error:
-    raise SystemExit(f"{error}: jobs need submitit (pip install submitit)") from error
 
 logger = logging.getLogger(__name__)
 
