@@ -153,14 +153,16 @@ def test_resuming_a_diverged_run_is_an_error(saved, tmp_path):
         resumed("auto", tmp_path)
 
 
-def test_resuming_a_given_checkpoint_moves_later_ones(saved, tmp_path):
+def test_a_resumed_run_records_its_checkpoint(saved, tmp_path):
+    """Afterwards, the same command resumes from this checkpoint, and then from the newest one of the directory."""
+    out, file = tmp_path / "new", str(tmp_path / "checkpoint-last.pth")
+    out.mkdir()
+    for which in (file, "auto"):
+        assert resumed(which, out)[3].epoch == 5
     state = checkpoint.read(tmp_path / "checkpoint-last.pth")
     state["progress"] |= {"epoch": 9, "images_done": 0}
-    checkpoint.write(state, tmp_path / "checkpoint-8.pth")
-    assert resumed("auto", tmp_path)[3].epoch == 9
-    assert resumed(str(tmp_path / "checkpoint-last.pth"), tmp_path)[3].epoch == 5
-    assert (tmp_path / "abandoned" / "1" / "checkpoint-8.pth").exists()
-    assert resumed("auto", tmp_path)[3].epoch == 5
+    checkpoint.write(state, out / "checkpoint-8.pth")
+    assert resumed(file, out)[3].epoch == 9
 
 
 def test_the_position_of_a_published_file(tmp_path):
