@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import time
 
 import numpy as np
 import pytest
@@ -188,9 +189,10 @@ class Stops:
 
 
 @pytest.mark.parametrize("updates", [6, 5000])
-def test_a_run_that_is_stopped_logs_every_update_once(pretrain, tmp_path, updates):
-    """Long epochs have several updates at each x, which is thousandths of an epoch."""
+def test_a_run_that_is_stopped_shows_every_x_once(pretrain, tmp_path, updates):
+    """Long epochs have several updates at each x, which is thousandths of an epoch; the first of them is shown."""
     for count in (8, 3, 7):
+        time.sleep(1)  # TensorBoard orders the files by their second
         with pytest.raises(Interrupted):
             pretrain(epochs=10, updates_per_epoch=updates, resume="auto", callbacks=[Stops(count)])
     events = EventAccumulator(str(tmp_path / "run"), size_guidance={"scalars": 0}).Reload()
@@ -198,7 +200,7 @@ def test_a_run_that_is_stopped_logs_every_update_once(pretrain, tmp_path, update
     done = position["epoch"] * updates + position["images_done"] // 4
     assert done >= 18
     for tag in ("train_loss", "lr", "grad_norm"):
-        assert [e.step for e in events.Scalars(tag)] == [int(1000 * (i / updates)) for i in range(done)]
+        assert [e.step for e in events.Scalars(tag)] == sorted({int(1000 * (i / updates)) for i in range(done)})
 
 
 def typed(note: str, flags: dict) -> dict:

@@ -284,7 +284,7 @@ def test_functions_of_torch_are_not_called_by_a_description(function):
 
 
 def test_scalars_have_their_tags_values_and_axes(tmp_path):
-    """x of the losses is int(1000 * fractional epoch), x of perf/* is the epoch."""
+    """x is int(1000 * fractional epoch), that of perf/* is the end of the epoch."""
     log = run_log.RunLog(tmp_path, tmp_path, 3, loss_tag="loss")
     for epoch in (0, 1):
         log.begin_epoch(epoch, 0, 4, 8, run_log.Stopwatch())
@@ -300,8 +300,8 @@ def test_scalars_have_their_tags_values_and_axes(tmp_path):
         assert [(e.step, e.value) for e in events.Scalars(tag)] == [
             (step, factor * (1 + number % 4)) for number, step in enumerate(x)
         ]
-    assert [(e.step, e.value) for e in events.Scalars("perf/test_acc1")] == [(0, 25.0), (1, 26.0)]
-    assert [(e.step, e.value) for e in events.Scalars("perf/test_loss")] == [(0, 0.5), (1, 0.5)]
+    assert [(e.step, e.value) for e in events.Scalars("perf/test_acc1")] == [(999, 25.0), (1999, 26.0)]
+    assert [(e.step, e.value) for e in events.Scalars("perf/test_loss")] == [(999, 0.5), (1999, 0.5)]
     assert "train_loss" not in events.Tags()["scalars"]
 
 
