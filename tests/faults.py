@@ -336,29 +336,6 @@ class Faults:
             survived += ended == 0 and "resuming from" in run.text() and run.equals(reference)
         return [("one process of two killed, torchrun --max-restarts", trials, survived)]
 
-    def branches(self, layouts: Sequence[Layout] = LAYOUTS) -> list[Row]:
-        """A finished run resumes from an earlier checkpoint, is killed, and resumes with --resume auto."""
-        rows = []
-        for layout in layouts:
-            changed = ("--mask_ratio", 0.5)
-
-            def copy_run(layout: Layout = layout) -> tuple[Run, str]:
-                run = self.new_run("branch", layout, "--mask_ratio", 0.5)
-                shutil.copytree(self.undisturbed(layout).out, run.out)
-                return run, str(run.out / ("checkpoint-4" if layout is FSDP else "checkpoint-4.pth"))
-
-            reference, earlier = copy_run()
-            assert reference.finishes(*changed, "--resume", earlier), reference.text()
-            trials, survived = max(1, self.trials // 10), 0
-            for _ in range(trials):
-                run, earlier = copy_run()
-                run.start("--resume", earlier).wait_for("epoch ")
-                time.sleep(self.random.uniform(0, 0.8))
-                run.kill()
-                survived += run.finishes() and run.equals(reference) and "nothing to do" not in run.text()
-            rows.append((f"SIGKILL after resuming from an earlier checkpoint, {layout.name}", trials, survived))
-        return rows
-
     def disk(self, layouts: Sequence[Layout] = (ALONE, FSDP)) -> list[Row]:
         """The disk is full for three epochs; or to the end, and the error message names the directory of the state."""
         if os.geteuid() != 0:
@@ -501,8 +478,8 @@ class Faults:
 PARTS: dict[str, Callable[[Faults], list[Row]]] = {
     part.__name__: part
     for part in (
-        Faults.kills, Faults.stops, Faults.evaluations, Faults.workers, Faults.ranks, Faults.restarts, Faults.branches,
-        Faults.newest, Faults.disk, Faults.modes, Faults.exports, Faults.damage,
+        Faults.kills, Faults.stops, Faults.evaluations, Faults.workers, Faults.ranks, Faults.restarts, Faults.newest,
+        Faults.disk, Faults.modes, Faults.exports, Faults.damage,
     )
 }  # fmt: skip
 

@@ -53,6 +53,7 @@ def test_a_run_writes_the_files_of_the_published_code(finetune, capsys):
     assert {"fc_norm.weight", "head.weight"} < state["model"].keys()
     keys = {"train_lr", "train_loss", "test_acc1", "test_acc5", "test_loss", "epoch", "n_parameters"}
     assert all(keys <= line.keys() for line in lines(out))
+    assert finetune(eval=True, resume=out / "checkpoint-0.pth").acc1 == lines(out)[0]["test_acc1"]  # the earlier one
     events = EventAccumulator(str(out)).Reload()
     assert {"loss", "lr", "perf/test_acc1", "perf/test_acc5", "perf/test_loss"} <= set(events.Tags()["scalars"])
     assert re.search(r"^\* Acc@1 \d+\.\d{3} Acc@5 \d+\.\d{3} loss \d+\.\d{3}$", capsys.readouterr().out, re.MULTILINE)

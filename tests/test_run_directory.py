@@ -77,53 +77,95 @@ def test_an_unwritable_run_directory_is_an_error(tmp_path):
     assert "can't be written to (Permission denied): free space there, or give another" in done.stderr
 
 
-def test_a_restarted_run_resumes_from_its_newest_checkpoint(monkeypatch, tmp_path):
-    other = "other/checkpoint-7.pth"
-    assert [run_directory.chosen(tmp_path, resume) for resume in ("", other, "auto")] == ["", other, "auto"]
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert [run_directory.chosen(tmp_path, resume) for resume in ("", other, "auto")] == ["auto", other, "auto"]
-    (tmp_path / "log.txt").touch()
-    run_directory.prepare(tmp_path, "")  # its own, though it has no state yet
-    checkpoint.write({"epoch": 0}, tmp_path / "checkpoint-0.pth")
-    assert run_directory.chosen(tmp_path, other) == other  # it was killed before it resumed from it
-    run_directory.begin_branch(tmp_path, tmp_path / "checkpoint-0.pth")
-    assert run_directory.chosen(tmp_path, other) == "auto"
-    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
-    with run_directory.locked(tmp_path, str(tmp_path / "checkpoint-0.pth")):  # a person goes back to it once more
-        pass
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert run_directory.chosen(tmp_path, str(tmp_path / "checkpoint-0.pth")) != "auto"
+def write(folder, *names, epoch):
+    """Checkpoints of a run after an epoch."""
+    for name in names:
+        checkpoint.write({"epoch": epoch}, folder / f"checkpoint-{name}.pth")
 
 
-def test_a_run_without_a_checkpoint_of_its_own_resumes_from_its_file_again(monkeypatch, tmp_path):
-    """It resumed from a file of another run, and was killed before its first checkpoint."""
+@pytest.fixture
+def start(monkeypatch):
+    """Starts a run up to the choice of its checkpoint, and records the choice, as `run_state.resume` does."""
+
+    def start(out, resume, restarts=0):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restarts))
+        run_directory.prepare(out, str(resume))
+        with run_directory.locked(out, str(resume)):
+            which = run_directory.chosen(out, str(resume))
+            if which not in ("", "auto"):
+                run_directory.record_source(out, Path(which))
+            (out / "log.txt").touch()
+            return which
+
+    return start
+
+
+def test_a_restarted_run_resumes_from_its_newest_checkpoint(tmp_path, start):
+    assert start(tmp_path, "") == ""
+    with pytest.raises(ValueError, match="already contains a run"):
+        start(tmp_path, "")
+    assert start(tmp_path, "", restarts=1) == "auto"  # its own directory, though there is no checkpoint yet
+
+
+@pytest.mark.parametrize("restarts", [0, 1])
+def test_the_command_that_resumed_from_a_file_continues_its_run(tmp_path, start, restarts):
+    """From the file until there is a checkpoint, then from the newest one."""
     out, file = tmp_path / "out", tmp_path / "checkpoint-7.pth"
-    checkpoint.write({"epoch": 7}, file)
-    run_directory.prepare(out, str(file))
-    run_directory.begin_branch(out, file)
-    (out / "log.txt").write_text("{}\n")
-    with pytest.raises(ValueError, match="--resume auto"):
-        run_directory.prepare(out, str(file))
-    assert run_directory.chosen(out, "auto") == str(file)  # the remedy of the message
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    run_directory.prepare(out, str(file))
-    with run_directory.locked(out, str(file)):
-        assert run_directory.chosen(out, str(file)) == str(file)
-        checkpoint.write({"epoch": 8}, out / "checkpoint-8.pth")
-    assert run_directory.chosen(out, str(file)) == "auto"
+    write(tmp_path, 7, 8, epoch=7)
+    assert start(out, file) == str(file)
+    assert start(out, file, restarts) == str(file)
+    assert start(out, "auto") == str(file)
+    write(out, 8, epoch=8)
+    assert start(out, file, restarts) == start(out, "auto") == "auto"
+    for other in ("", tmp_path / "checkpoint-8.pth"):
+        with pytest.raises(ValueError, match=r"already contains a run .*: resume it with --resume auto"):
+            start(out, other)
+    with run_directory.locked(out, str(out / "checkpoint-8.pth")):
+        pass  # it is refused later, for example because of its architecture
+    assert start(out, file, restarts) == "auto"  # the refused commands changed nothing
 
 
-def test_a_second_start_that_is_refused_changes_nothing(monkeypatch, tmp_path):
-    file = str(tmp_path / "checkpoint-0.pth")
-    checkpoint.write({"epoch": 0}, tmp_path / "checkpoint-0.pth")
-    with run_directory.locked(tmp_path, file):
-        run_directory.begin_branch(tmp_path, Path(file))
+def test_a_new_run_forgets_the_file_of_an_earlier_one(tmp_path, start):
+    """The earlier run was killed before it wrote a file."""
+    write(tmp_path, 7, epoch=7)
+    run_directory.record_source(tmp_path, tmp_path / "checkpoint-7.pth")
+    (tmp_path / "checkpoint-7.pth").unlink()
+    assert start(tmp_path, "") == ""
+    assert start(tmp_path, "auto") == "auto"
+
+
+def test_a_file_of_the_directory_must_be_its_newest_checkpoint(tmp_path, start):
+    write(tmp_path, 0, epoch=0)
+    write(tmp_path, 1, "best", epoch=1)
+    (tmp_path / "checkpoint-2.pth").write_bytes(b"damaged")  # --resume auto skips it, too
+    progress = {"epoch": 1, "images_done": 8}  # between the two
+    checkpoint.write({"epoch": 0, "progress": progress}, tmp_path / "checkpoint-last.pth")
+    for name, later in (("0", "checkpoint-1.pth, checkpoint-best.pth, checkpoint-last.pth"),
+                        ("last", "checkpoint-1.pth, checkpoint-best.pth")):  # fmt: skip
+        for restarts in (0, 1):  # torchrun restarts the refused command
+            with pytest.raises(ValueError, match="later checkpoints") as raised:
+                start(tmp_path, tmp_path / f"checkpoint-{name}.pth", restarts)
+            assert f"--resume {tmp_path}/checkpoint-{name}.pth: " in str(raised.value) and later in str(raised.value)
+    assert start(tmp_path, tmp_path / "checkpoint-best.pth") == f"{tmp_path}/checkpoint-best.pth"
+    newest = tmp_path / "checkpoint-1.pth"
+    assert start(tmp_path, newest) == str(newest)
+    write(tmp_path, 3, epoch=3)
+    assert start(tmp_path, newest, restarts=1) == "auto"
+    with pytest.raises(ValueError, match="later checkpoints"):
+        start(tmp_path, newest)
+    assert start(tmp_path.parent / "other", newest) == str(newest)
+
+
+def test_a_second_start_that_is_refused_changes_nothing(tmp_path, start):
+    file = tmp_path / "checkpoint-0.pth"
+    write(tmp_path, 0, epoch=0)
+    start(tmp_path, file)
+    with run_directory.locked(tmp_path, str(file)):
+        run_directory.record_source(tmp_path, file)
         for resume in ("auto", file):
-            run_directory.prepare(tmp_path, resume)
-            with pytest.raises(ValueError, match="by another run"), run_directory.locked(tmp_path, resume):
-                pass
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert run_directory.chosen(tmp_path, file) == "auto"
+            with pytest.raises(ValueError, match="by another run"):
+                start(tmp_path, resume)
+    assert start(tmp_path, file, restarts=1) == "auto"
 
 
 def test_a_run_that_began_and_ended_in_the_meantime_is_not_overwritten(tmp_path):
@@ -131,52 +173,3 @@ def test_a_run_that_began_and_ended_in_the_meantime_is_not_overwritten(tmp_path)
     (tmp_path / "log.txt").write_text("{}\n")  # of the other run
     with pytest.raises(ValueError, match="already contains a run"), run_directory.locked(tmp_path, ""):
         pass
-
-
-def positions(folder):
-    return {path.name: checkpoint.position(path) for path in checkpoint.checkpoints(folder)}
-
-
-def make_run(folder):
-    """Checkpoints of epochs 0 to 5, checkpoint-last within epoch 6, an emergency checkpoint and a damaged one."""
-    for name, epoch, images_done in (*((str(n), n + 1, 0) for n in range(6)), ("last", 6, 8), ("emergency", 6, 4)):
-        progress = {"epoch": epoch, "images_done": images_done}
-        checkpoint.write({"epoch": epoch - 1, "progress": progress}, folder / f"checkpoint-{name}.pth")
-    (folder / "checkpoint-best.pth").write_bytes((folder / "checkpoint-1.pth").read_bytes())
-    (folder / "checkpoint-6.pth").write_bytes(b"damaged")
-    (folder / "log.txt").write_text("".join(f'{{"epoch": {n}}}\n' for n in range(6)))
-
-
-def test_resuming_from_an_earlier_checkpoint_moves_later_ones(tmp_path, caplog):
-    caplog.set_level("INFO")
-    make_run(tmp_path)
-    run_directory.begin_branch(tmp_path, tmp_path / "checkpoint-last.pth")
-    assert sorted(path.name for path in (tmp_path / "abandoned/1").iterdir()) == ["checkpoint-6.pth", "log.txt"]
-    run_directory.begin_branch(tmp_path, tmp_path / "checkpoint-3.pth")
-    assert positions(tmp_path).keys() == {"checkpoint-best.pth", *(f"checkpoint-{n}.pth" for n in range(4))}
-    aside = {"checkpoint-4.pth": (5, 0), "checkpoint-5.pth": (6, 0), "checkpoint-last.pth": (6, 8),
-             "checkpoint-emergency.pth": (6, 4)}  # fmt: skip
-    assert positions(tmp_path / "abandoned/2") == aside
-    assert (tmp_path / "abandoned/2/log.txt").read_text() == (tmp_path / "log.txt").read_text()
-    assert f"moved to {tmp_path}/abandoned/2: checkpoint-4.pth, checkpoint-5.pth" in caplog.text
-    run_directory.begin_branch(tmp_path, tmp_path / "checkpoint-3.pth")
-    assert not (tmp_path / "abandoned/3").exists()
-
-
-@pytest.mark.parametrize("moved", range(5))
-def test_an_interrupted_move_is_completed_at_the_next_start(tmp_path, monkeypatch, moved):
-    make_run(tmp_path)
-    rename, calls = Path.rename, iter(range(10))
-
-    def crashes(path, target):
-        if next(calls) == moved:
-            raise KeyboardInterrupt
-        return rename(path, target)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Path, "rename", crashes)
-        run_directory.begin_branch(tmp_path, tmp_path / "checkpoint-3.pth")
-    with run_directory.locked(tmp_path):
-        assert checkpoint.newest_first(tmp_path)[0].name == "checkpoint-3.pth"
-    assert len(checkpoint.checkpoints(tmp_path / "abandoned/1")) == 5
-    assert not (tmp_path / "abandoned/1/moving.json").exists()

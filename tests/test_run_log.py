@@ -1,27 +1,29 @@
 """The log of a run: header, progress, log.txt, TensorBoard."""
 
 import contextlib
+import io
 import json
 import logging
 import math
 import os
 import pty
 import re
-import shutil
+import signal
 import subprocess
 import sys
 import termios
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from conftest import ROOT
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from util import dist
-from util.training import run_log, trainer
+from util.training import log_files, run_log, trainer
 from util.training.run_log import Meters, RunLog, Stopwatch, start_logging
 
 
@@ -56,73 +58,69 @@ def test_a_resumed_log_has_every_epoch_once(tmp_path):
     assert (tmp_path / "log.txt").read_text() == '{"epoch": 0, "x": 1}\n{"epoch": 1}\n'
 
 
-def test_a_resumed_run_logs_every_scalar_once(tmp_path):
-    """The x axis of the loss is thousandths of an epoch, that of perf/* epochs. Files of other runs are unchanged."""
+START = """
+import os, signal, sys
+from pathlib import Path
+import numpy as np
+from util.training.run_log import RunLog, Stopwatch, next_x
+value, first, done, last = map(int, sys.argv[1:])
+log = RunLog(Path("."), Path("."), 9, first, next_x(first, done, 10))
+for epoch in range(first, last):
+    log.begin_epoch(epoch, done, 10, 8, Stopwatch())
+    for iterations in range(done, 10):
+        log.update(iterations + 1, lr=1e-3, loss=value, grad_norm=2.0)
+    log.picture("reconstruction", np.full((4, 4, 3), value, np.uint8), epoch)
+    log.end_epoch({"train_lr": 1e-3, "train_loss": 0.0, "test_acc1": value})
+    done = 0
+os.kill(os.getpid(), signal.SIGKILL)
+"""
 
-    def log_epochs(first, last, first_iteration=0):
-        log = RunLog(tmp_path / "run", tmp_path, 4, first, int(1000 * (first + first_iteration / 10)))
-        for epoch in range(first, last):
-            log.begin_epoch(epoch, first_iteration, 10, 8, Stopwatch())
-            for step in range(first_iteration, 10):
-                log.update(step + 1, lr=1e-3, loss=float(epoch), grad_norm=2.0)
-            log.end_epoch({"train_lr": 1e-3, "train_loss": 0.0, "test_acc1": 10.0 * epoch})
-            log.picture("reconstruction", np.zeros((4, 4, 3), np.uint8), epoch)
-            first_iteration = 0
-        log.close()
 
-    (tmp_path / "run").mkdir()
-    log_epochs(0, 3)
-    other = tmp_path / "events.out.tfevents.1.host.2.other"
-    shutil.copy(next(tmp_path.glob("events.*.run-*")), other)
-    before = other.read_bytes()
-    log_epochs(1, 4, first_iteration=5)
-    assert other.read_bytes() == before
-    other.unlink()
+@pytest.mark.parametrize("done", [0, 5, 10])  # iterations of the epoch; the last is before its evaluation
+def test_tensorboard_shows_each_x_once_with_the_values_of_the_resumed_run(tmp_path, done):
+    """Two starts are killed. The second resumes from a state before the last epoch of the first."""
+    for argv in ((1, 0, 0, 3), (2, 2, done, 4)):
+        command = [sys.executable, "-c", START, *map(str, argv)]
+        ended = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        assert ended.returncode == -signal.SIGKILL
     events = EventAccumulator(str(tmp_path), size_guidance={"scalars": 0, "images": 0}).Reload()
-    assert [e.step for e in events.Scalars("train_loss")] == [int(1000 * (i / 10)) for i in range(40)]
-    assert [(e.step, e.value) for e in events.Scalars("perf/test_acc1")] == [(0, 0), (1, 10), (2, 20), (3, 30)]
-    assert [e.step for e in events.Images("reconstruction")] == [0, 1, 2, 3]
+    shown = [(e.step, e.value) for e in events.Scalars("train_loss")]
+    assert shown == [(100 * n, 1 if n < 20 + done else 2) for n in range(40)]
+    results = [(999, 1), (1999, 1), (2999, 2), (3999, 2)]
+    assert [(e.step, e.value) for e in events.Scalars("perf/test_acc1")] == results
+    pictures = [(e.step, Image.open(io.BytesIO(e.encoded_image_string))) for e in events.Images("reconstruction")]
+    assert [(x, picture.getpixel((0, 0))[0]) for x, picture in pictures] == results
 
 
-def log_events(run, events, *epochs, resumed=0):
-    """A run that logs epochs of one update."""
-    run.mkdir(parents=True, exist_ok=True)
-    log = RunLog(run, events, 4, resumed, 1000 * resumed)
-    for epoch in epochs:
-        log.begin_epoch(epoch, 0, 1, 8, Stopwatch())
-        log.update(1, lr=1e-3, loss=1.0, grad_norm=2.0)
-    log.close()
+@pytest.mark.parametrize("num_iterations", [7, 1000, 5000])
+def test_no_x_is_repeated_or_left_out_in_a_resumed_epoch(num_iterations):
+    """`next_x` is above all x of earlier updates, and all later updates but those of the same x are at or above it."""
+    for epoch in (0, 3):
+        xs = [run_log.x_of(epoch, n, num_iterations) for n in range(1, num_iterations + 1)]
+        assert max(xs) <= run_log.x_of_epoch(epoch) < run_log.x_of(epoch + 1, 1, num_iterations)
+        assert run_log.next_x(epoch, 0, num_iterations) == xs[0] == 1000 * epoch
+        for done in range(1, num_iterations):
+            first_x = run_log.next_x(epoch, done, num_iterations)
+            assert xs[done - 1] < first_x <= max(xs[done], xs[done - 1] + 1) or first_x == run_log.x_of_epoch(epoch)
 
 
-def steps_of(events):
-    """The steps of the losses in each file, also of those that TensorBoard ignores."""
-    steps = []
-    for file in events.iterdir():
-        loaded = EventFileLoader(str(file)).Load()
-        steps.append([event.step for event in loaded for value in event.summary.value if value.tag == "train_loss"])
-    return [own for own in steps if own]
-
-
-def test_runs_that_share_a_folder_for_tensorboard_keep_their_events(tmp_path):
-    """The names of two are equal, the name of one is the end of another, and one is a pattern that fits another."""
-    names, events = ["a/base", "b/base", "lr.x5", "x5", "x[5]"], tmp_path / "events"
-    for name in names:
-        log_events(tmp_path / name, events, 0, 1)
-    assert steps_of(events) == [[0, 1000]] * len(names)
-    log_events(tmp_path / "x[5]", events, resumed=1)
-    assert sorted(steps_of(events)) == [[0], *[[0, 1000]] * (len(names) - 1)]
-
-
-def test_a_resumed_run_drops_its_events_after_a_move(tmp_path):
-    log_events(tmp_path / "old/run", tmp_path / "old/events", 0, 1)
-    shutil.move(tmp_path / "old", tmp_path / "new")
-    log_events(tmp_path / "new/run", tmp_path / "new/events", resumed=1)
-    assert steps_of(tmp_path / "new/events") == [[0]]
+def test_runs_that_share_a_folder_for_tensorboard_keep_their_files(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        before = {path: path.read_bytes() for path in tmp_path.glob("events.*")}
+        RunLog(tmp_path / name, tmp_path, 4).close()
+        assert {path: path.read_bytes() for path in before} == before
+    assert len(list(tmp_path.glob("events.*"))) == 2
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small disk")
-def test_log_lines_are_written_after_a_full_disk_has_space(tmp_path, caplog):
+def test_log_lines_are_written_after_a_full_disk_has_space(tmp_path, caplog, capfd, monkeypatch):
+    """Events of that time are lost. Later ones are written, a minute after the last attempt."""
+    clock = SimpleNamespace(now=1000.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr(log_files, "time", clock)
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", tmp_path], check=True)
+    start_logging()
+    logging.getLogger().addHandler(caplog.handler)
     try:
         log = RunLog(tmp_path, tmp_path, epochs=4)
         log.begin_epoch(0, 0, 2, 8, Stopwatch())
@@ -135,15 +133,16 @@ def test_log_lines_are_written_after_a_full_disk_has_space(tmp_path, caplog):
             log.begin_epoch(epoch, 0, 2, 8, Stopwatch())
             log.picture("reconstruction", np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8), epoch)
             log.end_epoch({"train_lr": 1e-3, "train_loss": 0.0, "test_acc1": 1.0, "note": "x" * 3000})
-        assert caplog.text.count("No space left on device") == 1
+        warned = [r.message for r in caplog.records if "No space left on device" in r.message]
+        assert len(warned) == 2 and "log.txt" in warned[1] and "events of TensorBoard are lost" in warned[0]
         filler.unlink()
+        clock.now += 61
         log.begin_epoch(3, 0, 2, 8, Stopwatch())
         log.end_epoch({"train_lr": 1e-3, "train_loss": 0.0, "test_acc1": 1.0})
         log.close()
         assert [json.loads(line)["epoch"] for line in (tmp_path / "log.txt").read_text().splitlines()] == [0, 1, 2, 3]
         events = EventAccumulator(str(tmp_path)).Reload()
-        assert [e.step for e in events.Scalars("perf/test_acc1")] == [0, 1, 2, 3]
-        assert [e.step for e in events.Images("reconstruction")] == [1, 2]
+        assert [e.step for e in events.Scalars("perf/test_acc1")] == [999, 3999]
 
         log = RunLog(tmp_path, tmp_path, epochs=5, first_epoch=4, first_x=4000)
         with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
@@ -154,6 +153,7 @@ def test_log_lines_are_written_after_a_full_disk_has_space(tmp_path, caplog):
         with pytest.raises(OSError, match=r"can't write .*; the last [\d,]+ bytes are in (.*)") as stop:
             log.close()
         assert Path(str(stop.value).rpartition(" ")[2]).stat().st_size > 0
+        assert "Traceback" not in "".join(capfd.readouterr())
     finally:
         subprocess.run(["umount", "-l", tmp_path], check=True)
 
@@ -216,18 +216,6 @@ def test_other_ranks_log_only_their_own_messages(monkeypatch, capsys):
     start_logging()
     logger.warning("all alike, too")
     assert capsys.readouterr().out == "warning: [rank 3] an image of mine\nwarning: all alike, too\n"
-
-
-def test_both_files_are_closed_and_both_errors_are_named(tmp_path, monkeypatch):
-    log = run_log.RunLog(tmp_path, tmp_path, epochs=1)
-
-    def fail(name):
-        raise OSError(f"{name} is full")
-
-    monkeypatch.setattr(log.events, "close", lambda: fail("events"))
-    monkeypatch.setattr(log.lines, "close", lambda: fail("log.txt"))
-    with pytest.raises(OSError, match=r"^events is full; log.txt is full$"):
-        log.close()
 
 
 def test_the_error_that_ends_a_run_precedes_an_error_of_the_log(caplog):

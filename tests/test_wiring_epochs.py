@@ -103,7 +103,7 @@ def test_every_argument_of_the_loop_by_flag(pretrain, loop_calls, monkeypatch, t
     assert {name: settings[name] for name in ("lr", "min_lr", "epochs")} == {"lr": 0.01, "min_lr": 0.002, "epochs": 9}
     ((args, options),) = logs
     assert args == (tmp_path / "run", tmp_path / "events", 9)
-    assert options == {"first_epoch": 6, "first_x": 6000, "updates_at_first_x": 0, "loss_tag": "train_loss"}
+    assert options == {"first_epoch": 6, "first_x": 6000, "loss_tag": "train_loss"}
     (((source, output_dir, model, optimizer, scaler, _, progress, callbacks), _),) = resumed
     assert callbacks == ()
     assert (source, output_dir) == ("", tmp_path / "run")

@@ -153,14 +153,16 @@ def test_resuming_a_diverged_run_is_an_error(saved, tmp_path):
         resumed("auto", tmp_path)
 
 
-def test_resuming_a_given_checkpoint_moves_later_ones(saved, tmp_path):
+def test_a_resumed_run_records_its_checkpoint(saved, tmp_path):
+    """Afterwards, the same command resumes from this checkpoint, and then from the newest one of the directory."""
+    out, file = tmp_path / "new", str(tmp_path / "checkpoint-last.pth")
+    out.mkdir()
+    for which in (file, "auto"):
+        assert resumed(which, out)[3].epoch == 5
     state = checkpoint.read(tmp_path / "checkpoint-last.pth")
     state["progress"] |= {"epoch": 9, "images_done": 0}
-    checkpoint.write(state, tmp_path / "checkpoint-8.pth")
-    assert resumed("auto", tmp_path)[3].epoch == 9
-    assert resumed(str(tmp_path / "checkpoint-last.pth"), tmp_path)[3].epoch == 5
-    assert (tmp_path / "abandoned" / "1" / "checkpoint-8.pth").exists()
-    assert resumed("auto", tmp_path)[3].epoch == 5
+    checkpoint.write(state, out / "checkpoint-8.pth")
+    assert resumed(file, out)[3].epoch == 9
 
 
 def test_the_position_of_a_published_file(tmp_path):
@@ -282,7 +284,7 @@ def test_functions_of_torch_are_not_called_by_a_description(function):
 
 
 def test_scalars_have_their_tags_values_and_axes(tmp_path):
-    """x of the losses is int(1000 * fractional epoch), x of perf/* is the epoch."""
+    """x is int(1000 * fractional epoch), that of perf/* is the end of the epoch."""
     log = run_log.RunLog(tmp_path, tmp_path, 3, loss_tag="loss")
     for epoch in (0, 1):
         log.begin_epoch(epoch, 0, 4, 8, run_log.Stopwatch())
@@ -298,8 +300,8 @@ def test_scalars_have_their_tags_values_and_axes(tmp_path):
         assert [(e.step, e.value) for e in events.Scalars(tag)] == [
             (step, factor * (1 + number % 4)) for number, step in enumerate(x)
         ]
-    assert [(e.step, e.value) for e in events.Scalars("perf/test_acc1")] == [(0, 25.0), (1, 26.0)]
-    assert [(e.step, e.value) for e in events.Scalars("perf/test_loss")] == [(0, 0.5), (1, 0.5)]
+    assert [(e.step, e.value) for e in events.Scalars("perf/test_acc1")] == [(999, 25.0), (1999, 26.0)]
+    assert [(e.step, e.value) for e in events.Scalars("perf/test_loss")] == [(999, 0.5), (1999, 0.5)]
     assert "train_loss" not in events.Tags()["scalars"]
 
 

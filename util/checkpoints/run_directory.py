@@ -1,10 +1,8 @@
 """The run directory. It must not contain another run, and only one run at a time writes to it."""
 
 import contextlib
-import json
 import logging
 import os
-import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,31 +16,47 @@ logger = logging.getLogger(__name__)
 
 LOCK = "run.lock"
 RESUMED = ".resumed"  # contains the path of the checkpoint from which the run has resumed (--resume FILE)
-ABANDONED = "abandoned"  # folder of the checkpoints after the resumed one, numbered from 1
-MOVING = "moving.json"  # the names of the files that are not moved yet
 
 
 def chosen(output_dir: Path, resume: str) -> str:
-    """Returns the checkpoint to resume from: `resume`, or "auto" if a launcher restarted the run.
+    """Returns the checkpoint to resume from: a path, "auto" for the newest checkpoint in `output_dir`, or "".
 
     A run that has resumed from a file and has no checkpoint of its own yet resumes from this file again.
     """
-    source, has_checkpoints = output_dir / RESUMED, bool(checkpoint.checkpoints(output_dir))
-    if dist.restarted() and (resume == "" or (source.exists() and has_checkpoints)):
-        resume = "auto"
-    if resume == "auto" and source.exists() and not has_checkpoints:
-        return source.read_text(encoding="utf-8") or "auto"
-    return resume
+    if not _continues(output_dir, resume):
+        return resume
+    return "auto" if checkpoint.checkpoints(output_dir) else _source(output_dir) or "auto"
+
+
+def _continues(output_dir: Path, resume: str) -> bool:
+    """Whether a run continues the run in its directory: --resume auto, or the command that started it is repeated.
+
+    A person who names a file of the directory wants this file, and a launcher repeats what was accepted before.
+    """
+    if resume in ("", "auto"):
+        return resume == "auto" or dist.restarted()
+    is_source = _source(output_dir) == str(Path(resume).resolve())
+    return is_source and (dist.restarted() or not _is_inside(output_dir, resume))
+
+
+def _source(output_dir: Path) -> str:
+    """Returns the path of the checkpoint from which the run in a directory has resumed, or ""."""
+    path = output_dir / RESUMED
+    return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
+def _is_inside(output_dir: Path, resume: str) -> bool:
+    return bool(resume) and Path(resume).resolve().parent == output_dir.resolve()
 
 
 def prepare(output_dir: Path, resume: str) -> None:
     """Creates the run directory.
 
     Raises:
-        ValueError: the directory contains a run, and `resume` is neither "auto" nor a checkpoint in it.
+        ValueError: the run would overwrite a run in the directory: its checkpoints, or those after `resume`.
         OSError: the directory can't be created.
     """
-    _require_new(output_dir, resume)
+    _require_unused(output_dir, resume)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -51,17 +65,35 @@ def prepare(output_dir: Path, resume: str) -> None:
         ) from error
 
 
-def _require_new(output_dir: Path, resume: str) -> None:
-    continues = resume == "auto" or (resume and Path(resume).resolve().parent == output_dir.resolve())
-    continues = continues or (dist.restarted() and (resume == "" or (output_dir / RESUMED).exists()))
-    if dist.is_main() and not continues:
-        files = [path.name for path in output_dir.glob("*") if path.name == "log.txt" or path.suffix == ".pth"]
-        existing = sorted({*files, *(path.name for path in checkpoint.checkpoints(output_dir))})
-        if existing:
+def _require_unused(output_dir: Path, resume: str) -> None:
+    if not dist.is_main() or _continues(output_dir, resume):
+        return
+    if _is_inside(output_dir, resume):
+        if later := _later(output_dir, Path(resume)):
             raise ValueError(
-                f"--output_dir {output_dir} already contains a run ({', '.join(existing[:3])}): resume it with "
-                f"--resume auto, or give another --output_dir"
+                f"--resume {resume}: --output_dir {output_dir} contains later checkpoints ({', '.join(later[:3])}): "
+                f"give another --output_dir, or continue the run with --resume auto"
             )
+        return
+    files = [path.name for path in output_dir.glob("*") if path.name == "log.txt" or path.suffix == ".pth"]
+    existing = sorted({*files, *(path.name for path in checkpoint.checkpoints(output_dir))})
+    if existing:
+        raise ValueError(
+            f"--output_dir {output_dir} already contains a run ({', '.join(existing[:3])}): resume it with "
+            f"--resume auto, or give another --output_dir"
+        )
+
+
+def _later(output_dir: Path, file: Path) -> list[str]:
+    """Returns the names of the checkpoints after `file`; none if the file can't be read, which ends the run later."""
+    later = []
+    with contextlib.suppress(checkpoint.CheckpointError):
+        position = checkpoint.position(file)
+        for path in checkpoint.checkpoints(output_dir):
+            with contextlib.suppress(checkpoint.CheckpointError):  # --resume auto skips it, too
+                if checkpoint.position(path) > position:
+                    later.append(path.name)
+    return later
 
 
 @contextlib.contextmanager
@@ -81,10 +113,9 @@ def locked(output_dir: Path, resume: str = "auto") -> Iterator[None]:
                 file = stack.enter_context((output_dir / LOCK).open("a+", encoding="utf-8"))
                 _take(file, output_dir)
                 stack.callback(file.truncate, 0)  # the file is not deleted, because another process may have it open
-                _finish_moving(output_dir)
-                _require_new(output_dir, resume)
-                if resume != "auto" and not dist.restarted():
-                    (output_dir / RESUMED).unlink(missing_ok=True)  # of an earlier job
+                _require_unused(output_dir, resume)
+                if not (_continues(output_dir, resume) or _is_inside(output_dir, resume)):
+                    (output_dir / RESUMED).unlink(missing_ok=True)  # of a run that was killed before it wrote a file
             except OSError as error:
                 raise OSError(
                     f"--output_dir {output_dir} can't be written to ({error.strerror or error}): free space there, or "
@@ -109,42 +140,10 @@ def _take(file: IO[str], output_dir: Path) -> None:
     file.flush()
 
 
-def begin_branch(output_dir: Path, resumed: Path) -> None:
-    """Moves the checkpoints after the resumed one to `abandoned/N`, so that the resumed one is the newest.
-
-    Checkpoints that can't be read are moved too. log.txt and the TensorBoard events are copied to the folder. After a
-    crash in this function, the next start moves the remaining files.
+def record_source(output_dir: Path, resumed: Path) -> None:
+    """Records the checkpoint from which the run has resumed, so that the same command continues the run.
 
     Raises:
-        OSError: the files can't be moved.
+        OSError: the record can't be written.
     """
-    position = checkpoint.position(resumed)
-    later = [path.name for path in checkpoint.checkpoints(output_dir) if _is_later(path, position)]
-    if later:
-        above = output_dir / ABANDONED
-        above.mkdir(exist_ok=True)
-        numbers = [int(path.name) for path in above.iterdir() if path.name.isdecimal()]
-        branch = above / str(max(numbers, default=0) + 1)
-        branch.mkdir()
-        for path in (output_dir / "log.txt", *output_dir.glob("events.out.tfevents.*")):
-            if path.exists():
-                shutil.copy2(path, branch)
-        atomic.write_text(branch / MOVING, json.dumps(later))
-        _finish_moving(output_dir)
-        logger.info(f"moved to {branch}: {', '.join(later)}")
     atomic.write_text(output_dir / RESUMED, str(resumed.resolve()))
-
-
-def _is_later(path: Path, position: tuple[int, int]) -> bool:
-    try:
-        return checkpoint.position(path) > position
-    except checkpoint.CheckpointError:
-        return True
-
-
-def _finish_moving(output_dir: Path) -> None:
-    for names in output_dir.glob(f"{ABANDONED}/*/{MOVING}"):
-        for name in json.loads(names.read_text(encoding="utf-8")):
-            if (output_dir / name).exists():
-                (output_dir / name).rename(names.with_name(name))
-        names.unlink()

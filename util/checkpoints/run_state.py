@@ -32,6 +32,8 @@ FREE = {
     "rank",
 }  # published
 
+ELSEWHERE = "with --resume FILE and another --output_dir"  # --output_dir contains later checkpoints
+
 
 class Progress:
     """The position of a run: epoch, and iterations of that epoch.
@@ -93,13 +95,13 @@ class Progress:
         if images_done % self.effective_batch_size:
             raise CheckpointError(
                 f"the checkpoint is {images_done} images into its epoch, within an update of "
-                f"{self.effective_batch_size}: resume from the checkpoint of a complete epoch"
+                f"{self.effective_batch_size}: resume from the checkpoint of a complete epoch {ELSEWHERE}"
             )
         if None not in (num_images, self.num_images) and num_images != self.num_images:
             if images_done:
                 raise CheckpointError(
                     f"the checkpoint is in the middle of an epoch of {num_images} images, and now there are "
-                    f"{self.num_images}: restore them, or resume from the checkpoint of a complete epoch"
+                    f"{self.num_images}: restore them, or resume from the checkpoint of a complete epoch {ELSEWHERE}"
                 )
             logger.warning(f"an epoch had {num_images} images, and has {self.num_images} now")
         self.best_accuracy = saved.get("best_accuracy", -1.0)
@@ -206,8 +208,7 @@ def resume(
     """Restores model, optimizer, scaler, random number generators, callbacks and position from a checkpoint.
 
     Args:
-        which: the path of a checkpoint, "auto" for the newest checkpoint in `output_dir`, if any, or "" for none. If it
-            is a path, later checkpoints of the run are moved to `abandoned`.
+        which: the path of a checkpoint, "auto" for the newest checkpoint in `output_dir`, if any, or "" for none.
         settings: settings of this run. A warning names those that differ from the settings in the checkpoint.
 
     Raises:
@@ -225,7 +226,8 @@ def resume(
         if "folder" in state:
             state = sharded.fill(state, model, optimizer)
         else:
-            checkpoint.require_finite(state["model"], f"--resume {which}", "resume from an earlier checkpoint")
+            remedy_text = f"resume from an earlier checkpoint {ELSEWHERE}"
+            checkpoint.require_finite(state["model"], f"--resume {which}", remedy_text)
         restore_model(model, state, settings, which)
         _require_same_meaning(_args_of(state), settings)
         _require_same_parameters(optimizer, state, settings, which)
@@ -243,7 +245,7 @@ def resume(
     if not torch.equal(dist.mean_over_processes(position.float()), position.float()):
         raise CheckpointError(f"the processes found different checkpoints: --output_dir {output_dir} must be shared")
     if which not in ("", "auto") and dist.is_main():  # after all processes have accepted the checkpoint
-        run_directory.begin_branch(output_dir, Path(which))
+        run_directory.record_source(output_dir, Path(which))
     dist.barrier()
 
 
@@ -399,7 +401,7 @@ def _require_same_processes(state: dict[str, Any], settings: dict[str, Any]) -> 
         raise CheckpointError(
             f"the checkpoint is in the middle of an epoch on stored features, each process has its own part of them, "
             f"and there were {before} processes and are {now} now: start {before}, or resume from the checkpoint of a "
-            f"complete epoch"
+            f"complete epoch {ELSEWHERE}"
         )
 
 

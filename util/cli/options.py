@@ -626,8 +626,8 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument(
         "--resume", default="", metavar="FILE|auto",
-        help="resume from this checkpoint; auto: from the newest valid one in --output_dir, if any "
-        "(default: start a new run)",
+        help="resume from this checkpoint, which must be the newest one if it is in --output_dir; auto: from the "
+        "newest valid one in --output_dir, if any (default: start a new run)",
     )  # fmt: skip
     group.add_argument(
         "--start_epoch", default=0, type=count, metavar="N", help="first epoch of a run that is not resumed"

@@ -1,23 +1,19 @@
-"""Files that grow during a run: log.txt and the events of TensorBoard. Data that can't be written is written later."""
+"""Files that grow during a run: log.txt and the events of TensorBoard."""
 
-import glob
-import hashlib
-import os
-import socket
+import logging
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Collection, Mapping
-from io import BytesIO
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
-import numpy as np
-from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.summary.writer.record_writer import RecordWriter
-from torch.utils.tensorboard import summary
+from torch.utils.tensorboard import SummaryWriter
 
 from util.files import atomic
+
+logger = logging.getLogger(__name__)
+
+RETRY_SECONDS = 60.0  # after events could not be written
 
 
 class GrowingFile:
@@ -67,71 +63,39 @@ class GrowingFile:
             raise OSError(f"{error}; the last {len(self.pending):,} bytes are in {place}") from error
 
 
-class EventFile(GrowingFile):
-    """The events of a run for TensorBoard, from one start of the run.
+class Events:
+    """The events of a run for TensorBoard. Events that can't be written are lost, and a warning is logged.
 
     Args:
-        log_dir: folder of the file.
-        run_name: the end of the file name, of `name_of_run`.
-        first_step: TensorBoard ignores events of earlier starts of the run from this step on.
+        log_dir: folder of the files; each start of the run has its own.
+        first_x: TensorBoard hides the events of earlier starts of the run from this x on.
+
+    Raises:
+        OSError: the folder can't be written to.
     """
 
-    def __init__(self, log_dir: Path, run_name: str, first_step: int) -> None:
-        log_dir.mkdir(parents=True, exist_ok=True)
-        super().__init__(
-            log_dir / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}.{run_name}"
-        )
-        self._add(Event(wall_time=time.time(), file_version="brain.Event:2"))
-        self._add(Event(wall_time=time.time(), step=first_step, session_log=SessionLog(status=SessionLog.START)))
+    def __init__(self, log_dir: Path, first_x: int) -> None:
+        self.log_dir = log_dir
+        self.next_try = 0.0
+        self.writer: SummaryWriter | None = self._open(first_x)
 
-    def scalars(self, values: Mapping[str, float], step: int) -> None:
+    def scalars(self, values: Mapping[str, float], x: int) -> None:
         """Adds numbers by tag."""
         for tag, value in values.items():
-            self._add(Event(wall_time=time.time(), step=step, summary=summary.scalar(tag, value)))
+            self.write(partial(SummaryWriter.add_scalar, tag=tag, scalar_value=value, global_step=x))
 
-    def picture(self, tag: str, picture: np.ndarray, step: int) -> None:
-        """Adds a uint8 image (H, W, c)."""
-        self._add(Event(wall_time=time.time(), step=step, summary=summary.image(tag, picture, dataformats="HWC")))
+    def write(self, write: Callable[[SummaryWriter], None]) -> None:
+        """Calls a function with the writer; with a new one a minute after an event could not be written."""
+        if self.writer is None and time.monotonic() < self.next_try:
+            return
+        try:
+            self.writer = self.writer or self._open()
+            with atomic.writing(self.log_dir):
+                write(self.writer)
+        except OSError as error:
+            self.writer, self.next_try = None, time.monotonic() + RETRY_SECONDS  # the thread that writes has ended
+            logger.warning(f"{error}. The run continues, and the events of TensorBoard are lost until then.")
 
-    def _add(self, event: Event) -> None:
-        self.add(_framed(event.SerializeToString()))
-
-
-def name_of_run(output_dir: Path, log_dir: Path) -> str:
-    """Returns a name that differs between the runs that share a `log_dir`, and remains when both folders are moved."""
-    place = os.path.relpath(output_dir.resolve(), log_dir.resolve())
-    return f"{output_dir.resolve().name}-{hashlib.sha256(place.encode()).hexdigest()[:8]}"
-
-
-def drop_events(
-    log_dir: Path, run_name: str, by_step: Collection[str], first_step: int, first_epoch: int, at_first_step: int = 0
-) -> None:
-    """Removes the events that a resumed run logs again.
-
-    Args:
-        by_step: tags to remove from `first_step` on; the other tags count epochs and are removed from `first_epoch`.
-        at_first_step: number of events of each tag at `first_step` that remain, the earliest ones.
-    """
-    earlier = Counter[str]()  # events at `first_step` by tag
-    for path in sorted(log_dir.glob(f"events.out.tfevents.*.{glob.escape(run_name)}")):  # by time
-        records = list(RawEventFileLoader(str(path)).Load())
-        remaining = []
-        for record in records:
-            event = Event.FromString(record)
-            tags = {value.tag for value in event.summary.value}
-            is_by_step = tags <= set(by_step)
-            at_first = bool(tags) and is_by_step and event.step == first_step
-            earlier.update(tags if at_first else ())
-            is_earlier = at_first and earlier[min(tags)] <= at_first_step
-            if not tags or is_earlier or event.step < (first_step if is_by_step else first_epoch):
-                remaining.append(record)
-        if len(remaining) < len(records):
-            with atomic.replacing(path) as temporary:
-                temporary.write_bytes(b"".join(map(_framed, remaining)))
-
-
-def _framed(record: bytes) -> bytes:
-    """Returns a record with its length and checksums, in the format of TensorFlow."""
-    file = BytesIO()
-    RecordWriter(file).write(record)
-    return file.getvalue()
+    def _open(self, first_x: int | None = None) -> SummaryWriter:
+        with atomic.writing(self.log_dir):  # the queue is long, because a network file system may be slow
+            return SummaryWriter(str(self.log_dir), purge_step=first_x, max_queue=1000)

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -35,6 +36,12 @@ class _LineHandler(logging.StreamHandler):
             self.handleError(record)
 
 
+def _print_thread_error(error: threading.ExceptHookArgs) -> None:
+    """Prints a traceback, except for the thread of TensorBoard: `log_files.Events` logs its error in one line."""
+    if not type(error.thread).__module__.startswith("tensorboard."):
+        threading.__excepthook__(error)
+
+
 def start_logging() -> None:
     """Starts logging to stdout, on rank 0 from level INFO.
 
@@ -51,6 +58,7 @@ def start_logging() -> None:
         force=True,
     )
     logging.captureWarnings(True)
+    threading.excepthook = _print_thread_error
 
 
 @dataclass
@@ -164,13 +172,12 @@ class RunLog(NullLog):
         log_dir: folder of the files of TensorBoard.
         epochs: number of epochs of the run, for the remaining time.
         first_epoch: first epoch that this run logs. Earlier entries of this and later epochs are removed.
-        first_x: the same for the scalars of TensorBoard, in thousandths of an epoch.
-        updates_at_first_x: earlier updates at `first_x` whose scalars remain. Long epochs have several at each x.
+        first_x: the same for TensorBoard, in thousandths of an epoch.
         loss_tag: name of the loss in TensorBoard.
 
     Raises:
-        OSError: log.txt or the files of TensorBoard can't be written when the log is opened or closed. In between, the
-            log buffers the data and tries again.
+        OSError: log.txt can't be written when the log is closed, or the files of TensorBoard when it is opened. In
+            between, the lines of log.txt stay in memory.
     """
 
     def __init__(
@@ -180,7 +187,6 @@ class RunLog(NullLog):
         epochs: int,
         first_epoch: int = 0,
         first_x: int = 0,
-        updates_at_first_x: int = 0,
         loss_tag: str = "train_loss",
     ) -> None:
         self.epochs = epochs
@@ -189,12 +195,9 @@ class RunLog(NullLog):
         _drop_lines_from(path, first_epoch)
         from util.training import log_files  # imports TensorBoard
 
-        run_name = log_files.name_of_run(output_dir, log_dir)
-        if first_epoch or first_x:  # a resumed run
-            by_x = (loss_tag, "lr", "grad_norm")
-            log_files.drop_events(log_dir, run_name, by_x, first_x, first_epoch, updates_at_first_x)
         self.lines = log_files.GrowingFile(path)
-        self.events = log_files.EventFile(log_dir, run_name, first_x + bool(updates_at_first_x))
+        self.events = log_files.Events(log_dir, first_x)
+        self.next_x = first_x
         self.next_warning = 0.0
         self.bar: tqdm | None = None
 
@@ -216,7 +219,9 @@ class RunLog(NullLog):
 
     def update(self, iterations: int, lr: float, loss: float, grad_norm: float) -> None:
         x = x_of(self.epoch, iterations, self.num_iterations)
-        self.events.scalars({self.loss_tag: loss, "lr": lr, "grad_norm": grad_norm}, x)
+        if x >= self.next_x:  # long epochs have several updates at each x
+            self.next_x = x + 1
+            self.events.scalars({self.loss_tag: loss, "lr": lr, "grad_norm": grad_norm}, x)
         watch = self.watch
         left = watch.seconds_per_iteration * ((self.epochs - self.epoch) * self.num_iterations - iterations)
         is_due = watch.seconds - self.last_line >= SECONDS_BETWEEN_LINES
@@ -245,7 +250,7 @@ class RunLog(NullLog):
         rate = self.images_per_iteration / watch.seconds_per_iteration if watch.batches else 0.0
         scores = {f"perf/{name}": value for name, value in stats.items() if name.startswith("test_")}
         speed = {"perf/images_per_s": rate, "perf/data_wait": watch.loading_share}
-        self.events.scalars(scores | speed, self.epoch)
+        self.events.scalars(scores | speed, x_of_epoch(self.epoch))
         line = stats | {
             "epoch": self.epoch,
             "seconds": round(watch.seconds, 3),
@@ -261,25 +266,19 @@ class RunLog(NullLog):
         )
 
     def picture(self, tag: str, picture: np.ndarray, epoch: int) -> None:
-        self.events.picture(tag, picture, epoch)
+        self.events.write(lambda writer: writer.add_image(tag, picture, x_of_epoch(epoch), dataformats="HWC"))
         self.flush()
 
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
-        errors = []
-        for file in (self.events, self.lines):
-            try:
-                file.close()
-            except OSError as error:
-                errors.append(str(error))
-        if errors:
-            raise OSError("; ".join(errors))
+        self.events.write(lambda writer: writer.close())
+        self.lines.close()
 
     def flush(self) -> None:  # if it fails, the run continues
+        self.events.write(lambda writer: writer.flush())
         try:
             self.lines.flush()
-            self.events.flush()
         except OSError as error:
             if time.monotonic() >= self.next_warning:
                 self.next_warning = time.monotonic() + SECONDS_BETWEEN_WARNINGS
@@ -293,7 +292,21 @@ def x_of(epoch: int, iterations: int, num_iterations: int) -> int:
         iterations: number of iterations of the epoch, up to the end of the update.
         num_iterations: number of iterations of a complete epoch.
     """
-    return int(1000 * (epoch + (iterations - 1) / num_iterations))
+    return math.floor(1000 * (epoch + (iterations - 1) / num_iterations))
+
+
+def x_of_epoch(epoch: int) -> int:
+    """Returns the x of the results of an epoch in TensorBoard: the last of the epoch.
+
+    TensorBoard hides events from one x on, so a run that resumes within the epoch hides earlier results of it.
+    """
+    return 1000 * epoch + 999
+
+
+def next_x(epoch: int, iterations: int, num_iterations: int) -> int:
+    """Returns the x from which a run logs in TensorBoard if it resumes after a number of iterations of an epoch."""
+    last, first = (x_of(epoch, number, num_iterations) for number in (iterations, iterations + 1))
+    return min(max(last + 1, first), x_of_epoch(epoch))
 
 
 def open_log(output_dir: Path, log_dir: Path, epochs: int, **options: Any) -> NullLog:

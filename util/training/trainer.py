@@ -118,7 +118,7 @@ def run(
             logger.info(f"nothing to do: the run has completed its {spec.epochs} epochs")
         log = run_log.open_log(
             output_dir, Path(spec.log_dir), spec.epochs, first_epoch=progress.epoch, loss_tag=task.loss_tag,
-            **_first_x(progress, len(batches), spec.accum_iter),
+            first_x=run_log.next_x(progress.epoch, progress.first_iteration, len(batches)),
         )  # fmt: skip
         for resource in (interrupts, _closing(log), closing(saver)):  # a signal takes effect after they are closed
             stack.enter_context(resource)
@@ -150,15 +150,6 @@ def _require_usable(
 def _initial_progress(spec: RunSpec, num_images: int) -> run_state.Progress:
     global_batch_size = spec.batch_size * dist.world_size()
     return run_state.Progress(global_batch_size * spec.accum_iter, global_batch_size, spec.start_epoch, num_images)
-
-
-def _first_x(progress: run_state.Progress, num_iterations: int, accum_iter: int) -> dict[str, int]:
-    """Returns the x from which the run logs its updates in TensorBoard, and the number of earlier updates at this x."""
-    done = progress.first_iteration
-    first_x = run_log.x_of(progress.epoch, done + 1, num_iterations)
-    earlier = range(accum_iter, done + 1, accum_iter)
-    count = sum(run_log.x_of(progress.epoch, iterations, num_iterations) == first_x for iterations in earlier)
-    return {"first_x": first_x, "updates_at_first_x": count}
 
 
 def _run_callbacks(callbacks: Sequence[Callback], model: nn.Module, epoch: float) -> None:
