@@ -6,6 +6,7 @@ The values under "published" are defaults of the published code. The command doe
 """
 
 import argparse
+import functools
 import importlib
 import json
 import re
@@ -14,8 +15,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from conftest import ROOT
 
+from inference import get_model
 from util.cli import entry_point
 from util.jobs import submit
 
@@ -24,6 +27,7 @@ SCRIPTS = ["main_pretrain", "main_finetune", "main_linprobe", "main_segment", "m
            "main_compare", "submitit_pretrain", "submitit_finetune", "submitit_linprobe", "submitit_segment",
            "inference.predict", "inference.reconstruct", "inference.features", "inference.segment", "inference.export",
            "util.datasets", "util.resize", "util.sharded"]  # fmt: skip
+SHAPE = {"input_size", "patch_size", "in_chans", "decoder_depth", "learned_pos_embed", "num_cls_tokens", "global_pool"}
 FILES = {"config", "data_path", "train_list", "val_list", "finetune", "output_dir", "log_dir", "resume"}
 
 
@@ -43,7 +47,7 @@ def defaults(script: str) -> dict[str, Any]:
 
 
 def recipe_settings(script: str, recipe: Path) -> dict[str, Any]:
-    """What the command in the header of a recipe sets, without files, and the effective batch size and its rate."""
+    """What the command in the header of a recipe sets, without files, and what follows from it."""
     text = recipe.read_text(encoding="utf-8").replace("\\\n#", "")
     command = re.search(rf"nproc_per_node (\d+) {script}\.py (.*)", text)
     processes, flags = (int(command[1]), shlex.split(command[2])) if command else (1, ["--config", str(recipe)])
@@ -51,7 +55,20 @@ def recipe_settings(script: str, recipe: Path) -> dict[str, Any]:
     found = {name: value for name, value in sorted(args.items()) if value != standard[name] and name not in FILES}
     images = processes * args["batch_size"] * args["accum_iter"]
     blr = args.get("blr") if isinstance(args.get("blr", 0.0), float) else args["blr"][0]
-    return found | {"effective_batch_size": images, "peak_lr": args["lr"] or round(blr * images / 256, 9)}
+    found |= {"effective_batch_size": images, "peak_lr": args["lr"] or round(blr * images / 256, 9)}
+    shape = tuple((name, to_hashable(args[name])) for name in sorted(SHAPE & args.keys()) if args[name] is not None)
+    return found | ({"parameters": num_parameters(args["model"], shape)} if script != "main_segment" else {})
+
+
+def to_hashable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+@functools.cache
+def num_parameters(model: str, shape: tuple[tuple[str, Any], ...]) -> int:
+    """The number of parameters of a model, of a classifier with 1000 classes."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in get_model(model, device="meta", **dict(shape)).parameters())
 
 
 def recorded(script: str) -> dict[str, dict[str, Any]]:
