@@ -267,11 +267,19 @@ def test_resuming_with_a_different_meaning_of_the_data_is_an_error(pretrain, fir
     assert len(lines(pretrain(**typed(note, again)))) == 2
 
 
-def test_changed_settings_are_logged(pretrain, capsys):
+def test_changed_and_unknown_settings_are_logged(pretrain, capsys, tmp_path):
     pretrain("run", epochs=2)
-    pretrain("run", epochs=2, resume="auto", mask_ratio=0.5, num_workers=1)
+    pretrain("run", epochs=2, resume="auto", mask_ratio=0.5, num_workers=1, input_size="16 16")
     warned = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
     assert warned == ["warning: --mask_ratio was 0.75 in the resumed run, and is 0.5 from now on"]
+    state = checkpoint.read(tmp_path / "run/checkpoint-1.pth")
+    state["args"] |= {"new_loss": "l1", "gpu": 3, "ema_rate": 0.5}
+    checkpoint.write(state, tmp_path / "run/checkpoint-1.pth")
+    pretrain("run", epochs=2, resume="auto")
+    (warned,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert "new_loss (l1)" in warned
+    assert "ema_rate (0.5)" in warned
+    assert "gpu" not in warned
 
 
 def test_init_from_loads_only_the_weights(pretrain):
