@@ -22,10 +22,11 @@ sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)  # the models are small, and several tests may share the machine
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 
+from mains import parse  # noqa: E402
+
 import main_knn  # noqa: E402
 import main_pretrain  # noqa: E402
 from models_mae import mae_vit_mini_patch4  # noqa: E402
-from util.cli import entry_point  # noqa: E402
 from util.data import transforms  # noqa: E402
 from util.data.samples import Samples  # noqa: E402
 from util.datasets import open_source  # noqa: E402
@@ -137,10 +138,7 @@ def classify(labelled, tmp_path):
         } | flags  # fmt: skip
         if main is not main_knn:
             settings = {"output_dir": out, "log_dir": out, "epochs": 2, "warmup_epochs": 1} | settings
-        argv = []
-        for flag, value in settings.items():
-            argv += [f"--{flag}"] if value is True else [f"--{flag}", *str(value).split()]
-        found = main.main(entry_point.parse(main.get_args_parser(), argv))
+        found = main.main(parse(main, **settings))
         return out if found is None else found
 
     return run
@@ -157,10 +155,7 @@ def pretrain(pictures, tmp_path):
             "input_size": 16, "batch_size": 4, "epochs": 2, "warmup_epochs": 1, "blr": 0.01, "num_workers": 0,
             "device": "cpu", "vis_every": 0,
         } | flags  # fmt: skip
-        argv = []
-        for flag, value in settings.items():
-            argv += [f"--{flag}"] if value is True else [f"--{flag}", *str(value).split()]
-        main_pretrain.main(entry_point.parse(main_pretrain.get_args_parser(), argv), callbacks=callbacks)
+        main_pretrain.main(parse(main_pretrain, **settings), callbacks=callbacks)
         return out
 
     return run

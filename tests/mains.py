@@ -1,16 +1,31 @@
 """Helpers for runs of the scripts: several processes, interruption, comparison."""
 
+import argparse
 import json
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import forks
 import pytest
 import torch
 
 from util.checkpoints import checkpoint
+from util.cli import entry_point
 from util.training import saver
+
+
+def argv_of(flags: Mapping[str, Any]) -> list[str]:
+    """The command line of flags by name: True is a flag without a value, and a text with spaces has several values."""
+    argv = []
+    for flag, value in flags.items():
+        argv += [f"--{flag}"] if value is True else [f"--{flag}", *str(value).split()]
+    return argv
+
+
+def parse(script: Any, **flags: Any) -> argparse.Namespace:
+    return entry_point.parse(script.get_args_parser(), argv_of(flags))
 
 
 def weights(out, name="checkpoint-1.pth"):

@@ -130,3 +130,23 @@ def test_a_full_disk_is_a_one_line_error(small_disk, write):
         "another folder"  # fmt: skip
     assert path.read_text() == "before"
     assert names(small_disk) == ["file"]
+
+
+def test_data_are_synced_before_the_rename(tmp_path, monkeypatch):
+    """After a power failure, either the previous or the new file exists. This requires fsync before the rename."""
+    calls = []
+    fsync, replace = os.fsync, Path.replace
+
+    def record_fsync(descriptor):
+        calls.append(("fsync", os.readlink(f"/proc/self/fd/{descriptor}").rpartition("/")[2]))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(Path, "replace", lambda a, b: calls.append(("rename", a.name)) or replace(a, b))
+    with atomic.replacing(tmp_path / "a") as file:
+        file.write_text("a")
+    assert calls == [("fsync", "a"), ("rename", "a")]
+    calls.clear()
+    with atomic.replacing(tmp_path / "b", sync=False) as file:
+        file.write_text("b")
+    assert calls == [("rename", "b")]

@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import json
 import pickle
 import re
 import sys
@@ -9,36 +10,60 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import yaml
 from conftest import ROOT
 
 import main_finetune
+import main_linprobe
 import main_pretrain
-from inference import features, predict
-from util.cli import entry_point
+from inference import export, features, predict
+from util.cli import entry_point, flags
+from util.cli.advice import advised
 from util.cli.flags import not_in_recipes
 from util.data import resize
+from util.interrupts import Interrupted
 from util.jobs import submit
-
-PUBLISHED = {
-    "batch_size": 64, "epochs": 400, "accum_iter": 1, "model": "mae_vit_large_patch16", "input_size": 224,
-    "mask_ratio": 0.75, "norm_pix_loss": False, "weight_decay": 0.05, "lr": None, "blr": 1e-3, "min_lr": 0.0,
-    "warmup_epochs": 40, "output_dir": "./output_dir", "log_dir": "./output_dir", "seed": 0, "resume": "",
-    "start_epoch": 0, "num_workers": 10, "pin_mem": True, "world_size": 1, "local_rank": -1, "dist_on_itp": False,
-    "dist_url": "env://",
-}  # fmt: skip
 
 
 def parse(*argv):
     return entry_point.parse(main_pretrain.get_args_parser(), argv)
 
 
-def test_published_flags_and_defaults():
-    args = vars(parse())
-    assert {flag: args[flag] for flag in PUBLISHED} == PUBLISHED
-    assert args["device"] == "auto"
-    assert args["data_path"] is None
-    assert main_pretrain.get_args_parser().parse_args([]).epochs == 400  # also without `entry_point.parse`
+@pytest.mark.parametrize("script", [main_pretrain, main_finetune, main_linprobe])
+def test_every_published_flag_takes_a_value(script):
+    """A value other than the default is parsed with its type, under the published name."""
+    words = {"model": "mae_vit_base_patch16" if script is main_pretrain else "vit_base_patch16", "remode": "const",
+             "mixup_mode": "elem", "dist_url": "tcp://a:1"}  # fmt: skip
+    lists = {"cutmix_minmax": [0.25, 0.5], "blr": [0.1, 0.5] if script is main_linprobe else 0.5}
+    numbers = {"lr": 0.25, "clip_grad": 0.5, "color_jitter": 0.5, "warmup_epochs": 2.5}
+    published = json.loads((ROOT / f"tests/golden/{script.__name__}.json").read_text())["published"]
+    for flag, default in published.items():
+        other = True if isinstance(default, bool) else {int: 3, float: 0.5, str: "text"}.get(type(default))
+        expected = {**words, **lists, **numbers}.get(flag, other)
+        values = [] if expected is True else expected if isinstance(expected, list) else [expected]
+        value = getattr(script.get_args_parser().parse_args([f"--{flag}", *map(str, values)]), flag)
+        assert (value, type(value)) == (expected, type(expected)), flag
+
+
+LIMITS = [  # type, valid values, invalid values
+    (flags.positive_int, ["1", "7"], ["0", "-1", "1.5"]),
+    (flags.count, ["0", "7"], ["-1"]),
+    (flags.non_negative, ["0", "0.5"], ["-0.1", "nan"]),
+    (flags.positive, ["1e-9"], ["0", "-1", "nan"]),
+    (flags.share, ["0", "1"], ["-0.1", "1.01"]),
+    (flags.positive_share, ["0.1", "1"], ["0", "1.01"]),
+    (flags.ratio, ["0", "0.99"], ["1", "-0.1"]),
+    (flags.jpeg_quality, ["1", "100"], ["0", "101"]),
+    (flags.count_or_all, ["0", "3", "all"], ["-1", "some"]),
+    (flags.seed, ["0", str(2**32 - 1)], ["-1", str(2**32)]),
+]
+
+
+@pytest.mark.parametrize(("kind", "valid", "invalid"), LIMITS)
+def test_types_of_values_have_limits(kind, valid, invalid):
+    assert [kind(text) for text in valid] == [type(kind(text))(text) for text in valid]
+    for text in invalid:
+        with pytest.raises((argparse.ArgumentTypeError, ValueError)):
+            kind(text)
 
 
 def test_log_dir_follows_output_dir():
@@ -54,6 +79,10 @@ def test_published_spellings():
     assert (args.pin_mem, args.norm_pix_loss, args.local_rank) == (False, True, 3)
     assert (args.input_size, args.patch_size) == ([32, 48], 8)
     assert parse("--pin_mem", "--local_rank", "1").local_rank == 1
+    assert parse("--no_pin_mem", "--pin_mem", "--norm_pix_loss", "--no_norm_pix_loss").norm_pix_loss is False
+    classifier = main_finetune.get_args_parser()
+    assert classifier.parse_args(["--cls_token"]).global_pool is False
+    assert classifier.parse_args(["--cls_token", "--global_pool"]).global_pool is True
 
 
 def test_help_explains_every_flag(capsys):
@@ -127,9 +156,12 @@ def test_usage_shows_the_required_flags(capsys):
         assert needed in usage
 
 
-def test_urls_are_accepted_only_where_expected():
+def test_urls_are_accepted_only_where_expected(capsys):
     assert parse("--dataset", "wds:https://a.org/{0..9}.tar").dataset == "wds:https://a.org/{0..9}.tar"
     assert parse("--dist_url", "tcp://a.org:1").dist_url == "tcp://a.org:1"
+    with pytest.raises(SystemExit):  # also if the flag converts the URL to a path, which has a single slash
+        entry_point.parse(resize.get_args_parser(), ["https://a.org/images", "copy"])
+    assert "FOLDER https:/a.org/images is a URL" in capsys.readouterr().err
 
 
 def test_settings_without_effect_warn(caplog):
@@ -234,13 +266,6 @@ def test_dates_in_recipes_are_text(tmp_path):
     assert parse("--config", recipe(tmp_path, "output_dir: 2024-01-31\n")).output_dir == "2024-01-31"
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("recipes/pretrain_*.yaml")), ids=lambda path: path.stem)
-def test_every_recipe_parses_and_sets_its_values(path):
-    args = vars(parse("--config", str(path)))
-    for key, value in yaml.safe_load(path.read_text()).items():
-        assert args[key] == value
-
-
 def test_errors_are_one_line_and_debug_shows_the_traceback(capsys, monkeypatch):
     def run(error, *flags):
         def main(args):
@@ -260,6 +285,47 @@ def test_errors_are_one_line_and_debug_shows_the_traceback(capsys, monkeypatch):
     code, output = run(KeyboardInterrupt())
     assert code == 130
     assert "--resume auto resumes from the newest checkpoint" in output
+    with pytest.raises(RuntimeError, match="shapes do not fit"):  # an error of the program keeps its traceback
+        run(RuntimeError("shapes do not fit"))
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (Interrupted(15), 143, "--resume auto"),
+        (Interrupted(2), 130, "--resume auto"),
+        (OSError(28, "No space left on device", "/out/x"), 1, "/out/x: No space left on device"),
+        (ZeroDivisionError("division"), 1, "division"),
+        (RuntimeError("DataLoader worker (pid 3) is killed by signal: Killed. More"), 1, "lower --num_workers"),
+    ],
+)
+def test_exit_codes_state_how_a_run_ended(error, code, message, monkeypatch, capsys):
+    """128 plus the number of the signal, as in a shell, or 1 for an error. Launchers use them to decide on restarts."""
+
+    def main(args):
+        raise error
+
+    monkeypatch.setattr("sys.argv", ["main.py"])
+    with pytest.raises(SystemExit) as stop:
+        entry_point.run(main, main_pretrain.get_args_parser())
+    assert stop.value.code == code
+    assert message in capsys.readouterr().err
+
+
+def test_remedies_name_only_flags_of_the_script(monkeypatch, capsys):
+    def main(args):
+        raise advised(ValueError("no"), "--finetune A starts from it", "--init_from A starts from it", "give another")
+
+    for script, message in (
+        (main_pretrain, "no: --init_from A starts from it; or give another"),
+        (main_finetune, "no: --finetune A starts from it; or give another"),
+        (export, "no: give another"),
+    ):
+        argv = ["--model", "a", "--to", "timm", "--out", "b"] if script is export else []
+        monkeypatch.setattr("sys.argv", ["main.py", *argv])
+        with pytest.raises(SystemExit):
+            entry_point.run(main, script.get_args_parser())
+        assert capsys.readouterr().err.endswith(f"error: {message}\n")
 
 
 @pytest.mark.parametrize(

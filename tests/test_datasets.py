@@ -8,6 +8,7 @@ import tarfile
 import numpy as np
 import pytest
 from conftest import ROOT
+from mains import parse
 from PIL import Image
 
 from util import datasets, dist, plain_data
@@ -124,6 +125,27 @@ def test_the_check_reports_bad_images(tmp_path, capsys):
     assert f"unreadable  1\n            {tmp_path / 'bad.jpg'}: the file is empty" in output
     assert "depth       3 images of more than 8 bits" in output
     assert "classes     none" in output
+
+
+def test_the_check_takes_the_list_of_its_part(tmp_path, capsys):
+    for number in range(3):
+        Image.new("L", (8, 8)).save(tmp_path / f"{number}.png")
+    (tmp_path / "train.txt").write_text("0.png\n")
+    (tmp_path / "val.txt").write_text("1.png\n2.png\n")
+    lists = {"train_list": tmp_path / "train.txt", "val_list": tmp_path / "val.txt", "num_workers": 0}
+    for split, count in (("train", 1), ("val", 2)):
+        datasets.main(parse(datasets, **lists, split=split))
+        assert f"images      {count}\n" in capsys.readouterr().out
+
+
+def test_images_of_more_than_8_bits_need_both_statistics(pretrain, tmp_path, capsys):
+    (tmp_path / "deep").mkdir()
+    for number in range(4):
+        Image.fromarray(np.full((16, 16), 10_000 * number, np.uint16)).save(tmp_path / f"deep/{number}.png")
+    flags = {"data_path": tmp_path / "deep", "in_chans": 1, "epochs": 1, "warmup_epochs": 0}
+    for given in ({"mean": 0.5, "std": 0.5}, {"mean": 0.5}, {"std": 0.5}):
+        pretrain("-".join(given), **flags, **given)
+        assert ("more than 8 bits" in capsys.readouterr().out) == (len(given) == 1)
 
 
 def test_the_check_limits_the_number_of_images(pictures, capsys):

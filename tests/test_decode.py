@@ -233,6 +233,7 @@ def test_exif_orientation_is_applied_as_in_pillow(orientation):
     exif[274] = orientation
     file = saved(RGB, "PNG", exif=exif)
     assert np.array_equal(decode(file, 3, upright=True), ImageOps.exif_transpose(Image.open(io.BytesIO(file))))
+    assert np.array_equal(decode(file, 3), Image.open(io.BytesIO(file)))  # in datasets
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from capture import parse
+from mains import parse
 from PIL import Image
 from segments import make_scenes
 

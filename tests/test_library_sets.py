@@ -3,6 +3,7 @@
 import builtins
 import gzip
 import io
+import itertools
 import json
 import shutil
 import struct
@@ -106,12 +107,13 @@ def test_parts_for_training_and_validation_do_not_overlap(tmp_path):
     data = tmp_path / "fgvc-aircraft-2013b" / "data"
     (data / "images").mkdir(parents=True)
     (data / "variants.txt").write_text("707\n747\n")
-    for part, names in (("train", "a b"), ("val", "c"), ("trainval", "a b c"), ("test", "d")):
+    for part, names in (("train", "a b"), ("val", "c"), ("trainval", "a b c"), ("test", "d")):  # val precedes test
         (data / f"images_variant_{part}.txt").write_text("".join(f"{name} 707\n" for name in names.split()))
-    for name in "abcd":
-        Image.new("RGB", (8, 8)).save(data / "images" / f"{name}.jpg")
+    for number, name in enumerate("abcd"):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(data / "images" / f"{name}.jpg")
     assert len(open_source("train", str(tmp_path), dataset="FGVCAircraft")) == 2
-    assert len(open_source("val", str(tmp_path), dataset="FGVCAircraft")) == 1
+    validation = open_source("val", str(tmp_path), dataset="FGVCAircraft")
+    assert (len(validation), validation[0][0]) == (1, (data / "images/c.jpg").read_bytes())
     assert len(open_source("train", str(tmp_path), dataset="FGVCAircraft:trainval")) == 3
 
 
@@ -253,12 +255,15 @@ def shards(tmp_path):
     return tmp_path
 
 
-def batches_of(shards, num_workers=0, on_bad_image="skip", batch_size=8, pattern="set-{000..003}.tar", **options):
+def batches_of(
+    shards, num_workers=0, on_bad_image="skip", batch_size=8, pattern="set-{000..003}.tar", seed=0, **options
+):
     source = open_source("train", dataset=f"wds:{shards}/{pattern}")
     samples = Samples(
-        source, transforms.to_tensor, in_chans=1, seed=0, draw_noise=partial(torch.rand, 4), on_bad_image=on_bad_image
-    )
-    return loader.TrainLoader(samples, batch_size, 0, num_workers, False, **options)
+        source, transforms.to_tensor, in_chans=1, seed=seed, draw_noise=partial(torch.rand, 4),
+        on_bad_image=on_bad_image,
+    )  # fmt: skip
+    return loader.TrainLoader(samples, batch_size, seed, num_workers, False, **options)
 
 
 def images_of(batches, epoch, first_iteration=0) -> list[int]:
@@ -277,6 +282,17 @@ def test_an_epoch_streams_every_image_once(shards, pattern):
     assert sorted(first) == sorted(second)
     assert first != second
     assert images_of(batches, 0) == first
+
+
+def test_the_order_of_a_stream_depends_on_seed_and_epoch(shards):
+    """Within a shard, too. The noise differs between epochs; --num_images limits an epoch."""
+    orders, noise = set(), set()
+    for seed, epoch in itertools.product((0, 1), repeat=2):
+        batches = batches_of(shards, batch_size=10, pattern="set-000.tar", seed=seed)
+        orders.add(tuple(images_of(batches, epoch)))
+        noise |= {row.numpy().tobytes() for _, _, rows in batches for row in rows}
+    assert (len(orders), len(noise)) == (4, 40)
+    assert len(open_source("train", dataset=f"wds:{shards}/set-000.tar", num_images=5)) == 5
 
 
 @pytest.mark.parametrize(("pattern", "workers"), [("all.tar", 0), ("set-*.tar", 0), ("set-*.tar", 2)])

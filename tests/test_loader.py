@@ -1,5 +1,6 @@
 """The order of samples, batches, and images that can't be read."""
 
+import itertools
 import multiprocessing
 import os
 import random
@@ -231,6 +232,9 @@ def test_examples_are_deterministic(pictures):
     images, labels, noise = loader.examples(samples, 8)
     assert images.shape[0] == labels.shape[0] == noise.shape[0] == 8
     assert torch.equal(loader.examples(samples, 8)[0], images)
+    _, labels, noise = loader.examples(samples, 4)
+    assert labels.tolist() == samples.source.labels[[0, 7, 15, 23]].tolist()  # spread over the dataset
+    assert torch.equal(noise, torch.stack([samples[0, index].noise for index in (0, 7, 15, 23)]))
     assert loader.examples(samples, 100)[0].shape[0] == 24
 
 
@@ -331,13 +335,32 @@ def test_a_batch_may_mix_8_and_16_bit_files(tmp_path):
 @pytest.mark.parametrize("processes", [1, 2, 5])
 def test_evaluation_uses_each_image_once(pictures, processes, monkeypatch):
     monkeypatch.setattr(dist, "world_size", lambda: processes)
-    contents = []
+    contents, samples = [], make_samples(pictures)
     for rank in range(processes):
         monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
-        for images, labels, _ in loader.eval_loader(make_samples(pictures), 7, 0, False):
+        found = []
+        for images, labels, _ in loader.eval_loader(samples, 7, 0, False):
             assert len(images) == len(labels) <= 7
+            found += labels.tolist()
             contents += [image.numpy().tobytes() for image in images]
+        assert found == samples.source.labels[rank::processes].tolist()  # in the order of the dataset
     assert len(contents) == len(set(contents)) == 24
+
+
+def test_every_process_permutes_its_stored_features(monkeypatch):
+    features, orders = torch.arange(12.0)[:, None].expand(-1, 3), set()
+    for seed, epoch, rank in itertools.product((0, 1), repeat=3):
+        monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
+        batches = loader.FeatureBatches(features, 100 + torch.arange(12), 4, seed)
+        batches.seek(epoch)
+        values, labels, indices = (torch.cat(parts) for parts in zip(*batches, strict=True))
+        assert torch.equal(labels, 100 + indices)
+        assert torch.equal(values, features[indices])
+        assert sorted(indices.tolist()) == list(range(12))
+        batches.seek(epoch, 2)
+        assert [batch[2].tolist() for batch in batches] == [indices[8:].tolist()]
+        orders.add(tuple(indices.tolist()))
+    assert len(orders) == 8
 
 
 def test_random_numbers_of_a_batch_depend_on_its_position_only(pictures):
@@ -387,6 +410,10 @@ def test_fewer_cores_than_workers_are_logged_once(caplog, monkeypatch):
     assert caplog.messages == []
     assert [loader.up_to_cores(77), loader.up_to_cores(77)] == [2, 2]
     assert caplog.messages == ["--num_workers 77: this process has 2 CPU cores and uses 2 worker processes"]
+    monkeypatch.setattr(loader, "_cores", lambda: 32)
+    for processes, workers in ((8, 4), (64, 1)):  # of a machine, which share its cores
+        monkeypatch.setattr(dist, "processes_here", lambda processes=processes: processes)
+        assert loader.up_to_cores(10) == workers
 
 
 @pytest.mark.parametrize(

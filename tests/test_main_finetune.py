@@ -9,7 +9,6 @@ import forks
 import numpy as np
 import pytest
 import torch
-from capture import recorder
 from conftest import ROOT
 from mains import Stopped, lines, stop_after
 from PIL import Image
@@ -59,16 +58,6 @@ def test_a_run_writes_the_files_of_the_published_code(finetune, capsys):
     assert re.search(r"^\* Acc@1 \d+\.\d{3} Acc@5 \d+\.\d{3} loss \d+\.\d{3}$", capsys.readouterr().out, re.MULTILINE)
 
 
-def test_an_evaluation_compiles_the_model(finetune, monkeypatch):
-    file = finetune(**PLAIN, epochs=1) / "checkpoint-0.pth"
-    calls = recorder(monkeypatch, main_finetune, "compile_model", call=False)
-    plain = finetune(eval=True, finetune=file)
-    assert calls == []
-    assert finetune(eval=True, finetune=file, compile=True).loss == plain.loss
-    assert [(type(call["model"]).__name__, call["device"].type) for call in calls] == [("VisionTransformer", "cpu")]
-    assert calls[0]["freeze_weights"]
-
-
 def test_fine_tuning_reduces_the_loss(finetune):
     out = finetune(**PLAIN, epochs=25, warmup_epochs=2)
     assert lines(out)[-1]["test_acc1"] > 80
@@ -104,7 +93,10 @@ def test_fine_tuning_starts_from_a_pretrained_encoder(finetune, pretrain, labell
 
 def test_partial_fine_tuning(finetune, pretrain, labelled):
     pretrained = pretrain("mae", data_path=labelled) / "checkpoint-1.pth"
-    before, after = weights(pretrained.parent), weights(finetune(finetune=pretrained, unfreeze_blocks=1, lr=0.1))
+    out = finetune(finetune=pretrained, unfreeze_blocks=1, lr=0.1)
+    before, after = weights(pretrained.parent), weights(out)
+    block = sum(tensor.numel() for name, tensor in after.items() if name.startswith("blocks.3."))
+    assert lines(out)[-1]["n_parameters"] == block + 128 * 6 + 6 + 2 * 128  # the head and fc_norm
     same = [f"blocks.{n}.mlp.fc1.weight" for n in range(3)] + ["pos_embed", "cls_token", "patch_embed.proj.weight"]
     assert all(torch.equal(before[name], after[name]) for name in same)
     assert not torch.equal(before["blocks.3.mlp.fc1.weight"], after["blocks.3.mlp.fc1.weight"])
@@ -154,6 +146,7 @@ def test_evaluation_equals_that_of_the_epoch(finetune, tuned, capsys, labelled, 
     for name in ("bare.pth", "published.pth"):  # they record no crop
         assert evaluated(capsys, finetune, resume=tmp_path / name, data_path=tmp_path / "only", crop_pct=1) == expected
     assert evaluated(capsys, finetune, finetune=tuned) == expected
+    assert evaluated(capsys, finetune, resume="auto", finetune=tuned) == expected
     assert not (tmp_path / "nothing").exists()
 
 
@@ -441,6 +434,7 @@ def test_invalid_inputs_are_one_line_errors(tuned, labelled, pictures, tmp_path,
         "--data_path", pictures
     )
     assert "--batch_size 7: --mixup and --cutmix mix pairs" in error_of("--batch_size", "7", "--mixup", "0.8")
+    assert "--cutmix_minmax: give the smaller fraction first" in error_of("--cutmix_minmax", "0.8", "0.2")
     assert "--unfreeze_blocks 5: the model has 4 blocks" in error_of("--unfreeze_blocks", "5")
     assert "--aa abc: timm has no such policy" in error_of("--aa", "abc")
     assert "no published weights named mae_pretrained_base; did you mean" in error_of(

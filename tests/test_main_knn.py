@@ -1,17 +1,23 @@
 """Nearest neighbors from the command line."""
 
+import itertools
 import json
 
 import forks
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.metrics import accuracy_score, balanced_accuracy_score
+from sklearn.neighbors import KNeighborsClassifier
 from test_knn import predictions
+from torch.nn import functional as F
+from torchvision import transforms as tv
 
 import main_finetune
 import main_knn
 from inference import features, get_model
+from models_vit import vit_mini_patch4
 from util.cli import entry_point
 
 
@@ -29,6 +35,50 @@ def test_neighbors_of_a_trained_encoder_find_the_classes(classify, capsys):
     expected = [f"* {k}-NN Acc@1 {found[k, 0.07]:.3f}" for k in (1, 5)]
     expected += [json.dumps({f"knn_acc1_k{k}": found[k, 0.07] for k in (1, 5)})]
     assert capsys.readouterr().out.splitlines()[-3:] == expected
+
+
+@pytest.fixture
+def noisy(tmp_path):
+    """Random pictures of three classes, which differ little in brightness."""
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 20), ("val", 12)):
+        for label, number in itertools.product(range(3), range(count)):
+            (tmp_path / "noisy" / split / f"kind{label}").mkdir(parents=True, exist_ok=True)
+            pixels = generator.integers(10 * label, 200 + 10 * label, (20, 24, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "noisy" / split / f"kind{label}" / f"{number:02}.png")
+    return tmp_path / "noisy"
+
+
+def test_accuracies_equal_those_of_scikit_learn(classify, noisy, tmp_path):
+    """The features are the class tokens of center crops; the votes are weighted with exp(cosine / temperature)."""
+    flags = {"data_path": noisy, "finetune": tmp_path / "encoder.pth"}
+    encoder = vit_mini_patch4(img_size=16, num_classes=0, global_pool=False).eval()
+    torch.save({"model": encoder.state_dict()}, tmp_path / "encoder.pth")
+    found = classify(main_knn, **flags, k="1 5 60", temperature="0.0005 3", crop_pct=0.5, mean="0.1 0.2 0.3",
+                     std="0.4 0.5 0.6")  # fmt: skip
+    center = tv.Compose([tv.Resize(32, tv.InterpolationMode.BICUBIC), tv.CenterCrop(16), tv.ToTensor(),
+                         tv.Normalize([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])])  # fmt: skip
+    parts = []
+    for split in ("train", "val"):
+        files = sorted((noisy / split).glob("*/*"))
+        with torch.no_grad():
+            tokens = encoder.forward_features(torch.stack([center(Image.open(file)) for file in files]))
+        parts.append((F.normalize(tokens, dim=1).numpy(), [file.parent.name for file in files]))
+    for (k, temperature), accuracy in found.items():
+        model = KNeighborsClassifier(k, weights=lambda d, t=temperature: np.exp(-(d**2) / 2 / t), algorithm="brute")
+        assert accuracy == pytest.approx(100 * model.fit(*parts[0]).score(*parts[1])), (k, temperature)
+    assert len(set(found.values())) >= 3
+    few = classify(main_knn, **flags, k="1 6", train_per_class=2)
+    assert few.keys() == {(1, 0.07), (6, 0.07)}
+    with pytest.raises(ValueError, match="--k 7"):
+        classify(main_knn, **flags, k=7, train_per_class=2)
+    with pytest.raises(ValueError, match="--nb_classes is 4"):
+        classify(main_knn, **flags, nb_classes=4)
+
+
+def test_an_encoder_without_a_file_depends_on_the_seed(classify, noisy):
+    accuracies = [classify(main_knn, data_path=noisy, k="1 3 5 9", seed=seed) for seed in (5, 5, 6)]
+    assert accuracies[0] == accuracies[1] != accuracies[2]
 
 
 def test_a_sweep_prints_all_accuracies_and_the_best(caplog):

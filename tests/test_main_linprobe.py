@@ -11,9 +11,8 @@ import forks
 import numpy as np
 import pytest
 import torch
-from capture import parse, recorder
 from conftest import ROOT
-from mains import Stopped, assert_equal, lines, stop_after, weights
+from mains import Stopped, assert_equal, lines, parse, stop_after, weights
 from PIL import Image
 from torch.nn import functional as F
 
@@ -31,7 +30,6 @@ from util.cli import entry_point
 from util.data import feature_files
 from util.data.decode import BadImage
 from util.settings import specs
-from util.training import trainer
 from util.training.precision import Precision
 
 
@@ -141,6 +139,35 @@ def test_every_reader_of_a_classifier_names_the_file_with_the_best_head(probe, m
     message = re.search(r"error: (\S+) has several heads; give (\S+) in the same folder", done.stderr)
     assert (message and message[1], done.returncode) == (f"{out}/checkpoint-best.pth", 1)
     assert len(get_model(out / message[2]).predict(image)["top"]) == 5
+
+
+def test_the_test_set_selects_nothing(probe, labelled, tmp_path, capsys):
+    """The head for "ant" is the best one on the test set, and the head for "bee" is the best one on held-out images."""
+    for split, (ants, bees) in (("train", (10, 30)), ("val", (5, 2))):
+        for name, count in (("ant", ants), ("bee", bees)):
+            for number in range(count):
+                copy = tmp_path / "data" / split / name / f"{number:02}.png"
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(labelled / "train" / f"kind{name == 'bee':d}" / f"{name == 'bee':02d}.png", copy)
+    flags = {"data_path": tmp_path / "data", "held_out": 0.25, "warmup_epochs": 0, "blr": "2e-9 1e-9 4e-9"}
+    out = probe(epochs=1, **flags)
+    state = checkpoint.read(out / "checkpoint-0.pth")
+    for head, label in enumerate((0, 1, 0)):
+        state["model"][f"head.{head}.1.weight"].zero_()
+        state["model"][f"head.{head}.1.bias"] = torch.eye(2)[label] * 9
+    checkpoint.write(state, out / "checkpoint-0.pth")
+    (out / "checkpoint-best.pth").unlink()
+    probe(epochs=2, **flags, resume="auto", report=tmp_path / "report")
+    last = lines(out)[-1]
+    assert (last["chosen_blr"], last["test_acc1"]) == (1e-9, pytest.approx(100 * 2 / 7))
+    assert "--blr 1e-09, the smallest value, is the best" in capsys.readouterr().out
+    assert checkpoint.read(out / "probe.pth")["model"]["head.1.bias"].tolist() == pytest.approx([0, 9], abs=1e-6)
+    assert (tmp_path / "report/classes.csv").read_text().splitlines()[1:] == ["ant,5,0,0.0000,bee", "bee,2,2,1.0000,"]
+
+
+def test_a_single_rate_and_several_exclude_each_other(probe):
+    with pytest.raises(ValueError, match=r"--lr 1 .*--blr"):
+        probe(blr="0.2 0.1", lr=1)
 
 
 def test_the_loss_is_the_mean_and_each_head_records_its_own():
@@ -295,7 +322,7 @@ def test_an_attentive_probe_learns_and_its_file_needs_no_flags(probe, mae, label
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_an_attentive_probe_resumes_exactly(probe, mae, cached, monkeypatch):
+def test_an_attentive_probe_resumes_exactly(probe, mae, cached, capsys):
     flags = {
         "finetune": mae,
         "probe": "attentive",
@@ -306,9 +333,9 @@ def test_an_attentive_probe_resumes_exactly(probe, mae, cached, monkeypatch):
     whole, parts = probe("whole", **flags), probe("parts", **flags)
     for name in ("checkpoint-2.pth", "checkpoint-best.pth"):
         (parts / name).unlink()
-    encoded = recorder(monkeypatch, engine_finetune, "encode")
+    capsys.readouterr()
     probe("parts", **flags, resume="auto")
-    assert len(encoded) == (0 if cached else 1)  # the files of tokens are complete; else the test images are encoded
+    assert ("after 48 of 48 images" in capsys.readouterr().out) == cached  # the files of tokens are complete
     a, b = (checkpoint.read(out / "checkpoint-2.pth") for out in (whole, parts))
     assert [name for name in a["model"] if not torch.equal(a["model"][name], b["model"][name])] == []
     assert torch.equal(a["optimizer"]["state"][0]["momentum"], b["optimizer"]["state"][0]["momentum"])
@@ -404,14 +431,13 @@ def test_each_process_stores_its_own_tokens_and_resumes(mae, labelled, tmp_path,
     assert not torch.equal(other, own)  # other weights, other tokens
 
 
-def test_a_disk_without_space_for_tokens_is_an_error_before_they_are_computed(probe, mae, monkeypatch):
+def test_a_disk_without_space_for_tokens_is_an_error_before_they_are_computed(probe, mae, monkeypatch, tmp_path):
     monkeypatch.setattr(main_linprobe.shutil, "disk_usage", lambda path: SimpleNamespace(free=290_000))
-    encoded = recorder(monkeypatch, engine_finetune, "encode")
     with pytest.raises(ValueError) as error:
         probe(finetune=mae, probe="attentive", epochs=1, cache_features=True)
     assert "--cache_features: the tokens of 71 images take 0 MB in " in str(error.value)
     assert "where 0 MB are free: free space, give another --output_dir, or omit --cache_features" in str(error.value)
-    assert not encoded
+    assert not list((tmp_path / "run").glob("tokens/*/features.*"))
     monkeypatch.setattr(main_linprobe.shutil, "disk_usage", lambda path: SimpleNamespace(free=71 * 16 * 128 * 2))
     out = probe(finetune=mae, probe="attentive", epochs=1, cache_features=True)
     monkeypatch.setattr(main_linprobe.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
@@ -461,16 +487,15 @@ def damaged(labelled, tmp_path):
 
 @pytest.mark.parametrize("flags", [{"cache_features": True}, {"cache_features": True, "probe": "attentive"},
                                    {"blr": "1 10", "held_out": 0.5}, {"val_fraction": 0.5}])  # fmt: skip
-def test_bad_training_images_are_excluded_before_their_features(probe, mae, damaged, capsys, flags, monkeypatch):
+def test_bad_training_images_are_excluded_before_their_features(probe, mae, damaged, capsys, flags):
     flags = {"finetune": mae, "data_path": damaged, "epochs": 1, "warmup_epochs": 0, **flags}
     if "cache_features" in flags:
         with pytest.raises(BadImage, match=r"01.png: the file is empty \(--on_bad_image skip excludes such"):
             probe("error", **flags)
-    runs = recorder(monkeypatch, trainer, "run")
-    probe("skip", **flags, on_bad_image="skip")
-    (run,) = runs
+    out = probe("skip", **flags, on_bad_image="skip")
+    num_images = checkpoint.read(out / "checkpoint-0.pth")["progress"]["num_images"]
     held_out = {"blr": 24, "val_fraction": 24}  # of 47
-    assert run["batches"].num_images == 47 - next((held_out[name] for name in held_out if name in flags), 0)
+    assert num_images == 47 - next((held_out[name] for name in held_out if name in flags), 0)
     assert capsys.readouterr().out.count("01.png: the file is empty; it is excluded") == 1
     for number in (7, 13, 19, 25):  # with 01.png, more than a tenth of the images
         (damaged / f"train/kind1/{number:02}.png").write_bytes(b"")

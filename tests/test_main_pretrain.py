@@ -1,5 +1,6 @@
 """main_pretrain.py: its files, exact resume, and error messages."""
 
+import functools
 import io
 import os
 import re
@@ -18,6 +19,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main_pretrain
+from models_mae import MaskedAutoencoderViT
 from util import dist
 from util.checkpoints import checkpoint
 from util.checkpoints.checkpoint import CheckpointError
@@ -45,6 +47,37 @@ def test_a_run_writes_the_files_of_the_published_code(pretrain):
     images = np.asarray(Image.open(io.BytesIO(shown[0].encoded_image_string)))
     titles = images[: -(8 * 80 + 7 * 2)]  # above 8 images of 16 pixels, enlarged to 80, and the gaps
     assert (titles[:, -4 * 80 :] < 128).any()
+
+
+def test_the_learning_rate_of_every_update(pretrain, tmp_path):
+    """Two updates of 3 x 4 images per epoch; two epochs of warm-up and two of cosine from 0.012 to 0.002."""
+    out = pretrain(epochs=4, accum_iter=3, blr=0.256, warmup_epochs=2, min_lr=0.002, log_dir=tmp_path / "events")
+    published = [0, 0.003, 0.006, 0.009, 0.012, 0.0105355339, 0.007, 0.0034644661]
+    rates = EventAccumulator(str(tmp_path / "events")).Reload().Scalars("lr")
+    assert [rate.value for rate in rates] == pytest.approx(published)
+    assert [line["train_lr"] for line in lines(out)] == pytest.approx([0.0015, 0.0075, 0.01126776695, 0.00523223305])
+    groups = checkpoint.read(out / "checkpoint-3.pth")["optimizer"]["param_groups"]
+    assert [group["lr"] for group in groups] == pytest.approx([published[-1]] * 2)
+
+
+@pytest.mark.parametrize(("vis_every", "epochs"), [(3, [0, 3, 4]), (0, [])])
+def test_reconstructions_are_logged_every_few_epochs_and_after_the_last(pretrain, vis_every, epochs):
+    events = EventAccumulator(str(pretrain(epochs=5, vis_every=vis_every))).Reload()
+    assert events.Tags()["images"] == ["reconstruction"][: len(epochs)]
+    assert [event.step for event in (events.Images("reconstruction") if epochs else [])] == epochs
+
+
+class PredictsFeatures(MaskedAutoencoderViT):
+    predicts_pixels = False
+
+
+def test_a_class_of_models_is_recorded_and_without_pixels_draws_no_pictures(pretrain, pictures, tmp_path):
+    argv = small_run(pictures, tmp_path / "own", "--batch_size", 4, "--epochs", 1, "--vis_every", 1)
+    main_pretrain.main(entry_point.parse(main_pretrain.get_args_parser(), argv), functools.partial(PredictsFeatures))
+    settings = checkpoint.read(tmp_path / "own/checkpoint-0.pth")["args"]
+    assert (settings["model_class"], settings["predicts_pixels"]) == ("PredictsFeatures", False)
+    assert "model_class" not in checkpoint.read(pretrain("base", epochs=1) / "checkpoint-0.pth")["args"]
+    assert EventAccumulator(str(tmp_path / "own")).Reload().Tags()["images"] == []
 
 
 def test_the_loss_falls(pretrain):
@@ -232,11 +265,19 @@ def test_resuming_with_a_different_meaning_of_the_data_is_an_error(pretrain, fir
     assert len(lines(pretrain(**typed(note, again)))) == 2
 
 
-def test_changed_settings_are_logged(pretrain, capsys):
+def test_changed_and_unknown_settings_are_logged(pretrain, capsys, tmp_path):
     pretrain("run", epochs=2)
-    pretrain("run", epochs=2, resume="auto", mask_ratio=0.5, num_workers=1)
+    pretrain("run", epochs=2, resume="auto", mask_ratio=0.5, num_workers=1, input_size="16 16")
     warned = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
     assert warned == ["warning: --mask_ratio was 0.75 in the resumed run, and is 0.5 from now on"]
+    state = checkpoint.read(tmp_path / "run/checkpoint-1.pth")
+    state["args"] |= {"new_loss": "l1", "gpu": 3, "ema_rate": 0.5}
+    checkpoint.write(state, tmp_path / "run/checkpoint-1.pth")
+    pretrain("run", epochs=2, resume="auto")
+    (warned,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert "new_loss (l1)" in warned
+    assert "ema_rate (0.5)" in warned
+    assert "gpu" not in warned
 
 
 def test_init_from_loads_only_the_weights(pretrain):
@@ -245,8 +286,6 @@ def test_init_from_loads_only_the_weights(pretrain):
 
 
 def test_a_nan_loss_writes_an_emergency_checkpoint(pretrain, monkeypatch, tmp_path):
-    from models_mae import MaskedAutoencoderViT
-
     forward_loss, calls = MaskedAutoencoderViT.forward_loss, iter(range(100))
     monkeypatch.setattr(
         MaskedAutoencoderViT,
@@ -257,6 +296,9 @@ def test_a_nan_loss_writes_an_emergency_checkpoint(pretrain, monkeypatch, tmp_pa
         pretrain("nan")
     state = checkpoint.read(tmp_path / "nan" / "checkpoint-emergency.pth")
     assert all(torch.isfinite(w).all() for w in state["model"].values())
+    calls = iter(range(100))
+    first, second = lines(pretrain("skip", on_nonfinite="skip"))
+    assert (first["skipped_steps"], "skipped_steps" in second) == (1, False)
 
 
 # ---------------------------------------------------------------------------------------------------- wrong inputs

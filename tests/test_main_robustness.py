@@ -10,6 +10,7 @@ import painted
 import pytest
 import timm
 import torch
+from mains import parse
 from painted import class_folders, wrong_in_ten
 from PIL import Image
 from sklearn.metrics import accuracy_score, balanced_accuracy_score
@@ -20,15 +21,14 @@ from torchvision.transforms.functional import pil_to_tensor
 import main_robustness
 from inference import get_model
 from inference.model import imagenet_classes
-from util.cli import entry_point
 from util.evaluation import robustness
 from util.evaluation.robustness import CORRUPTIONS, SEVERITIES
+from util.files import locks
 
 
 def run(suite, data, out, model="timm:reads_colors", **flags):
     given = {"suite": suite, "data_path": data, "model": model, "output_dir": out, "num_workers": 0, "device": "cpu"}
-    argv = [part for flag, value in (given | flags).items() for part in (f"--{flag}", str(value))]
-    return main_robustness.main(entry_point.parse(main_robustness.get_args_parser(), argv))
+    return main_robustness.main(parse(main_robustness, **given | flags))
 
 
 def scores(out, suite):
@@ -63,6 +63,19 @@ def test_predictions_are_restricted_to_the_classes_of_the_suite(suite, tmp_path)
     run(suite, tmp_path / "data", tmp_path)
     found = scores(tmp_path, suite)[suite]
     assert found == {"images": 400, "acc1": pytest.approx(100 * (400 - followed) / 400), "acc5": 100.0}
+
+
+def test_two_models_at_once_do_not_write_one_file(tmp_path):
+    """The second would overwrite the scores of the first. Two suites may be evaluated at once."""
+    for suite in ("imagenet-a", "imagenet-r"):
+        class_folders(tmp_path / suite, robustness.subset(suite), "a.jpg", lambda label: label)
+    with locks.locked(tmp_path / "out", "imagenet-a.lock"):
+        with pytest.raises(ValueError, match="out is being written to by another process"):
+            run("imagenet-a", tmp_path / "imagenet-a", tmp_path / "out")
+        table = run("imagenet-r", tmp_path / "imagenet-r", tmp_path / "out", subset=7, amp="bf16")
+    assert "a subset of 7 images per cell" in table
+    settings = json.loads((tmp_path / "out/imagenet-r.json").read_text())["settings"]
+    assert (settings["subset"], settings["amp"], settings["model"]) == (7, "bf16", "timm:reads_colors")
 
 
 def test_imagenet_sketch_among_all_classes(tmp_path):

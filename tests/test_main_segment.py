@@ -9,9 +9,8 @@ import forks
 import numpy as np
 import pytest
 import torch
-from capture import parse, recorder
 from conftest import ROOT
-from mains import Stopped, assert_equal, lines, stop_after, weights
+from mains import Stopped, assert_equal, lines, parse, stop_after, weights
 from PIL import Image
 from segments import make_scenes
 
@@ -98,14 +97,6 @@ def test_only_the_head_learns_and_its_file_needs_no_flags(
         assert [float(row["iou"]) for row in rows] == pytest.approx(scores.iou / 100, abs=1e-4)
         assert [int(row["pixels"]) for row in rows] == scores.matrix.sum(axis=1).tolist()
         assert Image.open(tmp_path / folder / "confusion.png").width > 300
-
-
-def test_compile_applies_to_evaluation(segment, scenes, monkeypatch):
-    calls = recorder(monkeypatch, main_segment, "compile_model", call=False)
-    out = segment(epochs=1)
-    flags = {"eval": True, "resume": out / "checkpoint-0.pth", "data_path": scenes, "num_workers": 0, "device": "cpu"}
-    main_segment.main(parse(main_segment, **flags, compile=True))
-    assert [call["freeze_weights"] for call in calls] == [True]
 
 
 def test_another_window_keeps_the_scale_of_the_training(segment):

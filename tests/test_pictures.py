@@ -16,6 +16,7 @@ def test_tile_sets_images_side_by_side():
     assert (picture[:4, :5] == 0).all()
     assert (picture[:4, 5:] == 255).all()
     assert picture[-1, -1].tolist() == [128, 255, 255]
+    assert (picture[:4, 5 : 5 + pictures.GAP] == 255).all() and (picture[4 : 4 + pictures.GAP] == 255).all()
     assert pictures.tile([first], lambda x: x, scale=3).shape == (2 * 12 + pictures.GAP, 15, 3)
 
 
@@ -26,6 +27,8 @@ def test_reconstruction_shows_the_models_own_pictures(mini_mae):
     picture = pictures.reconstruction(mini_mae, images, noise, normalize, 0.5)
     assert picture.shape == (2 * 16 + pictures.GAP, 4 * 16 + 3 * pictures.GAP, 1)
     assert np.array_equal(picture[:16, :16, 0], images[0, 0])
+    masked = picture[:16, 16 + pictures.GAP : 32 + pictures.GAP, 0]
+    assert 7 * 16 < (masked == images[0, 0].numpy()).sum() < 9 * 16  # half of the pixels
     pasted = mini_mae.reconstruct(normalize(images), 0.5, noise=noise).pasted
     expected = (normalize.inverse(pasted)[1, 0] * 255).round().to(torch.uint8)
     assert np.array_equal(picture[-16:, -16:, 0], expected)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mains import argv_of, parse
 from PIL import Image
 
 import main_finetune
@@ -24,13 +25,6 @@ from util.data.decode import BadImage
 SMALL = {"input_size": 16, "batch_size": 8, "num_workers": 0, "device": "cpu"}
 RUN = {**SMALL, "epochs": 1, "warmup_epochs": 0}
 MAE, VIT = {**RUN, "model": "mae_vit_mini_patch4", "vis_every": 0}, {**RUN, "model": "vit_mini_patch4"}
-
-
-def argv_of(settings: dict) -> list[str]:
-    argv = []
-    for flag, value in settings.items():
-        argv += [f"--{flag}", *([] if value is True else str(value).split())]
-    return argv
 
 
 @pytest.fixture
@@ -61,7 +55,7 @@ def runs(labelled, tmp_path_factory):
         ("part", main_finetune, {**VIT, "unfreeze_blocks": 1, "epochs": 2}),
     ):
         settings = {**settings, "data_path": labelled, "output_dir": root / name}
-        script.main(entry_point.parse(script.get_args_parser(), argv_of(settings)))
+        script.main(parse(script, **settings))
     return root
 
 

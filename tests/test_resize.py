@@ -59,6 +59,20 @@ def test_resize_scales_large_images_only(folder, tmp_path):
     assert np.array_equal(np.asarray(Image.open(copy / "train/cat/b.PNG")), np.asarray(expected))
 
 
+def test_a_scaled_jpeg_has_the_given_quality_and_sides_of_the_given_size_are_copied(tmp_path):
+    (tmp_path / "images").mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, size=(200, 200, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "images/a.jpg", quality=100)
+    Image.fromarray(noise[:100]).save(tmp_path / "images/b.jpg", quality=100)
+    expected = Image.open(tmp_path / "images/a.jpg").resize((100, 100), Image.Resampling.BICUBIC)
+    for quality in (40, 90):
+        copy = tmp_path / str(quality)
+        make_copy(tmp_path / "images", copy, "--short_side", 100, "--quality", quality)
+        expected.save(tmp_path / "expected.jpg", quality=quality)
+        assert (copy / "a.jpg").read_bytes() == (tmp_path / "expected.jpg").read_bytes()
+        assert (copy / "b.jpg").read_bytes() == (tmp_path / "images/b.jpg").read_bytes()
+
+
 def test_resize_resumes_after_an_interruption(folder, tmp_path, caplog):
     caplog.set_level("INFO")
     copy = tmp_path / "copy"

@@ -39,6 +39,38 @@ def test_errors_by_hand():
     assert found.unnormalized == pytest.approx(2.0)
 
 
+# Hendrycks & Dietterich (2019): top-1 errors of AlexNet.
+ALEXNET = {
+    "gaussian_noise": 0.886428, "shot_noise": 0.894468, "impulse_noise": 0.922640, "defocus_blur": 0.819880,
+    "glass_blur": 0.826268, "motion_blur": 0.785948, "zoom_blur": 0.798360, "snow": 0.866816, "frost": 0.826572,
+    "fog": 0.819324, "brightness": 0.564592, "contrast": 0.853204, "elastic_transform": 0.646056, "pixelate": 0.717840,
+    "jpeg_compression": 0.606500,
+}  # fmt: skip
+
+
+def test_each_corruption_is_normalized_by_the_published_error_of_alexnet():
+    """CE = sum of the five severities' errors / (5 x AlexNet's); mCE = the mean of the 15."""
+    errors = {f"{name}/{five}": 2.0 * number * five for number, name in enumerate(ALEXNET) for five in SEVERITIES}
+    found = corruption_errors(errors)
+    expected = {name: 2.0 * number * 15 / (5 * ALEXNET[name]) for number, name in enumerate(ALEXNET)}
+    assert found.normalized == pytest.approx(expected)
+    assert found.mce == pytest.approx(sum(expected.values()) / 15)
+    assert [len(errors) for errors in robustness.ALEXNET.values()] == [3, 4, 4, 4]
+
+
+def test_the_published_numbers_of_images_and_scores():
+    labels = RealLabelsImagenet([""] * 50_000).real_labels
+    assert sum(map(bool, labels.values())) == robustness.IMAGES["imagenet-real"] == 46_837
+    counts = {"imagenet-a": 7_500, "imagenet-r": 30_000, "imagenet-sketch": 50_889, "imagenet-v2": 10_000,
+              "imagenet-c": 50_000}  # fmt: skip
+    assert {suite: robustness.IMAGES[suite] for suite in counts} == counts
+    scores = {"imagenet-c": [51.7, 41.8, 33.8, 36.8], "imagenet-a": [35.9, 57.1, 68.2, 76.7],
+              "imagenet-r": [48.3, 59.9, 64.4, 66.5], "imagenet-sketch": [34.5, 45.3, 49.6, 50.9]}  # fmt: skip
+    assert {suite: list(published.values()) for suite, published in robustness.PUBLISHED.items()} == scores
+    for published in robustness.PUBLISHED.values():
+        assert list(published) == ["ViT-B/16", "ViT-L/16", "ViT-H/14", "ViT-H/14, 448"]
+
+
 def test_names_of_models_are_no_formulas(tmp_path):
     cells = {"imagenet-a": {"images": 7500.0, "acc1": 50.0}}
     robustness_report.write(tmp_path / "scores", "imagenet-a", cells, r"imagenet-a, $\frac{1$")

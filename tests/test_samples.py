@@ -1,5 +1,7 @@
 """Samples depend only on the seed, the epoch and their index."""
 
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -29,11 +31,13 @@ def test_a_sample_depends_only_on_seed_epoch_and_index(pictures):
 
 def test_sampling_does_not_change_global_generators(pictures):
     samples = make_samples(pictures)
-    torch.manual_seed(5)
-    expected = torch.rand(3)
-    torch.manual_seed(5)
-    _ = samples[0, 1]
-    assert torch.equal(torch.rand(3), expected)
+
+    def draws(between):
+        torch.manual_seed(5), random.seed(5), np.random.seed(5)
+        between()
+        return torch.rand(1).item(), random.random(), np.random.rand()
+
+    assert draws(lambda: samples[0, 1]) == draws(lambda: None)
 
 
 def test_noise_does_not_depend_on_the_augmentation(pictures):

@@ -1,8 +1,10 @@
 """Saving during training: file names, times, and failures."""
 
 import re
+import time
 from concurrent.futures import wait
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -46,6 +48,19 @@ def test_save_minutes_writes_checkpoint_last(tmp_path):
         "epoch": 3, "images_done": 16, "effective_batch_size": 16, "meters": {"loss": 1.0}, "best_accuracy": -1.0,
         "num_images": None,
     }  # fmt: skip
+
+
+def test_checkpoint_last_is_written_every_save_minutes(tmp_path, monkeypatch):
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(time, "monotonic", lambda: clock.now)
+    writer, requests = make_saver(tmp_path), []
+    for seconds in (0, 899, 2, 1, 897, 3):
+        clock.now += seconds
+        requests.append(writer.request())
+        if requests[-1] is Request.SAVE:
+            writer.save(0, 1, {})
+    writer.close()
+    assert [request is Request.SAVE for request in requests] == [False, False, True, False, False, True]
 
 
 def test_an_unwritable_checkpoint_does_not_end_the_run(tmp_path, caplog):

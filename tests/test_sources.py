@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from torchvision.datasets import ImageFolder
 
 from util.data import labels
 from util.data.archives import Archive
@@ -35,6 +36,17 @@ def test_class_folders(pictures):
     assert names(source) == sorted(names(source))
     assert source[3][0] == (pictures / "train" / source.names[3]).read_bytes()
     assert source.name(3) == str(pictures / "train" / source.names[3])
+
+
+def test_every_common_suffix_is_an_image_and_classes_are_those_of_torchvision(tmp_path):
+    suffixes = ("JPEG", "JPG", "bmp", "jpeg", "jpg", "png", "tif", "webp")
+    for name in ("b", "A", "c10", "c9", "Z", "_"):
+        for suffix in suffixes:
+            (tmp_path / name).mkdir(exist_ok=True)
+            (tmp_path / name / f"1.{suffix}").touch()
+    source = find_files(tmp_path)
+    assert source.classes == ImageFolder(tmp_path).classes == ["A", "Z", "_", "b", "c10", "c9"]
+    assert names(source)[:8] == [f"A/1.{suffix}" for suffix in suffixes]
 
 
 def test_the_version_of_a_sample_changes_with_its_file(tmp_path):
