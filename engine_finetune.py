@@ -341,7 +341,12 @@ def with_recorded_settings(
         names -= set() if "model" in file.settings else {"crop", "crop_pct"}
     warn_of_changes(file.source, args, names, recorded)
     taken = {name: recorded[name] for name in sorted(names - entry_point.explicit(args))}
-    changed = {name: value for name, value in taken.items() if settings.differs(name, value, getattr(args, name))}
+    default = {**ModelSpec().record(), **ImageSpec().record()}  # of the flags whose default is None
+    changed = {
+        name: value
+        for name, value in taken.items()
+        if settings.differs(name, value, default.get(name) if getattr(args, name) is None else getattr(args, name))
+    }
     if changed and dist.is_main():
         logger.info(f"settings of {file.source}: {' '.join(advice.arguments(changed))}")
     args = entry_point.changed(args, taken)

@@ -20,7 +20,7 @@ PACKAGES = {
     "training": "checkpoints|cli|files",
     "jobs": "cli|files",
 }
-SHARED = r"util\.(dist|interrupts|lr_sched|masking|pos_embed)"
+SHARED = r"util\.(dist|interrupts|lr_sched|masking|pos_embed|settings)"
 # A module, or a pattern of modules -> the modules of this project that it may import.
 ARROWS = {
     r"submitit_\w+": r"main_\w+|util\.jobs\.submit",
@@ -28,9 +28,7 @@ ARROWS = {
     r"main_robustness": r"engine_finetune|inference\.imagenet|util\..+",
     r"main_\w+": r"engine_\w+|models_\w+|util\..+",
     r"engine_\w+": r"util\..+",
-    r"models_build": (
-        r"models_(mae|segment|vit)|util\.(weights\.(loading|model_zoo)|checkpoints\.checkpoint|cli\.choices)"
-    ),
+    r"models_build": (r"models_(mae|segment|vit)|util\.(weights\.\w+|checkpoints\.checkpoint|cli\.choices|settings)"),
     r"models_mae": r"models_vit|util\.pos_embed|util\.masking",
     r"models_segment": r"models_vit",
     r"models_vit": r"util\.pos_embed",
@@ -50,6 +48,8 @@ ARROWS = {
     r"util\.resize": r"util\.cli\.entry_point|util\.data\.resize",
     r"util\.sharded": r"util\.cli\.entry_point|util\.checkpoints\.sharded",
     r"util\.dist": r"util\.plain_data",
+    r"util\.settings": r"util\.pos_embed",
+    r"util\.lr_sched": r"util\.settings",
     r"util\.\w+": r"",  # the rest are leaves
 }
 # Optional packages, each imported in one file only.
