@@ -107,7 +107,8 @@ def draw(files: dict[str, Path], data: Path, path: Path) -> None:
     rows = {"picture": [np.asarray(Image.open(file)) for file in pictures],
             "mask": [np.asarray(Image.open(file)) for file in masks]}  # fmt: skip
     for title, file in files.items():
-        rows[title] = get_model(file).segment(pictures)
+        model: Any = get_model(file)
+        rows[title] = model.segment(pictures)
     names, colors = read_palette(data / "palette.txt")
     figure = Figure(figsize=(EXAMPLES + 2.2, len(rows) * 1.15), dpi=100)
     for line, (title, arrays) in zip(figure.subplots(len(rows), EXAMPLES), rows.items(), strict=True):
