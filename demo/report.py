@@ -25,7 +25,7 @@ from util.cli import entry_point
 from util.data.labels import require, some_of_each_class
 from util.data.samples import Samples
 from util.data.transforms import to_tensor
-from util.evaluation import knn, pictures
+from util.evaluation import knn, pictures, tables
 from util.files import atomic
 from util.training import run_log
 
@@ -81,20 +81,18 @@ def draw_reconstructions(model: Autoencoder, images: torch.Tensor, path: Path) -
     axes.axis("off")
     for column, title in enumerate(("original", f"masked {ratio:.0%}", "prediction", "pasted")):
         axes.text((column + 0.5) * picture.shape[1] / 4, -8, title, ha="center", fontsize=8)
-    with atomic.replacing(path) as written:
-        figure.savefig(written)
+    tables.save(figure, path)
 
 
 def draw_loss(run: Path, path: Path) -> None:
     """Draws the training loss of each epoch of a run directory."""
     lines = run_log.read(run)
-    figure = Figure(figsize=(6, 4), dpi=100, layout="constrained")
+    figure = tables.new_figure(6, 4)
     axes = figure.subplots()
     axes.plot([line["epoch"] + 1 for line in lines], [line["train_loss"] for line in lines], marker=".")
     axes.set(xlabel="epoch", ylabel="mean squared error of masked patches", title="Masked pre-training")
     axes.grid(alpha=0.3)
-    with atomic.replacing(path) as written:
-        figure.savefig(written)
+    tables.save(figure, path)
 
 
 def neighbors(train: np.ndarray, labels: np.ndarray, test: np.ndarray, test_labels: np.ndarray) -> float:
@@ -130,14 +128,14 @@ def main(args: argparse.Namespace) -> None:
         "untrained encoder": lambda images: encode(untrained, images),
         "pre-trained encoder": lambda images: encode(model, images),
     }
-    results, table = (
-        {},
-        [f"| {len(labels):,} labels | logistic regression | {NEIGHBORS} nearest neighbors |", "|---|---|---|"],
-    )
+    results: dict[str, float] = {}
     for name, encoder in encoders.items():
         features = encoder(train), labels, encoder(test), test_labels
         results[name], results[f"{name}, neighbours"] = probe(*features), neighbors(*features)
-        table.append(f"| {name} | {results[name]:.1%} | {results[f'{name}, neighbours']:.1%} |")
+    titles = [f"{len(labels):,} labels", "logistic regression", f"{NEIGHBORS} nearest neighbors"]
+    table = tables.markdown(
+        titles, [[name, f"{results[name]:.1%}", f"{results[f'{name}, neighbours']:.1%}"] for name in encoders]
+    )
     if args.finetuned and args.scratch:
         source = require(datasets.open_source("train", args.data_path), "train")
         few = some_of_each_class(source, args.train_per_class, seed=0)
@@ -148,11 +146,11 @@ def main(args: argparse.Namespace) -> None:
             "the same, fine-tuned from the pre-trained encoder": last_accuracy(args.finetuned),
         }
         results |= {f"{len(few)} labels: {name}": accuracy for name, accuracy in rows.items()}
-        table += ["", f"| {len(few):,} labels | test accuracy |", "|---|---|"]
-        table += [f"| {name} | {accuracy:.1%} |" for name, accuracy in rows.items()]
-    atomic.write_text(args.out / "table.md", "\n".join(table) + "\n")
+        few_rows = [[name, f"{accuracy:.1%}"] for name, accuracy in rows.items()]
+        table += "\n\n" + tables.markdown([f"{len(few):,} labels", "test accuracy"], few_rows)
+    atomic.write_text(args.out / "table.md", table + "\n")
     atomic.write_text(args.out / "results.json", json.dumps(results, indent=1) + "\n")
-    print(f"\naccuracy on {len(test_labels):,} test images:\n", *table, sep="\n")
+    print(f"\naccuracy on {len(test_labels):,} test images:\n\n{table}")
     print(f"\npictures: {args.out / 'reconstructions.png'} and {args.out / 'loss.png'}; table: {args.out / 'table.md'}")
 
 

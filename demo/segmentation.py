@@ -27,7 +27,7 @@ from inference.model import Model, get_model
 from util.checkpoints import checkpoint
 from util.cli import entry_point, flags, options
 from util.data.segmentation_masks import default_colors, read_palette
-from util.evaluation.tables import markdown
+from util.evaluation.tables import markdown, save
 from util.files import atomic
 from util.jobs.commands import Commands
 from util.training import run_log
@@ -107,7 +107,8 @@ def draw(files: dict[str, Path], data: Path, path: Path) -> None:
     rows = {"picture": [np.asarray(Image.open(file)) for file in pictures],
             "mask": [np.asarray(Image.open(file)) for file in masks]}  # fmt: skip
     for title, file in files.items():
-        rows[title] = get_model(file).segment(pictures)
+        model: Any = get_model(file)
+        rows[title] = model.segment(pictures)
     names, colors = read_palette(data / "palette.txt")
     figure = Figure(figsize=(EXAMPLES + 2.2, len(rows) * 1.15), dpi=100)
     for line, (title, arrays) in zip(figure.subplots(len(rows), EXAMPLES), rows.items(), strict=True):
@@ -118,8 +119,7 @@ def draw(files: dict[str, Path], data: Path, path: Path) -> None:
     patches = [Patch(color=(red / 255, green / 255, blue / 255)) for red, green, blue in colors]
     figure.legend(patches, names, loc="center right", fontsize=8, frameon=False)
     figure.subplots_adjust(left=0.01, right=0.8, top=0.94, bottom=0.01, hspace=0.3, wspace=0.05)
-    with atomic.replacing(path) as written:
-        figure.savefig(written)
+    save(figure, path)
 
 
 def get_args_parser() -> ArgumentParser:

@@ -139,25 +139,14 @@ class ModelMixin(PyTorchModelHubMixin):
             ValueError: the model has no classification head.
             BadImage, OSError: as in `prepare`.
         """
-        if not self.settings["nb_classes"]:
+        if not (isinstance(self, Classifier) and self.settings["nb_classes"]):
             raise ValueError(
-                f"{self.settings['model']} is an encoder without a classification head: give a fine-tuned file, or "
-                f"train a head with main_finetune.py or main_linprobe.py"
+                f"{self.settings['model']} has no classification head here: give a fine-tuned file, or train a head "
+                f"with main_finetune.py or main_linprobe.py"
             )
         scores = self(self.prepare(images)).float().softmax(dim=1).cpu()  # type: ignore[operator]
         predictions = [self._prediction(row, topk) for row in scores]
         return predictions if _are_several(images) else predictions[0]
-
-    def segment(self, images: Images) -> Any:
-        """Predicts the class of each pixel. Only models with a segmentation head (`Segmenter`) have this method.
-
-        Raises:
-            ValueError: the model has no segmentation head.
-        """
-        raise ValueError(
-            f"{self.settings['model']} has no segmentation head: train one with main_segment.py, and give its "
-            f"checkpoint"
-        )
 
     def _prediction(self, scores: Tensor, topk: int) -> dict[str, Any]:
         best = scores.topk(min(topk, len(scores)))
@@ -272,10 +261,6 @@ class Segmenter(ModelMixin, models_segment.Segmenter):
             size = size_of(picture)
             pixels = self.normalize(transforms.to_tensor(fitted(picture, self.short_side)).to(device))
         return predict_classes(self, pixels, size, self.window, batch_size).to(torch.uint8).cpu().numpy()
-
-    def predict(self, images: Images, topk: int = 5) -> Any:
-        """Raises ValueError: `segment` predicts the classes of the pixels."""
-        raise ValueError(f"{self.settings['model']} has a segmentation head, and no classes of images: use segment")
 
 
 Model = Autoencoder | Classifier | Segmenter

@@ -14,7 +14,7 @@ import numpy as np
 from inference.model import get_model, picture_of
 from util import dist
 from util.cli import entry_point, flags, options
-from util.files import atomic
+from util.evaluation import tables
 from util.files.untrusted import escape_dollars, printable
 
 FORMATS = (
@@ -64,9 +64,7 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def draw(images: list[np.ndarray], predictions: list[dict[str, Any]], path: Path) -> None:
     """Writes a picture with a row for each image (H, W, 3): the image, and a bar for each of its classes."""
-    from matplotlib.figure import Figure
-
-    figure = Figure((8, 2.6 * len(images)), dpi=100, layout="constrained")
+    figure = tables.new_figure(8, 2.6 * len(images))
     for (left, right), image, prediction in zip(
         figure.subplots(len(images), 2, squeeze=False), images, predictions, strict=True
     ):
@@ -79,8 +77,7 @@ def draw(images: list[np.ndarray], predictions: list[dict[str, Any]], path: Path
         right.set(xlim=(0, 1))
         right.tick_params(axis="y", labelsize=8)
         right.spines[["top", "right"]].set_visible(False)
-    with atomic.replacing(path) as written:
-        figure.savefig(written)
+    tables.save(figure, path)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from inference.model import Segmenter, get_model, picture_of
 from inference.predict import FORMATS
 from util import dist
 from util.cli import entry_point, flags, options
+from util.evaluation import tables
 from util.evaluation.segmentation import class_title
 from util.files import atomic
 from util.files.untrusted import escape_dollars, printable
@@ -128,14 +129,13 @@ def legend(classes: np.ndarray, model: Segmenter) -> tuple[list[str], np.ndarray
 
 def draw(images: list[np.ndarray], results: list[np.ndarray], model: Segmenter, opacity: float, path: Path) -> None:
     """Writes a picture with a row for each image: the image, the classes over it, and a legend of its classes."""
-    from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
     legends = [legend(classes, model) for classes in results]
     # In inches: the columns of the images are 4 wide, and a line of the legend is 0.2 high.
     heights = [max(4 * image.shape[0] / image.shape[1], 0.2 * len(texts) + 0.1)
                for image, (texts, _) in zip(images, legends, strict=True)]  # fmt: skip
-    figure = Figure((10, min(sum(heights) + 0.1 * len(images), 100.0)), dpi=100, layout="constrained")
+    figure = tables.new_figure(10, min(sum(heights) + 0.1 * len(images), 100.0))
     rows = figure.subplots(len(images), 3, squeeze=False, width_ratios=(4, 4, 2), height_ratios=heights)
     for row, image, classes, (texts, colors) in zip(rows, images, results, legends, strict=True):
         row[0].imshow(image)
@@ -145,8 +145,7 @@ def draw(images: list[np.ndarray], results: list[np.ndarray], model: Segmenter, 
         row[2].legend(handles=patches, loc="center left", fontsize=8, frameon=False, borderaxespad=0, handlelength=1.5)
         for axes in row:
             axes.axis("off")
-    with atomic.replacing(path) as written:
-        figure.savefig(written)
+    tables.save(figure, path)
 
 
 if __name__ == "__main__":

@@ -65,11 +65,11 @@ def test_the_model_of_a_bare_file_is_inferred_from_its_tensors(tmp_path):
     model = get_model(tmp_path / "encoder.pth")
     assert isinstance(model, Classifier)
     torch.testing.assert_close(model.extract_feat(imgs, "tokens"), mini_mae.forward_features(imgs))
-    with pytest.raises(ValueError, match="vit_mini_patch4 is an encoder without a classification head"):
+    with pytest.raises(ValueError, match="vit_mini_patch4 has no classification head"):
         model.predict(imgs)
     with pytest.raises(CheckpointError, match="contains no decoder of pixels and can't reconstruct"):
         get_model("mae_vit_mini_patch4", tmp_path / "encoder.pth")
-    with pytest.raises(ValueError, match="mae_vit_mini_patch4 is an encoder without a classification head"):
+    with pytest.raises(ValueError, match="mae_vit_mini_patch4 has no classification head"):
         get_model(tmp_path / "full.pth").predict(imgs)
 
 

@@ -278,18 +278,11 @@ class HistoryBuffer:
     """An object in the checkpoints of mmengine."""
 
 
-@pytest.mark.parametrize("entry", ["message_hub", "others"])
-def test_a_checkpoint_of_mmengine_is_refused_with_the_remedy(entry, tmp_path):
-    file = tmp_path / "epoch_1.pth"
+def test_a_checkpoint_of_mmengine_is_refused_with_the_remedy(tmp_path):
     weights = vit_mini_patch4(img_size=16, num_classes=4).state_dict()
-    torch.save({"meta": {}, "state_dict": weights, entry: {"loss": HistoryBuffer()}}, file)
-    with pytest.raises(CheckpointError, match="refused") as caught:
-        loading.read(file)
-    _, separator, remedy = str(caught.value).partition("where you trust the file, ")
-    assert bool(separator) == (entry == "message_hub")
-    if separator:
-        exec(remedy, {"torch": torch, "NEW": tmp_path / "new.pth"})
-        assert loading.read(tmp_path / "new.pth").num_classes == 4
+    torch.save({"meta": {}, "state_dict": weights, "message_hub": {"loss": HistoryBuffer()}}, tmp_path / "epoch_1.pth")
+    with pytest.raises(CheckpointError, match=r"is refused: .*HistoryBuffer.* \(mmengine: publish_model\.py\)$"):
+        loading.read(tmp_path / "epoch_1.pth")
 
 
 def test_a_classifier_does_not_initialize_an_autoencoder(tmp_path):

@@ -252,8 +252,8 @@ def _load(path: Path, mmap: bool = False) -> dict[str, Any]:
         match = re.search(r"GLOBAL (\S+)", str(error))
         raise CheckpointError(
             f"{path} is refused: it is damaged, or it contains objects other than tensors and plain values"
-            f"{f' ({match[1]})' if match else ''}, which could run code when loaded. Nothing in it was executed."
-            f"{_remedy(path)}"
+            f"{f' ({match[1]})' if match else ''}, which could run code when loaded. Nothing in it was executed. "
+            f"Write its weights alone with the library that saved it (mmengine: publish_model.py)"
         ) from error
     except Exception as error:  # the zip and pickle readers raise any exception
         if isinstance(error, OSError) and error.errno in NO_ACCESS:
@@ -264,20 +264,6 @@ def _load(path: Path, mmap: bool = False) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} contains a {type(state).__name__}, not a checkpoint")
     return state
-
-
-def _remedy(path: Path) -> str:
-    """Returns the remedy for a file of mmengine, whose `message_hub` contains objects; "" for other files."""
-    if not zipfile.is_zipfile(path):
-        return ""
-    with zipfile.ZipFile(path) as archive:
-        content = b"".join(archive.read(name) for name in archive.namelist() if name.endswith("data.pkl"))
-    if b"message_hub" not in content or b"state_dict" not in content:
-        return ""
-    return (
-        " It is a checkpoint of mmengine: use its publish_model.py, or where you trust the file, torch.save("
-        f'{{"state_dict": torch.load("{path}", weights_only=False)["state_dict"]}}, NEW)'
-    )
 
 
 def _check_parts(state: Any) -> None:

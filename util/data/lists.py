@@ -30,7 +30,7 @@ def read_list(path: Path, root: Path | None, flag: str) -> Files:
     Args:
         path: the list, in one of these formats:
             text: one path per line, optionally followed by whitespace and a label;
-            CSV: path and label, separated by commas or semicolons, with or without the header CSV_HEADER;
+            CSV: path and label, separated by commas, with or without the header CSV_HEADER;
             JSON: a list of paths, of [path, label], or of {"path": ..., "label": ...};
             JSON of COCO and iNaturalist: images, annotations, categories.
         root: the folder that relative paths start from. Default: the folder of the list.
@@ -47,7 +47,7 @@ def read_list(path: Path, root: Path | None, flag: str) -> Files:
     except (ValueError, KeyError, TypeError, IndexError, csv.Error, RecursionError) as error:
         raise ValueError(
             f"{flag} {path}: can't be read ({type(error).__name__}: {error}); give a path and a label per line, CSV "
-            f"with {CSV_HEADER}, or JSON"
+            f"with commas and {CSV_HEADER}, or JSON"
         ) from error
     if not names:
         raise ValueError(f"{flag} {path}: the list is empty")
@@ -56,7 +56,7 @@ def read_list(path: Path, root: Path | None, flag: str) -> Files:
         raise ValueError(
             f"{flag} {path}: its first file, {files.name(0)}, does not exist; paths are relative to --data_path, or "
             f"to the folder of the list"
-            + (f"; CSV has {CSV_HEADER}, or no header" if path.suffix.lower() == ".csv" else "")
+            + (f"; CSV has commas, and {CSV_HEADER} or no header" if path.suffix.lower() == ".csv" else "")
         )
     return files
 
@@ -80,7 +80,7 @@ def read_pairs(path: Path, flag: str) -> tuple[list[str], list[str]]:
         if not rows or len(pairs) < len(rows) or "\0" in text:
             raise ValueError(f"{len(pairs)} of its {len(rows)} rows have an image and a mask")
     except (ValueError, IndexError, csv.Error) as error:
-        raise ValueError(f"{flag} {path}: {error}; give CSV with the columns image and mask") from error
+        raise ValueError(f"{flag} {path}: {error}; give CSV with commas and the columns image and mask") from error
     return [image for image, _ in pairs], [mask for _, mask in pairs]
 
 
@@ -157,8 +157,7 @@ def _text_rows(text: str) -> list[Row]:
 
 def _csv_rows(text: str, label_columns: Sequence[str] = LABEL_COLUMNS) -> list[Row]:
     rows = [line for line in text.splitlines() if line.strip()]
-    semicolons = all(";" in row for row in rows) and "," not in rows[0] if rows else False
-    lines = [row for row in csv.reader(rows, delimiter=";" if semicolons else ",") if row]
+    lines = [row for row in csv.reader(rows) if row]
     header = [re.sub(r"[\s_-]", "", cell).lower() for cell in lines[0]] if lines else []
     path, label = 0, 1
     if any(name in header for name in PATH_COLUMNS):

@@ -1,15 +1,14 @@
 """Results of a comparison of encoders: a table, a CSV file, a plot over the number of labels, and a conclusion."""
 
-import csv
 import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from util.evaluation.tables import markdown
+from util.evaluation.tables import markdown, write_csv
 from util.files import atomic
-from util.files.untrusted import csv_row, escape_dollars
+from util.files.untrusted import escape_dollars
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure  # takes half a second to import
@@ -120,10 +119,7 @@ def write(folder: Path, results: Sequence[Result]) -> str:
     """
     cells = cells_of(results)
     text = f"{table(cells)}\n\n{conclusion(cells)}\n"
-    with atomic.replacing(folder / "results.csv") as written, written.open("w", newline="", encoding="utf-8") as file:
-        rows = csv.writer(file)
-        rows.writerow(Result._fields)
-        rows.writerows(map(csv_row, results))
+    write_csv(folder / "results.csv", [Result._fields, *results])
     draw(cells, folder / "plot.png")
     atomic.write_text(folder / "table.md", text)
     return text

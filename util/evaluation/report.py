@@ -1,13 +1,14 @@
 """Writes the accuracy per class and the confusion matrix of an evaluation as CSV files and a picture."""
 
-import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from util.evaluation import tables
 from util.files import atomic
-from util.files.untrusted import csv_row, escape_dollars
+from util.files.untrusted import escape_dollars
 
 NAMED = 40  # largest number of classes with names at the axes of the picture
 
@@ -51,27 +52,22 @@ def _write(
     folder: Path, classes: Sequence[str], matrix: np.ndarray, unit: str, scores: Mapping[str, np.ndarray]
 ) -> None:
     images, right = matrix.sum(axis=1), matrix.diagonal()
-    with (folder / "classes.csv").open("w", newline="", encoding="utf-8") as file:
-        rows = csv.writer(file)
-        rows.writerow(["class", unit, "right", "accuracy", *scores, "most often taken for"])
-        for number, name in enumerate(classes):
-            wrong = np.where(np.arange(len(classes)) == number, 0, matrix[number])
-            other = classes[int(wrong.argmax())] if wrong.any() else ""
-            share = f"{right[number] / images[number]:.4f}" if images[number] else ""
-            own = ["" if np.isnan(column[number]) else f"{column[number] / 100:.4f}" for column in scores.values()]
-            rows.writerow(csv_row([name, images[number], right[number], share, *own, other]))
-    with (folder / "confusion.csv").open("w", newline="", encoding="utf-8") as file:
-        rows = csv.writer(file)
-        rows.writerow(csv_row(["true \\ predicted", *classes]))
-        rows.writerows(csv_row([name, *row]) for name, row in zip(classes, matrix.tolist(), strict=True))
+    rows: list[list[Any]] = [["class", unit, "right", "accuracy", *scores, "most often taken for"]]
+    for number, name in enumerate(classes):
+        wrong = np.where(np.arange(len(classes)) == number, 0, matrix[number])
+        other = classes[int(wrong.argmax())] if wrong.any() else ""
+        share = f"{right[number] / images[number]:.4f}" if images[number] else ""
+        own = ["" if np.isnan(column[number]) else f"{column[number] / 100:.4f}" for column in scores.values()]
+        rows.append([name, images[number], right[number], share, *own, other])
+    tables.write_csv(folder / "classes.csv", rows)
+    counts = [[name, *row] for name, row in zip(classes, matrix.tolist(), strict=True)]
+    tables.write_csv(folder / "confusion.csv", [["true \\ predicted", *classes], *counts])
     _draw(folder / "confusion.png", classes, matrix / np.maximum(images, 1)[:, None])
 
 
 def _draw(path: Path, classes: Sequence[str], shares: np.ndarray) -> None:
-    from matplotlib.figure import Figure
-
     side = min(12.0, 3.0 + 0.35 * len(classes))
-    figure = Figure(figsize=(side + 1, side), dpi=100, layout="constrained")
+    figure = tables.new_figure(side + 1, side)
     axes = figure.subplots()
     picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     if len(classes) <= NAMED:
@@ -84,4 +80,4 @@ def _draw(path: Path, classes: Sequence[str], shares: np.ndarray) -> None:
                 axes.text(column, row, f"{value:.0%}", ha="center", va="center", fontsize=7, color=color)
     axes.set(xlabel="predicted class", ylabel="true class", title="Share of each true class")
     figure.colorbar(picture, shrink=0.8)
-    figure.savefig(path)
+    tables.save(figure, path)

@@ -1,6 +1,5 @@
 """Scores of a classifier on a robustness suite: stored after each cell, and written as a table, CSV and a picture."""
 
-import csv
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +11,7 @@ from util.cli.advice import changes
 from util.evaluation import tables
 from util.evaluation.robustness import ALEXNET, CORRUPTIONS, IMAGES, PUBLISHED, SEVERITIES, corruption_errors
 from util.files import atomic
-from util.files.untrusted import csv_row, escape_dollars
+from util.files.untrusted import escape_dollars
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -80,11 +79,9 @@ def write(path: Path, suite: str, cells: Mapping[str, Scores], title: str) -> st
     table = "\n".join(lines) + "\n"
     figure = _draw_corruptions(cells) if suite == "imagenet-c" else _draw_accuracies(cells, published)
     figure.suptitle(escape_dollars(title), fontsize=10)
-    with atomic.replacing(path.with_suffix(".md")) as written:  # the other two files are written beside it
-        written.write_text(table, encoding="utf-8")
-        with written.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows(map(csv_row, rows))
-        figure.savefig(written.with_suffix(".png"))
+    atomic.write_text(path.with_suffix(".md"), table)
+    tables.write_csv(path.with_suffix(".csv"), rows)
+    tables.save(figure, path.with_suffix(".png"))
     return table
 
 
@@ -122,14 +119,8 @@ def _corruption_rows(cells: Mapping[str, Scores]) -> list[list[str]]:
     return rows
 
 
-def _figure(width: float, height: float) -> "Figure":
-    from matplotlib.figure import Figure  # takes half a second
-
-    return Figure((width, height), dpi=100, layout="constrained")
-
-
 def _draw_corruptions(cells: Mapping[str, Scores]) -> "Figure":
-    figure = _figure(11, 3.6)
+    figure = tables.new_figure(11, 3.6)
     panels = figure.subplots(1, len(ALEXNET), sharey=True)
     for axes, (family, corruptions) in zip(panels, ALEXNET.items(), strict=True):
         for name in corruptions:
@@ -146,7 +137,7 @@ def _draw_accuracies(cells: Mapping[str, Scores], published: Mapping[str, float]
     """Draws a bar for each cell, and the published accuracies below."""
     bars = [(name, scores["acc1"], "C0") for name, scores in cells.items()]
     bars += [(f"{model}, published", accuracy, "0.7") for model, accuracy in published.items()]
-    figure = _figure(7, 1.2 + 0.4 * len(bars))
+    figure = tables.new_figure(7, 1.2 + 0.4 * len(bars))
     axes = figure.subplots()
     container = axes.barh([name for name, _, _ in bars], [value for _, value, _ in bars], color=[c for _, _, c in bars])
     axes.bar_label(container, fmt="%.1f", padding=3)

@@ -1,6 +1,15 @@
-"""Tables in Markdown."""
+"""Tables in Markdown and CSV, and figures: written completely or not at all."""
 
+import csv
 from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from util.files import atomic
+from util.files.untrusted import csv_row
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def markdown(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -13,3 +22,22 @@ def markdown(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     header = "|" + "|".join(f" {title} " if title else " " for title in titles) + "|"
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([header, "|---" * len(titles) + "|", *lines])
+
+
+def write_csv(path: Path, rows: Iterable[Iterable[Any]]) -> None:
+    """Writes a CSV file. Texts in it are no formulas of a spreadsheet."""
+    with atomic.replacing(path) as written, written.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(map(csv_row, rows))
+
+
+def new_figure(width: float, height: float) -> "Figure":
+    """Returns an empty figure of a size in inches, with 100 pixels per inch."""
+    from matplotlib.figure import Figure  # takes half a second
+
+    return Figure((width, height), dpi=100, layout="constrained")
+
+
+def save(figure: "Figure", path: Path) -> None:
+    """Writes a figure in the format of the file's suffix."""
+    with atomic.replacing(path) as written:
+        figure.savefig(written)
