@@ -21,6 +21,7 @@ import main_pretrain
 import main_robustness
 import main_segment
 import models_mae
+import util
 from benchmarks import machine, targets
 from inference import export, features, get_model, predict, reconstruct, segment
 from util import datasets
@@ -255,6 +256,14 @@ def test_the_messages_in_tables_of_troubleshooting_are_those_of_the_code():
 def test_the_readme_names_every_model():
     text = (ROOT / "README.md").read_text()
     assert [name for name in models_mae.MODELS if name not in text and not name.endswith("dec512d8b")] == []
+
+
+def test_the_requirements_of_a_space_are_those_of_the_code():
+    """gradio comes with a Space."""
+    text = (ROOT / "demo" / "SPACE.md").read_text(encoding="utf-8")
+    requirements = text.partition("`requirements.txt`:\n\n```\n")[2].partition("```")[0].split()
+    names = {"PIL": "pillow", "yaml": "pyyaml"}
+    assert sorted(requirements) == sorted(names.get(name, name) for name in util.PACKAGES)
 
 
 def test_citation_is_valid_yaml():
