@@ -7,10 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 from PIL import Image
+from sklearn.linear_model import LogisticRegression
 
 import main_finetune
+from demo import report
+from inference import get_model
 
 
 def script(*argv, cwd=ROOT):
@@ -55,6 +59,38 @@ def test_a_read_only_folder_is_a_one_line_error():
     assert done.returncode == 1
     assert "error: --out /proc/nowhere can't be written to (" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_the_regression_of_the_report_is_selected_on_training_images():
+    """A fifth of the training images selects the strength; all of them train the result."""
+    generator = np.random.default_rng(1)
+    labels, test_labels = generator.integers(0, 3, 60), generator.integers(0, 3, 90)
+    train, test = (generator.normal(size=(len(own), 20)) + own[:, None] / 2 for own in (labels, test_labels))
+    order, scores = np.random.default_rng(0).permutation(60), {}
+    for strength in report.STRENGTHS:
+        model = LogisticRegression(C=strength, max_iter=report.ITERATIONS)
+        scores[strength] = model.fit(train[order[12:]], labels[order[12:]]).score(train[order[:12]], labels[order[:12]])
+    best = LogisticRegression(C=max(scores, key=scores.get), max_iter=report.ITERATIONS).fit(train, labels)
+    assert report.probe(train, labels, test, test_labels) == best.score(test, test_labels)
+
+
+def test_features_of_the_report():
+    mae = get_model("mae_vit_mini_patch4")
+    images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    with torch.no_grad():
+        tokens = mae.forward_features(mae.normalize(images)).numpy()
+    features = report.encode(mae, images)
+    np.testing.assert_allclose(features[:, :128], tokens[:, 0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(features[:, 128:], tokens[:, 1:].mean(axis=1), rtol=1e-4, atol=1e-5)
+
+
+def test_neighbors_returns_the_accuracy():
+    """Classes are separate clusters; one of five test labels is wrong."""
+    angles = np.linspace(0, 1, 40)
+    train = np.concatenate([np.stack([np.cos(a + angles), np.sin(a + angles)], axis=1) for a in (0.0, 3.0)])
+    labels = np.repeat([0, 1], 40)
+    test, test_labels = train[[0, 20, 39, 45, 79]], np.array([0, 0, 0, 1, 0])
+    assert report.neighbors(train.astype(np.float32), labels, test.astype(np.float32), test_labels) == 0.8
 
 
 def test_the_report_of_a_small_run(unpacked, pretrain, classify, tmp_path):

@@ -137,3 +137,18 @@ def test_val_fraction_needs_no_validation_set(main, layout, classify, labelled, 
         loss = float(capsys.readouterr().out.split()[-1])
         assert loss == pytest.approx(lines(tmp_path / "without")[-1]["test_loss"], abs=1e-3)
         assert main is main_linprobe or len(scores.labels) == 12
+
+
+@pytest.mark.parametrize("main", [main_finetune, main_linprobe, main_knn])
+def test_lists_replace_the_folders_of_both_splits(main, classify, labelled, tmp_path):
+    """The training images are those of val/, and the validation images those of train/."""
+    for split, other in (("train", "val"), ("val", "train")):
+        files = sorted((labelled / other).glob("*/*.png"))
+        (tmp_path / f"{split}.txt").write_text("".join(f"{file} {file.parent.name}\n" for file in files))
+        shutil.copytree(labelled / other, tmp_path / "swapped" / split)
+    flags = {"k": "1 3"} if main is main_knn else {"epochs": 1, "warmup_epochs": 0, "lr": 0.01}
+    lists = {"train_list": tmp_path / "train.txt", "val_list": tmp_path / "val.txt"}
+    found = [classify(main, name, **flags, **data) for name, data in (
+        ("folders", {"data_path": tmp_path / "swapped"}), ("lists", lists))]  # fmt: skip
+    results = found if main is main_knn else [lines(out)[-1]["test_loss"] for out in found]
+    assert results[0] == results[1]

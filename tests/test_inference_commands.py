@@ -14,6 +14,7 @@ from safetensors import safe_open
 
 from inference import export, features, get_model, predict, reconstruct
 from inference.model import picture_of
+from models_mae import Reconstruction
 from util.cli import entry_point
 from util.data import feature_files, loader
 
@@ -55,6 +56,9 @@ def test_predict(files, tmp_path, capsys):
     assert said[1].split() == [f"{found[0]['pred_score']:.2%}", found[0]["pred_class"]]
     with Image.open(tmp_path / "p.png") as picture:
         assert picture.size == (800, 780)
+    model = get_model(files / "classifier.safetensors")
+    for path, prediction in zip(PHOTOS, found, strict=True):
+        np.testing.assert_allclose(prediction["pred_scores"], model.predict(path)["pred_scores"], rtol=1e-5)
     run(predict, PHOTOS[0], "--model", files / "classifier.safetensors", "--json")
     told = json.loads(capsys.readouterr().out)
     assert told["image"] == str(PHOTOS[0])
@@ -139,6 +143,59 @@ def test_reconstruct_uses_the_ratio_and_the_seed(files, tmp_path):
     assert reconstruct.psnr(model, one) == pytest.approx(float(-10 * torch.log10(mse * pixel_std**2)), abs=0.6)
 
 
+def test_the_command_uses_its_flags(files, tmp_path):
+    flags = ["--mask_ratio", 0.5, "--seed", 4, "--short_side", 24, "--model", files / "mae.safetensors"]
+    model = get_model(files / "mae.safetensors")
+    (found,) = run(reconstruct, PHOTOS[1], *flags, "--out", tmp_path / "o.png")
+    assert torch.equal(found.pasted, reconstruct.reconstruct(model, PHOTOS[1], 0.5, 4, None, 24).pasted)
+    (found,) = run(reconstruct, PHOTOS[1], *flags, "--out", tmp_path / "o.png", "--mask_box", 1, 2, 30, 40)
+    expected = reconstruct.reconstruct(model, PHOTOS[1], mask_boxes=[(1, 2, 30, 40)], short_side=24)
+    assert torch.equal(found.mask, expected.mask)
+
+
+def test_a_model_that_was_trained_with_blocks_reconstructs_blocks(pretrain, tmp_path):
+    """The picture has 4 x 6 patches: 6 blocks, of which one is visible."""
+    model = get_model(pretrain("blocks", mask_block=2, mask_ratio=0.5, epochs=1) / "checkpoint-0.pth")
+    masks = set()
+    for seed in range(8):
+        mask = reconstruct.reconstruct(model, Image.new("RGB", (96, 64)), 0.75, seed).mask.view(2, 2, 3, 2)
+        blocks = mask.float().mean(dim=(1, 3))
+        assert sorted(blocks.flatten().tolist()) == [0, 1, 1, 1, 1, 1]
+        masks.add(tuple(blocks.flatten().tolist()))
+    assert len(masks) > 2
+
+
+def test_psnr_is_of_the_masked_pixels(files):
+    """A quarter of the pixels is masked and has an error of 0.1: 20 dB."""
+    mae = get_model(files / "mae.safetensors")
+    original = mae.normalize(torch.full((1, 3, 32, 32), 0.5))
+    pasted = original.clone()
+    pasted[:, :, :8, :8] = mae.normalize(torch.full((1, 3, 8, 8), 0.6))
+    mask = torch.zeros(1, 64)
+    mask[0, [0, 1, 8, 9]] = 1
+    reconstruction = Reconstruction(*[original] * len(Reconstruction._fields))._replace(
+        pasted=pasted, mask=mask, prediction=torch.zeros_like(original)
+    )
+    assert reconstruct.psnr(mae, reconstruction) == pytest.approx(20.0, abs=1e-3)
+
+
+def test_uncropped_images_are_scaled_to_the_short_side_of_the_model():
+    for patch, width in ((1, 51), (4, 48)):  # 50.67 is rounded
+        square = get_model("mae_vit_mini_patch4", input_size=32, patch_size=patch)
+        assert reconstruct.uncropped_input(square, Image.new("RGB", (95, 60))).shape == (1, 3, 32, width)
+    wide = get_model("mae_vit_mini_patch4", input_size=[16, 32])
+    assert reconstruct.uncropped_input(wide, Image.new("RGB", (90, 60))).shape == (1, 3, 16, 24)
+    assert reconstruct.uncropped_input(wide, Image.new("RGB", (90, 60)), 20).shape == (1, 3, 20, 28)
+
+
+def test_models_of_whole_images_reconstruct_them_at_the_input_size():
+    model = get_model("mae_vit_mini_patch4", input_size=[16, 32], crop="none")
+    assert reconstruct.uncropped_input(model, Image.new("RGB", (60, 90))).shape == (1, 3, 16, 32)
+    assert reconstruct.uncropped_input(model, Image.new("RGB", (90, 60)), 20).shape == (1, 3, 20, 28)
+    result = reconstruct.reconstruct(model, Image.new("RGB", (60, 90)), mask_boxes=[(30, 0, 30, 90)])
+    assert result.mask.reshape(4, 8).tolist() == [[0] * 4 + [1] * 4] * 4
+
+
 def test_rows_of_reconstructions_have_labels(files):
     model = get_model(files / "mae.safetensors")
     results = [reconstruct.reconstruct(model, PHOTOS[0], ratio) for ratio in (0.5, 0.75)]
@@ -170,6 +227,37 @@ def test_reconstruct_rectangles(files, tmp_path):
     assert torch.equal(one.mask, other.mask)
 
 
+def test_a_rectangle_masks_every_pixel_that_it_touches():
+    """Of an image of 300 x 100 pixels, scaled to 30 x 10; 24 x 8 of them are covered, between margins of 3 and 1."""
+    for box, rows, columns in (
+        ((130, 50, 1, 1), (4, 5), (10, 11)),
+        ((130, 50, 10, 10), (4, 5), (10, 11)),
+        ((130, 50, 11, 11), (4, 6), (10, 12)),
+        ((129, 49, 2, 2), (3, 5), (9, 11)),
+        ((0, 0, 31, 11), (0, 1), (0, 1)),  # ends in the first covered pixel
+        ((269, 89, 900, 900), (7, 8), (23, 24)),
+    ):
+        expected = torch.zeros(8, 24)
+        expected[slice(*rows), slice(*columns)] = 1
+        assert torch.equal(reconstruct.boxes_to_mask([box], (100, 300), (10, 30), (8, 24)), expected), box
+    for box in ((0, 0, 30, 100), (270, 0, 30, 100), (0, 0, 300, 10), (130, 50, 0, 5), (-9, 0, 9, 100), (300, 0, 9, 9)):
+        with pytest.raises(ValueError, match="touches no patch: the image has 300 x 100 pixels"):
+            reconstruct.boxes_to_mask([box], (100, 300), (10, 30), (8, 24))
+
+
+def test_a_rectangle_is_where_the_image_shows_it(files):
+    """A white rectangle on black: the mask is that of the patches that are not black, also beside cropped margins."""
+    mae = get_model(files / "mae.safetensors")
+    for size, box in (((100, 64), (2, 3, 5, 5)), ((73, 130), (60, 100, 5, 6)), ((64, 103), (20, 50, 9, 30))):
+        pixels = np.zeros((*size[::-1], 3), dtype=np.uint8)
+        left, top, width, height = box
+        pixels[top : top + height, left : left + width] = 255
+        result = reconstruct.reconstruct(mae, Image.fromarray(pixels), mask_boxes=[box])
+        bright = mae.patchify(mae.normalize.inverse(result.original)).amax(dim=2) > 0.5
+        assert result.mask[bright].all() and bright.any()
+        assert result.mask.sum() <= bright.sum() + 3
+
+
 def test_a_rectangle_outside_of_the_image_is_an_error_that_names_one_inside(files, tmp_path, capsys):
     Image.new("RGB", (80, 40)).save(tmp_path / "small.png")
     argv = [tmp_path / "small.png", "--model", files / "mae.safetensors", "--out", tmp_path / "grid.png"]
@@ -181,6 +269,16 @@ def test_a_rectangle_outside_of_the_image_is_an_error_that_names_one_inside(file
     assert 0 < result.mask.sum() < result.mask.numel()
     run(reconstruct, *argv, "--mask_box", 60, 20, 50, 50)
     assert "--mask_box 60 20 50 50" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("pool", ["avg", "tokens"])
+def test_features_use_the_given_pooling(files, labelled, tmp_path, pool):
+    argv = [labelled, "--model", files / "encoder.safetensors", "--split", "val", "--num_workers", 0, "--pool", pool]
+    run(features, *argv, "--out", tmp_path / "f.npz")
+    found = np.load(tmp_path / "f.npz")
+    with torch.no_grad():
+        expected = get_model(files / "encoder.safetensors").extract_feat(found["names"].tolist(), pool).numpy()
+    np.testing.assert_allclose(found["features"], expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors"])

@@ -14,12 +14,14 @@ import timm
 import torch
 import transformers
 from conftest import ROOT
+from mains import parse
 from PIL import Image
 
 import hubconf
 from inference import export, get_model
 from inference.model import ARCHITECTURES, Autoencoder, Classifier
 from models_build import probe_head
+from util.checkpoints import checkpoint
 from util.weights import conversion, loading
 
 MMPRETRAIN = Path(__file__).parent / "fixtures" / "mmpretrain"  # written by mmpretrain itself
@@ -204,6 +206,26 @@ def test_settings_that_transformers_does_not_have_survive_the_round_trip(tmp_pat
         torch.testing.assert_close(theirs(imgs, noise=noise).logits, mae(imgs, noise=noise)[1], rtol=1e-5, atol=1e-5)
 
 
+def test_a_transformers_folder_has_the_models_settings(tmp_path):
+    model = get_model(
+        "mae_vit_mini_patch4", norm_pix_loss=True, mask_ratio=0.6, mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6]
+    )
+    export.export(model, "transformers", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for name, value in {
+        "mask_ratio": 0.6, "norm_pix_loss": True, "layer_norm_eps": 1e-6, "image_size": 32, "patch_size": 4,
+        "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 512,
+        "decoder_hidden_size": 64, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2,
+        "decoder_intermediate_size": 256, "num_channels": 3,
+    }.items():  # fmt: skip
+        assert config[name] == value, name
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
+    assert processor.image_mean == pytest.approx([0.1, 0.2, 0.3])
+    assert processor.image_std == pytest.approx([0.4, 0.5, 0.6])
+    assert (processor.size["shortest_edge"], int(processor.resample)) == (32, 3)
+    assert (processor.crop_size["height"], processor.crop_size["width"]) == (32, 32)
+
+
 def test_settings_of_a_folder_do_not_describe_what_transformers_trained(mae, tmp_path):
     """A classifier of transformers that starts from an exported encoder has its own head."""
     folder = exported(export.encoder_of(mae), "transformers", tmp_path)
@@ -324,6 +346,13 @@ def test_torch_export(kind, imgs, tmp_path, request):
     assert json.loads(extra["settings"])["std"] == [0.229, 0.224, 0.225]
 
 
+def test_an_onnx_file_with_wrong_outputs_is_not_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "CLOSE", -1.0)
+    with pytest.raises(ValueError, match="is not written: its outputs differ from the model's"):
+        export.export(get_model("vit_mini_patch4", nb_classes=2, input_size=8), "onnx", tmp_path / "m.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("to", ["timm", "transformers", "safetensors", "mmpretrain", "onnx", "torch_export"])
 def test_a_full_disk_leaves_no_file(of_token, to, small_disk):
     """The error is one line; torch.export.save would end the process."""
@@ -347,6 +376,14 @@ def test_without_the_extra(pooled, tmp_path, monkeypatch):
         ValueError, match=r'needs the package onnxscript, which is not installed: pip install "\.\[onnx'
     ):
         export.export(pooled, "onnx", tmp_path / "m.onnx")
+
+
+def test_the_encoder_alone_or_with_its_decoder(mae, tmp_path):
+    export.export(mae, "safetensors", tmp_path / "m.safetensors")
+    for flags, has_decoder in (({}, True), ({"encoder": True}, False)):
+        export.main(parse(export, model=tmp_path / "m.safetensors", to="reference", out=tmp_path / "o.pth", **flags))
+        names = checkpoint.read(tmp_path / "o.pth")["model"].keys()
+        assert ("decoder_pred.weight" in names, "norm.weight" in names) == (has_decoder, True)
 
 
 def test_the_command(mae, imgs, tmp_path):

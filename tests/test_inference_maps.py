@@ -20,6 +20,16 @@ def model(request):
     return get_model(request.param, input_size=[32, 48])
 
 
+def test_features_of_several_blocks_are_in_order(model):
+    images = torch.randn(2, 3, 16, 32)
+    several, last = maps.dense(model, images, 3), maps.dense(model, images, 1)
+    assert several.shape == (2, 3 * 128, 4, 8)
+    torch.testing.assert_close(several[:, -128:], last)
+    assert not torch.allclose(several[:, :128], last)
+    tokens = model.get_intermediate_layers(images, n=1)[0][:, 1:]
+    torch.testing.assert_close(last[1, :, 2, 5], tokens[1, 2 * 8 + 5])
+
+
 def test_attention_is_the_class_tokens_row(model):
     x = model.prepare(photographs.chelsea())
     _, all_maps = model.get_intermediate_layers(x, n=4, return_attention=True)

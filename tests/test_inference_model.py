@@ -13,7 +13,7 @@ import models_build
 import models_mae
 import models_vit
 from inference import export, features, get_model, inference_model, list_models
-from inference.model import Autoencoder, Classifier, _of_row, _settings
+from inference.model import Autoencoder, Classifier, _of_row, _settings, imagenet_classes
 from util.checkpoints import checkpoint
 from util.checkpoints.checkpoint import CheckpointError
 from util.cli import entry_point
@@ -42,6 +42,46 @@ def test_a_checkpoint_rebuilds_its_model(pretrain):
     state = checkpoint.read(out / "checkpoint-1.pth")
     assert state["model"].keys() == model.state_dict().keys()
     assert all(torch.equal(v, state["model"][k]) for k, v in model.state_dict().items())
+
+
+def saved(model, path, **settings):
+    torch.save({"model": model.state_dict(), **({"args": settings} if settings else {})}, path)
+    return path
+
+
+def test_recorded_settings_take_precedence_over_inferred_ones(tmp_path):
+    """Images with 16 patches may have 8 x 32 pixels. Without recorded settings, images are assumed to be square."""
+    mae = get_model("mae_vit_mini_patch4", input_size=16)
+    wide = get_model("mae_vit_mini_patch4", input_size=[8, 32])
+    bare = get_model(saved(mae, tmp_path / "bare.pth"))
+    assert (bare.settings["input_size"], bare.norm_pix_loss) == (16, True)
+    recorded = get_model(saved(wide, tmp_path / "wide.pth", input_size=[8, 32], patch_size=4, norm_pix_loss=False,
+                               mask_ratio=0.5, mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6], in_chans=3))  # fmt: skip
+    assert recorded.grid_size == (2, 8)
+    assert (recorded.norm_pix_loss, recorded.settings["mask_ratio"]) == (False, 0.5)
+    assert recorded.normalize.mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
+    assert recorded.normalize.std.flatten().tolist() == pytest.approx([0.4, 0.5, 0.6])
+    overridden = get_model(tmp_path / "wide.pth", mean=[0.5, 0.5, 0.5])
+    assert overridden.normalize.mean.flatten().tolist() == [0.5, 0.5, 0.5]
+    assert not recorded.training
+
+
+def test_pooling_is_that_of_the_tensors(tmp_path):
+    for pooled in (True, False):
+        model = get_model("vit_mini_patch4", nb_classes=3, global_pool=pooled, input_size=16)
+        loaded = get_model(saved(model, tmp_path / "bare.pth"))
+        assert loaded.settings["global_pool"] is pooled
+        images = torch.randn(2, 3, 16, 16)
+        torch.testing.assert_close(loaded(images), model(images))
+        torch.testing.assert_close(loaded.extract_feat(images), model.forward_features(images))
+
+
+def test_names_of_classes_are_those_of_the_head(tmp_path):
+    model = get_model("vit_mini_patch4", nb_classes=3, input_size=16)
+    file = saved(model, tmp_path / "m.pth", classes=["cat", "dog", "owl"], label_names=["a", "b", "c"])
+    assert get_model(file).classes == ["cat", "dog", "owl"]
+    assert get_model(file, nb_classes=3).classes == ["cat", "dog", "owl"]
+    assert get_model(file, nb_classes=5).classes is None
 
 
 def test_a_decoder_of_another_depth(pretrain, tmp_path):
@@ -78,6 +118,12 @@ def test_unknown_sizes_are_errors(tmp_path, classifier):
     torch.save({"model": weights}, tmp_path / "file.pth")
     with pytest.raises(CheckpointError, match="no model here is 128 wide and 3 deep"):
         get_model(tmp_path / "file.pth")
+
+
+def test_names_of_imagenets_classes():
+    classes = imagenet_classes()
+    assert (len(classes), classes[281], classes[0][:5]) == (1000, "tabby, tabby cat", "tench")
+    assert classes[999] == "toilet tissue, toilet paper, bathroom tissue"
 
 
 def test_names():

@@ -4,11 +4,13 @@ import importlib
 import inspect
 import os
 import re
+import runpy
 import shlex
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -90,6 +92,13 @@ def test_a_dry_run_prints_the_sbatch_script(run, tmp_path):
     srun = next(line for line in script.splitlines() if line.startswith("srun "))
     assert "--kill-on-bad-exit=1 --cpus-per-task=12" in srun
     assert not jobs.exists()
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_each_script_submits_its_own_task(script, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [script.name, "--dry_run"])
+    runpy.run_path(str(script), run_name="__main__")
+    assert f"--job-name=mae_{script.stem.removeprefix('submitit_')}\n" in capsys.readouterr().out
 
 
 def test_the_script_has_no_options_of_a_site(run):
@@ -307,6 +316,57 @@ def test_debug_runs_in_this_process(pictures, tmp_path):
     assert job.returncode == 1
 
 
+def finished(tmp_path, *errors):
+    """Returns a job whose tasks ended with these errors; None is a success."""
+    (tmp_path / "result").touch()
+    paths = SimpleNamespace(result_pickle=tmp_path / "result")
+    tasks = [SimpleNamespace(paths=paths, exception=lambda error=error: error) for error in errors]
+    return SimpleNamespace(
+        wait=lambda: None, num_tasks=len(tasks), task=tasks.__getitem__, job_id="42", state="FAILED"
+    )  # fmt: skip
+
+
+def test_a_job_succeeds_when_all_its_processes_do(tmp_path, capsys):
+    log = tmp_path / "log"
+    log.write_text("the state is saved\nepoch 1\nerror: out of memory\n")
+    waiting.wait(finished(tmp_path, None, None), "slurm", log, "/out", None)
+    assert capsys.readouterr().out == "job 42 succeeded\n"
+    for errors in ((None, ValueError()), (ValueError(), None), (ValueError(), ValueError())):
+        with pytest.raises(ValueError, match=r"job 42 failed \(state FAILED\)"):
+            waiting.wait(finished(tmp_path, *errors), "slurm", log, "/out", None)
+        assert "error: out of memory" in capsys.readouterr().out
+
+
+def test_a_job_that_never_started_names_its_dependency(tmp_path):
+    with pytest.raises(ValueError, match=r"job 42 has not started .*: job 41 of --after has not succeeded"):
+        waiting.wait(finished(tmp_path, ValueError()), "slurm", tmp_path / "log", "/out", "41")
+
+
+@pytest.mark.parametrize(
+    ("cluster", "state", "cancel"), [("slurm", "squeue --job", "scancel"), ("local", "ps", "kill")]
+)
+def test_instructions_follow_and_cancel_a_job(cluster, state, cancel, capsys):
+    waiting.print_instructions(cluster, "42", Path("/my logs/42.out"), "/out")
+    printed = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[1:]]
+    assert printed[0] == ["results", "/out"]
+    assert printed[1] == ["follow", "tail -F '/my logs/42.out'"]
+    assert printed[2] == ["state", f"{state} 42"]
+    assert printed[3][1].startswith(f"{cancel} 42 ")
+
+
+def test_changed_code_of_equal_length_has_another_snapshot(tmp_path, monkeypatch):
+    source = tmp_path / "source"
+    source.mkdir()
+    monkeypatch.setattr(code_copy, "ROOT", source)
+    copies = []
+    for text in ("lr = 1\n", "lr = 2\n"):
+        (source / "main.py").write_text(text)
+        copies.append(code_copy.make(tmp_path / "code", None)[0])
+        assert (copies[-1] / "main.py").read_text() == text
+    assert copies[0] != copies[1]
+    assert (copies[0] / "main.py").read_text() == "lr = 1\n"
+
+
 def test_code_snapshots_are_named_by_their_content(tmp_path):
     copy, recipe = code_copy.make(tmp_path, None)
     assert recipe is None
@@ -331,3 +391,46 @@ def test_printed_commands_parse(monkeypatch):
     for main, flags in parsed:
         importlib.import_module(main)
         assert entry_point.parse(submit.get_args_parser(main)[0], flags)
+
+
+@pytest.mark.parametrize(
+    ("states", "signum", "count"),
+    [
+        (["RUNNING"], signal.SIGTERM, 1),  # scancel --signal=TERM, or a preemption with a grace time
+        (["COMPLETING"], signal.SIGTERM, 0),  # scancel, or scontrol requeue
+        (["RUNNING"], signal.SIGUSR2, 1),
+        (["COMPLETING"], signal.SIGUSR2, 0),  # canceled while the run saves its state after the first signal
+        (["", "RUNNING"], signal.SIGTERM, 1),  # Slurm does not answer at first
+        ([""], signal.SIGTERM, 0),
+    ],
+)
+def test_a_slurm_job_is_requeued_if_it_still_runs(monkeypatch, tmp_path, states, signum, count):
+    (tmp_path / "states").write_text("".join(f"{state}\n" for state in states))
+    squeue = tmp_path / "squeue"  # answers the first line of the file; the last one stays
+    squeue.write_text(f"""#!/bin/sh
+cd {tmp_path}
+read state < states
+[ $(wc -l < states) = 1 ] || sed -i 1d states
+[ "$state" ] || exit 1
+echo $state $4 >> asked
+echo $state
+""")
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    now = [0.0]
+    monkeypatch.setattr(submit.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(submit.time, "sleep", lambda seconds: now.append(now.pop() + seconds))
+    monkeypatch.setattr(submit, "_is_submitits", lambda signum: True)
+    requeues = []
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGUSR2)}
+    try:
+        signal.signal(signal.SIGTERM, lambda *_: requeues.append("SIGTERM"))
+        signal.signal(signal.SIGUSR2, lambda signum, _: requeues.append(signum))
+        with pytest.raises(SystemExit, match=f"stopped by {signum.name}, the state is saved"):
+            submit._stop(SimpleNamespace(cluster="slurm", global_rank=0, job_id="42"), signum, requeue=True)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert requeues == [signum] * count
+    if states[-1]:
+        assert (tmp_path / "asked").read_text() == f"{states[-1]} --jobs=42\n"

@@ -1,24 +1,17 @@
-"""The demo and the commands that measure, on small inputs with known results."""
+"""The web page without a browser: its pictures, texts and examples. demo_app.py visits it in a browser."""
 
-import argparse
 import base64
 import io
-import json
 import re
-import subprocess
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from matplotlib.axes import Axes
 from PIL import Image
 
-import hubconf
 import models_build
-from benchmarks import machine, saving, targets
-from demo import app, outputs, report, unpack_data
+from demo import app, outputs, unpack_data
 from inference import get_model, maps, reconstruct
 from util.data.joint_transforms import fitted
 from util.data.transforms import to_tensor
@@ -31,118 +24,6 @@ CAT = ROOT / "demo" / "photos" / "chelsea.jpg"  # 451 x 300: 8 x 12 patches of t
 def mae():
     torch.manual_seed(0)
     return get_model("mae_vit_mini_patch4")
-
-
-# ------------------------------------------------------------------------------------------------------------ unpacking
-
-
-def test_unpacked_images_have_their_class_number_and_pixels(tmp_path, monkeypatch):
-    generator = np.random.default_rng(0)
-    sets = {f"{split}_images": generator.integers(0, 256, (count, 4, 4), np.uint8) for split, count in
-            (("train", 6), ("val", 3))}  # fmt: skip
-    labels = {"train_labels": np.array([0, 1, 1, 0, 1, 0]), "val_labels": np.array([1, 0, 1])}
-    np.savez(tmp_path / "few.npz", classes=np.array(["T-shirt/top", "Ankle boot"]), **sets, **labels)
-    monkeypatch.setattr(unpack_data, "ARCHIVE", tmp_path / "few.npz")
-    unpack_data.unpack(tmp_path / "out")
-    for split in ("train", "val"):
-        expected = {
-            f"{('t-shirt_top', 'ankle_boot')[label]}/{number:05}.png"
-            for number, label in enumerate(labels[f"{split}_labels"])
-        }
-        files = {f"{path.parent.name}/{path.name}": path for path in (tmp_path / "out" / split).glob("*/*")}
-        assert files.keys() == expected
-        for name, path in files.items():
-            assert np.array_equal(np.array(Image.open(path)), sets[f"{split}_images"][int(name[-9:-4])])
-
-
-# --------------------------------------------------------------------------------------------------------------- report
-
-
-def test_the_probe_is_selected_on_training_images_and_scored_on_test_images(monkeypatch):
-    fits, scores = [], []
-
-    class Regression:
-        def __init__(self, C, max_iter):
-            self.strength = C
-
-        def fit(self, features, targets):
-            fits.append((self.strength, len(targets)))
-            return self
-
-        def score(self, features, targets):
-            scores.append((self.strength, len(targets)))
-            return self.strength  # the highest value is selected
-
-    monkeypatch.setattr(report, "LogisticRegression", Regression)
-    assert report.probe(np.zeros((50, 3)), np.zeros(50), np.zeros((7, 3)), np.zeros(7)) == 1.0
-    assert fits == [(0.1, 40), (1.0, 40), (1.0, 50)]
-    assert scores == [(0.1, 10), (1.0, 10), (1.0, 7)]
-
-
-def test_features_of_the_report(mae):
-    images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
-    with torch.no_grad():
-        tokens = mae.forward_features(mae.normalize(images)).numpy()
-    features = report.encode(mae, images)
-    np.testing.assert_allclose(features[:, :128], tokens[:, 0], rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(features[:, 128:], tokens[:, 1:].mean(axis=1), rtol=1e-4, atol=1e-5)
-
-
-def test_neighbors_returns_the_accuracy():
-    """Classes are separate clusters; one of five test labels is wrong."""
-    angles = np.linspace(0, 1, 40)
-    train = np.concatenate([np.stack([np.cos(a + angles), np.sin(a + angles)], axis=1) for a in (0.0, 3.0)])
-    labels = np.repeat([0, 1], 40)
-    test, test_labels = train[[0, 20, 39, 45, 79]], np.array([0, 0, 0, 1, 0])
-    assert report.neighbors(train.astype(np.float32), labels, test.astype(np.float32), test_labels) == 0.8
-
-
-def test_the_accuracy_is_that_of_the_last_epoch(tmp_path):
-    (tmp_path / "log.txt").write_text('{"test_acc1": 10.0}\n{"test_acc1": 62.5}\n')
-    assert report.last_accuracy(tmp_path) == 0.625
-
-
-def test_the_loss_is_drawn_over_finished_epochs(tmp_path, monkeypatch):
-    plots = []
-    original = Axes.plot
-    monkeypatch.setattr(Axes, "plot", lambda self, *a, **k: plots.append(a) or original(self, *a, **k))
-    (tmp_path / "log.txt").write_text('{"epoch": 0, "train_loss": 0.9}\n{"epoch": 1, "train_loss": 0.5}\n')
-    report.draw_loss(tmp_path, tmp_path / "loss.png")
-    assert plots == [([1, 2], [0.9, 0.5])]
-
-
-def test_rows_of_the_report_use_the_named_models(labelled, tmp_path, monkeypatch):
-    """The images and the model of each row of the table."""
-    torch.manual_seed(1)
-    model = get_model("mae_vit_mini_patch4", input_size=20, in_chans=3)
-    torch.save({"model": model.state_dict(), "args": {**model.settings, "classes": None}}, tmp_path / "c.pth")
-    (tmp_path / "log.txt").write_text('{"epoch": 0, "train_loss": 0.9, "test_acc1": 25.0}\n')
-    for name, accuracy in (("scratch", 30.0), ("finetuned", 60.0)):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "log.txt").write_text(json.dumps({"test_acc1": accuracy}))
-    probes = []
-    monkeypatch.setattr(report, "probe", lambda *arguments: probes.append(arguments) or 0.5)
-    monkeypatch.setattr(report, "neighbors", lambda *arguments: 0.25)
-    monkeypatch.setattr(report, "PICTURES", 2)
-    report.main(argparse.Namespace(
-        checkpoint=tmp_path / "c.pth", data_path=str(labelled), out=tmp_path / "out", finetuned=tmp_path / "finetuned",
-        scratch=tmp_path / "scratch", train_per_class=3,
-    ))  # fmt: skip
-    raw, untrained, trained, subset = probes
-    assert [(len(arguments[0]), len(arguments[2])) for arguments in probes] == [(48, 23), (48, 23), (48, 23), (18, 23)]
-    assert raw[0].shape == (48, 3 * 20 * 20)
-    assert 0 <= raw[0].min() < raw[0].max() <= 1
-    images, labels = report.read_images(model, str(labelled), "val")
-    np.testing.assert_allclose(trained[2], report.encode(model, images), rtol=1e-4, atol=1e-5)
-    assert not np.allclose(untrained[2], trained[2], atol=0.01)
-    assert np.array_equal(raw[3], labels)
-    assert np.bincount(subset[1]).tolist() == [3] * 6
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert results["18 labels: transformer from scratch"] == 0.3
-    assert results["18 labels: the same, fine-tuned from the pre-trained encoder"] == 0.6
-
-
-# -------------------------------------------------------------------------------------------------------- the web page
 
 
 def picture_of(model, batch):
@@ -396,108 +277,3 @@ def test_examples_of_clothes_are_test_images():
     for label, name in enumerate(names):
         first = archive["val_images"][np.argmax(archive["val_labels"] == label)]
         assert np.array_equal(np.array(Image.open(app.SAMPLES[1] / f"{name}.png")), first)
-
-
-# ---------------------------------------------------------------------------------------------------------- benchmarks
-
-
-def test_saving_prints_its_share_of_the_time(monkeypatch, capsys):
-    """An update takes 1 s, or 3 s during a write; the copy takes 2 s. The cost per 15 minutes is 2 + 2 * (3 - 1) s."""
-    clock, steps = SimpleNamespace(now=0.0), []
-
-    def advance(seconds):
-        clock.now += seconds
-
-    class Slow:
-        def __init__(self, *_, **__):
-            self.writing = SimpleNamespace(done=lambda: len(steps) >= 17)
-
-        def save(self, *_):
-            advance(2)
-
-        def close(self):
-            pass
-
-    class Model(torch.nn.Linear):
-        patch_embed = SimpleNamespace(img_size=(4, 4))
-
-        def forward(self, images):
-            steps.append(clock.now)
-            advance(3 if len(steps) > 15 else 1)
-            return self.weight.sum(), None, None
-
-    monkeypatch.setattr(saving, "time", SimpleNamespace(perf_counter=lambda: clock.now))
-    monkeypatch.setattr(saving, "Saver", Slow)
-    monkeypatch.setattr(saving.models_mae, "mae_vit_mini_patch4", lambda: Model(2, 2))
-    saving.main(argparse.Namespace(model="mae_vit_mini_patch4", batch_size=2, save_minutes=15.0, folder=None))
-    output = capsys.readouterr().out
-    assert "| the training loop blocks for | 2.00 s |" in output
-    assert "| the file is complete after | 8.0 s |" in output
-    assert "| an update, median | 1.00 s |" in output
-    assert "| an update during the write, median | 3.00 s |" in output
-    assert "| share of the run, one save every 15 minutes | 0.67% |" in output
-
-
-def test_a_result_without_git_has_no_commit(tmp_path, monkeypatch):
-    commit = machine.commit()
-    subprocess.run(["git", "init", "-q", tmp_path], check=True)
-    author = ("-c", "user.name=a", "-c", "user.email=b")
-    subprocess.run(["git", *author, "commit", "-q", "--allow-empty", "-m", "c"], cwd=tmp_path, check=True)
-    monkeypatch.chdir(tmp_path)
-    assert machine.commit() == commit  # of the code, not of the working directory
-    monkeypatch.setenv("PATH", "")
-    machine.write("a", torch.device("cpu"), {}, {}, tmp_path)
-    assert machine.read("a", tmp_path)["machine"]["commit"] is None
-
-
-def test_a_result_has_its_settings_and_machine(tmp_path):
-    settings = {"out": tmp_path, "name": "x", "batch_size": 64}
-    machine.write("a", torch.device("cpu"), settings, {"images_per_second": {"ours": 3.0}}, tmp_path / "new")
-    result = machine.read("a", tmp_path / "new")
-    assert result["settings"] == {"batch_size": 64}
-    assert result["images_per_second"] == {"ours": 3.0}
-    assert result["machine"]["torch"] == torch.__version__
-    assert result["machine"]["gpu"] is None
-    assert machine.read("b", tmp_path / "new") is None
-
-
-def test_ratios_use_the_fastest_other_implementation(tmp_path, monkeypatch):
-    result = {"images_per_second": {"ours compiled": 6.0, "ours eager": 5.0, "plain": 4.0, "transformers": 3.0},
-              "flops_per_image": 10.0, "peak_flops": 80.0}  # fmt: skip
-    assert targets.ratio("ours compiled", "transformers", "plain")(result) == 1.5
-    assert targets.share_of_peak(result) == 0.75
-    monkeypatch.setattr(targets, "ROWS", [("most", "a", lambda result: result["wait"], -0.02, "{:.1%}"),
-                                          ("least", "b", lambda result: result["wait"], 0.5, "{:.2f}")])  # fmt: skip
-    (tmp_path / "a.json").write_text('{"wait": 0.01, "machine": {"gpu": null, "processor": "AMD EPYC"}}')
-    (tmp_path / "a_tunables.json").write_text('{"wait": 0.005}')
-    assert targets.table([tmp_path]).splitlines() == [
-        "| | target | AMD EPYC |",
-        "|---|---|---|",
-        "| most | 2.0% | 1.0% (0.5%) |",
-    ]
-    (tmp_path / "gpu").mkdir()
-    with pytest.raises(ValueError, match=r"gpu has no measurements; `\./run bench .*gpu` writes them$"):
-        targets.table([tmp_path / "gpu"])
-    (tmp_path / "gpu" / "b.json").write_text('{"wait": 0.7, "machine": {"gpu": "NVIDIA H200", "processor": "Intel"}}')
-    assert targets.table([tmp_path, tmp_path / "gpu"]).splitlines()[::3] == [
-        "| | target | AMD EPYC | NVIDIA H200 |",
-        "| least | 0.50 |  | 0.70 |",
-    ]
-    assert machine.find("b", tmp_path)["wait"] == 0.7
-    assert machine.find("a", tmp_path) is None
-
-
-def test_the_default_folder_of_a_result_names_the_machine(tmp_path, monkeypatch):
-    monkeypatch.setattr(machine, "RESULTS", tmp_path)
-    monkeypatch.setattr(machine, "processor", lambda: "Intel Xeon, AMX")
-    machine.write("a", torch.device("cpu"), {}, {}, None)
-    assert machine.folders(tmp_path) == [tmp_path / "intel_xeon_amx"]
-    assert machine.read("a", tmp_path / "intel_xeon_amx")
-
-
-def test_the_requirements_of_a_space_are_those_of_the_code():
-    """gradio comes with a Space."""
-    text = (ROOT / "demo" / "SPACE.md").read_text(encoding="utf-8")
-    requirements = text.partition("`requirements.txt`:\n\n```\n")[2].partition("```")[0].split()
-    names = {"PIL": "pillow", "yaml": "pyyaml"}
-    assert sorted(requirements) == sorted(names.get(name, name) for name in hubconf.dependencies)
