@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from util import datasets, dist, settings
 from util.cli import advice, entry_point
@@ -19,7 +18,7 @@ from util.data.sources import Source
 from util.data.webdataset_shards import Shards
 from util.evaluation import report
 from util.settings import ImageSpec, ModelSpec
-from util.training import loop
+from util.training import feature_files, loop
 from util.training.precision import Precision
 from util.weights import loading
 from util.weights.loading import Weights
@@ -144,45 +143,6 @@ def _interleave(parts: list[np.ndarray]) -> np.ndarray:
     return result
 
 
-@torch.no_grad()  # not inference mode: a head can't be trained on its tensors
-def encode(
-    model: Any, data_loader: Iterable[list[Tensor]], *, normalize: Callable[[Tensor], Tensor], precision: Precision
-) -> Iterator[list[Tensor]]:
-    """Replaces the images in batches by the input of the head of a `VisionTransformer`, in fp32, on the device."""
-    model.eval()
-    for batch in data_loader:
-        images, *rest = loop.to_device(batch, precision.device)
-        with precision.autocast():
-            features = model.forward_features(normalize(images)).float()
-        yield [features, *rest]
-
-
-def extract_features(
-    model: Any,
-    data_loader: Iterable[list[Tensor]],
-    count: int,
-    *,
-    normalize: Callable[[Tensor], Tensor],
-    precision: Precision,
-) -> tuple[Tensor, Tensor]:
-    """Computes the pooled features (n, D) of a `VisionTransformer`, in fp32, for the images of this process.
-
-    Args:
-        count: n, so that the memory never contains the features twice.
-
-    Returns:
-        Features and labels (n,), on the host.
-    """
-    features, labels, done = torch.empty(count, model.embed_dim), torch.empty(count, dtype=torch.int64), 0
-    bar = tqdm(data_loader, desc="features", unit="batch", leave=False, disable=None)
-    for batch_features, targets, _ in encode(model, bar, normalize=normalize, precision=precision):
-        place = slice(done, done + len(targets))
-        features[place], labels[place] = batch_features, targets
-        done += len(targets)
-    assert done == count
-    return features, labels
-
-
 class Setup:
     """Datasets, batches and normalization of fine-tuning, linear probing and k-NN, derived from their flags.
 
@@ -292,17 +252,10 @@ class Setup:
     def encode(
         self, source: Source, model: Any, batch_size: int, precision: Precision, on_bad_image: str | None = None
     ) -> Iterator[list[Tensor]]:
-        """Returns batches with the features of a dataset, as the function `encode` computes them."""
+        """Returns batches with the input of the head of a `VisionTransformer`, from `feature_files.encode`."""
         batches = self.eval_batches(source, batch_size, on_bad_image)
-        return encode(model, batches, normalize=self.normalize, precision=precision)
-
-    def features_of(
-        self, source: Source, model: Any, batch_size: int, precision: Precision, on_bad_image: str | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Computes the features of a dataset, as `extract_features` returns them."""
-        batches = self.eval_batches(source, batch_size, on_bad_image)
-        count = len(range(dist.rank(), len(source), dist.world_size()))
-        return extract_features(model, batches, count, normalize=self.normalize, precision=precision)
+        forward = model.eval().forward_features
+        return feature_files.encode(forward, batches, normalize=self.normalize, precision=precision)
 
 
 def open_weights(flags: Mapping[str, Any], kind: str = CLASSIFIER) -> Weights | None:

@@ -29,7 +29,7 @@ from util.data.labels import balanced_accuracy
 from util.evaluation.knn import classify
 from util.evaluation.tables import markdown
 from util.settings import specs
-from util.training import trainer
+from util.training import feature_files, trainer
 from util.weights import loading
 
 logger = logging.getLogger(__name__)
@@ -59,9 +59,9 @@ def main(args: Namespace) -> dict[tuple[int, float], float]:
     model = models_build.classifier(*specs({**vars(args), "nb_classes": 0}))
     load_frozen(model, file, args.adapt_input)
     model.to(device)
-    features_of = partial(setup.features_of, batch_size=args.batch_size, precision=precision)
-    bank, queries = features_of(train, model), features_of(val, model)
-    del model  # to free its memory
+    encode = partial(setup.encode, model=model, batch_size=args.batch_size, precision=precision)
+    bank, queries = feature_files.extract(encode, train), feature_files.extract(encode, val)
+    del model, encode  # to free its memory
     classes = len(train.classes)
     right = classify(*bank, *queries, ks=args.k, temperatures=args.temperature, num_classes=classes, device=device)
     accuracies = {pair: 100 * sum(hits) / len(val) for pair, hits in right.items()}

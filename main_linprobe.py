@@ -51,11 +51,11 @@ from util import dist
 from util.checkpoints import checkpoint, run_directory
 from util.cli import entry_point, options
 from util.cli.choices import ATTENTIVE
-from util.data import feature_files, labels, loader, transforms
+from util.data import labels, loader, transforms
 from util.data.sources import Source, versions
 from util.lars import LARS
 from util.settings import ImageSpec, RunSpec, names_where, specs
-from util.training import loop, run_log, trainer
+from util.training import feature_files, loop, run_log, trainer
 from util.training.precision import Precision
 from util.weights import loading
 from util.weights.loading import Weights
@@ -213,7 +213,7 @@ class Features:
     def open(self, name: str) -> Callable[[], Iterable[list[Tensor]]]:
         """Returns a function that starts a pass over a dataset, in batches for `evaluate`."""
         if not self.are_stored:
-            return partial(self._encode, self.sets[name], name)
+            return partial(self._encode, name, self.sets[name])
         features, targets = self.load(name)
         size = self.batch_size if self.model.head_pools else 4096
         starts = range(0, len(targets), size)
@@ -221,22 +221,15 @@ class Features:
 
     def load(self, name: str) -> tuple[Tensor, Tensor]:
         """Returns the stored features (n, D) or tokens (n, N, D) of a dataset, and its labels (n,)."""
-        source, rank, world_size = self.sets[name], dist.rank(), dist.world_size()
-        if not self.model.head_pools:
-            return self.setup.features_of(source, self.model, self.batch_size, self.precision, _on_bad_image(name))
+        source, options = self.sets[name], dict[str, Any]()
+        if self.model.head_pools:
+            folder = self.folder / f"{name}-{dist.rank()}-of-{dist.world_size()}"
+            options = {"folder": folder, "settings": self._token_settings(source), "dtype": torch.float16}
+        return feature_files.extract(partial(self._encode, name), source, **options)
 
-        def compute_from(done: int) -> Iterator[np.ndarray]:
-            rest = labels.Subset(source, np.arange(done * world_size, len(source)))
-            for tokens, *_ in self._encode(rest, name):
-                yield tokens.half().cpu().numpy()
-
-        own = np.asarray(source.labels, dtype=np.int64)[rank::world_size]
-        folder = self.folder / f"{name}-{rank}-of-{world_size}"
-        tokens = feature_files.write(folder, self._token_settings(source), len(own), compute_from, np.float16)
-        return torch.from_numpy(tokens), torch.from_numpy(own)
-
-    def _encode(self, source: Source, name: str) -> Iterator[list[Tensor]]:
-        return self.setup.encode(source, self.model, self.batch_size, self.precision, _on_bad_image(name))
+    def _encode(self, name: str, source: Source) -> Iterator[list[Tensor]]:
+        on_bad_image = None if name == "val" else "error"
+        return self.setup.encode(source, self.model, self.batch_size, self.precision, on_bad_image)
 
     def _token_settings(self, source: Source) -> dict[str, Any]:
         """Returns all settings that the tokens depend on, as plain values."""
@@ -264,10 +257,6 @@ class Features:
             )
         logger.info(f"--cache_features: {text}")
         dist.barrier()  # the free space is that before any process writes
-
-
-def _on_bad_image(name: str) -> str | None:
-    return None if name == "val" else "error"
 
 
 def encoder_state(model: nn.Module) -> dict[str, Tensor]:

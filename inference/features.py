@@ -27,13 +27,13 @@ from inference.model import Model, get_model
 from util import datasets, dist
 from util.checkpoints import checkpoint
 from util.cli import entry_point, flags, options
-from util.data import feature_files, loader
+from util.data import loader
 from util.data.decode import BadImage
-from util.data.labels import Subset
 from util.data.samples import Samples
 from util.data.sources import Source, versions
 from util.data.webdataset_shards import Shards
 from util.files import atomic
+from util.training import feature_files
 from util.training.compiling import compile_model
 from util.training.precision import Precision
 from util.training.run_log import start_logging
@@ -155,18 +155,13 @@ def extract(
     """
     model = extractor.model
 
-    @torch.inference_mode()
-    def compute_from(done: int) -> Iterator[np.ndarray]:
-        rest = Subset(source, np.arange(done, len(source)))
+    def encode(rest: Source) -> Iterator[list[torch.Tensor]]:
         samples = Samples(rest, model.transform, in_chans=model.in_chans, seed=0, on_bad_image="error",
                           fast_jpeg=fast_jpeg, exif=exif)  # fmt: skip
-        pin_memory = precision.device.type == "cuda"
-        for images, *_ in loader.eval_loader(samples, batch_size, num_workers, pin_memory=pin_memory):
-            with precision.autocast():
-                features = extractor(model.normalize(images.to(precision.device)))
-            yield features.float().cpu().numpy()
+        batches = loader.eval_loader(samples, batch_size, num_workers, pin_memory=precision.device.type == "cuda")
+        return feature_files.encode(extractor, batches, normalize=model.normalize, precision=precision)
 
-    return feature_files.write(folder, settings, len(source), compute_from)
+    return feature_files.extract(encode, source, folder, settings)[0].numpy()
 
 
 if __name__ == "__main__":

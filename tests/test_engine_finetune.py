@@ -1,6 +1,7 @@
 """Evaluation: every sample counts once, and the loss is a mean over samples for all batch sizes."""
 
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,11 +13,14 @@ from sklearn.metrics import log_loss, top_k_accuracy_score
 import main_finetune
 import main_knn
 import main_linprobe
-from engine_finetune import Evaluation, _interleave, evaluate, extract_features, with_recorded_settings
+from engine_finetune import Evaluation, Setup, _interleave, evaluate, with_recorded_settings
 from models_vit import vit_mini_patch4
 from util import dist
 from util.cli import entry_point
 from util.data import loader, transforms
+from util.data.labels import Subset
+from util.datasets import open_source
+from util.training import feature_files
 from util.training.precision import Precision
 from util.weights.loading import Weights
 
@@ -86,16 +90,28 @@ def test_predictions_of_all_processes_are_counted(evaluation_of, monkeypatch):
     assert both.loss == pytest.approx((alone.loss * 24 + 46) / 47)
 
 
-def test_features_are_those_of_evaluation_mode(pictures):
+def test_features_are_those_of_evaluation_mode(labelled):
+    args = entry_point.parse(main_knn.get_args_parser(), ["--data_path", str(labelled), "--input_size", "16"])
+    setup, precision = Setup(args, torch.device("cpu"), None), Precision("off", torch.device("cpu"))
     model = vit_mini_patch4(img_size=16, num_classes=7, drop_path_rate=0.9).train()
-    normalize = transforms.Normalize(*transforms.channel_statistics(3))
-    batches = loader.eval_loader(make_samples(pictures), 7, 0, False)
-    precision = Precision("off", torch.device("cpu"))
-    features, labels = extract_features(model, batches, 24, normalize=normalize, precision=precision)
+    source = setup.open_val()
+    encode = partial(setup.encode, model=model, batch_size=7, precision=precision)
+    features, labels = feature_files.extract(encode, source)
     with torch.no_grad():
-        expected = torch.cat([model.eval().forward_features(normalize(images)) for images, _, _ in batches])
+        batches = setup.eval_batches(source, 7)
+        expected = torch.cat([model.eval().forward_features(setup.normalize(images)) for images, _, _ in batches])
     torch.testing.assert_close(features, expected)
-    assert labels.tolist() == [int(label) for _, own, _ in batches for label in own]
+    assert labels.tolist() == source.labels.tolist()
+
+
+def test_a_process_without_images_has_features_of_the_same_width(labelled, monkeypatch):
+    """Nearest neighbors compare the features of all processes."""
+    source = Subset(open_source("val", str(labelled)), np.arange(1))
+    monkeypatch.setattr(dist, "rank", lambda: 1)
+    monkeypatch.setattr(dist, "world_size", lambda: 2)
+    monkeypatch.setattr(dist, "gather", lambda mine: [(5,), mine])
+    features, labels = feature_files.extract(lambda rest: [], source)
+    assert (features.shape, features.dtype, labels.tolist()) == ((0, 5), torch.float32, [])
 
 
 def test_explicit_flags_override_recorded_settings(caplog):

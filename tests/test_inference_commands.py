@@ -16,7 +16,8 @@ from inference import export, features, get_model, predict, reconstruct
 from inference.model import picture_of
 from models_mae import Reconstruction
 from util.cli import entry_point
-from util.data import feature_files, loader
+from util.data import loader
+from util.training import feature_files
 
 PHOTOS = sorted((ROOT / "demo" / "photos").glob("*.jpg"))
 
@@ -480,16 +481,27 @@ def test_an_export_with_the_suffix_of_another_format_is_an_error(files, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
+class Numbers(list):
+    """A source whose samples are their labels 0, 1, ..."""
+
+    classes = ()
+
+    @property
+    def labels(self):
+        return np.array(self)
+
+
 def test_two_processes_do_not_write_the_same_features(tmp_path):
     """The second of two starts is refused while the first computes, and reads the result afterwards."""
 
-    def first(done):
+    def first(rest):
         with pytest.raises(ValueError, match=r"rows is being written to by another process: wait for it, or stop it"):
-            feature_files.write(tmp_path / "rows", {}, 4, lambda done: [])
-        yield np.arange(8, dtype=np.float32).reshape(4, 2)
+            feature_files.extract(None, Numbers(range(4)), tmp_path / "rows")
+        yield [torch.arange(8.0).view(4, 2)]
 
-    rows = feature_files.write(tmp_path / "rows", {}, 4, first)
-    assert np.array_equal(feature_files.write(tmp_path / "rows", {}, 4, lambda done: []), rows)
+    features, labels = feature_files.extract(first, Numbers(range(4)), tmp_path / "rows")
+    assert torch.equal(features, torch.arange(8.0).view(4, 2)) and labels.tolist() == [0, 1, 2, 3]
+    assert torch.equal(feature_files.extract(None, Numbers(range(4)), tmp_path / "rows")[0], features)
 
 
 def test_an_interrupted_computation_of_other_features_is_not_resumed(tmp_path, monkeypatch):
@@ -497,13 +509,13 @@ def test_an_interrupted_computation_of_other_features_is_not_resumed(tmp_path, m
     monkeypatch.setattr(feature_files, "SAVE_EVERY", 2)
 
     def compute(value, batches):
-        def compute_from(done):
-            for start in range(done, 8, 2):
-                if start // 2 == batches:
+        def encode(rest):
+            for number in range(len(rest) // 2):
+                if number == batches:
                     raise KeyboardInterrupt
-                yield np.full((2, 3), value, np.float32)
+                yield [torch.full((2, 3), float(value))]
 
-        return feature_files.write(tmp_path / "rows", {"model": value}, 8, compute_from)
+        return feature_files.extract(encode, Numbers(range(8)), tmp_path / "rows", {"model": value})[0]
 
     for value, batches in ((1, 2), (2, 1)):
         with pytest.raises(KeyboardInterrupt):

@@ -27,9 +27,9 @@ from util import dist
 from util.checkpoints import checkpoint, run_directory
 from util.checkpoints.checkpoint import CheckpointError
 from util.cli import entry_point
-from util.data import feature_files
 from util.data.decode import BadImage
 from util.settings import specs
+from util.training import feature_files
 from util.training.precision import Precision
 
 
@@ -406,7 +406,7 @@ def test_each_process_stores_its_own_tokens_and_resumes(mae, labelled, tmp_path,
     assert (tokens.shape, tokens.dtype) == ((48, 16, 128), torch.float16)
     assert numbers.tolist() == list(train.labels)
 
-    encode, batches = engine_finetune.encode, []
+    encode, batches = feature_files.encode, []
 
     def encode_and_stop(*args, **options):
         for batch in encode(*args, **options):
@@ -418,7 +418,8 @@ def test_each_process_stores_its_own_tokens_and_resumes(mae, labelled, tmp_path,
 
     monkeypatch.setattr(dist, "rank", lambda: 1)
     monkeypatch.setattr(dist, "world_size", lambda: 2)
-    monkeypatch.setattr(engine_finetune, "encode", encode_and_stop)
+    monkeypatch.setattr(dist, "gather", lambda mine: [mine, mine])
+    monkeypatch.setattr(feature_files, "encode", encode_and_stop)
     monkeypatch.setattr(feature_files, "SAVE_EVERY", 1)
     with pytest.raises(Stopped):
         features.load("train")
@@ -556,7 +557,7 @@ def test_a_resumed_run_has_the_encoder_of_its_checkpoint(probe, tuned, capsys, f
 def test_the_run_directory_is_locked_while_features_are_stored(probe, mae, monkeypatch):
     """A second run would write to the files of the first."""
     out = probe("run", finetune=mae, probe="attentive", epochs=1, cache_features=True)
-    monkeypatch.setattr(feature_files, "write", None)  # is not called
+    monkeypatch.setattr(feature_files, "extract", None)  # is not called
     with run_directory.locked(out), pytest.raises(ValueError, match="is being written to by another run"):
         probe("run", finetune=mae, probe="attentive", epochs=2, cache_features=True, resume="auto")
 
