@@ -14,7 +14,7 @@ import models_mae
 import models_vit
 from models_mae import DECODER_SUFFIX, DECODERS, MaskedAutoencoderViT
 from models_segment import Segmenter
-from models_vit import SIZES, VisionTransformer, attention_weights, set_grad_checkpointing
+from models_vit import SIZES, Block, VisionTransformer, attention_weights, set_grad_checkpointing
 from util.checkpoints.checkpoint import CheckpointError
 from util.cli.choices import ATTENTIVE, NUM_QUERIES
 from util.settings import ImageSpec, ModelSpec, chosen, names_where
@@ -277,4 +277,7 @@ def _shape(spec: ModelSpec, image: ImageSpec) -> dict[str, Any]:
         shape["patch_size"] = spec.patch_size
     if spec.layer_norm_eps:
         shape["norm_layer"] = partial(nn.LayerNorm, eps=spec.layer_norm_eps)
+    of_block = {name: getattr(spec, name) for name in names_where(lambda one: one["of_block"])}
+    if any(of_block.values()):
+        shape["block"] = partial(Block, **of_block)
     return {**SIZES[size_of(spec.model)], **shape}

@@ -76,6 +76,7 @@ class MaskedAutoencoderViT(Encoder):
         learned_pos_embed: learn the positions of encoder and decoder, instead of the fixed sine-cosine tables.
         drop_path_rate: stochastic depth rate of the last block of the encoder; it increases linearly from 0 at the
             first block.
+        block: class of the blocks of encoder and decoder, or a `partial` of it.
 
     Attributes:
         target_dim: width P of the predictions and of `target`; None for the p·p·c pixels of a patch.
@@ -112,11 +113,12 @@ class MaskedAutoencoderViT(Encoder):
         num_cls_tokens: int = 1,
         learned_pos_embed: bool = False,
         drop_path_rate: float = 0.0,
+        block: Callable[..., Block] = Block,
     ) -> None:
         super().__init__()
 
         def blocks(dim: int, heads: int, ratio: float, rates: list[float]) -> nn.ModuleList:
-            return nn.ModuleList([Block(dim, heads, ratio, norm_layer=norm_layer, drop_path=rate) for rate in rates])
+            return nn.ModuleList([block(dim, heads, ratio, norm_layer=norm_layer, drop_path=rate) for rate in rates])
 
         self.learned_pos_embed = learned_pos_embed
         self.norm_pix_loss = norm_pix_loss

@@ -280,6 +280,7 @@ class VisionTransformer(Encoder):
         global_pool: classify the mean of the patch tokens, normalized after pooling (`fc_norm`), as in published
             fine-tuning; otherwise the normalized class token (`norm`), or the mean of several.
         num_cls_tokens: T, the number of class tokens.
+        block: class of the blocks, or a `partial` of it.
 
     Attributes:
         head_pools: the head pools the patch tokens (B, N, D) itself. Its input is the normalized tokens.
@@ -300,6 +301,7 @@ class VisionTransformer(Encoder):
         drop_path_rate: float = 0.0,
         global_pool: bool = False,
         num_cls_tokens: int = 1,
+        block: Callable[..., Block] = Block,
     ) -> None:
         super().__init__()
         self.global_pool = global_pool
@@ -312,7 +314,7 @@ class VisionTransformer(Encoder):
         self.pos_embed = nn.Parameter(torch.zeros(1, num_cls_tokens + self.patch_embed.num_patches, embed_dim))
         rates = drop_path_rates(drop_path_rate, depth)
         self.blocks = nn.ModuleList(
-            [Block(embed_dim, num_heads, mlp_ratio, qkv_bias, norm_layer, drop_path=rate) for rate in rates]
+            [block(embed_dim, num_heads, mlp_ratio, qkv_bias, norm_layer, drop_path=rate) for rate in rates]
         )
         # The order of registration matches published optimizer states: norm before the head, fc_norm after it.
         if not global_pool:

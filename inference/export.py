@@ -109,6 +109,9 @@ def export(model: Model, to: str, out: Path) -> None:
     if (model.head_pools or isinstance(model, Segmenter)) and to in WITHOUT_OTHER_HEADS:
         head = "attentive probe" if model.head_pools else "head for segmentation that this library uses"
         raise ValueError(f"--to {to}: {to} has no {head}; give --encoder, or {FOR_ALL}")
+    for name in names_where(lambda one: one["of_block"]):
+        if to in WITHOUT_OTHER_HEADS and model.settings.get(name):
+            raise ValueError(f"--to {to}: models with --{name} are not exported to {to}; give {FOR_ALL}")
     check_suffix(to, out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic.replacing(out) as written:

@@ -26,6 +26,7 @@ def setting(
     of_task: bool = False,
     in_result: bool = True,
     only_ours: bool = False,
+    of_block: bool = False,
     of_start: bool = False,
     optimizes: bool = False,
 ) -> Any:
@@ -38,12 +39,13 @@ def setting(
         of_task: the setting is about head and labels. A training that starts from the file does not take it.
         in_result: two results with different values are not the same (main_compare.py).
         only_ours: no format of other libraries has it.
+        of_block: an argument of `models_vit.Block` with this name. Other libraries do not read such models.
         of_start: the setting belongs to a machine or to a start of the program, and is never taken from a file.
         optimizes: the setting is about optimization. Of files of the published code, a resumed run takes these and
             the settings of the model.
     """
     metadata = {"kind": kind, "resumed": FREE if of_start else resumed, "rebuilds": rebuilds, "of_task": of_task,
-                "in_result": in_result, "only_ours": only_ours, "of_start": of_start,
+                "in_result": in_result, "only_ours": only_ours, "of_block": of_block, "of_start": of_start,
                 "optimizes": optimizes}  # fmt: skip
     return field(metadata=metadata) if default is MISSING else field(default=default, metadata=metadata)
 
