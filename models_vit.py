@@ -24,6 +24,7 @@ NormLayer = Callable[[int], nn.Module]
 
 # eps of the published models. The default of PyTorch is 1e-5, and that of the ViT in transformers is 1e-12.
 LAYER_NORM: NormLayer = partial(nn.LayerNorm, eps=1e-6)
+RMS_NORM: NormLayer = partial(nn.RMSNorm, eps=1e-6)
 
 # The list of models. An entry adds the factories, the choices of --model and the names of `get_model`.
 # base, large and huge: He et al. 2021; giant: ViT-g of Zhai et al. 2021; tiny and small: the usual sizes; mini: for
@@ -84,15 +85,22 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention: (B, L, D) -> (B, L, D)."""
+    """Multi-head self-attention: (B, L, D) -> (B, L, D).
 
-    def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True) -> None:
+    Args:
+        qk_norm: norm of the queries and keys of each head: "layer" or "rms" (ViT-22B, Dehghani et al. 2023, section 2).
+    """
+
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True, qk_norm: str | None = None) -> None:
         super().__init__()
         if dim % num_heads:
             raise ValueError(f"{dim} channels can't be divided among {num_heads} heads")
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
+        norms: dict[str | None, NormLayer] = {None: nn.Identity, "layer": LAYER_NORM, "rms": RMS_NORM}
+        norm = norms[qk_norm]
+        self.q_norm, self.k_norm = norm(dim // num_heads), norm(dim // num_heads)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(attend(*self.split(x)).transpose(1, 2).flatten(2))
@@ -104,7 +112,8 @@ class Attention(nn.Module):
 
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
         """Returns queries, keys and values (B, h, L, D/h) of tokens (B, L, D)."""
-        return tuple(part.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=2))
+        q, k, v = (part.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=2))
+        return self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v  # autocast normalizes in fp32
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -168,11 +177,12 @@ class Block(nn.Module):
         qkv_bias: bool = True,
         norm_layer: NormLayer = LAYER_NORM,
         drop_path: float = 0.0,
+        qk_norm: str | None = None,
     ) -> None:
         super().__init__()
         self.grad_checkpointing = False
         self.norm1 = norm_layer(dim)
-        self.attn = Attention(dim, num_heads, qkv_bias)
+        self.attn = Attention(dim, num_heads, qkv_bias, qk_norm)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
         self.norm2 = norm_layer(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))

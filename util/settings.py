@@ -95,6 +95,7 @@ class ModelSpec(Values):
     decoder_num_heads: int | None = setting(None, int, rebuilds=False)
     model_class: str | None = setting(None, str, rebuilds=False)  # of a subclass
     predicts_pixels: bool = setting(True, rebuilds=False)
+    qk_norm: str | None = setting(None, str, of_block=True)
     drop_path: float = setting(0.0, rebuilds=False)
     grad_checkpointing: bool = setting(False, resumed=FREE, rebuilds=False)
     unfreeze_blocks: int | str | None = setting(None, rebuilds=False)

@@ -266,6 +266,11 @@ def add_model_options(parser: argparse.ArgumentParser, models: Collection[str], 
         "of the model)",
     )  # fmt: skip
     group.add_argument(
+        "--qk_norm", choices=("layer", "rms"),
+        help="normalize queries and keys of each head, as ViT-22B does, against diverging attention: layer: LayerNorm; "
+        "rms: RMSNorm (default: the choice of the loaded weights, else no norm)",
+    )  # fmt: skip
+    group.add_argument(
         "--num_cls_tokens", type=positive_int, metavar="T",
         help="number of class tokens; heads and k-NN use their mean (default: those of the loaded weights, else 1)",
     )  # fmt: skip
