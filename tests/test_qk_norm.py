@@ -27,7 +27,9 @@ def test_queries_and_keys_of_each_head_are_normalized():
     q, k = (part / (part.square().mean(dim=-1, keepdim=True) + 1e-6).sqrt() for part in (q, k))
     expected = F.scaled_dot_product_attention(q * layer.q_norm.weight, k, v).transpose(1, 2).flatten(2)
     torch.testing.assert_close(layer(x), layer.proj(expected))
-    torch.testing.assert_close(Attention(8, 2, qk_norm="layer").q_norm(x[..., :4]), F.layer_norm(x[..., :4], (4,)))
+    torch.testing.assert_close(
+        Attention(8, 2, qk_norm="layer").q_norm(x[..., :4]), F.layer_norm(x[..., :4], (4,), eps=1e-6)
+    )
 
 
 @pytest.mark.parametrize("norm", ["layer", "rms"])
