@@ -110,8 +110,13 @@ def main(args: argparse.Namespace) -> None:
 
 def serve(page: gr.Blocks, host: str | None = None, port: int | None = None) -> None:
     """Serves a page until it is interrupted. By default, gradio's environment variables set host and port."""
-    page.launch(server_name=host, server_port=port, max_file_size=MAX_BYTES, theme=THEME,
-                css_paths=FOLDER / "app.css", footer_links=[], ssr_mode=False)  # fmt: skip
+    # Its own messages offer a public link.
+    _, address, _ = page.launch(
+        server_name=host, server_port=port, max_file_size=MAX_BYTES, theme=THEME, css_paths=FOLDER / "app.css",
+        footer_links=[], ssr_mode=False, quiet=True, prevent_thread_lock=True,
+    )  # fmt: skip
+    print(f"Running on {address} (Ctrl-C stops the page)", flush=True)
+    page.block_thread()
 
 
 def build(model: Model, classifier: Model | None = None, samples: Path | None = None) -> gr.Blocks:

@@ -58,23 +58,22 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
             lines = [f"  {score:7.2%}  {printable(name)}" for name, score in predictions[-1]["top"]]
             print(printable(str(path)), *lines, sep="\n", flush=True)
     if args.out:
-        draw([picture_of(model, path) for path in args.images], predictions, args.out)
+        draw(args.images, [picture_of(model, path) for path in args.images], predictions, args.out)
     return predictions
 
 
-def draw(images: list[np.ndarray], predictions: list[dict[str, Any]], path: Path) -> None:
-    """Writes a picture with a row for each image (H, W, 3): the image, and a bar for each of its classes."""
+def draw(names: list[str], images: list[np.ndarray], predictions: list[dict[str, Any]], path: Path) -> None:
+    """Writes a picture with a row for each image (H, W, 3): its file name, the image, and a bar for each class."""
     figure = tables.new_figure(8, 2.6 * len(images))
-    for (left, right), image, prediction in zip(
-        figure.subplots(len(images), 2, squeeze=False), images, predictions, strict=True
-    ):
+    rows = figure.subplots(len(images), 2, squeeze=False)
+    for (left, right), name, image, prediction in zip(rows, names, images, predictions, strict=True):
+        left.set_title(escape_dollars(printable(Path(name).name)), fontsize=9)
         left.imshow(image)
         left.axis("off")
-        names, scores = zip(*reversed(prediction["top"]), strict=True)
-        right.barh(
-            range(len(names)), scores, tick_label=[*map(escape_dollars, names)]
-        )  # two classes of ImageNet-1K are named crane
-        right.set(xlim=(0, 1))
+        classes, scores = zip(*reversed(prediction["top"]), strict=True)
+        # Positions, because two classes of ImageNet-1K are named crane.
+        right.barh(range(len(classes)), [100 * score for score in scores], tick_label=[*map(escape_dollars, classes)])
+        right.set(xlim=(0, 100), xlabel="probability (%)")
         right.tick_params(axis="y", labelsize=8)
         right.spines[["top", "right"]].set_visible(False)
     tables.save(figure, path)

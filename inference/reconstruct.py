@@ -223,7 +223,8 @@ def grid(model: Autoencoder, reconstructions: Sequence[Sequence[Tensor]], labels
     scale = max(1, MIN_SIDE // min(reconstructions[0][0].shape[2:]))
     rows = [[pictures.tile([part], model.normalize.inverse, scale) for part in row[:4]] for row in reconstructions]
     step = max(row[0].shape[1] for row in rows) + pictures.GAP
-    height = HEADER + sum(len(row[0]) + pictures.GAP for row in rows)
+    has_prediction = len(rows[0]) == len(TITLES)
+    height = HEADER + sum(len(row[0]) + pictures.GAP for row in rows) + HEADER * has_prediction
     font = ImageFont.load_default()
     widths = [ceil(font.getlength(line)) + 2 * LABEL_GAP for text in labels for line in text.split("\n")]
     margin = max(widths, default=0)
@@ -240,6 +241,8 @@ def grid(model: Autoencoder, reconstructions: Sequence[Sequence[Tensor]], labels
         if labels:
             pen.text((margin - LABEL_GAP, top), labels[number], fill="black", align="right", anchor="ra")
         top += len(row[0]) + pictures.GAP
+    if has_prediction:
+        pen.text((margin + 3, top + 3), pictures.NOTE, fill="black")
     return sheet
 
 

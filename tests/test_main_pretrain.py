@@ -45,7 +45,7 @@ def test_a_run_writes_the_files_of_the_published_code(pretrain):
     shown = events.Images("reconstruction")
     assert len(shown) == 2
     images = np.asarray(Image.open(io.BytesIO(shown[0].encoded_image_string)))
-    titles = images[: -(8 * 80 + 7 * 2)]  # above 8 images of 16 pixels, enlarged to 80, and the gaps
+    titles = images[: -(8 * 80 + 7 * 2 + 18)]  # above 8 images of 16 pixels, enlarged to 80, the gaps and the note
     assert (titles[:, -4 * 80 :] < 128).any()
 
 

@@ -47,6 +47,8 @@ def test_titles_and_labels_stand_beside_the_pictures(mini_mae):
     normalize = Normalize([0.4], [0.3])
     plain = pictures.reconstruction(mini_mae, images, noise, normalize, 0.5, scale=5)
     labelled = pictures.reconstruction(mini_mae, images, noise, normalize, 0.5, labels=["first.png", ""])
+    note, labelled = labelled[-pictures.HEADER :], labelled[: -pictures.HEADER]
+    assert (note < 128).any()
     assert np.array_equal(labelled[-len(plain) :, -plain.shape[1] :], plain.repeat(3, axis=2))
     header, margin = labelled[: -len(plain)], labelled[-len(plain) :, : -plain.shape[1]]
     for column in np.array_split(header[:, -plain.shape[1] :], 4, axis=1):

@@ -15,6 +15,7 @@ GAP = 2  # pixels between pictures
 HEADER = 18  # pixels above pictures with titles
 MIN_WIDTH = 80  # pixels of a column with a title
 MAX_LABEL = 24  # characters
+NOTE = "visible patches are not trained, and pasted from the image"
 
 
 def tile(columns: Sequence[Tensor], to_pixels: Callable[[Tensor], Tensor], scale: int = 1) -> np.ndarray:
@@ -38,8 +39,8 @@ def tile(columns: Sequence[Tensor], to_pixels: Callable[[Tensor], Tensor], scale
     return (picture * 255).round().to(torch.uint8).cpu().numpy()
 
 
-def with_labels(picture: np.ndarray, titles: Sequence[str], labels: Sequence[str]) -> np.ndarray:
-    """Adds a title above each column of a picture of `tile`, and a label at the left of each row.
+def with_labels(picture: np.ndarray, titles: Sequence[str], labels: Sequence[str], note: str = "") -> np.ndarray:
+    """Adds a title above each column of a picture of `tile`, a label at the left of each row, and a note below.
 
     Args:
         picture: uint8 (height, width, 1 or 3).
@@ -51,13 +52,14 @@ def with_labels(picture: np.ndarray, titles: Sequence[str], labels: Sequence[str
     labels = [label if len(label) <= MAX_LABEL else f"{label[: MAX_LABEL - 1]}…" for label in labels]
     font = ImageFont.load_default()
     margin = max((ceil(font.getlength(label)) + 2 * GAP for label in labels), default=0)
-    sheet = Image.new("RGB", (margin + picture.shape[1], HEADER + len(picture)), "white")
+    sheet = Image.new("RGB", (margin + picture.shape[1], HEADER + len(picture) + HEADER * bool(note)), "white")
     sheet.paste(Image.fromarray(picture.squeeze(2) if picture.shape[2] == 1 else picture), (margin, HEADER))
     pen = ImageDraw.Draw(sheet)
     for column, title in enumerate(titles):
         pen.text((margin + (column + 0.5) * picture.shape[1] / len(titles), 3), title, fill="black", anchor="ma")
     for row, label in enumerate(labels):
         pen.text((GAP, HEADER + row * (len(picture) + GAP) / len(labels)), label, fill="black")
+    pen.text((GAP, HEADER + len(picture) + GAP), note, fill="black")
     return np.asarray(sheet)
 
 
@@ -91,4 +93,4 @@ def reconstruction(
     picture = tile(result[:4], normalize.inverse, scale)
     if labels is None:
         return picture
-    return with_labels(picture, ("original", f"masked {mask_ratio:.0%}", "prediction", "pasted"), labels)
+    return with_labels(picture, ("original", f"masked {mask_ratio:.0%}", "prediction", "pasted"), labels, NOTE)
