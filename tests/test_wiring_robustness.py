@@ -115,7 +115,7 @@ def test_corrupted_images_are_evaluated_without_a_crop(run, tmp_path, monkeypatc
     calls = run("imagenet-c", subset=4)
     assert calls.loaded[0]["crop_pct"] == 1.0
     assert len(calls.evaluated) == len(calls.results["cells"]) == 75
-    assert {tuple(cell.values()) for cell in calls.results["cells"].values()} == {(4, 75.0, 75.0)}
+    assert all(cell == {"images": 4, "acc1": 75.0, "acc5": 75.0} for cell in calls.results["cells"].values())
     mce = 25 / 15 * sum(1 / error for error in ALEXNET.values())
     assert f"**mCE {mce:.1f}**" in calls.table
 
