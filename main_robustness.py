@@ -9,6 +9,7 @@ RESULTS.md has the sources of the images and the results of the paper. The same 
 """
 
 import argparse
+import json
 import logging
 import time
 from argparse import Namespace
@@ -28,6 +29,7 @@ from util.data import loader
 from util.data.samples import Samples
 from util.evaluation import robustness, robustness_report
 from util.files import locks
+from util.files.results import Results
 from util.training import run_log
 from util.training.compiling import compile_model
 from util.training.precision import Precision
@@ -96,15 +98,18 @@ def _evaluate(args: Namespace, device: torch.device) -> str:
     if args.compile:
         compile_model(model, device, freeze_weights=True)
     out = Path(args.output_dir) / args.suite
-    results = robustness_report.Results(out.with_suffix(".json"), {
+    settings = json.loads(json.dumps({  # equal to those of a file
         "model": args.model, "weights": checkpoint.weights_digest(model),
         **classifier.data_config, "data_path": str(suite.root), "subset": args.subset, "amp": precision.name,
         **({"exif": True} if exif else {}),
-    })  # fmt: skip
+    }))  # fmt: skip
+    results = Results(out.with_suffix(".json"))
+    scores_of = robustness_report.cells_of(results, settings)
     for number, name in enumerate(suite.cells, start=1):
         cell, started = robustness.open_cell(suite, name, args.subset), time.perf_counter()
         place = f", {number} of {len(suite.cells)}" if len(suite.cells) > 1 else ""
-        if dist.gather(results.has(name, len(cell.source)))[0]:  # rank 0 decides for all processes
+        is_complete = name in scores_of and scores_of[name]["images"] == len(cell.source)
+        if dist.gather(is_complete)[0]:  # rank 0 decides for all processes
             logger.info(f"{name}: scores reused from {results.path}{place}")
             continue
         if dist.is_main() and not args.subset and len(cell.source) != robustness.IMAGES[args.suite]:
@@ -114,16 +119,16 @@ def _evaluate(args: Namespace, device: torch.device) -> str:
         batches = loader.eval_loader(samples, args.batch_size, args.num_workers, device.type == "cuda")
         progress = tqdm(batches, desc=name, unit="batch", leave=False, disable=None if dist.is_main() else True)
         evaluation = evaluate(model, progress, normalize=classifier.normalize, precision=precision)
-        scores = score(evaluation, cell)
+        scores_of[name] = scores = score(evaluation, cell)
         if dist.is_main():
-            results.add(name, scores)
+            results.add({"settings": settings, "cells": scores_of})
         seconds = time.perf_counter() - started
         balanced = f" balanced accuracy {scores['balanced_acc']:.3f}" if "balanced_acc" in scores else ""
         logger.info(f"{name}: Acc@1 {scores['acc1']:.3f}{balanced} ({len(samples):,} images, {seconds:.0f} s{place})")
 
     table = ""
     if dist.is_main():
-        cells = {name: results.cells[name] for name in suite.cells}
+        cells = {name: scores_of[name] for name in suite.cells}
         part = f", a subset of {args.subset} images per cell" if args.subset else ""
         table = robustness_report.write(out, args.suite, cells, f"{args.suite}, {args.model}{part}")
         logger.info(f"\n{table}\ntable and picture: {out}.md, {out}.csv, {out}.png")

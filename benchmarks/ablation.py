@@ -2,7 +2,6 @@
 
 import argparse
 import csv
-import json
 import os
 import shlex
 import statistics
@@ -23,6 +22,7 @@ from util.cli.advice import arguments
 from util.evaluation.comparison import Cell
 from util.evaluation.tables import markdown
 from util.files import atomic
+from util.files.results import Results
 from util.files.untrusted import csv_text
 from util.jobs.commands import Commands
 from util.settings import specs
@@ -72,18 +72,12 @@ class Ablation:
     ) -> None:
         self.here, self.work, self.runs, self.shared = here, work, runs, shared
         self.evaluation, self.segmentation, self.data = evaluation, segmentation, data
-        self.baselines = baselines
+        self.baselines, self.results = baselines, Results(here / "results.json")
 
     def commands(self) -> Commands:
         """Returns the commands of the study, whose results are kept beside the run directories."""
         self.work.mkdir(parents=True, exist_ok=True)
         return Commands(self.work, self.work / "results.json", JOBS)
-
-    @property
-    def results(self) -> dict[str, Any]:
-        """The results so far, by name of the encoder."""
-        path = self.here / "results.json"
-        return json.loads(path.read_text()) if path.exists() else {}
 
     def flags(self, name: str) -> dict[str, Any]:
         """Returns the flags of main_pretrain.py for an encoder."""
@@ -173,7 +167,7 @@ class Ablation:
         An accuracy is the mean ± the standard deviation over the draws, or over the seeds if a row has several. The
         cost of a pre-training is relative to that of the first encoder.
         """
-        results = self.results
+        results = self.results.read()
         rows: dict[str, list[str]] = {name: [name] for name in self.baselines if name in results}
         for name, run in self.runs.items():
             if name in results:
@@ -196,7 +190,7 @@ class Ablation:
 
     def run(self, names: Sequence[str]) -> None:
         """Pre-trains and evaluates the encoders of `names` that have no result; writes and prints the table."""
-        commands, results = self.commands(), self.results
+        commands, results = self.commands(), self.results.read()
         names = [
             name
             for name in names
@@ -213,7 +207,7 @@ class Ablation:
         for name in names:
             own = {key: trained[name][key] for key in ("loss", "losses", "command")}
             results[name] = {**own, "accuracies": accuracies[name]}
-        atomic.write_text(self.here / "results.json", json.dumps(results, indent=1, sort_keys=True) + "\n")
+        self.results.add(results)
         atomic.write_text(self.here / "table.md", self.table() + "\n")
         print(self.table())
 

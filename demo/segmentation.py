@@ -164,7 +164,7 @@ def main(args: Namespace) -> dict[str, list[float]]:
     calls = [partial(run, title, seed) for seed in range(args.seeds) for title in RUNS]
     for _ in tqdm(commands.each(calls), total=len(calls), desc="runs", leave=False, disable=None):
         pass
-    stored = commands.scores()
+    stored = commands.results.read()
     scores = {title: [stored[run_name(title, seed)]["test_miou"] for seed in range(args.seeds)] for title in RUNS}
     print(table(scores))
     draw(

@@ -45,7 +45,7 @@ def test_two_encoders_are_pretrained_and_compared_once(data, tmp_path, monkeypat
     assert lines[0] == "| encoder | images | epochs | cost | loss | k-NN, % |"
     rows = [line.split(" | ")[:3] for line in lines[2:]]
     assert rows == [["| scratch", "", ""], ["| base", "100", "1"], ["| mask-0.5", "100", "2"]]
-    results = small.results
+    results = small.results.read()
     assert results["scratch"]["accuracies"].keys() == {"k-NN"}
     assert "--mask_ratio 0.5" in results["mask-0.5"]["command"]
     log = (tmp_path / "runs" / "mask-0.5" / "log.txt").read_text().splitlines()
@@ -53,7 +53,7 @@ def test_two_encoders_are_pretrained_and_compared_once(data, tmp_path, monkeypat
 
     monkeypatch.setattr(small, "compare", None)  # is not called again
     small.run(list(runs))
-    assert small.results == results
+    assert small.results.read() == results
 
 
 def test_rows_with_several_seeds(tmp_path, monkeypatch):
@@ -121,7 +121,7 @@ def test_an_encoder_with_mask_blocks_is_evaluated_by_segmentation(data, tmp_path
     small = Ablation(tmp_path, tmp_path / "runs", runs, study.shared, {}, {**study.segmentation, **flags}, data)
     small.accuracies = lambda names, baselines: {name: {} for name in names}
     small.run(["a"])
-    (score,) = small.results["a"]["accuracies"]["segmentation, mean IoU"]
+    (score,) = small.results.read()["a"]["accuracies"]["segmentation, mean IoU"]
     assert 0 < score < 100
 
 
@@ -179,7 +179,7 @@ def test_the_document_has_the_losses_of_the_runs():
     names = ("1000-images", "1000-images-epochs-1000", "base", "epochs-80")
     for name in names:
         run = small_data.STUDY.runs[name]
-        losses = small_data.STUDY.results[name]["losses"]
+        losses = small_data.STUDY.results.read()[name]["losses"]
         (row,) = (line for line in lines if line.startswith(f"| {run.images:,}, {run.epochs:,} epochs |"))
         values = [f"{losses[epoch]:.3f}" if epoch in losses else "" for epoch in epochs]
         assert [text.strip() for text in row.split("|")[2:-1]] == values

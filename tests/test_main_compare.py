@@ -292,7 +292,7 @@ def test_an_interrupted_run_of_other_flags_or_files_is_not_resumed(tmp_path, rec
         commands.keep("name", "run.py --seed 1", {"config": tmp_path / "recipe"}, interrupt)
     (tmp_path / "recipe").write_text(recipe)
     commands.keep("name", command, {"config": tmp_path / "recipe"}, lambda out: {"value": (out / "state").exists()})
-    assert commands.scores()["name"]["value"] is resumes
+    assert commands.results.read()["name"]["value"] is resumes
 
 
 def test_a_killed_script_is_reported_as_killed(tmp_path):

@@ -1,6 +1,5 @@
 """Scores of a classifier on a robustness suite: stored after each cell, and written as a table, CSV and a picture."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from util.cli.advice import changes
 from util.evaluation import tables
 from util.evaluation.robustness import ALEXNET, CORRUPTIONS, IMAGES, PUBLISHED, SEVERITIES, corruption_errors
 from util.files import atomic
+from util.files.results import Results
 from util.files.untrusted import escape_dollars
 
 if TYPE_CHECKING:
@@ -21,40 +21,19 @@ Scores = dict[str, float]
 MEASURES = {"acc1": "Acc@1", "acc5": "Acc@5", "balanced_acc": "balanced accuracy"}
 
 
-class Results:
-    """The scores of the cells in a JSON file, with the settings of the evaluation.
+def cells_of(results: Results, settings: Mapping[str, Any]) -> dict[str, Scores]:
+    """Returns the stored scores of the cells.
 
     Args:
-        path: the file. If it exists, its cells are reused.
         settings: the settings that the scores depend on, as values of JSON.
 
     Raises:
         ValueError: the file contains scores with other settings, or is damaged.
     """
-
-    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
-        self.path = path
-        self.settings = json.loads(json.dumps(settings))  # equal to the settings that are read from the file
-        self.cells: dict[str, Scores] = {}
-        if not path.exists():
-            return
-        try:
-            state = json.loads(path.read_text(encoding="utf-8"))
-            previous, self.cells = dict(state["settings"]), dict(state["cells"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} can't be read ({error}); remove it, or give another --output_dir") from error
-        if difference := changes(previous, self.settings):
-            raise ValueError(f"{path} contains the scores of another run ({difference}); give another --output_dir")
-
-    def has(self, cell: str, images: int) -> bool:
-        """Whether a cell was evaluated with the current number of images."""
-        return cell in self.cells and self.cells[cell]["images"] == images
-
-    def add(self, cell: str, scores: Scores) -> None:
-        """Adds the scores of a cell to the file, atomically."""
-        self.cells[cell] = scores
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        atomic.write_text(self.path, json.dumps({"settings": self.settings, "cells": self.cells}, indent=1) + "\n")
+    state = results.read()
+    if state and (difference := changes(state.get("settings", {}), settings)):
+        raise ValueError(f"{results.path} contains the scores of another run ({difference}); give another --output_dir")
+    return state.get("cells", {})
 
 
 def write(path: Path, suite: str, cells: Mapping[str, Scores], title: str) -> str:

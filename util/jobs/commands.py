@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from util.cli.advice import arguments
 from util.files import atomic
+from util.files.results import Results
 from util.interrupts import end_with_parent
 from util.settings import names_where
 
@@ -42,8 +43,8 @@ class Commands:
     """
 
     def __init__(self, folder: Path, stored: Path, jobs: int) -> None:
-        self.folder, self.stored, self.jobs = folder, stored, jobs
-        self.lock = threading.Lock()  # of the file and of the processes
+        self.folder, self.results, self.jobs = folder, Results(stored), jobs
+        self.lock = threading.Lock()  # of the processes
         self.processes: set[subprocess.Popen[bytes]] = set()
         self.stopping = False
 
@@ -60,7 +61,7 @@ class Commands:
         compared = {key: value for key, value in flags.items() if key not in NOT_COMPARED}
         files = {key: digest for key, value in compared.items() if (digest := _digest_of(value))}
         words = _compared_words(command, files)
-        scores = self.scores().get(name, {})
+        scores = self.results.read().get(name, {})
         if scores.get("files") == files and _compared_words(scores["command"], files) == words:
             return {**scores, "command": command}
         started = out / "command.txt"
@@ -72,14 +73,8 @@ class Commands:
         atomic.write_text(started, f"{command}\n{json.dumps(files)}\n")
         begin = time.perf_counter()
         scores = {**compute(out), "seconds": time.perf_counter() - begin, "command": command, "files": files}
-        with self.lock:
-            text = json.dumps({**self.scores(), name: scores}, indent=1, sort_keys=True)
-            atomic.write_text(self.stored, text + "\n")
+        self.results.add({name: scores})
         return scores
-
-    def scores(self) -> dict[str, Scores]:
-        """Returns the scores of all complete commands, by name."""
-        return json.loads(self.stored.read_text(encoding="utf-8")) if self.stored.exists() else {}
 
     def run(self, name: str, script: Path, flags: Mapping[str, Any], read: Callable[[Path, str], Scores]) -> Scores:
         """Runs a script.

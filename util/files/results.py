@@ -1,0 +1,41 @@
+"""Results by name, in a JSON file that is complete after each of them."""
+
+import json
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from util.files import atomic
+
+
+class Results:
+    """The results in a file, which need not exist. Several threads may add results.
+
+    Args:
+        path: the JSON file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.lock = path, threading.Lock()
+
+    def read(self) -> dict[str, Any]:
+        """Returns the results by name, each a dictionary.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        if not self.path.exists():
+            return {}
+        try:
+            results = json.loads(self.path.read_text(encoding="utf-8"))
+            return {name: dict(result) for name, result in dict(results).items()}
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{self.path} can't be read ({error}); remove it") from error
+
+    def add(self, results: Mapping[str, Any]) -> None:
+        """Adds results by name, or replaces them."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.lock:
+            text = json.dumps({**self.read(), **results}, indent=1, sort_keys=True)
+            atomic.write_text(self.path, text + "\n")
