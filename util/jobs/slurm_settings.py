@@ -1,36 +1,16 @@
 """`--slurm KEY=VALUE`: settings of a Slurm job that have no flag.
 
-A key is a long option of sbatch, with `_` or `-` between its words, or a setting of submitit. This module lists the
-keys that are passed on, translated or rejected. The error message for a rejected key names its replacement.
+A key is a long option of sbatch, with `_` or `-` between its words, or a setting of submitit. This module translates
+some and rejects those that have a flag; the error message names it. sbatch rejects unknown options.
 """
 
 import argparse
 import re
-import shutil
-import subprocess
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from util.cli.advice import did_you_mean
-
-# Long options of sbatch in Slurm 20.11 to 25.05 for the resources and the execution of a job. `_sbatch_lists` finds
-# options of other versions.
-SBATCH = frozenset(
-    """
-    account acctg_freq batch bb bbf begin cluster_constraint clusters comment constraint container
-    container_id contiguous core_spec cores_per_socket cpu_freq cpus_per_gpu cpus_per_task deadline delay_boot
-    dependency distribution exclude exclusive export export_file extra extra_node_info get_user_env gid gpu_bind
-    gpu_freq gpus gpus_per_node gpus_per_socket gpus_per_task gres gres_flags hint hold ignore_pbs input job_name
-    kill_on_invalid_dep licenses mail_type mail_user mcs_label mem mem_bind mem_per_cpu mem_per_gpu mincpus network
-    nice no_kill no_requeue nodefile nodelist ntasks_per_core ntasks_per_gpu ntasks_per_socket oom_kill_step overcommit
-    oversubscribe partition power prefer priority profile propagate qos reboot requeue reservation resv_ports segment
-    sockets_per_node spread_job stepmgr switches thread_spec threads_per_core time_min tmp tres_bind
-    tres_per_task uid use_min_nodes wckey x11
-    """.split()  # noqa: SIM905
-)
 LISTS = ("setup", "teardown", "srun_args")  # settings of submitit that may be repeated
 NUMBERS = ("signal_delay_s", "max_num_timeout", "cpus_per_task", "mem_gb")
-SUBMITIT = frozenset({*LISTS, "signal_delay_s", "max_num_timeout", "python", "mem_gb", "name"})
 REFUSED = {
     "time": "give --timeout MINUTES",
     "timeout_min": "give --timeout MINUTES",
@@ -61,7 +41,7 @@ def setting(text: str) -> tuple[str, Any]:
     """Parses KEY=VALUE to sbatch's name of the key and a value, which becomes an int or a bool if possible.
 
     Raises:
-        argparse.ArgumentTypeError: the key is unknown or rejected, or the value is invalid.
+        argparse.ArgumentTypeError: the key is rejected, or the value is invalid.
     """
     key, equals, value = text.partition("=")
     key = key.replace("-", "_")
@@ -70,11 +50,6 @@ def setting(text: str) -> tuple[str, Any]:
     if key in REFUSED:
         remedy = re.sub(r"[A-Z]+$", value, REFUSED[key]) if value.isdecimal() else REFUSED[key]
         raise argparse.ArgumentTypeError(f"{key} cannot be set: {remedy}")
-    if key not in SBATCH | SUBMITIT and not _sbatch_lists(key):
-        near = did_you_mean(key, sorted(SBATCH | SUBMITIT | REFUSED.keys()))
-        is_here = shutil.which("sbatch")
-        source = "sbatch --help has" if is_here else "sbatch is not installed here, and its known options include"
-        raise argparse.ArgumentTypeError(f"{source} no {key}{near}")
     if key in LISTS:
         return key, value
     if key in NUMBERS and value != "false" and not re.fullmatch(r"\d+(\.\d+)?" if key == "mem_gb" else r"\d+", value):
@@ -85,14 +60,6 @@ def setting(text: str) -> tuple[str, Any]:
     if key == "no_requeue":
         return "requeue", read is False
     return {"name": "job_name"}.get(key, key), read
-
-
-def _sbatch_lists(key: str) -> bool:
-    """Whether the installed sbatch has the option, because it is a newer version or has a plug-in."""
-    if not shutil.which("sbatch"):
-        return False
-    text = subprocess.run(["sbatch", "--help"], capture_output=True, text=True, check=False).stdout
-    return re.search(rf"--{re.escape(key.replace('_', '-'))}(?![\w-])", text) is not None
 
 
 def merge(flags: Mapping[str, Any], settings: Iterable[tuple[str, Any]], defaults: Mapping[str, Any]) -> dict[str, Any]:

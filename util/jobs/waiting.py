@@ -32,13 +32,15 @@ def wait(job: Any, cluster: str, log: Path, output_dir: str, after: str | None) 
         SystemExit: Ctrl-C was pressed: a local job is stopped, a Slurm job continues.
     """
     try:
-        job.wait()
+        job.results()
     except KeyboardInterrupt:
         if cluster == "slurm":
             print(f"job {job.job_id} continues; scancel {job.job_id} stops it, and its state is saved", file=sys.stderr)
             raise SystemExit(130) from None
         _stop_local(job)
-    if _succeeded(job, cluster):
+    except RuntimeError:  # UncompletedJobError of submitit; its text is a traceback, and the log has the error message
+        pass
+    else:
         print(f"job {job.job_id} succeeded")
         return
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
@@ -66,11 +68,3 @@ def _stop_local(job: Any) -> None:
     except KeyboardInterrupt:
         print(f"job {job.job_id} may still run; kill {job.job_id} stops it", file=sys.stderr)
         raise SystemExit(130) from None
-
-
-def _succeeded(job: Any, cluster: str) -> bool:
-    tasks = [job.task(number) for number in range(job.num_tasks)]
-    # submitit waits for results to appear on a shared file system; a local job has them at its end or never.
-    if cluster == "local" and not all(task.paths.result_pickle.exists() for task in tasks):
-        return False
-    return all(task.exception() is None for task in tasks)
