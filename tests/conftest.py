@@ -5,6 +5,7 @@ import random
 import shutil
 import subprocess
 import sys
+import tempfile
 from functools import partial
 from pathlib import Path
 
@@ -48,6 +49,21 @@ def make_samples(folder: Path, seed: int = 0, num_noise: int = 16, **options) ->
 
 SLOW = ("test_sharded", "test_compiling", "test_interrupts", "test_main_robustness", "test_faults", "test_dist",
         "test_main_finetune", "test_submit", "test_export_accuracy", "test_main_linprobe")  # fmt: skip
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Gives a run of the tests its own temporary folder and compilation caches, which its processes share.
+
+    A killed compilation damages a cache for good. PyTorch's precompiled headers are always in the temporary folder.
+    """
+    if hasattr(config, "workerinput"):  # a process of pytest-xdist, which inherits the variables
+        return
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())  # pytest keeps the files of the last runs
+    folder = tempfile.TemporaryDirectory(prefix="mae-tests-", ignore_cleanup_errors=True)
+    config.add_cleanup(folder.cleanup)
+    tempfile.tempdir = os.environ["TMPDIR"] = folder.name
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(folder.name, "compiled"))
+    os.environ["TRITON_CACHE_DIR"] = str(Path(folder.name, "triton"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
