@@ -26,6 +26,7 @@ from threadpoolctl import threadpool_info, threadpool_limits
 
 import main_compare
 import main_knn
+import main_linprobe
 from inference import get_model
 from util import datasets
 from util.checkpoints import checkpoint, run_directory
@@ -76,7 +77,7 @@ def blobs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def given(blobs):
     """All flags that the scripts share, with other values than the defaults and those of the encoder; and a few."""
-    words = ["--protocols", "knn", "linear", "finetune", "--labels", "30", "--draws", "2", "--budget", "0.02m",
+    words = ["--protocols", "knn", "linear", "finetune", "--labels", "30", "--draws", "2", "--budget", "0.05m",
              "--blr", "1e-3", "1e-2", "--jobs", "2", "--keep_checkpoints", "--fast_jpeg", "--no_pin_mem",
              "--download"]  # fmt: skip
     for name, value in {**GIVEN, "train_list": blobs / "train.csv", "val_list": blobs / "val.csv"}.items():
@@ -202,7 +203,7 @@ def test_settings_of_the_runs(compared, blobs, encoder):
     cells = [f"mine/{protocol}/30/{draw}" for protocol in ("linear", "finetune") for draw in (0, 1)]
     assert sorted(runs) == sorted([timing, *choices, *cells])
     assert not (out / "runs" / timing / "rest").exists()
-    epochs = max(1, int(60 * 0.02 / scores[timing]["seconds_per_epoch"]))
+    epochs = max(1, int(60 * 0.05 / scores[timing]["seconds_per_epoch"]))
     shared = {**GIVEN, "finetune": encoder, "data_path": blobs, "train_list": blobs / "train.csv",
               "val_list": blobs / "val.csv", "train_per_class": 10, "batch_size": 8}  # fmt: skip
     for name, args in runs.items():
@@ -283,10 +284,13 @@ def test_rates_are_selected_with_few_labels(pairs, tmp_path, monkeypatch):
     """--held_out is a tenth, and at least one image."""
     (tmp_path / "linear.yaml").write_text("epochs: 2\nwarmup_epochs: 0\nblr: [1, 10]\ncache_features: true\n")
     flags = ("--encoders", "scratch", "--model", "vit_mini_patch4", "--protocols", "linear", "--labels", "4", "--blr",
-             "1e-3", "--recipes", f"linear={tmp_path / 'linear.yaml'}")  # fmt: skip
+             "1e-3", "--recipes", f"linear={tmp_path / 'linear.yaml'}",
+             *(word for name, value in SHAPE.items() for word in (f"--{name}", value)))  # fmt: skip
     compare(pairs, tmp_path / "out", None, *flags)
     (row,) = rows(tmp_path / "out")
-    assert row["chosen"] in ("blr 1", "blr 10") and " --model vit_mini_patch4 " in row["command"]
+    args = vars(entry_point.parse(main_linprobe.get_args_parser(), row["command"].split()[2:]))
+    assert {name: args[name] for name in ("model", *SHAPE)} == {"model": "vit_mini_patch4", **SHAPE}
+    assert row["chosen"] in ("blr 1", "blr 10")
     assert not list((tmp_path / "out").rglob("*.pth")) + list((tmp_path / "out").rglob("tokens"))
     with pytest.raises(ValueError, match=r"--labels 2: --protocols linear trains .* give --labels 4 or more"):
         compare(pairs, tmp_path / "two", None, *flags, "--labels", "2")
