@@ -11,10 +11,8 @@ from benchmarks import (
     evaluation,
     input_pipeline,
     listing,
-    machine,
     model_table,
     peers,
-    targets,
     train_step,
     whole_run,
 )

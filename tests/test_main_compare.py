@@ -14,42 +14,91 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from mains import wait_until
+from mains import lines, wait_until
 from PIL import Image
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import accuracy_score
+from sklearn.model_selection import StratifiedShuffleSplit
 from sklearn.svm import SVC
+from test_knn import predictions
+from test_library_sets import write_idx
 from threadpoolctl import threadpool_info, threadpool_limits
 
 import main_compare
 import main_knn
+import main_linprobe
 from inference import get_model
 from util import datasets
-from util.checkpoints import run_directory
+from util.checkpoints import checkpoint, run_directory
 from util.cli import entry_point
-from util.data.labels import hold_out
+from util.data.labels import hold_out, some_of_each_class
 from util.evaluation import comparison, pixel_baselines
 from util.evaluation.comparison import Result
 from util.jobs.commands import Commands
 
+SHAPE = {"input_size": 16, "patch_size": 8, "in_chans": 1, "num_cls_tokens": 2}
+GIVEN = {**SHAPE, "mean": [0.45], "std": [0.3], "crop": "none", "crop_pct": 0.9, "num_workers": 1, "amp": "off",
+         "device": "cpu", "fast_jpeg": True, "pin_mem": False, "download": True}  # fmt: skip
+
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory):
+    torch.manual_seed(0)
+    model = get_model("vit_mini_patch4", **SHAPE, nb_classes=0)
     path = tmp_path_factory.mktemp("encoder") / "mine.pth"
-    model = get_model("mae_vit_mini_patch4", input_size=16)
-    torch.save({"model": model.state_dict(), "args": model.settings}, path)
+    torch.save({"model": model.state_dict(), "args": model.settings | {"mean": [0.1], "std": [0.4]}}, path)
     return path
 
 
+def noisy(count, kinds):
+    """Gray pictures of 16 x 16 pixels, and their labels."""
+    generator, labels = np.random.default_rng(0), np.arange(count) % kinds
+    pixels = generator.normal(120, 60, (count, 16, 16))
+    for picture, kind in zip(pixels, labels, strict=True):
+        picture[4 * (kind % 3) :, 3 * (kind // 3) :][:6, :8] += 20
+    return pixels.clip(0, 255).astype(np.uint8), labels
+
+
 @pytest.fixture(scope="module")
-def compared(labelled, encoder, tmp_path_factory):
-    """A complete comparison: its folder and its text."""
+def blobs(tmp_path_factory):
+    """A folder of pictures of three classes, and lists of the first 60 for training and 120 for validation."""
+    root = tmp_path_factory.mktemp("blobs")
+    for split, count in (("train", 60), ("val", 120)):
+        rows = []
+        for number, (picture, kind) in enumerate(zip(*noisy(2 * count, 3), strict=True)):
+            file = root / split / f"kind{kind}" / f"{number}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture).save(file)
+            rows.append(f"{file.relative_to(root)},kind{kind}\n")
+        (root / f"{split}.csv").write_text("".join(rows[:count]))
+    return root
+
+
+@pytest.fixture(scope="module")
+def given(blobs):
+    """All flags that the scripts share, with other values than the defaults and those of the encoder; and a few."""
+    words = ["--protocols", "knn", "linear", "finetune", "--labels", "30", "--draws", "2", "--budget", "0.05m",
+             "--blr", "1e-3", "1e-2", "--jobs", "2", "--keep_checkpoints", "--fast_jpeg", "--no_pin_mem",
+             "--download"]  # fmt: skip
+    for name, value in {**GIVEN, "train_list": blobs / "train.csv", "val_list": blobs / "val.csv"}.items():
+        if not isinstance(value, bool):
+            words += [f"--{name}", *(value if isinstance(value, list) else [value])]
+    return words
+
+
+@pytest.fixture(scope="module")
+def compared(blobs, encoder, given, tmp_path_factory):
+    """A complete comparison: its folder and its text. The first of its runs was interrupted before."""
     out = tmp_path_factory.mktemp("compare")
-    return out, compare(labelled, out, encoder)
+    (out / "runs/timing/2/mine/finetune/30/0").mkdir(parents=True)
+    (out / "runs/timing/2/mine/finetune/30/0/rest").touch()
+    return out, compare(blobs, out, encoder, *given)
 
 
 def compare(data, out, encoder, *more):
-    flags = ["--input_size", "16", "--num_workers", "0", "--device", "cpu", "--data_path", data, "--output_dir", out,
-             "--encoders", "pixels", encoder, "--protocols", "knn", "finetune", "--labels", "12", "--draws", "1",
-             "--budget", "2", "--blr", "1e-3", "1e-2", "--jobs", "2", *more]  # fmt: skip
+    flags = ["--num_workers", "0", "--device", "cpu", "--data_path", data, "--output_dir", out, "--encoders", "pixels",
+             encoder, "--protocols", "knn", "finetune", "--labels", "12", "--draws", "1", "--budget", "2",
+             *more]  # fmt: skip
     return main_compare.main(entry_point.parse(main_compare.get_args_parser(), list(map(str, flags))))
 
 
@@ -65,83 +114,158 @@ def read(out):
     return json.loads((out / "results.json").read_text())
 
 
-def test_every_cell_is_a_run_that_can_be_repeated(compared):
+def pixels_of(source):
+    """The pixels (n, 1, 16, 16) in [0, 1] and the labels of a source of files."""
+    images = [np.asarray(Image.open(source.name(number))) for number in range(len(source))]
+    return torch.from_numpy(np.stack(images)[:, None] / np.float32(255)), np.asarray(source.labels)
+
+
+@pytest.fixture(scope="module")
+def draws(blobs):
+    """The training images of the two draws, and the validation images."""
+    train, val = (datasets.open_source(split, str(blobs), str(blobs / f"{split}.csv")) for split in ("train", "val"))
+    return [some_of_each_class(train, 10, draw) for draw in (0, 1)], val
+
+
+def row_of(out, protocol, draw=0, encoder="mine"):
+    cell = (encoder, protocol, str(draw))
+    (row,) = (row for row in rows(out) if (row["encoder"], row["protocol"], row["draw"]) == cell)
+    assert row["labels"] == "30"
+    return float(row["accuracy"]), row["chosen"]
+
+
+def recorded(file):
+    return checkpoint.read(file)["args"]
+
+
+def test_rows_of_pixels_are_those_of_scikit_learn(compared, draws):
+    """C is chosen on a fifth of the training images of the draw."""
+    test, test_labels = (part.reshape(len(part), -1).squeeze() for part in map(np.asarray, pixels_of(draws[1])))
+    for draw, source in enumerate(draws[0]):
+        train, labels = (part.reshape(len(part), -1).squeeze() for part in map(np.asarray, pixels_of(source)))
+        some = np.random.default_rng(draw).permutation(len(labels))
+        split = next(StratifiedShuffleSplit(1, test_size=0.2, random_state=draw).split(some, labels[some]))
+        rest, held_out = some[split[0]], some[split[1]]
+        for protocol, model, values in (
+            ("logistic regression", LogisticRegression(max_iter=300), (0.01, 0.1, 1)), ("RBF-SVM", SVC(), (1, 10, 100)),
+        ):  # fmt: skip
+            fitted = [model.set_params(C=c).fit(train[rest], labels[rest]).score(train[held_out], labels[held_out])
+                      for c in values]  # fmt: skip
+            right = [100 * model.set_params(C=c).fit(train, labels).score(test, test_labels) for c in values]
+            best = int(np.argmax(fitted))
+            assert len(set(right)) > 1
+            assert row_of(compared[0], protocol, draw, "pixels") == (pytest.approx(right[best]), f"C {values[best]:g}")
+
+
+def test_rows_of_neighbors_are_those_of_scikit_learn(compared, encoder, draws):
+    """k is chosen on a fifth of the training images of the first draw."""
+    model = get_model("vit_mini_patch4", **SHAPE, nb_classes=0, global_pool=True)  # with a layer norm after pooling
+    model.load_state_dict(checkpoint.read(encoder)["model"], strict=False)
+
+    def features(source):
+        pixels, labels = pixels_of(source)
+        with torch.no_grad():
+            return model.eval().forward_features((pixels - 0.45) / 0.3), labels
+
+    def right(k, train, test):
+        return 100 * accuracy_score(test[1], predictions(train, test, k, 0.07))
+
+    split = [features(part) for part in hold_out(draws[0][0], 0.2, 0, "--val_fraction")]
+    held_out = {k: right(k, *split) for k in (5, 20)}
+    scores = read(compared[0])["choices/mine/knn/30/0"]
+    assert {k: scores[f"knn_acc1_k{k}"] for k in held_out} == pytest.approx(held_out)
+    best = max(held_out, key=held_out.get)
+    for draw, source in enumerate(draws[0]):
+        found = {k: right(k, features(source), features(draws[1])) for k in (5, 20)}
+        assert found[5] != found[20]
+        assert row_of(compared[0], "k-NN", draw) == (pytest.approx(found[best]), f"k {best}")
+
+
+@pytest.mark.parametrize(("protocol", "title"), [("linear", "linear probe"), ("finetune", "fine-tuned")])
+def test_rows_of_classifiers_are_those_of_their_checkpoints(compared, draws, protocol, title):
+    pixels, labels = pixels_of(draws[1])
+    for draw in (0, 1):
+        out = compared[0] / f"runs/mine/{protocol}/30/{draw}"
+        file = out / ("probe.pth" if protocol == "linear" else f"checkpoint-{len(lines(out)) - 1}.pth")
+        with torch.no_grad():
+            predicted = get_model(str(file))((pixels - 0.45) / 0.3).argmax(dim=1)
+        rate = lines(out)[-1]["chosen_blr"] if protocol == "linear" else recorded(file)["blr"]
+        right = pytest.approx(100 * accuracy_score(labels, predicted))
+        assert row_of(compared[0], title, draw) == (right, f"blr {rate:g}")
+
+
+def test_settings_of_the_runs(compared, blobs, encoder):
+    """Shared flags, flags of the protocols, draws, chosen rates, and epochs in the minutes of the budget."""
+    out, scores = compared[0], read(compared[0])
+    runs = {str(file.parent.relative_to(out / "runs")): recorded(file) for file in out.rglob("checkpoint-*.pth")}
+    rates = {rate: scores[f"choices/mine/finetune/30/0/{rate}"]["test_acc1"] for rate in (0.001, 0.01)}
+    timing, choices = "timing/2/mine/finetune/30/0", [f"choices/mine/finetune/30/0/{rate}" for rate in rates]
+    cells = [f"mine/{protocol}/30/{draw}" for protocol in ("linear", "finetune") for draw in (0, 1)]
+    assert sorted(runs) == sorted([timing, *choices, *cells])
+    assert not (out / "runs" / timing / "rest").exists()
+    epochs = max(1, int(60 * 0.05 / scores[timing]["seconds_per_epoch"]))
+    shared = {**GIVEN, "finetune": encoder, "data_path": blobs, "train_list": blobs / "train.csv",
+              "val_list": blobs / "val.csv", "train_per_class": 10, "batch_size": 8}  # fmt: skip
+    for name, args in runs.items():
+        of_run = {"seed": int(name.split("/30/")[1][0]), "val_fraction": 0.2 if name in choices else None}
+        if "linear" in name:
+            of_run |= {"epochs": 60, "blr": [0.3, 1, 3, 10, 30, 100], "global_pool": True, "probe": "linear"}
+        else:
+            of_run |= {"epochs": 2 if name == timing else epochs, "layer_decay": 0.75}
+            of_run["warmup_epochs"] = of_run["epochs"] // 10
+        if name in cells and "finetune" in name:
+            of_run["blr"] = max(rates, key=rates.get)
+        expected = {key: str(value) if isinstance(value, Path) else value for key, value in (shared | of_run).items()}
+        assert {key: args[key] for key in expected} == expected
+        assert args["resume"] == ("" if name == timing else "auto")
+
+
+def test_every_result_can_be_repeated(compared):
     out, text = compared
-    cells = [(row["encoder"], row["protocol"], row["labels"], row["draw"]) for row in rows(out)]
-    titles = [("pixels", "logistic regression"), ("pixels", "RBF-SVM"), ("mine", "k-NN"), ("mine", "fine-tuned")]
-    assert cells == [(*title, "12", "0") for title in titles]
-    row = next(row for row in rows(out) if row["protocol"] == "k-NN")
-    words = row["command"].split()
+    words = read(out)["mine/knn/30/1"]["command"].split()
     assert words[:2] == ["python", "main_knn.py"]
     (accuracy,) = main_knn.main(entry_point.parse(main_knn.get_args_parser(), words[2:])).values()
-    assert accuracy == float(row["accuracy"])
+    assert accuracy == row_of(out, "k-NN", 1)[0]
+    means = {(row["encoder"], row["protocol"]): [] for row in rows(out)}
     for row in rows(out):
-        if row["protocol"] == "fine-tuned":
-            assert "--seed 0 --train_per_class 2 --epochs 2 --warmup_epochs 0" in row["command"]
-            assert "--batch_size 4 " in row["command"]
-            assert "--val_fraction" not in row["command"]  # the reported accuracy is of the validation set
-    assert not list(out.rglob("*.pth"))
-    assert (out / "plot.png").stat().st_size > 5000
+        means[row["encoder"], row["protocol"]].append(float(row["accuracy"]))
+    for (name, protocol), (first, second) in means.items():
+        value = f"{(first + second) / 2:.1f} ± {abs(first - second) / 2**0.5:.1f}"
+        assert re.search(rf"^\| {name} \({protocol}\) \| (\*\*)?{value}(\*\*)? \|$", text, re.MULTILINE)
     assert (out / "table.md").read_text() == text
 
 
-def test_learning_rates_are_chosen_on_held_out_training_images(compared):
-    out, _ = compared
-    prefix = "choices/mine/finetune/12/0/"
-    choices = {name.removeprefix(prefix): run for name, run in read(out).items() if name.startswith(prefix)}
-    assert choices.keys() == {"0.001", "0.01"}
-    assert all("--val_fraction 0.2" in choice["command"] for choice in choices.values())
-    best = max(sorted(choices), key=lambda rate: choices[rate]["test_acc1"])
-    tuned = [row for row in rows(out) if row["protocol"] == "fine-tuned"]
-    assert [row["chosen"] for row in tuned] == [f"blr {best}"]
-    assert all(f"--blr {best}" in row["command"] for row in tuned)
+def test_architecture_and_data_of_the_runs(encoder, tmp_path):
+    """Random weights have the settings of the first file, and pixels its size. A dataset of torchvision is shared."""
+    for split, count in (("train", 30), ("t10k", 20)):
+        for kind, array in zip(("images-idx3", "labels-idx1"), noisy(count, 10), strict=True):
+            write_idx(tmp_path / f"FashionMNIST/raw/{split}-{kind}-ubyte", array.astype(np.uint8))
+    flags = ("--dataset", "FashionMNIST", "--encoders", "pixels", "scratch", encoder, "--labels", 10, "--protocols",
+             "finetune", "finetune", "--budget", 1, "--keep_checkpoints")  # fmt: skip
+    compare(tmp_path, tmp_path / "out", encoder, *flags)
+    assert [row["encoder"] for row in rows(tmp_path / "out")] == ["pixels", "pixels", "scratch", "mine"]
+    assert "--input_size 16" in rows(tmp_path / "out")[0]["command"]
+    same = {**SHAPE, "dataset": "FashionMNIST", "model": "vit_mini_patch4", "epochs": 1, "nb_classes": 10}
+    scratch = {"finetune": "", "layer_decay": 1, "mean": [0.1], "std": [0.4]}
+    for name, own in (("scratch", scratch), ("mine", {"finetune": str(encoder)})):
+        args = recorded(tmp_path / f"out/runs/{name}/finetune/10/0/checkpoint-0.pth")
+        assert {key: args[key] for key in same | own} == same | own
 
 
-def test_a_comparison_resumes(compared, labelled, encoder, tmp_path):
+def test_a_comparison_resumes(compared, blobs, encoder, given, tmp_path):
     """Complete runs are not repeated; results of other flags are not used."""
     whole, text = compared
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     before = json.loads((whole / "results.json").read_text().replace(str(whole), str(tmp_path)))  # in the commands
-    changed = {**before, "mine/knn/12/0": {**before["mine/knn/12/0"], "command": "another command"}}
-    del changed["pixels/RBF-SVM/12/0"]
+    changed = {**before, "mine/knn/30/0": {**before["mine/knn/30/0"], "command": "another command"}}
+    del changed["pixels/RBF-SVM/30/0"]
     (tmp_path / "results.json").write_text(json.dumps(changed))
-    (tmp_path / "runs/mine/knn/12/0/command.txt").write_text("another command")
-    (tmp_path / "runs/mine/knn/12/0/rest").touch()
-    assert compare(labelled, tmp_path, encoder) == text
+    (tmp_path / "runs/mine/knn/30/0/command.txt").write_text("another command")
+    (tmp_path / "runs/mine/knn/30/0/rest").touch()
+    assert compare(blobs, tmp_path, encoder, *given) == text
     again = {name for name, run in read(tmp_path).items() if run != before[name]}  # their seconds differ
-    assert again == {"pixels/RBF-SVM/12/0", "mine/knn/12/0"}
-    assert not (tmp_path / "runs/mine/knn/12/0/rest").exists()
-
-
-def test_flags_of_the_runs(labelled, encoder, tmp_path, monkeypatch):
-    """The flags of the command line, those that a file records, and those of the protocol; no run is started."""
-    calls = []
-    monkeypatch.setattr(Commands, "run", lambda self, name, script, flags, read: calls.append((name, flags)) or SCORES)
-    flags = ("--encoders", "scratch", encoder, "--labels", "30", "all", "--draws", "2", "3", "--budget", "3", "15",
-             "--protocols", "knn", "linear", "finetune", "--mean", "0.5", "0.5", "0.5", "--fast_jpeg")  # fmt: skip
-    compare(labelled, tmp_path, encoder, *flags)
-    runs = dict(calls)
-    assert all(run["fast_jpeg"] for run in runs.values())
-    assert {name for name in runs if not name.startswith("choices")} == {
-        f"{name}/{protocol}/{cell}" for name in ("scratch", "mine") for protocol in ("knn", "linear", "finetune")
-        for cell in ("30/0", "30/1", "48/0")
-    }  # fmt: skip
-    assert all(
-        (run["model"], run["input_size"], run["mean"]) == ("vit_mini_patch4", 16, [0.5] * 3) for run in runs.values()
-    )
-    assert runs["mine/linear/30/1"].get("finetune") == str(encoder)
-    assert "finetune" not in runs["scratch/linear/30/1"]
-    assert runs["scratch/finetune/30/0"]["layer_decay"] == 1
-    assert "layer_decay" not in runs["mine/finetune/30/0"]
-    assert runs["mine/finetune/30/0"]["epochs"] == 3
-    assert runs["mine/finetune/48/0"]["epochs"] == 15
-    assert (runs["mine/finetune/30/1"]["train_per_class"], "train_per_class" in runs["mine/finetune/48/0"]) == (
-        5,
-        False,
-    )
-    assert runs["choices/mine/knn/30/0"]["k"] == [5, 20]  # 24 images are left
-    assert [runs[f"mine/knn/30/{draw}"]["seed"] for draw in (0, 1)] == [0, 1]
-    assert runs["mine/knn/30/1"]["k"] == 20  # the better one in SCORES
+    assert again == {"pixels/RBF-SVM/30/0", "mine/knn/30/0"}
+    assert not (tmp_path / "runs/mine/knn/30/0/rest").exists()
 
 
 @pytest.fixture
@@ -160,10 +284,14 @@ def test_rates_are_selected_with_few_labels(pairs, tmp_path, monkeypatch):
     """--held_out is a tenth, and at least one image."""
     (tmp_path / "linear.yaml").write_text("epochs: 2\nwarmup_epochs: 0\nblr: [1, 10]\ncache_features: true\n")
     flags = ("--encoders", "scratch", "--model", "vit_mini_patch4", "--protocols", "linear", "--labels", "4", "--blr",
-             "1e-3", "--recipes", f"linear={tmp_path / 'linear.yaml'}")  # fmt: skip
+             "1e-3", "--recipes", f"linear={tmp_path / 'linear.yaml'}",
+             *(word for name, value in SHAPE.items() for word in (f"--{name}", value)))  # fmt: skip
     compare(pairs, tmp_path / "out", None, *flags)
     (row,) = rows(tmp_path / "out")
+    args = vars(entry_point.parse(main_linprobe.get_args_parser(), row["command"].split()[2:]))
+    assert {name: args[name] for name in ("model", *SHAPE)} == {"model": "vit_mini_patch4", **SHAPE}
     assert row["chosen"] in ("blr 1", "blr 10")
+    assert not list((tmp_path / "out").rglob("*.pth")) + list((tmp_path / "out").rglob("tokens"))
     with pytest.raises(ValueError, match=r"--labels 2: --protocols linear trains .* give --labels 4 or more"):
         compare(pairs, tmp_path / "two", None, *flags, "--labels", "2")
     monkeypatch.setattr(Commands, "run", lambda self, name, script, flags, read: SCORES)
@@ -407,11 +535,6 @@ def test_the_table():
     ]  # fmt: skip
 
 
-def test_baselines_without_held_out_images_have_the_middle_value(compared):
-    """With fewer than five images of a class."""
-    assert {row["chosen"] for row in rows(compared[0]) if row["protocol"] == "RBF-SVM"} == {"C 10"}
-
-
 def test_a_baseline_of_pixels_uses_one_thread(monkeypatch):
     fit, threads = SVC.fit, []
 
@@ -424,25 +547,6 @@ def test_a_baseline_of_pixels_uses_one_thread(monkeypatch):
     with threadpool_limits(2):
         pixel_baselines.evaluate("RBF-SVM", images, labels, images, labels, seed=0)
     assert threads == [1] * 4  # three values of C, and the choice
-
-
-def test_baselines_equal_scikit_learns():
-    """C is chosen on held-out training images."""
-    from sklearn.model_selection import StratifiedShuffleSplit
-
-    generator = np.random.default_rng(0)
-    labels = np.arange(60) % 3
-    train = generator.random((60, 5)).astype(np.float32) + labels[:, None] * 0.2
-    some = np.random.default_rng(1).permutation(60)
-    ((rest, held_out),) = StratifiedShuffleSplit(1, test_size=0.2, random_state=1).split(some, labels[some])
-    rest, held_out = some[rest], some[held_out]
-    models = {c: SVC(C=c).fit(train[rest], labels[rest]) for c in (1, 10, 100)}
-    scores = {c: model.score(train[held_out], labels[held_out]) for c, model in models.items()}
-    assert max(scores, key=scores.get) == 1  # not the middle, which is the default
-    accuracy, chosen = pixel_baselines.evaluate("RBF-SVM", train, labels, train[::2], labels[::2], seed=1)
-    assert chosen == "C 1"
-    model, other = SVC(C=1.0).fit(train, labels), SVC(C=1.0).fit(train[::2], labels[::2])
-    assert accuracy == 100 * model.score(train[::2], labels[::2]) != 100 * other.score(train[::2], labels[::2])
 
 
 def test_a_rare_class_may_be_absent_from_the_images_that_choose(monkeypatch):
@@ -484,59 +588,6 @@ def test_pixels_are_in_one_range_for_files_of_8_and_16_bits(tmp_path):
     np.testing.assert_allclose(*read, atol=1e-6)
     assert read[0].max() == 1
     assert read[0].dtype == np.float32
-
-
-def test_flags_of_models(labelled, encoder, tmp_path, monkeypatch):
-    """--model is the architecture of scratch; a file has its own."""
-    runs, names = {}, []
-
-    def run(self, name, script, flags, read):
-        runs[name] = flags
-        names.append(name)
-        return SCORES
-
-    monkeypatch.setattr(Commands, "run", run)
-    compare(labelled, tmp_path, encoder, "--encoders", "scratch", encoder, "--model", "vit_tiny_patch16")
-    assert runs["scratch/finetune/12/0"]["model"] == "vit_tiny_patch16"
-    assert runs["mine/finetune/12/0"]["model"] == "vit_mini_patch4"
-    names.clear()
-    compare(labelled, tmp_path, encoder, "--encoders", "scratch", "--protocols", "finetune", "finetune")
-    assert names.count("scratch/finetune/12/0") == 1
-    assert runs["scratch/finetune/12/0"]["model"] == "vit_base_patch16"  # the default of this script
-
-
-def test_pixels_of_the_size_of_the_encoder_or_of_the_flag(labelled, encoder, tmp_path, monkeypatch):
-    sizes = []
-    monkeypatch.setattr(pixel_baselines, "evaluate", lambda *_, **__: (50.0, "C 1"))
-    monkeypatch.setattr(
-        pixel_baselines, "read", lambda source, input_size, **_: sizes.append(input_size) or np.zeros((len(source), 1))
-    )
-    monkeypatch.setattr(Commands, "run", lambda *_: SCORES)
-    compare(labelled, tmp_path, encoder, "--input_size", "8")
-    assert set(sizes) == {8}
-    sizes.clear()
-    flags = ["--device", "cpu", "--data_path", labelled, "--output_dir", tmp_path / "own", "--encoders", "pixels",
-             encoder, "--protocols", "knn", "--labels", "12", "--draws", "1"]  # fmt: skip
-    main_compare.main(entry_point.parse(main_compare.get_args_parser(), list(map(str, flags))))
-    assert set(sizes) == {16}
-
-
-def test_scratch_has_the_settings_of_the_first_file(labelled, encoder, tmp_path, monkeypatch):
-    runs = {}
-    monkeypatch.setattr(Commands, "run", lambda self, name, script, flags, read: runs.update({name: flags}) or SCORES)
-    state = torch.load(encoder) | {"args": torch.load(encoder)["args"] | {"mean": [0.1] * 3, "std": [0.4] * 3}}
-    torch.save(state, tmp_path / "other.pth")
-    compare(labelled, tmp_path / "out", tmp_path / "other.pth", "--encoders", "scratch", tmp_path / "other.pth")
-    scratch = runs["scratch/finetune/12/0"]
-    assert (scratch["model"], scratch["mean"], scratch["std"]) == ("vit_mini_patch4", [0.1] * 3, [0.4] * 3)
-
-
-def test_val_fraction_evaluates_on_training_images(labelled, classify):
-    (accuracy,) = classify(main_knn, k=1, val_fraction=0.25, seed=3).values()
-    train = datasets.open_source("train", str(labelled))
-    rest, held_out = hold_out(train, 0.25, 3, "--val_fraction")
-    assert (len(rest), len(held_out)) == (36, 12)
-    assert accuracy * 12 / 100 == pytest.approx(round(accuracy * 12 / 100))  # of twelve images
 
 
 def test_an_error_is_the_last_line_of_its_output(tmp_path):
@@ -635,17 +686,3 @@ def test_checkpoints_and_tokens_of_complete_runs_are_removed(tmp_path):
     assert main_compare._last_line(tmp_path, "") == {"test_acc1": 5, "chosen_blr": 3, "epochs": 2}
     main_compare._remove_checkpoints(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["log.txt"]
-
-
-@pytest.mark.parametrize("keeps", [True, False])
-def test_checkpoints_are_removed_after_the_result_is_stored(labelled, encoder, tmp_path, monkeypatch, keeps):
-    """A comparison that is killed between the two would otherwise train again."""
-
-    def run(self, name, *_):
-        (self.folder / name).mkdir(parents=True, exist_ok=True)
-        (self.folder / name / "checkpoint-1.pth").touch()
-        return SCORES
-
-    monkeypatch.setattr(Commands, "run", run)
-    compare(labelled, tmp_path, encoder, *["--keep_checkpoints"] * keeps)
-    assert bool(list((tmp_path / "runs/mine/finetune").rglob("*.pth"))) == keeps

@@ -102,9 +102,10 @@ def test_partial_fine_tuning(finetune, pretrain, labelled):
     assert not torch.equal(before["blocks.3.mlp.fc1.weight"], after["blocks.3.mlp.fc1.weight"])
 
 
-def test_eval_every_skips_evaluations(finetune):
-    out = finetune(epochs=5, eval_every=2)
-    assert [line["epoch"] for line in lines(out) if "test_acc1" in line] == [1, 3, 4]
+@pytest.mark.parametrize(("eval_every", "evaluated"), [(2, [1, 3, 4]), (9, [4])])
+def test_eval_every_skips_evaluations(finetune, eval_every, evaluated):
+    out = finetune(epochs=5, eval_every=eval_every)
+    assert [line["epoch"] for line in lines(out) if "test_acc1" in line] == evaluated
 
 
 def test_few_labels(finetune, capsys):

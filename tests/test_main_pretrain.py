@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -127,6 +128,30 @@ def test_an_error_between_epochs_saves_the_state(pretrain, monkeypatch, place):
         pretrain("parts", **settings)
     assert checkpoint.read(whole.parent / "parts/checkpoint-last.pth")["progress"]["epoch"] >= 1
     parts = pretrain("parts", **settings, resume="auto")
+    assert_equal(weights(parts, "checkpoint-3.pth"), weights(whole, "checkpoint-3.pth"))
+    assert [line["train_loss"] for line in lines(parts)] == [line["train_loss"] for line in lines(whole)]
+
+
+@pytest.mark.parametrize(("epoch", "error"), [(1, None), (1, OSError("the disk is gone")), (3, None)])
+def test_a_signal_between_epochs_saves_the_state(pretrain, monkeypatch, epoch, error):
+    """Also if an error follows the signal. A run whose last epoch is complete does not stop."""
+    whole = pretrain("whole", epochs=4, save_every=1000)
+    end_epoch = run_log.RunLog.end_epoch
+
+    def end(log, stats):
+        end_epoch(log, stats)
+        if lines(whole.parent / "parts")[-1]["epoch"] == epoch:
+            signal.raise_signal(signal.SIGTERM)
+            if error:
+                raise error
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted) if epoch < 3 else nullcontext():
+        patch.setattr(run_log.RunLog, "end_epoch", end)
+        pretrain("parts", epochs=4, save_every=1000)
+    if epoch < 3:
+        position = checkpoint.position(whole.parent / "parts/checkpoint-last.pth")
+        assert position == ((1, 24) if error else (2, 0))
+    parts = pretrain("parts", epochs=4, save_every=1000, resume="auto")
     assert_equal(weights(parts, "checkpoint-3.pth"), weights(whole, "checkpoint-3.pth"))
     assert [line["train_loss"] for line in lines(parts)] == [line["train_loss"] for line in lines(whole)]
 
