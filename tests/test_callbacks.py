@@ -64,7 +64,7 @@ def test_a_state_that_could_not_be_read_again_is_an_error_before_training(pretra
 
 
 def test_an_own_flag_that_could_not_be_read_again_is_an_error_before_training(pretrain, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(ValueError, match=r"args.teacher is a PosixPath"):
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match=r"teacher.*PosixPath"):
         patch.setattr(main_pretrain, "vars", lambda args: {**args.__dict__, "teacher": Path("t.pth")}, raising=False)
         pretrain()
     assert not list(tmp_path.rglob("*.pth"))
@@ -107,7 +107,7 @@ def test_a_run_resumes_with_the_same_callbacks(pretrain, before, after, numbers)
 
 def test_fsdp_with_callbacks_is_a_one_line_error(pretrain, monkeypatch):
     monkeypatch.setattr(dist, "is_sharded", lambda model: True)
-    with pytest.raises(ValueError, match=r"^--fsdp can't save the state of callbacks: omit --fsdp or the"):
+    with pytest.raises(ValueError, match=r"^--fsdp .*callbacks"):
         pretrain(callbacks=[EMA()])
 
 

@@ -184,9 +184,7 @@ def test_a_rejected_checkpoint_moves_no_files(pretrain):
     state = checkpoint.read(out / "checkpoint-0.pth")
     state["model"]["cls_token"][0, 0, 3] = float("nan")
     checkpoint.write(state, out / "checkpoint-7.pth")
-    with pytest.raises(
-        ValueError, match=r"--resume .*checkpoint-7.pth: .* cls_token: resume from an earlier checkpoint"
-    ):
+    with pytest.raises(ValueError, match=r"--resume .*checkpoint-7.pth: .* cls_token"):
         pretrain("run", resume=out / "checkpoint-7.pth")
     (out / "checkpoint-7.pth").unlink()
     with pytest.raises(ValueError, match="another architecture"):
@@ -477,12 +475,12 @@ def test_epochs_of_a_number_of_updates_resume_exactly(pretrain, monkeypatch, met
 
 def test_another_length_of_epochs_can_not_be_resumed(pretrain):
     pretrain("run", updates_per_epoch=2)
-    with pytest.raises(checkpoint.CheckpointError, match=r"resumed run is 2 updates.*\ngive --updates_per_epoch 2"):
+    with pytest.raises(checkpoint.CheckpointError, match="give --updates_per_epoch 2"):
         pretrain("run", resume="auto", epochs=3)
     with pytest.raises(checkpoint.CheckpointError, match="give --updates_per_epoch 2"):
         pretrain("run", resume="auto", epochs=3, updates_per_epoch=3)
     pretrain("plain")
-    with pytest.raises(checkpoint.CheckpointError, match=r"is one pass over the images.*\n.*omit --updates_per_epoch"):
+    with pytest.raises(checkpoint.CheckpointError, match="omit --updates_per_epoch"):
         pretrain("plain", resume="auto", epochs=3, updates_per_epoch=3)
 
 

@@ -28,7 +28,7 @@ def test_every_setting_of_an_autoencoder():
     named = models_build.autoencoder_arguments(MAE | {"model": "mae_vit_base_patch16_dec512d8b", "decoder_depth": None})
     assert (named["embed_dim"], named["decoder_depth"], named["decoder_embed_dim"]) == (768, 8, 512)
     for model in ("vit_mini_patch4", "mae_vit_none"):
-        with pytest.raises(ValueError, match=f"{model} is not a masked autoencoder"):
+        with pytest.raises(ValueError, match=f"{model} "):
             models_build.autoencoder_arguments(MAE | {"model": model})
 
 
@@ -39,7 +39,7 @@ def test_every_setting_of_a_classifier():
     model = models_build.classifier(MINI | {"global_pool": False, "patch_size": 8, "in_chans": 1})
     assert (model.global_pool, model.patch_embed.patch_size, model.patch_embed.in_chans) == (False, (8, 8), 1)
     assert not any(hasattr(block.drop_path, "drop_prob") for block in model.blocks)
-    with pytest.raises(ValueError, match="mae_vit_mini_patch4 is not a classifier"):
+    with pytest.raises(ValueError, match="mae_vit_mini_patch4"):
         models_build.classifier_arguments(MINI | {"model": "mae_vit_mini_patch4"})
 
 
@@ -166,7 +166,7 @@ def test_queries_must_divide_the_width(count, fitting):
 
 
 def test_an_attentive_probe_needs_a_norm_of_tokens():
-    with pytest.raises(ValueError, match="which a classifier with --global_pool does not have: start from"):
+    with pytest.raises(ValueError, match="--global_pool"):
         models_build.probe(MINI | {"probe": "attentive"})
 
 
@@ -182,7 +182,7 @@ def test_partial_fine_tuning(global_pool):
         assert {name for name in trained if not name.startswith("blocks.")} == last
         assert sum(name.startswith("blocks.") for name in trained) == 6 * num_blocks
     for num_blocks in (-1, 5):
-        with pytest.raises(ValueError, match=f"--unfreeze_blocks {num_blocks}: the model has 4 blocks"):
+        with pytest.raises(ValueError, match=rf"--unfreeze_blocks {num_blocks}: .*4 blocks"):
             models_build.freeze_below(model, num_blocks)
 
 
