@@ -108,11 +108,11 @@ def test_damaged_archives_are_errors(pictures, tmp_path):
     data[int(source.places[6][0])] ^= 1
     path.write_bytes(data)
     for index in (5, 6):
-        with pytest.raises(BadImage, match="the archive is damaged here"):
+        with pytest.raises(BadImage, match="damaged"):
             _ = source[index]
     assert len(source[7][0]) > 100
     os.truncate(path, start + 50)
-    with pytest.raises(BadImage, match="the archive ends within this member"):
+    with pytest.raises(BadImage, match="ends"):
         _ = source[5]
 
 
@@ -124,23 +124,21 @@ def test_damage_of_a_stored_member_is_an_error(tmp_path):
     source = Archive(path, None)
     assert source[0][0] == b"pixels"
     path.write_bytes(path.read_bytes().replace(b"pixels", b"pixelz"))
-    with pytest.raises(BadImage, match="the archive is damaged here: the checksum does not match"):
+    with pytest.raises(BadImage, match="checksum"):
         _ = source[0]
 
 
 def test_archives_that_cant_be_read_in_place_are_errors(pictures, tmp_path):
     compressed = Path(shutil.make_archive(str(tmp_path / "set"), "gztar", pictures))
-    with pytest.raises(ValueError, match=r"set.tar.gz is neither a zip file nor an uncompressed tar file"):
+    with pytest.raises(ValueError, match=r"set.tar.gz is neither"):
         Archive(compressed, "train")
     with zipfile.ZipFile(tmp_path / "bz2.zip", "w", zipfile.ZIP_BZIP2) as archive:
         archive.writestr("1.png", "1")
-    with pytest.raises(
-        ValueError, match=r"bz2.zip: all images, such as 1.png, are encrypted or not compressed with deflate"
-    ):
+    with pytest.raises(ValueError, match=r"bz2.zip: .* 1.png.* deflate"):
         Archive(tmp_path / "bz2.zip", "train")
     with zipfile.ZipFile(tmp_path / "empty.zip", "w") as archive:
         archive.writestr("readme.txt", "nothing")
-    with pytest.raises(ValueError, match=r"no images in .*empty.zip \(looked for .jpg"):
+    with pytest.raises(ValueError, match=r"no images in .*empty.zip"):
         Archive(tmp_path / "empty.zip", "train")
 
 
@@ -163,7 +161,7 @@ def test_a_damaged_or_truncated_tar_is_an_error(tmp_path):
         ("damaged", damaged, "3.png"), ("at a member", whole[: 6 * 1024], "5.png"), ("in one", whole[:6300], "5.png"),
     ):  # fmt: skip
         (tmp_path / name).write_bytes(data)
-        with pytest.raises(ValueError, match=f"is damaged or truncated after {last}"):
+        with pytest.raises(ValueError, match=f"truncated after {last}"):
             Archive(tmp_path / name, "train")
 
 
@@ -174,7 +172,7 @@ def test_sparse_files_are_errors_and_links_are_followed(tmp_path):
         file.seek(1 << 19)
         file.write(b"some")
     subprocess.run(["tar", "-cSf", tmp_path / "sparse.tar", "-C", tmp_path, "in"], check=True)
-    with pytest.raises(ValueError, match=r"1.npy is a sparse file \(tar -S\)"):
+    with pytest.raises(ValueError, match=r"1.npy .*sparse"):
         Archive(tmp_path / "sparse.tar", "train")
     for name in ("links.tar", "links.zip"):
         folder = tmp_path / name.replace(".", "")
@@ -194,7 +192,7 @@ def test_sparse_files_are_errors_and_links_are_followed(tmp_path):
                     archive.writestr(member, os.readlink(folder / "b" / link))
         source = Archive(tmp_path / name, "train")
         assert [source[0], source[1]] == [(b"one", 0), (b"one", 1)]
-        with pytest.raises(BadImage, match="it is a link to a file that is not in the archive"):
+        with pytest.raises(BadImage, match="link"):
             _ = source[2]
 
 
@@ -224,12 +222,10 @@ def test_zip_bombs_are_not_unpacked(tmp_path):
         archive.writestr("1.png", bytes(50_000_000))
     source = Archive(tmp_path / "bomb.zip", "train")
     source.places[0][3] = 1000  # the size in a wrong header
-    with pytest.raises(BadImage, match="the checksum does not match"):
+    with pytest.raises(BadImage, match="checksum"):
         _ = source[0]
     source.places[0][3] = 5 << 30
-    with pytest.raises(
-        BadImage, match="it has 5,368,709,120 bytes when unpacked, more than the limit of 1,073,741,824"
-    ):
+    with pytest.raises(BadImage, match=r"5,368,709,120 bytes .*1,073,741,824"):
         _ = source[0]
 
 
@@ -300,7 +296,7 @@ def test_tar_headers_with_wrong_sizes_are_errors(tmp_path):
         member = tarfile.TarInfo("1.png")
         member.size, member.type = size, kind
         (tmp_path / "set.tar").write_bytes(member.tobuf(tarfile.GNU_FORMAT) + bytes(2048))
-        with pytest.raises(ValueError, match=f"set.tar is damaged .*a header states {size:,} bytes|is neither a zip"):
+        with pytest.raises(ValueError, match=rf"set.tar is damaged .*{size:,} bytes|is neither a zip"):
             Archive(tmp_path / "set.tar", "train")
     with tarfile.open(tmp_path / "pax.tar", "w", format=tarfile.PAX_FORMAT) as archive:
         member = tarfile.TarInfo("1.png")
@@ -322,7 +318,7 @@ def test_an_archive_closes_its_file(pictures, tmp_path):
 
 def test_a_file_of_numpy_arrays_is_no_archive(tmp_path):
     np.savez(tmp_path / "images.npz", images=np.zeros((2, 4, 4, 3), np.uint8))
-    with pytest.raises(ValueError, match="is a file of NumPy arrays, not an archive of images"):
+    with pytest.raises(ValueError, match="NumPy"):
         open_source("train", str(tmp_path / "images.npz"))
 
 

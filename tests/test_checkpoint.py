@@ -79,7 +79,7 @@ def test_a_full_disk_leaves_the_previous_file(small_disk):
     path = small_disk / "checkpoint-last.pth"
     checkpoint.write(example_state(), path)
     before = path.read_bytes()
-    with pytest.raises(OSError, match=r"can't write .*checkpoint-last.pth .*free space"):
+    with pytest.raises(OSError, match=r"checkpoint-last.pth .*space"):
         checkpoint.write({"model": {"weight": torch.randn(1000, 1000)}}, path)
     assert path.read_bytes() == before
     assert os.listdir(small_disk) == ["checkpoint-last.pth"]

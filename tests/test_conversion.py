@@ -107,10 +107,10 @@ def test_prefixes_of_wrappers_are_removed(prefix, tmp_path):
 
 def test_files_without_a_transformer(tmp_path):
     torch.save({"model": {"conv.weight": torch.zeros(1)}}, tmp_path / "file.pth")
-    with pytest.raises(CheckpointError, match=r"no weights of a Vision Transformer: conv.weight"):
+    with pytest.raises(CheckpointError, match=r"conv\.weight"):
         loading.read(tmp_path / "file.pth")
     (tmp_path / "file.safetensors").write_bytes(b"12345")
-    with pytest.raises(CheckpointError, match="is not a safetensors file, or is damaged"):
+    with pytest.raises(CheckpointError, match="safetensors"):
         loading.read(tmp_path / "file.safetensors")
 
 

@@ -26,15 +26,13 @@ def test_open_source_reads_the_folder_of_a_split_or_all_images(pictures):
 
 
 def test_training_images_are_never_used_for_validation(pictures, tmp_path):
-    with pytest.raises(ValueError, match=r"there is no folder val/ in it\nadd this folder, or give --val_list FILE"):
+    with pytest.raises(ValueError, match=r" val/ (.|\n)*--val_list FILE"):
         open_source("val", str(pictures))
-    with pytest.raises(
-        ValueError, match=r"set.zip: there is no folder val/ in it\nadd this folder, or give --val_list FILE"
-    ):
+    with pytest.raises(ValueError, match=r"set.zip: .* val/ (.|\n)*--val_list FILE"):
         open_source("val", shutil.make_archive(str(tmp_path / "set"), "zip", pictures))
     shutil.copytree(pictures / "train", tmp_path / "only" / "val")
     assert isinstance(open_source("val", str(tmp_path / "only")), Files)
-    with pytest.raises(ValueError, match=r"there is no folder train/ in it"):
+    with pytest.raises(ValueError, match=" train/ "):
         open_source("train", str(tmp_path / "only"))
 
 
@@ -43,7 +41,7 @@ def test_splits_are_in_lower_case(pictures, tmp_path):
         shutil.copytree(pictures / "train", tmp_path / "set" / folder)
     for path in (tmp_path / "set", shutil.make_archive(str(tmp_path / "set"), "zip", tmp_path, "set")):
         for split, folder in (("train", "Train"), ("val", "Val")):
-            with pytest.raises(ValueError, match=f"there is no folder {split}/ in it; rename {folder}/ to {split}/"):
+            with pytest.raises(ValueError, match=f"rename {folder}/ to {split}/"):
                 open_source(split, str(path))
     (tmp_path / "set" / "Val").rename(tmp_path / "set" / "Car")  # two classes
     assert open_source("train", str(tmp_path / "set")).classes == ["Car", "Train"]
@@ -84,11 +82,11 @@ def test_rank_0_lists_the_images_for_all(pictures, tmp_path, monkeypatch):
 
 
 def test_missing_data_path_and_missing_folder_are_errors(tmp_path):
-    with pytest.raises(ValueError, match="--data_path is needed"):
+    with pytest.raises(ValueError, match="--data_path"):
         open_source("train")
-    with pytest.raises(ValueError, match="there is no folder or archive"):
+    with pytest.raises(ValueError, match="there is no folder"):
         open_source("train", str(tmp_path / "nowhere"))
-    with pytest.raises(ValueError, match="--val_list and --dataset exclude each other"):
+    with pytest.raises(ValueError, match=r"--val_list .*--dataset"):
         open_source("val", None, "list.txt", "CIFAR10")
 
 
@@ -119,7 +117,7 @@ def test_the_check_reports_bad_images(tmp_path, capsys):
     for number in range(3):
         Image.fromarray(np.full((8, 8), 40000, dtype=np.uint16)).save(tmp_path / f"{number}.png")
     (tmp_path / "bad.jpg").write_bytes(b"")
-    with pytest.raises(BadImage, match=r"1 of 4 .*: replace or remove .*--on_bad_image skip"):
+    with pytest.raises(BadImage, match=r"1 of 4 .*--on_bad_image skip"):
         check(tmp_path, "--in_chans", 1, "--num_workers", 0)
     output = capsys.readouterr().out
     assert f"unreadable  1\n            {tmp_path / 'bad.jpg'}: the file is empty" in output
@@ -154,7 +152,7 @@ def test_the_check_limits_the_number_of_images(pictures, capsys):
 
 
 def test_the_check_of_a_missing_folder_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match=f"there is no folder or archive {tmp_path / 'nowhere'}$"):
+    with pytest.raises(ValueError, match=f"{tmp_path / 'nowhere'}$"):
         check(tmp_path / "nowhere")
 
 

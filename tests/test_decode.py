@@ -260,13 +260,13 @@ def test_the_orientation_of_a_tiff_is_applied_once(orientation, rows, compressio
 
 
 def test_bits_and_transparent_palettes_have_their_own_channels():
-    with pytest.raises(BadImage, match="it has 1 channel, and in_chans is 4"):
+    with pytest.raises(BadImage, match=r"1 channel, .*in_chans is 4"):
         decode(Image.new("1", (2, 2)), 4)
     picture = Image.new("P", (1, 1), 1)
     picture.putpalette(PALETTE.tobytes())
     picture = picture.convert("PA")
     assert pixels_of(decode(picture, 4)).tolist() == [[[200, 100, 50, 255]]]
-    with pytest.raises(BadImage, match="it has 4 channels, and in_chans is 2"):
+    with pytest.raises(BadImage, match=r"4 channels, .*in_chans is 2"):
         decode(picture, 2)
 
 
@@ -375,7 +375,7 @@ def test_a_missing_codec_is_named(monkeypatch):
         raise ValueError("<COMPRESSION.LZW: 5> requires the 'imagecodecs' package")
 
     monkeypatch.setattr(tifffile.TiffPage, "asarray", without)
-    with pytest.raises(BadImage, match=r'requires the package imagecodecs: pip install "\.\[tiff\]"'):
+    with pytest.raises(BadImage, match=r'imagecodecs: pip install "\.\[tiff\]"'):
         decode(magick("deep_lzw.tif"), 3)
 
 
@@ -432,7 +432,7 @@ def test_a_lower_limit_of_pixels(kind):
     data = files.get(kind, lambda: saved(RGB, kind))()
     assert size_of(decode(data, 3, max_pixels=30)) == (5, 6)
     for fast_jpeg in (False, True):
-        with pytest.raises(BadImage, match="its 6 x 5 pixels are more than the limit of 29"):
+        with pytest.raises(BadImage, match=r"6 x 5 pixels .* 29"):
             decode(data, 3, fast_jpeg=fast_jpeg, max_pixels=29)
 
 

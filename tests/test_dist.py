@@ -56,7 +56,7 @@ def test_cuda_devices_have_a_number(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert dist.init("auto") == torch.device("cuda", 1)
     assert {device.index for device in chosen} == {0, 1}
-    with pytest.raises(ValueError, match="needs CUDA device 2, and this machine has 2"):
+    with pytest.raises(ValueError, match=r"device 2, .* 2"):
         dist.init("cuda:2")
 
 
@@ -85,7 +85,7 @@ def test_a_task_uses_the_gpus_assigned_by_slurm(monkeypatch, visible, variables,
     for name, value in ({"LOCAL_RANK": "3"} | in_a_step | variables).items():
         monkeypatch.setenv(name, value)
     if device is None:
-        with pytest.raises(ValueError, match="needs CUDA device 3, and this machine has 1: start fewer processes"):
+        with pytest.raises(ValueError, match=r"device 3, .* 1"):
             dist.choose_device("cuda")
     else:
         assert dist.choose_device("cuda") == torch.device("cuda", device)
@@ -114,7 +114,7 @@ def test_missing_processes_are_named(environment, capfd, number, reason):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment({"WORLD_SIZE": "2", "RANK": number, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
-    with pytest.raises(ValueError, match=rf"{number} of 2 did not reach all others at 127.0.0.1:{port} .*{reason}"):
+    with pytest.raises(ValueError, match=rf"{number} of 2 .* 127.0.0.1:{port} .*{reason}"):
         dist.init("cpu", timeout=1)
     assert "frame #" not in capfd.readouterr().err  # PyTorch's backtraces
 
@@ -125,7 +125,7 @@ def test_a_port_in_use_is_named(environment):
         taken.listen()
         port = taken.getsockname()[1]
         environment({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
-        with pytest.raises(ValueError, match=f"127.0.0.1:{port} is in use: give torchrun another --master_port"):
+        with pytest.raises(ValueError, match=rf"127.0.0.1:{port} .*--master_port"):
             dist.init("cpu", timeout=1)
 
 
@@ -368,7 +368,7 @@ def test_missing_variables_of_slurm_are_named(environment):
     known = {name: STEP[name] for name in ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_ID")}
     environment(known)
     missing = "SLURM_STEP_ID, SLURM_STEP_TASKS_PER_NODE, SLURM_STEP_NODELIST"
-    with pytest.raises(ValueError, match=f"SLURM_STEP_NUM_TASKS=4 .*, but {missing} .which srun sets"):
+    with pytest.raises(ValueError, match=rf"SLURM_STEP_NUM_TASKS=4 .*, but {missing} "):
         dist.init("cpu")
 
 
@@ -380,7 +380,7 @@ def test_torchrun_within_a_step_takes_precedence(environment):
 
 def test_backends(monkeypatch):
     assert dist.init("cpu", backend="gloo") == torch.device("cpu")
-    with pytest.raises(ValueError, match="--dist_backend nccl connects GPUs, and the device is cpu"):
+    with pytest.raises(ValueError, match=r"--dist_backend nccl .*cpu"):
         dist.init("cpu", backend="nccl")
 
 

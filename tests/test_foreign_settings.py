@@ -80,7 +80,7 @@ def test_another_type_of_model_is_refused(tmp_path):
     transformers.SwinModel(
         transformers.SwinConfig(embed_dim=8, depths=[1], num_heads=[1], image_size=32)
     ).save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="model_type is swin, and only vit, vit_mae and pixio are supported"):
+    with pytest.raises(CheckpointError, match=r"model_type is swin.* vit_mae .*pixio"):
         loading.read(tmp_path)
 
 
@@ -383,7 +383,7 @@ def test_a_swin_file_is_no_vision_transformer(tmp_path):
         "swin_tiny_patch4_window7_224", embed_dim=8, depths=(1, 1), num_heads=(1, 1), num_classes=2
     )
     torch.save(theirs.state_dict(), tmp_path / "swin.pth")
-    with pytest.raises(CheckpointError, match=r"contains no weights of a Vision Transformer: .*layers\.0"):
+    with pytest.raises(CheckpointError, match=r"layers\.0"):
         loading.read(tmp_path / "swin.pth")
 
 

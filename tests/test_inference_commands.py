@@ -222,9 +222,9 @@ def test_reconstruct_rectangles(files, tmp_path):
     assert mask[:2, 0].all() and mask[7, 15] == 1
     assert mask.sum() == 3
     assert reconstruct.reconstruct(model, picture, mask_boxes=[(100, 100, 5, 5)]).mask.sum() == 1
-    with pytest.raises(ValueError, match=r"--mask_box 700 0 10 10 .*: the image has 640 x 320 pixels"):
+    with pytest.raises(ValueError, match=r"--mask_box 700 0 10 10 .*640 x 320"):
         reconstruct.reconstruct(model, picture, mask_boxes=[(700, 0, 10, 10)])
-    with pytest.raises(ValueError, match="at least one patch visible"):
+    with pytest.raises(ValueError, match="visible"):
         reconstruct.reconstruct(model, picture, mask_boxes=[(0, 0, 640, 320)])
     argv = [PHOTOS[0], "--model", files / "mae.safetensors", "--out", tmp_path / "grid.png"]
     (one,), (other,) = (run(reconstruct, *argv, flag, 100, 100, 5, 5) for flag in ("--mask_box", "--hide"))
@@ -246,7 +246,7 @@ def test_a_rectangle_masks_every_pixel_that_it_touches():
         expected[slice(*rows), slice(*columns)] = 1
         assert torch.equal(reconstruct.boxes_to_mask([box], (100, 300), (10, 30), (8, 24)), expected), box
     for box in ((0, 0, 30, 100), (270, 0, 30, 100), (0, 0, 300, 10), (130, 50, 0, 5), (-9, 0, 9, 100), (300, 0, 9, 9)):
-        with pytest.raises(ValueError, match="touches no patch: the image has 300 x 100 pixels"):
+        with pytest.raises(ValueError, match=r"no patch.* 300 x 100"):
             reconstruct.boxes_to_mask([box], (100, 300), (10, 30), (8, 24))
 
 
@@ -480,7 +480,7 @@ def test_an_export_with_the_suffix_of_another_format_is_an_error(files, tmp_path
         assert said.endswith(f"; give --out {tmp_path / other}")
         export.check_suffix(to, tmp_path / other)
     export.check_suffix("transformers", tmp_path / "vit-1.5")
-    with pytest.raises(ValueError, match=r"--to safetensors writes \.safetensors; give --out "):
+    with pytest.raises(ValueError, match=r"--to safetensors .*--out "):
         export.export(get_model(files / "mae.safetensors"), "safetensors", tmp_path / "x.pth")
     assert list(tmp_path.iterdir()) == []
 

@@ -115,7 +115,7 @@ def test_an_attentive_probe_is_exported_where_the_format_has_one(imgs, tmp_path)
     program = torch.export.load(exported(probe, "torch_export", tmp_path))
     torch.testing.assert_close(program.module()(images=imgs), probe(imgs), rtol=1e-4, atol=1e-4)
     for to in ("timm", "transformers", "mmpretrain"):
-        with pytest.raises(ValueError, match=f"--to {to}: {to} has no attentive probe; give --encoder, or --to safet"):
+        with pytest.raises(ValueError, match=rf"--to {to}: .*attentive.* --encoder.* --to safet"):
             exported(probe, to, tmp_path)
         encoder = get_model(exported(export.encoder_of(probe), to, tmp_path))
         torch.testing.assert_close(encoder(imgs), probe.extract_feat(imgs, "cls"), rtol=1e-4, atol=1e-4)
@@ -175,13 +175,11 @@ def test_the_export_to_transformers_names_a_shifted_crop(input_size, edge, tmp_p
 
 
 def test_models_without_an_equivalent_in_transformers_are_errors(pooled, tmp_path):
-    with pytest.raises(ValueError, match="uses the class token, and this classifier pools patch tokens"):
+    with pytest.raises(ValueError, match="class token"):
         export.export(pooled, "transformers", tmp_path / "folder")
     for name in ("mae_vit_mini_patch4", "vit_mini_patch4"):
         wide = get_model(name, input_size=[32, 64], global_pool=False, nb_classes=3)
-        with pytest.raises(
-            ValueError, match=r"only square images, and these are 32 x 64: give --to safetensors, onnx or torch_export$"
-        ):
+        with pytest.raises(ValueError, match=r"32 x 64: give --to safetensors, onnx or torch_export$"):
             export.export(wide, "transformers", tmp_path / "folder")
     with pytest.raises(ValueError, match="pools patch tokens"):
         export.encoder_of(pooled)
@@ -348,7 +346,7 @@ def test_torch_export(kind, imgs, tmp_path, request):
 
 def test_an_onnx_file_with_wrong_outputs_is_not_written(tmp_path, monkeypatch):
     monkeypatch.setattr(export, "CLOSE", -1.0)
-    with pytest.raises(ValueError, match="is not written: its outputs differ from the model's"):
+    with pytest.raises(ValueError, match="outputs"):
         export.export(get_model("vit_mini_patch4", nb_classes=2, input_size=8), "onnx", tmp_path / "m.onnx")
     assert list(tmp_path.iterdir()) == []
 
@@ -356,7 +354,7 @@ def test_an_onnx_file_with_wrong_outputs_is_not_written(tmp_path, monkeypatch):
 @pytest.mark.parametrize("to", ["timm", "transformers", "safetensors", "mmpretrain", "onnx", "torch_export"])
 def test_a_full_disk_leaves_no_file(of_token, to, small_disk):
     """The error is one line; torch.export.save would end the process."""
-    with pytest.raises(OSError, match=r"^can't write .*/(m\.\w+|folder) \(No space left on device\): free space there"):
+    with pytest.raises(OSError, match=r"/(m\.\w+|folder) \(No space left on device\)"):
         exported(of_token, to, small_disk)
     assert list(small_disk.iterdir()) == []
 
@@ -372,9 +370,7 @@ def test_torch_hub(mae, tmp_path):
 
 def test_without_the_extra(pooled, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(
-        ValueError, match=r'needs the package onnxscript, which is not installed: pip install "\.\[onnx'
-    ):
+    with pytest.raises(ValueError, match=r'onnxscript.* pip install "\.\[onnx'):
         export.export(pooled, "onnx", tmp_path / "m.onnx")
 
 

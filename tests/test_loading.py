@@ -35,7 +35,7 @@ def test_the_header_of_a_safetensors_file_has_a_limit(tmp_path):
     header = json.dumps(entries).encode()
     (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
     start = time.perf_counter()
-    with pytest.raises(CheckpointError, match=r"a\.safetensors .* its header has [\d,]+ bytes, and at most 4,194,304"):
+    with pytest.raises(CheckpointError, match=r"a\.safetensors .*4,194,304"):
         loading.read(tmp_path / "a.safetensors")
     assert time.perf_counter() - start < 1
 
@@ -56,7 +56,7 @@ def test_values_that_are_not_finite_are_refused(tmp_path, mini_mae, value):
     mini_mae.blocks[2].mlp.fc1.weight.data[3, 4] = value
     for number, dtype in enumerate((torch.float32, torch.bfloat16, torch.float16)):
         path = saved(tmp_path / f"{number}.pth", mini_mae.to(dtype))
-        with pytest.raises(CheckpointError, match=r"\d.pth: NaN or infinite values in blocks.2.mlp.fc1.weight"):
+        with pytest.raises(CheckpointError, match=r"\d.pth: .*blocks.2.mlp.fc1.weight"):
             loading.read(path)
 
 
@@ -136,19 +136,17 @@ def test_files_that_do_not_fit_a_classifier_are_errors(tmp_path, mini_mae):
     state = mini_mae.state_dict()
     del state["blocks.2.norm1.weight"]
     torch.save({"model": state}, tmp_path / "lacking.pth")
-    with pytest.raises(CheckpointError, match=r"1 tensor is missing \(blocks.2.norm1.weight"):
+    with pytest.raises(CheckpointError, match=r"missing \(blocks.2.norm1.weight"):
         loading.load_encoder(vit(), loading.read(tmp_path / "lacking.pth"))
     torch.save({"model": mini_mae.state_dict() | {"extra": torch.zeros(1)}}, tmp_path / "more.pth")
-    with pytest.raises(CheckpointError, match=r"1 tensor is unexpected \(extra"):
+    with pytest.raises(CheckpointError, match=r"unexpected \(extra"):
         loading.load_encoder(vit(), loading.read(tmp_path / "more.pth"))
     pooled = saved(tmp_path / "pooled.pth", vit(global_pool=True))
     with pytest.raises(CheckpointError, match="--global_pool"):
         loading.load_encoder(vit(), loading.read(pooled))
     with pytest.raises(CheckpointError, match="--cls_token"):
         loading.load_classifier(vit(global_pool=True), loading.read_classifier(saved(tmp_path / "cls.pth", vit())))
-    with pytest.raises(
-        CheckpointError, match=r"contains an encoder and decoder, which has no classification head.*fine-tuned"
-    ):
+    with pytest.raises(CheckpointError, match="classification head"):
         loading.read_classifier(saved(tmp_path / "mae.pth", mini_mae))
 
 
@@ -156,7 +154,7 @@ def test_other_channels_require_adapt_input(tmp_path):
     rgb = vit(in_chans=3)
     path = saved(tmp_path / "rgb.pth", rgb)
     kernel = rgb.patch_embed.proj.weight
-    with pytest.raises(CheckpointError, match=r"for images of 3 channels.*\nchoose --adapt_input mean .*repeat .*skip"):
+    with pytest.raises(CheckpointError, match=r"3 channels.*\n.*--adapt_input mean .*repeat .*skip"):
         loading.load_encoder(vit(in_chans=5), loading.read(path))
     mean, repeat, skip, gray = vit(in_chans=5), vit(in_chans=5), vit(in_chans=5), vit(in_chans=1)
     untrained = skip.patch_embed.proj.weight.clone()
@@ -188,14 +186,14 @@ def test_another_number_of_heads_is_an_error(load):
     """Shapes do not show it, and predictions would be wrong."""
     model = vit_mini_patch4(img_size=16, num_classes=5)
     file = loading.Weights(model.state_dict(), {"num_heads": 8}, "classifier", "file.pth")
-    with pytest.raises(CheckpointError, match=r"file\.pth has num_heads 8, and the model has 4"):
+    with pytest.raises(CheckpointError, match=r"file\.pth .*num_heads 8, .* 4"):
         load(model, file)
 
 
 def test_another_number_of_heads_in_the_decoder_is_an_error():
     model = mae_vit_mini_patch4(img_size=16)
     file = loading.Weights(model.state_dict(), {"decoder_num_heads": 8}, "encoder and decoder", "file.pth")
-    with pytest.raises(CheckpointError, match=r"file\.pth has decoder_num_heads 8, and the model has 2"):
+    with pytest.raises(CheckpointError, match=r"file\.pth .*decoder_num_heads 8, .* 2"):
         loading.init_mae(model, file)
 
 
@@ -287,7 +285,5 @@ def test_a_checkpoint_of_mmengine_is_refused_with_the_remedy(tmp_path):
 
 def test_a_classifier_does_not_initialize_an_autoencoder(tmp_path):
     torch.save({"model": vit_mini_patch4(img_size=16, num_classes=2).state_dict()}, tmp_path / "m.pth")
-    with pytest.raises(
-        CheckpointError, match=r"m.pth is a classifier: give the weights of an autoencoder or of an encod"
-    ):
+    with pytest.raises(CheckpointError, match=r"m.pth is a classifier"):
         loading.init_mae(mae_vit_mini_patch4(img_size=16), loading.read(tmp_path / "m.pth"))

@@ -66,7 +66,7 @@ def test_only_the_head_learns(probe, tuned, cached):
 def test_an_attentive_probe_refuses_a_classifier_that_pools_patches_at_once(probe, tmp_path):
     pooling = models_vit.vit_mini_patch4(img_size=16, num_classes=3, global_pool=True)
     torch.save({"model": pooling.state_dict()}, tmp_path / "pooling.pth")
-    with pytest.raises(ValueError, match=r"start from pre-trained weights .*or give --probe linear --global_pool$"):
+    with pytest.raises(ValueError, match=r"--probe linear --global_pool$"):
         probe(finetune=tmp_path / "pooling.pth", probe="attentive", epochs=1)
 
 
@@ -359,7 +359,7 @@ def test_several_attentive_probes_train_at_once(probe, mae, capsys):
     capsys.readouterr()
     probe("nothing", eval=True, resume=out / "probe.pth")
     assert f"* Acc@1 {last['test_acc1']:.3f} Acc@5" in capsys.readouterr().out
-    with pytest.raises(CheckpointError, match=r"has several heads; give probe\.pth"):
+    with pytest.raises(CheckpointError, match=r"give probe\.pth"):
         probe("nothing", eval=True, resume=out / "checkpoint-2.pth")
 
 
@@ -491,7 +491,7 @@ def damaged(labelled, tmp_path):
 def test_bad_training_images_are_excluded_before_their_features(probe, mae, damaged, capsys, flags):
     flags = {"finetune": mae, "data_path": damaged, "epochs": 1, "warmup_epochs": 0, **flags}
     if "cache_features" in flags:
-        with pytest.raises(BadImage, match=r"01.png: the file is empty \(--on_bad_image skip excludes such"):
+        with pytest.raises(BadImage, match=r"01.png: .*\(--on_bad_image skip"):
             probe("error", **flags)
     out = probe("skip", **flags, on_bad_image="skip")
     num_images = checkpoint.read(out / "checkpoint-0.pth")["progress"]["num_images"]
@@ -500,7 +500,7 @@ def test_bad_training_images_are_excluded_before_their_features(probe, mae, dama
     assert capsys.readouterr().out.count("01.png: the file is empty; it is excluded") == 1
     for number in (7, 13, 19, 25):  # with 01.png, more than a tenth of the images
         (damaged / f"train/kind1/{number:02}.png").write_bytes(b"")
-    with pytest.raises(BadImage, match=r"5 of 48 images can't be read, more than 10%; one of them: .*01.png"):
+    with pytest.raises(BadImage, match=r"5 of 48 images .* 10%; .*01.png"):
         probe("many", **flags, on_bad_image="skip")
 
 

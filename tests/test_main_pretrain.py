@@ -503,7 +503,7 @@ def test_another_length_of_epochs_can_not_be_resumed(pretrain):
     with pytest.raises(checkpoint.CheckpointError, match=r"resumed run is 2 updates.*\ngive --updates_per_epoch 2"):
         pretrain("run", resume="auto", epochs=3, updates_per_epoch=3)
     pretrain("plain")
-    with pytest.raises(checkpoint.CheckpointError, match=r"is one pass over the images.*\n.*omit --updates_per_epoch"):
+    with pytest.raises(checkpoint.CheckpointError, match="omit --updates_per_epoch"):
         pretrain("plain", resume="auto", epochs=3, updates_per_epoch=3)
 
 

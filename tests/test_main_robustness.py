@@ -70,7 +70,7 @@ def test_two_models_at_once_do_not_write_one_file(tmp_path):
     for suite in ("imagenet-a", "imagenet-r"):
         class_folders(tmp_path / suite, robustness.subset(suite), "a.jpg", lambda label: label)
     with locks.locked(tmp_path / "out", "imagenet-a.lock"):
-        with pytest.raises(ValueError, match="out is being written to by another process"):
+        with pytest.raises(ValueError, match="out is being written"):
             run("imagenet-a", tmp_path / "imagenet-a", tmp_path / "out")
         table = run("imagenet-r", tmp_path / "imagenet-r", tmp_path / "out", subset=7, amp="bf16")
     assert "a subset of 7 images per cell" in table
@@ -166,7 +166,7 @@ def test_an_interrupted_suite_resumes(corrupted, tmp_path, monkeypatch, capsys):
     assert len(evaluated) == 75
     assert capsys.readouterr().out.count("scores reused from") == 40
     for change, message in (("subset", "20 and is 1"), ("crop_pct", "1.0 and is 0.5")):
-        with pytest.raises(ValueError, match=rf"another run \({change} was {message}\); give another --output_dir"):
+        with pytest.raises(ValueError, match=rf"\({change} was {message}\); .*--output_dir"):
             run("imagenet-c", corrupted, tmp_path / "out", **({"subset": 20} | {change: message.split()[-1]}))
     for damage in ("{", '{"settings": [1], "cells": {}}'):
         (tmp_path / "out" / "imagenet-c.json").write_text(damage)
@@ -342,9 +342,9 @@ def test_our_models_are_evaluated_and_invalid_models_are_errors(tmp_path):
     with pytest.raises(ValueError, match="is not a classifier"):
         run("imagenet-r", data, tmp_path / "encoder", encoder)
     gray = save_ours(tmp_path / "gray.pth", in_chans=1)
-    with pytest.raises(ValueError, match="has in_chans 1, and the images of the suites have 3 channels"):
+    with pytest.raises(ValueError, match=r"in_chans 1, .*3 channels"):
         run("imagenet-r", data, tmp_path / "gray", gray)
-    with pytest.raises(ValueError, match="--model timm:no_such_model: timm reports: Unknown model"):
+    with pytest.raises(ValueError, match="--model timm:no_such_model"):
         run("imagenet-r", data, tmp_path, "timm:no_such_model")
-    with pytest.raises(ValueError, match="there is no file, model or published weights nothing"):
+    with pytest.raises(ValueError, match=" nothing"):
         run("imagenet-r", data, tmp_path, "nothing")

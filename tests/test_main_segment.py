@@ -280,29 +280,29 @@ def replaced(original):
 
 
 def test_errors_name_the_remedy(segment, scenes, encoder, tmp_path, labelled, classify):
-    with pytest.raises(ValueError, match=r"--nb_classes is needed: .* or give --palette FILE with a line `R G B NAME`"):
+    with pytest.raises(ValueError, match=r"--nb_classes .* --palette FILE"):
         segment(nb_classes=None)
     (tmp_path / "palette.txt").write_text("1 2 3 sky\n")
-    with pytest.raises(ValueError, match=r"--nb_classes 3: --palette .*palette.txt has 1 classes; omit --nb_classes"):
+    with pytest.raises(ValueError, match=r"--nb_classes 3: --palette .*palette.txt .*omit --nb_classes"):
         segment(palette=tmp_path / "palette.txt")
-    with pytest.raises(ValueError, match="--eval needs --resume or --finetune: the file of a segmentation model"):
+    with pytest.raises(ValueError, match=r"--eval .*--resume .*--finetune: .*segmentation"):
         segment(eval=True)
-    with pytest.raises(CheckpointError, match=r"encoder and decoder, which has no segmentation head: train a head"):
+    with pytest.raises(CheckpointError, match="segmentation head"):
         segment(eval=True, resume=encoder)
     out = segment(epochs=1)
-    with pytest.raises(ValueError, match=r"--nb_classes 7: .*checkpoint-0.pth has 3 classes; omit --nb_classes"):
+    with pytest.raises(ValueError, match=r"--nb_classes 7: .*checkpoint-0.pth .*omit --nb_classes"):
         segment(eval=True, resume=out / "checkpoint-0.pth", nb_classes=7)
-    with pytest.raises(ValueError, match=r"--palette .* has 1 classes, and .*checkpoint-0.pth has 3"):
+    with pytest.raises(ValueError, match=r"--palette .* 1 classes, .*checkpoint-0.pth has 3"):
         segment(eval=True, resume=out / "checkpoint-0.pth", nb_classes=None, palette=tmp_path / "palette.txt")
-    with pytest.raises(ValueError, match="--nb_classes 256: masks of 8 bits have at most 255 classes"):
+    with pytest.raises(ValueError, match=r"--nb_classes 256: .*255"):
         segment(nb_classes=256)
     with pytest.raises(CheckpointError, match="60 tensors are missing") as error:
         segment(eval=True, resume=out / "checkpoint-0.pth", head="dpt")
     assert error.value.__notes__ == ["give --head linear"]
-    with pytest.raises(CheckpointError, match="the file contains no epoch and no optimizer") as error:
+    with pytest.raises(CheckpointError, match="no epoch") as error:
         segment("fresh", resume=encoder)
     assert not any("--eval" in note for note in error.value.__notes__)  # it needs a segmentation model
-    with pytest.raises(CheckpointError, match="contains a segmentation model, which has no classification head"):
+    with pytest.raises(CheckpointError, match="classification head"):
         classify(main_finetune, eval=True, resume=out / "checkpoint-0.pth")
     classify(main_finetune, "tuned", finetune=out / "checkpoint-0.pth", epochs=1, cls_token=True, batch_size=8)
     with pytest.raises(CheckpointError) as error:
@@ -310,7 +310,7 @@ def test_errors_name_the_remedy(segment, scenes, encoder, tmp_path, labelled, cl
     assert error.value.__notes__ == ["give --head linear"]
     bad = make_scenes(tmp_path / "bad", train=4, val=2)
     Image.fromarray(np.full((24, 30), 9, dtype=np.uint8)).save(bad / "annotations/validation/01.png")
-    with pytest.raises(ValueError, match=r"01.jpg: its mask .*01.png: it has the value 9, and the 3 classes are 0 to"):
+    with pytest.raises(ValueError, match=r"01.jpg: .*01.png: .*value 9, .*3 classes"):
         segment("bad", data_path=bad, epochs=1)
 
 

@@ -143,7 +143,7 @@ def test_training_uses_the_masks_of_the_sampler(masking, grid_size):
 
 
 def test_grid_masking_has_a_ratio_of_its_own():
-    with pytest.raises(ValueError, match=r"--mask_ratio 0\.5: --masking grid masks three of every 2x2 patches"):
+    with pytest.raises(ValueError, match=r"--mask_ratio 0\.5: --masking grid"):
         sampler("grid", (14, 14), 0.5)
 
 
@@ -193,7 +193,7 @@ def test_incomplete_blocks_of_any_grid():
         sizes.add(count)
         assert num_visible(35, ratio_of_patches(noise, 0.5)) == int((noise < 2).sum())
     assert sizes == {16, 12, 4, 3}
-    with pytest.raises(ValueError, match=r"--mask_ratio 0.8 leaves none of the 4 patches or blocks visible"):
+    with pytest.raises(ValueError, match=r"--mask_ratio 0.8 .*4 patches"):
         ratio_of_patches(noise, 0.8)
 
 
@@ -256,5 +256,5 @@ def test_ratios_without_masked_or_visible_patches(num_patches, ratio, message):
 
 
 def test_an_unknown_strategy_is_refused():
-    with pytest.raises(ValueError, match="--masking nonsense: give one of random, block, grid"):
+    with pytest.raises(ValueError, match=r"--masking nonsense: .*random, block, grid"):
         sampler("nonsense", (4, 4), 0.75)

@@ -185,7 +185,7 @@ def test_partial_fine_tuning(global_pool):
         assert {name for name in trained if not name.startswith("blocks.")} == last
         assert sum(name.startswith("blocks.") for name in trained) == 6 * num_blocks
     for num_blocks in (-1, 5):
-        with pytest.raises(ValueError, match=f"--unfreeze_blocks {num_blocks}: the model has 4 blocks"):
+        with pytest.raises(ValueError, match=rf"--unfreeze_blocks {num_blocks}: .*4 blocks"):
             models_build.freeze_below(model, num_blocks)
 
 

@@ -281,7 +281,7 @@ def test_another_image_size_recomputes_the_tables():
     imgs, noise = torch.randn(2, 3, 8, 24), torch.rand(2, 12)
     for ours, theirs in zip(small(imgs, noise=noise), large(imgs, noise=noise), strict=True):
         torch.testing.assert_close(ours, theirs)
-    with pytest.raises(ValueError, match="choose an input_size whose sides"):
+    with pytest.raises(ValueError, match="input_size"):
         small(torch.zeros(1, 3, 18, 16))
 
 
@@ -301,7 +301,7 @@ def test_an_explicit_mask_is_used():
 def test_noise_and_mask_must_be_given_for_every_image():
     model, imgs = build(), torch.randn(4, 3, 16, 16)
     for given in ({"noise": torch.rand(1, 16)}, {"mask": torch.arange(16)[None] < 8}, {"noise": torch.rand(4, 15)}):
-        with pytest.raises(ValueError, match="for 4 images of 16 patches"):
+        with pytest.raises(ValueError, match="4 images of 16 patches"):
             model(imgs, **given)
 
 

@@ -131,5 +131,5 @@ def test_both_sides_of_an_image_are_multiples_of_the_patchs():
     model = build(patch_size=(4, 8), img_size=(16, 24))
     assert model.patch_embed.grid_of(8, 32) == (2, 4)
     for height, width in ((16, 20), (18, 24), (0, 24), (16, 0)):
-        with pytest.raises(ValueError, match=f"images of {height}x{width} pixels can't be split into patches of 4x8"):
+        with pytest.raises(ValueError, match=rf"{height}x{width} .*4x8"):
             model.patch_embed.grid_of(height, width)

@@ -88,7 +88,7 @@ def test_resize_resumes_after_an_interruption(folder, tmp_path, caplog):
 
 def test_two_commands_do_not_write_one_copy(folder, tmp_path):
     """They would remove each other's temporary files."""
-    with locks.locked(tmp_path / "copy"), pytest.raises(ValueError, match="copy is being written to by another"):
+    with locks.locked(tmp_path / "copy"), pytest.raises(ValueError, match="copy is being written"):
         make_copy(folder, tmp_path / "copy")
     make_copy(folder, tmp_path / "copy")
 
@@ -149,9 +149,7 @@ def test_folders_of_masks_are_refused(tmp_path, name):
     file.parent.mkdir(parents=True)
     Image.fromarray(np.zeros((300, 300), dtype=np.uint8)).save(file)
     for root in (tmp_path / "set", file.parent if "masks" in name else file.parents[1]):
-        with pytest.raises(
-            ValueError, match=r"masks can't be scaled like photographs: .*a.png .*main_segment.py scales"
-        ):
+        with pytest.raises(ValueError, match=r"masks .*a.png .*main_segment.py"):
             make_copy(root, tmp_path / "copy")
     assert not (tmp_path / "copy").exists()
 

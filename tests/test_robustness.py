@@ -105,7 +105,7 @@ def test_an_archive_of_imagenets_validation_images(tmp_path):
         shutil.make_archive(str(tmp_path / "images"), "tar", tmp_path / "set")
         assert len(open_cell(find("imagenet-real", tmp_path / "images.tar"), "imagenet-real").source) == 1
         shutil.rmtree(tmp_path / "set")
-    with pytest.raises(ValueError, match="imagenet-v2 has several archives; unpack them"):
+    with pytest.raises(ValueError, match=r"imagenet-v2 .*archives"):
         find("imagenet-v2", tmp_path / "images.tar")
 
 
@@ -149,30 +149,30 @@ def test_imagenet_c_unpacked_into_one_folder_or_four(tmp_path, families):
 
 
 def test_invalid_folders_are_named(tmp_path):
-    with pytest.raises(ValueError, match=r"--data_path: there is no folder or archive .*nowhere"):
+    with pytest.raises(ValueError, match=r"--data_path: .*nowhere"):
         find("imagenet-a", tmp_path / "nowhere")
     corrupted(tmp_path / "c")
     (tmp_path / "c" / "snow" / "5").rmdir()
     (tmp_path / "c" / "fog" / "2").rmdir()
-    with pytest.raises(ValueError, match=r"2 of the 75 folders CORRUPTION/SEVERITY of ImageNet-C .*: snow/5, fog/2$"):
+    with pytest.raises(ValueError, match=r"2 of the 75 folders .*: snow/5, fog/2$"):
         find("imagenet-c", tmp_path / "c")
-    with pytest.raises(ValueError, match="it contains no folder imagenetv2-matched-frequency"):
+    with pytest.raises(ValueError, match="imagenetv2-matched-frequency"):
         find("imagenet-v2", tmp_path / "c")
 
     sketch = tmp_path / "sketch"
     paint(sketch / "n01440764", "sketch_0.JPEG", 0)
-    with pytest.raises(ValueError, match=r"999 of the 1000 class folders of imagenet-sketch are .*: n01443537"):
+    with pytest.raises(ValueError, match=r"999 of the 1000 .*: n01443537"):
         open_cell(find("imagenet-sketch", sketch), "imagenet-sketch")
     paint(sketch / "goldfish", "sketch_1.JPEG", 1)
-    with pytest.raises(ValueError, match=r"unknown class folders: goldfish; the 1000 class folders .* by WordNet ids"):
+    with pytest.raises(ValueError, match=r"unknown class folders: goldfish; .*1000"):
         open_cell(find("imagenet-sketch", sketch), "imagenet-sketch")
     paint(tmp_path / "flat", "a.jpg", 0)
-    with pytest.raises(ValueError, match=r"no images in class folders; the 200 class folders of imagenet-r"):
+    with pytest.raises(ValueError, match=r"no images .*200 class folders of imagenet-r"):
         open_cell(find("imagenet-r", tmp_path / "flat"), "imagenet-r")
-    with pytest.raises(ValueError, match=r"1 files, such as a.jpg, do not have the names of the published"):
+    with pytest.raises(ValueError, match=r"1 files, such as a\.jpg"):
         open_cell(find("imagenet-real", tmp_path / "flat"), "imagenet-real")
     rendition = class_folders(tmp_path / "r", robustness.subset("imagenet-r"), "art_0.jpg", lambda label: label)
-    with pytest.raises(ValueError, match=r"unknown class folders: n01443537, .*; the 200 class folders of imagenet-a"):
+    with pytest.raises(ValueError, match=r"unknown class folders: n01443537, .*imagenet-a"):
         open_cell(find("imagenet-a", rendition), "imagenet-a")
     (rendition / "__MACOSX").mkdir()
     assert len(open_cell(find("imagenet-r", rendition), "imagenet-r").source) == 200

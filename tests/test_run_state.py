@@ -133,7 +133,7 @@ def test_resuming_with_another_optimizer_is_an_error():
         if isinstance(ours, torch.optim.AdamW) is isinstance(theirs, torch.optim.AdamW):
             run_state._require_same_optimizer(ours, state)
         else:
-            with pytest.raises(CheckpointError, match="the run of the checkpoint had another optimizer"):
+            with pytest.raises(CheckpointError, match="another optimizer"):
                 run_state._require_same_optimizer(ours, state)
 
 
@@ -142,7 +142,7 @@ def test_checkpoints_that_can_not_be_read_are_not_trained_over(tmp_path, content
     """None: a link to a file system that is not mounted."""
     path = tmp_path / "checkpoint-3.pth"
     path.write_bytes(content) if content else path.symlink_to("/nothing/checkpoint-3.pth")
-    with pytest.raises(CheckpointError, match=r"contains checkpoint-3.pth, and none of its checkpoints can be read"):
+    with pytest.raises(CheckpointError, match=r"contains checkpoint-3\.pth"):
         run_state.read_newest(tmp_path)
     assert "--resume auto skips checkpoint-3.pth" in caplog.text
 
@@ -157,7 +157,7 @@ def test_a_checkpoint_of_another_user_is_not_skipped():
         (Path(folder) / "checkpoint-1.pth").chmod(0o600)
         os.seteuid(65534)  # nobody
         try:
-            with pytest.raises(OSError, match=r"checkpoint-1.pth can't be read \(Permission denied\): restore access"):
+            with pytest.raises(OSError, match=r"checkpoint-1.pth .*\(Permission denied\)"):
                 run_state.read_newest(Path(folder))
         finally:
             os.seteuid(0)
@@ -182,5 +182,5 @@ def test_resuming_within_an_epoch_requires_the_same_images(caplog):
     progress = run_state.Progress(8, 8, num_images=161)
     progress.restore({"progress": {**position, "images_done": 0}})
     assert "had 160 images, and has 161 now" in caplog.text
-    with pytest.raises(CheckpointError, match="in the middle of an epoch of 160 images, and now there are 161"):
+    with pytest.raises(CheckpointError, match=r"160 images, .*161"):
         progress.restore({"progress": {**position, "images_done": 16}})

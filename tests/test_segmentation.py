@@ -23,7 +23,7 @@ def test_shapes_at_1024_pixels(name):
     features = maps.dense(model, torch.zeros(1, 3, 1024, 1024))
     assert features.shape == (1, 4 * 192, 64, 64)
     for layers in (0, 13):
-        with pytest.raises(ValueError, match=f"layers={layers}: the encoder has 12 blocks"):
+        with pytest.raises(ValueError, match=rf"layers={layers}: .*12 blocks"):
             maps.dense(model, torch.zeros(1, 3, 1024, 1024), layers)
     wide = maps.dense(model, torch.zeros(1, 3, 1024, 512), layers=1)
     assert wide.shape == (1, 192, 64, 32)
@@ -151,7 +151,7 @@ def test_the_command_compares_three_runs_of_each_seed(encoder, tmp_path, capsys,
 def test_the_command_needs_an_encoder_of_garments(tmp_path):
     model = get_model("mae_vit_mini_patch4", input_size=32)
     torch.save({"model": model.state_dict(), "args": model.settings}, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match="the pictures are gray, with garments of 28 x 28 pixels"):
+    with pytest.raises(ValueError, match=r"gray, .*28 x 28"):
         segmentation.main(
             entry_point.parse(
                 segmentation.get_args_parser(), ["--model", str(tmp_path / "other.pth"), "--out", str(tmp_path)]

@@ -70,9 +70,7 @@ def test_an_indexed_mask_with_the_colors_of_the_palette_is_decoded_by_color():
     assert MaskFormat(21, colors=white_is_a_class).decode(png(voc[:, [0, 1, 3]], "P", table)).tolist() == [[0, 1, 255]]
     other = [(1, 2, 3), (4, 5, 6), (7, 8, 9)]
     assert MaskFormat(3, colors=other).decode(png(indices, "P", optimized)).tolist() == indices
-    with pytest.raises(
-        BadImage, match=r"only some of its colors are in the palette \(that of index 2 is not\): correct"
-    ):
+    with pytest.raises(BadImage, match=r"palette .*index 2"):
         MaskFormat(2, colors=[(255, 0, 0), (0, 255, 0)]).decode(png(indices, "P", optimized))
 
 
@@ -93,7 +91,7 @@ def test_gray_masks_of_less_than_8_bits_are_an_error(bits):
             struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
             for kind, body in chunks
         )
-    with pytest.raises(BadImage, match=r"gray image of less than 8 bits, .*: save it with 8 bits"):
+    with pytest.raises(BadImage, match="8 bits"):
         THREE.decode(data)
 
 
@@ -107,7 +105,7 @@ def test_a_mask_of_1_bit_has_two_classes(suffix):
 def test_a_mask_of_other_colors_than_those_of_the_palette_is_an_error():
     """A mask of one such color has ignored pixels only."""
     of_colors = MaskFormat(2, colors=[(10, 20, 30), (200, 0, 0)])
-    with pytest.raises(BadImage, match="none of its colors, such as 1 2 3, is in the palette: correct --palette"):
+    with pytest.raises(BadImage, match=r"1 2 3, .*--palette"):
         of_colors.decode(png([[[1, 2, 3], [4, 5, 6]]]))
     assert of_colors.decode(png([[[1, 2, 3], [1, 2, 3]]])).tolist() == [[255, 255]]
     assert of_colors.decode(png([[[1, 2, 3], [200, 0, 0]]])).tolist() == [[255, 1]]
@@ -117,9 +115,7 @@ def test_reduce_zero_label_ignores_zero_and_counts_from_one():
     decoded = MaskFormat(3, reduce_zero_label=True).decode(png([[0, 1, 3, 255]]))
     assert decoded.tolist() == [[255, 0, 2, 255]]
     assert decoded.dtype == torch.uint8
-    with pytest.raises(
-        BadImage, match=r"value 4, and the 3 classes are 1 to 3 \(255 is ignored\): give --nb_classes 4$"
-    ):
+    with pytest.raises(BadImage, match=r"value 4, .*1 to 3 \(255 .*: give --nb_classes 4$"):
         MaskFormat(3, reduce_zero_label=True).decode(png([[4, 0]]))
 
 
@@ -140,7 +136,7 @@ def test_values_that_are_no_classes_are_errors(data, reason):
 def test_masks_of_16_bits_are_an_error():
     stream = io.BytesIO()
     Image.fromarray(np.array([[1, 2]], dtype=np.uint16)).save(stream, "PNG")
-    with pytest.raises(BadImage, match="neither an indexed nor a gray image of 8 bits"):
+    with pytest.raises(BadImage, match="neither an indexed nor a gray"):
         THREE.decode(stream.getvalue())
 
 
@@ -210,7 +206,7 @@ def test_voc_comes_from_torchvision(tmp_path):
     assert (sample.image.shape, sample.label.shape) == ((3, 10, 20), (10, 20))
     assert len(VOC) == 21
     shutil.make_archive(str(tmp_path / "set"), "zip", root / "JPEGImages")
-    with pytest.raises(ValueError, match="torchvision has no mask files for it; VOCSegmentation has"):
+    with pytest.raises(ValueError, match="VOCSegmentation"):
         open_pairs("train", CLASSES, THREE, dataset="FakeData")
 
 
@@ -236,7 +232,7 @@ def test_a_palette_names_and_colors_classes(tmp_path):
         file.write_text(text)
         with pytest.raises(ValueError, match=problem):
             read_palette(file)
-    with pytest.raises(ValueError, match="--palette: there is no file"):
+    with pytest.raises(ValueError, match="--palette"):
         read_palette(tmp_path / "none.txt")
 
 
@@ -257,19 +253,19 @@ def test_unusable_masks_are_one_line_that_names_the_file(tmp_path):
     (place / "01.png").unlink()
     with pytest.raises(
         ValueError,
-        match=r"1 of 3 images have no mask of the same name in a folder annot.*such as .*/01.jpg: add the",
+        match=r"1 of 3 images have no mask .*/01.jpg",
     ):
         open_pairs("train", CLASSES, THREE, data_path=str(tmp_path))
     with pytest.raises(
         ValueError,
-        match=r"no mask of the same name in .*annotations/training, such as .*01.jpg: .* CSV file \(--train_list\)$",
+        match=r"no mask .*annotations/training, .*01.jpg: .*\(--train_list\)$",
     ):
         open_pairs("train", CLASSES, THREE, data_path=str(tmp_path),
                    folders=["images/training", "annotations/training"])  # fmt: skip
     rows = ["images/training/00.jpg,annotations/training/00.png", "images/training/01.jpg,annotations/training/01.png"]
     (tmp_path / "list.csv").write_text("\n".join(rows))
     listed = samples_of(open_pairs("train", CLASSES, THREE, file_list=str(tmp_path / "list.csv")))
-    with pytest.raises(BadImage, match=r"01.jpg: its mask .*01.png: No such file or directory$"):
+    with pytest.raises(BadImage, match=r"01.jpg: .*01.png: No such file or directory$"):
         listed[0, 1]
     skipping = samples_of(listed.source, on_bad_image="skip")
     sample = skipping[0, 1]
@@ -383,7 +379,7 @@ def test_scales_are_relative_to_the_short_side():
     _, classes = joint_transforms.TrainTransform((17, 34), 17, (1, 1), 0, [0.5])(picture, mask)
     nearest = Image.fromarray(mask.numpy()).resize((34, 17), Image.Resampling.NEAREST)
     assert torch.equal(classes, to_tensor(nearest)[0])
-    with pytest.raises(ValueError, match="--scale 2 1: give the minimum and the maximum, above 0"):
+    with pytest.raises(ValueError, match="--scale 2 1"):
         joint_transforms.TrainTransform(8, 0, (2, 1), 0, [0.5])
 
 
@@ -401,7 +397,7 @@ def test_narrow_strips_are_not_enlarged_without_limit(tmp_path):
         samples = PairSamples(pairs, transform, in_chans=3, seed=0)
         with pytest.raises(
             BadImage,
-            match=rf"train/images/strip.png: its 6000 x 10 pixels .* would be scaled to {scaled}, .* 13,377: cut it",
+            match=rf"train/images/strip.png: its 6000 x 10 pixels .* {scaled}, .* 13,377",
         ):
             samples[0, 0]
         assert samples[0, 1].image.shape[0] == 3

