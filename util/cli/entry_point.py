@@ -8,6 +8,7 @@ import shlex
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -63,8 +64,7 @@ class _Parser(argparse.ArgumentParser):
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parses like argparse, but reports unknown flags first, with the most similar known flag."""
         args = sys.argv[1:] if args is None else list(args)
-        flags = [text.partition("=")[0] for text in args if text.startswith("--") and text != "--"]
-        unknown = [flag for flag in flags if flag not in self._option_string_actions]
+        unknown = [flag for flag in _flags_in(args) if flag not in self._option_string_actions]
         if unknown:
             near = did_you_mean(unknown[0], self._option_string_actions)
             self.error(f"unrecognized arguments: {' '.join(unknown)}{near}")
@@ -128,14 +128,19 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
     assert isinstance(parser, _Parser), "made by `entry_point.parser`"
     argv = sys.argv[1:] if argv is None else list(argv)
     parser.add_argument("-h", "--help", action="help", default=argparse.SUPPRESS, help="show this text and exit")
-    first = _Parser(prog=parser.prog, add_help=False, allow_abbrev=False)
-    first.add_argument("--config", metavar="YAML")
-    config_args = first.parse_known_args(argv)[0]
-    _refuse_urls(first, config_args)
-    recipe = _recipe_flags(parser, Path(config_args.config)) if config_args.config else []
-    args = parser.parse_args(recipe + argv, _Args())
+    required = [action for action in parser._actions if action.required and action.option_strings]
+    for action in required if "--config" in _flags_in(argv) else ():
+        action.required = False  # the recipe may set it
+    args = parser.parse_args(argv, _Args())
     _refuse_urls(parser, args)
-    args.explicit, in_command = _settings_in(parser, recipe + argv), _settings_in(parser, argv)
+    in_command = {parser._option_string_actions[flag].dest for flag in _flags_in(argv)}
+    in_command |= {a.dest for a in parser._actions if not a.option_strings and getattr(args, a.dest) != a.default}
+    recipe = _read_recipe(parser, Path(args.config)) if getattr(args, "config", None) else argparse.Namespace()
+    _refuse_urls(parser, recipe)
+    vars(args).update((name, value) for name, value in vars(recipe).items() if name not in in_command)
+    args.explicit = frozenset(in_command | vars(recipe).keys())
+    if missing := [a.option_strings[0] for a in required if a.dest not in args.explicit]:
+        parser.error(f"the following arguments are required: {', '.join(missing)}")
     if "lr" in args and "blr" in in_command and "lr" not in in_command:
         args.lr = None  # of the recipe; it would take precedence over the --blr of the command line
     if "log_dir" in args and "log_dir" not in args.explicit:
@@ -150,9 +155,9 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
     return args
 
 
-def _settings_in(parser: _Parser, argv: list[str]) -> frozenset[str]:
-    """Returns the names that a command line sets, by parsing it without defaults."""
-    return frozenset(vars(_without_defaults(parser).parse_args(argv)))
+def _flags_in(argv: Sequence[str]) -> list[str]:
+    """Returns the flags of a command line, without their values."""
+    return [word.partition("=")[0] for word in takewhile(lambda word: word != "--", argv) if word.startswith("--")]
 
 
 def _without_defaults(parser: _Parser) -> _Parser:
@@ -174,8 +179,8 @@ def _refuse_urls(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
                     parser.error(f"{flag} {value} is a URL: download the file, and give its path")
 
 
-def _recipe_flags(parser: _Parser, path: Path) -> list[str]:
-    """Returns the entries of a recipe as flags. Each entry is parsed alone first, so that an error names the recipe."""
+def _read_recipe(parser: _Parser, path: Path) -> argparse.Namespace:
+    """Returns the settings of a recipe. Each entry is parsed alone, so that an error names the recipe."""
     if not path.is_file():
         parser.error(f"--config: there is no file {path}")
     try:
@@ -191,18 +196,16 @@ def _recipe_flags(parser: _Parser, path: Path) -> list[str]:
         parser.error(f"--config {path} must be a list of `flag: value` lines")
     by_flag = parser._option_string_actions
     known = sorted(action.dest for flag, action in by_flag.items() if flag == f"--{action.dest}")
-    flags: list[str] = []
+    settings = argparse.Namespace()
     parser = _without_defaults(parser)
     parser.recipe = f"--config {path}: "
     for key, value in recipe.items():
         if key not in known or key == "config":
             parser.error(f"there is no flag {str(key)!r}{did_you_mean(str(key), known)}")
-        entry = _entry_flags(parser, key, value)
-        unknown = parser.parse_known_args(entry)[1]
+        unknown = parser.parse_known_args(_entry_flags(parser, key, value), settings)[1]
         if unknown:
             parser.error(f"{key} takes no value {' '.join(unknown)}")
-        flags += entry
-    return flags
+    return settings
 
 
 def _entry_flags(parser: argparse.ArgumentParser, key: str, value: Any) -> list[str]:
