@@ -17,7 +17,7 @@ PACKAGES = {
     "evaluation": "data|cli|files",
     "checkpoints": "cli|files",
     "weights": "checkpoints|data|cli|files",
-    "training": "checkpoints|cli|files",
+    "training": "data|checkpoints|cli|files",
     "jobs": "cli|files",
 }
 SHARED = r"util\.(dist|interrupts|lr_sched|masking|pos_embed|settings)"

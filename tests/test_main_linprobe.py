@@ -467,8 +467,8 @@ def test_stored_features_resume_within_an_epoch_in_as_many_processes(probe, tune
     out = tmp_path / "run"
     assert checkpoint.read(out / "checkpoint-last.pth")["progress"]["images_done"] % 48
     two = ("--data_path", labelled, "--output_dir", out, "--model", "vit_mini_patch4", "--input_size", 16,
-           "--batch_size", 4, "--epochs", 2, "--warmup_epochs", 1, "--lr", 5, "--num_workers", 0, "--device", "cpu",
-           "--finetune", tuned / "checkpoint-19.pth", "--cache_features", "--resume")  # fmt: skip
+           "--batch_size", 4, "--accum_iter", 1, "--epochs", 2, "--warmup_epochs", 1, "--lr", 5, "--num_workers", 0,
+           "--device", "cpu", "--finetune", tuned / "checkpoint-19.pth", "--cache_features", "--resume")  # fmt: skip
     with pytest.raises(subprocess.CalledProcessError) as failed:
         forks.run("main_linprobe.py", (*two, "auto"), tmp_path / "output", 2)
     assert "there were 1 processes and are 2 now: start 1, or resume from the checkpoint of a" in failed.value.output

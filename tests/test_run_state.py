@@ -150,7 +150,7 @@ def test_checkpoints_that_can_not_be_read_are_not_trained_over(tmp_path, content
 @pytest.mark.skipif(os.geteuid() != 0, reason="takes the rights of another user")
 def test_a_checkpoint_of_another_user_is_not_skipped():
     """An older one that can be read would silently lose epochs."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # that of the tests is not readable for others
         os.chmod(folder, 0o755)
         for epoch in range(2):
             checkpoint.write({"epoch": epoch, "model": {}}, Path(folder) / f"checkpoint-{epoch}.pth")

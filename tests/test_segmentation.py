@@ -3,11 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from PIL import Image
 
 import main_segment
-import models_vit
 from demo import segmentation
 from inference import get_model, maps
 from util.checkpoints import checkpoint
@@ -51,21 +49,6 @@ def test_images_that_the_patch_does_not_divide_are_scaled(name, size, grid):
     sides = [4 * side for side in grid]
     scaled = torch.nn.functional.interpolate(images, sides, mode="bicubic", antialias=True)
     torch.testing.assert_close(features, maps.dense(model, scaled, layers=2))
-
-
-def test_the_memory_of_features_is_that_of_the_document():
-    """The table of FINETUNE.md, for 1024 x 2048 pixels: bytes of a patch times patches."""
-    table = (ROOT / "FINETUNE.md").read_text().partition("of 1024 × 2048 pixels, in fp32 on a CPU:")[2]
-    header, _, patches, features = (
-        [cell.strip() for cell in line.strip("|").split("|")[1:]] for line in table.strip().splitlines()[:4]
-    )
-    assert len(header) == 3
-    bytes_of_patch = maps.dense(get_model("vit_mini_patch4"), torch.zeros(1, 3, 8, 8)).nbytes / (4 * 128)
-    for name, grid, memory in zip(header, patches, features, strict=True):
-        size = models_vit.SIZES[name.removeprefix("vit_")]
-        rows, columns = (round(side / size["patch_size"]) for side in (1024, 2048))
-        assert grid == f"{rows} × {columns}"
-        assert memory == f"{bytes_of_patch * size['embed_dim'] * rows * columns / 1e6:.0f} MB"
 
 
 def test_pictures_compose_garments_on_textures():

@@ -533,12 +533,13 @@ def _differing(file: Weights, ours: dict[str, Tensor]) -> dict[str, Any]:
     """Returns the settings of the model of a file that differ from those of our model, for a remedy."""
     theirs, expected = shapes.determined(file.tensors), shapes.determined(ours)
     # Positions are interpolated, and the data determine the number of classes.
-    different = {name: theirs[name] for name in theirs if name not in ("input_size", "nb_classes")
-                 and theirs[name] != expected[name]}  # fmt: skip
+    names = [name for name in theirs if name not in ("input_size", "nb_classes") and expected.get(name) is not None]
+    different = {name: theirs[name] for name in names if theirs[name] not in (None, expected[name])}
     if (architecture := shapes.width_and_depth(file.tensors)) != shapes.width_and_depth(ours):
         row = model_zoo.TABLE.get(file.source)
         recorded = row.model if row else file.settings.get("model", "(of {1} blocks, {0} wide)".format(*architecture))
-        different["model"] = f"{'mae_' * ('mask_token' in ours)}{str(recorded).removeprefix('mae_')}"
+        model = f"{'mae_' * ('mask_token' in ours)}{str(recorded).removeprefix('mae_')}"
+        different = {"model": model, **different}
     return different
 
 
