@@ -87,6 +87,9 @@ class Job:
                 os.chdir(self.folder)
                 importlib.import_module(self.main).main(args)
             except Interrupted as error:
+                if isinstance(error.__cause__, RuntimeError) and dist.lost_process(error.__cause__):
+                    failed = lost = True  # srun ends the job because of another process: it must not come back
+                    raise
                 stopped_by.append(error.signum)
             except Exception as error:
                 failed, lost = True, isinstance(error, RuntimeError) and dist.lost_process(error) is not None
