@@ -74,8 +74,8 @@ def test_only_checkpoints_of_runs_with_callbacks_have_the_key(pretrain):
 
 
 def ema_script():
-    """The script of PRETRAIN.md that averages the weights."""
-    codes = re.findall(r"```python\n(.*?)```", (ROOT / "PRETRAIN.md").read_text(), flags=re.DOTALL)
+    """The script of METHOD.md that averages the weights."""
+    codes = re.findall(r"```python\n(.*?)```", (ROOT / "METHOD.md").read_text(), flags=re.DOTALL)
     (code,) = [code for code in codes if "EMA" in code]
     return code
 
@@ -112,7 +112,7 @@ def test_fsdp_with_callbacks_is_a_one_line_error(pretrain, monkeypatch):
 
 
 def test_the_documented_script_of_an_average_trains(pictures, tmp_path):
-    """The script of PRETRAIN.md accepts flags of main_pretrain.py."""
+    """The script of METHOD.md accepts flags of main_pretrain.py."""
     (tmp_path / "average.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{ema_script()}")
     in_processes(1, pictures, tmp_path / "run", "--batch_size", 4, "--epochs", 1, script=tmp_path / "average.py")
     state = checkpoint.read(tmp_path / "run/checkpoint-0.pth")

@@ -46,7 +46,7 @@ def suffix_matches(names: set[str], of_file: set[str]) -> dict[str, str]:
 
 @pytest.mark.parametrize("source", ["mae", "encoder", "classifier"])
 def test_an_exported_encoder_has_the_layout_of_vitdet(tmp_path, source):
-    """The command of FINETUNE.md, for a checkpoint of pre-training, an encoder and a classifier."""
+    """The command of SEGMENTATION.md, for a checkpoint of pre-training, an encoder and a classifier."""
     torch.manual_seed(0)
     name = {"mae": "mae_vit_tiny_patch16"}.get(source, "vit_tiny_patch16")
     settings = {} if source == "mae" else {"nb_classes": 3 * (source == "classifier"), "global_pool": False}

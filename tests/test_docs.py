@@ -185,7 +185,11 @@ def run_python(downloads, tmp_path, monkeypatch):
 
 
 def test_the_readmes_python_runs(run_python):
-    names = run_python("README.md")
+    assert run_python("README.md")["features"].shape == (2, 768)
+
+
+def test_the_python_of_the_model_zoo_runs(run_python):
+    names = run_python("ZOO.md")
     assert names["features"].shape == (2, 768)
     assert [a.shape for a in names["attention"]] == [(1, 12, 197, 197)] * 4
     assert names["mask"].shape == (2, 196)
@@ -194,7 +198,7 @@ def test_the_readmes_python_runs(run_python):
 
 
 def test_the_code_of_features_runs(run_python):
-    names = run_python("FINETUNE.md", "inference.maps import dense")
+    names = run_python("SEGMENTATION.md", "inference.maps import dense")
     assert names["features"].shape == (2, 4 * 768, 32, 32)
     assert names["complete"].shape == (1, 4 * 768, 25, 38)  # of 400 x 600 pixels
 
@@ -227,8 +231,8 @@ def anchors_of_sections(path: Path) -> set[str]:
     return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
-def test_the_readme_names_every_model():
-    text = (ROOT / "README.md").read_text()
+def test_the_model_zoo_names_every_model():
+    text = (ROOT / "ZOO.md").read_text()
     assert [name for name in models_mae.MODELS if name not in text and not name.endswith("dec512d8b")] == []
 
 
@@ -249,7 +253,7 @@ def test_the_tables_of_speed_have_the_measured_values():
     assert table in (ROOT / "benchmarks/README.md").read_text(encoding="utf-8")
     rows = [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
     measured = {title: first.split(" (")[0] for title, _, first, *_ in rows}  # the first machine, without tunables
-    speed = (ROOT / "PRETRAIN.md").read_text(encoding="utf-8").partition("## Speed")[2]
+    speed = (ROOT / "RUNS.md").read_text(encoding="utf-8").partition("## Speed")[2]
     for start, title in (
         ("throughput, compiled", "bf16 compiled, relative to transformers eager"),
         (
