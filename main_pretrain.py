@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import models_build
 import models_mae
@@ -88,24 +89,7 @@ def main(
     uses_noise = accepts_noise(model, args.masking, args.mask_block)
     model.to(device)
 
-    source = datasets.open_source(
-        "train", args.data_path, args.train_list, args.dataset, download=args.download, num_images=args.num_images
-    )
-    datasets.suggest_statistics(source, args.in_chans, args.mean, args.std)
-    if args.cache_images:
-        (source,) = image_cache.cached(
-            [source], in_chans=args.in_chans, fast_jpeg=args.fast_jpeg, exif=bool(args.exif),
-            num_workers=args.num_workers, on_bad_image=[args.on_bad_image],
-        )  # fmt: skip
-    sample_options = {"in_chans": args.in_chans, "seed": args.seed, "draw_noise": draw_noise,
-                      "on_bad_image": args.on_bad_image, "fast_jpeg": args.fast_jpeg,
-                      "exif": bool(args.exif)}  # fmt: skip
-    augment = transforms.pretrain_transform(
-        args.input_size, args.crop_scale, args.hflip, crop=args.crop, crop_ratio=args.crop_ratio, vflip=args.vflip,
-        rotate90=args.rotate90,
-    )  # fmt: skip
-    samples = Samples(source, augment, **sample_options)
-    full_images = Samples(source, transforms.eval_transform(args.input_size, crop=args.crop), **sample_options)
+    samples, full_images = open_samples(args, draw_noise)
     pin_memory = args.pin_mem and device.type == "cuda"
     batches = loader.TrainLoader(
         samples, args.batch_size, args.seed, args.num_workers, pin_memory, args.repeated_sampling, args.accum_iter,
@@ -138,22 +122,41 @@ def main(
     trainer.run(model, optimizer, batches, precision, task, RunSpec.of(settings), settings)
 
 
+def open_samples(args: Namespace, draw_noise: Callable[[], Tensor]) -> tuple[Samples, Samples]:
+    """Opens the training images: augmented, and as in an evaluation."""
+    source = datasets.open_source(
+        "train", args.data_path, args.train_list, args.dataset, download=args.download, num_images=args.num_images
+    )
+    datasets.suggest_statistics(source, args.in_chans, args.mean, args.std)
+    if args.cache_images:
+        (source,) = image_cache.cached(
+            [source], in_chans=args.in_chans, fast_jpeg=args.fast_jpeg, exif=bool(args.exif),
+            num_workers=args.num_workers, on_bad_image=[args.on_bad_image],
+        )  # fmt: skip
+    sample_options = {"in_chans": args.in_chans, "seed": args.seed, "draw_noise": draw_noise,
+                      "on_bad_image": args.on_bad_image, "fast_jpeg": args.fast_jpeg,
+                      "exif": bool(args.exif)}  # fmt: skip
+    augment = transforms.pretrain_transform(
+        args.input_size, args.crop_scale, args.hflip, crop=args.crop, crop_ratio=args.crop_ratio, vflip=args.vflip,
+        rotate90=args.rotate90,
+    )  # fmt: skip
+    full = transforms.eval_transform(args.input_size, crop=args.crop)
+    return Samples(source, augment, **sample_options), Samples(source, full, **sample_options)
+
+
 def accepts_noise(model: models_mae.MaskedAutoencoderViT, masking: str, mask_block: int) -> bool:
     """Whether the masks of a run can be determined by the noise of its samples. A warning says that they can't.
 
     Raises:
         ValueError: an override lacks the argument, and the masking strategy needs it.
     """
-    if "noise" not in model.lacking:
-        return True
-    method = f"{type(model).__name__}.{model.lacking['noise']}"
-    if masking != "random" or mask_block > 1:
+    lack = model.lack_of("noise")
+    if lack and (masking != "random" or mask_block > 1):
         flag = f"--masking {masking}" if masking != "random" else f"--mask_block {mask_block}"
-        raise ValueError(f"{flag}: {method} has no argument noise: add noise=None, and pass it on")
-    logger.warning(
-        f"{method} has no argument noise: the masks depend on the number of processes. Add noise=None, and pass it on"
-    )
-    return False
+        raise ValueError(f"{flag}: {lack}")
+    if lack:
+        logger.warning(f"the masks depend on the number of processes, because {lack}")
+    return not lack
 
 
 def log_sizes(model: models_mae.MaskedAutoencoderViT) -> None:

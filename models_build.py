@@ -17,7 +17,7 @@ from models_segment import Segmenter
 from models_vit import SIZES, Block, VisionTransformer, attention_weights, set_grad_checkpointing
 from util.checkpoints.checkpoint import CheckpointError
 from util.cli.choices import ATTENTIVE, NUM_QUERIES
-from util.settings import ImageSpec, ModelSpec, chosen, names_where
+from util.settings import REBUILDS, ImageSpec, ModelSpec, chosen, names_where
 from util.weights import shapes
 from util.weights.loading import Weights
 from util.weights.model_zoo import CLASSIFIER, FULL, SEGMENTER
@@ -69,8 +69,7 @@ def classifier_settings(file: Weights) -> dict[str, Any]:
     if file.kind not in (CLASSIFIER, SEGMENTER):  # shapes do not determine the head; recorded settings may
         of_task = names_where(lambda one: one["of_task"], ModelSpec)
         settings = {name: settings[name] for name in settings if name in file.settings or name not in of_task}
-    known = names_where(lambda one: one["rebuilds"], ModelSpec, ImageSpec)
-    result = {name: settings[name] for name in known if name in settings}
+    result = {name: settings[name] for name in REBUILDS if name in settings}
     return {**result, "model": f"vit_{size_of(settings['model'])}"}
 
 

@@ -156,6 +156,12 @@ class MaskedAutoencoderViT(Encoder):
         is_patch = getattr(self.decoder_pred, "out_features", None) == self.patch_embed.proj.weight[0].numel()
         return is_patch and self.target_dim is None and type(self).target is MaskedAutoencoderViT.target
 
+    def lack_of(self, argument: str) -> str:
+        """Returns a message about an argument of STEP_ARGUMENTS that an override does not accept; "" if all do."""
+        step = self.lacking.get(argument)
+        message = f"{type(self).__name__}.{step} has no argument {argument}: add {argument}=None, and pass it on"
+        return message if step else ""
+
     def initialize_weights(self) -> None:
         """Initializes linear layers and the patch projection (Xavier uniform), biases (0), tokens and learned positions
         (std .02).
@@ -301,11 +307,9 @@ class MaskedAutoencoderViT(Encoder):
         if mask is not None:
             noise, mask_ratio = noise_from_mask(mask.to(imgs.device), grid, self.patch_embed.patch_size)
         options = {"noise": noise, "grid_size": None if grid == self.grid_size else grid}
-        for argument, step in self.lacking.items():
+        for argument in self.lacking:
             if options[argument] is not None:
-                raise ValueError(
-                    f"{type(self).__name__}.{step} has no argument {argument}: add {argument}=None, and pass it on"
-                )
+                raise ValueError(self.lack_of(argument))
         latent, patch_mask, ids_restore = self.forward_encoder(imgs, mask_ratio, **_given(noise=noise))
         pred = self.forward_decoder(latent, ids_restore, **_given(grid_size=options["grid_size"]))
         return self.forward_loss(imgs, pred, patch_mask), pred, patch_mask

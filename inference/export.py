@@ -33,11 +33,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import models_build
-from inference.model import REBUILDS, Autoencoder, Classifier, Model, Segmenter, get_model
+from inference.model import Autoencoder, Classifier, Model, Segmenter, get_model
 from util.cli import entry_point, options
 from util.data import transforms
 from util.files import atomic
-from util.settings import ModelSpec, names_where
+from util.settings import REBUILDS, ModelSpec, names_where
 from util.training.run_log import start_logging
 from util.weights import conversion, foreign_settings
 from util.weights.loading import SETTINGS

@@ -34,7 +34,7 @@ from util.data.segmentation_masks import default_colors
 from util.evaluation.segmentation import predict_classes
 from util.files.untrusted import read_file
 from util.pos_embed import to_pair
-from util.settings import ImageSpec, ModelSpec, names_where, specs
+from util.settings import REBUILDS, chosen, specs
 from util.weights import loading, model_zoo
 from util.weights.loading import Weights
 from util.weights.model_zoo import CLASSIFIER, FULL, SEGMENTER
@@ -44,7 +44,6 @@ Images = ImageLike | Sequence[ImageLike]
 
 logger = logging.getLogger(__name__)
 
-REBUILDS = names_where(lambda one: one["rebuilds"], ModelSpec, ImageSpec)
 ARCHITECTURES = {**models_mae.MODELS, **models_vit.MODELS}
 
 
@@ -341,7 +340,7 @@ def get_model(
         raise ValueError(f"there is no file, model or published weights {name}{near}")
     architecture = name if name in ARCHITECTURES else model_zoo.TABLE[name].model
     if pretrained is False:
-        return _class_of(architecture)(_settings(architecture, {**_of_row(name), **settings})).to(device)
+        return _class_of(architecture)(_settings(architecture, settings, _of_row(name))).to(device)
     source = _published_for(name) if pretrained is True else str(pretrained)
     return _load(loading.read(source), None if source == name else architecture, settings).to(device)
 
@@ -359,12 +358,13 @@ def _class_of(architecture: str) -> type[Autoencoder] | type[Classifier]:
     return Autoencoder if architecture.startswith("mae_") else Classifier
 
 
-def _settings(architecture: str, settings: dict[str, Any]) -> dict[str, Any]:
+def _settings(architecture: str, explicit: dict[str, Any], recorded: dict[str, Any]) -> dict[str, Any]:
+    """Returns the settings of a model: the arguments of `get_model`, else the record of a file, else the defaults."""
     size = models_vit.SIZES[models_build.size_of(architecture)]
     usual = {"input_size": size.get("img_size", 224), "patch_size": None, "in_chans": 3, "norm_pix_loss": False,
              "global_pool": architecture.startswith("vit_"), "nb_classes": 1000, "mask_ratio": 0.75}  # fmt: skip
-    known = {key: value for key, value in settings.items() if key in REBUILDS}
-    return {**usual, **known, "model": architecture}
+    settings = chosen(explicit, recorded, {}, usual)
+    return {**{key: value for key, value in settings.items() if key in REBUILDS}, "model": architecture}
 
 
 def _of_row(name: str) -> dict[str, Any]:
@@ -394,7 +394,7 @@ def _load(file: Weights, architecture: str | None, settings: dict[str, Any]) -> 
     architecture = recorded["model"]
     if file.kind == CLASSIFIER and "nb_classes" in settings and settings["nb_classes"] != recorded["nb_classes"]:
         recorded = {name: value for name, value in recorded.items() if name not in ("classes", "label_names")}
-    merged = _settings(architecture, {**recorded, **settings})
+    merged = _settings(architecture, settings, recorded)
     if merged.get("crop_pct") is None:
         merged["crop_pct"] = loading.crop_pct_of_earlier_version(file, merged["input_size"])
     segments = file.kind == SEGMENTER and not architecture.startswith("mae_")

@@ -108,13 +108,18 @@ def test_the_page_displays_the_selected_head(mae):
         assert f"0 %<i></i>{100 * expected.max():.1f} %" in legend
 
 
-def test_the_page_displays_the_queries_of_an_attentive_probe(mae, tmp_path):
-    settings = {"model": "vit_mini_patch4", "input_size": 40, "patch_size": 4, "in_chans": 3, "global_pool": False,
-                "nb_classes": 3, "probe": "attentive", "num_queries": 2}  # fmt: skip
+def attentive_probe(file, side, channels):
+    """A probe with random queries, from a file."""
+    settings = {"model": "vit_mini_patch4", "input_size": side, "patch_size": 4, "in_chans": channels,
+                "global_pool": False, "nb_classes": 3, "probe": "attentive", "num_queries": 2}  # fmt: skip
     probe = models_build.probe(*specs(settings))
     torch.nn.init.normal_(probe.head.pool.queries)
-    torch.save({"model": probe.state_dict(), "args": settings}, tmp_path / "probe.pth")
-    classifier = get_model(tmp_path / "probe.pth")
+    torch.save({"model": probe.state_dict(), "args": settings}, file)
+    return get_model(file)
+
+
+def test_the_page_displays_the_queries_of_an_attentive_probe(mae, tmp_path):
+    classifier = attentive_probe(tmp_path / "probe.pth", 40, 3)
     choices = outputs.attention_maps(mae, classifier)
     assert [choice.name for choice in choices[5:]] == ["mean of all queries", "query 1", "query 2"]
     imgs = reconstruct.uncropped_input(
@@ -133,12 +138,7 @@ def test_the_page_displays_the_queries_of_an_attentive_probe(mae, tmp_path):
 
 
 def test_a_probe_of_gray_images_looks_inside_next_to_a_model_of_colors(mae, tmp_path):
-    settings = {"model": "vit_mini_patch4", "input_size": 32, "patch_size": 4, "in_chans": 1, "global_pool": False,
-                "nb_classes": 3, "probe": "attentive", "num_queries": 2}  # fmt: skip
-    probe = models_build.probe(*specs(settings))
-    torch.nn.init.normal_(probe.head.pool.queries)
-    torch.save({"model": probe.state_dict(), "args": settings}, tmp_path / "probe.pth")
-    classifier = get_model(tmp_path / "probe.pth")
+    classifier = attentive_probe(tmp_path / "probe.pth", 32, 1)
     imgs = reconstruct.uncropped_input(classifier, Image.open(CAT).convert("L"))
     wanted = outputs._enlarge(maps.overlay(classifier, imgs[0], maps.query_attention(classifier, imgs)[0, 1]))
     _, bright, _, _ = outputs.look_inside(mae, str(CAT), outputs.attention_maps(mae, classifier)[-1])

@@ -135,7 +135,7 @@ def test_names():
     assert isinstance(get_model("mae_vit-base-p16_8xb512-amp-coslr-300e_in1k"), Autoencoder)
     with torch.device("meta"):  # large models are not initialized
         huge = Classifier(
-            _settings("vit_huge_patch14", _of_row("vit-huge-p14_mae-1600e-pre_32xb8-coslr-50e_in1k-448px"))
+            _settings("vit_huge_patch14", {}, _of_row("vit-huge-p14_mae-1600e-pre_32xb8-coslr-50e_in1k-448px"))
         )
     assert huge.patch_embed.img_size == (448, 448)
     with pytest.raises(ValueError, match="vit_bas_patch16; did you mean vit_bas"):

@@ -27,7 +27,8 @@ RUNS = {
     main_finetune: [*VIT, "--input_size", "16", "--cls_token", "--train_per_class", "4", "--aa", "none", "--lr", ".01",
                     "--layer_decay", ".9", "--smoothing", "0", "--unfreeze_blocks", "2", "--mixup", ".8"],
     main_linprobe: [*VIT, "--input_size", "16", "--blr", ".3", "--val_fraction", ".25", "--cache_features"],
-    main_segment: [*VIT, "--input_size", "16", "24", "--nb_classes", "3", "--head", "dpt", "--short_side", "20"],
+    main_segment: [*VIT, "--input_size", "16", "24", "--nb_classes", "3", "--head", "dpt", "--short_side", "20",
+                   "--unfreeze_blocks", "all", "--warmup_epochs", "0.5"],
 }  # fmt: skip
 
 

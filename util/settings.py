@@ -98,7 +98,7 @@ class ModelSpec(Values):
     qk_norm: str | None = setting(None, str, of_block=True)
     drop_path: float = setting(0.0, rebuilds=False)
     grad_checkpointing: bool = setting(False, resumed=FREE, rebuilds=False)
-    unfreeze_blocks: int | str | None = setting(None, rebuilds=False)
+    unfreeze_blocks: int | str | None = setting(None, (int, str), rebuilds=False)
     decoder_depth: int | None = setting(None)  # None: the decoder of the model
     norm_pix_loss: bool = setting(False, resumed=FIXED)
     mask_ratio: float = setting(0.75, NUMBER)
@@ -201,6 +201,12 @@ def _known(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if value is not None}
 
 
+def fits(value: Any, kind: type | tuple[type, ...]) -> bool:
+    """Whether a recorded value, or each element of a list, has a type. bool is no number."""
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    return all(type(part) in kinds for part in (value if isinstance(value, list | tuple) else [value]))
+
+
 def differs(name: str, first: Any, second: Any) -> bool:
     """Whether two values of a setting differ. One number is the size of a square, and tuples are lists."""
     first, second = (list(value) if isinstance(value, tuple) else value for value in (first, second))
@@ -210,3 +216,6 @@ def differs(name: str, first: Any, second: Any) -> bool:
 
 
 CLASSES: tuple[type[Values], ...] = (ModelSpec, ImageSpec, DataSpec, RunSpec)
+REBUILDS = names_where(lambda one: one["rebuilds"], ModelSpec, ImageSpec)  # what rebuilds a model and its transform
+KINDS = {one.name: one.metadata["kind"] for kind in (ModelSpec, ImageSpec) for one in fields(kind)
+         if one.metadata["kind"]}  # fmt: skip

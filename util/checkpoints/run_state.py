@@ -171,8 +171,7 @@ def with_recorded_settings(args: Namespace, script: str) -> Namespace:
     taken = vars(args).keys() & saved.keys() - entry_point.explicit(args)
     taken -= {*settings_of.names_where(lambda one: one["of_start"])}
     if "progress" not in state:
-        models = settings_of.names_where(lambda one: one["rebuilds"], settings_of.ModelSpec, settings_of.ImageSpec)
-        taken &= {*models, *settings_of.names_where(lambda one: one["optimizes"])}
+        taken &= {*settings_of.REBUILDS, *settings_of.names_where(lambda one: one["optimizes"])}
     if "blr" in entry_point.explicit(args):
         taken -= {"lr"}  # it would take precedence
     changed = {name: saved[name] for name in sorted(taken) if _differs(name, saved, vars(args))}
@@ -185,12 +184,11 @@ def with_recorded_settings(args: Namespace, script: str) -> Namespace:
 
 def _require_setting(file: Path, name: str, value: Any, default: Any) -> None:
     """Raises CheckpointError if a recorded setting can't be the value of a flag, or would run a command."""
-    parts = value if isinstance(value, list | tuple) else [value]
-    kinds = {float if type(one) is int else type(one) for one in (default if isinstance(default, list) else [default])}
-    for one in parts:
-        kind = float if type(one) is int else type(one)
-        if value is not None and (kind not in (bool, float, str) or (kind not in kinds and default is not None)):
-            raise CheckpointError(f"{file}: its recorded {name}, {str(value)[:80]}, is invalid")
+    first = default[0] if isinstance(default, list) and default else default
+    of_default = (bool, str, *settings_of.NUMBER) if first is None else type(first)
+    kind = settings_of.KINDS.get(name, settings_of.NUMBER if of_default in settings_of.NUMBER else of_default)
+    if value is not None and not settings_of.fits(value, kind):
+        raise CheckpointError(f"{file}: its recorded {name}, {str(value)[:80]}, is invalid")
     if name == "dataset" and runs_command(str(value)):
         raise CheckpointError(f"{file} records a --dataset that runs a program: give --dataset '{value}'")
 

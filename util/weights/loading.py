@@ -9,7 +9,6 @@ import json
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +25,7 @@ from util.cli.choices import default_crop_pct, published_crop_pct
 from util.data.transforms import channel_statistics
 from util.files.untrusted import open_file, read_file
 from util.pos_embed import Size, interpolate_pos_embed, to_pair
-from util.settings import ImageSpec, ModelSpec
+from util.settings import KINDS, SIZES, fits
 from util.weights import foreign_settings, model_zoo, shapes
 from util.weights.conversion import to_ours
 from util.weights.model_zoo import CLASSIFIER, ENCODER, FULL, SEGMENTER
@@ -174,15 +173,13 @@ def _report_assumptions(path: Path) -> None:
 
 def _check_settings(path: Path, settings: dict[str, Any]) -> None:
     """Raises CheckpointError if a setting that is used has a wrong type."""
-    for one in (*fields(ModelSpec), *fields(ImageSpec)):
-        name, kinds, value = one.name, one.metadata["kind"], settings.get(one.name)
-        if kinds is None:
-            continue
-        parts: list[Any] = list(value) if isinstance(value, list | tuple) else [value]
-        fits = all(isinstance(part, kinds) and isinstance(part, bool) == (kinds is bool) for part in parts)
-        if fits and name.endswith("_size"):
-            fits = len(parts) in (1, 2) and min(parts) > 0
-        if value is not None and not fits:
+    for name, kind in KINDS.items():
+        value = settings.get(name)
+        is_valid = value is None or fits(value, kind)
+        if is_valid and value is not None and name in SIZES:
+            sides = value if isinstance(value, list | tuple) else [value]
+            is_valid = len(sides) in (1, 2) and min(sides) > 0
+        if not is_valid:
             raise CheckpointError(f"{path}: its recorded {name}, {str(value)[:80]}, is invalid")
 
 
