@@ -37,8 +37,8 @@ CHANNELS = {1: "gray", 3: "RGB"}
 PANELS = (
     "original",
     "visible patches",
-    "prediction (visible patches are never trained: ignore them)",
-    "prediction pasted into the gaps",
+    "reconstruction (not trained at visible patches)",
+    "reconstruction + visible",
 )
 
 

@@ -25,7 +25,6 @@ from util.training.run_log import start_logging
 
 logger = logging.getLogger(__name__)
 
-TITLES = ("original", "masked", "prediction", "pasted")
 SUFFIXES = (".png", ".jpg", ".webp", ".bmp", *(s for s, k in Image.registered_extensions().items() if k in Image.SAVE))
 HEADER = 18  # pixels above the pictures
 LABEL_GAP = 6  # pixels between a label and its row
@@ -222,15 +221,16 @@ def grid(model: Autoencoder, reconstructions: Sequence[Sequence[Tensor]], labels
     """
     scale = max(1, MIN_SIDE // min(reconstructions[0][0].shape[2:]))
     rows = [[pictures.tile([part], model.normalize.inverse, scale) for part in row[:4]] for row in reconstructions]
-    step = max(row[0].shape[1] for row in rows) + pictures.GAP
-    has_prediction = len(rows[0]) == len(TITLES)
+    titles = pictures.TITLES[: len(rows[0])]
+    has_prediction = len(titles) == len(pictures.TITLES)
     height = HEADER + sum(len(row[0]) + pictures.GAP for row in rows) + HEADER * has_prediction
     font = ImageFont.load_default()
+    step = max(*(row[0].shape[1] for row in rows), *(ceil(font.getlength(title)) for title in titles)) + pictures.GAP
     widths = [ceil(font.getlength(line)) + 2 * LABEL_GAP for text in labels for line in text.split("\n")]
     margin = max(widths, default=0)
     sheet = Image.new("RGB", (margin + len(rows[0]) * step, height), "white")
     pen = ImageDraw.Draw(sheet)
-    for column, title in enumerate(TITLES[: len(rows[0])]):
+    for column, title in enumerate(titles):
         pen.text((margin + (column + 0.5) * step, 3), title, fill="black", anchor="ma")
     top = HEADER
     for number, row in enumerate(rows):

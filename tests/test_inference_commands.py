@@ -214,6 +214,15 @@ def test_rows_of_reconstructions_have_labels(files):
     assert (plain[-18:] < 128).any()  # the note on visible patches
 
 
+def test_titles_of_reconstructions_do_not_overlap():
+    model = get_model("mae_vit_mini_patch4")
+    narrow = [reconstruct.reconstruct(model, Image.new("RGB", (88, 88)), short_side=88)]
+    sheet = np.asarray(reconstruct.grid(model, narrow))
+    for column in np.split(sheet[:18], 4, axis=1):
+        assert (column < 128).any()
+        assert (column[:, [0, -1]] == 255).all()
+
+
 def test_reconstruct_rectangles(files, tmp_path):
     model = get_model(files / "mae.safetensors")
     picture = Image.new("RGB", (640, 320))  # 64 x 32 for the model: a tenth

@@ -45,7 +45,7 @@ def test_other_channel_counts_show_the_first(channels, shown):
 def test_titles_and_labels_stand_beside_the_pictures(mini_mae):
     images, noise = torch.randint(0, 256, (2, 1, 16, 16), dtype=torch.uint8), torch.rand(2, 16)
     normalize = Normalize([0.4], [0.3])
-    plain = pictures.reconstruction(mini_mae, images, noise, normalize, 0.5, scale=5)
+    plain = pictures.reconstruction(mini_mae, images, noise, normalize, 0.5, scale=8)  # 128 pixels: titles fit
     labelled = pictures.reconstruction(mini_mae, images, noise, normalize, 0.5, labels=["first.png", ""])
     note, labelled = labelled[-pictures.HEADER :], labelled[: -pictures.HEADER]
     assert (note < 128).any()
@@ -53,6 +53,7 @@ def test_titles_and_labels_stand_beside_the_pictures(mini_mae):
     header, margin = labelled[: -len(plain)], labelled[-len(plain) :, : -plain.shape[1]]
     for column in np.array_split(header[:, -plain.shape[1] :], 4, axis=1):
         assert (column < 128).any()
+        assert (column[:, [0, -1]] == 255).all()  # the title does not reach its neighbors
     first, second = np.array_split(margin, 2)
     assert (first < 128).any() and (second == 255).all()
     streamed = pictures.reconstruction(mini_mae, images, noise, normalize, 0.5, labels=[])

@@ -13,9 +13,10 @@ from util.data.transforms import Normalize
 
 GAP = 2  # pixels between pictures
 HEADER = 18  # pixels above pictures with titles
-MIN_WIDTH = 80  # pixels of a column with a title
+MIN_WIDTH = 120  # pixels of a column with a title
 MAX_LABEL = 24  # characters
-NOTE = "visible patches are not trained, and pasted from the image"
+TITLES = ("original", "masked", "reconstruction", "reconstruction + visible")  # of the parts of a `Reconstruction`
+NOTE = "At visible patches, the reconstruction is not trained."
 
 
 def tile(columns: Sequence[Tensor], to_pixels: Callable[[Tensor], Tensor], scale: int = 1) -> np.ndarray:
@@ -72,7 +73,7 @@ def reconstruction(
     scale: int = 1,
     labels: Sequence[str] | None = None,
 ) -> np.ndarray:
-    """Reconstructs images with a masked autoencoder. A row has original, masked, prediction, pasted.
+    """Reconstructs images with a masked autoencoder. A row has the parts that TITLES names.
 
     Args:
         model: a `MaskedAutoencoderViT`. Its `reconstruct` documents the treatment of normalized targets.
@@ -93,4 +94,5 @@ def reconstruction(
     picture = tile(result[:4], normalize.inverse, scale)
     if labels is None:
         return picture
-    return with_labels(picture, ("original", f"masked {mask_ratio:.0%}", "prediction", "pasted"), labels, NOTE)
+    titles = [f"{title} {mask_ratio:.0%}" if title == "masked" else title for title in TITLES]
+    return with_labels(picture, titles, labels, NOTE)
