@@ -34,12 +34,7 @@ THUMBNAIL = (128, 128)  # pixels of an example's picture
 MAX_CLASSES = 12  # class names in the description of a classifier
 CHANNELS = {1: "gray", 3: "RGB"}
 # The panels of a reconstruction, in the order of `Reconstruction`.
-PANELS = (
-    "original",
-    "visible patches",
-    "reconstruction (not trained at visible patches)",
-    "reconstruction + visible",
-)
+PANELS = ("original", "visible patches", "reconstruction", "reconstruction + visible")
 
 
 def describe(model: Model) -> str:
@@ -275,7 +270,7 @@ def _reconstruction(model: Autoencoder, result: Reconstruction, origin: str) -> 
             loss = model(result.original, mask=result.mask)[0]
         text += (
             f"<p>Masked patches: loss <b>{loss:.4f}</b> (mean squared error, lower is better), "
-            f"PSNR <b>{psnr(model, result):.2f} dB</b> (higher is better).</p>"
+            f"PSNR <b>{psnr(model, result):.2f} dB</b> (higher is better). {pictures.NOTE}</p>"
         )
     if count and model.norm_pix_loss:
         text += (

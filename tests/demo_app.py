@@ -59,7 +59,7 @@ def model(files):
 
 @contextlib.contextmanager
 def served(folder: Path, *flags: str | Path):
-    """The address of a served page. At the end, its log must contain no traceback."""
+    """The address of a served page. At the end, its log must contain no traceback and no link to share."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -80,6 +80,7 @@ def served(folder: Path, *flags: str | Path):
         server.terminate()
         server.wait(20)
     assert "Traceback" not in log.read_text()
+    assert "share" not in log.read_text()  # gradio's offer of a public link
 
 
 @pytest.fixture(scope="module")
