@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the demo runs from a clone
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
+from PIL import Image
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
@@ -29,7 +29,9 @@ from util.evaluation import knn, pictures, tables
 from util.files import atomic
 from util.training import run_log
 
-PICTURES = 8
+PICTURES = 12
+TRIPLES = 3  # in a row of the picture
+SCALE = 4  # side of the square that replaces each pixel
 NEIGHBORS = 20
 STRENGTHS = (0.1, 1.0)  # inverse regularization strengths; chosen for each row on held-out training images
 HELD_OUT = 0.2
@@ -70,18 +72,21 @@ def probe(train: np.ndarray, labels: np.ndarray, test: np.ndarray, test_labels: 
 
 
 def draw_reconstructions(model: Autoencoder, images: torch.Tensor, path: Path) -> None:
-    """Draws eight test images of different classes: original, masked, prediction, pasted."""
+    """Draws test images of all classes as in figure 2 of the paper: masked, reconstruction + visible, original."""
     chosen = images[np.linspace(0, len(images) - 1, PICTURES, dtype=int)]
     noise = torch.rand(PICTURES, model.num_patches, generator=torch.Generator().manual_seed(0))
     ratio = model.settings["mask_ratio"]
-    picture = pictures.reconstruction(model, chosen, noise, model.normalize, ratio, scale=3)
-    figure = Figure(figsize=(picture.shape[1] / 100, picture.shape[0] / 100 + 0.4), dpi=100)
-    axes = figure.add_axes((0, 0, 1, picture.shape[0] / (picture.shape[0] + 40)))
-    axes.imshow(picture.squeeze(), cmap="gray", vmin=0, vmax=255)
-    axes.axis("off")
-    for column, title in enumerate(("original", f"masked {ratio:.0%}", "prediction", "pasted")):
-        axes.text((column + 0.5) * picture.shape[1] / 4, -8, title, ha="center", fontsize=8)
-    tables.save(figure, path)
+    result = model.reconstruct(model.normalize(chosen), ratio, noise=noise)
+    triple = (result.masked, result.pasted, result.original)
+    blocks = [
+        pictures.tile([part[column::TRIPLES] for part in triple], model.normalize.inverse, SCALE)
+        for column in range(TRIPLES)
+    ]
+    gap = ((0, 0), (0, 4 * pictures.GAP), (0, 0))
+    picture = np.concatenate([np.pad(block, gap, constant_values=255) for block in blocks], axis=1)
+    titles = (f"masked {ratio:.0%}", "reconstruction + visible", "original") * TRIPLES
+    with atomic.replacing(path) as written:
+        Image.fromarray(pictures.with_labels(picture, titles, labels=())).save(written)
 
 
 def draw_loss(run: Path, path: Path) -> None:
