@@ -10,12 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from util import datasets, dist, settings
+from util import dist, settings
 from util.cli import advice, entry_point
-from util.data import image_cache, labels, loader, transforms
-from util.data.samples import Samples
+from util.data import labels, transforms
+from util.data.run_data import RunData
 from util.data.sources import Source
-from util.data.webdataset_shards import Shards
 from util.evaluation import report
 from util.settings import ImageSpec, ModelSpec
 from util.training import feature_files, loop
@@ -143,119 +142,13 @@ def _interleave(parts: list[np.ndarray]) -> np.ndarray:
     return result
 
 
-class Setup:
-    """Datasets, batches and normalization of fine-tuning, linear probing and k-NN, derived from their flags.
-
-    Args:
-        args: the flags, or the settings that `with_recorded_settings` returns.
-        device: the device of the input of the model.
-        file: the weights to start from or to evaluate. Their mean and std are the default.
-    """
-
-    def __init__(self, args: Namespace, device: torch.device, file: Weights | None) -> None:
-        self.args = args
-        self.num_cls_tokens = args.num_cls_tokens or (file.num_cls_tokens if file else 1)
-        self.mean, self.std = loading.statistics(file, args.in_chans, args.mean, args.std)
-        self.statistics = transforms.channel_statistics(args.in_chans, self.mean, self.std)
-        self.normalize = transforms.Normalize(*self.statistics).to(device)
-        self.pin_memory = args.pin_mem and device.type == "cuda"
-
-    @property
-    def crop_pct(self) -> float:
-        """Side of the center crop in evaluation, as a fraction of the resized image."""
-        return getattr(self.args, "crop_pct", None) or transforms.default_crop_pct(self.args.input_size)
-
-    def open_pair(self) -> tuple[Source, Source]:
-        """Opens the training and the validation set. With `val_fraction`, held-out training images are the latter.
-
-        With `on_bad_image` "skip", training images that can't be read are excluded if their features are stored or some
-        of them are held out. Else, `Samples` replaces them in training.
-
-        Raises:
-            ValueError: a set can't be opened or has no labels, or their classes differ.
-            BadImage: more than `loader.MAX_BAD_SHARE` of the training images can't be read.
-        """
-        args = self.args
-        if args.val_fraction and args.val_list:
-            logger.warning("--val_list has no effect with --val_fraction, which evaluates on training images")
-        train, val = labels.open_pair(
-            self._open_split, args.train_list, args.val_list, nb_classes=args.nb_classes,
-            train_per_class=args.train_per_class, seed=args.seed, validation=not args.val_fraction,
-        )  # fmt: skip
-        datasets.suggest_statistics(train, args.in_chans, self.mean, self.std)
-        if getattr(args, "on_bad_image", None) == "skip" and (
-            args.val_fraction or getattr(args, "cache_features", False) or np.size(args.blr) > 1
-        ):
-            train = datasets.readable(train, args.in_chans, args.num_workers)
-        if args.val_fraction:
-            train, val = labels.hold_out(train, args.val_fraction, args.seed, "--val_fraction")
-        return train, val
-
-    def cached(self, train: Source, val: Source) -> Sequence[Source]:
-        """Returns the datasets; with --cache_images, with their decoded images in memory.
-
-        Raises:
-            BadImage: an image can't be read, and is not skipped.
-            ValueError: the images take too much memory.
-        """
-        args = self.args
-        if not args.cache_images:
-            return train, val
-        return image_cache.cached(
-            [train, val], in_chans=args.in_chans, fast_jpeg=args.fast_jpeg, exif=bool(args.exif),
-            num_workers=args.num_workers, on_bad_image=[args.on_bad_image],
-        )  # fmt: skip
-
-    def open_val(self) -> Source:
-        """Opens the validation set; with `val_fraction`, the held-out training images."""
-        if self.args.val_fraction:
-            return self.open_pair()[1]
-        val = labels.require(self._open_split("val", self.args.val_list), "val")
-        datasets.suggest_statistics(val, self.args.in_chans, self.mean, self.std)
-        return val
-
-    def _open_split(self, split: str, file_list: str | None) -> Source | Shards:
-        args = self.args
-        return datasets.open_source(split, args.data_path, file_list, args.dataset, download=args.download)
-
-    def train_batches(self, source: Source, transform: Callable[..., Any]) -> loader.TrainLoader:
-        """Returns the augmented batches of a training set for this process."""
-        args = self.args
-        samples = self.samples(source, transform, args.on_bad_image)
-        return loader.TrainLoader(
-            samples, args.batch_size, args.seed, args.num_workers, self.pin_memory, accum_iter=args.accum_iter
-        )
-
-    def eval_batches(
-        self, source: Source, batch_size: int, on_bad_image: str | None = None
-    ) -> torch.utils.data.DataLoader:
-        """Returns the batches of a dataset for this process, resized and cropped for an evaluation.
-
-        Args:
-            on_bad_image: "error" if --on_bad_image excludes images of the dataset; error messages then name the flag.
-        """
-        samples = self.samples(source, self.eval_transform(), on_bad_image)
-        return loader.eval_loader(samples, batch_size, self.args.num_workers, self.pin_memory)
-
-    def samples(self, source: Source, transform: Callable[..., Any], on_bad_image: str | None = None) -> Samples:
-        """Returns the decoded and transformed samples of a dataset."""
-        args = self.args
-        return Samples(
-            source, transform, in_chans=args.in_chans, seed=args.seed, on_bad_image=on_bad_image,
-            fast_jpeg=args.fast_jpeg, exif=bool(args.exif),
-        )  # fmt: skip
-
-    def eval_transform(self) -> Callable[..., Any]:
-        """Returns the transform of an evaluation."""
-        return transforms.eval_transform(self.args.input_size, self.crop_pct, self.args.crop)
-
-    def encode(
-        self, source: Source, model: Any, batch_size: int, precision: Precision, on_bad_image: str | None = None
-    ) -> Iterator[list[Tensor]]:
-        """Returns batches with the input of the head of a `VisionTransformer`, from `feature_files.encode`."""
-        batches = self.eval_batches(source, batch_size, on_bad_image)
-        forward = model.eval().forward_features
-        return feature_files.encode(forward, batches, normalize=self.normalize, precision=precision)
+def encode(
+    data: RunData, source: Source, model: Any, batch_size: int, precision: Precision, on_bad_image: str | None = None
+) -> Iterator[list[Tensor]]:
+    """Returns batches with the input of the head of a `VisionTransformer`, from `feature_files.encode`."""
+    batches = data.eval_batches(source, batch_size, on_bad_image)
+    forward = model.eval().forward_features
+    return feature_files.encode(forward, batches, normalize=data.normalize, precision=precision)
 
 
 def open_weights(flags: Mapping[str, Any], kind: str = CLASSIFIER) -> Weights | None:
@@ -276,18 +169,28 @@ def open_weights(flags: Mapping[str, Any], kind: str = CLASSIFIER) -> Weights | 
 
 
 def with_recorded_settings(
-    args: Namespace, file: Weights, recorded: Mapping[str, Any], trains: bool = False
+    args: Namespace, file: Weights | None, recorded: Mapping[str, Any], trains: bool = False
 ) -> Namespace:
-    """Returns the settings of a run that uses a file: explicit flags, else the settings of the file.
+    """Returns the settings of a run that uses a file: explicit flags, else the settings of the file, else defaults.
 
-    A warning names each explicit flag that differs. The head and the data determine the number of classes;
-    `loading.statistics` applies the same rule to mean and std.
+    Mean, std, crop ratio and number of class tokens have their final values. A warning names each explicit flag that
+    differs from the file. The head and the data determine the number of classes.
 
     Args:
+        file: the file to start from or to evaluate, if any.
         recorded: the settings of the file that determine its model, by the names of the flags.
         trains: a new head is trained. The settings of the task are not taken from the file, and its crops only if it is
             a file of this library; the crops of other libraries are about evaluation.
     """
+    if file:
+        args = _with_settings_of(file, args, recorded, trains)
+    mean, std = loading.statistics(file, args.in_chans, args.mean, args.std)
+    crop_pct = getattr(args, "crop_pct", None) or transforms.default_crop_pct(args.input_size)
+    num_cls_tokens = args.num_cls_tokens or (file.num_cls_tokens if file else 1)
+    return entry_point.changed(args, {"mean": mean, "std": std, "crop_pct": crop_pct, "num_cls_tokens": num_cls_tokens})
+
+
+def _with_settings_of(file: Weights, args: Namespace, recorded: Mapping[str, Any], trains: bool) -> Namespace:
     names = (recorded.keys() & vars(args).keys()) - {"nb_classes", "mean", "std"}
     if trains:
         names -= {*settings.names_where(lambda one: one["of_task"])}

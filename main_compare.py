@@ -40,11 +40,11 @@ import main_knn
 import main_linprobe
 import models_build
 import models_vit
-from util import datasets
 from util.checkpoints import run_directory
 from util.cli import entry_point, options
 from util.cli.advice import arguments, did_you_mean
 from util.data import labels as label_sets
+from util.data.dataset_kinds import open_source
 from util.data.sources import Source
 from util.evaluation import comparison, pixel_baselines
 from util.evaluation.comparison import PIXELS, Result
@@ -120,9 +120,9 @@ def main(args: Namespace) -> str:
 
 def _compare(args: Namespace, out: Path) -> str:
     encoders = _encoders(args, out / "encoders")
-    open_split = partial(datasets.open_source, data_path=args.data_path, dataset=args.dataset, download=args.download)
+    lists = {"train": args.train_list, "val": args.val_list}
     train, val = label_sets.open_pair(
-        open_split, args.train_list, args.val_list, nb_classes=None, train_per_class=None, seed=0
+        lambda split: open_source(split, args.data_path, lists[split], args.dataset, download=args.download)
     )
     sizes = [_size(text, train) for text in args.labels]
     if len({labels for labels, _ in sizes}) < len(sizes):

@@ -27,7 +27,6 @@ import models_build
 import models_vit
 from engine_finetune import (
     Evaluation,
-    Setup,
     evaluate,
     load_for_evaluation,
     open_weights,
@@ -38,9 +37,10 @@ from engine_finetune import (
 from util.checkpoints import run_directory
 from util.cli import entry_point, options
 from util.data import transforms
+from util.data.run_data import RunData
 from util.data.sources import Source
 from util.lr_decay import param_groups_lrd
-from util.settings import RunSpec, specs
+from util.settings import DataSpec, ImageSpec, RunSpec, specs
 from util.training import run_log, trainer
 from util.training.compiling import compile_model
 from util.weights import loading
@@ -80,16 +80,15 @@ def main(args: Namespace) -> Evaluation | None:
     args, precision = trainer.start(args, "main_finetune")
     device = precision.device
     file = open_weights(vars(args))
-    if file:
-        args = with_recorded_settings(args, file, models_build.classifier_settings(file), trains=not args.eval)
-    setup = Setup(args, device, file)
+    args = with_recorded_settings(args, file, models_build.classifier_settings(file), trains=not args.eval)
+    data = RunData(ImageSpec.of(vars(args)), DataSpec.of(vars(args)), device)
 
     def evaluation(val: Source) -> Callable[[nn.Module], Evaluation]:
-        batches = setup.eval_batches(val, args.batch_size)
-        return partial(evaluate, data_loader=batches, normalize=setup.normalize, precision=precision)
+        batches = data.eval_batches(val, args.batch_size)
+        return partial(evaluate, data_loader=batches, normalize=data.normalize, precision=precision)
 
     if args.eval and file:
-        model, val = load_for_evaluation(models_build.classifier, vars(args), file, setup.open_val())
+        model, val = load_for_evaluation(models_build.classifier, vars(args), file, data.open_val())
         model.to(device)
         if args.compile:
             compile_model(model, device, freeze_weights=True)
@@ -98,11 +97,9 @@ def main(args: Namespace) -> Evaluation | None:
         return scores
 
     run_directory.prepare(Path(args.output_dir), args.resume)
-    train, val = setup.cached(*setup.open_pair())
+    train, val = data.cached(*data.open_pair(args.nb_classes))
     classes = train.classes
-    settings = {**vars(args), "nb_classes": len(classes), "classes": classes, "mean": setup.mean, "std": setup.std,
-                "crop_pct": setup.crop_pct,
-                "num_cls_tokens": setup.num_cls_tokens}  # fmt: skip
+    settings = {**vars(args), "nb_classes": len(classes), "classes": classes}
     model = models_build.classifier(*specs(settings))
     if file and not loading.load_encoder(model, file, args.adapt_input, classes):
         nn.init.normal_(model.head.get_parameter("weight"), std=HEAD_STD)
@@ -111,10 +108,10 @@ def main(args: Namespace) -> Evaluation | None:
     model.to(device)
 
     augment = transforms.finetune_transform(
-        args.input_size, setup.statistics[0], args.aa, args.color_jitter, args.crop_scale, args.hflip, crop=args.crop,
+        args.input_size, data.statistics[0], args.aa, args.color_jitter, args.crop_scale, args.hflip, crop=args.crop,
         crop_ratio=args.crop_ratio, vflip=args.vflip, rotate90=args.rotate90,
     )  # fmt: skip
-    batches = setup.train_batches(train, augment)
+    batches = data.train_batches(train, transforms.keeps_label(augment), args.batch_size, args.accum_iter)
     mixup = mixing(args, len(classes))
     if mixup:
         criterion: nn.Module = SoftTargetCrossEntropy()
@@ -137,7 +134,7 @@ def main(args: Namespace) -> Evaluation | None:
         train_one_epoch=partial(
             train_one_epoch,
             criterion=criterion,
-            normalize=setup.normalize,
+            normalize=data.normalize,
             erase=erase if args.reprob else None,
             mixup=mixup,
         ),

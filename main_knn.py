@@ -23,12 +23,13 @@ import numpy as np
 
 import models_build
 import models_vit
-from engine_finetune import Setup, load_frozen, with_recorded_settings
+from engine_finetune import encode, load_frozen, with_recorded_settings
 from util.cli import entry_point, options
 from util.data.labels import balanced_accuracy
+from util.data.run_data import RunData
 from util.evaluation.knn import classify
 from util.evaluation.tables import markdown
-from util.settings import specs
+from util.settings import DataSpec, ImageSpec, specs
 from util.training import feature_files, trainer
 from util.weights import loading
 
@@ -52,16 +53,15 @@ def main(args: Namespace) -> dict[tuple[int, float], float]:
     args, precision = trainer.start(args)
     device = precision.device
     file = loading.read(args.finetune) if args.finetune else None
-    if file:
-        args = with_recorded_settings(args, file, models_build.classifier_settings(file))
-    setup = Setup(args, device, file)
-    train, val = setup.open_pair()
+    args = with_recorded_settings(args, file, models_build.classifier_settings(file))
+    data = RunData(ImageSpec.of(vars(args)), DataSpec.of(vars(args)), device)
+    train, val = data.open_pair(args.nb_classes)
     model = models_build.classifier(*specs({**vars(args), "nb_classes": 0}))
     load_frozen(model, file, args.adapt_input)
     model.to(device)
-    encode = partial(setup.encode, model=model, batch_size=args.batch_size, precision=precision)
-    bank, queries = feature_files.extract(encode, train), feature_files.extract(encode, val)
-    del model, encode  # to free its memory
+    encode_set = partial(encode, data, model=model, batch_size=args.batch_size, precision=precision)
+    bank, queries = feature_files.extract(encode_set, train), feature_files.extract(encode_set, val)
+    del model, encode_set  # to free its memory
     classes = len(train.classes)
     right = classify(*bank, *queries, ks=args.k, temperatures=args.temperature, num_classes=classes, device=device)
     accuracies = {pair: 100 * sum(hits) / len(val) for pair, hits in right.items()}

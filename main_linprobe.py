@@ -37,7 +37,7 @@ from torch.nn import functional as F
 import models_build
 import models_vit
 from engine_finetune import (
-    Setup,
+    encode,
     evaluate,
     load_for_evaluation,
     load_frozen,
@@ -52,9 +52,10 @@ from util.checkpoints import checkpoint, run_directory
 from util.cli import entry_point, options
 from util.cli.choices import ATTENTIVE
 from util.data import labels, loader, transforms
+from util.data.run_data import RunData
 from util.data.sources import Source, versions
 from util.lars import LARS
-from util.settings import ImageSpec, RunSpec, names_where, specs
+from util.settings import DataSpec, ImageSpec, RunSpec, names_where, specs
 from util.training import feature_files, loop, run_log, trainer
 from util.training.precision import Precision
 from util.weights import loading
@@ -87,21 +88,20 @@ def main(args: Namespace) -> None:
     args.blr = args.blr if isinstance(args.blr, list) else [args.blr]  # checkpoints record a single rate as a number
     device = precision.device
     file = open_encoder(args)
-    if file:
-        args = with_recorded_settings(args, file, models_build.classifier_settings(file), trains=not args.eval)
-    setup = Setup(args, device, file)
+    args = with_recorded_settings(args, file, models_build.classifier_settings(file), trains=not args.eval)
+    data = RunData(ImageSpec.of(vars(args)), DataSpec.of(vars(args)), device)
     if args.eval and file:
         if args.compile:
             logger.warning("--compile has no effect with --eval")
-        probe, val = load_for_evaluation(models_build.probe, vars(args), file, setup.open_val())
-        encoded = setup.encode(val, probe.to(device), min(args.batch_size, MAX_BATCH), precision)
+        probe, val = load_for_evaluation(models_build.probe, vars(args), file, data.open_val())
+        encoded = encode(data, val, probe.to(device), min(args.batch_size, MAX_BATCH), precision)
         scores = evaluate(probe.get_submodule("head"), encoded, normalize=Tensor.float, precision=precision)
         report_scores(scores, val.classes, args.report)
         return
 
     run_directory.prepare(Path(args.output_dir), args.resume)
     with run_directory.locked(Path(args.output_dir), args.resume):  # also while features are stored
-        train_probe(args, setup, file, precision)
+        train_probe(args, data, file, precision)
 
 
 def open_encoder(args: Namespace) -> Weights | None:
@@ -118,26 +118,24 @@ def open_encoder(args: Namespace) -> Weights | None:
     return open_weights({**vars(args), "finetune": args.finetune if which == "auto" else which or args.finetune})
 
 
-def train_probe(args: Namespace, setup: Setup, file: Weights | None, precision: Precision) -> None:
+def train_probe(args: Namespace, data: RunData, file: Weights | None, precision: Precision) -> None:
     """Trains the head on the features of the encoder of a file. Without a file, the encoder has random weights.
 
     The run directory must be locked.
     """
     device = precision.device
     test = partial(evaluate, normalize=Tensor.float, precision=precision)  # tokens in files are fp16
-    train, val = setup.open_pair()
+    several = len(args.blr) > 1
+    train, val = data.open_pair(args.nb_classes, reads_in_order=args.cache_features or several)
     if not args.cache_features:
-        train, val = setup.cached(train, val)
+        train, val = data.cached(train, val)
     elif args.cache_images:
         logger.warning("--cache_images has no effect with --cache_features, which reads each image once")
     classes = train.classes
-    several = len(args.blr) > 1
     if several and args.lr is not None:
         raise ValueError(f"--lr {args.lr:g} sets a single rate, and --blr has {len(args.blr)} values; omit --lr")
     blr = args.blr if several else args.blr[0]
-    recorded = {"mean": setup.mean, "std": setup.std, "num_cls_tokens": setup.num_cls_tokens,
-                "crop_pct": setup.crop_pct}  # fmt: skip
-    settings = {**vars(args), **recorded, "blr": blr, "nb_classes": len(classes), "classes": classes}
+    settings = {**vars(args), "blr": blr, "nb_classes": len(classes), "classes": classes}
     if args.probe == ATTENTIVE and file and "fc_norm.weight" in file.tensors:
         settings["global_pool"] = True  # `probe` raises the error; `load_frozen` would ask for the flag first
     model = models_build.probe(*specs(settings))
@@ -149,13 +147,14 @@ def train_probe(args: Namespace, setup: Setup, file: Weights | None, precision: 
         train, held_out = labels.hold_out(train, args.held_out, args.seed, "--held_out")
         sets = {"held_out": held_out, "val": val}
         model.head = models_build.ParallelHeads(heads)
-    features = Features(setup, model, precision, {**sets, "train": train})
+    features = Features(args, data, model, precision, {**sets, "train": train})
     passes = {name: features.open(name) for name in sets}
 
     if args.cache_features:
         batches: Any = loader.FeatureBatches(*features.load("train"), args.batch_size, args.seed, args.accum_iter)
     else:
-        batches = setup.train_batches(train, transforms.probe_transform(args.input_size, args.crop))
+        augment = transforms.keeps_label(transforms.probe_transform(args.input_size, args.crop))
+        batches = data.train_batches(train, augment, args.batch_size, args.accum_iter)
     num_parameters, criterion = sum(p.numel() for p in heads[0].parameters()), HeadLosses()
 
     def evaluate_epoch(epoch: int, log: run_log.NullLog) -> dict[str, Any]:
@@ -170,7 +169,7 @@ def train_probe(args: Namespace, setup: Setup, file: Weights | None, precision: 
             write_probe(model, heads[best], {**settings, "blr": args.blr[best]}, epoch)
         return {**scores.stats(), **best_rate, "n_parameters": num_parameters}
 
-    normalize = Tensor.float if args.cache_features else setup.normalize
+    normalize = Tensor.float if args.cache_features else data.normalize
     task = trainer.Task(
         train_one_epoch=partial(train_one_epoch, criterion=criterion, normalize=normalize),
         after_epoch=evaluate_epoch,
@@ -196,17 +195,19 @@ class Features:
     """
 
     def __init__(
-        self, setup: Setup, model: VisionTransformer, precision: Precision, sets: Mapping[str, Source]
-    ) -> None:
-        self.setup = setup
+        self, args: Namespace, data: RunData, model: VisionTransformer, precision: Precision,
+        sets: Mapping[str, Source],
+    ) -> None:  # fmt: skip
+        self.args = args
+        self.data = data
         self.model = model
         self.precision = precision
         self.sets = sets
-        self.batch_size = min(setup.args.batch_size, MAX_BATCH)
-        self.are_stored = setup.args.cache_features or not model.head_pools
-        self.folder = Path(setup.args.output_dir) / "tokens"
+        self.batch_size = min(args.batch_size, MAX_BATCH)
+        self.are_stored = args.cache_features or not model.head_pools
+        self.folder = Path(args.output_dir) / "tokens"
         if self.are_stored and model.head_pools:
-            if dist.is_main() and not run_directory.chosen(Path(setup.args.output_dir), setup.args.resume):
+            if dist.is_main() and not run_directory.chosen(Path(args.output_dir), args.resume):
                 shutil.rmtree(self.folder, ignore_errors=True)  # of an earlier run, which is not resumed
             self._require_space()
 
@@ -229,16 +230,15 @@ class Features:
 
     def _encode(self, name: str, source: Source) -> Iterator[list[Tensor]]:
         on_bad_image = None if name == "val" else "error"
-        return self.setup.encode(source, self.model, self.batch_size, self.precision, on_bad_image)
+        return encode(self.data, source, self.model, self.batch_size, self.precision, on_bad_image)
 
     def _token_settings(self, source: Source) -> dict[str, Any]:
         """Returns all settings that the tokens depend on, as plain values."""
-        args, (mean, std) = self.setup.args, self.setup.statistics
+        args, (mean, std) = self.args, self.data.statistics
         names = ("model", "patch_size", *names_where(lambda one: one["rebuilds"], ImageSpec), "fast_jpeg", "dataset")
         return {
             **{name: getattr(args, name) for name in (*names, "data_path") if name in args},
             "mean": list(mean), "std": list(std),
-            "crop_pct": self.setup.crop_pct,
             "precision": self.precision.name, "weights": checkpoint.compute_digest(encoder_state(self.model)),
             "images": checkpoint.compute_digest(versions(source, dist.rank(), dist.world_size())),
         }  # fmt: skip

@@ -20,19 +20,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import models_build
 import models_mae
 from engine_pretrain import train_one_epoch
-from util import datasets, dist, masking
+from util import dist, masking
 from util.checkpoints import run_directory
 from util.cli import entry_point, options
-from util.data import image_cache, loader, transforms
-from util.data.samples import Samples
+from util.data import loader, transforms
+from util.data.run_data import RunData
 from util.evaluation import pictures
 from util.lr_decay import param_groups_weight_decay
-from util.settings import RunSpec, specs
+from util.settings import DataSpec, ImageSpec, RunSpec, specs
 from util.training import run_log, trainer
 from util.training.loop import Callback
 from util.weights import loading
@@ -89,13 +88,20 @@ def main(
     uses_noise = accepts_noise(model, args.masking, args.mask_block)
     model.to(device)
 
-    samples, full_images = open_samples(args, draw_noise)
-    pin_memory = args.pin_mem and device.type == "cuda"
+    data = RunData(ImageSpec.of(settings), DataSpec.of(settings), device)
+    (source,) = data.cached(data.open_split("train", args.num_images))
+    augment = transforms.pretrain_transform(
+        args.input_size, args.crop_scale, args.hflip, crop=args.crop, crop_ratio=args.crop_ratio, vflip=args.vflip,
+        rotate90=args.rotate90,
+    )  # fmt: skip
+    samples, full_images = (
+        data.samples(source, transforms.keeps_label(transform), args.on_bad_image, draw_noise)
+        for transform in (augment, transforms.eval_transform(args.input_size, crop=args.crop))
+    )
     batches = loader.TrainLoader(
-        samples, args.batch_size, args.seed, args.num_workers, pin_memory, args.repeated_sampling, args.accum_iter,
+        samples, args.batch_size, args.seed, args.num_workers, data.pin_memory, args.repeated_sampling, args.accum_iter,
         args.updates_per_epoch,
     )  # fmt: skip
-    normalize = transforms.Normalize(*transforms.channel_statistics(args.in_chans, args.mean, args.std)).to(device)
 
     # As published: biases and 1-D weights have no weight decay; the class and mask tokens have weight decay.
     groups = param_groups_weight_decay(model, args.weight_decay)
@@ -110,38 +116,18 @@ def main(
             images, _, noise = loader.examples(full_images, EXAMPLES)
             names = loader.example_names(full_images, EXAMPLES)
             given = noise if uses_noise else None
-            picture = pictures.reconstruction(model, images, given, normalize, mask_ratio, labels=names)
+            picture = pictures.reconstruction(model, images, given, data.normalize, mask_ratio, labels=names)
             log.picture("reconstruction", picture, epoch)
         return {}
 
     task = trainer.Task(
-        train_one_epoch=partial(train_one_epoch, mask_ratio=mask_ratio, normalize=normalize, uses_noise=uses_noise),
+        train_one_epoch=partial(
+            train_one_epoch, mask_ratio=mask_ratio, normalize=data.normalize, uses_noise=uses_noise
+        ),
         after_epoch=draw_examples,
         callbacks=callbacks,
     )
     trainer.run(model, optimizer, batches, precision, task, RunSpec.of(settings), settings)
-
-
-def open_samples(args: Namespace, draw_noise: Callable[[], Tensor]) -> tuple[Samples, Samples]:
-    """Opens the training images: augmented, and as in an evaluation."""
-    source = datasets.open_source(
-        "train", args.data_path, args.train_list, args.dataset, download=args.download, num_images=args.num_images
-    )
-    datasets.suggest_statistics(source, args.in_chans, args.mean, args.std)
-    if args.cache_images:
-        (source,) = image_cache.cached(
-            [source], in_chans=args.in_chans, fast_jpeg=args.fast_jpeg, exif=bool(args.exif),
-            num_workers=args.num_workers, on_bad_image=[args.on_bad_image],
-        )  # fmt: skip
-    sample_options = {"in_chans": args.in_chans, "seed": args.seed, "draw_noise": draw_noise,
-                      "on_bad_image": args.on_bad_image, "fast_jpeg": args.fast_jpeg,
-                      "exif": bool(args.exif)}  # fmt: skip
-    augment = transforms.pretrain_transform(
-        args.input_size, args.crop_scale, args.hflip, crop=args.crop, crop_ratio=args.crop_ratio, vflip=args.vflip,
-        rotate90=args.rotate90,
-    )  # fmt: skip
-    full = transforms.eval_transform(args.input_size, crop=args.crop)
-    return Samples(source, augment, **sample_options), Samples(source, full, **sample_options)
 
 
 def accepts_noise(model: models_mae.MaskedAutoencoderViT, masking: str, mask_block: int) -> bool:

@@ -25,7 +25,7 @@ from inference.imagenet import TIMM, RestrictedClassifier, load
 from util import dist
 from util.checkpoints import checkpoint
 from util.cli import entry_point, flags, options
-from util.data import loader
+from util.data import loader, transforms
 from util.data.samples import Samples
 from util.evaluation import robustness, robustness_report
 from util.files import locks
@@ -114,8 +114,10 @@ def _evaluate(args: Namespace, device: torch.device) -> str:
             continue
         if dist.is_main() and not args.subset and len(cell.source) != robustness.IMAGES[args.suite]:
             logger.warning(f"{name}: {len(cell.source):,} images, but {robustness.IMAGES[args.suite]:,} were published")
-        samples = Samples(cell.source, classifier.transform, in_chans=3, seed=0, fast_jpeg=args.fast_jpeg,
-                          exif=bool(exif))  # fmt: skip
+        samples = Samples(
+            cell.source, transforms.keeps_label(classifier.transform), in_chans=3, seed=0, fast_jpeg=args.fast_jpeg,
+            exif=bool(exif),
+        )  # fmt: skip
         batches = loader.eval_loader(samples, args.batch_size, args.num_workers, device.type == "cuda")
         progress = tqdm(batches, desc=name, unit="batch", leave=False, disable=None if dist.is_main() else True)
         evaluation = evaluate(model, progress, normalize=classifier.normalize, precision=precision)

@@ -15,28 +15,29 @@ ADE20K with a linear head on a frozen encoder, 8 GPUs of one machine (16 images 
 import argparse
 import logging
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import models_build
 import models_vit
-from engine_finetune import Setup, load_frozen, open_weights, train_one_epoch, with_recorded_settings
+from engine_finetune import load_frozen, open_weights, train_one_epoch, with_recorded_settings
 from engine_segment import evaluate, pixel_loss, report_scores
-from util import datasets, dist
+from util import dist
 from util.checkpoints import run_directory
 from util.cli import entry_point, options
+from util.data.image_facts import suggest_statistics
 from util.data.joint_transforms import EvalTransform, TrainTransform
-from util.data.samples import Samples
-from util.data.segmentation_masks import MOST_CLASSES, VOC, MaskFormat, Pairs, PairSamples, open_pairs, read_palette
-from util.data.sources import Source
+from util.data.run_data import RunData
+from util.data.segmentation_masks import MOST_CLASSES, VOC, MaskFormat, Pairs, open_pairs, read_palette
 from util.evaluation.segmentation import Scores
 from util.lr_decay import param_groups_lrd
 from util.pos_embed import to_pair
-from util.settings import RunSpec, specs
+from util.settings import DataSpec, ImageSpec, RunSpec, specs
 from util.training import run_log, trainer
 from util.training.compiling import compile_model
 from util.weights import loading
@@ -68,52 +69,52 @@ def main(args: Namespace) -> Scores | None:
     args, precision = trainer.start(args, "main_segment")
     device = precision.device
     file = with_token_norm(open_weights(vars(args), SEGMENTER))
-    recorded = models_build.classifier_settings(file) if file else {}
-    if file:
-        args = with_recorded_settings(args, file, recorded, trains=not args.eval)
-    setup = PairSetup(args, device, file, recorded if args.eval else {})
+    recorded = models_build.classifier_settings(file)
+    args = with_recorded_settings(args, file, recorded, trains=not args.eval)
+    settings = {**vars(args), **(pair_settings(args, file, recorded) if args.eval else pair_settings(args, None, {}))}
+    data = PairData(ImageSpec.of(settings), DataSpec.of(settings), device, settings["classes"])
+    full = EvalTransform(data.short_side)
     evaluation = partial(
         evaluate,
-        normalize=setup.normalize,
+        normalize=data.normalize,
         precision=precision,
-        num_classes=len(setup.classes),
+        num_classes=len(data.classes),
         window=to_pair(args.input_size),
         batch_size=args.batch_size,
     )
 
     if args.eval and file:
-        model = models_build.segmenter(*specs({**vars(args), **setup.settings()}))
+        model = models_build.segmenter(*specs(settings))
         loading.load_classifier(model, file)
         model.to(device)
         if args.compile:
             compile_model(model, device, freeze_weights=True)
-        scores = evaluation(model, setup.eval_batches(setup.open_pairs("val"), 1))
-        report_scores(scores, setup.classes, args.report)
+        scores = evaluation(model, data.eval_batches(data.open_pairs("val"), 1, transform=full))
+        report_scores(scores, data.classes, args.report)
         return scores
 
     run_directory.prepare(Path(args.output_dir), args.resume)
-    train, val = setup.open_pairs("train"), setup.open_pairs("val")
-    datasets.suggest_statistics(train, args.in_chans, setup.mean, setup.std)
-    settings = {**vars(args), **setup.settings()}
+    train, val = data.open_pairs("train"), data.open_pairs("val")
+    suggest_statistics(train, args.in_chans, args.mean, args.std)
     model = models_build.segmenter(*specs(settings))
     if file or args.unfreeze_blocks != "all":
-        load_frozen(model, file, args.adapt_input, setup.classes)
+        load_frozen(model, file, args.adapt_input, data.classes)
     model.to(device)
-    augment = TrainTransform(args.input_size, setup.short_side, args.scale, args.hflip, setup.statistics[0])
-    batches = setup.train_batches(train, augment)
+    augment = TrainTransform(args.input_size, data.short_side, args.scale, args.hflip, data.statistics[0])
+    batches = data.train_batches(train, augment, args.batch_size, args.accum_iter)
     groups = param_groups_lrd(model, args.weight_decay, ("pos_embed", "cls_token"), args.layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=0.0, fused=True)
     num_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    logger.info(f"{num_parameters:,} parameters to train, {len(train):,} images of {len(setup.classes)} classes")
-    test = setup.eval_batches(val, 1)
+    logger.info(f"{num_parameters:,} parameters to train, {len(train):,} images of {len(data.classes)} classes")
+    test = data.eval_batches(val, 1, transform=full)
 
     def evaluate_epoch(epoch: int, log: run_log.NullLog) -> dict[str, Any]:
         scores = evaluation(model, test)
-        report_scores(scores, setup.classes, args.report)
+        report_scores(scores, data.classes, args.report)
         return {**scores.stats(), "n_parameters": num_parameters}
 
     task = trainer.Task(
-        train_one_epoch=partial(train_one_epoch, criterion=pixel_loss, normalize=setup.normalize),
+        train_one_epoch=partial(train_one_epoch, criterion=pixel_loss, normalize=data.normalize),
         after_epoch=evaluate_epoch,
         loss_tag="loss",
         evaluates=True,
@@ -133,77 +134,71 @@ def with_token_norm(file: Weights | None) -> Weights | None:
     return file._replace(tensors=tensors)
 
 
-class PairSetup(Setup):
-    """Images with masks, their classes and batches, derived from the flags.
+def pair_settings(args: Namespace, file: Weights | None, recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the classes of the masks, their colors, and the scale of the images, as checkpoints record them.
 
     Args:
-        recorded: the settings of the file to evaluate, if any; its classes are used.
+        file: the file to evaluate, if any.
+        recorded: its settings. Its classes are used.
 
     Raises:
-        ValueError: the number of classes is unknown, or `--nb_classes` differs from that of the palette.
+        ValueError: the number of classes is unknown, or `--nb_classes` differs from that of the palette or of the file.
+    """
+    classes, colors = recorded.get("classes") or [], recorded.get("colors")
+    if args.palette:
+        palette = read_palette(Path(args.palette))
+        classes, colors = palette.names, [value for color in palette.colors for value in color]
+    elif not classes and (args.dataset or "").startswith("VOCSegmentation"):
+        classes = list(VOC)
+    elif not classes and args.nb_classes:
+        classes = [str(number) for number in range(args.nb_classes)]
+    if not classes:
+        raise ValueError(
+            "--nb_classes is needed: the number of classes in the masks, without the ignored value 255; or give "
+            "--palette FILE with a line `R G B NAME` for each class"
+        )
+    origin = f"--palette {args.palette}" if args.palette else "the dataset"
+    count, source = (file.num_classes, file.source) if file else (len(classes), origin)
+    if count > MOST_CLASSES:
+        raise ValueError(f"--nb_classes {count}: masks of 8 bits have at most {MOST_CLASSES} classes")
+    if args.nb_classes not in (None, count):
+        raise ValueError(f"--nb_classes {args.nb_classes}: {source} has {count} classes; omit --nb_classes")
+    if len(classes) != count:
+        raise ValueError(f"{origin} has {len(classes)} classes, and {source} has {count}")
+    short_side = min(to_pair(args.input_size)) if args.short_side is None else args.short_side
+    return {"nb_classes": count, "classes": classes, "colors": colors, "short_side": short_side}
+
+
+class PairData(RunData):
+    """Images with masks and their batches.
+
+    Args:
+        classes: names of the classes.
     """
 
-    def __init__(self, args: Namespace, device: torch.device, file: Any, recorded: dict[str, Any]) -> None:
-        super().__init__(args, device, file)
-        self.short_side = min(to_pair(args.input_size)) if args.short_side is None else args.short_side
-        colors = recorded.get("colors")
-        self.classes, self.colors = (
-            recorded.get("classes") or [],
-            colors and [colors[n : n + 3] for n in range(0, len(colors), 3)],
-        )
-        if args.palette:
-            palette = read_palette(Path(args.palette))
-            self.classes, self.colors = palette.names, [list(color) for color in palette.colors]
-        elif not self.classes and (args.dataset or "").startswith("VOCSegmentation"):
-            self.classes = list(VOC)
-        elif not self.classes and args.nb_classes:
-            self.classes = [str(number) for number in range(args.nb_classes)]
-        if not self.classes:
-            raise ValueError(
-                "--nb_classes is needed: the number of classes in the masks, without the ignored value 255; or give "
-                "--palette FILE with a line `R G B NAME` for each class"
-            )
-        origin = f"--palette {args.palette}" if args.palette else "the dataset"
-        count, source = (file.num_classes, file.source) if args.eval and file else (len(self.classes), origin)
-        if count > MOST_CLASSES:
-            raise ValueError(f"--nb_classes {count}: masks of 8 bits have at most {MOST_CLASSES} classes")
-        if args.nb_classes not in (None, count):
-            raise ValueError(f"--nb_classes {args.nb_classes}: {source} has {count} classes; omit --nb_classes")
-        if len(self.classes) != count:
-            raise ValueError(f"{origin} has {len(self.classes)} classes, and {source} has {count}")
+    def __init__(self, images: ImageSpec, data: DataSpec, device: torch.device, classes: list[str]) -> None:
+        super().__init__(images, data, device)
+        self.classes = classes
+        self.short_side = images.short_side or 0
 
     def open_pairs(self, split: str) -> Pairs:
         """Opens the images of a split and their masks. For "val", it logs the protocol, on which scores depend."""
-        args = self.args
+        images, data = self.images, self.data
         if split == "val":
-            height, width = to_pair(args.input_size)
+            height, width = to_pair(images.input_size)
             scale = f"scaled to a shorter side of {self.short_side} pixels" if self.short_side else "at their own size"
             logger.info(f"evaluation: images {scale}, windows of {height} x {width} pixels, at the resolution of masks")
-        mask_format = MaskFormat(len(self.classes), args.reduce_zero_label, self.colors)
+        colors = np.reshape(images.colors, (-1, 3)).tolist() if images.colors else None
+        file_list, folders = (
+            (data.train_list, data.train_folders) if split == "train" else (data.val_list, data.val_folders)
+        )
         pairs = open_pairs(
-            split, self.classes, mask_format, data_path=args.data_path, file_list=getattr(args, f"{split}_list"),
-            folders=getattr(args, f"{split}_folders"), dataset=args.dataset, download=args.download,
+            split, self.classes, MaskFormat(len(self.classes), images.reduce_zero_label, colors),
+            data_path=data.data_path, file_list=file_list, folders=folders, dataset=data.dataset,
+            download=data.download,
         )  # fmt: skip
         logger.info(f"{len(pairs):,} images with masks for {split}")
         return pairs
-
-    def samples(self, source: Source, transform: Callable[..., Any], on_bad_image: str | None = None) -> Samples:
-        args = self.args
-        return PairSamples(
-            source, transform, in_chans=args.in_chans, seed=args.seed, on_bad_image=on_bad_image, exif=bool(args.exif)
-        )
-
-    def eval_transform(self) -> Callable[..., Any]:
-        return EvalTransform(self.short_side)
-
-    def settings(self) -> dict[str, Any]:
-        """Returns the settings that a checkpoint records in addition to the flags."""
-        colors = None if self.colors is None else [value for color in self.colors for value in color]
-        return {
-            "nb_classes": len(self.classes), "classes": self.classes, "colors": colors, "short_side": self.short_side,
-            "crop_pct": self.crop_pct,
-            "mean": self.mean, "std": self.std, "num_cls_tokens": self.num_cls_tokens,
-        }  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -57,11 +57,13 @@ def segmenter(spec: ModelSpec, image: ImageSpec) -> Segmenter:
     return model
 
 
-def classifier_settings(file: Weights) -> dict[str, Any]:
+def classifier_settings(file: Weights | None) -> dict[str, Any]:
     """Returns the settings that build a classifier with the encoder of a file; {} if no model of this library fits.
 
     For the file of a segmentation model, they build this model.
     """
+    if file is None:
+        return {}
     try:
         settings = file_settings(file)
     except CheckpointError:

@@ -88,7 +88,9 @@ def ours(folder: Path, workers: int, repeats: int = 1, **options: Any) -> Callab
     """Batches of the pipeline of main_pretrain.py."""
     source = open_source("train", str(folder))
     transform = transforms.pretrain_transform(224)
-    samples = Samples(source, transform, in_chans=3, seed=0, draw_noise=partial(torch.rand, 196), **options)
+    samples = Samples(
+        source, transforms.keeps_label(transform), in_chans=3, seed=0, draw_noise=partial(torch.rand, 196), **options
+    )
     return TrainLoader(samples, BATCH, 0, workers, pin_memory=False, repeats=repeats).__iter__
 
 
@@ -116,7 +118,14 @@ def profile(folder: Path, rounds: int) -> dict[str, float]:
     """Microseconds per image of each stage of --fast_jpeg in one process, and of the transfer from a worker process."""
     source: Any = open_source("train", str(folder))
     transform = transforms.pretrain_transform(224)
-    samples = Samples(source, transform, in_chans=3, seed=0, draw_noise=partial(torch.rand, 196), fast_jpeg=True)
+    samples = Samples(
+        source,
+        transforms.keeps_label(transform),
+        in_chans=3,
+        seed=0,
+        draw_noise=partial(torch.rand, 196),
+        fast_jpeg=True,
+    )
     runs: list[dict[str, float]] = []
     for number in range(rounds + 1):  # the first one does not count
         times = dict.fromkeys(("read", "decode", "crop, resize, flip", "random numbers and other", "collate"), 0.0)

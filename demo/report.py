@@ -24,7 +24,7 @@ from util import datasets
 from util.cli import entry_point
 from util.data.labels import require, some_of_each_class
 from util.data.samples import Samples
-from util.data.transforms import to_tensor
+from util.data.transforms import keeps_label, to_tensor
 from util.evaluation import knn, pictures, tables
 from util.files import atomic
 from util.training import run_log
@@ -42,7 +42,7 @@ def read_images(model: Autoencoder, data_path: str, split: str) -> tuple[torch.T
     """All images of a split, uint8 (n, c, H, W), and their labels (n,)."""
     source = datasets.open_source(split, data_path)
     # Without a transform: the images have the size of the model, and a center crop would remove their borders.
-    samples = Samples(source, to_tensor, in_chans=model.in_chans, seed=0)
+    samples = Samples(source, keeps_label(to_tensor), in_chans=model.in_chans, seed=0)
     items = [samples[0, index] for index in range(len(samples))]
     return torch.stack([sample.image for sample in items]), np.array([sample.label for sample in items])
 

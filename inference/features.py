@@ -24,11 +24,13 @@ from safetensors.numpy import save_file
 from torch import nn
 
 from inference.model import Model, get_model
-from util import datasets, dist
+from util import dist
 from util.checkpoints import checkpoint
 from util.cli import entry_point, flags, options
-from util.data import loader
+from util.data import loader, transforms
+from util.data.dataset_kinds import open_source
 from util.data.decode import BadImage
+from util.data.image_facts import readable
 from util.data.samples import Samples
 from util.data.sources import Source, versions
 from util.data.webdataset_shards import Shards
@@ -73,10 +75,10 @@ def main(args: argparse.Namespace) -> None:
     device = dist.choose_device(args.device)
     model = get_model(args.model, pretrained=True, device=device, **options.chosen_exif(args))
     precision = Precision(args.amp, device)
-    source = datasets.open_source(args.split, args.data_path)
+    source = open_source(args.split, args.data_path)
     assert not isinstance(source, Shards)  # --data_path never opens shards
     if args.on_bad_image == "skip":
-        source = datasets.readable(source, model.in_chans, args.num_workers)
+        source = readable(source, model.in_chans, args.num_workers)
     names = [source.name(index) for index in range(len(source))]
     partial = args.out.with_name(atomic.temporary_name(args.out.name, "{}.partial"))
     extractor = Extractor(model, args.pool)
@@ -156,8 +158,10 @@ def extract(
     model = extractor.model
 
     def encode(rest: Source) -> Iterator[list[torch.Tensor]]:
-        samples = Samples(rest, model.transform, in_chans=model.in_chans, seed=0, on_bad_image="error",
-                          fast_jpeg=fast_jpeg, exif=exif)  # fmt: skip
+        samples = Samples(
+            rest, transforms.keeps_label(model.transform), in_chans=model.in_chans, seed=0, on_bad_image="error",
+            fast_jpeg=fast_jpeg, exif=exif,
+        )  # fmt: skip
         batches = loader.eval_loader(samples, batch_size, num_workers, pin_memory=precision.device.type == "cuda")
         return feature_files.encode(extractor, batches, normalize=model.normalize, precision=precision)
 

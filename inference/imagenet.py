@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from inference.model import get_model, imagenet_classes
 from util.data.decode import to_pillow
-from util.data.transforms import Normalize, Transform, eval_transform
+from util.data.transforms import ImageTransform, Normalize, eval_transform
 from util.evaluation.robustness import NUM_CLASSES, synsets
 
 logger = logging.getLogger(__name__)
@@ -21,7 +21,7 @@ class ImageNetClassifier(NamedTuple):
     """A classifier with its preprocessing."""
 
     model: nn.Module  # images (B, 3, H, W) -> logits (B, 1000)
-    transform: Transform
+    transform: ImageTransform
     normalize: nn.Module
     data_config: dict[str, Any]  # settings of transform and normalization, as plain values
     recorded: dict[str, Any]  # those settings that the file records; {} for models of timm

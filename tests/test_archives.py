@@ -284,7 +284,8 @@ def test_zip_members_with_wrong_headers_are_bad_images(tmp_path):
     assert why.keys() == LIES.keys()
     for name, message in LIES.items():
         assert message in why[name]
-    samples = Samples(source, transforms.pretrain_transform(8), in_chans=3, seed=0, on_bad_image="skip")
+    transform = transforms.keeps_label(transforms.pretrain_transform(8))
+    samples = Samples(source, transform, in_chans=3, seed=0, on_bad_image="skip")
     taken = [samples[(0, index)] for index in range(len(source))]
     assert [len(sample.bad) > 0 for sample in taken].count(False) == 1
     assert all(torch.isfinite(sample.image.float()).all() for sample in taken)

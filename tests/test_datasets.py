@@ -13,6 +13,7 @@ from PIL import Image
 
 from util import datasets, dist, plain_data
 from util.cli import entry_point
+from util.data import image_facts
 from util.data.archives import Archive
 from util.data.decode import BadImage
 from util.data.sources import Files
@@ -164,7 +165,7 @@ def test_the_check_reads_streams(tmp_path):
             Image.new("L", (8, 6)).save(tmp_path / "1.png")
             writer.write({"__key__": str(number), "png": (tmp_path / "1.png").read_bytes() if number else b""})
     source = open_source("train", dataset=f"wds:{tmp_path}/a.tar")
-    looks = list(datasets.all_facts(source, 1, [0, 1, 2, 3], 0))
+    looks = list(image_facts.all_facts(source, 1, [0, 1, 2, 3], 0))
     assert [look.size for look in looks] == [(6, 8)] * 3 + [(0, 0)]
     assert looks[3].unreadable == (f"{tmp_path}/a.tar: 0", "the file is empty")
 

@@ -13,13 +13,15 @@ from sklearn.metrics import log_loss, top_k_accuracy_score
 import main_finetune
 import main_knn
 import main_linprobe
-from engine_finetune import Evaluation, Setup, _interleave, evaluate, with_recorded_settings
+from engine_finetune import Evaluation, _interleave, encode, evaluate, with_recorded_settings
 from models_vit import vit_mini_patch4
 from util import dist
 from util.cli import entry_point
 from util.data import loader, transforms
 from util.data.labels import Subset
+from util.data.run_data import RunData
 from util.datasets import open_source
+from util.settings import DataSpec, ImageSpec
 from util.training import feature_files
 from util.training.precision import Precision
 from util.weights.loading import Weights
@@ -92,14 +94,16 @@ def test_predictions_of_all_processes_are_counted(evaluation_of, monkeypatch):
 
 def test_features_are_those_of_evaluation_mode(labelled):
     args = entry_point.parse(main_knn.get_args_parser(), ["--data_path", str(labelled), "--input_size", "16"])
-    setup, precision = Setup(args, torch.device("cpu"), None), Precision("off", torch.device("cpu"))
+    device = torch.device("cpu")
+    data = RunData(ImageSpec.of(vars(args)), DataSpec.of(vars(args)), device)
+    precision = Precision("off", device)
     model = vit_mini_patch4(img_size=16, num_classes=7, drop_path_rate=0.9).train()
-    source = setup.open_val()
-    encode = partial(setup.encode, model=model, batch_size=7, precision=precision)
-    features, labels = feature_files.extract(encode, source)
+    source = data.open_val()
+    encode_set = partial(encode, data, model=model, batch_size=7, precision=precision)
+    features, labels = feature_files.extract(encode_set, source)
     with torch.no_grad():
-        batches = setup.eval_batches(source, 7)
-        expected = torch.cat([model.eval().forward_features(setup.normalize(images)) for images, _, _ in batches])
+        batches = data.eval_batches(source, 7)
+        expected = torch.cat([model.eval().forward_features(data.normalize(images)) for images, _, _ in batches])
     torch.testing.assert_close(features, expected)
     assert labels.tolist() == source.labels.tolist()
 
@@ -119,9 +123,11 @@ def test_explicit_flags_override_recorded_settings(caplog):
         main_finetune.get_args_parser(), ["--input_size", "32", "--crop_pct", "0.5", "--nb_classes", "6"]
     )
     recorded = {"input_size": 16, "in_chans": 1, "crop_pct": 0.5, "nb_classes": 7, "mean": [0.5], "unknown": 3}
-    file = Weights({}, recorded, "classifier", "run.pth")
+    tensors = {"patch_embed.proj.weight": torch.zeros(8, 1, 4, 4), "cls_token": torch.zeros(1, 1, 8)}
+    file = Weights(tensors, recorded, "classifier", "run.pth")
+    caplog.set_level("INFO")
     found = with_recorded_settings(args, file, recorded)
-    assert (found.input_size, found.in_chans, found.crop_pct, found.nb_classes, found.mean) == (32, 1, 0.5, 6, None)
+    assert (found.input_size, found.in_chans, found.crop_pct, found.nb_classes, found.mean) == (32, 1, 0.5, 6, [0.5])
     assert args.in_chans == 3
     assert [record.getMessage() for record in caplog.records] == [
         "--input_size 32 is used, and run.pth was made with --input_size 16", "settings of run.pth: --in_chans 1"

@@ -96,9 +96,9 @@ def test_the_labels_of_both_sets_count_the_same_classes(tmp_path):
     val.classes, val.labels = ["dog", "cat"], 1 - val.labels
     sets = {"train": train, "val": val}
     options = {"nb_classes": 2, "train_per_class": 4, "seed": 0}
-    few, tested = labels.open_pair(lambda split, file_list: sets[split], None, None, **options)
+    few, tested = labels.open_pair(lambda split: sets[split], **options)
     assert few.classes == tested.classes == ["cat", "dog"]
     assert [tested[index][1] for index in range(3)] == tested.labels.tolist() == [0, 0, 1]
     assert np.bincount(few.labels).tolist() == [4, 4]
     with pytest.raises(ValueError, match=r"2 classes, .*--nb_classes is 3"):
-        labels.open_pair(lambda split, file_list: sets[split], None, None, **options | {"nb_classes": 3})
+        labels.open_pair(lambda split: sets[split], **options | {"nb_classes": 3})

@@ -260,7 +260,7 @@ def batches_of(
 ):
     source = open_source("train", dataset=f"wds:{shards}/{pattern}")
     samples = Samples(
-        source, transforms.to_tensor, in_chans=1, seed=seed, draw_noise=partial(torch.rand, 4),
+        source, transforms.keeps_label(transforms.to_tensor), in_chans=1, seed=seed, draw_noise=partial(torch.rand, 4),
         on_bad_image=on_bad_image,
     )  # fmt: skip
     return loader.TrainLoader(samples, batch_size, seed, num_workers, False, **options)

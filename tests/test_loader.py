@@ -320,7 +320,8 @@ def test_a_batch_may_mix_8_and_16_bit_files(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, size=(16, 16), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
     Image.fromarray(pixels.astype(np.uint16) * 257).save(tmp_path / "b.png")
-    samples = Samples(open_source("train", str(tmp_path)), transforms.to_tensor, in_chans=1, seed=0)
+    source = open_source("train", str(tmp_path))
+    samples = Samples(source, transforms.keeps_label(transforms.to_tensor), in_chans=1, seed=0)
     (images, _, _) = next(iter(TrainLoader(samples, 2, 0, 0, False)))
     assert images.dtype == torch.float32
     torch.testing.assert_close(images[0], images[1])

@@ -16,7 +16,6 @@ from mains import Stopped, assert_equal, lines, parse, stop_after, weights
 from PIL import Image
 from torch.nn import functional as F
 
-import engine_finetune
 import main_finetune
 import main_linprobe
 import models_build
@@ -28,7 +27,8 @@ from util.checkpoints import checkpoint, run_directory
 from util.checkpoints.checkpoint import CheckpointError
 from util.cli import entry_point
 from util.data.decode import BadImage
-from util.settings import specs
+from util.data.run_data import RunData
+from util.settings import DataSpec, ImageSpec, specs
 from util.training import feature_files
 from util.training.precision import Precision
 
@@ -398,10 +398,10 @@ def test_each_process_stores_its_own_tokens_and_resumes(mae, labelled, tmp_path,
     """The second of two processes is interrupted after two batches."""
     args = parse(main_linprobe, data_path=labelled, model="vit_mini_patch4", input_size=16, probe="attentive",
                  cache_features=True, batch_size=4, num_workers=0, output_dir=tmp_path)  # fmt: skip
-    setup = engine_finetune.Setup(args, torch.device("cpu"), None)
+    data = RunData(ImageSpec.of(vars(args)), DataSpec.of(vars(args)), torch.device("cpu"))
     model = models_build.probe(*specs({**vars(args), "nb_classes": 6}))
-    train, _ = setup.open_pair()
-    features = main_linprobe.Features(setup, model, Precision("off", torch.device("cpu")), {"train": train})
+    train, _ = data.open_pair()
+    features = main_linprobe.Features(args, data, model, Precision("off", torch.device("cpu")), {"train": train})
     tokens, numbers = features.load("train")
     assert (tokens.shape, tokens.dtype) == ((48, 16, 128), torch.float16)
     assert numbers.tolist() == list(train.labels)

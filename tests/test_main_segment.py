@@ -24,8 +24,9 @@ from inference import segment as inference_segment
 from models_mae import mae_vit_mini_patch4
 from util.checkpoints import checkpoint
 from util.checkpoints.checkpoint import CheckpointError
+from util.data.joint_transforms import EvalTransform
 from util.evaluation.segmentation import Scores
-from util.settings import specs
+from util.settings import DataSpec, ImageSpec, specs
 from util.training import loop
 
 
@@ -245,13 +246,15 @@ def test_a_palette_decodes_masks_and_names_classes(tmp_path, segment):
 def test_a_model_of_pixels_has_perfect_scores(scenes, monkeypatch):
     """The classes are those of the colors of the images, at the resolution of the masks."""
     args = parse(main_segment, data_path=scenes, nb_classes=3, input_size=16, short_side=0, num_workers=0)
-    setup = main_segment.PairSetup(args, torch.device("cpu"), None, {})
+    settings = {**vars(args), **main_segment.pair_settings(args, None, {})}
+    device = torch.device("cpu")
+    data = main_segment.PairData(ImageSpec.of(settings), DataSpec.of(settings), device, settings["classes"])
 
     class Pixels(torch.nn.Module):
         def forward(self, windows):
             return 50 * windows
 
-    val = setup.open_pairs("val")
+    val = data.open_pairs("val")
     files = [f"{scenes}/images/validation/{number:02}.jpg" for number in range(5)]
     for number, file in enumerate(files):
         classes = torch.where(val[number][1] == 255, 0, val[number][1]).long()
@@ -259,7 +262,7 @@ def test_a_model_of_pixels_has_perfect_scores(scenes, monkeypatch):
         monkeypatch.setitem(PICTURES, file, image.numpy())
     monkeypatch.setattr(type(val.images), "__getitem__", replaced(type(val.images).__getitem__))
     scores = engine_segment.evaluate(
-        Pixels(), setup.eval_batches(val, 1), normalize=lambda images: images.float() / 255,
+        Pixels(), data.eval_batches(val, 1, transform=EvalTransform(0)), normalize=lambda images: images.float() / 255,
         precision=main_segment.trainer.Precision("off", torch.device("cpu")), num_classes=3, window=(16, 16),
         batch_size=3,
     )  # fmt: skip
@@ -318,9 +321,8 @@ def test_errors_name_the_remedy(segment, scenes, encoder, tmp_path, labelled, cl
 def test_recipes_build_their_models(name, monkeypatch):
     monkeypatch.chdir(ROOT)
     args = parse(main_segment, config=f"recipes/segment_{name}.yaml")
-    setup = main_segment.PairSetup(args, torch.device("cpu"), None, {})
     with torch.device("meta"):
-        model = models_build.segmenter(*specs({**vars(args), **setup.settings()}))
+        model = models_build.segmenter(*specs({**vars(args), **main_segment.pair_settings(args, None, {})}))
         assert model(torch.zeros(1, 3, args.input_size, args.input_size)).shape == (
             1, {"ade": 150, "voc": 21, "lov": 7}[name[:3]], args.input_size, args.input_size
         )  # fmt: skip

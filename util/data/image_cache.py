@@ -19,7 +19,7 @@ from util.data.decode import BadImage
 from util.data.loader import Batches, up_to_cores
 from util.data.samples import Samples
 from util.data.sources import Source
-from util.data.transforms import to_tensor
+from util.data.transforms import keeps_label, to_tensor
 from util.data.webdataset_shards import Shards
 
 logger = logging.getLogger(__name__)
@@ -181,7 +181,13 @@ class _Decoded(Dataset):
     def __init__(self, source: Source, in_chans: int, fast_jpeg: bool, exif: bool, on_bad_image: str | None) -> None:
         self.source = source
         self.samples = Samples(
-            source, to_tensor, in_chans=in_chans, seed=0, on_bad_image=on_bad_image, fast_jpeg=fast_jpeg, exif=exif
+            source,
+            keeps_label(to_tensor),
+            in_chans=in_chans,
+            seed=0,
+            on_bad_image=on_bad_image,
+            fast_jpeg=fast_jpeg,
+            exif=exif,
         )
         self.in_chans = in_chans
 

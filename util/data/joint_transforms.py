@@ -39,6 +39,15 @@ def sides_for(size: tuple[int, int], short_side: float) -> tuple[int, int]:
     return height, width
 
 
+def check_size(picture: Picture, mask: Tensor) -> None:
+    """Raises BadImage if a picture and its mask (H, W) differ in size."""
+    (height, width), (own_height, own_width) = mask.shape, size_of(picture)
+    if (height, width) != (own_height, own_width):
+        raise BadImage(
+            f"its mask has {height} x {width} pixels (height x width), and the image {own_height} x {own_width}"
+        )
+
+
 def fitted(picture: Picture, short_side: int) -> Picture:
     """Scales a picture so that its shorter side has `short_side` pixels; 0: unchanged."""
     return scaled(picture, *sides_for(size_of(picture), short_side)) if short_side else picture
@@ -50,11 +59,8 @@ class EvalTransform:
     def __init__(self, short_side: int) -> None:
         self.short_side = short_side
 
-    def check(self, size: tuple[int, int]) -> None:
-        """Raises BadImage if a picture of this (height, width) can't be scaled."""
-        sides_for(size, self.short_side or min(size))
-
     def __call__(self, picture: Picture, mask: Tensor) -> tuple[Tensor, Tensor]:
+        check_size(picture, mask)
         return to_tensor(fitted(picture, self.short_side)), mask
 
 
@@ -86,14 +92,13 @@ class TrainTransform:
         self.hflip = hflip
         self.mean = torch.tensor(mean)[:, None, None]
 
-    def check(self, size: tuple[int, int]) -> None:
-        """Raises BadImage if a picture of this (height, width) can't be scaled by the maximum of the random scale."""
-        sides_for(size, (self.short_side or min(size)) * self.scale[1])
-
     def __call__(self, picture: Picture, mask: Tensor) -> tuple[Tensor, Tensor]:
         """A picture and its mask (H, W) -> image (c, h, w) and mask (h, w) of the size of the crop."""
+        check_size(picture, mask)
         own = size_of(picture)
-        height, width = sides_for(own, (self.short_side or min(own)) * random.uniform(*self.scale))
+        short_side = self.short_side or min(own)
+        sides_for(own, short_side * self.scale[1])  # raises an error for the maximum, also if the scale is smaller
+        height, width = sides_for(own, short_side * random.uniform(*self.scale))
         image = to_tensor(scaled(picture, height, width))
         mask = F.interpolate(mask[None, None], (height, width), mode="nearest-exact")[0, 0]
         rows, columns = self.size

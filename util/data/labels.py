@@ -75,19 +75,17 @@ def check_classes(train: Source, val: Source, nb_classes: int | None) -> list[st
 
 
 def open_pair(
-    open_split: Callable[..., Source | Shards],
-    train_list: str | None,
-    val_list: str | None,
+    open_split: Callable[[str], Source | Shards],
     *,
-    nb_classes: int | None,
-    train_per_class: int | None,
-    seed: int,
+    nb_classes: int | None = None,
+    train_per_class: int | None = None,
+    seed: int = 0,
     validation: bool = True,
 ) -> tuple[Source, Source]:
     """Opens the training set and the validation set. The labels of both are indices into the same classes.
 
     Args:
-        open_split: `datasets.open_source` with the arguments that are common to both sets.
+        open_split: returns the set "train" or "val".
         nb_classes: the expected number of classes; None: any number.
         train_per_class: number of training images of each class, chosen at random by `seed`; None: all images.
         validation: open the validation set. Else, the training set takes its place.
@@ -95,8 +93,8 @@ def open_pair(
     Raises:
         ValueError: a set has no labels, the classes differ, or a class has too few images.
     """
-    train = require(open_split("train", file_list=train_list), "train")
-    val = require(open_split("val", file_list=val_list), "val") if validation else train
+    train = require(open_split("train"), "train")
+    val = require(open_split("val"), "val") if validation else train
     classes = check_classes(train, val, nb_classes)
     if dist.is_main():
         _warn_of_imbalance(train, classes)

@@ -86,8 +86,7 @@ class Samples(Dataset):
         samples: list[Sample] = []
         with preserve_generators():
             for (epoch, index), same in itertools.groupby(places):
-                picture, label, bad = self._read(epoch, index)
-                samples += self.finish(picture, label, bad, epoch, index, sum(1 for _ in same))
+                samples += self._finished(epoch, index, sum(1 for _ in same))
         return samples
 
     def read(self, index: int) -> tuple[Picture, Any]:
@@ -100,19 +99,21 @@ class Samples(Dataset):
         data, label = self.source[index]
         return self.decode(data), label
 
-    def augment(self, picture: Picture, label: Any) -> tuple[Tensor, Any]:
-        """Returns the transformed picture, and the label that fits it."""
-        return self.transform(picture), label
-
     def finish(
         self, picture: Picture, label: Any, bad: list[Bad], epoch: int, number: int, repeats: int
-    ) -> Iterator[Sample]:
-        """Yields `repeats` augmented samples of a picture, with the random numbers of (seed, epoch, number)."""
+    ) -> list[Sample]:
+        """Returns `repeats` augmented samples of a picture, with the random numbers of (seed, epoch, number).
+
+        Raises:
+            BadImage: the transform can't be applied to the picture.
+        """
+        samples = []
         for repeat in range(repeats):
             # torch.manual_seed also seeds every kind of device, which takes 72 µs instead of 1.
             torch.default_generator.manual_seed(seed_python(self.seed, epoch, number, *[repeat] * (repeat > 0)))
             noise = self.draw_noise()  # first, so that the mask does not depend on the augmentation
-            yield Sample(*self.augment(picture, label), noise, [] if repeat else bad)
+            samples.append(Sample(*self.transform(picture, label), noise, [] if repeat else bad))
+        return samples
 
     def refuse(self, name: str, error: Exception, bad: list[Bad]) -> None:
         """Records a sample that can't be read.
@@ -134,12 +135,12 @@ class Samples(Dataset):
                 + f" ({remedy})" * bool(remedy)
             ) from error
 
-    def _read(self, epoch: int, index: int) -> tuple[Picture, Any, list[Bad]]:
+    def _finished(self, epoch: int, index: int, repeats: int) -> list[Sample]:
         assert not isinstance(self.source, Shards), "streamed samples come from StreamedSamples"
         bad: list[Bad] = []
         for candidate in self._candidates(epoch, index):
             try:
-                return *self.read(candidate), bad
+                return self.finish(*self.read(candidate), bad, epoch, index, repeats)
             except (BadImage, OSError) as error:
                 self.refuse(self.source.name(candidate), error, bad)
         raise AssertionError("candidates never end")
@@ -192,12 +193,12 @@ class StreamedSamples(IterableDataset):
         part, parts = dist.rank() * workers + worker, dist.world_size() * workers
         for lap, name, data, label in self.shards.stream(self.samples.seed, part, parts, report, start):
             try:
-                picture = self.samples.decode(data)
+                with preserve_generators():
+                    picture = self.samples.decode(data)
+                    finished = self.samples.finish(picture, label, bad, lap, zlib.crc32(data), self.repeats)
             except BadImage as error:
                 self.samples.refuse(name, error, bad)
                 continue
-            with preserve_generators():
-                finished = list(self.samples.finish(picture, label, bad, lap, zlib.crc32(data), self.repeats))
             yield from finished
             bad = []
 

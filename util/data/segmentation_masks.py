@@ -17,10 +17,9 @@ from torch import Tensor
 from util.cli.advice import advised
 from util.data import decode
 from util.data.archives import Archive
-from util.data.decode import BadImage, Picture, size_of
+from util.data.decode import BadImage
 from util.data.folders import find_files, image_files
 from util.data.lists import read_pairs
-from util.data.samples import Samples
 from util.data.sources import Files
 from util.data.torchvision_sets import TorchvisionSet
 from util.files.untrusted import printable, read_file
@@ -243,27 +242,6 @@ class Pairs:
     def mask_name(self, index: int) -> str:
         """Returns the name of the mask."""
         return self.masks.name(self.places[index, 1])
-
-
-class PairSamples(Samples):
-    """Samples of `Pairs`. The label of a sample is its mask (H, W).
-
-    The transform takes an image and its mask, and its method `check` the size of an image.
-    """
-
-    def read(self, index: int) -> tuple[Picture, Any]:
-        picture, mask = super().read(index)
-        if size_of(picture) != mask.shape:
-            (height, width), (own_height, own_width) = mask.shape, size_of(picture)
-            raise BadImage(
-                f"its mask {self.source.mask_name(index)} has {height} x {width} pixels (height x width), and the "  # type: ignore[union-attr]
-                f"image {own_height} x {own_width}"
-            )
-        self.transform.check(size_of(picture))  # type: ignore[attr-defined]  # here, an error names the file
-        return picture, mask
-
-    def augment(self, picture: Picture, label: Any) -> tuple[Tensor, Any]:
-        return self.transform(picture, label)  # type: ignore[call-arg, return-value]
 
 
 def open_pairs(

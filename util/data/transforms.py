@@ -5,6 +5,7 @@ torchvision and timm are imported inside functions, because importing them takes
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from PIL import Image, ImageOps
@@ -19,7 +20,17 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 CROP_RATIO = (3 / 4, 4 / 3)  # aspect ratio of random crops, relative to the aspect ratio of the input
 NO_CROP = "none"  # the value of --crop for whole images
 
-Transform = Callable[[Picture], Tensor]
+ImageTransform = Callable[[Picture], Tensor]
+Transform = Callable[[Picture, Any], tuple[Tensor, Any]]  # of a picture and its label
+
+
+def keeps_label(transform: ImageTransform) -> Transform:
+    """Returns the transform of a picture and its label that does not change the label."""
+    return partial(_keep_label, transform)
+
+
+def _keep_label(transform: ImageTransform, picture: Picture, label: Any) -> tuple[Tensor, Any]:
+    return transform(picture), label
 
 
 def channel_statistics(
@@ -82,7 +93,7 @@ def pretrain_transform(
     crop_ratio: Sequence[float] = CROP_RATIO,
     vflip: float = 0.0,
     rotate90: bool = False,
-) -> Transform:
+) -> ImageTransform:
     """The augmentation of pre-training: random resized crop and horizontal flip (He et al. 2021, appendix A.1).
 
     Args:
@@ -158,7 +169,7 @@ def finetune_transform(
     crop_ratio: Sequence[float] = CROP_RATIO,
     vflip: float = 0.0,
     rotate90: bool = False,
-) -> Transform:
+) -> ImageTransform:
     """timm's augmentation for supervised training: random resized crop, flip, and a policy such as RandAugment.
 
     Random erasing is applied later, on the device, after normalization.
@@ -226,7 +237,7 @@ def _posterize(picture: Image.Image, bits: int, **_: object) -> Image.Image:
     return ImageOps.posterize(picture, bits) if 1 <= bits <= 8 else picture.point(lambda value: value * (bits > 8))
 
 
-def probe_transform(input_size: Size, crop: str = "random") -> Transform:
+def probe_transform(input_size: Size, crop: str = "random") -> ImageTransform:
     """The published augmentation of linear probing: a crop that is sampled once (area 0.08 to 1), and a flip.
 
     A crop that is sampled once is clipped to the picture, which may distort it further. If `input_size` is not a
@@ -253,7 +264,7 @@ def to_tensor(picture: Picture) -> Tensor:
     return pil_to_tensor(picture)
 
 
-def eval_transform(input_size: Size, crop_pct: float | None = None, crop: str | None = None) -> Transform:
+def eval_transform(input_size: Size, crop_pct: float | None = None, crop: str | None = None) -> ImageTransform:
     """Scales the picture to cover input_size / crop_pct and crops its center.
 
     Args:

@@ -29,7 +29,7 @@ def read(
     scale = min(1.0, SIDE / max(height, width))
     crop_pct = crop_pct or transforms.default_crop_pct(input_size)
     transform = transforms.eval_transform((round(height * scale), round(width * scale)), crop_pct, crop)
-    samples = Samples(source, transform, in_chans=in_chans, seed=0, exif=bool(exif))
+    samples = Samples(source, transforms.keeps_label(transform), in_chans=in_chans, seed=0, exif=bool(exif))
     batches = loader.eval_loader(samples, 256, num_workers, False)
     return torch.cat([transforms.to_unit_range(images).flatten(1) for images, *_ in batches]).numpy()
 

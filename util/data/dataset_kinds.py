@@ -1,0 +1,100 @@
+"""Opens a dataset of any kind."""
+
+import logging
+import os
+from pathlib import Path
+
+from util import dist
+from util.cli.advice import advised
+from util.data.archives import Archive
+from util.data.folders import find_files
+from util.data.huggingface_sets import HuggingFaceSet
+from util.data.lists import read_list
+from util.data.sources import Files, Source, Strings, check_split_names
+from util.data.torchvision_sets import TorchvisionSet, dataset_in
+from util.data.webdataset_shards import Shards
+
+logger = logging.getLogger(__name__)
+
+
+def open_source(
+    split: str,
+    data_path: str | None = None,
+    file_list: str | None = None,
+    dataset: str | None = None,
+    *,
+    download: bool = False,
+    num_images: int | None = None,
+) -> Source | Shards:
+    """Opens a dataset of any kind.
+
+    All processes call it. Rank 0 lists the images of folders, lists, archives and shards; the others receive the list.
+
+    Args:
+        split: "train" or "val".
+        data_path: a folder of images, a folder that contains the folder `split`, or a tar or zip file of either. With
+            `file_list`, the folder that its relative paths start from. With a dataset of torchvision, the folder with
+            its files.
+        file_list: a list of image files.
+        dataset: a dataset of torchvision, hf:NAME_OR_FOLDER, or wds:SHARDS.
+        download: download the files of a torchvision dataset.
+        num_images: number of images in shards, instead of counting them.
+
+    Raises:
+        ValueError: no dataset is given, the dataset does not exist, or it has no images.
+    """
+    root = Path(data_path) if data_path else None
+    kind, _, name = (dataset or "").partition(":")
+    if file_list and dataset:
+        raise ValueError(f"--{split}_list and --dataset exclude each other; give one of them")
+    for flag, value, counts in (
+        ("--download", download, dataset and kind not in ("hf", "wds")),
+        ("--num_images", num_images, kind == "wds"),
+        ("--data_path", data_path, kind not in ("hf", "wds")),
+    ):
+        if value and not counts:
+            logger.warning(f"{flag} has no effect with this dataset")
+    if dataset:
+        if kind == "hf":
+            return HuggingFaceSet(name, split)
+        if kind == "wds":
+            return dist.from_rank_0(lambda: Shards(name, num_images), Shards)
+        return TorchvisionSet(dataset, split, data_path, download)
+    if file_list:
+        # Beside an archive, paths are relative to the folder of the list.
+        below = None if root and root.is_file() else root
+        return dist.from_rank_0(lambda: read_list(Path(file_list), below, f"--{split}_list"), Files, Strings)
+    if root is None:
+        raise ValueError(
+            "--data_path is needed: a folder of images, a folder that contains train/, or a tar or zip file of either "
+            "(or give --train_list or --dataset)"
+        )
+    if root.is_file():
+        return dist.from_rank_0(lambda: Archive(root, split), Archive, Strings)
+    if not root.is_dir():
+        raise ValueError(f"--data_path: there is no folder or archive {root}")
+    return dist.from_rank_0(lambda: _open_folder(root, split), Files, Strings)
+
+
+def _open_folder(root: Path, split: str) -> Files:
+    remedy = dataset_in(root)
+    try:
+        files = _files_of_split(root, split)
+    except ValueError as error:
+        raise advised(error, remedy) if remedy else error from None
+    if remedy:
+        name = remedy.partition("dataset ")[2]
+        logger.warning(
+            f"{root} has the files of torchvision's dataset {name}, and is read without its splits and labels"
+        )
+    return files
+
+
+def _files_of_split(root: Path, split: str) -> Files:
+    if (root / split).is_dir():
+        return find_files(root / split)
+    check_split_names(os.listdir(root), split, root)
+    if split == "val" or (root / "val").is_dir():  # never the images of the other split
+        error = ValueError(f"--data_path {root}: there is no folder {split}/ in it")
+        raise advised(error, f"add this folder, or give --{split}_list FILE")
+    return find_files(root)

@@ -1,0 +1,149 @@
+"""Facts of the images of a dataset: sizes, channels, statistics, and which can't be read."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from util import dist
+from util.data.decode import BadImage, Picture, fit_channels, is_turned, read, size_of
+from util.data.labels import Subset
+from util.data.loader import MAX_BAD_SHARE, Batches, up_to_cores
+from util.data.samples import preserve_generators
+from util.data.sources import Source
+from util.data.transforms import to_tensor, to_unit_range
+from util.data.webdataset_shards import Shards
+from util.files.untrusted import printable
+
+logger = logging.getLogger(__name__)
+
+EXAMPLES = 8  # images that `suggest_statistics` reads
+
+
+class ImageFacts(NamedTuple):
+    """Size, channels and statistics of one image, or the reason why it can't be read."""
+
+    label: int
+    size: tuple[int, int] = (0, 0)  # height, width
+    channels: int = 0  # number of channels in the file
+    deep: bool = False  # more than 8 bits
+    sums: np.ndarray | None = None  # (2, in_chans): sums of the values, in 0 to 1, and of their squares
+    unreadable: tuple[str, str] | None = None  # name and reason
+    turned: bool = False  # the EXIF data have an orientation, which training and evaluation ignore
+    remedy: str | None = None  # flags with which an unreadable image can be read
+
+
+class FactsDataset(Dataset):
+    """The facts of each image of a source."""
+
+    def __init__(self, source: Source, in_chans: int) -> None:
+        self.source = source
+        self.in_chans = in_chans
+
+    def __getitem__(self, index: int) -> ImageFacts:
+        try:
+            return image_facts(*self.source[index], self.in_chans)
+        except Exception as error:  # decoders raise any exception on damaged bytes
+            return _unreadable(self.source.name(index), error)
+
+
+def _unreadable(name: str, error: Exception) -> ImageFacts:
+    reason = printable(" ".join(str(error).split()))
+    return ImageFacts(-1, unreadable=(name, reason), remedy=getattr(error, "remedy", None))
+
+
+def image_facts(data: bytes | Picture, label: int, in_chans: int) -> ImageFacts:
+    """Decodes an image and collects its facts.
+
+    Raises:
+        Exception: any exception of the decoder.
+    """
+    own = read(data, in_chans) if isinstance(data, bytes) else data
+    values = to_unit_range(to_tensor(fit_channels(own, in_chans))).double().flatten(1)
+    sums = torch.stack([values.sum(dim=1), values.square().sum(dim=1)]).numpy()
+    channels = len(own) if isinstance(own, torch.Tensor) else len(own.getbands())
+    deep = isinstance(own, torch.Tensor) and own.is_floating_point()
+    return ImageFacts(label, size_of(own), channels, deep, sums, turned=is_turned(own))
+
+
+def all_facts(source: Source | Shards, in_chans: int, indices: list[int], num_workers: int) -> Iterator[ImageFacts]:
+    """Yields the facts of the images at `indices`; of a stream, those of the first len(indices) images."""
+    if isinstance(source, Shards):
+        unreadable: list[ImageFacts] = []
+
+        def report(name: str, error: Exception) -> bool:
+            unreadable.append(_unreadable(name, error))
+            return True
+
+        for _, name, data, label in islice(source.stream(0, 0, 1, report, laps=1), len(indices)):
+            try:
+                yield image_facts(data, label, in_chans)
+            except Exception as error:
+                report(name, error)
+        yield from unreadable
+    else:
+        dataset = FactsDataset(source, in_chans)
+        for batch in Batches(dataset, num_workers, batch_size=16, sampler=indices, collate_fn=list):
+            yield from batch
+
+
+def readable(source: Source, in_chans: int, num_workers: int) -> Source:
+    """Returns a dataset without the images that can't be read, and logs them. All processes call it.
+
+    Raises:
+        BadImage: more than `loader.MAX_BAD_SHARE` of the images can't be read.
+    """
+    own = list(range(dist.rank(), len(source), dist.world_size()))
+    with preserve_generators():
+        facts = all_facts(source, in_chans, own, up_to_cores(num_workers))
+        bar = tqdm(facts, "reading", len(own), unit="image", leave=False, disable=None if dist.is_main() else True)
+        bad = {index: fact.unreadable for index, fact in zip(own, bar, strict=True) if fact.unreadable}
+    bad = {index: why for part in dist.gather(bad) for index, why in part.items()}
+    for name, reason in bad.values():
+        logger.warning(f"{name}: {reason}; it is excluded")
+    if len(bad) > MAX_BAD_SHARE * len(source):
+        raise BadImage(
+            f"{len(bad):,} of {len(source):,} images can't be read, more than {MAX_BAD_SHARE:.0%}; one of them: "
+            f"{': '.join(bad[min(bad)])}"
+        )
+    return Subset(source, np.delete(np.arange(len(source)), list(bad)))
+
+
+def statistics_of(good: list[ImageFacts]) -> tuple[str, str]:
+    """Returns mean and standard deviation of each channel, as arguments of --mean and --std."""
+    pixels = sum(fact.size[0] * fact.size[1] for fact in good)
+    mean, squares = np.sum([fact.sums for fact in good if fact.sums is not None], axis=0) / pixels
+    std = np.sqrt(np.maximum(squares - mean**2, 0))
+    std = np.where(std > 0, std, 1)  # a constant channel has std 0
+    # Without exponents, because argparse parses -1e-05 as a flag.
+    texts = [
+        " ".join(np.format_float_positional(value, 4, fractional=False, trim="-") for value in values)
+        for values in (mean, std)
+    ]
+    return texts[0], texts[1]
+
+
+def suggest_statistics(
+    source: Source | Shards, in_chans: int, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> None:
+    """Logs a warning if images have more than 8 bits and `--mean` or `--std` is missing. It suggests values.
+
+    Float images are not scaled, and the statistics of ImageNet may not fit their range. The suggested values are the
+    statistics of EXAMPLES images.
+    """
+    if (mean and std) or isinstance(source, Shards) or not dist.is_main():
+        return
+    facts = FactsDataset(source, in_chans)
+    few = [facts[int(index)] for index in np.unique(np.linspace(0, len(source) - 1, EXAMPLES, dtype=int))]
+    good = [fact for fact in few if fact.sums is not None]
+    if any(fact.deep for fact in good):
+        suggestion = "--mean {} --std {}".format(*statistics_of(good))
+        logger.warning(
+            f"the images have more than 8 bits, and without --mean and --std the statistics of ImageNet normalize "
+            f"them; {len(good)} images suggest {suggestion} (python -m util.datasets reads all images)"
+        )

@@ -1,0 +1,130 @@
+"""The datasets of a run and their batches, from its settings."""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from util.data import image_cache, image_facts, labels, loader, transforms
+from util.data.dataset_kinds import open_source
+from util.data.samples import Samples
+from util.data.sources import Source
+from util.data.webdataset_shards import Shards
+from util.settings import DataSpec, ImageSpec
+
+logger = logging.getLogger(__name__)
+
+
+class RunData:
+    """The datasets of a run, their batches for this process, and the normalization of images on the device.
+
+    Args:
+        images: how a picture becomes the input of the model.
+        data: the datasets, and how they are read.
+        device: the device of the model.
+    """
+
+    def __init__(self, images: ImageSpec, data: DataSpec, device: torch.device) -> None:
+        self.images = images
+        self.data = data
+        self.statistics = transforms.channel_statistics(images.in_chans, images.mean, images.std)
+        self.normalize = transforms.Normalize(*self.statistics).to(device)
+        self.pin_memory = data.pin_mem and device.type == "cuda"
+
+    def open_split(self, split: str, num_images: int | None = None) -> Source | Shards:
+        """Opens the dataset of a split, "train" or "val".
+
+        Args:
+            num_images: number of images in shards, instead of counting them.
+
+        Raises:
+            ValueError: no dataset is given, the dataset does not exist, or it has no images.
+        """
+        data = self.data
+        file_list = data.train_list if split == "train" else data.val_list
+        source = open_source(
+            split, data.data_path, file_list, data.dataset, download=data.download, num_images=num_images
+        )
+        image_facts.suggest_statistics(source, self.images.in_chans, self.images.mean, self.images.std)
+        return source
+
+    def open_pair(self, nb_classes: int | None = None, reads_in_order: bool = False) -> tuple[Source, Source]:
+        """Opens the training and the validation set. With `val_fraction`, held-out training images are the latter.
+
+        With `on_bad_image` "skip", training images that can't be read are excluded if no other image may replace them.
+
+        Args:
+            nb_classes: the expected number of classes; None: any number.
+            reads_in_order: features of the training images are stored, or some of the images are held out later.
+
+        Raises:
+            ValueError: a set can't be opened or has no labels, or their classes differ.
+            BadImage: more than `loader.MAX_BAD_SHARE` of the training images can't be read.
+        """
+        data, holds_out = self.data, bool(self.data.val_fraction)
+        if holds_out and data.val_list:
+            logger.warning("--val_list has no effect with --val_fraction, which evaluates on training images")
+        train, val = labels.open_pair(
+            self.open_split, nb_classes=nb_classes, train_per_class=data.train_per_class, seed=data.seed,
+            validation=not holds_out,
+        )  # fmt: skip
+        if data.on_bad_image == "skip" and (holds_out or reads_in_order):
+            train = image_facts.readable(train, self.images.in_chans, data.num_workers)
+        if data.val_fraction:
+            train, val = labels.hold_out(train, data.val_fraction, data.seed, "--val_fraction")
+        return train, val
+
+    def open_val(self) -> Source:
+        """Opens the validation set; with `val_fraction`, the held-out training images."""
+        return self.open_pair()[1] if self.data.val_fraction else labels.require(self.open_split("val"), "val")
+
+    def cached(self, *sources: Any) -> Sequence[Any]:
+        """Returns the datasets; with --cache_images, with their decoded images in memory.
+
+        Raises:
+            BadImage: an image can't be read, and is not skipped.
+            ValueError: the images take too much memory.
+        """
+        data = self.data
+        if not data.cache_images:
+            return sources
+        return image_cache.cached(
+            list(sources), in_chans=self.images.in_chans, fast_jpeg=data.fast_jpeg, exif=bool(self.images.exif),
+            num_workers=data.num_workers, on_bad_image=[data.on_bad_image],
+        )  # fmt: skip
+
+    def samples(
+        self, source: Source | Shards, transform: transforms.Transform, on_bad_image: str | None = None,
+        draw_noise: Callable[[], Tensor] | None = None,
+    ) -> Samples:  # fmt: skip
+        """Returns the decoded and transformed samples of a dataset. The arguments are those of `Samples`."""
+        return Samples(
+            source, transform, in_chans=self.images.in_chans, seed=self.data.seed, draw_noise=draw_noise,
+            on_bad_image=on_bad_image, fast_jpeg=self.data.fast_jpeg, exif=bool(self.images.exif),
+        )  # fmt: skip
+
+    def train_batches(
+        self, source: Source, transform: transforms.Transform, batch_size: int, accum_iter: int
+    ) -> loader.TrainLoader:
+        """Returns the augmented batches of a training set for this process."""
+        samples = self.samples(source, transform, self.data.on_bad_image)
+        return loader.TrainLoader(
+            samples, batch_size, self.data.seed, self.data.num_workers, self.pin_memory, accum_iter=accum_iter
+        )
+
+    def eval_batches(
+        self, source: Source, batch_size: int, on_bad_image: str | None = None,
+        transform: transforms.Transform | None = None,
+    ) -> torch.utils.data.DataLoader:  # fmt: skip
+        """Returns the batches of a dataset for this process, resized and cropped for an evaluation.
+
+        Args:
+            on_bad_image: "error" if --on_bad_image excludes images of the dataset; error messages then name the flag.
+            transform: default: that of an evaluation, `transforms.eval_transform`.
+        """
+        images = self.images
+        default = transforms.keeps_label(transforms.eval_transform(images.input_size, images.crop_pct, images.crop))
+        samples = self.samples(source, transform or default, on_bad_image)
+        return loader.eval_loader(samples, batch_size, self.data.num_workers, self.pin_memory)
