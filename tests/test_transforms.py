@@ -396,3 +396,17 @@ def test_transforms_can_be_pickled_for_spawned_workers(transform, photo):
         np.random.seed(0)
         results.append(function(photo))
     assert torch.equal(*results)
+
+
+def test_small_pictures_in_memory_are_scaled_as_by_pillow():
+    """Bit for bit, for gray and color, noise and black and white, enlarged and reduced."""
+    generator = np.random.default_rng(0)
+    for number in range(600):
+        height, width, *size = generator.integers(1, 65, 4).tolist()
+        pixels = generator.integers(0, 256, (height, width, (1, 3)[number % 2]), dtype=np.uint8)
+        if number % 3 == 0:
+            pixels = 255 * (pixels > 127).astype(np.uint8)
+        expected = Image.fromarray(pixels.squeeze(2) if number % 2 == 0 else pixels)
+        expected = np.asarray(expected.resize(size[::-1], Image.Resampling.BICUBIC)).reshape(*size, -1)
+        found = crops.scale(torch.from_numpy(pixels).permute(2, 0, 1), *size).permute(1, 2, 0)
+        assert np.array_equal(found.numpy(), expected)

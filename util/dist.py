@@ -250,6 +250,11 @@ def processes_here() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
 
 
+def local_rank() -> int:
+    """Returns the number of this process among those of this machine."""
+    return int(os.environ.get("LOCAL_RANK", rank()))
+
+
 def barrier() -> None:
     """Waits for all processes."""
     if td.is_initialized():

@@ -6,31 +6,87 @@
 import math
 import random
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as TF
 
-from util.data.decode import Picture, is_rgb, size_of, to_pillow
+from util.data.decode import SMALL, Picture, has_bytes, size_of, to_pillow
+
+UNIT = 1 << 22  # Pillow's weights are integers, of which this is 1
 
 
 def scale(picture: Picture, height: int, width: int) -> Picture:
     """Scales a picture bicubically, with antialiasing. Bytes are those of Pillow, bit for bit."""
-    if is_rgb(picture):
+    if has_bytes(picture) and max(*picture.shape[1:], height, width) <= SMALL:
+        return torch.from_numpy(_scaled_small(picture.numpy(), height, width)).permute(2, 0, 1)
+    if has_bytes(picture) and len(picture) == 3:
         from util.data.bicubic import MAX_RATIO, resize  # compiled when imported
 
         if picture.shape[1] <= MAX_RATIO * picture.shape[2]:
             return torch.from_numpy(resize(picture.permute(1, 2, 0).numpy(), height, width)).permute(2, 0, 1)
-    return TF.resize(to_pillow(picture), [height, width], interpolation=TF.InterpolationMode.BICUBIC)
+    picture = to_pillow(picture)
+    if isinstance(picture, Image.Image):
+        return picture.resize((width, height), Image.Resampling.BICUBIC)
+    return TF.resize(picture, [height, width], interpolation=TF.InterpolationMode.BICUBIC)
+
+
+def _scaled_small(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Scales bytes (c, h, w) to (height, width, c) by products of matrices, in a fraction of the time of Pillow."""
+    _, own_height, own_width = pixels.shape
+    rows = _rounded(pixels.astype(np.float64) @ _weights(own_width, width).T)
+    return _rounded(_weights(own_height, height) @ rows).astype(np.uint8).transpose(1, 2, 0)
+
+
+def _rounded(values: np.ndarray) -> np.ndarray:
+    """Rounds pixels to bytes, in place."""
+    values += 0.5
+    np.floor(values, out=values)
+    return np.minimum(np.maximum(values, 0, out=values), 255, out=values)
+
+
+@cache
+def _weights(length: int, size: int) -> np.ndarray:
+    """Pillow's weights of bicubic scaling (size, length), multiples of 1 / UNIT. Sums of bytes are exact in fp64."""
+    result = np.zeros((size, length))
+    factor = length / size
+    stretch = max(factor, 1.0)  # widens the kernel: antialiasing
+    for number in range(size):
+        center = (number + 0.5) * factor
+        places = range(max(int(center - 2 * stretch + 0.5), 0), min(int(center + 2 * stretch + 0.5), length))
+        weights = [_bicubic((place - center + 0.5) * (1 / stretch)) for place in places]
+        total = sum(weights)
+        for place, weight in zip(places, weights, strict=True):
+            exact = weight * (1 / total) * UNIT
+            result[number, place] = int(exact - 0.5 if exact < 0 else exact + 0.5) / UNIT
+    return result
+
+
+def _bicubic(distance: float) -> float:
+    """The cubic convolution kernel of Keys (1981) with a = -1/2."""
+    distance = abs(distance)
+    if distance < 1:
+        return (1.5 * distance - 2.5) * distance * distance + 1
+    if distance < 2:
+        return -0.5 * (((distance - 5) * distance + 8) * distance - 4)
+    return 0.0
 
 
 def random_crop(picture: Picture, crop: Any) -> Picture:
-    """Applies a random resized crop of torchvision or timm, whose interpolation is bicubic."""
-    if not is_rgb(picture):
-        return crop(picture)
+    """Applies a random resized crop of torchvision or timm, whose interpolation is bicubic.
+
+    The pixels are those of `crop`. For small pictures, its checks and conversions take longer than the scaling.
+    """
     top, left, height, width = crop.get_params(picture, crop.scale, crop.ratio)
-    return scale(picture[:, top : top + height, left : left + width], *crop.size)
+    if isinstance(picture, Image.Image):
+        part: Picture = picture.crop((left, top, left + width, top + height))
+    else:
+        part = picture[:, top : top + height, left : left + width]
+    return scale(part, *crop.size)
 
 
 class CropOnce(RandomResizedCrop):

@@ -27,6 +27,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "PPM", "TIFF", "JPEG2000"
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".pbm", ".pnm",
             ".tif", ".tiff", ".jp2", ".avif", ".npy")  # fmt: skip
 MODES = {1: "L", 3: "RGB"}
+SMALL = 64  # pixels per side of pictures for which Python's overhead dominates
 LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R 601-2, as in Pillow's conversion from color to gray
 MAX_PIXELS = 178_956_970  # Pillow's limit, here for all formats: a small file could fill the memory when decoded
 VALUES_PER_PIXEL = 4  # the limit of pixels times channels is this multiple of the limit of pixels
@@ -77,15 +78,17 @@ def decode(
         upright: apply the orientation in the EXIF data of a file, also if Image.open has read it. The pixels of an
             image that was rotated, cropped or converted since are unchanged.
         fast_jpeg: decode color JPEG files to a tensor with `util.data.jpeg`, and return tensors of color bytes
-            unchanged, if `in_chans` is 3.
+            unchanged, if `in_chans` is 3. Tensors of bytes with up to SMALL pixels per side are always unchanged.
         max_pixels: limit of the pixels of a file, which is checked before they are decoded; at most MAX_PIXELS.
 
     Raises:
         BadImage: the data are not an image, are damaged or too large, or have another number of channels.
     """
+    if has_bytes(data) and len(data) == in_chans and max(data.shape[1:]) <= SMALL:
+        return data
     if fast_jpeg and in_chans == 3 and not isinstance(data, np.ndarray) and not (upright and _records_turn(data)):
         pixels = jpeg.decode_rgb(data, max_pixels) if isinstance(data, bytes) else data
-        if pixels is not None and is_rgb(pixels):
+        if has_bytes(pixels) and len(pixels) == 3:
             return pixels
     try:
         if isinstance(data, np.ndarray):
@@ -163,22 +166,24 @@ def size_of(picture: Picture) -> tuple[int, int]:
     return (picture.shape[1], picture.shape[2]) if isinstance(picture, Tensor) else (picture.height, picture.width)
 
 
-def is_rgb(picture: Picture) -> TypeGuard[Tensor]:
-    """Whether a picture is a tensor of color bytes. Only `util.data.jpeg` and `util.data.image_cache` return them."""
-    return isinstance(picture, Tensor) and picture.dtype == torch.uint8 and len(picture) == 3
+def has_bytes(data: Any) -> TypeGuard[Tensor]:
+    """Whether data is a tensor of gray or color bytes, as `util.data.jpeg` and `util.data.image_cache` return."""
+    return isinstance(data, Tensor) and data.dtype == torch.uint8 and len(data) in MODES
 
 
 def to_pillow(picture: Picture) -> Picture:
-    """Converts a tensor of color bytes to a Pillow image, for transforms that compute other pixels for tensors."""
-    return Image.fromarray(picture.permute(1, 2, 0).numpy()) if is_rgb(picture) else picture
+    """Converts a tensor of bytes to a Pillow image, for transforms that compute other pixels for tensors."""
+    if not has_bytes(picture):
+        return picture
+    pixels = picture.permute(1, 2, 0).contiguous().numpy()
+    return Image.fromarray(pixels[:, :, 0] if len(picture) == 1 else pixels)
 
 
 def _fit_tensor(picture: Tensor, in_chans: int) -> Picture:
     own = len(picture)
     _check_channels(own, in_chans)
     if picture.dtype == torch.uint8 and own in MODES:
-        pixels = picture.permute(1, 2, 0).contiguous().numpy()
-        return Image.fromarray(pixels[:, :, 0] if own == 1 else pixels).convert(MODES[in_chans])
+        return fit_channels(to_pillow(picture), in_chans)
     if (own, in_chans) == (3, 1):
         return (picture * torch.tensor(LUMINANCE).view(3, 1, 1)).sum(dim=0, keepdim=True)
     return picture.expand(in_chans, -1, -1)

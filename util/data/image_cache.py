@@ -3,10 +3,11 @@
 import copy
 import logging
 import os
+import secrets
 from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from util.data.webdataset_shards import Shards
 logger = logging.getLogger(__name__)
 
 SHARE = 0.5  # of the memory of this machine, for the images of all its processes; the rest is for the training
+CAN_SHARE = hasattr(os, "memfd_create")  # Linux; elsewhere each process has its own images
 BATCH = 16  # images that a worker process decodes at a time
 SAMPLE = 512  # decoded images, evenly spaced, from which the size of all is estimated
 PROCESS_GROUPS, GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")  # of Linux; limits are in the latter
@@ -33,9 +35,9 @@ PROCESS_GROUPS, GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")  # of
 class ImageCache:
     """A source whose images are decoded at the start and kept in memory, as uint8 tensors (c, H, W).
 
-    Worker processes share the memory, and each process of a distributed job has its own. Images with more than 8 bits
-    and images that can't be read and are skipped are not kept. They are read from the source, with its result, at each
-    access. The labels are those that the source returned with the images.
+    The processes of a machine decode a part each, and share the memory with each other and with their worker processes.
+    Images with more than 8 bits and images that can't be read and are skipped are not kept. They are read from the
+    source, with its result, at each access. The labels are those that the source returned with the images.
 
     Args:
         source: the encoded images.
@@ -66,31 +68,41 @@ class ImageCache:
         self.classes = source.classes
         self.labels = source.labels
         self.in_chans = in_chans
-        self.num_bytes = num_images = 0
-        self.sizes = np.zeros((len(source), 2), dtype=np.int64)  # height, width; 0 for images that are not kept
-        self.starts = np.zeros(len(source), dtype=np.int64)
-        self.parts: list[np.ndarray] = []  # the bytes of the images n, n + len(parts), ...
-        self.other_labels: dict[int, Any] = {}  # those that differ from `labels`, such as labels with metadata
         count = -(-len(source) // BATCH)
         batches = [list(range(number, len(source), count)) for number in range(count)]
+        processes = dist.processes_here() if CAN_SHARE else 1
+        mine = range(dist.local_rank() % processes, count, processes)
         decoded = Batches(
-            _Decoded(source, in_chans, fast_jpeg, exif, on_bad_image), up_to_cores(num_workers), batch_sampler=batches,
-            collate_fn=_flatten, generator=torch.Generator(),  # the random numbers of the run are not affected
+            _Decoded(source, in_chans, fast_jpeg, exif, on_bad_image), up_to_cores(num_workers),
+            batch_sampler=[batches[number] for number in mine], collate_fn=_flatten,
+            generator=torch.Generator(),  # the random numbers of the run are not affected
         )  # fmt: skip
+        parts = []
         bar = tqdm(total=len(source), desc="decoding", unit="image", disable=None if dist.is_main() else True)
         with bar:
-            for batch, (pixels, sizes, labels) in zip(batches, decoded, strict=True):
-                self.parts.append(pixels.numpy().copy())  # from the shared memory of the worker process
-                for index, label in zip(batch, labels, strict=True):
-                    if type(label) is not int or label != self.labels[index]:
-                        self.other_labels[index] = copy.deepcopy(label)  # tensors are in the shared memory, too
-                lengths = in_chans * sizes.prod(dim=1).numpy()
-                self.sizes[batch], self.starts[batch] = sizes.numpy(), lengths.cumsum() - lengths
-                self.num_bytes += len(pixels)
-                num_images += len(batch)
-                bar.update(len(batch))
-                if num_images >= min(SAMPLE, len(source)):
-                    self._limit(self.num_bytes * len(source) / num_images, limit)
+            for number, (pixels, sizes, labels) in zip(mine, decoded, strict=True):
+                others = {
+                    index: copy.deepcopy(label)  # tensors are in the shared memory of the worker process
+                    for index, label in zip(batches[number], labels, strict=True)
+                    if type(label) is not int or label != self.labels[index]
+                }
+                parts.append(_Part(number, pixels.numpy().copy(), sizes.numpy(), others))
+                bar.update(len(batches[number]) * processes)
+                done = sum(len(part.sizes) for part in parts)
+                if done >= min(SAMPLE, len(source)) // processes:
+                    self._limit(sum(len(part.pixels) for part in parts) * len(source) / done, limit)
+        parts = sorted(_shared(parts) if processes > 1 else parts, key=lambda part: part.number)
+        if len(parts) < count:
+            raise ValueError("--cache_images: the processes of this machine can't open each other's memory; omit it")
+        self.parts = [part.pixels for part in parts]  # the bytes of the images n, n + len(parts), ...
+        self.num_bytes = sum(map(len, self.parts))
+        self.sizes = np.zeros((len(source), 2), dtype=np.int64)  # height, width; 0 for images that are not kept
+        self.starts = np.zeros(len(source), dtype=np.int64)
+        self.other_labels: dict[int, Any] = {}  # those that differ from `labels`, such as labels with metadata
+        for part, batch in zip(parts, batches, strict=True):
+            lengths = in_chans * part.sizes.prod(axis=1)
+            self.sizes[batch], self.starts[batch] = part.sizes, lengths.cumsum() - lengths
+            self.other_labels |= part.other_labels
 
     def __len__(self) -> int:
         return len(self.source)
@@ -116,9 +128,45 @@ class ImageCache:
         if estimate > limit:
             raise ValueError(
                 f"--cache_images: {len(self):,} images take about {estimate / 1e6:,.0f} MB of memory, and "
-                f"{limit / 1e6:,.0f} MB are available ({SHARE:.0%} of the memory, for {dist.processes_here()} "
-                f"processes on this machine): omit it, or write smaller images with python -m util.resize"
+                f"{limit / 1e6:,.0f} MB are available ({SHARE:.0%} of the memory): omit it, or write smaller images "
+                f"with python -m util.resize"
             )
+
+
+class _Part(NamedTuple):
+    """Decoded images of a source."""
+
+    number: int
+    pixels: np.ndarray  # the bytes of all images
+    sizes: np.ndarray  # (n, 2): height and width
+    other_labels: dict[int, Any]  # by the index of the image
+
+
+def _shared(parts: list[_Part]) -> list[_Part]:
+    """Returns the parts of all processes of this machine. They are in memory that the processes share.
+
+    The memory is an anonymous file of Linux. It needs no space in /dev/shm, and no process has to remove it.
+    """
+    key = secrets.token_bytes(16)  # a process of the same number on another machine has another file
+    shared = os.memfd_create("images")
+    with open(shared, "wb", closefd=False) as file:
+        for data in (key, *(part.pixels.tobytes() for part in parts)):
+            file.write(data)
+    lengths = [len(part.pixels) for part in parts]
+    index = [(part.number, part.sizes, list(part.other_labels.items())) for part in parts]
+    found = []
+    for path, expected, own_lengths, own_index in dist.gather(
+        (f"/proc/{os.getpid()}/fd/{shared}", key.hex(), lengths, index)
+    ):
+        memory: np.ndarray = np.memmap(path, np.uint8, "c") if os.path.isfile(path) else np.zeros(0, np.uint8)
+        if memory[: len(key)].tobytes().hex() != expected:
+            continue
+        ends = np.cumsum([len(key), *own_lengths]).tolist()
+        for start, end, (number, sizes, labels) in zip(ends, ends[1:], own_index, strict=False):
+            found.append(_Part(number, memory[start:end], sizes, dict(labels)))
+    dist.barrier()
+    os.close(shared)  # the other processes have opened it
+    return found
 
 
 def cached(
@@ -143,7 +191,7 @@ def cached(
         BadImage: an image can't be read, and `on_bad_image` of its source is not "skip".
         ValueError: the images take more memory, or the source has no random access.
     """
-    limit = SHARE * memory_bytes() / dist.processes_here()
+    limit = SHARE * memory_bytes()
     caches: list[ImageCache] = []
     for source, on_bad in zip_longest(sources, on_bad_image):
         if isinstance(source, Shards):
