@@ -85,7 +85,7 @@ def main(args: Namespace) -> Evaluation | None:
 
     def evaluation(val: Source) -> Callable[[nn.Module], Evaluation]:
         batches = data.eval_batches(val, args.batch_size)
-        return partial(evaluate, data_loader=batches, normalize=data.normalize, precision=precision)
+        return partial(evaluate, data_loader=batches, normalize=data.normalize, precision=precision.of_evaluation())
 
     if args.eval and file:
         model, val = load_for_evaluation(models_build.classifier, vars(args), file, data.open_val())

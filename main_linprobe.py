@@ -84,7 +84,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(args: Namespace) -> None:
     """Trains for `args.epochs` epochs and evaluates every `--eval_every` epochs. With --eval, it evaluates once."""
-    args, precision = trainer.start(args, "main_linprobe")
+    args, precision = trainer.start(args, "main_linprobe", trains_encoder=False)
     args.blr = args.blr if isinstance(args.blr, list) else [args.blr]  # checkpoints record a single rate as a number
     device = precision.device
     file = open_encoder(args)

@@ -77,7 +77,7 @@ def main(args: Namespace) -> Scores | None:
     evaluation = partial(
         evaluate,
         normalize=data.normalize,
-        precision=precision,
+        precision=precision.of_evaluation(),
         num_classes=len(data.classes),
         window=to_pair(args.input_size),
         batch_size=args.batch_size,

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 from functools import partial
+from multiprocessing.util import Finalize
 from pathlib import Path
 
 if "CUDA_TESTS" not in os.environ:  # ./run test-cuda
@@ -59,11 +60,12 @@ def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput"):  # a process of pytest-xdist, which inherits the variables
         return
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())  # pytest keeps the files of the last runs
-    folder = tempfile.TemporaryDirectory(prefix="mae-tests-", ignore_cleanup_errors=True)
-    config.add_cleanup(folder.cleanup)
-    tempfile.tempdir = os.environ["TMPDIR"] = folder.name
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(folder.name, "compiled"))
-    os.environ["TRITON_CACHE_DIR"] = str(Path(folder.name, "triton"))
+    folder = tempfile.mkdtemp(prefix="mae-tests-")
+    # After multiprocessing has removed its own folder in it.
+    Finalize(None, shutil.rmtree, (folder,), {"ignore_errors": True}, exitpriority=-200)
+    tempfile.tempdir = os.environ["TMPDIR"] = folder
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(folder, "compiled"))
+    os.environ["TRITON_CACHE_DIR"] = str(Path(folder, "triton"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -150,7 +152,7 @@ def classify(labelled, tmp_path):
         out = tmp_path / name
         settings = {
             "data_path": labelled, "model": "vit_mini_patch4", "input_size": 16, "batch_size": 8, "num_workers": 0,
-            "device": "cpu",
+            "device": "cpu", "amp": "off",  # some CPUs train in bf16 by default
         } | flags  # fmt: skip
         if main is not main_knn:
             settings = {"output_dir": out, "log_dir": out, "epochs": 2, "warmup_epochs": 1} | settings
@@ -169,7 +171,7 @@ def pretrain(pictures, tmp_path):
         settings = {
             "data_path": pictures, "output_dir": out, "log_dir": out, "model": "mae_vit_mini_patch4",
             "input_size": 16, "batch_size": 4, "epochs": 2, "warmup_epochs": 1, "blr": 0.01, "num_workers": 0,
-            "device": "cpu", "vis_every": 0,
+            "device": "cpu", "amp": "off", "vis_every": 0,
         } | flags  # fmt: skip
         main_pretrain.main(parse(main_pretrain, **settings), callbacks=callbacks)
         return out

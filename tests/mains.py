@@ -81,7 +81,8 @@ def small_run(data, out, *flags) -> list[str]:
     """Arguments of main_pretrain.py for a small run."""
     return [str(part) for part in (
         "--data_path", data, "--output_dir", out, "--model", "mae_vit_mini_patch4", "--input_size", 16,
-        "--warmup_epochs", 1, "--blr", 0.01, "--num_workers", 0, "--device", "cpu", "--vis_every", 0, *flags,
+        "--warmup_epochs", 1, "--blr", 0.01, "--num_workers", 0, "--device", "cpu", "--amp", "off", "--vis_every", 0,
+        *flags,
     )]  # fmt: skip
 
 

@@ -80,7 +80,7 @@ def test_a_classifier_in_both_directions(kind, imgs, tmp_path):
         expected = theirs(imgs, mode="tensor")
     torch.testing.assert_close(ours(imgs), expected, rtol=1e-5, atol=1e-5)
     assert ours.classes == meta["dataset_meta"]["classes"]
-    assert bool(ours.settings["probe"]) == (kind == "probe")
+    assert bool(ours.settings.get("probe")) == (kind == "probe")
 
     export.export(ours, "mmpretrain", tmp_path / "ours.pth")
     again = MODELS.build(classifier(kind)).eval()

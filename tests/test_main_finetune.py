@@ -450,7 +450,7 @@ def test_every_split_of_the_effective_batch_trains_equally(finetune, labelled, t
     assert checkpoint.read(one / "checkpoint-1.pth")["optimizer"]["state"][0]["step"] == 8
     accumulated = finetune("accumulated", batch_size=2, accum_iter=5, **PLAIN)
     flags = {"data_path": labelled, "model": "vit_mini_patch4", "input_size": 16, "num_workers": 0, "epochs": 2,
-             "warmup_epochs": 1, "device": "cpu", "batch_size": 1, "accum_iter": 5,
+             "warmup_epochs": 1, "device": "cpu", "amp": "off", "batch_size": 1, "accum_iter": 5,
              "output_dir": tmp_path / "two"}  # fmt: skip
     argv = [str(part) for name, value in (flags | PLAIN).items() for part in (f"--{name}", value)]
     forks.run("main_finetune.py", argv, tmp_path / "output", 2)

@@ -44,7 +44,7 @@ def segment(scenes, tmp_path):
         out = tmp_path / name
         settings = {
             "data_path": scenes, "output_dir": out, "nb_classes": 3, "model": "vit_mini_patch4", "input_size": 16,
-            "batch_size": 4, "epochs": 2, "lr": 0.01, "num_workers": 0, "device": "cpu",
+            "batch_size": 4, "epochs": 2, "lr": 0.01, "num_workers": 0, "device": "cpu", "amp": "off",
         } | flags  # fmt: skip
         scores = main_segment.main(parse(main_segment, **{k: v for k, v in settings.items() if v is not None}))
         return out if scores is None else scores

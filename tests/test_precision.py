@@ -1,16 +1,79 @@
 """--amp: autocast, loss scaler and clipping."""
 
+import shutil
+
 import pytest
 import torch
+from mains import lines
 
+import main_finetune
+import main_pretrain
+from util.checkpoints import checkpoint
 from util.training.precision import Precision, amp_dtype
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
-def test_auto_is_off_on_cpu_and_mps():
+def test_auto_is_off_for_evaluation_on_cpus_and_for_mps(set_bf16):
+    set_bf16(True)
     assert amp_dtype("auto", CPU) is None
-    assert amp_dtype("auto", torch.device("mps")) is None
+    assert amp_dtype("auto", torch.device("mps"), trains=True) is None
+
+
+@pytest.fixture
+def set_bf16(monkeypatch):
+    """Makes the CPU one that has bf16 instructions, or not. Both compute in bf16; the latter slowly."""
+
+    def set_bf16(supported):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: supported)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+
+    return set_bf16
+
+
+@pytest.mark.parametrize("main", [main_pretrain, main_finetune])
+def test_auto_trains_in_bf16_where_the_cpu_has_it(main, set_bf16, pretrain, classify, tmp_path):
+    def run(name, **flags):
+        return pretrain(name, **flags) if main is main_pretrain else classify(main, name, **flags)
+
+    for supported, amp in ((False, "off"), (True, "bf16")):
+        set_bf16(supported)
+        assert lines(run(f"{amp}-auto", amp="auto"))[-1]["train_loss"] == lines(run(amp, amp=amp))[-1]["train_loss"]
+    assert lines(tmp_path / "off")[-1]["train_loss"] != lines(tmp_path / "bf16")[-1]["train_loss"]
+
+
+def test_evaluation_on_cpus_is_fp32(set_bf16, classify):
+    """--eval with --amp off, in a new process with another processor, finds the loss of the run."""
+    set_bf16(True)
+    out = classify(main_finetune, amp="auto")
+    found = classify(main_finetune, eval=True, resume=out / "checkpoint-1.pth", amp="off")
+    assert found.loss == lines(out)[-1]["test_loss"]
+
+
+def test_a_resumed_run_has_the_precision_of_its_checkpoint(set_bf16, pretrain, tmp_path):
+    def resumed(name, **flags):
+        return lines(pretrain(name, resume="auto", **{"amp": "auto"} | flags))[-1]["train_loss"]
+
+    losses = {}
+    for amp in ("bf16", "off"):
+        set_bf16(amp == "bf16")
+        pretrain(amp, amp="auto", save_every=1)
+        losses[amp] = lines(tmp_path / amp)[-1]["train_loss"]
+        for name in ("again", "earlier"):
+            (tmp_path / f"{amp}-{name}").mkdir()
+            shutil.copy(tmp_path / amp / "checkpoint-0.pth", tmp_path / f"{amp}-{name}")
+    set_bf16(True)
+    assert resumed("off-again") == losses["off"]
+    assert resumed("bf16-again") == losses["bf16"]
+    file = tmp_path / "off-earlier/checkpoint-0.pth"  # of a version that trained in fp32 on every CPU
+    state = checkpoint.read(file)
+    del state["args"]["precision"]
+    checkpoint.write(state, file)
+    assert resumed("off-earlier") == losses["off"]
+    set_bf16(False)
+    with pytest.raises(ValueError, match=r"bf16.*--amp off"):
+        resumed("bf16-earlier")
+    assert resumed("bf16-earlier", amp="off") != losses["bf16"]
 
 
 @pytest.mark.parametrize(("native", "expected"), [(True, torch.bfloat16), (False, torch.float16)])
@@ -80,6 +143,6 @@ def test_only_fp16_has_a_scaler(monkeypatch):
     for amp, dtype in (("off", None), ("bf16", torch.bfloat16)):
         precision = Precision(amp, CPU)
         assert (precision.dtype, precision.scaler.is_enabled(), precision.overflow_is_normal) == (dtype, False, False)
-    monkeypatch.setattr("util.training.precision.amp_dtype", lambda amp, device: torch.float16)
+    monkeypatch.setattr("util.training.precision.amp_dtype", lambda *_: torch.float16)
     precision = Precision("fp16", CPU)
     assert (precision.name, precision.scaler.is_enabled(), precision.overflow_is_normal) == ("fp16", True, True)

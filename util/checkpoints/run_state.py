@@ -179,7 +179,9 @@ def with_recorded_settings(args: Namespace, script: str) -> Namespace:
         _require_setting(file, name, value, getattr(args, name))
     if changed:
         logger.info(f"settings of {file}: {' '.join(arguments(changed))}")
-    return entry_point.changed(args, {name: saved[name] for name in taken if saved[name] is not None})
+    args = entry_point.changed(args, {name: saved[name] for name in taken if saved[name] is not None})
+    args.precision = str(saved.get("precision", ""))  # it is no flag: with --amp auto, `trainer.start` uses it
+    return args
 
 
 def _require_setting(file: Path, name: str, value: Any, default: Any) -> None:

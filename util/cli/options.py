@@ -718,7 +718,8 @@ def _add_device(group: argparse._ActionsContainer) -> None:
 def _add_amp(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--amp", default="auto", choices=AMP_CHOICES,
-        help="mixed precision; auto: bf16 on CUDA (fp16 on older GPUs), off elsewhere",
+        help="mixed precision; auto: bf16 on CUDA (fp16 on older GPUs), and for training on CPUs with AVX512-BF16 or "
+        "AMX; else off. A resumed run has the precision of its checkpoint",
     )  # fmt: skip
 
 

@@ -3,22 +3,43 @@
 import torch
 from torch import Tensor
 
+NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", None: "fp32"}
 
-def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
+
+def amp_dtype(amp: str, device: torch.device, trains: bool = False, recorded: str | None = None) -> torch.dtype | None:
     """Returns the autocast dtype of `--amp` on a device; None: fp32.
 
-    auto is bf16 on CUDA devices with native support, fp16 on other CUDA devices, and off elsewhere.
+    auto is bf16 on devices with native support, fp16 on other CUDA devices, and fp32 on other CPUs. Evaluation on a CPU
+    is in fp32.
+
+    Args:
+        trains: weights of an encoder are trained.
+        recorded: for auto, the name of the precision of the resumed run; "" for a run of an earlier version, which
+            trained in fp32 on CPUs; None for a new run.
 
     Raises:
-        ValueError: fp16 on a CPU.
+        ValueError: the device does not support fp16, or the precision of the resumed run.
     """
+    is_cpu = device.type == "cpu"
+    if amp == "auto" and recorded:
+        dtype = {name: dtype for dtype, name in NAMES.items()}.get(recorded)
+        if is_cpu and (dtype is torch.float16 or (dtype is torch.bfloat16 and not _cpu_has_bf16())):
+            raise ValueError(f"--amp auto: the resumed run trained in {recorded}, which this CPU lacks; give --amp off")
+        return dtype
     if amp == "auto":
+        if is_cpu:
+            return torch.bfloat16 if trains and recorded is None and _cpu_has_bf16() else None
         if device.type != "cuda":
             return None
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    if amp == "fp16" and device.type == "cpu":
+    if amp == "fp16" and is_cpu:
         raise ValueError("--amp fp16 needs a GPU; on a CPU give --amp bf16 or off")
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
+
+
+def _cpu_has_bf16() -> bool:
+    """Whether the CPU multiplies matrices in bf16 (AVX512-BF16, AMX). Others convert to fp32, and are slower."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 class Precision:
@@ -27,11 +48,15 @@ class Precision:
     A step with a non-finite loss or gradient does not change the weights. The fused optimizer checks this on the device
     (`found_inf`), so that the host does not wait. A non-finite loss makes all gradients NaN, and averaging propagates
     them to all processes.
+
+    Args:
+        amp, device, trains, recorded: as in `amp_dtype`.
     """
 
-    def __init__(self, amp: str, device: torch.device) -> None:
+    def __init__(self, amp: str, device: torch.device, trains: bool = False, recorded: str | None = None) -> None:
+        self.amp = amp
         self.device = device
-        self.dtype = amp_dtype(amp, device)
+        self.dtype = amp_dtype(amp, device, trains, recorded)
         # fp16 gradients overflow until the loss scaler has adapted.
         self.overflow_is_normal = self.dtype is torch.float16
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.overflow_is_normal)
@@ -39,7 +64,11 @@ class Precision:
     @property
     def name(self) -> str:
         """bf16, fp16 or fp32."""
-        return {torch.bfloat16: "bf16", torch.float16: "fp16", None: "fp32"}[self.dtype]
+        return NAMES[self.dtype]
+
+    def of_evaluation(self) -> "Precision":
+        """Returns the precision of evaluations: fp32 on a CPU, unless `--amp` is explicit."""
+        return Precision(self.amp, self.device) if self.device.type == "cpu" else self
 
     def autocast(self) -> torch.autocast:
         """Returns the context manager of a forward pass."""

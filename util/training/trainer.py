@@ -25,11 +25,12 @@ from util.training.saver import open_saver
 logger = logging.getLogger(__name__)
 
 
-def start(args: Namespace, script: str = "") -> tuple[Namespace, Precision]:
+def start(args: Namespace, script: str = "", trains_encoder: bool = True) -> tuple[Namespace, Precision]:
     """Joins the process group, starts logging and seeds PyTorch, according to the flags of a script.
 
     Args:
         script: name of a script that trains, such as "main_pretrain".
+        trains_encoder: the script trains more than a head on frozen features.
 
     Returns:
         The settings of the run, which may be those of the checkpoint from which it resumes; the device of this process
@@ -40,7 +41,11 @@ def start(args: Namespace, script: str = "") -> tuple[Namespace, Precision]:
     if script:
         args = run_state.with_recorded_settings(args, script)
     torch.manual_seed(args.seed)
-    return args, Precision(args.amp, device)
+    trains = bool(script) and trains_encoder and not getattr(args, "eval", False)
+    precision = Precision(args.amp, device, trains, getattr(args, "precision", None))
+    if script:
+        args.precision = precision.name
+    return args, precision
 
 
 @dataclass(frozen=True)
