@@ -65,7 +65,7 @@ def make_data(folder: Path) -> None:
 def commands(data: Path, out: Path) -> Iterator[tuple[str, list[object]]]:
     """Yields the name and the command of each run. Later commands read files of earlier ones."""
     images, encoder = ["--data_path", data / "images"], out / "pretrain/checkpoint-1.pth"
-    small = ["--input_size", 16, "--batch_size", 4, "--num_workers", 1, "--device", "cpu"]
+    small = ["--input_size", 16, "--batch_size", 4, "--num_workers", 1, "--device", "cpu", "--amp", "off"]
     trained = [*small, "--epochs", 2, "--warmup_epochs", 1]
     classifier = [*images, "--model", "vit_mini_patch4", "--finetune", encoder]
     yield "pretrain", ["main_pretrain.py", *images, "--model", "mae_vit_mini_patch4", *trained, "--output_dir"]
