@@ -15,7 +15,7 @@ The published recipe on ImageNet, 8 GPUs of one machine (effective batch size 10
 import argparse
 import logging
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,16 +107,10 @@ def main(args: Namespace) -> Evaluation | None:
         models_build.freeze_below(model, args.unfreeze_blocks)
     model.to(device)
 
-    augment = transforms.finetune_transform(
-        args.input_size, data.statistics[0], args.aa, args.color_jitter, args.crop_scale, args.hflip, crop=args.crop,
-        crop_ratio=args.crop_ratio, vflip=args.vflip, rotate90=args.rotate90,
-    )  # fmt: skip
-    batches = data.train_batches(train, transforms.keeps_label(augment), args.batch_size, args.accum_iter)
+    augment = transforms.keeps_label(augmentation(args, data.statistics[0]))
+    batches = data.train_batches(train, augment, args.batch_size, args.accum_iter)
     mixup = mixing(args, len(classes))
-    if mixup:
-        criterion: nn.Module = SoftTargetCrossEntropy()
-    else:  # with smoothing 0, it is the cross-entropy
-        criterion = nn.CrossEntropyLoss(label_smoothing=args.smoothing)
+    criterion: nn.Module = SoftTargetCrossEntropy() if mixup else nn.CrossEntropyLoss(label_smoothing=args.smoothing)
     erase = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device=str(device))
     groups = param_groups_lrd(model, args.weight_decay, ("pos_embed", "cls_token"), args.layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=0.0, fused=True)
@@ -144,6 +138,14 @@ def main(args: Namespace) -> Evaluation | None:
     )
     trainer.run(model, optimizer, batches, precision, task, RunSpec.of(settings), settings)
     return None
+
+
+def augmentation(args: Namespace, mean: Sequence[float]) -> transforms.ImageTransform:
+    """Returns the augmentation of the training images; `mean` fills areas that it leaves empty."""
+    return transforms.finetune_transform(
+        args.input_size, mean, args.aa, args.color_jitter, args.crop_scale, args.hflip, crop=args.crop,
+        crop_ratio=args.crop_ratio, vflip=args.vflip, rotate90=args.rotate90,
+    )  # fmt: skip
 
 
 def mixing(args: Namespace, num_classes: int) -> "Mixup | None":

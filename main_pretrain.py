@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import models_build
 import models_mae
@@ -29,6 +30,7 @@ from util.checkpoints import run_directory
 from util.cli import entry_point, options
 from util.data import loader, transforms
 from util.data.run_data import RunData
+from util.data.samples import Samples
 from util.evaluation import pictures
 from util.lr_decay import param_groups_weight_decay
 from util.settings import DataSpec, ImageSpec, RunSpec, specs
@@ -89,15 +91,7 @@ def main(
     model.to(device)
 
     data = RunData(ImageSpec.of(settings), DataSpec.of(settings), device)
-    (source,) = data.cached(data.open_split("train", args.num_images))
-    augment = transforms.pretrain_transform(
-        args.input_size, args.crop_scale, args.hflip, crop=args.crop, crop_ratio=args.crop_ratio, vflip=args.vflip,
-        rotate90=args.rotate90,
-    )  # fmt: skip
-    samples, full_images = (
-        data.samples(source, transforms.keeps_label(transform), args.on_bad_image, draw_noise)
-        for transform in (augment, transforms.eval_transform(args.input_size, crop=args.crop))
-    )
+    samples, full_images = open_samples(args, data, draw_noise)
     batches = loader.TrainLoader(
         samples, args.batch_size, args.seed, args.num_workers, data.pin_memory, args.repeated_sampling, args.accum_iter,
         args.updates_per_epoch,
@@ -128,6 +122,20 @@ def main(
         callbacks=callbacks,
     )
     trainer.run(model, optimizer, batches, precision, task, RunSpec.of(settings), settings)
+
+
+def open_samples(args: Namespace, data: RunData, draw_noise: Callable[[], Tensor]) -> tuple[Samples, Samples]:
+    """Opens the training images: augmented, and as in an evaluation."""
+    (source,) = data.cached(data.open_split("train", args.num_images))
+    augment = transforms.pretrain_transform(
+        args.input_size, args.crop_scale, args.hflip, crop=args.crop, crop_ratio=args.crop_ratio, vflip=args.vflip,
+        rotate90=args.rotate90,
+    )  # fmt: skip
+    augmented, full = (
+        data.samples(source, transforms.keeps_label(transform), args.on_bad_image, draw_noise)
+        for transform in (augment, transforms.eval_transform(args.input_size, crop=args.crop))
+    )
+    return augmented, full
 
 
 def accepts_noise(model: models_mae.MaskedAutoencoderViT, masking: str, mask_block: int) -> bool:

@@ -292,18 +292,8 @@ def open_pairs(
                 )
         return _listed(start, images, masks, classes, mask_format)
     if folders:
-        places = [root / folder if root else Path(folder) for folder in folders]
-        for folder in places:
-            if not folder.is_dir():
-                raise ValueError(f"--{split}_folders: there is no folder {folder}")
-            if not any(image_files(str(folder))):
-                raise ValueError(f"--{split}_folders: there are no images in {folder}")
-        pair = [find_files(folder, kind) for folder, kind in zip(places, ("images", "masks"), strict=True)]
-        of_images, of_masks = (
-            _by_key(((_stem(name), index) for index, name in enumerate(one.names)), one, split) for one in pair
-        )
-        indices = _matched(of_images, of_masks, pair[0], f"in {places[1]}", split)
-        return Pairs(pair[0], pair[1], indices, classes, mask_format)
+        images_folder, masks_folder = (root / folder if root else Path(folder) for folder in folders)
+        return Pairs(*_in_folders(images_folder, masks_folder, split), classes, mask_format)
     if root is None:
         raise ValueError(
             f"--data_path is needed: a folder or an archive with {LAYOUT} (or give --{split}_folders IMAGES MASKS, "
@@ -325,6 +315,20 @@ def _listed(root: Path, images: list[str], masks: list[str], classes: list[str],
     nothing = np.full(len(images), -1)
     places = np.repeat(np.arange(len(images))[:, None], 2, axis=1)
     return Pairs(Files(root, images, [], nothing), Files(root, masks, [], nothing), places, classes, mask_format)
+
+
+def _in_folders(images_folder: Path, masks_folder: Path, split: str) -> tuple[Files, Files, np.ndarray]:
+    """Returns the images, the masks, and the indices of the pairs (n, 2)."""
+    for folder in (images_folder, masks_folder):
+        if not folder.is_dir():
+            raise ValueError(f"--{split}_folders: there is no folder {folder}")
+        if not any(image_files(str(folder))):
+            raise ValueError(f"--{split}_folders: there are no images in {folder}")
+    images, masks = find_files(images_folder, "images"), find_files(masks_folder, "masks")
+    of_images, of_masks = (
+        _by_key(((_stem(name), index) for index, name in enumerate(one.names)), one, split) for one in (images, masks)
+    )
+    return images, masks, _matched(of_images, of_masks, images, f"in {masks_folder}", split)
 
 
 def _stem(name: str) -> str:

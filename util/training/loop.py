@@ -134,10 +134,7 @@ def run_epoch(
             mean_loss_and_requests = share_requests(loss, request)
             in_optimizer_step = True
             grad_norm = precision.step(optimizer, options.clip_grad)
-            if buffers:  # skipped updates change nothing
-                is_finite = (grad_norm + mean_loss_and_requests[0]).isfinite()
-                for buffer, before in zip(model.buffers(), buffers, strict=True):
-                    buffer.copy_(torch.where(is_finite, buffer, before))
+            _restore_buffers(model, buffers, ~(grad_norm + mean_loss_and_requests[0]).isfinite())
             options.after_update(epoch + (updates + 1) / num_updates)
             pending.push(Update(iteration + 1, lr), torch.cat([grad_norm[None], mean_loss_and_requests]))
             updates, in_optimizer_step, buffers = updates + 1, False, []
@@ -154,12 +151,17 @@ def run_epoch(
     except (NonFiniteLoss, Interrupted):  # the state is saved
         raise
     except Exception as error:  # for example a bad image, a killed worker process, or out of memory
-        for buffer, before in zip(model.buffers(), buffers, strict=False):
-            buffer.copy_(before)
+        _restore_buffers(model, buffers, torch.ones_like(zero, dtype=torch.bool))
         if not in_optimizer_step and (epoch or updates):
             save(alone=True)
         saver.raise_if_stopping(error)
         raise
+
+
+def _restore_buffers(model: nn.Module, before: list[Tensor], is_skipped: Tensor) -> None:
+    """Restores the buffers of a skipped update, which changes nothing. The decision () is on the device."""
+    for buffer, value in zip(model.buffers() if before else (), before, strict=True):
+        buffer.copy_(torch.where(is_skipped, value, buffer))
 
 
 def share_requests(loss: Tensor, request: Request) -> Tensor:
