@@ -125,7 +125,7 @@ def main(args: Namespace) -> Scores | None:
 
 
 def with_token_norm(file: Weights | None) -> Weights | None:
-    """Renames the norm of the pooled patch tokens of a classifier (`fc_norm`) to that of all tokens (`norm`)."""
+    """Renames the norm of the pooled patch tokens of a classifier (`fc_norm`) to `norm`, the norm of all tokens."""
     if file is None or "fc_norm.weight" not in file.tensors:
         return file
     if dist.is_main():

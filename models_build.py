@@ -1,4 +1,4 @@
-"""Builds models from their settings, which may be those of a file, and heads of probes."""
+"""Builds models from their settings, which a file may record, and heads of probes."""
 
 import logging
 from collections import OrderedDict

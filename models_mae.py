@@ -327,7 +327,7 @@ class MaskedAutoencoderViT(Encoder):
     def reconstruct(
         self, imgs: Tensor, mask_ratio: float = 0.75, *, mask: Tensor | None = None, noise: Tensor | None = None
     ) -> Reconstruction:
-        """Masks patches of images (B, c, H, W) and reconstructs them. The arguments are those of `forward`.
+        """Masks patches of images (B, c, H, W) and reconstructs them. The arguments are as in `forward`.
 
         A model trained with `norm_pix_loss` predicts normalized patches. They are scaled by the mean and standard
         deviation of each ORIGINAL patch, so that these images look better than the prediction of the model alone.

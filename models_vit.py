@@ -22,7 +22,7 @@ from util.pos_embed import Size, resize_pos_embed, to_pair
 
 NormLayer = Callable[[int], nn.Module]
 
-# eps of the published models. The default of PyTorch is 1e-5, and that of the ViT in transformers is 1e-12.
+# eps of the published models. The default of PyTorch is 1e-5, and the ViT of transformers has 1e-12.
 LAYER_NORM: NormLayer = partial(nn.LayerNorm, eps=1e-6)
 RMS_NORM: NormLayer = partial(nn.RMSNorm, eps=1e-6)
 

@@ -75,7 +75,7 @@ class Ablation:
         self.baselines, self.results = baselines, Results(here / "results.json")
 
     def commands(self) -> Commands:
-        """Returns the commands of the study, whose results are kept beside the run directories."""
+        """Returns the commands of the study, whose results are next to the run directories."""
         self.work.mkdir(parents=True, exist_ok=True)
         return Commands(self.work, self.work / "results.json", JOBS)
 

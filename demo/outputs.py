@@ -127,7 +127,7 @@ class AttentionMap(NamedTuple):
 
 
 def attention_maps(model: Model, classifier: Model | None) -> list[AttentionMap]:
-    """Returns the maps of a model's class token, and those of the queries of an attentive probe."""
+    """Returns the maps of a model's class token and of the queries of an attentive probe."""
     block: Any = model.blocks[-1]
     heads = range(block.attn.num_heads)
     offered = [AttentionMap("mean of all heads", model, maps.attention, None)]

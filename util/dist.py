@@ -87,7 +87,7 @@ def _launched(variable: str, default: int | None = None) -> int:
 
 
 def _translate_srun() -> None:
-    """Sets the variables of torchrun from those of an srun step with several tasks.
+    """Sets the variables of torchrun from the variables of an srun step with several tasks.
 
     A program in a batch script or a shell of salloc is a single process, and nothing is set.
 
@@ -251,7 +251,7 @@ def processes_here() -> int:
 
 
 def local_rank() -> int:
-    """Returns the number of this process among those of this machine."""
+    """Returns the number of this process among the processes of this machine."""
     return int(os.environ.get("LOCAL_RANK", rank()))
 
 
@@ -339,7 +339,7 @@ def new_host_group() -> td.ProcessGroup | None:
 
 
 def share_buffers(model: nn.Module) -> None:
-    """Copies the buffers of rank 0 to all processes. Checkpoints contain those of rank 0."""
+    """Copies the buffers of rank 0 to all processes. Checkpoints contain the buffers of rank 0."""
     if td.is_initialized():
         for buffer in model.buffers():
             td.broadcast(buffer, 0)

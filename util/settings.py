@@ -55,7 +55,7 @@ class Values:
 
     @classmethod
     def of(cls: type[Spec], settings: Mapping[str, Any]) -> Spec:
-        """Returns the settings of a class among those of a run. Absent settings and None are the default."""
+        """Returns the settings of a class among all settings of a run. Absent settings and None are the default."""
         known = {one.name: settings.get(one.name) for one in fields(cls)}  # type: ignore[arg-type]
         return cls(**{name: value for name, value in known.items() if value is not None})
 

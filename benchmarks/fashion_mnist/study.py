@@ -5,8 +5,8 @@
     python benchmarks/fashion_mnist/study.py compare    # 1 h 45 min, with the encoder of this folder
 
 Both parts are commands of this library, which are printed. The same command resumes an interrupted part. `compare`
-writes results.json, results.csv, table.md and plot.png of main_compare.py beside this file, and begins with the results
-that are there.
+writes results.json, results.csv, table.md and plot.png of main_compare.py next to this file, and begins with the
+results that are there.
 """
 
 import argparse
@@ -61,14 +61,14 @@ def prepare(data: Path) -> None:
 
 
 def pretrain() -> None:
-    """Pre-trains the encoder; writes its weights and its log beside this file."""
+    """Pre-trains the encoder; writes its weights and its log next to this file."""
     scripts.run(*PRETRAIN, threads=1)
     scripts.run(*EXPORT)
     shutil.copy(ROOT / WORK / "pretrain" / "log.txt", HERE / "logs" / f"pretrain-{EPOCHS}.txt")
 
 
 def compare() -> None:
-    """Compares it with random weights and with raw pixels; writes the results beside this file."""
+    """Compares it with random weights and with raw pixels; writes the results next to this file."""
     out = ROOT / WORK / "compare"
     if not (out / "results.json").exists() and (HERE / "results.json").exists():
         out.mkdir(parents=True, exist_ok=True)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# A resumed run has the same settings of FIXED, or is an error, and may change those of FREE without a warning.
+# A resumed run has the same settings of FIXED, or is an error, and may change settings of FREE without a warning.
 FIXED = settings_of.names_where(lambda one: one["resumed"] == settings_of.FIXED)
 FREE = {
     *settings_of.names_where(lambda one: one["resumed"] == settings_of.FREE),
@@ -142,7 +142,7 @@ def collect(
 
 
 def with_recorded_settings(args: Namespace, script: str) -> Namespace:
-    """Returns the settings of a run: explicit flags, else those of the checkpoint from which it resumes.
+    """Returns the settings of a run: explicit flags, else the settings of the checkpoint from which it resumes.
 
     The settings of a start (`of_start`) are not taken from a file. Of a file of the published code, only those of the
     model and the optimization are taken.

@@ -21,7 +21,7 @@ UNIT = 1 << 22  # Pillow's weights are integers, of which this is 1
 
 
 def scale(picture: Picture, height: int, width: int) -> Picture:
-    """Scales a picture bicubically, with antialiasing. Bytes are those of Pillow, bit for bit."""
+    """Scales a picture bicubically, with antialiasing. Bytes equal the bytes of Pillow."""
     if has_bytes(picture) and max(*picture.shape[1:], height, width) <= SMALL:
         return torch.from_numpy(_scaled_small(picture.numpy(), height, width)).permute(2, 0, 1)
     if has_bytes(picture) and len(picture) == 3:
@@ -79,7 +79,7 @@ def _bicubic(distance: float) -> float:
 def random_crop(picture: Picture, crop: Any) -> Picture:
     """Applies a random resized crop of torchvision or timm, whose interpolation is bicubic.
 
-    The pixels are those of `crop`. For small pictures, its checks and conversions take longer than the scaling.
+    The pixels equal the pixels of `crop`. For small pictures, its checks and conversions take longer than the scaling.
     """
     top, left, height, width = crop.get_params(picture, crop.scale, crop.ratio)
     if isinstance(picture, Image.Image):

@@ -61,7 +61,7 @@ def open_source(
             return dist.from_rank_0(lambda: Shards(name, num_images), Shards)
         return TorchvisionSet(dataset, split, data_path, download)
     if file_list:
-        # Beside an archive, paths are relative to the folder of the list.
+        # With an archive, paths are relative to the folder of the list.
         below = None if root and root.is_file() else root
         return dist.from_rank_0(lambda: read_list(Path(file_list), below, f"--{split}_list"), Files, Strings)
     if root is None:

@@ -72,7 +72,7 @@ def image_facts(data: bytes | Picture, label: int, in_chans: int) -> ImageFacts:
 
 
 def all_facts(source: Source | Shards, in_chans: int, indices: list[int], num_workers: int) -> Iterator[ImageFacts]:
-    """Yields the facts of the images at `indices`; of a stream, those of the first len(indices) images."""
+    """Yields the facts of the images at `indices`; of a stream, the facts of the first len(indices) images."""
     if isinstance(source, Shards):
         unreadable: list[ImageFacts] = []
 

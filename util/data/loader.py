@@ -246,7 +246,7 @@ class TrainLoader:
             self.stream.seek(start, len(self) - first_iteration, self.order.batch_size)
 
     def seed_iteration(self, iteration: int) -> None:
-        """Seeds the random numbers of a batch, such as those of drop path and mixup.
+        """Seeds the random numbers of a batch, such as the numbers of drop path and mixup.
 
         A run that resumes within an epoch uses the same numbers as a run without interruption.
         """

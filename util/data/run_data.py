@@ -99,7 +99,7 @@ class RunData:
         self, source: Source | Shards, transform: transforms.Transform, on_bad_image: str | None = None,
         draw_noise: Callable[[], Tensor] | None = None,
     ) -> Samples:  # fmt: skip
-        """Returns the decoded and transformed samples of a dataset. The arguments are those of `Samples`."""
+        """Returns the decoded and transformed samples of a dataset. The arguments are as in `Samples`."""
         return Samples(
             source, transform, in_chans=self.images.in_chans, seed=self.data.seed, draw_noise=draw_noise,
             on_bad_image=on_bad_image, fast_jpeg=self.data.fast_jpeg, exif=bool(self.images.exif),
@@ -122,7 +122,7 @@ class RunData:
 
         Args:
             on_bad_image: "error" if --on_bad_image excludes images of the dataset; error messages then name the flag.
-            transform: default: that of an evaluation, `transforms.eval_transform`.
+            transform: default: `transforms.eval_transform`.
         """
         images = self.images
         default = transforms.keeps_label(transforms.eval_transform(images.input_size, images.crop_pct, images.crop))

@@ -222,7 +222,7 @@ def preserve_generators() -> Iterator[None]:
 
 
 def seed_python(*of: int) -> int:
-    """Seeds the generators of Python and NumPy, and returns a seed for that of PyTorch.
+    """Seeds the generators of Python and NumPy, and returns a seed for the generator of PyTorch.
 
     The seed is the CRC-32 checksum of the arguments. Within an epoch, no two images have the same seed.
     """

@@ -160,7 +160,7 @@ class MaskFormat:
             raise BadImage("it is a color image: give --palette with the colors of the classes")
         values = pixels @ RGB_WEIGHTS
         classes = self._class_of_color[values]
-        # A single color may be that of ignored pixels. Several colors are those of another palette.
+        # A single color may mark ignored pixels. Several colors belong to a different palette.
         if (classes == IGNORED).all() and (values != values.flat[0]).any():
             color = " ".join(map(str, pixels[0, 0]))
             raise BadImage(f"none of its colors, such as {color}, is in the palette: correct --palette")
@@ -282,7 +282,7 @@ def open_pairs(
         return _listed(Path(), opened.images, opened.masks, classes, mask_format)
     if file_list:
         images, masks = read_pairs(Path(file_list), f"--{split}_list")
-        # Beside an archive, paths are relative to the folder of the list, as in util.datasets.
+        # With an archive, paths are relative to the folder of the list, as in util.datasets.
         start = root if root and not root.is_file() else Path(file_list).parent
         for name in (images[0], masks[0]):
             if not (start / name).is_file():

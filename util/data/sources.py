@@ -75,7 +75,7 @@ class Strings:
 
 
 def version_of(path: str | Path) -> str:
-    """Returns size and modification time of a file, or a digest of those of all files in a folder, as a text."""
+    """Returns size and modification time of a file, or a digest of the sizes and times in a folder, as a text."""
     if os.path.isdir(path):
         files = sorted(os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names)
         return hashlib.sha256(os.fsencode("\n".join(f"{file} {version_of(file)}" for file in files))).hexdigest()

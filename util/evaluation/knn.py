@@ -52,7 +52,7 @@ def classify(
         raise ValueError(f"--k {max(ks)}: there are only {sum(sizes)} training images; give a smaller --k")
     step = max(1, CHUNK // min(SLICE, max(sizes)))  # equal in all processes, which process the queries together
     right = {pair: torch.zeros(num_classes, dtype=torch.int64) for pair in itertools.product(ks, temperatures)}
-    # All processes compare the queries of rank 0 with their parts of the bank, then those of rank 1, and so on.
+    # All processes compare the queries of rank 0 with their parts of the bank, then the queries of rank 1, and so on.
     for batch, expected in zip(dist.gather(queries), dist.gather(labels), strict=True):
         for part, truth in zip(batch.split(step), expected.split(step), strict=True):
             similarity, neighbors = _nearest(nn.functional.normalize(part.to(device).float(), dim=1), bank, max(ks))

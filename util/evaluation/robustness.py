@@ -211,7 +211,7 @@ class CorruptionErrors(NamedTuple):
     """Errors on ImageNet-C in percent (Hendrycks & Dietterich 2019)."""
 
     mean: dict[str, float]  # mean error of each corruption over the severities
-    normalized: dict[str, float]  # CE: the mean divided by that of AlexNet
+    normalized: dict[str, float]  # CE: the mean divided by the mean of AlexNet
 
     @property
     def unnormalized(self) -> float:

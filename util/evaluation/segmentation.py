@@ -12,7 +12,7 @@ STRIP_VALUES = 2**24  # logits that are scaled at once, 64 MB
 
 
 def window_starts(length: int, window: int) -> list[int]:
-    """Returns the first pixels of windows that cover a side of `length` pixels, at least that of a window.
+    """Returns the first pixels of windows that cover a side of `length` pixels, which is at least the side of a window.
 
     The stride is two thirds of the window. The last window ends at the last pixel.
     """

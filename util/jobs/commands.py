@@ -96,7 +96,7 @@ class Commands:
                         raise ValueError(f"{name} was not started: another command has failed")
                     process = subprocess.Popen(
                         [sys.executable, str(script), *arguments(flags)], stdout=file, stderr=subprocess.STDOUT,
-                        preexec_fn=end_with_parent,  # it would train on, beside a resumed comparison
+                        preexec_fn=end_with_parent,  # else it would train on while a resumed comparison runs
                         env=os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.jobs))},
                     )  # fmt: skip
                     self.processes.add(process)

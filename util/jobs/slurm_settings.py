@@ -63,7 +63,7 @@ def setting(text: str) -> tuple[str, Any]:
 
 
 def merge(flags: Mapping[str, Any], settings: Iterable[tuple[str, Any]], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Merges all settings of a job by name; those of LISTS become lists. `false` removes an option, except `requeue`.
+    """Merges all settings of a job by name; LISTS become lists. `false` removes an option, except `requeue`.
 
     Args:
         flags: settings of flags of the command line.

@@ -39,7 +39,7 @@ class Loader(Protocol):
         """Sets the epoch and the first batch of the next `iter()`."""
 
     def seed_iteration(self, iteration: int) -> None:
-        """Seeds the random numbers of a batch as a whole, such as those of mixup."""
+        """Seeds the random numbers of a batch as a whole, such as the numbers of mixup."""
 
     def __len__(self) -> int:
         """Returns the number of batches of a complete epoch."""
