@@ -34,13 +34,13 @@ NOTING = """
 import os, sys, time
 sys.path.insert(0, {root!r})
 from util.cli import entry_point; from util.data import samples
-read = samples.Samples._read
-def note(self, epoch, index):
+finish = samples.Samples.finish
+def note(self, picture, label, bad, epoch, index, repeats):
     with open(f"{{os.environ['NOTES']}}/{{epoch}}", "a") as file:
         file.write(f"{{index}} ")
     time.sleep(0.01)
-    return read(self, epoch, index)
-samples.Samples._read = note
+    return finish(self, picture, label, bad, epoch, index, repeats)
+samples.Samples.finish = note
 import main_pretrain
 entry_point.run(main_pretrain.main, main_pretrain.get_args_parser())
 """
