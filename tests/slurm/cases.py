@@ -35,7 +35,7 @@ from util.checkpoints import checkpoint  # noqa: E402
 EPOCHS, IMAGES, BATCH = 20, 640, 32
 UPDATES = EPOCHS * IMAGES // BATCH
 SECONDS = 900  # timeout of every wait, on a machine that has other work
-FLAGS = ["--config", "recipes/pretrain_fashion_mnist.yaml", "--epochs", EPOCHS, "--warmup_epochs", 1,
+FLAGS = ["--config", "recipes/pretrain_fashion_mnist.yaml", "--epochs", EPOCHS, "--warmup_epochs", 1, "--amp", "off",
          "--num_workers", 0, "--save_every", EPOCHS, "--vis_every", 0]  # fmt: skip
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
