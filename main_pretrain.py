@@ -126,7 +126,9 @@ def main(
 
 def open_samples(args: Namespace, data: RunData, draw_noise: Callable[[], Tensor]) -> tuple[Samples, Samples]:
     """Opens the training images: augmented, and as in an evaluation."""
-    (source,) = data.cached(data.open_split("train", args.num_images))
+    source = data.open_split("train", args.num_images)
+    data.suggest_statistics(source)
+    (source,) = data.cached(source)
     augment = transforms.pretrain_transform(
         args.input_size, args.crop_scale, args.hflip, crop=args.crop, crop_ratio=args.crop_ratio, vflip=args.vflip,
         rotate90=args.rotate90,

@@ -30,7 +30,6 @@ from engine_segment import evaluate, pixel_loss, report_scores
 from util import dist
 from util.checkpoints import run_directory
 from util.cli import entry_point, options
-from util.data.image_facts import suggest_statistics
 from util.data.joint_transforms import EvalTransform, TrainTransform
 from util.data.run_data import RunData
 from util.data.segmentation_masks import MOST_CLASSES, VOC, MaskFormat, Pairs, open_pairs, read_palette
@@ -95,7 +94,7 @@ def main(args: Namespace) -> Scores | None:
 
     run_directory.prepare(Path(args.output_dir), args.resume)
     train, val = data.open_pairs("train"), data.open_pairs("val")
-    suggest_statistics(train, args.in_chans, args.mean, args.std)
+    data.suggest_statistics(train)
     model = models_build.segmenter(*specs(settings))
     if file or args.unfreeze_blocks != "all":
         load_frozen(model, file, args.adapt_input, data.classes)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import make_samples
 from mains import lines
+from PIL import Image
 from sklearn.metrics import log_loss, top_k_accuracy_score
 
 import main_finetune
@@ -174,3 +175,12 @@ def test_lists_replace_the_folders_of_both_splits(main, classify, labelled, tmp_
         ("folders", {"data_path": tmp_path / "swapped"}), ("lists", lists))]  # fmt: skip
     results = found if main is main_knn else [lines(out)[-1]["test_loss"] for out in found]
     assert results[0] == results[1]
+
+
+def test_statistics_of_deep_images_are_suggested_once(classify, tmp_path, capsys):
+    for number in range(16):
+        folder = tmp_path / "deep" / ("train", "val")[number % 2] / f"kind{number // 2 % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((16, 16), 4000 * number, np.uint16)).save(folder / f"{number}.png")
+    classify(main_knn, data_path=tmp_path / "deep", in_chans=1, k=1)
+    assert capsys.readouterr().out.count("more than 8 bits") == 1

@@ -187,6 +187,10 @@ def test_too_many_images_are_an_error_before_all_are_decoded(tmp_path, monkeypat
     source = open_source("train", str(tmp_path))
     monkeypatch.setattr(image_cache, "memory_bytes", lambda: 2 * (300 * 39))
     assert len(image_cache.cached([source], **OPTIONS)) == 1
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match=r"--cache_images: 39 images"):
+        patch.setenv("LOCAL_WORLD_SIZE", "2")
+        patch.setattr(image_cache, "CAN_SHARE", False)  # each process has its own images
+        image_cache.cached([source], **OPTIONS)
     monkeypatch.setattr(image_cache, "memory_bytes", lambda: 2 * (2 * 300 * 39) - 2)
     with pytest.raises(ValueError, match=r"--cache_images: 39 images .*util.resize"):
         image_cache.cached([source, source], **OPTIONS)

@@ -70,6 +70,11 @@ def test_a_resumed_run_has_the_precision_of_its_checkpoint(set_bf16, pretrain, t
     del state["args"]["precision"]
     checkpoint.write(state, file)
     assert resumed("off-earlier") == losses["off"]
+    (tmp_path / "unknown").mkdir()
+    state["args"]["precision"] = "fp64"
+    checkpoint.write(state, tmp_path / "unknown/checkpoint-0.pth")
+    with pytest.raises(ValueError, match=r"'fp64': give --amp"):
+        resumed("unknown")
     set_bf16(False)
     with pytest.raises(ValueError, match=r"bf16.*--amp off"):
         resumed("bf16-earlier")

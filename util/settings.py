@@ -166,6 +166,7 @@ class RunSpec(Values):
     save_minutes: float = setting(15.0, resumed=FREE)
     keep_last: int | None = setting(None, resumed=FREE)
     amp: str = setting("auto")
+    precision: str | None = setting(None, in_result=False)  # what `auto` chose at the start of the run; no flag
     compile: bool = setting(False, of_start=True)
     fsdp: bool = setting(False, of_start=True)
     device: str = setting("auto", of_start=True)

@@ -79,7 +79,7 @@ def add_cache_options(parser: argparse.ArgumentParser) -> None:
     add_switch(
         group, "cache_images", False,
         "for small datasets: decode all images at the start and keep them in up to half of the memory of the machine, "
-        "divided among its processes. An image takes height x width x channels bytes. The batches are the same",
+        "which its processes share. An image takes height x width x channels bytes. The batches are the same",
     )  # fmt: skip
 
 

@@ -12,45 +12,27 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-BITS = 22  # of a weight; 8 bits of the pixel, a sign and one bit of overshoot make 32
+from util.data.bicubic_weights import BITS, REACH, pixel_weights
+
 MAX_RATIO = 100  # height to width; Pillow scales columns first if it is larger
-REACH = 2  # half the width of the bicubic kernel, in pixels
 
 
-@njit
-def weight(distance: float) -> float:
-    """The cubic convolution kernel of Keys (1981) with a = -1/2."""
-    distance = abs(distance)
-    if distance < 1:
-        return (1.5 * distance - 2.5) * distance * distance + 1
-    if distance < REACH:
-        return -0.5 * (((distance - 5) * distance + 8) * distance - 4)
-    return 0.0
+_pixel_weights = njit(pixel_weights)
 
 
 @njit
 def scale_columns(rows: Any, out: Any) -> None:
     """Scales along columns: uint8 rows (n, m) into out (N, m)."""
     num_rows, width = rows.shape
-    factor = num_rows / len(out)
-    stretch = max(factor, 1.0)  # widens the kernel: antialiasing
-    weights = np.empty(2 * math.ceil(REACH * stretch) + 1)
+    weights = np.empty(2 * math.ceil(REACH * max(num_rows / len(out), 1.0)) + 1)
     sums = np.empty(width, np.int32)
     for y in range(len(out)):
-        center = (y + 0.5) * factor
-        first = max(int(center - REACH * stretch + 0.5), 0)
-        last = min(int(center + REACH * stretch + 0.5), num_rows)
-        total = 0.0
-        for k in range(last - first):
-            weights[k] = weight((first + k - center + 0.5) * (1 / stretch))
-            total += weights[k]
+        first, last = _pixel_weights(y, num_rows, len(out), weights)
         sums[:] = 1 << (BITS - 1)  # one half, for rounding
         for k in range(last - first):
-            exact = weights[k] * (1 / total) * (1 << BITS)
-            rounded = np.int32(exact - 0.5 if exact < 0 else exact + 0.5)
-            row = rows[first + k]
+            weight, row = np.int32(weights[k]), rows[first + k]
             for x in range(width):
-                sums[x] += np.int32(rounded * np.int32(row[x]))
+                sums[x] += np.int32(weight * np.int32(row[x]))
         for x in range(width):
             out[y, x] = min(max(sums[x] >> BITS, 0), 255)
 

@@ -15,9 +15,8 @@ from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as TF
 
+from util.data.bicubic_weights import BITS, pixel_weights
 from util.data.decode import SMALL, Picture, has_bytes, size_of, to_pillow
-
-UNIT = 1 << 22  # Pillow's weights are integers, of which this is 1
 
 
 def scale(picture: Picture, height: int, width: int) -> Picture:
@@ -51,29 +50,12 @@ def _rounded(values: np.ndarray) -> np.ndarray:
 
 @cache
 def _weights(length: int, size: int) -> np.ndarray:
-    """Pillow's weights of bicubic scaling (size, length), multiples of 1 / UNIT. Sums of bytes are exact in fp64."""
-    result = np.zeros((size, length))
-    factor = length / size
-    stretch = max(factor, 1.0)  # widens the kernel: antialiasing
+    """Pillow's weights of a scaling from `length` to `size` pixels, (size, length). Sums of bytes are exact in fp64."""
+    result, weights = np.zeros((size, length)), np.zeros(length)
     for number in range(size):
-        center = (number + 0.5) * factor
-        places = range(max(int(center - 2 * stretch + 0.5), 0), min(int(center + 2 * stretch + 0.5), length))
-        weights = [_bicubic((place - center + 0.5) * (1 / stretch)) for place in places]
-        total = sum(weights)
-        for place, weight in zip(places, weights, strict=True):
-            exact = weight * (1 / total) * UNIT
-            result[number, place] = int(exact - 0.5 if exact < 0 else exact + 0.5) / UNIT
+        first, last = pixel_weights(number, length, size, weights)
+        result[number, first:last] = weights[: last - first] / (1 << BITS)
     return result
-
-
-def _bicubic(distance: float) -> float:
-    """The cubic convolution kernel of Keys (1981) with a = -1/2."""
-    distance = abs(distance)
-    if distance < 1:
-        return (1.5 * distance - 2.5) * distance * distance + 1
-    if distance < 2:
-        return -0.5 * (((distance - 5) * distance + 8) * distance - 4)
-    return 0.0
 
 
 def random_crop(picture: Picture, crop: Any) -> Picture:

@@ -84,7 +84,7 @@ def decode(
     Raises:
         BadImage: the data are not an image, are damaged or too large, or have another number of channels.
     """
-    if has_bytes(data) and len(data) == in_chans and max(data.shape[1:]) <= SMALL:
+    if has_bytes(data) and len(data) == in_chans and min(data.shape) > 0 and max(data.shape) <= SMALL:
         return data
     if fast_jpeg and in_chans == 3 and not isinstance(data, np.ndarray) and not (upright and _records_turn(data)):
         pixels = jpeg.decode_rgb(data, max_pixels) if isinstance(data, bytes) else data
@@ -168,7 +168,7 @@ def size_of(picture: Picture) -> tuple[int, int]:
 
 def has_bytes(data: Any) -> TypeGuard[Tensor]:
     """Whether data is a tensor of gray or color bytes, as `util.data.jpeg` and `util.data.image_cache` return."""
-    return isinstance(data, Tensor) and data.dtype == torch.uint8 and len(data) in MODES
+    return isinstance(data, Tensor) and data.dtype == torch.uint8 and data.ndim == 3 and len(data) in MODES
 
 
 def to_pillow(picture: Picture) -> Picture:

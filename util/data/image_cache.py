@@ -77,7 +77,7 @@ class ImageCache:
             batch_sampler=[batches[number] for number in mine], collate_fn=_flatten,
             generator=torch.Generator(),  # the random numbers of the run are not affected
         )  # fmt: skip
-        parts = []
+        parts, num_bytes, num_images = list[_Part](), 0, 0
         bar = tqdm(total=len(source), desc="decoding", unit="image", disable=None if dist.is_main() else True)
         with bar:
             for number, (pixels, sizes, labels) in zip(mine, decoded, strict=True):
@@ -88,9 +88,10 @@ class ImageCache:
                 }
                 parts.append(_Part(number, pixels.numpy().copy(), sizes.numpy(), others))
                 bar.update(len(batches[number]) * processes)
-                done = sum(len(part.sizes) for part in parts)
-                if done >= min(SAMPLE, len(source)) // processes:
-                    self._limit(sum(len(part.pixels) for part in parts) * len(source) / done, limit)
+                num_bytes += len(pixels)
+                num_images += len(batches[number])
+                if num_images >= min(SAMPLE, len(source)) // processes:
+                    self._limit(num_bytes * len(source) / num_images, limit)
         parts = sorted(_shared(parts) if processes > 1 else parts, key=lambda part: part.number)
         if len(parts) < count:
             raise ValueError("--cache_images: the processes of this machine can't open each other's memory; omit it")
@@ -191,7 +192,7 @@ def cached(
         BadImage: an image can't be read, and `on_bad_image` of its source is not "skip".
         ValueError: the images take more memory, or the source has no random access.
     """
-    limit = SHARE * memory_bytes()
+    limit = SHARE * memory_bytes() / (1 if CAN_SHARE else dist.processes_here())
     caches: list[ImageCache] = []
     for source, on_bad in zip_longest(sources, on_bad_image):
         if isinstance(source, Shards):

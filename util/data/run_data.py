@@ -44,11 +44,13 @@ class RunData:
         """
         data = self.data
         file_list = data.train_list if split == "train" else data.val_list
-        source = open_source(
+        return open_source(
             split, data.data_path, file_list, data.dataset, download=data.download, num_images=num_images
         )
+
+    def suggest_statistics(self, source: Source | Shards) -> None:
+        """Logs a warning with values for --mean and --std if they are missing and the images have more than 8 bits."""
         image_facts.suggest_statistics(source, self.images.in_chans, self.images.mean, self.images.std)
-        return source
 
     def open_pair(self, nb_classes: int | None = None, reads_in_order: bool = False) -> tuple[Source, Source]:
         """Opens the training and the validation set. With `val_fraction`, held-out training images are the latter.
@@ -70,6 +72,7 @@ class RunData:
             self.open_split, nb_classes=nb_classes, train_per_class=data.train_per_class, seed=data.seed,
             validation=not holds_out,
         )  # fmt: skip
+        self.suggest_statistics(train)
         if data.on_bad_image == "skip" and (holds_out or reads_in_order):
             train = image_facts.readable(train, self.images.in_chans, data.num_workers)
         if data.val_fraction:
@@ -78,7 +81,11 @@ class RunData:
 
     def open_val(self) -> Source:
         """Opens the validation set; with `val_fraction`, the held-out training images."""
-        return self.open_pair()[1] if self.data.val_fraction else labels.require(self.open_split("val"), "val")
+        if self.data.val_fraction:
+            return self.open_pair()[1]
+        val = labels.require(self.open_split("val"), "val")
+        self.suggest_statistics(val)
+        return val
 
     def cached(self, *sources: Any) -> Sequence[Any]:
         """Returns the datasets; with --cache_images, with their decoded images in memory.
@@ -124,7 +131,10 @@ class RunData:
             on_bad_image: "error" if --on_bad_image excludes images of the dataset; error messages then name the flag.
             transform: default: `transforms.eval_transform`.
         """
-        images = self.images
-        default = transforms.keeps_label(transforms.eval_transform(images.input_size, images.crop_pct, images.crop))
-        samples = self.samples(source, transform or default, on_bad_image)
+        if transform is None:
+            images = self.images
+            transform = transforms.keeps_label(
+                transforms.eval_transform(images.input_size, images.crop_pct, images.crop)
+            )
+        samples = self.samples(source, transform, on_bad_image)
         return loader.eval_loader(samples, batch_size, self.data.num_workers, self.pin_memory)

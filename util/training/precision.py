@@ -18,11 +18,14 @@ def amp_dtype(amp: str, device: torch.device, trains: bool = False, recorded: st
             trained in fp32 on CPUs; None for a new run.
 
     Raises:
-        ValueError: the device does not support fp16, or the precision of the resumed run.
+        ValueError: the device does not support fp16 or the precision of the resumed run, or its name is unknown.
     """
     is_cpu = device.type == "cpu"
     if amp == "auto" and recorded:
-        dtype = {name: dtype for dtype, name in NAMES.items()}.get(recorded)
+        dtypes = {name: dtype for dtype, name in NAMES.items()}
+        if recorded not in dtypes:
+            raise ValueError(f"the resumed run records the precision {recorded[:80]!r}: give --amp bf16, fp16 or off")
+        dtype = dtypes[recorded]
         if is_cpu and (dtype is torch.float16 or (dtype is torch.bfloat16 and not _cpu_has_bf16())):
             raise ValueError(f"--amp auto: the resumed run trained in {recorded}, which this CPU lacks; give --amp off")
         return dtype
