@@ -438,3 +438,9 @@ def test_a_lower_limit_of_pixels(kind):
 
 def test_the_pixel_limit_equals_pillows():
     assert MAX_PIXELS == 2 * Image.MAX_IMAGE_PIXELS
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (1, 5), (1, 2, 3, 4)])
+def test_tensors_that_are_no_images_are_refused(shape):
+    with pytest.raises(BadImage, match="height, width"):
+        decode(torch.zeros(shape, dtype=torch.uint8), 1)

@@ -180,9 +180,11 @@ def to_pillow(picture: Picture) -> Picture:
 
 
 def _fit_tensor(picture: Tensor, in_chans: int) -> Picture:
+    if picture.ndim != 3:
+        raise BadImage(f"it is a tensor of shape {tuple(picture.shape)}: give (channels, height, width)")
     own = len(picture)
     _check_channels(own, in_chans)
-    if picture.dtype == torch.uint8 and own in MODES:
+    if has_bytes(picture):
         return fit_channels(to_pillow(picture), in_chans)
     if (own, in_chans) == (3, 1):
         return (picture * torch.tensor(LUMINANCE).view(3, 1, 1)).sum(dim=0, keepdim=True)
