@@ -12,6 +12,7 @@ process and may use 1 GiB of memory together.
 
 import argparse
 import contextlib
+import gc
 import os
 import random
 import resource
@@ -71,6 +72,7 @@ class Batch:
         os.dup2(said.fileno(), 1)
         os.dup2(said.fileno(), 2)
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+        gc.freeze()  # garbage of the parent that is freed here would hide as much growth
         start = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() >> 20
         faults, first = [], self.number.value
         for number in range(first, self.end):
