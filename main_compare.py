@@ -415,15 +415,12 @@ class Runs:
     def _start(
         self, name: str, task: Task, flags: Flags, read: Callable[[Path, str], dict[str, Any]]
     ) -> dict[str, Any]:
-        """Runs the script of a protocol. An error names the recipe as the place of flags that only the script has."""
+        """Runs the script of a protocol. An error names the recipe as the place of the script's own flags."""
+        script = Path(str(PROTOCOLS[task.protocol][0].__file__))
         try:
-            return self.commands.run(name, Path(str(PROTOCOLS[task.protocol][0].__file__)), flags, read)
+            return self.commands.run(name, script, flags, read)
         except ValueError as error:
-            of_script = vars(self._settings(task, flags)).keys() - vars(self.args).keys()
-            others = [flag for flag in re.findall(r"--(\w+)", str(error)) if flag in of_script - {"resume"}]
-            if not others:
-                raise
-            place = f"main_compare.py passes {', '.join(others)} in a recipe: --recipes {task.protocol}=YAML"
+            place = f"main_compare.py passes other flags of {script.name} in a recipe: --recipes {task.protocol}=YAML"
             raise ValueError(f"{error}; {place}") from error
 
     def _pixels(self, task: Task) -> dict[str, Any]:

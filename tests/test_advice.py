@@ -7,6 +7,7 @@ from golden_settings import SCRIPTS, parser_of
 
 import main_finetune
 from util.cli import advice, entry_point
+from util.cli.advice import Remedy
 
 FLAG = r"(?<![\w-])--(?=[a-z])[\w-]+"
 
@@ -23,12 +24,12 @@ def test_help_names_flags_of_the_script(script):
 def test_settings_are_formatted_as_on_the_command_line():
     settings = {"model": "vit_mini_patch4", "patch_size": [7, 7], "in_chans": 1, "global_pool": False, "pin_mem": False}
     typed = "--model vit_mini_patch4 --patch_size 7 7 --in_chans 1 --cls_token --no_pin_mem"
-    assert advice.remedy(settings) == f"give {typed}"
+    assert str(Remedy(settings)) == f"give {typed}"
     args = vars(entry_point.parse(main_finetune.get_args_parser(), typed.split()))
     assert {name: args[name] for name in settings} == settings
     omitting = {"unfreeze_blocks": None, "norm_pix_loss": True}
-    assert advice.remedy(omitting) == "give --norm_pix_loss and omit --unfreeze_blocks"
-    assert advice.remedy({"unfreeze_blocks": None}) == "omit --unfreeze_blocks"
+    assert str(Remedy(omitting)) == "give --norm_pix_loss and omit --unfreeze_blocks"
+    assert str(Remedy({"unfreeze_blocks": None})) == "omit --unfreeze_blocks"
     settings = {"global_pool": False, "k": [5, 20], "mean": None, "pin_mem": False, "config": "my recipe.yaml"}
     assert advice.arguments(settings) == ["--cls_token", "--k", "5", "20", "--no_pin_mem", "--config", "my recipe.yaml"]
 

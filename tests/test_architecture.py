@@ -48,6 +48,7 @@ ARROWS = {
     r"util\.resize": r"util\.cli\.entry_point|util\.data\.resize",
     r"util\.sharded": r"util\.cli\.entry_point|util\.checkpoints\.sharded",
     r"util\.dist": r"util\.plain_data",
+    r"util\.plain_data": r"util\.cli\.advice",
     r"util\.settings": r"util\.pos_embed",
     r"util\.lr_sched": r"util\.settings",
     r"util\.\w+": r"",  # the rest are leaves

@@ -15,9 +15,10 @@ from conftest import ROOT
 import main_finetune
 import main_linprobe
 import main_pretrain
-from inference import export, features, predict
+from inference import features, predict
+from util import datasets
 from util.cli import entry_point, flags
-from util.cli.advice import advised
+from util.cli.advice import AdvisedError, Remedy
 from util.cli.flags import not_in_recipes
 from util.data import resize
 from util.interrupts import Interrupted
@@ -314,15 +315,15 @@ def test_exit_codes_state_how_a_run_ended(error, code, message, monkeypatch, cap
 
 def test_remedies_name_only_flags_of_the_script(monkeypatch, capsys):
     def main(args):
-        raise advised(ValueError("no"), "--finetune A starts from it", "--init_from A starts from it", "give another")
+        starts = [Remedy({flag: "A"}, "{} starts from it") for flag in ("finetune", "init_from")]
+        raise AdvisedError("no", *starts, Remedy({}, "give another"), about={"data_path": "B"})
 
     for script, message in (
-        (main_pretrain, "no: --init_from A starts from it; or give another"),
-        (main_finetune, "no: --finetune A starts from it; or give another"),
-        (export, "no: give another"),
+        (main_pretrain, "--data_path B: no: --init_from A starts from it; or give another"),
+        (main_finetune, "--data_path B: no: --finetune A starts from it; or give another"),
+        (datasets, "PATH B: no: give another"),
     ):
-        argv = ["--model", "a", "--to", "timm", "--out", "b"] if script is export else []
-        monkeypatch.setattr("sys.argv", ["main.py", *argv])
+        monkeypatch.setattr("sys.argv", ["main.py"])
         with pytest.raises(SystemExit):
             entry_point.run(main, script.get_args_parser())
         assert capsys.readouterr().err.endswith(f"error: {message}\n")

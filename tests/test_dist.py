@@ -206,7 +206,7 @@ def test_two_processes_average_gradients_on_demand_and_meet_at_a_barrier(tmp_pat
 OF_RANK_0 = """
 import time
 from util import dist, plain_data
-from util.cli.advice import advised
+from util.cli.advice import AdvisedError, Remedy
 
 calls, exchanges, gather = [], [], dist.gather
 dist.gather = lambda value: exchanges.append(value) or gather(value)
@@ -218,14 +218,14 @@ def slow():
     return {"rank": dist.rank()}
 
 def fails():
-    raise advised(ValueError("no images"), "give others")
+    raise AdvisedError("no images", Remedy({"data_path": "others"}), about={"dataset": "x"})
 
 dist.init("cpu")
 line = f"{dist.from_rank_0(slow)} {calls} {len(exchanges) > 3}"
 try:
     dist.from_rank_0(fails)
 except ValueError as error:
-    line += f" {error} {error.__notes__}"
+    line += f" {error}"
 open(f"out{dist.rank()}", "w").write(line)
 dist.teardown()
 """
@@ -238,8 +238,8 @@ def test_rank_0_computes_for_all(tmp_path):
     subprocess.run(
         [*torchrun(2), "code.py"], cwd=tmp_path, env=environment, check=True, capture_output=True, timeout=120
     )
-    assert (tmp_path / "out0").read_text() == "{'rank': 0} [0] True no images ['give others']"
-    assert (tmp_path / "out1").read_text() == "{'rank': 0} [] True no images ['give others']"
+    assert (tmp_path / "out0").read_text() == "{'rank': 0} [0] True --dataset x: no images: give --data_path others"
+    assert (tmp_path / "out1").read_text() == "{'rank': 0} [] True --dataset x: no images: give --data_path others"
 
 
 OF_AN_ATTACKER = """

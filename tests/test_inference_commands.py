@@ -452,7 +452,7 @@ def test_invalid_inputs_are_errors(files, pictures, tmp_path, capsys, monkeypatc
         (
             features,
             [tmp_path / "none", "--model", mae, "--out", tmp_path / "f.npz"],
-            "FOLDER: there is no folder or archive",
+            f"error: FOLDER {tmp_path}/none: ",
         ),
     ):
         assert wanted in fails(capsys, monkeypatch, module, *argv)

@@ -154,7 +154,7 @@ def test_other_channels_require_adapt_input(tmp_path):
     rgb = vit(in_chans=3)
     path = saved(tmp_path / "rgb.pth", rgb)
     kernel = rgb.patch_embed.proj.weight
-    with pytest.raises(CheckpointError, match=r"3 channels.*\n.*--adapt_input mean .*repeat .*skip"):
+    with pytest.raises(CheckpointError, match=r"3 channels.*: .*--adapt_input mean .*repeat .*skip"):
         loading.load_encoder(vit(in_chans=5), loading.read(path))
     mean, repeat, skip, gray = vit(in_chans=5), vit(in_chans=5), vit(in_chans=5), vit(in_chans=1)
     untrained = skip.patch_embed.proj.weight.clone()

@@ -612,22 +612,18 @@ def test_an_error_ends_the_others(tmp_path):
     assert note.read_text() == "saved"
 
 
-def test_a_remedy_of_a_script_is_given_in_a_recipe(labelled, encoder, tmp_path, monkeypatch):
+def test_a_remedy_of_a_script_is_given_in_a_recipe(labelled, encoder, tmp_path):
     """main_compare.py does not have all flags of the scripts."""
-
-    def fail(self, name, script, *_):
-        raise ValueError(f"{script.name}: error: a.png: empty (--on_bad_image skip, --batch_size 2, --amp off)")
-
-    monkeypatch.setattr(Commands, "run", fail)
-    with pytest.raises(
-        ValueError,
-        match=r"; main_compare.py passes on_bad_image, batch_size in a recipe: --recipes "
-        r"finetune=YAML$",
-    ):
-        compare(labelled, tmp_path / "a", encoder, "--protocols", "finetune")
-    monkeypatch.setattr(Commands, "run", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        compare(labelled, tmp_path / "b", encoder, "--protocols", "finetune")
+    shutil.copytree(labelled, tmp_path / "data")
+    damaged = sorted(tmp_path.glob("data/train/*/*"))[0]
+    damaged.write_bytes(b"")
+    few = (tmp_path / "data", tmp_path / "out", encoder, "--encoders", encoder, "--protocols", "finetune",
+           "--labels", "all", "--budget", "1")  # fmt: skip
+    with pytest.raises(ValueError, match=rf"{damaged.name}.*--on_bad_image skip.*--recipes finetune=YAML$"):
+        compare(*few)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("on_bad_image: skip\nbatch_size: 16\n")
+    assert "fine-tuned" in compare(*few, "--recipes", f"finetune={recipe}")
 
 
 def test_no_command_begins_after_an_error(tmp_path):

@@ -285,7 +285,7 @@ def test_resuming_with_a_different_meaning_of_the_data_is_an_error(pretrain, fir
     again = {"warmup_epochs": 0, "epochs": 2, "resume": "auto", **then}
     with pytest.raises(CheckpointError) as raised:
         pretrain(**again)
-    (note,) = raised.value.__notes__
+    note = str(raised.value).rpartition(": ")[2]
     assert set(re.findall(r"--(?:no_)?(\w+)", note)) == {name.removeprefix("no_") for name in then}
     assert len(lines(pretrain(**typed(note, again)))) == 2
 
@@ -350,9 +350,9 @@ def test_invalid_inputs_are_one_line_errors(pretrain, pictures, tmp_path, capsys
         return fails(capsys, monkeypatch, *argv)
 
     assert "--data_path is needed" in error_of(*mini, "--output_dir", tmp_path / "wrong")
-    assert "there is no folder or archive" in error_of(*here, "--data_path", tmp_path / "nowhere")
+    assert f"--data_path {tmp_path}/nowhere: " in error_of(*here, "--data_path", tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    assert "--data_path: no images under" in error_of(*here, "--data_path", tmp_path / "empty")
+    assert f"--data_path {tmp_path}/empty: " in error_of(*here, "--data_path", tmp_path / "empty")
     (tmp_path / "set.tar.gz").write_bytes(b"\x1f\x8b")
     assert "neither a zip file nor an uncompressed tar" in error_of(*here, "--data_path", tmp_path / "set.tar.gz")
     assert "--train_list: there is no file" in error_of(*here, "--train_list", tmp_path / "list.txt")
@@ -406,7 +406,7 @@ def test_the_script_exits_with_a_one_line_error(tmp_path):
         cwd=ROOT, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 1
-    assert done.stderr.strip().endswith(f"there is no folder or archive {tmp_path / 'nowhere'}")
+    assert f"main_pretrain.py: error: --data_path {tmp_path}/nowhere: " in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -500,7 +500,7 @@ def test_epochs_of_a_number_of_updates_resume_exactly(pretrain, monkeypatch, met
 
 def test_another_length_of_epochs_can_not_be_resumed(pretrain):
     pretrain("run", updates_per_epoch=2)
-    with pytest.raises(checkpoint.CheckpointError, match=r"resumed run is 2 updates.*\ngive --updates_per_epoch 2"):
+    with pytest.raises(checkpoint.CheckpointError, match=r"resumed run is 2 updates.*: give --updates_per_epoch 2"):
         pretrain("run", resume="auto", epochs=3, updates_per_epoch=3)
     pretrain("plain")
     with pytest.raises(checkpoint.CheckpointError, match="omit --updates_per_epoch"):

@@ -118,7 +118,7 @@ def test_a_resumed_run_with_other_masks_or_sizes_is_an_error(segment, changed, r
     segment(short_side=16, epochs=1)
     with pytest.raises(CheckpointError) as raised:
         segment(**{"short_side": 16, "resume": "auto", **changed})
-    assert raised.value.__notes__ == [remedy]
+    assert str(raised.value).endswith(remedy)
     assert len(lines(segment(short_side=16, resume="auto"))) == 2
 
 
@@ -301,16 +301,16 @@ def test_errors_name_the_remedy(segment, scenes, encoder, tmp_path, labelled, cl
         segment(nb_classes=256)
     with pytest.raises(CheckpointError, match="60 tensors are missing") as error:
         segment(eval=True, resume=out / "checkpoint-0.pth", head="dpt")
-    assert error.value.__notes__ == ["give --head linear"]
+    assert str(error.value).endswith(": give --head linear")
     with pytest.raises(CheckpointError, match="no epoch") as error:
         segment("fresh", resume=encoder)
-    assert not any("--eval" in note for note in error.value.__notes__)  # it needs a segmentation model
+    assert "--eval" not in str(error.value)  # it needs a segmentation model
     with pytest.raises(CheckpointError, match="classification head"):
         classify(main_finetune, eval=True, resume=out / "checkpoint-0.pth")
     classify(main_finetune, "tuned", finetune=out / "checkpoint-0.pth", epochs=1, cls_token=True, batch_size=8)
     with pytest.raises(CheckpointError) as error:
         segment("run", epochs=1, head="dpt", resume="auto")
-    assert error.value.__notes__ == ["give --head linear"]
+    assert str(error.value).endswith(": give --head linear")
     bad = make_scenes(tmp_path / "bad", train=4, val=2)
     Image.fromarray(np.full((24, 30), 9, dtype=np.uint8)).save(bad / "annotations/validation/01.png")
     with pytest.raises(ValueError, match=r"01.jpg: .*01.png: .*value 9, .*3 classes"):

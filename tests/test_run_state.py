@@ -111,7 +111,7 @@ def test_resuming_another_architecture_is_an_error(mini_mae):
     state = {"model": mae_vit_mini_patch4(img_size=16, in_chans=3).state_dict(), "args": args}
     with pytest.raises(CheckpointError, match="3 tensors differ") as raised:
         run_state.restore_model(mini_mae, state, {**args, "model": "y", "in_chans": 1, "input_size": 16})
-    assert raised.value.__notes__ == ["give --model x --in_chans 3"]
+    assert str(raised.value).endswith(": give --model x --in_chans 3")
 
 
 @pytest.mark.parametrize(("which", "remedy"), [("auto", "give another --output_dir"),
@@ -121,7 +121,7 @@ def test_a_checkpoint_without_a_script_and_with_another_model(which, remedy):
     ours, theirs = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 3)}), {"b.weight": torch.ones(1)}
     with pytest.raises(CheckpointError) as raised:
         run_state.restore_model(ours, {"model": theirs, "args": {"model": "vit"}}, {"model": "mae_vit"}, which)
-    assert raised.value.__notes__[0].startswith(remedy)
+    assert remedy in str(raised.value)
 
 
 def test_resuming_with_another_optimizer_is_an_error():

@@ -284,7 +284,7 @@ def test_sources_that_do_not_exist_are_errors(tmp_path):
     (tmp_path / "empty").mkdir()
     for options, problem in (
         ({}, r"--data_path is needed: .* \(or give --val_folders IMAGES MASKS, --val_list CSV or --dataset\)"),
-        ({"data_path": "none"}, "there is no folder or archive none"),
+        ({"data_path": "none"}, "--data_path none: "),
         (
             {"data_path": str(tmp_path / "images")},
             r"there are no images for val in it \(looked for images/training and",

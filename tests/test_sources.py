@@ -142,7 +142,7 @@ def test_names_that_are_not_utf8(tmp_path):
 
 
 def test_a_missing_folder_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match=r"no images under .*\.jpg"):
+    with pytest.raises(ValueError, match=rf"--data_path {tmp_path}: .*\.jpg"):
         find_files(tmp_path)
     (tmp_path / "000.tar").touch()
     with pytest.raises(ValueError, match=r"--dataset wds:.*/\*\.tar"):

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from util.cli.advice import AdvisedError, Remedy
 from util.files import atomic
 from util.files.untrusted import printable
 
@@ -38,11 +39,11 @@ NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENOTCONN)
 PLAIN = {type(None), bool, int, float, str, bytes, list, tuple, dict, OrderedDict, set, torch.Size, torch.dtype}
 
 
-class CheckpointError(ValueError):
+class CheckpointError(AdvisedError):
     """A file can't be used. The message has the reason. Text from the file is made printable."""
 
-    def __init__(self, message: str) -> None:
-        super().__init__(printable(message))
+    def __init__(self, message: str, *remedies: Remedy, about: Mapping[str, Any] | None = None) -> None:
+        super().__init__(printable(message), *remedies, about=about)
 
 
 def compute_digest(state: Any) -> str:

@@ -14,7 +14,7 @@ from util import settings as settings_of
 from util.checkpoints import checkpoint, run_directory, sharded
 from util.checkpoints.checkpoint import CheckpointError
 from util.cli import entry_point
-from util.cli.advice import advised, arguments, remedy
+from util.cli.advice import Remedy, arguments
 from util.cli.choices import published_crop_pct
 from util.cli.flags import runs_command
 
@@ -33,6 +33,8 @@ FREE = {
 }  # published
 
 ELSEWHERE = "with --resume FILE and another --output_dir"  # --output_dir contains later checkpoints
+
+ANOTHER_FOLDER = Remedy({"output_dir": "DIR"}, "give another {}")
 
 
 class Progress:
@@ -163,11 +165,10 @@ def with_recorded_settings(args: Namespace, script: str) -> Namespace:
     state = checkpoint.read_plain(file)
     saved = _args_of(state)
     if saved.get("script", script) != script:
-        error = CheckpointError(f"--resume {which}: {file} is a checkpoint of {saved['script']}.py")
-        if which == "auto":
-            raise advised(error, "give another --output_dir")
-        is_pretraining = script == "main_pretrain"  # no classifier is the start of one
-        raise advised(error, *([f"give a checkpoint of {script}.py"] if is_pretraining else _start_from(which)))
+        remedies = _start_from(which)
+        if which != "auto" and script == "main_pretrain":  # no classifier is the start of one
+            remedies = [Remedy({}, f"give a checkpoint of {script}.py")]
+        raise CheckpointError(f"--resume {which}: {file} is a checkpoint of {saved['script']}.py", *remedies)
     taken = vars(args).keys() & saved.keys() - entry_point.explicit(args)
     taken -= {*settings_of.names_where(lambda one: one["of_start"])}
     if "progress" not in state:
@@ -220,9 +221,10 @@ def resume(
     if state is not None:
         missing = {"optimizer", "epoch", *(["model"] if "folder" not in state else [])} - state.keys()
         if missing:
-            error = CheckpointError(f"--resume {which}: the file contains no {' and no '.join(sorted(missing))}")
             is_same = model.state_dict().keys() <= state.get("model", {}).keys()
-            raise advised(error, *_start_from(which), *(["--eval evaluates it"] if is_same else []))
+            evaluated = [Remedy({"eval": True}, "{} evaluates it")] * is_same
+            what = " and no ".join(sorted(missing))
+            raise CheckpointError(f"--resume {which}: the file contains no {what}", *_start_from(which), *evaluated)
         if "folder" in state:
             state = sharded.fill(state, model, optimizer)
         else:
@@ -277,9 +279,13 @@ def read_newest(output_dir: Path) -> dict[str, Any] | None:
     return None
 
 
-def _start_from(file: str) -> list[str]:
-    """Returns remedies: the flags that start a run from the weights of a file, one for each kind of script."""
-    return [f"--{flag} {file} instead of --resume starts from its weights" for flag in ("finetune", "init_from")]
+def _start_from(file: str) -> list[Remedy]:
+    """Returns remedies for a checkpoint that can't be resumed. The script has one of the flags."""
+    if file == "auto":
+        return [ANOTHER_FOLDER]
+    return [
+        Remedy({flag: file}, "{} instead of --resume starts from its weights") for flag in ("finetune", "init_from")
+    ]
 
 
 def restore_model(model: nn.Module, state: dict[str, Any], settings: dict[str, Any], which: str = "auto") -> None:
@@ -298,17 +304,16 @@ def restore_model(model: nn.Module, state: dict[str, Any], settings: dict[str, A
     differing += [n for n in weights if n not in ours]
     if differing:
         saved = _args_of(state)
-        error = CheckpointError(
-            f"the checkpoint has another architecture than the model of this run: {len(differing)} tensors differ, "
-            f"such as {', '.join(differing[:3])}"
-        )
         _require_same_classes(saved, settings)
         of_model = [*settings_of.names_where(lambda one: one["rebuilds"], settings_of.ModelSpec), *FIXED]
         of_model += ["blr"] if isinstance(saved.get("blr"), list) else []  # several heads
         differing_settings = {name: saved[name] for name in of_model if _differs(name, saved, settings)}
-        if differing_settings and ("script" in saved or "model" not in differing_settings):
-            raise advised(error, remedy(differing_settings))
-        raise advised(error, *(["give another --output_dir"] if which == "auto" else _start_from(which)))
+        is_known = differing_settings and ("script" in saved or "model" not in differing_settings)
+        raise CheckpointError(
+            f"the checkpoint has another architecture than the model of this run: {len(differing)} tensors differ, "
+            f"such as {', '.join(differing[:3])}",
+            *([Remedy(differing_settings)] if is_known else _start_from(which)),
+        )
     model.load_state_dict({name: dist.placed_as(weights[name], like) for name, like in ours.items()})
 
 
@@ -321,21 +326,22 @@ def _require_same_meaning(saved: dict[str, Any], settings: dict[str, Any]) -> No
             " ".join(arguments({name: values[name] for name in different})) or "the defaults"
             for values in (saved, settings)
         )
-        error = CheckpointError(
-            f"the run of the checkpoint had {before}, and this run has {now}, which is different data or another task"
+        raise CheckpointError(
+            f"the run of the checkpoint had {before}, and this run has {now}, which is different data or another task",
+            Remedy(different),
         )
-        raise advised(error, remedy(different))
     _require_same_classes(saved, settings)
 
 
 def _require_same_classes(saved: dict[str, Any], settings: dict[str, Any]) -> None:
     for name in ("classes", "colors"):
         if _differs(name, saved, settings):
-            error = CheckpointError(f"the resumed run had other {name}")
             chosen = {flag: saved.get(flag) for flag in ("palette", "nb_classes") if "palette" in settings}
-            if any(_differs(flag, chosen, settings) for flag in chosen):  # segmentation
-                raise _with_settings(error, chosen, settings)
-            raise advised(error, "give the data of that run", "--finetune FILE starts from its weights")
+            remedies = [Remedy(_differing(chosen, settings))]  # of segmentation
+            if not any(remedies[0].settings):
+                started = Remedy({"finetune": "FILE"}, "{} starts from its weights")
+                remedies = [Remedy({}, "give the data of that run"), started]
+            raise CheckpointError(f"the resumed run had other {name}", *remedies)
 
 
 def _differs(name: str, saved: dict[str, Any], settings: dict[str, Any]) -> bool:
@@ -349,21 +355,21 @@ def _require_same_parameters(
     saved, ours = ([len(group["params"]) for group in groups]
                    for groups in (state["optimizer"]["param_groups"], optimizer.param_groups))  # fmt: skip
     if saved != ours and sum(saved) == sum(ours):
-        error = CheckpointError(
+        raise CheckpointError(
             f"the parameter groups of the optimizer have {_listed(ours)} tensors, and in the checkpoint "
-            f"{_listed(saved)}: build the groups as before"
+            f"{_listed(saved)}: build the groups as before",
+            *_start_from(which),
         )
-        raise advised(error, *(["give another --output_dir"] if which == "auto" else _start_from(which)))
     if saved != ours:
-        error = CheckpointError(
-            f"the run of the checkpoint trained {sum(saved)} tensors of the model, and this run trains {sum(ours)}"
-        )
         args = _args_of(state)
         chosen = {
             "unfreeze_blocks": args.get("unfreeze_blocks"),
             "learned_pos_embed": args.get("learned_pos_embed", False),
         }
-        raise _with_settings(error, chosen, settings)
+        raise CheckpointError(
+            f"the run of the checkpoint trained {sum(saved)} tensors of the model, and this run trains {sum(ours)}",
+            Remedy(_differing(chosen, settings)),
+        )
 
 
 def _listed(counts: list[int]) -> str:
@@ -375,11 +381,9 @@ def _require_same_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, A
     for name in ("betas", "momentum"):
         saved, ours = (name in groups[0] for groups in (state["optimizer"]["param_groups"], optimizer.param_groups))
         if saved != ours:
-            raise advised(
-                CheckpointError(
-                    f"the run of the checkpoint had another optimizer: its {name} {'are' if saved else 'are not'} set"
-                ),
-                "give another --output_dir",
+            raise CheckpointError(
+                f"the run of the checkpoint had another optimizer: its {name} {'are' if saved else 'are not'} set",
+                ANOTHER_FOLDER,
             )
 
 
@@ -387,8 +391,10 @@ def _require_same_epochs(saved: dict[str, Any], settings: dict[str, Any]) -> Non
     before = saved.get("updates_per_epoch")
     if before != settings.get("updates_per_epoch"):
         length = f"{before} updates" if before else "one pass over the images"
-        error = CheckpointError(f"an epoch of the resumed run is {length}, and its position counts such epochs")
-        raise _with_settings(error, {"updates_per_epoch": before}, settings)
+        raise CheckpointError(
+            f"an epoch of the resumed run is {length}, and its position counts such epochs",
+            Remedy(_differing({"updates_per_epoch": before}, settings)),
+        )
 
 
 def _require_same_processes(state: dict[str, Any], settings: dict[str, Any]) -> None:
@@ -405,10 +411,9 @@ def _require_same_processes(state: dict[str, Any], settings: dict[str, Any]) -> 
         )
 
 
-def _with_settings(error: CheckpointError, saved: dict[str, Any], settings: dict[str, Any]) -> CheckpointError:
-    """Adds the settings of the checkpoint that differ to an error message."""
-    differing = {name: value for name, value in saved.items() if _differs(name, saved, settings)}
-    return advised(error, remedy(differing)) if differing else error
+def _differing(saved: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """Returns the settings of the checkpoint that differ from those of this run."""
+    return {name: value for name, value in saved.items() if _differs(name, saved, settings)}
 
 
 def _args_of(state: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from util import dist
-from util.cli.advice import did_you_mean
+from util.cli.advice import AdvisedError, did_you_mean
 from util.cli.flags import is_refused_in_recipes
 from util.files.untrusted import printable, recipe_problem
 from util.interrupts import Interrupted
@@ -256,7 +256,7 @@ def run(main: Callable[[argparse.Namespace], Any], parser: argparse.ArgumentPars
             _fail(parser, args, error, lost + resume, 1)
         raise
     except (ValueError, OSError, ArithmeticError) as error:
-        _fail(parser, args, error, _message(error) + _remedies(parser, error), 1)
+        _fail(parser, args, error, _message(parser, error), 1)
     except Interrupted as error:  # 143 after SIGTERM, 130 after SIGINT
         reason = f"{error}, the state is saved; {same} resumes the run"
         _fail(parser, args, error, reason, 128 + error.signum)
@@ -269,18 +269,8 @@ def _fail(
 ) -> None:
     if "debug" in args and args.debug:
         traceback.print_exception(error)
-    for action in parser._actions:
-        if not action.option_strings and action.metavar:  # a positional argument, which is a flag in other scripts
-            message = message.replace(f"--{action.dest}", str(action.metavar))
     print(f"{parser.prog}: error: {printable(message)}", file=sys.stderr)
     sys.exit(code)
-
-
-def _remedies(parser: argparse.ArgumentParser, error: Exception) -> str:
-    """Returns the notes of `advised` whose flags this script has."""
-    notes = [note for note in getattr(error, "__notes__", ())
-             if set(re.findall(r"--\w+", note)) <= parser._option_string_actions.keys()]  # fmt: skip
-    return f": {'; or '.join(notes)}" if notes else ""
 
 
 def _out_of_memory(args: argparse.Namespace) -> str:
@@ -290,8 +280,11 @@ def _out_of_memory(args: argparse.Namespace) -> str:
     return f"out of memory: halve --batch_size {args.batch_size}{remedy}"
 
 
-def _message(error: Exception) -> str:
+def _message(parser: argparse.ArgumentParser, error: Exception) -> str:
     """Returns the message of an error. An error from a worker process contains its traceback; the last line counts."""
+    if isinstance(error, AdvisedError):
+        positional = {action.dest: str(action.metavar) for action in parser._actions if not action.option_strings}
+        return error.describe({flag.removeprefix("--") for flag in parser._option_string_actions}, positional)
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"  # without the error number
     text = str(error).strip()

@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from util.cli.advice import advised
+from util.cli.advice import AdvisedError
 from util.data.decode import SUFFIXES, BadImage
-from util.data.sources import KINDS, Strings, check_split_names, classes_of, version_of
+from util.data.sources import KINDS, Strings, check_split_names, classes_of, no_split, version_of
 from util.files.untrusted import MAX_BYTES, printable
 
 logger = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ class Archive:
         self.is_zip, members = find_members(path)
         names = sorted(_below(members, split, path, enclosing).items())
         if not names:
-            raise ValueError(f"--data_path: no images in {path} (looked for {KINDS})")
+            raise AdvisedError(f"there are no images in it (looked for {KINDS})", about={"data_path": path})
         self.path = str(path)
         self.names = Strings([name for name, _ in names])
         self.places = np.array([members[member] for _, member in names], dtype=np.int64)
@@ -263,12 +263,10 @@ def _below(members: Iterable[str], split: str | None, path: Path, enclosing: boo
             return {name.removeprefix(f"{split}/"): m for name, m in names.items() if name.startswith(f"{split}/")}
         check_split_names(tops, split, path)
         if split and ((split == "val" and "train" in tops) or "val" in tops):  # never the images of the other split
-            error = ValueError(f"--data_path {path}: there is no folder {split}/ in it")
-            raise advised(error, f"add this folder, or give --{split}_list FILE")
+            raise no_split(path, split)
         if len(tops) != 1 or "" in tops:
             break
         names = {name.partition("/")[2]: member for name, member in names.items()}
     if names and split == "val":
-        error = ValueError(f"--data_path {path}: there is no folder val/ in it")
-        raise advised(error, "add this folder, or give --val_list FILE")
+        raise no_split(path, split)
     return names

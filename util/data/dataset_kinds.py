@@ -5,12 +5,12 @@ import os
 from pathlib import Path
 
 from util import dist
-from util.cli.advice import advised
+from util.cli.advice import AdvisedError, Remedy
 from util.data.archives import Archive
 from util.data.folders import find_files
 from util.data.huggingface_sets import HuggingFaceSet
 from util.data.lists import read_list
-from util.data.sources import Files, Source, Strings, check_split_names
+from util.data.sources import Files, Source, Strings, check_split_names, no_split
 from util.data.torchvision_sets import TorchvisionSet, dataset_in
 from util.data.webdataset_shards import Shards
 
@@ -72,18 +72,18 @@ def open_source(
     if root.is_file():
         return dist.from_rank_0(lambda: Archive(root, split), Archive, Strings)
     if not root.is_dir():
-        raise ValueError(f"--data_path: there is no folder or archive {root}")
+        raise AdvisedError("there is no such folder or archive", about={"data_path": root})
     return dist.from_rank_0(lambda: _open_folder(root, split), Files, Strings)
 
 
 def _open_folder(root: Path, split: str) -> Files:
-    remedy = dataset_in(root)
+    name, folder = dataset_in(root) or ("", root)
     try:
         files = _files_of_split(root, split)
-    except ValueError as error:
-        raise advised(error, remedy) if remedy else error from None
-    if remedy:
-        name = remedy.partition("dataset ")[2]
+    except AdvisedError as error:
+        stored = Remedy({"dataset": name}, "give {}" + f" and its folder {folder}" * (folder != root))
+        raise AdvisedError(error.message, *error.remedies, *[stored] * bool(name), about=error.about) from None
+    if name:
         logger.warning(
             f"{root} has the files of torchvision's dataset {name}, and is read without its splits and labels"
         )
@@ -95,6 +95,5 @@ def _files_of_split(root: Path, split: str) -> Files:
         return find_files(root / split)
     check_split_names(os.listdir(root), split, root)
     if split == "val" or (root / "val").is_dir():  # never the images of the other split
-        error = ValueError(f"--data_path {root}: there is no folder {split}/ in it")
-        raise advised(error, f"add this folder, or give --{split}_list FILE")
+        raise no_split(root, split)
     return find_files(root)

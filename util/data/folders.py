@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from util.cli.advice import advised
+from util.cli.advice import AdvisedError, Remedy
 from util.data.decode import SUFFIXES
 from util.data.sources import KINDS, Files, classes_of
 from util.files.untrusted import printable
@@ -29,9 +29,12 @@ def find_files(root: Path, kind: str = "images") -> Files:
     start = len(os.path.join(root, ""))  # the paths begin with the root; os.path.relpath takes 5 µs for each
     names = sorted(path[start:] for path in image_files(str(root)))
     if not names:
-        error = ValueError(f"--data_path: no images under {root} (searched all subfolders for {KINDS})")
-        shards = any(root.glob("*.tar"))
-        raise advised(error, f"--dataset wds:{root}/*.tar reads shards of WebDataset") if shards else error
+        shards = Remedy({"dataset": f"wds:{root}/*.tar"}, "{} reads shards of WebDataset")
+        raise AdvisedError(
+            f"there are no images in it (searched all subfolders for {KINDS})",
+            *[shards] * any(root.glob("*.tar")),
+            about={"data_path": root},
+        )
     folders = [entry.name for entry in os.scandir(root) if not entry.name.startswith(".") and _is_folder(entry)]
     logger.info(f"{len(names):,} {kind} under {root}, found in {time.perf_counter() - started:.1f} s")
     return Files(root, names, *classes_of(names, folders))

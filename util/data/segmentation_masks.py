@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from util.cli.advice import advised
+from util.cli.advice import AdvisedError, Remedy
 from util.data import decode
 from util.data.archives import Archive
 from util.data.decode import BadImage
@@ -300,13 +300,15 @@ def open_pairs(
             f"--{split}_list CSV or --dataset)"
         )
     if not root.exists():
-        raise ValueError(f"--data_path: there is no folder or archive {root}")
+        raise AdvisedError("there is no such folder or archive", about={"data_path": root})
     kind = "images and masks"
     files = find_files(root, kind) if root.is_dir() else Archive(root, None, enclosing=True, kind=kind)
     by_key = _by_folder(files, split)
     if not by_key[0]:
-        error = ValueError(f"--data_path {root}: there are no images for {split} in it (looked for {LAYOUT})")
-        raise advised(error, f"give --{split}_folders IMAGES MASKS or --{split}_list CSV")
+        given = [Remedy({f"{split}_folders": ["IMAGES", "MASKS"]}), Remedy({f"{split}_list": "CSV"})]
+        raise AdvisedError(
+            f"there are no images for {split} in it (looked for {LAYOUT})", *given, about={"data_path": root}
+        )
     place = f"in a folder {', '.join(MASK_FOLDERS)}"
     return Pairs(files, files, _matched(*by_key, files, place, split), classes, mask_format)
 

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from util.cli.advice import AdvisedError, Remedy
 from util.data.decode import SUFFIXES, Picture
 from util.files.untrusted import printable, read_file
 
@@ -134,7 +135,13 @@ def check_split_names(folders: Iterable[str], split: str | None, path: Path) -> 
     names = {folder.lower(): folder for folder in folders}
     other = names.get(split or "", split)
     if other != split and "train" in names and not names.keys().isdisjoint(VALIDATION):
-        raise ValueError(f"--data_path {path}: there is no folder {split}/ in it; rename {other}/ to {split}/")
+        raise AdvisedError(f"there is no folder {split}/ in it; rename {other}/ to {split}/", about={"data_path": path})
+
+
+def no_split(path: Path, split: str) -> AdvisedError:
+    """Returns the error about a folder or archive without a split."""
+    listed = Remedy({f"{split}_list": "FILE"}, "add this folder, or give {}")
+    return AdvisedError(f"there is no folder {split}/ in it", listed, about={"data_path": path})
 
 
 def classes_of(names: Sequence[str], folders: Sequence[str] = ()) -> tuple[list[str], np.ndarray]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from util import dist
-from util.cli.advice import advised, did_you_mean
+from util.cli.advice import AdvisedError, Remedy, did_you_mean
 from util.data.decode import BadImage, Picture
 from util.data.sources import VALIDATION, version_of
 from util.files.untrusted import read_file
@@ -26,12 +26,12 @@ LAYOUTS = {
 }  # fmt: skip
 
 
-def dataset_in(root: Path) -> str | None:
-    """Returns how to give a dataset that torchvision stored in a folder or the folder above; None without one."""
+def dataset_in(root: Path) -> tuple[str, Path] | None:
+    """Returns name and folder of a dataset that torchvision stored in a folder or the folder above, if any."""
     for folder in (root, root.parent):
         for entry, name in LAYOUTS.items():
             if (folder / entry).exists() and (folder == root or root.name == Path(entry).parts[0]):
-                return f"give --dataset {name}" + f" and its folder {folder}" * (folder != root)
+                return name, folder
     return None
 
 
@@ -98,8 +98,9 @@ class TorchvisionSet:
         if split == "train":  # "train" first, because the default split may include the images of "val"
             return [own] if own or not chooser else [{chooser: "train"}, {}]
         if not chooser or (own and chooser == "version"):
-            error = ValueError(f"--dataset {self.title}: torchvision has no validation split of it")
-            raise advised(error, "give --val_list FILE")
+            raise AdvisedError(
+                "torchvision has no validation split of it", Remedy({"val_list": "FILE"}), about={"dataset": self.title}
+            )
         return [{chooser: name} for name in VALIDATION]
 
     def _open(self, make: type, arguments: dict[str, Any], parts: list[dict[str, Any]]) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from util.cli.advice import advised
+from util.cli.advice import AdvisedError, Remedy
 from util.data.archives import BoundedTarInfo, check_size, find_members, is_ignored
 from util.data.decode import SUFFIXES, BadImage
 from util.files.untrusted import printable
@@ -56,7 +56,9 @@ class Shards:
         if missing or not self.urls:
             raise ValueError(f"--dataset {self.title}: there is no file {(missing or [pattern])[0]}")
         if num_images is None and len(files) < len(self.urls):
-            raise advised(ValueError(f"--dataset {self.title}: images at URLs can't be counted"), "give --num_images N")
+            raise AdvisedError(
+                "images at URLs can't be counted", Remedy({"num_images": "N"}), about={"dataset": self.title}
+            )
         self.num_images = num_images or sum(_count_samples(file) for file in files)
         if not self.num_images:
             raise ValueError(f"--dataset {self.title}: no images in its {len(files)} shards")
@@ -152,7 +154,8 @@ def _count_samples(file: Path) -> int:
     try:
         _, members = find_members(file)
     except ValueError as error:
-        raise advised(ValueError(str(error)), "give --num_images to stream it without counting its images") from error
+        streamed = Remedy({"num_images": "N"}, "give {} to stream it without counting its images")
+        raise AdvisedError(str(error), streamed) from error
     count = len({base_plus_ext(name)[0] for name in members})
     if count < len(members):
         logger.warning(f"{file}: {len(members)} images in {count} samples; only the first image of each sample is used")

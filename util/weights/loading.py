@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from util import dist
 from util.checkpoints import checkpoint, sharded
 from util.checkpoints.checkpoint import CheckpointError
-from util.cli import advice
+from util.cli.advice import Remedy
 from util.cli.choices import default_crop_pct, published_crop_pct
 from util.data.transforms import channel_statistics
 from util.files.untrusted import open_file, read_file
@@ -291,7 +291,7 @@ def init_mae(model: Any, file: Weights) -> None:
         for name in TABLES & weights.keys():
             interpolate_pos_embed(model, weights, file.grid_size, name)
     elif file.learned_pos_embed:
-        raise advice.advised(CheckpointError(f"{file.source} has learned positions"), "give --learned_pos_embed")
+        raise CheckpointError(f"{file.source} has learned positions", Remedy({"learned_pos_embed": True}))
     else:  # the model computes its tables, so that those of a file may have another size
         other = _reshaped(weights, ours) if file.grid_size in (None, model.grid_size) else TABLES
         weights = {k: v for k, v in weights.items() if k not in TABLES & other}
@@ -472,10 +472,13 @@ def _adapt_input(file: Weights, weights: dict[str, Tensor], model: nn.Module, ho
     if theirs.shape[1] == shape[1]:
         return
     if how == "error":
-        raise advice.advised(
-            CheckpointError(f"{file.source} is for images of {theirs.shape[1]} channels, the model for {shape[1]}"),
-            "choose --adapt_input mean (each channel starts from their mean), repeat (from their channels in turn) or "
-            "skip (the patch projection starts from random weights)",
+        choices = (
+            "choose {} (each channel starts from their mean), repeat (from their channels in turn) or skip (the patch "
+            "projection starts from random weights)"
+        )
+        raise CheckpointError(
+            f"{file.source} is for images of {theirs.shape[1]} channels, the model for {shape[1]}",
+            Remedy({"adapt_input": "mean"}, choices),
         )
     if how == "skip":
         del weights[name], weights["patch_embed.proj.bias"]
@@ -517,13 +520,12 @@ def _require(file: Weights, model: Any, missing: set[str], unexpected: set[str],
     for problem, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped)):
         if names:
             count = "1 tensor is" if len(names) == 1 else f"{len(names)} tensors are"
-            error = CheckpointError(f"{file.source} ({file.kind}): {count} {problem} ({_some(names)})")
             differing = _differing(file, model.state_dict())
             if "fc_norm.weight" not in missing | unexpected:
                 differing.pop("global_pool", None)
             if not any(name.startswith("head.") for name in missing | unexpected):
                 differing.pop("head", None)
-            raise advice.advised(error, advice.remedy(differing)) if differing else error
+            raise CheckpointError(f"{file.source} ({file.kind}): {count} {problem} ({_some(names)})", Remedy(differing))
 
 
 def _differing(file: Weights, ours: dict[str, Tensor]) -> dict[str, Any]:
