@@ -66,6 +66,11 @@ def pytest_configure(config: pytest.Config) -> None:
     tempfile.tempdir = os.environ["TMPDIR"] = folder
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(folder, "compiled"))
     os.environ["TRITON_CACHE_DIR"] = str(Path(folder, "triton"))
+    if compiler := shutil.which(os.environ.get("CXX", "g++")):
+        fast = Path(folder, "g++")  # without optimization, graphs compile in less than two thirds of the time
+        fast.write_text(f'#!/bin/sh\nexec {compiler} "$@" -O0\n')
+        fast.chmod(0o755)
+        os.environ["CXX"] = str(fast)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
