@@ -400,7 +400,7 @@ def add_optimizer_options(parser: argparse.ArgumentParser, several_blr: bool = F
             polynomial decay.
     """
     group = _group(parser, OPTIMIZATION)
-    group.add_argument("--batch_size", default=64, type=positive_int, metavar="N", help="batch size per process (GPU)")
+    _add_batch_size(group, 64)
     group.add_argument(
         "--accum_iter", default=1, type=positive_int, metavar="N",
         help="iterations per update (optimizer step). Effective batch size = batch_size x accum_iter x processes",
@@ -409,8 +409,11 @@ def add_optimizer_options(parser: argparse.ArgumentParser, several_blr: bool = F
     group.add_argument(
         "--warmup_epochs", default=40, type=non_negative, metavar="N", help="epochs of linear warm-up, then the decay"
     )
+    decay = ", then a cosine (default: computed from --blr)" * (lr is None)
+    group.add_argument(
+        "--lr", default=lr, type=non_negative, metavar="LR", help=f"learning rate after the warm-up{decay}"
+    )
     if lr is not None:
-        group.add_argument("--lr", default=lr, type=non_negative, metavar="LR", help="learning rate after the warm-up")
         group.add_argument(
             "--poly_power", default=0.9, type=positive, metavar="P",
             help="power of the polynomial decay: the rate is proportional to (1 - progress)^P",
@@ -424,11 +427,6 @@ def add_optimizer_options(parser: argparse.ArgumentParser, several_blr: bool = F
         group.add_argument(
             "--blr", default=1e-3, type=non_negative, metavar="LR",
             help="base learning rate: lr = blr x effective batch size / 256",
-        )  # fmt: skip
-    if lr is None:
-        group.add_argument(
-            "--lr", type=non_negative, metavar="LR",
-            help="learning rate after the warm-up, then a cosine (default: computed from --blr)",
         )  # fmt: skip
     group.add_argument(
         "--min_lr", default=0.0, type=non_negative, metavar="LR", help="learning rate at the end of the decay"
@@ -656,9 +654,7 @@ def add_compute_options(parser: argparse.ArgumentParser) -> None:
     group = _group(parser, RUN)
     _add_config(group)
     _add_compute_options(group)
-    _group(parser, DATA).add_argument(
-        "--batch_size", default=256, type=positive_int, metavar="N", help="batch size per process (GPU)"
-    )
+    _add_batch_size(_group(parser, DATA), 256)
 
 
 def add_inference_options(
@@ -681,12 +677,18 @@ def add_inference_options(
 
 def add_extraction_options(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of batches and precision of a command that uses a trained model."""
-    parser.add_argument("--batch_size", default=128, type=positive_int, metavar="N", help="batch size per process")
+    _add_batch_size(parser, 128)
     _add_num_workers(parser)
     _add_exif(parser, "not applied to datasets")
     _add_fast_jpeg(parser)
     _add_amp(parser)
     _add_compile(parser)
+
+
+def _add_batch_size(group: argparse._ActionsContainer, default: int) -> None:
+    group.add_argument(
+        "--batch_size", default=default, type=positive_int, metavar="N", help="batch size per process (GPU)"
+    )
 
 
 def _add_config(group: argparse._ActionsContainer) -> None:
