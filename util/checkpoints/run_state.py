@@ -318,8 +318,6 @@ def restore_model(model: nn.Module, state: dict[str, Any], settings: dict[str, A
 
 
 def _require_same_meaning(saved: dict[str, Any], settings: dict[str, Any]) -> None:
-    if "crop_pct" in saved and saved["crop_pct"] is None and saved.get("input_size"):  # an earlier version's default
-        saved = {**saved, "crop_pct": published_crop_pct(saved["input_size"])}
     different = {name: saved[name] for name in FIXED if _differs(name, saved, settings)}
     if different:
         before, now = (
@@ -418,7 +416,10 @@ def _differing(saved: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any
 
 def _args_of(state: dict[str, Any]) -> dict[str, Any]:
     args = state.get("args") or {}
-    return args if isinstance(args, dict) else vars(args)
+    args = args if isinstance(args, dict) else vars(args)
+    if "crop_pct" in args and args["crop_pct"] is None and args.get("input_size"):  # an earlier version's default
+        args = {**args, "crop_pct": published_crop_pct(args["input_size"])}
+    return args
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:

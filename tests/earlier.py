@@ -1,0 +1,112 @@
+"""Checkpoints of an earlier version, from which runs of this version resume: `python tests/earlier.py`.
+
+It trains in a worktree of commit REV, and keeps tests/fixtures/earlier/NAME: the state after two updates of the first
+epoch, and log.txt of the same run without interruption.
+"""
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+from PIL import Image
+
+REV = "df30571"
+FOLDER = Path(__file__).parent / "fixtures/earlier"
+SIZE = {"embed_dim": 16, "depth": 2, "num_heads": 2}  # of the encoder that replaces "mini_patch4"
+DECODER = {"decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2}
+SHARED = ("--input_size 8 --patch_size 4 --batch_size 4 --epochs 2 --warmup_epochs 1 --num_workers 0 --save_minutes 0 "
+          "--amp off --device cpu --seed 3")  # fmt: skip
+PRETRAIN = f"--model mae_vit_mini_patch4 --blr 0.05 --vis_every 0 {SHARED}"
+RUNS = {  # name of a run -> script, its dataset, its flags
+    "pretrain": ("main_pretrain", "images", f"{PRETRAIN} --norm_pix_loss"),
+    "sharded": ("main_pretrain", "images", f"{PRETRAIN} --batch_size 2 --fsdp"),
+    "finetune": ("main_finetune", "images", f"--model vit_mini_patch4 --blr 0.05 {SHARED}"),
+    "linprobe": ("main_linprobe", "images", f"--model vit_mini_patch4 --blr 0.1 1 {SHARED}"),
+    "segment": ("main_segment", "scenes", f"--model vit_mini_patch4 --nb_classes 3 --lr 0.01 {SHARED}"),
+}
+
+
+def make_data(folder: Path) -> None:
+    """Draws images/{train,val}/CLASS with 16 and 8 images of 10 x 12 pixels, and as many scenes with masks."""
+    generator = np.random.default_rng(0)
+    for split, name, count in (("train", "training", 16), ("val", "validation", 8)):
+        for number in range(count):
+            pixels = generator.integers(0, 256, (10, 12, 3), dtype=np.uint8)
+            mask = generator.integers(0, 3, (10, 12), dtype=np.uint8)
+            for path, content in (
+                (f"images/{split}/{'ab'[number % 2]}/{number:02}.png", pixels),
+                (f"scenes/images/{name}/{number:02}.png", pixels),
+                (f"scenes/annotations/{name}/{number:02}.png", mask),
+            ):
+                (folder / path).parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(content).save(folder / path)
+
+
+@contextlib.contextmanager
+def small_models() -> Iterator[None]:
+    """Makes the models of "mini_patch4" smaller, so that their checkpoints have few bytes."""
+    import models_mae
+    import models_vit
+
+    with (
+        mock.patch.dict(models_vit.SIZES["mini_patch4"], SIZE),
+        mock.patch.dict(models_mae.DECODERS["mini_patch4"], DECODER),
+    ):
+        yield
+
+
+def main() -> None:
+    """Writes all runs."""
+    from conftest import torchrun
+
+    root = Path(__file__).parents[1]
+    with tempfile.TemporaryDirectory() as temporary:
+        tree, data = Path(temporary, "tree"), Path(temporary, "data")
+        subprocess.run(["git", "worktree", "add", "--detach", tree, REV], cwd=root, check=True)
+        make_data(data)
+        try:
+            for name, (script, dataset, flags) in RUNS.items():
+                shutil.rmtree(FOLDER / name, ignore_errors=True)
+                for out, stop in ((data / name, 0), (FOLDER / name, 2)):
+                    argv = [*flags.split(), "--data_path", str(data / dataset), "--output_dir", str(out)]
+                    code = Path(temporary, "code.py")
+                    paths = [str(tree), str(tree / "tests"), str(Path(__file__).parent)]
+                    code.write_text(
+                        f"import sys; sys.path[:0] = {paths}\nimport earlier\nearlier.train{(script, argv, stop)}"
+                    )
+                    command = [*torchrun(2), code] if "--fsdp" in argv else [sys.executable, code]
+                    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                kept = {"checkpoint-last.pth", "checkpoint-last"}
+                for path in FOLDER.joinpath(name).iterdir():
+                    if path.name not in kept:
+                        shutil.rmtree(path) if path.is_dir() else path.unlink()
+                shutil.copy(data / name / "log.txt", FOLDER / name / "expected.txt")
+        finally:
+            subprocess.run(["git", "worktree", "remove", "--force", tree], cwd=root, check=True)
+
+
+def train(script: str, argv: list[str], stop: int) -> None:
+    """Trains in this process, with the modules of the working directory; `stop`: after this number of saves, if any."""
+    import importlib
+
+    import pytest
+    from mains import Stopped, stop_after
+
+    from util.cli import entry_point
+
+    with small_models(), pytest.MonkeyPatch.context() as patch, contextlib.suppress(Stopped):
+        if stop:
+            stop_after(patch, "save", stop)
+        module = importlib.import_module(script)
+        module.main(entry_point.parse(module.get_args_parser(), argv))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""Runs of an earlier version resume, and their checkpoints are read (tests/fixtures/earlier, written by earlier.py)."""
+
+import importlib
+import json
+import shutil
+
+import numpy as np
+import pytest
+from earlier import FOLDER, RUNS, make_data, small_models
+from mains import lines
+
+import main_finetune
+import main_knn
+import main_linprobe
+import main_segment
+from inference import features
+from util.cli import entry_point
+
+RESULTS = ("train_lr", "train_loss", "test_acc1", "test_loss", "test_miou", "test_pixel_acc", "chosen_blr")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("earlier")
+    make_data(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _small_models():
+    with small_models():
+        yield
+
+
+def run(script, *argv):
+    return script.main(entry_point.parse(script.get_args_parser(), [str(word) for word in argv]))
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_resumes_in_the_middle_of_an_epoch(name, data, tmp_path):
+    """Losses, rates and scores are those of the uninterrupted run of the earlier version."""
+    shutil.copytree(FOLDER / name, tmp_path / "run")
+    script, dataset, _ = RUNS[name]
+    # A sharded checkpoint resumes in one process, too; there, the batch size is that of both.
+    how = ["--batch_size", 4] if name == "sharded" else []
+    run(importlib.import_module(script), "--resume", "auto", "--output_dir", tmp_path / "run",
+        "--data_path", data / dataset, *how)  # fmt: skip
+    expected = [json.loads(line) for line in (FOLDER / name / "expected.txt").read_text().splitlines()]
+    resumed = lines(tmp_path / "run")
+    for ours, theirs in zip(resumed, expected[-len(resumed) :], strict=True):
+        compared = [key for key in RESULTS if key in theirs]
+        if name == "linprobe" and ours["epoch"] == 0:
+            compared.remove("train_loss")  # the state has no sums of the losses of several heads
+        assert {key: ours[key] for key in compared} == pytest.approx({key: theirs[key] for key in compared}, rel=1e-5)
+
+
+def test_checkpoints_are_evaluated_and_start_other_runs(data, tmp_path):
+    images = ("--data_path", data / "images", "--num_workers", 0, "--device", "cpu")
+    encoder = FOLDER / "pretrain/checkpoint-last.pth"
+    short = ("--finetune", encoder, "--epochs", 1, "--warmup_epochs", 0, "--batch_size", 4, "--amp", "off")
+    for number, script in enumerate((main_finetune, main_linprobe)):
+        run(script, *images, *short, "--output_dir", tmp_path / str(number))
+        assert np.isfinite(lines(tmp_path / str(number))[0]["train_loss"])
+    for script, name in ((main_finetune, "finetune"), (main_segment, "segment")):
+        given = ("--data_path", data / RUNS[name][1], "--num_workers", 0, "--device", "cpu")
+        assert run(script, *given, "--eval", "--resume", FOLDER / name / "checkpoint-last.pth") is not None
+    run(main_knn, *images, "--finetune", FOLDER / "sharded/checkpoint-last", "--k", 3)
+    for file in (encoder, FOLDER / "finetune/checkpoint-last.pth", FOLDER / "sharded/checkpoint-last"):
+        out = tmp_path / "rows.npz"
+        run(features, data / "images", "--model", file, "--out", out, "--num_workers", 0, "--device", "cpu")
+        assert np.load(out)["features"].shape == (16, 16)
+        out.unlink()
