@@ -105,16 +105,12 @@ class Stopwatch:
 
     def watch(self, batches: Iterable[Any]) -> Iterator[Any]:
         """Yields batches, and sums the time until each is available."""
-        iterator = iter(batches)
-        while True:
-            begin = time.perf_counter()
-            try:
-                batch = next(iterator)
-            except StopIteration:
-                return
+        begin = time.perf_counter()
+        for batch in batches:
             self.loading_seconds += time.perf_counter() - begin
             yield batch
             self.batches += 1
+            begin = time.perf_counter()
 
     def stop(self) -> None:
         """Ends the measurement, after the last batch."""
