@@ -1,7 +1,5 @@
 """The training loop. All engines use it, and add the loss of a batch."""
 
-import logging
-import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -14,18 +12,12 @@ from torch.optim import Optimizer
 
 from util import dist
 from util.interrupts import Interrupted
+from util.training.nonfinite import NonFiniteGuard, NonFiniteLoss
 from util.training.precision import Precision, require_found_inf
 from util.training.run_log import Meters, NullLog, Stopwatch
 from util.training.saver import NullSaver, Request
 
-logger = logging.getLogger(__name__)
-
 UPDATES_IN_FLIGHT = 4  # updates whose numbers are read later, so that the loop does not wait for the device
-MAX_SKIPS_IN_A_ROW = 20
-
-
-class NonFiniteLoss(ArithmeticError):
-    """A loss or gradient was infinite or not a number, and `--on_nonfinite` ends the run."""
 
 
 class Loader(Protocol):
@@ -71,7 +63,7 @@ class EpochOptions:
     epoch: int
     schedule: Callable[[float], float]  # sets the learning rate for a fractional epoch, and returns it
     precision: Precision
-    guard: "NonFiniteGuard"  # handles updates with a loss or gradient that is not finite
+    guard: NonFiniteGuard  # handles updates with a loss or gradient that is not finite
     log: NullLog
     saver: NullSaver
     meters: Meters = field(default_factory=Meters)  # sums of the epoch; `run_epoch` adds to them
@@ -297,47 +289,3 @@ class PendingUpdates:
 
     def _save_emergency(self, iterations: int) -> str:
         return self.options.saver.save_emergency(self.options.epoch, iterations, self.drain())
-
-
-class NonFiniteGuard:
-    """Handles updates whose loss or gradient is not finite. All processes have the same numbers.
-
-    Args:
-        policy: "abort" ends the run; "skip" skips the update, up to MAX_SKIPS_IN_A_ROW times in a row.
-        overflow_is_normal: fp16 gradients overflow until the loss scaler has adapted.
-    """
-
-    def __init__(self, policy: str, overflow_is_normal: bool = False) -> None:
-        self.policy = policy
-        self.overflow_is_normal = overflow_is_normal
-        self.in_a_row = 0
-
-    def accepts(self, loss: float, grad_norm: float) -> bool:
-        """Whether an update needs no reaction."""
-        if math.isfinite(loss) and math.isfinite(grad_norm):
-            self.in_a_row = 0
-            return True
-        self.in_a_row += 1
-        return self.overflow_is_normal and math.isfinite(loss) and self.in_a_row < MAX_SKIPS_IN_A_ROW
-
-    def react(self, what: str, save: Callable[[], str]) -> None:
-        """Logs a warning about a skipped update, or saves the state and ends the run.
-
-        Args:
-            what: description of the update.
-            save: saves the state, and returns the name of the file.
-
-        Raises:
-            NonFiniteLoss: the run ends.
-        """
-        if self.policy == "skip" and self.in_a_row < MAX_SKIPS_IN_A_ROW:
-            logger.warning(f"{what}; the update is skipped")
-            return
-        file = save()
-        dist.barrier()  # when one process ends, the launcher kills the others, including one that writes
-        saved = f"The weights before this update are in {file}. " if file else ""
-        raise NonFiniteLoss(
-            f"{what} ({self.in_a_row} in a row). {saved}Try --clip_grad 1.0, a lower learning rate (--lr, or "
-            f"--blr if --lr is not given), --amp off (or bf16 instead of fp16), or --on_nonfinite skip if it "
-            f"happens rarely."
-        )

@@ -18,7 +18,8 @@ from util.interrupts import Interrupted, Interrupts
 from util.settings import RunSpec
 from util.training import run_log
 from util.training.compiling import compile_model
-from util.training.loop import Callback, EpochOptions, Loader, NonFiniteGuard
+from util.training.loop import Callback, EpochOptions, Loader
+from util.training.nonfinite import NonFiniteGuard
 from util.training.precision import Precision, require_found_inf
 from util.training.saver import open_saver
 
