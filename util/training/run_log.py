@@ -195,7 +195,7 @@ class RunLog(NullLog):
         self.events = log_files.Events(log_dir, first_x)
         self.next_x = first_x
         self.next_warning = 0.0
-        self.bar: tqdm | None = None
+        self.bar = tqdm(disable=True)
 
     def begin_epoch(
         self, epoch: int, first_iteration: int, num_iterations: int, images_per_iteration: int, watch: Stopwatch
@@ -203,15 +203,15 @@ class RunLog(NullLog):
         self.epoch, self.num_iterations = epoch, num_iterations
         self.images_per_iteration, self.watch = images_per_iteration, watch
         self.last_line = -SECONDS_BETWEEN_LINES  # so that the first update is logged
-        if sys.stderr.isatty():
-            self.bar = tqdm(
-                total=num_iterations * images_per_iteration,
-                initial=first_iteration * images_per_iteration,
-                desc=f"epoch {epoch}/{self.epochs}",
-                unit="img",
-                unit_scale=True,
-                leave=False,
-            )
+        self.bar = tqdm(
+            total=num_iterations * images_per_iteration,
+            initial=first_iteration * images_per_iteration,
+            desc=f"epoch {epoch}/{self.epochs}",
+            unit="img",
+            unit_scale=True,
+            leave=False,
+            disable=None,  # unless stderr is a terminal
+        )
 
     def update(self, iterations: int, lr: float, loss: float, grad_norm: float) -> None:
         x = x_of(self.epoch, iterations, self.num_iterations)
@@ -224,7 +224,7 @@ class RunLog(NullLog):
         if is_due:
             self.last_line = watch.seconds
             self.flush()
-        if self.bar is not None:
+        if not self.bar.disable:
             self.bar.set_postfix_str(
                 f"loss {loss:.4f}, lr {lr:.2e}, data loading {watch.loading_share:.0%}, run ends in {_duration(left)}",
                 False,
@@ -239,9 +239,7 @@ class RunLog(NullLog):
             )
 
     def end_epoch(self, stats: dict[str, Any]) -> None:
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
+        self.bar.close()
         watch = self.watch
         rate = self.images_per_iteration / watch.seconds_per_iteration if watch.batches else 0.0
         scores = {f"perf/{name}": value for name, value in stats.items() if name.startswith("test_")}
@@ -253,7 +251,7 @@ class RunLog(NullLog):
             "images_per_s": round(rate, 1),
             "data_wait": round(watch.loading_share, 4),
         }
-        self.lines.add((json.dumps(line) + "\n").encode())
+        self.lines.pending += (json.dumps(line) + "\n").encode()
         self.flush()
         loss = math.nan if stats["train_loss"] is None else stats["train_loss"]
         logger.info(
@@ -266,8 +264,7 @@ class RunLog(NullLog):
         self.flush()
 
     def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
+        self.bar.close()
         self.events.write(lambda writer: writer.close())
         self.lines.close()
 
@@ -303,11 +300,6 @@ def next_x(epoch: int, iterations: int, num_iterations: int) -> int:
     """Returns the x from which a run logs in TensorBoard if it resumes after a number of iterations of an epoch."""
     last, first = (x_of(epoch, number, num_iterations) for number in (iterations, iterations + 1))
     return min(max(last + 1, first), x_of_epoch(epoch))
-
-
-def open_log(output_dir: Path, log_dir: Path, epochs: int, **options: Any) -> NullLog:
-    """Returns the log of this process: `RunLog` on rank 0, else `NullLog`."""
-    return RunLog(output_dir, log_dir, epochs, **options) if dist.is_main() else NullLog()
 
 
 def read(output_dir: Path) -> list[dict[str, Any]]:

@@ -252,7 +252,7 @@ class Saver(NullSaver):
 
 
 class ShardedSaver(Saver):
-    """The saver of each process of a sharded run. All processes write their shards when rank 0 requests it.
+    """The saver of each process of a sharded run. All processes write their shards when one of them requests it.
 
     A process that fails alone can't save. The last checkpoint is unchanged.
     """
@@ -260,11 +260,6 @@ class ShardedSaver(Saver):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.group = dist.new_host_group()
-
-    def request(self) -> Request:
-        if not dist.is_main():
-            self.next_save = math.inf
-        return super().request()
 
     def save(self, epoch: int, iterations: int, meters: dict[str, Any], alone: bool = False) -> None:
         if not alone:

@@ -100,7 +100,10 @@ def run(
     _require_usable(model, optimizer, record, task.callbacks)
     output_dir = Path(spec.output_dir)
     logger.info("settings: " + " ".join(f"{key}={record[key]}" for key in sorted(record) if key != "classes"))
-    progress = _initial_progress(spec, batches.num_images)
+    global_batch_size = spec.batch_size * dist.world_size()
+    progress = run_state.Progress(
+        global_batch_size * spec.accum_iter, global_batch_size, spec.start_epoch, batches.num_images
+    )
     spec = replace(spec, lr=lr_sched.scaled_lr(spec.lr, spec.blr, progress.effective_batch_size))
     lr_sched.check_warmup(spec.warmup_epochs, spec.epochs)
     logger.info(f"{record['model']} on {precision.device} in {precision.name}, {dist.world_size()} process(es)")
@@ -122,7 +125,7 @@ def run(
         train = partial(task.train_one_epoch, dist.wrap(trained, precision.device), batches, optimizer)
         if progress.epoch >= spec.epochs:
             logger.info(f"nothing to do: the run has completed its {spec.epochs} epochs")
-        log = run_log.open_log(
+        log = run_log.NullLog() if not dist.is_main() else run_log.RunLog(
             output_dir, Path(spec.log_dir), spec.epochs, first_epoch=progress.epoch, loss_tag=task.loss_tag,
             first_x=run_log.next_x(progress.epoch, progress.first_iteration, len(batches)),
         )  # fmt: skip
@@ -151,11 +154,6 @@ def _require_usable(
     checkpoint.require_plain({**record}, "args")
     for callback in callbacks:
         checkpoint.require_plain(callback.state_dict(), f"the state of {type(callback).__name__}")
-
-
-def _initial_progress(spec: RunSpec, num_images: int) -> run_state.Progress:
-    global_batch_size = spec.batch_size * dist.world_size()
-    return run_state.Progress(global_batch_size * spec.accum_iter, global_batch_size, spec.start_epoch, num_images)
 
 
 def _run_callbacks(callbacks: Sequence[Callback], model: nn.Module, epoch: float) -> None:
