@@ -8,7 +8,8 @@ import argparse
 import json
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence, Set
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,8 +42,14 @@ MAX_HEADER = 1 << 22  # bytes of the names and settings of a .safetensors file; 
 SETTINGS = "args"  # the entry in the metadata of a .safetensors file with the settings of the run, as JSON
 CONFIG = "config.json"  # of a folder of transformers or timm
 BARE = "bare"  # entry in the settings of a file that records none
-OTHER_TOKENS = {"reg_token": "register tokens", "register_tokens": "register tokens",
-                "dist_token": "a distillation token", "distillation_token": "a distillation token"}  # fmt: skip
+# Tensors of models that this library does not have, as patterns of their names.
+UNSUPPORTED = {
+    r"patch_embed\.0\.proj\.weight": "a patch projection for each group of channels",
+    r"(.*\.)?(reg_token|register_tokens)": "register tokens",
+    r"(.*\.)?(dist_token|distillation_token)": "a distillation token",
+    r"(norm_pre|backbone\.pre_norm)\..*": "a norm before its blocks, as the models of CLIP have (timm: pre_norm, "
+    "often with quick_gelu)",
+}
 
 
 class Weights(NamedTuple):
@@ -107,29 +114,18 @@ def read(name: Path | str) -> Weights:
         tensors = to_ours({key: t for key, t in content.items() if isinstance(key, str) and isinstance(t, Tensor)})
     except (KeyError, RuntimeError) as error:  # query, key and value can't be concatenated
         raise CheckpointError(f"{path}: its weights are inconsistent: {' '.join(str(error).split())}") from error
-    if "patch_embed.0.proj.weight" in tensors:
-        raise CheckpointError(
-            f"{path} has a patch projection for each group of channels (patch_embed.0.proj.weight), which "
-            f"this library does not support"
-        )
+    for pattern, part in UNSUPPORTED.items() if "model_class" not in settings else ():
+        if names := [name for name in tensors if re.fullmatch(pattern, name)]:
+            raise CheckpointError(f"{path} has {part} ({names[0]}), which this library does not support")
     if "patch_embed.proj.weight" not in tensors or "blocks.0.norm1.weight" not in tensors:
         raise CheckpointError(f"{path} contains no weights of a Vision Transformer: {_some(map(str, content))}")
     for key in ("cls_token", "pos_embed"):
         if key not in tensors:
             raise CheckpointError(f"{path} has no {key}, which the models of this library have")
-    for key in tensors if "model_class" not in settings else ():
-        if tokens := OTHER_TOKENS.get(key.rpartition(".")[2]):
-            raise CheckpointError(f"{path} has {tokens} ({key}), which this library does not support")
     for key, axes in (("patch_embed.proj.weight", 4), ("cls_token", 3), ("pos_embed", 3), ("decoder_pos_embed", 3)):
         if key in tensors and (tensors[key].ndim != axes or not tensors[key].is_floating_point()):
             shape = f"{tensors[key].dtype} {tuple(tensors[key].shape)}"
             raise CheckpointError(f"{path}: its {key} is {shape}, which does not fit a Vision Transformer")
-    norm_pre = next((key for key in tensors if key.startswith(("norm_pre.", "backbone.pre_norm."))), None)
-    if norm_pre and "model_class" not in settings:
-        raise CheckpointError(
-            f"{path} has a norm before its blocks ({norm_pre}), as the models of CLIP have (timm: pre_norm, often with "
-            f"quick_gelu), which this library does not support; give the weights of a model without it"
-        )
     if "channel_order" in settings:
         tensors, settings = _in_rgb(tensors, settings)
     size = settings.get("input_size")
@@ -163,23 +159,20 @@ def _in_rgb(tensors: dict[str, Tensor], settings: dict[str, Any]) -> tuple[dict[
 @cache  # some scripts read a file twice
 def _report_assumptions(path: Path) -> None:
     """Warns of what the tensors of a file without settings do not show."""
-    if dist.is_main():
-        logger.warning(
-            f"{path} records no settings. Assumed are: as many attention heads as the model of this size has, GELU, "
-            f"LayerNorm eps 1e-6, a head on the mean of the patches if there is an fc_norm, else on the class token, "
-            f"RGB images with ImageNet's mean and std. A folder with {CONFIG} records them"
-        )
+    logger.warning(
+        f"{path} records no settings. Assumed are: as many attention heads as the model of this size has, GELU, "
+        f"LayerNorm eps 1e-6, a head on the mean of the patches if there is an fc_norm, else on the class token, "
+        f"RGB images with ImageNet's mean and std. A folder with {CONFIG} records them"
+    )
 
 
 def _check_settings(path: Path, settings: dict[str, Any]) -> None:
     """Raises CheckpointError if a setting that is used has a wrong type."""
     for name, kind in KINDS.items():
         value = settings.get(name)
-        is_valid = value is None or fits(value, kind)
-        if is_valid and value is not None and name in SIZES:
-            sides = value if isinstance(value, list | tuple) else [value]
-            is_valid = len(sides) in (1, 2) and min(sides) > 0
-        if not is_valid:
+        sides = value if isinstance(value, list | tuple) else [value]
+        is_size = name not in SIZES or len(sides) in (1, 2)
+        if value is not None and not (fits(value, kind) and is_size and (name not in SIZES or min(sides) > 0)):
             raise CheckpointError(f"{path}: its recorded {name}, {str(value)[:80]}, is invalid")
 
 
@@ -282,10 +275,9 @@ def init_mae(model: Any, file: Weights) -> None:
             f"which it was trained"
         )
     ours, weights = model.state_dict(), _known(file, model)
-    own = _added(ours.keys() - weights.keys())
-    if own:
-        logger.warning(f"{file.source} has no {_some(own)}: they keep their initial values")
-        ours = {name: value for name, value in ours.items() if name not in own}
+    may_lack = _added(ours.keys() - weights.keys())
+    if may_lack:
+        logger.warning(f"{file.source} has no {_some(may_lack)}: they keep their initial values")
     _require_cls_tokens(file, model)
     if model.learned_pos_embed:
         for name in TABLES & weights.keys():
@@ -293,14 +285,14 @@ def init_mae(model: Any, file: Weights) -> None:
     elif file.learned_pos_embed:
         raise advice.advised(CheckpointError(f"{file.source} has learned positions"), "give --learned_pos_embed")
     else:  # the model computes its tables, so that those of a file may have another size
+        may_lack |= TABLES
         other = _reshaped(weights, ours) if file.grid_size in (None, model.grid_size) else TABLES
         weights = {k: v for k, v in weights.items() if k not in TABLES & other}
-        ours = {k: v for k, v in ours.items() if k not in TABLES or k in weights}
-    missing = ours.keys() - weights.keys()
-    if missing == {name for name in ours if name.startswith("decoder_") or name == "mask_token"}:
+    decoder = {name for name in ours if name.startswith("decoder_") or name == "mask_token"} - may_lack
+    if ours.keys() - weights.keys() - may_lack == decoder:
         logger.warning(f"{file.source} contains an encoder only; the decoder starts from random weights")
-        missing = set()
-    _require(file, model, missing, weights.keys() - ours.keys(), _reshaped(weights, ours))
+        may_lack |= decoder
+    _require(file, model, weights, may_lack)
     model.load_state_dict({k: dist.placed_as(v, ours[k]) for k, v in weights.items()}, strict=False)
     logger.info(f"weights from {file.source}")
 
@@ -344,14 +336,11 @@ def load_encoder(
     if not fits:
         weights = {key: value for key, value in weights.items() if key not in head}
     _adapt_input(file, weights, model, adapt_input)
-    _require_cls_tokens(file, model)
-    _add_class_position(file, weights, ours)
-    interpolate_pos_embed(model, weights, file.grid_size)
+    _fit_positions(file, weights, model)
     may_lack = {"fc_norm.weight", "fc_norm.bias"} | {key for key in ours if key.startswith("head.")}
     if adapt_input == "skip":
         may_lack |= {key for key in ours if key.startswith("patch_embed.")}
-    missing = ours.keys() - weights.keys() - may_lack
-    _require(file, model, missing, weights.keys() - ours.keys(), _reshaped(weights, ours))
+    _require(file, model, weights, may_lack)
     model.load_state_dict(weights, strict=False)
     logger.info(f"weights from {file.source} ({file.kind})" + (", including the head" if fits else ""))
     return fits
@@ -384,19 +373,16 @@ def load_classifier(model: nn.Module, file: Weights) -> None:
         CheckpointError: the file has another architecture or several heads.
     """
     _require_one_head(file)
-    weights, ours = dict(file.tensors), model.state_dict()
-    _require_cls_tokens(file, model)
-    if "pos_embed" in weights and weights["pos_embed"].shape[2] == ours["pos_embed"].shape[2]:
-        _add_class_position(file, weights, ours)
-        patches, own = (table.shape[1] - file.num_cls_tokens for table in (weights["pos_embed"], ours["pos_embed"]))
-        interpolate_pos_embed(model, weights, file.grid_size)
-        if own != patches and "input_size" not in file.settings and dist.is_main():
-            logger.warning(
-                f"{file.source} is for images of {patches} patches, and these have {own}: "
-                "positions are interpolated; give the input_size that it was trained with"
-            )
-    _require(file, model, ours.keys() - weights.keys(), weights.keys() - ours.keys(), _reshaped(weights, ours))
+    weights = dict(file.tensors)
+    patches = _fit_positions(file, weights, model)
+    _require(file, model, weights)
     model.load_state_dict(weights)
+    own = weights["pos_embed"].shape[1] - file.num_cls_tokens
+    if own != patches and "input_size" not in file.settings:
+        logger.warning(
+            f"{file.source} is for images of {patches} patches, and these have {own}: "
+            "positions are interpolated; give the input_size that it was trained with"
+        )
 
 
 def statistics(
@@ -406,15 +392,14 @@ def statistics(
 
     A warning names each value that differs from the value of that run.
     """
-    if file is None or not file.settings.keys() & {"in_chans", "mean", "std"}:
-        return mean, std  # the file records nothing about its images
-    if file.tensors["patch_embed.proj.weight"].shape[1] != in_chans:
+    records = file is not None and file.settings.keys() & {"in_chans", "mean", "std"}
+    if not file or not records or file.tensors["patch_embed.proj.weight"].shape[1] != in_chans:
         return mean, std
     theirs = file.settings.get("mean"), file.settings.get("std")
     chosen = mean or theirs[0], std or theirs[1]
     pairs = zip(channel_statistics(in_chans, *chosen), channel_statistics(in_chans, *theirs), strict=True)
     for flag, (used, recorded) in zip(("--mean", "--std"), pairs, strict=True):
-        if used != recorded and dist.is_main():
+        if used != recorded:
             now, then = (" ".join(f"{value:g}" for value in values) for values in (used, recorded))
             logger.warning(f"{flag} {now} is used, and {file.source} was made with {flag} {then}")
     return chosen
@@ -433,20 +418,30 @@ def crop_pct_of_earlier_version(file: Weights, input_size: Size) -> float | None
 @cache
 def _published_crop_pct(source: str, height: int, width: int) -> float:
     crop_pct = published_crop_pct((height, width))
-    if crop_pct != default_crop_pct((height, width)) and dist.is_main():
+    if crop_pct != default_crop_pct((height, width)):
         logger.warning(f"{source} records no crop ratio, and {crop_pct} is used, the default of its time")
     return crop_pct
 
 
-def _add_class_position(file: Weights, weights: dict[str, Tensor], ours: dict[str, Tensor]) -> None:
-    """Adds positions of zeros for the class tokens where the table has none (timm's no_embed_class), in place."""
+def _fit_positions(file: Weights, weights: dict[str, Tensor], model: Any) -> int:
+    """Interpolates the position table to the patch grid of the model, in place.
+
+    Where the table has no positions of the class tokens (timm's no_embed_class), positions of zeros are added.
+
+    Returns:
+        The number of patches in the table of the file.
+    """
+    _require_cls_tokens(file, model)
     table, count = weights["pos_embed"], file.num_cls_tokens
-    length, own = table.shape[1], ours["pos_embed"].shape[1]
+    length, own = table.shape[1], model.pos_embed.shape[1]
     is_short = length == own - count or (length != own and _is_square(length) and not _is_square(length - count))
     if file.grid_size is not None:
         is_short = math.prod(file.grid_size) == length
     if is_short:
         weights["pos_embed"] = torch.cat([torch.zeros_like(table[:, :count]), table], dim=1)
+    patches = weights["pos_embed"].shape[1] - count
+    interpolate_pos_embed(model, weights, file.grid_size)
+    return patches
 
 
 def _is_square(number: int) -> bool:
@@ -461,8 +456,9 @@ def _require_one_head(file: Weights) -> None:
 
 
 def _require_cls_tokens(file: Weights, model: Any) -> None:
-    if file.num_cls_tokens != model.num_prefix_tokens:
-        _require(file, model, set(), set(), {"cls_token"})
+    """Other numbers of tokens are errors before positions are interpolated."""
+    others = model.state_dict().keys() - {"cls_token"}
+    _require(file, model, {"cls_token": file.tensors["cls_token"]}, others)
 
 
 def _adapt_input(file: Weights, weights: dict[str, Tensor], model: nn.Module, how: str) -> None:
@@ -504,7 +500,7 @@ def _known(file: Weights, model: nn.Module) -> dict[str, Tensor]:
     return {key: value for key, value in file.tensors.items() if key not in added}
 
 
-def _require(file: Weights, model: Any, missing: set[str], unexpected: set[str], reshaped: set[str]) -> None:
+def _require(file: Weights, model: Any, weights: dict[str, Tensor], may_lack: Set[str] = frozenset()) -> None:
     """Raises CheckpointError, with names and a remedy, if weights are missing, unexpected or of another shape.
 
     The numbers of attention heads, which shapes do not show, must be those that the file records.
@@ -514,11 +510,14 @@ def _require(file: Weights, model: Any, missing: set[str], unexpected: set[str],
             heads = getattr(model, blocks)[0].attn.num_heads
             if heads != file.settings[name]:
                 raise CheckpointError(f"{file.source} has {name} {file.settings[name]}, and the model has {heads}")
+    ours = model.state_dict()
+    missing, unexpected = ours.keys() - weights.keys() - may_lack, weights.keys() - ours.keys()
+    reshaped = _reshaped(weights, ours)
     for problem, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped)):
         if names:
             count = "1 tensor is" if len(names) == 1 else f"{len(names)} tensors are"
             error = CheckpointError(f"{file.source} ({file.kind}): {count} {problem} ({_some(names)})")
-            differing = _differing(file, model.state_dict())
+            differing = _differing(file, ours)
             if "fc_norm.weight" not in missing | unexpected:
                 differing.pop("global_pool", None)
             if not any(name.startswith("head.") for name in missing | unexpected):
