@@ -11,33 +11,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from util import dist
+from util.data.loader import FeatureBatches, TrainLoader
 from util.interrupts import Interrupted
 from util.training.nonfinite import NonFiniteGuard, NonFiniteLoss
 from util.training.precision import Precision, require_found_inf
 from util.training.run_log import Meters, NullLog, Stopwatch
 from util.training.saver import NullSaver, Request
 
+Loader = TrainLoader | FeatureBatches
 UPDATES_IN_FLIGHT = 4  # updates whose numbers are read later, so that the loop does not wait for the device
-
-
-class Loader(Protocol):
-    """Batches of an epoch, or of the rest of one, such as `loader.TrainLoader`."""
-
-    @property
-    def images_per_iteration(self) -> int:
-        """Images in the batches of all processes together."""
-
-    def seek(self, epoch: int, first_iteration: int) -> None:
-        """Sets the epoch and the first batch of the next `iter()`."""
-
-    def seed_iteration(self, iteration: int) -> None:
-        """Seeds the random numbers of a batch as a whole, such as the numbers of mixup."""
-
-    def __len__(self) -> int:
-        """Returns the number of batches of a complete epoch."""
-
-    def __iter__(self) -> Iterator[Any]:
-        """Returns the batches from the position that `seek` set."""
 
 
 class Callback(Protocol):  # not a subclass of Stateful: isinstance checks of torch.distributed.checkpoint would fail
