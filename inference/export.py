@@ -149,19 +149,11 @@ def encoder_of(model: Model) -> Classifier:
 
 def settings_of(model: Model) -> dict[str, Any]:
     """Returns the settings that rebuild a model and its preprocessing, including the defaults that it uses."""
-    mean, std = _statistics(model)
+    mean, std = transforms.channel_statistics(model.in_chans, model.settings.get("mean"), model.settings.get("std"))
+    default = model.settings.get("crop_pct") or transforms.default_crop_pct(model.settings["input_size"])
     names = [name for name in REBUILDS if model.settings.get(name) is not None]
-    return {**{name: model.settings[name] for name in names}, "mean": mean, "std": std, "crop_pct": _crop_pct(model)}
-
-
-def _statistics(model: Model) -> tuple[list[float], list[float]]:
-    return transforms.channel_statistics(model.in_chans, model.settings.get("mean"), model.settings.get("std"))
-
-
-def _crop_pct(model: Model) -> float:
-    if _is_uncropped(model):
-        return 1.0
-    return model.settings.get("crop_pct") or transforms.default_crop_pct(model.settings["input_size"])
+    used = {"mean": mean, "std": std, "crop_pct": 1.0 if _is_uncropped(model) else default}
+    return {**{name: model.settings[name] for name in names}, **used}
 
 
 def _is_uncropped(model: Model) -> bool:
@@ -170,12 +162,13 @@ def _is_uncropped(model: Model) -> bool:
 
 
 def write_reference(model: Model, out: Path) -> None:
-    _save({"model": model.state_dict(), "args": settings_of(model)}, out)
+    settings = settings_of(model)
+    _save({"model": model.state_dict(), "args": settings}, out)
     if model.head_pools:
         logger.info("the published code has no attentive probe; this library reads the file")
-    if _statistics(model) != transforms.channel_statistics(3):
+    if (settings["mean"], settings["std"]) != transforms.channel_statistics(3):
         logger.info("the published code normalizes with ImageNet's mean and std, and this model has others: %s, %s",
-                    *_statistics(model))  # fmt: skip
+                    settings["mean"], settings["std"])  # fmt: skip
 
 
 def write_safetensors(model: Model, out: Path) -> None:
@@ -211,7 +204,7 @@ def timm_config(model: Classifier) -> dict[str, Any]:
     """Returns the config.json of a folder of timm. `model_args` describes the model in full."""
     from timm import is_model  # takes more than a second
 
-    mean, std = _statistics(model)
+    settings = settings_of(model)
     block: Any = model.blocks[0]
     pooled, registers = bool(model.settings["global_pool"]), model.num_prefix_tokens - 1
     height, width = model.patch_embed.img_size
@@ -229,8 +222,8 @@ def timm_config(model: Classifier) -> dict[str, Any]:
         },
         "pretrained_cfg": {
             "input_size": [model.in_chans, height, width], "fixed_input_size": True, "interpolation": "bicubic",
-            "crop_pct": _crop_pct(model), "crop_mode": "squash" if _is_uncropped(model) else "center",
-            "mean": mean, "std": std, "num_classes": model.settings["nb_classes"],
+            "crop_pct": settings["crop_pct"], "crop_mode": "squash" if _is_uncropped(model) else "center",
+            "mean": settings["mean"], "std": settings["std"], "num_classes": model.settings["nb_classes"],
             "first_conv": "patch_embed.proj", "classifier": "head", **labels,
         },
     }  # fmt: skip
@@ -249,7 +242,7 @@ def write_mmpretrain(model: Model, out: Path) -> None:
 
 def mmpretrain_config(model: Autoencoder | Classifier) -> dict[str, Any]:
     """Returns the `model` of a configuration of mmpretrain. It describes the model and its normalization in full."""
-    mean, std = _statistics(model)
+    settings = settings_of(model)
     block: Any = model.blocks[0]
     width = model.pos_embed.shape[-1]
     norm = {"type": "LN", "eps": block.norm1.eps}
@@ -262,7 +255,7 @@ def mmpretrain_config(model: Autoencoder | Classifier) -> dict[str, Any]:
     }  # fmt: skip
     # mmpretrain reverses the channels of the BGR images that OpenCV decodes.
     config: dict[str, Any] = {"data_preprocessor": {
-        "mean": [255 * value for value in mean], "std": [255 * value for value in std], "to_rgb": model.in_chans == 3,
+        **{name: [255 * value for value in settings[name]] for name in ("mean", "std")}, "to_rgb": model.in_chans == 3,
     }}  # fmt: skip
     if isinstance(model, Autoencoder):
         decoder: Any = model.decoder_blocks
@@ -294,7 +287,7 @@ def mmpretrain_config(model: Autoencoder | Classifier) -> dict[str, Any]:
 def write_transformers(model: Model, out: Path) -> None:
     """Writes a folder with weights, config.json, and preprocessor_config.json for the preprocessing of the model."""
     transformers = _library("transformers")
-    settings = model.settings
+    settings, used = model.settings, settings_of(model)
     block: Any = model.blocks[0]
     # Its processors scale the short side of a picture to a fixed length. Its decoder interpolates positions in one
     # dimension.
@@ -337,8 +330,7 @@ def write_transformers(model: Model, out: Path) -> None:
     if model.in_chans not in (1, 3):
         logger.info(f"the image processors of transformers read images of 1 or 3 channels, and this model has "
                     f"{model.in_chans}: give the model normalized tensors (B, c, H, W)")  # fmt: skip
-    mean, std = _statistics(model)
-    edge = int(side / _crop_pct(model))
+    edge = int(side / used["crop_pct"])
     if (edge - side) % 4 == 3:  # transformers rounds half of the difference down, torchvision to an even number
         logger.info(f"transformers scales images to {edge} pixels, and its center crop of {side} pixels begins one "
                     f"pixel before that of this library, which matters for small images")  # fmt: skip
@@ -346,7 +338,7 @@ def write_transformers(model: Model, out: Path) -> None:
     transformers.ViTImageProcessor(
         size=square if _is_uncropped(model) else {"shortest_edge": edge}, resample=foreign_settings.BICUBIC,
         do_center_crop=not _is_uncropped(model), crop_size=square, do_convert_rgb=model.in_chans == 3,
-        image_mean=mean, image_std=std,
+        image_mean=used["mean"], image_std=used["std"],
     ).save_pretrained(out)  # fmt: skip
 
 
@@ -423,27 +415,23 @@ class Graph(nn.Module):
         return self.model(images, self.model.settings["mask_ratio"], noise=noise)[1:3]
 
 
-def _graph(model: Model) -> tuple[Graph, dict[str, Tensor], list[str]]:
-    """Returns a graph, example inputs by name, and the names of the outputs."""
+def _graph(model: Model) -> tuple[Graph, dict[str, Tensor], dict[str, Any], list[str]]:
+    """Returns a graph, example inputs by name, their dynamic shapes, and the names of the outputs."""
     generator = torch.Generator().manual_seed(0)
     inputs = {"images": torch.randn(2, model.in_chans, *model.patch_embed.img_size, generator=generator)}
+    outputs = ["logits" if model.settings["nb_classes"] else "features"]
     if isinstance(model, Autoencoder):
-        inputs["noise"] = torch.rand(2, model.num_patches, generator=generator)
-        return Graph(model).eval(), inputs, ["prediction", "mask"]
-    return Graph(model).eval(), inputs, ["logits" if model.settings["nb_classes"] else "features"]
-
-
-def _dynamic(inputs: dict[str, Tensor]) -> dict[str, Any]:
+        inputs["noise"], outputs = torch.rand(2, model.num_patches, generator=generator), ["prediction", "mask"]
     batch = torch.export.Dim("batch", min=1)
-    return {name: {0: batch} for name in inputs}
+    return Graph(model).eval(), inputs, {name: {0: batch} for name in inputs}, outputs
 
 
 def write_torch_export(model: Model, out: Path) -> None:
     """Writes the graph. The extra file "settings" contains the settings as JSON."""
-    graph, inputs, _ = _graph(model)
+    graph, inputs, dynamic, _ = _graph(model)
     stream = io.BytesIO()  # torch.export.save would abort the process if the disk is full
     with torch.no_grad():
-        program = torch.export.export(graph, (), kwargs=inputs, dynamic_shapes=_dynamic(inputs))
+        program = torch.export.export(graph, (), kwargs=inputs, dynamic_shapes=dynamic)
     torch.export.save(program, stream, extra_files={"settings": json.dumps(settings_of(model))})
     out.write_bytes(stream.getbuffer())
 
@@ -465,10 +453,10 @@ def write_onnx(model: Model, out: Path) -> None:
     _library("onnxscript", "onnx")
     for name in ("onnx_ir", "onnxscript"):  # they log each change of the graph
         logging.getLogger(name).setLevel(logging.WARNING)
-    graph, inputs, outputs = _graph(model)
+    graph, inputs, dynamic, outputs = _graph(model)
     with torch.no_grad():
         program = torch.onnx.export(
-            graph, (), kwargs=inputs, dynamo=True, dynamic_shapes=_dynamic(inputs), input_names=list(inputs),
+            graph, (), kwargs=inputs, dynamo=True, dynamic_shapes=dynamic, input_names=list(inputs),
             output_names=outputs, custom_translation_table={torch.ops.aten.sort.stable: _onnx_sort}, verbose=False,
         )  # fmt: skip
         assert program
