@@ -216,8 +216,7 @@ class Saver(NullSaver):
         try:
             logger.info(f"saved {writing.result()}")
         except OSError as error:
-            if dist.is_main():  # the error is the same in all processes of a sharded run
-                logger.warning(f"{error}. {otherwise}")
+            logger.warning(f"{error}. {otherwise}")
             self.next_save = time.monotonic() + RETRY_SECONDS
 
     def _settle(self) -> Path | None:
