@@ -9,9 +9,10 @@ import torch
 from util.data.loader import EpochBatches
 from util.interrupts import Interrupted, Interrupts
 from util.training import loop
+from util.training.meters import Meters
 from util.training.nonfinite import MAX_SKIPS_IN_A_ROW
 from util.training.precision import Precision
-from util.training.run_log import Meters, NullLog
+from util.training.run_log import NullLog
 from util.training.saver import NullSaver, Request
 
 

@@ -13,9 +13,10 @@ from torch.optim import Optimizer
 from util import dist
 from util.data.loader import FeatureBatches, TrainLoader
 from util.interrupts import Interrupted
+from util.training.meters import Meters, Stopwatch
 from util.training.nonfinite import NonFiniteGuard, NonFiniteLoss
 from util.training.precision import Precision, require_found_inf
-from util.training.run_log import Meters, NullLog, Stopwatch
+from util.training.run_log import NullLog
 from util.training.saver import NullSaver, Request
 
 Loader = TrainLoader | FeatureBatches

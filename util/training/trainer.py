@@ -19,6 +19,7 @@ from util.settings import RunSpec
 from util.training import run_log
 from util.training.compiling import compile_model
 from util.training.loop import Callback, EpochOptions, Loader
+from util.training.meters import Meters
 from util.training.nonfinite import NonFiniteGuard
 from util.training.precision import Precision, require_found_inf
 from util.training.saver import open_saver
@@ -187,7 +188,7 @@ def _train_epochs(
 ) -> None:
     saver, log = options.saver, options.log
     for epoch in range(progress.epoch, spec.epochs):
-        meters = run_log.Meters(**progress.meters)
+        meters = Meters(**progress.meters)
         train(replace(options, epoch=epoch, first_iteration=progress.first_iteration, meters=meters))
         try:
             progress.next_epoch()
