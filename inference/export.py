@@ -40,7 +40,7 @@ from util.files import atomic
 from util.settings import REBUILDS, ModelSpec, names_where
 from util.training.run_log import start_logging
 from util.weights import conversion, foreign_settings
-from util.weights.loading import SETTINGS
+from util.weights.reading import SETTINGS
 
 logger = logging.getLogger(__name__)
 
