@@ -3,7 +3,6 @@
 import logging
 import math
 from collections.abc import Iterable, Sequence, Set
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,10 @@ from util.checkpoints.checkpoint import CheckpointError
 from util.cli import advice
 from util.cli.choices import default_crop_pct, published_crop_pct
 from util.data.transforms import channel_statistics
-from util.pos_embed import Size, interpolate_pos_embed, to_pair
+from util.pos_embed import Size, interpolate_pos_embed
 from util.weights import model_zoo, shapes
 from util.weights.model_zoo import CLASSIFIER, SEGMENTER
-from util.weights.reading import Weights, read, some
+from util.weights.reading import Weights, read, some, warn_once
 
 logger = logging.getLogger(__name__)
 
@@ -92,19 +91,14 @@ def load_encoder(
         for key, value in _known(file, model).items()
         if not key.startswith("decoder_") and key != "mask_token" and not (pooled and key.startswith("norm."))
     }
-    head = {key for key in weights if key.startswith("head.")}
+    head, own = ({key for key in tensors if key.startswith("head.")} for tensors in (weights, ours))
     same = classes is None or file.settings.get("classes") in (None, list(classes))
-    fits = (
-        bool(head)
-        and same
-        and head == {k for k in ours if k.startswith("head.")}
-        and not _reshaped(weights, ours) & head
-    )
+    fits = bool(head) and same and head == own and not _reshaped(weights, ours) & head
     if not fits:
         weights = {key: value for key, value in weights.items() if key not in head}
     _adapt_input(file, weights, model, adapt_input)
     _fit_positions(file, weights, model)
-    may_lack = {"fc_norm.weight", "fc_norm.bias"} | {key for key in ours if key.startswith("head.")}
+    may_lack = {"fc_norm.weight", "fc_norm.bias", *own}
     if adapt_input == "skip":
         may_lack |= {key for key in ours if key.startswith("patch_embed.")}
     _require(file, model, weights, may_lack)
@@ -123,9 +117,10 @@ def read_classifier(name: Path | str, kind: str = CLASSIFIER) -> Weights:
     _require_one_head(file)
     if file.kind != kind:
         article = "an" if file.kind.startswith("e") else "a"
-        head, example = "classification", "a fine-tuned file, such as mae_finetuned_vit_base"
-        if kind == SEGMENTER:
-            head, example = "segmentation", "a checkpoint of main_segment.py"
+        head, example = {
+            CLASSIFIER: ("classification", "a fine-tuned file, such as mae_finetuned_vit_base"),
+            SEGMENTER: ("segmentation", "a checkpoint of main_segment.py"),
+        }[kind]
         raise CheckpointError(
             f"{name} contains {article} {file.kind}, which has no {head} head: train a head (--finetune), or give "
             f"{example}"
@@ -179,14 +174,9 @@ def crop_pct_of_earlier_version(file: Weights, input_size: Size) -> float | None
     """
     if file.kind not in (CLASSIFIER, SEGMENTER) or file.settings.get("crop_pct") is not None:
         return None
-    return _published_crop_pct(file.source, *to_pair(input_size))
-
-
-@cache
-def _published_crop_pct(source: str, height: int, width: int) -> float:
-    crop_pct = published_crop_pct((height, width))
-    if crop_pct != default_crop_pct((height, width)):
-        logger.warning(f"{source} records no crop ratio, and {crop_pct} is used, the default of its time")
+    crop_pct = published_crop_pct(input_size)
+    if crop_pct != default_crop_pct(input_size):
+        warn_once(f"{file.source} records no crop ratio, and {crop_pct} is used, the default of its time")
     return crop_pct
 
 

@@ -125,7 +125,11 @@ def read(name: Path | str) -> Weights:
     _check_settings(path, settings)
     checkpoint.require_finite(tensors, str(name), "its run diverged, or the file is damaged; give another file")
     if records_nothing and path == Path(name):  # the settings of published files are known
-        _report_assumptions(path)
+        warn_once(
+            f"{path} records no settings. Assumed are: as many attention heads as the model of this size has, GELU, "
+            f"LayerNorm eps 1e-6, a head on the mean of the patches if there is an fc_norm, else on the class token, "
+            f"RGB images with ImageNet's mean and std. A folder with {CONFIG} records them"
+        )
     return Weights(tensors, settings, _kind(tensors, settings), str(name))
 
 
@@ -148,13 +152,9 @@ def _in_rgb(tensors: dict[str, Tensor], settings: dict[str, Any]) -> tuple[dict[
 
 
 @cache  # some scripts read a file twice
-def _report_assumptions(path: Path) -> None:
-    """Warns of what the tensors of a file without settings do not show."""
-    logger.warning(
-        f"{path} records no settings. Assumed are: as many attention heads as the model of this size has, GELU, "
-        f"LayerNorm eps 1e-6, a head on the mean of the patches if there is an fc_norm, else on the class token, "
-        f"RGB images with ImageNet's mean and std. A folder with {CONFIG} records them"
-    )
+def warn_once(message: str) -> None:
+    """Logs a warning, unless it was logged before."""
+    logger.warning(message)
 
 
 def _check_settings(path: Path, settings: dict[str, Any]) -> None:
