@@ -144,16 +144,15 @@ class ModelMixin(PyTorchModelHubMixin):
                 f"with main_finetune.py or main_linprobe.py"
             )
         scores = self(self.prepare(images)).float().softmax(dim=1).cpu()  # type: ignore[operator]
-        predictions = [self._prediction(row, topk) for row in scores]
+        best = scores.topk(min(topk, scores.shape[1]))
+        predictions = []
+        for row, labels, shares in zip(scores, best.indices.tolist(), best.values.tolist(), strict=True):
+            names = [self.classes[label] if self.classes else f"class {label}" for label in labels]
+            predictions.append({
+                "pred_label": labels[0], "pred_class": names[0], "pred_score": shares[0], "pred_scores": row.numpy(),
+                "top": list(zip(names, shares, strict=True)),
+            })  # fmt: skip
         return predictions if _are_several(images) else predictions[0]
-
-    def _prediction(self, scores: Tensor, topk: int) -> dict[str, Any]:
-        best = scores.topk(min(topk, len(scores)))
-        names = [self.classes[label] if self.classes else f"class {label}" for label in best.indices.tolist()]
-        top = list(zip(names, best.values.tolist(), strict=True))
-        label = int(best.indices[0])
-        return {"pred_label": label, "pred_class": names[0], "pred_score": top[0][1], "pred_scores": scores.numpy(),
-                "top": top}  # fmt: skip
 
     def extract_feat(self, images: Images, pool: str | None = None) -> Tensor:
         """Computes features of images. No patch is masked.

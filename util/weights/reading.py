@@ -171,7 +171,10 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the tensors of a file, under its own names, and the settings that it records."""
     if path.suffix == ".safetensors":
         try:
-            _check_header(path)
+            with open_file(path) as header:  # of a regular file only
+                size = int.from_bytes(header.read(8), "little")
+            if size > MAX_HEADER:
+                raise ValueError(f"its header has {size:,} bytes, and at most {MAX_HEADER:,} are read")
             with safetensors.safe_open(path, "pt") as file:
                 settings = json.loads((file.metadata() or {}).get(SETTINGS, "{}"))
                 if not isinstance(settings, dict):
@@ -197,14 +200,6 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return tensors, {**settings, **({BARE: True} if is_bare else {})}
 
 
-def _check_header(path: Path) -> None:
-    """Raises OSError or ValueError for a .safetensors file that is not regular or has a very large header."""
-    with open_file(path) as file:
-        size = int.from_bytes(file.read(8), "little")
-    if size > MAX_HEADER:
-        raise ValueError(f"its header has {size:,} bytes, and at most {MAX_HEADER:,} are read")
-
-
 def _read_folder(path: Path, file: Path | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
     """Like `_read_file`, for a folder of transformers, of timm, of `save_pretrained` here, or of a sharded run.
 
@@ -222,7 +217,7 @@ def _read_folder(path: Path, file: Path | None = None) -> tuple[dict[str, Any], 
         raise CheckpointError(f"{path} is a folder without model.safetensors or pytorch_model.bin; give a file")
     try:
         indices = [file] if file.suffix == ".json" else [other for other in present if other.suffix == ".json"]
-        splits = (_shards(index) for index in indices)
+        splits = (sorted(set(json.loads(read_file(index))["weight_map"].values())) for index in indices)
         parts = next((parts for parts in splits if file in indices or file.name in parts), [file.name])
         files = [path / Path(name).name for name in parts]
         recorded = foreign_settings.read_folder(path)
@@ -235,11 +230,6 @@ def _read_folder(path: Path, file: Path | None = None) -> tuple[dict[str, Any], 
         tensors, own = _read_file(file)
         content, recorded = content | tensors, recorded | {name: own[name] for name in own.keys() - {BARE}}
     return content, recorded
-
-
-def _shards(index: Path) -> list[str]:
-    """Returns the file names of a model that transformers split into several files."""
-    return sorted(set(json.loads(read_file(index))["weight_map"].values()))
 
 
 def _kind(tensors: dict[str, Tensor], settings: Mapping[str, Any]) -> str:
