@@ -58,6 +58,20 @@ def to_bytes(colors: Tensor) -> np.ndarray:
     return (255 * colors.permute(1, 2, 0).numpy()).round().astype(np.uint8)
 
 
+def settings_of(model: Model) -> dict[str, Any]:
+    """Returns the settings that rebuild a model and its preprocessing, including the defaults that it uses."""
+    mean, std = transforms.channel_statistics(model.in_chans, model.settings.get("mean"), model.settings.get("std"))
+    default = model.settings.get("crop_pct") or transforms.default_crop_pct(model.settings["input_size"])
+    names = [name for name in REBUILDS if model.settings.get(name) is not None]
+    used = {"mean": mean, "std": std, "crop_pct": 1.0 if is_uncropped(model) else default}
+    return {**{name: model.settings[name] for name in names}, **used}
+
+
+def is_uncropped(model: Model) -> bool:
+    """Whether the input is the whole picture, scaled to its size."""
+    return model.settings.get("crop") == transforms.NO_CROP
+
+
 def list_models(pattern: str = "*") -> list[str]:
     """Lists the names that `get_model` accepts: architectures and published weights, including unreleased weights.
 
