@@ -75,28 +75,25 @@ class Evaluation(NamedTuple):
         """Top-1 accuracy in percent."""
         return 100 * float((self.labels == self.predictions).mean())
 
-    @property
-    def acc_top(self) -> float | None:
-        """Top-5 accuracy in percent (TOP); None with fewer classes."""
-        return None if self.num_in_top is None else 100 * self.num_in_top / len(self.labels)
+    def scores(self) -> dict[str, float]:
+        """Returns the accuracies in percent, and the loss.
 
-    @property
-    def balanced_acc(self) -> float | None:
-        """Balanced accuracy in percent; None unless the classes are imbalanced."""
+        There is a top-5 accuracy (TOP) if there are as many classes, and a balanced accuracy of imbalanced classes.
+        """
         right = np.bincount(self.labels, self.labels == self.predictions)
-        return labels.balanced_accuracy(right, np.bincount(self.labels))
+        top = None if self.num_in_top is None else 100 * self.num_in_top / len(self.labels)
+        balanced = labels.balanced_accuracy(right, np.bincount(self.labels))
+        scores = {"acc1": self.acc1, f"acc{TOP}": top, "balanced_acc": balanced, "loss": self.loss}
+        return {name: score for name, score in scores.items() if score is not None}
 
     def stats(self) -> dict[str, float]:
         """Returns the entries of log.txt."""
-        top = {} if self.acc_top is None else {f"test_acc{TOP}": self.acc_top}
-        balanced = {} if self.balanced_acc is None else {"test_balanced_acc": self.balanced_acc}
-        return {"test_acc1": self.acc1, **top, **balanced, "test_loss": self.loss}
+        return {f"test_{name}": score for name, score in self.scores().items()}
 
     def __str__(self) -> str:
         """Formats the scores like the published code."""
-        top = "" if self.acc_top is None else f" Acc@{TOP} {self.acc_top:.3f}"
-        balanced = "" if self.balanced_acc is None else f" balanced accuracy {self.balanced_acc:.3f}"
-        return f"* Acc@1 {self.acc1:.3f}{top}{balanced} loss {self.loss:.3f}"
+        names = {"acc1": "Acc@1", f"acc{TOP}": f"Acc@{TOP}", "balanced_acc": "balanced accuracy", "loss": "loss"}
+        return f"* {' '.join(f'{names[name]} {score:.3f}' for name, score in self.scores().items())}"
 
 
 @torch.inference_mode()
@@ -203,7 +200,7 @@ def _with_settings_of(file: Weights, args: Namespace, recorded: Mapping[str, Any
         for name, value in taken.items()
         if settings.differs(name, value, default.get(name) if getattr(args, name) is None else getattr(args, name))
     }
-    if changed and dist.is_main():
+    if changed:
         logger.info(f"settings of {file.source}: {' '.join(advice.arguments(changed))}")
     args = entry_point.changed(args, taken)
     if not trains and "crop_pct" in args and args.crop_pct is None:
@@ -217,7 +214,7 @@ def warn_of_changes(source: str, args: Namespace, names: Iterable[str], recorded
     """Logs a warning for each explicit flag among `names` that differs from the recorded setting of a file."""
     for name in sorted(entry_point.explicit(args) & recorded.keys() & set(names)):
         current, value = getattr(args, name), recorded[name]
-        if settings.differs(name, current, value) and dist.is_main():
+        if settings.differs(name, current, value):
             used, recorded_flag = (" ".join(advice.arguments({name: setting})) for setting in (current, value))
             origin = f"with {recorded_flag}" if recorded_flag else f"without --{name}"
             logger.warning(f"{used} is used, and {source} was made {origin}")
@@ -250,7 +247,7 @@ def load_frozen(model: nn.Module, file: Weights | None, adapt_input: str, classe
     """Loads the encoder of a file, as `loading.load_encoder` does. Without a file, it logs a warning."""
     if file:
         loading.load_encoder(model, file, adapt_input, classes)
-    elif dist.is_main():
+    else:
         logger.warning("no --finetune: the features are from an untrained encoder with random weights")
 
 

@@ -18,21 +18,17 @@ An attentive probe (Psomas et al. 2025), with an effective batch size of 4096:
 """
 
 import argparse
-import copy
 import logging
-import math
 import shutil
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import models_build
 import models_vit
@@ -46,6 +42,7 @@ from engine_finetune import (
     train_one_epoch,
     with_recorded_settings,
 )
+from engine_linprobe import HeadLosses, accuracies_of, make_heads, report_best_rate
 from models_vit import VisionTransformer
 from util import dist
 from util.checkpoints import checkpoint, run_directory
@@ -54,9 +51,8 @@ from util.cli.choices import ATTENTIVE
 from util.data import labels, loader, transforms
 from util.data.run_data import RunData
 from util.data.sources import Source, versions
-from util.lars import LARS
 from util.settings import DataSpec, ImageSpec, RunSpec, names_where, specs
-from util.training import feature_files, loop, run_log, trainer
+from util.training import feature_files, run_log, trainer
 from util.training.precision import Precision
 from util.weights import loading
 from util.weights.loading import Weights
@@ -265,121 +261,11 @@ def encoder_state(model: nn.Module) -> dict[str, Tensor]:
     return checkpoint.snapshot(tensors)
 
 
-def make_heads(model: nn.Module, blrs: Sequence[float], weight_decay: float) -> tuple[list[nn.Module], LARS]:
-    """Returns a copy of the head for each learning rate, and the optimizer of all heads.
-
-    Of several heads, a gradient that is infinite or not a number counts as zero, so that the others train on. The
-    momentum of earlier updates still changes the head.
-    """
-    head = model.get_submodule("head")
-    heads = [head, *(copy.deepcopy(head) for _ in blrs[1:])]
-    for parameter in (parameter for own in heads for parameter in own.parameters() if len(heads) > 1):
-        parameter.register_hook(lambda gradient: torch.where(gradient.isfinite().all(), gradient, 0.0))
-    groups = [
-        {"params": list(own.parameters()), "lr_scale": blr / max(blrs)} for own, blr in zip(heads, blrs, strict=True)
-    ]
-    return heads, LARS(groups, weight_decay=weight_decay)
-
-
-@torch.inference_mode()
-def accuracies_of(heads: Sequence[nn.Module], batches: Iterable[list[Tensor]], precision: Precision) -> list[float]:
-    """Returns the top-1 accuracy of each head in percent, in one pass over batches of features of this process."""
-    counts = np.zeros(1 + len(heads), dtype=int)  # the images, and the correct predictions of each head
-    for batch in batches:
-        features, targets, _ = loop.to_device(batch, precision.device)
-        counts[0] += len(targets)
-        for number, head in enumerate(heads, start=1):
-            with precision.autocast():
-                predictions = head.eval()(features.float()).argmax(dim=1)
-            counts[number] += int((predictions == targets).sum())
-    total, *correct = sum(dist.gather(counts)).tolist()
-    return [100 * hits / total for hits in correct]
-
-
-def report_best_rate(
-    blrs: Sequence[float], accuracies: Sequence[float], losses: Sequence[float], shares: Sequence[float], is_last: bool
-) -> dict[str, float]:
-    """Logs the rate with the best held-out accuracy, and in the last epoch a warning if it is the largest or smallest.
-
-    A warning names the rates whose loss was not finite in all batches; `shares` are those of the finite batches.
-
-    Returns:
-        The entries of log.txt: the rate, and the training loss of its head.
-    """
-    best = accuracies.index(max(accuracies))
-    loss = f", training loss {losses[best]:.4f}" if losses else ""
-    logger.info(f"best of {len(blrs)} rates: --blr {blrs[best]:g}, held-out Acc@1 {accuracies[best]:.3f}{loss}")
-    for rate, share in zip(blrs, shares, strict=False):
-        if share < 1:
-            logger.warning(f"--blr {rate:g}: {1 - share:.0%} of the updates had an infinite loss, which counts as zero")
-    for end, which, beyond in ((max(blrs), "largest", 3), (min(blrs), "smallest", 1 / 3)):
-        if is_last and blrs[best] == end:
-            rates = " ".join(f"{rate:g}" for rate in sorted([*blrs, float(f"{end * beyond:.2g}")]))
-            logger.warning(
-                f"--blr {end:g}, the {which} value, is the best; give --blr {rates} and another --output_dir"
-            )
-    return {"chosen_blr": blrs[best], **({"train_loss": losses[best]} if losses else {})}
-
-
 def write_probe(model: nn.Module, head: nn.Module, settings: dict[str, Any], epoch: int) -> None:
     """Writes probe.pth: the model with one of its heads, under the published names."""
     own = {f"head.{name}": value for name, value in head.state_dict().items()}
     state = {"model": encoder_state(model) | checkpoint.snapshot(own), "epoch": epoch, "args": settings}
     checkpoint.write(state, Path(settings["output_dir"]) / "probe.pth")
-
-
-class HeadLosses:
-    """The criterion: cross-entropy of (B, classes), or of several heads (heads, B, classes).
-
-    The gradient of several heads is that of the sum of their losses, so that each head trains independently. The value
-    is the mean over the heads with a finite loss, and NaN if there is none. As a `Callback`, it sums the losses of each
-    head over the updates of an epoch; checkpoints contain the sums.
-    """
-
-    is_optional = True  # checkpoints of earlier versions do not have the sums, and resume without them
-
-    def __init__(self) -> None:
-        self.epoch = self.batches = 0
-        self.sums: Tensor | None = None  # (2, heads): finite losses, and number of them; means over the processes
-        self.of_update: list[Tensor] = []  # the same of each batch since the last update
-
-    def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
-        if logits.ndim == 2:
-            return F.cross_entropy(logits, targets)
-        losses = torch.stack([F.cross_entropy(own, targets) for own in logits])
-        finite = losses.isfinite()
-        total = losses.where(finite, 0.0).sum()
-        batch = torch.stack([losses.detach().where(finite, 0.0), finite.to(losses.dtype)])
-        # Not after the update: if another process has ended, this raises an error before the weights change.
-        self.of_update.append(dist.mean_over_processes(batch))
-        return total - total.detach() + total.detach() / finite.sum()
-
-    def after_update(self, model: nn.Module, epoch: float) -> None:
-        """Adds the batches of an update."""
-        if self.epoch != math.ceil(epoch):
-            self.epoch, self.batches, self.sums = math.ceil(epoch), 0, None
-        for batch in self.of_update:
-            self.sums = batch if self.sums is None else self.sums.to(batch) + batch
-            self.batches += 1
-        self.of_update.clear()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns the sums of the epoch so far."""
-        return {"epoch": self.epoch, "batches": self.batches, "sums": self.sums}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores the sums."""
-        self.epoch, self.batches, self.sums = state_dict["epoch"], state_dict["batches"], state_dict["sums"]
-
-    def means(self) -> tuple[list[float], list[float]]:
-        """Returns the mean loss of each head over its finite batches of the epoch, and the share of these batches.
-
-        They are of all processes. Both are [] without batches.
-        """
-        if self.sums is None:
-            return [], []
-        losses, counts = self.sums
-        return (losses / counts).tolist(), (counts / self.batches).tolist()
 
 
 if __name__ == "__main__":

@@ -157,15 +157,14 @@ def accepts_noise(model: models_mae.MaskedAutoencoderViT, masking: str, mask_blo
 
 def log_sizes(model: models_mae.MaskedAutoencoderViT) -> None:
     """Logs width, depth and number of parameters of encoder and decoder."""
-    counts = [0, 0]
-    for name, parameter in model.named_parameters():
-        counts[name.startswith(("decoder_", "mask_token"))] += parameter.numel()
-    parts = (
-        ("encoder", model.cls_token.shape[-1], model.blocks),
-        ("decoder", model.mask_token.shape[-1], model.decoder_blocks),
-    )
-    for (part, width, blocks), count in zip(parts, counts, strict=True):
-        logger.info(f"{part}: {width} wide, {len(blocks)} deep, {count:,} parameters")
+    parts = (("encoder", model.cls_token, model.blocks), ("decoder", model.mask_token, model.decoder_blocks))
+    for part, token, blocks in parts:
+        count = sum(
+            parameter.numel()
+            for name, parameter in model.named_parameters()
+            if name.startswith(("decoder_", "mask_token")) == (part == "decoder")
+        )
+        logger.info(f"{part}: {token.shape[-1]} wide, {len(blocks)} deep, {count:,} parameters")
 
 
 if __name__ == "__main__":

@@ -99,7 +99,7 @@ def _evaluate(args: Namespace, device: torch.device) -> str:
         compile_model(model, device, freeze_weights=True)
     out = Path(args.output_dir) / args.suite
     settings = json.loads(json.dumps({  # equal to those of a file
-        "model": args.model, "weights": checkpoint.weights_digest(model),
+        "model": args.model, "weights": checkpoint.compute_digest(model.state_dict()),
         **classifier.data_config, "data_path": str(suite.root), "subset": args.subset, "amp": precision.name,
         **({"exif": True} if exif else {}),
     }))  # fmt: skip
@@ -146,9 +146,7 @@ def score(evaluation: Evaluation, cell: robustness.Cell) -> robustness_report.Sc
     if cell.answers is not None:
         correct = [answer in answers for answer, answers in zip(evaluation.predictions, cell.answers, strict=True)]
         return {"images": images, "acc1": 100 * float(np.mean(correct))}
-    assert evaluation.acc_top is not None, "there are more than five classes"
-    balanced = {} if evaluation.balanced_acc is None else {"balanced_acc": evaluation.balanced_acc}
-    return {"images": images, "acc1": evaluation.acc1, "acc5": evaluation.acc_top, **balanced}
+    return {"images": images, **{name: value for name, value in evaluation.scores().items() if name != "loss"}}
 
 
 if __name__ == "__main__":

@@ -27,7 +27,6 @@ import models_build
 import models_vit
 from engine_finetune import load_frozen, open_weights, train_one_epoch, with_recorded_settings
 from engine_segment import evaluate, pixel_loss, report_scores
-from util import dist
 from util.checkpoints import run_directory
 from util.cli import entry_point, options
 from util.data.joint_transforms import EvalTransform, TrainTransform
@@ -71,13 +70,13 @@ def main(args: Namespace) -> Scores | None:
     recorded = models_build.classifier_settings(file)
     args = with_recorded_settings(args, file, recorded, trains=not args.eval)
     settings = {**vars(args), **(pair_settings(args, file, recorded) if args.eval else pair_settings(args, None, {}))}
-    data = PairData(ImageSpec.of(settings), DataSpec.of(settings), device, settings["classes"])
-    full = EvalTransform(data.short_side)
+    data, classes = RunData(ImageSpec.of(settings), DataSpec.of(settings), device), settings["classes"]
+    full = EvalTransform(settings["short_side"])
     evaluation = partial(
         evaluate,
         normalize=data.normalize,
         precision=precision.of_evaluation(),
-        num_classes=len(data.classes),
+        num_classes=len(classes),
         window=to_pair(args.input_size),
         batch_size=args.batch_size,
     )
@@ -88,28 +87,28 @@ def main(args: Namespace) -> Scores | None:
         model.to(device)
         if args.compile:
             compile_model(model, device, freeze_weights=True)
-        scores = evaluation(model, data.eval_batches(data.open_pairs("val"), 1, transform=full))
-        report_scores(scores, data.classes, args.report)
+        scores = evaluation(model, data.eval_batches(open_split(data, "val", classes), 1, transform=full))
+        report_scores(scores, classes, args.report)
         return scores
 
     run_directory.prepare(Path(args.output_dir), args.resume)
-    train, val = data.open_pairs("train"), data.open_pairs("val")
+    train, val = open_split(data, "train", classes), open_split(data, "val", classes)
     data.suggest_statistics(train)
     model = models_build.segmenter(*specs(settings))
     if file or args.unfreeze_blocks != "all":
-        load_frozen(model, file, args.adapt_input, data.classes)
+        load_frozen(model, file, args.adapt_input, classes)
     model.to(device)
-    augment = TrainTransform(args.input_size, data.short_side, args.scale, args.hflip, data.statistics[0])
+    augment = TrainTransform(args.input_size, settings["short_side"], args.scale, args.hflip, data.statistics[0])
     batches = data.train_batches(train, augment, args.batch_size, args.accum_iter)
     groups = param_groups_lrd(model, args.weight_decay, ("pos_embed", "cls_token"), args.layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=0.0, fused=True)
     num_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    logger.info(f"{num_parameters:,} parameters to train, {len(train):,} images of {len(data.classes)} classes")
+    logger.info(f"{num_parameters:,} parameters to train, {len(train):,} images of {len(classes)} classes")
     test = data.eval_batches(val, 1, transform=full)
 
     def evaluate_epoch(epoch: int, log: run_log.NullLog) -> dict[str, Any]:
         scores = evaluation(model, test)
-        report_scores(scores, data.classes, args.report)
+        report_scores(scores, classes, args.report)
         return {**scores.stats(), "n_parameters": num_parameters}
 
     task = trainer.Task(
@@ -127,8 +126,7 @@ def with_token_norm(file: Weights | None) -> Weights | None:
     """Renames the norm of the pooled patch tokens of a classifier (`fc_norm`) to `norm`, the norm of all tokens."""
     if file is None or "fc_norm.weight" not in file.tensors:
         return file
-    if dist.is_main():
-        logger.info(f"{file.source} pools patch tokens: its norm after pooling normalizes the tokens of the head")
+    logger.info(f"{file.source} pools patch tokens: its norm after pooling normalizes the tokens of the head")
     tensors = {name.replace("fc_norm.", "norm."): value for name, value in file.tensors.items()}
     return file._replace(tensors=tensors)
 
@@ -168,36 +166,23 @@ def pair_settings(args: Namespace, file: Weights | None, recorded: Mapping[str, 
     return {"nb_classes": count, "classes": classes, "colors": colors, "short_side": short_side}
 
 
-class PairData(RunData):
-    """Images with masks and their batches.
-
-    Args:
-        classes: names of the classes.
-    """
-
-    def __init__(self, images: ImageSpec, data: DataSpec, device: torch.device, classes: list[str]) -> None:
-        super().__init__(images, data, device)
-        self.classes = classes
-        self.short_side = images.short_side or 0
-
-    def open_pairs(self, split: str) -> Pairs:
-        """Opens the images of a split and their masks. For "val", it logs the protocol, on which scores depend."""
-        images, data = self.images, self.data
-        if split == "val":
-            height, width = to_pair(images.input_size)
-            scale = f"scaled to a shorter side of {self.short_side} pixels" if self.short_side else "at their own size"
-            logger.info(f"evaluation: images {scale}, windows of {height} x {width} pixels, at the resolution of masks")
-        colors = np.reshape(images.colors, (-1, 3)).tolist() if images.colors else None
-        file_list, folders = (
-            (data.train_list, data.train_folders) if split == "train" else (data.val_list, data.val_folders)
-        )
-        pairs = open_pairs(
-            split, self.classes, MaskFormat(len(self.classes), images.reduce_zero_label, colors),
-            data_path=data.data_path, file_list=file_list, folders=folders, dataset=data.dataset,
-            download=data.download,
-        )  # fmt: skip
-        logger.info(f"{len(pairs):,} images with masks for {split}")
-        return pairs
+def open_split(run_data: RunData, split: str, classes: list[str]) -> Pairs:
+    """Opens the images of a split and their masks. For "val", it logs the protocol, on which scores depend."""
+    images, data = run_data.images, run_data.data
+    if split == "val":
+        height, width = to_pair(images.input_size)
+        scale = f"scaled to a shorter side of {images.short_side} pixels" if images.short_side else "at their own size"
+        logger.info(f"evaluation: images {scale}, windows of {height} x {width} pixels, at the resolution of masks")
+    colors = np.reshape(images.colors, (-1, 3)).tolist() if images.colors else None
+    file_list, folders = (
+        (data.train_list, data.train_folders) if split == "train" else (data.val_list, data.val_folders)
+    )
+    pairs = open_pairs(
+        split, classes, MaskFormat(len(classes), images.reduce_zero_label, colors), data_path=data.data_path,
+        file_list=file_list, folders=folders, dataset=data.dataset, download=data.download,
+    )  # fmt: skip
+    logger.info(f"{len(pairs):,} images with masks for {split}")
+    return pairs
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ def row_settings(model: Model, source: Source, args: argparse.Namespace, precisi
     of_labels = ("classes", "label_names")
     return json.loads(json.dumps({
         **{name: value for name, value in model.settings.items() if name not in of_labels},
-        "weights": checkpoint.weights_digest(model), "pool": args.pool, "precision": precision.name,
+        "weights": checkpoint.compute_digest(model.state_dict()), "pool": args.pool, "precision": precision.name,
         "folder": args.data_path, "split": args.split, "images": checkpoint.compute_digest(versions(source)),
         "fast_jpeg": args.fast_jpeg,
     }))  # fmt: skip

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from inference.model import get_model, imagenet_classes
+from inference.classes import imagenet_classes
+from inference.model import get_model
 from util.data.decode import to_pillow
 from util.data.transforms import ImageTransform, Normalize, eval_transform
 from util.evaluation.robustness import NUM_CLASSES, synsets

@@ -13,7 +13,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from inference.model import Autoencoder, ImageLike, Model, get_model
+from inference.classes import Autoencoder, ImageLike, Model
+from inference.model import get_model
 from models_mae import Reconstruction
 from util import dist, masking
 from util.cli import entry_point, flags, options

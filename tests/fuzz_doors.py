@@ -36,7 +36,7 @@ from util.data.archives import Archive
 from util.data.decode import decode
 from util.data.lists import read_list
 from util.data.webdataset_shards import read_shards
-from util.weights import loading
+from util.weights import loading, reading
 
 
 class Door(NamedTuple):
@@ -273,7 +273,7 @@ def _mutate_weights(seeds: list[dict[str, Any]], generator: random.Random) -> di
     settings = seed.get("settings", {})
     if how == "content":
         settings = mutations.nested(settings, generator)
-    metadata = {loading.SETTINGS: json.dumps(settings)} if "settings" in seed else None
+    metadata = {reading.SETTINGS: json.dumps(settings)} if "settings" in seed else None
     data = safetensors.torch.save({name: tensor.contiguous() for name, tensor in seed["safetensors"].items()}, metadata)
     if how == "header":
         size = int.from_bytes(data[:8], "little")

@@ -18,7 +18,7 @@ from mains import parse
 from PIL import Image
 
 import hubconf
-from inference import export, get_model
+from inference import export, get_model, graphs
 from inference.model import ARCHITECTURES, Autoencoder, Classifier
 from models_build import probe_head
 from util.checkpoints import checkpoint
@@ -345,7 +345,7 @@ def test_torch_export(kind, imgs, tmp_path, request):
 
 
 def test_an_onnx_file_with_wrong_outputs_is_not_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "CLOSE", -1.0)
+    monkeypatch.setattr(graphs, "CLOSE", -1.0)
     with pytest.raises(ValueError, match="outputs"):
         export.export(get_model("vit_mini_patch4", nb_classes=2, input_size=8), "onnx", tmp_path / "m.onnx")
     assert list(tmp_path.iterdir()) == []

@@ -13,7 +13,8 @@ import models_build
 import models_mae
 import models_vit
 from inference import export, features, get_model, inference_model, list_models
-from inference.model import Autoencoder, Classifier, _of_row, _settings, imagenet_classes
+from inference.classes import imagenet_classes
+from inference.model import Autoencoder, Classifier, _of_row, _settings
 from util.checkpoints import checkpoint
 from util.checkpoints.checkpoint import CheckpointError
 from util.cli import entry_point

@@ -9,8 +9,10 @@ import torch
 from util.data.loader import EpochBatches
 from util.interrupts import Interrupted, Interrupts
 from util.training import loop
+from util.training.meters import Meters
+from util.training.nonfinite import MAX_SKIPS_IN_A_ROW
 from util.training.precision import Precision
-from util.training.run_log import Meters, NullLog
+from util.training.run_log import NullLog
 from util.training.saver import NullSaver, Request
 
 
@@ -315,9 +317,9 @@ def test_too_many_skipped_updates_are_an_error():
 
 def test_persistent_overflow_under_fp16_is_an_error():
     guard = loop.NonFiniteGuard("abort", overflow_is_normal=True)
-    assert all(guard.accepts(1.0, math.inf) for _ in range(loop.MAX_SKIPS_IN_A_ROW - 1))
+    assert all(guard.accepts(1.0, math.inf) for _ in range(MAX_SKIPS_IN_A_ROW - 1))
     assert guard.accepts(1.0, 2.0)
-    assert all(guard.accepts(1.0, math.inf) for _ in range(loop.MAX_SKIPS_IN_A_ROW - 1))
+    assert all(guard.accepts(1.0, math.inf) for _ in range(MAX_SKIPS_IN_A_ROW - 1))
     assert not guard.accepts(1.0, math.inf)
     assert not loop.NonFiniteGuard("abort", overflow_is_normal=True).accepts(math.nan, 1.0)
     assert not loop.NonFiniteGuard("abort").accepts(1.0, math.inf)

@@ -25,6 +25,7 @@ from models_mae import mae_vit_mini_patch4
 from util.checkpoints import checkpoint
 from util.checkpoints.checkpoint import CheckpointError
 from util.data.joint_transforms import EvalTransform
+from util.data.run_data import RunData
 from util.evaluation.segmentation import Scores
 from util.settings import DataSpec, ImageSpec, specs
 from util.training import loop
@@ -248,13 +249,13 @@ def test_a_model_of_pixels_has_perfect_scores(scenes, monkeypatch):
     args = parse(main_segment, data_path=scenes, nb_classes=3, input_size=16, short_side=0, num_workers=0)
     settings = {**vars(args), **main_segment.pair_settings(args, None, {})}
     device = torch.device("cpu")
-    data = main_segment.PairData(ImageSpec.of(settings), DataSpec.of(settings), device, settings["classes"])
+    data = RunData(ImageSpec.of(settings), DataSpec.of(settings), device)
 
     class Pixels(torch.nn.Module):
         def forward(self, windows):
             return 50 * windows
 
-    val = data.open_pairs("val")
+    val = main_segment.open_split(data, "val", settings["classes"])
     files = [f"{scenes}/images/validation/{number:02}.jpg" for number in range(5)]
     for number, file in enumerate(files):
         classes = torch.where(val[number][1] == 255, 0, val[number][1]).long()

@@ -24,7 +24,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from util import dist
 from util.training import log_files, run_log, trainer
-from util.training.run_log import Meters, RunLog, Stopwatch, start_logging
+from util.training.meters import Meters, Stopwatch
+from util.training.run_log import RunLog, start_logging
 
 
 def test_meters_are_means_over_updates():
@@ -62,7 +63,8 @@ START = """
 import os, signal, sys
 from pathlib import Path
 import numpy as np
-from util.training.run_log import RunLog, Stopwatch, next_x
+from util.training.meters import Stopwatch
+from util.training.run_log import RunLog, next_x
 value, first, done, last = map(int, sys.argv[1:])
 log = RunLog(Path("."), Path("."), 9, first, next_x(first, done, 10))
 for epoch in range(first, last):
@@ -180,7 +182,8 @@ def test_progress_is_a_bar_on_a_terminal(tmp_path):
     code = """
 import time
 from pathlib import Path
-from util.training.run_log import RunLog, Stopwatch
+from util.training.meters import Stopwatch
+from util.training.run_log import RunLog
 log = RunLog(Path("."), Path("."), epochs=3)
 log.begin_epoch(0, 0, num_iterations=4, images_per_iteration=16, watch=Stopwatch())
 for step in range(1, 5):

@@ -36,17 +36,16 @@ def choose_device(name: str) -> torch.device:
     Raises:
         ValueError: the name is unknown, or this machine does not have the device.
     """
+    exists = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = next(kind for kind in exists if exists[kind])
     kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda", "mps") or (index and not index.isdecimal()):
+    if kind not in exists or (index and not index.isdecimal()):
         raise ValueError(f"--device {name}: give auto, cpu, cuda, cuda:N or mps")
-    if kind == "mps" and not torch.backends.mps.is_available():
-        raise ValueError(f"--device {name}: PyTorch finds no MPS device; give --device cpu or auto")
+    if not exists[kind]:
+        raise ValueError(f"--device {name}: PyTorch finds no {kind.upper()} device; give --device cpu or auto")
     if kind != "cuda":
         return torch.device(kind)
-    if not torch.cuda.is_available():
-        raise ValueError(f"--device {name}: PyTorch finds no CUDA device; give --device cpu or auto")
     number, count = int(index or _launched("LOCAL_RANK", 0)), torch.cuda.device_count()
     if not index and _has_own_gpus():
         number %= count
@@ -334,8 +333,7 @@ def from_rank_0(compute: Callable[[], T], *types: type) -> T:
 
 def new_host_group() -> td.ProcessGroup | None:
     """Creates another group of all processes, for threads that communicate while training does."""
-    group = td.new_group(backend="gloo") if td.is_initialized() else None
-    return group if isinstance(group, td.ProcessGroup) else None
+    return cast(td.ProcessGroup, td.new_group(backend="gloo")) if td.is_initialized() else None
 
 
 def share_buffers(model: nn.Module) -> None:

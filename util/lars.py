@@ -55,10 +55,6 @@ class LARS(torch.optim.Optimizer):
             gradient = gradient * torch.where((weight_norm > 0) & (gradient_norm > 0), trust, 1.0)
         old = self.state[weight].setdefault("momentum", torch.zeros_like(weight))
         new = group["momentum"] * old + gradient
-        found_inf = getattr(self, "found_inf", None)
-        if found_inf is not None:
-            new, step = torch.where(found_inf > 0, old, new), torch.where(found_inf > 0, 0.0, new)
-        else:
-            step = new
-        old.copy_(new)
-        weight.sub_(group["lr"] * step)
+        is_skipped = torch.as_tensor(getattr(self, "found_inf", 0.0), device=weight.device) > 0
+        old.copy_(torch.where(is_skipped, old, new))
+        weight.sub_(group["lr"] * torch.where(is_skipped, 0.0, new))

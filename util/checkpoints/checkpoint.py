@@ -6,7 +6,6 @@ is a folder (`util.checkpoints.sharded`); `state.pth` in it has this format, wit
 """
 
 import argparse
-import contextlib
 import errno
 import hashlib
 import logging
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from util.cli.advice import AdvisedError, Remedy
 from util.files import atomic
@@ -53,7 +52,7 @@ def compute_digest(state: Any) -> str:
     def feed(value: Any) -> None:
         if isinstance(value, Tensor):
             sha.update(f"tensor {value.dtype} {tuple(value.shape)} ".encode())
-            sha.update(value.detach().contiguous().flatten().view(torch.uint8).numpy().data)
+            sha.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         elif isinstance(value, dict):
             sha.update(f"dict {len(value)} ".encode())
             for key, item in value.items():
@@ -142,11 +141,6 @@ def require_finite(tensors: Mapping[str, Any], source: str, remedy: str) -> None
         raise CheckpointError(f"{source}: NaN or infinite values in {bad[0]}{more}: {remedy}")
 
 
-def weights_digest(model: nn.Module) -> str:
-    """Returns the digest of the weights of a model on any device."""
-    return compute_digest(snapshot(dict(model.state_dict())))
-
-
 def snapshot(value: Any) -> Any:
     """Copies a nested state to the host. Later changes of the state do not affect the copy."""
     if isinstance(value, Tensor):
@@ -178,12 +172,8 @@ def read(path: Path | str) -> dict[str, Any]:
 
 def refuse_run_directory(path: Path) -> None:
     """Raises CheckpointError if a path is a run directory. The message names its newest checkpoint."""
-    readable = []
-    for file in checkpoints(path) if path.is_dir() and not (path / STATE).is_file() else []:
-        with contextlib.suppress(CheckpointError):
-            readable.append((position(file), file))
-    if readable:
-        raise CheckpointError(f"{path} is a run directory: give its newest checkpoint, {max(readable)[1]}")
+    if path.is_dir() and not (path / STATE).is_file() and (files := newest_first(path)):
+        raise CheckpointError(f"{path} is a run directory: give its newest checkpoint, {files[0]}")
 
 
 def newest_first(folder: Path) -> list[Path]:

@@ -86,14 +86,10 @@ def _require_unused(output_dir: Path, resume: str) -> None:
 
 def _later(output_dir: Path, file: Path) -> list[str]:
     """Returns the names of the checkpoints after `file`; none if the file can't be read, which ends the run later."""
-    later = []
     with contextlib.suppress(checkpoint.CheckpointError):
         position = checkpoint.position(file)
-        for path in checkpoint.checkpoints(output_dir):
-            with contextlib.suppress(checkpoint.CheckpointError):  # --resume auto skips it, too
-                if checkpoint.position(path) > position:
-                    later.append(path.name)
-    return later
+        return sorted(p.name for p in checkpoint.newest_first(output_dir) if checkpoint.position(p) > position)
+    return []
 
 
 @contextlib.contextmanager

@@ -54,7 +54,7 @@ class Progress:
         self.global_batch_size = global_batch_size
         self.epoch = start_epoch
         self.first_iteration = 0
-        self.meters: dict[str, Any] = {}  # state of `run_log.Meters`
+        self.meters: dict[str, Any] = {}  # state of `meters.Meters`
         self.best_accuracy = -1.0  # best accuracy of the epochs so far; -1: none
 
     def next_epoch(self) -> None:
@@ -66,7 +66,7 @@ class Progress:
 
         Args:
             iterations: number of iterations of the epoch whose gradients are in the weights.
-            meters: state of `run_log.Meters`, the sums of the epoch so far.
+            meters: state of `meters.Meters`, the sums of the epoch so far.
         """
         return {
             "epoch": epoch,

@@ -101,9 +101,8 @@ def _in_all(function: Callable[[], T], group: td.ProcessGroup | None) -> list[T]
         results = dist.gather((result, reason), group)
     except RuntimeError as error:  # a process ended
         raise OSError(shard_files.reason(error)) from error
-    reasons = [reason for _, reason in results if reason]
-    if reasons:
-        raise OSError(reasons[0])
+    for first in filter(None, (reason for _, reason in results)):
+        raise OSError(first)
     return [result for result, _ in results]
 
 
@@ -142,9 +141,8 @@ def read(path: Path | str) -> dict[str, Any]:
             _check(state, dist.rank(), dist.world_size())
     except CheckpointError as exception:
         error = str(exception)
-    errors = [error for error in dist.gather(error) if error]
-    if errors:
-        raise CheckpointError(errors[0])
+    for first in filter(None, dist.gather(error)):
+        raise CheckpointError(first)
     return state
 
 

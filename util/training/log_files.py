@@ -17,16 +17,16 @@ RETRY_SECONDS = 60.0  # after events could not be written
 
 
 class GrowingFile:
-    """Appends data to a file. Data that can't be written stays in memory until `flush` succeeds."""
+    """Appends data to a file. Data that can't be written stays in memory until `flush` succeeds.
+
+    Attributes:
+        pending: the data for the next `flush`, to which callers append.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.size = path.stat().st_size if path.exists() else 0
         self.pending = bytearray()
-
-    def add(self, data: bytes) -> None:
-        """Adds data for the next `flush`."""
-        self.pending += data
 
     def flush(self) -> None:
         """Writes the pending data.

@@ -1,51 +1,26 @@
 """The training loop. All engines use it, and add the loss of a batch."""
 
-import logging
-import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cache, partial
-from itertools import islice
+from functools import cache
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from util import dist
+from util.data.loader import FeatureBatches, TrainLoader
 from util.interrupts import Interrupted
+from util.training.meters import Meters, Stopwatch
+from util.training.nonfinite import NonFiniteGuard, NonFiniteLoss
 from util.training.precision import Precision, require_found_inf
-from util.training.run_log import Meters, NullLog, Stopwatch
+from util.training.run_log import NullLog
 from util.training.saver import NullSaver, Request
 
-logger = logging.getLogger(__name__)
-
+Loader = TrainLoader | FeatureBatches
 UPDATES_IN_FLIGHT = 4  # updates whose numbers are read later, so that the loop does not wait for the device
-MAX_SKIPS_IN_A_ROW = 20
-
-
-class NonFiniteLoss(ArithmeticError):
-    """A loss or gradient was infinite or not a number, and `--on_nonfinite` ends the run."""
-
-
-class Loader(Protocol):
-    """Batches of an epoch, or of the rest of one, such as `loader.TrainLoader`."""
-
-    @property
-    def images_per_iteration(self) -> int:
-        """Images in the batches of all processes together."""
-
-    def seek(self, epoch: int, first_iteration: int) -> None:
-        """Sets the epoch and the first batch of the next `iter()`."""
-
-    def seed_iteration(self, iteration: int) -> None:
-        """Seeds the random numbers of a batch as a whole, such as the numbers of mixup."""
-
-    def __len__(self) -> int:
-        """Returns the number of batches of a complete epoch."""
-
-    def __iter__(self) -> Iterator[Any]:
-        """Returns the batches from the position that `seek` set."""
 
 
 class Callback(Protocol):  # not a subclass of Stateful: isinstance checks of torch.distributed.checkpoint would fail
@@ -71,7 +46,7 @@ class EpochOptions:
     epoch: int
     schedule: Callable[[float], float]  # sets the learning rate for a fractional epoch, and returns it
     precision: Precision
-    guard: "NonFiniteGuard"  # handles updates with a loss or gradient that is not finite
+    guard: NonFiniteGuard  # handles updates with a loss or gradient that is not finite
     log: NullLog
     saver: NullSaver
     meters: Meters = field(default_factory=Meters)  # sums of the epoch; `run_epoch` adds to them
@@ -82,11 +57,7 @@ class EpochOptions:
 
 
 def run_epoch(
-    compute_loss: Callable[[Any], Tensor],
-    model: nn.Module,
-    loader: Loader,
-    optimizer: torch.optim.Optimizer,
-    options: EpochOptions,
+    compute_loss: Callable[[Any], Tensor], model: nn.Module, loader: Loader, optimizer: Optimizer, options: EpochOptions
 ) -> None:
     """Trains for an epoch, or for the rest of an epoch. It waits for the device only to save a state.
 
@@ -107,15 +78,14 @@ def run_epoch(
     num_updates, rest = divmod(num_iterations, accum_iter)
     assert not rest, "an epoch is a whole number of updates"
     updates = options.first_iteration // accum_iter  # completed optimizer steps of this epoch
-    in_optimizer_step = False  # the weights are between two updates
+    in_optimizer_step = False
     buffers: list[Tensor] = []  # copies from before the update: a forward pass changes the statistics of batch norm
     stopwatch, pending = Stopwatch(), PendingUpdates(options)
     zero = torch.zeros((), device=precision.device)
     model.train()
 
     def save(alone: bool = False) -> None:
-        pending.log()  # a resumed run does not log the updates of the saved state again
-        saver.save(epoch, updates * accum_iter, pending.meters_with_all().state_dict(), alone)
+        saver.save(epoch, updates * accum_iter, pending.drain(), alone)
 
     try:
         loader.seek(epoch, options.first_iteration)
@@ -132,21 +102,20 @@ def run_epoch(
                 continue
             request = saver.request()
             mean_loss_and_requests = share_requests(loss, request)
-            in_optimizer_step = True
+            in_optimizer_step = True  # the weights are between two updates
             grad_norm = precision.step(optimizer, options.clip_grad)
             _restore_buffers(model, buffers, ~(grad_norm + mean_loss_and_requests[0]).isfinite())
             options.after_update(epoch + (updates + 1) / num_updates)
-            pending.push(Update(iteration + 1, lr), torch.cat([grad_norm[None], mean_loss_and_requests]))
+            pending.push(iteration + 1, lr, torch.cat([grad_norm[None], mean_loss_and_requests]))
             updates, in_optimizer_step, buffers = updates + 1, False, []
-            shared_request = pending.read(UPDATES_IN_FLIGHT, iteration + 1)
-            if dist.world_size() == 1:
-                shared_request = request  # without the delay
+            is_heard = request and dist.world_size() == 1  # without the delay
+            shared_request = pending.read(0 if is_heard else UPDATES_IN_FLIGHT, iteration + 1)
             if shared_request:
                 save()
             if shared_request is Request.STOP:
                 saver.stop()
         stopwatch.stop()
-        if pending.read(0, num_iterations) and dist.world_size() > 1:
+        if pending.read(0, num_iterations):
             save()
     except (NonFiniteLoss, Interrupted):  # the state is saved
         raise
@@ -246,120 +215,60 @@ def prefetch(batches: Iterator[list[Tensor]], device: torch.device) -> Iterator[
         yield next_batch()
 
 
-@dataclass(frozen=True)
-class Update:
-    """An update whose loss and gradient norm are being copied to the host."""
-
-    iterations: int  # number of iterations of the epoch, up to the end of this update
-    lr: float
-
-
 class PendingUpdates:
     """Losses, gradient norms and requests that are copied from the device and read some updates later."""
 
     def __init__(self, options: EpochOptions) -> None:
         self.options = options
-        self.meters = options.meters
-        self.num_logged = 0  # of the oldest updates in the queue
-        self.queue: deque[tuple[Update, Tensor, torch.cuda.Event | None]] = deque()
+        self.queue: deque[tuple[int, float, Tensor, torch.cuda.Event | None]] = deque()
 
-    def push(self, update: Update, values: Tensor) -> None:
-        """Starts the copy of the gradient norm, the loss and the requests of an update."""
+    def push(self, iterations: int, lr: float, values: Tensor) -> None:
+        """Starts the copy of the gradient norm, the loss and the requests of an update to the host.
+
+        Args:
+            iterations: number of iterations of the epoch, up to the end of the update.
+        """
         copied = None
         if values.is_cuda:
             values = torch.empty(len(values), pin_memory=True).copy_(values, non_blocking=True)
             copied = torch.cuda.Event()
             copied.record()
-        self.queue.append((update, values, copied))
+        self.queue.append((iterations, lr, values, copied))
 
     def read(self, max_pending: int, iterations: int) -> Request:
         """Logs the oldest updates until `max_pending` remain, and returns the greatest request among them.
+
+        If there is a request, no update remains, so that the guard has seen all updates of a state that is saved.
 
         Args:
             iterations: number of iterations of the epoch whose gradients are in the weights.
         """
         shared_request = Request.NONE
-        while len(self.queue) > max_pending:
-            update, values, copied = self.queue.popleft()
-            grad_norm, loss, *shares = _numbers(values, copied)
+        while len(self.queue) > (0 if shared_request else max_pending):
+            batch, lr = self.queue[0][0] - 1, self.queue[0][1]
+            grad_norm, loss, *shares = self._pop()
             shared_request = max(shared_request, *(request for request in Request if shares[request] > 0))
-            self.meters.add(loss, grad_norm, update.lr)
-            if not self.num_logged:
-                self.options.log.update(update.iterations, update.lr, loss, grad_norm)
-            self.num_logged = max(0, self.num_logged - 1)
             if not self.options.guard.accepts(loss, grad_norm):
-                place = f"epoch {self.options.epoch}, batch {update.iterations - 1}"
-                what = f"{place}: loss {loss}, gradient norm {grad_norm}, lr {update.lr:.3g}"
-                self.options.guard.react(what, partial(self._save_emergency, iterations))
+                place = f"epoch {self.options.epoch}, batch {batch}"
+                what = f"{place}: loss {loss}, gradient norm {grad_norm}, lr {lr:.3g}"
+                self.options.guard.react(what, lambda: self._save_emergency(iterations))
         return shared_request
 
-    def log(self) -> None:
-        """Logs all pending updates, which remain in the queue, and writes the log."""
-        for update, values, copied in islice(self.queue, self.num_logged, None):
-            grad_norm, loss, *_ = _numbers(values, copied)
-            self.options.log.update(update.iterations, update.lr, loss, grad_norm)
-        self.num_logged = len(self.queue)
+    def drain(self) -> dict[str, Any]:
+        """Logs all updates, and returns the sums of the epoch. A resumed run does not log these updates again."""
+        while self.queue:
+            self._pop()
         self.options.log.flush()
+        return self.options.meters.state_dict()
+
+    def _pop(self) -> list[float]:
+        iterations, lr, values, copied = self.queue.popleft()
+        if copied is not None:
+            copied.synchronize()
+        grad_norm, loss, *shares = values.tolist()
+        self.options.meters.add(loss, grad_norm, lr)
+        self.options.log.update(iterations, lr, loss, grad_norm)
+        return [grad_norm, loss, *shares]
 
     def _save_emergency(self, iterations: int) -> str:
-        self.log()
-        meters = self.meters_with_all().state_dict()
-        return self.options.saver.save_emergency(self.options.epoch, iterations, meters)
-
-    def meters_with_all(self) -> Meters:
-        """Returns the sums including all pending updates, which remain in the queue."""
-        total = Meters(**self.meters.state_dict())
-        for update, values, copied in self.queue:
-            grad_norm, loss, *_ = _numbers(values, copied)
-            total.add(loss, grad_norm, update.lr)
-        return total
-
-
-def _numbers(values: Tensor, copied: torch.cuda.Event | None) -> list[float]:
-    if copied is not None:
-        copied.synchronize()
-    return values.tolist()
-
-
-class NonFiniteGuard:
-    """Handles updates whose loss or gradient is not finite. All processes have the same numbers.
-
-    Args:
-        policy: "abort" ends the run; "skip" skips the update, up to MAX_SKIPS_IN_A_ROW times in a row.
-        overflow_is_normal: fp16 gradients overflow until the loss scaler has adapted.
-    """
-
-    def __init__(self, policy: str, overflow_is_normal: bool = False) -> None:
-        self.policy = policy
-        self.overflow_is_normal = overflow_is_normal
-        self.in_a_row = 0
-
-    def accepts(self, loss: float, grad_norm: float) -> bool:
-        """Whether an update needs no reaction."""
-        if math.isfinite(loss) and math.isfinite(grad_norm):
-            self.in_a_row = 0
-            return True
-        self.in_a_row += 1
-        return self.overflow_is_normal and math.isfinite(loss) and self.in_a_row < MAX_SKIPS_IN_A_ROW
-
-    def react(self, what: str, save: Callable[[], str]) -> None:
-        """Logs a warning about a skipped update, or saves the state and ends the run.
-
-        Args:
-            what: description of the update.
-            save: saves the state, and returns the name of the file.
-
-        Raises:
-            NonFiniteLoss: the run ends.
-        """
-        if self.policy == "skip" and self.in_a_row < MAX_SKIPS_IN_A_ROW:
-            logger.warning(f"{what}; the update is skipped")
-            return
-        file = save()
-        dist.barrier()  # when one process ends, the launcher kills the others, including one that writes
-        saved = f"The weights before this update are in {file}. " if file else ""
-        raise NonFiniteLoss(
-            f"{what} ({self.in_a_row} in a row). {saved}Try --clip_grad 1.0, a lower learning rate (--lr, or "
-            f"--blr if --lr is not given), --amp off (or bf16 instead of fp16), or --on_nonfinite skip if it "
-            f"happens rarely."
-        )
+        return self.options.saver.save_emergency(self.options.epoch, iterations, self.drain())

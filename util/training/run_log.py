@@ -6,8 +6,6 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from tqdm import tqdm
 from util import dist
 from util.files import atomic
 from util.files.untrusted import printable
+from util.training.meters import Stopwatch
 
 logger = logging.getLogger(__name__)
 
@@ -59,81 +58,6 @@ def start_logging() -> None:
     )
     logging.captureWarnings(True)
     threading.excepthook = _print_thread_error
-
-
-@dataclass
-class Meters:
-    """Sums over the updates of an epoch, as plain numbers for checkpoints.
-
-    All updates have the same number of images, so that the means do not depend on the batch size and the number of
-    processes.
-    """
-
-    loss: float = 0.0
-    lr: float = 0.0
-    updates: int = 0
-    skipped_steps: int = 0
-
-    def add(self, loss: float, grad_norm: float, lr: float) -> None:
-        """Adds an update. An update that is not finite counts as skipped."""
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            self.skipped_steps += 1
-            return
-        self.loss += loss
-        self.lr += lr
-        self.updates += 1
-
-    def means(self) -> dict[str, float | None]:
-        """Returns the entries of an epoch in log.txt; None without updates."""
-        count = self.updates
-        stats = {"train_lr": self.lr / count if count else None, "train_loss": self.loss / count if count else None}
-        return stats | ({"skipped_steps": self.skipped_steps} if self.skipped_steps else {})
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns plain values for a checkpoint; `Meters(**state)` restores them."""
-        return asdict(self)
-
-
-class Stopwatch:
-    """Measures the time of the training loop, and the time of data loading in it."""
-
-    def __init__(self) -> None:
-        self.started = time.perf_counter()
-        self.ended: float | None = None
-        self.loading_seconds = 0.0
-        self.batches = 0
-
-    def watch(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """Yields batches, and sums the time until each is available."""
-        iterator = iter(batches)
-        while True:
-            begin = time.perf_counter()
-            try:
-                batch = next(iterator)
-            except StopIteration:
-                return
-            self.loading_seconds += time.perf_counter() - begin
-            yield batch
-            self.batches += 1
-
-    def stop(self) -> None:
-        """Ends the measurement, after the last batch."""
-        self.ended = time.perf_counter()
-
-    @property
-    def seconds(self) -> float:
-        """Seconds from the start to the end, or until now."""
-        return (self.ended or time.perf_counter()) - self.started
-
-    @property
-    def seconds_per_iteration(self) -> float:
-        """Mean seconds per iteration, including data loading."""
-        return self.seconds / max(1, self.batches)
-
-    @property
-    def loading_share(self) -> float:
-        """Data-loading time as a fraction of the time, 0 to 1."""
-        return self.loading_seconds / max(self.seconds, 1e-9)
 
 
 class NullLog:
@@ -199,7 +123,7 @@ class RunLog(NullLog):
         self.events = log_files.Events(log_dir, first_x)
         self.next_x = first_x
         self.next_warning = 0.0
-        self.bar: tqdm | None = None
+        self.bar = tqdm(disable=True)
 
     def begin_epoch(
         self, epoch: int, first_iteration: int, num_iterations: int, images_per_iteration: int, watch: Stopwatch
@@ -207,15 +131,15 @@ class RunLog(NullLog):
         self.epoch, self.num_iterations = epoch, num_iterations
         self.images_per_iteration, self.watch = images_per_iteration, watch
         self.last_line = -SECONDS_BETWEEN_LINES  # so that the first update is logged
-        if sys.stderr.isatty():
-            self.bar = tqdm(
-                total=num_iterations * images_per_iteration,
-                initial=first_iteration * images_per_iteration,
-                desc=f"epoch {epoch}/{self.epochs}",
-                unit="img",
-                unit_scale=True,
-                leave=False,
-            )
+        self.bar = tqdm(
+            total=num_iterations * images_per_iteration,
+            initial=first_iteration * images_per_iteration,
+            desc=f"epoch {epoch}/{self.epochs}",
+            unit="img",
+            unit_scale=True,
+            leave=False,
+            disable=None,  # unless stderr is a terminal
+        )
 
     def update(self, iterations: int, lr: float, loss: float, grad_norm: float) -> None:
         x = x_of(self.epoch, iterations, self.num_iterations)
@@ -228,7 +152,7 @@ class RunLog(NullLog):
         if is_due:
             self.last_line = watch.seconds
             self.flush()
-        if self.bar is not None:
+        if not self.bar.disable:
             self.bar.set_postfix_str(
                 f"loss {loss:.4f}, lr {lr:.2e}, data loading {watch.loading_share:.0%}, run ends in {_duration(left)}",
                 False,
@@ -243,9 +167,7 @@ class RunLog(NullLog):
             )
 
     def end_epoch(self, stats: dict[str, Any]) -> None:
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
+        self.bar.close()
         watch = self.watch
         rate = self.images_per_iteration / watch.seconds_per_iteration if watch.batches else 0.0
         scores = {f"perf/{name}": value for name, value in stats.items() if name.startswith("test_")}
@@ -257,7 +179,7 @@ class RunLog(NullLog):
             "images_per_s": round(rate, 1),
             "data_wait": round(watch.loading_share, 4),
         }
-        self.lines.add((json.dumps(line) + "\n").encode())
+        self.lines.pending += (json.dumps(line) + "\n").encode()
         self.flush()
         loss = math.nan if stats["train_loss"] is None else stats["train_loss"]
         logger.info(
@@ -270,8 +192,7 @@ class RunLog(NullLog):
         self.flush()
 
     def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
+        self.bar.close()
         self.events.write(lambda writer: writer.close())
         self.lines.close()
 
@@ -307,11 +228,6 @@ def next_x(epoch: int, iterations: int, num_iterations: int) -> int:
     """Returns the x from which a run logs in TensorBoard if it resumes after a number of iterations of an epoch."""
     last, first = (x_of(epoch, number, num_iterations) for number in (iterations, iterations + 1))
     return min(max(last + 1, first), x_of_epoch(epoch))
-
-
-def open_log(output_dir: Path, log_dir: Path, epochs: int, **options: Any) -> NullLog:
-    """Returns the log of this process: `RunLog` on rank 0, else `NullLog`."""
-    return RunLog(output_dir, log_dir, epochs, **options) if dist.is_main() else NullLog()
 
 
 def read(output_dir: Path) -> list[dict[str, Any]]:

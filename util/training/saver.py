@@ -7,6 +7,7 @@ run that ended with an error. Checkpoints of sharded runs are folders with these
 
 import logging
 import math
+import os
 import shutil
 import signal
 import tempfile
@@ -201,10 +202,8 @@ class Saver(NullSaver):
     def _remove_old(self) -> None:
         for path in checkpoint.milestones(self.output_dir)[: -self.keep_last] if self.keep_last else []:
             try:
-                if path.is_dir():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink(missing_ok=True)
+                remove = shutil.rmtree if path.is_dir() else os.remove
+                remove(path)
             except OSError as error:
                 logger.warning(f"--keep_last {self.keep_last}: {path} can't be removed ({error.strerror})")
 
@@ -216,8 +215,7 @@ class Saver(NullSaver):
         try:
             logger.info(f"saved {writing.result()}")
         except OSError as error:
-            if dist.is_main():  # the error is the same in all processes of a sharded run
-                logger.warning(f"{error}. {otherwise}")
+            logger.warning(f"{error}. {otherwise}")
             self.next_save = time.monotonic() + RETRY_SECONDS
 
     def _settle(self) -> Path | None:
@@ -252,7 +250,7 @@ class Saver(NullSaver):
 
 
 class ShardedSaver(Saver):
-    """The saver of each process of a sharded run. All processes write their shards when rank 0 requests it.
+    """The saver of each process of a sharded run. All processes write their shards when one of them requests it.
 
     A process that fails alone can't save. The last checkpoint is unchanged.
     """
@@ -260,11 +258,6 @@ class ShardedSaver(Saver):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.group = dist.new_host_group()
-
-    def request(self) -> Request:
-        if not dist.is_main():
-            self.next_save = math.inf
-        return super().request()
 
     def save(self, epoch: int, iterations: int, meters: dict[str, Any], alone: bool = False) -> None:
         if not alone:

@@ -18,7 +18,9 @@ from util.interrupts import Interrupted, Interrupts
 from util.settings import RunSpec
 from util.training import run_log
 from util.training.compiling import compile_model
-from util.training.loop import Callback, EpochOptions, Loader, NonFiniteGuard
+from util.training.loop import Callback, EpochOptions, Loader
+from util.training.meters import Meters
+from util.training.nonfinite import NonFiniteGuard
 from util.training.precision import Precision, require_found_inf
 from util.training.saver import open_saver
 
@@ -99,7 +101,10 @@ def run(
     _require_usable(model, optimizer, record, task.callbacks)
     output_dir = Path(spec.output_dir)
     logger.info("settings: " + " ".join(f"{key}={record[key]}" for key in sorted(record) if key != "classes"))
-    progress = _initial_progress(spec, batches.num_images)
+    global_batch_size = spec.batch_size * dist.world_size()
+    progress = run_state.Progress(
+        global_batch_size * spec.accum_iter, global_batch_size, spec.start_epoch, batches.num_images
+    )
     spec = replace(spec, lr=lr_sched.scaled_lr(spec.lr, spec.blr, progress.effective_batch_size))
     lr_sched.check_warmup(spec.warmup_epochs, spec.epochs)
     logger.info(f"{record['model']} on {precision.device} in {precision.name}, {dist.world_size()} process(es)")
@@ -121,7 +126,7 @@ def run(
         train = partial(task.train_one_epoch, dist.wrap(trained, precision.device), batches, optimizer)
         if progress.epoch >= spec.epochs:
             logger.info(f"nothing to do: the run has completed its {spec.epochs} epochs")
-        log = run_log.open_log(
+        log = run_log.NullLog() if not dist.is_main() else run_log.RunLog(
             output_dir, Path(spec.log_dir), spec.epochs, first_epoch=progress.epoch, loss_tag=task.loss_tag,
             first_x=run_log.next_x(progress.epoch, progress.first_iteration, len(batches)),
         )  # fmt: skip
@@ -150,11 +155,6 @@ def _require_usable(
     checkpoint.require_plain({**record}, "args")
     for callback in callbacks:
         checkpoint.require_plain(callback.state_dict(), f"the state of {type(callback).__name__}")
-
-
-def _initial_progress(spec: RunSpec, num_images: int) -> run_state.Progress:
-    global_batch_size = spec.batch_size * dist.world_size()
-    return run_state.Progress(global_batch_size * spec.accum_iter, global_batch_size, spec.start_epoch, num_images)
 
 
 def _run_callbacks(callbacks: Sequence[Callback], model: nn.Module, epoch: float) -> None:
@@ -188,7 +188,7 @@ def _train_epochs(
 ) -> None:
     saver, log = options.saver, options.log
     for epoch in range(progress.epoch, spec.epochs):
-        meters = run_log.Meters(**progress.meters)
+        meters = Meters(**progress.meters)
         train(replace(options, epoch=epoch, first_iteration=progress.first_iteration, meters=meters))
         try:
             progress.next_epoch()

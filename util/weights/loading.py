@@ -1,34 +1,23 @@
-"""Loads weights into models: from a checkpoint file of any known format, or by a published name.
+"""Loads the weights of a file into models, and checks that they fit."""
 
-The names of the tensors determine the kind of a file: an encoder, an encoder with a decoder, a classifier, or a
-segmentation model.
-"""
-
-import argparse
-import json
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
+from collections.abc import Iterable, Sequence, Set
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import safetensors
 import torch
 from torch import Tensor, nn
 
 from util import dist
-from util.checkpoints import checkpoint, sharded
 from util.checkpoints.checkpoint import CheckpointError
 from util.cli.advice import Remedy
 from util.cli.choices import default_crop_pct, published_crop_pct
 from util.data.transforms import channel_statistics
-from util.files.untrusted import open_file, read_file
-from util.pos_embed import Size, interpolate_pos_embed, to_pair
-from util.settings import KINDS, SIZES, fits
-from util.weights import foreign_settings, model_zoo, shapes
-from util.weights.conversion import to_ours
-from util.weights.model_zoo import CLASSIFIER, ENCODER, FULL, SEGMENTER
+from util.pos_embed import Size, interpolate_pos_embed
+from util.weights import model_zoo, shapes
+from util.weights.model_zoo import CLASSIFIER, SEGMENTER
+from util.weights.reading import Weights, read, some, warn_once
 
 logger = logging.getLogger(__name__)
 
@@ -37,236 +26,6 @@ MODULES = {  # of models_mae.MaskedAutoencoderViT
     "cls_token", "pos_embed", "patch_embed", "blocks", "norm", "mask_token", "decoder_pos_embed", "decoder_embed",
     "decoder_blocks", "decoder_norm", "decoder_pred",
 }  # fmt: skip
-MAX_HEADER = 1 << 22  # bytes of the names and settings of a .safetensors file; a large model has less than 1 MB
-SETTINGS = "args"  # the entry in the metadata of a .safetensors file with the settings of the run, as JSON
-CONFIG = "config.json"  # of a folder of transformers or timm
-BARE = "bare"  # entry in the settings of a file that records none
-OTHER_TOKENS = {"reg_token": "register tokens", "register_tokens": "register tokens",
-                "dist_token": "a distillation token", "distillation_token": "a distillation token"}  # fmt: skip
-
-
-class Weights(NamedTuple):
-    """The tensors of a file under our names, and the settings that it records."""
-
-    tensors: dict[str, Tensor]
-    settings: dict[str, Any]  # settings of the run that wrote the file, or converted by `foreign_settings`
-    kind: str  # ENCODER, FULL, CLASSIFIER or SEGMENTER
-    source: str  # path or published name, for messages
-
-    @property
-    def grid_size(self) -> tuple[int, int] | None:
-        """(rows, columns) of the patch grid of the position table; None if the file does not record it.
-
-        A recorded image size that does not fit the table, as of a file that was fine-tuned at another size, is ignored.
-        """
-        if self.settings.get("input_size") is None or "pos_embed" not in self.tensors:
-            return None
-        height, width = to_pair(self.settings["input_size"])
-        p, q = self.tensors["patch_embed.proj.weight"].shape[2:]
-        length, grid = self.tensors["pos_embed"].shape[1], (height // p, width // q)
-        return grid if math.prod(grid) in (length, length - self.num_cls_tokens) else None
-
-    @property
-    def num_cls_tokens(self) -> int:
-        """T, the number of class tokens."""
-        return self.tensors["cls_token"].shape[1]
-
-    @property
-    def learned_pos_embed(self) -> bool:
-        """Whether an autoencoder learned its positions. Published autoencoders with several class tokens did."""
-        return bool(self.settings.get("learned_pos_embed", self.num_cls_tokens > 1))
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes of the head; 0 without a head."""
-        return shapes.num_classes(self.tensors)
-
-
-def read(name: Path | str) -> Weights:
-    """Reads weights.
-
-    Args:
-        name: a file of this library, of the published code, of mmpretrain or timm; a folder of transformers or timm, or
-            a sharded checkpoint; or a published name, which is downloaded.
-
-    Raises:
-        CheckpointError: the file is damaged, has no weights of a Vision Transformer, or has NaN or infinite weights.
-        ValueError: the file or name does not exist, or can't be downloaded.
-    """
-    path = Path(name)
-    if not path.exists():
-        if path.suffix or len(path.parts) > 1:
-            raise CheckpointError(f"there is no file {path}")
-        dist.from_rank_0(lambda: model_zoo.fetch(str(name)))  # a download may take longer than --dist_timeout
-        path = model_zoo.fetch(str(name))
-    content, settings = _read_folder(path) if path.is_dir() else _read_file(path)
-    if settings.get(BARE) and path.suffix in (".safetensors", ".bin") and (path.parent / CONFIG).is_file():
-        content, settings = _read_folder(path.parent, path)
-    records_nothing = settings.pop(BARE, False)
-    try:
-        tensors = to_ours({key: t for key, t in content.items() if isinstance(key, str) and isinstance(t, Tensor)})
-    except (KeyError, RuntimeError) as error:  # query, key and value can't be concatenated
-        raise CheckpointError(f"{path}: its weights are inconsistent: {' '.join(str(error).split())}") from error
-    if "patch_embed.0.proj.weight" in tensors:
-        raise CheckpointError(
-            f"{path} has a patch projection for each group of channels (patch_embed.0.proj.weight), which "
-            f"this library does not support"
-        )
-    if "patch_embed.proj.weight" not in tensors or "blocks.0.norm1.weight" not in tensors:
-        raise CheckpointError(f"{path} contains no weights of a Vision Transformer: {_some(map(str, content))}")
-    for key in ("cls_token", "pos_embed"):
-        if key not in tensors:
-            raise CheckpointError(f"{path} has no {key}, which the models of this library have")
-    for key in tensors if "model_class" not in settings else ():
-        if tokens := OTHER_TOKENS.get(key.rpartition(".")[2]):
-            raise CheckpointError(f"{path} has {tokens} ({key}), which this library does not support")
-    for key, axes in (("patch_embed.proj.weight", 4), ("cls_token", 3), ("pos_embed", 3), ("decoder_pos_embed", 3)):
-        if key in tensors and (tensors[key].ndim != axes or not tensors[key].is_floating_point()):
-            shape = f"{tensors[key].dtype} {tuple(tensors[key].shape)}"
-            raise CheckpointError(f"{path}: its {key} is {shape}, which does not fit a Vision Transformer")
-    norm_pre = next((key for key in tensors if key.startswith(("norm_pre.", "backbone.pre_norm."))), None)
-    if norm_pre and "model_class" not in settings:
-        raise CheckpointError(
-            f"{path} has a norm before its blocks ({norm_pre}), as the models of CLIP have (timm: pre_norm, often with "
-            f"quick_gelu), which this library does not support; give the weights of a model without it"
-        )
-    if "channel_order" in settings:
-        tensors, settings = _in_rgb(tensors, settings)
-    size = settings.get("input_size")
-    if isinstance(size, list | tuple) and len(size) == 3:  # timm's train.py records (channels, height, width)
-        settings = {**settings, "input_size": foreign_settings.side_or_sides(size[1:])}
-    _check_settings(path, settings)
-    checkpoint.require_finite(tensors, str(name), "its run diverged, or the file is damaged; give another file")
-    if records_nothing and path == Path(name):  # the settings of published files are known
-        _report_assumptions(path)
-    return Weights(tensors, settings, _kind(tensors, settings), str(name))
-
-
-def _in_rgb(tensors: dict[str, Tensor], settings: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Returns the weights and settings of a model of mmpretrain for RGB images, with a mean and std for each channel.
-
-    `channel_order` in the settings is the order in which the model gets its channels, which has a meaning for three.
-    """
-    channels, p, q = tensors["patch_embed.proj.weight"].shape[1:]
-    is_bgr = settings["channel_order"] == "bgr" and channels == 3
-    settings = {name: value for name, value in settings.items() if name != "channel_order"}
-    settings |= {name: settings[name] * channels for name in ("mean", "std") if len(settings[name]) == 1}
-    if not is_bgr:
-        return tensors, settings
-    tensors = {**tensors, "patch_embed.proj.weight": tensors["patch_embed.proj.weight"].flip(1)}
-    for name in ("decoder_pred.weight", "decoder_pred.bias"):  # pixels of a patch, the channel last
-        if name in tensors and len(tensors[name]) == p * q * channels:
-            tensors[name] = tensors[name].unflatten(0, (p * q, channels)).flip(1).flatten(0, 1)
-    return tensors, settings | {name: settings[name][::-1] for name in ("mean", "std")}
-
-
-@cache  # some scripts read a file twice
-def _report_assumptions(path: Path) -> None:
-    """Warns of what the tensors of a file without settings do not show."""
-    if dist.is_main():
-        logger.warning(
-            f"{path} records no settings. Assumed are: as many attention heads as the model of this size has, GELU, "
-            f"LayerNorm eps 1e-6, a head on the mean of the patches if there is an fc_norm, else on the class token, "
-            f"RGB images with ImageNet's mean and std. A folder with {CONFIG} records them"
-        )
-
-
-def _check_settings(path: Path, settings: dict[str, Any]) -> None:
-    """Raises CheckpointError if a setting that is used has a wrong type."""
-    for name, kind in KINDS.items():
-        value = settings.get(name)
-        is_valid = value is None or fits(value, kind)
-        if is_valid and value is not None and name in SIZES:
-            sides = value if isinstance(value, list | tuple) else [value]
-            is_valid = len(sides) in (1, 2) and min(sides) > 0
-        if not is_valid:
-            raise CheckpointError(f"{path}: its recorded {name}, {str(value)[:80]}, is invalid")
-
-
-def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the tensors of a file, under its own names, and the settings that it records."""
-    if path.suffix == ".safetensors":
-        try:
-            _check_header(path)
-            with safetensors.safe_open(path, "pt") as file:
-                settings = json.loads((file.metadata() or {}).get(SETTINGS, "{}"))
-                if not isinstance(settings, dict):
-                    raise ValueError(f"its settings are {settings!r}")
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-                return tensors, settings or {BARE: True}
-        except Exception as error:
-            raise CheckpointError(f"{path} is not a safetensors file, or is damaged: {error}") from error
-    state = checkpoint.read(path)
-    keys = ("state_dict_ema", "model", "state_dict")  # timm, too, reads the averaged weights first
-    tensors = next((state[key] for key in keys if isinstance(state.get(key), dict)), state)
-    settings = state.get("args")
-    settings = vars(settings) if isinstance(settings, argparse.Namespace) else settings
-    settings = settings if isinstance(settings, dict) else {}
-    try:
-        settings = {**settings, **foreign_settings.of_timm_run(settings)}
-        if isinstance(state.get("meta"), dict) and not settings:  # an export of this library has its own settings
-            settings = foreign_settings.of_mmpretrain(state["meta"])
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    # Files with "model" have the layout of the published code, whose models this library has.
-    is_bare = not settings.keys() - {"label_names"} and not isinstance(state.get("model"), dict)
-    return tensors, {**settings, **({BARE: True} if is_bare else {})}
-
-
-def _check_header(path: Path) -> None:
-    """Raises OSError or ValueError for a .safetensors file that is not regular or has a very large header."""
-    with open_file(path) as file:
-        size = int.from_bytes(file.read(8), "little")
-    if size > MAX_HEADER:
-        raise ValueError(f"its header has {size:,} bytes, and at most {MAX_HEADER:,} are read")
-
-
-def _read_folder(path: Path, file: Path | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Like `_read_file`, for a folder of transformers, of timm, of `save_pretrained` here, or of a sharded run.
-
-    Args:
-        file: the file with the weights. A file that contains a part of them stands for all parts.
-    """
-    if (path / checkpoint.STATE).is_file():
-        state = sharded.gather(path)
-        return state["model"], state["args"] if isinstance(state.get("args"), dict) else {}
-    names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-    present = [path / name for name in names if (path / name).is_file()]
-    file = file or next(iter(present), None)
-    if file is None:
-        checkpoint.refuse_run_directory(path)
-        raise CheckpointError(f"{path} is a folder without model.safetensors or pytorch_model.bin; give a file")
-    try:
-        indices = [file] if file.suffix == ".json" else [other for other in present if other.suffix == ".json"]
-        splits = (_shards(index) for index in indices)
-        parts = next((parts for parts in splits if file in indices or file.name in parts), [file.name])
-        files = [path / Path(name).name for name in parts]
-        recorded = foreign_settings.read_folder(path)
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: its configuration can't be read: {error}") from error
-    except (AttributeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: its configuration is not that of transformers or timm: {error}") from error
-    content: dict[str, Any] = {}
-    for file in files:
-        tensors, own = _read_file(file)
-        content, recorded = content | tensors, recorded | {name: own[name] for name in own.keys() - {BARE}}
-    return content, recorded
-
-
-def _shards(index: Path) -> list[str]:
-    """Returns the file names of a model that transformers split into several files."""
-    return sorted(set(json.loads(read_file(index))["weight_map"].values()))
-
-
-def _kind(tensors: dict[str, Tensor], settings: Mapping[str, Any]) -> str:
-    if shapes.PIXEL_HEAD in tensors:
-        return SEGMENTER
-    if any(name.startswith("head.") for name in tensors):
-        return CLASSIFIER
-    # A decoder that does not predict pixels can't reconstruct.
-    num_values = tensors["patch_embed.proj.weight"][0].numel()
-    pixels = settings.get("predicts_pixels") is not False and len(tensors.get("decoder_pred.weight", ())) == num_values
-    return FULL if pixels else ENCODER
 
 
 def init_mae(model: Any, file: Weights) -> None:
@@ -282,10 +41,9 @@ def init_mae(model: Any, file: Weights) -> None:
             f"which it was trained"
         )
     ours, weights = model.state_dict(), _known(file, model)
-    own = _added(ours.keys() - weights.keys())
-    if own:
-        logger.warning(f"{file.source} has no {_some(own)}: they keep their initial values")
-        ours = {name: value for name, value in ours.items() if name not in own}
+    may_lack = _added(ours.keys() - weights.keys())
+    if may_lack:
+        logger.warning(f"{file.source} has no {some(may_lack)}: they keep their initial values")
     _require_cls_tokens(file, model)
     if model.learned_pos_embed:
         for name in TABLES & weights.keys():
@@ -293,14 +51,14 @@ def init_mae(model: Any, file: Weights) -> None:
     elif file.learned_pos_embed:
         raise CheckpointError(f"{file.source} has learned positions", Remedy({"learned_pos_embed": True}))
     else:  # the model computes its tables, so that those of a file may have another size
+        may_lack |= TABLES
         other = _reshaped(weights, ours) if file.grid_size in (None, model.grid_size) else TABLES
         weights = {k: v for k, v in weights.items() if k not in TABLES & other}
-        ours = {k: v for k, v in ours.items() if k not in TABLES or k in weights}
-    missing = ours.keys() - weights.keys()
-    if missing == {name for name in ours if name.startswith("decoder_") or name == "mask_token"}:
+    decoder = {name for name in ours if name.startswith("decoder_") or name == "mask_token"} - may_lack
+    if ours.keys() - weights.keys() - may_lack == decoder:
         logger.warning(f"{file.source} contains an encoder only; the decoder starts from random weights")
-        missing = set()
-    _require(file, model, missing, weights.keys() - ours.keys(), _reshaped(weights, ours))
+        may_lack |= decoder
+    _require(file, model, weights, may_lack)
     model.load_state_dict({k: dist.placed_as(v, ours[k]) for k, v in weights.items()}, strict=False)
     logger.info(f"weights from {file.source}")
 
@@ -333,25 +91,17 @@ def load_encoder(
         for key, value in _known(file, model).items()
         if not key.startswith("decoder_") and key != "mask_token" and not (pooled and key.startswith("norm."))
     }
-    head = {key for key in weights if key.startswith("head.")}
+    head, own = ({key for key in tensors if key.startswith("head.")} for tensors in (weights, ours))
     same = classes is None or file.settings.get("classes") in (None, list(classes))
-    fits = (
-        bool(head)
-        and same
-        and head == {k for k in ours if k.startswith("head.")}
-        and not _reshaped(weights, ours) & head
-    )
+    fits = bool(head) and same and head == own and not _reshaped(weights, ours) & head
     if not fits:
         weights = {key: value for key, value in weights.items() if key not in head}
     _adapt_input(file, weights, model, adapt_input)
-    _require_cls_tokens(file, model)
-    _add_class_position(file, weights, ours)
-    interpolate_pos_embed(model, weights, file.grid_size)
-    may_lack = {"fc_norm.weight", "fc_norm.bias"} | {key for key in ours if key.startswith("head.")}
+    _fit_positions(file, weights, model)
+    may_lack = {"fc_norm.weight", "fc_norm.bias", *own}
     if adapt_input == "skip":
         may_lack |= {key for key in ours if key.startswith("patch_embed.")}
-    missing = ours.keys() - weights.keys() - may_lack
-    _require(file, model, missing, weights.keys() - ours.keys(), _reshaped(weights, ours))
+    _require(file, model, weights, may_lack)
     model.load_state_dict(weights, strict=False)
     logger.info(f"weights from {file.source} ({file.kind})" + (", including the head" if fits else ""))
     return fits
@@ -367,9 +117,10 @@ def read_classifier(name: Path | str, kind: str = CLASSIFIER) -> Weights:
     _require_one_head(file)
     if file.kind != kind:
         article = "an" if file.kind.startswith("e") else "a"
-        head, example = "classification", "a fine-tuned file, such as mae_finetuned_vit_base"
-        if kind == SEGMENTER:
-            head, example = "segmentation", "a checkpoint of main_segment.py"
+        head, example = {
+            CLASSIFIER: ("classification", "a fine-tuned file, such as mae_finetuned_vit_base"),
+            SEGMENTER: ("segmentation", "a checkpoint of main_segment.py"),
+        }[kind]
         raise CheckpointError(
             f"{name} contains {article} {file.kind}, which has no {head} head: train a head (--finetune), or give "
             f"{example}"
@@ -384,19 +135,16 @@ def load_classifier(model: nn.Module, file: Weights) -> None:
         CheckpointError: the file has another architecture or several heads.
     """
     _require_one_head(file)
-    weights, ours = dict(file.tensors), model.state_dict()
-    _require_cls_tokens(file, model)
-    if "pos_embed" in weights and weights["pos_embed"].shape[2] == ours["pos_embed"].shape[2]:
-        _add_class_position(file, weights, ours)
-        patches, own = (table.shape[1] - file.num_cls_tokens for table in (weights["pos_embed"], ours["pos_embed"]))
-        interpolate_pos_embed(model, weights, file.grid_size)
-        if own != patches and "input_size" not in file.settings and dist.is_main():
-            logger.warning(
-                f"{file.source} is for images of {patches} patches, and these have {own}: "
-                "positions are interpolated; give the input_size that it was trained with"
-            )
-    _require(file, model, ours.keys() - weights.keys(), weights.keys() - ours.keys(), _reshaped(weights, ours))
+    weights = dict(file.tensors)
+    patches = _fit_positions(file, weights, model)
+    _require(file, model, weights)
     model.load_state_dict(weights)
+    own = weights["pos_embed"].shape[1] - file.num_cls_tokens
+    if own != patches and "input_size" not in file.settings:
+        logger.warning(
+            f"{file.source} is for images of {patches} patches, and these have {own}: "
+            "positions are interpolated; give the input_size that it was trained with"
+        )
 
 
 def statistics(
@@ -406,15 +154,14 @@ def statistics(
 
     A warning names each value that differs from the value of that run.
     """
-    if file is None or not file.settings.keys() & {"in_chans", "mean", "std"}:
-        return mean, std  # the file records nothing about its images
-    if file.tensors["patch_embed.proj.weight"].shape[1] != in_chans:
+    records = file is not None and file.settings.keys() & {"in_chans", "mean", "std"}
+    if not file or not records or file.tensors["patch_embed.proj.weight"].shape[1] != in_chans:
         return mean, std
     theirs = file.settings.get("mean"), file.settings.get("std")
     chosen = mean or theirs[0], std or theirs[1]
     pairs = zip(channel_statistics(in_chans, *chosen), channel_statistics(in_chans, *theirs), strict=True)
     for flag, (used, recorded) in zip(("--mean", "--std"), pairs, strict=True):
-        if used != recorded and dist.is_main():
+        if used != recorded:
             now, then = (" ".join(f"{value:g}" for value in values) for values in (used, recorded))
             logger.warning(f"{flag} {now} is used, and {file.source} was made with {flag} {then}")
     return chosen
@@ -427,26 +174,31 @@ def crop_pct_of_earlier_version(file: Weights, input_size: Size) -> float | None
     """
     if file.kind not in (CLASSIFIER, SEGMENTER) or file.settings.get("crop_pct") is not None:
         return None
-    return _published_crop_pct(file.source, *to_pair(input_size))
-
-
-@cache
-def _published_crop_pct(source: str, height: int, width: int) -> float:
-    crop_pct = published_crop_pct((height, width))
-    if crop_pct != default_crop_pct((height, width)) and dist.is_main():
-        logger.warning(f"{source} records no crop ratio, and {crop_pct} is used, the default of its time")
+    crop_pct = published_crop_pct(input_size)
+    if crop_pct != default_crop_pct(input_size):
+        warn_once(f"{file.source} records no crop ratio, and {crop_pct} is used, the default of its time")
     return crop_pct
 
 
-def _add_class_position(file: Weights, weights: dict[str, Tensor], ours: dict[str, Tensor]) -> None:
-    """Adds positions of zeros for the class tokens where the table has none (timm's no_embed_class), in place."""
+def _fit_positions(file: Weights, weights: dict[str, Tensor], model: Any) -> int:
+    """Interpolates the position table to the patch grid of the model, in place.
+
+    Where the table has no positions of the class tokens (timm's no_embed_class), positions of zeros are added.
+
+    Returns:
+        The number of patches in the table of the file.
+    """
+    _require_cls_tokens(file, model)
     table, count = weights["pos_embed"], file.num_cls_tokens
-    length, own = table.shape[1], ours["pos_embed"].shape[1]
+    length, own = table.shape[1], model.pos_embed.shape[1]
     is_short = length == own - count or (length != own and _is_square(length) and not _is_square(length - count))
     if file.grid_size is not None:
         is_short = math.prod(file.grid_size) == length
     if is_short:
         weights["pos_embed"] = torch.cat([torch.zeros_like(table[:, :count]), table], dim=1)
+    patches = weights["pos_embed"].shape[1] - count
+    interpolate_pos_embed(model, weights, file.grid_size)
+    return patches
 
 
 def _is_square(number: int) -> bool:
@@ -461,8 +213,9 @@ def _require_one_head(file: Weights) -> None:
 
 
 def _require_cls_tokens(file: Weights, model: Any) -> None:
-    if file.num_cls_tokens != model.num_prefix_tokens:
-        _require(file, model, set(), set(), {"cls_token"})
+    """Other numbers of tokens are errors before positions are interpolated."""
+    others = model.state_dict().keys() - {"cls_token"}
+    _require(file, model, {"cls_token": file.tensors["cls_token"]}, others)
 
 
 def _adapt_input(file: Weights, weights: dict[str, Tensor], model: nn.Module, how: str) -> None:
@@ -503,11 +256,11 @@ def _known(file: Weights, model: nn.Module) -> dict[str, Tensor]:
     added = _added(file.tensors.keys() - model.state_dict().keys()) if name else set()
     dropped = {key for key in added if not key.startswith("decoder_")}
     if dropped:
-        logger.warning(f"{file.source} was trained with the class {name}: {_some(dropped)} are not loaded")
+        logger.warning(f"{file.source} was trained with the class {name}: {some(dropped)} are not loaded")
     return {key: value for key, value in file.tensors.items() if key not in added}
 
 
-def _require(file: Weights, model: Any, missing: set[str], unexpected: set[str], reshaped: set[str]) -> None:
+def _require(file: Weights, model: Any, weights: dict[str, Tensor], may_lack: Set[str] = frozenset()) -> None:
     """Raises CheckpointError, with names and a remedy, if weights are missing, unexpected or of another shape.
 
     The numbers of attention heads, which shapes do not show, must be those that the file records.
@@ -517,15 +270,18 @@ def _require(file: Weights, model: Any, missing: set[str], unexpected: set[str],
             heads = getattr(model, blocks)[0].attn.num_heads
             if heads != file.settings[name]:
                 raise CheckpointError(f"{file.source} has {name} {file.settings[name]}, and the model has {heads}")
+    ours = model.state_dict()
+    missing, unexpected = ours.keys() - weights.keys() - may_lack, weights.keys() - ours.keys()
+    reshaped = _reshaped(weights, ours)
     for problem, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped)):
         if names:
             count = "1 tensor is" if len(names) == 1 else f"{len(names)} tensors are"
-            differing = _differing(file, model.state_dict())
+            differing = _differing(file, ours)
             if "fc_norm.weight" not in missing | unexpected:
                 differing.pop("global_pool", None)
             if not any(name.startswith("head.") for name in missing | unexpected):
                 differing.pop("head", None)
-            raise CheckpointError(f"{file.source} ({file.kind}): {count} {problem} ({_some(names)})", Remedy(differing))
+            raise CheckpointError(f"{file.source} ({file.kind}): {count} {problem} ({some(names)})", Remedy(differing))
 
 
 def _differing(file: Weights, ours: dict[str, Tensor]) -> dict[str, Any]:
@@ -540,8 +296,3 @@ def _differing(file: Weights, ours: dict[str, Tensor]) -> dict[str, Any]:
         model = f"{'mae_' * ('mask_token' in ours)}{str(recorded).removeprefix('mae_')}"
         different = {"model": model, **different}
     return different
-
-
-def _some(names: Iterable[str], count: int = 3) -> str:
-    names = sorted(names)
-    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")

@@ -1,0 +1,258 @@
+"""Models with their preprocessing and class names."""
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub import PyTorchModelHubMixin
+from PIL import Image
+from torch import Tensor
+
+import models_build
+import models_mae
+import models_segment
+import models_vit
+from util.data import transforms
+from util.data.decode import MAX_PIXELS, BadImage, decode, size_of
+from util.data.joint_transforms import fitted
+from util.data.segmentation_masks import default_colors
+from util.evaluation.segmentation import predict_classes
+from util.files.untrusted import read_file
+from util.pos_embed import to_pair
+from util.settings import specs
+
+ImageLike = str | Path | Image.Image | np.ndarray | Tensor
+Images = ImageLike | Sequence[ImageLike]
+
+
+class ModelMixin(PyTorchModelHubMixin):
+    """Adds transform, normalization, class names and predictions to a model.
+
+    Attributes:
+        transform: a decoded picture -> uint8 (c, H, W), as in evaluation.
+        normalize: a batch of such tensors -> the input of the model.
+        classes: class names of a classifier, by label; those of ImageNet for 1000 classes without names.
+        settings: the settings that the model is built from.
+    """
+
+    in_chans: int
+    classes: list[str] | None
+    head_pools = False  # as in `VisionTransformer`
+
+    def _set_up(self, settings: dict[str, Any]) -> None:
+        self.settings = settings
+        self.in_chans = settings["in_chans"]
+        self.transform = transforms.eval_transform(
+            settings["input_size"], settings.get("crop_pct"), settings.get("crop")
+        )
+        statistics = transforms.channel_statistics(self.in_chans, settings.get("mean"), settings.get("std"))
+        self.normalize = transforms.Normalize(*statistics)
+        self.classes = settings.get("classes") or settings.get("label_names")
+        self.eval()  # type: ignore[attr-defined]
+
+    def prepare(self, images: Images) -> Tensor:
+        """Images of any kind -> the input of the model (B, c, H, W), on its device.
+
+        Args:
+            images: an image or a list of images: paths and images of Image.open (the orientation in EXIF data is
+                applied); other Pillow images, such as rotated or converted ones (their pixels are unchanged); arrays
+                (H, W), (H, W, c) or (c, H, W); tensors (c, H, W) or (B, c, H, W). uint8 tensors are pixels, like
+                arrays. Float tensors are the input of the model and are not changed.
+
+        Raises:
+            ValueError: the list is empty, or mixes float tensors with other images.
+            BadImage: an image can't be decoded, or has another number of channels than the model.
+            OSError: a file can't be read.
+        """
+        device = next(self.parameters()).device  # type: ignore[attr-defined]
+        several: Any = images if _are_several(images) else [images]
+        if not len(several):
+            raise ValueError("the list of images is empty; give at least one image")
+        are_inputs = {isinstance(image, Tensor) and image.is_floating_point() for image in several}
+        if are_inputs == {True, False}:
+            raise ValueError(
+                "the list mixes float tensors, which are the input of the model, with other images, which are "
+                "normalized; give float tensors only, or none"
+            )
+        if are_inputs == {True}:
+            return torch.stack(list(several)).to(device)
+        pixels = [self.transform(self.open(image)) for image in several]
+        return self.normalize(torch.stack(pixels).to(device))
+
+    def open(self, image: ImageLike, max_pixels: int = MAX_PIXELS) -> Any:
+        """Decodes an image to a picture with the channels of the model.
+
+        The orientation in its EXIF data is applied, unless the model was trained with --no_exif.
+
+        Args:
+            image: an image as in `prepare`.
+            max_pixels: limit of the pixels of a file, which is checked before they are decoded.
+
+        Raises:
+            BadImage, OSError: as in `prepare`.
+        """
+        upright = self.settings.get("exif") is not False
+        if isinstance(image, str | Path):
+            try:
+                return decode(read_file(image), self.in_chans, upright, max_pixels=max_pixels)
+            except BadImage as error:
+                raise BadImage(f"{image}: {error}") from error
+        return decode(image, self.in_chans, upright)  # type: ignore[arg-type]
+
+    @torch.inference_mode()
+    def predict(self, images: Images, topk: int = 5) -> Any:
+        """Classifies images.
+
+        Args:
+            images: as in `prepare`.
+            topk: number of classes in `top`.
+
+        Returns:
+            For an image, a dict: pred_label (the most likely label), pred_class (its name), pred_score (its
+            probability), pred_scores (the probabilities of all classes, an array), and top (the `topk` most likely
+            classes as (name, probability)). For a list of images, a list of such dicts.
+
+        Raises:
+            ValueError: the model has no classification head.
+            BadImage, OSError: as in `prepare`.
+        """
+        if not (isinstance(self, Classifier) and self.settings["nb_classes"]):
+            raise ValueError(
+                f"{self.settings['model']} has no classification head here: give a fine-tuned file, or train a head "
+                f"with main_finetune.py or main_linprobe.py"
+            )
+        scores = self(self.prepare(images)).float().softmax(dim=1).cpu()  # type: ignore[operator]
+        best = scores.topk(min(topk, scores.shape[1]))
+        predictions = []
+        for row, labels, shares in zip(scores, best.indices.tolist(), best.values.tolist(), strict=True):
+            names = [self.classes[label] if self.classes else f"class {label}" for label in labels]
+            predictions.append({
+                "pred_label": labels[0], "pred_class": names[0], "pred_score": shares[0], "pred_scores": row.numpy(),
+                "top": list(zip(names, shares, strict=True)),
+            })  # fmt: skip
+        return predictions if _are_several(images) else predictions[0]
+
+    def extract_feat(self, images: Images, pool: str | None = None) -> Tensor:
+        """Computes features of images. No patch is masked.
+
+        Args:
+            images: as in `prepare`.
+            pool: "cls": the class token, or the mean of several; "avg": the mean of the patch tokens; "tokens": all
+                tokens, class tokens first. Default: the input of the classification head, after the pooling of an
+                attentive probe; or "cls" without a head.
+
+        Returns:
+            (B, D), or (B, T + N, D) for "tokens", with T class tokens.
+
+        Raises:
+            ValueError: `pool` is unknown.
+            BadImage, OSError: as in `prepare`.
+        """
+        return self.compute_features(self.prepare(images), pool)
+
+    def compute_features(self, x: Tensor, pool: str | None = None) -> Tensor:
+        """The features of normalized images (B, c, H, W); as `extract_feat`."""
+        if self.head_pools and pool is None:
+            return self.head.pool(self.forward_features(x))  # type: ignore[attr-defined]
+        pooled = self.settings.get("global_pool", False)
+        pool = pool or ("avg" if pooled else "cls")
+        if pooled and pool == "avg":  # the mean is normalized after pooling
+            return self.forward_features(x)  # type: ignore[attr-defined]
+        if pool not in ("cls", "avg", "tokens"):
+            raise ValueError(f"pool={pool!r}: give cls, avg or tokens")
+        tokens = self.get_intermediate_layers(x)[0]  # type: ignore[attr-defined]
+        if pool == "tokens":
+            return tokens
+        return self.class_features(tokens) if pool == "cls" else self.patch_tokens(tokens).mean(dim=1)  # type: ignore[attr-defined]
+
+
+class Autoencoder(ModelMixin, models_mae.MaskedAutoencoderViT):
+    """A masked autoencoder with its preprocessing."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        super().__init__(**models_build.autoencoder_arguments(*specs(settings)))
+        self._set_up({**settings, "nb_classes": 0})
+
+
+class Classifier(ModelMixin, models_vit.VisionTransformer):
+    """A classifier with its preprocessing; with 0 classes, an encoder."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        super().__init__(**models_build.classifier_arguments(*specs(settings)))
+        if settings.get("probe") and settings["nb_classes"]:
+            models_build.set_probe_head(self, specs(settings)[0])
+        self._set_up(settings)
+        if not self.classes and self.num_classes == 1000:
+            self.classes = imagenet_classes()
+
+
+class Segmenter(ModelMixin, models_segment.Segmenter):
+    """A segmentation model with its preprocessing.
+
+    Attributes:
+        colors: colors of the classes in pictures, uint8 (classes, 3): those of the palette of the run, or of VOC.
+    """
+
+    colors: np.ndarray
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        super().__init__(**models_build.segmenter_arguments(*specs(settings)))
+        self._set_up(settings)
+        self.window = to_pair(settings["input_size"])
+        recorded = settings.get("short_side")
+        self.short_side = min(self.window) if recorded is None else recorded
+        colors = settings.get("colors") or default_colors(self.num_classes)
+        self.colors = np.array(colors, dtype=np.uint8).reshape(-1, 3)
+
+    @torch.inference_mode()
+    def segment(self, images: Images, batch_size: int = 8) -> Any:
+        """Predicts the class of each pixel, by windows over the scaled image, as in evaluation.
+
+        Args:
+            images: as in `prepare`, of any sizes.
+            batch_size: number of windows in a batch.
+
+        Returns:
+            For an image, the classes of its pixels, uint8 (H, W) in the size of the image. For a list of images, a list
+            of such arrays.
+
+        Raises:
+            BadImage, OSError: as in `prepare`.
+        """
+        several: Any = images if _are_several(images) else [images]
+        results = [self._segment_one(image, batch_size) for image in several]
+        return results if _are_several(images) else results[0]
+
+    def _segment_one(self, image: ImageLike, batch_size: int) -> np.ndarray:
+        device = self.pos_embed.device
+        if isinstance(image, Tensor) and image.is_floating_point():
+            if image.ndim != 3 or len(image) != self.in_chans:
+                raise BadImage(
+                    f"a float tensor {tuple(image.shape)} is not the input of the model, ({self.in_chans}, H, W); "
+                    f"uint8 tensors are pixels"
+                )
+            pixels, size = image.to(device), (image.shape[1], image.shape[2])
+        else:
+            picture = self.open(image)
+            size = size_of(picture)
+            pixels = self.normalize(transforms.to_tensor(fitted(picture, self.short_side)).to(device))
+        return predict_classes(self, pixels, size, self.window, batch_size).to(torch.uint8).cpu().numpy()
+
+
+Model = Autoencoder | Classifier | Segmenter
+
+
+@cache
+def imagenet_classes() -> list[str]:
+    """Returns the names of the classes of ImageNet-1K, by label."""
+    from timm.data import ImageNetInfo  # takes more than a second
+
+    info = ImageNetInfo()
+    return [info.index_to_description(label) for label in range(1000)]
+
+
+def _are_several(images: Any) -> bool:
+    return isinstance(images, list | tuple) or getattr(images, "ndim", 0) == 4
