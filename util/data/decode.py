@@ -201,11 +201,6 @@ def _check_size(height: int, width: int, channels: int, max_pixels: int) -> None
         )
 
 
-def _refuse(problem: str | None) -> None:
-    if problem:
-        raise BadImage(problem)
-
-
 def _check_channels(own: int, in_chans: int) -> None:
     """Raises BadImage if a file does not have the requested channels; only gray and color are converted."""
     if own != in_chans and not (own in MODES and in_chans in MODES):
@@ -276,7 +271,8 @@ def _read_tiff(data: bytes, in_chans: int, max_pixels: int) -> Picture:
         if page.imagedepth > 1:
             raise BadImage(f"it is a volume with {page.imagedepth} levels, not an image")
         plain = page.photometric in (PHOTOMETRIC.MINISBLACK, PHOTOMETRIC.MINISWHITE, PHOTOMETRIC.RGB)
-        _refuse(tiff_bounds.tiles_problem(page))
+        if problem := tiff_bounds.tiles_problem(page):
+            raise BadImage(problem)
         pages: Any = file.pages if channels == 1 and len(file.pages) == in_chans else [page]
         if len({(p.imagelength, p.imagewidth, p.samplesperpixel, p.dtype) for p in pages}) > 1:
             pages = [page]  # the other pages are smaller copies of the first one
@@ -287,7 +283,8 @@ def _read_tiff(data: bytes, in_chans: int, max_pixels: int) -> Picture:
         if len(pages) == 1:  # checked before many channels are decoded
             _check_channels(channels - has_alpha, in_chans)
         for p in pages:
-            _refuse(tiff_bounds.tiles_problem(p) or tiff_bounds.segments_problem(p, data))
+            if problem := tiff_bounds.tiles_problem(p) or tiff_bounds.segments_problem(p, data):
+                raise BadImage(problem)
         picture = _tensor(np.concatenate([_page_pixels(p) for p in pages], axis=2))
     return _over_white(picture, page.extrasamples[0]) if has_alpha else picture
 

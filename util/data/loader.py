@@ -383,7 +383,8 @@ def _stack(images: list[Tensor]) -> Tensor:
 
 def up_to_cores(num_workers: int) -> int:
     """Limits the number of worker processes to this process's share of the cores."""
-    cores = max(1, _cores() // dist.processes_here())
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS
+    cores = max(1, available // dist.processes_here())
     if num_workers > cores and num_workers != DEFAULT_WORKERS:  # the default is reduced silently
         _notice_cores(num_workers, cores)
     return min(num_workers, cores)
@@ -392,9 +393,3 @@ def up_to_cores(num_workers: int) -> int:
 @cache  # once per process, not once per loader
 def _notice_cores(num_workers: int, cores: int) -> None:
     logger.info(f"--num_workers {num_workers}: this process has {cores} CPU cores and uses {cores} worker processes")
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):  # not on macOS
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

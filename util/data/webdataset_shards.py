@@ -1,5 +1,6 @@
 """Shards of WebDataset: tar files, read as a stream."""
 
+import glob
 import itertools
 import logging
 import random
@@ -48,7 +49,7 @@ class Shards:
         self.title = f"wds:{pattern}"
         self.classes: list[str] = []  # labels are numbers without names
         expanded = webdataset.shardlists.expand_urls(pattern)
-        urls = [url for one in expanded for url in (_matching(one) if "*" in one else [one])]
+        urls = [url for one in expanded for url in (sorted(glob.glob(one)) if "*" in one else [one])]
         files = [Path(url).absolute() for url in urls if not _is_scheme(url)]
         # Absolute paths, because webdataset would run a file name `pipe:...` as a command.
         self.urls = [url if _is_scheme(url) else str(Path(url).absolute()) for url in urls]
@@ -157,8 +158,3 @@ def _count_samples(file: Path) -> int:
     if count < len(members):
         logger.warning(f"{file}: {len(members)} images in {count} samples; only the first image of each sample is used")
     return count
-
-
-def _matching(pattern: str) -> list[str]:
-    folder = Path(pattern).parent
-    return sorted(str(path.absolute()) for path in folder.glob(Path(pattern).name))
