@@ -19,7 +19,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import models_vit
 from benchmarks import machine, peers, scripts
 from benchmarks.input_pipeline import write_photographs
 from util.cli import entry_point
@@ -110,20 +109,15 @@ def main(args: argparse.Namespace) -> None:
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The flags."""
-    parser = entry_point.parser("Throughput of main_pretrain.py with its data, and its losses in two precisions.")
-    parser.add_argument(
-        "--size", default="base_patch16", choices=models_vit.SIZES, metavar="SIZE", help="a size of models_vit"
+    parser = machine.model_parser(
+        "Throughput of main_pretrain.py with its data, and its losses in two precisions.", amp=("bf16", "fp16")
     )
-    parser.add_argument("--batch_size", default=16, type=int, metavar="N", help="effective batch size")
     parser.add_argument(
         "--images", default=51200, type=int, metavar="N", help="number of image files, for the throughput"
     )
     parser.add_argument(
         "--updates", default=200, type=int, metavar="N", help="number of updates, for the losses; 0: throughput only"
     )
-    parser.add_argument("--amp", default="bf16", choices=("bf16", "fp16"), help="the precision to compare with fp32")
-    parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda")
-    parser.add_argument("--out", type=Path, metavar="DIR", help=machine.OUT_HELP)
     return parser
 
 
