@@ -17,6 +17,7 @@ validation images of ImageNet follows from its share of the peak, and its memory
 """
 
 import argparse
+import itertools
 import statistics
 import sys
 import tempfile
@@ -168,37 +169,31 @@ def implementations(
 ) -> dict[str, Callable[[], float]]:
     """The passes over all images by name; each returns images/s."""
     source: Any = open_source("train", str(folder))
-    build: dict[str, Callable[[], nn.Module]]
-    ours: Callable[..., float]
-    if task == "eval":
-        build = {
-            "timm": lambda: peers.timm_classifier(args.size),
-            "ours": lambda: get_model(f"vit_{args.size}", nb_classes=1000),
-        }
-        ours, theirs = our_evaluation, timms_evaluation
-    else:
-        build = {
+    ours, peer = (our_evaluation, timms_evaluation) if task == "eval" else (our_features, transformers_features)
+    builders: dict[str, Callable[[], Any]] = {
+        "timm": lambda: peers.timm_classifier(args.size),
+        "ours": lambda: get_model(f"vit_{args.size}", nb_classes=1000),
+    }
+    if task == "features":
+        builders = {
             "transformers": lambda: transformers_encoder(args.size),
             "ours": lambda: features.Extractor(get_model(f"vit_{args.size}"), "cls"),
         }
-        ours, theirs = our_features, transformers_features
     passes: dict[str, Callable[[], float]] = {}
-    for name, make in build.items():
-        for how in ("eager", "compiled"):
-            title = f"{name} {how}"
-            if args.only and name not in args.only and title not in args.only:
-                continue
-            model: Any = make().eval().to(precision.device)
+    for name, how in itertools.product(builders, ("eager", "compiled")):
+        title = f"{name} {how}"
+        if args.only and name not in args.only and title not in args.only:
+            continue
+        model = builders[name]().eval().to(precision.device)
+        if name != "ours":
             if how == "compiled":
-                if name == "ours":
-                    compile_model(model, precision.device, freeze_weights=True)
-                else:
-                    model.compile()
-            if name == "ours":
-                for fast, flag in ((False, ""), (True, ", --fast_jpeg")):
-                    passes[title + flag] = partial(ours, model, source, args, precision, fast)
-            else:
-                passes[title] = partial(theirs, model, folder, args, precision)
+                model.compile()
+            passes[title] = partial(peer, model, folder, args, precision)
+            continue
+        if how == "compiled":
+            compile_model(model, precision.device, freeze_weights=True)
+        for fast, flag in ((False, ""), (True, ", --fast_jpeg")):
+            passes[title + flag] = partial(ours, model, source, args, precision, fast)
     return passes
 
 

@@ -24,16 +24,9 @@ from benchmarks.input_pipeline import write_photographs
 from util.cli import entry_point
 from util.dist import choose_device
 from util.evaluation.tables import markdown
-from util.training import run_log
 
 FILES = 1280  # different files; the others are links to them
 UPDATES_PER_POINT = 4
-
-
-def pretrain(folder: Path, out: Path, *flags: object) -> list[dict[str, Any]]:
-    """Runs main_pretrain.py on a folder of images; returns the lines of its log.txt."""
-    scripts.run("main_pretrain.py", "--data_path", folder, "--output_dir", out, "--vis_every", 0, "--fast_jpeg", *flags)
-    return run_log.read(out)
 
 
 def write_files(folder: Path, count: int) -> None:
@@ -46,7 +39,7 @@ def write_files(folder: Path, count: int) -> None:
 
 def speed(args: argparse.Namespace, folder: Path, flags: list[object]) -> dict[str, float]:
     """Images/s of the second epoch of a run, and of updates without data loading."""
-    epochs = pretrain(folder, folder / "speed", *flags, "--amp", args.amp, "--compile", "--epochs", 2)
+    epochs = scripts.pretrain(folder, folder / "speed", *flags, "--amp", args.amp, "--compile", "--epochs", 2)
     scripts.run(
         "benchmarks/train_step.py", "--size", args.size, "--batch_size", args.batch_size, "--device", args.device,
         "--amp", args.amp, "--only", "ours compiled", "--out", folder, "--name", "step",
@@ -66,7 +59,9 @@ def losses(args: argparse.Namespace, folder: Path, flags: list[object]) -> dict[
     return {
         amp: [
             line["train_loss"]
-            for line in pretrain(few, folder / amp, *flags, "--amp", amp, "--epochs", epochs, "--save_every", epochs)
+            for line in scripts.pretrain(
+                few, folder / amp, *flags, "--amp", amp, "--epochs", epochs, "--save_every", epochs
+            )
         ]
         for amp in ("off", args.amp)
     }

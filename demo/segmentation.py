@@ -95,11 +95,6 @@ def write_pictures(folder: Path, count: int) -> None:
         (written / "palette.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def last_scores(out: Path, output: str) -> dict[str, Any]:
-    """Returns the entry of the last epoch in log.txt."""
-    return run_log.read(out)[-1]
-
-
 def draw(files: dict[str, Path], data: Path, path: Path) -> None:
     """Draws the first pictures of the validation set, their masks, and the predictions of models, with a legend."""
     pictures, masks = ([data / kind / "validation" / f"{index:05}.png" for index in range(EXAMPLES)]
@@ -159,7 +154,7 @@ def main(args: Namespace) -> dict[str, list[float]]:
         settings = {"config": RECIPE, "data_path": data, "palette": data / "palette.txt", "finetune": weights}
         place = args.out / run_name(title, seed)
         settings |= {"seed": seed, "device": args.device, "output_dir": place, "resume": "auto", **others}
-        commands.run(run_name(title, seed), ROOT / "main_segment.py", settings, last_scores)
+        commands.run(run_name(title, seed), ROOT / "main_segment.py", settings, lambda out, _: run_log.read(out)[-1])
 
     calls = [partial(run, title, seed) for seed in range(args.seeds) for title in RUNS]
     for _ in tqdm(commands.each(calls), total=len(calls), desc="runs", leave=False, disable=None):
