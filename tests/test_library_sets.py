@@ -23,8 +23,8 @@ from PIL import Image
 
 from util.data import loader, transforms
 from util.data.decode import BadImage, decode
+from util.data.library_sets import TorchvisionSet
 from util.data.samples import Samples
-from util.data.torchvision_sets import TorchvisionSet
 from util.data.webdataset_shards import Shards
 from util.datasets import open_source
 

@@ -18,6 +18,7 @@ from PIL import Image
 
 from util import dist
 from util.data import loader, transforms
+from util.data.batches import up_to_cores
 from util.data.decode import BadImage
 from util.data.loader import EpochBatches, TrainLoader
 from util.data.samples import Samples
@@ -405,14 +406,14 @@ def test_the_order_differs_between_seeds():
 def test_fewer_cores_than_workers_are_logged_once(caplog, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(2))
     caplog.set_level("INFO")
-    assert [loader.up_to_cores(workers) for workers in (0, 2, 10)] == [0, 2, 2]
+    assert [up_to_cores(workers) for workers in (0, 2, 10)] == [0, 2, 2]
     assert caplog.messages == []
-    assert [loader.up_to_cores(77), loader.up_to_cores(77)] == [2, 2]
+    assert [up_to_cores(77), up_to_cores(77)] == [2, 2]
     assert caplog.messages == ["--num_workers 77: this process has 2 CPU cores and uses 2 worker processes"]
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(32))
     for processes, workers in ((8, 4), (64, 1)):  # of a machine, which share its cores
         monkeypatch.setattr(dist, "processes_here", lambda processes=processes: processes)
-        assert loader.up_to_cores(10) == workers
+        assert up_to_cores(10) == workers
 
 
 @pytest.mark.parametrize(

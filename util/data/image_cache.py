@@ -16,8 +16,8 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from util import dist
+from util.data.batches import Batches, up_to_cores
 from util.data.decode import BadImage
-from util.data.loader import Batches, up_to_cores
 from util.data.samples import Samples
 from util.data.sources import Source
 from util.data.transforms import keeps_label, to_tensor

@@ -19,17 +19,16 @@ from tqdm import tqdm
 
 from util.cli import entry_point, flags
 from util.cli.choices import DEFAULT_WORKERS
+from util.data.batches import up_to_cores
 from util.data.decode import BadImage, read
-from util.data.folders import image_files
-from util.data.loader import up_to_cores
-from util.data.segmentation_masks import MASK_FOLDERS
+from util.data.segmentation_masks import JPEG, MASK_FOLDERS, PNG
+from util.data.sources import image_files
 from util.files import atomic, locks
 from util.files.untrusted import printable, read_file
 from util.interrupts import end_with_parent
 
 logger = logging.getLogger(__name__)
 
-JPEG, PNG = b"\xff\xd8\xff", b"\x89PNG"
 SCALED = ("L", "LA", "RGB", "RGBA", "CMYK")
 MAX_LISTED = 5  # unreadable files that are listed
 

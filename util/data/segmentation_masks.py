@@ -18,10 +18,9 @@ from util.cli.advice import advised
 from util.data import decode
 from util.data.archives import Archive
 from util.data.decode import BadImage
-from util.data.folders import find_files, image_files
+from util.data.library_sets import TorchvisionSet
 from util.data.lists import read_pairs
-from util.data.sources import Files
-from util.data.torchvision_sets import TorchvisionSet
+from util.data.sources import Files, find_files, image_files
 from util.files.untrusted import printable, read_file
 
 IGNORED = 255  # the value of pixels without a class
