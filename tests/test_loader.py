@@ -173,7 +173,7 @@ def test_an_epoch_that_leaves_out_much_warns(caplog):
 
 @pytest.mark.parametrize("workers", [1, 4])
 def test_the_number_of_workers_has_no_effect(pictures, workers, monkeypatch):
-    monkeypatch.setattr(loader.os, "sched_getaffinity", lambda pid: range(8))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(8))
     alone = list(TrainLoader(make_samples(pictures), 4, 0, 0, False))
     together = TrainLoader(make_samples(pictures), 4, 0, workers, False)
     assert together.batches.num_workers == workers

@@ -28,18 +28,13 @@ PLACE = Path("/dev/shm")  # of Linux; containers limit it, Docker's default is 6
 SEMAPHORES = 8  # of the queues of a worker process; each takes a page
 
 
-class Shared:
-    """A function of `collate_fn` whose tensors are moved into shared memory if it runs in a worker process."""
-
-    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
-        self.collate = collate
-
-    def __call__(self, samples: list[Any]) -> Any:
-        batch = self.collate(samples)
-        if get_worker_info():
-            for tensor in _tensors(batch):
-                tensor.share_memory_()
-        return batch
+def _shared(collate: Callable[[list[Any]], Any], samples: list[Any]) -> Any:
+    """Collates samples to a batch, whose tensors are moved into shared memory in a worker process."""
+    batch = collate(samples)
+    if get_worker_info():
+        for tensor in _tensors(batch):
+            tensor.share_memory_()
+    return batch
 
 
 def _tensors(batch: Any) -> Iterator[Tensor]:
@@ -54,12 +49,6 @@ def require_space(num_workers: int) -> None:
     """Raises OSError if the queues of the worker processes do not fit into the shared memory."""
     if PLACE.is_dir() and shutil.disk_usage(PLACE).free < SEMAPHORES * (1 + num_workers) * mmap.PAGESIZE:
         raise _full(num_workers)
-
-
-def _is_full(error: Exception) -> bool:
-    """Whether the shared memory was too small for a batch; the error may be of a worker process."""
-    text = str(error)
-    return ("shared memory" in text and "No space left" in text) or "Bus error" in text
 
 
 def _full(num_workers: int) -> OSError:
@@ -88,7 +77,7 @@ class Batches(DataLoader):
 
     def __init__(self, dataset: Any, num_workers: int, **options: Any) -> None:
         prepare = partial(interrupts.ignore_from_others, os.getpid())
-        collate = Shared(options.pop("collate_fn"))
+        collate = partial(_shared, options.pop("collate_fn"))
         super().__init__(dataset, num_workers=num_workers, worker_init_fn=prepare, collate_fn=collate, **options)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
@@ -97,9 +86,10 @@ class Batches(DataLoader):
         try:
             yield from self._batches()
         except RuntimeError as error:
-            if not _is_full(error):
-                raise
-            raise _full(self.num_workers) from error
+            text = str(error)  # may be of a worker process
+            if ("shared memory" in text and "No space left" in text) or "Bus error" in text:
+                raise _full(self.num_workers) from error
+            raise
 
     def _batches(self) -> Iterator[Any]:
         with interrupts.blocked():

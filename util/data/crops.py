@@ -15,9 +15,9 @@ from PIL import Image
 from torchvision import transforms as T
 from torchvision.transforms import functional as TF
 
+from util.cli.choices import NO_CROP
 from util.data.bicubic_weights import BITS, pixel_weights
-from util.data.decode import SMALL, Picture, has_bytes, size_of, to_pillow
-from util.data.transforms import NO_CROP, to_tensor
+from util.data.decode import SMALL, Picture, has_bytes, size_of, to_pillow, to_tensor
 from util.pos_embed import Size, to_pair
 
 

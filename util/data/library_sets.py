@@ -35,7 +35,22 @@ def dataset_in(root: Path) -> str | None:
     return None
 
 
-class TorchvisionSet:
+class LibrarySet:
+    """The names of the samples of a library, and the version of its files."""
+
+    title: str
+    files_version: Any  # a cached property
+
+    def name(self, index: int) -> str:
+        """Returns the name of the dataset and the number of the sample."""
+        return f"{self.title}[{index}]"
+
+    def version(self, index: int) -> str:
+        """Returns the version of all files."""
+        return self.files_version
+
+
+class TorchvisionSet(LibrarySet):
     """A dataset of torchvision.
 
     Args:
@@ -126,16 +141,8 @@ class TorchvisionSet:
             raise BadImage(f"torchvision can't read it ({type(error).__name__}: {error})") from error
         return image, int(label) if isinstance(label, (int, np.integer)) and self.classes else -1
 
-    def name(self, index: int) -> str:
-        """Returns the name of the dataset and the number of the sample."""
-        return f"{self.title}[{index}]"
-
-    def version(self, index: int) -> str:
-        """Returns the version of the folder with the files of the dataset."""
-        return self._version
-
     @cached_property
-    def _version(self) -> str:
+    def files_version(self) -> str:
         return version_of(self.root) if self.root else ""
 
 
@@ -167,7 +174,7 @@ def _class_names(images: Any, listed: np.ndarray | None) -> list[str]:
     return [] if listed is None else [str(number) for number in range(int(listed.max()) + 1)]
 
 
-class HuggingFaceSet:
+class HuggingFaceSet(LibrarySet):
     """A map-style dataset of Hugging Face.
 
     Args:
@@ -228,15 +235,7 @@ class HuggingFaceSet:
         data = image["bytes"] if image["bytes"] is not None else read_file(image["path"])
         return data, -1 if label is None else label
 
-    def name(self, index: int) -> str:
-        """Returns the name of the dataset and the number of the row."""
-        return f"{self.title}[{index}]"
-
-    def version(self, index: int) -> str:
-        """Returns the names and versions of the prepared files; the library prepares a changed dataset anew."""
-        return self._version
-
     @cached_property
-    def _version(self) -> str:
+    def files_version(self) -> str:  # of the prepared files; the library prepares a changed dataset anew
         files = [file["filename"] for file in self.table.cache_files]
         return " ".join(f"{file} {version_of(file)}" for file in files)

@@ -11,14 +11,13 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from util.cli.choices import CROP_CHOICES, default_crop_pct
-from util.data.decode import Picture, to_pillow
+from util.cli.choices import CROP_CHOICES, NO_CROP, default_crop_pct
+from util.data.decode import Picture, to_pillow, to_tensor
 from util.pos_embed import Size, to_pair
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 CROP_RATIO = (3 / 4, 4 / 3)  # aspect ratio of random crops, relative to the aspect ratio of the input
-NO_CROP = "none"  # the value of --crop for whole images
 
 ImageTransform = Callable[[Picture], Tensor]
 Transform = Callable[[Picture, Any], tuple[Tensor, Any]]  # of a picture and its label
@@ -154,8 +153,8 @@ def finetune_transform(
         stages = create_transform(
             (len(mean), *to_pair(input_size)),
             is_training=True,
-            scale=tuple(crop_scale),
-            ratio=tuple(crop_ratio),
+            scale=(crop_scale[0], crop_scale[1]),
+            ratio=(crop_ratio[0], crop_ratio[1]),
             hflip=hflip,
             color_jitter=color_jitter,  # type: ignore[arg-type]  # None: no jitter
             auto_augment=policy,
@@ -203,15 +202,6 @@ def probe_transform(input_size: Size, crop: str = "random") -> ImageTransform:
     kind = crops.CropOnce if height == width else crops.T.RandomResizedCrop
     first = crops.first_stage(input_size, crop, (0.08, 1.0), CROP_RATIO, kind)
     return crops.T.Compose([first, crops.T.RandomHorizontalFlip(), to_tensor])
-
-
-def to_tensor(picture: Picture) -> Tensor:
-    """Converts a decoded picture to a tensor (c, H, W). Values are not scaled."""
-    if isinstance(picture, Tensor):
-        return picture
-    from torchvision.transforms.functional import pil_to_tensor
-
-    return pil_to_tensor(picture)
 
 
 def eval_transform(input_size: Size, crop_pct: float | None = None, crop: str | None = None) -> ImageTransform:
