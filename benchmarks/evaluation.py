@@ -210,11 +210,6 @@ def compare(task: str, args: argparse.Namespace, precision: Precision) -> dict[s
     return train_step.report(title, precision, runs, peaks, train_step.classifier_flops(args.size))
 
 
-def knn_bytes(bank: int, queries: int) -> int:
-    """Memory of the classification: features, and the similarities of a chunk with their largest values."""
-    return 4 * (bank + queries) * WIDTH + 8 * knn.CHUNK
-
-
 def measure_knn(task: str, args: argparse.Namespace, precision: Precision) -> dict[str, Any]:
     """Prints and returns the share of the peak of k-NN, and its expected time and memory on ImageNet."""
     bank, queries = torch.randn(BANK, WIDTH), torch.randn(QUERIES, WIDTH)
@@ -232,7 +227,7 @@ def measure_knn(task: str, args: argparse.Namespace, precision: Precision) -> di
     share = statistics.median(rate / peak for rate, peak in zip(runs[task], peaks, strict=True))
     peak = statistics.median(peaks)
     expected = 2 * IMAGENET["bank"] * IMAGENET["queries"] * WIDTH / (share * peak)
-    size = knn_bytes(**IMAGENET)
+    size = 4 * (IMAGENET["bank"] + IMAGENET["queries"]) * WIDTH + 8 * knn.CHUNK  # features; similarities of a chunk
     print(f"k-NN: {share:.0%} of the peak matmul throughput in fp32 ({peak / 1e12:.3f} TFLOP/s)")
     print(f"ImageNet, features of {WIDTH} values: {expected / 60:.1f} minutes (computed), {size / 1e9:.2f} GB")
     return {"share": share, "peak_flops": peak, "imagenet_seconds": expected, "imagenet_bytes": size}

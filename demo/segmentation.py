@@ -23,7 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from demo.unpack_data import ARCHIVE
-from inference.model import Model, get_model
+from inference.model import get_model
 from util.checkpoints import checkpoint
 from util.cli import entry_point, flags, options
 from util.data.segmentation_masks import default_colors, read_palette
@@ -145,7 +145,9 @@ def main(args: Namespace) -> dict[str, list[float]]:
     args.out.mkdir(parents=True, exist_ok=True)
     write_pictures(data, args.pictures)
     for seed in range(args.seeds):
-        write_untrained(model, seed, args.out / f"untrained_{seed}.pth")
+        torch.manual_seed(seed)  # the random weights with which the pre-training of the model begins
+        start = {"model": type(model)(model.settings).state_dict(), "args": model.settings}
+        checkpoint.write(start, args.out / f"untrained_{seed}.pth")
     commands = Commands(args.out, args.out / "results.json", args.jobs)
 
     def run(title: str, seed: int) -> None:
@@ -169,12 +171,6 @@ def main(args: Namespace) -> dict[str, list[float]]:
     )
     print(f"\npicture: {args.out / 'segmentation.png'}")
     return scores
-
-
-def write_untrained(model: Model, seed: int, path: Path) -> None:
-    """Writes the random weights with which the pre-training of a model begins."""
-    torch.manual_seed(seed)
-    checkpoint.write({"model": type(model)(model.settings).state_dict(), "args": model.settings}, path)
 
 
 def run_name(title: str, seed: int) -> str:

@@ -117,7 +117,14 @@ def main(args: argparse.Namespace) -> None:
     names = sorted(os.path.relpath(path, args.data_path) for path in image_files(str(args.data_path)))
     if not names:
         raise ValueError(f"there are no images in {args.data_path}")
-    _refuse_masks(args.data_path, names)
+    for name in names:  # interpolation would create values of other classes
+        folders = [args.data_path.resolve().name, *name.split(os.sep)[:-1]]
+        if any(folder.lower() in MASK_FOLDERS for folder in folders):
+            raise ValueError(
+                f"masks can't be scaled like photographs: {printable(str(args.data_path / name))} is in a folder of "
+                f"masks ({', '.join(MASK_FOLDERS)}); main_segment.py scales images and masks itself (--short_side), "
+                f"and for other scripts give the folder of the images alone"
+            )
     num_workers = up_to_cores(args.num_workers)
     one = partial(resize, folder=args.data_path, copy=args.copy, short_side=args.short_side, quality=args.quality)
     counts, unread = Counter[str](), []
@@ -133,15 +140,3 @@ def main(args: argparse.Namespace) -> None:
     logger.info("\n".join(unread[:MAX_LISTED]) or f"in {args.copy}")
     if unread:
         raise BadImage(f"{len(unread):,} files can't be read; the copy does not contain them")
-
-
-def _refuse_masks(root: Path, names: list[str]) -> None:
-    """Raises ValueError for a folder of segmentation masks: interpolation creates values of other classes."""
-    for name in names:
-        folders = [root.resolve().name, *name.split(os.sep)[:-1]]
-        if any(folder.lower() in MASK_FOLDERS for folder in folders):
-            raise ValueError(
-                f"masks can't be scaled like photographs: {printable(str(root / name))} is in a folder of masks "
-                f"({', '.join(MASK_FOLDERS)}); main_segment.py scales images and masks itself (--short_side), and for "
-                f"other scripts give the folder of the images alone"
-            )

@@ -3,6 +3,7 @@
 import glob
 import itertools
 import logging
+import os
 import random
 import sys
 import tarfile
@@ -49,9 +50,9 @@ class Shards:
         self.title = f"wds:{pattern}"
         self.classes: list[str] = []  # labels are numbers without names
         expanded = webdataset.shardlists.expand_urls(pattern)
-        urls = [url for one in expanded for url in (sorted(glob.glob(one)) if "*" in one else [one])]
-        files = [Path(url).absolute() for url in urls if not _is_scheme(url)]
         # Absolute paths, because webdataset would run a file name `pipe:...` as a command.
+        urls = [url for one in expanded for url in (sorted(glob.glob(os.path.abspath(one))) if "*" in one else [one])]
+        files = [Path(url).absolute() for url in urls if not _is_scheme(url)]
         self.urls = [url if _is_scheme(url) else str(Path(url).absolute()) for url in urls]
         missing = [str(file) for file in files if not file.is_file()]
         if missing or not self.urls:
