@@ -98,7 +98,7 @@ class Ablation:
                 torch.empty(1, model.num_patches),
             )
         forward = partial(model.forward, images, mask_ratio=args.mask_ratio, noise=noise)
-        return count_macs(model, lambda _: forward()) * self.runs[name].images * self.runs[name].epochs
+        return count_macs(model, forward) * self.runs[name].images * self.runs[name].epochs
 
     def write_list(self, images: int) -> None:
         """Writes a list of the first images of each class, equally many."""

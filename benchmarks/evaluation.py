@@ -17,6 +17,7 @@ validation images of ImageNet follows from its share of the peak, and its memory
 """
 
 import argparse
+import itertools
 import statistics
 import sys
 import tempfile
@@ -38,20 +39,17 @@ from transformers import ViTConfig, ViTImageProcessor, ViTModel
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import models_vit
-from benchmarks import machine, peers
+from benchmarks import machine, peers, train_step
 from benchmarks.input_pipeline import write_photographs
-from benchmarks.train_step import classifier_flops, matrix_product, seconds
 from engine_finetune import evaluate
 from inference import features, get_model
 from util.cli import entry_point, flags
-from util.cli.choices import AMP_CHOICES
 from util.data import loader, transforms
 from util.data.samples import Samples
 from util.data.sources import Source
 from util.datasets import open_source
 from util.dist import choose_device
 from util.evaluation import knn
-from util.evaluation.tables import markdown
 from util.training.compiling import compile_model
 from util.training.precision import Precision
 
@@ -171,37 +169,31 @@ def implementations(
 ) -> dict[str, Callable[[], float]]:
     """The passes over all images by name; each returns images/s."""
     source: Any = open_source("train", str(folder))
-    build: dict[str, Callable[[], nn.Module]]
-    ours: Callable[..., float]
-    if task == "eval":
-        build = {
-            "timm": lambda: peers.timm_classifier(args.size),
-            "ours": lambda: get_model(f"vit_{args.size}", nb_classes=1000),
-        }
-        ours, theirs = our_evaluation, timms_evaluation
-    else:
-        build = {
+    ours, peer = (our_evaluation, timms_evaluation) if task == "eval" else (our_features, transformers_features)
+    builders: dict[str, Callable[[], Any]] = {
+        "timm": lambda: peers.timm_classifier(args.size),
+        "ours": lambda: get_model(f"vit_{args.size}", nb_classes=1000),
+    }
+    if task == "features":
+        builders = {
             "transformers": lambda: transformers_encoder(args.size),
             "ours": lambda: features.Extractor(get_model(f"vit_{args.size}"), "cls"),
         }
-        ours, theirs = our_features, transformers_features
     passes: dict[str, Callable[[], float]] = {}
-    for name, make in build.items():
-        for how in ("eager", "compiled"):
-            title = f"{name} {how}"
-            if args.only and name not in args.only and title not in args.only:
-                continue
-            model: Any = make().eval().to(precision.device)
+    for name, how in itertools.product(builders, ("eager", "compiled")):
+        title = f"{name} {how}"
+        if args.only and name not in args.only and title not in args.only:
+            continue
+        model = builders[name]().eval().to(precision.device)
+        if name != "ours":
             if how == "compiled":
-                if name == "ours":
-                    compile_model(model, precision.device, freeze_weights=True)
-                else:
-                    model.compile()
-            if name == "ours":
-                for fast, flag in ((False, ""), (True, ", --fast_jpeg")):
-                    passes[title + flag] = partial(ours, model, source, args, precision, fast)
-            else:
-                passes[title] = partial(theirs, model, folder, args, precision)
+                model.compile()
+            passes[title] = partial(peer, model, folder, args, precision)
+            continue
+        if how == "compiled":
+            compile_model(model, precision.device, freeze_weights=True)
+        for fast, flag in ((False, ""), (True, ", --fast_jpeg")):
+            passes[title + flag] = partial(ours, model, source, args, precision, fast)
     return passes
 
 
@@ -210,50 +202,32 @@ def implementations(
 
 def compare(task: str, args: argparse.Namespace, precision: Precision) -> dict[str, Any]:
     """Prints and returns the images/s of all implementations of a task, eval or features."""
-    product, operations = matrix_product(precision)
-    peaks, rates = [], {}
     with tempfile.TemporaryDirectory() as root:
         write_photographs(Path(root), args.images)
         passes = implementations(task, args, Path(root), precision)
-        for name, run in passes.items():
-            print(f"warming up: {name}", flush=True)
-            run()  # the first pass compiles
-        runs: dict[str, list[float]] = {name: [] for name in passes}
-        for number in range(args.rounds):
-            print(f"round {number + 1} of {args.rounds}", flush=True)
-            peaks.append(operations / min(seconds(product, 1, precision.device) for _ in range(10)))
-            for name, run in passes.items():
-                runs[name].append(run())
-    rates = {name: statistics.median(values) for name, values in runs.items()}
-    first, peak, flops = next(iter(rates)), statistics.median(peaks), classifier_flops(args.size)
-    ratios = {name: statistics.median(a / b for a, b in zip(runs[name], runs[first], strict=True)) for name in rates}
-    rows = [(name, f"{rate:.2f}", f"{ratios[name]:.2f}", f"{rate * flops / peak:.0%}") for name, rate in rates.items()]
-    print(f"\n{task}, {args.size}, batch {args.batch_size}, {precision.name}, {precision.device.type}\n")
-    print(markdown(["", "images/s", f"relative to {first}", "share of the peak"], rows))
-    return {"images_per_second": rates, "all_images_per_second": runs, "peak_flops": peak, "flops_per_image": flops}
-
-
-def knn_bytes(bank: int, queries: int) -> int:
-    """Memory of the classification: features, and the similarities of a chunk with their largest values."""
-    return 4 * (bank + queries) * WIDTH + 8 * knn.CHUNK
+        runs, peaks = train_step.take_turns(passes, precision, args.rounds)
+    title = f"{task}, {args.size}, batch {args.batch_size}"
+    return train_step.report(title, precision, runs, peaks, train_step.classifier_flops(args.size))
 
 
 def measure_knn(task: str, args: argparse.Namespace, precision: Precision) -> dict[str, Any]:
     """Prints and returns the share of the peak of k-NN, and its expected time and memory on ImageNet."""
-    product, operations = matrix_product(Precision("off", precision.device))
     bank, queries = torch.randn(BANK, WIDTH), torch.randn(QUERIES, WIDTH)
     labels = torch.randint(1000, (len(bank),))
-    shares, peaks = [], []
-    for _ in range(args.rounds + 1):
-        peaks.append(operations / min(seconds(product, 1, precision.device) for _ in range(10)))
+
+    def flops_per_second() -> float:
         step = partial(
             knn.classify, bank, labels, queries, labels[: len(queries)], ks=[20, 200], temperatures=[0.07],
             num_classes=1000, device=precision.device,
         )  # fmt: skip
-        shares.append(2 * len(bank) * len(queries) * WIDTH / seconds(step, 1, precision.device) / peaks[-1])
-    share, peak = statistics.median(shares[1:]), statistics.median(peaks)
+        return 2 * len(bank) * len(queries) * WIDTH / train_step.seconds(step, 1, precision.device)
+
+    fp32 = Precision("off", precision.device)
+    runs, peaks = train_step.take_turns({task: flops_per_second}, fp32, args.rounds)
+    share = statistics.median(rate / peak for rate, peak in zip(runs[task], peaks, strict=True))
+    peak = statistics.median(peaks)
     expected = 2 * IMAGENET["bank"] * IMAGENET["queries"] * WIDTH / (share * peak)
-    size = knn_bytes(**IMAGENET)
+    size = 4 * (IMAGENET["bank"] + IMAGENET["queries"]) * WIDTH + 8 * knn.CHUNK  # features; similarities of a chunk
     print(f"k-NN: {share:.0%} of the peak matmul throughput in fp32 ({peak / 1e12:.3f} TFLOP/s)")
     print(f"ImageNet, features of {WIDTH} values: {expected / 60:.1f} minutes (computed), {size / 1e9:.2f} GB")
     return {"share": share, "peak_flops": peak, "imagenet_seconds": expected, "imagenet_bytes": size}
@@ -274,26 +248,13 @@ def main(args: argparse.Namespace) -> None:
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The flags."""
-    parser = entry_point.parser("Throughput of evaluation and features from files, compared with others; k-NN.")
+    parser = machine.model_parser("Throughput of evaluation and features from files, compared with others; k-NN.")
     parser.add_argument(
         "--task", nargs="+", default=["eval", "features"], choices=("eval", "features", "knn"), help="measurements"
     )
-    parser.add_argument(
-        "--size", default="base_patch16", choices=models_vit.SIZES, metavar="SIZE", help="a size of models_vit"
-    )
-    parser.add_argument("--batch_size", default=16, type=flags.positive_int, metavar="N", help="batch size")
     parser.add_argument("--images", default=192, type=flags.positive_int, metavar="N", help="number of image files")
     parser.add_argument("--num_workers", default=1, type=flags.count, metavar="N", help="worker processes of all")
-    parser.add_argument("--amp", default="bf16", choices=AMP_CHOICES, help="bf16, fp16 or off (fp32)")
-    parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda")
-    parser.add_argument(
-        "--rounds", default=5, type=flags.positive_int, metavar="N",
-        help="repetitions; each measures every implementation once",
-    )  # fmt: skip
-    parser.add_argument(
-        "--only", nargs="+", default=[], metavar="NAME", help="implementations, such as ours or 'timm compiled'"
-    )
-    parser.add_argument("--out", type=Path, metavar="DIR", help=machine.OUT_HELP)
+    machine.add_rounds(parser)
     return parser
 
 

@@ -13,7 +13,6 @@ import itertools
 import os
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -33,7 +32,7 @@ from torchvision.datasets import ImageFolder
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import machine
+from benchmarks import machine, scripts
 from util.cli import entry_point
 from util.data import loader, transforms
 from util.data.decode import MAX_PIXELS
@@ -41,8 +40,8 @@ from util.data.jpeg import decode_rgb
 from util.data.loader import TrainLoader
 from util.data.samples import Samples
 from util.datasets import open_source
+from util.evaluation.tables import markdown
 
-ROOT = Path(__file__).parents[1]
 BATCH = 64
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "hubble_deep_field.jpg", "ihc.png", "motorcycle_left.png", "retina.jpg",
                "rocket.jpg", "china.jpg", "flower.jpg", "grass.png", "gravel.png", "brick.png")  # fmt: skip
@@ -84,14 +83,16 @@ def classic(folder: Path, workers: int) -> Callable[[], Iterator[Any]]:
     ).__iter__
 
 
+def our_samples(folder: Path, **options: Any) -> Samples:
+    """The samples of main_pretrain.py."""
+    transform = transforms.keeps_label(transforms.pretrain_transform(224))
+    source = open_source("train", str(folder))
+    return Samples(source, transform, in_chans=3, seed=0, draw_noise=partial(torch.rand, 196), **options)
+
+
 def ours(folder: Path, workers: int, repeats: int = 1, **options: Any) -> Callable[[], Iterator[Any]]:
     """Batches of the pipeline of main_pretrain.py."""
-    source = open_source("train", str(folder))
-    transform = transforms.pretrain_transform(224)
-    samples = Samples(
-        source, transforms.keeps_label(transform), in_chans=3, seed=0, draw_noise=partial(torch.rand, 196), **options
-    )
-    return TrainLoader(samples, BATCH, 0, workers, pin_memory=False, repeats=repeats).__iter__
+    return TrainLoader(our_samples(folder, **options), BATCH, 0, workers, pin_memory=False, repeats=repeats).__iter__
 
 
 def rate(batches: Callable[[], Iterator[Any]], limit: int) -> float:
@@ -116,16 +117,8 @@ class Sent(Dataset):
 
 def profile(folder: Path, rounds: int) -> dict[str, float]:
     """Microseconds per image of each stage of --fast_jpeg in one process, and of the transfer from a worker process."""
-    source: Any = open_source("train", str(folder))
-    transform = transforms.pretrain_transform(224)
-    samples = Samples(
-        source,
-        transforms.keeps_label(transform),
-        in_chans=3,
-        seed=0,
-        draw_noise=partial(torch.rand, 196),
-        fast_jpeg=True,
-    )
+    samples, transform = our_samples(folder, fast_jpeg=True), transforms.pretrain_transform(224)
+    source: Any = samples.source
     runs: list[dict[str, float]] = []
     for number in range(rounds + 1):  # the first one does not count
         times = dict.fromkeys(("read", "decode", "crop, resize, flip", "random numbers and other", "collate"), 0.0)
@@ -170,15 +163,11 @@ def differences(folder: Path) -> dict[str, float]:
 
 def wait_for_data(folder: Path, out: Path) -> float:
     """The data-loading share of the second epoch of main_pretrain.py. One core decodes faster than the ViT-S trains."""
-    command = [
-        sys.executable, "main_pretrain.py", "--data_path", folder, "--output_dir", out, "--fast_jpeg",
-        "--model", "mae_vit_small_patch16", "--amp", "bf16", "--device", "cpu", "--num_workers", 1,
-        "--batch_size", 32, "--epochs", 2, "--warmup_epochs", 1, "--vis_every", 0,
-    ]  # fmt: skip
-    process = subprocess.run(list(map(str, command)), cwd=ROOT, check=True, capture_output=True, text=True)
-    line = next(line for line in process.stdout.splitlines() if line.startswith("epoch 1 done"))
-    print(f"\nmain_pretrain.py: {line}")
-    return float(line.rpartition("data loading ")[2].removesuffix("%")) / 100
+    epochs = scripts.pretrain(
+        folder, out, "--model", "mae_vit_small_patch16", "--amp", "bf16", "--device", "cpu", "--num_workers", 1,
+        "--batch_size", 32, "--epochs", 2, "--warmup_epochs", 1,
+    )  # fmt: skip
+    return epochs[1]["data_wait"]
 
 
 def main(args: argparse.Namespace) -> None:
@@ -189,8 +178,7 @@ def main(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as root:
         folder, copy = Path(root, "originals"), Path(root, "copy")
         write_photographs(folder, args.images)
-        command = [sys.executable, "-m", "util.resize", str(folder), str(copy), "--short_side", "256"]
-        subprocess.run(command, cwd=ROOT, check=True)
+        scripts.run("-m", "util.resize", folder, copy, "--short_side", 256)
         ways: dict[str, Callable[[int], Callable[[], Iterator[Any]]]] = {
             "classic": partial(classic, folder),
             "ours": partial(ours, folder),
@@ -208,17 +196,16 @@ def main(args: argparse.Namespace) -> None:
             rates = {name: statistics.median(run[name] for run in runs) for name in ways}
             ratios = {name: statistics.median(run[name] / run["classic"] for run in runs) for name in ways}
             results[title] = {"images_per_second": rates, "to_classic": ratios}
-            print(f"\n| {title} | images/s | relative to classic |\n|---|---|---|")
-            for name in ways:
-                print(f"| {name} | {rates[name]:,.0f} | {ratios[name]:.2f} |", flush=True)
+            rows = [(name, f"{rates[name]:,.0f}", f"{ratios[name]:.2f}") for name in ways]
+            print(f"\n{markdown([title, 'images/s', 'relative to classic'], rows)}", flush=True)
             del batches
         stages = profile(folder, args.rounds)
         shares = differences(folder)
         data_wait = wait_for_data(folder, Path(root, "run"))
+    print(f"\nmain_pretrain.py: data loading takes {data_wait:.1%} of the second epoch")
     total = sum(stages.values())
-    print("\n| stage of --fast_jpeg | µs per image | share |\n|---|---|---|")
-    for stage, value in stages.items():
-        print(f"| {stage} | {value:.0f} | {value / total:.0%} |")
+    rows = [(stage, f"{value:.0f}", f"{value / total:.0%}") for stage, value in stages.items()]
+    print(f"\n{markdown(['stage of --fast_jpeg', 'µs per image', 'share'], rows)}")
     print(f"\nvalues of {CROPS} crops, --fast_jpeg compared with Pillow: " + ", ".join(
         f"{share:.4%} differ by {level}" for level, share in shares.items()
     ))  # fmt: skip

@@ -1,19 +1,46 @@
 """The files in benchmarks/results: measurements with the settings, a folder per machine."""
 
+import argparse
 import json
 import os
 import platform
 import re
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from models_vit import SIZES
+from util.cli import entry_point, flags
+from util.cli.choices import AMP_CHOICES
 from util.files import atomic
 
 RESULTS = Path(__file__).parent / "results"
 OUT_HELP = "folder of the JSON files (default: benchmarks/results/MACHINE)"
+
+
+def model_parser(description: str, amp: Iterable[str] = AMP_CHOICES) -> argparse.ArgumentParser:
+    """Returns a parser with the flags of measurements of a model; `amp` are the choices of --amp."""
+    parser = entry_point.parser(description)
+    parser.add_argument("--size", default="base_patch16", choices=SIZES, metavar="SIZE", help="a size of models_vit")
+    parser.add_argument("--batch_size", default=16, type=flags.positive_int, metavar="N", help="batch size")
+    parser.add_argument("--amp", default="bf16", choices=amp, help="precision; off is fp32")
+    parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda")
+    parser.add_argument("--out", type=Path, metavar="DIR", help=OUT_HELP)
+    return parser
+
+
+def add_rounds(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of measurements that compare implementations."""
+    parser.add_argument(
+        "--rounds", default=5, type=flags.positive_int, metavar="N",
+        help="repetitions; each measures every implementation once",
+    )  # fmt: skip
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="NAME", help="implementations, such as ours or 'ours compiled'"
+    )
 
 
 def describe(device: torch.device) -> dict[str, Any]:

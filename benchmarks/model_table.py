@@ -10,11 +10,13 @@ encoder on a quarter of the patches, the decoder on all.
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -25,28 +27,21 @@ from util.evaluation.tables import markdown
 ROWS = (*((size, entry.get("img_size", 224)) for size, entry in models_vit.SIZES.items()), ("huge_patch14", 448))
 
 
-def count_macs(model: nn.Module, call: Any) -> int:
-    """Counts the MACs of `call(model)`, on any device, from the shapes alone."""
-    total = 0
+def count_flops(call: Callable[[], Any]) -> int:
+    """Counts the FLOPs of matrix products and convolutions in a call, on any device, from the shapes alone."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
 
-    def count(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        nonlocal total
-        if isinstance(module, nn.Linear):
-            total += output.numel() * module.in_features
-        elif isinstance(module, nn.LayerNorm):
-            total += 5 * output.numel()
-        elif isinstance(module, models_vit.PatchEmbed):
-            total += output.numel() * module.proj.weight[0].numel()
-        elif isinstance(module, models_vit.Attention):
-            batch, tokens, dim = inputs[0].shape
-            total += 2 * batch * tokens * tokens * dim  # q @ k, and weights @ v
 
-    handles = [module.register_forward_hook(count) for module in model.modules()]
+def count_macs(model: nn.Module, call: Callable[[], Any]) -> int:
+    """Counts the MACs of a call of a model, on any device, from the shapes alone."""
+    normalized: list[int] = []
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.register_forward_hook(lambda _, __, output: normalized.append(output.numel()))
     with torch.no_grad():
-        call(model)
-    for handle in handles:
-        handle.remove()
-    return total
+        return count_flops(call) // 2 + 5 * sum(normalized)
 
 
 def measure(size: str, pixels: int) -> dict[str, Any]:
@@ -61,8 +56,8 @@ def measure(size: str, pixels: int) -> dict[str, Any]:
         "pixels": pixels,
         "classifier": sum(p.numel() for p in vit.parameters()),
         "autoencoder": sum(p.numel() for p in mae.parameters()),
-        "all_tokens": count_macs(vit, lambda model: model.forward_features(image)),
-        "masked": count_macs(mae, lambda model: model(image, noise=noise)),
+        "all_tokens": count_macs(vit, lambda: vit.forward_features(image)),
+        "masked": count_macs(mae, lambda: mae(image, noise=noise)),
     }
 
 

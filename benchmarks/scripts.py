@@ -5,6 +5,9 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+from util.training import run_log
 
 ROOT = Path(__file__).parents[1]
 
@@ -23,3 +26,9 @@ def run(*command: object, threads: int | None = None) -> None:
     print("$", shlex.join(["python", *words]), flush=True)
     environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
     subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, check=True)
+
+
+def pretrain(folder: Path, out: Path, *flags: object) -> list[dict[str, Any]]:
+    """Runs main_pretrain.py on a folder of images; returns the lines of its log.txt."""
+    run("main_pretrain.py", "--data_path", folder, "--output_dir", out, "--vis_every", 0, "--fast_jpeg", *flags)
+    return run_log.read(out)

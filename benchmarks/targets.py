@@ -15,6 +15,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import machine
+from util.evaluation.tables import markdown
 
 Results = dict[str, Any]
 EVAL, FEATURES = "eval_base_patch16_bf16_cpu_files", "features_base_patch16_bf16_cpu_files"
@@ -89,15 +90,15 @@ def table(folders: Sequence[Path]) -> str:
     Raises:
         ValueError: a folder has no measurement.
     """
-    lines = ["| | target | " + " | ".join(map(title_of, folders)) + " |", "|---|---|" + "---|" * len(folders)]
+    rows = []
     for title, name, figure, target, form in ROWS:
         cells = []
         for folder in folders:
             default, tunables = (value_of(file, folder, figure, form) for file in (name, f"{name}_tunables"))
             cells.append(f"{default} ({tunables})" if tunables else default)
         if any(cells):
-            lines.append(f"| {title} | {form.format(abs(target))} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            rows.append([title, form.format(abs(target)), *cells])
+    return markdown(["", "target", *map(title_of, folders)], rows)
 
 
 def title_of(folder: Path) -> str:

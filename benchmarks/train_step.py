@@ -17,7 +17,7 @@ import itertools
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,9 +31,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import models_mae
 import models_vit
-from benchmarks import machine, peers
+from benchmarks import machine, model_table, peers
 from util.cli import entry_point
-from util.cli.choices import AMP_CHOICES
 from util.dist import choose_device
 from util.evaluation.tables import markdown
 from util.training.precision import Precision
@@ -45,27 +44,20 @@ Step = Callable[[], Any]
 SHAPES = ((12, 50, 64), (16, 197, 32), (12, 197, 64), (16, 50, 64), (16, 65, 80))
 
 
-def training_flops(size: str) -> float:
-    """FLOPs of a pre-training iteration per image: two for each multiply-add of a matrix product."""
-    model, decoder = models_vit.SIZES[size], models_mae.DECODERS[size]
-    N, P = (peers.image_side(size) // model["patch_size"]) ** 2, 3 * model["patch_size"] ** 2
-    D, E, K = model["embed_dim"], decoder["decoder_embed_dim"], N // 4
-
-    encoder = N * P * D + block_macs(model["depth"], K + 1, D, peers.mlp_ratio(size))
-    forward = encoder + (K + 1) * D * E + block_macs(decoder["decoder_depth"], N + 1, E) + (N + 1) * E * P
-    return 2.0 * (3 * forward - N * P * D)  # the pixels need no gradient
+def training_flops(size: str) -> int:
+    """FLOPs of a pre-training iteration per image: two for each multiply-add of a matrix product or a convolution."""
+    with torch.device("meta"):
+        model = getattr(models_mae, f"mae_vit_{size}")().to("meta")  # its tables are computed on the CPU
+        image, noise = torch.empty(1, 3, *model.patch_embed.img_size), torch.empty(1, model.num_patches)
+        return model_table.count_flops(lambda: model(image, noise=noise)[0].backward())
 
 
-def classifier_flops(size: str) -> float:
-    """FLOPs of the forward pass of a classifier per image, counted as in `training_flops`."""
-    model = models_vit.SIZES[size]
-    N, D = (peers.image_side(size) // model["patch_size"]) ** 2, model["embed_dim"]
-    return 2.0 * (N * 3 * model["patch_size"] ** 2 * D + block_macs(model["depth"], N + 1, D, peers.mlp_ratio(size)))
-
-
-def block_macs(depth: int, tokens: int, width: int, mlp_ratio: float = 4) -> float:
-    """Multiply-adds of the matrix products of blocks: four projections and the MLP, and the products of attention."""
-    return depth * ((4 + 2 * mlp_ratio) * tokens * width**2 + 2 * tokens**2 * width)
+def classifier_flops(size: str) -> int:
+    """FLOPs of the forward pass of a classifier without its head per image, counted as in `training_flops`."""
+    with torch.device("meta"), torch.no_grad():
+        model = getattr(models_vit, f"vit_{size}")(global_pool=True)
+        image = torch.empty(1, 3, *model.patch_embed.img_size)
+        return model_table.count_flops(lambda: model.forward_features(image))
 
 
 # --------------------------------------------------------------------------------------------------- implementations
@@ -109,51 +101,39 @@ def input_images(args: argparse.Namespace, precision: Precision) -> Tensor:
     return torch.rand(args.batch_size, 3, side, side, device=precision.device)
 
 
-# The implementations of pre-training by name.
+# The implementations of pre-training, and of fine-tuning and its features, by name.
 MODELS: dict[str, Callable[[str], nn.Module]] = {
     "transformers": peers.transformers_mae,
     "plain": peers.PlainMAE,
     "ours": lambda size: getattr(models_mae, f"mae_vit_{size}")(),
 }
-
-
-def loss_of_images(model: nn.Module, images: Tensor) -> Tensor:
-    """The pre-training loss of a batch."""
-    return model(images)[0]
+CLASSIFIERS: dict[str, Callable[[str], nn.Module]] = {
+    "timm": peers.timm_classifier,
+    "ours": lambda size: getattr(models_vit, f"vit_{size}")(global_pool=True, drop_path_rate=0.1),
+}
 
 
 def implementations(args: argparse.Namespace, precision: Precision) -> dict[str, Step]:
     """The updates of all implementations of the task by name."""
     images = input_images(args, precision)
     labels = torch.randint(1000, (args.batch_size,), device=precision.device)
+    models = MODELS if args.task == "pretrain" else CLASSIFIERS
+
+    def loss_of(model: nn.Module) -> Tensor:
+        return model(images)[0] if args.task == "pretrain" else F.cross_entropy(model(images), labels)
+
     steps: dict[str, Step] = {}
-    for how in ("eager", "compiled"):
-
-        def selected(name: str, how: str = how) -> bool:
-            return not args.only or name in args.only or f"{name} {how}" in args.only
-
-        def add(name: str, model: nn.Module, loss_of: Callable[[nn.Module], Tensor] | None, how: str = how) -> None:
-            model.to(precision.device)
-            if how == "compiled":
-                model.compile(fullgraph=True, dynamic=False)
-            is_ours = name == "ours"
-            steps[f"{name} {how}"] = (
-                training_step(model, loss_of, precision, is_ours, fused=is_ours or how == "compiled")
-                if loss_of
-                else inference(model, images, precision)
-            )
-
-        if args.task == "pretrain":
-            for name, build in MODELS.items():
-                if selected(name):
-                    add(name, build(args.size), partial(loss_of_images, images=images))
-        else:
-            loss = (lambda model: F.cross_entropy(model(images), labels)) if args.task == "finetune" else None
-            if selected("timm"):
-                add("timm", peers.timm_classifier(args.size), loss)
-            if selected("ours"):
-                ours = getattr(models_vit, f"vit_{args.size}")(global_pool=True, drop_path_rate=0.1)
-                add("ours", ours, loss)
+    for how, (name, build) in itertools.product(("eager", "compiled"), models.items()):
+        if args.only and name not in args.only and f"{name} {how}" not in args.only:
+            continue
+        model, is_ours = build(args.size).to(precision.device), name == "ours"
+        if how == "compiled":
+            model.compile(fullgraph=True, dynamic=False)
+        steps[f"{name} {how}"] = (
+            inference(model, images, precision)
+            if args.task == "features"
+            else training_step(model, loss_of, precision, is_ours, fused=is_ours or how == "compiled")
+        )
     return steps
 
 
@@ -194,36 +174,55 @@ def seconds(step: Step, repeats: int, device: torch.device) -> float:
     return (time.perf_counter() - started) / repeats
 
 
-def matrix_product(precision: Precision) -> tuple[Step, float]:
-    """A large matrix product in the given precision, and its FLOPs."""
-    side = 8192 if precision.device.type == "cuda" else 2048
-    a, b = (torch.randn(side, side, device=precision.device, dtype=precision.dtype) for _ in range(2))
-    return lambda: a @ b, 2.0 * side**3
-
-
-def take_turns(steps: dict[str, Step], precision: Precision, rounds: int, repeats: int) -> tuple[dict[str, Any], float]:
-    """Times every implementation in each round.
+def take_turns(
+    measures: Mapping[str, Callable[[], float]], precision: Precision, rounds: int, warm_ups: int = 1
+) -> tuple[dict[str, list[float]], list[float]]:
+    """Calls every function in each round; first, `warm_ups` times without a result, because the first call compiles.
 
     Returns:
-        The seconds per update of each implementation, one value per round; and the peak of a matrix product in FLOP/s:
-        the best of each round, then the median over the rounds.
+        The results by name, one for each round; and the peak in FLOP/s in each round: the best of ten large matrix
+        products.
     """
-    product, operations = matrix_product(precision)
-    for name, step in steps.items():
+    device, side = precision.device, 8192 if precision.device.type == "cuda" else 2048
+    a, b = (torch.randn(side, side, device=device, dtype=precision.dtype) for _ in range(2))
+    for name, measure in measures.items():
         print(f"warming up: {name}", flush=True)
-        seconds(step, 3, precision.device)  # the first call compiles
-    times: dict[str, list[float]] = {name: [] for name in steps}
+        for _ in range(warm_ups):
+            measure()
+    results: dict[str, list[float]] = {name: [] for name in measures}
     peaks = []
     for number in range(rounds):
         print(f"round {number + 1} of {rounds}", flush=True)
-        peaks.append(operations / min(seconds(product, 1, precision.device) for _ in range(10)))
-        for name, step in steps.items():
-            times[name].append(seconds(step, repeats, precision.device))
-    return times, statistics.median(peaks)
+        peaks.append(2 * side**3 / min(seconds(lambda: a @ b, 1, device) for _ in range(10)))
+        for name, measure in measures.items():
+            results[name].append(measure())
+    return results, peaks
 
 
-def saved_bytes(model: nn.Module, call: Callable[[], Tensor]) -> int:
-    """Bytes that a forward pass saves for the backward pass, without the weights; shared storage counts once."""
+def report(
+    title: str, precision: Precision, runs: dict[str, list[float]], peaks: list[float], flops: float
+) -> dict[str, Any]:
+    """Prints and returns the throughput of implementations.
+
+    Args:
+        runs: images/s in each round, by name.
+        peaks: FLOP/s of a large matrix product in each round.
+        flops: FLOPs per image.
+    """
+    rates = {name: statistics.median(values) for name, values in runs.items()}
+    first, peak = next(iter(rates)), statistics.median(peaks)
+    ratios = {name: statistics.median(a / b for a, b in zip(runs[name], runs[first], strict=True)) for name in rates}
+    print(
+        f"\n{title}, {precision.name}, {precision.device.type}: {flops / 1e9:.2f} GFLOP per image, "
+        f"peak {peak / 1e12:.3f} TFLOP/s\n"
+    )
+    rows = [(name, f"{rate:.2f}", f"{ratios[name]:.2f}", f"{rate * flops / peak:.1%}") for name, rate in rates.items()]
+    print(markdown(["", "images/s", f"relative to {first}", "share of the peak"], rows))
+    return {"images_per_second": rates, "all_images_per_second": runs, "peak_flops": peak, "flops_per_image": flops}
+
+
+def saved_bytes(model: nn.Module, images: Tensor) -> int:
+    """Bytes that the loss saves for the backward pass, without the weights; shared storage counts once."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     sizes: dict[int, int] = {}
 
@@ -234,10 +233,8 @@ def saved_bytes(model: nn.Module, call: Callable[[], Tensor]) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = call()  # keeps the storages alive until they are counted, so that no address is used twice
-    total = sum(sizes.values())
-    del loss
-    return total
+        _loss = model(images)[0]  # keeps the storages alive, so that no address is used twice
+    return sum(sizes.values())
 
 
 def memory(args: argparse.Namespace, precision: Precision) -> dict[str, int]:
@@ -247,7 +244,7 @@ def memory(args: argparse.Namespace, precision: Precision) -> dict[str, int]:
     for name, build in MODELS.items():
         model = build(args.size).to(precision.device)
         with precision.autocast(), patch.object(models_vit, "attend", F.scaled_dot_product_attention):
-            results[name] = saved_bytes(model, partial(loss_of_images, model, images))
+            results[name] = saved_bytes(model, images)
     return results
 
 
@@ -278,27 +275,22 @@ def compare_steps(args: argparse.Namespace, precision: Precision) -> dict[str, A
             f"--only {' '.join(args.only)}: no implementation of --task {args.task} has this name; "
             f"give ours, or {'timm' if args.task != 'pretrain' else 'transformers or plain'}"
         )
-    times, peak = take_turns(steps, precision, args.rounds, repeats)
+    measures = {
+        name: partial(lambda step: args.batch_size / seconds(step, repeats, precision.device), step)
+        for name, step in steps.items()
+    }
+    runs, peaks = take_turns(measures, precision, args.rounds, warm_ups=3)
     forward = classifier_flops(args.size)
     flops = {"pretrain": training_flops(args.size), "finetune": 3 * forward, "features": forward}[args.task]
-    rates = {name: args.batch_size / statistics.median(values) for name, values in times.items()}
-    first = next(iter(rates))
-    print(
-        f"\n{args.task}, {args.size}, batch {args.batch_size}, {precision.name}, {precision.device.type}: "
-        f"{flops / 1e9:.2f} GFLOP per image, peak {peak / 1e12:.3f} TFLOP/s\n"
-    )
-    speeds = [
-        (way, f"{rate:.2f}", f"{rate / rates[first]:.2f}", f"{rate * flops / peak:.1%}") for way, rate in rates.items()
-    ]
-    print(markdown(["", "images/s", f"relative to {first}", "share of the peak"], speeds))
+    title = f"{args.task}, {args.size}, batch {args.batch_size}"
+    results = report(title, precision, runs, peaks, flops)
     if activation_bytes:
         sizes = [(way, f"{size / 1e9:.3f}") for way, size in activation_bytes.items()]
         print(f"\n{markdown(['activation memory', 'GB'], sizes)}")
     peak_memory = torch.cuda.max_memory_allocated() if precision.device.type == "cuda" else None
     if peak_memory:
         print(f"\npeak memory of all implementations together: {peak_memory / 1e9:.1f} GB")
-    return {"images_per_second": rates, "seconds": times, "peak_flops": peak, "flops_per_image": flops,
-            "saved_bytes": activation_bytes, "cuda_peak_bytes": peak_memory}  # fmt: skip
+    return {**results, "saved_bytes": activation_bytes, "cuda_peak_bytes": peak_memory}
 
 
 def main(args: argparse.Namespace) -> None:
@@ -313,21 +305,9 @@ def main(args: argparse.Namespace) -> None:
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The flags."""
-    parser = entry_point.parser("Throughput and memory of training, compared with other implementations.")
+    parser = machine.model_parser("Throughput and memory of training, compared with other implementations.")
     parser.add_argument("--task", default="pretrain", choices=("pretrain", "finetune", "features", "attention"))
-    parser.add_argument(
-        "--size", default="base_patch16", choices=models_vit.SIZES, metavar="SIZE", help="a size of models_vit"
-    )
-    parser.add_argument("--batch_size", default=16, type=int, metavar="N", help="batch size")
-    parser.add_argument("--amp", default="bf16", choices=AMP_CHOICES, help="bf16, fp16 or off (fp32)")
-    parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda")
-    parser.add_argument(
-        "--rounds", default=5, type=int, metavar="N", help="repetitions; each measures every implementation once"
-    )
-    parser.add_argument(
-        "--only", nargs="+", default=[], metavar="NAME", help="implementations, such as ours or 'ours compiled'"
-    )
-    parser.add_argument("--out", type=Path, metavar="DIR", help=machine.OUT_HELP)
+    machine.add_rounds(parser)
     parser.add_argument(
         "--name", metavar="NAME", help="name of the file (default: from task, size, precision and device)"
     )

@@ -19,22 +19,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import models_vit
 from benchmarks import machine, peers, scripts
 from benchmarks.input_pipeline import write_photographs
 from util.cli import entry_point
 from util.dist import choose_device
 from util.evaluation.tables import markdown
-from util.training import run_log
 
 FILES = 1280  # different files; the others are links to them
 UPDATES_PER_POINT = 4
-
-
-def pretrain(folder: Path, out: Path, *flags: object) -> list[dict[str, Any]]:
-    """Runs main_pretrain.py on a folder of images; returns the lines of its log.txt."""
-    scripts.run("main_pretrain.py", "--data_path", folder, "--output_dir", out, "--vis_every", 0, "--fast_jpeg", *flags)
-    return run_log.read(out)
 
 
 def write_files(folder: Path, count: int) -> None:
@@ -47,7 +39,7 @@ def write_files(folder: Path, count: int) -> None:
 
 def speed(args: argparse.Namespace, folder: Path, flags: list[object]) -> dict[str, float]:
     """Images/s of the second epoch of a run, and of updates without data loading."""
-    epochs = pretrain(folder, folder / "speed", *flags, "--amp", args.amp, "--compile", "--epochs", 2)
+    epochs = scripts.pretrain(folder, folder / "speed", *flags, "--amp", args.amp, "--compile", "--epochs", 2)
     scripts.run(
         "benchmarks/train_step.py", "--size", args.size, "--batch_size", args.batch_size, "--device", args.device,
         "--amp", args.amp, "--only", "ours compiled", "--out", folder, "--name", "step",
@@ -67,7 +59,9 @@ def losses(args: argparse.Namespace, folder: Path, flags: list[object]) -> dict[
     return {
         amp: [
             line["train_loss"]
-            for line in pretrain(few, folder / amp, *flags, "--amp", amp, "--epochs", epochs, "--save_every", epochs)
+            for line in scripts.pretrain(
+                few, folder / amp, *flags, "--amp", amp, "--epochs", epochs, "--save_every", epochs
+            )
         ]
         for amp in ("off", args.amp)
     }
@@ -110,20 +104,15 @@ def main(args: argparse.Namespace) -> None:
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The flags."""
-    parser = entry_point.parser("Throughput of main_pretrain.py with its data, and its losses in two precisions.")
-    parser.add_argument(
-        "--size", default="base_patch16", choices=models_vit.SIZES, metavar="SIZE", help="a size of models_vit"
+    parser = machine.model_parser(
+        "Throughput of main_pretrain.py with its data, and its losses in two precisions.", amp=("bf16", "fp16")
     )
-    parser.add_argument("--batch_size", default=16, type=int, metavar="N", help="effective batch size")
     parser.add_argument(
         "--images", default=51200, type=int, metavar="N", help="number of image files, for the throughput"
     )
     parser.add_argument(
         "--updates", default=200, type=int, metavar="N", help="number of updates, for the losses; 0: throughput only"
     )
-    parser.add_argument("--amp", default="bf16", choices=("bf16", "fp16"), help="the precision to compare with fp32")
-    parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda")
-    parser.add_argument("--out", type=Path, metavar="DIR", help=machine.OUT_HELP)
     return parser
 
 

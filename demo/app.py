@@ -43,14 +43,16 @@ THEME = gr.themes.Soft(font=("system-ui", "sans-serif")).set(
     block_label_text_color="*primary_700", block_title_text_color="*primary_700", link_text_color="*primary_700",
     body_text_color_subdued="*neutral_600", body_text_color_subdued_dark="*neutral_300",
 )  # fmt: skip
-INTRODUCTION = """<h1>Masked autoencoder</h1>
+INTRODUCTIONS: dict[Any, str] = {
+    Autoencoder: """<h1>Masked autoencoder</h1>
 <p>The encoder of a masked autoencoder processes only the visible patches of an image, and the decoder predicts the
-others. Choose an image, mask parts of it, and compare the prediction with the original.</p>"""
+others. Choose an image, mask parts of it, and compare the prediction with the original.</p>""",
+    Segmenter: """<h1>Segmentation</h1>
+<p>Choose an image. The model predicts the class of each of its pixels.</p>""",
+}
 WITHOUT_DECODER = """<h1>Vision transformer</h1>
 <p>Choose an image, and look at the attention and the features of the model. Without a decoder, it can't reconstruct
 masked patches.</p>"""
-SEGMENTER = """<h1>Segmentation</h1>
-<p>Choose an image. The model predicts the class of each of its pixels.</p>"""
 HEADS = "Attention of the class token in the last block"
 QUERIES = "Attention of the class token in the last block (heads) or of the probe (queries)"
 COMPONENTS = """<p>The first three components of the features, as red, green and blue. Patches of a similar
@@ -137,7 +139,9 @@ def build(model: Model, classifier: Model | None = None, samples: Path | None = 
             f"--classifier: {classifier.settings['model']} has no classification head; give a fine-tuned file"
         )
     with gr.Blocks(title="Masked autoencoder", delete_cache=(CACHE_SECONDS, CACHE_SECONDS)) as page:
-        gr.HTML(_introduction(model) + _description(model, classifier))
+        models = {"Model": model} if classifier in (None, model) else {"Model": model, "Classifier": classifier}
+        descriptions = "".join(f"<p>{name} {outputs.describe(one)}.</p>" for name, one in models.items())
+        gr.HTML(INTRODUCTIONS.get(type(model), WITHOUT_DECODER) + descriptions)
         with gr.Row():
             upload = gr.File(label="Upload an image", file_types=list(SUFFIXES), height=140, min_width=320,
                              elem_classes="upload")  # fmt: skip
@@ -157,17 +161,6 @@ def build(model: Model, classifier: Model | None = None, samples: Path | None = 
         if files:
             page.load(lambda: files[0], None, photo, api_visibility="private")
     return page.queue(max_size=MAX_QUEUE, default_concurrency_limit=CONCURRENCY)
-
-
-def _introduction(model: Model) -> str:
-    if isinstance(model, Segmenter):
-        return SEGMENTER
-    return INTRODUCTION if isinstance(model, Autoencoder) else WITHOUT_DECODER
-
-
-def _description(model: Model, classifier: Model | None) -> str:
-    names = {"Model": model} if classifier in (None, model) else {"Model": model, "Classifier": classifier}
-    return "".join(f"<p>{name} {outputs.describe(loaded)}.</p>" for name, loaded in names.items())
 
 
 def _examples(model: Model, photo: gr.File, samples: Path | None) -> list[str]:

@@ -190,18 +190,15 @@ def segment(model: Segmenter, photo: str | None, opacity: float) -> list[Any]:
     image = to_image(model, pixels[None]).convert("RGB")
     colors = Image.fromarray(model.colors[classes]).resize(image.size, Image.Resampling.NEAREST)
     covered = Image.fromarray(model.colors[classes].any(axis=2)).resize(image.size, Image.Resampling.NEAREST)
+    # Black is transparent, as in `inference.segment.overlay`.
+    swatches = [f"rgb{tuple(map(int, color))}" if color.any() else "none" for color in model.colors]
     rows = "".join(
-        f'<li><i style="background: {_background(model.colors[label])}"></i>'
+        f'<li><i style="background: {swatches[label]}"></i>'
         f"{html.escape(class_name(model, label))}: {100 * share:.1f} %</li>"
         for label, share in class_shares(classes)
     )
     blended = Image.composite(Image.blend(image, colors, opacity), image, covered)
     return [_unique(blended), f'<ul class="legend">{rows}</ul>']
-
-
-def _background(color: Any) -> str:
-    """Returns the background of the swatch of a color (3,); black is transparent, as in `inference.segment.overlay`."""
-    return f"rgb{tuple(map(int, color))}" if color.any() else "none"
 
 
 def open_usable(model: Model, photo: str | None) -> Picture | None:

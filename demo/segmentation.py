@@ -23,7 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from demo.unpack_data import ARCHIVE
-from inference.model import Model, get_model
+from inference.model import get_model
 from util.checkpoints import checkpoint
 from util.cli import entry_point, flags, options
 from util.data.segmentation_masks import default_colors, read_palette
@@ -95,11 +95,6 @@ def write_pictures(folder: Path, count: int) -> None:
         (written / "palette.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def last_scores(out: Path, output: str) -> dict[str, Any]:
-    """Returns the entry of the last epoch in log.txt."""
-    return run_log.read(out)[-1]
-
-
 def draw(files: dict[str, Path], data: Path, path: Path) -> None:
     """Draws the first pictures of the validation set, their masks, and the predictions of models, with a legend."""
     pictures, masks = ([data / kind / "validation" / f"{index:05}.png" for index in range(EXAMPLES)]
@@ -150,7 +145,9 @@ def main(args: Namespace) -> dict[str, list[float]]:
     args.out.mkdir(parents=True, exist_ok=True)
     write_pictures(data, args.pictures)
     for seed in range(args.seeds):
-        write_untrained(model, seed, args.out / f"untrained_{seed}.pth")
+        torch.manual_seed(seed)  # the random weights with which the pre-training of the model begins
+        start = {"model": type(model)(model.settings).state_dict(), "args": model.settings}
+        checkpoint.write(start, args.out / f"untrained_{seed}.pth")
     commands = Commands(args.out, args.out / "results.json", args.jobs)
 
     def run(title: str, seed: int) -> None:
@@ -159,7 +156,7 @@ def main(args: Namespace) -> dict[str, list[float]]:
         settings = {"config": RECIPE, "data_path": data, "palette": data / "palette.txt", "finetune": weights}
         place = args.out / run_name(title, seed)
         settings |= {"seed": seed, "device": args.device, "output_dir": place, "resume": "auto", **others}
-        commands.run(run_name(title, seed), ROOT / "main_segment.py", settings, last_scores)
+        commands.run(run_name(title, seed), ROOT / "main_segment.py", settings, lambda out, _: run_log.read(out)[-1])
 
     calls = [partial(run, title, seed) for seed in range(args.seeds) for title in RUNS]
     for _ in tqdm(commands.each(calls), total=len(calls), desc="runs", leave=False, disable=None):
@@ -174,12 +171,6 @@ def main(args: Namespace) -> dict[str, list[float]]:
     )
     print(f"\npicture: {args.out / 'segmentation.png'}")
     return scores
-
-
-def write_untrained(model: Model, seed: int, path: Path) -> None:
-    """Writes the random weights with which the pre-training of a model begins."""
-    torch.manual_seed(seed)
-    checkpoint.write({"model": type(model)(model.settings).state_dict(), "args": model.settings}, path)
 
 
 def run_name(title: str, seed: int) -> str:

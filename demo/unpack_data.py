@@ -5,9 +5,7 @@ python demo/unpack_data.py --out demo/data/fashion_mnist
 
 import argparse
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the demo runs from a clone
 
@@ -27,19 +25,15 @@ def unpack(out: Path) -> None:
     archive = np.load(ARCHIVE, allow_pickle=False)
     out.mkdir(parents=True, exist_ok=True)
     with atomic.replacing(out, sync=False) as written:
-        _write(archive, written)
-
-
-def _write(archive: Mapping[str, Any], out: Path) -> None:
-    for split in ("train", "val"):
-        for name in archive["classes"]:
-            (out / split / folder_of(name)).mkdir(parents=True, exist_ok=True)
-        for number, (image, label) in enumerate(
-            zip(archive[f"{split}_images"], archive[f"{split}_labels"], strict=True)
-        ):
-            Image.fromarray(image).save(out / split / folder_of(archive["classes"][label]) / f"{number:05}.png")
-            if (number + 1) % 2000 == 0:
-                print(f"{number + 1:,} images of {split}/", flush=True)
+        for split in ("train", "val"):
+            folders = [written / split / folder_of(name) for name in archive["classes"]]
+            for folder in folders:
+                folder.mkdir(parents=True)
+            labeled = zip(archive[f"{split}_images"], archive[f"{split}_labels"], strict=True)
+            for number, (image, label) in enumerate(labeled):
+                Image.fromarray(image).save(folders[label] / f"{number:05}.png")
+                if (number + 1) % 2000 == 0:
+                    print(f"{number + 1:,} images of {split}/", flush=True)
 
 
 def folder_of(class_name: str) -> str:

@@ -19,8 +19,8 @@ from PIL import Image
 from util.data import transforms
 from util.data.archives import Archive
 from util.data.decode import BadImage, decode
-from util.data.folders import find_files
 from util.data.samples import Samples
+from util.data.sources import find_files
 from util.datasets import open_source
 
 

@@ -67,7 +67,7 @@ def test_labels_are_what_the_source_returned(pictures, num_workers):
     meta = [{"age": torch.tensor([3.5, 1.0])}, (1, [2.5]), np.arange(3.0), torch.tensor(7), 5, "text", None, 1.5]
 
     class Described:
-        classes, labels, name = source.classes, source.labels, source.name
+        classes, labels, name, version = source.classes, source.labels, source.name, source.version
 
         def __len__(self):
             return len(source)

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from util.data import labels
-from util.data.folders import find_files
+from util.data.sources import find_files
 from util.data.webdataset_shards import Shards
 
 

@@ -5,6 +5,7 @@ import gzip
 import io
 import itertools
 import json
+import os
 import shutil
 import struct
 import tarfile
@@ -23,8 +24,8 @@ from PIL import Image
 
 from util.data import loader, transforms
 from util.data.decode import BadImage, decode
+from util.data.library_sets import TorchvisionSet
 from util.data.samples import Samples
-from util.data.torchvision_sets import TorchvisionSet
 from util.data.webdataset_shards import Shards
 from util.datasets import open_source
 
@@ -305,7 +306,7 @@ def test_epochs_of_a_number_of_updates_continue_through_the_shards(shards, patte
         for number, pixels in enumerate(PIXELS):
             writer.write({"__key__": f"{number:03}", "png": png(pixels)})
     monkeypatch.setattr(webdataset, "shuffle", lambda *_, **__: lambda items: items)
-    monkeypatch.setattr(loader.os, "sched_getaffinity", lambda pid: range(8))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(8))
     batches = batches_of(shards, workers, batch_size=3, pattern=pattern, updates=4)
     epochs = [images_of(batches, epoch) for epoch in range(10)]
     assert Counter(number for epoch in epochs for number in epoch) == dict.fromkeys(range(40), 3)
@@ -316,7 +317,7 @@ def test_epochs_of_a_number_of_updates_continue_through_the_shards(shards, patte
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_worker_processes_share_the_stream(shards, workers, monkeypatch):
-    monkeypatch.setattr(loader.os, "sched_getaffinity", lambda pid: range(8))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(8))
     batches = batches_of(shards, workers, batch_size=5)
     for epoch in (0, 1):
         assert len(images_of(batches, epoch)) == 40

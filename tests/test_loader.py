@@ -18,6 +18,7 @@ from PIL import Image
 
 from util import dist
 from util.data import loader, transforms
+from util.data.batches import up_to_cores
 from util.data.decode import BadImage
 from util.data.loader import EpochBatches, TrainLoader
 from util.data.samples import Samples
@@ -172,7 +173,7 @@ def test_an_epoch_that_leaves_out_much_warns(caplog):
 
 @pytest.mark.parametrize("workers", [1, 4])
 def test_the_number_of_workers_has_no_effect(pictures, workers, monkeypatch):
-    monkeypatch.setattr(loader.os, "sched_getaffinity", lambda pid: range(8))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(8))
     alone = list(TrainLoader(make_samples(pictures), 4, 0, 0, False))
     together = TrainLoader(make_samples(pictures), 4, 0, workers, False)
     assert together.batches.num_workers == workers
@@ -403,16 +404,16 @@ def test_the_order_differs_between_seeds():
 
 
 def test_fewer_cores_than_workers_are_logged_once(caplog, monkeypatch):
-    monkeypatch.setattr(loader, "_cores", lambda: 2)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(2))
     caplog.set_level("INFO")
-    assert [loader.up_to_cores(workers) for workers in (0, 2, 10)] == [0, 2, 2]
+    assert [up_to_cores(workers) for workers in (0, 2, 10)] == [0, 2, 2]
     assert caplog.messages == []
-    assert [loader.up_to_cores(77), loader.up_to_cores(77)] == [2, 2]
+    assert [up_to_cores(77), up_to_cores(77)] == [2, 2]
     assert caplog.messages == ["--num_workers 77: this process has 2 CPU cores and uses 2 worker processes"]
-    monkeypatch.setattr(loader, "_cores", lambda: 32)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(32))
     for processes, workers in ((8, 4), (64, 1)):  # of a machine, which share its cores
         monkeypatch.setattr(dist, "processes_here", lambda processes=processes: processes)
-        assert loader.up_to_cores(10) == workers
+        assert up_to_cores(10) == workers
 
 
 @pytest.mark.parametrize(

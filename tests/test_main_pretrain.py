@@ -157,7 +157,7 @@ def test_a_signal_between_epochs_saves_the_state(pretrain, monkeypatch, epoch, e
 
 
 def test_the_number_of_workers_has_no_effect(pretrain, monkeypatch):
-    monkeypatch.setattr(loader.os, "sched_getaffinity", lambda pid: range(8))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(8))
     assert_equal(weights(pretrain("one", num_workers=1)), weights(pretrain("four", num_workers=4)))
 
 

@@ -202,7 +202,7 @@ def test_voc_comes_from_torchvision(tmp_path):
     assert [train.name(index).rpartition("/")[2] for index in range(2)] == ["b.jpg", "a.jpg"]
     assert [int(mask.unique()) for _, mask in train] == [20, 19]
     val = open_pairs("val", list(VOC), MaskFormat(21), **options)
-    assert val.mask_name(0).endswith("SegmentationClass/c.png")
+    assert val.masks.name(val.places[0, 1]).endswith("SegmentationClass/c.png")
     sample = samples_of(val)[0, 0]
     assert (sample.image.shape, sample.label.shape) == ((3, 10, 20), (10, 20))
     assert len(VOC) == 21
@@ -271,7 +271,8 @@ def test_unusable_masks_are_one_line_that_names_the_file(tmp_path):
         listed[0, 1]
     skipping = samples_of(listed.source, on_bad_image="skip")
     sample = skipping[0, 1]
-    assert sample.bad[0] == (listed.source.name(1), f"its mask {listed.source.mask_name(1)}: No such file or directory")
+    mask = listed.source.masks.name(1)
+    assert sample.bad[0] == (listed.source.name(1), f"its mask {mask}: No such file or directory")
     assert torch.equal(sample.label, listed[0, 0].label)
 
 

@@ -13,9 +13,8 @@ from torchvision.datasets import ImageFolder
 
 from util.data import labels
 from util.data.archives import Archive
-from util.data.folders import find_files
 from util.data.lists import read_list
-from util.data.sources import Strings, versions
+from util.data.sources import Strings, find_files, versions
 from util.files.untrusted import printable
 
 

@@ -17,10 +17,11 @@ import numpy as np
 from tqdm import tqdm
 
 from util.cli import entry_point, flags, options
+from util.data.batches import up_to_cores
 from util.data.dataset_kinds import open_source
 from util.data.decode import BadImage
 from util.data.image_facts import ImageFacts, all_facts, statistics_of
-from util.data.loader import MAX_BAD_SHARE, up_to_cores
+from util.data.loader import MAX_BAD_SHARE
 from util.data.sources import Source
 from util.data.webdataset_shards import Shards
 

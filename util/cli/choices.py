@@ -7,7 +7,8 @@ ADAPT_CHOICES = ("error", "mean", "repeat", "skip")
 LINEAR, ATTENTIVE = PROBE_CHOICES = ("linear", "attentive")
 DEFAULT_WORKERS = 10  # default of --num_workers
 NUM_QUERIES = 32  # default of --num_queries
-CROP_CHOICES = ("random", "none")
+NO_CROP = "none"  # the value of --crop for whole images
+CROP_CHOICES = ("random", NO_CROP)
 HEAD_CHOICES = ("linear", "dpt")  # of segmentation
 SMALL = 112  # pixels: for inputs with a shorter side below, the default evaluation crops nothing
 

@@ -10,7 +10,6 @@ import time
 import zipfile
 import zlib
 from collections.abc import Iterable
-from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -80,9 +79,6 @@ class Archive:
     def __len__(self) -> int:
         return len(self.names)
 
-    def __getitem__(self, index: int) -> tuple[bytes, int]:
-        return self._member(Place(*self.places[index].tolist())), int(self.labels[index])
-
     def __del__(self) -> None:
         process, file = getattr(self, "file", None) or (0, 0)
         if process == os.getpid():
@@ -94,15 +90,11 @@ class Archive:
 
     def version(self, index: int) -> str:
         """Returns the version of the archive."""
-        return self._version
-
-    @cached_property
-    def _version(self) -> str:
         return version_of(self.path)
 
-    def _member(self, place: Place) -> bytes:
-        """Reads a member. Each process opens the file itself."""
-        if self.file is None or self.file[0] != os.getpid():
+    def __getitem__(self, index: int) -> tuple[bytes, int]:
+        place, label = Place(*self.places[index].tolist()), int(self.labels[index])
+        if self.file is None or self.file[0] != os.getpid():  # each process opens the file itself
             self.file = (os.getpid(), os.open(self.path, os.O_RDONLY))
         file = self.file[1]
         if place.method not in (STORED, DEFLATED):
@@ -110,7 +102,7 @@ class Archive:
             raise BadImage(f"{PROBLEMS.get(place.method, other)}; pack the files again")
         check_size(max(place.size, place.unpacked))
         if not self.is_zip:
-            return _read_at(file, place.start, place.size)
+            return _read_at(file, place.start, place.size), label
         signature, name_length, extra_length = struct.unpack("<4s22xHH", _read_at(file, place.start, 30))
         data = _read_at(file, place.start + 30 + name_length + extra_length, place.size)
         try:
@@ -120,7 +112,7 @@ class Archive:
             raise BadImage(f"the archive is damaged here: {error}") from error
         if signature != b"PK\3\4" or zlib.crc32(data) != place.checksum:
             raise BadImage("the archive is damaged here: the checksum does not match")
-        return data
+        return data, label
 
 
 class BoundedTarInfo(tarfile.TarInfo):

@@ -1,22 +1,24 @@
-"""Random resized crops, and the scaling of pictures as Pillow computes it.
+"""The stages of transforms: random crops, flips and rotations, and the scaling of pictures as Pillow computes it.
 
 `transforms.py` imports this module inside functions, because importing torchvision takes more than a second.
 """
 
 import math
 import random
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torchvision.transforms import RandomResizedCrop
+from torchvision import transforms as T
 from torchvision.transforms import functional as TF
 
+from util.cli.choices import NO_CROP
 from util.data.bicubic_weights import BITS, pixel_weights
-from util.data.decode import SMALL, Picture, has_bytes, size_of, to_pillow
+from util.data.decode import SMALL, Picture, has_bytes, size_of, to_pillow, to_tensor
+from util.pos_embed import Size, to_pair
 
 
 def scale(picture: Picture, height: int, width: int) -> Picture:
@@ -71,7 +73,7 @@ def random_crop(picture: Picture, crop: Any) -> Picture:
     return scale(part, *crop.size)
 
 
-class CropOnce(RandomResizedCrop):
+class CropOnce(T.RandomResizedCrop):
     """Samples area and aspect ratio once and clips the crop to the picture. torchvision samples up to ten times."""
 
     @staticmethod
@@ -83,3 +85,68 @@ class CropOnce(RandomResizedCrop):
         crop_width = min(round(math.sqrt(area * aspect)), width)
         top, left = random.randint(0, height - crop_height), random.randint(0, width - crop_width)
         return top, left, crop_height, crop_width
+
+
+def first_stage(
+    input_size: Size, crop: str, scale: Sequence[float], ratio: Sequence[float], kind: Any = T.RandomResizedCrop
+) -> Callable[[Picture], Picture]:
+    """Returns a random resized crop; if `crop` is NO_CROP, the scaling of the whole picture.
+
+    Args:
+        scale: minimum and maximum area of a crop, as a fraction of the picture.
+        ratio: minimum and maximum aspect ratio (width / height) of a crop, relative to the one of `input_size`.
+        kind: class of the crop.
+
+    Raises:
+        ValueError: `scale` or `ratio` is not a range.
+    """
+    if not 0 < scale[0] <= scale[1] <= 1:
+        raise ValueError(
+            f"--crop_scale {scale[0]} {scale[1]}: give the minimum and the maximum area, above 0 and up to 1"
+        )
+    if not 0 < ratio[0] <= ratio[1]:
+        raise ValueError(f"--crop_ratio {ratio[0]} {ratio[1]}: give the minimum and the maximum, above 0")
+    height, width = to_pair(input_size)
+    if crop == NO_CROP:
+        return partial(scaled, size=(height, width))
+    ratios = (ratio[0] * (width / height), ratio[1] * (width / height))
+    return partial(
+        random_crop, crop=kind((height, width), tuple(scale), ratios, interpolation=T.InterpolationMode.BICUBIC)
+    )
+
+
+def scaled(picture: Picture, size: tuple[int, int]) -> Picture:
+    """Scales a picture to (height, width); a picture of this size is unchanged."""
+    return picture if size_of(picture) == size else scale(picture, *size)
+
+
+def cover(picture: Picture, size: tuple[int, int]) -> Picture:
+    """Scales a picture to cover (height, width)."""
+    height, width = size
+    own_height, own_width = size_of(picture)
+    longest = int(10 * max(height / width, width / height) * min(own_height, own_width))
+    if max(own_height, own_width) > longest:  # a narrow strip: scaled before the crop, it could fill the memory
+        picture = TF.center_crop(picture, [min(own_height, longest), min(own_width, longest)])
+        own_height, own_width = size_of(picture)
+    if height == width:
+        shorter = min(own_height, own_width)  # with the rounding of torchvision, as in the published results
+        return scale(picture, height * own_height // shorter, width * own_width // shorter)
+    factor = max(height / own_height, width / own_width)
+    return scale(picture, max(height, round(own_height * factor)), max(width, round(own_width * factor)))
+
+
+def flip_and_rotate(input_size: Size, vflip: float, rotate90: bool) -> list[Callable[[Picture], Picture]]:
+    """Returns the stages of a vertical flip and of a rotation by a multiple of 90 degrees.
+
+    Raises:
+        ValueError: `rotate90` is set, and `input_size` is not a square.
+    """
+    height, width = to_pair(input_size)
+    if rotate90 and height != width:
+        raise ValueError(f"--rotate90: --input_size {height} {width} is not a square; omit --rotate90")
+    return [T.RandomVerticalFlip(vflip)] * (vflip > 0) + [_rotate90] * rotate90
+
+
+def _rotate90(picture: Picture) -> torch.Tensor:
+    """Rotates a picture by a random multiple of 90 degrees."""
+    return torch.rot90(to_tensor(picture), int(torch.randint(4, (1,))), (1, 2))

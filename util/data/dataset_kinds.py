@@ -7,11 +7,9 @@ from pathlib import Path
 from util import dist
 from util.cli.advice import AdvisedError, Remedy
 from util.data.archives import Archive
-from util.data.folders import find_files
-from util.data.huggingface_sets import HuggingFaceSet
+from util.data.library_sets import HuggingFaceSet, TorchvisionSet, dataset_in
 from util.data.lists import read_list
-from util.data.sources import Files, Source, Strings, check_split_names, no_split
-from util.data.torchvision_sets import TorchvisionSet, dataset_in
+from util.data.sources import Files, Source, Strings, check_split_names, find_files, no_split
 from util.data.webdataset_shards import Shards
 
 logger = logging.getLogger(__name__)

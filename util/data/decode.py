@@ -86,7 +86,7 @@ def decode(
     """
     if has_bytes(data) and len(data) == in_chans and min(data.shape) > 0 and max(data.shape) <= SMALL:
         return data
-    if fast_jpeg and in_chans == 3 and not isinstance(data, np.ndarray) and not (upright and _records_turn(data)):
+    if fast_jpeg and in_chans == 3 and not isinstance(data, np.ndarray) and not (upright and is_turned(data)):
         pixels = jpeg.decode_rgb(data, max_pixels) if isinstance(data, bytes) else data
         if has_bytes(pixels) and len(pixels) == 3:
             return pixels
@@ -98,7 +98,8 @@ def decode(
         # Pillow's rotate, crop and convert return another class: their pixels are those that the caller wants.
         is_file = isinstance(data, bytes | ImageFile.ImageFile)
         if upright and is_file and isinstance(picture, Image.Image):
-            picture = _turn_upright(picture)
+            picture.load()  # Pillow turns TIFF images when it loads them, and then removes the tag
+            picture = ImageOps.exif_transpose(picture) if is_turned(picture) else picture
         return fit_channels(picture, in_chans)
     except BadImage:
         raise
@@ -107,25 +108,13 @@ def decode(
         raise BadImage(f"can't be read as an image ({type(error).__name__}: {reason})") from error
 
 
-def _records_turn(data: bytes | Picture) -> bool:
+def is_turned(picture: Picture | bytes) -> bool:
+    """Returns whether the EXIF data of a picture or a file have an orientation that its pixels do not have."""
     try:
-        return isinstance(data, bytes) and is_turned(Image.open(io.BytesIO(data)))
-    except Exception:  # the decoder refuses it
-        return False
-
-
-def is_turned(picture: Picture) -> bool:
-    """Returns whether the EXIF data of a decoded picture have an orientation that its pixels do not have."""
-    try:
+        picture = Image.open(io.BytesIO(picture)) if isinstance(picture, bytes) else picture
         return isinstance(picture, Image.Image) and picture.getexif().get(ORIENTATION, 1) in TURNS
-    except Exception:  # damaged EXIF data do not make the pixels unusable
+    except Exception:  # the decoder refuses the file; damaged EXIF data do not make the pixels unusable
         return False
-
-
-def _turn_upright(picture: Image.Image) -> Image.Image:
-    """Applies the orientation in the EXIF data, and removes it, so that no second call applies it again."""
-    picture.load()  # Pillow turns TIFF images when it loads them, and then removes the tag
-    return ImageOps.exif_transpose(picture) if is_turned(picture) else picture
 
 
 def read(data: bytes, in_chans: int, max_pixels: int = MAX_PIXELS) -> Picture:
@@ -179,6 +168,13 @@ def to_pillow(picture: Picture) -> Picture:
     return Image.fromarray(pixels[:, :, 0] if len(picture) == 1 else pixels)
 
 
+def to_tensor(picture: Picture) -> Tensor:
+    """Converts a decoded picture to a tensor (c, H, W), channels last in memory. Values are not scaled."""
+    if isinstance(picture, Tensor):
+        return picture
+    return torch.from_numpy(np.array(picture)).view(picture.height, picture.width, -1).permute(2, 0, 1)
+
+
 def _fit_tensor(picture: Tensor, in_chans: int) -> Picture:
     if picture.ndim != 3:
         raise BadImage(f"it is a tensor of shape {tuple(picture.shape)}: give (channels, height, width)")
@@ -199,11 +195,6 @@ def _check_size(height: int, width: int, channels: int, max_pixels: int) -> None
         raise BadImage(
             f"its {channels} channels of {width} x {height} pixels exceed the limit of {max_values:,} values"
         )
-
-
-def _refuse(problem: str | None) -> None:
-    if problem:
-        raise BadImage(problem)
 
 
 def _check_channels(own: int, in_chans: int) -> None:
@@ -276,7 +267,8 @@ def _read_tiff(data: bytes, in_chans: int, max_pixels: int) -> Picture:
         if page.imagedepth > 1:
             raise BadImage(f"it is a volume with {page.imagedepth} levels, not an image")
         plain = page.photometric in (PHOTOMETRIC.MINISBLACK, PHOTOMETRIC.MINISWHITE, PHOTOMETRIC.RGB)
-        _refuse(tiff_bounds.tiles_problem(page))
+        if problem := tiff_bounds.tiles_problem(page):
+            raise BadImage(problem)
         pages: Any = file.pages if channels == 1 and len(file.pages) == in_chans else [page]
         if len({(p.imagelength, p.imagewidth, p.samplesperpixel, p.dtype) for p in pages}) > 1:
             pages = [page]  # the other pages are smaller copies of the first one
@@ -287,7 +279,8 @@ def _read_tiff(data: bytes, in_chans: int, max_pixels: int) -> Picture:
         if len(pages) == 1:  # checked before many channels are decoded
             _check_channels(channels - has_alpha, in_chans)
         for p in pages:
-            _refuse(tiff_bounds.tiles_problem(p) or tiff_bounds.segments_problem(p, data))
+            if problem := tiff_bounds.tiles_problem(p) or tiff_bounds.segments_problem(p, data):
+                raise BadImage(problem)
         picture = _tensor(np.concatenate([_page_pixels(p) for p in pages], axis=2))
     return _over_white(picture, page.extrasamples[0]) if has_alpha else picture
 

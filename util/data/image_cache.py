@@ -16,8 +16,8 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from util import dist
+from util.data.batches import Batches, up_to_cores
 from util.data.decode import BadImage
-from util.data.loader import Batches, up_to_cores
 from util.data.samples import Samples
 from util.data.sources import Source
 from util.data.transforms import keeps_label, to_tensor
@@ -67,6 +67,7 @@ class ImageCache:
         self.source = source
         self.classes = source.classes
         self.labels = source.labels
+        self.name, self.version = source.name, source.version
         self.in_chans = in_chans
         count = -(-len(source) // BATCH)
         batches = [list(range(number, len(source), count)) for number in range(count)]
@@ -90,8 +91,13 @@ class ImageCache:
                 bar.update(len(batches[number]) * processes)
                 num_bytes += len(pixels)
                 num_images += len(batches[number])
-                if num_images >= min(SAMPLE, len(source)) // processes:
-                    self._limit(num_bytes * len(source) / num_images, limit)
+                estimate = num_bytes * len(source) / num_images
+                if num_images >= min(SAMPLE, len(source)) // processes and estimate > limit:
+                    raise ValueError(
+                        f"--cache_images: {len(source):,} images take about {estimate / 1e6:,.0f} MB of memory, and "
+                        f"{limit / 1e6:,.0f} MB are available ({SHARE:.0%} of the memory): omit it, or write smaller "
+                        f"images with python -m util.resize"
+                    )
         parts = sorted(_shared(parts) if processes > 1 else parts, key=lambda part: part.number)
         if len(parts) < count:
             raise ValueError("--cache_images: the processes of this machine can't open each other's memory; omit it")
@@ -116,22 +122,6 @@ class ImageCache:
         pixels = self.parts[index % len(self.parts)][start : start + height * width * self.in_chans]
         label = self.other_labels[index] if index in self.other_labels else int(self.labels[index])
         return torch.from_numpy(pixels).view(height, width, -1).permute(2, 0, 1), label
-
-    def name(self, index: int) -> str:
-        """Returns the name of an image in the source."""
-        return self.source.name(index)
-
-    def version(self, index: int) -> str:
-        """Returns the version of an image in the source."""
-        return self.source.version(index)
-
-    def _limit(self, estimate: float, limit: float) -> None:
-        if estimate > limit:
-            raise ValueError(
-                f"--cache_images: {len(self):,} images take about {estimate / 1e6:,.0f} MB of memory, and "
-                f"{limit / 1e6:,.0f} MB are available ({SHARE:.0%} of the memory): omit it, or write smaller images "
-                f"with python -m util.resize"
-            )
 
 
 class _Part(NamedTuple):
@@ -198,14 +188,12 @@ def cached(
         if isinstance(source, Shards):
             raise ValueError("--cache_images: shards (wds:) are streamed, in another order in each epoch; omit it")
         left = limit - sum(cache.num_bytes for cache in caches)
-        options = {
-            "in_chans": in_chans,
-            "fast_jpeg": fast_jpeg,
-            "exif": exif,
-            "num_workers": num_workers,
-            "on_bad_image": on_bad,
-        }
-        caches.append(ImageCache(source, left, **options))  # type: ignore[arg-type]
+        caches.append(
+            ImageCache(
+                source, left, in_chans=in_chans, fast_jpeg=fast_jpeg, exif=exif, num_workers=num_workers,
+                on_bad_image=on_bad,
+            )
+        )  # fmt: skip
     images, size = sum(map(len, caches)), sum(cache.num_bytes for cache in caches)
     logger.info(f"--cache_images: {images:,} images are decoded and take {size / 1e6:,.0f} MB of memory")
     return caches

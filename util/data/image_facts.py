@@ -11,9 +11,10 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from util import dist
+from util.data.batches import Batches, up_to_cores
 from util.data.decode import BadImage, Picture, fit_channels, is_turned, read, size_of
 from util.data.labels import Subset
-from util.data.loader import MAX_BAD_SHARE, Batches, up_to_cores
+from util.data.loader import MAX_BAD_SHARE
 from util.data.samples import preserve_generators
 from util.data.sources import Source
 from util.data.transforms import to_tensor, to_unit_range

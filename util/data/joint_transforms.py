@@ -104,15 +104,12 @@ class TrainTransform:
         rows, columns = self.size
         top, left = random.randint(0, max(0, height - rows)), random.randint(0, max(0, width - columns))
         area = (..., slice(top, top + rows), slice(left, left + columns))
-        image, mask = self._padded(image[area], mask[area])
-        return (image.flip(-1), mask.flip(-1)) if random.random() < self.hflip else (image, mask)
-
-    def _padded(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        image, mask = image[area], mask[area]
         height, width = mask.shape
-        if (height, width) == self.size:
-            return image, mask
-        color = (255 * self.mean).round() if image.dtype == torch.uint8 else self.mean
-        canvas = color.to(image.dtype).expand(-1, *self.size).clone()
-        canvas[:, :height, :width] = image
-        bottom, right = self.size[0] - height, self.size[1] - width
-        return canvas, F.pad(mask, (0, right, 0, bottom), value=IGNORED)
+        if (height, width) != self.size:
+            color = (255 * self.mean).round() if image.dtype == torch.uint8 else self.mean
+            canvas = color.to(image.dtype).expand(-1, *self.size).clone()
+            canvas[:, :height, :width] = image
+            image = canvas
+            mask = F.pad(mask, (0, self.size[1] - width, 0, self.size[0] - height), value=IGNORED)
+        return (image.flip(-1), mask.flip(-1)) if random.random() < self.hflip else (image, mask)

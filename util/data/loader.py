@@ -8,11 +8,7 @@ stored features, whose order depends on the number of processes.
 """
 
 import logging
-import os
-import signal
-import threading
 from collections.abc import Iterator
-from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler, default_collate
 
-from util import dist, interrupts
-from util.cli.choices import DEFAULT_WORKERS
-from util.data import shared_memory
+from util import dist
+from util.data.batches import Batches, require_space, up_to_cores
 from util.data.decode import BadImage
 from util.data.samples import Bad, Sample, Samples, StreamedSamples, seed_python
 from util.data.transforms import to_unit_range
@@ -146,61 +141,6 @@ class EpochBatches(_Epochs, Sampler[list[tuple[int, int]]]):
             yield batch
 
 
-class Batches(DataLoader):
-    """A data loader whose worker processes ignore the signals that stop a run, and which raises errors between updates.
-
-    Worker processes send batches through shared memory, also if it is too small for them: the loader raises an error.
-
-    If a worker process dies, PyTorch raises an error from a signal handler, at any time: also between an update of the
-    weights and its bookkeeping. This class installs that handler only while it waits for a batch.
-
-    Raises (while iterating):
-        RuntimeError: a worker process was killed.
-        OSError: the shared memory is full.
-    """
-
-    _raise_if_dead: Any = staticmethod(lambda *_: None)  # PyTorch's handler of SIGCHLD, installed once per process
-
-    def __init__(self, dataset: Any, num_workers: int, **options: Any) -> None:
-        prepare = partial(interrupts.ignore_from_others, os.getpid())
-        collate = shared_memory.Shared(options.pop("collate_fn"))
-        super().__init__(dataset, num_workers=num_workers, worker_init_fn=prepare, collate_fn=collate, **options)
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        if self.num_workers:
-            shared_memory.require_space(self.num_workers)
-        try:
-            yield from self._batches()
-        except RuntimeError as error:
-            if not shared_memory.is_full(error):
-                raise
-            raise shared_memory.full(self.num_workers) from error
-
-    def _batches(self) -> Iterator[Any]:
-        with interrupts.blocked():
-            iterator = super().__iter__()
-        if not self.num_workers or threading.current_thread() is not threading.main_thread():
-            yield from iterator
-            return
-        handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        if callable(handler):
-            Batches._raise_if_dead = staticmethod(handler)
-        while True:
-            signal.signal(signal.SIGCHLD, self._raise_if_dead)
-            try:
-                self._raise_if_dead(signal.SIGCHLD, None)
-                batch = next(iterator)
-            except StopIteration:
-                return
-            except (EOFError, ConnectionError) as error:
-                if "Original Traceback" in str(error):  # raised in a worker process by a file
-                    raise
-                raise RuntimeError("DataLoader worker was killed while it sent a batch") from error
-            finally:
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            yield batch
-
-
 class TrainLoader:
     """Batches for `loop.run_epoch`: images (B, c, H, W), uint8 or float, labels (B,), noise (B, N).
 
@@ -232,7 +172,7 @@ class TrainLoader:
         self.stream = StreamedSamples(samples, samples.source, repeats) if isinstance(samples.source, Shards) else None
         if self.stream:
             if workers:  # persistent worker processes read the place of the next pass from it
-                shared_memory.require_space(workers)
+                require_space(workers)
                 self.stream.place.share_memory_()
             self.batches = Batches(self.stream, workers, batch_size=batch_size, **options)
         else:
@@ -379,22 +319,3 @@ def _stack(images: list[Tensor]) -> Tensor:
     if all(image.stride(0) == 1 for image in images):
         return default_collate([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
     return default_collate(images)
-
-
-def up_to_cores(num_workers: int) -> int:
-    """Limits the number of worker processes to this process's share of the cores."""
-    cores = max(1, _cores() // dist.processes_here())
-    if num_workers > cores and num_workers != DEFAULT_WORKERS:  # the default is reduced silently
-        _notice_cores(num_workers, cores)
-    return min(num_workers, cores)
-
-
-@cache  # once per process, not once per loader
-def _notice_cores(num_workers: int, cores: int) -> None:
-    logger.info(f"--num_workers {num_workers}: this process has {cores} CPU cores and uses {cores} worker processes")
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):  # not on macOS
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -19,17 +19,16 @@ from tqdm import tqdm
 
 from util.cli import entry_point, flags
 from util.cli.choices import DEFAULT_WORKERS
+from util.data.batches import up_to_cores
 from util.data.decode import BadImage, read
-from util.data.folders import image_files
-from util.data.loader import up_to_cores
-from util.data.segmentation_masks import MASK_FOLDERS
+from util.data.segmentation_masks import JPEG, MASK_FOLDERS, PNG
+from util.data.sources import image_files
 from util.files import atomic, locks
 from util.files.untrusted import printable, read_file
 from util.interrupts import end_with_parent
 
 logger = logging.getLogger(__name__)
 
-JPEG, PNG = b"\xff\xd8\xff", b"\x89PNG"
 SCALED = ("L", "LA", "RGB", "RGBA", "CMYK")
 MAX_LISTED = 5  # unreadable files that are listed
 
@@ -118,7 +117,14 @@ def main(args: argparse.Namespace) -> None:
     names = sorted(os.path.relpath(path, args.data_path) for path in image_files(str(args.data_path)))
     if not names:
         raise ValueError(f"there are no images in {args.data_path}")
-    _refuse_masks(args.data_path, names)
+    for name in names:  # interpolation would create values of other classes
+        folders = [args.data_path.resolve().name, *name.split(os.sep)[:-1]]
+        if any(folder.lower() in MASK_FOLDERS for folder in folders):
+            raise ValueError(
+                f"masks can't be scaled like photographs: {printable(str(args.data_path / name))} is in a folder of "
+                f"masks ({', '.join(MASK_FOLDERS)}); main_segment.py scales images and masks itself (--short_side), "
+                f"and for other scripts give the folder of the images alone"
+            )
     num_workers = up_to_cores(args.num_workers)
     one = partial(resize, folder=args.data_path, copy=args.copy, short_side=args.short_side, quality=args.quality)
     counts, unread = Counter[str](), []
@@ -134,15 +140,3 @@ def main(args: argparse.Namespace) -> None:
     logger.info("\n".join(unread[:MAX_LISTED]) or f"in {args.copy}")
     if unread:
         raise BadImage(f"{len(unread):,} files can't be read; the copy does not contain them")
-
-
-def _refuse_masks(root: Path, names: list[str]) -> None:
-    """Raises ValueError for a folder of segmentation masks: interpolation creates values of other classes."""
-    for name in names:
-        folders = [root.resolve().name, *name.split(os.sep)[:-1]]
-        if any(folder.lower() in MASK_FOLDERS for folder in folders):
-            raise ValueError(
-                f"masks can't be scaled like photographs: {printable(str(root / name))} is in a folder of masks "
-                f"({', '.join(MASK_FOLDERS)}); main_segment.py scales images and masks itself (--short_side), and for "
-                f"other scripts give the folder of the images alone"
-            )

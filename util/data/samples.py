@@ -86,7 +86,7 @@ class Samples(Dataset):
         samples: list[Sample] = []
         with preserve_generators():
             for (epoch, index), same in itertools.groupby(places):
-                samples += self._finished(epoch, index, sum(1 for _ in same))
+                samples += self._augmented(epoch, index, sum(1 for _ in same))
         return samples
 
     def read(self, index: int) -> tuple[Picture, Any]:
@@ -135,22 +135,17 @@ class Samples(Dataset):
                 + f" ({remedy})" * bool(remedy)
             ) from error
 
-    def _finished(self, epoch: int, index: int, repeats: int) -> list[Sample]:
-        assert not isinstance(self.source, Shards), "streamed samples come from StreamedSamples"
+    def _augmented(self, epoch: int, index: int, repeats: int) -> list[Sample]:
+        """Returns the samples of an image, or of the first of random replacements that can be read."""
         bad: list[Bad] = []
-        for candidate in self._candidates(epoch, index):
-            try:
-                return self.finish(*self.read(candidate), bad, epoch, index, repeats)
-            except (BadImage, OSError) as error:
-                self.refuse(self.source.name(candidate), error, bad)
-        raise AssertionError("candidates never end")
-
-    def _candidates(self, epoch: int, index: int) -> Iterator[int]:
-        """Yields the index itself, then random indices of replacements."""
-        yield index
-        generator = np.random.default_rng([self.seed, epoch, index])
+        chosen, generator = index, None
         while True:
-            yield int(generator.integers(len(self.source)))
+            try:
+                return self.finish(*self.read(chosen), bad, epoch, index, repeats)
+            except (BadImage, OSError) as error:
+                self.refuse(self.source.name(chosen), error, bad)  # type: ignore[union-attr]  # not Shards
+            generator = generator or np.random.default_rng([self.seed, epoch, index])
+            chosen = int(generator.integers(len(self.source)))
 
 
 class StreamedSamples(IterableDataset):

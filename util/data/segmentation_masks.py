@@ -18,10 +18,9 @@ from util.cli.advice import AdvisedError, Remedy
 from util.data import decode
 from util.data.archives import Archive
 from util.data.decode import BadImage
-from util.data.folders import find_files, image_files
+from util.data.library_sets import TorchvisionSet
 from util.data.lists import read_pairs
-from util.data.sources import Files
-from util.data.torchvision_sets import TorchvisionSet
+from util.data.sources import Files, find_files, image_files
 from util.files.untrusted import printable, read_file
 
 IGNORED = 255  # the value of pixels without a class
@@ -207,12 +206,8 @@ class Pairs:
         self.masks = masks
         self.places = places
         self.classes = classes
+        self.labels = np.full(len(places), -1)  # the images have no label as a whole
         self.mask_format = mask_format
-
-    @property
-    def labels(self) -> np.ndarray:
-        """Returns -1 for each pair: the images have no label as a whole."""
-        return np.full(len(self), -1)
 
     def __len__(self) -> int:
         return len(self.places)
@@ -229,7 +224,8 @@ class Pairs:
             return data, self.mask_format.decode(self.masks[self.places[index, 1]][0])
         except (BadImage, OSError) as error:
             reason = (isinstance(error, OSError) and error.strerror) or str(error)
-            raise BadImage(f"its mask {self.mask_name(index)}: {reason}", getattr(error, "remedy", None)) from error
+            mask = self.masks.name(self.places[index, 1])
+            raise BadImage(f"its mask {mask}: {reason}", getattr(error, "remedy", None)) from error
 
     def name(self, index: int) -> str:
         """Returns the name of the image."""
@@ -238,10 +234,6 @@ class Pairs:
     def version(self, index: int) -> str:
         """Returns the versions of image and mask."""
         return f"{self.images.version(self.places[index, 0])} {self.masks.version(self.places[index, 1])}"
-
-    def mask_name(self, index: int) -> str:
-        """Returns the name of the mask."""
-        return self.masks.name(self.places[index, 1])
 
 
 def open_pairs(

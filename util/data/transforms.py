@@ -11,14 +11,13 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from util.cli.choices import CROP_CHOICES, default_crop_pct
-from util.data.decode import Picture, size_of, to_pillow
+from util.cli.choices import CROP_CHOICES, NO_CROP, default_crop_pct
+from util.data.decode import Picture, to_pillow, to_tensor
 from util.pos_embed import Size, to_pair
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 CROP_RATIO = (3 / 4, 4 / 3)  # aspect ratio of random crops, relative to the aspect ratio of the input
-NO_CROP = "none"  # the value of --crop for whole images
 
 ImageTransform = Callable[[Picture], Tensor]
 Transform = Callable[[Picture, Any], tuple[Tensor, Any]]  # of a picture and its label
@@ -107,54 +106,11 @@ def pretrain_transform(
     Raises:
         ValueError: `crop_scale` or `crop_ratio` is not a range, or `rotate90` is set and `input_size` is not a square.
     """
-    from torchvision import transforms as T
-
-    from util.data.crops import random_crop
-
-    _check_ranges(crop_scale, crop_ratio)
-    scale, ratio = _crop_ranges(input_size, crop_scale, crop_ratio)
-    resized = T.RandomResizedCrop(to_pair(input_size), scale, ratio, interpolation=T.InterpolationMode.BICUBIC)
-    first = partial(_scaled, size=to_pair(input_size)) if crop == NO_CROP else partial(random_crop, crop=resized)
-    return T.Compose([first, T.RandomHorizontalFlip(hflip), *_flip_and_rotate(input_size, vflip, rotate90), to_tensor])
-
-
-def _crop_ranges(
-    input_size: Size, scale: Sequence[float], ratio: Sequence[float]
-) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Returns the ranges of the area and of the aspect ratio (width / height) of a crop, as torchvision takes them."""
-    height, width = to_pair(input_size)
-    aspect = width / height
-    return (scale[0], scale[1]), (ratio[0] * aspect, ratio[1] * aspect)
-
-
-def _check_ranges(scale: Sequence[float], ratio: Sequence[float]) -> None:
-    if not 0 < scale[0] <= scale[1] <= 1:
-        raise ValueError(
-            f"--crop_scale {scale[0]} {scale[1]}: give the minimum and the maximum area, above 0 and up to 1"
-        )
-    if not 0 < ratio[0] <= ratio[1]:
-        raise ValueError(f"--crop_ratio {ratio[0]} {ratio[1]}: give the minimum and the maximum, above 0")
-
-
-def _scaled(picture: Picture, size: tuple[int, int]) -> Picture:
-    """Scales a picture to (height, width); a picture of this size is unchanged."""
     from util.data import crops
 
-    return picture if size_of(picture) == size else crops.scale(picture, *size)
-
-
-def _flip_and_rotate(input_size: Size, vflip: float, rotate90: bool) -> list[Callable[[Picture], Picture]]:
-    from torchvision import transforms as T
-
-    height, width = to_pair(input_size)
-    if rotate90 and height != width:
-        raise ValueError(f"--rotate90: --input_size {height} {width} is not a square; omit --rotate90")
-    return [T.RandomVerticalFlip(vflip)] * (vflip > 0) + [_rotate90] * rotate90
-
-
-def _rotate90(picture: Picture) -> Tensor:
-    """Rotates a picture by a random multiple of 90 degrees."""
-    return torch.rot90(to_tensor(picture), int(torch.randint(4, (1,))), (1, 2))
+    first = crops.first_stage(input_size, crop, crop_scale, crop_ratio)
+    flips = [crops.T.RandomHorizontalFlip(hflip), *crops.flip_and_rotate(input_size, vflip, rotate90)]
+    return crops.T.Compose([first, *flips, to_tensor])
 
 
 def finetune_transform(
@@ -184,12 +140,10 @@ def finetune_transform(
         ValueError: timm has no such policy, or as in `pretrain_transform`.
     """
     from timm.data import auto_augment, create_transform
-    from torchvision import transforms as T
 
-    from util.data.crops import random_crop
+    from util.data import crops
 
-    _check_ranges(crop_scale, crop_ratio)
-    scale, ratio = _crop_ranges(input_size, crop_scale, crop_ratio)
+    first = crops.first_stage(input_size, crop, crop_scale, crop_ratio)
     # Strong policies sometimes posterize to 0 bits. timm passes this to Pillow, which raises an error.
     auto_augment.NAME_TO_OP.update(
         {name: _posterize for name in auto_augment.NAME_TO_OP if name.startswith("Posterize")}
@@ -199,8 +153,8 @@ def finetune_transform(
         stages = create_transform(
             (len(mean), *to_pair(input_size)),
             is_training=True,
-            scale=scale,
-            ratio=ratio,
+            scale=(crop_scale[0], crop_scale[1]),
+            ratio=(crop_ratio[0], crop_ratio[1]),
             hflip=hflip,
             color_jitter=color_jitter,  # type: ignore[arg-type]  # None: no jitter
             auto_augment=policy,
@@ -215,11 +169,10 @@ def finetune_transform(
         ) from error
     (resized, *flip), change = stages[0].transforms, stages[1]
     height, width = to_pair(input_size)
-    if height != width:  # timm samples empty crops of signals with one row
-        resized = T.RandomResizedCrop((height, width), scale, ratio, interpolation=T.InterpolationMode.BICUBIC)
-    first = partial(_scaled, size=(height, width)) if crop == NO_CROP else partial(random_crop, crop=resized)
+    if crop != NO_CROP and height == width:  # else, timm samples empty crops of signals with one row
+        first = partial(crops.random_crop, crop=resized)
     policies = [partial(_change_bytes, change=change)] if change.transforms else []
-    return T.Compose([first, *flip, *policies, *_flip_and_rotate(input_size, vflip, rotate90), to_tensor])
+    return crops.T.Compose([first, *flip, *policies, *crops.flip_and_rotate(input_size, vflip, rotate90), to_tensor])
 
 
 def _change_bytes(picture: Picture, change: Callable[[Image.Image], Image.Image]) -> Image.Image:
@@ -243,25 +196,12 @@ def probe_transform(input_size: Size, crop: str = "random") -> ImageTransform:
     A crop that is sampled once is clipped to the picture, which may distort it further. If `input_size` is not a
     square, the crop is sampled as in pre-training.
     """
-    from torchvision import transforms as T
-
-    from util.data.crops import CropOnce, random_crop
+    from util.data import crops
 
     height, width = to_pair(input_size)
-    kind = CropOnce if height == width else T.RandomResizedCrop
-    scale, ratio = _crop_ranges(input_size, (0.08, 1.0), CROP_RATIO)
-    resized = kind((height, width), scale, ratio, interpolation=T.InterpolationMode.BICUBIC)
-    first = partial(_scaled, size=(height, width)) if crop == NO_CROP else partial(random_crop, crop=resized)
-    return T.Compose([first, T.RandomHorizontalFlip(), to_tensor])
-
-
-def to_tensor(picture: Picture) -> Tensor:
-    """Converts a decoded picture to a tensor (c, H, W). Values are not scaled."""
-    if isinstance(picture, Tensor):
-        return picture
-    from torchvision.transforms.functional import pil_to_tensor
-
-    return pil_to_tensor(picture)
+    kind = crops.CropOnce if height == width else crops.T.RandomResizedCrop
+    first = crops.first_stage(input_size, crop, (0.08, 1.0), CROP_RATIO, kind)
+    return crops.T.Compose([first, crops.T.RandomHorizontalFlip(), to_tensor])
 
 
 def eval_transform(input_size: Size, crop_pct: float | None = None, crop: str | None = None) -> ImageTransform:
@@ -274,32 +214,13 @@ def eval_transform(input_size: Size, crop_pct: float | None = None, crop: str | 
     Raises:
         ValueError: `crop` has another value.
     """
-    from torchvision import transforms as T
+    from util.data import crops
 
     if crop not in (None, *CROP_CHOICES):
         raise ValueError(f"crop {crop!r} is not {' or '.join(CROP_CHOICES)}")
     height, width = to_pair(input_size)
     if crop == NO_CROP:
-        return T.Compose([partial(_scaled, size=(height, width)), to_tensor])
+        return crops.T.Compose([partial(crops.scaled, size=(height, width)), to_tensor])
     crop_pct = crop_pct or default_crop_pct(input_size)
     scaled = (int(height / crop_pct), int(width / crop_pct))
-    return T.Compose([partial(_cover, size=scaled), T.CenterCrop((height, width)), to_tensor])
-
-
-def _cover(picture: Picture, size: tuple[int, int]) -> Picture:
-    """Scales a picture to cover (height, width)."""
-    from torchvision.transforms import functional as TF
-
-    from util.data import crops
-
-    height, width = size
-    own_height, own_width = size_of(picture)
-    longest = int(10 * max(height / width, width / height) * min(own_height, own_width))
-    if max(own_height, own_width) > longest:  # a narrow strip: scaled before the crop, it could fill the memory
-        picture = TF.center_crop(picture, [min(own_height, longest), min(own_width, longest)])
-        own_height, own_width = size_of(picture)
-    if height == width:
-        shorter = min(own_height, own_width)  # with the rounding of torchvision, as in the published results
-        return crops.scale(picture, height * own_height // shorter, width * own_width // shorter)
-    factor = max(height / own_height, width / own_width)
-    return crops.scale(picture, max(height, round(own_height * factor)), max(width, round(own_width * factor)))
+    return crops.T.Compose([partial(crops.cover, size=scaled), crops.T.CenterCrop((height, width)), to_tensor])

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import os
 import random
 import sys
 import tarfile
@@ -48,9 +49,11 @@ class Shards:
         self.title = f"wds:{pattern}"
         self.classes: list[str] = []  # labels are numbers without names
         expanded = webdataset.shardlists.expand_urls(pattern)
-        urls = [url for one in expanded for url in (_matching(one) if "*" in one else [one])]
-        files = [Path(url).absolute() for url in urls if not _is_scheme(url)]
         # Absolute paths, because webdataset would run a file name `pipe:...` as a command.
+        urls: list[str] = []
+        for one in expanded:
+            urls += sorted(map(str, Path(one).absolute().parent.glob(Path(one).name))) if "*" in one else [one]
+        files = [Path(url).absolute() for url in urls if not _is_scheme(url)]
         self.urls = [url if _is_scheme(url) else str(Path(url).absolute()) for url in urls]
         missing = [str(file) for file in files if not file.is_file()]
         if missing or not self.urls:
@@ -160,8 +163,3 @@ def _count_samples(file: Path) -> int:
     if count < len(members):
         logger.warning(f"{file}: {len(members)} images in {count} samples; only the first image of each sample is used")
     return count
-
-
-def _matching(pattern: str) -> list[str]:
-    folder = Path(pattern).parent
-    return sorted(str(path.absolute()) for path in folder.glob(Path(pattern).name))

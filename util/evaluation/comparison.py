@@ -4,14 +4,11 @@ import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
-from util.evaluation.tables import markdown, write_csv
+from util.evaluation.tables import markdown, new_figure, save, write_csv
 from util.files import atomic
 from util.files.untrusted import escape_dollars
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure  # takes half a second to import
 
 PIXELS = "pixels"  # the encoder of baselines on raw pixels
 
@@ -127,15 +124,11 @@ def write(folder: Path, results: Sequence[Result]) -> str:
 
 def draw(cells: Cells, path: Path) -> None:
     """Draws the accuracies: lines over the numbers of labels, or bars for one number of labels."""
-    figure = _draw_lines(cells) if len(columns_of(cells)) > 1 else _draw_bars(cells)
-    with atomic.replacing(path) as written:
-        figure.savefig(written)
+    save(_draw_lines(cells) if len(columns_of(cells)) > 1 else _draw_bars(cells), path)
 
 
-def _draw_bars(cells: Cells) -> "Figure":
+def _draw_bars(cells: Cells) -> Any:
     """Draws a bar for each row, with its standard deviation. Baselines on raw pixels are gray."""
-    from matplotlib.figure import Figure
-
     (labels,) = columns_of(cells)
     column = {escape_dollars(name): row[labels] for name, row in cells.items()}
     encoders = list(dict.fromkeys(cell.encoder for cell in column.values()))
@@ -144,7 +137,7 @@ def _draw_bars(cells: Cells) -> "Figure":
     most = max(mean + spread for mean, spread in zip(means, spreads, strict=True))
     start = max(0, 5 * math.floor((least - max(1.0, most - least) / 2) / 5))
     colors = ["0.7" if cell.encoder == PIXELS else f"C{encoders.index(cell.encoder)}" for cell in column.values()]
-    figure = Figure((5.5 + 0.07 * max(map(len, column)), 1 + 0.35 * len(column)), dpi=100, layout="constrained")
+    figure = new_figure(5.5 + 0.07 * max(map(len, column)), 1 + 0.35 * len(column))
     axes = figure.subplots()
     bars = axes.barh(list(column), means, xerr=spreads if any(spreads) else None, color=colors, capsize=2)
     axes.bar_label(bars, list(map(str, column.values())), padding=4)
@@ -157,17 +150,15 @@ def _draw_bars(cells: Cells) -> "Figure":
     return figure
 
 
-def _draw_lines(cells: Cells) -> "Figure":
+def _draw_lines(cells: Cells) -> Any:
     """Draws one panel for each protocol, and one line for each encoder.
 
     Baselines on raw pixels are dashed, in every panel.
     """
-    from matplotlib.figure import Figure
-
     titles = {name: next(iter(row.values())) for name, row in cells.items()}  # any cell of the row
     encoders = list(dict.fromkeys(cell.encoder for cell in titles.values()))
     protocols = list(dict.fromkeys(cell.protocol for cell in titles.values() if cell.encoder != PIXELS)) or [""]
-    figure = Figure((max(4.5, 3.2 * len(protocols)), 3.6), dpi=100, layout="constrained")
+    figure = new_figure(max(4.5, 3.2 * len(protocols)), 3.6)
     panels = figure.subplots(1, len(protocols), sharey=True, squeeze=False)[0]
     for axes, protocol in zip(panels, protocols, strict=True):
         for name, row in cells.items():

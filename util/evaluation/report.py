@@ -42,27 +42,22 @@ def write_matrix(
     Raises:
         OSError: the disk is full, or the folder can't be written to. Its files are unchanged.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with atomic.replacing(folder) as written:
-        written.mkdir()
-        _write(written, classes, matrix, unit, scores or {})
-
-
-def _write(
-    folder: Path, classes: Sequence[str], matrix: np.ndarray, unit: str, scores: Mapping[str, np.ndarray]
-) -> None:
     images, right = matrix.sum(axis=1), matrix.diagonal()
-    rows: list[list[Any]] = [["class", unit, "right", "accuracy", *scores, "most often taken for"]]
+    rows: list[list[Any]] = [["class", unit, "right", "accuracy", *(scores or {}), "most often taken for"]]
     for number, name in enumerate(classes):
         wrong = np.where(np.arange(len(classes)) == number, 0, matrix[number])
         other = classes[int(wrong.argmax())] if wrong.any() else ""
         share = f"{right[number] / images[number]:.4f}" if images[number] else ""
-        own = ["" if np.isnan(column[number]) else f"{column[number] / 100:.4f}" for column in scores.values()]
+        columns = [column[number] for column in (scores or {}).values()]
+        own = ["" if np.isnan(value) else f"{value / 100:.4f}" for value in columns]
         rows.append([name, images[number], right[number], share, *own, other])
-    tables.write_csv(folder / "classes.csv", rows)
     counts = [[name, *row] for name, row in zip(classes, matrix.tolist(), strict=True)]
-    tables.write_csv(folder / "confusion.csv", [["true \\ predicted", *classes], *counts])
-    _draw(folder / "confusion.png", classes, matrix / np.maximum(images, 1)[:, None])
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic.replacing(folder) as written:
+        written.mkdir()
+        tables.write_csv(written / "classes.csv", rows)
+        tables.write_csv(written / "confusion.csv", [["true \\ predicted", *classes], *counts])
+        _draw(written / "confusion.png", classes, matrix / np.maximum(images, 1)[:, None])
 
 
 def _draw(path: Path, classes: Sequence[str], shares: np.ndarray) -> None:

@@ -12,9 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 from util.data.archives import Archive
-from util.data.folders import find_files
 from util.data.labels import Subset
-from util.data.sources import Files, first_few
+from util.data.sources import Files, find_files, first_few
 
 # The published top-1 errors of AlexNet, means over five severities, by the families of the archives (Hendrycks &
 # Dietterich 2019).

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -12,9 +12,6 @@ from util.evaluation.robustness import ALEXNET, CORRUPTIONS, IMAGES, PUBLISHED, 
 from util.files import atomic
 from util.files.results import Results
 from util.files.untrusted import escape_dollars
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 # Scores of a cell: images, acc1, acc5 unless images have several labels, balanced_acc if the classes are imbalanced.
 Scores = dict[str, float]
@@ -98,7 +95,7 @@ def _corruption_rows(cells: Mapping[str, Scores]) -> list[list[str]]:
     return rows
 
 
-def _draw_corruptions(cells: Mapping[str, Scores]) -> "Figure":
+def _draw_corruptions(cells: Mapping[str, Scores]) -> Any:
     figure = tables.new_figure(11, 3.6)
     panels = figure.subplots(1, len(ALEXNET), sharey=True)
     for axes, (family, corruptions) in zip(panels, ALEXNET.items(), strict=True):
@@ -112,7 +109,7 @@ def _draw_corruptions(cells: Mapping[str, Scores]) -> "Figure":
     return figure
 
 
-def _draw_accuracies(cells: Mapping[str, Scores], published: Mapping[str, float]) -> "Figure":
+def _draw_accuracies(cells: Mapping[str, Scores], published: Mapping[str, float]) -> Any:
     """Draws a bar for each cell, and the published accuracies below."""
     bars = [(name, scores["acc1"], "C0") for name, scores in cells.items()]
     bars += [(f"{model}, published", accuracy, "0.7") for model, accuracy in published.items()]

@@ -3,13 +3,10 @@
 import csv
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from util.files import atomic
 from util.files.untrusted import csv_row
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 def markdown(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -30,14 +27,14 @@ def write_csv(path: Path, rows: Iterable[Iterable[Any]]) -> None:
         csv.writer(file).writerows(map(csv_row, rows))
 
 
-def new_figure(width: float, height: float) -> "Figure":
+def new_figure(width: float, height: float) -> Any:
     """Returns an empty figure of a size in inches, with 100 pixels per inch."""
     from matplotlib.figure import Figure  # takes half a second
 
     return Figure((width, height), dpi=100, layout="constrained")
 
 
-def save(figure: "Figure", path: Path) -> None:
+def save(figure: Any, path: Path) -> None:
     """Writes a figure in the format of the file's suffix."""
     with atomic.replacing(path) as written:
         figure.savefig(written)

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -120,13 +120,9 @@ class Commands:
 
         An error or an interruption ends the running commands; they save their state.
         """
-        pending: set[Future[T]] = set()
         with ThreadPoolExecutor(self.jobs) as pool:
             try:
-                pending = {pool.submit(call) for call in calls}
-                while pending:
-                    done, pending = wait(pending, timeout=1, return_when=FIRST_COMPLETED)
-                    yield from (future.result() for future in done)
+                yield from (future.result() for future in as_completed([pool.submit(call) for call in calls]))
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 with self.lock:

@@ -1,4 +1,4 @@
-"""Datasets of torchvision, chosen by the name of their class."""
+"""Datasets of libraries: of torchvision, chosen by the name of their class, and map-style datasets of Hugging Face."""
 
 import inspect
 import logging
@@ -35,7 +35,22 @@ def dataset_in(root: Path) -> tuple[str, Path] | None:
     return None
 
 
-class TorchvisionSet:
+class LibrarySet:
+    """The names of the samples of a library, and the version of its files."""
+
+    title: str
+    files_version: Any  # a cached property
+
+    def name(self, index: int) -> str:
+        """Returns the name of the dataset and the number of the sample."""
+        return f"{self.title}[{index}]"
+
+    def version(self, index: int) -> str:
+        """Returns the version of all files."""
+        return self.files_version
+
+
+class TorchvisionSet(LibrarySet):
     """A dataset of torchvision.
 
     Args:
@@ -127,16 +142,8 @@ class TorchvisionSet:
             raise BadImage(f"torchvision can't read it ({type(error).__name__}: {error})") from error
         return image, int(label) if isinstance(label, (int, np.integer)) and self.classes else -1
 
-    def name(self, index: int) -> str:
-        """Returns the name of the dataset and the number of the sample."""
-        return f"{self.title}[{index}]"
-
-    def version(self, index: int) -> str:
-        """Returns the version of the folder with the files of the dataset."""
-        return self._version
-
     @cached_property
-    def _version(self) -> str:
+    def files_version(self) -> str:
         return version_of(self.root) if self.root else ""
 
 
@@ -166,3 +173,70 @@ def _class_names(images: Any, listed: np.ndarray | None) -> list[str]:
         if isinstance(names, (list, tuple)) and names:
             return [name if isinstance(name, str) else ", ".join(map(str, name)) for name in names]
     return [] if listed is None else [str(number) for number in range(int(listed.max()) + 1)]
+
+
+class HuggingFaceSet(LibrarySet):
+    """A map-style dataset of Hugging Face.
+
+    Args:
+        name: its name on the hub, or a folder of Parquet files, of images, or written by `save_to_disk`.
+        split: "train" or "val".
+
+    Raises:
+        ValueError: the package `datasets` is not installed or can't open the dataset, or the dataset has no such split
+            or no column of images.
+    """
+
+    def __init__(self, name: str, split: str) -> None:
+        try:
+            import datasets
+        except ImportError as error:
+            raise ValueError('--dataset hf: needs the package datasets: pip install ".[hf]"') from error
+        self.title = f"hf:{name}"
+        if not name:
+            raise ValueError("--dataset hf: give hf:NAME or hf:FOLDER")
+        if dist.is_main():
+            self._load(datasets, name)  # the other processes use the prepared files
+        dist.barrier()
+        parts = self._load(datasets, name)
+        available = [part for part in (("train",) if split == "train" else VALIDATION) if part in parts]
+        if not available:
+            raise ValueError(f"--dataset {self.title}: it has no {split} split, only {', '.join(parts)}")
+        table = parts[available[0]]
+        features = table.features
+        image = next((c for c, kind in features.items() if isinstance(kind, datasets.Image)), None)
+        if image is None:
+            raise ValueError(f"--dataset {self.title}: no column contains images: {', '.join(map(str, features))}")
+        label = next((c for c, kind in features.items() if isinstance(kind, datasets.ClassLabel)), None)
+        self.classes = list(features[label].names) if label else []
+        self.labels = np.array([-1 if n is None else n for n in table[label]] if label else [-1] * len(table))
+        self.table = table.select_columns([image, *([label] if label else [])])
+        self.table = self.table.cast_column(image, datasets.Image(decode=False))
+        self.image, self.label = image, label
+
+    def _load(self, datasets: Any, name: str) -> Any:
+        try:
+            if (Path(name) / "dataset_dict.json").exists():
+                return datasets.load_from_disk(name)
+            if (Path(name) / "dataset_info.json").exists() and (Path(name) / "state.json").exists():
+                return {"train": datasets.load_from_disk(name)}
+            return datasets.load_dataset(name)
+        except Exception as error:  # the library raises any exception for files that it can't read
+            reason = " ".join(f"{error} {error.__cause__ or ''}".split())
+            raise ValueError(f"--dataset {self.title}: {reason}") from error
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: int) -> tuple[bytes, int]:
+        row = self.table[index]
+        image, label = row[self.image], row[self.label] if self.label else -1
+        if image is None:
+            raise BadImage("this row has no image")
+        data = image["bytes"] if image["bytes"] is not None else read_file(image["path"])
+        return data, -1 if label is None else label
+
+    @cached_property
+    def files_version(self) -> str:  # of the prepared files; the library prepares a changed dataset anew
+        files = [file["filename"] for file in self.table.cache_files]
+        return " ".join(f"{file} {version_of(file)}" for file in files)
