@@ -357,18 +357,35 @@ def test_a_damaged_shard_is_named(shards, caplog):
     assert "set-002.tar: the shard can't be read to its end" in caplog.text
 
 
-def test_samples_are_counted_as_in_webdataset(tmp_path, caplog):
-    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+def write_shard(path):
+    """A shard of three samples with four images, none of which can be decoded."""
+    with tarfile.open(path, "w") as archive:
         for name in ("000.jpg", "000.mask.png", "001.jpg", "n01.x.png"):
             member = tarfile.TarInfo(name)
             member.size = 3
             archive.addfile(member, io.BytesIO(b"abc"))
+
+
+def test_samples_are_counted_as_in_webdataset(tmp_path, caplog):
+    write_shard(tmp_path / "a.tar")
     assert len(Shards(f"{tmp_path}/a.tar", None)) == 3
     assert "4 images in 3 samples; only the first image" in caplog.text
     (tmp_path / "b.tar.gz").write_bytes(gzip.compress((tmp_path / "a.tar").read_bytes()))
     with pytest.raises(ValueError, match="give --num_images"):
         Shards(f"{tmp_path}/b.tar.gz", None)
     assert len(list(Shards(f"{tmp_path}/b.tar.gz", 3).stream(0, 0, 1, lambda *_: False, laps=1))) == 3
+
+
+def test_a_file_is_never_a_command(tmp_path, monkeypatch):
+    """webdataset runs `pipe:COMMAND`. A pattern finds files, also with such a name, and in any folder."""
+    folder = tmp_path / "set [1]"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    write_shard(folder / "pipe:touch proof;#.tar")
+    for pattern in ("*.tar", f"{folder}/*.tar"):
+        stream = Shards(pattern, None).stream(0, 0, 1, lambda *_: False, laps=1)
+        assert len(list(stream)) == 3
+    assert not (folder / "proof").exists()
 
 
 def test_files_of_macos_are_neither_counted_nor_streamed(tmp_path):

@@ -2,7 +2,6 @@
 
 import itertools
 import logging
-import os
 import random
 import sys
 import tarfile
