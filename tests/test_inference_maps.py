@@ -1,8 +1,5 @@
 """Attention maps and principal components of patches."""
 
-import re
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -41,22 +38,15 @@ def test_attention_is_the_class_tokens_row(model):
         maps.attention(model, x, 4)
 
 
-def test_attention_of_an_attentive_probe(tmp_path, monkeypatch):
-    """The code in FINETUNE.md, for a checkpoint of a probe."""
+def test_attention_of_an_attentive_probe(tmp_path):
     settings = {"model": "vit_mini_patch4", "input_size": [32, 48], "patch_size": None, "in_chans": 3,
                 "global_pool": False, "nb_classes": 3, "probe": "attentive", "num_queries": 8}  # fmt: skip
     probe = models_build.probe(*specs(settings)).eval()
     with torch.no_grad():
         probe.head.pool.queries.mul_(50)
-    monkeypatch.chdir(tmp_path)
-    Path("runs/attentive").mkdir(parents=True)
-    torch.save({"model": probe.state_dict(), "args": settings}, "runs/attentive/probe.pth")
-    Path("demo").symlink_to(ROOT / "demo")
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "FINETUNE.md").read_text(), flags=re.DOTALL)
-    (code,) = (block for block in blocks if "query_attention" in block)
-    names = {}
-    exec(code, names)
-    found, x = names["attention"], names["model"].prepare("demo/clothes/bag.png")
+    torch.save({"model": probe.state_dict(), "args": settings}, tmp_path / "probe.pth")
+    loaded, picture = get_model(tmp_path / "probe.pth"), ROOT / "demo/clothes/bag.png"
+    found, x = maps.query_attention(loaded, str(picture)), loaded.prepare(str(picture))
     assert found.shape == (1, 8, 8, 12)
     tokens = probe.get_intermediate_layers(x)[0][:, 1:].detach()
     scores = torch.einsum("qd,bnd->bqn", probe.head.pool.queries.detach(), tokens) / 128**0.5
