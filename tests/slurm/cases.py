@@ -383,7 +383,7 @@ class Cases:
             "--nodes", 2, "--ngpus", 1, "--shared_dir", self.work / "crash", "--wait",
         )  # fmt: skip
         state = self.signals.end_of(re.findall(r"^job (\d+) ", done.stdout)[0])  # --wait returns a little earlier
-        printed = "main_pretrain.py: error: --data_path: there is no" in done.stdout and done.returncode == 1
+        printed = "main_pretrain.py: error: --data_path /nowhere: " in done.stdout and done.returncode == 1
         number = re.findall(r"^job (\d+) ", done.stdout)[0]
         after = self.signals.run(
             sys.executable, "submitit_pretrain.py", *self.flags, "--device", "cpu", "--nodes", 2, "--ngpus", 1,
