@@ -2,6 +2,9 @@
 
 import shutil
 import struct
+import subprocess
+from contextlib import nullcontext
+from functools import partial
 
 import datasets as hugging_face
 import numpy as np
@@ -160,6 +163,24 @@ def test_two_processes_log_a_bad_image_once(pictures, tmp_path):
     output = in_processes(2, tmp_path / "images", tmp_path / "out", *flags)
     assert output.count("01.jpg: the file is empty") == 1
     assert [line["bad_images"] for line in lines(tmp_path / "out")] == [1] * 6
+
+
+@pytest.mark.parametrize(("num_bad", "fails"), [(4, False), (5, True)])
+def test_the_limit_of_bad_images_applies_to_all_processes_together(tmp_path, num_bad, fails):
+    """A tenth of 40 images may be bad. Neither of two processes reads more than four."""
+    for number in range(40):
+        path = tmp_path / f"images/{number:02}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(np.full((16, 16, 3), number, np.uint8)).save(path)
+        if number < num_bad:
+            path.write_bytes(b"")
+    run = partial(in_processes, 2, tmp_path / "images", tmp_path / "out", "--batch_size", 4, "--epochs", 1)
+    with pytest.raises(subprocess.CalledProcessError) if fails else nullcontext() as raised:
+        run("--on_bad_image", "skip")
+    if fails:
+        assert "5 of the 40 images" in raised.value.output
+    else:
+        assert [line["bad_images"] for line in lines(tmp_path / "out")] == [4]
 
 
 def test_a_stream_in_two_processes_resumes(pretrain, smooth, tmp_path):

@@ -5,8 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import pytest
 from conftest import ROOT
+from mains import in_processes
 
 from util.checkpoints import checkpoint, run_directory
 
@@ -173,3 +175,20 @@ def test_a_run_that_began_and_ended_in_the_meantime_is_not_overwritten(tmp_path)
     (tmp_path / "log.txt").write_text("{}\n")  # of the other run
     with pytest.raises(ValueError, match="already contains a run"), run_directory.locked(tmp_path, ""):
         pass
+
+
+def test_processes_with_different_directories_are_an_error(pictures, tmp_path):
+    """On machines with disks of their own, the same path is a directory of each machine."""
+    script = tmp_path / "there.py"
+    script.write_text(
+        f"import os, runpy; os.chdir({str(tmp_path)!r} + '/machine' + os.environ['RANK'])\n"
+        f"runpy.run_path({str(ROOT / 'main_pretrain.py')!r}, run_name='__main__')\n"
+    )
+    (tmp_path / "machine0").mkdir()
+    (tmp_path / "machine1").mkdir()
+    in_processes(1, pictures, tmp_path / "machine0/run", "--batch_size", 8, "--epochs", 1)
+    argv = ["--output_dir", "run", "--epochs", 2, "--batch_size", 4, "--resume", "auto", "--device", "cpu"]
+    with pytest.raises(subprocess.CalledProcessError) as raised:  # the other settings are recorded
+        forks.run(script, argv, tmp_path / "output", count=2)
+    assert "--output_dir run of process 1 " in raised.value.output
+    assert not list((tmp_path / "machine1").rglob("*.pth"))

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -15,6 +16,7 @@ from util.files import atomic, locks
 logger = logging.getLogger(__name__)
 
 LOCK = "run.lock"
+SHARED_SECONDS = 5.0  # until a file that one machine wrote must be visible on the others, also with NFS
 RESUMED = ".resumed"  # contains the path of the checkpoint from which the run has resumed (--resume FILE)
 
 
@@ -100,7 +102,8 @@ def locked(output_dir: Path, resume: str = "auto") -> Iterator[None]:
         resume: as in `prepare`, whose check is repeated: another run may have ended in the meantime.
 
     Raises:
-        ValueError: another run has locked the directory, or has trained in it.
+        ValueError: another run has locked the directory, or has trained in it; or the processes have different
+            directories of this path.
         OSError: the directory can't be written to.
     """
     with contextlib.ExitStack() as stack:
@@ -117,8 +120,28 @@ def locked(output_dir: Path, resume: str = "auto") -> Iterator[None]:
                     f"--output_dir {output_dir} can't be written to ({error.strerror or error}): free space there, or "
                     f"give another --output_dir"
                 ) from error
-        dist.barrier()
+        _require_shared(output_dir)
         yield
+
+
+def _require_shared(output_dir: Path) -> None:
+    """Raises ValueError if a process does not find the lock file of rank 0: it would resume without its checkpoints."""
+    expected = dist.gather(_holder(output_dir) if dist.is_main() else "")[0]
+    ends = time.monotonic() + SHARED_SECONDS
+    while not (found := _holder(output_dir) == expected) and time.monotonic() < ends:
+        time.sleep(0.2)
+    hosts = dist.gather("" if found else socket.gethostname())
+    if others := [f"process {rank} on {host}" for rank, host in enumerate(hosts) if host]:
+        raise ValueError(
+            f"--output_dir {output_dir} of {others[0]} is another directory than that of process 0: give a directory "
+            f"that all machines share"
+        )
+
+
+def _holder(output_dir: Path) -> str:
+    with contextlib.suppress(FileNotFoundError):
+        return (output_dir / LOCK).read_text(encoding="utf-8")
+    return ""
 
 
 def _take(file: IO[str], output_dir: Path) -> None:
@@ -134,6 +157,7 @@ def _take(file: IO[str], output_dir: Path) -> None:
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()
+    os.fsync(file.fileno())  # with NFS, other machines see it
 
 
 def record_source(output_dir: Path, resumed: Path) -> None:

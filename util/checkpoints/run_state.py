@@ -156,22 +156,14 @@ def with_recorded_settings(args: Namespace, script: str) -> Namespace:
         CheckpointError: the checkpoint is of another script, or a setting in it is invalid.
     """
     args = entry_point.changed(args, {"script": script})
-    output_dir = Path(args.output_dir)
-    which = "" if getattr(args, "eval", False) else run_directory.chosen(output_dir, args.resume)
-    file = next(iter(checkpoint.newest_first(output_dir)), None) if which == "auto" else which and Path(which)
-    if not file:
+    which = "" if getattr(args, "eval", False) else args.resume
+    recorded = dist.from_rank_0(lambda: _recorded(Path(args.output_dir), which, script))
+    if not recorded:
         return args
-    checkpoint.refuse_run_directory(file)
-    state = checkpoint.read_plain(file)
-    saved = _args_of(state)
-    if saved.get("script", script) != script:
-        remedies = _start_from(which)
-        if which != "auto" and script == "main_pretrain":  # no classifier is the start of one
-            remedies = [Remedy({}, f"give a checkpoint of {script}.py")]
-        raise CheckpointError(f"--resume {which}: {file} is a checkpoint of {saved['script']}.py", *remedies)
+    file, saved, is_ours = recorded
     taken = vars(args).keys() & saved.keys() - entry_point.explicit(args)
     taken -= {*settings_of.names_where(lambda one: one["of_start"])}
-    if "progress" not in state:
+    if not is_ours:
         taken &= {*settings_of.REBUILDS, *settings_of.names_where(lambda one: one["optimizes"])}
     if "blr" in entry_point.explicit(args):
         taken -= {"lr"}  # it would take precedence
@@ -185,7 +177,24 @@ def with_recorded_settings(args: Namespace, script: str) -> Namespace:
     return args
 
 
-def _require_setting(file: Path, name: str, value: Any, default: Any) -> None:
+def _recorded(output_dir: Path, resume: str, script: str) -> tuple[str, dict[str, Any], bool] | None:
+    """Returns the checkpoint from which a run resumes, its settings, and whether this library wrote it; None: none."""
+    which = run_directory.chosen(output_dir, resume)
+    file = next(iter(checkpoint.newest_first(output_dir)), None) if which == "auto" else which and Path(which)
+    if not file:
+        return None
+    checkpoint.refuse_run_directory(file)
+    state = checkpoint.read_plain(file)
+    saved = _args_of(state)
+    if saved.get("script", script) != script:
+        remedies = _start_from(which)
+        if which != "auto" and script == "main_pretrain":  # no classifier is the start of one
+            remedies = [Remedy({}, f"give a checkpoint of {script}.py")]
+        raise CheckpointError(f"--resume {which}: {file} is a checkpoint of {saved['script']}.py", *remedies)
+    return str(file), saved, "progress" in state
+
+
+def _require_setting(file: str, name: str, value: Any, default: Any) -> None:
     """Raises CheckpointError if a recorded setting can't be the value of a flag, or would run a command."""
     first = default[0] if isinstance(default, list) and default else default
     of_default = (bool, str, *settings_of.NUMBER) if first is None else type(first)
@@ -245,7 +254,9 @@ def resume(
         _warn_of_changes(_args_of(state), settings)
     position = torch.tensor([progress.epoch, progress.first_iteration], device=next(model.parameters()).device)
     if not torch.equal(dist.mean_over_processes(position.float()), position.float()):
-        raise CheckpointError(f"the processes found different checkpoints: --output_dir {output_dir} must be shared")
+        raise CheckpointError(
+            f"--resume {which}: the processes found different checkpoints; give all of them the same file"
+        )
     if which not in ("", "auto") and dist.is_main():  # after all processes have accepted the checkpoint
         run_directory.record_source(output_dir, Path(which))
     dist.barrier()
@@ -255,13 +266,15 @@ def read_newest(output_dir: Path) -> dict[str, Any] | None:
     """Reads the newest undamaged checkpoint in a folder, the same one in all processes.
 
     Raises:
-        CheckpointError: the processes find different checkpoints, or none of them can be read.
+        CheckpointError: there are checkpoints, and none of them can be read.
         OSError: the system can't read a checkpoint.
     """
-    names = dist.gather([path.name for path in checkpoint.checkpoints(output_dir)])
-    if any(others != names[0] for others in names):
-        raise CheckpointError(f"the processes found different checkpoints: --output_dir {output_dir} must be shared")
-    for path in dist.gather(checkpoint.newest_first(output_dir) if dist.is_main() else [])[0]:
+    found = dist.is_main() and (
+        checkpoint.newest_first(output_dir),
+        [p.name for p in checkpoint.checkpoints(output_dir)],
+    )
+    paths, names = dist.gather(found)[0]
+    for path in paths:
         try:
             state = sharded.read(path)
         except CheckpointError as error:
@@ -270,9 +283,9 @@ def read_newest(output_dir: Path) -> dict[str, Any] | None:
             continue
         logger.info(f"resuming from {path}")
         return state
-    if names[0]:
+    if names:
         raise CheckpointError(
-            f"--resume auto: {output_dir} contains {', '.join(names[0][:3])}, and none of its checkpoints can be read: "
+            f"--resume auto: {output_dir} contains {', '.join(names[:3])}, and none of its checkpoints can be read: "
             f"restore them, or give another --output_dir"
         )
     logger.info(f"--resume auto: no checkpoint in {output_dir}, starting from the beginning")
