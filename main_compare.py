@@ -333,9 +333,11 @@ class Runs:
         Raises:
             SystemExit: the script refuses them; its message is printed.
         """
-        own = PROTOCOLS[task.protocol][1]
-        recipe = self.recipes.get(task.protocol)
-        flags = {**({"config": recipe} if recipe else own), **task.encoder.flags, **self.shared, "seed": task.draw}
+        own = {"config": recipe} if (recipe := self.recipes.get(task.protocol)) else PROTOCOLS[task.protocol][1]
+        # The images of a recipe are explicit. A recipe serves encoders of several architectures.
+        of_recipe = entry_point.explicit(self._settings(task, own)) & {*names_where(lambda one: True, ImageSpec)}
+        encoder = {name: value for name, value in task.encoder.flags.items() if name not in of_recipe}
+        flags = {**own, **encoder, **self.shared, "seed": task.draw}
         if task.per_class:
             flags["train_per_class"] = task.per_class
         if task.protocol == FINETUNE and "finetune" not in flags:

@@ -46,7 +46,9 @@ def encoder(tmp_path_factory):
     torch.manual_seed(0)
     model = get_model("vit_mini_patch4", **SHAPE, nb_classes=0)
     path = tmp_path_factory.mktemp("encoder") / "mine.pth"
-    torch.save({"model": model.state_dict(), "args": model.settings | {"mean": [0.1], "std": [0.4]}}, path)
+    torch.save(
+        {"model": model.state_dict(), "args": model.settings | {"mean": [0.1], "std": [0.4], "crop": "random"}}, path
+    )
     return path
 
 
@@ -232,16 +234,22 @@ def test_every_result_can_be_repeated(compared):
 
 
 def test_architecture_and_data_of_the_runs(encoder, tmp_path):
-    """Random weights have the settings of the first file, and pixels its size. A dataset of torchvision is shared."""
+    """Random weights have the settings of the first file, and pixels its size. A dataset of torchvision is shared.
+
+    A recipe determines how its images are cropped, and the file the architecture.
+    """
     for split, count in (("train", 30), ("t10k", 20)):
         for kind, array in zip(("images-idx3", "labels-idx1"), noisy(count, 10), strict=True):
             write_idx(tmp_path / f"FashionMNIST/raw/{split}-{kind}-ubyte", array.astype(np.uint8))
     flags = ("--dataset", "FashionMNIST", "--encoders", "pixels", "scratch", encoder, "--labels", 10, "--protocols",
-             "finetune", "finetune", "--budget", 1, "--keep_checkpoints")  # fmt: skip
+             "finetune", "finetune", "--budget", 1, "--keep_checkpoints",
+             "--recipes", f"finetune={tmp_path / 'recipe.yaml'}")  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text("crop: none\nbatch_size: 16\npatch_size: 4\n")
     compare(tmp_path, tmp_path / "out", encoder, *flags)
     assert [row["encoder"] for row in rows(tmp_path / "out")] == ["pixels", "pixels", "scratch", "mine"]
     assert "--input_size 16" in rows(tmp_path / "out")[0]["command"]
-    same = {**SHAPE, "dataset": "FashionMNIST", "model": "vit_mini_patch4", "epochs": 1, "nb_classes": 10}
+    same = {**SHAPE, "dataset": "FashionMNIST", "model": "vit_mini_patch4", "epochs": 1, "nb_classes": 10,
+            "crop": "none"}  # fmt: skip
     scratch = {"finetune": "", "layer_decay": 1, "mean": [0.1], "std": [0.4]}
     for name, own in (("scratch", scratch), ("mine", {"finetune": str(encoder)})):
         args = recorded(tmp_path / f"out/runs/{name}/finetune/10/0/checkpoint-0.pth")

@@ -597,7 +597,7 @@ def add_comparison_options(parser: argparse.ArgumentParser, protocols: Collectio
     group.add_argument(
         "--recipes", nargs="+", default=[], metavar="P=YAML",
         help="a recipe for the script of a protocol, such as finetune=recipes/finetune_fashion_mnist.yaml, instead of "
-        "the settings of this script",
+        "the settings of this script. Its flags for images (crop, input_size, ...) replace those that encoders record",
     )  # fmt: skip
     group = _group(parser, RUN)
     group.add_argument(
