@@ -13,6 +13,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+import coverage
 import torch.distributed as td
 
 ROOT = Path(__file__).parents[1]
@@ -90,6 +91,8 @@ def _run(script: str, argv: list[str], output: Path, environment: dict[str, str]
     os.chdir(ROOT)
     os.environ.clear()
     os.environ.update(environment)
+    if measured := coverage.Coverage.current():  # ./run mutate
+        measured.switch_context(os.environ.get("MUTATE_TEST", ""))
     file = os.open(output, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     os.dup2(file, 1)
     os.dup2(file, 2)

@@ -49,6 +49,7 @@ class Mutant(NamedTuple):
     end: tuple[int, int]
     before: str
     after: str
+    is_imported: bool  # outside of functions: whichever test imports the file first executes it
 
     def __str__(self) -> str:
         return f"{self.file}:{self.start[0]}: {' '.join(self.before.split())} -> {' '.join(self.after.split())}"
@@ -92,7 +93,7 @@ def mutants_of(file: str) -> list[Mutant]:
     """All changes of a file, without annotations, texts of f-strings and docstrings."""
     found: list[Mutant] = []
 
-    def visit(node: ast.AST, line: int) -> None:
+    def visit(node: ast.AST, line: int, is_imported: bool) -> None:
         if isinstance(node, ast.JoinedStr):
             return
         if isinstance(node, ast.stmt):
@@ -100,14 +101,17 @@ def mutants_of(file: str) -> list[Mutant]:
         if isinstance(node, ast.expr | ast.stmt):
             start, end = (node.lineno, node.col_offset), (node.end_lineno or 0, node.end_col_offset or 0)
             before = ast.unparse(node)
-            found.extend(Mutant(file, line, start, end, before, after) for after in changes(node) if after != before)
+            for after in changes(node):
+                if after != before:
+                    found.append(Mutant(file, line, start, end, before, after, is_imported))
+        is_imported &= not isinstance(node, ast.FunctionDef | ast.Lambda)
         for name, child in ast.iter_fields(node):
             if name not in ("annotation", "returns"):
                 for part in child if isinstance(child, list) else [child]:
                     if isinstance(part, ast.AST):
-                        visit(part, line)
+                        visit(part, line, is_imported)
 
-    visit(ast.parse((ROOT / file).read_text()), 1)
+    visit(ast.parse((ROOT / file).read_text()), 1, True)
     return found
 
 
@@ -143,7 +147,7 @@ def tests_of(mutant: Mutant, data: coverage.CoverageData, seconds: dict[str, flo
     """The tests that execute the lines of a change, the fastest first, up to SECONDS of tests."""
     lines = data.contexts_by_lineno(str(ROOT / mutant.file))
     names = {name for line in range(mutant.line, mutant.end[0] + 1) for name in lines.get(line, ())}
-    if names and not names & seconds.keys():  # the import executes the line
+    if mutant.is_imported:
         names = set().union(*lines.values())
     total, chosen = 0.0, []
     for name in sorted(names & seconds.keys(), key=seconds.__getitem__):

@@ -22,7 +22,7 @@ import torchvision
 import webdataset
 from PIL import Image
 
-from util.data import loader, transforms
+from util.data import library_sets, loader, transforms
 from util.data.decode import BadImage, decode
 from util.data.library_sets import TorchvisionSet
 from util.data.samples import Samples
@@ -428,3 +428,11 @@ def test_invalid_shards_are_errors(tmp_path):
         writer.write({"__key__": "a", "txt": "nothing"})
     with pytest.raises(ValueError, match="no images in its 1 shards"):
         Shards(f"{tmp_path}/none.tar", None)
+
+
+@pytest.mark.parametrize(("entry", "name"), library_sets.LAYOUTS.items())
+def test_the_hint_for_stored_datasets_names_a_class_of_torchvision(tmp_path, entry, name):
+    (tmp_path / entry).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / entry).touch()
+    assert library_sets.dataset_in(tmp_path) == (name, tmp_path)
+    assert issubclass(getattr(torchvision.datasets, name), torch.utils.data.Dataset)

@@ -169,3 +169,28 @@ def test_gelu_is_exact():
     for layer in (mlp.fc1, mlp.fc2):
         layer.weight.data, layer.bias.data = torch.ones(1, 1), torch.zeros(1)
     assert mlp(torch.tensor([[1.0], [-2.0]])).flatten().tolist() == pytest.approx([0.8413447, -0.0455003], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("size", "name"),
+    [("tiny_patch16", "vit_tiny_patch16_224"), ("small_patch16", "vit_small_patch16_224"),
+     ("base_patch16", "vit_base_patch16_224"), ("large_patch16", "vit_large_patch16_224"),
+     ("huge_patch14", "vit_huge_patch14_224"), ("giant_patch14", "vit_giant_patch14_224")],
+)  # fmt: skip
+def test_the_sizes_are_those_of_timm(size, name):
+    with torch.device("meta"):
+        reference, ours = timm.create_model(name, num_classes=0), getattr(models_vit, f"vit_{size}")(num_classes=0)
+    assert reference.patch_embed.num_patches == ours.patch_embed.num_patches
+    assert reference.blocks[0].attn.num_heads == ours.blocks[0].attn.num_heads
+    assert {name: p.shape for name, p in reference.blocks.named_parameters()} == {
+        name: p.shape for name, p in ours.blocks.named_parameters()
+    }
+
+
+@pytest.mark.parametrize(("size", "shape"), [("huge_patch16", (1280, 32, 16)), ("1b_patch16", (1536, 48, 24))])
+def test_the_sizes_of_pixio(size, shape):
+    """Width, depth and heads (Yang et al. 2025)."""
+    with torch.device("meta"):
+        model = getattr(models_vit, f"vit_{size}")()
+    assert (model.embed_dim, len(model.blocks), model.blocks[0].attn.num_heads) == shape
+    assert model.patch_embed.patch_size == (16, 16)

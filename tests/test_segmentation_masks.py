@@ -10,6 +10,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 from segments import LAYOUTS, make_scenes
 
@@ -415,3 +416,8 @@ def test_images_of_any_channels_are_augmented():
     assert (image.shape, image.dtype) == ((5, 24, 24), torch.float32)
     assert image[:, -1, -1].tolist() == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
     assert classes[-1, -1] == IGNORED
+
+
+def test_the_classes_of_voc_are_those_of_torchvision():
+    named = torchvision.models.segmentation.FCN_ResNet50_Weights.COCO_WITH_VOC_LABELS_V1.meta["categories"]
+    assert list(VOC)[1:] == named[1:]
