@@ -4,7 +4,7 @@ Under ten minutes on two CPU cores:
 
     python demo/unpack_data.py
     python main_compare.py --data_path demo/data/fashion_mnist --input_size 28 --in_chans 1 \\
-        --encoders scratch pixels mine=demo/output/pretrain/checkpoint-31.pth --labels 100 1000 --draws 2 \\
+        --encoders scratch pixels mine=demo/output/pretrain/checkpoint-79.pth --labels 100 1000 --draws 2 \\
         --recipes finetune=recipes/finetune_fashion_mnist.yaml --budget 30 --jobs 2 --output_dir runs/compare
 
 Released weights on your own images, on one GPU:
@@ -46,6 +46,7 @@ from util.cli.advice import arguments, did_you_mean
 from util.data import labels as label_sets
 from util.data.dataset_kinds import open_source
 from util.data.sources import Source
+from util.data.user_sets import OpenDataset, with_source
 from util.evaluation import comparison, pixel_baselines
 from util.evaluation.comparison import PIXELS, Result
 from util.jobs.commands import Commands
@@ -109,9 +110,14 @@ class Task(NamedTuple):
         return f"{_directory(self.encoder.name)}/{_directory(self.protocol)}/{self.labels}/{self.draw}"
 
 
-def main(args: Namespace) -> str:
-    """Runs the scripts that have no result yet. Prints, writes and returns the table and the conclusion."""
+def main(args: Namespace, source: OpenDataset | None = None) -> str:
+    """Runs the scripts that have no result yet. Prints, writes and returns the table and the conclusion.
+
+    Args:
+        source: function(split, data_path) that returns a dataset. The scripts import it by its name.
+    """
     run_log.start_logging()
+    args = with_source(args, source)
     out = Path(args.output_dir)
     run_directory.prepare(out, "auto")
     with run_directory.locked(out):

@@ -39,6 +39,7 @@ from util.cli import entry_point, options
 from util.data import transforms
 from util.data.run_data import RunData
 from util.data.sources import Source
+from util.data.user_sets import OpenDataset, with_source
 from util.lr_decay import param_groups_lrd
 from util.settings import DataSpec, ImageSpec, RunSpec, specs
 from util.training import run_log, trainer
@@ -69,19 +70,22 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(args: Namespace) -> Evaluation | None:
+def main(args: Namespace, source: OpenDataset | None = None) -> Evaluation | None:
     """Trains for `args.epochs` epochs and evaluates the model every `--eval_every` epochs.
 
     With --eval, it evaluates a classifier once and returns the result.
+
+    Args:
+        source: function(split, data_path) that returns a dataset, in place of --dataset py:MODULE:FUNCTION.
     """
     from timm.data.random_erasing import RandomErasing  # timm takes more than a second
     from timm.loss import SoftTargetCrossEntropy
 
-    args, precision = trainer.start(args, "main_finetune")
+    args, precision = trainer.start(with_source(args, source), "main_finetune")
     device = precision.device
     file = open_weights(vars(args))
     args = with_recorded_settings(args, file, models_build.classifier_settings(file), trains=not args.eval)
-    data = RunData(ImageSpec.of(vars(args)), DataSpec.of(vars(args)), device)
+    data = RunData(ImageSpec.of(vars(args)), DataSpec.of(vars(args)), device, source)
 
     def evaluation(val: Source) -> Callable[[nn.Module], Evaluation]:
         batches = data.eval_batches(val, args.batch_size)

@@ -27,6 +27,7 @@ from engine_finetune import encode, load_frozen, with_recorded_settings
 from util.cli import entry_point, options
 from util.data.labels import balanced_accuracy
 from util.data.run_data import RunData
+from util.data.user_sets import OpenDataset, with_source
 from util.evaluation.knn import classify
 from util.evaluation.tables import markdown
 from util.settings import DataSpec, ImageSpec, specs
@@ -48,13 +49,17 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(args: Namespace) -> dict[tuple[int, float], float]:
-    """Logs and returns the accuracy in percent for every pair of k and temperature."""
-    args, precision = trainer.start(args)
+def main(args: Namespace, source: OpenDataset | None = None) -> dict[tuple[int, float], float]:
+    """Logs and returns the accuracy in percent for every pair of k and temperature.
+
+    Args:
+        source: function(split, data_path) that returns a dataset, in place of --dataset py:MODULE:FUNCTION.
+    """
+    args, precision = trainer.start(with_source(args, source))
     device = precision.device
     file = loading.read(args.finetune) if args.finetune else None
     args = with_recorded_settings(args, file, models_build.classifier_settings(file))
-    data = RunData(ImageSpec.of(vars(args)), DataSpec.of(vars(args)), device)
+    data = RunData(ImageSpec.of(vars(args)), DataSpec.of(vars(args)), device, source)
     train, val = data.open_pair(args.nb_classes)
     model = models_build.classifier(*specs({**vars(args), "nb_classes": 0}))
     load_frozen(model, file, args.adapt_input)

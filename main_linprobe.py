@@ -51,6 +51,7 @@ from util.cli.choices import ATTENTIVE
 from util.data import labels, loader, transforms
 from util.data.run_data import RunData
 from util.data.sources import Source, versions
+from util.data.user_sets import OpenDataset, with_source
 from util.settings import DataSpec, ImageSpec, RunSpec, names_where, specs
 from util.training import feature_files, run_log, trainer
 from util.training.precision import Precision
@@ -78,14 +79,18 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(args: Namespace) -> None:
-    """Trains for `args.epochs` epochs and evaluates every `--eval_every` epochs. With --eval, it evaluates once."""
-    args, precision = trainer.start(args, "main_linprobe", trains_encoder=False)
+def main(args: Namespace, source: OpenDataset | None = None) -> None:
+    """Trains for `args.epochs` epochs and evaluates every `--eval_every` epochs. With --eval, it evaluates once.
+
+    Args:
+        source: function(split, data_path) that returns a dataset, in place of --dataset py:MODULE:FUNCTION.
+    """
+    args, precision = trainer.start(with_source(args, source), "main_linprobe", trains_encoder=False)
     args.blr = args.blr if isinstance(args.blr, list) else [args.blr]  # checkpoints record a single rate as a number
     device = precision.device
     file = open_encoder(args)
     args = with_recorded_settings(args, file, models_build.classifier_settings(file), trains=not args.eval)
-    data = RunData(ImageSpec.of(vars(args)), DataSpec.of(vars(args)), device)
+    data = RunData(ImageSpec.of(vars(args)), DataSpec.of(vars(args)), device, source)
     if args.eval and file:
         if args.compile:
             logger.warning("--compile has no effect with --eval")

@@ -31,6 +31,7 @@ from util.cli import entry_point, options
 from util.data import loader, transforms
 from util.data.run_data import RunData
 from util.data.samples import Samples
+from util.data.user_sets import OpenDataset, with_source
 from util.evaluation import pictures
 from util.lr_decay import param_groups_weight_decay
 from util.settings import DataSpec, ImageSpec, RunSpec, specs
@@ -60,14 +61,16 @@ def main(
     args: Namespace,
     model_class: Callable[..., models_mae.MaskedAutoencoderViT] = models_mae.MaskedAutoencoderViT,
     callbacks: Sequence[Callback] = (),
+    source: OpenDataset | None = None,
 ) -> None:
     """Trains for `args.epochs` epochs. Writes checkpoints, log.txt and TensorBoard files.
 
     Args:
         model_class: class of the model, or a `partial` of it; a subclass changes the method.
         callbacks: called after every update.
+        source: function(split, data_path) that returns a dataset, in place of --dataset py:MODULE:FUNCTION.
     """
-    args, precision = trainer.start(args, "main_pretrain")
+    args, precision = trainer.start(with_source(args, source), "main_pretrain")
     device = precision.device
     run_directory.prepare(Path(args.output_dir), args.resume)
 
@@ -90,7 +93,7 @@ def main(
     uses_noise = accepts_noise(model, args.masking, args.mask_block)
     model.to(device)
 
-    data = RunData(ImageSpec.of(settings), DataSpec.of(settings), device)
+    data = RunData(ImageSpec.of(settings), DataSpec.of(settings), device, source)
     samples, full_images = open_samples(args, data, draw_noise)
     batches = loader.TrainLoader(
         samples, args.batch_size, args.seed, args.num_workers, data.pin_memory, args.repeated_sampling, args.accum_iter,

@@ -31,7 +31,9 @@ from util.checkpoints import run_directory
 from util.cli import entry_point, options
 from util.data.joint_transforms import EvalTransform, TrainTransform
 from util.data.run_data import RunData
-from util.data.segmentation_masks import MOST_CLASSES, VOC, MaskFormat, Pairs, open_pairs, read_palette
+from util.data.segmentation_masks import MOST_CLASSES, VOC, MaskFormat, open_pairs, read_palette
+from util.data.sources import Source
+from util.data.user_sets import OpenDataset, with_source
 from util.evaluation.segmentation import Scores
 from util.lr_decay import param_groups_lrd
 from util.pos_embed import to_pair
@@ -59,18 +61,21 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(args: Namespace) -> Scores | None:
+def main(args: Namespace, source: OpenDataset | None = None) -> Scores | None:
     """Trains for `args.epochs` epochs and evaluates the model every `--eval_every` epochs.
 
     With --eval, it evaluates a segmentation model once and returns the result.
+
+    Args:
+        source: function(split, data_path) that returns a dataset of images and masks, in place of --dataset py:.
     """
-    args, precision = trainer.start(args, "main_segment")
+    args, precision = trainer.start(with_source(args, source), "main_segment")
     device = precision.device
     file = with_token_norm(open_weights(vars(args), SEGMENTER))
     recorded = models_build.classifier_settings(file)
     args = with_recorded_settings(args, file, recorded, trains=not args.eval)
     settings = {**vars(args), **(pair_settings(args, file, recorded) if args.eval else pair_settings(args, None, {}))}
-    data, classes = RunData(ImageSpec.of(settings), DataSpec.of(settings), device), settings["classes"]
+    data, classes = RunData(ImageSpec.of(settings), DataSpec.of(settings), device, source), settings["classes"]
     full = EvalTransform(settings["short_side"])
     evaluation = partial(
         evaluate,
@@ -166,7 +171,7 @@ def pair_settings(args: Namespace, file: Weights | None, recorded: Mapping[str, 
     return {"nb_classes": count, "classes": classes, "colors": colors, "short_side": short_side}
 
 
-def open_split(run_data: RunData, split: str, classes: list[str]) -> Pairs:
+def open_split(run_data: RunData, split: str, classes: list[str]) -> Source:
     """Opens the images of a split and their masks. For "val", it logs the protocol, on which scores depend."""
     images, data = run_data.images, run_data.data
     if split == "val":
@@ -179,7 +184,7 @@ def open_split(run_data: RunData, split: str, classes: list[str]) -> Pairs:
     )
     pairs = open_pairs(
         split, classes, MaskFormat(len(classes), images.reduce_zero_label, colors), data_path=data.data_path,
-        file_list=file_list, folders=folders, dataset=data.dataset, download=data.download,
+        file_list=file_list, folders=folders, dataset=data.dataset, download=data.download, function=run_data.source,
     )  # fmt: skip
     logger.info(f"{len(pairs):,} images with masks for {split}")
     return pairs

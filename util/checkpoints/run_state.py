@@ -16,7 +16,7 @@ from util.checkpoints.checkpoint import CheckpointError
 from util.cli import entry_point
 from util.cli.advice import Remedy, arguments
 from util.cli.choices import published_crop_pct
-from util.cli.flags import runs_command
+from util.cli.flags import runs_code
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.stateful import Stateful
@@ -201,8 +201,8 @@ def _require_setting(file: str, name: str, value: Any, default: Any) -> None:
     kind = settings_of.KINDS.get(name, settings_of.NUMBER if of_default in settings_of.NUMBER else of_default)
     if value is not None and not settings_of.fits(value, kind):
         raise CheckpointError(f"{file}: its recorded {name}, {str(value)[:80]}, is invalid")
-    if name == "dataset" and runs_command(str(value)):
-        raise CheckpointError(f"{file} records a --dataset that runs a program: give --dataset '{value}'")
+    if name == "dataset" and runs_code(str(value)):
+        raise CheckpointError(f"{file} records a --dataset that runs code: give --dataset '{value}'")
 
 
 def resume(

@@ -84,9 +84,9 @@ def is_refused_in_recipes(flag: argparse.Action, value: Any) -> bool:
     return refused is not None and any(refused(str(one)) for one in values if one is not None and one is not False)
 
 
-def runs_command(dataset: str) -> bool:
-    """Whether a value of --dataset names shards that are read by a program: any scheme except http and https."""
-    return dataset.startswith("wds:") and not SHARDS_OF_RECIPES.fullmatch(dataset)
+def runs_code(dataset: str) -> bool:
+    """Whether a value of --dataset runs code: a function, or shards that a program reads (not http and https)."""
+    return dataset.startswith("py:") or (dataset.startswith("wds:") and not SHARDS_OF_RECIPES.fullmatch(dataset))
 
 
 def add_switch(group: argparse._ActionsContainer, name: str, default: bool, text: str) -> None:

@@ -27,7 +27,7 @@ from util.cli.flags import (
     positive_int,
     positive_share,
     ratio,
-    runs_command,
+    runs_code,
     seed,
     share,
 )
@@ -110,10 +110,11 @@ def add_source_options(group: argparse._ActionsContainer, labels: bool = False) 
     dataset = group.add_argument(
         "--dataset", metavar="NAME",
         help="dataset of a library: a class of torchvision, such as CIFAR10 or STL10:unlabeled, with its files in "
-        "--data_path; or hf:NAME_OR_FOLDER (Hugging Face)"
+        "--data_path; or hf:NAME_OR_FOLDER (Hugging Face); or py:MODULE:FUNCTION, your function(split, data_path) that "
+        "returns a dataset (DATA.md)"
         + "; or wds:SHARDS (WebDataset), such as wds:s/{000..127}.tar" * (not labels),
     )  # fmt: skip
-    not_in_recipes(dataset, runs_command)
+    not_in_recipes(dataset, runs_code)
     _add_download(group, "download a --dataset of torchvision to --data_path")
     _add_reading_options(group)
 
@@ -141,9 +142,12 @@ def add_pair_options(parser: argparse.ArgumentParser) -> None:
         )  # fmt: skip
     for flag, what in (("--train_list", "training"), ("--val_list", "validation")):
         group.add_argument(flag, metavar="FILE", help=f"CSV file with a row `image,mask` for each {what} image")
-    group.add_argument(
-        "--dataset", metavar="NAME", help="VOCSegmentation: the dataset of torchvision, with its files in --data_path"
-    )
+    dataset = group.add_argument(
+        "--dataset", metavar="NAME",
+        help="VOCSegmentation: the dataset of torchvision, with its files in --data_path; or py:MODULE:FUNCTION, your "
+        "function(split, data_path) that returns a dataset of images and masks (DATA.md)",
+    )  # fmt: skip
+    not_in_recipes(dataset, runs_code)
     _add_download(group, "download --dataset to --data_path")
     group.add_argument(
         "--nb_classes", type=positive_int, metavar="N",

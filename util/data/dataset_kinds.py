@@ -10,6 +10,7 @@ from util.data.archives import Archive
 from util.data.library_sets import HuggingFaceSet, TorchvisionSet, dataset_in
 from util.data.lists import read_list
 from util.data.sources import Files, Source, Strings, check_split_names, find_files, no_split
+from util.data.user_sets import OpenDataset, UserSet
 from util.data.webdataset_shards import Shards
 
 logger = logging.getLogger(__name__)
@@ -23,6 +24,7 @@ def open_source(
     *,
     download: bool = False,
     num_images: int | None = None,
+    function: OpenDataset | None = None,
 ) -> Source | Shards:
     """Opens a dataset of any kind.
 
@@ -34,9 +36,10 @@ def open_source(
             `file_list`, the folder that its relative paths start from. With a dataset of torchvision, the folder with
             its files.
         file_list: a list of image files.
-        dataset: a dataset of torchvision, hf:NAME_OR_FOLDER, or wds:SHARDS.
+        dataset: a dataset of torchvision, hf:NAME_OR_FOLDER, wds:SHARDS, or py:MODULE:FUNCTION.
         download: download the files of a torchvision dataset.
         num_images: number of images in shards, instead of counting them.
+        function: the function of py:, instead of importing it.
 
     Raises:
         ValueError: no dataset is given, the dataset does not exist, or it has no images.
@@ -46,7 +49,7 @@ def open_source(
     if file_list and dataset:
         raise ValueError(f"--{split}_list and --dataset exclude each other; give one of them")
     for flag, value, counts in (
-        ("--download", download, dataset and kind not in ("hf", "wds")),
+        ("--download", download, dataset and kind not in ("hf", "wds", "py")),
         ("--num_images", num_images, kind == "wds"),
         ("--data_path", data_path, kind not in ("hf", "wds")),
     ):
@@ -55,6 +58,8 @@ def open_source(
     if dataset:
         if kind == "hf":
             return HuggingFaceSet(name, split)
+        if kind == "py":
+            return UserSet(function, split, data_path, dataset)
         if kind == "wds":
             return dist.from_rank_0(lambda: Shards(name, num_images), Shards)
         return TorchvisionSet(dataset, split, data_path, download)

@@ -91,10 +91,7 @@ def decode(
         if has_bytes(pixels) and len(pixels) == 3:
             return pixels
     try:
-        if isinstance(data, np.ndarray):
-            axis = _channel_axis(data.shape, in_chans)
-            data = _tensor(data[:, :, None] if axis is None else np.moveaxis(data, axis, 2))
-        picture = read(data, in_chans, max_pixels) if isinstance(data, bytes) else data
+        picture = read(data, in_chans, max_pixels)
         # Pillow's rotate, crop and convert return another class: their pixels are those that the caller wants.
         is_file = isinstance(data, bytes | ImageFile.ImageFile)
         if upright and is_file and isinstance(picture, Image.Image):
@@ -117,12 +114,22 @@ def is_turned(picture: Picture | bytes) -> bool:
         return False
 
 
-def read(data: bytes, in_chans: int, max_pixels: int = MAX_PIXELS) -> Picture:
-    """Decodes a file without conversion. `in_chans` determines whether TIFF pages are channels.
+def read(data: bytes | Picture | np.ndarray, in_chans: int, max_pixels: int = MAX_PIXELS) -> Picture:
+    """Returns the picture of the data of `decode`, with its own channels.
+
+    Args:
+        in_chans: determines whether the pages of a TIFF file, or the first axis of an array, are the channels.
 
     Raises:
         Exception: any exception of the decoder.
     """
+    if isinstance(data, Tensor) and data.ndim == 3 and data.dtype != torch.uint8:
+        return _tensor(data.cpu().permute(1, 2, 0).numpy())
+    if isinstance(data, np.ndarray):
+        axis = _channel_axis(data.shape, in_chans)
+        return _tensor(data[:, :, None] if axis is None else np.moveaxis(data, axis, 2))
+    if not isinstance(data, bytes):
+        return data
     if data.startswith(b"\x93NUMPY"):
         return _read_npy(data, in_chans, max_pixels)
     if data.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):

@@ -58,13 +58,13 @@ def _unreadable(name: str, error: Exception) -> ImageFacts:
     return ImageFacts(-1, unreadable=(name, reason), remedy=getattr(error, "remedy", None))
 
 
-def image_facts(data: bytes | Picture, label: int, in_chans: int) -> ImageFacts:
+def image_facts(data: bytes | Picture | np.ndarray, label: int, in_chans: int) -> ImageFacts:
     """Decodes an image and collects its facts.
 
     Raises:
         Exception: any exception of the decoder.
     """
-    own = read(data, in_chans) if isinstance(data, bytes) else data
+    own = read(data, in_chans)
     values = to_unit_range(to_tensor(fit_channels(own, in_chans))).double().flatten(1)
     sums = torch.stack([values.sum(dim=1), values.square().sum(dim=1)]).numpy()
     channels = len(own) if isinstance(own, torch.Tensor) else len(own.getbands())

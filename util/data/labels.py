@@ -40,7 +40,7 @@ class Subset:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, index: int) -> tuple[bytes | Picture, int]:
+    def __getitem__(self, index: int) -> tuple[bytes | Picture | np.ndarray, int]:
         data, label = self.source[int(self.indices[index])]
         return data, label if self.numbers is None else int(self.numbers[label])
 

@@ -11,6 +11,7 @@ from util.data import image_cache, image_facts, labels, loader, transforms
 from util.data.dataset_kinds import open_source
 from util.data.samples import Samples
 from util.data.sources import Source
+from util.data.user_sets import OpenDataset
 from util.data.webdataset_shards import Shards
 from util.settings import DataSpec, ImageSpec
 
@@ -24,11 +25,15 @@ class RunData:
         images: how a picture becomes the input of the model.
         data: the datasets, and how they are read.
         device: the device of the model.
+        source: the function of the dataset, if the caller gives one instead of its name.
     """
 
-    def __init__(self, images: ImageSpec, data: DataSpec, device: torch.device) -> None:
+    def __init__(
+        self, images: ImageSpec, data: DataSpec, device: torch.device, source: OpenDataset | None = None
+    ) -> None:
         self.images = images
         self.data = data
+        self.source = source
         self.statistics = transforms.channel_statistics(images.in_chans, images.mean, images.std)
         self.normalize = transforms.Normalize(*self.statistics).to(device)
         self.pin_memory = data.pin_mem and device.type == "cuda"
@@ -45,8 +50,9 @@ class RunData:
         data = self.data
         file_list = data.train_list if split == "train" else data.val_list
         return open_source(
-            split, data.data_path, file_list, data.dataset, download=data.download, num_images=num_images
-        )
+            split, data.data_path, file_list, data.dataset, download=data.download, num_images=num_images,
+            function=self.source,
+        )  # fmt: skip
 
     def suggest_statistics(self, source: Source | Shards) -> None:
         """Logs a warning with values for --mean and --std if they are missing and the images have more than 8 bits."""

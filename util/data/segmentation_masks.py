@@ -3,6 +3,7 @@
 A mask is an image with one value per pixel: the index of a class, or IGNORED.
 """
 
+import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from util.cli.advice import AdvisedError, Remedy
@@ -21,6 +23,7 @@ from util.data.decode import BadImage
 from util.data.library_sets import TorchvisionSet
 from util.data.lists import read_pairs
 from util.data.sources import Files, find_files, image_files
+from util.data.user_sets import PREFIX, OpenDataset, UserSet
 from util.files.untrusted import printable, read_file
 
 IGNORED = 255  # the value of pixels without a class
@@ -105,11 +108,13 @@ class MaskFormat:
         """Returns the classes of the pixels of a mask, uint8 (H, W).
 
         Args:
-            data: the bytes of an image file.
+            data: the bytes of an image file, its path, a Pillow image, or an array or tensor (H, W).
 
         Raises:
             BadImage: the file can't be decoded, or has a value that is not a class.
         """
+        if not isinstance(data, bytes):
+            data = _as_file(data)
         if isinstance(data, bytes) and data.startswith(JPEG):
             raise BadImage("it is a JPEG file, whose compression changes the values: give masks as PNG files")
         try:
@@ -187,6 +192,21 @@ class MaskFormat:
         )
 
 
+def _as_file(mask: Any) -> bytes:
+    """Returns a mask as the bytes of a PNG or NPY file."""
+    if isinstance(mask, str | Path):
+        return read_file(mask)
+    stream = io.BytesIO()
+    if isinstance(mask, Image.Image):
+        mask.save(stream, "PNG", compress_level=0)
+        return stream.getvalue()
+    values = np.asarray(mask)
+    if values.dtype.kind in "iu" and values.size and values.min() >= 0 and values.max() <= IGNORED:
+        values = values.astype(np.uint8)
+    np.save(stream, values, allow_pickle=False)
+    return stream.getvalue()
+
+
 class Pairs:
     """Images and their masks, of one source or two.
 
@@ -246,7 +266,8 @@ def open_pairs(
     folders: Sequence[str] | None = None,
     dataset: str | None = None,
     download: bool = False,
-) -> Pairs:
+    function: OpenDataset | None = None,
+) -> Pairs | UserSet:
     """Opens images with masks.
 
     Args:
@@ -258,8 +279,10 @@ def open_pairs(
             folder that the following paths start from.
         file_list: a CSV file with a row `image,mask` for each pair.
         folders: the folder of the images and the folder of the masks, which have the same names except for suffixes.
-        dataset: VOCSegmentation, or another dataset of torchvision with lists of image files and mask files.
+        dataset: VOCSegmentation, or another dataset of torchvision with lists of image files and mask files; or
+            py:MODULE:FUNCTION.
         download: download the dataset of torchvision.
+        function: the function of py:, instead of importing it.
 
     Raises:
         ValueError: no dataset is given, it does not exist, it has no images, or an image has no mask.
@@ -267,6 +290,10 @@ def open_pairs(
     root = Path(data_path) if data_path else None
     if sum(map(bool, (file_list, folders, dataset))) > 1:
         raise ValueError(f"--{split}_list, --{split}_folders and --dataset exclude each other; give one of them")
+    if dataset and dataset.startswith(PREFIX):
+        opened = UserSet(function, split, data_path, dataset, read_label=mask_format.decode)
+        opened.classes, opened.labels = classes, np.full(len(opened), -1)
+        return opened
     if dataset:
         opened = TorchvisionSet(dataset, split, data_path, download).images
         if not all(isinstance(getattr(opened, name, None), list) for name in ("images", "masks")):

@@ -30,7 +30,9 @@ class Source(Protocol):
     Labels are indices into `classes`, or -1 for samples without a label.
     """
 
-    classes: list[str]
+    @property
+    def classes(self) -> list[str]:
+        """Returns the names of the classes."""
 
     @property
     def labels(self) -> np.ndarray:
@@ -39,7 +41,7 @@ class Source(Protocol):
     def __len__(self) -> int:
         """Returns the number of samples."""
 
-    def __getitem__(self, index: int) -> tuple[bytes | Picture, Any]:
+    def __getitem__(self, index: int) -> tuple[bytes | Picture | np.ndarray, Any]:
         """Returns the image of a sample and its label; of `masks.Pairs`, its mask.
 
         Raises:
