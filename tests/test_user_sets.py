@@ -24,6 +24,7 @@ import main_segment
 from util.checkpoints import checkpoint
 from util.cli import entry_point
 from util.data.dataset_kinds import open_source
+from util.data.decode import decode, to_tensor
 
 OWN = "import numpy as np\ndef open_dataset(split, data_path):\n    "
 
@@ -282,8 +283,6 @@ def test_images_of_every_kind(tmp_path):
     kinds = [tmp_path / "a.png", str(tmp_path / "a.png"), (tmp_path / "a.png").read_bytes(), Image.fromarray(pixels),
              pixels, np.moveaxis(pixels, 2, 0), torch.from_numpy(pixels).permute(2, 0, 1)]  # fmt: skip
     source = open_source("train", dataset="py:any:any", function=lambda split, data_path: [(k, 0) for k in kinds])
-    from util.data.decode import decode, to_tensor
-
     for index in range(len(source)):
         assert torch.equal(to_tensor(decode(source[index][0], 3)), torch.from_numpy(pixels).permute(2, 0, 1))
     floats = torch.linspace(-3, 500, 8 * 9 * 2, dtype=torch.float64).view(2, 8, 9)
@@ -318,3 +317,32 @@ def test_a_function_and_another_dataset_exclude_each_other(tmp_path):
     args = parse(main_pretrain, dataset="CIFAR10", output_dir=tmp_path / "run", device="cpu")
     with pytest.raises(ValueError, match=r"--dataset CIFAR10 .*write_hdf5"):
         main_pretrain.main(args, source=write_hdf5)
+
+
+def test_random_numbers_of_a_dataset_do_not_depend_on_worker_processes(pretrain, tmp_path, monkeypatch):
+    (tmp_path / "augmented.py").write_text(
+        "import random, numpy as np, torch\nclass Augmented:\n    def __len__(self):\n        return 12\n"
+        "    def __getitem__(self, index):\n        shift = random.randrange(40) + int(torch.randint(40, ()))\n"
+        "        return np.random.randint(0, 100, (16, 16, 3)).astype(np.uint8) + np.uint8(shift), None\n"
+        "def open_dataset(split, data_path):\n    return Augmented()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    flags = {"dataset": "py:augmented:open_dataset", "epochs": 1}
+    assert_equal(*(weights(pretrain(f"w{count}", **flags, num_workers=count), "checkpoint-0.pth") for count in (0, 2)))
+
+
+def test_pillow_images_of_more_than_8_bits_keep_their_values():
+    values = np.arange(0, 65_000, 650, dtype=np.uint16).reshape(10, 10)
+    for picture, expected in (
+        (Image.fromarray(values), values / np.float32(65535)),
+        (Image.fromarray(values.astype(np.float32) - 300), values.astype(np.float32) - 300),
+    ):
+        assert torch.equal(to_tensor(decode(picture, 1))[0], torch.from_numpy(expected))
+
+
+def test_a_mask_of_colors_is_an_error(tmp_path):
+    items = [(np.zeros((16, 16, 3), np.uint8), np.zeros((16, 16, 3), np.uint8))] * 4
+    flags = {"model": "vit_mini_patch4", "input_size": 16, "nb_classes": 3, "epochs": 1, "batch_size": 4,
+             "warmup_epochs": 0, "device": "cpu", "num_workers": 0, "output_dir": tmp_path / "run"}  # fmt: skip
+    with pytest.raises(ValueError, match=r"\(16, 16, 3\)"):
+        main_segment.main(parse(main_segment, **flags), source=lambda *of: items)

@@ -124,12 +124,14 @@ def read(data: bytes | Picture | np.ndarray, in_chans: int, max_pixels: int = MA
         Exception: any exception of the decoder.
     """
     if isinstance(data, Tensor) and data.ndim == 3 and data.dtype != torch.uint8:
-        return _tensor(data.cpu().permute(1, 2, 0).numpy())
+        return _tensor(data.detach().cpu().permute(1, 2, 0).numpy())
     if isinstance(data, np.ndarray):
         axis = _channel_axis(data.shape, in_chans)
         return _tensor(data[:, :, None] if axis is None else np.moveaxis(data, axis, 2))
     if not isinstance(data, bytes):
-        return data
+        if isinstance(data, Image.Image) and data.mode == "F":
+            return _tensor(np.array(data)[:, :, None])
+        return _with_all_bits(data) if isinstance(data, Image.Image) else data
     if data.startswith(b"\x93NUMPY"):
         return _read_npy(data, in_chans, max_pixels)
     if data.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
@@ -220,6 +222,11 @@ def _read_with_pillow(data: bytes, max_pixels: int) -> Picture:
     _check_size(picture.height, picture.width, 1, max_pixels)  # nothing is decoded yet
     if data.startswith(b"\xff\xd8") and jpeg.has_many_scans(data):
         raise BadImage(f"it has more than {jpeg.MAX_SCANS} scans; save it again")
+    return _with_all_bits(picture)
+
+
+def _with_all_bits(picture: Image.Image) -> Picture:
+    """Converts a picture of 16 bits to a tensor; Pillow's own conversions would clip the values to 8 bits."""
     if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PPM", "PNG")):
         pixels = np.array(picture, dtype=np.uint16)
         if "transparency" in picture.info:  # one gray value

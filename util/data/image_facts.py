@@ -48,7 +48,11 @@ class FactsDataset(Dataset):
 
     def __getitem__(self, index: int) -> ImageFacts:
         try:
-            return image_facts(*self.source[index], self.in_chans)
+            data, label = self.source[index]
+        except (BadImage, OSError) as error:  # a mistake of the user's code is no unreadable image
+            return _unreadable(self.source.name(index), error)
+        try:
+            return image_facts(data, label, self.in_chans)
         except Exception as error:  # decoders raise any exception on damaged bytes
             return _unreadable(self.source.name(index), error)
 

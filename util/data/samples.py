@@ -23,6 +23,7 @@ from util.data import jpeg
 from util.data.decode import BadImage, Picture, decode
 from util.data.sources import Source
 from util.data.transforms import Transform
+from util.data.user_sets import UserSet
 from util.data.webdataset_shards import Shards
 
 MAX_BAD_IN_A_ROW = 20
@@ -67,6 +68,7 @@ class Samples(Dataset):
         exif: bool = False,
     ) -> None:
         self.source = source
+        self.runs_code = isinstance(_original(source), UserSet)
         self.transform = transform
         self.seed = seed
         self.draw_noise = draw_noise or partial(torch.rand, 0)
@@ -140,12 +142,19 @@ class Samples(Dataset):
         bad: list[Bad] = []
         chosen, generator = index, None
         while True:
+            if self.runs_code:  # it may augment: a resumed run, and one with another number of workers, does the same
+                torch.default_generator.manual_seed(seed_python(self.seed, epoch, index, chosen))
             try:
                 return self.finish(*self.read(chosen), bad, epoch, index, repeats)
             except (BadImage, OSError) as error:
                 self.refuse(self.source.name(chosen), error, bad)  # type: ignore[union-attr]  # not Shards
             generator = generator or np.random.default_rng([self.seed, epoch, index])
             chosen = int(generator.integers(len(self.source)))
+
+
+def _original(source: Any) -> Any:
+    """Returns the source of a subset, or of images in memory."""
+    return _original(source.source) if hasattr(source, "source") else source
 
 
 class StreamedSamples(IterableDataset):

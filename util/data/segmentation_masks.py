@@ -201,6 +201,8 @@ def _as_file(mask: Any) -> bytes:
         mask.save(stream, "PNG", compress_level=0)
         return stream.getvalue()
     values = np.asarray(mask)
+    if values.ndim != 2:
+        raise BadImage(f"its mask is an array of shape {values.shape}: give the classes of the pixels (H, W)")
     if values.dtype.kind in "iu" and values.size and values.min() >= 0 and values.max() <= IGNORED:
         values = values.astype(np.uint8)
     np.save(stream, values, allow_pickle=False)
