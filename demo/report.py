@@ -5,7 +5,9 @@
 """
 
 import argparse
+import csv
 import json
+import statistics
 import sys
 import warnings
 from pathlib import Path
@@ -22,7 +24,6 @@ from sklearn.linear_model import LogisticRegression
 from inference.model import Autoencoder, get_model
 from util import datasets
 from util.cli import entry_point
-from util.data.labels import require, some_of_each_class
 from util.data.samples import Samples
 from util.data.transforms import keeps_label, to_tensor
 from util.evaluation import knn, pictures, tables
@@ -36,6 +37,13 @@ NEIGHBORS = 20
 STRENGTHS = (0.1, 1.0)  # inverse regularization strengths; chosen for each row on held-out training images
 HELD_OUT = 0.2
 ITERATIONS = 100
+# (encoder, protocol) of main_compare.py -> the title of its row
+FEW_LABELS = {
+    ("pixels", "logistic regression"): "raw pixels, logistic regression",
+    ("pixels", "RBF-SVM"): "raw pixels, RBF-SVM",
+    ("scratch", "fine-tuned"): "transformer from scratch",
+    ("pretrained", "fine-tuned"): "the same, fine-tuned from the pre-trained encoder",
+}
 
 
 def read_images(model: Autoencoder, data_path: str, split: str) -> tuple[torch.Tensor, np.ndarray]:
@@ -109,9 +117,15 @@ def neighbors(train: np.ndarray, labels: np.ndarray, test: np.ndarray, test_labe
     return sum(right) / len(test)
 
 
-def last_accuracy(folder: Path) -> float:
-    """The test accuracy after the last epoch of a run of main_finetune.py."""
-    return run_log.read(folder)[-1]["test_acc1"] / 100
+def few_labels(folder: Path) -> tuple[int, dict[str, list[float]]]:
+    """The number of labels of a comparison of main_compare.py, and the accuracies of each row of FEW_LABELS."""
+    with (folder / "results.csv").open(encoding="utf-8") as file:
+        results = list(csv.DictReader(file))
+    rows = {
+        title: [float(result["accuracy"]) / 100 for result in results if (result["encoder"], result["protocol"]) == row]
+        for row, title in FEW_LABELS.items()
+    }
+    return int(results[0]["labels"]), rows
 
 
 def main(args: argparse.Namespace) -> None:
@@ -141,18 +155,13 @@ def main(args: argparse.Namespace) -> None:
     table = tables.markdown(
         titles, [[name, f"{results[name]:.1%}", f"{results[f'{name}, neighbours']:.1%}"] for name in encoders]
     )
-    if args.finetuned and args.scratch:
-        source = require(datasets.open_source("train", args.data_path), "train")
-        few = some_of_each_class(source, args.train_per_class, seed=0)
-        chosen = few.indices
-        rows = {
-            "raw pixels, logistic regression": probe(raw(train)[chosen], labels[chosen], raw(test), test_labels),
-            "transformer from scratch": last_accuracy(args.scratch),
-            "the same, fine-tuned from the pre-trained encoder": last_accuracy(args.finetuned),
-        }
-        results |= {f"{len(few)} labels: {name}": accuracy for name, accuracy in rows.items()}
-        few_rows = [[name, f"{accuracy:.1%}"] for name, accuracy in rows.items()]
-        table += "\n\n" + tables.markdown([f"{len(few):,} labels", "test accuracy"], few_rows)
+    if args.comparison:
+        number, accuracies = few_labels(args.comparison)
+        means = {name: statistics.fmean(values) for name, values in accuracies.items()}
+        spreads = {name: 100 * statistics.stdev(values) for name, values in accuracies.items()}
+        results |= {f"{number} labels: {name}": mean for name, mean in means.items()}
+        few_rows = [[name, f"{mean:.1%}", f"{spreads[name]:.1f}"] for name, mean in means.items()]
+        table += "\n\n" + tables.markdown([f"{number} labels", "test accuracy", "standard deviation"], few_rows)
     atomic.write_text(args.out / "table.md", table + "\n")
     atomic.write_text(args.out / "results.json", json.dumps(results, indent=1) + "\n")
     print(f"\naccuracy on {len(test_labels):,} test images:\n\n{table}")
@@ -173,11 +182,10 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--data_path", required=True, metavar="PATH", help="dataset with class folders in train/ and val/"
     )
     parser.add_argument(
-        "--finetuned", type=Path, metavar="DIR", help="run directory of main_finetune.py with --finetune CHECKPOINT"
-    )
-    parser.add_argument("--scratch", type=Path, metavar="DIR", help="run directory of the same run from scratch")
-    parser.add_argument(
-        "--train_per_class", type=int, default=50, metavar="N", help="labeled images per class in those runs"
+        "--comparison",
+        type=Path,
+        metavar="DIR",
+        help="output of main_compare.py, with the encoders scratch, pixels and pretrained=CHECKPOINT",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for pictures and tables")
     return parser

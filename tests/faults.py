@@ -74,7 +74,8 @@ class Run:
         config = f"recipes/{script.removeprefix('main_')}_fashion_mnist.yaml"
         self.flags = [
             "--config", config, "--data_path", data, "--output_dir", out, "--epochs", EPOCHS, "--warmup_epochs", 1,
-            "--batch_size", 32 // layout.processes, "--save_minutes", 0, "--device", "cpu", *layout.flags, *more,
+            "--batch_size", 32 // layout.processes, "--save_minutes", 0, "--device", "cpu", "--no_cache_images",
+            "--num_workers", 2, *layout.flags, *more,
         ]  # fmt: skip
         if script == "main_pretrain":
             self.flags += ["--save_every", 4, "--vis_every", 0]

@@ -12,9 +12,10 @@ from conftest import ROOT
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
-import main_finetune
 from demo import report
 from inference import get_model
+from util.evaluation import comparison
+from util.evaluation.comparison import Result
 
 
 def script(*argv, cwd=ROOT):
@@ -93,7 +94,7 @@ def test_neighbors_returns_the_accuracy():
     assert report.neighbors(train.astype(np.float32), labels, test.astype(np.float32), test_labels) == 0.8
 
 
-def test_the_report_of_a_small_run(unpacked, pretrain, classify, tmp_path):
+def test_the_report_of_a_small_run(unpacked, pretrain, tmp_path):
     data = tmp_path / "data"
     for split, count in (("train", 40), ("val", 8)):
         for folder in (unpacked / split).iterdir():
@@ -101,20 +102,23 @@ def test_the_report_of_a_small_run(unpacked, pretrain, classify, tmp_path):
             for path in sorted(folder.iterdir())[:count]:
                 (data / split / folder.name / path.name).symlink_to(path)
     run = pretrain(data_path=data, input_size=28, in_chans=1, batch_size=50, mean=0.286, std=0.353)
-    few = {"data_path": data, "input_size": 28, "in_chans": 1, "train_per_class": 5, "epochs": 1, "aa": "none"}
-    scratch = classify(main_finetune, "scratch", **few)
-    finetuned = classify(main_finetune, "finetuned", **few, finetune=run / "checkpoint-1.pth")
+    rows = {("pixels", "logistic regression"): 60, ("pixels", "RBF-SVM"): 65, ("scratch", "fine-tuned"): 40,
+            ("pretrained", "fine-tuned"): 70}  # fmt: skip
+    results = [
+        Result(*row, 50, draw, accuracy + draw, "", 1.0, "") for row, accuracy in rows.items() for draw in (0, 1)
+    ]
+    (tmp_path / "compared").mkdir()
+    comparison.write(tmp_path / "compared", results)
     out = tmp_path / "report"
-    script("demo/report.py", "--checkpoint", run / "checkpoint-1.pth", "--data_path", data, "--finetuned", finetuned,
-           "--scratch", scratch, "--train_per_class", 5, "--out", out)  # fmt: skip
+    script("demo/report.py", "--checkpoint", run / "checkpoint-1.pth", "--data_path", data, "--comparison",
+           tmp_path / "compared", "--out", out)  # fmt: skip
     results = json.loads((out / "results.json").read_text())
     assert {"raw pixels", "untrained encoder", "pre-trained encoder"} < results.keys()
     assert all(0.25 < results[name] < 1 for name in results if "labels" not in name)
-    logged = json.loads((finetuned / "log.txt").read_text())["test_acc1"]
-    assert results["50 labels: the same, fine-tuned from the pre-trained encoder"] == logged / 100
+    assert results["50 labels: the same, fine-tuned from the pre-trained encoder"] == pytest.approx(0.705)
     table = (out / "table.md").read_text()
     assert f"| raw pixels | {results['raw pixels']:.1%} | {results['raw pixels, neighbours']:.1%} |" in table
-    assert "| transformer from scratch |" in table
+    assert "| transformer from scratch | 40.5% | 0.7 |" in table
     picture = np.array(Image.open(out / "reconstructions.png").convert("L")).astype(float)
     assert picture.std() > 30  # not blank
     assert (out / "loss.png").stat().st_size > 5000

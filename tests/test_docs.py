@@ -9,6 +9,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import tables
 import torch
 import yaml
 from conftest import ROOT
@@ -248,9 +249,16 @@ def test_citation_is_valid_yaml():
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["license"] == "Apache-2.0"
 
 
+def test_tables_are_those_of_their_sources():
+    """python tests/tables.py rewrites them."""
+    pages = dict(tables.pages())
+    assert len(pages) == 2
+    for path, text in pages.items():
+        assert tables.rewritten(text) == text, path
+
+
 def test_the_tables_of_speed_have_the_measured_values():
     table = targets.table(machine.folders())
-    assert table in (ROOT / "benchmarks/README.md").read_text(encoding="utf-8")
     rows = [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
     measured = {title: first.split(" (")[0] for title, _, first, *_ in rows}  # the first machine, without tunables
     speed = (ROOT / "RUNS.md").read_text(encoding="utf-8").partition("## Speed")[2]

@@ -9,7 +9,6 @@ from conftest import ROOT
 
 import models_mae
 import models_vit
-from demo import report
 from demo.unpack_data import ARCHIVE, folder_of
 from util.weights import model_zoo
 
@@ -162,7 +161,7 @@ def pixels():
 
 
 def test_the_baseline_of_raw_pixels(pixels):
-    """20 nearest neighbors of 10,000 labels, and logistic regression on 500, as in demo/README.md."""
+    """20 nearest neighbors of 10,000 labels, as in demo/README.md."""
     (train, labels), (test, test_labels) = pixels["train"], pixels["val"]
     _, neighbors = row("demo/README.md", "raw pixels |")
     unit = torch.nn.functional.normalize
@@ -171,11 +170,3 @@ def test_the_baseline_of_raw_pixels(pixels):
         1, torch.tensor(labels)[nearest], (similarity / 0.07).exp()
     )
     assert f"{float((votes.argmax(dim=1).numpy() == test_labels).mean()):.1%}" == neighbors
-
-    generator = np.random.default_rng(0)  # as --train_per_class 50 chooses with seed 0
-    few = np.sort(np.concatenate([generator.permutation(np.flatnonzero(labels == n))[:50] for n in range(10)]))
-    (accuracy,) = row("demo/README.md", "raw pixels, logistic regression")
-    # Its solver stops before it converges: another build of BLAS may classify a few of the 2,000 images otherwise.
-    assert 100 * report.probe(train[few], labels[few], test, test_labels) == pytest.approx(
-        float(accuracy.rstrip("%")), abs=0.2
-    )

@@ -1,4 +1,4 @@
-"""The table of models in benchmarks/README.md is the output of its command, and agrees with the published numbers."""
+"""The table of models in benchmarks/README.md agrees with the published numbers."""
 
 import sys
 
@@ -20,7 +20,3 @@ def test_published_numbers(size, pixels, millions, billions):
     assert row["classifier"] / 1e6 == pytest.approx(millions, abs=0.005)
     assert row["all_tokens"] / 1e9 == pytest.approx(billions, abs=0.005)
     assert row["masked"] < row["all_tokens"]
-
-
-def test_the_page_has_the_table():
-    assert model_table.table() in (ROOT / "benchmarks/README.md").read_text(encoding="utf-8")

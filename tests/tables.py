@@ -1,0 +1,45 @@
+"""Tables of measurements in the documents, each between the lines `<!-- SOURCE -->` and `<!-- end -->`.
+
+    python tests/tables.py      # rewrites the tables; the diff shows what changed
+
+A source is a file that a command wrote, or a command that reads such files. Its tables replace the lines between.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from conftest import ROOT
+
+from benchmarks import machine, model_table, targets
+
+COMMANDS: dict[str, Callable[[], str]] = {
+    "python benchmarks/targets.py": lambda: targets.table(machine.folders()),
+    "python benchmarks/model_table.py": model_table.table,
+}
+BLOCK = re.compile(r"(?<=^<!-- )(?!end )([^\n]+)( -->\n).*?(?=^<!-- end -->$)", flags=re.MULTILINE | re.DOTALL)
+
+
+def rewritten(text: str) -> str:
+    """Returns a document with the tables of its sources."""
+
+    def block(match: re.Match) -> str:
+        source = match[1]
+        content = COMMANDS[source]() if source in COMMANDS else (ROOT / source).read_text(encoding="utf-8")
+        return f"{source}{match[2]}{content.strip()}\n"
+
+    return BLOCK.sub(block, text)
+
+
+def pages() -> Iterator[tuple[Path, str]]:
+    """Yields the documents that have tables of sources."""
+    for path in sorted(ROOT.glob("**/*.md")):
+        if not {".venv", "runs", "output"} & set(path.relative_to(ROOT).parts):
+            text = path.read_text(encoding="utf-8")
+            if BLOCK.search(text):
+                yield path, text
+
+
+if __name__ == "__main__":
+    for path, text in pages():
+        path.write_text(rewritten(text), encoding="utf-8")
