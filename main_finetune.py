@@ -73,10 +73,8 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(args: Namespace, source: OpenDataset | None = None) -> Evaluation | None:
     """Trains for `args.epochs` epochs and evaluates the model every `--eval_every` epochs.
 
-    With --eval, it evaluates a classifier once and returns the result.
-
-    Args:
-        source: function(split, data_path) that returns a dataset, in place of --dataset py:MODULE:FUNCTION.
+    With --eval, it evaluates a classifier once and returns the result. `source` is a function(split, data_path) that
+    returns a dataset, in place of --dataset py:MODULE:FUNCTION.
     """
     from timm.data.random_erasing import RandomErasing  # timm takes more than a second
     from timm.loss import SoftTargetCrossEntropy

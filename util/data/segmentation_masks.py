@@ -274,17 +274,13 @@ def open_pairs(
 
     Args:
         split: "train" or "val".
-        classes: names of the classes.
-        mask_format: decodes the masks.
-        data_path: a folder, or a tar or zip file, with the layout of ADE20K, mmsegmentation or LoveDA: some folder in
-            each path names the split (SPLITS), and another the kind of file (IMAGE_FOLDERS, MASK_FOLDERS). Else the
-            folder that the following paths start from.
+        classes, mask_format: as in `Pairs`.
+        data_path: a folder, or a tar or zip file, whose paths name the split (SPLITS) and the kind of file
+            (IMAGE_FOLDERS, MASK_FOLDERS), as of ADE20K or LoveDA. Else the folder that the paths below start from.
         file_list: a CSV file with a row `image,mask` for each pair.
-        folders: the folder of the images and the folder of the masks, which have the same names except for suffixes.
-        dataset: VOCSegmentation, or another dataset of torchvision with lists of image files and mask files; or
-            py:MODULE:FUNCTION.
-        download: download the dataset of torchvision.
-        function: the function of py:, instead of importing it.
+        folders: the folders of images and masks. Their file names are equal except for suffixes.
+        dataset: a dataset of torchvision with lists of image files and mask files, or py:MODULE:FUNCTION.
+        download, function: as in `open_source`.
 
     Raises:
         ValueError: no dataset is given, it does not exist, it has no images, or an image has no mask.
