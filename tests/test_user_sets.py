@@ -346,3 +346,11 @@ def test_a_mask_of_colors_is_an_error(tmp_path):
              "warmup_epochs": 0, "device": "cpu", "num_workers": 0, "output_dir": tmp_path / "run"}  # fmt: skip
     with pytest.raises(ValueError, match=r"\(16, 16, 3\)"):
         main_segment.main(parse(main_segment, **flags), source=lambda *of: items)
+
+
+def test_the_example_of_the_page_is_learned(modules, classify):
+    """Three classes: a bright stripe at one of three places."""
+    flags = {"dataset": "py:blobs:open_dataset", "input_size": 32, "batch_size": 20, "epochs": 3, "lr": 2e-3,
+             "hflip": 0, "aa": "none", "crop_scale": "0.9 1", "reprob": 0, "layer_decay": 1}  # fmt: skip
+    out = classify(main_finetune, **flags, num_workers=1)
+    assert lines(out)[-1]["test_acc1"] > 70
