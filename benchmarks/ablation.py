@@ -29,6 +29,8 @@ from util.settings import specs
 from util.training import run_log
 
 DATA = Path("demo/data/fashion_mnist")
+# The demo has whole images and larger updates.
+PRETRAIN = {"config": "recipes/pretrain_fashion_mnist.yaml", "crop": "random", "crop_scale": [0.6, 1.0], "lr": 1e-3}
 JOBS = 2  # pre-trainings at a time
 CURVE = (0, 1, 4, 9, 19, 79, 199, 999)  # epochs whose losses are kept
 

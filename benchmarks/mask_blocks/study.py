@@ -18,13 +18,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks.ablation import DATA, ROOT, Ablation, Run
+from benchmarks.ablation import DATA, PRETRAIN, ROOT, Ablation, Run
 from demo.segmentation import RECIPE, write_pictures
 
 WORK = Path("runs/mask_blocks")
 PICTURES = WORK / "pictures"
 SIZE = {"input_size": 32, "patch_size": 4}
-BASE = {"config": "recipes/pretrain_fashion_mnist.yaml", **SIZE, "amp": "bf16", "num_workers": 1}
+BASE = {**PRETRAIN, **SIZE, "amp": "bf16", "num_workers": 1}
 EVALUATION = {
     "data_path": DATA, "input_size": 32, "in_chans": 1, "crop_pct": 1, "num_workers": 1,
     "protocols": ["linear", "attentive"], "labels": [500], "draws": [3], "jobs": 2,

@@ -17,9 +17,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks.ablation import DATA, Ablation, Run
+from benchmarks.ablation import DATA, PRETRAIN, Ablation, Run
 
-BASE = {"config": "recipes/pretrain_fashion_mnist.yaml", "patch_size": 4, "amp": "bf16", "num_workers": 1}
+BASE = {**PRETRAIN, "patch_size": 4, "amp": "bf16", "num_workers": 1}
 EVALUATION = {
     "data_path": DATA, "input_size": 28, "in_chans": 1, "crop_pct": 1, "num_workers": 1,
     "protocols": ["linear", "finetune"], "labels": [500], "draws": [3], "budget": [30],
