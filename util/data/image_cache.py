@@ -98,7 +98,9 @@ class ImageCache:
                         f"{limit / 1e6:,.0f} MB are available ({SHARE:.0%} of the memory): omit it, or write smaller "
                         f"images with python -m util.resize"
                     )
-        parts = sorted(_shared(parts) if processes > 1 else parts, key=lambda part: part.number)
+        # Two nodes of a job may be one machine, whose processes find each part twice.
+        by_number = {part.number: part for part in (_shared(parts) if processes > 1 else parts)}
+        parts = [by_number[number] for number in sorted(by_number)]
         if len(parts) < count:
             raise ValueError("--cache_images: the processes of this machine can't open each other's memory; omit it")
         self.parts = [part.pixels for part in parts]  # the bytes of the images n, n + len(parts), ...
