@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from util import dist, settings
 from util.cli import advice, entry_point
+from util.cli.flags import runs_code
 from util.data import labels, transforms
 from util.data.run_data import RunData
 from util.data.sources import Source
@@ -122,7 +123,7 @@ def evaluate(
         columns.append((targets, logits.argmax(dim=1), (top == targets[:, None]).any(dim=1), loss))
     local = [torch.cat(column).cpu().numpy() for column in zip(*columns, strict=True)] or [np.zeros(0, dtype=int)] * 4
     shards = dist.gather((local, num_classes))
-    labels, predictions, in_top, losses = (_interleave([shard[0][n] for shard in shards]) for n in range(4))
+    labels, predictions, in_top, losses = (interleave([shard[0][n] for shard in shards]) for n in range(4))
     return Evaluation(
         labels=labels,
         predictions=predictions,
@@ -131,7 +132,7 @@ def evaluate(
     )
 
 
-def _interleave(parts: list[np.ndarray]) -> np.ndarray:
+def interleave(parts: list[np.ndarray]) -> np.ndarray:
     """Merges the arrays of all processes. Sample n is from rank n modulo the number of processes."""
     result = np.empty(sum(map(len, parts)), parts[0].dtype)
     for rank, part in enumerate(parts):
@@ -180,11 +181,19 @@ def with_recorded_settings(
             a file of this library; the crops of other libraries are about evaluation.
     """
     if file:
+        _require_data(args, file)
         args = _with_settings_of(file, args, recorded, trains)
     mean, std = loading.statistics(file, args.in_chans, args.mean, args.std)
     crop_pct = getattr(args, "crop_pct", None) or transforms.default_crop_pct(args.input_size)
     num_cls_tokens = args.num_cls_tokens or (file.num_cls_tokens if file else 1)
     return entry_point.changed(args, {"mean": mean, "std": std, "crop_pct": crop_pct, "num_cls_tokens": num_cls_tokens})
+
+
+def _require_data(args: Namespace, file: Weights) -> None:
+    """Raises ValueError if no data are given, and the file records a dataset that only a flag may name."""
+    dataset = str(file.settings.get("dataset"))
+    if runs_code(dataset) and not any(getattr(args, name, None) for name in settings.DATASETS):
+        raise ValueError(f"{file.source} records a --dataset that runs code: give --dataset '{dataset}', or other data")
 
 
 def _with_settings_of(file: Weights, args: Namespace, recorded: Mapping[str, Any], trains: bool) -> Namespace:

@@ -18,20 +18,29 @@ def train_one_epoch(
     mask_ratio: float,
     normalize: Normalize,
     uses_noise: bool = True,
+    lack_of_valid: str = "",
 ) -> None:
     """Trains a masked autoencoder for an epoch.
 
     Args:
         model: a `MaskedAutoencoderViT`, possibly wrapped.
-        data_loader: batches of images (B, c, H, W), labels (unused), and noise (B, N), which determines the masks.
+        data_loader: batches of images (B, c, H, W), labels (unused), and noise (B, N), which determines the masks; and
+            the valid pixels (B, H, W) if some are not.
         mask_ratio: fraction of masked patches.
         normalize: images -> the input of the model, on the device.
         uses_noise: pass the noise of the batches. Else the model draws its masks.
+        lack_of_valid: why the model can't exclude invalid pixels; "" if it can.
+
+    Raises:
+        ValueError: a batch has invalid pixels, and the model can't exclude them.
     """
 
     def compute_loss(batch: Any) -> Tensor:
-        images, _, noise = batch
+        images, _, noise, *valid = batch
+        if valid and lack_of_valid:
+            raise ValueError(f"the images have invalid pixels, and {lack_of_valid}")
         options = {"noise": noise} if uses_noise else {}
+        options |= {"valid": valid[0]} if valid else {}
         return model(normalize(images), mask_ratio, **options)[0]
 
     loop.run_epoch(compute_loss, model, data_loader, optimizer, options)

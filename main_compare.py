@@ -43,6 +43,7 @@ import models_vit
 from util.checkpoints import run_directory
 from util.cli import entry_point, options
 from util.cli.advice import arguments, did_you_mean
+from util.cli.user_code import DATASET
 from util.data import labels as label_sets
 from util.data.dataset_kinds import open_source
 from util.data.sources import Source
@@ -50,7 +51,7 @@ from util.data.user_sets import OpenDataset, with_source
 from util.evaluation import comparison, pixel_baselines
 from util.evaluation.comparison import PIXELS, Result
 from util.jobs.commands import Commands
-from util.settings import DataSpec, ImageSpec, ModelSpec, names_where
+from util.settings import REBUILDS, DataSpec, ImageSpec, ModelSpec, names_where
 from util.training import run_log
 from util.weights import loading
 
@@ -115,9 +116,14 @@ def main(args: Namespace, source: OpenDataset | None = None) -> str:
 
     Args:
         source: function(split, data_path) that returns a dataset. The scripts import it by its name.
+
+    Raises:
+        ValueError: the function has no name by which the scripts can import it.
     """
     run_log.start_logging()
     args = with_source(args, source)
+    if source and ("<" in args.dataset or args.dataset.startswith(f"{DATASET}__main__:")):
+        raise ValueError(f"source= ({args.dataset}): the scripts of a comparison import it: define it in a module")
     out = Path(args.output_dir)
     run_directory.prepare(out, "auto")
     with run_directory.locked(out):
@@ -169,7 +175,7 @@ def _compare(args: Namespace, out: Path) -> str:
             logger.info(
                 f"[{len(results)}/{len(tasks)}] {result.row}, {result.labels:,} labels, draw {result.draw}: "
                 f"{result.accuracy:.2f} % ({result.seconds:.0f} s; about "
-                f"{_duration(_seconds_left(tasks, seconds) / args.jobs)} left)"
+                f"{_duration(seconds_left(tasks, seconds) / args.jobs)} left)"
             )
     finally:
         if results:
@@ -189,7 +195,7 @@ def _each(flag: str, values: list[Any], count: int) -> list[Any]:
     return values * count if len(values) == 1 else values
 
 
-def _seconds_left(tasks: Sequence[Task], seconds: Mapping[str, float]) -> float:
+def seconds_left(tasks: Sequence[Task], seconds: Mapping[str, float]) -> float:
     """Returns the computing time of the open tasks; `seconds` has that of the complete ones, by name."""
 
     def mean(similar: Callable[[Task], bool]) -> float | None:
@@ -242,7 +248,7 @@ def _encoders(args: Namespace, folder: Path) -> list[Encoder]:
         if text in (SCRATCH, PIXELS):
             encoders.append(Encoder(text, {}))
             continue
-        name, file = _named(text)
+        name, file = name_and_file(text)
         path = timm_folder(file.removeprefix(TIMM), folder) if file.startswith(TIMM) else file
         weights = loading.read(path)
         recorded = models_build.classifier_settings(weights)
@@ -267,7 +273,7 @@ def _encoders(args: Namespace, folder: Path) -> list[Encoder]:
     return [encoder if encoder.flags else encoder._replace(flags=architecture) for encoder in encoders]
 
 
-def _named(text: str) -> tuple[str, str]:
+def name_and_file(text: str) -> tuple[str, str]:
     """Splits [NAME=]ENCODER. A path may contain an equals sign.
 
     Raises:
@@ -415,9 +421,9 @@ class Runs:
         if task.protocol == KNN:
             return self._start(name, task, flags, lambda _, output: json.loads(output.strip().splitlines()[-1]))
         out = self.commands.folder / name
-        scores = self._start(name, task, {**flags, "output_dir": out, "resume": "auto"}, _last_line)
+        scores = self._start(name, task, {**flags, "output_dir": out, "resume": "auto"}, last_line)
         if not self.args.keep_checkpoints:
-            _remove_checkpoints(out)
+            remove_checkpoints(out)
         return scores
 
     def _start(
@@ -434,12 +440,13 @@ class Runs:
     def _pixels(self, task: Task) -> dict[str, Any]:
         """Fits a baseline of scikit-learn on the images of the same draw."""
         flags = {**vars(self.args), **task.encoder.flags, **self.shared}
-        settings = {name: flags[name] for name in ("input_size", "in_chans", "crop", "crop_pct", "exif")}
+        images = ImageSpec.of(flags)
+        settings = {name: value for name, value in images.record().items() if name in REBUILDS and name in flags}
 
         def compute(_: Path) -> dict[str, Any]:
             few = label_sets.some_of_each_class(self.train, task.per_class, task.draw) if task.per_class else self.train
             train, val = (
-                (pixel_baselines.read(source, **settings, num_workers=self.args.num_workers), source.labels)
+                (pixel_baselines.read(source, images, self.args.num_workers), source.labels)
                 for source in (few, self.val)
             )
             accuracy, chosen = pixel_baselines.evaluate(task.protocol, *train, *val, seed=task.draw)
@@ -452,14 +459,14 @@ class Runs:
         )
 
 
-def _last_line(out: Path, _: str) -> dict[str, Any]:
+def last_line(out: Path, _: str) -> dict[str, Any]:
     """Returns the scores of a run directory."""
     lines = run_log.read(out)
     scores = {name: value for name, value in lines[-1].items() if name.startswith(("test_", "chosen"))}
     return {**scores, "epochs": len(lines)}
 
 
-def _remove_checkpoints(out: Path) -> None:
+def remove_checkpoints(out: Path) -> None:
     """Removes the checkpoints and stored tokens of a run directory."""
     for path in (*out.glob("*.pth"), *out.glob("tokens")):
         shutil.rmtree(path) if path.is_dir() else path.unlink()

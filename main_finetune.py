@@ -44,6 +44,7 @@ from util.lr_decay import param_groups_lrd
 from util.settings import DataSpec, ImageSpec, RunSpec, specs
 from util.training import run_log, trainer
 from util.training.compiling import compile_model
+from util.training.loop import Callback
 from util.weights import loading
 
 if TYPE_CHECKING:
@@ -70,11 +71,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(args: Namespace, source: OpenDataset | None = None) -> Evaluation | None:
-    """Trains for `args.epochs` epochs and evaluates the model every `--eval_every` epochs.
+def main(args: Namespace, source: OpenDataset | None = None, callbacks: Sequence[Callback] = ()) -> Evaluation | None:
+    """Trains and evaluates a classifier for `args.epochs` epochs; with --eval, returns the result of one evaluation.
 
-    With --eval, it evaluates a classifier once and returns the result. `source` is a function(split, data_path) that
-    returns a dataset, in place of --dataset py:MODULE:FUNCTION.
+    Args:
+        source: function(split, data_path) that returns a dataset, in place of --dataset py:MODULE:FUNCTION.
+        callbacks: called after every update and every epoch.
     """
     from timm.data.random_erasing import RandomErasing  # timm takes more than a second
     from timm.loss import SoftTargetCrossEntropy
@@ -128,16 +130,14 @@ def main(args: Namespace, source: OpenDataset | None = None) -> Evaluation | Non
 
     task = trainer.Task(
         train_one_epoch=partial(
-            train_one_epoch,
-            criterion=criterion,
-            normalize=data.normalize,
-            erase=erase if args.reprob else None,
+            train_one_epoch, criterion=criterion, normalize=data.normalize, erase=erase if args.reprob else None,
             mixup=mixup,
         ),
         after_epoch=evaluate_epoch,
         loss_tag="loss",
         evaluates=True,
-    )
+        callbacks=callbacks,
+    )  # fmt: skip
     trainer.run(model, optimizer, batches, precision, task, RunSpec.of(settings), settings)
     return None
 

@@ -21,7 +21,7 @@ import argparse
 import logging
 import shutil
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -54,6 +54,7 @@ from util.data.sources import Source, versions
 from util.data.user_sets import OpenDataset, with_source
 from util.settings import DataSpec, ImageSpec, RunSpec, names_where, specs
 from util.training import feature_files, run_log, trainer
+from util.training.loop import Callback
 from util.training.precision import Precision
 from util.weights import loading
 from util.weights.loading import Weights
@@ -79,11 +80,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(args: Namespace, source: OpenDataset | None = None) -> None:
+def main(args: Namespace, source: OpenDataset | None = None, callbacks: Sequence[Callback] = ()) -> None:
     """Trains for `args.epochs` epochs and evaluates every `--eval_every` epochs. With --eval, it evaluates once.
 
     Args:
         source: function(split, data_path) that returns a dataset, in place of --dataset py:MODULE:FUNCTION.
+        callbacks: called after every update and every epoch.
     """
     args, precision = trainer.start(with_source(args, source), "main_linprobe", trains_encoder=False)
     args.blr = args.blr if isinstance(args.blr, list) else [args.blr]  # checkpoints record a single rate as a number
@@ -102,7 +104,7 @@ def main(args: Namespace, source: OpenDataset | None = None) -> None:
 
     run_directory.prepare(Path(args.output_dir), args.resume)
     with run_directory.locked(Path(args.output_dir), args.resume):  # also while features are stored
-        train_probe(args, data, file, precision)
+        train_probe(args, data, file, precision, callbacks)
 
 
 def open_encoder(args: Namespace) -> Weights | None:
@@ -119,7 +121,9 @@ def open_encoder(args: Namespace) -> Weights | None:
     return open_weights({**vars(args), "finetune": args.finetune if which == "auto" else which or args.finetune})
 
 
-def train_probe(args: Namespace, data: RunData, file: Weights | None, precision: Precision) -> None:
+def train_probe(
+    args: Namespace, data: RunData, file: Weights | None, precision: Precision, callbacks: Sequence[Callback]
+) -> None:
     """Trains the head on the features of the encoder of a file. Without a file, the encoder has random weights.
 
     The run directory must be locked.
@@ -177,7 +181,7 @@ def train_probe(args: Namespace, data: RunData, file: Weights | None, precision:
         loss_tag="loss",
         trained=model.head if args.cache_features else None,
         evaluates=not features.are_stored,
-        callbacks=[criterion] if several else [],
+        callbacks=[*callbacks, *[criterion] * several],
     )
     trainer.run(model, optimizer, batches, precision, task, RunSpec.of(settings), settings, is_locked=True)
 

@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,12 +32,16 @@ from util.cli import entry_point, options
 from util.data import loader, transforms
 from util.data.run_data import RunData
 from util.data.samples import Samples
+from util.data.sources import Source
 from util.data.user_sets import OpenDataset, with_source
+from util.data.webdataset_shards import Shards
 from util.evaluation import pictures
 from util.lr_decay import param_groups_weight_decay
 from util.settings import DataSpec, ImageSpec, RunSpec, specs
 from util.training import run_log, trainer
 from util.training.loop import Callback
+from util.training.online_probe import OnlineProbe
+from util.training.precision import Precision
 from util.weights import loading
 
 logger = logging.getLogger(__name__)
@@ -67,7 +72,7 @@ def main(
 
     Args:
         model_class: class of the model, or a `partial` of it; a subclass changes the method.
-        callbacks: called after every update.
+        callbacks: called after every update and every epoch.
         source: function(split, data_path) that returns a dataset, in place of --dataset py:MODULE:FUNCTION.
     """
     args, precision = trainer.start(with_source(args, source), "main_pretrain")
@@ -94,7 +99,7 @@ def main(
     model.to(device)
 
     data = RunData(ImageSpec.of(settings), DataSpec.of(settings), device, source)
-    samples, full_images = open_samples(args, data, draw_noise)
+    samples, full_images = open_samples(args, data, draw_noise, model, mask_ratio)
     batches = loader.TrainLoader(
         samples, args.batch_size, args.seed, args.num_workers, data.pin_memory, args.repeated_sampling, args.accum_iter,
         args.updates_per_epoch,
@@ -105,42 +110,78 @@ def main(
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
 
     vis_every = args.vis_every if model.predicts_pixels else 0
+    probe = open_probe(args, data, full_images.source, precision)
 
-    def draw_examples(epoch: int, log: run_log.NullLog) -> dict[str, Any]:
+    def after_epoch(epoch: int, log: run_log.NullLog) -> dict[str, Any]:
         takes_part = dist.is_main() or args.fsdp  # sharded weights need all processes
         if takes_part and vis_every and (epoch % vis_every == 0 or epoch == args.epochs - 1):
-            model.eval()  # without drop path; the next epoch begins in training mode
-            images, _, noise = loader.examples(full_images, EXAMPLES)
-            names = loader.example_names(full_images, EXAMPLES)
-            given = noise if uses_noise else None
-            picture = pictures.reconstruction(model, images, given, data.normalize, mask_ratio, labels=names)
-            log.picture("reconstruction", picture, epoch)
+            log.picture("reconstruction", draw_examples(model, full_images, data, mask_ratio, uses_noise), epoch)
+        if probe and ((epoch + 1) % args.probe_every == 0 or epoch == args.epochs - 1):
+            return probe.scores(model)
         return {}
 
     task = trainer.Task(
         train_one_epoch=partial(
-            train_one_epoch, mask_ratio=mask_ratio, normalize=data.normalize, uses_noise=uses_noise
+            train_one_epoch, mask_ratio=mask_ratio, normalize=data.normalize, uses_noise=uses_noise,
+            lack_of_valid=model.lack_of("valid"),
         ),
-        after_epoch=draw_examples,
+        after_epoch=after_epoch,
         callbacks=callbacks,
-    )
+    )  # fmt: skip
     trainer.run(model, optimizer, batches, precision, task, RunSpec.of(settings), settings)
 
 
-def open_samples(args: Namespace, data: RunData, draw_noise: Callable[[], Tensor]) -> tuple[Samples, Samples]:
-    """Opens the training images: augmented, and as in an evaluation."""
+def open_samples(
+    args: Namespace, data: RunData, draw_noise: Callable[[], Tensor], model: models_mae.MaskedAutoencoderViT,
+    mask_ratio: float,
+) -> tuple[Samples, Samples]:  # fmt: skip
+    """Opens the training images: augmented, and as in an evaluation. Enough of their patches are valid."""
     source = data.open_split("train", args.num_images)
     data.suggest_statistics(source)
     (source,) = data.cached(source)
-    augment = transforms.pretrain_transform(
+    augment: transforms.ImageTransform = transforms.pretrain_transform(
         args.input_size, args.crop_scale, args.hflip, crop=args.crop, crop_ratio=args.crop_ratio, vflip=args.vflip,
         rotate90=args.rotate90,
     )  # fmt: skip
-    augmented, full = (
-        data.samples(source, transforms.keeps_label(transform), args.on_bad_image, draw_noise)
-        for transform in (augment, transforms.eval_transform(args.input_size, crop=args.crop))
+    patch_size, num_visible = model.patch_embed.patch_size, masking.num_visible(model.num_patches, mask_ratio)
+    whole = transforms.eval_transform(args.input_size, crop=args.crop)
+    augment, whole = (
+        transforms.ValidPatches(transform, patch_size, args.min_valid, num_visible) for transform in (augment, whole)
     )
-    return augmented, full
+    augmented = data.samples(source, transforms.keeps_label(augment), args.on_bad_image, draw_noise)
+    # An image that has enough valid patches in random crops only does not end the run when examples are drawn.
+    return augmented, data.samples(source, transforms.keeps_label(whole), "skip", draw_noise)
+
+
+def draw_examples(
+    model: models_mae.MaskedAutoencoderViT, samples: Samples, data: RunData, mask_ratio: float, uses_noise: bool
+) -> np.ndarray:
+    """Draws reconstructions of EXAMPLES samples, as in `pictures.reconstruction`."""
+    model.eval()  # without drop path; the next epoch begins in training mode
+    images, _, noise, *valid = loader.examples(samples, EXAMPLES)
+    names = loader.example_names(samples, EXAMPLES)
+    return pictures.reconstruction(
+        model, images, noise if uses_noise else None, data.normalize, mask_ratio, labels=names,
+        valid=valid[0] if valid else None,
+    )  # fmt: skip
+
+
+def open_probe(args: Namespace, data: RunData, source: Source | Shards, precision: Precision) -> OnlineProbe | None:
+    """Opens the data of --probe_every; None if it is 0.
+
+    Raises:
+        ValueError: the model is sharded, or the data can't be opened.
+    """
+    if not args.probe_every:
+        if args.probe_path:
+            logger.warning("--probe_path has no effect without --probe_every")
+        return None
+    if args.fsdp:
+        raise ValueError(
+            f"--probe_every {args.probe_every}: --fsdp shards the weights; omit one of them, and evaluate checkpoints "
+            f"with main_knn.py --finetune FILE"
+        )
+    return OnlineProbe(data, source, args.probe_path, args.batch_size, precision)
 
 
 def accepts_noise(model: models_mae.MaskedAutoencoderViT, masking: str, mask_block: int) -> bool:

@@ -15,7 +15,7 @@ ADE20K with a linear head on a frozen encoder, 8 GPUs of one machine (16 images 
 import argparse
 import logging
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from util.pos_embed import to_pair
 from util.settings import DataSpec, ImageSpec, RunSpec, specs
 from util.training import run_log, trainer
 from util.training.compiling import compile_model
+from util.training.loop import Callback
 from util.weights import loading
 from util.weights.loading import Weights
 from util.weights.model_zoo import SEGMENTER
@@ -61,13 +62,14 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(args: Namespace, source: OpenDataset | None = None) -> Scores | None:
+def main(args: Namespace, source: OpenDataset | None = None, callbacks: Sequence[Callback] = ()) -> Scores | None:
     """Trains for `args.epochs` epochs and evaluates the model every `--eval_every` epochs.
 
     With --eval, it evaluates a segmentation model once and returns the result.
 
     Args:
         source: function(split, data_path) that returns a dataset of images and masks, in place of --dataset py:.
+        callbacks: called after every update and every epoch.
     """
     args, precision = trainer.start(with_source(args, source), "main_segment")
     device = precision.device
@@ -122,6 +124,7 @@ def main(args: Namespace, source: OpenDataset | None = None) -> Scores | None:
         loss_tag="loss",
         evaluates=True,
         metric="test_miou",
+        callbacks=callbacks,
     )
     trainer.run(model, optimizer, batches, precision, task, RunSpec.of(settings), settings)
     return None

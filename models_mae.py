@@ -12,6 +12,7 @@ Parameters have the names of the published checkpoints.
 """
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from models_vit import LAYER_NORM, SIZES, Block, Encoder, NormLayer, PatchEmbed, drop_path_rates
-from util.masking import noise_from_mask, shuffle, take
+from util.masking import noise_from_mask, num_visible, shuffle, take
 from util.pos_embed import Size, resize_pos_embed, sincos_table
 
 
@@ -60,7 +61,11 @@ class Reconstruction(NamedTuple):
 
 
 # Arguments that the steps of the published code do not have, and the methods that pass them on.
-STEP_ARGUMENTS = {"noise": ("forward", "forward_encoder", "random_masking"), "grid_size": ("forward_decoder",)}
+STEP_ARGUMENTS = {
+    "noise": ("forward", "forward_encoder", "random_masking"),
+    "grid_size": ("forward_decoder",),
+    "valid": ("forward", "forward_loss", "target"),
+}
 
 
 class MaskedAutoencoderViT(Encoder):
@@ -259,37 +264,73 @@ class MaskedAutoencoderViT(Encoder):
             x = block(x)
         return self.patch_tokens(self.decoder_pred(self.decoder_norm(x)))
 
-    def forward_loss(self, imgs: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
+    def forward_loss(self, imgs: Tensor, pred: Tensor, mask: Tensor, valid: Tensor | None = None) -> Tensor:
         """Mean squared error over the masked patches (section 3, "Reconstruction target"); 0 if none is masked.
+
+        With invalid pixels, the error of a patch is the mean over its valid pixels. Patches without valid pixels have
+        no loss. Each image has the same weight, so that the loss does not depend on the split of a batch.
+
+        Args:
+            valid: valid pixels, bool (B, H, W). Default: all.
 
         Raises:
             ValueError: the target has another shape than `pred`; the difference would be broadcast.
         """
-        target = self.target(imgs)
+        target = self.target(imgs, **_given(valid=valid))
         if target.shape != pred.shape:
             raise ValueError(
                 f"the target is {tuple(target.shape)} and the prediction {tuple(pred.shape)}: both must be (B, N, "
                 f"target_dim), and target_dim of {type(self).__name__} is {self.target_dim}"
             )
-        loss = (pred - target).square().mean(dim=-1)  # (B, N)
-        return (loss * mask).sum() / mask.sum().clamp(min=1)
+        if valid is None:
+            loss = (pred - target).square().mean(dim=-1)  # (B, N)
+            return (loss * mask).sum() / mask.sum().clamp(min=1)
+        weight = self._valid_values(valid, imgs.shape[1])
+        if self.target_dim is not None:  # features of patches
+            weight = weight.any(dim=-1, keepdim=True).expand_as(pred)
+        loss = (pred - target).where(weight, 0).square().sum(dim=-1) / weight.sum(dim=-1).clamp(min=1)
+        scored = mask * weight.any(dim=-1)
+        return ((loss * scored).sum(dim=1) / scored.sum(dim=1).clamp(min=1)).mean()
 
-    def target(self, imgs: Tensor) -> Tensor:
+    def target(self, imgs: Tensor, valid: Tensor | None = None) -> Tensor:
         """The target of the decoder: images (B, c, H, W) -> (B, N, P), normalized per patch with `norm_pix_loss`.
 
         An override may return other features of the patches. The attribute `target_dim` sets their width.
+
+        Args:
+            valid: valid pixels, bool (B, H, W), whose statistics normalize a patch. Default: all.
         """
         patches = self.patchify(imgs)
         if not self.norm_pix_loss:
             return patches
-        mean, std = _patch_statistics(patches)
+        mean, std = self._patch_statistics(patches, valid)
         return (patches - mean) / std
+
+    def _valid_values(self, valid: Tensor, in_chans: int) -> Tensor:
+        """Valid pixels (B, H, W) -> valid values of patches, bool (B, N, p·p·c)."""
+        return self.patchify(valid.bool().unsqueeze(1).expand(-1, in_chans, -1, -1))
+
+    def _patch_statistics(self, patches: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Returns mean and standard deviation of each patch (B, N, 1). The variance is unbiased, as published.
+
+        Args:
+            patches: (B, N, p·p·c).
+            valid: the pixels that count, bool (B, H, W). Default: all.
+        """
+        if valid is None:
+            return patches.mean(dim=-1, keepdim=True), (patches.var(dim=-1, keepdim=True) + TARGET_EPS).sqrt()
+        counted = self._valid_values(valid, patches.shape[-1] // math.prod(self.patch_embed.patch_size))
+        count = counted.sum(dim=-1, keepdim=True)
+        mean = patches.where(counted, 0).sum(dim=-1, keepdim=True) / count.clamp(min=1)
+        squares = (patches - mean).where(counted, 0).square().sum(dim=-1, keepdim=True)
+        return mean, (squares / (count - 1).clamp(min=1) + TARGET_EPS).sqrt()
 
     # -------------------------------------------------------------------------------------------- training and use
 
     def forward(
-        self, imgs: Tensor, mask_ratio: float = 0.75, *, mask: Tensor | None = None, noise: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, imgs: Tensor, mask_ratio: float = 0.75, *, mask: Tensor | None = None, noise: Tensor | None = None,
+        valid: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """Images (B, c, H, W) -> loss (), predictions (B, N, P), mask (B, N).
 
         Args:
@@ -298,21 +339,44 @@ class MaskedAutoencoderViT(Encoder):
                 masked pixel is masked. It overrides `mask_ratio`. All images must have the same number of visible
                 patches.
             noise: (B, N); the patches with the smallest noise are visible. Default: torch.rand.
+            valid: valid pixels, bool (B, H, W). Other pixels are 0, the mean, at the input. They have no loss, and
+                patches without valid pixels are masked. Each image needs as many other patches as are visible.
+                Default: all.
 
         Raises:
-            ValueError: the sides of the images are not multiples of the patch size; mask, noise or ratio is invalid; or
-                an override of a step does not accept an argument that the call needs (`lacking`).
+            ValueError: the sides of the images are not multiples of the patch size; mask, noise, valid or ratio is
+                invalid; or an override of a step does not accept an argument that the call needs (`lacking`).
         """
         grid = self.patch_embed.grid_of(*imgs.shape[-2:])
         if mask is not None:
             noise, mask_ratio = noise_from_mask(mask.to(imgs.device), grid, self.patch_embed.patch_size)
-        options = {"noise": noise, "grid_size": None if grid == self.grid_size else grid}
+        if valid is not None:
+            imgs, excluded = self._exclude(imgs, noise, valid, mask_ratio)
+            if mask is not None and noise is not None and not torch.equal(excluded > 0, noise > 0):
+                raise ValueError("the mask leaves patches without valid pixels visible: mask them")
+            noise = excluded
+        options = {"noise": noise, "grid_size": None if grid == self.grid_size else grid, "valid": valid}
         for argument in self.lacking:
             if options[argument] is not None:
                 raise ValueError(self.lack_of(argument))
         latent, patch_mask, ids_restore = self.forward_encoder(imgs, mask_ratio, **_given(noise=noise))
         pred = self.forward_decoder(latent, ids_restore, **_given(grid_size=options["grid_size"]))
-        return self.forward_loss(imgs, pred, patch_mask), pred, patch_mask
+        return self.forward_loss(imgs, pred, patch_mask, **_given(valid=valid)), pred, patch_mask
+
+    def _exclude(self, imgs: Tensor, noise: Tensor | None, valid: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor]:
+        """Returns images without the values of invalid pixels, and noise (B, N) that masks patches without valid ones.
+
+        Raises:
+            ValueError: `valid` has another size than the images.
+        """
+        if valid.shape != (imgs.shape[0], *imgs.shape[2:]):
+            raise ValueError(f"valid is {tuple(valid.shape)}, and the images {tuple(imgs.shape)}: give (B, H, W)")
+        patches = self._valid_values(valid, 1).any(dim=-1)
+        noise = torch.rand(patches.shape, device=imgs.device) if noise is None else noise
+        visible = num_visible(patches.shape[1], mask_ratio)
+        enough = (patches.sum(dim=1) >= visible).all()
+        torch._assert_async(enough, f"an image has fewer than {visible} patches with valid pixels")  # no wait for a GPU
+        return _without_invalid(imgs, valid), noise.masked_fill(~patches, math.inf)
 
     def forward_features(self, imgs: Tensor) -> Tensor:
         """Images -> normalized encoder tokens (B, T + N, D), class tokens first. No patch is masked."""
@@ -325,8 +389,9 @@ class MaskedAutoencoderViT(Encoder):
 
     @torch.no_grad()
     def reconstruct(
-        self, imgs: Tensor, mask_ratio: float = 0.75, *, mask: Tensor | None = None, noise: Tensor | None = None
-    ) -> Reconstruction:
+        self, imgs: Tensor, mask_ratio: float = 0.75, *, mask: Tensor | None = None, noise: Tensor | None = None,
+        valid: Tensor | None = None,
+    ) -> Reconstruction:  # fmt: skip
         """Masks patches of images (B, c, H, W) and reconstructs them. The arguments are as in `forward`.
 
         A model trained with `norm_pix_loss` predicts normalized patches. They are scaled by the mean and standard
@@ -338,7 +403,7 @@ class MaskedAutoencoderViT(Encoder):
         """
         if not self.predicts_pixels:
             raise ValueError(f"{type(self).__name__} does not predict pixels, so it can't reconstruct images")
-        _, pred, patch_mask = self.forward(imgs, mask_ratio, **_given(mask=mask, noise=noise))[:3]
+        _, pred, patch_mask = self.forward(imgs, mask_ratio, **_given(mask=mask, noise=noise, valid=valid))[:3]
         grid = self.patch_embed.grid_of(*imgs.shape[-2:])
         if mask is not None:
             expected = noise_from_mask(mask.to(imgs.device), grid, self.patch_embed.patch_size)[0]
@@ -346,10 +411,11 @@ class MaskedAutoencoderViT(Encoder):
                 raise ValueError(
                     f"{type(self).__name__}.random_masking ignores the mask: call super().random_masking, which uses it"
                 )
+        imgs = imgs if valid is None else _without_invalid(imgs, valid)
         target = self.patchify(imgs)
         pred = pred.to(target.dtype)
         if self.norm_pix_loss:
-            mean, std = _patch_statistics(target)
+            mean, std = self._patch_statistics(target, valid)
             pred = pred * std + mean
         masked = patch_mask.unsqueeze(-1).to(target.dtype)
         return Reconstruction(
@@ -385,9 +451,9 @@ def _accepts(method: Callable[..., Any], argument: str) -> bool:
     return argument in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
-def _patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns mean and standard deviation of each patch (B, N, 1). The variance is unbiased, as published."""
-    return patches.mean(dim=-1, keepdim=True), (patches.var(dim=-1, keepdim=True) + TARGET_EPS).sqrt()
+def _without_invalid(imgs: Tensor, valid: Tensor) -> Tensor:
+    """Returns images (B, c, H, W) in which the invalid pixels are 0, the mean. `valid`: bool (B, H, W)."""
+    return imgs.masked_fill(~valid.bool().unsqueeze(1), 0)
 
 
 def _factory(size: str, prefix: str = "mae_vit", **own: Any) -> Callable[..., MaskedAutoencoderViT]:

@@ -5,7 +5,6 @@ import json
 import os
 import platform
 import re
-import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from models_vit import SIZES
 from util.cli import entry_point, flags
 from util.cli.choices import AMP_CHOICES
 from util.files import atomic
+from util.training.environment import commit
 
 RESULTS = Path(__file__).parent / "results"
 OUT_HELP = "folder of the JSON files (default: benchmarks/results/MACHINE)"
@@ -62,15 +62,6 @@ def processor() -> str:
     facts = dict(re.findall(r"^(model name|flags)\s*: (.*)$", text, re.MULTILINE))
     name = facts.get("model name", platform.machine()).replace("(R)", "").removesuffix(" Processor")
     return name + ", AMX" * ("amx_bf16" in facts.get("flags", ""))
-
-
-def commit() -> str | None:
-    """Returns the commit of this repository; None without git, or outside of a clone."""
-    command, folder = ["git", "rev-parse", "--short", "HEAD"], Path(__file__).parent
-    try:
-        return subprocess.run(command, cwd=folder, capture_output=True, text=True).stdout.strip() or None
-    except OSError:
-        return None
 
 
 def write(

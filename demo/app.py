@@ -204,14 +204,14 @@ def _reconstruct_tab(model: Autoencoder, photo: gr.File, opened: Any) -> Any:
         with gr.Column(min_width=300):
             editor: Any = gr.HTML("", picture="", rows=1, columns=1, container=True, padding=True, **EDITOR)
         with gr.Column(min_width=300):
-            pasted = _panel(outputs.PANELS[-1])
+            pasted = image_panel(outputs.PANELS[-1])
             caption = gr.HTML()
             with gr.Row():
                 ratio = gr.Slider(RATIOS[0], largest, min(0.75, largest), step=RATIOS[0], label="Mask ratio")
                 seed = gr.Number(0, label="Random seed", precision=0, minimum=0, maximum=outputs.MAX_SEED)
             another = gr.Button("Another mask")
     with gr.Row():
-        panels = [*(_panel(title) for title in outputs.PANELS[:-1]), pasted]
+        panels = [*(image_panel(title) for title in outputs.PANELS[:-1]), pasted]
     settings: dict[str, Any] = {"concurrency_id": "models", "show_progress": "minimal", "show_progress_on": panels}
 
     def draw(*values: Any) -> list[Any]:
@@ -234,7 +234,7 @@ def _reconstruct_tab(model: Autoencoder, photo: gr.File, opened: Any) -> Any:
 def _segment_tab(model: Segmenter, photo: gr.File, opened: Any) -> None:
     """Adds the tab."""
     with gr.Row():
-        panel = _panel("classes of the pixels")
+        panel = image_panel("classes of the pixels")
         with gr.Column(min_width=200):
             legend = gr.HTML()
             opacity = gr.Slider(0, 1, 0.6, step=0.05, label="Opacity")
@@ -250,11 +250,11 @@ def _inside_tab(model: Model, classifier: Model | None, photo: gr.File, opened: 
     names = [choice.name for choice in choices]
     chosen = gr.Dropdown(names, type="index", label=QUERIES if "query 1" in names else HEADS)
     with gr.Row():
-        original = _panel("original")
+        original = image_panel("original")
         with gr.Column(min_width=200):
-            attention, legend = _panel("attention"), gr.HTML()
+            attention, legend = image_panel("attention"), gr.HTML()
         with gr.Column(min_width=200):
-            components, _ = _panel("principal components"), gr.HTML(COMPONENTS)
+            components, _ = image_panel("principal components"), gr.HTML(COMPONENTS)
         if classifier is not None:
             classes = gr.Label(label="classes")
             opened.then(partial(outputs.classify, classifier), photo, classes, api_name="classify",
@@ -269,7 +269,7 @@ def _inside_tab(model: Model, classifier: Model | None, photo: gr.File, opened: 
     opened.then(view, [photo, chosen], answer, api_visibility="private", concurrency_id="models")
 
 
-def _panel(title: str) -> gr.Image:
+def image_panel(title: str) -> gr.Image:
     return gr.Image(
         label=title, alt_text=title, format="png", buttons=["download"], min_width=200, elem_classes="panel"
     )

@@ -159,7 +159,7 @@ def look_inside(model: Model, photo: str | None, attention: AttentionMap) -> lis
         f'<p class="scale">0 %<i></i>{100 * float(weights.max()):.1f} %</p>'
         f"<p>Share of the attention that a patch gets: bright patches get most.</p>"
     )
-    return [*(_enlarge(image) for image in images), legend]
+    return [*(enlarge(image) for image in images), legend]
 
 
 def classify(classifier: Model, photo: str | None) -> dict[str, float] | None:
@@ -217,7 +217,7 @@ def thumbnail(model: Model, picture: Picture) -> str:
 def to_image(model: Model, batch: torch.Tensor) -> Image.Image:
     """Converts the input of a model (1, c, H, W) to a picture with a short side of at least MIN_SIDE."""
     pixels = pictures.tile([batch], model.normalize.inverse)
-    return _enlarge(Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels))
+    return enlarge(Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels))
 
 
 def _open(model: Model, photo: str) -> Picture:
@@ -282,7 +282,7 @@ def _data_url(image: Image.Image) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
 
 
-def _enlarge(image: Image.Image) -> Image.Image:
+def enlarge(image: Image.Image) -> Image.Image:
     scale = math.ceil(MIN_SIDE / min(image.size))
     return _unique(image.resize((scale * image.width, scale * image.height), Image.Resampling.NEAREST))
 

@@ -5,9 +5,7 @@
 """
 
 import argparse
-import csv
 import json
-import statistics
 import sys
 import warnings
 from pathlib import Path
@@ -26,7 +24,7 @@ from util import datasets
 from util.cli import entry_point
 from util.data.samples import Samples
 from util.data.transforms import keeps_label, to_tensor
-from util.evaluation import knn, pictures, tables
+from util.evaluation import comparison, knn, pictures, tables
 from util.files import atomic
 from util.training import run_log
 
@@ -37,12 +35,11 @@ NEIGHBORS = 20
 STRENGTHS = (0.1, 1.0)  # inverse regularization strengths; chosen for each row on held-out training images
 HELD_OUT = 0.2
 ITERATIONS = 100
-# (encoder, protocol) of main_compare.py -> the title of its row
-FEW_LABELS = {
-    ("pixels", "logistic regression"): "raw pixels, logistic regression",
-    ("pixels", "RBF-SVM"): "raw pixels, RBF-SVM",
-    ("scratch", "fine-tuned"): "transformer from scratch",
-    ("pretrained", "fine-tuned"): "the same, fine-tuned from the pre-trained encoder",
+FEW_LABELS = {  # row of main_compare.py -> its title here
+    "pixels (logistic regression)": "raw pixels, logistic regression",
+    "pixels (RBF-SVM)": "raw pixels, RBF-SVM",
+    "scratch (fine-tuned)": "transformer from scratch",
+    "pretrained (fine-tuned)": "the same, fine-tuned from the pre-trained encoder",
 }
 
 
@@ -117,19 +114,25 @@ def neighbors(train: np.ndarray, labels: np.ndarray, test: np.ndarray, test_labe
     return sum(right) / len(test)
 
 
-def few_labels(folder: Path) -> tuple[int, dict[str, list[float]]]:
-    """The number of labels of a comparison of main_compare.py, and the accuracies of each row of FEW_LABELS."""
-    with (folder / "results.csv").open(encoding="utf-8") as file:
-        results = list(csv.DictReader(file))
-    rows = {
-        title: [float(result["accuracy"]) / 100 for result in results if (result["encoder"], result["protocol"]) == row]
-        for row, title in FEW_LABELS.items()
-    }
-    return int(results[0]["labels"]), rows
+def few_labels(folder: Path) -> tuple[int, dict[str, comparison.Cell]]:
+    """The number of labels of a comparison of main_compare.py, and the accuracies of each row of FEW_LABELS.
+
+    Raises:
+        ValueError: the comparison has several numbers of labels, or lacks a row.
+    """
+    cells = comparison.cells_of(comparison.read(folder))
+    counts = comparison.columns_of(cells)
+    if len(counts) != 1:
+        raise ValueError(f"--comparison {folder} has results for {counts} labels: give one with one number of --labels")
+    missing = [row for row in FEW_LABELS if row not in cells]
+    if missing:
+        raise ValueError(f"--comparison {folder} has no row {missing[0]}: ./run demo has the command that writes it")
+    return counts[0], {title: cells[row][counts[0]] for row, title in FEW_LABELS.items()}
 
 
 def main(args: argparse.Namespace) -> None:
     """Writes reconstructions.png, loss.png, table.md and results.json, and prints the table."""
+    number, few = few_labels(args.comparison) if args.comparison else (0, {})
     args.out.mkdir(parents=True, exist_ok=True)
     model: Any = get_model(args.checkpoint)
     torch.manual_seed(0)
@@ -155,12 +158,12 @@ def main(args: argparse.Namespace) -> None:
     table = tables.markdown(
         titles, [[name, f"{results[name]:.1%}", f"{results[f'{name}, neighbours']:.1%}"] for name in encoders]
     )
-    if args.comparison:
-        number, accuracies = few_labels(args.comparison)
-        means = {name: statistics.fmean(values) for name, values in accuracies.items()}
-        spreads = {name: 100 * statistics.stdev(values) for name, values in accuracies.items()}
-        results |= {f"{number} labels: {name}": mean for name, mean in means.items()}
-        few_rows = [[name, f"{mean:.1%}", f"{spreads[name]:.1f}"] for name, mean in means.items()]
+    if few:
+        results |= {f"{number} labels: {name}": cell.mean / 100 for name, cell in few.items()}
+        few_rows = [
+            [name, f"{cell.mean:.1f}%", "one draw" if cell.spread is None else f"{cell.spread:.1f}"]
+            for name, cell in few.items()
+        ]
         table += "\n\n" + tables.markdown([f"{number} labels", "test accuracy", "standard deviation"], few_rows)
     atomic.write_text(args.out / "table.md", table + "\n")
     atomic.write_text(args.out / "results.json", json.dumps(results, indent=1) + "\n")

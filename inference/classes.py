@@ -16,7 +16,7 @@ import models_mae
 import models_segment
 import models_vit
 from util.data import transforms
-from util.data.decode import MAX_PIXELS, BadImage, decode, size_of
+from util.data.decode import MAX_PIXELS, BadImage, PixelValues, decode, size_of
 from util.data.joint_transforms import fitted
 from util.data.segmentation_masks import default_colors
 from util.evaluation.segmentation import predict_classes
@@ -36,6 +36,7 @@ class ModelMixin(PyTorchModelHubMixin):
         normalize: a batch of such tensors -> the input of the model.
         classes: class names of a classifier, by label; those of ImageNet for 1000 classes without names.
         settings: the settings that the model is built from.
+        values: the meaning of the values in image files.
     """
 
     in_chans: int
@@ -45,6 +46,7 @@ class ModelMixin(PyTorchModelHubMixin):
     def _set_up(self, settings: dict[str, Any]) -> None:
         self.settings = settings
         self.in_chans = settings["in_chans"]
+        self.values = PixelValues(settings.get("nodata"), settings.get("value_range"))
         self.transform = transforms.eval_transform(
             settings["input_size"], settings.get("crop_pct"), settings.get("crop")
         )
@@ -80,7 +82,7 @@ class ModelMixin(PyTorchModelHubMixin):
         if are_inputs == {True}:
             return torch.stack(list(several)).to(device)
         pixels = [self.transform(self.open(image)) for image in several]
-        return self.normalize(torch.stack(pixels).to(device))
+        return self.normalize(torch.stack(transforms.of_one_range(pixels)).to(device))
 
     def open(self, image: ImageLike, max_pixels: int = MAX_PIXELS) -> Any:
         """Decodes an image to a picture with the channels of the model.
@@ -97,10 +99,10 @@ class ModelMixin(PyTorchModelHubMixin):
         upright = self.settings.get("exif") is not False
         if isinstance(image, str | Path):
             try:
-                return decode(read_file(image), self.in_chans, upright, max_pixels=max_pixels)
+                return decode(read_file(image), self.in_chans, upright, max_pixels=max_pixels, values=self.values)
             except BadImage as error:
                 raise BadImage(f"{image}: {error}") from error
-        return decode(image, self.in_chans, upright)  # type: ignore[arg-type]
+        return decode(image, self.in_chans, upright, values=self.values)  # type: ignore[arg-type]
 
     @torch.inference_mode()
     def predict(self, images: Images, topk: int = 5) -> Any:

@@ -65,6 +65,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="cls: class token; avg: mean of the patch tokens; tokens: all tokens (default: the input of the head)",
     )  # fmt: skip
     options.add_extraction_options(parser)
+    options.add_value_options(parser)
     options.add_bad_image_option(parser, "leave it out, up to 10 %% of the images; it first reads all images")
     return parser
 
@@ -73,12 +74,12 @@ def main(args: argparse.Namespace) -> None:
     """Computes the features and writes the file."""
     start_logging()
     device = dist.choose_device(args.device)
-    model = get_model(args.model, pretrained=True, device=device, **options.chosen_exif(args))
+    model = get_model(args.model, pretrained=True, device=device, **options.chosen_reading(args))
     precision = Precision(args.amp, device)
     source = open_source(args.split, args.data_path)
     assert not isinstance(source, Shards)  # --data_path never opens shards
     if args.on_bad_image == "skip":
-        source = readable(source, model.in_chans, args.num_workers)
+        source = readable(source, model.in_chans, args.num_workers, model.values)
     names = [source.name(index) for index in range(len(source))]
     partial = args.out.with_name(atomic.temporary_name(args.out.name, "{}.partial"))
     extractor = Extractor(model, args.pool)
@@ -160,7 +161,7 @@ def extract(
     def encode(rest: Source) -> Iterator[list[torch.Tensor]]:
         samples = Samples(
             rest, transforms.keeps_label(model.transform), in_chans=model.in_chans, seed=0, on_bad_image="error",
-            fast_jpeg=fast_jpeg, exif=exif,
+            fast_jpeg=fast_jpeg, exif=exif, values=model.values,
         )  # fmt: skip
         batches = loader.eval_loader(samples, batch_size, num_workers, pin_memory=precision.device.type == "cuda")
         return feature_files.encode(extractor, batches, normalize=model.normalize, precision=precision)

@@ -114,7 +114,7 @@ def get_model(
         raise ValueError(f"there is no file, model or published weights {name}{near}")
     architecture = name if name in ARCHITECTURES else model_zoo.TABLE[name].model
     if pretrained is False:
-        return _class_of(architecture)(_settings(architecture, settings, _of_row(name))).to(device)
+        return _class_of(architecture)(merged_settings(architecture, settings, row_settings(name))).to(device)
     source = _published_for(name) if pretrained is True else str(pretrained)
     return _load(loading.read(source), None if source == name else architecture, settings).to(device)
 
@@ -132,7 +132,7 @@ def _class_of(architecture: str) -> type[Autoencoder] | type[Classifier]:
     return Autoencoder if architecture.startswith("mae_") else Classifier
 
 
-def _settings(architecture: str, explicit: dict[str, Any], recorded: dict[str, Any]) -> dict[str, Any]:
+def merged_settings(architecture: str, explicit: dict[str, Any], recorded: dict[str, Any]) -> dict[str, Any]:
     """Returns the settings of a model: the arguments of `get_model`, else the record of a file, else the defaults."""
     size = models_vit.SIZES[models_build.size_of(architecture)]
     usual = {"input_size": size.get("img_size", 224), "patch_size": None, "in_chans": 3, "norm_pix_loss": False,
@@ -141,7 +141,7 @@ def _settings(architecture: str, explicit: dict[str, Any], recorded: dict[str, A
     return {**{key: value for key, value in settings.items() if key in REBUILDS}, "model": architecture}
 
 
-def _of_row(name: str) -> dict[str, Any]:
+def row_settings(name: str) -> dict[str, Any]:
     """Returns the settings of a model in the table of published weights; {} for other names."""
     row = model_zoo.TABLE.get(name)
     if not row:
@@ -164,11 +164,11 @@ def _published_for(name: str) -> str:
 def _load(file: Weights, architecture: str | None, settings: dict[str, Any]) -> Model:
     """Returns a model with the weights of a file. If `architecture` is None, it is that of the file."""
     recorded = models_build.file_settings(file, architecture)
-    recorded |= {name: value for name, value in _of_row(file.source).items() if name not in file.settings}
+    recorded |= {name: value for name, value in row_settings(file.source).items() if name not in file.settings}
     architecture = recorded["model"]
     if file.kind == CLASSIFIER and "nb_classes" in settings and settings["nb_classes"] != recorded["nb_classes"]:
         recorded = {name: value for name, value in recorded.items() if name not in ("classes", "label_names")}
-    merged = _settings(architecture, settings, recorded)
+    merged = merged_settings(architecture, settings, recorded)
     if merged.get("crop_pct") is None:
         merged["crop_pct"] = loading.crop_pct_of_earlier_version(file, merged["input_size"])
     segments = file.kind == SEGMENTER and not architecture.startswith("mae_")

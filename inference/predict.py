@@ -47,7 +47,9 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Prints and returns the predictions for each image."""
-    model = get_model(args.model, pretrained=True, device=dist.choose_device(args.device), **options.chosen_exif(args))
+    model = get_model(
+        args.model, pretrained=True, device=dist.choose_device(args.device), **options.chosen_reading(args)
+    )
     predictions = []
     for path in args.images:  # one at a time, so that results are printed before an unreadable image ends the command
         predictions.append(model.predict(path, args.topk))

@@ -67,7 +67,9 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> list[Reconstruction]:
     """Writes the picture, prints the PSNR of the masked pixels, and returns the reconstructions."""
     start_logging()
-    model = get_model(args.model, pretrained=True, device=dist.choose_device(args.device), **options.chosen_exif(args))
+    model = get_model(
+        args.model, pretrained=True, device=dist.choose_device(args.device), **options.chosen_reading(args)
+    )
     if not isinstance(model, Autoencoder):
         raise ValueError(
             f"--model {args.model} has no decoder and can't reconstruct: give a checkpoint of main_pretrain.py, or a "
@@ -120,6 +122,8 @@ def reconstruct(
     """
     picture = model.open(image)
     device = model.cls_token.device
+    if to_tensor(picture).isnan().any():
+        logger.warning("invalid pixels are the mean in the input, in the original and in the PSNR")
     imgs = uncropped_input(model, picture, short_side)
     if mask_boxes:
         scaled = scaled_size(model, size_of(picture), short_side)

@@ -51,7 +51,7 @@ def main(args: argparse.Namespace) -> list[np.ndarray]:
     Raises:
         ValueError: the model has no segmentation head, or two images have the same name with `--masks`.
     """
-    model = get_model(args.model, device=dist.choose_device(args.device), **options.chosen_exif(args))
+    model = get_model(args.model, device=dist.choose_device(args.device), **options.chosen_reading(args))
     if not isinstance(model, Segmenter):
         raise ValueError(
             f"--model {args.model} has no segmentation head: train one with main_segment.py, and give its checkpoint"

@@ -2,7 +2,10 @@
 
 import argparse
 import json
+import os
+import re
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -84,6 +87,20 @@ def small_run(data, out, *flags) -> list[str]:
         "--warmup_epochs", 1, "--blr", 0.01, "--num_workers", 0, "--device", "cpu", "--amp", "off", "--vis_every", 0,
         *flags,
     )]  # fmt: skip
+
+
+def run_section(page, heading, folder) -> str:
+    """Writes the first program of a section of a document, runs its first commands in a folder; returns the output."""
+    section = (forks.ROOT / page).read_text().split(heading)[1].split("\n## ")[0]
+    for name, code in re.findall(r"```python\n# (\S+\.py)\n(.*?)```", section, re.DOTALL)[:1]:
+        (folder / name).write_text(code)
+    commands = re.search(r"```bash\n(.*?)```", section, re.DOTALL)[1]
+    commands = re.sub(r"\bpython (?=main_|examples/)", f"python {forks.ROOT}/", commands)
+    shell = ["bash", "-ec", re.sub(r"\bpython\b", sys.executable, commands)]
+    environment = {**os.environ, "PYTHONPATH": str(forks.ROOT)}
+    done = subprocess.run(shell, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def in_processes(processes, data, out, *flags, script="main_pretrain.py", environment=None) -> str:

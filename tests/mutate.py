@@ -17,7 +17,6 @@ import os
 import queue
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -159,15 +158,10 @@ def tests_of(mutant: Mutant, data: coverage.CoverageData, seconds: dict[str, flo
 
 def passes(folder: Path, tests: Sequence[str]) -> bool:
     """Runs tests in a copy of the repository, until the first failure."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
-    with subprocess.Popen(
-        command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT, start_new_session=True
-    ) as process:
-        try:
-            return process.wait(HANG) == 0
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            return False
+    command = ["timeout", "--signal=KILL", str(HANG), sys.executable, "-m", "pytest", "-x", "-q", *tests]
+    # Not to a pipe: processes that a test leaves behind would keep it open.
+    hidden = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    return subprocess.run([*command, "-p", "no:cacheprovider"], cwd=folder, **hidden).returncode == 0
 
 
 def python_files() -> list[Path]:

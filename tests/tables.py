@@ -33,11 +33,10 @@ def rewritten(text: str) -> str:
 
 def pages() -> Iterator[tuple[Path, str]]:
     """Yields the documents that have tables of sources."""
-    for path in sorted(ROOT.glob("**/*.md")):
-        if not {".venv", "runs", "output"} & set(path.relative_to(ROOT).parts):
-            text = path.read_text(encoding="utf-8")
-            if BLOCK.search(text):
-                yield path, text
+    for path in (*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("*/*.md"))):
+        text = path.read_text(encoding="utf-8")
+        if BLOCK.search(text):
+            yield path, text
 
 
 if __name__ == "__main__":

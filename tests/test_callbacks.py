@@ -8,12 +8,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from mains import Stopped, assert_equal, in_processes, stop_after, weights
+from mains import Stopped, assert_equal, in_processes, lines, parse, stop_after, weights
+from segments import make_scenes
 
+import main_finetune
+import main_linprobe
 import main_pretrain
+import main_segment
 from util import dist
 from util.checkpoints import checkpoint
 from util.checkpoints.checkpoint import CheckpointError
+from util.weights import loading
 
 
 class History:
@@ -75,9 +80,12 @@ def test_only_checkpoints_of_runs_with_callbacks_have_the_key(pretrain):
 
 def ema_script():
     """The script of METHOD.md that averages the weights."""
-    codes = re.findall(r"```python\n(.*?)```", (ROOT / "METHOD.md").read_text(), flags=re.DOTALL)
-    (code,) = [code for code in codes if "EMA" in code]
+    (code,) = [code for code in codes_of_the_page() if "EMA" in code]
     return code
+
+
+def codes_of_the_page():
+    return re.findall(r"```python\n(.*?)```", (ROOT / "METHOD.md").read_text(), flags=re.DOTALL)
 
 
 @pytest.mark.parametrize(("method", "calls"), [("save_epoch", 1), ("save", 2)])
@@ -96,6 +104,8 @@ def test_the_documented_average_is_saved_and_resumed_exactly(pretrain, monkeypat
     assert ours["n_averaged"] == 9
     last = weights(resumed, "checkpoint-2.pth")
     assert any(not torch.equal(ours[f"module.{name}"], weight) for name, weight in last.items())
+    distance = sum(float((ours[f"module.{name}"] - weight).square().sum()) for name, weight in last.items()) ** 0.5
+    assert lines(resumed)[-1]["ema_distance"] == pytest.approx(distance, rel=1e-4)
 
 
 @pytest.mark.parametrize(("before", "after", "numbers"), [(0, 1, "0 callbacks.* has 1"), (1, 0, "1 callbacks.* has 0")])
@@ -118,3 +128,42 @@ def test_the_documented_script_of_an_average_trains(pictures, tmp_path):
     state = checkpoint.read(tmp_path / "run/checkpoint-0.pth")
     names = {"n_averaged", *(f"module.{name}" for name in state["model"])}
     assert state["callbacks"][0].keys() == names
+    (code,) = [code for code in codes_of_the_page() if "average.pth" in code]
+    exec(code.replace("runs/average", str(tmp_path / "run")), {})
+    encoder = loading.read(tmp_path / "run/average.pth")
+    assert torch.equal(encoder.tensors["cls_token"], state["callbacks"][0]["module.cls_token"])
+    assert not torch.equal(encoder.tensors["cls_token"], state["model"]["cls_token"])
+
+
+def test_an_entry_that_exists_is_an_error_and_the_epoch_is_saved(pretrain):
+    class Twice(History):
+        def after_epoch(self, model, epoch, log):
+            return {"train_loss": 0.0}
+
+    with pytest.raises(ValueError, match=r"Twice.*train_loss"):
+        pretrain("run", callbacks=[Twice()], epochs=1, save_minutes=0)
+
+
+@pytest.mark.parametrize("script", [main_finetune, main_linprobe, main_segment])
+def test_callbacks_of_every_script(script, labelled, tmp_path):
+    """An entry of an epoch comes from the weights after its last update."""
+
+    def of_head(state):
+        return sum(float(value.double().square().sum()) for name, value in state.items() if name.startswith("head."))
+
+    class Last(History):
+        def after_epoch(self, model, epoch, log):
+            return {"test_weight": of_head(model.state_dict()), "number": len(self.epochs)}
+
+        def after_update(self, model, epoch):
+            self.epochs.append(epoch)
+
+    flags = {"model": "vit_mini_patch4", "input_size": 16, "batch_size": 8, "num_workers": 0, "device": "cpu",
+             "amp": "off", "output_dir": tmp_path / "run", "epochs": 2, "warmup_epochs": 0}  # fmt: skip
+    flags |= {"data_path": make_scenes(tmp_path / "scenes"), "nb_classes": 3} if script is main_segment else {
+        "data_path": labelled}  # fmt: skip
+    history = Last()
+    script.main(parse(script, **flags), callbacks=[history])
+    first, second = lines(tmp_path / "run")
+    assert (first["number"], second["number"]) == (len(history.epochs) / 2, len(history.epochs))
+    assert second["test_weight"] == pytest.approx(of_head(weights(tmp_path / "run"))) != first["test_weight"]

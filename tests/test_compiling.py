@@ -25,6 +25,13 @@ from util.training.compiling import compile_model
 
 @pytest.fixture(scope="module")
 def _compiler():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ATEN_CPU_CAPABILITY", "default")  # code without vector instructions is compiled in half the time
+        _require_compiler()
+        yield
+
+
+def _require_compiler():
     try:
         torch.compile(torch.relu)(torch.ones(2))
     except Exception:  # which ones is up to the backend

@@ -1,6 +1,7 @@
 """The parts of the demo; `.ci/run` runs the complete demo."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -104,11 +105,11 @@ def test_the_report_of_a_small_run(unpacked, pretrain, tmp_path):
     run = pretrain(data_path=data, input_size=28, in_chans=1, batch_size=50, mean=0.286, std=0.353)
     rows = {("pixels", "logistic regression"): 60, ("pixels", "RBF-SVM"): 65, ("scratch", "fine-tuned"): 40,
             ("pretrained", "fine-tuned"): 70}  # fmt: skip
-    results = [
+    written = [
         Result(*row, 50, draw, accuracy + draw, "", 1.0, "") for row, accuracy in rows.items() for draw in (0, 1)
     ]
     (tmp_path / "compared").mkdir()
-    comparison.write(tmp_path / "compared", results)
+    comparison.write(tmp_path / "compared", written)
     out = tmp_path / "report"
     script("demo/report.py", "--checkpoint", run / "checkpoint-1.pth", "--data_path", data, "--comparison",
            tmp_path / "compared", "--out", out)  # fmt: skip
@@ -121,6 +122,16 @@ def test_the_report_of_a_small_run(unpacked, pretrain, tmp_path):
     assert "| transformer from scratch | 40.5% | 0.7 |" in table
     picture = np.array(Image.open(out / "reconstructions.png").convert("L")).astype(float)
     assert picture.std() > 30  # not blank
+    two_counts = [*written, written[0]._replace(labels=100)]
+    for number, (wrong, message) in enumerate(
+        ((two_counts, r"\[50, 100\]"), (written[:-2], "pretrained"), ([], "results.csv"))
+    ):
+        folder = tmp_path / f"wrong{number}"
+        folder.mkdir()
+        if wrong:
+            comparison.write(folder, wrong)
+        with pytest.raises(ValueError, match=f"{re.escape(str(folder))}.*{message}"):
+            report.few_labels(folder)
     assert (out / "loss.png").stat().st_size > 5000
 
 

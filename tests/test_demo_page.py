@@ -103,7 +103,7 @@ def test_the_page_displays_the_selected_head(mae):
     for head, expected in ((0, attention.mean(dim=0)), (1, attention[0]), (4, attention[3])):
         original, bright, _, legend = outputs.look_inside(mae, str(CAT), choices[head])
         assert np.array_equal(np.asarray(original), picture_of(mae, imgs))
-        wanted = outputs._enlarge(maps.overlay(mae, imgs[0], expected))
+        wanted = outputs.enlarge(maps.overlay(mae, imgs[0], expected))
         assert np.array_equal(np.asarray(bright), np.asarray(wanted))
         assert f"0 %<i></i>{100 * expected.max():.1f} %" in legend
 
@@ -128,7 +128,7 @@ def test_the_page_displays_the_queries_of_an_attentive_probe(mae, tmp_path):
     of_all = maps.query_attention(classifier, imgs)[0]
     for choice, expected in zip(choices[5:], (of_all.mean(dim=0), *of_all), strict=True):
         original, bright, colors, legend = outputs.look_inside(mae, str(CAT), choice)
-        wanted = outputs._enlarge(maps.overlay(classifier, imgs[0], expected))
+        wanted = outputs.enlarge(maps.overlay(classifier, imgs[0], expected))
         assert np.array_equal(np.asarray(bright), np.asarray(wanted))
         assert original.size == colors.size == bright.size == (480, 320)
         assert f"0 %<i></i>{100 * expected.max():.1f} %" in legend
@@ -140,7 +140,7 @@ def test_the_page_displays_the_queries_of_an_attentive_probe(mae, tmp_path):
 def test_a_probe_of_gray_images_looks_inside_next_to_a_model_of_colors(mae, tmp_path):
     classifier = attentive_probe(tmp_path / "probe.pth", 32, 1)
     imgs = reconstruct.uncropped_input(classifier, Image.open(CAT).convert("L"))
-    wanted = outputs._enlarge(maps.overlay(classifier, imgs[0], maps.query_attention(classifier, imgs)[0, 1]))
+    wanted = outputs.enlarge(maps.overlay(classifier, imgs[0], maps.query_attention(classifier, imgs)[0, 1]))
     _, bright, _, _ = outputs.look_inside(mae, str(CAT), outputs.attention_maps(mae, classifier)[-1])
     assert np.array_equal(np.asarray(bright), np.asarray(wanted))
 
@@ -233,7 +233,7 @@ def test_the_page_rejects_images_in_an_escaped_message(mae, tmp_path, monkeypatc
 
 def test_equal_pictures_are_files_of_their_own(mae):
     """A visitor loads one of them while another is written."""
-    panel, batch = app._panel("original"), torch.zeros(1, 3, 32, 32)
+    panel, batch = app.image_panel("original"), torch.zeros(1, 3, 32, 32)
     first, second = (panel.postprocess(outputs.to_image(mae, batch)).path for _ in range(2))
     assert first != second
     assert np.array_equal(Image.open(first), Image.open(second))

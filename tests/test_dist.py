@@ -341,7 +341,7 @@ STEP = {
 )
 def test_srun_environment_is_translated(environment, nodes, first):
     environment(STEP | {"SLURM_STEP_NODELIST": nodes})
-    dist._translate_srun()
+    dist.translate_srun()
     assert {name: os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")} == {
         "RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"
     }  # fmt: skip
@@ -351,16 +351,16 @@ def test_srun_environment_is_translated(environment, nodes, first):
 
 def test_sbatch_and_salloc_shells_are_single_processes(environment):
     environment({"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "8"})
-    dist._translate_srun()
+    dist.translate_srun()
     assert "WORLD_SIZE" not in os.environ
     environment(STEP | {"SLURM_STEP_NUM_TASKS": "1"})  # the shell that salloc opens as a step
-    dist._translate_srun()
+    dist.translate_srun()
     assert "WORLD_SIZE" not in os.environ
 
 
 def test_an_explicit_master_address_in_a_step_takes_precedence(environment):
     environment(STEP | {"MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "29999"})
-    dist._translate_srun()
+    dist.translate_srun()
     assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], os.environ["RANK"]) == ("10.0.0.7", "29999", "3")
 
 
@@ -374,7 +374,7 @@ def test_missing_variables_of_slurm_are_named(environment):
 
 def test_torchrun_within_a_step_takes_precedence(environment):
     environment(STEP | {"WORLD_SIZE": "2", "RANK": "0"})
-    dist._translate_srun()
+    dist.translate_srun()
     assert (os.environ["WORLD_SIZE"], os.environ["RANK"]) == ("2", "0")
 
 

@@ -185,7 +185,7 @@ def test_a_subclass_trains_by_the_script(kind, pictures, tmp_path):
 
 
 def test_the_documented_target_trains(pictures, tmp_path):
-    code, _ = re.findall(r"```python\n(.*?)```", (ROOT / "METHOD.md").read_text(), flags=re.DOTALL)
+    code, *_ = re.findall(r"```python\n(.*?)```", (ROOT / "METHOD.md").read_text(), flags=re.DOTALL)
     names: dict = {"__name__": "hog"}
     exec(code, names)
     model = names["HOGTarget"](**SETTINGS)

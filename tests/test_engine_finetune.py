@@ -14,7 +14,7 @@ from sklearn.metrics import log_loss, top_k_accuracy_score
 import main_finetune
 import main_knn
 import main_linprobe
-from engine_finetune import Evaluation, _interleave, encode, evaluate, with_recorded_settings
+from engine_finetune import Evaluation, encode, evaluate, interleave, with_recorded_settings
 from models_vit import vit_mini_patch4
 from util import dist
 from util.cli import entry_point
@@ -78,7 +78,7 @@ def test_evaluation_prints_the_published_line():
 
 def test_samples_of_several_processes_are_merged_in_order():
     parts = [np.array([0, 3, 6]), np.array([1, 4, 7]), np.array([2, 5])]
-    assert _interleave(parts).tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert interleave(parts).tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
 
 
 def test_predictions_of_all_processes_are_counted(evaluation_of, monkeypatch):

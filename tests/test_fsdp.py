@@ -57,7 +57,7 @@ def test_gradients_are_averaged_in_fp32(process_group, monkeypatch, device, dtyp
     monkeypatch.setattr(fsdp, "init_device_mesh", lambda *args: args)
     monkeypatch.setattr(fsdp, "fully_shard", lambda module, mesh, mp_policy=None: policies.append((mesh, mp_policy)))
     monkeypatch.setattr(fsdp, "register_fsdp_forward_method", lambda *_: None)
-    monkeypatch.setattr(fsdp, "_initialize", lambda *_: None)
+    monkeypatch.setattr(fsdp, "initialize", lambda *_: None)
     model = build()
     fsdp.shard(model, model.blocks, torch.device(device), dtype, "reconstruct")
     assert [mesh for mesh, _ in policies] == [(device, (1,))] * 5

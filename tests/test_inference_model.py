@@ -14,7 +14,7 @@ import models_mae
 import models_vit
 from inference import export, features, get_model, inference_model, list_models
 from inference.classes import imagenet_classes
-from inference.model import Autoencoder, Classifier, _of_row, _settings
+from inference.model import Autoencoder, Classifier, merged_settings, row_settings
 from util.checkpoints import checkpoint
 from util.checkpoints.checkpoint import CheckpointError
 from util.cli import entry_point
@@ -136,7 +136,9 @@ def test_names():
     assert isinstance(get_model("mae_vit-base-p16_8xb512-amp-coslr-300e_in1k"), Autoencoder)
     with torch.device("meta"):  # large models are not initialized
         huge = Classifier(
-            _settings("vit_huge_patch14", {}, _of_row("vit-huge-p14_mae-1600e-pre_32xb8-coslr-50e_in1k-448px"))
+            merged_settings(
+                "vit_huge_patch14", {}, row_settings("vit-huge-p14_mae-1600e-pre_32xb8-coslr-50e_in1k-448px")
+            )
         )
     assert huge.patch_embed.img_size == (448, 448)
     with pytest.raises(ValueError, match="vit_bas_patch16; did you mean vit_bas"):

@@ -37,8 +37,8 @@ def predictions(bank, queries, k, temperature):
 def test_agrees_with_scikit_learn(monkeypatch):
     """For all pairs of k and temperature, in one pass over the similarities."""
     bank, queries = clouds(600, 0), clouds(300, 1)
-    nearest, passes = knn._nearest, []
-    monkeypatch.setattr(knn, "_nearest", lambda queries, bank, k: passes.append(k) or nearest(queries, bank, k))
+    nearest, passes = knn.nearest, []
+    monkeypatch.setattr(knn, "nearest", lambda queries, bank, k: passes.append(k) or nearest(queries, bank, k))
     pairs = [(k, temperature) for k in (1, 5, 20) for temperature in (0.07, 1.0)]
     found = ours(bank, (queries[0].double(), queries[1]), temperatures=(0.07, 1.0))  # of any precision
     for pair in pairs:
@@ -65,7 +65,7 @@ def test_a_bank_of_halves_is_multiplied_in_full_precision(monkeypatch):
     monkeypatch.setattr(knn, "SLICE", 100)
     (bank, _), (queries, _) = clouds(250, 0), clouds(40, 1)
     bank, queries = (torch.nn.functional.normalize(part, dim=1) for part in (bank.half().float(), queries))
-    similarity, places = knn._nearest(queries, bank.half(), 7)
+    similarity, places = knn.nearest(queries, bank.half(), 7)
     exact = (queries @ bank.half().float().T).sort(dim=1, descending=True)
     assert similarity.dtype == torch.float32
     torch.testing.assert_close(similarity, exact.values[:, :7], rtol=0, atol=1e-6)

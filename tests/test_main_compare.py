@@ -35,6 +35,7 @@ from util.data.labels import hold_out, some_of_each_class
 from util.evaluation import comparison, pixel_baselines
 from util.evaluation.comparison import Result
 from util.jobs.commands import Commands
+from util.settings import ImageSpec
 
 SHAPE = {"input_size": 16, "patch_size": 8, "in_chans": 1, "num_cls_tokens": 2}
 GIVEN = {**SHAPE, "mean": [0.45], "std": [0.3], "crop": "none", "crop_pct": 0.9, "num_workers": 1, "amp": "off",
@@ -354,7 +355,7 @@ def test_names_of_encoders(tmp_path, monkeypatch):
     for path in ("lr=0.1/checkpoint-9.pth", "v1.5/config.json"):
         Path(path).parent.mkdir()
         Path(path).touch()
-    assert {text: main_compare._named(text) for text in NAMED} == NAMED
+    assert {text: main_compare.name_and_file(text) for text in NAMED} == NAMED
 
 
 NAMED = {
@@ -484,9 +485,9 @@ def test_the_time_left_is_that_of_similar_runs():
     tasks = [main_compare.Task(encoder, protocol, labels, 1, draw)
              for protocol in ("knn", "finetune") for labels in (10, 50) for draw in (0, 1, 2)]  # fmt: skip
     seconds = {tasks[0].name: 2.0, tasks[1].name: 4.0, tasks[3].name: 10.0, tasks[6].name: 60.0}
-    assert main_compare._seconds_left(tasks, seconds) == 3 + 2 * 10 + 2 * 60 + 3 * 60
+    assert main_compare.seconds_left(tasks, seconds) == 3 + 2 * 10 + 2 * 60 + 3 * 60
     tasks.append(main_compare.Task(encoder, "linear", 10, 1, 0))
-    assert main_compare._seconds_left(tasks, seconds) == 323 + 76 / 4
+    assert main_compare.seconds_left(tasks, seconds) == 323 + 76 / 4
 
 
 def results(encoder, accuracies, labels=100):
@@ -566,20 +567,17 @@ def test_a_rare_class_may_be_absent_from_the_images_that_choose(monkeypatch):
 def test_pixels_have_the_default_crop_of_the_input_size(labelled):
     source = datasets.open_source("val", str(labelled))
     default, uncropped = (
-        pixel_baselines.read(source, 256, in_chans=1, crop="random", crop_pct=c, num_workers=0) for c in (None, 1.0)
+        pixel_baselines.read(source, ImageSpec(256, 1, crop_pct=crop_pct), 0) for crop_pct in (None, 1.0)
     )
     assert np.array_equal(default, uncropped)
 
 
 def test_pixels_are_resized_to_32_and_keep_their_range(labelled):
     source = datasets.open_source("val", str(labelled))
-    pixels = pixel_baselines.read(source, (64, 32), in_chans=1, crop="random", crop_pct=1, num_workers=0)
+    pixels = pixel_baselines.read(source, ImageSpec((64, 32), 1, crop_pct=1), 0)
     assert pixels.shape == (23, 32 * 16)
     assert 0 <= pixels.min() < pixels.max() <= 1
-    assert pixel_baselines.read(source, 16, in_chans=3, crop="random", crop_pct=None, num_workers=0).shape == (
-        23,
-        3 * 16 * 16,
-    )
+    assert pixel_baselines.read(source, ImageSpec(16, 3), 0).shape == (23, 3 * 16 * 16)
 
 
 def test_pixels_are_in_one_range_for_files_of_8_and_16_bits(tmp_path):
@@ -588,7 +586,7 @@ def test_pixels_are_in_one_range_for_files_of_8_and_16_bits(tmp_path):
         (tmp_path / name / "val/cat").mkdir(parents=True)
         Image.fromarray(pixels).save(tmp_path / name / "val/cat/0.png")
     sources = [datasets.open_source("val", str(tmp_path / name)) for name in ("bytes", "deep")]
-    read = [pixel_baselines.read(source, 8, in_chans=1, crop="random", crop_pct=1, num_workers=0) for source in sources]
+    read = [pixel_baselines.read(source, ImageSpec(8, 1, crop_pct=1), 0) for source in sources]
     np.testing.assert_allclose(*read, atol=1e-6)
     assert read[0].max() == 1
     assert read[0].dtype == np.float32
@@ -683,6 +681,6 @@ def test_checkpoints_and_tokens_of_complete_runs_are_removed(tmp_path):
     (tmp_path / "tokens").mkdir()
     for name in ("checkpoint-1.pth", "checkpoint-best.pth", "probe.pth", "tokens/train.npy"):
         (tmp_path / name).touch()
-    assert main_compare._last_line(tmp_path, "") == {"test_acc1": 5, "chosen_blr": 3, "epochs": 2}
-    main_compare._remove_checkpoints(tmp_path)
+    assert main_compare.last_line(tmp_path, "") == {"test_acc1": 5, "chosen_blr": 3, "epochs": 2}
+    main_compare.remove_checkpoints(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["log.txt"]

@@ -226,8 +226,8 @@ def test_the_error_that_ends_a_run_precedes_an_error_of_the_log(caplog):
         def close(self):
             raise OSError("the log is full")
 
-    with pytest.raises(OSError, match=r"^The state is in X$"), trainer._closing(Full()):
+    with pytest.raises(OSError, match=r"^The state is in X$"), trainer.closing_log(Full()):
         raise OSError("The state is in X")
     assert "the log is full" in caplog.text
-    with pytest.raises(OSError, match="the log is full"), trainer._closing(Full()):
+    with pytest.raises(OSError, match="the log is full"), trainer.closing_log(Full()):
         pass

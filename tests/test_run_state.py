@@ -131,10 +131,10 @@ def test_resuming_with_another_optimizer_is_an_error():
     for ours, theirs in itertools.product(optimizers, optimizers):
         state = {"optimizer": theirs.state_dict()}
         if isinstance(ours, torch.optim.AdamW) is isinstance(theirs, torch.optim.AdamW):
-            run_state._require_same_optimizer(ours, state)
+            run_state.require_same_optimizer(ours, state)
         else:
             with pytest.raises(CheckpointError, match="another optimizer"):
-                run_state._require_same_optimizer(ours, state)
+                run_state.require_same_optimizer(ours, state)
 
 
 @pytest.mark.parametrize("content", [b"damaged", None])

@@ -121,7 +121,7 @@ def test_every_type_of_tensor_is_written_and_read(one_process, tmp_path):
     state = {"model": tensors, "optimizer": {"state": {}, "param_groups": []}, "args": {}}
     sharded.write(state, tmp_path / "checkpoint-0", group=None)
     assert_equal(sharded.gather(tmp_path / "checkpoint-0")["model"], {k: v.float() for k, v in tensors.items()})
-    reader = shard_files._Reader(tmp_path / "checkpoint-0")
+    reader = shard_files.ShardReader(tmp_path / "checkpoint-0")
     described = reader.read_metadata().state_dict_metadata
     assert {name: tensor.properties.dtype for name, tensor in described.items()} == {
         f"model.{dtype}": dtype for dtype in types
@@ -290,7 +290,7 @@ def test_metadata_execute_no_code(content, shards, tmp_path, monkeypatch):
     evil = call_by_name(content) if isinstance(content, str) else pickle.dumps(content)
     (folder / ".metadata").write_bytes(evil)
     state = checkpoint.read(folder)
-    state["files"] |= sharded._digests([folder / ".metadata"])
+    state["files"] |= sharded.digests_of([folder / ".metadata"])
     checkpoint.write({name: value for name, value in state.items() if name != "folder"}, folder / "state.pth")
     with pytest.raises(CheckpointError, match="is refused"):
         sharded.gather(folder)
@@ -310,10 +310,10 @@ class ByGetattr:
 def test_metadata_of_older_pythons_are_read():
     encoding = torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING
     content = pickle.dumps(ByGetattr(encoding, "TORCH_CHANNELS_LAST"))
-    assert shard_files._Unpickler(io.BytesIO(content)).load() is encoding.TORCH_CHANNELS_LAST
+    assert shard_files.MetadataUnpickler(io.BytesIO(content)).load() is encoding.TORCH_CHANNELS_LAST
     for kind, name in ((torch.Size, "numel"), (encoding, "__class__"), (encoding, "mro")):
         with pytest.raises(CheckpointError, match=rf"'{name}'.*could run code"):
-            shard_files._Unpickler(io.BytesIO(pickle.dumps(ByGetattr(kind, name)))).load()
+            shard_files.MetadataUnpickler(io.BytesIO(pickle.dumps(ByGetattr(kind, name)))).load()
 
 
 @pytest.mark.parametrize(
@@ -336,9 +336,9 @@ def test_an_interrupted_rename_leaves_a_readable_checkpoint(shards, tmp_path):
     (tmp_path / "checkpoint-49").mkdir()
     assert run_state.read_newest(tmp_path)["epoch"] == 20
     with pytest.raises(FileNotFoundError):  # a second crash, in the same place
-        sharded._put_in_place(tmp_path / "gone", tmp_path / "checkpoint-last")
+        sharded.replace_folder(tmp_path / "gone", tmp_path / "checkpoint-last")
     assert run_state.read_newest(tmp_path)["epoch"] == 20
-    sharded._put_in_place(tmp_path / ".checkpoint-last.tmp", tmp_path / "checkpoint-last")
+    sharded.replace_folder(tmp_path / ".checkpoint-last.tmp", tmp_path / "checkpoint-last")
     assert run_state.read_newest(tmp_path)["epoch"] == 40
     assert not (tmp_path / ".checkpoint-last.old").exists()
 

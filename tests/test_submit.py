@@ -123,9 +123,9 @@ def test_a_job_that_is_not_requeued(run, monkeypatch, setting):
     assert "--requeue" not in script
     assert "#SBATCH --requeue\n" in run("--dry_run", "--slurm", "no_requeue=false")
     handled = []
-    monkeypatch.setattr(submit, "_is_submitits", lambda signum: handled.append(signum))
+    monkeypatch.setattr(submit, "is_submitits", lambda signum: handled.append(signum))
     with pytest.raises(SystemExit, match="SIGUSR2"):
-        submit._stop(SimpleNamespace(cluster="slurm"), signal.SIGUSR2, requeue=False)
+        submit.stop_job(SimpleNamespace(cluster="slurm"), signal.SIGUSR2, requeue=False)
     assert handled == []  # neither requeued nor waiting for a requeue
 
 
@@ -160,7 +160,7 @@ def test_invalid_flags_are_errors_before_submission(run, flags, message):
 
 def test_scontrol_requeue_survives_its_own_sigterm(monkeypatch):
     """Slurm ends all processes of a requeued job, including the one that calls scontrol."""
-    monkeypatch.setattr(submit, "_is_submitits", lambda signum: True)
+    monkeypatch.setattr(submit, "is_submitits", lambda signum: True)
     before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGUSR2)}
     exit_codes = []
 
@@ -170,7 +170,7 @@ def test_scontrol_requeue_survives_its_own_sigterm(monkeypatch):
     try:
         signal.signal(signal.SIGUSR2, requeue)
         with pytest.raises(SystemExit, match="SIGUSR2"):
-            submit._stop(SimpleNamespace(cluster="local", global_rank=0), signal.SIGUSR2, requeue=True)
+            submit.stop_job(SimpleNamespace(cluster="local", global_rank=0), signal.SIGUSR2, requeue=True)
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
@@ -211,9 +211,9 @@ def test_an_error_of_sbatch_is_printed_once(run, monkeypatch, tmp_path, capsys):
 def test_private_names_of_submitit_exist():
     """A version of submitit without these names fails here, and not in --dry_run."""
     private = {"_make_submission_file_text", "_submitit_command_str"}
-    assert set(re.findall(r"self\.(_\w+)", inspect.getsource(submit._Slurm.script))) == private
+    assert set(re.findall(r"self\.(_\w+)", inspect.getsource(submit.Executor.script))) == private
     assert all(hasattr(submitit.SlurmExecutor, name) for name in private)
-    other_code = inspect.getsource(submit).replace(inspect.getsource(submit._Slurm.script), "")
+    other_code = inspect.getsource(submit).replace(inspect.getsource(submit.Executor.script), "")
     names = set(re.findall(r"\b(?:slurm|local|job|executor|task|submitit|self)\.(_[a-z]\w+)", other_code))
     assert names | set(re.findall(r"\.(_[a-z]\w+)", inspect.getsource(waiting))) == set()
 
@@ -411,14 +411,14 @@ echo $state
     now = [0.0]
     monkeypatch.setattr(submit.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(submit.time, "sleep", lambda seconds: now.append(now.pop() + seconds))
-    monkeypatch.setattr(submit, "_is_submitits", lambda signum: True)
+    monkeypatch.setattr(submit, "is_submitits", lambda signum: True)
     requeues = []
     before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGUSR2)}
     try:
         signal.signal(signal.SIGTERM, lambda *_: requeues.append("SIGTERM"))
         signal.signal(signal.SIGUSR2, lambda signum, _: requeues.append(signum))
         with pytest.raises(SystemExit, match=f"stopped by {signum.name}, the state is saved"):
-            submit._stop(SimpleNamespace(cluster="slurm", global_rank=0, job_id="42"), signum, requeue=True)
+            submit.stop_job(SimpleNamespace(cluster="slurm", global_rank=0, job_id="42"), signum, requeue=True)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -87,5 +87,5 @@ def test_a_file_named_like_a_pipe_command_is_read_as_a_file(tmp_path):
 
 def test_log_lines_contain_no_control_characters(capsys):
     line = logging.LogRecord("", logging.WARNING, "", 0, "class \x1b]0;owned\x07\nand more", (), None)
-    run_log._LineHandler().emit(line)
+    run_log.LineHandler().emit(line)
     assert capsys.readouterr().out == "warning: class \\x1b]0;owned\\x07\nand more\n"

@@ -1,9 +1,13 @@
-"""Datasets of the user's code: --dataset py:module:function, and main(args, source=function). DATA.md has the code."""
+"""Datasets of the user's code: --dataset py:module:function, and main(args, source=function)."""
 
 import io
+import os
+import pickle
 import re
 import subprocess
+import sys
 
+import forks
 import h5py
 import lmdb
 import numpy as np
@@ -11,7 +15,7 @@ import pytest
 import torch
 import zarr
 from conftest import ROOT
-from mains import Stopped, assert_equal, in_processes, lines, parse, stop_after, weights
+from mains import Stopped, argv_of, assert_equal, in_processes, lines, parse, stop_after, weights
 from PIL import Image
 from segments import make_scenes
 
@@ -21,21 +25,14 @@ import main_knn
 import main_linprobe
 import main_pretrain
 import main_segment
+from util import datasets
 from util.checkpoints import checkpoint
 from util.cli import entry_point
 from util.data.dataset_kinds import open_source
-from util.data.decode import decode, to_tensor
+from util.data.decode import BadImage, decode, to_tensor
 
-OWN = "import numpy as np\ndef open_dataset(split, data_path):\n    "
-
-
-@pytest.fixture
-def modules(tmp_path, monkeypatch):
-    """The modules of DATA.md, in a folder on Python's path."""
-    for code in re.findall(r"```python\n(.*?)```", (ROOT / "DATA.md").read_text(), flags=re.DOTALL):
-        (tmp_path / code.split()[1]).write_text(code)
-    monkeypatch.syspath_prepend(tmp_path)
-    return tmp_path
+BLACK = np.zeros((16, 16, 3), np.uint8)
+OWN = "import numpy as np\nBLACK = np.zeros((16, 16, 3), np.uint8)\ndef open_dataset(split, data_path):\n    "
 
 
 @pytest.fixture(scope="module")
@@ -49,116 +46,171 @@ def samples(labelled):
     return found
 
 
+@pytest.fixture
+def modules(tmp_path, monkeypatch):
+    """A folder on Python's path. Modules that a test imports are forgotten."""
+    monkeypatch.syspath_prepend(tmp_path)
+    before = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
 def write_hdf5(folder, samples):
     for split, items in samples.items():
         with h5py.File(folder / f"{split}.h5", "w") as file:
-            file["images"], file["labels"] = (np.array(part) for part in zip(*items, strict=True))
+            pixels, labels = (np.array(part) for part in zip(*items, strict=True))
+            file.create_dataset("images", data=pixels, chunks=(8, *pixels.shape[1:]), compression="gzip")
+            file["labels"] = labels
 
 
 def write_lmdb(folder, samples):
     for split, items in samples.items():
         with lmdb.open(str(folder / split), map_size=1 << 24) as environment, environment.begin(write=True) as writer:
-            writer.put(b"labels", np.array([label for _, label in items], dtype=np.int64).tobytes())
-            for number, (pixels, _) in enumerate(items):
+            for number, (pixels, label) in enumerate(items):
                 stream = io.BytesIO()
                 Image.fromarray(pixels).save(stream, "PNG")
-                writer.put(str(number).encode(), stream.getvalue())
+                writer.put(str(number).encode(), int(label).to_bytes(8, "little", signed=True) + stream.getvalue())
 
 
 def write_zarr(folder, samples):
     for split, items in samples.items():
         pixels, labels = (np.array(part) for part in zip(*items, strict=True))
-        zarr.create_array(folder / split / "images", data=np.moveaxis(pixels, 3, 1) / np.float32(255))
-        zarr.create_array(folder / split / "labels", data=labels)
+        group = zarr.create_group(folder / split)
+        group.create_array("images", data=np.moveaxis(pixels, 3, 1) / np.float32(255))
+        group.create_array("labels", data=labels)
 
 
-WRITE = {"hdf5_images": write_hdf5, "lmdb_images": write_lmdb, "zarr_images": write_zarr}
+WRITE = {"hdf5": write_hdf5, "lmdb": write_lmdb, "zarr": write_zarr}
 
 
-@pytest.mark.parametrize("module", WRITE)
-def test_files_that_hold_many_images_train_as_a_folder(module, modules, samples, labelled, tmp_path):
-    """With a worker process, and resumed. Float images are scaled with other rounding."""
-    WRITE[module](tmp_path, samples)
-    own = ["--dataset", f"py:{module}:open_dataset"]
-    few = ["--batch_size", 8, "--num_workers", 1, "--crop_scale", ".5", "1"]
-    environment = {"PYTHONPATH": str(modules)}
-    in_processes(1, labelled, tmp_path / "folder", *few, "--epochs", 2)
-    in_processes(1, tmp_path, tmp_path / "own", *few, *own, "--epochs", 1, environment=environment)
-    resumed = [*few, *own, "--epochs", 2, "--resume", "auto"]
-    in_processes(1, tmp_path, tmp_path / "own", *resumed, environment=environment)
-    losses = [[line["train_loss"] for line in lines(tmp_path / name)] for name in ("own", "folder")]
-    if module == "zarr_images":
-        assert losses[0] == pytest.approx(losses[1], rel=0.02)
+def example(kind):
+    return f"py:examples.data_{kind}:open_dataset"
+
+
+# ------------------------------------------------------------------------------------------------------- every script
+
+
+@pytest.mark.parametrize("kind", WRITE)
+def test_the_examples_train_as_a_folder_and_resume_exactly(kind, pretrain, samples, labelled, tmp_path, monkeypatch):
+    """In a worker process, within an epoch. Float images are scaled with other rounding."""
+    WRITE[kind](tmp_path, samples)
+    shared = {"num_workers": 1, "crop_scale": ".5 1", "save_minutes": 0, "epochs": 1, "batch_size": 8}
+    own = {**shared, "dataset": example(kind), "data_path": tmp_path}
+    whole, folder = pretrain("whole", **own), pretrain("folder", **shared, data_path=labelled)
+    if kind == "zarr":
+        assert lines(whole)[0]["train_loss"] == pytest.approx(lines(folder)[0]["train_loss"], rel=0.02)
     else:
-        assert losses[0][0] == losses[1][0]  # the first run had another learning rate after its warm-up
-        assert losses[0][1] == pytest.approx(losses[1][1], rel=0.1)
-
-
-def test_a_run_resumes_to_the_bit(pretrain, modules, samples, monkeypatch):
-    write_hdf5(modules, samples)
-    settings = {"dataset": "py:hdf5_images:open_dataset", "data_path": modules, "save_minutes": 0, "num_workers": 1}
-    whole = pretrain("whole", **settings)
+        assert_equal(weights(whole, "checkpoint-0.pth"), weights(folder, "checkpoint-0.pth"))
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        stop_after(patch, "save", 5)
-        pretrain("parts", **settings)
-    assert_equal(weights(whole), weights(pretrain("parts", **settings, resume="auto")))
+        stop_after(patch, "save", 3)
+        pretrain("parts", **own)
+    parts = pretrain("parts", **own, resume="auto")
+    assert_equal(weights(whole, "checkpoint-0.pth"), weights(parts, "checkpoint-0.pth"))
+    assert checkpoint.read(parts / "checkpoint-0.pth")["args"]["dataset"] == example(kind)
 
 
-def test_every_script_has_the_results_of_the_folder(classify, pretrain, modules, samples, labelled, tmp_path):
-    write_lmdb(tmp_path, samples)
-    encoder = pretrain(data_path=labelled) / "checkpoint-1.pth"
-    own = {"dataset": "py:lmdb_images:open_dataset", "data_path": tmp_path}
-    shared = {"finetune": encoder, "num_workers": 1}
-    for script, flags in (
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [
         (main_finetune, {"train_per_class": 4, "mixup": 0.8}),
         (main_finetune, {"val_fraction": 0.3, "cache_images": True, "batch_size": 4}),
         (main_linprobe, {"cache_features": True, "probe": "attentive", "blr": "0.1 1"}),
-    ):
-        runs = [classify(script, f"{name}{len(flags)}{script.__name__}", **shared, **flags, **(own if name else {}))
-                for name in ("", "own")]  # fmt: skip
-        assert lines(runs[0])[-1]["test_acc1"] == lines(runs[1])[-1]["test_acc1"]
-        assert lines(runs[0])[-1]["train_loss"] == lines(runs[1])[-1]["train_loss"]
-    knn = [classify(main_knn, finetune=encoder, k="3 5", **flags) for flags in ({}, own)]
-    assert knn[0] == knn[1]
-    args = checkpoint.read(runs[1] / "checkpoint-1.pth")["args"]
-    assert args["dataset"] == "py:lmdb_images:open_dataset"
+    ],
+)
+def test_classifiers_have_the_results_of_the_folder(script, flags, classify, samples, tmp_path):
+    """LMDB lists no labels: all items are read once."""
+    write_lmdb(tmp_path, samples)
+    own = {"dataset": example("lmdb"), "data_path": tmp_path}
+    ours, theirs = (classify(script, name, epochs=1, warmup_epochs=0, num_workers=1, **flags, **source)
+                    for name, source in (("own", own), ("folder", {})))  # fmt: skip
+    for entry in ("test_acc1", "train_loss"):
+        assert lines(ours)[0][entry] == lines(theirs)[0][entry]
 
 
-def test_two_processes_train_as_one(modules, samples, tmp_path):
+def test_neighbors_and_the_report_are_those_of_the_folder(classify, samples, labelled, tmp_path, capsys):
     write_hdf5(tmp_path, samples)
-    own = ["--dataset", "py:hdf5_images:open_dataset", "--epochs", 2, "--num_workers", 1]
-    environment = {"PYTHONPATH": str(modules)}
-    in_processes(1, tmp_path, tmp_path / "one", *own, "--batch_size", 8, environment=environment)
-    in_processes(2, tmp_path, tmp_path / "two", *own, "--batch_size", 4, "--cache_images", environment=environment)
-    for one, two in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
-        assert one["train_loss"] == pytest.approx(two["train_loss"], rel=1e-5)
+    own = {"dataset": example("hdf5"), "data_path": tmp_path}
+    assert classify(main_knn, k="3 5", **own) == classify(main_knn, k="3 5")
+    capsys.readouterr()
+    reports = []
+    for flags in ([str(tmp_path), "--dataset", own["dataset"]], [str(labelled)]):
+        datasets.main(entry_point.parse(datasets.get_args_parser(), [*flags, "--num_workers", "1"]))
+        report = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("speed")]
+        reports.append(report[report.index("images      48") :])
+    assert reports[0] == reports[1]
+    assert "classes     6" in "\n".join(reports[0])
+
+
+def test_two_processes_train_as_one(samples, tmp_path):
+    write_hdf5(tmp_path, samples)
+    own = ["--dataset", example("hdf5"), "--epochs", 1, "--num_workers", 1]
+    in_processes(1, tmp_path, tmp_path / "one", *own, "--batch_size", 8)
+    in_processes(2, tmp_path, tmp_path / "two", *own, "--batch_size", 4, "--cache_images")
+    one, two = (lines(tmp_path / name)[0] for name in ("one", "two"))
+    assert one["train_loss"] == pytest.approx(two["train_loss"], rel=1e-5)
 
 
 class Scenes:
-    """Images and masks of a folder."""
+    """Images and masks of a folder: masks are arrays, Pillow images, tensors and paths."""
 
     def __init__(self, root, split):
-        names = {"train": "training", "val": "validation"}
-        self.images = sorted((root / "images" / names[split]).iterdir())
-        self.masks = sorted((root / "annotations" / names[split]).iterdir())
+        name = {"train": "training", "val": "validation"}[split]
+        self.images = sorted((root / "images" / name).iterdir())
+        self.masks = sorted((root / "annotations" / name).iterdir())
 
     def __len__(self):
         return len(self.images)
 
     def __getitem__(self, index):
-        mask = np.array(Image.open(self.masks[index])).astype(np.int64)
-        return {"image": self.images[index], "label": mask if index % 2 else self.masks[index]}
+        picture = Image.open(self.masks[index])
+        array = np.array(picture).astype(np.int64)
+        mask = (self.masks[index], picture, array, torch.from_numpy(array))[index % 4]
+        return {"image": self.images[index], "label": mask}
 
 
 def test_masks_of_a_dataset(tmp_path):
     root = make_scenes(tmp_path / "scenes")
     flags = {"model": "vit_mini_patch4", "input_size": 16, "nb_classes": 3, "epochs": 1, "batch_size": 4, "lr": 0.01,
              "warmup_epochs": 0, "num_workers": 1, "device": "cpu", "amp": "off"}  # fmt: skip
-    folder = {**flags, "output_dir": tmp_path / "folder", "data_path": root}
-    main_segment.main(parse(main_segment, **folder))
-    args = parse(main_segment, **{**flags, "output_dir": tmp_path / "own"})
+    main_segment.main(parse(main_segment, **flags, output_dir=tmp_path / "folder", data_path=root))
+    args = parse(main_segment, **flags, output_dir=tmp_path / "own")
     main_segment.main(args, source=lambda split, data_path: Scenes(root, split))
     assert lines(tmp_path / "folder")[0]["test_miou"] == lines(tmp_path / "own")[0]["test_miou"]
+    for mask, message in (
+        (np.full((16, 16), 3), r"train\[\d\]: its mask: .*--nb_classes 4"),
+        (np.zeros((16, 16, 3), np.uint8), r"train\[\d\]: its mask: .*\(16, 16, 3\)"),
+        (np.full((16, 16), 300), "its mask: .* 300"),
+    ):
+        args = parse(main_segment, **{**flags, "num_workers": 0, "output_dir": tmp_path / "bad"})
+        with pytest.raises(BadImage, match=message):
+            main_segment.main(args, source=lambda split, data_path, mask=mask: [(BLACK, mask)] * 4)
+
+
+def test_a_comparison_of_a_dataset(samples, tmp_path):
+    write_hdf5(tmp_path, samples)
+    flags = {"data_path": tmp_path, "model": "vit_mini_patch4", "amp": "off", "input_size": 16, "device": "cpu",
+             "encoders": "scratch", "protocols": "knn", "labels": 24, "output_dir": tmp_path / "o"}  # fmt: skip
+    assert "| scratch (k-NN) |" in main_compare.main(parse(main_compare, **flags, dataset=example("hdf5")))
+    with pytest.raises(ValueError, match=r"source=.*lambda.*module"):
+        main_compare.main(parse(main_compare, **flags), source=lambda split, data_path: samples[split])
+
+
+# --------------------------------------------------------------------------------------------------- names and imports
+
+
+def test_the_page_runs_in_a_working_directory(tmp_path, classify, monkeypatch):
+    code = re.search(r"```python\n(.*?)```", (ROOT / "DATA.md").read_text(), re.DOTALL)[1]
+    (tmp_path / code.split()[1]).write_text(code)
+    command = [sys.executable, "-m", "util.datasets", "--dataset", "py:blobs:open_dataset", "--num_workers", "1"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert "images      300\nclasses     3" in done.stdout, done.stderr
+    monkeypatch.syspath_prepend(tmp_path)
+    flags = {"dataset": "py:blobs:open_dataset", "input_size": 32, "batch_size": 20, "epochs": 3, "lr": 2e-3,
+             "hflip": 0, "aa": "none", "crop_scale": "0.9 1", "reprob": 0, "layer_decay": 1}  # fmt: skip
+    assert lines(classify(main_finetune, **flags, num_workers=1))[-1]["test_acc1"] > 70
 
 
 def test_a_function_in_place_of_its_name(tmp_path, samples):
@@ -170,81 +222,32 @@ def test_a_function_in_place_of_its_name(tmp_path, samples):
              "epochs": 1, "warmup_epochs": 0, "num_workers": 1, "device": "cpu", "amp": "off"}  # fmt: skip
     main_pretrain.main(parse(main_pretrain, **flags), source=source)
     resumed = {"output_dir": tmp_path / "run", "resume": "auto", "epochs": 2}
-    with pytest.raises(ValueError, match="--dataset"):  # which the command line can't import
+    with pytest.raises(ValueError, match=r"--dataset 'py:.*source"):  # which no flag can import
         main_pretrain.main(parse(main_pretrain, **resumed))
     main_pretrain.main(parse(main_pretrain, **resumed), source=source)
     assert [line["epoch"] for line in lines(tmp_path / "run")] == [0, 1]
+    with pytest.raises(ValueError, match="CIFAR10"):
+        main_pretrain.main(parse(main_pretrain, **resumed, dataset="CIFAR10"), source=source)
 
 
-def test_neither_a_checkpoint_nor_a_recipe_imports_code(pretrain, tmp_path, monkeypatch, capsys):
-    (tmp_path / "mine.py").write_text(OWN + "return [(np.zeros((16, 16, 3), np.uint8), 0)] * 8\n")
-    monkeypatch.syspath_prepend(tmp_path)
+def test_neither_a_checkpoint_nor_a_recipe_imports_code(pretrain, classify, modules, capsys):
+    (modules / "mine.py").write_text(OWN + "return [(BLACK, 0)] * 8\n")
     out = pretrain(dataset="py:mine:open_dataset", epochs=1)
-    (tmp_path / "mine.py").write_text("raise SystemExit('imported')\n")
-    monkeypatch.delitem(__import__("sys").modules, "mine")
-    with pytest.raises(ValueError, match=r"--dataset '?py:mine:open_dataset"):
-        main_pretrain.main(parse(main_pretrain, resume="auto", output_dir=out))
-    (tmp_path / "recipe.yaml").write_text("dataset: py:mine:open_dataset\n")
-    with pytest.raises(SystemExit):
-        entry_point.parse(main_pretrain.get_args_parser(), ["--config", str(tmp_path / "recipe.yaml")])
-    assert "--dataset py:mine:open_dataset" in capsys.readouterr().err
-
-
-def test_a_comparison_of_a_dataset(modules, samples, tmp_path):
-    write_hdf5(tmp_path, samples)
-    flags = {"dataset": "py:hdf5_images:open_dataset", "data_path": tmp_path, "model": "vit_mini_patch4", "amp": "off",
-             "input_size": 16, "encoders": "scratch pixels", "protocols": "knn", "labels": 24, "draws": 1,
-             "device": "cpu", "output_dir": tmp_path / "out"}  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(modules))
-        text = main_compare.main(parse(main_compare, **flags))
-    assert "| scratch (k-NN) |" in text
-
-
-def test_the_report_of_a_dataset(modules, samples, labelled, tmp_path):
-    write_lmdb(tmp_path, samples)
-    reports = []
-    for flags in (["--dataset", "py:lmdb_images:open_dataset", tmp_path], [labelled]):
-        command = [ROOT / ".venv/bin/python", "-m", "util.datasets", *map(str, flags), "--num_workers", "1"]
-        done = subprocess.run(command, cwd=ROOT, env={"PYTHONPATH": str(modules)}, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        reports.append([line for line in done.stdout.splitlines() if line.startswith(("images", "--", "sizes"))])
-    assert reports[0] == reports[1]
-
-
-def test_unreadable_images_are_replaced(pretrain, tmp_path, monkeypatch):
-    (tmp_path / "lossy.py").write_text(
-        "import numpy as np\nclass Mine(list):\n    def __getitem__(self, index):\n"
-        "        if index == 3:\n            raise OSError('lost')\n        return super().__getitem__(index)\n"
-        "def open_dataset(split, data_path):\n    return Mine([(np.zeros((16, 16, 3), np.uint8), None)] * 20)\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    flags = {"dataset": "py:lossy:open_dataset", "num_workers": 1}
-    out = pretrain("skip", **flags, on_bad_image="skip")
-    assert [line["bad_images"] for line in lines(out)] == [1, 1]
-    with pytest.raises(ValueError, match=r"\[3\]: lost .*--on_bad_image skip"):
-        pretrain("error", **flags)
-
-
-@pytest.mark.parametrize(
-    ("body", "message"),
-    [
-        ("return 5", "--dataset py:mine0:open_dataset returned a int"),
-        ("return [1, 2]", r"train\[0\] is a int"),
-        ("return []", "--dataset py:mine2:open_dataset: .* empty"),
-        ("return [(np.zeros((16, 16, 3), np.uint8), float('nan'))] * 4", "--dataset py:mine3:open_dataset: .* nan"),
-        ("return [(np.zeros((16, 16, 3), np.uint8), [0, 1])] * 4", r"--dataset py:mine4:open_dataset: .* \(2,\)"),
-        ("return [(np.zeros((16, 16), np.int16), 0)] * 4", r"\[\d\].*int16"),
-        ("return [(torch.zeros(16, 16), 0)] * 4", r"\[\d\].*\(16, 16\)"),
-    ],
-)
-def test_errors_are_one_line(classify, tmp_path, monkeypatch, request, body, message):
-    number = request.node.callspec.indices["body"]
-    (tmp_path / f"mine{number}.py").write_text("import torch\n" + OWN + body + "\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ValueError, match=message) as raised:
-        classify(main_finetune, dataset=f"py:mine{number}:open_dataset", batch_size=4)
-    assert len(str(raised.value).splitlines()) == 1 or "Original Traceback" in str(raised.value)
+    del sys.modules["mine"]
+    (modules / "mine.py").write_text("raise SystemExit('imported')\n")
+    file = out / "checkpoint-0.pth"
+    for resume in ("auto", file):
+        with pytest.raises(ValueError, match="--dataset 'py:mine:open_dataset'"):
+            main_pretrain.main(parse(main_pretrain, resume=resume, output_dir=out))
+    for script in (main_finetune, main_linprobe, main_knn):
+        flags = {"finetune": file, "device": "cpu", **({} if script is main_knn else {"output_dir": modules / "b"})}
+        with pytest.raises(ValueError, match="--dataset 'py:mine:open_dataset'"):
+            script.main(parse(script, **flags))
+    (modules / "recipe.yaml").write_text("dataset: py:mine:open_dataset\n")
+    for script in (main_pretrain, main_segment):
+        with pytest.raises(SystemExit):
+            parse(script, config=modules / "recipe.yaml")
+        assert "--dataset py:mine:open_dataset" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -252,105 +255,196 @@ def test_errors_are_one_line(classify, tmp_path, monkeypatch, request, body, mes
     [("nowhere:open_dataset", "nowhere"), ("present:open_datase", "did you mean open_dataset"),
      ("present", "package.module:name"), ("needs:open_dataset", "absent_package")],
 )  # fmt: skip
-def test_names_that_can_not_be_imported(tmp_path, monkeypatch, name, message):
-    (tmp_path / "present.py").write_text(OWN + "return []\n")
-    (tmp_path / "needs.py").write_text("import absent_package\n")
-    monkeypatch.syspath_prepend(tmp_path)
+def test_names_that_can_not_be_imported(modules, name, message):
+    (modules / "present.py").write_text(OWN + "return []\n")
+    (modules / "needs.py").write_text("import absent_package\n")
     with pytest.raises(ValueError, match=f"--dataset py:{name}.*{message}"):
         open_source("train", dataset=f"py:{name}")
 
 
-def test_stored_features_notice_changed_samples(tmp_path, monkeypatch):
-    """By the code and the files of data_path; without data_path, features of an earlier start are not reused."""
-    (tmp_path / "constant.py").write_text(OWN + "return [(np.zeros((16, 16, 3), np.uint8), 0)] * 4\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "data").mkdir()
+# --------------------------------------------------------------------------------------------------- items of a dataset
 
-    def version(data_path):
-        return open_source("train", data_path, dataset="py:constant:open_dataset").version(0)
 
-    before = version(str(tmp_path / "data"))
-    assert version(str(tmp_path / "data")) == before
-    (tmp_path / "data/file").write_text("new")
-    assert version(str(tmp_path / "data")) != before
-    assert version(None) != version(None)
+def opened(images, split="train", data_path=None, **attributes):
+    """A list of items as a source; attributes of the dataset by name."""
+    dataset = type("Own", (list,), attributes)(images)
+    return open_source(split, data_path, dataset="py:any:any", function=lambda split, data_path: dataset)
 
 
 def test_images_of_every_kind(tmp_path):
     """A path, bytes, a Pillow image, arrays with their channels last or first, and a tensor have the same pixels."""
     pixels = np.random.default_rng(0).integers(0, 256, (8, 9, 3)).astype(np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    kinds = [tmp_path / "a.png", str(tmp_path / "a.png"), (tmp_path / "a.png").read_bytes(), Image.fromarray(pixels),
-             pixels, np.moveaxis(pixels, 2, 0), torch.from_numpy(pixels).permute(2, 0, 1)]  # fmt: skip
-    source = open_source("train", dataset="py:any:any", function=lambda split, data_path: [(k, 0) for k in kinds])
+    data = (tmp_path / "a.png").read_bytes()
+    kinds = [tmp_path / "a.png", str(tmp_path / "a.png"), data, memoryview(data), Image.fromarray(pixels), pixels,
+             np.moveaxis(pixels, 2, 0), torch.from_numpy(pixels).permute(2, 0, 1)]  # fmt: skip
+    source = opened([(kind, None) for kind in kinds])
     for index in range(len(source)):
         assert torch.equal(to_tensor(decode(source[index][0], 3)), torch.from_numpy(pixels).permute(2, 0, 1))
-    floats = torch.linspace(-3, 500, 8 * 9 * 2, dtype=torch.float64).view(2, 8, 9)
-    assert torch.equal(decode(floats, 2), floats.float())
 
 
-def test_labels_that_contradict_the_list_are_an_error(tmp_path):
-    class Mine(list):
-        labels = (0, 1)
+def test_values_beyond_8_bits_are_not_clipped():
+    """Float values of arrays, tensors and Pillow images stay as they are; 16 bits are scaled to 0 to 1."""
+    values = np.linspace(-3, 500, 8 * 9, dtype=np.float32).reshape(8, 9)
+    deep = np.linspace(0, 65535, 8 * 9).astype(np.uint16).reshape(8, 9)
+    items = [values, Image.fromarray(values), torch.from_numpy(values)[None].double(), deep, Image.fromarray(deep)]
+    found = [decode(image, 1) for image, _ in opened([(image, 0) for image in items])]
+    assert all(torch.equal(one[0], torch.from_numpy(values)) for one in found[:3])
+    assert all(np.allclose(one[0], deep / 65535) for one in found[3:])
+    assert torch.equal(decode(torch.full((2, 8, 9), 7.5, requires_grad=True), 2), torch.full((2, 8, 9), 7.5))
 
-    image = np.zeros((8, 8, 3), np.uint8)
-    source = open_source(
-        "train", dataset="py:any:any", function=lambda split, data_path: Mine([(image, 0), (image, 0)])
-    )
-    assert source.classes == ["0", "1"]
-    assert source[0][1] == 0
-    with pytest.raises(ValueError, match=r"\[1\]"):
+
+def test_labels_classes_and_names():
+    images = [(BLACK, 0), {"image": BLACK, "label": torch.tensor(2)}, [BLACK, np.int64(1)], (BLACK, True)]
+    assert opened(images).classes == ["0", "1", "2"]
+    source = opened(images, classes=("a", "b", "c", "d"), name=lambda self, index: f"scan {index}")
+    assert (source.labels.tolist(), source.classes, source.name(3)) == ([0, 2, 1, 1], ["a", "b", "c", "d"], "scan 3")
+    assert opened([(BLACK, None)] * 2).classes == []
+    source = opened([(BLACK, 0), (BLACK, 0)], labels=torch.tensor([0, 1]))
+    assert (source.classes, source[0][1]) == (["0", "1"], 0)
+    with pytest.raises(ValueError, match=r"train\[1\].* 0, .* 1"):
         source[1]
 
 
-def test_a_dataset_that_changes_between_processes_is_an_error():
-    lengths = iter((8, 7))
-    image = np.zeros((8, 8, 3), np.uint8)
-    source = open_source("train", dataset="py:any:any", function=lambda *of: [(image, 0)] * next(lengths))
-    assert len(source) == 8
-    source.close()  # as before a fork
-    with pytest.raises(ValueError, match=r"8 samples.* 7 "):
-        source[0]
+@pytest.mark.parametrize(
+    ("images", "attributes", "message"),
+    [
+        ([], {}, "empty"),
+        ([1, 2], {}, r"train\[0\] is .*int"),
+        ([(3, 0)], {}, r"train\[0\]: its image is .*int"),
+        ([(BLACK, float("nan"))], {}, r"train\[0\]: .* nan"),
+        ([(BLACK, [0, 1])], {}, r"train\[0\]: .* \(2,\)"),
+        ([(BLACK, "cat")], {}, r"train\[0\]: .* cat"),
+        ([(BLACK, 0)], {"labels": [0, 1]}, r"labels .*\(2,\)"),
+        ([(BLACK, 0)], {"labels": [0.5]}, "labels are float64"),
+        ([(BLACK, 5)], {"classes": ["a", "b"]}, "classes are 2 names"),
+        ([(BLACK, 1)], {"classes": ["a", "a"]}, "classes are 2 names, 1 of them"),
+        ([(BLACK, 0)], {"classes": 3}, "classes are .*int"),
+    ],
+)
+def test_items_that_are_no_samples_are_one_line(images, attributes, message):
+    with pytest.raises(ValueError, match=f"^--dataset py:any:any.*{message}") as raised:
+        _ = opened(images, **attributes).classes
+    assert "\n" not in str(raised.value)
 
 
-def test_a_function_and_another_dataset_exclude_each_other(tmp_path):
-    args = parse(main_pretrain, dataset="CIFAR10", output_dir=tmp_path / "run", device="cpu")
-    with pytest.raises(ValueError, match=r"--dataset CIFAR10 .*write_hdf5"):
-        main_pretrain.main(args, source=write_hdf5)
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda split, data_path: 5, "returned .*int"),
+        (lambda split: [], r"is called with \(split, data_path\)"),
+        (7, "is .*int"),
+    ],
+)
+def test_functions_that_return_no_dataset_are_one_line(function, message):
+    with pytest.raises(ValueError, match=f"^--dataset py:any:any {message}"):
+        open_source("train", dataset="py:any:any", function=function)
 
 
-def test_random_numbers_of_a_dataset_do_not_depend_on_worker_processes(pretrain, tmp_path, monkeypatch):
-    (tmp_path / "augmented.py").write_text(
-        "import random, numpy as np, torch\nclass Augmented:\n    def __len__(self):\n        return 12\n"
-        "    def __getitem__(self, index):\n        shift = random.randrange(40) + int(torch.randint(40, ()))\n"
-        "        return np.random.randint(0, 100, (16, 16, 3)).astype(np.uint8) + np.uint8(shift), None\n"
-        "def open_dataset(split, data_path):\n    return Augmented()\n"
+def test_extras_are_announced_once(caplog):
+    for split, item in (("train", (BLACK, 0, {"site": 1})), ("val", {"image": BLACK, "label": 0, "site": 1})):
+        source = open_source(split, dataset="py:any:extras", function=lambda split, data_path, item=item: [item])
+        assert len(source[0]) == 2
+    assert ["extras of" in record.getMessage() for record in caplog.records] == [True]
+
+
+# ------------------------------------------------------------------------------------- errors, processes and resume
+
+LOSSY = (
+    "import numpy as np\nfrom util.data.decode import BadImage\nclass Lossy(list):\n    def __getitem__(self, index):\n"
+    "        if index == {bad}:\n            {code}\n        return super().__getitem__(index)\n"
+    "def open_dataset(split, data_path):\n    return Lossy([(np.zeros((16, 16, 3), np.uint8), 0)] * 20)\n"
+)
+
+
+@pytest.mark.parametrize("code", ["raise OSError('lost')", "raise BadImage('lost')", "return '/nowhere/lost', 0"])
+def test_unreadable_items_are_replaced(pretrain, modules, code):
+    (modules / "lossy.py").write_text(LOSSY.format(bad=3, code=code))
+    flags = {"dataset": "py:lossy:open_dataset", "num_workers": 1, "epochs": 1, "warmup_epochs": 0}
+    assert lines(pretrain("skip", **flags, on_bad_image="skip"))[0]["bad_images"] == 1
+    cached = pretrain("cached", **flags, on_bad_image="skip", cache_images=True)
+    assert lines(cached)[0]["bad_images"] == 1
+    with pytest.raises(BadImage, match=r"\[3\]: .*lost.*--on_bad_image skip"):
+        pretrain("error", **flags)
+
+
+@pytest.mark.parametrize("code", ["int('x')", "1 / 0", "next(iter([]))", "raise RuntimeError('mine')", "{}['key']"])
+def test_mistakes_of_the_code_keep_their_traceback(modules, code, tmp_path):
+    """In a worker process and in the training process, of a script that would replace unreadable images."""
+    (modules / "wrong.py").write_text(LOSSY.format(bad=3, code=code))
+    flags = {"dataset": "py:wrong:open_dataset", "model": "mae_vit_mini_patch4", "input_size": 16, "device": "cpu",
+             "batch_size": 4, "epochs": 1, "warmup_epochs": 0, "on_bad_image": "skip", "num_workers": 1}  # fmt: skip
+    with pytest.raises(subprocess.CalledProcessError) as raised:
+        forks.run("main_pretrain.py", argv_of({**flags, "output_dir": tmp_path / "o"}), tmp_path / "output",
+                  environment={"PYTHONPATH": str(tmp_path)})  # fmt: skip
+    assert f'{modules}/wrong.py", line 6' in raised.value.output
+    assert "--num_workers" not in raised.value.output.splitlines()[-1]
+    source = open_source("train", dataset="py:wrong:open_dataset")
+    with pytest.raises((RuntimeError, KeyError)):
+        source[3]
+
+
+def test_random_numbers_of_items_do_not_depend_on_workers_or_interruptions(pretrain, modules, monkeypatch):
+    (modules / "noisy.py").write_text(
+        "import random\nimport numpy as np\nimport torch\nclass Noisy(list):\n    def __getitem__(self, index):\n"
+        "        number = random.randrange(9) + np.random.randint(9)\n"
+        "        return 25 * number + torch.rand(3, 16, 16), 0\n"
+        "def open_dataset(split, data_path):\n    return Noisy(range(16))\n"
     )
-    monkeypatch.syspath_prepend(tmp_path)
-    flags = {"dataset": "py:augmented:open_dataset", "epochs": 1}
-    assert_equal(*(weights(pretrain(f"w{count}", **flags, num_workers=count), "checkpoint-0.pth") for count in (0, 2)))
+    settings = {"dataset": "py:noisy:open_dataset", "save_minutes": 0}
+    whole = pretrain("whole", **settings)
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_after(patch, "save", 3)
+        pretrain("parts", **settings)
+    assert_equal(weights(whole), weights(pretrain("parts", **settings, num_workers=2, resume="auto")))
+    cached = (pretrain(f"c{count}", **settings, cache_images=True, num_workers=count) for count in (0, 2))
+    assert_equal(*(weights(out) for out in cached))
 
 
-def test_pillow_images_of_more_than_8_bits_keep_their_values():
-    values = np.arange(0, 65_000, 650, dtype=np.uint16).reshape(10, 10)
-    for picture, expected in (
-        (Image.fromarray(values), values / np.float32(65535)),
-        (Image.fromarray(values.astype(np.float32) - 300), values.astype(np.float32) - 300),
-    ):
-        assert torch.equal(to_tensor(decode(picture, 1))[0], torch.from_numpy(expected))
+def test_labels_of_unreadable_items(modules, caplog):
+    """They are unknown, unless the dataset lists them."""
+    (modules / "lossy.py").write_text(LOSSY.format(bad=3, code="raise OSError('lost')"))
+    source = open_source("train", dataset="py:lossy:open_dataset")
+    assert source.labels.tolist() == [0] * 3 + [-1] + [0] * 16
+    assert "[3]" in caplog.text
 
 
-def test_a_mask_of_colors_is_an_error(tmp_path):
-    items = [(np.zeros((16, 16, 3), np.uint8), np.zeros((16, 16, 3), np.uint8))] * 4
-    flags = {"model": "vit_mini_patch4", "input_size": 16, "nb_classes": 3, "epochs": 1, "batch_size": 4,
-             "warmup_epochs": 0, "device": "cpu", "num_workers": 0, "output_dir": tmp_path / "run"}  # fmt: skip
-    with pytest.raises(ValueError, match=r"\(16, 16, 3\)"):
-        main_segment.main(parse(main_segment, **flags), source=lambda *of: items)
+def test_a_dataset_is_opened_again_in_other_processes(tmp_path, samples):
+    """Also if processes do not fork; a dataset that is another one then is an error."""
+    write_hdf5(tmp_path, samples)
+    source = pickle.loads(pickle.dumps(open_source("train", str(tmp_path), dataset=example("hdf5"))))
+    assert np.array_equal(source[5][0], samples["train"][5][0])
+    lengths = iter((4, 5))
+    shrinking = open_source(
+        "train", dataset="py:any:any", function=lambda split, data_path: [(BLACK, 0)] * next(lengths)
+    )
+    subprocess.run(["true"], check=True, preexec_fn=lambda: None)  # a fork
+    with pytest.raises(ValueError, match=r"4 samples.* 5"):
+        shrinking[0]
 
 
-def test_the_example_of_the_page_is_learned(modules, classify):
-    """Three classes: a bright stripe at one of three places."""
-    flags = {"dataset": "py:blobs:open_dataset", "input_size": 32, "batch_size": 20, "epochs": 3, "lr": 2e-3,
-             "hflip": 0, "aa": "none", "crop_scale": "0.9 1", "reprob": 0, "layer_decay": 1}  # fmt: skip
-    out = classify(main_finetune, **flags, num_workers=1)
-    assert lines(out)[-1]["test_acc1"] > 70
+def test_stored_features_notice_changed_samples(modules, caplog):
+    """By the code and the files of data_path; without data_path, features of an earlier start are not reused."""
+    (modules / "constant.py").write_text(OWN + "return [(BLACK, 0)] * 4\n")
+    (modules / "data").mkdir()
+
+    def version(data_path, **options):
+        return open_source("train", data_path, dataset="py:constant:open_dataset", **options).version(0)
+
+    before = version(str(modules / "data"))
+    assert version(str(modules / "data")) == before
+    assert "--data_path" not in caplog.text
+    (modules / "data/file").write_text("new")
+    changed = version(str(modules / "data"))
+    assert changed != before
+    os.utime(modules / "constant.py", (1, 1))
+    assert version(str(modules / "data")) != changed
+    assert version(None) != version(None)
+    assert "--data_path" in caplog.text
+
+    class Callable:
+        def __call__(self, split, data_path):
+            return [(BLACK, 0)]
+
+    assert version(str(modules / "data"), function=Callable())
+    assert opened([(BLACK, 0)], version=lambda self, index: f"v{index}").version(7) == "v7"

@@ -19,10 +19,11 @@ from tqdm import tqdm
 from util.cli import entry_point, flags, options
 from util.data.batches import up_to_cores
 from util.data.dataset_kinds import open_source
-from util.data.decode import BadImage
+from util.data.decode import BadImage, PixelValues
 from util.data.image_facts import ImageFacts, all_facts, statistics_of
 from util.data.loader import MAX_BAD_SHARE
 from util.data.sources import Source
+from util.data.user_sets import OpenDataset, with_source
 from util.data.webdataset_shards import Shards
 
 MAX_LISTED = 20  # unreadable images that are listed
@@ -53,10 +54,12 @@ def report_on(source: Source | Shards, facts: list[ImageFacts], seconds: float) 
         (size, most), *others = Counter(fact.size for fact in good).most_common()
         channels = Counter(fact.channels for fact in good).most_common()
         mean, std = statistics_of(good)
+        pixels, valid = int((heights * widths).sum()), sum(fact.valid for fact in good)
         lines += [
             f"sizes       {size[0]} x {size[1]} (height x width): {most:,} images" + spread * bool(others),
             "channels    " + ", ".join(f"{number}: {count:,} images" for number, count in channels),
             f"depth       {sum(fact.deep for fact in good):,} images of more than 8 bits",
+            *[f"invalid     {1 - valid / pixels:.2%} of the pixels"] * (valid < pixels),
             f"rotated     {sum(fact.turned for fact in good):,} images by EXIF data, which is ignored in training",
             f"--mean      {mean}",
             f"--std       {std}",
@@ -70,6 +73,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = entry_point.parser("Checks a dataset before training. The exit code is 1 if images can't be read.")
     parser.add_argument("data_path", nargs="?", metavar="PATH", help="as --data_path of main_pretrain.py")
     options.add_source_options(parser)
+    options.add_value_options(parser)
     options.add_stream_options(parser)
     parser.add_argument("--val_list", metavar="FILE", help="as --train_list, for --split val")
     parser.add_argument("--split", default="train", choices=("train", "val"), help="training or validation set")
@@ -79,8 +83,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: argparse.Namespace, source: OpenDataset | None = None) -> None:
     """Prints the report.
+
+    Args:
+        source: function(split, data_path) that returns a dataset, in place of --dataset py:MODULE:FUNCTION.
 
     Raises:
         ValueError: the dataset can't be opened.
@@ -88,14 +95,17 @@ def main(args: argparse.Namespace) -> None:
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     file_list = args.train_list if args.split == "train" else args.val_list
-    source = open_source(
-        args.split, args.data_path, file_list, args.dataset, download=args.download, num_images=args.num_images
-    )
-    indices = np.unique(np.linspace(0, len(source) - 1, args.limit or len(source), dtype=int)).tolist()
+    args = with_source(args, source)
+    images = open_source(
+        args.split, args.data_path, file_list, args.dataset, download=args.download, num_images=args.num_images,
+        function=source,
+    )  # fmt: skip
+    indices = np.unique(np.linspace(0, len(images) - 1, args.limit or len(images), dtype=int)).tolist()
     workers = up_to_cores(args.num_workers)
+    facts_of = all_facts(images, args.in_chans, indices, workers, PixelValues(args.nodata, args.value_range))
     started = time.perf_counter()
-    facts = list(tqdm(all_facts(source, args.in_chans, indices, workers), total=len(indices), disable=None))
-    print("\n".join(report_on(source, facts, time.perf_counter() - started)))
+    facts = list(tqdm(facts_of, total=len(indices), disable=None))
+    print("\n".join(report_on(images, facts, time.perf_counter() - started)))
     bad = [fact for fact in facts if fact.unreadable]
     if bad:
         raise BadImage(f"{len(bad):,} of {len(facts):,} images can't be read: {_remedy_of(bad, len(facts))}")

@@ -85,7 +85,7 @@ def _launched(variable: str, default: int | None = None) -> int:
     return int(value)
 
 
-def _translate_srun() -> None:
+def translate_srun() -> None:
     """Sets the variables of torchrun from the variables of an srun step with several tasks.
 
     A program in a batch script or a shell of salloc is a single process, and nothing is set.
@@ -137,7 +137,7 @@ def init(device_name: str, dist_url: str = "env://", timeout: float = 600, backe
         ValueError: the backend is nccl without a GPU, the variables of the launcher are incomplete, or the other
             processes can't be reached.
     """
-    _translate_srun()
+    translate_srun()
     device = choose_device(device_name)
     if backend == "nccl" and device.type != "cuda":
         raise ValueError(f"--dist_backend nccl connects GPUs, and the device is {device.type}: give gloo or auto")

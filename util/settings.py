@@ -13,6 +13,7 @@ from util.pos_embed import Size, to_pair
 FREE, WARNS, FIXED = "free", "warns", "fixed"  # whether a resumed run may change a setting
 NUMBER = (int, float)
 SIZES = ("input_size", "patch_size")  # one number is the size of a square
+DATASETS = ("data_path", "dataset", "train_list", "val_list", "train_folders", "val_folders")  # each names a dataset
 
 Spec = TypeVar("Spec", bound="Values")
 
@@ -77,6 +78,9 @@ class ImageSpec(Values):
     exif: bool | None = setting(None, bool, resumed=FIXED)  # apply the orientation; None: to single photographs only
     crop_ratio: list[float] | None = setting(None, resumed=FIXED, rebuilds=False)
     crop_scale: list[float] | None = setting(None, resumed=FIXED, rebuilds=False)
+    nodata: float | str | None = setting(None, (*NUMBER, str), resumed=FIXED)  # as text: NaN does not equal itself
+    value_range: list[float] | None = setting(None, NUMBER, resumed=FIXED)
+    min_valid: float = setting(0.5, resumed=FIXED, rebuilds=False)
     short_side: int | None = setting(None, int, resumed=FIXED)  # of segmentation
     reduce_zero_label: bool = setting(False, resumed=FIXED, of_task=True)
     colors: list[int] | None = setting(None, int, of_task=True)
@@ -155,6 +159,8 @@ class RunSpec(Values):
     updates_per_epoch: int | None = setting(None)
     eval_every: int = setting(1)
     vis_every: int = setting(0, resumed=FREE)
+    probe_every: int = setting(0, resumed=FREE)
+    probe_path: str | None = setting(None, resumed=FREE)
     finetune: str = setting("", resumed=FREE)
     init_from: str = setting("", resumed=FREE)
     report: str | None = setting(None, resumed=FREE)

@@ -46,7 +46,7 @@ import torch
 from util import dist
 torch.cuda.is_available = lambda: True
 torch.cuda.device_count = lambda: len(os.environ["CUDA_VISIBLE_DEVICES"].split(","))
-dist._translate_srun()
+dist.translate_srun()
 try:
     print(dist.choose_device("cuda"))
 except ValueError as error:

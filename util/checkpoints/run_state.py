@@ -17,6 +17,7 @@ from util.cli import entry_point
 from util.cli.advice import Remedy, arguments
 from util.cli.choices import published_crop_pct
 from util.cli.flags import runs_code
+from util.cli.user_code import DATASET
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.stateful import Stateful
@@ -202,7 +203,8 @@ def _require_setting(file: str, name: str, value: Any, default: Any) -> None:
     if value is not None and not settings_of.fits(value, kind):
         raise CheckpointError(f"{file}: its recorded {name}, {str(value)[:80]}, is invalid")
     if name == "dataset" and runs_code(str(value)):
-        raise CheckpointError(f"{file} records a --dataset that runs code: give --dataset '{value}'")
+        in_python = " (or source= in Python)" * value.startswith(DATASET)
+        raise CheckpointError(f"{file} records a --dataset that runs code: give --dataset '{value}'{in_python}")
 
 
 def resume(
@@ -242,7 +244,7 @@ def resume(
         restore_model(model, state, settings, which)
         _require_same_meaning(_args_of(state), settings)
         _require_same_parameters(optimizer, state, settings, which)
-        _require_same_optimizer(optimizer, state)
+        require_same_optimizer(optimizer, state)
         _require_same_epochs(_args_of(state), settings)
         progress.restore(state)
         _require_same_processes(state, settings)
@@ -387,7 +389,7 @@ def _listed(counts: list[int]) -> str:
     return ", ".join(map(str, counts[:6])) + ", ..." * (len(counts) > 6)
 
 
-def _require_same_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+def require_same_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Checkpoints do not record the class of the optimizer. The settings of Adam and of SGD or LARS differ."""
     for name in ("betas", "momentum"):
         saved, ours = (name in groups[0] for groups in (state["optimizer"]["param_groups"], optimizer.param_groups))

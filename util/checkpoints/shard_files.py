@@ -55,7 +55,7 @@ def read(tensors: dict[str, Tensor], folder: Path, together: bool) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # expected in a single process
         try:
-            dcp.load(tensors, storage_reader=_Reader(folder), no_dist=not together)
+            dcp.load(tensors, storage_reader=ShardReader(folder), no_dist=not together)
         except dcp.CheckpointException as error:
             raise CheckpointError(f"{folder} can't be read: {reason(error)}") from error
 
@@ -66,7 +66,7 @@ def read_sizes(folder: Path) -> dict[str, torch.Size]:
     Raises:
         CheckpointError: the metadata contains anything but tensors.
     """
-    described = _Reader(folder).read_metadata().state_dict_metadata
+    described = ShardReader(folder).read_metadata().state_dict_metadata
     return {name: tensor.size for name, tensor in described.items() if isinstance(tensor, TensorStorageMetadata)}
 
 
@@ -95,7 +95,7 @@ def _enum_member(kind: Any, name: str) -> Enum:
     raise CheckpointError(f"its metadata reads {name!r} of {kind!r}, which could run code")
 
 
-class _Unpickler(pickle.Unpickler):
+class MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in DESCRIBED_BY:
             return super().find_class(module, name)
@@ -104,11 +104,11 @@ class _Unpickler(pickle.Unpickler):
         raise CheckpointError(f"its metadata contains {module}.{name}, which could run code")
 
 
-class _Reader(dcp.FileSystemReader):
+class ShardReader(dcp.FileSystemReader):
     """The reader of PyTorch. It does not execute code in the tensor metadata."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        metadata = _Unpickler(io.BytesIO(read_file(Path(self.path) / ".metadata"))).load()
+        metadata = MetadataUnpickler(io.BytesIO(read_file(Path(self.path) / ".metadata"))).load()
         if not isinstance(metadata, Metadata):
             raise CheckpointError(f"its metadata is a {type(metadata).__name__}")
         for name, described in metadata.state_dict_metadata.items():

@@ -55,19 +55,19 @@ def write(state: dict[str, Any], folder: Path, *also: Path, group: td.ProcessGro
 
     def write_tensors() -> dict[str, str]:
         shard_files.write(tensors, temporary, group)
-        return _digests(sorted(temporary.glob(f"__{dist.rank()}_*")))
+        return digests_of(sorted(temporary.glob(f"__{dist.rank()}_*")))
 
     def complete(files: dict[str, str]) -> None:
         if not dist.is_main():
             return
         optimizer = {"param_groups": state["optimizer"]["param_groups"]}
-        files |= _digests([temporary / ".metadata"])
+        files |= digests_of([temporary / ".metadata"])
         rest = {**state, "optimizer": optimizer, "tensors": list(tensors), "files": files}
         checkpoint.write({name: value for name, value in rest.items() if name != "model"}, temporary / STATE)
         for other in also:
             shutil.copytree(temporary, _temporary(other), copy_function=checkpoint.link)
-            _put_in_place(_temporary(other), other)
-        _put_in_place(temporary, folder)
+            replace_folder(_temporary(other), other)
+        replace_folder(temporary, folder)
 
     try:
         _in_all(remove_temporary, group)
@@ -106,7 +106,7 @@ def _in_all(function: Callable[[], T], group: td.ProcessGroup | None) -> list[T]
     return [result for result, _ in results]
 
 
-def _put_in_place(temporary: Path, folder: Path) -> None:
+def replace_folder(temporary: Path, folder: Path) -> None:
     """Renames a complete folder. After a crash, the previous folder is `.NAME.old`, which `checkpoints` lists too."""
     old = folder.with_name(f".{folder.name}.old")
     if folder.exists():  # otherwise `old` is the previous checkpoint, and is kept until the new one is complete
@@ -116,7 +116,7 @@ def _put_in_place(temporary: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _digests(files: list[Path]) -> dict[str, str]:
+def digests_of(files: list[Path]) -> dict[str, str]:
     digests = {}
     for file in files:
         with open_file(file) as stream:
@@ -163,7 +163,7 @@ def _check(state: dict[str, Any], part: int = 0, parts: int = 1) -> None:
         raise CheckpointError(f"{folder} is damaged: its {STATE} names files outside of the folder")
     for name in sorted(files)[part::parts]:
         try:
-            is_intact = _digests([folder / name])[name] == files[name]
+            is_intact = digests_of([folder / name])[name] == files[name]
         except (OSError, KeyError) as error:
             raise CheckpointError(f"{folder} is damaged: {name} can't be read ({error})") from error
         if not is_intact:

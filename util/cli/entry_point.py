@@ -248,7 +248,7 @@ def run(main: Callable[[argparse.Namespace], Any], parser: argparse.ArgumentPars
         # PyTorch raises RuntimeError for a failed allocation on the CPU, and for a killed worker process.
         if "allocate memory" in str(error):
             _fail(parser, args, error, _out_of_memory(args), 1)
-        elif "DataLoader worker" in str(error):
+        elif "DataLoader worker" in str(error) and "Original Traceback" not in str(error):  # no error of the dataset
             reason = str(error).partition(". ")[0].strip()
             remedy = f"{same} resumes the run" if trains else "try again"
             _fail(parser, args, error, f"{reason}, usually for lack of memory: lower --num_workers; {remedy}", 1)

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from util.cli.user_code import DATASET
+
 # Shards that a recipe may name: files and http(s) URLs. WebDataset runs programs for other schemes.
 SHARDS_OF_RECIPES = re.compile(r"wds:([^:]*|https?://[^:\s'\"$`;|&<>()\\]*(:\d+/[^:\s'\"$`;|&<>()\\]*)?)")
 
@@ -38,6 +40,15 @@ def count_or_all(text: str) -> int | str:
     return text if text == "all" else count(text)
 
 
+def nodata(text: str) -> float | str:
+    """The type of a pixel value: a number; NaN remains the text "nan", which equals itself."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number or nan, got {text}") from None
+    return "nan" if value != value else value
+
+
 def new_file(*suffixes: str) -> Callable[[str], Path]:
     """Returns the type of an output file: a path in an existing folder, with one of the suffixes, if any are given."""
 
@@ -64,6 +75,15 @@ class Size(argparse.Action):
         setattr(namespace, self.dest, values[0] if len(values) == 1 else list(values))
 
 
+class Range(argparse.Action):
+    """Stores two numbers, of which the first is below the second."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if not values[0] < values[1]:
+            raise argparse.ArgumentError(self, f"MIN must be below MAX, got {values[0]:g} {values[1]:g}")
+        setattr(namespace, self.dest, values)
+
+
 def not_in_recipes(flag: argparse.Action, values: Callable[[str], bool] = lambda value: True) -> argparse.Action:
     """Declares that a recipe must not set a flag, because its value may run code or connect to other machines.
 
@@ -86,7 +106,7 @@ def is_refused_in_recipes(flag: argparse.Action, value: Any) -> bool:
 
 def runs_code(dataset: str) -> bool:
     """Whether a value of --dataset runs code: a function, or shards that a program reads (not http and https)."""
-    return dataset.startswith("py:") or (dataset.startswith("wds:") and not SHARDS_OF_RECIPES.fullmatch(dataset))
+    return dataset.startswith(DATASET) or (dataset.startswith("wds:") and not SHARDS_OF_RECIPES.fullmatch(dataset))
 
 
 def add_switch(group: argparse._ActionsContainer, name: str, default: bool, text: str) -> None:

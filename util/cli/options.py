@@ -5,6 +5,7 @@ A function may add flags to several groups of --help. GROUPS is their order.
 
 import argparse
 from collections.abc import Collection
+from typing import Any
 
 from util.cli.choices import (
     ADAPT_CHOICES,
@@ -17,10 +18,12 @@ from util.cli.choices import (
     PROBE_CHOICES,
 )
 from util.cli.flags import (
+    Range,
     Size,
     add_switch,
     count,
     count_or_all,
+    nodata,
     non_negative,
     not_in_recipes,
     positive,
@@ -97,6 +100,7 @@ def _add_input_options(group: argparse._ArgumentGroup, what: str) -> None:
         help="standard deviation of each channel (default: as for --mean)",
     )  # fmt: skip
     _add_exif(group, "not applied")
+    add_value_options(group)
     add_switch(group, "pin_mem", True, "load batches into pinned memory, for faster copies to the GPU")
 
 
@@ -110,7 +114,7 @@ def add_source_options(group: argparse._ActionsContainer, labels: bool = False) 
     dataset = group.add_argument(
         "--dataset", metavar="NAME",
         help="dataset of a library: a class of torchvision, such as CIFAR10 or STL10:unlabeled, with its files in "
-        "--data_path; or hf:NAME_OR_FOLDER (Hugging Face); or py:MODULE:FUNCTION, your function(split, data_path) that "
+        "--data_path; hf:NAME_OR_FOLDER (Hugging Face); or py:MODULE:FUNCTION, your function(split, data_path) that "
         "returns a dataset (DATA.md)"
         + "; or wds:SHARDS (WebDataset), such as wds:s/{000..127}.tar" * (not labels),
     )  # fmt: skip
@@ -222,9 +226,23 @@ def _add_exif(group: argparse._ActionsContainer, default: str) -> None:
     group.add_argument("--no_exif", action="store_false", dest="exif", default=None, help="disable --exif")
 
 
-def chosen_exif(args: argparse.Namespace) -> dict[str, bool]:
-    """Returns the argument `exif` of `get_model`, if the command line has the flag."""
-    return {} if args.exif is None else {"exif": args.exif}
+def add_value_options(group: argparse._ActionsContainer) -> None:
+    """Adds the flags of the meaning of pixel values."""
+    group.add_argument(
+        "--nodata", type=nodata, metavar="nan|VALUE",
+        help="pixels with this value in any channel of the input are invalid: they enter the model as the mean, "
+        "and pre-training never scores them (default: the choice of the model's run, else all pixels are valid)",
+    )  # fmt: skip
+    group.add_argument(
+        "--value_range", type=float, nargs=2, action=Range, metavar=("MIN", "MAX"),
+        help="values in the files that become 0 and 1, for pixels of any type (default: the choice of the model's run, "
+        "else 8 and 16 bits are scaled to 0 to 1, and float values are unchanged)",
+    )  # fmt: skip
+
+
+def chosen_reading(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the settings of `get_model` about reading images whose flags the command line has."""
+    return {name: getattr(args, name) for name in ("exif", "nodata", "value_range") if getattr(args, name) is not None}
 
 
 def _add_num_workers(group: argparse._ActionsContainer) -> None:
@@ -289,6 +307,11 @@ def add_pretrain_options(parser: argparse.ArgumentParser) -> None:
         help="crops per decoded image, all in one batch. An epoch has R times as many samples: divide --epochs and "
         "--warmup_epochs by R",
     )  # fmt: skip
+    group.add_argument(
+        "--min_valid", default=0.5, type=positive_share, metavar="S",
+        help="a patch with a smaller share of valid pixels is never visible and has no loss (--nodata, or masks of a "
+        "--dataset)",
+    )  # fmt: skip
     _add_crop_options(parser, [0.2, 1.0])
 
     group = _group(parser, MODEL)
@@ -324,6 +347,16 @@ def add_pretrain_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--vis_every", default=20, type=count, metavar="N",
         help="log reconstructions to TensorBoard every N epochs; 0: never",
+    )  # fmt: skip
+    group.add_argument(
+        "--probe_every", default=0, type=count, metavar="N",
+        help="every N epochs, log the k-NN accuracy and the effective rank (RankMe) of the class token of unmasked "
+        "images; the training stays the same (default: 0, never)",
+    )  # fmt: skip
+    group.add_argument(
+        "--probe_path", metavar="PATH",
+        help="labelled dataset of --probe_every, with class folders in train/ and val/ (default: the training images, "
+        "of which a tenth is classified by the others)",
     )  # fmt: skip
     _add_recompute_option(parser)
     _group(parser, DISTRIBUTED).add_argument(
@@ -675,6 +708,7 @@ def add_inference_options(
     if images:
         parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
         _add_exif(parser, "applied to single photographs")
+        add_value_options(parser)
     parser.add_argument("--model", required=True, metavar="FILE", help=f"checkpoint file{published}{also}")
     _add_device(parser)
 

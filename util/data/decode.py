@@ -2,13 +2,14 @@
 
 An image with 8 bits and one or three channels becomes a Pillow image, so that transforms of Pillow apply bit for bit.
 Any other image becomes a tensor (c, H, W), uint8 or float32. 16-bit values are scaled to the range 0 to 1, and float
-values are unchanged.
+values are unchanged, unless `PixelValues` says otherwise. An image with invalid pixels becomes a float tensor in which
+these are NaN. Crops, flips and scaling preserve NaN: a scaled pixel is valid only if all pixels of its kernel are.
 """
 
 import io
 import logging
-from collections.abc import Callable
-from typing import Any, TypeGuard
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 import tifffile
@@ -59,12 +60,70 @@ class BadImage(ValueError):
         self.remedy = remedy
 
 
+class PixelValues(NamedTuple):
+    """The meaning of the values in image files.
+
+    Args:
+        nodata: the value of invalid pixels, a number or "nan". None: all pixels are valid, and NaN is an error.
+        value_range: the values that become 0 and 1; values outside are not clipped. None: unsigned values of 8 and 16
+            bits are scaled to 0 to 1, float values are unchanged, and other integers are an error.
+    """
+
+    nodata: float | str | None = None
+    value_range: Sequence[float] | None = None
+
+    def to_float(self, pixels: np.ndarray, highest: int | None = None) -> np.ndarray:
+        """Converts values of a file to float32. Invalid values become NaN.
+
+        Args:
+            highest: the value that becomes 1 without `value_range`. None: the range of integers is unknown.
+
+        Raises:
+            BadImage: the range is unknown, or a valid value is not finite.
+        """
+        kind = pixels.dtype.kind
+        if kind not in "fiu" or (kind != "f" and not self.value_range and not highest):
+            ends = f"{pixels.min()} {pixels.max()}" if kind in "iu" and pixels.min() < pixels.max() else "MIN MAX"
+            raise BadImage(
+                f"the range of its {pixels.dtype} pixels is unknown; save it as uint8, uint16 or float32",
+                f"give --value_range {ends}" if kind in "iu" else None,
+            )
+        with np.errstate(over="ignore"):  # float64 values that are infinite in float32
+            if self.value_range:
+                low, high = self.value_range
+                values: np.ndarray = ((pixels.astype(np.float64) - low) / (high - low)).astype(np.float32)
+            else:
+                values = pixels.astype(np.float32) / highest if highest else pixels.astype(np.float32)
+            nodata = None if self.nodata is None else float(self.nodata)
+            is_known = np.isfinite(values)
+            if nodata is not None:
+                value = pixels.dtype.type(nodata) if kind == "f" else nodata
+                invalid = np.isnan(pixels) if np.isnan(nodata) else pixels == value
+                is_known |= invalid
+                values[invalid] = np.nan
+        if not is_known.all():
+            remedy = "give --nodata nan" if nodata is None and np.isnan(pixels).any() else None
+            raise BadImage("it contains values that are not finite", remedy)
+        return values
+
+
+AS_STORED = PixelValues()
+
+
+class Masked(NamedTuple):
+    """An image as `decode` takes it, and its valid pixels, bool (H, W) in the size of the decoded image."""
+
+    image: Any
+    valid: np.ndarray
+
+
 def decode(
-    data: bytes | Picture | np.ndarray,
+    data: bytes | Picture | np.ndarray | Masked,
     in_chans: int,
     upright: bool = False,
     fast_jpeg: bool = False,
     max_pixels: int = MAX_PIXELS,
+    values: PixelValues = AS_STORED,
 ) -> Picture:
     """Decodes the bytes of an image file, or converts an image, to a picture with `in_chans` channels.
 
@@ -73,17 +132,27 @@ def decode(
     animation is decoded. If a TIFF file has `in_chans` pages with one channel each, its pages are the channels.
 
     Args:
-        data: bytes, a picture, or an array (H, W), (H, W, c) or (c, H, W).
+        data: bytes, a picture, or an array (H, W), (H, W, c) or (c, H, W); or one of these with its valid pixels.
         in_chans: number of channels.
         upright: apply the orientation in the EXIF data of a file, also if Image.open has read it. The pixels of an
             image that was rotated, cropped or converted since are unchanged.
         fast_jpeg: decode color JPEG files to a tensor with `util.data.jpeg`, and return tensors of color bytes
             unchanged, if `in_chans` is 3. Tensors of bytes with up to SMALL pixels per side are always unchanged.
         max_pixels: limit of the pixels of a file, which is checked before they are decoded; at most MAX_PIXELS.
+        values: the meaning of the values, and the value of invalid pixels.
 
     Raises:
-        BadImage: the data are not an image, are damaged or too large, or have another number of channels.
+        BadImage: the data are not an image, are damaged or too large, or have another number of channels; or the mask
+            of valid pixels has another size.
     """
+    image, valid = data if isinstance(data, Masked) else (data, None)
+    return with_invalid(_decode(image, in_chans, upright, fast_jpeg, max_pixels, values), values, valid)
+
+
+def _decode(
+    data: bytes | Picture | np.ndarray, in_chans: int, upright: bool, fast_jpeg: bool, max_pixels: int,
+    values: PixelValues,
+) -> Picture:  # fmt: skip
     if has_bytes(data) and len(data) == in_chans and min(data.shape) > 0 and max(data.shape) <= SMALL:
         return data
     if fast_jpeg and in_chans == 3 and not isinstance(data, np.ndarray) and not (upright and is_turned(data)):
@@ -91,7 +160,7 @@ def decode(
         if has_bytes(pixels) and len(pixels) == 3:
             return pixels
     try:
-        picture = read(data, in_chans, max_pixels)
+        picture = read(data, in_chans, max_pixels, values)
         # Pillow's rotate, crop and convert return another class: their pixels are those that the caller wants.
         is_file = isinstance(data, bytes | ImageFile.ImageFile)
         if upright and is_file and isinstance(picture, Image.Image):
@@ -114,7 +183,37 @@ def is_turned(picture: Picture | bytes) -> bool:
         return False
 
 
-def read(data: bytes | Picture | np.ndarray, in_chans: int, max_pixels: int = MAX_PIXELS) -> Picture:
+def with_invalid(picture: Picture, values: PixelValues, valid: np.ndarray | None = None) -> Picture:
+    """Sets invalid pixels of a picture to NaN. A pixel is invalid if any of its channels is.
+
+    Pictures of 8 bits with invalid pixels, or with a range of values, become float tensors.
+
+    Args:
+        picture: with the channels of the model; float values are those of `PixelValues.to_float`.
+        valid: bool (H, W); other pixels are invalid.
+
+    Raises:
+        BadImage: `valid` has another size.
+    """
+    if valid is None and values == AS_STORED:
+        return picture
+    if valid is not None and valid.shape != size_of(picture):
+        raise BadImage("its mask of valid pixels has {} x {} pixels (height x width), and the image {} x {}".format(
+            *valid.shape, *size_of(picture)))  # fmt: skip
+    pixels = to_tensor(picture)
+    is_float = pixels.is_floating_point()
+    pixels = pixels if is_float else torch.from_numpy(values.to_float(pixels.numpy(), 255))
+    invalid = pixels.isnan().any(dim=0)
+    if valid is not None:
+        invalid |= ~torch.from_numpy(valid)
+    if not invalid.any():
+        return pixels if is_float or values.value_range else picture
+    return pixels.masked_fill(invalid, torch.nan)
+
+
+def read(
+    data: bytes | Picture | np.ndarray, in_chans: int, max_pixels: int = MAX_PIXELS, values: PixelValues = AS_STORED
+) -> Picture:
     """Returns the picture of the data of `decode`, with its own channels.
 
     Args:
@@ -124,19 +223,19 @@ def read(data: bytes | Picture | np.ndarray, in_chans: int, max_pixels: int = MA
         Exception: any exception of the decoder.
     """
     if isinstance(data, Tensor) and data.ndim == 3 and data.dtype != torch.uint8:
-        return _tensor(data.detach().cpu().permute(1, 2, 0).numpy())
+        return _tensor(_values(data.detach().cpu().permute(1, 2, 0).numpy(), values))
     if isinstance(data, np.ndarray):
         axis = _channel_axis(data.shape, in_chans)
-        return _tensor(data[:, :, None] if axis is None else np.moveaxis(data, axis, 2))
+        return _tensor(_values(data[:, :, None] if axis is None else np.moveaxis(data, axis, 2), values))
     if not isinstance(data, bytes):
         if isinstance(data, Image.Image) and data.mode == "F":
-            return _tensor(np.array(data)[:, :, None])
-        return _with_all_bits(data) if isinstance(data, Image.Image) else data
+            return _tensor(_values(np.array(data)[:, :, None], values))
+        return _with_all_bits(data, values) if isinstance(data, Image.Image) else data
     if data.startswith(b"\x93NUMPY"):
-        return _read_npy(data, in_chans, max_pixels)
+        return _read_npy(data, in_chans, max_pixels, values)
     if data.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
-        return _read_tiff(data, in_chans, max_pixels)
-    return _read_with_pillow(data, max_pixels)
+        return _read_tiff(data, in_chans, max_pixels, values)
+    return _read_with_pillow(data, max_pixels, values)
 
 
 def fit_channels(picture: Picture, in_chans: int) -> Picture:
@@ -212,7 +311,7 @@ def _check_channels(own: int, in_chans: int) -> None:
         raise BadImage(f"it has {own} channel{'s' * (own > 1)}, and in_chans is {in_chans}", f"give --in_chans {own}")
 
 
-def _read_with_pillow(data: bytes, max_pixels: int) -> Picture:
+def _read_with_pillow(data: bytes, max_pixels: int, values: PixelValues) -> Picture:
     try:
         picture = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
@@ -222,16 +321,18 @@ def _read_with_pillow(data: bytes, max_pixels: int) -> Picture:
     _check_size(picture.height, picture.width, 1, max_pixels)  # nothing is decoded yet
     if data.startswith(b"\xff\xd8") and jpeg.has_many_scans(data):
         raise BadImage(f"it has more than {jpeg.MAX_SCANS} scans; save it again")
-    return _with_all_bits(picture)
+    return _with_all_bits(picture, values)
 
 
-def _with_all_bits(picture: Image.Image) -> Picture:
+def _with_all_bits(picture: Image.Image, values: PixelValues) -> Picture:
     """Converts a picture of 16 bits to a tensor; Pillow's own conversions would clip the values to 8 bits."""
     if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PPM", "PNG")):
         pixels = np.array(picture, dtype=np.uint16)
         if "transparency" in picture.info:  # one gray value
             pixels[pixels == picture.info["transparency"]] = 65535
-        return _tensor(pixels[:, :, None])
+        return _tensor(_values(pixels[:, :, None], values))
+    if picture.mode == "I" and values.value_range:
+        return _tensor(_values(np.array(picture)[:, :, None], values))
     if picture.mode in ("I", "F"):
         raise BadImage("it has 32-bit pixels of unknown range; save it as float32 in a .npy or TIFF file")
     return picture
@@ -253,7 +354,7 @@ def _channel_axis(shape: tuple[int, ...], in_chans: int) -> int | None:
     return fitting[0]
 
 
-def _read_npy(data: bytes, in_chans: int, max_pixels: int) -> Tensor:
+def _read_npy(data: bytes, in_chans: int, max_pixels: int, values: PixelValues) -> Tensor:
     stream = io.BytesIO(data)
     version = np.lib.format.read_magic(stream)
     if version not in ((1, 0), (2, 0)):
@@ -269,10 +370,10 @@ def _read_npy(data: bytes, in_chans: int, max_pixels: int) -> Tensor:
     if stream.tell() + count * dtype.itemsize > len(data):
         raise BadImage("the file is truncated")
     array = np.frombuffer(data, dtype, count, offset=stream.tell()).reshape(shape, order="F" if fortran_order else "C")
-    return _tensor(array[:, :, None] if axis is None else np.moveaxis(array, axis, 2))
+    return _tensor(_values(array[:, :, None] if axis is None else np.moveaxis(array, axis, 2), values))
 
 
-def _read_tiff(data: bytes, in_chans: int, max_pixels: int) -> Picture:
+def _read_tiff(data: bytes, in_chans: int, max_pixels: int, values: PixelValues) -> Picture:
     """Reads 8-bit images with Pillow if it has their mode, and other images, which it would reduce, with tifffile."""
     with tifffile.TiffFile(io.BytesIO(data)) as file:
         page = file.pages.first
@@ -286,32 +387,33 @@ def _read_tiff(data: bytes, in_chans: int, max_pixels: int) -> Picture:
         pages: Any = file.pages if channels == 1 and len(file.pages) == in_chans else [page]
         if len({(p.imagelength, p.imagewidth, p.samplesperpixel, p.dtype) for p in pages}) > 1:
             pages = [page]  # the other pages are smaller copies of the first one
+        if values.nodata is not None and page.photometric == PHOTOMETRIC.MINISWHITE and bits <= 8:
+            raise BadImage("its value 0 is white, so --nodata has two meanings; save it with 0 as black")
         of_pillow = page.dtype == np.uint8 and channels <= 4 and set(page.extrasamples) <= set(ALPHA)
         if not plain or bits < 8 or (of_pillow and len(pages) == 1):
-            return _read_with_pillow(data, max_pixels)
+            return _read_with_pillow(data, max_pixels, values)
         has_alpha = len(page.extrasamples) == 1 and page.extrasamples[0] in ALPHA and channels != in_chans
         if len(pages) == 1:  # checked before many channels are decoded
             _check_channels(channels - has_alpha, in_chans)
         for p in pages:
             if problem := tiff_bounds.tiles_problem(p) or tiff_bounds.segments_problem(p, data):
                 raise BadImage(problem)
-        picture = _tensor(np.concatenate([_page_pixels(p) for p in pages], axis=2))
+        picture = _tensor(np.concatenate([_page_pixels(p, values) for p in pages], axis=2))
     return _over_white(picture, page.extrasamples[0]) if has_alpha else picture
 
 
-def _page_pixels(page: tifffile.TiffPage) -> np.ndarray:
-    """Decodes a page to (H, W, c), turned upright; integers of 9 to 16 bits become floats from 0 to 1."""
+def _page_pixels(page: tifffile.TiffPage, values: PixelValues) -> np.ndarray:
+    """Decodes a page to (H, W, c), turned upright, uint8 or float32; 9 to 16 bits become floats from 0 to 1."""
     try:
         pixels = page.asarray()
     except (ValueError, ImportError) as error:
         if isinstance(error, ImportError) or "imagecodecs" in str(error):
             raise BadImage('its compression requires the package imagecodecs: pip install ".[tiff]"') from error
         raise
-    if pixels.dtype.kind == "u" and pixels.dtype.itemsize == 2:
-        pixels = pixels.astype(np.float32) / (2**page.bitspersample - 1)
-        pixels = 1 - pixels if page.photometric == PHOTOMETRIC.MINISWHITE else pixels
-    elif pixels.dtype == np.uint8 and page.photometric == PHOTOMETRIC.MINISWHITE:
-        pixels = 255 - pixels
+    inverted = page.photometric == PHOTOMETRIC.MINISWHITE and pixels.dtype.kind != "f"
+    pixels = _values(pixels, values, 2**page.bitspersample - 1)
+    if inverted:
+        pixels = (255 if pixels.dtype == np.uint8 else 1) - pixels
     pixels = np.moveaxis(pixels, 0, 2) if page.axes == "SYX" else pixels
     pixels = pixels.reshape(page.imagelength, page.imagewidth, page.samplesperpixel)
     turn = TURNS.get(page.tags.valueof("Orientation", 1))
@@ -321,19 +423,21 @@ def _page_pixels(page: tifffile.TiffPage) -> np.ndarray:
 def _over_white(picture: Tensor, kind: int) -> Tensor:
     """Composites a picture over white; its last channel is alpha."""
     color, alpha = picture[:-1], picture[-1:]
-    if picture.dtype == torch.uint8 or not 0 <= alpha.min() <= alpha.max() <= 1:
+    if picture.dtype == torch.uint8 or ((alpha < 0) | (alpha > 1)).any():
         raise BadImage("its alpha channel is not in the range 0 to 1")
     return (color if kind == EXTRASAMPLE.ASSOCALPHA else color * alpha) + (1 - alpha)
 
 
+def _values(pixels: np.ndarray, values: PixelValues, highest: int = 65535) -> np.ndarray:
+    """Returns bytes unchanged, and other values as float32.
+
+    Args:
+        highest: the value of 16 bits that becomes 1.
+    """
+    is_deep = pixels.dtype.kind == "u" and pixels.dtype.itemsize == 2  # in either byte order
+    return pixels if pixels.dtype == np.uint8 else values.to_float(pixels, highest if is_deep else None)
+
+
 def _tensor(pixels: np.ndarray) -> Tensor:
-    """Array (H, W, c) -> tensor (c, H, W), uint8 or float32."""
-    if pixels.dtype.kind == "u" and pixels.dtype.itemsize == 2:  # in either byte order
-        pixels = pixels.astype(np.float32) / 65535
-    elif pixels.dtype.kind == "f":
-        pixels = pixels.astype(np.float32)
-        if not np.isfinite(pixels).all():
-            raise BadImage("it contains values that are not finite")
-    elif pixels.dtype != np.uint8:
-        raise BadImage(f"the range of its {pixels.dtype} pixels is unknown; save it as uint8, uint16 or float32")
+    """Array (H, W, c), uint8 or float32 -> tensor (c, H, W)."""
     return torch.from_numpy(np.array(np.moveaxis(pixels, 2, 0), order="C"))

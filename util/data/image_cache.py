@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from util import dist
 from util.data.batches import Batches, up_to_cores
-from util.data.decode import BadImage
-from util.data.samples import Samples
+from util.data.decode import AS_STORED, BadImage, PixelValues
+from util.data.samples import Samples, preserve_generators
 from util.data.sources import Source
 from util.data.transforms import keeps_label, to_tensor
 from util.data.webdataset_shards import Shards
@@ -36,8 +36,9 @@ class ImageCache:
     """A source whose images are decoded at the start and kept in memory, as uint8 tensors (c, H, W).
 
     The processes of a machine decode a part each, and share the memory with each other and with their worker processes.
-    Images with more than 8 bits and images that can't be read and are skipped are not kept. They are read from the
-    source, with its result, at each access. The labels are those that the source returned with the images.
+    Images with more than 8 bits or invalid pixels, and images that can't be read and are skipped, are not kept. They
+    are read from the source, with its result, at each access. The labels are those that the source returned with the
+    images.
 
     Args:
         source: the encoded images.
@@ -47,6 +48,7 @@ class ImageCache:
         exif: as in `Samples`.
         num_workers: worker processes that decode the images.
         on_bad_image: as in `Samples`.
+        values: as in `decode`.
 
     Raises:
         BadImage: an image can't be read, and `on_bad_image` is not "skip".
@@ -63,6 +65,7 @@ class ImageCache:
         exif: bool = False,
         num_workers: int,
         on_bad_image: str | None = None,
+        values: PixelValues = AS_STORED,
     ) -> None:
         self.source = source
         self.classes = source.classes
@@ -74,7 +77,7 @@ class ImageCache:
         processes = dist.processes_here() if CAN_SHARE else 1
         mine = range(dist.local_rank() % processes, count, processes)
         decoded = Batches(
-            _Decoded(source, in_chans, fast_jpeg, exif, on_bad_image), up_to_cores(num_workers),
+            _Decoded(source, in_chans, fast_jpeg, exif, on_bad_image, values), up_to_cores(num_workers),
             batch_sampler=[batches[number] for number in mine], collate_fn=_flatten,
             generator=torch.Generator(),  # the random numbers of the run are not affected
         )  # fmt: skip
@@ -170,6 +173,7 @@ def cached(
     exif: bool = False,
     num_workers: int,
     on_bad_image: Sequence[str | None] = (),
+    values: PixelValues = AS_STORED,
 ) -> list[ImageCache]:
     """Decodes the images of datasets, and keeps them in up to SHARE of the memory.
 
@@ -193,7 +197,7 @@ def cached(
         caches.append(
             ImageCache(
                 source, left, in_chans=in_chans, fast_jpeg=fast_jpeg, exif=exif, num_workers=num_workers,
-                on_bad_image=on_bad,
+                on_bad_image=on_bad, values=values,
             )
         )  # fmt: skip
     images, size = sum(map(len, caches)), sum(cache.num_bytes for cache in caches)
@@ -217,7 +221,9 @@ def memory_bytes() -> int:
 class _Decoded(Dataset):
     """The decoded images of a source, uint8 (c, H, W), and their labels; (c, 0, 0) for those that are not kept."""
 
-    def __init__(self, source: Source, in_chans: int, fast_jpeg: bool, exif: bool, on_bad_image: str | None) -> None:
+    def __init__(
+        self, source: Source, in_chans: int, fast_jpeg: bool, exif: bool, on_bad_image: str | None, values: PixelValues
+    ) -> None:
         self.source = source
         self.samples = Samples(
             source,
@@ -227,14 +233,16 @@ class _Decoded(Dataset):
             on_bad_image=on_bad_image,
             fast_jpeg=fast_jpeg,
             exif=exif,
+            values=values,
         )
         self.in_chans = in_chans
 
     def __getitem__(self, index: int) -> tuple[Tensor, Any]:
         nothing = torch.zeros(self.in_chans, 0, 0, dtype=torch.uint8)
         try:
-            data, label = self.source[index]
-            pixels = to_tensor(self.samples.decode(data))
+            with preserve_generators():
+                picture, label = self.samples.read(index)
+            pixels = to_tensor(picture)
         except (BadImage, OSError) as error:
             self.samples.refuse(self.source.name(index), error, [])
             return nothing, int(self.source.labels[index])

@@ -12,7 +12,18 @@ from tqdm import tqdm
 
 from util import dist
 from util.data.batches import Batches, up_to_cores
-from util.data.decode import BadImage, Picture, fit_channels, is_turned, read, size_of
+from util.data.decode import (
+    AS_STORED,
+    BadImage,
+    Masked,
+    Picture,
+    PixelValues,
+    fit_channels,
+    is_turned,
+    read,
+    size_of,
+    with_invalid,
+)
 from util.data.labels import Subset
 from util.data.loader import MAX_BAD_SHARE
 from util.data.samples import preserve_generators
@@ -33,7 +44,8 @@ class ImageFacts(NamedTuple):
     size: tuple[int, int] = (0, 0)  # height, width
     channels: int = 0  # number of channels in the file
     deep: bool = False  # more than 8 bits
-    sums: np.ndarray | None = None  # (2, in_chans): sums of the values, in 0 to 1, and of their squares
+    sums: np.ndarray | None = None  # (2, in_chans): sums of the valid values, in 0 to 1, and of their squares
+    valid: int = 0  # number of valid pixels
     unreadable: tuple[str, str] | None = None  # name and reason
     turned: bool = False  # the EXIF data have an orientation, which training and evaluation ignore
     remedy: str | None = None  # flags with which an unreadable image can be read
@@ -42,9 +54,10 @@ class ImageFacts(NamedTuple):
 class FactsDataset(Dataset):
     """The facts of each image of a source."""
 
-    def __init__(self, source: Source, in_chans: int) -> None:
+    def __init__(self, source: Source, in_chans: int, values: PixelValues = AS_STORED) -> None:
         self.source = source
         self.in_chans = in_chans
+        self.values = values
 
     def __getitem__(self, index: int) -> ImageFacts:
         try:
@@ -52,7 +65,7 @@ class FactsDataset(Dataset):
         except (BadImage, OSError) as error:  # a mistake of the user's code is no unreadable image
             return _unreadable(self.source.name(index), error)
         try:
-            return image_facts(data, label, self.in_chans)
+            return image_facts(data, label, self.in_chans, self.values)
         except Exception as error:  # decoders raise any exception on damaged bytes
             return _unreadable(self.source.name(index), error)
 
@@ -62,21 +75,29 @@ def _unreadable(name: str, error: Exception) -> ImageFacts:
     return ImageFacts(-1, unreadable=(name, reason), remedy=getattr(error, "remedy", None))
 
 
-def image_facts(data: bytes | Picture | np.ndarray, label: int, in_chans: int) -> ImageFacts:
+def image_facts(
+    data: bytes | Picture | np.ndarray | Masked, label: int, in_chans: int, values: PixelValues = AS_STORED
+) -> ImageFacts:
     """Decodes an image and collects its facts.
 
     Raises:
         Exception: any exception of the decoder.
     """
-    own = read(data, in_chans)
-    values = to_unit_range(to_tensor(fit_channels(own, in_chans))).double().flatten(1)
-    sums = torch.stack([values.sum(dim=1), values.square().sum(dim=1)]).numpy()
+    image, mask = data if isinstance(data, Masked) else (data, None)
+    own = read(image, in_chans, values=values)
+    picture = with_invalid(fit_channels(own, in_chans), values, mask)
+    pixels = to_unit_range(to_tensor(picture)).double().flatten(1)
+    valid = pixels.shape[1] - int(pixels[0].isnan().sum())
+    pixels = pixels.nan_to_num(0)
+    sums = torch.stack([pixels.sum(dim=1), pixels.square().sum(dim=1)]).numpy()
     channels = len(own) if isinstance(own, torch.Tensor) else len(own.getbands())
     deep = isinstance(own, torch.Tensor) and own.is_floating_point()
-    return ImageFacts(label, size_of(own), channels, deep, sums, turned=is_turned(own))
+    return ImageFacts(label, size_of(own), channels, deep, sums, valid, turned=is_turned(own))
 
 
-def all_facts(source: Source | Shards, in_chans: int, indices: list[int], num_workers: int) -> Iterator[ImageFacts]:
+def all_facts(
+    source: Source | Shards, in_chans: int, indices: list[int], num_workers: int, values: PixelValues = AS_STORED
+) -> Iterator[ImageFacts]:
     """Yields the facts of the images at `indices`; of a stream, the facts of the first len(indices) images."""
     if isinstance(source, Shards):
         unreadable: list[ImageFacts] = []
@@ -87,17 +108,17 @@ def all_facts(source: Source | Shards, in_chans: int, indices: list[int], num_wo
 
         for _, name, data, label in islice(source.stream(0, 0, 1, report, laps=1), len(indices)):
             try:
-                yield image_facts(data, label, in_chans)
+                yield image_facts(data, label, in_chans, values)
             except Exception as error:
                 report(name, error)
         yield from unreadable
     else:
-        dataset = FactsDataset(source, in_chans)
+        dataset = FactsDataset(source, in_chans, values)
         for batch in Batches(dataset, num_workers, batch_size=16, sampler=indices, collate_fn=list):
             yield from batch
 
 
-def readable(source: Source, in_chans: int, num_workers: int) -> Source:
+def readable(source: Source, in_chans: int, num_workers: int, values: PixelValues = AS_STORED) -> Source:
     """Returns a dataset without the images that can't be read, and logs them. All processes call it.
 
     Raises:
@@ -105,7 +126,7 @@ def readable(source: Source, in_chans: int, num_workers: int) -> Source:
     """
     own = list(range(dist.rank(), len(source), dist.world_size()))
     with preserve_generators():
-        facts = all_facts(source, in_chans, own, up_to_cores(num_workers))
+        facts = all_facts(source, in_chans, own, up_to_cores(num_workers), values)
         bar = tqdm(facts, "reading", len(own), unit="image", leave=False, disable=None if dist.is_main() else True)
         bad = {index: fact.unreadable for index, fact in zip(own, bar, strict=True) if fact.unreadable}
     bad = {index: why for part in dist.gather(bad) for index, why in part.items()}
@@ -120,8 +141,8 @@ def readable(source: Source, in_chans: int, num_workers: int) -> Source:
 
 
 def statistics_of(good: list[ImageFacts]) -> tuple[str, str]:
-    """Returns mean and standard deviation of each channel, as arguments of --mean and --std."""
-    pixels = sum(fact.size[0] * fact.size[1] for fact in good)
+    """Returns mean and standard deviation of each channel over the valid pixels, as arguments of --mean and --std."""
+    pixels = max(1, sum(fact.valid for fact in good))
     mean, squares = np.sum([fact.sums for fact in good if fact.sums is not None], axis=0) / pixels
     std = np.sqrt(np.maximum(squares - mean**2, 0))
     std = np.where(std > 0, std, 1)  # a constant channel has std 0
@@ -134,8 +155,9 @@ def statistics_of(good: list[ImageFacts]) -> tuple[str, str]:
 
 
 def suggest_statistics(
-    source: Source | Shards, in_chans: int, mean: Sequence[float] | None, std: Sequence[float] | None
-) -> None:
+    source: Source | Shards, in_chans: int, mean: Sequence[float] | None, std: Sequence[float] | None,
+    values: PixelValues = AS_STORED,
+) -> None:  # fmt: skip
     """Logs a warning if images have more than 8 bits and `--mean` or `--std` is missing. It suggests values.
 
     Float images are not scaled, and the statistics of ImageNet may not fit their range. The suggested values are the
@@ -143,7 +165,7 @@ def suggest_statistics(
     """
     if (mean and std) or isinstance(source, Shards) or not dist.is_main():
         return
-    facts = FactsDataset(source, in_chans)
+    facts = FactsDataset(source, in_chans, values)
     few = [facts[int(index)] for index in np.unique(np.linspace(0, len(source) - 1, EXAMPLES, dtype=int))]
     good = [fact for fact in few if fact.sums is not None]
     if any(fact.deep for fact in good):

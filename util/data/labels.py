@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from util import dist
-from util.data.decode import Picture
+from util.data.decode import Masked, Picture
 from util.data.sources import Source, first_few
 from util.data.webdataset_shards import Shards
 
@@ -40,7 +40,7 @@ class Subset:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, index: int) -> tuple[bytes | Picture | np.ndarray, int]:
+    def __getitem__(self, index: int) -> tuple[bytes | Picture | np.ndarray | Masked, int]:
         data, label = self.source[int(self.indices[index])]
         return data, label if self.numbers is None else int(self.numbers[label])
 
@@ -144,7 +144,7 @@ def require(source: Source | Shards, split: str) -> Source:
     if not source.classes or (np.asarray(source.labels) < 0).any():
         raise ValueError(
             f"the {split} images have no classes, and supervised training and evaluation need them: give class "
-            f"folders ({split}/CLASS/IMAGE), or a --{split}_list with labels"
+            f"folders ({split}/CLASS/IMAGE), a --{split}_list with labels, or a --dataset with labels"
         )
     return source
 

@@ -21,7 +21,7 @@ from util import dist
 from util.data.batches import Batches, require_space, up_to_cores
 from util.data.decode import BadImage
 from util.data.samples import Bad, Sample, Samples, StreamedSamples, seed_python
-from util.data.transforms import to_unit_range
+from util.data.transforms import of_one_range
 from util.data.webdataset_shards import Shards
 
 logger = logging.getLogger(__name__)
@@ -301,13 +301,18 @@ def _collate_good(samples: list[Sample]) -> list[Tensor]:
 
 
 def _collate(samples: list[Sample]) -> tuple[list[Tensor], list[Bad]]:
-    """Images (B, c, H, W), labels (B,) or masks (B, H, W), noise (B, N); and the images that can't be read."""
-    images = [sample.image for sample in samples]
-    if len({image.dtype for image in images}) > 1:  # files with 8 and with 16 bits
-        images = [to_unit_range(image) for image in images]
+    """Images (B, c, H, W), labels (B,) or masks (B, H, W), noise (B, N); and the images that can't be read.
+
+    If the samples have noise and invalid pixels, the valid pixels, bool (B, H, W), follow the noise.
+    """
+    images = of_one_range([sample.image for sample in samples])  # files with 8 and with 16 bits
     labels = default_collate([sample.label for sample in samples])
     noise = torch.stack([sample.noise for sample in samples])
-    return [_stack(images), labels, noise], [bad for sample in samples for bad in sample.bad]
+    batch = [_stack(images), labels, noise]
+    if noise.shape[1] and images[0].is_floating_point():
+        valid = torch.stack([~image.isnan().any(dim=0) for image in images])
+        batch += [] if valid.all() else [valid]
+    return batch, [bad for sample in samples for bad in sample.bad]
 
 
 def _stack(images: list[Tensor]) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from util.data import image_cache, image_facts, labels, loader, transforms
 from util.data.dataset_kinds import open_source
+from util.data.decode import PixelValues
 from util.data.samples import Samples
 from util.data.sources import Source
 from util.data.user_sets import OpenDataset
@@ -34,6 +35,7 @@ class RunData:
         self.images = images
         self.data = data
         self.source = source
+        self.values = PixelValues(images.nodata, images.value_range)
         self.statistics = transforms.channel_statistics(images.in_chans, images.mean, images.std)
         self.normalize = transforms.Normalize(*self.statistics).to(device)
         self.pin_memory = data.pin_mem and device.type == "cuda"
@@ -56,7 +58,8 @@ class RunData:
 
     def suggest_statistics(self, source: Source | Shards) -> None:
         """Logs a warning with values for --mean and --std if they are missing and the images have more than 8 bits."""
-        image_facts.suggest_statistics(source, self.images.in_chans, self.images.mean, self.images.std)
+        images = self.images
+        image_facts.suggest_statistics(source, images.in_chans, images.mean, images.std, self.values)
 
     def open_pair(self, nb_classes: int | None = None, reads_in_order: bool = False) -> tuple[Source, Source]:
         """Opens the training and the validation set. With `val_fraction`, held-out training images are the latter.
@@ -80,7 +83,7 @@ class RunData:
         )  # fmt: skip
         self.suggest_statistics(train)
         if data.on_bad_image == "skip" and (holds_out or reads_in_order):
-            train = image_facts.readable(train, self.images.in_chans, data.num_workers)
+            train = image_facts.readable(train, self.images.in_chans, data.num_workers, self.values)
         if data.val_fraction:
             train, val = labels.hold_out(train, data.val_fraction, data.seed, "--val_fraction")
         return train, val
@@ -105,7 +108,7 @@ class RunData:
             return sources
         return image_cache.cached(
             list(sources), in_chans=self.images.in_chans, fast_jpeg=data.fast_jpeg, exif=bool(self.images.exif),
-            num_workers=data.num_workers, on_bad_image=[data.on_bad_image],
+            num_workers=data.num_workers, on_bad_image=[data.on_bad_image], values=self.values,
         )  # fmt: skip
 
     def samples(
@@ -116,6 +119,7 @@ class RunData:
         return Samples(
             source, transform, in_chans=self.images.in_chans, seed=self.data.seed, draw_noise=draw_noise,
             on_bad_image=on_bad_image, fast_jpeg=self.data.fast_jpeg, exif=bool(self.images.exif),
+            values=self.values,
         )  # fmt: skip
 
     def train_batches(

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from util import dist
 from util.data import jpeg
-from util.data.decode import BadImage, Picture, decode
+from util.data.decode import AS_STORED, BadImage, Picture, PixelValues, decode
 from util.data.sources import Source
 from util.data.transforms import Transform
 from util.data.user_sets import UserSet
@@ -50,6 +50,7 @@ class Samples(Dataset):
             scripts without the flag: an error.
         fast_jpeg: as in `decode`.
         exif: apply the orientation in the EXIF data of files.
+        values: as in `decode`.
 
     Raises:
         ValueError: `fast_jpeg` needs a package that is not installed.
@@ -66,6 +67,7 @@ class Samples(Dataset):
         on_bad_image: str | None = None,
         fast_jpeg: bool = False,
         exif: bool = False,
+        values: PixelValues = AS_STORED,
     ) -> None:
         self.source = source
         self.runs_code = isinstance(_original(source), UserSet)
@@ -75,7 +77,7 @@ class Samples(Dataset):
         self.on_bad_image = on_bad_image
         if fast_jpeg:
             jpeg.decoder()  # raises here if a package is missing, and not in a worker process
-        self.decode = partial(decode, in_chans=in_chans, fast_jpeg=fast_jpeg, upright=exif)
+        self.decode = partial(decode, in_chans=in_chans, fast_jpeg=fast_jpeg, upright=exif, values=values)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -91,13 +93,17 @@ class Samples(Dataset):
                 samples += self._augmented(epoch, index, sum(1 for _ in same))
         return samples
 
-    def read(self, index: int) -> tuple[Picture, Any]:
+    def read(self, index: int, epoch: int = 0) -> tuple[Picture, Any]:
         """Returns the decoded picture of a sample, and its label.
+
+        A dataset of the user's code may augment. Its random numbers depend on the seed, the epoch and the index only.
 
         Raises:
             OSError, BadImage: the sample can't be read.
         """
         assert not isinstance(self.source, Shards), "streamed samples come from StreamedSamples"
+        if self.runs_code:
+            torch.default_generator.manual_seed(seed_python(self.seed, epoch, index))
         data, label = self.source[index]
         return self.decode(data), label
 
@@ -142,10 +148,8 @@ class Samples(Dataset):
         bad: list[Bad] = []
         chosen, generator = index, None
         while True:
-            if self.runs_code:  # it may augment: a resumed run, and one with another number of workers, does the same
-                torch.default_generator.manual_seed(seed_python(self.seed, epoch, index, chosen))
             try:
-                return self.finish(*self.read(chosen), bad, epoch, index, repeats)
+                return self.finish(*self.read(chosen, epoch), bad, epoch, index, repeats)
             except (BadImage, OSError) as error:
                 self.refuse(self.source.name(chosen), error, bad)  # type: ignore[union-attr]  # not Shards
             generator = generator or np.random.default_rng([self.seed, epoch, index])

@@ -3,7 +3,6 @@
 A mask is an image with one value per pixel: the index of a class, or IGNORED.
 """
 
-import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,13 +16,14 @@ from PIL import Image
 from torch import Tensor
 
 from util.cli.advice import AdvisedError, Remedy
+from util.cli.user_code import DATASET
 from util.data import decode
 from util.data.archives import Archive
 from util.data.decode import BadImage
 from util.data.library_sets import TorchvisionSet
 from util.data.lists import read_pairs
 from util.data.sources import Files, find_files, image_files
-from util.data.user_sets import PREFIX, OpenDataset, UserSet
+from util.data.user_sets import OpenDataset, UserSet, read_named
 from util.files.untrusted import printable, read_file
 
 IGNORED = 255  # the value of pixels without a class
@@ -108,17 +108,16 @@ class MaskFormat:
         """Returns the classes of the pixels of a mask, uint8 (H, W).
 
         Args:
-            data: the bytes of an image file, its path, a Pillow image, or an array or tensor (H, W).
+            data: the bytes of an image file, a Pillow image, or an array or tensor (H, W) of integers.
 
         Raises:
             BadImage: the file can't be decoded, or has a value that is not a class.
         """
-        if not isinstance(data, bytes):
-            data = _as_file(data)
-        if isinstance(data, bytes) and data.startswith(JPEG):
+        is_file = isinstance(data, bytes)
+        if is_file and data.startswith(JPEG):
             raise BadImage("it is a JPEG file, whose compression changes the values: give masks as PNG files")
         try:
-            picture = decode.read(data, 1)
+            picture = decode.read(data if is_file or isinstance(data, Image.Image) else _bytes_of(data), 1)
         except Exception as error:  # decoders raise any exception on damaged bytes
             raise BadImage(printable(" ".join(str(error).split()))) from error
         if not isinstance(picture, Tensor) and picture.mode in ("RGB", "RGBA"):
@@ -126,7 +125,7 @@ class MaskFormat:
         values = picture[0].numpy() if isinstance(picture, Tensor) else np.asarray(picture)
         if values.dtype == bool and self.num_classes == 2 and not self.reduce_zero_label:
             values = values.astype(np.uint8)  # the usual format of two classes
-        elif values.dtype == bool or (data.startswith(PNG) and data[24] < 8 and data[25] == 0):  # bits, and 0: gray
+        elif values.dtype == bool or (is_file and data.startswith(PNG) and data[24] < 8 and not data[25]):  # 0: gray
             raise BadImage(
                 "it is a gray image of less than 8 bits, whose white is 1 for some programs and 255 for others: save "
                 "it with 8 bits"
@@ -192,21 +191,42 @@ class MaskFormat:
         )
 
 
-def _as_file(mask: Any) -> bytes:
-    """Returns a mask as the bytes of a PNG or NPY file."""
-    if isinstance(mask, str | Path):
-        return read_file(mask)
-    stream = io.BytesIO()
-    if isinstance(mask, Image.Image):
-        mask.save(stream, "PNG", compress_level=0)
-        return stream.getvalue()
-    values = np.asarray(mask)
-    if values.ndim != 2:
-        raise BadImage(f"its mask is an array of shape {values.shape}: give the classes of the pixels (H, W)")
-    if values.dtype.kind in "iu" and values.size and values.min() >= 0 and values.max() <= IGNORED:
-        values = values.astype(np.uint8)
-    np.save(stream, values, allow_pickle=False)
-    return stream.getvalue()
+def _bytes_of(mask: Any) -> np.ndarray:
+    """Returns an array or tensor (H, W) of integers as an array of bytes."""
+    values = np.asarray(mask.cpu() if isinstance(mask, Tensor) else mask)
+    if values.ndim != 2 or values.dtype.kind not in "iub":
+        raise BadImage(f"it is {values.dtype} of shape {values.shape}: give integers (H, W)")
+    if values.size and not 0 <= values.min() <= values.max() <= IGNORED:
+        raise BadImage(f"its values are {values.min()} to {values.max()}: give 0 to {IGNORED} ({IGNORED} is ignored)")
+    return values.astype(np.uint8)
+
+
+class UserPairs(UserSet):
+    """Images and masks of a dataset of the user's code: the label of an item is a mask, or its path.
+
+    Args:
+        classes: names of the classes.
+        mask_format: decodes the masks.
+    """
+
+    def __init__(
+        self, function: OpenDataset | None, split: str, data_path: str | None, name: str, classes: list[str],
+        mask_format: MaskFormat,
+    ) -> None:  # fmt: skip
+        self.mask_format = mask_format
+        super().__init__(function, split, data_path, name)
+        self.classes, self.labels = classes, np.full(len(self), -1)  # the images have no label as a whole
+
+    def label_of(self, index: int, label: Any) -> Tensor:
+        """Returns the mask of an item, uint8 (H, W).
+
+        Raises:
+            BadImage: the mask can't be read, or has a value that is not a class.
+        """
+        try:
+            return self.mask_format.decode(read_named(label) if isinstance(label, str | Path) else label)
+        except BadImage as error:
+            raise BadImage(f"its mask: {error}", error.remedy) from error
 
 
 class Pairs:
@@ -269,18 +289,20 @@ def open_pairs(
     dataset: str | None = None,
     download: bool = False,
     function: OpenDataset | None = None,
-) -> Pairs | UserSet:
+) -> Pairs | UserPairs:
     """Opens images with masks.
 
     Args:
         split: "train" or "val".
-        classes, mask_format: as in `Pairs`.
-        data_path: a folder, or a tar or zip file, whose paths name the split (SPLITS) and the kind of file
-            (IMAGE_FOLDERS, MASK_FOLDERS), as of ADE20K or LoveDA. Else the folder that the paths below start from.
+        classes: names of the classes.
+        mask_format: decodes the masks.
+        data_path: a folder, or a tar or zip file, with the layout of ADE20K, mmsegmentation or LoveDA: folders in each
+            path name the split (SPLITS) and the kind (IMAGE_FOLDERS, MASK_FOLDERS). Else the start of these paths:
         file_list: a CSV file with a row `image,mask` for each pair.
-        folders: the folders of images and masks. Their file names are equal except for suffixes.
-        dataset: a dataset of torchvision with lists of image files and mask files, or py:MODULE:FUNCTION.
-        download, function: as in `open_source`.
+        folders: the folder of the images and the folder of the masks, which have the same names except for suffixes.
+        dataset: a dataset of torchvision with lists of image and mask files, or py:MODULE:FUNCTION.
+        download: download the dataset of torchvision.
+        function: the function of py:, instead of importing it.
 
     Raises:
         ValueError: no dataset is given, it does not exist, it has no images, or an image has no mask.
@@ -288,10 +310,8 @@ def open_pairs(
     root = Path(data_path) if data_path else None
     if sum(map(bool, (file_list, folders, dataset))) > 1:
         raise ValueError(f"--{split}_list, --{split}_folders and --dataset exclude each other; give one of them")
-    if dataset and dataset.startswith(PREFIX):
-        opened = UserSet(function, split, data_path, dataset, read_label=mask_format.decode)
-        opened.classes, opened.labels = classes, np.full(len(opened), -1)
-        return opened
+    if dataset and dataset.startswith(DATASET):
+        return UserPairs(function, split, data_path, dataset, classes, mask_format)
     if dataset:
         opened = TorchvisionSet(dataset, split, data_path, download).images
         if not all(isinstance(getattr(opened, name, None), list) for name in ("images", "masks")):

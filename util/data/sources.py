@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from util.cli.advice import AdvisedError, Remedy
-from util.data.decode import SUFFIXES, Picture
+from util.data.decode import SUFFIXES, Masked, Picture
 from util.files.untrusted import printable, read_file
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class Source(Protocol):
     def __len__(self) -> int:
         """Returns the number of samples."""
 
-    def __getitem__(self, index: int) -> tuple[bytes | Picture | np.ndarray, Any]:
+    def __getitem__(self, index: int) -> tuple[bytes | Picture | np.ndarray | Masked, Any]:
         """Returns the image of a sample and its label; of `masks.Pairs`, its mask.
 
         Raises:

@@ -12,12 +12,14 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from util.cli.choices import CROP_CHOICES, NO_CROP, default_crop_pct
-from util.data.decode import Picture, to_pillow, to_tensor
+from util.data.decode import BadImage, Picture, to_pillow, to_tensor
 from util.pos_embed import Size, to_pair
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 CROP_RATIO = (3 / 4, 4 / 3)  # aspect ratio of random crops, relative to the aspect ratio of the input
+
+MAX_CROPS = 10  # of an image, until one has enough valid patches
 
 ImageTransform = Callable[[Picture], Tensor]
 Transform = Callable[[Picture, Any], tuple[Tensor, Any]]  # of a picture and its label
@@ -58,8 +60,16 @@ def to_unit_range(imgs: Tensor) -> Tensor:
     return imgs.float() / 255 if imgs.dtype == torch.uint8 else imgs
 
 
+def of_one_range(images: list[Tensor]) -> list[Tensor]:
+    """Scales images to the range 0 to 1 if some are bytes and some are not."""
+    return [to_unit_range(image) for image in images] if len({image.dtype for image in images}) > 1 else images
+
+
 class Normalize(nn.Module):
-    """Normalizes images (B, c, H, W), uint8 or float, to fp32 on their device. `inverse` maps them back to 0 to 1."""
+    """Normalizes images (B, c, H, W), uint8 or float, to fp32 on their device. `inverse` maps them back to 0 to 1.
+
+    Invalid pixels, which are NaN in float images, become 0, the mean.
+    """
 
     mean: Tensor
     std: Tensor
@@ -74,13 +84,58 @@ class Normalize(nn.Module):
         if imgs.dtype == torch.uint8 and not self.fits_bytes:
             mean_text = " ".join(f"{value:g}" for value in self.mean.flatten().tolist())
             raise ValueError(f"--mean {mean_text}: 8-bit pixels are scaled to 0 to 1; divide --mean and --std by 255")
-        return (to_unit_range(imgs) - self.mean) / self.std
+        normalized = (to_unit_range(imgs) - self.mean) / self.std
+        return normalized.masked_fill(imgs.isnan(), 0) if imgs.is_floating_point() else normalized
 
     def inverse(self, imgs: Tensor) -> Tensor:
         """Maps normalized images (B, c, H, W) to values from 0 to 1 for display. Values outside are clipped."""
         if not self.fits_bytes:  # the range is unknown: 2.5 standard deviations to either side
             return (imgs / 5 + 0.5).clamp(0, 1)
         return (imgs * self.std + self.mean).clamp(0, 1)
+
+
+class ValidPatches:
+    """A transform in which enough patches are valid for pre-training.
+
+    All pixels of a patch with few valid pixels become invalid (NaN). If an image has too few valid patches left, the
+    transform is applied again, up to MAX_CROPS times, because another crop may have more.
+
+    Args:
+        transform: a picture -> image (c, H, W).
+        patch_size: (rows, columns) of pixels in a patch.
+        min_valid: minimum share of valid pixels of a patch.
+        num_visible: minimum number of valid patches of an image.
+    """
+
+    def __init__(
+        self, transform: ImageTransform, patch_size: tuple[int, int], min_valid: float, num_visible: int
+    ) -> None:
+        self.transform = transform
+        self.patch_size = patch_size
+        self.min_valid = min_valid
+        self.num_visible = num_visible
+
+    def __call__(self, picture: Picture) -> Tensor:
+        """Returns the image of a picture.
+
+        Raises:
+            BadImage: no result of the transform has enough valid patches.
+        """
+        for _ in range(MAX_CROPS):
+            image = self.transform(picture)
+            if not (image.is_floating_point() and (invalid := image[0].isnan()).any()):  # NaN in all channels
+                return image
+            shares = nn.functional.avg_pool2d((~invalid)[None].double(), self.patch_size)
+            patches = shares >= self.min_valid
+            count = int(patches.sum())
+            if count >= self.num_visible:
+                rows, columns = self.patch_size
+                invalid |= ~patches[0].repeat_interleave(rows, dim=0).repeat_interleave(columns, dim=1)
+                return image.masked_fill(invalid, torch.nan)
+        raise BadImage(
+            f"{count} of its {patches.numel()} patches have valid pixels (at least {self.min_valid:.0%}), and "
+            f"{self.num_visible} are visible to the encoder"
+        )
 
 
 def pretrain_transform(

@@ -3,39 +3,31 @@
 import contextlib
 import inspect
 import logging
+import operator
 import os
 import secrets
+import sys
 import weakref
 from argparse import Namespace
-from collections.abc import Callable, Mapping
-from functools import cached_property
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 from torch import Tensor
 
 from util.cli import entry_point
-from util.cli.user_code import import_object
-from util.data.decode import BadImage, Picture
+from util.cli.user_code import DATASET, call, import_object
+from util.data.decode import BadImage, Masked, Picture
 from util.data.library_sets import LibrarySet
-from util.data.sources import version_of
+from util.data.sources import first_few, version_of
 from util.files.untrusted import printable, read_file
 
 logger = logging.getLogger(__name__)
 
-PREFIX = "py:"
-_SETS: "weakref.WeakSet[UserSet]" = weakref.WeakSet()  # of this process
 OpenDataset = Callable[[str, str | None], Any]  # split ("train" or "val"), data_path -> a map-style dataset
-
-
-def _close_all() -> None:
-    for one in list(_SETS):
-        one.close()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_close_all)
 
 
 def with_source(args: Namespace, source: OpenDataset | None) -> Namespace:
@@ -47,49 +39,58 @@ def with_source(args: Namespace, source: OpenDataset | None) -> Namespace:
     if source is None:
         return args
     named = source if hasattr(source, "__qualname__") else type(source)
-    name = f"{PREFIX}{named.__module__}:{named.__qualname__}"
+    name = f"{DATASET}{named.__module__}:{named.__qualname__}"
     if args.dataset not in (None, name):
-        raise ValueError(f"--dataset {args.dataset} and source={name} exclude each other; give one of them")
+        raise ValueError(f"--dataset {args.dataset} and source= ({name}) exclude each other; give one of them")
     return entry_point.changed(args, {"dataset": name})
+
+
+class Item(NamedTuple):
+    """An item of the user's dataset. Extras have no effect yet."""
+
+    image: Any
+    label: Any
+    extras: Any
+    valid: Any = None  # the valid pixels
 
 
 class UserSet(LibrarySet):
     """A map-style dataset of the user's code.
 
-    The function is called in every process that reads samples, and before a fork, the dataset is deleted: its open
-    files do not have to survive a fork. Items are (image, label), (image, label, extras), or a dict with the keys image
-    and label. An image is a path, the bytes of an image file, a Pillow image, an array as `decode` takes it, or a
-    tensor (c, H, W). A label is a number, or None.
-    Optional attributes of the dataset: `classes`, `labels`, `name(index)`, `version(index)`.
+    Every process that reads samples calls the function. Before a fork, the dataset is deleted: its open files do not
+    have to survive the fork. Items are (image, label), (image, label, extras), or a dict with the keys image, label and
+    valid (booleans (H, W), True for valid pixels; default: all).
+    An image is a path, the bytes of an image file, a Pillow image, an array as `decode` takes it, or a tensor
+    (c, H, W). A label is the number of a class, or None. Optional attributes of the dataset: `classes`, `labels`,
+    `name(index)`, `version(index)`.
 
     Args:
-        function: returns the dataset of a split.
+        function: returns the dataset of a split. None: it is imported.
         split: "train" or "val".
-        title: the value of --dataset.
-        read_label: converts the label of an item. Default: a class number.
+        data_path: the second argument of the function.
+        name: the value of --dataset.
 
     Raises:
-        ValueError: the function does not return a dataset, or its labels are not numbers of its classes.
+        ValueError: the function does not exist or does not return a dataset, or the first item is no sample.
+        OSError: the function can't read a file.
+        RuntimeError: as in `user_code.call`.
     """
 
-    def __init__(
-        self, function: OpenDataset | None, split: str, data_path: str | None, title: str,
-        read_label: Callable[[Any], Any] | None = None,
-    ) -> None:  # fmt: skip
-        self.title, self.data_path = f"{title} {split}", data_path
-        self.flag = f"--dataset {title}"
-        self.function = function or import_object(f"--dataset {PREFIX}", title.removeprefix(PREFIX))
-        self.split = split
-        self.read_label = read_label or self._class_number
-        self.opened: Any = self._open()  # the dataset; None before the next access
+    def __init__(self, function: OpenDataset | None, split: str, data_path: str | None, name: str) -> None:
+        self.title, self.flag = f"{name} {split}", f"--dataset {name}"
+        self.split, self.data_path = split, data_path
+        self.function = function or import_object(f"--dataset {DATASET}", name.removeprefix(DATASET))
+        self.opened = self._open()
         self.count = len(self.opened)
         self.start = secrets.token_hex(8)
         _SETS.add(self)
         if not self.count:
             raise ValueError(f"{self.flag}: the dataset of the split {split} is empty")
         with contextlib.suppress(OSError, BadImage):  # the script reports it when it reads the sample
-            if self._parts(0)[2]:
-                logger.warning(f"{self.title}: the extras of its samples have no effect yet")
+            first = self._item(0)
+            self._convert(0, first)
+            if first.extras:
+                _warn_of_extras(self.flag)
 
     @property
     def images(self) -> Any:
@@ -98,59 +99,79 @@ class UserSet(LibrarySet):
             self.opened = self._open()
             if len(self.opened) != self.count:
                 raise ValueError(
-                    f"{self.flag}: the split {self.split} had {self.count} samples, and has {len(self.opened)} when it "
-                    f"is opened again: return the same dataset in each process"
+                    f"{self.flag}: the dataset of the split {self.split} had {self.count} samples, and has "
+                    f"{len(self.opened)} when it is opened again: return the same dataset in each process"
                 )
         return self.opened
-
-    def close(self) -> None:
-        """Deletes the dataset. The next access opens it again."""
-        self.opened = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "opened": None}
 
     def _open(self) -> Any:
         if not callable(self.function):
-            raise ValueError(f"{self.flag} is a {type(self.function).__name__}: give a function(split, data_path)")
+            raise ValueError(f"{self.flag} is {_kind(self.function)}: give a function(split, data_path)")
         try:
             inspect.signature(self.function).bind(self.split, self.data_path)
         except TypeError as error:
-            raise ValueError(f"{self.flag}: it is called with (split, data_path), and takes others: {error}") from error
-        images = self.function(self.split, self.data_path)
-        if not (hasattr(images, "__getitem__") and hasattr(images, "__len__")):
-            raise ValueError(
-                f"{self.flag} returned a {type(images).__name__}: return a dataset with __len__ and __getitem__"
-            )
-        return images
+            raise ValueError(f"{self.flag} is called with (split, data_path), and takes others: {error}") from error
+        opened = call(self.flag, self.function, self.split, self.data_path, expected=BadImage)
+        if not (hasattr(opened, "__getitem__") and hasattr(opened, "__len__")):
+            raise ValueError(f"{self.flag} returned {_kind(opened)}: return a dataset with __len__ and __getitem__")
+        return opened
 
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, index: int) -> tuple[bytes | Picture | np.ndarray, Any]:
-        image, label, _ = self._parts(index)
-        number = self.read_label(label)
-        if self.read_label == self._class_number and self._listed is not None and number != self._listed[index]:
-            raise ValueError(f"{self.name(index)}: its label is {number}, and labels[{index}] is {self._listed[index]}")
-        return read_file(image) if isinstance(image, str | Path) else image, number
+    def __getitem__(self, index: int) -> tuple[bytes | Picture | np.ndarray | Masked, Any]:
+        return self._convert(index, self._item(index))
 
-    def _parts(self, index: int) -> tuple[Any, Any, Any]:
-        """Returns the image, the label and the extras of an item."""
-        item = self.images[index]
+    def _place(self, index: int) -> str:
+        return f"{self.flag}: {self.split}[{index}]"
+
+    def _item(self, index: int) -> Item:
+        """Returns an item as the dataset returns it."""
+        item = call(self._place(index), operator.getitem, self.images, index, expected=BadImage)
         if isinstance(item, Mapping) and "image" in item:
-            item = (item["image"], item.get("label"), item.keys() - {"image", "label"})
+            extras = sorted(item.keys() - {"image", "label", "valid"})
+            return Item(item["image"], item.get("label"), extras, item.get("valid"))
         if not isinstance(item, tuple | list) or len(item) not in (2, 3):
             raise ValueError(
-                f"{self.name(index)} is a {type(item).__name__}: return (image, label), (image, label, extras), or a "
+                f"{self._place(index)} is {_kind(item)}: return (image, label), (image, label, extras), or a "
                 f"dict with the keys image and label"
             )
-        return item[0], item[1], item[2] if len(item) == 3 else None
+        return Item(item[0], item[1], item[2] if len(item) == 3 else None)
 
-    def _class_number(self, label: Any) -> int:
-        value = -1 if label is None else np.asarray(label)
-        if np.ndim(value) or np.asarray(value).dtype.kind not in "iub":
-            kind = f"array of shape {np.shape(value)}" if np.ndim(value) else f"{type(label).__name__} {label}"
-            raise ValueError(f"{self.flag}: a label is the {printable(str(kind))}: give the number of a class, or None")
+    def _convert(self, index: int, item: Item) -> tuple[bytes | Picture | np.ndarray | Masked, Any]:
+        """Returns the image and the label of an item, as the other sources return them."""
+        image = item.image
+        if isinstance(image, str | Path):
+            image = read_named(image)
+        elif isinstance(image, bytearray | memoryview):
+            image = bytes(image)
+        elif not isinstance(image, bytes | np.ndarray | Tensor | Image.Image):
+            kinds = "return a path, bytes, a Pillow image, an array or a tensor"
+            raise ValueError(f"{self._place(index)}: its image is {_kind(image)}: {kinds}")
+        if item.valid is not None:
+            valid = np.asarray(item.valid.cpu() if isinstance(item.valid, Tensor) else item.valid)
+            if valid.ndim != 2 or valid.dtype.kind not in "biu":
+                kind = f"{valid.dtype} of shape {valid.shape}"
+                raise ValueError(f"{self._place(index)}: valid is {kind}: give booleans (H, W), True for valid pixels")
+            image = Masked(image, valid != 0)
+        return image, self.label_of(index, item.label)
+
+    def label_of(self, index: int, label: Any) -> Any:
+        """Returns the label of an item, converted to the number of a class; -1 for None.
+
+        Raises:
+            ValueError: the label is no number of a class, or differs from the attribute `labels`.
+        """
+        value = np.asarray(-1 if label is None else label)
+        if value.ndim or value.dtype.kind not in "iub":
+            kind = f"an array of shape {value.shape}" if value.ndim else f"the {type(label).__name__} {label}"
+            raise ValueError(f"{self._place(index)}: its label is {printable(kind)}: give a class number, or None")
+        listed = value if self._listed is None else self._listed[index]
+        if value != listed:
+            raise ValueError(f"{self._place(index)}: its label is {value}, and labels[{index}] is {listed}")
         return int(value)
 
     @cached_property
@@ -172,22 +193,31 @@ class UserSet(LibrarySet):
         if self._listed is not None:
             return self._listed
         logger.info(f"{self.title} has no attribute labels: reading all {self.count:,} samples to collect them")
-        return np.array([self._label(index) for index in range(self.count)])
-
-    def _label(self, index: int) -> int:
-        try:
-            return self._class_number(self._parts(index)[1])
-        except (BadImage, OSError) as error:
-            raise ValueError(f"{self.name(index)}: {error}; the dataset needs the attribute labels") from error
+        labels, unreadable = np.full(len(self), -1), list[str]()
+        for index in range(len(self)):
+            try:
+                labels[index] = self.label_of(index, self._item(index).label)
+            except (BadImage, OSError) as error:
+                unreadable.append(f"{self.name(index)} ({error})")
+        if unreadable:
+            logger.warning(
+                f"{first_few(unreadable)} can't be read, and without the attribute labels of the dataset, they have "
+                f"no label"
+            )
+        return labels
 
     @cached_property
     def classes(self) -> list[str]:
         """The names of the classes; default: their numbers. Empty if no sample has a label."""
-        count = int(self.labels.max()) + 1
-        names = getattr(self.images, "classes", None)
-        names = list(map(str, range(count) if names is None else names))
-        if count > len(names):
-            raise ValueError(f"{self.flag}: a label is {count - 1}, and there are {len(names)} classes")
+        count, own = int(self.labels.max()) + 1, getattr(self.images, "classes", None)
+        if own is not None and (isinstance(own, str) or not isinstance(own, Iterable)):
+            raise ValueError(f"{self.flag}: its classes are {_kind(own)}: give a list of names")
+        names = list(map(str, range(count) if own is None else own))
+        if count > len(names) or len(set(names)) < len(names):
+            raise ValueError(
+                f"{self.flag}: its classes are {len(names)} names, {len(set(names))} of them different, and its "
+                f"highest label is {count - 1}: give one name for each class"
+            )
         return names
 
     def name(self, index: int) -> str:
@@ -202,6 +232,48 @@ class UserSet(LibrarySet):
 
     @cached_property
     def files_version(self) -> str:
-        """Without `data_path`, it is new for each start: changed images can't be noticed."""
-        code = version_of(inspect.getsourcefile(inspect.unwrap(self.function)) or "")
-        return f"{code} {version_of(self.data_path) if self.data_path else self.start}"
+        """The version of `data_path` and of the code. Without `data_path`, it is new for each start."""
+        modules = {getattr(one, "__module__", "") for one in (self.function, type(self.images))}
+        files = sorted(getattr(sys.modules.get(name), "__file__", None) or "" for name in modules)
+        code = " ".join(version_of(file) for file in files if file)
+        if self.data_path:
+            return f"{code} {version_of(self.data_path)}"
+        logger.warning(
+            f"{self.flag} has neither --data_path nor version(index), which would show whether its samples have "
+            f"changed: a resumed run computes stored features again"
+        )
+        return f"{code} {self.start}"
+
+
+def _kind(value: object) -> str:
+    return f"an object of type {type(value).__name__}"
+
+
+def read_named(path: str | Path) -> bytes:
+    """Reads a file that an item of a dataset names.
+
+    Raises:
+        BadImage: the file can't be read; the message has its path.
+    """
+    try:
+        return read_file(path)
+    except OSError as error:
+        raise BadImage(f"{printable(str(path))}: {error.strerror or error}") from error
+
+
+@cache  # once per process, not once per split
+def _warn_of_extras(flag: str) -> None:
+    logger.warning(f"{flag}: the extras of its items have no effect")
+
+
+_SETS: weakref.WeakSet[UserSet] = weakref.WeakSet()  # of this process
+
+
+def _close_all() -> None:
+    """Deletes the datasets of this process. The next access opens them again."""
+    for one in list(_SETS):
+        one.opened = None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_close_all)

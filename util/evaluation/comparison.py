@@ -1,10 +1,11 @@
 """Results of a comparison of encoders: a table, a CSV file, a plot over the number of labels, and a conclusion."""
 
+import csv
 import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 from util.evaluation.tables import markdown, new_figure, save, write_csv
 from util.files import atomic
@@ -120,6 +121,21 @@ def write(folder: Path, results: Sequence[Result]) -> str:
     draw(cells, folder / "plot.png")
     atomic.write_text(folder / "table.md", text)
     return text
+
+
+def read(folder: Path) -> list[Result]:
+    """Reads the results that `write` has written to a folder.
+
+    Raises:
+        ValueError: the folder has no results.
+    """
+    path = folder / "results.csv"
+    if not path.exists():
+        raise ValueError(f"{folder} has no results.csv: give the --output_dir of a finished main_compare.py")
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    kinds = get_type_hints(Result)
+    return [Result(**{name: kinds[name](value) for name, value in row.items()}) for row in rows]
 
 
 def draw(cells: Cells, path: Path) -> None:

@@ -55,7 +55,7 @@ def classify(
     # All processes compare the queries of rank 0 with their parts of the bank, then the queries of rank 1, and so on.
     for batch, expected in zip(dist.gather(queries), dist.gather(labels), strict=True):
         for part, truth in zip(batch.split(step), expected.split(step), strict=True):
-            similarity, neighbors = _nearest(nn.functional.normalize(part.to(device).float(), dim=1), bank, max(ks))
+            similarity, neighbors = nearest(nn.functional.normalize(part.to(device).float(), dim=1), bank, max(ks))
             candidates = dist.gather((similarity.cpu(), bank_labels[neighbors].cpu()))
             similarity, order = torch.cat([s for s, _ in candidates], dim=1).sort(dim=1, descending=True, stable=True)
             classes = torch.cat([c for _, c in candidates], dim=1).gather(1, order)
@@ -77,7 +77,7 @@ def _unit(features: Tensor, device: torch.device) -> Tensor:
     return unit
 
 
-def _nearest(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def nearest(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Returns cosine similarities (fp32) and indices of the k nearest neighbors in this part of the bank, (n, k) each.
 
     The bank may be fp16, but products are fp32: similarities of near neighbors differ by less than fp16 can represent.

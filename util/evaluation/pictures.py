@@ -72,6 +72,7 @@ def reconstruction(
     mask_ratio: float = 0.75,
     scale: int = 1,
     labels: Sequence[str] | None = None,
+    valid: Tensor | None = None,
 ) -> np.ndarray:
     """Reconstructs images with a masked autoencoder. A row has the parts that TITLES names.
 
@@ -83,6 +84,7 @@ def reconstruction(
         mask_ratio: fraction of masked patches.
         scale: as in `tile`.
         labels: add titles and these labels of the images, as `with_labels` does; small images are enlarged.
+        valid: valid pixels (B, H, W). None: all.
 
     Returns:
         As `tile`.
@@ -90,7 +92,8 @@ def reconstruction(
     scale = scale if labels is None else max(scale, ceil(MIN_WIDTH / images.shape[3]))
     device = normalize.mean.device
     noise = None if noise is None else noise.to(device)
-    result = model.reconstruct(normalize(images.to(device)), mask_ratio, noise=noise)
+    options = {} if valid is None else {"valid": valid.to(device)}
+    result = model.reconstruct(normalize(images.to(device)), mask_ratio, noise=noise, **options)
     picture = tile(result[:4], normalize.inverse, scale)
     if labels is None:
         return picture

@@ -6,32 +6,34 @@ import numpy as np
 import torch
 
 from util.data import loader, transforms
+from util.data.decode import PixelValues
 from util.data.samples import Samples
 from util.data.sources import Source
-from util.pos_embed import Size, to_pair
+from util.pos_embed import to_pair
+from util.settings import ImageSpec
 
 SIDE = 32  # images are resized to at most this many pixels per side
 STRENGTHS = {"logistic regression": [0.01, 0.1, 1.0], "RBF-SVM": [1.0, 10.0, 100.0]}  # C
 MOST = 10_000  # images on which C is chosen
 
 
-def read(
-    source: Source,
-    input_size: Size,
-    in_chans: int,
-    crop: str,
-    crop_pct: float | None,
-    num_workers: int,
-    exif: bool | None = None,
-) -> np.ndarray:
-    """Reads the images of a source: float32 (n, c·h·w) in [0, 1], preprocessed as in an evaluation."""
-    height, width = to_pair(input_size)
+def read(source: Source, images: ImageSpec, num_workers: int) -> np.ndarray:
+    """Reads the images of a source: float32 (n, c·h·w) in [0, 1], preprocessed as in an evaluation.
+
+    Invalid pixels have the mean of the image.
+    """
+    height, width = to_pair(images.input_size)
     scale = min(1.0, SIDE / max(height, width))
-    crop_pct = crop_pct or transforms.default_crop_pct(input_size)
-    transform = transforms.eval_transform((round(height * scale), round(width * scale)), crop_pct, crop)
-    samples = Samples(source, transforms.keeps_label(transform), in_chans=in_chans, seed=0, exif=bool(exif))
+    crop_pct = images.crop_pct or transforms.default_crop_pct(images.input_size)
+    transform = transforms.eval_transform((round(height * scale), round(width * scale)), crop_pct, images.crop)
+    samples = Samples(
+        source, transforms.keeps_label(transform), in_chans=images.in_chans, seed=0, exif=bool(images.exif),
+        values=PixelValues(images.nodata, images.value_range),
+    )  # fmt: skip
     batches = loader.eval_loader(samples, 256, num_workers, False)
-    return torch.cat([transforms.to_unit_range(images).flatten(1) for images, *_ in batches]).numpy()
+    parts = [transforms.to_unit_range(batch) for batch, *_ in batches]
+    filled = [part.where(~part.isnan(), part.nanmean(dim=(2, 3), keepdim=True)) for part in parts]
+    return torch.cat(filled).flatten(1).nan_to_num(0).numpy()  # 0: no pixel of an image is valid
 
 
 def evaluate(

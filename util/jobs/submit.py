@@ -107,8 +107,8 @@ class Job:
                 time.sleep(SECONDS_TO_KILL)
             raise Failed(f"{self.main}.py failed (exit code {error.code})") from error
         if stopped_by:
-            _stop(job, stopped_by[0], self.requeue)
-        for signum in filter(_is_submitits, SIGNALS):
+            stop_job(job, stopped_by[0], self.requeue)
+        for signum in filter(is_submitits, SIGNALS):
             signal.signal(signum, signal.SIG_IGN)  # the run is complete: no handler may requeue it while Python exits
 
     def checkpoint(self, restarted: bool = False) -> DelayedSubmission:
@@ -118,13 +118,13 @@ class Job:
     __submitit_checkpoint__ = checkpoint
 
 
-def _stop(job: submitit.JobEnvironment, signum: int, requeue: bool) -> None:
+def stop_job(job: submitit.JobEnvironment, signum: int, requeue: bool) -> None:
     """Ends or requeues a job after a signal, when its state is saved. Called by all of its processes.
 
     Under Slurm, rank 0 requeues the job if it still runs: before its time limit or its preemption, and after
     `scancel --signal`. Otherwise, Slurm has ended or requeued it. The other processes wait until srun ends them.
     """
-    if requeue and _is_submitits(signum):
+    if requeue and is_submitits(signum):
         requeues = signal.Signals[f"SIG{submitit.JobEnvironment.USR_SIG}"]
         handler = signal.getsignal(requeues)
         # scontrol inherits this setting, and survives the end of the job that it requeues.
@@ -153,7 +153,7 @@ def _is_running(job: submitit.JobEnvironment) -> bool:
     return False
 
 
-def _is_submitits(signum: int) -> bool:
+def is_submitits(signum: int) -> bool:
     return isinstance(getattr(signal.getsignal(signum), "__self__", None), SignalHandler)
 
 
@@ -216,7 +216,7 @@ def get_args_parser(main: str) -> tuple[ArgumentParser, list[str]]:
     return parser, [flag.dest for flag in flags]
 
 
-class _Slurm(submitit.SlurmExecutor):
+class Executor(submitit.SlurmExecutor):
     @classmethod
     def affinity(cls) -> int:
         return 2  # a dry run needs no Slurm
@@ -246,7 +246,7 @@ def _submit(main: str, argv: list[str], args: Namespace) -> None:
     executor = _executor(main, args, folder)
     job_of_run = partial(Job, main, folder=str(Path.cwd()), requeue=dict(args.slurm).get("requeue", True))
     if args.dry_run:
-        print(executor.script() if isinstance(executor, _Slurm) else f"--cluster {args.cluster} has no sbatch script")
+        print(executor.script() if isinstance(executor, Executor) else f"--cluster {args.cluster} has no sbatch script")
     elif args.cluster == "debug":
         executor.submit(job_of_run(argv=tuple(argv))).results()
     elif args.cluster == "slurm" and not shutil.which("sbatch"):
@@ -285,7 +285,7 @@ def _executor(main: str, args: Namespace, folder: Path) -> submitit.Executor:
     # The signal is ignored until submitit installs its handler; otherwise it would end Python, and the job.
     python = extra.pop("python", shlex.quote(sys.executable))
     python = f'sh -c \'trap "" {submitit.JobEnvironment.USR_SIG}; exec "$@"\' sh {python}'
-    slurm = _Slurm(folder, extra.pop("max_num_timeout", 0), python=python)
+    slurm = Executor(folder, extra.pop("max_num_timeout", 0), python=python)
     # If one process fails, the others would wait for ever. Since Slurm 22.05, srun ignores sbatch's cpus_per_task.
     extra["srun_args"] += ["--kill-on-bad-exit=1"]
     extra["srun_args"] += [f"--cpus-per-task={extra['cpus_per_task']}"] if "cpus_per_task" in extra else []

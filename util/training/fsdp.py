@@ -53,11 +53,11 @@ def shard(
     fully_shard(model, mesh=mesh)
     register_fsdp_forward_method(model, method)
     if any(parameter.is_meta for parameter in model.parameters()):
-        _initialize(model, device)
+        initialize(model, device)
 
 
 @torch.no_grad()
-def _initialize(model: Any, device: torch.device) -> None:
+def initialize(model: Any, device: torch.device) -> None:
     """Initializes a sharded model in the order of its constructor."""
     for name, buffer in model.named_buffers():
         if buffer.is_meta:

@@ -26,7 +26,10 @@ UPDATES_IN_FLIGHT = 4  # updates whose numbers are read later, so that the loop 
 class Callback(Protocol):  # not a subclass of Stateful: isinstance checks of torch.distributed.checkpoint would fail
     """Runs after every update, in every process. Checkpoints contain its state, and a resumed run restores it.
 
-    The state is a dict of tensors and plain values. The state of rank 0 is saved.
+    The state is a dict of tensors and plain values. The state of rank 0 is saved. A method `after_epoch(model, epoch,
+    log)` is optional. It is called after every epoch and its evaluation, and returns new entries of log.txt. Those
+    whose names start with test_ are also in TensorBoard. A run that stops meanwhile repeats the call, which must not
+    change the state.
     """
 
     def after_update(self, model: nn.Module, epoch: float) -> None:

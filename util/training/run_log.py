@@ -23,7 +23,7 @@ SECONDS_BETWEEN_LINES = 10.0
 SECONDS_BETWEEN_WARNINGS = 60.0  # about files that can't be written
 
 
-class _LineHandler(logging.StreamHandler):
+class LineHandler(logging.StreamHandler):
     """Writes above a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -46,7 +46,7 @@ def start_logging() -> None:
 
     The other ranks log errors, and warnings with `extra={"every_rank": True}`, with their rank as a prefix.
     """
-    handler = _LineHandler()
+    handler = LineHandler()
     handler.addFilter(
         lambda record: dist.is_main() or record.levelno > logging.WARNING or hasattr(record, "every_rank")
     )

@@ -2,7 +2,7 @@
 
 import logging
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,7 +16,7 @@ from util import dist, lr_sched
 from util.checkpoints import checkpoint, run_directory, run_state
 from util.interrupts import Interrupted, Interrupts
 from util.settings import RunSpec
-from util.training import run_log
+from util.training import environment, run_log
 from util.training.compiling import compile_model
 from util.training.loop import Callback, EpochOptions, Loader
 from util.training.meters import Meters
@@ -63,8 +63,8 @@ class Task:
         evaluates: `after_epoch` takes long and does not change the state. The state is saved before it, and a signal
             ends it at once; a resumed run repeats it.
         metric: the entry of log.txt that selects the best state.
-        callbacks: called after every update, in this order. Checkpoints contain their states, under the key
-            `callbacks`.
+        callbacks: called after every update and every epoch, in this order. Checkpoints contain their states, under
+            the key `callbacks`.
     """
 
     train_one_epoch: Callable[[nn.Module, Loader, torch.optim.Optimizer, EpochOptions], None]
@@ -110,6 +110,8 @@ def run(
     logger.info(f"{record['model']} on {precision.device} in {precision.name}, {dist.world_size()} process(es)")
     with ExitStack() as stack:
         stack.enter_context(nullcontext() if is_locked else run_directory.locked(output_dir, spec.resume))
+        if dist.is_main():
+            environment.record(output_dir, precision.device)
         run_state.resume(
             spec.resume, output_dir, model, optimizer, precision.scaler, dict(record), progress, task.callbacks
         )
@@ -130,7 +132,7 @@ def run(
             output_dir, Path(spec.log_dir), spec.epochs, first_epoch=progress.epoch, loss_tag=task.loss_tag,
             first_x=run_log.next_x(progress.epoch, progress.first_iteration, len(batches)),
         )  # fmt: skip
-        for resource in (interrupts, _closing(log), closing(saver)):  # a signal takes effect after they are closed
+        for resource in (interrupts, closing_log(log), closing(saver)):  # a signal takes effect after they are closed
             stack.enter_context(resource)
         options = EpochOptions(
             epoch=progress.epoch,
@@ -162,8 +164,30 @@ def _run_callbacks(callbacks: Sequence[Callback], model: nn.Module, epoch: float
         callback.after_update(model, epoch)
 
 
+def _entries_of(
+    callbacks: Sequence[Callback], model: nn.Module, epoch: int, log: run_log.NullLog, others: Collection[str]
+) -> dict[str, Any]:
+    """Calls the callbacks that have a method `after_epoch`, and returns their entries of log.txt.
+
+    Args:
+        others: the names of the other entries.
+
+    Raises:
+        ValueError: a callback returns an entry that exists.
+    """
+    entries: dict[str, Any] = {}
+    for callback in callbacks:
+        own = callback.after_epoch(model, epoch, log) if hasattr(callback, "after_epoch") else {}
+        if twice := own.keys() & {*others, *entries}:
+            raise ValueError(
+                f"{type(callback).__name__}.after_epoch returns {min(twice)}, which log.txt has: rename it"
+            )
+        entries |= own
+    return entries
+
+
 @contextmanager
-def _closing(log: run_log.NullLog) -> Iterator[None]:
+def closing_log(log: run_log.NullLog) -> Iterator[None]:
     """Closes a log. An error that ends the run takes precedence over an error of the log, which is logged instead."""
     try:
         yield
@@ -201,7 +225,8 @@ def _train_epochs(
                 with interrupts.at_once() if task.evaluates else nullcontext():
                     results = task.after_epoch(epoch, log)
             # The log is first: a run that stops between the two trains this epoch again, and replaces its line.
-            log.end_epoch(meters.means() | results | batches.counts())
+            entries = meters.means() | results | batches.counts()
+            log.end_epoch(entries | _entries_of(task.callbacks, model, epoch, log, entries))
             saver.save_epoch(epoch, results.get(task.metric))
             # A signal may have arrived during the evaluation or a write in one process.
             stops = epoch + 1 < spec.epochs and any(dist.gather(interrupts.pending))

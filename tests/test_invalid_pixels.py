@@ -1,0 +1,486 @@
+"""Invalid pixels: --nodata, masks of a dataset object, --min_valid and --value_range, from files to losses."""
+
+import io
+import re
+import subprocess
+import sys
+
+import forks
+import numpy as np
+import pytest
+import tifffile
+import torch
+from conftest import ROOT
+from mains import Stopped, argv_of, assert_close, assert_equal, lines, parse, run_section, stop_after, weights
+from PIL import Image
+
+import main_finetune
+import main_knn
+import main_linprobe
+import main_pretrain
+import main_segment
+from inference.model import get_model
+from models_mae import MaskedAutoencoderViT, mae_vit_mini_patch4
+from util.checkpoints import checkpoint
+from util.data.dataset_kinds import open_source
+from util.data.decode import BadImage, Masked, PixelValues, decode
+from util.data.transforms import Normalize, ValidPatches, eval_transform, pretrain_transform
+from util.evaluation import pixel_baselines
+from util.settings import ImageSpec
+
+CLOUDS = '''
+import os
+
+import numpy as np
+
+KIND, HIDDEN = os.environ.get("KIND", "mask"), float(os.environ.get("HIDDEN", "7"))
+
+
+class Clouds(list):
+    """Bars of a color for each label, with an invalid rectangle of any values in every third image."""
+
+    def __getitem__(self, index):
+        random = np.random.default_rng(index)
+        image = random.random((24, 24, 3), dtype=np.float32) / 2
+        image[:, :, index % 3] += 0.5
+        valid = np.ones((24, 24), bool)
+        if index % 3 == 0:
+            top, left = random.integers(0, 12, 2)
+            valid[top : top + 10, left : left + 11] = False
+        image[~valid] = {"mask": HIDDEN, "nan": np.nan, "value": -9999}[KIND]
+        return {"image": image, "label": index % 3} | ({"valid": valid} if KIND == "mask" else {})
+
+
+def open_dataset(split, data_path):
+    return Clouds(range(32 if split == "train" else 12))
+'''
+FLAGS = {"mask": {}, "nan": {"nodata": "nan"}, "value": {"nodata": -9999}}
+SMALL = {"dataset": "py:clouds:open_dataset", "input_size": 16, "num_workers": 0, "batch_size": 8, "device": "cpu",
+         "amp": "off"}  # fmt: skip
+RUN = {"epochs": 1, "warmup_epochs": 0, "blr": 0.01}
+PRETRAIN = {"model": "mae_vit_mini_patch4", "vis_every": 1, "crop_scale": ".6 1", "norm_pix_loss": True}
+
+
+def npy(array):
+    stream = io.BytesIO()
+    np.save(stream, array)
+    return stream.getvalue()
+
+
+def tiff(array, **options):
+    stream = io.BytesIO()
+    tifffile.imwrite(stream, array, **options)
+    return stream.getvalue()
+
+
+@pytest.fixture
+def clouds(tmp_path, monkeypatch):
+    """Runs a script on clouds; returns its output directory, or what it returns."""
+    (tmp_path / "clouds.py").write_text(CLOUDS)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def run(name, main=main_pretrain, kind="mask", hidden=7.0, processes=0, **flags):
+        flags = {name: value for name, value in {**SMALL, **FLAGS[kind], **flags}.items() if value is not None}
+        if main is not main_knn:
+            flags = {"output_dir": tmp_path / name, **RUN, **flags}
+        monkeypatch.setenv("KIND", kind)
+        monkeypatch.setenv("HIDDEN", str(hidden))
+        monkeypatch.delitem(sys.modules, "clouds", raising=False)
+        if processes:
+            environment = {"PYTHONPATH": str(tmp_path)}
+            forks.run("main_pretrain.py", argv_of({**PRETRAIN, **flags}), tmp_path / "output", processes, environment)
+            return tmp_path / name
+        found = main.main(parse(main, **({**PRETRAIN, **flags} if main is main_pretrain else flags)))
+        return tmp_path / name if found is None else found
+
+    return run
+
+
+# ------------------------------------------------------------------------------------------------------------ decoding
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.int16, np.uint16, np.uint32, np.int64, np.float32, np.float64])
+def test_a_range_maps_values_of_any_type(dtype):
+    pixels = np.random.default_rng(0).integers(0, 100, (5, 6, 4)).astype(dtype)
+    pixels[2, 3, 1] = 120
+    values = PixelValues(120, (20, 70))
+    expected = (pixels.astype(np.float64).transpose(2, 0, 1) - 20) / 50
+    expected[:, 2, 3] = np.nan  # in all channels
+    for data in (npy(pixels), pixels, tiff(pixels, planarconfig="contig", photometric="minisblack")):
+        np.testing.assert_allclose(decode(data, 4, values=values), expected, rtol=1e-6)
+
+
+def test_bytes_with_invalid_pixels_become_floats():
+    pixels = np.full((4, 5, 3), 51, np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    assert isinstance(decode(stream.getvalue(), 3, values=PixelValues(0)), Image.Image)
+    pixels[1, 2] = 0, 50, 50
+    for data in (pixels, Image.fromarray(pixels), torch.from_numpy(pixels).permute(2, 0, 1)):
+        decoded = decode(data, 3, values=PixelValues(0))
+        assert decoded[:, 1, 2].isnan().all()
+        assert decoded.isnan().sum() == 3
+        assert decoded[0, 0, 0] == 51 / 255
+    assert decode(pixels, 3, values=PixelValues(None, (0, 51)))[0, 0, 0] == 1
+
+
+@pytest.mark.parametrize(
+    ("pixels", "values", "message"),
+    [
+        (np.full((4, 4), np.nan), PixelValues(), "not finite"),
+        (np.full((4, 4), np.nan), PixelValues(-9999), "not finite"),
+        (np.full((4, 4), np.inf), PixelValues("nan"), "not finite"),
+        (np.arange(16, dtype=np.int16).reshape(4, 4), PixelValues(), "range of its int16 pixels is unknown"),
+        (Masked(np.zeros((4, 4)), np.ones((4, 5), bool)), PixelValues(), r"4 x 5 pixels .* the image 4 x 4"),
+    ],
+)  # fmt: skip
+def test_other_values_are_one_line_errors(pixels, values, message):
+    with pytest.raises(BadImage, match=message) as raised:
+        decode(pixels, 1, values=values)
+    assert "\n" not in str(raised.value)
+
+
+def test_the_remedies_of_errors_work():
+    pixels = np.arange(16, dtype=np.int16).reshape(4, 4)
+    with pytest.raises(BadImage) as raised:
+        decode(pixels, 1)
+    flag, low, high = raised.value.remedy.removeprefix("give ").split()
+    assert flag == "--value_range"
+    assert decode(pixels, 1, values=PixelValues(None, (float(low), float(high)))).max() == 1
+    with pytest.raises(BadImage) as raised:
+        decode(np.full((4, 4), np.nan), 1)
+    assert raised.value.remedy == "give --nodata nan"
+
+
+# ---------------------------------------------------------------------------------------------------------- transforms
+
+
+@pytest.mark.parametrize("size", [8, 16, 40])
+def test_a_scaled_pixel_is_valid_only_if_its_sources_are(size):
+    """The oracle: the values of valid pixels do not depend on the value of an invalid one."""
+    pixels = torch.rand(1, 20, 20)
+    scaled = []
+    for value in (torch.nan, 0.0, 1e4):
+        pixels[0, 7, 11] = value
+        scaled.append(eval_transform(size, crop="none")(pixels))
+    valid = ~scaled[0].isnan()
+    assert 0 < (~valid).sum() < valid.numel() / 2
+    assert torch.equal(scaled[1][valid], scaled[2][valid])
+    assert torch.equal(scaled[0][valid], scaled[1][valid])
+
+
+def test_patches_with_few_valid_pixels_are_invalid():
+    picture = torch.rand(3, 16, 16)
+    picture[:, :2, :4] = torch.nan  # half of the first patch
+    picture[:, 4:6, :4] = torch.nan  # more than half of the one below
+    picture[:, 6, 0] = torch.nan
+    transform = eval_transform(16, crop="none")
+    invalid = ValidPatches(transform, (4, 4), 0.5, 4)(picture).isnan()[0]
+    expected = picture.isnan()[0]
+    expected[4:8, :4] = True
+    assert torch.equal(invalid, expected)
+    with pytest.raises(BadImage, match=r"14 of its 16 patches have valid pixels \(at least 100%\), and 15 are visible"):
+        ValidPatches(transform, (4, 4), 1.0, 15)(picture)
+
+
+def test_crops_are_drawn_until_enough_patches_are_valid():
+    picture = torch.rand(3, 64, 64)
+    picture[:, :, :40] = torch.nan
+    augment = pretrain_transform(16, (0.05, 0.3))
+    counts = [int((~augment(picture).isnan()[0]).sum()) for _ in range(40)]
+    assert min(counts) < 64
+    transform = ValidPatches(augment, (4, 4), 0.5, 4)
+    assert min(int((~transform(picture).isnan()[0]).sum()) for _ in range(40)) >= 4 * 8
+
+
+def test_invalid_pixels_become_the_mean():
+    images = torch.rand(2, 3, 4, 4)
+    images[0, :, 1, 2] = torch.nan
+    normalized = Normalize((0.1, 0.2, 0.3), (0.5, 0.6, 0.7))(images)
+    assert normalized[0, :, 1, 2].tolist() == [0, 0, 0]
+    assert normalized.isfinite().all()
+
+
+# --------------------------------------------------------------------------------------------------------------- model
+
+
+@pytest.fixture
+def cloudy():
+    """Images, and valid pixels: the first image has a patch without valid pixels, and one with some."""
+    valid = torch.ones(3, 16, 16, dtype=torch.bool)
+    valid[0, :4, :4] = False
+    valid[0, 4:6, 8:12] = False
+    valid[1, 8:, :] = False
+    return torch.rand(3, 3, 16, 16), valid
+
+
+@pytest.mark.parametrize("norm_pix_loss", [False, True])
+def test_invalid_pixels_change_nothing_and_have_no_gradient(norm_pix_loss, cloudy):
+    images, valid = cloudy
+    model = mae_vit_mini_patch4(img_size=16, norm_pix_loss=norm_pix_loss)
+    noise, found = torch.rand(3, 16), []
+    for value in (0.0, 1e6, torch.nan):
+        model.zero_grad()
+        inputs = images.masked_fill(~valid[:, None], value).requires_grad_()
+        loss, pred, mask = model(inputs, noise=noise, valid=valid)
+        loss.backward()
+        gradient = inputs.grad.masked_select(~valid[:, None])
+        assert torch.equal(gradient, torch.zeros_like(gradient))
+        assert inputs.grad.isfinite().all()
+        assert inputs.grad.masked_select(valid[:, None]).abs().sum() > 0
+        found.append([loss, pred, mask, *(p.grad for p in model.parameters() if p.grad is not None)])
+    for others in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
+    assert mask[0, 0] == 1
+    assert mask[1, 8:].all()
+    assert (mask == 0).sum(dim=1).tolist() == [4, 4, 4]
+
+
+@pytest.mark.parametrize("norm_pix_loss", [False, True])
+def test_the_loss_equals_arithmetic_by_hand(norm_pix_loss, cloudy):
+    images, valid = cloudy
+    model = mae_vit_mini_patch4(img_size=16, norm_pix_loss=norm_pix_loss)
+    pred, mask = torch.rand(3, 16, 48), (torch.rand(3, 16) < 0.7).float()
+    losses = []
+    for number in range(3):
+        patches = []
+        for patch in np.flatnonzero(mask[number]):
+            rows, columns = (slice(4 * place, 4 * place + 4) for place in divmod(int(patch), 4))
+            inside = valid[number, rows, columns].numpy().flatten()
+            pixels = images[number, :, rows, columns].permute(1, 2, 0).reshape(16, 3).double().numpy()[inside]
+            if norm_pix_loss and inside.any():
+                pixels = (pixels - pixels.mean()) / np.sqrt(pixels.var(ddof=1) + 1e-6)
+            if inside.any():
+                error = pred[number, patch].reshape(16, 3).double().numpy()[inside] - pixels
+                patches.append((error**2).mean())
+        losses.append(np.mean(patches))
+    assert float(model.forward_loss(images, pred, mask, valid)) == pytest.approx(np.mean(losses), rel=1e-5)
+    everything = torch.ones_like(valid)
+    mask[:] = torch.arange(16) >= 4
+    assert float(model.forward_loss(images, pred, mask, everything)) == pytest.approx(
+        float(model.forward_loss(images, pred, mask)), rel=1e-5
+    )
+
+
+def test_wrong_masks_of_the_model_are_errors(cloudy):
+    images, valid = cloudy
+    model = mae_vit_mini_patch4(img_size=16)
+    with pytest.raises(ValueError, match=r"valid is \(3, 8, 8\), and the images \(3, 3, 16, 16\)"):
+        model(images, valid=valid[:, :8, :8])
+    with pytest.raises(RuntimeError, match="fewer than 4 patches with valid pixels"):
+        model(images, valid=valid & (torch.arange(3) != 1)[:, None, None])
+
+
+def test_a_given_mask_and_a_reconstruction(cloudy):
+    images, valid = cloudy
+    model = mae_vit_mini_patch4(img_size=16).eval()
+    mask = torch.ones(3, 16)
+    mask[:, 1:5] = 0
+    inputs = images.masked_fill(~valid[:, None], torch.nan)
+    result = model.reconstruct(inputs, mask=mask, valid=valid)
+    assert torch.equal(result.mask, mask)
+    assert all(part.isfinite().all() for part in result)
+    mask[0, :2] = torch.tensor([0.0, 1.0])
+    with pytest.raises(ValueError, match="mask leaves patches without valid pixels visible"):
+        model(inputs, mask=mask, valid=valid)
+
+
+class Published(MaskedAutoencoderViT):
+    """An override with the published signature."""
+
+    def forward_loss(self, imgs, pred, mask):
+        return super().forward_loss(imgs, pred, mask)
+
+
+@pytest.mark.parametrize("invalid", [False, True])
+def test_published_overrides_work_where_nothing_is_invalid(invalid, tmp_path):
+    items = [(np.random.default_rng(number).random((16, 16, 3), dtype=np.float32), 0) for number in range(8)]
+    items[5][0][3:8] = 5 if invalid else 0.5
+    flags = {**SMALL, **RUN, **PRETRAIN, "nodata": 5, "output_dir": tmp_path, "mean": "0 0 0", "std": "1 1 1"}
+    del flags["dataset"]
+    args = parse(main_pretrain, **flags)
+    if invalid:
+        with pytest.raises(ValueError, match=r"invalid pixels, and Published.forward_loss has no argument valid: add"):
+            main_pretrain.main(args, Published, source=lambda split, data_path: items)
+    else:
+        main_pretrain.main(args, Published, source=lambda split, data_path: items)
+        assert np.isfinite(lines(tmp_path)[0]["train_loss"])
+
+
+# ---------------------------------------------------------------------------------------------------------------- runs
+
+
+def test_a_run_does_not_depend_on_the_values_of_invalid_pixels(clouds):
+    """With masks, NaN and a value; also in a worker process, and with images in memory."""
+    first = weights(clouds("first"), "checkpoint-0.pth")
+    for name, flags in {
+        "hidden": {"hidden": 1e5}, "nan": {"kind": "nan"}, "value": {"kind": "value", "num_workers": 1},
+        "cached": {"cache_images": True},
+    }.items():  # fmt: skip
+        assert_equal(first, weights(clouds(name, **flags), "checkpoint-0.pth"))
+
+
+def test_an_interrupted_run_resumes_exactly(clouds, monkeypatch):
+    settings = {"kind": "nan", "save_minutes": 0, "batch_size": 4, "min_valid": 0.7}
+    whole = clouds("whole", **settings)
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_after(patch, "save", 3)
+        clouds("parts", **settings)
+    parts = clouds("parts", **settings, resume="auto", num_workers=1)
+    assert_equal(weights(whole, "checkpoint-0.pth"), weights(parts, "checkpoint-0.pth"))
+    with pytest.raises(ValueError, match="--nodata"):
+        clouds("parts", **{**settings, "kind": "value"}, resume="auto", epochs=2)
+
+
+def test_two_processes_train_as_one(clouds):
+    one = clouds("one", batch_size=8)
+    two, again = (clouds(name, batch_size=4, processes=2) for name in ("two", "again"))
+    assert_close(one, two, "checkpoint-0.pth")
+    assert_equal(weights(two, "checkpoint-0.pth"), weights(again, "checkpoint-0.pth"))
+
+
+@pytest.mark.parametrize("main", [main_finetune, main_linprobe, main_knn])
+def test_classification_sees_the_mean(main, clouds):
+    """The flag is recorded: scripts that start from the checkpoint read images alike."""
+    encoder = clouds("encoder", kind="value") / "checkpoint-0.pth"
+    assert checkpoint.read(encoder)["args"]["nodata"] == -9999
+    flags = {"finetune": encoder, "model": "vit_mini_patch4"}
+    flags |= {"k": 5} if main is main_knn else {"aa": "none"} if main is main_finetune else {}
+    found = []
+    for name, own in {"value": {"kind": "value", "nodata": None}, "mask": {"hidden": 1e5}, "other": {}}.items():
+        found.append(clouds(name, main, **flags, **own))
+    if main is main_knn:
+        assert found[0] == found[1] == found[2]
+    else:
+        first, *others = (weights(out, "checkpoint-0.pth") for out in found)
+        for one in others:
+            assert_equal(first, one)
+
+
+def test_features_and_predictions(clouds, tmp_path):
+    """An array with NaN has the features of the array with the mean; the model records how to read images."""
+    model = get_model(clouds("encoder", kind="nan") / "checkpoint-0.pth")
+    image = np.random.default_rng(0).random((16, 16, 3), dtype=np.float32)
+    filled = image.copy()
+    image[3:9, 5:] = np.nan
+    filled[3:9, 5:] = model.normalize.mean.flatten()
+    torch.testing.assert_close(model.extract_feat(image), model.extract_feat(filled))
+    two = model.prepare([image, (filled * 255).astype(np.uint8)])  # bytes and floats have one range
+    assert two.abs().max() < 4
+
+
+def test_statistics_exclude_invalid_pixels(tmp_path):
+    generator, pixels = np.random.default_rng(0), []
+    for number in range(5):
+        image = generator.integers(-500, 2000, (8, 9, 2)).astype(np.int16)
+        image[number : number + 3, :4] = -9999
+        pixels.append(((image + 500) / 2500)[(image != -9999).all(axis=2)])
+        (tmp_path / f"{number}.npy").write_bytes(npy(image))
+    command = [sys.executable, "-m", "util.datasets", tmp_path, "--in_chans", "2", "--nodata", "-9999", "--num_workers"]
+    output = subprocess.run(
+        [*command, "1", "--value_range", "-500", "2000"], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout
+    report = {line.split()[0]: line.split()[1:] for line in output.splitlines()}
+    pixels = np.concatenate(pixels)
+    np.testing.assert_allclose(np.float64(report["--mean"]), pixels.mean(axis=0), rtol=1e-3)
+    np.testing.assert_allclose(np.float64(report["--std"]), pixels.std(axis=0), rtol=1e-3)
+    assert report["invalid"][0] == f"{1 - len(pixels) / 360:.2%}"
+
+
+def test_the_commands_of_the_document_run(tmp_path):
+    assert "invalid     23.44%" in run_section("DATA.md", "## Invalid pixels", tmp_path)
+    assert np.isfinite(lines(tmp_path / "runs/bands")[-1]["train_loss"])
+
+
+def test_the_value_0_of_an_inverted_file_is_refused():
+    """0 is white in the file, and black in the picture."""
+    data = tiff(np.zeros((8, 8), np.uint8), photometric="miniswhite")
+    assert np.asarray(decode(data, 1)).min() == 255
+    with pytest.raises(BadImage, match="--nodata"):
+        decode(data, 1, values=PixelValues(nodata=0))
+
+
+def test_an_image_with_valid_crops_only_does_not_end_a_run(tmp_path):
+    """Its center, which the reconstructions in TensorBoard show, has too few valid patches."""
+    images = [np.random.default_rng(number).random((32, 32, 3), dtype=np.float32) for number in range(16)]
+    images[0][8:24, 8:24] = np.nan
+    flags = {**SMALL, **RUN, **PRETRAIN, "nodata": "nan", "output_dir": tmp_path, "mean": ".5 .5 .5", "std": ".3 .3 .3",
+             "vis_every": 1, "crop_scale": ".1 .2", "on_bad_image": "error", "crop_pct": None}  # fmt: skip
+    flags = {name: value for name, value in flags.items() if name not in ("dataset", "crop_pct")}
+    main_pretrain.main(parse(main_pretrain, **flags), source=lambda split, data_path: [(one, 0) for one in images])
+    assert np.isfinite(lines(tmp_path)[-1]["train_loss"])
+
+
+def test_pixel_baselines_see_the_mean_of_an_image(tmp_path):
+    image = np.random.default_rng(0).random((16, 16, 1), dtype=np.float32)
+    image[:5] = np.nan
+    (tmp_path / "a.npy").write_bytes(npy(image))
+    (tmp_path / "b.npy").write_bytes(npy(np.full_like(image, np.nan)))
+    source = open_source("train", str(tmp_path))
+    rows = pixel_baselines.read(source, ImageSpec(16, 1, crop="none", nodata="nan"), 0)
+    image[:5] = np.nanmean(image)
+    np.testing.assert_allclose(rows, [image.flatten(), np.zeros(256)], rtol=1e-5)
+
+
+def test_segmentation_sees_the_mean(tmp_path):
+    """The values of invalid pixels do not change the weights of a head."""
+
+    def scenes(hidden):
+        items = []
+        for number in range(4):
+            image = np.random.default_rng(number).random((24, 24, 3), dtype=np.float32)
+            image[4:12, 3:20] = hidden
+            valid = np.ones((24, 24), bool)
+            valid[4:12, 3:20] = False
+            items.append({"image": image, "label": (image[:, :, 0] > 0.5).astype(np.uint8), "valid": valid})
+            items[-1]["label"][~valid] = 255
+        return items
+
+    found = []
+    for hidden in (0.0, 1e5):
+        out = tmp_path / str(hidden)
+        flags = {**SMALL, **RUN, "model": "vit_mini_patch4", "nb_classes": 2, "batch_size": 2, "output_dir": out}
+        del flags["dataset"], flags["blr"]
+        main_segment.main(parse(main_segment, **flags), source=lambda *_, hidden=hidden: scenes(hidden))
+        found.append(weights(out, "checkpoint-0.pth"))
+    assert_equal(*found)
+
+
+# -------------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        ({"valid": np.zeros((24, 24), bool)}, r"0 of its 16 patches have valid pixels .*, and 4 are visible"),
+        ({"valid": np.ones((24, 23), bool)}, r"24 x 23 pixels \(height x width\), and the image 24 x 24"),
+        ({"valid": np.ones((1, 24, 24))}, r"valid is float64 of shape \(1, 24, 24\): give booleans \(H, W\)"),
+    ],
+)  # fmt: skip
+def test_wrong_items_are_one_line_errors(item, message, tmp_path):
+    items = [{"image": np.ones((24, 24, 3), np.float32), "label": 0} for _ in range(16)]
+    items[3] |= item
+    flags = {**SMALL, **RUN, **PRETRAIN, "output_dir": tmp_path / "o"}
+    del flags["dataset"]
+    with pytest.raises(ValueError, match=message) as raised:
+        main_pretrain.main(parse(main_pretrain, **flags), source=lambda split, data_path: items)
+    assert "\n" not in str(raised.value)
+    if isinstance(raised.value, BadImage):
+        flags |= {"on_bad_image": "skip", "output_dir": tmp_path / "skip"}
+        main_pretrain.main(parse(main_pretrain, **flags), source=lambda split, data_path: items)
+        assert lines(tmp_path / "skip")[0]["bad_images"] == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"nodata": "white"}, "--nodata"), ({"value_range": "5 5"}, "--value_range: MIN must be below MAX, got 5 5"),
+        ({"min_valid": 0}, r"--min_valid: must be in \(0, 1\], got 0"),
+    ],
+)  # fmt: skip
+def test_wrong_flags_are_errors(flags, message, capsys):
+    with pytest.raises(SystemExit):
+        parse(main_pretrain, **flags)
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) <= 2
+    assert re.search(message, error)

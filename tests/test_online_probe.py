@@ -1,0 +1,102 @@
+"""--probe_every: scores of the encoder while it trains, and the environment of each start."""
+
+import json
+import subprocess
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from mains import Stopped, assert_equal, in_processes, lines, parse, stop_after, weights
+from PIL import Image
+
+import main_knn
+from inference import get_model
+from util.data.dataset_kinds import open_source
+from util.training.online_probe import effective_rank
+
+NAMES = ("test_knn_acc1", "test_effective_rank")
+
+
+def test_the_accuracy_is_that_of_main_knn_and_training_stays_the_same(pretrain, labelled):
+    """Also for a run that is interrupted after the first epoch."""
+    flags = {"data_path": labelled, "batch_size": 8, "num_workers": 1, "save_every": 1, "epochs": 3}
+    probed = {"probe_every": 2, "probe_path": labelled}
+    without, run = pretrain("without", **flags), pretrain("with", **flags, **probed)
+    assert_equal(weights(without, "checkpoint-2.pth"), weights(run, "checkpoint-2.pth"))
+    assert [line.keys() >= set(NAMES) for line in lines(run)] == [False, True, True]
+    assert not any(set(NAMES) & line.keys() for line in lines(without))
+    for epoch in (1, 2):
+        args = parse(main_knn, finetune=run / f"checkpoint-{epoch}.pth", data_path=labelled, k=20, num_workers=0,
+                     device="cpu")  # fmt: skip
+        assert lines(run)[epoch]["test_knn_acc1"] == pytest.approx(main_knn.main(args)[20, 0.07])
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+        stop_after(patch, "save_epoch", 1)
+        pretrain("parts", **flags, **probed)
+    parts = pretrain("parts", **flags, **probed, resume="auto")
+    assert_equal(weights(parts, "checkpoint-2.pth"), weights(run, "checkpoint-2.pth"))
+    for name in NAMES:
+        assert [line.get(name) for line in lines(parts)] == [line.get(name) for line in lines(run)]
+
+
+def test_the_rank_is_that_of_the_features(pretrain, labelled):
+    run = pretrain(data_path=labelled, probe_every=1, probe_path=labelled, epochs=1)
+    model, source = get_model(run / "checkpoint-0.pth"), open_source("train", str(labelled))
+    pictures = [model.transform(Image.open(source.name(number))) for number in range(len(source))]
+    with torch.inference_mode():
+        features = model.class_features(model.forward_features(model.normalize(torch.stack(pictures))))
+    singular = np.linalg.svd(features.double().numpy(), compute_uv=False)
+    shares = singular / singular.sum() + 1e-7
+    assert lines(run)[0]["test_effective_rank"] == pytest.approx(np.exp(-(shares * np.log(shares)).sum()), rel=1e-3)
+    assert effective_rank(torch.eye(5)) == pytest.approx(5, rel=1e-4)
+    assert effective_rank(torch.ones(7, 3)) == pytest.approx(1, rel=1e-4)
+
+
+def test_the_images_of_the_run_are_the_default(pretrain, labelled, tmp_path):
+    """Five of 48 labelled images are classified by the others. Images without labels have a rank only."""
+    score = lines(pretrain("labelled", data_path=labelled, probe_every=2, cache_images=True))[1]["test_knn_acc1"]
+    assert score in [pytest.approx(20 * right) for right in range(6)]
+    (tmp_path / "flat").mkdir()
+    for file in labelled.glob("train/*/*.png"):
+        (tmp_path / "flat" / file.name).symlink_to(file)
+    found = lines(pretrain("unlabelled", data_path=tmp_path / "flat", probe_every=2))[1]
+    assert "test_effective_rank" in found
+    assert "test_knn_acc1" not in found
+
+
+def test_two_processes_have_the_scores_of_one(labelled, tmp_path):
+    flags = ("--epochs", 1, "--probe_every", 1, "--probe_path", labelled)
+    in_processes(1, labelled, tmp_path / "one", *flags, "--batch_size", 8)
+    text = in_processes(2, labelled, tmp_path / "two", *flags, "--batch_size", 4)
+    one, two = (lines(tmp_path / name)[0] for name in ("one", "two"))
+    for name in NAMES:
+        assert one[name] == pytest.approx(two[name], rel=1e-4)
+    assert f"* 20-NN Acc@1 {two['test_knn_acc1']:.3f}" in text
+
+
+def test_a_probe_that_can_not_run_is_an_error_before_training(pretrain, labelled, tmp_path):
+    shard = tmp_path / "0.tar"
+    with tarfile.open(shard, "w") as archive:
+        for number, file in enumerate(sorted(labelled.glob("train/*/*.png"))):
+            archive.add(file, f"{number}.png")
+    streamed = {"data_path": None, "dataset": f"wds:{shard}"}
+    for flags, message in (
+        ({"probe_path": tmp_path / "nowhere"}, "^--probe_path .*nowhere: there"),
+        (streamed, "--probe_path PATH"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pretrain(probe_every=1, **flags)
+    with pytest.raises(subprocess.CalledProcessError) as raised:
+        in_processes(2, labelled, tmp_path / "sharded", "--fsdp", "--probe_every", 1, "--batch_size", 4)
+    assert "--probe_every 1: --fsdp" in raised.value.output
+    assert not list(tmp_path.rglob("log.txt"))
+
+
+def test_each_start_records_its_environment(pretrain):
+    run = pretrain(epochs=1)
+    pretrain(epochs=2, resume="auto")
+    first, second = (json.loads(line) for line in (run / "environment.jsonl").read_text().splitlines())
+    assert first.keys() == second.keys()
+    assert first["torch"] == torch.__version__.split("+")[0]
+    assert (first["processes"], first["device"].split()[0]) == (1, "cpu")
+    assert first["command"]

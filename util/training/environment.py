@@ -1,0 +1,60 @@
+"""What a run was started with: a line of environment.jsonl in its directory for each start."""
+
+import json
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from util import dist
+
+PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow")
+
+
+def commit() -> str | None:
+    """Returns the commit of this code, with "+changes" if files differ from it; None without git or outside a clone."""
+    folder = Path(__file__).parents[2]
+    if not (folder / ".git").exists():  # it may be installed below another repository
+        return None
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+changes"],
+            cwd=folder, capture_output=True, text=True, timeout=10,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return described.stdout.strip() or None
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """Returns the command line, versions, commit, device and processes of this program, as plain values."""
+    return {
+        "time": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "command": shlex.join(sys.argv),
+        "commit": commit(),
+        "python": platform.python_version(),
+        **{name: _version(name) for name in PACKAGES},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device} ({platform.machine()})",
+        "processes": dist.world_size(),
+        "threads": torch.get_num_threads(),
+        "host": platform.node(),
+    }
+
+
+def record(output_dir: Path, device: torch.device) -> None:
+    """Appends a line about this start to environment.jsonl in a run directory."""
+    with (output_dir / "environment.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(describe(device)) + "\n")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
