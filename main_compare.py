@@ -72,6 +72,7 @@ PROTOCOLS: dict[str, tuple[ModuleType, dict[str, Any]]] = {
 }  # fmt: skip
 # Flags that all scripts share; the comparison passes those that are given.
 SHARED = [*names_where(lambda one: True, ModelSpec, ImageSpec, DataSpec), "device", "amp"]
+OF_ENCODER = {"model", "encoder", "encoder_args"}  # those of SHARED that a file of --encoders replaces
 VAL_FRACTION = 0.2  # of the training images of the first draw, held out to choose hyperparameters
 LEAST_UPDATES = 3  # of an epoch; batches of few images are smaller
 
@@ -243,7 +244,8 @@ def _encoders(args: Namespace, folder: Path) -> list[Encoder]:
     Raises:
         ValueError: two encoders have one name, or an encoder can't be opened.
     """
-    encoders, architecture = [], {"model": args.model} if "model" in entry_point.explicit(args) else {}
+    own_model = {name: getattr(args, name) for name in OF_ENCODER if getattr(args, name) is not None}
+    encoders, architecture = [], own_model if "model" in entry_point.explicit(args) else {}
     for text in args.encoders:
         if text in (SCRATCH, PIXELS):
             encoders.append(Encoder(text, {}))
@@ -254,6 +256,8 @@ def _encoders(args: Namespace, folder: Path) -> list[Encoder]:
         recorded = models_build.classifier_settings(weights)
         if not recorded:
             raise ValueError(f"--encoders {text}: no model of this library has its shapes")
+        if recorded.get("encoder") not in (None, args.encoder):  # a file can't make a program import code
+            raise ValueError(f"--encoders {text}: it has an encoder of its own: give --encoder {recorded['encoder']}")
         if recorded.get("crop_pct") is None and args.crop_pct is None:
             is_explicit = "input_size" in entry_point.explicit(args)
             size = args.input_size if is_explicit else recorded.get("input_size", args.input_size)
@@ -269,7 +273,7 @@ def _encoders(args: Namespace, folder: Path) -> list[Encoder]:
         raise ValueError(
             f"--encoders: two have the name {repeated[0]}; give names, such as long=runs/b/checkpoint-99.pth"
         )
-    architecture = architecture or {"model": args.model}
+    architecture = architecture or own_model
     return [encoder if encoder.flags else encoder._replace(flags=architecture) for encoder in encoders]
 
 
@@ -326,7 +330,7 @@ class Runs:
 
     def __init__(self, args: Namespace, commands: Commands, sizes: Sequence[int], train: Source, val: Source) -> None:
         self.args, self.commands, self.train, self.val = args, commands, train, val
-        self.shared = {name: getattr(args, name) for name in SHARED if name in entry_point.explicit(args) - {"model"}}
+        self.shared = {name: getattr(args, name) for name in SHARED if name in entry_point.explicit(args) - OF_ENCODER}
         self.recipes: dict[str, str] = {}
         for text in args.recipes:
             protocol, _, recipe = text.partition("=")

@@ -34,8 +34,10 @@ from engine_finetune import (
     train_one_epoch,
     with_recorded_settings,
 )
+from models_vit import Encoder
 from util.checkpoints import run_directory
 from util.cli import entry_point, options
+from util.cli.own_classes import with_encoder
 from util.data import transforms
 from util.data.run_data import RunData
 from util.data.sources import Source
@@ -71,17 +73,24 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(args: Namespace, source: OpenDataset | None = None, callbacks: Sequence[Callback] = ()) -> Evaluation | None:
+def main(
+    args: Namespace,
+    source: OpenDataset | None = None,
+    callbacks: Sequence[Callback] = (),
+    encoder: type[Encoder] | None = None,
+) -> Evaluation | None:
     """Trains and evaluates a classifier for `args.epochs` epochs; with --eval, returns the result of one evaluation.
 
     Args:
         source: function(split, data_path) that returns a dataset, in place of --dataset py:MODULE:FUNCTION.
         callbacks: called after every update and every epoch.
+        encoder: class derived from `models_vit.Encoder`, in place of --encoder MODULE:CLASS.
     """
     from timm.data.random_erasing import RandomErasing  # timm takes more than a second
     from timm.loss import SoftTargetCrossEntropy
 
-    args, precision = trainer.start(with_source(args, source), "main_finetune")
+    args, encoder = with_encoder(with_source(args, source), encoder)
+    args, precision = trainer.start(args, "main_finetune")
     device = precision.device
     file = open_weights(vars(args))
     args = with_recorded_settings(args, file, models_build.classifier_settings(file), trains=not args.eval)
@@ -91,20 +100,16 @@ def main(args: Namespace, source: OpenDataset | None = None, callbacks: Sequence
         batches = data.eval_batches(val, args.batch_size)
         return partial(evaluate, data_loader=batches, normalize=data.normalize, precision=precision.of_evaluation())
 
+    build = partial(models_build.classifier, encoder=encoder)
     if args.eval and file:
-        model, val = load_for_evaluation(models_build.classifier, vars(args), file, data.open_val())
-        model.to(device)
-        if args.compile:
-            compile_model(model, device, freeze_weights=True)
-        scores = evaluation(val)(model)
-        report_scores(scores, val.classes, args.report)
-        return scores
+        model, val = load_for_evaluation(build, vars(args), file, data.open_val())
+        return evaluate_once(args, model.to(device), evaluation(val), val.classes)
 
     run_directory.prepare(Path(args.output_dir), args.resume)
     train, val = data.cached(*data.open_pair(args.nb_classes))
     classes = train.classes
     settings = {**vars(args), "nb_classes": len(classes), "classes": classes}
-    model = models_build.classifier(*specs(settings))
+    model = build(*specs(settings))
     if file and not loading.load_encoder(model, file, args.adapt_input, classes):
         nn.init.normal_(model.head.get_parameter("weight"), std=HEAD_STD)
     if args.unfreeze_blocks is not None:
@@ -128,18 +133,24 @@ def main(args: Namespace, source: OpenDataset | None = None, callbacks: Sequence
         report_scores(scores, classes, args.report)
         return {**scores.stats(), "n_parameters": num_parameters}
 
-    task = trainer.Task(
-        train_one_epoch=partial(
-            train_one_epoch, criterion=criterion, normalize=data.normalize, erase=erase if args.reprob else None,
-            mixup=mixup,
-        ),
-        after_epoch=evaluate_epoch,
-        loss_tag="loss",
-        evaluates=True,
-        callbacks=callbacks,
+    train_epoch = partial(
+        train_one_epoch, criterion=criterion, normalize=data.normalize, erase=erase if args.reprob else None,
+        mixup=mixup,
     )  # fmt: skip
+    task = trainer.Task(train_epoch, evaluate_epoch, "loss", evaluates=True, callbacks=callbacks)
     trainer.run(model, optimizer, batches, precision, task, RunSpec.of(settings), settings)
     return None
+
+
+def evaluate_once(
+    args: Namespace, model: nn.Module, evaluation: Callable[[nn.Module], Evaluation], classes: Sequence[str]
+) -> Evaluation:
+    """Evaluates a model, as --eval does, and reports the scores."""
+    if args.compile:
+        compile_model(model, next(model.parameters()).device, freeze_weights=True)
+    scores = evaluation(model)
+    report_scores(scores, classes, args.report)
+    return scores
 
 
 def augmentation(args: Namespace, mean: Sequence[float]) -> transforms.ImageTransform:

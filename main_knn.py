@@ -24,7 +24,9 @@ import numpy as np
 import models_build
 import models_vit
 from engine_finetune import encode, load_frozen, with_recorded_settings
+from models_vit import Encoder
 from util.cli import entry_point, options
+from util.cli.own_classes import with_encoder
 from util.data.labels import balanced_accuracy
 from util.data.run_data import RunData
 from util.data.user_sets import OpenDataset, with_source
@@ -49,19 +51,23 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(args: Namespace, source: OpenDataset | None = None) -> dict[tuple[int, float], float]:
+def main(
+    args: Namespace, source: OpenDataset | None = None, encoder: type[Encoder] | None = None
+) -> dict[tuple[int, float], float]:
     """Logs and returns the accuracy in percent for every pair of k and temperature.
 
     Args:
         source: function(split, data_path) that returns a dataset, in place of --dataset py:MODULE:FUNCTION.
+        encoder: class derived from `models_vit.Encoder`, in place of --encoder MODULE:CLASS.
     """
-    args, precision = trainer.start(with_source(args, source))
+    args, encoder = with_encoder(with_source(args, source), encoder)
+    args, precision = trainer.start(args)
     device = precision.device
     file = loading.read(args.finetune) if args.finetune else None
     args = with_recorded_settings(args, file, models_build.classifier_settings(file))
     data = RunData(ImageSpec.of(vars(args)), DataSpec.of(vars(args)), device, source)
     train, val = data.open_pair(args.nb_classes)
-    model = models_build.classifier(*specs({**vars(args), "nb_classes": 0}))
+    model = models_build.classifier(*specs({**vars(args), "nb_classes": 0}), encoder)
     load_frozen(model, file, args.adapt_input)
     model.to(device)
     encode_set = partial(encode, data, model=model, batch_size=args.batch_size, precision=precision)

@@ -43,11 +43,12 @@ from engine_finetune import (
     with_recorded_settings,
 )
 from engine_linprobe import HeadLosses, accuracies_of, make_heads, report_best_rate
-from models_vit import VisionTransformer
+from models_vit import Encoder, VisionTransformer
 from util import dist
 from util.checkpoints import checkpoint, run_directory
 from util.cli import entry_point, options
 from util.cli.choices import ATTENTIVE
+from util.cli.own_classes import with_encoder
 from util.data import labels, loader, transforms
 from util.data.run_data import RunData
 from util.data.sources import Source, versions
@@ -80,23 +81,31 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(args: Namespace, source: OpenDataset | None = None, callbacks: Sequence[Callback] = ()) -> None:
+def main(
+    args: Namespace,
+    source: OpenDataset | None = None,
+    callbacks: Sequence[Callback] = (),
+    encoder: type[Encoder] | None = None,
+) -> None:
     """Trains for `args.epochs` epochs and evaluates every `--eval_every` epochs. With --eval, it evaluates once.
 
     Args:
         source: function(split, data_path) that returns a dataset, in place of --dataset py:MODULE:FUNCTION.
         callbacks: called after every update and every epoch.
+        encoder: class derived from `models_vit.Encoder`, in place of --encoder MODULE:CLASS.
     """
-    args, precision = trainer.start(with_source(args, source), "main_linprobe", trains_encoder=False)
+    args, encoder = with_encoder(with_source(args, source), encoder)
+    args, precision = trainer.start(args, "main_linprobe", trains_encoder=False)
     args.blr = args.blr if isinstance(args.blr, list) else [args.blr]  # checkpoints record a single rate as a number
     device = precision.device
     file = open_encoder(args)
     args = with_recorded_settings(args, file, models_build.classifier_settings(file), trains=not args.eval)
     data = RunData(ImageSpec.of(vars(args)), DataSpec.of(vars(args)), device, source)
+    build = partial(models_build.probe, encoder=encoder)
     if args.eval and file:
         if args.compile:
             logger.warning("--compile has no effect with --eval")
-        probe, val = load_for_evaluation(models_build.probe, vars(args), file, data.open_val())
+        probe, val = load_for_evaluation(build, vars(args), file, data.open_val())
         encoded = encode(data, val, probe.to(device), min(args.batch_size, MAX_BATCH), precision)
         scores = evaluate(probe.get_submodule("head"), encoded, normalize=Tensor.float, precision=precision)
         report_scores(scores, val.classes, args.report)
@@ -104,7 +113,7 @@ def main(args: Namespace, source: OpenDataset | None = None, callbacks: Sequence
 
     run_directory.prepare(Path(args.output_dir), args.resume)
     with run_directory.locked(Path(args.output_dir), args.resume):  # also while features are stored
-        train_probe(args, data, file, precision, callbacks)
+        train_probe(args, data, file, precision, callbacks, build)
 
 
 def open_encoder(args: Namespace) -> Weights | None:
@@ -122,8 +131,9 @@ def open_encoder(args: Namespace) -> Weights | None:
 
 
 def train_probe(
-    args: Namespace, data: RunData, file: Weights | None, precision: Precision, callbacks: Sequence[Callback]
-) -> None:
+    args: Namespace, data: RunData, file: Weights | None, precision: Precision, callbacks: Sequence[Callback],
+    build: Callable[..., VisionTransformer],
+) -> None:  # fmt: skip
     """Trains the head on the features of the encoder of a file. Without a file, the encoder has random weights.
 
     The run directory must be locked.
@@ -143,7 +153,7 @@ def train_probe(
     settings = {**vars(args), "blr": blr, "nb_classes": len(classes), "classes": classes}
     if args.probe == ATTENTIVE and file and "fc_norm.weight" in file.tensors:
         settings["global_pool"] = True  # `probe` raises the error; `load_frozen` would ask for the flag first
-    model = models_build.probe(*specs(settings))
+    model = build(*specs(settings))
     load_frozen(model, file, args.adapt_input)
     model.to(device)
     heads, optimizer = make_heads(model, args.blr, args.weight_decay)

@@ -26,9 +26,12 @@ from torch import Tensor
 import models_build
 import models_mae
 from engine_pretrain import train_one_epoch
+from models_vit import Encoder
 from util import dist, masking
 from util.checkpoints import run_directory
 from util.cli import entry_point, options
+from util.cli.own_classes import with_encoder
+from util.cli.user_code import import_object
 from util.data import loader, transforms
 from util.data.run_data import RunData
 from util.data.samples import Samples
@@ -67,25 +70,25 @@ def main(
     model_class: Callable[..., models_mae.MaskedAutoencoderViT] = models_mae.MaskedAutoencoderViT,
     callbacks: Sequence[Callback] = (),
     source: OpenDataset | None = None,
+    encoder: type[Encoder] | None = None,
 ) -> None:
     """Trains for `args.epochs` epochs. Writes checkpoints, log.txt and TensorBoard files.
 
     Args:
-        model_class: class of the model, or a `partial` of it; a subclass changes the method.
+        model_class: class of the model, or a `partial` of it; a subclass changes the method. It is in place of
+            --model_class MODULE:CLASS.
         callbacks: called after every update and every epoch.
         source: function(split, data_path) that returns a dataset, in place of --dataset py:MODULE:FUNCTION.
+        encoder: class derived from `models_vit.Encoder`, in place of --encoder MODULE:CLASS.
     """
-    args, precision = trainer.start(with_source(args, source), "main_pretrain")
+    args, encoder = with_encoder(with_source(args, source), encoder)
+    model_class = chosen_class(args, model_class)
+    args, precision = trainer.start(args, "main_pretrain")
     device = precision.device
     run_directory.prepare(Path(args.output_dir), args.resume)
 
-    settings, is_base = vars(args), model_class is models_mae.MaskedAutoencoderViT
-    # --fsdp initializes the shards. The constructor of a subclass may set weights and buffers, which have to exist.
-    with torch.device("meta" if args.fsdp and is_base else "cpu"):
-        model = models_build.autoencoder(*specs(settings), model_class)
+    model, settings = build_model(args, model_class, encoder)
     log_sizes(model)
-    if not is_base:  # for programs that read the checkpoints, and do not have the class
-        settings = {**settings, "model_class": type(model).__qualname__, "predicts_pixels": model.predicts_pixels}
     if args.fsdp:
         from util.training import fsdp  # takes a second
 
@@ -129,6 +132,46 @@ def main(
         callbacks=callbacks,
     )  # fmt: skip
     trainer.run(model, optimizer, batches, precision, task, RunSpec.of(settings), settings)
+
+
+def build_model(
+    args: Namespace, model_class: Callable[..., models_mae.MaskedAutoencoderViT], encoder: type[Encoder] | None
+) -> tuple[models_mae.MaskedAutoencoderViT, dict[str, Any]]:
+    """Returns the model of a run, and the settings that checkpoints record.
+
+    Raises:
+        ValueError: the run that is resumed has another class.
+    """
+    settings, is_base = vars(args), model_class is models_mae.MaskedAutoencoderViT
+    if args.model_class and is_base:  # recorded by the run that is resumed
+        remedy = f"give --model_class {args.model_class}" if ":" in args.model_class else "start it with its own script"
+        raise ValueError(f"--resume {args.resume}: the run trains the class {args.model_class}; {remedy}")
+    # --fsdp initializes the shards. The constructor of a subclass may set weights and buffers, which have to exist.
+    with torch.device("meta" if args.fsdp and is_base and not encoder else "cpu"):
+        model = models_build.autoencoder(*specs(settings), model_class, encoder)
+    if not is_base or encoder:  # for programs that read the checkpoints, and do not have the class
+        settings = {**settings, "predicts_pixels": model.predicts_pixels}
+    if not is_base and not args.model_class:
+        settings = {**settings, "model_class": getattr(model_class, "func", model_class).__qualname__}
+    return model, settings
+
+
+def chosen_class(
+    args: Namespace, model_class: Callable[..., models_mae.MaskedAutoencoderViT]
+) -> Callable[..., models_mae.MaskedAutoencoderViT]:
+    """Returns the class of --model_class, or else `model_class`.
+
+    Raises:
+        ValueError: both are given, or the class can't be imported or is no masked autoencoder.
+    """
+    if not args.model_class:
+        return model_class
+    if model_class is not models_mae.MaskedAutoencoderViT:
+        raise ValueError(f"--model_class {args.model_class} and model_class= exclude each other; give one of them")
+    found: Any = import_object("--model_class ", args.model_class)
+    if not (isinstance(found, type) and issubclass(found, models_mae.MaskedAutoencoderViT)):
+        raise ValueError(f"--model_class {args.model_class}: derive it from models_mae.MaskedAutoencoderViT")
+    return found
 
 
 def open_samples(

@@ -25,6 +25,7 @@ from inference.imagenet import TIMM, RestrictedClassifier, load
 from util import dist
 from util.checkpoints import checkpoint
 from util.cli import entry_point, flags, options
+from util.cli.own_classes import chosen_encoder
 from util.data import loader, transforms
 from util.data.samples import Samples
 from util.evaluation import robustness, robustness_report
@@ -91,7 +92,7 @@ def _evaluate(args: Namespace, device: torch.device) -> str:
     precision = Precision(args.amp, device)
     suite = robustness.find(args.suite, Path(args.data_path).expanduser())
     crop_pct = args.crop_pct or (1.0 if args.suite == "imagenet-c" else None)
-    classifier = load(args.model, crop_pct, device)
+    classifier = load(args.model, crop_pct, device, **chosen_encoder(args))
     warn_of_changes(args.model, args, {"crop_pct", "exif"}, classifier.recorded)
     exif = classifier.recorded.get("exif") if args.exif is None else args.exif
     model = RestrictedClassifier(classifier.model, suite.columns).to(device)

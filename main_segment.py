@@ -27,8 +27,10 @@ import models_build
 import models_vit
 from engine_finetune import load_frozen, open_weights, train_one_epoch, with_recorded_settings
 from engine_segment import evaluate, pixel_loss, report_scores
+from models_vit import Encoder
 from util.checkpoints import run_directory
 from util.cli import entry_point, options
+from util.cli.own_classes import with_encoder
 from util.data.joint_transforms import EvalTransform, TrainTransform
 from util.data.run_data import RunData
 from util.data.segmentation_masks import MOST_CLASSES, VOC, MaskFormat, open_pairs, read_palette
@@ -62,7 +64,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(args: Namespace, source: OpenDataset | None = None, callbacks: Sequence[Callback] = ()) -> Scores | None:
+def main(
+    args: Namespace,
+    source: OpenDataset | None = None,
+    callbacks: Sequence[Callback] = (),
+    encoder: type[Encoder] | None = None,
+) -> Scores | None:
     """Trains for `args.epochs` epochs and evaluates the model every `--eval_every` epochs.
 
     With --eval, it evaluates a segmentation model once and returns the result.
@@ -70,8 +77,10 @@ def main(args: Namespace, source: OpenDataset | None = None, callbacks: Sequence
     Args:
         source: function(split, data_path) that returns a dataset of images and masks, in place of --dataset py:.
         callbacks: called after every update and every epoch.
+        encoder: class derived from `models_vit.Encoder`, in place of --encoder MODULE:CLASS.
     """
-    args, precision = trainer.start(with_source(args, source), "main_segment")
+    args, encoder = with_encoder(with_source(args, source), encoder)
+    args, precision = trainer.start(args, "main_segment")
     device = precision.device
     file = with_token_norm(open_weights(vars(args), SEGMENTER))
     recorded = models_build.classifier_settings(file)
@@ -89,7 +98,7 @@ def main(args: Namespace, source: OpenDataset | None = None, callbacks: Sequence
     )
 
     if args.eval and file:
-        model = models_build.segmenter(*specs(settings))
+        model = models_build.segmenter(*specs(settings), encoder)
         loading.load_classifier(model, file)
         model.to(device)
         if args.compile:
@@ -101,7 +110,7 @@ def main(args: Namespace, source: OpenDataset | None = None, callbacks: Sequence
     run_directory.prepare(Path(args.output_dir), args.resume)
     train, val = open_split(data, "train", classes), open_split(data, "val", classes)
     data.suggest_statistics(train)
-    model = models_build.segmenter(*specs(settings))
+    model = models_build.segmenter(*specs(settings), encoder)
     if file or args.unfreeze_blocks != "all":
         load_frozen(model, file, args.adapt_input, classes)
     model.to(device)
@@ -118,14 +127,8 @@ def main(args: Namespace, source: OpenDataset | None = None, callbacks: Sequence
         report_scores(scores, classes, args.report)
         return {**scores.stats(), "n_parameters": num_parameters}
 
-    task = trainer.Task(
-        train_one_epoch=partial(train_one_epoch, criterion=pixel_loss, normalize=data.normalize),
-        after_epoch=evaluate_epoch,
-        loss_tag="loss",
-        evaluates=True,
-        metric="test_miou",
-        callbacks=callbacks,
-    )
+    train_epoch = partial(train_one_epoch, criterion=pixel_loss, normalize=data.normalize)
+    task = trainer.Task(train_epoch, evaluate_epoch, "loss", evaluates=True, metric="test_miou", callbacks=callbacks)
     trainer.run(model, optimizer, batches, precision, task, RunSpec.of(settings), settings)
     return None
 

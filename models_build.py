@@ -1,5 +1,6 @@
 """Builds models from their settings, which a file may record, and heads of probes."""
 
+import inspect
 import logging
 from collections import OrderedDict
 from collections.abc import Callable
@@ -8,14 +9,16 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
+import yaml
 from torch import Tensor, nn
 
 import models_mae
 import models_vit
 from models_mae import DECODER_SUFFIX, DECODERS, MaskedAutoencoderViT
 from models_segment import Segmenter
-from models_vit import SIZES, Block, VisionTransformer, attention_weights, set_grad_checkpointing
+from models_vit import SIZES, Block, Encoder, VisionTransformer, attention_weights
 from util.checkpoints.checkpoint import CheckpointError
+from util.cli import user_code
 from util.cli.choices import ATTENTIVE, NUM_QUERIES
 from util.settings import REBUILDS, ImageSpec, ModelSpec, chosen, names_where
 from util.weights import shapes
@@ -27,29 +30,86 @@ logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
 
 
+def combined(encoder: type[Encoder], model_class: type[Model]) -> type[Model]:
+    """Returns the class of a model with a mix-in in front of it. It has the name of the model.
+
+    Raises:
+        ValueError: the class is no mix-in.
+    """
+    _require_mix_in(user_code.name_of(encoder), encoder)
+    names = {"encoder_name": user_code.name_of(encoder), "__module__": model_class.__module__}
+    return type(model_class.__name__, (encoder, model_class), names)
+
+
+def _require_mix_in(name: str, encoder: Any) -> None:
+    complete = (MaskedAutoencoderViT, VisionTransformer)
+    if not (isinstance(encoder, type) and issubclass(encoder, Encoder)) or issubclass(encoder, complete):
+        raise ValueError(
+            f"--encoder {name} is no mix-in: derive it from models_vit.Encoder only; the models are derived from it"
+        )
+
+
+def encoder_arguments(spec: ModelSpec, encoder: type[Encoder] | None) -> dict[str, Any]:
+    """Returns the arguments of the constructor of a mix-in: `encoder_args`, `name=value` with a scalar of YAML.
+
+    Raises:
+        ValueError: the weights need another mix-in, or it has no such argument.
+    """
+    if encoder is None:
+        if spec.encoder:  # recorded: a file can't make a program import code
+            raise ValueError(f"the model has an encoder of its own: give --encoder {spec.encoder}")
+        if spec.encoder_args:
+            raise ValueError("--encoder_args are arguments of the class of --encoder: give --encoder module:Class")
+        return {}
+    _require_mix_in(str(spec.encoder), encoder)
+    parameters = inspect.signature(encoder.__init__).parameters.values()
+    own = [one for one in parameters if one.kind is one.KEYWORD_ONLY]
+    pairs = [text.partition("=")[::2] for text in spec.encoder_args or []]
+    for name, value in pairs:
+        if name not in {one.name for one in own} or not value:
+            takes = " ".join(f"{one.name}=VALUE" for one in own) or "no arguments"
+            raise ValueError(f"--encoder_args {name}={value}: {encoder.__name__} takes {takes}")
+    arguments = {name: yaml.safe_load(value) for name, value in pairs}
+    if missing := [one.name for one in own if one.default is one.empty and one.name not in arguments]:
+        raise ValueError(f"--encoder {spec.encoder} needs --encoder_args {missing[0]}=VALUE")
+    return arguments
+
+
+def build(model_class: Callable[..., Model], encoder: type[Encoder] | None, arguments: dict[str, Any]) -> Model:
+    """Returns a model, with a mix-in in front of its class. `model_class` may be a `partial` of a class."""
+    if encoder is None:
+        return model_class(**arguments)
+    if isinstance(model_class, partial):
+        return build(model_class.func, encoder, {**model_class.keywords, **arguments})
+    return combined(encoder, model_class)(**arguments)  # type: ignore[arg-type]
+
+
 def autoencoder(
-    spec: ModelSpec, image: ImageSpec, model_class: Callable[..., MaskedAutoencoderViT] = MaskedAutoencoderViT
+    spec: ModelSpec,
+    image: ImageSpec,
+    model_class: Callable[..., MaskedAutoencoderViT] = MaskedAutoencoderViT,
+    encoder: type[Encoder] | None = None,
 ) -> MaskedAutoencoderViT:
     """Builds the masked autoencoder of a run."""
-    return _set_options(model_class(**autoencoder_arguments(spec, image)), spec)
+    return _set_options(build(model_class, encoder, autoencoder_arguments(spec, image, encoder)), spec)
 
 
-def classifier(spec: ModelSpec, image: ImageSpec) -> VisionTransformer:
+def classifier(spec: ModelSpec, image: ImageSpec, encoder: type[Encoder] | None = None) -> VisionTransformer:
     """Builds the classifier of a run."""
-    return _set_options(VisionTransformer(**classifier_arguments(spec, image)), spec)
+    return _set_options(build(VisionTransformer, encoder, classifier_arguments(spec, image, encoder)), spec)
 
 
-def probe(spec: ModelSpec, image: ImageSpec) -> VisionTransformer:
+def probe(spec: ModelSpec, image: ImageSpec, encoder: type[Encoder] | None = None) -> VisionTransformer:
     """Builds a frozen classifier with the head of a probe."""
-    model = classifier(replace(spec, nb_classes=0), image)
+    model = classifier(replace(spec, nb_classes=0), image, encoder)
     set_probe_head(model, spec)
     model.freeze()
     return model
 
 
-def segmenter(spec: ModelSpec, image: ImageSpec) -> Segmenter:
+def segmenter(spec: ModelSpec, image: ImageSpec, encoder: type[Encoder] | None = None) -> Segmenter:
     """Builds the segmentation model of a run. Without trained blocks, the encoder stays in evaluation mode."""
-    model = _set_options(Segmenter(**segmenter_arguments(spec, image)), spec)
+    model = _set_options(build(Segmenter, encoder, segmenter_arguments(spec, image, encoder)), spec)
     if spec.unfreeze_blocks == 0:
         model.freeze()
     elif isinstance(spec.unfreeze_blocks, int):
@@ -91,7 +151,7 @@ def file_settings(file: Weights, model: str | None = None) -> dict[str, Any]:
     determined = {"norm_pix_loss": True, "learned_pos_embed": file.learned_pos_embed} | shapes.determined(file.tensors)
     recorded = {**file.settings, **shapes.certain(file.tensors)}  # earlier versions recorded other values
     settings = chosen({}, recorded, determined, {})
-    if settings["patch_size"] == SIZES[size]["patch_size"]:
+    if settings.get("patch_size") == SIZES[size]["patch_size"]:
         settings["patch_size"] = None  # that in the name of the model, as the flag has it
     return {**settings, "model": model or f"{'mae_' * (file.kind == FULL)}vit_{size}"}
 
@@ -117,11 +177,11 @@ def size_of(model: str) -> str:
     return model.removeprefix("mae_").removeprefix("vit_").removesuffix(DECODER_SUFFIX)
 
 
-def autoencoder_arguments(spec: ModelSpec, image: ImageSpec) -> dict[str, Any]:
-    """Returns the arguments of `MaskedAutoencoderViT`.
+def autoencoder_arguments(spec: ModelSpec, image: ImageSpec, encoder: type[Encoder] | None = None) -> dict[str, Any]:
+    """Returns the arguments of `MaskedAutoencoderViT`, with those of a mix-in.
 
     Raises:
-        ValueError: the model of the run is not a masked autoencoder.
+        ValueError: the model of the run is not a masked autoencoder; or as in `encoder_arguments`.
     """
     if spec.model not in models_mae.MODELS:
         raise ValueError(f"{spec.model} is not a masked autoencoder")
@@ -129,7 +189,7 @@ def autoencoder_arguments(spec: ModelSpec, image: ImageSpec) -> dict[str, Any]:
     if spec.decoder_depth:
         decoder["decoder_depth"] = spec.decoder_depth
     return {
-        **_shape(spec, image),
+        **_shape(spec, image, encoder),
         **decoder,
         "norm_pix_loss": spec.norm_pix_loss,
         "learned_pos_embed": spec.learned_pos_embed,
@@ -137,25 +197,25 @@ def autoencoder_arguments(spec: ModelSpec, image: ImageSpec) -> dict[str, Any]:
     }
 
 
-def classifier_arguments(spec: ModelSpec, image: ImageSpec) -> dict[str, Any]:
-    """Returns the arguments of `VisionTransformer`.
+def classifier_arguments(spec: ModelSpec, image: ImageSpec, encoder: type[Encoder] | None = None) -> dict[str, Any]:
+    """Returns the arguments of `VisionTransformer`, with those of a mix-in.
 
     Raises:
-        ValueError: the model of the run is not a classifier.
+        ValueError: the model of the run is not a classifier; or as in `encoder_arguments`.
     """
     if spec.model not in models_vit.MODELS:
         raise ValueError(f"{spec.model} is not a classifier")
     return {
-        **_shape(spec, image),
+        **_shape(spec, image, encoder),
         "num_classes": spec.nb_classes,
         "drop_path_rate": spec.drop_path,
         "global_pool": spec.global_pool,
     }
 
 
-def segmenter_arguments(spec: ModelSpec, image: ImageSpec) -> dict[str, Any]:
-    """Returns the arguments of `Segmenter`."""
-    arguments = classifier_arguments(spec, image)
+def segmenter_arguments(spec: ModelSpec, image: ImageSpec, encoder: type[Encoder] | None = None) -> dict[str, Any]:
+    """Returns the arguments of `Segmenter`, with those of a mix-in."""
+    arguments = classifier_arguments(spec, image, encoder)
     return {name: value for name, value in arguments.items() if name != "global_pool"} | {"head": spec.head}
 
 
@@ -258,6 +318,20 @@ def freeze_below(model: VisionTransformer, num_blocks: int) -> None:
         module.requires_grad_(True)
 
 
+def set_grad_checkpointing(model: nn.Module) -> set[str]:
+    """Enables gradient checkpointing in all blocks of a model: the backward pass recomputes their activations.
+
+    Returns:
+        The class names of the blocks of encoder and decoder that do not support it.
+    """
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.grad_checkpointing = True
+    lists = [getattr(model, name, nn.ModuleList()) for name in ("blocks", "decoder_blocks")]
+    return {type(block).__name__ for blocks in lists for block in blocks.children()
+            if not isinstance(block, Block) or type(block).forward is not Block.forward}  # fmt: skip
+
+
 def _set_options(model: Model, spec: ModelSpec) -> Model:
     if spec.grad_checkpointing and (others := set_grad_checkpointing(model)):
         logger.warning(
@@ -267,8 +341,8 @@ def _set_options(model: Model, spec: ModelSpec) -> Model:
     return model
 
 
-def _shape(spec: ModelSpec, image: ImageSpec) -> dict[str, Any]:
-    """Returns the entry of SIZES, with the image size, channels and patch size of a run."""
+def _shape(spec: ModelSpec, image: ImageSpec, encoder: type[Encoder] | None) -> dict[str, Any]:
+    """Returns the entry of SIZES, with the image size, channels and patch size of a run, and arguments of a mix-in."""
     shape: dict[str, Any] = {
         "img_size": image.input_size,
         "in_chans": image.in_chans,
@@ -280,5 +354,10 @@ def _shape(spec: ModelSpec, image: ImageSpec) -> dict[str, Any]:
         shape["norm_layer"] = partial(nn.LayerNorm, eps=spec.layer_norm_eps)
     of_block = {name: getattr(spec, name) for name in names_where(lambda one: one["of_block"])}
     if any(of_block.values()):
-        shape["block"] = partial(Block, **of_block)
-    return {**SIZES[size_of(spec.model)], **shape}
+        block = (encoder or Encoder).block
+        parameters = inspect.signature(block).parameters
+        for name, value in of_block.items():
+            if value and name not in parameters:
+                raise ValueError(f"--{name} {value}: the blocks of --encoder {spec.encoder} lack it; omit the flag")
+        shape["block"] = partial(block, **of_block)
+    return {**SIZES[size_of(spec.model)], **shape, **encoder_arguments(spec, encoder)}

@@ -11,7 +11,6 @@ patches, T class tokens, D channels of an encoder token, E channels of a decoder
 Parameters have the names of the published checkpoints.
 """
 
-import inspect
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from models_vit import LAYER_NORM, SIZES, Block, Encoder, NormLayer, PatchEmbed, drop_path_rates
+from models_vit import LAYER_NORM, SIZES, Encoder, NormLayer, drop_path_rates
 from util.masking import noise_from_mask, num_visible, shuffle, take
 from util.pos_embed import Size, resize_pos_embed, sincos_table
 
@@ -60,14 +59,6 @@ class Reconstruction(NamedTuple):
     mask: Tensor  # (B, N), 0 visible, 1 masked
 
 
-# Arguments that the steps of the published code do not have, and the methods that pass them on.
-STEP_ARGUMENTS = {
-    "noise": ("forward", "forward_encoder", "random_masking"),
-    "grid_size": ("forward_decoder",),
-    "valid": ("forward", "forward_loss", "target"),
-}
-
-
 class MaskedAutoencoderViT(Encoder):
     """Asymmetric encoder-decoder (He et al. 2021, section 3).
 
@@ -81,24 +72,20 @@ class MaskedAutoencoderViT(Encoder):
         learned_pos_embed: learn the positions of encoder and decoder, instead of the fixed sine-cosine tables.
         drop_path_rate: stochastic depth rate of the last block of the encoder; it increases linearly from 0 at the
             first block.
-        block: class of the blocks of encoder and decoder, or a `partial` of it.
+        block: class of the blocks of encoder and decoder, or a `partial` of it. Default: `Encoder.block`.
 
     Attributes:
-        target_dim: width P of the predictions and of `target`; None for the p·p·c pixels of a patch.
-        lacking: arguments of STEP_ARGUMENTS that a subclass does not pass on, with the name of its first method without
-            the argument. An override with the published signature has none of them.
+        target_dim: width P of the predictions and of `target`; None for the p·p·c pixels of a patch. A constructor may
+            set it before it calls that of this class.
     """
 
     target_dim: int | None = None
-    lacking: ClassVar[dict[str, str]] = {}
-
-    def __init_subclass__(cls, **options: Any) -> None:
-        super().__init_subclass__(**options)
-        cls.lacking = {
-            argument: lacks[0]
-            for argument, steps in STEP_ARGUMENTS.items()
-            if (lacks := [step for step in steps if not _accepts(getattr(cls, step), argument)])
-        }
+    used_steps = (*Encoder.own_parameters,)
+    arguments: ClassVar = {
+        "noise": ("forward", "forward_encoder", "random_masking"),
+        "grid_size": ("forward_decoder",),
+        "valid": ("forward", "forward_loss", "target"),
+    }
 
     def __init__(
         self,
@@ -118,31 +105,29 @@ class MaskedAutoencoderViT(Encoder):
         num_cls_tokens: int = 1,
         learned_pos_embed: bool = False,
         drop_path_rate: float = 0.0,
-        block: Callable[..., Block] = Block,
+        block: Callable[..., nn.Module] | None = None,
     ) -> None:
         super().__init__()
-
-        def blocks(dim: int, heads: int, ratio: float, rates: list[float]) -> nn.ModuleList:
-            return nn.ModuleList([block(dim, heads, ratio, norm_layer=norm_layer, drop_path=rate) for rate in rates])
-
         self.learned_pos_embed = learned_pos_embed
         self.norm_pix_loss = norm_pix_loss
-        self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
-        rows, columns = self.patch_embed.patch_size
-
+        self.in_chans = in_chans
+        self.patch_embed = self.make_patch_embed(img_size, patch_size, in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, num_cls_tokens, embed_dim))
         self.pos_embed = self._position_table(embed_dim)
-        self.blocks = blocks(embed_dim, num_heads, mlp_ratio, drop_path_rates(drop_path_rate, depth))
+        self.blocks = self.make_blocks(
+            block, embed_dim, num_heads, mlp_ratio, norm_layer, drop_path_rates(drop_path_rate, depth)
+        )
         self.norm = norm_layer(embed_dim)
 
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
         self.decoder_pos_embed = self._position_table(decoder_embed_dim)
         self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
-        self.decoder_blocks = blocks(
-            decoder_embed_dim, decoder_num_heads, decoder_mlp_ratio or mlp_ratio, drop_path_rates(0, decoder_depth)
-        )
+        self.decoder_blocks = self.make_blocks(
+            block, decoder_embed_dim, decoder_num_heads, decoder_mlp_ratio or mlp_ratio, norm_layer,
+            drop_path_rates(0, decoder_depth),
+        )  # fmt: skip
         self.decoder_norm = norm_layer(decoder_embed_dim)
-        self.decoder_pred = nn.Linear(decoder_embed_dim, self.target_dim or rows * columns * in_chans)
+        self.decoder_pred = nn.Linear(decoder_embed_dim, self.target_dim or self.values_per_patch)
         self.initialize_weights()
 
     @property
@@ -156,16 +141,16 @@ class MaskedAutoencoderViT(Encoder):
         return self.patch_embed.num_patches
 
     @property
+    def values_per_patch(self) -> int:
+        """p·p·c, the number of values of a patch."""
+        picture = torch.empty(1, self.in_chans, *self.patch_embed.img_size, device="meta")
+        return self.patchify(picture).shape[-1]
+
+    @property
     def predicts_pixels(self) -> bool:
         """Whether the target is pixels, as `reconstruct` requires."""
-        is_patch = getattr(self.decoder_pred, "out_features", None) == self.patch_embed.proj.weight[0].numel()
+        is_patch = getattr(self.decoder_pred, "out_features", None) == self.values_per_patch
         return is_patch and self.target_dim is None and type(self).target is MaskedAutoencoderViT.target
-
-    def lack_of(self, argument: str) -> str:
-        """Returns a message about an argument of STEP_ARGUMENTS that an override does not accept; "" if all do."""
-        step = self.lacking.get(argument)
-        message = f"{type(self).__name__}.{step} has no argument {argument}: add {argument}=None, and pass it on"
-        return message if step else ""
 
     def initialize_weights(self) -> None:
         """Initializes linear layers and the patch projection (Xavier uniform), biases (0), tokens and learned positions
@@ -176,7 +161,9 @@ class MaskedAutoencoderViT(Encoder):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))
+        for module in self.patch_embed.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.xavier_uniform_(module.weight.flatten(1))
         nn.init.normal_(self.cls_token, std=0.02)
         nn.init.normal_(self.mask_token, std=0.02)
         if self.learned_pos_embed:
@@ -231,18 +218,17 @@ class MaskedAutoencoderViT(Encoder):
         return take(x, ids_shuffle[:, :num_visible]), mask, ids_restore
 
     def forward_encoder(
-        self, imgs: Tensor, mask_ratio: float, noise: Tensor | None = None
+        self, imgs: Tensor, mask_ratio: float, noise: Tensor | None = None, **extras: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Images -> latent (B, T + K, D) of class tokens and visible patches, mask and ids_restore (B, N).
 
         Args:
             noise: (B, N), as in `random_masking`.
         """
-        pos_embed = self._resized(self.pos_embed, self.patch_embed.grid_of(*imgs.shape[-2:]))
-        x = self.patch_embed(imgs) + self.patch_tokens(pos_embed)
-        x, mask, ids_restore = self.random_masking(x, mask_ratio, **_given(noise=noise))
-        cls_tokens = self.cls_token + pos_embed[:, : self.num_prefix_tokens]
-        x = torch.cat([cls_tokens.expand(x.shape[0], -1, -1), x], dim=1)
+        x = self.tokenize(imgs, **self.extras_of("tokenize", extras))
+        masking = _given(noise=noise) | self.extras_of("random_masking", extras)
+        x, mask, ids_restore = self.random_masking(x, mask_ratio, **masking)
+        x = self.with_class_tokens(x, self.patch_embed.grid_of(*imgs.shape[-2:]))
         for block in self.blocks:
             x = block(x)
         return self.norm(x), mask, ids_restore
@@ -258,13 +244,14 @@ class MaskedAutoencoderViT(Encoder):
         num_masked = ids_restore.shape[1] - visible.shape[1]
         mask_tokens = self.mask_token.to(x.dtype).expand(x.shape[0], num_masked, -1)
         patches = take(torch.cat([visible, mask_tokens], dim=1), ids_restore)
-        pos_embed = self._resized(self.decoder_pos_embed, grid_size or self.grid_size)
-        x = torch.cat([cls_tokens, patches], dim=1) + pos_embed
+        x = torch.cat([cls_tokens, patches], dim=1) + self.decoder_positions(grid_size or self.grid_size)
         for block in self.decoder_blocks:
             x = block(x)
         return self.patch_tokens(self.decoder_pred(self.decoder_norm(x)))
 
-    def forward_loss(self, imgs: Tensor, pred: Tensor, mask: Tensor, valid: Tensor | None = None) -> Tensor:
+    def forward_loss(
+        self, imgs: Tensor, pred: Tensor, mask: Tensor, valid: Tensor | None = None, **extras: Any
+    ) -> Tensor:
         """Mean squared error over the masked patches (section 3, "Reconstruction target"); 0 if none is masked.
 
         With invalid pixels, the error of a patch is the mean over its valid pixels. Patches without valid pixels have
@@ -276,7 +263,7 @@ class MaskedAutoencoderViT(Encoder):
         Raises:
             ValueError: the target has another shape than `pred`; the difference would be broadcast.
         """
-        target = self.target(imgs, **_given(valid=valid))
+        target = self.target(imgs, **_given(valid=valid), **extras)
         if target.shape != pred.shape:
             raise ValueError(
                 f"the target is {tuple(target.shape)} and the prediction {tuple(pred.shape)}: both must be (B, N, "
@@ -292,7 +279,7 @@ class MaskedAutoencoderViT(Encoder):
         scored = mask * weight.any(dim=-1)
         return ((loss * scored).sum(dim=1) / scored.sum(dim=1).clamp(min=1)).mean()
 
-    def target(self, imgs: Tensor, valid: Tensor | None = None) -> Tensor:
+    def target(self, imgs: Tensor, valid: Tensor | None = None, **extras: Any) -> Tensor:
         """The target of the decoder: images (B, c, H, W) -> (B, N, P), normalized per patch with `norm_pix_loss`.
 
         An override may return other features of the patches. The attribute `target_dim` sets their width.
@@ -329,9 +316,11 @@ class MaskedAutoencoderViT(Encoder):
 
     def forward(
         self, imgs: Tensor, mask_ratio: float = 0.75, *, mask: Tensor | None = None, noise: Tensor | None = None,
-        valid: Tensor | None = None,
+        valid: Tensor | None = None, **extras: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """Images (B, c, H, W) -> loss (), predictions (B, N, P), mask (B, N).
+
+        An extra input of the images reaches the steps that have a parameter of its name (`own_parameters`).
 
         Args:
             mask_ratio: fraction of masked patches.
@@ -347,6 +336,7 @@ class MaskedAutoencoderViT(Encoder):
             ValueError: the sides of the images are not multiples of the patch size; mask, noise, valid or ratio is
                 invalid; or an override of a step does not accept an argument that the call needs (`lacking`).
         """
+        self.check_extras(extras)
         grid = self.patch_embed.grid_of(*imgs.shape[-2:])
         if mask is not None:
             noise, mask_ratio = noise_from_mask(mask.to(imgs.device), grid, self.patch_embed.patch_size)
@@ -359,9 +349,10 @@ class MaskedAutoencoderViT(Encoder):
         for argument in self.lacking:
             if options[argument] is not None:
                 raise ValueError(self.lack_of(argument))
-        latent, patch_mask, ids_restore = self.forward_encoder(imgs, mask_ratio, **_given(noise=noise))
+        latent, patch_mask, ids_restore = self.forward_encoder(imgs, mask_ratio, **_given(noise=noise), **extras)
         pred = self.forward_decoder(latent, ids_restore, **_given(grid_size=options["grid_size"]))
-        return self.forward_loss(imgs, pred, patch_mask, **_given(valid=valid)), pred, patch_mask
+        scored = self.extras_of("forward_loss", extras) | self.extras_of("target", extras)
+        return self.forward_loss(imgs, pred, patch_mask, **_given(valid=valid), **scored), pred, patch_mask
 
     def _exclude(self, imgs: Tensor, noise: Tensor | None, valid: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor]:
         """Returns images without the values of invalid pixels, and noise (B, N) that masks patches without valid ones.
@@ -378,19 +369,14 @@ class MaskedAutoencoderViT(Encoder):
         torch._assert_async(enough, f"an image has fewer than {visible} patches with valid pixels")  # no wait for a GPU
         return _without_invalid(imgs, valid), noise.masked_fill(~patches, math.inf)
 
-    def forward_features(self, imgs: Tensor) -> Tensor:
+    def forward_features(self, imgs: Tensor, **extras: Any) -> Tensor:
         """Images -> normalized encoder tokens (B, T + N, D), class tokens first. No patch is masked."""
-        return self.get_intermediate_layers(imgs)[0]
-
-    def embed(self, imgs: Tensor) -> Tensor:
-        x = self.patch_embed(imgs)
-        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
-        return x + self._resized(self.pos_embed, self.patch_embed.grid_of(*imgs.shape[-2:]))
+        return self.get_intermediate_layers(imgs, **extras)[0]
 
     @torch.no_grad()
     def reconstruct(
         self, imgs: Tensor, mask_ratio: float = 0.75, *, mask: Tensor | None = None, noise: Tensor | None = None,
-        valid: Tensor | None = None,
+        valid: Tensor | None = None, **extras: Any,
     ) -> Reconstruction:  # fmt: skip
         """Masks patches of images (B, c, H, W) and reconstructs them. The arguments are as in `forward`.
 
@@ -403,7 +389,8 @@ class MaskedAutoencoderViT(Encoder):
         """
         if not self.predicts_pixels:
             raise ValueError(f"{type(self).__name__} does not predict pixels, so it can't reconstruct images")
-        _, pred, patch_mask = self.forward(imgs, mask_ratio, **_given(mask=mask, noise=noise, valid=valid))[:3]
+        options = {**_given(mask=mask, noise=noise, valid=valid), **extras}
+        _, pred, patch_mask = self.forward(imgs, mask_ratio, **options)[:3]
         grid = self.patch_embed.grid_of(*imgs.shape[-2:])
         if mask is not None:
             expected = noise_from_mask(mask.to(imgs.device), grid, self.patch_embed.patch_size)[0]
@@ -426,6 +413,13 @@ class MaskedAutoencoderViT(Encoder):
             mask=patch_mask,
         )
 
+    def positions(self, grid: tuple[int, int]) -> Tensor:
+        return self._resized(self.pos_embed, grid)
+
+    def decoder_positions(self, grid: tuple[int, int]) -> Tensor:
+        """Returns the positions of the decoder (1, T + N, E) for a grid of (rows, columns) patches."""
+        return self._resized(self.decoder_pos_embed, grid)
+
     def _resized(self, table: Tensor, grid: tuple[int, int]) -> Tensor:
         """Returns the position table for `grid`: learned tables are interpolated, fixed tables are computed."""
         if self.learned_pos_embed or grid == self.grid_size:
@@ -444,11 +438,6 @@ class MaskedAutoencoderViT(Encoder):
 def _given(**options: Any) -> dict[str, Any]:
     """Returns the arguments that are not None. Overrides with the published signatures do not have the others."""
     return {name: value for name, value in options.items() if value is not None}
-
-
-def _accepts(method: Callable[..., Any], argument: str) -> bool:
-    parameters = inspect.signature(method).parameters
-    return argument in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def _without_invalid(imgs: Tensor, valid: Tensor) -> Tensor:

@@ -153,9 +153,9 @@ class Segmenter(VisionTransformer):
         self.layers = [depth * number // count - 1 for number in range(1, count + 1)]
         self.head = HEADS[head](self.embed_dim, num_classes)
 
-    def forward(self, imgs: Tensor) -> Tensor:
+    def forward(self, imgs: Tensor, **extras: Any) -> Tensor:
         """Images (B, c, H, W) -> logits (B, K, H, W)."""
-        layers = self.get_intermediate_layers(imgs, self.layers)
+        layers = self.get_intermediate_layers(imgs, self.layers, **extras)
         size = (imgs.shape[2], imgs.shape[3])
         return resized(self.head(layers, self.patch_embed.grid_of(*size)), size)
 

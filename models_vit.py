@@ -11,14 +11,16 @@ tokens, L = T + N tokens, D channels of a token, h heads. Parameters have the na
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from util.lr_decay import get_layer_id_for_vit
 from util.pos_embed import Size, resize_pos_embed, to_pair
+from util.steps import Steps
 
 NormLayer = Callable[[int], nn.Module]
 
@@ -202,25 +204,32 @@ def drop_path_rates(last: float, depth: int) -> list[float]:
     return [last * i / max(1, depth - 1) for i in range(depth)]
 
 
-def set_grad_checkpointing(model: nn.Module) -> set[str]:
-    """Enables gradient checkpointing in all blocks of a model: the backward pass recomputes their activations.
+class Encoder(Steps, nn.Module):
+    """The encoder of autoencoder, classifier and segmenter: how an image becomes tokens, and their blocks.
 
-    Returns:
-        The class names of the blocks of encoder and decoder that do not support it.
+    An idea about the encoder is written once, in a subclass of this class: a mix-in, which `combined` puts in front of
+    each of these models. It overrides `tokenize`, `positions` or `make_patch_embed`, or sets `block`. The parameters of
+    its constructor are keyword-only, and the constructor passes all others on.
+
+    Attributes:
+        block: class of the blocks of encoder and decoder, with the arguments of `Block`.
+        encoder_name: `module:Class` of the mix-in; None without one.
     """
-    for module in model.modules():
-        if isinstance(module, Block):
-            module.grad_checkpointing = True
-    lists = [getattr(model, name, nn.ModuleList()) for name in ("blocks", "decoder_blocks")]
-    return {type(block).__name__ for blocks in lists for block in blocks.children()
-            if not isinstance(block, Block) or type(block).forward is not Block.forward}  # fmt: skip
 
-
-class Encoder(nn.Module):
-    """The base class of autoencoder and classifier: returns the outputs of the blocks, without masking."""
+    block: ClassVar[Callable[..., nn.Module]] = Block
+    encoder_name: ClassVar[str | None] = None
+    own_parameters: ClassVar = {
+        "tokenize": {"imgs"},
+        "random_masking": {"x", "mask_ratio", "noise"},
+        "forward_loss": {"imgs", "pred", "mask", "valid"},
+        "target": {"imgs", "valid"},
+    }
+    used_steps: ClassVar[tuple[str, ...]] = ("tokenize",)
 
     blocks: nn.ModuleList
     norm: nn.Module
+    patch_embed: PatchEmbed
+    pos_embed: nn.Parameter  # (1, T + N, D)
     cls_token: nn.Parameter  # (1, T, D)
 
     def __getattr__(self, name: str) -> Tensor | nn.Module:
@@ -241,12 +250,50 @@ class Encoder(nn.Module):
         """Tokens (B, T + N, D) -> patch tokens (B, N, D)."""
         return tokens[:, self.num_prefix_tokens :]
 
-    def embed(self, imgs: Tensor) -> Tensor:
+    def make_patch_embed(self, img_size: Size, patch_size: Size, in_chans: int, embed_dim: int) -> PatchEmbed:
+        """Returns the module that splits images into patches: it has the attributes and `grid_of` of `PatchEmbed`."""
+        return PatchEmbed(img_size, patch_size, in_chans, embed_dim)
+
+    def make_blocks(
+        self, block: Callable[..., nn.Module] | None, dim: int, num_heads: int, mlp_ratio: float,
+        norm_layer: NormLayer, rates: Sequence[float], qkv_bias: bool = True,
+    ) -> nn.ModuleList:  # fmt: skip
+        """Returns a block for each drop path rate. `block`: their class. Default: that of the model."""
+        make = partial(
+            block or type(self).block, dim, num_heads, mlp_ratio=mlp_ratio, qkv_bias=qkv_bias, norm_layer=norm_layer
+        )
+        return nn.ModuleList([make(drop_path=rate) for rate in rates])
+
+    def tokenize(self, imgs: Tensor, **extras: Any) -> Tensor:
+        """Images (B, c, H, W) -> patch tokens with their positions (B, N, D), without class tokens.
+
+        An override names the extra inputs of an image that it takes, as parameters.
+        """
+        return self.patch_embed(imgs) + self.patch_tokens(self.positions(self.patch_embed.grid_of(*imgs.shape[-2:])))
+
+    def positions(self, grid: tuple[int, int]) -> Tensor:
+        """Returns the positions of class tokens and patches (1, T + N, D) for a grid of (rows, columns) patches."""
+        return resize_pos_embed(self.pos_embed, self.patch_embed.grid_size, grid)
+
+    def with_class_tokens(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Patch tokens (B, N, D) of a grid, or some of them -> tokens (B, T + N, D): class tokens in front."""
+        tokens = self.cls_token + self.positions(grid)[:, : self.num_prefix_tokens]
+        return torch.cat([tokens.expand(patches.shape[0], -1, -1), patches], dim=1)
+
+    def embed(self, imgs: Tensor, **extras: Any) -> Tensor:
         """Images (B, c, H, W) -> tokens with their positions (B, T + N, D), class tokens first."""
-        raise NotImplementedError
+        self.check_extras(extras)
+        patches = self.tokenize(imgs, **self.extras_of("tokenize", extras))
+        return self.with_class_tokens(patches, self.patch_embed.grid_of(*imgs.shape[-2:]))
+
+    def layer_id(self, name: str) -> int:
+        """Returns the layer of a parameter in layer-wise learning-rate decay: 0: embeddings, and parameters that a
+        mix-in adds; i + 1: block i; depth + 1: norms and head.
+        """
+        return get_layer_id_for_vit(name, len(self.blocks) + 1)
 
     def get_intermediate_layers(
-        self, imgs: Tensor, n: int | Sequence[int] = 1, norm: bool = True, return_attention: bool = False
+        self, imgs: Tensor, n: int | Sequence[int] = 1, norm: bool = True, return_attention: bool = False, **extras: Any
     ) -> Any:
         """Returns the outputs of the last `n` blocks for images (B, c, H, W), in the order of the blocks.
 
@@ -259,20 +306,22 @@ class Encoder(nn.Module):
             A list of tokens (B, T + N, D), class tokens first; with `return_attention`, also the list of weights.
 
         Raises:
-            ValueError: there is no block with one of the indices.
+            ValueError: there is no block with one of the indices, or a block of another class has no attention weights.
         """
         depth = len(self.blocks)
         indices = range(max(0, depth - n), depth) if isinstance(n, int) else n
         if missing := [index for index in indices if not -depth <= index < depth]:
             raise ValueError(f"there is no block {missing[0]}: the indices of the {depth} blocks are 0 to {depth - 1}")
         chosen = {index % depth for index in indices}
-        x = self.embed(imgs)
+        x = self.embed(imgs, **extras)
         normalize = self.norm if norm and hasattr(self, "norm") else nn.Identity()
         layers, maps = [], []
         block: Any
         for number, block in enumerate(self.blocks):
             is_returned = number in chosen
             if is_returned and return_attention:
+                if not isinstance(block, Block):
+                    raise ValueError(f"blocks of class {type(block).__name__} return no attention weights")
                 maps.append(block.attn.maps(block.norm1(x)))
             x = block(x)
             if is_returned:
@@ -290,7 +339,7 @@ class VisionTransformer(Encoder):
         global_pool: classify the mean of the patch tokens, normalized after pooling (`fc_norm`), as in published
             fine-tuning; otherwise the normalized class token (`norm`), or the mean of several.
         num_cls_tokens: T, the number of class tokens.
-        block: class of the blocks, or a `partial` of it.
+        block: class of the blocks, or a `partial` of it. Default: `Encoder.block`.
 
     Attributes:
         head_pools: the head pools the patch tokens (B, N, D) itself. Its input is the normalized tokens.
@@ -311,7 +360,7 @@ class VisionTransformer(Encoder):
         drop_path_rate: float = 0.0,
         global_pool: bool = False,
         num_cls_tokens: int = 1,
-        block: Callable[..., Block] = Block,
+        block: Callable[..., nn.Module] | None = None,
     ) -> None:
         super().__init__()
         self.global_pool = global_pool
@@ -319,12 +368,11 @@ class VisionTransformer(Encoder):
         self.head_pools = False
         self.num_classes = num_classes
         self.embed_dim = embed_dim
-        self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
+        self.patch_embed = self.make_patch_embed(img_size, patch_size, in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, num_cls_tokens, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, num_cls_tokens + self.patch_embed.num_patches, embed_dim))
-        rates = drop_path_rates(drop_path_rate, depth)
-        self.blocks = nn.ModuleList(
-            [block(embed_dim, num_heads, mlp_ratio, qkv_bias, norm_layer, drop_path=rate) for rate in rates]
+        self.blocks = self.make_blocks(
+            block, embed_dim, num_heads, mlp_ratio, norm_layer, drop_path_rates(drop_path_rate, depth), qkv_bias
         )
         # The order of registration matches published optimizer states: norm before the head, fc_norm after it.
         if not global_pool:
@@ -361,15 +409,9 @@ class VisionTransformer(Encoder):
         self.training = mode
         return self
 
-    def embed(self, imgs: Tensor) -> Tensor:
-        grid = self.patch_embed.grid_of(*imgs.shape[-2:])
-        pos_embed = resize_pos_embed(self.pos_embed, self.patch_embed.grid_size, grid)
-        x = self.patch_embed(imgs)
-        return torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + pos_embed
-
-    def forward_features(self, imgs: Tensor) -> Tensor:
+    def forward_features(self, imgs: Tensor, **extras: Any) -> Tensor:
         """Images (B, c, H, W) -> the input of the head: pooled features (B, D), or its tokens (B, N, D)."""
-        x = self.embed(imgs)
+        x = self.embed(imgs, **extras)
         for block in self.blocks:
             x = block(x)
         if self.global_pool:
@@ -377,9 +419,9 @@ class VisionTransformer(Encoder):
         x = self.norm(x)
         return self.patch_tokens(x) if self.head_pools else self.class_features(x)
 
-    def forward(self, imgs: Tensor) -> Tensor:
+    def forward(self, imgs: Tensor, **extras: Any) -> Tensor:
         """Images (B, c, H, W) -> logits (B, num_classes)."""
-        return self.head(self.forward_features(imgs))
+        return self.head(self.forward_features(imgs, **extras))
 
 
 def _factory(size: str) -> Callable[..., VisionTransformer]:

@@ -27,6 +27,7 @@ from demo import outputs
 from inference.model import Autoencoder, Classifier, Model, Segmenter, get_model
 from util import dist
 from util.cli import entry_point, flags, options
+from util.cli.own_classes import chosen_encoder
 from util.data.decode import SUFFIXES
 from util.masking import num_visible
 
@@ -101,8 +102,9 @@ def main(args: argparse.Namespace) -> None:
     if args.samples and not args.samples.is_dir():
         raise ValueError(f"--samples: there is no folder {args.samples}")
     device = dist.choose_device(args.device)
-    model = get_model(args.model, pretrained=True, device=device)
-    classifier = get_model(args.classifier, pretrained=True, device=device) if args.classifier else None
+    chosen = {"pretrained": True, "device": device, **chosen_encoder(args)}
+    model = get_model(args.model, **chosen)
+    classifier = get_model(args.classifier, **chosen) if args.classifier else None
     page = build(model, classifier, args.samples)
     try:
         serve(page, args.host, args.port)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -36,12 +36,16 @@ class ModelMixin(PyTorchModelHubMixin):
         normalize: a batch of such tensors -> the input of the model.
         classes: class names of a classifier, by label; those of ImageNet for 1000 classes without names.
         settings: the settings that the model is built from.
+        encoder: the mix-in of `with_encoder`.
+        network: the class of the model without its preprocessing.
         values: the meaning of the values in image files.
     """
 
     in_chans: int
     classes: list[str] | None
     head_pools = False  # as in `VisionTransformer`
+    encoder: ClassVar[type[models_vit.Encoder] | None] = None
+    network: ClassVar[type[models_vit.Encoder]]
 
     def _set_up(self, settings: dict[str, Any]) -> None:
         self.settings = settings
@@ -174,16 +178,20 @@ class ModelMixin(PyTorchModelHubMixin):
 class Autoencoder(ModelMixin, models_mae.MaskedAutoencoderViT):
     """A masked autoencoder with its preprocessing."""
 
+    network = models_mae.MaskedAutoencoderViT
+
     def __init__(self, settings: dict[str, Any]) -> None:
-        super().__init__(**models_build.autoencoder_arguments(*specs(settings)))
+        super().__init__(**models_build.autoencoder_arguments(*specs(settings), self.encoder))
         self._set_up({**settings, "nb_classes": 0})
 
 
 class Classifier(ModelMixin, models_vit.VisionTransformer):
     """A classifier with its preprocessing; with 0 classes, an encoder."""
 
+    network = models_vit.VisionTransformer
+
     def __init__(self, settings: dict[str, Any]) -> None:
-        super().__init__(**models_build.classifier_arguments(*specs(settings)))
+        super().__init__(**models_build.classifier_arguments(*specs(settings), self.encoder))
         if settings.get("probe") and settings["nb_classes"]:
             models_build.set_probe_head(self, specs(settings)[0])
         self._set_up(settings)
@@ -199,9 +207,10 @@ class Segmenter(ModelMixin, models_segment.Segmenter):
     """
 
     colors: np.ndarray
+    network = models_segment.Segmenter
 
     def __init__(self, settings: dict[str, Any]) -> None:
-        super().__init__(**models_build.segmenter_arguments(*specs(settings)))
+        super().__init__(**models_build.segmenter_arguments(*specs(settings), self.encoder))
         self._set_up(settings)
         self.window = to_pair(settings["input_size"])
         recorded = settings.get("short_side")
@@ -245,6 +254,19 @@ class Segmenter(ModelMixin, models_segment.Segmenter):
 
 
 Model = Autoencoder | Classifier | Segmenter
+Kind = TypeVar("Kind", bound=ModelMixin)
+
+
+def with_encoder(kind: type[Kind], encoder: type[models_vit.Encoder] | None) -> type[Kind]:
+    """Returns the class of a model with its preprocessing and a mix-in of `models_vit.Encoder`.
+
+    Raises:
+        ValueError: the class is no mix-in.
+    """
+    if encoder is None:
+        return kind
+    bases = (kind, models_build.combined(encoder, kind.network))
+    return type(kind.__name__, bases, {"encoder": encoder, "__module__": kind.__module__})
 
 
 @cache

@@ -16,7 +16,7 @@
 Each format contains the normalization, the crop and the class names of the model. A log line names the settings that
 the other library does not read from the file. Graphs of classifiers return logits, graphs of encoders return features,
 and graphs of autoencoders return prediction and mask, from images and noise. timm has no decoder, so that the encoder
-is exported. --encoder exports the encoder of any model.
+is exported. --encoder_only exports the encoder of any model.
 """
 
 import argparse
@@ -37,6 +37,7 @@ from inference.state_dicts import (
     write_transformers,
 )
 from util.cli import entry_point, options
+from util.cli.own_classes import chosen_encoder
 from util.files import atomic
 from util.settings import names_where
 from util.training.run_log import start_logging
@@ -65,7 +66,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         metavar="PATH",
         help="output file; a folder for transformers, and for timm if PATH has no suffix",
     )
-    parser.add_argument("--encoder", action="store_true", help="export the encoder only, without decoder or head")
+    parser.add_argument("--encoder_only", action="store_true", help="export the encoder only, without decoder or head")
     return parser
 
 
@@ -73,8 +74,8 @@ def main(args: argparse.Namespace) -> None:
     """Exports the model."""
     start_logging()
     check_suffix(args.to, args.out)
-    model = get_model(args.model, pretrained=True)
-    if args.encoder:
+    model = get_model(args.model, pretrained=True, **chosen_encoder(args))
+    if args.encoder_only:
         model = encoder_of(model)
     export(model, args.to, args.out)
     logger.info(f"{args.out}: {model.settings['model']} for {args.to}")
@@ -99,7 +100,9 @@ def export(model: Model, to: str, out: Path) -> None:
         )
     if (model.head_pools or isinstance(model, Segmenter)) and to in WITHOUT_OTHER_HEADS:
         head = "attentive probe" if model.head_pools else "head for segmentation that this library uses"
-        raise ValueError(f"--to {to}: {to} has no {head}; give --encoder, or {FOR_ALL}")
+        raise ValueError(f"--to {to}: {to} has no {head}; give --encoder_only, or {FOR_ALL}")
+    if model.encoder_name and to in (*WITHOUT_OTHER_HEADS, "reference"):
+        raise ValueError(f"--to {to}: {to} does not have the encoder {model.encoder_name}; give {FOR_ALL}")
     for name in names_where(lambda one: one["of_block"]):
         if to in WITHOUT_OTHER_HEADS and model.settings.get(name):
             raise ValueError(f"--to {to}: models with --{name} are not exported to {to}; give {FOR_ALL}")

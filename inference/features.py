@@ -27,6 +27,7 @@ from inference.model import Model, get_model
 from util import dist
 from util.checkpoints import checkpoint
 from util.cli import entry_point, flags, options
+from util.cli.own_classes import chosen_encoder
 from util.data import loader, transforms
 from util.data.dataset_kinds import open_source
 from util.data.decode import BadImage
@@ -74,7 +75,8 @@ def main(args: argparse.Namespace) -> None:
     """Computes the features and writes the file."""
     start_logging()
     device = dist.choose_device(args.device)
-    model = get_model(args.model, pretrained=True, device=device, **options.chosen_reading(args))
+    reading = options.chosen_reading(args)
+    model = get_model(args.model, pretrained=True, device=device, **reading, **chosen_encoder(args))
     precision = Precision(args.amp, device)
     source = open_source(args.split, args.data_path)
     assert not isinstance(source, Shards)  # --data_path never opens shards

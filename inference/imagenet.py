@@ -43,18 +43,19 @@ class RestrictedClassifier(nn.Module):
         return logits[:, self.classes]
 
 
-def load(name: str, crop_pct: float | None, device: torch.device) -> ImageNetClassifier:
+def load(name: str, crop_pct: float | None, device: torch.device, **settings: Any) -> ImageNetClassifier:
     """Loads a classifier with its preprocessing.
 
     Args:
         name: as in `get_model`, or timm:NAME for a model of timm, with the validation transform of timm.
         crop_pct: side of the center crop, as a fraction of the scaled image; None: that of the model.
         device: device of the model.
+        settings: further arguments of `get_model`.
 
     Raises:
         ValueError: the name is unknown, or the classes are not those of ImageNet-1K.
     """
-    classifier = _load_timm(name, crop_pct) if name.startswith(TIMM) else _load_ours(name, crop_pct)
+    classifier = _load_timm(name, crop_pct) if name.startswith(TIMM) else _load_ours(name, crop_pct, **settings)
     num_classes = getattr(classifier.model, "num_classes", 0)
     if num_classes != NUM_CLASSES:
         what = f"has {num_classes} classes" if num_classes else "is not a classifier"
@@ -62,8 +63,8 @@ def load(name: str, crop_pct: float | None, device: torch.device) -> ImageNetCla
     return classifier._replace(model=classifier.model.to(device), normalize=classifier.normalize.to(device))
 
 
-def _load_ours(name: str, crop_pct: float | None) -> ImageNetClassifier:
-    model = get_model(name, pretrained=True)
+def _load_ours(name: str, crop_pct: float | None, **settings: Any) -> ImageNetClassifier:
+    model = get_model(name, pretrained=True, **settings)
     if model.in_chans != 3:
         raise ValueError(f"--model {name} has in_chans {model.in_chans}, and the images of the suites have 3 channels")
     classes = model.settings.get("classes")

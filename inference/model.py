@@ -19,8 +19,10 @@ from torch import Tensor
 import models_build
 import models_mae
 import models_vit
-from inference.classes import Autoencoder, Classifier, Images, Model, Segmenter
+from inference.classes import Autoencoder, Classifier, Images, Model, Segmenter, with_encoder
+from models_vit import Encoder
 from util.checkpoints.checkpoint import CheckpointError
+from util.cli import user_code
 from util.cli.advice import did_you_mean
 from util.cli.choices import LINEAR
 from util.data import transforms
@@ -82,7 +84,11 @@ def list_models(pattern: str = "*") -> list[str]:
 
 
 def get_model(
-    name: str | Path, pretrained: bool | str | Path = False, device: str | torch.device = "cpu", **settings: Any
+    name: str | Path,
+    pretrained: bool | str | Path = False,
+    device: str | torch.device = "cpu",
+    encoder: type[Encoder] | None = None,
+    **settings: Any,
 ) -> Model:
     """Returns a model in evaluation mode.
 
@@ -93,13 +99,16 @@ def get_model(
             weights for vit_*, and those with a decoder for mae_vit_*. Or the weights to load: a published name or a
             file.
         device: device of the model.
+        encoder: a mix-in, derived from `models_vit.Encoder`. The file of such a model needs it.
         settings: settings of the model to change, by the names of the flags: input_size, patch_size, in_chans,
-            nb_classes, global_pool, norm_pix_loss, mean, std, classes.
+            nb_classes, global_pool, norm_pix_loss, mean, std, classes, encoder_args.
 
     Raises:
         ValueError: a name or setting is unknown, or the weights were never released or can't be downloaded.
         CheckpointError: the file is damaged, or does not contain the requested model.
     """
+    if encoder:
+        settings["encoder"] = user_code.name_of(encoder)
     unknown = settings.keys() - set(REBUILDS)
     if unknown:
         known = ", ".join(name for name in REBUILDS if name != "model")
@@ -108,15 +117,16 @@ def get_model(
     if name in ARCHITECTURES:
         name = ARCHITECTURES[name].__name__  # the published code has aliases
     if Path(name).exists():
-        return _load(loading.read(name), None, settings).to(device)
+        return _load(loading.read(name), None, settings, encoder).to(device)
     if name not in ARCHITECTURES and name not in model_zoo.TABLE:
         near = did_you_mean(name, list_models(), model_zoo.SIMILAR)
         raise ValueError(f"there is no file, model or published weights {name}{near}")
     architecture = name if name in ARCHITECTURES else model_zoo.TABLE[name].model
     if pretrained is False:
-        return _class_of(architecture)(merged_settings(architecture, settings, row_settings(name))).to(device)
+        kind = with_encoder(_class_of(architecture), encoder)
+        return kind(merged_settings(architecture, settings, row_settings(name))).to(device)
     source = _published_for(name) if pretrained is True else str(pretrained)
-    return _load(loading.read(source), None if source == name else architecture, settings).to(device)
+    return _load(loading.read(source), None if source == name else architecture, settings, encoder).to(device)
 
 
 def inference_model(
@@ -161,7 +171,7 @@ def _published_for(name: str) -> str:
     return best
 
 
-def _load(file: Weights, architecture: str | None, settings: dict[str, Any]) -> Model:
+def _load(file: Weights, architecture: str | None, settings: dict[str, Any], encoder: type[Encoder] | None) -> Model:
     """Returns a model with the weights of a file. If `architecture` is None, it is that of the file."""
     recorded = models_build.file_settings(file, architecture)
     recorded |= {name: value for name, value in row_settings(file.source).items() if name not in file.settings}
@@ -172,7 +182,8 @@ def _load(file: Weights, architecture: str | None, settings: dict[str, Any]) -> 
     if merged.get("crop_pct") is None:
         merged["crop_pct"] = loading.crop_pct_of_earlier_version(file, merged["input_size"])
     segments = file.kind == SEGMENTER and not architecture.startswith("mae_")
-    model: Model = Segmenter(merged) if segments else _class_of(architecture)(merged)
+    kind: Any = with_encoder(Segmenter if segments else _class_of(architecture), encoder)
+    model: Model = kind(merged)
     if isinstance(model, Autoencoder):
         if file.kind != FULL:
             raise CheckpointError(

@@ -18,6 +18,7 @@ from inference.model import get_model
 from models_mae import Reconstruction
 from util import dist, masking
 from util.cli import entry_point, flags, options
+from util.cli.own_classes import chosen_encoder
 from util.data.decode import BadImage, Picture, size_of
 from util.data.transforms import NO_CROP, to_tensor
 from util.evaluation import pictures
@@ -68,8 +69,9 @@ def main(args: argparse.Namespace) -> list[Reconstruction]:
     """Writes the picture, prints the PSNR of the masked pixels, and returns the reconstructions."""
     start_logging()
     model = get_model(
-        args.model, pretrained=True, device=dist.choose_device(args.device), **options.chosen_reading(args)
-    )
+        args.model, pretrained=True, device=dist.choose_device(args.device), **options.chosen_reading(args),
+        **chosen_encoder(args),
+    )  # fmt: skip
     if not isinstance(model, Autoencoder):
         raise ValueError(
             f"--model {args.model} has no decoder and can't reconstruct: give a checkpoint of main_pretrain.py, or a "

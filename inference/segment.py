@@ -15,6 +15,7 @@ from inference.model import Segmenter, get_model, picture_of
 from inference.predict import FORMATS
 from util import dist
 from util.cli import entry_point, flags, options
+from util.cli.own_classes import chosen_encoder
 from util.evaluation import tables
 from util.evaluation.segmentation import class_title
 from util.files import atomic
@@ -51,7 +52,9 @@ def main(args: argparse.Namespace) -> list[np.ndarray]:
     Raises:
         ValueError: the model has no segmentation head, or two images have the same name with `--masks`.
     """
-    model = get_model(args.model, device=dist.choose_device(args.device), **options.chosen_reading(args))
+    model = get_model(
+        args.model, device=dist.choose_device(args.device), **options.chosen_reading(args), **chosen_encoder(args)
+    )
     if not isinstance(model, Segmenter):
         raise ValueError(
             f"--model {args.model} has no segmentation head: train one with main_segment.py, and give its checkpoint"

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import models_build
+from inference.classes import with_encoder
 from inference.graphs import library
 from inference.model import Autoencoder, Classifier, Model, Segmenter, is_uncropped, settings_of
 from util.data import transforms
@@ -35,11 +36,10 @@ def encoder_of(model: Model) -> Classifier:
         ValueError: the model is a classifier that pools patch tokens.
     """
     if model.settings.get("global_pool") and not isinstance(model, Autoencoder):
-        raise ValueError("--encoder: this classifier pools patch tokens, and has no norm for single tokens")
+        raise ValueError("--encoder_only: this classifier pools patch tokens, and has no norm for single tokens")
     architecture = model.settings["model"].removeprefix("mae_")
-    encoder = Classifier(
-        {**model.settings, "model": architecture, "nb_classes": 0, "global_pool": False, "probe": False}
-    )
+    settings = {**model.settings, "model": architecture, "nb_classes": 0, "global_pool": False, "probe": False}
+    encoder = with_encoder(Classifier, model.encoder)(settings)
     names = encoder.state_dict().keys()
     encoder.load_state_dict({name: value for name, value in model.state_dict().items() if name in names})
     return encoder

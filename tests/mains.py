@@ -95,7 +95,7 @@ def run_section(page, heading, folder) -> str:
     for name, code in re.findall(r"```python\n# (\S+\.py)\n(.*?)```", section, re.DOTALL)[:1]:
         (folder / name).write_text(code)
     commands = re.search(r"```bash\n(.*?)```", section, re.DOTALL)[1]
-    commands = re.sub(r"\bpython (?=main_|examples/)", f"python {forks.ROOT}/", commands)
+    commands = re.sub(r"(?<= )(?=main_\w+\.py|examples/|recipes/|demo/\w+\.py)", f"{forks.ROOT}/", commands)
     shell = ["bash", "-ec", re.sub(r"\bpython\b", sys.executable, commands)]
     environment = {**os.environ, "PYTHONPATH": str(forks.ROOT)}
     done = subprocess.run(shell, cwd=folder, env=environment, capture_output=True, text=True)

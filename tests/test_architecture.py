@@ -28,10 +28,12 @@ ARROWS = {
     r"main_robustness": r"engine_finetune|inference\.imagenet|util\..+",
     r"main_\w+": r"engine_\w+|models_\w+|util\..+",
     r"engine_\w+": r"util\..+",
-    r"models_build": (r"models_(mae|segment|vit)|util\.(weights\.\w+|checkpoints\.checkpoint|cli\.choices|settings)"),
+    r"models_build": (
+        r"models_(mae|segment|vit)|util\.(weights\.\w+|checkpoints\.checkpoint|cli\.(choices|user_code)|settings)"
+    ),
     r"models_mae": r"models_vit|util\.pos_embed|util\.masking",
     r"models_segment": r"models_vit",
-    r"models_vit": r"util\.pos_embed",
+    r"models_vit": r"util\.(pos_embed|lr_decay|steps)",
     r"pretrain_\w+": r"(main|engine|models)_\w+|util\..+",  # scripts of your own on top of main_pretrain
     r"hubconf": r"inference\.\w+",
     r"demo\.\w+": r"demo\.(outputs|segmentation|unpack_data)|inference\.\w+|models_\w+|util\..+",

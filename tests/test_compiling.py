@@ -17,8 +17,9 @@ from torch._dynamo.utils import counters
 import main_finetune
 import models_vit
 from inference import features
+from models_build import set_grad_checkpointing
 from models_mae import mae_vit_mini_patch4
-from models_vit import SIZES, set_grad_checkpointing
+from models_vit import SIZES
 from util.cli import entry_point
 from util.training.compiling import compile_model
 

@@ -1,7 +1,6 @@
 """Changes of the method take effect: in the file, in a subclass, in a submodule."""
 
 import json
-import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import main_pretrain
 import models_build
 import models_vit
+from examples.hog_target import HOGTarget
 from inference import get_model
 from models_mae import MaskedAutoencoderViT
 from util.checkpoints.checkpoint import CheckpointError
@@ -184,14 +184,11 @@ def test_a_subclass_trains_by_the_script(kind, pictures, tmp_path):
     assert own[0] != pytest.approx(published[0], rel=1e-3)
 
 
-def test_the_documented_target_trains(pictures, tmp_path):
-    code, *_ = re.findall(r"```python\n(.*?)```", (ROOT / "METHOD.md").read_text(), flags=re.DOTALL)
-    names: dict = {"__name__": "hog"}
-    exec(code, names)
-    model = names["HOGTarget"](**SETTINGS)
+def test_the_example_of_a_target_trains(pictures, tmp_path):
+    model = HOGTarget(**SETTINGS)
     columns = torch.arange(16.0).expand(1, 3, 16, 16)  # the gradient is horizontal everywhere
     assert torch.equal(model.target(columns), F.one_hot(torch.zeros(1, 16, dtype=torch.long), 9).float())
-    losses = train(names["HOGTarget"], pictures, tmp_path, "--epochs", "6", "--lr", "0.003")
+    losses = train(HOGTarget, pictures, tmp_path, "--epochs", "6", "--lr", "0.003")
     assert losses[-1] < 0.8 * losses[0]
 
 

@@ -376,7 +376,7 @@ def test_without_the_extra(pooled, tmp_path, monkeypatch):
 
 def test_the_encoder_alone_or_with_its_decoder(mae, tmp_path):
     export.export(mae, "safetensors", tmp_path / "m.safetensors")
-    for flags, has_decoder in (({}, True), ({"encoder": True}, False)):
+    for flags, has_decoder in (({}, True), ({"encoder_only": True}, False)):
         export.main(parse(export, model=tmp_path / "m.safetensors", to="reference", out=tmp_path / "o.pth", **flags))
         names = checkpoint.read(tmp_path / "o.pth")["model"].keys()
         assert ("decoder_pred.weight" in names, "norm.weight" in names) == (has_decoder, True)
@@ -384,8 +384,8 @@ def test_the_encoder_alone_or_with_its_decoder(mae, tmp_path):
 
 def test_the_command(mae, imgs, tmp_path):
     export.export(mae, "safetensors", tmp_path / "m.safetensors")
-    command = [sys.executable, "-m", "inference.export", "--model", tmp_path / "m.safetensors", "--encoder", "--to",
-               "timm", "--out", tmp_path / "t.pth"]  # fmt: skip
+    command = [sys.executable, "-m", "inference.export", "--model", tmp_path / "m.safetensors", "--encoder_only",
+               "--to", "timm", "--out", tmp_path / "t.pth"]  # fmt: skip
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     theirs = timm.create_model("vit_tiny_patch16_224", checkpoint_path=str(tmp_path / "t.pth"), num_classes=0, **SIZES)
     torch.testing.assert_close(theirs.eval()(imgs), mae.extract_feat(imgs, "cls"), rtol=1e-5, atol=1e-5)

@@ -463,7 +463,7 @@ def test_models_of_pixio(size, width, depth, heads):
 
 def test_an_error_in_a_property_names_its_cause(mini_mae):
     mini_mae.patch_embed = torch.nn.ModuleList([mini_mae.patch_embed])  # as in a model of groups of channels
-    with pytest.raises(AttributeError, match="'ModuleList' object has no attribute 'proj'"):
+    with pytest.raises(AttributeError, match="'ModuleList' object has no attribute"):
         _ = mini_mae.predicts_pixels
     with pytest.raises(AttributeError, match="'ModuleList' object has no attribute 'grid_size'"):
         _ = mini_mae.grid_size

@@ -5,6 +5,7 @@ import timm
 import timm.layers
 import torch
 
+import models_build
 import models_vit
 from models_vit import VisionTransformer
 
@@ -86,7 +87,7 @@ def test_checkpointed_blocks_drop_the_same_paths():
         return [parameter.grad.clone() for parameter in model.parameters()]
 
     expected = gradients()
-    models_vit.set_grad_checkpointing(model)
+    models_build.set_grad_checkpointing(model)
     for ours, theirs in zip(gradients(), expected, strict=True):
         torch.testing.assert_close(ours, theirs)
     model.eval()

@@ -35,7 +35,7 @@ def param_groups_lrd(
     The factor `lr_scale` of a group is `layer_decay` to the power of the number of layers above it.
 
     Args:
-        model: has `blocks`, and the parameter names of `models_vit.VisionTransformer`.
+        model: a `models_vit.VisionTransformer`.
         weight_decay: weight decay of the parameters that have it.
         no_weight_decay_list: names of parameters without weight decay, in addition to biases and 1-D weights.
         layer_decay: factor from each layer to the layer below.
@@ -48,7 +48,7 @@ def param_groups_lrd(
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        layer = get_layer_id_for_vit(name, depth + 1)
+        layer = model.layer_id(name)  # type: ignore[operator]
         decays = parameter.ndim > 1 and name not in no_weight_decay_list
         group = groups.setdefault(
             (layer, decays),
@@ -63,9 +63,11 @@ def param_groups_lrd(
 
 
 def get_layer_id_for_vit(name: str, num_layers: int) -> int:
-    """Returns the layer of a parameter: 0: embeddings; i + 1: block i; `num_layers` (depth + 1): head and norms."""
-    if name in ("cls_token", "pos_embed") or name.startswith("patch_embed."):
-        return 0
-    if name.startswith("blocks."):
-        return int(name.split(".")[1]) + 1
-    return num_layers
+    """Returns the layer of a parameter: 0: embeddings; i + 1: block i; `num_layers` (depth + 1): head and norms.
+
+    Names that the published models do not have are those of embeddings.
+    """
+    first, _, rest = name.partition(".")
+    if first == "blocks":
+        return int(rest.partition(".")[0]) + 1
+    return num_layers if first in ("head", "norm", "fc_norm") else 0

@@ -97,6 +97,8 @@ class ModelSpec(Values):
     layer_norm_eps: float | None = setting(None, NUMBER)  # of foreign models; None: 1e-6
     num_heads: int | None = setting(None, int, rebuilds=False)  # in foreign files, to be checked
     decoder_num_heads: int | None = setting(None, int, rebuilds=False)
+    encoder: str | None = setting(None, str, resumed=FIXED)  # module:Class of a mix-in
+    encoder_args: list[str] | None = setting(None, str, resumed=FIXED)  # name=value
     model_class: str | None = setting(None, str, rebuilds=False)  # of a subclass
     predicts_pixels: bool = setting(True, rebuilds=False)
     qk_norm: str | None = setting(None, str, of_block=True)

@@ -296,6 +296,21 @@ def add_model_options(parser: argparse.ArgumentParser, models: Collection[str], 
         "--num_cls_tokens", type=positive_int, metavar="T",
         help="number of class tokens; heads and k-NN use their mean (default: those of the loaded weights, else 1)",
     )  # fmt: skip
+    add_encoder_options(group)
+
+
+def add_encoder_options(group: argparse._ActionsContainer) -> None:
+    """Adds the flags of an encoder of the user's code."""
+    encoder = group.add_argument(
+        "--encoder", metavar="MODULE:CLASS",
+        help="your own encoder: a class derived from models_vit.Encoder, from a module on Python's path or in the "
+        "working directory. Files record its name, and do not import it",
+    )  # fmt: skip
+    not_in_recipes(encoder)
+    group.add_argument(
+        "--encoder_args", nargs="+", metavar="NAME=VALUE",
+        help="arguments of the class of --encoder, such as groups=3 (default: those of the loaded weights)",
+    )  # fmt: skip
 
 
 def add_pretrain_options(parser: argparse.ArgumentParser) -> None:
@@ -333,6 +348,12 @@ def add_pretrain_options(parser: argparse.ArgumentParser) -> None:
         "--decoder_depth", type=positive_int, metavar="N", help="number of decoder blocks (default: the model's)"
     )
     add_switch(group, "norm_pix_loss", False, "normalize each target patch by its own mean and variance")
+    model_class = group.add_argument(
+        "--model_class", metavar="MODULE:CLASS",
+        help="your own method: a class derived from models_mae.MaskedAutoencoderViT (METHOD.md). Files record its "
+        "name, and do not import it",
+    )  # fmt: skip
+    not_in_recipes(model_class)
     group.add_argument(
         "--init_from", default="", metavar="FILE", help="start from the weights in this file, at epoch 0 (default: "
         "random weights)",
@@ -710,6 +731,7 @@ def add_inference_options(
         _add_exif(parser, "applied to single photographs")
         add_value_options(parser)
     parser.add_argument("--model", required=True, metavar="FILE", help=f"checkpoint file{published}{also}")
+    add_encoder_options(parser)
     _add_device(parser)
 
 

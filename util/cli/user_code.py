@@ -41,6 +41,11 @@ def import_object(flag: str, text: str) -> Any:
     return found
 
 
+def name_of(kind: type) -> str:
+    """Returns the name of a class, as `import_object` takes it."""
+    return f"{kind.__module__}:{kind.__qualname__}"
+
+
 def call(origin: str, function: Callable[..., Any], *arguments: Any, expected: type[Exception] = OSError) -> Any:
     """Calls a function of the user's code. Its mistakes keep their traceback.
 

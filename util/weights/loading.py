@@ -14,7 +14,7 @@ from util.checkpoints.checkpoint import CheckpointError
 from util.cli.advice import Remedy
 from util.cli.choices import default_crop_pct, published_crop_pct
 from util.data.transforms import channel_statistics
-from util.pos_embed import Size, interpolate_pos_embed
+from util.pos_embed import Size, interpolate_pos_embed, to_pair
 from util.weights import model_zoo, shapes
 from util.weights.model_zoo import CLASSIFIER, SEGMENTER
 from util.weights.reading import Weights, read, some, warn_once
@@ -47,12 +47,12 @@ def init_mae(model: Any, file: Weights) -> None:
     _require_cls_tokens(file, model)
     if model.learned_pos_embed:
         for name in TABLES & weights.keys():
-            interpolate_pos_embed(model, weights, file.grid_size, name)
+            interpolate_pos_embed(model, weights, _grid_of(file, model), name)
     elif file.learned_pos_embed:
         raise CheckpointError(f"{file.source} has learned positions", Remedy({"learned_pos_embed": True}))
     else:  # the model computes its tables, so that those of a file may have another size
         may_lack |= TABLES
-        other = _reshaped(weights, ours) if file.grid_size in (None, model.grid_size) else TABLES
+        other = _reshaped(weights, ours) if _grid_of(file, model) in (None, model.grid_size) else TABLES
         weights = {k: v for k, v in weights.items() if k not in TABLES & other}
     decoder = {name for name in ours if name.startswith("decoder_") or name == "mask_token"} - may_lack
     if ours.keys() - weights.keys() - may_lack == decoder:
@@ -63,9 +63,7 @@ def init_mae(model: Any, file: Weights) -> None:
     logger.info(f"weights from {file.source}")
 
 
-def load_encoder(
-    model: nn.Module, file: Weights, adapt_input: str = "error", classes: Sequence[str] | None = None
-) -> bool:
+def load_encoder(model: Any, file: Weights, adapt_input: str = "error", classes: Sequence[str] | None = None) -> bool:
     """Loads an encoder into a classifier, and the head if the file has a head with the same classes.
 
     The position table is interpolated to the patch grid of the model.
@@ -99,6 +97,11 @@ def load_encoder(
     _adapt_input(file, weights, model, adapt_input)
     _fit_positions(file, weights, model)
     may_lack = {"fc_norm.weight", "fc_norm.bias", *own}
+    if model.encoder_name != file.settings.get("encoder"):  # weights that did not have this mix-in
+        added = _added(ours.keys() - weights.keys() - may_lack)
+        if added:
+            logger.warning(f"{file.source} has no {some(added)}: they keep their initial values")
+        may_lack |= added
     if adapt_input == "skip":
         may_lack |= {key for key in ours if key.startswith("patch_embed.")}
     _require(file, model, weights, may_lack)
@@ -128,7 +131,7 @@ def read_classifier(name: Path | str, kind: str = CLASSIFIER) -> Weights:
     return file
 
 
-def load_classifier(model: nn.Module, file: Weights) -> None:
+def load_classifier(model: Any, file: Weights) -> None:
     """Loads all weights of a classifier. The position table is interpolated to the patch grid of the model.
 
     Raises:
@@ -139,7 +142,7 @@ def load_classifier(model: nn.Module, file: Weights) -> None:
     patches = _fit_positions(file, weights, model)
     _require(file, model, weights)
     model.load_state_dict(weights)
-    own = weights["pos_embed"].shape[1] - file.num_cls_tokens
+    own = model.patch_embed.num_patches
     if own != patches and "input_size" not in file.settings:
         logger.warning(
             f"{file.source} is for images of {patches} patches, and these have {own}: "
@@ -155,7 +158,8 @@ def statistics(
     A warning names each value that differs from the value of that run.
     """
     records = file is not None and file.settings.keys() & {"in_chans", "mean", "std"}
-    if not file or not records or file.tensors["patch_embed.proj.weight"].shape[1] != in_chans:
+    theirs_in_chans = shapes.in_chans(file.tensors, file.settings) if file else None
+    if not file or not records or theirs_in_chans != in_chans:
         return mean, std
     theirs = file.settings.get("mean"), file.settings.get("std")
     chosen = mean or theirs[0], std or theirs[1]
@@ -189,6 +193,8 @@ def _fit_positions(file: Weights, weights: dict[str, Tensor], model: Any) -> int
         The number of patches in the table of the file.
     """
     _require_cls_tokens(file, model)
+    if "pos_embed" not in weights:  # of an encoder of the user's code
+        return model.patch_embed.num_patches
     table, count = weights["pos_embed"], file.num_cls_tokens
     length, own = table.shape[1], model.pos_embed.shape[1]
     is_short = length == own - count or (length != own and _is_square(length) and not _is_square(length - count))
@@ -197,8 +203,15 @@ def _fit_positions(file: Weights, weights: dict[str, Tensor], model: Any) -> int
     if is_short:
         weights["pos_embed"] = torch.cat([torch.zeros_like(table[:, :count]), table], dim=1)
     patches = weights["pos_embed"].shape[1] - count
-    interpolate_pos_embed(model, weights, file.grid_size)
+    interpolate_pos_embed(model, weights, _grid_of(file, model))
     return patches
+
+
+def _grid_of(file: Weights, model: Any) -> tuple[int, int] | None:
+    """Returns the patch grid of the position table of a file. An encoder of the user's code determines its own."""
+    if model.encoder_name and file.settings.get("encoder") and file.settings.get("input_size"):
+        return model.patch_embed.grid_of(*to_pair(file.settings["input_size"]))
+    return file.grid_size
 
 
 def _is_square(number: int) -> bool:
@@ -220,8 +233,10 @@ def _require_cls_tokens(file: Weights, model: Any) -> None:
 
 def _adapt_input(file: Weights, weights: dict[str, Tensor], model: nn.Module, how: str) -> None:
     """Adapts the patch projection (D, c, p, p) to the number of channels of the model, in place."""
-    name = "patch_embed.proj.weight"
-    theirs, shape = weights[name], model.state_dict()[name].shape
+    name, ours = shapes.PATCHES, model.state_dict()
+    if name not in ours or name not in weights:  # of an encoder of the user's code
+        return
+    theirs, shape = weights[name], ours[name].shape
     if theirs.shape[1] == shape[1]:
         return
     if how == "error":

@@ -57,10 +57,11 @@ class Weights(NamedTuple):
 
         A recorded image size that does not fit the table, as of a file that was fine-tuned at another size, is ignored.
         """
-        if self.settings.get("input_size") is None or "pos_embed" not in self.tensors:
+        needed = {"pos_embed", shapes.PATCHES}
+        if self.settings.get("input_size") is None or not needed <= self.tensors.keys():
             return None
         height, width = to_pair(self.settings["input_size"])
-        p, q = self.tensors["patch_embed.proj.weight"].shape[2:]
+        p, q = self.tensors[shapes.PATCHES].shape[2:]
         length, grid = self.tensors["pos_embed"].shape[1], (height // p, width // q)
         return grid if math.prod(grid) in (length, length - self.num_cls_tokens) else None
 
@@ -105,15 +106,17 @@ def read(name: Path | str) -> Weights:
         tensors = to_ours({key: t for key, t in content.items() if isinstance(key, str) and isinstance(t, Tensor)})
     except (KeyError, RuntimeError) as error:  # query, key and value can't be concatenated
         raise CheckpointError(f"{path}: its weights are inconsistent: {' '.join(str(error).split())}") from error
-    for pattern, part in UNSUPPORTED.items() if "model_class" not in settings else ():
+    has_own_encoder = settings.get("encoder") is not None  # which `models_build` requires
+    for pattern, part in UNSUPPORTED.items() if "model_class" not in settings and not has_own_encoder else ():
         if names := [name for name in tensors if re.fullmatch(pattern, name)]:
             raise CheckpointError(f"{path} has {part} ({names[0]}), which this library does not support")
-    if "patch_embed.proj.weight" not in tensors or "blocks.0.norm1.weight" not in tensors:
+    if not has_own_encoder and not {shapes.PATCHES, "blocks.0.norm1.weight"} <= tensors.keys():
         raise CheckpointError(f"{path} contains no weights of a Vision Transformer: {some(map(str, content))}")
-    for key in ("cls_token", "pos_embed"):
+    for key in ("cls_token",) if has_own_encoder else ("cls_token", "pos_embed"):
         if key not in tensors:
             raise CheckpointError(f"{path} has no {key}, which the models of this library have")
-    for key, axes in (("patch_embed.proj.weight", 4), ("cls_token", 3), ("pos_embed", 3), ("decoder_pos_embed", 3)):
+    of_patches = {} if has_own_encoder else {shapes.PATCHES: 4, "pos_embed": 3, "decoder_pos_embed": 3}
+    for key, axes in {"cls_token": 3, **of_patches}.items():
         if key in tensors and (tensors[key].ndim != axes or not tensors[key].is_floating_point()):
             shape = f"{tensors[key].dtype} {tuple(tensors[key].shape)}"
             raise CheckpointError(f"{path}: its {key} is {shape}, which does not fit a Vision Transformer")
@@ -138,13 +141,13 @@ def _in_rgb(tensors: dict[str, Tensor], settings: dict[str, Any]) -> tuple[dict[
 
     `channel_order` in the settings is the order in which the model gets its channels, which has a meaning for three.
     """
-    channels, p, q = tensors["patch_embed.proj.weight"].shape[1:]
+    channels, p, q = tensors[shapes.PATCHES].shape[1:]
     is_bgr = settings["channel_order"] == "bgr" and channels == 3
     settings = {name: value for name, value in settings.items() if name != "channel_order"}
     settings |= {name: settings[name] * channels for name in ("mean", "std") if len(settings[name]) == 1}
     if not is_bgr:
         return tensors, settings
-    tensors = {**tensors, "patch_embed.proj.weight": tensors["patch_embed.proj.weight"].flip(1)}
+    tensors = {**tensors, shapes.PATCHES: tensors[shapes.PATCHES].flip(1)}
     for name in ("decoder_pred.weight", "decoder_pred.bias"):  # pixels of a patch, the channel last
         if name in tensors and len(tensors[name]) == p * q * channels:
             tensors[name] = tensors[name].unflatten(0, (p * q, channels)).flip(1).flatten(0, 1)
@@ -237,10 +240,10 @@ def _kind(tensors: dict[str, Tensor], settings: Mapping[str, Any]) -> str:
         return SEGMENTER
     if any(name.startswith("head.") for name in tensors):
         return CLASSIFIER
-    # A decoder that does not predict pixels can't reconstruct.
-    num_values = tensors["patch_embed.proj.weight"][0].numel()
-    pixels = settings.get("predicts_pixels") is not False and len(tensors.get("decoder_pred.weight", ())) == num_values
-    return FULL if pixels else ENCODER
+    # A decoder that does not predict pixels can't reconstruct. Shapes do not show it for an encoder of the user's code.
+    width = len(tensors.get("decoder_pred.weight", ()))
+    expected = width if settings.get("encoder") or shapes.PATCHES not in tensors else tensors[shapes.PATCHES][0].numel()
+    return FULL if settings.get("predicts_pixels") is not False and width and width == expected else ENCODER
 
 
 def some(names: Iterable[str], count: int = 3) -> str:

@@ -11,6 +11,7 @@ from util.cli.choices import ATTENTIVE, LINEAR
 
 # The weights of the head of a classifier, of a probe (`models_build.probe_head`), and of the first of several probes.
 HEAD, PROBE_HEAD, FIRST_OF_HEADS = "head.weight", "head.1.weight", "head.0.1.weight"
+PATCHES = "patch_embed.proj.weight"  # (D, c, p, q)
 QUERIES = "head.pool.queries"  # of an attentive probe
 PIXEL_HEAD, DPT_HEAD = "head.classifier.weight", "head.projects.0.weight"  # of segmentation models
 
@@ -30,16 +31,17 @@ def certain(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 def determined(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Returns all settings that the tensors determine; images are assumed to be squares."""
-    _, channels, *patch = tensors["patch_embed.proj.weight"].shape
-    is_square = patch[0] == patch[1]
     settings: dict[str, Any] = {
         **certain(tensors),
-        "patch_size": patch[0] if is_square else patch,
-        "in_chans": channels,
         "global_pool": "fc_norm.weight" in tensors,
         "nb_classes": num_classes(tensors),
         "decoder_depth": _depth(tensors, "decoder_blocks") or None,
     }
+    if PATCHES not in tensors or "pos_embed" not in tensors:  # of an encoder of the user's code
+        return settings
+    _, channels, *patch = tensors[PATCHES].shape
+    is_square = patch[0] == patch[1]
+    settings |= {"patch_size": patch[0] if is_square else patch, "in_chans": channels}
     length, count = tensors["pos_embed"].shape[1], settings["num_cls_tokens"]
     # The class tokens have positions, except in timm's models with no_embed_class.
     side = next((math.isqrt(n) for n in (length - count, length) if math.isqrt(max(n, 0)) ** 2 == n), None)
@@ -48,9 +50,14 @@ def determined(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     return settings
 
 
+def in_chans(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> int | None:
+    """Returns the number of channels of the images: that of the patch projection, else the recorded one."""
+    return tensors[PATCHES].shape[1] if PATCHES in tensors else settings.get("in_chans")
+
+
 def width_and_depth(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
     """Returns the channels of a token of the encoder, and the number of its blocks."""
-    return len(tensors["patch_embed.proj.weight"]), _depth(tensors, "blocks")
+    return tensors["cls_token"].shape[2], _depth(tensors, "blocks")
 
 
 def num_classes(tensors: Mapping[str, Tensor]) -> int:

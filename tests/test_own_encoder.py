@@ -1,0 +1,359 @@
+"""Encoders of the user's code: --encoder module:Class, get_model(encoder=Class), --model_class."""
+
+import subprocess
+import sys
+
+import onnxruntime
+import pytest
+import torch
+from conftest import ROOT
+from mains import Stopped, assert_equal, in_processes, lines, parse, run_section, stop_after, weights
+from segments import make_scenes
+from timm.models.vision_transformer import Block as TimmBlock
+
+import main_compare
+import main_finetune
+import main_knn
+import main_linprobe
+import main_pretrain
+import main_segment
+import models_build
+from examples.channel_groups import ChannelGroups
+from examples.lead_embeddings import LeadEmbeddings
+from inference import export, get_model
+from inference.classes import Segmenter, with_encoder
+from models_mae import MaskedAutoencoderViT
+from models_segment import Segmenter as PlainSegmenter
+from models_vit import Encoder, VisionTransformer
+from util.checkpoints import checkpoint
+from util.lr_decay import param_groups_lrd
+
+SMALL = {"img_size": 16, "patch_size": 4, "in_chans": 3, "embed_dim": 32, "depth": 4, "num_heads": 2}
+GROUPS = {"encoder": "examples.channel_groups:ChannelGroups", "encoder_args": "groups=3"}
+EXAMPLES = {
+    "channel_groups": (ChannelGroups, {"encoder_args": "groups=3"}, "group_embed"),
+    "lead_embeddings": (LeadEmbeddings, {}, "lead_embed"),
+}
+LEADS = """
+import torch
+from torch import nn
+from models_mae import MaskedAutoencoderViT
+from models_vit import Encoder
+
+class Leads(Encoder):
+    def __init__(self, *, rows: int, scale: float = 1.0, **arguments):
+        super().__init__(**arguments)
+        self.lead_embed = nn.Parameter(torch.full((rows, 1, self.cls_token.shape[2]), float(scale)))
+
+    def tokenize(self, imgs):
+        return (super().tokenize(imgs).unflatten(1, (len(self.lead_embed), -1)) + self.lead_embed).flatten(1, 2)
+
+class Brighter(MaskedAutoencoderViT):
+    def target(self, imgs, valid=None):
+        return super().target(imgs) + 10
+"""
+
+
+@pytest.fixture
+def leads(tmp_path, monkeypatch):
+    """A module on Python's path with a mix-in and a model class."""
+    folder = tmp_path / "modules"
+    folder.mkdir()
+    (folder / "leads.py").write_text(LEADS)
+    monkeypatch.syspath_prepend(folder)
+    yield folder
+    sys.modules.pop("leads", None)
+
+
+class Shifted(Encoder):
+    """Differs from the models in one method."""
+
+    def tokenize(self, imgs, **extras):
+        return 2 * super().tokenize(imgs, **extras)
+
+
+MODELS = {
+    "autoencoder": (MaskedAutoencoderViT, {"decoder_embed_dim": 32, "decoder_depth": 1, "decoder_num_heads": 2}),
+    "classifier": (VisionTransformer, {"num_classes": 5}),
+    "segmenter": (PlainSegmenter, {"num_classes": 5}),
+}
+
+
+# ----------------------------------------------------------------------------------------------------------- one place
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_one_method_changes_the_tokens_of_all_models(name):
+    kind, own = MODELS[name]
+    plain, shifted = kind(**SMALL, **own), models_build.combined(Shifted, kind)(**SMALL, **own)
+    shifted.load_state_dict(plain.state_dict())
+    imgs = torch.rand(2, 3, 16, 16)
+    ours, theirs = shifted.embed(imgs), plain.embed(imgs)
+    torch.testing.assert_close(ours[:, 1:], 2 * theirs[:, 1:])
+    assert torch.equal(ours[:, :1], theirs[:, :1])
+    outputs = [model.eval()(imgs) for model in (plain, shifted)]
+    first, second = (output[1] if isinstance(output, tuple) else output for output in outputs)
+    assert (first - second).abs().max() > 1e-3
+    if name == "autoencoder":  # also of visible patches
+        noise = torch.rand(2, 16)
+        latents = [model.forward_encoder(imgs, 0.75, noise)[0] for model in (plain, shifted)]
+        assert (latents[0] - latents[1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_blocks_of_timm_are_those_of_all_models(name):
+    class WithTimm(Encoder):
+        block = TimmBlock
+
+    kind, own = MODELS[name]
+    plain, timm = kind(**SMALL, **own).eval(), models_build.combined(WithTimm, kind)(**SMALL, **own).eval()
+    assert type(timm.blocks[0]) is TimmBlock
+    timm.load_state_dict(plain.state_dict())
+    imgs = torch.rand(2, 3, 16, 16)
+    ours, theirs = (model.get_intermediate_layers(imgs)[0] for model in (plain, timm))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    if name == "autoencoder":
+        assert type(timm.decoder_blocks[0]) is TimmBlock
+    with pytest.raises(ValueError, match="no attention weights"):
+        timm.get_intermediate_layers(imgs, return_attention=True)
+
+
+def test_weights_of_a_mix_in_have_the_rate_of_the_embeddings():
+    class Late(Shifted):
+        def __init__(self, **arguments):
+            super().__init__(**arguments)
+            self.first, self.last = (torch.nn.Parameter(torch.ones(4)) for _ in range(2))
+
+        def layer_id(self, name):
+            return len(self.blocks) + 1 if name == "last" else super().layer_id(name)
+
+    model = models_build.combined(Late, VisionTransformer)(**SMALL, num_classes=5)
+    rates = {id(p): group["lr_scale"] for group in param_groups_lrd(model, layer_decay=0.5) for p in group["params"]}
+    assert rates[id(model.first)] == rates[id(model.cls_token)] == 0.5**5
+    assert rates[id(model.last)] == rates[id(model.head.weight)] == 1
+
+
+# --------------------------------------------------------------------------------------------------------- the scripts
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_is_trained_resumed_and_evaluated(name, pretrain, classify, pictures, tmp_path, monkeypatch):
+    """Pre-training, its interruption, and everything that uses the checkpoint."""
+    kind, own, weight = EXAMPLES[name]
+    flags, name = {"num_workers": 1, "save_minutes": 0, "in_chans": 3}, f"examples.{name}:{kind.__name__}"
+    whole = pretrain("whole", **flags, encoder=name, **own)
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_after(patch, "save", 3)
+        pretrain("parts", **flags, encoder=name, **own)
+    assert_equal(weights(whole), weights(pretrain("parts", **flags, encoder=name, resume="auto")))
+    file = whole / "checkpoint-1.pth"
+    recorded = checkpoint.read(file)["args"]
+    assert (recorded["encoder"], recorded["encoder_args"]) == (name, [*own.values()] or None)
+
+    args = parse(main_pretrain, data_path=pictures, output_dir=tmp_path / "python", model="mae_vit_mini_patch4",
+                 input_size=16, batch_size=4, epochs=2, warmup_epochs=1, blr=0.01, num_workers=1, device="cpu",
+                 amp="off", vis_every=0, **own)  # fmt: skip
+    main_pretrain.main(args, encoder=kind)
+    assert_equal(weights(whole), weights(tmp_path / "python"))
+
+    given = {"finetune": file, "encoder": name}  # the file has the arguments
+    accuracies = classify(main_knn, k=3, **given)
+    assert accuracies[3, 0.07] > 50
+    tuned = classify(main_finetune, "tuned", **given)
+    adapted = weights(tuned)[weight]
+    assert not torch.equal(adapted, weights(whole)[weight])
+    torch.testing.assert_close(adapted, weights(whole)[weight], atol=0.05, rtol=0)
+    scores = classify(main_finetune, eval=True, resume=tuned / "checkpoint-1.pth", encoder=name)
+    assert scores.acc1 == pytest.approx(lines(tuned)[-1]["test_acc1"])
+    probed = classify(main_linprobe, "probe", **given, probe="attentive", num_queries=4, blr=1)
+    assert lines(probed)[-1]["test_acc1"] >= 0
+    scenes, out = make_scenes(tmp_path / "scenes"), tmp_path / "segmented"
+    main_segment.main(parse(main_segment, data_path=scenes, nb_classes=3, model="vit_mini_patch4",
+        input_size=16, patch_size=4, in_chans=3, epochs=1, batch_size=4, num_workers=0, device="cpu", amp="off",
+        output_dir=out, log_dir=out, **given))  # fmt: skip
+    segmenter = get_model(out / "checkpoint-0.pth", encoder=kind)
+    assert isinstance(segmenter, Segmenter) and segmenter(torch.rand(1, 3, 16, 16)).shape == (1, 3, 16, 16)
+
+
+def test_features_of_a_checkpoint_and_its_exports(pretrain, tmp_path):
+    file = pretrain(**GROUPS, epochs=1) / "checkpoint-0.pth"
+    model = get_model(file, encoder=ChannelGroups)
+    imgs = torch.rand(2, 3, 16, 16)
+    state = checkpoint.read(file)["model"]
+    plain = with_encoder(type(model).__mro__[1], ChannelGroups)(model.settings)
+    plain.load_state_dict(state)
+    features = model.compute_features(imgs)
+    assert torch.equal(features, plain.compute_features(imgs))
+    assert torch.equal(model.reconstruct(imgs).original, imgs)
+    for to, suffix in (("safetensors", ".safetensors"), ("torch_export", ".pt2"), ("onnx", ".onnx")):
+        out = tmp_path / f"model{suffix}"
+        flags = {"model": file, "to": to, "out": out, "encoder": GROUPS["encoder"], "encoder_only": True}
+        export.main(parse(export, **flags))
+        if to == "safetensors":
+            found = get_model(out, encoder=ChannelGroups).compute_features(imgs)
+        elif to == "torch_export":
+            found = torch.export.load(out).module()(images=imgs)
+        else:
+            (found,) = onnxruntime.InferenceSession(out).run(None, {"images": imgs.numpy()})
+            found = torch.from_numpy(found)
+        torch.testing.assert_close(found, features, rtol=1e-3, atol=1e-4)
+    for to, suffix in (("timm", ""), ("transformers", ""), ("mmpretrain", ".pth"), ("reference", ".pth")):
+        with pytest.raises(ValueError, match=f"--to {to}.*examples.channel_groups:ChannelGroups.*safetensors"):
+            export.export(model, to, tmp_path / f"other{suffix}")
+
+
+def test_the_section_of_the_page_runs(tmp_path):
+    assert "10-NN Acc@1" in run_section("METHOD.md", "## Your encoder", tmp_path)
+
+
+def test_two_processes_train_as_one(leads, pictures, tmp_path):
+    own = ("--encoder", "leads:Leads", "--encoder_args", "rows=4", "--epochs", "1", "--learned_pos_embed")
+    environment = {"PYTHONPATH": str(leads)}
+    in_processes(1, pictures, tmp_path / "one", "--batch_size", "4", *own, environment=environment)
+    in_processes(2, pictures, tmp_path / "two", "--batch_size", "2", *own, environment=environment)
+    ours, theirs = (weights(tmp_path / name, "checkpoint-0.pth")["lead_embed"] for name in ("one", "two"))
+    assert ours.std() > 0
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+def test_a_comparison_has_encoders_with_and_without_a_mix_in(leads, pretrain, labelled, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", f"{leads}:{ROOT}")
+    plain = pretrain("plain", epochs=1) / "checkpoint-0.pth"
+    own = pretrain("own", epochs=1, encoder="leads:Leads", encoder_args="rows=4") / "checkpoint-0.pth"
+    flags = {"encoders": f"plain={plain} own={own}", "protocols": "knn", "data_path": labelled, "num_workers": 0,
+             "device": "cpu", "output_dir": tmp_path / "compared"}  # fmt: skip
+    with pytest.raises(ValueError, match=r"own=.* give --encoder leads:Leads"):
+        main_compare.main(parse(main_compare, **flags))
+    table = main_compare.main(parse(main_compare, **flags, encoder="leads:Leads"))
+    assert "plain" in table and "own" in table
+
+
+def test_plain_weights_start_a_model_with_a_mix_in(leads, pretrain, classify, capsys):
+    file = pretrain(epochs=1) / "checkpoint-0.pth"
+    out = classify(
+        main_finetune, "tuned", finetune=file, encoder="leads:Leads", encoder_args="rows=4 scale=.5", epochs=1
+    )
+    assert "no lead_embed: they keep their initial values" in capsys.readouterr().out
+    torch.testing.assert_close(weights(out, "checkpoint-0.pth")["lead_embed"].mean().item(), 0.5, rtol=0, atol=0.1)
+    resized = classify(main_knn, finetune=file, encoder="leads:Leads", encoder_args="rows=6", input_size=24, k=3)
+    assert resized
+
+
+# ------------------------------------------------------------------------------------------------------- model classes
+
+
+def test_a_model_class_is_trained_by_its_flag(leads, pretrain):
+    plain = pretrain("plain", epochs=1)
+    own = pretrain("own", epochs=1, model_class="leads:Brighter")
+    assert lines(own)[0]["train_loss"] > 50 > lines(plain)[0]["train_loss"]
+    both = pretrain("both", epochs=1, model_class="leads:Brighter", encoder="leads:Leads", encoder_args="rows=4")
+    assert lines(both)[0]["train_loss"] > 50
+    assert "lead_embed" in weights(both, "checkpoint-0.pth")
+    recorded = checkpoint.read(both / "checkpoint-0.pth")["args"]
+    assert (recorded["model_class"], recorded["encoder"]) == ("leads:Brighter", "leads:Leads")
+    with pytest.raises(ValueError, match="give --model_class leads:Brighter"):
+        pretrain("own", resume="auto")
+    pretrain("own", resume="auto", model_class="leads:Brighter")
+    assert len(lines(own)) == 2
+
+
+# ------------------------------------------------------------------------------------------------------ code and files
+
+
+@pytest.mark.parametrize("script", ["main_finetune.py", "main_linprobe.py", "main_knn.py", "main_segment.py"])
+def test_a_file_imports_no_code(script, leads, pretrain, labelled, tmp_path):
+    """The error names the flag. The module would write a file."""
+    file = pretrain(epochs=1, encoder="leads:Leads", encoder_args="rows=4") / "checkpoint-0.pth"
+    (leads / "leads.py").write_text(f"open({str(tmp_path / 'imported')!r}, 'w')\n" + LEADS)
+    command = [sys.executable, str(ROOT / script), "--finetune", str(file), "--data_path", str(labelled)]
+    command += ["--model", "vit_mini_patch4", "--device", "cpu"]
+    command += ["--output_dir", str(tmp_path / "out")] * (script != "main_knn.py")
+    if script == "main_segment.py":
+        scenes = make_scenes(tmp_path / "scenes")
+        command += ["--data_path", str(scenes), "--nb_classes", "3", "--input_size", "16"]
+    done = subprocess.run(command, cwd=leads, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].endswith("give --encoder leads:Leads")
+    assert not (tmp_path / "imported").exists()
+
+
+@pytest.mark.parametrize("command", ["predict", "features", "reconstruct", "export"])
+def test_commands_name_the_flag(command, leads, pretrain, pictures, tmp_path):
+    file = pretrain(epochs=1, encoder="leads:Leads", encoder_args="rows=4") / "checkpoint-0.pth"
+    picture = str(next(pictures.rglob("*.*g")))
+    flags = {
+        "predict": [picture], "reconstruct": [picture, "--out", "a.png"], "export": ["--to", "onnx", "--out", "a.onnx"],
+        "features": [str(pictures), "--out", "a.npz"],
+    }[command]  # fmt: skip
+    call = [sys.executable, "-m", f"inference.{command}", *flags, "--model", str(file)]
+    done = subprocess.run(call, cwd=tmp_path, env={"PYTHONPATH": f"{ROOT}:{leads}", "PATH": ""},
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].endswith("give --encoder leads:Leads")
+
+
+def test_a_resumed_run_needs_the_flag(leads, pretrain):
+    pretrain(epochs=1, encoder="leads:Leads", encoder_args="rows=4")
+    with pytest.raises(ValueError, match="give --encoder leads:Leads"):
+        pretrain(epochs=2, resume="auto")
+    out = pretrain(epochs=2, resume="auto", encoder="leads:Leads")  # the checkpoint has the arguments
+    assert len(lines(out)) == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"encoder": "leads"}, "give package.module:name"),
+        ({"encoder": "nowhere:Leads"}, "no module nowhere"),
+        ({"encoder": "leads:Lead"}, "no Lead; did you mean Leads"),
+        ({"encoder": "leads:Brighter"}, "derive it from models_vit.Encoder only"),
+        ({"encoder": "os:getcwd"}, "derive it from models_vit.Encoder only"),
+        ({"encoder": "leads:Leads"}, "needs --encoder_args rows=VALUE"),
+        ({"encoder": "leads:Leads", "encoder_args": "row=4"}, "row=4: Leads takes rows=VALUE scale=VALUE"),
+        ({"encoder_args": "rows=4"}, "give --encoder module:Class"),
+        ({"model_class": "leads:Leads"}, "derive it from models_mae.MaskedAutoencoderViT"),
+    ],
+)
+def test_mistakes_are_errors_in_one_line(flags, message, leads, pretrain):
+    with pytest.raises(ValueError, match=message):
+        pretrain(**flags)
+
+
+def test_a_recipe_names_no_encoder(leads, pretrain, tmp_path, capsys):
+    for flag, name in (("encoder", "leads:Leads"), ("model_class", "leads:Brighter")):
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text(f"{flag}: {name}\n")
+        with pytest.raises(SystemExit):
+            parse(main_pretrain, config=recipe)
+        assert f"give --{flag} {name} on the command line" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------------------------------- extras
+
+
+class Located(Encoder):
+    def tokenize(self, imgs, place, **extras):
+        return super().tokenize(imgs, **extras) * (1 + place[:, None, None])
+
+    def random_masking(self, x, mask_ratio, noise=None, saliency=None):
+        return super().random_masking(x, mask_ratio, noise=saliency)
+
+
+def test_extra_inputs_reach_the_steps_that_name_them():
+    imgs, place, saliency = torch.rand(2, 3, 16, 16), torch.tensor([0.0, 1.0]), torch.rand(2, 16)
+    classifier = models_build.combined(Located, VisionTransformer)(**SMALL, num_classes=5).eval()
+    plain = VisionTransformer(**SMALL, num_classes=5).eval()
+    plain.load_state_dict(classifier.state_dict())
+    outputs = classifier(imgs, place=place, saliency=saliency), plain(imgs)
+    torch.testing.assert_close(outputs[0][0], outputs[1][0])
+    assert (outputs[0][1] - outputs[1][1]).abs().max() > 1e-4
+    mae = models_build.combined(Located, MaskedAutoencoderViT)(**SMALL, decoder_embed_dim=32, decoder_depth=1,
+                                                               decoder_num_heads=2)  # fmt: skip
+    mask = mae(imgs, place=place, saliency=saliency)[2]
+    assert torch.equal(mask.bool(), saliency > saliency.sort(dim=1).values[:, 3:4])
+    with pytest.raises(ValueError, match="needs the extra input place"):
+        mae(imgs)
+    for model in (mae, classifier):
+        with pytest.raises(ValueError, match="takes no extra input lat: it takes place, saliency"):
+            model(imgs, place=place, lat=place)
+    with pytest.raises(ValueError, match="it takes none"):
+        plain(imgs, place=place)
