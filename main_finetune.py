@@ -15,7 +15,7 @@ The published recipe on ImageNet, 8 GPUs of one machine (effective batch size 10
 import argparse
 import logging
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,6 @@ from torch import nn
 import models_build
 import models_vit
 from engine_finetune import (
-    Evaluation,
     evaluate,
     load_for_evaluation,
     open_weights,
@@ -36,16 +35,20 @@ from engine_finetune import (
 )
 from util.checkpoints import run_directory
 from util.cli import entry_point, options
+from util.cli.advice import AdvisedError, Remedy
 from util.data import transforms
 from util.data.run_data import RunData
-from util.data.sources import Source
 from util.data.user_sets import OpenDataset, with_source
+from util.evaluation import tasks
+from util.evaluation.tasks import Evaluation
 from util.lr_decay import param_groups_lrd
 from util.settings import DataSpec, ImageSpec, RunSpec, specs
 from util.training import run_log, trainer
 from util.training.compiling import compile_model
 from util.training.loop import Callback
+from util.training.precision import Precision
 from util.weights import loading
+from util.weights.loading import Weights
 
 if TYPE_CHECKING:
     from timm.data import Mixup
@@ -65,6 +68,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     options.add_optimizer_options(parser)
     options.add_finetune_options(parser)
     options.add_evaluation_options(parser)
+    options.add_metric_options(parser, selects="checkpoint-best.pth")
+    options.add_class_weight_option(parser)
     options.add_run_options(parser)
     options.add_distributed_options(parser)
     parser.set_defaults(epochs=50, min_lr=1e-6, warmup_epochs=5, save_every=1)
@@ -87,18 +92,8 @@ def main(args: Namespace, source: OpenDataset | None = None, callbacks: Sequence
     args = with_recorded_settings(args, file, models_build.classifier_settings(file), trains=not args.eval)
     data = RunData(ImageSpec.of(vars(args)), DataSpec.of(vars(args)), device, source)
 
-    def evaluation(val: Source) -> Callable[[nn.Module], Evaluation]:
-        batches = data.eval_batches(val, args.batch_size)
-        return partial(evaluate, data_loader=batches, normalize=data.normalize, precision=precision.of_evaluation())
-
     if args.eval and file:
-        model, val = load_for_evaluation(models_build.classifier, vars(args), file, data.open_val())
-        model.to(device)
-        if args.compile:
-            compile_model(model, device, freeze_weights=True)
-        scores = evaluation(val)(model)
-        report_scores(scores, val.classes, args.report)
-        return scores
+        return evaluate_file(args, data, file, precision)
 
     run_directory.prepare(Path(args.output_dir), args.resume)
     train, val = data.cached(*data.open_pair(args.nb_classes))
@@ -113,15 +108,18 @@ def main(args: Namespace, source: OpenDataset | None = None, callbacks: Sequence
 
     augment = transforms.keeps_label(augmentation(args, data.statistics[0]))
     batches = data.train_batches(train, augment, args.batch_size, args.accum_iter)
-    mixup = mixing(args, len(classes))
-    criterion: nn.Module = SoftTargetCrossEntropy() if mixup else nn.CrossEntropyLoss(label_smoothing=args.smoothing)
+    labels, mixup = tasks.task_of(vars(args), val, train), mixing(args, len(classes))
+    criterion = SoftTargetCrossEntropy() if mixup else partial(labels.loss, smoothing=args.smoothing)
     erase = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device=str(device))
     groups = param_groups_lrd(model, args.weight_decay, ("pos_embed", "cls_token"), args.layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=0.0, fused=True)
     num_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.info(f"{num_parameters:,} parameters to train, {len(train):,} images of {len(classes)} classes")
 
-    test = evaluation(val)
+    test = partial(
+        evaluate, data_loader=data.eval_batches(val, args.batch_size), normalize=data.normalize,
+        precision=precision.of_evaluation(), task=labels,
+    )  # fmt: skip
 
     def evaluate_epoch(epoch: int, log: run_log.NullLog) -> dict[str, Any]:
         scores = test(model)
@@ -136,10 +134,26 @@ def main(args: Namespace, source: OpenDataset | None = None, callbacks: Sequence
         after_epoch=evaluate_epoch,
         loss_tag="loss",
         evaluates=True,
+        metric=labels.selects,
+        lower_is_better=labels.lower_is_better,
         callbacks=callbacks,
     )  # fmt: skip
     trainer.run(model, optimizer, batches, precision, task, RunSpec.of(settings), settings)
     return None
+
+
+def evaluate_file(args: Namespace, data: RunData, file: Weights, precision: Precision) -> Evaluation:
+    """Evaluates the classifier of a file on the validation set."""
+    model, val = load_for_evaluation(models_build.classifier, vars(args), file, data.open_val())
+    model.to(precision.device)
+    if args.compile:
+        compile_model(model, precision.device, freeze_weights=True)
+    scores = evaluate(
+        model, data.eval_batches(val, args.batch_size), normalize=data.normalize, precision=precision.of_evaluation(),
+        task=tasks.task_of(vars(args), val),
+    )  # fmt: skip
+    report_scores(scores, val.classes, args.report)
+    return scores
 
 
 def augmentation(args: Namespace, mean: Sequence[float]) -> transforms.ImageTransform:
@@ -154,10 +168,15 @@ def mixing(args: Namespace, num_classes: int) -> "Mixup | None":
     """Returns mixup and cutmix of timm, or None if both are disabled.
 
     Raises:
-        ValueError: the batch size is odd, and images are mixed in pairs; or the range of --cutmix_minmax is empty.
+        ValueError: the classes have weights; the batch size is odd, and images are mixed in pairs; or the range of
+            --cutmix_minmax is empty.
     """
     if not (args.mixup or args.cutmix or args.cutmix_minmax):
         return None
+    if args.class_weight:
+        off = {"mixup": 0, "cutmix": 0, "cutmix_minmax": None}
+        disabled = Remedy({name: off[name] for name in off if getattr(args, name)})
+        raise AdvisedError("mixed images have no single class", disabled, about={"class_weight": args.class_weight})
     if args.cutmix_minmax and args.cutmix_minmax[0] >= args.cutmix_minmax[1]:
         raise ValueError("--cutmix_minmax: give the smaller fraction first")
     if args.batch_size % 2:

@@ -155,8 +155,10 @@ class RunSpec(Values):
     layer_decay: float | None = setting(None, optimizes=True)
     smoothing: float | None = setting(None, optimizes=True)
     clip_grad: float | None = setting(None, optimizes=True)
+    class_weight: str | None = setting(None)
     on_nonfinite: str = setting("abort")
     updates_per_epoch: int | None = setting(None)
+    metric: list[str] | None = setting(None, resumed=FIXED)  # None: top-1 accuracy
     eval_every: int = setting(1)
     vis_every: int = setting(0, resumed=FREE)
     probe_every: int = setting(0, resumed=FREE)

@@ -1,10 +1,17 @@
 """Choices and defaults of flags that other packages also use."""
 
+from itertools import chain
+
 from util.pos_embed import Size, to_pair
 
 AMP_CHOICES = ("auto", "bf16", "fp16", "off")
 ADAPT_CHOICES = ("error", "mean", "repeat", "skip")
 LINEAR, ATTENTIVE = PROBE_CHOICES = ("linear", "attentive")
+CLASSIFICATION = "classification"
+METRICS = {  # of --metric, by task
+    CLASSIFICATION: ("accuracy", "balanced_accuracy", "macro_f1", "kappa", "auroc", "average_precision"),
+}
+METRIC_CHOICES = tuple(dict.fromkeys(chain.from_iterable(METRICS.values())))
 DEFAULT_WORKERS = 10  # default of --num_workers
 NUM_QUERIES = 32  # default of --num_queries
 NO_CROP = "none"  # the value of --crop for whole images

@@ -14,6 +14,7 @@ from util.cli.choices import (
     DEFAULT_WORKERS,
     HEAD_CHOICES,
     LINEAR,
+    METRIC_CHOICES,
     NUM_QUERIES,
     PROBE_CHOICES,
 )
@@ -560,6 +561,29 @@ def add_evaluation_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dist_eval", action="store_true", help="accepted but ignored: the evaluation is always distributed, and exact"
     )
+
+
+def add_metric_options(parser: argparse.ArgumentParser, selects: str) -> None:
+    """Adds the flag of the metrics.
+
+    Args:
+        selects: what the first metric selects.
+    """
+    _group(parser, EVALUATION).add_argument(
+        "--metric", nargs="+", choices=METRIC_CHOICES, metavar="NAME",
+        help=f"metrics to print and log, any of {', '.join(METRIC_CHOICES)}. The first selects {selects} (default: the "
+        "top-1 accuracy). They are fractions; kappa has quadratic weights; auroc and average_precision are means over "
+        "the classes, one against the others",
+    )  # fmt: skip
+
+
+def add_class_weight_option(parser: argparse.ArgumentParser) -> None:
+    """Adds the flag of the weights of classes in the loss."""
+    _group(parser, OPTIMIZATION).add_argument(
+        "--class_weight", choices=["balanced"],
+        help="balanced: the loss of an image is divided by the share of its class in the training set, so that small "
+        "and large classes count equally (default: all images count equally)",
+    )  # fmt: skip
 
 
 def add_probe_options(parser: argparse.ArgumentParser) -> None:
