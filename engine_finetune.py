@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from util import dist, settings
 from util.cli import advice, entry_point
+from util.cli.choices import CLASSIFICATION, REGRESSION
 from util.cli.flags import runs_code
-from util.data import labels, transforms
+from util.data import labels, targets, transforms
 from util.data.run_data import RunData
 from util.data.sources import Source
 from util.evaluation import report
-from util.evaluation.tasks import Classification, Task
+from util.evaluation.tasks import Classification, Evaluation, Task
 from util.settings import ImageSpec, ModelSpec
 from util.training import feature_files, loop
 from util.training.precision import Precision
@@ -197,6 +198,23 @@ def warn_of_changes(source: str, args: Namespace, names: Iterable[str], recorded
             logger.warning(f"{used} is used, and {source} was made {origin}")
 
 
+def open_labelled(
+    data: RunData, nb_classes: int | None, reads_in_order: bool = False
+) -> tuple[Source, Source, dict[str, list[float]]]:
+    """Opens the training and the validation set, as `RunData.open_pair` does.
+
+    Returns:
+        The sets, in which numbers are standardized on the training set; and mean and standard deviation of the numbers,
+        as settings.
+    """
+    train, val = data.open_pair(nb_classes, reads_in_order)
+    if data.images.task == CLASSIFICATION:
+        return train, val, {}
+    mean, std = targets.statistics(train, data.images.task)
+    train, val = (targets.standardized(source, mean, std) for source in (train, val))
+    return train, val, {"target_mean": mean, "target_std": std} if data.images.task == REGRESSION else {}
+
+
 def load_for_evaluation(
     build: Callable[[ModelSpec, ImageSpec], nn.Module], flags: Mapping[str, Any], file: Weights, val: Source
 ) -> tuple[nn.Module, Source]:
@@ -205,13 +223,20 @@ def load_for_evaluation(
     Raises:
         ValueError: the file has another architecture, or the dataset has classes that the classifier does not have.
     """
-    num_classes = file.num_classes
+    num_classes, task = file.num_classes, flags.get("task", CLASSIFICATION)
+    if task != file.settings.get("task", CLASSIFICATION):
+        recorded = file.settings.get("task", CLASSIFICATION)
+        raise ValueError(f"--task {task}: {file.source} was trained with --task {recorded}; omit --task")
     classes, names = file.settings.get("classes"), file.settings.get("label_names")
     if not classes and names and set(val.classes) <= set(names):
         classes = names
     if flags["nb_classes"] not in (None, num_classes):
         raise ValueError(f"{file.source} has {num_classes} classes, and --nb_classes is {flags['nb_classes']}")
-    if classes:
+    if task != CLASSIFICATION:
+        val = targets.counted_as(val, classes or (), task)
+        if task == REGRESSION:
+            val = targets.standardized(val, file.settings["target_mean"], file.settings["target_std"])
+    elif classes:
         val = labels.counted_as(val, classes)
     elif len(val.classes) != num_classes:
         raise ValueError(f"{file.source} has {num_classes} classes, and the validation set has {len(val.classes)}")
@@ -232,4 +257,5 @@ def report_scores(scores: Any, classes: Sequence[str], folder: str | None) -> No
     """Logs the scores, and writes the files of `--report` to a folder."""
     logger.info(str(scores))
     if folder and dist.is_main():
-        report.write(Path(folder), classes, scores.labels, scores.predictions)
+        write = report.write if isinstance(scores, Evaluation) else report.write_targets
+        write(Path(folder), classes, scores.labels, scores.predictions)

@@ -28,6 +28,7 @@ import models_vit
 from engine_finetune import (
     evaluate,
     load_for_evaluation,
+    open_labelled,
     open_weights,
     report_scores,
     train_one_epoch,
@@ -36,6 +37,7 @@ from engine_finetune import (
 from util.checkpoints import run_directory
 from util.cli import entry_point, options
 from util.cli.advice import AdvisedError, Remedy
+from util.cli.choices import CLASSIFICATION
 from util.data import transforms
 from util.data.run_data import RunData
 from util.data.user_sets import OpenDataset, with_source
@@ -62,6 +64,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     """Returns the parser of the script, with the published defaults."""
     parser = entry_point.parser("Fine-tuning of a Vision Transformer to a classifier (He et al. 2021, appendix A.1).")
     options.add_data_options(parser, labels=True)
+    options.add_task_options(parser)
     options.add_cache_options(parser)
     options.add_model_options(parser, models_vit.MODELS, default="vit_large_patch16")
     options.add_supervised_options(parser, global_pool=True)
@@ -70,6 +73,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     options.add_evaluation_options(parser)
     options.add_metric_options(parser, selects="checkpoint-best.pth")
     options.add_class_weight_option(parser)
+    options.add_regression_loss_option(parser)
     options.add_run_options(parser)
     options.add_distributed_options(parser)
     parser.set_defaults(epochs=50, min_lr=1e-6, warmup_epochs=5, save_every=1)
@@ -96,11 +100,13 @@ def main(args: Namespace, source: OpenDataset | None = None, callbacks: Sequence
         return evaluate_file(args, data, file, precision)
 
     run_directory.prepare(Path(args.output_dir), args.resume)
-    train, val = data.cached(*data.open_pair(args.nb_classes))
-    classes = train.classes
-    settings = {**vars(args), "nb_classes": len(classes), "classes": classes}
+    train, val, statistics = open_labelled(data, args.nb_classes)
+    classes, smoothing = train.classes, smoothing_of(args)
+    settings = {**vars(args), "nb_classes": len(classes), "classes": classes, **statistics, "smoothing": smoothing}
+    labels, mixup = tasks.task_of(settings, val, train), mixing(args, len(classes))
+    train, val = data.cached(train, val)
     model = models_build.classifier(*specs(settings))
-    if file and not loading.load_encoder(model, file, args.adapt_input, classes):
+    if file and not loading.load_encoder(model, file, args.adapt_input, classes, args.task):
         nn.init.normal_(model.head.get_parameter("weight"), std=HEAD_STD)
     if args.unfreeze_blocks is not None:
         models_build.freeze_below(model, args.unfreeze_blocks)
@@ -108,8 +114,7 @@ def main(args: Namespace, source: OpenDataset | None = None, callbacks: Sequence
 
     augment = transforms.keeps_label(augmentation(args, data.statistics[0]))
     batches = data.train_batches(train, augment, args.batch_size, args.accum_iter)
-    labels, mixup = tasks.task_of(vars(args), val, train), mixing(args, len(classes))
-    criterion = SoftTargetCrossEntropy() if mixup else partial(labels.loss, smoothing=args.smoothing)
+    criterion = SoftTargetCrossEntropy() if mixup else partial(labels.loss, smoothing=smoothing)
     erase = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device=str(device))
     groups = param_groups_lrd(model, args.weight_decay, ("pos_embed", "cls_token"), args.layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=0.0, fused=True)
@@ -150,7 +155,7 @@ def evaluate_file(args: Namespace, data: RunData, file: Weights, precision: Prec
         compile_model(model, precision.device, freeze_weights=True)
     scores = evaluate(
         model, data.eval_batches(val, args.batch_size), normalize=data.normalize, precision=precision.of_evaluation(),
-        task=tasks.task_of(vars(args), val),
+        task=tasks.task_of(file.settings | vars(args), val),
     )  # fmt: skip
     report_scores(scores, val.classes, args.report)
     return scores
@@ -164,6 +169,20 @@ def augmentation(args: Namespace, mean: Sequence[float]) -> transforms.ImageTran
     )  # fmt: skip
 
 
+def smoothing_of(args: Namespace) -> float:
+    """Returns the label smoothing of the training; 0 if the labels are not classes.
+
+    Raises:
+        ValueError: it is given, and the labels are not classes.
+    """
+    if args.task == CLASSIFICATION:
+        return args.smoothing
+    if args.smoothing and "smoothing" in entry_point.explicit(args):
+        remedy = Remedy({"smoothing": 0})
+        raise AdvisedError(f"--task {args.task} has no label smoothing", remedy, about={"smoothing": args.smoothing})
+    return 0.0
+
+
 def mixing(args: Namespace, num_classes: int) -> "Mixup | None":
     """Returns mixup and cutmix of timm, or None if both are disabled.
 
@@ -173,10 +192,11 @@ def mixing(args: Namespace, num_classes: int) -> "Mixup | None":
     """
     if not (args.mixup or args.cutmix or args.cutmix_minmax):
         return None
-    if args.class_weight:
+    if args.class_weight or args.task != CLASSIFICATION:
         off = {"mixup": 0, "cutmix": 0, "cutmix_minmax": None}
         disabled = Remedy({name: off[name] for name in off if getattr(args, name)})
-        raise AdvisedError("mixed images have no single class", disabled, about={"class_weight": args.class_weight})
+        about = {"task": args.task} if args.task != CLASSIFICATION else {"class_weight": args.class_weight}
+        raise AdvisedError("mixed images have no single class", disabled, about=about)
     if args.cutmix_minmax and args.cutmix_minmax[0] >= args.cutmix_minmax[1]:
         raise ValueError("--cutmix_minmax: give the smaller fraction first")
     if args.batch_size % 2:

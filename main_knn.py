@@ -22,14 +22,14 @@ from typing import Any
 
 import models_build
 import models_vit
-from engine_finetune import encode, load_frozen, with_recorded_settings
+from engine_finetune import encode, load_frozen, open_labelled, with_recorded_settings
 from util.cli import entry_point, options
 from util.data.run_data import RunData
 from util.data.user_sets import OpenDataset, with_source
 from util.evaluation import tasks
 from util.evaluation.knn import predict
 from util.evaluation.tables import markdown
-from util.settings import DataSpec, ImageSpec, specs
+from util.settings import DataSpec, ImageSpec, names_where, specs
 from util.training import feature_files, trainer
 from util.weights import loading
 
@@ -40,6 +40,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     """Returns the parser of the script."""
     parser = entry_point.parser("Weighted k-nearest-neighbor classification on frozen features (Wu et al. 2018).")
     options.add_data_options(parser, labels=True)
+    options.add_task_options(parser)
     options.add_model_options(parser, models_vit.MODELS, default="vit_large_patch16")
     options.add_supervised_options(parser, global_pool=False)
     options.add_knn_options(parser)
@@ -58,10 +59,11 @@ def main(args: Namespace, source: OpenDataset | None = None) -> dict[tuple[int, 
     args, precision = trainer.start(with_source(args, source))
     device = precision.device
     file = loading.read(args.finetune) if args.finetune else None
-    args = with_recorded_settings(args, file, models_build.classifier_settings(file))
+    recorded, of_labels = models_build.classifier_settings(file), names_where(lambda one: one["of_labels"])
+    args = with_recorded_settings(args, file, {name: recorded[name] for name in recorded if name not in of_labels})
     data = RunData(ImageSpec.of(vars(args)), DataSpec.of(vars(args)), device, source)
-    train, val = data.open_pair(args.nb_classes)
-    task = tasks.task_of(vars(args), val)
+    train, val, statistics = open_labelled(data, args.nb_classes)
+    task = tasks.task_of({**vars(args), **statistics}, val)
     model = models_build.classifier(*specs({**vars(args), "nb_classes": 0}))
     load_frozen(model, file, args.adapt_input)
     model.to(device)
@@ -69,8 +71,8 @@ def main(args: Namespace, source: OpenDataset | None = None) -> dict[tuple[int, 
     bank, queries = feature_files.extract(encode_set, train), feature_files.extract(encode_set, val)
     del model, encode_set  # to free its memory
     found = predict(
-        *bank, *queries, task.columns, ks=args.k, temperatures=args.temperature, num_classes=len(train.classes),
-        device=device,
+        *bank, *queries, lambda means, truth: task.columns(task.outputs_of(means), truth), ks=args.k,
+        temperatures=args.temperature, num_classes=len(train.classes), device=device,
     )  # fmt: skip
     evaluations = {pair: task.evaluation(columns, len(train.classes)) for pair, columns in found.items()}
     name, scores = task.selects.removeprefix("test_"), {pair: scores_of(own) for pair, own in evaluations.items()}

@@ -38,6 +38,7 @@ from engine_finetune import (
     evaluate_heads,
     load_for_evaluation,
     load_frozen,
+    open_labelled,
     open_weights,
     report_scores,
     train_one_epoch,
@@ -70,6 +71,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     """Returns the parser of the script, with the published defaults."""
     parser = entry_point.parser("Linear or attentive probing of a Vision Transformer (He et al. 2021, appendix A.1).")
     options.add_data_options(parser, labels=True)
+    options.add_task_options(parser)
     options.add_cache_options(parser)
     options.add_model_options(parser, models_vit.MODELS, default="vit_large_patch16")
     options.add_supervised_options(parser, global_pool=False)
@@ -78,6 +80,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     options.add_probe_options(parser)
     options.add_metric_options(parser, selects="checkpoint-best.pth, and the best of several --blr")
     options.add_class_weight_option(parser)
+    options.add_regression_loss_option(parser)
     options.add_run_options(parser)
     options.add_distributed_options(parser)
     parser.set_defaults(batch_size=512, epochs=90, weight_decay=0.0, warmup_epochs=10, save_every=1)
@@ -102,7 +105,7 @@ def main(args: Namespace, source: OpenDataset | None = None, callbacks: Sequence
             logger.warning("--compile has no effect with --eval")
         probe, val = load_for_evaluation(models_build.probe, vars(args), file, data.open_val())
         encoded = encode(data, val, probe.to(device), min(args.batch_size, MAX_BATCH), precision)
-        task = tasks.task_of(vars(args), val)
+        task = tasks.task_of(file.settings | vars(args), val)
         scores = evaluate(probe.get_submodule("head"), encoded, normalize=Tensor.float, precision=precision, task=task)
         report_scores(scores, val.classes, args.report)
         return
@@ -135,7 +138,7 @@ def train_probe(
     """
     device = precision.device
     several = len(args.blr) > 1
-    train, val = data.open_pair(args.nb_classes, reads_in_order=args.cache_features or several)
+    train, val, statistics = open_labelled(data, args.nb_classes, args.cache_features or several)
     if not args.cache_features:
         train, val = data.cached(train, val)
     elif args.cache_images:
@@ -144,7 +147,7 @@ def train_probe(
     if several and args.lr is not None:
         raise ValueError(f"--lr {args.lr:g} sets a single rate, and --blr has {len(args.blr)} values; omit --lr")
     blr = args.blr if several else args.blr[0]
-    settings = {**vars(args), "blr": blr, "nb_classes": len(classes), "classes": classes}
+    settings = {**vars(args), "blr": blr, "nb_classes": len(classes), "classes": classes, **statistics}
     if args.probe == ATTENTIVE and file and "fc_norm.weight" in file.tensors:
         settings["global_pool"] = True  # `probe` raises the error; `load_frozen` would ask for the flag first
     model = models_build.probe(*specs(settings))
@@ -156,7 +159,7 @@ def train_probe(
         train, held_out = labels.hold_out(train, args.held_out, args.seed, "--held_out")
         sets = {"held_out": held_out, "val": val}
         model.head = models_build.ParallelHeads(heads)
-    labelled = tasks.task_of(vars(args), val, train)
+    labelled = tasks.task_of(settings, val, train)
     test = partial(evaluate_heads, normalize=Tensor.float, precision=precision, task=labelled)  # stored tokens are fp16
     features = Features(args, data, model, precision, {**sets, "train": train})
     passes = {name: features.open(name) for name in sets}

@@ -71,8 +71,8 @@ def predict(
 
     Args:
         bank_targets: classes (m,), or vectors (m, C).
-        columns: outputs (b, C) and targets of b queries -> arrays (b, ...). The outputs are the logarithms of the
-            shares of the votes for the classes, or the weighted means of the vectors of the neighbors.
+        columns: outputs (b, C) and targets of b queries -> tensors (b, ...). The outputs are the shares of the votes
+            for the classes, or the weighted means of the vectors of the neighbors.
         others: as in `classify`.
 
     Returns:
@@ -91,7 +91,7 @@ def predict(
                 outputs = (weights[:, None] @ near[:, :k].double())[:, 0] / weights.sum(dim=1, keepdim=True)
             else:
                 votes = vote(similarity[:, :k], near[:, :k], temperature, num_classes).double()
-                outputs = (votes / votes.sum(dim=1, keepdim=True)).log()
+                outputs = votes / votes.sum(dim=1, keepdim=True)
             by_rank[rank].append(columns(outputs, truth))
     return {
         pair: [
