@@ -17,7 +17,7 @@ from util.data import labels, targets, transforms
 from util.data.run_data import RunData
 from util.data.sources import Source
 from util.evaluation import report
-from util.evaluation.tasks import Classification, Evaluation, Task
+from util.evaluation.tasks import Classification, TargetEvaluation
 from util.settings import ImageSpec, ModelSpec
 from util.training import feature_files, loop
 from util.training.precision import Precision
@@ -68,7 +68,7 @@ def evaluate(
     *,
     normalize: Callable[[Tensor], Tensor],
     precision: Precision,
-    task: Task | None = None,
+    task: Classification | None = None,
 ) -> Any:
     """Evaluates a model on the batches of this process, and gathers the predictions of all processes.
 
@@ -86,7 +86,7 @@ def evaluate_heads(
     *,
     normalize: Callable[[Tensor], Tensor],
     precision: Precision,
-    task: Task | None = None,
+    task: Classification | None = None,
 ) -> list[Any]:
     """Evaluates several models in one pass, as `evaluate` does."""
     task, columns, num_outputs = task or Classification(), [list[tuple[Tensor, ...]]() for _ in models], 0
@@ -257,5 +257,5 @@ def report_scores(scores: Any, classes: Sequence[str], folder: str | None) -> No
     """Logs the scores, and writes the files of `--report` to a folder."""
     logger.info(str(scores))
     if folder and dist.is_main():
-        write = report.write if isinstance(scores, Evaluation) else report.write_targets
+        write = report.write_targets if isinstance(scores, TargetEvaluation) else report.write
         write(Path(folder), classes, scores.labels, scores.predictions)

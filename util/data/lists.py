@@ -187,33 +187,35 @@ def _targets(
     names: Sequence[str], titles: Sequence[str], cells: Sequence[Sequence[str]], task: str
 ) -> tuple[list[str], np.ndarray]:
     """Returns the classes and labels (n,); or the names of the targets, and the targets (n, C)."""
-    for name, row in zip(names, cells, strict=True):
-        for title, cell in zip(titles, row, strict=True):
-            if cell.lower() == "nan" or (not cell and (task != MULTILABEL or len(titles) > 1)):
-                raise LabelError(
-                    f"the {printable(title)} of {printable(name)} is {cell or 'empty'}; give a label, or omit the row"
-                )
+    if task == CLASSIFICATION and len(titles) > 1:
+        raise LabelError(f"--task classification has one label column; give one of {', '.join(titles)}")
+    has_names = task == CLASSIFICATION or (task == MULTILABEL and len(titles) == 1)
+    values = [[_value_of(cell, task, has_names) for cell in row] for row in cells]
+    for row, column in np.argwhere(np.isnan(values)):
+        kind = "a label" if has_names else "0 or 1" if task == MULTILABEL else "a finite number"
+        cell = printable(cells[row][column]) or "empty"
+        raise LabelError(
+            f"the {printable(titles[column])} of {printable(names[row])} is {cell}; --task {task} needs {kind}: "
+            f"correct it, or omit the row"
+        )
     if task == CLASSIFICATION:
-        if len(titles) > 1:
-            raise LabelError(f"--task classification has one label column; give one of {', '.join(titles)}")
         return _number([row[0] for row in cells], len(names))
-    if task == MULTILABEL and len(titles) == 1:
-        several = [[part.strip() for part in row[0].split(";") if part.strip()] for row in cells]
-        classes = sorted({part for parts in several for part in parts})
-        return [printable(name) for name in classes], np.array([[c in parts for c in classes] for parts in several])
-    kind = "0 or 1" if task == MULTILABEL else "a finite number"
-    targets = np.zeros((len(names), len(titles)))
-    for row, column in np.ndindex(targets.shape):
-        try:
-            targets[row, column] = value = float(cells[row][column])
-        except ValueError:
-            value = np.inf
-        if not np.isfinite(value) or (task == MULTILABEL and value not in (0, 1)):
-            raise LabelError(
-                f"the {printable(titles[column])} of {printable(names[row])} is {printable(cells[row][column])}; "
-                f"--task {task} needs {kind}"
-            )
-    return [printable(title) for title in titles], targets
+    if not has_names:
+        return [printable(title) for title in titles], np.array(values)
+    several = [{part.strip() for part in row[0].split(";")} - {""} for row in cells]
+    classes = sorted(set().union(*several))
+    return [printable(name) for name in classes], np.array([[name in own for name in classes] for own in several])
+
+
+def _value_of(cell: str, task: str, is_name: bool) -> float:
+    """Returns the number in a cell, 0 for a name; NaN if the cell is wrong."""
+    if is_name:
+        return np.nan if cell.lower() == "nan" or (not cell and task == CLASSIFICATION) else 0.0
+    try:
+        value = float(cell)
+    except ValueError:
+        return np.nan
+    return value if np.isfinite(value) and (task != MULTILABEL or value in (0, 1)) else np.nan
 
 
 def _plain(title: str) -> str:

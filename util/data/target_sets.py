@@ -8,7 +8,6 @@ import numpy as np
 from torch import Tensor
 
 from util.cli.choices import MULTILABEL
-from util.data.decode import BadImage
 from util.data.user_sets import OpenDataset, UserSet
 from util.files.untrusted import printable
 
@@ -36,10 +35,7 @@ class TargetSet(UserSet):
         Raises:
             ValueError: the label is no vector of finite numbers, or differs from the attribute `labels`.
         """
-        vector = self._vectors(label, self._place(index), "its label is")
-        if vector.ndim > 1:
-            raise ValueError(f"{self._place(index)}: its label is an array of shape {vector.shape}: give a vector")
-        vector = vector.reshape(-1)
+        vector = self._vectors(label, self._place(index), "its label is").reshape(-1)
         if self._listed is not None and not np.array_equal(vector.astype("f"), self._listed[index].astype("f")):
             raise ValueError(
                 f"{self._place(index)}: its label is {vector}, and labels[{index}] is {self._listed[index]}"
@@ -64,10 +60,10 @@ class TargetSet(UserSet):
         listed = getattr(self.images, "labels", None)
         if listed is None:
             return None
-        labels = self._vectors(listed, self.flag, "its labels have")
-        if labels.ndim not in (1, 2) or len(labels) != self.count:
-            raise ValueError(f"{self.flag}: its labels have the shape {labels.shape}: give ({self.count}, C)")
-        return labels.reshape(self.count, -1)
+        labels = self._vectors(listed, self.flag, "its labels have").reshape(len(listed), -1)
+        if len(labels) != self.count:
+            raise ValueError(f"{self.flag}: it has {self.count} samples and {len(labels)} labels: give equally many")
+        return labels
 
     @cached_property
     def labels(self) -> np.ndarray:
@@ -75,17 +71,10 @@ class TargetSet(UserSet):
         if self._listed is not None:
             return self._listed
         logger.info(f"{self.title} has no attribute labels: reading all {self.count:,} samples to collect them")
-        labels: list[np.ndarray] = []
-        for index in range(len(self)):
-            try:
-                labels.append(self.label_of(index, self._item(index).label))
-            except (BadImage, OSError) as error:
-                raise ValueError(
-                    f"{self.name(index)} can't be read ({error}), and the dataset has no attribute labels: give it one"
-                ) from error
-            if len(labels[-1]) != len(labels[0]):
-                lengths = f"{len(labels[-1])} numbers, and that of sample 0 {len(labels[0])}"
-                raise ValueError(f"{self._place(index)}: its label has {lengths}: give equally many")
+        labels = [self.label_of(index, self._item(index).label) for index in range(len(self))]
+        if wrong := [index for index, one in enumerate(labels) if len(one) != len(labels[0])]:
+            lengths = f"{len(labels[wrong[0]])} numbers, and that of sample 0 {len(labels[0])}"
+            raise ValueError(f"{self._place(wrong[0])}: its label has {lengths}: give equally many")
         return np.stack(labels)
 
     @cached_property

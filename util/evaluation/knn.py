@@ -47,12 +47,11 @@ def classify(
     Raises:
         ValueError: the bank has fewer features than the largest k.
     """
-    right = {pair: torch.zeros(num_classes, dtype=torch.int64) for pair in itertools.product(ks, temperatures)}
-    for _, similarity, classes, truth in neighbors(bank, bank_labels, queries, labels, k=max(ks), device=device):
-        for k, temperature in right:
-            votes = vote(similarity[:, :k], classes[:, :k], temperature, num_classes)
-            right[k, temperature] += truth[votes.argmax(dim=1) == truth].bincount(minlength=num_classes)
-    return {pair: hits.tolist() for pair, hits in right.items()}
+    found = predict(
+        bank, bank_labels, queries, labels, lambda votes, truth: (truth, votes.argmax(dim=1) == truth), ks=ks,
+        temperatures=temperatures, num_classes=num_classes, device=device,
+    )  # fmt: skip
+    return {pair: np.bincount(truth[right], minlength=num_classes).tolist() for pair, (truth, right) in found.items()}
 
 
 def predict(
@@ -86,13 +85,13 @@ def predict(
     }
     for rank, similarity, near, truth in neighbors(bank, bank_targets, queries, targets, k=max(ks), device=device):
         for (k, temperature), by_rank in found.items():
+            # The subtraction prevents overflow. It multiplies all weights of a query by the same factor.
+            weights = ((similarity[:, :k] - similarity[:, :1]) / temperature).exp()
             if near.ndim == 3:
-                weights = weights_of(similarity[:, :k], temperature).double()
-                outputs = (weights[:, None] @ near[:, :k].double())[:, 0] / weights.sum(dim=1, keepdim=True)
+                sums = (weights[:, None].double() @ near[:, :k].double())[:, 0]
             else:
-                votes = vote(similarity[:, :k], near[:, :k], temperature, num_classes).double()
-                outputs = votes / votes.sum(dim=1, keepdim=True)
-            by_rank[rank].append(columns(outputs, truth))
+                sums = torch.zeros(len(near), num_classes).scatter_add_(1, near[:, :k], weights).double()
+            by_rank[rank].append(columns(sums / weights.double().sum(dim=1, keepdim=True), truth))
     return {
         pair: [
             dist.interleave([torch.cat(part).numpy() for part in parts])
@@ -132,18 +131,6 @@ def neighbors(
             similarity, order = torch.cat([s for s, _ in candidates], dim=1).sort(dim=1, descending=True, stable=True)
             found = torch.cat([t for _, t in candidates], dim=1)
             yield rank, similarity[:, :k], found[torch.arange(len(found))[:, None], order[:, :k]], truth
-
-
-def weights_of(similarity: Tensor, temperature: float) -> Tensor:
-    """Returns the weights of neighbors (n, k) in descending order; that of the nearest is 1."""
-    # The subtraction prevents overflow. It multiplies all weights of a query by the same factor.
-    return ((similarity - similarity[:, :1]) / temperature).exp()
-
-
-def vote(similarity: Tensor, classes: Tensor, temperature: float, num_classes: int) -> Tensor:
-    """Returns the weighted votes of neighbors (n, k) for each class (n, num_classes)."""
-    votes = torch.zeros(len(classes), num_classes)
-    return votes.scatter_add_(1, classes, weights_of(similarity, temperature))
 
 
 def _unit(features: Tensor, device: torch.device) -> Tensor:

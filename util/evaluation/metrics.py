@@ -19,7 +19,7 @@ def compute(name: str, truth: np.ndarray, predictions: np.ndarray, scores: np.nd
 
     Args:
         truth: the classes (n,), 0 or 1 for each class (n, classes), or the targets (n, targets).
-        predictions: the same for the predictions.
+        predictions: the classes (n,), probabilities (n, classes), or the targets (n, targets).
         scores: of each class (n, classes); None: no metric of NEED_SCORES is computed.
         classes: number of classes or targets.
     """
@@ -43,7 +43,8 @@ def compute(name: str, truth: np.ndarray, predictions: np.ndarray, scores: np.nd
         if name == "kappa":  # the weights count the classes between two classes, also those without images
             return float(metrics.cohen_kappa_score(truth, predictions, labels=np.arange(classes), weights="quadratic"))
         if name == "macro_f1":
-            return float(metrics.f1_score(truth, predictions, average="macro", zero_division=0))
+            own = predictions >= 0.5 if truth.ndim == 2 else predictions
+            return float(metrics.f1_score(truth, own, average="macro", zero_division=0))
         functions = {
             "accuracy": metrics.accuracy_score, "balanced_accuracy": metrics.balanced_accuracy_score,
             "r2": metrics.r2_score, "mae": metrics.mean_absolute_error,

@@ -79,7 +79,7 @@ def write_targets(folder: Path, names: Sequence[str], labels: np.ndarray, predic
     rows: list[list[Any]] = [["class" if has_classes else "target", "images", *used]]
     for number, name in enumerate(names):
         truth, own = labels[:, [number]], predictions[:, [number]]
-        values = [metrics.compute(one, truth, own >= 0.5 if has_classes else own, own, 1) for one in used]
+        values = [metrics.compute(one, truth, own, own, 1) for one in used]
         count = int(truth.sum()) if has_classes else len(truth)
         rows.append([name, count, *("" if np.isnan(value) else f"{value:.6g}" for value in values)])
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,9 @@
 """What the labels of images mean (--task): the loss, the predictions, and their evaluation."""
 
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -66,59 +65,31 @@ class Evaluation(NamedTuple):
         return f"* {text(self.scores())}"
 
 
-class Task(Protocol):
-    """What the labels of a run mean."""
+class TargetEvaluation(Evaluation):
+    """Predictions of vectors (n, C): labels 0 and 1, and probabilities; or numbers in their units."""
 
-    metrics: Sequence[str]
-
-    @property
-    def selects(self) -> str:
-        """The entry of log.txt that selects the best state."""
-
-    @property
-    def lower_is_better(self) -> bool:
-        """Whether lower values of this entry are better."""
-
-    @property
-    def title(self) -> str:
-        """The name of its value."""
-
-    def loss(self, outputs: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
-        """Returns the mean loss of outputs (B, C) and the labels of a batch."""
-
-    def outputs_of(self, means: Tensor) -> Tensor:
-        """Returns the outputs of a model that predicts shares of classes, or means of labels (B, C)."""
-
-    def columns(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-        """Returns what `evaluation` needs of a batch: tensors (B, ...)."""
-
-    def evaluation(self, columns: Sequence[np.ndarray], num_outputs: int) -> Any:
-        """Returns the evaluation of all samples, from the `columns` of all batches and processes."""
+    def scores(self) -> dict[str, float]:
+        """Returns the metrics and the loss."""
+        return {**self.metrics, "loss": self.loss}
 
 
 class Classification:
-    """One class for each image.
+    """What the labels of a run mean: one class for each image.
 
     Args:
-        metrics: names of --metric. The first selects the best state; default: the top-1 accuracy.
+        metrics: names of --metric. Default: the top-1 accuracy.
         class_weight: factors of the losses of the classes (C,). They do not affect an evaluation.
+
+    Attributes:
+        title: name of the score that selects.
+        selects: its entry of log.txt.
+        lower_is_better: whether lower scores are better.
     """
 
     def __init__(self, metrics: Sequence[str] = (), class_weight: Tensor | None = None) -> None:
-        self.metrics = metrics
-        self.class_weight = class_weight
-
-    @property
-    def selects(self) -> str:
-        """The entry of log.txt that selects the best state."""
-        return f"test_{self.metrics[0]}" if self.metrics else "test_acc1"
-
-    lower_is_better = False
-
-    @property
-    def title(self) -> str:
-        """The name of its value."""
-        return self.metrics[0] if self.metrics else "Acc@1"
+        self.metrics, self.class_weight = metrics, class_weight
+        self.title, self.selects = (metrics[0], f"test_{metrics[0]}") if metrics else ("Acc@1", "test_acc1")
+        self.lower_is_better = self.title in LOWER_IS_BETTER
 
     def loss(self, outputs: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
         """Returns the mean of the weighted cross-entropies of logits (B, C) and classes (B,).
@@ -132,18 +103,18 @@ class Classification:
         return F.cross_entropy(outputs, targets, weight, reduction="none", label_smoothing=smoothing).mean()
 
     def outputs_of(self, means: Tensor) -> Tensor:
-        """Returns the logits of shares of classes (B, C)."""
+        """Returns the outputs of a model that predicts shares of classes, or means of labels (B, C)."""
         return means.log()
 
     def columns(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-        """Returns labels, predictions, whether a label is among the TOP most likely, losses; and logits if needed."""
+        """Returns what `evaluation` needs of a batch: tensors (B, ...)."""
         loss = F.cross_entropy(outputs, targets, reduction="none")
         top = outputs.topk(min(TOP, outputs.shape[1])).indices
         columns = (targets, outputs.argmax(dim=1), (top == targets[:, None]).any(dim=1), loss)
         return (*columns, outputs) if {*self.metrics} & {*metrics.NEED_SCORES} else columns
 
     def evaluation(self, columns: Sequence[np.ndarray], num_outputs: int) -> Evaluation:
-        """Returns the evaluation of all samples."""
+        """Returns the evaluation of all samples, from the `columns` of all batches and processes."""
         truth, predictions, in_top, losses, *logits = columns
         scores = torch.from_numpy(logits[0]).double().softmax(dim=1).numpy() if logits else None
         return Evaluation(
@@ -155,103 +126,73 @@ class Classification:
         )
 
 
-class TargetEvaluation(NamedTuple):
-    """Predictions of vectors for each sample of a dataset, in the order of the dataset."""
-
-    labels: np.ndarray  # (n, C): 0 or 1, or numbers in their units
-    predictions: np.ndarray  # (n, C): probabilities, or numbers in their units
-    loss: float  # mean over the samples and the numbers
-    metrics: Mapping[str, float]
-
-    def scores(self) -> dict[str, float]:
-        """Returns the metrics and the loss."""
-        return {**self.metrics, "loss": self.loss}
-
-    def stats(self) -> dict[str, float]:
-        """Returns the entries of log.txt."""
-        return {f"test_{name}": score for name, score in self.scores().items()}
-
-    def __str__(self) -> str:
-        return f"* {text(self.scores())}"
-
-
-class Multilabel:
+class Multilabel(Classification):
     """Any number of classes for each image. The loss is the binary cross-entropy of each class.
 
     Args:
-        metrics: names of --metric. The first selects the best state.
-        class_weight: factors of the losses of absent and of present classes (2, C). They do not affect an evaluation.
+        class_weight: factors of the losses of absent and of present classes (2, C).
+        others: as in `Classification`.
     """
 
-    lower_is_better = False
-
-    def __init__(self, metrics: Sequence[str], class_weight: Tensor | None = None) -> None:
-        self.metrics, self.title, self.selects = metrics, metrics[0], f"test_{metrics[0]}"
-        self.class_weight = class_weight
+    def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Returns the losses of outputs (B, C) and labels (B, C)."""
+        return F.binary_cross_entropy_with_logits(outputs, targets.to(outputs), reduction="none")
 
     def loss(self, outputs: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
-        """Returns the mean loss of logits (B, C) and labels (B, C)."""
-        assert not smoothing
-        losses = F.binary_cross_entropy_with_logits(outputs, targets, reduction="none")
+        """Returns the mean of the weighted losses. There is no smoothing."""
+        losses = self.losses(outputs, targets)
         if self.class_weight is not None:
             absent, present = self.class_weight.to(outputs)
             losses = losses * torch.where(targets > 0, present, absent)
         return losses.mean()
 
     def outputs_of(self, means: Tensor) -> Tensor:
-        """Returns the logits of shares of neighbors with a class (B, C)."""
+        """As in `Classification`."""
         return means.clamp(0, 1).logit()
 
     def columns(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-        """Returns labels, logits, and losses."""
-        losses = F.binary_cross_entropy_with_logits(outputs, targets.to(outputs), reduction="none")
-        return targets, outputs, losses.mean(dim=1)
+        """As in `Classification`."""
+        return targets, outputs, self.losses(outputs, targets).mean(dim=1)
+
+    def values(self, targets: np.ndarray, outputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns labels and probabilities, (n, C) each."""
+        return targets.astype(np.int64), torch.from_numpy(outputs).double().sigmoid().numpy()
 
     def evaluation(self, columns: Sequence[np.ndarray], num_outputs: int) -> TargetEvaluation:
-        """Returns the evaluation of all samples."""
-        truth, logits, losses = columns
-        truth, scores = truth.astype(np.int64), torch.from_numpy(logits).double().sigmoid().numpy()
-        found = {name: metrics.compute(name, truth, scores >= 0.5, scores, num_outputs) for name in self.metrics}
-        return TargetEvaluation(truth, scores, float(losses.mean(dtype=np.float64)), found)
+        """As in `Classification`."""
+        truth, own = self.values(*columns[:2])
+        found = {name: metrics.compute(name, truth, own, own, num_outputs) for name in self.metrics}
+        return TargetEvaluation(truth, own, None, float(columns[2].mean(dtype=np.float64)), found)
 
 
-class Regression:
+class Regression(Multilabel):
     """Numbers for each image. The loss is that of standardized numbers.
 
     Args:
-        metrics: names of --metric, of the numbers in their units. The first selects the best state.
+        metrics: as in `Classification`, of the numbers in their units.
         criterion: one of `choices.REGRESSION_LOSSES`.
-        mean, std: of the targets in the training set (C,).
+        mean, std: of the numbers in the training set (C,).
     """
 
     def __init__(self, metrics: Sequence[str], criterion: str, mean: Sequence[float], std: Sequence[float]) -> None:
-        self.metrics, self.title, self.selects = metrics, metrics[0], f"test_{metrics[0]}"
-        self.lower_is_better = metrics[0] in LOWER_IS_BETTER
-        losses: dict[str, Callable[..., Tensor]] = {"l1": F.l1_loss, "l2": F.mse_loss, "huber": F.huber_loss}
-        self.losses = losses[criterion]
-        self.mean, self.std = np.asarray(mean), np.asarray(std)
+        super().__init__(metrics)
+        self.criterion, self.mean, self.std = criterion, np.asarray(mean), np.asarray(std)
 
-    def loss(self, outputs: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
-        """Returns the mean loss of outputs (B, C) and standardized targets (B, C)."""
-        assert not smoothing
-        return self.losses(outputs, targets)
+    def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Returns the losses of outputs (B, C) and standardized numbers (B, C)."""
+        functions: dict[str, Callable[..., Tensor]] = {"l1": F.l1_loss, "l2": F.mse_loss, "huber": F.huber_loss}
+        return functions[self.criterion](outputs, targets.to(outputs), reduction="none")
 
     def outputs_of(self, means: Tensor) -> Tensor:
-        """Returns the means of standardized targets (B, C)."""
+        """As in `Classification`."""
         return means
 
-    def columns(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-        """Returns targets, outputs, and losses."""
-        return targets, outputs, self.losses(outputs, targets.to(outputs), reduction="none").mean(dim=1)
-
-    def evaluation(self, columns: Sequence[np.ndarray], num_outputs: int) -> TargetEvaluation:
-        """Returns the evaluation of all samples, in the units of the targets."""
-        truth, predictions = (column.astype(np.float64) * self.std + self.mean for column in columns[:2])
-        found = {name: metrics.compute(name, truth, predictions, None, num_outputs) for name in self.metrics}
-        return TargetEvaluation(truth, predictions, float(columns[2].mean(dtype=np.float64)), found)
+    def values(self, targets: np.ndarray, outputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns numbers and predictions in their units, (n, C) each."""
+        return targets.astype(np.float64) * self.std + self.mean, outputs.astype(np.float64) * self.std + self.mean
 
 
-def task_of(flags: Mapping[str, Any], val: Source, train: Source | None = None) -> Task:
+def task_of(flags: Mapping[str, Any], val: Source, train: Source | None = None) -> Classification:
     """Returns what the labels of a run mean.
 
     Args:
@@ -262,26 +203,22 @@ def task_of(flags: Mapping[str, Any], val: Source, train: Source | None = None) 
     Raises:
         ValueError: a metric is for a different task, or is undefined for all classes; or no classes have weights.
     """
-    task, names = flags["task"], check_metrics(flags["task"], flags["metric"])
-    weight = flags.get("class_weight") and train is not None
+    task, weight = flags["task"], flags.get("class_weight") and train is not None
+    names = list(dict.fromkeys(flags["metric"] or DEFAULT_METRICS[task]))
+    if others := [name for name in names if name not in METRICS[task]]:
+        raise ValueError(f"--metric {others[0]} is not for --task {task}: give {', '.join(METRICS[task])}")
     if task == REGRESSION:
         if weight:
             raise ValueError("--class_weight balanced: --task regression has no classes; omit --class_weight")
         return Regression(names, flags.get("regression_loss") or "l1", flags["target_mean"], flags["target_std"])
     one_hot = val.labels if task == MULTILABEL else np.eye(len(val.classes), dtype=bool)[val.labels]
     _require_defined(names, one_hot, val.classes)
-    if task == MULTILABEL:
-        if not weight or train is None:
-            return Multilabel(names)
-        counts = np.stack([(train.labels == present).sum(axis=0) for present in (0, 1)])
-        return Multilabel(names, torch.stack([balanced_weights(own) for own in counts.T], dim=1))
-    if not weight or train is None:
-        return Classification(names)
-    return Classification(names, balanced_weights(np.bincount(train.labels, minlength=len(train.classes))))
+    kind = Multilabel if task == MULTILABEL else Classification
+    return kind(names, balanced_weights(train) if weight and train is not None else None)
 
 
 def _require_defined(names: Sequence[str], one_hot: np.ndarray, classes: Sequence[str]) -> None:
-    for name in {*names} & {*metrics.NEED_SCORES}:
+    for name in filter(metrics.NEED_SCORES.__contains__, names):
         missing = np.flatnonzero(~metrics.is_defined(name, one_hot))
         if len(missing) == len(classes):
             raise ValueError(f"--metric {name}: the validation images are of one class; give images of other classes")
@@ -293,23 +230,19 @@ def _require_defined(names: Sequence[str], one_hot: np.ndarray, classes: Sequenc
 
 def best_of(scores: Sequence[float], lower_is_better: bool = False) -> int:
     """Returns the index of the best score. NaN is the worst score."""
-    ordered = [(-score if lower_is_better else score) for score in scores]
-    return max(range(len(scores)), key=lambda number: -math.inf if math.isnan(ordered[number]) else ordered[number])
+    return int(np.argmax(np.nan_to_num(-np.array(scores) if lower_is_better else np.array(scores), nan=-np.inf)))
 
 
-def check_metrics(task: str, names: Sequence[str] | None) -> list[str]:
-    """Returns the metrics of --metric.
+def balanced_weights(train: Source) -> Tensor:
+    """Returns the weights of classes (C,), as of scikit-learn: images / (classes · images of the class).
 
-    Raises:
-        ValueError: a metric is for a different task.
+    For labels (n, C), they are those of the values 0 and 1 of each class (2, C). The weight of a class without images
+    is 0.
     """
-    for name in names or ():
-        if name not in METRICS[task]:
-            raise ValueError(f"--metric {name} is not for --task {task}: give {', '.join(METRICS[task])}")
-    return list(dict.fromkeys(names or DEFAULT_METRICS[task]))
-
-
-def balanced_weights(counts: np.ndarray) -> Tensor:
-    """Returns the weights of classes, n / (classes · images of the class), as of scikit-learn; 0 without images."""
-    present = np.maximum(counts, 1)
-    return torch.from_numpy(np.where(counts > 0, counts.sum() / ((counts > 0).sum() * present), 0.0)).float()
+    labels = np.asarray(train.labels)
+    if labels.ndim == 2:
+        counts = np.stack([(labels == value).sum(axis=0) for value in (0, 1)])
+    else:
+        counts = np.bincount(labels, minlength=len(train.classes))
+    share = np.maximum(counts, 1) * (counts > 0).sum(axis=0)
+    return torch.from_numpy(np.where(counts > 0, len(labels) / share, 0.0)).float()
