@@ -14,6 +14,7 @@ from scipy import stats
 from sklearn import metrics as sk
 from sklearn.neighbors import KNeighborsRegressor
 
+import main_compare
 import main_finetune
 import main_knn
 import main_linprobe
@@ -358,6 +359,29 @@ def test_a_file_has_one_task(tune, folder, classify, labelled):
         tune(task="multilabel", label_columns="tags", eval=True, resume=out)
     assert isinstance(classify(main_finetune, "other", finetune=out, epochs=1).name, str)  # the head is a new one
     assert classify(main_knn, finetune=out, k=3)  # of class folders, although the file is of numbers
+
+
+def test_encoders_are_compared_by_their_errors(tune, folder, tmp_path):
+    """The lowest error is the best one. Each cell is the result of the script."""
+    out = tune(task="regression", label_columns="weight age", **MILD, epochs=8)
+    flags = {**lists(folder), "task": "regression", "label_columns": "weight age", "metric": "mae", "labels": "all",
+             "input_size": 16, "device": "cpu", "num_workers": 0, "amp": "off",
+             "encoders": f"mine={out}/checkpoint-7.pth scratch", "protocols": "knn finetune", "budget": 2, "output_dir": tmp_path / "compare"}  # fmt: skip
+    table = main_compare.main(parse(main_compare, **flags)).splitlines()
+    assert table[0] == "| test mae | 50 labels |"
+    cells = {line.split(" |")[0].strip("| "): line.split(" |")[1].strip() for line in table[2:6]}
+    errors = {name: float(cell.strip("*")) for name, cell in cells.items()}
+    assert errors.keys() == {f"{name} ({how})" for name in ("mine", "scratch") for how in ("k-NN", "fine-tuned")}
+    best = min(errors, key=errors.get)
+    assert [name for name, cell in cells.items() if cell.startswith("**")] == [best]
+    assert best.startswith("mine")
+    assert f"{best} has the best mae, " in table[-1] and " below scratch" in table[-1]
+    logged = lines(next((tmp_path / "compare/runs/scratch/finetune").glob("*/0")))[-1]["test_mae"]
+    assert errors["scratch (fine-tuned)"] == pytest.approx(logged, rel=1e-3)
+    with pytest.raises(ValueError, match=r"--labels 10: .* give --labels all"):
+        main_compare.main(parse(main_compare, **flags | {"labels": 10}))
+    with pytest.raises(ValueError, match=r"--encoders pixels: .* omit pixels"):
+        main_compare.main(parse(main_compare, **flags | {"encoders": "pixels scratch"}))
 
 
 def test_labels_of_a_dataset_are_checked(tune):
