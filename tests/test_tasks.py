@@ -366,7 +366,8 @@ def test_encoders_are_compared_by_their_errors(tune, folder, tmp_path):
     out = tune(task="regression", label_columns="weight age", **MILD, epochs=8)
     flags = {**lists(folder), "task": "regression", "label_columns": "weight age", "metric": "mae", "labels": "all",
              "input_size": 16, "device": "cpu", "num_workers": 0, "amp": "off",
-             "encoders": f"mine={out}/checkpoint-7.pth scratch", "protocols": "knn finetune", "budget": 2, "output_dir": tmp_path / "compare"}  # fmt: skip
+             "encoders": f"mine={out}/checkpoint-7.pth scratch", "protocols": "knn finetune", "budget": 2,
+             "output_dir": tmp_path / "compare"}  # fmt: skip
     table = main_compare.main(parse(main_compare, **flags)).splitlines()
     assert table[0] == "| test mae | 50 labels |"
     cells = {line.split(" |")[0].strip("| "): line.split(" |")[1].strip() for line in table[2:6]}
