@@ -4,19 +4,20 @@ import logging
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from util import dist, settings
 from util.cli import advice, entry_point
+from util.cli.choices import CLASSIFICATION, REGRESSION
 from util.cli.flags import runs_code
-from util.data import labels, transforms
+from util.data import labels, targets, transforms
 from util.data.run_data import RunData
 from util.data.sources import Source
 from util.evaluation import report
+from util.evaluation.tasks import Classification, TargetEvaluation
 from util.settings import ImageSpec, ModelSpec
 from util.training import feature_files, loop
 from util.training.precision import Precision
@@ -25,8 +26,6 @@ from util.weights.loading import Weights
 from util.weights.model_zoo import CLASSIFIER
 
 logger = logging.getLogger(__name__)
-
-TOP = 5
 
 
 def train_one_epoch(
@@ -63,81 +62,51 @@ def train_one_epoch(
     loop.run_epoch(compute_loss, model, data_loader, optimizer, options)
 
 
-class Evaluation(NamedTuple):
-    """Predictions of a classifier for each sample of a dataset, in the order of the dataset."""
-
-    labels: np.ndarray  # (n,)
-    predictions: np.ndarray  # (n,), the most likely class
-    num_in_top: int | None  # samples whose label is among the TOP most likely; None with fewer classes
-    loss: float  # mean cross-entropy over the samples
-
-    @property
-    def acc1(self) -> float:
-        """Top-1 accuracy in percent."""
-        return 100 * float((self.labels == self.predictions).mean())
-
-    def scores(self) -> dict[str, float]:
-        """Returns the accuracies in percent, and the loss.
-
-        There is a top-5 accuracy (TOP) if there are as many classes, and a balanced accuracy of imbalanced classes.
-        """
-        right = np.bincount(self.labels, self.labels == self.predictions)
-        top = None if self.num_in_top is None else 100 * self.num_in_top / len(self.labels)
-        balanced = labels.balanced_accuracy(right, np.bincount(self.labels))
-        scores = {"acc1": self.acc1, f"acc{TOP}": top, "balanced_acc": balanced, "loss": self.loss}
-        return {name: score for name, score in scores.items() if score is not None}
-
-    def stats(self) -> dict[str, float]:
-        """Returns the entries of log.txt."""
-        return {f"test_{name}": score for name, score in self.scores().items()}
-
-    def __str__(self) -> str:
-        """Formats the scores like the published code."""
-        names = {"acc1": "Acc@1", f"acc{TOP}": f"Acc@{TOP}", "balanced_acc": "balanced accuracy", "loss": "loss"}
-        return f"* {' '.join(f'{names[name]} {score:.3f}' for name, score in self.scores().items())}"
-
-
-@torch.inference_mode()
 def evaluate(
     model: nn.Module,
     data_loader: Iterable[list[Tensor]],
     *,
     normalize: Callable[[Tensor], Tensor],
     precision: Precision,
-) -> Evaluation:
-    """Evaluates a classifier on the batches of this process, and gathers the predictions of all processes.
+    task: Classification | None = None,
+) -> Any:
+    """Evaluates a model on the batches of this process, and gathers the predictions of all processes.
 
     Args:
         data_loader: batches of this process, distributed as in `loader.eval_loader`.
+        task: what the labels mean. Default: one class for each image.
     """
-    model.eval()
-    columns: list[tuple[Tensor, ...]] = []
-    num_classes = 0
+    return evaluate_heads([model], data_loader, normalize=normalize, precision=precision, task=task)[0]
+
+
+@torch.inference_mode()
+def evaluate_heads(
+    models: Sequence[nn.Module],
+    data_loader: Iterable[list[Tensor]],
+    *,
+    normalize: Callable[[Tensor], Tensor],
+    precision: Precision,
+    task: Classification | None = None,
+) -> list[Any]:
+    """Evaluates several models in one pass, as `evaluate` does."""
+    task, columns, num_outputs = task or Classification(), [list[tuple[Tensor, ...]]() for _ in models], 0
+    for model in models:
+        model.eval()
     for batch in data_loader:
         images, targets, _ = loop.to_device(batch, precision.device)
-        with precision.autocast():
-            logits = model(normalize(images))
-        logits, num_classes = logits.float(), logits.shape[1]
-        loss = nn.functional.cross_entropy(logits, targets, reduction="none")
-        top = logits.topk(min(TOP, num_classes)).indices
-        columns.append((targets, logits.argmax(dim=1), (top == targets[:, None]).any(dim=1), loss))
-    local = [torch.cat(column).cpu().numpy() for column in zip(*columns, strict=True)] or [np.zeros(0, dtype=int)] * 4
-    shards = dist.gather((local, num_classes))
-    labels, predictions, in_top, losses = (interleave([shard[0][n] for shard in shards]) for n in range(4))
-    return Evaluation(
-        labels=labels,
-        predictions=predictions,
-        num_in_top=int(in_top.sum()) if max(shard[1] for shard in shards) >= TOP else None,
-        loss=float(losses.mean(dtype=np.float64)),
-    )
-
-
-def interleave(parts: list[np.ndarray]) -> np.ndarray:
-    """Merges the arrays of all processes. Sample n is from rank n modulo the number of processes."""
-    result = np.empty(sum(map(len, parts)), parts[0].dtype)
-    for rank, part in enumerate(parts):
-        result[rank :: len(parts)] = part
-    return result
+        for model, own in zip(models, columns, strict=True):
+            with precision.autocast():
+                outputs = model(normalize(images)).float()
+            own.append(task.columns(outputs, targets))
+            num_outputs = outputs.shape[1]
+    evaluations = []
+    for own in columns:
+        local = [torch.cat(column).cpu().numpy() for column in zip(*own, strict=True)]
+        shards = dist.gather((local, num_outputs))
+        parts = zip(*(shard for shard, _ in shards if shard), strict=True)
+        merged = [dist.interleave(list(part)) for part in parts]
+        evaluations.append(task.evaluation(merged, max(number for _, number in shards)))
+    return evaluations
 
 
 def encode(
@@ -229,6 +198,23 @@ def warn_of_changes(source: str, args: Namespace, names: Iterable[str], recorded
             logger.warning(f"{used} is used, and {source} was made {origin}")
 
 
+def open_labelled(
+    data: RunData, nb_classes: int | None, reads_in_order: bool = False
+) -> tuple[Source, Source, dict[str, list[float]]]:
+    """Opens the training and the validation set, as `RunData.open_pair` does.
+
+    Returns:
+        The sets, in which numbers are standardized on the training set; and mean and standard deviation of the numbers,
+        as settings.
+    """
+    train, val = data.open_pair(nb_classes, reads_in_order)
+    if data.images.task == CLASSIFICATION:
+        return train, val, {}
+    mean, std = targets.statistics(train, data.images.task)
+    train, val = (targets.standardized(source, mean, std) for source in (train, val))
+    return train, val, {"target_mean": mean, "target_std": std} if data.images.task == REGRESSION else {}
+
+
 def load_for_evaluation(
     build: Callable[[ModelSpec, ImageSpec], nn.Module], flags: Mapping[str, Any], file: Weights, val: Source
 ) -> tuple[nn.Module, Source]:
@@ -237,13 +223,20 @@ def load_for_evaluation(
     Raises:
         ValueError: the file has another architecture, or the dataset has classes that the classifier does not have.
     """
-    num_classes = file.num_classes
+    num_classes, task = file.num_classes, flags.get("task", CLASSIFICATION)
+    if task != file.settings.get("task", CLASSIFICATION):
+        recorded = file.settings.get("task", CLASSIFICATION)
+        raise ValueError(f"--task {task}: {file.source} was trained with --task {recorded}; omit --task")
     classes, names = file.settings.get("classes"), file.settings.get("label_names")
     if not classes and names and set(val.classes) <= set(names):
         classes = names
     if flags["nb_classes"] not in (None, num_classes):
         raise ValueError(f"{file.source} has {num_classes} classes, and --nb_classes is {flags['nb_classes']}")
-    if classes:
+    if task != CLASSIFICATION:
+        val = targets.counted_as(val, classes or (), task)
+        if task == REGRESSION:
+            val = targets.standardized(val, file.settings["target_mean"], file.settings["target_std"])
+    elif classes:
         val = labels.counted_as(val, classes)
     elif len(val.classes) != num_classes:
         raise ValueError(f"{file.source} has {num_classes} classes, and the validation set has {len(val.classes)}")
@@ -260,8 +253,9 @@ def load_frozen(model: nn.Module, file: Weights | None, adapt_input: str, classe
         logger.warning("no --finetune: the features are from an untrained encoder with random weights")
 
 
-def report_scores(scores: Evaluation, classes: Sequence[str], folder: str | None) -> None:
+def report_scores(scores: Any, classes: Sequence[str], folder: str | None) -> None:
     """Logs the scores, and writes the files of `--report` to a folder."""
     logger.info(str(scores))
     if folder and dist.is_main():
-        report.write(Path(folder), classes, scores.labels, scores.predictions)
+        write = report.write_targets if isinstance(scores, TargetEvaluation) else report.write
+        write(Path(folder), classes, scores.labels, scores.predictions)

@@ -3,18 +3,15 @@
 import copy
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from util import dist
 from util.lars import LARS
-from util.training import loop
-from util.training.precision import Precision
 
 logger = logging.getLogger(__name__)
 
@@ -35,34 +32,24 @@ def make_heads(model: nn.Module, blrs: Sequence[float], weight_decay: float) -> 
     return heads, LARS(groups, weight_decay=weight_decay)
 
 
-@torch.inference_mode()
-def accuracies_of(heads: Sequence[nn.Module], batches: Iterable[list[Tensor]], precision: Precision) -> list[float]:
-    """Returns the top-1 accuracy of each head in percent, in one pass over batches of features of this process."""
-    counts = np.zeros(1 + len(heads), dtype=int)  # the images, and the correct predictions of each head
-    for batch in batches:
-        features, targets, _ = loop.to_device(batch, precision.device)
-        counts[0] += len(targets)
-        for number, head in enumerate(heads, start=1):
-            with precision.autocast():
-                predictions = head.eval()(features.float()).argmax(dim=1)
-            counts[number] += int((predictions == targets).sum())
-    total, *correct = sum(dist.gather(counts)).tolist()
-    return [100 * hits / total for hits in correct]
-
-
 def report_best_rate(
-    blrs: Sequence[float], accuracies: Sequence[float], losses: Sequence[float], shares: Sequence[float], is_last: bool
-) -> dict[str, float]:
-    """Logs the rate with the best held-out accuracy, and in the last epoch a warning if it is the largest or smallest.
+    blrs: Sequence[float], best: int, title: str, scores: Sequence[float], losses: Sequence[float],
+    shares: Sequence[float], is_last: bool,
+) -> dict[str, float]:  # fmt: skip
+    """Logs the rate with the best held-out score, and in the last epoch a warning if it is the largest or smallest.
 
     A warning names the rates whose loss was not finite in all batches; `shares` are those of the finite batches.
+
+    Args:
+        best: index of the rate.
+        title: name of the score.
+        scores: held-out scores of the rates.
 
     Returns:
         The entries of log.txt: the rate, and the training loss of its head.
     """
-    best = accuracies.index(max(accuracies))
     loss = f", training loss {losses[best]:.4f}" if losses else ""
-    logger.info(f"best of {len(blrs)} rates: --blr {blrs[best]:g}, held-out Acc@1 {accuracies[best]:.3f}{loss}")
+    logger.info(f"best of {len(blrs)} rates: --blr {blrs[best]:g}, held-out {title} {scores[best]:.3f}{loss}")
     for rate, share in zip(blrs, shares, strict=False):
         if share < 1:
             logger.warning(f"--blr {rate:g}: {1 - share:.0%} of the updates had an infinite loss, which counts as zero")
@@ -76,7 +63,7 @@ def report_best_rate(
 
 
 class HeadLosses:
-    """The criterion: cross-entropy of (B, classes), or of several heads (heads, B, classes).
+    """The criterion: the loss of outputs (B, C), or of several heads (heads, B, C).
 
     The gradient of several heads is that of the sum of their losses, so that each head trains independently. The value
     is the mean over the heads with a finite loss, and NaN if there is none. As a `Callback`, it sums the losses of each
@@ -85,15 +72,16 @@ class HeadLosses:
 
     is_optional = True  # checkpoints of earlier versions do not have the sums, and resume without them
 
-    def __init__(self) -> None:
+    def __init__(self, loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy) -> None:
+        self.loss = loss
         self.epoch = self.batches = 0
         self.sums: Tensor | None = None  # (2, heads): finite losses, and number of them; means over the processes
         self.of_update: list[Tensor] = []  # the same of each batch since the last update
 
     def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
         if logits.ndim == 2:
-            return F.cross_entropy(logits, targets)
-        losses = torch.stack([F.cross_entropy(own, targets) for own in logits])
+            return self.loss(logits, targets)
+        losses = torch.stack([self.loss(own, targets) for own in logits])
         finite = losses.isfinite()
         total = losses.where(finite, 0.0).sum()
         batch = torch.stack([losses.detach().where(finite, 0.0), finite.to(losses.dtype)])

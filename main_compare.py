@@ -43,13 +43,17 @@ import models_vit
 from util.checkpoints import run_directory
 from util.cli import entry_point, options
 from util.cli.advice import arguments, did_you_mean
+from util.cli.choices import CLASSIFICATION, DEFAULT_METRICS
 from util.cli.user_code import DATASET
 from util.data import labels as label_sets
+from util.data import targets
 from util.data.dataset_kinds import open_source
 from util.data.sources import Source
 from util.data.user_sets import OpenDataset, with_source
 from util.evaluation import comparison, pixel_baselines
-from util.evaluation.comparison import PIXELS, Result
+from util.evaluation.comparison import ACCURACY, PIXELS, Result
+from util.evaluation.metrics import LOWER_IS_BETTER
+from util.evaluation.tasks import best_of
 from util.jobs.commands import Commands
 from util.settings import REBUILDS, DataSpec, ImageSpec, ModelSpec, names_where
 from util.training import run_log
@@ -71,7 +75,7 @@ PROTOCOLS: dict[str, tuple[ModuleType, dict[str, Any]]] = {
     FINETUNE: (main_finetune, {"batch_size": 128}),
 }  # fmt: skip
 # Flags that all scripts share; the comparison passes those that are given.
-SHARED = [*names_where(lambda one: True, ModelSpec, ImageSpec, DataSpec), "device", "amp"]
+SHARED = [*names_where(lambda one: True, ModelSpec, ImageSpec, DataSpec), "device", "amp", "metric"]
 OF_ENCODER = {"model", "encoder", "encoder_args"}  # those of SHARED that a file of --encoders replaces
 VAL_FRACTION = 0.2  # of the training images of the first draw, held out to choose hyperparameters
 LEAST_UPDATES = 3  # of an epoch; batches of few images are smaller
@@ -86,6 +90,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     options.add_validation_options(parser)
     options.add_model_options(parser, models_vit.MODELS, default="vit_base_patch16")
     options.add_comparison_options(parser, list(PROTOCOLS))
+    options.add_task_options(parser)
+    options.add_metric_options(parser, selects="hyperparameters, and is compared")
     parser.set_defaults(protocols=[KNN, LINEAR, FINETUNE])
     return parser
 
@@ -134,9 +140,18 @@ def main(args: Namespace, source: OpenDataset | None = None) -> str:
 def _compare(args: Namespace, out: Path) -> str:
     encoders = _encoders(args, out / "encoders")
     lists = {"train": args.train_list, "val": args.val_list}
-    train, val = label_sets.open_pair(
-        lambda split: open_source(split, args.data_path, lists[split], args.dataset, download=args.download)
-    )
+
+    def open_split(split: str) -> Any:
+        return open_source(
+            split, args.data_path, lists[split], args.dataset, download=args.download, task=args.task,
+            label_columns=args.label_columns,
+        )  # fmt: skip
+
+    if args.task == CLASSIFICATION:
+        train, val = label_sets.open_pair(open_split)
+    else:
+        train, val = targets.open_pair(open_split, args.task)
+    _require_comparable(args, encoders)
     sizes = [_size(text, train) for text in args.labels]
     if len({labels for labels, _ in sizes}) < len(sizes):
         numbers = ", ".join(f"{labels:,}" for labels, _ in sizes)
@@ -175,7 +190,7 @@ def _compare(args: Namespace, out: Path) -> str:
             seconds[task.name] = result.seconds  # reused results keep the seconds that they took
             logger.info(
                 f"[{len(results)}/{len(tasks)}] {result.row}, {result.labels:,} labels, draw {result.draw}: "
-                f"{result.accuracy:.2f} % ({result.seconds:.0f} s; about "
+                f"{result.text} ({result.seconds:.0f} s; about "
                 f"{_duration(seconds_left(tasks, seconds) / args.jobs)} left)"
             )
     finally:
@@ -183,6 +198,17 @@ def _compare(args: Namespace, out: Path) -> str:
             text = comparison.write(out, [result for _, result in sorted(results)])
     logger.info(f"\n{text}\nall runs with their commands: {out / 'results.csv'}; plot: {out / 'plot.png'}")
     return text
+
+
+def _require_comparable(args: Namespace, encoders: Sequence[Encoder]) -> None:
+    """Raises ValueError if the labels or the metric exclude a subset of labels or a baseline."""
+    if args.task != CLASSIFICATION and args.labels != ["all"]:
+        raise ValueError(
+            f"--labels {' '.join(args.labels)}: subsets have equally many images of each class, and --task {args.task} "
+            f"has no single class; give --labels all"
+        )
+    if (args.metric or args.task != CLASSIFICATION) and any(encoder.name == PIXELS for encoder in encoders):
+        raise ValueError(f"--encoders {PIXELS}: these baselines have a top-1 accuracy only; omit {PIXELS}")
 
 
 def _each(flag: str, values: list[Any], count: int) -> list[Any]:
@@ -342,6 +368,7 @@ class Runs:
         self.budgets = dict(zip(sizes, _each("--budget", args.budget, len(sizes)), strict=True))
         self.chosen: dict[tuple[str, str, int], Flags] = {}
         self.notes: set[str] = set()
+        self.metric = next(iter(args.metric or DEFAULT_METRICS[args.task]), ACCURACY)
 
     def flags(self, task: Task) -> Flags:
         """Returns the flags of a task, without those that `choose` returns.
@@ -369,19 +396,23 @@ class Runs:
         if task.protocol == KNN:
             most = min(round(task.labels * (1 - VAL_FRACTION)), task.labels - 1)
             ks = [k for k in self._settings(task, flags).k if k <= most] or [1]
-            accuracies = self._run(f"choices/{task.name}", task, {**held_out, "k": ks}) if len(ks) > 1 else {}
-            chosen["k"] = max(ks, key=lambda k: accuracies.get(f"knn_acc1_k{k}", 0.0))
+            scores = self._run(f"choices/{task.name}", task, {**held_out, "k": ks}) if len(ks) > 1 else {}
+            chosen["k"] = self._best(ks, [scores[f"knn_{self.metric}_k{k}"] for k in ks if scores])
         elif task.protocol == FINETUNE:
             epochs = self.budgets[task.labels]
             chosen = {"epochs": epochs, "warmup_epochs": epochs // 10, "eval_every": epochs, "save_every": epochs}
             rates = self.args.blr or []
-            accuracies = {
-                rate: self._run(f"choices/{task.name}/{rate}", task, {**held_out, **chosen, "blr": rate})["test_acc1"]
+            runs = [
+                self._run(f"choices/{task.name}/{rate}", task, {**held_out, **chosen, "blr": rate})
                 for rate in (rates if len(rates) > 1 else [])
-            }
+            ]
             if rates:
-                chosen["blr"] = max(rates, key=lambda rate: accuracies.get(rate, 0.0))
+                chosen["blr"] = self._best(rates, [scores[f"test_{self.metric}"] for scores in runs])
         self.chosen[task.encoder.name, task.protocol, task.labels] = chosen
+
+    def _best(self, values: Sequence[Any], scores: Sequence[float]) -> Any:
+        """Returns the value with the best score; without scores, the first."""
+        return values[best_of(scores, self.metric in LOWER_IS_BETTER) if scores else 0]
 
     def result(self, task: Task) -> tuple[Task, Result]:
         """Returns the result of a task, after `choose` for its first draw."""
@@ -393,8 +424,9 @@ class Runs:
             names = {"k": own.get("k"), "blr": own.get("blr") or scores.get("chosen_blr")}
             scores["chosen"] = ", ".join(f"{name} {value:g}" for name, value in names.items() if value)
         title = TITLES.get(task.protocol, task.protocol)
-        accuracy = next(value for name, value in scores.items() if name.startswith(("test_acc1", "knn_acc1")))
-        scored = (accuracy, scores["chosen"], scores["seconds"], scores["command"])
+        names_of = (f"test_{self.metric}", f"knn_{self.metric}_k")
+        score = next(value for name, value in scores.items() if name.startswith(names_of))
+        scored = (score, scores["chosen"], scores["seconds"], scores["command"], self.metric)
         return task, Result(task.encoder.name, title, task.labels, task.draw, *scored)
 
     def _settings(self, task: Task, flags: Flags) -> Namespace:

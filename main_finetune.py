@@ -26,9 +26,9 @@ from torch import nn
 import models_build
 import models_vit
 from engine_finetune import (
-    Evaluation,
     evaluate,
     load_for_evaluation,
+    open_labelled,
     open_weights,
     report_scores,
     train_one_epoch,
@@ -37,17 +37,22 @@ from engine_finetune import (
 from models_vit import Encoder
 from util.checkpoints import run_directory
 from util.cli import entry_point, options
+from util.cli.advice import AdvisedError, Remedy
+from util.cli.choices import CLASSIFICATION
 from util.cli.own_classes import with_encoder
 from util.data import transforms
 from util.data.run_data import RunData
-from util.data.sources import Source
 from util.data.user_sets import OpenDataset, with_source
+from util.evaluation import tasks
+from util.evaluation.tasks import Evaluation
 from util.lr_decay import param_groups_lrd
 from util.settings import DataSpec, ImageSpec, RunSpec, specs
 from util.training import run_log, trainer
 from util.training.compiling import compile_model
 from util.training.loop import Callback
+from util.training.precision import Precision
 from util.weights import loading
+from util.weights.loading import Weights
 
 if TYPE_CHECKING:
     from timm.data import Mixup
@@ -61,12 +66,16 @@ def get_args_parser() -> argparse.ArgumentParser:
     """Returns the parser of the script, with the published defaults."""
     parser = entry_point.parser("Fine-tuning of a Vision Transformer to a classifier (He et al. 2021, appendix A.1).")
     options.add_data_options(parser, labels=True)
+    options.add_task_options(parser)
     options.add_cache_options(parser)
     options.add_model_options(parser, models_vit.MODELS, default="vit_large_patch16")
     options.add_supervised_options(parser, global_pool=True)
     options.add_optimizer_options(parser)
     options.add_finetune_options(parser)
     options.add_evaluation_options(parser)
+    options.add_metric_options(parser, selects="checkpoint-best.pth")
+    options.add_class_weight_option(parser)
+    options.add_regression_loss_option(parser)
     options.add_run_options(parser)
     options.add_distributed_options(parser)
     parser.set_defaults(epochs=50, min_lr=1e-6, warmup_epochs=5, save_every=1)
@@ -96,21 +105,18 @@ def main(
     args = with_recorded_settings(args, file, models_build.classifier_settings(file), trains=not args.eval)
     data = RunData(ImageSpec.of(vars(args)), DataSpec.of(vars(args)), device, source)
 
-    def evaluation(val: Source) -> Callable[[nn.Module], Evaluation]:
-        batches = data.eval_batches(val, args.batch_size)
-        return partial(evaluate, data_loader=batches, normalize=data.normalize, precision=precision.of_evaluation())
-
     build = partial(models_build.classifier, encoder=encoder)
     if args.eval and file:
-        model, val = load_for_evaluation(build, vars(args), file, data.open_val())
-        return evaluate_once(args, model.to(device), evaluation(val), val.classes)
+        return evaluate_file(args, data, file, precision, build)
 
     run_directory.prepare(Path(args.output_dir), args.resume)
-    train, val = data.cached(*data.open_pair(args.nb_classes))
-    classes = train.classes
-    settings = {**vars(args), "nb_classes": len(classes), "classes": classes}
+    train, val, statistics = open_labelled(data, args.nb_classes)
+    classes, smoothing = train.classes, smoothing_of(args)
+    settings = {**vars(args), "nb_classes": len(classes), "classes": classes, **statistics, "smoothing": smoothing}
+    labels, mixup = tasks.task_of(settings, val, train), mixing(args, len(classes))
+    train, val = data.cached(train, val)
     model = build(*specs(settings))
-    if file and not loading.load_encoder(model, file, args.adapt_input, classes):
+    if file and not loading.load_encoder(model, file, args.adapt_input, classes, args.task):
         nn.init.normal_(model.head.get_parameter("weight"), std=HEAD_STD)
     if args.unfreeze_blocks is not None:
         models_build.freeze_below(model, args.unfreeze_blocks)
@@ -118,15 +124,17 @@ def main(
 
     augment = transforms.keeps_label(augmentation(args, data.statistics[0]))
     batches = data.train_batches(train, augment, args.batch_size, args.accum_iter)
-    mixup = mixing(args, len(classes))
-    criterion: nn.Module = SoftTargetCrossEntropy() if mixup else nn.CrossEntropyLoss(label_smoothing=args.smoothing)
+    criterion = SoftTargetCrossEntropy() if mixup else partial(labels.loss, smoothing=smoothing)
     erase = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device=str(device))
     groups = param_groups_lrd(model, args.weight_decay, ("pos_embed", "cls_token"), args.layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=0.0, fused=True)
     num_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.info(f"{num_parameters:,} parameters to train, {len(train):,} images of {len(classes)} classes")
 
-    test = evaluation(val)
+    test = partial(
+        evaluate, data_loader=data.eval_batches(val, args.batch_size), normalize=data.normalize,
+        precision=precision.of_evaluation(), task=labels,
+    )  # fmt: skip
 
     def evaluate_epoch(epoch: int, log: run_log.NullLog) -> dict[str, Any]:
         scores = test(model)
@@ -137,19 +145,27 @@ def main(
         train_one_epoch, criterion=criterion, normalize=data.normalize, erase=erase if args.reprob else None,
         mixup=mixup,
     )  # fmt: skip
-    task = trainer.Task(train_epoch, evaluate_epoch, "loss", evaluates=True, callbacks=callbacks)
+    task = trainer.Task(
+        train_epoch, evaluate_epoch, "loss", evaluates=True, metric=labels.selects,
+        lower_is_better=labels.lower_is_better, callbacks=callbacks,
+    )  # fmt: skip
     trainer.run(model, optimizer, batches, precision, task, RunSpec.of(settings), settings)
     return None
 
 
-def evaluate_once(
-    args: Namespace, model: nn.Module, evaluation: Callable[[nn.Module], Evaluation], classes: Sequence[str]
+def evaluate_file(
+    args: Namespace, data: RunData, file: Weights, precision: Precision, build: Callable[..., nn.Module]
 ) -> Evaluation:
-    """Evaluates a model, as --eval does, and reports the scores."""
+    """Evaluates the classifier of a file on the validation set."""
+    model, val = load_for_evaluation(build, vars(args), file, data.open_val())
+    model.to(precision.device)
     if args.compile:
-        compile_model(model, next(model.parameters()).device, freeze_weights=True)
-    scores = evaluation(model)
-    report_scores(scores, classes, args.report)
+        compile_model(model, precision.device, freeze_weights=True)
+    scores = evaluate(
+        model, data.eval_batches(val, args.batch_size), normalize=data.normalize, precision=precision.of_evaluation(),
+        task=tasks.task_of(file.settings | vars(args), val),
+    )  # fmt: skip
+    report_scores(scores, val.classes, args.report)
     return scores
 
 
@@ -161,14 +177,34 @@ def augmentation(args: Namespace, mean: Sequence[float]) -> transforms.ImageTran
     )  # fmt: skip
 
 
+def smoothing_of(args: Namespace) -> float:
+    """Returns the label smoothing of the training; 0 if the labels are not classes.
+
+    Raises:
+        ValueError: it is given, and the labels are not classes.
+    """
+    if args.task == CLASSIFICATION:
+        return args.smoothing
+    if args.smoothing and "smoothing" in entry_point.explicit(args):
+        remedy = Remedy({"smoothing": 0})
+        raise AdvisedError(f"--task {args.task} has no label smoothing", remedy, about={"smoothing": args.smoothing})
+    return 0.0
+
+
 def mixing(args: Namespace, num_classes: int) -> "Mixup | None":
     """Returns mixup and cutmix of timm, or None if both are disabled.
 
     Raises:
-        ValueError: the batch size is odd, and images are mixed in pairs; or the range of --cutmix_minmax is empty.
+        ValueError: the classes have weights; the batch size is odd, and images are mixed in pairs; or the range of
+            --cutmix_minmax is empty.
     """
     if not (args.mixup or args.cutmix or args.cutmix_minmax):
         return None
+    if args.class_weight or args.task != CLASSIFICATION:
+        off = {"mixup": 0, "cutmix": 0, "cutmix_minmax": None}
+        disabled = Remedy({name: off[name] for name in off if getattr(args, name)})
+        about = {"task": args.task} if args.task != CLASSIFICATION else {"class_weight": args.class_weight}
+        raise AdvisedError("mixed images have no single class", disabled, about=about)
     if args.cutmix_minmax and args.cutmix_minmax[0] >= args.cutmix_minmax[1]:
         raise ValueError("--cutmix_minmax: give the smaller fraction first")
     if args.batch_size % 2:

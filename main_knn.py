@@ -18,21 +18,20 @@ import logging
 from argparse import Namespace
 from collections.abc import Mapping
 from functools import partial
-
-import numpy as np
+from typing import Any
 
 import models_build
 import models_vit
-from engine_finetune import encode, load_frozen, with_recorded_settings
+from engine_finetune import encode, load_frozen, open_labelled, with_recorded_settings
 from models_vit import Encoder
 from util.cli import entry_point, options
 from util.cli.own_classes import with_encoder
-from util.data.labels import balanced_accuracy
 from util.data.run_data import RunData
 from util.data.user_sets import OpenDataset, with_source
-from util.evaluation.knn import classify
+from util.evaluation import tasks
+from util.evaluation.knn import predict
 from util.evaluation.tables import markdown
-from util.settings import DataSpec, ImageSpec, specs
+from util.settings import DataSpec, ImageSpec, names_where, specs
 from util.training import feature_files, trainer
 from util.weights import loading
 
@@ -43,9 +42,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     """Returns the parser of the script."""
     parser = entry_point.parser("Weighted k-nearest-neighbor classification on frozen features (Wu et al. 2018).")
     options.add_data_options(parser, labels=True)
+    options.add_task_options(parser)
     options.add_model_options(parser, models_vit.MODELS, default="vit_large_patch16")
     options.add_supervised_options(parser, global_pool=False)
     options.add_knn_options(parser)
+    options.add_metric_options(parser, selects="the best of several --temperature")
     options.add_compute_options(parser)
     options.add_distributed_options(parser)
     return parser
@@ -54,7 +55,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(
     args: Namespace, source: OpenDataset | None = None, encoder: type[Encoder] | None = None
 ) -> dict[tuple[int, float], float]:
-    """Logs and returns the accuracy in percent for every pair of k and temperature.
+    """Logs the scores, and returns the one that selects (the accuracy in percent), for every pair of k and temperature.
 
     Args:
         source: function(split, data_path) that returns a dataset, in place of --dataset py:MODULE:FUNCTION.
@@ -64,49 +65,60 @@ def main(
     args, precision = trainer.start(args)
     device = precision.device
     file = loading.read(args.finetune) if args.finetune else None
-    args = with_recorded_settings(args, file, models_build.classifier_settings(file))
+    recorded, of_labels = models_build.classifier_settings(file), names_where(lambda one: one["of_labels"])
+    args = with_recorded_settings(args, file, {name: recorded[name] for name in recorded if name not in of_labels})
     data = RunData(ImageSpec.of(vars(args)), DataSpec.of(vars(args)), device, source)
-    train, val = data.open_pair(args.nb_classes)
+    train, val, statistics = open_labelled(data, args.nb_classes)
+    task = tasks.task_of({**vars(args), **statistics}, val)
     model = models_build.classifier(*specs({**vars(args), "nb_classes": 0}), encoder)
     load_frozen(model, file, args.adapt_input)
     model.to(device)
     encode_set = partial(encode, data, model=model, batch_size=args.batch_size, precision=precision)
     bank, queries = feature_files.extract(encode_set, train), feature_files.extract(encode_set, val)
     del model, encode_set  # to free its memory
-    classes = len(train.classes)
-    right = classify(*bank, *queries, ks=args.k, temperatures=args.temperature, num_classes=classes, device=device)
-    accuracies = {pair: 100 * sum(hits) / len(val) for pair, hits in right.items()}
-    counts = np.bincount(val.labels, minlength=classes)
-    report(accuracies, {pair: balanced_accuracy(np.array(hits), counts) for pair, hits in right.items()})
-    return accuracies
+    found = predict(
+        *bank, *queries, lambda means, truth: task.columns(task.outputs_of(means), truth), ks=args.k,
+        temperatures=args.temperature, num_classes=len(train.classes), device=device,
+    )  # fmt: skip
+    evaluations = {pair: task.evaluation(columns, len(train.classes)) for pair, columns in found.items()}
+    name, scores = task.selects.removeprefix("test_"), {pair: scores_of(own) for pair, own in evaluations.items()}
+    values = {pair: own[name] for pair, own in scores.items()}
+    report(scores, list(values)[tasks.best_of([*values.values()], task.lower_is_better)])
+    return values
 
 
-def report(accuracies: Mapping[tuple[int, float], float], balanced: Mapping[tuple[int, float], float | None]) -> None:
-    """Logs accuracies by (k, temperature): a line for each k; for several temperatures, a table and its best entry.
+def scores_of(evaluation: Any) -> dict[str, float]:
+    """Returns the scores without the loss; the accuracy is exact in its last digit."""
+    scores = {name: score for name, score in evaluation.scores().items() if name not in ("loss", f"acc{tasks.TOP}")}
+    if "acc1" in scores:
+        scores["acc1"] = 100 * int((evaluation.labels == evaluation.predictions).sum()) / len(evaluation.labels)
+    return scores
 
-    Args:
-        balanced: the balanced accuracies; None unless the classes are imbalanced.
-    """
-    ks, temperatures = (list(dict.fromkeys(values)) for values in zip(*accuracies, strict=True))
-    means = {pair: value for pair, value in balanced.items() if value is not None}
-    texts = {pair: f"{accuracy:.3f}" for pair, accuracy in accuracies.items()}
-    texts |= {pair: f"{texts[pair]} balanced accuracy {value:.3f}" for pair, value in means.items()}
-    names = {(k, t): f"k{k}" if len(temperatures) == 1 else f"k{k}_t{t:g}" for k, t in accuracies}
+
+def report(scores: Mapping[tuple[int, float], Mapping[str, float]], best: tuple[int, float]) -> None:
+    """Logs scores by (k, temperature): a line for each k; for several temperatures, a table and its best entry."""
+    ks, temperatures = (list(dict.fromkeys(values)) for values in zip(*scores, strict=True))
+    first = tasks.TITLES.get(name := next(iter(scores[best])), name)
+    texts = {pair: tasks.text(own).removeprefix(f"{first} ") for pair, own in scores.items()}
+    names = {(k, t): f"k{k}" if len(temperatures) == 1 else f"k{k}_t{t:g}" for k, t in scores}
     if len(temperatures) == 1:
         for (k, _), text in texts.items():
-            logger.info(f"* {k}-NN Acc@1 {text}")
+            logger.info(f"* {k}-NN {first} {text}")
     else:
-        best = max(accuracies, key=lambda pair: accuracies[pair])
         cells = texts | {best: f"**{texts[best]}**"}
         titles = ["k", *(f"temperature {temperature:g}" for temperature in temperatures)]
         rows = [[str(k), *(cells[k, temperature] for temperature in temperatures)] for k in ks]
         logger.info("\n" + markdown(titles, rows))
         logger.info(
-            f"* {best[0]}-NN Acc@1 {texts[best]} with temperature {best[1]:g}, the best of {len(accuracies)}; it "
+            f"* {best[0]}-NN {first} {texts[best]} with temperature {best[1]:g}, the best of {len(scores)}; it "
             f"is optimistic, because the validation set selected it"
         )
-    scores = {f"knn_acc1_{names[pair]}": accuracy for pair, accuracy in accuracies.items()}
-    logger.info(json.dumps(scores | {f"knn_balanced_acc_{names[pair]}": value for pair, value in means.items()}))
+    logged = list(dict.fromkeys(name for own in scores.values() for name in own))
+    logger.info(
+        json.dumps(
+            {f"knn_{name}_{names[pair]}": own[name] for name in logged for pair, own in scores.items() if name in own}
+        )
+    )
 
 
 if __name__ == "__main__":

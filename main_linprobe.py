@@ -35,14 +35,16 @@ import models_vit
 from engine_finetune import (
     encode,
     evaluate,
+    evaluate_heads,
     load_for_evaluation,
     load_frozen,
+    open_labelled,
     open_weights,
     report_scores,
     train_one_epoch,
     with_recorded_settings,
 )
-from engine_linprobe import HeadLosses, accuracies_of, make_heads, report_best_rate
+from engine_linprobe import HeadLosses, make_heads, report_best_rate
 from models_vit import Encoder, VisionTransformer
 from util import dist
 from util.checkpoints import checkpoint, run_directory
@@ -53,6 +55,7 @@ from util.data import labels, loader, transforms
 from util.data.run_data import RunData
 from util.data.sources import Source, versions
 from util.data.user_sets import OpenDataset, with_source
+from util.evaluation import tasks
 from util.settings import DataSpec, ImageSpec, RunSpec, names_where, specs
 from util.training import feature_files, run_log, trainer
 from util.training.loop import Callback
@@ -69,12 +72,16 @@ def get_args_parser() -> argparse.ArgumentParser:
     """Returns the parser of the script, with the published defaults."""
     parser = entry_point.parser("Linear or attentive probing of a Vision Transformer (He et al. 2021, appendix A.1).")
     options.add_data_options(parser, labels=True)
+    options.add_task_options(parser)
     options.add_cache_options(parser)
     options.add_model_options(parser, models_vit.MODELS, default="vit_large_patch16")
     options.add_supervised_options(parser, global_pool=False)
     options.add_optimizer_options(parser, several_blr=True)
     options.add_evaluation_options(parser)
     options.add_probe_options(parser)
+    options.add_metric_options(parser, selects="checkpoint-best.pth, and the best of several --blr")
+    options.add_class_weight_option(parser)
+    options.add_regression_loss_option(parser)
     options.add_run_options(parser)
     options.add_distributed_options(parser)
     parser.set_defaults(batch_size=512, epochs=90, weight_decay=0.0, warmup_epochs=10, save_every=1)
@@ -107,7 +114,8 @@ def main(
             logger.warning("--compile has no effect with --eval")
         probe, val = load_for_evaluation(build, vars(args), file, data.open_val())
         encoded = encode(data, val, probe.to(device), min(args.batch_size, MAX_BATCH), precision)
-        scores = evaluate(probe.get_submodule("head"), encoded, normalize=Tensor.float, precision=precision)
+        task = tasks.task_of(file.settings | vars(args), val)
+        scores = evaluate(probe.get_submodule("head"), encoded, normalize=Tensor.float, precision=precision, task=task)
         report_scores(scores, val.classes, args.report)
         return
 
@@ -139,9 +147,8 @@ def train_probe(
     The run directory must be locked.
     """
     device = precision.device
-    test = partial(evaluate, normalize=Tensor.float, precision=precision)  # tokens in files are fp16
     several = len(args.blr) > 1
-    train, val = data.open_pair(args.nb_classes, reads_in_order=args.cache_features or several)
+    train, val, statistics = open_labelled(data, args.nb_classes, args.cache_features or several)
     if not args.cache_features:
         train, val = data.cached(train, val)
     elif args.cache_images:
@@ -150,7 +157,7 @@ def train_probe(
     if several and args.lr is not None:
         raise ValueError(f"--lr {args.lr:g} sets a single rate, and --blr has {len(args.blr)} values; omit --lr")
     blr = args.blr if several else args.blr[0]
-    settings = {**vars(args), "blr": blr, "nb_classes": len(classes), "classes": classes}
+    settings = {**vars(args), "blr": blr, "nb_classes": len(classes), "classes": classes, **statistics}
     if args.probe == ATTENTIVE and file and "fc_norm.weight" in file.tensors:
         settings["global_pool"] = True  # `probe` raises the error; `load_frozen` would ask for the flag first
     model = build(*specs(settings))
@@ -162,6 +169,8 @@ def train_probe(
         train, held_out = labels.hold_out(train, args.held_out, args.seed, "--held_out")
         sets = {"held_out": held_out, "val": val}
         model.head = models_build.ParallelHeads(heads)
+    labelled = tasks.task_of(settings, val, train)
+    test = partial(evaluate_heads, normalize=Tensor.float, precision=precision, task=labelled)  # stored tokens are fp16
     features = Features(args, data, model, precision, {**sets, "train": train})
     passes = {name: features.open(name) for name in sets}
 
@@ -170,15 +179,17 @@ def train_probe(
     else:
         augment = transforms.keeps_label(transforms.probe_transform(args.input_size, args.crop))
         batches = data.train_batches(train, augment, args.batch_size, args.accum_iter)
-    num_parameters, criterion = sum(p.numel() for p in heads[0].parameters()), HeadLosses()
+    num_parameters, criterion = sum(p.numel() for p in heads[0].parameters()), HeadLosses(labelled.loss)
 
     def evaluate_epoch(epoch: int, log: run_log.NullLog) -> dict[str, Any]:
-        """Evaluates the head with the best accuracy on the held-out images."""
-        accuracies = accuracies_of(heads, passes["held_out"](), precision) if several else [0.0]
-        best = accuracies.index(max(accuracies))
-        scores = test(heads[best], passes["val"]())
-        is_last = epoch + 1 == args.epochs
-        best_rate = report_best_rate(args.blr, accuracies, *criterion.means(), is_last) if several else {}
+        """Evaluates the head with the best score on the held-out images."""
+        best, best_rate = 0, dict[str, float]()
+        if several:
+            held_out = [scores.stats()[labelled.selects] for scores in test(heads, passes["held_out"]())]
+            best = tasks.best_of(held_out, labelled.lower_is_better)
+            is_last = epoch + 1 == args.epochs
+            best_rate = report_best_rate(args.blr, best, labelled.title, held_out, *criterion.means(), is_last)
+        (scores,) = test([heads[best]], passes["val"]())
         report_scores(scores, classes, args.report)
         if several and dist.is_main():
             write_probe(model, heads[best], {**settings, "blr": args.blr[best]}, epoch)
@@ -191,6 +202,8 @@ def train_probe(
         loss_tag="loss",
         trained=model.head if args.cache_features else None,
         evaluates=not features.are_stored,
+        metric=labelled.selects,
+        lower_is_better=labelled.lower_is_better,
         callbacks=[*callbacks, *[criterion] * several],
     )
     trainer.run(model, optimizer, batches, precision, task, RunSpec.of(settings), settings, is_locked=True)

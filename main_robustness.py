@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from engine_finetune import Evaluation, evaluate, warn_of_changes
+from engine_finetune import evaluate, warn_of_changes
 from inference.imagenet import TIMM, RestrictedClassifier, load
 from util import dist
 from util.checkpoints import checkpoint
@@ -29,6 +29,7 @@ from util.cli.own_classes import chosen_encoder
 from util.data import loader, transforms
 from util.data.samples import Samples
 from util.evaluation import robustness, robustness_report
+from util.evaluation.tasks import Evaluation
 from util.files import locks
 from util.files.results import Results
 from util.training import run_log

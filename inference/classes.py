@@ -15,6 +15,7 @@ import models_build
 import models_mae
 import models_segment
 import models_vit
+from util.cli.choices import CLASSIFICATION, MULTILABEL
 from util.data import transforms
 from util.data.decode import MAX_PIXELS, BadImage, PixelValues, decode, size_of
 from util.data.joint_transforms import fitted
@@ -110,16 +111,18 @@ class ModelMixin(PyTorchModelHubMixin):
 
     @torch.inference_mode()
     def predict(self, images: Images, topk: int = 5) -> Any:
-        """Classifies images.
+        """Predicts the classes of images, or their numbers.
 
         Args:
             images: as in `prepare`.
             topk: number of classes in `top`.
 
         Returns:
-            For an image, a dict: pred_label (the most likely label), pred_class (its name), pred_score (its
-            probability), pred_scores (the probabilities of all classes, an array), and top (the `topk` most likely
-            classes as (name, probability)). For a list of images, a list of such dicts.
+            For an image, a dict. Of a classifier: pred_label (the most likely label), pred_class (its name), pred_score
+            (its probability), pred_scores (the probabilities of all classes, an array), and top (the `topk` most likely
+            classes as (name, probability)). With --task multilabel: pred_labels and pred_classes (the labels with a
+            probability of at least 0.5, and their names), pred_scores and top. With --task regression: pred_values (an
+            array, in units) and values (by name). For a list of images, a list of such dicts.
 
         Raises:
             ValueError: the model has no classification head.
@@ -130,16 +133,37 @@ class ModelMixin(PyTorchModelHubMixin):
                 f"{self.settings['model']} has no classification head here: give a fine-tuned file, or train a head "
                 f"with main_finetune.py or main_linprobe.py"
             )
-        scores = self(self.prepare(images)).float().softmax(dim=1).cpu()  # type: ignore[operator]
+        outputs = self(self.prepare(images)).float().cpu()  # type: ignore[operator]
+        task = self.settings.get("task", CLASSIFICATION)
+        if task == CLASSIFICATION:
+            predictions = self._likely_classes(outputs.softmax(dim=1), topk)
+        elif task == MULTILABEL:
+            predictions = self._likely_classes(outputs.sigmoid(), topk)
+            for one in predictions:
+                one |= {"pred_labels": [label for label, score in enumerate(one["pred_scores"]) if score >= 0.5]}
+                one |= {"pred_classes": [self._class_name(label) for label in one["pred_labels"]]}
+                del one["pred_label"], one["pred_class"], one["pred_score"]
+        else:
+            values = outputs.double().numpy() * self.settings["target_std"] + self.settings["target_mean"]
+            names = [self._class_name(number) for number in range(values.shape[1])]
+            predictions = [
+                {"pred_values": row, "values": dict(zip(names, row.tolist(), strict=True))} for row in values
+            ]
+        return predictions if _are_several(images) else predictions[0]
+
+    def _class_name(self, label: int) -> str:
+        return self.classes[label] if self.classes else f"class {label}"
+
+    def _likely_classes(self, scores: Tensor, topk: int) -> list[dict[str, Any]]:
         best = scores.topk(min(topk, scores.shape[1]))
         predictions = []
         for row, labels, shares in zip(scores, best.indices.tolist(), best.values.tolist(), strict=True):
-            names = [self.classes[label] if self.classes else f"class {label}" for label in labels]
+            names = [self._class_name(label) for label in labels]
             predictions.append({
                 "pred_label": labels[0], "pred_class": names[0], "pred_score": shares[0], "pred_scores": row.numpy(),
                 "top": list(zip(names, shares, strict=True)),
             })  # fmt: skip
-        return predictions if _are_several(images) else predictions[0]
+        return predictions
 
     def extract_feat(self, images: Images, pool: str | None = None) -> Tensor:
         """Computes features of images. No patch is masked.

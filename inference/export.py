@@ -37,6 +37,7 @@ from inference.state_dicts import (
     write_transformers,
 )
 from util.cli import entry_point, options
+from util.cli.choices import CLASSIFICATION
 from util.cli.own_classes import chosen_encoder
 from util.files import atomic
 from util.settings import names_where
@@ -49,6 +50,7 @@ SUFFIXES = {
     "reference": (".pth",), "safetensors": (".safetensors",), "timm": ("", ".pth", ".safetensors"),
     "transformers": ("",), "mmpretrain": (".pth",), "onnx": (".onnx",), "torch_export": (".pt2",),
 }  # fmt: skip
+KEEP_TASK = ("reference", "safetensors")  # formats that record the meaning of the outputs
 WITHOUT_OTHER_HEADS = ("mmpretrain", "timm", "transformers")
 
 
@@ -106,6 +108,12 @@ def export(model: Model, to: str, out: Path) -> None:
     for name in names_where(lambda one: one["of_block"]):
         if to in WITHOUT_OTHER_HEADS and model.settings.get(name):
             raise ValueError(f"--to {to}: models with --{name} are not exported to {to}; give {FOR_ALL}")
+    task = model.settings.get("task", CLASSIFICATION)
+    if task != CLASSIFICATION and model.settings["nb_classes"] and to not in KEEP_TASK:
+        raise ValueError(
+            f"--to {to}: {to} does not know the outputs of --task {task}; give "
+            f"--to {' or '.join(KEEP_TASK)}, or --encoder"
+        )
     check_suffix(to, out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic.replacing(out) as written:

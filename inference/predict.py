@@ -56,10 +56,12 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     for path in args.images:  # one at a time, so that results are printed before an unreadable image ends the command
         predictions.append(model.predict(path, args.topk))
         if args.json:
-            entry = {key: value for key, value in predictions[-1].items() if key != "pred_scores"}
+            entry = {key: value for key, value in predictions[-1].items() if key not in ("pred_scores", "pred_values")}
             print(json.dumps({"image": path, **entry}), flush=True)
         else:
-            lines = [f"  {score:7.2%}  {printable(name)}" for name, score in predictions[-1]["top"]]
+            values = predictions[-1].get("values", {})
+            lines = [f"  {value:12.6g}  {printable(name)}" for name, value in values.items()]
+            lines += [f"  {score:7.2%}  {printable(name)}" for name, score in predictions[-1].get("top", [])]
             print(printable(str(path)), *lines, sep="\n", flush=True)
     if args.out:
         draw(args.images, [picture_of(model, path) for path in args.images], predictions, args.out)
@@ -74,6 +76,11 @@ def draw(names: list[str], images: list[np.ndarray], predictions: list[dict[str,
         left.set_title(escape_dollars(printable(Path(name).name)), fontsize=9)
         left.imshow(image)
         left.axis("off")
+        if "values" in prediction:
+            lines = [f"{name}: {value:.6g}" for name, value in prediction["values"].items()]
+            right.text(0, 0.5, escape_dollars("\n".join(lines)), va="center")
+            right.axis("off")
+            continue
         classes, scores = zip(*reversed(prediction["top"]), strict=True)
         # Positions, because two classes of ImageNet-1K are named crane.
         right.barh(range(len(classes)), [100 * score for score in scores], tick_label=[*map(escape_dollars, classes)])

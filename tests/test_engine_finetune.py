@@ -14,7 +14,7 @@ from sklearn.metrics import log_loss, top_k_accuracy_score
 import main_finetune
 import main_knn
 import main_linprobe
-from engine_finetune import Evaluation, encode, evaluate, interleave, with_recorded_settings
+from engine_finetune import encode, evaluate, with_recorded_settings
 from models_vit import vit_mini_patch4
 from util import dist
 from util.cli import entry_point
@@ -22,6 +22,7 @@ from util.data import loader, transforms
 from util.data.labels import Subset
 from util.data.run_data import RunData
 from util.datasets import open_source
+from util.evaluation.tasks import Evaluation
 from util.settings import DataSpec, ImageSpec
 from util.training import feature_files
 from util.training.precision import Precision
@@ -78,7 +79,7 @@ def test_evaluation_prints_the_published_line():
 
 def test_samples_of_several_processes_are_merged_in_order():
     parts = [np.array([0, 3, 6]), np.array([1, 4, 7]), np.array([2, 5])]
-    assert interleave(parts).tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert dist.interleave(parts).tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
 
 
 def test_predictions_of_all_processes_are_counted(evaluation_of, monkeypatch):

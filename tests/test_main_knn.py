@@ -84,7 +84,8 @@ def test_an_encoder_without_a_file_depends_on_the_seed(classify, noisy):
 def test_a_sweep_prints_all_accuracies_and_the_best(caplog):
     caplog.set_level("INFO")
     accuracies = {(10, 0.07): 80.0, (10, 0.1): 81.25, (200, 0.07): 79.5, (200, 0.1): 81.0}
-    main_knn.report(accuracies, {**dict.fromkeys(accuracies), (10, 0.1): 70.0})
+    scores = {pair: {"acc1": accuracy} for pair, accuracy in accuracies.items()}
+    main_knn.report(scores | {(10, 0.1): {"acc1": 81.25, "balanced_acc": 70.0}}, (10, 0.1))
     table, best, entries = (record.getMessage() for record in caplog.records)
     assert table.splitlines()[1:] == [
         "| k | temperature 0.07 | temperature 0.1 |", "|---|---|---|",

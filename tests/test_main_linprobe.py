@@ -111,7 +111,11 @@ def test_accuracies_of_several_heads_are_those_of_evaluation_mode():
         head[0].running_mean.normal_()
         head[1].weight.data.normal_()
     batches = [[features[part].half(), targets[part], targets[part]] for part in (slice(30), slice(30, 50))]
-    found = main_linprobe.accuracies_of(heads, batches, Precision("off", torch.device("cpu")))
+    precision = Precision("off", torch.device("cpu"))
+    found = [
+        scores.acc1
+        for scores in main_linprobe.evaluate_heads(heads, batches, normalize=torch.Tensor.float, precision=precision)
+    ]
     with torch.no_grad():
         predictions = [head.eval()(features.half().float()).argmax(dim=1) for head in heads]
     assert found == pytest.approx([100 * float((own == targets).float().mean()) for own in predictions])
@@ -252,12 +256,13 @@ def test_a_probe_of_an_earlier_version_with_several_rates_resumes(probe, tuned):
 )
 def test_a_selected_rate_at_the_limit_warns(caplog, best, warned):
     accuracies = [50.0 + (number == best) for number in range(3)]
-    entries = main_linprobe.report_best_rate([0.1, 1.0, 10.0], accuracies, [3.0, 2.0, 1.0], [1, 1, 1], is_last=True)
+    rates, scores = [0.1, 1.0, 10.0], (best, "Acc@1", accuracies)
+    entries = main_linprobe.report_best_rate(rates, *scores, [3.0, 2.0, 1.0], [1, 1, 1], is_last=True)
     assert entries == {"chosen_blr": [0.1, 1.0, 10.0][best], "train_loss": [3.0, 2.0, 1.0][best]}
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert [message.split(", ")[1].removesuffix(" value") for message in warnings] == warned
     caplog.clear()
-    main_linprobe.report_best_rate([0.1, 1.0, 10.0], accuracies, [], [], is_last=False)
+    main_linprobe.report_best_rate(rates, *scores, [], [], is_last=False)
     assert not any(record.levelname == "WARNING" for record in caplog.records)
 
 

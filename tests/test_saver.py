@@ -1,5 +1,6 @@
 """Saving during training: file names, times, and failures."""
 
+import math
 import re
 import time
 from concurrent.futures import wait
@@ -45,7 +46,7 @@ def test_save_minutes_writes_checkpoint_last(tmp_path):
     state = checkpoint.read(tmp_path / "checkpoint-last.pth")
     assert state["epoch"] == 2
     assert state["progress"] == {
-        "epoch": 3, "images_done": 16, "effective_batch_size": 16, "meters": {"loss": 1.0}, "best_accuracy": -1.0,
+        "epoch": 3, "images_done": 16, "effective_batch_size": 16, "meters": {"loss": 1.0}, "best_accuracy": -math.inf,
         "num_images": None,
     }  # fmt: skip
 
@@ -126,7 +127,7 @@ def test_best_accuracy_requires_an_existing_checkpoint(tmp_path):
     saver = make_saver(tmp_path)
     saver.progress.best_accuracy = 70.0
     resumed = Saver(Interrupts(), tmp_path, dict, saver.progress, epochs=50, save_every=20, save_minutes=15)
-    assert resumed.progress.best_accuracy == -1.0
+    assert resumed.progress.best_accuracy == -math.inf
     saver.save_epoch(1, 50.0)
     saver.close()
     resumed = Saver(Interrupts(), tmp_path, dict, saver.progress, epochs=50, save_every=20, save_minutes=15)

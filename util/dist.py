@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
+import numpy as np
 import torch
 import torch.distributed as td
 from torch import Tensor, nn
@@ -289,6 +290,17 @@ def gather(value: Any, group: td.ProcessGroup | None = None) -> list[Any]:
     padded = [data.new_empty(longest) for _ in lengths]
     td.all_gather(padded, nn.functional.pad(data, (0, longest - len(data))), group)
     return [plain_data.loads(_to_bytes(part[: int(length)])) for part, length in zip(padded, lengths, strict=True)]
+
+
+def interleave(parts: list[np.ndarray]) -> np.ndarray:
+    """Merges the arrays of all processes with samples. Sample n is from rank n modulo the number of processes.
+
+    If a process has no sample, there are fewer samples than processes, and each of the others has one.
+    """
+    result = np.empty((sum(map(len, parts)), *parts[0].shape[1:]), parts[0].dtype)
+    for rank, part in enumerate(parts):
+        result[rank :: len(parts)] = part
+    return result
 
 
 def _to_tensor(data: bytes, group: td.ProcessGroup | None = None) -> Tensor:

@@ -25,6 +25,7 @@ def setting(
     resumed: str = WARNS,
     rebuilds: bool = True,
     of_task: bool = False,
+    of_labels: bool = False,
     in_result: bool = True,
     only_ours: bool = False,
     of_block: bool = False,
@@ -38,6 +39,7 @@ def setting(
         resumed: FREE, WARNS or FIXED; a setting that is FIXED determines the meaning of the data or the task.
         rebuilds: an evaluation of the file needs the setting. Else it is about training only.
         of_task: the setting is about head and labels. A training that starts from the file does not take it.
+        of_labels: the setting is about labels. An evaluation of features of the file does not take it.
         in_result: two results with different values are not the same (main_compare.py).
         only_ours: no format of other libraries has it.
         of_block: an argument of `models_vit.Block` with this name. Other libraries do not read such models.
@@ -46,6 +48,7 @@ def setting(
             the settings of the model.
     """
     metadata = {"kind": kind, "resumed": FREE if of_start else resumed, "rebuilds": rebuilds, "of_task": of_task,
+                "of_labels": of_labels,
                 "in_result": in_result, "only_ours": only_ours, "of_block": of_block, "of_start": of_start,
                 "optimizes": optimizes}  # fmt: skip
     return field(metadata=metadata) if default is MISSING else field(default=default, metadata=metadata)
@@ -67,7 +70,7 @@ class Values:
 
 @dataclass(frozen=True)
 class ImageSpec(Values):
-    """How a picture becomes the input of a model."""
+    """How a picture becomes the input of a model, and what its label means."""
 
     input_size: Size = setting(224, int, resumed=FIXED)
     in_chans: int = setting(3, int, resumed=FIXED)
@@ -81,6 +84,8 @@ class ImageSpec(Values):
     nodata: float | str | None = setting(None, (*NUMBER, str), resumed=FIXED)  # as text: NaN does not equal itself
     value_range: list[float] | None = setting(None, NUMBER, resumed=FIXED)
     min_valid: float = setting(0.5, resumed=FIXED, rebuilds=False)
+    task: str = setting("classification", resumed=FIXED, of_task=True, of_labels=True)
+    label_columns: list[str] | None = setting(None, of_task=True, of_labels=True)
     short_side: int | None = setting(None, int, resumed=FIXED)  # of segmentation
     reduce_zero_label: bool = setting(False, resumed=FIXED, of_task=True)
     colors: list[int] | None = setting(None, int, of_task=True)
@@ -114,7 +119,10 @@ class ModelSpec(Values):
     probe: str | None = setting(None, of_task=True)
     num_queries: int | None = setting(None, of_task=True)
     head: str | None = setting(None, of_task=True)  # of segmentation
-    classes: list[str] | None = setting(None, str)  # names of folders
+    regression_loss: str = setting("l1", of_task=True, of_labels=True)
+    target_mean: list[float] | None = setting(None, resumed=FIXED, of_task=True, of_labels=True)  # no flag
+    target_std: list[float] | None = setting(None, resumed=FIXED, of_task=True, of_labels=True)  # no flag
+    classes: list[str] | None = setting(None, str)  # names of folders, or of targets
     label_names: list[str] | None = setting(None, str)  # names of labels in foreign files
 
 
@@ -157,8 +165,10 @@ class RunSpec(Values):
     layer_decay: float | None = setting(None, optimizes=True)
     smoothing: float | None = setting(None, optimizes=True)
     clip_grad: float | None = setting(None, optimizes=True)
+    class_weight: str | None = setting(None)
     on_nonfinite: str = setting("abort")
     updates_per_epoch: int | None = setting(None)
+    metric: list[str] | None = setting(None, resumed=FIXED)  # None: top-1 accuracy
     eval_every: int = setting(1)
     vis_every: int = setting(0, resumed=FREE)
     probe_every: int = setting(0, resumed=FREE)

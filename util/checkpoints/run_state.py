@@ -1,6 +1,7 @@
 """Collects and restores the state of a run. `saver.py` writes it to files."""
 
 import logging
+import math
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,7 +57,7 @@ class Progress:
         self.epoch = start_epoch
         self.first_iteration = 0
         self.meters: dict[str, Any] = {}  # state of `meters.Meters`
-        self.best_accuracy = -1.0  # best accuracy of the epochs so far; -1: none
+        self.best_accuracy = -math.inf  # best score of the epochs so far
 
     def next_epoch(self) -> None:
         """Moves to the start of the next epoch."""
@@ -107,7 +108,7 @@ class Progress:
                     f"{self.num_images}: restore them, or resume from the checkpoint of a complete epoch {ELSEWHERE}"
                 )
             logger.warning(f"an epoch had {num_images} images, and has {self.num_images} now")
-        self.best_accuracy = saved.get("best_accuracy", -1.0)
+        self.best_accuracy = saved.get("best_accuracy", -math.inf)
         self.epoch = saved["epoch"]
         self.first_iteration = images_done // self.global_batch_size
         self.meters = saved["meters"]

@@ -1,10 +1,21 @@
 """Choices and defaults of flags that other packages also use."""
 
+from itertools import chain
+
 from util.pos_embed import Size, to_pair
 
 AMP_CHOICES = ("auto", "bf16", "fp16", "off")
 ADAPT_CHOICES = ("error", "mean", "repeat", "skip")
 LINEAR, ATTENTIVE = PROBE_CHOICES = ("linear", "attentive")
+CLASSIFICATION, MULTILABEL, REGRESSION = TASK_CHOICES = ("classification", "multilabel", "regression")
+REGRESSION_LOSSES = ("l1", "l2", "huber")
+METRICS = {  # of --metric, by task
+    CLASSIFICATION: ("accuracy", "balanced_accuracy", "macro_f1", "kappa", "auroc", "average_precision"),
+    MULTILABEL: ("average_precision", "auroc", "macro_f1"),
+    REGRESSION: ("r2", "mae", "spearman"),
+}
+DEFAULT_METRICS = {CLASSIFICATION: (), MULTILABEL: ("average_precision",), REGRESSION: ("r2", "mae")}
+METRIC_CHOICES = tuple(dict.fromkeys(chain.from_iterable(METRICS.values())))
 DEFAULT_WORKERS = 10  # default of --num_workers
 NUM_QUERIES = 32  # default of --num_queries
 NO_CROP = "none"  # the value of --crop for whole images

@@ -10,12 +10,16 @@ from typing import Any
 from util.cli.choices import (
     ADAPT_CHOICES,
     AMP_CHOICES,
+    CLASSIFICATION,
     CROP_CHOICES,
     DEFAULT_WORKERS,
     HEAD_CHOICES,
     LINEAR,
+    METRIC_CHOICES,
     NUM_QUERIES,
     PROBE_CHOICES,
+    REGRESSION_LOSSES,
+    TASK_CHOICES,
 )
 from util.cli.flags import (
     Range,
@@ -581,6 +585,55 @@ def add_evaluation_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dist_eval", action="store_true", help="accepted but ignored: the evaluation is always distributed, and exact"
     )
+
+
+def add_task_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of the meaning of labels."""
+    group = _group(parser, DATA)
+    group.add_argument(
+        "--task", default=CLASSIFICATION, choices=TASK_CHOICES,
+        help="classification: one class for each image; multilabel: any number of classes, in a list as a;b or in one "
+        "column of 0 and 1 for each class; regression: one or more numbers, which are standardized on the training "
+        "set. The labels are those of --train_list, or vectors of a --dataset py:MODULE:FUNCTION",
+    )  # fmt: skip
+    group.add_argument(
+        "--label_columns", nargs="+", metavar="NAME",
+        help="columns of --train_list and --val_list (CSV with a header, or keys of JSON) with the labels (default: "
+        "label, class or groundtruth)",
+    )  # fmt: skip
+
+
+def add_regression_loss_option(parser: argparse.ArgumentParser) -> None:
+    """Adds the flag of the loss of --task regression."""
+    _group(parser, OPTIMIZATION).add_argument(
+        "--regression_loss", choices=REGRESSION_LOSSES,
+        help="loss of --task regression, on standardized targets; huber: l2 below one standard deviation, and l1 above "
+        "(default: l1)",
+    )  # fmt: skip
+
+
+def add_metric_options(parser: argparse.ArgumentParser, selects: str) -> None:
+    """Adds the flag of the metrics.
+
+    Args:
+        selects: what the first metric selects.
+    """
+    _group(parser, EVALUATION).add_argument(
+        "--metric", nargs="+", choices=METRIC_CHOICES, metavar="NAME",
+        help=f"metrics to print and log, any of {', '.join(METRIC_CHOICES)}. The first selects {selects} (default: the "
+        "top-1 accuracy; multilabel: average_precision; regression: r2 and mae). They are fractions, and mae has the "
+        "units of the labels; kappa has quadratic weights; auroc and average_precision are means over the classes, one "
+        "against the others",
+    )  # fmt: skip
+
+
+def add_class_weight_option(parser: argparse.ArgumentParser) -> None:
+    """Adds the flag of the weights of classes in the loss."""
+    _group(parser, OPTIMIZATION).add_argument(
+        "--class_weight", choices=["balanced"],
+        help="balanced: the loss of an image is divided by the share of its class in the training set, so that small "
+        "and large classes count equally (default: all images count equally)",
+    )  # fmt: skip
 
 
 def add_probe_options(parser: argparse.ArgumentParser) -> None:

@@ -2,14 +2,18 @@
 
 import logging
 import os
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from util import dist
 from util.cli.advice import AdvisedError, Remedy
+from util.cli.choices import CLASSIFICATION
 from util.data.archives import Archive
 from util.data.library_sets import HuggingFaceSet, TorchvisionSet, dataset_in
 from util.data.lists import read_list
 from util.data.sources import Files, Source, Strings, check_split_names, find_files, no_split
+from util.data.target_sets import TargetSet
 from util.data.user_sets import OpenDataset, UserSet
 from util.data.webdataset_shards import Shards
 
@@ -25,6 +29,8 @@ def open_source(
     download: bool = False,
     num_images: int | None = None,
     function: OpenDataset | None = None,
+    task: str = CLASSIFICATION,
+    label_columns: Sequence[str] | None = None,
 ) -> Source | Shards:
     """Opens a dataset of any kind.
 
@@ -40,6 +46,8 @@ def open_source(
         download: download the files of a torchvision dataset.
         num_images: number of images in shards, instead of counting them.
         function: the function of py:, instead of importing it.
+        task: what the labels mean. Lists and py: have other labels than classes.
+        label_columns: the columns of `file_list` with the labels.
 
     Raises:
         ValueError: no dataset is given, the dataset does not exist, or it has no images.
@@ -52,6 +60,7 @@ def open_source(
         ("--download", download, dataset and kind not in ("hf", "wds", "py")),
         ("--num_images", num_images, kind == "wds"),
         ("--data_path", data_path, kind not in ("hf", "wds")),
+        ("--label_columns", label_columns, bool(file_list)),
     ):
         if value and not counts:
             logger.warning(f"{flag} has no effect with this dataset")
@@ -59,14 +68,16 @@ def open_source(
         if kind == "hf":
             return HuggingFaceSet(name, split)
         if kind == "py":
-            return UserSet(function, split, data_path, dataset)
+            kind_of_set = UserSet if task == CLASSIFICATION else partial(TargetSet, task=task)
+            return kind_of_set(function, split, data_path, dataset)
         if kind == "wds":
             return dist.from_rank_0(lambda: Shards(name, num_images), Shards)
         return TorchvisionSet(dataset, split, data_path, download)
     if file_list:
         # With an archive, paths are relative to the folder of the list.
         below = None if root and root.is_file() else root
-        return dist.from_rank_0(lambda: read_list(Path(file_list), below, f"--{split}_list"), Files, Strings)
+        flag = f"--{split}_list"
+        return dist.from_rank_0(lambda: read_list(Path(file_list), below, flag, task, label_columns), Files, Strings)
     if root is None:
         raise ValueError(
             "--data_path is needed: a folder of images, a folder that contains train/, or a tar or zip file of either "

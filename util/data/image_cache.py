@@ -19,7 +19,7 @@ from util import dist
 from util.data.batches import Batches, up_to_cores
 from util.data.decode import AS_STORED, BadImage, PixelValues
 from util.data.samples import Samples, preserve_generators
-from util.data.sources import Source
+from util.data.sources import Source, label_at
 from util.data.transforms import keeps_label, to_tensor
 from util.data.webdataset_shards import Shards
 
@@ -88,7 +88,7 @@ class ImageCache:
                 others = {
                     index: copy.deepcopy(label)  # tensors are in the shared memory of the worker process
                     for index, label in zip(batches[number], labels, strict=True)
-                    if type(label) is not int or label != self.labels[index]
+                    if type(label) not in (int, np.ndarray) or not np.array_equal(label, self.labels[index])
                 }
                 parts.append(_Part(number, pixels.numpy().copy(), sizes.numpy(), others))
                 bar.update(len(batches[number]) * processes)
@@ -125,7 +125,7 @@ class ImageCache:
             return self.source[index]
         start = self.starts[index]
         pixels = self.parts[index % len(self.parts)][start : start + height * width * self.in_chans]
-        label = self.other_labels[index] if index in self.other_labels else int(self.labels[index])
+        label = self.other_labels[index] if index in self.other_labels else label_at(self.labels, index)
         return torch.from_numpy(pixels).view(height, width, -1).permute(2, 0, 1), label
 
 
@@ -245,7 +245,7 @@ class _Decoded(Dataset):
             pixels = to_tensor(picture)
         except (BadImage, OSError) as error:
             self.samples.refuse(self.source.name(index), error, [])
-            return nothing, int(self.source.labels[index])
+            return nothing, label_at(self.source.labels, index)
         return (pixels if pixels.dtype == torch.uint8 else nothing), label
 
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from util.cli.advice import did_you_mean
+from util.cli.choices import CLASSIFICATION, MULTILABEL
 from util.data.decode import SUFFIXES
 from util.data.sources import Files
 from util.files.untrusted import printable
@@ -24,7 +26,13 @@ MASK_COLUMNS = ("mask", "annotation", *LABEL_COLUMNS)
 CSV_HEADER = f"a column {' or '.join(PATH_COLUMNS)} (and {' or '.join(LABEL_COLUMNS)})"
 
 
-def read_list(path: Path, root: Path | None, flag: str) -> Files:
+class LabelError(ValueError):
+    """The labels of a list are wrong. The message has a remedy."""
+
+
+def read_list(
+    path: Path, root: Path | None, flag: str, task: str = CLASSIFICATION, columns: Sequence[str] | None = None
+) -> Files:
     """Reads a list of image files. The order of the list is kept. Labels are numbers from 0, or names.
 
     Args:
@@ -35,15 +43,23 @@ def read_list(path: Path, root: Path | None, flag: str) -> Files:
             JSON of COCO and iNaturalist: images, annotations, categories.
         root: the folder that relative paths start from. Default: the folder of the list.
         flag: the flag of the list, for messages.
+        task: what the labels mean, one of `choices.TASK_CHOICES`.
+        columns: the columns of CSV or keys of JSON with the labels.
 
     Raises:
         ValueError: the list does not exist, has another format, or has labels for some of its files only.
     """
-    text = _read_text(path, flag)
+    text, suffix = _read_text(path, flag), path.suffix.lower()
     try:
         if "\0" in text:
             raise ValueError("it contains a zero byte")
-        names, classes, numbers = _read_rows(path.suffix.lower(), text)
+        if task == CLASSIFICATION and not columns:
+            names, classes, numbers = _read_rows(suffix, text)
+        else:
+            names, titles, cells = _read_cells(suffix, text, columns)
+            classes, numbers = _targets(names, titles, cells, task)
+    except LabelError as error:
+        raise ValueError(f"{flag} {path}: {error}") from error
     except (ValueError, KeyError, TypeError, IndexError, csv.Error, RecursionError) as error:
         raise ValueError(
             f"{flag} {path}: can't be read ({type(error).__name__}: {error}); give a path and a label per line, CSV "
@@ -140,6 +156,72 @@ def _unlabeled(paths: list[str], reason: str) -> tuple[list[str], list[str], np.
     return paths, [], np.full(len(paths), -1)
 
 
+def _read_cells(suffix: str, text: str, columns: Sequence[str] | None) -> tuple[list[str], list[str], list[list[str]]]:
+    """Parses a list with any number of labels: paths, names of the labels, and the labels of each path as text."""
+    parsed = json.loads(text) if suffix == ".json" else None
+    if not columns:
+        rows = _json_rows(parsed) if suffix == ".json" else _csv_rows(text) if suffix == ".csv" else _text_rows(text)
+        if any(label is None for _, label in rows):
+            raise LabelError(f"it has no column {' or '.join(LABEL_COLUMNS)}; give --label_columns NAME ...")
+        return [name for name, _ in rows], ["label"], [[str(label)] for _, label in rows]
+    if suffix == ".csv":
+        lines = [row for row in csv.reader(line for line in text.splitlines() if line.strip()) if row]
+        entries = [dict(zip(map(str.strip, lines[0]), map(str.strip, row), strict=False)) for row in lines[1:]]
+    elif isinstance(parsed, list) and all(isinstance(entry, dict) for entry in parsed):
+        entries = [{key: "" if value is None else str(value) for key, value in entry.items()} for entry in parsed]
+    else:
+        raise LabelError("--label_columns names columns of CSV with a header, or keys of JSON; give such a list")
+    titles = list(entries[0]) if entries else []
+    if missing := [name for name in columns if name not in titles]:
+        near = did_you_mean(missing[0], titles)
+        raise LabelError(
+            f"it has no column {printable(missing[0])}; give --label_columns of {printable(', '.join(titles))}{near}"
+        )
+    path = next((title for title in titles if _plain(title) in PATH_COLUMNS), "")
+    if not path:
+        raise LabelError(f"it has no column of paths; give it the name {' or '.join(PATH_COLUMNS)}")
+    return [entry[path] for entry in entries], [*columns], [[entry.get(c, "") for c in columns] for entry in entries]
+
+
+def _targets(
+    names: Sequence[str], titles: Sequence[str], cells: Sequence[Sequence[str]], task: str
+) -> tuple[list[str], np.ndarray]:
+    """Returns the classes and labels (n,); or the names of the targets, and the targets (n, C)."""
+    if task == CLASSIFICATION and len(titles) > 1:
+        raise LabelError(f"--task classification has one label column; give one of {', '.join(titles)}")
+    has_names = task == CLASSIFICATION or (task == MULTILABEL and len(titles) == 1)
+    values = [[_value_of(cell, task, has_names) for cell in row] for row in cells]
+    for row, column in np.argwhere(np.isnan(values)):
+        kind = "a label" if has_names else "0 or 1" if task == MULTILABEL else "a finite number"
+        cell = printable(cells[row][column]) or "empty"
+        raise LabelError(
+            f"the {printable(titles[column])} of {printable(names[row])} is {cell}; --task {task} needs {kind}: "
+            f"correct it, or omit the row"
+        )
+    if task == CLASSIFICATION:
+        return _number([row[0] for row in cells], len(names))
+    if not has_names:
+        return [printable(title) for title in titles], np.array(values)
+    several = [{part.strip() for part in row[0].split(";")} - {""} for row in cells]
+    classes = sorted(set().union(*several))
+    return [printable(name) for name in classes], np.array([[name in own for name in classes] for own in several])
+
+
+def _value_of(cell: str, task: str, is_name: bool) -> float:
+    """Returns the number in a cell, 0 for a name; NaN if the cell is wrong."""
+    if is_name:
+        return np.nan if cell.lower() == "nan" or (not cell and task == CLASSIFICATION) else 0.0
+    try:
+        value = float(cell)
+    except ValueError:
+        return np.nan
+    return value if np.isfinite(value) and (task != MULTILABEL or value in (0, 1)) else np.nan
+
+
+def _plain(title: str) -> str:
+    return re.sub(r"[\s_-]", "", title).lower()
+
+
 def _text_rows(text: str) -> list[Row]:
     """Parses text. A line without whitespace, or with the suffix of an image file, is a path.
 
@@ -158,7 +240,7 @@ def _text_rows(text: str) -> list[Row]:
 def _csv_rows(text: str, label_columns: Sequence[str] = LABEL_COLUMNS) -> list[Row]:
     rows = [line for line in text.splitlines() if line.strip()]
     lines = [row for row in csv.reader(rows) if row]
-    header = [re.sub(r"[\s_-]", "", cell).lower() for cell in lines[0]] if lines else []
+    header = [_plain(cell) for cell in lines[0]] if lines else []
     path, label = 0, 1
     if any(name in header for name in PATH_COLUMNS):
         path, label = (next((header.index(name) for name in names if name in header), len(header))
@@ -180,7 +262,8 @@ def _json_rows(entries: Any) -> list[Row]:
         if isinstance(entry, str):
             return entry, None
         path, label = (entry["path"], entry.get("label")) if isinstance(entry, dict) else (entry[0], entry[1])
-        return str(path), None if label is None else str(label)
+        several = isinstance(label, list)
+        return str(path), None if label is None else ";".join(map(str, label)) if several else str(label)
 
     if not isinstance(entries, list):
         raise ValueError("it is neither a list nor a dictionary with images, annotations and categories")

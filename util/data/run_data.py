@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from util.data import image_cache, image_facts, labels, loader, transforms
+from util.cli.choices import CLASSIFICATION
+from util.data import image_cache, image_facts, labels, loader, targets, transforms
 from util.data.dataset_kinds import open_source
 from util.data.decode import PixelValues
 from util.data.samples import Samples
@@ -53,7 +54,7 @@ class RunData:
         file_list = data.train_list if split == "train" else data.val_list
         return open_source(
             split, data.data_path, file_list, data.dataset, download=data.download, num_images=num_images,
-            function=self.source,
+            function=self.source, task=self.images.task, label_columns=self.images.label_columns,
         )  # fmt: skip
 
     def suggest_statistics(self, source: Source | Shards) -> None:
@@ -77,10 +78,19 @@ class RunData:
         data, holds_out = self.data, bool(self.data.val_fraction)
         if holds_out and data.val_list:
             logger.warning("--val_list has no effect with --val_fraction, which evaluates on training images")
-        train, val = labels.open_pair(
-            self.open_split, nb_classes=nb_classes, train_per_class=data.train_per_class, seed=data.seed,
-            validation=not holds_out,
-        )  # fmt: skip
+        task = self.images.task
+        if task == CLASSIFICATION:
+            train, val = labels.open_pair(
+                self.open_split, nb_classes=nb_classes, train_per_class=data.train_per_class, seed=data.seed,
+                validation=not holds_out,
+            )  # fmt: skip
+        elif data.train_per_class:
+            raise ValueError(
+                f"--train_per_class {data.train_per_class}: an image has no single class with --task {task}; omit "
+                f"--train_per_class"
+            )
+        else:
+            train, val = targets.open_pair(self.open_split, task, nb_classes, validation=not holds_out)
         self.suggest_statistics(train)
         if data.on_bad_image == "skip" and (holds_out or reads_in_order):
             train = image_facts.readable(train, self.images.in_chans, data.num_workers, self.values)
@@ -92,7 +102,8 @@ class RunData:
         """Opens the validation set; with `val_fraction`, the held-out training images."""
         if self.data.val_fraction:
             return self.open_pair()[1]
-        val = labels.require(self.open_split("val"), "val")
+        task, val = self.images.task, self.open_split("val")
+        val = labels.require(val, "val") if task == CLASSIFICATION else targets.require(val, "val", task)
         self.suggest_statistics(val)
         return val
 

@@ -100,12 +100,17 @@ def first_few(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
+def label_at(labels: np.ndarray, index: int) -> Any:
+    """Returns the label of a sample: the number of a class, or the vector (C,) among vectors (n, C)."""
+    return labels[index] if labels.ndim > 1 else int(labels[index])
+
+
 class Files:
     """Image files of a folder (`find_files`) or a list (`lists.read_list`).
 
     Args:
         root: the folder that the names are relative to.
-        labels: (n,), indices into `classes`; -1 for files without a label.
+        labels: (n,), indices into `classes`; -1 for files without a label. Or vectors (n, C) of `targets`.
     """
 
     def __init__(self, root: Path, names: Sequence[str], classes: list[str], labels: np.ndarray) -> None:
@@ -117,8 +122,8 @@ class Files:
     def __len__(self) -> int:
         return len(self.names)
 
-    def __getitem__(self, index: int) -> tuple[bytes, int]:
-        return read_file(self.path(index)), int(self.labels[index])
+    def __getitem__(self, index: int) -> tuple[bytes, Any]:
+        return read_file(self.path(index)), label_at(self.labels, index)
 
     def name(self, index: int) -> str:
         """Returns the path of the file for messages."""

@@ -7,37 +7,46 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
+from util.evaluation.metrics import LOWER_IS_BETTER
 from util.evaluation.tables import markdown, new_figure, save, write_csv
 from util.files import atomic
 from util.files.untrusted import escape_dollars
 
 PIXELS = "pixels"  # the encoder of baselines on raw pixels
+ACCURACY = "acc1"  # the metric that is a percentage
 
 
 class Result(NamedTuple):
-    """The accuracy of an encoder with a protocol."""
+    """The score of an encoder with a protocol."""
 
     encoder: str
     protocol: str  # title, such as "linear probe"
     labels: int  # number of training images
     draw: int  # number of the random subset of the labels
-    accuracy: float  # top-1, in percent
+    accuracy: float  # top-1, in percent; or the score `metric`
     chosen: str  # hyperparameters that were chosen on held-out training images
     seconds: float
     command: str
+    metric: str = ACCURACY  # or a name of --metric
 
     @property
     def row(self) -> str:
         """The title of its row."""
         return f"{self.encoder} ({self.protocol})"
 
+    @property
+    def text(self) -> str:
+        """The score for the log."""
+        return f"{self.accuracy:.2f} %" if self.metric == ACCURACY else f"{self.metric} {self.accuracy:.4g}"
+
 
 class Cell(NamedTuple):
-    """The accuracies of the draws of an encoder, a protocol and a number of labels."""
+    """The scores of the draws of an encoder, a protocol and a number of labels."""
 
     encoder: str
     protocol: str
     by_draw: dict[int, float]
+    metric: str = ACCURACY
 
     @property
     def mean(self) -> float:
@@ -51,7 +60,16 @@ class Cell(NamedTuple):
 
     def __str__(self) -> str:
         """Formats mean ± standard deviation."""
-        return f"{self.mean:.1f}" if self.spread is None else f"{self.mean:.1f} ± {self.spread:.1f}"
+        return self.format(self.mean) + ("" if self.spread is None else f" ± {self.format(self.spread)}")
+
+    @property
+    def rank(self) -> float:
+        """Higher values are better."""
+        return -self.mean if self.metric in LOWER_IS_BETTER else self.mean
+
+    def format(self, value: float) -> str:
+        """Formats a value of the metric."""
+        return f"{value:.1f}" if self.metric == ACCURACY else f"{value:.4g}"
 
 
 Cells = dict[str, dict[int, Cell]]  # by title of the row and number of labels
@@ -61,7 +79,8 @@ def cells_of(results: Sequence[Result]) -> Cells:
     """Collects the draws of each cell."""
     cells: Cells = {}
     for result in results:
-        cell = cells.setdefault(result.row, {}).setdefault(result.labels, Cell(result.encoder, result.protocol, {}))
+        empty = Cell(result.encoder, result.protocol, {}, result.metric)
+        cell = cells.setdefault(result.row, {}).setdefault(result.labels, empty)
         cell.by_draw[result.draw] = result.accuracy
     return cells
 
@@ -74,15 +93,21 @@ def columns_of(cells: Cells) -> list[int]:
 def table(cells: Cells) -> str:
     """Returns the table in Markdown. The best mean of each column is bold."""
     columns = columns_of(cells)
-    best = {labels: max(row[labels].mean for row in cells.values() if labels in row) for labels in columns}
+    best = {labels: max(row[labels].rank for row in cells.values() if labels in row) for labels in columns}
 
     def text(row: dict[int, Cell], labels: int) -> str:
         if labels not in row:
             return ""
-        return f"**{row[labels]}**" if row[labels].mean == best[labels] else str(row[labels])
+        return f"**{row[labels]}**" if row[labels].rank == best[labels] else str(row[labels])
 
-    titles = ["test accuracy, %", *(f"{labels:,} labels" for labels in columns)]
+    titles = [f"test {title(cells)}", *(f"{labels:,} labels" for labels in columns)]
     return markdown(titles, [[name, *(text(row, labels) for labels in columns)] for name, row in cells.items()])
+
+
+def title(cells: Cells) -> str:
+    """Returns the name of the metric with its unit."""
+    metric = next(cell.metric for row in cells.values() for cell in row.values())
+    return "accuracy, %" if metric == ACCURACY else metric
 
 
 def conclusion(cells: Cells) -> str:
@@ -92,9 +117,10 @@ def conclusion(cells: Cells) -> str:
     """
     parts: list[str] = []
     for labels in columns_of(cells):
-        column = sorted(((row[labels], name) for name, row in cells.items() if labels in row), key=lambda c: -c[0].mean)
+        column = sorted(((row[labels], name) for name, row in cells.items() if labels in row), key=lambda c: -c[0].rank)
         (best, name), *rest = column
-        part = f"{'; with' if parts else 'With'} {labels:,} labels, {name} has the best accuracy, {best} %"
+        noun, unit = ("accuracy", " %") if best.metric == ACCURACY else (best.metric, "")
+        part = f"{'; with' if parts else 'With'} {labels:,} labels, {name} has the best {noun}, {best}{unit}"
         other, other_name = next(((cell, title) for cell, title in rest if cell.encoder != best.encoder), (None, ""))
         parts.append(part + (f", {_distance(best, other)} {other_name}" if other else ""))
     return "".join(parts) + "."
@@ -102,11 +128,14 @@ def conclusion(cells: Cells) -> str:
 
 def _distance(best: Cell, other: Cell) -> str:
     differences = [best.by_draw[draw] - other.by_draw[draw] for draw in best.by_draw.keys() & other.by_draw.keys()]
+    side = "below" if best.metric in LOWER_IS_BETTER else "above"
+    unit = " points" if best.metric == ACCURACY else ""
     if len(differences) < 2:
-        return f"{best.mean - other.mean:.1f} points (one draw: the spread is unknown) above"
+        difference = best.format(abs(best.mean - other.mean))
+        return f"{difference}{unit} (one draw: the spread is unknown) {side}"
     mean, spread = statistics.fmean(differences), statistics.stdev(differences)
     verdict = "" if abs(mean) > spread else " (within the spread of the draws)"
-    return f"{mean:.1f} ± {spread:.1f} points{verdict} above"
+    return f"{best.format(abs(mean))} ± {best.format(spread)}{unit}{verdict} {side}"
 
 
 def write(folder: Path, results: Sequence[Result]) -> str:
@@ -151,7 +180,9 @@ def _draw_bars(cells: Cells) -> Any:
     means, spreads = zip(*((cell.mean, cell.spread or 0.0) for cell in column.values()), strict=True)
     least = min(mean - spread for mean, spread in zip(means, spreads, strict=True))
     most = max(mean + spread for mean, spread in zip(means, spreads, strict=True))
-    start = max(0, 5 * math.floor((least - max(1.0, most - least) / 2) / 5))
+    start, xlabel = max(0, 5 * math.floor((least - max(1.0, most - least) / 2) / 5)), "top-1 accuracy (%)"
+    if title(cells) != "accuracy, %":
+        start, xlabel = min(0, least), title(cells)
     colors = ["0.7" if cell.encoder == PIXELS else f"C{encoders.index(cell.encoder)}" for cell in column.values()]
     figure = new_figure(5.5 + 0.07 * max(map(len, column)), 1 + 0.35 * len(column))
     axes = figure.subplots()
@@ -159,7 +190,7 @@ def _draw_bars(cells: Cells) -> Any:
     axes.bar_label(bars, list(map(str, column.values())), padding=4)
     axes.set(
         title=f"{labels:,} labels", xlim=(start, most + 0.02 * (most - start)),
-        xlabel="top-1 accuracy (%)" + (f"; the axis starts at {start} %" if start else ""),
+        xlabel=xlabel + (f"; the axis starts at {start:g} %" if start > 0 else ""),
     )  # fmt: skip
     axes.invert_yaxis()
     axes.spines[["top", "right"]].set_visible(False)
@@ -178,7 +209,7 @@ def _draw_lines(cells: Cells) -> Any:
     panels = figure.subplots(1, len(protocols), sharey=True, squeeze=False)[0]
     for axes, protocol in zip(panels, protocols, strict=True):
         for name, row in cells.items():
-            encoder, own, _ = titles[name]
+            encoder, own = titles[name][:2]
             if encoder == PIXELS:
                 style = {"label": name, "color": "0.6", "linestyle": ("--", ":")["SVM" in own]}
             elif own == protocol:
@@ -192,6 +223,6 @@ def _draw_lines(cells: Cells) -> Any:
         axes.set_xticks(columns_of(cells), [f"{labels:,}" for labels in columns_of(cells)])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("test accuracy, %")
+    figure.axes[0].set_ylabel(f"test {title(cells)}")
     figure.legend(*figure.axes[-1].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     return figure

@@ -5,8 +5,9 @@ nearest neighbors of each part. The memory never contains all similarities, (que
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -46,25 +47,90 @@ def classify(
     Raises:
         ValueError: the bank has fewer features than the largest k.
     """
-    bank, bank_labels = _unit(bank, device), bank_labels.to(device)
+    found = predict(
+        bank, bank_labels, queries, labels, lambda votes, truth: (truth, votes.argmax(dim=1) == truth), ks=ks,
+        temperatures=temperatures, num_classes=num_classes, device=device,
+    )  # fmt: skip
+    return {pair: np.bincount(truth[right], minlength=num_classes).tolist() for pair, (truth, right) in found.items()}
+
+
+def predict(
+    bank: Tensor,
+    bank_targets: Tensor,
+    queries: Tensor,
+    targets: Tensor,
+    columns: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
+    *,
+    ks: Sequence[int],
+    temperatures: Sequence[float],
+    num_classes: int,
+    device: torch.device,
+) -> dict[tuple[int, float], list[np.ndarray]]:
+    """Predicts the targets of queries from their neighbors, weighted as in `classify`.
+
+    Args:
+        bank_targets: classes (m,), or vectors (m, C).
+        columns: outputs (b, C) and targets of b queries -> tensors (b, ...). The outputs are the shares of the votes
+            for the classes, or the weighted means of the vectors of the neighbors.
+        others: as in `classify`.
+
+    Returns:
+        The columns of all queries of all processes in the order of the dataset, by k and temperature.
+
+    Raises:
+        ValueError: as in `classify`.
+    """
+    found: dict[tuple[int, float], list[list[tuple[Tensor, ...]]]] = {
+        pair: [[] for _ in range(dist.world_size())] for pair in itertools.product(ks, temperatures)
+    }
+    for rank, similarity, near, truth in neighbors(bank, bank_targets, queries, targets, k=max(ks), device=device):
+        for (k, temperature), by_rank in found.items():
+            # The subtraction prevents overflow. It multiplies all weights of a query by the same factor.
+            weights = ((similarity[:, :k] - similarity[:, :1]) / temperature).exp()
+            if near.ndim == 3:
+                sums = (weights[:, None].double() @ near[:, :k].double())[:, 0]
+            else:
+                sums = torch.zeros(len(near), num_classes).scatter_add_(1, near[:, :k], weights).double()
+            by_rank[rank].append(columns(sums / weights.double().sum(dim=1, keepdim=True), truth))
+    return {
+        pair: [
+            dist.interleave([torch.cat(part).numpy() for part in parts])
+            for parts in zip(*(zip(*own, strict=True) for own in by_rank if own), strict=True)
+        ]
+        for pair, by_rank in found.items()
+    }
+
+
+def neighbors(
+    bank: Tensor, bank_targets: Tensor, queries: Tensor, targets: Tensor, *, k: int, device: torch.device
+) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+    """Yields parts of the queries of all processes, with their k nearest neighbors in descending order.
+
+    Args:
+        others: as in `predict`.
+
+    Yields:
+        The rank of the queries, cosine similarities (b, k), targets of the neighbors (b, k, ...), and targets of the
+        queries (b, ...).
+
+    Raises:
+        ValueError: as in `classify`.
+    """
+    bank, bank_targets = _unit(bank, device), bank_targets.to(device)
     sizes = dist.gather(len(bank))
-    if sum(sizes) < max(ks):
-        raise ValueError(f"--k {max(ks)}: there are only {sum(sizes)} training images; give a smaller --k")
+    if sum(sizes) < k:
+        raise ValueError(f"--k {k}: there are only {sum(sizes)} training images; give a smaller --k")
     step = max(1, CHUNK // min(SLICE, max(sizes)))  # equal in all processes, which process the queries together
-    right = {pair: torch.zeros(num_classes, dtype=torch.int64) for pair in itertools.product(ks, temperatures)}
     # All processes compare the queries of rank 0 with their parts of the bank, then the queries of rank 1, and so on.
-    for batch, expected in zip(dist.gather(queries), dist.gather(labels), strict=True):
+    for rank, (batch, expected) in enumerate(zip(dist.gather(queries), dist.gather(targets), strict=True)):
         for part, truth in zip(batch.split(step), expected.split(step), strict=True):
-            similarity, neighbors = nearest(nn.functional.normalize(part.to(device).float(), dim=1), bank, max(ks))
-            candidates = dist.gather((similarity.cpu(), bank_labels[neighbors].cpu()))
+            if not len(part):
+                continue
+            similarity, places = nearest(nn.functional.normalize(part.to(device).float(), dim=1), bank, k)
+            candidates = dist.gather((similarity.cpu(), bank_targets[places].cpu()))
             similarity, order = torch.cat([s for s, _ in candidates], dim=1).sort(dim=1, descending=True, stable=True)
-            classes = torch.cat([c for _, c in candidates], dim=1).gather(1, order)
-            for k, temperature in right:
-                # The subtraction prevents overflow. It multiplies all weights of a query by the same factor.
-                weights = ((similarity[:, :k] - similarity[:, :1]) / temperature).exp()
-                votes = torch.zeros(len(part), num_classes).scatter_add_(1, classes[:, :k], weights)
-                right[k, temperature] += truth[votes.argmax(dim=1) == truth].bincount(minlength=num_classes)
-    return {pair: hits.tolist() for pair, hits in right.items()}
+            found = torch.cat([t for _, t in candidates], dim=1)
+            yield rank, similarity[:, :k], found[torch.arange(len(found))[:, None], order[:, :k]], truth
 
 
 def _unit(features: Tensor, device: torch.device) -> Tensor:

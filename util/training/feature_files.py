@@ -55,7 +55,7 @@ def extract(
     settings: Mapping[str, Any] = MappingProxyType({}),
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """Computes the features (n, ...) of the images of this process, and returns them with their labels (n,).
+    """Computes the features (n, ...) of the images of this process, and returns them with their labels (n, ...).
 
     Args:
         encode_rest: returns the batches of `encode` for a dataset, or for the rest of it after an interruption,
@@ -69,7 +69,8 @@ def extract(
         OSError: the disk is full. The same call resumes the computation.
         ValueError: another process computes the features.
     """
-    labels = np.asarray(source.labels, dtype=np.int64)[dist.rank() :: dist.world_size()]
+    labels = np.asarray(source.labels)[dist.rank() :: dist.world_size()]
+    labels = labels.astype(np.int64 if labels.ndim == 1 else np.float32)
 
     def compute_from(done: int) -> Iterator[np.ndarray]:
         rest = Subset(source, np.arange(done * dist.world_size(), len(source)))

@@ -119,7 +119,9 @@ class Saver(NullSaver):
         self.writer = ThreadPoolExecutor(1, "saver")
         self.writing: Future[Path] | None = None
         if not any(path.stem == Path(checkpoint.BEST).stem for path in checkpoint.checkpoints(output_dir)):
-            progress.best_accuracy = -1.0  # a later epoch may have overwritten the best state before the resumed one
+            progress.best_accuracy = (
+                -math.inf
+            )  # a later epoch may have overwritten the best state before the resumed one
         self.is_ending = False  # the states were written to the temporary folder, and the run ends with that error
         self.unwritten: list[tuple[dict[str, Any], list[Path]]] = []  # states and their files, oldest first
 

@@ -62,7 +62,7 @@ class Task:
         trained: the module that is called with a batch. Default: the model.
         evaluates: `after_epoch` takes long and does not change the state. The state is saved before it, and a signal
             ends it at once; a resumed run repeats it.
-        metric: the entry of log.txt that selects the best state.
+        metric: the entry of log.txt that selects the best state, which has the highest or the lowest value.
         callbacks: called after every update and every epoch, in this order. Checkpoints contain their states, under
             the key `callbacks`.
     """
@@ -73,6 +73,7 @@ class Task:
     trained: nn.Module | None = None
     evaluates: bool = False
     metric: str = "test_acc1"
+    lower_is_better: bool = False
     callbacks: Sequence[Callback] = ()
 
 
@@ -227,7 +228,8 @@ def _train_epochs(
             # The log is first: a run that stops between the two trains this epoch again, and replaces its line.
             entries = meters.means() | results | batches.counts()
             log.end_epoch(entries | _entries_of(task.callbacks, model, epoch, log, entries))
-            saver.save_epoch(epoch, results.get(task.metric))
+            score = results.get(task.metric)
+            saver.save_epoch(epoch, -score if score is not None and task.lower_is_better else score)
             # A signal may have arrived during the evaluation or a write in one process.
             stops = epoch + 1 < spec.epochs and any(dist.gather(interrupts.pending))
         except Interrupted:  # the state was saved before the evaluation

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from util import dist
 from util.checkpoints.checkpoint import CheckpointError
 from util.cli.advice import Remedy
-from util.cli.choices import default_crop_pct, published_crop_pct
+from util.cli.choices import CLASSIFICATION, default_crop_pct, published_crop_pct
 from util.data.transforms import channel_statistics
 from util.pos_embed import Size, interpolate_pos_embed, to_pair
 from util.weights import model_zoo, shapes
@@ -63,7 +63,13 @@ def init_mae(model: Any, file: Weights) -> None:
     logger.info(f"weights from {file.source}")
 
 
-def load_encoder(model: Any, file: Weights, adapt_input: str = "error", classes: Sequence[str] | None = None) -> bool:
+def load_encoder(
+    model: Any,
+    file: Weights,
+    adapt_input: str = "error",
+    classes: Sequence[str] | None = None,
+    task: str = CLASSIFICATION,
+) -> bool:
     """Loads an encoder into a classifier, and the head if the file has a head with the same classes.
 
     The position table is interpolated to the patch grid of the model.
@@ -75,6 +81,7 @@ def load_encoder(model: Any, file: Weights, adapt_input: str = "error", classes:
             projection keeps its random weights. "mean" and "repeat" are scaled so that the sum over channels is
             unchanged.
         classes: the classes of the model. A head of other classes is not loaded.
+        task: the task of the model (--task). A head of a different task is not loaded.
 
     Returns:
         Whether the head was loaded.
@@ -91,6 +98,7 @@ def load_encoder(model: Any, file: Weights, adapt_input: str = "error", classes:
     }
     head, own = ({key for key in tensors if key.startswith("head.")} for tensors in (weights, ours))
     same = classes is None or file.settings.get("classes") in (None, list(classes))
+    same = same and file.settings.get("task", CLASSIFICATION) == task
     fits = bool(head) and same and head == own and not _reshaped(weights, ours) & head
     if not fits:
         weights = {key: value for key, value in weights.items() if key not in head}

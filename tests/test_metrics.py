@@ -1,0 +1,171 @@
+"""--metric and --class_weight: the scores of scikit-learn and SciPy, and what they select."""
+
+import json
+import math
+
+import forks
+import numpy as np
+import pytest
+import torch
+from mains import lines
+from PIL import Image
+from sklearn import metrics as sk
+
+import main_finetune
+import main_knn
+import main_linprobe
+from inference import get_model
+from util.checkpoints import checkpoint
+from util.cli.choices import CLASSIFICATION, METRICS
+
+NAMES = METRICS[CLASSIFICATION]
+
+
+def probabilities(file, data):
+    """Labels and probabilities of the validation images, one image at a time."""
+    model = get_model(file)
+    files = sorted((data / "val").glob("*/*"))
+    truth = np.array([model.classes.index(path.parent.name) for path in files])
+    images = torch.stack([torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1) for path in files])
+    with torch.inference_mode():
+        logits = torch.cat([model(model.prepare(image)) for image in images])
+    return truth, logits.double().softmax(dim=1).numpy()
+
+
+def expected(truth, scores):
+    predicted, one_hot = scores.argmax(axis=1), np.eye(scores.shape[1])[truth]
+    return {
+        "accuracy": sk.accuracy_score(truth, predicted),
+        "balanced_accuracy": sk.balanced_accuracy_score(truth, predicted),
+        "macro_f1": sk.f1_score(truth, predicted, average="macro", zero_division=0),
+        "kappa": sk.cohen_kappa_score(truth, predicted, weights="quadratic", labels=range(scores.shape[1])),
+        "auroc": sk.roc_auc_score(truth, scores, multi_class="ovr"),
+        "average_precision": sk.average_precision_score(one_hot, scores, average="macro"),
+    }
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("script", ["main_finetune.py", "main_linprobe.py"])
+def test_log_has_the_metrics_of_scikit_learn(script, processes, labelled, tmp_path):
+    """23 images in batches of 4: the last batch is smaller, and the processes have different numbers of images."""
+    own = {"main_finetune.py": ("--aa", "none", "--lr", 0.0003), "main_linprobe.py": ("--blr", 3, "--warmup_epochs", 0)}
+    argv = ("--data_path", labelled, "--output_dir", tmp_path / "run", "--model", "vit_mini_patch4", "--input_size", 16,
+            "--batch_size", 4, "--epochs", 3, "--num_workers", 0, "--device", "cpu", "--amp", "off", *own[script],
+            "--metric", *NAMES)  # fmt: skip
+    output = forks.run(script, argv, tmp_path / "output", processes)
+    found = lines(tmp_path / "run")[-1]
+    truth, scores = probabilities(tmp_path / "run/checkpoint-2.pth", labelled)
+    for name, value in expected(truth, scores).items():
+        assert found[f"test_{name}"] == pytest.approx(value, abs=1e-6), name
+        assert f" {name} {value:.3f}" in output
+    assert found["test_acc1"] == pytest.approx(100 * found["test_accuracy"])
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_neighbors_have_the_metrics_of_scikit_learn(processes, labelled, classify, tmp_path):
+    encoder = classify(main_finetune, "tuned", aa="none", lr=0.003, epochs=4, cls_token=True) / "checkpoint-3.pth"
+    argv = ("--data_path", labelled, "--finetune", encoder, "--k", 5, 20, "--temperature", 0.07, 1, "--batch_size", 4,
+            "--num_workers", 0, "--device", "cpu", "--metric", *NAMES)  # fmt: skip
+    output = forks.run("main_knn.py", argv, tmp_path / "output", processes)
+    found = json.loads(output.splitlines()[-1])
+    model, sets = get_model(encoder), []
+    for split in ("train", "val"):
+        files = sorted((labelled / split).glob("*/*"))
+        features = torch.nn.functional.normalize(model.extract_feat([*map(str, files)]).detach(), dim=1)
+        sets.append((features, torch.tensor([model.classes.index(path.parent.name) for path in files])))
+    (bank, classes), (queries, truth) = sets
+    similarity, order = (queries @ bank.T).sort(dim=1, descending=True)
+    for k, temperature in ((5, 0.07), (20, 0.07), (5, 1), (20, 1)):
+        votes = torch.zeros(len(queries), 6)
+        votes.scatter_add_(1, classes[order[:, :k]], (similarity[:, :k] / temperature).exp())
+        shares = (votes / votes.sum(dim=1, keepdim=True)).numpy()
+        for name, value in expected(truth.numpy(), shares).items():
+            assert found[f"knn_{name}_k{k}_t{temperature:g}"] == pytest.approx(value, abs=1e-6), (name, k, temperature)
+
+
+def test_the_first_metric_selects_the_best_checkpoint(classify, imbalanced):
+    flags = {"data_path": imbalanced, "aa": "none", "epochs": 8, "lr": 0.003, "warmup_epochs": 0}
+    for name in ("balanced_accuracy", "auroc"):
+        out = classify(main_finetune, name, **flags, metric=f"{name} accuracy")
+        scores = [line[f"test_{name}"] for line in lines(out)]
+        assert checkpoint.read(out / "checkpoint-best.pth")["epoch"] == scores.index(max(scores))
+        assert all(math.isfinite(line["test_accuracy"]) for line in lines(out))
+    without = classify(main_finetune, "without", **flags)
+    names = {"test_balanced_accuracy", "test_accuracy", "test_auroc"}
+    for line, other in zip(lines(without), lines(out), strict=True):
+        assert {**line, **{name: other[name] for name in names & other.keys()}}.keys() == other.keys()
+        assert (line["train_loss"], line["test_loss"]) == (other["train_loss"], other["test_loss"])
+
+
+def test_the_metric_selects_among_several_rates(classify, imbalanced, capsys):
+    classify(main_linprobe, data_path=imbalanced, epochs=2, blr="0.3 3 30", metric="macro_f1", held_out=0.4)
+    assert "held-out macro_f1 0." in capsys.readouterr().out
+
+
+def test_classes_without_images_are_named(classify, labelled, tmp_path, capsys):
+    """An evaluation of some classes: the mean is over the classes with images."""
+    out = classify(main_finetune, aa="none", lr=0.003)
+    (tmp_path / "part").mkdir()
+    for kind in ("kind0", "kind1", "kind4"):
+        (tmp_path / "part/val" / kind).parent.mkdir(exist_ok=True)
+        (tmp_path / "part/val" / kind).symlink_to(labelled / "val" / kind)
+    capsys.readouterr()
+    found = classify(main_finetune, data_path=tmp_path / "part", eval=True, resume=out / "checkpoint-1.pth",
+                     metric="auroc average_precision")  # fmt: skip
+    printed = capsys.readouterr().out
+    assert "--metric auroc is the mean over the other classes: none or all of the validation images" in printed
+    assert "no validation image is of kind2, kind3, kind5" in printed
+    truth, scores = probabilities(out / "checkpoint-1.pth", tmp_path / "part")
+    for name, score in (("auroc", sk.roc_auc_score), ("average_precision", sk.average_precision_score)):
+        values = [score(truth == number, scores[:, number]) for number in (0, 1, 4)]
+        assert found.metrics[name] == pytest.approx(np.mean(values), abs=1e-6)
+
+
+@pytest.mark.parametrize("main", [main_finetune, main_linprobe])
+def test_balanced_classes_have_equal_weights(main, classify, labelled, imbalanced):
+    """The weights are those of scikit-learn, so that they change nothing if the classes have equally many images."""
+    flags = {"epochs": 1, "warmup_epochs": 0} | ({"aa": "none"} if main is main_finetune else {})
+    for data, is_equal in ((labelled, True), (imbalanced, False)):
+        runs = [
+            lines(classify(main, f"{name}{is_equal}", **flags, data_path=data, **own))[-1]["train_loss"]
+            for name, own in (("plain", {}), ("weighted", {"class_weight": "balanced"}))
+        ]
+        assert (runs[0] == pytest.approx(runs[1], rel=1e-6)) == is_equal
+
+
+def test_balanced_weights_are_those_of_scikit_learn(imbalanced, classify):
+    """With a learning rate of 0 and no smoothing: the mean of weight and loss over the training images."""
+    flags = {"data_path": imbalanced, "aa": "none", "lr": 0, "min_lr": 0, "epochs": 1, "warmup_epochs": 0,
+             "smoothing": 0, "reprob": 0, "drop_path": 0, "crop": "none", "hflip": 0, "batch_size": 41}  # fmt: skip
+    out = classify(main_finetune, **flags, class_weight="balanced")
+    model = get_model(out / "checkpoint-0.pth")
+    files = sorted((imbalanced / "train").glob("*/*"))
+    truth = np.array([model.classes.index(path.parent.name) for path in files])
+    with torch.inference_mode():
+        loss = torch.nn.functional.cross_entropy(model(model.prepare([*map(str, files)])), torch.from_numpy(truth),
+                                                 reduction="none")  # fmt: skip
+    from sklearn.utils.class_weight import compute_sample_weight
+
+    weights = compute_sample_weight("balanced", truth)
+    assert len(files) == 41
+    assert lines(out)[-1]["train_loss"] == pytest.approx(float((weights * loss.numpy()).mean()), rel=1e-5)
+
+
+def test_weights_need_single_classes(classify):
+    with pytest.raises(ValueError, match=r"mixed images have no single class") as raised:
+        classify(main_finetune, class_weight="balanced", mixup=0.8, cutmix=1.0)
+    assert [str(remedy) for remedy in raised.value.remedies] == ["give --mixup 0 --cutmix 0"]
+    assert raised.value.about == {"class_weight": "balanced"}
+
+
+def test_a_validation_set_of_one_class(classify, labelled, tmp_path):
+    out = classify(main_finetune)
+    (tmp_path / "part/val").mkdir(parents=True)
+    (tmp_path / "part/val/kind0").symlink_to(labelled / "val/kind0")
+    with pytest.raises(ValueError, match="--metric auroc: the validation images are of one class"):
+        classify(main_finetune, data_path=tmp_path / "part", eval=True, resume=out / "checkpoint-1.pth", metric="auroc")
+
+
+def test_knn_returns_the_first_metric(classify):
+    accuracy, fractions = classify(main_knn, k=5), classify(main_knn, k=5, metric="accuracy macro_f1")
+    assert fractions[5, 0.07] == pytest.approx(accuracy[5, 0.07] / 100)

@@ -1,0 +1,430 @@
+"""--task regression and multilabel: labels of lists and datasets, losses, scores and predictions in units."""
+
+import csv
+import json
+
+import forks
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from mains import lines, parse
+from PIL import Image
+from scipy import stats
+from sklearn import metrics as sk
+from sklearn.neighbors import KNeighborsRegressor
+
+import main_compare
+import main_finetune
+import main_knn
+import main_linprobe
+from inference import export, get_model
+from util.checkpoints import checkpoint
+from util.cli.advice import AdvisedError
+
+NUMBERS, TAGS = ["weight", "age"], ["green", "red"]
+SMALL = {"model": "vit_mini_patch4", "input_size": 16, "batch_size": 8, "num_workers": 0, "device": "cpu", "amp": "off"}
+MILD = {"aa": "none", "reprob": 0, "crop_scale": "0.8 1", "lr": 0.001}
+STILL = {"aa": "none", "reprob": 0, "crop": "none", "hflip": 0, "drop_path": 0, "lr": 0, "min_lr": 0, "epochs": 1,
+         "warmup_epochs": 0, "batch_size": 50}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """50 and 23 pictures whose red and green brightness determine two numbers and two tags."""
+    root, generator = tmp_path_factory.mktemp("targets"), np.random.default_rng(0)
+    for split, count in (("train", 50), ("val", 23)):
+        rows = []
+        for number in range(count):
+            red, green = generator.uniform(0, 1, 2)
+            pixels = generator.uniform(0, 0.2, (20, 20, 3))
+            pixels[:, :, :2] += 0.8 * np.array([red, green])
+            Image.fromarray((255 * pixels.clip(0, 1)).astype(np.uint8)).save(root / f"{split}{number:02}.png")
+            tags = ";".join(name for name, value in (("red", red), ("green", green)) if value > 0.4)
+            rows.append(
+                [f"{split}{number:02}.png", 1000 + 200 * red, -3 * green, tags, int(green > 0.4), int(red > 0.4)]
+            )
+        write(root / f"{split}.csv", [["path", "weight", "age", "tags", "green", "red"], *rows])
+    return root
+
+
+def write(path, rows):
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+
+
+def lists(folder):
+    return {"train_list": folder / "train.csv", "val_list": folder / "val.csv"}
+
+
+def column_of(folder, split, *names):
+    """The labels in the list, (n, columns)."""
+    with (folder / f"{split}.csv").open() as file:
+        return np.array([[float(row[name]) for name in names] for row in csv.DictReader(file)])
+
+
+def files_of(folder, split):
+    return [str(file) for file in sorted(folder.glob(f"{split}*.png"))]
+
+
+@pytest.fixture
+def tune(classify, folder):
+    def run(main=main_finetune, name="run", **flags):
+        settings = {"data_path": folder} | lists(folder) | flags
+        return classify(main, name, **{flag: value for flag, value in settings.items() if value != ""})
+
+    return run
+
+
+def scores_of_numbers(truth, values):
+    return {
+        "r2": sk.r2_score(truth, values), "mae": sk.mean_absolute_error(truth, values),
+        "spearman": np.mean([stats.spearmanr(*pair).statistic for pair in zip(truth.T, values.T, strict=True)]),
+    }  # fmt: skip
+
+
+def scores_of_tags(truth, scores):
+    return {
+        "average_precision": sk.average_precision_score(truth, scores, average="macro"),
+        "auroc": sk.roc_auc_score(truth, scores, average="macro"),
+        "macro_f1": sk.f1_score(truth, scores >= 0.5, average="macro"),
+    }  # fmt: skip
+
+
+def in_processes(script, processes, out, **flags):
+    return forks.run(script, argv_of(flags), out.with_suffix(".output"), processes)
+
+
+def argv_of(flags):
+    return [part for flag, value in flags.items() for part in (f"--{flag}", *str(value).split())]
+
+
+OWN = {"main_finetune.py": MILD, "main_linprobe.py": {"blr": 1}}
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("script", ["main_finetune.py", "main_linprobe.py"])
+def test_numbers_are_scored_in_units(script, processes, folder, tmp_path):
+    """Each image once. The labels are those of the list, and the predictions those of `inference`, image by image."""
+    in_processes(script, processes, tmp_path / "run", **lists(folder), **SMALL | {"batch_size": 4}, **OWN[script],
+                 epochs=3, warmup_epochs=1, output_dir=tmp_path / "run", task="regression", label_columns="weight age",
+                 metric="mae spearman r2")  # fmt: skip
+    model = get_model(tmp_path / "run/checkpoint-2.pth")
+    values = np.stack([model.predict(file)["pred_values"] for file in files_of(folder, "val")])
+    found = lines(tmp_path / "run")
+    for name, value in scores_of_numbers(column_of(folder, "val", *NUMBERS), values).items():
+        assert found[-1][f"test_{name}"] == pytest.approx(value, rel=1e-6, abs=1e-6), name
+    errors = [line["test_mae"] for line in found]
+    assert checkpoint.read(tmp_path / "run/checkpoint-best.pth")["epoch"] == errors.index(min(errors))
+    record = checkpoint.read(tmp_path / "run/checkpoint-2.pth")["args"]
+    train = column_of(folder, "train", *NUMBERS)
+    assert (record["target_mean"], record["target_std"]) == (
+        pytest.approx(train.mean(axis=0)), pytest.approx(train.std(axis=0))
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("script", ["main_finetune.py", "main_linprobe.py"])
+def test_tags_are_scored_like_scikit_learn(script, processes, folder, tmp_path):
+    in_processes(script, processes, tmp_path / "run", **lists(folder), **SMALL | {"batch_size": 4}, **OWN[script],
+                 epochs=2, warmup_epochs=1, output_dir=tmp_path / "run", task="multilabel", label_columns="tags",
+                 metric="average_precision auroc macro_f1")  # fmt: skip
+    model = get_model(tmp_path / "run/checkpoint-1.pth")
+    assert model.classes == TAGS
+    scores = np.stack([model.predict(file)["pred_scores"] for file in files_of(folder, "val")])
+    for name, value in scores_of_tags(column_of(folder, "val", *TAGS), scores).items():
+        assert lines(tmp_path / "run")[-1][f"test_{name}"] == pytest.approx(value, abs=1e-6), name
+
+
+def test_an_evaluation_of_the_file_equals_the_last_epoch(tune, folder, tmp_path):
+    """The file records the task, the columns, the units and the loss."""
+    for task, columns, more in (
+        ("regression", "weight age", {"regression_loss": "huber"}), ("multilabel", "tags", {}),
+    ):  # fmt: skip
+        for main, own in ((main_finetune, MILD), (main_linprobe, {"blr": 1}), (main_linprobe, {"probe": "attentive"})):
+            name = f"{task}{main.__name__}{len(own)}{own.get('probe')}"
+            out = tune(main, name, **own, task=task, label_columns=columns, **more)
+            expected = {key: value for key, value in lines(out)[-1].items() if key.startswith("test_")}
+            argv = parse(main, eval=True, resume=out / "checkpoint-1.pth", **lists(folder), **SMALL,
+                         **({} if "probe" not in own else own), report=tmp_path / f"{name}-report")  # fmt: skip
+            scores = main.main(argv)
+            assert main is main_linprobe or scores.stats() == pytest.approx(expected)
+            written = {"multilabel": {"classes.csv", "curves.png"}, "regression": {"targets.csv", "predicted.png"}}
+            assert {file.name for file in (tmp_path / f"{name}-report").iterdir()} == written[task]
+            with next((tmp_path / f"{name}-report").glob("*.csv")).open() as file:
+                means = np.mean([[float(cell) for cell in row[2:]] for row in list(csv.reader(file))[1:]], axis=0)
+            assert means[0] == pytest.approx(next(iter(expected.values())), rel=1e-5)
+
+
+def test_neighbors_are_averaged_like_the_vote(tune, folder, tmp_path):
+    out = tune(task="regression", label_columns="weight age", **MILD, cls_token=True)
+    model = get_model(out / "checkpoint-1.pth")
+    sets = [model.extract_feat(files_of(folder, split)).detach() for split in ("train", "val")]
+    bank, queries = (torch.nn.functional.normalize(features, dim=1).numpy() for features in sets)
+    flags = {"finetune": out / "checkpoint-1.pth", "k": "5 20", "temperature": 0.07, **lists(folder), **SMALL}
+    truth, train = column_of(folder, "val", *NUMBERS), column_of(folder, "train", *NUMBERS)
+    for processes in (1, 2):
+        output = in_processes("main_knn.py", processes, tmp_path / f"knn{processes}", **flags, task="regression",
+                              label_columns="weight age", metric="r2 mae spearman")  # fmt: skip
+        for k in (5, 20):
+            neighbors = KNeighborsRegressor(k, weights=lambda d: np.exp(-(d**2) / 2 / 0.07), algorithm="brute")
+            values = neighbors.fit(bank, train).predict(queries)
+            for name, value in scores_of_numbers(truth, values).items():
+                found = json.loads(output.splitlines()[-1])[f"knn_{name}_k{k}"]
+                assert found == pytest.approx(value, rel=1e-4), (name, k, processes)
+    shares = KNeighborsRegressor(5, weights=lambda d: np.exp(-(d**2) / 2 / 0.07), algorithm="brute")
+    shares = shares.fit(bank, column_of(folder, "train", *TAGS)).predict(queries)
+    found = tune(main_knn, finetune=out / "checkpoint-1.pth", k=5, task="multilabel", label_columns="tags",
+                 metric="auroc")[5, 0.07]  # fmt: skip
+    assert found == pytest.approx(scores_of_tags(column_of(folder, "val", *TAGS), shares)["auroc"], abs=1e-6)
+
+
+@pytest.mark.parametrize("loss", ["l1", "l2", "huber"])
+def test_the_loss_is_that_of_standardized_numbers(loss, tune, folder):
+    out = tune(task="regression", label_columns="weight age", regression_loss=loss, **STILL)
+    train = column_of(folder, "train", *NUMBERS)
+    model = get_model(out / "checkpoint-0.pth")
+    values = np.stack([one["pred_values"] for one in model.predict(files_of(folder, "train"))])
+    z = np.abs(values - train) / train.std(axis=0)
+    expected = {"l1": z, "l2": z**2, "huber": np.where(z < 1, z**2 / 2, z - 0.5)}[loss].mean()
+    assert lines(out)[-1]["train_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_loss_of_tags_is_the_binary_cross_entropy(weighted, tune, folder):
+    out = tune(task="multilabel", label_columns="tags", **STILL, **({"class_weight": "balanced"} if weighted else {}))
+    model = get_model(out / "checkpoint-0.pth")
+    scores = np.stack([one["pred_scores"] for one in model.predict(files_of(folder, "train"))]).astype(float)
+    truth = column_of(folder, "train", *TAGS)
+    losses = -np.log(np.where(truth > 0, scores, 1 - scores))
+    if weighted:  # of scikit-learn, for each class alone
+        from sklearn.utils.class_weight import compute_sample_weight
+
+        losses *= np.stack([compute_sample_weight("balanced", own) for own in truth.T], axis=1)
+    assert lines(out)[-1]["train_loss"] == pytest.approx(losses.mean(), rel=1e-5)
+
+
+class Pictures:
+    """The pictures of the fixture as a dataset, with vectors as labels."""
+
+    def __init__(self, split, data_path, names, lists_labels):
+        from pathlib import Path
+
+        self.files, self.classes = files_of(Path(data_path), split), list(names)
+        self.vectors = column_of(Path(data_path), split, *names)
+        if lists_labels:
+            self.labels = self.vectors
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, index):
+        return self.files[index], torch.from_numpy(self.vectors[index])
+
+
+def numbers(split, data_path):
+    return Pictures(split, data_path, NUMBERS, True)
+
+
+def unlisted_numbers(split, data_path):
+    return Pictures(split, data_path, NUMBERS, False)
+
+
+def tags(split, data_path):
+    return Pictures(split, data_path, TAGS, True)
+
+
+def test_lists_columns_and_datasets_are_the_same(tune, folder, tmp_path):
+    """Lists with a;b, with a column for each class, JSON, and vectors of a dataset; with images in memory."""
+    for split in ("train", "val"):
+        with (folder / f"{split}.csv").open() as file:
+            rows = [
+                {"path": str(folder / row["path"]), "label": row["tags"].split(";")} for row in csv.DictReader(file)
+            ]
+        for row in rows:
+            row["label"] = [one for one in row["label"] if one]
+        (tmp_path / f"{split}.json").write_text(json.dumps(rows))
+    json_lists = {f"{split}_list": tmp_path / f"{split}.json" for split in ("train", "val")}
+    no_lists = {"train_list": "", "val_list": ""}
+    flags = {"epochs": 1, "warmup_epochs": 0, **MILD}
+
+    def losses(name, **own):
+        return [(line["train_loss"], line["test_loss"]) for line in lines(tune(main_finetune, name, **flags, **own))]
+
+    first = losses("list", task="multilabel", label_columns="tags")
+    assert losses("columns", task="multilabel", label_columns="green red") == first
+    assert losses("json", task="multilabel", **json_lists) == first
+    assert losses("memory", task="multilabel", label_columns="tags", cache_images=True) == first
+    assert losses("dataset", task="multilabel", dataset="py:test_tasks:tags", **no_lists) == first
+    first = losses("numbers", task="regression", label_columns="weight age")
+    assert losses("vectors", task="regression", dataset="py:test_tasks:numbers", **no_lists) == first
+    assert losses("unlisted", task="regression", dataset="py:test_tasks:unlisted_numbers", **no_lists) == first
+
+
+def test_predictions_are_printed(tune, folder, tmp_path):
+    out = tune(task="regression", label_columns="weight", **MILD)
+    image = folder / "val00.png"
+    argv = (image, "--model", out / "checkpoint-1.pth", "--device", "cpu", "--out", tmp_path / "picture.png")
+    value = get_model(out / "checkpoint-1.pth").predict(str(image))["values"]["weight"]
+    output = forks.run("inference/predict.py", argv, tmp_path / "output", environment={"PYTHONPATH": str(ROOT)})
+    assert f"{value:.6g}  weight" in output
+    assert Image.open(tmp_path / "picture.png").size[0] > 100
+    assert 900 < value < 1300
+    out = tune(name="tags", task="multilabel", label_columns="tags", **MILD)
+    found = get_model(out / "checkpoint-1.pth").predict([str(image)])[0]
+    assert found["pred_classes"] == [TAGS[label] for label in found["pred_labels"]]
+    assert found["pred_labels"] == [label for label, score in enumerate(found["pred_scores"]) if score >= 0.5]
+
+
+def test_exports_keep_the_units_or_are_refused(tune, folder, tmp_path):
+    out = tune(task="regression", label_columns="weight", **MILD) / "checkpoint-1.pth"
+    image = str(folder / "val00.png")
+    for to, suffix in (("reference", ".pth"), ("safetensors", ".safetensors")):
+        export.export(get_model(out), to, tmp_path / f"model{suffix}")
+        found = get_model(tmp_path / f"model{suffix}").predict(image)["values"]
+        assert found == pytest.approx(get_model(out).predict(image)["values"])
+    with pytest.raises(ValueError, match=r"--to onnx: .* --task regression; give --to reference or safetensors"):
+        export.export(get_model(out), "onnx", tmp_path / "model.onnx")
+
+
+def changed(folder, out, change, split="train"):
+    """Lists of which one is changed."""
+    for one in ("train", "val"):
+        with (folder / f"{one}.csv").open() as file:
+            rows = list(csv.reader(file))
+        rows[1:] = [[str(folder / row[0]), *row[1:]] for row in rows[1:]]
+        write(out / f"{one}.csv", change(rows) if one == split else rows)
+    return lists(out)
+
+
+def with_cell(text, column=1):
+    def change(rows):
+        rows[5][column] = text
+        return rows
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "flags", "message"),
+    [
+        (with_cell("nan"), {}, r"--train_list .*\.csv: the weight of .*train04\.png is nan; --task regression needs"),
+        (with_cell(""), {}, r"the weight of .*train04\.png is empty; .* or omit the row"),
+        (with_cell("heavy"), {}, r"the weight of .*train04\.png is heavy; --task regression needs a finite number"),
+        (with_cell("inf"), {}, r"is inf; --task regression needs a finite number"),
+        (list, {"label_columns": "wieght"}, r"no column wieght; give .* of path, .*; did you mean weight\?"),
+        (list, {"label_columns": ""}, r"it has no column label or class or groundtruth; give --label_columns"),
+        (list, {"task": "multilabel"}, r"the weight of .* is 1\d\d\d.*; --task multilabel needs 0 or 1"),
+        (list, {"task": "classification"}, r"--task classification has one label column; give one of weight, age"),
+        (lambda rows: [[*row[:1], "5", *row[2:]] if n else row for n, row in enumerate(rows)], {},
+         r"--task regression: weight is the same for all training images"),
+        (list, {"train_per_class": 2}, r"--train_per_class 2: an image has no single class with --task regression"),
+        (list, {"class_weight": "balanced"}, r"--class_weight balanced: --task regression has no classes; omit"),
+        (list, {"metric": "auroc"}, r"--metric auroc is not for --task regression: give r2, mae, spearman"),
+        (list, {"nb_classes": 3}, r"--nb_classes 3: the labels have 2 numbers; omit --nb_classes"),
+    ],
+    ids=range(13),
+)  # fmt: skip
+def test_wrong_labels_are_one_line(change, flags, message, tune, folder, tmp_path):
+    flags = {"task": "regression", "label_columns": "weight age", **changed(folder, tmp_path, change)} | flags
+    with pytest.raises(ValueError, match=message) as raised:
+        tune(**flags)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("task", ["regression", "multilabel"])
+@pytest.mark.parametrize("main", [main_finetune, main_linprobe, main_knn])
+def test_class_folders_are_for_classification(task, main, classify):
+    with pytest.raises(ValueError, match=f"--task {task}: the train images are class numbers: give --train_list"):
+        classify(main, task=task)
+
+
+@pytest.mark.parametrize(
+    ("flags", "remedy"),
+    [
+        ({"mixup": 0.8}, "give --mixup 0"),
+        ({"cutmix": 1}, "give --cutmix 0"),
+        ({"smoothing": 0.1}, "give --smoothing 0"),
+    ],
+)
+def test_mixed_and_smoothed_labels_are_for_classification(flags, remedy, tune):
+    with pytest.raises(AdvisedError) as raised:
+        tune(task="multilabel", label_columns="tags", **flags)
+    assert [str(one) for one in raised.value.remedies] == [remedy]
+
+
+def test_a_file_has_one_task(tune, folder, classify, labelled):
+    out = tune(task="regression", label_columns="weight", **MILD) / "checkpoint-1.pth"
+    with pytest.raises(ValueError, match=r"--task multilabel: .* was trained with --task regression; omit --task"):
+        tune(task="multilabel", label_columns="tags", eval=True, resume=out)
+    assert isinstance(classify(main_finetune, "other", finetune=out, epochs=1).name, str)  # the head is a new one
+    assert classify(main_knn, finetune=out, k=3)  # of class folders, although the file is of numbers
+
+
+def test_encoders_are_compared_by_their_errors(tune, folder, tmp_path):
+    """The lowest error is the best one. Each cell is the result of the script."""
+    out = tune(task="regression", label_columns="weight age", **MILD, epochs=8)
+    flags = {**lists(folder), "task": "regression", "label_columns": "weight age", "metric": "mae", "labels": "all",
+             "input_size": 16, "device": "cpu", "num_workers": 0, "amp": "off",
+             "encoders": f"mine={out}/checkpoint-7.pth scratch", "protocols": "knn finetune", "budget": 2,
+             "output_dir": tmp_path / "compare"}  # fmt: skip
+    table = main_compare.main(parse(main_compare, **flags)).splitlines()
+    assert table[0] == "| test mae | 50 labels |"
+    cells = {line.split(" |")[0].strip("| "): line.split(" |")[1].strip() for line in table[2:6]}
+    errors = {name: float(cell.strip("*")) for name, cell in cells.items()}
+    assert errors.keys() == {f"{name} ({how})" for name in ("mine", "scratch") for how in ("k-NN", "fine-tuned")}
+    best = min(errors, key=errors.get)
+    assert [name for name, cell in cells.items() if cell.startswith("**")] == [best]
+    assert best.startswith("mine")
+    assert f"{best} has the best mae, " in table[-1] and " below scratch" in table[-1]
+    logged = lines(next((tmp_path / "compare/runs/scratch/finetune").glob("*/0")))[-1]["test_mae"]
+    assert errors["scratch (fine-tuned)"] == pytest.approx(logged, rel=1e-3)
+    with pytest.raises(ValueError, match=r"--labels 10: .* give --labels all"):
+        main_compare.main(parse(main_compare, **flags | {"labels": 10}))
+    with pytest.raises(ValueError, match=r"--encoders pixels: .* omit pixels"):
+        main_compare.main(parse(main_compare, **flags | {"encoders": "pixels scratch"}))
+
+
+def test_labels_of_a_dataset_are_checked(tune):
+    for name, message in (
+        ("not_a_number", r"labels have nan: --task regression needs finite numbers"),
+        ("text", r"its label is heavy: --task regression needs finite numbers"),
+        ("ragged", r"train\[1\]: its label has 2 numbers, and that of sample 0 1: give equally many"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tune(task="regression", dataset=f"py:test_tasks:{name}", train_list="", val_list="")
+
+
+class Wrong(Pictures):
+    def __init__(self, split, data_path, vectors):
+        super().__init__(split, data_path, NUMBERS, False)
+        self.vectors = vectors
+        del self.classes
+
+    def __getitem__(self, index):
+        return self.files[index], self.vectors[min(index, 1)]
+
+
+def not_a_number(split, data_path):
+    data = numbers(split, data_path)
+    data.labels = np.where(np.arange(len(data.labels))[:, None] == 3, np.nan, data.labels)
+    return data
+
+
+def text(split, data_path):
+    return Wrong(split, data_path, ["heavy", "heavy"])
+
+
+def ragged(split, data_path):
+    return Wrong(split, data_path, [[1.0], [1.0, 2.0]])
+
+
+def test_a_resumed_run_is_the_whole_run(tune):
+    flags = {"task": "regression", "label_columns": "weight age", **MILD, "epochs": 3}
+    whole = tune(name="whole", **flags)
+    out = tune(name="part", **flags)
+    for name in ("2", "last", "best"):
+        (out / f"checkpoint-{name}.pth").unlink()
+    tune(name="part", **flags, resume="auto")
+    a, b = (checkpoint.read(one / "checkpoint-2.pth")["model"] for one in (whole, out))
+    assert all(torch.equal(a[name], b[name]) for name in a)
