@@ -203,7 +203,8 @@ def mixing(args: Namespace, num_classes: int) -> "Mixup | None":
     if args.class_weight or args.task != CLASSIFICATION:
         off = {"mixup": 0, "cutmix": 0, "cutmix_minmax": None}
         disabled = Remedy({name: off[name] for name in off if getattr(args, name)})
-        about = {"task": args.task} if args.task != CLASSIFICATION else {"class_weight": args.class_weight}
+        about = {name: getattr(args, name) for name in off if getattr(args, name)}
+        about |= {"task": args.task} if args.task != CLASSIFICATION else {"class_weight": args.class_weight}
         raise AdvisedError("mixed images have no single class", disabled, about=about)
     if args.cutmix_minmax and args.cutmix_minmax[0] >= args.cutmix_minmax[1]:
         raise ValueError("--cutmix_minmax: give the smaller fraction first")

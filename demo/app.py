@@ -27,6 +27,7 @@ from demo import outputs
 from inference.model import Autoencoder, Classifier, Model, Segmenter, get_model
 from util import dist
 from util.cli import entry_point, flags, options
+from util.cli.choices import REGRESSION
 from util.cli.own_classes import chosen_encoder
 from util.data.decode import SUFFIXES
 from util.masking import num_visible
@@ -134,9 +135,13 @@ def build(model: Model, classifier: Model | None = None, samples: Path | None = 
     Raises:
         ValueError: the classifier has no classification head.
     """
-    if classifier is None and isinstance(model, Classifier) and model.settings["nb_classes"]:
+
+    def has_classes(one: Model) -> bool:
+        return isinstance(one, Classifier) and one.settings["nb_classes"] and one.settings.get("task") != REGRESSION
+
+    if classifier is None and has_classes(model):
         classifier = model
-    if classifier is not None and not (isinstance(classifier, Classifier) and classifier.settings["nb_classes"]):
+    if classifier is not None and not has_classes(classifier):
         raise ValueError(
             f"--classifier: {classifier.settings['model']} has no classification head; give a fine-tuned file"
         )

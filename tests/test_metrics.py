@@ -155,7 +155,7 @@ def test_weights_need_single_classes(classify):
     with pytest.raises(ValueError, match=r"mixed images have no single class") as raised:
         classify(main_finetune, class_weight="balanced", mixup=0.8, cutmix=1.0)
     assert [str(remedy) for remedy in raised.value.remedies] == ["give --mixup 0 --cutmix 0"]
-    assert raised.value.about == {"class_weight": "balanced"}
+    assert raised.value.about == {"mixup": 0.8, "cutmix": 1.0, "class_weight": "balanced"}
 
 
 def test_a_validation_set_of_one_class(classify, labelled, tmp_path):

@@ -179,15 +179,16 @@ def test_neighbors_are_averaged_like_the_vote(tune, folder, tmp_path):
     assert found == pytest.approx(scores_of_tags(column_of(folder, "val", *TAGS), shares)["auroc"], abs=1e-6)
 
 
-@pytest.mark.parametrize("loss", ["l1", "l2", "huber"])
-def test_the_loss_is_that_of_standardized_numbers(loss, tune, folder):
-    out = tune(task="regression", label_columns="weight age", regression_loss=loss, **STILL)
+@pytest.mark.parametrize(("loss", "amp"), [("l1", "off"), ("l2", "off"), ("huber", "off"), ("l2", "bf16")])
+def test_the_loss_is_that_of_standardized_numbers(loss, amp, tune, folder):
+    """In 16 bits, the labels are exact; the outputs of the head, which is almost 0, do not matter."""
+    out = tune(task="regression", label_columns="weight age", regression_loss=loss, **STILL | {"amp": amp})
     train = column_of(folder, "train", *NUMBERS)
     model = get_model(out / "checkpoint-0.pth")
     values = np.stack([one["pred_values"] for one in model.predict(files_of(folder, "train"))])
     z = np.abs(values - train) / train.std(axis=0)
     expected = {"l1": z, "l2": z**2, "huber": np.where(z < 1, z**2 / 2, z - 0.5)}[loss].mean()
-    assert lines(out)[-1]["train_loss"] == pytest.approx(expected, rel=1e-5)
+    assert lines(out)[-1]["train_loss"] == pytest.approx(expected, rel=1e-5 if amp == "off" else 5e-5)
 
 
 @pytest.mark.parametrize("weighted", [False, True])

@@ -53,6 +53,10 @@ class Subset:
         return self.source.version(int(self.indices[index]))
 
 
+def _is_decimal(name: str) -> bool:
+    return name.count(".") == 1 and name.lstrip("-").replace(".", "").isdecimal()
+
+
 def check_classes(train: Source, val: Source, nb_classes: int | None) -> list[str]:
     """Returns the classes of a training and a validation set, which must be equal.
 
@@ -66,6 +70,8 @@ def check_classes(train: Source, val: Source, nb_classes: int | None) -> list[st
             + "; ".join(
                 f"only {side}: {first_few(own)}" for side, own in (("train", only_train), ("val", only_val)) if own
             )
+            + "; --task multilabel takes a;b as two classes" * any(";" in name for name in only_train + only_val)
+            + "; --task regression takes numbers" * all(map(_is_decimal, only_train + only_val))
         )
     if nb_classes not in (None, len(train.classes)):
         raise ValueError(

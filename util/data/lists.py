@@ -166,6 +166,8 @@ def _read_cells(suffix: str, text: str, columns: Sequence[str] | None) -> tuple[
         return [name for name, _ in rows], ["label"], [[str(label)] for _, label in rows]
     if suffix == ".csv":
         lines = [row for row in csv.reader(line for line in text.splitlines() if line.strip()) if row]
+        if twice := {title for title in lines[0] if lines[0].count(title) > 1} & {*columns}:
+            raise LabelError(f"two columns have the name {printable(min(twice))}; rename one")
         entries = [dict(zip(map(str.strip, lines[0]), map(str.strip, row), strict=False)) for row in lines[1:]]
     elif isinstance(parsed, list) and all(isinstance(entry, dict) for entry in parsed):
         entries = [{key: "" if value is None else str(value) for key, value in entry.items()} for entry in parsed]

@@ -168,7 +168,10 @@ class UserSet(LibrarySet):
         value = np.asarray(-1 if label is None else label)
         if value.ndim or value.dtype.kind not in "iub":
             kind = f"an array of shape {value.shape}" if value.ndim else f"the {type(label).__name__} {label}"
-            raise ValueError(f"{self._place(index)}: its label is {printable(kind)}: give a class number, or None")
+            raise ValueError(
+                f"{self._place(index)}: its label is {printable(kind)}: give a class number, or None (vectors "
+                f"and numbers are for main_finetune.py --task)"
+            )
         listed = value if self._listed is None else self._listed[index]
         if value != listed:
             raise ValueError(f"{self._place(index)}: its label is {value}, and labels[{index}] is {listed}")
