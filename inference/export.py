@@ -112,7 +112,7 @@ def export(model: Model, to: str, out: Path) -> None:
     if task != CLASSIFICATION and model.settings["nb_classes"] and to not in KEEP_TASK:
         raise ValueError(
             f"--to {to}: {to} does not know the outputs of --task {task}; give "
-            f"--to {' or '.join(KEEP_TASK)}, or --encoder"
+            f"--to {' or '.join(KEEP_TASK)}, or --encoder_only"
         )
     check_suffix(to, out)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -238,8 +238,8 @@ def _pixio(model: Model, intermediate_size: int, **same: Any) -> Any:
     transformers = library("transformers")
     if isinstance(model, Autoencoder) or model.settings["nb_classes"] or model.settings.get("global_pool"):
         raise ValueError(
-            f"--to transformers: PixioModel, for several class tokens, has no decoder and no head: give --encoder, or "
-            f"{FOR_ALL}"
+            f"--to transformers: PixioModel, for several class tokens, has no decoder and no head: give "
+            f"--encoder_only, or {FOR_ALL}"
         )
     ratio, rest = divmod(intermediate_size, model.embed_dim)
     if rest:

@@ -52,9 +52,10 @@ def test_an_exported_encoder_has_the_layout_of_vitdet(tmp_path, source):
     settings = {} if source == "mae" else {"nb_classes": 3 * (source == "classifier"), "global_pool": False}
     model = get_model(name, **settings)
     torch.save({"model": model.state_dict(), "args": model.settings, "epoch": 3}, tmp_path / "checkpoint-3.pth")
-    argv = ["--model", tmp_path / "checkpoint-3.pth", "--encoder", "--to", "reference", "--out", tmp_path / "file.pth"]
+    out = tmp_path / "file.pth"
+    argv = ["--model", tmp_path / "checkpoint-3.pth", "--encoder_only", "--to", "reference", "--out", out]
     export.main(entry_point.parse(export.get_args_parser(), [str(part) for part in argv]))
-    content = torch.load(tmp_path / "file.pth", weights_only=True)
+    content = torch.load(out, weights_only=True)
     tensors = content["model"]
     expected = vitdet_shapes(192, 12)
     matches = suffix_matches(set(expected), set(tensors))

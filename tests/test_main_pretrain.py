@@ -77,7 +77,7 @@ def test_a_class_of_models_is_recorded_and_without_pixels_draws_no_pictures(pret
     main_pretrain.main(entry_point.parse(main_pretrain.get_args_parser(), argv), functools.partial(PredictsFeatures))
     settings = checkpoint.read(tmp_path / "own/checkpoint-0.pth")["args"]
     assert (settings["model_class"], settings["predicts_pixels"]) == ("PredictsFeatures", False)
-    assert "model_class" not in checkpoint.read(pretrain("base", epochs=1) / "checkpoint-0.pth")["args"]
+    assert checkpoint.read(pretrain("base", epochs=1) / "checkpoint-0.pth")["args"]["model_class"] is None
     assert EventAccumulator(str(tmp_path / "own")).Reload().Tags()["images"] == []
 
 

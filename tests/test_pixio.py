@@ -132,7 +132,7 @@ def test_formats_that_can_not_have_several_class_tokens(mae_file, tmp_path):
     for to, message in (
         ("timm", "timm uses a single class token, and this model the mean of 3"),
         ("mmpretrain", "mmpretrain uses a single class token"),
-        ("transformers", "PixioModel, for several class tokens, has no decoder and no head: give --encoder"),
+        ("transformers", "PixioModel, for several class tokens, has no decoder and no head: give --encoder_only"),
     ):
         with pytest.raises(ValueError, match=message):
             export.export(model, to, tmp_path / to)

@@ -37,7 +37,7 @@ PRETRAIN = [
 ]  # fmt: skip
 EXPORT = [
     "-m", "inference.export", "--model", WORK / "pretrain" / f"checkpoint-{EPOCHS - 1}.pth", "--to", "safetensors",
-    "--encoder", "--out", ENCODER,
+    "--encoder_only", "--out", ENCODER,
 ]  # fmt: skip
 COMPARE = [
     "main_compare.py", *DATA, "--input_size", 28, "--in_chans", 1, "--crop_pct", 1, "--num_workers", 1, "--amp", "bf16",
