@@ -14,6 +14,7 @@ from util.cli import advice, entry_point
 from util.cli.choices import CLASSIFICATION, REGRESSION
 from util.cli.flags import runs_code
 from util.data import labels, targets, transforms
+from util.data.batches import Batch
 from util.data.run_data import RunData
 from util.data.sources import Source
 from util.evaluation import report
@@ -51,20 +52,19 @@ def train_one_epoch(
     """
 
     def compute_loss(batch: Any) -> Tensor:
-        images, targets, _ = batch
-        images = normalize(images)
+        images, targets = normalize(batch.images), batch.labels
         if erase is not None:
             images = erase(images)
         if mixup is not None:
             images, targets = mixup(images, targets)
-        return criterion(model(images), targets)
+        return criterion(model(images, **batch.extras), targets)
 
     loop.run_epoch(compute_loss, model, data_loader, optimizer, options)
 
 
 def evaluate(
     model: nn.Module,
-    data_loader: Iterable[list[Tensor]],
+    data_loader: Iterable[Sequence[Any]],
     *,
     normalize: Callable[[Tensor], Tensor],
     precision: Precision,
@@ -82,7 +82,7 @@ def evaluate(
 @torch.inference_mode()
 def evaluate_heads(
     models: Sequence[nn.Module],
-    data_loader: Iterable[list[Tensor]],
+    data_loader: Iterable[Sequence[Any]],
     *,
     normalize: Callable[[Tensor], Tensor],
     precision: Precision,
@@ -92,12 +92,12 @@ def evaluate_heads(
     task, columns, num_outputs = task or Classification(), [list[tuple[Tensor, ...]]() for _ in models], 0
     for model in models:
         model.eval()
-    for batch in data_loader:
-        images, targets, _ = loop.to_device(batch, precision.device)
+    for loaded in data_loader:
+        batch = loop.to_device(loaded, precision.device)
         for model, own in zip(models, columns, strict=True):
             with precision.autocast():
-                outputs = model(normalize(images)).float()
-            own.append(task.columns(outputs, targets))
+                outputs = model(normalize(batch.images), **batch.extras).float()
+            own.append(task.columns(outputs, batch.labels))
             num_outputs = outputs.shape[1]
     evaluations = []
     for own in columns:
@@ -111,7 +111,7 @@ def evaluate_heads(
 
 def encode(
     data: RunData, source: Source, model: Any, batch_size: int, precision: Precision, on_bad_image: str | None = None
-) -> Iterator[list[Tensor]]:
+) -> Iterator[Batch]:
     """Returns batches with the input of the head of a `VisionTransformer`, from `feature_files.encode`."""
     batches = data.eval_batches(source, batch_size, on_bad_image)
     forward = model.eval().forward_features

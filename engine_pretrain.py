@@ -24,8 +24,7 @@ def train_one_epoch(
 
     Args:
         model: a `MaskedAutoencoderViT`, possibly wrapped.
-        data_loader: batches of images (B, c, H, W), labels (unused), and noise (B, N), which determines the masks; and
-            the valid pixels (B, H, W) if some are not.
+        data_loader: batches, of which the labels are not used.
         mask_ratio: fraction of masked patches.
         normalize: images -> the input of the model, on the device.
         uses_noise: pass the noise of the batches. Else the model draws its masks.
@@ -36,11 +35,9 @@ def train_one_epoch(
     """
 
     def compute_loss(batch: Any) -> Tensor:
-        images, _, noise, *valid = batch
-        if valid and lack_of_valid:
+        if "valid" in batch.extras and lack_of_valid:
             raise ValueError(f"the images have invalid pixels, and {lack_of_valid}")
-        options = {"noise": noise} if uses_noise else {}
-        options |= {"valid": valid[0]} if valid else {}
-        return model(normalize(images), mask_ratio, **options)[0]
+        options = {"noise": batch.noise} if uses_noise else {}
+        return model(normalize(batch.images), mask_ratio, **options, **batch.extras)[0]
 
     loop.run_epoch(compute_loss, model, data_loader, optimizer, options)

@@ -42,6 +42,7 @@ from util.cli.choices import CLASSIFICATION
 from util.cli.own_classes import with_encoder
 from util.data import transforms
 from util.data.run_data import RunData
+from util.data.sources import extra_names
 from util.data.user_sets import OpenDataset, with_source
 from util.evaluation import tasks
 from util.evaluation.tasks import Evaluation
@@ -116,6 +117,9 @@ def main(
     labels, mixup = tasks.task_of(settings, val, train), mixing(args, len(classes))
     train, val = data.cached(train, val)
     model = build(*specs(settings))
+    model.check_extras(extra_names(train))
+    if mixup and extra_names(train):
+        raise ValueError("--mixup and --cutmix mix images, and not their extra inputs: give --mixup 0 --cutmix 0")
     if file and not loading.load_encoder(model, file, args.adapt_input, classes, args.task):
         nn.init.normal_(model.head.get_parameter("weight"), std=HEAD_STD)
     if args.unfreeze_blocks is not None:

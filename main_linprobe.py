@@ -52,8 +52,9 @@ from util.cli import entry_point, options
 from util.cli.choices import ATTENTIVE
 from util.cli.own_classes import with_encoder
 from util.data import labels, loader, transforms
+from util.data.batches import Batch
 from util.data.run_data import RunData
-from util.data.sources import Source, versions
+from util.data.sources import Source, extra_names, versions
 from util.data.user_sets import OpenDataset, with_source
 from util.evaluation import tasks
 from util.settings import DataSpec, ImageSpec, RunSpec, names_where, specs
@@ -162,6 +163,7 @@ def train_probe(
         settings["global_pool"] = True  # `probe` raises the error; `load_frozen` would ask for the flag first
     model = build(*specs(settings))
     load_frozen(model, file, args.adapt_input)
+    model.check_extras(extra_names(train))
     model.to(device)
     heads, optimizer = make_heads(model, args.blr, args.weight_decay)
     sets = {"val": val}
@@ -239,14 +241,14 @@ class Features:
                 shutil.rmtree(self.folder, ignore_errors=True)  # of an earlier run, which is not resumed
             self._require_space()
 
-    def open(self, name: str) -> Callable[[], Iterable[list[Tensor]]]:
+    def open(self, name: str) -> Callable[[], Iterable[Batch]]:
         """Returns a function that starts a pass over a dataset, in batches for `evaluate`."""
         if not self.are_stored:
             return partial(self._encode, name, self.sets[name])
         features, targets = self.load(name)
         size = self.batch_size if self.model.head_pools else 4096
         starts = range(0, len(targets), size)
-        return lambda: ([features[n : n + size], targets[n : n + size], targets[n : n + size]] for n in starts)
+        return lambda: (Batch(features[n : n + size], targets[n : n + size], targets[n : n + size]) for n in starts)
 
     def load(self, name: str) -> tuple[Tensor, Tensor]:
         """Returns the stored features (n, D) or tokens (n, N, D) of a dataset, and its labels (n,)."""
@@ -256,7 +258,7 @@ class Features:
             options = {"folder": folder, "settings": self._token_settings(source), "dtype": torch.float16}
         return feature_files.extract(partial(self._encode, name), source, **options)
 
-    def _encode(self, name: str, source: Source) -> Iterator[list[Tensor]]:
+    def _encode(self, name: str, source: Source) -> Iterator[Batch]:
         on_bad_image = None if name == "val" else "error"
         return encode(self.data, source, self.model, self.batch_size, self.precision, on_bad_image)
 

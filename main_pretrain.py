@@ -35,7 +35,7 @@ from util.cli.user_code import import_object
 from util.data import loader, transforms
 from util.data.run_data import RunData
 from util.data.samples import Samples
-from util.data.sources import Source
+from util.data.sources import Source, extra_names
 from util.data.user_sets import OpenDataset, with_source
 from util.data.webdataset_shards import Shards
 from util.evaluation import pictures
@@ -103,6 +103,7 @@ def main(
 
     data = RunData(ImageSpec.of(settings), DataSpec.of(settings), device, source)
     samples, full_images = open_samples(args, data, draw_noise, model, mask_ratio)
+    model.check_extras(extra_names(samples.source))
     batches = loader.TrainLoader(
         samples, args.batch_size, args.seed, args.num_workers, data.pin_memory, args.repeated_sampling, args.accum_iter,
         args.updates_per_epoch,
@@ -114,6 +115,8 @@ def main(
 
     vis_every = args.vis_every if model.predicts_pixels else 0
     probe = open_probe(args, data, full_images.source, precision)
+    if probe:
+        model.check_extras(extra_names(probe.train))
 
     def after_epoch(epoch: int, log: run_log.NullLog) -> dict[str, Any]:
         takes_part = dist.is_main() or args.fsdp  # sharded weights need all processes
@@ -201,11 +204,11 @@ def draw_examples(
 ) -> np.ndarray:
     """Draws reconstructions of EXAMPLES samples, as in `pictures.reconstruction`."""
     model.eval()  # without drop path; the next epoch begins in training mode
-    images, _, noise, *valid = loader.examples(samples, EXAMPLES)
+    batch = loader.examples(samples, EXAMPLES)
     names = loader.example_names(samples, EXAMPLES)
     return pictures.reconstruction(
-        model, images, noise if uses_noise else None, data.normalize, mask_ratio, labels=names,
-        valid=valid[0] if valid else None,
+        model, batch.images, batch.noise if uses_noise else None, data.normalize, mask_ratio, labels=names,
+        extras=batch.extras,
     )  # fmt: skip
 
 

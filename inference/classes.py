@@ -110,12 +110,13 @@ class ModelMixin(PyTorchModelHubMixin):
         return decode(image, self.in_chans, upright, values=self.values)  # type: ignore[arg-type]
 
     @torch.inference_mode()
-    def predict(self, images: Images, topk: int = 5) -> Any:
+    def predict(self, images: Images, topk: int = 5, **extras: Any) -> Any:
         """Predicts the classes of images, or their numbers.
 
         Args:
             images: as in `prepare`.
             topk: number of classes in `top`.
+            extras: extra inputs of the model by name: a value for each image, or that of a single image.
 
         Returns:
             For an image, a dict. Of a classifier: pred_label (the most likely label), pred_class (its name), pred_score
@@ -133,7 +134,8 @@ class ModelMixin(PyTorchModelHubMixin):
                 f"{self.settings['model']} has no classification head here: give a fine-tuned file, or train a head "
                 f"with main_finetune.py or main_linprobe.py"
             )
-        outputs = self(self.prepare(images)).float().cpu()  # type: ignore[operator]
+        x = self.prepare(images)
+        outputs = self(x, **_prepared(extras, x)).float().cpu()  # type: ignore[operator]
         task = self.settings.get("task", CLASSIFICATION)
         if task == CLASSIFICATION:
             predictions = self._likely_classes(outputs.softmax(dim=1), topk)
@@ -165,7 +167,7 @@ class ModelMixin(PyTorchModelHubMixin):
             })  # fmt: skip
         return predictions
 
-    def extract_feat(self, images: Images, pool: str | None = None) -> Tensor:
+    def extract_feat(self, images: Images, pool: str | None = None, **extras: Any) -> Tensor:
         """Computes features of images. No patch is masked.
 
         Args:
@@ -173,6 +175,7 @@ class ModelMixin(PyTorchModelHubMixin):
             pool: "cls": the class token, or the mean of several; "avg": the mean of the patch tokens; "tokens": all
                 tokens, class tokens first. Default: the input of the classification head, after the pooling of an
                 attentive probe; or "cls" without a head.
+            extras: as in `predict`.
 
         Returns:
             (B, D), or (B, T + N, D) for "tokens", with T class tokens.
@@ -181,19 +184,20 @@ class ModelMixin(PyTorchModelHubMixin):
             ValueError: `pool` is unknown.
             BadImage, OSError: as in `prepare`.
         """
-        return self.compute_features(self.prepare(images), pool)
+        x = self.prepare(images)
+        return self.compute_features(x, pool, **_prepared(extras, x))
 
-    def compute_features(self, x: Tensor, pool: str | None = None) -> Tensor:
-        """The features of normalized images (B, c, H, W); as `extract_feat`."""
+    def compute_features(self, x: Tensor, pool: str | None = None, **extras: Tensor) -> Tensor:
+        """The features of normalized images (B, c, H, W) and their extra inputs (B, ...); as `extract_feat`."""
         if self.head_pools and pool is None:
-            return self.head.pool(self.forward_features(x))  # type: ignore[attr-defined]
+            return self.head.pool(self.forward_features(x, **extras))  # type: ignore[attr-defined]
         pooled = self.settings.get("global_pool", False)
         pool = pool or ("avg" if pooled else "cls")
         if pooled and pool == "avg":  # the mean is normalized after pooling
-            return self.forward_features(x)  # type: ignore[attr-defined]
+            return self.forward_features(x, **extras)  # type: ignore[attr-defined]
         if pool not in ("cls", "avg", "tokens"):
             raise ValueError(f"pool={pool!r}: give cls, avg or tokens")
-        tokens = self.get_intermediate_layers(x)[0]  # type: ignore[attr-defined]
+        tokens = self.get_intermediate_layers(x, **extras)[0]  # type: ignore[attr-defined]
         if pool == "tokens":
             return tokens
         return self.class_features(tokens) if pool == "cls" else self.patch_tokens(tokens).mean(dim=1)  # type: ignore[attr-defined]
@@ -300,6 +304,22 @@ def imagenet_classes() -> list[str]:
 
     info = ImageNetInfo()
     return [info.index_to_description(label) for label in range(1000)]
+
+
+def _prepared(extras: dict[str, Any], x: Tensor) -> dict[str, Tensor]:
+    """Returns extra inputs as tensors (B, ...) on the device of the images; a value may be that of a single image.
+
+    Raises:
+        ValueError: an extra input does not have a value for each image.
+    """
+    tensors = {}
+    for name, value in extras.items():
+        tensor = torch.as_tensor(value, device=x.device)
+        tensor = tensor.float() if tensor.is_floating_point() else tensor
+        tensors[name] = tensor[None] if len(x) == 1 and (not tensor.ndim or len(tensor) != 1) else tensor
+        if not tensors[name].ndim or len(tensors[name]) != len(x):
+            raise ValueError(f"{name} is {tuple(tensor.shape)}: give a value for each of the {len(x)} images")
+    return tensors
 
 
 def _are_several(images: Any) -> bool:

@@ -29,6 +29,7 @@ from util.checkpoints import checkpoint
 from util.cli import entry_point, flags, options
 from util.cli.own_classes import chosen_encoder
 from util.data import loader, transforms
+from util.data.batches import Batch
 from util.data.dataset_kinds import open_source
 from util.data.decode import BadImage
 from util.data.image_facts import readable
@@ -131,8 +132,8 @@ class Extractor(nn.Module):
         self.model = model
         self.pool = pool
 
-    def forward(self, imgs: torch.Tensor) -> torch.Tensor:
-        return self.model.compute_features(imgs, self.pool)
+    def forward(self, imgs: torch.Tensor, **extras: torch.Tensor) -> torch.Tensor:
+        return self.model.compute_features(imgs, self.pool, **extras)
 
 
 def extract(
@@ -160,7 +161,7 @@ def extract(
     """
     model = extractor.model
 
-    def encode(rest: Source) -> Iterator[list[torch.Tensor]]:
+    def encode(rest: Source) -> Iterator[Batch]:
         samples = Samples(
             rest, transforms.keeps_label(model.transform), in_chans=model.in_chans, seed=0, on_bad_image="error",
             fast_jpeg=fast_jpeg, exif=exif, values=model.values,

@@ -50,8 +50,8 @@ def test_evaluation_equals_scikit_learn(evaluation_of):
     model.eval()
     normalize = transforms.Normalize(*transforms.channel_statistics(3))
     with torch.no_grad():
-        logits = torch.cat([model(normalize(images)) for images, _, _ in batches]).double()
-    labels = np.concatenate([labels for _, labels, _ in batches])
+        logits = torch.cat([model(normalize(images)) for images, *_ in batches]).double()
+    labels = np.concatenate([labels for _, labels, *_ in batches])
     assert scores.loss == pytest.approx(log_loss(labels, logits.softmax(1), labels=range(7)), rel=1e-6)
     assert scores.acc1 == pytest.approx(100 * top_k_accuracy_score(labels, logits, k=1, labels=range(7)))
     assert scores.num_in_top == 24 * top_k_accuracy_score(labels, logits, k=5, labels=range(7))
@@ -105,7 +105,7 @@ def test_features_are_those_of_evaluation_mode(labelled):
     features, labels = feature_files.extract(encode_set, source)
     with torch.no_grad():
         batches = data.eval_batches(source, 7)
-        expected = torch.cat([model.eval().forward_features(data.normalize(images)) for images, _, _ in batches])
+        expected = torch.cat([model.eval().forward_features(data.normalize(images)) for images, *_ in batches])
     torch.testing.assert_close(features, expected)
     assert labels.tolist() == source.labels.tolist()
 

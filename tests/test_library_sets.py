@@ -271,7 +271,7 @@ def images_of(batches, epoch, first_iteration=0) -> list[int]:
     """The images of an epoch, by their numbers."""
     number_of = {p.tobytes(): number for number, p in enumerate(PIXELS)}
     batches.seek(epoch, first_iteration)
-    return [number_of[image.numpy().tobytes()] for images, _, _ in batches for image in images]
+    return [number_of[image.numpy().tobytes()] for images, *_ in batches for image in images]
 
 
 @pytest.mark.parametrize("pattern", ["set-{000..003}.tar", "set-*.tar"])
@@ -291,7 +291,7 @@ def test_the_order_of_a_stream_depends_on_seed_and_epoch(shards):
     for seed, epoch in itertools.product((0, 1), repeat=2):
         batches = batches_of(shards, batch_size=10, pattern="set-000.tar", seed=seed)
         orders.add(tuple(images_of(batches, epoch)))
-        noise |= {row.numpy().tobytes() for _, _, rows in batches for row in rows}
+        noise |= {row.numpy().tobytes() for _, _, rows, _ in batches for row in rows}
     assert (len(orders), len(noise)) == (4, 40)
     assert len(open_source("train", dataset=f"wds:{shards}/set-000.tar", num_images=5)) == 5
 
@@ -330,14 +330,14 @@ def test_labels_and_noise_belong_to_the_image(shards):
     batches.seek(0)
     numbers = {p.tobytes(): number for number, p in enumerate(PIXELS)}
     noise_of = {}
-    for images, labels, noise in batches:
+    for images, labels, noise, _ in batches:
         for image, label, drawn in zip(images, labels, noise, strict=True):
             number = numbers[image.numpy().tobytes()]
             assert label == number % 10
             noise_of[number] = drawn
     other = batches_of(shards, batch_size=3)
     other.seek(0)
-    image, _, noise = next(iter(other))
+    image, _, noise, _ = next(iter(other))
     assert torch.equal(noise[0], noise_of[numbers[image[0].numpy().tobytes()]])
 
 
@@ -410,7 +410,7 @@ def test_non_numeric_labels_are_ignored(tmp_path):
 
 def test_examples_of_a_stream(shards):
     samples = batches_of(shards).batches.dataset.samples
-    images, _, noise = loader.examples(samples, 6)
+    images, _, noise, _ = loader.examples(samples, 6)
     assert images.shape == (6, 1, 9, 9)
     assert noise.shape == (6, 4)
     assert torch.equal(loader.examples(samples, 6)[0], images)

@@ -178,7 +178,7 @@ def test_the_number_of_workers_has_no_effect(pictures, workers, monkeypatch):
     together = TrainLoader(make_samples(pictures), 4, 0, workers, False)
     assert together.batches.num_workers == workers
     for a, b in zip(alone, together, strict=True):
-        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+        assert all(torch.equal(x, y) for x, y in zip(a[:3], b[:3], strict=True))
 
 
 def begin(pictures):
@@ -230,10 +230,10 @@ def test_persistent_workers_follow_the_epoch(pictures, monkeypatch):
 
 def test_examples_are_deterministic(pictures):
     samples = make_samples(pictures)
-    images, labels, noise = loader.examples(samples, 8)
+    images, labels, noise, _ = loader.examples(samples, 8)
     assert images.shape[0] == labels.shape[0] == noise.shape[0] == 8
     assert torch.equal(loader.examples(samples, 8)[0], images)
-    _, labels, noise = loader.examples(samples, 4)
+    _, labels, noise, _ = loader.examples(samples, 4)
     assert labels.tolist() == samples.source.labels[[0, 7, 15, 23]].tolist()  # spread over the dataset
     assert torch.equal(noise, torch.stack([samples[0, index].noise for index in (0, 7, 15, 23)]))
     assert loader.examples(samples, 100)[0].shape[0] == 24
@@ -258,7 +258,7 @@ def half_bad(tmp_path):
 
 def epoch_of(batches, epoch):
     batches.seek(epoch)
-    return torch.cat([images for images, _, _ in batches])
+    return torch.cat([images for images, *_ in batches])
 
 
 def test_bad_images_end_the_run_by_default(half_bad):
@@ -323,7 +323,7 @@ def test_a_batch_may_mix_8_and_16_bit_files(tmp_path):
     Image.fromarray(pixels.astype(np.uint16) * 257).save(tmp_path / "b.png")
     source = open_source("train", str(tmp_path))
     samples = Samples(source, transforms.keeps_label(transforms.to_tensor), in_chans=1, seed=0)
-    (images, _, _) = next(iter(TrainLoader(samples, 2, 0, 0, False)))
+    images, *_ = next(iter(TrainLoader(samples, 2, 0, 0, False)))
     assert images.dtype == torch.float32
     torch.testing.assert_close(images[0], images[1])
     torch.testing.assert_close(images[0, 0], torch.from_numpy(pixels).float() / 255)
@@ -339,7 +339,7 @@ def test_evaluation_uses_each_image_once(pictures, processes, monkeypatch):
     for rank in range(processes):
         monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
         found = []
-        for images, labels, _ in loader.eval_loader(samples, 7, 0, False):
+        for images, labels, *_ in loader.eval_loader(samples, 7, 0, False):
             assert len(images) == len(labels) <= 7
             found += labels.tolist()
             contents += [image.numpy().tobytes() for image in images]
@@ -353,7 +353,7 @@ def test_every_process_permutes_its_stored_features(monkeypatch):
         monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
         batches = loader.FeatureBatches(features, 100 + torch.arange(12), 4, seed)
         batches.seek(epoch)
-        values, labels, indices = (torch.cat(parts) for parts in zip(*batches, strict=True))
+        values, labels, indices = (torch.cat(parts) for parts in list(zip(*batches, strict=True))[:3])
         assert torch.equal(labels, 100 + indices)
         assert torch.equal(values, features[indices])
         assert sorted(indices.tolist()) == list(range(12))

@@ -341,13 +341,6 @@ def test_functions_that_return_no_dataset_are_one_line(function, message):
         open_source("train", dataset="py:any:any", function=function)
 
 
-def test_extras_are_announced_once(caplog):
-    for split, item in (("train", (BLACK, 0, {"site": 1})), ("val", {"image": BLACK, "label": 0, "site": 1})):
-        source = open_source(split, dataset="py:any:extras", function=lambda split, data_path, item=item: [item])
-        assert len(source[0]) == 2
-    assert ["extras of" in record.getMessage() for record in caplog.records] == [True]
-
-
 # ------------------------------------------------------------------------------------- errors, processes and resume
 
 LOSSY = (

@@ -136,6 +136,7 @@ class DataSpec(Values):
     val_list: str | None = setting(None, resumed=FREE)
     train_folders: list[str] | None = setting(None, resumed=FREE)
     val_folders: list[str] | None = setting(None, resumed=FREE)
+    extras: list[str] | None = setting(None, resumed=FIXED)
     download: bool = setting(False, of_start=True, in_result=False)
     train_per_class: int | None = setting(None)
     val_fraction: float | None = setting(None, resumed=FIXED)

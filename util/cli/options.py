@@ -123,6 +123,11 @@ def add_source_options(group: argparse._ActionsContainer, labels: bool = False) 
         + "; or wds:SHARDS (WebDataset), such as wds:s/{000..127}.tar" * (not labels),
     )  # fmt: skip
     not_in_recipes(dataset, runs_code)
+    group.add_argument(
+        "--extras", nargs="+", metavar="NAME",
+        help="columns of --train_list (CSV with a header, or keys of JSON) with numbers that are inputs of the model "
+        "besides the image; parameters of the class of --encoder or --model_class take them by name",
+    )  # fmt: skip
     _add_download(group, "download a --dataset of torchvision to --data_path")
     _add_reading_options(group)
 

@@ -14,7 +14,8 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
@@ -28,21 +29,31 @@ PLACE = Path("/dev/shm")  # of Linux; containers limit it, Docker's default is 6
 SEMAPHORES = 8  # of the queues of a worker process; each takes a page
 
 
+class Batch(NamedTuple):
+    """A batch of samples. For heads on stored features, the images are features, and the noise is their indices."""
+
+    images: Tensor  # (B, c, H, W), uint8 or float
+    labels: Tensor  # (B,), or masks (B, H, W), or vectors (B, C)
+    noise: Tensor  # (B, N), which determines the masks of pre-training; else (B, 0)
+    extras: Mapping[str, Tensor] = MappingProxyType({})  # extra inputs (B, ...); `valid` are the valid pixels (B, H, W)
+
+
 def _shared(collate: Callable[[list[Any]], Any], samples: list[Any]) -> Any:
     """Collates samples to a batch, whose tensors are moved into shared memory in a worker process."""
     batch = collate(samples)
     if get_worker_info():
-        for tensor in _tensors(batch):
+        for tensor in tensors_of(batch):
             tensor.share_memory_()
     return batch
 
 
-def _tensors(batch: Any) -> Iterator[Tensor]:
+def tensors_of(batch: Any) -> Iterator[Tensor]:
+    """Yields the tensors in a batch that are not empty."""
     if isinstance(batch, Tensor):
         yield from [batch] if batch.numel() else []
     elif isinstance(batch, Mapping | list | tuple):
         for part in batch.values() if isinstance(batch, Mapping) else batch:
-            yield from _tensors(part)
+            yield from tensors_of(part)
 
 
 def require_space(num_workers: int) -> None:

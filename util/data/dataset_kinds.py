@@ -31,6 +31,7 @@ def open_source(
     function: OpenDataset | None = None,
     task: str = CLASSIFICATION,
     label_columns: Sequence[str] | None = None,
+    extras: Sequence[str] | None = None,
 ) -> Source | Shards:
     """Opens a dataset of any kind.
 
@@ -48,6 +49,7 @@ def open_source(
         function: the function of py:, instead of importing it.
         task: what the labels mean. Lists and py: have other labels than classes.
         label_columns: the columns of `file_list` with the labels.
+        extras: the columns of `file_list` with extra inputs.
 
     Raises:
         ValueError: no dataset is given, the dataset does not exist, or it has no images.
@@ -61,6 +63,7 @@ def open_source(
         ("--num_images", num_images, kind == "wds"),
         ("--data_path", data_path, kind not in ("hf", "wds")),
         ("--label_columns", label_columns, bool(file_list)),
+        ("--extras", extras, bool(file_list)),
     ):
         if value and not counts:
             logger.warning(f"{flag} has no effect with this dataset")
@@ -77,7 +80,9 @@ def open_source(
         # With an archive, paths are relative to the folder of the list.
         below = None if root and root.is_file() else root
         flag = f"--{split}_list"
-        return dist.from_rank_0(lambda: read_list(Path(file_list), below, flag, task, label_columns), Files, Strings)
+        return dist.from_rank_0(
+            lambda: read_list(Path(file_list), below, flag, task, label_columns, extras), Files, Strings
+        )
     if root is None:
         raise ValueError(
             "--data_path is needed: a folder of images, a folder that contains train/, or a tar or zip file of either "

@@ -36,9 +36,9 @@ class ImageCache:
     """A source whose images are decoded at the start and kept in memory, as uint8 tensors (c, H, W).
 
     The processes of a machine decode a part each, and share the memory with each other and with their worker processes.
-    Images with more than 8 bits or invalid pixels, and images that can't be read and are skipped, are not kept. They
-    are read from the source, with its result, at each access. The labels are those that the source returned with the
-    images.
+    Images with more than 8 bits, invalid pixels or extra inputs, and images that can't be read and are skipped, are not
+    kept. They are read from the source, with its result, at each access. The labels are those that the source returned
+    with the images.
 
     Args:
         source: the encoded images.
@@ -241,12 +241,12 @@ class _Decoded(Dataset):
         nothing = torch.zeros(self.in_chans, 0, 0, dtype=torch.uint8)
         try:
             with preserve_generators():
-                picture, label = self.samples.read(index)
+                picture, label, extras = self.samples.read(index)
             pixels = to_tensor(picture)
         except (BadImage, OSError) as error:
             self.samples.refuse(self.source.name(index), error, [])
             return nothing, label_at(self.source.labels, index)
-        return (pixels if pixels.dtype == torch.uint8 else nothing), label
+        return (pixels if pixels.dtype == torch.uint8 and not extras else nothing), label
 
 
 def _flatten(samples: list[tuple[Tensor, Any]]) -> tuple[Tensor, Tensor, list[Any]]:

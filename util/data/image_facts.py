@@ -27,7 +27,7 @@ from util.data.decode import (
 from util.data.labels import Subset
 from util.data.loader import MAX_BAD_SHARE
 from util.data.samples import preserve_generators
-from util.data.sources import Source
+from util.data.sources import Source, WithExtras
 from util.data.transforms import to_tensor, to_unit_range
 from util.data.webdataset_shards import Shards
 from util.files.untrusted import printable
@@ -62,6 +62,7 @@ class FactsDataset(Dataset):
     def __getitem__(self, index: int) -> ImageFacts:
         try:
             data, label = self.source[index]
+            data = data.image if isinstance(data, WithExtras) else data
         except (BadImage, OSError) as error:  # a mistake of the user's code is no unreadable image
             return _unreadable(self.source.name(index), error)
         try:

@@ -2,12 +2,12 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 from util import dist
-from util.data.decode import Masked, Picture
-from util.data.sources import Source, first_few
+from util.data.sources import Source, StoredImage, first_few
 from util.data.webdataset_shards import Shards
 
 IMBALANCE = 5  # ratio of the largest to the smallest class from which the accuracy of each class counts
@@ -40,7 +40,7 @@ class Subset:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, index: int) -> tuple[bytes | Picture | np.ndarray | Masked, int]:
+    def __getitem__(self, index: int) -> tuple[StoredImage, Any]:
         data, label = self.source[int(self.indices[index])]
         return data, label if self.numbers is None else int(self.numbers[label])
 

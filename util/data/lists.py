@@ -31,8 +31,9 @@ class LabelError(ValueError):
 
 
 def read_list(
-    path: Path, root: Path | None, flag: str, task: str = CLASSIFICATION, columns: Sequence[str] | None = None
-) -> Files:
+    path: Path, root: Path | None, flag: str, task: str = CLASSIFICATION, columns: Sequence[str] | None = None,
+    extras: Sequence[str] | None = None,
+) -> Files:  # fmt: skip
     """Reads a list of image files. The order of the list is kept. Labels are numbers from 0, or names.
 
     Args:
@@ -45,6 +46,7 @@ def read_list(
         flag: the flag of the list, for messages.
         task: what the labels mean, one of `choices.TASK_CHOICES`.
         columns: the columns of CSV or keys of JSON with the labels.
+        extras: the columns or keys of extra inputs, numbers.
 
     Raises:
         ValueError: the list does not exist, has another format, or has labels for some of its files only.
@@ -58,6 +60,7 @@ def read_list(
         else:
             names, titles, cells = _read_cells(suffix, text, columns)
             classes, numbers = _targets(names, titles, cells, task)
+        inputs = _extras(suffix, text, extras) if extras else {}
     except LabelError as error:
         raise ValueError(f"{flag} {path}: {error}") from error
     except (ValueError, KeyError, TypeError, IndexError, csv.Error, RecursionError) as error:
@@ -67,7 +70,7 @@ def read_list(
         ) from error
     if not names:
         raise ValueError(f"{flag} {path}: the list is empty")
-    files = Files(root or path.parent, names, classes, numbers)
+    files = Files(root or path.parent, names, classes, numbers, inputs)
     if not os.path.exists(files.path(0)):
         raise ValueError(
             f"{flag} {path}: its first file, {files.name(0)}, does not exist; paths are relative to --data_path, or "
@@ -156,7 +159,29 @@ def _unlabeled(paths: list[str], reason: str) -> tuple[list[str], list[str], np.
     return paths, [], np.full(len(paths), -1)
 
 
-def _read_cells(suffix: str, text: str, columns: Sequence[str] | None) -> tuple[list[str], list[str], list[list[str]]]:
+def _extras(suffix: str, text: str, columns: Sequence[str]) -> dict[str, np.ndarray]:
+    """Returns the extra inputs (n,) of a list by name."""
+    names, _, cells = _read_cells(suffix, text, columns, "--extras")
+    values = np.array([[_number_in(cell) for cell in row] for row in cells], dtype=np.float32)
+    for row, column in np.argwhere(~np.isfinite(values))[:1]:
+        cell = printable(cells[row][column]) or "empty"
+        raise LabelError(
+            f"the {printable(columns[column])} of {printable(names[row])} is {cell}; --extras are finite numbers: "
+            f"correct it, or omit the row"
+        )
+    return dict(zip(columns, values.T, strict=True))
+
+
+def _number_in(cell: str) -> float:
+    try:
+        return float(cell)
+    except ValueError:
+        return float("nan")
+
+
+def _read_cells(
+    suffix: str, text: str, columns: Sequence[str] | None, flag: str = "--label_columns"
+) -> tuple[list[str], list[str], list[list[str]]]:
     """Parses a list with any number of labels: paths, names of the labels, and the labels of each path as text."""
     parsed = json.loads(text) if suffix == ".json" else None
     if not columns:
@@ -172,12 +197,12 @@ def _read_cells(suffix: str, text: str, columns: Sequence[str] | None) -> tuple[
     elif isinstance(parsed, list) and all(isinstance(entry, dict) for entry in parsed):
         entries = [{key: "" if value is None else str(value) for key, value in entry.items()} for entry in parsed]
     else:
-        raise LabelError("--label_columns names columns of CSV with a header, or keys of JSON; give such a list")
+        raise LabelError(f"{flag} names columns of CSV with a header, or keys of JSON; give such a list")
     titles = list(entries[0]) if entries else []
     if missing := [name for name in columns if name not in titles]:
         near = did_you_mean(missing[0], titles)
         raise LabelError(
-            f"it has no column {printable(missing[0])}; give --label_columns of {printable(', '.join(titles))}{near}"
+            f"it has no column {printable(missing[0])}; give {flag} of {printable(', '.join(titles))}{near}"
         )
     path = next((title for title in titles if _plain(title) in PATH_COLUMNS), "")
     if not path:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler, default_collate
 
 from util import dist
-from util.data.batches import Batches, require_space, up_to_cores
+from util.data.batches import Batch, Batches, require_space, up_to_cores
 from util.data.decode import BadImage
 from util.data.samples import Bad, Sample, Samples, StreamedSamples, seed_python
 from util.data.transforms import of_one_range
@@ -142,7 +142,7 @@ class EpochBatches(_Epochs, Sampler[list[tuple[int, int]]]):
 
 
 class TrainLoader:
-    """Batches for `loop.run_epoch`: images (B, c, H, W), uint8 or float, labels (B,), noise (B, N).
+    """Batches for `loop.run_epoch`.
 
     It logs each image that can't be read once, and their number at the end of the epoch.
 
@@ -195,7 +195,7 @@ class TrainLoader:
     def __len__(self) -> int:
         return len(self.order)
 
-    def __iter__(self) -> Iterator[list[Tensor]]:
+    def __iter__(self) -> Iterator[Batch]:
         failures: dict[str, str] = {}
         for batch, bad in self.batches:
             for name, reason in bad:
@@ -249,13 +249,13 @@ class FeatureBatches(_Epochs):
         self.features = features
         self.labels = labels
 
-    def __iter__(self) -> Iterator[list[Tensor]]:
+    def __iter__(self) -> Iterator[Batch]:
         order = torch.from_numpy(
             np.random.default_rng([self.seed, self.epoch, dist.rank()]).permutation(len(self.labels))
         )
         for iteration in range(self.first_iteration, self.num_batches):
             mine = order[iteration * self.batch_size : (iteration + 1) * self.batch_size]
-            yield [self.features[mine], self.labels[mine], mine]
+            yield Batch(self.features[mine], self.labels[mine], mine)
 
     def seed_iteration(self, iteration: int) -> None:
         """Does nothing: features are not augmented."""
@@ -274,7 +274,7 @@ def eval_loader(samples: Samples, batch_size: int, num_workers: int, pin_memory:
     )
 
 
-def examples(samples: Samples, count: int) -> list[Tensor]:
+def examples(samples: Samples, count: int) -> Batch:
     """Returns a batch of up to `count` evenly spaced samples of the dataset, the same in every epoch and run."""
     if isinstance(samples.source, Shards):
         stream = StreamedSamples(samples, samples.source)
@@ -296,23 +296,23 @@ def _evenly_spaced(total: int, count: int) -> list[int]:
     return np.unique(np.linspace(0, total - 1, count, dtype=int)).tolist()
 
 
-def _collate_good(samples: list[Sample]) -> list[Tensor]:
+def _collate_good(samples: list[Sample]) -> Batch:
     return _collate(samples)[0]
 
 
-def _collate(samples: list[Sample]) -> tuple[list[Tensor], list[Bad]]:
-    """Images (B, c, H, W), labels (B,) or masks (B, H, W), noise (B, N); and the images that can't be read.
+def _collate(samples: list[Sample]) -> tuple[Batch, list[Bad]]:
+    """Returns a batch, and the images that can't be read.
 
-    If the samples have noise and invalid pixels, the valid pixels, bool (B, H, W), follow the noise.
+    If the samples have noise and invalid pixels, the valid pixels, bool (B, H, W), are among the extra inputs.
     """
     images = of_one_range([sample.image for sample in samples])  # files with 8 and with 16 bits
     labels = default_collate([sample.label for sample in samples])
     noise = torch.stack([sample.noise for sample in samples])
-    batch = [_stack(images), labels, noise]
+    extras = default_collate([sample.extras for sample in samples]) if samples[0].extras else {}
     if noise.shape[1] and images[0].is_floating_point():
         valid = torch.stack([~image.isnan().any(dim=0) for image in images])
-        batch += [] if valid.all() else [valid]
-    return batch, [bad for sample in samples for bad in sample.bad]
+        extras |= {} if valid.all() else {"valid": valid}
+    return Batch(_stack(images), labels, noise, extras), [bad for sample in samples for bad in sample.bad]
 
 
 def _stack(images: list[Tensor]) -> Tensor:

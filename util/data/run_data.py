@@ -55,6 +55,7 @@ class RunData:
         return open_source(
             split, data.data_path, file_list, data.dataset, download=data.download, num_images=num_images,
             function=self.source, task=self.images.task, label_columns=self.images.label_columns,
+            extras=data.extras,
         )  # fmt: skip
 
     def suggest_statistics(self, source: Source | Shards) -> None:

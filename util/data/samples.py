@@ -21,7 +21,7 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from util import dist
 from util.data import jpeg
 from util.data.decode import AS_STORED, BadImage, Picture, PixelValues, decode
-from util.data.sources import Source
+from util.data.sources import Source, WithExtras
 from util.data.transforms import Transform
 from util.data.user_sets import UserSet
 from util.data.webdataset_shards import Shards
@@ -37,6 +37,7 @@ class Sample(NamedTuple):
     image: Tensor  # uint8 or float (c, H, W)
     label: Any  # the class, or the classes of the pixels (H, W)
     noise: Tensor  # (N,); (0,) if there is none
+    extras: dict[str, Tensor]  # extra inputs of the model
     bad: list[Bad]  # images that can't be read, which this sample replaces
 
 
@@ -93,8 +94,8 @@ class Samples(Dataset):
                 samples += self._augmented(epoch, index, sum(1 for _ in same))
         return samples
 
-    def read(self, index: int, epoch: int = 0) -> tuple[Picture, Any]:
-        """Returns the decoded picture of a sample, and its label.
+    def read(self, index: int, epoch: int = 0) -> tuple[Picture, Any, dict[str, Tensor]]:
+        """Returns the decoded picture of a sample, its label, and its extra inputs.
 
         A dataset of the user's code may augment. Its random numbers depend on the seed, the epoch and the index only.
 
@@ -105,11 +106,13 @@ class Samples(Dataset):
         if self.runs_code:
             torch.default_generator.manual_seed(seed_python(self.seed, epoch, index))
         data, label = self.source[index]
-        return self.decode(data), label
+        data, extras = data if isinstance(data, WithExtras) else (data, {})
+        return self.decode(data), label, extras
 
     def finish(
-        self, picture: Picture, label: Any, bad: list[Bad], epoch: int, number: int, repeats: int
-    ) -> list[Sample]:
+        self, picture: Picture, label: Any, extras: dict[str, Tensor], bad: list[Bad], epoch: int, number: int,
+        repeats: int,
+    ) -> list[Sample]:  # fmt: skip
         """Returns `repeats` augmented samples of a picture, with the random numbers of (seed, epoch, number).
 
         Raises:
@@ -120,7 +123,7 @@ class Samples(Dataset):
             # torch.manual_seed also seeds every kind of device, which takes 72 µs instead of 1.
             torch.default_generator.manual_seed(seed_python(self.seed, epoch, number, *[repeat] * (repeat > 0)))
             noise = self.draw_noise()  # first, so that the mask does not depend on the augmentation
-            samples.append(Sample(*self.transform(picture, label), noise, [] if repeat else bad))
+            samples.append(Sample(*self.transform(picture, label), noise, extras, [] if repeat else bad))
         return samples
 
     def refuse(self, name: str, error: Exception, bad: list[Bad]) -> None:
@@ -203,7 +206,7 @@ class StreamedSamples(IterableDataset):
             try:
                 with preserve_generators():
                     picture = self.samples.decode(data)
-                    finished = self.samples.finish(picture, label, bad, lap, zlib.crc32(data), self.repeats)
+                    finished = self.samples.finish(picture, label, {}, bad, lap, zlib.crc32(data), self.repeats)
             except BadImage as error:
                 self.samples.refuse(name, error, bad)
                 continue

@@ -22,7 +22,7 @@ from util.data.archives import Archive
 from util.data.decode import BadImage
 from util.data.library_sets import TorchvisionSet
 from util.data.lists import read_pairs
-from util.data.sources import Files, find_files, image_files
+from util.data.sources import Files, StoredImage, find_files, image_files
 from util.data.user_sets import OpenDataset, UserSet, read_named
 from util.files.untrusted import printable, read_file
 
@@ -254,7 +254,7 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.places)
 
-    def __getitem__(self, index: int) -> tuple[bytes, Tensor]:
+    def __getitem__(self, index: int) -> tuple[StoredImage, Tensor]:
         """Returns the image file of a pair and its mask, uint8 (H, W).
 
         Raises:

@@ -7,11 +7,14 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from util.cli.advice import AdvisedError, Remedy
 from util.data.decode import SUFFIXES, Masked, Picture
@@ -24,8 +27,27 @@ KINDS = ", ".join(SUFFIXES)
 VALIDATION = ("val", "valid", "validation", "2021_valid", "test")
 
 
+class WithExtras(NamedTuple):
+    """An image as `decode` takes it, and extra inputs of the model by name: tensors, equal in shape for all images."""
+
+    image: Any
+    extras: dict[str, Tensor]
+
+
+StoredImage = bytes | Picture | np.ndarray | Masked | WithExtras  # what a source returns
+
+
+def extra_names(source: Any) -> tuple[str, ...]:
+    """Returns the names of the extra inputs that come with the images of a source, or of a subset of it."""
+    while hasattr(source, "source"):
+        source = source.source
+    return tuple(getattr(source, "extra_names", ()))
+
+
 class Source(Protocol):
     """A dataset of encoded images and their labels. Sources that decode by a library return decoded images.
+
+    Images with extra inputs are `WithExtras`. The attribute `extra_names` of such a source has their names.
 
     Labels are indices into `classes`, or -1 for samples without a label.
     """
@@ -41,7 +63,7 @@ class Source(Protocol):
     def __len__(self) -> int:
         """Returns the number of samples."""
 
-    def __getitem__(self, index: int) -> tuple[bytes | Picture | np.ndarray | Masked, Any]:
+    def __getitem__(self, index: int) -> tuple[StoredImage, Any]:
         """Returns the image of a sample and its label; of `masks.Pairs`, its mask.
 
         Raises:
@@ -111,19 +133,28 @@ class Files:
     Args:
         root: the folder that the names are relative to.
         labels: (n,), indices into `classes`; -1 for files without a label. Or vectors (n, C) of `targets`.
+        extras: extra inputs (n,) by name.
     """
 
-    def __init__(self, root: Path, names: Sequence[str], classes: list[str], labels: np.ndarray) -> None:
+    def __init__(
+        self, root: Path, names: Sequence[str], classes: list[str], labels: np.ndarray,
+        extras: Mapping[str, np.ndarray] = MappingProxyType({}),
+    ) -> None:  # fmt: skip
         self.root = str(root)
         self.names = Strings(names)
         self.classes = classes
         self.labels = labels
+        self.extras = dict(extras)
+        self.extra_names = tuple(extras)
 
     def __len__(self) -> int:
         return len(self.names)
 
-    def __getitem__(self, index: int) -> tuple[bytes, Any]:
-        return read_file(self.path(index)), label_at(self.labels, index)
+    def __getitem__(self, index: int) -> tuple[bytes | WithExtras, Any]:
+        data, label = read_file(self.path(index)), label_at(self.labels, index)
+        if not self.extras:
+            return data, label
+        return WithExtras(data, {name: torch.tensor(values[index]) for name, values in self.extras.items()}), label
 
     def name(self, index: int) -> str:
         """Returns the path of the file for messages."""

@@ -10,22 +10,26 @@ import sys
 import weakref
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
 from util.cli import entry_point
 from util.cli.user_code import DATASET, call, import_object
-from util.data.decode import BadImage, Masked, Picture
+from util.data.decode import BadImage, Masked
 from util.data.library_sets import LibrarySet
-from util.data.sources import first_few, version_of
+from util.data.sources import StoredImage, WithExtras, first_few, version_of
 from util.files.untrusted import printable, read_file
 
 logger = logging.getLogger(__name__)
+
+# Parameters of the models' methods, which no extra input may have as a name.
+RESERVED = ("self", "x", "imgs", "images", "mask_ratio", "mask", "noise", "valid", "grid_size", "n", "norm", "pool")
 
 OpenDataset = Callable[[str, str | None], Any]  # split ("train" or "val"), data_path -> a map-style dataset
 
@@ -46,11 +50,11 @@ def with_source(args: Namespace, source: OpenDataset | None) -> Namespace:
 
 
 class Item(NamedTuple):
-    """An item of the user's dataset. Extras have no effect yet."""
+    """An item of the user's dataset."""
 
     image: Any
     label: Any
-    extras: Any
+    extras: Mapping[str, Any]
     valid: Any = None  # the valid pixels
 
 
@@ -59,7 +63,8 @@ class UserSet(LibrarySet):
 
     Every process that reads samples calls the function. Before a fork, the dataset is deleted: its open files do not
     have to survive the fork. Items are (image, label), (image, label, extras), or a dict with the keys image, label and
-    valid (booleans (H, W), True for valid pixels; default: all).
+    valid (booleans (H, W), True for valid pixels; default: all). Extras are a dict of numbers, arrays or tensors, equal
+    in names and shapes for all items: inputs of the model besides the image. In a dict, they are the other keys.
     An image is a path, the bytes of an image file, a Pillow image, an array as `decode` takes it, or a tensor
     (c, H, W). A label is the number of a class, or None. Optional attributes of the dataset: `classes`, `labels`,
     `name(index)`, `version(index)`.
@@ -86,11 +91,15 @@ class UserSet(LibrarySet):
         _SETS.add(self)
         if not self.count:
             raise ValueError(f"{self.flag}: the dataset of the split {split} is empty")
+        self.extra_shapes: dict[str, tuple[int, ...]] | None = None  # of the first sample that can be read
         with contextlib.suppress(OSError, BadImage):  # the script reports it when it reads the sample
             first = self._item(0)
             self._convert(0, first)
-            if first.extras:
-                _warn_of_extras(self.flag)
+
+    @property
+    def extra_names(self) -> tuple[str, ...]:
+        """The names of the extra inputs."""
+        return tuple(self.extra_shapes or ())
 
     @property
     def images(self) -> Any:
@@ -122,7 +131,7 @@ class UserSet(LibrarySet):
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, index: int) -> tuple[bytes | Picture | np.ndarray | Masked, Any]:
+    def __getitem__(self, index: int) -> tuple[StoredImage, Any]:
         return self._convert(index, self._item(index))
 
     def _place(self, index: int) -> str:
@@ -132,16 +141,19 @@ class UserSet(LibrarySet):
         """Returns an item as the dataset returns it."""
         item = call(self._place(index), operator.getitem, self.images, index, expected=BadImage)
         if isinstance(item, Mapping) and "image" in item:
-            extras = sorted(item.keys() - {"image", "label", "valid"})
+            extras = {name: value for name, value in item.items() if name not in ("image", "label", "valid")}
             return Item(item["image"], item.get("label"), extras, item.get("valid"))
         if not isinstance(item, tuple | list) or len(item) not in (2, 3):
             raise ValueError(
                 f"{self._place(index)} is {_kind(item)}: return (image, label), (image, label, extras), or a "
                 f"dict with the keys image and label"
             )
-        return Item(item[0], item[1], item[2] if len(item) == 3 else None)
+        extras = item[2] if len(item) == 3 else {}
+        if not isinstance(extras, Mapping):
+            raise ValueError(f"{self._place(index)}: its extras are {_kind(extras)}: give a dict of numbers and arrays")
+        return Item(item[0], item[1], extras)
 
-    def _convert(self, index: int, item: Item) -> tuple[bytes | Picture | np.ndarray | Masked, Any]:
+    def _convert(self, index: int, item: Item) -> tuple[StoredImage, Any]:
         """Returns the image and the label of an item, as the other sources return them."""
         image = item.image
         if isinstance(image, str | Path):
@@ -157,7 +169,33 @@ class UserSet(LibrarySet):
                 kind = f"{valid.dtype} of shape {valid.shape}"
                 raise ValueError(f"{self._place(index)}: valid is {kind}: give booleans (H, W), True for valid pixels")
             image = Masked(image, valid != 0)
-        return image, self.label_of(index, item.label)
+        extras = self._extras(index, item.extras)
+        return (WithExtras(image, extras) if extras else image), self.label_of(index, item.label)
+
+    def _extras(self, index: int, extras: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Returns the extra inputs of an item as tensors; numbers are fp32 or int64.
+
+        Raises:
+            ValueError: an extra input is no number or not finite, or its names or shapes are not those of the others.
+        """
+        tensors = {}
+        for name, value in extras.items():
+            if not str(name).isidentifier() or name in RESERVED:
+                raise ValueError(f"{self._place(index)}: an extra input can't have the name {name!r}: rename it")
+            array = np.asarray(value.cpu() if isinstance(value, Tensor) else value)
+            if array.dtype.kind not in "biuf" or not np.isfinite(array).all():
+                kind = "is not finite" if array.dtype.kind == "f" else f"is {_kind(value)}"
+                raise ValueError(f"{self._place(index)}: its {name} {kind}: give a number, or an array of numbers")
+            tensors[str(name)] = torch.from_numpy(array.astype("f4" if array.dtype.kind == "f" else "i8"))
+        shapes = {name: tuple(value.shape) for name, value in tensors.items()}
+        if self.extra_shapes is None:
+            self.extra_shapes = shapes
+        if shapes != self.extra_shapes:
+            raise ValueError(
+                f"{self._place(index)}: its extra inputs have the shapes {shapes}, and those of the first sample "
+                f"{self.extra_shapes}: give the same for each sample"
+            )
+        return tensors
 
     def label_of(self, index: int, label: Any) -> Any:
         """Returns the label of an item, converted to the number of a class; -1 for None.
@@ -262,11 +300,6 @@ def read_named(path: str | Path) -> bytes:
         return read_file(path)
     except OSError as error:
         raise BadImage(f"{printable(str(path))}: {error.strerror or error}") from error
-
-
-@cache  # once per process, not once per split
-def _warn_of_extras(flag: str) -> None:
-    logger.warning(f"{flag}: the extras of its items have no effect")
 
 
 _SETS: weakref.WeakSet[UserSet] = weakref.WeakSet()  # of this process

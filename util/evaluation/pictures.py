@@ -1,6 +1,6 @@
 """Converts tensors to pictures."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import ceil
 from typing import Any
 
@@ -72,7 +72,7 @@ def reconstruction(
     mask_ratio: float = 0.75,
     scale: int = 1,
     labels: Sequence[str] | None = None,
-    valid: Tensor | None = None,
+    extras: Mapping[str, Tensor] | None = None,
 ) -> np.ndarray:
     """Reconstructs images with a masked autoencoder. A row has the parts that TITLES names.
 
@@ -84,7 +84,7 @@ def reconstruction(
         mask_ratio: fraction of masked patches.
         scale: as in `tile`.
         labels: add titles and these labels of the images, as `with_labels` does; small images are enlarged.
-        valid: valid pixels (B, H, W). None: all.
+        extras: extra inputs of the images, and their valid pixels, as in `Batch`.
 
     Returns:
         As `tile`.
@@ -92,7 +92,7 @@ def reconstruction(
     scale = scale if labels is None else max(scale, ceil(MIN_WIDTH / images.shape[3]))
     device = normalize.mean.device
     noise = None if noise is None else noise.to(device)
-    options = {} if valid is None else {"valid": valid.to(device)}
+    options = {name: value.to(device) for name, value in (extras or {}).items()}
     result = model.reconstruct(normalize(images.to(device)), mask_ratio, noise=noise, **options)
     picture = tile(result[:4], normalize.inverse, scale)
     if labels is None:

@@ -4,7 +4,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from util import dist
 from util.cli import advice
+from util.data.batches import Batch
 from util.data.labels import Subset
 from util.data.sources import Source
 from util.files import atomic, locks
@@ -30,26 +31,26 @@ SAVE_EVERY = 20  # batches between updates of the progress
 
 @torch.no_grad()  # not inference mode: a head can't be trained on its tensors
 def encode(
-    forward: Callable[[Tensor], Tensor],
-    batches: Iterable[list[Tensor]],
+    forward: Callable[..., Tensor],
+    batches: Iterable[Sequence[Any]],
     *,
     normalize: Callable[[Tensor], Tensor],
     precision: Precision,
-) -> Iterator[list[Tensor]]:
+) -> Iterator[Batch]:
     """Replaces the images in batches by their features, in fp32, on the device.
 
     Args:
-        forward: normalized images (B, c, H, W) -> features (B, ...).
+        forward: normalized images (B, c, H, W), and extra inputs by name -> features (B, ...).
     """
     for batch in batches:
-        images, *rest = to_device(batch, precision.device)
+        batch = to_device(batch, precision.device)
         with precision.autocast():
-            features = forward(normalize(images)).float()
-        yield [features, *rest]
+            features = forward(normalize(batch.images), **batch.extras).float()
+        yield Batch(features, batch.labels, batch.noise)
 
 
 def extract(
-    encode_rest: Callable[[Source], Iterable[list[Tensor]]],
+    encode_rest: Callable[[Source], Iterable[Batch]],
     source: Source,
     folder: Path | None = None,
     settings: Mapping[str, Any] = MappingProxyType({}),

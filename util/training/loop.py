@@ -1,7 +1,7 @@
 """The training loop. All engines use it, and add the loss of a batch."""
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Protocol
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from util import dist
+from util.data.batches import Batch, tensors_of
 from util.data.loader import FeatureBatches, TrainLoader
 from util.interrupts import Interrupted
 from util.training.meters import Meters, Stopwatch
@@ -182,9 +183,12 @@ def _forward_backward(
     return loss.detach()
 
 
-def to_device(batch: list[Tensor], device: torch.device) -> list[Tensor]:
+def to_device(batch: Sequence[Any], device: torch.device) -> Batch:
     """Copies the tensors of a batch to the device."""
-    return [part.to(device, non_blocking=True) for part in batch]
+    images, labels, noise, extras = Batch(*batch)
+    copied = {name: value.to(device, non_blocking=True) for name, value in extras.items()}
+    images, labels, noise = (part.to(device, non_blocking=True) for part in (images, labels, noise))
+    return Batch(images, labels, noise, copied)
 
 
 @cache
@@ -193,19 +197,19 @@ def _copying_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def prefetch(batches: Iterator[list[Tensor]], device: torch.device) -> Iterator[list[Tensor]]:
+def prefetch(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
     """Yields batches on the device. On CUDA, each batch is copied during the previous iteration."""
     if device.type != "cuda":
         for batch in batches:
             yield to_device(batch, device)
         return
-    stream, queue = _copying_stream(device), deque[tuple[list[Tensor], torch.cuda.Event]]()
+    stream, queue = _copying_stream(device), deque[tuple[Batch, torch.cuda.Event]]()
 
-    def next_batch() -> list[Tensor]:
+    def next_batch() -> Batch:
         batch, event = queue.popleft()
         computing = torch.cuda.current_stream(device)
         computing.wait_event(event)
-        for tensor in batch:
+        for tensor in tensors_of(batch):
             tensor.record_stream(computing)  # it was allocated on the other stream
         return batch
 

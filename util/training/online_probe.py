@@ -49,7 +49,7 @@ class OnlineProbe:
         self, data: RunData, source: Source | Shards, path: str | None, batch_size: int, precision: Precision
     ) -> None:
         if path:
-            settings = {**data.data.record(), **dict.fromkeys(DATASETS), "data_path": path}
+            settings = {**data.data.record(), **dict.fromkeys(DATASETS), "extras": None, "data_path": path}
             data = RunData(data.images, DataSpec.of(settings), precision.device)
             try:
                 train, val = data.open_pair()
@@ -99,8 +99,8 @@ class OnlineProbe:
 
 
 def _encode(model: Any, source: Source, *, data: RunData, batch_size: int, precision: Precision) -> Any:
-    def forward(images: Tensor) -> Tensor:
-        return model.class_features(model.get_intermediate_layers(images)[0])
+    def forward(images: Tensor, **extras: Tensor) -> Tensor:
+        return model.class_features(model.get_intermediate_layers(images, **extras)[0])
 
     batches = data.eval_batches(source, batch_size)
     return feature_files.encode(forward, batches, normalize=data.normalize, precision=precision)
