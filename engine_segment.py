@@ -1,7 +1,7 @@
 """The loss of segmentation, and evaluation of segmentation models."""
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,17 +55,15 @@ def evaluate(
     """
     model.eval()
 
+    def predict(windows: Tensor, **extras: Tensor) -> Tensor:
+        with precision.autocast():
+            return model(windows, **extras).float()
+
     matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=precision.device)
     for batch in tqdm(data_loader, desc="evaluation", unit="img", leave=False, disable=None):
         images, masks, _, extras = loop.to_device(batch, precision.device)
         size = (masks.shape[1], masks.shape[2])
-
-        def predict(windows: Tensor, extras: Mapping[str, Tensor] = extras) -> Tensor:
-            own = {name: value.expand(len(windows), *value.shape[1:]) for name, value in extras.items()}
-            with precision.autocast():
-                return model(windows, **own).float()
-
-        predictions = predict_classes(predict, normalize(images)[0], size, window, batch_size)
+        predictions = predict_classes(predict, normalize(images)[0], size, window, batch_size, extras)
         matrix += confusion_matrix(masks[0], predictions, num_classes)
     return Scores(sum(dist.gather(matrix.cpu().numpy())))
 

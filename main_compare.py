@@ -144,7 +144,7 @@ def _compare(args: Namespace, out: Path) -> str:
     def open_split(split: str) -> Any:
         return open_source(
             split, args.data_path, lists[split], args.dataset, download=args.download, task=args.task,
-            label_columns=args.label_columns,
+            label_columns=args.label_columns, extras=args.extras,
         )  # fmt: skip
 
     if args.task == CLASSIFICATION:

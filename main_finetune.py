@@ -15,7 +15,7 @@ The published recipe on ImageNet, 8 GPUs of one machine (effective batch size 10
 import argparse
 import logging
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,9 +40,8 @@ from util.cli import entry_point, options
 from util.cli.advice import AdvisedError, Remedy
 from util.cli.choices import CLASSIFICATION
 from util.cli.own_classes import with_encoder
-from util.data import transforms
+from util.data import extras, transforms
 from util.data.run_data import RunData
-from util.data.sources import extra_names
 from util.data.user_sets import OpenDataset, with_source
 from util.evaluation import tasks
 from util.evaluation.tasks import Evaluation
@@ -114,12 +113,10 @@ def main(
     train, val, statistics = open_labelled(data, args.nb_classes)
     classes, smoothing = train.classes, smoothing_of(args)
     settings = {**vars(args), "nb_classes": len(classes), "classes": classes, **statistics, "smoothing": smoothing}
-    labels, mixup = tasks.task_of(settings, val, train), mixing(args, len(classes))
+    labels, mixup = tasks.task_of(settings, val, train), mixing(args, len(classes), extras.names_of(train))
     train, val = data.cached(train, val)
     model = build(*specs(settings))
-    model.check_extras(extra_names(train))
-    if mixup and extra_names(train):
-        raise ValueError("--mixup and --cutmix mix images, and not their extra inputs: give --mixup 0 --cutmix 0")
+    extras.require_fitting(model, train, val)
     if file and not loading.load_encoder(model, file, args.adapt_input, classes, args.task):
         nn.init.normal_(model.head.get_parameter("weight"), std=HEAD_STD)
     if args.unfreeze_blocks is not None:
@@ -195,19 +192,22 @@ def smoothing_of(args: Namespace) -> float:
     return 0.0
 
 
-def mixing(args: Namespace, num_classes: int) -> "Mixup | None":
+def mixing(args: Namespace, num_classes: int, extra_names: Collection[str] = ()) -> "Mixup | None":
     """Returns mixup and cutmix of timm, or None if both are disabled.
 
     Raises:
-        ValueError: the classes have weights; the batch size is odd, and images are mixed in pairs; or the range of
-            --cutmix_minmax is empty.
+        ValueError: the classes have weights; the images have extra inputs, which are not mixed; the batch size is odd,
+            and images are mixed in pairs; or the range of --cutmix_minmax is empty.
     """
     if not (args.mixup or args.cutmix or args.cutmix_minmax):
         return None
-    if args.class_weight or args.task != CLASSIFICATION:
+    if args.class_weight or args.task != CLASSIFICATION or extra_names:
         off = {"mixup": 0, "cutmix": 0, "cutmix_minmax": None}
         disabled = Remedy({name: off[name] for name in off if getattr(args, name)})
         about = {name: getattr(args, name) for name in off if getattr(args, name)}
+        if extra_names:
+            names = ", ".join(sorted(extra_names))
+            raise AdvisedError(f"images are mixed, and their extra inputs ({names}) are not", disabled, about=about)
         about |= {"task": args.task} if args.task != CLASSIFICATION else {"class_weight": args.class_weight}
         raise AdvisedError("mixed images have no single class", disabled, about=about)
     if args.cutmix_minmax and args.cutmix_minmax[0] >= args.cutmix_minmax[1]:

@@ -26,8 +26,8 @@ from engine_finetune import encode, load_frozen, open_labelled, with_recorded_se
 from models_vit import Encoder
 from util.cli import entry_point, options
 from util.cli.own_classes import with_encoder
+from util.data import extras
 from util.data.run_data import RunData
-from util.data.sources import extra_names
 from util.data.user_sets import OpenDataset, with_source
 from util.evaluation import tasks
 from util.evaluation.knn import predict
@@ -73,7 +73,7 @@ def main(
     task = tasks.task_of({**vars(args), **statistics}, val)
     model = models_build.classifier(*specs({**vars(args), "nb_classes": 0}), encoder)
     load_frozen(model, file, args.adapt_input)
-    model.check_extras(extra_names(train))
+    extras.require_fitting(model, train, val)
     model.to(device)
     encode_set = partial(encode, data, model=model, batch_size=args.batch_size, precision=precision)
     bank, queries = feature_files.extract(encode_set, train), feature_files.extract(encode_set, val)

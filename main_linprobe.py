@@ -51,10 +51,10 @@ from util.checkpoints import checkpoint, run_directory
 from util.cli import entry_point, options
 from util.cli.choices import ATTENTIVE
 from util.cli.own_classes import with_encoder
-from util.data import labels, loader, transforms
+from util.data import extras, labels, loader, transforms
 from util.data.batches import Batch
 from util.data.run_data import RunData
-from util.data.sources import Source, extra_names, versions
+from util.data.sources import Source, versions
 from util.data.user_sets import OpenDataset, with_source
 from util.evaluation import tasks
 from util.settings import DataSpec, ImageSpec, RunSpec, names_where, specs
@@ -163,7 +163,7 @@ def train_probe(
         settings["global_pool"] = True  # `probe` raises the error; `load_frozen` would ask for the flag first
     model = build(*specs(settings))
     load_frozen(model, file, args.adapt_input)
-    model.check_extras(extra_names(train))
+    extras.require_fitting(model, train, val)
     model.to(device)
     heads, optimizer = make_heads(model, args.blr, args.weight_decay)
     sets = {"val": val}
@@ -266,6 +266,7 @@ class Features:
         """Returns all settings that the tokens depend on, as plain values."""
         args, (mean, std) = self.args, self.data.statistics
         names = ("model", "patch_size", *names_where(lambda one: one["rebuilds"], ImageSpec), "fast_jpeg", "dataset")
+        names += ("encoder", "encoder_args")
         return {
             **{name: getattr(args, name) for name in (*names, "data_path") if name in args},
             "mean": list(mean), "std": list(std),

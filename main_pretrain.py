@@ -32,10 +32,10 @@ from util.checkpoints import run_directory
 from util.cli import entry_point, options
 from util.cli.own_classes import with_encoder
 from util.cli.user_code import import_object
-from util.data import loader, transforms
+from util.data import extras, loader, transforms
 from util.data.run_data import RunData
 from util.data.samples import Samples
-from util.data.sources import Source, extra_names
+from util.data.sources import Source
 from util.data.user_sets import OpenDataset, with_source
 from util.data.webdataset_shards import Shards
 from util.evaluation import pictures
@@ -103,7 +103,7 @@ def main(
 
     data = RunData(ImageSpec.of(settings), DataSpec.of(settings), device, source)
     samples, full_images = open_samples(args, data, draw_noise, model, mask_ratio)
-    model.check_extras(extra_names(samples.source))
+    extras.require_fitting(model, samples.source)
     batches = loader.TrainLoader(
         samples, args.batch_size, args.seed, args.num_workers, data.pin_memory, args.repeated_sampling, args.accum_iter,
         args.updates_per_epoch,
@@ -116,7 +116,7 @@ def main(
     vis_every = args.vis_every if model.predicts_pixels else 0
     probe = open_probe(args, data, full_images.source, precision)
     if probe:
-        model.check_extras(extra_names(probe.train))
+        extras.require_fitting(model, probe.train, probe.val, ("tokenize",))
 
     def after_epoch(epoch: int, log: run_log.NullLog) -> dict[str, Any]:
         takes_part = dist.is_main() or args.fsdp  # sharded weights need all processes

@@ -31,10 +31,11 @@ from models_vit import Encoder
 from util.checkpoints import run_directory
 from util.cli import entry_point, options
 from util.cli.own_classes import with_encoder
+from util.data import extras
 from util.data.joint_transforms import EvalTransform, TrainTransform
 from util.data.run_data import RunData
 from util.data.segmentation_masks import MOST_CLASSES, VOC, MaskFormat, open_pairs, read_palette
-from util.data.sources import Source, extra_names
+from util.data.sources import Source
 from util.data.user_sets import OpenDataset, with_source
 from util.evaluation.segmentation import Scores
 from util.lr_decay import param_groups_lrd
@@ -113,7 +114,7 @@ def main(
     model = models_build.segmenter(*specs(settings), encoder)
     if file or args.unfreeze_blocks != "all":
         load_frozen(model, file, args.adapt_input, classes)
-    model.check_extras(extra_names(train))
+    extras.require_fitting(model, train, val)
     model.to(device)
     augment = TrainTransform(args.input_size, settings["short_side"], args.scale, args.hflip, data.statistics[0])
     batches = data.train_batches(train, augment, args.batch_size, args.accum_iter)

@@ -219,10 +219,10 @@ class Encoder(Steps, nn.Module):
     block: ClassVar[Callable[..., nn.Module]] = Block
     encoder_name: ClassVar[str | None] = None
     own_parameters: ClassVar = {
-        "tokenize": {"imgs"},
-        "random_masking": {"x", "mask_ratio", "noise"},
-        "forward_loss": {"imgs", "pred", "mask", "valid"},
-        "target": {"imgs", "valid"},
+        "tokenize": ("imgs",),
+        "random_masking": ("x", "mask_ratio"),
+        "forward_loss": ("imgs", "pred", "mask"),
+        "target": ("imgs",),
     }
     used_steps: ClassVar[tuple[str, ...]] = ("tokenize",)
 
@@ -282,7 +282,7 @@ class Encoder(Steps, nn.Module):
 
     def embed(self, imgs: Tensor, **extras: Any) -> Tensor:
         """Images (B, c, H, W) -> tokens with their positions (B, T + N, D), class tokens first."""
-        self.check_extras(extras)
+        self.check_extras(extras, ("tokenize",))
         patches = self.tokenize(imgs, **self.extras_of("tokenize", extras))
         return self.with_class_tokens(patches, self.patch_embed.grid_of(*imgs.shape[-2:]))
 

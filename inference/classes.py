@@ -16,6 +16,7 @@ import models_mae
 import models_segment
 import models_vit
 from util.cli.choices import CLASSIFICATION, MULTILABEL
+from util.data import extras as extra_inputs
 from util.data import transforms
 from util.data.decode import MAX_PIXELS, BadImage, PixelValues, decode, size_of
 from util.data.joint_transforms import fitted
@@ -116,7 +117,7 @@ class ModelMixin(PyTorchModelHubMixin):
         Args:
             images: as in `prepare`.
             topk: number of classes in `top`.
-            extras: extra inputs of the model by name: a value for each image, or that of a single image.
+            extras: extra inputs of the model by name: for a list of images, a value for each image (B, ...).
 
         Returns:
             For an image, a dict. Of a classifier: pred_label (the most likely label), pred_class (its name), pred_score
@@ -135,7 +136,7 @@ class ModelMixin(PyTorchModelHubMixin):
                 f"with main_finetune.py or main_linprobe.py"
             )
         x = self.prepare(images)
-        outputs = self(x, **_prepared(extras, x)).float().cpu()  # type: ignore[operator]
+        outputs = self(x, **self._by_name(extras, images)).float().cpu()  # type: ignore[operator]
         task = self.settings.get("task", CLASSIFICATION)
         if task == CLASSIFICATION:
             predictions = self._likely_classes(outputs.softmax(dim=1), topk)
@@ -167,6 +168,10 @@ class ModelMixin(PyTorchModelHubMixin):
             })  # fmt: skip
         return predictions
 
+    def _by_name(self, extras: dict[str, Any], images: Images) -> dict[str, Tensor]:
+        several, device = _are_several(images), next(self.parameters()).device  # type: ignore[attr-defined]
+        return extra_inputs.by_name(extras, len(images) if several else 1, several, device)  # type: ignore[arg-type]
+
     def extract_feat(self, images: Images, pool: str | None = None, **extras: Any) -> Tensor:
         """Computes features of images. No patch is masked.
 
@@ -185,7 +190,7 @@ class ModelMixin(PyTorchModelHubMixin):
             BadImage, OSError: as in `prepare`.
         """
         x = self.prepare(images)
-        return self.compute_features(x, pool, **_prepared(extras, x))
+        return self.compute_features(x, pool, **self._by_name(extras, images))
 
     def compute_features(self, x: Tensor, pool: str | None = None, **extras: Tensor) -> Tensor:
         """The features of normalized images (B, c, H, W) and their extra inputs (B, ...); as `extract_feat`."""
@@ -247,12 +252,13 @@ class Segmenter(ModelMixin, models_segment.Segmenter):
         self.colors = np.array(colors, dtype=np.uint8).reshape(-1, 3)
 
     @torch.inference_mode()
-    def segment(self, images: Images, batch_size: int = 8) -> Any:
+    def segment(self, images: Images, batch_size: int = 8, **extras: Any) -> Any:
         """Predicts the class of each pixel, by windows over the scaled image, as in evaluation.
 
         Args:
             images: as in `prepare`, of any sizes.
             batch_size: number of windows in a batch.
+            extras: as in `predict`.
 
         Returns:
             For an image, the classes of its pixels, uint8 (H, W) in the size of the image. For a list of images, a list
@@ -262,10 +268,14 @@ class Segmenter(ModelMixin, models_segment.Segmenter):
             BadImage, OSError: as in `prepare`.
         """
         several: Any = images if _are_several(images) else [images]
-        results = [self._segment_one(image, batch_size) for image in several]
+        inputs = self._by_name(extras, images)
+        results = [
+            self._segment_one(image, batch_size, {name: value[index : index + 1] for name, value in inputs.items()})
+            for index, image in enumerate(several)
+        ]
         return results if _are_several(images) else results[0]
 
-    def _segment_one(self, image: ImageLike, batch_size: int) -> np.ndarray:
+    def _segment_one(self, image: ImageLike, batch_size: int, extras: dict[str, Tensor]) -> np.ndarray:
         device = self.pos_embed.device
         if isinstance(image, Tensor) and image.is_floating_point():
             if image.ndim != 3 or len(image) != self.in_chans:
@@ -278,7 +288,8 @@ class Segmenter(ModelMixin, models_segment.Segmenter):
             picture = self.open(image)
             size = size_of(picture)
             pixels = self.normalize(transforms.to_tensor(fitted(picture, self.short_side)).to(device))
-        return predict_classes(self, pixels, size, self.window, batch_size).to(torch.uint8).cpu().numpy()
+        classes = predict_classes(self, pixels, size, self.window, batch_size, extras)
+        return classes.to(torch.uint8).cpu().numpy()
 
 
 Model = Autoencoder | Classifier | Segmenter
@@ -304,22 +315,6 @@ def imagenet_classes() -> list[str]:
 
     info = ImageNetInfo()
     return [info.index_to_description(label) for label in range(1000)]
-
-
-def _prepared(extras: dict[str, Any], x: Tensor) -> dict[str, Tensor]:
-    """Returns extra inputs as tensors (B, ...) on the device of the images; a value may be that of a single image.
-
-    Raises:
-        ValueError: an extra input does not have a value for each image.
-    """
-    tensors = {}
-    for name, value in extras.items():
-        tensor = torch.as_tensor(value, device=x.device)
-        tensor = tensor.float() if tensor.is_floating_point() else tensor
-        tensors[name] = tensor[None] if len(x) == 1 and (not tensor.ndim or len(tensor) != 1) else tensor
-        if not tensors[name].ndim or len(tensors[name]) != len(x):
-            raise ValueError(f"{name} is {tuple(tensor.shape)}: give a value for each of the {len(x)} images")
-    return tensors
 
 
 def _are_several(images: Any) -> bool:

@@ -48,11 +48,13 @@ logger = logging.getLogger(__name__)
 def get_args_parser() -> argparse.ArgumentParser:
     """Returns the parser of the command."""
     parser = entry_point.parser(
-        "Computes the features of all images in a folder. The same command resumes an interrupted run."
+        "Computes the features of all images in a folder or a dataset. The same command resumes an interrupted run."
     )
     parser.add_argument(
-        "data_path", metavar="FOLDER", help="folder of images, flat or nested, or a tar or zip file of such a folder"
-    )
+        "data_path", nargs="?", metavar="FOLDER",
+        help="folder of images, flat or nested, or a tar or zip file of such a folder",
+    )  # fmt: skip
+    options.add_dataset_option(parser, place="FOLDER")
     options.add_inference_options(parser, images=False, example="mae_pretrain_vit_base")
     parser.add_argument(
         "--out",
@@ -79,8 +81,11 @@ def main(args: argparse.Namespace) -> None:
     reading = options.chosen_reading(args)
     model = get_model(args.model, pretrained=True, device=device, **reading, **chosen_encoder(args))
     precision = Precision(args.amp, device)
-    source = open_source(args.split, args.data_path)
-    assert not isinstance(source, Shards)  # --data_path never opens shards
+    source = open_source(args.split, args.data_path, dataset=args.dataset)
+    if isinstance(source, Shards):
+        raise ValueError(
+            f"--dataset {args.dataset}: the images of shards have no order; give the folder of their images"
+        )
     if args.on_bad_image == "skip":
         source = readable(source, model.in_chans, args.num_workers, model.values)
     names = [source.name(index) for index in range(len(source))]
@@ -106,7 +111,7 @@ def main(args: argparse.Namespace) -> None:
             texts = {"names": json.dumps(names), "classes": json.dumps(source.classes)}
             save_file({name: np.ascontiguousarray(value) for name, value in content.items()}, written, metadata=texts)
     shutil.rmtree(partial)
-    logger.info(f"{args.out}: features {rows.shape} of {args.data_path}")
+    logger.info(f"{args.out}: features {rows.shape} of {args.dataset or args.data_path}")
 
 
 def row_settings(model: Model, source: Source, args: argparse.Namespace, precision: Precision) -> dict[str, Any]:
@@ -115,8 +120,8 @@ def row_settings(model: Model, source: Source, args: argparse.Namespace, precisi
     return json.loads(json.dumps({
         **{name: value for name, value in model.settings.items() if name not in of_labels},
         "weights": checkpoint.compute_digest(model.state_dict()), "pool": args.pool, "precision": precision.name,
-        "folder": args.data_path, "split": args.split, "images": checkpoint.compute_digest(versions(source)),
-        "fast_jpeg": args.fast_jpeg,
+        "folder": args.data_path, "dataset": args.dataset, "split": args.split, "fast_jpeg": args.fast_jpeg,
+        "images": checkpoint.compute_digest(versions(source)),
     }))  # fmt: skip
 
 

@@ -149,7 +149,7 @@ def test_usage_names_the_module_of_python_m(monkeypatch):
 
 
 def test_usage_shows_the_required_flags(capsys):
-    for module, needed in (predict, "--model FILE IMAGE [IMAGE ...]"), (features, "--model FILE --out FILE FOLDER"):
+    for module, needed in (predict, "--model FILE IMAGE [IMAGE ...]"), (features, "--model FILE --out FILE"):
         with pytest.raises(SystemExit):
             entry_point.parse(module.get_args_parser(), ["--modle", "x"])
         error, usage = capsys.readouterr().err.splitlines()

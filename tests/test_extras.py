@@ -1,6 +1,7 @@
 """Extra inputs of images: from datasets of the user's code and from columns of lists, to the model."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -15,8 +16,17 @@ import main_finetune
 import main_knn
 import main_linprobe
 import main_pretrain
-from inference import get_model
+import main_segment
+import models_build
+from examples.ground_positions import GroundPositions
+from inference import export, features, get_model
+from models_vit import Encoder, VisionTransformer
+from util.data import loader, transforms
 from util.data.dataset_kinds import open_source
+from util.data.decode import BadImage
+from util.data.samples import Samples
+from util.data.sources import versions
+from util.pos_embed import get_2d_sincos_pos_embed
 
 # The pixels are noise. The target, and the class, is determined by the extra input `level` alone.
 CODE = """
@@ -131,20 +141,36 @@ def test_two_processes_train_as_one_with_a_column_of_a_list(levels, tmp_path):
     assert ours == pytest.approx(theirs, rel=1e-4)
 
 
-@pytest.mark.parametrize(("cell", "said"), [("", "empty"), ("far", "far"), ("nan", "nan")])
+@pytest.mark.parametrize(("cell", "said"), [("", "empty"), ("far", "far"), ("nan", "nan"), (20240131, "20240131")])
 def test_a_missing_number_of_a_list_names_the_image(cell, said, tmp_path):
     listed = write_list(tmp_path / "images", lambda number: cell if number == 3 else 1)
     with pytest.raises(ValueError, match=rf"the level of 3.png is {said}; --extras are finite numbers"):
         open_source("train", file_list=str(listed), extras=["level"])
     with pytest.raises(ValueError, match=r"no column depth; give --extras of .*level"):
         open_source("train", file_list=str(listed), extras=["depth"])
+    with pytest.raises(ValueError, match=r"can't have the name noise; rename this column of --extras"):
+        open_source("train", file_list=str(listed), extras=["noise"])
+
+
+def test_stored_features_depend_on_the_extra_inputs(tmp_path):
+    """Stored features are computed again when the versions of the samples change."""
+    found = []
+    for level in (1, 2):
+        listed = write_list(tmp_path / "images", lambda number, level=level: level)
+        for file in listed.parent.glob("*.png"):
+            os.utime(file, (0, 0))
+        found.append(versions(open_source("train", file_list=str(listed), extras=["level"])))
+    assert not set(found[0]) & set(found[1])
 
 
 @pytest.mark.parametrize(
     ("extras", "message"),
     [
-        ({"site": "north"}, r"train\[0\]: its site is an object of type str"),
-        ({"site": float("nan")}, r"its site is not finite"),
+        ({"site": "north"}, r"train\[0\]: its site \(an object of type str\) is no number"),
+        ({"site": float("nan")}, r"its site .* is not a finite number"),
+        ({"site": 1e300}, r"its site .* is not a finite number in fp32"),
+        ({"site": 20240131}, r"its site .* has an integer that fp32 does not represent"),
+        ({"site": [[1.0], [1.0, 2.0]]}, r"its site .* is no number"),
         ({"noise": 1.0}, "can't have the name 'noise'"),
         ([1.0], "its extras are an object of type list"),
     ],
@@ -161,7 +187,7 @@ def test_samples_with_other_extras_are_named():
     source = open_source("train", dataset="py:any:any", function=lambda split, data_path: items)
     assert source[0][0].extras == {"gsd": torch.tensor(1.0)}
     for index in (1, 2):
-        with pytest.raises(ValueError, match=rf"train\[{index}\]: its extra inputs have the shapes"):
+        with pytest.raises(ValueError, match=rf"train\[{index}\]: its extra inputs have the shapes .* first sample"):
             source[index]
 
 
@@ -182,3 +208,223 @@ def test_a_model_and_data_that_do_not_fit_stop_before_the_first_update(flags, me
     done = subprocess.run(command, cwd=levels, capture_output=True, text=True)
     assert done.returncode == 1 and message in done.stderr.splitlines()[-1]
     assert not (out / "log.txt").exists() or not json.loads((out / "log.txt").read_text() or "{}")
+
+
+# --------------------------------------------------------------------------------------------------------------- maps
+
+
+class Mapped:
+    """Float images of several sizes, the channels of which are also maps."""
+
+    maps = ("red", "green")
+
+    def __init__(self, count=12, wrong=None):
+        self.count, self.wrong = count, wrong
+        self.labels = [0] * count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        image = np.random.default_rng(index).random((20 + index, 30, 2)).astype(np.float32)
+        red = image[:-1, :, 0] if index == self.wrong else image[..., 0]
+        return {"image": image, "label": 0, "red": red, "green": image[..., 1]}
+
+
+def mapped_samples(transform, dataset=None):
+    source = open_source("train", dataset="py:any:any", function=lambda split, data_path: dataset or Mapped())
+    return Samples(source, transforms.keeps_label(transform), in_chans=2, seed=0)
+
+
+@pytest.mark.parametrize("way", ["pretraining", "evaluation", "no crop"])
+def test_maps_follow_the_crops_and_flips_of_the_image(way):
+    transform = {
+        "pretraining": transforms.pretrain_transform(16, vflip=0.5, rotate90=True),
+        "evaluation": transforms.eval_transform(16),
+        "no crop": transforms.pretrain_transform(16, crop="none"),
+    }[way]
+    samples = mapped_samples(transform)
+    batches = list(loader.TrainLoader(samples, batch_size=4, seed=0, num_workers=2, pin_memory=False))
+    assert len(batches) == 3
+    for batch in batches:
+        assert batch.images.shape == (4, 2, 16, 16)
+        assert torch.equal(batch.images, torch.stack([batch.extras["red"], batch.extras["green"]], dim=1))
+
+
+def test_maps_of_other_shapes_are_named():
+    samples = mapped_samples(transforms.eval_transform(16), Mapped(wrong=3))
+    with pytest.raises(BadImage, match=r"train\[3\]: its map red has 22 x 30 pixels .* and the image 23 x 30"):
+        samples[0, 3]
+    for extras, message in (({"red": 1.0}, r"map red has the shape \(\)"), ({"blue": 1.0}, "lacks the map red")):
+        items = Maps([(np.zeros((16, 16, 3), np.uint8), 0, extras)])
+        with pytest.raises(ValueError, match=message):
+            open_source("train", dataset="py:any:any", function=lambda split, data_path, items=items: items)
+
+
+class Maps(list):
+    maps = ("red",)
+
+
+def test_positions_on_the_ground_are_those_of_the_grid_at_a_meter_per_pixel():
+    """The encoding of Scale-MAE: the sine-cosine table of the patch index times the meters of a pixel."""
+    arguments = {"img_size": 16, "patch_size": 4, "in_chans": 3, "embed_dim": 32, "depth": 1, "num_heads": 2}
+    model = models_build.combined(GroundPositions, VisionTransformer)(**arguments, num_classes=2)
+    imgs, (north, east) = torch.rand(1, 3, 16, 16), torch.meshgrid(*[torch.arange(16.0)] * 2, indexing="ij")
+    tokens = [model.tokenize(imgs, gsd * east[None], gsd * north[None]) - model.patch_embed(imgs) for gsd in (1, 2)]
+    table = torch.from_numpy(get_2d_sincos_pos_embed(32, 4)).float()
+    torch.testing.assert_close(tokens[0][0], table, rtol=1e-4, atol=1e-5)
+    double = torch.from_numpy(get_2d_sincos_pos_embed(32, 7)).float().view(7, 7, 32)[::2, ::2].flatten(0, 1)
+    torch.testing.assert_close(tokens[1][0], double, rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_learns_from_maps_and_resumes(levels, tmp_path, monkeypatch):
+    """The pixels are noise, and the target is the mean of a map in the patch."""
+    (levels / "levels.py").write_text(CODE + MAPS)
+    flags = {"dataset": "py:levels:open_maps", "model_class": "levels:MapTarget", "save_minutes": 0,
+             "num_workers": 2}  # fmt: skip
+    blind = run_pretraining(tmp_path / "blind", **flags)
+    flags |= {"encoder": "levels:MapTokens"}
+    whole = run_pretraining(tmp_path / "whole", **flags)
+    assert lines(whole)[-1]["train_loss"] < 0.5 * lines(blind)[-1]["train_loss"]
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_after(patch, "save", 10)
+        run_pretraining(tmp_path / "parts", **flags)
+    parts = run_pretraining(tmp_path / "parts", **flags, resume="auto")
+    assert_equal(weights(whole, "checkpoint-11.pth"), weights(parts, "checkpoint-11.pth"))
+
+
+MAPS = """
+from torch.nn.functional import avg_pool2d
+
+class MapTokens(Encoder):
+    def tokenize(self, imgs, level):
+        return super().tokenize(imgs) + 3 * patches(level) * self.cls_token.detach().sign()
+
+class MapTarget(LevelTarget):
+    def target(self, imgs, valid=None, level=None):
+        return patches(level).mean(dim=1, keepdim=True).expand(-1, self.num_patches, 1)
+
+def patches(level):
+    return avg_pool2d(level[:, None], 4).flatten(2).transpose(1, 2)
+
+class MapNoise(Noise):
+    maps = ("level",)
+
+    def __getitem__(self, index):
+        item = super().__getitem__(index)
+        return item | {"level": np.full((16, 16), item["level"], np.float32)}
+
+def open_maps(split, data_path):
+    return MapNoise(split)
+"""
+
+
+def constant(gsd_of_train, gsd_of_val):
+    """Returns a function that opens datasets of black images with the given extras."""
+    image = np.zeros((16, 16, 3), np.uint8)
+
+    def open_dataset(split, data_path):
+        return [(image, number % 2, gsd_of_train if split == "train" else gsd_of_val) for number in range(8)]
+
+    return open_dataset
+
+
+@pytest.mark.parametrize("script", [main_finetune, main_linprobe, main_knn])
+def test_a_validation_set_with_other_extras_stops_before_the_first_update(script, tmp_path):
+    out = {} if script is main_knn else {"output_dir": tmp_path / "out", "log_dir": tmp_path / "out"}
+    args = parse(script, model="vit_mini_patch4", input_size=16, device="cpu", num_workers=0, **out)
+    with pytest.raises(ValueError, match="training images are gsd, and of validation images none"):
+        script.main(args, source=constant({"gsd": 1.0}, None), encoder=Gsd)
+
+
+def test_a_missing_extra_with_a_default_warns(capsys):
+    args = parse(main_knn, model="vit_mini_patch4", input_size=16, device="cpu", num_workers=0, k=3)
+    main_knn.main(args, source=constant(None, None), encoder=OptionalGsd)
+    assert "warning: the images have no extra input gsd" in capsys.readouterr().out
+
+
+def test_images_with_extras_are_not_cached_and_a_warning_says_so(capsys, tmp_path):
+    args = parse(main_finetune, model="vit_mini_patch4", input_size=16, device="cpu", num_workers=1, epochs=1,
+                 batch_size=4, cache_images=True, output_dir=tmp_path, log_dir=tmp_path)  # fmt: skip
+    main_finetune.main(args, source=constant({"gsd": 1.0}, {"gsd": 2}), encoder=Gsd)
+    assert "--cache_images has no effect with extra inputs" in capsys.readouterr().out
+
+
+def test_the_first_image_need_not_be_readable():
+    class Broken(list):
+        def __getitem__(self, index):
+            if not index:
+                raise BadImage("broken")
+            return super().__getitem__(index)
+
+    items = Broken([(np.zeros((16, 16, 3), np.uint8), 0, {"gsd": 1.0})] * 3)
+    source = open_source("train", dataset="py:any:any", function=lambda split, data_path: items)
+    assert source.extra_names == ("gsd",)
+
+
+class Gsd(Encoder):
+    def tokenize(self, imgs, gsd):
+        return super().tokenize(imgs) * gsd[:, None, None]
+
+
+class OptionalGsd(Encoder):
+    def tokenize(self, pictures, gsd=None):  # the first parameter may have any name
+        return super().tokenize(pictures) * (1 if gsd is None else gsd[:, None, None])
+
+
+def test_features_of_a_dataset_and_exports(levels, tmp_path, classify):
+    file = classify(main_finetune, "tuned", dataset=DATA["dataset"], encoder=OWN["encoder"], epochs=1, mixup=0,
+                    cutmix=0) / "checkpoint-0.pth"  # fmt: skip
+    out = tmp_path / "features.npz"
+    features.main(parse(features, model=file, encoder=OWN["encoder"], dataset=DATA["dataset"], split="val", out=out))
+    rows = np.load(out)["features"]
+    from levels import Level, Noise
+
+    model, items = get_model(file, encoder=Level), [Noise("val")[index] for index in range(32)]
+    expected = model.extract_feat([item["image"] for item in items], level=[item["level"] for item in items])
+    np.testing.assert_allclose(rows, expected.detach().numpy(), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"--to onnx: .*level; give --to safetensors"):
+        export.export(model, "onnx", tmp_path / "model.onnx")
+    export.export(model, "safetensors", tmp_path / "model.safetensors")
+    again = get_model(tmp_path / "model.safetensors", encoder=Level).extract_feat(items[0]["image"], level=1)
+    torch.testing.assert_close(again, model.extract_feat(items[0]["image"], level=1.0))
+    for wrong in (float("nan"), "north"):
+        with pytest.raises(ValueError, match=r"level=.* is no"):
+            model.predict(items[0]["image"], level=wrong)
+
+
+def test_segmentation_with_extras(levels, tmp_path):
+    """The class of all pixels is determined by the extra input alone."""
+    (levels / "levels.py").write_text(CODE + MASKS)
+    args = parse(main_segment, dataset="py:levels:open_masks", encoder=OWN["encoder"], nb_classes=2, epochs=4,
+                 model="vit_mini_patch4", input_size=16, patch_size=4, batch_size=8, num_workers=1, device="cpu",
+                 amp="off", lr=0.003, warmup_epochs=0, unfreeze_blocks="all", output_dir=tmp_path,
+                 log_dir=tmp_path)  # fmt: skip
+    main_segment.main(args)
+    from levels import Level
+
+    model = get_model(tmp_path / "checkpoint-3.pth", encoder=Level)
+    image = np.random.default_rng(0).integers(0, 256, (24, 20, 3), dtype=np.uint8)
+    assert (model.segment(image, level=1.0) == 1).mean() > 0.9
+    zeros, ones = model.segment([image, image[:16]], level=[-1.0, 1.0])
+    assert (zeros == 0).mean() > 0.9 and (ones == 1).mean() > 0.9
+
+
+MASKS = """
+def open_masks(split, data_path):
+    return MaskedNoise(split)
+
+class MaskedNoise(Noise):
+    def __getitem__(self, index):
+        item = super().__getitem__(index)
+        return item | {"label": np.full((16, 16), item["label"], np.uint8)}
+"""
+
+
+@pytest.mark.parametrize("label", [[0.0, 1.0], 0.5])
+def test_pretraining_ignores_labels_that_are_no_classes(label, tmp_path):
+    image = np.zeros((16, 16, 3), np.uint8)
+    args = parse(main_pretrain, model="mae_vit_mini_patch4", input_size=16, batch_size=4, epochs=1, warmup_epochs=0,
+                 num_workers=1, device="cpu", output_dir=tmp_path, log_dir=tmp_path)  # fmt: skip
+    main_pretrain.main(args, source=lambda split, data_path: [(image, label)] * 8)
+    assert (tmp_path / "checkpoint-0.pth").exists()

@@ -35,11 +35,12 @@ import os, sys, time
 sys.path.insert(0, {root!r})
 from util.cli import entry_point; from util.data import samples
 finish = samples.Samples.finish
-def note(self, picture, label, bad, epoch, index, repeats):
+def note(self, *sample):
+    epoch, index, _ = sample[-3:]
     with open(f"{{os.environ['NOTES']}}/{{epoch}}", "a") as file:
         file.write(f"{{index}} ")
     time.sleep(0.01)
-    return finish(self, picture, label, bad, epoch, index, repeats)
+    return finish(self, *sample)
 samples.Samples.finish = note
 import main_pretrain
 entry_point.run(main_pretrain.main, main_pretrain.get_args_parser())

@@ -98,7 +98,7 @@ def main(args: argparse.Namespace, source: OpenDataset | None = None) -> None:
     args = with_source(args, source)
     images = open_source(
         args.split, args.data_path, file_list, args.dataset, download=args.download, num_images=args.num_images,
-        function=source,
+        function=source, extras=args.extras,
     )  # fmt: skip
     indices = np.unique(np.linspace(0, len(images) - 1, args.limit or len(images), dtype=int)).tolist()
     workers = up_to_cores(args.num_workers)

@@ -4,20 +4,22 @@ import inspect
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, ClassVar
 
+PASSED = ("noise", "valid")  # arguments of the steps that are no extra inputs
+
 
 class Steps:
     """The base of a model whose steps are methods that subclasses override.
 
     Attributes:
         arguments: arguments that the steps of the published code do not have, and the methods that pass them on.
-        own_parameters: the steps that extra inputs reach, and their parameters that are no extras.
+        own_parameters: the steps that extra inputs reach, and their first parameters, which may have other names.
         used_steps: those of them that the model calls.
         lacking: those of `arguments` that a subclass does not pass on, with its first method without the argument.
         extras: for each of `own_parameters`, the extra inputs that overrides take by name, and whether they need them.
     """
 
     arguments: ClassVar[Mapping[str, tuple[str, ...]]] = {}
-    own_parameters: ClassVar[Mapping[str, Collection[str]]] = {}
+    own_parameters: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     used_steps: ClassVar[Collection[str]] = ()
     lacking: ClassVar[dict[str, str]] = {}
     extras: ClassVar[dict[str, dict[str, bool]]] = {}
@@ -32,7 +34,7 @@ class Steps:
         cls.extras = {step: {} for step in cls.own_parameters}
         for kind in reversed(cls.__mro__):
             for step in cls.extras.keys() & vars(kind).keys():
-                cls.extras[step] |= _further(vars(kind)[step], {"self", *cls.own_parameters[step]})
+                cls.extras[step] |= _further(vars(kind)[step], len(cls.own_parameters[step]), PASSED)
 
     def lack_of(self, argument: str) -> str:
         """Returns a message about one of `arguments` that an override does not accept; "" if all do."""
@@ -44,14 +46,18 @@ class Steps:
         """Returns the extra inputs that a step takes."""
         return {name: value for name, value in extras.items() if name in self.extras[step]}
 
-    def check_extras(self, names: Collection[str]) -> None:
-        """Raises ValueError if no step takes one of these extra inputs, or a step of the model needs another one."""
-        known = {name for taken in self.extras.values() for name in taken}
+    def extras_taken(self, steps: Collection[str] | None = None, needed: bool = False) -> set[str]:
+        """Returns the extra inputs that steps take; with `needed`, those without a default. Default: `used_steps`."""
+        used = self.used_steps if steps is None else steps
+        return {name for step in used for name, is_needed in self.extras[step].items() if is_needed or not needed}
+
+    def check_extras(self, names: Collection[str], steps: Collection[str] | None = None) -> None:
+        """Raises ValueError if no step takes one of these extra inputs, or one of `steps` needs another one."""
+        known = self.extras_taken(self.extras)
         if unknown := sorted(set(names) - known):
             takes = f"it takes {', '.join(sorted(known))}" if known else "it takes none"
             raise ValueError(f"{type(self).__name__} takes no extra input {unknown[0]}: {takes}")
-        needed = {name for step in self.used_steps for name, is_needed in self.extras[step].items() if is_needed}
-        if missing := sorted(needed - set(names)):
+        if missing := sorted(self.extras_taken(steps, needed=True) - set(names)):
             raise ValueError(f"{type(self).__name__} needs the extra input {missing[0]} of each image")
 
 
@@ -60,8 +66,8 @@ def _accepts(step: Callable[..., Any], argument: str) -> bool:
     return argument in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
-def _further(step: Callable[..., Any], known: Collection[str]) -> dict[str, bool]:
-    """Returns the named parameters of a step that are not known, and whether they have no default."""
+def _further(step: Callable[..., Any], count: int, known: Collection[str]) -> dict[str, bool]:
+    """Returns the parameters of a step after the first `count` that are not known, and whether they have no default."""
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    parameters = inspect.signature(step).parameters.values()
+    parameters = list(inspect.signature(step).parameters.values())[1 + count :]  # after self
     return {p.name: p.default is p.empty for p in parameters if p.kind in kinds and p.name not in known}

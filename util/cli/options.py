@@ -115,21 +115,30 @@ def add_source_options(group: argparse._ActionsContainer, labels: bool = False) 
         "--train_list", metavar="FILE",
         help=f"text, CSV or JSON file with {entry}; or a JSON file of COCO or iNaturalist",
     )  # fmt: skip
-    dataset = group.add_argument(
-        "--dataset", metavar="NAME",
-        help="dataset of a library: a class of torchvision, such as CIFAR10 or STL10:unlabeled, with its files in "
-        "--data_path; hf:NAME_OR_FOLDER (Hugging Face); or py:MODULE:FUNCTION, your function(split, data_path) that "
-        "returns a dataset (DATA.md)"
-        + "; or wds:SHARDS (WebDataset), such as wds:s/{000..127}.tar" * (not labels),
-    )  # fmt: skip
-    not_in_recipes(dataset, runs_code)
+    add_dataset_option(group, "; or wds:SHARDS (WebDataset), such as wds:s/{000..127}.tar" * (not labels))
     group.add_argument(
         "--extras", nargs="+", metavar="NAME",
         help="columns of --train_list (CSV with a header, or keys of JSON) with numbers that are inputs of the model "
-        "besides the image; parameters of the class of --encoder or --model_class take them by name",
+        "besides the image, by name (DATA.md)",
     )  # fmt: skip
     _add_download(group, "download a --dataset of torchvision to --data_path")
     _add_reading_options(group)
+
+
+def add_dataset_option(group: argparse._ActionsContainer, also: str = "", place: str = "--data_path") -> None:
+    """Adds the flag of datasets that are no folders.
+
+    Args:
+        also: end of the help text: other values.
+        place: the argument with the folder of torchvision's files.
+    """
+    dataset = group.add_argument(
+        "--dataset", metavar="NAME",
+        help="dataset of a library: a class of torchvision, such as CIFAR10 or STL10:unlabeled, with its files in "
+        f"{place}; hf:NAME_OR_FOLDER (Hugging Face); or py:MODULE:FUNCTION, your function(split, data_path) that "
+        f"returns a dataset (DATA.md){also}",
+    )  # fmt: skip
+    not_in_recipes(dataset, runs_code)
 
 
 def add_stream_options(group: argparse._ActionsContainer) -> None:

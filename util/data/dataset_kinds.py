@@ -21,18 +21,10 @@ logger = logging.getLogger(__name__)
 
 
 def open_source(
-    split: str,
-    data_path: str | None = None,
-    file_list: str | None = None,
-    dataset: str | None = None,
-    *,
-    download: bool = False,
-    num_images: int | None = None,
-    function: OpenDataset | None = None,
-    task: str = CLASSIFICATION,
-    label_columns: Sequence[str] | None = None,
-    extras: Sequence[str] | None = None,
-) -> Source | Shards:
+    split: str, data_path: str | None = None, file_list: str | None = None, dataset: str | None = None, *,
+    download: bool = False, num_images: int | None = None, function: OpenDataset | None = None,
+    task: str = CLASSIFICATION, label_columns: Sequence[str] | None = None, extras: Sequence[str] | None = None,
+) -> Source | Shards:  # fmt: skip
     """Opens a dataset of any kind.
 
     All processes call it. Rank 0 lists the images of folders, lists, archives and shards; the others receive the list.
@@ -40,16 +32,14 @@ def open_source(
     Args:
         split: "train" or "val".
         data_path: a folder of images, a folder that contains the folder `split`, or a tar or zip file of either. With
-            `file_list`, the folder that its relative paths start from. With a dataset of torchvision, the folder with
-            its files.
+            `file_list`, the folder of its relative paths. With a dataset of torchvision, the folder with its files.
         file_list: a list of image files.
         dataset: a dataset of torchvision, hf:NAME_OR_FOLDER, wds:SHARDS, or py:MODULE:FUNCTION.
         download: download the files of a torchvision dataset.
         num_images: number of images in shards, instead of counting them.
         function: the function of py:, instead of importing it.
         task: what the labels mean. Lists and py: have other labels than classes.
-        label_columns: the columns of `file_list` with the labels.
-        extras: the columns of `file_list` with extra inputs.
+        label_columns, extras: the columns of `file_list` with the labels, and with extra inputs.
 
     Raises:
         ValueError: no dataset is given, the dataset does not exist, or it has no images.

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from util import dist
+from util.data import extras
 from util.data.batches import Batches, up_to_cores
 from util.data.decode import (
     AS_STORED,
@@ -27,7 +28,7 @@ from util.data.decode import (
 from util.data.labels import Subset
 from util.data.loader import MAX_BAD_SHARE
 from util.data.samples import preserve_generators
-from util.data.sources import Source, WithExtras
+from util.data.sources import Source
 from util.data.transforms import to_tensor, to_unit_range
 from util.data.webdataset_shards import Shards
 from util.files.untrusted import printable
@@ -62,7 +63,7 @@ class FactsDataset(Dataset):
     def __getitem__(self, index: int) -> ImageFacts:
         try:
             data, label = self.source[index]
-            data = data.image if isinstance(data, WithExtras) else data
+            data, _ = extras.split(data)
         except (BadImage, OSError) as error:  # a mistake of the user's code is no unreadable image
             return _unreadable(self.source.name(index), error)
         try:

@@ -13,6 +13,7 @@ import numpy as np
 
 from util.cli.advice import did_you_mean
 from util.cli.choices import CLASSIFICATION, MULTILABEL
+from util.data import extras as extra_inputs
 from util.data.decode import SUFFIXES
 from util.data.sources import Files
 from util.files.untrusted import printable
@@ -161,15 +162,17 @@ def _unlabeled(paths: list[str], reason: str) -> tuple[list[str], list[str], np.
 
 def _extras(suffix: str, text: str, columns: Sequence[str]) -> dict[str, np.ndarray]:
     """Returns the extra inputs (n,) of a list by name."""
+    if refused := [name for name in columns if not extra_inputs.can_name(name)]:
+        raise LabelError(f"an extra input can't have the name {printable(refused[0])}; rename this column of --extras")
     names, _, cells = _read_cells(suffix, text, columns, "--extras")
-    values = np.array([[_number_in(cell) for cell in row] for row in cells], dtype=np.float32)
-    for row, column in np.argwhere(~np.isfinite(values))[:1]:
+    values = np.array([[_number_in(cell) for cell in row] for row in cells])
+    for row, column in np.argwhere(~np.isfinite(values) | ((values % 1 == 0) & (values.astype("f4") != values)))[:1]:
         cell = printable(cells[row][column]) or "empty"
         raise LabelError(
-            f"the {printable(columns[column])} of {printable(names[row])} is {cell}; --extras are finite numbers: "
-            f"correct it, or omit the row"
+            f"the {printable(columns[column])} of {printable(names[row])} is {cell}; --extras are finite numbers in "
+            f"fp32, whose integers are exact up to 16,777,216: correct it, split it into columns, or omit the row"
         )
-    return dict(zip(columns, values.T, strict=True))
+    return dict(zip(columns, values.T.astype("f4"), strict=True))
 
 
 def _number_in(cell: str) -> float:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from util.cli.choices import CLASSIFICATION
-from util.data import image_cache, image_facts, labels, loader, targets, transforms
+from util.data import extras, image_cache, image_facts, labels, loader, targets, transforms
 from util.data.dataset_kinds import open_source
 from util.data.decode import PixelValues
 from util.data.samples import Samples
@@ -117,6 +117,9 @@ class RunData:
         """
         data = self.data
         if not data.cache_images:
+            return sources
+        if any(map(extras.names_of, sources)):
+            logger.warning("--cache_images has no effect with extra inputs: images are decoded at each access")
             return sources
         return image_cache.cached(
             list(sources), in_chans=self.images.in_chans, fast_jpeg=data.fast_jpeg, exif=bool(self.images.exif),

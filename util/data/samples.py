@@ -19,10 +19,11 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from util import dist
+from util.data import extras as extra_inputs
 from util.data import jpeg
-from util.data.decode import AS_STORED, BadImage, Picture, PixelValues, decode
-from util.data.sources import Source, WithExtras
-from util.data.transforms import Transform
+from util.data.decode import AS_STORED, BadImage, Picture, PixelValues, decode, size_of, to_tensor
+from util.data.sources import Source
+from util.data.transforms import Transform, to_unit_range
 from util.data.user_sets import UserSet
 from util.data.webdataset_shards import Shards
 
@@ -72,6 +73,7 @@ class Samples(Dataset):
     ) -> None:
         self.source = source
         self.runs_code = isinstance(_original(source), UserSet)
+        self.maps: tuple[str, ...] = getattr(_original(source), "maps", ())
         self.transform = transform
         self.seed = seed
         self.draw_noise = draw_noise or partial(torch.rand, 0)
@@ -106,7 +108,7 @@ class Samples(Dataset):
         if self.runs_code:
             torch.default_generator.manual_seed(seed_python(self.seed, epoch, index))
         data, label = self.source[index]
-        data, extras = data if isinstance(data, WithExtras) else (data, {})
+        data, extras = extra_inputs.split(data)
         return self.decode(data), label, extras
 
     def finish(
@@ -123,8 +125,30 @@ class Samples(Dataset):
             # torch.manual_seed also seeds every kind of device, which takes 72 µs instead of 1.
             torch.default_generator.manual_seed(seed_python(self.seed, epoch, number, *[repeat] * (repeat > 0)))
             noise = self.draw_noise()  # first, so that the mask does not depend on the augmentation
-            samples.append(Sample(*self.transform(picture, label), noise, extras, [] if repeat else bad))
+            image, own_label, own_extras = self._transformed(picture, label, extras)
+            samples.append(Sample(image, own_label, noise, own_extras, [] if repeat else bad))
         return samples
+
+    def _transformed(
+        self, picture: Picture, label: Any, extras: dict[str, Tensor]
+    ) -> tuple[Tensor, Any, dict[str, Tensor]]:
+        """Applies the transform to a picture and its maps, which are further channels meanwhile.
+
+        Raises:
+            BadImage: the transform can't be applied, or a map has another size than the picture.
+        """
+        if not self.maps:
+            return *self.transform(picture, label), extras
+        channels = [to_unit_range(to_tensor(picture))]
+        for name in self.maps:
+            if tuple(extras[name].shape) != size_of(picture):
+                sizes = "{} x {} pixels (height x width), and the image {} x {}"
+                raise BadImage(f"its map {name} has {sizes.format(*extras[name].shape, *size_of(picture))}")
+            channels.append(extras[name][None])
+        image, label = self.transform(torch.cat(channels), label)
+        parts = image.split([len(image) - len(self.maps), *[1] * len(self.maps)])
+        maps = {name: part[0].nan_to_num(0) for name, part in zip(self.maps, parts[1:], strict=True)}
+        return parts[0], label, extras | maps
 
     def refuse(self, name: str, error: Exception, bad: list[Bad]) -> None:
         """Records a sample that can't be read.

@@ -10,14 +10,14 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from util.cli.advice import AdvisedError, Remedy
 from util.data.decode import SUFFIXES, Masked, Picture
+from util.data.extras import WithExtras
 from util.files.untrusted import printable, read_file
 
 logger = logging.getLogger(__name__)
@@ -27,21 +27,7 @@ KINDS = ", ".join(SUFFIXES)
 VALIDATION = ("val", "valid", "validation", "2021_valid", "test")
 
 
-class WithExtras(NamedTuple):
-    """An image as `decode` takes it, and extra inputs of the model by name: tensors, equal in shape for all images."""
-
-    image: Any
-    extras: dict[str, Tensor]
-
-
 StoredImage = bytes | Picture | np.ndarray | Masked | WithExtras  # what a source returns
-
-
-def extra_names(source: Any) -> tuple[str, ...]:
-    """Returns the names of the extra inputs that come with the images of a source, or of a subset of it."""
-    while hasattr(source, "source"):
-        source = source.source
-    return tuple(getattr(source, "extra_names", ()))
 
 
 class Source(Protocol):
@@ -161,8 +147,8 @@ class Files:
         return printable(self.path(index))
 
     def version(self, index: int) -> str:
-        """Returns the version of the file."""
-        return version_of(self.path(index))
+        """Returns the version of the file, and its extra inputs."""
+        return " ".join([version_of(self.path(index)), *(f"{k}={v[index]}" for k, v in self.extras.items())])
 
     def path(self, index: int) -> str:
         """Returns the path of the file."""

@@ -15,21 +15,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
 from util.cli import entry_point
 from util.cli.user_code import DATASET, call, import_object
+from util.data import extras as extra_inputs
 from util.data.decode import BadImage, Masked
 from util.data.library_sets import LibrarySet
-from util.data.sources import StoredImage, WithExtras, first_few, version_of
+from util.data.sources import StoredImage, first_few, version_of
 from util.files.untrusted import printable, read_file
 
 logger = logging.getLogger(__name__)
 
-# Parameters of the models' methods, which no extra input may have as a name.
-RESERVED = ("self", "x", "imgs", "images", "mask_ratio", "mask", "noise", "valid", "grid_size", "n", "norm", "pool")
+MOST_UNREADABLE = 20  # samples at the start of a dataset, until one can be read
 
 OpenDataset = Callable[[str, str | None], Any]  # split ("train" or "val"), data_path -> a map-style dataset
 
@@ -64,10 +63,11 @@ class UserSet(LibrarySet):
     Every process that reads samples calls the function. Before a fork, the dataset is deleted: its open files do not
     have to survive the fork. Items are (image, label), (image, label, extras), or a dict with the keys image, label and
     valid (booleans (H, W), True for valid pixels; default: all). Extras are a dict of numbers, arrays or tensors, equal
-    in names and shapes for all items: inputs of the model besides the image. In a dict, they are the other keys.
+    in names and shapes for all items: inputs of the model besides the image. In a dict, they are the other keys. Extras
+    that the attribute `maps` of the dataset names are maps of the image (H, W), which follow its crops and flips.
     An image is a path, the bytes of an image file, a Pillow image, an array as `decode` takes it, or a tensor
     (c, H, W). A label is the number of a class, or None. Optional attributes of the dataset: `classes`, `labels`,
-    `name(index)`, `version(index)`.
+    `maps`, `name(index)`, `version(index)`.
 
     Args:
         function: returns the dataset of a split. None: it is imported.
@@ -87,14 +87,19 @@ class UserSet(LibrarySet):
         self.function = function or import_object(f"--dataset {DATASET}", name.removeprefix(DATASET))
         self.opened = self._open()
         self.count = len(self.opened)
+        self.maps = tuple(getattr(self.opened, "maps", ()))
         self.start = secrets.token_hex(8)
         _SETS.add(self)
         if not self.count:
             raise ValueError(f"{self.flag}: the dataset of the split {split} is empty")
-        self.extra_shapes: dict[str, tuple[int, ...]] | None = None  # of the first sample that can be read
-        with contextlib.suppress(OSError, BadImage):  # the script reports it when it reads the sample
-            first = self._item(0)
-            self._convert(0, first)
+        self.extra_shapes: dict[str, str] | None = None  # of the first sample that can be read
+        for index in range(min(self.count, MOST_UNREADABLE)):
+            with contextlib.suppress(OSError, BadImage):  # the script reports it when it reads the sample
+                first = self._item(index)
+                self._convert(index, first)
+                extras = self._extras(index, first.extras)
+                self.extra_shapes = {name: self._shape(name, value) for name, value in extras.items()}
+                break
 
     @property
     def extra_names(self) -> tuple[str, ...]:
@@ -148,7 +153,7 @@ class UserSet(LibrarySet):
                 f"{self._place(index)} is {_kind(item)}: return (image, label), (image, label, extras), or a "
                 f"dict with the keys image and label"
             )
-        extras = item[2] if len(item) == 3 else {}
+        extras = item[2] if len(item) == 3 and item[2] is not None else {}
         if not isinstance(extras, Mapping):
             raise ValueError(f"{self._place(index)}: its extras are {_kind(extras)}: give a dict of numbers and arrays")
         return Item(item[0], item[1], extras)
@@ -170,46 +175,49 @@ class UserSet(LibrarySet):
                 raise ValueError(f"{self._place(index)}: valid is {kind}: give booleans (H, W), True for valid pixels")
             image = Masked(image, valid != 0)
         extras = self._extras(index, item.extras)
-        return (WithExtras(image, extras) if extras else image), self.label_of(index, item.label)
+        return (extra_inputs.WithExtras(image, extras) if extras else image), self.label_of(index, item.label)
 
     def _extras(self, index: int, extras: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Returns the extra inputs of an item as tensors; numbers are fp32 or int64.
+        """Returns the extra inputs of an item.
 
         Raises:
-            ValueError: an extra input is no number or not finite, or its names or shapes are not those of the others.
+            ValueError: an extra input is no number, or its names or shapes are not those of the others.
         """
         tensors = {}
         for name, value in extras.items():
-            if not str(name).isidentifier() or name in RESERVED:
+            if not extra_inputs.can_name(name):
                 raise ValueError(f"{self._place(index)}: an extra input can't have the name {name!r}: rename it")
-            array = np.asarray(value.cpu() if isinstance(value, Tensor) else value)
-            if array.dtype.kind not in "biuf" or not np.isfinite(array).all():
-                kind = "is not finite" if array.dtype.kind == "f" else f"is {_kind(value)}"
-                raise ValueError(f"{self._place(index)}: its {name} {kind}: give a number, or an array of numbers")
-            tensors[str(name)] = torch.from_numpy(array.astype("f4" if array.dtype.kind == "f" else "i8"))
-        shapes = {name: tuple(value.shape) for name, value in tensors.items()}
-        if self.extra_shapes is None:
-            self.extra_shapes = shapes
-        if shapes != self.extra_shapes:
+            try:
+                tensors[str(name)] = extra_inputs.to_tensor(value)
+            except ValueError as error:
+                raise ValueError(f"{self._place(index)}: its {name} ({_kind(value)}) {error}") from error
+            shape = tuple(tensors[str(name)].shape)
+            if name in self.maps and len(shape) != 2:
+                raise ValueError(f"{self._place(index)}: its map {name} has the shape {shape}: give (H, W)")
+        if missing := [name for name in self.maps if name not in tensors]:
+            raise ValueError(f"{self._place(index)} lacks the map {missing[0]}, which the attribute maps names")
+        shapes = {name: self._shape(name, value) for name, value in tensors.items()}
+        if shapes != (self.extra_shapes if self.extra_shapes is not None else shapes):
             raise ValueError(
                 f"{self._place(index)}: its extra inputs have the shapes {shapes}, and those of the first sample "
                 f"{self.extra_shapes}: give the same for each sample"
             )
         return tensors
 
+    def _shape(self, name: str, value: Tensor) -> str:
+        return "(H, W)" if name in self.maps else str(tuple(value.shape))
+
     def label_of(self, index: int, label: Any) -> Any:
         """Returns the label of an item, converted to the number of a class; -1 for None.
 
+        It is also -1 for vectors and floats. Pre-training does not use them, and `labels` refuses them.
+
         Raises:
-            ValueError: the label is no number of a class, or differs from the attribute `labels`.
+            ValueError: the label differs from the attribute `labels`.
         """
         value = np.asarray(-1 if label is None else label)
         if value.ndim or value.dtype.kind not in "iub":
-            kind = f"an array of shape {value.shape}" if value.ndim else f"the {type(label).__name__} {label}"
-            raise ValueError(
-                f"{self._place(index)}: its label is {printable(kind)}: give a class number, or None (vectors "
-                f"and numbers are for main_finetune.py --task)"
-            )
+            return -1
         listed = value if self._listed is None else self._listed[index]
         if value != listed:
             raise ValueError(f"{self._place(index)}: its label is {value}, and labels[{index}] is {listed}")
@@ -237,7 +245,9 @@ class UserSet(LibrarySet):
         labels, unreadable = np.full(len(self), -1), list[str]()
         for index in range(len(self)):
             try:
-                labels[index] = self.label_of(index, self._item(index).label)
+                label = self._item(index).label
+                self._require_class(index, label)
+                labels[index] = self.label_of(index, label)
             except (BadImage, OSError) as error:
                 unreadable.append(f"{self.name(index)} ({error})")
         if unreadable:
@@ -246,6 +256,16 @@ class UserSet(LibrarySet):
                 f"no label"
             )
         return labels
+
+    def _require_class(self, index: int, label: Any) -> None:
+        """Raises ValueError if a label is no number of a class."""
+        value = np.asarray(-1 if label is None else label)
+        if value.ndim or value.dtype.kind not in "iub":
+            kind = f"an array of shape {value.shape}" if value.ndim else f"the {type(label).__name__} {label}"
+            raise ValueError(
+                f"{self._place(index)}: its label is {printable(kind)}: give a class number, or None (vectors "
+                f"and numbers are for main_finetune.py --task)"
+            )
 
     @cached_property
     def classes(self) -> list[str]:

@@ -1,6 +1,7 @@
 """Evaluation of segmentation: windows over large images, the confusion matrix, and the scores."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -21,18 +22,20 @@ def window_starts(length: int, window: int) -> list[int]:
 
 
 def predict_windows(
-    model: Callable[[Tensor], Tensor], image: Tensor, window: tuple[int, int], batch_size: int
-) -> Tensor:
+    model: Callable[..., Tensor], image: Tensor, window: tuple[int, int], batch_size: int,
+    extras: Mapping[str, Tensor] = MappingProxyType({}),
+) -> Tensor:  # fmt: skip
     """Averages the logits of overlapping windows.
 
     An image that is smaller than a window is padded with zeros at the bottom and at the right, which is the mean of
     normalized images.
 
     Args:
-        model: images (n, c, h, w) of the size of a window -> logits (n, classes, h, w).
+        model: images (n, c, h, w) of the size of a window, and extra inputs -> logits (n, classes, h, w).
         image: normalized image (c, H, W).
         window: (h, w).
         batch_size: number of windows in a batch.
+        extras: extra inputs of the image (1, ...), which all windows have.
 
     Returns:
         Logits (classes, H, W), fp32.
@@ -47,7 +50,8 @@ def predict_windows(
     count = torch.zeros(image.shape[1:], device=image.device)
     for first in range(0, len(areas), batch_size):
         batch = areas[first : first + batch_size]
-        for area, logits in zip(batch, model(torch.stack([image[area] for area in batch])), strict=True):
+        repeated = {name: value.expand(len(batch), *value.shape[1:]) for name, value in extras.items()}
+        for area, logits in zip(batch, model(torch.stack([image[area] for area in batch]), **repeated), strict=True):
             if total is None:
                 total = logits.new_zeros(len(logits), *image.shape[1:], dtype=torch.float32)
             total[area] += logits
@@ -57,19 +61,20 @@ def predict_windows(
 
 
 def predict_classes(
-    model: Callable[[Tensor], Tensor], image: Tensor, size: tuple[int, int], window: tuple[int, int], batch_size: int
-) -> Tensor:
+    model: Callable[..., Tensor], image: Tensor, size: tuple[int, int], window: tuple[int, int], batch_size: int,
+    extras: Mapping[str, Tensor] = MappingProxyType({}),
+) -> Tensor:  # fmt: skip
     """Returns the most likely class of each pixel.
 
     Args:
-        model, image, window, batch_size: as in `predict_windows`, which needs 4 bytes for each class and pixel of
-            the image.
+        model, image, window, batch_size, extras: as in `predict_windows`, which needs 4 bytes for each class and pixel
+            of the image.
         size: (H, W) of the result. The logits are scaled to it before the classes are compared.
 
     Returns:
         (H, W), int64.
     """
-    return most_likely(predict_windows(model, image, window, batch_size), size)
+    return most_likely(predict_windows(model, image, window, batch_size, extras), size)
 
 
 def most_likely(logits: Tensor, size: tuple[int, int]) -> Tensor:

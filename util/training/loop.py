@@ -1,7 +1,7 @@
 """The training loop. All engines use it, and add the loss of a batch."""
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Protocol
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from util import dist
-from util.data.batches import Batch, tensors_of
+from util.data.batches import tensors_of
 from util.data.loader import FeatureBatches, TrainLoader
 from util.interrupts import Interrupted
 from util.training.meters import Meters, Stopwatch
@@ -183,12 +183,14 @@ def _forward_backward(
     return loss.detach()
 
 
-def to_device(batch: Sequence[Any], device: torch.device) -> Batch:
-    """Copies the tensors of a batch to the device."""
-    images, labels, noise, extras = Batch(*batch)
-    copied = {name: value.to(device, non_blocking=True) for name, value in extras.items()}
-    images, labels, noise = (part.to(device, non_blocking=True) for part in (images, labels, noise))
-    return Batch(images, labels, noise, copied)
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Copies the tensors of a batch to the device: a tensor, or a dict, list or named tuple of batches."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, Mapping):
+        return {name: to_device(part, device) for name, part in batch.items()}
+    parts = [to_device(part, device) for part in batch]
+    return type(batch)(*parts) if hasattr(batch, "_fields") else parts
 
 
 @cache
@@ -197,15 +199,15 @@ def _copying_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def prefetch(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+def prefetch(batches: Iterator[Any], device: torch.device) -> Iterator[Any]:
     """Yields batches on the device. On CUDA, each batch is copied during the previous iteration."""
     if device.type != "cuda":
         for batch in batches:
             yield to_device(batch, device)
         return
-    stream, queue = _copying_stream(device), deque[tuple[Batch, torch.cuda.Event]]()
+    stream, queue = _copying_stream(device), deque[tuple[Any, torch.cuda.Event]]()
 
-    def next_batch() -> Batch:
+    def next_batch() -> Any:
         batch, event = queue.popleft()
         computing = torch.cuda.current_stream(device)
         computing.wait_event(event)

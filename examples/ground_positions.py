@@ -1,0 +1,37 @@
+"""Positions in meters on the ground, which follow crops, scaling and flips: Scale-MAE (Reed et al. 2023).
+
+    python main_pretrain.py --dataset py:MODULE:FUNCTION --encoder examples.ground_positions:GroundPositions ...
+
+The dataset has `maps = ["east", "north"]`, the coordinates (H, W) of the pixels in meters:
+
+    north, east = gsd * np.mgrid[:height, :width].astype(np.float32)
+    return {"image": image, "label": label, "east": east, "north": north}
+
+Scale-MAE multiplies the index of a patch by the meters of a pixel. Here, the position of a patch is the distance of its
+center to the first patch, divided by the patch size in pixels, which is the same number.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from models_vit import Encoder
+
+
+def encode(positions: Tensor, width: int) -> Tensor:
+    """Positions (B, N) -> sines of all frequencies, followed by their cosines (B, N, width)."""
+    omega = 10000 ** (-torch.arange(width // 2, dtype=torch.float64, device=positions.device) / (width // 2))
+    angles = positions.unsqueeze(2).double() * omega
+    return torch.cat([angles.sin(), angles.cos()], dim=2).float()
+
+
+class GroundPositions(Encoder):
+    """Patch tokens whose positions are meters on the ground. The decoder has the positions of the grid."""
+
+    def tokenize(self, imgs: Tensor, east: Tensor, north: Tensor) -> Tensor:  # type: ignore[override]
+        patches, encodings = self.patch_embed(imgs), []
+        for coordinates, size in zip((east, north), reversed(self.patch_embed.patch_size), strict=True):
+            centers = F.avg_pool2d(coordinates.unsqueeze(1), self.patch_embed.patch_size).flatten(1)  # (B, N)
+            distances = (centers - centers.amin(dim=1, keepdim=True)) / size
+            encodings.append(encode(distances, patches.shape[2] // 2))
+        return patches + torch.cat(encodings, dim=2)

@@ -1,0 +1,111 @@
+"""Extra inputs of images, such as place and date: tensors by name, from datasets and lists to the model."""
+
+import keyword
+import logging
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+# Parameters of the models' methods, which no extra input may have as a name.
+RESERVED = (
+    "self", "x", "imgs", "images", "mask_ratio", "mask", "noise", "valid", "grid_size", "n", "norm", "return_attention",
+    "pool", "topk", "batch_size",
+)  # fmt: skip
+
+
+class WithExtras(NamedTuple):
+    """An image as `decode` takes it, and its extra inputs."""
+
+    image: Any
+    extras: dict[str, Tensor]
+
+
+def split(image: Any) -> tuple[Any, dict[str, Tensor]]:
+    """Returns the image that a source returned, and its extra inputs."""
+    return (image.image, image.extras) if isinstance(image, WithExtras) else (image, {})
+
+
+def can_name(name: Any) -> bool:
+    """Whether an extra input can have this name, that of a parameter of a model."""
+    return str(name).isidentifier() and not keyword.iskeyword(str(name)) and name not in RESERVED
+
+
+def to_tensor(value: Any) -> Tensor:
+    """Converts a number, array or tensor to fp32.
+
+    Raises:
+        ValueError: it is no number, not finite in fp32, or an integer that fp32 does not represent.
+    """
+    try:
+        if isinstance(value, Tensor):
+            value = value.detach().cpu()
+            value = value.double() if value.is_floating_point() else value
+        array = np.asarray(value)
+    except (TypeError, ValueError, RuntimeError):  # such as a ragged list
+        array = np.array(None)
+    if array.dtype.kind not in "biuf":
+        raise ValueError("is no number and no array of numbers")
+    with np.errstate(over="ignore", invalid="ignore"):
+        converted = array.astype(np.float32)
+        changed = array.dtype.kind in "iu" and (converted.astype(array.dtype) != array).any()
+    if not np.isfinite(converted).all():
+        raise ValueError("is not a finite number in fp32")
+    if changed:
+        raise ValueError("has an integer that fp32 does not represent: split it into parts, such as year and day")
+    return torch.from_numpy(converted)
+
+
+def names_of(source: Any) -> frozenset[str]:
+    """Returns the names of the extra inputs that come with the images of a source, or of a subset of it."""
+    while hasattr(source, "source"):
+        source = source.source
+    return frozenset(getattr(source, "extra_names", ()))
+
+
+def require_fitting(model: Any, train: Any, val: Any = None, steps: tuple[str, ...] | None = None) -> None:
+    """Checks that datasets have the extra inputs that a model takes. Those with a default may be missing.
+
+    Args:
+        model: a model whose base is `Steps`.
+        val: a second dataset.
+        steps: as in `Steps.check_extras`.
+
+    Raises:
+        ValueError: the model needs or the images have other extra inputs, or the datasets differ.
+    """
+    names = names_of(train)
+    if val is not None and names_of(val) != names:
+        texts = [", ".join(sorted(some)) or "none" for some in (names, names_of(val))]
+        raise ValueError(f"the extra inputs of training images are {texts[0]}, and of validation images {texts[1]}")
+    try:
+        model.check_extras(names, steps)
+    except ValueError as error:
+        raise ValueError(f"{error}; they are columns of --extras, or in the items of a dataset of yours") from error
+    for name in sorted(model.extras_taken(steps) - names):
+        logger.warning(f"the images have no extra input {name}: the model uses the default of this parameter")
+
+
+def by_name(extras: Mapping[str, Any], count: int, several: bool, device: torch.device) -> dict[str, Tensor]:
+    """Returns the extra inputs of `count` images as tensors (B, ...) on a device.
+
+    Args:
+        extras: with `several`, a value for each image; else the value of the only image.
+
+    Raises:
+        ValueError: an extra input is no number, or does not have a value for each image.
+    """
+    tensors = {}
+    for name, value in extras.items():
+        try:
+            tensor = to_tensor(value)
+        except ValueError as error:
+            raise ValueError(f"{name}={value!r} {error}") from error
+        tensors[name] = (tensor if several else tensor[None]).to(device)
+        if not tensors[name].ndim or len(tensors[name]) != count:
+            raise ValueError(f"{name} has the shape {tuple(tensor.shape)}: give a value for each of the {count} images")
+    return tensors
