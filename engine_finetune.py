@@ -93,7 +93,7 @@ def evaluate_heads(
     for model in models:
         model.eval()
     for loaded in data_loader:
-        batch = loop.to_device(loaded, precision.device)
+        batch = Batch(*loop.to_device(loaded, precision.device))
         for model, own in zip(models, columns, strict=True):
             with precision.autocast():
                 outputs = model(normalize(batch.images), **batch.extras).float()

@@ -43,7 +43,7 @@ def encode(
         forward: normalized images (B, c, H, W), and extra inputs by name -> features (B, ...).
     """
     for batch in batches:
-        batch = to_device(batch, precision.device)
+        batch = Batch(*to_device(batch, precision.device))
         with precision.autocast():
             features = forward(normalize(batch.images), **batch.extras).float()
         yield Batch(features, batch.labels, batch.noise)
