@@ -13,7 +13,7 @@ from util import dist, settings
 from util.cli import advice, entry_point
 from util.cli.choices import CLASSIFICATION, REGRESSION
 from util.cli.flags import runs_code
-from util.data import labels, targets, transforms
+from util.data import extras, labels, targets, transforms
 from util.data.batches import Batch
 from util.data.run_data import RunData
 from util.data.sources import Source
@@ -242,6 +242,7 @@ def load_for_evaluation(
         raise ValueError(f"{file.source} has {num_classes} classes, and the validation set has {len(val.classes)}")
     model = build(*settings.specs({**flags, "nb_classes": num_classes}))
     loading.load_classifier(model, file)
+    extras.require_fitting(model, val)
     return model, val
 
 

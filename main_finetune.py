@@ -113,7 +113,7 @@ def main(
     train, val, statistics = open_labelled(data, args.nb_classes)
     classes, smoothing = train.classes, smoothing_of(args)
     settings = {**vars(args), "nb_classes": len(classes), "classes": classes, **statistics, "smoothing": smoothing}
-    labels, mixup = tasks.task_of(settings, val, train), mixing(args, len(classes), extras.names_of(train))
+    labels, mixup = tasks.task_of(settings, val, train), mixing(args, len(classes), extras.shapes_of(train))
     train, val = data.cached(train, val)
     model = build(*specs(settings))
     extras.require_fitting(model, train, val)

@@ -248,7 +248,7 @@ class Features:
         features, targets = self.load(name)
         size = self.batch_size if self.model.head_pools else 4096
         starts = range(0, len(targets), size)
-        return lambda: (Batch(features[n : n + size], targets[n : n + size], targets[n : n + size]) for n in starts)
+        return lambda: (Batch(features[n : n + size], targets[n : n + size]) for n in starts)
 
     def load(self, name: str) -> tuple[Tensor, Tensor]:
         """Returns the stored features (n, D) or tokens (n, N, D) of a dataset, and its labels (n,)."""

@@ -104,7 +104,9 @@ def main(
         model.to(device)
         if args.compile:
             compile_model(model, device, freeze_weights=True)
-        scores = evaluation(model, data.eval_batches(open_split(data, "val", classes), 1, transform=full))
+        val = open_split(data, "val", classes)
+        extras.require_fitting(model, val)
+        scores = evaluation(model, data.eval_batches(val, 1, transform=full))
         report_scores(scores, classes, args.report)
         return scores
 

@@ -28,7 +28,7 @@ from util import dist
 from util.checkpoints import checkpoint
 from util.cli import entry_point, flags, options
 from util.cli.own_classes import chosen_encoder
-from util.data import loader, transforms
+from util.data import extras, loader, transforms
 from util.data.batches import Batch
 from util.data.dataset_kinds import open_source
 from util.data.decode import BadImage
@@ -88,6 +88,7 @@ def main(args: argparse.Namespace) -> None:
         )
     if args.on_bad_image == "skip":
         source = readable(source, model.in_chans, args.num_workers, model.values)
+    extras.require_fitting(model, source, steps=("tokenize",))
     names = [source.name(index) for index in range(len(source))]
     partial = args.out.with_name(atomic.temporary_name(args.out.name, "{}.partial"))
     extractor = Extractor(model, args.pool)

@@ -169,6 +169,22 @@ def classify(labelled, tmp_path):
 
 
 @pytest.fixture
+def own_module(tmp_path, monkeypatch):
+    """Writes a module of the user's code, which Python finds; returns its folder."""
+
+    def write(name: str, code: str) -> Path:
+        folder = tmp_path / "modules"
+        folder.mkdir()
+        (folder / f"{name}.py").write_text(code)
+        monkeypatch.syspath_prepend(folder)
+        return folder
+
+    yield write
+    for file in tmp_path.glob("modules/*.py"):
+        sys.modules.pop(file.stem, None)
+
+
+@pytest.fixture
 def pretrain(pictures, tmp_path):
     """Runs main_pretrain.py in this process with small settings; returns the output directory."""
 

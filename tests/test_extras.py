@@ -67,13 +67,8 @@ TRAIN = {"epochs": 12, "warmup_epochs": 1, "batch_size": 8, "blr": 0.1, "num_wor
 
 
 @pytest.fixture
-def levels(tmp_path, monkeypatch):
-    folder = tmp_path / "modules"
-    folder.mkdir()
-    (folder / "levels.py").write_text(CODE)
-    monkeypatch.syspath_prepend(folder)
-    yield folder
-    sys.modules.pop("levels", None)
+def levels(own_module):
+    return own_module("levels", CODE)
 
 
 def run_pretraining(out, **flags):
@@ -330,17 +325,24 @@ def constant(gsd_of_train, gsd_of_val):
 
 
 @pytest.mark.parametrize("script", [main_finetune, main_linprobe, main_knn])
-def test_a_validation_set_with_other_extras_stops_before_the_first_update(script, tmp_path):
+@pytest.mark.parametrize(("of_val", "said"), [(None, "none"), ({"gsd": [1.0]}, r"gsd \(1,\)")])
+def test_a_validation_set_with_other_extras_stops_before_the_first_update(script, of_val, said, tmp_path):
     out = {} if script is main_knn else {"output_dir": tmp_path / "out", "log_dir": tmp_path / "out"}
     args = parse(script, model="vit_mini_patch4", input_size=16, device="cpu", num_workers=0, **out)
-    with pytest.raises(ValueError, match="training images are gsd, and of validation images none"):
-        script.main(args, source=constant({"gsd": 1.0}, None), encoder=Gsd)
+    with pytest.raises(ValueError, match=rf"training images are gsd \(\), and of validation images {said}"):
+        script.main(args, source=constant({"gsd": 1.0}, of_val), encoder=Gsd)
 
 
-def test_a_missing_extra_with_a_default_warns(capsys):
-    args = parse(main_knn, model="vit_mini_patch4", input_size=16, device="cpu", num_workers=0, k=3)
-    main_knn.main(args, source=constant(None, None), encoder=OptionalGsd)
-    assert "warning: the images have no extra input gsd" in capsys.readouterr().out
+def test_a_missing_extra_with_a_default_warns(capsys, tmp_path):
+    """In training and in an evaluation, whose images lack what the model was trained with."""
+    flags = {"model": "vit_mini_patch4", "input_size": 16, "device": "cpu", "num_workers": 0, "epochs": 1, "mixup": 0,
+             "cutmix": 0, "output_dir": tmp_path, "log_dir": tmp_path, "batch_size": 4}  # fmt: skip
+    said = "warning: the images have no extra input gsd"
+    main_finetune.main(parse(main_finetune, **flags), source=constant({"gsd": 1.0}, {"gsd": 1.0}), encoder=OptionalGsd)
+    assert said not in capsys.readouterr().out
+    args = parse(main_finetune, device="cpu", num_workers=0, eval=True, resume=tmp_path / "checkpoint-0.pth")
+    main_finetune.main(args, source=constant(None, None), encoder=OptionalGsd)
+    assert said in capsys.readouterr().out
 
 
 def test_images_with_extras_are_not_cached_and_a_warning_says_so(capsys, tmp_path):
@@ -359,7 +361,7 @@ def test_the_first_image_need_not_be_readable():
 
     items = Broken([(np.zeros((16, 16, 3), np.uint8), 0, {"gsd": 1.0})] * 3)
     source = open_source("train", dataset="py:any:any", function=lambda split, data_path: items)
-    assert source.extra_names == ("gsd",)
+    assert source.extra_shapes == {"gsd": "()"}
 
 
 class Gsd(Encoder):

@@ -55,14 +55,9 @@ class Brighter(MaskedAutoencoderViT):
 
 
 @pytest.fixture
-def leads(tmp_path, monkeypatch):
+def leads(own_module):
     """A module on Python's path with a mix-in and a model class."""
-    folder = tmp_path / "modules"
-    folder.mkdir()
-    (folder / "leads.py").write_text(LEADS)
-    monkeypatch.syspath_prepend(folder)
-    yield folder
-    sys.modules.pop("leads", None)
+    return own_module("leads", LEADS)
 
 
 class Shifted(Encoder):

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
@@ -34,7 +35,7 @@ class Batch(NamedTuple):
 
     images: Tensor  # (B, c, H, W), uint8 or float
     labels: Tensor  # (B,), or masks (B, H, W), or vectors (B, C)
-    noise: Tensor  # (B, N), which determines the masks of pre-training; else (B, 0)
+    noise: Tensor = torch.empty(0)  # (B, N), which determines the masks of pre-training; else empty
     extras: Mapping[str, Tensor] = MappingProxyType({})  # extra inputs (B, ...); `valid` are the valid pixels (B, H, W)
 
 

@@ -32,6 +32,7 @@ SMALL = 64  # pixels per side of pictures for which Python's overhead dominates
 LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R 601-2, as in Pillow's conversion from color to gray
 MAX_PIXELS = 178_956_970  # Pillow's limit, here for all formats: a small file could fill the memory when decoded
 VALUES_PER_PIXEL = 4  # the limit of pixels times channels is this multiple of the limit of pixels
+MAX_BAD_IN_A_ROW = 20  # unreadable images, until a script gives up
 ORIENTATION = 0x0112  # the tag of TIFF and EXIF
 ALPHA = (EXTRASAMPLE.ASSOCALPHA, EXTRASAMPLE.UNASSALPHA)
 TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {  # arrays (H, W, c), by the TIFF tag Orientation, as in Pillow

@@ -60,11 +60,14 @@ def to_tensor(value: Any) -> Tensor:
     return torch.from_numpy(converted)
 
 
-def names_of(source: Any) -> frozenset[str]:
-    """Returns the names of the extra inputs that come with the images of a source, or of a subset of it."""
-    while hasattr(source, "source"):
-        source = source.source
-    return frozenset(getattr(source, "extra_names", ()))
+def original(source: Any) -> Any:
+    """Returns the source of a subset, or of images in memory."""
+    return original(source.source) if hasattr(source, "source") else source
+
+
+def shapes_of(source: Any) -> dict[str, str]:
+    """Returns the names and shapes of the extra inputs that come with the images of a source, or of a subset of it."""
+    return getattr(original(source), "extra_shapes", None) or {}
 
 
 def require_fitting(model: Any, train: Any, val: Any = None, steps: tuple[str, ...] | None = None) -> None:
@@ -78,15 +81,17 @@ def require_fitting(model: Any, train: Any, val: Any = None, steps: tuple[str, .
     Raises:
         ValueError: the model needs or the images have other extra inputs, or the datasets differ.
     """
-    names = names_of(train)
-    if val is not None and names_of(val) != names:
-        texts = [", ".join(sorted(some)) or "none" for some in (names, names_of(val))]
+    shapes = shapes_of(train)
+    if val is not None and shapes_of(val) != shapes:
+        texts = [
+            ", ".join(f"{name} {some[name]}" for name in sorted(some)) or "none" for some in (shapes, shapes_of(val))
+        ]
         raise ValueError(f"the extra inputs of training images are {texts[0]}, and of validation images {texts[1]}")
     try:
-        model.check_extras(names, steps)
+        model.check_extras(shapes, steps)
     except ValueError as error:
         raise ValueError(f"{error}; they are columns of --extras, or in the items of a dataset of yours") from error
-    for name in sorted(model.extras_taken(steps) - names):
+    for name in sorted(model.extras_taken(steps) - shapes.keys()):
         logger.warning(f"the images have no extra input {name}: the model uses the default of this parameter")
 
 

@@ -166,7 +166,9 @@ def _extras(suffix: str, text: str, columns: Sequence[str]) -> dict[str, np.ndar
         raise LabelError(f"an extra input can't have the name {printable(refused[0])}; rename this column of --extras")
     names, _, cells = _read_cells(suffix, text, columns, "--extras")
     values = np.array([[_number_in(cell) for cell in row] for row in cells])
-    for row, column in np.argwhere(~np.isfinite(values) | ((values % 1 == 0) & (values.astype("f4") != values)))[:1]:
+    with np.errstate(invalid="ignore", over="ignore"):
+        wrong = ~np.isfinite(values) | ((values % 1 == 0) & (values.astype("f4") != values))
+    for row, column in np.argwhere(wrong)[:1]:
         cell = printable(cells[row][column]) or "empty"
         raise LabelError(
             f"the {printable(columns[column])} of {printable(names[row])} is {cell}; --extras are finite numbers in "

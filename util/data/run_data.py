@@ -118,7 +118,7 @@ class RunData:
         data = self.data
         if not data.cache_images:
             return sources
-        if any(map(extras.names_of, sources)):
+        if any(map(extras.shapes_of, sources)):
             logger.warning("--cache_images has no effect with extra inputs: images are decoded at each access")
             return sources
         return image_cache.cached(

@@ -21,13 +21,11 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from util import dist
 from util.data import extras as extra_inputs
 from util.data import jpeg
-from util.data.decode import AS_STORED, BadImage, Picture, PixelValues, decode, size_of, to_tensor
+from util.data.decode import AS_STORED, MAX_BAD_IN_A_ROW, BadImage, Picture, PixelValues, decode, size_of, to_tensor
 from util.data.sources import Source
 from util.data.transforms import Transform, to_unit_range
 from util.data.user_sets import UserSet
 from util.data.webdataset_shards import Shards
-
-MAX_BAD_IN_A_ROW = 20
 
 Bad = tuple[str, str]  # name of a sample, and the reason why it can't be read
 
@@ -72,8 +70,8 @@ class Samples(Dataset):
         values: PixelValues = AS_STORED,
     ) -> None:
         self.source = source
-        self.runs_code = isinstance(_original(source), UserSet)
-        self.maps: tuple[str, ...] = getattr(_original(source), "maps", ())
+        self.runs_code = isinstance(extra_inputs.original(source), UserSet)
+        self.maps: tuple[str, ...] = getattr(extra_inputs.original(source), "maps", ())
         self.transform = transform
         self.seed = seed
         self.draw_noise = draw_noise or partial(torch.rand, 0)
@@ -125,8 +123,8 @@ class Samples(Dataset):
             # torch.manual_seed also seeds every kind of device, which takes 72 µs instead of 1.
             torch.default_generator.manual_seed(seed_python(self.seed, epoch, number, *[repeat] * (repeat > 0)))
             noise = self.draw_noise()  # first, so that the mask does not depend on the augmentation
-            image, own_label, own_extras = self._transformed(picture, label, extras)
-            samples.append(Sample(image, own_label, noise, own_extras, [] if repeat else bad))
+            image, target, inputs = self._transformed(picture, label, extras)
+            samples.append(Sample(image, target, noise, inputs, [] if repeat else bad))
         return samples
 
     def _transformed(
@@ -181,11 +179,6 @@ class Samples(Dataset):
                 self.refuse(self.source.name(chosen), error, bad)  # type: ignore[union-attr]  # not Shards
             generator = generator or np.random.default_rng([self.seed, epoch, index])
             chosen = int(generator.integers(len(self.source)))
-
-
-def _original(source: Any) -> Any:
-    """Returns the source of a subset, or of images in memory."""
-    return _original(source.source) if hasattr(source, "source") else source
 
 
 class StreamedSamples(IterableDataset):

@@ -33,7 +33,8 @@ StoredImage = bytes | Picture | np.ndarray | Masked | WithExtras  # what a sourc
 class Source(Protocol):
     """A dataset of encoded images and their labels. Sources that decode by a library return decoded images.
 
-    Images with extra inputs are `WithExtras`. The attribute `extra_names` of such a source has their names.
+    Images with extra inputs are `WithExtras`. The attribute `extra_shapes` of such a source has their
+    names and shapes.
 
     Labels are indices into `classes`, or -1 for samples without a label.
     """
@@ -131,7 +132,7 @@ class Files:
         self.classes = classes
         self.labels = labels
         self.extras = dict(extras)
-        self.extra_names = tuple(extras)
+        self.extra_shapes = dict.fromkeys(extras, "()")
 
     def __len__(self) -> int:
         return len(self.names)

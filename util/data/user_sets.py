@@ -21,14 +21,12 @@ from torch import Tensor
 from util.cli import entry_point
 from util.cli.user_code import DATASET, call, import_object
 from util.data import extras as extra_inputs
-from util.data.decode import BadImage, Masked
+from util.data.decode import MAX_BAD_IN_A_ROW, BadImage, Masked
 from util.data.library_sets import LibrarySet
 from util.data.sources import StoredImage, first_few, version_of
 from util.files.untrusted import printable, read_file
 
 logger = logging.getLogger(__name__)
-
-MOST_UNREADABLE = 20  # samples at the start of a dataset, until one can be read
 
 OpenDataset = Callable[[str, str | None], Any]  # split ("train" or "val"), data_path -> a map-style dataset
 
@@ -93,18 +91,11 @@ class UserSet(LibrarySet):
         if not self.count:
             raise ValueError(f"{self.flag}: the dataset of the split {split} is empty")
         self.extra_shapes: dict[str, str] | None = None  # of the first sample that can be read
-        for index in range(min(self.count, MOST_UNREADABLE)):
+        for index in range(min(self.count, MAX_BAD_IN_A_ROW)):
             with contextlib.suppress(OSError, BadImage):  # the script reports it when it reads the sample
-                first = self._item(index)
-                self._convert(index, first)
-                extras = self._extras(index, first.extras)
+                _, extras = extra_inputs.split(self[index][0])
                 self.extra_shapes = {name: self._shape(name, value) for name, value in extras.items()}
                 break
-
-    @property
-    def extra_names(self) -> tuple[str, ...]:
-        """The names of the extra inputs."""
-        return tuple(self.extra_shapes or ())
 
     @property
     def images(self) -> Any:
