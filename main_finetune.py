@@ -39,7 +39,7 @@ from util.checkpoints import run_directory
 from util.cli import entry_point, options
 from util.cli.advice import AdvisedError, Remedy
 from util.cli.choices import CLASSIFICATION
-from util.cli.own_classes import with_encoder
+from util.cli.own_classes import with_own
 from util.data import extras, transforms
 from util.data.run_data import RunData
 from util.data.user_sets import OpenDataset, with_source
@@ -47,7 +47,7 @@ from util.evaluation import tasks
 from util.evaluation.tasks import Evaluation
 from util.lr_decay import param_groups_lrd
 from util.settings import DataSpec, ImageSpec, RunSpec, specs
-from util.training import run_log, trainer
+from util.training import optimizers, run_log, trainer
 from util.training.compiling import compile_model
 from util.training.loop import Callback
 from util.training.precision import Precision
@@ -56,6 +56,7 @@ from util.weights.loading import Weights
 
 if TYPE_CHECKING:
     from timm.data import Mixup
+    from timm.data.random_erasing import RandomErasing
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +88,7 @@ def main(
     source: OpenDataset | None = None,
     callbacks: Sequence[Callback] = (),
     encoder: type[Encoder] | None = None,
+    optimizer: optimizers.MakeOptimizer | None = None,
 ) -> Evaluation | None:
     """Trains and evaluates a classifier for `args.epochs` epochs; with --eval, returns the result of one evaluation.
 
@@ -94,11 +96,12 @@ def main(
         source: function(split, data_path) that returns a dataset, in place of --dataset py:MODULE:FUNCTION.
         callbacks: called after every update and every epoch.
         encoder: class derived from `models_vit.Encoder`, in place of --encoder MODULE:CLASS.
+        optimizer: function(model, groups) that returns an optimizer, in place of --optimizer MODULE:FUNCTION.
     """
-    from timm.data.random_erasing import RandomErasing  # timm takes more than a second
-    from timm.loss import SoftTargetCrossEntropy
+    from timm.loss import SoftTargetCrossEntropy  # timm takes more than a second
 
-    args, encoder = with_encoder(with_source(args, source), encoder)
+    args, encoder = with_own(with_source(args, source), "encoder", encoder)
+    args, optimizer = with_own(args, "optimizer", optimizer)
     args, precision = trainer.start(args, "main_finetune")
     device = precision.device
     file = open_weights(vars(args))
@@ -126,9 +129,9 @@ def main(
     augment = transforms.keeps_label(augmentation(args, data.statistics[0]))
     batches = data.train_batches(train, augment, args.batch_size, args.accum_iter)
     criterion = SoftTargetCrossEntropy() if mixup else partial(labels.loss, smoothing=smoothing)
-    erase = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device=str(device))
+    erase = erasing(args, device)
     groups = param_groups_lrd(model, args.weight_decay, ("pos_embed", "cls_token"), args.layer_decay)
-    optimizer = torch.optim.AdamW(groups, lr=0.0, fused=True)
+    built = optimizers.build(args.optimizer, optimizer, model, groups)
     num_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.info(f"{num_parameters:,} parameters to train, {len(train):,} images of {len(classes)} classes")
 
@@ -142,15 +145,12 @@ def main(
         report_scores(scores, classes, args.report)
         return {**scores.stats(), "n_parameters": num_parameters}
 
-    train_epoch = partial(
-        train_one_epoch, criterion=criterion, normalize=data.normalize, erase=erase if args.reprob else None,
-        mixup=mixup,
-    )  # fmt: skip
+    train_epoch = partial(train_one_epoch, criterion=criterion, normalize=data.normalize, erase=erase, mixup=mixup)
     task = trainer.Task(
         train_epoch, evaluate_epoch, "loss", evaluates=True, metric=labels.selects,
         lower_is_better=labels.lower_is_better, callbacks=callbacks,
     )  # fmt: skip
-    trainer.run(model, optimizer, batches, precision, task, RunSpec.of(settings), settings)
+    trainer.run(model, built, batches, precision, task, RunSpec.of(settings), settings)
     return None
 
 
@@ -190,6 +190,14 @@ def smoothing_of(args: Namespace) -> float:
         remedy = Remedy({"smoothing": 0})
         raise AdvisedError(f"--task {args.task} has no label smoothing", remedy, about={"smoothing": args.smoothing})
     return 0.0
+
+
+def erasing(args: Namespace, device: torch.device) -> "RandomErasing | None":
+    """Returns the random erasing of --reprob; None if it is 0."""
+    from timm.data.random_erasing import RandomErasing
+
+    erase = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device=str(device))
+    return erase if args.reprob else None
 
 
 def mixing(args: Namespace, num_classes: int, extra_names: Collection[str] = ()) -> "Mixup | None":

@@ -25,7 +25,7 @@ import models_vit
 from engine_finetune import encode, load_frozen, open_labelled, with_recorded_settings
 from models_vit import Encoder
 from util.cli import entry_point, options
-from util.cli.own_classes import with_encoder
+from util.cli.own_classes import with_own
 from util.data import extras
 from util.data.run_data import RunData
 from util.data.user_sets import OpenDataset, with_source
@@ -62,7 +62,7 @@ def main(
         source: function(split, data_path) that returns a dataset, in place of --dataset py:MODULE:FUNCTION.
         encoder: class derived from `models_vit.Encoder`, in place of --encoder MODULE:CLASS.
     """
-    args, encoder = with_encoder(with_source(args, source), encoder)
+    args, encoder = with_own(with_source(args, source), "encoder", encoder)
     args, precision = trainer.start(args)
     device = precision.device
     file = loading.read(args.finetune) if args.finetune else None

@@ -30,7 +30,7 @@ from models_vit import Encoder
 from util import dist, masking
 from util.checkpoints import run_directory
 from util.cli import entry_point, options
-from util.cli.own_classes import with_encoder
+from util.cli.own_classes import with_own
 from util.cli.user_code import import_object
 from util.data import extras, loader, transforms
 from util.data.run_data import RunData
@@ -41,7 +41,7 @@ from util.data.webdataset_shards import Shards
 from util.evaluation import pictures
 from util.lr_decay import param_groups_weight_decay
 from util.settings import DataSpec, ImageSpec, RunSpec, specs
-from util.training import run_log, trainer
+from util.training import optimizers, run_log, trainer
 from util.training.loop import Callback
 from util.training.online_probe import OnlineProbe
 from util.training.precision import Precision
@@ -71,6 +71,7 @@ def main(
     callbacks: Sequence[Callback] = (),
     source: OpenDataset | None = None,
     encoder: type[Encoder] | None = None,
+    optimizer: optimizers.MakeOptimizer | None = None,
 ) -> None:
     """Trains for `args.epochs` epochs. Writes checkpoints, log.txt and TensorBoard files.
 
@@ -80,28 +81,24 @@ def main(
         callbacks: called after every update and every epoch.
         source: function(split, data_path) that returns a dataset, in place of --dataset py:MODULE:FUNCTION.
         encoder: class derived from `models_vit.Encoder`, in place of --encoder MODULE:CLASS.
+        optimizer: function(model, groups) that returns an optimizer, in place of --optimizer MODULE:FUNCTION.
     """
-    args, encoder = with_encoder(with_source(args, source), encoder)
+    args, encoder = with_own(with_source(args, source), "encoder", encoder)
+    args, optimizer = with_own(args, "optimizer", optimizer)
     model_class = chosen_class(args, model_class)
     args, precision = trainer.start(args, "main_pretrain")
-    device = precision.device
     run_directory.prepare(Path(args.output_dir), args.resume)
 
-    model, settings = build_model(args, model_class, encoder)
-    log_sizes(model)
-    if args.fsdp:
-        from util.training import fsdp  # takes a second
-
-        fsdp.shard(model, [*model.blocks, *model.decoder_blocks], device, precision.dtype, method="reconstruct")
+    model, settings = build_model(args, model_class, encoder, precision)
     draw_noise, mask_ratio = masking.sampler(
         args.masking, model.grid_size, args.mask_ratio, args.mask_block, model.patch_embed.patch_size
     )
     if args.init_from:
         loading.init_mae(model, loading.read(args.init_from))
     uses_noise = accepts_noise(model, args.masking, args.mask_block)
-    model.to(device)
+    model.to(precision.device)
 
-    data = RunData(ImageSpec.of(settings), DataSpec.of(settings), device, source)
+    data = RunData(ImageSpec.of(settings), DataSpec.of(settings), precision.device, source)
     samples, full_images = open_samples(args, data, draw_noise, model, mask_ratio)
     extras.require_fitting(model, samples.source)
     batches = loader.TrainLoader(
@@ -111,12 +108,10 @@ def main(
 
     # As published: biases and 1-D weights have no weight decay; the class and mask tokens have weight decay.
     groups = param_groups_weight_decay(model, args.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
+    built = optimizers.build(args.optimizer, optimizer, model, groups, betas=(0.9, 0.95))
 
     vis_every = args.vis_every if model.predicts_pixels else 0
-    probe = open_probe(args, data, full_images.source, precision)
-    if probe:
-        extras.require_fitting(model, probe.train, probe.val, ("tokenize",))
+    probe = open_probe(args, data, full_images.source, precision, model)
 
     def after_epoch(epoch: int, log: run_log.NullLog) -> dict[str, Any]:
         takes_part = dist.is_main() or args.fsdp  # sharded weights need all processes
@@ -134,13 +129,16 @@ def main(
         after_epoch=after_epoch,
         callbacks=callbacks,
     )  # fmt: skip
-    trainer.run(model, optimizer, batches, precision, task, RunSpec.of(settings), settings)
+    trainer.run(model, built, batches, precision, task, RunSpec.of(settings), settings)
 
 
 def build_model(
-    args: Namespace, model_class: Callable[..., models_mae.MaskedAutoencoderViT], encoder: type[Encoder] | None
+    args: Namespace,
+    model_class: Callable[..., models_mae.MaskedAutoencoderViT],
+    encoder: type[Encoder] | None,
+    precision: Precision,
 ) -> tuple[models_mae.MaskedAutoencoderViT, dict[str, Any]]:
-    """Returns the model of a run, and the settings that checkpoints record.
+    """Returns the model of a run, sharded with --fsdp, and the settings that checkpoints record.
 
     Raises:
         ValueError: the run that is resumed has another class.
@@ -152,6 +150,13 @@ def build_model(
     # --fsdp initializes the shards. The constructor of a subclass may set weights and buffers, which have to exist.
     with torch.device("meta" if args.fsdp and is_base and not encoder else "cpu"):
         model = models_build.autoencoder(*specs(settings), model_class, encoder)
+    log_sizes(model)
+    if args.fsdp:
+        from util.training import fsdp  # takes a second
+
+        fsdp.shard(
+            model, [*model.blocks, *model.decoder_blocks], precision.device, precision.dtype, method="reconstruct"
+        )
     if not is_base or encoder:  # for programs that read the checkpoints, and do not have the class
         settings = {**settings, "predicts_pixels": model.predicts_pixels}
     if not is_base and not args.model_class:
@@ -212,11 +217,17 @@ def draw_examples(
     )  # fmt: skip
 
 
-def open_probe(args: Namespace, data: RunData, source: Source | Shards, precision: Precision) -> OnlineProbe | None:
+def open_probe(
+    args: Namespace,
+    data: RunData,
+    source: Source | Shards,
+    precision: Precision,
+    model: models_mae.MaskedAutoencoderViT,
+) -> OnlineProbe | None:
     """Opens the data of --probe_every; None if it is 0.
 
     Raises:
-        ValueError: the model is sharded, or the data can't be opened.
+        ValueError: the model is sharded, the data can't be opened, or it lacks extra inputs of the model.
     """
     if not args.probe_every:
         if args.probe_path:
@@ -227,7 +238,9 @@ def open_probe(args: Namespace, data: RunData, source: Source | Shards, precisio
             f"--probe_every {args.probe_every}: --fsdp shards the weights; omit one of them, and evaluate checkpoints "
             f"with main_knn.py --finetune FILE"
         )
-    return OnlineProbe(data, source, args.probe_path, args.batch_size, precision)
+    probe = OnlineProbe(data, source, args.probe_path, args.batch_size, precision)
+    extras.require_fitting(model, probe.train, probe.val, ("tokenize",))
+    return probe
 
 
 def accepts_noise(model: models_mae.MaskedAutoencoderViT, masking: str, mask_block: int) -> bool:

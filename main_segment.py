@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 import models_build
 import models_vit
@@ -30,7 +29,7 @@ from engine_segment import evaluate, pixel_loss, report_scores
 from models_vit import Encoder
 from util.checkpoints import run_directory
 from util.cli import entry_point, options
-from util.cli.own_classes import with_encoder
+from util.cli.own_classes import with_own
 from util.data import extras
 from util.data.joint_transforms import EvalTransform, TrainTransform
 from util.data.run_data import RunData
@@ -41,7 +40,7 @@ from util.evaluation.segmentation import Scores
 from util.lr_decay import param_groups_lrd
 from util.pos_embed import to_pair
 from util.settings import DataSpec, ImageSpec, RunSpec, specs
-from util.training import run_log, trainer
+from util.training import optimizers, run_log, trainer
 from util.training.compiling import compile_model
 from util.training.loop import Callback
 from util.weights import loading
@@ -70,6 +69,7 @@ def main(
     source: OpenDataset | None = None,
     callbacks: Sequence[Callback] = (),
     encoder: type[Encoder] | None = None,
+    optimizer: optimizers.MakeOptimizer | None = None,
 ) -> Scores | None:
     """Trains for `args.epochs` epochs and evaluates the model every `--eval_every` epochs.
 
@@ -79,8 +79,10 @@ def main(
         source: function(split, data_path) that returns a dataset of images and masks, in place of --dataset py:.
         callbacks: called after every update and every epoch.
         encoder: class derived from `models_vit.Encoder`, in place of --encoder MODULE:CLASS.
+        optimizer: function(model, groups) that returns an optimizer, in place of --optimizer MODULE:FUNCTION.
     """
-    args, encoder = with_encoder(with_source(args, source), encoder)
+    args, encoder = with_own(with_source(args, source), "encoder", encoder)
+    args, optimizer = with_own(args, "optimizer", optimizer)
     args, precision = trainer.start(args, "main_segment")
     device = precision.device
     file = with_token_norm(open_weights(vars(args), SEGMENTER))
@@ -90,13 +92,9 @@ def main(
     data, classes = RunData(ImageSpec.of(settings), DataSpec.of(settings), device, source), settings["classes"]
     full = EvalTransform(settings["short_side"])
     evaluation = partial(
-        evaluate,
-        normalize=data.normalize,
-        precision=precision.of_evaluation(),
-        num_classes=len(classes),
-        window=to_pair(args.input_size),
-        batch_size=args.batch_size,
-    )
+        evaluate, normalize=data.normalize, precision=precision.of_evaluation(), num_classes=len(classes),
+        window=to_pair(args.input_size), batch_size=args.batch_size,
+    )  # fmt: skip
 
     if args.eval and file:
         model = models_build.segmenter(*specs(settings), encoder)
@@ -121,7 +119,7 @@ def main(
     augment = TrainTransform(args.input_size, settings["short_side"], args.scale, args.hflip, data.statistics[0])
     batches = data.train_batches(train, augment, args.batch_size, args.accum_iter)
     groups = param_groups_lrd(model, args.weight_decay, ("pos_embed", "cls_token"), args.layer_decay)
-    optimizer = torch.optim.AdamW(groups, lr=0.0, fused=True)
+    built = optimizers.build(args.optimizer, optimizer, model, groups)
     num_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.info(f"{num_parameters:,} parameters to train, {len(train):,} images of {len(classes)} classes")
     test = data.eval_batches(val, 1, transform=full)
@@ -133,7 +131,7 @@ def main(
 
     train_epoch = partial(train_one_epoch, criterion=pixel_loss, normalize=data.normalize)
     task = trainer.Task(train_epoch, evaluate_epoch, "loss", evaluates=True, metric="test_miou", callbacks=callbacks)
-    trainer.run(model, optimizer, batches, precision, task, RunSpec.of(settings), settings)
+    trainer.run(model, built, batches, precision, task, RunSpec.of(settings), settings)
     return None
 
 

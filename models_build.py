@@ -3,7 +3,7 @@
 import inspect
 import logging
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -50,7 +50,7 @@ def _require_mix_in(name: str, encoder: Any) -> None:
 
 
 def encoder_arguments(spec: ModelSpec, encoder: type[Encoder] | None) -> dict[str, Any]:
-    """Returns the arguments of the constructor of a mix-in: `encoder_args`, `name=value` with a scalar of YAML.
+    """Returns the arguments of the constructor of a mix-in, `encoder_args`.
 
     Raises:
         ValueError: the weights need another mix-in, or it has no such argument.
@@ -62,16 +62,30 @@ def encoder_arguments(spec: ModelSpec, encoder: type[Encoder] | None) -> dict[st
             raise ValueError("--encoder_args are arguments of the class of --encoder: give --encoder module:Class")
         return {}
     _require_mix_in(str(spec.encoder), encoder)
-    parameters = inspect.signature(encoder.__init__).parameters.values()
+    return own_arguments(encoder, spec.encoder_args, f"--encoder {spec.encoder}", "--encoder_args")
+
+
+def own_arguments(kind: type, texts: Sequence[str] | None, origin: str, flag: str) -> dict[str, Any]:
+    """Returns the arguments of the constructor of a class of the user's code: `name=value`, with a value of YAML.
+
+    Args:
+        kind: the class. Its own parameters are keyword-only.
+        texts: the values of `flag`.
+        origin: the flag that names the class, for the error.
+
+    Raises:
+        ValueError: it has no such argument, or needs another one.
+    """
+    parameters = inspect.signature(kind.__init__).parameters.values()  # type: ignore[misc]
     own = [one for one in parameters if one.kind is one.KEYWORD_ONLY]
-    pairs = [text.partition("=")[::2] for text in spec.encoder_args or []]
+    pairs = [text.partition("=")[::2] for text in texts or []]
     for name, value in pairs:
         if name not in {one.name for one in own} or not value:
             takes = " ".join(f"{one.name}=VALUE" for one in own) or "no arguments"
-            raise ValueError(f"--encoder_args {name}={value}: {encoder.__name__} takes {takes}")
+            raise ValueError(f"{flag} {name}={value}: {kind.__name__} takes {takes}")
     arguments = {name: yaml.safe_load(value) for name, value in pairs}
     if missing := [one.name for one in own if one.default is one.empty and one.name not in arguments]:
-        raise ValueError(f"--encoder {spec.encoder} needs --encoder_args {missing[0]}=VALUE")
+        raise ValueError(f"{origin} needs {flag} {missing[0]}=VALUE")
     return arguments
 
 
@@ -90,8 +104,17 @@ def autoencoder(
     model_class: Callable[..., MaskedAutoencoderViT] = MaskedAutoencoderViT,
     encoder: type[Encoder] | None = None,
 ) -> MaskedAutoencoderViT:
-    """Builds the masked autoencoder of a run."""
-    return _set_options(build(model_class, encoder, autoencoder_arguments(spec, image, encoder)), spec)
+    """Builds the masked autoencoder of a run.
+
+    Raises:
+        ValueError: as in `autoencoder_arguments` and `own_arguments`.
+    """
+    arguments = autoencoder_arguments(spec, image, encoder)
+    if spec.model_args and model_class is MaskedAutoencoderViT:
+        raise ValueError("--model_args are arguments of the class of --model_class: give --model_class module:Class")
+    if isinstance(model_class, type) and spec.model_class:
+        arguments |= own_arguments(model_class, spec.model_args, f"--model_class {spec.model_class}", "--model_args")
+    return _set_options(build(model_class, encoder, arguments), spec)
 
 
 def classifier(spec: ModelSpec, image: ImageSpec, encoder: type[Encoder] | None = None) -> VisionTransformer:

@@ -228,9 +228,10 @@ class MaskedAutoencoderViT(Encoder):
         x = self.tokenize(imgs, **self.extras_of("tokenize", extras))
         masking = _given(noise=noise) | self.extras_of("random_masking", extras)
         x, mask, ids_restore = self.random_masking(x, mask_ratio, **masking)
-        x = self.with_class_tokens(x, self.patch_embed.grid_of(*imgs.shape[-2:]))
+        grid = self.patch_embed.grid_of(*imgs.shape[-2:])
+        x, inputs = self.with_class_tokens(x, grid), self.block_inputs(grid, ids_restore, x.shape[1])
         for block in self.blocks:
-            x = block(x)
+            x = block(x, *inputs)
         return self.norm(x), mask, ids_restore
 
     def forward_decoder(self, latent: Tensor, ids_restore: Tensor, grid_size: tuple[int, int] | None = None) -> Tensor:
@@ -253,6 +254,8 @@ class MaskedAutoencoderViT(Encoder):
         self, imgs: Tensor, pred: Tensor, mask: Tensor, valid: Tensor | None = None, **extras: Any
     ) -> Tensor:
         """Mean squared error over the masked patches (section 3, "Reconstruction target"); 0 if none is masked.
+
+        An override may return a dict of terms (), whose sum is trained. log.txt has each as train_NAME.
 
         With invalid pixels, the error of a patch is the mean over its valid pixels. Patches without valid pixels have
         no loss. Each image has the same weight, so that the loss does not depend on the split of a batch.

@@ -104,16 +104,16 @@ class Attention(nn.Module):
         norm = norms[qk_norm]
         self.q_norm, self.k_norm = norm(dim // num_heads), norm(dim // num_heads)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(attend(*self.split(x)).transpose(1, 2).flatten(2))
+    def forward(self, x: Tensor, *inputs: Any) -> Tensor:
+        return self.proj(attend(*self.split(x, *inputs)).transpose(1, 2).flatten(2))
 
-    def maps(self, x: Tensor) -> Tensor:
+    def maps(self, x: Tensor, *inputs: Any) -> Tensor:
         """Attention weights of each token (row) over all tokens: (B, L, D) -> (B, h, L, L); rows sum to 1."""
-        q, k, _ = self.split(x)
+        q, k, _ = self.split(x, *inputs)
         return attention_weights(q, k)
 
-    def split(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Returns queries, keys and values (B, h, L, D/h) of tokens (B, L, D)."""
+    def split(self, x: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+        """Returns queries, keys and values (B, h, L, D/h) of tokens (B, L, D). `inputs`: those of the block."""
         q, k, v = (part.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=2))
         return self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v  # autocast normalizes in fp32
 
@@ -165,7 +165,7 @@ class DropPath(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block: (B, L, D) -> (B, L, D).
+    """A pre-norm transformer block: (B, L, D) -> (B, L, D). The attention has the `Encoder.block_inputs`.
 
     Attributes:
         grad_checkpointing: in training, store the input only, and recompute the activations in the backward pass.
@@ -187,15 +187,15 @@ class Block(nn.Module):
         self.attn = Attention(dim, num_heads, qkv_bias, qk_norm)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
         self.norm2 = norm_layer(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.mlp: nn.Module = Mlp(dim, int(dim * mlp_ratio))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *inputs: Any) -> Tensor:
         if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(self.compute, x, use_reentrant=False)
-        return self.compute(x)
+            return checkpoint(self.compute, x, *inputs, use_reentrant=False)
+        return self.compute(x, *inputs)
 
-    def compute(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x)))
+    def compute(self, x: Tensor, *inputs: Any) -> Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x), *inputs))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
@@ -275,6 +275,19 @@ class Encoder(Steps, nn.Module):
         """Returns the positions of class tokens and patches (1, T + N, D) for a grid of (rows, columns) patches."""
         return resize_pos_embed(self.pos_embed, self.patch_embed.grid_size, grid)
 
+    def block_inputs(
+        self, grid: tuple[int, int], ids_restore: Tensor | None = None, num_visible: int | None = None
+    ) -> tuple[Any, ...]:
+        """Returns further inputs of the blocks of the encoder, such as rotary positions. Default: none.
+
+        Args:
+            grid: (rows, columns) of patches.
+            ids_restore: (B, N), the index of each patch among K visible patches followed by the masked ones. None: no
+                patch is masked.
+            num_visible: K.
+        """
+        return ()
+
     def with_class_tokens(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
         """Patch tokens (B, N, D) of a grid, or some of them -> tokens (B, T + N, D): class tokens in front."""
         tokens = self.cls_token + self.positions(grid)[:, : self.num_prefix_tokens]
@@ -313,7 +326,7 @@ class Encoder(Steps, nn.Module):
         if missing := [index for index in indices if not -depth <= index < depth]:
             raise ValueError(f"there is no block {missing[0]}: the indices of the {depth} blocks are 0 to {depth - 1}")
         chosen = {index % depth for index in indices}
-        x = self.embed(imgs, **extras)
+        x, inputs = self.embed(imgs, **extras), self.block_inputs(self.patch_embed.grid_of(*imgs.shape[-2:]))
         normalize = self.norm if norm and hasattr(self, "norm") else nn.Identity()
         layers, maps = [], []
         block: Any
@@ -322,8 +335,8 @@ class Encoder(Steps, nn.Module):
             if is_returned and return_attention:
                 if not isinstance(block, Block):
                     raise ValueError(f"blocks of class {type(block).__name__} return no attention weights")
-                maps.append(block.attn.maps(block.norm1(x)))
-            x = block(x)
+                maps.append(block.attn.maps(block.norm1(x), *inputs))
+            x = block(x, *inputs)
             if is_returned:
                 layers.append(normalize(x))
         return (layers, maps) if return_attention else layers
@@ -411,9 +424,9 @@ class VisionTransformer(Encoder):
 
     def forward_features(self, imgs: Tensor, **extras: Any) -> Tensor:
         """Images (B, c, H, W) -> the input of the head: pooled features (B, D), or its tokens (B, N, D)."""
-        x = self.embed(imgs, **extras)
+        x, inputs = self.embed(imgs, **extras), self.block_inputs(self.patch_embed.grid_of(*imgs.shape[-2:]))
         for block in self.blocks:
-            x = block(x)
+            x = block(x, *inputs)
         if self.global_pool:
             return self.fc_norm(self.patch_tokens(x).mean(dim=1))
         x = self.norm(x)

@@ -50,7 +50,7 @@ def train(device: torch.device, amp: str, compiled: bool = False, may_wait: bool
     losses = []
 
     class Log(run_log.NullLog):
-        def update(self, iterations: int, lr: float, loss: float, grad_norm: float) -> None:
+        def update(self, iterations: int, lr: float, loss: float, grad_norm: float, terms: object = None) -> None:
             losses.append(loss)
 
     def schedule(epoch: float) -> float:

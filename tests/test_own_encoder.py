@@ -19,6 +19,7 @@ import main_pretrain
 import main_segment
 import models_build
 from examples.channel_groups import ChannelGroups
+from examples.dinov3_blocks import RotaryEncoder
 from examples.lead_embeddings import LeadEmbeddings
 from inference import export, get_model
 from inference.classes import Segmenter, with_encoder
@@ -33,6 +34,7 @@ GROUPS = {"encoder": "examples.channel_groups:ChannelGroups", "encoder_args": "g
 EXAMPLES = {
     "channel_groups": (ChannelGroups, {"encoder_args": "groups=3"}, "group_embed"),
     "lead_embeddings": (LeadEmbeddings, {}, "lead_embed"),
+    "dinov3_blocks": (RotaryEncoder, {"num_cls_tokens": 3}, "blocks.0.scale1.gamma"),
 }
 LEADS = """
 import torch
@@ -143,7 +145,8 @@ def test_an_example_is_trained_resumed_and_evaluated(name, pretrain, classify, p
     assert_equal(weights(whole), weights(pretrain("parts", **flags, encoder=name, resume="auto")))
     file = whole / "checkpoint-1.pth"
     recorded = checkpoint.read(file)["args"]
-    assert (recorded["encoder"], recorded["encoder_args"]) == (name, [*own.values()] or None)
+    arguments = [own["encoder_args"]] if "encoder_args" in own else None
+    assert (recorded["encoder"], recorded["encoder_args"]) == (name, arguments)
 
     args = parse(main_pretrain, data_path=pictures, output_dir=tmp_path / "python", model="mae_vit_mini_patch4",
                  input_size=16, batch_size=4, epochs=2, warmup_epochs=1, blr=0.01, num_workers=1, device="cpu",

@@ -105,6 +105,7 @@ class ModelSpec(Values):
     encoder: str | None = setting(None, str, resumed=FIXED)  # module:Class of a mix-in
     encoder_args: list[str] | None = setting(None, str, resumed=FIXED)  # name=value
     model_class: str | None = setting(None, str, rebuilds=False)  # of a subclass
+    model_args: list[str] | None = setting(None, resumed=FIXED, rebuilds=False)  # name=value
     predicts_pixels: bool = setting(True, rebuilds=False)
     qk_norm: str | None = setting(None, str, of_block=True)
     drop_path: float = setting(0.0, rebuilds=False)
@@ -166,6 +167,7 @@ class RunSpec(Values):
     layer_decay: float | None = setting(None, optimizes=True)
     smoothing: float | None = setting(None, optimizes=True)
     clip_grad: float | None = setting(None, optimizes=True)
+    optimizer: str | None = setting(None, resumed=FIXED)  # module:function; None: AdamW
     class_weight: str | None = setting(None)
     on_nonfinite: str = setting("abort")
     updates_per_epoch: int | None = setting(None)

@@ -331,6 +331,18 @@ def add_encoder_options(group: argparse._ActionsContainer) -> None:
     )  # fmt: skip
 
 
+def _add_model_class(group: argparse._ArgumentGroup) -> None:
+    model_class = group.add_argument(
+        "--model_class", metavar="MODULE:CLASS",
+        help="your own method: a class derived from models_mae.MaskedAutoencoderViT (METHOD.md). Files record its "
+        "name, and do not import it",
+    )  # fmt: skip
+    not_in_recipes(model_class)
+    group.add_argument(
+        "--model_args", nargs="+", metavar="NAME=VALUE", help="arguments of the class of --model_class, such as bins=9"
+    )
+
+
 def add_pretrain_options(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of masked pre-training."""
     group = _group(parser, DATA)
@@ -366,12 +378,7 @@ def add_pretrain_options(parser: argparse.ArgumentParser) -> None:
         "--decoder_depth", type=positive_int, metavar="N", help="number of decoder blocks (default: the model's)"
     )
     add_switch(group, "norm_pix_loss", False, "normalize each target patch by its own mean and variance")
-    model_class = group.add_argument(
-        "--model_class", metavar="MODULE:CLASS",
-        help="your own method: a class derived from models_mae.MaskedAutoencoderViT (METHOD.md). Files record its "
-        "name, and do not import it",
-    )  # fmt: skip
-    not_in_recipes(model_class)
+    _add_model_class(group)
     group.add_argument(
         "--init_from", default="", metavar="FILE", help="start from the weights in this file, at epoch 0 (default: "
         "random weights)",
@@ -504,6 +511,13 @@ def add_optimizer_options(parser: argparse.ArgumentParser, several_blr: bool = F
             "--blr", default=1e-3, type=non_negative, metavar="LR",
             help="base learning rate: lr = blr x effective batch size / 256",
         )  # fmt: skip
+    if not several_blr:
+        optimizer = group.add_argument(
+            "--optimizer", metavar="MODULE:FUNCTION",
+            help="your own optimizer: function(model, groups) returns it for groups of parameters. Files record "
+            "its name, and do not import it (default: AdamW)",
+        )  # fmt: skip
+        not_in_recipes(optimizer)
     group.add_argument(
         "--min_lr", default=0.0, type=non_negative, metavar="LR", help="learning rate at the end of the decay"
     )

@@ -1,4 +1,4 @@
-"""Classes of the user's code that flags name: the encoder, and the masked autoencoder."""
+"""Classes and functions of the user's code that flags name: encoder, masked autoencoder, optimizer."""
 
 from argparse import Namespace
 from typing import Any
@@ -7,18 +7,20 @@ from util.cli import entry_point
 from util.cli.user_code import import_object, name_of
 
 
-def with_encoder(args: Namespace, encoder: type[Any] | None) -> tuple[Namespace, type[Any] | None]:
-    """Imports the class of --encoder, or records the name of `encoder`.
+def with_own(args: Namespace, flag: str, given: Any) -> tuple[Namespace, Any]:
+    """Imports the object that a flag names, or records the name of `given`.
 
     Args:
         args: the settings of the command, before a file adds its own: what a file names is not imported.
+        flag: its name, such as encoder.
 
     Raises:
-        ValueError: the class can't be imported.
+        ValueError: it can't be imported.
     """
-    if encoder is not None:
-        return entry_point.changed(args, {"encoder": name_of(encoder)}), encoder
-    return args, import_object("--encoder ", args.encoder) if args.encoder else None
+    if given is not None:
+        return entry_point.changed(args, {flag: name_of(given)}), given
+    name = getattr(args, flag)
+    return args, import_object(f"--{flag} ", name) if name else None
 
 
 def chosen_encoder(args: Namespace) -> dict[str, Any]:

@@ -41,8 +41,8 @@ def import_object(flag: str, text: str) -> Any:
     return found
 
 
-def name_of(kind: type) -> str:
-    """Returns the name of a class, as `import_object` takes it."""
+def name_of(kind: Any) -> str:
+    """Returns the name of a class or function, as `import_object` takes it."""
     return f"{kind.__module__}:{kind.__qualname__}"
 
 

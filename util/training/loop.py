@@ -16,11 +16,13 @@ from util.data.loader import FeatureBatches, TrainLoader
 from util.interrupts import Interrupted
 from util.training.meters import Meters, Stopwatch
 from util.training.nonfinite import NonFiniteGuard, NonFiniteLoss
-from util.training.precision import Precision, require_found_inf
+from util.training.precision import Precision
 from util.training.run_log import NullLog
 from util.training.saver import NullSaver, Request
 
 Loader = TrainLoader | FeatureBatches
+Loss = Tensor | Mapping[str, Tensor]  # (), or its terms by name
+RESERVED = {"loss", "lr"}  # train_NAME in log.txt
 UPDATES_IN_FLIGHT = 4  # updates whose numbers are read later, so that the loop does not wait for the device
 
 
@@ -61,31 +63,29 @@ class EpochOptions:
 
 
 def run_epoch(
-    compute_loss: Callable[[Any], Tensor], model: nn.Module, loader: Loader, optimizer: Optimizer, options: EpochOptions
+    compute_loss: Callable[[Any], Loss], model: nn.Module, loader: Loader, optimizer: Optimizer, options: EpochOptions
 ) -> None:
     """Trains for an epoch, or for the rest of an epoch. It waits for the device only to save a state.
 
     Args:
-        compute_loss: returns the loss () of a batch on the device.
+        compute_loss: returns the loss () of a batch on the device, or its terms by name, whose sum is the loss.
         model: the module whose gradients are averaged over the processes.
         loader: the batches.
-        optimizer: supports `found_inf`, as fused optimizers do.
+        optimizer: any; the host waits for the gradients of one that does not support `found_inf` (`Precision`).
 
     Raises:
-        ValueError: the optimizer does not support `found_inf`.
+        ValueError: as in `_forward_backward`.
         NonFiniteLoss: `options.guard` ends the run. The non-finite updates did not change the weights.
         Interrupted: a signal stopped the run, and its state is saved.
     """
-    require_found_inf(optimizer)
     epoch, accum_iter, precision, saver = options.epoch, options.accum_iter, options.precision, options.saver
     num_iterations = len(loader)
     num_updates, rest = divmod(num_iterations, accum_iter)
     assert not rest, "an epoch is a whole number of updates"
-    updates = options.first_iteration // accum_iter  # completed optimizer steps of this epoch
-    in_optimizer_step = False
+    updates, in_optimizer_step = options.first_iteration // accum_iter, False  # completed optimizer steps of this epoch
     buffers: list[Tensor] = []  # copies from before the update: a forward pass changes the statistics of batch norm
     stopwatch, pending = Stopwatch(), PendingUpdates(options)
-    zero = torch.zeros((), device=precision.device)
+    losses: dict[str, Tensor] = {}  # of the update
     model.train()
 
     def save(alone: bool = False) -> None:
@@ -98,19 +98,20 @@ def run_epoch(
         for iteration, batch in enumerate(batches, start=options.first_iteration):
             if iteration % accum_iter == 0:
                 lr = options.schedule(epoch + updates / num_updates)
-                loss, buffers = zero, [buffer.clone() for buffer in model.buffers()]
+                losses, buffers = {}, [buffer.clone() for buffer in model.buffers()]
             loader.seed_iteration(iteration)
             is_last = (iteration + 1) % accum_iter == 0
-            loss = loss + _forward_backward(compute_loss, batch, accum_iter, model, precision, is_last)
+            parts = _forward_backward(compute_loss, batch, accum_iter, model, precision, is_last)
+            losses = {name: losses.get(name, 0) + part for name, part in parts.items()}
             if not is_last:
                 continue
             request = saver.request()
-            mean_loss_and_requests = share_requests(loss, request)
+            means_and_requests = share_requests(torch.stack([*losses.values()]), request)
             in_optimizer_step = True  # the weights are between two updates
             grad_norm = precision.step(optimizer, options.clip_grad)
-            _restore_buffers(model, buffers, ~(grad_norm + mean_loss_and_requests[0]).isfinite())
+            _restore_buffers(model, buffers, ~(grad_norm + means_and_requests[0]).isfinite())
             options.after_update(epoch + (updates + 1) / num_updates)
-            pending.push(iteration + 1, lr, torch.cat([grad_norm[None], mean_loss_and_requests]))
+            pending.push(iteration + 1, lr, [*losses], torch.cat([grad_norm[None], means_and_requests]))
             updates, in_optimizer_step, buffers = updates + 1, False, []
             is_heard = request and dist.world_size() == 1  # without the delay
             shared_request = pending.read(0 if is_heard else UPDATES_IN_FLIGHT, iteration + 1)
@@ -124,7 +125,7 @@ def run_epoch(
     except (NonFiniteLoss, Interrupted):  # the state is saved
         raise
     except Exception as error:  # for example a bad image, a killed worker process, or out of memory
-        _restore_buffers(model, buffers, torch.ones_like(zero, dtype=torch.bool))
+        _restore_buffers(model, buffers, torch.ones((), dtype=torch.bool, device=precision.device))
         if not in_optimizer_step and (epoch or updates):
             save(alone=True)
         saver.raise_if_stopping(error)
@@ -137,15 +138,15 @@ def _restore_buffers(model: nn.Module, before: list[Tensor], is_skipped: Tensor)
         buffer.copy_(torch.where(is_skipped, value, buffer))
 
 
-def share_requests(loss: Tensor, request: Request) -> Tensor:
-    """Averages the loss of an update over the processes, and shares their requests in the same collective operation.
+def share_requests(losses: Tensor, request: Request) -> Tensor:
+    """Averages the losses (n,) of an update over the processes, and shares their requests in the same operation.
 
     It precedes the optimizer step. If a process has ended, this raises an error before the weights change.
 
     Returns:
-        (1 + len(Request),): the mean loss, and for each request the fraction of processes that make it.
+        (n + len(Request),): the mean losses, and for each request the fraction of processes that make it.
     """
-    return dist.mean_over_processes(torch.cat([loss[None], _one_hot_requests(loss.device)[request]]))
+    return dist.mean_over_processes(torch.cat([losses, _one_hot_requests(losses.device)[request]]))
 
 
 @cache
@@ -155,32 +156,40 @@ def _one_hot_requests(device: torch.device) -> Tensor:
 
 
 def _forward_backward(
-    compute_loss: Callable[[Any], Tensor],
+    compute_loss: Callable[[Any], Loss],
     batch: Any,
     accum_iter: int,
     model: nn.Module,
     precision: Precision,
     is_last: bool,
-) -> Tensor:
-    """Runs an iteration, and returns its part of the loss of the update.
+) -> dict[str, Tensor]:
+    """Runs an iteration, and returns its part of the loss of the update, and of the terms of the loss.
 
     The last iteration of an update averages the gradients over the processes.
 
     Raises:
-        TypeError: the loss is not a tensor of shape ().
-        ValueError: there are several processes, and a trained parameter has no gradient.
+        TypeError: the loss or a term is not a tensor of shape ().
+        ValueError: a term has the name of another entry, or a parameter has no gradient (several processes).
     """
     with dist.gradient_sync(model, enabled=is_last):
         with precision.autocast():
-            loss = compute_loss(batch)
-        if not isinstance(loss, Tensor) or loss.ndim:
-            kind = f"tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise TypeError(f"the loss of a batch is a {kind}; return a tensor of shape (), such as loss.mean()")
-        loss = loss / accum_iter
-        precision.backward(loss)
+            result = compute_loss(batch)
+        terms = result if isinstance(result, Mapping) else {"loss": result}
+        for loss in terms.values():
+            if not isinstance(loss, Tensor) or loss.ndim:
+                kind = f"tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+                raise TypeError(f"the loss of a batch is a {kind}; return a tensor of shape (), such as loss.mean()")
+        if terms is result:
+            if taken := RESERVED & terms.keys():
+                raise ValueError(
+                    f"the loss has a term {min(taken)}, which is another entry of log.txt: rename the term"
+                )
+            terms = {"loss": torch.stack([*terms.values()]).sum(), **terms}
+        parts = {name: loss / accum_iter for name, loss in terms.items()}
+        precision.backward(parts["loss"])
     if is_last:
         dist.require_gradients(model)
-    return loss.detach()
+    return {name: part.detach() for name, part in parts.items()}
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
@@ -229,20 +238,21 @@ class PendingUpdates:
 
     def __init__(self, options: EpochOptions) -> None:
         self.options = options
-        self.queue: deque[tuple[int, float, Tensor, torch.cuda.Event | None]] = deque()
+        self.queue: deque[tuple[int, float, list[str], Tensor, torch.cuda.Event | None]] = deque()
 
-    def push(self, iterations: int, lr: float, values: Tensor) -> None:
-        """Starts the copy of the gradient norm, the loss and the requests of an update to the host.
+    def push(self, iterations: int, lr: float, names: list[str], values: Tensor) -> None:
+        """Starts the copy of the gradient norm, the losses and the requests of an update to the host.
 
         Args:
             iterations: number of iterations of the epoch, up to the end of the update.
+            names: "loss", and the names of its terms.
         """
         copied = None
         if values.is_cuda:
             values = torch.empty(len(values), pin_memory=True).copy_(values, non_blocking=True)
             copied = torch.cuda.Event()
             copied.record()
-        self.queue.append((iterations, lr, values, copied))
+        self.queue.append((iterations, lr, names, values, copied))
 
     def read(self, max_pending: int, iterations: int) -> Request:
         """Logs the oldest updates until `max_pending` remain, and returns the greatest request among them.
@@ -271,12 +281,14 @@ class PendingUpdates:
         return self.options.meters.state_dict()
 
     def _pop(self) -> list[float]:
-        iterations, lr, values, copied = self.queue.popleft()
+        iterations, lr, names, values, copied = self.queue.popleft()
         if copied is not None:
             copied.synchronize()
-        grad_norm, loss, *shares = values.tolist()
-        self.options.meters.add(loss, grad_norm, lr)
-        self.options.log.update(iterations, lr, loss, grad_norm)
+        grad_norm, *numbers = values.tolist()
+        losses, shares = dict(zip(names, numbers, strict=False)), numbers[len(names) :]
+        loss = losses.pop("loss")
+        self.options.meters.add(loss, grad_norm, lr, losses)
+        self.options.log.update(iterations, lr, loss, grad_norm, losses)
         return [grad_norm, loss, *shares]
 
     def _save_emergency(self, iterations: int) -> str:

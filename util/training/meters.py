@@ -2,8 +2,8 @@
 
 import math
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
@@ -19,8 +19,9 @@ class Meters:
     lr: float = 0.0
     updates: int = 0
     skipped_steps: int = 0
+    terms: dict[str, float] = field(default_factory=dict)  # of the loss, by name
 
-    def add(self, loss: float, grad_norm: float, lr: float) -> None:
+    def add(self, loss: float, grad_norm: float, lr: float, terms: Mapping[str, float] | None = None) -> None:
         """Adds an update. An update that is not finite counts as skipped."""
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             self.skipped_steps += 1
@@ -28,11 +29,13 @@ class Meters:
         self.loss += loss
         self.lr += lr
         self.updates += 1
+        self.terms = {name: self.terms.get(name, 0.0) + value for name, value in (terms or {}).items()}
 
     def means(self) -> dict[str, float | None]:
         """Returns the entries of an epoch in log.txt; None without updates."""
         count = self.updates
-        stats = {"train_lr": self.lr / count if count else None, "train_loss": self.loss / count if count else None}
+        sums = {"lr": self.lr, "loss": self.loss, **self.terms}
+        stats = {f"train_{name}": value / count if count else None for name, value in sums.items()}
         return stats | ({"skipped_steps": self.skipped_steps} if self.skipped_steps else {})
 
     def state_dict(self) -> dict[str, Any]:

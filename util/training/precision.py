@@ -48,9 +48,9 @@ def _cpu_has_bf16() -> bool:
 class Precision:
     """Autocast and the optimizer step. Weights, gradients and the loss are fp32.
 
-    A step with a non-finite loss or gradient does not change the weights. The fused optimizer checks this on the device
-    (`found_inf`), so that the host does not wait. A non-finite loss makes all gradients NaN, and averaging propagates
-    them to all processes.
+    A step with a non-finite loss or gradient does not change the weights. Optimizers that support `found_inf` check it
+    on the device: fused ones, and `util.lars.LARS`. The host waits for the gradients of others. A non-finite loss makes
+    all gradients NaN, and averaging propagates them to all processes.
 
     Args:
         amp, device, trains, recorded: as in `amp_dtype`.
@@ -102,26 +102,15 @@ class Precision:
             norm = norm.full_tensor()
         if self.scaler.is_enabled():
             self.scaler.step(optimizer)  # sets found_inf
-        else:
+        elif getattr(optimizer, "_step_supports_amp_scaling", False):
             # The attributes that GradScaler sets for fused optimizers.
             vars(optimizer).update(grad_scale=None, found_inf=(~torch.isfinite(norm)).float())
+            optimizer.step()
+        elif torch.isfinite(norm):
             optimizer.step()
         self.scaler.update()
         optimizer.zero_grad(set_to_none=True)
         return norm
-
-
-def require_found_inf(optimizer: torch.optim.Optimizer) -> None:
-    """Checks that an optimizer skips updates whose gradients are not finite, as `Precision.step` requires.
-
-    Raises:
-        ValueError: it does not support `found_inf`.
-    """
-    if not getattr(optimizer, "_step_supports_amp_scaling", False):
-        raise ValueError(
-            f"the optimizer {type(optimizer).__name__} does not skip updates with infinite gradients: give one with "
-            f"fused=True, such as torch.optim.AdamW(groups, fused=True), or one that uses found_inf, as util/lars.py"
-        )
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:

@@ -6,6 +6,7 @@ import math
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +69,14 @@ class NullLog:
     ) -> None:
         """Starts an epoch, at one of its iterations."""
 
-    def update(self, iterations: int, lr: float, loss: float, grad_norm: float) -> None:
+    def update(
+        self, iterations: int, lr: float, loss: float, grad_norm: float, terms: Mapping[str, float] | None = None
+    ) -> None:
         """Logs the numbers of an update. They reach the host some updates later.
 
         Args:
             iterations: number of iterations of the epoch, up to the end of the update.
+            terms: terms of the loss by name; TensorBoard and log.txt have them as train_NAME.
         """
 
     def end_epoch(self, stats: dict[str, Any]) -> None:
@@ -141,11 +145,14 @@ class RunLog(NullLog):
             disable=None,  # unless stderr is a terminal
         )
 
-    def update(self, iterations: int, lr: float, loss: float, grad_norm: float) -> None:
+    def update(
+        self, iterations: int, lr: float, loss: float, grad_norm: float, terms: Mapping[str, float] | None = None
+    ) -> None:
         x = x_of(self.epoch, iterations, self.num_iterations)
         if x >= self.next_x:  # long epochs have several updates at each x
             self.next_x = x + 1
-            self.events.scalars({self.loss_tag: loss, "lr": lr, "grad_norm": grad_norm}, x)
+            own = {f"train_{name}": value for name, value in (terms or {}).items()}
+            self.events.scalars({self.loss_tag: loss, "lr": lr, "grad_norm": grad_norm, **own}, x)
         watch = self.watch
         left = watch.seconds_per_iteration * ((self.epochs - self.epoch) * self.num_iterations - iterations)
         is_due = watch.seconds - self.last_line >= SECONDS_BETWEEN_LINES

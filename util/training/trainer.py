@@ -21,7 +21,7 @@ from util.training.compiling import compile_model
 from util.training.loop import Callback, EpochOptions, Loader
 from util.training.meters import Meters
 from util.training.nonfinite import NonFiniteGuard
-from util.training.precision import Precision, require_found_inf
+from util.training.precision import Precision
 from util.training.saver import open_saver
 
 logger = logging.getLogger(__name__)
@@ -96,10 +96,10 @@ def run(
         is_locked: the caller has locked the run directory.
 
     Raises:
-        ValueError: the optimizer does not support `found_inf`; the model is sharded and there are callbacks, whose
-            states would not be saved; or a setting or the state of a callback is not a plain value.
+        ValueError: the model is sharded and there are callbacks, whose states would not be saved; or a setting or the
+            state of a callback is not a plain value.
     """
-    _require_usable(model, optimizer, record, task.callbacks)
+    _require_usable(model, record, task.callbacks)
     output_dir = Path(spec.output_dir)
     logger.info("settings: " + " ".join(f"{key}={record[key]}" for key in sorted(record) if key != "classes"))
     global_batch_size = spec.batch_size * dist.world_size()
@@ -149,10 +149,7 @@ def run(
         _train_epochs(train, options, task, spec, model, batches, progress, interrupts)
 
 
-def _require_usable(
-    model: nn.Module, optimizer: torch.optim.Optimizer, record: Mapping[str, Any], callbacks: Sequence[Callback]
-) -> None:
-    require_found_inf(optimizer)
+def _require_usable(model: nn.Module, record: Mapping[str, Any], callbacks: Sequence[Callback]) -> None:
     if callbacks and dist.is_sharded(model):
         raise ValueError("--fsdp can't save the state of callbacks: omit --fsdp or the callbacks")
     checkpoint.require_plain({**record}, "args")

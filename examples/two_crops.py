@@ -1,0 +1,50 @@
+"""A second loss between two crops of an image: reconstruction and contrast, as CAN (Mishra et al. 2022, section 3).
+
+    python main_pretrain.py --model_class examples.two_crops:TwoCrops --repeated_sampling 2 ...
+
+--repeated_sampling 2 puts two crops of each image next to each other in the batch, each with its own mask. log.txt has
+the two terms of the loss, train_pixels and train_contrast. The negatives of an image are the other images in the batch
+of its process, so the loss depends on --batch_size.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models_mae import MaskedAutoencoderViT
+
+
+class TwoCrops(MaskedAutoencoderViT):
+    """A masked autoencoder with an InfoNCE loss of the mean visible patch.
+
+    Args:
+        weight: factor of the contrast.
+        temperature: divides the cosine similarities.
+    """
+
+    def __init__(self, *, weight: float = 0.03, temperature: float = 0.1, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.weight, self.temperature = weight, temperature
+        width = self.cls_token.shape[2]
+        # Names that start with decoder_: fine-tuning ignores these weights.
+        self.decoder_head = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, 128))
+
+    def forward(  # type: ignore[override]
+        self, imgs: Tensor, mask_ratio: float = 0.75, *, mask: Tensor | None = None, noise: Tensor | None = None
+    ) -> Any:
+        if not self.training:
+            return super().forward(imgs, mask_ratio, mask=mask, noise=noise)
+        latent, masked, ids_restore = self.forward_encoder(imgs, mask_ratio, noise)
+        pred = self.forward_decoder(latent, ids_restore)
+        terms = {"pixels": self.forward_loss(imgs, pred, masked), "contrast": self.weight * self.contrast(latent)}
+        return terms, pred, masked
+
+    def contrast(self, latent: Tensor) -> Tensor:
+        """Latent (2 B, T + K, D) of pairs of crops -> cross-entropy of finding the other crop, ()."""
+        vectors = F.normalize(self.decoder_head(self.patch_tokens(latent).mean(dim=1)), dim=1)
+        similarity = vectors @ vectors.T / self.temperature
+        similarity = similarity.masked_fill(torch.eye(len(vectors), dtype=torch.bool, device=latent.device), -torch.inf)
+        partners = torch.arange(len(vectors), device=latent.device) ^ 1  # 0 and 1, 2 and 3, ...
+        return F.cross_entropy(similarity.float(), partners)

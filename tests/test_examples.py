@@ -1,0 +1,257 @@
+"""The examples that change the method: each trains, resumes, and its checkpoint serves the other scripts.
+
+test_own_encoder.py has those that change the encoder only.
+"""
+
+import pytest
+import timm
+import torch
+import transformers
+from mains import Stopped, assert_equal, in_processes, lines, parse, stop_after, weights
+from torch import nn
+
+import main_finetune
+import main_knn
+import main_pretrain
+import models_build
+from examples.date_and_place import DateAndPlace
+from examples.dinov3_blocks import RotaryEncoder
+from examples.frozen_teacher import FrozenTeacher
+from examples.local_decoder import LocalDecoder, window_mask
+from examples.muon import muon_and_adamw
+from examples.two_crops import TwoCrops
+from inference import get_model
+from models_mae import MaskedAutoencoderViT
+from models_vit import VisionTransformer
+from util.checkpoints import checkpoint
+
+TEACHER = "vit_tiny_patch16_224"
+SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """A file with random weights of a model of timm, and that model for images of 64 x 64 pixels."""
+    model = timm.create_model(TEACHER, num_classes=0, img_size=64).eval()
+    path = tmp_path_factory.mktemp("teacher") / "teacher.pth"
+    torch.save(model.state_dict(), path)
+    return path, model
+
+
+CLASSES = {
+    "hog_target:HOGTarget": {},
+    "local_decoder:LocalDecoder": {"model_args": "window=[2,4]"},
+    "two_crops:TwoCrops": {"model_args": "weight=0.1", "repeated_sampling": 2},
+}
+
+
+def train_resume_and_use(pretrain, classify, monkeypatch, **flags):
+    """Returns the directory of a run that is equal to an interrupted and resumed run."""
+    own = {name: flags[name] for name in ("model_class", "optimizer") if name in flags}
+    flags = {"num_workers": 1, "save_minutes": 0, **flags}
+    whole = pretrain("whole", **flags)
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_after(patch, "save", 3)
+        pretrain("parts", **flags)
+    resumed = {"resume": "auto", "input_size": flags.get("input_size", 16)}
+    parts = pretrain("parts", **resumed, num_workers=1, **own)  # the checkpoint has the arguments
+    assert_equal(weights(whole), weights(parts))
+    for ours, theirs in zip(lines(whole), lines(parts), strict=True):
+        assert [ours[name] for name in ours if name.startswith("train_")] == [
+            theirs[name] for name in theirs if name.startswith("train_")
+        ]
+    for name, flag in own.items():
+        with pytest.raises(ValueError, match=f"give --{name} {flag}"):
+            pretrain("parts", **resumed)
+    return whole
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_model_class_is_trained_and_resumed(name, pretrain, classify, monkeypatch):
+    whole = train_resume_and_use(pretrain, classify, monkeypatch, model_class=f"examples.{name}", **CLASSES[name])
+    assert lines(whole)[1]["train_loss"] < lines(whole)[0]["train_loss"]
+    assert classify(main_knn, k=3, finetune=whole / "checkpoint-1.pth")[3, 0.07] > 0
+
+
+def test_features_of_a_frozen_teacher_are_the_target(teacher, pretrain, classify, monkeypatch):
+    path, model = teacher
+    flags = {"model_class": "examples.frozen_teacher:FrozenTeacher", "input_size": 64, "patch_size": 16}
+    given = f"teacher={TEACHER} weights={path}"
+    whole = train_resume_and_use(pretrain, classify, monkeypatch, **flags, model_args=given)
+    assert not [name for name in weights(whole) if "teacher" in name]
+    ours = FrozenTeacher(**{**SMALL, "img_size": 64, "patch_size": 16}, teacher=TEACHER, weights=str(path)).train()
+    imgs = torch.randn(2, 3, 64, 64)
+    expected = nn.functional.layer_norm(model.forward_features(imgs)[:, 1:], (192,))
+    torch.testing.assert_close(ours.target(imgs), expected)
+    with pytest.raises(ValueError, match=r"\(4, 4\) patches and the model \(8, 8\): give another --patch_size"):
+        pretrain("wrong", **{**flags, "patch_size": 8}, model_args=given)
+
+
+def test_two_crops_have_two_terms_of_the_loss(pretrain, pictures, tmp_path):
+    whole = pretrain(model_class="examples.two_crops:TwoCrops", repeated_sampling=2)
+    for line in lines(whole):
+        assert line["train_pixels"] + line["train_contrast"] == pytest.approx(line["train_loss"], rel=1e-5)
+    model = TwoCrops(**SMALL).train()
+    latent = torch.randn(3, 5, 32).repeat_interleave(2, dim=0)
+    unrelated = torch.randn(6, 5, 32)
+    assert model.contrast(latent) < model.contrast(unrelated)
+    # The terms of two processes are averaged.
+    own = ("--model_class", "examples.two_crops:TwoCrops", "--repeated_sampling", "2", "--epochs", "1")
+    in_processes(2, pictures, tmp_path / "two", "--batch_size", "4", *own)
+    (line,) = lines(tmp_path / "two")
+    assert line["train_pixels"] + line["train_contrast"] == pytest.approx(line["train_loss"], rel=1e-5)
+
+
+def test_attention_of_the_decoder_is_local():
+    mask = window_mask((2, 4), (1, 2), 1, shifted=False)
+    assert mask[0].all() and mask[:, 0].all()
+    assert mask[1].nonzero().flatten().tolist() == [0, 1, 2]  # the first patch: itself and its right neighbor
+    assert window_mask((2, 4), (1, 2), 1, shifted=True)[2].nonzero().flatten().tolist() == [0, 2, 3]
+    model = LocalDecoder(**SMALL, window=[2, 2], decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)
+    latent = torch.randn(1, 1 + 16, 32, requires_grad=True)
+    pred = model.forward_decoder(latent, torch.arange(16)[None])
+    pred[0, 0].sum().backward()
+    reached = latent.grad.abs().sum(dim=2)[0].nonzero().flatten().tolist()
+    assert reached == [0, 1, 2, 5, 6]  # the class token, and the window of 2 x 2 in a grid of 4 x 4
+
+
+def test_date_and_place_reach_training_and_features(pretrain, classify, pictures, labelled, tmp_path):
+    own, extras = {"encoder": "examples.date_and_place:DateAndPlace"}, {"extras": "lat lon day"}
+    for name, files in (("images", sorted(pictures.rglob("*.*g"))), ("train", sorted(labelled.rglob("train/*/*.png"))),
+                        ("val", sorted(labelled.rglob("val/*/*.png")))):  # fmt: skip
+        rows = [f"{file},{file.parent.name},{number},{2 * number},{7 * number}" for number, file in enumerate(files)]
+        (tmp_path / f"{name}.csv").write_text("\n".join(["path,label,lat,lon,day", *rows]))
+    out = pretrain(
+        **own, **extras, encoder_args="harmonics=2", data_path="/", train_list=tmp_path / "images.csv", lr=0.01
+    )
+    assert weights(out)["place_embed.weight"].shape == (128, 12)
+    model, imgs = get_model(out / "checkpoint-1.pth", encoder=DateAndPlace), torch.rand(2, 3, 16, 16)
+    place = {"lat": torch.tensor([47.0, 47.0]), "lon": torch.tensor([8.0, 8.0])}
+    winter, year, summer = (model.extract_feat(imgs, **place, day=torch.full((2,), day)) for day in (10, 375.25, 190))
+    torch.testing.assert_close(winter, year, rtol=1e-3, atol=1e-3)
+    assert (winter - summer).abs().max() > 100 * (winter - year).abs().max()
+    lists = {"data_path": "/", "train_list": tmp_path / "train.csv", "val_list": tmp_path / "val.csv"}
+    tuned = classify(main_finetune, "tuned", **own, **extras, **lists, finetune=out / "checkpoint-1.pth")
+    assert not torch.equal(weights(tuned)["place_embed.weight"], weights(out)["place_embed.weight"])
+
+
+# ---------------------------------------------------------------------------------------------------------- optimizers
+
+
+def test_muon_trains_resumes_and_fine_tunes(pretrain, classify, monkeypatch):
+    name = "examples.muon:muon_and_adamw"
+    whole = train_resume_and_use(pretrain, classify, monkeypatch, optimizer=name)
+    assert lines(whole)[1]["train_loss"] < lines(whole)[0]["train_loss"]
+    moments = checkpoint.read(whole / "checkpoint-1.pth")["optimizer"]["state"].values()
+    assert {tuple(sorted(state)) for state in moments} == {("momentum_buffer",), ("exp_avg", "exp_avg_sq", "step")}
+    tuned = classify(main_finetune, "tuned", finetune=whole / "checkpoint-1.pth", optimizer=name, layer_decay=0.5)
+    plain = classify(main_finetune, "plain", finetune=whole / "checkpoint-1.pth", layer_decay=0.5)
+    key = "blocks.0.mlp.fc1.weight"
+    assert not torch.equal(weights(tuned)[key], weights(plain)[key])
+
+
+def test_muon_has_the_matrices_of_the_blocks():
+    model = VisionTransformer(**SMALL, num_classes=5)
+    groups = [{"params": [*model.parameters()], "weight_decay": 0.05, "lr_scale": 0.5}]
+    muon, adamw = muon_and_adamw(model, groups).param_groups
+    assert {id(p) for p in muon["params"]} == {id(p) for p in model.blocks.parameters() if p.ndim == 2}
+    assert len(muon["params"]) + len(adamw["params"]) == len([*model.parameters()])
+    assert (muon["weight_decay"], muon["lr_scale"], adamw["lr_scale"]) == (0.05, 0.5, 0.5)
+
+
+OPTIMIZERS = """
+import torch
+
+def half(model, groups):
+    return torch.optim.AdamW(groups[:1])
+
+def nothing(model, groups):
+    return groups
+
+def sgd(model, groups):
+    return torch.optim.SGD(groups, lr=0, momentum=0.9)
+
+def broken(model, groups):
+    return torch.optim.SGD(groups, lr=-1)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("half", ValueError, "own_optimizers:half lacks .*: add it to a group, or set its requires_grad to False"),
+        ("nothing", ValueError, "own_optimizers:nothing returns list: return a torch.optim.Optimizer"),
+        ("broken", RuntimeError, "own_optimizers:broken: the code raised ValueError: Invalid learning rate"),
+        ("absent", ValueError, "own_optimizers has no absent"),
+    ],
+)
+def test_mistakes_in_an_optimizer_are_errors_in_one_line(name, error, message, own_module, pretrain):
+    own_module("own_optimizers", OPTIMIZERS)
+    with pytest.raises(error, match=message):
+        pretrain(optimizer=f"own_optimizers:{name}")
+
+
+def test_an_optimizer_of_pytorch_trains_in_python(own_module, pictures, tmp_path):
+    def sgd(model, groups):
+        return torch.optim.SGD(groups, lr=0.0, momentum=0.9)
+
+    settings = {"data_path": pictures, "output_dir": tmp_path, "model": "mae_vit_mini_patch4", "input_size": 16,
+                "batch_size": 4, "epochs": 1, "warmup_epochs": 0, "blr": 1, "num_workers": 0, "device": "cpu",
+                "amp": "off", "vis_every": 0}  # fmt: skip
+    main_pretrain.main(parse(main_pretrain, **settings), optimizer=sgd)
+    state = checkpoint.read(tmp_path / "checkpoint-0.pth")
+    assert state["args"]["optimizer"].endswith("sgd")
+    assert {tuple(state) for state in state["optimizer"]["state"].values()} == {("momentum_buffer",)}
+
+
+# ------------------------------------------------------------------------------------------------------- DINOv3 blocks
+
+
+def of_dinov3(state):
+    """The names of transformers' DINOv3 in this library."""
+    first = torch.cat([state["embeddings.cls_token"], state["embeddings.register_tokens"]], dim=1)
+    found = {"cls_token": first, "pos_embed": torch.zeros(1, 5 + 16, 32)}
+    names = {
+        "embeddings.patch_embeddings": "patch_embed.proj", "model.layer": "blocks", "attention.o_proj": "attn.proj",
+        "mlp.gate_proj": "mlp.fc1_g", "mlp.up_proj": "mlp.fc1_x", "mlp.down_proj": "mlp.fc2",
+        "layer_scale1.lambda1": "scale1.gamma", "layer_scale2.lambda1": "scale2.gamma",
+    }  # fmt: skip
+    for name, value in state.items():
+        if name.startswith(("embeddings.cls", "embeddings.reg", "embeddings.mask")):
+            continue
+        if "q_proj" in name:
+            parts = [state[name.replace("q_proj", f"{part}_proj")] for part in "qkv"]
+            found[name.replace("model.layer", "blocks").replace("attention.q_proj", "attn.qkv")] = torch.cat(parts)
+        elif "k_proj" not in name and "v_proj" not in name:
+            for theirs, ours in names.items():
+                name = name.replace(theirs, ours)
+            found[name] = value
+    return found
+
+
+def test_features_of_dinov3_blocks_equal_those_of_transformers():
+    torch.manual_seed(0)
+    config = transformers.DINOv3ViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=85, image_size=32, patch_size=8,
+        num_register_tokens=4, use_gated_mlp=True, hidden_act="silu", key_bias=True, layer_norm_eps=1e-6,
+    )  # fmt: skip
+    theirs = transformers.DINOv3ViTModel(config).eval()
+    for parameter in theirs.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    kind = models_build.combined(RotaryEncoder, VisionTransformer)
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    ours = kind(**sizes, num_classes=0, num_cls_tokens=5).eval()
+    ours.load_state_dict(of_dinov3(theirs.state_dict()))
+    for size in ((32, 32), (32, 64)):
+        imgs = torch.randn(2, 3, *size)
+        (tokens,) = ours.get_intermediate_layers(imgs)
+        torch.testing.assert_close(tokens, theirs(imgs).last_hidden_state, rtol=1e-4, atol=1e-5)
+    # The visible patches of the autoencoder are rotated by their own positions.
+    kind = models_build.combined(RotaryEncoder, MaskedAutoencoderViT)
+    mae = kind(**sizes, num_cls_tokens=5, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2).eval()
+    mae.load_state_dict({**mae.state_dict(), **of_dinov3(theirs.state_dict())})
+    imgs, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 16)
+    latent, _, _ = mae.forward_encoder(imgs, 0.0, noise)
+    (tokens,) = mae.get_intermediate_layers(imgs)
+    order = noise.argsort(dim=1)[:, :, None].expand(-1, -1, 32)
+    torch.testing.assert_close(latent[:, 5:], tokens[:, 5:].gather(1, order), rtol=1e-4, atol=1e-5)
