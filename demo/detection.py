@@ -1,6 +1,6 @@
 """Detection: Mask R-CNN of torchvision on an encoder of this library, with the simple feature pyramid of ViTDet.
 
-    python demo/detection.py --model demo/output/pretrain/checkpoint-79.pth
+    python demo/detection.py --model demo/output/pretrain/checkpoint-119.pth
 
 The command composes pictures of garments on textures, whose boxes and masks are known, trains the encoder with a
 detector on them, and prints the losses and the best detection in a further picture. The losses fall within ten updates;

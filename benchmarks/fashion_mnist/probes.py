@@ -1,6 +1,6 @@
 """Linear and attentive probes of one encoder on the embedded images: the mean and the spread of three seeds.
 
-    python benchmarks/fashion_mnist/probes.py --encoder demo/output/pretrain/checkpoint-79.pth --work runs/probes
+    python benchmarks/fashion_mnist/probes.py --encoder demo/output/pretrain/checkpoint-119.pth --work runs/probes
 
 All probes have the settings of recipes/linprobe_attentive_fashion_mnist.yaml, and linear probes have larger and more
 learning rates. The seed determines the initial weights, the order of the images, and the held-out images, which select
