@@ -40,7 +40,7 @@ ARROWS = {
     r"benchmarks\.\w+\.\w+": (  # studies
         r"benchmarks\.\w+|demo\.(segmentation|unpack_data)|inference\.\w+|models_\w+|util\..+"
     ),
-    r"benchmarks\.\w+": r"benchmarks\.\w+|inference\.\w+|engine_finetune|main_pretrain|models_\w+|util\..+",
+    r"benchmarks\.\w+": r"benchmarks\.\w+|inference\.\w+|engine_finetune|main_(pretrain|knn)|models_\w+|util\..+",
     r"inference\.\w+": r"inference\.\w+|models_\w+|util\..+",
     **{
         rf"util\.{package}\.\w+": rf"util\.({'|'.join(filter(None, [package, below]))})\.\w+|{SHARED}"

@@ -14,6 +14,8 @@ import main_finetune
 import main_knn
 import main_pretrain
 import models_build
+from examples.colored_masks import ColoredMasks
+from examples.cross_decoder import CrossDecoder
 from examples.date_and_place import DateAndPlace
 from examples.dinov3_blocks import RotaryEncoder
 from examples.frozen_teacher import FrozenTeacher
@@ -39,8 +41,11 @@ def teacher(tmp_path_factory):
 
 
 CLASSES = {
+    "colored_masks:ColoredMasks": {"model_args": "color=blue"},
+    "cross_decoder:CrossDecoder": {"model_args": "predicted=0.5"},
     "hog_target:HOGTarget": {},
     "local_decoder:LocalDecoder": {"model_args": "window=[2,4]"},
+    "random_projection:RandomProjection": {"model_args": "width=16"},
     "two_crops:TwoCrops": {"model_args": "weight=0.1", "repeated_sampling": 2},
 }
 
@@ -133,6 +138,35 @@ def test_date_and_place_reach_training_and_features(pretrain, classify, pictures
     lists = {"data_path": "/", "train_list": tmp_path / "train.csv", "val_list": tmp_path / "val.csv"}
     tuned = classify(main_finetune, "tuned", **own, **extras, **lists, finetune=out / "checkpoint-1.pth")
     assert not torch.equal(weights(tuned)["place_embed.weight"], weights(out)["place_embed.weight"])
+
+
+def test_a_cross_attention_decoder_predicts_a_part_of_the_masked_patches():
+    model = CrossDecoder(**SMALL, predicted=0.25, decoder_embed_dim=32, decoder_depth=2, decoder_num_heads=2)
+    imgs, noise = torch.randn(2, 3, 16, 16), torch.rand(2, 16)
+    ranks = noise.argsort(dim=1).argsort(dim=1)
+    loss, pred, mask = model(imgs, noise=noise)
+    assert torch.equal(mask, ((ranks >= 4) & (ranks < 8)).float())
+    assert torch.equal(pred.abs().sum(dim=2) > 0, mask.bool())
+    _, all_of_them, masked = model.eval()(imgs, noise=noise)
+    assert torch.equal(masked, (ranks >= 4).float())
+    torch.testing.assert_close(all_of_them[mask.bool()], pred[mask.bool()])  # each is predicted alone
+    errors = (pred - model.target(imgs)).square().mean(dim=2)
+    torch.testing.assert_close(loss, errors[mask.bool()].mean())
+
+
+def test_masks_of_red_noise_are_clustered_and_of_blue_noise_spread():
+    def masked_neighbors(color):
+        model = ColoredMasks(**{**SMALL, "img_size": 56}, color=color)
+        noise = torch.rand(200, 196, generator=torch.Generator().manual_seed(0))
+        _, mask, _ = model.random_masking(torch.zeros(200, 196, 1), 0.75, noise)
+        assert (mask.sum(dim=1) == 147).all()
+        grid = mask.view(200, 14, 14)
+        return ((1 - grid[:, 1:]) * (1 - grid[:, :-1])).mean().item()  # both visible
+
+    blue, green, red = (masked_neighbors(color) for color in ("blue", "green", "red"))
+    assert blue < 0.05 < 0.25**2 < 0.07 < green < red
+    with pytest.raises(ValueError, match="color=pink: give red, green, blue"):
+        ColoredMasks(**SMALL, color="pink")
 
 
 # ---------------------------------------------------------------------------------------------------------- optimizers

@@ -1,0 +1,134 @@
+"""Pre-training for a fixed time on two CPU cores: which methods help. LEADERBOARD.md has the rules and the table.
+
+    python demo/unpack_data.py
+    python benchmarks/leaderboard.py baseline muon                # five minutes of pre-training each, held-out images
+    python benchmarks/leaderboard.py muon --seed 1 --test         # another seed, test images
+
+An entry is pre-trained for the number of epochs that fit into the minutes, at the speed of its second epoch. The score
+is the mean of two accuracies: fine-tuned with 500 labels, the mean of three draws, and k-NN with all labels. Each entry
+appends a row to leaderboard.jsonl, and writes the table.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import main_knn
+from benchmarks import machine, scripts
+from benchmarks.ablation import DATA, PRETRAIN
+from util.cli import entry_point
+from util.cli.advice import arguments
+from util.evaluation.tables import markdown
+from util.files import atomic
+from util.training import run_log
+from util.training.environment import commit
+
+ROWS, PAGE = (Path(__file__).with_name(name) for name in ("leaderboard.jsonl", "LEADERBOARD.md"))
+MARKERS = "<!-- python benchmarks/leaderboard.py -->\n", "<!-- end -->"
+BASE = {**PRETRAIN, "patch_size": 4, "batch_size": 32, "cache_images": True, "num_workers": 0, "vis_every": 0}
+ENTRIES: dict[str, dict[str, Any]] = {
+    "baseline": {},
+    "demo": {"patch_size": 7, "batch_size": 64, "lr": 2e-3, "crop": "none"},
+    "demo with patches of 4": {"batch_size": 64, "lr": 2e-3, "crop": "none"},
+    "decoder of 2 blocks": {"decoder_depth": 2},
+    "mask blocks, 4 class tokens": {"patch_size": 2, "mask_block": 2, "num_cls_tokens": 4},
+    "cross": {"model_class": "examples.cross_decoder:CrossDecoder", "model_args": ["predicted=0.25"]},
+    "green masks": {"model_class": "examples.colored_masks:ColoredMasks", "model_args": ["color=green"]},
+    "blue masks": {"model_class": "examples.colored_masks:ColoredMasks", "model_args": ["color=blue"]},
+    "red masks": {"model_class": "examples.colored_masks:ColoredMasks", "model_args": ["color=red"]},
+    "muon": {"optimizer": "examples.muon:muon_and_adamw"},
+    "rotary": {"encoder": "examples.dinov3_blocks:RotaryEncoder", "num_cls_tokens": 5},
+    "random projection": {"model_class": "examples.random_projection:RandomProjection"},
+    "two crops": {"model_class": "examples.two_crops:TwoCrops", "repeated_sampling": 2},
+}
+FINETUNE = {
+    "model": "vit_mini_patch4", "input_size": 28, "in_chans": 1, "mean": [0.286], "std": [0.353], "aa": "none",
+    "reprob": 0, "cache_images": True, "num_workers": 0, "crop": "random", "crop_scale": [0.7, 1.0], "crop_pct": 1.0,
+    "batch_size": 32, "epochs": 30, "warmup_epochs": 3, "eval_every": 30, "save_every": 1000, "lr": 1e-3,
+    "train_per_class": 50,
+}  # fmt: skip
+
+
+def pretrain(flags: dict[str, Any], out: Path, epochs: int) -> list[dict[str, Any]]:
+    """Trains in two processes of one thread; returns the lines of log.txt."""
+    own = {"epochs": epochs, "warmup_epochs": epochs / 20, "save_every": epochs, "output_dir": out}
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
+    scripts.run(*launcher, "main_pretrain.py", *arguments({**flags, **own}), threads=1)
+    return run_log.read(out)
+
+
+def accuracies(file: Path, flags: dict[str, Any], seed: int, out: Path) -> dict[str, float]:
+    """Returns the accuracies of an encoder in percent: fine-tuned with 500 labels, and of 20 nearest neighbors."""
+    own: dict[str, Any] = {name: flags[name] for name in ("data_path", "val_fraction", "encoder") if name in flags}
+    tuned = []
+    for draw in range(3):
+        own |= {"finetune": file, "seed": 10 * seed + draw}
+        scripts.run("main_finetune.py", *arguments({**FINETUNE, **own, "output_dir": out / f"draw{draw}"}), threads=2)
+        tuned.append(run_log.read(out / f"draw{draw}")[-1]["test_acc1"])
+    own |= {"model": "vit_mini_patch4", "input_size": 28, "k": [20], "num_workers": 0}
+    (neighbors,) = main_knn.main(entry_point.parse(main_knn.get_args_parser(), arguments(own))).values()
+    return {"500 labels": statistics.fmean(tuned), "k-NN": neighbors}
+
+
+def run(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Pre-trains and evaluates an entry; returns its row."""
+    flags = {**BASE, **ENTRIES[name], "data_path": args.data_path, "seed": args.seed}
+    with tempfile.TemporaryDirectory() as folder:
+        speed = pretrain(flags, Path(folder) / "speed", 2)[1]
+        epochs = max(2, round(60 * args.minutes / speed["seconds"]))
+        lines = pretrain(flags, Path(folder) / "run", epochs)
+        held_out = {} if args.test else {"val_fraction": 0.2}
+        file = Path(folder) / "run" / f"checkpoint-{epochs - 1}.pth"
+        scores = accuracies(file, flags | held_out, args.seed, Path(folder))
+    seconds = sum(line["seconds"] for line in lines)
+    rate = statistics.median(line["images_per_s"] for line in lines)
+    return {
+        "entry": name, "minutes": round(seconds / 60, 2), "seed": args.seed,
+        "images": "test" if args.test else "held-out",
+        **{key: round(value, 2) for key, value in scores.items()},
+        "score": round(statistics.fmean(scores.values()), 2), "epochs": epochs, "images/s": round(rate),
+        "machine": machine.processor(), "commit": commit(), "date": date.today().isoformat(),
+        "command": " ".join(["main_pretrain.py", *map(str, arguments({**BASE, **ENTRIES[name]}))]),
+    }  # fmt: skip
+
+
+def table() -> str:
+    """Returns the rows, the best first, without their commands."""
+    rows = [json.loads(line) for line in ROWS.read_text().splitlines()]
+    titles = [title for title in rows[0] if title != "command"]
+    ranked = sorted(rows, key=lambda row: (row["images"], -row["score"]))
+    return markdown(titles, [[str(row[title]) for title in titles] for row in ranked])
+
+
+def main(args: argparse.Namespace) -> None:
+    """Runs entries, and appends their rows."""
+    for name in args.entries:
+        row = run(name, args)
+        with ROWS.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        text = PAGE.read_text()
+        before, after = text.index(MARKERS[0]) + len(MARKERS[0]), text.index(MARKERS[1])
+        atomic.write_text(PAGE, text[:before] + table() + "\n" + text[after:])
+        print(json.dumps(row), flush=True)
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command."""
+    parser = entry_point.parser("Pre-trains entries of the leaderboard for a fixed time, and evaluates them.")
+    parser.add_argument("entries", nargs="+", choices=ENTRIES, metavar="ENTRY", help=", ".join(ENTRIES))
+    parser.add_argument("--minutes", default=5.0, type=float, metavar="M", help="wall time of the pre-training")
+    parser.add_argument("--seed", default=0, type=int, metavar="S", help="seed of pre-training and draws")
+    parser.add_argument("--test", action="store_true", help="evaluate on the test images, once per entry")
+    parser.add_argument("--data_path", default=DATA, type=Path, metavar="DIR", help="of demo/unpack_data.py")
+    return parser
+
+
+if __name__ == "__main__":
+    entry_point.run(main, get_args_parser())

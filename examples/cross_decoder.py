@@ -1,0 +1,72 @@
+"""A decoder of cross-attention that predicts a part of the masked patches: CrossMAE (Fu et al. 2024, section 3).
+
+    python main_pretrain.py --model_class examples.cross_decoder:CrossDecoder --model_args predicted=0.25 ...
+
+Masked patches attend to the visible ones, and not to each other. Each is predicted alone, so training needs a part of
+them only. CrossMAE also mixes the outputs of the encoder blocks for each decoder block. Here, the decoder has the last.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from models_mae import MaskedAutoencoderViT
+from models_vit import LAYER_NORM, Mlp, attend
+from util.masking import take
+
+
+class CrossBlock(nn.Module):
+    """Cross-attention to the visible tokens and an MLP: queries (B, M, E), tokens (B, L, E) -> (B, M, E)."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm1, self.norm2 = LAYER_NORM(dim), LAYER_NORM(dim)
+        self.q, self.kv, self.proj = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+
+    def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
+        parts = self.q(self.norm1(x)), *self.kv(tokens).chunk(2, dim=2)
+        heads = [part.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for part in parts]
+        x = x + self.proj(attend(heads[0], heads[1], heads[2]).transpose(1, 2).flatten(2))
+        return x + self.mlp(self.norm2(x))
+
+
+class CrossDecoder(MaskedAutoencoderViT):
+    """A masked autoencoder with this decoder.
+
+    Args:
+        predicted: patches that are predicted in training, as a fraction of all patches.
+    """
+
+    def __init__(self, *, predicted: float = 0.25, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.predicted = predicted
+        dim, heads = arguments["decoder_embed_dim"], arguments["decoder_num_heads"]
+        ratio = arguments.get("decoder_mlp_ratio") or arguments.get("mlp_ratio", 4.0)
+        self.decoder_blocks = nn.ModuleList(CrossBlock(dim, heads, ratio) for _ in self.decoder_blocks)
+        self.initialize_weights()
+
+    def random_masking(
+        self, x: Tensor, mask_ratio: float, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """In training, the mask (B, N) has 1 for the patches that are predicted only."""
+        visible, mask, ids_restore = super().random_masking(x, mask_ratio, noise)
+        return visible, mask * (ids_restore < self.last(visible.shape[1], x.shape[1])), ids_restore
+
+    def last(self, num_visible: int, num_patches: int) -> int:
+        """Returns the rank, in the order of the noise, after the last patch that is predicted."""
+        count = max(1, round(self.predicted * num_patches)) if self.training else num_patches
+        return min(num_patches, num_visible + count)
+
+    def forward_decoder(self, latent: Tensor, ids_restore: Tensor, grid_size: tuple[int, int] | None = None) -> Tensor:
+        tokens = self.decoder_embed(latent)
+        num_visible, num_patches = self.patch_tokens(tokens).shape[1], ids_restore.shape[1]
+        order = ids_restore.argsort(dim=1)[:, num_visible : self.last(num_visible, num_patches)]  # (B, M)
+        positions = self.patch_tokens(self.decoder_positions(grid_size or self.grid_size)).expand(len(latent), -1, -1)
+        x = self.mask_token + take(positions, order)
+        for block in self.decoder_blocks:
+            x = block(x, tokens)
+        pred = self.decoder_pred(self.decoder_norm(x))
+        found = pred.new_zeros(len(latent), num_patches, pred.shape[2])  # visible patches are not predicted
+        return found.scatter(1, order.unsqueeze(2).expand(-1, -1, pred.shape[2]), pred)
