@@ -90,9 +90,7 @@ def main(
     model, settings = build_model(args, model_class, encoder)
     log_sizes(model)
     if args.fsdp:
-        from util.training import fsdp  # takes a second
-
-        fsdp.shard(model, [*model.blocks, *model.decoder_blocks], device, precision.dtype, method="reconstruct")
+        shard(model, precision)
     draw_noise, mask_ratio = masking.sampler(
         args.masking, model.grid_size, args.mask_ratio, args.mask_block, model.patch_embed.patch_size
     )
@@ -114,9 +112,7 @@ def main(
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
 
     vis_every = args.vis_every if model.predicts_pixels else 0
-    probe = open_probe(args, data, full_images.source, precision)
-    if probe:
-        extras.require_fitting(model, probe.train, probe.val, ("tokenize",))
+    probe = open_probe(args, data, full_images.source, precision, model)
 
     def after_epoch(epoch: int, log: run_log.NullLog) -> dict[str, Any]:
         takes_part = dist.is_main() or args.fsdp  # sharded weights need all processes
@@ -157,6 +153,14 @@ def build_model(
     if not is_base and not args.model_class:
         settings = {**settings, "model_class": getattr(model_class, "func", model_class).__qualname__}
     return model, settings
+
+
+def shard(model: models_mae.MaskedAutoencoderViT, precision: Precision) -> None:
+    """Shards the weights of a model over the processes (--fsdp)."""
+    from util.training import fsdp  # takes a second
+
+    units = [*model.blocks, *model.decoder_blocks]
+    fsdp.shard(model, units, precision.device, precision.dtype, method="reconstruct")
 
 
 def chosen_class(
@@ -212,11 +216,14 @@ def draw_examples(
     )  # fmt: skip
 
 
-def open_probe(args: Namespace, data: RunData, source: Source | Shards, precision: Precision) -> OnlineProbe | None:
+def open_probe(
+    args: Namespace, data: RunData, source: Source | Shards, precision: Precision,
+    model: models_mae.MaskedAutoencoderViT,
+) -> OnlineProbe | None:  # fmt: skip
     """Opens the data of --probe_every; None if it is 0.
 
     Raises:
-        ValueError: the model is sharded, or the data can't be opened.
+        ValueError: the model is sharded, the data can't be opened, or they lack extra inputs of the model.
     """
     if not args.probe_every:
         if args.probe_path:
@@ -227,7 +234,9 @@ def open_probe(args: Namespace, data: RunData, source: Source | Shards, precisio
             f"--probe_every {args.probe_every}: --fsdp shards the weights; omit one of them, and evaluate checkpoints "
             f"with main_knn.py --finetune FILE"
         )
-    return OnlineProbe(data, source, args.probe_path, args.batch_size, precision)
+    probe = OnlineProbe(data, source, args.probe_path, args.batch_size, precision)
+    extras.require_fitting(model, probe.train, probe.val, ("tokenize",))
+    return probe
 
 
 def accepts_noise(model: models_mae.MaskedAutoencoderViT, masking: str, mask_block: int) -> bool:
