@@ -15,7 +15,7 @@ The published recipe on ImageNet, 8 GPUs of one machine (effective batch size 10
 import argparse
 import logging
 from argparse import Namespace
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +34,7 @@ from engine_finetune import (
     train_one_epoch,
     with_recorded_settings,
 )
-from models_vit import Encoder
+from models_vit import Encoder, VisionTransformer
 from util.checkpoints import run_directory
 from util.cli import entry_point, options
 from util.cli.advice import AdvisedError, Remedy
@@ -118,12 +118,8 @@ def main(
     settings = {**vars(args), "nb_classes": len(classes), "classes": classes, **statistics, "smoothing": smoothing}
     labels, mixup = tasks.task_of(settings, val, train), mixing(args, len(classes), extras.shapes_of(train))
     train, val = data.cached(train, val)
-    model = build(*specs(settings))
+    model = build_model(args, build, settings, file)
     extras.require_fitting(model, train, val)
-    if file and not loading.load_encoder(model, file, args.adapt_input, classes, args.task):
-        nn.init.normal_(model.head.get_parameter("weight"), std=HEAD_STD)
-    if args.unfreeze_blocks is not None:
-        models_build.freeze_below(model, args.unfreeze_blocks)
     model.to(device)
 
     augment = transforms.keeps_label(augmentation(args, data.statistics[0]))
@@ -152,6 +148,18 @@ def main(
     )  # fmt: skip
     trainer.run(model, built, batches, precision, task, RunSpec.of(settings), settings)
     return None
+
+
+def build_model(
+    args: Namespace, build: Callable[..., VisionTransformer], settings: Mapping[str, Any], file: Weights | None
+) -> VisionTransformer:
+    """Builds the classifier of a run, with the encoder of a file, and freezes blocks (--unfreeze_blocks)."""
+    model = build(*specs(settings))
+    if file and not loading.load_encoder(model, file, args.adapt_input, settings["classes"], args.task):
+        nn.init.normal_(model.head.get_parameter("weight"), std=HEAD_STD)
+    if args.unfreeze_blocks is not None:
+        models_build.freeze_below(model, args.unfreeze_blocks)
+    return model
 
 
 def evaluate_file(

@@ -155,12 +155,7 @@ def train_probe(
     elif args.cache_images:
         logger.warning("--cache_images has no effect with --cache_features, which reads each image once")
     classes = train.classes
-    if several and args.lr is not None:
-        raise ValueError(f"--lr {args.lr:g} sets a single rate, and --blr has {len(args.blr)} values; omit --lr")
-    blr = args.blr if several else args.blr[0]
-    settings = {**vars(args), "blr": blr, "nb_classes": len(classes), "classes": classes, **statistics}
-    if args.probe == ATTENTIVE and file and "fc_norm.weight" in file.tensors:
-        settings["global_pool"] = True  # `probe` raises the error; `load_frozen` would ask for the flag first
+    settings = {**probe_settings(args, file), "nb_classes": len(classes), "classes": classes, **statistics}
     model = build(*specs(settings))
     load_frozen(model, file, args.adapt_input)
     extras.require_fitting(model, train, val)
@@ -209,6 +204,21 @@ def train_probe(
         callbacks=[*callbacks, *[criterion] * several],
     )
     trainer.run(model, optimizer, batches, precision, task, RunSpec.of(settings), settings, is_locked=True)
+
+
+def probe_settings(args: Namespace, file: Weights | None) -> dict[str, Any]:
+    """Returns the settings of a probe of the encoder of a file, as checkpoints record them.
+
+    Raises:
+        ValueError: there are several rates, and --lr.
+    """
+    several = len(args.blr) > 1
+    if several and args.lr is not None:
+        raise ValueError(f"--lr {args.lr:g} sets a single rate, and --blr has {len(args.blr)} values; omit --lr")
+    settings = {**vars(args), "blr": args.blr if several else args.blr[0]}
+    if args.probe == ATTENTIVE and file and "fc_norm.weight" in file.tensors:
+        settings["global_pool"] = True  # `probe` raises the error; `load_frozen` would ask for the flag first
+    return settings
 
 
 class Features:

@@ -154,9 +154,8 @@ def build_model(
     if args.fsdp:
         from util.training import fsdp  # takes a second
 
-        fsdp.shard(
-            model, [*model.blocks, *model.decoder_blocks], precision.device, precision.dtype, method="reconstruct"
-        )
+        units = [*model.blocks, *model.decoder_blocks]
+        fsdp.shard(model, units, precision.device, precision.dtype, method="reconstruct")
     if not is_base or encoder:  # for programs that read the checkpoints, and do not have the class
         settings = {**settings, "predicts_pixels": model.predicts_pixels}
     if not is_base and not args.model_class:
@@ -218,16 +217,13 @@ def draw_examples(
 
 
 def open_probe(
-    args: Namespace,
-    data: RunData,
-    source: Source | Shards,
-    precision: Precision,
+    args: Namespace, data: RunData, source: Source | Shards, precision: Precision,
     model: models_mae.MaskedAutoencoderViT,
-) -> OnlineProbe | None:
+) -> OnlineProbe | None:  # fmt: skip
     """Opens the data of --probe_every; None if it is 0.
 
     Raises:
-        ValueError: the model is sharded, the data can't be opened, or it lacks extra inputs of the model.
+        ValueError: the model is sharded, the data can't be opened, or they lack extra inputs of the model.
     """
     if not args.probe_every:
         if args.probe_path:

@@ -15,17 +15,19 @@ ADE20K with a linear head on a frozen encoder, 8 GPUs of one machine (16 images 
 import argparse
 import logging
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 import models_build
 import models_vit
 from engine_finetune import load_frozen, open_weights, train_one_epoch, with_recorded_settings
 from engine_segment import evaluate, pixel_loss, report_scores
+from models_segment import Segmenter
 from models_vit import Encoder
 from util.checkpoints import run_directory
 from util.cli import entry_point, options
@@ -90,7 +92,6 @@ def main(
     args = with_recorded_settings(args, file, recorded, trains=not args.eval)
     settings = {**vars(args), **(pair_settings(args, file, recorded) if args.eval else pair_settings(args, None, {}))}
     data, classes = RunData(ImageSpec.of(settings), DataSpec.of(settings), device, source), settings["classes"]
-    full = EvalTransform(settings["short_side"])
     evaluation = partial(
         evaluate, normalize=data.normalize, precision=precision.of_evaluation(), num_classes=len(classes),
         window=to_pair(args.input_size), batch_size=args.batch_size,
@@ -98,15 +99,7 @@ def main(
 
     if args.eval and file:
         model = models_build.segmenter(*specs(settings), encoder)
-        loading.load_classifier(model, file)
-        model.to(device)
-        if args.compile:
-            compile_model(model, device, freeze_weights=True)
-        val = open_split(data, "val", classes)
-        extras.require_fitting(model, val)
-        scores = evaluation(model, data.eval_batches(val, 1, transform=full))
-        report_scores(scores, classes, args.report)
-        return scores
+        return evaluate_file(args, data, file, model, device, classes, evaluation)
 
     run_directory.prepare(Path(args.output_dir), args.resume)
     train, val = open_split(data, "train", classes), open_split(data, "val", classes)
@@ -122,7 +115,7 @@ def main(
     built = optimizers.build(args.optimizer, optimizer, model, groups)
     num_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.info(f"{num_parameters:,} parameters to train, {len(train):,} images of {len(classes)} classes")
-    test = data.eval_batches(val, 1, transform=full)
+    test = eval_batches(data, val)
 
     def evaluate_epoch(epoch: int, log: run_log.NullLog) -> dict[str, Any]:
         scores = evaluation(model, test)
@@ -133,6 +126,28 @@ def main(
     task = trainer.Task(train_epoch, evaluate_epoch, "loss", evaluates=True, metric="test_miou", callbacks=callbacks)
     trainer.run(model, built, batches, precision, task, RunSpec.of(settings), settings)
     return None
+
+
+def evaluate_file(
+    args: Namespace, data: RunData, file: Weights, model: Segmenter, device: torch.device, classes: list[str],
+    evaluation: Callable[..., Scores],
+) -> Scores:  # fmt: skip
+    """Evaluates the segmentation model of a file on the validation set."""
+    loading.load_classifier(model, file)
+    model.to(device)
+    if args.compile:
+        compile_model(model, device, freeze_weights=True)
+    val = open_split(data, "val", classes)
+    extras.require_fitting(model, val)
+    scores = evaluation(model, eval_batches(data, val))
+    report_scores(scores, classes, args.report)
+    return scores
+
+
+def eval_batches(data: RunData, val: Source) -> torch.utils.data.DataLoader:
+    """Returns single images and masks of the validation set. The masks have their own size."""
+    assert data.images.short_side is not None, "`pair_settings` sets it"
+    return data.eval_batches(val, 1, transform=EvalTransform(data.images.short_side))
 
 
 def with_token_norm(file: Weights | None) -> Weights | None:

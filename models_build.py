@@ -19,7 +19,7 @@ from models_segment import Segmenter
 from models_vit import SIZES, Block, Encoder, VisionTransformer, attention_weights
 from util.checkpoints.checkpoint import CheckpointError
 from util.cli import user_code
-from util.cli.choices import ATTENTIVE, NUM_QUERIES
+from util.cli.choices import ATTENTIVE, NUM_QUERIES, PROBE_CHOICES
 from util.settings import REBUILDS, ImageSpec, ModelSpec, chosen, names_where
 from util.weights import shapes
 from util.weights.loading import Weights
@@ -310,8 +310,10 @@ def set_probe_head(model: VisionTransformer, spec: ModelSpec) -> None:
     """Replaces the head of a classifier by the head of a probe (`probe`, `num_queries`, `nb_classes`).
 
     Raises:
-        ValueError: `num_queries` does not divide the width, or the model has no norm of tokens.
+        ValueError: `num_queries` does not divide the width, the model has no norm of tokens, or the probe is unknown.
     """
+    if isinstance(spec.probe, str) and spec.probe not in PROBE_CHOICES:  # True: linear, of an earlier version
+        raise ValueError(f"the probe {spec.probe!r} is unknown; this version has {', '.join(PROBE_CHOICES)}")
     model.head_pools = spec.probe == ATTENTIVE
     if not model.head_pools:
         model.head = probe_head(model.embed_dim, spec.nb_classes)

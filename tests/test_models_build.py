@@ -168,6 +168,17 @@ def test_queries_must_divide_the_width(count, fitting):
         models_build.probe(*specs(settings))
 
 
+def test_the_recorded_probe_takes_precedence_over_shapes():
+    """Another probe may have the tensors of a linear one. An unknown one is an error, not a linear one."""
+    model = models_build.probe(*specs(MINI))
+    for recorded in ({}, {"probe": "linear"}, {"probe": True}):  # True: of an earlier version
+        settings = models_build.file_settings(weights(MINI | recorded, model, CLASSIFIER))
+        assert models_build.probe(*specs(settings)).state_dict().keys() == model.state_dict().keys()
+    settings = models_build.file_settings(weights(MINI | {"probe": "other"}, model, CLASSIFIER))
+    with pytest.raises(ValueError, match="'other' is unknown"):
+        models_build.probe(*specs(settings))
+
+
 def test_an_attentive_probe_needs_a_norm_of_tokens():
     with pytest.raises(ValueError, match="which a classifier with --global_pool does not have: start from"):
         models_build.probe(*specs(MINI | {"probe": "attentive"}))

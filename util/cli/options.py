@@ -360,15 +360,7 @@ def add_pretrain_options(parser: argparse.ArgumentParser) -> None:
     _add_crop_options(parser, [0.2, 1.0])
 
     group = _group(parser, MODEL)
-    group.add_argument("--mask_ratio", default=0.75, type=ratio, metavar="R", help="fraction of masked patches")
-    group.add_argument(
-        "--masking", default="random", choices=MASKING_CHOICES,
-        help="masked patches: random; block, large rectangles as in BEiT; or grid, three of every 2x2 patches",
-    )  # fmt: skip
-    group.add_argument(
-        "--mask_block", default=1, type=positive_int, metavar="N",
-        help="--masking random masks blocks of NxN patches instead of single patches; Pixio has 4",
-    )  # fmt: skip
+    _add_mask_options(group)
     group.add_argument(
         "--learned_pos_embed", action="store_true",
         help="learn the positions of encoder and decoder (default: the fixed sine-cosine tables)",
@@ -389,7 +381,26 @@ def add_pretrain_options(parser: argparse.ArgumentParser) -> None:
         help="number of updates per epoch; the next epoch continues where this one ended, and the data are reshuffled "
         "after each pass (default: one pass)",
     )  # fmt: skip
-    group = _group(parser, EVALUATION)
+    _add_monitor_options(_group(parser, EVALUATION))
+    _add_recompute_option(parser)
+    _group(parser, DISTRIBUTED).add_argument(
+        "--fsdp", action="store_true", help="shard weights, gradients and optimizer states over the processes (FSDP2)"
+    )
+
+
+def _add_mask_options(group: argparse._ActionsContainer) -> None:
+    group.add_argument("--mask_ratio", default=0.75, type=ratio, metavar="R", help="fraction of masked patches")
+    group.add_argument(
+        "--masking", default="random", choices=MASKING_CHOICES,
+        help="masked patches: random; block, large rectangles as in BEiT; or grid, three of every 2x2 patches",
+    )  # fmt: skip
+    group.add_argument(
+        "--mask_block", default=1, type=positive_int, metavar="N",
+        help="--masking random masks blocks of NxN patches instead of single patches; Pixio has 4",
+    )  # fmt: skip
+
+
+def _add_monitor_options(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--vis_every", default=20, type=count, metavar="N",
         help="log reconstructions to TensorBoard every N epochs; 0: never",
@@ -404,10 +415,6 @@ def add_pretrain_options(parser: argparse.ArgumentParser) -> None:
         help="labelled dataset of --probe_every, with class folders in train/ and val/ (default: the training images, "
         "of which a tenth is classified by the others)",
     )  # fmt: skip
-    _add_recompute_option(parser)
-    _group(parser, DISTRIBUTED).add_argument(
-        "--fsdp", action="store_true", help="shard weights, gradients and optimizer states over the processes (FSDP2)"
-    )
 
 
 def add_validation_options(parser: argparse.ArgumentParser) -> None:

@@ -39,7 +39,7 @@ class LibrarySet:
     """The names of the samples of a library, and the version of its files."""
 
     title: str
-    files_version: Any  # a cached property
+    files_version: Any  # a cached property; of files that are read at once, an attribute that is set before
 
     def name(self, index: int) -> str:
         """Returns the name of the dataset and the number of the sample."""

@@ -320,16 +320,7 @@ def open_pairs(
             raise ValueError(f"--dataset {dataset}: torchvision has no mask files for it; VOCSegmentation has")
         return _listed(Path(), opened.images, opened.masks, classes, mask_format)
     if file_list:
-        images, masks = read_pairs(Path(file_list), f"--{split}_list")
-        # With an archive, paths are relative to the folder of the list, as in util.datasets.
-        start = root if root and not root.is_file() else Path(file_list).parent
-        for name in (images[0], masks[0]):
-            if not (start / name).is_file():
-                raise ValueError(
-                    f"--{split}_list {file_list}: its first row names {printable(str(start / name))}, which does not "
-                    f"exist; paths are relative to --data_path, or to the folder of the list"
-                )
-        return _listed(start, images, masks, classes, mask_format)
+        return _in_list(Path(file_list), root, split, classes, mask_format)
     if folders:
         images_folder, masks_folder = (root / folder if root else Path(folder) for folder in folders)
         return Pairs(*_in_folders(images_folder, masks_folder, split), classes, mask_format)
@@ -356,6 +347,19 @@ def _listed(root: Path, images: list[str], masks: list[str], classes: list[str],
     nothing = np.full(len(images), -1)
     places = np.repeat(np.arange(len(images))[:, None], 2, axis=1)
     return Pairs(Files(root, images, [], nothing), Files(root, masks, [], nothing), places, classes, mask_format)
+
+
+def _in_list(file_list: Path, root: Path | None, split: str, classes: list[str], mask_format: MaskFormat) -> Pairs:
+    images, masks = read_pairs(file_list, f"--{split}_list")
+    # With an archive, paths are relative to the folder of the list, as in util.datasets.
+    start = root if root and not root.is_file() else file_list.parent
+    for name in (images[0], masks[0]):
+        if not (start / name).is_file():
+            raise ValueError(
+                f"--{split}_list {file_list}: its first row names {printable(str(start / name))}, which does not "
+                f"exist; paths are relative to --data_path, or to the folder of the list"
+            )
+    return _listed(start, images, masks, classes, mask_format)
 
 
 def _in_folders(images_folder: Path, masks_folder: Path, split: str) -> tuple[Files, Files, np.ndarray]:

@@ -129,10 +129,7 @@ def run(
         train = partial(task.train_one_epoch, dist.wrap(trained, precision.device), batches, optimizer)
         if progress.epoch >= spec.epochs:
             logger.info(f"nothing to do: the run has completed its {spec.epochs} epochs")
-        log = run_log.NullLog() if not dist.is_main() else run_log.RunLog(
-            output_dir, Path(spec.log_dir), spec.epochs, first_epoch=progress.epoch, loss_tag=task.loss_tag,
-            first_x=run_log.next_x(progress.epoch, progress.first_iteration, len(batches)),
-        )  # fmt: skip
+        log = _open_log(spec, task.loss_tag, progress, len(batches))
         for resource in (interrupts, closing_log(log), closing(saver)):  # a signal takes effect after they are closed
             stack.enter_context(resource)
         options = EpochOptions(
@@ -147,6 +144,15 @@ def run(
             after_update=partial(_run_callbacks, task.callbacks, model),
         )
         _train_epochs(train, options, task, spec, model, batches, progress, interrupts)
+
+
+def _open_log(spec: RunSpec, loss_tag: str, progress: run_state.Progress, num_iterations: int) -> run_log.NullLog:
+    if not dist.is_main():
+        return run_log.NullLog()
+    return run_log.RunLog(
+        Path(spec.output_dir), Path(spec.log_dir), spec.epochs, first_epoch=progress.epoch, loss_tag=loss_tag,
+        first_x=run_log.next_x(progress.epoch, progress.first_iteration, num_iterations),
+    )  # fmt: skip
 
 
 def _require_usable(model: nn.Module, record: Mapping[str, Any], callbacks: Sequence[Callback]) -> None:

@@ -18,12 +18,11 @@ PIXEL_HEAD, DPT_HEAD = "head.classifier.weight", "head.projects.0.weight"  # of 
 
 def certain(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Returns the settings that hold for the tensors, whatever a file records."""
-    settings: dict[str, Any] = {
-        "num_cls_tokens": tensors["cls_token"].shape[1],
-        "probe": ATTENTIVE if QUERIES in tensors else LINEAR if PROBE_HEAD in tensors else None,
-    }
-    if QUERIES in tensors:
-        settings["num_queries"] = len(tensors[QUERIES])
+    settings: dict[str, Any] = {"num_cls_tokens": tensors["cls_token"].shape[1]}
+    if PROBE_HEAD not in tensors:
+        settings["probe"] = None
+    elif QUERIES in tensors:
+        settings |= {"probe": ATTENTIVE, "num_queries": len(tensors[QUERIES])}
     if PIXEL_HEAD in tensors:
         settings["head"] = "dpt" if DPT_HEAD in tensors else "linear"
     return settings
@@ -32,6 +31,7 @@ def certain(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 def determined(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Returns all settings that the tensors determine; images are assumed to be squares."""
     settings: dict[str, Any] = {
+        "probe": LINEAR,  # unless the file records another probe with the same tensors
         **certain(tensors),
         "global_pool": "fc_norm.weight" in tensors,
         "nb_classes": num_classes(tensors),
