@@ -5,7 +5,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -96,9 +95,10 @@ def run_section(page, heading, folder) -> str:
         (folder / name).write_text(code)
     commands = re.search(r"```bash\n(.*?)```", section, re.DOTALL)[1]
     commands = re.sub(r"(?<= )(?=main_\w+\.py|examples/|recipes/|demo/\w+\.py)", f"{forks.ROOT}/", commands)
-    shell = ["bash", "-ec", re.sub(r"\bpython\b", sys.executable, commands)]
     environment = {**os.environ, "PYTHONPATH": str(forks.ROOT)}
-    done = subprocess.run(shell, cwd=folder, env=environment, capture_output=True, text=True)
+    with forks.starter(folder) as python:
+        shell = ["bash", "-ec", re.sub(r"\bpython\b", str(python), commands)]
+        done = subprocess.run(shell, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

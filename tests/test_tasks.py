@@ -362,7 +362,7 @@ def test_a_file_has_one_task(tune, folder, classify, labelled):
     assert classify(main_knn, finetune=out, k=3)  # of class folders, although the file is of numbers
 
 
-def test_encoders_are_compared_by_their_errors(tune, folder, tmp_path):
+def test_encoders_are_compared_by_their_errors(tune, folder, forked, tmp_path):
     """The lowest error is the best one. Each cell is the result of the script."""
     out = tune(task="regression", label_columns="weight age", **MILD, epochs=8)
     flags = {**lists(folder), "task": "regression", "label_columns": "weight age", "metric": "mae", "labels": "all",
