@@ -79,14 +79,15 @@ class Forks:
 
 
 def run(
-    script: str | Path, argv: Sequence[Any], output: Path, count: int = 1, environment: Mapping[str, str] | None = None
-) -> str:
+    script: str | Path, argv: Sequence[Any], output: Path, count: int = 1,
+    environment: Mapping[str, str] | None = None, folder: Path = ROOT,
+) -> str:  # fmt: skip
     """Runs a script to its end and returns its output.
 
     Raises:
         subprocess.CalledProcessError: a process failed.
     """
-    forks = Forks(script, argv, output, count, environment)
+    forks = Forks(script, argv, output, count, environment, folder=folder)
     codes = forks.wait(300)
     said = output.read_text()
     if any(codes):
@@ -94,6 +95,12 @@ def run(
         print(said[-4000:])
         raise subprocess.CalledProcessError(next(filter(None, codes)), [str(script), *map(str, argv)], said)
     return said
+
+
+def run_code(code: str, folder: Path, *argv: Any, count: int = 1) -> str:
+    """Runs Python code in a folder, in one or several processes; returns the output."""
+    (folder / "code.py").write_text(code)
+    return run("code.py", argv, folder / "code.output", count, folder=folder)
 
 
 # In place of Python: a script runs in a fork, whose output and exit code this process has, and which receives SIGTERM.

@@ -3,10 +3,10 @@
 import ast
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import numpy as np
 import onnxruntime
 import pytest
@@ -384,8 +384,7 @@ def test_the_encoder_alone_or_with_its_decoder(mae, tmp_path):
 
 def test_the_command(mae, imgs, tmp_path):
     export.export(mae, "safetensors", tmp_path / "m.safetensors")
-    command = [sys.executable, "-m", "inference.export", "--model", tmp_path / "m.safetensors", "--encoder_only",
-               "--to", "timm", "--out", tmp_path / "t.pth"]  # fmt: skip
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    flags = ["--model", tmp_path / "m.safetensors", "--encoder_only", "--to", "timm", "--out", tmp_path / "t.pth"]
+    forks.run("inference/export.py", flags, tmp_path / "output")
     theirs = timm.create_model("vit_tiny_patch16_224", checkpoint_path=str(tmp_path / "t.pth"), num_classes=0, **SIZES)
     torch.testing.assert_close(theirs.eval()(imgs), mae.extract_feat(imgs, "cls"), rtol=1e-5, atol=1e-5)
