@@ -30,6 +30,27 @@ def parse(script: Any, **flags: Any) -> argparse.Namespace:
     return entry_point.parse(script.get_args_parser(), argv_of(flags))
 
 
+def fails(capsys, monkeypatch, script, *argv) -> str:
+    """Runs a script like the command line, which it refuses; returns the line of the error message."""
+    monkeypatch.setattr("sys.argv", [f"{script.__name__}.py", *map(str, argv)])
+    with pytest.raises(SystemExit) as stop:
+        entry_point.run(script.main, script.get_args_parser())
+    output = capsys.readouterr().err
+    assert stop.value.code not in (0, None)
+    assert "Traceback" not in output
+    return next(line for line in output.splitlines() if "error: " in line)
+
+
+def randomized(model, std):
+    """Gives a model random weights, so that a mistake changes the outputs."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=std)
+    return model.eval()
+
+
 def weights(out, name="checkpoint-1.pth"):
     return checkpoint.read(out / name)["model"]
 

@@ -11,6 +11,7 @@ import tifffile
 import torch
 from mains import Stopped, argv_of, assert_close, assert_equal, lines, parse, run_section, stop_after, weights
 from PIL import Image
+from test_decode import npy
 
 import main_finetune
 import main_knn
@@ -57,12 +58,6 @@ SMALL = {"dataset": "py:clouds:open_dataset", "input_size": 16, "num_workers": 0
          "amp": "off"}  # fmt: skip
 RUN = {"epochs": 1, "warmup_epochs": 0, "blr": 0.01}
 PRETRAIN = {"model": "mae_vit_mini_patch4", "vis_every": 1, "crop_scale": ".6 1", "norm_pix_loss": True}
-
-
-def npy(array):
-    stream = io.BytesIO()
-    np.save(stream, array)
-    return stream.getvalue()
 
 
 def tiff(array, **options):

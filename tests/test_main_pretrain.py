@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, torchrun
-from mains import Stopped, assert_close, assert_equal, in_processes, lines, small_run, stop_after, weights
+from mains import Stopped, assert_close, assert_equal, fails, in_processes, lines, small_run, stop_after, weights
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -329,17 +329,6 @@ def test_a_nan_loss_writes_an_emergency_checkpoint(pretrain, monkeypatch, tmp_pa
 # ---------------------------------------------------------------------------------------------------- wrong inputs
 
 
-def fails(capsys, monkeypatch, *argv) -> str:
-    """Runs the script like the command line; returns the error message."""
-    monkeypatch.setattr("sys.argv", ["main_pretrain.py", "--device", "cpu", *map(str, argv)])
-    with pytest.raises(SystemExit) as stop:
-        entry_point.run(main_pretrain.main, main_pretrain.get_args_parser())
-    output = capsys.readouterr().err
-    assert stop.value.code not in (0, None)
-    assert "Traceback" not in output
-    return output
-
-
 def test_invalid_inputs_are_one_line_errors(pretrain, pictures, tmp_path, capsys, monkeypatch):
     out = pretrain("good")
     good = out / "checkpoint-1.pth"
@@ -347,7 +336,7 @@ def test_invalid_inputs_are_one_line_errors(pretrain, pictures, tmp_path, capsys
     here = ["--data_path", pictures, "--output_dir", tmp_path / "wrong", *mini]
 
     def error_of(*argv):
-        return fails(capsys, monkeypatch, *argv)
+        return fails(capsys, monkeypatch, main_pretrain, "--device", "cpu", *argv)
 
     assert "--data_path is needed" in error_of(*mini, "--output_dir", tmp_path / "wrong")
     assert f"--data_path {tmp_path}/nowhere: " in error_of(*here, "--data_path", tmp_path / "nowhere")
@@ -395,7 +384,7 @@ def test_a_file_that_is_no_image_is_named(tmp_path, capsys, monkeypatch, workers
     (folder / "broken.jpg").write_bytes(b"not a picture")
     argv = ["--data_path", folder, "--output_dir", tmp_path / "out", "--model", "mae_vit_mini_patch4", "--input_size",
             "16", "--batch_size", "5", "--num_workers", workers, "--epochs", "1"]  # fmt: skip
-    output = fails(capsys, monkeypatch, *argv)
+    output = fails(capsys, monkeypatch, main_pretrain, "--device", "cpu", *argv)
     assert f"error: {folder / 'broken.jpg'}: the file is not an image of a known format" in output
 
 

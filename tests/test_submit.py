@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 import submitit
 from conftest import ROOT
-from mains import lines
+from mains import lines, wait_until
 from submitit.core.utils import UncompletedJobError
 from submitit.slurm import slurm
 from test_docs import DOCUMENTS, bash_blocks, commands
@@ -61,13 +61,6 @@ def start(*flags):
         [sys.executable, "submitit_pretrain.py", *map(str, flags)], cwd=ROOT, stdin=subprocess.DEVNULL, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
-
-
-def wait_for(condition):
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def test_a_dry_run_prints_the_sbatch_script(run, tmp_path):
@@ -244,7 +237,7 @@ def test_a_local_job_runs_the_submitted_code(pictures, tmp_path):
     assert f"results  {out}\n" in output
     log = tmp_path / f"jobs/{number}/{number}_0_log.out"
     assert str(log) in output
-    wait_for(lambda: log.exists() and "Exiting after successful completion" in log.read_text())
+    wait_until(lambda: log.exists() and "Exiting after successful completion" in log.read_text())
     assert len(lines(out)) == 3
     assert "2 process(es)" in log.read_text()
     assert "ngpus=" not in log.read_text()  # settings of the run, not of the job
@@ -253,7 +246,7 @@ def test_a_local_job_runs_the_submitted_code(pictures, tmp_path):
 def test_a_local_job_resumes_after_its_time_limit(pictures, tmp_path):
     flags = small_job(pictures, "--epochs", 60, "--cluster", "local", "--job_dir", tmp_path / "job", "--wait")
     job = start(*flags)
-    wait_for(lambda: (tmp_path / "job/log.txt").exists() and len(lines(tmp_path / "job")) > 1)
+    wait_until(lambda: (tmp_path / "job/log.txt").exists() and len(lines(tmp_path / "job")) > 1)
     os.kill(int(re.findall(r"process (\d+) on", (tmp_path / "job/run.lock").read_text())[0]), signal.SIGUSR2)
     assert "succeeded" in job.communicate(timeout=120)[0]
     assert job.returncode == 0
@@ -281,7 +274,7 @@ def test_ctrl_c_during_wait_stops_a_local_job(pictures, tmp_path):
         [sys.executable, "submitit_pretrain.py", *flags], cwd=ROOT, stdin=subprocess.DEVNULL, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
-    wait_for(lambda: (out / "log.txt").exists())
+    wait_until(lambda: (out / "log.txt").exists())
     os.killpg(job.pid, signal.SIGINT)
     start_time = time.monotonic()
     output = job.communicate(timeout=120)[0]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from mains import lines, parse
+from mains import argv_of, lines, parse
 from PIL import Image
 from scipy import stats
 from sklearn import metrics as sk
@@ -93,10 +93,6 @@ def scores_of_tags(truth, scores):
 
 def in_processes(script, processes, out, **flags):
     return forks.run(script, argv_of(flags), out.with_suffix(".output"), processes)
-
-
-def argv_of(flags):
-    return [part for flag, value in flags.items() for part in (f"--{flag}", *str(value).split())]
 
 
 OWN = {"main_finetune.py": MILD, "main_linprobe.py": {"blr": 1}}
