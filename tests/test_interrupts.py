@@ -187,18 +187,6 @@ def command_of(pid):
         return ""
 
 
-def test_the_second_sigint_stops_at_once():
-    before = signal.getsignal(signal.SIGINT)  # background jobs of a shell ignore SIGINT
-    with Interrupts() as interrupts:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert interrupts.pending == signal.SIGINT
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(1)
-    assert signal.getsignal(signal.SIGINT) is before
-    assert str(Interrupted(signal.SIGTERM)) == "stopped by SIGTERM"
-
-
 def test_stop_signals_are_recorded_and_handlers_restored():
     signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
     assert signals == SIGNALS

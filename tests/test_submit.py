@@ -14,7 +14,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import submitit
 from conftest import ROOT
 from mains import lines, wait_until
 from submitit.core.utils import UncompletedJobError
@@ -199,23 +198,6 @@ def test_an_error_of_sbatch_is_printed_once(run, monkeypatch, tmp_path, capsys):
     message = "sbatch rejects the job: invalid partition: moon; Batch job submission failed"
     assert output == f"submitit_pretrain.py: error: {message}" or output.endswith(f"error: {message}")
     assert output.count("moon") == 1
-
-
-def test_private_names_of_submitit_exist():
-    """A version of submitit without these names fails here, and not in --dry_run."""
-    private = {"_make_submission_file_text", "_submitit_command_str"}
-    assert set(re.findall(r"self\.(_\w+)", inspect.getsource(submit.Executor.script))) == private
-    assert all(hasattr(submitit.SlurmExecutor, name) for name in private)
-    other_code = inspect.getsource(submit).replace(inspect.getsource(submit.Executor.script), "")
-    names = set(re.findall(r"\b(?:slurm|local|job|executor|task|submitit|self)\.(_[a-z]\w+)", other_code))
-    assert names | set(re.findall(r"\.(_[a-z]\w+)", inspect.getsource(waiting))) == set()
-
-
-def test_a_requeued_run_resumes():
-    job = submit.Job("main_pretrain", ("--epochs", "2"), "/here")
-    for requeued in (job.checkpoint(), job.__submitit_checkpoint__(), job.checkpoint(restarted=True)):
-        assert requeued.function is job
-        assert requeued.kwargs == {"restarted": True}
 
 
 def test_a_local_job_runs_the_submitted_code(pictures, tmp_path):
