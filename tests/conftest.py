@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)  # the models are small, and several tests may share the machine
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 
+import forks  # noqa: E402
 from mains import parse  # noqa: E402
 
 import main_knn  # noqa: E402
@@ -85,6 +86,20 @@ def _seeded():
     torch.manual_seed(0)
     np.random.seed(0)
     random.seed(0)
+
+
+@pytest.fixture(scope="session")
+def _starter(tmp_path_factory):
+    with forks.starter(tmp_path_factory.mktemp("starter")) as file:
+        yield str(file)
+
+
+@pytest.fixture(scope="module")
+def forked(_starter):
+    """The scripts that the tested code starts are forks of a process that has imported PyTorch."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "executable", _starter)
+        yield
 
 
 @pytest.fixture

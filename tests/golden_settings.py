@@ -1,4 +1,4 @@
-"""The default of every flag and the settings of every recipe equal those in tests/golden.
+"""The default of every flag, the settings of every recipe and the published files equal those in tests/golden.
 
     python tests/golden_settings.py --write      # records the present ones; the diff shows what changed
 
@@ -21,12 +21,14 @@ from conftest import ROOT
 from inference import get_model
 from util.cli import entry_point
 from util.jobs import submit
+from util.weights import model_zoo
 
 GOLDEN = Path(__file__).with_name("golden")
 SCRIPTS = ["main_pretrain", "main_finetune", "main_linprobe", "main_segment", "main_knn", "main_robustness",
            "main_compare", "submitit_pretrain", "submitit_finetune", "submitit_linprobe", "submitit_segment",
            "inference.predict", "inference.reconstruct", "inference.features", "inference.segment", "inference.export",
            "util.datasets", "util.resize", "util.sharded"]  # fmt: skip
+ZOO = "model_zoo"
 SHAPE = {"input_size", "patch_size", "in_chans", "decoder_depth", "learned_pos_embed", "num_cls_tokens", "global_pool"}
 FILES = {"config", "data_path", "train_list", "val_list", "finetune", "output_dir", "log_dir", "resume"}
 
@@ -77,6 +79,8 @@ def recorded(script: str) -> dict[str, dict[str, Any]]:
 
 
 def present(script: str) -> dict[str, dict[str, Any]]:
+    if script == ZOO:
+        return {"files": {name: row._asdict() for name, row in model_zoo.TABLE.items()}}
     published, values = recorded(script).get("published", {}), defaults(script)
     recipes = sorted(ROOT.glob(f"recipes/{script.removeprefix('main_')}_*.yaml"))
     return {
@@ -96,5 +100,5 @@ def write(script: str) -> None:
 
 if __name__ == "__main__":
     assert sys.argv[1:] == ["--write"], __doc__
-    for script in SCRIPTS:
+    for script in (*SCRIPTS, ZOO):
         write(script)

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -29,6 +28,27 @@ def argv_of(flags: Mapping[str, Any]) -> list[str]:
 
 def parse(script: Any, **flags: Any) -> argparse.Namespace:
     return entry_point.parse(script.get_args_parser(), argv_of(flags))
+
+
+def fails(capsys, monkeypatch, script, *argv) -> str:
+    """Runs a script like the command line, which it refuses; returns the line of the error message."""
+    monkeypatch.setattr("sys.argv", [f"{script.__name__}.py", *map(str, argv)])
+    with pytest.raises(SystemExit) as stop:
+        entry_point.run(script.main, script.get_args_parser())
+    output = capsys.readouterr().err
+    assert stop.value.code not in (0, None)
+    assert "Traceback" not in output
+    return next(line for line in output.splitlines() if "error: " in line)
+
+
+def randomized(model, std):
+    """Gives a model random weights, so that a mistake changes the outputs."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=std)
+    return model.eval()
 
 
 def weights(out, name="checkpoint-1.pth"):
@@ -96,9 +116,10 @@ def run_section(page, heading, folder) -> str:
         (folder / name).write_text(code)
     commands = re.search(r"```bash\n(.*?)```", section, re.DOTALL)[1]
     commands = re.sub(r"(?<= )(?=main_\w+\.py|examples/|recipes/|demo/\w+\.py)", f"{forks.ROOT}/", commands)
-    shell = ["bash", "-ec", re.sub(r"\bpython\b", sys.executable, commands)]
     environment = {**os.environ, "PYTHONPATH": str(forks.ROOT)}
-    done = subprocess.run(shell, cwd=folder, env=environment, capture_output=True, text=True)
+    with forks.starter(folder) as python:
+        shell = ["bash", "-ec", re.sub(r"\bpython\b", str(python), commands)]
+        done = subprocess.run(shell, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

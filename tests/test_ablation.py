@@ -20,6 +20,8 @@ from demo.segmentation import write_pictures
 from util.cli import entry_point
 from util.cli.advice import arguments
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 
 @pytest.fixture
 def data(tmp_path, monkeypatch):

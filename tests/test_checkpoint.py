@@ -4,7 +4,6 @@ import argparse
 import copy
 import os
 import pickle
-import random
 
 import pytest
 import torch
@@ -55,24 +54,6 @@ def test_digest_covers_everything():
         change(changed)
         digests.add(checkpoint.compute_digest(changed))
     assert len(digests) == len(changes) + 1
-
-
-def test_damaged_files_are_rejected_or_equal(tmp_path):
-    state, path = example_state(), tmp_path / "checkpoint.pth"
-    checkpoint.write(state, path)
-    whole, generator, refused = path.read_bytes(), random.Random(0), 0
-    for trial in range(600):
-        damaged = bytearray(whole)
-        if trial % 3 == 0:
-            del damaged[generator.randrange(len(whole)) :]
-        else:
-            damaged[generator.randrange(len(whole))] ^= 1 << generator.randrange(8)
-        path.write_bytes(damaged)
-        try:
-            assert same(checkpoint.read(path), state)
-        except CheckpointError:
-            refused += 1
-    assert refused > 300
 
 
 def test_a_full_disk_leaves_the_previous_file(small_disk):

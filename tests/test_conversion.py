@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 import transformers
+from mains import randomized
 from safetensors.torch import save_file
 
 from models_mae import MaskedAutoencoderViT
@@ -20,21 +21,11 @@ HF = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "inte
       "patch_size": 4, "layer_norm_eps": 1e-6}  # fmt: skip
 
 
-def randomized(model):
-    """Random weights, so that a mistake changes the outputs."""
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.normal_(std=0.2)
-    return model.eval()
-
-
 @pytest.fixture
 def hf_mae():
     settings = {"decoder_hidden_size": 16, "decoder_num_hidden_layers": 2, "decoder_num_attention_heads": 2,
                 "decoder_intermediate_size": 64, "norm_pix_loss": True}  # fmt: skip
-    model = randomized(transformers.ViTMAEForPreTraining(transformers.ViTMAEConfig(**HF, **settings)))
+    model = randomized(transformers.ViTMAEForPreTraining(transformers.ViTMAEConfig(**HF, **settings)), 0.2)
     with torch.no_grad():  # the installed version leaves the fixed tables zero
         model.vit.embeddings.position_embeddings.copy_(sincos_table(32, (4, 4)))
         model.decoder.decoder_pos_embed.copy_(sincos_table(16, (4, 4)))
@@ -77,7 +68,7 @@ def test_transformers_mae_of_earlier_versions(hf_mae, tmp_path):
 
 
 def test_transformers_classifier(tmp_path):
-    theirs = randomized(transformers.ViTForImageClassification(transformers.ViTConfig(**HF, num_labels=7)))
+    theirs = randomized(transformers.ViTForImageClassification(transformers.ViTConfig(**HF, num_labels=7)), 0.2)
     theirs.save_pretrained(tmp_path)
     file = loading.read_classifier(tmp_path / "model.safetensors")
     model = VisionTransformer(**SIZES, num_classes=7).eval()
@@ -90,7 +81,7 @@ def test_transformers_classifier(tmp_path):
 def test_timm_classifier(tmp_path, pool):
     theirs = randomized(timm.create_model(
         "vit_tiny_patch16_224", **SIZES, num_classes=7, global_pool=pool, fc_norm=pool == "avg"
-    ))  # fmt: skip
+    ), 0.2)  # fmt: skip
     torch.save(theirs.state_dict(), tmp_path / "timm.pth")
     model = VisionTransformer(**SIZES, num_classes=7, global_pool=pool == "avg").eval()
     loading.load_classifier(model, loading.read_classifier(tmp_path / "timm.pth"))

@@ -1,13 +1,11 @@
 """Opening datasets, and the command that checks a dataset."""
 
 import shutil
-import subprocess
-import sys
 import tarfile
 
+import forks
 import numpy as np
 import pytest
-from conftest import ROOT
 from mains import parse
 from PIL import Image
 
@@ -96,11 +94,9 @@ def check(*argv) -> None:
     datasets.main(entry_point.parse(datasets.get_args_parser(), list(map(str, argv))))
 
 
-def test_the_check_reports_good_images(pictures):
-    done = subprocess.run([sys.executable, "-m", "util.datasets", str(pictures), "--num_workers", "1"], cwd=ROOT,
-                          capture_output=True, text=True, timeout=120)  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    output = dict(line.split(maxsplit=1) for line in done.stdout.splitlines()[1:])
+def test_the_check_reports_good_images(pictures, tmp_path):
+    text = forks.run("util/datasets.py", [pictures, "--num_workers", 1], tmp_path / "output")
+    output = dict(line.split(maxsplit=1) for line in text.splitlines()[1:])
     assert output["images"] == "24"
     assert output["classes"] == "2, of 12 to 12 images"
     assert output["unreadable"] == "0"

@@ -3,16 +3,13 @@
 import argparse
 import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import forks
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, torchrun
-from mains import small_run, wait_until
+from mains import in_processes, small_run, wait_until
 
 from util import dist, plain_data
 
@@ -135,28 +132,21 @@ def test_a_lost_process_is_a_one_line_error_in_the_others(pictures, tmp_path, ki
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         together = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    command = [
-        sys.executable, "main_pretrain.py", "--data_path", pictures, "--output_dir", tmp_path, "--model",
-        "mae_vit_mini_patch4", "--input_size", 16, "--batch_size", 2, "--epochs", 1000, "--num_workers", 1,
-        "--device", "cpu", "--vis_every", 0,
-    ]  # fmt: skip
+    flags = small_run(pictures, tmp_path, "--batch_size", 2, "--epochs", 1000, "--num_workers", 1)
+    files = [tmp_path / f"errors{number}" for number in range(2)]
     processes = [
-        subprocess.Popen(
-            [str(part) for part in command], cwd=ROOT, env=os.environ | together | {"RANK": number}, text=True,
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-        )
-        for number in ("0", "1")
+        forks.Forks("main_pretrain.py", flags, tmp_path / "output", environment=together | {"RANK": str(number)},
+                    errors=file)
+        for number, file in enumerate(files)
     ]  # fmt: skip
     wait_until((tmp_path / "log.txt").exists)
-    processes[killed].kill()
-    survivor = processes[1 - killed]
-    [line] = [line for line in survivor.communicate(timeout=120)[1].splitlines() if "WARNING" not in line]
-    processes[killed].communicate()
+    processes[killed].processes[0].kill()
+    assert processes[1 - killed].wait(120) == [1]
+    [line] = [line for line in files[1 - killed].read_text().splitlines() if "WARNING" not in line]
     assert line == (
         f"main_pretrain.py: error: process {1 - killed} of 2 lost process {killed}; its log has the reason; the same "
         f"command with --resume auto resumes from the newest checkpoint"
     )
-    assert survivor.returncode == 1
 
 
 CODE = """
@@ -191,12 +181,7 @@ dist.teardown()
 
 
 def test_two_processes_average_gradients_on_demand_and_meet_at_a_barrier(tmp_path):
-    (tmp_path / "code.py").write_text(CODE)
-    subprocess.run(
-        [*torchrun(2), "code.py"],
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, capture_output=True,
-        timeout=120,
-    )  # fmt: skip
+    forks.run_code(CODE, tmp_path, count=2)
     # Without a sync, gradients 1 and 2 stay separate; the sync averages the accumulated ones: (2 + 4) / 2.
     # The barrier waits for the late process; objects are in the order of ranks; buffers are those of rank 0.
     assert (tmp_path / "out0").read_text() == "0/2 1.0 3.0 0.5 True [7, 8] 5.0 True"
@@ -233,11 +218,7 @@ dist.teardown()
 
 def test_rank_0_computes_for_all(tmp_path):
     """The exchanges keep a long call below the timeout of the process group. An error is raised in all processes."""
-    (tmp_path / "code.py").write_text(OF_RANK_0)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    subprocess.run(
-        [*torchrun(2), "code.py"], cwd=tmp_path, env=environment, check=True, capture_output=True, timeout=120
-    )
+    forks.run_code(OF_RANK_0, tmp_path, count=2)
     assert (tmp_path / "out0").read_text() == "{'rank': 0} [0] True --dataset x: no images: give --data_path others"
     assert (tmp_path / "out1").read_text() == "{'rank': 0} [] True --dataset x: no images: give --data_path others"
 
@@ -266,11 +247,7 @@ os._exit(0)
 
 def test_a_process_executes_nothing_that_another_one_sends(tmp_path):
     """Rank 0 sends pickles instead of data. They are rejected, and not executed."""
-    (tmp_path / "code.py").write_text(OF_AN_ATTACKER)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    subprocess.run(
-        [*torchrun(2), "code.py"], cwd=tmp_path, env=environment, check=True, capture_output=True, timeout=120
-    )
+    forks.run_code(OF_AN_ATTACKER, tmp_path, count=2)
     assert not (tmp_path / "executed1").exists()
     assert (tmp_path / "out1").read_text() == "ValueError ValueError "
 
@@ -298,9 +275,7 @@ def test_exchanged_values_are_equal_and_contain_no_objects():
 
 def test_a_run_prints_no_warnings(pictures, tmp_path):
     flags = ("--batch_size", 12, "--in_chans", 1, "--epochs", 1, "--warmup_epochs", 0)
-    command = [*torchrun(2), "main_pretrain.py", *small_run(pictures, tmp_path / "run", *flags)]
-    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=120)
-    assert "warning: " not in done.stdout.lower()
+    assert "warning:" not in in_processes(2, pictures, tmp_path / "run", *flags).lower()
 
 
 UNUSED = """

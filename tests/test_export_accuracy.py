@@ -1,9 +1,8 @@
 """An exported classifier keeps its accuracy: read back by our script, and in the library that the export is for."""
 
 import json
-import subprocess
-import sys
 
+import forks
 import numpy as np
 import onnxruntime
 import pytest
@@ -11,7 +10,6 @@ import timm
 import timm.data
 import torch
 import transformers
-from conftest import ROOT
 from PIL import Image
 
 import main_finetune
@@ -74,10 +72,8 @@ def trained(request, data, tmp_path_factory):
     for to in formats:
         export.export(model, to, out / FORMATS[to])
     files = [out / "checkpoint-3.pth", *(out / FORMATS[to] for to in formats)]
-    command = [sys.executable, "-c", EVALUATE, data, *files]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    scores = [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("scores ")]
+    output = forks.run_code(EVALUATE, out, data, *files)
+    scores = [json.loads(line[7:]) for line in output.splitlines() if line.startswith("scores ")]
     return out, model, dict(zip(["checkpoint", *formats], scores, strict=True))
 
 

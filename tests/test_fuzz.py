@@ -24,7 +24,7 @@ READ = {
     "the process ends": lambda: os._exit(3),
     "no end": lambda: time.sleep(60),
     "an escape sequence": lambda: print("\x1b[2J"),
-    "memory": lambda: gc.collect() + len(b"1" * (600 << 20)),
+    "memory": lambda: gc.collect() + len(b"1" * (400 << 20)),
 }
 
 
@@ -34,10 +34,10 @@ def _raise(message):
 
 @pytest.fixture
 def large_garbage():
-    # A cycle of 700 MB that is freed by the first collection in a child of this process, as after many other tests.
+    # A cycle of 500 MB that is freed by the first collection in a child of this process, as after many other tests.
     gc.collect()
     gc.disable()
-    cycle = [bytearray(700 << 20)]
+    cycle = [bytearray(500 << 20)]
     cycle.append(cycle)
     del cycle
     yield
@@ -49,8 +49,8 @@ def test_fuzz_reports_every_kind_of_fault(tmp_path, monkeypatch, large_garbage):
     names = {random.Random(f"crooked {number}").random(): name for number, name in enumerate(READ)}
     door = Door(lambda folder: [], lambda seeds, generator: names[generator.random()], lambda name, *_: READ[name]())
     monkeypatch.setitem(DOORS, "crooked", door)
-    monkeypatch.setattr("fuzz.SECONDS", 3)
-    monkeypatch.setattr("fuzz.MAX_GROWTH", 100)
+    monkeypatch.setattr("fuzz.SECONDS", 6)
+    monkeypatch.setattr("fuzz.MAX_GROWTH", 50)
     found = [fault for _, faults, _ in fuzz(["crooked"], len(READ), tmp_path, processes=1) for fault in faults]
     # The faults of a process that ends are lost; the next process starts after the input that ended it.
     assert [(fault.number, fault.what[:18]) for fault in found] == [

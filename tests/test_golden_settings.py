@@ -3,10 +3,10 @@
 import re
 
 import pytest
-from golden_settings import SCRIPTS, present, recorded
+from golden_settings import SCRIPTS, ZOO, present, recorded
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", [*SCRIPTS, ZOO])
 def test_settings_are_the_recorded_ones(script):
     assert {part: values for part, values in present(script).items() if values} == recorded(script)
 

@@ -1,15 +1,13 @@
 """--cache_images: the decoded images of a source in memory that worker processes share."""
 
 import multiprocessing
-import os
 import shutil
-import subprocess
 from pathlib import Path
 
+import forks
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, torchrun
 from mains import Stopped, assert_equal, in_processes, lines, stop_after, weights
 from PIL import Image
 
@@ -164,10 +162,7 @@ def test_the_processes_of_a_machine_share_the_memory(tmp_path):
         pixels = np.full((500, 500, 3), number % 250, dtype=np.uint8)
         pixels[number // 2, number // 3] = 255
         np.save(tmp_path / f"{number}.npy", pixels)
-    (tmp_path / "code.py").write_text(OF_TWO)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [*torchrun(2), "code.py", str(tmp_path)]
-    subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True, timeout=120)
+    forks.run_code(OF_TWO, tmp_path, tmp_path, count=2)
     for rank in range(2):
         *same, growth = (tmp_path / f"out{rank}").read_text().split()
         assert same == ["400", "300000000", "True"]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from mains import fails
 from matplotlib.figure import Figure
 from PIL import Image
 from safetensors import safe_open
@@ -24,16 +25,6 @@ PHOTOS = sorted((ROOT / "demo" / "photos").glob("*.jpg"))
 
 def run(module, *argv):
     return module.main(entry_point.parse(module.get_args_parser(), [str(part) for part in argv]))
-
-
-def fails(capsys, monkeypatch, module, *argv):
-    monkeypatch.setattr("sys.argv", [module.__name__, *map(str, argv)])
-    with pytest.raises(SystemExit) as stop:
-        entry_point.run(module.main, module.get_args_parser())
-    said = capsys.readouterr().err
-    assert stop.value.code not in (0, None)
-    assert "Traceback" not in said
-    return next(line for line in said.splitlines() if "error: " in line)
 
 
 @pytest.fixture(scope="module")

@@ -3,10 +3,10 @@
 import ast
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import numpy as np
 import onnxruntime
 import pytest
@@ -14,7 +14,7 @@ import timm
 import torch
 import transformers
 from conftest import ROOT
-from mains import parse
+from mains import parse, randomized
 from PIL import Image
 
 import hubconf
@@ -29,28 +29,19 @@ FORMATS = ["reference", "safetensors", "timm", "mmpretrain", "transformers"]
 SIZES = {"embed_dim": 128, "depth": 4, "num_heads": 4, "img_size": 32, "patch_size": 4}
 
 
-def randomized(model):
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.normal_(std=0.1)
-    return model
-
-
 @pytest.fixture
 def mae():
-    return randomized(get_model("mae_vit_mini_patch4", norm_pix_loss=True))
+    return randomized(get_model("mae_vit_mini_patch4", norm_pix_loss=True), 0.1)
 
 
 @pytest.fixture
 def pooled():
-    return randomized(get_model("vit_mini_patch4", nb_classes=7))
+    return randomized(get_model("vit_mini_patch4", nb_classes=7), 0.1)
 
 
 @pytest.fixture
 def of_token():
-    return randomized(get_model("vit_mini_patch4", nb_classes=3, global_pool=False, classes=["cat", "dog", "owl"]))
+    return randomized(get_model("vit_mini_patch4", nb_classes=3, global_pool=False, classes=["cat", "dog", "owl"]), 0.1)
 
 
 def exported(model, to, folder):
@@ -253,7 +244,9 @@ def test_timm(pooled, of_token, mae, imgs, tmp_path, suffix):
 def test_the_call_of_timm_that_an_export_prints(suffix, pools, tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO")
     statistics = {"mean": [0.5, 0.4], "std": [0.1, 0.2], "in_chans": 2}
-    ours = randomized(get_model("vit_mini_patch4", nb_classes=7, global_pool=pools, input_size=[16, 32], **statistics))
+    ours = randomized(
+        get_model("vit_mini_patch4", nb_classes=7, global_pool=pools, input_size=[16, 32], **statistics), 0.1
+    )
     export.export(ours, "timm", tmp_path / f"m{suffix}")
     call = re.search(r"timm\.create_model\(.*\)", caplog.messages[-1])
     monkeypatch.chdir(tmp_path)
@@ -266,7 +259,7 @@ def test_the_call_of_timm_that_an_export_prints(suffix, pools, tmp_path, monkeyp
 
 def test_a_gray_classifier_by_the_code_that_its_export_prints(tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO")
-    ours = randomized(get_model("vit_mini_patch4", nb_classes=3, global_pool=False, in_chans=1))
+    ours = randomized(get_model("vit_mini_patch4", nb_classes=3, global_pool=False, in_chans=1), 0.1)
     exported(ours, "transformers", tmp_path)
     (line,) = (message for message in caplog.messages if "pipeline" in message)
     monkeypatch.chdir(tmp_path)
@@ -384,8 +377,7 @@ def test_the_encoder_alone_or_with_its_decoder(mae, tmp_path):
 
 def test_the_command(mae, imgs, tmp_path):
     export.export(mae, "safetensors", tmp_path / "m.safetensors")
-    command = [sys.executable, "-m", "inference.export", "--model", tmp_path / "m.safetensors", "--encoder_only",
-               "--to", "timm", "--out", tmp_path / "t.pth"]  # fmt: skip
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    flags = ["--model", tmp_path / "m.safetensors", "--encoder_only", "--to", "timm", "--out", tmp_path / "t.pth"]
+    forks.run("inference/export.py", flags, tmp_path / "output")
     theirs = timm.create_model("vit_tiny_patch16_224", checkpoint_path=str(tmp_path / "t.pth"), num_classes=0, **SIZES)
     torch.testing.assert_close(theirs.eval()(imgs), mae.extract_feat(imgs, "cls"), rtol=1e-5, atol=1e-5)

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 from conftest import ROOT, torchrun
@@ -33,10 +34,13 @@ def _hangups():
     signal.signal(signal.SIGHUP, before)
 
 
-def start(pictures, out, processes=1, *more, script="main_pretrain.py"):
+def flags(pictures, out, processes=1):
+    return ["--data_path", pictures, "--output_dir", out, "--batch_size", 4 // processes, *FLAGS]
+
+
+def start(pictures, out, processes=1, *more):
     launcher = [sys.executable] if processes == 1 else torchrun(processes)
-    command = [*launcher, script, "--data_path", pictures, "--output_dir", out, "--batch_size",
-               4 // processes, *FLAGS, *more]  # fmt: skip
+    command = [*launcher, "main_pretrain.py", *flags(pictures, out, processes), *more]
     return subprocess.Popen(
         [str(part) for part in command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         env=os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}, start_new_session=True,
@@ -56,9 +60,7 @@ def stop_after_an_epoch(process, out, *signals):
 @pytest.fixture(scope="module")
 def undisturbed(pictures, tmp_path_factory):
     out = tmp_path_factory.mktemp("undisturbed")
-    process = start(pictures, out)
-    process.communicate(timeout=300)
-    assert process.returncode == 0
+    forks.run("main_pretrain.py", flags(pictures, out), out / "output")
     return out
 
 
@@ -75,9 +77,7 @@ def test_a_run_stopped_by_signals_resumes_exactly(pictures, tmp_path, undisturbe
         state = torch.load(tmp_path / "checkpoint-last.pth", weights_only=True)
         assert reached < state["progress"]["epoch"] < EPOCHS
         reached = state["progress"]["epoch"]
-    process = start(pictures, tmp_path)
-    process.communicate(timeout=60)
-    assert process.returncode == 0
+    forks.run("main_pretrain.py", flags(pictures, tmp_path), tmp_path / "output")
     name = f"checkpoint-{EPOCHS - 1}.pth"
     assert_equal(weights(tmp_path, name), weights(undisturbed, name))
     assert [line["epoch"] for line in lines(tmp_path)] == list(range(EPOCHS))
@@ -101,8 +101,7 @@ def test_a_killed_process_ends_the_others(pictures, tmp_path):
     output = process.communicate(timeout=90)[0]
     assert process.returncode != 0
     assert "Signal 9" in output or "SIGKILL" in output
-    process = start(pictures, tmp_path, processes=1)
-    assert "resuming from" in process.communicate(timeout=60)[0]
+    assert "resuming from" in forks.run("main_pretrain.py", flags(pictures, tmp_path), tmp_path / "output")
     assert [line["epoch"] for line in lines(tmp_path)] == list(range(EPOCHS))
 
 
@@ -121,8 +120,7 @@ def test_a_killed_worker_process_is_a_one_line_error(pictures, tmp_path):
 
 
 LONG_EVALUATION = """
-import sys, time
-sys.path.insert(0, {root!r})
+import time
 import main_finetune
 from util.cli import entry_point
 
@@ -136,28 +134,22 @@ entry_point.run(main_finetune.main, main_finetune.get_args_parser())
 
 def test_an_evaluation_ends_at_once_and_is_repeated(labelled, tmp_path):
     """Slurm kills a job 30 seconds after the signal, and an evaluation may take longer."""
-    flags = ["--model", "vit_mini_patch4", "--input_size", 16, "--epochs", 2, "--warmup_epochs", 1, "--lr", 0.003,
+    argv = ["--model", "vit_mini_patch4", "--input_size", 16, "--epochs", 2, "--warmup_epochs", 1, "--lr", 0.003,
              "--num_workers", 1, "--device", "cpu", "--batch_size", 8, "--data_path", labelled]  # fmt: skip
-    (tmp_path / "slow.py").write_text(LONG_EVALUATION.format(root=str(ROOT)))
+    (tmp_path / "slow.py").write_text(LONG_EVALUATION)
 
     def finetune(out, script):
-        command = [sys.executable, script, *flags, "--output_dir", tmp_path / out, "--resume", "auto"]
-        return subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                text=True, start_new_session=True)  # fmt: skip
+        own = [*argv, "--output_dir", tmp_path / out, "--resume", "auto"]
+        return forks.Forks(script, own, tmp_path / f"{out}.output")
 
-    process = finetune("parts", tmp_path / "slow.py")
-    for line in process.stdout:
-        if line == "evaluates\n":
-            break
-    os.killpg(process.pid, signal.SIGTERM)
-    output = process.communicate(timeout=30)[0]
-    assert process.returncode == 128 + signal.SIGTERM, output
-    assert "SIGTERM: the run stops now and saves its state" in output
+    process, output = finetune("parts", tmp_path / "slow.py"), tmp_path / "parts.output"
+    wait_until(lambda: output.exists() and "\nevaluates\n" in output.read_text())
+    process.signal(signal.SIGTERM)
+    assert process.wait(30) == [128 + signal.SIGTERM], output.read_text()
+    assert "SIGTERM: the run stops now and saves its state" in output.read_text()
     assert checkpoint.position(tmp_path / "parts/checkpoint-last.pth") == (0, 48)
     for out in ("parts", "whole"):
-        process = finetune(out, "main_finetune.py")
-        assert process.communicate(timeout=120)[0]
-        assert process.returncode == 0
+        assert finetune(out, "main_finetune.py").wait(120) == [0]
     parts, whole = tmp_path / "parts", tmp_path / "whole"
     assert_equal(weights(parts), weights(whole))
     for key in ("train_loss", "test_acc1", "test_loss"):
@@ -193,18 +185,6 @@ def command_of(pid):
         return Path(f"/proc/{pid}/cmdline").read_text()
     except OSError:
         return ""
-
-
-def test_the_second_sigint_stops_at_once():
-    before = signal.getsignal(signal.SIGINT)  # background jobs of a shell ignore SIGINT
-    with Interrupts() as interrupts:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert interrupts.pending == signal.SIGINT
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(1)
-    assert signal.getsignal(signal.SIGINT) is before
-    assert str(Interrupted(signal.SIGTERM)) == "stopped by SIGTERM"
 
 
 def test_stop_signals_are_recorded_and_handlers_restored():

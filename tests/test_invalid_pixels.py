@@ -2,7 +2,6 @@
 
 import io
 import re
-import subprocess
 import sys
 
 import forks
@@ -10,9 +9,9 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from conftest import ROOT
 from mains import Stopped, argv_of, assert_close, assert_equal, lines, parse, run_section, stop_after, weights
 from PIL import Image
+from test_decode import npy
 
 import main_finetune
 import main_knn
@@ -59,12 +58,6 @@ SMALL = {"dataset": "py:clouds:open_dataset", "input_size": 16, "num_workers": 0
          "amp": "off"}  # fmt: skip
 RUN = {"epochs": 1, "warmup_epochs": 0, "blr": 0.01}
 PRETRAIN = {"model": "mae_vit_mini_patch4", "vis_every": 1, "crop_scale": ".6 1", "norm_pix_loss": True}
-
-
-def npy(array):
-    stream = io.BytesIO()
-    np.save(stream, array)
-    return stream.getvalue()
 
 
 def tiff(array, **options):
@@ -376,10 +369,8 @@ def test_statistics_exclude_invalid_pixels(tmp_path):
         image[number : number + 3, :4] = -9999
         pixels.append(((image + 500) / 2500)[(image != -9999).all(axis=2)])
         (tmp_path / f"{number}.npy").write_bytes(npy(image))
-    command = [sys.executable, "-m", "util.datasets", tmp_path, "--in_chans", "2", "--nodata", "-9999", "--num_workers"]
-    output = subprocess.run(
-        [*command, "1", "--value_range", "-500", "2000"], cwd=ROOT, check=True, capture_output=True, text=True
-    ).stdout
+    flags = ["--in_chans", 2, "--nodata", -9999, "--num_workers", 1, "--value_range", -500, 2000]
+    output = forks.run("util/datasets.py", [tmp_path, *flags], tmp_path / "output")
     report = {line.split()[0]: line.split()[1:] for line in output.splitlines()}
     pixels = np.concatenate(pixels)
     np.testing.assert_allclose(np.float64(report["--mean"]), pixels.mean(axis=0), rtol=1e-3)

@@ -8,7 +8,6 @@ import forks
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from sklearn.metrics import confusion_matrix
 from sklearn.neighbors import KNeighborsClassifier
 
@@ -78,8 +77,7 @@ def test_a_bank_smaller_than_k():
 
 
 IN_PROCESSES = """
-import sys, torch
-sys.path[:0] = [{root!r}, {tests!r}]
+import torch
 from test_knn import clouds, knn, ours
 from util import dist
 dist.init("cpu", "env://")
@@ -94,9 +92,7 @@ dist.teardown()
 
 
 def test_the_number_of_processes_has_no_effect(tmp_path):
-    script = tmp_path / "processes.py"
-    script.write_text(IN_PROCESSES.format(root=str(ROOT), tests=str(ROOT / "tests")))
-    output = forks.run(script, [], tmp_path / "output", 3)
+    output = forks.run_code(IN_PROCESSES, tmp_path, count=3)
     assert f"FOUND {ours(clouds(601, 0), clouds(303, 1))}" in output
 
 

@@ -21,17 +21,6 @@ def settings_of(groups, model):
     return {names[id(p)]: (g["lr_scale"], g["weight_decay"]) for g in groups for p in g["params"]}
 
 
-def test_scales_and_decay(model):
-    found = settings_of(param_groups_lrd(model, 0.05, FREE, layer_decay=0.5), model)
-    assert found.keys() == dict(model.named_parameters()).keys()
-    assert found["cls_token"] == found["pos_embed"] == (0.5**5, 0.0)
-    assert found["patch_embed.proj.weight"] == (0.5**5, 0.05)
-    assert found["blocks.0.attn.qkv.weight"] == (0.5**4, 0.05)
-    assert found["blocks.3.mlp.fc2.bias"] == (0.5, 0.0)
-    assert found["head.weight"] == (1.0, 0.05)
-    assert found["fc_norm.weight"] == found["head.bias"] == (1.0, 0.0)
-
-
 def test_without_the_list_tokens_decay(model):
     assert settings_of(param_groups_lrd(model), model)["cls_token"][1] == 0.05
 

@@ -37,6 +37,7 @@ from util.evaluation.comparison import Result
 from util.jobs.commands import Commands
 from util.settings import ImageSpec
 
+pytestmark = pytest.mark.usefixtures("forked")
 SHAPE = {"input_size": 16, "patch_size": 8, "in_chans": 1, "num_cls_tokens": 2}
 GIVEN = {**SHAPE, "mean": [0.45], "std": [0.3], "crop": "none", "crop_pct": 0.9, "num_workers": 1, "amp": "off",
          "device": "cpu", "fast_jpeg": True, "pin_mem": False, "download": True}  # fmt: skip
@@ -90,7 +91,7 @@ def given(blobs):
 
 
 @pytest.fixture(scope="module")
-def compared(blobs, encoder, given, tmp_path_factory):
+def compared(blobs, encoder, given, forked, tmp_path_factory):
     """A complete comparison: its folder and its text."""
     out = tmp_path_factory.mktemp("compare")
     return out, compare(blobs, out, encoder, *given)

@@ -9,8 +9,7 @@ import forks
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
-from mains import Stopped, lines, stop_after
+from mains import Stopped, assert_equal, fails, lines, stop_after, weights
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from timm.loss import LabelSmoothingCrossEntropy
@@ -31,15 +30,6 @@ PLAIN = {"aa": "none", "reprob": 0, "drop_path": 0, "lr": 0.003}
 @pytest.fixture
 def finetune(classify):
     return lambda name="run", **flags: classify(main_finetune, name, **flags)
-
-
-def weights(out, name="checkpoint-1.pth"):
-    return checkpoint.read(out / name)["model"]
-
-
-def assert_equal(a, b):
-    assert a.keys() == b.keys()
-    assert [key for key in a if not torch.equal(a[key], b[key])] == []
 
 
 def test_a_run_writes_the_files_of_the_published_code(finetune, capsys):
@@ -152,8 +142,6 @@ def test_evaluation_equals_that_of_the_epoch(finetune, tuned, capsys, labelled, 
 
 
 TELLING = """
-import sys
-sys.path.insert(0, {root!r})
 import main_finetune
 from util import dist; from util.cli import entry_point
 scores = main_finetune.main(entry_point.parse(main_finetune.get_args_parser()))
@@ -165,7 +153,7 @@ dist.teardown()
 
 def test_batch_size_and_processes_have_no_effect(finetune, labelled, tuned, tmp_path):
     """The counts are equal, and the losses agree to 1e-6."""
-    (tmp_path / "telling.py").write_text(TELLING.format(root=str(ROOT)))
+    (tmp_path / "telling.py").write_text(TELLING)
     found = []
     for batch_size in (7, 64):
         alone = finetune(eval=True, resume=tuned, batch_size=batch_size)
@@ -394,22 +382,12 @@ def test_a_subset_of_the_classes_keeps_their_numbers(finetune, tuned, capsys, la
 # ------------------------------------------------------------------------------------------------------ wrong inputs
 
 
-def fails(capsys, monkeypatch, *argv) -> str:
-    monkeypatch.setattr("sys.argv", ["main_finetune.py", "--device", "cpu", *map(str, argv)])
-    with pytest.raises(SystemExit) as stop:
-        entry_point.run(main_finetune.main, main_finetune.get_args_parser())
-    output = capsys.readouterr().err
-    assert stop.value.code not in (0, None)
-    assert "Traceback" not in output
-    return output
-
-
 def test_invalid_inputs_are_one_line_errors(tuned, labelled, pictures, tmp_path, capsys, monkeypatch):
     here = ["--data_path", labelled, "--model", "vit_mini_patch4", "--input_size", "16", "--batch_size", "8",
             "--num_workers", "0", "--output_dir", tmp_path / "wrong"]  # fmt: skip
 
     def error_of(*argv):
-        return fails(capsys, monkeypatch, *here, *argv)
+        return fails(capsys, monkeypatch, main_finetune, "--device", "cpu", *here, *argv)
 
     torch.save({"model": mae_vit_mini_patch4(img_size=16).state_dict()}, tmp_path / "mae.pth")
     assert "contains an encoder and decoder, which has no classification head" in error_of(

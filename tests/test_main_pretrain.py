@@ -6,16 +6,16 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import tarfile
 import time
 from contextlib import nullcontext
 
+import forks
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, torchrun
-from mains import Stopped, assert_close, assert_equal, in_processes, lines, small_run, stop_after, weights
+from mains import Stopped, assert_close, assert_equal, fails, in_processes, lines, small_run, stop_after, weights
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -329,17 +329,6 @@ def test_a_nan_loss_writes_an_emergency_checkpoint(pretrain, monkeypatch, tmp_pa
 # ---------------------------------------------------------------------------------------------------- wrong inputs
 
 
-def fails(capsys, monkeypatch, *argv) -> str:
-    """Runs the script like the command line; returns the error message."""
-    monkeypatch.setattr("sys.argv", ["main_pretrain.py", "--device", "cpu", *map(str, argv)])
-    with pytest.raises(SystemExit) as stop:
-        entry_point.run(main_pretrain.main, main_pretrain.get_args_parser())
-    output = capsys.readouterr().err
-    assert stop.value.code not in (0, None)
-    assert "Traceback" not in output
-    return output
-
-
 def test_invalid_inputs_are_one_line_errors(pretrain, pictures, tmp_path, capsys, monkeypatch):
     out = pretrain("good")
     good = out / "checkpoint-1.pth"
@@ -347,7 +336,7 @@ def test_invalid_inputs_are_one_line_errors(pretrain, pictures, tmp_path, capsys
     here = ["--data_path", pictures, "--output_dir", tmp_path / "wrong", *mini]
 
     def error_of(*argv):
-        return fails(capsys, monkeypatch, *argv)
+        return fails(capsys, monkeypatch, main_pretrain, "--device", "cpu", *argv)
 
     assert "--data_path is needed" in error_of(*mini, "--output_dir", tmp_path / "wrong")
     assert f"--data_path {tmp_path}/nowhere: " in error_of(*here, "--data_path", tmp_path / "nowhere")
@@ -395,24 +384,19 @@ def test_a_file_that_is_no_image_is_named(tmp_path, capsys, monkeypatch, workers
     (folder / "broken.jpg").write_bytes(b"not a picture")
     argv = ["--data_path", folder, "--output_dir", tmp_path / "out", "--model", "mae_vit_mini_patch4", "--input_size",
             "16", "--batch_size", "5", "--num_workers", workers, "--epochs", "1"]  # fmt: skip
-    output = fails(capsys, monkeypatch, *argv)
+    output = fails(capsys, monkeypatch, main_pretrain, "--device", "cpu", *argv)
     assert f"error: {folder / 'broken.jpg'}: the file is not an image of a known format" in output
 
 
 def test_the_script_exits_with_a_one_line_error(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "main_pretrain.py", "--data_path", tmp_path / "nowhere", "--output_dir", tmp_path / "out",
-         "--model", "mae_vit_mini_patch4", "--input_size", "16"],
-        cwd=ROOT, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 1
-    assert f"main_pretrain.py: error: --data_path {tmp_path}/nowhere: " in done.stderr
-    assert "Traceback" not in done.stderr
+    flags, errors = small_run(tmp_path / "nowhere", tmp_path / "out"), tmp_path / "errors"
+    assert forks.Forks("main_pretrain.py", flags, tmp_path / "output", errors=errors).wait(120) == [1]
+    assert f"main_pretrain.py: error: --data_path {tmp_path}/nowhere: " in errors.read_text()
+    assert "Traceback" not in errors.read_text()
 
 
 ONE_RANK_NAN = """
-import sys, time
-sys.path.insert(0, {root!r})
+import time
 import main_pretrain
 from models_mae import MaskedAutoencoderViT
 from util import dist; from util.checkpoints import checkpoint; from util.cli import entry_point
@@ -429,10 +413,11 @@ entry_point.run(main_pretrain.main, main_pretrain.get_args_parser())
 
 def test_a_nan_in_one_process_ends_all_after_the_save(pictures, tmp_path):
     """The write is slow: if a process ended before it was complete, torchrun would kill the writing process."""
-    (tmp_path / "main_pretrain_spoiled.py").write_text(ONE_RANK_NAN.format(root=str(ROOT)))
+    (tmp_path / "spoiled.py").write_text(ONE_RANK_NAN)
     flags = small_run(pictures, tmp_path / "out", "--batch_size", 2, "--epochs", 9, "--save_every", 99)
-    command = [*torchrun(2), tmp_path / "main_pretrain_spoiled.py", *flags]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    command = [*torchrun(2), tmp_path / "spoiled.py", *flags]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode != 0
     assert "epoch 0, batch 2: loss nan" in done.stderr
     state = checkpoint.read(tmp_path / "out" / "checkpoint-emergency.pth")

@@ -44,7 +44,7 @@ def expected(truth, scores):
     }
 
 
-@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("processes", [1, 3])
 @pytest.mark.parametrize("script", ["main_finetune.py", "main_linprobe.py"])
 def test_log_has_the_metrics_of_scikit_learn(script, processes, labelled, tmp_path):
     """23 images in batches of 4: the last batch is smaller, and the processes have different numbers of images."""

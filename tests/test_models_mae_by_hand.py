@@ -102,6 +102,7 @@ def test_loading_weights_does_not_change_other_models():
         ("base_patch16", (768, 12, 12, 16), (512, 8, 16)),
         ("large_patch16", (1024, 24, 16, 16), (512, 8, 16)),
         ("huge_patch14", (1280, 32, 16, 14), (512, 8, 16)),
+        ("1b_patch16", (1536, 48, 24, 16), (512, 8, 16)),
     ],
 )
 def test_published_sizes(name, encoder, decoder):

@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 import transformers
+from mains import randomized
 from safetensors.torch import load_file, save_file
 
 import main_finetune
@@ -23,18 +24,9 @@ SETTINGS = {"model": "mae_vit_mini_patch4", "input_size": 16, "patch_size": 4, "
             "mask_ratio": 0.75, "num_cls_tokens": 3, "learned_pos_embed": True}  # fmt: skip
 
 
-def randomized(model):
-    """Random weights, so that a mistake changes the outputs."""
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.05)
-    return model.eval()
-
-
 @pytest.fixture(scope="module")
 def theirs():
-    return randomized(transformers.PixioModel(transformers.PixioConfig(**TINY)))
+    return randomized(transformers.PixioModel(transformers.PixioConfig(**TINY)), 0.05)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +39,7 @@ def folder(theirs, tmp_path_factory):
 @pytest.fixture
 def mae_file(tmp_path):
     """A checkpoint of a small autoencoder with three class tokens, with recorded settings."""
-    model = randomized(models_mae.mae_vit_mini_patch4(img_size=16, num_cls_tokens=3, learned_pos_embed=True))
+    model = randomized(models_mae.mae_vit_mini_patch4(img_size=16, num_cls_tokens=3, learned_pos_embed=True), 0.05)
     torch.save({"model": model.state_dict(), "args": SETTINGS}, tmp_path / "mae.pth")
     return tmp_path / "mae.pth"
 
@@ -114,7 +106,7 @@ def test_round_trip_through_transformers(folder, theirs, tmp_path):
 
 def test_round_trip_through_the_layout_of_the_published_code(tmp_path):
     """The file has neither settings nor a model name; shapes determine the model."""
-    model = randomized(models_mae.mae_vit_mini_patch4(num_cls_tokens=8, learned_pos_embed=True, decoder_depth=3))
+    model = randomized(models_mae.mae_vit_mini_patch4(num_cls_tokens=8, learned_pos_embed=True, decoder_depth=3), 0.05)
     torch.save({"model": model.state_dict()}, tmp_path / "original.pth")
     ours = get_model(tmp_path / "original.pth")
     assert (ours.learned_pos_embed, ours.num_prefix_tokens, len(ours.decoder_blocks)) == (True, 8, 3)
@@ -156,7 +148,7 @@ def test_graphs_and_files_of_several_class_tokens(mae_file, tmp_path, to):
 
 
 def test_a_classifier_that_pools_patches_has_register_tokens_in_timm(tmp_path):
-    model = randomized(get_model("vit_mini_patch4", num_cls_tokens=3, nb_classes=5, input_size=16))
+    model = randomized(get_model("vit_mini_patch4", num_cls_tokens=3, nb_classes=5, input_size=16), 0.05)
     export.export(model, "timm", tmp_path / "folder")
     twin = timm.create_model(f"local-dir:{tmp_path}/folder", pretrained=True).eval()
     assert twin.reg_token.shape == (1, 2, 128)
@@ -171,7 +163,7 @@ def test_a_classifier_that_pools_patches_has_register_tokens_in_timm(tmp_path):
 def test_register_tokens_of_timm_are_read_where_the_head_pools_patches(tmp_path, class_token):
     settings = {"embed_dim": 128, "depth": 4, "num_heads": 4, "patch_size": 4, "img_size": 16, "num_classes": 5,
                 "reg_tokens": 4, "no_embed_class": True}  # fmt: skip
-    pooled = randomized(timm.models.VisionTransformer(**settings, class_token=class_token, global_pool="avg"))
+    pooled = randomized(timm.models.VisionTransformer(**settings, class_token=class_token, global_pool="avg"), 0.05)
     torch.save(pooled.state_dict(), tmp_path / "pooled.pth")
     model = get_model(tmp_path / "pooled.pth", input_size=16)
     assert model.num_prefix_tokens == 4 + class_token

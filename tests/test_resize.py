@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import numpy as np
 import pytest
 import skimage.data
@@ -33,11 +34,6 @@ def folder(tmp_path):
     return root
 
 
-def run(*arguments):
-    command = [sys.executable, "-m", "util.resize", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
-
-
 def make_copy(*arguments):
     """Runs the command in this process."""
     resize.main(entry_point.parse(resize.get_args_parser(), list(map(str, arguments))))
@@ -45,9 +41,8 @@ def make_copy(*arguments):
 
 def test_resize_scales_large_images_only(folder, tmp_path):
     copy = tmp_path / "copy"
-    done = run(folder, copy, "--short_side", 100)
-    assert done.returncode == 0, done.stderr
-    assert "5 images: 3 scaled, 2 copied as they are" in done.stdout
+    output = forks.run("util/resize.py", [folder, copy, "--short_side", 100], tmp_path / "output")
+    assert "5 images: 3 scaled, 2 copied as they are" in output
     sizes = {str(f.relative_to(copy)): Image.open(f).size for f in copy.rglob("*.*") if f.suffix != ".npy"}
     assert sizes == {"train/cat/a.jpg": (150, 100), "train/cat/b.PNG": (100, 150), "train/dog/gray.jpg": (150, 100),
                      "train/dog/small.jpg": (80, 60)}  # fmt: skip
@@ -156,18 +151,17 @@ def test_folders_of_masks_are_refused(tmp_path, name):
 
 def test_an_unwritable_copy_is_an_error(folder, tmp_path):
     (tmp_path / "copy").write_text("a file")
-    done = run(folder, tmp_path / "copy")
-    assert done.returncode == 1
-    assert "Not a directory" in done.stderr or "File exists" in done.stderr
+    with pytest.raises(OSError, match=r"Not a directory|File exists"):
+        make_copy(folder, tmp_path / "copy")
 
 
-def test_invalid_arguments_are_one_line_errors(folder, tmp_path):
+def test_invalid_arguments_are_one_line_errors(folder, tmp_path, caplog):
+    caplog.set_level("INFO")
     whole = (folder / "train/cat/a.jpg").read_bytes()
     (folder / "train/cat/bad.jpg").write_bytes(whole[:3000])
-    done = run(folder, tmp_path / "copy")
-    assert done.returncode == 1
-    assert "train/cat/bad.jpg: image file is truncated" in done.stdout
-    assert "1 files can't be read; the copy does not contain them" in done.stderr
+    with pytest.raises(ValueError, match="1 files can't be read; the copy does not contain them"):
+        make_copy(folder, tmp_path / "copy")
+    assert "train/cat/bad.jpg: image file is truncated" in caplog.text
     assert not (tmp_path / "copy/train/cat/bad.jpg").exists()
     assert not list((tmp_path / "copy").rglob("*.tmp"))
     (tmp_path / "empty").mkdir()

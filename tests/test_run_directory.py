@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import forks
@@ -12,10 +11,20 @@ from mains import in_processes
 
 from util.checkpoints import checkpoint, run_directory
 
-PRELUDE = (
-    f"import os, sys; sys.path.insert(0, {str(ROOT)!r})\n"
-    "from pathlib import Path; from util.checkpoints import run_directory\n"
-)
+LOCK = """
+import os, sys, time
+from pathlib import Path; from util.checkpoints import run_directory
+os.seteuid(int(sys.argv[1]))
+with run_directory.locked(Path.cwd()):
+    exec(sys.argv[2])
+"""
+
+
+def locks(folder, code="", user=0) -> tuple[int, str]:
+    """Runs code in another process that has locked a run directory; returns the exit code and the output."""
+    (folder / "lock.py").write_text(LOCK)
+    run = forks.Forks("lock.py", [user or os.geteuid(), code], folder / "output", folder=folder)
+    return run.wait(50)[0], (folder / "output").read_text()
 
 
 def test_a_directory_with_a_run_requires_resume(tmp_path):
@@ -31,34 +40,24 @@ def test_a_directory_with_a_run_requires_resume(tmp_path):
 
 
 def test_two_runs_can_not_write_to_one_directory(tmp_path):
-    script = PRELUDE + f"with run_directory.locked(Path({str(tmp_path)!r})): pass"
     with run_directory.locked(tmp_path):
         assert (tmp_path / "run.lock").read_text().startswith(f"process {os.getpid()} on ")
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-        assert f"by another run (process {os.getpid()} on " in done.stderr
-    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
+        assert f"by another run (process {os.getpid()} on " in locks(tmp_path)[1]
+    assert locks(tmp_path)[0] == 0
 
 
 def test_the_lock_is_released_when_its_process_ends(tmp_path):
     """Worker processes are forked while the run has the lock, and outlive a killed run for seconds."""
-    script = PRELUDE + (
-        f"with run_directory.locked(Path({str(tmp_path)!r})):\n"
-        "    if child := os.fork():\n        print(child, flush=True); os.kill(os.getpid(), 9)\n"
-        "    os.close(1); import time; time.sleep(60)"
+    code, output = locks(
+        tmp_path, "if child := os.fork(): print(child, flush=True); os.kill(os.getpid(), 9)\ntime.sleep(60)"
     )
-    done = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, timeout=50)
-    assert done.returncode == -9
+    assert code == -9
     with run_directory.locked(tmp_path):
-        os.kill(int(done.stdout), 9)  # the worker is still there
+        os.kill(int(output), 9)  # the worker is still there
 
 
 def test_a_stale_lock_is_ignored(tmp_path, caplog):
-    script = (
-        f"import sys, os; sys.path.insert(0, {str(ROOT)!r})\n"
-        "from util.checkpoints import run_directory; from pathlib import Path\n"
-    )
-    script += f"with run_directory.locked(Path({str(tmp_path)!r})): os.kill(os.getpid(), 9)"
-    assert subprocess.run([sys.executable, "-c", script]).returncode == -9
+    assert locks(tmp_path, "os.kill(os.getpid(), 9)")[0] == -9
     assert (tmp_path / "run.lock").read_text()
     caplog.set_level("INFO")
     with run_directory.locked(tmp_path):
@@ -74,9 +73,8 @@ def test_an_output_dir_that_is_a_file_is_an_error(tmp_path):
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 def test_an_unwritable_run_directory_is_an_error(tmp_path):
     """Root ignores permissions, so the test uses an unprivileged user."""
-    script = PRELUDE + f"os.seteuid(65534)\nwith run_directory.locked(Path({str(tmp_path)!r})): pass"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert "can't be written to (Permission denied): free space there, or give another" in done.stderr
+    output = locks(tmp_path, user=65534)[1]
+    assert "can't be written to (Permission denied): free space there, or give another" in output
 
 
 def write(folder, *names, epoch):

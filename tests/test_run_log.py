@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import forks
 import numpy as np
 import pytest
 from conftest import ROOT
@@ -82,9 +83,9 @@ os.kill(os.getpid(), signal.SIGKILL)
 def test_tensorboard_shows_each_x_once_with_the_values_of_the_resumed_run(tmp_path, done):
     """Two starts are killed. The second resumes from a state before the last epoch of the first."""
     for argv in ((1, 0, 0, 3), (2, 2, done, 4)):
-        command = [sys.executable, "-c", START, *map(str, argv)]
-        ended = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})
-        assert ended.returncode == -signal.SIGKILL
+        (tmp_path / "start.py").write_text(START)
+        run = forks.Forks("start.py", argv, tmp_path / "output", folder=tmp_path)
+        assert run.wait(60) == [-signal.SIGKILL]
     events = EventAccumulator(str(tmp_path), size_guidance={"scalars": 0, "images": 0}).Reload()
     shown = [(e.step, e.value) for e in events.Scalars("train_loss")]
     assert shown == [(100 * n, 1 if n < 20 + done else 2) for n in range(40)]

@@ -8,7 +8,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 
 import forks
 import pytest
@@ -182,10 +181,9 @@ def test_a_file_checkpoint_resumes_with_fsdp_bf16_and_accumulation(single, pictu
 
 def test_the_command_converts_to_a_file(shards, single, tmp_path):
     file = tmp_path / "plain.pth"
-    command = [sys.executable, "-m", "util.sharded", shards / "checkpoint-49", file]
-    process = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
-    assert f"{file}: resume it with --resume" in process.stdout
-    assert process.stderr == ""
+    output = forks.run("util/sharded.py", [shards / "checkpoint-49", file], tmp_path / "output")
+    assert output.startswith(f"{file}: resume it with --resume")
+    assert len(output.splitlines()) == 1
     state, reference = checkpoint.read(file), checkpoint.read(single / "checkpoint-49.pth")
     assert state.keys() == reference.keys()
     assert list(state["model"]) == list(reference["model"])
@@ -257,11 +255,10 @@ def test_a_checkpoint_that_names_a_device_or_a_pipe_is_refused(shards, tmp_path)
     for name in ("pipe", "zero", "link"):
         state = {key: value for key, value in whole.items() if key != "folder"}
         checkpoint.write({**state, "files": state["files"] | {name: "0"}}, folder / "state.pth")
-        command = [sys.executable, "-m", "util.sharded", folder, tmp_path / "a.pth"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
-        assert done.returncode == 1
-        assert re.search(rf"{folder} is damaged: {name} can't be read .*not a regular file", done.stderr), done.stderr
-        assert len(done.stderr.splitlines()) == 1
+        output = tmp_path / f"{name}.output"
+        assert forks.Forks("util/sharded.py", [folder, tmp_path / "a.pth"], output).wait(60) == [1]
+        (line,) = output.read_text().splitlines()
+        assert re.search(rf"{folder} is damaged: {name} can't be read .*not a regular file", line), line
 
 
 class Malicious:
@@ -359,8 +356,7 @@ Path(sys.argv[2] + str(dist.rank())).write_text(json.dumps(found))
 
 def in_two_processes(script, tmp_path, *arguments):
     """Runs Python code in two processes; returns what they print."""
-    (tmp_path / "script.py").write_text(script + "dist.teardown()\n")
-    return forks.run(tmp_path / "script.py", arguments, tmp_path / "output", 2)
+    return forks.run_code(script + "dist.teardown()\n", tmp_path, *arguments, count=2)
 
 
 def test_resume_auto_uses_the_previous_checkpoint_if_the_newest_is_damaged(shards, tmp_path):

@@ -14,9 +14,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import submitit
 from conftest import ROOT
-from mains import lines
+from mains import lines, wait_until
 from submitit.core.utils import UncompletedJobError
 from submitit.slurm import slurm
 from test_docs import DOCUMENTS, bash_blocks, commands
@@ -61,13 +60,6 @@ def start(*flags):
         [sys.executable, "submitit_pretrain.py", *map(str, flags)], cwd=ROOT, stdin=subprocess.DEVNULL, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
-
-
-def wait_for(condition):
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def test_a_dry_run_prints_the_sbatch_script(run, tmp_path):
@@ -208,23 +200,6 @@ def test_an_error_of_sbatch_is_printed_once(run, monkeypatch, tmp_path, capsys):
     assert output.count("moon") == 1
 
 
-def test_private_names_of_submitit_exist():
-    """A version of submitit without these names fails here, and not in --dry_run."""
-    private = {"_make_submission_file_text", "_submitit_command_str"}
-    assert set(re.findall(r"self\.(_\w+)", inspect.getsource(submit.Executor.script))) == private
-    assert all(hasattr(submitit.SlurmExecutor, name) for name in private)
-    other_code = inspect.getsource(submit).replace(inspect.getsource(submit.Executor.script), "")
-    names = set(re.findall(r"\b(?:slurm|local|job|executor|task|submitit|self)\.(_[a-z]\w+)", other_code))
-    assert names | set(re.findall(r"\.(_[a-z]\w+)", inspect.getsource(waiting))) == set()
-
-
-def test_a_requeued_run_resumes():
-    job = submit.Job("main_pretrain", ("--epochs", "2"), "/here")
-    for requeued in (job.checkpoint(), job.__submitit_checkpoint__(), job.checkpoint(restarted=True)):
-        assert requeued.function is job
-        assert requeued.kwargs == {"restarted": True}
-
-
 def test_a_local_job_runs_the_submitted_code(pictures, tmp_path):
     """In two processes, although the code and the recipe change after the submission."""
     clone, _ = code_copy.make(tmp_path / "clones", None)
@@ -244,7 +219,7 @@ def test_a_local_job_runs_the_submitted_code(pictures, tmp_path):
     assert f"results  {out}\n" in output
     log = tmp_path / f"jobs/{number}/{number}_0_log.out"
     assert str(log) in output
-    wait_for(lambda: log.exists() and "Exiting after successful completion" in log.read_text())
+    wait_until(lambda: log.exists() and "Exiting after successful completion" in log.read_text())
     assert len(lines(out)) == 3
     assert "2 process(es)" in log.read_text()
     assert "ngpus=" not in log.read_text()  # settings of the run, not of the job
@@ -253,7 +228,7 @@ def test_a_local_job_runs_the_submitted_code(pictures, tmp_path):
 def test_a_local_job_resumes_after_its_time_limit(pictures, tmp_path):
     flags = small_job(pictures, "--epochs", 60, "--cluster", "local", "--job_dir", tmp_path / "job", "--wait")
     job = start(*flags)
-    wait_for(lambda: (tmp_path / "job/log.txt").exists() and len(lines(tmp_path / "job")) > 1)
+    wait_until(lambda: (tmp_path / "job/log.txt").exists() and len(lines(tmp_path / "job")) > 1)
     os.kill(int(re.findall(r"process (\d+) on", (tmp_path / "job/run.lock").read_text())[0]), signal.SIGUSR2)
     assert "succeeded" in job.communicate(timeout=120)[0]
     assert job.returncode == 0
@@ -281,7 +256,7 @@ def test_ctrl_c_during_wait_stops_a_local_job(pictures, tmp_path):
         [sys.executable, "submitit_pretrain.py", *flags], cwd=ROOT, stdin=subprocess.DEVNULL, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
-    wait_for(lambda: (out / "log.txt").exists())
+    wait_until(lambda: (out / "log.txt").exists())
     os.killpg(job.pid, signal.SIGINT)
     start_time = time.monotonic()
     output = job.communicate(timeout=120)[0]

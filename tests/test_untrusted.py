@@ -3,11 +3,9 @@
 import logging
 import os
 import socket
-import subprocess
-import sys
 
+import forks
 import pytest
-from conftest import ROOT
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -59,30 +57,13 @@ def test_a_dataset_of_pipes_devices_and_unusual_names_is_read_safely(tmp_path):
     (folder / "\x1b]0;owned\x07.png").write_bytes(b"P5 \x1b[2J")
     with (folder / "endless.png").open("wb") as file:
         file.truncate(1 << 40)
-    command = [sys.executable, "-m", "util.datasets", str(folder), "--num_workers", "0"]
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
-    assert process.returncode == 1
-    assert "unreadable  4" in process.stdout
-    assert process.stdout.count("not a regular file") == 2
-    assert "1,099,511,627,776 bytes, and at most" in process.stdout
-    assert r"\x1b]0;owned\x07.png" in process.stdout
-    assert not set("\x1b\x07") & set(process.stdout + process.stderr)
-
-
-def test_a_file_named_like_a_pipe_command_is_read_as_a_file(tmp_path):
-    (tmp_path / "pipe:touch mark #.tar").write_bytes(bytes(1024))
-    script = (
-        "from util.data.webdataset_shards import Shards\n"
-        "import os; os.chdir(os.environ['HERE'])\n"
-        "shards = Shards('*.tar', 1)\n"
-        "print(list(shards.stream(0, 0, 1, lambda name, error: True, laps=1)))\n"
-    )
-    process = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, env=os.environ | {"HERE": str(tmp_path)}, capture_output=True,
-        text=True, check=False,
-    )  # fmt: skip
-    assert process.stdout.strip() == "[]", process.stderr
-    assert not (tmp_path / "mark").exists()
+    assert forks.Forks("util/datasets.py", [folder, "--num_workers", 0], tmp_path / "output").wait(120) == [1]
+    output = (tmp_path / "output").read_text()
+    assert "unreadable  4" in output
+    assert output.count("not a regular file") == 2
+    assert "1,099,511,627,776 bytes, and at most" in output
+    assert r"\x1b]0;owned\x07.png" in output
+    assert not set("\x1b\x07") & set(output)
 
 
 def test_log_lines_contain_no_control_characters(capsys):

@@ -239,37 +239,29 @@ def test_updates_of_linear_probing(classify, labelled, weight_decay, cached):
 # ------------------------------------------------------------------------------------------------ all other settings
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
+def test_every_flag_of_pretraining_changes_the_training(pretrain):
+    base = {"batch_size": 12, "warmup_epochs": 0}
+    plain = pretrain("start", **base)
+    for number, flags in enumerate([
         {"drop_path": 0.5}, {"vflip": 1}, {"rotate90": True}, {"crop_ratio": "1 1"}, {"crop": "none"},
         {"masking": "block"}, {"masking": "grid"}, {"mask_block": 2}, {"learned_pos_embed": True},
         {"num_cls_tokens": 2}, {"repeated_sampling": 2}, {"updates_per_epoch": 1}, {"amp": "bf16"}, {"blr": 0.02},
-        {"warmup_epochs": 0.5}, {"start_epoch": 1}, {"batch_size": 8}, {"init_from": "start/checkpoint-1.pth"},
-    ],
-    ids=lambda flags: "-".join(map(str, *flags.items())),
-)  # fmt: skip
-def test_every_flag_of_pretraining_changes_the_training(pretrain, tmp_path, flags):
-    base = {"batch_size": 12, "warmup_epochs": 0}
-    plain = pretrain("start", **base)
-    if "init_from" in flags:
-        flags = {"init_from": tmp_path / flags["init_from"]}
-    losses = [[line["train_loss"] for line in lines(out)] for out in (plain, pretrain(**base | flags))]
-    assert losses[0] != losses[1]
-    assert len(losses[1]) == (1 if "start_epoch" in flags else 2)
+        {"warmup_epochs": 0.5}, {"start_epoch": 1}, {"batch_size": 8}, {"init_from": plain / "checkpoint-1.pth"},
+    ]):  # fmt: skip
+        changed = pretrain(str(number), **base | flags)
+        losses = [[line["train_loss"] for line in lines(out)] for out in (plain, changed)]
+        assert losses[0] != losses[1], flags
+        assert len(losses[1]) == (1 if "start_epoch" in flags else 2), flags
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
+def test_every_flag_of_finetuning_changes_the_result(classify):
+    base = {"epochs": 1, "warmup_epochs": 0, "lr": 0.01, "batch_size": 24, "mixup": 0.8, "cutmix": 1.0, "reprob": 1}
+    plain = lines(classify(main_finetune, **base))[0]
+    for number, flags in enumerate([
         {"vflip": 1}, {"rotate90": True}, {"crop_ratio": "1 1"}, {"crop": "none"}, {"remode": "const"},
         {"mixup_prob": 0}, {"mixup_switch_prob": 0}, {"mixup_mode": "elem"}, {"cutmix_minmax": "0.1 0.2"},
         {"amp": "bf16"}, {"unfreeze_blocks": 0}, {"num_cls_tokens": 2}, {"crop_pct": 0.5}, {"train_per_class": 4},
-    ],
-    ids=lambda flags: "-".join(map(str, *flags.items())),
-)  # fmt: skip
-def test_every_flag_of_finetuning_changes_the_result(classify, flags):
-    base = {"epochs": 1, "warmup_epochs": 0, "lr": 0.01, "batch_size": 24, "mixup": 0.8, "cutmix": 1.0, "reprob": 1}
-    plain, other = (lines(classify(main_finetune, name, **base | own))[0] for name, own in (("a", {}), ("b", flags)))
-    assert plain["test_loss"] != other["test_loss"]
-    assert (plain["train_loss"] == other["train_loss"]) == ("crop_pct" in flags)
+    ]):  # fmt: skip
+        other = lines(classify(main_finetune, str(number), **base | flags))[0]
+        assert plain["test_loss"] != other["test_loss"], flags
+        assert (plain["train_loss"] == other["train_loss"]) == ("crop_pct" in flags), flags
