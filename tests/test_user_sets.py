@@ -329,6 +329,21 @@ def test_items_that_are_no_samples_are_one_line(images, attributes, message):
 
 
 @pytest.mark.parametrize(
+    ("labels", "attributes"),
+    [
+        ([0.5, 1.5], {}), ([[0, 1], [1, 1]], {}), ([0, 1.5], {}), ([0, 1], {"labels": [0.0, 1.0]}),
+        ([0, 1], {"labels": [[0, 1], [1, 1]]}),
+    ],
+)  # fmt: skip
+def test_the_check_ignores_labels_that_are_no_classes(labels, attributes, capsys):
+    opened_set = type("Own", (list,), attributes)([(BLACK, label) for label in labels])
+    args = parse(datasets, dataset="py:any:any", num_workers=0)
+    datasets.main(args, source=lambda split, data_path: opened_set)
+    output = capsys.readouterr().out
+    assert "images      2\n" in output and "classes     none" in output
+
+
+@pytest.mark.parametrize(
     ("function", "message"),
     [
         (lambda split, data_path: 5, "returned .*int"),
