@@ -119,7 +119,13 @@ class UserSet(LibrarySet):
             inspect.signature(self.function).bind(self.split, self.data_path)
         except TypeError as error:
             raise ValueError(f"{self.flag} is called with (split, data_path), and takes others: {error}") from error
-        opened = call(self.flag, self.function, self.split, self.data_path, expected=BadImage)
+        try:
+            opened = call(self.flag, self.function, self.split, self.data_path, expected=BadImage)
+        except (OSError, RuntimeError) as error:
+            if self.data_path is not None or "None" not in str(error):
+                raise
+            kind = ValueError if isinstance(error, OSError) else RuntimeError  # a mistake of the code has a traceback
+            raise kind(f"{self.flag}: {error}; the function got data_path=None: give --data_path") from error
         if not (hasattr(opened, "__getitem__") and hasattr(opened, "__len__")):
             raise ValueError(f"{self.flag} returned {_kind(opened)}: return a dataset with __len__ and __getitem__")
         return opened
