@@ -66,6 +66,7 @@ from util.weights.loading import Weights
 
 logger = logging.getLogger(__name__)
 
+MIN_UPDATES = 50  # a run with fewer updates warns: the head may be as good as untrained
 MAX_BATCH = 512  # images or tokens in a batch of an evaluation
 
 
@@ -181,6 +182,12 @@ def train_probe(
     else:
         augment = transforms.keeps_label(transforms.probe_transform(args.input_size, args.crop))
         batches = data.train_batches(train, augment, args.batch_size, args.accum_iter)
+    updates = args.epochs * loader.updates_per_epoch(len(train), args.batch_size, args.accum_iter)
+    if updates < MIN_UPDATES:
+        logger.warning(
+            f"{updates} updates are few for {args.epochs} epochs of {len(train):,} images, and the head may not learn: "
+            f"lower --batch_size {args.batch_size}, or increase --epochs"
+        )
     num_parameters, criterion = sum(p.numel() for p in heads[0].parameters()), HeadLosses(labelled.loss)
 
     def evaluate_epoch(epoch: int, log: run_log.NullLog) -> dict[str, Any]:
