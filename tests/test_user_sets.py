@@ -6,6 +6,7 @@ import pickle
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import forks
 import h5py
@@ -337,7 +338,7 @@ def test_items_that_are_no_samples_are_one_line(images, attributes, message):
 )  # fmt: skip
 def test_the_check_ignores_labels_that_are_no_classes(labels, attributes, capsys):
     opened_set = type("Own", (list,), attributes)([(BLACK, label) for label in labels])
-    args = parse(datasets, dataset="py:any:any", num_workers=0)
+    args = parse(datasets, num_workers=0)
     datasets.main(args, source=lambda split, data_path: opened_set)
     output = capsys.readouterr().out
     assert "images      2\n" in output and "classes     none" in output
@@ -349,7 +350,7 @@ def test_the_check_ignores_labels_that_are_no_classes(labels, attributes, capsys
         (lambda split, data_path: 5, "returned .*int"),
         (lambda split: [], r"is called with \(split, data_path\)"),
         (7, "is .*int"),
-        (lambda split, data_path: list(open(f"{data_path}/{split}")), ".*None/train.*--data_path"),
+        (lambda split, data_path: Path(f"{data_path}/{split}").read_text(), ".*None/train.*--data_path"),
     ],
 )
 def test_functions_that_return_no_dataset_are_one_line(function, message):
