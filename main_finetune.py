@@ -38,7 +38,7 @@ from models_vit import Encoder
 from util.checkpoints import run_directory
 from util.cli import entry_point, options
 from util.cli.advice import AdvisedError, Remedy
-from util.cli.choices import CLASSIFICATION, REGRESSION
+from util.cli.choices import CLASSIFICATION
 from util.cli.own_classes import with_encoder
 from util.data import extras, transforms
 from util.data.run_data import RunData
@@ -130,8 +130,7 @@ def main(
     groups = param_groups_lrd(model, args.weight_decay, ("pos_embed", "cls_token"), args.layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=0.0, fused=True)
     num_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    outputs = "with {} numbers for each" if args.task == REGRESSION else "of {} classes"
-    logger.info(f"{num_parameters:,} parameters to train, {len(train):,} images {outputs.format(len(classes))}")
+    logger.info(f"{num_parameters:,} parameters to train, {len(train):,} images {labels.of_outputs(len(classes))}")
 
     test = partial(
         evaluate, data_loader=data.eval_batches(val, args.batch_size), normalize=data.normalize,
