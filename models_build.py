@@ -59,8 +59,8 @@ def encoder_arguments(spec: ModelSpec, encoder: type[Encoder] | None) -> dict[st
         if spec.encoder:  # recorded: a file can't make a program import code
             name = spec.encoder.rpartition(":")[2]
             raise ValueError(
-                f"the model has an encoder of its own: give --encoder {spec.encoder}; in Python, "
-                f"get_model(..., encoder={name})"
+                f"the model has an encoder of its own: in Python, get_model(..., encoder={name}); in a command, give "
+                f"--encoder {spec.encoder}"
             )
         if spec.encoder_args:
             raise ValueError("--encoder_args are arguments of the class of --encoder: give --encoder module:Class")
