@@ -129,7 +129,7 @@ def main(
     groups = param_groups_lrd(model, args.weight_decay, ("pos_embed", "cls_token"), args.layer_decay)
     built = optimizers.build(args.optimizer, optimizer, model, groups)
     num_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    logger.info(f"{num_parameters:,} parameters to train, {len(train):,} images of {len(classes)} classes")
+    logger.info(f"{num_parameters:,} parameters to train, {len(train):,} images {labels.of_outputs(len(classes))}")
 
     test = partial(
         evaluate, data_loader=data.eval_batches(val, args.batch_size), normalize=data.normalize,

@@ -66,6 +66,7 @@ from util.weights.loading import Weights
 
 logger = logging.getLogger(__name__)
 
+MIN_UPDATES = 50  # a run with fewer updates warns: the head may be as good as untrained
 MAX_BATCH = 512  # images or tokens in a batch of an evaluation
 
 
@@ -171,11 +172,7 @@ def train_probe(
     features = Features(args, data, model, precision, {**sets, "train": train})
     passes = {name: features.open(name) for name in sets}
 
-    if args.cache_features:
-        batches: Any = loader.FeatureBatches(*features.load("train"), args.batch_size, args.seed, args.accum_iter)
-    else:
-        augment = transforms.keeps_label(transforms.probe_transform(args.input_size, args.crop))
-        batches = data.train_batches(train, augment, args.batch_size, args.accum_iter)
+    batches = open_batches(args, data, train, features)
     num_parameters, criterion = sum(p.numel() for p in heads[0].parameters()), HeadLosses(labelled.loss)
 
     def evaluate_epoch(epoch: int, log: run_log.NullLog) -> dict[str, Any]:
@@ -219,6 +216,20 @@ def probe_settings(args: Namespace, file: Weights | None) -> dict[str, Any]:
     if args.probe == ATTENTIVE and file and "fc_norm.weight" in file.tensors:
         settings["global_pool"] = True  # `probe` raises the error; `load_frozen` would ask for the flag first
     return settings
+
+
+def open_batches(args: Namespace, data: RunData, train: Any, features: "Features") -> Any:
+    """Returns the batches of stored features or of images, and warns if the run has fewer than MIN_UPDATES updates."""
+    updates = args.epochs * loader.updates_per_epoch(len(train), args.batch_size, args.accum_iter)
+    if updates < MIN_UPDATES:
+        logger.warning(
+            f"{updates} updates are few for {args.epochs} epochs of {len(train):,} images, and the head may not learn: "
+            f"lower --batch_size {args.batch_size}, or increase --epochs"
+        )
+    if args.cache_features:
+        return loader.FeatureBatches(*features.load("train"), args.batch_size, args.seed, args.accum_iter)
+    augment = transforms.keeps_label(transforms.probe_transform(args.input_size, args.crop))
+    return data.train_batches(train, augment, args.batch_size, args.accum_iter)
 
 
 class Features:

@@ -57,7 +57,11 @@ def encoder_arguments(spec: ModelSpec, encoder: type[Encoder] | None) -> dict[st
     """
     if encoder is None:
         if spec.encoder:  # recorded: a file can't make a program import code
-            raise ValueError(f"the model has an encoder of its own: give --encoder {spec.encoder}")
+            name = spec.encoder.rpartition(":")[2]
+            raise ValueError(
+                f"the model has an encoder of its own: in Python, get_model(..., encoder={name}); in a command, give "
+                f"--encoder {spec.encoder}"
+            )
         if spec.encoder_args:
             raise ValueError("--encoder_args are arguments of the class of --encoder: give --encoder module:Class")
         return {}

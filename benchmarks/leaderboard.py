@@ -101,7 +101,9 @@ def run(name: str, args: argparse.Namespace) -> dict[str, Any]:
 
 def table() -> str:
     """Returns the rows, the best first, without their commands."""
-    rows = [json.loads(line) for line in ROWS.read_text().splitlines()]
+    rows = [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
+    if not rows:
+        return ""
     titles = [title for title in rows[0] if title != "command"]
     ranked = sorted(rows, key=lambda row: (row["images"], -row["score"]))
     return markdown(titles, [[str(row[title]) for title in titles] for row in ranked])

@@ -11,11 +11,12 @@ from pathlib import Path
 
 from conftest import ROOT
 
-from benchmarks import machine, model_table, targets
+from benchmarks import leaderboard, machine, model_table, targets
 
 COMMANDS: dict[str, Callable[[], str]] = {
     "python benchmarks/targets.py": lambda: targets.table(machine.folders()),
     "python benchmarks/model_table.py": model_table.table,
+    "python benchmarks/leaderboard.py": leaderboard.table,
 }
 BLOCK = re.compile(r"(?<=^<!-- )(?!end )([^\n]+)( -->\n).*?(?=^<!-- end -->$)", flags=re.MULTILINE | re.DOTALL)
 

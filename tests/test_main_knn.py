@@ -7,6 +7,7 @@ import forks
 import numpy as np
 import pytest
 import torch
+from mains import parse
 from PIL import Image
 from sklearn.metrics import accuracy_score, balanced_accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
@@ -19,6 +20,7 @@ import main_knn
 from inference import features, get_model
 from models_vit import vit_mini_patch4
 from util.cli import entry_point
+from util.data.decode import BadImage
 
 
 def test_neighbors_of_a_trained_encoder_find_the_classes(classify, capsys):
@@ -35,6 +37,13 @@ def test_neighbors_of_a_trained_encoder_find_the_classes(classify, capsys):
     expected = [f"* {k}-NN Acc@1 {found[k, 0.07]:.3f}" for k in (1, 5)]
     expected += [json.dumps({f"knn_acc1_k{k}": found[k, 0.07] for k in (1, 5)})]
     assert capsys.readouterr().out.splitlines()[-3:] == expected
+
+
+def test_invalid_pixels_without_the_flag_name_it():
+    images = [(np.full((16, 16, 3), value, np.float32), 0) for value in (0.5, np.nan)]
+    args = parse(main_knn, model="vit_mini_patch4", input_size=16, num_workers=0, device="cpu")
+    with pytest.raises(BadImage, match=r"train\[1\].*--nodata nan"):
+        main_knn.main(args, source=lambda split, data_path: images)
 
 
 @pytest.fixture

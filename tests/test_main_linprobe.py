@@ -76,6 +76,14 @@ def test_a_resumed_probe_with_another_crop_is_an_error(probe):
     assert len(lines(probe(epochs=2, warmup_epochs=0, crop_pct=0.5, resume="auto"))) == 2
 
 
+@pytest.mark.parametrize(("epochs", "warns"), [(2, True), (15, False)])
+def test_few_updates_warn(epochs, warns, probe, capsys):
+    probe(epochs=epochs, cache_features=True)
+    warnings = [line for line in capsys.readouterr().out.splitlines() if "updates are few" in line]
+    assert bool(warnings) == warns
+    assert not warns or ("--batch_size 8" in warnings[0] and "--epochs" in warnings[0])
+
+
 def test_the_trunk_is_in_evaluation_mode():
     settings = {"model": "vit_mini_patch4", "input_size": 16, "in_chans": 1, "patch_size": None, "nb_classes": 3,
                 "global_pool": False}  # fmt: skip

@@ -175,6 +175,8 @@ def test_an_example_is_trained_resumed_and_evaluated(name, pretrain, classify, p
 
 def test_features_of_a_checkpoint_and_its_exports(pretrain, tmp_path):
     file = pretrain(**GROUPS, epochs=1) / "checkpoint-0.pth"
+    with pytest.raises(ValueError, match=rf"get_model\(.*encoder=ChannelGroups\).*--encoder {GROUPS['encoder']}"):
+        get_model(file)
     model = get_model(file, encoder=ChannelGroups)
     imgs = torch.rand(2, 3, 16, 16)
     state = checkpoint.read(file)["model"]

@@ -152,8 +152,10 @@ def test_an_evaluation_of_the_file_equals_the_last_epoch(tune, folder, tmp_path)
             assert means[0] == pytest.approx(next(iter(expected.values())), rel=1e-5)
 
 
-def test_neighbors_are_averaged_like_the_vote(tune, folder, tmp_path):
+def test_neighbors_are_averaged_like_the_vote(tune, folder, tmp_path, capsys):
     out = tune(task="regression", label_columns="weight age", **MILD, cls_token=True)
+    said = capsys.readouterr().out
+    assert "2 numbers for each" in said and "classes" not in said.split("parameters to train")[1].splitlines()[0]
     model = get_model(out / "checkpoint-1.pth")
     sets = [model.extract_feat(files_of(folder, split)).detach() for split in ("train", "val")]
     bank, queries = (torch.nn.functional.normalize(features, dim=1).numpy() for features in sets)

@@ -308,6 +308,8 @@ def test_statistics_of_other_channel_counts():
     assert mean == pytest.approx([(0.485 + 0.456 + 0.406) / 3] * 5)
     assert std == pytest.approx([(0.229 + 0.224 + 0.225) / 3] * 5)
     assert transforms.channel_statistics(2, [0.1, 0.2], [1, 2]) == ([0.1, 0.2], [1, 2])
+    with pytest.raises(ValueError, match=r"--mean has 2 values for 3 channels.*--in_chans 2"):
+        transforms.channel_statistics(3, [0.1, 0.2])
     with pytest.raises(ValueError, match=r"--std .*3 .*2 channels"):
         transforms.channel_statistics(2, [0.1, 0.2], [1, 1, 1])
 

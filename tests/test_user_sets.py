@@ -6,6 +6,7 @@ import pickle
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import forks
 import h5py
@@ -329,15 +330,31 @@ def test_items_that_are_no_samples_are_one_line(images, attributes, message):
 
 
 @pytest.mark.parametrize(
+    ("labels", "attributes"),
+    [
+        ([0.5, 1.5], {}), ([[0, 1], [1, 1]], {}), ([0, 1.5], {}), ([0, 1], {"labels": [0.0, 1.0]}),
+        ([0, 1], {"labels": [[0, 1], [1, 1]]}),
+    ],
+)  # fmt: skip
+def test_the_check_ignores_labels_that_are_no_classes(labels, attributes, capsys):
+    opened_set = type("Own", (list,), attributes)([(BLACK, label) for label in labels])
+    args = parse(datasets, num_workers=0)
+    datasets.main(args, source=lambda split, data_path: opened_set)
+    output = capsys.readouterr().out
+    assert "images      2\n" in output and "classes     none" in output
+
+
+@pytest.mark.parametrize(
     ("function", "message"),
     [
         (lambda split, data_path: 5, "returned .*int"),
         (lambda split: [], r"is called with \(split, data_path\)"),
         (7, "is .*int"),
+        (lambda split, data_path: Path(f"{data_path}/{split}").read_text(), ".*None/train.*--data_path"),
     ],
 )
 def test_functions_that_return_no_dataset_are_one_line(function, message):
-    with pytest.raises(ValueError, match=f"^--dataset py:any:any {message}"):
+    with pytest.raises(ValueError, match=f"^--dataset py:any:any:? {message}"):
         open_source("train", dataset="py:any:any", function=function)
 
 

@@ -23,7 +23,7 @@ from util.data.decode import BadImage, PixelValues
 from util.data.image_facts import ImageFacts, all_facts, statistics_of
 from util.data.loader import MAX_BAD_SHARE
 from util.data.sources import Source
-from util.data.user_sets import OpenDataset, with_source
+from util.data.user_sets import OpenDataset, UserSet, with_source
 from util.data.webdataset_shards import Shards
 
 MAX_LISTED = 20  # unreadable images that are listed
@@ -40,7 +40,7 @@ def report_on(source: Source | Shards, facts: list[ImageFacts], seconds: float) 
     bad = [fact.unreadable for fact in facts if fact.unreadable]
     lines = [f"images      {len(source):,}" + (f", of which {len(facts):,} were read" * (len(facts) < len(source)))]
     counts = Counter(fact.label for fact in good if fact.label >= 0)
-    if counts:
+    if counts and _have_classes(source):
         of_each = [counts[label] for label in range(max(len(source.classes), max(counts) + 1))]
         lines.append(f"classes     {len(of_each)}, of {min(of_each):,} to {max(of_each):,} images")
     else:
@@ -66,6 +66,16 @@ def report_on(source: Source | Shards, facts: list[ImageFacts], seconds: float) 
         ]
     lines.append(f"speed       {len(facts) / seconds:,.0f} images/s read and decoded")
     return lines
+
+
+def _have_classes(source: Source | Shards) -> bool:
+    """Whether labels are class numbers. Labels of the user's code may be other numbers, for main_finetune.py --task."""
+    if isinstance(source, UserSet):
+        try:
+            source.labels  # noqa: B018
+        except ValueError:
+            return False
+    return True
 
 
 def get_args_parser() -> argparse.ArgumentParser:

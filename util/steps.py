@@ -56,9 +56,16 @@ class Steps:
         known = self.extras_taken(self.extras)
         if unknown := sorted(set(names) - known):
             takes = f"it takes {', '.join(sorted(known))}" if known else "it takes none"
-            raise ValueError(f"{type(self).__name__} takes no extra input {unknown[0]}: {takes}")
+            raise ValueError(
+                f"{type(self).__name__} takes no extra input {unknown[0]}: {takes}; omit it, or give a class of "
+                f"--encoder or --model_class with a parameter of this name"
+            )
         if missing := sorted(self.extras_taken(steps, needed=True) - set(names)):
-            raise ValueError(f"{type(self).__name__} needs the extra input {missing[0]} of each image")
+            name = missing[0]
+            raise ValueError(
+                f"{type(self).__name__} needs the extra input {name} of each image: give --extras {name} with a list, "
+                f"or return it from your dataset; in Python, model.predict(images, {name}=...)"
+            )
 
 
 def _accepts(step: Callable[..., Any], argument: str) -> bool:

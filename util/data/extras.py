@@ -87,10 +87,7 @@ def require_fitting(model: Any, train: Any, val: Any = None, steps: tuple[str, .
             ", ".join(f"{name} {some[name]}" for name in sorted(some)) or "none" for some in (shapes, shapes_of(val))
         ]
         raise ValueError(f"the extra inputs of training images are {texts[0]}, and of validation images {texts[1]}")
-    try:
-        model.check_extras(shapes, steps)
-    except ValueError as error:
-        raise ValueError(f"{error}; they are columns of --extras, or in the items of a dataset of yours") from error
+    model.check_extras(shapes, steps)
     for name in sorted(model.extras_taken(steps) - shapes.keys()):
         logger.warning(f"the images have no extra input {name}: the model uses the default of this parameter")
 

@@ -157,10 +157,11 @@ class Samples(Dataset):
         reason = (isinstance(error, OSError) and error.strerror) or str(error)
         remedy = getattr(error, "remedy", None)
         if self.on_bad_image != "skip":
-            hint = "--on_bad_image skip excludes such images from training" * (remedy != "")
-            if remedy:
-                hint = f"{remedy} if all images are like this one; {hint}"
-            raise BadImage(f"{name}: {reason}" + f" ({hint})" * bool(hint and self.on_bad_image)) from error
+            hint = remedy or ""
+            if self.on_bad_image:  # else the script does not have the flag
+                skips = "--on_bad_image skip excludes such images from training" * (remedy != "")
+                hint = f"{remedy} if all images are like this one; {skips}" if remedy else skips
+            raise BadImage(f"{name}: {reason}" + f" ({hint})" * bool(hint)) from error
         bad.append((name, reason))
         if len(bad) >= MAX_BAD_IN_A_ROW:
             raise BadImage(

@@ -49,7 +49,10 @@ def channel_statistics(
         if values is None:
             return list(imagenet) if in_chans == 3 else [sum(imagenet) / 3] * in_chans
         if len(values) != in_chans:
-            raise ValueError(f"{flag} has {len(values)} values for {in_chans} channels; give one value per channel")
+            raise ValueError(
+                f"{flag} has {len(values)} values for {in_chans} channels; give one value per channel, or --in_chans "
+                f"{len(values)}"
+            )
         return list(values)
 
     return choose("--mean", mean, IMAGENET_MEAN), choose("--std", std, IMAGENET_STD)

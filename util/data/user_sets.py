@@ -119,7 +119,13 @@ class UserSet(LibrarySet):
             inspect.signature(self.function).bind(self.split, self.data_path)
         except TypeError as error:
             raise ValueError(f"{self.flag} is called with (split, data_path), and takes others: {error}") from error
-        opened = call(self.flag, self.function, self.split, self.data_path, expected=BadImage)
+        try:
+            opened = call(self.flag, self.function, self.split, self.data_path, expected=BadImage)
+        except (OSError, RuntimeError) as error:
+            if self.data_path is not None or "None" not in str(error):
+                raise
+            kind = ValueError if isinstance(error, OSError) else RuntimeError  # a mistake of the code has a traceback
+            raise kind(f"{self.flag}: {error}; the function got data_path=None: give --data_path") from error
         if not (hasattr(opened, "__getitem__") and hasattr(opened, "__len__")):
             raise ValueError(f"{self.flag} returned {_kind(opened)}: return a dataset with __len__ and __getitem__")
         return opened
@@ -209,6 +215,8 @@ class UserSet(LibrarySet):
         value = np.asarray(-1 if label is None else label)
         if value.ndim or value.dtype.kind not in "iub":
             return -1
+        if self._listed is not None and not self._are_classes(self._listed):
+            return -1
         listed = value if self._listed is None else self._listed[index]
         if value != listed:
             raise ValueError(f"{self._place(index)}: its label is {value}, and labels[{index}] is {listed}")
@@ -216,21 +224,23 @@ class UserSet(LibrarySet):
 
     @cached_property
     def _listed(self) -> np.ndarray | None:
-        """The attribute `labels` of the dataset, (n,)."""
+        """The attribute `labels` of the dataset, (n,) if it has class numbers."""
         listed = getattr(self.images, "labels", None)
         if listed is None:
             return None
         labels = np.asarray(listed.cpu() if isinstance(listed, Tensor) else listed)
-        if labels.shape != (self.count,) or labels.dtype.kind not in "iu":
-            raise ValueError(
-                f"{self.flag}: its labels are {labels.dtype} of shape {labels.shape}: give {self.count} class numbers"
-            )
-        return labels.astype(np.int64)
+        return labels.astype(np.int64) if self._are_classes(labels) else labels
+
+    def _are_classes(self, labels: np.ndarray) -> bool:
+        return labels.shape == (self.count,) and labels.dtype.kind in "iu"
 
     @cached_property
     def labels(self) -> np.ndarray:
         """The labels of all samples, (n,). If the dataset does not list them, all samples are read once."""
         if self._listed is not None:
+            if not self._are_classes(self._listed):
+                kind = f"{self._listed.dtype} of shape {self._listed.shape}"
+                raise ValueError(f"{self.flag}: its labels are {kind}: give {self.count} class numbers")
             return self._listed
         logger.info(f"{self.title} has no attribute labels: reading all {self.count:,} samples to collect them")
         labels, unreadable = np.full(len(self), -1), list[str]()

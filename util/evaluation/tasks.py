@@ -96,6 +96,10 @@ class Classification:
         self.title, self.selects = (metrics[0], f"test_{metrics[0]}") if metrics else ("Acc@1", "test_acc1")
         self.lower_is_better = self.title in LOWER_IS_BETTER
 
+    def of_outputs(self, count: int) -> str:
+        """Returns what images have, for the log."""
+        return f"of {count} classes"
+
     def loss(self, outputs: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
         """Returns the mean of the weighted cross-entropies of logits (B, C) and classes (B,).
 
@@ -184,6 +188,9 @@ class Regression(Multilabel):
     def __init__(self, metrics: Sequence[str], criterion: str, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__(metrics)
         self.criterion, self.mean, self.std = criterion, np.asarray(mean), np.asarray(std)
+
+    def of_outputs(self, count: int) -> str:
+        return f"with {count} numbers for each" if count > 1 else "with a number for each"
 
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Returns the losses of outputs (B, C) and standardized numbers (B, C)."""

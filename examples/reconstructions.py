@@ -1,0 +1,82 @@
+"""Draws masked images of a dataset, their reconstructions and the originals: as pictures, or as curves of signals.
+
+python examples/reconstructions.py --model runs/sounds/checkpoint-9.pth --data_path data/sounds \
+    --dataset py:examples.data_spectrograms:open_dataset --out sounds.png
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the examples run from a clone
+
+import torch
+from torch import Tensor
+
+from inference.model import get_model
+from util.cli import entry_point, flags
+from util.data.dataset_kinds import open_source
+from util.data.samples import Samples
+from util.data.transforms import keeps_label
+from util.evaluation import tables
+
+ROWS = 2  # images, evenly spaced in the validation set
+TITLES = ("masked", "reconstruction + visible", "original")
+
+
+def reconstruct(model: Any, samples: Samples) -> list[Tensor]:
+    """Returns the normalized images of TITLES, (ROWS, c, H, W). Masked pixels of the first are NaN."""
+    places = torch.linspace(0, len(samples) - 1, ROWS + 2).long()[1:-1].tolist()
+    images = torch.stack([samples[0, index].image for index in places])
+    noise = torch.rand(ROWS, model.num_patches, generator=torch.Generator().manual_seed(0))
+    result = model.reconstruct(
+        model.normalize(images), model.settings["mask_ratio"], noise=noise, valid=~images.isnan().any(dim=1)
+    )
+    mask = result.mask.unflatten(1, model.grid_size)
+    for axis, side in enumerate(model.patch_embed.patch_size, start=1):
+        mask = mask.repeat_interleave(side, dim=axis)
+    return [result.original.masked_fill(mask.bool().unsqueeze(1), torch.nan), result.pasted, result.original]
+
+
+def draw(axes: Any, image: Tensor, as_curves: bool) -> None:
+    """Draws the rows of the first channel as curves, or the first three channels (else one) as a picture."""
+    axes.set(xticks=[], yticks=[])
+    if as_curves:
+        axes.plot((image[0] - 6 * torch.arange(image.shape[1])[:, None]).T.numpy(), color="black", linewidth=0.8)
+        axes.set_ylim(-6 * image.shape[1], 6)
+    else:
+        colors = (image[: 3 if len(image) >= 3 else 1] / 5 + 0.5).nan_to_num(1).clamp(0, 1)  # masked: white
+        axes.imshow(colors.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=1)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Writes the figure."""
+    model: Any = get_model(args.model)
+    samples = Samples(
+        open_source("val", args.data_path, dataset=args.dataset), keeps_label(model.transform), in_chans=model.in_chans,
+        seed=0, values=model.values,
+    )  # fmt: skip
+    parts = reconstruct(model, samples)
+    height, width = parts[0].shape[2:]
+    as_curves = model.patch_embed.patch_size[0] == 1
+    figure = tables.new_figure(6, 0.3 + ROWS * 2 * (0.6 if as_curves else height / width))
+    for row, axes in enumerate(figure.subplots(ROWS, len(TITLES), squeeze=False)):
+        for column, part in enumerate(parts):
+            draw(axes[column], part[row], as_curves)
+            axes[column].set_title(TITLES[column] if row == 0 else "", fontsize=9)
+    tables.save(figure, args.out)
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command."""
+    parser = entry_point.parser("Draws masked images, reconstructions and originals of a validation set.")
+    parser.add_argument("--model", type=Path, required=True, metavar="FILE", help="checkpoint of main_pretrain.py")
+    parser.add_argument("--data_path", metavar="PATH", help="as --data_path of main_pretrain.py")
+    parser.add_argument("--dataset", metavar="NAME", help="as --dataset of main_pretrain.py")
+    parser.add_argument("--out", type=flags.new_file(".png", ".svg", ".pdf"), required=True, metavar="FILE")
+    return parser
+
+
+if __name__ == "__main__":
+    entry_point.run(main, get_args_parser())
