@@ -2,10 +2,7 @@
 
     python main_pretrain.py --num_cls_tokens 5 --encoder examples.dinov3_blocks:RotaryEncoder ...
 
-The class tokens after the first are registers (Darcet et al. 2024). Rotary positions (Su et al. 2021) take the place of
-the position table of the encoder. The decoder has the same blocks with its own table. At equal weights, the features
-equal those of DINOv3 in transformers.
-"""
+Class tokens after the first are registers. At equal weights, the features equal those of DINOv3 in transformers."""
 
 import math
 from typing import Any

@@ -203,14 +203,14 @@ def own_module(tmp_path, monkeypatch):
 def pretrain(pictures, tmp_path):
     """Runs main_pretrain.py in this process with small settings; returns the output directory."""
 
-    def run(name: str = "run", callbacks=(), **flags) -> Path:
+    def run(name: str = "run", callbacks=(), of_main=None, **flags) -> Path:
         out = tmp_path / name
         settings = {
             "data_path": pictures, "output_dir": out, "log_dir": out, "model": "mae_vit_mini_patch4",
             "input_size": 16, "batch_size": 4, "epochs": 2, "warmup_epochs": 1, "blr": 0.01, "num_workers": 0,
             "device": "cpu", "amp": "off", "vis_every": 0,
         } | flags  # fmt: skip
-        main_pretrain.main(parse(main_pretrain, **settings), callbacks=callbacks)
+        main_pretrain.main(parse(main_pretrain, **settings), callbacks=callbacks, **(of_main or {}))
         return out
 
     return run

@@ -3,10 +3,13 @@
 test_own_encoder.py has those that change the encoder only.
 """
 
+from functools import partial
+
 import pytest
 import timm
 import torch
 import transformers
+import yaml
 from mains import Stopped, assert_equal, in_processes, lines, parse, stop_after, weights
 from torch import nn
 
@@ -26,6 +29,7 @@ from inference import get_model
 from models_mae import MaskedAutoencoderViT
 from models_vit import VisionTransformer
 from util.checkpoints import checkpoint
+from util.cli.user_code import import_object
 
 TEACHER = "vit_tiny_patch16_224"
 SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -73,8 +77,12 @@ def train_resume_and_use(pretrain, classify, monkeypatch, **flags):
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_a_model_class_is_trained_and_resumed(name, pretrain, classify, monkeypatch):
-    whole = train_resume_and_use(pretrain, classify, monkeypatch, model_class=f"examples.{name}", **CLASSES[name])
+    flags = dict(CLASSES[name])
+    whole = train_resume_and_use(pretrain, classify, monkeypatch, model_class=f"examples.{name}", **flags)
     assert lines(whole)[1]["train_loss"] < lines(whole)[0]["train_loss"]
+    key, _, value = flags.pop("model_args", "").partition("=")
+    own = partial(import_object("", f"examples.{name}"), **({key: yaml.safe_load(value)} if key else {}))
+    assert_equal(weights(whole), weights(pretrain("python", of_main={"model_class": own}, **flags)))
     assert classify(main_knn, k=3, finetune=whole / "checkpoint-1.pth")[3, 0.07] > 0
 
 
