@@ -337,7 +337,8 @@ class MaskedAutoencoderViT(Encoder):
 
         Raises:
             ValueError: the sides of the images are not multiples of the patch size; mask, noise, valid or ratio is
-                invalid; or an override of a step does not accept an argument that the call needs (`lacking`).
+                invalid; or an override of a step does not accept an argument that the call needs (`lacking`), or
+                ignores the mask.
         """
         self.check_extras(extras)
         grid = self.patch_embed.grid_of(*imgs.shape[-2:])
@@ -353,6 +354,10 @@ class MaskedAutoencoderViT(Encoder):
             if options[argument] is not None:
                 raise ValueError(self.lack_of(argument))
         latent, patch_mask, ids_restore = self.forward_encoder(imgs, mask_ratio, **_given(noise=noise), **extras)
+        if mask is not None and noise is not None and not torch.equal(patch_mask > 0, noise > 0):
+            raise ValueError(
+                f"{type(self).__name__}.random_masking ignores the mask: call super().random_masking, which uses it"
+            )
         pred = self.forward_decoder(latent, ids_restore, **_given(grid_size=options["grid_size"]))
         scored = self.extras_of("forward_loss", extras) | self.extras_of("target", extras)
         return self.forward_loss(imgs, pred, patch_mask, **_given(valid=valid), **scored), pred, patch_mask
@@ -395,12 +400,6 @@ class MaskedAutoencoderViT(Encoder):
         options = {**_given(mask=mask, noise=noise, valid=valid), **extras}
         _, pred, patch_mask = self.forward(imgs, mask_ratio, **options)[:3]
         grid = self.patch_embed.grid_of(*imgs.shape[-2:])
-        if mask is not None:
-            expected = noise_from_mask(mask.to(imgs.device), grid, self.patch_embed.patch_size)[0]
-            if not torch.equal(patch_mask.bool(), expected.bool()):
-                raise ValueError(
-                    f"{type(self).__name__}.random_masking ignores the mask: call super().random_masking, which uses it"
-                )
         imgs = imgs if valid is None else _without_invalid(imgs, valid)
         target = self.patchify(imgs)
         pred = pred.to(target.dtype)

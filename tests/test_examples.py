@@ -215,6 +215,13 @@ def sgd(model, groups):
 
 def broken(model, groups):
     return torch.optim.SGD(groups, lr=-1)
+
+class Parts(torch.optim.SGD):
+    def state_dict(self):
+        return {"first": super().state_dict()}
+
+def parts(model, groups):
+    return Parts(groups, lr=0)
 """
 
 
@@ -224,6 +231,7 @@ def broken(model, groups):
         ("half", ValueError, "own_optimizers:half lacks .*: add it to a group, or set its requires_grad to False"),
         ("nothing", ValueError, "own_optimizers:nothing returns list: return a torch.optim.Optimizer"),
         ("broken", RuntimeError, "own_optimizers:broken: the code raised ValueError: Invalid learning rate"),
+        ("parts", ValueError, "own_optimizers:parts: its state_dict has the keys first, .* has state and param_groups"),
         ("absent", ValueError, "own_optimizers has no absent"),
     ],
 )

@@ -24,8 +24,9 @@ def build(
         options: of AdamW.
 
     Raises:
-        ValueError: the resumed run has an optimizer that is not given; the function returns something else, or its
-            groups lack a parameter that requires gradients.
+        ValueError: the resumed run has an optimizer that is not given; the function returns something else; its
+            state_dict has other keys than an optimizer of PyTorch; or its groups lack a parameter that requires
+            gradients.
     """
     if function is None:
         if name:  # recorded: a file can't make a program import code
@@ -34,6 +35,11 @@ def build(
     found = call(f"--optimizer {name}", function, model, groups)
     if not isinstance(found, torch.optim.Optimizer):
         raise ValueError(f"--optimizer {name} returns {type(found).__name__}: return a torch.optim.Optimizer")
+    if (keys := {*found.state_dict()}) != {"state", "param_groups"}:
+        raise ValueError(
+            f"--optimizer {name}: its state_dict has the keys {' '.join(sorted(keys))}, but a checkpoint has state "
+            f"and param_groups: an optimizer that contains others keeps their state and groups as its own"
+        )
     trained = {id(parameter) for group in found.param_groups for parameter in group["params"]}
     for key, parameter in model.named_parameters():
         if parameter.requires_grad and id(parameter) not in trained:
