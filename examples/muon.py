@@ -11,21 +11,7 @@ from typing import Any
 from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 
-
-class Joined(Optimizer):
-    """Several optimizers as one, with the parameter groups and the state of all."""
-
-    def __init__(self, parts: list[Optimizer]) -> None:
-        super().__init__([group for part in parts for group in part.param_groups], {})
-        self.parts, self.counts = parts, [len(part.param_groups) for part in parts]
-
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        first = 0
-        for part, count in zip(self.parts, self.counts, strict=True):
-            # `load_state_dict` replaces groups and state.
-            part.state, part.param_groups = self.state, self.param_groups[first : first + count]
-            part.step()
-            first += count
+from util.training.optimizers import Joined
 
 
 def muon_and_adamw(model: nn.Module, groups: list[dict[str, Any]]) -> Optimizer:

@@ -74,8 +74,9 @@ def main(args: argparse.Namespace) -> list[Reconstruction]:
     )  # fmt: skip
     if not isinstance(model, Autoencoder):
         raise ValueError(
-            f"--model {args.model} has no decoder and can't reconstruct: give a checkpoint of main_pretrain.py, or a "
-            f"published file with a decoder, such as mae_visualize_vit_large"
+            f"--model {args.model} has no decoder of pixels and can't reconstruct: give a checkpoint of "
+            f"main_pretrain.py whose model predicts pixels, or a published file with a decoder, such as "
+            f"mae_visualize_vit_large"
         )
     if model.norm_pix_loss:
         logger.info("the model predicts normalized patches: their mean and contrast are those of the original")

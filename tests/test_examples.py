@@ -216,12 +216,21 @@ def sgd(model, groups):
 def broken(model, groups):
     return torch.optim.SGD(groups, lr=-1)
 
-class Parts(torch.optim.SGD):
+class Keys(torch.optim.SGD):
     def state_dict(self):
         return {"first": super().state_dict()}
 
+def keys(model, groups):
+    return Keys(groups, lr=0)
+
+class Parts(torch.optim.SGD):
+    def step(self):
+        self.parts[0].step()
+
 def parts(model, groups):
-    return Parts(groups, lr=0)
+    found = Parts(groups, lr=0)
+    found.parts = [sgd(model, groups)]
+    return found
 """
 
 
@@ -231,7 +240,9 @@ def parts(model, groups):
         ("half", ValueError, "own_optimizers:half lacks .*: add it to a group, or set its requires_grad to False"),
         ("nothing", ValueError, "own_optimizers:nothing returns list: return a torch.optim.Optimizer"),
         ("broken", RuntimeError, "own_optimizers:broken: the code raised ValueError: Invalid learning rate"),
-        ("parts", ValueError, "own_optimizers:parts: its state_dict has the keys first, .* has state and param_groups"),
+        ("parts", ValueError, r"parts returns an optimizer that contains others: .*optimizers.Joined\(\[...\]\)"),
+        ("keys", ValueError, r"keys returns an optimizer that contains others: .*optimizers.Joined\(\[...\]\)"),
+        ("Keys", ValueError, r"own_optimizers:Keys is a class: give a function\(model, groups\)"),
         ("absent", ValueError, "own_optimizers has no absent"),
     ],
 )

@@ -437,8 +437,8 @@ def test_invalid_inputs_are_errors(files, pictures, tmp_path, capsys, monkeypatc
         (predict, [PHOTOS[0], "--model", mae], "has no classification head"),
         (predict, [PHOTOS[0], "--model", "vit-base-p16_mae-300e-pre_8xb128-coslr-100e_in1k"], "never released"),
         (predict, [PHOTOS[0], "--model", "vit_bse_patch16"], "did you mean vit_base_patch16"),
-        (reconstruct, [PHOTOS[0], "--model", encoder, *grid], "has no decoder and can't reconstruct"),
-        (reconstruct, [PHOTOS[0], "--model", classifier, *grid], "has no decoder and can't reconstruct"),
+        (reconstruct, [PHOTOS[0], "--model", encoder, *grid], "mae_visualize_vit_large"),
+        (reconstruct, [PHOTOS[0], "--model", classifier, *grid], "mae_visualize_vit_large"),
         (features, [pictures, "--model", mae, "--out", tmp_path / "f.csv"], "must end in .npz or .safetensors"),
         (
             features,
