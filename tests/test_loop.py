@@ -364,6 +364,9 @@ def test_terms_of_the_loss_are_logged_and_their_sum_is_trained():
     assert Meters(**meters.state_dict()) == meters
     for loss, terms in lines:
         assert terms == pytest.approx({"pixels": 0.75 * loss, "smoothness": 0.25 * loss})
+    # A term that an iteration lacks is 0 there: the sum of the means is the mean loss.
+    lacking = train(accum_iter=3, spoil=lambda step, loss: {"even" if step % 2 else "odd": loss})[3].means()
+    assert lacking["train_even"] + lacking["train_odd"] == pytest.approx(lacking["train_loss"])
     with pytest.raises(ValueError, match=r"term lr.* rename"):
         train(spoil=lambda step, loss: {"lr": loss})
 

@@ -102,7 +102,7 @@ def run_epoch(
             loader.seed_iteration(iteration)
             is_last = (iteration + 1) % accum_iter == 0
             parts = _forward_backward(compute_loss, batch, accum_iter, model, precision, is_last)
-            losses = {name: losses.get(name, 0) + part for name, part in parts.items()}
+            losses |= {name: losses.get(name, 0) + part for name, part in parts.items()}
             if not is_last:
                 continue
             request = saver.request()

@@ -29,7 +29,7 @@ class Meters:
         self.loss += loss
         self.lr += lr
         self.updates += 1
-        self.terms = {name: self.terms.get(name, 0.0) + value for name, value in (terms or {}).items()}
+        self.terms |= {name: self.terms.get(name, 0.0) + value for name, value in (terms or {}).items()}
 
     def means(self) -> dict[str, float | None]:
         """Returns the entries of an epoch in log.txt; None without updates."""
