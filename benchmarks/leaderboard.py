@@ -25,6 +25,7 @@ from benchmarks import machine, scripts
 from benchmarks.ablation import DATA, PRETRAIN
 from util.cli import entry_point
 from util.cli.advice import arguments
+from util.cli.flags import positive
 from util.evaluation.tables import markdown
 from util.files import atomic
 from util.training import run_log
@@ -111,6 +112,7 @@ def table() -> str:
 
 def main(args: argparse.Namespace) -> None:
     """Runs entries, and appends their rows."""
+    scripts.require_images(args.data_path)
     for name in args.entries:
         row = run(name, args)
         with ROWS.open("a") as file:
@@ -125,7 +127,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     """Returns the parser of the command."""
     parser = entry_point.parser("Pre-trains entries of the leaderboard for a fixed time, and evaluates them.")
     parser.add_argument("entries", nargs="+", choices=ENTRIES, metavar="ENTRY", help=", ".join(ENTRIES))
-    parser.add_argument("--minutes", default=5.0, type=float, metavar="M", help="wall time of the pre-training")
+    parser.add_argument("--minutes", default=5.0, type=positive, metavar="M", help="wall time of the pre-training")
     parser.add_argument("--seed", default=0, type=int, metavar="S", help="seed of pre-training and draws")
     parser.add_argument("--test", action="store_true", help="evaluate on the test images, once per entry")
     parser.add_argument("--data_path", default=DATA, type=Path, metavar="DIR", help="of demo/unpack_data.py")

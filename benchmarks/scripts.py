@@ -28,6 +28,14 @@ def run(*command: object, threads: int | None = None) -> None:
     subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, check=True)
 
 
+def require_images(folder: Path) -> None:
+    """Raises ValueError if a folder of --data_path has no training images."""
+    if not (ROOT / folder / "train").is_dir():
+        raise ValueError(
+            f"--data_path {folder} has no folder train: python demo/unpack_data.py writes the embedded images"
+        )
+
+
 def pretrain(folder: Path, out: Path, *flags: object) -> list[dict[str, Any]]:
     """Runs main_pretrain.py on a folder of images; returns the lines of its log.txt."""
     run("main_pretrain.py", "--data_path", folder, "--output_dir", out, "--vis_every", 0, "--fast_jpeg", *flags)

@@ -41,6 +41,7 @@ WAYS: dict[str, list[object]] = {
 
 def main(args: argparse.Namespace) -> None:
     """Prints images/s, and writes them as JSON."""
+    scripts.require_images(args.data_path)
     rates: dict[str, list[float]] = {name: [] for name in WAYS}
     for number in range(args.rounds):
         for name, command in WAYS.items():
@@ -56,7 +57,9 @@ def main(args: argparse.Namespace) -> None:
 def get_args_parser() -> argparse.ArgumentParser:
     """Returns the parser of the command."""
     parser = entry_point.parser("Images/s of the demo's small model in training.")
-    parser.add_argument("--data_path", default="demo/data/fashion_mnist", metavar="DIR", help="of demo/unpack_data.py")
+    parser.add_argument(
+        "--data_path", default="demo/data/fashion_mnist", type=Path, metavar="DIR", help="of demo/unpack_data.py"
+    )
     parser.add_argument("--rounds", default=3, type=int, metavar="N", help="runs of each way to train")
     parser.add_argument("--out", type=Path, metavar="DIR", help=machine.OUT_HELP)
     return parser
