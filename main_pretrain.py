@@ -40,6 +40,7 @@ from util.data.user_sets import OpenDataset, with_source
 from util.data.webdataset_shards import Shards
 from util.evaluation import pictures
 from util.lr_decay import param_groups_weight_decay
+from util.lr_sched import Schedule
 from util.settings import DataSpec, ImageSpec, RunSpec, specs
 from util.training import optimizers, run_log, trainer
 from util.training.loop import Callback
@@ -72,6 +73,7 @@ def main(
     source: OpenDataset | None = None,
     encoder: type[Encoder] | None = None,
     optimizer: optimizers.MakeOptimizer | None = None,
+    lr_schedule: Schedule | None = None,
 ) -> None:
     """Trains for `args.epochs` epochs. Writes checkpoints, log.txt and TensorBoard files.
 
@@ -82,9 +84,12 @@ def main(
         source: function(split, data_path) that returns a dataset, in place of --dataset py:MODULE:FUNCTION.
         encoder: class derived from `models_vit.Encoder`, in place of --encoder MODULE:CLASS.
         optimizer: function(model, groups) that returns an optimizer, in place of --optimizer MODULE:FUNCTION.
+        lr_schedule: function(progress) that returns the factor of the learning rate after the warm-up, in place of
+            --lr_schedule MODULE:FUNCTION.
     """
     args, encoder = with_own(with_source(args, source), "encoder", encoder)
     args, optimizer = with_own(args, "optimizer", optimizer)
+    args, lr_schedule = with_own(args, "lr_schedule", lr_schedule)
     model_class = chosen_class(args, model_class)
     args, precision = trainer.start(args, "main_pretrain")
     run_directory.prepare(Path(args.output_dir), args.resume)
@@ -128,6 +133,7 @@ def main(
         ),
         after_epoch=after_epoch,
         callbacks=callbacks,
+        lr_schedule=lr_schedule,
     )  # fmt: skip
     trainer.run(model, built, batches, precision, task, RunSpec.of(settings), settings)
 

@@ -376,7 +376,14 @@ def add_pretrain_options(parser: argparse.ArgumentParser) -> None:
         "random weights)",
     )  # fmt: skip
 
-    _group(parser, OPTIMIZATION).add_argument(
+    group = _group(parser, OPTIMIZATION)
+    schedule = group.add_argument(
+        "--lr_schedule", metavar="MODULE:FUNCTION",
+        help="your own decay: function(progress) returns the factor of the learning rate for the progress after the "
+        "warm-up, 0 to 1. Files record its name, and do not import it (default: a cosine)",
+    )  # fmt: skip
+    not_in_recipes(schedule)
+    group.add_argument(
         "--updates_per_epoch", type=positive_int, metavar="N",
         help="number of updates per epoch; the next epoch continues where this one ended, and the data are reshuffled "
         "after each pass (default: one pass)",
