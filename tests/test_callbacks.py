@@ -1,13 +1,11 @@
 """Callbacks between updates: when they run, and their state in checkpoints."""
 
-import re
 from collections import deque
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from mains import Stopped, assert_equal, in_processes, lines, parse, stop_after, weights
 from segments import make_scenes
 
@@ -15,6 +13,7 @@ import main_finetune
 import main_linprobe
 import main_pretrain
 import main_segment
+from examples import ema
 from util import dist
 from util.checkpoints import checkpoint
 from util.checkpoints.checkpoint import CheckpointError
@@ -78,27 +77,14 @@ def test_only_checkpoints_of_runs_with_callbacks_have_the_key(pretrain):
     assert "callbacks" not in checkpoint.read(pretrain(epochs=1) / "checkpoint-0.pth")
 
 
-def ema_script():
-    """The script of METHOD.md that averages the weights."""
-    (code,) = [code for code in codes_of_the_page() if "EMA" in code]
-    return code
-
-
-def codes_of_the_page():
-    return re.findall(r"```python\n(.*?)```", (ROOT / "METHOD.md").read_text(), flags=re.DOTALL)
-
-
 @pytest.mark.parametrize(("method", "calls"), [("save_epoch", 1), ("save", 2)])
-def test_the_documented_average_is_saved_and_resumed_exactly(pretrain, monkeypatch, method, calls):
-    code, names = ema_script(), {"__name__": "average"}
-    exec(code, names)
-    EMA = names["EMA"]
+def test_the_average_of_the_example_is_saved_and_resumed_exactly(pretrain, monkeypatch, method, calls):
     settings = {"epochs": 3, "accum_iter": 2, "save_minutes": 0, "save_every": 1}
-    uninterrupted = pretrain("a", callbacks=[EMA()], **settings)
+    uninterrupted = pretrain("a", callbacks=[ema.EMA()], **settings)
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         stop_after(patch, method, calls)
-        pretrain("b", callbacks=[EMA()], **settings)
-    resumed = pretrain("b", callbacks=[EMA()], resume="auto", **settings)
+        pretrain("b", callbacks=[ema.EMA()], **settings)
+    resumed = pretrain("b", callbacks=[ema.EMA()], resume="auto", **settings)
     (ours,), (theirs,) = (checkpoint.read(out / "checkpoint-2.pth")["callbacks"] for out in (uninterrupted, resumed))
     assert_equal(ours, theirs)
     assert ours["n_averaged"] == 9
@@ -121,15 +107,12 @@ def test_fsdp_with_callbacks_is_a_one_line_error(pretrain, monkeypatch):
         pretrain(callbacks=[History()])
 
 
-def test_the_documented_script_of_an_average_trains(pictures, tmp_path):
-    """The script of METHOD.md accepts flags of main_pretrain.py."""
-    (tmp_path / "average.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{ema_script()}")
-    in_processes(1, pictures, tmp_path / "run", "--batch_size", 4, "--epochs", 1, script=tmp_path / "average.py")
+def test_the_script_of_the_example_trains(pictures, tmp_path):
+    in_processes(1, pictures, tmp_path / "run", "--batch_size", 4, "--epochs", 1, script="examples/ema.py")
     state = checkpoint.read(tmp_path / "run/checkpoint-0.pth")
     names = {"n_averaged", *(f"module.{name}" for name in state["model"])}
     assert state["callbacks"][0].keys() == names
-    (code,) = [code for code in codes_of_the_page() if "average.pth" in code]
-    exec(code.replace("runs/average", str(tmp_path / "run")), {})
+    ema.write(tmp_path / "run/checkpoint-0.pth", tmp_path / "run/average.pth")
     encoder = loading.read(tmp_path / "run/average.pth")
     assert torch.equal(encoder.tensors["cls_token"], state["callbacks"][0]["module.cls_token"])
     assert not torch.equal(encoder.tensors["cls_token"], state["model"]["cls_token"])
