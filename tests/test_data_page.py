@@ -52,4 +52,4 @@ def test_images_and_tables_of_the_repository_train(tmp_path, monkeypatch):
 
 
 def test_an_extra_input_trains(tmp_path):
-    assert "checkpoint-1.pth" in run_section("DATA.md", "## An extra input", tmp_path)
+    assert "checkpoint-1.pth" in run_section("DATASETS.md", "## An extra input", tmp_path)

@@ -202,7 +202,7 @@ def test_a_comparison_of_a_dataset(samples, tmp_path):
 
 
 def test_the_page_runs_in_a_working_directory(tmp_path, classify, monkeypatch):
-    code = re.search(r"```python\n(.*?)```", (ROOT / "DATA.md").read_text(), re.DOTALL)[1]
+    code = re.search(r"```python\n(.*?)```", (ROOT / "DATASETS.md").read_text(), re.DOTALL)[1]
     (tmp_path / code.split()[1]).write_text(code)
     command = [sys.executable, "-m", "util.datasets", "--dataset", "py:blobs:open_dataset", "--num_workers", "1"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

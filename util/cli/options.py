@@ -119,7 +119,7 @@ def add_source_options(group: argparse._ActionsContainer, labels: bool = False) 
     group.add_argument(
         "--extras", nargs="+", metavar="NAME",
         help="columns of --train_list (CSV with a header, or keys of JSON) with numbers that are inputs of the model "
-        "besides the image, by name (DATA.md)",
+        "besides the image, by name (DATASETS.md)",
     )  # fmt: skip
     _add_download(group, "download a --dataset of torchvision to --data_path")
     _add_reading_options(group)
@@ -136,7 +136,7 @@ def add_dataset_option(group: argparse._ActionsContainer, also: str = "", place:
         "--dataset", metavar="NAME",
         help="dataset of a library: a class of torchvision, such as CIFAR10 or STL10:unlabeled, with its files in "
         f"{place}; hf:NAME_OR_FOLDER (Hugging Face); or py:MODULE:FUNCTION, your function(split, data_path) that "
-        f"returns a dataset (DATA.md){also}",
+        f"returns a dataset (DATASETS.md){also}",
     )  # fmt: skip
     not_in_recipes(dataset, runs_code)
 
@@ -167,7 +167,7 @@ def add_pair_options(parser: argparse.ArgumentParser) -> None:
     dataset = group.add_argument(
         "--dataset", metavar="NAME",
         help="VOCSegmentation: the dataset of torchvision, with its files in --data_path; or py:MODULE:FUNCTION, your "
-        "function(split, data_path) that returns a dataset of images and masks (DATA.md)",
+        "function(split, data_path) that returns a dataset of images and masks (DATASETS.md)",
     )  # fmt: skip
     not_in_recipes(dataset, runs_code)
     _add_download(group, "download --dataset to --data_path")
