@@ -55,8 +55,7 @@ EXAMPLES = 8  # reconstructions in TensorBoard
 def get_args_parser() -> argparse.ArgumentParser:
     """Returns the parser of the script, with the published defaults."""
     parser = entry_point.parser("Masked pre-training of a Vision Transformer (He et al. 2021).")
-    options.add_data_options(parser)
-    options.add_cache_options(parser)
+    options.add_data_options(parser, rereads=True)
     options.add_model_options(parser, models_mae.MODELS, default="mae_vit_large_patch16")
     options.add_pretrain_options(parser)
     options.add_optimizer_options(parser)
