@@ -45,9 +45,9 @@ from util.cli import entry_point, options
 from util.cli.advice import arguments, did_you_mean
 from util.cli.choices import CLASSIFICATION, DEFAULT_METRICS
 from util.cli.user_code import DATASET
-from util.data import labels as label_sets
 from util.data import targets
 from util.data.dataset_kinds import open_source
+from util.data.labels import some_of_each_class
 from util.data.sources import Source
 from util.data.user_sets import OpenDataset, with_source
 from util.evaluation import comparison, pixel_baselines
@@ -147,10 +147,7 @@ def _compare(args: Namespace, out: Path) -> str:
             label_columns=args.label_columns, extras=args.extras,
         )  # fmt: skip
 
-    if args.task == CLASSIFICATION:
-        train, val = label_sets.open_pair(open_split)
-    else:
-        train, val = targets.open_pair(open_split, args.task)
+    train, val = targets.open_pair(open_split, args.task)
     _require_comparable(args, encoders)
     sizes = [_size(text, train) for text in args.labels]
     if len({labels for labels, _ in sizes}) < len(sizes):
@@ -480,7 +477,7 @@ class Runs:
         settings = {name: value for name, value in images.record().items() if name in REBUILDS and name in flags}
 
         def compute(_: Path) -> dict[str, Any]:
-            few = label_sets.some_of_each_class(self.train, task.per_class, task.draw) if task.per_class else self.train
+            few = some_of_each_class(self.train, task.per_class, task.draw) if task.per_class else self.train
             train, val = (
                 (pixel_baselines.read(source, images, self.args.num_workers), source.labels)
                 for source in (few, self.val)
