@@ -156,8 +156,7 @@ def with_token_norm(file: Weights | None) -> Weights | None:
     if file is None or "fc_norm.weight" not in file.tensors:
         return file
     logger.info(f"{file.source} pools patch tokens: its norm after pooling normalizes the tokens of the head")
-    tensors = {name.replace("fc_norm.", "norm."): value for name, value in file.tensors.items()}
-    return file._replace(tensors=tensors)
+    return file._replace(tensors={name.replace("fc_norm.", "norm."): value for name, value in file.tensors.items()})
 
 
 def pair_settings(args: Namespace, file: Weights | None, recorded: Mapping[str, Any]) -> dict[str, Any]:

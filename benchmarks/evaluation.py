@@ -222,8 +222,7 @@ def measure_knn(task: str, args: argparse.Namespace, precision: Precision) -> di
         )  # fmt: skip
         return 2 * len(bank) * len(queries) * WIDTH / train_step.seconds(step, 1, precision.device)
 
-    fp32 = Precision("off", precision.device)
-    runs, peaks = train_step.take_turns({task: flops_per_second}, fp32, args.rounds)
+    runs, peaks = train_step.take_turns({task: flops_per_second}, Precision("off", precision.device), args.rounds)
     share = statistics.median(rate / peak for rate, peak in zip(runs[task], peaks, strict=True))
     peak = statistics.median(peaks)
     expected = 2 * IMAGENET["bank"] * IMAGENET["queries"] * WIDTH / (share * peak)

@@ -161,15 +161,6 @@ def differences(folder: Path) -> dict[str, float]:
     return {str(level): float(share) for level, share in enumerate(counts / counts.sum()) if share}
 
 
-def wait_for_data(folder: Path, out: Path) -> float:
-    """The data-loading share of the second epoch of main_pretrain.py. One core decodes faster than the ViT-S trains."""
-    epochs = scripts.pretrain(
-        folder, out, "--model", "mae_vit_small_patch16", "--amp", "bf16", "--device", "cpu", "--num_workers", 1,
-        "--batch_size", 32, "--epochs", 2, "--warmup_epochs", 1,
-    )  # fmt: skip
-    return epochs[1]["data_wait"]
-
-
 def main(args: argparse.Namespace) -> None:
     """Prints the tables and writes them as JSON."""
     if args.images < 2 * BATCH:
@@ -201,7 +192,12 @@ def main(args: argparse.Namespace) -> None:
             del batches
         stages = profile(folder, args.rounds)
         shares = differences(folder)
-        data_wait = wait_for_data(folder, Path(root, "run"))
+        # One core decodes faster than the ViT-S trains.
+        epochs = scripts.pretrain(
+            folder, Path(root, "run"), "--model", "mae_vit_small_patch16", "--amp", "bf16", "--device", "cpu",
+            "--num_workers", 1, "--batch_size", 32, "--epochs", 2, "--warmup_epochs", 1,
+        )  # fmt: skip
+        data_wait = epochs[1]["data_wait"]
     print(f"\nmain_pretrain.py: data loading takes {data_wait:.1%} of the second epoch")
     total = sum(stages.values())
     rows = [(stage, f"{value:.0f}", f"{value / total:.0%}") for stage, value in stages.items()]

@@ -189,8 +189,7 @@ class ModelMixin(PyTorchModelHubMixin):
             ValueError: `pool` is unknown.
             BadImage, OSError: as in `prepare`.
         """
-        x = self.prepare(images)
-        return self.compute_features(x, pool, **self._by_name(extras, images))
+        return self.compute_features(self.prepare(images), pool, **self._by_name(extras, images))
 
     def compute_features(self, x: Tensor, pool: str | None = None, **extras: Tensor) -> Tensor:
         """The features of normalized images (B, c, H, W) and their extra inputs (B, ...); as `extract_feat`."""
@@ -288,8 +287,7 @@ class Segmenter(ModelMixin, models_segment.Segmenter):
             picture = self.open(image)
             size = size_of(picture)
             pixels = self.normalize(transforms.to_tensor(fitted(picture, self.short_side)).to(device))
-        classes = predict_classes(self, pixels, size, self.window, batch_size, extras)
-        return classes.to(torch.uint8).cpu().numpy()
+        return predict_classes(self, pixels, size, self.window, batch_size, extras).to(torch.uint8).cpu().numpy()
 
 
 Model = Autoencoder | Classifier | Segmenter
@@ -313,8 +311,7 @@ def imagenet_classes() -> list[str]:
     """Returns the names of the classes of ImageNet-1K, by label."""
     from timm.data import ImageNetInfo  # takes more than a second
 
-    info = ImageNetInfo()
-    return [info.index_to_description(label) for label in range(1000)]
+    return [ImageNetInfo().index_to_description(label) for label in range(1000)]
 
 
 def _are_several(images: Any) -> bool:

@@ -193,8 +193,7 @@ def boxes_to_mask(boxes: Sequence[Box], size: tuple[int, int], scaled: Sequence[
         )  # fmt: skip
         if not mask[rows, columns].numel():
             # Margins that do not fill a patch are cropped; this rectangle is never in them.
-            inside = [max(1, side // 4) for side in (size[1], size[0], size[1], size[0])]
-            example = " ".join(map(str, inside))
+            example = " ".join(str(max(1, side // 4)) for side in (size[1], size[0], size[1], size[0]))
             raise ValueError(
                 f"{flag} touches no patch: {pixels}; give left, top, width and height of a rectangle in it, such as "
                 f"--mask_box {example}"

@@ -59,10 +59,6 @@ class Progress:
         self.meters: dict[str, Any] = {}  # state of `meters.Meters`
         self.best_accuracy = -math.inf  # best score of the epochs so far
 
-    def next_epoch(self) -> None:
-        """Moves to the start of the next epoch."""
-        self.epoch, self.first_iteration, self.meters = self.epoch + 1, 0, {}
-
     def position(self, epoch: int, iterations: int, meters: dict[str, Any]) -> dict[str, Any]:
         """Returns the entry `progress` of a checkpoint, which `restore` reads.
 

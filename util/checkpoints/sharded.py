@@ -180,7 +180,8 @@ def _sizes(state: dict[str, Any]) -> dict[str, torch.Size]:
     from util.checkpoints import shard_files
 
     try:
-        sizes = shard_files.read_sizes(state["folder"])
+        described: Any = shard_files.ShardReader(state["folder"]).read_metadata().state_dict_metadata
+        sizes = {name: tensor.size for name, tensor in described.items()}
         num_bytes = sum(file.stat().st_size for file in Path(state["folder"]).iterdir() if file.is_file())
         if sum(math.prod(size) for size in sizes.values()) > num_bytes:
             raise CheckpointError("its tensors are larger than its files")

@@ -123,8 +123,7 @@ def _write(
                     left = left[file.write(left) :]
                 if number % SAVE_EVERY == 0 or done == count:
                     os.fsync(file.fileno())
-                    note = {"settings": settings, "done": done, "shape": shape}
-                    atomic.write_text(folder / NOTE, json.dumps(note))
+                    atomic.write_text(folder / NOTE, json.dumps({"settings": settings, "done": done, "shape": shape}))
     # A shared mapping that may be written to: torch warns of others, and a private one would count as used memory.
     return np.memmap(rows, dtype, "r+", shape=(done, *shape)) if done else np.empty(0, dtype)
 

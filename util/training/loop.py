@@ -270,7 +270,9 @@ class PendingUpdates:
             if not self.options.guard.accepts(loss, grad_norm):
                 place = f"epoch {self.options.epoch}, batch {batch}"
                 what = f"{place}: loss {loss}, gradient norm {grad_norm}, lr {lr:.3g}"
-                self.options.guard.react(what, lambda: self._save_emergency(iterations))
+                self.options.guard.react(
+                    what, lambda: self.options.saver.save_emergency(self.options.epoch, iterations, self.drain())
+                )
         return shared_request
 
     def drain(self) -> dict[str, Any]:
@@ -290,6 +292,3 @@ class PendingUpdates:
         self.options.meters.add(loss, grad_norm, lr, losses)
         self.options.log.update(iterations, lr, loss, grad_norm, losses)
         return [grad_norm, loss, *shares]
-
-    def _save_emergency(self, iterations: int) -> str:
-        return self.options.saver.save_emergency(self.options.epoch, iterations, self.drain())

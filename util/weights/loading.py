@@ -235,8 +235,7 @@ def _require_one_head(file: Weights) -> None:
 
 def _require_cls_tokens(file: Weights, model: Any) -> None:
     """Other numbers of tokens are errors before positions are interpolated."""
-    others = model.state_dict().keys() - {"cls_token"}
-    _require(file, model, {"cls_token": file.tensors["cls_token"]}, others)
+    _require(file, model, {"cls_token": file.tensors["cls_token"]}, model.state_dict().keys() - {"cls_token"})
 
 
 def _adapt_input(file: Weights, weights: dict[str, Tensor], model: nn.Module, how: str) -> None:
@@ -260,8 +259,7 @@ def _adapt_input(file: Weights, weights: dict[str, Tensor], model: nn.Module, ho
         del weights[name], weights["patch_embed.proj.bias"]
         return
     source = theirs.mean(dim=1, keepdim=True) if how == "mean" else theirs
-    indices = torch.arange(shape[1]) % source.shape[1]
-    weights[name] = source[:, indices] * (theirs.shape[1] / shape[1])
+    weights[name] = source[:, torch.arange(shape[1]) % source.shape[1]] * (theirs.shape[1] / shape[1])
 
 
 def _reshaped(weights: dict[str, Tensor], ours: dict[str, Tensor]) -> set[str]:

@@ -57,8 +57,7 @@ class Weights(NamedTuple):
 
         A recorded image size that does not fit the table, as of a file that was fine-tuned at another size, is ignored.
         """
-        needed = {"pos_embed", shapes.PATCHES}
-        if self.settings.get("input_size") is None or not needed <= self.tensors.keys():
+        if self.settings.get("input_size") is None or not {"pos_embed", shapes.PATCHES} <= self.tensors.keys():
             return None
         height, width = to_pair(self.settings["input_size"])
         p, q = self.tensors[shapes.PATCHES].shape[2:]
