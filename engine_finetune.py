@@ -14,7 +14,7 @@ from util.cli import advice, entry_point
 from util.cli.choices import CLASSIFICATION, REGRESSION
 from util.cli.flags import runs_code
 from util.data import extras, labels, targets, transforms
-from util.data.batches import Batch
+from util.data.batches import Batch, to_device
 from util.data.run_data import RunData
 from util.data.sources import Source
 from util.evaluation import report
@@ -22,7 +22,7 @@ from util.evaluation.tasks import Classification, TargetEvaluation
 from util.settings import ImageSpec, ModelSpec
 from util.training import feature_files, loop
 from util.training.precision import Precision
-from util.weights import loading
+from util.weights import loading, reading
 from util.weights.loading import Weights
 from util.weights.model_zoo import CLASSIFIER
 
@@ -93,7 +93,7 @@ def evaluate_heads(
     for model in models:
         model.eval()
     for loaded in data_loader:
-        batch = Batch(*loop.to_device(loaded, precision.device))
+        batch = Batch(*to_device(loaded, precision.device))
         for model, own in zip(models, columns, strict=True):
             with precision.autocast():
                 outputs = model(normalize(batch.images), **batch.extras).float()
@@ -152,7 +152,7 @@ def with_recorded_settings(
     if file:
         _require_data(args, file)
         args = _with_settings_of(file, args, recorded, trains)
-    mean, std = loading.statistics(file, args.in_chans, args.mean, args.std)
+    mean, std = reading.statistics(file, args.in_chans, args.mean, args.std)
     crop_pct = getattr(args, "crop_pct", None) or transforms.default_crop_pct(args.input_size)
     num_cls_tokens = args.num_cls_tokens or (file.num_cls_tokens if file else 1)
     return entry_point.changed(args, {"mean": mean, "std": std, "crop_pct": crop_pct, "num_cls_tokens": num_cls_tokens})
@@ -182,7 +182,7 @@ def _with_settings_of(file: Weights, args: Namespace, recorded: Mapping[str, Any
         logger.info(f"settings of {file.source}: {' '.join(advice.arguments(changed))}")
     args = entry_point.changed(args, taken)
     if not trains and "crop_pct" in args and args.crop_pct is None:
-        args.crop_pct = loading.crop_pct_of_earlier_version(file, args.input_size)
+        args.crop_pct = reading.crop_pct_of_earlier_version(file, args.input_size)
     if recorded.get("layer_norm_eps"):  # of foreign models; there is no flag
         args.layer_norm_eps = recorded["layer_norm_eps"]
     return args

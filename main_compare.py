@@ -57,7 +57,7 @@ from util.evaluation.tasks import best_of
 from util.jobs.commands import Commands
 from util.settings import REBUILDS, DataSpec, ImageSpec, ModelSpec, names_where
 from util.training import run_log
-from util.weights import loading
+from util.weights import reading
 
 logger = logging.getLogger(__name__)
 
@@ -275,7 +275,7 @@ def _encoders(args: Namespace, folder: Path) -> list[Encoder]:
             continue
         name, file = name_and_file(text)
         path = timm_folder(file.removeprefix(TIMM), folder) if file.startswith(TIMM) else file
-        weights = loading.read(path)
+        weights = reading.read(path)
         recorded = models_build.classifier_settings(weights)
         if not recorded:
             raise ValueError(f"--encoders {text}: no model of this library has its shapes")
@@ -284,7 +284,7 @@ def _encoders(args: Namespace, folder: Path) -> list[Encoder]:
         if recorded.get("crop_pct") is None and args.crop_pct is None:
             is_explicit = "input_size" in entry_point.explicit(args)
             size = args.input_size if is_explicit else recorded.get("input_size", args.input_size)
-            recorded["crop_pct"] = loading.crop_pct_of_earlier_version(weights, size)
+            recorded["crop_pct"] = reading.crop_pct_of_earlier_version(weights, size)
         also = ("mean", "std", "num_cls_tokens")  # with --finetune, the scripts read them from the file
         known = {key: recorded[key] for key in names_where(lambda one: not one["of_task"], ModelSpec, ImageSpec)
                  if key in args and recorded.get(key) is not None}  # fmt: skip
@@ -323,7 +323,7 @@ def name_and_file(text: str) -> tuple[str, str]:
 
 
 def timm_folder(name: str, folder: Path) -> str:
-    """Saves a model of timm with its weights as a folder; returns the folder, which `loading.read` reads.
+    """Saves a model of timm with its weights as a folder; returns the folder, which `reading.read` reads.
 
     Raises:
         ValueError: timm does not have the model, or its weights can't be downloaded.

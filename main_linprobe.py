@@ -225,7 +225,7 @@ def open_batches(args: Namespace, data: RunData, train: Any, features: "Features
             f"lower --batch_size {args.batch_size}, or increase --epochs"
         )
     if args.cache_features:
-        return loader.FeatureBatches(*features.load("train"), args.batch_size, args.seed, args.accum_iter)
+        return feature_files.FeatureBatches(*features.load("train"), args.batch_size, args.seed, args.accum_iter)
     augment = transforms.keeps_label(transforms.probe_transform(args.input_size, args.crop))
     return data.train_batches(train, augment, args.batch_size, args.accum_iter)
 

@@ -39,7 +39,7 @@ from transformers import ViTConfig, ViTImageProcessor, ViTModel
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import models_vit
-from benchmarks import machine, peers, train_step
+from benchmarks import machine, model_table, peers, train_step
 from benchmarks.input_pipeline import write_photographs
 from engine_finetune import evaluate
 from inference import features, get_model
@@ -207,7 +207,7 @@ def compare(task: str, args: argparse.Namespace, precision: Precision) -> dict[s
         passes = implementations(task, args, Path(root), precision)
         runs, peaks = train_step.take_turns(passes, precision, args.rounds)
     title = f"{task}, {args.size}, batch {args.batch_size}"
-    return train_step.report(title, precision, runs, peaks, train_step.classifier_flops(args.size))
+    return train_step.report(title, precision, runs, peaks, model_table.classifier_flops(args.size))
 
 
 def measure_knn(task: str, args: argparse.Namespace, precision: Precision) -> dict[str, Any]:

@@ -6,11 +6,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from inference.classes import imagenet_classes
 from inference.model import get_model
 from util.data.decode import to_pillow
 from util.data.transforms import ImageTransform, Normalize, eval_transform
-from util.evaluation.robustness import NUM_CLASSES, synsets
+from util.evaluation.robustness import NUM_CLASSES, imagenet_classes, synsets
 
 logger = logging.getLogger(__name__)
 

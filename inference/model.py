@@ -10,7 +10,7 @@
 import logging
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 import models_build
 import models_mae
 import models_vit
-from inference.classes import Autoencoder, Classifier, Images, Model, Segmenter, with_encoder
+from inference.classes import Autoencoder, Classifier, Images, Model, ModelMixin, Segmenter
 from models_vit import Encoder
 from util.checkpoints.checkpoint import CheckpointError
 from util.cli import user_code
@@ -27,11 +27,13 @@ from util.cli.advice import did_you_mean
 from util.cli.choices import LINEAR
 from util.data import transforms
 from util.settings import REBUILDS, chosen
-from util.weights import loading, model_zoo
+from util.weights import loading, model_zoo, reading
 from util.weights.loading import Weights
 from util.weights.model_zoo import CLASSIFIER, FULL, SEGMENTER
 
 logger = logging.getLogger(__name__)
+
+Kind = TypeVar("Kind", bound=ModelMixin)
 
 ARCHITECTURES = {**models_mae.MODELS, **models_vit.MODELS}
 
@@ -138,6 +140,18 @@ def inference_model(
     return model.predict(image, topk)  # type: ignore[union-attr]
 
 
+def with_encoder(kind: type[Kind], encoder: type[models_vit.Encoder] | None) -> type[Kind]:
+    """Returns the class of a model with its preprocessing and a mix-in of `models_vit.Encoder`.
+
+    Raises:
+        ValueError: the class is no mix-in.
+    """
+    if encoder is None:
+        return kind
+    bases = (kind, models_build.combined(encoder, kind.network))
+    return type(kind.__name__, bases, {"encoder": encoder, "__module__": kind.__module__})
+
+
 def _class_of(architecture: str) -> type[Autoencoder] | type[Classifier]:
     return Autoencoder if architecture.startswith("mae_") else Classifier
 
@@ -180,7 +194,7 @@ def _load(file: Weights, architecture: str | None, settings: dict[str, Any], enc
         recorded = {name: value for name, value in recorded.items() if name not in ("classes", "label_names")}
     merged = merged_settings(architecture, settings, recorded)
     if merged.get("crop_pct") is None:
-        merged["crop_pct"] = loading.crop_pct_of_earlier_version(file, merged["input_size"])
+        merged["crop_pct"] = reading.crop_pct_of_earlier_version(file, merged["input_size"])
     segments = file.kind == SEGMENTER and not architecture.startswith("mae_")
     kind: Any = with_encoder(Segmenter if segments else _class_of(architecture), encoder)
     model: Model = kind(merged)

@@ -10,9 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import models_build
-from inference.classes import with_encoder
 from inference.graphs import library
-from inference.model import Autoencoder, Classifier, Model, Segmenter, is_uncropped, settings_of
+from inference.model import Autoencoder, Classifier, Model, Segmenter, is_uncropped, settings_of, with_encoder
 from util.data import transforms
 from util.settings import ModelSpec, names_where
 from util.weights import conversion, foreign_settings

@@ -408,7 +408,7 @@ def _require_same_epochs(saved: dict[str, Any], settings: dict[str, Any]) -> Non
 
 
 def _require_same_processes(state: dict[str, Any], settings: dict[str, Any]) -> None:
-    """Within an epoch of `loader.FeatureBatches`, the remaining images depend on the number of processes."""
+    """Within an epoch of `feature_files.FeatureBatches`, the remaining images depend on the number of processes."""
     saved, position = _args_of(state), state.get("progress") or {}
     if not (settings.get("cache_features") and position.get("images_done")):
         return

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from util import dist
-from util.data.batches import tensors_of
-from util.data.loader import FeatureBatches, TrainLoader
+from util.data.batches import tensors_of, to_device
+from util.data.loader import TrainLoader
 from util.interrupts import Interrupted
+from util.training.feature_files import FeatureBatches
 from util.training.meters import Meters, Stopwatch
 from util.training.nonfinite import NonFiniteGuard, NonFiniteLoss
 from util.training.precision import Precision
@@ -190,16 +191,6 @@ def _forward_backward(
     if is_last:
         dist.require_gradients(model)
     return {name: part.detach() for name, part in parts.items()}
-
-
-def to_device(batch: Any, device: torch.device) -> Any:
-    """Copies the tensors of a batch to the device: a tensor, or a dict, list or named tuple of batches."""
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, Mapping):
-        return {name: to_device(part, device) for name, part in batch.items()}
-    parts = [to_device(part, device) for part in batch]
-    return type(batch)(*parts) if hasattr(batch, "_fields") else parts
 
 
 @cache

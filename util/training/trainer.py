@@ -91,7 +91,7 @@ def run(
 
     Args:
         optimizer: its learning rate is set before every update. A group may have an `lr_scale`.
-        batches: a `loader.TrainLoader` or `loader.FeatureBatches`.
+        batches: a `loader.TrainLoader` or `feature_files.FeatureBatches`.
         record: all settings of the run, which checkpoints contain as `args`.
         is_locked: the caller has locked the run directory.
 
