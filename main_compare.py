@@ -87,10 +87,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     """Returns the parser of the script."""
     parser = entry_point.parser("Compares encoders on a dataset: protocols x numbers of labels x random subsets.")
     options.add_data_options(parser, labels=True)
-    options.add_validation_options(parser)
+    options.add(parser, "val_list", "crop_pct")
     options.add_model_options(parser, models_vit.MODELS, default="vit_base_patch16")
     options.add_comparison_options(parser, list(PROTOCOLS))
-    options.add_task_options(parser)
     options.add_metric_options(parser, selects="hyperparameters, and is compared")
     parser.set_defaults(protocols=[KNN, LINEAR, FINETUNE])
     return parser

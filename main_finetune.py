@@ -67,17 +67,18 @@ def get_args_parser() -> argparse.ArgumentParser:
     """Returns the parser of the script, with the published defaults."""
     parser = entry_point.parser("Fine-tuning of a Vision Transformer to a classifier (He et al. 2021, appendix A.1).")
     options.add_data_options(parser, labels=True, rereads=True)
-    options.add_task_options(parser)
     options.add_model_options(parser, models_vit.MODELS, default="vit_large_patch16")
     options.add_supervised_options(parser, global_pool=True)
     options.add_optimizer_options(parser)
-    options.add_finetune_options(parser)
-    options.add_evaluation_options(parser)
+    options.add(
+        parser, "drop_path", "grad_checkpointing", "layer_decay", "unfreeze_blocks", "smoothing", *options.CROP_FLAGS,
+        "aa", "color_jitter", "reprob", "remode", "recount", "resplit", "mixup", "cutmix", "cutmix_minmax",
+        "mixup_prob", "mixup_switch_prob", "mixup_mode", *options.EVALUATION_FLAGS,
+    )  # fmt: skip
     options.add_metric_options(parser, selects="checkpoint-best.pth")
-    options.add_loss_options(parser)
-    options.add_run_options(parser)
+    options.add(parser, "class_weight", "regression_loss", *options.RUN_FLAGS)
     options.add_distributed_options(parser)
-    parser.set_defaults(epochs=50, min_lr=1e-6, warmup_epochs=5, save_every=1)
+    parser.set_defaults(epochs=50, min_lr=1e-6, warmup_epochs=5, save_every=1, drop_path=0.1, crop_scale=[0.08, 1.0])
     return parser
 
 

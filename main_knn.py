@@ -43,12 +43,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     """Returns the parser of the script."""
     parser = entry_point.parser("Weighted k-nearest-neighbor classification on frozen features (Wu et al. 2018).")
     options.add_data_options(parser, labels=True)
-    options.add_task_options(parser)
     options.add_model_options(parser, models_vit.MODELS, default="vit_large_patch16")
     options.add_supervised_options(parser, global_pool=False)
-    options.add_knn_options(parser)
+    options.add(parser, "k", "temperature")
     options.add_metric_options(parser, selects="the best of several --temperature")
-    options.add_compute_options(parser)
+    options.add(parser, "config", *options.COMPUTE_FLAGS)
+    options.add_to(options.group_of(parser, "data"), "batch_size", default=256)
     options.add_distributed_options(parser)
     return parser
 

@@ -74,15 +74,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     """Returns the parser of the script, with the published defaults."""
     parser = entry_point.parser("Linear or attentive probing of a Vision Transformer (He et al. 2021, appendix A.1).")
     options.add_data_options(parser, labels=True, rereads=True)
-    options.add_task_options(parser)
     options.add_model_options(parser, models_vit.MODELS, default="vit_large_patch16")
     options.add_supervised_options(parser, global_pool=False)
     options.add_optimizer_options(parser, several_blr=True)
-    options.add_evaluation_options(parser)
-    options.add_probe_options(parser)
+    options.add(parser, *options.EVALUATION_FLAGS, "probe", "num_queries", "cache_features", "held_out")
     options.add_metric_options(parser, selects="checkpoint-best.pth, and the best of several --blr")
-    options.add_loss_options(parser)
-    options.add_run_options(parser)
+    options.add(parser, "class_weight", "regression_loss", *options.RUN_FLAGS)
     options.add_distributed_options(parser)
     parser.set_defaults(batch_size=512, epochs=90, weight_decay=0.0, warmup_epochs=10, save_every=1)
     return parser

@@ -57,9 +57,13 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = entry_point.parser("Masked pre-training of a Vision Transformer (He et al. 2021).")
     options.add_data_options(parser, rereads=True)
     options.add_model_options(parser, models_mae.MODELS, default="mae_vit_large_patch16")
-    options.add_pretrain_options(parser)
+    options.add(
+        parser, "num_images", "repeated_sampling", "min_valid", *options.CROP_FLAGS, "mask_ratio", "masking",
+        "mask_block", "learned_pos_embed", "drop_path", "decoder_depth", "norm_pix_loss", "model_class", "model_args",
+        "init_from", "grad_checkpointing", "updates_per_epoch", "vis_every", "probe_every", "probe_path", "fsdp",
+    )  # fmt: skip
     options.add_optimizer_options(parser)
-    options.add_run_options(parser)
+    options.add(parser, *options.RUN_FLAGS)
     options.add_distributed_options(parser)
     return parser
 

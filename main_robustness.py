@@ -25,7 +25,6 @@ from inference.imagenet import TIMM, RestrictedClassifier, load
 from util import dist
 from util.checkpoints import checkpoint
 from util.cli import entry_point, flags, options
-from util.cli.inference_options import add_extraction_options, add_inference_options, chosen_settings
 from util.data import loader, transforms
 from util.data.samples import Samples
 from util.evaluation import robustness, robustness_report
@@ -71,8 +70,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--output_dir", default="runs/robustness", metavar="DIR",
         help="folder of scores, table (.md, .csv) and picture; existing scores are reused",
     )  # fmt: skip
-    add_inference_options(parser, images=False, also=f"; or {TIMM}NAME, a model of timm")
-    add_extraction_options(parser)
+    options.add_inference_options(parser, images=False, also=f"; or {TIMM}NAME, a model of timm")
+    options.add_extraction_options(parser)
     options.add_distributed_options(parser)
     return parser
 
@@ -93,7 +92,7 @@ def _evaluate(args: Namespace, device: torch.device) -> str:
     precision = Precision(args.amp, device)
     suite = robustness.find(args.suite, Path(args.data_path).expanduser())
     crop_pct = args.crop_pct or (1.0 if args.suite == "imagenet-c" else None)
-    classifier = load(args.model, crop_pct, device, **chosen_settings(args, reads=False))
+    classifier = load(args.model, crop_pct, device, **options.chosen_settings(args, reads=False))
     warn_of_changes(args.model, args, {"crop_pct", "exif"}, classifier.recorded)
     exif = classifier.recorded.get("exif") if args.exif is None else args.exif
     model = RestrictedClassifier(classifier.model, suite.columns).to(device)

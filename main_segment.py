@@ -32,7 +32,6 @@ from models_vit import Encoder
 from util.checkpoints import run_directory
 from util.cli import entry_point, options
 from util.cli.own_classes import with_own
-from util.cli.segmentation_options import add_pair_options, add_segmentation_options
 from util.data import extras
 from util.data.joint_transforms import EvalTransform, TrainTransform
 from util.data.run_data import RunData
@@ -56,12 +55,11 @@ logger = logging.getLogger(__name__)
 def get_args_parser() -> argparse.ArgumentParser:
     """Returns the parser of the script."""
     parser = entry_point.parser("Semantic segmentation with the encoder of a masked autoencoder.")
-    add_pair_options(parser)
+    options.add_pair_options(parser)
     options.add_model_options(parser, models_vit.MODELS, default="vit_large_patch16")
     options.add_optimizer_options(parser, lr=2e-4)
-    add_segmentation_options(parser)
-    options.add_evaluation_options(parser)
-    options.add_run_options(parser)
+    options.add_segmentation_options(parser)
+    options.add(parser, *options.EVALUATION_FLAGS, *options.RUN_FLAGS)
     options.add_distributed_options(parser)
     parser.set_defaults(batch_size=16, epochs=60, warmup_epochs=0, weight_decay=0.01, save_every=1)
     return parser

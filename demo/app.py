@@ -26,9 +26,8 @@ except ImportError:
 from demo import outputs
 from inference.model import Autoencoder, Classifier, Model, Segmenter, get_model
 from util import dist
-from util.cli import entry_point, flags
+from util.cli import entry_point, flags, options
 from util.cli.choices import REGRESSION
-from util.cli.inference_options import add_inference_options, chosen_settings
 from util.data.decode import SUFFIXES
 from util.masking import num_visible
 
@@ -84,7 +83,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = entry_point.parser(
         "Serves a web page for a trained model: reconstructions, attention maps, features and classes."
     )
-    add_inference_options(parser, images=False, example="mae_visualize_vit_large")
+    options.add_inference_options(parser, images=False, example="mae_visualize_vit_large")
     parser.add_argument("--classifier", metavar="FILE", help="classifier for the classes, given like --model")
     parser.add_argument(
         "--host", default="127.0.0.1", metavar="ADDRESS", help="network address; 0.0.0.0 accepts all hosts"
@@ -103,7 +102,7 @@ def main(args: argparse.Namespace) -> None:
     if args.samples and not args.samples.is_dir():
         raise ValueError(f"--samples: there is no folder {args.samples}")
     device = dist.choose_device(args.device)
-    chosen = {"pretrained": True, "device": device, **chosen_settings(args)}
+    chosen = {"pretrained": True, "device": device, **options.chosen_settings(args)}
     model = get_model(args.model, **chosen)
     classifier = get_model(args.classifier, **chosen) if args.classifier else None
     page = build(model, classifier, args.samples)

@@ -27,8 +27,7 @@ from demo.segmentation import ARCHIVE, SIDE, make_pictures, make_textures
 from inference.export import encoder_of
 from inference.model import ARCHITECTURES, Autoencoder, Model, get_model
 from util import dist
-from util.cli import entry_point, flags
-from util.cli.inference_options import add_inference_options
+from util.cli import entry_point, flags, options
 
 CELLS, GARMENTS = 3, 3  # cells along a side of a picture; garments in a picture
 BATCH = 2  # pictures of an update
@@ -116,7 +115,7 @@ def describe(names: list[str], objects: dict[str, Tensor], index: int) -> str:
 def get_args_parser() -> ArgumentParser:
     """The flags of the command."""
     parser = entry_point.parser("Trains a detector with the encoder of a model on generated pictures.")
-    add_inference_options(parser, images=False, also=", or vit_tiny_patch16 and others with random weights")
+    options.add_inference_options(parser, images=False, also=", or vit_tiny_patch16 and others with random weights")
     parser.add_argument("--updates", default=10, type=flags.positive_int, metavar="N", help="number of updates")
     return parser
 

@@ -25,8 +25,7 @@ from tqdm import tqdm
 from demo.unpack_data import ARCHIVE
 from inference.model import get_model
 from util.checkpoints import checkpoint
-from util.cli import entry_point, flags
-from util.cli.inference_options import add_inference_options
+from util.cli import entry_point, flags, options
 from util.data.segmentation_masks import default_colors, read_palette
 from util.evaluation.tables import markdown, save
 from util.files import atomic
@@ -121,7 +120,7 @@ def draw(files: dict[str, Path], data: Path, path: Path) -> None:
 def get_args_parser() -> ArgumentParser:
     """The flags of the command."""
     parser = entry_point.parser("Compares encoders by the segmentation of garments on textures.")
-    add_inference_options(parser, images=False, example="mae_pretrain_vit_base")
+    options.add_inference_options(parser, images=False, example="mae_pretrain_vit_base")
     for flag, default, text in (
         ("--pictures", 2000, "number of training pictures"),
         ("--seeds", 3, "number of runs of each encoder, with the seeds 0, 1, ..."),

@@ -36,9 +36,8 @@ from inference.state_dicts import (
     write_timm,
     write_transformers,
 )
-from util.cli import entry_point
+from util.cli import entry_point, options
 from util.cli.choices import CLASSIFICATION
-from util.cli.inference_options import add_inference_options, chosen_settings
 from util.files import atomic
 from util.settings import names_where
 from util.training.run_log import start_logging
@@ -57,7 +56,7 @@ WITHOUT_OTHER_HEADS = ("mmpretrain", "timm", "transformers")
 def get_args_parser() -> argparse.ArgumentParser:
     """Returns the parser of the command."""
     parser = entry_point.parser("Exports a model to other libraries.")
-    add_inference_options(parser, images=False)
+    options.add_inference_options(parser, images=False)
     parser.add_argument(
         "--to", required=True, choices=sorted(WRITERS), metavar="FORMAT", help=", ".join(sorted(WRITERS))
     )
@@ -76,7 +75,7 @@ def main(args: argparse.Namespace) -> None:
     """Exports the model."""
     start_logging()
     check_suffix(args.to, args.out)
-    model = get_model(args.model, pretrained=True, **chosen_settings(args))
+    model = get_model(args.model, pretrained=True, **options.chosen_settings(args))
     if args.encoder_only:
         model = encoder_of(model)
     export(model, args.to, args.out)

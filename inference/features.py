@@ -27,7 +27,6 @@ from inference.model import Model, get_model
 from util import dist
 from util.checkpoints import checkpoint
 from util.cli import entry_point, flags, options
-from util.cli.inference_options import add_extraction_options, add_inference_options, chosen_settings
 from util.data import extras, loader, transforms
 from util.data.batches import Batch
 from util.data.dataset_kinds import open_source
@@ -55,7 +54,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="folder of images, flat or nested, or a tar or zip file of such a folder",
     )  # fmt: skip
     options.add_dataset_option(parser, place="FOLDER")
-    add_inference_options(parser, images=False, example="mae_pretrain_vit_base")
+    options.add_inference_options(parser, images=False, example="mae_pretrain_vit_base")
     parser.add_argument(
         "--out",
         type=flags.new_file(".npz", ".safetensors"),
@@ -68,10 +67,10 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--pool", choices=("cls", "avg", "tokens"),
         help="cls: class token; avg: mean of the patch tokens; tokens: all tokens (default: the input of the head)",
     )  # fmt: skip
-    add_extraction_options(parser)
-    options.add(parser, "nodata", "value_range")
+    options.add_extraction_options(parser)
+    options.add_to(parser, "nodata", "value_range")
     text = "if an image can't be read: abort, or leave it out, up to 10 %% of the images; it first reads all images"
-    options.add(parser, "on_bad_image", help=text)
+    options.add_to(parser, "on_bad_image", help=text)
     return parser
 
 
@@ -79,7 +78,7 @@ def main(args: argparse.Namespace) -> None:
     """Computes the features and writes the file."""
     start_logging()
     device = dist.choose_device(args.device)
-    model = get_model(args.model, pretrained=True, device=device, **chosen_settings(args))
+    model = get_model(args.model, pretrained=True, device=device, **options.chosen_settings(args))
     precision = Precision(args.amp, device)
     source = open_source(args.split, args.data_path, dataset=args.dataset)
     if isinstance(source, Shards):

@@ -13,8 +13,7 @@ import numpy as np
 
 from inference.model import get_model, picture_of
 from util import dist
-from util.cli import entry_point, flags
-from util.cli.inference_options import add_inference_options, chosen_settings
+from util.cli import entry_point, flags, options
 from util.evaluation import tables
 from util.files.untrusted import escape_dollars, printable
 
@@ -34,7 +33,7 @@ FORMATS = (
 def get_args_parser() -> argparse.ArgumentParser:
     """Returns the parser of the command."""
     parser = entry_point.parser("Classifies photographs and prints the most likely classes.")
-    add_inference_options(parser)
+    options.add_inference_options(parser)
     parser.add_argument("--topk", default=5, type=flags.positive_int, metavar="K", help="number of classes per image")
     parser.add_argument("--json", action="store_true", help="print one JSON object per image instead of a table")
     parser.add_argument(
@@ -49,7 +48,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Prints and returns the predictions for each image."""
     model = get_model(
-        args.model, pretrained=True, device=dist.choose_device(args.device), **chosen_settings(args),
+        args.model, pretrained=True, device=dist.choose_device(args.device), **options.chosen_settings(args),
     )  # fmt: skip
     predictions = []
     for path in args.images:  # one at a time, so that results are printed before an unreadable image ends the command

@@ -17,8 +17,7 @@ from inference.classes import Autoencoder, ImageLike, Model
 from inference.model import get_model
 from models_mae import Reconstruction
 from util import dist, masking
-from util.cli import entry_point, flags
-from util.cli.inference_options import add_inference_options, chosen_settings
+from util.cli import entry_point, flags, options
 from util.data.decode import BadImage, Picture, size_of
 from util.data.transforms import NO_CROP, to_tensor
 from util.evaluation import pictures
@@ -37,7 +36,7 @@ Box = tuple[int, int, int, int]  # left, top, width, height, in pixels of the im
 def get_args_parser() -> argparse.ArgumentParser:
     """Returns the parser of the command."""
     parser = entry_point.parser("Masks patches of photographs of any shape and reconstructs them.")
-    add_inference_options(parser, example="mae_visualize_vit_large")
+    options.add_inference_options(parser, example="mae_visualize_vit_large")
     parser.add_argument(
         "--out",
         type=flags.new_file(*SUFFIXES),
@@ -69,7 +68,7 @@ def main(args: argparse.Namespace) -> list[Reconstruction]:
     """Writes the picture, prints the PSNR of the masked pixels, and returns the reconstructions."""
     start_logging()
     model = get_model(
-        args.model, pretrained=True, device=dist.choose_device(args.device), **chosen_settings(args),
+        args.model, pretrained=True, device=dist.choose_device(args.device), **options.chosen_settings(args),
     )  # fmt: skip
     if not isinstance(model, Autoencoder):
         raise ValueError(

@@ -14,8 +14,7 @@ from PIL import Image
 from inference.model import Segmenter, get_model, picture_of
 from inference.predict import FORMATS
 from util import dist
-from util.cli import entry_point, flags
-from util.cli.inference_options import add_inference_options, chosen_settings
+from util.cli import entry_point, flags, options
 from util.evaluation import tables
 from util.evaluation.segmentation import class_title
 from util.files import atomic
@@ -27,7 +26,7 @@ MAX_LEGEND, MAX_NAME = 16, 20  # classes in a legend; characters of a name
 def get_args_parser() -> argparse.ArgumentParser:
     """Returns the parser of the command."""
     parser = entry_point.parser("Predicts the class of each pixel of photographs.")
-    add_inference_options(parser, example="", also=" of main_segment.py")
+    options.add_inference_options(parser, example="", also=" of main_segment.py")
     parser.add_argument(
         "--out",
         type=flags.new_file(*FORMATS),
@@ -52,7 +51,7 @@ def main(args: argparse.Namespace) -> list[np.ndarray]:
     Raises:
         ValueError: the model has no segmentation head, or two images have the same name with `--masks`.
     """
-    model = get_model(args.model, device=dist.choose_device(args.device), **chosen_settings(args))
+    model = get_model(args.model, device=dist.choose_device(args.device), **options.chosen_settings(args))
     if not isinstance(model, Segmenter):
         raise ValueError(
             f"--model {args.model} has no segmentation head: train one with main_segment.py, and give its checkpoint"

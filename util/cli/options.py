@@ -8,13 +8,10 @@ from collections.abc import Collection
 from typing import Any
 
 from util.cli.choices import METRIC_CHOICES
-from util.cli.flag_table import FLAGS
-from util.cli.flags import add_switch, not_in_recipes, positive, runs_code
+from util.cli.flag_table import AUGMENTATION, DATA, DISTRIBUTED, EVALUATION, FLAGS, MODEL, OPTIMIZATION, RUN
+from util.cli.flags import add_switch, count_or_all, not_in_recipes, positive, runs_code
+from util.cli.user_code import import_object
 
-DATA, AUGMENTATION, MODEL, OPTIMIZATION, EVALUATION, RUN = (
-    "data", "augmentation", "model", "optimization", "evaluation", "run"
-)  # fmt: skip
-DISTRIBUTED = "distributed (start with torchrun, srun or submitit_*.py)"
 GROUPS = (DATA, AUGMENTATION, MODEL, OPTIMIZATION, EVALUATION, RUN, DISTRIBUTED)
 # The flags that name code, a command or an address, and the values that a recipe must not set.
 REFUSED = {
@@ -23,7 +20,13 @@ REFUSED = {
         ("download", "encoder", "model_class", "optimizer", "dist_backend", "dist_url"), lambda value: True
     ),
 }
-FLIPS = ("crop_ratio", "hflip", "vflip", "rotate90")
+CROP_FLAGS = ("crop_scale", "crop_ratio", "hflip", "vflip", "rotate90")
+EVALUATION_FLAGS = ("eval", "eval_every", "report", "dist_eval")
+COMPUTE_FLAGS = ("seed", "device", "debug", "amp")
+RUN_FLAGS = (
+    "config", "output_dir", "log_dir", "resume", "start_epoch", "save_every", "keep_last", "save_minutes",
+    *COMPUTE_FLAGS, "compile",
+)  # fmt: skip
 
 
 def group_of(parser: argparse.ArgumentParser, title: str) -> argparse._ArgumentGroup:
@@ -34,14 +37,20 @@ def group_of(parser: argparse.ArgumentParser, title: str) -> argparse._ArgumentG
     return next(group for group in parser._action_groups if group.title == title)
 
 
-def add(group: argparse._ActionsContainer, *names: str, **changes: Any) -> None:
-    """Adds rows of the table of flags to a parser or a group of it.
+def add(parser: argparse.ArgumentParser, *names: str, **changes: Any) -> None:
+    """Adds rows of the table of flags to their groups, as `add_to` does."""
+    for name in names:
+        add_to(group_of(parser, FLAGS[name]["group"]), name, **changes)
+
+
+def add_to(group: argparse._ActionsContainer, *names: str, **changes: Any) -> None:
+    """Adds rows of the table of flags to a group, or to a parser without groups.
 
     Args:
         changes: arguments of `add_argument` that replace those of the rows.
     """
     for name in names:
-        row = {**FLAGS[name], **changes}
+        row = {key: value for key, value in (FLAGS[name] | changes).items() if key != "group"}
         if "switch" in row:
             add_switch(group, name, row["switch"], row["help"])
             continue
@@ -54,35 +63,35 @@ def add_data_options(parser: argparse.ArgumentParser, labels: bool = False, rere
     """Adds the flags of the dataset and the image size.
 
     Args:
-        labels: the images need labels.
+        labels: the images need labels, whose meaning is a flag.
         rereads: the script reads each image several times.
     """
     group = group_of(parser, DATA)
     layout = "folder of images, flat or nested; if it contains train/, only train/ is read"
     if labels:
         layout = "folder with train/CLASS/IMAGE and val/CLASS/IMAGE"
-    add(group, "data_path", help=f"{layout}; or a tar or zip file of such a folder")
+    add_to(group, "data_path", help=f"{layout}; or a tar or zip file of such a folder")
     add_source_options(group, labels)
     add_input_options(group, "image size")
-    add(group, "crop", "fast_jpeg", *["cache_images"] * rereads)
+    add_to(group, "crop", "fast_jpeg", *["cache_images"] * rereads, *["task", "label_columns"] * labels)
 
 
 def add_input_options(group: argparse._ArgumentGroup, what: str) -> None:
     """Adds the flags of the input of the model; `what` is the meaning of its size."""
-    add(group, "input_size", help=f"{what} in pixels: one number for squares, or height and width")
-    add(group, "mean", "std")
+    add_to(group, "input_size", help=f"{what} in pixels: one number for squares, or height and width")
+    add_to(group, "mean", "std")
     add_exif(group, "not applied")
-    add(group, "nodata", "value_range", "pin_mem")
+    add_to(group, "nodata", "value_range", "pin_mem")
 
 
 def add_source_options(group: argparse._ActionsContainer, labels: bool = False) -> None:
     """Adds the flags of data sources other than --data_path, of channels, and of worker processes."""
     entry = "a path and a label for each image" if labels else "a path for each image, optionally with a label"
-    add(group, "train_list", help=f"text, CSV or JSON file with {entry}; or a JSON file of COCO or iNaturalist")
+    add_to(group, "train_list", help=f"text, CSV or JSON file with {entry}; or a JSON file of COCO or iNaturalist")
     add_dataset_option(group, "; or wds:SHARDS (WebDataset), such as wds:s/{000..127}.tar" * (not labels))
-    add(group, "extras")
-    add(group, "download", help="download a --dataset of torchvision to --data_path")
-    add(group, "in_chans", "num_workers")
+    add_to(group, "extras")
+    add_to(group, "download", help="download a --dataset of torchvision to --data_path")
+    add_to(group, "in_chans", "num_workers")
 
 
 def add_dataset_option(group: argparse._ActionsContainer, also: str = "", place: str = "--data_path") -> None:
@@ -97,7 +106,7 @@ def add_dataset_option(group: argparse._ActionsContainer, also: str = "", place:
         f"hf:NAME_OR_FOLDER (Hugging Face); or py:MODULE:FUNCTION, your function(split, data_path) that returns a "
         f"dataset (DATA.md){also}"
     )
-    add(group, "dataset", help=text)
+    add_to(group, "dataset", help=text)
 
 
 def add_exif(group: argparse._ActionsContainer, default: str) -> None:
@@ -106,41 +115,22 @@ def add_exif(group: argparse._ActionsContainer, default: str) -> None:
         "apply the orientation that cameras record in the EXIF data of photographs; the checkpoint records it "
         f"(default: the choice of the model's run, else {default})"
     )
-    add(group, "exif", help=text)
-    add(group, "no_exif")
+    add_to(group, "exif", help=text)
+    add_to(group, "no_exif")
 
 
 def add_model_options(parser: argparse.ArgumentParser, models: Collection[str], default: str) -> None:
     """Adds the flags of the architecture."""
     group = group_of(parser, MODEL)
     group.add_argument("--model", default=default, choices=models, metavar="NAME", help=f"one of {', '.join(models)}")
-    add(group, "patch_size", "qk_norm", "num_cls_tokens", "encoder", "encoder_args")
-
-
-def add_pretrain_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of masked pre-training."""
-    add(group_of(parser, DATA), "num_images", "repeated_sampling", "min_valid")
-    add(group_of(parser, AUGMENTATION), "crop_scale", *FLIPS)
-    add(
-        group_of(parser, MODEL), "mask_ratio", "masking", "mask_block", "learned_pos_embed", "drop_path",
-        "decoder_depth", "norm_pix_loss", "model_class", "model_args", "init_from", "grad_checkpointing",
-    )  # fmt: skip
-    add(group_of(parser, OPTIMIZATION), "updates_per_epoch")
-    add(group_of(parser, EVALUATION), "vis_every", "probe_every", "probe_path")
-    add(group_of(parser, DISTRIBUTED), "fsdp")
-
-
-def add_validation_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of the validation set."""
-    add(group_of(parser, DATA), "val_list", "crop_pct")
+    add_to(group, "patch_size", "qk_norm", "num_cls_tokens", "encoder", "encoder_args")
 
 
 def add_supervised_options(parser: argparse.ArgumentParser, global_pool: bool) -> None:
     """Adds the flags of the pre-trained encoder, the classes, and the validation set."""
-    add_validation_options(parser)
-    add(group_of(parser, DATA), "val_fraction", "nb_classes", "train_per_class")
+    add(parser, "val_list", "crop_pct", "val_fraction", "nb_classes", "train_per_class")
     group = group_of(parser, MODEL)
-    add(group, "finetune", "adapt_input")
+    add_to(group, "finetune", "adapt_input")
     on, off = (" (default)", "") if global_pool else ("", " (default)")
     group.add_argument(
         "--global_pool", action="store_true", default=global_pool, help="classify the mean of the patch tokens" + on
@@ -160,50 +150,21 @@ def add_optimizer_options(parser: argparse.ArgumentParser, several_blr: bool = F
             polynomial decay.
     """
     group = group_of(parser, OPTIMIZATION)
-    add(group, "batch_size", default=64)
-    add(group, "accum_iter", "epochs", "warmup_epochs")
+    add_to(group, "batch_size", "accum_iter", "epochs", "warmup_epochs")
     decay = ", then a cosine (default: computed from --blr)" * (lr is None)
-    add(group, "lr", default=lr, help=f"learning rate after the warm-up{decay}")
+    add_to(group, "lr", default=lr, help=f"learning rate after the warm-up{decay}")
     if lr is not None:
-        add(group, "poly_power")
+        add_to(group, "poly_power")
     elif several_blr:
         text = f"{FLAGS['blr']['help']}. Several values train one head each"
-        add(group, "blr", default=[0.1], type=positive, nargs="+", help=text)
+        add_to(group, "blr", default=[0.1], type=positive, nargs="+", help=text)
     else:
-        add(group, "blr")
+        add_to(group, "blr")
     if not several_blr:
-        add(group, "optimizer")
-    add(group, "min_lr", "weight_decay", "clip_grad", "on_nonfinite")
+        add_to(group, "optimizer")
+    add_to(group, "min_lr", "weight_decay", "clip_grad", "on_nonfinite")
     text = "if an image can't be read: abort, or use another image instead, for up to 10 %% of an epoch"
-    add(group_of(parser, DATA), "on_bad_image", help=text)
-
-
-def add_finetune_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of fine-tuning: regularization, augmentation, trained layers."""
-    add(group_of(parser, MODEL), "drop_path", default=0.1)
-    add(group_of(parser, MODEL), "grad_checkpointing")
-    add(group_of(parser, OPTIMIZATION), "layer_decay", "unfreeze_blocks", "smoothing")
-    group = group_of(parser, AUGMENTATION)
-    add(group, "crop_scale", default=[0.08, 1.0])
-    add(
-        group, *FLIPS, "aa", "color_jitter", "reprob", "remode", "recount", "resplit", "mixup", "cutmix",
-        "cutmix_minmax", "mixup_prob", "mixup_switch_prob", "mixup_mode",
-    )  # fmt: skip
-
-
-def add_loss_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of the weights of classes in the loss, and of the loss of --task regression."""
-    add(group_of(parser, OPTIMIZATION), "class_weight", "regression_loss")
-
-
-def add_evaluation_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of evaluating a classifier."""
-    add(group_of(parser, EVALUATION), "eval", "eval_every", "report", "dist_eval")
-
-
-def add_task_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of the meaning of labels."""
-    add(group_of(parser, DATA), "task", "label_columns")
+    add(parser, "on_bad_image", help=text)
 
 
 def add_metric_options(parser: argparse.ArgumentParser, selects: str) -> None:
@@ -218,62 +179,116 @@ def add_metric_options(parser: argparse.ArgumentParser, selects: str) -> None:
         "units of the labels; kappa has quadratic weights; auroc and average_precision are means over the classes, one "
         "against the others"
     )
-    add(group_of(parser, EVALUATION), "metric", help=text)
-
-
-def add_probe_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of linear and attentive probing."""
-    add(group_of(parser, MODEL), "probe", "num_queries")
-    add(group_of(parser, DATA), "cache_features")
-    add(group_of(parser, EVALUATION), "held_out")
-
-
-def add_knn_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of k-nearest-neighbor classification."""
-    add(group_of(parser, EVALUATION), "k", "temperature")
+    add(parser, "metric", help=text)
 
 
 def add_comparison_options(parser: argparse.ArgumentParser, protocols: Collection[str]) -> None:
     """Adds the flags of main_compare.py."""
     group = group_of(parser, EVALUATION)
-    add(group, "encoders")
-    add(group, "protocols", choices=protocols, help=f"evaluations of each encoder: any of {', '.join(protocols)}")
-    add(group, "labels", "draws", "budget")
-    add(
+    add_to(group, "encoders")
+    add_to(group, "protocols", choices=protocols, help=f"evaluations of each encoder: any of {', '.join(protocols)}")
+    add_to(group, "labels", "draws", "budget")
+    add_to(
         group, "blr", nargs="+", type=positive, default=None,
         help="base learning rates of fine-tuning. Of several, the best on held-out training images of the first draw "
         "is used (default: the rate of the recipe)",
     )  # fmt: skip
-    add(group, "recipes")
+    add_to(group, "recipes")
     group = group_of(parser, RUN)
-    add(
+    add_to(
         group, "output_dir", default="runs/compare",
         help="folder of table, plot and runs. Results in it are reused if the command and the files that it names are "
         "the same",
     )  # fmt: skip
-    add(group, "jobs", "keep_checkpoints", "device", "debug", "amp")
+    add_to(group, "jobs", "keep_checkpoints", "device", "debug", "amp")
 
 
-def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of the recipe, the run directory, checkpoints, and computation."""
+def add_pair_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of images with segmentation masks, of the crop and of channels."""
+    group = group_of(parser, DATA)
+    add_to(
+        group, "data_path",
+        help="folder, or tar or zip file, with images and masks: images/training and annotations/training (ADE20K), "
+        "train/images and train/masks, or the folders of mmsegmentation or LoveDA; the same for validation",
+    )  # fmt: skip
+    for flag, what in (("--train_folders", "training"), ("--val_folders", "validation")):
+        group.add_argument(
+            flag, nargs=2, metavar=("IMAGES", "MASKS"),
+            help=f"the folder of the {what} images and that of their masks. File names are equal except for suffixes",
+        )  # fmt: skip
+    for name, what in (("train_list", "training"), ("val_list", "validation")):
+        add_to(group, name, help=f"CSV file with a row `image,mask` for each {what} image")
+    add_to(
+        group, "dataset",
+        help="VOCSegmentation: the dataset of torchvision, with its files in --data_path; or py:MODULE:FUNCTION, your "
+        "function(split, data_path) that returns a dataset of images and masks (DATA.md)",
+    )  # fmt: skip
+    add_to(group, "download", help="download --dataset to --data_path")
+    add_to(
+        group, "nb_classes",
+        help="number of classes. The values in masks are 0 to N - 1; 255 is ignored (default: number in --palette)",
+    )  # fmt: skip
+    add_to(group, "reduce_zero_label", "palette")
+    add_input_options(group, "crop and window size")
+    add_to(group, "short_side", "in_chans", "num_workers")
+
+
+def add_segmentation_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of the head, the encoder and the augmentation of segmentation."""
+    add(parser, "head", "finetune", "adapt_input", "drop_path", "grad_checkpointing", "layer_decay", "scale", "hflip")
     add(
-        group_of(parser, RUN), "config", "output_dir", "log_dir", "resume", "start_epoch", "save_every", "keep_last",
-        "save_minutes", "seed", "device", "debug", "amp", "compile",
+        parser, "unfreeze_blocks", default=0, type=count_or_all, metavar="K|all",
+        help="train the head and the last K blocks; 0: a frozen encoder; all: all parameters",
     )  # fmt: skip
 
 
-def add_compute_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of the recipe and of computation, for a command without a run directory."""
-    add(group_of(parser, RUN), "config", "seed", "device", "debug", "amp")
-    add(group_of(parser, DATA), "batch_size", default=256)
+def add_inference_options(
+    parser: argparse.ArgumentParser, images: bool = True, example: str = "mae_finetuned_vit_base", also: str = ""
+) -> None:
+    """Adds the flags of a command that uses a trained model.
+
+    Args:
+        images: add the image files as arguments.
+        example: a published name that the command accepts; "" if it accepts checkpoint files only.
+        also: end of the help text of --model: other values that the command accepts.
+    """
+    published = f", folder in the format of transformers, or published name such as {example}" * bool(example)
+    if images:
+        parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
+        add_exif(parser, "applied to single photographs")
+        add_to(parser, "nodata", "value_range")
+    parser.add_argument("--model", required=True, metavar="FILE", help=f"checkpoint file{published}{also}")
+    add_to(parser, "encoder", "encoder_args", "device", "debug")
+
+
+def add_extraction_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of batches and precision of a command that uses a trained model."""
+    add_to(parser, "batch_size", default=128)
+    add_to(parser, "num_workers")
+    add_exif(parser, "not applied to datasets")
+    add_to(parser, "fast_jpeg", "amp", "compile")
+
+
+def chosen_settings(args: argparse.Namespace, reads: bool = True) -> dict[str, Any]:
+    """Returns the arguments of `get_model` that the command line has: about the encoder, and about reading images.
+
+    Args:
+        reads: include those about reading images.
+
+    Raises:
+        ValueError: the class of --encoder can't be imported.
+    """
+    names = ("encoder_args", *(("exif", "nodata", "value_range") if reads else ()))
+    settings = {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
+    return settings | ({"encoder": import_object("--encoder ", args.encoder)} if args.encoder else {})
 
 
 def add_distributed_options(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of launchers. Ranks and the number of processes come from the environment that torchrun sets."""
     group = group_of(parser, DISTRIBUTED)
-    add(group, "dist_backend", "dist_timeout", "dist_url", "world_size")
+    add_to(group, "dist_backend", "dist_timeout", "dist_url", "world_size")
     group.add_argument(
         "--local_rank", "--local-rank", default=-1, type=int, metavar="N",
         help="accepted but ignored: the launcher sets it",
     )  # fmt: skip
-    add(group, "dist_on_itp")
+    add_to(group, "dist_on_itp")
