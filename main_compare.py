@@ -16,7 +16,6 @@ Each cell of the table is a run of main_knn.py, main_linprobe.py or main_finetun
 interrupted comparison and skips the runs that are complete.
 """
 
-import argparse
 import json
 import logging
 import re
@@ -24,7 +23,7 @@ import shlex
 import shutil
 import statistics
 import time
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
@@ -83,7 +82,7 @@ LEAST_UPDATES = 3  # of an epoch; batches of few images are smaller
 Flags = dict[str, Any]
 
 
-def get_args_parser() -> argparse.ArgumentParser:
+def get_args_parser() -> ArgumentParser:
     """Returns the parser of the script."""
     parser = entry_point.parser("Compares encoders on a dataset: protocols x numbers of labels x random subsets.")
     options.add_data_options(parser, labels=True)

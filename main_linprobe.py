@@ -17,10 +17,9 @@ An attentive probe (Psomas et al. 2025), with an effective batch size of 4096:
         --data_path IMAGENET --finetune mae_pretrain_vit_base --output_dir runs/base_attentive
 """
 
-import argparse
 import logging
 import shutil
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -45,7 +44,6 @@ from engine_finetune import (
     with_recorded_settings,
 )
 from engine_linprobe import HeadLosses, make_heads, report_best_rate
-from models_vit import Encoder, VisionTransformer
 from util import dist
 from util.checkpoints import checkpoint, run_directory
 from util.cli import entry_point, options
@@ -62,7 +60,6 @@ from util.training import feature_files, run_log, trainer
 from util.training.loop import Callback
 from util.training.precision import Precision
 from util.weights import loading
-from util.weights.loading import Weights
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +67,7 @@ MIN_UPDATES = 50  # a run with fewer updates warns: the head may be as good as u
 MAX_BATCH = 512  # images or tokens in a batch of an evaluation
 
 
-def get_args_parser() -> argparse.ArgumentParser:
+def get_args_parser() -> ArgumentParser:
     """Returns the parser of the script, with the published defaults."""
     parser = entry_point.parser("Linear or attentive probing of a Vision Transformer (He et al. 2021, appendix A.1).")
     options.add_data_options(parser, labels=True, rereads=True)
@@ -89,7 +86,7 @@ def main(
     args: Namespace,
     source: OpenDataset | None = None,
     callbacks: Sequence[Callback] = (),
-    encoder: type[Encoder] | None = None,
+    encoder: type[models_vit.Encoder] | None = None,
 ) -> None:
     """Trains for `args.epochs` epochs and evaluates every `--eval_every` epochs. With --eval, it evaluates once.
 
@@ -121,7 +118,7 @@ def main(
         train_probe(args, data, file, precision, callbacks, build)
 
 
-def open_encoder(args: Namespace) -> Weights | None:
+def open_encoder(args: Namespace) -> loading.Weights | None:
     """Reads the encoder: of the checkpoint from which the run resumes, else of `--finetune`. With --eval, a classifier.
 
     The features of a resumed run are computed before its state is loaded.
@@ -136,8 +133,8 @@ def open_encoder(args: Namespace) -> Weights | None:
 
 
 def train_probe(
-    args: Namespace, data: RunData, file: Weights | None, precision: Precision, callbacks: Sequence[Callback],
-    build: Callable[..., VisionTransformer],
+    args: Namespace, data: RunData, file: loading.Weights | None, precision: Precision, callbacks: Sequence[Callback],
+    build: Callable[..., models_vit.VisionTransformer],
 ) -> None:  # fmt: skip
     """Trains the head on the features of the encoder of a file. Without a file, the encoder has random weights.
 
@@ -198,7 +195,7 @@ def train_probe(
     trainer.run(model, optimizer, batches, precision, task, RunSpec.of(settings), settings, is_locked=True)
 
 
-def probe_settings(args: Namespace, file: Weights | None) -> dict[str, Any]:
+def probe_settings(args: Namespace, file: loading.Weights | None) -> dict[str, Any]:
     """Returns the settings of a probe of the encoder of a file, as checkpoints record them.
 
     Raises:
@@ -241,7 +238,7 @@ class Features:
     """
 
     def __init__(
-        self, args: Namespace, data: RunData, model: VisionTransformer, precision: Precision,
+        self, args: Namespace, data: RunData, model: models_vit.VisionTransformer, precision: Precision,
         sets: Mapping[str, Source],
     ) -> None:  # fmt: skip
         self.args = args

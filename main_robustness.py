@@ -8,11 +8,10 @@
 RESULTS.md has the sources of the images and the results of the paper. The same command resumes an interrupted suite.
 """
 
-import argparse
 import json
 import logging
 import time
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -38,7 +37,7 @@ from util.training.precision import Precision
 logger = logging.getLogger(__name__)
 
 
-def get_args_parser() -> argparse.ArgumentParser:
+def get_args_parser() -> ArgumentParser:
     """Returns the parser of the script."""
     parser = entry_point.parser("Robustness of an ImageNet classifier (He et al. 2021, appendix B).")
     group = parser.add_argument_group("suite")

@@ -37,7 +37,6 @@ from util.cli import entry_point
 from util.data import loader, transforms
 from util.data.decode import MAX_PIXELS
 from util.data.jpeg import decode_rgb
-from util.data.loader import TrainLoader
 from util.data.samples import Samples
 from util.datasets import open_source
 from util.evaluation.tables import markdown
@@ -92,7 +91,9 @@ def our_samples(folder: Path, **options: Any) -> Samples:
 
 def ours(folder: Path, workers: int, repeats: int = 1, **options: Any) -> Callable[[], Iterator[Any]]:
     """Batches of the pipeline of main_pretrain.py."""
-    return TrainLoader(our_samples(folder, **options), BATCH, 0, workers, pin_memory=False, repeats=repeats).__iter__
+    return loader.TrainLoader(
+        our_samples(folder, **options), BATCH, 0, workers, pin_memory=False, repeats=repeats
+    ).__iter__
 
 
 def rate(batches: Callable[[], Iterator[Any]], limit: int) -> float:

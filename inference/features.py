@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.numpy import save_file
-from torch import nn
 
 from inference.model import Model, get_model
 from util import dist
@@ -125,7 +124,7 @@ def row_settings(model: Model, source: Source, args: argparse.Namespace, precisi
     }))  # fmt: skip
 
 
-class Extractor(nn.Module):
+class Extractor(torch.nn.Module):
     """Normalized images (B, c, H, W) -> features, as a module, which can be compiled.
 
     Args:

@@ -11,7 +11,6 @@ from math import ceil
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
 
 from inference.classes import Autoencoder, ImageLike, Model
 from inference.model import get_model
@@ -136,7 +135,7 @@ def reconstruct(
     return model.reconstruct(imgs, masking.ratio_of_patches(noise, mask_ratio), noise=noise[None].to(device))
 
 
-def uncropped_input(model: Model, picture: Picture, short_side: int | None = None) -> Tensor:
+def uncropped_input(model: Model, picture: Picture, short_side: int | None = None) -> torch.Tensor:
     """Converts a picture of any shape to the input of a model (1, c, H, W).
 
     The picture is scaled. Only margins that do not fill a patch are cropped.
@@ -169,7 +168,9 @@ def scaled_size(model: Model, size: tuple[int, int], short_side: int | None = No
     return [max(p, round(side * scale)) for side, p in zip(size, patch, strict=True)]
 
 
-def boxes_to_mask(boxes: Sequence[Box], size: tuple[int, int], scaled: Sequence[int], covered: Sequence[int]) -> Tensor:
+def boxes_to_mask(
+    boxes: Sequence[Box], size: tuple[int, int], scaled: Sequence[int], covered: Sequence[int]
+) -> torch.Tensor:
     """Converts rectangles to a mask of all pixels that they touch (H, W); 1 is masked.
 
     Args:
@@ -217,7 +218,9 @@ def psnr(model: Autoencoder, reconstruction: Reconstruction) -> float:
     return float(-10 * torch.log10(error.sum() / num_values.clamp(min=1)))
 
 
-def grid(model: Autoencoder, reconstructions: Sequence[Sequence[Tensor]], labels: Sequence[str] = ()) -> Image.Image:
+def grid(
+    model: Autoencoder, reconstructions: Sequence[Sequence[torch.Tensor]], labels: Sequence[str] = ()
+) -> Image.Image:
     """Returns a picture with a row for each image, and titles above the columns.
 
     Args:

@@ -5,7 +5,7 @@ import math
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,6 @@ from util.cli.advice import Remedy, arguments
 from util.cli.choices import published_crop_pct
 from util.cli.flags import runs_code
 from util.cli.user_code import DATASET
-
-if TYPE_CHECKING:
-    from torch.distributed.checkpoint.stateful import Stateful
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +121,7 @@ def collect(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     settings: dict,
-    callbacks: Sequence["Stateful"] = (),
+    callbacks: Sequence[Any] = (),
 ) -> dict[str, Any]:
     """Returns the state of a run without its position."""
     is_sharded = dist.is_sharded(model)
@@ -212,7 +209,7 @@ def resume(
     scaler: torch.amp.GradScaler,
     settings: dict[str, Any],
     progress: Progress,
-    callbacks: Sequence["Stateful"] = (),
+    callbacks: Sequence[Any] = (),
 ) -> None:
     """Restores model, optimizer, scaler, random number generators, callbacks and position from a checkpoint.
 
@@ -453,7 +450,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def _restore_callbacks(callbacks: Sequence["Stateful"], states: list[dict[str, Any]]) -> None:
+def _restore_callbacks(callbacks: Sequence[Any], states: list[dict[str, Any]]) -> None:
     if not states and all(getattr(callback, "is_optional", False) for callback in callbacks):
         return
     if len(callbacks) != len(states):

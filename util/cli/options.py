@@ -101,21 +101,21 @@ def add_dataset_option(group: argparse._ActionsContainer, also: str = "", place:
         also: end of the help text: other values.
         place: the argument with the folder of torchvision's files.
     """
-    text = (
-        f"dataset of a library: a class of torchvision, such as CIFAR10 or STL10:unlabeled, with its files in {place}; "
-        f"hf:NAME_OR_FOLDER (Hugging Face); or py:MODULE:FUNCTION, your function(split, data_path) that returns a "
-        f"dataset (DATA.md){also}"
-    )
-    add_to(group, "dataset", help=text)
+    add_to(
+        group, "dataset",
+        help="dataset of a library: a class of torchvision, such as CIFAR10 or STL10:unlabeled, with its files in "
+        f"{place}; hf:NAME_OR_FOLDER (Hugging Face); or py:MODULE:FUNCTION, your function(split, data_path) that "
+        f"returns a dataset (DATA.md){also}",
+    )  # fmt: skip
 
 
 def add_exif(group: argparse._ActionsContainer, default: str) -> None:
     """Adds the flags of the orientation of photographs; `default` describes the default."""
-    text = (
-        "apply the orientation that cameras record in the EXIF data of photographs; the checkpoint records it "
-        f"(default: the choice of the model's run, else {default})"
-    )
-    add_to(group, "exif", help=text)
+    add_to(
+        group, "exif",
+        help="apply the orientation that cameras record in the EXIF data of photographs; the checkpoint records it "
+        f"(default: the choice of the model's run, else {default})",
+    )  # fmt: skip
     add_to(group, "no_exif")
 
 
@@ -173,13 +173,13 @@ def add_metric_options(parser: argparse.ArgumentParser, selects: str) -> None:
     Args:
         selects: what the first metric selects.
     """
-    text = (
-        f"metrics to print and log, any of {', '.join(METRIC_CHOICES)}. The first selects {selects} (default: the "
+    add(
+        parser, "metric",
+        help=f"metrics to print and log, any of {', '.join(METRIC_CHOICES)}. The first selects {selects} (default: the "
         "top-1 accuracy; multilabel: average_precision; regression: r2 and mae). They are fractions, and mae has the "
         "units of the labels; kappa has quadratic weights; auroc and average_precision are means over the classes, one "
-        "against the others"
-    )
-    add(parser, "metric", help=text)
+        "against the others",
+    )  # fmt: skip
 
 
 def add_comparison_options(parser: argparse.ArgumentParser, protocols: Collection[str]) -> None:

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Sampler, default_collate
 
 from util import dist
@@ -280,7 +279,7 @@ def _collate(samples: list[Sample]) -> tuple[Batch, list[Bad]]:
     return Batch(_stack(images), labels, noise, extras), [bad for sample in samples for bad in sample.bad]
 
 
-def _stack(images: list[Tensor]) -> Tensor:
+def _stack(images: list[torch.Tensor]) -> torch.Tensor:
     """Stacks images to (B, c, H, W).
 
     The memory format of the images, usually channels last, is preserved, because a conversion takes longer than all

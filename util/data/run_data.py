@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from util.cli.choices import CLASSIFICATION
 from util.data import extras, image_cache, image_facts, labels, loader, targets, transforms
@@ -118,7 +117,7 @@ class RunData:
 
     def samples(
         self, source: Source | Shards, transform: transforms.Transform, on_bad_image: str | None = None,
-        draw_noise: Callable[[], Tensor] | None = None,
+        draw_noise: Callable[[], torch.Tensor] | None = None,
     ) -> Samples:  # fmt: skip
         """Returns the decoded and transformed samples of a dataset. The arguments are as in `Samples`."""
         return Samples(

@@ -15,7 +15,6 @@ from util.cli.advice import Remedy
 from util.cli.choices import CLASSIFICATION
 from util.pos_embed import interpolate_pos_embed, to_pair
 from util.weights import model_zoo, shapes
-from util.weights.model_zoo import CLASSIFIER, SEGMENTER
 from util.weights.reading import Weights, read, some
 
 logger = logging.getLogger(__name__)
@@ -34,7 +33,7 @@ def init_mae(model: Any, file: Weights) -> None:
         CheckpointError: weights of the encoder are missing, or there are unexpected names or shapes; or the file has
             learned positions, and the model has fixed positions.
     """
-    if file.kind in (CLASSIFIER, SEGMENTER):
+    if file.kind in (model_zoo.CLASSIFIER, model_zoo.SEGMENTER):
         raise CheckpointError(
             f"{file.source} is a {file.kind}: give the weights of an autoencoder or of an encoder, such as those from "
             f"which it was trained"
@@ -117,7 +116,7 @@ def load_encoder(
     return fits
 
 
-def read_classifier(name: Path | str, kind: str = CLASSIFIER) -> Weights:
+def read_classifier(name: Path | str, kind: str = model_zoo.CLASSIFIER) -> Weights:
     """Reads a file that must contain a classifier, or with the kind SEGMENTER a segmentation model.
 
     Raises:
@@ -128,8 +127,8 @@ def read_classifier(name: Path | str, kind: str = CLASSIFIER) -> Weights:
     if file.kind != kind:
         article = "an" if file.kind.startswith("e") else "a"
         head, example = {
-            CLASSIFIER: ("classification", "a fine-tuned file, such as mae_finetuned_vit_base"),
-            SEGMENTER: ("segmentation", "a checkpoint of main_segment.py"),
+            model_zoo.CLASSIFIER: ("classification", "a fine-tuned file, such as mae_finetuned_vit_base"),
+            model_zoo.SEGMENTER: ("segmentation", "a checkpoint of main_segment.py"),
         }[kind]
         raise CheckpointError(
             f"{name} contains {article} {file.kind}, which has no {head} head: train a head (--finetune), or give "
