@@ -38,6 +38,7 @@ from util.data.user_sets import OpenDataset, with_source
 from util.data.webdataset_shards import Shards
 from util.evaluation import pictures
 from util.lr_decay import param_groups_weight_decay
+from util.lr_sched import Schedule
 from util.settings import DataSpec, ImageSpec, RunSpec, specs
 from util.training import optimizers, run_log, trainer
 from util.training.loop import Callback
@@ -58,7 +59,8 @@ def get_args_parser() -> ArgumentParser:
     options.add(
         parser, "num_images", "repeated_sampling", "min_valid", *options.CROP_FLAGS, "mask_ratio", "masking",
         "mask_block", "learned_pos_embed", "drop_path", "decoder_depth", "norm_pix_loss", "model_class", "model_args",
-        "init_from", "grad_checkpointing", "updates_per_epoch", "vis_every", "probe_every", "probe_path", "fsdp",
+        "init_from", "grad_checkpointing", "lr_schedule", "updates_per_epoch", "vis_every", "probe_every",
+        "probe_path", "fsdp",
     )  # fmt: skip
     options.add_optimizer_options(parser)
     options.add(parser, *options.RUN_FLAGS)
@@ -73,6 +75,7 @@ def main(
     source: OpenDataset | None = None,
     encoder: type[Encoder] | None = None,
     optimizer: optimizers.MakeOptimizer | None = None,
+    lr_schedule: Schedule | None = None,
 ) -> None:
     """Trains for `args.epochs` epochs. Writes checkpoints, log.txt and TensorBoard files.
 
@@ -83,9 +86,12 @@ def main(
         source: function(split, data_path) that returns a dataset, in place of --dataset py:MODULE:FUNCTION.
         encoder: class derived from `models_vit.Encoder`, in place of --encoder MODULE:CLASS.
         optimizer: function(model, groups) that returns an optimizer, in place of --optimizer MODULE:FUNCTION.
+        lr_schedule: function(progress) that returns the factor of the learning rate after the warm-up, in place of
+            --lr_schedule MODULE:FUNCTION.
     """
     args, encoder = with_own(with_source(args, source), "encoder", encoder)
     args, optimizer = with_own(args, "optimizer", optimizer)
+    args, lr_schedule = with_own(args, "lr_schedule", lr_schedule)
     model_class = chosen_class(args, model_class)
     args, precision = trainer.start(args, "main_pretrain")
     run_directory.prepare(Path(args.output_dir), args.resume)
@@ -129,6 +135,7 @@ def main(
         ),
         after_epoch=after_epoch,
         callbacks=callbacks,
+        lr_schedule=lr_schedule,
     )  # fmt: skip
     trainer.run(model, built, batches, precision, task, RunSpec.of(settings), settings)
 

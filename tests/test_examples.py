@@ -56,7 +56,7 @@ CLASSES = {
 
 def train_resume_and_use(pretrain, classify, monkeypatch, **flags):
     """Returns the directory of a run that is equal to an interrupted and resumed run."""
-    own = {name: flags[name] for name in ("model_class", "optimizer") if name in flags}
+    own = {name: flags[name] for name in ("model_class", "optimizer", "lr_schedule") if name in flags}
     flags = {"num_workers": 1, "save_minutes": 0, **flags}
     whole = pretrain("whole", **flags)
     with monkeypatch.context() as patch, pytest.raises(Stopped):
@@ -316,3 +316,20 @@ def test_features_of_dinov3_blocks_equal_those_of_transformers():
     (tokens,) = mae.get_intermediate_layers(imgs)
     order = noise.argsort(dim=1)[:, :, None].expand(-1, -1, 32)
     torch.testing.assert_close(latent[:, 5:], tokens[:, 5:].gather(1, order), rtol=1e-4, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------- schedules
+
+
+def test_a_schedule_of_the_users_code_trains_and_resumes(pretrain, classify, monkeypatch):
+    """After an epoch of warm-up, five of six updates have the full rate, and the last one 5/6 of it."""
+    name = "examples.stable_decay:stable_decay"
+    whole = train_resume_and_use(pretrain, classify, monkeypatch, lr_schedule=name)
+    assert lines(whole)[1]["train_lr"] == pytest.approx(0.01 * 4 / 256 * (5 + 5 / 6) / 6)
+    assert checkpoint.read(whole / "checkpoint-1.pth")["args"]["lr_schedule"] == name
+
+
+def test_a_schedule_that_returns_no_number_is_an_error_in_one_line(own_module, pretrain):
+    own_module("own_schedule", "def nothing(progress):\n    pass\n")
+    with pytest.raises(ValueError, match="--lr_schedule own_schedule:nothing returns NoneType"):
+        pretrain(lr_schedule="own_schedule:nothing")

@@ -5,12 +5,16 @@ Segmentation has a polynomial decay instead of the cosine.
 
 import logging
 import math
+from collections.abc import Callable
 
 from torch.optim import Optimizer
 
 from util.settings import RunSpec
 
 logger = logging.getLogger(__name__)
+
+# function(progress) -> factor of the learning rate. The progress after the warm-up is 0 to 1.
+Schedule = Callable[[float], float]
 
 
 def scaled_lr(lr: float | None, blr: float | list[float] | None, effective_batch_size: int) -> float:
@@ -38,13 +42,14 @@ def check_warmup(warmup_epochs: float, epochs: int) -> None:
         )
 
 
-def adjust_learning_rate(optimizer: Optimizer, epoch: float, args: RunSpec) -> float:
+def adjust_learning_rate(optimizer: Optimizer, epoch: float, args: RunSpec, schedule: Schedule | None = None) -> float:
     """Sets the learning rate of all parameter groups, multiplied by the `lr_scale` of the group.
 
     Args:
         epoch: fractional epoch; 1.5 is the middle of the second epoch.
         args: has `lr`, `min_lr`, `warmup_epochs` and `epochs`. After the warm-up, the decay from `lr` to `min_lr` is a
             half-cycle cosine, or with `poly_power` (1 - progress) to this power.
+        schedule: the decay in place of both.
 
     Returns:
         The learning rate of groups with an `lr_scale` of 1.
@@ -54,8 +59,12 @@ def adjust_learning_rate(optimizer: Optimizer, epoch: float, args: RunSpec) -> f
         lr = args.lr * epoch / args.warmup_epochs
     else:
         progress = (epoch - args.warmup_epochs) / (args.epochs - args.warmup_epochs)
-        power = args.poly_power
-        factor = 0.5 * (1 + math.cos(math.pi * progress)) if power is None else (1 - progress) ** power
+        if schedule:
+            factor = schedule(progress)
+        elif args.poly_power is None:
+            factor = 0.5 * (1 + math.cos(math.pi * progress))
+        else:
+            factor = (1 - progress) ** args.poly_power
         lr = args.min_lr + (args.lr - args.min_lr) * factor
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)

@@ -168,6 +168,7 @@ class RunSpec(Values):
     smoothing: float | None = setting(None, optimizes=True)
     clip_grad: float | None = setting(None, optimizes=True)
     optimizer: str | None = setting(None, resumed=FIXED)  # module:function; None: AdamW
+    lr_schedule: str | None = setting(None, resumed=FIXED)  # module:function; None: a cosine
     class_weight: str | None = setting(None)
     on_nonfinite: str = setting("abort")
     updates_per_epoch: int | None = setting(None)

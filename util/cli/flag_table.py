@@ -3,6 +3,7 @@
 from typing import Any
 
 from util.cli import choices
+from util.cli.choices import AUGMENTATION, DATA, DISTRIBUTED, EVALUATION, MODEL, OPTIMIZATION, RUN
 from util.cli.flags import (
     Range,
     Size,
@@ -18,11 +19,6 @@ from util.cli.flags import (
 )
 from util.dist import BACKENDS
 from util.masking import MASKING_CHOICES
-
-DATA, AUGMENTATION, MODEL, OPTIMIZATION, EVALUATION, RUN = (
-    "data", "augmentation", "model", "optimization", "evaluation", "run"
-)  # fmt: skip
-DISTRIBUTED = "distributed (start with torchrun, srun or submitit_*.py)"
 
 
 def flag(group: str, **arguments: Any) -> dict[str, Any]:
@@ -189,6 +185,9 @@ FLAGS: dict[str, dict[str, Any]] = {
     "epochs": flag(OPTIMIZATION, default=400, type=positive_int, metavar="N", help="number of epochs"),
     "warmup_epochs": flag(OPTIMIZATION, default=40, type=non_negative, metavar="N",
         help="epochs of linear warm-up, then the decay"),
+    "lr_schedule": flag(OPTIMIZATION, metavar="MODULE:FUNCTION",
+        help="your own decay: function(progress) returns the factor of the learning rate for the progress after the "
+        "warm-up, 0 to 1. Files record its name, and do not import it (default: a cosine)"),
     "updates_per_epoch": flag(OPTIMIZATION, type=positive_int, metavar="N",
         help="number of updates per epoch; the next epoch continues where this one ended, and the data are reshuffled "
         "after each pass (default: one pass)"),

@@ -17,7 +17,8 @@ GROUPS = (DATA, AUGMENTATION, MODEL, OPTIMIZATION, EVALUATION, RUN, DISTRIBUTED)
 REFUSED = {
     "dataset": runs_code,
     **dict.fromkeys(
-        ("download", "encoder", "model_class", "optimizer", "dist_backend", "dist_url"), lambda value: True
+        ("download", "encoder", "model_class", "optimizer", "lr_schedule", "dist_backend", "dist_url"),
+        lambda value: True,
     ),
 }
 CROP_FLAGS = ("crop_scale", "crop_ratio", "hflip", "vflip", "rotate90")

@@ -14,6 +14,7 @@ from torch import nn
 
 from util import dist, lr_sched
 from util.checkpoints import checkpoint, run_directory, run_state
+from util.cli.user_code import call
 from util.interrupts import Interrupted, Interrupts
 from util.settings import RunSpec
 from util.training import environment, run_log
@@ -65,6 +66,8 @@ class Task:
         metric: the entry of log.txt that selects the best state, which has the highest or the lowest value.
         callbacks: called after every update and every epoch, in this order. Checkpoints contain their states, under
             the key `callbacks`.
+        lr_schedule: function(progress) that returns the factor of the learning rate after the warm-up. Default: the
+            decay of `lr_sched`.
     """
 
     train_one_epoch: Callable[[nn.Module, Loader, torch.optim.Optimizer, EpochOptions], None]
@@ -75,6 +78,7 @@ class Task:
     metric: str = "test_acc1"
     lower_is_better: bool = False
     callbacks: Sequence[Callback] = ()
+    lr_schedule: lr_sched.Schedule | None = None
 
 
 def run(
@@ -96,10 +100,11 @@ def run(
         is_locked: the caller has locked the run directory.
 
     Raises:
-        ValueError: the model is sharded and there are callbacks, whose states would not be saved; or a setting or the
-            state of a callback is not a plain value.
+        ValueError: the model is sharded and there are callbacks, whose states would not be saved; a setting or the
+            state of a callback is not a plain value; or the resumed run has a schedule that is not given, or that
+            returns no number.
     """
-    _require_usable(model, record, task.callbacks)
+    _require_usable(model, record, task)
     output_dir = Path(spec.output_dir)
     logger.info("settings: " + " ".join(f"{key}={record[key]}" for key in sorted(record) if key != "classes"))
     global_batch_size = spec.batch_size * dist.world_size()
@@ -134,7 +139,7 @@ def run(
             stack.enter_context(resource)
         options = EpochOptions(
             epoch=progress.epoch,
-            schedule=partial(lr_sched.adjust_learning_rate, optimizer, args=spec),
+            schedule=partial(lr_sched.adjust_learning_rate, optimizer, args=spec, schedule=task.lr_schedule),
             precision=precision,
             guard=NonFiniteGuard(spec.on_nonfinite, precision.overflow_is_normal),
             log=log,
@@ -155,11 +160,17 @@ def _open_log(spec: RunSpec, loss_tag: str, progress: run_state.Progress, num_it
     )  # fmt: skip
 
 
-def _require_usable(model: nn.Module, record: Mapping[str, Any], callbacks: Sequence[Callback]) -> None:
-    if callbacks and dist.is_sharded(model):
+def _require_usable(model: nn.Module, record: Mapping[str, Any], task: Task) -> None:
+    if name := record.get("lr_schedule"):
+        if task.lr_schedule is None:  # recorded: a file can't make a program import code
+            raise ValueError(f"the resumed run has a schedule of its own: give --lr_schedule {name}")
+        factor = call(f"--lr_schedule {name}", task.lr_schedule, 0.0)
+        if not isinstance(factor, int | float):
+            raise ValueError(f"--lr_schedule {name} returns {type(factor).__name__}: return a number")
+    if task.callbacks and dist.is_sharded(model):
         raise ValueError("--fsdp can't save the state of callbacks: omit --fsdp or the callbacks")
     checkpoint.require_plain({**record}, "args")
-    for callback in callbacks:
+    for callback in task.callbacks:
         checkpoint.require_plain(callback.state_dict(), f"the state of {type(callback).__name__}")
 
 
