@@ -370,6 +370,7 @@ class Runs:
 
         Raises:
             SystemExit: the script refuses them; its message is printed.
+            ValueError: there are too few labels for a probe that selects its rate.
         """
         own = {"config": recipe} if (recipe := self.recipes.get(task.protocol)) else PROTOCOLS[task.protocol][1]
         # The images of a recipe are explicit. A recipe serves encoders of several architectures.
@@ -380,7 +381,13 @@ class Runs:
             flags["train_per_class"] = task.per_class
         if task.protocol == FINETUNE and "finetune" not in flags:
             flags["layer_decay"] = 1  # no layer has pre-trained weights
-        self._require_enough_labels(task, flags)
+        # A probe that selects its rate needs two images for its batch norm, and one that selects.
+        if task.protocol in (LINEAR, ATTENTIVE) and len(self._settings(task, flags).blr) > 1 and task.labels < 3:
+            least = len(self.train.classes) * -(-3 // len(self.train.classes))
+            raise ValueError(
+                f"--labels {task.labels}: --protocols {task.protocol} trains on at least two images, and selects its "
+                f"learning rate on another; give --labels {least} or more"
+            )
         return {**flags, **self._smaller_batch(task, flags)}
 
     def choose(self, task: Task) -> None:
@@ -438,15 +445,6 @@ class Runs:
             logger.info(note)
         self.notes.add(note)
         return {"batch_size": largest}
-
-    def _require_enough_labels(self, task: Task, flags: Flags) -> None:
-        """Raises ValueError if a probe that selects its rate has fewer than two images left for its batch norm."""
-        if task.protocol in (LINEAR, ATTENTIVE) and len(self._settings(task, flags).blr) > 1 and task.labels < 3:
-            least = len(self.train.classes) * -(-3 // len(self.train.classes))
-            raise ValueError(
-                f"--labels {task.labels}: --protocols {task.protocol} trains on at least two images, and selects its "
-                f"learning rate on another; give --labels {least} or more"
-            )
 
     def _run(self, name: str, task: Task, flags: Flags) -> dict[str, Any]:
         if task.protocol == KNN:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -50,11 +49,11 @@ def classifier_flops(size: str) -> int:
         return count_flops(lambda: model.forward_features(image))
 
 
-def count_macs(model: nn.Module, call: Callable[[], Any]) -> int:
+def count_macs(model: torch.nn.Module, call: Callable[[], Any]) -> int:
     """Counts the MACs of a call of a model, on any device, from the shapes alone."""
     normalized: list[int] = []
     for module in model.modules():
-        if isinstance(module, nn.LayerNorm):
+        if isinstance(module, torch.nn.LayerNorm):
             module.register_forward_hook(lambda _, __, output: normalized.append(output.numel()))
     with torch.no_grad():
         return count_flops(call) // 2 + 5 * sum(normalized)

@@ -196,16 +196,12 @@ def _examples(model: Model, photo: gr.File, samples: Path | None) -> list[str]:
     return files
 
 
-def largest_ratio(model: Autoencoder) -> float:
-    """Returns the largest of RATIOS that leaves a patch, or a block of `--mask_block`, of every image visible."""
-    side, block = min(model.patch_embed.img_size), model.settings.get("mask_block") or 1
-    num_blocks = math.prod(math.ceil(max(1, side // p) / block) for p in model.patch_embed.patch_size)  # of a square
-    return max((ratio for ratio in RATIOS if num_visible(num_blocks, ratio)), default=RATIOS[0])
-
-
 def _reconstruct_tab(model: Autoencoder, photo: gr.File, opened: Any) -> Any:
     """Adds the tab; returns the event that follows when its panels are drawn."""
-    largest = largest_ratio(model)
+    side, block = min(model.patch_embed.img_size), model.settings.get("mask_block") or 1
+    num_blocks = math.prod(math.ceil(max(1, side // p) / block) for p in model.patch_embed.patch_size)  # of a square
+    # A patch, or a block of `--mask_block`, of every image stays visible.
+    largest = max((ratio for ratio in RATIOS if num_visible(num_blocks, ratio)), default=RATIOS[0])
     with gr.Row():
         with gr.Column(min_width=300):
             editor: Any = gr.HTML("", picture="", rows=1, columns=1, container=True, padding=True, **EDITOR)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from util import dist
 from util import settings as settings_of
@@ -117,7 +116,7 @@ class Progress:
 
 
 def collect(
-    model: nn.Module,
+    model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     settings: dict,
@@ -204,7 +203,7 @@ def _require_setting(file: str, name: str, value: Any, default: Any) -> None:
 def resume(
     which: str,
     output_dir: Path,
-    model: nn.Module,
+    model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     settings: dict[str, Any],
@@ -297,7 +296,7 @@ def _start_from(file: str) -> list[Remedy]:
     ]
 
 
-def restore_model(model: nn.Module, state: dict[str, Any], settings: dict[str, Any], which: str = "auto") -> None:
+def restore_model(model: torch.nn.Module, state: dict[str, Any], settings: dict[str, Any], which: str = "auto") -> None:
     """Loads all weights of a checkpoint.
 
     Args:
@@ -307,7 +306,7 @@ def restore_model(model: nn.Module, state: dict[str, Any], settings: dict[str, A
     Raises:
         CheckpointError: the checkpoint has another architecture.
     """
-    weights: dict[str, Tensor] = state["model"]
+    weights: dict[str, torch.Tensor] = state["model"]
     ours = model.state_dict()
     differing = [n for n in ours if n not in weights or weights[n].shape != ours[n].shape]
     differing += [n for n in weights if n not in ours]
@@ -439,8 +438,8 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -
     ]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
-    def place(value: Any, parameter: Tensor) -> Any:
-        is_moment = isinstance(value, Tensor) and value.shape == parameter.shape
+    def place(value: Any, parameter: torch.Tensor) -> Any:
+        is_moment = isinstance(value, torch.Tensor) and value.shape == parameter.shape
         return dist.placed_as(value, parameter) if is_moment else value
 
     state = {
@@ -462,7 +461,7 @@ def _restore_callbacks(callbacks: Sequence[Any], states: list[dict[str, Any]]) -
         callback.load_state_dict(state)
 
 
-def _restore_rng(rng: dict[str, Tensor]) -> None:
+def _restore_rng(rng: dict[str, torch.Tensor]) -> None:
     if "cpu" in rng:
         torch.set_rng_state(rng["cpu"])
     if "cuda" in rng and torch.cuda.is_available():
