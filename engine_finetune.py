@@ -14,16 +14,14 @@ from util.cli import advice, entry_point
 from util.cli.choices import CLASSIFICATION, REGRESSION
 from util.cli.flags import runs_code
 from util.data import extras, labels, targets, transforms
-from util.data.batches import Batch
+from util.data.batches import Batch, to_device
 from util.data.run_data import RunData
 from util.data.sources import Source
 from util.evaluation import report
 from util.evaluation.tasks import Classification, TargetEvaluation
-from util.settings import ImageSpec, ModelSpec
 from util.training import feature_files, loop
 from util.training.precision import Precision
-from util.weights import loading
-from util.weights.loading import Weights
+from util.weights import loading, reading
 from util.weights.model_zoo import CLASSIFIER
 
 logger = logging.getLogger(__name__)
@@ -93,7 +91,7 @@ def evaluate_heads(
     for model in models:
         model.eval()
     for loaded in data_loader:
-        batch = Batch(*loop.to_device(loaded, precision.device))
+        batch = Batch(*to_device(loaded, precision.device))
         for model, own in zip(models, columns, strict=True):
             with precision.autocast():
                 outputs = model(normalize(batch.images), **batch.extras).float()
@@ -118,7 +116,7 @@ def encode(
     return feature_files.encode(forward, batches, normalize=data.normalize, precision=precision)
 
 
-def open_weights(flags: Mapping[str, Any], kind: str = CLASSIFIER) -> Weights | None:
+def open_weights(flags: Mapping[str, Any], kind: str = CLASSIFIER) -> reading.Weights | None:
     """Reads the weights of `--finetune`; with `--eval`, the classifier of `--resume` or `--finetune`.
 
     Args:
@@ -136,7 +134,7 @@ def open_weights(flags: Mapping[str, Any], kind: str = CLASSIFIER) -> Weights | 
 
 
 def with_recorded_settings(
-    args: Namespace, file: Weights | None, recorded: Mapping[str, Any], trains: bool = False
+    args: Namespace, file: reading.Weights | None, recorded: Mapping[str, Any], trains: bool = False
 ) -> Namespace:
     """Returns the settings of a run that uses a file: explicit flags, else the settings of the file, else defaults.
 
@@ -150,29 +148,26 @@ def with_recorded_settings(
             a file of this library; the crops of other libraries are about evaluation.
     """
     if file:
-        _require_data(args, file)
+        dataset = str(file.settings.get("dataset"))
+        if runs_code(dataset) and not any(getattr(args, name, None) for name in settings.DATASETS):
+            raise ValueError(
+                f"{file.source} records a --dataset that runs code: give --dataset '{dataset}', or other data"
+            )
         args = _with_settings_of(file, args, recorded, trains)
-    mean, std = loading.statistics(file, args.in_chans, args.mean, args.std)
+    mean, std = reading.statistics(file, args.in_chans, args.mean, args.std)
     crop_pct = getattr(args, "crop_pct", None) or transforms.default_crop_pct(args.input_size)
     num_cls_tokens = args.num_cls_tokens or (file.num_cls_tokens if file else 1)
     return entry_point.changed(args, {"mean": mean, "std": std, "crop_pct": crop_pct, "num_cls_tokens": num_cls_tokens})
 
 
-def _require_data(args: Namespace, file: Weights) -> None:
-    """Raises ValueError if no data are given, and the file records a dataset that only a flag may name."""
-    dataset = str(file.settings.get("dataset"))
-    if runs_code(dataset) and not any(getattr(args, name, None) for name in settings.DATASETS):
-        raise ValueError(f"{file.source} records a --dataset that runs code: give --dataset '{dataset}', or other data")
-
-
-def _with_settings_of(file: Weights, args: Namespace, recorded: Mapping[str, Any], trains: bool) -> Namespace:
+def _with_settings_of(file: reading.Weights, args: Namespace, recorded: Mapping[str, Any], trains: bool) -> Namespace:
     names = (recorded.keys() & vars(args).keys()) - {"nb_classes", "mean", "std"}
     if trains:
         names -= {*settings.names_where(lambda one: one["of_task"])}
         names -= set() if "model" in file.settings else {"crop", "crop_pct"}
     warn_of_changes(file.source, args, names, recorded)
     taken = {name: recorded[name] for name in sorted(names - entry_point.explicit(args))}
-    default = {**ModelSpec().record(), **ImageSpec().record()}  # of the flags whose default is None
+    default = {**settings.ModelSpec().record(), **settings.ImageSpec().record()}  # of the flags whose default is None
     changed = {
         name: value
         for name, value in taken.items()
@@ -182,7 +177,7 @@ def _with_settings_of(file: Weights, args: Namespace, recorded: Mapping[str, Any
         logger.info(f"settings of {file.source}: {' '.join(advice.arguments(changed))}")
     args = entry_point.changed(args, taken)
     if not trains and "crop_pct" in args and args.crop_pct is None:
-        args.crop_pct = loading.crop_pct_of_earlier_version(file, args.input_size)
+        args.crop_pct = reading.crop_pct_of_earlier_version(file, args.input_size)
     if recorded.get("layer_norm_eps"):  # of foreign models; there is no flag
         args.layer_norm_eps = recorded["layer_norm_eps"]
     return args
@@ -216,7 +211,10 @@ def open_labelled(
 
 
 def load_for_evaluation(
-    build: Callable[[ModelSpec, ImageSpec], nn.Module], flags: Mapping[str, Any], file: Weights, val: Source
+    build: Callable[[settings.ModelSpec, settings.ImageSpec], nn.Module],
+    flags: Mapping[str, Any],
+    file: reading.Weights,
+    val: Source,
 ) -> tuple[nn.Module, Source]:
     """Loads the classifier of a file, and converts the labels of a dataset to indices into its classes.
 
@@ -246,7 +244,9 @@ def load_for_evaluation(
     return model, val
 
 
-def load_frozen(model: nn.Module, file: Weights | None, adapt_input: str, classes: Sequence[str] | None = None) -> None:
+def load_frozen(
+    model: nn.Module, file: reading.Weights | None, adapt_input: str, classes: Sequence[str] | None = None
+) -> None:
     """Loads the encoder of a file, as `loading.load_encoder` does. Without a file, it logs a warning."""
     if file:
         loading.load_encoder(model, file, adapt_input, classes)

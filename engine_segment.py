@@ -11,10 +11,10 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from util import dist
+from util.data.batches import to_device
 from util.data.segmentation_masks import IGNORED
 from util.evaluation import report
 from util.evaluation.segmentation import Scores, class_title, confusion_matrix, predict_classes
-from util.training import loop
 from util.training.precision import Precision
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ def evaluate(
 
     matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=precision.device)
     for batch in tqdm(data_loader, desc="evaluation", unit="img", leave=False, disable=None):
-        images, masks, _, extras = loop.to_device(batch, precision.device)
+        images, masks, _, extras = to_device(batch, precision.device)
         size = (masks.shape[1], masks.shape[2])
         predictions = predict_classes(predict, normalize(images)[0], size, window, batch_size, extras)
         matrix += confusion_matrix(masks[0], predictions, num_classes)

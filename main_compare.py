@@ -16,7 +16,6 @@ Each cell of the table is a run of main_knn.py, main_linprobe.py or main_finetun
 interrupted comparison and skips the runs that are complete.
 """
 
-import argparse
 import json
 import logging
 import re
@@ -24,7 +23,7 @@ import shlex
 import shutil
 import statistics
 import time
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
@@ -45,9 +44,9 @@ from util.cli import entry_point, options
 from util.cli.advice import arguments, did_you_mean
 from util.cli.choices import CLASSIFICATION, DEFAULT_METRICS
 from util.cli.user_code import DATASET
-from util.data import labels as label_sets
 from util.data import targets
 from util.data.dataset_kinds import open_source
+from util.data.labels import some_of_each_class
 from util.data.sources import Source
 from util.data.user_sets import OpenDataset, with_source
 from util.evaluation import comparison, pixel_baselines
@@ -57,7 +56,7 @@ from util.evaluation.tasks import best_of
 from util.jobs.commands import Commands
 from util.settings import REBUILDS, DataSpec, ImageSpec, ModelSpec, names_where
 from util.training import run_log
-from util.weights import loading
+from util.weights import reading
 
 logger = logging.getLogger(__name__)
 
@@ -83,14 +82,13 @@ LEAST_UPDATES = 3  # of an epoch; batches of few images are smaller
 Flags = dict[str, Any]
 
 
-def get_args_parser() -> argparse.ArgumentParser:
+def get_args_parser() -> ArgumentParser:
     """Returns the parser of the script."""
     parser = entry_point.parser("Compares encoders on a dataset: protocols x numbers of labels x random subsets.")
     options.add_data_options(parser, labels=True)
-    options.add_validation_options(parser)
+    options.add(parser, "val_list", "crop_pct")
     options.add_model_options(parser, models_vit.MODELS, default="vit_base_patch16")
     options.add_comparison_options(parser, list(PROTOCOLS))
-    options.add_task_options(parser)
     options.add_metric_options(parser, selects="hyperparameters, and is compared")
     parser.set_defaults(protocols=[KNN, LINEAR, FINETUNE])
     return parser
@@ -147,10 +145,7 @@ def _compare(args: Namespace, out: Path) -> str:
             label_columns=args.label_columns, extras=args.extras,
         )  # fmt: skip
 
-    if args.task == CLASSIFICATION:
-        train, val = label_sets.open_pair(open_split)
-    else:
-        train, val = targets.open_pair(open_split, args.task)
+    train, val = targets.open_pair(open_split, args.task)
     _require_comparable(args, encoders)
     sizes = [_size(text, train) for text in args.labels]
     if len({labels for labels, _ in sizes}) < len(sizes):
@@ -278,7 +273,7 @@ def _encoders(args: Namespace, folder: Path) -> list[Encoder]:
             continue
         name, file = name_and_file(text)
         path = timm_folder(file.removeprefix(TIMM), folder) if file.startswith(TIMM) else file
-        weights = loading.read(path)
+        weights = reading.read(path)
         recorded = models_build.classifier_settings(weights)
         if not recorded:
             raise ValueError(f"--encoders {text}: no model of this library has its shapes")
@@ -287,7 +282,7 @@ def _encoders(args: Namespace, folder: Path) -> list[Encoder]:
         if recorded.get("crop_pct") is None and args.crop_pct is None:
             is_explicit = "input_size" in entry_point.explicit(args)
             size = args.input_size if is_explicit else recorded.get("input_size", args.input_size)
-            recorded["crop_pct"] = loading.crop_pct_of_earlier_version(weights, size)
+            recorded["crop_pct"] = reading.crop_pct_of_earlier_version(weights, size)
         also = ("mean", "std", "num_cls_tokens")  # with --finetune, the scripts read them from the file
         known = {key: recorded[key] for key in names_where(lambda one: not one["of_task"], ModelSpec, ImageSpec)
                  if key in args and recorded.get(key) is not None}  # fmt: skip
@@ -326,7 +321,7 @@ def name_and_file(text: str) -> tuple[str, str]:
 
 
 def timm_folder(name: str, folder: Path) -> str:
-    """Saves a model of timm with its weights as a folder; returns the folder, which `loading.read` reads.
+    """Saves a model of timm with its weights as a folder; returns the folder, which `reading.read` reads.
 
     Raises:
         ValueError: timm does not have the model, or its weights can't be downloaded.
@@ -375,6 +370,7 @@ class Runs:
 
         Raises:
             SystemExit: the script refuses them; its message is printed.
+            ValueError: there are too few labels for a probe that selects its rate.
         """
         own = {"config": recipe} if (recipe := self.recipes.get(task.protocol)) else PROTOCOLS[task.protocol][1]
         # The images of a recipe are explicit. A recipe serves encoders of several architectures.
@@ -385,7 +381,13 @@ class Runs:
             flags["train_per_class"] = task.per_class
         if task.protocol == FINETUNE and "finetune" not in flags:
             flags["layer_decay"] = 1  # no layer has pre-trained weights
-        self._require_enough_labels(task, flags)
+        # A probe that selects its rate needs two images for its batch norm, and one that selects.
+        if task.protocol in (LINEAR, ATTENTIVE) and len(self._settings(task, flags).blr) > 1 and task.labels < 3:
+            least = len(self.train.classes) * -(-3 // len(self.train.classes))
+            raise ValueError(
+                f"--labels {task.labels}: --protocols {task.protocol} trains on at least two images, and selects its "
+                f"learning rate on another; give --labels {least} or more"
+            )
         return {**flags, **self._smaller_batch(task, flags)}
 
     def choose(self, task: Task) -> None:
@@ -444,15 +446,6 @@ class Runs:
         self.notes.add(note)
         return {"batch_size": largest}
 
-    def _require_enough_labels(self, task: Task, flags: Flags) -> None:
-        """Raises ValueError if a probe that selects its rate has fewer than two images left for its batch norm."""
-        if task.protocol in (LINEAR, ATTENTIVE) and len(self._settings(task, flags).blr) > 1 and task.labels < 3:
-            least = len(self.train.classes) * -(-3 // len(self.train.classes))
-            raise ValueError(
-                f"--labels {task.labels}: --protocols {task.protocol} trains on at least two images, and selects its "
-                f"learning rate on another; give --labels {least} or more"
-            )
-
     def _run(self, name: str, task: Task, flags: Flags) -> dict[str, Any]:
         if task.protocol == KNN:
             return self._start(name, task, flags, lambda _, output: json.loads(output.strip().splitlines()[-1]))
@@ -480,7 +473,7 @@ class Runs:
         settings = {name: value for name, value in images.record().items() if name in REBUILDS and name in flags}
 
         def compute(_: Path) -> dict[str, Any]:
-            few = label_sets.some_of_each_class(self.train, task.per_class, task.draw) if task.per_class else self.train
+            few = some_of_each_class(self.train, task.per_class, task.draw) if task.per_class else self.train
             train, val = (
                 (pixel_baselines.read(source, images, self.args.num_workers), source.labels)
                 for source in (few, self.val)

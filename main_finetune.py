@@ -12,13 +12,12 @@ The published recipe on ImageNet, 8 GPUs of one machine (effective batch size 10
         --batch_size 128 --finetune mae_pretrain_vit_base --output_dir runs/base_finetuned --resume auto
 """
 
-import argparse
 import logging
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -34,7 +33,6 @@ from engine_finetune import (
     train_one_epoch,
     with_recorded_settings,
 )
-from models_vit import Encoder, VisionTransformer
 from util.checkpoints import run_directory
 from util.cli import entry_point, options
 from util.cli.advice import AdvisedError, Remedy
@@ -44,7 +42,6 @@ from util.data import extras, transforms
 from util.data.run_data import RunData
 from util.data.user_sets import OpenDataset, with_source
 from util.evaluation import tasks
-from util.evaluation.tasks import Evaluation
 from util.lr_decay import param_groups_lrd
 from util.settings import DataSpec, ImageSpec, RunSpec, specs
 from util.training import optimizers, run_log, trainer
@@ -52,34 +49,28 @@ from util.training.compiling import compile_model
 from util.training.loop import Callback
 from util.training.precision import Precision
 from util.weights import loading
-from util.weights.loading import Weights
-
-if TYPE_CHECKING:
-    from timm.data import Mixup
-    from timm.data.random_erasing import RandomErasing
 
 logger = logging.getLogger(__name__)
 
 HEAD_STD = 2e-5  # std of the weights of a new head, as published; its first gradients hardly change the encoder
 
 
-def get_args_parser() -> argparse.ArgumentParser:
+def get_args_parser() -> ArgumentParser:
     """Returns the parser of the script, with the published defaults."""
     parser = entry_point.parser("Fine-tuning of a Vision Transformer to a classifier (He et al. 2021, appendix A.1).")
-    options.add_data_options(parser, labels=True)
-    options.add_task_options(parser)
-    options.add_cache_options(parser)
+    options.add_data_options(parser, labels=True, rereads=True)
     options.add_model_options(parser, models_vit.MODELS, default="vit_large_patch16")
     options.add_supervised_options(parser, global_pool=True)
     options.add_optimizer_options(parser)
-    options.add_finetune_options(parser)
-    options.add_evaluation_options(parser)
+    options.add(
+        parser, "drop_path", "grad_checkpointing", "layer_decay", "unfreeze_blocks", "smoothing", *options.CROP_FLAGS,
+        "aa", "color_jitter", "reprob", "remode", "recount", "resplit", "mixup", "cutmix", "cutmix_minmax",
+        "mixup_prob", "mixup_switch_prob", "mixup_mode", *options.EVALUATION_FLAGS,
+    )  # fmt: skip
     options.add_metric_options(parser, selects="checkpoint-best.pth")
-    options.add_class_weight_option(parser)
-    options.add_regression_loss_option(parser)
-    options.add_run_options(parser)
+    options.add(parser, "class_weight", "regression_loss", *options.RUN_FLAGS)
     options.add_distributed_options(parser)
-    parser.set_defaults(epochs=50, min_lr=1e-6, warmup_epochs=5, save_every=1)
+    parser.set_defaults(epochs=50, min_lr=1e-6, warmup_epochs=5, save_every=1, drop_path=0.1, crop_scale=[0.08, 1.0])
     return parser
 
 
@@ -87,9 +78,9 @@ def main(
     args: Namespace,
     source: OpenDataset | None = None,
     callbacks: Sequence[Callback] = (),
-    encoder: type[Encoder] | None = None,
+    encoder: type[models_vit.Encoder] | None = None,
     optimizer: optimizers.MakeOptimizer | None = None,
-) -> Evaluation | None:
+) -> tasks.Evaluation | None:
     """Trains and evaluates a classifier for `args.epochs` epochs; with --eval, returns the result of one evaluation.
 
     Args:
@@ -151,8 +142,11 @@ def main(
 
 
 def build_model(
-    args: Namespace, build: Callable[..., VisionTransformer], settings: Mapping[str, Any], file: Weights | None
-) -> VisionTransformer:
+    args: Namespace,
+    build: Callable[..., models_vit.VisionTransformer],
+    settings: Mapping[str, Any],
+    file: loading.Weights | None,
+) -> models_vit.VisionTransformer:
     """Builds the classifier of a run, with the encoder of a file, and freezes blocks (--unfreeze_blocks)."""
     model = build(*specs(settings))
     if file and not loading.load_encoder(model, file, args.adapt_input, settings["classes"], args.task):
@@ -163,8 +157,8 @@ def build_model(
 
 
 def evaluate_file(
-    args: Namespace, data: RunData, file: Weights, precision: Precision, build: Callable[..., nn.Module]
-) -> Evaluation:
+    args: Namespace, data: RunData, file: loading.Weights, precision: Precision, build: Callable[..., nn.Module]
+) -> tasks.Evaluation:
     """Evaluates the classifier of a file on the validation set."""
     model, val = load_for_evaluation(build, vars(args), file, data.open_val())
     model.to(precision.device)
@@ -200,7 +194,7 @@ def smoothing_of(args: Namespace) -> float:
     return 0.0
 
 
-def erasing(args: Namespace, device: torch.device) -> "RandomErasing | None":
+def erasing(args: Namespace, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor] | None:
     """Returns the random erasing of --reprob; None if it is 0."""
     from timm.data.random_erasing import RandomErasing
 
@@ -208,7 +202,7 @@ def erasing(args: Namespace, device: torch.device) -> "RandomErasing | None":
     return erase if args.reprob else None
 
 
-def mixing(args: Namespace, num_classes: int, extra_names: Collection[str] = ()) -> "Mixup | None":
+def mixing(args: Namespace, num_classes: int, extra_names: Collection[str] = ()) -> Callable[..., Any] | None:
     """Returns mixup and cutmix of timm, or None if both are disabled.
 
     Raises:

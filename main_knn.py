@@ -12,10 +12,9 @@ On ImageNet, 8 GPUs of one machine:
         --finetune mae_pretrain_vit_base
 """
 
-import argparse
 import json
 import logging
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -23,7 +22,6 @@ from typing import Any
 import models_build
 import models_vit
 from engine_finetune import encode, load_frozen, open_labelled, with_recorded_settings
-from models_vit import Encoder
 from util.cli import entry_point, options
 from util.cli.own_classes import with_own
 from util.data import extras
@@ -39,22 +37,22 @@ from util.weights import loading
 logger = logging.getLogger(__name__)
 
 
-def get_args_parser() -> argparse.ArgumentParser:
+def get_args_parser() -> ArgumentParser:
     """Returns the parser of the script."""
     parser = entry_point.parser("Weighted k-nearest-neighbor classification on frozen features (Wu et al. 2018).")
     options.add_data_options(parser, labels=True)
-    options.add_task_options(parser)
     options.add_model_options(parser, models_vit.MODELS, default="vit_large_patch16")
     options.add_supervised_options(parser, global_pool=False)
-    options.add_knn_options(parser)
+    options.add(parser, "k", "temperature")
     options.add_metric_options(parser, selects="the best of several --temperature")
-    options.add_compute_options(parser)
+    options.add(parser, "config", *options.COMPUTE_FLAGS)
+    options.add_to(options.group_of(parser, "data"), "batch_size", default=256)
     options.add_distributed_options(parser)
     return parser
 
 
 def main(
-    args: Namespace, source: OpenDataset | None = None, encoder: type[Encoder] | None = None
+    args: Namespace, source: OpenDataset | None = None, encoder: type[models_vit.Encoder] | None = None
 ) -> dict[tuple[int, float], float]:
     """Logs the scores, and returns the one that selects (the accuracy in percent), for every pair of k and temperature.
 

@@ -17,10 +17,9 @@ An attentive probe (Psomas et al. 2025), with an effective batch size of 4096:
         --data_path IMAGENET --finetune mae_pretrain_vit_base --output_dir runs/base_attentive
 """
 
-import argparse
 import logging
 import shutil
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -45,7 +44,6 @@ from engine_finetune import (
     with_recorded_settings,
 )
 from engine_linprobe import HeadLosses, make_heads, report_best_rate
-from models_vit import Encoder, VisionTransformer
 from util import dist
 from util.checkpoints import checkpoint, run_directory
 from util.cli import entry_point, options
@@ -62,7 +60,6 @@ from util.training import feature_files, run_log, trainer
 from util.training.loop import Callback
 from util.training.precision import Precision
 from util.weights import loading
-from util.weights.loading import Weights
 
 logger = logging.getLogger(__name__)
 
@@ -70,21 +67,16 @@ MIN_UPDATES = 50  # a run with fewer updates warns: the head may be as good as u
 MAX_BATCH = 512  # images or tokens in a batch of an evaluation
 
 
-def get_args_parser() -> argparse.ArgumentParser:
+def get_args_parser() -> ArgumentParser:
     """Returns the parser of the script, with the published defaults."""
     parser = entry_point.parser("Linear or attentive probing of a Vision Transformer (He et al. 2021, appendix A.1).")
-    options.add_data_options(parser, labels=True)
-    options.add_task_options(parser)
-    options.add_cache_options(parser)
+    options.add_data_options(parser, labels=True, rereads=True)
     options.add_model_options(parser, models_vit.MODELS, default="vit_large_patch16")
     options.add_supervised_options(parser, global_pool=False)
     options.add_optimizer_options(parser, several_blr=True)
-    options.add_evaluation_options(parser)
-    options.add_probe_options(parser)
+    options.add(parser, *options.EVALUATION_FLAGS, "probe", "num_queries", "cache_features", "held_out")
     options.add_metric_options(parser, selects="checkpoint-best.pth, and the best of several --blr")
-    options.add_class_weight_option(parser)
-    options.add_regression_loss_option(parser)
-    options.add_run_options(parser)
+    options.add(parser, "class_weight", "regression_loss", *options.RUN_FLAGS)
     options.add_distributed_options(parser)
     parser.set_defaults(batch_size=512, epochs=90, weight_decay=0.0, warmup_epochs=10, save_every=1)
     return parser
@@ -94,7 +86,7 @@ def main(
     args: Namespace,
     source: OpenDataset | None = None,
     callbacks: Sequence[Callback] = (),
-    encoder: type[Encoder] | None = None,
+    encoder: type[models_vit.Encoder] | None = None,
 ) -> None:
     """Trains for `args.epochs` epochs and evaluates every `--eval_every` epochs. With --eval, it evaluates once.
 
@@ -126,7 +118,7 @@ def main(
         train_probe(args, data, file, precision, callbacks, build)
 
 
-def open_encoder(args: Namespace) -> Weights | None:
+def open_encoder(args: Namespace) -> loading.Weights | None:
     """Reads the encoder: of the checkpoint from which the run resumes, else of `--finetune`. With --eval, a classifier.
 
     The features of a resumed run are computed before its state is loaded.
@@ -141,8 +133,8 @@ def open_encoder(args: Namespace) -> Weights | None:
 
 
 def train_probe(
-    args: Namespace, data: RunData, file: Weights | None, precision: Precision, callbacks: Sequence[Callback],
-    build: Callable[..., VisionTransformer],
+    args: Namespace, data: RunData, file: loading.Weights | None, precision: Precision, callbacks: Sequence[Callback],
+    build: Callable[..., models_vit.VisionTransformer],
 ) -> None:  # fmt: skip
     """Trains the head on the features of the encoder of a file. Without a file, the encoder has random weights.
 
@@ -203,7 +195,7 @@ def train_probe(
     trainer.run(model, optimizer, batches, precision, task, RunSpec.of(settings), settings, is_locked=True)
 
 
-def probe_settings(args: Namespace, file: Weights | None) -> dict[str, Any]:
+def probe_settings(args: Namespace, file: loading.Weights | None) -> dict[str, Any]:
     """Returns the settings of a probe of the encoder of a file, as checkpoints record them.
 
     Raises:
@@ -227,7 +219,7 @@ def open_batches(args: Namespace, data: RunData, train: Any, features: "Features
             f"lower --batch_size {args.batch_size}, or increase --epochs"
         )
     if args.cache_features:
-        return loader.FeatureBatches(*features.load("train"), args.batch_size, args.seed, args.accum_iter)
+        return feature_files.FeatureBatches(*features.load("train"), args.batch_size, args.seed, args.accum_iter)
     augment = transforms.keeps_label(transforms.probe_transform(args.input_size, args.crop))
     return data.train_batches(train, augment, args.batch_size, args.accum_iter)
 
@@ -246,7 +238,7 @@ class Features:
     """
 
     def __init__(
-        self, args: Namespace, data: RunData, model: VisionTransformer, precision: Precision,
+        self, args: Namespace, data: RunData, model: models_vit.VisionTransformer, precision: Precision,
         sets: Mapping[str, Source],
     ) -> None:  # fmt: skip
         self.args = args

@@ -11,9 +11,8 @@ The published recipe on ImageNet, 8 GPUs of one machine:
         --batch_size 64 --accum_iter 8 --output_dir runs/large --resume auto
 """
 
-import argparse
 import logging
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 import models_build
 import models_mae
@@ -53,15 +51,19 @@ logger = logging.getLogger(__name__)
 EXAMPLES = 8  # reconstructions in TensorBoard
 
 
-def get_args_parser() -> argparse.ArgumentParser:
+def get_args_parser() -> ArgumentParser:
     """Returns the parser of the script, with the published defaults."""
     parser = entry_point.parser("Masked pre-training of a Vision Transformer (He et al. 2021).")
-    options.add_data_options(parser)
-    options.add_cache_options(parser)
+    options.add_data_options(parser, rereads=True)
     options.add_model_options(parser, models_mae.MODELS, default="mae_vit_large_patch16")
-    options.add_pretrain_options(parser)
+    options.add(
+        parser, "num_images", "repeated_sampling", "min_valid", *options.CROP_FLAGS, "mask_ratio", "masking",
+        "mask_block", "learned_pos_embed", "drop_path", "decoder_depth", "norm_pix_loss", "model_class", "model_args",
+        "init_from", "grad_checkpointing", "lr_schedule", "updates_per_epoch", "vis_every", "probe_every",
+        "probe_path", "fsdp",
+    )  # fmt: skip
     options.add_optimizer_options(parser)
-    options.add_run_options(parser)
+    options.add(parser, *options.RUN_FLAGS)
     options.add_distributed_options(parser)
     return parser
 
@@ -188,7 +190,7 @@ def chosen_class(
 
 
 def open_samples(
-    args: Namespace, data: RunData, draw_noise: Callable[[], Tensor], model: models_mae.MaskedAutoencoderViT,
+    args: Namespace, data: RunData, draw_noise: Callable[[], torch.Tensor], model: models_mae.MaskedAutoencoderViT,
     mask_ratio: float,
 ) -> tuple[Samples, Samples]:  # fmt: skip
     """Opens the training images: augmented, and as in an evaluation. Enough of their patches are valid."""

@@ -8,11 +8,10 @@
 RESULTS.md has the sources of the images and the results of the paper. The same command resumes an interrupted suite.
 """
 
-import argparse
 import json
 import logging
 import time
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -25,7 +24,6 @@ from inference.imagenet import TIMM, RestrictedClassifier, load
 from util import dist
 from util.checkpoints import checkpoint
 from util.cli import entry_point, flags, options
-from util.cli.own_classes import chosen_encoder
 from util.data import loader, transforms
 from util.data.samples import Samples
 from util.evaluation import robustness, robustness_report
@@ -39,7 +37,7 @@ from util.training.precision import Precision
 logger = logging.getLogger(__name__)
 
 
-def get_args_parser() -> argparse.ArgumentParser:
+def get_args_parser() -> ArgumentParser:
     """Returns the parser of the script."""
     parser = entry_point.parser("Robustness of an ImageNet classifier (He et al. 2021, appendix B).")
     group = parser.add_argument_group("suite")
@@ -93,7 +91,7 @@ def _evaluate(args: Namespace, device: torch.device) -> str:
     precision = Precision(args.amp, device)
     suite = robustness.find(args.suite, Path(args.data_path).expanduser())
     crop_pct = args.crop_pct or (1.0 if args.suite == "imagenet-c" else None)
-    classifier = load(args.model, crop_pct, device, **chosen_encoder(args))
+    classifier = load(args.model, crop_pct, device, **options.chosen_settings(args, reads=False))
     warn_of_changes(args.model, args, {"crop_pct", "exif"}, classifier.recorded)
     exif = classifier.recorded.get("exif") if args.exif is None else args.exif
     model = RestrictedClassifier(classifier.model, suite.columns).to(device)

@@ -12,9 +12,8 @@ ADE20K with a linear head on a frozen encoder, 8 GPUs of one machine (16 images 
         --data_path ADEChallengeData2016 --batch_size 2 --finetune mae_pretrain_vit_huge --output_dir runs/ade20k
 """
 
-import argparse
 import logging
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -28,7 +27,6 @@ import models_vit
 from engine_finetune import load_frozen, open_weights, train_one_epoch, with_recorded_settings
 from engine_segment import evaluate, pixel_loss, report_scores
 from models_segment import Segmenter
-from models_vit import Encoder
 from util.checkpoints import run_directory
 from util.cli import entry_point, options
 from util.cli.own_classes import with_own
@@ -46,21 +44,19 @@ from util.training import optimizers, run_log, trainer
 from util.training.compiling import compile_model
 from util.training.loop import Callback
 from util.weights import loading
-from util.weights.loading import Weights
 from util.weights.model_zoo import SEGMENTER
 
 logger = logging.getLogger(__name__)
 
 
-def get_args_parser() -> argparse.ArgumentParser:
+def get_args_parser() -> ArgumentParser:
     """Returns the parser of the script."""
     parser = entry_point.parser("Semantic segmentation with the encoder of a masked autoencoder.")
     options.add_pair_options(parser)
     options.add_model_options(parser, models_vit.MODELS, default="vit_large_patch16")
     options.add_optimizer_options(parser, lr=2e-4)
     options.add_segmentation_options(parser)
-    options.add_evaluation_options(parser)
-    options.add_run_options(parser)
+    options.add(parser, *options.EVALUATION_FLAGS, *options.RUN_FLAGS)
     options.add_distributed_options(parser)
     parser.set_defaults(batch_size=16, epochs=60, warmup_epochs=0, weight_decay=0.01, save_every=1)
     return parser
@@ -70,7 +66,7 @@ def main(
     args: Namespace,
     source: OpenDataset | None = None,
     callbacks: Sequence[Callback] = (),
-    encoder: type[Encoder] | None = None,
+    encoder: type[models_vit.Encoder] | None = None,
     optimizer: optimizers.MakeOptimizer | None = None,
 ) -> Scores | None:
     """Trains for `args.epochs` epochs and evaluates the model every `--eval_every` epochs.
@@ -129,7 +125,7 @@ def main(
 
 
 def evaluate_file(
-    args: Namespace, data: RunData, file: Weights, model: Segmenter, device: torch.device, classes: list[str],
+    args: Namespace, data: RunData, file: loading.Weights, model: Segmenter, device: torch.device, classes: list[str],
     evaluation: Callable[..., Scores],
 ) -> Scores:  # fmt: skip
     """Evaluates the segmentation model of a file on the validation set."""
@@ -150,16 +146,15 @@ def eval_batches(data: RunData, val: Source) -> torch.utils.data.DataLoader:
     return data.eval_batches(val, 1, transform=EvalTransform(data.images.short_side))
 
 
-def with_token_norm(file: Weights | None) -> Weights | None:
+def with_token_norm(file: loading.Weights | None) -> loading.Weights | None:
     """Renames the norm of the pooled patch tokens of a classifier (`fc_norm`) to `norm`, the norm of all tokens."""
     if file is None or "fc_norm.weight" not in file.tensors:
         return file
     logger.info(f"{file.source} pools patch tokens: its norm after pooling normalizes the tokens of the head")
-    tensors = {name.replace("fc_norm.", "norm."): value for name, value in file.tensors.items()}
-    return file._replace(tensors=tensors)
+    return file._replace(tensors={name.replace("fc_norm.", "norm."): value for name, value in file.tensors.items()})
 
 
-def pair_settings(args: Namespace, file: Weights | None, recorded: Mapping[str, Any]) -> dict[str, Any]:
+def pair_settings(args: Namespace, file: loading.Weights | None, recorded: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the classes of the masks, their colors, and the scale of the images, as checkpoints record them.
 
     Args:

@@ -433,8 +433,7 @@ class MaskedAutoencoderViT(Encoder):
         if self.learned_pos_embed:
             return nn.Parameter(torch.zeros(1, self.num_prefix_tokens + self.num_patches, dim))
         # Fixed tables, but parameters: the published checkpoints contain them under these names.
-        table = sincos_table(dim, self.grid_size, self.num_prefix_tokens)
-        return nn.Parameter(table.clone(), requires_grad=False)
+        return nn.Parameter(sincos_table(dim, self.grid_size, self.num_prefix_tokens).clone(), requires_grad=False)
 
 
 def _given(**options: Any) -> dict[str, Any]:

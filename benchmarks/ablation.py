@@ -1,7 +1,6 @@
 """Ablations of pre-training: encoders that differ in one setting are pre-trained and compared."""
 
 import argparse
-import csv
 import os
 import shlex
 import statistics
@@ -19,11 +18,10 @@ from benchmarks.model_table import count_macs
 from benchmarks.scripts import ROOT
 from util.cli import entry_point
 from util.cli.advice import arguments
-from util.evaluation.comparison import Cell
+from util.evaluation import comparison
 from util.evaluation.tables import markdown
 from util.files import atomic
 from util.files.results import Results
-from util.files.untrusted import csv_text
 from util.jobs.commands import Commands
 from util.settings import specs
 from util.training import run_log
@@ -155,12 +153,9 @@ class Ablation:
     def accuracies(self, names: Sequence[str], baselines: Sequence[str]) -> dict[str, dict[str, list[float]]]:
         """Evaluates encoders and baselines; returns the accuracies of the draws, by encoder and protocol."""
         accuracies: dict[str, dict[str, list[float]]] = {name: {} for name in [*baselines, *names]}
-        if accuracies:
-            out = self.compare(names or list(self.runs)[:1], baselines)
-            with (out / "results.csv").open(newline="") as file:
-                for row in csv.DictReader(file):
-                    if (name := csv_text(row["encoder"])) in accuracies:
-                        accuracies[name].setdefault(row["protocol"], []).append(float(row["accuracy"]))
+        for result in comparison.read(self.compare(names or list(self.runs)[:1], baselines)) if accuracies else ():
+            if result.encoder in accuracies:
+                accuracies[result.encoder].setdefault(result.protocol, []).append(result.accuracy)
         return accuracies
 
     def table(self) -> str:
@@ -186,7 +181,7 @@ class Ablation:
             for protocol in protocols:
                 draws = [results[name]["accuracies"][protocol] for name in names]
                 values = draws[0] if len(draws) == 1 else [statistics.fmean(values) for values in draws]
-                cells.append(str(Cell(row, protocol, dict(enumerate(values)))))
+                cells.append(str(comparison.Cell(row, protocol, dict(enumerate(values)))))
             lines.append([row, *pretraining, *cells])
         return markdown(["encoder", "images", "epochs", "cost", "loss", *(f"{name}, %" for name in protocols)], lines)
 

@@ -32,14 +32,13 @@ import torch
 from PIL import Image
 from timm.data import create_dataset, create_loader
 from timm.utils import AverageMeter, accuracy
-from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import models_vit
-from benchmarks import machine, peers, train_step
+from benchmarks import machine, model_table, peers, train_step
 from benchmarks.input_pipeline import write_photographs
 from engine_finetune import evaluate
 from inference import features, get_model
@@ -88,7 +87,7 @@ def our_evaluation(model: Any, source: Source, args: argparse.Namespace, precisi
     return clock.rate()
 
 
-def timms_evaluation(model: nn.Module, folder: Path, args: argparse.Namespace, precision: Precision) -> float:
+def timms_evaluation(model: torch.nn.Module, folder: Path, args: argparse.Namespace, precision: Precision) -> float:
     """Images/s of a loop like timm's validate.py."""
     dataset, side = create_dataset("", root=str(folder / "train")), peers.image_side(args.size)
     batches: Any = create_loader(
@@ -101,7 +100,7 @@ def timms_evaluation(model: nn.Module, folder: Path, args: argparse.Namespace, p
         for images, targets in clock:
             with precision.autocast():
                 logits = model(images.to(precision.device))
-                loss = nn.functional.cross_entropy(logits, targets.to(precision.device))
+                loss = torch.nn.functional.cross_entropy(logits, targets.to(precision.device))
             acc1, acc5 = accuracy(logits.float(), targets.to(precision.device), topk=(1, 5))
             for meter, value in ((losses, loss), (top1, acc1), (top5, acc5)):
                 meter.update(value.item(), len(images))
@@ -141,7 +140,9 @@ class ProcessedImages(Dataset):
         return self.processor(Image.open(self.files[index]).convert("RGB"), return_tensors="pt")["pixel_values"][0]
 
 
-def transformers_features(model: nn.Module, folder: Path, args: argparse.Namespace, precision: Precision) -> float:
+def transformers_features(
+    model: torch.nn.Module, folder: Path, args: argparse.Namespace, precision: Precision
+) -> float:
     """Images/s of transformers' ViTModel: the class tokens, in memory."""
     dataset = ProcessedImages(folder, peers.image_side(args.size))
     clock = Clock(DataLoader(dataset, args.batch_size, num_workers=args.num_workers), len(dataset), args.batch_size)
@@ -154,7 +155,7 @@ def transformers_features(model: nn.Module, folder: Path, args: argparse.Namespa
     return clock.rate()
 
 
-def transformers_encoder(size: str) -> nn.Module:
+def transformers_encoder(size: str) -> torch.nn.Module:
     """transformers' ViTModel in one of our sizes."""
     width, depth, heads = (models_vit.SIZES[size][key] for key in ("embed_dim", "depth", "num_heads"))
     config = ViTConfig(
@@ -207,7 +208,7 @@ def compare(task: str, args: argparse.Namespace, precision: Precision) -> dict[s
         passes = implementations(task, args, Path(root), precision)
         runs, peaks = train_step.take_turns(passes, precision, args.rounds)
     title = f"{task}, {args.size}, batch {args.batch_size}"
-    return train_step.report(title, precision, runs, peaks, train_step.classifier_flops(args.size))
+    return train_step.report(title, precision, runs, peaks, model_table.classifier_flops(args.size))
 
 
 def measure_knn(task: str, args: argparse.Namespace, precision: Precision) -> dict[str, Any]:
@@ -222,8 +223,7 @@ def measure_knn(task: str, args: argparse.Namespace, precision: Precision) -> di
         )  # fmt: skip
         return 2 * len(bank) * len(queries) * WIDTH / train_step.seconds(step, 1, precision.device)
 
-    fp32 = Precision("off", precision.device)
-    runs, peaks = train_step.take_turns({task: flops_per_second}, fp32, args.rounds)
+    runs, peaks = train_step.take_turns({task: flops_per_second}, Precision("off", precision.device), args.rounds)
     share = statistics.median(rate / peak for rate, peak in zip(runs[task], peaks, strict=True))
     peak = statistics.median(peaks)
     expected = 2 * IMAGENET["bank"] * IMAGENET["queries"] * WIDTH / (share * peak)

@@ -37,7 +37,6 @@ from util.cli import entry_point
 from util.data import loader, transforms
 from util.data.decode import MAX_PIXELS
 from util.data.jpeg import decode_rgb
-from util.data.loader import TrainLoader
 from util.data.samples import Samples
 from util.datasets import open_source
 from util.evaluation.tables import markdown
@@ -92,7 +91,9 @@ def our_samples(folder: Path, **options: Any) -> Samples:
 
 def ours(folder: Path, workers: int, repeats: int = 1, **options: Any) -> Callable[[], Iterator[Any]]:
     """Batches of the pipeline of main_pretrain.py."""
-    return TrainLoader(our_samples(folder, **options), BATCH, 0, workers, pin_memory=False, repeats=repeats).__iter__
+    return loader.TrainLoader(
+        our_samples(folder, **options), BATCH, 0, workers, pin_memory=False, repeats=repeats
+    ).__iter__
 
 
 def rate(batches: Callable[[], Iterator[Any]], limit: int) -> float:
@@ -161,15 +162,6 @@ def differences(folder: Path) -> dict[str, float]:
     return {str(level): float(share) for level, share in enumerate(counts / counts.sum()) if share}
 
 
-def wait_for_data(folder: Path, out: Path) -> float:
-    """The data-loading share of the second epoch of main_pretrain.py. One core decodes faster than the ViT-S trains."""
-    epochs = scripts.pretrain(
-        folder, out, "--model", "mae_vit_small_patch16", "--amp", "bf16", "--device", "cpu", "--num_workers", 1,
-        "--batch_size", 32, "--epochs", 2, "--warmup_epochs", 1,
-    )  # fmt: skip
-    return epochs[1]["data_wait"]
-
-
 def main(args: argparse.Namespace) -> None:
     """Prints the tables and writes them as JSON."""
     if args.images < 2 * BATCH:
@@ -201,7 +193,12 @@ def main(args: argparse.Namespace) -> None:
             del batches
         stages = profile(folder, args.rounds)
         shares = differences(folder)
-        data_wait = wait_for_data(folder, Path(root, "run"))
+        # One core decodes faster than the ViT-S trains.
+        epochs = scripts.pretrain(
+            folder, Path(root, "run"), "--model", "mae_vit_small_patch16", "--amp", "bf16", "--device", "cpu",
+            "--num_workers", 1, "--batch_size", 32, "--epochs", 2, "--warmup_epochs", 1,
+        )  # fmt: skip
+        data_wait = epochs[1]["data_wait"]
     print(f"\nmain_pretrain.py: data loading takes {data_wait:.1%} of the second epoch")
     total = sum(stages.values())
     rows = [(stage, f"{value:.0f}", f"{value / total:.0%}") for stage, value in stages.items()]

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -34,11 +33,27 @@ def count_flops(call: Callable[[], Any]) -> int:
     return counter.get_total_flops()
 
 
-def count_macs(model: nn.Module, call: Callable[[], Any]) -> int:
+def training_flops(size: str) -> int:
+    """FLOPs of a pre-training iteration per image: two for each multiply-add of a matrix product or a convolution."""
+    with torch.device("meta"):
+        model = getattr(models_mae, f"mae_vit_{size}")().to("meta")  # its tables are computed on the CPU
+        image, noise = torch.empty(1, 3, *model.patch_embed.img_size), torch.empty(1, model.num_patches)
+        return count_flops(lambda: model(image, noise=noise)[0].backward())
+
+
+def classifier_flops(size: str) -> int:
+    """FLOPs of the forward pass of a classifier without its head per image, counted as in `training_flops`."""
+    with torch.device("meta"), torch.no_grad():
+        model = getattr(models_vit, f"vit_{size}")(global_pool=True)
+        image = torch.empty(1, 3, *model.patch_embed.img_size)
+        return count_flops(lambda: model.forward_features(image))
+
+
+def count_macs(model: torch.nn.Module, call: Callable[[], Any]) -> int:
     """Counts the MACs of a call of a model, on any device, from the shapes alone."""
     normalized: list[int] = []
     for module in model.modules():
-        if isinstance(module, nn.LayerNorm):
+        if isinstance(module, torch.nn.LayerNorm):
             module.register_forward_hook(lambda _, __, output: normalized.append(output.numel()))
     with torch.no_grad():
         return count_flops(call) // 2 + 5 * sum(normalized)

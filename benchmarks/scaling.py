@@ -15,7 +15,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import models_mae
-from benchmarks import machine, train_step
+from benchmarks import machine, model_table
 from util.evaluation.tables import markdown
 
 NAMES = {"base_patch16": "ViT-B", "large_patch16": "ViT-L", "huge_patch14": "ViT-H"}
@@ -75,7 +75,7 @@ def tables(folder: Path) -> str:
         if not measured:
             continue
         rate, gradients = measured["images_per_second"]["ours compiled"], gradient_bytes(size)
-        flops, batch = train_step.training_flops(size), measured["settings"]["batch_size"]
+        flops, batch = model_table.training_flops(size), measured["settings"]["batch_size"]
         models.append([
             name, f"{gradients / 4e6:.2f} M", f"{gradients / 1e9:.3f} GB", f"{flops / 1e9:.2f}", f"{rate:,.0f}",
             f"{rate * flops / PEAK:.0%}", f"{machine.title(measured)}, {batch} images",

@@ -44,25 +44,6 @@ Step = Callable[[], Any]
 SHAPES = ((12, 50, 64), (16, 197, 32), (12, 197, 64), (16, 50, 64), (16, 65, 80))
 
 
-def training_flops(size: str) -> int:
-    """FLOPs of a pre-training iteration per image: two for each multiply-add of a matrix product or a convolution."""
-    with torch.device("meta"):
-        model = getattr(models_mae, f"mae_vit_{size}")().to("meta")  # its tables are computed on the CPU
-        image, noise = torch.empty(1, 3, *model.patch_embed.img_size), torch.empty(1, model.num_patches)
-        return model_table.count_flops(lambda: model(image, noise=noise)[0].backward())
-
-
-def classifier_flops(size: str) -> int:
-    """FLOPs of the forward pass of a classifier without its head per image, counted as in `training_flops`."""
-    with torch.device("meta"), torch.no_grad():
-        model = getattr(models_vit, f"vit_{size}")(global_pool=True)
-        image = torch.empty(1, 3, *model.patch_embed.img_size)
-        return model_table.count_flops(lambda: model.forward_features(image))
-
-
-# --------------------------------------------------------------------------------------------------- implementations
-
-
 def training_step(
     model: nn.Module, loss_of: Callable[[nn.Module], Tensor], precision: Precision, is_ours: bool, fused: bool
 ) -> Step:
@@ -159,9 +140,6 @@ def attention_steps(
         "plain products": step_of(lambda q, k, v: models_vit.attention_weights(q, k) @ v),
         "ours": step_of(models_vit.attend),
     }
-
-
-# ------------------------------------------------------------------------------------------------------ measurements
 
 
 def seconds(step: Step, repeats: int, device: torch.device) -> float:
@@ -280,10 +258,9 @@ def compare_steps(args: argparse.Namespace, precision: Precision) -> dict[str, A
         for name, step in steps.items()
     }
     runs, peaks = take_turns(measures, precision, args.rounds, warm_ups=3)
-    forward = classifier_flops(args.size)
-    flops = {"pretrain": training_flops(args.size), "finetune": 3 * forward, "features": forward}[args.task]
-    title = f"{args.task}, {args.size}, batch {args.batch_size}"
-    results = report(title, precision, runs, peaks, flops)
+    forward = model_table.classifier_flops(args.size)
+    flops = {"pretrain": model_table.training_flops(args.size), "finetune": 3 * forward, "features": forward}[args.task]
+    results = report(f"{args.task}, {args.size}, batch {args.batch_size}", precision, runs, peaks, flops)
     if activation_bytes:
         sizes = [(way, f"{size / 1e9:.3f}") for way, size in activation_bytes.items()]
         print(f"\n{markdown(['activation memory', 'GB'], sizes)}")

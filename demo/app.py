@@ -28,7 +28,6 @@ from inference.model import Autoencoder, Classifier, Model, Segmenter, get_model
 from util import dist
 from util.cli import entry_point, flags, options
 from util.cli.choices import REGRESSION
-from util.cli.own_classes import chosen_encoder
 from util.data.decode import SUFFIXES
 from util.masking import num_visible
 
@@ -103,7 +102,7 @@ def main(args: argparse.Namespace) -> None:
     if args.samples and not args.samples.is_dir():
         raise ValueError(f"--samples: there is no folder {args.samples}")
     device = dist.choose_device(args.device)
-    chosen = {"pretrained": True, "device": device, **chosen_encoder(args)}
+    chosen = {"pretrained": True, "device": device, **options.chosen_settings(args)}
     model = get_model(args.model, **chosen)
     classifier = get_model(args.classifier, **chosen) if args.classifier else None
     page = build(model, classifier, args.samples)
@@ -197,16 +196,12 @@ def _examples(model: Model, photo: gr.File, samples: Path | None) -> list[str]:
     return files
 
 
-def largest_ratio(model: Autoencoder) -> float:
-    """Returns the largest of RATIOS that leaves a patch, or a block of `--mask_block`, of every image visible."""
-    side, block = min(model.patch_embed.img_size), model.settings.get("mask_block") or 1
-    num_blocks = math.prod(math.ceil(max(1, side // p) / block) for p in model.patch_embed.patch_size)  # of a square
-    return max((ratio for ratio in RATIOS if num_visible(num_blocks, ratio)), default=RATIOS[0])
-
-
 def _reconstruct_tab(model: Autoencoder, photo: gr.File, opened: Any) -> Any:
     """Adds the tab; returns the event that follows when its panels are drawn."""
-    largest = largest_ratio(model)
+    side, block = min(model.patch_embed.img_size), model.settings.get("mask_block") or 1
+    num_blocks = math.prod(math.ceil(max(1, side // p) / block) for p in model.patch_embed.patch_size)  # of a square
+    # A patch, or a block of `--mask_block`, of every image stays visible.
+    largest = max((ratio for ratio in RATIOS if num_visible(num_blocks, ratio)), default=RATIOS[0])
     with gr.Row():
         with gr.Column(min_width=300):
             editor: Any = gr.HTML("", picture="", rows=1, columns=1, container=True, padding=True, **EDITOR)

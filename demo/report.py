@@ -45,9 +45,8 @@ FEW_LABELS = {  # row of main_compare.py -> its title here
 
 def read_images(model: Autoencoder, data_path: str, split: str) -> tuple[torch.Tensor, np.ndarray]:
     """All images of a split, uint8 (n, c, H, W), and their labels (n,)."""
-    source = datasets.open_source(split, data_path)
     # Without a transform: the images have the size of the model, and a center crop would remove their borders.
-    samples = Samples(source, keeps_label(to_tensor), in_chans=model.in_chans, seed=0)
+    samples = Samples(datasets.open_source(split, data_path), keeps_label(to_tensor), in_chans=model.in_chans, seed=0)
     items = [samples[0, index] for index in range(len(samples))]
     return torch.stack([sample.image for sample in items]), np.array([sample.label for sample in items])
 

@@ -1,9 +1,8 @@
 """Models with their preprocessing and class names."""
 
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ from util.data import transforms
 from util.data.decode import MAX_PIXELS, BadImage, PixelValues, decode, size_of
 from util.data.joint_transforms import fitted
 from util.data.segmentation_masks import default_colors
+from util.evaluation.robustness import imagenet_classes
 from util.evaluation.segmentation import predict_classes
 from util.files.untrusted import read_file
 from util.pos_embed import to_pair
@@ -189,8 +189,7 @@ class ModelMixin(PyTorchModelHubMixin):
             ValueError: `pool` is unknown.
             BadImage, OSError: as in `prepare`.
         """
-        x = self.prepare(images)
-        return self.compute_features(x, pool, **self._by_name(extras, images))
+        return self.compute_features(self.prepare(images), pool, **self._by_name(extras, images))
 
     def compute_features(self, x: Tensor, pool: str | None = None, **extras: Tensor) -> Tensor:
         """The features of normalized images (B, c, H, W) and their extra inputs (B, ...); as `extract_feat`."""
@@ -288,33 +287,10 @@ class Segmenter(ModelMixin, models_segment.Segmenter):
             picture = self.open(image)
             size = size_of(picture)
             pixels = self.normalize(transforms.to_tensor(fitted(picture, self.short_side)).to(device))
-        classes = predict_classes(self, pixels, size, self.window, batch_size, extras)
-        return classes.to(torch.uint8).cpu().numpy()
+        return predict_classes(self, pixels, size, self.window, batch_size, extras).to(torch.uint8).cpu().numpy()
 
 
 Model = Autoencoder | Classifier | Segmenter
-Kind = TypeVar("Kind", bound=ModelMixin)
-
-
-def with_encoder(kind: type[Kind], encoder: type[models_vit.Encoder] | None) -> type[Kind]:
-    """Returns the class of a model with its preprocessing and a mix-in of `models_vit.Encoder`.
-
-    Raises:
-        ValueError: the class is no mix-in.
-    """
-    if encoder is None:
-        return kind
-    bases = (kind, models_build.combined(encoder, kind.network))
-    return type(kind.__name__, bases, {"encoder": encoder, "__module__": kind.__module__})
-
-
-@cache
-def imagenet_classes() -> list[str]:
-    """Returns the names of the classes of ImageNet-1K, by label."""
-    from timm.data import ImageNetInfo  # takes more than a second
-
-    info = ImageNetInfo()
-    return [info.index_to_description(label) for label in range(1000)]
 
 
 def _are_several(images: Any) -> bool:

@@ -38,7 +38,6 @@ from inference.state_dicts import (
 )
 from util.cli import entry_point, options
 from util.cli.choices import CLASSIFICATION
-from util.cli.own_classes import chosen_encoder
 from util.files import atomic
 from util.settings import names_where
 from util.training.run_log import start_logging
@@ -76,7 +75,7 @@ def main(args: argparse.Namespace) -> None:
     """Exports the model."""
     start_logging()
     check_suffix(args.to, args.out)
-    model = get_model(args.model, pretrained=True, **chosen_encoder(args))
+    model = get_model(args.model, pretrained=True, **options.chosen_settings(args))
     if args.encoder_only:
         model = encoder_of(model)
     export(model, args.to, args.out)

@@ -21,13 +21,11 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.numpy import save_file
-from torch import nn
 
 from inference.model import Model, get_model
 from util import dist
 from util.checkpoints import checkpoint
 from util.cli import entry_point, flags, options
-from util.cli.own_classes import chosen_encoder
 from util.data import extras, loader, transforms
 from util.data.batches import Batch
 from util.data.dataset_kinds import open_source
@@ -69,8 +67,9 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="cls: class token; avg: mean of the patch tokens; tokens: all tokens (default: the input of the head)",
     )  # fmt: skip
     options.add_extraction_options(parser)
-    options.add_value_options(parser)
-    options.add_bad_image_option(parser, "leave it out, up to 10 %% of the images; it first reads all images")
+    options.add_to(parser, "nodata", "value_range")
+    text = "if an image can't be read: abort, or leave it out, up to 10 %% of the images; it first reads all images"
+    options.add_to(parser, "on_bad_image", help=text)
     return parser
 
 
@@ -78,8 +77,7 @@ def main(args: argparse.Namespace) -> None:
     """Computes the features and writes the file."""
     start_logging()
     device = dist.choose_device(args.device)
-    reading = options.chosen_reading(args)
-    model = get_model(args.model, pretrained=True, device=device, **reading, **chosen_encoder(args))
+    model = get_model(args.model, pretrained=True, device=device, **options.chosen_settings(args))
     precision = Precision(args.amp, device)
     source = open_source(args.split, args.data_path, dataset=args.dataset)
     if isinstance(source, Shards):
@@ -126,7 +124,7 @@ def row_settings(model: Model, source: Source, args: argparse.Namespace, precisi
     }))  # fmt: skip
 
 
-class Extractor(nn.Module):
+class Extractor(torch.nn.Module):
     """Normalized images (B, c, H, W) -> features, as a module, which can be compiled.
 
     Args:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from inference.model import Autoencoder, Model, settings_of
 
@@ -25,7 +24,7 @@ def library(name: str, extra: str | None = None) -> Any:
         ) from error
 
 
-class Graph(nn.Module):
+class Graph(torch.nn.Module):
     """The exported module: normalized images (B, c, H, W) -> logits or features.
 
     For an autoencoder: images and noise (B, N) -> prediction (B, N, p·p·c) and mask (B, N). The patches with the
@@ -36,13 +35,13 @@ class Graph(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, images: Tensor, noise: Tensor | None = None) -> Any:
+    def forward(self, images: torch.Tensor, noise: torch.Tensor | None = None) -> Any:
         if noise is None:
             return self.model(images)
         return self.model(images, self.model.settings["mask_ratio"], noise=noise)[1:3]
 
 
-def _graph(model: Model) -> tuple[Graph, dict[str, Tensor], dict[str, Any], list[str]]:
+def _graph(model: Model) -> tuple[Graph, dict[str, torch.Tensor], dict[str, Any], list[str]]:
     """Returns a graph, example inputs by name, their dynamic shapes, and the names of the outputs."""
     generator = torch.Generator().manual_seed(0)
     inputs = {"images": torch.randn(2, model.in_chans, *model.patch_embed.img_size, generator=generator)}
@@ -95,7 +94,7 @@ def write_onnx(model: Model, out: Path) -> None:
         batch = {name: value[:1].repeat(3, *(1,) * (value.ndim - 1)) for name, value in inputs.items()}
         theirs = runtime.InferenceSession(out).run(None, {name: value.numpy() for name, value in batch.items()})
         ours = graph(**batch)
-        pairs = zip([ours] if isinstance(ours, Tensor) else ours, theirs, strict=True)
+        pairs = zip([ours] if isinstance(ours, torch.Tensor) else ours, theirs, strict=True)
         difference = max(float((torch.from_numpy(their) - our).abs().max()) for our, their in pairs)
     if difference > CLOSE:
         raise ValueError(

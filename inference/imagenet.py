@@ -4,13 +4,11 @@ import logging
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
 
-from inference.classes import imagenet_classes
 from inference.model import get_model
 from util.data.decode import to_pillow
 from util.data.transforms import ImageTransform, Normalize, eval_transform
-from util.evaluation.robustness import NUM_CLASSES, synsets
+from util.evaluation.robustness import NUM_CLASSES, imagenet_classes, synsets
 
 logger = logging.getLogger(__name__)
 
@@ -21,25 +19,25 @@ ALIKE = 0.9  # minimum fraction of equal class names; other libraries have other
 class ImageNetClassifier(NamedTuple):
     """A classifier with its preprocessing."""
 
-    model: nn.Module  # images (B, 3, H, W) -> logits (B, 1000)
+    model: torch.nn.Module  # images (B, 3, H, W) -> logits (B, 1000)
     transform: ImageTransform
-    normalize: nn.Module
+    normalize: torch.nn.Module
     data_config: dict[str, Any]  # settings of transform and normalization, as plain values
     recorded: dict[str, Any]  # those settings that the file records; {} for models of timm
 
 
-class RestrictedClassifier(nn.Module):
+class RestrictedClassifier(torch.nn.Module):
     """Restricts a classifier to some of its classes: logits (B, 1000) -> logits (B, len(classes))."""
 
-    classes: Tensor
+    classes: torch.Tensor
 
-    def __init__(self, model: nn.Module, classes: list[int]) -> None:
+    def __init__(self, model: torch.nn.Module, classes: list[int]) -> None:
         super().__init__()
         self.model = model
         self.register_buffer("classes", torch.tensor(classes))
 
-    def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.model(images)
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.model(images)
         return logits[:, self.classes]
 
 

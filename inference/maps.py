@@ -24,17 +24,8 @@ def attention(model: Model, images: Images, block: int = -1) -> Tensor:
     Raises:
         ValueError: the encoder has no such block.
     """
-    x = model.prepare(images)
-    depth = len(model.blocks)
-    if not -depth <= block < depth:
-        raise ValueError(f"block {block}: the encoder has {depth} blocks; give {-depth} to {depth - 1}")
-    tokens = model.embed(x)
-    blocks: Any = model.blocks
-    for earlier in blocks[: block % depth]:
-        tokens = earlier(tokens)
-    chosen = blocks[block]
-    maps = chosen.attn.maps(chosen.norm1(tokens))
-    T = model.num_prefix_tokens
+    x, T = model.prepare(images), model.num_prefix_tokens
+    _, (maps,) = model.get_intermediate_layers(x, [block], norm=False, return_attention=True)
     return maps[:, :, :T, T:].mean(dim=2).unflatten(2, model.patch_embed.grid_of(*x.shape[2:])).cpu()
 
 

@@ -10,33 +10,31 @@
 import logging
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
 import models_build
 import models_mae
 import models_vit
-from inference.classes import Autoencoder, Classifier, Images, Model, Segmenter, with_encoder
-from models_vit import Encoder
+from inference.classes import Autoencoder, Classifier, Images, Model, ModelMixin, Segmenter
 from util.checkpoints.checkpoint import CheckpointError
 from util.cli import user_code
 from util.cli.advice import did_you_mean
 from util.cli.choices import LINEAR
 from util.data import transforms
 from util.settings import REBUILDS, chosen
-from util.weights import loading, model_zoo
-from util.weights.loading import Weights
-from util.weights.model_zoo import CLASSIFIER, FULL, SEGMENTER
+from util.weights import loading, model_zoo, reading
 
 logger = logging.getLogger(__name__)
+
+Kind = TypeVar("Kind", bound=ModelMixin)
 
 ARCHITECTURES = {**models_mae.MODELS, **models_vit.MODELS}
 
 
-def to_rgb(model: Model, image: Tensor) -> Tensor:
+def to_rgb(model: Model, image: torch.Tensor) -> torch.Tensor:
     """Input of a model (c, H, W) -> its colors for display (3, H, W), in 0 to 1, on the host.
 
     They are the first three channels. Of fewer channels, the first is repeated.
@@ -55,7 +53,7 @@ def picture_of(model: Model, path: str | Path) -> np.ndarray:
     return to_bytes(to_rgb(model, model.normalize(pixels)))
 
 
-def to_bytes(colors: Tensor) -> np.ndarray:
+def to_bytes(colors: torch.Tensor) -> np.ndarray:
     """Colors (3, H, W) in 0 to 1 -> uint8 (H, W, 3)."""
     return (255 * colors.permute(1, 2, 0).numpy()).round().astype(np.uint8)
 
@@ -87,7 +85,7 @@ def get_model(
     name: str | Path,
     pretrained: bool | str | Path = False,
     device: str | torch.device = "cpu",
-    encoder: type[Encoder] | None = None,
+    encoder: type[models_vit.Encoder] | None = None,
     **settings: Any,
 ) -> Model:
     """Returns a model in evaluation mode.
@@ -138,6 +136,18 @@ def inference_model(
     return model.predict(image, topk)  # type: ignore[union-attr]
 
 
+def with_encoder(kind: type[Kind], encoder: type[models_vit.Encoder] | None) -> type[Kind]:
+    """Returns the class of a model with its preprocessing and a mix-in of `models_vit.Encoder`.
+
+    Raises:
+        ValueError: the class is no mix-in.
+    """
+    if encoder is None:
+        return kind
+    bases = (kind, models_build.combined(encoder, kind.network))
+    return type(kind.__name__, bases, {"encoder": encoder, "__module__": kind.__module__})
+
+
 def _class_of(architecture: str) -> type[Autoencoder] | type[Classifier]:
     return Autoencoder if architecture.startswith("mae_") else Classifier
 
@@ -171,21 +181,27 @@ def _published_for(name: str) -> str:
     return best
 
 
-def _load(file: Weights, architecture: str | None, settings: dict[str, Any], encoder: type[Encoder] | None) -> Model:
+def _load(
+    file: loading.Weights, architecture: str | None, settings: dict[str, Any], encoder: type[models_vit.Encoder] | None
+) -> Model:
     """Returns a model with the weights of a file. If `architecture` is None, it is that of the file."""
     recorded = models_build.file_settings(file, architecture)
     recorded |= {name: value for name, value in row_settings(file.source).items() if name not in file.settings}
     architecture = recorded["model"]
-    if file.kind == CLASSIFIER and "nb_classes" in settings and settings["nb_classes"] != recorded["nb_classes"]:
+    if (
+        file.kind == model_zoo.CLASSIFIER
+        and "nb_classes" in settings
+        and settings["nb_classes"] != recorded["nb_classes"]
+    ):
         recorded = {name: value for name, value in recorded.items() if name not in ("classes", "label_names")}
     merged = merged_settings(architecture, settings, recorded)
     if merged.get("crop_pct") is None:
-        merged["crop_pct"] = loading.crop_pct_of_earlier_version(file, merged["input_size"])
-    segments = file.kind == SEGMENTER and not architecture.startswith("mae_")
+        merged["crop_pct"] = reading.crop_pct_of_earlier_version(file, merged["input_size"])
+    segments = file.kind == model_zoo.SEGMENTER and not architecture.startswith("mae_")
     kind: Any = with_encoder(Segmenter if segments else _class_of(architecture), encoder)
     model: Model = kind(merged)
     if isinstance(model, Autoencoder):
-        if file.kind != FULL:
+        if file.kind != model_zoo.FULL:
             raise CheckpointError(
                 f"{file.source} contains no decoder of pixels and can't reconstruct ({file.kind}): give a file with a "
                 f"decoder, such as mae_visualize_vit_large, or a checkpoint of main_pretrain.py"
@@ -193,8 +209,8 @@ def _load(file: Weights, architecture: str | None, settings: dict[str, Any], enc
         if name := file.settings.get("model_class"):
             logger.warning(f"{file.source} was trained with the class {name}, and this model lacks its changes")
         loading.init_mae(model, file)
-    elif (segments or file.kind == CLASSIFIER) and merged["nb_classes"] == recorded["nb_classes"]:
-        if file.kind == CLASSIFIER and model.classes and len(model.classes) != merged["nb_classes"]:
+    elif (segments or file.kind == model_zoo.CLASSIFIER) and merged["nb_classes"] == recorded["nb_classes"]:
+        if file.kind == model_zoo.CLASSIFIER and model.classes and len(model.classes) != merged["nb_classes"]:
             raise CheckpointError(
                 f"{file.source}: {len(model.classes)} names of classes for a head of {merged['nb_classes']} classes: "
                 f"give classes, a list of {merged['nb_classes']} names"

@@ -14,7 +14,6 @@ import numpy as np
 from inference.model import get_model, picture_of
 from util import dist
 from util.cli import entry_point, flags, options
-from util.cli.own_classes import chosen_encoder
 from util.evaluation import tables
 from util.files.untrusted import escape_dollars, printable
 
@@ -49,8 +48,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Prints and returns the predictions for each image."""
     model = get_model(
-        args.model, pretrained=True, device=dist.choose_device(args.device), **options.chosen_reading(args),
-        **chosen_encoder(args),
+        args.model, pretrained=True, device=dist.choose_device(args.device), **options.chosen_settings(args),
     )  # fmt: skip
     predictions = []
     for path in args.images:  # one at a time, so that results are printed before an unreadable image ends the command

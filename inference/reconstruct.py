@@ -11,14 +11,12 @@ from math import ceil
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
 
 from inference.classes import Autoencoder, ImageLike, Model
 from inference.model import get_model
 from models_mae import Reconstruction
 from util import dist, masking
 from util.cli import entry_point, flags, options
-from util.cli.own_classes import chosen_encoder
 from util.data.decode import BadImage, Picture, size_of
 from util.data.transforms import NO_CROP, to_tensor
 from util.evaluation import pictures
@@ -69,8 +67,7 @@ def main(args: argparse.Namespace) -> list[Reconstruction]:
     """Writes the picture, prints the PSNR of the masked pixels, and returns the reconstructions."""
     start_logging()
     model = get_model(
-        args.model, pretrained=True, device=dist.choose_device(args.device), **options.chosen_reading(args),
-        **chosen_encoder(args),
+        args.model, pretrained=True, device=dist.choose_device(args.device), **options.chosen_settings(args),
     )  # fmt: skip
     if not isinstance(model, Autoencoder):
         raise ValueError(
@@ -138,7 +135,7 @@ def reconstruct(
     return model.reconstruct(imgs, masking.ratio_of_patches(noise, mask_ratio), noise=noise[None].to(device))
 
 
-def uncropped_input(model: Model, picture: Picture, short_side: int | None = None) -> Tensor:
+def uncropped_input(model: Model, picture: Picture, short_side: int | None = None) -> torch.Tensor:
     """Converts a picture of any shape to the input of a model (1, c, H, W).
 
     The picture is scaled. Only margins that do not fill a patch are cropped.
@@ -171,7 +168,9 @@ def scaled_size(model: Model, size: tuple[int, int], short_side: int | None = No
     return [max(p, round(side * scale)) for side, p in zip(size, patch, strict=True)]
 
 
-def boxes_to_mask(boxes: Sequence[Box], size: tuple[int, int], scaled: Sequence[int], covered: Sequence[int]) -> Tensor:
+def boxes_to_mask(
+    boxes: Sequence[Box], size: tuple[int, int], scaled: Sequence[int], covered: Sequence[int]
+) -> torch.Tensor:
     """Converts rectangles to a mask of all pixels that they touch (H, W); 1 is masked.
 
     Args:
@@ -194,8 +193,7 @@ def boxes_to_mask(boxes: Sequence[Box], size: tuple[int, int], scaled: Sequence[
         )  # fmt: skip
         if not mask[rows, columns].numel():
             # Margins that do not fill a patch are cropped; this rectangle is never in them.
-            inside = [max(1, side // 4) for side in (size[1], size[0], size[1], size[0])]
-            example = " ".join(map(str, inside))
+            example = " ".join(str(max(1, side // 4)) for side in (size[1], size[0], size[1], size[0]))
             raise ValueError(
                 f"{flag} touches no patch: {pixels}; give left, top, width and height of a rectangle in it, such as "
                 f"--mask_box {example}"
@@ -220,7 +218,9 @@ def psnr(model: Autoencoder, reconstruction: Reconstruction) -> float:
     return float(-10 * torch.log10(error.sum() / num_values.clamp(min=1)))
 
 
-def grid(model: Autoencoder, reconstructions: Sequence[Sequence[Tensor]], labels: Sequence[str] = ()) -> Image.Image:
+def grid(
+    model: Autoencoder, reconstructions: Sequence[Sequence[torch.Tensor]], labels: Sequence[str] = ()
+) -> Image.Image:
     """Returns a picture with a row for each image, and titles above the columns.
 
     Args:

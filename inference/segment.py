@@ -15,7 +15,6 @@ from inference.model import Segmenter, get_model, picture_of
 from inference.predict import FORMATS
 from util import dist
 from util.cli import entry_point, flags, options
-from util.cli.own_classes import chosen_encoder
 from util.evaluation import tables
 from util.evaluation.segmentation import class_title
 from util.files import atomic
@@ -52,9 +51,7 @@ def main(args: argparse.Namespace) -> list[np.ndarray]:
     Raises:
         ValueError: the model has no segmentation head, or two images have the same name with `--masks`.
     """
-    model = get_model(
-        args.model, device=dist.choose_device(args.device), **options.chosen_reading(args), **chosen_encoder(args)
-    )
+    model = get_model(args.model, device=dist.choose_device(args.device), **options.chosen_settings(args))
     if not isinstance(model, Segmenter):
         raise ValueError(
             f"--model {args.model} has no segmentation head: train one with main_segment.py, and give its checkpoint"

@@ -7,12 +7,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
 import models_build
-from inference.classes import with_encoder
 from inference.graphs import library
-from inference.model import Autoencoder, Classifier, Model, Segmenter, is_uncropped, settings_of
+from inference.model import Autoencoder, Classifier, Model, Segmenter, is_uncropped, settings_of, with_encoder
 from util.data import transforms
 from util.settings import ModelSpec, names_where
 from util.weights import conversion, foreign_settings
@@ -248,7 +246,7 @@ def _pixio(model: Model, intermediate_size: int, **same: Any) -> Any:
     return transformers.PixioModel(config)
 
 
-def plain_head(model: Model) -> dict[str, Tensor]:
+def plain_head(model: Model) -> dict[str, torch.Tensor]:
     """Returns the state dict. The batch norm of a linear probe is merged into its linear layer.
 
     Other libraries have no head with a batch norm.
@@ -275,5 +273,5 @@ def _square(sides: tuple[int, int], what: str) -> int:
     return sides[0]
 
 
-def _contiguous(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _contiguous(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: value.contiguous().clone() for name, value in state.items()}

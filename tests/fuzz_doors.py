@@ -333,7 +333,7 @@ def _read_weights(files: dict[str, bytes | Path], folder: Path, generator: rando
         loading.load_classifier(vit, file)
     else:
         loading.load_encoder(vit, file, generator.choice(ADAPT_CHOICES))
-    loading.statistics(file, 3, None, None)
+    reading.statistics(file, 3, None, None)
 
 
 # ------------------------------------------------------------------------------------------------------------ sharded

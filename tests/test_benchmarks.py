@@ -23,20 +23,20 @@ from models_vit import SIZES
     ("size", "giga"), [("base_patch16", 58.46), ("large_patch16", 124.23), ("huge_patch14", 290.99)]
 )
 def test_operations_of_pretraining(size, giga):
-    assert train_step.training_flops(size) / 1e9 == pytest.approx(giga, abs=0.01)
+    assert model_table.training_flops(size) / 1e9 == pytest.approx(giga, abs=0.01)
 
 
 def test_operations_of_classifiers():
-    assert train_step.classifier_flops("base_patch16") / 2e9 == pytest.approx(17.56, abs=0.01)
+    assert model_table.classifier_flops("base_patch16") / 2e9 == pytest.approx(17.56, abs=0.01)
 
 
 @pytest.mark.parametrize("size", ["mini_patch4", "base_patch16", "giant_patch14"])
 def test_operations_are_those_of_the_models(size):
     """The table counts the layer norms too, at most 1 %. The MLP ratio of the giant model adds 6 %."""
     row = model_table.measure(size, peers.image_side(size))
-    assert train_step.classifier_flops(size) / 2 == pytest.approx(row["all_tokens"], rel=0.01)
+    assert model_table.classifier_flops(size) / 2 == pytest.approx(row["all_tokens"], rel=0.01)
     projection = 3 * peers.image_side(size) ** 2 * SIZES[size]["embed_dim"]  # of patches: pixels need no gradient
-    assert (train_step.training_flops(size) / 2 + projection) / 3 == pytest.approx(row["masked"], rel=0.01)
+    assert (model_table.training_flops(size) / 2 + projection) / 3 == pytest.approx(row["masked"], rel=0.01)
 
 
 @pytest.mark.parametrize("size", ["mini_patch4", "giant_patch14"])

@@ -18,7 +18,7 @@ from models_mae import mae_vit_mini_patch4
 from models_vit import vit_mini_patch4
 from util.checkpoints.checkpoint import CheckpointError
 from util.cli import entry_point
-from util.weights import foreign_settings, loading
+from util.weights import foreign_settings, loading, reading
 
 MINI = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 512,
         "image_size": 16, "patch_size": 4}  # fmt: skip
@@ -445,7 +445,7 @@ def test_statistics_of_mmpretrain_reach_an_evaluation(caplog):
     file = loading.Weights(
         vit_mini_patch4(img_size=16).state_dict(), {"mean": [0.5] * 3, "std": [0.2] * 3}, "", "m.pth"
     )
-    assert loading.statistics(file, 3, None, None) == ([0.5] * 3, [0.2] * 3)
-    assert loading.statistics(file, 1, None, None) == (None, None)
-    assert loading.statistics(file._replace(settings={}), 3, None, [0.1] * 3) == (None, [0.1] * 3)
+    assert reading.statistics(file, 3, None, None) == ([0.5] * 3, [0.2] * 3)
+    assert reading.statistics(file, 1, None, None) == (None, None)
+    assert reading.statistics(file._replace(settings={}), 3, None, [0.1] * 3) == (None, [0.1] * 3)
     assert not caplog.text  # the statistics of a file that records none are not known

@@ -13,13 +13,13 @@ import models_build
 import models_mae
 import models_vit
 from inference import export, features, get_model, inference_model, list_models
-from inference.classes import imagenet_classes
 from inference.model import Autoencoder, Classifier, merged_settings, row_settings
 from util.checkpoints import checkpoint
 from util.checkpoints.checkpoint import CheckpointError
 from util.cli import entry_point
 from util.data.decode import BadImage
 from util.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from util.evaluation.robustness import imagenet_classes
 from util.settings import specs
 from util.weights import loading, model_zoo
 

@@ -23,6 +23,7 @@ from util.data.decode import BadImage
 from util.data.loader import EpochBatches, TrainLoader
 from util.data.samples import Samples
 from util.datasets import open_source
+from util.training import feature_files
 
 
 def test_order_is_a_new_permutation_each_epoch():
@@ -351,7 +352,7 @@ def test_every_process_permutes_its_stored_features(monkeypatch):
     features, orders = torch.arange(12.0)[:, None].expand(-1, 3), set()
     for seed, epoch, rank in itertools.product((0, 1), repeat=3):
         monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
-        batches = loader.FeatureBatches(features, 100 + torch.arange(12), 4, seed)
+        batches = feature_files.FeatureBatches(features, 100 + torch.arange(12), 4, seed)
         batches.seek(epoch)
         values, labels, indices = (torch.cat(parts) for parts in list(zip(*batches, strict=True))[:3])
         assert torch.equal(labels, 100 + indices)

@@ -20,9 +20,8 @@ from torchvision.transforms.functional import pil_to_tensor
 
 import main_robustness
 from inference import get_model
-from inference.classes import imagenet_classes
 from util.evaluation import robustness
-from util.evaluation.robustness import CORRUPTIONS, SEVERITIES
+from util.evaluation.robustness import CORRUPTIONS, SEVERITIES, imagenet_classes
 from util.files import locks
 
 

@@ -22,7 +22,8 @@ from examples.channel_groups import ChannelGroups
 from examples.dinov3_blocks import RotaryEncoder
 from examples.lead_embeddings import LeadEmbeddings
 from inference import export, get_model
-from inference.classes import Segmenter, with_encoder
+from inference.classes import Segmenter
+from inference.model import with_encoder
 from models_mae import MaskedAutoencoderViT
 from models_segment import Segmenter as PlainSegmenter
 from models_vit import Encoder, VisionTransformer

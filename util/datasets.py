@@ -83,8 +83,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = entry_point.parser("Checks a dataset before training. The exit code is 1 if images can't be read.")
     parser.add_argument("data_path", nargs="?", metavar="PATH", help="as --data_path of main_pretrain.py")
     options.add_source_options(parser)
-    options.add_value_options(parser)
-    options.add_stream_options(parser)
+    options.add_to(parser, "nodata", "value_range", "num_images")
     parser.add_argument("--val_list", metavar="FILE", help="as --train_list, for --split val")
     parser.add_argument("--split", default="train", choices=("train", "val"), help="training or validation set")
     parser.add_argument(

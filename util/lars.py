@@ -4,7 +4,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 
 class LARS(torch.optim.Optimizer):
@@ -47,7 +46,7 @@ class LARS(torch.optim.Optimizer):
                 if weight.grad is not None:
                     self._step_one(weight, weight.grad, group)
 
-    def _step_one(self, weight: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+    def _step_one(self, weight: torch.Tensor, gradient: torch.Tensor, group: dict[str, Any]) -> None:
         if weight.ndim > 1:
             gradient = gradient + group["weight_decay"] * weight
             weight_norm, gradient_norm = weight.norm(), gradient.norm()

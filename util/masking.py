@@ -109,8 +109,7 @@ def block_mask(
             top, start = int(down * (rows - height + 1)), int(right * (columns - width + 1))
             block = torch.zeros_like(mask)
             block[top : top + height, start : start + width] = True
-            new = (block & ~mask).flatten().nonzero()[:left, 0]
-            mask.view(-1)[new] = True
+            mask.view(-1)[(block & ~mask).flatten().nonzero()[:left, 0]] = True
     return masks
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from util.cli.advice import AdvisedError, Remedy
 
@@ -54,7 +53,7 @@ def _describe(value: Any, types: Sequence[type], parts: list[bytes]) -> Any:
         return {"dict": several(value.items())}
     if isinstance(value, Path):
         return {"path": str(value)}
-    if isinstance(value, Tensor):
+    if isinstance(value, torch.Tensor):
         dtype = str(value.dtype).removeprefix("torch.")
         raw = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
         return {"tensor": [dtype, list(value.shape), _store(raw, parts)]}

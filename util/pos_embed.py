@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 Size = int | tuple[int, int]
 
@@ -64,13 +63,13 @@ def get_2d_sincos_pos_embed(embed_dim: int, grid_size: Size, cls_token: bool = F
 
 
 @lru_cache(maxsize=32)
-def sincos_table(embed_dim: int, grid_size: tuple[int, int], num_prefix_tokens: int = 1) -> Tensor:
+def sincos_table(embed_dim: int, grid_size: tuple[int, int], num_prefix_tokens: int = 1) -> torch.Tensor:
     """Returns `get_2d_sincos_pos_embed` after rows of zeros for the class tokens: float32 (1, T + N, embed_dim)."""
     table = torch.from_numpy(get_2d_sincos_pos_embed(embed_dim, grid_size)).float().unsqueeze(0)
-    return nn.functional.pad(table, (0, 0, num_prefix_tokens, 0))
+    return torch.nn.functional.pad(table, (0, 0, num_prefix_tokens, 0))
 
 
-def resize_pos_embed(pos_embed: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
+def resize_pos_embed(pos_embed: torch.Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> torch.Tensor:
     """Interpolates a learned table (1, T + N, D) bicubically to another patch grid.
 
     The rows of the T class tokens are unchanged.
@@ -84,13 +83,13 @@ def resize_pos_embed(pos_embed: Tensor, old_grid: tuple[int, int], new_grid: tup
     num_patches = old_grid[0] * old_grid[1]
     cls_rows, patches = pos_embed[:, :-num_patches], pos_embed[:, -num_patches:]
     patches = patches.reshape(1, *old_grid, -1).permute(0, 3, 1, 2)
-    patches = nn.functional.interpolate(patches.float(), size=new_grid, mode="bicubic", align_corners=False)
+    patches = torch.nn.functional.interpolate(patches.float(), size=new_grid, mode="bicubic", align_corners=False)
     return torch.cat([cls_rows, patches.to(pos_embed.dtype).flatten(2).transpose(1, 2)], dim=1)
 
 
 def interpolate_pos_embed(
     model: Any,
-    checkpoint_model: dict[str, Tensor],
+    checkpoint_model: dict[str, torch.Tensor],
     old_grid: tuple[int, int] | None = None,
     name: str = "pos_embed",
 ) -> None:

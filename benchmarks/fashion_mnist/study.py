@@ -18,13 +18,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks import scripts
-from benchmarks.scripts import ROOT
 
 HERE = Path(__file__).parent
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # the package dataset-fashion-mnist
 WORK = Path("runs/study")
 DATA = ["--dataset", "FashionMNIST", "--data_path", WORK / "data"]
-ENCODER = HERE.relative_to(ROOT) / "encoder.safetensors"
+ENCODER = HERE.relative_to(scripts.ROOT) / "encoder.safetensors"
 EPOCHS = 80  # of recipes/pretrain_fashion_mnist_full.yaml
 # Number of labels -> random subsets, and epochs of fine-tuning
 LABELS = {100: (3, 200), 500: (3, 100), 2_000: (3, 40), 10_000: (1, 20), "all": (1, 15)}
@@ -64,12 +63,12 @@ def pretrain() -> None:
     """Pre-trains the encoder; writes its weights and its log next to this file."""
     scripts.run(*PRETRAIN, threads=1)
     scripts.run(*EXPORT)
-    shutil.copy(ROOT / WORK / "pretrain" / "log.txt", HERE / "logs" / f"pretrain-{EPOCHS}.txt")
+    shutil.copy(scripts.ROOT / WORK / "pretrain" / "log.txt", HERE / "logs" / f"pretrain-{EPOCHS}.txt")
 
 
 def compare() -> None:
     """Compares it with random weights and with raw pixels; writes the results next to this file."""
-    out = ROOT / WORK / "compare"
+    out = scripts.ROOT / WORK / "compare"
     if not (out / "results.json").exists() and (HERE / "results.json").exists():
         out.mkdir(parents=True, exist_ok=True)
         shutil.copy(HERE / "results.json", out)
@@ -94,7 +93,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main() -> None:
     """Runs the parts."""
     args = get_args_parser().parse_args()
-    prepare(ROOT / WORK / "data")
+    prepare(scripts.ROOT / WORK / "data")
     for name in args.parts:
         PARTS[name]()
 

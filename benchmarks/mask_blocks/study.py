@@ -12,7 +12,7 @@ study. The encoders are in runs/mask_blocks.
 """
 
 import sys
-from argparse import ArgumentParser
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -46,10 +46,7 @@ STUDY = Ablation(
 )  # fmt: skip
 
 
-def get_args_parser() -> ArgumentParser:
-    """Returns the parser of the command."""
-    return STUDY.get_args_parser(__doc__)
-
+get_args_parser = partial(STUDY.get_args_parser, __doc__)
 
 if __name__ == "__main__":
     args = get_args_parser().parse_args()

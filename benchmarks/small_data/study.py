@@ -11,7 +11,7 @@ The same command resumes an interrupted study. The encoders are in runs/small_da
 """
 
 import sys
-from argparse import ArgumentParser
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +56,7 @@ STUDY = Ablation(
 )
 
 
-def get_args_parser() -> ArgumentParser:
-    """Returns the parser of the command."""
-    return STUDY.get_args_parser(__doc__)
-
+get_args_parser = partial(STUDY.get_args_parser, __doc__)
 
 if __name__ == "__main__":
     STUDY.main(get_args_parser().parse_args())

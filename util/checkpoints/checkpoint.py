@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from util.cli.advice import AdvisedError, Remedy
 from util.files import atomic
@@ -50,7 +49,7 @@ def compute_digest(state: Any) -> str:
     sha = hashlib.sha256()
 
     def feed(value: Any) -> None:
-        if isinstance(value, Tensor):
+        if isinstance(value, torch.Tensor):
             sha.update(f"tensor {value.dtype} {tuple(value.shape)} ".encode())
             sha.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         elif isinstance(value, dict):
@@ -78,7 +77,7 @@ def require_plain(value: Any, name: str) -> None:
     Raises:
         ValueError: the state contains another object, such as a Path or a NumPy number.
     """
-    if isinstance(value, Tensor):
+    if isinstance(value, torch.Tensor):
         return
     if type(value) not in PLAIN:
         raise ValueError(
@@ -134,7 +133,7 @@ def require_finite(tensors: Mapping[str, Any], source: str, remedy: str) -> None
     """
     bad = [
         name for name, value in tensors.items()
-        if isinstance(value, Tensor) and value.is_floating_point() and not torch.isfinite(value).all()
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and not torch.isfinite(value).all()
     ]  # fmt: skip
     if bad:
         more = f" and {len(bad) - 1} more tensors" if len(bad) > 1 else ""
@@ -143,7 +142,7 @@ def require_finite(tensors: Mapping[str, Any], source: str, remedy: str) -> None
 
 def snapshot(value: Any) -> Any:
     """Copies a nested state to the host. Later changes of the state do not affect the copy."""
-    if isinstance(value, Tensor):
+    if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
         return {key: snapshot(item) for key, item in value.items()}
@@ -271,7 +270,7 @@ def _check_parts(state: Any) -> None:
             waiting += [(part, depth + 1) for item in value.items() for part in item]
         elif isinstance(value, list | tuple | set):
             waiting += [(part, depth + 1) for part in value]
-        elif isinstance(value, Tensor):
+        elif isinstance(value, torch.Tensor):
             if value.layout != torch.strided or value.is_meta or value.is_quantized:
                 raise ValueError("a tensor is sparse, quantized or without data; save it as a dense tensor")
             if value.numel() * value.element_size() > value.untyped_storage().nbytes():

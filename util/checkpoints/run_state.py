@@ -5,10 +5,9 @@ import math
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from util import dist
 from util import settings as settings_of
@@ -19,9 +18,6 @@ from util.cli.advice import Remedy, arguments
 from util.cli.choices import published_crop_pct
 from util.cli.flags import runs_code
 from util.cli.user_code import DATASET
-
-if TYPE_CHECKING:
-    from torch.distributed.checkpoint.stateful import Stateful
 
 logger = logging.getLogger(__name__)
 
@@ -58,10 +54,6 @@ class Progress:
         self.first_iteration = 0
         self.meters: dict[str, Any] = {}  # state of `meters.Meters`
         self.best_accuracy = -math.inf  # best score of the epochs so far
-
-    def next_epoch(self) -> None:
-        """Moves to the start of the next epoch."""
-        self.epoch, self.first_iteration, self.meters = self.epoch + 1, 0, {}
 
     def position(self, epoch: int, iterations: int, meters: dict[str, Any]) -> dict[str, Any]:
         """Returns the entry `progress` of a checkpoint, which `restore` reads.
@@ -124,11 +116,11 @@ class Progress:
 
 
 def collect(
-    model: nn.Module,
+    model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     settings: dict,
-    callbacks: Sequence["Stateful"] = (),
+    callbacks: Sequence[Any] = (),
 ) -> dict[str, Any]:
     """Returns the state of a run without its position."""
     is_sharded = dist.is_sharded(model)
@@ -211,12 +203,12 @@ def _require_setting(file: str, name: str, value: Any, default: Any) -> None:
 def resume(
     which: str,
     output_dir: Path,
-    model: nn.Module,
+    model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     settings: dict[str, Any],
     progress: Progress,
-    callbacks: Sequence["Stateful"] = (),
+    callbacks: Sequence[Any] = (),
 ) -> None:
     """Restores model, optimizer, scaler, random number generators, callbacks and position from a checkpoint.
 
@@ -304,7 +296,7 @@ def _start_from(file: str) -> list[Remedy]:
     ]
 
 
-def restore_model(model: nn.Module, state: dict[str, Any], settings: dict[str, Any], which: str = "auto") -> None:
+def restore_model(model: torch.nn.Module, state: dict[str, Any], settings: dict[str, Any], which: str = "auto") -> None:
     """Loads all weights of a checkpoint.
 
     Args:
@@ -314,7 +306,7 @@ def restore_model(model: nn.Module, state: dict[str, Any], settings: dict[str, A
     Raises:
         CheckpointError: the checkpoint has another architecture.
     """
-    weights: dict[str, Tensor] = state["model"]
+    weights: dict[str, torch.Tensor] = state["model"]
     ours = model.state_dict()
     differing = [n for n in ours if n not in weights or weights[n].shape != ours[n].shape]
     differing += [n for n in weights if n not in ours]
@@ -412,7 +404,7 @@ def _require_same_epochs(saved: dict[str, Any], settings: dict[str, Any]) -> Non
 
 
 def _require_same_processes(state: dict[str, Any], settings: dict[str, Any]) -> None:
-    """Within an epoch of `loader.FeatureBatches`, the remaining images depend on the number of processes."""
+    """Within an epoch of `feature_files.FeatureBatches`, the remaining images depend on the number of processes."""
     saved, position = _args_of(state), state.get("progress") or {}
     if not (settings.get("cache_features") and position.get("images_done")):
         return
@@ -446,8 +438,8 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -
     ]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
-    def place(value: Any, parameter: Tensor) -> Any:
-        is_moment = isinstance(value, Tensor) and value.shape == parameter.shape
+    def place(value: Any, parameter: torch.Tensor) -> Any:
+        is_moment = isinstance(value, torch.Tensor) and value.shape == parameter.shape
         return dist.placed_as(value, parameter) if is_moment else value
 
     state = {
@@ -457,7 +449,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def _restore_callbacks(callbacks: Sequence["Stateful"], states: list[dict[str, Any]]) -> None:
+def _restore_callbacks(callbacks: Sequence[Any], states: list[dict[str, Any]]) -> None:
     if not states and all(getattr(callback, "is_optional", False) for callback in callbacks):
         return
     if len(callbacks) != len(states):
@@ -469,7 +461,7 @@ def _restore_callbacks(callbacks: Sequence["Stateful"], states: list[dict[str, A
         callback.load_state_dict(state)
 
 
-def _restore_rng(rng: dict[str, Tensor]) -> None:
+def _restore_rng(rng: dict[str, torch.Tensor]) -> None:
     if "cpu" in rng:
         torch.set_rng_state(rng["cpu"])
     if "cuda" in rng and torch.cuda.is_available():

@@ -10,7 +10,6 @@ from enum import Enum, EnumType
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as td
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
@@ -58,16 +57,6 @@ def read(tensors: dict[str, Tensor], folder: Path, together: bool) -> None:
             dcp.load(tensors, storage_reader=ShardReader(folder), no_dist=not together)
         except dcp.CheckpointException as error:
             raise CheckpointError(f"{folder} can't be read: {reason(error)}") from error
-
-
-def read_sizes(folder: Path) -> dict[str, torch.Size]:
-    """Returns the shapes of all tensors of a folder, by name.
-
-    Raises:
-        CheckpointError: the metadata contains anything but tensors.
-    """
-    described = ShardReader(folder).read_metadata().state_dict_metadata
-    return {name: tensor.size for name, tensor in described.items() if isinstance(tensor, TensorStorageMetadata)}
 
 
 class _Writer(dcp.FileSystemWriter):

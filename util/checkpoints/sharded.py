@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as td
-from torch import Tensor, nn
 
 from util import dist
 from util.checkpoints import checkpoint
@@ -180,7 +179,8 @@ def _sizes(state: dict[str, Any]) -> dict[str, torch.Size]:
     from util.checkpoints import shard_files
 
     try:
-        sizes = shard_files.read_sizes(state["folder"])
+        described: Any = shard_files.ShardReader(state["folder"]).read_metadata().state_dict_metadata
+        sizes = {name: tensor.size for name, tensor in described.items()}
         num_bytes = sum(file.stat().st_size for file in Path(state["folder"]).iterdir() if file.is_file())
         if sum(math.prod(size) for size in sizes.values()) > num_bytes:
             raise CheckpointError("its tensors are larger than its files")
@@ -189,7 +189,7 @@ def _sizes(state: dict[str, Any]) -> dict[str, torch.Size]:
         raise CheckpointError(f"{state['folder']} is refused: {error}. Nothing in it was executed.") from error
 
 
-def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def optimizer_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Returns the state of an optimizer with parameter names instead of numbers.
 
     `get_optimizer_state_dict` of PyTorch returns the same names, but changes an optimizer before its first step.
@@ -201,7 +201,7 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
     return {"state": {order[number]: moments for number, moments in state["state"].items()}, "param_groups": groups}
 
 
-def fill(state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def fill(state: dict[str, Any], model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Reads the tensors of a folder that `read` returned. Each process reads its shards.
 
     Returns:
@@ -212,24 +212,24 @@ def fill(state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimiz
         CheckpointError: the tensors can't be read.
     """
     state = {**state, "optimizer": {"param_groups": optimizer_state(model, optimizer)["param_groups"]}}
-    ours: dict[str, Tensor] = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    ours: dict[str, torch.Tensor] = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     ours |= {f"optimizer.{name}": parameter for name, parameter in model.named_parameters()}
 
-    def room(name: str, size: torch.Size) -> Tensor:
+    def room(name: str, size: torch.Size) -> torch.Tensor:
         like = ours.get(name, ours.get(name.rpartition(".")[0]))
         return torch.zeros(size) if like is None or like.shape != size else torch.zeros_like(like)
 
     return _load(state, {name: room(name, size) for name, size in _sizes(state).items()}, together=True)
 
 
-def _load(state: dict[str, Any], tensors: dict[str, Tensor], together: bool) -> dict[str, Any]:
+def _load(state: dict[str, Any], tensors: dict[str, torch.Tensor], together: bool) -> dict[str, Any]:
     from util.checkpoints import shard_files
 
     shard_files.read(tensors, state["folder"], together)
     groups = state["optimizer"]["param_groups"]
     names = [str(name) for group in groups for name in group["params"]]
     number = {name: number for number, name in enumerate(names)}  # a plain checkpoint numbers the parameters
-    model, moments = {}, dict[int, dict[str, Tensor]]()
+    model, moments = {}, dict[int, dict[str, torch.Tensor]]()
     for name, tensor in tensors.items():
         kind, _, rest = name.partition(".")
         key, _, moment = rest.rpartition(".")

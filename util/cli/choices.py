@@ -1,9 +1,14 @@
-"""Choices and defaults of flags that other packages also use."""
+"""Groups of flags, and choices and defaults that other packages also use."""
 
 from itertools import chain
 
 from util.pos_embed import Size, to_pair
 
+# The groups of --help.
+DATA, AUGMENTATION, MODEL, OPTIMIZATION, EVALUATION, RUN = (
+    "data", "augmentation", "model", "optimization", "evaluation", "run"
+)  # fmt: skip
+DISTRIBUTED = "distributed (start with torchrun, srun or submitit_*.py)"
 AMP_CHOICES = ("auto", "bf16", "fp16", "off")
 ADAPT_CHOICES = ("error", "mean", "repeat", "skip")
 LINEAR, ATTENTIVE = PROBE_CHOICES = ("linear", "attentive")

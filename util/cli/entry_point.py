@@ -1,4 +1,4 @@
-"""The command line: `--config` recipes, and error messages in one line. `util/cli/options.py` defines the flags."""
+"""The command line: `--config` recipes, and error messages in one line. `util/cli/flag_table.py` defines the flags."""
 
 import argparse
 import copy

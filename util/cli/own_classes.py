@@ -21,13 +21,3 @@ def with_own(args: Namespace, flag: str, given: Any) -> tuple[Namespace, Any]:
         return entry_point.changed(args, {flag: name_of(given)}), given
     name = getattr(args, flag)
     return args, import_object(f"--{flag} ", name) if name else None
-
-
-def chosen_encoder(args: Namespace) -> dict[str, Any]:
-    """Returns the arguments of `get_model` for --encoder and --encoder_args.
-
-    Raises:
-        ValueError: the class can't be imported.
-    """
-    encoder = {"encoder": import_object("--encoder ", args.encoder)} if args.encoder else {}
-    return encoder | ({"encoder_args": args.encoder_args} if args.encoder_args else {})

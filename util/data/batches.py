@@ -57,6 +57,16 @@ def tensors_of(batch: Any) -> Iterator[Tensor]:
             yield from tensors_of(part)
 
 
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Copies the tensors of a batch to the device: a tensor, or a dict, list or named tuple of batches."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, Mapping):
+        return {name: to_device(part, device) for name, part in batch.items()}
+    parts = [to_device(part, device) for part in batch]
+    return type(batch)(*parts) if hasattr(batch, "_fields") else parts
+
+
 def require_space(num_workers: int) -> None:
     """Raises OSError if the queues of the worker processes do not fit into the shared memory."""
     if PLACE.is_dir() and shutil.disk_usage(PLACE).free < SEMAPHORES * (1 + num_workers) * mmap.PAGESIZE:

@@ -24,7 +24,9 @@ from util.pos_embed import Size, to_pair
 def scale(picture: Picture, height: int, width: int) -> Picture:
     """Scales a picture bicubically, with antialiasing. Bytes equal the bytes of Pillow."""
     if has_bytes(picture) and max(*picture.shape[1:], height, width) <= SMALL:
-        return torch.from_numpy(_scaled_small(picture.numpy(), height, width)).permute(2, 0, 1)
+        # By products of matrices, in a fraction of the time of Pillow.
+        rows = _rounded(picture.numpy().astype(np.float64) @ _weights(picture.shape[2], width).T)
+        return torch.from_numpy(_rounded(_weights(picture.shape[1], height) @ rows).astype(np.uint8))
     if has_bytes(picture) and len(picture) == 3:
         from util.data.bicubic import MAX_RATIO, resize  # compiled when imported
 
@@ -34,13 +36,6 @@ def scale(picture: Picture, height: int, width: int) -> Picture:
     if isinstance(picture, Image.Image):
         return picture.resize((width, height), Image.Resampling.BICUBIC)
     return TF.resize(picture, [height, width], interpolation=TF.InterpolationMode.BICUBIC)
-
-
-def _scaled_small(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Scales bytes (c, h, w) to (height, width, c) by products of matrices, in a fraction of the time of Pillow."""
-    _, own_height, own_width = pixels.shape
-    rows = _rounded(pixels.astype(np.float64) @ _weights(own_width, width).T)
-    return _rounded(_weights(own_height, height) @ rows).astype(np.uint8).transpose(1, 2, 0)
 
 
 def _rounded(values: np.ndarray) -> np.ndarray:

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -22,10 +21,10 @@ class WithExtras(NamedTuple):
     """An image as `decode` takes it, and its extra inputs."""
 
     image: Any
-    extras: dict[str, Tensor]
+    extras: dict[str, torch.Tensor]
 
 
-def split(image: Any) -> tuple[Any, dict[str, Tensor]]:
+def split(image: Any) -> tuple[Any, dict[str, torch.Tensor]]:
     """Returns the image that a source returned, and its extra inputs."""
     return (image.image, image.extras) if isinstance(image, WithExtras) else (image, {})
 
@@ -35,14 +34,14 @@ def can_name(name: Any) -> bool:
     return str(name).isidentifier() and not keyword.iskeyword(str(name)) and name not in RESERVED
 
 
-def to_tensor(value: Any) -> Tensor:
+def to_tensor(value: Any) -> torch.Tensor:
     """Converts a number, array or tensor to fp32.
 
     Raises:
         ValueError: it is no number, not finite in fp32, or an integer that fp32 does not represent.
     """
     try:
-        if isinstance(value, Tensor):
+        if isinstance(value, torch.Tensor):
             value = value.detach().cpu()
             value = value.double() if value.is_floating_point() else value
         array = np.asarray(value)
@@ -92,7 +91,7 @@ def require_fitting(model: Any, train: Any, val: Any = None, steps: tuple[str, .
         logger.warning(f"the images have no extra input {name}: the model uses the default of this parameter")
 
 
-def by_name(extras: Mapping[str, Any], count: int, several: bool, device: torch.device) -> dict[str, Tensor]:
+def by_name(extras: Mapping[str, Any], count: int, several: bool, device: torch.device) -> dict[str, torch.Tensor]:
     """Returns the extra inputs of `count` images as tensors (B, ...) on a device.
 
     Args:

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
@@ -237,7 +236,7 @@ class _Decoded(Dataset):
         )
         self.in_chans = in_chans
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, Any]:
         nothing = torch.zeros(self.in_chans, 0, 0, dtype=torch.uint8)
         try:
             with preserve_generators():
@@ -249,7 +248,7 @@ class _Decoded(Dataset):
         return (pixels if pixels.dtype == torch.uint8 and not extras else nothing), label
 
 
-def _flatten(samples: list[tuple[Tensor, Any]]) -> tuple[Tensor, Tensor, list[Any]]:
+def _flatten(samples: list[tuple[torch.Tensor, Any]]) -> tuple[torch.Tensor, torch.Tensor, list[Any]]:
     """Returns the bytes of all images, their heights and widths (n, 2), and their labels."""
     images, labels = zip(*samples, strict=True)
     sizes = torch.tensor([image.shape[1:] for image in images])

@@ -12,7 +12,6 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from torch import Tensor
 
 EXIF, END, SCAN = 0xE1, 0xD9, 0xDA
 # Start-of-frame markers are C0 to CF except these: Huffman tables, an extension, and conditioning of arithmetic coding.
@@ -51,7 +50,7 @@ def decoder() -> Any:
     return decode_jpeg
 
 
-def decode_rgb(data: bytes, max_pixels: int) -> Tensor | None:
+def decode_rgb(data: bytes, max_pixels: int) -> torch.Tensor | None:
     """Decodes a color JPEG file with 8 bits to uint8 (3, H, W), with the pixels of Pillow, bit for bit.
 
     Args:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from util.cli.advice import did_you_mean
-from util.cli.choices import CLASSIFICATION, MULTILABEL
+from util.cli.choices import CLASSIFICATION, MULTILABEL, REGRESSION
 from util.data import extras as extra_inputs
 from util.data.decode import SUFFIXES
 from util.data.sources import Files
@@ -165,7 +165,7 @@ def _extras(suffix: str, text: str, columns: Sequence[str]) -> dict[str, np.ndar
     if refused := [name for name in columns if not extra_inputs.can_name(name)]:
         raise LabelError(f"an extra input can't have the name {printable(refused[0])}; rename this column of --extras")
     names, _, cells = _read_cells(suffix, text, columns, "--extras")
-    values = np.array([[_number_in(cell) for cell in row] for row in cells])
+    values = np.array([[_value_of(cell, REGRESSION, False) for cell in row] for row in cells])
     with np.errstate(invalid="ignore", over="ignore"):
         wrong = ~np.isfinite(values) | ((values % 1 == 0) & (values.astype("f4") != values))
     for row, column in np.argwhere(wrong)[:1]:
@@ -175,13 +175,6 @@ def _extras(suffix: str, text: str, columns: Sequence[str]) -> dict[str, np.ndar
             f"fp32, whose integers are exact up to 16,777,216: correct it, split it into columns, or omit the row"
         )
     return dict(zip(columns, values.T.astype("f4"), strict=True))
-
-
-def _number_in(cell: str) -> float:
-    try:
-        return float(cell)
-    except ValueError:
-        return float("nan")
 
 
 def _read_cells(
@@ -270,8 +263,7 @@ def _text_rows(text: str) -> list[Row]:
 
 
 def _csv_rows(text: str, label_columns: Sequence[str] = LABEL_COLUMNS) -> list[Row]:
-    rows = [line for line in text.splitlines() if line.strip()]
-    lines = [row for row in csv.reader(rows) if row]
+    lines = [row for row in csv.reader(line for line in text.splitlines() if line.strip()) if row]
     header = [_plain(cell) for cell in lines[0]] if lines else []
     path, label = 0, 1
     if any(name in header for name in PATH_COLUMNS):

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Sampler, default_collate
 
 from util import dist
@@ -61,7 +60,7 @@ def updates_per_epoch(num_images: int, batch_size: int, accum_iter: int) -> int:
     return updates
 
 
-class _Epochs:
+class Epochs:
     """Epochs of complete updates, and the position in them: the epoch and the first batch of the next iteration.
 
     Args:
@@ -91,7 +90,7 @@ class _Epochs:
         return self.num_batches
 
 
-class EpochBatches(_Epochs, Sampler[list[tuple[int, int]]]):
+class EpochBatches(Epochs, Sampler[list[tuple[int, int]]]):
     """Batches of (pass, index) for this process. `seek` sets the epoch and the first batch.
 
     With `repeats`, every image occurs `repeats` times in a row and is decoded once, and an epoch is `repeats` times as
@@ -230,41 +229,6 @@ class TrainLoader:
             )
 
 
-class FeatureBatches(_Epochs):
-    """Batches of stored features for `loop.run_epoch`, with the interface of `TrainLoader`.
-
-    Every process has the features of its part of the images, and permutes them by (seed, epoch, rank). The images of an
-    update therefore depend on the number of processes, and a run resumes within an epoch with the same number only.
-
-    Args:
-        features: (n, D) or tokens (n, N, D); n differs by at most one between processes.
-        labels: (n,).
-
-    Raises:
-        ValueError: the features do not fill one effective batch.
-    """
-
-    def __init__(self, features: Tensor, labels: Tensor, batch_size: int, seed: int, accum_iter: int = 1) -> None:
-        super().__init__(sum(dist.gather(len(labels))), batch_size, seed, accum_iter)
-        self.features = features
-        self.labels = labels
-
-    def __iter__(self) -> Iterator[Batch]:
-        order = torch.from_numpy(
-            np.random.default_rng([self.seed, self.epoch, dist.rank()]).permutation(len(self.labels))
-        )
-        for iteration in range(self.first_iteration, self.num_batches):
-            mine = order[iteration * self.batch_size : (iteration + 1) * self.batch_size]
-            yield Batch(self.features[mine], self.labels[mine], mine)
-
-    def seed_iteration(self, iteration: int) -> None:
-        """Does nothing: features are not augmented."""
-
-    def counts(self) -> dict[str, int]:
-        """Returns no counts: no images are read."""
-        return {}
-
-
 def eval_loader(samples: Samples, batch_size: int, num_workers: int, pin_memory: bool) -> DataLoader:
     """Loads this process's share of a dataset for evaluation: each sample occurs once over all processes."""
     mine = [(0, index) for index in range(dist.rank(), len(samples), dist.world_size())]
@@ -315,7 +279,7 @@ def _collate(samples: list[Sample]) -> tuple[Batch, list[Bad]]:
     return Batch(_stack(images), labels, noise, extras), [bad for sample in samples for bad in sample.bad]
 
 
-def _stack(images: list[Tensor]) -> Tensor:
+def _stack(images: list[torch.Tensor]) -> torch.Tensor:
     """Stacks images to (B, c, H, W).
 
     The memory format of the images, usually channels last, is preserved, because a conversion takes longer than all

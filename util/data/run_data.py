@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from util.cli.choices import CLASSIFICATION
 from util.data import extras, image_cache, image_facts, labels, loader, targets, transforms
@@ -79,19 +78,9 @@ class RunData:
         data, holds_out = self.data, bool(self.data.val_fraction)
         if holds_out and data.val_list:
             logger.warning("--val_list has no effect with --val_fraction, which evaluates on training images")
-        task = self.images.task
-        if task == CLASSIFICATION:
-            train, val = labels.open_pair(
-                self.open_split, nb_classes=nb_classes, train_per_class=data.train_per_class, seed=data.seed,
-                validation=not holds_out,
-            )  # fmt: skip
-        elif data.train_per_class:
-            raise ValueError(
-                f"--train_per_class {data.train_per_class}: an image has no single class with --task {task}; omit "
-                f"--train_per_class"
-            )
-        else:
-            train, val = targets.open_pair(self.open_split, task, nb_classes, validation=not holds_out)
+        train, val = targets.open_pair(
+            self.open_split, self.images.task, nb_classes, data.train_per_class, data.seed, validation=not holds_out
+        )
         self.suggest_statistics(train)
         if data.on_bad_image == "skip" and (holds_out or reads_in_order):
             train = image_facts.readable(train, self.images.in_chans, data.num_workers, self.values)
@@ -128,7 +117,7 @@ class RunData:
 
     def samples(
         self, source: Source | Shards, transform: transforms.Transform, on_bad_image: str | None = None,
-        draw_noise: Callable[[], Tensor] | None = None,
+        draw_noise: Callable[[], torch.Tensor] | None = None,
     ) -> Samples:  # fmt: skip
         """Returns the decoded and transformed samples of a dataset. The arguments are as in `Samples`."""
         return Samples(

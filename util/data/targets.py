@@ -4,13 +4,13 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from util.cli.choices import MULTILABEL, REGRESSION
-from util.data.labels import Subset
+from util.cli.choices import CLASSIFICATION, MULTILABEL, REGRESSION
+from util.data import labels
 from util.data.sources import Source, first_few
 from util.data.webdataset_shards import Shards
 
 
-class Targets(Subset):
+class Targets(labels.Subset):
     """A source with other labels: vectors (n, C) in fp32."""
 
     def __init__(self, source: Source, classes: Sequence[str], labels: np.ndarray) -> None:
@@ -37,18 +37,33 @@ def require(source: Source | Shards, split: str, task: str) -> Source:
 
 
 def open_pair(
-    open_split: Callable[[str], Source | Shards], task: str, nb_classes: int | None = None, validation: bool = True
+    open_split: Callable[[str], Source | Shards],
+    task: str,
+    nb_classes: int | None = None,
+    train_per_class: int | None = None,
+    seed: int = 0,
+    validation: bool = True,
 ) -> tuple[Source, Source]:
     """Opens the training set and the validation set. The labels of both have the same classes or targets.
 
     Args:
         open_split: returns the set "train" or "val".
         nb_classes: the expected number of classes or targets; None: any number.
+        train_per_class, seed: as in `labels.open_pair`.
         validation: open the validation set. Else, the training set takes its place.
 
     Raises:
-        ValueError: a set has no vectors as labels, or their classes or targets differ.
+        ValueError: a set has no labels of the task, their classes or targets differ, or a class has too few images.
     """
+    if task == CLASSIFICATION:
+        return labels.open_pair(
+            open_split, nb_classes=nb_classes, train_per_class=train_per_class, seed=seed, validation=validation
+        )
+    if train_per_class:
+        raise ValueError(
+            f"--train_per_class {train_per_class}: an image has no single class with --task {task}; omit "
+            f"--train_per_class"
+        )
     train = require(open_split("train"), "train", task)
     if nb_classes not in (None, len(train.classes)):
         raise ValueError(f"--nb_classes {nb_classes}: the labels have {len(train.classes)} numbers; omit --nb_classes")
@@ -73,9 +88,9 @@ def counted_as(source: Source, classes: Sequence[str], task: str) -> Source:
             f"--task {task}: the labels of the validation images are {first_few(source.classes)}, and those of the "
             f"training images or of the model are {first_few(classes)}: give the same"
         )
-    labels = np.zeros((len(source), len(classes)))
-    labels[:, [list(classes).index(name) for name in source.classes]] = source.labels
-    return Targets(source, classes, labels)
+    vectors = np.zeros((len(source), len(classes)))
+    vectors[:, [list(classes).index(name) for name in source.classes]] = source.labels
+    return Targets(source, classes, vectors)
 
 
 def statistics(source: Source, task: str) -> tuple[list[float], list[float]]:

@@ -206,7 +206,6 @@ def finetune_transform(
     auto_augment.NAME_TO_OP.update(
         {name: _posterize for name in auto_augment.NAME_TO_OP if name.startswith("Posterize")}
     )
-    policy = None if aa in (None, "", "none") else aa
     try:
         stages = create_transform(
             (len(mean), *to_pair(input_size)),
@@ -215,7 +214,7 @@ def finetune_transform(
             ratio=(crop_ratio[0], crop_ratio[1]),
             hflip=hflip,
             color_jitter=color_jitter,  # type: ignore[arg-type]  # None: no jitter
-            auto_augment=policy,
+            auto_augment=None if aa in (None, "", "none") else aa,
             interpolation="bicubic",
             mean=tuple(mean),
             std=(1.0,) * len(mean),

@@ -131,8 +131,7 @@ def _distance(best: Cell, other: Cell) -> str:
     side = "below" if best.metric in LOWER_IS_BETTER else "above"
     unit = " points" if best.metric == ACCURACY else ""
     if len(differences) < 2:
-        difference = best.format(abs(best.mean - other.mean))
-        return f"{difference}{unit} (one draw: the spread is unknown) {side}"
+        return f"{best.format(abs(best.mean - other.mean))}{unit} (one draw: the spread is unknown) {side}"
     mean, spread = statistics.fmean(differences), statistics.stdev(differences)
     verdict = "" if abs(mean) > spread else " (within the spread of the draws)"
     return f"{best.format(abs(mean))} ± {best.format(spread)}{unit}{verdict} {side}"

@@ -30,8 +30,7 @@ def read(source: Source, images: ImageSpec, num_workers: int) -> np.ndarray:
         source, transforms.keeps_label(transform), in_chans=images.in_chans, seed=0, exif=bool(images.exif),
         values=PixelValues(images.nodata, images.value_range),
     )  # fmt: skip
-    batches = loader.eval_loader(samples, 256, num_workers, False)
-    parts = [transforms.to_unit_range(batch) for batch, *_ in batches]
+    parts = [transforms.to_unit_range(batch) for batch, *_ in loader.eval_loader(samples, 256, num_workers, False)]
     filled = [part.where(~part.isnan(), part.nanmean(dim=(2, 3), keepdim=True)) for part in parts]
     return torch.cat(filled).flatten(1).nan_to_num(0).numpy()  # 0: no pixel of an image is valid
 

@@ -84,6 +84,14 @@ def synsets() -> list[str]:
     return ImageNetInfo("imagenet-1k").label_names()
 
 
+@cache
+def imagenet_classes() -> list[str]:
+    """Returns the names of the classes of ImageNet-1K, by label."""
+    from timm.data import ImageNetInfo  # takes more than a second
+
+    return [ImageNetInfo().index_to_description(label) for label in range(1000)]
+
+
 def subset(name: str) -> list[str]:
     """Returns the sorted WordNet ids of the 200 classes of imagenet-a or imagenet-r, from timm."""
     listed = resources.files("timm.data") / "_info" / f"{name.replace('-', '_')}_synsets.txt"

@@ -37,5 +37,4 @@ class Results:
         """Adds results by name, or replaces them."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.lock:
-            text = json.dumps({**self.read(), **results}, indent=1, sort_keys=True)
-            atomic.write_text(self.path, text + "\n")
+            atomic.write_text(self.path, json.dumps({**self.read(), **results}, indent=1, sort_keys=True) + "\n")

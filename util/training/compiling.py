@@ -3,14 +3,13 @@
 import logging
 
 import torch
-from torch import nn
 
 from util import dist
 
 logger = logging.getLogger(__name__)
 
 
-def compile_model(model: nn.Module, device: torch.device, freeze_weights: bool = False) -> None:
+def compile_model(model: torch.nn.Module, device: torch.device, freeze_weights: bool = False) -> None:
     """Compiles a model in place, one graph per input shape. The names of parameters do not change.
 
     Without a compiler, it logs a warning and does not change the model.

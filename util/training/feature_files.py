@@ -16,17 +16,52 @@ from tqdm import tqdm
 
 from util import dist
 from util.cli import advice
-from util.data.batches import Batch
+from util.data.batches import Batch, to_device
 from util.data.labels import Subset
+from util.data.loader import Epochs
 from util.data.sources import Source
 from util.files import atomic, locks
-from util.training.loop import to_device
 from util.training.precision import Precision
 
 logger = logging.getLogger(__name__)
 
 NOTE = "done.json"  # the progress
 SAVE_EVERY = 20  # batches between updates of the progress
+
+
+class FeatureBatches(Epochs):
+    """Batches of stored features for `loop.run_epoch`, with the interface of `TrainLoader`.
+
+    Every process has the features of its part of the images, and permutes them by (seed, epoch, rank). The images of an
+    update therefore depend on the number of processes, and a run resumes within an epoch with the same number only.
+
+    Args:
+        features: (n, D) or tokens (n, N, D); n differs by at most one between processes.
+        labels: (n,).
+
+    Raises:
+        ValueError: the features do not fill one effective batch.
+    """
+
+    def __init__(self, features: Tensor, labels: Tensor, batch_size: int, seed: int, accum_iter: int = 1) -> None:
+        super().__init__(sum(dist.gather(len(labels))), batch_size, seed, accum_iter)
+        self.features = features
+        self.labels = labels
+
+    def __iter__(self) -> Iterator[Batch]:
+        order = torch.from_numpy(
+            np.random.default_rng([self.seed, self.epoch, dist.rank()]).permutation(len(self.labels))
+        )
+        for iteration in range(self.first_iteration, self.num_batches):
+            mine = order[iteration * self.batch_size : (iteration + 1) * self.batch_size]
+            yield Batch(self.features[mine], self.labels[mine], mine)
+
+    def seed_iteration(self, iteration: int) -> None:
+        """Does nothing: features are not augmented."""
+
+    def counts(self) -> dict[str, int]:
+        """Returns no counts: no images are read."""
+        return {}
 
 
 @torch.no_grad()  # not inference mode: a head can't be trained on its tensors
@@ -123,8 +158,7 @@ def _write(
                     left = left[file.write(left) :]
                 if number % SAVE_EVERY == 0 or done == count:
                     os.fsync(file.fileno())
-                    note = {"settings": settings, "done": done, "shape": shape}
-                    atomic.write_text(folder / NOTE, json.dumps(note))
+                    atomic.write_text(folder / NOTE, json.dumps({"settings": settings, "done": done, "shape": shape}))
     # A shared mapping that may be written to: torch warns of others, and a private one would count as used memory.
     return np.memmap(rows, dtype, "r+", shape=(done, *shape)) if done else np.empty(0, dtype)
 

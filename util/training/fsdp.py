@@ -5,7 +5,6 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -15,7 +14,11 @@ from util import dist
 
 
 def shard(
-    model: nn.Module, units: Iterable[nn.Module], device: torch.device, dtype: torch.dtype | None, method: str
+    model: torch.nn.Module,
+    units: Iterable[torch.nn.Module],
+    device: torch.device,
+    dtype: torch.dtype | None,
+    method: str,
 ) -> None:
     """Shards weights, gradients and optimizer states over the processes (FSDP2), in place.
 

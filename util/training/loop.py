@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from util import dist
-from util.data.batches import tensors_of
-from util.data.loader import FeatureBatches, TrainLoader
+from util.data.batches import tensors_of, to_device
+from util.data.loader import TrainLoader
 from util.interrupts import Interrupted
+from util.training.feature_files import FeatureBatches
 from util.training.meters import Meters, Stopwatch
 from util.training.nonfinite import NonFiniteGuard, NonFiniteLoss
 from util.training.precision import Precision
@@ -192,16 +193,6 @@ def _forward_backward(
     return {name: part.detach() for name, part in parts.items()}
 
 
-def to_device(batch: Any, device: torch.device) -> Any:
-    """Copies the tensors of a batch to the device: a tensor, or a dict, list or named tuple of batches."""
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, Mapping):
-        return {name: to_device(part, device) for name, part in batch.items()}
-    parts = [to_device(part, device) for part in batch]
-    return type(batch)(*parts) if hasattr(batch, "_fields") else parts
-
-
 @cache
 def _copying_stream(device: torch.device) -> torch.cuda.Stream:
     """Returns one stream for all epochs, because the allocator does not share memory between streams."""
@@ -270,7 +261,9 @@ class PendingUpdates:
             if not self.options.guard.accepts(loss, grad_norm):
                 place = f"epoch {self.options.epoch}, batch {batch}"
                 what = f"{place}: loss {loss}, gradient norm {grad_norm}, lr {lr:.3g}"
-                self.options.guard.react(what, lambda: self._save_emergency(iterations))
+                self.options.guard.react(
+                    what, lambda: self.options.saver.save_emergency(self.options.epoch, iterations, self.drain())
+                )
         return shared_request
 
     def drain(self) -> dict[str, Any]:
@@ -290,6 +283,3 @@ class PendingUpdates:
         self.options.meters.add(loss, grad_norm, lr, losses)
         self.options.log.update(iterations, lr, loss, grad_norm, losses)
         return [grad_norm, loss, *shares]
-
-    def _save_emergency(self, iterations: int) -> str:
-        return self.options.saver.save_emergency(self.options.epoch, iterations, self.drain())

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from util import dist
 from util.data import image_facts, labels
@@ -99,14 +98,14 @@ class OnlineProbe:
 
 
 def _encode(model: Any, source: Source, *, data: RunData, batch_size: int, precision: Precision) -> Any:
-    def forward(images: Tensor, **extras: Tensor) -> Tensor:
+    def forward(images: torch.Tensor, **extras: torch.Tensor) -> torch.Tensor:
         return model.class_features(model.get_intermediate_layers(images, **extras)[0])
 
     batches = data.eval_batches(source, batch_size)
     return feature_files.encode(forward, batches, normalize=data.normalize, precision=precision)
 
 
-def effective_rank(features: Tensor) -> float:
+def effective_rank(features: torch.Tensor) -> float:
     """RankMe (Garrido et al. 2023, arXiv 2210.02885): exp of the entropy of the normalized singular values.
 
     Args:

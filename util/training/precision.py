@@ -1,7 +1,6 @@
 """Mixed precision: autocast, the fp16 loss scaler, gradient clipping, and updates that skip non-finite gradients."""
 
 import torch
-from torch import Tensor
 
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", None: "fp32"}
 
@@ -77,12 +76,12 @@ class Precision:
         """Returns the context manager of a forward pass."""
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: torch.Tensor) -> None:
         """Accumulates the gradients of `loss`. They are NaN if the loss is not finite."""
         factor = torch.where(torch.isfinite(loss.detach()), 1.0, float("nan"))
         self.scaler.scale(loss * factor).backward()
 
-    def step(self, optimizer: torch.optim.Optimizer, clip_grad: float | None) -> Tensor:
+    def step(self, optimizer: torch.optim.Optimizer, clip_grad: float | None) -> torch.Tensor:
         """Clips the gradients, updates the weights and clears the gradients.
 
         The update is skipped if a gradient is not finite.
@@ -113,5 +112,5 @@ class Precision:
         return norm
 
 
-def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -7,7 +7,6 @@ run that ended with an error. Checkpoints of sharded runs are folders with these
 
 import logging
 import math
-import os
 import shutil
 import signal
 import tempfile
@@ -204,8 +203,7 @@ class Saver(NullSaver):
     def _remove_old(self) -> None:
         for path in checkpoint.milestones(self.output_dir)[: -self.keep_last] if self.keep_last else []:
             try:
-                remove = shutil.rmtree if path.is_dir() else os.remove
-                remove(path)
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
             except OSError as error:
                 logger.warning(f"--keep_last {self.keep_last}: {path} can't be removed ({error.strerror})")
 

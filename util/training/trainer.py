@@ -95,7 +95,7 @@ def run(
 
     Args:
         optimizer: its learning rate is set before every update. A group may have an `lr_scale`.
-        batches: a `loader.TrainLoader` or `loader.FeatureBatches`.
+        batches: a `loader.TrainLoader` or `feature_files.FeatureBatches`.
         record: all settings of the run, which checkpoints contain as `args`.
         is_locked: the caller has locked the run directory.
 
@@ -230,7 +230,7 @@ def _train_epochs(
         meters = Meters(**progress.meters)
         train(replace(options, epoch=epoch, first_iteration=progress.first_iteration, meters=meters))
         try:
-            progress.next_epoch()
+            progress.epoch, progress.first_iteration, progress.meters = epoch + 1, 0, {}
             dist.share_buffers(model)  # the statistics of batch norm differ between processes
             results: dict[str, Any] = {}
             if (epoch + 1) % spec.eval_every == 0 or epoch + 1 == spec.epochs:

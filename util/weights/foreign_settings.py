@@ -236,8 +236,7 @@ def _python_config(text: str) -> dict[str, Any]:
     if len(text) > MAX_CONFIG:
         raise ValueError(f"its configuration has {len(text)} characters, and at most {MAX_CONFIG} are read")
     try:
-        nodes = ast.parse(text).body
-        return {target.id: _literal(node.value) for node in nodes if isinstance(node, ast.Assign)
+        return {target.id: _literal(node.value) for node in ast.parse(text).body if isinstance(node, ast.Assign)
                 for target in node.targets if isinstance(target, ast.Name)}  # fmt: skip
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ValueError(f"its configuration can't be read: {' '.join(str(error).split())}") from error

@@ -12,12 +12,10 @@ from torch import Tensor, nn
 from util import dist
 from util.checkpoints.checkpoint import CheckpointError
 from util.cli.advice import Remedy
-from util.cli.choices import CLASSIFICATION, default_crop_pct, published_crop_pct
-from util.data.transforms import channel_statistics
-from util.pos_embed import Size, interpolate_pos_embed, to_pair
+from util.cli.choices import CLASSIFICATION
+from util.pos_embed import interpolate_pos_embed, to_pair
 from util.weights import model_zoo, shapes
-from util.weights.model_zoo import CLASSIFIER, SEGMENTER
-from util.weights.reading import Weights, read, some, warn_once
+from util.weights.reading import Weights, read, some
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +33,7 @@ def init_mae(model: Any, file: Weights) -> None:
         CheckpointError: weights of the encoder are missing, or there are unexpected names or shapes; or the file has
             learned positions, and the model has fixed positions.
     """
-    if file.kind in (CLASSIFIER, SEGMENTER):
+    if file.kind in (model_zoo.CLASSIFIER, model_zoo.SEGMENTER):
         raise CheckpointError(
             f"{file.source} is a {file.kind}: give the weights of an autoencoder or of an encoder, such as those from "
             f"which it was trained"
@@ -118,7 +116,7 @@ def load_encoder(
     return fits
 
 
-def read_classifier(name: Path | str, kind: str = CLASSIFIER) -> Weights:
+def read_classifier(name: Path | str, kind: str = model_zoo.CLASSIFIER) -> Weights:
     """Reads a file that must contain a classifier, or with the kind SEGMENTER a segmentation model.
 
     Raises:
@@ -129,8 +127,8 @@ def read_classifier(name: Path | str, kind: str = CLASSIFIER) -> Weights:
     if file.kind != kind:
         article = "an" if file.kind.startswith("e") else "a"
         head, example = {
-            CLASSIFIER: ("classification", "a fine-tuned file, such as mae_finetuned_vit_base"),
-            SEGMENTER: ("segmentation", "a checkpoint of main_segment.py"),
+            model_zoo.CLASSIFIER: ("classification", "a fine-tuned file, such as mae_finetuned_vit_base"),
+            model_zoo.SEGMENTER: ("segmentation", "a checkpoint of main_segment.py"),
         }[kind]
         raise CheckpointError(
             f"{name} contains {article} {file.kind}, which has no {head} head: train a head (--finetune), or give "
@@ -156,40 +154,6 @@ def load_classifier(model: Any, file: Weights) -> None:
             f"{file.source} is for images of {patches} patches, and these have {own}: "
             "positions are interpolated; give the input_size that it was trained with"
         )
-
-
-def statistics(
-    file: Weights | None, in_chans: int, mean: Sequence[float] | None, std: Sequence[float] | None
-) -> tuple[Sequence[float] | None, Sequence[float] | None]:
-    """Returns `mean` and `std`. Where one is None, it is that of the run of a file with the same number of channels.
-
-    A warning names each value that differs from the value of that run.
-    """
-    records = file is not None and file.settings.keys() & {"in_chans", "mean", "std"}
-    theirs_in_chans = shapes.in_chans(file.tensors, file.settings) if file else None
-    if not file or not records or theirs_in_chans != in_chans:
-        return mean, std
-    theirs = file.settings.get("mean"), file.settings.get("std")
-    chosen = mean or theirs[0], std or theirs[1]
-    pairs = zip(channel_statistics(in_chans, *chosen), channel_statistics(in_chans, *theirs), strict=True)
-    for flag, (used, recorded) in zip(("--mean", "--std"), pairs, strict=True):
-        if used != recorded:
-            now, then = (" ".join(f"{value:g}" for value in values) for values in (used, recorded))
-            logger.warning(f"{flag} {now} is used, and {file.source} was made with {flag} {then}")
-    return chosen
-
-
-def crop_pct_of_earlier_version(file: Weights, input_size: Size) -> float | None:
-    """Returns the crop ratio of the evaluation of a trained head whose file records none: the published default.
-
-    For other files it returns None. A file is named once, if the default has changed since.
-    """
-    if file.kind not in (CLASSIFIER, SEGMENTER) or file.settings.get("crop_pct") is not None:
-        return None
-    crop_pct = published_crop_pct(input_size)
-    if crop_pct != default_crop_pct(input_size):
-        warn_once(f"{file.source} records no crop ratio, and {crop_pct} is used, the default of its time")
-    return crop_pct
 
 
 def _fit_positions(file: Weights, weights: dict[str, Tensor], model: Any) -> int:
@@ -235,8 +199,7 @@ def _require_one_head(file: Weights) -> None:
 
 def _require_cls_tokens(file: Weights, model: Any) -> None:
     """Other numbers of tokens are errors before positions are interpolated."""
-    others = model.state_dict().keys() - {"cls_token"}
-    _require(file, model, {"cls_token": file.tensors["cls_token"]}, others)
+    _require(file, model, {"cls_token": file.tensors["cls_token"]}, model.state_dict().keys() - {"cls_token"})
 
 
 def _adapt_input(file: Weights, weights: dict[str, Tensor], model: nn.Module, how: str) -> None:
@@ -260,8 +223,7 @@ def _adapt_input(file: Weights, weights: dict[str, Tensor], model: nn.Module, ho
         del weights[name], weights["patch_embed.proj.bias"]
         return
     source = theirs.mean(dim=1, keepdim=True) if how == "mean" else theirs
-    indices = torch.arange(shape[1]) % source.shape[1]
-    weights[name] = source[:, indices] * (theirs.shape[1] / shape[1])
+    weights[name] = source[:, torch.arange(shape[1]) % source.shape[1]] * (theirs.shape[1] / shape[1])
 
 
 def _reshaped(weights: dict[str, Tensor], ours: dict[str, Tensor]) -> set[str]:

@@ -113,8 +113,7 @@ def find(name: str) -> Published:
         ValueError: the name is unknown, or its file was never released.
     """
     if name not in TABLE:
-        near = did_you_mean(name, TABLE, SIMILAR)
-        raise ValueError(f"there is no file and no published weights named {name}{near}")
+        raise ValueError(f"there is no file and no published weights named {name}{did_you_mean(name, TABLE, SIMILAR)}")
     row = TABLE[name]
     if row.url is None:
         released = [

@@ -9,7 +9,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,8 +20,10 @@ from torch import Tensor
 from util import dist
 from util.checkpoints import checkpoint, sharded
 from util.checkpoints.checkpoint import CheckpointError
+from util.cli.choices import default_crop_pct, published_crop_pct
+from util.data.transforms import channel_statistics
 from util.files.untrusted import open_file, read_file
-from util.pos_embed import to_pair
+from util.pos_embed import Size, to_pair
 from util.settings import KINDS, SIZES, fits
 from util.weights import foreign_settings, model_zoo, shapes
 from util.weights.conversion import to_ours
@@ -57,8 +59,7 @@ class Weights(NamedTuple):
 
         A recorded image size that does not fit the table, as of a file that was fine-tuned at another size, is ignored.
         """
-        needed = {"pos_embed", shapes.PATCHES}
-        if self.settings.get("input_size") is None or not needed <= self.tensors.keys():
+        if self.settings.get("input_size") is None or not {"pos_embed", shapes.PATCHES} <= self.tensors.keys():
             return None
         height, width = to_pair(self.settings["input_size"])
         p, q = self.tensors[shapes.PATCHES].shape[2:]
@@ -250,3 +251,37 @@ def some(names: Iterable[str], count: int = 3) -> str:
     """Returns the first names, for a message."""
     names = sorted(names)
     return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
+
+
+def statistics(
+    file: Weights | None, in_chans: int, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> tuple[Sequence[float] | None, Sequence[float] | None]:
+    """Returns `mean` and `std`. Where one is None, it is that of the run of a file with the same number of channels.
+
+    A warning names each value that differs from the value of that run.
+    """
+    records = file is not None and file.settings.keys() & {"in_chans", "mean", "std"}
+    theirs_in_chans = shapes.in_chans(file.tensors, file.settings) if file else None
+    if not file or not records or theirs_in_chans != in_chans:
+        return mean, std
+    theirs = file.settings.get("mean"), file.settings.get("std")
+    chosen = mean or theirs[0], std or theirs[1]
+    pairs = zip(channel_statistics(in_chans, *chosen), channel_statistics(in_chans, *theirs), strict=True)
+    for flag, (used, recorded) in zip(("--mean", "--std"), pairs, strict=True):
+        if used != recorded:
+            now, then = (" ".join(f"{value:g}" for value in values) for values in (used, recorded))
+            logger.warning(f"{flag} {now} is used, and {file.source} was made with {flag} {then}")
+    return chosen
+
+
+def crop_pct_of_earlier_version(file: Weights, input_size: Size) -> float | None:
+    """Returns the crop ratio of the evaluation of a trained head whose file records none: the published default.
+
+    For other files it returns None. A file is named once, if the default has changed since.
+    """
+    if file.kind not in (CLASSIFIER, SEGMENTER) or file.settings.get("crop_pct") is not None:
+        return None
+    crop_pct = published_crop_pct(input_size)
+    if crop_pct != default_crop_pct(input_size):
+        warn_once(f"{file.source} records no crop ratio, and {crop_pct} is used, the default of its time")
+    return crop_pct
