@@ -304,8 +304,10 @@ def test_other_tokens_are_named(extra, message, tmp_path):
         loading.read(tmp_path / "m.pth")
 
 
-def test_timms_models_without_a_position_of_the_class_token(imgs, tmp_path):
-    theirs = of_timm(no_embed_class=True)
+@pytest.mark.parametrize("arguments", [{"no_embed_class": True}, {"global_pool": "avg", "fc_norm": True}, {}])
+def test_files_of_timm_without_settings(arguments, imgs, tmp_path):
+    """The class token may have no position."""
+    theirs = of_timm(**arguments)
     torch.save(theirs.state_dict(), tmp_path / "m.pth")
     assert_same(get_model(tmp_path / "m.pth")(imgs), theirs(imgs))
 
