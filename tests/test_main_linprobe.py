@@ -30,7 +30,6 @@ import main_linprobe
 import models_build
 import models_vit
 from inference import get_model
-from models_build import probe_head
 from util import dist
 from util.checkpoints import checkpoint, run_directory
 from util.checkpoints.checkpoint import CheckpointError
@@ -113,21 +112,6 @@ def test_the_trunk_is_in_evaluation_mode():
     assert not any(module.training for module in model.blocks.modules())
     assert [name for name, p in model.named_parameters() if p.requires_grad] == ["head.1.weight", "head.1.bias"]
     assert not model.forward_features(torch.rand(2, 3, 16, 16)).requires_grad
-
-
-def test_accuracies_of_several_heads_are_those_of_evaluation_mode():
-    features, targets = torch.randn(50, 8), torch.randint(0, 3, (50,))
-    heads = [probe_head(8, 3).train(), probe_head(8, 3).train()]
-    for head in heads:
-        head[0].running_mean.normal_()
-        head[1].weight.data.normal_()
-    batches = [[features[part].half(), targets[part], targets[part]] for part in (slice(30), slice(30, 50))]
-    precision = Precision("off", torch.device("cpu"))
-    found = main_linprobe.evaluate_heads(heads, batches, normalize=torch.Tensor.float, precision=precision)
-    with torch.no_grad():
-        predictions = [head.eval()(features.half().float()).argmax(dim=1) for head in heads]
-    accuracies = [100 * float((own == targets).float().mean()) for own in predictions]
-    assert [scores.acc1 for scores in found] == pytest.approx(accuracies)
 
 
 @CACHED
