@@ -296,26 +296,22 @@ def with_cell(text, column=1):
     return change
 
 
-@pytest.mark.parametrize(
-    ("change", "flags", "message"),
-    [
-        (with_cell("nan"), {}, r"--train_list .*\.csv: the weight of .*train04\.png is nan; --task regression needs"),
-        (with_cell(""), {}, r"the weight of .*train04\.png is empty; .* or omit the row"),
-        (with_cell("heavy"), {}, r"the weight of .*train04\.png is heavy; --task regression needs a finite number"),
-        (with_cell("inf"), {}, r"is inf; --task regression needs a finite number"),
-        (list, {"label_columns": "wieght"}, r"no column wieght; give .* of path, .*; did you mean weight\?"),
-        (list, {"label_columns": ""}, r"it has no column label or class or groundtruth; give --label_columns"),
-        (list, {"task": "multilabel"}, r"the weight of .* is 1\d\d\d.*; --task multilabel needs 0 or 1"),
-        (list, {"task": "classification"}, r"--task classification has one label column; give one of weight, age"),
-        (lambda rows: [[*row[:1], "5", *row[2:]] if n else row for n, row in enumerate(rows)], {},
-         r"--task regression: weight is the same for all training images"),
-        (list, {"train_per_class": 2}, r"--train_per_class 2: an image has no single class with --task regression"),
-        (list, {"class_weight": "balanced"}, r"--class_weight balanced: --task regression has no classes; omit"),
-        (list, {"metric": "auroc"}, r"--metric auroc is not for --task regression: give r2, mae, spearman"),
-        (list, {"nb_classes": 3}, r"--nb_classes 3: the labels have 2 numbers; omit --nb_classes"),
-    ],
-    ids=range(13),
-)  # fmt: skip
+@pytest.mark.parametrize(("change", "flags", "message"), [
+    (with_cell("nan"), {}, r"--train_list .*\.csv: the weight of .*train04\.png is nan; --task regression needs"),
+    (with_cell(""), {}, r"the weight of .*train04\.png is empty; .* or omit the row"),
+    (with_cell("heavy"), {}, r"the weight of .*train04\.png is heavy; --task regression needs a finite number"),
+    (with_cell("inf"), {}, r"is inf; --task regression needs a finite number"),
+    (list, {"label_columns": "wieght"}, r"no column wieght; give .* of path, .*; did you mean weight\?"),
+    (list, {"label_columns": ""}, r"it has no column label or class or groundtruth; give --label_columns"),
+    (list, {"task": "multilabel"}, r"the weight of .* is 1\d\d\d.*; --task multilabel needs 0 or 1"),
+    (list, {"task": "classification"}, r"--task classification has one label column; give one of weight, age"),
+    (lambda rows: [[*row[:1], "5", *row[2:]] if n else row for n, row in enumerate(rows)], {},
+     r"--task regression: weight is the same for all training images"),
+    (list, {"train_per_class": 2}, r"--train_per_class 2: an image has no single class with --task regression"),
+    (list, {"class_weight": "balanced"}, r"--class_weight balanced: --task regression has no classes; omit"),
+    (list, {"metric": "auroc"}, r"--metric auroc is not for --task regression: give r2, mae, spearman"),
+    (list, {"nb_classes": 3}, r"--nb_classes 3: the labels have 2 numbers; omit --nb_classes"),
+], ids=range(13))  # fmt: skip
 def test_wrong_labels_are_one_line(change, flags, message, tune, folder, tmp_path):
     flags = {"task": "regression", "label_columns": "weight age", **changed(folder, tmp_path, change)} | flags
     with pytest.raises(ValueError, match=message) as raised:
