@@ -35,6 +35,13 @@ def call(script: Any, **flags: Any) -> Any:
     return script.main(parse(script, **flags))
 
 
+def printed(capsys, script: Any, **flags: Any) -> str:
+    """The output of a script with these flags only."""
+    capsys.readouterr()
+    call(script, **flags, device="cpu", num_workers=0)
+    return capsys.readouterr().out
+
+
 def fails(capsys, monkeypatch, script, *argv) -> str:
     """Runs a script like the command line, which it refuses; returns the line of the error message."""
     monkeypatch.setattr("sys.argv", [f"{script.__name__}.py", *map(str, argv)])
@@ -87,6 +94,12 @@ def assert_close(a, b, name="checkpoint-1.pth"):
 
 def lines(out):
     return [json.loads(line) for line in (out / "log.txt").read_text().splitlines()]
+
+
+def scores_of(out) -> str:
+    """The scores of the last epoch of a classifier, as an evaluation prints them."""
+    last = lines(out)[-1]
+    return f"* Acc@1 {last['test_acc1']:.3f} Acc@5 {last['test_acc5']:.3f} loss {last['test_loss']:.3f}"
 
 
 def wait_until(condition: Callable[[], object], process: subprocess.Popen | None = None, seconds: float = 120) -> None:

@@ -9,7 +9,7 @@ import forks
 import numpy as np
 import pytest
 import torch
-from mains import argv_of, assert_close, assert_same_run, call, fails, lines, stop_and_resume, weights
+from mains import argv_of, assert_close, assert_same_run, fails, lines, printed, scores_of, stop_and_resume, weights
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -99,19 +99,6 @@ def evaluated(capsys, run, **flags) -> str:
     run("nothing", eval=True, **flags)
     (line,) = re.findall(r"^\* Acc@1 .*$", capsys.readouterr().out, re.MULTILINE)
     return line
-
-
-def printed(capsys, script, **flags) -> str:
-    """The output of a script with these flags only."""
-    capsys.readouterr()
-    call(script, **flags, device="cpu", num_workers=0)
-    return capsys.readouterr().out
-
-
-def scores_of(out) -> str:
-    """The scores of the last epoch, as an evaluation prints them."""
-    last = lines(out)[-1]
-    return f"* Acc@1 {last['test_acc1']:.3f} Acc@5 {last['test_acc5']:.3f} loss {last['test_loss']:.3f}"
 
 
 def classes_of(report) -> dict[str, dict[str, str]]:

@@ -7,21 +7,11 @@ import subprocess
 from types import SimpleNamespace
 
 import forks
+import mains
 import numpy as np
 import pytest
 import torch
-from mains import (
-    Stopped,
-    argv_of,
-    assert_equal,
-    assert_same_run,
-    call,
-    lines,
-    parse,
-    stop_after,
-    stop_and_resume,
-    weights,  # fmt: skip
-)
+from mains import Stopped, assert_same_run, call, lines, parse, printed, scores_of, stop_and_resume, weights
 from PIL import Image
 from torch.nn import functional as F
 
@@ -45,16 +35,10 @@ def probe(classify):
     return lambda name="run", **flags: classify(main_linprobe, name, **flags)
 
 
-def scores_of(line) -> str:
-    """The scores that an evaluation prints, from a line of the log."""
-    return f"* Acc@1 {line['test_acc1']:.3f} Acc@5 {line['test_acc5']:.3f} loss {line['test_loss']:.3f}"
-
-
-def evaluated(capsys, file, data, **flags) -> str:
-    """The output of an evaluation, with the settings that the file records."""
-    capsys.readouterr()
-    call(main_linprobe, eval=True, resume=file, data_path=data, num_workers=0, device="cpu", **flags)
-    return capsys.readouterr().out
+@pytest.fixture
+def evaluated(capsys, labelled):
+    """Evaluates a file with the settings that it records; returns the output."""
+    return lambda file, **flags: printed(capsys, main_linprobe, eval=True, resume=file, data_path=labelled, **flags)
 
 
 @pytest.fixture
@@ -116,7 +100,7 @@ def test_the_trunk_is_in_evaluation_mode():
 
 @CACHED
 @pytest.mark.parametrize("kind", ["linear", "attentive"])
-def test_the_best_of_several_rates_is_selected(probe, tuned, mae, labelled, cached, kind, capsys):
+def test_the_best_of_several_rates_is_selected(probe, tuned, mae, evaluated, cached, kind, capsys):
     """Its probe is saved, and its rate and loss are logged."""
     encoder = tuned / "checkpoint-19.pth" if kind == "linear" else mae
     out = probe(probe=kind, blr="1 30 100", finetune=encoder, epochs=3, **cached)
@@ -129,7 +113,7 @@ def test_the_best_of_several_rates_is_selected(probe, tuned, mae, labelled, cach
     head = {name.removeprefix("head."): value for name, value in written["model"].items() if name.startswith("head.")}
     assert head["1.weight" if kind == "linear" else "pool.queries"].shape == (6 if kind == "linear" else 32, 128)
     assert all(torch.equal(all_heads[f"head.{number}.{name}"], value) for name, value in head.items())
-    assert f"* Acc@1 {last['test_acc1']:.3f} Acc@5" in evaluated(capsys, out / "probe.pth", labelled)
+    assert f"* Acc@1 {last['test_acc1']:.3f} Acc@5" in evaluated(out / "probe.pth")
     with pytest.raises(CheckpointError, match=r"give probe\.pth"):
         probe("nothing", eval=True, resume=out / "checkpoint-2.pth")
 
@@ -219,7 +203,7 @@ def test_a_probe_of_an_earlier_version_with_several_rates_resumes(probe, tuned):
     (whole.parent / "earlier").mkdir()
     torch.save(state, whole.parent / "earlier/checkpoint-0.pth")
     earlier = probe("earlier", **flags, resume="auto")
-    assert_equal(weights(earlier), weights(whole))
+    mains.assert_equal(weights(earlier), weights(whole))
     assert lines(earlier)[-1]["train_loss"] == lines(whole)[-1]["train_loss"]
 
 
@@ -235,7 +219,7 @@ def test_a_selected_rate_at_the_limit_warns(caplog, best, warned):
 
 
 @CACHED
-def test_an_attentive_probe_learns_and_its_file_needs_no_flags(probe, mae, labelled, capsys, cached):
+def test_an_attentive_probe_learns_and_its_file_needs_no_flags(probe, mae, labelled, evaluated, capsys, cached):
     out = probe(finetune=mae, probe="attentive", num_queries=8, epochs=12, lr=3, num_workers=1, **cached)
     output, last = capsys.readouterr().out, lines(out)[-1]
     assert ("the tokens of 71 images take 0 MB in " in output) == bool(cached)
@@ -244,8 +228,8 @@ def test_an_attentive_probe_learns_and_its_file_needs_no_flags(probe, mae, label
     file = out / "checkpoint-11.pth"
     state, encoder = checkpoint.read(file)["model"], checkpoint.read(mae)["model"]
     assert all(torch.equal(state[name], encoder[name]) for name in encoder)
-    output = evaluated(capsys, file, labelled)
-    assert scores_of(last).rpartition(" ")[0] in output and "warning" not in output
+    output = evaluated(file)
+    assert scores_of(out).rpartition(" ")[0] in output and "warning" not in output
     assert float(output.split()[-1]) == pytest.approx(last["test_loss"], abs=2e-3 if cached else 1e-3)
     model, images = get_model(file), sorted((labelled / "val").glob("*/*.png"))
     correct = [
@@ -363,13 +347,14 @@ def test_stored_features_resume_within_an_epoch_in_as_many_processes(probe, tune
     """Each process permutes its own features: the rest of an epoch of one process is not that of two."""
     flags = {"finetune": tuned / "checkpoint-19.pth", "lr": 5, "cache_features": True}
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        stop_after(patch, "save", 9)  # of 6 updates per epoch
+        mains.stop_after(patch, "save", 9)  # of 6 updates per epoch
         probe("run", **flags, batch_size=4, accum_iter=2, save_minutes=0)
     out = tmp_path / "run"
     assert checkpoint.read(out / "checkpoint-last.pth")["progress"]["images_done"] % 48
-    two = argv_of({**flags, "data_path": labelled, "output_dir": out, "model": "vit_mini_patch4", "input_size": 16,
-                   "batch_size": 4, "accum_iter": 1, "epochs": 2, "warmup_epochs": 1, "num_workers": 0,
-                   "device": "cpu"})  # fmt: skip
+    two = mains.argv_of({
+        **flags, "data_path": labelled, "output_dir": out, "model": "vit_mini_patch4", "input_size": 16,
+        "batch_size": 4, "accum_iter": 1, "epochs": 2, "warmup_epochs": 1, "num_workers": 0, "device": "cpu",
+    })  # fmt: skip
     with pytest.raises(subprocess.CalledProcessError) as failed:
         forks.run("main_linprobe.py", (*two, "--resume", "auto"), tmp_path / "output", 2)
     assert "there were 1 processes and are 2 now: start 1, or resume from the checkpoint of a" in failed.value.output
@@ -412,14 +397,14 @@ def test_bad_training_images_are_excluded_before_their_features(probe, mae, dama
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_evaluation_uses_the_recorded_settings(processes, tuned, capsys, labelled, tmp_path):
+def test_evaluation_uses_the_recorded_settings(processes, tuned, evaluated, labelled, tmp_path):
     """In training, each process has its own statistics of batch norm."""
     flags = {"data_path": labelled, "output_dir": tmp_path / "run", "model": "vit_mini_patch4", "input_size": 16,
              "batch_size": 8 // processes, "epochs": 3, "warmup_epochs": 1, "lr": 3, "num_workers": 0, "device": "cpu",
              "finetune": tuned / "checkpoint-19.pth", "crop_pct": 1, "mean": "0.4 0.4 0.4"}  # fmt: skip
-    forks.run("main_linprobe.py", argv_of(flags), tmp_path / "output", processes)
-    output = evaluated(capsys, tmp_path / "run/checkpoint-2.pth", labelled, compile=True)
-    assert scores_of(lines(tmp_path / "run")[-1]) in output
+    forks.run("main_linprobe.py", mains.argv_of(flags), tmp_path / "output", processes)
+    output = evaluated(tmp_path / "run/checkpoint-2.pth", compile=True)
+    assert scores_of(tmp_path / "run") in output
     (warning,) = re.findall(r"warning.*", output)
     assert "--compile has no effect" in warning
 
@@ -433,7 +418,7 @@ def test_without_finetune_features_are_random_or_of_the_checkpoint(probe, tuned,
     capsys.readouterr()
     again = probe("again", resume=whole / "checkpoint-1.pth", **flags)
     assert "untrained encoder" not in capsys.readouterr().out
-    assert scores_of(lines(again)[-1]) == scores_of(lines(whole)[-1])
+    assert scores_of(again) == scores_of(whole)
 
 
 @pytest.mark.parametrize("flags", [{}, {"cache_features": True}, {"finetune": "other"}])
