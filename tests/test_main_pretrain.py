@@ -11,23 +11,12 @@ import tarfile
 import time
 from contextlib import nullcontext
 
+import mains
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, torchrun
-from mains import (
-    Stopped,
-    assert_close,
-    assert_equal,
-    assert_same_run,
-    fails,
-    in_processes,
-    lines,
-    small_run,
-    stop_after,  # fmt: skip
-    stop_and_resume,
-    weights,
-)
+from mains import Stopped, assert_close, assert_equal, assert_same_run, lines, stop_after, stop_and_resume, weights
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -157,7 +146,7 @@ def test_every_split_of_the_effective_batch_trains_equally(pretrain, pictures, t
     assert checkpoint.read(one / "checkpoint-1.pth")["optimizer"]["state"][0]["step"] == 4
     for batch_size, accum_iter in ((5, 2), (2, 5)):
         assert_close(one, pretrain(f"{batch_size}", batch_size=batch_size, accum_iter=accum_iter))
-    in_processes(2, pictures, tmp_path / "two", "--batch_size", 1, "--accum_iter", 5, "--epochs", 2)
+    mains.in_processes(2, pictures, tmp_path / "two", "--batch_size", 1, "--accum_iter", 5, "--epochs", 2)
     assert_close(one, tmp_path / "two")
 
 
@@ -321,7 +310,7 @@ def test_invalid_inputs_are_one_line_errors(pretrain, pictures, tmp_path, capsys
     torch.save({"model": weights(out)}, bare)
 
     def error_of(*argv):
-        return fails(capsys, monkeypatch, main_pretrain, "--device", "cpu", *argv)
+        return mains.fails(capsys, monkeypatch, main_pretrain, "--device", "cpu", *argv)
 
     assert "--data_path is needed" in error_of(*mini, "--output_dir", tmp_path / "wrong")
     continued = [*here, "--output_dir", out, "--resume", good]
@@ -360,8 +349,8 @@ def test_a_file_that_is_no_image_is_named(pictures, tmp_path, capsys, monkeypatc
     """It is read by a worker process."""
     folder = shutil.copytree(pictures, tmp_path / "images")
     (folder / "train/cat/broken.jpg").write_bytes(b"not a picture")
-    argv = small_run(folder, tmp_path / "out", "--batch_size", 25, "--num_workers", 1, "--epochs", 1)
-    output = fails(capsys, monkeypatch, main_pretrain, *argv)
+    argv = mains.small_run(folder, tmp_path / "out", "--batch_size", 25, "--num_workers", 1, "--epochs", 1)
+    output = mains.fails(capsys, monkeypatch, main_pretrain, *argv)
     assert f"error: {folder}/train/cat/broken.jpg: the file is not an image of a known format" in output
 
 
@@ -384,7 +373,7 @@ entry_point.run(main_pretrain.main, main_pretrain.get_args_parser())
 def test_a_nan_in_one_process_ends_all_after_the_save(pictures, tmp_path):
     """The write is slow: if a process ended before it was complete, torchrun would kill the writing process."""
     (tmp_path / "spoiled.py").write_text(ONE_RANK_NAN)
-    flags = small_run(pictures, tmp_path / "out", "--batch_size", 2, "--epochs", 9, "--save_every", 99)
+    flags = mains.small_run(pictures, tmp_path / "out", "--batch_size", 2, "--epochs", 9, "--save_every", 99)
     command = [*torchrun(2), tmp_path / "spoiled.py", *flags]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
