@@ -30,6 +30,18 @@ def parse(script: Any, **flags: Any) -> argparse.Namespace:
     return entry_point.parse(script.get_args_parser(), argv_of(flags))
 
 
+def call(script: Any, **flags: Any) -> Any:
+    """Runs a script in this process with these flags only."""
+    return script.main(parse(script, **flags))
+
+
+def printed(capsys, script: Any, **flags: Any) -> str:
+    """The output of a script with these flags only."""
+    capsys.readouterr()
+    call(script, **flags, device="cpu", num_workers=0)
+    return capsys.readouterr().out
+
+
 def fails(capsys, monkeypatch, script, *argv) -> str:
     """Runs a script like the command line, which it refuses; returns the line of the error message."""
     monkeypatch.setattr("sys.argv", [f"{script.__name__}.py", *map(str, argv)])
@@ -60,6 +72,16 @@ def assert_equal(a, b):
     assert [key for key in a if not torch.equal(a[key], b[key])] == []
 
 
+def assert_same_run(a, b, name="checkpoint-1.pth"):
+    """Compares two run directories bit by bit: weights, states of the optimizer, and the log without its times."""
+    ours, theirs = (checkpoint.read(out / name) for out in (a, b))
+    assert_equal(ours["model"], theirs["model"])
+    for number, state in ours["optimizer"]["state"].items():
+        assert_equal(state, theirs["optimizer"]["state"][number])
+    without = dict.fromkeys(("seconds", "images_per_s", "data_wait"))
+    assert [line | without for line in lines(a)] == [line | without for line in lines(b)]
+
+
 def assert_close(a, b, name="checkpoint-1.pth"):
     """Compares two runs up to rounding, without the biases of keys, whose gradient is zero except for rounding."""
     ours, theirs = weights(a, name), weights(b, name)
@@ -72,6 +94,12 @@ def assert_close(a, b, name="checkpoint-1.pth"):
 
 def lines(out):
     return [json.loads(line) for line in (out / "log.txt").read_text().splitlines()]
+
+
+def scores_of(out) -> str:
+    """The scores of the last epoch of a classifier, as an evaluation prints them."""
+    last = lines(out)[-1]
+    return f"* Acc@1 {last['test_acc1']:.3f} Acc@5 {last['test_acc5']:.3f} loss {last['test_loss']:.3f}"
 
 
 def wait_until(condition: Callable[[], object], process: subprocess.Popen | None = None, seconds: float = 120) -> None:
@@ -98,6 +126,14 @@ def stop_after(monkeypatch, method, calls):
             raise Stopped
 
     monkeypatch.setattr(saver.Saver, method, save_and_stop)
+
+
+def stop_and_resume(monkeypatch, run, calls, method="save", name="parts", **flags):
+    """Interrupts a run after `calls` calls of a method of the saver; returns the directory of the resumed run."""
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_after(patch, method, calls)
+        run(name, **flags)
+    return run(name, **flags, resume="auto")
 
 
 def small_run(data, out, *flags) -> list[str]:

@@ -97,11 +97,10 @@ def test_the_commands_parse_and_differ_in_one_setting():
         assert len(changed - {"log_dir"}) == (name not in ("base", "1000-images")), name
 
 
-@pytest.mark.parametrize(
-    "study",
-    [small_data.STUDY, mask_blocks.STUDY, *map(other_images.study, other_images.DATASETS)],
-    ids=["small_data", "mask_blocks", *other_images.DATASETS],
-)
+STUDIES = [small_data.STUDY, mask_blocks.STUDY, *map(other_images.study, other_images.DATASETS)]
+
+
+@pytest.mark.parametrize("study", STUDIES, ids=["small_data", "mask_blocks", *other_images.DATASETS])
 def test_the_commands_of_the_evaluation_parse(study, monkeypatch):
     monkeypatch.chdir(ROOT)
     for run in study.runs:
@@ -112,15 +111,11 @@ def test_the_commands_of_the_evaluation_parse(study, monkeypatch):
 
 
 def test_an_encoder_with_mask_blocks_is_evaluated_by_segmentation(data, tmp_path):
-    study = mask_blocks.STUDY
-    write_pictures(tmp_path / "runs" / "pictures", 32)
-    flags = {
-        "data_path": tmp_path / "runs" / "pictures",
-        "palette": tmp_path / "runs" / "pictures" / "palette.txt",
-        "epochs": 1,
-    }
+    study, pictures = mask_blocks.STUDY, tmp_path / "runs" / "pictures"
+    write_pictures(pictures, 32)
+    flags = {**study.segmentation, "data_path": pictures, "palette": pictures / "palette.txt", "epochs": 1}
     runs = {"a": Run("a", 100, 1, {"mask_block": 4, "num_cls_tokens": 4})}
-    small = Ablation(tmp_path, tmp_path / "runs", runs, study.shared, {}, {**study.segmentation, **flags}, data)
+    small = Ablation(tmp_path, tmp_path / "runs", runs, study.shared, {}, flags, data)
     small.accuracies = lambda names, baselines: {name: {} for name in names}
     small.run(["a"])
     (score,) = small.results.read()["a"]["accuracies"]["segmentation, mean IoU"]
@@ -129,26 +124,24 @@ def test_an_encoder_with_mask_blocks_is_evaluated_by_segmentation(data, tmp_path
 
 def test_the_pictures_of_mask_blocks_are_written_when_the_study_runs(monkeypatch, capsys):
     """Not by --help or a wrong name, which argparse refuses."""
-    calls = []
+    calls, script, name = [], str(ROOT / "benchmarks/mask_blocks/study.py"), "block-1-tokens-1-depth-1-seed-0"
     monkeypatch.setattr(segmentation, "write_pictures", lambda folder, count: calls.append("pictures"))
     monkeypatch.setattr(Ablation, "run", lambda study, names: calls.append(names))
     monkeypatch.chdir(ROOT)
-    script = str(ROOT / "benchmarks" / "mask_blocks" / "study.py")
-    for argument, expected in (
-        ("--help", "block-1-tokens-1-depth-1-seed-0"),
-        ("x", "there is no encoder x; the names"),
-    ):
-        monkeypatch.setattr("sys.argv", [script, argument])
+
+    def run(*argv):
+        monkeypatch.setattr("sys.argv", [script, *argv])
+        runpy.run_path(script, run_name="__main__")
+
+    for argument, expected in (("--help", name), ("x", "there is no encoder x; the names")):
         with pytest.raises(SystemExit):
-            runpy.run_path(script, run_name="__main__")
+            run(argument)
         printed = capsys.readouterr()
         assert expected in printed.out + printed.err
     assert calls == []
-    monkeypatch.setattr("sys.argv", [script, "block-1-tokens-1-depth-1-seed-0"])
-    runpy.run_path(script, run_name="__main__")
-    assert calls == ["pictures", ["block-1-tokens-1-depth-1-seed-0"]]
-    monkeypatch.setattr("sys.argv", [script])
-    runpy.run_path(script, run_name="__main__")
+    run(name)
+    assert calls == ["pictures", [name]]
+    run()
     assert calls[-1] == list(mask_blocks.STUDY.runs)
 
 
@@ -161,16 +154,17 @@ def test_the_images_are_the_first_of_each_class(data, tmp_path):
 
 @pytest.mark.parametrize(("dataset", "classes", "size"), [("digits", 10, 8), ("photographs", 16, 96)])
 def test_the_images_of_other_kinds(tmp_path, dataset, classes, size):
-    for name in "ab":
-        other_images.WRITERS[dataset](tmp_path / name)
-    files = {path.relative_to(tmp_path / "a"): path.read_bytes() for path in (tmp_path / "a").rglob("*.png")}
-    assert files == {path.relative_to(tmp_path / "b"): path.read_bytes() for path in (tmp_path / "b").rglob("*.png")}
+    written = []
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        other_images.WRITERS[dataset](folder)
+        written.append({path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.png")})
+    files, again = written
+    assert files == again
     for split in ("train", "val"):
         assert len({path.parent for path in files if path.parts[0] == split}) == classes
     assert Image.open(tmp_path / "a" / next(iter(files))).size == (size, size)
     images = other_images.DATASETS[dataset].images
-    study = Ablation(tmp_path, tmp_path, {}, {}, {}, data=tmp_path / "a")
-    study.write_list(images)
+    Ablation(tmp_path, tmp_path, {}, {}, {}, data=tmp_path / "a").write_list(images)
     assert len((tmp_path / f"{images}.txt").read_text().splitlines()) == images  # each class has enough
 
 

@@ -3,11 +3,10 @@
 from pathlib import Path
 
 import pytest
-import timm
 import torch
 import transformers
-from mains import randomized
-from safetensors.torch import save_file
+from mains import assert_equal, randomized
+from safetensors.torch import load_file, save_file
 
 from models_mae import MaskedAutoencoderViT
 from models_vit import VisionTransformer
@@ -50,43 +49,13 @@ def test_transformers_mae(hf_mae, tmp_path, layout):
     torch.testing.assert_close(pred, theirs.logits, rtol=1e-4, atol=1e-5)
 
 
-def classic(name):
-    """The name of a weight in transformers before version 5."""
-    return name.replace("decoder.decoder_encoder.layer.", "decoder.decoder_layers.")
-
-
 def test_transformers_mae_of_earlier_versions(hf_mae, tmp_path):
-    from safetensors.torch import load_file
-
+    """Before version 5, a part of the names of the decoder was another one."""
     hf_mae.save_pretrained(tmp_path)
-    save_file(
-        {classic(k): v for k, v in load_file(tmp_path / "model.safetensors").items()}, tmp_path / "old.safetensors"
-    )
-    old, new = (loading.read(tmp_path / name).tensors for name in ("old.safetensors", "model.safetensors"))
-    assert old.keys() == new.keys()
-    assert all(torch.equal(old[name], new[name]) for name in new)
-
-
-def test_transformers_classifier(tmp_path):
-    theirs = randomized(transformers.ViTForImageClassification(transformers.ViTConfig(**HF, num_labels=7)), 0.2)
-    theirs.save_pretrained(tmp_path)
-    file = loading.read_classifier(tmp_path / "model.safetensors")
-    model = VisionTransformer(**SIZES, num_classes=7).eval()
-    loading.load_classifier(model, file)
-    imgs = torch.randn(2, 3, 16, 16)
-    torch.testing.assert_close(model(imgs), theirs(imgs).logits, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("pool", ["token", "avg"])
-def test_timm_classifier(tmp_path, pool):
-    theirs = randomized(timm.create_model(
-        "vit_tiny_patch16_224", **SIZES, num_classes=7, global_pool=pool, fc_norm=pool == "avg"
-    ), 0.2)  # fmt: skip
-    torch.save(theirs.state_dict(), tmp_path / "timm.pth")
-    model = VisionTransformer(**SIZES, num_classes=7, global_pool=pool == "avg").eval()
-    loading.load_classifier(model, loading.read_classifier(tmp_path / "timm.pth"))
-    imgs = torch.randn(2, 3, 16, 16)
-    torch.testing.assert_close(model(imgs), theirs(imgs), rtol=1e-4, atol=1e-4)
+    named = {name.replace("decoder.decoder_encoder.layer.", "decoder.decoder_layers."): value
+             for name, value in load_file(tmp_path / "model.safetensors").items()}  # fmt: skip
+    save_file(named, tmp_path / "old.safetensors")
+    assert_equal(*(loading.read(tmp_path / name).tensors for name in ("old.safetensors", "model.safetensors")))
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
@@ -104,8 +73,6 @@ def test_files_without_a_transformer(tmp_path):
     with pytest.raises(CheckpointError, match="safetensors"):
         loading.read(tmp_path / "file.safetensors")
 
-
-# -------------------------------------------------------------------------------------------------------- mmpretrain
 
 MMPRETRAIN = Path(__file__).parent / "fixtures" / "mmpretrain"  # written by make_mmpretrain.py
 

@@ -9,10 +9,9 @@ import forks
 import numpy as np
 import pytest
 import torch
-from mains import Stopped, assert_equal, fails, lines, stop_after, weights
+from mains import argv_of, assert_close, assert_same_run, fails, lines, printed, scores_of, stop_and_resume, weights
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from timm.loss import LabelSmoothingCrossEntropy
 
 import main_finetune
 import main_knn
@@ -22,7 +21,6 @@ from models_mae import mae_vit_mini_patch4
 from models_vit import vit_mini_patch4
 from util.checkpoints import checkpoint
 from util.checkpoints.checkpoint import CheckpointError
-from util.cli import entry_point
 
 PLAIN = {"aa": "none", "reprob": 0, "drop_path": 0, "lr": 0.003}
 
@@ -56,40 +54,32 @@ def test_fine_tuning_reduces_the_loss(finetune):
     assert checkpoint.read(out / "checkpoint-best.pth")["epoch"] == best["epoch"]
 
 
-@pytest.mark.parametrize(
-    "extra",
-    [{"mixup": 0.8, "cutmix": 1.0}, {}, {"mixup": 0.8, "mixup_mode": "elem"}, {"vflip": 0.5, "rotate90": True}],
-)
+@pytest.mark.parametrize("extra", [{"mixup": 0.8, "cutmix": 1.0}, {}, {"mixup": 0.8, "mixup_mode": "elem"},
+                                   {"vflip": 0.5, "rotate90": True}])  # fmt: skip
 def test_stopped_and_resumed_equals_uninterrupted(finetune, monkeypatch, extra):
     """With drop path, RandAugment, erasing, mixup and cutmix: random numbers depend on the position in the run."""
     settings = {"save_minutes": 0, "epochs": 2, **extra}
-    whole = finetune("whole", **settings)
-
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
-        stop_after(patch, "save", 3)
-        finetune("parts", **settings)
-    assert_equal(weights(whole), weights(finetune("parts", **settings, resume="auto")))
+    assert_same_run(finetune("whole", **settings), stop_and_resume(monkeypatch, finetune, 3, **settings))
 
 
-def test_fine_tuning_starts_from_a_pretrained_encoder(finetune, pretrain, labelled):
-    pretrained = pretrain("mae", data_path=labelled) / "checkpoint-1.pth"
-    encoder = weights(pretrained.parent)
-    out = finetune(finetune=pretrained, lr=0.0, epochs=1)
-    tuned = weights(out, "checkpoint-0.pth")
-    assert torch.equal(tuned["blocks.0.attn.qkv.weight"], encoder["blocks.0.attn.qkv.weight"])
-    assert torch.equal(tuned["pos_embed"], encoder["pos_embed"])
-    assert tuned["head.weight"].std() < 1e-4  # a new head of std 2e-5
-
-
-def test_partial_fine_tuning(finetune, pretrain, labelled):
-    pretrained = pretrain("mae", data_path=labelled) / "checkpoint-1.pth"
-    out = finetune(finetune=pretrained, unfreeze_blocks=1, lr=0.1)
-    before, after = weights(pretrained.parent), weights(out)
-    block = sum(tensor.numel() for name, tensor in after.items() if name.startswith("blocks.3."))
-    assert lines(out)[-1]["n_parameters"] == block + 128 * 6 + 6 + 2 * 128  # the head and fc_norm
-    same = [f"blocks.{n}.mlp.fc1.weight" for n in range(3)] + ["pos_embed", "cls_token", "patch_embed.proj.weight"]
-    assert all(torch.equal(before[name], after[name]) for name in same)
-    assert not torch.equal(before["blocks.3.mlp.fc1.weight"], after["blocks.3.mlp.fc1.weight"])
+@pytest.mark.parametrize("flags", [{}, {"unfreeze_blocks": 1}], ids=["all", "part"])
+def test_fine_tuning_starts_from_a_pretrained_encoder(finetune, pretrain, labelled, flags):
+    """All of it is trained, or the last block."""
+    pretrained = pretrain("mae", data_path=labelled, epochs=1) / "checkpoint-0.pth"
+    before = weights(pretrained.parent, "checkpoint-0.pth")
+    first = weights(finetune("first", finetune=pretrained, lr=0.0, epochs=1), "checkpoint-0.pth")
+    assert first["head.weight"].std() < 1e-4  # a new head of std 2e-5
+    assert [name for name in first.keys() & before.keys() - {"norm.weight", "norm.bias"}
+            if not torch.equal(first[name], before[name])] == []  # fmt: skip
+    out = finetune(finetune=pretrained, **flags, lr=0.1)
+    after = weights(out)
+    same = {name for name in before.keys() & after.keys() if torch.equal(before[name], after[name])}
+    block = {name for name in after if name.startswith("blocks.3.")}
+    if not flags:
+        assert same == set()
+        return
+    assert lines(out)[-1]["n_parameters"] == sum(after[name].numel() for name in block) + 128 * 6 + 6 + 2 * 128
+    assert same == {name for name in before.keys() & after.keys() if not name.startswith("norm.")} - block
 
 
 @pytest.mark.parametrize(("eval_every", "evaluated"), [(2, [1, 3, 4]), (9, [4])])
@@ -98,38 +88,27 @@ def test_eval_every_skips_evaluations(finetune, eval_every, evaluated):
     assert [line["epoch"] for line in lines(out) if "test_acc1" in line] == evaluated
 
 
-def test_few_labels(finetune, capsys):
-    finetune(train_per_class=4, epochs=1)
-    assert "24 images of 6 classes" in capsys.readouterr().out
-
-
-def test_smoothing_is_timms():
-    torch.manual_seed(0)
-    logits, targets = torch.randn(9, 5), torch.randint(0, 5, (9,))
-    ours = torch.nn.CrossEntropyLoss(label_smoothing=0.1)(logits, targets)
-    torch.testing.assert_close(ours, LabelSmoothingCrossEntropy(0.1)(logits, targets))
-
-
-# -------------------------------------------------------------------------------------------------------- evaluation
-
-
 @pytest.fixture
 def tuned(finetune):
     return finetune("tuned", **PLAIN, epochs=4) / "checkpoint-3.pth"
 
 
 def evaluated(capsys, run, **flags) -> str:
+    """The line of the scores of an evaluation."""
     capsys.readouterr()
     run("nothing", eval=True, **flags)
     (line,) = re.findall(r"^\* Acc@1 .*$", capsys.readouterr().out, re.MULTILINE)
     return line
 
 
+def classes_of(report) -> dict[str, dict[str, str]]:
+    with (report / "classes.csv").open(newline="") as file:
+        return {row["class"]: row for row in csv.DictReader(file)}
+
+
 def test_evaluation_equals_that_of_the_epoch(finetune, tuned, capsys, labelled, tmp_path):
     """Evaluates our file, a bare file and one that contains a Namespace; only val/ exists."""
-    last = lines(tuned.parent)[-1]
-    expected = f"* Acc@1 {last['test_acc1']:.3f} Acc@5 {last['test_acc5']:.3f} loss {last['test_loss']:.3f}"
-    model = weights(tuned.parent, tuned.name)
+    expected, model = scores_of(tuned.parent), weights(tuned.parent, tuned.name)
     torch.save({"model": model}, tmp_path / "bare.pth")
     torch.save({"model": model, "args": argparse.Namespace(lr=1.0), "epoch": 3}, tmp_path / "published.pth")
     shutil.copytree(labelled / "val", tmp_path / "only" / "val")
@@ -139,6 +118,8 @@ def test_evaluation_equals_that_of_the_epoch(finetune, tuned, capsys, labelled, 
     assert evaluated(capsys, finetune, finetune=tuned) == expected
     assert evaluated(capsys, finetune, resume="auto", finetune=tuned) == expected
     assert not (tmp_path / "nothing").exists()
+    finetune("nothing", eval=True, resume=tmp_path / "bare.pth", input_size=32)
+    assert re.search(r"bare.pth is for images of 16 patches, .* 64: .* interpolated", capsys.readouterr().out)
 
 
 TELLING = """
@@ -159,11 +140,10 @@ def test_batch_size_and_processes_have_no_effect(finetune, labelled, tuned, tmp_
         alone = finetune(eval=True, resume=tuned, batch_size=batch_size)
         counts = f"SCORES {sorted(zip(alone.labels.tolist(), alone.predictions.tolist(), strict=True))}"
         found.append((f"{counts} {alone.num_in_top}", alone.loss))
-        flags = ("--eval", "--resume", tuned, "--data_path", labelled, "--device", "cpu", "--model", "vit_mini_patch4",
-                 "--input_size", 16, "--batch_size", batch_size, "--num_workers", 0)  # fmt: skip
-        output = forks.run(tmp_path / "telling.py", flags, tmp_path / f"output{batch_size}", 2)
-        (line,) = [line for line in output.splitlines() if line.startswith("SCORES")]
-        counts, _, loss = line.rpartition(" ")
+        flags = {"eval": True, "resume": tuned, "data_path": labelled, "device": "cpu", "batch_size": batch_size,
+                 "num_workers": 0}  # fmt: skip
+        output = forks.run(tmp_path / "telling.py", argv_of(flags), tmp_path / f"output{batch_size}", 2)
+        counts, loss = re.search(r"^(SCORES .*) (\S+)$", output, re.MULTILINE).groups()
         found.append((counts, float(loss)))
     assert {counts for counts, _ in found} == {found[0][0]}
     assert all(loss == pytest.approx(found[0][1], rel=1e-6) for _, loss in found)
@@ -171,32 +151,29 @@ def test_batch_size_and_processes_have_no_effect(finetune, labelled, tuned, tmp_
 
 def test_evaluation_uses_the_recorded_statistics(finetune, capsys):
     """Recorded statistics are the defaults of an evaluation and of a further training."""
-    strange = {"mean": "0.9 0.8 0.7", "std": "0.1 0.1 0.2"}
-    out = finetune("strange", **PLAIN, epochs=3, **strange)
-    last = lines(out)[-1]
-    expected = f"* Acc@1 {last['test_acc1']:.3f} Acc@5 {last['test_acc5']:.3f} loss {last['test_loss']:.3f}"
-    assert evaluated(capsys, finetune, resume=out / "checkpoint-2.pth") == expected
-    tuned = finetune("next", finetune=out / "checkpoint-2.pth", epochs=1, lr=0.0, drop_path=0)
+    out = finetune("strange", **PLAIN, epochs=3, mean="0.9 0.8 0.7", std="0.1 0.1 0.2")
+    expected, file = scores_of(out), out / "checkpoint-2.pth"
+    assert evaluated(capsys, finetune, resume=file) == expected
+    tuned = finetune("next", finetune=file, epochs=1, lr=0.0, drop_path=0)
     assert f"loss {lines(tuned)[-1]['test_loss']:.3f}" in expected
     assert checkpoint.read(tuned / "checkpoint-0.pth")["args"]["mean"] == [0.9, 0.8, 0.7]
     capsys.readouterr()
-    finetune("other", finetune=out / "checkpoint-2.pth", epochs=1, mean="0.5 0.5 0.5")
-    assert f"warning: --mean 0.5 0.5 0.5 is used, and {out}/checkpoint-2.pth was made with --mean 0.9 0.8 0.7" in (
-        capsys.readouterr().out
+    finetune("other", finetune=file, epochs=1, mean="0.5 0.5 0.5")
+    assert (
+        f"warning: --mean 0.5 0.5 0.5 is used, and {file} was made with --mean 0.9 0.8 0.7" in capsys.readouterr().out
     )
 
 
 def test_a_head_for_other_classes_is_not_loaded(finetune, tuned, labelled, tmp_path):
-    shutil.copytree(labelled, tmp_path / "renamed")
     for split in ("train", "val"):
         for number in range(6):
-            (tmp_path / "renamed" / split / f"kind{number}").rename(tmp_path / "renamed" / split / f"other{5 - number}")
-    again = finetune("again", finetune=tuned, epochs=1, lr=0.0)
-    other = finetune("other", finetune=tuned, epochs=1, lr=0.0, data_path=tmp_path / "renamed")
-    assert torch.equal(
-        weights(again, "checkpoint-0.pth")["head.weight"], weights(tuned.parent, tuned.name)["head.weight"]
-    )
-    assert weights(other, "checkpoint-0.pth")["head.weight"].std() < 1e-4
+            shutil.copytree(labelled / split / f"kind{number}", tmp_path / "renamed" / split / f"other{5 - number}")
+    heads = []
+    for name, flags in (("again", {}), ("other", {"data_path": tmp_path / "renamed"})):
+        out = finetune(name, finetune=tuned, epochs=1, lr=0.0, **flags)
+        heads.append(weights(out, "checkpoint-0.pth")["head.weight"])
+    assert torch.equal(heads[0], weights(tuned.parent, tuned.name)["head.weight"])
+    assert heads[1].std() < 1e-4
     with pytest.raises(ValueError, match="the resumed run had other classes"):
         finetune("tuned", **PLAIN, epochs=5, resume="auto", data_path=tmp_path / "renamed")
 
@@ -208,61 +185,35 @@ def test_a_resumed_run_has_the_statistics_of_its_encoder(finetune, tmp_path):
     torch.save(state, tmp_path / "encoder.pth")
     finetune(**PLAIN, finetune=tmp_path / "encoder.pth", epochs=1, warmup_epochs=0)
     again = {**PLAIN, "epochs": 2, "warmup_epochs": 0, "resume": "auto"}
-    with pytest.raises(CheckpointError) as raised:
-        finetune(**again, mean="0.5 0.5 0.5")
-    assert str(raised.value).endswith(": give --mean 0.1 0.2 0.3")
+    for changed, remedy in (({"mean": "0.5 0.5 0.5"}, "--mean 0.1 0.2 0.3"), ({"crop_pct": 0.5}, "--crop_pct 1.0")):
+        with pytest.raises(CheckpointError, match=f": give {remedy}$"):
+            finetune(**again, **changed)
     assert len(lines(finetune(**again))) == 2
 
 
 def test_an_epoch_is_saved_before_its_evaluation(finetune, labelled, tmp_path):
-    shutil.copytree(labelled, tmp_path / "broken")
-    whole = (tmp_path / "broken/val/kind1/01.png").read_bytes()
-    (tmp_path / "broken/val/kind1/01.png").write_bytes(b"")
+    bad = shutil.copytree(labelled, tmp_path / "broken") / "val/kind1/01.png"
+    whole = bad.read_bytes()
+    bad.write_bytes(b"")
     with pytest.raises(ValueError, match=r"01.png: the file is empty"):
-        finetune("run", data_path=tmp_path / "broken", epochs=2)
-    position = checkpoint.read(tmp_path / "run" / "checkpoint-last.pth")["progress"]
-    assert (position["epoch"], position["images_done"]) == (0, 48)
-    (tmp_path / "broken/val/kind1/01.png").write_bytes(whole)
-    assert [
-        line["epoch"] for line in lines(finetune("run", data_path=tmp_path / "broken", epochs=2, resume="auto"))
-    ] == [0, 1]
+        finetune(data_path=tmp_path / "broken", epochs=2)
+    assert checkpoint.position(tmp_path / "run" / "checkpoint-last.pth") == (0, 48)
+    bad.write_bytes(whole)
+    assert [line["epoch"] for line in lines(finetune(data_path=tmp_path / "broken", epochs=2, resume="auto"))] == [0, 1]
 
 
-def test_the_report(finetune, tuned, capsys, tmp_path):
-    line = evaluated(capsys, finetune, resume=tuned, report=tmp_path / "report")
-    with (tmp_path / "report" / "classes.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["class"] for row in rows] == [f"kind{n}" for n in range(6)]
-    right, images = (sum(int(row[column]) for row in rows) for column in ("right", "images"))
-    assert images == 23
-    assert line.startswith(f"* Acc@1 {100 * right / 23:.3f} ")
-    assert Image.open(tmp_path / "report" / "confusion.png").width > 100
-
-
-def evaluated_in_full(capsys, script, *argv) -> str:
-    """The output of a script with these flags only."""
-    capsys.readouterr()
-    script.main(entry_point.parse(script.get_args_parser(), [*map(str, argv), "--device", "cpu", "--num_workers", "0"]))
-    return capsys.readouterr().out
-
-
-def test_evaluation_uses_the_recorded_settings(finetune, capsys, labelled):
+def test_evaluation_uses_the_recorded_settings(finetune, capsys, labelled, tmp_path):
     """Recorded size, patch, channels, pooling, statistics and crop are the defaults."""
     shape = {"input_size": "20 16", "patch_size": 2, "in_chans": 1, "cls_token": True, "mean": 0.3, "std": 0.2}
     out = finetune("shaped", **PLAIN, **shape, crop_pct=1, epochs=6)
-    last = lines(out)[-1]
-    expected = f"* Acc@1 {last['test_acc1']:.3f} Acc@5 {last['test_acc5']:.3f} loss {last['test_loss']:.3f}"
     file = out / "checkpoint-5.pth"
-    output = evaluated_in_full(capsys, main_finetune, "--eval", "--resume", file, "--data_path", labelled)
-    assert expected in output
-    assert "warning" not in output
-    same = ["--patch_size", 2, 2, "--cls_token", "--mean", "0.3"]
-    output = evaluated_in_full(capsys, main_finetune, "--eval", "--resume", file, "--data_path", labelled, *same)
-    assert expected in output
-    assert "warning" not in output
-    other = ["--input_size", 40, 32, "--std", "0.4", "--crop_pct", "0.5"]
-    output = evaluated_in_full(capsys, main_finetune, "--eval", "--resume", file, "--data_path", labelled, *other)
-    assert "* Acc@1" in output and expected not in output
+    flags = {"eval": True, "resume": file, "data_path": labelled}
+    for same in ({}, {"patch_size": "2 2", "cls_token": True, "mean": 0.3}):
+        output = printed(capsys, main_finetune, **flags, **same)
+        assert scores_of(out) in output and "warning" not in output
+    (tmp_path / "recipe.yaml").write_text("input_size: [40, 32]\n")
+    output = printed(capsys, main_finetune, **flags, config=tmp_path / "recipe.yaml", std=0.4, crop_pct=0.5)
+    assert "* Acc@1" in output and scores_of(out) not in output
     assert [line for line in output.splitlines() if line.startswith("warning")] == [
         f"warning: --crop_pct 0.5 is used, and {file} was made with --crop_pct 1.0",
         f"warning: --input_size 40 32 is used, and {file} was made with --input_size 20 16",
@@ -273,186 +224,132 @@ def test_evaluation_uses_the_recorded_settings(finetune, capsys, labelled):
 def test_whole_images_are_a_setting_of_the_checkpoint(finetune, capsys, labelled):
     """--crop none: evaluation, k-NN and predictions scale the whole image, as training did."""
     out = finetune("whole", **PLAIN, input_size="16 32", crop="none")
-    file, photo = out / "checkpoint-1.pth", Image.open(next((labelled / "val").rglob("*.png")))
-    pixels = get_model(str(file)).transform(photo.crop((0, 0, 10, 19)))
-    expected = photo.crop((0, 0, 10, 19)).resize((32, 16), Image.Resampling.BICUBIC)
-    assert np.array_equal(pixels.permute(1, 2, 0), np.asarray(expected))
-    capsys.readouterr()
-    output = evaluated_in_full(capsys, main_finetune, "--eval", "--resume", file, "--data_path", labelled)
-    assert f"* Acc@1 {lines(out)[-1]['test_acc1']:.3f} " in output
-    knn = ["--finetune", file, "--data_path", labelled, "--k", 3]
-    output = evaluated_in_full(capsys, main_knn, *knn, "--crop", "random")
-    assert "--crop random is used" in output
-    assert "Acc@1" in evaluated_in_full(capsys, main_knn, *knn)
+    file, photo = out / "checkpoint-1.pth", Image.open(next((labelled / "val").rglob("*.png"))).crop((0, 0, 10, 19))
+    pixels = get_model(str(file)).transform(photo)
+    assert np.array_equal(pixels.permute(1, 2, 0), np.asarray(photo.resize((32, 16), Image.Resampling.BICUBIC)))
+    output = printed(capsys, main_finetune, eval=True, resume=file, data_path=labelled)
+    assert scores_of(out) in output
+    knn = {"finetune": file, "data_path": labelled, "k": 3}
+    assert "--crop random is used" in printed(capsys, main_knn, **knn, crop="random")
+    assert "Acc@1" in printed(capsys, main_knn, **knn)
 
 
-def test_the_crop_of_small_images_is_recorded_and_earlier_files_keep_theirs(tuned, finetune, capsys, tmp_path):
-    state = checkpoint.read(tuned)
+def test_the_crop_of_small_images_is_recorded_and_earlier_files_keep_theirs(tuned, labelled, capsys, tmp_path):
+    """An evaluation says once which crop it uses for a file that records none."""
+    state, earlier = checkpoint.read(tuned), tmp_path / "earlier.pth"
     assert state["args"]["crop_pct"] == 1.0
     stripes = Image.fromarray((np.arange(32) * 8).astype(np.uint8)[None, :, None].repeat(32, 0).repeat(3, 2))
     assert (get_model(str(tuned)).transform(stripes)[0, 8].max() > 240).all()  # up to the right border
     state["args"]["crop_pct"] = None
-    torch.save(state, tmp_path / "earlier.pth")
-    capsys.readouterr()
-    assert (get_model(str(tmp_path / "earlier.pth")).transform(stripes)[0, 8].max() < 235).all()
-    evaluated(capsys, finetune, resume=tmp_path / "earlier.pth")
+    torch.save(state, earlier)
+    for own, count in (({}, 1), ({"crop_pct": 1}, 0)):
+        output = printed(capsys, main_finetune, eval=True, resume=earlier, data_path=labelled, **own)
+        assert output.count("0.875") == count
+    assert (get_model(str(earlier)).transform(stripes)[0, 8].max() < 235).all()
 
 
-def test_a_file_without_a_crop_says_once_which_one_it_uses(tuned, labelled, capsys, tmp_path):
-    state = checkpoint.read(tuned)
-    state["args"]["crop_pct"] = None
-    torch.save(state, tmp_path / "earlier.pth")
-    flags = ["--eval", "--resume", tmp_path / "earlier.pth", "--data_path", labelled]
-    output = evaluated_in_full(capsys, main_finetune, *flags)
-    assert output.count("0.875") == 1
-    assert "0.875" not in evaluated_in_full(capsys, main_finetune, *flags, "--crop_pct", 1)
-
-
-def test_the_crop_of_a_file_without_one_follows_the_input_size(finetune, labelled, capsys, tmp_path):
+def test_the_crop_of_a_file_without_one_follows_the_input_size(labelled, capsys, tmp_path):
     """The published rule: above 224 pixels, nothing is cropped."""
     torch.manual_seed(0)
-    model = get_model("vit_mini_patch4", nb_classes=6, patch_size=32, input_size=224)
+    model, file = get_model("vit_mini_patch4", nb_classes=6, patch_size=32, input_size=224), tmp_path / "earlier.pth"
     torch.nn.init.normal_(model.head.weight)
-    classes = [f"kind{number}" for number in range(6)]
-    args = {"model": "vit_mini_patch4", "input_size": 224, "patch_size": 32, "in_chans": 3, "global_pool": True}
-    torch.save({"model": model.state_dict(), "args": args | {"classes": classes}}, tmp_path / "earlier.pth")
+    args = {"model": "vit_mini_patch4", "input_size": 224, "patch_size": 32, "in_chans": 3, "global_pool": True,
+            "classes": [f"kind{number}" for number in range(6)]}  # fmt: skip
+    torch.save({"model": model.state_dict(), "args": args}, file)
     for size, crop_pct in ((256, 1), (224, 0.875)):
-        assert get_model(str(tmp_path / "earlier.pth"), input_size=size).settings["crop_pct"] == crop_pct
-        flags = ["--eval", "--resume", tmp_path / "earlier.pth", "--data_path", labelled, "--input_size", size]
-        default, same, other = (
-            re.search(r"loss ([\d.]+)", evaluated_in_full(capsys, main_finetune, *flags, *more))[1]
-            for more in ([], ["--crop_pct", crop_pct], ["--crop_pct", 0.5])
-        )
+        assert get_model(str(file), input_size=size).settings["crop_pct"] == crop_pct
+        flags = {"eval": True, "resume": file, "data_path": labelled, "input_size": size}
+        default, same, other = (re.search(r"loss ([\d.]+)", printed(capsys, main_finetune, **flags, **more))[1]
+                                for more in ({}, {"crop_pct": crop_pct}, {"crop_pct": 0.5}))  # fmt: skip
         assert default == same != other
 
 
 @pytest.mark.parametrize("script", [main_finetune, main_linprobe])
 def test_runs_from_an_encoder_of_whole_images_use_whole_images(script, classify, pretrain, labelled, capsys):
     encoder = pretrain("mae", data_path=labelled, crop="none") / "checkpoint-1.pth"
-    out = classify(script, "default", finetune=encoder)
-    assert "--crop none" in capsys.readouterr().out
-    assert checkpoint.read(out / "checkpoint-1.pth")["args"]["crop"] == "none"
-    resumed = classify(script, "default", finetune=encoder, resume="auto", epochs=3)
-    assert checkpoint.read(resumed / "checkpoint-2.pth")["args"]["crop"] == "none"
-    capsys.readouterr()
-    out = classify(script, "explicit", finetune=encoder, crop="random")
-    assert "--crop random is used" in capsys.readouterr().out
-    assert checkpoint.read(out / "checkpoint-1.pth")["args"]["crop"] == "random"
+    for name, flags, epochs, said, crop in (
+        ("default", {}, 2, "--crop none", "none"), ("default", {"resume": "auto"}, 3, "--crop none", "none"),
+        ("explicit", {"crop": "random"}, 2, "--crop random is used", "random"),
+    ):  # fmt: skip
+        capsys.readouterr()
+        out = classify(script, name, finetune=encoder, epochs=epochs, **flags)
+        assert said in capsys.readouterr().out or "resume" in flags
+        assert checkpoint.read(out / f"checkpoint-{epochs - 1}.pth")["args"]["crop"] == crop
 
 
 def test_flags_of_crops_without_crops_are_named(finetune, capsys):
     finetune(crop="none", crop_scale="0.5 1", crop_pct=0.9, epochs=1)
-    line = next(line for line in capsys.readouterr().out.splitlines() if "no effect" in line)
-    assert "--crop_scale" in line
-    assert "--crop_pct" in line
+    (line,) = re.findall(".*no effect.*", capsys.readouterr().out)
+    assert "--crop_scale" in line and "--crop_pct" in line
     with pytest.raises(ValueError, match=r"None.* random or none"):
         get_model("vit_mini_patch4", crop="None")
 
 
-def test_values_of_a_recipe_count_as_explicit(tuned, capsys, labelled, tmp_path):
-    (tmp_path / "recipe.yaml").write_text("input_size: 32\n")
-    flags = ["--eval", "--resume", tuned, "--data_path", labelled, "--config", tmp_path / "recipe.yaml"]
-    output = evaluated_in_full(capsys, main_finetune, *flags)
-    assert f"warning: --input_size 32 is used, and {tuned} was made with --input_size 16" in output
-
-
-def test_files_of_other_libraries_use_the_flags(finetune, tuned, capsys, tmp_path):
-    torch.save({"model": weights(tuned.parent, tuned.name)}, tmp_path / "bare.pth")
-    capsys.readouterr()
-    finetune("nothing", eval=True, resume=tmp_path / "bare.pth", input_size=32)
-    output = capsys.readouterr().out
-    assert "bare.pth is for images of 16 patches, and these have 64: positions are interpolated" in output
-
-
-def test_a_subset_of_the_classes_keeps_their_numbers(finetune, tuned, capsys, labelled, tmp_path):
+def test_the_report_of_a_subset_of_the_classes(finetune, tuned, capsys, labelled, tmp_path):
+    """They keep their numbers."""
     for name in ("kind1", "kind4"):
         shutil.copytree(labelled / "val" / name, tmp_path / "some" / "val" / name)
-    whole = evaluated(capsys, finetune, resume=tuned, report=tmp_path / "whole")
-    assert whole
+    line = evaluated(capsys, finetune, resume=tuned, report=tmp_path / "whole")
     evaluated(capsys, finetune, resume=tuned, data_path=tmp_path / "some", report=tmp_path / "part")
-    rows = {}
-    for part in ("whole", "part"):
-        with (tmp_path / part / "classes.csv").open(newline="") as file:
-            rows[part] = {row["class"]: row for row in csv.DictReader(file)}
-    for name in ("kind1", "kind4"):
-        assert rows["part"][name] == rows["whole"][name]
-    assert rows["part"]["kind0"]["images"] == "0"
-
-
-# ------------------------------------------------------------------------------------------------------ wrong inputs
+    whole, part = (classes_of(tmp_path / name) for name in ("whole", "part"))
+    assert list(whole) == [f"kind{n}" for n in range(6)]
+    assert sum(int(row["images"]) for row in whole.values()) == 23
+    assert line.startswith(f"* Acc@1 {100 * sum(int(row['right']) for row in whole.values()) / 23:.3f} ")
+    assert Image.open(tmp_path / "whole" / "confusion.png").width > 100
+    assert [part[name] for name in ("kind1", "kind4")] == [whole[name] for name in ("kind1", "kind4")]
+    assert part["kind0"]["images"] == "0"
 
 
 def test_invalid_inputs_are_one_line_errors(tuned, labelled, pictures, tmp_path, capsys, monkeypatch):
     here = ["--data_path", labelled, "--model", "vit_mini_patch4", "--input_size", "16", "--batch_size", "8",
             "--num_workers", "0", "--output_dir", tmp_path / "wrong"]  # fmt: skip
-
-    def error_of(*argv):
-        return fails(capsys, monkeypatch, main_finetune, "--device", "cpu", *here, *argv)
-
+    nine = vit_mini_patch4(img_size=16, num_classes=9, global_pool=True)
     torch.save({"model": mae_vit_mini_patch4(img_size=16).state_dict()}, tmp_path / "mae.pth")
-    assert "contains an encoder and decoder, which has no classification head" in error_of(
-        "--eval", "--resume", tmp_path / "mae.pth"
-    )
-    assert "--eval needs --resume or --finetune" in error_of("--eval")
-    torch.save(
-        {"model": vit_mini_patch4(img_size=16, num_classes=9, global_pool=True).state_dict()}, tmp_path / "9.pth"
-    )
-    assert "has 9 classes, and the validation set has 6" in error_of("--eval", "--resume", tmp_path / "9.pth")
-    assert "has 6 classes, and --nb_classes is 7" in error_of("--eval", "--resume", tuned, "--nb_classes", "7")
-    assert "the data has 6 classes, and --nb_classes is 1000" in error_of("--nb_classes", "1000")
-    assert "give --model" in error_of("--eval", "--resume", tuned, "--model", "vit_tiny_patch16")
-
-    shutil.copytree(labelled, tmp_path / "unknown")
-    (tmp_path / "unknown/val/kind5").rename(tmp_path / "unknown/val/kind7")
-    unknown = ["--data_path", tmp_path / "unknown"]
-    assert "1 of the 6 classes of the images are not among the model's 6 classes: kind7" in error_of(
-        *unknown, "--eval", "--resume", tuned
-    )
-    assert "different classes: only train: kind5; only val: kind7" in error_of(*unknown)
-    assert "there is no folder val/ in it: add this folder, or give --val_list FILE" in error_of(
-        "--data_path", pictures
-    )
-    assert "--batch_size 7: --mixup and --cutmix mix pairs" in error_of("--batch_size", "7", "--mixup", "0.8")
-    assert "--cutmix_minmax: give the smaller fraction first" in error_of("--cutmix_minmax", "0.8", "0.2")
-    assert "--unfreeze_blocks 5: the model has 4 blocks" in error_of("--unfreeze_blocks", "5")
-    assert "--aa abc: timm has no such policy" in error_of("--aa", "abc")
-    assert "no published weights named mae_pretrained_base; did you mean" in error_of(
-        "--finetune", "mae_pretrained_base"
-    )
-    assert "choose --adapt_input mean" in error_of("--finetune", tuned, "--in_chans", "1")
+    torch.save({"model": nine.state_dict()}, tmp_path / "9.pth")
+    unknown = shutil.copytree(labelled, tmp_path / "unknown")
+    (unknown / "val/kind5").rename(unknown / "val/kind7")
+    for flags, message in (
+        (f"--eval --resume {tmp_path}/mae.pth", "encoder and decoder, which has no classification head"),
+        ("--eval", "--eval needs --resume or --finetune"),
+        (f"--eval --resume {tmp_path}/9.pth", "has 9 classes, and the validation set has 6"),
+        (f"--eval --resume {tuned} --nb_classes 7", "has 6 classes, and --nb_classes is 7"),
+        ("--nb_classes 1000", "the data has 6 classes, and --nb_classes is 1000"),
+        (f"--eval --resume {tuned} --model vit_tiny_patch16", "give --model"),
+        (f"--data_path {unknown} --eval --resume {tuned}", "1 of the 6 classes of the images are not among .*: kind7"),
+        (f"--data_path {unknown}", "different classes: only train: kind5; only val: kind7"),
+        (f"--data_path {pictures}", "no folder val/ in it: add this folder, or give --val_list FILE"),
+        ("--batch_size 7 --mixup 0.8", "--batch_size 7: --mixup and --cutmix mix pairs"),
+        ("--cutmix_minmax 0.8 0.2", "--cutmix_minmax: give the smaller fraction first"),
+        ("--unfreeze_blocks 5", "--unfreeze_blocks 5: the model has 4 blocks"),
+        ("--aa abc", "--aa abc: timm has no such policy"),
+        ("--finetune mae_pretrained_base", "no published weights named mae_pretrained_base; did you mean"),
+        (f"--finetune {tuned} --in_chans 1", "choose --adapt_input mean"),
+    ):
+        error = fails(capsys, monkeypatch, main_finetune, "--device", "cpu", *here, *flags.split())
+        assert re.search(message, error), flags
 
 
 def test_every_split_of_the_effective_batch_trains_equally(finetune, labelled, tmp_path):
     """48 images are 4 updates of 10, which leave out 8. No random numbers depend on the batch here."""
     one = finetune("one", batch_size=10, **PLAIN)
     assert checkpoint.read(one / "checkpoint-1.pth")["optimizer"]["state"][0]["step"] == 8
-    accumulated = finetune("accumulated", batch_size=2, accum_iter=5, **PLAIN)
+    assert_close(one, finetune("accumulated", batch_size=2, accum_iter=5, **PLAIN))
     flags = {"data_path": labelled, "model": "vit_mini_patch4", "input_size": 16, "num_workers": 0, "epochs": 2,
              "warmup_epochs": 1, "device": "cpu", "amp": "off", "batch_size": 1, "accum_iter": 5,
              "output_dir": tmp_path / "two"}  # fmt: skip
-    argv = [str(part) for name, value in (flags | PLAIN).items() for part in (f"--{name}", value)]
-    forks.run("main_finetune.py", argv, tmp_path / "output", 2)
-    for other in (accumulated, tmp_path / "two"):
-        assert [line["train_loss"] for line in lines(other)] == pytest.approx(
-            [line["train_loss"] for line in lines(one)], rel=1e-6
-        )
-        ours, theirs = weights(one), weights(other)
-        for name in ours:
-            if not name.endswith("qkv.bias"):  # the gradient of keys' biases is zero but for rounding
-                torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=2e-5)
+    forks.run("main_finetune.py", argv_of(flags | PLAIN), tmp_path / "output", 2)
+    assert_close(one, tmp_path / "two")
 
 
 def test_imbalanced_classes_have_a_balanced_accuracy_and_one_warning(finetune, imbalanced, capsys, tmp_path):
     """A class of one image, and a set whose classes differ by more than five times."""
-    capsys.readouterr()
-    out = finetune("run", **PLAIN, data_path=imbalanced, epochs=1)
-    output = capsys.readouterr().out
-    (line,) = [line for line in output.splitlines() if line.startswith("warning") and "kind3" in line]
+    out = finetune(**PLAIN, data_path=imbalanced, epochs=1)
+    (line,) = re.findall(r"^warning.*kind3.*", capsys.readouterr().out, re.MULTILINE)
     assert " 1 " in line and " 8 " in line
     flags = {"resume": out / "checkpoint-0.pth", "report": tmp_path / "report"}
     text = evaluated(capsys, finetune, data_path=imbalanced, **flags)
-    with (tmp_path / "report/classes.csv").open(newline="") as file:
-        recalls = [int(row["right"]) / int(row["images"]) for row in csv.DictReader(file) if int(row["images"])]
+    rows = classes_of(tmp_path / "report").values()
+    recalls = [int(row["right"]) / int(row["images"]) for row in rows if int(row["images"])]
     assert f"balanced accuracy {100 * np.mean(recalls):.3f}" in text
     assert lines(out)[0]["test_balanced_acc"] == pytest.approx(100 * np.mean(recalls))
     assert "balanced" not in evaluated(capsys, finetune, resume=out / "checkpoint-0.pth")

@@ -7,7 +7,7 @@ import forks
 import numpy as np
 import pytest
 import torch
-from mains import parse
+from mains import argv_of, call, parse
 from PIL import Image
 from sklearn.metrics import accuracy_score, balanced_accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
@@ -25,10 +25,7 @@ from util.data.decode import BadImage
 
 def test_neighbors_of_a_trained_encoder_find_the_classes(classify, capsys):
     untrained = classify(main_knn, k="1 5")
-    assert (
-        "warning: no --finetune: the features are from an untrained encoder with random weights"
-        in capsys.readouterr().out
-    )
+    assert "warning: no --finetune: the features are from an untrained encoder" in capsys.readouterr().out
     out = classify(main_finetune, "tuned", aa="none", reprob=0, lr=0.003, epochs=20, drop_path=0, cls_token=True)
     found = classify(main_knn, k="1 5", finetune=out / "checkpoint-19.pth")
     assert found.keys() == untrained.keys() == {(1, 0.07), (5, 0.07)}
@@ -107,19 +104,18 @@ def test_a_sweep_prints_all_accuracies_and_the_best(caplog):
 
 def test_imbalanced_classes_have_a_balanced_accuracy(imbalanced, tmp_path):
     """In one process and in two; exact by scikit-learn, on the features that `inference.features` writes."""
-    model = get_model("vit_mini_patch4", input_size=16, nb_classes=0)
+    model, sets = get_model("vit_mini_patch4", input_size=16, nb_classes=0), []
     torch.save({"model": model.state_dict(), "args": model.settings}, tmp_path / "encoder.pth")
-    sets = []
     for split in ("train", "val"):
-        argv = [imbalanced, "--split", split, "--model", tmp_path / "encoder.pth", "--out", tmp_path / f"{split}.npz"]
-        features.main(entry_point.parse(features.get_args_parser(), [*map(str, argv), "--device", "cpu"]))
+        flags = {"split": split, "model": tmp_path / "encoder.pth", "out": tmp_path / f"{split}.npz", "device": "cpu"}
+        features.main(entry_point.parse(features.get_args_parser(), [str(imbalanced), *argv_of(flags)]))
         stored = np.load(tmp_path / f"{split}.npz")
         sets.append((torch.tensor(stored["features"]), stored["labels"]))
     predicted = {k: predictions(*sets, k, 1) for k in (5, 20)}
-    argv = ("--data_path", imbalanced, "--finetune", tmp_path / "encoder.pth", "--k", 5, 20, "--temperature", 1,
-            "--num_workers", 0, "--device", "cpu")  # fmt: skip
+    flags = {"data_path": imbalanced, "finetune": tmp_path / "encoder.pth", "k": "5 20", "temperature": 1,
+             "num_workers": 0, "device": "cpu"}  # fmt: skip
     for processes in (1, 2):
-        output = forks.run("main_knn.py", argv, tmp_path / f"output{processes}", processes)
+        output = forks.run("main_knn.py", argv_of(flags), tmp_path / f"output{processes}", processes)
         scores = json.loads(output.splitlines()[-1])
         for k, classes in predicted.items():
             accuracy, balanced = (100 * f(sets[1][1], classes) for f in (accuracy_score, balanced_accuracy_score))
@@ -134,10 +130,9 @@ def test_recorded_settings_are_the_defaults(classify, pretrain, labelled, capsys
     tuned = classify(main_finetune, "tuned", aa="none", reprob=0, epochs=1, **shape, mean=0.3) / "checkpoint-0.pth"
     mae = pretrain("mae", data_path=labelled, epochs=1, **shape, std=0.4) / "checkpoint-0.pth"
     for file, flags in ((tuned, {**shape, "global_pool": True, "mean": 0.3}), (mae, {**shape, "std": 0.4})):
-        accuracies = classify(main_knn, k="1 5", finetune=file, **flags)
+        given = classify(main_knn, k="1 5", finetune=file, **flags)
         capsys.readouterr()
-        argv = ["--data_path", labelled, "--finetune", file, "--k", 1, 5, "--num_workers", 0, "--device", "cpu"]
-        assert main_knn.main(entry_point.parse(main_knn.get_args_parser(), list(map(str, argv)))) == accuracies
+        assert given == call(main_knn, data_path=labelled, finetune=file, k="1 5", num_workers=0, device="cpu")
         assert "warning" not in capsys.readouterr().out
     classify(main_knn, k=1, finetune=mae, in_chans=1, input_size=32, patch_size=2)
     assert f"warning: --input_size 32 is used, and {mae} was made with --input_size 20" in capsys.readouterr().out

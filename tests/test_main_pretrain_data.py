@@ -3,8 +3,6 @@
 import shutil
 import struct
 import subprocess
-from contextlib import nullcontext
-from functools import partial
 
 import datasets as hugging_face
 import numpy as np
@@ -12,7 +10,7 @@ import pytest
 import tifffile
 import torch
 import webdataset
-from mains import Stopped, assert_equal, in_processes, lines, stop_after, weights
+from mains import assert_same_run, in_processes, lines, stop_and_resume
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -107,18 +105,12 @@ def test_an_epoch_on_every_kind_of_data_set(pretrain, smooth, tmp_path, kind):
     assert len(EventAccumulator(str(out)).Reload().Images("reconstruction")) == 1
 
 
-def test_an_archive_trains_like_its_folder(pretrain, pictures, tmp_path):
-    packed = shutil.make_archive(str(tmp_path / "set"), "tar", pictures)
-    assert_equal(weights(pretrain("folder")), weights(pretrain("archive", data_path=packed)))
-
-
-def test_resuming_from_an_archive_is_exact(pretrain, pictures, tmp_path, monkeypatch):
-    settings = {"data_path": shutil.make_archive(str(tmp_path / "set"), "zip", pictures), "save_minutes": 0}
-    whole = pretrain("whole", **settings)
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
-        stop_after(patch, "save", 3)
-        pretrain("parts", **settings)
-    assert_equal(weights(whole), weights(pretrain("parts", **settings, resume="auto")))
+@pytest.mark.parametrize("kind", ["tar", "zip"])
+def test_an_archive_trains_like_its_folder(pretrain, pictures, tmp_path, monkeypatch, kind):
+    """Also if the run is interrupted and resumed."""
+    packed = shutil.make_archive(str(tmp_path / "set"), kind, pictures)
+    parts = stop_and_resume(monkeypatch, pretrain, 3, data_path=packed, save_minutes=0)
+    assert_same_run(pretrain("folder"), parts)
 
 
 @pytest.mark.parametrize("streamed", [False, True])
@@ -128,22 +120,17 @@ def test_repeated_sampling_repeats_every_image(pretrain, smooth, tmp_path, strea
     assert len(step_losses(out)) == 400 * 4 / 32
 
 
-def test_resuming_with_fast_jpegs_and_repeated_samples_is_exact(pretrain, pictures, monkeypatch):
-    settings = {"fast_jpeg": True, "repeated_sampling": 2, "save_minutes": 0}
-    whole = pretrain("whole", **settings)
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
-        stop_after(patch, "save", 5)
-        pretrain("parts", **settings)
-    assert_equal(weights(whole), weights(pretrain("parts", **settings, resume="auto")))
-
-
-def test_fast_jpeg_gives_a_bit_equal_run(pretrain, pictures, monkeypatch):
+def test_fast_jpeg_gives_a_bit_equal_run(pretrain, monkeypatch):
+    """Also if the run is interrupted and resumed, with repeated samples."""
     decoded, decode_rgb = [], jpeg.decode_rgb
     monkeypatch.setattr(jpeg, "decode_rgb", lambda *given: decoded.append(decode_rgb(*given)) or decoded[-1])
     fast = pretrain("fast", fast_jpeg=True)
     assert sum(picture is not None for picture in decoded) == 2 * 13  # the color JPEG files among 24, in two epochs
-    assert_equal(weights(fast), weights(pretrain("slow")))
+    assert_same_run(fast, pretrain("slow"))
     assert len(decoded) == 2 * 24
+    flags = {"repeated_sampling": 2, "save_minutes": 0}
+    parts = stop_and_resume(monkeypatch, pretrain, 5, **flags, fast_jpeg=True)
+    assert_same_run(parts, pretrain("repeated", **flags))
 
 
 def test_bad_images_are_counted_in_the_log(pretrain, pictures, tmp_path, capsys):
@@ -156,31 +143,23 @@ def test_bad_images_are_counted_in_the_log(pretrain, pictures, tmp_path, capsys)
     assert output.count("01.jpg: the file is empty") == output.count("02.jpg: the file is not an image") == 1
 
 
-def test_two_processes_log_a_bad_image_once(pictures, tmp_path):
-    shutil.copytree(pictures, tmp_path / "images")
-    (tmp_path / "images/train/cat/01.jpg").write_bytes(b"")
-    flags = ("--batch_size", 4, "--epochs", 6, "--on_bad_image", "skip")
-    output = in_processes(2, tmp_path / "images", tmp_path / "out", *flags)
-    assert output.count("01.jpg: the file is empty") == 1
-    assert [line["bad_images"] for line in lines(tmp_path / "out")] == [1] * 6
-
-
 @pytest.mark.parametrize(("num_bad", "fails"), [(4, False), (5, True)])
 def test_the_limit_of_bad_images_applies_to_all_processes_together(tmp_path, num_bad, fails):
-    """A tenth of 40 images may be bad. Neither of two processes reads more than four."""
+    """A tenth of 40 images may be bad. Neither of two processes reads more than four. Each is logged once."""
+    (tmp_path / "images").mkdir()
     for number in range(40):
-        path = tmp_path / f"images/{number:02}.png"
-        path.parent.mkdir(exist_ok=True)
-        Image.fromarray(np.full((16, 16, 3), number, np.uint8)).save(path)
-        if number < num_bad:
-            path.write_bytes(b"")
-    run = partial(in_processes, 2, tmp_path / "images", tmp_path / "out", "--batch_size", 4, "--epochs", 1)
-    with pytest.raises(subprocess.CalledProcessError) if fails else nullcontext() as raised:
-        run("--on_bad_image", "skip")
+        Image.new("RGB", (16, 16), (number, 0, 0)).save(tmp_path / f"images/{number:02}.png")
+    for number in range(num_bad):
+        (tmp_path / f"images/{number:02}.png").write_bytes(b"")
+    flags = (tmp_path / "images", tmp_path / "out", "--batch_size", 4, "--epochs", 3, "--on_bad_image", "skip")
     if fails:
+        with pytest.raises(subprocess.CalledProcessError) as raised:
+            in_processes(2, *flags)
         assert "5 of the 40 images" in raised.value.output
     else:
-        assert [line["bad_images"] for line in lines(tmp_path / "out")] == [4]
+        output = in_processes(2, *flags)
+        assert [output.count(f"{number:02}.png: the file is empty") for number in range(4)] == [1] * 4
+        assert [line["bad_images"] for line in lines(tmp_path / "out")] == [4] * 3
 
 
 def test_a_stream_in_two_processes_resumes(pretrain, smooth, tmp_path):

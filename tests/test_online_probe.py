@@ -7,7 +7,7 @@ import tarfile
 import numpy as np
 import pytest
 import torch
-from mains import Stopped, assert_equal, in_processes, lines, parse, stop_after, weights
+from mains import assert_equal, assert_same_run, call, in_processes, lines, stop_and_resume, weights
 from PIL import Image
 
 import main_knn
@@ -18,25 +18,19 @@ from util.training.online_probe import effective_rank
 NAMES = ("test_knn_acc1", "test_effective_rank")
 
 
-def test_the_accuracy_is_that_of_main_knn_and_training_stays_the_same(pretrain, labelled):
+def test_the_accuracy_is_that_of_main_knn_and_training_stays_the_same(pretrain, labelled, monkeypatch):
     """Also for a run that is interrupted after the first epoch."""
     flags = {"data_path": labelled, "batch_size": 8, "num_workers": 1, "save_every": 1, "epochs": 3}
-    probed = {"probe_every": 2, "probe_path": labelled}
-    without, run = pretrain("without", **flags), pretrain("with", **flags, **probed)
+    probed = {**flags, "probe_every": 2, "probe_path": labelled}
+    without, run = pretrain("without", **flags), pretrain("with", **probed)
     assert_equal(weights(without, "checkpoint-2.pth"), weights(run, "checkpoint-2.pth"))
     assert [line.keys() >= set(NAMES) for line in lines(run)] == [False, True, True]
     assert not any(set(NAMES) & line.keys() for line in lines(without))
     for epoch in (1, 2):
-        args = parse(main_knn, finetune=run / f"checkpoint-{epoch}.pth", data_path=labelled, k=20, num_workers=0,
-                     device="cpu")  # fmt: skip
-        assert lines(run)[epoch]["test_knn_acc1"] == pytest.approx(main_knn.main(args)[20, 0.07])
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
-        stop_after(patch, "save_epoch", 1)
-        pretrain("parts", **flags, **probed)
-    parts = pretrain("parts", **flags, **probed, resume="auto")
-    assert_equal(weights(parts, "checkpoint-2.pth"), weights(run, "checkpoint-2.pth"))
-    for name in NAMES:
-        assert [line.get(name) for line in lines(parts)] == [line.get(name) for line in lines(run)]
+        file = run / f"checkpoint-{epoch}.pth"
+        found = call(main_knn, finetune=file, data_path=labelled, k=20, num_workers=0, device="cpu")
+        assert lines(run)[epoch]["test_knn_acc1"] == pytest.approx(found[20, 0.07])
+    assert_same_run(run, stop_and_resume(monkeypatch, pretrain, 1, "save_epoch", **probed), "checkpoint-2.pth")
 
 
 def test_the_rank_is_that_of_the_features(pretrain, labelled):
@@ -96,7 +90,6 @@ def test_each_start_records_its_environment(pretrain):
     run = pretrain(epochs=1)
     pretrain(epochs=2, resume="auto")
     first, second = (json.loads(line) for line in (run / "environment.jsonl").read_text().splitlines())
-    assert first.keys() == second.keys()
+    assert first.keys() == second.keys() and first["command"]
     assert first["torch"] == torch.__version__.split("+")[0]
     assert (first["processes"], first["device"].split()[0]) == (1, "cpu")
-    assert first["command"]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from mains import argv_of, lines, parse
+from mains import argv_of, assert_same_run, call, lines, stop_and_resume
 from PIL import Image
 from scipy import stats
 from sklearn import metrics as sk
@@ -34,17 +34,16 @@ def folder(tmp_path_factory):
     """50 and 23 pictures whose red and green brightness determine two numbers and two tags."""
     root, generator = tmp_path_factory.mktemp("targets"), np.random.default_rng(0)
     for split, count in (("train", 50), ("val", 23)):
-        rows = []
+        rows = [["path", "weight", "age", "tags", "green", "red"]]
         for number in range(count):
             red, green = generator.uniform(0, 1, 2)
             pixels = generator.uniform(0, 0.2, (20, 20, 3))
             pixels[:, :, :2] += 0.8 * np.array([red, green])
-            Image.fromarray((255 * pixels.clip(0, 1)).astype(np.uint8)).save(root / f"{split}{number:02}.png")
+            name = f"{split}{number:02}.png"
+            Image.fromarray((255 * pixels.clip(0, 1)).astype(np.uint8)).save(root / name)
             tags = ";".join(name for name, value in (("red", red), ("green", green)) if value > 0.4)
-            rows.append(
-                [f"{split}{number:02}.png", 1000 + 200 * red, -3 * green, tags, int(green > 0.4), int(red > 0.4)]
-            )
-        write(root / f"{split}.csv", [["path", "weight", "age", "tags", "green", "red"], *rows])
+            rows.append([name, 1000 + 200 * red, -3 * green, tags, int(green > 0.4), int(red > 0.4)])
+        write(root / f"{split}.csv", rows)
     return root
 
 
@@ -91,6 +90,10 @@ def scores_of_tags(truth, scores):
     }  # fmt: skip
 
 
+KINDS = {"regression": ("weight age", "mae spearman r2", NUMBERS, "pred_values", scores_of_numbers),
+         "multilabel": ("tags", "average_precision auroc macro_f1", TAGS, "pred_scores", scores_of_tags)}  # fmt: skip
+
+
 def in_processes(script, processes, out, **flags):
     return forks.run(script, argv_of(flags), out.with_suffix(".output"), processes)
 
@@ -98,58 +101,49 @@ def in_processes(script, processes, out, **flags):
 OWN = {"main_finetune.py": MILD, "main_linprobe.py": {"blr": 1}}
 
 
-@pytest.mark.parametrize("processes", [1, 3])
-@pytest.mark.parametrize("script", ["main_finetune.py", "main_linprobe.py"])
-def test_numbers_are_scored_in_units(script, processes, folder, tmp_path):
+@pytest.mark.parametrize(("task", "processes"), [("regression", 1), ("regression", 3), ("multilabel", 1),
+                                                 ("multilabel", 2)])  # fmt: skip
+@pytest.mark.parametrize("script", OWN)
+def test_scores_are_those_of_scikit_learn(script, task, processes, folder, tmp_path):
     """Each image once. The labels are those of the list, and the predictions those of `inference`, image by image."""
+    columns, metric, names, key, score = KINDS[task]
     in_processes(script, processes, tmp_path / "run", **lists(folder), **SMALL | {"batch_size": 4}, **OWN[script],
-                 epochs=3, warmup_epochs=1, output_dir=tmp_path / "run", task="regression", label_columns="weight age",
-                 metric="mae spearman r2")  # fmt: skip
+                 epochs=3, warmup_epochs=1, output_dir=tmp_path / "run", task=task, label_columns=columns,
+                 metric=metric)  # fmt: skip
     model = get_model(tmp_path / "run/checkpoint-2.pth")
-    values = np.stack([model.predict(file)["pred_values"] for file in files_of(folder, "val")])
+    values = np.stack([model.predict(file)[key] for file in files_of(folder, "val")])
     found = lines(tmp_path / "run")
-    for name, value in scores_of_numbers(column_of(folder, "val", *NUMBERS), values).items():
+    for name, value in score(column_of(folder, "val", *names), values).items():
         assert found[-1][f"test_{name}"] == pytest.approx(value, rel=1e-6, abs=1e-6), name
+    if task == "multilabel":
+        assert model.classes == names
+        return
     errors = [line["test_mae"] for line in found]
     assert checkpoint.read(tmp_path / "run/checkpoint-best.pth")["epoch"] == errors.index(min(errors))
-    record = checkpoint.read(tmp_path / "run/checkpoint-2.pth")["args"]
-    train = column_of(folder, "train", *NUMBERS)
-    assert (record["target_mean"], record["target_std"]) == (
-        pytest.approx(train.mean(axis=0)), pytest.approx(train.std(axis=0))
-    )  # fmt: skip
+    record, train = checkpoint.read(tmp_path / "run/checkpoint-2.pth")["args"], column_of(folder, "train", *names)
+    assert record["target_mean"] == pytest.approx(train.mean(axis=0))
+    assert record["target_std"] == pytest.approx(train.std(axis=0))
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("script", ["main_finetune.py", "main_linprobe.py"])
-def test_tags_are_scored_like_scikit_learn(script, processes, folder, tmp_path):
-    in_processes(script, processes, tmp_path / "run", **lists(folder), **SMALL | {"batch_size": 4}, **OWN[script],
-                 epochs=2, warmup_epochs=1, output_dir=tmp_path / "run", task="multilabel", label_columns="tags",
-                 metric="average_precision auroc macro_f1")  # fmt: skip
-    model = get_model(tmp_path / "run/checkpoint-1.pth")
-    assert model.classes == TAGS
-    scores = np.stack([model.predict(file)["pred_scores"] for file in files_of(folder, "val")])
-    for name, value in scores_of_tags(column_of(folder, "val", *TAGS), scores).items():
-        assert lines(tmp_path / "run")[-1][f"test_{name}"] == pytest.approx(value, abs=1e-6), name
-
-
-def test_an_evaluation_of_the_file_equals_the_last_epoch(tune, folder, tmp_path):
+@pytest.mark.parametrize(("main", "own"), [
+    (main_finetune, MILD), (main_linprobe, {"blr": 1}), (main_linprobe, {"probe": "attentive"}),
+])  # fmt: skip
+@pytest.mark.parametrize(("flags", "written"), [
+    ({"task": "regression", "label_columns": "weight age", "regression_loss": "huber"},
+     {"targets.csv", "predicted.png"}),
+    ({"task": "multilabel", "label_columns": "tags"}, {"classes.csv", "curves.png"}),
+])  # fmt: skip
+def test_an_evaluation_of_the_file_equals_the_last_epoch(main, own, flags, written, tune, folder, tmp_path):
     """The file records the task, the columns, the units and the loss."""
-    for task, columns, more in (
-        ("regression", "weight age", {"regression_loss": "huber"}), ("multilabel", "tags", {}),
-    ):  # fmt: skip
-        for main, own in ((main_finetune, MILD), (main_linprobe, {"blr": 1}), (main_linprobe, {"probe": "attentive"})):
-            name = f"{task}{main.__name__}{len(own)}{own.get('probe')}"
-            out = tune(main, name, **own, task=task, label_columns=columns, **more)
-            expected = {key: value for key, value in lines(out)[-1].items() if key.startswith("test_")}
-            argv = parse(main, eval=True, resume=out / "checkpoint-1.pth", **lists(folder), **SMALL,
-                         **({} if "probe" not in own else own), report=tmp_path / f"{name}-report")  # fmt: skip
-            scores = main.main(argv)
-            assert main is main_linprobe or scores.stats() == pytest.approx(expected)
-            written = {"multilabel": {"classes.csv", "curves.png"}, "regression": {"targets.csv", "predicted.png"}}
-            assert {file.name for file in (tmp_path / f"{name}-report").iterdir()} == written[task]
-            with next((tmp_path / f"{name}-report").glob("*.csv")).open() as file:
-                means = np.mean([[float(cell) for cell in row[2:]] for row in list(csv.reader(file))[1:]], axis=0)
-            assert means[0] == pytest.approx(next(iter(expected.values())), rel=1e-5)
+    out, report = tune(main, **own, **flags), tmp_path / "report"
+    expected = {key: value for key, value in lines(out)[-1].items() if key.startswith("test_")}
+    scores = call(main, eval=True, resume=out / "checkpoint-1.pth", **lists(folder), **SMALL, report=report,
+                  **(own if "probe" in own else {}))  # fmt: skip
+    assert main is main_linprobe or scores.stats() == pytest.approx(expected)
+    assert {file.name for file in report.iterdir()} == written
+    with next(report.glob("*.csv")).open() as file:
+        means = np.mean([[float(cell) for cell in row[2:]] for row in list(csv.reader(file))[1:]], axis=0)
+    assert means[0] == pytest.approx(next(iter(expected.values())), rel=1e-5)
 
 
 def test_neighbors_are_averaged_like_the_vote(tune, folder, tmp_path, capsys):
@@ -159,22 +153,23 @@ def test_neighbors_are_averaged_like_the_vote(tune, folder, tmp_path, capsys):
     model = get_model(out / "checkpoint-1.pth")
     sets = [model.extract_feat(files_of(folder, split)).detach() for split in ("train", "val")]
     bank, queries = (torch.nn.functional.normalize(features, dim=1).numpy() for features in sets)
+
+    def averaged(k, *names):
+        neighbors = KNeighborsRegressor(k, weights=lambda d: np.exp(-(d**2) / 2 / 0.07), algorithm="brute")
+        return neighbors.fit(bank, column_of(folder, "train", *names)).predict(queries)
+
     flags = {"finetune": out / "checkpoint-1.pth", "k": "5 20", "temperature": 0.07, **lists(folder), **SMALL}
-    truth, train = column_of(folder, "val", *NUMBERS), column_of(folder, "train", *NUMBERS)
     for processes in (1, 2):
         output = in_processes("main_knn.py", processes, tmp_path / f"knn{processes}", **flags, task="regression",
                               label_columns="weight age", metric="r2 mae spearman")  # fmt: skip
         for k in (5, 20):
-            neighbors = KNeighborsRegressor(k, weights=lambda d: np.exp(-(d**2) / 2 / 0.07), algorithm="brute")
-            values = neighbors.fit(bank, train).predict(queries)
-            for name, value in scores_of_numbers(truth, values).items():
+            for name, value in scores_of_numbers(column_of(folder, "val", *NUMBERS), averaged(k, *NUMBERS)).items():
                 found = json.loads(output.splitlines()[-1])[f"knn_{name}_k{k}"]
                 assert found == pytest.approx(value, rel=1e-4), (name, k, processes)
-    shares = KNeighborsRegressor(5, weights=lambda d: np.exp(-(d**2) / 2 / 0.07), algorithm="brute")
-    shares = shares.fit(bank, column_of(folder, "train", *TAGS)).predict(queries)
     found = tune(main_knn, finetune=out / "checkpoint-1.pth", k=5, task="multilabel", label_columns="tags",
                  metric="auroc")[5, 0.07]  # fmt: skip
-    assert found == pytest.approx(scores_of_tags(column_of(folder, "val", *TAGS), shares)["auroc"], abs=1e-6)
+    expected = scores_of_tags(column_of(folder, "val", *TAGS), averaged(5, *TAGS))
+    assert found == pytest.approx(expected["auroc"], abs=1e-6)
 
 
 @pytest.mark.parametrize(("loss", "amp"), [("l1", "off"), ("l2", "off"), ("huber", "off"), ("l2", "bf16")])
@@ -237,27 +232,24 @@ def test_lists_columns_and_datasets_are_the_same(tune, folder, tmp_path):
     """Lists with a;b, with a column for each class, JSON, and vectors of a dataset; with images in memory."""
     for split in ("train", "val"):
         with (folder / f"{split}.csv").open() as file:
-            rows = [
-                {"path": str(folder / row["path"]), "label": row["tags"].split(";")} for row in csv.DictReader(file)
-            ]
-        for row in rows:
-            row["label"] = [one for one in row["label"] if one]
+            rows = [{"path": str(folder / row["path"]), "label": [one for one in row["tags"].split(";") if one]}
+                    for row in csv.DictReader(file)]  # fmt: skip
         (tmp_path / f"{split}.json").write_text(json.dumps(rows))
     json_lists = {f"{split}_list": tmp_path / f"{split}.json" for split in ("train", "val")}
     no_lists = {"train_list": "", "val_list": ""}
-    flags = {"epochs": 1, "warmup_epochs": 0, **MILD}
 
-    def losses(name, **own):
-        return [(line["train_loss"], line["test_loss"]) for line in lines(tune(main_finetune, name, **flags, **own))]
+    def losses(name, task, **own):
+        out = tune(main_finetune, name, epochs=1, warmup_epochs=0, **MILD, task=task, **own)
+        return [(line["train_loss"], line["test_loss"]) for line in lines(out)]
 
-    first = losses("list", task="multilabel", label_columns="tags")
-    assert losses("columns", task="multilabel", label_columns="green red") == first
-    assert losses("json", task="multilabel", **json_lists) == first
-    assert losses("memory", task="multilabel", label_columns="tags", cache_images=True) == first
-    assert losses("dataset", task="multilabel", dataset="py:test_tasks:tags", **no_lists) == first
-    first = losses("numbers", task="regression", label_columns="weight age")
-    assert losses("vectors", task="regression", dataset="py:test_tasks:numbers", **no_lists) == first
-    assert losses("unlisted", task="regression", dataset="py:test_tasks:unlisted_numbers", **no_lists) == first
+    first = losses("list", "multilabel", label_columns="tags")
+    for name, own in (("columns", {"label_columns": "green red"}), ("json", json_lists),
+                      ("memory", {"label_columns": "tags", "cache_images": True}),
+                      ("dataset", {"dataset": "py:test_tasks:tags", **no_lists})):  # fmt: skip
+        assert losses(name, "multilabel", **own) == first, name
+    first = losses("numbers", "regression", label_columns="weight age")
+    for name in ("numbers", "unlisted_numbers"):
+        assert losses(f"py-{name}", "regression", dataset=f"py:test_tasks:{name}", **no_lists) == first
 
 
 def test_predictions_are_printed(tune, folder, tmp_path):
@@ -304,26 +296,22 @@ def with_cell(text, column=1):
     return change
 
 
-@pytest.mark.parametrize(
-    ("change", "flags", "message"),
-    [
-        (with_cell("nan"), {}, r"--train_list .*\.csv: the weight of .*train04\.png is nan; --task regression needs"),
-        (with_cell(""), {}, r"the weight of .*train04\.png is empty; .* or omit the row"),
-        (with_cell("heavy"), {}, r"the weight of .*train04\.png is heavy; --task regression needs a finite number"),
-        (with_cell("inf"), {}, r"is inf; --task regression needs a finite number"),
-        (list, {"label_columns": "wieght"}, r"no column wieght; give .* of path, .*; did you mean weight\?"),
-        (list, {"label_columns": ""}, r"it has no column label or class or groundtruth; give --label_columns"),
-        (list, {"task": "multilabel"}, r"the weight of .* is 1\d\d\d.*; --task multilabel needs 0 or 1"),
-        (list, {"task": "classification"}, r"--task classification has one label column; give one of weight, age"),
-        (lambda rows: [[*row[:1], "5", *row[2:]] if n else row for n, row in enumerate(rows)], {},
-         r"--task regression: weight is the same for all training images"),
-        (list, {"train_per_class": 2}, r"--train_per_class 2: an image has no single class with --task regression"),
-        (list, {"class_weight": "balanced"}, r"--class_weight balanced: --task regression has no classes; omit"),
-        (list, {"metric": "auroc"}, r"--metric auroc is not for --task regression: give r2, mae, spearman"),
-        (list, {"nb_classes": 3}, r"--nb_classes 3: the labels have 2 numbers; omit --nb_classes"),
-    ],
-    ids=range(13),
-)  # fmt: skip
+@pytest.mark.parametrize(("change", "flags", "message"), [
+    (with_cell("nan"), {}, r"--train_list .*\.csv: the weight of .*train04\.png is nan; --task regression needs"),
+    (with_cell(""), {}, r"the weight of .*train04\.png is empty; .* or omit the row"),
+    (with_cell("heavy"), {}, r"the weight of .*train04\.png is heavy; --task regression needs a finite number"),
+    (with_cell("inf"), {}, r"is inf; --task regression needs a finite number"),
+    (list, {"label_columns": "wieght"}, r"no column wieght; give .* of path, .*; did you mean weight\?"),
+    (list, {"label_columns": ""}, r"it has no column label or class or groundtruth; give --label_columns"),
+    (list, {"task": "multilabel"}, r"the weight of .* is 1\d\d\d.*; --task multilabel needs 0 or 1"),
+    (list, {"task": "classification"}, r"--task classification has one label column; give one of weight, age"),
+    (lambda rows: [[*row[:1], "5", *row[2:]] if n else row for n, row in enumerate(rows)], {},
+     r"--task regression: weight is the same for all training images"),
+    (list, {"train_per_class": 2}, r"--train_per_class 2: an image has no single class with --task regression"),
+    (list, {"class_weight": "balanced"}, r"--class_weight balanced: --task regression has no classes; omit"),
+    (list, {"metric": "auroc"}, r"--metric auroc is not for --task regression: give r2, mae, spearman"),
+    (list, {"nb_classes": 3}, r"--nb_classes 3: the labels have 2 numbers; omit --nb_classes"),
+], ids=range(13))  # fmt: skip
 def test_wrong_labels_are_one_line(change, flags, message, tune, folder, tmp_path):
     flags = {"task": "regression", "label_columns": "weight age", **changed(folder, tmp_path, change)} | flags
     with pytest.raises(ValueError, match=message) as raised:
@@ -338,18 +326,11 @@ def test_class_folders_are_for_classification(task, main, classify):
         classify(main, task=task)
 
 
-@pytest.mark.parametrize(
-    ("flags", "remedy"),
-    [
-        ({"mixup": 0.8}, "give --mixup 0"),
-        ({"cutmix": 1}, "give --cutmix 0"),
-        ({"smoothing": 0.1}, "give --smoothing 0"),
-    ],
-)
-def test_mixed_and_smoothed_labels_are_for_classification(flags, remedy, tune):
+@pytest.mark.parametrize(("flag", "value"), [("mixup", 0.8), ("cutmix", 1), ("smoothing", 0.1)])
+def test_mixed_and_smoothed_labels_are_for_classification(flag, value, tune):
     with pytest.raises(AdvisedError) as raised:
-        tune(task="multilabel", label_columns="tags", **flags)
-    assert [str(one) for one in raised.value.remedies] == [remedy]
+        tune(task="multilabel", label_columns="tags", **{flag: value})
+    assert [str(one) for one in raised.value.remedies] == [f"give --{flag} 0"]
 
 
 def test_a_file_has_one_task(tune, folder, classify, labelled):
@@ -367,7 +348,7 @@ def test_encoders_are_compared_by_their_errors(tune, folder, forked, tmp_path):
              "input_size": 16, "device": "cpu", "num_workers": 0, "amp": "off",
              "encoders": f"mine={out}/checkpoint-7.pth scratch", "protocols": "knn finetune", "budget": 2,
              "output_dir": tmp_path / "compare"}  # fmt: skip
-    table = main_compare.main(parse(main_compare, **flags)).splitlines()
+    table = call(main_compare, **flags).splitlines()
     assert table[0] == "| test mae | 50 labels |"
     cells = {line.split(" |")[0].strip("| "): line.split(" |")[1].strip() for line in table[2:6]}
     errors = {name: float(cell.strip("*")) for name, cell in cells.items()}
@@ -378,10 +359,10 @@ def test_encoders_are_compared_by_their_errors(tune, folder, forked, tmp_path):
     assert f"{best} has the best mae, " in table[-1] and " below scratch" in table[-1]
     logged = lines(next((tmp_path / "compare/runs/scratch/finetune").glob("*/0")))[-1]["test_mae"]
     assert errors["scratch (fine-tuned)"] == pytest.approx(logged, rel=1e-3)
-    with pytest.raises(ValueError, match=r"--labels 10: .* give --labels all"):
-        main_compare.main(parse(main_compare, **flags | {"labels": 10}))
-    with pytest.raises(ValueError, match=r"--encoders pixels: .* omit pixels"):
-        main_compare.main(parse(main_compare, **flags | {"encoders": "pixels scratch"}))
+    for changed, message in (({"labels": 10}, r"--labels 10: .* give --labels all"),
+                             ({"encoders": "pixels scratch"}, r"--encoders pixels: .* omit pixels")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            call(main_compare, **flags | changed)
 
 
 def test_labels_of_a_dataset_are_checked(tune):
@@ -418,12 +399,10 @@ def ragged(split, data_path):
     return Wrong(split, data_path, [[1.0], [1.0, 2.0]])
 
 
-def test_a_resumed_run_is_the_whole_run(tune):
-    flags = {"task": "regression", "label_columns": "weight age", **MILD, "epochs": 3}
-    whole = tune(name="whole", **flags)
-    out = tune(name="part", **flags)
-    for name in ("2", "last", "best"):
-        (out / f"checkpoint-{name}.pth").unlink()
-    tune(name="part", **flags, resume="auto")
-    a, b = (checkpoint.read(one / "checkpoint-2.pth")["model"] for one in (whole, out))
-    assert all(torch.equal(a[name], b[name]) for name in a)
+def test_a_resumed_run_is_the_whole_run(tune, monkeypatch):
+    flags = {"task": "regression", "label_columns": "weight age", **MILD, "epochs": 3, "save_minutes": 0}
+
+    def run(name, **more):
+        return tune(name=name, **flags, **more)
+
+    assert_same_run(run("whole"), stop_and_resume(monkeypatch, run, 9), "checkpoint-2.pth")

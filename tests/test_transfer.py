@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 import torchvision
 from conftest import ROOT
-from mains import lines
+from mains import call, lines
 from PIL import Image
 
 import main_finetune
 import main_linprobe
-from util.cli import entry_point
 from util.datasets import open_source
 
 
@@ -28,25 +27,23 @@ def inaturalist(root):
     for split, count in (("train", 18), ("val", 6)):
         images, annotations = [], []
         for number in range(count):
-            label = number % 3
-            name = f"train_val2018/Aves/{label}/{split}{number}.jpg"
-            save(root / name, label)
+            name = f"train_val2018/Aves/{number % 3}/{split}{number}.jpg"
+            save(root / name, number % 3)
             images.append({"id": number, "file_name": name, "width": 30, "height": 24, "license": 3})
-            annotations.append({"id": number, "image_id": number, "category_id": label})
+            annotations.append({"id": number, "image_id": number, "category_id": number % 3})
         document = {"images": images, "annotations": annotations, "categories": categories}
         (root / f"{split}2018.json").write_text(json.dumps(document))
-    return ["--train_list", root / "train2018.json", "--val_list", root / "val2018.json"]
+    return root / "train2018.json", root / "val2018.json"
 
 
 def places205(root):
     for split, count in (("train", 18), ("val", 6)):
-        rows = []
-        for number in range(count):
-            name = f"{'abc'[number % 3]}/place/gsun_{split}{number}.jpg"
+        names = [f"{'abc'[number % 3]}/place/gsun_{split}{number}.jpg" for number in range(count)]
+        for number, name in enumerate(names):
             save(root / name, number % 3)
-            rows.append(f"{name} {number % 3}\n")
+        rows = (f"{name} {number % 3}\n" for number, name in enumerate(names))
         (root / f"{split}_places205.csv").write_text("".join(rows))
-    return ["--train_list", root / "train_places205.csv", "--val_list", root / "val_places205.csv"]
+    return root / "train_places205.csv", root / "val_places205.csv"
 
 
 def places365(root):
@@ -54,26 +51,24 @@ def places365(root):
         for number in range(count):
             category = ("airfield", "airplane_cabin", "zen_garden")[number % 3]
             save(root / split / category / f"{split}{number:08d}.jpg", number % 3)
-    return []
+    return ()
 
 
-@pytest.mark.parametrize(
-    ("recipe", "make"),
-    [("inat2018", inaturalist), ("places205", places205), ("places365", places365)],
-)
+@pytest.mark.parametrize(("recipe", "make"), [
+    ("inat2018", inaturalist), ("places205", places205), ("places365", places365),
+])  # fmt: skip
 def test_fine_tuning_and_probing(recipe, make, tmp_path):
-    data = ["--data_path", tmp_path / "data", *make(tmp_path / "data")]
-    small = ["--model", "vit_mini_patch4", "--input_size", 16, "--num_workers", 0, "--device", "cpu", "--batch_size", 6,
-             "--epochs", 2, "--warmup_epochs", 1]  # fmt: skip
+    lists = dict(zip(("train", "val"), make(tmp_path / "data"), strict=False))
+    flags = {"data_path": tmp_path / "data", **{f"{split}_list": file for split, file in lists.items()},
+             "model": "vit_mini_patch4", "input_size": 16, "num_workers": 0, "device": "cpu", "batch_size": 6,
+             "epochs": 2, "warmup_epochs": 1}  # fmt: skip
     for main, config in ((main_finetune, f"finetune_{recipe}"), (main_linprobe, "linprobe_vit_base")):
         out = tmp_path / main.__name__
-        argv = ["--config", ROOT / "recipes" / f"{config}.yaml", *data, *small, "--output_dir", out]
-        main.main(entry_point.parse(main.get_args_parser(), [str(part) for part in argv]))
+        call(main, config=ROOT / "recipes" / f"{config}.yaml", **flags, output_dir=out)
         assert "test_acc1" in lines(out)[-1]
-    for split, listed, count in (("train", 3, 18), ("val", 5, 6)):
-        source = open_source(split, str(tmp_path / "data"), str(data[listed]) if len(data) > 2 else None)
-        assert len(source.classes) == 3
-        assert len(source) == count
+    for split, count in (("train", 18), ("val", 6)):
+        source = open_source(split, str(tmp_path / "data"), str(lists[split]) if lists else None)
+        assert (len(source.classes), len(source)) == (3, count)
         for index in range(count):  # the color determines the label
             data_of, label = source[index]
             assert np.asarray(Image.open(io.BytesIO(data_of))).mean(axis=(0, 1)).argmax() == label
