@@ -156,20 +156,20 @@ def test_sparse_files_are_errors(tmp_path):
 @pytest.mark.parametrize("kind", ["tar", "zip"])
 def test_links_are_followed(tmp_path, kind):
     file, links = tmp_path / f"links.{kind}", {"b/2.png": "../a/1.png", "b/3.png": "/nowhere.png"}
-    if kind == "tar":
-        with tarfile.open(file, "w") as archive:
-            for name, target in {"a/1.png": "", **links}.items():
-                member = tarfile.TarInfo(name)
-                member.size, member.linkname = 0 if target else 3, target
-                member.type = tarfile.SYMTYPE if target else tarfile.REGTYPE
-                archive.addfile(member, io.BytesIO(b"one"))
-    else:
-        with zipfile.ZipFile(file, "w") as archive:
-            archive.writestr("a/1.png", "one")
+    if kind == "zip":
+        zip_of(file, ["a/1.png"])
+        with zipfile.ZipFile(file, "a") as archive:
             for name, target in links.items():
                 archive.writestr(zip_link(name), target)
+    else:
+        (tmp_path / "in/b").mkdir(parents=True)
+        (tmp_path / "in/a").mkdir()
+        (tmp_path / "in/a/1.png").write_text("a/1.png")
+        for name, target in links.items():
+            (tmp_path / "in" / name).symlink_to(target)
+        subprocess.run(["tar", "-cf", file, "-C", tmp_path / "in", "."], check=True)
     source = Archive(file, "train")
-    assert [source[0], source[1]] == [(b"one", 0), (b"one", 1)]
+    assert [source[0], source[1]] == [(b"a/1.png", 0), (b"a/1.png", 1)]
     with pytest.raises(BadImage, match="link"):
         _ = source[2]
 

@@ -95,11 +95,6 @@ def test_the_first_metric_selects_the_best_checkpoint(classify, imbalanced):
         assert (line["train_loss"], line["test_loss"]) == (other["train_loss"], other["test_loss"])
 
 
-def test_the_metric_selects_among_several_rates(classify, imbalanced, capsys):
-    classify(main_linprobe, data_path=imbalanced, epochs=2, blr="0.3 3 30", metric="macro_f1", held_out=0.4)
-    assert "held-out macro_f1 0." in capsys.readouterr().out
-
-
 def test_classes_without_images_are_named(classify, labelled, tmp_path, capsys):
     """An evaluation of some classes: the mean is over the classes with images."""
     file = classify(main_finetune, aa="none", lr=0.003) / "checkpoint-1.pth"
@@ -149,6 +144,9 @@ def test_weights_need_single_classes(classify):
     assert raised.value.about == {"mixup": 0.8, "cutmix": 1.0, "class_weight": "balanced"}
 
 
-def test_knn_returns_the_first_metric(classify):
+def test_metrics_of_heads_and_neighbors(classify, imbalanced, capsys):
+    """The metric selects among several rates; main_knn.py returns the first one."""
+    classify(main_linprobe, data_path=imbalanced, epochs=2, blr="0.3 3 30", metric="macro_f1", held_out=0.4)
+    assert "held-out macro_f1 0." in capsys.readouterr().out
     accuracy, fractions = classify(main_knn, k=5), classify(main_knn, k=5, metric="accuracy macro_f1")
     assert fractions[5, 0.07] == pytest.approx(accuracy[5, 0.07] / 100)

@@ -138,13 +138,6 @@ def test_without_a_crop_the_whole_image_is_the_input(make):
     assert region(make((64, 16), crop="none")(coordinates(100, 100))) == pytest.approx([100, 100], rel=0.02)
 
 
-def test_evaluation_sees_the_center_undistorted():
-    for size, share in (((1024, 128), 0.875), ((64, 16), 1), ((1, 200), 1), ((128, 256), 0.875)):
-        out = transforms.eval_transform(size)(coordinates(*size))
-        assert region(out) == pytest.approx([max(1, share * size[0]), share * size[1]], rel=0.02)
-        assert out[1, size[0] // 2].mean().item() == pytest.approx(size[1] / 2, abs=1)
-
-
 SCRIPTS = {main_pretrain: ["--model", "mae_vit_mini_patch4", "--vis_every", 0],
            main_finetune: ["--model", "vit_mini_patch4", "--aa", "none", "--reprob", 0],
            main_linprobe: ["--model", "vit_mini_patch4"]}  # fmt: skip
