@@ -29,14 +29,13 @@ def make_scenes(root, layout="ade20k", train=12, val=5, zero_label=False, size=(
     generator = np.random.default_rng(seed)
     folders, suffix = LAYOUTS[layout]
     for split, count in (("train", train), ("val", val)):
-        places = [root / folder for folder in folders[split]]
-        for place in places:
-            place.mkdir(parents=True)
+        images, masks = (root / folder for folder in folders[split])
+        images.mkdir(parents=True)
+        masks.mkdir(parents=True)
         for number in range(count):
             pixels, mask = scene(generator, size)
-            Image.fromarray(pixels).save(places[0] / f"{number:02}.{suffix}")
+            Image.fromarray(pixels).save(images / f"{number:02}.{suffix}")
+            mask += np.uint8(zero_label)
             mask[0, :4] = 0 if zero_label else 255
-            Image.fromarray(mask + np.uint8(zero_label) * (np.arange(mask.size).reshape(size) >= 4)).save(
-                places[1] / f"{number:02}.png"
-            )
+            Image.fromarray(mask).save(masks / f"{number:02}.png")
     return root

@@ -2,13 +2,11 @@
 
 import json
 import os
-import subprocess
-import sys
 
+import forks
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from mains import Stopped, assert_equal, in_processes, lines, parse, stop_after, weights
 from PIL import Image
 
@@ -34,35 +32,30 @@ import numpy as np
 import torch
 from models_mae import MaskedAutoencoderViT
 from models_vit import Encoder
-
 class Level(Encoder):
     def tokenize(self, imgs, level):
         return super().tokenize(imgs) + 3 * level[:, None, None] * self.cls_token.detach().sign()
-
 class LevelTarget(MaskedAutoencoderViT):
     target_dim = 1
-
     def target(self, imgs, valid=None, level=None):
         return level[:, None, None].expand(-1, self.num_patches, 1)
-
 def open_dataset(split, data_path):
     return Noise(split)
-
 class Noise:
     def __init__(self, split):
         self.split = split
         self.labels = [number % 2 for number in range(len(self))]
-
     def __len__(self):
         return 32
-
     def __getitem__(self, index):
         generator = np.random.default_rng([index, self.split == "val"])
         pixels = generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)
         return {"image": pixels, "label": index % 2, "level": float(2 * (index % 2) - 1)}
 """
-DATA = {"dataset": "py:levels:open_dataset", "data_path": None}
+DATASET = "py:levels:open_dataset"
+BLACK = np.zeros((16, 16, 3), np.uint8)
 OWN = {"encoder": "levels:Level", "model_class": "levels:LevelTarget"}
+SMALL = {"model": "vit_mini_patch4", "input_size": 16, "device": "cpu", "epochs": 1, "batch_size": 4}
 TRAIN = {"epochs": 12, "warmup_epochs": 1, "batch_size": 8, "blr": 0.1, "num_workers": 1}
 
 
@@ -73,26 +66,35 @@ def levels(own_module):
 
 def run_pretraining(out, **flags):
     settings = {"output_dir": out, "log_dir": out, "model": "mae_vit_mini_patch4", "input_size": 16, "device": "cpu",
-                "amp": "off", "vis_every": 0, "dataset": DATA["dataset"]} | TRAIN | flags  # fmt: skip
+                "amp": "off", "vis_every": 0, "dataset": DATASET} | TRAIN | flags  # fmt: skip
     main_pretrain.main(parse(main_pretrain, **settings))
     return out
 
 
-def test_a_target_that_only_the_extra_determines_is_learned_with_it_only(levels, tmp_path, monkeypatch):
-    """The loss of a constant prediction is 1. The run resumes to the bit."""
-    whole = run_pretraining(tmp_path / "whole", **OWN, save_minutes=0)
-    blind = run_pretraining(tmp_path / "blind", model_class=OWN["model_class"])
-    assert lines(whole)[-1]["train_loss"] < 0.05
-    assert lines(blind)[-1]["train_loss"] > 0.8
+def whole_and_resumed(tmp_path, monkeypatch, **flags):
+    """Checks that an interrupted run resumes to the bit; returns the loss of the whole run."""
+    whole = run_pretraining(tmp_path / "whole", **flags, save_minutes=0)
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         stop_after(patch, "save", 10)
-        run_pretraining(tmp_path / "parts", **OWN, save_minutes=0)
-    parts = run_pretraining(tmp_path / "parts", **OWN, save_minutes=0, resume="auto")
+        run_pretraining(tmp_path / "parts", **flags, save_minutes=0)
+    parts = run_pretraining(tmp_path / "parts", **flags, save_minutes=0, resume="auto")
     assert_equal(weights(whole, "checkpoint-11.pth"), weights(parts, "checkpoint-11.pth"))
+    return lines(whole)[-1]["train_loss"]
+
+
+def opened(items):
+    return open_source("train", dataset="py:any:any", function=lambda split, data_path: items)
+
+
+def test_a_target_that_only_the_extra_determines_is_learned_with_it_only(levels, tmp_path, monkeypatch):
+    """The loss of a constant prediction is 1."""
+    assert whole_and_resumed(tmp_path, monkeypatch, **OWN) < 0.05
+    blind = run_pretraining(tmp_path / "blind", model_class=OWN["model_class"])
+    assert lines(blind)[-1]["train_loss"] > 0.8
 
 
 def test_classifiers_and_probes_use_the_extra(levels, tmp_path, classify):
-    flags = {"dataset": DATA["dataset"], "encoder": OWN["encoder"], "batch_size": 8}
+    flags = {"dataset": DATASET, "encoder": OWN["encoder"], "batch_size": 8}
     tuned = classify(main_finetune, "tuned", **flags, epochs=8, blr=0.05, mixup=0, cutmix=0, aa="none", reprob=0,
                      drop_path=0)  # fmt: skip
     assert lines(tuned)[-1]["test_acc1"] == 100
@@ -104,7 +106,7 @@ def test_classifiers_and_probes_use_the_extra(levels, tmp_path, classify):
     from levels import Level
 
     model = get_model(tuned / "checkpoint-7.pth", encoder=Level)
-    pixels = np.zeros((16, 16, 3), np.uint8)
+    pixels = BLACK
     labels = [model.predict(pixels, level=level)["pred_label"] for level in (-1.0, 1.0)]
     assert labels == [0, 1]
     assert [one["pred_label"] for one in model.predict([pixels] * 3, level=[1.0, -1.0, 1.0])] == [1, 0, 1]
@@ -116,35 +118,35 @@ def test_classifiers_and_probes_use_the_extra(levels, tmp_path, classify):
         model.predict([pixels] * 3, level=[1.0, -1.0])
 
 
-def write_list(folder, rows):
+def write_list(folder, level):
     folder.mkdir(exist_ok=True)
-    names = []
+    rows = ["path,label,level", *(f"{number}.png,{number % 2},{level(number)}" for number in range(16))]
     for number in range(16):
         Image.fromarray(np.full((16, 16, 3), number, np.uint8)).save(folder / f"{number}.png")
-        names.append(f"{number}.png,{number % 2},{rows(number)}")
-    (folder / "list.csv").write_text("\n".join(["path,label,level", *names]) + "\n")
+    (folder / "list.csv").write_text("\n".join(rows) + "\n")
     return folder / "list.csv"
 
 
 def test_two_processes_train_as_one_with_a_column_of_a_list(levels, tmp_path):
     listed = write_list(tmp_path / "images", lambda number: 2 * (number % 2) - 1)
-    flags = ("--train_list", str(listed), "--extras", "level", "--encoder", "levels:Level", "--epochs", "1")
-    environment = {"PYTHONPATH": str(levels)}
-    for name, processes, size in (("one", 1, "4"), ("two", 2, "2")):
-        in_processes(processes, listed.parent, tmp_path / name, "--batch_size", size, *flags, environment=environment)
-    ours, theirs = (lines(tmp_path / name)[0]["train_loss"] for name in ("one", "two"))
-    assert ours == pytest.approx(theirs, rel=1e-4)
+    flags = ("--train_list", listed, "--extras", "level", "--encoder", "levels:Level", "--epochs", 1)
+    for count in (1, 2):
+        in_processes(count, listed.parent, tmp_path / str(count), *flags, "--batch_size", 4 // count,
+                     environment={"PYTHONPATH": str(levels)})  # fmt: skip
+    one, two = (lines(tmp_path / name)[0]["train_loss"] for name in "12")
+    assert one == pytest.approx(two, rel=1e-4)
 
 
 @pytest.mark.parametrize(("cell", "said"), [("", "empty"), ("far", "far"), ("nan", "nan"), (20240131, "20240131")])
 def test_a_missing_number_of_a_list_names_the_image(cell, said, tmp_path):
     listed = write_list(tmp_path / "images", lambda number: cell if number == 3 else 1)
-    with pytest.raises(ValueError, match=rf"the level of 3.png is {said}; --extras are finite numbers"):
-        open_source("train", file_list=str(listed), extras=["level"])
-    with pytest.raises(ValueError, match=r"no column depth; give --extras of .*level"):
-        open_source("train", file_list=str(listed), extras=["depth"])
-    with pytest.raises(ValueError, match=r"can't have the name noise; rename this column of --extras"):
-        open_source("train", file_list=str(listed), extras=["noise"])
+    for column, message in (
+        ("level", rf"the level of 3.png is {said}; --extras are finite numbers"),
+        ("depth", r"no column depth; give --extras of .*level"),
+        ("noise", r"can't have the name noise; rename this column of --extras"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            open_source("train", file_list=str(listed), extras=[column])
 
 
 def test_stored_features_depend_on_the_extra_inputs(tmp_path):
@@ -158,68 +160,48 @@ def test_stored_features_depend_on_the_extra_inputs(tmp_path):
     assert not set(found[0]) & set(found[1])
 
 
-@pytest.mark.parametrize(
-    ("extras", "message"),
-    [
-        ({"site": "north"}, r"train\[0\]: its site \(an object of type str\) is no number"),
-        ({"site": float("nan")}, r"its site .* is not a finite number"),
-        ({"site": 1e300}, r"its site .* is not a finite number in fp32"),
-        ({"site": 20240131}, r"its site .* has an integer that fp32 does not represent"),
-        ({"site": [[1.0], [1.0, 2.0]]}, r"its site .* is no number"),
-        ({"noise": 1.0}, "can't have the name 'noise'"),
-        ([1.0], "its extras are an object of type list"),
-    ],
-)
+@pytest.mark.parametrize(("extras", "message"), [
+    ({"site": "north"}, r"train\[0\]: its site \(an object of type str\) is no number"),
+    ({"site": float("nan")}, r"its site .* is not a finite number"),
+    ({"site": 1e300}, r"its site .* is not a finite number in fp32"),
+    ({"site": 20240131}, r"its site .* has an integer that fp32 does not represent"),
+    ({"site": [[1.0], [1.0, 2.0]]}, r"its site .* is no number"),
+    ({"noise": 1.0}, "can't have the name 'noise'"),
+    ([1.0], "its extras are an object of type list"),
+])  # fmt: skip
 def test_wrong_extras_are_errors_in_one_line(extras, message):
-    image = np.zeros((16, 16, 3), np.uint8)
     with pytest.raises(ValueError, match=message):
-        open_source("train", dataset="py:any:any", function=lambda split, data_path: [(image, 0, extras)])
+        opened([(BLACK, 0, extras)])
 
 
 def test_samples_with_other_extras_are_named():
-    image = np.zeros((16, 16, 3), np.uint8)
-    items = [(image, 0, {"gsd": 1.0}), (image, 0, {}), (image, 0, {"gsd": [1.0, 2.0]})]
-    source = open_source("train", dataset="py:any:any", function=lambda split, data_path: items)
+    source = opened([(BLACK, 0, {"gsd": 1.0}), (BLACK, 0, {}), (BLACK, 0, {"gsd": [1.0, 2.0]})])
     assert source[0][0].extras == {"gsd": torch.tensor(1.0)}
     for index in (1, 2):
         with pytest.raises(ValueError, match=rf"train\[{index}\]: its extra inputs have the shapes .* first sample"):
             source[index]
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ({}, ("takes no extra input level", "--encoder", "--model_class")),
-        ({"dataset": None, "data_path": "IMAGES", "encoder": "levels:Level"},
-         ("needs the extra input level", "--extras level", "predict(images, level=")),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--dataset", DATASET], ("takes no extra input level", "--encoder", "--model_class")),
+    (["--data_path", "IMAGES", "--encoder", "levels:Level"],
+     ("needs the extra input level", "--extras level", "predict(images, level=")),
+])  # fmt: skip
 def test_a_model_and_data_that_do_not_fit_stop_before_the_first_update(flags, message, levels, pictures, tmp_path):
-    flags = {name: pictures if value == "IMAGES" else value for name, value in flags.items()}
-    flags = {name: value for name, value in ({"dataset": DATA["dataset"]} | flags).items() if value is not None}
-    out = tmp_path / "out"
-    command = [sys.executable, str(ROOT / "main_pretrain.py"), "--model", "mae_vit_mini_patch4", "--input_size", "16",
-               "--device", "cpu", "--output_dir", str(out)]  # fmt: skip
-    command += [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
-    done = subprocess.run(command, cwd=levels, capture_output=True, text=True)
-    assert done.returncode == 1 and [part for part in message if part not in done.stderr.splitlines()[-1]] == []
-    assert not (out / "log.txt").exists() or not json.loads((out / "log.txt").read_text() or "{}")
+    argv = ["--model", "mae_vit_mini_patch4", "--input_size", 16, "--device", "cpu", "--output_dir", tmp_path / "out",
+            *(pictures if part == "IMAGES" else part for part in flags)]  # fmt: skip
+    processes = forks.Forks("main_pretrain.py", argv, tmp_path / "output", environment={"PYTHONPATH": str(levels)})
+    assert processes.wait(60) == [1]
+    error = (tmp_path / "output").read_text().splitlines()[-1]
+    assert [part for part in message if part not in error] == []
+    log = tmp_path / "out/log.txt"
+    assert not log.exists() or not json.loads(log.read_text() or "{}")
 
 
-# --------------------------------------------------------------------------------------------------------------- maps
-
-
-class Mapped:
+class Mapped(list):
     """Float images of several sizes, the channels of which are also maps."""
 
-    maps = ("red", "green")
-
-    def __init__(self, count=12, wrong=None):
-        self.count, self.wrong = count, wrong
-        self.labels = [0] * count
-
-    def __len__(self):
-        return self.count
+    maps, wrong = ("red", "green"), None
 
     def __getitem__(self, index):
         image = np.random.default_rng(index).random((20 + index, 30, 2)).astype(np.float32)
@@ -227,18 +209,17 @@ class Mapped:
         return {"image": image, "label": 0, "red": red, "green": image[..., 1]}
 
 
-def mapped_samples(transform, dataset=None):
-    source = open_source("train", dataset="py:any:any", function=lambda split, data_path: dataset or Mapped())
-    return Samples(source, transforms.keeps_label(transform), in_chans=2, seed=0)
+def mapped_samples(transform, wrong=None):
+    items = Mapped(range(12))
+    items.wrong = wrong
+    return Samples(opened(items), transforms.keeps_label(transform), in_chans=2, seed=0)
 
 
-@pytest.mark.parametrize("way", ["pretraining", "evaluation", "no crop"])
-def test_maps_follow_the_crops_and_flips_of_the_image(way):
-    transform = {
-        "pretraining": transforms.pretrain_transform(16, vflip=0.5, rotate90=True),
-        "evaluation": transforms.eval_transform(16),
-        "no crop": transforms.pretrain_transform(16, crop="none"),
-    }[way]
+@pytest.mark.parametrize("transform", [
+    transforms.pretrain_transform(16, vflip=0.5, rotate90=True), transforms.eval_transform(16),
+    transforms.pretrain_transform(16, crop="none"),
+], ids=["pre-training", "evaluation", "no crop"])  # fmt: skip
+def test_maps_follow_the_crops_and_flips_of_the_image(transform):
     samples = mapped_samples(transform)
     batches = list(loader.TrainLoader(samples, batch_size=4, seed=0, num_workers=2, pin_memory=False))
     assert len(batches) == 3
@@ -248,17 +229,12 @@ def test_maps_follow_the_crops_and_flips_of_the_image(way):
 
 
 def test_maps_of_other_shapes_are_named():
-    samples = mapped_samples(transforms.eval_transform(16), Mapped(wrong=3))
+    samples = mapped_samples(transforms.eval_transform(16), wrong=3)
     with pytest.raises(BadImage, match=r"train\[3\]: its map red has 22 x 30 pixels .* and the image 23 x 30"):
         samples[0, 3]
     for extras, message in (({"red": 1.0}, r"map red has the shape \(\)"), ({"blue": 1.0}, "lacks the map red")):
-        items = Maps([(np.zeros((16, 16, 3), np.uint8), 0, extras)])
         with pytest.raises(ValueError, match=message):
-            open_source("train", dataset="py:any:any", function=lambda split, data_path, items=items: items)
-
-
-class Maps(list):
-    maps = ("red",)
+            opened(type("Maps", (list,), {"maps": ("red",)})([(BLACK, 0, extras)]))
 
 
 def test_positions_on_the_ground_are_those_of_the_grid_at_a_meter_per_pixel():
@@ -276,53 +252,36 @@ def test_positions_on_the_ground_are_those_of_the_grid_at_a_meter_per_pixel():
 def test_a_run_learns_from_maps_and_resumes(levels, tmp_path, monkeypatch):
     """The pixels are noise, and the target is the mean of a map in the patch."""
     (levels / "levels.py").write_text(CODE + MAPS)
-    flags = {"dataset": "py:levels:open_maps", "model_class": "levels:MapTarget", "save_minutes": 0,
-             "num_workers": 2}  # fmt: skip
+    flags = {"dataset": "py:levels:open_maps", "model_class": "levels:MapTarget", "num_workers": 2}
     blind = run_pretraining(tmp_path / "blind", **flags)
-    flags |= {"encoder": "levels:MapTokens"}
-    whole = run_pretraining(tmp_path / "whole", **flags)
-    assert lines(whole)[-1]["train_loss"] < 0.5 * lines(blind)[-1]["train_loss"]
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
-        stop_after(patch, "save", 10)
-        run_pretraining(tmp_path / "parts", **flags)
-    parts = run_pretraining(tmp_path / "parts", **flags, resume="auto")
-    assert_equal(weights(whole, "checkpoint-11.pth"), weights(parts, "checkpoint-11.pth"))
+    seeing = whole_and_resumed(tmp_path, monkeypatch, **flags, encoder="levels:MapTokens")
+    assert seeing < 0.5 * lines(blind)[-1]["train_loss"]
 
 
 MAPS = """
 from torch.nn.functional import avg_pool2d
-
 class MapTokens(Encoder):
     def tokenize(self, imgs, level):
         return super().tokenize(imgs) + 3 * patches(level) * self.cls_token.detach().sign()
-
 class MapTarget(LevelTarget):
     def target(self, imgs, valid=None, level=None):
         return patches(level).mean(dim=1, keepdim=True).expand(-1, self.num_patches, 1)
-
 def patches(level):
     return avg_pool2d(level[:, None], 4).flatten(2).transpose(1, 2)
-
 class MapNoise(Noise):
     maps = ("level",)
-
     def __getitem__(self, index):
         item = super().__getitem__(index)
         return item | {"level": np.full((16, 16), item["level"], np.float32)}
-
 def open_maps(split, data_path):
     return MapNoise(split)
 """
 
 
-def constant(gsd_of_train, gsd_of_val):
+def constant(of_train, of_val):
     """Returns a function that opens datasets of black images with the given extras."""
-    image = np.zeros((16, 16, 3), np.uint8)
-
-    def open_dataset(split, data_path):
-        return [(image, number % 2, gsd_of_train if split == "train" else gsd_of_val) for number in range(8)]
-
-    return open_dataset
+    extras = {"train": of_train, "val": of_val}
+    return lambda split, data_path: [(BLACK, number % 2, extras[split]) for number in range(8)]
 
 
 @pytest.mark.parametrize("script", [main_finetune, main_linprobe, main_knn])
@@ -336,8 +295,7 @@ def test_a_validation_set_with_other_extras_stops_before_the_first_update(script
 
 def test_a_missing_extra_with_a_default_warns(capsys, tmp_path):
     """In training and in an evaluation, whose images lack what the model was trained with."""
-    flags = {"model": "vit_mini_patch4", "input_size": 16, "device": "cpu", "num_workers": 0, "epochs": 1, "mixup": 0,
-             "cutmix": 0, "output_dir": tmp_path, "log_dir": tmp_path, "batch_size": 4}  # fmt: skip
+    flags = {**SMALL, "num_workers": 0, "mixup": 0, "cutmix": 0, "output_dir": tmp_path, "log_dir": tmp_path}
     said = "warning: the images have no extra input gsd"
     main_finetune.main(parse(main_finetune, **flags), source=constant({"gsd": 1.0}, {"gsd": 1.0}), encoder=OptionalGsd)
     assert said not in capsys.readouterr().out
@@ -347,8 +305,7 @@ def test_a_missing_extra_with_a_default_warns(capsys, tmp_path):
 
 
 def test_images_with_extras_are_not_cached_and_a_warning_says_so(capsys, tmp_path):
-    args = parse(main_finetune, model="vit_mini_patch4", input_size=16, device="cpu", num_workers=1, epochs=1,
-                 batch_size=4, cache_images=True, output_dir=tmp_path, log_dir=tmp_path)  # fmt: skip
+    args = parse(main_finetune, **SMALL, num_workers=1, cache_images=True, output_dir=tmp_path, log_dir=tmp_path)
     main_finetune.main(args, source=constant({"gsd": 1.0}, {"gsd": 2}), encoder=Gsd)
     assert "--cache_images has no effect with extra inputs" in capsys.readouterr().out
 
@@ -360,9 +317,7 @@ def test_the_first_image_need_not_be_readable():
                 raise BadImage("broken")
             return super().__getitem__(index)
 
-    items = Broken([(np.zeros((16, 16, 3), np.uint8), 0, {"gsd": 1.0})] * 3)
-    source = open_source("train", dataset="py:any:any", function=lambda split, data_path: items)
-    assert source.extra_shapes == {"gsd": "()"}
+    assert opened(Broken([(BLACK, 0, {"gsd": 1.0})] * 3)).extra_shapes == {"gsd": "()"}
 
 
 class Gsd(Encoder):
@@ -376,10 +331,10 @@ class OptionalGsd(Encoder):
 
 
 def test_features_of_a_dataset_and_exports(levels, tmp_path, classify):
-    file = classify(main_finetune, "tuned", dataset=DATA["dataset"], encoder=OWN["encoder"], epochs=1, mixup=0,
+    file = classify(main_finetune, "tuned", dataset=DATASET, encoder=OWN["encoder"], epochs=1, mixup=0,
                     cutmix=0) / "checkpoint-0.pth"  # fmt: skip
     out = tmp_path / "features.npz"
-    features.main(parse(features, model=file, encoder=OWN["encoder"], dataset=DATA["dataset"], split="val", out=out))
+    features.main(parse(features, model=file, encoder=OWN["encoder"], dataset=DATASET, split="val", out=out))
     rows = np.load(out)["features"]
     from levels import Level, Noise
 
@@ -399,10 +354,9 @@ def test_features_of_a_dataset_and_exports(levels, tmp_path, classify):
 def test_segmentation_with_extras(levels, tmp_path):
     """The class of all pixels is determined by the extra input alone."""
     (levels / "levels.py").write_text(CODE + MASKS)
-    args = parse(main_segment, dataset="py:levels:open_masks", encoder=OWN["encoder"], nb_classes=2, epochs=4,
-                 model="vit_mini_patch4", input_size=16, patch_size=4, batch_size=8, num_workers=1, device="cpu",
-                 amp="off", lr=0.003, warmup_epochs=0, unfreeze_blocks="all", output_dir=tmp_path,
-                 log_dir=tmp_path)  # fmt: skip
+    flags = {**SMALL, "epochs": 4, "batch_size": 8, "num_workers": 1, "amp": "off", "lr": 0.003, "warmup_epochs": 0}
+    args = parse(main_segment, **flags, dataset="py:levels:open_masks", encoder=OWN["encoder"], nb_classes=2,
+                 patch_size=4, unfreeze_blocks="all", output_dir=tmp_path, log_dir=tmp_path)  # fmt: skip
     main_segment.main(args)
     from levels import Level
 
@@ -416,7 +370,6 @@ def test_segmentation_with_extras(levels, tmp_path):
 MASKS = """
 def open_masks(split, data_path):
     return MaskedNoise(split)
-
 class MaskedNoise(Noise):
     def __getitem__(self, index):
         item = super().__getitem__(index)
@@ -426,8 +379,6 @@ class MaskedNoise(Noise):
 
 @pytest.mark.parametrize("label", [[0.0, 1.0], 0.5])
 def test_pretraining_ignores_labels_that_are_no_classes(label, tmp_path):
-    image = np.zeros((16, 16, 3), np.uint8)
-    args = parse(main_pretrain, model="mae_vit_mini_patch4", input_size=16, batch_size=4, epochs=1, warmup_epochs=0,
-                 num_workers=1, device="cpu", output_dir=tmp_path, log_dir=tmp_path)  # fmt: skip
-    main_pretrain.main(args, source=lambda split, data_path: [(image, label)] * 8)
+    flags = {**SMALL, "model": "mae_vit_mini_patch4", "warmup_epochs": 0, "num_workers": 1, "output_dir": tmp_path}
+    main_pretrain.main(parse(main_pretrain, **flags), source=lambda split, data_path: [(BLACK, label)] * 8)
     assert (tmp_path / "checkpoint-0.pth").exists()

@@ -39,50 +39,40 @@ def test_the_papers_table(name):
 
 
 def test_the_published_recipes():
-    assert row("FINETUNE.md", "published top-1 | 83")[:4] == ["83.66", "85.95", "86.93", "87.8 (paper)"]
-    assert row("FINETUNE.md", "published top-1 | 67")[:3] == ["67.8", "76.0", "77.2"]
-    assert row("FINETUNE.md", "hardware and time")[:3] == [
-        "32 V100, 7 h 11 min", "32 V100, 8 h 52 min", "64 V100, 13 h 09 min",
-    ]  # fmt: skip
-    assert [cell.split(", ")[-1] for cell in row("FINETUNE.md", "fine-tuning (")[:3]] == [
-        "100 epochs", "50 epochs", "50 epochs",
-    ]  # fmt: skip
-    assert [cell.split(", ")[-1] for cell in row("FINETUNE.md", "linear probing (")[:3]] == [
-        "90 epochs", "50 epochs", "50 epochs",
-    ]  # fmt: skip
+    for document, name, cells in (
+        ("FINETUNE.md", "published top-1 | 83", ["83.66", "85.95", "86.93", "87.8 (paper)"]),
+        ("FINETUNE.md", "published top-1 | 67", ["67.8", "76.0", "77.2"]),
+        ("FINETUNE.md", "hardware and time", ["32 V100, 7 h 11 min", "32 V100, 8 h 52 min", "64 V100, 13 h 09 min"]),
+        ("PRETRAIN.md", "published top-1", ["83.6 / 67.8", "85.9 / 76.0", "86.9 / 77.2"]),
+        # ViT-S of a third party, ViT-B and ViT-L.
+        ("RESULTS.md", "nearest neighbors |", ["18.0", "35.6", "48.1"]),
+        ("RESULTS.md", "linear probe |", ["47.1", "67.8", "76.0"]),
+        ("RESULTS.md", "attentive probe |", ["64.6", "75.5", "79.5"]),
+    ):
+        assert row(document, name)[: len(cells)] == cells
+    for name, epochs in (("fine-tuning (", (100, 50, 50)), ("linear probing (", (90, 50, 50))):
+        cells = row("FINETUNE.md", name)[:3]
+        assert [cell.split(", ")[-1] for cell in cells] == [f"{number} epochs" for number in epochs]
     mmpretrain = row("FINETUNE.md", "mmpretrain's settings")[:3]
     assert [cell.split(": ")[-1] for cell in mmpretrain] == ["83.5", "85.7", "86.9"]
-    assert row("PRETRAIN.md", "published top-1") == ["83.6 / 67.8", "85.9 / 76.0", "86.9 / 77.2"]
 
 
-def test_the_published_accuracies_of_frozen_features():
-    """ViT-S of a third party, ViT-B and ViT-L: k-NN, linear and attentive probes."""
-    for name, figures in (("nearest neighbors |", "18.0 35.6 48.1"), ("linear probe |", "47.1 67.8 76.0"),
-                          ("attentive probe |", "64.6 75.5 79.5")):  # fmt: skip
-        assert row("RESULTS.md", name)[:3] == figures.split()
-
-
-@pytest.mark.parametrize(
-    ("recipe", "numbers"),
-    [
-        ("finetune_vit_base", "83.66 83.63 83.52 83.46"), ("finetune_vit_large", "85.95 85.87 85.76 85.88"),
-        ("finetune_vit_huge", "86.93"), ("finetune_vit_base_mmpretrain", "83.1 83.3 83.5 82.93"),
-        ("finetune_vit_large_mmpretrain", "85.2 85.4 85.7"), ("finetune_vit_huge_mmpretrain", "86.9"),
-        ("linprobe_vit_base", "67.8 68.0 60.8 62.5 65.1 67.1"), ("linprobe_vit_large", "76.0 75.8 70.7 73.7 75.5"),
-        ("linprobe_vit_huge", "77.2 76.6"), ("linprobe_attentive_vit_base", "75.5 35.6 67.8 64.6 18.0 47.1"),
-        ("linprobe_attentive_vit_large", "79.5 48.1 76.0"),
-        *((name, RESULTS[title]) for name, title in (
-            ("finetune_inat2017", "iNaturalist 2017"), ("finetune_inat2018", "iNaturalist 2018"),
-            ("finetune_inat2019", "iNaturalist 2019"), ("finetune_places205", "Places205"),
-            ("finetune_places365", "Places365"))),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("recipe", "numbers"), [
+    ("finetune_vit_base", "83.66 83.63 83.52 83.46"), ("finetune_vit_large", "85.95 85.87 85.76 85.88"),
+    ("finetune_vit_huge", "86.93"), ("finetune_vit_base_mmpretrain", "83.1 83.3 83.5 82.93"),
+    ("finetune_vit_large_mmpretrain", "85.2 85.4 85.7"), ("finetune_vit_huge_mmpretrain", "86.9"),
+    ("linprobe_vit_base", "67.8 68.0 60.8 62.5 65.1 67.1"), ("linprobe_vit_large", "76.0 75.8 70.7 73.7 75.5"),
+    ("linprobe_vit_huge", "77.2 76.6"), ("linprobe_attentive_vit_base", "75.5 35.6 67.8 64.6 18.0 47.1"),
+    ("linprobe_attentive_vit_large", "79.5 48.1 76.0"),
+    *((name, RESULTS[title]) for name, title in (
+        ("finetune_inat2017", "iNaturalist 2017"), ("finetune_inat2018", "iNaturalist 2018"),
+        ("finetune_inat2019", "iNaturalist 2019"), ("finetune_places205", "Places205"),
+        ("finetune_places365", "Places365"))),
+])  # fmt: skip
 def test_the_header_of_a_recipe_has_the_published_accuracies(recipe, numbers):
     header = text(f"recipes/{recipe}.yaml").partition("\nmodel:")[0]
     assert set(numbers.split()) <= set(re.findall(r"\d+\.\d+", header))
 
-
-# --------------------------------------------------------------------------------------------------------- model zoo
 
 LINEAR = {"base": 67.8, "large": 76.0, "huge": 77.2}  # of the paper's released weights
 
@@ -128,45 +118,31 @@ def test_the_rows_of_the_readme_are_those_of_the_model_zoo():
     assert {name: zoo[name] for name in table} == table
 
 
-# -------------------------------------------------------------------------------------------------------------- demo
-
-
 def test_pretraining_is_above_every_baseline_of_the_study():
     """With every number of labels, fine-tuning from the pre-trained encoder is above scratch and raw pixels."""
     lines = text("benchmarks/fashion_mnist/table.md").splitlines()[2:]
-    rows = {
-        cells[1]: cells[2:-1]
-        for cells in ([cell.strip(" *") for cell in line.split("|")] for line in lines if "|" in line)
-    }
-    means = {name: [float(cell.split(" ")[0]) for cell in cells] for name, cells in rows.items()}
+    rows = [[cell.strip(" *") for cell in line.split("|")] for line in lines if "|" in line]
+    means = {cells[1]: [float(cell.split(" ")[0]) for cell in cells[2:-1]] for cells in rows}
+    best = means["pre-trained (fine-tuned)"]
     for name, others in means.items():
-        if not name.startswith("pre-trained"):
-            assert all(ours > other for ours, other in zip(means["pre-trained (fine-tuned)"], others, strict=True)), (
-                name
-            )
-    assert means["pre-trained (fine-tuned)"][-1] >= 91.5
+        is_baseline = not name.startswith("pre-trained")
+        assert not is_baseline or all(ours > other for ours, other in zip(best, others, strict=True)), name
+    assert best[-1] >= 91.5
 
 
-@pytest.fixture(scope="module")
-def pixels():
-    """The embedded images in the order in which class folders are read: pixels in 0 to 1, and labels."""
+def test_the_baseline_of_raw_pixels():
+    """20 nearest neighbors of 10,000 labels, as in demo/README.md."""
     archive = np.load(ARCHIVE, allow_pickle=False)
-    found = {}
-    for split in ("train", "val"):
+    sets = {}
+    for split in ("train", "val"):  # in the order in which class folders are read
         folders = sorted(folder_of(name) for name in archive["classes"])
         labels = np.array([folders.index(folder_of(archive["classes"][label])) for label in archive[f"{split}_labels"]])
         order = np.argsort(labels, kind="stable")
-        found[split] = archive[f"{split}_images"][order].reshape(len(order), -1) / 255, labels[order]
-    return found
-
-
-def test_the_baseline_of_raw_pixels(pixels):
-    """20 nearest neighbors of 10,000 labels, as in demo/README.md."""
-    (train, labels), (test, test_labels) = pixels["train"], pixels["val"]
-    _, neighbors = row("demo/README.md", "raw pixels |")
-    unit = torch.nn.functional.normalize
-    similarity, nearest = (unit(torch.tensor(test)) @ unit(torch.tensor(train)).T).topk(20)
-    votes = torch.zeros(len(test), 10, dtype=torch.float64).scatter_add_(
-        1, torch.tensor(labels)[nearest], (similarity / 0.07).exp()
-    )
-    assert f"{float((votes.argmax(dim=1).numpy() == test_labels).mean()):.1%}" == neighbors
+        rows = torch.tensor(archive[f"{split}_images"][order].reshape(len(order), -1) / 255)
+        sets[split] = torch.nn.functional.normalize(rows), torch.tensor(labels[order])
+    (train, labels), (test, test_labels) = sets["train"], sets["val"]
+    similarity, nearest = (test @ train.T).topk(20)
+    votes = torch.zeros(len(test), 10, dtype=torch.float64)
+    votes.scatter_add_(1, labels[nearest], (similarity / 0.07).exp())
+    accuracy = float((votes.argmax(dim=1) == test_labels).double().mean())
+    assert f"{accuracy:.1%}" == row("demo/README.md", "raw pixels |")[1]

@@ -33,11 +33,9 @@ def test_forks_of_the_papers_code_with_optimizer_and_settings(imgs, tmp_path):
     """RETFound and others: the whole checkpoint, with an argparse.Namespace whose model is a name of their own."""
     model = autoencoder()
     args = argparse.Namespace(model="RETFound_mae", input_size=16, nb_classes=5, output_dir="out", mask_ratio=0.75)
-    file = saved(
-        {"model": model.state_dict(), "optimizer": {"state": {}}, "epoch": 3, "scaler": {}, "args": args}, tmp_path
-    )
-    ours = get_model(file)
-    torch.testing.assert_close(ours.forward_features(imgs), model.forward_features(imgs))
+    content = {"model": model.state_dict(), "optimizer": {"state": {}}, "epoch": 3, "scaler": {}, "args": args}
+    file = saved(content, tmp_path)
+    torch.testing.assert_close(get_model(file).forward_features(imgs), model.forward_features(imgs))
     classifier = vit_mini_patch4(img_size=16, num_classes=7, global_pool=True)
     loading.load_encoder(classifier, loading.read(file))
     assert torch.equal(classifier.blocks[0].attn.qkv.weight, model.blocks[0].attn.qkv.weight)
@@ -59,8 +57,7 @@ def test_timms_mae(imgs, tmp_path):
 def test_spectrograms_of_audio_mae(tmp_path):
     """One channel, and a grid that is no square, which the file does not record."""
     model = vit_mini_patch4(img_size=(32, 16), in_chans=1, num_classes=0).eval()
-    file = saved({"model": model.state_dict()}, tmp_path)
-    ours = get_model(file, input_size=[32, 16])
+    ours = get_model(saved({"model": model.state_dict()}, tmp_path), input_size=[32, 16])
     spectrogram = torch.randn(1, 1, 32, 16)
     torch.testing.assert_close(ours.extract_feat(spectrogram, "cls"), model(spectrogram))
 
@@ -90,18 +87,12 @@ def layer_scale(state):
     return {**state, "blocks.0.ls1.gamma": torch.ones(128), "blocks.0.ls2.gamma": torch.ones(128)}
 
 
-@pytest.mark.parametrize(
-    ("layout", "message"),
-    [
-        (groups_of_channels, r"has a patch projection for each group of channels \(patch_embed\.0\.proj\.weight\)"),
-        (no_class_token, r"has no cls_token, which the models of this library have"),
-        (
-            tubelets,
-            r"its patch_embed\.proj\.weight is torch\.float32 \(128, 3, 2, 4, 4\), which does not fit a Vision Transf",
-        ),
-        (layer_scale, r"2 tensors are unexpected \(blocks\.0\.ls1\.gamma, blocks\.0\.ls2\.gamma\)"),
-    ],
-)
+@pytest.mark.parametrize(("layout", "message"), [
+    (groups_of_channels, r"has a patch projection for each group of channels \(patch_embed\.0\.proj\.weight\)"),
+    (no_class_token, r"has no cls_token, which the models of this library have"),
+    (tubelets, r"its patch_embed\.proj\.weight is torch\.float32 \(128, 3, 2, 4, 4\), which does not fit"),
+    (layer_scale, r"2 tensors are unexpected \(blocks\.0\.ls1\.gamma, blocks\.0\.ls2\.gamma\)"),
+])  # fmt: skip
 def test_other_architectures_are_refused_with_the_reason(layout, message, tmp_path):
     file = saved(layout(dict(vit_mini_patch4(img_size=16).state_dict())), tmp_path)
     with pytest.raises(CheckpointError, match=message) as caught:

@@ -29,31 +29,32 @@ def trained(tmp_path_factory):
         "mean": "0.3 0.2 0.2", "output_dir": root / "run",
     }  # fmt: skip
     main_segment.main(parse(main_segment, **flags))
-    return root
+    paths = sorted((root / "scenes/images/validation").glob("*.jpg"))
+    return SimpleNamespace(root=root, file=root / "run" / "checkpoint-best.pth", paths=paths)
+
+
+def run(*argv):
+    return segment.main(segment.get_args_parser().parse_args([*map(str, argv), "--device", "cpu"]))
 
 
 def test_a_file_segments_as_in_its_evaluation(trained):
-    file = trained / "run" / "checkpoint-best.pth"
-    model = get_model(file)
+    model = get_model(trained.file)
     assert isinstance(model, Segmenter)
     assert (model.classes, model.short_side, model.window) == (["ground", "tree", "water"], 30, (24, 24))
     assert model.colors.tolist() == [[10, 20, 30], [200, 0, 0], [0, 0, 200]]
-    paths = sorted((trained / "scenes/images/validation").glob("*.jpg"))
-    results = model.segment(paths)
-    matrix = torch.zeros(3, 3, dtype=torch.int64)
-    for path, classes in zip(paths, results, strict=True):
+    matrix, scenes = torch.zeros(3, 3, dtype=torch.int64), trained.root / "scenes"
+    for path, classes in zip(trained.paths, model.segment(trained.paths), strict=True):
         assert (classes.shape, classes.dtype) == ((40, 52), np.uint8)
-        truth = np.asarray(Image.open(trained / "scenes/annotations/validation" / f"{path.stem}.png"))
+        truth = np.asarray(Image.open(scenes / "annotations/validation" / f"{path.stem}.png"))
         matrix += confusion_matrix(torch.tensor(truth), torch.from_numpy(classes).long(), 3)
-    flags = {"eval": True, "resume": file, "data_path": trained / "scenes", "num_workers": 0, "device": "cpu"}
+    flags = {"eval": True, "resume": trained.file, "data_path": scenes, "num_workers": 0, "device": "cpu"}
     scores = main_segment.main(parse(main_segment, **flags))
     assert np.array_equal(scores.matrix, matrix.numpy())
     assert Scores(matrix.numpy()).miou > 40
 
 
 def test_images_of_any_kind_and_size(trained):
-    model = get_model(trained / "run" / "checkpoint-best.pth")
-    picture = Image.open(sorted((trained / "scenes/images/validation").glob("*.jpg"))[0])
+    model, picture = get_model(trained.file), Image.open(trained.paths[0])
     classes = model.segment(picture)
     assert np.array_equal(model.segment(np.asarray(picture)), classes)
     tall, small = model.segment([picture.resize((20, 90)), picture.resize((9, 7))])
@@ -66,48 +67,29 @@ def test_images_of_any_kind_and_size(trained):
 
 
 def test_the_command_prints_shares_and_writes_pictures(trained, tmp_path, capsys):
-    paths = sorted((trained / "scenes/images/validation").glob("*.jpg"))[:2]
-    argv = [*paths, "--model", trained / "run" / "checkpoint-best.pth", "--out", tmp_path / "overlay.png",
-            "--masks", tmp_path / "masks", "--device", "cpu"]  # fmt: skip
-    results = segment.main(segment.get_args_parser().parse_args([str(part) for part in argv]))
-    printed = capsys.readouterr().out
-    share = (results[0] == 0).mean()
-    assert f"{paths[0]}\n  {share:7.2%}  ground\n" in printed
-    assert Image.open(tmp_path / "overlay.png").width == 1000
+    paths, out = trained.paths[:2], tmp_path / "overlay.png"
+    results = run(*paths, "--model", trained.file, "--out", out, "--masks", tmp_path / "masks")
+    assert f"{paths[0]}\n  {(results[0] == 0).mean():7.2%}  ground\n" in capsys.readouterr().out
+    assert Image.open(out).width == 1000
     for path, classes in zip(paths, results, strict=True):
         mask = Image.open(tmp_path / "masks" / f"{path.stem}.png")
         assert mask.mode == "P"
         assert np.array_equal(np.asarray(mask), classes)
-        colors = np.asarray(mask.convert("RGB"))
-        assert np.array_equal(colors, get_model(trained / "run" / "checkpoint-best.pth").colors[classes])
+        assert np.array_equal(np.asarray(mask.convert("RGB")), get_model(trained.file).colors[classes])
 
 
 def test_the_picture_has_images_of_more_bits_and_channels(trained, tmp_path):
-    settings = get_model(trained / "run" / "checkpoint-best.pth").settings
-    model = Segmenter({**settings, "in_chans": 5, "mean": None, "std": None})
+    model = Segmenter({**get_model(trained.file).settings, "in_chans": 5, "mean": None, "std": None})
     export.export(model, "safetensors", tmp_path / "five.safetensors")
     np.save(tmp_path / "five.npy", np.random.default_rng(0).random((40, 52, 5), dtype=np.float32))
     Image.fromarray(np.full((40, 52), 40_000, dtype=np.uint16)).save(tmp_path / "deep.png")
-    for image, file in (
-        ("deep.png", trained / "run" / "checkpoint-best.pth"),
-        ("five.npy", tmp_path / "five.safetensors"),
-    ):
-        argv = [tmp_path / image, "--model", file, "--out", tmp_path / "overlay.png", "--device", "cpu"]
-        segment.main(segment.get_args_parser().parse_args([str(part) for part in argv]))
-        assert Image.open(tmp_path / "overlay.png").width == 1000
-        (tmp_path / "overlay.png").unlink()
-
-
-def test_overlays_blend_colors():
-    """Black is transparent: it is the color of the first class without a palette, and would hide the image."""
-    image, classes = np.full((1, 2, 3), 100, dtype=np.uint8), np.array([[0, 1]])
-    colors = np.array([[0, 0, 0], [200, 100, 0]], dtype=np.uint8)
-    assert segment.overlay(image, classes, colors, 0.25).tolist() == [[[100, 100, 100], [125, 100, 75]]]
-    assert np.array_equal(segment.overlay(image, classes, colors, 0), image)
+    for image, file in (("deep.png", trained.file), ("five.npy", tmp_path / "five.safetensors")):
+        run(tmp_path / image, "--model", file, "--out", tmp_path / f"{image}.png")
+        assert Image.open(tmp_path / f"{image}.png").width == 1000
 
 
 def test_the_first_class_without_a_palette_does_not_hide_the_photograph(tmp_path):
-    """The middle panel has the gray levels of the photograph where the class is 0."""
+    """The color of the class 0 is black: the middle panel has the gray levels of the photograph."""
     settings = {"model": "vit_mini_patch4", "input_size": 32, "patch_size": 8, "in_chans": 3, "nb_classes": 2,
                 "head": "linear", "short_side": 0, "classes": ["0", "1"]}  # fmt: skip
     own = models_build.segmenter(*specs(settings))
@@ -115,20 +97,13 @@ def test_the_first_class_without_a_palette_does_not_hide_the_photograph(tmp_path
     own.head.classifier.bias.data = torch.tensor([1.0, 0.0])  # every pixel has the class 0
     torch.save({"model": own.state_dict(), "args": settings}, tmp_path / "zero.pth")
     Image.new("RGB", (32, 32), (200, 200, 200)).save(tmp_path / "gray.png")
-    argv = [
-        tmp_path / "gray.png",
-        "--model",
-        tmp_path / "zero.pth",
-        "--out",
-        tmp_path / "overlay.png",
-        "--device",
-        "cpu",
-    ]
-    (classes,) = segment.main(segment.get_args_parser().parse_args([str(part) for part in argv]))
+    out = tmp_path / "overlay.png"
+    (classes,) = run(tmp_path / "gray.png", "--model", tmp_path / "zero.pth", "--out", out)
     assert not classes.any()
-    picture = np.asarray(Image.open(tmp_path / "overlay.png").convert("RGB"))
-    middle = picture[picture.shape[0] // 2, 450:750]
-    assert (middle == 200).mean() > 0.9
+    picture = np.asarray(Image.open(out).convert("RGB"))
+    assert (picture[picture.shape[0] // 2, 450:750] == 200).mean() > 0.9
+    image, colors = np.full((1, 2, 3), 100, dtype=np.uint8), np.array([[0, 0, 0], [200, 100, 0]], dtype=np.uint8)
+    assert segment.overlay(image, np.array([[0, 1]]), colors, 0.25).tolist() == [[[100, 100, 100], [125, 100, 75]]]
 
 
 def test_the_legend_has_the_most_frequent_classes():
@@ -145,41 +120,31 @@ def test_the_legend_has_the_most_frequent_classes():
 
 
 def test_errors_name_the_flag(trained, tmp_path):
-    file = trained / "run" / "checkpoint-best.pth"
-    for folder in ("a", "b"):
-        (tmp_path / folder).mkdir()
-        Image.new("RGB", (30, 30)).save(tmp_path / folder / "same.png")
+    images = [tmp_path / folder / "same.png" for folder in ("a", "b")]
+    for image in images:
+        image.parent.mkdir()
+        Image.new("RGB", (30, 30)).save(image)
     model = get_model("vit_mini_patch4", nb_classes=3)
     torch.save({"model": model.state_dict(), "args": model.settings}, tmp_path / "classifier.pth")
-    images = [str(tmp_path / folder / "same.png") for folder in ("a", "b")]
     for argv, problem in (
-        (
-            [*images, "--model", file, "--masks", tmp_path / "m"],
-            "--masks .*: 2 images have the mask same.png; give a f",
-        ),
-        ([images[0], "--model", file, "--masks", images[0]], "--masks .*same.png is a file: give a folder"),
-        (
-            [images[0], "--model", tmp_path / "classifier.pth"],
-            "--model .*classifier.pth has no segmentation head: train",
-        ),
+        ([*images, "--model", trained.file, "--masks", tmp_path / "m"], "--masks .*: 2 images have the mask same.png"),
+        ([images[0], "--model", trained.file, "--masks", images[0]], "--masks .*same.png is a file: give a folder"),
+        ([images[0], "--model", tmp_path / "classifier.pth"], "--model .*classifier.pth has no segmentation head"),
     ):
         with pytest.raises(ValueError, match=problem):
-            segment.main(segment.get_args_parser().parse_args([str(part) for part in argv]))
+            run(*argv)
     for tensor in (torch.zeros(20, 20), torch.zeros(1, 20, 20)):
         with pytest.raises(ValueError, match=r"20, 20\) .*\(3, H, W\)"):
-            get_model(file).segment(tensor)
+            get_model(trained.file).segment(tensor)
 
 
 def test_an_export_keeps_the_head_and_the_settings(trained, tmp_path):
-    model = get_model(trained / "run" / "checkpoint-best.pth")
+    model, path = get_model(trained.file), trained.paths[0]
     export.export(model, "safetensors", tmp_path / "model.safetensors")
     other = get_model(tmp_path / "model.safetensors")
-    path = sorted((trained / "scenes/images/validation").glob("*.jpg"))[0]
     assert np.array_equal(other.segment(path), model.segment(path))
-    assert (other.classes, other.short_side, other.colors.tolist()) == (
-        model.classes, model.short_side, model.colors.tolist()
-    )  # fmt: skip
+    assert (other.classes, other.short_side) == (model.classes, model.short_side)
+    assert other.colors.tolist() == model.colors.tolist()
     with pytest.raises(ValueError, match="--to timm: "):
         export.export(model, "timm", tmp_path / "timm")
-    encoder = export.encoder_of(model)
-    torch.testing.assert_close(encoder.extract_feat(path), model.extract_feat(path))
+    torch.testing.assert_close(export.encoder_of(model).extract_feat(path), model.extract_feat(path))

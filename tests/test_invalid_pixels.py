@@ -1,17 +1,14 @@
 """Invalid pixels: --nodata, masks of a dataset object, --min_valid and --value_range, from files to losses."""
 
-import io
-import re
 import sys
 
 import forks
 import numpy as np
 import pytest
-import tifffile
 import torch
 from mains import Stopped, argv_of, assert_close, assert_equal, lines, parse, run_section, stop_after, weights
 from PIL import Image
-from test_decode import npy
+from test_decode import npy, saved, tiff
 
 import main_finetune
 import main_knn
@@ -23,21 +20,16 @@ from models_mae import MaskedAutoencoderViT, mae_vit_mini_patch4
 from util.checkpoints import checkpoint
 from util.data.dataset_kinds import open_source
 from util.data.decode import BadImage, Masked, PixelValues, decode
-from util.data.transforms import Normalize, ValidPatches, eval_transform, pretrain_transform
+from util.data.transforms import ValidPatches, eval_transform, pretrain_transform
 from util.evaluation import pixel_baselines
 from util.settings import ImageSpec
 
 CLOUDS = '''
 import os
-
 import numpy as np
-
 KIND, HIDDEN = os.environ.get("KIND", "mask"), float(os.environ.get("HIDDEN", "7"))
-
-
 class Clouds(list):
     """Bars of a color for each label, with an invalid rectangle of any values in every third image."""
-
     def __getitem__(self, index):
         random = np.random.default_rng(index)
         image = random.random((24, 24, 3), dtype=np.float32) / 2
@@ -48,22 +40,13 @@ class Clouds(list):
             valid[top : top + 10, left : left + 11] = False
         image[~valid] = {"mask": HIDDEN, "nan": np.nan, "value": -9999}[KIND]
         return {"image": image, "label": index % 3} | ({"valid": valid} if KIND == "mask" else {})
-
-
 def open_dataset(split, data_path):
     return Clouds(range(32 if split == "train" else 12))
 '''
 FLAGS = {"mask": {}, "nan": {"nodata": "nan"}, "value": {"nodata": -9999}}
-SMALL = {"dataset": "py:clouds:open_dataset", "input_size": 16, "num_workers": 0, "batch_size": 8, "device": "cpu",
-         "amp": "off"}  # fmt: skip
+SMALL = {"input_size": 16, "num_workers": 0, "batch_size": 8, "device": "cpu", "amp": "off"}
 RUN = {"epochs": 1, "warmup_epochs": 0, "blr": 0.01}
 PRETRAIN = {"model": "mae_vit_mini_patch4", "vis_every": 1, "crop_scale": ".6 1", "norm_pix_loss": True}
-
-
-def tiff(array, **options):
-    stream = io.BytesIO()
-    tifffile.imwrite(stream, array, **options)
-    return stream.getvalue()
 
 
 @pytest.fixture
@@ -73,41 +56,42 @@ def clouds(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
 
     def run(name, main=main_pretrain, kind="mask", hidden=7.0, processes=0, **flags):
-        flags = {name: value for name, value in {**SMALL, **FLAGS[kind], **flags}.items() if value is not None}
+        flags = {**SMALL, "dataset": "py:clouds:open_dataset", **FLAGS[kind], **flags}
+        flags = {name: value for name, value in flags.items() if value is not None}
         if main is not main_knn:
-            flags = {"output_dir": tmp_path / name, **RUN, **flags}
+            flags = {"output_dir": tmp_path / name, **RUN, **(PRETRAIN if main is main_pretrain else {}), **flags}
         monkeypatch.setenv("KIND", kind)
         monkeypatch.setenv("HIDDEN", str(hidden))
         monkeypatch.delitem(sys.modules, "clouds", raising=False)
         if processes:
-            environment = {"PYTHONPATH": str(tmp_path)}
-            forks.run("main_pretrain.py", argv_of({**PRETRAIN, **flags}), tmp_path / "output", processes, environment)
+            forks.run("main_pretrain.py", argv_of(flags), tmp_path / "output", processes, {"PYTHONPATH": str(tmp_path)})
             return tmp_path / name
-        found = main.main(parse(main, **({**PRETRAIN, **flags} if main is main_pretrain else flags)))
+        found = main.main(parse(main, **flags))
         return tmp_path / name if found is None else found
 
     return run
 
 
-# ------------------------------------------------------------------------------------------------------------ decoding
+def pretrained(out, items, *model, **flags):
+    """Pre-trains on a list of items; returns the lines of the log."""
+    args = parse(main_pretrain, **{**SMALL, **RUN, **PRETRAIN, "output_dir": out, **flags})
+    main_pretrain.main(args, *model, source=lambda split, data_path: items)
+    return lines(out)
 
 
 @pytest.mark.parametrize("dtype", [np.int8, np.int16, np.uint16, np.uint32, np.int64, np.float32, np.float64])
 def test_a_range_maps_values_of_any_type(dtype):
     pixels = np.random.default_rng(0).integers(0, 100, (5, 6, 4)).astype(dtype)
     pixels[2, 3, 1] = 120
-    values = PixelValues(120, (20, 70))
     expected = (pixels.astype(np.float64).transpose(2, 0, 1) - 20) / 50
     expected[:, 2, 3] = np.nan  # in all channels
-    for data in (npy(pixels), pixels, tiff(pixels, planarconfig="contig", photometric="minisblack")):
-        np.testing.assert_allclose(decode(data, 4, values=values), expected, rtol=1e-6)
+    for data in (npy(pixels), pixels, tiff(pixels, planarconfig="contig")):
+        np.testing.assert_allclose(decode(data, 4, values=PixelValues(120, (20, 70))), expected, rtol=1e-6)
 
 
 def test_bytes_with_invalid_pixels_become_floats():
     pixels = np.full((4, 5, 3), 51, np.uint8)
-    stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, "PNG")
-    assert isinstance(decode(stream.getvalue(), 3, values=PixelValues(0)), Image.Image)
+    assert isinstance(decode(saved(pixels, "PNG"), 3, values=PixelValues(0)), Image.Image)
     pixels[1, 2] = 0, 50, 50
     for data in (pixels, Image.fromarray(pixels), torch.from_numpy(pixels).permute(2, 0, 1)):
         decoded = decode(data, 3, values=PixelValues(0))
@@ -120,13 +104,13 @@ def test_bytes_with_invalid_pixels_become_floats():
 @pytest.mark.parametrize(
     ("pixels", "values", "message"),
     [
-        (np.full((4, 4), np.nan), PixelValues(), "not finite"),
         (np.full((4, 4), np.nan), PixelValues(-9999), "not finite"),
         (np.full((4, 4), np.inf), PixelValues("nan"), "not finite"),
-        (np.arange(16, dtype=np.int16).reshape(4, 4), PixelValues(), "range of its int16 pixels is unknown"),
         (Masked(np.zeros((4, 4)), np.ones((4, 5), bool)), PixelValues(), r"4 x 5 pixels .* the image 4 x 4"),
+        # 0 is white in this file, and black in the picture.
+        (tiff(np.zeros((8, 8), np.uint8), photometric="miniswhite"), PixelValues(nodata=0), "--nodata"),
     ],
-)  # fmt: skip
+)
 def test_other_values_are_one_line_errors(pixels, values, message):
     with pytest.raises(BadImage, match=message) as raised:
         decode(pixels, 1, values=values)
@@ -137,29 +121,24 @@ def test_the_remedies_of_errors_work():
     pixels = np.arange(16, dtype=np.int16).reshape(4, 4)
     with pytest.raises(BadImage) as raised:
         decode(pixels, 1)
-    flag, low, high = raised.value.remedy.removeprefix("give ").split()
+    flag, *limits = raised.value.remedy.removeprefix("give ").split()
     assert flag == "--value_range"
-    assert decode(pixels, 1, values=PixelValues(None, (float(low), float(high)))).max() == 1
+    assert decode(pixels, 1, values=PixelValues(None, tuple(map(float, limits)))).max() == 1
     with pytest.raises(BadImage) as raised:
         decode(np.full((4, 4), np.nan), 1)
     assert raised.value.remedy == "give --nodata nan"
 
 
-# ---------------------------------------------------------------------------------------------------------- transforms
-
-
 @pytest.mark.parametrize("size", [8, 16, 40])
 def test_a_scaled_pixel_is_valid_only_if_its_sources_are(size):
     """The oracle: the values of valid pixels do not depend on the value of an invalid one."""
-    pixels = torch.rand(1, 20, 20)
-    scaled = []
+    pixels, scaled = torch.rand(1, 20, 20), []
     for value in (torch.nan, 0.0, 1e4):
         pixels[0, 7, 11] = value
         scaled.append(eval_transform(size, crop="none")(pixels))
     valid = ~scaled[0].isnan()
     assert 0 < (~valid).sum() < valid.numel() / 2
-    assert torch.equal(scaled[1][valid], scaled[2][valid])
-    assert torch.equal(scaled[0][valid], scaled[1][valid])
+    assert torch.equal(scaled[0][valid], scaled[1][valid]) and torch.equal(scaled[1][valid], scaled[2][valid])
 
 
 def test_patches_with_few_valid_pixels_are_invalid():
@@ -167,11 +146,10 @@ def test_patches_with_few_valid_pixels_are_invalid():
     picture[:, :2, :4] = torch.nan  # half of the first patch
     picture[:, 4:6, :4] = torch.nan  # more than half of the one below
     picture[:, 6, 0] = torch.nan
-    transform = eval_transform(16, crop="none")
-    invalid = ValidPatches(transform, (4, 4), 0.5, 4)(picture).isnan()[0]
     expected = picture.isnan()[0]
     expected[4:8, :4] = True
-    assert torch.equal(invalid, expected)
+    transform = eval_transform(16, crop="none")
+    assert torch.equal(ValidPatches(transform, (4, 4), 0.5, 4)(picture).isnan()[0], expected)
     with pytest.raises(BadImage, match=r"14 of its 16 patches have valid pixels \(at least 100%\), and 15 are visible"):
         ValidPatches(transform, (4, 4), 1.0, 15)(picture)
 
@@ -180,21 +158,12 @@ def test_crops_are_drawn_until_enough_patches_are_valid():
     picture = torch.rand(3, 64, 64)
     picture[:, :, :40] = torch.nan
     augment = pretrain_transform(16, (0.05, 0.3))
-    counts = [int((~augment(picture).isnan()[0]).sum()) for _ in range(40)]
-    assert min(counts) < 64
-    transform = ValidPatches(augment, (4, 4), 0.5, 4)
-    assert min(int((~transform(picture).isnan()[0]).sum()) for _ in range(40)) >= 4 * 8
-
-
-def test_invalid_pixels_become_the_mean():
-    images = torch.rand(2, 3, 4, 4)
-    images[0, :, 1, 2] = torch.nan
-    normalized = Normalize((0.1, 0.2, 0.3), (0.5, 0.6, 0.7))(images)
-    assert normalized[0, :, 1, 2].tolist() == [0, 0, 0]
-    assert normalized.isfinite().all()
-
-
-# --------------------------------------------------------------------------------------------------------------- model
+    plain, checked = (
+        min(int((~transform(picture).isnan()[0]).sum()) for _ in range(40))
+        for transform in (augment, ValidPatches(augment, (4, 4), 0.5, 4))
+    )
+    assert plain < 64
+    assert checked >= 4 * 8
 
 
 @pytest.fixture
@@ -233,40 +202,31 @@ def test_invalid_pixels_change_nothing_and_have_no_gradient(norm_pix_loss, cloud
 def test_the_loss_equals_arithmetic_by_hand(norm_pix_loss, cloudy):
     images, valid = cloudy
     model = mae_vit_mini_patch4(img_size=16, norm_pix_loss=norm_pix_loss)
-    pred, mask = torch.rand(3, 16, 48), (torch.rand(3, 16) < 0.7).float()
-    losses = []
+    pred, mask, losses = torch.rand(3, 16, 48), (torch.rand(3, 16) < 0.7).float(), []
     for number in range(3):
         patches = []
         for patch in np.flatnonzero(mask[number]):
             rows, columns = (slice(4 * place, 4 * place + 4) for place in divmod(int(patch), 4))
             inside = valid[number, rows, columns].numpy().flatten()
             pixels = images[number, :, rows, columns].permute(1, 2, 0).reshape(16, 3).double().numpy()[inside]
-            if norm_pix_loss and inside.any():
-                pixels = (pixels - pixels.mean()) / np.sqrt(pixels.var(ddof=1) + 1e-6)
             if inside.any():
-                error = pred[number, patch].reshape(16, 3).double().numpy()[inside] - pixels
-                patches.append((error**2).mean())
+                if norm_pix_loss:
+                    pixels = (pixels - pixels.mean()) / np.sqrt(pixels.var(ddof=1) + 1e-6)
+                patches.append(((pred[number, patch].reshape(16, 3).double().numpy()[inside] - pixels) ** 2).mean())
         losses.append(np.mean(patches))
     assert float(model.forward_loss(images, pred, mask, valid)) == pytest.approx(np.mean(losses), rel=1e-5)
-    everything = torch.ones_like(valid)
     mask[:] = torch.arange(16) >= 4
-    assert float(model.forward_loss(images, pred, mask, everything)) == pytest.approx(
-        float(model.forward_loss(images, pred, mask)), rel=1e-5
-    )
+    everything, plain = (model.forward_loss(images, pred, mask, *given) for given in ([torch.ones_like(valid)], []))
+    assert float(everything) == pytest.approx(float(plain), rel=1e-5)
 
 
-def test_wrong_masks_of_the_model_are_errors(cloudy):
+def test_given_masks(cloudy):
     images, valid = cloudy
-    model = mae_vit_mini_patch4(img_size=16)
+    model = mae_vit_mini_patch4(img_size=16).eval()
     with pytest.raises(ValueError, match=r"valid is \(3, 8, 8\), and the images \(3, 3, 16, 16\)"):
         model(images, valid=valid[:, :8, :8])
     with pytest.raises(RuntimeError, match="fewer than 4 patches with valid pixels"):
         model(images, valid=valid & (torch.arange(3) != 1)[:, None, None])
-
-
-def test_a_given_mask_and_a_reconstruction(cloudy):
-    images, valid = cloudy
-    model = mae_vit_mini_patch4(img_size=16).eval()
     mask = torch.ones(3, 16)
     mask[:, 1:5] = 0
     inputs = images.masked_fill(~valid[:, None], torch.nan)
@@ -285,22 +245,13 @@ class Published(MaskedAutoencoderViT):
         return super().forward_loss(imgs, pred, mask)
 
 
-@pytest.mark.parametrize("invalid", [False, True])
-def test_published_overrides_work_where_nothing_is_invalid(invalid, tmp_path):
+def test_published_overrides_work_where_nothing_is_invalid(tmp_path):
     items = [(np.random.default_rng(number).random((16, 16, 3), dtype=np.float32), 0) for number in range(8)]
-    items[5][0][3:8] = 5 if invalid else 0.5
-    flags = {**SMALL, **RUN, **PRETRAIN, "nodata": 5, "output_dir": tmp_path, "mean": "0 0 0", "std": "1 1 1"}
-    del flags["dataset"]
-    args = parse(main_pretrain, **flags)
-    if invalid:
-        with pytest.raises(ValueError, match=r"invalid pixels, and Published.forward_loss has no argument valid: add"):
-            main_pretrain.main(args, Published, source=lambda split, data_path: items)
-    else:
-        main_pretrain.main(args, Published, source=lambda split, data_path: items)
-        assert np.isfinite(lines(tmp_path)[0]["train_loss"])
-
-
-# ---------------------------------------------------------------------------------------------------------------- runs
+    flags = {"nodata": 5, "mean": "0 0 0", "std": "1 1 1"}
+    assert np.isfinite(pretrained(tmp_path / "valid", items, Published, **flags)[0]["train_loss"])
+    items[5][0][3:8] = 5
+    with pytest.raises(ValueError, match=r"invalid pixels, and Published.forward_loss has no argument valid: add"):
+        pretrained(tmp_path / "invalid", items, Published, **flags)
 
 
 def test_a_run_does_not_depend_on_the_values_of_invalid_pixels(clouds):
@@ -326,10 +277,11 @@ def test_an_interrupted_run_resumes_exactly(clouds, monkeypatch):
 
 
 def test_two_processes_train_as_one(clouds):
-    one = clouds("one", batch_size=8)
-    two, again = (clouds(name, batch_size=4, processes=2) for name in ("two", "again"))
+    """Also with images in memory, half of which each process decodes."""
+    one, two = clouds("one", batch_size=8), clouds("two", batch_size=4, processes=2)
+    cached = clouds("cached", batch_size=4, processes=2, cache_images=True)
     assert_close(one, two, "checkpoint-0.pth")
-    assert_equal(weights(two, "checkpoint-0.pth"), weights(again, "checkpoint-0.pth"))
+    assert_equal(weights(two, "checkpoint-0.pth"), weights(cached, "checkpoint-0.pth"))
 
 
 @pytest.mark.parametrize("main", [main_finetune, main_linprobe, main_knn])
@@ -339,24 +291,21 @@ def test_classification_sees_the_mean(main, clouds):
     assert checkpoint.read(encoder)["args"]["nodata"] == -9999
     flags = {"finetune": encoder, "model": "vit_mini_patch4"}
     flags |= {"k": 5} if main is main_knn else {"aa": "none"} if main is main_finetune else {}
-    found = []
-    for name, own in {"value": {"kind": "value", "nodata": None}, "mask": {"hidden": 1e5}, "other": {}}.items():
-        found.append(clouds(name, main, **flags, **own))
-    if main is main_knn:
-        assert found[0] == found[1] == found[2]
-    else:
-        first, *others = (weights(out, "checkpoint-0.pth") for out in found)
-        for one in others:
-            assert_equal(first, one)
+    ways = {"value": {"kind": "value", "nodata": None}, "mask": {"hidden": 1e5}, "other": {}}
+    found = [clouds(name, main, **flags, **own) for name, own in ways.items()]
+    for other in found[1:]:
+        if main is main_knn:
+            assert found[0] == other
+        else:
+            assert_equal(*(weights(out, "checkpoint-0.pth") for out in (found[0], other)))
 
 
-def test_features_and_predictions(clouds, tmp_path):
+def test_features_and_predictions(clouds):
     """An array with NaN has the features of the array with the mean; the model records how to read images."""
     model = get_model(clouds("encoder", kind="nan") / "checkpoint-0.pth")
     image = np.random.default_rng(0).random((16, 16, 3), dtype=np.float32)
     filled = image.copy()
-    image[3:9, 5:] = np.nan
-    filled[3:9, 5:] = model.normalize.mean.flatten()
+    image[3:9, 5:], filled[3:9, 5:] = np.nan, model.normalize.mean.flatten()
     torch.testing.assert_close(model.extract_feat(image), model.extract_feat(filled))
     two = model.prepare([image, (filled * 255).astype(np.uint8)])  # bytes and floats have one range
     assert two.abs().max() < 4
@@ -368,11 +317,10 @@ def test_statistics_exclude_invalid_pixels(tmp_path):
         image = generator.integers(-500, 2000, (8, 9, 2)).astype(np.int16)
         image[number : number + 3, :4] = -9999
         pixels.append(((image + 500) / 2500)[(image != -9999).all(axis=2)])
-        (tmp_path / f"{number}.npy").write_bytes(npy(image))
+        np.save(tmp_path / f"{number}.npy", image)
     flags = ["--in_chans", 2, "--nodata", -9999, "--num_workers", 1, "--value_range", -500, 2000]
     output = forks.run("util/datasets.py", [tmp_path, *flags], tmp_path / "output")
-    report = {line.split()[0]: line.split()[1:] for line in output.splitlines()}
-    pixels = np.concatenate(pixels)
+    report, pixels = {line.split()[0]: line.split()[1:] for line in output.splitlines()}, np.concatenate(pixels)
     np.testing.assert_allclose(np.float64(report["--mean"]), pixels.mean(axis=0), rtol=1e-3)
     np.testing.assert_allclose(np.float64(report["--std"]), pixels.std(axis=0), rtol=1e-3)
     assert report["invalid"][0] == f"{1 - len(pixels) / 360:.2%}"
@@ -383,23 +331,12 @@ def test_the_commands_of_the_document_run(tmp_path):
     assert np.isfinite(lines(tmp_path / "runs/bands")[-1]["train_loss"])
 
 
-def test_the_value_0_of_an_inverted_file_is_refused():
-    """0 is white in the file, and black in the picture."""
-    data = tiff(np.zeros((8, 8), np.uint8), photometric="miniswhite")
-    assert np.asarray(decode(data, 1)).min() == 255
-    with pytest.raises(BadImage, match="--nodata"):
-        decode(data, 1, values=PixelValues(nodata=0))
-
-
 def test_an_image_with_valid_crops_only_does_not_end_a_run(tmp_path):
     """Its center, which the reconstructions in TensorBoard show, has too few valid patches."""
     images = [np.random.default_rng(number).random((32, 32, 3), dtype=np.float32) for number in range(16)]
     images[0][8:24, 8:24] = np.nan
-    flags = {**SMALL, **RUN, **PRETRAIN, "nodata": "nan", "output_dir": tmp_path, "mean": ".5 .5 .5", "std": ".3 .3 .3",
-             "vis_every": 1, "crop_scale": ".1 .2", "on_bad_image": "error", "crop_pct": None}  # fmt: skip
-    flags = {name: value for name, value in flags.items() if name not in ("dataset", "crop_pct")}
-    main_pretrain.main(parse(main_pretrain, **flags), source=lambda split, data_path: [(one, 0) for one in images])
-    assert np.isfinite(lines(tmp_path)[-1]["train_loss"])
+    flags = {"nodata": "nan", "mean": ".5 .5 .5", "std": ".3 .3 .3", "crop_scale": ".1 .2", "on_bad_image": "error"}
+    assert np.isfinite(pretrained(tmp_path, [(image, 0) for image in images], **flags)[-1]["train_loss"])
 
 
 def test_pixel_baselines_see_the_mean_of_an_image(tmp_path):
@@ -415,63 +352,48 @@ def test_pixel_baselines_see_the_mean_of_an_image(tmp_path):
 
 def test_segmentation_sees_the_mean(tmp_path):
     """The values of invalid pixels do not change the weights of a head."""
+    valid = np.ones((24, 24), bool)
+    valid[4:12, 3:20] = False
 
-    def scenes(hidden):
-        items = []
-        for number in range(4):
-            image = np.random.default_rng(number).random((24, 24, 3), dtype=np.float32)
-            image[4:12, 3:20] = hidden
-            valid = np.ones((24, 24), bool)
-            valid[4:12, 3:20] = False
-            items.append({"image": image, "label": (image[:, :, 0] > 0.5).astype(np.uint8), "valid": valid})
-            items[-1]["label"][~valid] = 255
-        return items
+    def scene(number, hidden):
+        image = np.random.default_rng(number).random((24, 24, 3), dtype=np.float32)
+        image[~valid] = hidden
+        return {"image": image, "label": np.where(valid, image[:, :, 0] > 0.5, 255).astype(np.uint8), "valid": valid}
 
     found = []
     for hidden in (0.0, 1e5):
         out = tmp_path / str(hidden)
-        flags = {**SMALL, **RUN, "model": "vit_mini_patch4", "nb_classes": 2, "batch_size": 2, "output_dir": out}
-        del flags["dataset"], flags["blr"]
-        main_segment.main(parse(main_segment, **flags), source=lambda *_, hidden=hidden: scenes(hidden))
+        flags = {**SMALL, "epochs": 1, "warmup_epochs": 0, "model": "vit_mini_patch4", "nb_classes": 2, "batch_size": 2}
+        items = [scene(number, hidden) for number in range(4)]
+        args = parse(main_segment, **flags, output_dir=out)
+        main_segment.main(args, source=lambda split, data_path, items=items: items)
         found.append(weights(out, "checkpoint-0.pth"))
     assert_equal(*found)
 
 
-# -------------------------------------------------------------------------------------------------------------- errors
-
-
-@pytest.mark.parametrize(
-    ("item", "message"),
-    [
-        ({"valid": np.zeros((24, 24), bool)}, r"0 of its 16 patches have valid pixels .*, and 4 are visible"),
-        ({"valid": np.ones((24, 23), bool)}, r"24 x 23 pixels \(height x width\), and the image 24 x 24"),
-        ({"valid": np.ones((1, 24, 24))}, r"valid is float64 of shape \(1, 24, 24\): give booleans \(H, W\)"),
-    ],
-)  # fmt: skip
-def test_wrong_items_are_one_line_errors(item, message, tmp_path):
+@pytest.mark.parametrize(("valid", "message"), [
+    (np.zeros((24, 24), bool), r"0 of its 16 patches have valid pixels .*, and 4 are visible"),
+    (np.ones((24, 23), bool), r"24 x 23 pixels \(height x width\), and the image 24 x 24"),
+    (np.ones((1, 24, 24)), r"valid is float64 of shape \(1, 24, 24\): give booleans \(H, W\)"),
+])  # fmt: skip
+def test_wrong_items_are_one_line_errors(valid, message, tmp_path):
     items = [{"image": np.ones((24, 24, 3), np.float32), "label": 0} for _ in range(16)]
-    items[3] |= item
-    flags = {**SMALL, **RUN, **PRETRAIN, "output_dir": tmp_path / "o"}
-    del flags["dataset"]
+    items[3]["valid"] = valid
     with pytest.raises(ValueError, match=message) as raised:
-        main_pretrain.main(parse(main_pretrain, **flags), source=lambda split, data_path: items)
+        pretrained(tmp_path / "error", items)
     assert "\n" not in str(raised.value)
     if isinstance(raised.value, BadImage):
-        flags |= {"on_bad_image": "skip", "output_dir": tmp_path / "skip"}
-        main_pretrain.main(parse(main_pretrain, **flags), source=lambda split, data_path: items)
-        assert lines(tmp_path / "skip")[0]["bad_images"] == 1
+        assert pretrained(tmp_path / "skip", items, on_bad_image="skip")[0]["bad_images"] == 1
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ({"nodata": "white"}, "--nodata"), ({"value_range": "5 5"}, "--value_range: MIN must be below MAX, got 5 5"),
-        ({"min_valid": 0}, r"--min_valid: must be in \(0, 1\], got 0"),
-    ],
-)  # fmt: skip
-def test_wrong_flags_are_errors(flags, message, capsys):
+@pytest.mark.parametrize(("flag", "value", "message"), [
+    ("nodata", "white", "--nodata"),
+    ("value_range", "5 5", "got 5 5"),
+    ("min_valid", 0, "got 0"),
+])  # fmt: skip
+def test_wrong_flags_are_errors(flag, value, message, capsys):
     with pytest.raises(SystemExit):
-        parse(main_pretrain, **flags)
+        parse(main_pretrain, **{flag: value})
     error = capsys.readouterr().err
     assert len(error.splitlines()) <= 2
-    assert re.search(message, error)
+    assert f"--{flag}" in error and message in error

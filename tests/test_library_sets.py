@@ -1,6 +1,5 @@
 """Datasets of torchvision, Hugging Face and WebDataset, written by these libraries or in their layout."""
 
-import builtins
 import gzip
 import io
 import itertools
@@ -8,6 +7,7 @@ import json
 import os
 import shutil
 import struct
+import sys
 import tarfile
 import time
 from collections import Counter
@@ -21,24 +21,23 @@ import torch
 import torchvision
 import webdataset
 from PIL import Image
+from test_decode import saved
 
 from util.data import library_sets, loader, transforms
 from util.data.decode import BadImage, decode
-from util.data.library_sets import TorchvisionSet
 from util.data.samples import Samples
 from util.data.webdataset_shards import Shards
 from util.datasets import open_source
 
 PIXELS = np.random.default_rng(0).integers(0, 256, size=(40, 9, 9), dtype=np.uint8)
+NUMBERS = {pixels.tobytes(): number for number, pixels in enumerate(PIXELS)}
+
+png = partial(saved, kind="PNG")
 
 
-def png(pixels) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-# ------------------------------------------------------------------------------------------------------- torchvision
+def save(path: Path, color=(0, 0, 0)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8), color).save(path)
 
 
 def write_idx(path: Path, array) -> None:
@@ -56,66 +55,53 @@ def fashion(tmp_path):
     return tmp_path
 
 
-def test_a_dataset_with_a_train_argument(fashion):
+def test_datasets_with_and_without_a_train_argument(fashion):
     source = open_source("train", str(fashion), dataset="FashionMNIST")
-    assert len(source) == 30
-    assert source.classes[0] == "T-shirt/top"
+    assert (len(source), source.classes[0], source.name(13)) == (30, "T-shirt/top", "FashionMNIST[13]")
     image, label = source[13]
     assert label == 3
     assert np.array_equal(decode(image, 1), PIXELS[13])
-    assert source.name(13) == "FashionMNIST[13]"
     assert len(open_source("val", str(fashion), dataset="FashionMNIST")) == 10
-
-
-def write_food(root: Path, train, test) -> None:
-    meta = root / "food-101" / "meta"
-    meta.mkdir(parents=True)
-    for split, names in (("train", train), ("test", test)):
-        listed: dict = {"apple_pie": [], "waffles": []}
-        for name in names:
-            path = root / "food-101" / "images" / f"{name}.jpg"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (8, 8)).save(path)
-            listed[name.split("/")[0]].append(name)
-        (meta / f"{split}.json").write_text(json.dumps(listed))
+    assert len(open_source("train", dataset="FakeData")) == 1000
 
 
 def test_a_dataset_with_named_splits(tmp_path):
     """The files are decoded by `util.data.decode`; `val` is the most similar split."""
-    write_food(tmp_path, ["apple_pie/1", "waffles/2", "waffles/3"], ["waffles/4"])
+    food = tmp_path / "food-101"
+    (food / "meta").mkdir(parents=True)
+    for split, pies, waffles in (("train", ["apple_pie/1"], ["waffles/2", "waffles/3"]), ("test", [], ["waffles/4"])):
+        (food / "meta" / f"{split}.json").write_text(json.dumps({"apple_pie": pies, "waffles": waffles}))
+        for name in (*pies, *waffles):
+            save(food / "images" / f"{name}.jpg")
     source = open_source("train", str(tmp_path), dataset="Food101")
     assert [source[index][1] for index in range(3)] == [0, 1, 1]
-    assert source[0][0] == (tmp_path / "food-101/images/apple_pie/1.jpg").read_bytes()
+    assert source[0][0] == (food / "images/apple_pie/1.jpg").read_bytes()
     assert source.classes == ["apple_pie", "waffles"]
     assert len(open_source("val", str(tmp_path), dataset="Food101")) == 1
-    (tmp_path / "food-101/images/apple_pie/1.jpg").unlink()
+    (food / "images/apple_pie/1.jpg").unlink()
     with pytest.raises(FileNotFoundError):
         _ = source[0]
 
 
 def test_an_explicit_split_is_used(tmp_path):
-    for version, name in (("2017", "Plants"), ("2021_train_mini", "00000_a_b_c_d_e_f_g")):
-        folder = tmp_path / version / name / ("leaf" if version == "2017" else "")
-        folder.mkdir(parents=True)
-        Image.new("RGB", (8, 8)).save(folder / "1.jpg")
+    for folder in ("2017/Plants/leaf", "2021_train_mini/00000_a_b_c_d_e_f_g"):
+        save(tmp_path / folder / "1.jpg")
     source = open_source("train", str(tmp_path), dataset="INaturalist:2021_train_mini")
-    assert len(source) == 1
-    assert source[0][1] == 0
+    assert (len(source), source[0][1]) == (1, 0)
 
 
 def test_parts_for_training_and_validation_do_not_overlap(tmp_path):
     """The default split of torchvision's FGVCAircraft is `trainval`, which contains `val`."""
     data = tmp_path / "fgvc-aircraft-2013b" / "data"
-    (data / "images").mkdir(parents=True)
-    (data / "variants.txt").write_text("707\n747\n")
-    for part, names in (("train", "a b"), ("val", "c"), ("trainval", "a b c"), ("test", "d")):  # val precedes test
-        (data / f"images_variant_{part}.txt").write_text("".join(f"{name} 707\n" for name in names.split()))
     for number, name in enumerate("abcd"):
-        Image.new("RGB", (8, 8), (number, 0, 0)).save(data / "images" / f"{name}.jpg")
-    assert len(open_source("train", str(tmp_path), dataset="FGVCAircraft")) == 2
-    validation = open_source("val", str(tmp_path), dataset="FGVCAircraft")
-    assert (len(validation), validation[0][0]) == (1, (data / "images/c.jpg").read_bytes())
-    assert len(open_source("train", str(tmp_path), dataset="FGVCAircraft:trainval")) == 3
+        save(data / "images" / f"{name}.jpg", (number, 0, 0))
+    (data / "variants.txt").write_text("707\n747\n")
+    for part, names in (("train", "ab"), ("val", "c"), ("trainval", "abc"), ("test", "d")):  # val precedes test
+        (data / f"images_variant_{part}.txt").write_text("".join(f"{name} 707\n" for name in names))
+    train, validation, both = (open_source(split, str(tmp_path), dataset=f"FGVCAircraft{own}")
+                               for split, own in (("train", ""), ("val", ""), ("train", ":trainval")))  # fmt: skip
+    assert (len(train), len(validation), len(both)) == (2, 1, 3)
+    assert validation[0][0] == (data / "images/c.jpg").read_bytes()
 
 
 def test_download_is_passed_to_classes_with_keyword_arguments(tmp_path, monkeypatch):
@@ -126,21 +112,14 @@ def test_download_is_passed_to_classes_with_keyword_arguments(tmp_path, monkeypa
     assert asked == [str(tmp_path)]
 
 
-def test_datasets_without_files():
-    assert len(TorchvisionSet("FakeData", "train", None, False)) == 1000
-
-
-@pytest.mark.parametrize(
-    ("name", "path", "message"),
-    [
-        ("CIFAR11", "here", "torchvision has no dataset of this name"),
-        ("os", "here", "torchvision has no dataset of this name"),
-        ("CIFAR10", None, "--dataset CIFAR10 needs --data_path"),
-        ("CIFAR10", "here", "torchvision reports: Dataset not found.*--download downloads them to it"),
-        ("Food101:nowhere", "here", r"--dataset Food101:nowhere: torchvision reports: .*nowhere"),
-        ("CIFAR10:extra", "here", "--dataset CIFAR10:extra: CIFAR10 has no splits of its own"),
-    ],
-)
+@pytest.mark.parametrize(("name", "path", "message"), [
+    ("CIFAR11", "here", "torchvision has no dataset of this name"),
+    ("os", "here", "torchvision has no dataset of this name"),
+    ("CIFAR10", None, "--dataset CIFAR10 needs --data_path"),
+    ("CIFAR10", "here", "torchvision reports: Dataset not found.*--download downloads them to it"),
+    ("Food101:nowhere", "here", r"--dataset Food101:nowhere: torchvision reports: .*nowhere"),
+    ("CIFAR10:extra", "here", "--dataset CIFAR10:extra: CIFAR10 has no splits of its own"),
+])  # fmt: skip
 def test_unknown_dataset_names_are_errors(name, path, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         open_source("train", path and str(tmp_path), dataset=name)
@@ -151,27 +130,20 @@ def test_a_dataset_without_validation_split_is_an_error(tmp_path):
         open_source("val", str(tmp_path), dataset="EuroSAT")
 
 
-# ------------------------------------------------------------------------------------------------------ Hugging Face
-
-
 @pytest.fixture
 def table():
-    features = hugging_face.Features(
-        {"note": hugging_face.Value("string"), "picture": hugging_face.Image(),
-         "kind": hugging_face.ClassLabel(names=["shirt", "shoe"])}
-    )  # fmt: skip
+    kinds = hugging_face.ClassLabel(names=["shirt", "shoe"])
+    features = {"note": hugging_face.Value("string"), "picture": hugging_face.Image(), "kind": kinds}
     rows = {"note": ["x"] * 30, "picture": [{"bytes": png(p), "path": None} for p in PIXELS[:30]],
             "kind": [n % 2 for n in range(30)]}  # fmt: skip
-    return hugging_face.Dataset.from_dict(rows, features=features)
+    return hugging_face.Dataset.from_dict(rows, features=hugging_face.Features(features))
 
 
 def test_parquet_in_a_folder(table, tmp_path):
     table.to_parquet(tmp_path / "train-00000-of-00001.parquet")
     source = open_source("train", dataset=f"hf:{tmp_path}")
-    assert len(source) == 30
-    assert source.classes == ["shirt", "shoe"]
+    assert (len(source), source.classes, source.name(5)) == (30, ["shirt", "shoe"], f"hf:{tmp_path}[5]")
     assert source[5] == (png(PIXELS[5]), 1)
-    assert source.name(5) == f"hf:{tmp_path}[5]"
     with pytest.raises(ValueError, match="no val split"):
         open_source("val", dataset=f"hf:{tmp_path}")
 
@@ -182,32 +154,31 @@ def test_saved_datasets_and_image_folders_are_read(table, tmp_path):
     for folder in ("saved", "parts"):
         assert open_source("train", dataset=f"hf:{tmp_path / folder}")[5] == (png(PIXELS[5]), 1)
     assert len(open_source("val", dataset=f"hf:{tmp_path / 'parts'}")) == 30
-    for name in ("train/a/1.png", "train/b/2.png"):
-        (tmp_path / "images" / name).parent.mkdir(parents=True)
-        (tmp_path / "images" / name).write_bytes(png(PIXELS[0]))
+    files = [tmp_path / "images/train" / name for name in ("a/1.png", "b/2.png")]
+    for number, file in enumerate(files):
+        save(file, (number, 0, 0))
     source = open_source("train", dataset=f"hf:{tmp_path / 'images'}")
-    assert [source[0], source[1]] == [(png(PIXELS[0]), 0), (png(PIXELS[0]), 1)]
+    assert [source[0], source[1]] == [(file.read_bytes(), label) for label, file in enumerate(files)]
 
 
 @pytest.mark.parametrize("kind", ["torchvision", "saved", "parquet", "images"])
 def test_the_version_of_a_sample_changes_with_the_files_of_its_library(kind, table, fashion, tmp_path):
+    folder = tmp_path / kind
+
     def write(count):
-        folder = tmp_path / kind
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
         if kind == "torchvision":
-            pixels = np.roll(PIXELS[:30], count)
-            write_idx(fashion / "FashionMNIST/raw/train-images-idx3-ubyte", pixels)
+            write_idx(fashion / "FashionMNIST/raw/train-images-idx3-ubyte", np.roll(PIXELS[:30], count))
         elif kind == "saved":
-            shutil.rmtree(folder, ignore_errors=True)
             table.select(range(count, 30)).save_to_disk(folder)
         elif kind == "parquet":
-            folder.mkdir(exist_ok=True)
             table.select(range(count, 30)).to_parquet(folder / "train-00000-of-00001.parquet")
         else:
-            folder.mkdir(exist_ok=True)
             (folder / "1.png").write_bytes(png(PIXELS[count]))
 
     def version():
-        dataset = "FashionMNIST" if kind == "torchvision" else f"hf:{tmp_path / kind}"
+        dataset = "FashionMNIST" if kind == "torchvision" else f"hf:{folder}"
         return open_source("train", str(fashion) if kind == "torchvision" else None, dataset=dataset).version(0)
 
     write(0)
@@ -219,59 +190,48 @@ def test_the_version_of_a_sample_changes_with_the_files_of_its_library(kind, tab
 
 def test_datasets_without_images_are_errors(table, tmp_path):
     table.remove_columns("picture").to_parquet(tmp_path / "a" / "train.parquet")
-    with pytest.raises(ValueError, match=": note, kind"):
-        open_source("train", dataset=f"hf:{tmp_path / 'a'}")
-    with pytest.raises(ValueError, match=r"--dataset hf:.*nowhere: "):
-        open_source("train", dataset=f"hf:{tmp_path / 'nowhere'}")
-    empty = table.add_item({"note": "", "picture": None, "kind": 0})
-    empty.to_parquet(tmp_path / "b" / "train.parquet")
+    for folder, message in (("a", ": note, kind"), ("nowhere", r"--dataset hf:.*nowhere: ")):
+        with pytest.raises(ValueError, match=message):
+            open_source("train", dataset=f"hf:{tmp_path / folder}")
+    table.add_item({"note": "", "picture": None, "kind": 0}).to_parquet(tmp_path / "b" / "train.parquet")
     with pytest.raises(BadImage, match="this row has no image"):
         _ = open_source("train", dataset=f"hf:{tmp_path / 'b'}")[30]
 
 
 @pytest.mark.parametrize(("package", "dataset"), [("datasets", "hf:any"), ("webdataset", "wds:any.tar")])
 def test_a_missing_package_is_named(monkeypatch, package, dataset):
-    real = builtins.__import__
-
-    def without(name, *rest):
-        if name == package:
-            raise ImportError(name)
-        return real(name, *rest)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ValueError, match=rf'{package}: pip install "\.\[(hf|wds)\]"'):
         open_source("train", dataset=dataset)
 
 
-# -------------------------------------------------------------------------------------------------------- WebDataset
+def write_shards(writer, bad=()):
+    with writer:
+        for number, pixels in enumerate(PIXELS):
+            data = b"" if number in bad else png(pixels)
+            writer.write({"__key__": f"{number:03}", "png": data, "cls": number % 10, "json": {"number": number}})
 
 
 @pytest.fixture
 def shards(tmp_path):
     """40 images in 4 shards; one image is bad."""
-    with webdataset.ShardWriter(str(tmp_path / "set-%03d.tar"), maxcount=10, verbose=0) as writer:
-        for number, pixels in enumerate(PIXELS):
-            data = b"" if number == 17 else png(pixels)
-            writer.write({"__key__": f"{number:03}", "png": data, "cls": number % 10, "json": {"number": number}})
+    write_shards(webdataset.ShardWriter(str(tmp_path / "set-%03d.tar"), maxcount=10, verbose=0), bad=(17,))
     return tmp_path
 
 
-def batches_of(
-    shards, num_workers=0, on_bad_image="skip", batch_size=8, pattern="set-{000..003}.tar", seed=0, **options
-):
+def batches_of(shards, num_workers=0, on_bad_image="skip", batch_size=8, pattern="set-{000..003}.tar", seed=0, **own):
     source = open_source("train", dataset=f"wds:{shards}/{pattern}")
     samples = Samples(
         source, transforms.keeps_label(transforms.to_tensor), in_chans=1, seed=seed, draw_noise=partial(torch.rand, 4),
         on_bad_image=on_bad_image,
     )  # fmt: skip
-    return loader.TrainLoader(samples, batch_size, seed, num_workers, False, **options)
+    return loader.TrainLoader(samples, batch_size, seed, num_workers, False, **own)
 
 
 def images_of(batches, epoch, first_iteration=0) -> list[int]:
     """The images of an epoch, by their numbers."""
-    number_of = {p.tobytes(): number for number, p in enumerate(PIXELS)}
     batches.seek(epoch, first_iteration)
-    return [number_of[image.numpy().tobytes()] for images, *_ in batches for image in images]
+    return [NUMBERS[image.numpy().tobytes()] for images, *_ in batches for image in images]
 
 
 @pytest.mark.parametrize("pattern", ["set-{000..003}.tar", "set-*.tar"])
@@ -297,21 +257,17 @@ def test_the_order_of_a_stream_depends_on_seed_and_epoch(shards):
 
 
 @pytest.mark.parametrize(("pattern", "workers"), [("all.tar", 0), ("set-*.tar", 0), ("set-*.tar", 2)])
-def test_epochs_of_a_number_of_updates_continue_through_the_shards(shards, pattern, workers, monkeypatch):
+def test_epochs_of_a_number_of_updates_continue_through_the_shards(tmp_path, pattern, workers, monkeypatch):
     """Without a shuffle buffer, three passes over the 40 images of one or four shards are 10 epochs of 12 images."""
-    with webdataset.TarWriter(str(shards / "all.tar")) as writer:
-        for number, pixels in enumerate(PIXELS):
-            writer.write({"__key__": f"{number:03}", "png": png(pixels)})
-    with webdataset.ShardWriter(str(shards / "set-%03d.tar"), maxcount=10, verbose=0) as writer:
-        for number, pixels in enumerate(PIXELS):
-            writer.write({"__key__": f"{number:03}", "png": png(pixels)})
+    write_shards(webdataset.TarWriter(str(tmp_path / "all.tar")))
+    write_shards(webdataset.ShardWriter(str(tmp_path / "set-%03d.tar"), maxcount=10, verbose=0))
     monkeypatch.setattr(webdataset, "shuffle", lambda *_, **__: lambda items: items)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(8))
-    batches = batches_of(shards, workers, batch_size=3, pattern=pattern, updates=4)
+    batches = batches_of(tmp_path, workers, batch_size=3, pattern=pattern, updates=4)
     epochs = [images_of(batches, epoch) for epoch in range(10)]
     assert Counter(number for epoch in epochs for number in epoch) == dict.fromkeys(range(40), 3)
     if not workers:  # a resumed run continues, also within an epoch
-        resumed = batches_of(shards, batch_size=3, pattern=pattern, updates=4)
+        resumed = batches_of(tmp_path, batch_size=3, pattern=pattern, updates=4)
         assert images_of(resumed, 7, first_iteration=3) == epochs[7][9:]
 
 
@@ -326,44 +282,42 @@ def test_worker_processes_share_the_stream(shards, workers, monkeypatch):
 
 
 def test_labels_and_noise_belong_to_the_image(shards):
-    batches = batches_of(shards)
+    batches, other = batches_of(shards), batches_of(shards, batch_size=3)
     batches.seek(0)
-    numbers = {p.tobytes(): number for number, p in enumerate(PIXELS)}
     noise_of = {}
     for images, labels, noise, _ in batches:
-        for image, label, drawn in zip(images, labels, noise, strict=True):
-            number = numbers[image.numpy().tobytes()]
+        for image, label, own in zip(images, labels, noise, strict=True):
+            number = NUMBERS[image.numpy().tobytes()]
             assert label == number % 10
-            noise_of[number] = drawn
-    other = batches_of(shards, batch_size=3)
+            noise_of[number] = own
     other.seek(0)
     image, _, noise, _ = next(iter(other))
-    assert torch.equal(noise[0], noise_of[numbers[image[0].numpy().tobytes()]])
+    assert torch.equal(noise[0], noise_of[NUMBERS[image[0].numpy().tobytes()]])
 
 
-def test_a_bad_image_of_a_stream_is_named(shards, caplog):
+def test_a_bad_image_and_a_damaged_shard_of_a_stream_are_named(shards, caplog):
     images_of(batches_of(shards), 0)
     assert "set-001.tar: 017: the file is empty; another image replaces it" in caplog.text
     assert "1 of 40 images since the start or resume of this epoch can't be read" in caplog.text
     with pytest.raises(BadImage, match=r"set-001.tar: 017: .*--on_bad_image skip"):
         images_of(batches_of(shards, on_bad_image="error"), 0)
-
-
-def test_a_damaged_shard_is_named(shards, caplog):
-    batches = batches_of(shards)
-    whole = (shards / "set-002.tar").read_bytes()
-    (shards / "set-002.tar").write_bytes(whole[: len(whole) // 2 + 100])
+    batches, file = batches_of(shards), shards / "set-002.tar"
+    os.truncate(file, file.stat().st_size // 2 + 100)
     assert set(images_of(batches, 0)) < set(range(40))
     assert "set-002.tar: the shard can't be read to its end" in caplog.text
 
 
-def write_shard(path):
-    """A shard of three samples with four images, none of which can be decoded."""
+def write_shard(path, names=("000.jpg", "000.mask.png", "001.jpg", "n01.x.png")):
+    """A shard of files that can't be decoded: three samples with four images."""
     with tarfile.open(path, "w") as archive:
-        for name in ("000.jpg", "000.mask.png", "001.jpg", "n01.x.png"):
+        for name in names:
             member = tarfile.TarInfo(name)
             member.size = 3
             archive.addfile(member, io.BytesIO(b"abc"))
+
+
+def streamed(pattern, num_images=None):
+    return list(Shards(str(pattern), num_images).stream(0, 0, 1, lambda *_: False, laps=1))
 
 
 def test_samples_are_counted_as_in_webdataset(tmp_path, caplog):
@@ -373,7 +327,7 @@ def test_samples_are_counted_as_in_webdataset(tmp_path, caplog):
     (tmp_path / "b.tar.gz").write_bytes(gzip.compress((tmp_path / "a.tar").read_bytes()))
     with pytest.raises(ValueError, match="give --num_images"):
         Shards(f"{tmp_path}/b.tar.gz", None)
-    assert len(list(Shards(f"{tmp_path}/b.tar.gz", 3).stream(0, 0, 1, lambda *_: False, laps=1))) == 3
+    assert len(streamed(tmp_path / "b.tar.gz", 3)) == 3
 
 
 def test_a_file_is_never_a_command(tmp_path, monkeypatch):
@@ -383,51 +337,42 @@ def test_a_file_is_never_a_command(tmp_path, monkeypatch):
     monkeypatch.chdir(folder)
     write_shard(folder / "pipe:touch proof;#.tar")
     for pattern in ("*.tar", f"{folder}/*.tar"):
-        stream = Shards(pattern, None).stream(0, 0, 1, lambda *_: False, laps=1)
-        assert len(list(stream)) == 3
+        assert len(streamed(pattern)) == 3
     assert not (folder / "proof").exists()
 
 
 def test_files_of_macos_are_neither_counted_nor_streamed(tmp_path):
-    with tarfile.open(tmp_path / "a.tar", "w") as archive:
-        for name in ("._000.jpg", "000.jpg", "__MACOSX/001.jpg", "001.jpg"):
-            member = tarfile.TarInfo(name)
-            member.size = 3
-            archive.addfile(member, io.BytesIO(b"abc"))
-    source = Shards(f"{tmp_path}/a.tar", None)
-    names = [name for _, name, *_ in source.stream(0, 0, 1, lambda *_: False, laps=1)]
-    assert sorted(name.rpartition(": ")[2] for name in names) == ["000", "001"]
-    assert len(source) == 2
+    write_shard(tmp_path / "a.tar", ("._000.jpg", "000.jpg", "__MACOSX/001.jpg", "001.jpg"))
+    assert sorted(name.rpartition(": ")[2] for _, name, *_ in streamed(tmp_path / "a.tar")) == ["000", "001"]
+    assert len(Shards(f"{tmp_path}/a.tar", None)) == 2
 
 
 def test_non_numeric_labels_are_ignored(tmp_path):
     with webdataset.TarWriter(str(tmp_path / "a.tar")) as writer:
-        writer.write({"__key__": "a", "png": png(PIXELS[0]), "cls": b"cat"})
-        writer.write({"__key__": "b", "png": png(PIXELS[1]), "cls": b"7"})
-    stream = Shards(f"{tmp_path}/a.tar", None).stream(0, 0, 1, lambda *_: False, laps=1)
-    assert sorted(label for *_, label in stream) == [-1, 7]
+        for key, label in (("a", b"cat"), ("b", b"7")):
+            writer.write({"__key__": key, "png": png(PIXELS[0]), "cls": label})
+    assert sorted(label for *_, label in streamed(tmp_path / "a.tar")) == [-1, 7]
 
 
 def test_examples_of_a_stream(shards):
     samples = batches_of(shards).batches.dataset.samples
-    images, _, noise, _ = loader.examples(samples, 6)
-    assert images.shape == (6, 1, 9, 9)
-    assert noise.shape == (6, 4)
-    assert torch.equal(loader.examples(samples, 6)[0], images)
+    (images, _, noise, _), again = loader.examples(samples, 6), loader.examples(samples, 6)
+    assert (images.shape, noise.shape) == ((6, 1, 9, 9), (6, 4))
+    assert torch.equal(again[0], images)
 
 
 def test_invalid_shards_are_errors(tmp_path):
-    with pytest.raises(ValueError, match=r"there is no file .*a-000.tar"):
-        Shards(f"{tmp_path}/a-{{000..003}}.tar", None)
-    with pytest.raises(ValueError, match=r"there is no file .*\*.tar"):
-        Shards(f"{tmp_path}/*.tar", None)
-    with pytest.raises(ValueError, match="give --num_images N"):
-        Shards("https://example.org/{000..003}.tar", None)
-    assert len(Shards("https://example.org/{000..003}.tar", 1000)) == 1000
     with webdataset.TarWriter(str(tmp_path / "none.tar")) as writer:
         writer.write({"__key__": "a", "txt": "nothing"})
-    with pytest.raises(ValueError, match="no images in its 1 shards"):
-        Shards(f"{tmp_path}/none.tar", None)
+    for shards, message in (
+        (f"{tmp_path}/a-{{000..003}}.tar", r"there is no file .*a-000.tar"),
+        (f"{tmp_path}/a*.tar", r"there is no file .*\*.tar"),
+        ("https://example.org/{000..003}.tar", "give --num_images N"),
+        (f"{tmp_path}/none.tar", "no images in its 1 shards"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Shards(shards, None)
+    assert len(Shards("https://example.org/{000..003}.tar", 1000)) == 1000
 
 
 @pytest.mark.parametrize(("entry", "name"), library_sets.LAYOUTS.items())

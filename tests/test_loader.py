@@ -6,9 +6,9 @@ import os
 import random
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
+import forks
 import numpy as np
 import pytest
 import torch
@@ -26,112 +26,81 @@ from util.datasets import open_source
 from util.training import feature_files
 
 
-def test_order_is_a_new_permutation_each_epoch():
-    batches = EpochBatches(103, 10, seed=0)
-    epochs = []
-    for epoch in (0, 1):
-        batches.seek(epoch)
-        places = [place for batch in batches for place in batch]
-        assert {e for e, _ in places} == {epoch}
-        epochs.append([index for _, index in places])
-    assert len(batches) == 10
-    assert all(len(set(order)) == 100 for order in epochs)
-    assert epochs[0] != epochs[1]
-    again = EpochBatches(103, 10, seed=0)
-    again.seek(1, first_iteration=4)
-    assert [index for batch in again for _, index in batch] == epochs[1][40:]
+def batches_of(*args, epoch=0, first_iteration=0, **options):
+    """The batches of an epoch: lists of (pass, index)."""
+    batches = EpochBatches(*args, **options)
+    batches.seek(epoch, first_iteration)
+    found = list(batches)
+    assert first_iteration or len(found) == len(batches)
+    return found
 
 
-def test_processes_share_a_batch(monkeypatch):
-    whole = [sorted(i for _, i in batch) for batch in EpochBatches(50, 8, seed=3)]
-    monkeypatch.setattr(dist, "world_size", lambda: 2)
-    halves = []
-    for rank in (0, 1):
-        monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
-        halves.append([[i for _, i in batch] for batch in EpochBatches(50, 4, seed=3)])
-    assert [sorted(a + b) for a, b in zip(*halves, strict=True)] == whole
+def of_ranks(monkeypatch, count, make):
+    """What a function returns in each of several processes."""
+    found = []
+    with monkeypatch.context() as patch:
+        patch.setattr(dist, "world_size", lambda: count)
+        for rank in range(count):
+            patch.setattr(dist, "rank", lambda rank=rank: rank)
+            found.append(make())
+    return found
 
 
-def test_repeated_samples_stay_together(monkeypatch):
-    alone = EpochBatches(25, 12, seed=1, repeats=3)
-    batches = [[index for _, index in batch] for batch in alone]
-    assert len(alone) == len(batches) == 6
+def test_order_is_a_new_permutation_for_each_epoch_and_seed():
+    orders = set()
+    for seed, epoch in ((0, 0), (0, 1), (1, 0)):
+        batches = batches_of(103, 10, seed, epoch=epoch)
+        order = tuple(index for batch in batches for _, index in batch)
+        assert (len(batches), len(order), len(set(order))) == (10, 100, 100)
+        assert {number for batch in batches for number, _ in batch} == {epoch}
+        assert batches_of(103, 10, seed, epoch=epoch, first_iteration=4) == batches[4:]
+        orders.add(order)
+    assert len(orders) == 3
+
+
+def test_repeated_samples_stay_together():
+    batches = [[index for _, index in batch] for batch in batches_of(25, 12, seed=1, repeats=3)]
+    assert len(batches) == 6
     assert all(batch[::3] == batch[1::3] == batch[2::3] and len(set(batch)) == 4 for batch in batches)
     assert len({index for batch in batches for index in batch}) == 24
-    monkeypatch.setattr(dist, "world_size", lambda: 2)
-    halves = []
-    for rank in (0, 1):
-        monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
-        halves.append([[i for _, i in batch] for batch in EpochBatches(25, 6, seed=1, repeats=3)])
-    assert [sorted(a + b) for a, b in zip(*halves, strict=True)] == [sorted(batch) for batch in batches]
     with pytest.raises(ValueError, match=r"--batch_size 8 .*--repeated_sampling 3"):
         EpochBatches(25, 8, seed=1, repeats=3)
-
-
-def places(epochs, **options):
-    """The places of several epochs."""
-    batches = EpochBatches(25, 4, seed=1, **options)
-    result = []
-    for epoch in epochs:
-        batches.seek(epoch)
-        assert len(list(batches)) == len(batches)
-        result += [place for batch in batches for place in batch]
-    return result
 
 
 @pytest.mark.parametrize("updates", [1, 3, 13])
 def test_epochs_of_a_number_of_updates_continue_through_the_images(updates):
     """Every pass is the permutation that an epoch has by default. An update may contain the end of a pass."""
-    passes = [place for lap in range(4) for place in full_pass(lap)]
-    epochs = range(100 // (4 * updates))
-    mine = places(epochs, updates=updates)
-    assert mine == passes[: len(mine)]
-    assert len(mine) == len(epochs) * updates * 4
-    accumulated = places(epochs[: len(epochs) // 2], updates=updates, accum_iter=2)
-    assert accumulated == passes[: len(accumulated)]
-
-
-def full_pass(lap):
-    batches = EpochBatches(25, 1, seed=1)
-    batches.seek(lap)
-    return [place for batch in batches for place in batch]
+    passes = [place for number in range(4) for (place,) in batches_of(25, 1, 1, epoch=number)]
+    for accum_iter in (1, 2):
+        options = {"updates": updates, "accum_iter": accum_iter}
+        epochs = [batches_of(25, 4, 1, epoch=epoch, **options) for epoch in range(25 // (updates * accum_iter))]
+        found = [place for batches in epochs for batch in batches for place in batch]
+        assert found == passes[: 4 * len(epochs) * updates * accum_iter]
 
 
 def test_processes_and_positions_of_epochs_of_a_number_of_updates(monkeypatch):
-    alone = EpochBatches(25, 12, seed=1, repeats=3, updates=5)
-    alone.seek(2)
-    batches = list(alone)
-    alone.seek(2, 3)
-    assert list(alone) == batches[3:]
-    halves = []
-    for rank in (0, 1):
-        monkeypatch.setattr(dist, "world_size", lambda: 2)
-        monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
-        half = EpochBatches(25, 6, seed=1, repeats=3, updates=5)
-        half.seek(2)
-        halves.append(list(half))
+    options = {"seed": 1, "repeats": 3, "updates": 5, "epoch": 2}
+    batches = batches_of(25, 12, **options)
+    assert batches_of(25, 12, **options, first_iteration=3) == batches[3:]
+    halves = of_ranks(monkeypatch, 2, lambda: batches_of(25, 6, **options))
     assert [sorted(a + b) for a, b in zip(*halves, strict=True)] == [sorted(batch) for batch in batches]
 
 
 def test_a_pass_may_be_shorter_than_a_batch():
-    batches = EpochBatches(3, 8, seed=0, updates=2)
-    flat = [place for batch in batches for place in batch]
-    assert [lap for lap, _ in flat] == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3 + [4] * 3 + [5]
-    assert len(set(flat)) == 16
+    found = [place for batch in batches_of(3, 8, seed=0, updates=2) for place in batch]
+    assert [number for number, _ in found] == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3 + [4] * 3 + [5]
+    assert len(set(found)) == 16
 
 
-@pytest.mark.parametrize(
-    ("images", "batch_size", "accum_iter", "repeats", "processes", "message"),
-    [
-        (7, 8, 1, 1, 1, "has 7 images, fewer than one effective batch of 8 .*: give --batch_size 6 --accum_iter 1$"),
-        (1, 8, 1, 1, 1, "give --batch_size 1 --accum_iter 1$"),
-        (47, 12, 4, 1, 1, r"of 48 \(--batch_size 12 x --accum_iter 4 x 1 processes\): give --accum_iter 3$"),
-        (47, 12, 2, 1, 2, "of 48 .* give --accum_iter 1$"),
-        (20, 12, 2, 1, 2, "of 48 .* give --batch_size 10 --accum_iter 1$"),
-        (11, 12, 4, 3, 1, "has 33 images, .* of 48 .* give --accum_iter 2$"),
-        (3, 1, 1, 1, 4, "give at most 3 processes"),
-    ],
-)
+@pytest.mark.parametrize(("images", "batch_size", "accum_iter", "repeats", "processes", "message"), [
+    (7, 8, 1, 1, 1, "has 7 images, fewer than one effective batch of 8 .*: give --batch_size 6 --accum_iter 1$"),
+    (1, 8, 1, 1, 1, "give --batch_size 1 --accum_iter 1$"),
+    (47, 12, 4, 1, 1, r"of 48 \(--batch_size 12 x --accum_iter 4 x 1 processes\): give --accum_iter 3$"),
+    (47, 12, 2, 1, 2, "of 48 .* give --accum_iter 1$"),
+    (20, 12, 2, 1, 2, "of 48 .* give --batch_size 10 --accum_iter 1$"),
+    (11, 12, 4, 3, 1, "has 33 images, .* of 48 .* give --accum_iter 2$"),
+    (3, 1, 1, 1, 4, "give at most 3 processes"),
+])  # fmt: skip
 def test_fewer_images_than_an_effective_batch_are_an_error(
     monkeypatch, images, batch_size, accum_iter, repeats, processes, message
 ):
@@ -144,19 +113,11 @@ def test_every_split_of_the_effective_batch_has_the_same_updates(monkeypatch):
     """1,000 images with an effective batch size of 48 are 20 updates with the same images."""
 
     def updates(batch_size, processes, accum_iter, repeats):
-        parts = []
-        with monkeypatch.context() as patch:
-            patch.setattr(dist, "world_size", lambda: processes)
-            for rank in range(processes):
-                patch.setattr(dist, "rank", lambda rank=rank: rank)
-                batches = EpochBatches(1000 // repeats, batch_size, 5, repeats, accum_iter)
-                batches.seek(2)
-                parts.append([index for batch in batches for _, index in batch])
-        per_update = batch_size * accum_iter
-        return [
-            sorted(index for part in parts for index in part[start : start + per_update])
-            for start in range(0, len(parts[0]), per_update)
-        ]
+        parts = of_ranks(monkeypatch, processes, lambda: [index for batch in batches_of(
+            1000 // repeats, batch_size, 5, repeats, accum_iter, epoch=2) for _, index in batch])  # fmt: skip
+        size = batch_size * accum_iter
+        starts = range(0, len(parts[0]), size)
+        return [sorted(index for part in parts for index in part[start : start + size]) for start in starts]
 
     for repeats in (1, 2):
         whole = updates(48, 1, 1, repeats)
@@ -172,16 +133,6 @@ def test_an_epoch_that_leaves_out_much_warns(caplog):
     assert "each epoch leaves out 12 of 100 images, which do not fill an effective batch of 44" in caplog.text
 
 
-@pytest.mark.parametrize("workers", [1, 4])
-def test_the_number_of_workers_has_no_effect(pictures, workers, monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(8))
-    alone = list(TrainLoader(make_samples(pictures), 4, 0, 0, False))
-    together = TrainLoader(make_samples(pictures), 4, 0, workers, False)
-    assert together.batches.num_workers == workers
-    for a, b in zip(alone, together, strict=True):
-        assert all(torch.equal(x, y) for x, y in zip(a[:3], b[:3], strict=True))
-
-
 def begin(pictures):
     """A loader of six batches, an iterator after the first batch, and its worker process."""
     others = set(multiprocessing.active_children())
@@ -195,15 +146,12 @@ def begin(pictures):
 @pytest.mark.parametrize("method", ["fork", "forkserver"])
 def test_worker_processes_ignore_stop_signals_of_other_processes(pictures, method, monkeypatch):
     """A stop signal to all processes reaches worker processes too; a failing run ends them with SIGTERM."""
-    monkeypatch.setattr(
-        multiprocessing.context._default_context, "_actual_context", multiprocessing.get_context(method)
-    )
+    context = multiprocessing.get_context(method)
+    monkeypatch.setattr(multiprocessing.context._default_context, "_actual_context", context)
     _batches, rest, worker = begin(pictures)
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-        sender = multiprocessing.get_context("fork").Process(target=os.kill, args=(worker.pid, signum))
-        sender.start()  # another process, like a launcher: a worker process ends only on signals of its own run
-        sender.join(20)
-        assert sender.exitcode == 0
+        # Another process, like a launcher: a worker process ends only on signals of its own run.
+        subprocess.run(["kill", f"-{signum.value}", str(worker.pid)], check=True)
     assert len(list(rest)) == 5
     assert worker.is_alive()
     worker.terminate()
@@ -220,41 +168,31 @@ def test_a_killed_worker_process_raises_only_at_the_next_batch(pictures):
         list(rest)
 
 
-def test_persistent_workers_follow_the_epoch(pictures, monkeypatch):
-    batches = TrainLoader(make_samples(pictures), 4, 0, 1, False)
-    batches.seek(0)
-    first = next(iter(batches))
-    batches.seek(1)
-    second = next(iter(batches))
-    assert not torch.equal(first[2], second[2])
-
-
 def test_examples_are_deterministic(pictures):
     samples = make_samples(pictures)
-    images, labels, noise, _ = loader.examples(samples, 8)
-    assert images.shape[0] == labels.shape[0] == noise.shape[0] == 8
-    assert torch.equal(loader.examples(samples, 8)[0], images)
-    _, labels, noise, _ = loader.examples(samples, 4)
-    assert labels.tolist() == samples.source.labels[[0, 7, 15, 23]].tolist()  # spread over the dataset
-    assert torch.equal(noise, torch.stack([samples[0, index].noise for index in (0, 7, 15, 23)]))
+    images, labels, noise, _ = loader.examples(samples, 4)
+    assert torch.equal(loader.examples(samples, 4)[0], images)
+    spread = (0, 7, 15, 23)  # over the dataset
+    assert labels.tolist() == samples.source.labels[[*spread]].tolist()
+    assert torch.equal(noise, torch.stack([samples[0, index].noise for index in spread]))
     assert loader.examples(samples, 100)[0].shape[0] == 24
-
-
-# ------------------------------------------------------------------------------------------------------- bad images
 
 
 @pytest.fixture
 def half_bad(tmp_path):
     """40 small images with ordered names; three of them are bad, in different ways."""
-    generator = np.random.default_rng(0)
     for number in range(40):
-        pixels = generator.integers(0, 256, size=(9, 9, 3), dtype=np.uint8)
+        pixels = np.random.default_rng(number).integers(0, 256, size=(9, 9, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / f"{number:02}.png")
     (tmp_path / "07.png").write_bytes(b"")
     (tmp_path / "11.png").write_bytes((tmp_path / "12.png").read_bytes()[:-40])
     (tmp_path / "30.png").unlink()
     (tmp_path / "30.png").symlink_to(tmp_path / "nowhere.png")
     return tmp_path
+
+
+def skipping(folder, workers=0):
+    return TrainLoader(make_samples(folder, on_bad_image="skip"), 8, 0, workers, False)
 
 
 def epoch_of(batches, epoch):
@@ -265,11 +203,8 @@ def epoch_of(batches, epoch):
 def test_bad_images_end_the_run_by_default(half_bad):
     """The message names the flag in training, where it exists."""
     training, evaluation = make_samples(half_bad, on_bad_image="error"), make_samples(half_bad)
-    for index, message in (
-        (7, "07.png: the file is empty"),
-        (11, "11.png: can't be read"),
-        (30, "30.png: No such file"),
-    ):
+    messages = {7: "07.png: the file is empty", 11: "11.png: can't be read", 30: "30.png: No such file"}
+    for index, message in messages.items():
         with pytest.raises(BadImage, match=f"{message}.*--on_bad_image skip"):
             _ = training[0, index]
         with pytest.raises(BadImage, match=f"{message}[^-]*$"):
@@ -278,15 +213,11 @@ def test_bad_images_end_the_run_by_default(half_bad):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_skipped_images_are_named_once_and_counted(half_bad, caplog, workers):
-    batches = TrainLoader(make_samples(half_bad, on_bad_image="skip"), 8, 0, workers, False)
+    batches = skipping(half_bad, workers)
     first = epoch_of(batches, 0)
     assert len(first) == 40
-    named = [
-        r.message.partition(":")[0].rpartition("/")[2]
-        for r in caplog.records
-        if "another image replaces it" in r.message
-    ]
-    assert sorted(named) == ["07.png", "11.png", "30.png"]
+    named = [message.partition(":")[0] for message in caplog.messages if "another image replaces it" in message]
+    assert sorted(named) == [str(half_bad / name) for name in ("07.png", "11.png", "30.png")]
     assert "3 of 40 images since the start or resume of this epoch can't be read" in caplog.text
     assert batches.counts() == {"bad_images": 3}
     caplog.clear()
@@ -294,20 +225,7 @@ def test_skipped_images_are_named_once_and_counted(half_bad, caplog, workers):
     assert "another image replaces it" not in caplog.text
     assert "3 of 40 images since the start" in caplog.text
     assert not torch.equal(first, second)
-
-
-def test_the_replacement_of_a_bad_image_is_deterministic(half_bad):
-    one, two = (TrainLoader(make_samples(half_bad, on_bad_image="skip"), 8, 0, w, False) for w in (0, 2))
-    assert torch.equal(epoch_of(one, 3), epoch_of(two, 3))
-
-
-def test_more_than_a_tenth_bad_ends_the_run(half_bad):
-    (half_bad / "00.png").write_bytes(b"")
-    exactly_a_tenth = TrainLoader(make_samples(half_bad, on_bad_image="skip"), 8, 0, 0, False)
-    epoch_of(exactly_a_tenth, 0)
-    (half_bad / "01.png").write_bytes(b"")
-    with pytest.raises(BadImage, match=r"5 of the 40 images .* 10%; .*png: "):
-        epoch_of(TrainLoader(make_samples(half_bad, on_bad_image="skip"), 8, 0, 0, False), 0)
+    assert torch.equal(epoch_of(skipping(half_bad), 1), second)  # the same images replace the bad ones
 
 
 def test_a_dataset_of_bad_images_only_is_an_error(half_bad):
@@ -315,7 +233,7 @@ def test_a_dataset_of_bad_images_only_is_an_error(half_bad):
         path.unlink()
         path.write_bytes(b"")
     with pytest.raises(BadImage, match="20 images in a row"):
-        epoch_of(TrainLoader(make_samples(half_bad, on_bad_image="skip"), 8, 0, 0, False), 0)
+        epoch_of(skipping(half_bad), 0)
 
 
 def test_a_batch_may_mix_8_and_16_bit_files(tmp_path):
@@ -330,22 +248,16 @@ def test_a_batch_may_mix_8_and_16_bit_files(tmp_path):
     torch.testing.assert_close(images[0, 0], torch.from_numpy(pixels).float() / 255)
 
 
-# -------------------------------------------------------------------------------------------------------- evaluation
-
-
 @pytest.mark.parametrize("processes", [1, 2, 5])
 def test_evaluation_uses_each_image_once(pictures, processes, monkeypatch):
-    monkeypatch.setattr(dist, "world_size", lambda: processes)
-    contents, samples = [], make_samples(pictures)
-    for rank in range(processes):
-        monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
-        found = []
-        for images, labels, *_ in loader.eval_loader(samples, 7, 0, False):
-            assert len(images) == len(labels) <= 7
-            found += labels.tolist()
-            contents += [image.numpy().tobytes() for image in images]
-        assert found == samples.source.labels[rank::processes].tolist()  # in the order of the dataset
+    """In the order of the dataset."""
+    samples = make_samples(pictures)
+    parts = of_ranks(monkeypatch, processes, lambda: list(loader.eval_loader(samples, 7, 0, False)))
+    contents = [image.numpy().tobytes() for part in parts for images, *_ in part for image in images]
     assert len(contents) == len(set(contents)) == 24
+    for rank, part in enumerate(parts):
+        assert all(len(images) == len(labels) <= 7 for images, labels, *_ in part)
+        assert [n for _, labels, *_ in part for n in labels.tolist()] == samples.source.labels[rank::processes].tolist()
 
 
 def test_every_process_permutes_its_stored_features(monkeypatch):
@@ -364,44 +276,27 @@ def test_every_process_permutes_its_stored_features(monkeypatch):
     assert len(orders) == 8
 
 
-def test_random_numbers_of_a_batch_depend_on_its_position_only(pictures):
-    """Drop path and mixup are the same in a run that resumes before this batch."""
+def test_random_numbers_of_a_batch_depend_on_its_position_only(pictures, monkeypatch):
+    """Drop path and mixup are the same in a run that resumes before this batch, and differ between seeds, epochs,
+    batches and GPUs."""
 
-    def draws(first_iteration):
-        batches = TrainLoader(make_samples(pictures), 4, 0, 0, False)
-        batches.seek(2, first_iteration)
+    def draws(seed=0, epoch=0, rank=0, first_iteration=0):
+        monkeypatch.setattr(dist, "rank", lambda: rank)
+        monkeypatch.setattr(dist, "world_size", lambda: 1 + rank)
+        batches = TrainLoader(make_samples(pictures), 4, seed, 0, False)
+        batches.seek(epoch, first_iteration)
         drawn = []
-        for step, _ in enumerate(batches, start=first_iteration):
-            batches.seed_iteration(step)
+        for number, _ in enumerate(batches, start=first_iteration):
+            batches.seed_iteration(number)
             drawn.append((torch.rand(1).item(), np.random.rand(), random.random()))
         return drawn
 
-    whole = draws(0)
+    runs = [draws(), draws(seed=1), draws(epoch=1), draws(rank=1)]
+    assert [len(run) for run in runs] == [6, 6, 6, 3]
     torch.rand(17)
-    assert draws(3) == whole[3:]
-    assert len(set(whole)) == 6
-
-
-def test_random_numbers_of_a_batch_differ_between_seeds_epochs_iterations_and_ranks(pictures, monkeypatch):
-    """Otherwise mixup and drop path would repeat in every epoch, in every batch, or on every GPU."""
-
-    def draw(seed, epoch, step, rank):
-        monkeypatch.setattr(dist, "rank", lambda: rank)
-        batches = TrainLoader(make_samples(pictures), 4, seed, 0, False)
-        batches.seek(epoch)
-        batches.seed_iteration(step)
-        return torch.rand(1).item(), np.random.rand(), random.random()
-
-    places = [(0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)]
-    draws = [draw(*place) for place in places]
-    for generator in zip(*draws, strict=True):
-        assert len(set(generator)) == len(places)
-    assert [draw(*place) for place in places] == draws
-
-
-def test_the_order_differs_between_seeds():
-    orders = [[index for batch in EpochBatches(103, 10, seed) for _, index in batch] for seed in (0, 1)]
-    assert orders[0] != orders[1]
+    assert draws(first_iteration=3) == runs[0][3:]
+    for numbers in zip(*itertools.chain(*runs), strict=True):
+        assert len(set(numbers)) == 21
 
 
 def test_fewer_cores_than_workers_are_logged_once(caplog, monkeypatch):
@@ -417,32 +312,33 @@ def test_fewer_cores_than_workers_are_logged_once(caplog, monkeypatch):
         assert up_to_cores(10) == workers
 
 
-@pytest.mark.parametrize(
-    ("size", "flags"),
-    [("300k", ["--cache_images"]), ("300k", []), ("4k", []), ("4k", ["--cache_images", "--num_workers", "0"])],
-)
+SMALL_SHM = f"""
+import ctypes, runpy, subprocess, sys
+assert ctypes.CDLL(None).unshare(0x20000) == 0  # mounts of its own
+subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=" + sys.argv.pop(1), "tmpfs", "/dev/shm"], check=True)
+sys.argv[0] = "{ROOT}/main_pretrain.py"
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(("size", "flags"), [
+    ("300k", ["--cache_images"]), ("300k", []), ("4k", []), ("4k", ["--cache_images", "--num_workers", "0"]),
+])  # fmt: skip
 def test_a_full_shared_memory_is_an_error_in_one_line(size, flags, tmp_path):
     """Neither the semaphores of the queues fit into 4 KB nor a batch of images into 300 KB."""
-    for number in range(4):
-        (tmp_path / "images").mkdir(exist_ok=True)
-        Image.new("RGB", (400, 400)).save(tmp_path / "images" / f"{number}.png")
-    command = [
-        sys.executable,
-        "main_pretrain.py",
-        *small_run(tmp_path / "images", tmp_path / "run"),
-        "--batch_size",
-        "4",
-    ]
-    command += ["--input_size", "224", "--patch_size", "56", "--epochs", "1", "--num_workers", "1", *flags]
-    mounted = f'mount -t tmpfs -o size={size} tmpfs /dev/shm && exec "$@"'
     if os.geteuid() or subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
         pytest.skip("only root can mount a small /dev/shm")
-    run = subprocess.run(
-        ["unshare", "-m", "sh", "-c", mounted, "sh", *command], cwd=ROOT, capture_output=True, text=True, timeout=60
-    )
+    (tmp_path / "images").mkdir()
+    for number in range(4):
+        Image.new("RGB", (400, 400)).save(tmp_path / "images" / f"{number}.png")
+    (tmp_path / "small.py").write_text(SMALL_SHM)
+    own = ["--batch_size", 4, "--input_size", 224, "--patch_size", 56, "--epochs", 1, "--num_workers", 1, *flags]
+    argv, errors = [size, *small_run(tmp_path / "images", tmp_path / "run", *own)], tmp_path / "errors"
+    (code,) = forks.Forks(tmp_path / "small.py", argv, tmp_path / "output", errors=errors).wait(60)
     if "0" in flags:
-        assert run.returncode == 0, run.stderr
+        assert code == 0, errors.read_text()
         return
-    assert run.returncode == 1
-    (line,) = run.stderr.splitlines()
+    assert code == 1
+    (line,) = errors.read_text().splitlines()
     assert all(part in line for part in ("error: ", "/dev/shm", "--num_workers 0", "docker run --shm-size")), line

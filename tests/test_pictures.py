@@ -8,16 +8,17 @@ from util.data.transforms import Normalize
 from util.evaluation import pictures
 
 
-def test_tile_sets_images_side_by_side():
-    first, second = torch.zeros(2, 3, 4, 5), torch.ones(2, 3, 4, 5)
-    second[1, 0] = 0.5
+@pytest.mark.parametrize(("channels", "shown"), [(1, 1), (2, 1), (3, 3), (13, 3)])
+def test_tile_sets_images_side_by_side(channels, shown):
+    """Of images with other channel counts, the first channel or three."""
+    first, second, gap = torch.rand(2, channels, 4, 5), torch.rand(2, channels, 4, 5), pictures.GAP
     picture = pictures.tile([first, second], lambda x: x)
-    assert picture.shape == (2 * 4 + pictures.GAP, 2 * 5 + pictures.GAP, 3)
-    assert (picture[:4, :5] == 0).all()
-    assert (picture[:4, 5:] == 255).all()
-    assert picture[-1, -1].tolist() == [128, 255, 255]
-    assert (picture[:4, 5 : 5 + pictures.GAP] == 255).all() and (picture[4 : 4 + pictures.GAP] == 255).all()
-    assert pictures.tile([first], lambda x: x, scale=3).shape == (2 * 12 + pictures.GAP, 15, 3)
+    assert picture.shape == (2 * 4 + gap, 2 * 5 + gap, shown)
+    for row, column, image in ((0, 0, first[0]), (0, 5 + gap, second[0]), (4 + gap, 5 + gap, second[1])):
+        expected = (image[:shown].permute(1, 2, 0) * 255).round().byte()
+        assert np.array_equal(picture[row : row + 4, column : column + 5], expected)
+    assert (picture[:4, 5 : 5 + gap] == 255).all() and (picture[4 : 4 + gap] == 255).all()
+    assert pictures.tile([first], lambda x: x, scale=3).shape == (2 * 12 + gap, 15, shown)
 
 
 def test_reconstruction_shows_the_models_own_pictures(mini_mae):
@@ -32,14 +33,6 @@ def test_reconstruction_shows_the_models_own_pictures(mini_mae):
     pasted = mini_mae.reconstruct(normalize(images), 0.5, noise=noise).pasted
     expected = (normalize.inverse(pasted)[1, 0] * 255).round().to(torch.uint8)
     assert np.array_equal(picture[-16:, -16:, 0], expected)
-
-
-@pytest.mark.parametrize(("channels", "shown"), [(1, 1), (2, 1), (3, 3), (13, 3)])
-def test_other_channel_counts_show_the_first(channels, shown):
-    images = torch.rand(2, channels, 4, 5)
-    picture = pictures.tile([images, images], lambda x: x)
-    assert picture.shape == (2 * 4 + pictures.GAP, 2 * 5 + pictures.GAP, shown)
-    assert np.array_equal(picture[:4, :5], (images[0, :shown].permute(1, 2, 0) * 255).round().byte())
 
 
 def test_titles_and_labels_stand_beside_the_pictures(mini_mae):

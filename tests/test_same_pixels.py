@@ -15,6 +15,7 @@ import main_linprobe
 import main_robustness
 from inference import features, get_model
 from inference.export import export
+from util.checkpoints import checkpoint
 from util.cli import entry_point
 from util.data import jpeg
 from util.evaluation import robustness
@@ -56,6 +57,16 @@ def decoded(monkeypatch):
     return number
 
 
+@pytest.fixture
+def model_file(tmp_path):
+    export(get_model("vit_mini_patch4", nb_classes=1000), "safetensors", tmp_path / "model.safetensors")
+    return tmp_path / "model.safetensors"
+
+
+def run(script, *argv):
+    script.main(entry_point.parse(script.get_args_parser(), list(map(str, argv))))
+
+
 def color_files(folder) -> int:
     """The number of color JPEG files."""
     return sum(Image.open(file).mode == "RGB" for file in folder.rglob("*.jpg"))
@@ -63,19 +74,15 @@ def color_files(folder) -> int:
 
 def test_fine_tuning(classify, photos, decoded):
     """With RandAugment, and with the evaluation after the epoch."""
-    runs = [
-        classify(main_finetune, name, data_path=photos, input_size=32, num_workers=1, epochs=1, **way)
-        for name, way in CACHED.items()
-    ]
+    flags = {"data_path": photos, "input_size": 32, "num_workers": 1, "epochs": 1}
+    runs = [classify(main_finetune, name, **flags, **way) / "checkpoint-0.pth" for name, way in CACHED.items()]
     for run in runs[1:]:
-        assert_equal(*(weights(one, "checkpoint-0.pth") for one in (runs[0], run)))
+        assert_equal(*(checkpoint.read(file)["model"] for file in (runs[0], run)))
     assert decoded.value == 2 * color_files(photos)
     before = decoded.value
-    scores = [
-        classify(main_finetune, data_path=photos, eval=True, finetune=runs[0] / "checkpoint-0.pth", **way)
-        for way in WAYS.values()
-    ]
-    assert scores[0].loss == scores[1].loss
+    plain, fast = (classify(main_finetune, data_path=photos, eval=True, finetune=runs[0], **way)
+                   for way in WAYS.values())  # fmt: skip
+    assert plain.loss == fast.loss
     assert decoded.value == before + color_files(photos / "val")
 
 
@@ -98,20 +105,18 @@ def test_neighbors(classify, photos, decoded):
     assert decoded.value == color_files(photos)
 
 
-def test_features(photos, decoded, tmp_path):
-    export(get_model("vit_mini_patch4", nb_classes=3), "safetensors", tmp_path / "model.safetensors")
+def test_features(photos, decoded, model_file, tmp_path):
     results = []
     for flags in ([], ["--fast_jpeg"]):
         out = tmp_path / f"{len(flags)}.npz"
-        argv = [photos, "--model", tmp_path / "model.safetensors", "--out", out, "--num_workers", 1, *flags]
-        features.main(entry_point.parse(features.get_args_parser(), list(map(str, argv))))
+        run(features, photos, "--model", model_file, "--out", out, "--num_workers", 1, *flags)
         results.append(np.load(out)["features"])
     assert np.array_equal(*results)
     assert decoded.value == color_files(photos / "train")
 
 
 @pytest.mark.parametrize("owner", ["timm", "ours"])
-def test_robustness(owner, decoded, tmp_path, monkeypatch, photos):
+def test_robustness(owner, decoded, tmp_path, monkeypatch, photos, model_file):
     """Models of timm receive Pillow images, because timm's transform computes other pixels for tensors."""
     source = next(file for file in sorted(photos.rglob("*.jpg")) if Image.open(file).mode == "RGB")
     for folder in robustness.subset("imagenet-a"):
@@ -120,14 +125,11 @@ def test_robustness(owner, decoded, tmp_path, monkeypatch, photos):
     seen = []
     monkeypatch.setattr(main_robustness, "score", lambda evaluation, cell: seen.append(evaluation.loss) or
                         {"images": 1, "acc1": 0.0, "acc5": 0.0})  # fmt: skip
-    model = "timm:reads_colors"
-    if owner == "ours":
-        model = str(tmp_path / "model.safetensors")
-        export(get_model("vit_mini_patch4", nb_classes=1000), "safetensors", tmp_path / "model.safetensors")
+    model = "timm:reads_colors" if owner == "timm" else model_file
     for number, flags in enumerate([[], ["--fast_jpeg"]]):
-        argv = ["--suite", "imagenet-a", "--data_path", tmp_path / "data", "--output_dir", tmp_path / str(number),
-                "--model", model, "--num_workers", 1, "--subset", 8, "--device", "cpu", *flags]  # fmt: skip
-        main_robustness.main(entry_point.parse(main_robustness.get_args_parser(), list(map(str, argv))))
+        run(main_robustness, "--suite", "imagenet-a", "--data_path", tmp_path / "data", "--model", model,
+            "--num_workers", 1, "--output_dir", tmp_path / str(number), "--subset", 8, "--device", "cpu",
+            *flags)  # fmt: skip
     assert decoded.value == 8
     assert seen[0] == seen[1]
 

@@ -16,15 +16,12 @@ from util.jobs.commands import Commands
 
 
 @pytest.mark.parametrize("name", ["mae_vit_tiny_patch16", "vit_tiny_patch16"])
-def test_shapes_at_1024_pixels(name):
-    model = get_model(name)
-    features = maps.dense(model, torch.zeros(1, 3, 1024, 1024))
-    assert features.shape == (1, 4 * 192, 64, 64)
+def test_shapes_of_large_images(name):
+    model, images = get_model(name), torch.zeros(1, 3, 1024, 512)
+    assert maps.dense(model, images).shape == (1, 4 * 192, 64, 32)
     for layers in (0, 13):
         with pytest.raises(ValueError, match=rf"layers={layers}: .*12 blocks"):
-            maps.dense(model, torch.zeros(1, 3, 1024, 1024), layers)
-    wide = maps.dense(model, torch.zeros(1, 3, 1024, 512), layers=1)
-    assert wide.shape == (1, 192, 64, 32)
+            maps.dense(model, images, layers)
 
 
 def test_features_are_in_the_order_of_patches():
@@ -73,15 +70,18 @@ def test_pictures_compose_garments_on_textures():
     assert np.array_equal(segmentation.make_pictures("train", 30, seed=3)[0], pictures)
 
 
-@pytest.fixture
-def encoder(tmp_path):
+def saved(folder, **settings):
     torch.manual_seed(1)
-    model = get_model("mae_vit_mini_patch4", input_size=28, patch_size=7, in_chans=1)
-    torch.save({"model": model.state_dict(), "args": model.settings}, tmp_path / "model.pth")
-    return tmp_path / "model.pth"
+    model = get_model("mae_vit_mini_patch4", **settings)
+    torch.save({"model": model.state_dict(), "args": model.settings}, folder / "model.pth")
+    return folder / "model.pth"
 
 
-def test_the_command_compares_three_runs_of_each_seed(encoder, tmp_path, capsys, monkeypatch):
+def compare(*argv):
+    return segmentation.main(entry_point.parse(segmentation.get_args_parser(), [str(part) for part in argv]))
+
+
+def test_the_command_compares_three_runs_of_each_seed(tmp_path, capsys, monkeypatch):
     calls = {}
 
     def run(self, name, script, flags, read):
@@ -94,21 +94,9 @@ def test_the_command_compares_three_runs_of_each_seed(encoder, tmp_path, capsys,
     monkeypatch.setattr(Commands, "run", run)
     monkeypatch.setattr(Commands, "each", lambda self, calls: [call() for call in calls])
     monkeypatch.setattr(segmentation, "VALIDATION", 9)
-    argv = [
-        "--model",
-        encoder,
-        "--pictures",
-        40,
-        "--seeds",
-        2,
-        "--jobs",
-        1,
-        "--out",
-        tmp_path / "out",
-        "--device",
-        "cpu",
-    ]
-    scores = segmentation.main(entry_point.parse(segmentation.get_args_parser(), [str(part) for part in argv]))
+    encoder = saved(tmp_path, input_size=28, patch_size=7, in_chans=1)
+    scores = compare("--model", encoder, "--pictures", 40, "--seeds", 2, "--jobs", 1, "--out", tmp_path / "out",
+                     "--device", "cpu")  # fmt: skip
     output = capsys.readouterr().out
     assert list(scores) == list(segmentation.RUNS)
     for title, values in scores.items():
@@ -122,21 +110,13 @@ def test_the_command_compares_three_runs_of_each_seed(encoder, tmp_path, capsys,
     flags = calls["pre-trained_encoder_fine-tuned_1"]
     assert (flags["seed"], flags["unfreeze_blocks"], flags["finetune"]) == (1, "all", encoder)
     assert calls["untrained_encoder_frozen_0"]["finetune"] == tmp_path / "out" / "untrained_0.pth"
-    frozen, other = (
-        checkpoint.read(tmp_path / f"out/untrained_encoder_frozen_{seed}/checkpoint-0.pth")["model"] for seed in (0, 1)
-    )
-    assert not torch.equal(frozen["blocks.0.mlp.fc1.weight"], other["blocks.0.mlp.fc1.weight"])
-    trained = checkpoint.read(tmp_path / "out/pre-trained_encoder_frozen_0/checkpoint-0.pth")["model"]
-    assert torch.equal(trained["blocks.0.mlp.fc1.weight"], checkpoint.read(encoder)["model"]["blocks.0.mlp.fc1.weight"])
-    assert not torch.equal(trained["blocks.0.mlp.fc1.weight"], frozen["blocks.0.mlp.fc1.weight"])
+    runs = (f"{name}_encoder_frozen_{seed}" for name, seed in (("untrained", 0), ("untrained", 1), ("pre-trained", 0)))
+    files = [*(tmp_path / "out" / run / "checkpoint-0.pth" for run in runs), encoder]
+    frozen, other, trained, given = (checkpoint.read(file)["model"]["blocks.0.mlp.fc1.weight"] for file in files)
+    assert torch.equal(trained, given)
+    assert not torch.equal(frozen, other) and not torch.equal(trained, frozen)
 
 
 def test_the_command_needs_an_encoder_of_garments(tmp_path):
-    model = get_model("mae_vit_mini_patch4", input_size=32)
-    torch.save({"model": model.state_dict(), "args": model.settings}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match=r"gray, .*28 x 28"):
-        segmentation.main(
-            entry_point.parse(
-                segmentation.get_args_parser(), ["--model", str(tmp_path / "other.pth"), "--out", str(tmp_path)]
-            )
-        )
+        compare("--model", saved(tmp_path, input_size=32), "--out", tmp_path)

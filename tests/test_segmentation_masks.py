@@ -1,11 +1,7 @@
 """Images with masks: their sources, the values of masks, and masks that can't be used."""
 
-import io
 import random
 import shutil
-import struct
-import subprocess
-import zlib
 
 import numpy as np
 import pytest
@@ -13,6 +9,8 @@ import torch
 import torchvision
 from PIL import Image
 from segments import LAYOUTS, make_scenes
+from test_decode import png as raw_png
+from test_decode import saved
 
 from util.data import joint_transforms
 from util.data.decode import BadImage
@@ -28,9 +26,7 @@ def png(array, mode=None, palette=None):
     picture = Image.fromarray(np.asarray(array, dtype=np.uint8), mode)
     if palette:
         picture.putpalette(palette)
-    stream = io.BytesIO()
-    picture.save(stream, "PNG")
-    return stream.getvalue()
+    return saved(picture, "PNG")
 
 
 def samples_of(pairs, **options):
@@ -42,14 +38,12 @@ def test_indexed_gray_and_color_masks_have_the_same_values():
     colors = [(10, 20, 30), (200, 0, 0), (0, 0, 200)]
     table = np.full((256, 3), 99, dtype=np.uint8)
     table[:3] = colors
-    indexed = Image.fromarray(values, "P")
-    indexed.putpalette(table.tobytes())
-    stream = io.BytesIO()
-    indexed.save(stream, "PNG")
-    assert torch.equal(THREE.decode(png(values)), torch.from_numpy(values))
-    assert torch.equal(THREE.decode(stream.getvalue()), torch.from_numpy(values))
     of_colors = MaskFormat(3, colors=colors)
-    assert torch.equal(of_colors.decode(png(table[values])), torch.from_numpy(values))  # (99, 99, 99) is ignored
+    for masks, data in (
+        (THREE, png(values)), (THREE, png(values, "P", table.tobytes())),
+        (of_colors, png(table[values])),  # (99, 99, 99) is ignored
+    ):  # fmt: skip
+        assert torch.equal(masks.decode(data), torch.from_numpy(values))
 
 
 def test_an_indexed_mask_with_the_colors_of_the_palette_is_decoded_by_color():
@@ -63,10 +57,7 @@ def test_an_indexed_mask_with_the_colors_of_the_palette_is_decoded_by_color():
     voc = np.array([[0, 1, 20, 255]])
     table = list(np.array(default_colors(256)).ravel())
     white_is_a_class = [*default_colors(20), (224, 224, 192)]  # the color of the index 255
-    for classes in (
-        default_colors(21),
-        [(9, 9, 9), (8, 8, 8), *default_colors(23)[4:]],
-    ):
+    for classes in (default_colors(21), [(9, 9, 9), (8, 8, 8), *default_colors(23)[4:]]):
         assert MaskFormat(len(classes), colors=classes).decode(png(voc[:, :2], "P", table)).tolist() == [[0, 1]]
     assert MaskFormat(21, colors=default_colors(21)).decode(png(voc, "P", table)).tolist() == voc.tolist()
     assert MaskFormat(21, colors=white_is_a_class).decode(png(voc[:, [0, 1, 3]], "P", table)).tolist() == [[0, 1, 255]]
@@ -76,32 +67,9 @@ def test_an_indexed_mask_with_the_colors_of_the_palette_is_decoded_by_color():
         MaskFormat(2, colors=[(255, 0, 0), (0, 255, 0)]).decode(png(indices, "P", optimized))
 
 
-@pytest.mark.parametrize("bits", [1, 2, 4])
-def test_gray_masks_of_less_than_8_bits_are_an_error(bits):
-    """The largest value of 2 bits is 3 for some programs, and 255 for others."""
-    if bits == 1:
-        stream = io.BytesIO()
-        Image.fromarray(np.array([[True, False]])).save(stream, "PPM")
-        data = stream.getvalue()
-    else:
-        chunks = [
-            (b"IHDR", struct.pack(">IIBBBBB", 2, 1, bits, 0, 0, 0, 0)),
-            (b"IDAT", zlib.compress(b"\0\xf0")),
-            (b"IEND", b""),
-        ]
-        data = b"\x89PNG\r\n\x1a\n" + b"".join(
-            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-            for kind, body in chunks
-        )
-    with pytest.raises(BadImage, match="8 bits"):
-        THREE.decode(data)
-
-
 @pytest.mark.parametrize("suffix", ["PNG", "PPM"])
 def test_a_mask_of_1_bit_has_two_classes(suffix):
-    stream = io.BytesIO()
-    Image.fromarray(np.array([[True, False]])).save(stream, suffix)
-    assert MaskFormat(2).decode(stream.getvalue()).tolist() == [[1, 0]]
+    assert MaskFormat(2).decode(saved(Image.fromarray(np.array([[True, False]])), suffix)).tolist() == [[1, 0]]
 
 
 def test_a_mask_of_other_colors_than_those_of_the_palette_is_an_error():
@@ -121,66 +89,52 @@ def test_reduce_zero_label_ignores_zero_and_counts_from_one():
         MaskFormat(3, reduce_zero_label=True).decode(png([[4, 0]]))
 
 
-@pytest.mark.parametrize(
-    ("data", "reason"),
-    [
-        (png([[0, 3]]), r"it has the value 3, and the 3 classes are 0 to 2 \(255 is ignored\)"),
-        (png([[[1, 2, 3]]]), "it is a color image: give --palette with the colors of the classes"),
-        (b"\xff\xd8\xff\xe0", "it is a JPEG file, whose compression changes the values: give masks as PNG files"),
-        (b"no image", "not an image of a known format"),
-    ],
-)
+@pytest.mark.parametrize(("data", "reason"), [
+    (png([[0, 3]]), r"it has the value 3, and the 3 classes are 0 to 2 \(255 is ignored\)"),
+    (png([[[1, 2, 3]]]), "it is a color image: give --palette with the colors of the classes"),
+    (b"\xff\xd8\xff\xe0", "it is a JPEG file, whose compression changes the values: give masks as PNG files"),
+    (b"no image", "not an image of a known format"),
+    (saved(np.array([[1, 2]], dtype=np.uint16), "PNG"), "neither an indexed nor a gray"),
+    # The largest value of 2 bits is 3 for some programs, and 255 for others.
+    (saved(np.array([[True, False]]), "PPM"), "8 bits"),
+    *((raw_png(np.full((1, 1, 1), 0xF0), bits, 0), "8 bits") for bits in (2, 4)),
+])  # fmt: skip
 def test_values_that_are_no_classes_are_errors(data, reason):
     with pytest.raises(BadImage, match=reason):
         THREE.decode(data)
-
-
-def test_masks_of_16_bits_are_an_error():
-    stream = io.BytesIO()
-    Image.fromarray(np.array([[1, 2]], dtype=np.uint16)).save(stream, "PNG")
-    with pytest.raises(BadImage, match="neither an indexed nor a gray"):
-        THREE.decode(stream.getvalue())
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("packed", ["", "zip", "tar"])
 def test_layouts_of_known_datasets(tmp_path, layout, packed):
     root = make_scenes(tmp_path / "scenes", layout)
+    path = shutil.make_archive(str(root), packed, tmp_path, "scenes") if packed else str(root)
     folders, suffix = LAYOUTS[layout]
-    expected = {split: [f"{folders[split][0]}/{n:02}.{suffix}" for n in range(count)]
-                for split, count in (("train", 12), ("val", 5))}  # fmt: skip
-    if packed:
-        command = ["zip", "-qr"] if packed == "zip" else ["tar", "cf"]
-        if not shutil.which(command[0]):
-            shutil.make_archive(str(tmp_path / "scenes"), packed, tmp_path, "scenes")
-        else:
-            subprocess.run([*command, f"scenes.{packed}", "scenes"], cwd=tmp_path, check=True)
-        root = tmp_path / f"scenes.{packed}"
-    for split in ("train", "val"):
-        pairs = open_pairs(split, CLASSES, THREE, data_path=str(root))
-        assert len(pairs) == len(expected[split])
-        for index, name in enumerate(expected[split]):
-            assert pairs.name(index).endswith(name)
-            data, mask = pairs[index]
-            file = tmp_path / "scenes" / name
-            assert data == file.read_bytes()
-            own = (tmp_path / "scenes" / folders[split][1] / file.name).with_suffix(".png")
-            assert torch.equal(mask, to_tensor(Image.open(own))[0])
+    for split, count in (("train", 12), ("val", 5)):
+        pairs = open_pairs(split, CLASSES, THREE, data_path=path)
+        assert (len(pairs), pairs.classes) == (count, CLASSES)
         assert (pairs.labels == -1).all()
-        assert pairs.classes == CLASSES
+        for number, (data, mask) in enumerate(pairs):
+            image, own = (root / folder / f"{number:02}" for folder in folders[split])
+            image = image.with_suffix(f".{suffix}")
+            assert pairs.name(number).endswith(str(image.relative_to(root)))
+            assert data == image.read_bytes()
+            assert torch.equal(mask, to_tensor(Image.open(own.with_suffix(".png")))[0])
 
 
 def test_two_folders_and_a_csv_file_have_the_same_pairs(tmp_path):
-    make_scenes(tmp_path, "ade20k")
+    make_scenes(tmp_path)
     (tmp_path / "images/training").rename(tmp_path / "photos")
     (tmp_path / "annotations/training").rename(tmp_path / "truth")
-    by_folder = open_pairs("train", CLASSES, THREE, folders=[str(tmp_path / "photos"), str(tmp_path / "truth")])
-    relative = open_pairs("train", CLASSES, THREE, data_path=str(tmp_path), folders=["photos", "truth"])
     rows = [f"photos/{n:02}.jpg,truth/{n:02}.png" for n in range(12)]
     (tmp_path / "pairs.csv").write_text("\n".join(["image,mask", *rows]))
     (tmp_path / "plain.csv").write_text("\n".join(rows))
-    lists = [open_pairs("train", CLASSES, THREE, file_list=str(tmp_path / name)) for name in ("pairs.csv", "plain.csv")]
-    for pairs in (relative, *lists):
+    by_folder, *others = (open_pairs("train", CLASSES, THREE, **options) for options in (
+        {"folders": [str(tmp_path / "photos"), str(tmp_path / "truth")]},
+        {"data_path": str(tmp_path), "folders": ["photos", "truth"]},
+        {"file_list": str(tmp_path / "pairs.csv")}, {"file_list": str(tmp_path / "plain.csv")},
+    ))  # fmt: skip
+    for pairs in others:
         assert len(pairs) == 12
         for (data, mask), (other, other_mask) in zip(pairs, by_folder, strict=True):
             assert data == other
@@ -194,26 +148,24 @@ def test_voc_comes_from_torchvision(tmp_path):
     for split, names in (("train", ["b", "a"]), ("val", ["c"])):
         for number, name in enumerate(names):
             Image.new("RGB", (20, 10), (9 * number, 0, 0)).save(root / "JPEGImages" / f"{name}.jpg")
-            mask = Image.new("P", (20, 10), 20 - number)
-            mask.putpalette(bytes(range(256)) * 3)
-            mask.save(root / "SegmentationClass" / f"{name}.png")
+            mask = png(np.full((10, 20), 20 - number), "P", bytes(range(256)) * 3)
+            (root / "SegmentationClass" / f"{name}.png").write_bytes(mask)
         (root / "ImageSets/Segmentation" / f"{split}.txt").write_text("\n".join(names))
-    options = {"data_path": str(tmp_path), "dataset": "VOCSegmentation"}
-    train = open_pairs("train", list(VOC), MaskFormat(21), **options)
+    train, val = (open_pairs(split, list(VOC), MaskFormat(21), data_path=str(tmp_path), dataset="VOCSegmentation")
+                  for split in ("train", "val"))  # fmt: skip
     assert [train.name(index).rpartition("/")[2] for index in range(2)] == ["b.jpg", "a.jpg"]
     assert [int(mask.unique()) for _, mask in train] == [20, 19]
-    val = open_pairs("val", list(VOC), MaskFormat(21), **options)
     assert val.masks.name(val.places[0, 1]).endswith("SegmentationClass/c.png")
     sample = samples_of(val)[0, 0]
     assert (sample.image.shape, sample.label.shape) == ((3, 10, 20), (10, 20))
-    assert len(VOC) == 21
-    shutil.make_archive(str(tmp_path / "set"), "zip", root / "JPEGImages")
     with pytest.raises(ValueError, match="VOCSegmentation"):
         open_pairs("train", CLASSES, THREE, dataset="FakeData")
 
 
-def test_colors_of_voc():
+def test_classes_and_colors_of_voc():
     """The first and the last color of VOC's 21 classes, and the color of ignored pixels."""
+    named = torchvision.models.segmentation.FCN_ResNet50_Weights.COCO_WITH_VOC_LABELS_V1.meta["categories"]
+    assert list(VOC)[1:] == named[1:]
     colors = default_colors(256)
     assert colors[:4] == [(0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0)]
     assert (colors[15], colors[20], colors[255]) == ((192, 128, 128), (0, 64, 128), (224, 224, 192))
@@ -239,10 +191,10 @@ def test_a_palette_names_and_colors_classes(tmp_path):
 
 
 def test_unusable_masks_are_one_line_that_names_the_file(tmp_path):
-    make_scenes(tmp_path, "ade20k", train=3)
+    make_scenes(tmp_path, train=3)
     place = tmp_path / "annotations/training"
     (place / "01.png").write_bytes(png(np.full((24, 30), 7)))
-    Image.fromarray(np.zeros((5, 6), dtype=np.uint8)).save(place / "02.png")
+    (place / "02.png").write_bytes(png(np.zeros((5, 6))))
     samples = samples_of(open_pairs("train", CLASSES, THREE, data_path=str(tmp_path)))
     for index, reason in (
         (1, f"its mask {place / '01.png'}: it has the value 7, and the 3 classes are 0 to 2"),
@@ -250,55 +202,41 @@ def test_unusable_masks_are_one_line_that_names_the_file(tmp_path):
     ):
         with pytest.raises(BadImage) as error:
             samples[0, index]
-        message = str(error.value)
-        assert f"images/training/0{index}.jpg: {reason}" in message
-        assert "\n" not in message
+        assert f"images/training/0{index}.jpg: {reason}" in str(error.value)
+        assert "\n" not in str(error.value)
     (place / "01.png").unlink()
-    with pytest.raises(
-        ValueError,
-        match=r"1 of 3 images have no mask .*/01.jpg",
-    ):
+    with pytest.raises(ValueError, match=r"1 of 3 images have no mask .*/01.jpg"):
         open_pairs("train", CLASSES, THREE, data_path=str(tmp_path))
-    with pytest.raises(
-        ValueError,
-        match=r"no mask .*annotations/training, .*01.jpg: .*\(--train_list\)$",
-    ):
-        open_pairs("train", CLASSES, THREE, data_path=str(tmp_path),
-                   folders=["images/training", "annotations/training"])  # fmt: skip
-    rows = ["images/training/00.jpg,annotations/training/00.png", "images/training/01.jpg,annotations/training/01.png"]
+    folders = ["images/training", "annotations/training"]
+    with pytest.raises(ValueError, match=r"no mask .*annotations/training, .*01.jpg: .*\(--train_list\)$"):
+        open_pairs("train", CLASSES, THREE, data_path=str(tmp_path), folders=folders)
+    rows = [f"images/training/0{n}.jpg,annotations/training/0{n}.png" for n in (0, 1)]
     (tmp_path / "list.csv").write_text("\n".join(rows))
     listed = samples_of(open_pairs("train", CLASSES, THREE, file_list=str(tmp_path / "list.csv")))
     with pytest.raises(BadImage, match=r"01.jpg: .*01.png: No such file or directory$"):
         listed[0, 1]
-    skipping = samples_of(listed.source, on_bad_image="skip")
-    sample = skipping[0, 1]
-    mask = listed.source.masks.name(1)
-    assert sample.bad[0] == (listed.source.name(1), f"its mask {mask}: No such file or directory")
+    sample = samples_of(listed.source, on_bad_image="skip")[0, 1]
+    reason = f"its mask {listed.source.masks.name(1)}: No such file or directory"
+    assert sample.bad[0] == (listed.source.name(1), reason)
     assert torch.equal(sample.label, listed[0, 0].label)
 
 
 def test_sources_that_do_not_exist_are_errors(tmp_path):
-    make_scenes(tmp_path / "a")
-    (tmp_path / "images").mkdir()
+    for folder in ("images", "empty"):
+        (tmp_path / folder).mkdir()
+    Image.new("RGB", (2, 2)).save(tmp_path / "images/x.png")
     (tmp_path / "bad.csv").write_text("image,mask\nnone.jpg,none.png")
     (tmp_path / "short.csv").write_text("a.jpg,b.png\nc.jpg,")
-    Image.new("RGB", (2, 2)).save(tmp_path / "images/x.png")
-    (tmp_path / "empty").mkdir()
+    images, empty, *lists = (str(tmp_path / name) for name in ("images", "empty", "none.csv", "bad.csv", "short.csv"))
     for options, problem in (
         ({}, r"--data_path is needed: .* \(or give --val_folders IMAGES MASKS, --val_list CSV or --dataset\)"),
         ({"data_path": "none"}, "--data_path none: "),
-        (
-            {"data_path": str(tmp_path / "images")},
-            r"there are no images for val in it \(looked for images/training and",
-        ),
+        ({"data_path": images}, r"there are no images for val in it \(looked for images/training and"),
         ({"folders": ["a", "b"]}, "--val_folders: there is no folder a"),
-        (
-            {"folders": [str(tmp_path / "images"), str(tmp_path / "empty")]},
-            "--val_folders: there are no images in .*empty",
-        ),
-        ({"file_list": str(tmp_path / "none.csv")}, "--val_list: there is no file"),
-        ({"file_list": str(tmp_path / "bad.csv")}, "its first row names .*none.jpg, which does not exist"),
-        ({"file_list": str(tmp_path / "short.csv")}, "1 of its 2 rows have an image and a mask; give CSV with"),
+        ({"folders": [images, empty]}, "--val_folders: there are no images in .*empty"),
+        ({"file_list": lists[0]}, "--val_list: there is no file"),
+        ({"file_list": lists[1]}, "its first row names .*none.jpg, which does not exist"),
+        ({"file_list": lists[2]}, "1 of its 2 rows have an image and a mask; give CSV with"),
         ({"file_list": "a", "dataset": "VOCSegmentation"}, "exclude each other"),
     ):
         with pytest.raises(ValueError, match=problem):
@@ -324,8 +262,7 @@ def test_files_of_the_same_name_except_for_the_suffix_are_an_error(tmp_path):
         extra = tmp_path / place / f"03.{suffix}"
         Image.new("L", (30, 24)).save(extra)
         for options in ({}, {"folders": ["images/training", "annotations/training"]}):
-            two = rf"{place}/03.\w+ and .*{place}/03.\w+ have the same name except for the suffix: remove one"
-            with pytest.raises(ValueError, match=two + r", or list the pairs in a CSV file \(--train_list\)"):
+            with pytest.raises(ValueError, match=rf"{place}/03.\w+ and .*{place}/03.\w+ .*\(--train_list\)"):
                 open_pairs("train", CLASSES, THREE, data_path=str(tmp_path), **options)
         extra.unlink()
     assert len(open_pairs("train", CLASSES, THREE, data_path=str(tmp_path))) == 12
@@ -348,7 +285,7 @@ def test_an_image_and_its_mask_are_augmented_together(tmp_path):
     values = np.kron(np.arange(12).reshape(3, 4), np.ones((16, 16))).astype(np.uint8)
     picture, mask = Image.fromarray(20 * values), torch.from_numpy(values)
     transform = joint_transforms.TrainTransform((32, 40), 48, (0.5, 2.0), 0.5, [0.8])
-    padded = flipped = agreeing = 0
+    padded = flipped = 0
     for seed in range(40):
         torch.manual_seed(seed)
         random.seed(seed)
@@ -358,11 +295,10 @@ def test_an_image_and_its_mask_are_augmented_together(tmp_path):
         ignored = classes == IGNORED
         assert (image[0][ignored] == 204).all()  # the mean
         assert ignored.float().mean() < 0.75
+        assert ((image[0].int() - 20 * classes.int()).abs() <= 1)[~ignored].float().mean() > 0.6
         padded += bool(ignored.any())
-        agreeing += ((image[0].int() - 20 * classes.int()).abs() <= 1)[~ignored].float().mean() > 0.6
         rows = classes[0][~ignored[0]].int()
         flipped += bool((rows.diff() < 0).any() and not (rows.diff() > 0).any())
-    assert agreeing == 40
     assert 5 < flipped < 35
     assert 0 < padded < 25
 
@@ -389,24 +325,24 @@ def test_scales_are_relative_to_the_short_side():
 
 def test_narrow_strips_are_not_enlarged_without_limit(tmp_path):
     """The random scale does not decide whether an image is an error."""
-    for name, size in (("strip", (6000, 10)), ("wide", (1000, 100))):
+
+    def save(name, size):
         for kind in ("images", "masks"):
             (tmp_path / "train" / kind).mkdir(parents=True, exist_ok=True)
             Image.new("L", size).save(tmp_path / "train" / kind / f"{name}.png")
+
+    save("strip", (6000, 10))
+    save("wide", (1000, 100))
     pairs = open_pairs("train", CLASSES, THREE, data_path=str(tmp_path))
     for transform, scaled in (
         (joint_transforms.EvalTransform(224), "134400 x 224"),
         (joint_transforms.TrainTransform(8, 20, (0.1, 2), 0, [0.5] * 3), "24000 x 40"),
     ):
         samples = Samples(pairs, transform, in_chans=3, seed=0)
-        with pytest.raises(
-            BadImage,
-            match=rf"train/images/strip.png: its 6000 x 10 pixels .* {scaled}, .* 13,377",
-        ):
+        with pytest.raises(BadImage, match=rf"train/images/strip.png: its 6000 x 10 pixels .* {scaled}, .* 13,377"):
             samples[0, 0]
         assert samples[0, 1].image.shape[0] == 3
-    Image.new("L", (20_000, 800)).save(tmp_path / "train/images/strip.png")
-    Image.new("L", (20_000, 800)).save(tmp_path / "train/masks/strip.png")
+    save("strip", (20_000, 800))
     assert samples_of(pairs)[0, 0].image.shape[2] == 20_000  # not enlarged
 
 
@@ -416,8 +352,3 @@ def test_images_of_any_channels_are_augmented():
     assert (image.shape, image.dtype) == ((5, 24, 24), torch.float32)
     assert image[:, -1, -1].tolist() == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
     assert classes[-1, -1] == IGNORED
-
-
-def test_the_classes_of_voc_are_those_of_torchvision():
-    named = torchvision.models.segmentation.FCN_ResNet50_Weights.COCO_WITH_VOC_LABELS_V1.meta["categories"]
-    assert list(VOC)[1:] == named[1:]

@@ -28,9 +28,7 @@ def zeros(kind: int, size: int) -> bytes:
     return b"".join(chunks) + packer.flush()
 
 
-def make_tiff(
-    segment: bytes, compression: int, bits: int = 16, tile: int = 0, rows: int = 16, twice: bool = False
-) -> bytes:
+def make_tiff(segment: bytes, compression: int, bits=16, tile=0, rows=16, twice=False) -> bytes:
     """A TIFF file of 16 x 16 pixels in one strip or tile."""
     tags = [(256, 16), (257, 16), (258, bits), (259, compression), (262, 1), (277, 1)]
     tags += [(322, tile), (323, tile), (324, 8), (325, len(segment))] if tile else []
@@ -40,10 +38,10 @@ def make_tiff(
     return b"II*\0" + struct.pack("<I", 8 + len(segment)) + segment + struct.pack("<H", len(tags)) + entries + bytes(4)
 
 
-def with_false_size(kind: str, size: bytes) -> bytes:
+def with_false_size(kind: str, size: bytes, **options) -> bytes:
     """An image of 16 x 16 pixels that states another size."""
     stream = io.BytesIO()
-    Image.new("L", (16, 16)).save(stream, kind, **({"no_jp2": True} if kind == "JPEG2000" else {}))
+    Image.new("L", (16, 16)).save(stream, kind, **options)
     return stream.getvalue().replace(size[: len(size) // 2], size[len(size) // 2 :], 1)
 
 
@@ -51,15 +49,11 @@ def with_false_size(kind: str, size: bytes) -> bytes:
 def bombs(tmp_path_factory):
     """Files, each with its error message in a text file; "" if the file can be decoded in bounded memory."""
     large = {"deflate": (DEFLATE, zeros(DEFLATE, 128 * MB)), "LZMA": (LZMA, zeros(LZMA, 128 * MB))}
+    jpeg2000 = with_false_size("JPEG2000", struct.pack(">4I", 16, 16, 9999, 9999), no_jp2=True)
+    jpeg = with_false_size("JPEG", struct.pack(">4H", 16, 16, 9999, 9999))
     files = {
-        "JPEG 2000": (
-            make_tiff(with_false_size("JPEG2000", struct.pack(">4I", 16, 16, 9999, 9999)), JPEG2000),
-            "9999 x 9999",
-        ),
-        "JPEG": (
-            make_tiff(with_false_size("JPEG", struct.pack(">4H", 16, 16, 9999, 9999)), JPEG, bits=12),
-            "9999 x 9999",
-        ),
+        "JPEG 2000": (make_tiff(jpeg2000, JPEG2000), "9999 x 9999"),
+        "JPEG": (make_tiff(jpeg, JPEG, bits=12), "9999 x 9999"),
         "stated twice": (make_tiff(large["deflate"][1], DEFLATE, tile=16, twice=True), "states its TileWidth twice"),
     }
     for name, (codec, data) in large.items():

@@ -13,10 +13,13 @@ from util.files.untrusted import MAX_BYTES, escape_dollars, printable, read_file
 from util.training import run_log
 
 
-def test_untrusted_names_are_escaped():
+def test_untrusted_names_are_escaped(capsys):
     assert printable("plain, ünïcode 图 and blanks") == "plain, ünïcode 图 and blanks"
     assert printable("a\x1b]0;title\x07b\r\nc\x9b2J") == r"a\x1b]0;title\x07b\r\nc\x9b2J"
     assert printable("gnp.\u202eevil\udce9") == r"gnp.\u202eevil\udce9"
+    line = logging.LogRecord("", logging.WARNING, "", 0, "class \x1b]0;owned\x07\nand more", (), None)
+    run_log.LineHandler().emit(line)
+    assert capsys.readouterr().out == "warning: class \\x1b]0;owned\\x07\nand more\n"
 
 
 @pytest.mark.parametrize("text", ["$1-$5", "$", r"a\$\frac{1$", "plain"])
@@ -64,9 +67,3 @@ def test_a_dataset_of_pipes_devices_and_unusual_names_is_read_safely(tmp_path):
     assert "1,099,511,627,776 bytes, and at most" in output
     assert r"\x1b]0;owned\x07.png" in output
     assert not set("\x1b\x07") & set(output)
-
-
-def test_log_lines_contain_no_control_characters(capsys):
-    line = logging.LogRecord("", logging.WARNING, "", 0, "class \x1b]0;owned\x07\nand more", (), None)
-    run_log.LineHandler().emit(line)
-    assert capsys.readouterr().out == "warning: class \\x1b]0;owned\\x07\nand more\n"
