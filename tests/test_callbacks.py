@@ -22,8 +22,6 @@ from util.weights import loading
 
 
 class History:
-    """Records the epoch and a weight after every update."""
-
     def __init__(self):
         self.epochs, self.weights = [], []
 
@@ -48,15 +46,12 @@ def test_a_callback_runs_after_every_update(pretrain):
     assert history.weights[-1] == state["model"]["cls_token"][0, 0, 0].item() != history.weights[-2]
 
 
-@pytest.mark.parametrize(
-    ("state", "message"),
-    [
-        (np.float64(3), "the state of History.epochs is a float64, and checkpoints contain .* plain values only"),
-        ([Path("a")], "the state of History.epochs.0 is a PosixPath"),
-        (deque([1]), "the state of History.epochs is a deque"),
-        ({(1, 2): np.int64(3)}, r"the state of History.epochs.\(1, 2\) is a int64"),
-    ],
-)
+@pytest.mark.parametrize(("state", "message"), [
+    (np.float64(3), "the state of History.epochs is a float64, and checkpoints contain .* plain values only"),
+    ([Path("a")], "the state of History.epochs.0 is a PosixPath"),
+    (deque([1]), "the state of History.epochs is a deque"),
+    ({(1, 2): np.int64(3)}, r"the state of History.epochs.\(1, 2\) is a int64")
+])  # fmt: skip
 def test_a_state_that_could_not_be_read_again_is_an_error_before_training(pretrain, tmp_path, state, message):
     history = History()
     history.epochs = state

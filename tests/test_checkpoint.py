@@ -16,9 +16,8 @@ def example_state():
     return {
         "model": {"weight": torch.randn(3, 4), "bias": torch.zeros(3, dtype=torch.bfloat16), "count": torch.tensor(7)},
         "optimizer": {"state": {0: {"step": torch.tensor(5.0)}}, "param_groups": [{"lr": 0.1, "params": [0]}]},
-        "epoch": 3,
-        "args": {"model": "mae_vit_mini_patch4", "input_size": [16, 24], "lr": None},
-    }
+        "epoch": 3, "args": {"model": "mae_vit_mini_patch4", "input_size": [16, 24], "lr": None}
+    }  # fmt: skip
 
 
 def same(a, b):
@@ -39,15 +38,12 @@ def test_round_trip_with_plain_torch_load(tmp_path):
 
 def test_digest_covers_everything():
     state = example_state()
-    changes = [
-        lambda s: s["model"]["weight"][0, 0].add_(1e-6),
-        lambda s: s["model"].update(bias=s["model"]["bias"].half()),
-        lambda s: s["model"].update(weight=s["model"]["weight"].reshape(4, 3)),
-        lambda s: s["optimizer"]["param_groups"][0].update(lr=0.2),
-        lambda s: s.update(epoch=4),
-        lambda s: s["args"].update(lr="None"),
-        lambda s: s["model"].update(other=s["model"].pop("count")),
-    ]
+    changes = [lambda s: s["model"]["weight"][0, 0].add_(1e-6),
+               lambda s: s["model"].update(bias=s["model"]["bias"].half()),
+               lambda s: s["model"].update(weight=s["model"]["weight"].reshape(4, 3)),
+               lambda s: s["optimizer"]["param_groups"][0].update(lr=0.2), lambda s: s.update(epoch=4),
+               lambda s: s["args"].update(lr="None"),
+               lambda s: s["model"].update(other=s["model"].pop("count"))]  # fmt: skip
     digests = {checkpoint.compute_digest(state)}
     for change in changes:
         changed = copy.deepcopy(state)
@@ -62,8 +58,7 @@ def test_a_full_disk_leaves_the_previous_file(small_disk):
     before = path.read_bytes()
     with pytest.raises(OSError, match=r"checkpoint-last.pth .*space"):
         checkpoint.write({"model": {"weight": torch.randn(1000, 1000)}}, path)
-    assert path.read_bytes() == before
-    assert os.listdir(small_disk) == ["checkpoint-last.pth"]
+    assert (path.read_bytes(), os.listdir(small_disk)) == (before, ["checkpoint-last.pth"])
 
 
 class Attack:

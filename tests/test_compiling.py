@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from mains import Stopped, assert_close, assert_equal, in_processes, lines, stop_after, weights
+from mains import Stopped, assert_close, in_processes, lines, stop_after
 from torch._dynamo.utils import counters
 
 import main_finetune
@@ -88,34 +88,29 @@ def test_compiled_training_resumes_and_runs_in_two_processes(pretrain, pictures,
     """All runs use the graph of the previous test, which is compiled once."""
     settings = {"accum_iter": 2, "save_minutes": 0, "grad_checkpointing": True}
     eager = pretrain("eager", **settings)
-    whole = pretrain("whole", compile=True, **settings)
-    assert_close(whole, eager)
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         stop_after(patch, "save", 2)
         pretrain("parts", compile=True, **settings)
-    assert_equal(weights(whole), weights(pretrain("parts", compile=True, **settings, resume="auto")))
+    assert_close(pretrain("parts", compile=True, **settings, resume="auto"), eager)
     (tmp_path / "shallow.py").write_text(SHALLOW)
     flags = ("--batch_size", 4, "--epochs", 2, "--compile", "--grad_checkpointing")
     in_processes(2, pictures, tmp_path / "two", *flags, script=tmp_path / "shallow.py")
     assert_close(eager, tmp_path / "two")
 
 
-def test_a_classifier_is_compiled_for_training_and_evaluation(classify):
-    settings = {"mixup": 0.8, "drop_path": 0.2, "aa": "none", "batch_size": 8}
+def test_a_classifier_is_compiled_for_training_evaluation_and_features(classify, labelled, tmp_path):
+    settings = {"mixup": 0.8, "drop_path": 0.2, "aa": "none", "batch_size": 24}
     eager, compiled = classify(main_finetune, "eager", **settings), classify(main_finetune, compile=True, **settings)
     for ours, theirs in zip(lines(compiled), lines(eager), strict=True):
         assert ours["test_loss"] == pytest.approx(theirs["test_loss"], rel=1e-4)
         assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-4)
-
-
-def test_evaluation_and_features_of_a_compiled_model(classify, labelled, tmp_path):
-    file = classify(main_finetune, epochs=1) / "checkpoint-0.pth"
-    eager, compiled = (classify(main_finetune, eval=True, finetune=file, **how) for how in ({}, {"compile": True}))
-    assert compiled.loss == pytest.approx(eager.loss, rel=1e-4)
-    assert compiled.predictions.tolist() == eager.predictions.tolist()
+    file = eager / "checkpoint-1.pth"  # evaluated in batches of two sizes
+    scores = classify(main_finetune, eval=True, finetune=file, compile=True, batch_size=16)
+    assert scores.loss == pytest.approx(theirs["test_loss"], rel=1e-4)
+    assert scores.acc1 == theirs["test_acc1"]
     rows = []
     for how in ([], ["--compile"]):
-        argv = [labelled, "--model", file, "--out", tmp_path / "rows.npz", "--num_workers", 1, "--device", "cpu", *how]
+        argv = [labelled, "--model", file, "--out", tmp_path / "rows.npz", "--num_workers", 0, "--device", "cpu", *how]
         features.main(entry_point.parse(features.get_args_parser(), list(map(str, argv))))
         rows.append(np.load(tmp_path / "rows.npz")["features"])
     np.testing.assert_allclose(*rows, rtol=1e-3, atol=1e-5)

@@ -16,7 +16,6 @@ from util import dist, plain_data
 
 @pytest.fixture
 def environment(monkeypatch):
-    """Sets variables; all changes of the environment are undone after the test."""
     monkeypatch.setattr(os, "environ", dict(os.environ))
     return os.environ.update
 
@@ -41,18 +40,20 @@ def test_devices():
     if not torch.backends.mps.is_available():
         with pytest.raises(ValueError, match="no MPS device"):
             dist.choose_device("mps")
+    assert dist.init("cpu", backend="gloo") == torch.device("cpu")
+    with pytest.raises(ValueError, match=r"--dist_backend nccl .*cpu"):
+        dist.init("cpu", backend="nccl")
 
 
 def test_cuda_devices_have_a_number(monkeypatch):
+    chosen = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    chosen = []
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     assert dist.init("auto") == dist.init("cuda") == torch.device("cuda", 0)
     assert dist.init("cuda:1") == torch.device("cuda", 1)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert dist.init("auto") == torch.device("cuda", 1)
-    assert {device.index for device in chosen} == {0, 1}
+    assert (dist.init("auto"), {device.index for device in chosen}) == (torch.device("cuda", 1), {0, 1})
     with pytest.raises(ValueError, match=r"device 2, .* 2"):
         dist.init("cuda:2")
 
@@ -89,41 +90,34 @@ def test_a_task_uses_the_gpus_assigned_by_slurm(monkeypatch, visible, variables,
     assert dist.choose_device("cuda:0") == torch.device("cuda", 0)  # which the message advises
 
 
-@pytest.mark.parametrize(
-    ("variables", "message"),
-    [
-        ({}, "RANK is not: start several processes with torchrun"),
-        ({"RANK": "first"}, "RANK=first in the environment is not a number"),
-        ({"RANK": "2"}, "RANK=2 in the environment must be below WORLD_SIZE=2"),
-        ({"RANK": "1"}, "WORLD_SIZE=2 in the environment without MASTER_ADDR and MASTER_PORT: start several processes"),
-        ({"RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "x"}, "MASTER_PORT=x in the environment is not"),
-    ],
-)
+@pytest.mark.parametrize(("variables", "message"), [
+    ({}, "RANK is not: start several processes with torchrun"),
+    ({"RANK": "first"}, "RANK=first in the environment is not a number"),
+    ({"RANK": "2"}, "RANK=2 in the environment must be below WORLD_SIZE=2"),
+    ({"RANK": "1"}, "WORLD_SIZE=2 in the environment without MASTER_ADDR and MASTER_PORT: start several processes"),
+    ({"RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "x"}, "MASTER_PORT=x in the environment is not")
+])  # fmt: skip
 def test_an_incomplete_launcher_environment_is_an_error(environment, variables, message):
     environment({"WORLD_SIZE": "2"} | variables)
     with pytest.raises(ValueError, match=message):
         dist.init("cpu")
 
 
-@pytest.mark.parametrize(("number", "reason"), [("0", "1/2 clients joined"), ("1", "Connection refused")])
-def test_missing_processes_are_named(environment, capfd, number, reason):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment({"WORLD_SIZE": "2", "RANK": number, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
-    with pytest.raises(ValueError, match=rf"{number} of 2 .* 127.0.0.1:{port} .*{reason}"):
-        dist.init("cpu", timeout=1)
-    assert "frame #" not in capfd.readouterr().err  # PyTorch's backtraces
-
-
-def test_a_port_in_use_is_named(environment):
+def test_missing_processes_and_a_port_in_use_are_named(environment, capfd):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
-        taken.listen()
         port = taken.getsockname()[1]
-        environment({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+        environment({"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+        environment({"RANK": "1"})
+        with pytest.raises(ValueError, match=rf"1 of 2 .* 127.0.0.1:{port} .*Connection refused"):
+            dist.init("cpu", timeout=1)
+        taken.listen()
+        environment({"RANK": "0"})
         with pytest.raises(ValueError, match=rf"127.0.0.1:{port} .*--master_port"):
             dist.init("cpu", timeout=1)
+    with pytest.raises(ValueError, match=rf"0 of 2 .* 127.0.0.1:{port} .*1/2 clients joined"):
+        dist.init("cpu", timeout=1)
+    assert "frame #" not in capfd.readouterr().err  # PyTorch's backtraces
 
 
 @pytest.mark.parametrize("killed", [0, 1])
@@ -134,26 +128,21 @@ def test_a_lost_process_is_a_one_line_error_in_the_others(pictures, tmp_path, ki
         together = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     flags = small_run(pictures, tmp_path, "--batch_size", 2, "--epochs", 1000, "--num_workers", 1)
     files = [tmp_path / f"errors{number}" for number in range(2)]
-    processes = [
-        forks.Forks("main_pretrain.py", flags, tmp_path / "output", environment=together | {"RANK": str(number)},
-                    errors=file)
-        for number, file in enumerate(files)
-    ]  # fmt: skip
+    processes = [forks.Forks("main_pretrain.py", flags, tmp_path / "output",
+                             environment=together | {"RANK": str(number)},
+                             errors=file) for number, file in enumerate(files)]  # fmt: skip
     wait_until((tmp_path / "log.txt").exists)
     processes[killed].processes[0].kill()
     assert processes[1 - killed].wait(120) == [1]
     [line] = [line for line in files[1 - killed].read_text().splitlines() if "WARNING" not in line]
-    assert line == (
-        f"main_pretrain.py: error: process {1 - killed} of 2 lost process {killed}; its log has the reason; the same "
-        f"command with --resume auto resumes from the newest checkpoint"
-    )
+    assert line.startswith(f"main_pretrain.py: error: process {1 - killed} of 2 lost process {killed}; ")
+    assert "--resume auto" in line
 
 
 CODE = """
 import os, time
 import torch
 from util import dist, plain_data
-
 def main(device):
     if dist.rank() == 1:
         time.sleep(0.5)
@@ -174,7 +163,6 @@ def main(device):
     line = f"{dist.rank()}/{dist.world_size()} {alone} {model.module.weight.grad.item()} {mean.item()}"
     line += f" {met} {dist.gather(dist.rank() + 7)} {norm.running_mean.item()} {dist.is_main()}"
     open(f"out{dist.rank()}", "w").write(line)
-
 main(dist.init("cpu"))
 dist.teardown()
 """
@@ -192,19 +180,15 @@ OF_RANK_0 = """
 import time
 from util import dist, plain_data
 from util.cli.advice import AdvisedError, Remedy
-
 calls, exchanges, gather = [], [], dist.gather
 dist.gather = lambda value: exchanges.append(value) or gather(value)
 dist.EXCHANGE_SECONDS = 0.1
-
 def slow():
     calls.append(dist.rank())
     time.sleep(0.5)
     return {"rank": dist.rank()}
-
 def fails():
     raise AdvisedError("no images", Remedy({"data_path": "others"}), about={"dataset": "x"})
-
 dist.init("cpu")
 line = f"{dist.from_rank_0(slow)} {calls} {len(exchanges) > 3}"
 try:
@@ -227,11 +211,9 @@ OF_AN_ATTACKER = """
 import os
 import torch.distributed as td
 from util import dist, plain_data
-
 class Evil:
     def __reduce__(self):
         return os.mkdir, (f"executed{os.environ['RANK']}",)
-
 dist.init("cpu")
 for attack, honest in (
     (lambda: td.all_gather_object([None, None], Evil()), lambda: dist.gather({"a": 1})),
@@ -246,7 +228,6 @@ os._exit(0)
 
 
 def test_a_process_executes_nothing_that_another_one_sends(tmp_path):
-    """Rank 0 sends pickles instead of data. They are rejected, and not executed."""
     forks.run_code(OF_AN_ATTACKER, tmp_path, count=2)
     assert not (tmp_path / "executed1").exists()
     assert (tmp_path / "out1").read_text() == "ValueError ValueError "
@@ -258,8 +239,7 @@ def test_exchanged_values_are_equal_and_contain_no_objects():
     value = {"a": [1, 2.5, None, True, "x\udc80"], 3: (1, Path("b")), "t": tensor, "e": torch.zeros(0, 4)}
     copy = plain_data.loads(plain_data.dumps(value))
     assert torch.equal(copy.pop("t"), value.pop("t"))
-    assert copy.pop("e").shape == value.pop("e").shape
-    assert copy == value
+    assert (copy.pop("e").shape, copy) == (value.pop("e").shape, value)
     for array in (np.array(["ab", "c"]), np.zeros((0, 3), np.int64), np.array([True, False]), np.float32([1, 2])):
         copy = plain_data.loads(plain_data.dumps(array))
         assert (copy.dtype, copy.shape, copy.tolist()) == (array.dtype, array.shape, array.tolist())
@@ -283,12 +263,10 @@ from torch import nn
 import main_pretrain
 from models_mae import MaskedAutoencoderViT
 from util.cli import entry_point
-
 class Unused(MaskedAutoencoderViT):
     def __init__(self, **arguments):
         super().__init__(**arguments)
         self.projection = nn.Linear(4, 4)
-
 entry_point.run(lambda args: main_pretrain.main(args, Unused), main_pretrain.get_args_parser())
 """
 
@@ -304,10 +282,8 @@ def test_parameters_without_a_gradient_are_named_before_the_first_update(picture
     assert not list((tmp_path / "run").glob("*.pth"))
 
 
-STEP = {
-    "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NODELIST": "gpu[03-04]",
-    "SLURM_STEP_TASKS_PER_NODE": "2(x2)", "SLURM_JOB_ID": "40017", "SLURM_STEP_ID": "0",
-}  # fmt: skip
+STEP = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NODELIST": "gpu[03-04]",
+        "SLURM_STEP_TASKS_PER_NODE": "2(x2)", "SLURM_JOB_ID": "40017", "SLURM_STEP_ID": "0"}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -324,39 +300,24 @@ def test_srun_environment_is_translated(environment, nodes, first):
     assert 20000 <= int(os.environ["MASTER_PORT"]) < 32000
 
 
-def test_sbatch_and_salloc_shells_are_single_processes(environment):
-    environment({"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "8"})
+@pytest.mark.parametrize(("variables", "expected"), [
+    ({"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, {"WORLD_SIZE": None}),  # the script of sbatch
+    (STEP | {"SLURM_STEP_NUM_TASKS": "1"}, {"WORLD_SIZE": None}),  # the shell that salloc opens as a step
+    (STEP | {"WORLD_SIZE": "2", "RANK": "0"}, {"WORLD_SIZE": "2", "RANK": "0"}),  # torchrun within a step
+    (STEP | {"MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "29999"},
+     {"MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "29999", "RANK": "3"}),
+])  # fmt: skip
+def test_single_processes_and_explicit_variables_take_precedence(environment, variables, expected):
+    environment(variables)
     dist.translate_srun()
-    assert "WORLD_SIZE" not in os.environ
-    environment(STEP | {"SLURM_STEP_NUM_TASKS": "1"})  # the shell that salloc opens as a step
-    dist.translate_srun()
-    assert "WORLD_SIZE" not in os.environ
-
-
-def test_an_explicit_master_address_in_a_step_takes_precedence(environment):
-    environment(STEP | {"MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "29999"})
-    dist.translate_srun()
-    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], os.environ["RANK"]) == ("10.0.0.7", "29999", "3")
+    assert {name: os.environ.get(name) for name in expected} == expected
 
 
 def test_missing_variables_of_slurm_are_named(environment):
-    known = {name: STEP[name] for name in ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_ID")}
-    environment(known)
     missing = "SLURM_STEP_ID, SLURM_STEP_TASKS_PER_NODE, SLURM_STEP_NODELIST"
+    environment({name: value for name, value in STEP.items() if name not in missing})
     with pytest.raises(ValueError, match=rf"SLURM_STEP_NUM_TASKS=4 .*, but {missing} "):
         dist.init("cpu")
-
-
-def test_torchrun_within_a_step_takes_precedence(environment):
-    environment(STEP | {"WORLD_SIZE": "2", "RANK": "0"})
-    dist.translate_srun()
-    assert (os.environ["WORLD_SIZE"], os.environ["RANK"]) == ("2", "0")
-
-
-def test_backends(monkeypatch):
-    assert dist.init("cpu", backend="gloo") == torch.device("cpu")
-    with pytest.raises(ValueError, match=r"--dist_backend nccl .*cpu"):
-        dist.init("cpu", backend="nccl")
 
 
 def test_a_restart_by_a_launcher_is_detected(monkeypatch):

@@ -14,7 +14,7 @@ from sklearn.metrics import log_loss, top_k_accuracy_score
 import main_finetune
 import main_knn
 import main_linprobe
-from engine_finetune import encode, evaluate, with_recorded_settings
+from engine_finetune import encode, evaluate
 from models_vit import vit_mini_patch4
 from util import dist
 from util.cli import entry_point
@@ -26,7 +26,6 @@ from util.evaluation.tasks import Evaluation
 from util.settings import DataSpec, ImageSpec
 from util.training import feature_files
 from util.training.precision import Precision
-from util.weights.loading import Weights
 
 
 @pytest.fixture
@@ -38,9 +37,8 @@ def evaluation_of(pictures):
         model = vit_mini_patch4(img_size=16, num_classes=num_classes, drop_path_rate=0.9)  # in training alone
         torch.nn.init.normal_(model.head.weight, std=0.1)
         batches = loader.eval_loader(make_samples(pictures), batch_size, 0, False)
-        return model, batches, evaluate(
-            model, batches, normalize=normalize, precision=Precision("off", torch.device("cpu"))
-        )  # fmt: skip
+        return model, batches, evaluate(model, batches, normalize=normalize,
+                                        precision=Precision("off", torch.device("cpu")))  # fmt: skip
 
     return run
 
@@ -58,13 +56,6 @@ def test_evaluation_equals_scikit_learn(evaluation_of):
     assert np.array_equal(scores.labels, labels)
 
 
-def test_the_batch_size_has_no_effect(evaluation_of):
-    one, other = evaluation_of(7)[2], evaluation_of(64)[2]
-    assert np.array_equal(one.predictions, other.predictions)
-    assert one.num_in_top == other.num_in_top
-    assert one.loss == pytest.approx(other.loss, rel=1e-6)
-
-
 def test_top_5_needs_5_classes(evaluation_of):
     assert evaluation_of(8, num_classes=4)[2].num_in_top is None
     assert "Acc@5" not in str(evaluation_of(8, num_classes=4)[2])
@@ -75,23 +66,6 @@ def test_evaluation_prints_the_published_line():
     scores = Evaluation(np.array([1, 2, 3]), np.array([1, 2, 0]), 3, 0.7314)
     assert str(scores) == "* Acc@1 66.667 Acc@5 100.000 loss 0.731"
     assert scores.stats() == {"test_acc1": pytest.approx(200 / 3), "test_acc5": 100.0, "test_loss": 0.7314}
-
-
-def test_samples_of_several_processes_are_merged_in_order():
-    parts = [np.array([0, 3, 6]), np.array([1, 4, 7]), np.array([2, 5])]
-    assert dist.interleave(parts).tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
-
-
-def test_predictions_of_all_processes_are_counted(evaluation_of, monkeypatch):
-    """Another process has the first 23 samples, all with correct predictions."""
-    _, _, alone = evaluation_of(8)
-    other = [alone.labels[:23], alone.labels[:23], np.ones(23, dtype=bool), np.full(23, 2.0)]
-    monkeypatch.setattr(dist, "gather", lambda mine: [mine, (other, 7)])
-    both = evaluation_of(8)[2]
-    assert len(both.labels) == 47
-    assert both.acc1 == pytest.approx((alone.acc1 * 24 + 100 * 23) / 47)
-    assert both.num_in_top == alone.num_in_top + 23
-    assert both.loss == pytest.approx((alone.loss * 24 + 46) / 47)
 
 
 def test_features_are_those_of_evaluation_mode(labelled):
@@ -118,22 +92,6 @@ def test_a_process_without_images_has_features_of_the_same_width(labelled, monke
     monkeypatch.setattr(dist, "gather", lambda mine: [(5,), mine])
     features, labels = feature_files.extract(lambda rest: [], source)
     assert (features.shape, features.dtype, labels.tolist()) == ((0, 5), torch.float32, [])
-
-
-def test_explicit_flags_override_recorded_settings(caplog):
-    args = entry_point.parse(
-        main_finetune.get_args_parser(), ["--input_size", "32", "--crop_pct", "0.5", "--nb_classes", "6"]
-    )
-    recorded = {"input_size": 16, "in_chans": 1, "crop_pct": 0.5, "nb_classes": 7, "mean": [0.5], "unknown": 3}
-    tensors = {"patch_embed.proj.weight": torch.zeros(8, 1, 4, 4), "cls_token": torch.zeros(1, 1, 8)}
-    file = Weights(tensors, recorded, "classifier", "run.pth")
-    caplog.set_level("INFO")
-    found = with_recorded_settings(args, file, recorded)
-    assert (found.input_size, found.in_chans, found.crop_pct, found.nb_classes, found.mean) == (32, 1, 0.5, 6, [0.5])
-    assert args.in_chans == 3
-    assert [record.getMessage() for record in caplog.records] == [
-        "--input_size 32 is used, and run.pth was made with --input_size 16", "settings of run.pth: --in_chans 1"
-    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("main", [main_finetune, main_linprobe, main_knn])

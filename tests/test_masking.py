@@ -1,11 +1,10 @@
 """Explicit masks, and masking strategies."""
 
-import json
 import re
 
 import pytest
 import torch
-from mains import in_processes
+from mains import in_processes, lines
 
 from models_mae import mae_vit_mini_patch4
 from util.masking import (
@@ -21,9 +20,9 @@ from util.masking import (
 )
 
 
-def random_mask(batch_size, grid_size, ratio, generator=None):
+def random_mask(batch_size, grid_size, ratio):
     """An oracle: as many patches as in the model, without replacement."""
-    ranks = torch.rand(batch_size, grid_size[0] * grid_size[1], generator=generator).argsort(dim=1).argsort(dim=1)
+    ranks = torch.rand(batch_size, grid_size[0] * grid_size[1]).argsort(dim=1).argsort(dim=1)
     return (ranks >= num_visible(ranks.shape[1], ratio)).unflatten(1, grid_size)
 
 
@@ -36,23 +35,11 @@ def test_every_form_of_a_mask_is_equivalent():
         assert num_visible(6, ratio) == 3
 
 
-def test_one_masked_pixel_masks_its_patch():
-    mask = torch.zeros(1, 8, 6)
-    mask[0, 7, 0] = 1
-    assert noise_from_mask(mask, (2, 3), (4, 2))[0].nonzero().tolist() == [[0, 3]]
-
-
-@pytest.mark.parametrize(
-    ("mask", "message"),
-    [
-        (
-            torch.tensor([[0, 1, 1, 1], [0, 0, 1, 1]]),
-            r"same number of patches visible, and these leave \[1, 2\]",
-        ),
-        (torch.ones(2, 4), "leave at least one patch visible"),
-        (torch.zeros(2, 5), r"must be \(B, 4\), \(B, 2, 2\) or \(B, 8, 8\); got \(2, 5\)"),
-    ],
-)
+@pytest.mark.parametrize(("mask", "message"), [
+    (torch.tensor([[0, 1, 1, 1], [0, 0, 1, 1]]), r"same number of patches visible, and these leave \[1, 2\]"),
+    (torch.ones(2, 4), "leave at least one patch visible"),
+    (torch.zeros(2, 5), r"must be \(B, 4\), \(B, 2, 2\) or \(B, 8, 8\); got \(2, 5\)")
+])  # fmt: skip
 def test_invalid_masks_are_errors(mask, message):
     with pytest.raises(ValueError, match=message):
         noise_from_mask(mask, (2, 2), (4, 4))
@@ -60,26 +47,18 @@ def test_invalid_masks_are_errors(mask, message):
 
 @pytest.mark.parametrize("ratio", [0.5, 0.75])
 def test_blocks_mask_the_ratio_in_every_image(ratio):
-    generator = torch.Generator().manual_seed(0)
-    masks = block_mask(200, (14, 12), ratio, generator)
+    masks = block_mask(200, (14, 12), ratio, torch.Generator().manual_seed(0))
     assert masks.dtype == torch.bool
     assert set((~masks).flatten(1).sum(dim=1).tolist()) == {int(168 * (1 - ratio))}
     assert len(torch.unique(masks.flatten(1), dim=0)) > 190
     assert torch.equal(block_mask(200, (14, 12), ratio, torch.Generator().manual_seed(0)), masks)
     often = masks.float().mean(dim=0)
-    assert often.amax(dim=0).min() > 0.1  # blocks reach every column and row
-    assert often.amax(dim=1).min() > 0.1
-
-
-def neighbors_alike(masks):
-    return (masks[:, :, 1:] == masks[:, :, :-1]).float().mean().item()
+    assert min(often.amax(dim=0).min(), often.amax(dim=1).min()) > 0.1  # blocks reach every column and row
 
 
 def test_blocks_are_connected():
-    generator = torch.Generator().manual_seed(0)
-    scattered = neighbors_alike(random_mask(100, (14, 14), 0.5, generator))
-    assert scattered == pytest.approx(0.5, abs=0.02)
-    assert neighbors_alike(block_mask(100, (14, 14), 0.5, generator)) > 0.8
+    masks = block_mask(100, (14, 14), 0.5, torch.Generator().manual_seed(0))
+    assert (masks[:, :, 1:] == masks[:, :, :-1]).float().mean() > 0.8  # 0.5 of independent patches
 
 
 def test_grid_masking_leaves_one_of_four_patches_visible():
@@ -127,29 +106,8 @@ def test_training_uses_the_masks_of_the_sampler(masking, grid_size):
     masks = model(torch.rand(5, 3, 4 * grid_size[0], 4 * grid_size[1]), mask_ratio, noise=noise)[2]
     masks = masks.unflatten(1, grid_size).bool()
     torch.manual_seed(3)
-    if masking == "random":
-        expected = torch.cat([random_mask(1, grid_size, 0.75) for _ in range(5)])
-    elif masking == "block":
-        expected = torch.cat([block_mask(1, grid_size, 0.75) for _ in range(5)])
-    else:
-        expected = grid_mask(5, grid_size)
-    assert torch.equal(masks, expected)
-
-
-def test_grid_masking_has_a_ratio_of_its_own():
-    with pytest.raises(ValueError, match=r"--mask_ratio 0\.5: --masking grid"):
-        sampler("grid", (14, 14), 0.5)
-
-
-def test_the_scripts_masks_do_not_depend_on_workers(pretrain):
-    def losses(name, **flags):
-        out = pretrain(name, **flags, warmup_epochs=0)
-        return [json.loads(line)["train_loss"] for line in (out / "log.txt").open()]
-
-    block = losses("block", masking="block")
-    assert losses("workers", masking="block", num_workers=2) == block
-    assert losses("random") != block
-    assert losses("grid", masking="grid") not in (block, losses("again"))
+    one = {"random": random_mask, "block": block_mask, "grid": lambda count, grid, _: grid_mask(count, grid)}[masking]
+    assert torch.equal(masks, torch.cat([one(1, grid_size, 0.75) for _ in range(5)]))
 
 
 @pytest.mark.parametrize(
@@ -212,36 +170,22 @@ def test_random_blocks_are_uniform():
         (("block", (16, 16), 0.75, 4), "--mask_block 4 is for --masking random: omit --mask_block or --masking block"),
         (("random", (4, 4), 0.75, 4), "the images have a single block of patches: give a smaller --mask_block"),
         (("random", (4, 8), 0.75, 4), "leaves none of the 2 blocks visible: give --mask_ratio 0.5 or less"),
+        (("grid", (14, 14), 0.5), r"--mask_ratio 0\.5: --masking grid"),
+        (("nonsense", (4, 4), 0.75), r"--masking nonsense: .*random, block, grid"),
     ],
 )  # fmt: skip
-def test_blocks_that_do_not_fit(settings, message):
+def test_settings_that_do_not_fit_are_errors(settings, message):
     with pytest.raises(ValueError, match=message):
         sampler(*settings)
 
 
-def test_masks_of_blocks_do_not_depend_on_workers_and_processes(pretrain, pictures, tmp_path):
-    def losses(out):
-        return [json.loads(line)["train_loss"] for line in (out / "log.txt").open()]
-
-    blocks = pretrain("blocks", mask_block=2, warmup_epochs=0, epochs=1)
-    assert losses(pretrain("workers", mask_block=2, warmup_epochs=0, epochs=1, num_workers=2)) == losses(blocks)
-    assert losses(pretrain("patches", warmup_epochs=0, epochs=1)) != losses(blocks)
-    flags = ("--mask_block", 2, "--warmup_epochs", 0, "--batch_size", 2, "--epochs", 1)
-    in_processes(2, pictures, tmp_path / "processes", *flags)
-    assert losses(tmp_path / "processes") == pytest.approx(losses(blocks), rel=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("num_patches", "ratio", "message"),
-    [
-        (1, 0.75, "the images have a single patch: give a larger --input_size, or a smaller --patch_size"),
-        (1, 0.0, "the images have a single patch"),
-        (2, 0.0, "--mask_ratio 0 masks none of the 2 patches, .* give --mask_ratio 0.5$"),
-        (3, 0.0, "give --mask_ratio 0.666$"),
-        (16, 0.0, "give --mask_ratio 0.75$"),
-        (196, 0.999, "--mask_ratio 0.999 leaves none of the 196 patches visible: give --mask_ratio 0.994 or less"),
-    ],
-)
+@pytest.mark.parametrize(("num_patches", "ratio", "message"), [
+    (1, 0.75, "the images have a single patch: give a larger --input_size, or a smaller --patch_size"),
+    (1, 0.0, "the images have a single patch"),
+    (2, 0.0, "--mask_ratio 0 masks none of the 2 patches, .* give --mask_ratio 0.5$"),
+    (3, 0.0, "give --mask_ratio 0.666$"), (16, 0.0, "give --mask_ratio 0.75$"),
+    (196, 0.999, "--mask_ratio 0.999 leaves none of the 196 patches visible: give --mask_ratio 0.994 or less")
+])  # fmt: skip
 def test_ratios_without_masked_or_visible_patches(num_patches, ratio, message):
     with pytest.raises(ValueError, match=message) as error:
         check_ratio(num_patches, ratio)
@@ -249,6 +193,16 @@ def test_ratios_without_masked_or_visible_patches(num_patches, ratio, message):
         check_ratio(num_patches, float(advised[1]))
 
 
-def test_an_unknown_strategy_is_refused():
-    with pytest.raises(ValueError, match=r"--masking nonsense: .*random, block, grid"):
-        sampler("nonsense", (4, 4), 0.75)
+def test_masks_of_runs_do_not_depend_on_workers_and_processes(pretrain, pictures, tmp_path):
+    def losses(out):
+        return [line["train_loss"] for line in lines(out)]
+
+    kinds = [{"masking": "random"}, {"masking": "block"}, {"masking": "grid"}, {"mask_block": 2}]
+    settings = {"warmup_epochs": 0, "epochs": 1}
+    one = [losses(pretrain(f"one{n}", **kind, **settings)) for n, kind in enumerate(kinds)]
+    assert len({loss for (loss,) in one}) == 4
+    for n in (1, 3):
+        assert losses(pretrain(f"workers{n}", **kinds[n], **settings, num_workers=2)) == one[n]
+    flags = ("--mask_block", 2, "--warmup_epochs", 0, "--batch_size", 2, "--epochs", 1)
+    in_processes(2, pictures, tmp_path / "processes", *flags)
+    assert losses(tmp_path / "processes") == pytest.approx(one[3], rel=1e-5)

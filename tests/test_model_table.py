@@ -10,11 +10,10 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import model_table
 
 
-@pytest.mark.parametrize(
-    ("size", "pixels", "millions", "billions"),
-    [("base_patch16", 224, 86.567656, 17.58), ("large_patch16", 224, 304.326632, 61.60),
-     ("huge_patch14", 224, 632.045800, 167.40), ("huge_patch14", 448, 633.03, 732.13)],
-)  # fmt: skip
+@pytest.mark.parametrize(("size", "pixels", "millions", "billions"), [
+    ("base_patch16", 224, 86.567656, 17.58), ("large_patch16", 224, 304.326632, 61.60),
+    ("huge_patch14", 224, 632.045800, 167.40), ("huge_patch14", 448, 633.03, 732.13)
+])  # fmt: skip
 def test_published_numbers(size, pixels, millions, billions):
     row = model_table.measure(size, pixels)
     assert row["classifier"] / 1e6 == pytest.approx(millions, abs=0.005)

@@ -11,24 +11,17 @@ from models_mae import MaskedAutoencoderViT
 from models_vit import VisionTransformer, vit_mini_patch4
 from util.settings import specs
 from util.weights.loading import Weights
-from util.weights.model_zoo import CLASSIFIER, FULL
+from util.weights.model_zoo import CLASSIFIER
 
 MINI = {"model": "vit_mini_patch4", "input_size": 16, "patch_size": None, "in_chans": 3, "nb_classes": 5,
         "global_pool": True}  # fmt: skip
 MAE = {"model": "mae_vit_mini_patch4", "input_size": 16, "patch_size": None, "in_chans": 3, "norm_pix_loss": True}
 
 
-def test_every_setting_of_an_autoencoder():
-    model = models_build.autoencoder(*specs(MAE))
-    assert (model.grid_size, model.patch_embed.in_chans, model.norm_pix_loss) == ((4, 4), 3, True)
-    assert (len(model.decoder_blocks), model.mask_token.shape[-1]) == (1, 64)
-    other = {"input_size": [16, 24], "patch_size": 8, "in_chans": 1, "norm_pix_loss": False, "decoder_depth": 2}
-    model = models_build.autoencoder(*specs(MAE | other))
-    assert (model.grid_size, model.patch_embed.in_chans, model.norm_pix_loss) == ((2, 3), 1, False)
-    assert len(model.decoder_blocks) == 2
-    named = models_build.autoencoder_arguments(
-        *specs(MAE | {"model": "mae_vit_base_patch16_dec512d8b", "decoder_depth": None})
-    )
+def test_names_of_autoencoders():
+    """test_updates.py has the other settings."""
+    alias = MAE | {"model": "mae_vit_base_patch16_dec512d8b", "decoder_depth": None}
+    named = models_build.autoencoder_arguments(*specs(alias))
     assert (named["embed_dim"], named["decoder_depth"], named["decoder_embed_dim"]) == (768, 8, 512)
     for model in ("vit_mini_patch4", "mae_vit_none"):
         with pytest.raises(ValueError, match=f"{model} is not a masked autoencoder"):
@@ -83,44 +76,7 @@ def test_grad_checkpointing_is_enabled_by_its_setting(on):
         assert {block.grad_checkpointing for block in model.blocks} == {on}
 
 
-def test_a_probe_trains_only_its_head():
-    model = models_build.probe(*specs(MINI))
-    norm, linear = model.head
-    assert (norm.eps, norm.affine, norm.num_features) == (1e-6, False, 128)
-    assert (linear.in_features, linear.out_features) == (128, 5)
-    assert linear.weight.std().item() == pytest.approx(0.01, rel=0.1)
-    assert not linear.bias.any()
-    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == [
-        "head.1.weight", "head.1.bias"
-    ]  # fmt: skip
-    model.train()
-    assert norm.training
-    assert not any(block.training for block in model.blocks)
-
-
-def efficient_probing(tokens, queries, values, images, patches):
-    """The pooled channels of each image as lists of scalars, from the paper's definition, in plain loops."""
-    count, width = queries.shape
-    pooled = []
-    for image in range(images):
-        channels = []
-        for query in range(count):
-            scores = []
-            for patch in range(patches):
-                products = (queries[query, d] * tokens[image, patch, d] for d in range(width))
-                scores.append(sum(products) / math.sqrt(width))
-            exponentials = [score.exp() for score in scores]
-            weights = [value / sum(exponentials) for value in exponentials]
-            for channel in range(query * width // count, (query + 1) * width // count):
-                projected = [sum(values[channel, d] * tokens[image, patch, d] for d in range(width))
-                             for patch in range(patches)]  # fmt: skip
-                channels.append(sum(weight * value for weight, value in zip(weights, projected, strict=True)))
-        pooled.append(torch.stack(channels))
-    return torch.stack(pooled)
-
-
-def test_an_attentive_head_against_plain_loops():
-    """Outputs, and the gradients of all parameters."""
+def test_an_attentive_head_against_the_papers_definition():
     torch.manual_seed(3)
     head = models_build.attentive_head(6, 4, num_queries=3).double().eval()
     with torch.no_grad():
@@ -128,17 +84,18 @@ def test_an_attentive_head_against_plain_loops():
     head[1].running_mean.normal_()
     head[1].running_var.uniform_(0.5, 2)
     tokens = torch.randn(2, 5, 6, dtype=torch.float64)
-    queries, values = head.pool.queries, head.pool.value.weight
-    pooled = efficient_probing(tokens, queries, values, 2, 5)
-    normalized = (pooled - head[1].running_mean) / (head[1].running_var + 1e-6).sqrt()
+    pooled = []  # by each query: a part of the channels
+    for query, rows in zip(head.pool.queries, head.pool.value.weight.chunk(3), strict=True):
+        attention = (tokens @ query / math.sqrt(6)).softmax(dim=1)
+        pooled.append((attention[:, :, None] * (tokens @ rows.T)).sum(dim=1))
+    normalized = (torch.cat(pooled, dim=1) - head[1].running_mean) / (head[1].running_var + 1e-6).sqrt()
     expected = normalized @ head[2].weight.T + head[2].bias
     found = head(tokens)
     torch.testing.assert_close(found, expected)
     parameters, cotangent = list(head.parameters()), torch.randn(2, 4, dtype=torch.float64)
     assert len(parameters) == 4
     gradients = [torch.autograd.grad(result, parameters, cotangent) for result in (found, expected)]
-    for ours, theirs in zip(*gradients, strict=True):
-        torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(*gradients)
     torch.testing.assert_close(head.pool.maps(tokens).sum(dim=2), torch.ones(2, 3, dtype=torch.float64))
 
 
@@ -204,22 +161,13 @@ def weights(settings, model, kind):
     return Weights(model.state_dict(), settings, kind, "file.pth")
 
 
-def test_a_file_of_an_autoencoder_gives_the_settings_of_a_classifier():
-    settings = MAE | {"mean": [0.1], "epochs": 3, "mask_ratio": 0.6}
-    file = weights(settings, models_build.autoencoder(*specs(MAE)), FULL)
-    kept = {name: value for name, value in settings.items() if name != "epochs"}
-    expected = kept | {"model": "vit_mini_patch4", "patch_size": None, "decoder_depth": 1}
-    expected |= {"num_cls_tokens": 1, "learned_pos_embed": False}
-    assert models_build.classifier_settings(file).items() >= expected.items()
-    named = models_build.classifier_settings(file._replace(settings={"model": "mae_vit_huge_patch14_dec512d8b"}))
-    assert named["model"] == "vit_huge_patch14"
-
-
 def test_a_file_without_settings_gives_those_of_its_shapes():
     model = vit_mini_patch4(img_size=16, num_classes=5, global_pool=True)
     file = weights({}, model, CLASSIFIER)
     expected = {"model": "vit_mini_patch4", "patch_size": None, "in_chans": 3, "input_size": 16, "global_pool": True}
     assert models_build.classifier_settings(file).items() >= expected.items()
+    named = models_build.classifier_settings(file._replace(settings={"model": "mae_vit_huge_patch14_dec512d8b"}))
+    assert named["model"] == "vit_huge_patch14"
     other = VisionTransformer(img_size=16, patch_size=4, embed_dim=24, depth=1, num_heads=2)
     assert models_build.classifier_settings(weights({}, other, CLASSIFIER)) == {}
 

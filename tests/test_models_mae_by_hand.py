@@ -35,8 +35,8 @@ def test_reconstruct_restores_mean_and_std_of_each_patch():
         picture = model.reconstruct(imgs, mask=torch.tensor([[True, False]]))
         assert picture.prediction[0, 0, :, :2].flatten().tolist() == pytest.approx(expected, rel=1e-5)
         assert torch.equal(picture.pasted[..., :2], picture.prediction[..., :2])
-        assert torch.equal(picture.pasted[..., 2:], imgs[..., 2:])
-        assert not picture.masked[..., :2].any()
+        assert torch.equal(picture.pasted[..., 2:], imgs[..., 2:]) and torch.equal(picture.original, imgs)
+        assert torch.equal(picture.masked[..., 2:], imgs[..., 2:]) and not picture.masked[..., :2].any()
 
 
 def test_a_normalized_target_by_hand():
@@ -83,7 +83,6 @@ def test_reconstruct_supports_other_image_sizes():
 
 
 def test_loading_weights_does_not_change_other_models():
-    """The tables are computed once and copied."""
     first = single_layers(4)
     table = first.pos_embed.clone()
     with torch.no_grad():
@@ -93,31 +92,26 @@ def test_loading_weights_does_not_change_other_models():
     assert not (single_layers(4).decoder_pos_embed == 7).any()
 
 
-@pytest.mark.parametrize(
-    ("name", "encoder", "decoder"),
-    [
-        ("mini_patch4", (128, 4, 4, 4), (64, 1, 2)),
-        ("tiny_patch16", (192, 12, 3, 16), (192, 4, 3)),
-        ("small_patch16", (384, 12, 6, 16), (256, 4, 8)),
-        ("base_patch16", (768, 12, 12, 16), (512, 8, 16)),
-        ("large_patch16", (1024, 24, 16, 16), (512, 8, 16)),
-        ("huge_patch14", (1280, 32, 16, 14), (512, 8, 16)),
-        ("1b_patch16", (1536, 48, 24, 16), (512, 8, 16)),
-    ],
-)
+@pytest.mark.parametrize(("name", "encoder", "decoder"), [
+    ("mini_patch4", (128, 4, 4, 4), (64, 1, 2)), ("tiny_patch16", (192, 12, 3, 16), (192, 4, 3)),
+    ("small_patch16", (384, 12, 6, 16), (256, 4, 8)), ("base_patch16", (768, 12, 12, 16), (512, 8, 16)),
+    ("large_patch16", (1024, 24, 16, 16), (512, 8, 16)), ("huge_patch14", (1280, 32, 16, 14), (512, 8, 16)),
+    ("huge_patch16", (1280, 32, 16, 16), (512, 8, 16)), ("1b_patch16", (1536, 48, 24, 16), (512, 8, 16)),
+    ("giant_patch14", (1408, 40, 16, 14), (512, 8, 16)),
+])  # fmt: skip
 def test_published_sizes(name, encoder, decoder):
     """Width, depth, heads and patch size of encoder and decoder: the number of heads has no effect on shapes."""
     with torch.device("meta"):
         model, classifier = getattr(models_mae, f"mae_vit_{name}")(), getattr(models_vit, f"vit_{name}")()
+    width, depth, heads, patch = encoder
     for vit in (model, classifier):
-        width, depth, heads, patch = encoder
         assert (vit.cls_token.shape[-1], len(vit.blocks), vit.patch_embed.patch_size) == (width, depth, (patch, patch))
-        assert {block.attn.num_heads for block in vit.blocks} == {heads}
-        assert {block.mlp.fc1.out_features for block in vit.blocks} == {4 * width}
+        mlp = 6144 if name == "giant_patch14" else 4 * width
+        assert {(block.attn.num_heads, block.mlp.fc1.out_features) for block in vit.blocks} == {(heads, mlp)}
     width, depth, heads = decoder
     assert (model.mask_token.shape[-1], len(model.decoder_blocks)) == (width, depth)
-    assert {block.attn.num_heads for block in model.decoder_blocks} == {heads}
-    assert {block.mlp.fc1.out_features for block in model.decoder_blocks} == {4 * width}
+    blocks = {(block.attn.num_heads, block.mlp.fc1.out_features) for block in model.decoder_blocks}
+    assert blocks == {(heads, 4 * width)}
 
 
 def test_arguments_of_a_factory_replace_those_of_its_size():

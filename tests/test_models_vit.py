@@ -1,4 +1,4 @@
-"""The classifier: published names and parameter counts, compared with timm's ViT."""
+"""The classifier: published parameter counts, and its parts by hand."""
 
 import pytest
 import timm
@@ -7,66 +7,17 @@ import torch
 
 import models_build
 import models_vit
-from models_vit import VisionTransformer
 
 
-@pytest.mark.parametrize(
-    ("name", "kwargs", "count"),
-    [
-        ("vit_base_patch16", {}, 86_567_656),
-        ("vit_large_patch16", {"global_pool": True}, 304_326_632),
-        ("vit_huge_patch14", {}, 632_045_800),
-        ("vit_huge_patch14", {"img_size": 448, "global_pool": True}, 633_028_840),
-        ("vit_giant_patch14", {}, 1_012_611_432),
-    ],
-)
+@pytest.mark.parametrize(("name", "kwargs", "count"), [
+    ("vit_base_patch16", {}, 86_567_656), ("vit_large_patch16", {"global_pool": True}, 304_326_632),
+    ("vit_huge_patch14", {}, 632_045_800), ("vit_huge_patch14", {"img_size": 448, "global_pool": True}, 633_028_840),
+    ("vit_giant_patch14", {}, 1_012_611_432)
+])  # fmt: skip
 def test_published_parameter_counts(name, kwargs, count):
     with torch.device("meta"):
         model = getattr(models_vit, name)(**kwargs)
     assert sum(p.numel() for p in model.parameters()) == count
-
-
-def test_giant_is_timms():
-    with torch.device("meta"):
-        ours, theirs = models_vit.vit_giant_patch14(), timm.create_model("vit_giant_patch14_224")
-    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
-
-
-def test_published_keys():
-    pooled = list(models_vit.vit_mini_patch4(global_pool=True).state_dict())
-    assert pooled[-4:] == ["head.weight", "head.bias", "fc_norm.weight", "fc_norm.bias"]
-    assert not any(key.startswith("norm.") for key in pooled)
-    token = list(models_vit.vit_mini_patch4().state_dict())
-    assert token[-4:] == ["norm.weight", "norm.bias", "head.weight", "head.bias"]
-    assert token[:4] == ["cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"]
-
-
-@pytest.mark.parametrize("global_pool", [False, True])
-def test_agrees_with_timm(global_pool):
-    ours = VisionTransformer(
-        img_size=16, patch_size=4, num_classes=5, embed_dim=32, depth=3, num_heads=4, global_pool=global_pool
-    ).eval()
-    theirs = timm.models.VisionTransformer(
-        img_size=16, patch_size=4, num_classes=5, embed_dim=32, depth=3, num_heads=4,
-        global_pool="avg" if global_pool else "token",
-    ).eval()  # fmt: skip
-    theirs.load_state_dict(ours.state_dict())
-    imgs = torch.randn(2, 3, 16, 16)
-    torch.testing.assert_close(ours(imgs), theirs(imgs), rtol=1e-5, atol=1e-5)
-    assert ours.forward_features(imgs).shape == (2, 32)
-
-
-def test_drop_path_grows_linearly():
-    model = models_vit.vit_mini_patch4(drop_path_rate=0.3)
-    rates = [getattr(block.drop_path, "drop_prob", 0.0) for block in model.blocks]
-    assert rates == pytest.approx([0, 0.1, 0.2, 0.3])
-
-
-def test_another_image_size_interpolates_the_positions():
-    model = models_vit.vit_mini_patch4(img_size=16).eval()
-    assert model(torch.randn(1, 3, 24, 32)).shape == (1, 1000)
-    with pytest.raises(ValueError, match="input_size"):
-        model(torch.randn(1, 3, 18, 16))
 
 
 def test_from_scratch_weights():
@@ -88,8 +39,7 @@ def test_checkpointed_blocks_drop_the_same_paths():
 
     expected = gradients()
     models_build.set_grad_checkpointing(model)
-    for ours, theirs in zip(gradients(), expected, strict=True):
-        torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(gradients(), expected)
     model.eval()
     torch.testing.assert_close(model(imgs), model(imgs), rtol=0, atol=0)  # nothing is dropped
 
@@ -105,6 +55,8 @@ def test_positions_of_another_rectangle():
     expected = torch.cat([table[:, :1], resized.flatten(2).transpose(1, 2)], dim=1)
     torch.testing.assert_close(model.embed(torch.rand(1, 3, 16, 12)), expected)
     torch.testing.assert_close(model.embed(torch.rand(1, 3, 8, 16)), table)
+    with pytest.raises(ValueError, match="input_size"):
+        model(torch.randn(1, 3, 18, 16))
 
 
 def test_attention_by_hand():
@@ -127,8 +79,7 @@ def test_drop_path_equals_timms(shape):
     torch.manual_seed(1)
     expected = theirs(x)
     torch.manual_seed(1)
-    assert torch.equal(ours(x), expected)
-    assert torch.equal(ours.eval()(x), x)
+    assert torch.equal(ours(x), expected) and torch.equal(ours.eval()(x), x)
 
 
 def test_drop_path_acts_on_attention_and_mlp():
@@ -151,47 +102,9 @@ def test_drop_path_acts_on_attention_and_mlp():
     torch.testing.assert_close(block(x), y + block.mlp(block.norm2(y)))
 
 
-def test_a_frozen_model_trains_only_its_head():
-    model = models_vit.vit_mini_patch4(img_size=16)
-    model.freeze()
-    model.train()
-    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == [
-        "head.weight", "head.bias"
-    ]  # fmt: skip
-    assert model.head.training
-    assert not any(module.training for module in model.blocks.modules())
-    model.eval()
-    assert not model.head.training
-
-
 def test_gelu_is_exact():
     """GELU(1) = Phi(1) = 0.8413447; the tanh approximation gives 0.8411920."""
     mlp = models_vit.Mlp(1, 1)
     for layer in (mlp.fc1, mlp.fc2):
         layer.weight.data, layer.bias.data = torch.ones(1, 1), torch.zeros(1)
     assert mlp(torch.tensor([[1.0], [-2.0]])).flatten().tolist() == pytest.approx([0.8413447, -0.0455003], rel=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("size", "name"),
-    [("tiny_patch16", "vit_tiny_patch16_224"), ("small_patch16", "vit_small_patch16_224"),
-     ("base_patch16", "vit_base_patch16_224"), ("large_patch16", "vit_large_patch16_224"),
-     ("huge_patch14", "vit_huge_patch14_224"), ("giant_patch14", "vit_giant_patch14_224")],
-)  # fmt: skip
-def test_the_sizes_are_those_of_timm(size, name):
-    with torch.device("meta"):
-        reference, ours = timm.create_model(name, num_classes=0), getattr(models_vit, f"vit_{size}")(num_classes=0)
-    assert reference.patch_embed.num_patches == ours.patch_embed.num_patches
-    assert reference.blocks[0].attn.num_heads == ours.blocks[0].attn.num_heads
-    assert {name: p.shape for name, p in reference.blocks.named_parameters()} == {
-        name: p.shape for name, p in ours.blocks.named_parameters()
-    }
-
-
-@pytest.mark.parametrize(("size", "shape"), [("huge_patch16", (1280, 32, 16)), ("1b_patch16", (1536, 48, 24))])
-def test_the_sizes_of_pixio(size, shape):
-    """Width, depth and heads (Yang et al. 2025)."""
-    with torch.device("meta"):
-        model = getattr(models_vit, f"vit_{size}")()
-    assert (model.embed_dim, len(model.blocks), model.blocks[0].attn.num_heads) == shape
-    assert model.patch_embed.patch_size == (16, 16)

@@ -1,13 +1,12 @@
 """Encoders of the user's code: --encoder module:Class, get_model(encoder=Class), --model_class."""
 
-import subprocess
 import sys
 
 import onnxruntime
 import pytest
 import torch
 from conftest import ROOT
-from mains import Stopped, assert_equal, in_processes, lines, parse, run_section, stop_after, weights
+from mains import Stopped, assert_equal, fails, lines, parse, run_section, stop_after, weights
 from segments import make_scenes
 from timm.models.vision_transformer import Block as TimmBlock
 
@@ -21,7 +20,7 @@ import models_build
 from examples.channel_groups import ChannelGroups
 from examples.dinov3_blocks import RotaryEncoder
 from examples.lead_embeddings import LeadEmbeddings
-from inference import export, get_model
+from inference import export, features, get_model, predict, reconstruct
 from inference.classes import Segmenter
 from inference.model import with_encoder
 from models_mae import MaskedAutoencoderViT
@@ -32,25 +31,20 @@ from util.lr_decay import param_groups_lrd
 
 SMALL = {"img_size": 16, "patch_size": 4, "in_chans": 3, "embed_dim": 32, "depth": 4, "num_heads": 2}
 GROUPS = {"encoder": "examples.channel_groups:ChannelGroups", "encoder_args": "groups=3"}
-EXAMPLES = {
-    "channel_groups": (ChannelGroups, {"encoder_args": "groups=3"}, "group_embed"),
-    "lead_embeddings": (LeadEmbeddings, {}, "lead_embed"),
-    "dinov3_blocks": (RotaryEncoder, {"num_cls_tokens": 3}, "blocks.0.scale1.gamma"),
-}
+EXAMPLES = {"channel_groups": (ChannelGroups, {"encoder_args": "groups=3"}, "group_embed"),
+            "lead_embeddings": (LeadEmbeddings, {}, "lead_embed"),
+            "dinov3_blocks": (RotaryEncoder, {"num_cls_tokens": 3}, "blocks.0.scale1.gamma")}  # fmt: skip
 LEADS = """
 import torch
 from torch import nn
 from models_mae import MaskedAutoencoderViT
 from models_vit import Encoder
-
 class Leads(Encoder):
     def __init__(self, *, rows: int, scale: float = 1.0, **arguments):
         super().__init__(**arguments)
         self.lead_embed = nn.Parameter(torch.full((rows, 1, self.cls_token.shape[2]), float(scale)))
-
     def tokenize(self, imgs):
         return (super().tokenize(imgs).unflatten(1, (len(self.lead_embed), -1)) + self.lead_embed).flatten(1, 2)
-
 class Brighter(MaskedAutoencoderViT):
     def target(self, imgs, valid=None):
         return super().target(imgs) + 10
@@ -59,25 +53,17 @@ class Brighter(MaskedAutoencoderViT):
 
 @pytest.fixture
 def leads(own_module):
-    """A module on Python's path with a mix-in and a model class."""
     return own_module("leads", LEADS)
 
 
 class Shifted(Encoder):
-    """Differs from the models in one method."""
-
     def tokenize(self, imgs, **extras):
         return 2 * super().tokenize(imgs, **extras)
 
 
-MODELS = {
-    "autoencoder": (MaskedAutoencoderViT, {"decoder_embed_dim": 32, "decoder_depth": 1, "decoder_num_heads": 2}),
-    "classifier": (VisionTransformer, {"num_classes": 5}),
-    "segmenter": (PlainSegmenter, {"num_classes": 5}),
-}
-
-
-# ----------------------------------------------------------------------------------------------------------- one place
+MODELS = {"autoencoder": (MaskedAutoencoderViT, {"decoder_embed_dim": 32, "decoder_depth": 1, "decoder_num_heads": 2}),
+          "classifier": (VisionTransformer, {"num_classes": 5}),
+          "segmenter": (PlainSegmenter, {"num_classes": 5})}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -131,12 +117,8 @@ def test_weights_of_a_mix_in_have_the_rate_of_the_embeddings():
     assert rates[id(model.last)] == rates[id(model.head.weight)] == 1
 
 
-# --------------------------------------------------------------------------------------------------------- the scripts
-
-
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_an_example_is_trained_resumed_and_evaluated(name, pretrain, classify, pictures, tmp_path, monkeypatch):
-    """Pre-training, its interruption, and everything that uses the checkpoint."""
+def test_an_example_is_trained_resumed_and_evaluated(name, pretrain, classify, tmp_path, monkeypatch):
     kind, own, weight = EXAMPLES[name]
     flags, name = {"num_workers": 1, "save_minutes": 0, "in_chans": 3}, f"examples.{name}:{kind.__name__}"
     whole = pretrain("whole", **flags, encoder=name, **own)
@@ -148,13 +130,7 @@ def test_an_example_is_trained_resumed_and_evaluated(name, pretrain, classify, p
     recorded = checkpoint.read(file)["args"]
     arguments = [own["encoder_args"]] if "encoder_args" in own else None
     assert (recorded["encoder"], recorded["encoder_args"]) == (name, arguments)
-
-    args = parse(main_pretrain, data_path=pictures, output_dir=tmp_path / "python", model="mae_vit_mini_patch4",
-                 input_size=16, batch_size=4, epochs=2, warmup_epochs=1, blr=0.01, num_workers=1, device="cpu",
-                 amp="off", vis_every=0, **own)  # fmt: skip
-    main_pretrain.main(args, encoder=kind)
-    assert_equal(weights(whole), weights(tmp_path / "python"))
-
+    assert_equal(weights(whole), weights(pretrain("python", num_workers=1, of_main={"encoder": kind}, **own)))
     given = {"finetune": file, "encoder": name}  # the file has the arguments
     accuracies = classify(main_knn, k=3, **given)
     assert accuracies[3, 0.07] > 50
@@ -183,8 +159,8 @@ def test_features_of_a_checkpoint_and_its_exports(pretrain, tmp_path):
     state = checkpoint.read(file)["model"]
     plain = with_encoder(type(model).__mro__[1], ChannelGroups)(model.settings)
     plain.load_state_dict(state)
-    features = model.compute_features(imgs)
-    assert torch.equal(features, plain.compute_features(imgs))
+    expected = model.compute_features(imgs)
+    assert torch.equal(expected, plain.compute_features(imgs))
     assert torch.equal(model.reconstruct(imgs).original, imgs)
     for to, suffix in (("safetensors", ".safetensors"), ("torch_export", ".pt2"), ("onnx", ".onnx")):
         out = tmp_path / f"model{suffix}"
@@ -197,7 +173,7 @@ def test_features_of_a_checkpoint_and_its_exports(pretrain, tmp_path):
         else:
             (found,) = onnxruntime.InferenceSession(out).run(None, {"images": imgs.numpy()})
             found = torch.from_numpy(found)
-        torch.testing.assert_close(found, features, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
     for to, suffix in (("timm", ""), ("transformers", ""), ("mmpretrain", ".pth"), ("reference", ".pth")):
         with pytest.raises(ValueError, match=f"--to {to}.*examples.channel_groups:ChannelGroups.*safetensors"):
             export.export(model, to, tmp_path / f"other{suffix}")
@@ -207,17 +183,7 @@ def test_the_section_of_the_page_runs(tmp_path):
     assert "10-NN Acc@1" in run_section("METHOD.md", "## Your encoder", tmp_path)
 
 
-def test_two_processes_train_as_one(leads, pictures, tmp_path):
-    own = ("--encoder", "leads:Leads", "--encoder_args", "rows=4", "--epochs", "1", "--learned_pos_embed")
-    environment = {"PYTHONPATH": str(leads)}
-    in_processes(1, pictures, tmp_path / "one", "--batch_size", "4", *own, environment=environment)
-    in_processes(2, pictures, tmp_path / "two", "--batch_size", "2", *own, environment=environment)
-    ours, theirs = (weights(tmp_path / name, "checkpoint-0.pth")["lead_embed"] for name in ("one", "two"))
-    assert ours.std() > 0
-    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
-
-
-def test_a_comparison_has_encoders_with_and_without_a_mix_in(leads, pretrain, labelled, tmp_path, monkeypatch):
+def test_a_comparison_has_encoders_with_and_without_a_mix_in(forked, leads, pretrain, labelled, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", f"{leads}:{ROOT}")
     plain = pretrain("plain", epochs=1) / "checkpoint-0.pth"
     own = pretrain("own", epochs=1, encoder="leads:Leads", encoder_args="rows=4") / "checkpoint-0.pth"
@@ -231,16 +197,11 @@ def test_a_comparison_has_encoders_with_and_without_a_mix_in(leads, pretrain, la
 
 def test_plain_weights_start_a_model_with_a_mix_in(leads, pretrain, classify, capsys):
     file = pretrain(epochs=1) / "checkpoint-0.pth"
-    out = classify(
-        main_finetune, "tuned", finetune=file, encoder="leads:Leads", encoder_args="rows=4 scale=.5", epochs=1
-    )
+    own = {"finetune": file, "encoder": "leads:Leads"}
+    out = classify(main_finetune, "tuned", **own, encoder_args="rows=4 scale=.5", epochs=1)
     assert "no lead_embed: they keep their initial values" in capsys.readouterr().out
     torch.testing.assert_close(weights(out, "checkpoint-0.pth")["lead_embed"].mean().item(), 0.5, rtol=0, atol=0.1)
-    resized = classify(main_knn, finetune=file, encoder="leads:Leads", encoder_args="rows=6", input_size=24, k=3)
-    assert resized
-
-
-# ------------------------------------------------------------------------------------------------------- model classes
+    assert classify(main_knn, **own, encoder_args="rows=6", input_size=24, k=3)
 
 
 def test_a_model_class_is_trained_by_its_flag(leads, pretrain):
@@ -258,38 +219,23 @@ def test_a_model_class_is_trained_by_its_flag(leads, pretrain):
     assert len(lines(own)) == 2
 
 
-# ------------------------------------------------------------------------------------------------------ code and files
-
-
-@pytest.mark.parametrize("script", ["main_finetune.py", "main_linprobe.py", "main_knn.py", "main_segment.py"])
-def test_a_file_imports_no_code(script, leads, pretrain, labelled, tmp_path):
-    """The error names the flag. The module would write a file."""
+def test_a_file_imports_no_code(leads, pretrain, labelled, tmp_path, capsys, monkeypatch):
+    """The error of every command names the flag. The module would write a file."""
     file = pretrain(epochs=1, encoder="leads:Leads", encoder_args="rows=4") / "checkpoint-0.pth"
     (leads / "leads.py").write_text(f"open({str(tmp_path / 'imported')!r}, 'w')\n" + LEADS)
-    command = [sys.executable, str(ROOT / script), "--finetune", str(file), "--data_path", str(labelled)]
-    command += ["--model", "vit_mini_patch4", "--device", "cpu"]
-    command += ["--output_dir", str(tmp_path / "out")] * (script != "main_knn.py")
-    if script == "main_segment.py":
-        scenes = make_scenes(tmp_path / "scenes")
-        command += ["--data_path", str(scenes), "--nb_classes", "3", "--input_size", "16"]
-    done = subprocess.run(command, cwd=leads, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].endswith("give --encoder leads:Leads")
+    del sys.modules["leads"]
+    picture, scenes = next(labelled.rglob("*.png")), make_scenes(tmp_path / "scenes")
+    tunes = ("--finetune", file, "--model", "vit_mini_patch4", "--device", "cpu")
+    out, images = ("--output_dir", tmp_path / "out"), ("--data_path", labelled)
+    for script, *flags in (
+        (main_finetune, *tunes, *images, *out), (main_linprobe, *tunes, *images, *out), (main_knn, *tunes, *images),
+        (main_segment, *tunes, "--data_path", scenes, "--nb_classes", 3, "--input_size", 16, *out),
+        (predict, picture, "--model", file), (reconstruct, picture, "--model", file, "--out", tmp_path / "a.png"),
+        (features, labelled, "--model", file, "--out", tmp_path / "a.npz"),
+        (export, "--model", file, "--to", "onnx", "--out", tmp_path / "a.onnx"),
+    ):  # fmt: skip
+        assert fails(capsys, monkeypatch, script, *flags).endswith("give --encoder leads:Leads")
     assert not (tmp_path / "imported").exists()
-
-
-@pytest.mark.parametrize("command", ["predict", "features", "reconstruct", "export"])
-def test_commands_name_the_flag(command, leads, pretrain, pictures, tmp_path):
-    file = pretrain(epochs=1, encoder="leads:Leads", encoder_args="rows=4") / "checkpoint-0.pth"
-    picture = str(next(pictures.rglob("*.*g")))
-    flags = {
-        "predict": [picture], "reconstruct": [picture, "--out", "a.png"], "export": ["--to", "onnx", "--out", "a.onnx"],
-        "features": [str(pictures), "--out", "a.npz"],
-    }[command]  # fmt: skip
-    call = [sys.executable, "-m", f"inference.{command}", *flags, "--model", str(file)]
-    done = subprocess.run(call, cwd=tmp_path, env={"PYTHONPATH": f"{ROOT}:{leads}", "PATH": ""},
-                          capture_output=True, text=True)  # fmt: skip
-    assert done.returncode == 1 and done.stderr.splitlines()[-1].endswith("give --encoder leads:Leads")
 
 
 def test_a_resumed_run_needs_the_flag(leads, pretrain):
@@ -300,20 +246,16 @@ def test_a_resumed_run_needs_the_flag(leads, pretrain):
     assert len(lines(out)) == 2
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ({"encoder": "leads"}, "give package.module:name"),
-        ({"encoder": "nowhere:Leads"}, "no module nowhere"),
-        ({"encoder": "leads:Lead"}, "no Lead; did you mean Leads"),
-        ({"encoder": "leads:Brighter"}, "derive it from models_vit.Encoder only"),
-        ({"encoder": "os:getcwd"}, "derive it from models_vit.Encoder only"),
-        ({"encoder": "leads:Leads"}, "needs --encoder_args rows=VALUE"),
-        ({"encoder": "leads:Leads", "encoder_args": "row=4"}, "row=4: Leads takes rows=VALUE scale=VALUE"),
-        ({"encoder_args": "rows=4"}, "give --encoder module:Class"),
-        ({"model_class": "leads:Leads"}, "derive it from models_mae.MaskedAutoencoderViT"),
-    ],
-)
+@pytest.mark.parametrize(("flags", "message"), [
+    ({"encoder": "leads"}, "give package.module:name"), ({"encoder": "nowhere:Leads"}, "no module nowhere"),
+    ({"encoder": "leads:Lead"}, "no Lead; did you mean Leads"),
+    ({"encoder": "leads:Brighter"}, "derive it from models_vit.Encoder only"),
+    ({"encoder": "os:getcwd"}, "derive it from models_vit.Encoder only"),
+    ({"encoder": "leads:Leads"}, "needs --encoder_args rows=VALUE"),
+    ({"encoder": "leads:Leads", "encoder_args": "row=4"}, "row=4: Leads takes rows=VALUE scale=VALUE"),
+    ({"encoder_args": "rows=4"}, "give --encoder module:Class"),
+    ({"model_class": "leads:Leads"}, "derive it from models_mae.MaskedAutoencoderViT")
+])  # fmt: skip
 def test_mistakes_are_errors_in_one_line(flags, message, leads, pretrain):
     with pytest.raises(ValueError, match=message):
         pretrain(**flags)
@@ -326,9 +268,6 @@ def test_a_recipe_names_no_encoder(leads, pretrain, tmp_path, capsys):
         with pytest.raises(SystemExit):
             parse(main_pretrain, config=recipe)
         assert f"give --{flag} {name} on the command line" in capsys.readouterr().err
-
-
-# --------------------------------------------------------------------------------------------------------------- extras
 
 
 class Located(Encoder):
@@ -351,10 +290,6 @@ def test_extra_inputs_reach_the_steps_that_name_them():
                                                                decoder_num_heads=2)  # fmt: skip
     mask = mae(imgs, place=place, saliency=saliency)[2]
     assert torch.equal(mask.bool(), saliency > saliency.sort(dim=1).values[:, 3:4])
-    with pytest.raises(ValueError, match="needs the extra input place"):
-        mae(imgs)
     for model in (mae, classifier):
         with pytest.raises(ValueError, match="takes no extra input lat: it takes place, saliency"):
             model(imgs, place=place, lat=place)
-    with pytest.raises(ValueError, match="it takes none"):
-        plain(imgs, place=place)

@@ -1,13 +1,12 @@
 """Models with several class tokens, from pre-training to heads and exports; Pixio of transformers is the oracle."""
 
-import json
 import logging
 
 import pytest
 import timm
 import torch
 import transformers
-from mains import randomized
+from mains import assert_equal, lines, randomized
 from safetensors.torch import load_file, save_file
 
 import main_finetune
@@ -38,7 +37,6 @@ def folder(theirs, tmp_path_factory):
 
 @pytest.fixture
 def mae_file(tmp_path):
-    """A checkpoint of a small autoencoder with three class tokens, with recorded settings."""
     model = randomized(models_mae.mae_vit_mini_patch4(img_size=16, num_cls_tokens=3, learned_pos_embed=True), 0.05)
     torch.save({"model": model.state_dict(), "args": SETTINGS}, tmp_path / "mae.pth")
     return tmp_path / "mae.pth"
@@ -58,19 +56,6 @@ def test_every_token_equals_that_of_transformers(theirs, folder, side):
     torch.testing.assert_close(model(imgs), expected.pooler_output, rtol=0, atol=1e-5)
 
 
-def test_the_autoencoder_without_masks_equals_transformers(theirs, folder):
-    model = models_mae.pixio_vit_base_patch16(embed_dim=192, num_heads=3, decoder_depth=1, decoder_embed_dim=32).eval()
-    file = loading.read(folder)
-    loading.init_mae(model, file)
-    imgs = torch.randn(1, 3, 256, 256)
-    with torch.no_grad():
-        expected = theirs(imgs).last_hidden_state
-        latent, _, ids_restore = model.forward_encoder(imgs, 0.0)
-        torch.testing.assert_close(model.forward_features(imgs), expected, rtol=0, atol=1e-5)
-    torch.testing.assert_close(latent[:, :8], expected[:, :8], rtol=0, atol=1e-5)
-    torch.testing.assert_close(latent[0, 8:][ids_restore[0]], expected[0, 8:], rtol=0, atol=1e-5)
-
-
 def test_every_layout_of_transformers_is_read(theirs, folder, tmp_path):
     written = load_file(folder / "model.safetensors")
     assert "encoder.layer.0.norm1.weight" in written
@@ -86,9 +71,7 @@ def test_every_layout_of_transformers_is_read(theirs, folder, tmp_path):
     save_file(theirs.state_dict(), tmp_path / "memory.safetensors")
     expected = loading.read(folder).tensors
     for name in ("earlier", "memory"):
-        tensors = loading.read(tmp_path / f"{name}.safetensors").tensors
-        assert tensors.keys() == expected.keys()
-        assert all(torch.equal(tensors[key], expected[key]) for key in expected)
+        assert_equal(loading.read(tmp_path / f"{name}.safetensors").tensors, expected)
 
 
 def test_round_trip_through_transformers(folder, theirs, tmp_path):
@@ -97,9 +80,7 @@ def test_round_trip_through_transformers(folder, theirs, tmp_path):
     back = transformers.AutoModel.from_pretrained(tmp_path / "back")
     assert isinstance(back, transformers.PixioModel)
     assert back.config.n_cls_tokens == 8
-    ours = theirs.state_dict()
-    assert back.state_dict().keys() == ours.keys()
-    assert all(torch.equal(value, ours[name]) for name, value in back.state_dict().items())
+    assert_equal(back.state_dict(), theirs.state_dict())
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "back", backend="pil")
     assert processor.crop_size["height"] == 256
 
@@ -112,8 +93,7 @@ def test_round_trip_through_the_layout_of_the_published_code(tmp_path):
     assert (ours.learned_pos_embed, ours.num_prefix_tokens, len(ours.decoder_blocks)) == (True, 8, 3)
     export.export(ours, "reference", tmp_path / "back.pth")
     back = torch.load(tmp_path / "back.pth")["model"]
-    assert list(back) == list(model.state_dict())
-    assert all(torch.equal(value, model.state_dict()[name]) for name, value in back.items())
+    assert_equal(back, model.state_dict())
     imgs, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 64)
     again = get_model(tmp_path / "back.pth")
     assert torch.equal(again(imgs, noise=noise)[0], ours(imgs, noise=noise)[0])
@@ -139,9 +119,7 @@ def test_formats_that_can_not_have_several_class_tokens(mae_file, tmp_path):
 @pytest.mark.parametrize("to", ["safetensors", "onnx", "torch_export"])
 def test_graphs_and_files_of_several_class_tokens(mae_file, tmp_path, to):
     encoder = export.encoder_of(get_model(mae_file))
-    export.export(
-        encoder, to, tmp_path / f"encoder{export.SUFFIXES[to][0]}"
-    )  # onnx compares its outputs with the model's
+    export.export(encoder, to, tmp_path / f"encoder{export.SUFFIXES[to][0]}")  # graphs are compared with the model
     if to == "safetensors":
         imgs = torch.randn(2, 3, 16, 16)
         assert torch.equal(get_model(tmp_path / "encoder.safetensors")(imgs), encoder(imgs))
@@ -196,15 +174,6 @@ def test_other_numbers_of_class_tokens_are_errors(mae_file):
         loading.init_mae(fixed, loading.read(mae_file))
 
 
-def test_learned_positions_are_interpolated_for_another_size(mae_file):
-    file = loading.read(mae_file)
-    larger = models_mae.mae_vit_mini_patch4(img_size=24, num_cls_tokens=3, learned_pos_embed=True).eval()
-    loading.init_mae(larger, file)
-    same = get_model(mae_file)
-    imgs, noise = torch.randn(2, 3, 24, 24), torch.rand(2, 36)
-    torch.testing.assert_close(larger(imgs, noise=noise)[1], same(imgs, noise=noise)[1])
-
-
 @pytest.fixture
 def run_dir(pretrain):
     return pretrain("mae", num_cls_tokens=3, learned_pos_embed=True, mask_block=2, drop_path=0.2, epochs=1,
@@ -224,38 +193,21 @@ def test_a_run_records_what_rebuilds_its_model(run_dir, pretrain, tmp_path):
         pretrain("mae", resume="auto", epochs=2, num_cls_tokens=2)
 
 
-@pytest.mark.parametrize("pool", ["cls_token", "global_pool"])
-def test_fine_tuning_takes_the_class_tokens_of_the_file(run_dir, classify, pool):
-    file = run_dir / "checkpoint-0.pth"
-    out = classify(main_finetune, finetune=file, epochs=1, warmup_epochs=0, **{pool: True})
-    model = get_model(out / "checkpoint-0.pth")
-    assert model.num_prefix_tokens == 3
-    scores = classify(main_finetune, eval=True, resume=out / "checkpoint-0.pth")
-    assert 0 <= scores.acc1 <= 100
-    imgs = torch.randn(2, 3, 16, 16)
-    tokens = model.get_intermediate_layers(imgs, norm=False)[0]
-    pooled = model.fc_norm(tokens[:, 3:].mean(1)) if pool == "global_pool" else model.norm(tokens)[:, :3].mean(1)
-    torch.testing.assert_close(model(imgs), model.head(pooled))
-
-
-@pytest.mark.parametrize("probe", ["linear", "attentive"])
-def test_probes_and_neighbors_take_the_class_tokens_of_the_file(run_dir, classify, probe):
-    file = run_dir / "checkpoint-0.pth"
-    out = classify(main_linprobe, finetune=file, probe=probe, epochs=1, warmup_epochs=0)
-    model = get_model(out / "checkpoint-0.pth")
-    tokens = model.extract_feat(torch.randn(2, 3, 16, 16), "tokens")
-    assert tokens.shape == (2, 19, 128)
-    line = json.loads((out / "log.txt").read_text().splitlines()[-1])
-    assert 0 <= line["test_acc1"] <= 100
-    assert classify(main_knn, finetune=file, k=3)
-
-
-def test_a_classifier_from_scratch_has_as_many_class_tokens_as_its_flag(classify):
-    out = classify(main_finetune, num_cls_tokens=2, epochs=1, warmup_epochs=0)
-    assert get_model(out / "checkpoint-0.pth").num_prefix_tokens == 2
-
-
-def test_no_warning_about_the_settings_of_a_run(run_dir, caplog, classify):
+def test_other_runs_take_the_class_tokens_of_the_file(run_dir, classify, caplog):
+    file, imgs = run_dir / "checkpoint-0.pth", torch.randn(2, 3, 16, 16)
+    for pool in ("cls_token", "global_pool"):
+        out = classify(main_finetune, pool, finetune=file, epochs=1, warmup_epochs=0, **{pool: True})
+        model = get_model(out / "checkpoint-0.pth")
+        scores = classify(main_finetune, eval=True, resume=out / "checkpoint-0.pth")
+        assert scores.acc1 == lines(out)[0]["test_acc1"]
+        tokens = model.get_intermediate_layers(imgs, norm=False)[0]
+        pooled = model.fc_norm(tokens[:, 3:].mean(1)) if pool == "global_pool" else model.norm(tokens)[:, :3].mean(1)
+        torch.testing.assert_close(model(imgs), model.head(pooled))
+    for probe in ("linear", "attentive"):
+        out = classify(main_linprobe, probe, finetune=file, probe=probe, epochs=1, warmup_epochs=0)
+        assert get_model(out / "checkpoint-0.pth").extract_feat(imgs, "tokens").shape == (2, 19, 128)
+        assert 0 <= lines(out)[0]["test_acc1"] <= 100
+    caplog.clear()
     with caplog.at_level(logging.WARNING):
-        classify(main_knn, finetune=run_dir / "checkpoint-0.pth", k=3)
+        assert classify(main_knn, finetune=file, k=3)
     assert "num_cls_tokens" not in caplog.text

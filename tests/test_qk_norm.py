@@ -27,17 +27,15 @@ def test_queries_and_keys_of_each_head_are_normalized():
     q, k = (part / (part.square().mean(dim=-1, keepdim=True) + 1e-6).sqrt() for part in (q, k))
     expected = F.scaled_dot_product_attention(q * layer.q_norm.weight, k, v).transpose(1, 2).flatten(2)
     torch.testing.assert_close(layer(x), layer.proj(expected))
-    torch.testing.assert_close(
-        Attention(8, 2, qk_norm="layer").q_norm(x[..., :4]), F.layer_norm(x[..., :4], (4,), eps=1e-6)
-    )
+    torch.testing.assert_close(Attention(8, 2, qk_norm="layer").q_norm(x[..., :4]),
+                               F.layer_norm(x[..., :4], (4,), eps=1e-6))  # fmt: skip
 
 
 @pytest.mark.parametrize("norm", ["layer", "rms"])
 def test_a_file_records_the_norm(norm, pictures, labelled, tmp_path):
     out = tmp_path / "mae"
-    run(
-        main_pretrain, "--model", "mae_vit_mini_patch4", "--qk_norm", norm, "--data_path", pictures, "--output_dir", out
-    )
+    run(main_pretrain, "--model", "mae_vit_mini_patch4", "--qk_norm", norm, "--data_path", pictures, "--output_dir",
+        out)  # fmt: skip
     file = out / "checkpoint-0.pth"
     assert "decoder_blocks.0.attn.k_norm.weight" in loading.read(file).tensors
     run(main_finetune, "--finetune", file, "--data_path", labelled, "--output_dir", tmp_path / "tuned")

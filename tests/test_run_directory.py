@@ -48,9 +48,8 @@ def test_two_runs_can_not_write_to_one_directory(tmp_path):
 
 def test_the_lock_is_released_when_its_process_ends(tmp_path):
     """Worker processes are forked while the run has the lock, and outlive a killed run for seconds."""
-    code, output = locks(
-        tmp_path, "if child := os.fork(): print(child, flush=True); os.kill(os.getpid(), 9)\ntime.sleep(60)"
-    )
+    killed = "if child := os.fork(): print(child, flush=True); os.kill(os.getpid(), 9)\ntime.sleep(60)"
+    code, output = locks(tmp_path, killed)
     assert code == -9
     with run_directory.locked(tmp_path):
         os.kill(int(output), 9)  # the worker is still there
@@ -78,7 +77,6 @@ def test_an_unwritable_run_directory_is_an_error(tmp_path):
 
 
 def write(folder, *names, epoch):
-    """Checkpoints of a run after an epoch."""
     for name in names:
         checkpoint.write({"epoch": epoch}, folder / f"checkpoint-{name}.pth")
 
@@ -112,8 +110,7 @@ def test_the_command_that_resumed_from_a_file_continues_its_run(tmp_path, start,
     """From the file until there is a checkpoint, then from the newest one."""
     out, file = tmp_path / "out", tmp_path / "checkpoint-7.pth"
     write(tmp_path, 7, 8, epoch=7)
-    assert start(out, file) == str(file)
-    assert start(out, file, restarts) == str(file)
+    assert (start(out, file), start(out, file, restarts)) == (str(file), str(file))
     assert start(out, "auto") == str(file)
     write(out, 8, epoch=8)
     assert start(out, file, restarts) == start(out, "auto") == "auto"
@@ -130,8 +127,7 @@ def test_a_new_run_forgets_the_file_of_an_earlier_one(tmp_path, start):
     write(tmp_path, 7, epoch=7)
     run_directory.record_source(tmp_path, tmp_path / "checkpoint-7.pth")
     (tmp_path / "checkpoint-7.pth").unlink()
-    assert start(tmp_path, "") == ""
-    assert start(tmp_path, "auto") == "auto"
+    assert (start(tmp_path, ""), start(tmp_path, "auto")) == ("", "auto")
 
 
 def test_a_file_of_the_directory_must_be_its_newest_checkpoint(tmp_path, start):

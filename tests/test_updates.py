@@ -86,8 +86,6 @@ def assert_updates(model, losses, start, result, *, scales, lr, min_lr, betas, w
     return [value.item() for value in values]
 
 
-# ------------------------------------------------------------------------------------------------------ pre-training
-
 DEFAULTS = {"size": (16, 16), "patch": (4, 4), "scale": (0.2, 1.0), "flip": 0.5, "mode": "RGB", "statistics": IMAGENET,
             "seed": 0, "mask_ratio": 0.75, "weight_decay": 0.05, "min_lr": 0.0, "model": {}}  # fmt: skip
 OTHERS = {"size": (16, 24), "patch": (8, 4), "scale": (0.3, 0.9), "flip": 1.0, "mode": "L",
@@ -111,21 +109,16 @@ def test_updates_of_pretraining(pretrain, pictures, values, flags):
     num_patches = (values["size"][0] // patch[0]) * (values["size"][1] // patch[1])
 
     def loss(epoch):
-        images, _, noise = batch_of(
-            pictures, transform, epoch, run_seed=values["seed"], num_noise=num_patches, mode=values["mode"]
-        )
+        images, _, noise = batch_of(pictures, transform, epoch, run_seed=values["seed"], num_noise=num_patches,
+                                    mode=values["mode"])  # fmt: skip
         return model(normalized(images, values["statistics"]), values["mask_ratio"], noise=noise)[0]
 
     # Biases and 1-D weights have no weight decay; the class and mask tokens have it, as published.
     scales = {name: (1.0, parameter.ndim > 1) for name, parameter in model.named_parameters()}
-    losses = assert_updates(
-        model, loss, start, weights(out), scales=scales, lr=0.01, min_lr=values["min_lr"], betas=(0.9, 0.95),
-        weight_decay=values["weight_decay"], clip_grad=values.get("clip_grad"),
-    )  # fmt: skip
+    losses = assert_updates(model, loss, start, weights(out), scales=scales, lr=0.01, min_lr=values["min_lr"],
+                            betas=(0.9, 0.95), weight_decay=values["weight_decay"],
+                            clip_grad=values.get("clip_grad"))  # fmt: skip
     assert [line["train_loss"] for line in lines(out)] == pytest.approx(losses, rel=1e-4)
-
-
-# ------------------------------------------------------------------------------------------------------- fine-tuning
 
 
 def layer_scales(model, layer_decay):
@@ -174,11 +167,10 @@ def smoothed(logits, labels, amount):
 
 
 def test_updates_of_finetuning_by_flags(classify, labelled):
-    start, out = finetuned(
-        classify, cls_token=True, aa="none", color_jitter=0.4, crop_scale="0.5 0.9", hflip=0.8, smoothing=0.2, reprob=0,
-        drop_path=0, layer_decay=0.5, weight_decay=0.2, min_lr=0.002, mean="0.1 0.2 0.3", std="0.4 0.5 0.6", seed=7,
-        batch_size=12, accum_iter=4, clip_grad=0.3, input_size="16 24",
-    )  # fmt: skip
+    start, out = finetuned(classify, cls_token=True, aa="none", color_jitter=0.4, crop_scale="0.5 0.9", hflip=0.8,
+                           smoothing=0.2, reprob=0, drop_path=0, layer_decay=0.5, weight_decay=0.2, min_lr=0.002,
+                           mean="0.1 0.2 0.3", std="0.4 0.5 0.6", seed=7, batch_size=12, accum_iter=4, clip_grad=0.3,
+                           input_size="16 24")  # fmt: skip
     model = vit_mini_patch4(img_size=(16, 24), num_classes=6, global_pool=False)
     crop = tv.RandomResizedCrop((16, 24), (0.5, 0.9), (9 / 8, 2), BICUBIC)
     transform = tv.Compose([crop, tv.RandomHorizontalFlip(0.8), tv.ColorJitter(0.4, 0.4, 0.4), tv.PILToTensor()])
@@ -190,9 +182,6 @@ def test_updates_of_finetuning_by_flags(classify, labelled):
     losses = assert_updates(model, loss, start, weights(out), scales=layer_scales(model, 0.5), lr=0.01, min_lr=0.002,
                             betas=(0.9, 0.999), weight_decay=0.2, clip_grad=0.3)  # fmt: skip
     assert [line["train_loss"] for line in lines(out)] == pytest.approx(losses, rel=1e-4)
-
-
-# ------------------------------------------------------------------------------------------------------------ probing
 
 
 def crop_once(picture):
@@ -234,9 +223,6 @@ def test_updates_of_linear_probing(classify, labelled, weight_decay, cached):
     torch.testing.assert_close(result["head.1.weight"], weight, rtol=1e-3, atol=1e-6)
     torch.testing.assert_close(result["head.1.bias"], bias, rtol=1e-3, atol=1e-6)
     assert [name for name in encoder.state_dict() if not torch.equal(result[name], start[name])] == []
-
-
-# ------------------------------------------------------------------------------------------------ all other settings
 
 
 def test_every_flag_of_pretraining_changes_the_training(pretrain):
