@@ -112,13 +112,7 @@ def test_tests_use_no_private_name():
             elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                 used.append((node.value.id, node.attr))
             elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "setattr" and len(node.args) > 1:
-                target, name = (str(getattr(part, "value", "")) for part in node.args[:2])
-                if len(node.args) > 2:
-                    used.append((ast.unparse(node.args[0]), name))
-                elif target.split(".")[0] in own:  # monkeypatch.setattr("module.name", value)
-                    owner, _, name = target.rpartition(".")
-                    imported.add(owner)
-                    used.append((owner, name))
+                used.append((ast.unparse(node.args[0]), str(getattr(node.args[1], "value", ""))))
         private = [f"{owner}.{name}" for owner, name in used if owner in imported and re.match("_[a-z]", name)]
         private += [name for name in imported if re.match("_[a-z]", name)]
         assert set(private) <= {"Reconstruction._fields"}, file
