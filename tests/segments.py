@@ -36,7 +36,6 @@ def make_scenes(root, layout="ade20k", train=12, val=5, zero_label=False, size=(
             pixels, mask = scene(generator, size)
             Image.fromarray(pixels).save(places[0] / f"{number:02}.{suffix}")
             mask[0, :4] = 0 if zero_label else 255
-            Image.fromarray(mask + np.uint8(zero_label) * (np.arange(mask.size).reshape(size) >= 4)).save(
-                places[1] / f"{number:02}.png"
-            )
+            mask += np.uint8(zero_label) * (np.arange(mask.size).reshape(size) >= 4)
+            Image.fromarray(mask).save(places[1] / f"{number:02}.png")
     return root

@@ -185,17 +185,12 @@ def test_the_most_likely_of_two_classes_with_one_name_is_displayed():
     assert outputs.classify(classifier, str(CAT)) == pytest.approx({"crane": 0.7, "owl": 0.2})
 
 
-def test_a_small_file_with_very_many_pixels_is_not_decoded(mae, tmp_path):
-    """A PNG file of 18 KB would fill more than a gigabyte."""
-    Image.new("1", (12_000, 12_000)).save(tmp_path / "a.png", compress_level=9)
-    assert (tmp_path / "a.png").stat().st_size < 30_000
-    assert "a.png: its 12000 x 12000 pixels are more than the limit" in outputs.check(mae, str(tmp_path / "a.png"))
-    assert outputs.open_usable(mae, str(tmp_path / "a.png")) is None
-
-
 def test_the_page_rejects_images_in_an_escaped_message(mae, tmp_path, monkeypatch):
-    monkeypatch.setattr(outputs, "MAX_PIXELS", 101_000)
     path = str(tmp_path / "a<b>.png")
+    Image.new("1", (12_000, 12_000)).save(path)  # a file of 18 KB, which would fill more than a gigabyte
+    assert "its 12000 x 12000 pixels are more than the limit" in outputs.check(mae, path)
+    assert outputs.open_usable(mae, path) is None
+    monkeypatch.setattr(outputs, "MAX_PIXELS", 101_000)
     for size in ((400, 100), (252, 400)):
         Image.new("RGB", size).save(path)
         assert outputs.check(mae, path) == ""
