@@ -67,15 +67,15 @@ def commands(data: Path, out: Path) -> Iterator[tuple[str, list[object]]]:
     images, encoder = ["--data_path", data / "images"], out / "pretrain/checkpoint-1.pth"
     small = ["--input_size", 16, "--batch_size", 4, "--num_workers", 1, "--device", "cpu", "--amp", "off"]
     trained = [*small, "--epochs", 2, "--warmup_epochs", 1]
-    classifier = [*images, "--model", "vit_mini_patch4", "--finetune", encoder]
+    tuned = ["--model", "vit_mini_patch4", "--finetune", encoder]
+    probed = ["main_linprobe.py", *images, *tuned, *trained, "--nb_classes", 2]
     yield "pretrain", ["main_pretrain.py", *images, "--model", "mae_vit_mini_patch4", *trained, "--output_dir"]
-    yield "finetune", ["main_finetune.py", *classifier, *trained, "--nb_classes", 2, "--output_dir"]
-    yield "linear", ["main_linprobe.py", *classifier, *trained, "--nb_classes", 2, "--output_dir"]
-    yield "attentive", ["main_linprobe.py", *classifier, *trained, "--nb_classes", 2, "--probe", "attentive",
-                        "--output_dir"]  # fmt: skip
-    yield "segment", ["main_segment.py", "--data_path", data / "scenes", "--model", "vit_mini_patch4", "--nb_classes",
-                      3, "--finetune", encoder, *trained, "--output_dir"]  # fmt: skip
-    yield "knn", ["main_knn.py", *classifier, *small, "--k", 5]
+    yield "finetune", ["main_finetune.py", *images, *tuned, *trained, "--nb_classes", 2, "--output_dir"]
+    yield "linear", [*probed, "--output_dir"]
+    yield "attentive", [*probed, "--probe", "attentive", "--output_dir"]
+    scenes = ["--data_path", data / "scenes", "--nb_classes", 3]
+    yield "segment", ["main_segment.py", *scenes, *tuned, *trained, "--output_dir"]
+    yield "knn", ["main_knn.py", *images, *tuned, *small, "--k", 5]
     yield "eval", ["main_finetune.py", *images, *small, "--nb_classes", 2, "--eval", "--resume",
                    out / "finetune/checkpoint-1.pth"]  # fmt: skip
     yield "predict", ["-m", "inference.predict", "--model", out / "finetune/checkpoint-1.pth",
@@ -83,17 +83,12 @@ def commands(data: Path, out: Path) -> Iterator[tuple[str, list[object]]]:
 
 
 def observe(tree: Path, data: Path, out: Path) -> dict[str, Any]:
-    """Runs the commands in a tree.
-
-    Returns:
-        Values by name: kind of observation, run or script, and entry.
-    """
+    """Runs the commands in a tree; returns values by name: kind of observation, run or script, and entry."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
     def run(*command: object) -> str:
-        process = subprocess.run(
-            [sys.executable, *map(str, command)], cwd=tree, env=environment, capture_output=True, text=True
-        )
+        argv = [sys.executable, *map(str, command)]
+        process = subprocess.run(argv, cwd=tree, env=environment, capture_output=True, text=True)
         if process.returncode:
             raise SystemExit(f"{tree}: {' '.join(map(str, command[:1]))} failed: {process.stderr[-1000:]}")
         return process.stdout

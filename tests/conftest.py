@@ -117,15 +117,16 @@ def pictures(tmp_path_factory) -> Path:
     """24 small JPEG and PNG files in train/{cat,dog}/, of several sizes, some of them gray."""
     root = tmp_path_factory.mktemp("pictures")
     generator = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (root / "train" / name).mkdir(parents=True)
     for number in range(24):
-        folder = root / "train" / ("cat" if number % 2 else "dog")
-        folder.mkdir(parents=True, exist_ok=True)
         height, width = generator.integers(20, 60, size=2)
         coarse = generator.integers(0, 256, size=(4, 5, 3), dtype=np.uint8)
         picture = Image.fromarray(coarse).resize((int(width), int(height)), Image.Resampling.BICUBIC)
-        if number % 5 == 0:
-            picture = picture.convert("L")
-        picture.save(folder / f"{number:02}.{'jpg' if number % 3 else 'PNG'}")
+        picture = picture if number % 5 else picture.convert("L")
+        picture.save(
+            root / "train" / ("cat" if number % 2 else "dog") / f"{number:02}.{'jpg' if number % 3 else 'PNG'}"
+        )
     return root
 
 

@@ -12,7 +12,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +22,7 @@ import pytest
 import torch
 from conftest import ROOT
 from gradio_client import Client, handle_file
+from mains import wait_until
 from PIL import Image
 from playwright.sync_api import Page, expect, sync_playwright
 
@@ -37,7 +37,6 @@ CAT = ROOT / "demo" / "photos" / "chelsea.jpg"  # 3 to 2: 32 x 48 pixels, 8 x 12
 ROWS, COLUMNS, SIDE = 8, 12, 40  # of its panels: patches, and pixels of one
 VISITORS = 20
 SCREENSHOTS = ROOT / "runs" / "app_screenshots"
-AXE = "axe-core@4.11.0"
 
 
 @pytest.fixture(scope="module")
@@ -58,22 +57,18 @@ def model(files):
 
 
 @contextlib.contextmanager
-def served(folder: Path, *flags: str | Path):
+def served(folder: Path, model: Path, classifier: Path):
     """The address of a served page. At the end, its log must contain no traceback and no link to share."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "demo/app.py", "--port", str(port), *map(str, flags)]
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "demo/app.py", "--port", port, "--model", model, "--classifier", classifier]
     log = folder / "log"
     with log.open("w") as out:
-        server = subprocess.Popen(
-            command, cwd=ROOT, stdout=out, stderr=out, env={**os.environ, "GRADIO_TEMP_DIR": str(folder / "uploads")}
-        )
+        environment = {**os.environ, "GRADIO_TEMP_DIR": str(folder / "uploads")}
+        server = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out, env=environment)
     try:
-        for _ in range(600):
-            if server.poll() is not None or "Running on" in log.read_text():
-                break
-            time.sleep(0.1)
+        wait_until(lambda: server.poll() is not None or "Running on" in log.read_text(), seconds=60)
         assert "Running on" in log.read_text(), log.read_text()
         yield f"http://127.0.0.1:{port}"
     finally:
@@ -85,7 +80,7 @@ def served(folder: Path, *flags: str | Path):
 
 @pytest.fixture(scope="module")
 def address(files, tmp_path_factory):
-    models = ("--model", files / "mae.safetensors", "--classifier", files / "classifier.safetensors")
+    models = (files / "mae.safetensors", files / "classifier.safetensors")
     with served(tmp_path_factory.mktemp("server"), *models) as address:
         yield address
 
@@ -95,12 +90,10 @@ def clothes_address(files, tmp_path_factory):
     """The page of the models of ./run demo, before training."""
     settings = {"input_size": 28, "patch_size": 7, "in_chans": 1, "mean": [0.286], "std": [0.353]}
     classes = sorted(path.stem for path in (ROOT / "demo" / "clothes").glob("*.png"))
-    for name, model in (
-        ("clothes_mae", get_model("mae_vit_mini_patch4", **settings)),
-        ("clothes", get_model("vit_mini_patch4", nb_classes=10, classes=classes, **settings)),
-    ):
-        export.export(model, "safetensors", files / f"{name}.safetensors")
-    models = ("--model", files / "clothes_mae.safetensors", "--classifier", files / "clothes.safetensors")
+    models = (files / "clothes_mae.safetensors", files / "clothes.safetensors")
+    export.export(get_model("mae_vit_mini_patch4", **settings), "safetensors", models[0])
+    classifier = get_model("vit_mini_patch4", nb_classes=10, classes=classes, **settings)
+    export.export(classifier, "safetensors", models[1])
     with served(tmp_path_factory.mktemp("clothes"), *models) as address:
         yield address
 
@@ -143,7 +136,8 @@ def axe(tmp_path_factory) -> str:
     if not shutil.which("npm"):
         pytest.skip("there is no npm here: apt-get install npm")
     folder = tmp_path_factory.mktemp("axe")
-    subprocess.run(["npm", "install", "--no-audit", "--no-fund", "--prefix", folder, AXE], check=True, timeout=120)
+    command = ["npm", "install", "--no-audit", "--no-fund", "--prefix", folder, "axe-core@4.11.0"]
+    subprocess.run(command, check=True, timeout=120)
     return (folder / "node_modules" / "axe-core" / "axe.min.js").read_text(encoding="utf-8")
 
 
@@ -240,30 +234,23 @@ def test_an_uploaded_image_is_masked_and_reconstructed(visit, model):
     assert f"{loss:.4f}" in said and f"PSNR {psnr(model, result):.2f} dB" in said
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_photograph_with_an_exif_orientation_is_upright_in_both_tabs(visit, tmp_path, orientation):
-    turns = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_90",
-             7: "TRANSVERSE", 8: "ROTATE_270"}  # how the camera stores the upright photograph  # fmt: skip
-    with Image.open(CAT) as photo:
-        stored = photo.copy() if orientation == 1 else photo.transpose(Image.Transpose[turns[orientation]])
+def test_a_rotated_photograph_is_upright_in_both_tabs(visit, tmp_path):
+    """test_decode.py has all orientations."""
     exif = Image.Exif()
-    exif[0x0112] = orientation
-    stored.save(tmp_path / "turned.png", exif=exif)
+    exif[0x0112] = 6  # the camera was turned
     with Image.open(CAT) as photo:
+        photo.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
         upright = np.asarray(photo.convert("RGB").resize((COLUMNS * SIDE, ROWS * SIDE)), float)
-    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     page = visit()
     upload(page, tmp_path / "turned.png")
-    page.wait_for_timeout(1000)
-    settled(page, "at random with seed 0")
+    settled(page, "72 of 96 patches are masked")
     for tab in ("Reconstruct", "Attention and features"):
         page.get_by_role("tab", name=tab).click()
         page.wait_for_timeout(1000)
         shown = pixels(page, "original")
-        page.screenshot(path=SCREENSHOTS / f"exif_{orientation}_{tab.split()[0].lower()}.png")
-        resized = Image.fromarray(shown).resize((COLUMNS * SIDE, ROWS * SIDE))
-        assert shown.shape[0] < shown.shape[1]
-        assert np.abs(np.asarray(resized, float) - upright).mean() < 15
+        assert shown.shape == (ROWS * SIDE, COLUMNS * SIDE, 3)
+        assert np.abs(shown.astype(float) - upright).mean() < 15
+        screenshot(page, f"exif_{tab.split()[0].lower()}")
 
 
 def test_ratio_and_seed(visit):
@@ -336,22 +323,9 @@ def test_the_keyboard_masks_patches(visit):
     settled(page, "72 of 96 patches are masked, at random with seed 0")
 
 
-@pytest.fixture(scope="module")
-def wrong(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("wrong")
-    (folder / "text.jpg").write_text("hello")
-    (folder / "notes.txt").write_text("hello")
-    (folder / "heavy.jpg").write_bytes(os.urandom(11_000_000))
-    (folder / "cut.jpg").write_bytes(CAT.read_bytes()[:9000])
-    Image.new("1", (13_300, 13_300)).save(folder / "large.png")
-    Image.new("1", (20_000, 20_000)).save(folder / "bomb.png")
-    Image.new("L", (10, 90_000)).save(folder / "strip.png")
-    return folder
-
-
-def assert_one_error(page: Page, said: str) -> None:
+def assert_one_error(page: Page, *said: str) -> None:
     """An error is a text, without pictures of an earlier image."""
-    alert = page.get_by_role("alert").filter(has_text=said)
+    alert = page.get_by_role("alert").filter(has_text=re.compile(".*".join(said)))
     expect(alert).to_be_visible()
     expect(page.get_by_role("alert").filter(has_text=re.compile(r"\S"))).to_have_count(1)
     expect(page.locator(".panel img")).to_have_count(0)
@@ -360,24 +334,22 @@ def assert_one_error(page: Page, said: str) -> None:
     assert "/" not in alert.inner_text()
 
 
-def test_unusable_files_show_an_error_message(visit, wrong):
+def test_unusable_files_show_an_error_message(visit, tmp_path):
+    for name in ("text.jpg", "notes.txt"):
+        (tmp_path / name).write_text("hello")
+    (tmp_path / "heavy.jpg").write_bytes(os.urandom(11_000_000))
+    (tmp_path / "cut.jpg").write_bytes(CAT.read_bytes()[:9000])
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
     page = visit()
-    for name, said in (
-        ("text.jpg", "text.jpg: the file is not an image of a known format"),
-        ("large.png", "large.png: its 13300 x 13300 pixels are more than the limit of 25,000,000"),
-        ("bomb.png", "bomb.png: too large to decode: Image size (400000000 pixels) exceeds"),
-        ("strip.png", "strip.png: the aspect ratio of 10 x 90000 pixels exceeds 4 to 1"),
-        ("cut.jpg", "cut.jpg: can't be read as an image"),
-    ):
-        upload(page, wrong / name)
-        assert_one_error(page, said)
-        if name == "text.jpg":
-            screenshot(page, "error")
+    for name, said in (("text.jpg", "known format"), ("bomb.png", "too large to decode"), ("cut.jpg", "can't be read")):
+        upload(page, tmp_path / name)
+        assert_one_error(page, f"{name}: ", said)
+    screenshot(page, "error")
     upload(page, CAT)
     settled(page, "72 of 96 patches are masked")
     expect(page.get_by_role("alert").filter(has_text=re.compile(r"\S"))).to_have_count(0)
     for name, said in (("heavy.jpg", "exceed the maximum allowed size of 10"), ("notes.txt", "Invalid file type")):
-        upload(page, wrong / name)  # the browser does not send it, and the page does not change
+        upload(page, tmp_path / name)  # the browser does not send it, and the page does not change
         toast = page.get_by_test_id("toast-body").filter(has_text=said)
         expect(toast).to_have_count(1)
         expect(page.get_by_text("Error", exact=True).filter(visible=True)).to_have_count(0)
@@ -459,17 +431,13 @@ def test_the_page_fits_and_is_accessible(visit, axe, clothes_address, scheme, wi
             page.wait_for_timeout(300)  # transitions of colors
             screenshot(page, f"{kind}_{tab.lower().replace(' ', '_')}_{width}_{scheme}")
             page.evaluate(axe)
-            found = page.evaluate("axe.run()")["violations"]
-            assert [
-                (violation["id"], [node["html"][:200] for node in violation["nodes"]])
-                for violation in found
-                if violation["impact"] in ("serious", "critical")
-            ] == []
+            for violation in page.evaluate("axe.run()")["violations"]:
+                places = [node["html"][:200] for node in violation["nodes"]]
+                assert violation["impact"] not in ("serious", "critical"), (violation["id"], places)
 
 
 def test_twenty_visitors_at_once(address, model, tmp_path):
     """Each visitor has another image and another seed, and gets the results that belong to them."""
-
     ready = threading.Barrier(VISITORS)
 
     def visitor(number: int):
@@ -477,9 +445,8 @@ def test_twenty_visitors_at_once(address, model, tmp_path):
         file.parent.mkdir(parents=True)
         colors = np.random.default_rng(number).integers(0, 256, (4, 4 + number % 3, 3), dtype=np.uint8)
         Image.fromarray(colors).resize((32 * colors.shape[1], 128)).save(file)
-        client = Client(
-            address, verbose=False, download_files=tmp_path / "theirs" / str(number), analytics_enabled=False
-        )
+        place = tmp_path / "theirs" / str(number)
+        client = Client(address, verbose=False, download_files=place, analytics_enabled=False)
         ratio, painted = (0.5, f"{number} 33") if number % 4 == 0 else (0.25 + 0.05 * (number % 10), "")
         ready.wait()
         if painted:
@@ -546,22 +513,18 @@ def test_every_image_format_is_reconstructed(model, tmp_path):
             assert {panel.size for panel in panels} == {(width, height)}
             assert (editor["rows"], editor["columns"]) == (height // SIDE, width // SIDE)
             assert f"{height * width // SIDE**2 // 2} of {height * width // SIDE**2} patches" in said
-            assert {
-                panel.size for panel in outputs.look_inside(sees, str(file), outputs.attention_maps(sees, None)[0])[:3]
-            } == {(width, height)}
+            maps_of = outputs.look_inside(sees, str(file), outputs.attention_maps(sees, None)[0])[:3]
+            assert {panel.size for panel in maps_of} == {(width, height)}
 
 
 def test_invalid_flags_are_errors(files, tmp_path):
     def start(*flags) -> None:
-        app.main(
-            entry_point.parse(app.get_args_parser(), ["--model", str(files / "mae.safetensors"), *map(str, flags)])
-        )
+        argv = ["--model", str(files / "mae.safetensors"), *map(str, flags)]
+        app.main(entry_point.parse(app.get_args_parser(), argv))
 
     with pytest.raises(ValueError, match="--samples"):
         start("--samples", tmp_path / "none")
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ValueError, match=f"--host 127.0.0.1 --port {port}"):
             start("--port", port)

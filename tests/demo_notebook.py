@@ -90,14 +90,6 @@ def test_a_model_without_decoder_is_rejected(tmp_path, monkeypatch):
         execute(NOTEBOOK.parent)
 
 
-def test_every_section_has_an_expectation_and_an_exercise():
-    sections = [cell.source for cell in nbformat.read(NOTEBOOK, as_version=4).cells if cell.source.startswith("## ")]
-    for section in sections[:-2]:  # the last ones are solutions and links
-        expectation = section.partition("**You should see**")[2].partition("\n\n**Exercise.**")
-        assert expectation[0].strip().count("\n") == 1
-        assert expectation[2]
-
-
 def test_without_a_clone_the_error_names_the_remedy(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "")
     with pytest.raises(CellExecutionError, match="REPOSITORY"):

@@ -55,10 +55,8 @@ def small_models() -> Iterator[None]:
     import models_mae
     import models_vit
 
-    with (
-        mock.patch.dict(models_vit.SIZES["mini_patch4"], SIZE),
-        mock.patch.dict(models_mae.DECODERS["mini_patch4"], DECODER),
-    ):
+    decoder = mock.patch.dict(models_mae.DECODERS["mini_patch4"], DECODER)
+    with mock.patch.dict(models_vit.SIZES["mini_patch4"], SIZE), decoder:
         yield
 
 
@@ -76,16 +74,13 @@ def main() -> None:
                 shutil.rmtree(FOLDER / name, ignore_errors=True)
                 for out, stop in ((data / name, 0), (FOLDER / name, 2)):
                     argv = [*flags.split(), "--data_path", str(data / dataset), "--output_dir", str(out)]
-                    code = Path(temporary, "code.py")
-                    paths = [str(tree), str(tree / "tests"), str(Path(__file__).parent)]
-                    code.write_text(
-                        f"import sys; sys.path[:0] = {paths}\nimport earlier\nearlier.train{(script, argv, stop)}"
-                    )
+                    code, paths = Path(temporary, "code.py"), [tree, tree / "tests", Path(__file__).parent]
+                    code.write_text(f"import sys\nsys.path[:0] = {[*map(str, paths)]}\n"
+                                    f"import earlier\nearlier.train{(script, argv, stop)}")  # fmt: skip
                     command = [*torchrun(2), code] if "--fsdp" in argv else [sys.executable, code]
                     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-                kept = {"checkpoint-last.pth", "checkpoint-last"}
                 for path in FOLDER.joinpath(name).iterdir():
-                    if path.name not in kept:
+                    if path.stem != "checkpoint-last":
                         shutil.rmtree(path) if path.is_dir() else path.unlink()
                 shutil.copy(data / name / "log.txt", FOLDER / name / "expected.txt")
         finally:

@@ -35,15 +35,13 @@ class Forks:
         output: the file that stdout and stderr of all processes are appended to.
         count: the number of processes. Several have the environment variables of torchrun.
         environment: variables beside those of this process.
-        user: the numeric user to change to.
         errors: another file for stderr.
         folder: the working directory.
     """
 
     def __init__(
         self, script: str | Path, argv: Sequence[Any], output: Path, count: int = 1,
-        environment: Mapping[str, str] | None = None, user: int | None = None, errors: Path | None = None,
-        folder: Path = ROOT,
+        environment: Mapping[str, str] | None = None, errors: Path | None = None, folder: Path = ROOT,
     ) -> None:  # fmt: skip
         # As in torchrun, the store belongs to the launcher, which chooses a free port.
         self.store = td.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if count > 1 else None
@@ -58,7 +56,7 @@ class Forks:
                 variables |= {"MASTER_ADDR": self.store.host, "MASTER_PORT": str(self.store.port)}
                 variables["TORCHELASTIC_USE_AGENT_STORE"] = "True"
             files = {"folder": folder, "output": output, "errors": errors or output, "python": sys.executable}
-            arguments = (str(folder / script), [str(argument) for argument in argv], files, variables, user)
+            arguments = (str(folder / script), [str(argument) for argument in argv], files, variables)
             self.processes.append(context.Process(target=_run, args=arguments))
             self.processes[-1].start()
 
@@ -72,10 +70,8 @@ class Forks:
     def signal(self, signum: int) -> None:
         """Sends a signal to all processes, including worker processes, like launchers and terminals."""
         for process in self.processes:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid or 0, signum)
-            except ProcessLookupError:
-                continue
 
 
 def run(
@@ -149,7 +145,7 @@ def starter(folder: Path) -> Iterator[Path]:
         yield file
 
 
-def _run(script: str, argv: list[str], files: Mapping[str, Any], environment: dict[str, str], user: int | None) -> None:
+def _run(script: str, argv: list[str], files: Mapping[str, Any], environment: dict[str, str]) -> None:
     os.setsid()
     multiprocessing.set_start_method(None, force=True)  # worker processes use the default of the platform
     os.chdir(files["folder"])
@@ -161,8 +157,4 @@ def _run(script: str, argv: list[str], files: Mapping[str, Any], environment: di
         os.dup2(os.open(files[name], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666), number)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     sys.argv, sys.executable = [script, *argv], files["python"]
-    code = compile(Path(script).read_text(), script, "exec")
-    if user is not None:
-        "".encode("utf-8-sig")  # imports the codec of recipes: only root may be able to read Python's files
-        os.seteuid(user)
-    exec(code, {"__name__": "__main__", "__file__": script})
+    exec(compile(Path(script).read_text(), script, "exec"), {"__name__": "__main__", "__file__": script})

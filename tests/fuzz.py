@@ -33,7 +33,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from fuzz_doors import DOORS, Door
 
-INPUTS = 2_000
 OF_A_PROCESS = 100
 SECONDS = 20
 MAX_GROWTH = 1024  # MB
@@ -50,24 +49,20 @@ class Fault(NamedTuple):
 
 
 class Batch:
-    """A process that reads the inputs from `first` to `end`.
+    """A process that reads the inputs from `first` to `end`, in a working folder of its own."""
 
-    Args:
-        folder: working folder of this process.
-    """
-
-    def __init__(self, name: str, door: Door, seeds: list[Any], first: int, end: int, folder: Path) -> None:
-        self.name, self.end = name, end
-        self.number = FORK.Value("q", first)
+    def __init__(self, name: str, seeds: list[Any], first: int, end: int, folder: Path) -> None:
+        self.name, self.seeds, self.end = name, seeds, end
+        self.number = FORK.Value("q", first)  # the last input that it has read
         self.answer, answer = FORK.Pipe(duplex=False)
-        self.process = FORK.Process(target=self._read_all, args=(door, seeds, folder, answer))
+        self.process = FORK.Process(target=self._read_all, args=(folder / f"{name}-{first}", answer))
         self.process.start()
         answer.close()
 
-    def _read_all(self, door: Door, seeds: list[Any], folder: Path, answer: Any) -> None:
+    def _read_all(self, folder: Path, answer: Any) -> None:
         torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
         signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process at any point
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True)
         said = (folder / "said.txt").open("w+")
         os.dup2(said.fileno(), 1)
         os.dup2(said.fileno(), 2)
@@ -78,7 +73,7 @@ class Batch:
         for number in range(first, self.end):
             self.number.value = number
             signal.setitimer(signal.ITIMER_REAL, SECONDS)
-            what = read(self.name, door, seeds, number, folder)
+            what = read(self.name, DOORS[self.name], self.seeds, number, folder)
             signal.setitimer(signal.ITIMER_REAL, 0)
             faults += [Fault(self.name, number, what)] if what else []
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10) - start
@@ -91,7 +86,7 @@ class Batch:
         answer.send((faults, grown))
 
     def result(self) -> tuple[list[Fault], int]:
-        """The faults of an ended process, and its memory in MB. `number` is the last input that it read."""
+        """The faults of an ended process, and its memory in MB."""
         self.process.join()
         with contextlib.suppress(EOFError):
             answer = self.answer.recv()
@@ -109,9 +104,7 @@ def read(name: str, door: Door, seeds: list[Any], number: int, folder: Path) -> 
             warnings.simplefilter("ignore")
             door.read(door.mutate(seeds, generator), folder, generator)
     except ALLOWED as error:
-        text = str(error)
-        if isinstance(error, OSError) and error.strerror:
-            text = error.strerror
+        text = (isinstance(error, OSError) and error.strerror) or str(error)
         return "" if text.isprintable() else f"{type(error).__name__} of several lines: {text!r}"
     except BaseException as error:
         at = traceback.extract_tb(error.__traceback__)[-1]
@@ -125,35 +118,37 @@ def fuzz(names: list[str], inputs: int, folder: Path, processes: int = 2) -> Ite
     for name in names:
         (folder / name).mkdir(parents=True)
         seeds = DOORS[name].make_seeds(folder / name)
-        ends = [*range(OF_A_PROCESS, inputs, OF_A_PROCESS), inputs]
-        waiting += [(name, seeds, end - min(OF_A_PROCESS, end), end) for end in ends]
-        waiting[-1] = (name, seeds, ends[-2] if len(ends) > 1 else 0, inputs)
-    running: list[tuple[Batch, list[Any]]] = []
+        firsts = range(0, inputs, OF_A_PROCESS)
+        waiting += [(name, seeds, first, min(first + OF_A_PROCESS, inputs)) for first in firsts]
+    running: list[Batch] = []
     while waiting or running:
         while waiting and len(running) < processes:
-            name, seeds, first, end = waiting.pop(0)
-            own = folder / f"{name}-{first}"
-            running.append((Batch(name, DOORS[name], seeds, first, end, own), seeds))
-        connection.wait([batch.process.sentinel for batch, _ in running])
-        for batch, seeds in [one for one in running if not one[0].process.is_alive()]:
-            running.remove((batch, seeds))
+            running.append(Batch(*waiting.pop(0), folder))
+        connection.wait([batch.process.sentinel for batch in running])
+        for batch in [batch for batch in running if not batch.process.is_alive()]:
+            running.remove(batch)
             faults, grown = batch.result()
             if batch.number.value + 1 < batch.end:
-                waiting.insert(0, (batch.name, seeds, batch.number.value + 1, batch.end))
+                waiting.insert(0, (batch.name, batch.seeds, batch.number.value + 1, batch.end))
             yield batch.name, faults, grown
 
 
-def main(args: argparse.Namespace) -> int:
+def main() -> int:
     """Prints a line for each fault, and a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("doors", nargs="*", choices=[[], *DOORS], metavar="DOOR", help=f"{', '.join(DOORS)}, or all")
+    parser.add_argument("--inputs", type=int, default=2_000, metavar="N", help="number of inputs per door")
+    parser.add_argument("--only", type=int, metavar="NUMBER", help="reads only this input of DOOR, in this process")
+    args = parser.parse_args()
     names = args.doors or list(DOORS)
-    with tempfile.TemporaryDirectory() as folder:
+    counts, peaks, begun = dict.fromkeys(names, 0), dict.fromkeys(names, 0), time.perf_counter()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         if args.only is not None:
-            seeds = DOORS[names[0]].make_seeds(Path(folder))
-            generator = random.Random(f"{names[0]} {args.only}")
-            DOORS[names[0]].read(DOORS[names[0]].mutate(seeds, generator), Path(folder), generator)
+            door, generator = DOORS[names[0]], random.Random(f"{names[0]} {args.only}")
+            door.read(door.mutate(door.make_seeds(folder), generator), folder, generator)
             return 0
-        counts, peaks, begun = dict.fromkeys(names, 0), dict.fromkeys(names, 0), time.perf_counter()
-        for name, faults, grown in fuzz(names, args.inputs, Path(folder)):
+        for name, faults, grown in fuzz(names, args.inputs, folder):
             counts[name] += len(faults)
             peaks[name] = max(peaks[name], grown)
             for fault in faults:
@@ -166,14 +161,4 @@ def main(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "doors", nargs="*", choices=[[], *DOORS], metavar="DOOR", help=f"{', '.join(DOORS)} (default: all)"
-    )
-    parser.add_argument(
-        "--inputs", type=int, default=INPUTS, metavar="N", help=f"number of inputs per door (default: {INPUTS:,})"
-    )
-    parser.add_argument(
-        "--only", type=int, metavar="NUMBER", help="read only this input of the first door, in this process"
-    )
-    sys.exit(main(parser.parse_args()))
+    sys.exit(main())

@@ -50,6 +50,8 @@ class Door(NamedTuple):
 # ------------------------------------------------------------------------------------------------------------- images
 
 
+FORMATS = {b"II*\0": mutations.tiff, b"MM\0*": mutations.tiff, b"\x89PNG": mutations.png,
+           b"\xff\xd8": mutations.jpeg}  # fmt: skip
 HAS_FAST_JPEG = all(map(importlib.util.find_spec, ("torchcodec", "numba")))
 
 
@@ -58,10 +60,8 @@ def _images(folder: Path) -> list[tuple[bytes, int]]:
     pixels = np.arange(40 * 48 * 3, dtype=np.uint16).reshape(40, 48, 3)
     for codec, tile in itertools.product(("zlib", "lzma", "lzw", "packbits", "zstd", "jpeg2000"), (None, (16, 16))):
         for values in (pixels, pixels.astype(np.uint8)):
-            stream = io.BytesIO()
-            tifffile.imwrite(
-                stream, values, photometric="rgb", compression=codec, tile=tile, rowsperstrip=None if tile else 9
-            )
+            stream, rows = io.BytesIO(), None if tile else 9
+            tifffile.imwrite(stream, values, photometric="rgb", compression=codec, tile=tile, rowsperstrip=rows)
             seeds.append((stream.getvalue(), 3))
     exif = Image.Exif()
     exif[274], exif[270] = 6, "a camera"
@@ -76,13 +76,9 @@ def _images(folder: Path) -> list[tuple[bytes, int]]:
 
 def _mutate_image(seeds: list[tuple[bytes, int]], generator: random.Random) -> tuple[bytes, int]:
     data, in_chans = generator.choice(seeds)
-    if generator.random() < 0.7:
-        if data[:4] in (b"II*\0", b"MM\0*"):
-            return mutations.tiff(data, generator), in_chans
-        if data.startswith(b"\x89PNG"):
-            return mutations.png(data, generator), in_chans
-        if data.startswith(b"\xff\xd8"):
-            return mutations.jpeg(data, generator), in_chans
+    damage = [damage for start, damage in FORMATS.items() if data.startswith(start)]
+    if damage and generator.random() < 0.7:
+        return damage[0](data, generator), in_chans
     return mutations.mutate(data, [other for other, _ in seeds], generator), in_chans
 
 
@@ -233,9 +229,8 @@ def _weights(folder: Path) -> list[dict[str, Any]]:
 
 def _link(generator: random.Random) -> Path:
     """The target of a link in place of a file."""
-    return Path(
-        generator.choice(("/dev/zero", "/dev/zero", "/dev/null", "/dev/stdin", ".", "..", "none", "/etc/passwd"))
-    )
+    targets = ("/dev/zero", "/dev/zero", "/dev/null", "/dev/stdin", ".", "..", "none", "/etc/passwd")
+    return Path(generator.choice(targets))
 
 
 def _other_header(header: bytes, generator: random.Random) -> bytes:
@@ -255,20 +250,15 @@ def _mutate_weights(seeds: list[dict[str, Any]], generator: random.Random) -> di
     seed = generator.choice(seeds)
     how = generator.choice(("bytes", "header", "content", "content"))
     if "file" in seed:
-        state = (
-            mutations.nested(seed["file"], generator, [*TENSORS, *mutations.VALUES])
-            if how == "content"
-            else seed["file"]
-        )
-        stream = io.BytesIO()
+        state, stream = seed["file"], io.BytesIO()
+        if how == "content":
+            state = mutations.nested(state, generator, [*TENSORS, *mutations.VALUES])
         torch.save(state, stream, _use_new_zipfile_serialization="old" not in seed)
         data = stream.getvalue()
-        if how == "header":
-            data = (
-                _other_pickle(data, generator)
-                if "old" not in seed
-                else mutations.flip(data[:3000], [], generator) + data[3000:]
-            )
+        if how == "header" and "old" in seed:
+            data = mutations.flip(data[:3000], [], generator) + data[3000:]
+        elif how == "header":
+            data = _other_pickle(data, generator)
         return {"weights.pth": mutations.mutate(data, [data], generator) if how == "bytes" else data}
     settings = seed.get("settings", {})
     if how == "content":
@@ -287,13 +277,8 @@ def _mutate_weights(seeds: list[dict[str, Any]], generator: random.Random) -> di
         config = mutations.document(config, generator)
     if generator.random() < 0.3:
         index = json.dumps({"weight_map": {"cls_token": "a.safetensors", "norm": "b.safetensors"}}).encode()
-        link = _link(generator) if generator.random() < 0.7 else b""
-        return {
-            "model.safetensors.index.json": index,
-            "a.safetensors": data,
-            "b.safetensors": link,
-            "config.json": config,
-        }
+        shards = {"a.safetensors": data, "b.safetensors": _link(generator) if generator.random() < 0.7 else b""}
+        return {"model.safetensors.index.json": index, "config.json": config, **shards}
     return {"model.safetensors": data, "config.json": config}
 
 
@@ -313,10 +298,8 @@ def _write(files: dict[str, bytes | Path], folder: Path) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     for name, data in files.items():
-        if isinstance(data, Path):
-            (folder / name).symlink_to(data)
-        else:
-            (folder / name).write_bytes(data)
+        place = folder / name
+        place.symlink_to(data) if isinstance(data, Path) else place.write_bytes(data)
     return folder
 
 

@@ -3,10 +3,15 @@
     ./run test-mmpretrain
 
 mmpretrain is not maintained for current versions of Python and PyTorch. The task installs version 1.2.0 with few of its
-dependencies into a temporary folder, which it removes.
+dependencies into a temporary folder, which it removes. With this folder in PYTHONPATH, `python
+tests/mmpretrain_oracle.py` writes the files of fixtures/mmpretrain anew: tiny models, with their answers to an input.
 """
 
 import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import mmpretrain.models
 import pytest
@@ -118,42 +123,38 @@ def test_predictions_for_an_image_by_every_preprocessor(preprocessor, place, tmp
     torch.testing.assert_close(ours(ours.normalize(pixels[None])), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_the_settings_in_a_configuration(imgs, tmp_path):
-    model = autoencoder()
-    for part in ("backbone", "neck"):
-        model[part]["norm_cfg"] = {"type": "LN", "eps": 0.1}
-    model["head"]["norm_pix"] = False
-    model["data_preprocessor"] = {"to_rgb": True, **STATISTICS}
+@torch.no_grad()
+def answer(theirs, imgs):
+    """The mask, the order of patches, the prediction and the loss of their autoencoder."""
+    latent, mask, ids_restore = theirs.backbone(imgs, mask=True)
+    pred = theirs.neck(latent, ids_restore)
+    return {"mask": mask, "ids_restore": ids_restore, "pred": pred, "mae_loss": theirs.head.loss(pred, imgs, mask)}
+
+
+def their_autoencoder(model):
     theirs = MODELS.build(model)
     theirs.init_weights()
-    theirs = randomized(theirs)
-    meta = {"cfg": Config({"model": model}).pretty_text}
+    return randomized(theirs)
+
+
+@pytest.mark.parametrize("configured", [False, True])
+def test_an_autoencoder_in_both_directions(configured, imgs, tmp_path):
+    model, meta = autoencoder(), {}
+    if configured:
+        for part in ("backbone", "neck"):
+            model[part]["norm_cfg"] = {"type": "LN", "eps": 0.1}
+        model["head"]["norm_pix"] = False
+        model["data_preprocessor"] = {"to_rgb": True, **STATISTICS}
+        meta = {"cfg": Config({"model": model}).pretty_text}
+    theirs = their_autoencoder(model)
     save_checkpoint({"meta": meta, "state_dict": theirs.state_dict()}, str(tmp_path / "theirs.pth"))
-    ours = get_model(tmp_path / "theirs.pth")
-    assert (ours.norm_pix_loss, ours.norm.eps) == (False, 0.1)
-    with torch.no_grad():
-        latent, mask, ids_restore = theirs.backbone(imgs, mask=True)
-        expected = theirs.neck(latent, ids_restore)
-        loss = theirs.head.loss(expected, imgs, mask)
-    found_loss, found, _ = ours(imgs, mask=mask)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(found_loss, loss, rtol=1e-5, atol=1e-5)
-
-
-def test_an_autoencoder_in_both_directions(imgs, tmp_path):
-    theirs = MODELS.build(autoencoder())
-    theirs.init_weights()
-    theirs = randomized(theirs)
-    save_checkpoint({"meta": {}, "state_dict": theirs.state_dict()}, str(tmp_path / "theirs.pth"))
-    ours = get_model(tmp_path / "theirs.pth")
-    with torch.no_grad():
-        latent, mask, ids_restore = theirs.backbone(imgs, mask=True)
-        expected = theirs.neck(latent, ids_restore)
-        loss = theirs.head.loss(expected, imgs, mask)
-    found_loss, found, _ = ours(imgs, mask=mask)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(found_loss, loss, rtol=1e-5, atol=1e-5)
-
+    ours, expected = get_model(tmp_path / "theirs.pth"), answer(theirs, imgs)
+    loss, pred, _ = ours(imgs, mask=expected["mask"])
+    torch.testing.assert_close(pred, expected["pred"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(loss, expected["mae_loss"], rtol=1e-5, atol=1e-5)
+    if configured:
+        assert (ours.norm_pix_loss, ours.norm.eps) == (False, 0.1)
+        return
     export.export(ours, "mmpretrain", tmp_path / "ours.pth")
     again = MODELS.build(autoencoder())
     load_checkpoint(again, str(tmp_path / "ours.pth"), map_location="cpu", strict=True)
@@ -202,13 +203,29 @@ def test_the_configuration_that_an_export_prints_builds_the_model(kind, tmp_path
     with torch.no_grad():
         batch = theirs.data_preprocessor(data | ({"data_samples": []} if kind == "autoencoder" else {}))["inputs"]
         if kind == "autoencoder":
-            latent, mask, ids_restore = theirs.backbone(batch, mask=True)
-            expected = theirs.neck(latent, ids_restore)
-            loss = theirs.head.loss(expected, batch, mask)
-            found_loss, found, _ = ours(ours.normalize(pixels[None]), mask=mask)
-            torch.testing.assert_close(found_loss, loss, rtol=1e-4, atol=1e-4)
+            wanted = answer(theirs, batch)
+            loss, found, _ = ours(ours.normalize(pixels[None]), mask=wanted["mask"])
+            torch.testing.assert_close(loss, wanted["mae_loss"], rtol=1e-4, atol=1e-4)
+            expected = wanted["pred"]
         elif kind == "encoder":
             expected, found = theirs.extract_feat(batch)[-1], ours.compute_features(ours.normalize(pixels[None]))
         else:
             expected, found = theirs(batch, mode="tensor"), ours(ours.normalize(pixels[None]))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def write_fixtures(folder):
+    """Writes a tiny autoencoder and classifier as mmengine does, and the answers that test_conversion.py expects."""
+    tiny = {"arch": {"embed_dims": 32, "num_layers": 2, "num_heads": 2, "feedforward_channels": 128}, "img_size": 16}
+    imgs = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    mae = their_autoencoder(autoencoder(**tiny, width=32, decoder=(16, 2, 2)))
+    pooled = randomized(MODELS.build(classifier("pooled", 7, 32, **tiny)))
+    for name, model in (("mae", mae), ("classifier", pooled)):
+        save_checkpoint({"meta": {"epoch": 1}, "state_dict": model.state_dict()}, str(folder / f"{name}.pth"))
+    with torch.no_grad():
+        logits = pooled(imgs, mode="tensor")
+    torch.save({"imgs": imgs, "logits": logits, **answer(mae, imgs)}, folder / "answers.pth")
+
+
+if __name__ == "__main__":
+    write_fixtures(Path(__file__).parent / "fixtures" / "mmpretrain")

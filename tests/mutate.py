@@ -104,11 +104,10 @@ def mutants_of(file: str) -> list[Mutant]:
                 if after != before:
                     found.append(Mutant(file, line, start, end, before, after, is_imported))
         is_imported &= not isinstance(node, ast.FunctionDef | ast.Lambda)
-        for name, child in ast.iter_fields(node):
-            if name not in ("annotation", "returns"):
-                for part in child if isinstance(child, list) else [child]:
-                    if isinstance(part, ast.AST):
-                        visit(part, line, is_imported)
+        skipped = (getattr(node, "annotation", None), getattr(node, "returns", None))
+        for child in ast.iter_child_nodes(node):
+            if child not in skipped:
+                visit(child, line, is_imported)
 
     visit(ast.parse((ROOT / file).read_text()), 1, True)
     return found
@@ -170,11 +169,7 @@ def python_files() -> list[Path]:
 
 
 def sample(paths: Sequence[str], number: int, seed: int) -> list[Mutant]:
-    """A random sample of the changes of files and directories, in proportion to the changes of each file.
-
-    Raises:
-        SystemExit: there is no source file below one of the paths.
-    """
+    """A random sample of the changes of files and directories, in proportion to the changes of each file."""
     sources = [file.relative_to(ROOT) for file in python_files() if ROOT / "tests" not in file.parents]
     if unknown := [path for path in paths if not any(source.is_relative_to(path) for source in sources)]:
         raise SystemExit(f"{unknown[0]} has no source file of this repository")

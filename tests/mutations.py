@@ -50,16 +50,13 @@ def splice(data: bytes, others: Sequence[bytes], generator: random.Random) -> by
 
 def number(data: bytes, others: Sequence[bytes], generator: random.Random) -> bytes:
     """Writes an unusual number of 1 to 8 bytes to a random position, in either byte order."""
-    if not data:
-        return data
     written = odd_number(generator.choice((1, 2, 4, 8)), generator)
-    start = place(len(data), generator)
+    start = place(len(data), generator) if data else 0
     return data[:start] + written + data[start + len(written) :]
 
 
 def odd_number(size: int, generator: random.Random) -> bytes:
-    value = generator.choice(ODD) % 256**size
-    return value.to_bytes(size, generator.choice(("little", "big")))
+    return (generator.choice(ODD) % 256**size).to_bytes(size, generator.choice(("little", "big")))
 
 
 def tiff(data: bytes, generator: random.Random) -> bytes:
@@ -85,9 +82,8 @@ def png(data: bytes, generator: random.Random) -> bytes:
         at += 12 + size
     which = generator.randrange(len(chunks))
     if generator.random() < 0.3:
-        chunks.insert(
-            which, generator.choice((b"iTXt", b"zTXt", b"iCCP", b"eXIf")) + b"a\0\0" + zlib.compress(bytes(10**6))
-        )
+        name = generator.choice((b"iTXt", b"zTXt", b"iCCP", b"eXIf"))
+        chunks.insert(which, name + b"a\0\0" + zlib.compress(bytes(10**6)))
     else:
         chunks[which] = chunks[which][:4] + mutate(chunks[which][4:], [data], generator)
     made = [struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks]
@@ -132,9 +128,8 @@ def tar_header(data: bytes, generator: random.Random) -> bytes:
     if at == 156:
         header[156] = generator.choice(b"01234567xgLKSVM\0")
     elif at == 124:
-        header[124:136] = generator.choice(
-            (b"77777777777\0", b"\xff" * 12, b"\x80" + bytes(7) + b"\x7f\0\0\0", b"-1\0" + bytes(9))
-        )
+        sizes = (b"77777777777\0", b"\xff" * 12, b"\x80" + bytes(7) + b"\x7f\0\0\0", b"-1\0" + bytes(9))
+        header[124:136] = generator.choice(sizes)
     else:
         header[at : at + size] = bytes(generator.choice((0, 27, 46, 47, 255)) for _ in range(size))
     header[148:156] = b" " * 8

@@ -1,5 +1,4 @@
-"""Folders with the layout of ImageNet's robustness test sets, whose images have a color that encodes a class; and a
-classifier in timm's registry that decodes the color."""
+"""Images in the layout of ImageNet's robustness test sets, whose colors encode classes, and a classifier of timm."""
 
 import io
 from collections.abc import Callable
@@ -45,8 +44,7 @@ def wrong_in_ten(count: int) -> Callable[[int], int]:
 
 
 class ReadsColors(nn.Module):
-    """Its logits fall with the distance to the class that an image is painted for; of two neighbors the lower one is
-    the likelier."""
+    """Logits fall with the distance to the class of an image's color; of two neighbors, the lower one is likelier."""
 
     num_classes = 1000
 

@@ -7,26 +7,13 @@ import torch
 
 import models_mae
 import models_vit
-from benchmarks import (
-    evaluation,
-    input_pipeline,
-    listing,
-    model_table,
-    peers,
-    train_step,
-    whole_run,
-)
+from benchmarks import evaluation, input_pipeline, listing, model_table, peers, train_step, whole_run
 from models_vit import SIZES
 
 
-@pytest.mark.parametrize(
-    ("size", "giga"), [("base_patch16", 58.46), ("large_patch16", 124.23), ("huge_patch14", 290.99)]
-)
-def test_operations_of_pretraining(size, giga):
-    assert model_table.training_flops(size) / 1e9 == pytest.approx(giga, abs=0.01)
-
-
-def test_operations_of_classifiers():
+def test_operations_by_hand():
+    for size, giga in (("base_patch16", 58.46), ("large_patch16", 124.23), ("huge_patch14", 290.99)):
+        assert model_table.training_flops(size) / 1e9 == pytest.approx(giga, abs=0.01)
     assert model_table.classifier_flops("base_patch16") / 2e9 == pytest.approx(17.56, abs=0.01)
 
 
@@ -53,30 +40,34 @@ def test_peers_have_our_parameters(size):
     assert count(evaluation.transformers_encoder, size) == count(vit, num_classes=0)
 
 
+def run(script, out, *argv):
+    """Runs a benchmark on the smallest sizes; returns the only file that it writes."""
+    argv = [*argv, "--rounds", "1", "--device", "cpu", "--out", str(out)]
+    script.main(script.get_args_parser().parse_args(argv))
+    (file,) = out.glob("*.json")
+    return json.loads(file.read_text())
+
+
+SMALL = ("--size", "mini_patch4", "--batch_size", "2", "--amp", "off")
+
+
 @pytest.mark.parametrize("task", ["pretrain", "finetune", "features", "attention"])
 def test_steps_are_timed(task, tmp_path, capsys):
-    parser = train_step.get_args_parser()
-    train_step.main(parser.parse_args([
-        "--task", task, "--size", "mini_patch4", "--batch_size", "2", "--amp", "off", "--rounds", "1",
-        "--device", "cpu", "--out", str(tmp_path),
-        *(["--only", "transformers eager", "timm eager", "ours eager"] if task != "attention" else []),
-    ]))  # fmt: skip
-    (file,) = tmp_path.iterdir()
-    found = json.loads(file.read_text())
+    only = ["--only", "transformers eager", "timm eager", "ours eager"] if task != "attention" else []
+    found = run(train_step, tmp_path, "--task", task, *SMALL, *only)
     assert found["machine"]["torch"] == torch.__version__
     if task == "attention":
         training, evaluation = (found["milliseconds"][f"(12, 197, 64) {name}"] for name in ("training", "evaluation"))
         assert 0 < evaluation["ours"] < training["ours"]
     else:
-        peer = {"pretrain": "transformers eager"}.get(task, "timm eager")
+        peer = "transformers eager" if task == "pretrain" else "timm eager"
         assert found["images_per_second"].keys() == {peer, "ours eager"}
         assert f"| ours eager | {found['images_per_second']['ours eager']:.2f} |" in capsys.readouterr().out
 
 
 def test_an_unknown_implementation_is_an_error(tmp_path):
-    args = train_step.get_args_parser().parse_args(["--device", "cpu", "--only", "nobody", "--out", str(tmp_path)])
-    with pytest.raises(ValueError, match="--only nobody: no implementation of --task pretrain has this name"):
-        train_step.main(args)
+    with pytest.raises(ValueError, match=r"--only nobody.*--task pretrain"):
+        run(train_step, tmp_path, "--only", "nobody")
 
 
 def test_our_model_saves_the_fewest_bytes_for_the_backward_pass():
@@ -96,12 +87,8 @@ def test_batches_are_timed_and_compared(tmp_path):
 
 @pytest.mark.parametrize(("task", "peer"), [("eval", "timm"), ("features", "transformers")])
 def test_passes_over_files_are_timed(task, peer, tmp_path, capsys):
-    evaluation.main(evaluation.get_args_parser().parse_args([
-        "--task", task, "--size", "mini_patch4", "--batch_size", "2", "--images", "6", "--amp", "off", "--rounds", "1",
-        "--device", "cpu", "--num_workers", "0", "--only", f"{peer} eager", "ours eager", "--out", str(tmp_path),
-    ]))  # fmt: skip
-    found = json.loads((tmp_path / f"{task}_mini_patch4_fp32_cpu_files.json").read_text())
-    rates = found["images_per_second"]
+    rates = run(evaluation, tmp_path, "--task", task, *SMALL, "--images", "6", "--num_workers", "0",
+                "--only", f"{peer} eager", "ours eager")["images_per_second"]  # fmt: skip
     assert rates.keys() == {f"{peer} eager", "ours eager", "ours eager, --fast_jpeg"}
     assert min(rates.values()) > 0
     assert f"| ours eager | {rates['ours eager']:.2f} |" in capsys.readouterr().out
@@ -110,12 +97,9 @@ def test_passes_over_files_are_timed(task, peer, tmp_path, capsys):
 def test_neighbors_are_timed(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation, "BANK", 2048)
     monkeypatch.setattr(evaluation, "QUERIES", 16)
-    argv = ["--task", "knn", "--rounds", "1", "--device", "cpu", "--out", str(tmp_path)]
-    evaluation.main(evaluation.get_args_parser().parse_args(argv))
-    found = json.loads((tmp_path / "knn_cpu.json").read_text())
-    assert found["imagenet_seconds"] == pytest.approx(
-        2 * 1_281_167 * 50_000 * 768 / found["share"] / found["peak_flops"]
-    )
+    found = run(evaluation, tmp_path, "--task", "knn")
+    seconds = 2 * 1_281_167 * 50_000 * 768 / found["share"] / found["peak_flops"]
+    assert found["imagenet_seconds"] == pytest.approx(seconds)
     assert 4.0e9 < found["imagenet_bytes"] < 8e9
 
 

@@ -74,7 +74,7 @@ def test_files_without_a_transformer(tmp_path):
         loading.read(tmp_path / "file.safetensors")
 
 
-MMPRETRAIN = Path(__file__).parent / "fixtures" / "mmpretrain"  # written by make_mmpretrain.py
+MMPRETRAIN = Path(__file__).parent / "fixtures" / "mmpretrain"  # written by mmpretrain_oracle.py
 
 
 def test_mmpretrain_mae():

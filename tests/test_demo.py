@@ -48,19 +48,13 @@ def test_an_interrupted_command_leaves_the_pictures_that_exist(unpacked, tmp_pat
     copy = tmp_path / first.relative_to(unpacked)
     copy.parent.mkdir(parents=True)
     copy.write_bytes(first.read_bytes())
-    command = f"ulimit -f 0; exec {sys.executable} demo/unpack_data.py --out {tmp_path}"
-    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+    for folder in (tmp_path, "/proc/nowhere"):  # root can write to all other folders
+        command = f"ulimit -f 0; exec {sys.executable} demo/unpack_data.py --out {folder}"
+        done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+        assert f"--out {folder} " in done.stderr
     assert copy.read_bytes() == first.read_bytes()
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [copy]
-
-
-def test_a_read_only_folder_is_a_one_line_error():
-    command = [sys.executable, "demo/unpack_data.py", "--out", "/proc/nowhere"]  # root can write to all other folders
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1
-    assert "error: --out /proc/nowhere can't be written to (" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
 
 
 def test_the_regression_of_the_report_is_selected_on_training_images():
@@ -105,9 +99,7 @@ def test_the_report_of_a_small_run(unpacked, pretrain, tmp_path):
     run = pretrain(data_path=data, input_size=28, in_chans=1, batch_size=50, mean=0.286, std=0.353)
     rows = {("pixels", "logistic regression"): 60, ("pixels", "RBF-SVM"): 65, ("scratch", "fine-tuned"): 40,
             ("pretrained", "fine-tuned"): 70}  # fmt: skip
-    written = [
-        Result(*row, 50, draw, accuracy + draw, "", 1.0, "") for row, accuracy in rows.items() for draw in (0, 1)
-    ]
+    written = [Result(*row, 50, draw, acc + draw, "", 1.0, "") for row, acc in rows.items() for draw in (0, 1)]
     (tmp_path / "compared").mkdir()
     comparison.write(tmp_path / "compared", written)
     out = tmp_path / "report"
@@ -123,9 +115,8 @@ def test_the_report_of_a_small_run(unpacked, pretrain, tmp_path):
     picture = np.array(Image.open(out / "reconstructions.png").convert("L")).astype(float)
     assert picture.std() > 30  # not blank
     two_counts = [*written, written[0]._replace(labels=100)]
-    for number, (wrong, message) in enumerate(
-        ((two_counts, r"\[50, 100\]"), (written[:-2], "pretrained"), ([], "results.csv"))
-    ):
+    cases = ((two_counts, r"\[50, 100\]"), (written[:-2], "pretrained"), ([], "results.csv"))
+    for number, (wrong, message) in enumerate(cases):
         folder = tmp_path / f"wrong{number}"
         folder.mkdir()
         if wrong:
@@ -133,8 +124,3 @@ def test_the_report_of_a_small_run(unpacked, pretrain, tmp_path):
         with pytest.raises(ValueError, match=f"{re.escape(str(folder))}.*{message}"):
             report.few_labels(folder)
     assert (out / "loss.png").stat().st_size > 5000
-
-
-def test_the_photographs_exist():
-    sizes = {path.name: Image.open(path).size for path in (ROOT / "demo/photos").glob("*.jpg")}
-    assert sizes == {"astronaut.jpg": (512, 512), "chelsea.jpg": (451, 300), "coffee.jpg": (600, 400)}

@@ -13,24 +13,14 @@ import tables
 import torch
 import yaml
 from conftest import ROOT
+from golden_settings import SCRIPTS, parser_of
 
 import hubconf
-import main_compare
-import main_finetune
-import main_knn
-import main_linprobe
-import main_pretrain
-import main_robustness
-import main_segment
 import models_mae
 from benchmarks import machine, targets
-from inference import export, features, get_model, predict, reconstruct, segment
-from util import datasets
-from util.checkpoints import sharded
+from inference import get_model
 from util.cli import entry_point
-from util.data import resize
 from util.evaluation import robustness
-from util.jobs import submit
 from util.weights import model_zoo
 
 RESULTS = {"table.md"}  # written by the studies
@@ -40,29 +30,6 @@ DOCUMENTS = sorted(
     for path in ROOT.glob(pattern)
     if path.name not in RESULTS and "output" not in path.parts
 )
-SCRIPTS = sorted(ROOT.glob("main_*.py"))
-PARSERS = {
-    "main_pretrain.py": main_pretrain.get_args_parser,
-    "main_finetune.py": main_finetune.get_args_parser,
-    "main_linprobe.py": main_linprobe.get_args_parser,
-    "main_compare.py": main_compare.get_args_parser,
-    "main_knn.py": main_knn.get_args_parser,
-    "main_robustness.py": main_robustness.get_args_parser,
-    "main_segment.py": main_segment.get_args_parser,
-    **{
-        f"submitit_{task}.py": lambda task=task: submit.get_args_parser(f"main_{task}")[0]
-        for task in ("pretrain", "finetune", "linprobe", "segment")
-    },
-    "util.datasets": datasets.get_args_parser,
-    "util.resize": resize.get_args_parser,
-    "util.sharded": sharded.get_args_parser,
-    **{
-        f"inference.{part.__name__[10:]}": part.get_args_parser
-        for part in (export, features, predict, reconstruct, segment)
-    },
-}
-
-
 RUN = (ROOT / "run").read_text()
 OTHER_FLAGS = {  # of torchrun, tensorboard, pip, Docker, Slurm and tests/golden_settings.py
     "--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--max-restarts", "--logdir", "--gpu-bind",
@@ -91,9 +58,8 @@ def test_the_extras_of_the_readme_are_those_of_the_project():
 
 
 def parse(script: str, flags: list[str]) -> Namespace:
-    """Parses a command with the parser of its script; those of the demo and the benchmarks are imported here."""
-    module = script.removesuffix(".py").replace("/", ".")
-    parser = PARSERS[script]() if script in PARSERS else importlib.import_module(module).get_args_parser()
+    """Parses a command with the parser of its script."""
+    parser = parser_of(script.removesuffix(".py").replace("/", "."))
     if isinstance(parser, type(entry_point.parser(""))):
         return entry_point.parse(parser, flags)
     return parser.parse_args(flags)
@@ -102,7 +68,7 @@ def parse(script: str, flags: list[str]) -> Namespace:
 def script_commands() -> list[tuple[str, list[str]]]:
     """Every command of a script in documents, docstrings, recipe headers and `run`: (script, flags)."""
     lines = [command for path in DOCUMENTS for command in bash_blocks(path) + indented(path)]
-    for path in SCRIPTS + sorted(ROOT.glob("inference/*.py")) + sorted(ROOT.glob("recipes/*.yaml")):
+    for path in (*ROOT.glob("main_*.py"), *ROOT.glob("inference/*.py"), *ROOT.glob("recipes/*.yaml")):
         lines += commands(path.read_text().replace("\n#", "\n"))
     for path in DOCUMENTS:
         inline = re.findall(r"`(python (?:demo|benchmarks)/[^`]*)`", path.read_text(encoding="utf-8"))
@@ -114,7 +80,9 @@ def script_commands() -> list[tuple[str, list[str]]]:
     scripts = r"(?:main|submitit)_\w+\.py|(?:demo|benchmarks)/[\w/]+\.py"
     modules = r"inference\.\w+|util\.(?:datasets|resize|sharded)"
     calls = [re.search(rf"(?:python|torchrun)\s.*?({scripts}|{modules}) ([\w-].*)", line) for line in lines]
-    return [(call[1], shlex.split(call[2], comments=True)) for call in calls if call]
+    found = [(call[1], shlex.split(call[2], comments=True)) for call in calls if call]
+    assert len(found) >= 150
+    return found
 
 
 @pytest.mark.parametrize(("script", "flags"), script_commands(), ids=lambda part: part if isinstance(part, str) else "")
@@ -123,14 +91,10 @@ def test_every_command_parses(script, flags, monkeypatch):
     assert parse(script, flags)
 
 
-def test_the_number_of_commands():
-    assert len(script_commands()) >= 150
-
-
 @pytest.fixture(scope="module")
 def known_flags():
     """The flags of all scripts."""
-    parsers = [make_parser() for make_parser in PARSERS.values()]
+    parsers = [*map(parser_of, SCRIPTS)]
     for file in (*ROOT.glob("demo/*.py"), *ROOT.glob("benchmarks/**/*.py")):
         module = importlib.import_module(".".join(file.relative_to(ROOT).with_suffix("").parts))
         parsers += [module.get_args_parser()] if hasattr(module, "get_args_parser") else []
@@ -152,24 +116,16 @@ def test_scripts_and_flags_of_a_document_exist(path, known_flags):
         assert named - known_flags - OTHER_FLAGS == set()
 
 
-@pytest.fixture(scope="module")
-def downloads(tmp_path_factory):
-    """Files with the shapes of published weights, in the cache of torch.hub."""
-    home = tmp_path_factory.mktemp("home")
-    downloads = home / "hub" / "checkpoints"
-    downloads.mkdir(parents=True)
-    weights = {"model": get_model("vit_base_patch16").state_dict()}
-    for file in ("vit-base-p16_ft-8xb128-coslr-100e_in1k_20220825-cf70aa21.pth", "mae_finetuned_vit_base.pth",
-                 "mae_pretrain_vit_base.pth"):  # fmt: skip
-        torch.save(weights, downloads / file)
-    return home
-
-
 @pytest.fixture
-def run_python(downloads, tmp_path, monkeypatch):
-    """Runs a document's code, beside photographs."""
+def run_python(tmp_path, monkeypatch):
+    """Runs a document's code beside photographs; the cache of torch.hub has files with the shapes of published ones."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("TORCH_HOME", str(downloads))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    downloads = tmp_path / "hub" / "checkpoints"
+    downloads.mkdir(parents=True)
+    torch.save({"model": get_model("vit_base_patch16").state_dict()}, downloads / "mae_pretrain_vit_base.pth")
+    for file in ("vit-base-p16_ft-8xb128-coslr-100e_in1k_20220825-cf70aa21.pth", "mae_finetuned_vit_base.pth"):
+        (downloads / file).symlink_to(downloads / "mae_pretrain_vit_base.pth")
     without_digests = {name: row._replace(digest=None) for name, row in model_zoo.TABLE.items()}
     monkeypatch.setattr(model_zoo, "TABLE", without_digests)
     (tmp_path / "demo").symlink_to(ROOT / "demo")
@@ -187,51 +143,35 @@ def run_python(downloads, tmp_path, monkeypatch):
     return run
 
 
-def test_the_readmes_python_runs(run_python):
+def test_the_python_of_documents_runs(run_python):
     assert run_python("README.md")["features"].shape == (2, 768)
-
-
-def test_the_python_of_the_model_zoo_runs(run_python):
     names = run_python("ZOO.md")
     assert names["features"].shape == (2, 768)
     assert [a.shape for a in names["attention"]] == [(1, 12, 197, 197)] * 4
     assert names["mask"].shape == (2, 196)
     assert names["tokens"].shape == (2, 197, 768)
     assert names["reconstruction"].pasted.shape == names["images"].shape
-
-
-def test_the_code_of_features_runs(run_python):
     names = run_python("SEGMENTATION.md", "inference.maps import dense")
     assert names["features"].shape == (2, 4 * 768, 32, 32)
     assert names["complete"].shape == (1, 4 * 768, 25, 38)  # of 400 x 600 pixels
 
 
-def anchors(path: Path) -> set[str]:
+def anchors(path: Path, level: str = "#+") -> set[str]:
     """The headings of a page as anchors of links."""
-    headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    headings = re.findall(rf"^{level} (.*)$", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_to_files_and_headings(path):
-    for target, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", path.read_text(encoding="utf-8")):
+    """A long page begins with a link to every section."""
+    text = path.read_text(encoding="utf-8")
+    for target, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", text):
         page = path.parent / target if target else path
         assert page.exists(), target
         assert not anchor or anchor in anchors(page), f"{target}#{anchor}"
-
-
-def test_long_pages_have_a_table_of_contents():
-    """A list with a link to every section stands before the first section."""
-    for path in DOCUMENTS:
-        text = path.read_text(encoding="utf-8")
-        if text.count("\n") > 100 and path.name not in ("CHANGELOG.md", "CONTRIBUTING.md", "SCALING.md"):
-            contents = text[: text.index("\n## ")]
-            assert set(re.findall(r"\(#([^)]*)\)", contents)) == anchors_of_sections(path), path.name
-
-
-def anchors_of_sections(path: Path) -> set[str]:
-    titles = re.findall(r"^## (.*)$", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+    if text.count("\n") > 100 and path.name not in ("CHANGELOG.md", "CONTRIBUTING.md", "SCALING.md"):
+        assert set(re.findall(r"\(#([^)]*)\)", text[: text.index("\n## ")])) == anchors(path, "##")
 
 
 def test_the_model_zoo_names_every_model():
@@ -264,33 +204,22 @@ def test_the_tables_of_speed_have_the_measured_values():
     rows = [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
     measured = {title: first.split(" (")[0] for title, _, first, *_ in rows}  # the first machine, without tunables
     speed = (ROOT / "RUNS.md").read_text(encoding="utf-8").partition("## Speed")[2]
-    for start, title in (
-        ("throughput, compiled", "bf16 compiled, relative to transformers eager"),
-        (
-            "reduction in activation memory",
-            "activation memory with the fused attention kernel, saving relative to transformers",
-        ),
-        (
-            "throughput of data loading",
-            "JPEG files to batches, one process, --fast_jpeg, relative to Pillow and torchvision",
-        ),
-    ):
+    for start, title in {
+        "throughput, compiled": "bf16 compiled, relative to transformers eager",
+        "reduction in activation": "activation memory with the fused attention kernel, saving relative to transformers",
+        "throughput of data": "JPEG files to batches, one process, --fast_jpeg, relative to Pillow and torchvision",
+    }.items():
         (line,) = [line for line in speed.splitlines() if line.startswith(f"| {start}")]
         assert line.endswith(f" | {measured[title]} |")
 
 
-def results_row(name: str) -> list[str]:
-    """The numbers of a row of RESULTS.md."""
-    row = re.search(rf"^\| {re.escape(name)} \|(.*)$", (ROOT / "RESULTS.md").read_text(), flags=re.MULTILINE)
-    return [cell.strip() for cell in row[1].split("|")[:4]]
-
-
 def test_results_md_has_the_published_robustness():
+    text = (ROOT / "RESULTS.md").read_text()
     titles = {"imagenet-c": "ImageNet-C, mCE", "imagenet-a": "ImageNet-A", "imagenet-r": "ImageNet-R",
               "imagenet-sketch": "ImageNet-Sketch"}  # fmt: skip
     for suite, published in robustness.PUBLISHED.items():
-        assert results_row(titles[suite]) == [str(number) for number in published.values()]
-    text = (ROOT / "RESULTS.md").read_text()
+        row = re.search(rf"^\| {titles[suite]} \|(.*)$", text, flags=re.MULTILINE)[1]
+        assert [cell.strip() for cell in row.split("|")[:4]] == [str(number) for number in published.values()]
     assert [suite for suite in robustness.SUITES if f"| `{suite}` |" not in text] == []
 
 

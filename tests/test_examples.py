@@ -288,10 +288,10 @@ def test_features_of_dinov3_blocks_equal_those_of_transformers():
 # ---------------------------------------------------------------------------------------------------------- schedules
 
 
-def test_a_schedule_of_the_users_code_trains_and_resumes(pretrain, classify, monkeypatch):
+def test_a_schedule_of_the_users_code_trains_and_resumes(pretrain, monkeypatch):
     """After an epoch of warm-up, five of six updates have the full rate, and the last one 5/6 of it."""
     name = "examples.stable_decay:stable_decay"
-    whole = train_resume_and_use(pretrain, classify, monkeypatch, lr_schedule=name)
+    whole = train_and_resume(pretrain, monkeypatch, lr_schedule=name)
     assert lines(whole)[1]["train_lr"] == pytest.approx(0.01 * 4 / 256 * (5 + 5 / 6) / 6)
     assert checkpoint.read(whole / "checkpoint-1.pth")["args"]["lr_schedule"] == name
 

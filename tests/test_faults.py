@@ -7,24 +7,18 @@ import signal
 import subprocess
 import sys
 
-import pytest
 from conftest import ROOT
 from faults import Faults
 from forks import Forks
 from mains import assert_close, lines, small_run, wait_until
 
+from util.data.decode import MAX_PIXELS
 
-@pytest.fixture(scope="module")
-def faults(tmp_path_factory):
+
+def test_a_restart_by_torchrun_resumes_and_damaged_checkpoints_are_rejected_or_equal(tmp_path):
     subprocess.run([sys.executable, "demo/unpack_data.py"], cwd=ROOT, check=True)
-    return Faults(tmp_path_factory.mktemp("faults"), trials=1, loads=500)
-
-
-def test_a_run_restarted_by_torchrun_resumes(faults):
+    faults = Faults(tmp_path, trials=1, loads=500)
     assert faults.restarts(1) == [("one process of two killed, torchrun --max-restarts", 1, 1)]
-
-
-def test_damaged_checkpoints_are_rejected_or_equal(faults):
     assert all(trials == survived for _, trials, survived in faults.damage())
 
 
@@ -70,15 +64,12 @@ def test_a_run_resumes_with_other_numbers_of_processes(own_module, pictures, tmp
 
 
 def test_the_security_page_agrees_with_the_code():
-    text = (ROOT / "SECURITY.md").read_text()
-    from util.data.decode import MAX_PIXELS
-
-    assert f"{MAX_PIXELS:,}" in text
+    assert f"{MAX_PIXELS:,}" in (ROOT / "SECURITY.md").read_text()
     folders = ("", "util/*/", "util/", "inference/")
     code = "\n".join(path.read_text() for folder in folders for path in ROOT.glob(f"{folder}*.py"))
     assert not re.search(r"pickle\.load|yaml\.load\(|extractall", code)
-    calls = [node for node in ast.walk(ast.parse(code))
-             if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load"]  # fmt: skip
-    assert calls
-    for call in calls:
-        assert [ast.unparse(word.value) for word in call.keywords if word.arg == "weights_only"] == ["True"]
+    calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
+    loads = [call.keywords for call in calls if ast.unparse(call.func) == "torch.load"]
+    assert loads
+    for keywords in loads:
+        assert [ast.unparse(word.value) for word in keywords if word.arg == "weights_only"] == ["True"]

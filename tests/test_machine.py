@@ -20,15 +20,18 @@ def test_a_result_without_git_has_no_commit(tmp_path, monkeypatch):
     assert machine.read("a", tmp_path)["machine"]["commit"] is None
 
 
-def test_a_result_has_its_settings_and_machine(tmp_path):
+def test_a_result_has_its_settings_and_machine(tmp_path, monkeypatch):
     settings = {"out": tmp_path, "name": "x", "batch_size": 64}
-    machine.write("a", torch.device("cpu"), settings, {"images_per_second": {"ours": 3.0}}, tmp_path / "new")
-    result = machine.read("a", tmp_path / "new")
-    assert result["settings"] == {"batch_size": 64}
-    assert result["images_per_second"] == {"ours": 3.0}
-    assert result["machine"]["torch"] == torch.__version__
-    assert result["machine"]["gpu"] is None
-    assert machine.read("b", tmp_path / "new") is None
+    monkeypatch.setattr(machine, "RESULTS", tmp_path)
+    monkeypatch.setattr(machine, "processor", lambda: "Intel Xeon, AMX")
+    for out, folder in ((tmp_path / "new", tmp_path / "new"), (None, tmp_path / "intel_xeon_amx")):
+        machine.write("a", torch.device("cpu"), settings, {"images_per_second": {"ours": 3.0}}, out)
+        result = machine.read("a", folder)
+        assert result["settings"] == {"batch_size": 64}
+        assert result["images_per_second"] == {"ours": 3.0}
+        assert (result["machine"]["torch"], result["machine"]["gpu"]) == (torch.__version__, None)
+        assert machine.read("b", folder) is None
+    assert machine.folders(tmp_path) == [tmp_path / "intel_xeon_amx", tmp_path / "new"]
 
 
 def test_ratios_use_the_fastest_other_implementation(tmp_path, monkeypatch):
@@ -55,11 +58,3 @@ def test_ratios_use_the_fastest_other_implementation(tmp_path, monkeypatch):
     ]
     assert machine.find("b", tmp_path)["wait"] == 0.7
     assert machine.find("a", tmp_path) is None
-
-
-def test_the_default_folder_of_a_result_names_the_machine(tmp_path, monkeypatch):
-    monkeypatch.setattr(machine, "RESULTS", tmp_path)
-    monkeypatch.setattr(machine, "processor", lambda: "Intel Xeon, AMX")
-    machine.write("a", torch.device("cpu"), {}, {}, None)
-    assert machine.folders(tmp_path) == [tmp_path / "intel_xeon_amx"]
-    assert machine.read("a", tmp_path / "intel_xeon_amx")

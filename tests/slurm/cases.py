@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,9 +83,8 @@ class Cluster:
         self.environment = ENVIRONMENT | {"SLURM_CONF": str(state / "etc/slurm.conf")}
 
     def __enter__(self) -> "Cluster":
-        up = subprocess.run(
-            [HERE / "slurm-up", *self.options, self.state], stdin=subprocess.DEVNULL, capture_output=True, text=True
-        )
+        command = [HERE / "slurm-up", *self.options, self.state]
+        up = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
         if up.returncode:
             self.__exit__()
             raise OSError(up.stderr.strip() or up.stdout.strip())
@@ -96,10 +95,8 @@ class Cluster:
 
     def run(self, *command: object) -> subprocess.CompletedProcess[str]:
         """Runs a command in the environment of the cluster."""
-        return subprocess.run(
-            [str(part) for part in command], env=self.environment, cwd=ROOT, capture_output=True, text=True,
-            timeout=SECONDS,
-        )  # fmt: skip
+        argv = [str(part) for part in command]
+        return subprocess.run(argv, env=self.environment, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS)
 
     def call(self, *command: object) -> str:
         """Runs a command that must succeed; returns its output."""
@@ -132,12 +129,7 @@ def wait_until(holds: Callable[[], object], what: str) -> None:
 
 
 class Job:
-    """A job of two nodes, in its own shared folder.
-
-    Args:
-        tasks: processes per node.
-        flags: flags of the script, in addition to those of all jobs.
-    """
+    """A job of two nodes with `tasks` processes each, in its own shared folder."""
 
     def __init__(
         self, cluster: Cluster, shared: Path, *flags: object, tasks: int = 1, script: str = "submitit_pretrain.py"
@@ -154,6 +146,10 @@ class Job:
     def text(self) -> str:
         """The log of rank 0."""
         return self.log.read_text() if self.log.exists() else ""
+
+    def starts(self) -> int:
+        """How often Slurm has started the job."""
+        return self.text().count("Starting with JobEnvironment")
 
     def train(self, epochs: int = 2) -> "Job":
         """Waits until the job has trained `epochs` epochs."""
@@ -195,16 +191,14 @@ class Cases:
                 shutil.copy(image, folder)
         self.flags = [*FLAGS, "--data_path", self.data]
         self.single, self.pair = work / "single", work / "pair"
-        self.undisturbed = [
-            self._start([sys.executable], self.single, BATCH), self._start(torchrun(2), self.pair, BATCH // 2)
-        ]  # fmt: skip
+        launchers = (([sys.executable], self.single, BATCH), (torchrun(2), self.pair, BATCH // 2))
+        self.undisturbed = [self._start(*arguments) for arguments in launchers]
 
     def _start(self, launcher: list[str], out: Path, batch_size: int) -> subprocess.Popen[bytes]:
         """Starts a run without Slurm."""
-        command = [*launcher, "main_pretrain.py", *self.flags, "--batch_size", batch_size, "--output_dir", out]
-        return subprocess.Popen(
-            [str(part) for part in [*command, "--device", "cpu"]], cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL
-        )
+        command = [*launcher, "main_pretrain.py", *self.flags, "--batch_size", batch_size, "--output_dir", out,
+                   "--device", "cpu"]  # fmt: skip
+        return subprocess.Popen([*map(str, command)], cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
 
     def wait_for_undisturbed(self) -> None:
         """Waits for the undisturbed runs."""
@@ -215,30 +209,30 @@ class Cases:
         return Job(self.signals, self.work / name, *self.flags, "--slurm", f"nodelist={nodes}", *flags, tasks=tasks)
 
     def row(self, case: str, job: Job, stopped: bool) -> Row:
-        """The result of a job.
-
-        Args:
-            stopped: whether the case stops the job at least once.
-        """
+        """The result of a job, which the case stops at least once if `stopped`."""
         state = job.finish()
         self.wait_for_undisturbed()
         difference = self.difference(job.out)
         once = [line["epoch"] for line in lines(job.out)] == list(range(EPOCHS))
-        starts, before = job.text().count("Starting with JobEnvironment"), None
+        starts, before = job.starts(), None
         with contextlib.suppress(checkpoint.CheckpointError):  # the job was not stopped
             saved = checkpoint.read(job.out / "checkpoint-last.pth")["progress"]
             before = (saved["epoch"] * IMAGES + saved["images_done"]) // BATCH
         as_expected = (starts > 1 and bool(before)) if stopped else starts == 1
         equal = None
         if job.processes == 2:
-            ours, theirs = (
-                checkpoint.read(out / f"checkpoint-{EPOCHS - 1}.pth")["model"] for out in (job.out, self.pair)
-            )
-            equal = ours.keys() == theirs.keys() and all(ours[name].equal(theirs[name]) for name in ours)
+            last = f"checkpoint-{EPOCHS - 1}.pth"
+            ours, theirs = (checkpoint.read(out / last)["model"] for out in (job.out, self.pair))
+            equal = checkpoint.compute_digest(ours) == checkpoint.compute_digest(theirs)
         passed = state == "COMPLETED" and once and difference <= 1e-5 and as_expected and equal is not False
-        if not passed:
-            print(f"{case}: the log of job {job.number} ends with\n{job.text()[-3000:]}", file=sys.stderr)
-        return Row(case, state, passed, starts, before, difference, equal)
+        return self.checked(Row(case, state, passed, starts, before, difference, equal), job)
+
+    @staticmethod
+    def checked(row: Row, job: Job) -> Row:
+        """Prints the end of a job's log if the job did not pass."""
+        if not row.passed:
+            print(f"{row.case}: the log of job {job.number} ends with\n{job.text()[-3000:]}", file=sys.stderr)
+        return row
 
     def difference(self, out: Path) -> float:
         """The largest relative difference of the losses from those of the run in one process."""
@@ -248,10 +242,9 @@ class Cases:
     def srun(self) -> list[Row]:
         """srun starts the processes, without submitit."""
         out = self.work / "srun"
-        self.signals.call(
-            "srun", "--nodes=2", "--ntasks-per-node=1", "--nodelist=n[3-4]", sys.executable, "main_pretrain.py",
-            *self.flags, "--batch_size", BATCH // 2, "--output_dir", out, "--device", "cpu",
-        )  # fmt: skip
+        self.signals.call("srun", "--nodes=2", "--ntasks-per-node=1", "--nodelist=n[3-4]", sys.executable,
+                          "main_pretrain.py", *self.flags, "--batch_size", BATCH // 2, "--output_dir", out,
+                          "--device", "cpu")  # fmt: skip
         self.wait_for_undisturbed()
         passed = len(lines(out)) == EPOCHS and self.difference(out) <= 1e-5
         return [Row("srun, 2 nodes", "COMPLETED", passed, difference=self.difference(out))]
@@ -281,43 +274,38 @@ class Cases:
         return [self.row("preemption, with SIGTERM only", job, stopped=True)]
 
     def _preempt(self, cluster: Cluster) -> None:
-        cluster.call(
-            "sbatch", "--partition=high", "--nodelist=n[1-2]", "--nodes=2", "--exclusive", "--output=/dev/null",
-            "--wrap=sleep 2",
-        )  # fmt: skip
+        cluster.call("sbatch", "--partition=high", "--nodelist=n[1-2]", "--nodes=2", "--exclusive",
+                     "--output=/dev/null", "--wrap=sleep 2")  # fmt: skip
+
+    def _disturb(self, name: str, case: str, *command: object, flags: Sequence[object] = ()) -> list[Row]:
+        """A job that a command of Slurm stops."""
+        job = self.pretrain(name, *flags).train()
+        self.signals.call(*command, job.number)
+        return [self.row(case, job, stopped=True)]
 
     def requeue(self) -> list[Row]:
-        """`scontrol requeue`."""
-        job = self.pretrain("requeue").train()
-        self.signals.call("scontrol", "requeue", job.number)
-        return [self.row("scontrol requeue", job, stopped=True)]
+        return self._disturb("requeue", "scontrol requeue", "scontrol", "requeue")
 
     def term(self) -> list[Row]:
-        """`scancel --signal=TERM`: Slurm neither ends nor requeues the job, which requeues itself."""
-        job = self.pretrain("term").train()
-        self.signals.call("scancel", "--signal=TERM", job.number)
-        return [self.row("scancel --signal=TERM", job, stopped=True)]
+        """Slurm neither ends nor requeues the job, which requeues itself."""
+        return self._disturb("term", "scancel --signal=TERM", "scancel", "--signal=TERM")
+
+    def workers(self) -> list[Row]:
+        """`scontrol requeue` with the default number of worker processes, which receive SIGTERM too."""
+        case = "SIGTERM to all processes, with worker processes"
+        return self._disturb("workers", case, "scontrol", "requeue", flags=("--num_workers", 10))
 
     def cancel(self) -> list[Row]:
         """`scancel`: the job saves its state, exits before Slurm kills it, and is not requeued."""
         job = self.pretrain("cancel").train()
         self.signals.call("scancel", job.number)
-        state = job.finish()
+        states = [job.finish()]
         time.sleep(10)  # a requeued job starts after 5 seconds
-        row = Row("scancel", job.finish(), False)
-        row.starts = job.text().count("Starting with JobEnvironment")
+        states.append(job.finish())
         exited = "\nstopped by SIGTERM, the state is saved\n" in job.text()  # a killed process does not print it
         saved = (job.out / "checkpoint-last.pth").exists()
-        row.passed = state == row.state == "CANCELLED" and row.starts == 1 and exited and saved
-        if not row.passed:
-            print(f"scancel: the log of job {job.number} ends with\n{job.text()[-3000:]}", file=sys.stderr)
-        return [row]
-
-    def workers(self) -> list[Row]:
-        """`scontrol requeue` with the default number of worker processes, which receive SIGTERM too."""
-        job = self.pretrain("workers", "--num_workers", 10).train()
-        self.signals.call("scontrol", "requeue", job.number)
-        return [self.row("SIGTERM to all processes, with worker processes", job, stopped=True)]
+        passed = states == ["CANCELLED"] * 2 and job.starts() == 1 and exited and saved
+        return [self.checked(Row("scancel", states[1], passed, job.starts()), job)]
 
     def node(self) -> list[Row]:
         """A node fails with all of its processes, and returns."""
@@ -329,9 +317,8 @@ class Cases:
             os.kill(process, signal.SIGKILL)
         self.signals.call("scontrol", "update", "nodename=n6", "state=down", "reason=died")
         wait_until(lambda: self.signals.field(job.number, "JobState") == "PENDING", f"the requeue of job {job.number}")
-        self.signals.run(
-            "scontrol", "update", "nodename=n6", "state=resume"
-        )  # fails if the daemon has reported already
+        # This fails if the daemon has reported already.
+        self.signals.run("scontrol", "update", "nodename=n6", "state=resume")
         return [self.row("node failure", job, stopped=True)]
 
     def gpus(self) -> list[Row]:
@@ -349,14 +336,6 @@ class Cases:
             step = ["srun", "--nodes=1", "--ntasks-per-node=2", "--immediate=60", flag]
             passed &= sorted(self.signals.call(*step, sys.executable, "-c", DEVICE).splitlines()) == devices
         return [Row("--slurm gpus_per_task=1 (dry run)", "", passed, starts=0)]
-
-    def array(self) -> list[Row]:
-        """An invalid setting is rejected before the submission."""
-        done = self.signals.run(
-            sys.executable, "submitit_pretrain.py", "--shared_dir", self.work / "array", "--slurm", "array=0-2"
-        )
-        rejected = "--slurm: array cannot be set: a job is one run; submit a job for each run" in done.stderr
-        return [Row("--slurm array=0-2 is rejected", "", rejected and not (self.work / "array").exists(), starts=0)]
 
     def nodes(self) -> list[Row]:
         """An undisturbed job, and a fine-tuning job that starts from its result (`--after`)."""
@@ -378,17 +357,13 @@ class Cases:
 
     def crash(self) -> list[Row]:
         """A wrong flag: the job fails, and `--wait` prints the error message."""
-        done = self.signals.run(
-            sys.executable, "submitit_pretrain.py", *self.flags, "--device", "cpu", "--data_path", "/nowhere",
-            "--nodes", 2, "--ngpus", 1, "--shared_dir", self.work / "crash", "--wait",
-        )  # fmt: skip
-        state = self.signals.end_of(re.findall(r"^job (\d+) ", done.stdout)[0])  # --wait returns a little earlier
-        printed = "main_pretrain.py: error: --data_path /nowhere: " in done.stdout and done.returncode == 1
+        command = [sys.executable, "submitit_pretrain.py", *self.flags, "--device", "cpu", "--nodes", 2, "--ngpus", 1,
+                   "--shared_dir", self.work / "crash", "--wait"]  # fmt: skip
+        done = self.signals.run(*command, "--data_path", "/nowhere")
         number = re.findall(r"^job (\d+) ", done.stdout)[0]
-        after = self.signals.run(
-            sys.executable, "submitit_pretrain.py", *self.flags, "--device", "cpu", "--nodes", 2, "--ngpus", 1,
-            "--shared_dir", self.work / "crash", "--after", number, "--wait",
-        )  # fmt: skip
+        state = self.signals.end_of(number)  # --wait returns a little earlier
+        printed = "main_pretrain.py: error: --data_path /nowhere: " in done.stdout and done.returncode == 1
+        after = self.signals.run(*command, "--after", number)
         why = f"has not started (state CANCELLED): job {number} of --after has not succeeded"
         waited = after.returncode == 1 and re.sub(r" by \d+", "", after.stderr.strip()).endswith(why)
         if not waited:
@@ -408,26 +383,11 @@ class Cases:
 
 
 # The cases with the longest waits come first.
-CASES: dict[str, Callable[[Cases], list[Row]]] = {
-    "limit": Cases.limit,
-    "preempt_bare": Cases.preempt_bare,
-    "preempt": Cases.preempt,
-    "node": Cases.node,
-    "requeue": Cases.requeue,
-    "term": Cases.term,
-    "cancel": Cases.cancel,
-    "workers": Cases.workers,
-    "nodes": Cases.nodes,
-    "tasks": Cases.tasks,
-    "srun": Cases.srun,
-    "crash": Cases.crash,
-    "killed": Cases.killed,
-    "gpus": Cases.gpus,
-    "array": Cases.array,
-}
+CASES = ("limit", "preempt_bare", "preempt", "node", "requeue", "term", "cancel", "workers", "nodes", "tasks", "srun",
+         "crash", "killed", "gpus")  # fmt: skip
 
 
-def run_all(names: list[str], work: Path) -> int:
+def run_all(names: Sequence[str], work: Path) -> int:
     """Prints the table; returns the number of failed cases."""
     signals = Cluster(work / "a", "-n", 6, "-c", 8, "-g", 2, "-k", 15)
     bare = Cluster(work / "b", "-k", 15, "--no-dbd", "--no-user-signal")
@@ -437,7 +397,7 @@ def run_all(names: list[str], work: Path) -> int:
         print("| case | Slurm's state | starts | updates before | after | difference of losses | weights | passed |")
         print("|---|---|---|---|---|---|---|---|", flush=True)
         with ThreadPoolExecutor(4) as pool:
-            for name, case in [(name, pool.submit(CASES[name], cases)) for name in names]:
+            for name, case in [(name, pool.submit(getattr(cases, name))) for name in names]:
                 try:
                     rows = case.result()
                 except Exception as error:
@@ -455,7 +415,7 @@ def main() -> None:
     """Runs the given cases; exits with code 1 if a case fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", choices=[[], *CASES], help=f"{', '.join(CASES)} (default: all)")
-    names = parser.parse_args().cases or list(CASES)
+    names = parser.parse_args().cases or CASES
     subprocess.run([sys.executable, "demo/unpack_data.py"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     work = Path(tempfile.mkdtemp(prefix="mae-slurm-"))
     work.chmod(0o755)  # Slurm's munge requires folders that everybody can enter
