@@ -41,7 +41,7 @@ def write_files(folder: Path, count: int) -> dict[str, Path]:
         (paths[FOLDER] / f"n{number:08d}").mkdir(parents=True)
     for name in names:
         (paths[FOLDER] / name).touch()
-    paths[LIST].write_text("".join((f"images/{name} {number % CLASSES}\n" for number, name in enumerate(names))))
+    paths[LIST].write_text("".join(f"images/{name} {number % CLASSES}\n" for number, name in enumerate(names)))
     return paths | {kind: Path(shutil.make_archive(str(paths[FOLDER]), kind, paths[FOLDER])) for kind in ("zip", "tar")}
 
 

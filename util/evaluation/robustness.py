@@ -89,7 +89,8 @@ def imagenet_classes() -> list[str]:
     """Returns the names of the classes of ImageNet-1K, by label."""
     from timm.data import ImageNetInfo  # takes more than a second
 
-    return [ImageNetInfo().index_to_description(label) for label in range(1000)]
+    info = ImageNetInfo()
+    return [info.index_to_description(label) for label in range(1000)]
 
 
 def subset(name: str) -> list[str]:
