@@ -9,12 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 import main_pretrain
-import models_build
 from benchmarks import scripts
-from benchmarks.model_table import count_macs
+from benchmarks.model_table import pretraining_macs
 from benchmarks.scripts import ROOT
 from util.cli import entry_point
 from util.cli.advice import arguments
@@ -23,7 +20,6 @@ from util.evaluation.tables import markdown
 from util.files import atomic
 from util.files.results import Results
 from util.jobs.commands import Commands
-from util.settings import specs
 from util.training import run_log
 
 DATA = Path("demo/data/fashion_mnist")
@@ -91,14 +87,7 @@ class Ablation:
     def macs(self, name: str) -> float:
         """Returns the multiply-adds of all forward passes of a pre-training."""
         args = entry_point.parse(main_pretrain.get_args_parser(), arguments(self.flags(name)))
-        with torch.device("meta"):
-            model = models_build.autoencoder(*specs(vars(args))).to("meta")
-            images, noise = (
-                torch.empty(1, args.in_chans, *model.patch_embed.img_size),
-                torch.empty(1, model.num_patches),
-            )
-        forward = partial(model.forward, images, mask_ratio=args.mask_ratio, noise=noise)
-        return count_macs(model, forward) * self.runs[name].images * self.runs[name].epochs
+        return pretraining_macs(args) * self.runs[name].images * self.runs[name].epochs
 
     def write_list(self, images: int) -> None:
         """Writes a list of the first images of each class, equally many."""

@@ -15,28 +15,21 @@ import statistics
 import sys
 import tempfile
 from datetime import date
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import torch
-
 import main_knn
 import main_pretrain
-import models_build
 from benchmarks import machine, scripts
 from benchmarks.ablation import DATA, PRETRAIN
-from benchmarks.model_table import count_macs
-from models_mae import MaskedAutoencoderViT
+from benchmarks.model_table import pretraining_macs
 from util.cli import entry_point
 from util.cli.advice import arguments
 from util.cli.flags import positive
-from util.cli.own_classes import with_own
 from util.evaluation.tables import markdown
 from util.files import atomic
-from util.settings import specs
 from util.training import run_log
 from util.training.environment import commit
 
@@ -83,16 +76,6 @@ def command(flags: dict[str, Any]) -> list[str]:
     return [flags.get("script", "main_pretrain.py"), *map(str, arguments(others))]
 
 
-def macs(flags: dict[str, Any]) -> int:
-    """Counts the multiply-adds of a forward pass, for one image."""
-    args = entry_point.parse(main_pretrain.get_args_parser(), command(flags)[1:])
-    args, encoder = with_own(args, "encoder", None)
-    model_class = main_pretrain.chosen_class(args, MaskedAutoencoderViT)
-    model = models_build.autoencoder(*specs(vars(args)), model_class, encoder)
-    images = torch.zeros(2, args.in_chans, *model.patch_embed.img_size)
-    return count_macs(model, partial(model, images, args.mask_ratio)) // len(images)
-
-
 def accuracies(file: Path, flags: dict[str, Any], seed: int, out: Path) -> dict[str, float]:
     """Returns the accuracies of an encoder in percent: fine-tuned with 500 labels, and of 20 nearest neighbors."""
     own: dict[str, Any] = {name: flags[name] for name in ("data_path", "val_fraction", "encoder") if name in flags}
@@ -123,12 +106,13 @@ def run(name: str, args: argparse.Namespace) -> dict[str, Any]:
     samples = sum(1 for _ in (args.data_path / "train").glob("*/*")) * flags.get("repeated_sampling", 1)
     batch = PROCESSES * flags["batch_size"]
     updates = epochs * (samples // batch)
+    settings = entry_point.parse(main_pretrain.get_args_parser(), command(flags)[1:])
     return {
         "entry": name, "minutes": round(seconds / 60, 2), "seed": args.seed,
         "images": "test" if args.test else "held-out",
         **{key: round(value, 2) for key, value in scores.items()},
         "score": round(statistics.fmean(scores.values()), 2), "epochs": epochs, "updates": updates,
-        "TMACs": round(updates * batch * macs(flags) / 1e12, 1), "images/s": round(rate),
+        "TMACs": round(updates * batch * pretraining_macs(settings) / 1e12, 1), "images/s": round(rate),
         "machine": machine.processor(), "commit": commit(), "date": date.today().isoformat(),
         "command": " ".join(command({**BASE, **ENTRIES[name]})),
     }  # fmt: skip

@@ -15,13 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import main_pretrain
+import models_build
 import models_mae
 import models_vit
+from util.cli.own_classes import with_own
 from util.evaluation.tables import markdown
+from util.settings import specs
 
 ROWS = (*((size, entry.get("img_size", 224)) for size, entry in models_vit.SIZES.items()), ("huge_patch14", 448))
 
@@ -57,6 +62,16 @@ def count_macs(model: torch.nn.Module, call: Callable[[], Any]) -> int:
             module.register_forward_hook(lambda _, __, output: normalized.append(output.numel()))
     with torch.no_grad():
         return count_flops(call) // 2 + 5 * sum(normalized)
+
+
+def pretraining_macs(args: argparse.Namespace) -> int:
+    """Counts the MACs of a forward pass in training by main_pretrain.py, for one image of a pair."""
+    args, encoder = with_own(args, "encoder", None)
+    model_class = main_pretrain.chosen_class(args, models_mae.MaskedAutoencoderViT)
+    model = models_build.autoencoder(*specs(vars(args)), model_class, encoder)
+    images = torch.zeros(2, args.in_chans, *model.patch_embed.img_size)
+    with sdpa_kernel(SDPBackend.MATH):  # the counter does not know the fused attention of CPUs
+        return count_macs(model, lambda: model(images, args.mask_ratio)) // len(images)
 
 
 def measure(size: str, pixels: int) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from util.data.archives import Archive
 from util.data.decode import decode
 from util.data.lists import read_list
 from util.data.webdataset_shards import read_shards
-from util.weights import loading, reading
+from util.weights import loading, model_zoo, reading
 
 
 class Door(NamedTuple):
@@ -312,7 +312,7 @@ def _read_weights(files: dict[str, bytes | Path], folder: Path, generator: rando
     mae, vit = _models()
     if generator.random() < 0.3:
         loading.init_mae(mae, file)
-    elif file.kind == loading.CLASSIFIER and generator.random() < 0.5:
+    elif file.kind == model_zoo.CLASSIFIER and generator.random() < 0.5:
         loading.load_classifier(vit, file)
     else:
         loading.load_encoder(vit, file, generator.choice(ADAPT_CHOICES))

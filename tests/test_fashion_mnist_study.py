@@ -47,7 +47,7 @@ def test_the_data_are_unpacked_for_torchvision(tmp_path, monkeypatch):
 
 
 def test_results_are_reused_and_come_back_after_an_interruption(tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "ROOT", tmp_path)
+    monkeypatch.setattr(study.scripts, "ROOT", tmp_path)
     monkeypatch.setattr(study, "HERE", tmp_path / "study")
     study.HERE.mkdir()
     (study.HERE / "results.json").write_text("first")
