@@ -24,7 +24,7 @@ READ = {
     "the process ends": lambda: os._exit(3),
     "no end": lambda: time.sleep(60),
     "an escape sequence": lambda: print("\x1b[2J"),
-    "memory": lambda: gc.collect() + len(b"1" * (400 << 20)),
+    "memory": lambda: gc.collect() + len(b"1" * (1000 << 20)),
 }
 
 
@@ -34,10 +34,10 @@ def _raise(message):
 
 @pytest.fixture
 def large_garbage():
-    # A cycle of 500 MB that is freed by the first collection in a child of this process, as after many other tests.
+    # A cycle of 1,200 MB that is freed by the first collection in a child of this process, as after many other tests.
     gc.collect()
     gc.disable()
-    cycle = [bytearray(500 << 20)]
+    cycle = [bytearray(1200 << 20)]
     cycle.append(cycle)
     del cycle
     yield
