@@ -46,7 +46,7 @@ def get_args_parser() -> ArgumentParser:
     options.add(parser, "k", "temperature")
     options.add_metric_options(parser, selects="the best of several --temperature")
     options.add(parser, "config", *options.COMPUTE_FLAGS)
-    options.add_to(options.group_of(parser, "data"), "batch_size", default=256)
+    options.add_to(options.group_of(parser, options.DATA), "batch_size", default=256)
     options.add_distributed_options(parser)
     return parser
 

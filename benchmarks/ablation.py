@@ -142,7 +142,9 @@ class Ablation:
     def accuracies(self, names: Sequence[str], baselines: Sequence[str]) -> dict[str, dict[str, list[float]]]:
         """Evaluates encoders and baselines; returns the accuracies of the draws, by encoder and protocol."""
         accuracies: dict[str, dict[str, list[float]]] = {name: {} for name in [*baselines, *names]}
-        for result in comparison.read(self.compare(names or list(self.runs)[:1], baselines)) if accuracies else ():
+        if not accuracies:
+            return {}
+        for result in comparison.read(self.compare(names or list(self.runs)[:1], baselines)):
             if result.encoder in accuracies:
                 accuracies[result.encoder].setdefault(result.protocol, []).append(result.accuracy)
         return accuracies

@@ -52,7 +52,7 @@ ENTRIES: dict[str, dict[str, Any]] = {
     "random projection": {"model_class": "examples.random_projection:RandomProjection"},
     "two crops": {"model_class": "examples.two_crops:TwoCrops", "repeated_sampling": 2},
     "stable decay": {"lr_schedule": "examples.stable_decay:stable_decay"},
-    "averaged weights": {"script": "examples/averaged_weights.py"},
+    "averaged weights": {"script": "examples/averaged_weights.py", "weights": "average.pth"},
 }
 FINETUNE = {
     "model": "vit_mini_patch4", "input_size": 28, "in_chans": 1, "mean": [0.286], "std": [0.353], "aa": "none",
@@ -72,7 +72,7 @@ def pretrain(flags: dict[str, Any], out: Path, epochs: int) -> list[dict[str, An
 
 def command(flags: dict[str, Any]) -> list[str]:
     """Returns the script that pre-trains an entry, and its flags."""
-    others = {name: value for name, value in flags.items() if name != "script"}
+    others = {name: value for name, value in flags.items() if name not in ("script", "weights")}
     return [flags.get("script", "main_pretrain.py"), *map(str, arguments(others))]
 
 
@@ -98,12 +98,11 @@ def run(name: str, args: argparse.Namespace) -> dict[str, Any]:
         epochs = max(2, round(60 * args.minutes / fastest))
         lines = pretrain(flags, Path(folder) / "run", epochs)
         held_out = {} if args.test else {"val_fraction": 0.2}
-        averaged = Path(folder) / "run" / "average.pth"
-        file = averaged if averaged.exists() else Path(folder) / "run" / f"checkpoint-{epochs - 1}.pth"
+        file = Path(folder) / "run" / flags.get("weights", f"checkpoint-{epochs - 1}.pth")
         scores = accuracies(file, flags | held_out, args.seed, Path(folder))
     seconds = sum(line["seconds"] for line in lines)
     rate = statistics.median(line["images_per_s"] for line in lines)
-    samples = sum(1 for _ in (args.data_path / "train").glob("*/*")) * flags.get("repeated_sampling", 1)
+    samples = sum(1 for _ in (scripts.ROOT / args.data_path / "train").glob("*/*")) * flags.get("repeated_sampling", 1)
     batch = PROCESSES * flags["batch_size"]
     updates = epochs * (samples // batch)
     settings = entry_point.parse(main_pretrain.get_args_parser(), command(flags)[1:])

@@ -3,9 +3,9 @@
     python main_pretrain.py --model_class examples.two_crops:TwoCrops --repeated_sampling 2 ...
 
 --repeated_sampling 2 puts two crops of each image next to each other in the batch, each with its own mask. Without it,
-the pairs are different images, and the second loss has no meaning. log.txt has
-the two terms of the loss, train_pixels and train_contrast. The negatives of an image are the other images in the batch
-of its process, so the loss depends on --batch_size.
+the pairs are different images, and the second loss has no meaning. log.txt has the two terms of the loss, train_pixels
+and train_contrast. The negatives of an image are the other images in the batch of its process, so the loss depends on
+--batch_size.
 """
 
 from typing import Any

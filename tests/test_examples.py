@@ -294,6 +294,9 @@ def test_a_schedule_of_the_users_code_trains_and_resumes(pretrain, monkeypatch):
     whole = train_and_resume(pretrain, monkeypatch, lr_schedule=name)
     assert lines(whole)[1]["train_lr"] == pytest.approx(0.01 * 4 / 256 * (5 + 5 / 6) / 6)
     assert checkpoint.read(whole / "checkpoint-1.pth")["args"]["lr_schedule"] == name
+    own = pretrain("python", of_main={"lr_schedule": partial(import_object("", name))}, num_workers=1)
+    assert checkpoint.read(own / "checkpoint-1.pth")["args"]["lr_schedule"] == name
+    assert_equal(weights(whole), weights(own))
 
 
 def test_a_schedule_that_returns_no_number_is_an_error_in_one_line(own_module, pretrain):

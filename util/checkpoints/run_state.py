@@ -5,7 +5,7 @@ import math
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,6 +18,9 @@ from util.cli.advice import Remedy, arguments
 from util.cli.choices import published_crop_pct
 from util.cli.flags import runs_code
 from util.cli.user_code import DATASET
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.stateful import Stateful
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +57,10 @@ class Progress:
         self.first_iteration = 0
         self.meters: dict[str, Any] = {}  # state of `meters.Meters`
         self.best_accuracy = -math.inf  # best score of the epochs so far
+
+    def next_epoch(self) -> None:
+        """Moves to the start of the next epoch."""
+        self.epoch, self.first_iteration, self.meters = self.epoch + 1, 0, {}
 
     def position(self, epoch: int, iterations: int, meters: dict[str, Any]) -> dict[str, Any]:
         """Returns the entry `progress` of a checkpoint, which `restore` reads.
@@ -120,7 +127,7 @@ def collect(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     settings: dict,
-    callbacks: Sequence[Any] = (),
+    callbacks: Sequence["Stateful"] = (),
 ) -> dict[str, Any]:
     """Returns the state of a run without its position."""
     is_sharded = dist.is_sharded(model)
@@ -208,7 +215,7 @@ def resume(
     scaler: torch.amp.GradScaler,
     settings: dict[str, Any],
     progress: Progress,
-    callbacks: Sequence[Any] = (),
+    callbacks: Sequence["Stateful"] = (),
 ) -> None:
     """Restores model, optimizer, scaler, random number generators, callbacks and position from a checkpoint.
 
@@ -449,7 +456,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def _restore_callbacks(callbacks: Sequence[Any], states: list[dict[str, Any]]) -> None:
+def _restore_callbacks(callbacks: Sequence["Stateful"], states: list[dict[str, Any]]) -> None:
     if not states and all(getattr(callback, "is_optional", False) for callback in callbacks):
         return
     if len(callbacks) != len(states):

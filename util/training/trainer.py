@@ -230,7 +230,7 @@ def _train_epochs(
         meters = Meters(**progress.meters)
         train(replace(options, epoch=epoch, first_iteration=progress.first_iteration, meters=meters))
         try:
-            progress.epoch, progress.first_iteration, progress.meters = epoch + 1, 0, {}
+            progress.next_epoch()
             dist.share_buffers(model)  # the statistics of batch norm differ between processes
             results: dict[str, Any] = {}
             if (epoch + 1) % spec.eval_every == 0 or epoch + 1 == spec.epochs:
