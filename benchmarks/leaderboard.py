@@ -41,13 +41,16 @@ ENTRIES: dict[str, dict[str, Any]] = {
     "baseline": {},
     "demo": {"patch_size": 7, "batch_size": 64, "lr": 2e-3, "crop": "none"},
     "demo with patches of 4": {"batch_size": 64, "lr": 2e-3, "crop": "none"},
+    "128 images per update": {"batch_size": 64, "lr": 2e-3},
     "decoder of 2 blocks": {"decoder_depth": 2},
+    "decoder of 128 channels": {"model_class": "examples.wide_decoder:WideDecoder", "model_args": ["width=128"]},
     "mask blocks, 4 class tokens": {"patch_size": 2, "mask_block": 2, "num_cls_tokens": 4},
     "cross": {"model_class": "examples.cross_decoder:CrossDecoder", "model_args": ["predicted=0.25"]},
     "green masks": {"model_class": "examples.colored_masks:ColoredMasks", "model_args": ["color=green"]},
     "blue masks": {"model_class": "examples.colored_masks:ColoredMasks", "model_args": ["color=blue"]},
     "red masks": {"model_class": "examples.colored_masks:ColoredMasks", "model_args": ["color=red"]},
     "muon": {"optimizer": "examples.muon:muon_and_adamw"},
+    "muon, 128 images per update": {"optimizer": "examples.muon:muon_and_adamw", "batch_size": 64, "lr": 2e-3},
     "rotary": {"encoder": "examples.dinov3_blocks:RotaryEncoder", "num_cls_tokens": 5},
     "random projection": {"model_class": "examples.random_projection:RandomProjection"},
     "two crops": {"model_class": "examples.two_crops:TwoCrops", "repeated_sampling": 2},
@@ -76,9 +79,20 @@ def command(flags: dict[str, Any]) -> list[str]:
     return [flags.get("script", "main_pretrain.py"), *map(str, arguments(others))]
 
 
+def hold_out(data_path: Path, out: Path) -> dict[str, Path]:
+    """Writes lists of four fifths and of a fifth of the training images; returns the flags that read them."""
+    images = sorted((scripts.ROOT / data_path / "train").glob("*/*"))
+    flags = {"train_list": out / "train.csv", "val_list": out / "held_out.csv"}
+    for flag, path in flags.items():
+        chosen = [image for number, image in enumerate(images) if (number % 5 == 0) == (flag == "val_list")]
+        path.write_text("path,label\n" + "".join(f"{image},{image.parent.name}\n" for image in chosen))
+    return flags
+
+
 def accuracies(file: Path, flags: dict[str, Any], seed: int, out: Path) -> dict[str, float]:
     """Returns the accuracies of an encoder in percent: fine-tuned with 500 labels, and of 20 nearest neighbors."""
-    own: dict[str, Any] = {name: flags[name] for name in ("data_path", "val_fraction", "encoder") if name in flags}
+    shared = ("data_path", "train_list", "val_list", "encoder")
+    own: dict[str, Any] = {name: flags[name] for name in shared if name in flags}
     tuned = []
     for draw in range(3):
         own |= {"finetune": file, "seed": 10 * seed + draw}
@@ -97,7 +111,7 @@ def run(name: str, args: argparse.Namespace) -> dict[str, Any]:
         fastest = min(line["seconds"] for line in pretrain(flags, Path(folder) / "speed", 4)[1:])
         epochs = max(2, round(60 * args.minutes / fastest))
         lines = pretrain(flags, Path(folder) / "run", epochs)
-        held_out = {} if args.test else {"val_fraction": 0.2}
+        held_out = {} if args.test else hold_out(args.data_path, Path(folder))
         file = Path(folder) / "run" / flags.get("weights", f"checkpoint-{epochs - 1}.pth")
         scores = accuracies(file, flags | held_out, args.seed, Path(folder))
     seconds = sum(line["seconds"] for line in lines)

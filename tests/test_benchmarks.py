@@ -1,14 +1,16 @@
 """The benchmarks run on the smallest sizes, and count FLOPs with the rules of the field."""
 
 import json
+from collections import Counter
 
 import pytest
 import torch
 
 import models_mae
 import models_vit
-from benchmarks import evaluation, input_pipeline, listing, model_table, peers, train_step, whole_run
+from benchmarks import evaluation, input_pipeline, leaderboard, listing, model_table, peers, train_step, whole_run
 from models_vit import SIZES
+from util.data.lists import read_pairs
 
 
 def test_operations_by_hand():
@@ -128,3 +130,17 @@ def test_files_beyond_the_different_ones_are_links(tmp_path, monkeypatch):
     files = sorted((tmp_path / "train" / "photograph").iterdir())
     assert [file.is_symlink() for file in files] == [False] * 3 + [True] * 4
     assert files[4].read_bytes() == files[1].read_bytes()
+
+
+def test_entries_are_evaluated_on_a_fifth_of_each_class(tmp_path):
+    for name in ("a", "b"):
+        for number in range(10):
+            path = tmp_path / "train" / name / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+    flags = leaderboard.hold_out(tmp_path, tmp_path)
+    (train, of_train), (held_out, of_held_out) = (read_pairs(path, flag) for flag, path in flags.items())
+    assert not set(train) & set(held_out)
+    assert sorted(train + held_out) == sorted(map(str, tmp_path.glob("train/*/*")))
+    assert Counter(of_held_out) == {"a": 2, "b": 2}
+    assert Counter(of_train) == {"a": 8, "b": 8}

@@ -47,7 +47,8 @@ CLASSES = {"colored_masks:ColoredMasks": {"model_args": "color=blue"},
            "cross_decoder:CrossDecoder": {"model_args": "predicted=0.5"}, "hog_target:HOGTarget": {},
            "local_decoder:LocalDecoder": {"model_args": "window=[2,4]"},
            "random_projection:RandomProjection": {"model_args": "width=16"},
-           "two_crops:TwoCrops": {"model_args": "weight=0.1", "repeated_sampling": 2}}  # fmt: skip
+           "two_crops:TwoCrops": {"model_args": "weight=0.1", "repeated_sampling": 2},
+           "wide_decoder:WideDecoder": {"model_args": "width=64"}}  # fmt: skip
 
 
 def train_and_resume(pretrain, monkeypatch, **flags):
